@@ -1,0 +1,100 @@
+"""Builds vi_simsiam._C (csrc/): the CPU backend always, the CUDA backend where nvcc is found. torch is not needed.
+
+VI_SIMSIAM_NO_EXTENSION=1 and VI_SIMSIAM_NO_CUDA=1 leave them out; TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX" chooses the GPUs.
+What cannot be built is left out with one line that says why, and the package works without it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError, CCompilerError
+
+_DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0+PTX;10.0;12.0+PTX"
+_LINUX, _WINDOWS = sys.platform == "linux", sys.platform == "win32"
+_CUDART, _HOST = ("cudart_static.lib", "/MD") if _WINDOWS else ("libcudart_static.a", "-fPIC,-fvisibility=hidden")
+
+
+def architectures(supported: str, wanted: str = "") -> dict[str, list[str]]:
+    """nvcc's flags for every wanted architecture (TORCH_CUDA_ARCH_LIST) in `supported` (nvcc --list-gpu-code).
+
+    "9.0+PTX" asks for machine code and for PTX, which later GPUs compile. Raises ValueError where nothing is left.
+    """
+    flags = {}
+    for name in filter(None, re.split(r"[;,\s]+", wanted or _DEFAULT_ARCHITECTURES)):
+        number = name.removesuffix("+PTX").replace(".", "")
+        if f"sm_{number.rstrip('af')}" in supported.split():
+            codes = ["sm", "compute"] if name.endswith("+PTX") else ["sm"]
+            flags[name] = [f"-gencode=arch=compute_{number},code={code}_{number}" for code in codes]
+    if not flags:
+        raise ValueError(f"nvcc has none of {wanted or _DEFAULT_ARCHITECTURES}, only {' '.join(supported.split())}")
+    return flags
+
+
+def _ask(*command: str | Path) -> str:
+    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
+
+
+class _BuildExtension(build_ext):  # type: ignore[misc]
+    def build_extension(self, ext: Extension) -> None:
+        self.force = True  # neither nvcc nor the switches are files whose date could be compared
+        try:
+            header = Path(sysconfig.get_paths()["include"], "Python.h")
+            compiler = getattr(self.compiler, "compiler_so_cxx", [sys.executable])[0]
+            for file, found in ((compiler, shutil.which(compiler)), (header, header.is_file())):
+                if not found:
+                    raise BaseError(f"{file} not found (a C++ compiler and Python's headers are needed)")
+            try:
+                self._add_cuda(ext)
+            except (OSError, ValueError, subprocess.CalledProcessError) as error:
+                lines = ((getattr(error, "stdout", None) or "").strip() or str(error)).splitlines()
+                reason = next((line for line in lines if "error" in line), lines[-1])
+                print(f"vi_simsiam: building without the CUDA backend: {reason}", file=sys.stderr)
+            super().build_extension(ext)
+        except (BaseError, CCompilerError) as error:
+            print(f"vi_simsiam: installing without compiled backends: {error}", file=sys.stderr)
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+
+    def _add_cuda(self, ext: Extension) -> None:
+        path = os.path.join(os.environ.get("CUDA_HOME", ""), "bin") + os.pathsep + os.environ.get("PATH", "")
+        nvcc = shutil.which("nvcc", path=path)
+        if nvcc is None or os.environ.get("VI_SIMSIAM_NO_CUDA") == "1":
+            raise ValueError("VI_SIMSIAM_NO_CUDA is set" if nvcc else "no nvcc in CUDA_HOME or on PATH")
+        source, built = Path("csrc/multiview_loss.cu"), Path(self.build_temp, "multiview_loss_cuda.obj")
+        built.parent.mkdir(parents=True, exist_ok=True)
+        folders = re.findall(r'"(?:-L|/LIBPATH:)([^"]+)"', _ask(nvcc, "--dryrun", source, "-o", built))
+        folder = next((folder for folder in folders if Path(folder, _CUDART).is_file()), None)
+        if folder is None:
+            raise ValueError(f"{_CUDART} is in none of nvcc's folders: {' '.join(folders)}")
+        flags = architectures(_ask(nvcc, "--list-gpu-code"), os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
+        options = ["-O3", "-std=c++17", "-DVI_SIMSIAM_CUDA", "--threads=0", *(f for fs in flags.values() for f in fs)]
+        _ask(nvcc, *options, f"-Xcompiler={_HOST}", "-c", source, "-o", built)
+        ext.library_dirs.append(folder)
+        ext.libraries += ["cudart_static", "dl", "rt", "pthread"] if _LINUX else ["cudart_static"]
+        ext.extra_objects.append(str(built))
+        ext.define_macros.append(("VI_SIMSIAM_CUDA", ",".join(flags)))
+
+
+if __name__ == "__main__":
+    from pybind11.setup_helpers import Pybind11Extension
+
+    extension = Pybind11Extension("vi_simsiam._C", ["csrc/bindings.cpp", "csrc/multiview_loss_cpu.cpp"], cxx_std=17)
+    extension.depends = ["csrc/multiview_loss.h", "csrc/power_spherical.cuh", "csrc/multiview_loss.cu"]
+    extension.extra_compile_args += ["/O2"] if _WINDOWS else ["-O3", "-ffp-contract=fast", "-pthread"]
+    extension.extra_link_args += ["-pthread", "-Wl,--exclude-libs,ALL"] if _LINUX else []
+    extension.optional = True
+    rooms = {"vi_simsiam.kernels": "kernels", "vi_simsiam.benchmarks": "benchmarks"}
+    setup(
+        packages=[*find_packages(include=["vi_simsiam", "vi_simsiam.*"]), *rooms],
+        package_dir=rooms,
+        ext_modules=[] if os.environ.get("VI_SIMSIAM_NO_EXTENSION") == "1" else [extension],
+        cmdclass={"build_ext": _BuildExtension},
+    )

@@ -1,0 +1,28 @@
+"""What several test files share: one thread, and a small folder of labelled images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+# Test processes run side by side; more threads than cores would slow all of them down.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of two classes, dark and bright, 20 training and 8 validation images of 16 x 16 pixels each."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 20), ("val", 8)):
+        for name, low in (("bright", 130), ("dark", 0)):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(low, low + 120, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+    return root
