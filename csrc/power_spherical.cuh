@@ -1,0 +1,151 @@
+// Log-density of the Power Spherical distribution relative to the uniform one, for one (kappa, cosine) pair.
+//
+// With b = (D-1)/2, c = mu.z, k = kappa, n the upward shift of the gamma arguments (0 for large D), and
+//     p = 2b + n,  q = b + n,  s' = p + k,  a' = q + k,
+//     t = (2bc - (n+k)(1-c)) / (2a')                      which equals (1+c) s'/(2a') - 1 and lies in [-1, 1]
+//     L = log1p(t)                                        log((1+c) s'/(2a')) where t < -1/2
+//     S(x) = 1/(12x) - 1/(360x^3) + ...                   Stirling's correction of lgamma
+//     P(x) = psi(x) - log x = -1/(2x) - 1/(12x^2) + 1/(120x^4) - ...
+//
+//     F     = k L + (q - 1/2) log1p(-kb/(a'p)) + b log1p(k/p) + S(s') - S(a') - S(p) + S(q)
+//             - sum_{i<n} log1p(-kb / ((b+k+i)(2b+i)))
+//     dF/dk = L + P(s') - P(a') + sum_{i<n} b / ((2b+k+i)(b+k+i))
+//     dF/dc = k / (1+c)
+//
+// The slope of the normaliser is merged with log(1+c) before anything is multiplied by k, so nothing large cancels
+// near the optimum kappa = 2bc/(1-c), where t = 0. The shift makes every argument of S and P large enough for the
+// series: 8 with three terms in float, 16 with seven in double.
+//
+// 1 + c is clamped from below at ONE_PLUS_COS_MIN; there dF/dc = 0 and the rest is taken at the clamped cosine.
+// NaN in gives NaN out: comparisons are written so that NaN fails them.
+//
+// The same functions are compiled for the CPU backend and for the CUDA kernel.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define VI_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define VI_HOST_DEVICE inline
+#endif
+
+namespace vi_simsiam {
+
+constexpr double TINY_SQ = 1e-24;          // a vector with a smaller squared norm counts as zero: cosine 0, gradient 0
+constexpr double ONE_PLUS_COS_MIN = 1e-6;  // lower clamp of 1 + cosine, in every dtype
+
+// 1/|x| from the sum of squares: 0 for a zero vector, NaN for an infinite or NaN sum.
+template <typename Real>
+VI_HOST_DEVICE Real inverse_norm(Real sum_of_squares) {
+  return sum_of_squares < Real(TINY_SQ) ? Real(0) : std::sqrt(sum_of_squares) / sum_of_squares;
+}
+
+template <typename Real>
+VI_HOST_DEVICE Real softplus(Real x) {
+  return (x > Real(0) ? x : Real(0)) + std::log1p(std::exp(-std::fabs(x)));
+}
+
+template <typename Real>
+VI_HOST_DEVICE Real sigmoid(Real x) {
+  const Real decay = std::exp(-std::fabs(x));
+  return (x < Real(0) ? decay : Real(1)) / (Real(1) + decay);
+}
+
+// S(x) for x >= 8 (float), x >= 16 (double).
+template <typename Real>
+VI_HOST_DEVICE Real stirling_correction(Real x) {
+  const Real i = Real(1) / x, y = i * i;
+  Real sum;
+  if constexpr (sizeof(Real) == 4) {
+    sum = Real(1. / 1260);
+  } else {
+    sum = Real(-1. / 1680) + y * (Real(1. / 1188) + y * (Real(-691. / 360360) + y * Real(1. / 156)));
+    sum = Real(1. / 1260) + y * sum;
+  }
+  return i * (Real(1. / 12) + y * (Real(-1. / 360) + y * sum));
+}
+
+// P(x) = psi(x) - log x for x >= 8 (float), x >= 16 (double).
+template <typename Real>
+VI_HOST_DEVICE Real digamma_minus_log(Real x) {
+  const Real i = Real(1) / x, y = i * i;
+  Real sum;
+  if constexpr (sizeof(Real) == 4) {
+    sum = Real(1. / 252);
+  } else {
+    sum = Real(-1. / 240) + y * (Real(1. / 132) + y * (Real(-691. / 32760) + y * Real(1. / 12)));
+    sum = Real(1. / 252) + y * sum;
+  }
+  return -i * (Real(1. / 2) + i * (Real(1. / 12) + y * (Real(-1. / 120) + y * sum)));
+}
+
+template <typename Real>
+struct PowerSphericalTerms {
+  Real value;    // F
+  Real d_kappa;  // dF/dkappa
+  Real d_cos;    // dF/dcosine
+};
+
+// What depends on the dimension and kappa, but not on the cosine.
+template <typename Real>
+struct PowerSphericalNormalizer {
+  Real kappa;
+  Real twice_b, shift_plus_kappa;
+  Real inverse_twice_a;  // 1/(2a')
+  Real half_ratio;       // s'/(2a')
+  Real value;            // F - k L
+  Real slope;            // dF/dk - L
+
+  VI_HOST_DEVICE PowerSphericalTerms<Real> at(Real cosine) const {
+    Real one_plus = Real(1) + cosine;
+    const bool clamped = one_plus < Real(ONE_PLUS_COS_MIN);
+    if (clamped) {
+      one_plus = Real(ONE_PLUS_COS_MIN);
+      cosine = one_plus - Real(1);
+    }
+    const Real t = (twice_b * cosine - shift_plus_kappa * (Real(1) - cosine)) * inverse_twice_a;
+    const Real log_ratio = t >= Real(-0.5) ? std::log1p(t) : std::log(one_plus * half_ratio);
+    return {kappa * log_ratio + value, log_ratio + slope, clamped ? Real(0) : kappa / one_plus};
+  }
+};
+
+// What depends on the dimension alone; made once per call on the host and passed to the kernel by value.
+template <typename Real>
+struct PowerSpherical {
+  Real b, p, q;
+  Real dimension_term;  // S(q) - S(p)
+  int shift;            // n
+
+  explicit PowerSpherical(int64_t dim) {
+    const double half = (double(dim) - 1) / 2, smallest = sizeof(Real) == 4 ? 8 : 16;
+    shift = half < smallest ? int(std::ceil(smallest - half)) : 0;
+    b = Real(half);
+    p = Real(2 * half + shift);
+    q = Real(half + shift);
+    dimension_term = stirling_correction(q) - stirling_correction(p);
+  }
+
+  VI_HOST_DEVICE PowerSphericalNormalizer<Real> with_concentration(Real kappa) const {
+    const Real a = q + kappa, s = p + kappa, inverse_a = Real(1) / a;
+    PowerSphericalNormalizer<Real> out;
+    out.kappa = kappa;
+    out.twice_b = Real(2) * b;
+    out.shift_plus_kappa = Real(shift) + kappa;
+    out.inverse_twice_a = Real(0.5) * inverse_a;
+    out.half_ratio = s * out.inverse_twice_a;
+    out.value = (q - Real(0.5)) * std::log1p(-(kappa * inverse_a) * (b / p)) + b * std::log1p(kappa / p);
+    out.value += (stirling_correction(s) - stirling_correction(a)) + dimension_term;
+    out.slope = digamma_minus_log(s) - digamma_minus_log(a);
+    for (int i = 0; i < shift; ++i) {
+      const Real a_i = b + kappa + Real(i), p_i = Real(2) * b + Real(i);
+      out.value -= std::log1p(-(kappa / a_i) * (b / p_i));
+      out.slope += b / ((p_i + kappa) * a_i);
+    }
+    return out;
+  }
+};
+
+}  // namespace vi_simsiam

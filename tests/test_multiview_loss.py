@@ -1,0 +1,327 @@
+"""The multi-view losses: values and gradients of every backend against float64, and what the public functions refuse."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from vi_simsiam.errors import BackendUnavailableError, InputError
+from vi_simsiam.functional import cosine_loss, power_spherical_log_prob, power_spherical_loss
+from vi_simsiam.ops.backends import choose_backend, extension, interpreting, why_unavailable
+from vi_simsiam.ops.multiview_loss import LossForm, eager_loss, multiview_loss
+
+POWER_SPHERICAL, COSINE = LossForm("power_spherical"), LossForm("cosine")
+# On CPU tensors; under TRITON_INTERPRET=1 Triton takes them too (test_triton_kernels.py runs this file so).
+FUSED = [
+    pytest.param("cpu", marks=pytest.mark.skipif(extension() is None, reason="needs the C++ extension")),
+    *(["triton"] if interpreting() else []),
+]
+
+
+def draw(
+    form: LossForm,
+    views: int,
+    targets: int,
+    batch: int,
+    dim: int,
+    *,
+    raw: float = 5.0,
+    near: float = 1.0,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Predictions near their targets (cosine about 1/sqrt(1 + near^2)), raw concentrations around `raw`, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(batch, dim, dtype=torch.float64, generator=generator)
+    z = common + 0.3 * near * torch.randn(targets, batch, dim, dtype=torch.float64, generator=generator)
+    p = common + near * torch.randn(views, batch, dim, dtype=torch.float64, generator=generator)
+    if form.distribution == "power_spherical":
+        column = raw + torch.randn(views, batch, 1, dtype=torch.float64, generator=generator)
+        p = torch.cat([p, column], -1)
+    return p, z
+
+
+def textbook(p: Tensor, z: Tensor, form: LossForm) -> Tensor:
+    """Algorithm 1 as printed, by torch's lgamma, in the dtype of its inputs."""
+    dim, b = z.shape[-1], (z.shape[-1] - 1) / 2
+    direction, target = F.normalize(p[..., :dim], dim=-1), F.normalize(z.detach(), dim=-1)
+    total: Tensor | float = 0.0
+    pairs = [(v, g) for v in range(len(p)) for g in range(len(z)) if v != g]
+    for v, g in pairs:
+        cos = (direction[v] * target[g]).sum(-1)
+        if form.distribution == "cosine":
+            total = total - cos
+            continue
+        kappa = form.scale * F.softplus(p[v, :, dim]) + form.minimum
+        zero, b_ = torch.zeros_like(kappa), torch.full_like(kappa, b)
+        log_c = -(kappa * math.log(2) + torch.lgamma(b_ + kappa) - torch.lgamma(2 * b_ + kappa))
+        log_c0 = -(torch.lgamma(b_ + zero) - torch.lgamma(2 * b_ + zero))
+        total = total - (log_c - log_c0 + kappa * torch.log1p(cos))
+    return 2 / len(pairs) * total  # type: ignore[return-value]
+
+
+def loss_and_gradient(
+    p: Tensor, z: Tensor, form: LossForm, backend: str, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    p = p.detach().clone().requires_grad_()
+    loss = multiview_loss(p, z, form, reduction="none", backend=backend)
+    loss.backward(torch.ones_like(loss) if weights is None else weights.to(loss.dtype))
+    assert p.grad is not None
+    return loss.detach(), p.grad
+
+
+@pytest.mark.parametrize("form", [POWER_SPHERICAL, COSINE, LossForm("power_spherical", 31.0, 2.5)], ids=str)
+def test_eager_is_algorithm_1(form: LossForm) -> None:
+    """At moderate sizes float64 textbook arithmetic is good enough to check the meaning: pairs, scale, softplus."""
+    for views, targets in ((2, 2), (3, 1), (4, 2), (5, 5)):
+        p, z = draw(form, views, targets, 4, 33, raw=2.0)
+        p.requires_grad_()
+        expected = textbook(p, z, form)
+        (expected_gradient,) = torch.autograd.grad(expected.sum(), p)
+        loss, gradient = loss_and_gradient(p, z, form, "eager")
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-8, atol=1e-11)
+
+
+def test_two_views_are_the_sum_of_both_directions() -> None:
+    p, z = draw(COSINE, 2, 2, 6, 10)
+    expected = -F.cosine_similarity(p[0], z[1]) - F.cosine_similarity(p[1], z[0])
+    torch.testing.assert_close(cosine_loss(p, z, reduction="none"), expected)
+    torch.testing.assert_close(cosine_loss(p, z), expected.mean())
+
+
+def test_loss_is_minus_log_prob_relative_to_uniform() -> None:
+    p, z = draw(POWER_SPHERICAL, 2, 2, 5, 40)
+    loc, target = F.normalize(p[..., :40], dim=-1), F.normalize(z, dim=-1)
+    kappa = F.softplus(p[..., 40])
+    uniform = math.lgamma(20) - math.log(2) - 20 * math.log(math.pi)
+    expected = sum(uniform - power_spherical_log_prob(target[g], loc[v], kappa[v]) for v, g in ((0, 1), (1, 0)))
+    torch.testing.assert_close(power_spherical_loss(p, z, reduction="none"), expected)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("form", [POWER_SPHERICAL, COSINE, LossForm("power_spherical", 31.0, 2.5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [2, 3, 17, 129, 2048])
+def test_fused_error_is_at_most_twice_eagers(backend: str, form: LossForm, dtype: torch.dtype, dim: int) -> None:
+    """Both against float64 eager on the same rounded inputs, with a floor of a few ulp (float64: agreement to rounding)."""
+    p, z = (x.to(dtype) for x in draw(form, 4, 2, 5, dim, raw=3.0))
+    loss, gradient = loss_and_gradient(p.double(), z.double(), form, "eager")
+    eager = loss_and_gradient(p, z, form, "eager")
+    fused = loss_and_gradient(p, z, form, backend)
+    assert fused[0].dtype == eager[0].dtype
+    assert fused[1].dtype == dtype
+    for exact, ours, theirs in zip((loss, gradient), fused, eager, strict=True):
+        scale = exact.abs().max() + 1
+        floor = (64 if dtype == torch.float64 else 4) * torch.finfo(ours.dtype).eps * scale
+        assert (ours.double() - exact).abs().max() <= 2 * (theirs.double() - exact).abs().max() + floor
+
+
+@pytest.mark.parametrize("backend", ["eager", *FUSED])
+def test_ten_times_better_than_textbook_at_high_concentration(backend: str) -> None:
+    """D = 2048, kappa from 1e4 to 1e6: where training ends and the textbook formula has lost its digits."""
+    worst, worst_textbook = 0.0, 0.0
+    for kappa, near in itertools.product((1e4, 1e5, 1e6), (0.05, 0.3)):
+        form = LossForm("power_spherical", kappa)
+        p, z = (x.float() for x in draw(form, 2, 2, 4, 2048, raw=0.5, near=near))
+        exact = multiview_loss(p.double(), z.double(), form, reduction="none", backend="eager")
+        ours = multiview_loss(p, z, form, reduction="none", backend=backend)
+        # The cosine's own rounding is common to both formulas and not what is compared here.
+        rounding = (2 * kappa * 1e-7) * torch.ones_like(exact)
+        worst = max(worst, ((ours - exact).abs() - rounding).clamp(min=0).max().item())
+        worst_textbook = max(worst_textbook, (textbook(p, z, form) - exact).abs().max().item())
+    assert worst <= worst_textbook / 10
+
+
+@pytest.mark.parametrize("backend", ["eager", *FUSED])
+@pytest.mark.parametrize("form", [LossForm("power_spherical", 3.0, 0.5), COSINE], ids=str)
+@pytest.mark.parametrize("dim", [2, 5, 40])
+def test_gradcheck(backend: str, form: LossForm, dim: int) -> None:
+    p, z = draw(form, 3, 2, 2, dim, raw=1.0)
+
+    def loss(x: Tensor) -> Tensor:
+        return multiview_loss(x, z, form, reduction="none", backend=backend)
+
+    assert torch.autograd.gradcheck(loss, p.requires_grad_())
+    if backend == "eager":
+        assert torch.autograd.gradgradcheck(loss, p)
+    else:
+        with pytest.raises(RuntimeError, match="cannot be differentiated twice; use backend='eager'"):
+            torch.autograd.grad(loss(p).sum(), p, create_graph=True)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@settings(max_examples=25, deadline=None)
+@given(
+    views=st.integers(2, 6), batch=st.integers(1, 7), dim=st.integers(2, 70), cosine=st.booleans(),
+    double=st.booleans(), padding=st.integers(0, 5), seed=st.integers(0, 99), data=st.data(),
+)  # fmt: skip
+def test_any_shape_and_stride(
+    backend: str,
+    views: int,
+    batch: int,
+    dim: int,
+    cosine: bool,
+    double: bool,
+    padding: int,
+    seed: int,
+    data: st.DataObject,
+) -> None:
+    """Padded rows, transposed views and per-sample gradients from outside give what contiguous float64 eager gives."""
+    form = COSINE if cosine else POWER_SPHERICAL
+    targets = data.draw(st.integers(1, views))
+    dtype = torch.float64 if double else torch.float32
+    p, z = (x.to(dtype) for x in draw(form, views, targets, batch, dim, seed=seed))
+    wide = torch.full((batch, views, p.shape[-1] + padding), float("nan"), dtype=dtype)
+    wide[..., : p.shape[-1]] = p.transpose(0, 1)
+    strided = wide[..., : p.shape[-1]].transpose(0, 1)
+    weights = torch.rand(batch, generator=torch.Generator().manual_seed(seed)) - 0.5
+    loss, gradient = loss_and_gradient(p.double(), z.double(), form, "eager", weights)
+    leaf = strided.detach().requires_grad_()
+    ours = multiview_loss(leaf, z, form, reduction="none", backend=backend)
+    ours.backward(weights.to(ours.dtype))
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(ours.detach().double(), loss, rtol=200 * eps, atol=200 * eps)
+    torch.testing.assert_close(leaf.grad.double(), gradient, rtol=1e4 * eps, atol=1e3 * eps)
+
+
+@pytest.mark.parametrize("backend", ["eager", *FUSED])
+@pytest.mark.parametrize("form", [POWER_SPHERICAL, COSINE], ids=str)
+def test_extremes(backend: str, form: LossForm) -> None:
+    """Antipodes, zero vectors, huge and vanishing concentrations are finite; NaN and infinity stay in their sample."""
+    p, z = (x.float() for x in draw(form, 2, 2, 7, 20))
+    p[0, 0, :20] = -z[1, 0]
+    p[:, 1, :20] = 0
+    z[:, 2] = 0
+    p[0, 3, 4] = float("nan")
+    z[1, 4, 0] = float("inf")
+    if form.distribution == "power_spherical":
+        p[:, 0, 20] = 1e6
+        p[:, 1, 20] = -1e6
+    leaf = p.clone().requires_grad_()
+    loss = multiview_loss(leaf, z, form, reduction="none", backend=backend)
+    loss[[0, 1, 2, 5, 6]].sum().backward()
+    assert loss.isnan().tolist() == [False, False, False, True, True, False, False]
+    assert torch.isfinite(loss[[0, 1, 2, 5, 6]]).all()
+    assert leaf.grad is not None
+    finite = leaf.grad[:, [0, 1, 2, 5, 6]]
+    assert torch.isfinite(finite).all()
+    assert (leaf.grad[:, 1, :20] == 0).all(), "a zero vector has no direction to turn"
+    if form.distribution == "cosine":
+        assert loss[1] == 0
+
+
+@pytest.mark.parametrize("backend", ["eager", *FUSED])
+def test_targets_are_constants_and_no_grad_saves_nothing(backend: str) -> None:
+    p, z = draw(POWER_SPHERICAL, 2, 2, 3, 8)
+    z.requires_grad_()
+    power_spherical_loss(p.requires_grad_(), z, backend=backend).backward()
+    assert z.grad is None
+    with torch.no_grad():
+        assert power_spherical_loss(p, z, backend=backend).grad_fn is None
+    assert not power_spherical_loss(p.detach(), z, backend=backend).requires_grad
+
+
+@pytest.mark.parametrize("backend", ["eager", *FUSED])
+def test_backward_twice_with_retain_graph(backend: str) -> None:
+    p, z = draw(POWER_SPHERICAL, 2, 2, 3, 8)
+    loss = power_spherical_loss(p.requires_grad_(), z, backend=backend)
+    (first,) = torch.autograd.grad(loss, p, retain_graph=True)
+    (second,) = torch.autograd.grad(3 * loss, p)
+    torch.testing.assert_close(second, 3 * first)
+
+
+@pytest.mark.parametrize("backend", ["eager", *FUSED])
+def test_empty_batch(backend: str) -> None:
+    p, z = torch.empty(2, 0, 9, requires_grad=True), torch.empty(2, 0, 8)
+    loss = power_spherical_loss(p, z, reduction="none", backend=backend)
+    assert loss.shape == (0,)
+    loss.sum().backward()
+    assert p.grad is not None
+    assert p.grad.shape == p.shape
+    with pytest.raises(InputError, match="empty batch"):
+        power_spherical_loss(p, z, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["eager", *FUSED])
+def test_sequence_of_views_and_autocast(backend: str) -> None:
+    """A list of per-view tensors is the same loss, and autocast must not lower the arithmetic to bfloat16."""
+    p, z = (x.float() for x in draw(POWER_SPHERICAL, 3, 2, 4, 64))
+    expected = power_spherical_loss(p, z, backend=backend)
+    assert torch.equal(power_spherical_loss(list(p), tuple(z), backend=backend), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(power_spherical_loss(p, z, backend=backend), expected)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_compiled_code_may_contain_the_fused_loss(backend: str) -> None:
+    p, z = (x.float() for x in draw(POWER_SPHERICAL, 2, 2, 4, 8))
+
+    def loss(x: Tensor) -> Tensor:
+        return power_spherical_loss(2 * x, z, backend=backend)
+
+    compiled = torch.compile(loss, backend="eager")
+    torch.testing.assert_close(compiled(p), loss(p))
+
+
+def test_auto_takes_the_fastest_that_is_here() -> None:
+    assert choose_backend("auto", torch.device("cpu")) == ("eager" if why_unavailable("cpu", "cpu") else "cpu")
+    assert choose_backend("auto", torch.device("meta")) == "eager"
+
+
+def ok() -> tuple[Tensor, Tensor]:
+    return torch.zeros(2, 3, 9), torch.zeros(2, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p, z: (p[..., :8], z), "last dimension 8 must be targets' 8 \\+ 1"),
+        (lambda p, z: (p, z[:, :2]), "targets: batch of 2 must be predictions' 3"),
+        (lambda p, z: (p[:1], z[:1]), "1 views given, 2 to 16"),
+        (lambda p, z: (p.repeat(9, 1, 1), z), "18 views given"),
+        (lambda p, z: (p, z.repeat(2, 1, 1)), "targets: 4 views given, 1 to predictions' 2"),
+        (lambda p, z: (p[0], z), "must be \\(views, batch, features\\)"),
+        (lambda p, z: (p[..., :2], z[..., :1]), "last dimension 1 must be at least 2"),
+        (lambda p, z: (p, z.to("meta")), "targets: on meta"),
+        (lambda p, z: ([p[0], p[1, :2]], z), "view 1 has \\(2, 9\\)"),
+        (lambda p, z: ([], z), "empty"),
+    ],
+)
+def test_wrong_shapes_are_named(change, message: str) -> None:  # noqa: ANN001
+    with pytest.raises(InputError, match=message):
+        power_spherical_loss(*change(*ok()))
+
+
+def test_wrong_types_and_options_are_named() -> None:
+    p, z = ok()
+    with pytest.raises(TypeError, match=r"predictions: dtype torch\.int64"):
+        power_spherical_loss(p.long(), z)
+    with pytest.raises(TypeError, match="must be a tensor or a sequence"):
+        power_spherical_loss("views", z)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="reduction: 'sum'"):
+        power_spherical_loss(p, z, reduction="sum")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="backend: 'fast' is none of auto, eager"):
+        power_spherical_loss(p, z, backend="fast")
+    with pytest.raises(BackendUnavailableError, match="'cuda' cannot run on cpu: it takes CUDA tensors"):
+        power_spherical_loss(p, z, backend="cuda")
+    for scale in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match="concentration_scale"):
+            power_spherical_loss(p, z, concentration_scale=scale)
+    with pytest.raises(InputError, match="concentration_min"):
+        power_spherical_loss(p, z, concentration_min=-0.1)
+    with pytest.raises(InputError, match="last dimension 9 must be targets' 8$"):
+        cosine_loss(p, z)
+
+
+def test_loss_form_is_a_value() -> None:
+    assert pickle.loads(pickle.dumps(POWER_SPHERICAL)) == POWER_SPHERICAL
+    p, z = draw(POWER_SPHERICAL, 2, 1, 3, 8)
+    assert eager_loss(p, z, POWER_SPHERICAL).shape == (3,)

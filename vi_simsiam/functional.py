@@ -1,0 +1,92 @@
+"""The losses and the density as functions. Shapes: V views, of which the first G are targets too; B samples; D dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from vi_simsiam.distributions import PowerSpherical
+from vi_simsiam.ops.multiview_loss import LossForm, Reduction, multiview_loss
+
+
+def power_spherical_loss(
+    predictions: Tensor | Sequence[Tensor],
+    targets: Tensor | Sequence[Tensor],
+    *,
+    reduction: Reduction = "mean",
+    backend: str = "auto",
+    concentration_scale: float = 1.0,
+    concentration_min: float = 0.0,
+) -> Tensor:
+    """VI-SimSiam's loss: minus the Power Spherical log-density of the targets, relative to the uniform density, in nats.
+
+    For every sample twice the mean over the ordered pairs v != g of -[log PS(z_g; mu_v, kappa_v) - log uniform], with
+    kappa = concentration_scale * softplus(raw) + concentration_min; mu and z are normalised inside. A loss of 0 is
+    no better than the uniform distribution. It differs from Nakamura et al. (arXiv 2203.11437, Algorithm 1) by a
+    constant of D and has the same gradient. 1 + cos is clamped from below at 1e-6; a zero vector has cosine 0 and no
+    gradient; NaN or infinity in a sample makes that sample's loss NaN.
+
+    Args:
+        predictions: (V, B, D + 1), or a sequence of V tensors (B, D + 1), with any strides; last column the raw
+            concentration. 2 <= V <= 16. float16, bfloat16, float32 or float64.
+        targets: (G, B, D), or a sequence of G tensors (B, D), 1 <= G <= V. Detached: they never receive a gradient.
+        reduction: "mean" over the batch, or "none".
+        backend: "auto" (the fastest here), "eager", "triton", "cuda" or "cpu".
+        concentration_scale: factor on softplus(raw), positive; D - 1 keeps raw near 0 in training.
+        concentration_min: lower bound of kappa, at least 0.
+
+    Returns:
+        A scalar, or (B,) for reduction "none"; float32, or float64 where an input is float64.
+
+    Raises:
+        InputError: shapes, devices or options that do not fit, or the mean of an empty batch.
+        TypeError: an input that is no tensor of an accepted dtype.
+        BackendUnavailableError: a backend named explicitly that cannot run here.
+    """
+    form = LossForm("power_spherical", concentration_scale, concentration_min)
+    return multiview_loss(predictions, targets, form, reduction=reduction, backend=backend)
+
+
+def cosine_loss(
+    predictions: Tensor | Sequence[Tensor],
+    targets: Tensor | Sequence[Tensor],
+    *,
+    reduction: Reduction = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """SimSiam's loss: twice the mean over the ordered pairs v != g of -cos(p_v, z_g) (Chen and He, arXiv 2011.10566, eq. 1).
+
+    Two views give -cos(p_1, z_2) - cos(p_2, z_1), twice the loss of the official SimSiam code.
+
+    Args:
+        predictions: (V, B, D), or a sequence of V tensors (B, D); otherwise as in `power_spherical_loss`.
+        targets: (G, B, D), or a sequence of G tensors (B, D). Detached.
+        reduction: "mean" over the batch, or "none".
+        backend: "auto", "eager", "triton", "cuda" or "cpu".
+
+    Returns:
+        A scalar, or (B,) for reduction "none"; float32, or float64 where an input is float64.
+
+    Raises:
+        InputError, TypeError, BackendUnavailableError: as `power_spherical_loss`.
+    """
+    return multiview_loss(predictions, targets, LossForm("cosine"), reduction=reduction, backend=backend)
+
+
+def power_spherical_log_prob(value: Tensor, loc: Tensor, concentration: Tensor) -> Tensor:
+    """Log-density of the Power Spherical distribution at `value`, in nats (De Cao and Aziz, arXiv 2006.04437, eq. 8).
+
+    Args:
+        value: (..., D) unit vectors.
+        loc: (*batch, D) unit vectors, the mean direction mu.
+        concentration: (*batch), kappa >= 0.
+
+    Returns:
+        The log-density, of the shape that value's leading dimensions broadcast to with `batch`.
+
+    Raises:
+        ValueError: vectors that are not of unit length, a negative concentration, shapes that do not fit.
+    """
+    log_prob: Tensor = PowerSpherical(loc, concentration).log_prob(value)
+    return log_prob

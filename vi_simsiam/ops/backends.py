@@ -1,0 +1,90 @@
+"""Which implementations of an operation can run here, and why the others cannot."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+
+from vi_simsiam.errors import BackendUnavailableError, InputError
+
+BACKENDS = ("eager", "triton", "cuda", "cpu")
+"""Every backend computes the same function; `eager` is the reference in plain PyTorch."""
+
+_PREFERENCE = {"cuda": ("triton", "cuda", "eager"), "cpu": ("cpu", "eager")}
+
+
+@torch.compiler.disable
+def choose_backend(name: str, device: torch.device) -> str:
+    """The backend to use for tensors on `device`.
+
+    Args:
+        name: one of `BACKENDS`, or "auto" for the fastest that is available for the device.
+        device: where the tensors are.
+
+    Raises:
+        InputError: `name` is no backend.
+        BackendUnavailableError: the backend was named explicitly and cannot run on this device.
+    """
+    if name == "auto":
+        candidates = _PREFERENCE.get(device.type, ("eager",))
+        return next(candidate for candidate in candidates if why_unavailable(candidate, device.type) is None)
+    if name not in BACKENDS:
+        raise InputError(f"backend: {name!r} is none of auto, {', '.join(BACKENDS)}")
+    reason = why_unavailable(name, device.type)
+    if reason is not None:
+        raise BackendUnavailableError(f"backend: {name!r} cannot run on {device}: {reason}")
+    return name
+
+
+def why_unavailable(name: str, device_type: str) -> str | None:
+    """The reason why backend `name` cannot run on tensors of `device_type`, or None where it can."""
+    return _CHECKS[name](device_type)
+
+
+@functools.cache
+def extension() -> ModuleType | None:
+    """The compiled extension `vi_simsiam._C`, or None where the package was installed without it."""
+    try:
+        return importlib.import_module("vi_simsiam._C")
+    except ImportError:
+        return None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _check_triton(device_type: str) -> str | None:
+    if device_type == "cuda" or interpreting():
+        return None if importlib.util.find_spec("triton") else "Triton is not installed"
+    return f"it takes CUDA tensors (or CPU tensors under TRITON_INTERPRET=1), not {device_type}"
+
+
+def _check_cpu(device_type: str) -> str | None:
+    if device_type != "cpu":
+        return f"it takes CPU tensors, not {device_type}"
+    return None if extension() is not None else _NO_EXTENSION
+
+
+def _check_cuda(device_type: str) -> str | None:
+    if device_type != "cuda":
+        return f"it takes CUDA tensors, not {device_type}"
+    module = extension()
+    if module is None:
+        return _NO_EXTENSION
+    return None if hasattr(module, "multiview_loss_cuda") else "the extension was built without nvcc"
+
+
+_NO_EXTENSION = "the C++ extension was not built (install with a C++ compiler at hand)"
+_CHECKS: dict[str, Callable[[str], str | None]] = {
+    "eager": lambda device_type: None,
+    "triton": _check_triton,
+    "cuda": _check_cuda,
+    "cpu": _check_cpu,
+}
