@@ -1,0 +1,297 @@
+"""Data sets by name: the embedded one, folders, and published ones without touching the network."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.util
+import pickle
+import time
+import urllib.error
+from importlib import resources
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+from vi_simsiam.data import datasets
+from vi_simsiam.data.datasets import open_dataset
+from vi_simsiam.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+PIXELS = {
+    "train": "dcda5d31d243feac2ab8288403fb2d43b54ca240d7c12197455f1e39d833ad86",
+    "val": "96315b1732ab731e68b8def3c284f34b605f7deb7a61e683c7d786265c827c83",
+}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a test reached for the network")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.setattr("socket.socket.connect", refuse)
+
+
+def images(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 3), (len(name), 0, 0)).save(folder / name)
+
+
+def test_fashion_mini_is_the_official_subset() -> None:
+    started = time.process_time()
+    splits = open_dataset("fashion-mini")
+    assert time.process_time() - started < 0.5
+    assert splits.val is not None
+    for source, name, per_class in ((splits.train, "train", 800), (splits.val, "val", 200)):
+        assert isinstance(source, datasets.ArraySource)
+        assert source.images.shape == (10 * per_class, 28, 28)
+        assert hashlib.sha256(source.images.tobytes()).hexdigest() == PIXELS[name]
+        assert source.labels is not None
+        assert np.bincount(source.labels).tolist() == [per_class] * 10
+        assert source.describe(17) == f"fashion-mini/{name}/17"
+        assert source.image(0).mode == "RGB"
+    assert splits.train.classes is not None
+    assert splits.train.classes[9] == "Ankle boot"
+    assert splits.train.labels is not None
+    assert splits.train.labels[:4].tolist() == [9, 0, 0, 3]
+
+
+def test_fashion_mini_is_small_and_carries_its_licence() -> None:
+    assets = ROOT / "vi_simsiam" / "assets"
+    assert (assets / "fashion_mini.npz").stat().st_size < 5_000_000
+    licence = (resources.files("vi_simsiam") / "assets" / "FASHION_MNIST_LICENSE").read_text()
+    assert "Copyright (c) 2017 Zalando SE, https://tech.zalando.com" in licence
+
+
+@pytest.fixture(scope="module")
+def maker() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_fashion_mini", ROOT / "scripts" / "make_fashion_mini.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_maker_chooses_the_first_of_each_class(maker: ModuleType) -> None:
+    assert maker.first_of_each_class(np.array([1, 0, 1, 1, 0, 0], np.uint8), 2).tolist() == [0, 1, 2, 4]
+
+
+def test_maker_checks_contents_not_packing(maker: ModuleType, tmp_path: Path) -> None:
+    content = bytes([0, 0, 8, 3]) + np.array([2, 3, 4], ">u4").tobytes() + bytes(range(24))
+    digest = hashlib.sha256(content).hexdigest()
+    for level in (1, 9):
+        (tmp_path / "a.gz").write_bytes(gzip.compress(content, level))
+        expected = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+        np.testing.assert_array_equal(maker.read_idx(tmp_path / "a.gz", digest), expected)
+    (tmp_path / "a.gz").write_bytes(gzip.compress(content[:-1] + b"x"))
+    with pytest.raises(ValueError, match="the official file has"):
+        maker.read_idx(tmp_path / "a.gz", digest)
+
+
+def test_maker_writes_the_same_bytes_at_any_time(maker: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:
+    arrays = {"train_images": np.arange(12, dtype=np.uint8).reshape(3, 2, 2), "train_labels": np.zeros(3, np.uint8)}
+    maker.write_npz(tmp_path / "now.npz", arrays)
+    monkeypatch.setattr(time, "time", lambda: 2e9)
+    maker.write_npz(tmp_path / "later.npz", arrays)
+    assert (tmp_path / "now.npz").read_bytes() == (tmp_path / "later.npz").read_bytes()
+    with np.load(tmp_path / "now.npz") as stored:
+        np.testing.assert_array_equal(stored["train_images"], arrays["train_images"])
+
+
+@pytest.mark.parametrize("spec", ["mnist", "", "folder:", "Imagenette", "folder"])
+def test_unknown_names_list_the_accepted(spec: str) -> None:
+    with pytest.raises(
+        InputError, match=f"'{spec}' must be fashion-mini, folder:PATH, cifar10, imagenette or imagewoof"
+    ):
+        open_dataset(spec)
+
+
+def test_folder_with_classes(tmp_path: Path) -> None:
+    images(tmp_path, "train/b/2.png", "train/b/deep/1.JPEG", "train/a/3.jpg", "val/a/1.png", "val/b/1.png", "stray.png")
+    (tmp_path / "train" / "notes.txt").write_text("")
+    (tmp_path / "train" / ".hidden").mkdir()
+    splits = open_dataset(f"folder:{tmp_path}")
+    assert splits.name == f"folder:{tmp_path}"
+    assert splits.train.classes == ("a", "b")
+    assert splits.train.labels is not None
+    assert splits.train.labels.tolist() == [0, 1, 1]
+    assert [Path(splits.train.describe(i)).name for i in range(3)] == ["3.jpg", "2.png", "1.JPEG"]
+    assert splits.val is not None
+    assert splits.val.labels is not None
+    assert splits.val.labels.tolist() == [0, 1]
+    assert splits.train.image(0).size == (4, 3)
+
+
+def test_folder_without_val(tmp_path: Path) -> None:
+    images(tmp_path, "train/a/1.png", "train/n02086240/1.png")
+    splits = open_dataset(f"folder:{tmp_path}")
+    assert splits.val is None
+    assert splits.train.classes == ("a", "Shih-Tzu")
+
+
+@pytest.mark.parametrize("names", [("1.png", "2.png"), ("x/1.png", "x/y/2.JPG"), ("train/1.png", "train/2.png")])
+def test_folder_without_classes(tmp_path: Path, names: tuple[str, str]) -> None:
+    images(tmp_path, *names)
+    splits = open_dataset(f"folder:{tmp_path}")
+    assert [splits.train.describe(i) for i in range(2)] == [str(tmp_path / name) for name in names]
+    assert splits.train.labels is None
+    assert splits.val is None
+
+
+def test_folder_mistakes_are_named(tmp_path: Path) -> None:
+    def message(path: Path) -> str:
+        with pytest.raises(InputError) as caught:
+            open_dataset(f"folder:{path}")
+        return str(caught.value)
+
+    assert message(tmp_path / "none") == f"{tmp_path / 'none'}: no such folder; folder:PATH needs a folder of images"
+    (tmp_path / "file").write_text("")
+    assert "is not a folder" in message(tmp_path / "file")
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    assert "holds no image; accepted are files ending in .jpg, .jpeg, .png" in message(tmp_path / "empty")
+    images(tmp_path / "split", "train/a/1.png", "train/b/1.png", "val/a/1.png", "val/c/1.png")
+    assert message(tmp_path / "split").endswith("only in train/: b; only in val/: c")
+    images(tmp_path / "mixed", "train/a/1.png", "train/1.png")
+    assert "both images and class folders" in message(tmp_path / "mixed")
+    images(tmp_path / "flatval", "train/a/1.png", "val/1.png")
+    assert "holds no class folders" in message(tmp_path / "flatval")
+
+
+def test_folder_that_links_to_itself(tmp_path: Path) -> None:
+    images(tmp_path, "train/a/1.png")
+    (tmp_path / "train" / "a" / "again").symlink_to(tmp_path / "train", target_is_directory=True)
+    assert len(open_dataset(f"folder:{tmp_path}").train) == 1
+
+
+@pytest.fixture
+def small_imagenette(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let copies of 2 + 1 images count as complete."""
+    for name, entry in list(datasets._PUBLISHED.items()):
+        small = datasets._Published(entry.folders, 2, 1, entry.url, entry.md5)
+        monkeypatch.setitem(datasets._PUBLISHED, name, small)
+
+
+def unpack(folder: Path) -> None:
+    images(folder, "train/n01440764/1.JPEG", "train/n01440764/2.JPEG", "val/n01440764/1.JPEG")
+
+
+@pytest.mark.usefixtures("small_imagenette")
+@pytest.mark.parametrize("folder", ["imagenette2-320", "imagenette2-160", "imagenette2", "imagenette"])
+def test_unpacked_copies_are_recognised(tmp_path: Path, folder: str) -> None:
+    unpack(tmp_path / folder)
+    splits = open_dataset("imagenette", root=tmp_path)
+    assert splits.name == "imagenette"
+    assert splits.train.classes == ("tench",)
+    assert splits.val is not None
+    assert splits.val.describe(0).startswith(str(tmp_path / folder / "val"))
+
+
+def test_incomplete_copies_are_refused(tmp_path: Path) -> None:
+    unpack(tmp_path / "imagewoof2-320")
+    with pytest.raises(InputError, match=r"holds 2 \+ 1 images .* imagewoof has 9,025 \+ 3,929"):
+        open_dataset("imagewoof", root=tmp_path)
+
+
+def test_missing_copies_without_download(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"looked for .*imagenette2-320, .*downloading is off"):
+        open_dataset("imagenette", root=tmp_path, download=False)
+    with pytest.raises(
+        InputError, match=r"no complete copy in .*cifar-10-batches-py or .*cifar10, and downloading is off"
+    ):
+        open_dataset("cifar10", root=tmp_path, download=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("small_imagenette")
+def test_download_is_checksummed_and_moved_when_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def fake(url: str, download_root: str, *, extract_root: str, md5: str, remove_finished: bool) -> None:
+        calls.append((url, download_root, md5))
+        unpack(Path(extract_root) / "imagewoof2-320")
+        assert not (tmp_path / "new" / "imagewoof2-320").exists()
+
+    monkeypatch.setattr(datasets, "download_and_extract_archive", fake)
+    for _ in range(2):
+        assert len(open_dataset("imagewoof", root=tmp_path / "new").train) == 2
+    url = "https://s3.amazonaws.com/fast-ai-imageclas/imagewoof2-320.tgz"
+    assert calls == [(url, str(tmp_path / "new"), "0f46d997ec2264e97609196c95897a44")]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["imagewoof2-320"]
+
+
+@pytest.mark.parametrize(
+    "error", [urllib.error.URLError("no route"), RuntimeError("File not found or corrupted."), EOFError("cut short")]
+)
+def test_failed_download_says_where_a_copy_may_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(url: str, root: str, *, extract_root: str, **_: Any) -> None:
+        images(Path(extract_root), "imagenette2-320/train/n01440764/1.JPEG")
+        raise error
+
+    monkeypatch.setattr(datasets, "download_and_extract_archive", fail)
+    with pytest.raises(InputError) as caught:
+        open_dataset("imagenette", root=tmp_path)
+    text = str(caught.value)
+    assert str(error) in text
+    assert f"recognised as {tmp_path / 'imagenette2-320'}" in text
+    assert "\n" not in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_partial_archive_is_not_taken_for_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "imagenette2-320.tgz").write_bytes(b"first part")
+    fetched = []
+    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, max_hops: url)
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", lambda url, path: fetched.append(url))
+    with pytest.raises(InputError, match="corrupted"):
+        open_dataset("imagenette", root=tmp_path)
+    assert len(fetched) == 1
+
+
+def fake_cifar(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write CIFAR-10 batches of two images each, and make their checksums the official ones."""
+    folder = root / CIFAR10.base_folder
+    folder.mkdir(parents=True)
+    listed = []
+    for number, (name, _) in enumerate(CIFAR10.train_list + CIFAR10.test_list):
+        content = pickle.dumps({"data": np.full((2, 3072), number, np.uint8), "labels": [number, 0]})
+        (folder / name).write_bytes(content)
+        listed.append([name, hashlib.md5(content).hexdigest()])
+    meta = pickle.dumps({"label_names": [f"class{i}" for i in range(10)]})
+    (folder / "batches.meta").write_bytes(meta)
+    monkeypatch.setattr(CIFAR10, "train_list", listed[:5])
+    monkeypatch.setattr(CIFAR10, "test_list", listed[5:])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": hashlib.md5(meta).hexdigest()})
+
+
+def test_cifar10_original_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cifar(tmp_path, monkeypatch)
+    images(tmp_path / "cifar10", "train/cat/1.jpg")
+    splits = open_dataset("cifar10", root=tmp_path)
+    assert splits.train.labels is not None
+    assert splits.train.labels.tolist() == [0, 0, 1, 0, 2, 0, 3, 0, 4, 0]
+    assert splits.val is not None
+    assert np.asarray(splits.val.image(0)).shape == (32, 32, 3)
+    assert np.asarray(splits.val.image(0)).max() == 5
+    assert splits.val.describe(1) == "cifar10/val/1"
+    (tmp_path / CIFAR10.base_folder / "data_batch_3").write_bytes(b"cut")
+    with pytest.raises(InputError, match=r"no complete copy in .*downloading is off"):
+        open_dataset("cifar10", root=tmp_path, download=False)
+
+
+@pytest.mark.usefixtures("small_imagenette")
+def test_cifar10_class_folders(tmp_path: Path) -> None:
+    images(tmp_path / "cifar10", "train/cat/1.jpg", "train/dog/1.jpg", "val/cat/1.jpg")
+    with pytest.raises(InputError, match="only in train/: dog"):
+        open_dataset("cifar10", root=tmp_path)
+    (tmp_path / "cifar10" / "train" / "dog" / "1.jpg").rename(tmp_path / "cifar10" / "train" / "cat" / "2.jpg")
+    assert open_dataset("cifar10", root=tmp_path).train.classes == ("cat",)

@@ -1,0 +1,177 @@
+"""Sources give 8-bit RGB for every way an image can be stored, and name the files that they cannot read."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vi_simsiam.data.sources import ArraySource, FileSource, Unreadable, find_images, scan, to_rgb
+from vi_simsiam.errors import InputError
+
+GRAY = np.array([[0, 50], [128, 255]], dtype=np.uint8)
+COLOUR = np.stack([GRAY, GRAY[::-1], GRAY.T], axis=2)
+
+
+def save(path: Path, size: tuple[int, int] = (6, 5), colour: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(colour).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    return path
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> dict[str, Path]:
+    files = {name: tmp_path / f"{name}.jpg" for name in ("truncated", "empty", "text", "missing")}
+    whole = save(tmp_path / "whole.jpg", (40, 40)).read_bytes()
+    files["truncated"].write_bytes(whole[: len(whole) // 2])
+    files["empty"].write_bytes(b"")
+    files["text"].write_text("not an image")
+    return files
+
+
+def test_array_source_gives_the_stored_pixels() -> None:
+    source = ArraySource(np.stack([GRAY, GRAY // 2]), np.array([1, 0]), ("a", "b"), name="set/train")
+    assert len(source) == 2
+    assert source.image(1).mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(source.image(0)), np.repeat(GRAY[:, :, None], 3, axis=2))
+    assert source.describe(1) == "set/train/1"
+    assert source.labels is not None
+    assert source.labels.dtype == np.int64
+    coloured = ArraySource(COLOUR[None])
+    np.testing.assert_array_equal(np.asarray(coloured.image(0)), COLOUR)
+    assert coloured.labels is None
+    assert coloured.classes is None
+
+
+def test_sources_refuse_what_does_not_fit() -> None:
+    images = np.zeros((3, 4, 4), np.uint8)
+    with pytest.raises(TypeError, match="float32 must be uint8"):
+        ArraySource(images.astype(np.float32))
+    with pytest.raises(InputError, match=r"shape \(3, 4, 4, 2\)"):
+        ArraySource(np.zeros((3, 4, 4, 2), np.uint8))
+    with pytest.raises(InputError, match=r"labels: shape \(2,\) must be \(3,\)"):
+        ArraySource(images, np.array([0, 1]), ("a", "b"))
+    with pytest.raises(InputError, match=r"values must lie in \[0, 2\)"):
+        ArraySource(images, np.array([0, 1, 2]), ("a", "b"))
+    with pytest.raises(InputError, match="both or neither"):
+        FileSource(["a.png"], np.array([0]))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV"])
+def test_every_eight_bit_mode_keeps_its_colours(mode: str) -> None:
+    flat = Image.new("RGB", (4, 4), (250, 250, 250))
+    image = flat.convert("L").convert(mode) if mode in ("1", "LA", "PA") else flat.convert(mode)
+    converted = to_rgb(image)
+    assert converted.mode == "RGB"
+    assert np.abs(np.asarray(converted).astype(int) - 250).max() <= 6
+
+
+@pytest.mark.filterwarnings("error")
+def test_palette_with_transparency_keeps_its_colours(tmp_path: Path) -> None:
+    palette = Image.fromarray(COLOUR).quantize(4)
+    palette.save(tmp_path / "a.png", transparency=b"\x00\x80\xff\xff")
+    with Image.open(tmp_path / "a.png") as stored:
+        assert stored.mode == "P"
+    np.testing.assert_array_equal(np.asarray(FileSource([tmp_path / "a.png"]).image(0)), palette.convert("RGB"))
+
+
+@pytest.mark.parametrize(("suffix", "byte_order"), [("png", "<u2"), ("tif", "<u2"), ("tif", ">u2")])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path, suffix: str, byte_order: str) -> None:
+    path = tmp_path / f"deep.{suffix}"
+    Image.fromarray((GRAY.astype(np.uint16) * 257).astype(byte_order)).save(path)
+    expected = np.repeat(GRAY[:, :, None], 3, axis=2)
+    np.testing.assert_array_equal(np.asarray(FileSource([path]).image(0)), expected)
+
+
+def test_wide_integers_and_floats_are_scaled() -> None:
+    wide = to_rgb(Image.fromarray(np.array([[-5, 0, 257, 128 * 257, 65535, 10**6]], dtype=np.int32)))
+    assert np.asarray(wide)[0, :, 0].tolist() == [0, 0, 1, 128, 255, 255]
+    floats = to_rgb(Image.fromarray(np.array([[-1.0, 0.0, 1.0, np.nan, np.inf]], dtype=np.float32)))
+    assert np.asarray(floats)[0, :, 1].tolist() == [0, 128, 255, 0, 0]
+    constant = to_rgb(Image.fromarray(np.full((1, 2), 7.0, dtype=np.float32)))
+    assert np.asarray(constant).max() == 0
+
+
+def test_unreadable_files_are_named_with_a_reason(damaged: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    huge = save(damaged["text"].with_name("huge.png"), (64, 64))
+    good = save(damaged["text"].with_name("good.png"))
+    paths = [good, *damaged.values(), huge, good]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1600)
+    source, failures = FileSource(paths, np.arange(7) % 2, ("a", "b"), "set").readable(workers=2)
+    assert source.paths == (str(good), str(good))
+    assert source.labels is not None
+    assert source.labels.tolist() == [0, 0]
+    assert (source.classes, source.name) == (("a", "b"), "set")
+    reasons = {Path(failure.path).stem: failure.reason for failure in failures}
+    assert list(reasons) == ["truncated", "empty", "text", "missing", "huge"]
+    assert "truncated" in reasons["truncated"]
+    assert reasons["empty"] == "an empty file"
+    assert reasons["text"].startswith("not a JPEG")
+    assert reasons["missing"] == "No such file or directory"
+    assert "exceeds limit of" in reasons["huge"]
+
+
+def test_reading_a_damaged_file_names_it(damaged: dict[str, Path]) -> None:
+    for path in damaged.values():
+        with pytest.raises(InputError, match=rf"{path.name}: cannot be read as an image \(.+\)$"):
+            FileSource([path]).image(0)
+
+
+def test_files_are_not_given_to_decoders_that_run_programs(tmp_path: Path) -> None:
+    path = tmp_path / "script.jpg"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n")
+    with pytest.raises(InputError, match="not a JPEG"):
+        FileSource([path]).image(0)
+
+
+def test_scan_tolerates_one_percent(damaged: dict[str, Path]) -> None:
+    good = save(damaged["text"].with_name("good.png"))
+    cleaned, failures = scan(FileSource([damaged["text"]] + [good] * 99), workers=1)
+    assert len(cleaned) == 99
+    assert failures == [Unreadable(str(damaged["text"]), failures[0].reason)]
+    bad = [damaged["text"], damaged["empty"], damaged["missing"], damaged["truncated"]]
+    with pytest.raises(InputError, match=r"set: 4 of 100 images cannot be read.*text\.jpg.*empty\.jpg.*, \.\.\.$"):
+        scan(FileSource(bad + [good] * 96, name="set"))
+    arrays = ArraySource(np.zeros((1, 2, 2), np.uint8))
+    assert scan(arrays) == (arrays, [])
+
+
+def test_find_images_is_sorted_and_skips_what_is_hidden(tmp_path: Path) -> None:
+    for name in (
+        "b/2.PNG",
+        "b/1.jpeg",
+        "a.JPG",
+        ".hidden.png",
+        ".cache/x.png",
+        "b/._1.jpeg",
+        "c.txt.png",
+        "b/deep/0.tif",
+    ):
+        save(tmp_path / name).rename(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    found = [os.path.relpath(path, tmp_path) for path in find_images(tmp_path)]
+    assert found == ["a.JPG", "b/1.jpeg", "b/2.PNG", "b/deep/0.tif", "c.txt.png"]
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    save(tmp_path / "a" / "1.png")
+    (tmp_path / "a" / "up").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "b").symlink_to(tmp_path / "a", target_is_directory=True)
+    (tmp_path / "c.png").symlink_to(tmp_path / "a" / "1.png")
+    (tmp_path / "d.png").symlink_to(tmp_path / "nowhere")
+    found = [os.path.relpath(path, tmp_path) for path in find_images(tmp_path)]
+    assert found == ["a/1.png", "c.png", "d.png"]
+
+
+def test_sources_survive_pickling(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png")
+    for source in (FileSource([path], np.array([0]), ("x",)), ArraySource(COLOUR[None], np.array([0]), ("x",))):
+        twin = pickle.loads(pickle.dumps(source))
+        np.testing.assert_array_equal(np.asarray(twin.image(0)), np.asarray(source.image(0)))
+        assert (twin.classes, twin.name, twin.describe(0)) == (source.classes, source.name, source.describe(0))
