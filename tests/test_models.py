@@ -1,0 +1,120 @@
+"""The networks: shapes, the padded output, what is normalised by what, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from vi_simsiam import PowerSpherical, SimSiam, VISimSiam
+from vi_simsiam.config import LossConfig, ModelConfig, TrainConfig
+from vi_simsiam.errors import InputError
+from vi_simsiam.functional import cosine_loss, power_spherical_loss
+from vi_simsiam.models import PaddedLinear, build_backbone, build_model
+
+
+def small(kind: type[SimSiam], dim: int = 20) -> SimSiam:
+    torch.manual_seed(0)
+    return kind(nn.Flatten(), features=48, dim=dim, projector_hidden=24, predictor_hidden=8)
+
+
+def views(count: int = 2) -> list[torch.Tensor]:
+    return list(torch.randn(count, 6, 3, 4, 4, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize(("kind", "width"), [(SimSiam, 20), (VISimSiam, 21)])
+def test_predictions_and_targets(kind: type[SimSiam], width: int) -> None:
+    model = small(kind)
+    output = model(views(3))
+    assert [tuple(p.shape) for p in output.predictions] == [(6, width)] * 3
+    assert [tuple(t.shape) for t in output.targets] == [(6, 20)] * 2
+    assert all(p.stride() == (32, 1) for p in output.predictions), "rows start at multiples of 16 elements"
+    assert not any(t.requires_grad for t in output.targets)
+    loss = cosine_loss if kind is SimSiam else power_spherical_loss
+    options = {} if kind is SimSiam else {"concentration_scale": 19.0}
+    assert torch.equal(model.loss(output), loss(output.predictions, output.targets, **options))  # type: ignore[arg-type]
+
+
+def test_gradient_reaches_every_weight_except_the_padding() -> None:
+    model = small(VISimSiam)
+    model.loss(model(views())).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+    last = model.predictor[-1]
+    assert isinstance(last, PaddedLinear)
+    assert last.weight.grad is not None
+    assert (last.weight.grad[21:] == 0).all()
+    assert (last.weight.grad[:21].abs().sum(1) > 0).all()
+
+
+def test_padded_linear_is_linear() -> None:
+    layer = PaddedLinear(8, 21)
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight[:21], layer.bias[:21]))
+    assert layer.weight.shape == (32, 8)
+    assert PaddedLinear(8, 32).weight.shape == (32, 8)
+
+
+def test_every_view_is_normalised_by_its_own_statistics() -> None:
+    """A view's prediction does not depend on the other views, and BatchNorm counts one update a view."""
+    model = small(SimSiam)
+    first, second = views()
+    alone = model([first, first]).predictions[0]
+    together = model([first, 1000 * second]).predictions[0]
+    torch.testing.assert_close(alone, together)
+    counters = [m.num_batches_tracked.item() for m in model.modules() if isinstance(m, nn.BatchNorm1d)]
+    assert counters == [4] * len(counters)
+
+
+@pytest.mark.parametrize(("stem", "sides"), [("imagenet", (32, 8)), ("small", (32, 32))])
+def test_stems_of_a_torchvision_backbone(stem: str, sides: tuple[int, int]) -> None:
+    network, features = build_backbone("resnet18", stem=stem)  # type: ignore[arg-type]
+    assert features == 512
+    seen = []
+    network.layer1.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[-1]))
+    assert network(torch.randn(2, 3, sides[0], sides[0])).shape == (2, 512)
+    assert seen == [sides[1]]
+
+
+def test_residual_branches_start_at_zero_unless_asked() -> None:
+    assert (build_backbone("resnet18")[0].layer1[0].bn2.weight == 0).all()
+    assert (build_backbone("resnet18", zero_init_residual=False)[0].layer1[0].bn2.weight == 1).all()
+
+
+def test_concentration_and_distribution() -> None:
+    model = VISimSiam(nn.Flatten(), features=48, dim=20, projector_hidden=24, concentration_min=3.0).eval()
+    prediction = torch.zeros(4, 21)
+    torch.testing.assert_close(model.concentration(prediction), torch.full((4,), 19 * 0.6931472 + 3))
+    images = views()[0]
+    distribution = model.distribution(images)
+    assert isinstance(distribution, PowerSpherical)
+    raw = model.predictor(model.projector(model.backbone(images)))
+    torch.testing.assert_close(distribution.loc, F.normalize(raw[:, :20], dim=1))
+    torch.testing.assert_close(distribution.concentration, 19 * F.softplus(raw[:, 20]) + 3)
+    literal = VISimSiam(nn.Flatten(), features=48, dim=20, concentration_scale=1.0)
+    torch.testing.assert_close(literal.concentration(prediction), torch.full((4,), 0.6931472))
+
+
+def test_build_model_follows_the_configuration() -> None:
+    config = TrainConfig(
+        model=ModelConfig(backbone="resnet34", stem="small", dim=40, projector_hidden=16, predictor_hidden=12),
+        loss=LossConfig(concentration_scale=2.0, concentration_min=0.5),
+    )
+    model = build_model(config)
+    assert isinstance(model, VISimSiam)
+    assert (model.form.scale, model.form.minimum, model.dim) == (2.0, 0.5, 40)
+    assert len(model.backbone.layer3) == 6
+    assert model.predictor[0].weight.shape == (12, 40)
+    assert model.projector[0].weight.shape == (16, 512)
+    assert type(build_model(TrainConfig(method="simsiam"))) is SimSiam
+
+
+def test_wrong_models_are_named() -> None:
+    with pytest.raises(InputError, match="backbone: 'vgg11' is none of .*resnet18"):
+        SimSiam("vgg11")
+    with pytest.raises(InputError, match="features: the width"):
+        SimSiam(nn.Flatten())
+    with pytest.raises(InputError, match="dim: 1"):
+        SimSiam(nn.Flatten(), features=4, dim=1)

@@ -1,0 +1,285 @@
+"""The trainer: that it learns, that a run can be interrupted anywhere, and that nothing on disk is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from vi_simsiam.config import AugmentConfig, LossConfig, ModelConfig, TrainConfig
+from vi_simsiam.engine.checkpoint import Checkpoint, write_atomically
+from vi_simsiam.engine.monitor import effective_rank, representation_statistics
+from vi_simsiam.engine.run import load_run, new_folder, resolve_device
+from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.errors import InputError, TrainingError
+from vi_simsiam.models import Output, SimSiam, VISimSiam
+
+QUIET = Console(quiet=True)
+
+
+def config(image_folder: Path, **changes: object) -> TrainConfig:
+    base = TrainConfig(
+        data=f"folder:{image_folder}",
+        epochs=2,
+        batch_size=8,
+        lr=0.02,
+        workers=0,
+        device="cpu",
+        log_every=2,
+        augment=AugmentConfig(size=16, blur_prob=0.0),
+        model=ModelConfig(dim=32, projector_hidden=32, predictor_hidden=16),
+    )
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+
+
+def train(config: TrainConfig, folder: Path, **options: bool) -> Trainer:
+    trainer = Trainer(config, folder, console=QUIET, **options)
+    trainer.fit()
+    return trainer
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return Checkpoint.load(folder / "checkpoint.pt", torch.device("cpu")).model
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("method", ["vi-simsiam", "simsiam"])
+def test_training_lowers_the_loss_and_writes_the_run(image_folder: Path, tmp_path: Path, method: str) -> None:
+    settings = config(image_folder, method=method, epochs=6)
+    trainer = train(settings, tmp_path / "run")
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == sorted({*range(2, 31, 2), *range(5, 31, 5)})
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[-1]["cosine"] > lines[0]["cosine"]
+    assert ("kappa" in lines[-1]) == (method == "vi-simsiam")
+    assert lines[-1]["lr"] == pytest.approx(trainer.learning_rate(29))
+    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+    run = load_run(tmp_path / "run", device="cpu")
+    assert run.config == settings
+    assert not run.model.training
+    assert same(run.model.state_dict(), trainer.model.state_dict())
+
+
+def test_the_same_configuration_gives_the_same_run(image_folder: Path, tmp_path: Path) -> None:
+    train(config(image_folder), tmp_path / "a")
+    train(config(image_folder, workers=1), tmp_path / "b")
+    train(config(image_folder, seed=1), tmp_path / "c")
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+def test_interrupted_anywhere_and_resumed_is_the_same_run(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 3 lies inside the first epoch: the views, the order, momentum and the learning rate must all go on."""
+    settings = config(image_folder)
+    train(settings, tmp_path / "whole")
+
+    trainer = Trainer(settings, tmp_path / "parts", console=QUIET)
+    step = trainer._train_step
+
+    def interrupt_at_3(views: list[torch.Tensor], wants_norm: bool) -> tuple[torch.Tensor, Output, torch.Tensor]:
+        if trainer.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(views, wants_norm)
+
+    monkeypatch.setattr(trainer, "_train_step", interrupt_at_3)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert trainer.step == 3
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert Checkpoint.load(tmp_path / "parts" / "checkpoint.pt", torch.device("cpu")).step == 3
+
+    train(settings, tmp_path / "parts", resume=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    whole, parts = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
+    assert [line["step"] for line in parts] == [line["step"] for line in whole]
+    assert parts[-1]["loss"] == whole[-1]["loss"]
+
+
+def test_resume_drops_metrics_written_after_the_checkpoint(image_folder: Path, tmp_path: Path) -> None:
+    """A run that was killed has lines that its checkpoint knows nothing of."""
+    train(config(image_folder), tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint.pt"
+    first = Checkpoint.load(path, torch.device("cpu"))
+    dataclasses.replace(first, step=5).save(path)
+    before = metrics(tmp_path / "run")
+    Trainer(config(image_folder), tmp_path / "run", resume=True, console=QUIET).fit()
+    after = metrics(tmp_path / "run")
+    assert [line["step"] for line in after] == [line["step"] for line in before]
+    assert after[:3] == before[:3]
+    assert after[3:] != before[3:]
+
+
+def test_not_a_number_stops_and_keeps_the_last_good_checkpoint(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(config(image_folder), tmp_path / "run", console=QUIET)
+    loss = trainer.model.loss
+
+    def broken(output: Output, backend: str = "auto") -> torch.Tensor:
+        return loss(output, backend) * (float("nan") if trainer.step == 6 else 1.0)
+
+    monkeypatch.setattr(trainer.model, "loss", broken)
+    with pytest.raises(
+        TrainingError, match=r"not finite at step 7 \(epoch 2\); the last good checkpoint is .*checkpoint.pt"
+    ):
+        trainer.fit()
+    kept = Checkpoint.load(tmp_path / "run" / "checkpoint.pt", torch.device("cpu"))
+    assert kept.step == 5
+    assert all(torch.isfinite(value).all() for value in kept.model.values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(image_folder: Path, tmp_path: Path) -> None:
+    trainer = Trainer(config(image_folder), tmp_path / "run", console=QUIET)
+    trainer.fit()
+    next(trainer.model.parameters()).data[0] = float("inf")
+    with pytest.raises(TrainingError, match="weights are not finite at step 10"):
+        trainer._save()
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run").values())
+
+
+def test_clipping_bounds_the_update(image_folder: Path, tmp_path: Path) -> None:
+    trainer = Trainer(config(image_folder, clip_norm=1e-3, weight_decay=0.0), tmp_path / "run", console=QUIET)
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    trainer.model.train()
+    batch = next(iter(trainer.loader.epoch(0)))
+    _, _, norm = trainer._train_step(batch.views, True)
+    moved = torch.stack(
+        [(new - old).square().sum() for new, old in zip(trainer.model.parameters(), before, strict=True)]
+    )
+    assert norm > 1e-3
+    assert moved.sum().sqrt().item() == pytest.approx(1e-3 * 0.02, rel=1e-3)
+
+
+def test_multicrop_trains(image_folder: Path, tmp_path: Path) -> None:
+    augment = AugmentConfig(size=16, local_views=2, local_size=8, blur_prob=0.0)
+    trainer = Trainer(config(image_folder, augment=augment), tmp_path / "run", console=QUIET)
+    batch = next(iter(trainer.loader.epoch(0)))
+    assert [tuple(view.shape) for view in batch.views] == [(8, 3, 16, 16)] * 2 + [(8, 3, 8, 8)] * 2
+    loss, output, _ = trainer._train_step(batch.views, True)
+    assert len(output.predictions) == 4
+    assert len(output.targets) == 2
+    assert torch.isfinite(loss)
+
+
+def test_learning_rate_warms_up_and_decays(image_folder: Path, tmp_path: Path) -> None:
+    trainer = Trainer(config(image_folder, epochs=10, warmup_epochs=2.0, lr=0.5), tmp_path / "run", console=QUIET)
+    rates = [trainer.learning_rate(step) for step in range(trainer.total_steps)]
+    assert rates[:10] == pytest.approx([0.05 * (i + 1) for i in range(10)])
+    assert rates[10] == pytest.approx(0.5)
+    assert rates[30] == pytest.approx(0.25)
+    assert 0 < rates[-1] < 0.002
+
+
+def test_folders_are_never_written_to_by_mistake(image_folder: Path, tmp_path: Path) -> None:
+    settings = config(image_folder, epochs=1)
+    train(settings, tmp_path / "run")
+    kept = weights(tmp_path / "run")
+    with pytest.raises(InputError, match="already holds a run; say --resume .* or --overwrite"):
+        Trainer(settings, tmp_path / "run")
+    with pytest.raises(InputError, match="lr: 0.02 -> 0.5; augment.size: 16 -> 24"):
+        changed = dataclasses.replace(settings, lr=0.5, augment=AugmentConfig(size=24, blur_prob=0.0))
+        Trainer(changed, tmp_path / "run", resume=True)
+    with pytest.raises(InputError, match="only one of them"):
+        Trainer(settings, tmp_path / "run", resume=True, overwrite=True)
+    with pytest.raises(InputError, match="batch_size: 999"):
+        Trainer(dataclasses.replace(settings, batch_size=999), tmp_path / "run", overwrite=True)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds other files"):
+        Trainer(settings, tmp_path / "notes", overwrite=True)
+    with pytest.raises(InputError, match="holds no checkpoint.pt"):
+        Trainer(settings, tmp_path / "nothing", resume=True)
+    assert same(weights(tmp_path / "run"), kept)
+    assert not (tmp_path / "nothing").exists()
+
+    (tmp_path / "run" / "mine.txt").write_text("mine")
+    train(dataclasses.replace(settings, seed=5), tmp_path / "run", overwrite=True)
+    assert not same(weights(tmp_path / "run"), kept)
+    assert (tmp_path / "run" / "mine.txt").read_text() == "mine"
+    assert new_folder(tmp_path, settings).name == f"{image_folder.name}-vi-simsiam-001"
+
+
+def test_damaged_runs_are_named(image_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no run"):
+        load_run(tmp_path)
+    train(config(image_folder, epochs=1), tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"checkpoint.pt cannot be read"):
+        load_run(tmp_path / "run", device="cpu")
+    (tmp_path / "run" / "config.json").write_text('{"method": "vi-simsiam", "colour": 3}')
+    with pytest.raises(InputError, match="colour"):
+        load_run(tmp_path / "run", device="cpu")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(file: object) -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_statistics_of_spread_and_collapsed_representations() -> None:
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.randn(256, 64, generator=generator)
+    model = SimSiam(torch.nn.Flatten(), features=64, dim=64)
+    found = representation_statistics(model, Output((spread, spread), (spread, spread)))
+    assert found["cosine"] == pytest.approx(1.0, abs=1e-5)
+    assert found["z_std"] == pytest.approx(1.0, abs=0.05)
+    assert 50 < found["effective_rank"] <= 64
+    point = spread[:1].expand(256, 64)
+    found = representation_statistics(model, Output((point, point), (point, point)))
+    assert found["z_std"] < 1e-5
+    assert found["effective_rank"] == pytest.approx(1.0, abs=1e-3)
+    assert effective_rank(torch.eye(5)) == pytest.approx(5.0)
+
+    probabilistic = VISimSiam(torch.nn.Flatten(), features=64, dim=64, concentration_scale=2.0)
+    raw = torch.cat([spread, torch.zeros(256, 1)], 1)
+    found = representation_statistics(probabilistic, Output((raw, raw), (spread, spread)))
+    assert found["kappa"] == pytest.approx(2 * 0.693147 / 63, rel=1e-5)
+
+
+def test_collapse_is_announced_once(image_folder: Path, tmp_path: Path) -> None:
+    console = Console(record=True, width=200, quiet=False, file=(tmp_path / "out").open("w"))
+    trainer = Trainer(config(image_folder), tmp_path / "run", console=console)
+    for module in trainer.model.projector:
+        if isinstance(module, torch.nn.BatchNorm1d) and not module.affine:
+            module.train(False)
+            module.train = lambda mode=True: module  # type: ignore[method-assign, assignment, return-value]
+            module.running_mean.fill_(-100.0)
+    trainer.fit()
+    assert console.export_text().count("the representations are collapsing") == 1
+
+
+def test_unknown_devices_are_named() -> None:
+    for name in ("tpu", "meta", "cuda:99"):
+        with pytest.raises(InputError, match=f"device: '{name}'"):
+            resolve_device(name)
+
+
+def test_loss_scale_divides_by_the_dimension(image_folder: Path, tmp_path: Path) -> None:
+    assert Trainer(config(image_folder), tmp_path / "a", console=QUIET).loss_scale == 1 / 31
+    assert Trainer(config(image_folder, method="simsiam"), tmp_path / "b", console=QUIET).loss_scale == 1.0
+    literal = config(image_folder, loss=LossConfig(concentration_scale=1.0, loss_scale=1.0))
+    assert Trainer(literal, tmp_path / "c", console=QUIET).loss_scale == 1.0

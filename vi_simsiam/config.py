@@ -1,0 +1,224 @@
+"""Typed configuration of a training run, its checks, and the presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from vi_simsiam.errors import InputError
+
+Method = Literal["vi-simsiam", "simsiam"]
+Stem = Literal["imagenet", "small"]
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+def _require(name: str, value: object, holds: bool, accepted: str) -> None:
+    if not holds:
+        raise InputError(f"{name}: {value} is not accepted; it must be {accepted}")
+
+
+def _choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise InputError(f"{name}: {value!r} is none of {', '.join(accepted)}")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random views of an image; the defaults are SimSiam's (Chen and He, arXiv 2011.10566, section 3)."""
+
+    size: int = 224
+    """Side of the two global views, in pixels."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Share of the image's area that a global view covers."""
+    local_views: int = 0
+    """Number of additional small views (multi-crop); they are predicted from, never predicted."""
+    local_size: int = 96
+    """Side of the local views, in pixels."""
+    local_scale: tuple[float, float] = (0.05, 0.14)
+    """Share of the image's area that a local view covers."""
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    """Strength of brightness, contrast, saturation and hue jitter."""
+    jitter_prob: float = 0.8
+    grayscale_prob: float = 0.2
+    blur_prob: float = 0.5
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Range of the Gaussian blur's standard deviation, in pixels."""
+    flip_prob: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("size", "local_size"):
+            _require(name, getattr(self, name), getattr(self, name) >= 8, "a number of pixels of at least 8")
+        _require("local_views", self.local_views, 0 <= self.local_views <= 14, "between 0 and 14")
+        for name in ("crop_scale", "local_scale"):
+            low, high = getattr(self, name)
+            _require(name, (low, high), 0 < low <= high <= 1, "two numbers with 0 < low <= high <= 1")
+        for name in ("jitter_prob", "grayscale_prob", "blur_prob", "flip_prob"):
+            _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a probability between 0 and 1")
+        jitter_fits = all(math.isfinite(j) and j >= 0 for j in self.jitter) and self.jitter[3] <= 0.5
+        _require("jitter", self.jitter, jitter_fits, "four numbers of at least 0, hue at most 0.5")
+        low, high = self.blur_sigma
+        _require("blur_sigma", (low, high), 0 < low <= high < math.inf, "two numbers with 0 < low <= high")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Backbone, projector and predictor."""
+
+    backbone: str = "resnet18"
+    """Any torchvision ResNet by name."""
+    stem: Stem = "imagenet"
+    """First layers: "imagenet" (7x7 stride 2, max-pool), or "small" (3x3 stride 1) for images of 28 to 64 pixels."""
+    pretrained: bool = False
+    """Start from torchvision's ImageNet weights."""
+    dim: int = 2048
+    """D: dimension of the space the representations live in."""
+    projector_hidden: int = 512
+    predictor_hidden: int = 512
+
+    def __post_init__(self) -> None:
+        _require("dim", self.dim, self.dim >= 2, "at least 2")
+        for name in ("projector_hidden", "predictor_hidden"):
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        _choice("stem", self.stem, get_args(Stem))
+        if self.pretrained and self.stem != "imagenet":
+            raise InputError("pretrained: ImageNet weights need stem 'imagenet'")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """How the concentration is parametrised and the loss is scaled; SimSiam only uses `loss_scale`."""
+
+    concentration_scale: float | None = None
+    """Factor on softplus(raw concentration); None for D - 1."""
+    concentration_min: float = 0.0
+    """Lower bound of the concentration kappa."""
+    loss_scale: float | None = None
+    """Factor on the loss; None for 1/(D - 1) with vi-simsiam and 1 with simsiam."""
+
+    def __post_init__(self) -> None:
+        for name in ("concentration_scale", "loss_scale"):
+            value = getattr(self, name)
+            _require(name, value, value is None or 0 < value < math.inf, "a positive number")
+        _require("concentration_min", self.concentration_min, 0 <= self.concentration_min < math.inf, "at least 0")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that determines a training run. Saved as config.json in its folder."""
+
+    method: Method = "vi-simsiam"
+    data: str = "fashion-mini"
+    """fashion-mini (embedded), folder:PATH, cifar10, imagenette or imagewoof."""
+    data_root: Path = Path("data")
+    """Where downloaded data sets are kept or looked for."""
+    epochs: int = 100
+    batch_size: int = 64
+    lr: float = 0.0125
+    """Peak learning rate, reached after the warm-up and followed by a cosine decay to 0; not scaled by the batch size."""
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    warmup_epochs: float = 0.0
+    """Length of the linear warm-up, in epochs."""
+    clip_norm: float | None = None
+    """Largest norm of the gradient; None for no clipping."""
+    seed: int = 0
+    workers: int | None = None
+    """Processes that prepare views; None for one a CPU core, at most 16."""
+    device: str = "auto"
+    """auto (the GPU if there is one), cpu, cuda or cuda:N."""
+    precision: Precision = "auto"
+    """auto is bf16 on a GPU and fp32 on a CPU."""
+    backend: str = "auto"
+    """Implementation of the loss: auto, eager, triton, cuda or cpu."""
+    log_every: int = 10
+    """Steps between two lines in metrics.jsonl."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+
+    def __post_init__(self) -> None:
+        _choice("method", self.method, get_args(Method))
+        _choice("precision", self.precision, get_args(Precision))
+        _require("epochs", self.epochs, self.epochs >= 1, "at least 1")
+        _require("batch_size", self.batch_size, self.batch_size >= 2, "at least 2 (BatchNorm needs two samples)")
+        _require("lr", self.lr, 0 < self.lr < math.inf, "a positive number")
+        _require("momentum", self.momentum, 0 <= self.momentum < 1, "at least 0 and below 1")
+        _require("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "at least 0")
+        _require("warmup_epochs", self.warmup_epochs, 0 <= self.warmup_epochs < self.epochs, "at least 0, below epochs")
+        _require("clip_norm", self.clip_norm, self.clip_norm is None or 0 < self.clip_norm < math.inf, "positive")
+        _require("seed", self.seed, 0 <= self.seed < 2**63, "at least 0 and below 2**63")
+        _require("workers", self.workers, self.workers is None or self.workers >= 0, "at least 0")
+        _require("log_every", self.log_every, self.log_every >= 1, "at least 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON types."""
+        plain = dataclasses.asdict(self)
+        plain["data_root"] = str(self.data_root)
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> TrainConfig:
+        """The inverse of `to_dict`, also after a trip through JSON.
+
+        Raises:
+            InputError: a field is unknown or has a value that is not accepted.
+        """
+        nested = {"augment": AugmentConfig, "model": ModelConfig, "loss": LossConfig}
+        try:
+            values = {
+                name: nested[name](**_tuples(value)) if name in nested else value for name, value in plain.items()
+            }
+            return cls(**{**values, "data_root": Path(plain.get("data_root", "data"))})
+        except TypeError as error:
+            raise InputError(f"configuration: {error}") from error
+
+
+# Where a run happens may change when it is resumed; what it computes may not.
+_PLACE_FIELDS = {"workers", "device", "data_root", "log_every"}
+
+PRESETS: dict[str, TrainConfig] = {
+    "default": TrainConfig(),
+    # Nakamura et al., arXiv 2203.11437, section 4.1; crop sizes and D are not given there and are SwAV's and SimSiam's.
+    "paper": TrainConfig(
+        data="imagenette",
+        epochs=200,
+        batch_size=64,
+        lr=1e-3,
+        weight_decay=1e-4,
+        augment=AugmentConfig(size=224, crop_scale=(0.14, 1.0), local_views=6, local_size=96, local_scale=(0.05, 0.14)),
+        loss=LossConfig(concentration_scale=1.0, loss_scale=1.0),
+    ),
+}
+
+
+def preset(name: str) -> TrainConfig:
+    """The named preset.
+
+    Raises:
+        InputError: there is no such preset.
+    """
+    _choice("preset", name, tuple(PRESETS))
+    return PRESETS[name]
+
+
+def differing_fields(saved: TrainConfig, given: TrainConfig) -> list[str]:
+    """Fields in which two configurations would train differently, as "name: saved -> given"."""
+    return [
+        f"{name}: {old} -> {new}"
+        for (name, old), (_, new) in zip(_flat(saved.to_dict()), _flat(given.to_dict()), strict=True)
+        if old != new and name not in _PLACE_FIELDS
+    ]
+
+
+def _flat(plain: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    items: list[tuple[str, Any]] = []
+    for name, value in plain.items():
+        items += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+    return items
+
+
+def _tuples(plain: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}

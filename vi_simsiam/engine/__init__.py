@@ -1,0 +1,1 @@
+"""Training: the run folder, checkpoints, monitoring and the loop."""

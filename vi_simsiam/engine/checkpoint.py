@@ -1,0 +1,78 @@
+"""Checkpoints: written whole or not at all, read without executing anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from vi_simsiam.errors import InputError
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state after `step` optimiser steps; random numbers are keyed by position and need no state."""
+
+    step: int
+    seconds: float
+    """Training time so far."""
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Write to `path` so that an interruption at any moment leaves the previous checkpoint or this one."""
+        content = {
+            "format": _FORMAT,
+            "step": self.step,
+            "seconds": self.seconds,
+            "model": self.model,
+            "optimizer": self.optimizer,
+        }
+        write_atomically(path, lambda file: torch.save(content, file))
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device) -> Checkpoint:
+        """Read a checkpoint to `device`.
+
+        Raises:
+            InputError: there is none, or it cannot be read.
+        """
+        if not path.is_file():
+            raise InputError(f"run: {path.parent} has no {path.name}")
+        try:
+            content = torch.load(path, map_location=device, weights_only=True)
+            if content.pop("format") != _FORMAT:
+                raise InputError(f"run: {path} was written by another version of vi-simsiam")
+            return cls(**content)
+        except InputError:
+            raise
+        except Exception as error:  # torch.load raises half a dozen unrelated types on damaged files
+            raise InputError(f"run: {path} cannot be read ({str(error).splitlines()[0]})") from error
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Call `write` on a temporary file beside `path`, then move it there once its bytes are on the disk."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` to `path` atomically, indented."""
+    write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))

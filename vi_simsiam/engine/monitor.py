@@ -1,0 +1,134 @@
+"""What one watches while training: statistics of the representations, and where they are shown and written."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+
+from vi_simsiam.models import Output, SimSiam, VISimSiam
+
+COLLAPSE_THRESHOLD = 0.3
+"""z-std * sqrt(D) is 1 for directions spread evenly over the sphere and 0 when all images map to one point."""
+
+
+@torch.no_grad()
+def representation_statistics(model: SimSiam, output: Output) -> dict[str, float]:
+    """Statistics of one batch.
+
+    Returns:
+        cosine: mean over samples and pairs v != g of the predictions' cosine with the targets.
+        kappa: mean concentration / (D - 1), for VI-SimSiam.
+        z_std: standard deviation over the batch of the normalised targets, mean over dimensions, times sqrt(D)
+            (Chen and He, arXiv 2011.10566, section 4.1).
+        effective_rank: exp of the entropy of the normalised singular values of the targets (Roy and Vetterli, 2007).
+    """
+    directions = [F.normalize(prediction[:, : model.dim].float(), dim=1) for prediction in output.predictions]
+    targets = [F.normalize(target.float(), dim=1) for target in output.targets]
+    pairs = [(d * t).sum(1) for v, d in enumerate(directions) for g, t in enumerate(targets) if v != g]
+    statistics = {
+        "cosine": torch.stack(pairs).mean(),
+        "z_std": targets[0].std(0).mean() * math.sqrt(model.dim),
+        "effective_rank": effective_rank(targets[0]),
+    }
+    if isinstance(model, VISimSiam):
+        concentrations = [model.concentration(prediction) for prediction in output.predictions]
+        statistics["kappa"] = torch.stack(concentrations).mean() / (model.dim - 1)
+    return {name: value.item() for name, value in statistics.items()}
+
+
+def effective_rank(x: Tensor) -> Tensor:
+    """exp of the entropy of the singular values of x (B, D), normalised to sum 1; between 1 and min(B, D)."""
+    singular = torch.linalg.svdvals(x)
+    share = singular / singular.sum()
+    return torch.exp(-torch.special.xlogy(share, share).sum())
+
+
+class Monitor:
+    """Progress bar, metrics.jsonl and TensorBoard of one run. Use it as a context manager.
+
+    Args:
+        folder: the run folder.
+        step: the step training starts at; later lines of an earlier session are dropped.
+        total: number of steps of the run.
+        steps_per_epoch: for the epoch shown on the bar.
+        console: where lines and the bar are printed.
+    """
+
+    def __init__(self, folder: Path, *, step: int, total: int, steps_per_epoch: int, console: Console) -> None:
+        self._path = folder / "metrics.jsonl"
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
+        self._path.write_text("".join(line + "\n" for line in kept))
+        self._file = self._path.open("a")
+        self._tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
+        self._steps_per_epoch = steps_per_epoch
+        self._epochs = -(-total // steps_per_epoch)
+        self._console = console
+        self._warned = False
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=console,
+        )
+        self._task = self._progress.add_task("train", total=total, completed=step, text="", epoch=self._epoch(step))
+
+    def advance(self, step: int) -> None:
+        """Show that `step` steps are done."""
+        self._progress.update(self._task, completed=step, epoch=self._epoch(step))
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Write one line of metrics; it must have the keys step, loss, cosine, z_std, views_per_s and data_wait."""
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            if name != "step":
+                self._tensorboard.add_scalar(name, value, int(metrics["step"]))
+        self._progress.update(self._task, text=describe(metrics))
+        if metrics["z_std"] < COLLAPSE_THRESHOLD and not self._warned:
+            self._warned = True
+            self._console.print(
+                f"[yellow]warning: step {int(metrics['step'])}: the representations are collapsing "
+                f"(z-std * sqrt(D) = {metrics['z_std']:.2f}, below {COLLAPSE_THRESHOLD})"
+            )
+
+    def epoch_done(self, step: int, metrics: dict[str, float]) -> None:
+        """Print one line for the epoch that ended at `step`."""
+        self._console.print(f"epoch {step // self._steps_per_epoch}/{self._epochs}  {describe(metrics)}")
+
+    def _epoch(self, step: int) -> str:
+        return f"{min(step // self._steps_per_epoch + 1, self._epochs)}/{self._epochs}"
+
+    def _lines(self) -> list[str]:
+        return self._path.read_text().splitlines() if self._path.exists() else []
+
+    def __enter__(self) -> Monitor:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        self._file.close()
+        self._tensorboard.close()
+
+
+def describe(metrics: dict[str, float]) -> str:
+    """Metrics as one short line."""
+    kappa = f"  kappa/(D-1) {metrics['kappa']:.3g}" if "kappa" in metrics else ""
+    return (
+        f"loss {metrics['loss']:.4g}  cos {metrics['cosine']:.3f}{kappa}  z-std {metrics['z_std']:.2f}  "
+        f"rank {metrics['effective_rank']:.0f}  {metrics['views_per_s']:.0f} views/s  "
+        f"waiting for data {metrics['data_wait']:.0%}"
+    )

@@ -1,0 +1,131 @@
+"""The run folder: where it lies, what it holds, and how a finished run is opened again."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vi_simsiam.config import TrainConfig
+from vi_simsiam.data.datasets import Splits, open_dataset
+from vi_simsiam.engine.checkpoint import Checkpoint, write_json
+from vi_simsiam.errors import InputError
+from vi_simsiam.models import SimSiam, build_model
+
+CONFIG, CHECKPOINT, METRICS = "config.json", "checkpoint.pt", "metrics.jsonl"
+_RUN_FILES = (CONFIG, CHECKPOINT, METRICS, "events.out.tfevents.*", "*.json", "curves.png", "kappa.png")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run, opened for evaluation."""
+
+    path: Path
+    config: TrainConfig
+    model: SimSiam
+    """The last checkpoint's weights, in eval mode, on `device`."""
+    splits: Splits
+    device: torch.device
+    workers: int
+
+
+def load_run(path: Path, *, device: str = "auto", workers: int | None = None) -> Run:
+    """Open a run folder.
+
+    Args:
+        path: the folder that training wrote.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        workers: processes that read images; None for one a CPU core, at most 16.
+
+    Raises:
+        InputError: no run there, a damaged file, or a data set that is gone.
+    """
+    config = read_config(path)
+    place = resolve_device(device)
+    checkpoint = Checkpoint.load(path / CHECKPOINT, place)
+    model = build_model(config).to(place).eval()
+    model.load_state_dict(checkpoint.model)
+    splits = open_dataset(config.data, root=config.data_root)
+    return Run(path, config, model, splits, place, resolve_workers(workers))
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The configuration that a run was started with.
+
+    Raises:
+        InputError: `path` holds no run, or its configuration cannot be read.
+    """
+    if not (path / CONFIG).is_file():
+        raise InputError(f"run: {path} holds no run (no {CONFIG} there)")
+    try:
+        return TrainConfig.from_dict(json.loads((path / CONFIG).read_text()))
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise InputError(f"run: {path / CONFIG} is damaged ({error})") from error
+
+
+def check_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that training must not write to, before anything is done.
+
+    Raises:
+        InputError: it holds a run and neither `resume` nor `overwrite` was said, it holds something else, or there is
+            nothing to resume.
+    """
+    if resume and overwrite:
+        raise InputError("resume, overwrite: only one of them can be said")
+    if path.exists() and not path.is_dir():
+        raise InputError(f"out: {path} is a file, not a folder")
+    holds_run = (path / CONFIG).is_file()
+    if resume and not (path / CHECKPOINT).is_file():
+        raise InputError(f"resume: {path} holds no {CHECKPOINT} to go on from")
+    if holds_run and not (resume or overwrite):
+        raise InputError(f"out: {path} already holds a run; say --resume to go on with it or --overwrite to replace it")
+    if path.is_dir() and not holds_run and any(path.iterdir()):
+        raise InputError(f"out: {path} holds other files; give an empty or new folder")
+
+
+def start_folder(path: Path, config: TrainConfig) -> None:
+    """Make the folder, remove an earlier run's files from it, and save the configuration."""
+    path.mkdir(parents=True, exist_ok=True)
+    for pattern in _RUN_FILES:
+        for file in path.glob(pattern):
+            file.unlink()
+    write_json(path / CONFIG, config.to_dict())
+
+
+def new_folder(parent: Path, config: TrainConfig) -> Path:
+    """The first free name of the form parent/DATA-METHOD-NNN."""
+    stem = f"{Path(config.data.removeprefix('folder:')).name or 'data'}-{config.method}"
+    number = 1
+    while (parent / f"{stem}-{number:03d}").exists():
+        number += 1
+    return parent / f"{stem}-{number:03d}"
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the GPU where there is one.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device: {name!r} is none of auto, cpu, cuda, cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device: {name!r} is none of auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device: {name!r} is not here ({torch.cuda.device_count()} CUDA devices found)")
+    return device
+
+
+def resolve_workers(workers: int | None) -> int:
+    """`workers`, or one for every CPU core this process may use, at most 16."""
+    if workers is not None:
+        return workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 16)

@@ -1,0 +1,238 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from vi_simsiam.config import TrainConfig, differing_fields
+from vi_simsiam.data.datasets import open_dataset
+from vi_simsiam.data.loader import MultiViewLoader
+from vi_simsiam.data.sources import scan
+from vi_simsiam.engine.checkpoint import Checkpoint
+from vi_simsiam.engine.monitor import Monitor, representation_statistics
+from vi_simsiam.engine.run import (
+    CHECKPOINT,
+    check_folder,
+    read_config,
+    resolve_device,
+    resolve_workers,
+    start_folder,
+)
+from vi_simsiam.errors import InputError, TrainingError
+from vi_simsiam.models import Output, VISimSiam, build_model
+from vi_simsiam.ops.backends import choose_backend
+
+
+class Trainer:
+    """Trains one model into one run folder.
+
+    Everything that can be wrong with the input is found here, before the folder is touched. The same configuration
+    gives the same run on the same machine, also when it is interrupted and resumed at any step.
+
+    Args:
+        config: what to train.
+        folder: the run folder; new or empty unless `resume` or `overwrite` is said.
+        resume: go on from the folder's checkpoint.
+        overwrite: replace the run that the folder holds.
+        console: where to print; None for standard output.
+
+    Raises:
+        InputError: a configuration, folder or data set that cannot be used.
+        BackendUnavailableError: a backend named in the configuration cannot run here.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        console: Console | None = None,
+    ) -> None:
+        check_folder(folder, resume=resume, overwrite=overwrite)
+        if resume and (differing := differing_fields(read_config(folder), config)):
+            raise InputError(f"resume: the configuration differs from {folder}'s: {'; '.join(differing)}")
+        self.config, self.folder, self.resume = config, folder, resume
+        self.console = console or Console()
+        self.device = resolve_device(config.device)
+        self.backend = choose_backend(config.backend, self.device)
+        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model = build_model(config).to(self.device)
+        self.model.to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+        default_scale = 1 / (config.model.dim - 1) if isinstance(self.model, VISimSiam) else 1.0
+        self.loss_scale = default_scale if config.loss.loss_scale is None else config.loss.loss_scale
+
+        source, unreadable = scan(open_dataset(config.data, root=config.data_root).train)
+        if unreadable:
+            names = ", ".join(f"{image.path} ({image.reason})" for image in unreadable)
+            self.console.print(
+                f"[yellow]warning: {len(unreadable)} unreadable images left out: {names}", highlight=False
+            )
+        self.loader = MultiViewLoader(
+            source,
+            config.augment,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            workers=resolve_workers(config.workers),
+            pin_memory=self.device.type == "cuda",
+        )
+        self.total_steps = config.epochs * self.loader.steps_per_epoch
+        self.step, self.seconds = 0, 0.0
+        if resume:
+            self._restore()
+
+    def fit(self) -> None:
+        """Train to the end, with a checkpoint after every epoch.
+
+        Raises:
+            TrainingError: the loss or the weights stopped being finite; the last good checkpoint is kept.
+            KeyboardInterrupt: SIGINT or SIGTERM arrived; the run can be resumed at the step it had reached.
+        """
+        if not self.resume:
+            start_folder(self.folder, self.config)
+        steps = self.loader.steps_per_epoch
+        monitor = Monitor(
+            self.folder, step=self.step, total=self.total_steps, steps_per_epoch=steps, console=self.console
+        )
+        with monitor, contextlib.closing(self.loader), _stop_signals() as stop:
+            while self.step < self.total_steps:
+                epoch, start = divmod(self.step, steps)
+                metrics = self._train_epoch(epoch, start, monitor, stop)
+                self._save()
+                if stop:
+                    raise KeyboardInterrupt
+                monitor.epoch_done(self.step, metrics)
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up to the peak, then a cosine to 0 (Loshchilov and Hutter, arXiv 1608.03983, without restarts)."""
+        warmup = round(self.config.warmup_epochs * self.loader.steps_per_epoch)
+        if step < warmup:
+            return self.config.lr * (step + 1) / warmup
+        return self.config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (self.total_steps - warmup)))
+
+    def _train_epoch(self, epoch: int, start: int, monitor: Monitor, stop: list[int]) -> dict[str, float]:
+        self.model.train()
+        losses: list[Tensor] = []
+        metrics: dict[str, float] = {}
+        waited, since = 0.0, time.perf_counter()
+        batches = iter(self.loader.epoch(epoch, start))
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            waited += time.perf_counter() - asked
+            if batch is None:
+                break
+            last = self.step + 1 == (epoch + 1) * self.loader.steps_per_epoch
+            logging = (self.step + 1) % self.config.log_every == 0 or last
+            loss, output, grad_norm = self._train_step(batch.views, logging or self.config.clip_norm is not None)
+            losses.append(loss)
+            self.step += 1
+            monitor.advance(self.step)
+            if logging or stop:
+                self._check_finite(losses)
+                seconds = time.perf_counter() - since
+                self.seconds += seconds
+                views = len(losses) * self.config.batch_size * len(batch.views)
+                metrics = {
+                    "step": self.step,
+                    "epoch": self.step / self.loader.steps_per_epoch,
+                    "loss": torch.stack(losses).mean().item(),
+                    **representation_statistics(self.model, output),
+                    "grad_norm": grad_norm.item(),
+                    "lr": self.learning_rate(self.step - 1),
+                    "views_per_s": views / seconds,
+                    "data_wait": waited / seconds,
+                    "seconds": self.seconds,
+                }
+                if logging:
+                    monitor.log(metrics)
+                losses, waited, since = [], 0.0, time.perf_counter()
+            if stop:
+                break
+        return metrics
+
+    def _train_step(self, views: list[Tensor], wants_norm: bool) -> tuple[Tensor, Output, Tensor]:
+        """One optimiser step; returns the unscaled loss, the model's output and the gradient's norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step)
+        views = [view.to(self.device, non_blocking=True, memory_format=torch.channels_last) for view in views]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            output = self.model(views)
+            loss = self.model.loss(output, self.backend)
+        self.optimizer.zero_grad(set_to_none=True)
+        (loss * self.loss_scale).backward()
+        grad_norm = loss.new_zeros(())
+        if wants_norm:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            grad_norm = torch.nn.utils.get_total_norm(gradients)
+        if self.config.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_norm, grad_norm)
+        self.optimizer.step()
+        return loss.detach(), output, grad_norm
+
+    def _check_finite(self, losses: list[Tensor]) -> None:
+        finite = torch.isfinite(torch.stack(losses)).tolist()
+        if not all(finite):
+            step = self.step - len(losses) + finite.index(False) + 1
+            raise TrainingError(
+                f"the loss is not finite at step {step} (epoch {(step - 1) // self.loader.steps_per_epoch + 1}); "
+                f"{self._last_good()}; a lower learning rate or clip_norm may help"
+            )
+
+    def _save(self) -> None:
+        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
+            raise TrainingError(f"the weights are not finite at step {self.step}; {self._last_good()}")
+        state = Checkpoint(self.step, self.seconds, self.model.state_dict(), self.optimizer.state_dict())
+        state.save(self.folder / CHECKPOINT)
+
+    def _last_good(self) -> str:
+        path = self.folder / CHECKPOINT
+        return f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
+
+    def _restore(self) -> None:
+        checkpoint = Checkpoint.load(self.folder / CHECKPOINT, self.device)
+        if checkpoint.step > self.total_steps:
+            raise InputError(f"data: {self.config.data} has fewer images than when {self.folder} was trained")
+        self.model.load_state_dict(checkpoint.model)
+        self.optimizer.load_state_dict(checkpoint.optimizer)
+        self.step, self.seconds = checkpoint.step, checkpoint.seconds
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that receives the first SIGINT or SIGTERM; a second one takes its ordinary course."""
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        restore()
+
+    previous = {}
+    with contextlib.suppress(ValueError):  # signals reach the main thread only
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    try:
+        yield received
+    finally:
+        restore()

@@ -1,0 +1,245 @@
+"""SimSiam and VI-SimSiam: a backbone, a projector and a predictor.
+
+The networks follow Chen and He (arXiv 2011.10566) and Nakamura et al. (arXiv 2203.11437): a torchvision ResNet, a
+projector of three linear layers with BatchNorm (the last one without affine parameters), a predictor of two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vi_simsiam.config import LossConfig, ModelConfig, Stem, TrainConfig
+from vi_simsiam.distributions import PowerSpherical
+from vi_simsiam.errors import InputError
+from vi_simsiam.functional import cosine_loss, power_spherical_loss
+from vi_simsiam.ops.multiview_loss import LossForm, softplus
+
+# Rows of the prediction are padded so that each starts at a multiple of 16 elements: kernels load them 16 bytes
+# at a time and the last linear layer stays on the tensor cores.
+_ROW_MULTIPLE = 16
+
+
+class Output(NamedTuple):
+    """What a model makes of V views, of which the first G are targets."""
+
+    predictions: tuple[Tensor, ...]
+    """V tensors (B, D), or (B, D + 1) with the raw concentration last."""
+    targets: tuple[Tensor, ...]
+    """G tensors (B, D), detached."""
+
+
+class SimSiam(nn.Module):
+    """SimSiam (Chen and He, arXiv 2011.10566): each view predicts the representation of the others.
+
+    Args:
+        backbone: a torchvision ResNet by name, or a module that maps images to features (B, features).
+        features: width of an own backbone's features; known for a torchvision one.
+        dim: D, the width of projections and predictions.
+        projector_hidden: width of the projector's hidden layers.
+        predictor_hidden: width of the predictor's hidden layer.
+        stem: first layers of a torchvision backbone, see `build_backbone`.
+        pretrained: whether a torchvision backbone starts from its ImageNet weights.
+
+    Raises:
+        InputError: an unknown backbone, or an own one without `features`.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "resnet18",
+        *,
+        features: int | None = None,
+        dim: int = 2048,
+        projector_hidden: int = 512,
+        predictor_hidden: int = 512,
+        stem: Stem = "imagenet",
+        pretrained: bool = False,
+    ) -> None:
+        super().__init__()
+        if dim < 2:
+            raise InputError(f"dim: {dim} must be at least 2")
+        if isinstance(backbone, str):
+            backbone, features = build_backbone(backbone, stem=stem, pretrained=pretrained)
+        elif features is None:
+            raise InputError("features: the width of an own backbone's output must be given")
+        self.dim = dim
+        self.features = features
+        self.backbone = backbone
+        self.projector = nn.Sequential(
+            nn.Linear(features, projector_hidden, bias=False),
+            nn.BatchNorm1d(projector_hidden),
+            nn.ReLU(inplace=True),
+            nn.Linear(projector_hidden, projector_hidden, bias=False),
+            nn.BatchNorm1d(projector_hidden),
+            nn.ReLU(inplace=True),
+            nn.Linear(projector_hidden, dim, bias=False),
+            nn.BatchNorm1d(dim, affine=False),
+        )
+        self.predictor = nn.Sequential(
+            nn.Linear(dim, predictor_hidden, bias=False),
+            nn.BatchNorm1d(predictor_hidden),
+            nn.ReLU(inplace=True),
+            PaddedLinear(predictor_hidden, self.prediction_width(dim)),
+        )
+
+    @staticmethod
+    def prediction_width(dim: int) -> int:
+        """Columns of a prediction."""
+        return dim
+
+    def forward(self, views: Sequence[Tensor], targets: int = 2) -> Output:
+        """Predictions of all views and projections of the first `targets` ones.
+
+        Every view passes on its own, so that BatchNorm normalises each by its own statistics.
+
+        Args:
+            views: V tensors (B, 3, height, width); sizes may differ between views.
+            targets: G, how many views (from the first on) are targets.
+        """
+        projections = [self.projector(self.backbone(view)) for view in views]
+        predictions = tuple(self.predictor(projection) for projection in projections)
+        return Output(predictions, tuple(projection.detach() for projection in projections[:targets]))
+
+    def loss(self, output: Output, backend: str = "auto") -> Tensor:
+        """The method's loss of an `Output`, a scalar."""
+        return cosine_loss(output.predictions, output.targets, backend=backend)
+
+
+class VISimSiam(SimSiam):
+    """VI-SimSiam (Nakamura et al., arXiv 2203.11437): predictions are Power Spherical distributions.
+
+    The predictor has one column more, the raw concentration r; kappa = concentration_scale softplus(r) + concentration_min.
+
+    Args:
+        concentration_scale: None for D - 1, which makes kappa/(D - 1) a number of order 1.
+        concentration_min: lower bound of kappa.
+        others: as `SimSiam`.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "resnet18",
+        *,
+        concentration_scale: float | None = None,
+        concentration_min: float = 0.0,
+        features: int | None = None,
+        dim: int = 2048,
+        projector_hidden: int = 512,
+        predictor_hidden: int = 512,
+        stem: Stem = "imagenet",
+        pretrained: bool = False,
+    ) -> None:
+        super().__init__(
+            backbone,
+            features=features,
+            dim=dim,
+            projector_hidden=projector_hidden,
+            predictor_hidden=predictor_hidden,
+            stem=stem,
+            pretrained=pretrained,
+        )
+        scale = float(dim - 1) if concentration_scale is None else concentration_scale
+        self.form = LossForm("power_spherical", scale, concentration_min)
+
+    @staticmethod
+    def prediction_width(dim: int) -> int:
+        """Columns of a prediction: the mean direction and the raw concentration."""
+        return dim + 1
+
+    def loss(self, output: Output, backend: str = "auto") -> Tensor:
+        """The method's loss of an `Output`, a scalar, in nats."""
+        return power_spherical_loss(
+            output.predictions,
+            output.targets,
+            backend=backend,
+            concentration_scale=self.form.scale,
+            concentration_min=self.form.minimum,
+        )
+
+    def concentration(self, prediction: Tensor) -> Tensor:
+        """kappa of predictions (..., D + 1), shape (...), in at least float32."""
+        raw = prediction[..., self.dim]
+        raw = raw if raw.dtype == torch.float64 else raw.float()
+        return self.form.scale * softplus(raw) + self.form.minimum
+
+    def distribution(self, images: Tensor) -> PowerSpherical:
+        """The Power Spherical distribution of every image (B, 3, height, width). Call it in eval mode."""
+        prediction = self.predictor(self.projector(self.backbone(images)))
+        concentration = self.concentration(prediction)
+        loc = F.normalize(prediction[..., : self.dim].to(concentration.dtype), dim=-1)
+        return PowerSpherical(loc, concentration)
+
+
+class PaddedLinear(nn.Linear):
+    """A linear layer whose output rows are aligned: it computes a multiple of 16 columns and returns the first ones.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the returned view, (B, out_features) with a row stride of `weight.shape[0]`.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, -(-out_features // _ROW_MULTIPLE) * _ROW_MULTIPLE)
+        self.width = out_features
+        with torch.no_grad():
+            self.weight[out_features:].zero_()
+            self.bias[out_features:].zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_features) to (B, out_features)."""
+        return super().forward(x)[..., : self.width]
+
+
+def build_backbone(
+    name: str, *, stem: Stem = "imagenet", pretrained: bool = False, zero_init_residual: bool = True
+) -> tuple[nn.Module, int]:
+    """A torchvision ResNet without its classifier, and the width of its pooled features.
+
+    Args:
+        name: a torchvision ResNet, ResNeXt or Wide ResNet.
+        stem: "imagenet" as torchvision builds it; "small" replaces it by a 3x3 convolution of stride 1 without max-pool.
+        pretrained: whether to load torchvision's default ImageNet weights.
+        zero_init_residual: whether every residual branch starts at zero (Goyal et al., arXiv 1706.02677).
+
+    Raises:
+        InputError: no torchvision ResNet of that name.
+    """
+    known = [model for model in torchvision.models.list_models(module=torchvision.models) if "resne" in model]
+    if name not in known:
+        raise InputError(f"backbone: {name!r} is none of {', '.join(known)}")
+    weights = "DEFAULT" if pretrained else None
+    network = torchvision.models.get_model(name, weights=weights, zero_init_residual=zero_init_residual)
+    features: int = network.fc.in_features
+    network.fc = nn.Identity()
+    if stem == "small":
+        network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        network.maxpool = nn.Identity()
+    return network, features
+
+
+def build_model(config: TrainConfig) -> SimSiam:
+    """The model that a configuration describes, with weights drawn from torch's generator."""
+    model: ModelConfig = config.model
+    loss: LossConfig = config.loss
+    common = {
+        "dim": model.dim,
+        "projector_hidden": model.projector_hidden,
+        "predictor_hidden": model.predictor_hidden,
+        "stem": model.stem,
+        "pretrained": model.pretrained,
+    }
+    if config.method == "simsiam":
+        return SimSiam(model.backbone, **common)  # type: ignore[arg-type]
+    return VISimSiam(
+        model.backbone,
+        concentration_scale=loss.concentration_scale,
+        concentration_min=loss.concentration_min,
+        **common,  # type: ignore[arg-type]
+    )
