@@ -1,0 +1,212 @@
+"""Features of the three encoders, and the summary of a run."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evaluation_cases import CPU, SIZE, TinyBackbone, gray_source, make_run
+from rich.console import Console
+from torch import Tensor, nn
+
+from vi_simsiam.data.datasets import Splits
+from vi_simsiam.data.sources import ArraySource
+from vi_simsiam.data.views import eval_view
+from vi_simsiam.errors import InputError
+from vi_simsiam.evaluation import features as features_module
+from vi_simsiam.evaluation.features import (
+    ENCODERS,
+    calibrate_batch_norm,
+    collect,
+    extract,
+    pixels,
+    untrained_backbone,
+)
+from vi_simsiam.evaluation.summary import evaluate_run, summary_line
+
+
+def stacked(source: ArraySource, size: int = SIZE) -> Tensor:
+    view = eval_view(size)
+    return torch.stack([view(source.image(i)) for i in range(len(source))])
+
+
+def test_features_are_those_of_eval_mode_in_image_order() -> None:
+    source, backbone = gray_source(11), TinyBackbone()
+    found = extract(backbone, source, size=SIZE, device=CPU, workers=0)
+    with torch.no_grad():
+        expected = backbone.eval()(stacked(source))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 11])
+def test_features_do_not_depend_on_the_batch_size(batch_size: int) -> None:
+    source, backbone = gray_source(11), TinyBackbone()
+    whole = extract(backbone, source, size=SIZE, device=CPU, workers=0)
+    parts = extract(backbone, source, size=SIZE, device=CPU, workers=0, batch_size=batch_size)
+    torch.testing.assert_close(parts, whole)
+
+
+def test_features_do_not_depend_on_the_workers() -> None:
+    source, backbone = gray_source(9), TinyBackbone()
+    alone = extract(backbone, source, size=SIZE, device=CPU, workers=0, batch_size=4)
+    helped = extract(backbone, source, size=SIZE, device=CPU, workers=2, batch_size=4)
+    assert torch.equal(alone, helped)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_extraction_leaves_the_backbone_as_it_was(training: bool) -> None:
+    backbone = TinyBackbone().train(training)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    extract(backbone, gray_source(5), size=SIZE, device=CPU, workers=0)
+    assert backbone.training is training
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+
+
+def test_features_can_be_trained_on() -> None:
+    found = extract(TinyBackbone(), gray_source(5), size=SIZE, device=CPU, workers=0)
+    layer = nn.Linear(4, 2)
+    layer(found).sum().backward()
+    assert not found.requires_grad
+    torch.testing.assert_close(layer.weight.grad, found.sum(0).expand(2, 4))
+
+
+def test_damaged_weights_and_empty_sources_are_refused() -> None:
+    backbone = TinyBackbone()
+    with torch.no_grad():
+        backbone.linear.bias[0] = torch.nan
+    with pytest.raises(InputError, match="features: those of gray are not finite"):
+        extract(backbone, gray_source(5), size=SIZE, device=CPU, workers=0)
+    nothing = ArraySource(np.zeros((0, 8, 8), np.uint8), name="nothing")
+    with pytest.raises(InputError, match="nothing holds no images"):
+        extract(TinyBackbone(), nothing, size=SIZE, device=CPU, workers=0)
+
+
+def test_calibrated_statistics_are_those_of_the_data() -> None:
+    source, backbone = gray_source(20), nn.Sequential(nn.BatchNorm2d(3))
+    calibrate_batch_norm(backbone, source, size=SIZE, seed=0, device=CPU, workers=0)
+    images = stacked(source)
+    torch.testing.assert_close(backbone[0].running_mean, images.mean((0, 2, 3)))
+    torch.testing.assert_close(backbone[0].running_var, images.var((0, 2, 3)))
+    assert not backbone.training
+    assert backbone[0].momentum == 0.1
+
+
+def test_calibration_averages_shuffled_batches_of_equal_size() -> None:
+    source, norm = gray_source(20), nn.BatchNorm2d(3)
+    norm.running_mean.fill_(100)
+    calibrate_batch_norm(nn.Sequential(norm), source, size=SIZE, seed=5, device=CPU, workers=0, batch_size=8)
+    # Three batches of six; two images of twenty are left over.
+    order = np.random.default_rng(5).permutation(20)[:18]
+    batches = stacked(source)[order].reshape(3, 6, 3, SIZE, SIZE)
+    assert norm.num_batches_tracked == 3
+    torch.testing.assert_close(norm.running_mean, batches.mean((0, 1, 3, 4)))
+    torch.testing.assert_close(norm.running_var, torch.stack([b.var((0, 2, 3)) for b in batches]).mean(0))
+
+
+def test_calibration_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features_module, "CALIBRATION_IMAGES", 6)
+    seen = []
+    norm = nn.BatchNorm2d(3)
+    norm.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    calibrate_batch_norm(nn.Sequential(norm), gray_source(20), size=SIZE, seed=0, device=CPU, workers=0)
+    assert sum(seen) == 6
+
+
+def test_untrained_backbone_is_drawn_from_the_seed_and_complete(tmp_path: Path) -> None:
+    config, source = make_run(tmp_path).config, gray_source(16)
+    state = torch.get_rng_state()
+    first = untrained_backbone(config, source, device=CPU, workers=0)
+    again = untrained_backbone(config, source, device=CPU, workers=0)
+    other = untrained_backbone(replace(config, seed=1), source, device=CPU, workers=0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first.conv1.weight, again.conv1.weight)
+    assert not torch.equal(first.conv1.weight, other.conv1.weight)
+    assert (first.layer1[0].bn2.weight == 1).all(), "a residual branch starts at zero"
+    with torch.no_grad():
+        inside = first.conv1(stacked(source))
+    torch.testing.assert_close(first.bn1.running_mean, inside.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(first.bn1.running_var, inside.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "side"), [(8, 8), (32, 32), (64, 32)])
+def test_pixels_are_the_view_at_no_more_than_32(size: int, side: int) -> None:
+    source = gray_source(3, side=40)
+    torch.testing.assert_close(pixels(source, size, workers=0), stacked(source, side).flatten(1))
+
+
+def test_collect_gives_every_encoder_of_both_splits(tmp_path: Path) -> None:
+    train, val = gray_source(24), gray_source(10, name="gray val")
+    run, stages = make_run(tmp_path, train=train, val=val), []
+    sets = collect(run, report=stages.append)
+    assert tuple(sets.train) == tuple(sets.val) == ENCODERS
+    assert {name: tuple(x.shape) for name, x in sets.val.items()} == {
+        "trained": (10, 4),
+        "untrained": (10, 512),
+        "pixels": (10, 3 * SIZE * SIZE),
+    }
+    assert [len(x) for x in sets.train.values()] == [24, 24, 24]
+    assert sets.train_labels.tolist() == train.labels.tolist()
+    assert sets.val_labels.tolist() == val.labels.tolist()
+    assert sets.classes == ("class 0", "class 1")
+    torch.testing.assert_close(sets.val["trained"], extract(run.model.backbone, val, size=SIZE, device=CPU, workers=0))
+    assert "trained features of 24 train images" in stages
+    assert not (run.path / "knn.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "message"),
+    [
+        (gray_source(4, labelled=False), gray_source(4), "gray has no labels"),
+        (gray_source(4), None, "gray has no validation images"),
+        (gray_source(4), ArraySource(np.zeros((0, 8, 8), np.uint8)), "gray has no validation images"),
+        (gray_source(4), gray_source(4, labelled=False), "validation images of gray have no labels"),
+        (gray_source(4, classes=1), gray_source(4, classes=1), "one class"),
+    ],
+)
+def test_data_that_cannot_be_evaluated_is_refused(
+    tmp_path: Path, train: ArraySource, val: ArraySource | None, message: str
+) -> None:
+    run = replace(make_run(tmp_path), splits=Splits("gray", train, val))
+    with pytest.raises(InputError, match=message) as error:
+        collect(run)
+    assert "class" in str(error.value)
+
+
+def test_summary_line_has_one_decimal() -> None:
+    result = {"top1": {"trained": 0.71249, "untrained": 0.55, "pixels": 0.75}}
+    assert summary_line("kNN", result) == "kNN top-1: 71.2 % (untrained 55.0 %, pixels 75.0 %)"
+    assert summary_line("linear", result) == "linear top-1: 71.2 % (untrained 55.0 %, pixels 75.0 %)"
+    perfect = {"top1": dict.fromkeys(ENCODERS, 1.0)}
+    assert summary_line("kNN", perfect) == "kNN top-1: 100.0 % (untrained 100.0 %, pixels 100.0 %)"
+
+
+def test_evaluating_a_run_writes_everything_and_ends_with_the_summary(tmp_path: Path) -> None:
+    run, out = make_run(tmp_path / "run", val=gray_source(10)), io.StringIO()
+    evaluate_run(run, Console(file=out))
+    results = {name: json.loads((run.path / f"{name}.json").read_text()) for name in ("knn", "linear")}
+    lines = out.getvalue().splitlines()
+    assert lines[-2:] == [summary_line("kNN", results["knn"]), summary_line("linear", results["linear"])]
+    assert lines[:-2] == [f"figure {run.path / 'curves.png'}", f"figure {run.path / 'kappa.png'}"]
+    assert results["knn"]["settings"]["k"] == 20
+    # Brightness alone tells the two classes apart.
+    assert results["linear"]["top1"]["pixels"] == 1.0
+
+
+def test_figures_are_drawn_for_data_that_cannot_be_evaluated(tmp_path: Path) -> None:
+    run = make_run(tmp_path, train=gray_source(24, labelled=False))
+    with pytest.raises(InputError, match="class folders"):
+        evaluate_run(run, Console(file=io.StringIO()))
+    assert (tmp_path / "curves.png").exists()
+    assert (tmp_path / "kappa.png").exists()
+
+
+def test_few_training_images_are_all_neighbours(tmp_path: Path) -> None:
+    run = make_run(tmp_path, train=gray_source(6), val=gray_source(4))
+    evaluate_run(run, Console(file=io.StringIO()))
+    assert json.loads((tmp_path / "knn.json").read_text())["settings"]["k"] == 6

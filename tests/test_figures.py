@@ -1,0 +1,245 @@
+"""Figures: what is read, what is selected, and what the pictures show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from evaluation_cases import SIZE, gray_source, make_run, metric_lines
+from matplotlib.figure import Figure
+from PIL import Image
+
+from vi_simsiam.data.sources import ArraySource
+from vi_simsiam.data.views import eval_view
+from vi_simsiam.distributions import PowerSpherical
+from vi_simsiam.errors import InputError
+from vi_simsiam.evaluation import figures
+from vi_simsiam.evaluation.figures import (
+    concentrations,
+    draw_curves,
+    draw_kappa,
+    extremes,
+    moving_average,
+    optimal_concentration,
+    read_metrics,
+)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Every figure that is saved, in order."""
+    saved: list[Figure] = []
+    save = figures._save
+
+    def record(figure: Figure, path: Path, colours: int | None = None) -> Path:
+        saved.append(figure)
+        return save(figure, path, colours)
+
+    monkeypatch.setattr(figures, "_save", record)
+    return saved
+
+
+def test_metrics_are_read_as_columns(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 10, "loss": -1.5}\n{"step": 20, "loss": NaN, "kappa": 3}\n')
+    columns = read_metrics(path)
+    assert list(columns) == ["step", "loss", "kappa"]
+    np.testing.assert_array_equal(columns["step"], [10, 20])
+    np.testing.assert_array_equal(columns["loss"], [-1.5, np.nan])
+    np.testing.assert_array_equal(columns["kappa"], [np.nan, 3])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "has no metrics.jsonl"),
+        ("", "is empty"),
+        ('{"step": 1}\n{"step": 2, "lo', "line 2 cannot be read"),
+        ('{"step": "one"}\n', "line 1 cannot be read"),
+        ("[1, 2]\n", "line 1 cannot be read"),
+    ],
+)
+def test_damaged_metrics_are_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_metrics(path)
+
+
+def test_optimal_concentration_has_known_values() -> None:
+    found = optimal_concentration(np.array([-0.2, 0.0, 0.5, 0.9]))
+    np.testing.assert_allclose(found, [0, 0, 1, 9], atol=1e-12)
+    assert np.isfinite(optimal_concentration(np.array([1.0]))).all()
+
+
+@pytest.mark.parametrize("cosine", [0.3, 0.9])
+def test_optimal_concentration_maximises_the_density(cosine: float) -> None:
+    dim = 2048
+    loc = torch.zeros(dim, dtype=torch.float64)
+    loc[0] = 1
+    point = loc * cosine
+    point[1] = (1 - cosine**2) ** 0.5
+    grid = torch.linspace(0.9, 1.1, 401, dtype=torch.float64) * float(optimal_concentration(np.array([cosine]))[0])
+    density = PowerSpherical(loc.expand(401, dim), grid * (dim - 1)).log_prob(point)
+    assert float(grid[density.argmax()] / grid[200]) == pytest.approx(1, abs=2e-3)
+
+
+def test_moving_average_keeps_short_series_and_straight_lines() -> None:
+    short = np.random.default_rng(0).normal(size=99)
+    np.testing.assert_allclose(moving_average(short), short)
+    line = np.arange(500.0)
+    np.testing.assert_allclose(moving_average(line)[5:-5], line[5:-5])
+    np.testing.assert_allclose(moving_average(np.full(500, 3.0)), 3)
+    spike = np.zeros(500)
+    spike[250] = 11
+    np.testing.assert_allclose(moving_average(spike)[244:257], [0] + [1] * 11 + [0], atol=1e-12)
+
+
+def test_extremes_are_ordered_and_disjoint() -> None:
+    values = np.random.default_rng(0).permutation(100).astype(float)
+    low, high = extremes(values, 8)
+    assert values[low].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert values[high].tolist() == [99, 98, 97, 96, 95, 94, 93, 92]
+    low, high = extremes(np.array([3.0, 1.0, 2.0]), 8)
+    assert (low.tolist(), high.tolist()) == ([1, 2], [0])
+    low, high = extremes(np.array([3.0]), 8)
+    assert (low.tolist(), high.tolist()) == ([0], [])
+
+
+def test_concentrations_are_the_models_in_image_order(tmp_path: Path) -> None:
+    source = gray_source(9)
+    run = make_run(tmp_path)
+    images = torch.stack([eval_view(SIZE)(source.image(i)) for i in range(9)])
+    with torch.no_grad():
+        expected = run.model.distribution(images).concentration / 7
+    found = concentrations(run, source)
+    assert found.shape == (9,)
+    assert len(set(found)) == 9
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_damaged_weights_are_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    with torch.no_grad():
+        run.model.predictor[-1].bias.fill_(torch.nan)
+    with pytest.raises(InputError, match="not finite"):
+        draw_kappa(run)
+    assert not (tmp_path / "kappa.png").exists()
+
+
+@pytest.mark.parametrize("lines", [1, 2, 400])
+def test_curves_show_the_metrics(tmp_path: Path, drawn: list[Figure], lines: int) -> None:
+    run = make_run(tmp_path, lines=lines)
+    before = dict(matplotlib.rcParams)
+    path = draw_curves(run.path)
+    assert dict(matplotlib.rcParams) == before
+    assert path == tmp_path / "curves.png"
+    assert Image.open(path).size == (1600, 680)
+    assert path.stat().st_size < 300_000
+    panels = {axes.get_title(loc="left"): axes for axes in drawn[0].axes if axes.get_title(loc="left")}
+    logged = {name: [line[name] for line in metric_lines(lines, kappa=True)] for name in ("loss", "cosine", "kappa")}
+    expected = {"loss": "loss (nats, uniform = 0)", "cosine": "cosine of prediction and target"}
+    for name, title in expected.items():
+        np.testing.assert_allclose(panels[title].lines[0].get_ydata(), logged[name])
+    concentration = panels["concentration κ / (D − 1)"]
+    np.testing.assert_allclose(concentration.lines[0].get_ydata(), logged["kappa"])
+    optimum = {line.get_label(): line.get_ydata() for line in concentration.lines}["optimal for the mean cosine"]
+    cosine = np.array(logged["cosine"])
+    np.testing.assert_allclose(optimum, moving_average(cosine / (1 - cosine)))
+    assert len(panels) == 6
+
+
+def test_curves_of_simsiam_show_no_concentration(tmp_path: Path, drawn: list[Figure]) -> None:
+    draw_curves(make_run(tmp_path, method="simsiam").path)
+    titles = [axes.get_title(loc="left") for axes in drawn[0].axes]
+    assert len(titles) == 6
+    assert "learning rate" in titles
+    assert not any("concentration" in title for title in titles)
+
+
+def test_curves_need_a_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no run"):
+        draw_curves(tmp_path)
+
+
+def thumbnails(figure: Figure) -> list[tuple[str, np.ndarray]]:
+    """Caption and pixels of every thumbnail, in order."""
+    return [
+        (axes.get_title(), np.asarray(axes.images[0].get_array()))
+        for part in figure.subfigs
+        for axes in part.axes
+        if axes.images
+    ]
+
+
+def test_kappa_shows_the_images_at_both_ends(tmp_path: Path, drawn: list[Figure]) -> None:
+    val = gray_source(40)
+    run = make_run(tmp_path, val=val)
+    path = draw_kappa(run)
+    assert path == tmp_path / "kappa.png"
+    assert Image.open(path).size == (1600, 680)
+    assert path.stat().st_size < 300_000
+    values = concentrations(run, val)
+    low, high = extremes(values)
+    shown = thumbnails(drawn[0])
+    assert len(shown) == 16
+    for (caption, pixels), index in zip(shown, [*low, *high], strict=True):
+        assert float(caption) == pytest.approx(values[index], abs=np.ptp(values) / 100)
+        assert (pixels == val.images[index, 0, 0, 0]).all()
+    histogram = drawn[0].subfigs[0].axes[0]
+    assert sum(bar.get_height() for bar in histogram.patches) == 40
+    assert len({caption for caption, _ in shown}) > 8
+
+
+def test_kappa_of_photographs_is_a_small_file(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (20, 30, 30, 3), dtype=np.uint8)
+    photographs = np.stack([np.asarray(Image.fromarray(image).resize((128, 96), 3)) for image in noise])
+    path = draw_kappa(make_run(tmp_path, val=ArraySource(photographs)))
+    assert path is not None
+    assert path.stat().st_size < 300_000
+
+
+@pytest.mark.parametrize("val", [None, ArraySource(np.zeros((0, 8, 8), np.uint8))])
+def test_kappa_falls_back_to_the_training_images(tmp_path: Path, drawn: list[Figure], val: ArraySource | None) -> None:
+    train = gray_source(5, labelled=False)
+    assert draw_kappa(make_run(tmp_path, train=train, val=val)) is not None
+    assert "5 training images" in drawn[0].get_suptitle()
+    assert len(thumbnails(drawn[0])) == 5
+
+
+def test_kappa_copes_with_one_value(tmp_path: Path, drawn: list[Figure]) -> None:
+    same = ArraySource(np.full((6, 8, 8), 9, np.uint8))
+    draw_kappa(make_run(tmp_path, val=same))
+    assert sum(bar.get_height() for bar in drawn[0].subfigs[0].axes[0].patches) == 6
+
+
+def test_simsiam_has_no_kappa(tmp_path: Path) -> None:
+    run = make_run(tmp_path, method="simsiam")
+    assert draw_kappa(run) is None
+    assert not (tmp_path / "kappa.png").exists()
+    with pytest.raises(InputError, match="SimSiam predicts no concentration"):
+        concentrations(run, run.splits.train)
+
+
+def test_figures_replace_older_ones_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path)
+    draw_curves(run.path)
+    first = (tmp_path / "curves.png").read_bytes()
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(metric_lines(1, kappa=True)[0]) + "\n")
+
+    def fail(*arguments: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vi_simsiam.engine.checkpoint.os.replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            draw_curves(run.path)
+    assert (tmp_path / "curves.png").read_bytes() == first
+    draw_curves(run.path)
+    assert (tmp_path / "curves.png").read_bytes() != first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "curves.png", "metrics.jsonl"]

@@ -1,0 +1,121 @@
+"""Weighted k nearest neighbours."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evaluation_cases import feature_sets
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor
+
+from vi_simsiam.errors import InputError
+from vi_simsiam.evaluation import knn
+from vi_simsiam.evaluation.knn import KnnConfig, classify, evaluate_knn
+
+
+def random_problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Overlapping clusters of different lengths: 300 training points, their 5 labels, 200 queries."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(5, 16, generator=generator)
+
+    def draw(labels: Tensor) -> Tensor:
+        points = centres[labels] + 1.5 * torch.randn(len(labels), 16, generator=generator)
+        return points * torch.rand(len(labels), 1, generator=generator).add(0.1)
+
+    labels = torch.randint(5, (300,), generator=generator)
+    return draw(labels), labels, draw(torch.randint(5, (200,), generator=generator))
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (7, 0.1), (20, 0.07), (200, 0.5), (300, 1.0)])
+def test_agrees_with_scikit_learn(k: int, temperature: float) -> None:
+    train, labels, queries = random_problem()
+    reference = KNeighborsClassifier(
+        k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / temperature)
+    ).fit(train.double().numpy(), labels.numpy())
+    expected = reference.predict(queries.double().numpy())
+    found = classify(train, labels, queries, classes=5, config=KnnConfig(k, temperature))
+    assert len(np.unique(expected)) == 5
+    assert found.tolist() == expected.tolist()
+
+
+def test_near_neighbours_outvote_many_distant_ones() -> None:
+    train = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-0.1, 1.0]])
+    labels = torch.tensor([0, 1, 1])
+    query = torch.tensor([[1.0, 0.1]])
+    assert classify(train, labels, query, classes=2, config=KnnConfig(3, 0.1)).tolist() == [0]
+    assert classify(train, labels, query, classes=2, config=KnnConfig(3, 100.0)).tolist() == [1]
+
+
+def test_length_of_features_does_not_matter() -> None:
+    train, labels, queries = random_problem()
+    lengths = torch.rand(300, 1, generator=torch.Generator().manual_seed(1)).add(0.1)
+    config = KnnConfig(20)
+    expected = classify(train, labels, queries, classes=5, config=config)
+    assert torch.equal(classify(train * lengths, labels, 7 * queries, classes=5, config=config), expected)
+
+
+def test_small_temperature_means_the_nearest_neighbour() -> None:
+    train, labels, queries = random_problem()
+    found = classify(train, labels, queries, classes=5, config=KnnConfig(20, 1e-4))
+    assert torch.equal(found, classify(train, labels, queries, classes=5, config=KnnConfig(1)))
+
+
+def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, labels, queries = random_problem()
+    expected = classify(train, labels, queries, classes=5, config=KnnConfig())
+    monkeypatch.setattr(knn, "_BLOCK", 7 * len(train))
+    assert torch.equal(classify(train, labels, queries, classes=5, config=KnnConfig()), expected)
+
+
+def test_every_image_is_its_own_nearest_neighbour(tmp_path: Path) -> None:
+    sets = feature_sets(tmp_path)
+    result = evaluate_knn(replace(sets, val=sets.train, val_labels=sets.train_labels), KnnConfig(k=1))
+    assert result["top1"] == {"trained": 1.0, "untrained": 1.0, "pixels": 1.0}
+
+
+def test_result_file_says_what_was_measured(tmp_path: Path) -> None:
+    (tmp_path / "knn.json").write_text("an older result")
+    result = evaluate_knn(feature_sets(tmp_path), KnnConfig(k=5, temperature=0.2))
+    assert json.loads((tmp_path / "knn.json").read_text()) == result
+    assert [path.name for path in tmp_path.iterdir()] == ["knn.json"]
+    assert result["evaluation"] == "knn"
+    assert result["settings"] == {"k": 5, "temperature": 0.2}
+    assert (result["train_images"], result["val_images"], result["classes"]) == (60, 30, 3)
+    assert result["features"] == {"trained": 8, "untrained": 8, "pixels": 8}
+    assert result["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert result["top1"]["trained"] == 1.0
+    assert result["top1"]["untrained"] < 0.7
+
+
+def test_more_neighbours_than_images_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "knn.json").write_text("an older result")
+    with pytest.raises(InputError, match="k: 61 must be at most 60, the number of training images"):
+        evaluate_knn(feature_sets(tmp_path), KnnConfig(k=61))
+    assert (tmp_path / "knn.json").read_text() == "an older result"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"k": 0}, "k: 0 must be at least 1"),
+        ({"temperature": 0.0}, "temperature: 0.0 must be a positive number"),
+        ({"temperature": float("inf")}, "temperature: inf must be a positive number"),
+        ({"temperature": float("nan")}, "temperature: nan must be a positive number"),
+    ],
+)
+def test_settings_are_checked(values: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        KnnConfig(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+def test_cuda_gives_the_same_classes() -> None:
+    train, labels, queries = random_problem()
+    expected = classify(train, labels, queries, classes=5, config=KnnConfig())
+    found = classify(train.cuda(), labels.cuda(), queries.cuda(), classes=5, config=KnnConfig())
+    assert (found.cpu() == expected).float().mean() >= 0.99

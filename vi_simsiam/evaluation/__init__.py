@@ -1,0 +1,1 @@
+"""Evaluation of a trained run: frozen features, k nearest neighbours, linear probe, figures."""

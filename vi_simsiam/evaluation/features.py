@@ -1,0 +1,234 @@
+"""Frozen features of a run's images, computed once for every evaluation.
+
+Three encoders are compared on the same images: the trained backbone, the same backbone before training, and the pixels
+themselves. An accuracy means little until it is seen beside those two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from vi_simsiam.config import TrainConfig
+from vi_simsiam.data.loader import eval_loader
+from vi_simsiam.data.sources import ImageSource, scan
+from vi_simsiam.engine.run import Run
+from vi_simsiam.errors import InputError
+from vi_simsiam.models import build_backbone
+
+ENCODERS = ("trained", "untrained", "pixels")
+"""What is compared, in the order of every result."""
+CALIBRATION_IMAGES = 10_000
+"""Most training images that an untrained backbone's BatchNorm statistics are taken from."""
+PIXELS_SIZE = 32
+"""Largest side of the image that the pixel features are read from."""
+
+
+@dataclass(frozen=True)
+class FeatureSets:
+    """Features of the training and validation images under every encoder; tensors on the CPU."""
+
+    path: Path
+    """Run folder, where results are written."""
+    data: str
+    """Name of the data set."""
+    classes: tuple[str, ...]
+    train: dict[str, Tensor]
+    """Per encoder (N, F) float32."""
+    train_labels: Tensor
+    """(N,) int64."""
+    val: dict[str, Tensor]
+    """Per encoder (M, F) float32."""
+    val_labels: Tensor
+    """(M,) int64."""
+    device: torch.device
+    """Where evaluations compute."""
+    unreadable: int = 0
+    """Images left out because they cannot be read."""
+
+
+def collect(run: Run, *, report: Callable[[str], None] | None = None) -> FeatureSets:
+    """Compute the features of a run's training and validation images under the three encoders.
+
+    Args:
+        run: a run with labelled training and validation images.
+        report: called with a short phrase at the start of every stage.
+
+    Raises:
+        InputError: the data has no labels or no validation images, or too many files cannot be read.
+    """
+    say = report or (lambda phrase: None)
+    sources, unreadable = {}, 0
+    for split, source in labelled_splits(run).items():
+        say(f"reading the {split} images")
+        sources[split], failures = scan(source, run.workers)
+        unreadable += len(failures)
+    size, device, workers = run.config.augment.size, run.device, run.workers
+
+    say("calibrating the untrained encoder")
+    untrained = untrained_backbone(run.config, sources["train"], device=device, workers=workers)
+    features: dict[str, dict[str, Tensor]] = {split: {} for split in sources}
+    for split, source in sources.items():
+        for name, backbone in (("trained", run.model.backbone), ("untrained", untrained)):
+            say(f"{name} features of {len(source):,} {split} images")
+            features[split][name] = extract(backbone, source, size=size, device=device, workers=workers)
+        say(f"pixels of {len(source):,} {split} images")
+        features[split]["pixels"] = pixels(source, size, workers=workers)
+    return FeatureSets(
+        path=run.path,
+        data=run.splits.name,
+        classes=sources["train"].classes or (),
+        train=features["train"],
+        train_labels=torch.from_numpy(sources["train"].labels),
+        val=features["val"],
+        val_labels=torch.from_numpy(sources["val"].labels),
+        device=device,
+        unreadable=unreadable,
+    )
+
+
+def labelled_splits(run: Run) -> dict[str, ImageSource]:
+    """The sources "train" and "val" of a run that can be evaluated.
+
+    Raises:
+        InputError: one of them is missing, empty or has no labels, or there are fewer than two classes.
+    """
+    train, val = run.splits.train, run.splits.val
+    needs = "evaluation needs class folders under train/ and val/ (figures and training do not)"
+    if train.labels is None:
+        raise InputError(f"data: {run.splits.name} has no labels; {needs}")
+    if val is None or len(val) == 0:
+        raise InputError(f"data: {run.splits.name} has no validation images; {needs}")
+    if val.labels is None:
+        raise InputError(f"data: the validation images of {run.splits.name} have no labels; {needs}")
+    if len(train.classes or ()) < 2:
+        raise InputError(f"data: {run.splits.name} has one class; evaluation needs at least two")
+    return {"train": train, "val": val}
+
+
+def extract(
+    backbone: nn.Module,
+    source: ImageSource,
+    *,
+    size: int,
+    device: torch.device,
+    workers: int,
+    batch_size: int = 256,
+) -> Tensor:
+    """Features of all images in order, computed in eval mode and float32 on the un-augmented view.
+
+    Never under autocast: bfloat16 features would make accuracies depend on the device. The backbone's training mode is
+    restored.
+
+    Args:
+        backbone: on `device`; maps images (B, 3, size, size) to features (B, F).
+        source: N images.
+        size: side of the view in pixels (shorter side resized to it, centre crop).
+        device: where to compute.
+        workers: processes that read images.
+        batch_size: images at a time; it does not change the result beyond rounding.
+
+    Returns:
+        (N, F) float32 on the CPU.
+
+    Raises:
+        InputError: an image cannot be read, there is none, or features are not finite.
+    """
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        with torch.no_grad():
+            parts = [
+                backbone(images.to(device)).float().cpu()
+                for images, _ in eval_loader(source, size, batch_size, workers)
+            ]
+    finally:
+        backbone.train(was_training)
+    if not parts:
+        raise InputError(f"source: {source.name} holds no images")
+    features = torch.cat(parts)
+    if not torch.isfinite(features).all():
+        raise InputError(f"features: those of {source.name} are not finite; the model's weights are damaged")
+    return features
+
+
+def untrained_backbone(config: TrainConfig, source: ImageSource, *, device: torch.device, workers: int) -> nn.Module:
+    """The run's backbone before training: random weights drawn from `config.seed`, statistics of the run's images.
+
+    Two things make it an honest baseline. Its residual branches are not initialised to zero, as they are for training:
+    they would add nothing and leave a shallow network. And its BatchNorm statistics are those of the training images
+    (see `calibrate_batch_norm`): the initial ones (mean 0, variance 1) do not normalise anything. Weights are random
+    also where the run started from pretrained ones.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        backbone, _ = build_backbone(config.model.backbone, stem=config.model.stem, zero_init_residual=False)
+    return calibrate_batch_norm(
+        backbone.to(device), source, size=config.augment.size, seed=config.seed, device=device, workers=workers
+    )
+
+
+def calibrate_batch_norm(
+    backbone: nn.Module,
+    source: ImageSource,
+    *,
+    size: int,
+    seed: int,
+    device: torch.device,
+    workers: int,
+    batch_size: int = 256,
+) -> nn.Module:
+    """Replace the running statistics of every BatchNorm by averages over the images of `source`.
+
+    One pass in training mode over at most `CALIBRATION_IMAGES` un-augmented images, drawn and shuffled by `seed` so
+    that every batch is a mixture of classes. Mean and variance are the cumulative averages of the batches' (momentum
+    None), and batches are of equal size, so that none counts more than another: the few images that this leaves over
+    are not used. Returns the backbone in eval mode.
+    """
+    shuffled = np.random.default_rng(seed).permutation(len(source))[:CALIBRATION_IMAGES]
+    batches = -(-len(shuffled) // batch_size)
+    batch_size = len(shuffled) // batches
+    used = _Subset(source, shuffled[: batches * batch_size])
+    norms = [module for module in backbone.modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    backbone.train()
+    with torch.no_grad():
+        for images, _ in eval_loader(used, size, batch_size, workers):
+            backbone(images.to(device))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return backbone.eval()
+
+
+def pixels(source: ImageSource, size: int, *, workers: int) -> Tensor:
+    """The un-augmented views at `size` pixels, at most 32 x 32, flattened: (N, 3 * side * side) float32."""
+    side = min(size, PIXELS_SIZE)
+    return extract(nn.Flatten(), source, size=side, device=torch.device("cpu"), workers=workers)
+
+
+class _Subset(ImageSource):
+    """Some images of another source, without labels."""
+
+    def __init__(self, source: ImageSource, indices: NDArray[np.int64]) -> None:
+        self.source, self.indices = source, indices
+        self.name, self.labels, self.classes = source.name, None, None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def image(self, index: int) -> Image.Image:
+        return self.source.image(int(self.indices[index]))
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(int(self.indices[index]))

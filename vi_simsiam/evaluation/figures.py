@@ -1,0 +1,263 @@
+"""Figures of a run: curves.png, what training did, and kappa.png, what the model is certain of.
+
+Both are 1600 x 680 pixels, meant to be shown at half that size.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from vi_simsiam.data.loader import eval_loader
+from vi_simsiam.data.sources import ImageSource, scan
+from vi_simsiam.engine.checkpoint import write_atomically
+from vi_simsiam.engine.monitor import COLLAPSE_THRESHOLD
+from vi_simsiam.engine.run import METRICS, Run, read_config
+from vi_simsiam.errors import InputError
+from vi_simsiam.models import VISimSiam
+
+_SIZE, _DPI = (8.0, 3.4), 200
+_BLUE, _ORANGE, _GRAY, _INK = "#2f6db3", "#e07b39", "#8a8f98", "#24292f"
+_STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 7.5,
+    "text.color": _INK,
+    "axes.edgecolor": "#c6cbd1",
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.titlesize": 8.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#eceff2",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#57606a",
+    "ytick.color": "#57606a",
+    "xtick.major.size": 2,
+    "ytick.major.size": 2,
+    "lines.linewidth": 1.4,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+    "legend.fontsize": 7,
+    "legend.handlelength": 1.4,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+_METHODS = {"vi-simsiam": "VI-SimSiam", "simsiam": "SimSiam"}
+_THUMBNAIL = 112
+
+
+def draw_curves(run_folder: Path) -> Path:
+    """Draw metrics.jsonl of a run as RUN/curves.png and return its path.
+
+    Raises:
+        InputError: there is no run, no metrics yet, or a line of metrics that cannot be read.
+    """
+    config = read_config(run_folder)
+    metrics = read_metrics(run_folder / METRICS)
+    epoch = metrics["epoch"]
+    has_kappa = "kappa" in metrics
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(f"{_METHODS[config.method]} on {_shown(config.data)}, {config.model.backbone}")
+        loss, cosine, third, spread, rank, gradient = figure.subplots(2, 3, sharex=True).flat
+        _curve(loss, "loss (nats, uniform = 0)" if has_kappa else "loss", epoch, metrics["loss"])
+        _curve(cosine, "cosine of prediction and target", epoch, metrics["cosine"])
+        if has_kappa:
+            _curve(third, "concentration κ / (D − 1)", epoch, metrics["kappa"], label="predicted")
+            optimum = moving_average(optimal_concentration(metrics["cosine"]))
+            third.plot(epoch, optimum, color=_ORANGE, lw=1.1, ls=(0, (3, 2)), label="optimal for the mean cosine")
+            third.legend(loc="best")
+            _learning_rate(gradient.twinx(), epoch, metrics["lr"])
+        else:
+            _curve(third, "learning rate", epoch, metrics["lr"])
+        _curve(spread, "spread (z-std · √D, 1 = even)", epoch, metrics["z_std"])
+        spread.axhline(1, color=_GRAY, lw=0.8, ls=(0, (1, 2)))
+        spread.axhspan(0, COLLAPSE_THRESHOLD, color="#fbe3d6", lw=0, zorder=0)
+        spread.text(0.98, COLLAPSE_THRESHOLD / 2, "collapse", ha="right", va="center", color="#b3592a", fontsize=7,
+                    transform=spread.get_yaxis_transform())  # fmt: skip
+        spread.set_ylim(0, max(1.1, 1.05 * float(np.nanmax(metrics["z_std"]))))
+        _curve(rank, "effective rank of a batch", epoch, metrics["effective_rank"])
+        _curve(gradient, "gradient norm", epoch, metrics["grad_norm"])
+        for panel in (rank, gradient):
+            panel.set_ylim(bottom=0)
+        for panel in (spread, rank, gradient):
+            panel.set_xlabel("epoch")
+            panel.set_xlim(0, epoch[-1])
+        return _save(figure, run_folder / "curves.png")
+
+
+def read_metrics(path: Path) -> dict[str, NDArray[np.float64]]:
+    """Columns of a metrics.jsonl, float64 over its lines; NaN where a line lacks a value.
+
+    Raises:
+        InputError: there is no such file, it is empty, or a line is not a JSON object of numbers.
+    """
+    if not path.is_file():
+        raise InputError(f"run: {path.parent} has no {path.name}")
+    lines: list[dict[str, float]] = []
+    for number, text in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+        try:
+            lines.append({name: float(value) for name, value in json.loads(text).items()})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"run: {path} line {number} cannot be read ({error})") from error
+    if not lines:
+        raise InputError(f"run: {path} is empty; nothing was logged yet")
+    return {name: np.array([line.get(name, np.nan) for line in lines]) for line in lines for name in line}
+
+
+def optimal_concentration(cosine: NDArray[np.float64]) -> NDArray[np.float64]:
+    """kappa/(D - 1) at which the loss is minimal if every cosine is `cosine`: c / (1 - c), and 0 for c below 0.
+
+    The cosine at which E[mu.z] = kappa / (kappa + D - 1) is c; exact for large D.
+    """
+    bounded: NDArray[np.float64] = np.clip(cosine, 0, 1 - 1e-9)
+    return bounded / (1 - bounded)
+
+
+def moving_average(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Centred mean over a fiftieth of the values, over fewer at both ends; unchanged below 100 values."""
+    window = np.ones(2 * (len(values) // 100) + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
+
+
+def draw_kappa(run: Run) -> Path | None:
+    """Draw how concentrated a run's predictions are as RUN/kappa.png: a histogram, and the images at its two ends.
+
+    Un-augmented validation images are used, or training images if there are none. Returns the path, or None for
+    SimSiam, which predicts no concentration.
+
+    Raises:
+        InputError: an image cannot be read, or the weights are damaged.
+    """
+    if not isinstance(run.model, VISimSiam):
+        return None
+    train, val = run.splits.train, run.splits.val
+    kind, chosen = ("training", train) if val is None or len(val) == 0 else ("validation", val)
+    source, _ = scan(chosen, run.workers)
+    values = concentrations(run, source)
+    lowest, highest = extremes(values)
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(f"VI-SimSiam on {_shown(run.config.data)}: {len(values):,} {kind} images, un-augmented")
+        grid = figure.add_gridspec(2, 2, width_ratios=(0.56, 0.44))
+        _histogram(figure.add_subfigure(grid[:, 0]).subplots(), values)
+        _thumbnails(figure.add_subfigure(grid[0, 1]), "least certain (lowest κ)", source, lowest, values)
+        _thumbnails(figure.add_subfigure(grid[1, 1]), "most certain (highest κ)", source, highest, values)
+        return _save(figure, run.path / "kappa.png", colours=256)
+
+
+@torch.no_grad()
+def concentrations(run: Run, source: ImageSource) -> NDArray[np.float64]:
+    """kappa / (D - 1) that a run's VI-SimSiam predicts for the un-augmented images of `source`, (N,) float64, in order.
+
+    Raises:
+        InputError: an image cannot be read, there is none, or a concentration is not finite.
+    """
+    model = run.model
+    if not isinstance(model, VISimSiam):
+        raise InputError("run: SimSiam predicts no concentration; vi-simsiam does")
+    parts = [
+        model.concentration(model.predictor(model.projector(model.backbone(images.to(run.device))))).double().cpu()
+        for images, _ in eval_loader(source, run.config.augment.size, 256, run.workers)
+    ]
+    if not parts:
+        raise InputError(f"source: {source.name} holds no images")
+    values: NDArray[np.float64] = torch.cat(parts).numpy() / (model.dim - 1)
+    if not np.isfinite(values).all():
+        raise InputError(f"run: {run.path} predicts concentrations that are not finite; its weights are damaged")
+    return values
+
+
+def extremes(values: NDArray[np.float64], count: int = 8) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices of the `count` lowest values, ascending, and of the `count` highest, descending; none is in both."""
+    order = np.argsort(values, kind="stable")
+    low = min(count, -(-len(values) // 2))
+    high = min(count, len(values) - low)
+    return order[:low], order[::-1][:high]
+
+
+def _figure(title: str) -> Figure:
+    figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=8.5, color="#57606a")
+    return figure
+
+
+def _shown(data: str) -> str:
+    return Path(data.removeprefix("folder:")).name if data.startswith("folder:") else data
+
+
+def _curve(
+    axes: Axes, title: str, epoch: NDArray[np.float64], values: NDArray[np.float64], label: str | None = None
+) -> None:
+    axes.set_title(title)
+    axes.plot(epoch, values, color=_BLUE, lw=0.8, alpha=0.3)
+    axes.plot(epoch, moving_average(values), color=_BLUE, label=label, marker="o" if len(epoch) < 3 else None, ms=3)
+
+
+def _learning_rate(axes: Axes, epoch: NDArray[np.float64], rate: NDArray[np.float64]) -> None:
+    axes.plot(epoch, rate, color=_GRAY, lw=1, ls=(0, (3, 2)))
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("learning rate (dashed)", color=_GRAY, fontsize=7)
+    axes.tick_params(colors=_GRAY)
+    axes.grid(False)
+
+
+def _histogram(axes: Axes, values: NDArray[np.float64]) -> None:
+    low, high = float(values.min()), float(values.max())
+    margin = 0.02 * (high - low) or 0.05 * abs(low) or 0.5
+    axes.hist(values, bins=min(50, max(8, len(values) // 20)), range=(low - margin, high + margin), color=_BLUE)
+    median = float(np.median(values))
+    axes.axvline(median, color=_ORANGE, lw=1.2, label=f"median {_number(median, high - low)}")
+    axes.legend(loc="best")
+    axes.set_title("certainty")
+    axes.set_xlabel("predicted concentration κ / (D − 1)")
+    axes.set_ylabel("images")
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+
+
+def _thumbnails(
+    figure: SubFigure, title: str, source: ImageSource, indices: NDArray[np.int64], values: NDArray[np.float64]
+) -> None:
+    figure.suptitle(title, x=0.02, ha="left", fontsize=8.5, fontweight="bold")
+    cells = figure.subplots(2, 4).flat
+    for cell in cells:
+        cell.axis("off")
+    for cell, index in zip(figure.axes, indices.tolist(), strict=False):
+        image = source.image(index)
+        method = Image.Resampling.NEAREST if min(image.size) < _THUMBNAIL else Image.Resampling.LANCZOS
+        cell.imshow(ImageOps.fit(image, (_THUMBNAIL, _THUMBNAIL), method))
+        text = _number(float(values[index]), float(np.ptp(values)))
+        cell.set_title(text, loc="center", fontsize=7, fontweight="normal", pad=2)
+
+
+def _number(value: float, spread: float) -> str:
+    """A value with as many decimals as tell it apart from others within `spread`."""
+    decimals = 2 - math.floor(math.log10(spread)) if spread > 0 else 3
+    return f"{value:,.{min(max(decimals, 0), 8)}f}"
+
+
+def _save(figure: Figure, path: Path, colours: int | None = None) -> Path:
+    """Write a figure as PNG, atomically; with a palette of so many colours where photographs would make it large."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    image = Image.open(buffer).convert("RGB")
+    if colours is not None:
+        image = image.quantize(colours, method=Image.Quantize.MEDIANCUT)
+    write_atomically(path, lambda file: image.save(file, format="PNG", optimize=True))
+    return path

@@ -1,0 +1,92 @@
+"""Weighted k-nearest-neighbour classification of frozen features (Wu et al., arXiv 1805.01978, section 3.4).
+
+The k training images of highest cosine similarity s vote for their class with weight exp(s / T). Nothing is trained, so
+the accuracy depends on the features alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vi_simsiam.errors import InputError
+from vi_simsiam.evaluation.features import FeatureSets
+from vi_simsiam.evaluation.results import write_result
+
+# Similarities held at a time: 128 MiB.
+_BLOCK = 2**25
+
+
+@dataclass(frozen=True)
+class KnnConfig:
+    """Settings of the k-nearest-neighbour classifier."""
+
+    k: int = 20
+    """Number of neighbours; Wu et al. use 200 for data sets of ImageNet's size."""
+    temperature: float = 0.1
+    """T: neighbours are weighted by exp(cosine / T). Wu et al. use 0.07."""
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise InputError(f"k: {self.k} must be at least 1")
+        if not 0 < self.temperature < inf:
+            raise InputError(f"temperature: {self.temperature} must be a positive number")
+
+
+def evaluate_knn(features: FeatureSets, config: KnnConfig | None = None) -> dict[str, Any]:
+    """Classify the validation images by their neighbours among the training images, under every encoder.
+
+    Writes RUN/knn.json atomically and returns its content; "top1" holds a fraction for every encoder.
+
+    Raises:
+        InputError: k exceeds the number of training images.
+    """
+    config = config or KnnConfig()
+    labels = features.train_labels.to(features.device)
+    top1 = {}
+    for encoder, train in features.train.items():
+        predicted = classify(
+            train.to(features.device),
+            labels,
+            features.val[encoder].to(features.device),
+            classes=len(features.classes),
+            config=config,
+        )
+        top1[encoder] = (predicted.cpu() == features.val_labels).double().mean().item()
+    body = {"settings": asdict(config), "top1": top1}
+    return write_result("knn", features, body, ("torch", "torchvision", "numpy", "pillow"))
+
+
+@torch.inference_mode()
+def classify(train: Tensor, labels: Tensor, queries: Tensor, *, classes: int, config: KnnConfig) -> Tensor:
+    """Classes of `queries` by the weighted vote of their k nearest training features.
+
+    Args:
+        train: (N, F) float32.
+        labels: (N,) int64 in [0, classes).
+        queries: (M, F) float32.
+        classes: number of classes.
+        config: k and temperature.
+
+    Returns:
+        (M,) int64, on the device of `train`.
+
+    Raises:
+        InputError: k exceeds N.
+    """
+    if config.k > len(train):
+        raise InputError(f"k: {config.k} must be at most {len(train)}, the number of training images")
+    train = F.normalize(train, dim=1)
+    predicted = []
+    for block in F.normalize(queries, dim=1).split(max(1, _BLOCK // len(train))):
+        similarity, neighbours = (block @ train.T).topk(config.k, dim=1)
+        # Relative to the nearest neighbour: the vote is the same, and a small temperature does not overflow.
+        weights = ((similarity - similarity[:, :1]) / config.temperature).exp()
+        votes = weights.new_zeros(len(block), classes).scatter_add_(1, labels[neighbours], weights)
+        predicted.append(votes.argmax(1))
+    return torch.cat(predicted)

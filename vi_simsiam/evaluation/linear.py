@@ -1,0 +1,233 @@
+"""Linear probe: a linear classifier trained on frozen features.
+
+LARS (You et al., arXiv 1708.03888) with a cosine schedule, as in the linear evaluation of SimSiam (Chen and He, arXiv
+2011.10566). The features are computed once, from the un-augmented view; SimSiam trains the classifier on random crops,
+so the figures compare encoders with each other rather than with published ones.
+
+Preset "default" treats all encoders alike. Every feature is standardised with the training set's mean and deviation, so
+that no encoder gains or loses by the scale of its features; all training images are used; and at least 500 steps are
+made, without which LARS, whose weights grow by a bounded share a step, does not converge on small data sets. It was
+checked with pixels and random networks only, on 8,000 Fashion-MNIST images: longer or shorter training gains nothing on
+a held-out fifth, and the validation accuracy is within one point of the best of scikit-learn's LogisticRegression over
+C = 1, 0.1 and 0.01.
+
+Preset "paper" is the protocol of Nakamura et al. (arXiv 2203.11437, section 4.1): LARS with learning rate 1.6, weight
+decay 0, momentum 0.9 and batch 512, on the features as they are; a random fifth of the training set is held out, and
+its accuracy reported beside the validation set's. The paper does not state the number of epochs or the schedule: 90 and
+the cosine are SimSiam's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vi_simsiam.errors import InputError
+from vi_simsiam.evaluation.features import FeatureSets
+from vi_simsiam.evaluation.results import write_result
+
+# A feature that hardly varies (a corner pixel) is not blown up to the size of the others.
+_SMALLEST_SHARE = 0.01
+
+
+def _require(name: str, value: object, holds: bool, accepted: str) -> None:
+    if not holds:
+        raise InputError(f"{name}: {value} is not accepted; it must be {accepted}")
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """Settings of the linear probe."""
+
+    lr: float = 1.6
+    """Learning rate at the start; a cosine takes it to 0."""
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    batch_size: int = 512
+    """At most; never more than the training images."""
+    epochs: int = 100
+    min_steps: int = 500
+    """Optimiser steps at least, with more epochs if need be."""
+    held_out: float = 0.0
+    """Share of the training images that is not trained on and reported apart."""
+    standardize: bool = True
+    """Whether every feature is shifted and scaled to mean 0 and deviation 1 over the images trained on."""
+    seed: int = 0
+    """Of the initial weights, the order of images, and the choice of those held out."""
+    inferred: tuple[str, ...] = ()
+    """Settings that the protocol's source does not state."""
+
+    def __post_init__(self) -> None:
+        _require("lr", self.lr, 0 < self.lr < math.inf, "a positive number")
+        _require("momentum", self.momentum, 0 <= self.momentum < 1, "at least 0 and below 1")
+        _require("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "at least 0")
+        _require("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
+        _require("epochs", self.epochs, self.epochs >= 1, "at least 1")
+        _require("min_steps", self.min_steps, self.min_steps >= 0, "at least 0")
+        _require("held_out", self.held_out, 0 <= self.held_out < 1, "at least 0 and below 1")
+        _require("seed", self.seed, 0 <= self.seed < 2**63, "at least 0 and below 2**63")
+
+
+LINEAR_PRESETS = {
+    "default": LinearConfig(),
+    "paper": LinearConfig(
+        epochs=90, min_steps=0, held_out=0.2, standardize=False, inferred=("epochs", "schedule", "standardize")
+    ),
+}
+
+
+def linear_preset(name: str) -> LinearConfig:
+    """The named preset.
+
+    Raises:
+        InputError: there is no such preset.
+    """
+    if name not in LINEAR_PRESETS:
+        raise InputError(f"preset: {name!r} is none of {', '.join(LINEAR_PRESETS)}")
+    return LINEAR_PRESETS[name]
+
+
+def evaluate_linear(features: FeatureSets, config: LinearConfig | None = None) -> dict[str, Any]:
+    """Train a probe on the training features of every encoder and measure it on the validation features.
+
+    Writes RUN/linear.json atomically and returns its content. "top1" and "top5" hold fractions for every encoder, as do
+    "train_top1" (on the images trained on) and "held_out_top1" (None if none are held out). With fewer than
+    five classes "top5" counts as many as there are; "top5_counts" says how many.
+
+    Raises:
+        InputError: too few training images to hold any out.
+    """
+    config = config or LinearConfig()
+    classes = len(features.classes)
+    counted = min(5, classes)
+    kept, held_out = hold_out(len(features.train_labels), config.held_out, config.seed)
+    scores: dict[str, dict[str, float]] = {"top1": {}, "top5": {}, "train_top1": {}, "held_out_top1": {}}
+    for encoder, train in features.train.items():
+        probe = LinearProbe.fit(
+            train[kept].to(features.device), features.train_labels[kept].to(features.device), classes, config
+        )
+        logits = probe(features.val[encoder].to(features.device)).cpu()
+        scores["top1"][encoder] = accuracy(logits, features.val_labels, 1)
+        scores["top5"][encoder] = accuracy(logits, features.val_labels, counted)
+        fitted = probe(train.to(features.device)).cpu()
+        scores["train_top1"][encoder] = accuracy(fitted[kept], features.train_labels[kept], 1)
+        if len(held_out):
+            scores["held_out_top1"][encoder] = accuracy(fitted[held_out], features.train_labels[held_out], 1)
+    body = {
+        "settings": {**asdict(config), "optimizer": "LARS", "schedule": "cosine", "steps": _steps(config, len(kept))},
+        "held_out_images": len(held_out),
+        "top5_counts": counted,
+        **scores,
+        "held_out_top1": scores["held_out_top1"] or None,
+    }
+    packages = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "pillow")
+    return write_result("linear", features, body, packages)
+
+
+class LinearProbe:
+    """A linear classifier, and the standardisation of the features it was trained on.
+
+    Attributes:
+        shift, scale: (F,) float32; features enter as (x - shift) * scale.
+        layer: the classifier.
+    """
+
+    def __init__(self, shift: Tensor, scale: Tensor, layer: nn.Linear) -> None:
+        self.shift, self.scale, self.layer = shift, scale, layer
+
+    @classmethod
+    def fit(cls, features: Tensor, labels: Tensor, classes: int, config: LinearConfig) -> LinearProbe:
+        """Train a probe. The same inputs and seed give the same probe, bit for bit on a CPU.
+
+        Args:
+            features: (N, F) float32.
+            labels: (N,) int64 in [0, classes), on the same device.
+            classes: number of classes.
+            config: how to train.
+        """
+        count, width = features.shape
+        shift, scale = features.new_zeros(width), features.new_ones(width)
+        if config.standardize:
+            shift, scale = _standardization(features)
+        # Drawn on the CPU, so that every device starts from the same weights and sees the same batches.
+        generator = torch.Generator().manual_seed(config.seed)
+        layer = nn.Linear(width, classes, device="meta").to_empty(device=features.device)
+        with torch.no_grad():
+            layer.weight.copy_(0.01 * torch.randn(classes, width, generator=generator))
+            layer.bias.zero_()
+        optimizer = build_optimizer(layer, config)
+        inputs = (features - shift) * scale
+        batch, total, step = min(config.batch_size, count), _steps(config, count), 0
+        while step < total:
+            order = torch.randperm(count, generator=generator).to(features.device)
+            for start in range(0, min(count // batch, total - step) * batch, batch):
+                chosen = order[start : start + batch]
+                for group in optimizer.param_groups:
+                    group["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * step / total))
+                loss = F.cross_entropy(layer(inputs[chosen]), labels[chosen])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                step += 1
+        return cls(shift, scale, layer)
+
+    @torch.no_grad()
+    def __call__(self, features: Tensor) -> Tensor:
+        """Logits (N, classes) of features (N, F)."""
+        logits: Tensor = self.layer((features - self.shift) * self.scale)
+        return logits
+
+
+def build_optimizer(layer: nn.Module, config: LinearConfig) -> torch.optim.Optimizer:
+    """LARS over the layer's parameters.
+
+    `always_adapt` keeps the layer-wise adaptation at weight decay 0, where timm would otherwise fall back to SGD.
+    """
+    from timm.optim import Lars  # type: ignore[attr-defined]
+
+    optimizer: torch.optim.Optimizer = Lars(
+        layer.parameters(),
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        always_adapt=True,
+    )
+    return optimizer
+
+
+def hold_out(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Split range(count) at random: what to train on, and a share of round(share * count) held out; int64, sorted.
+
+    Raises:
+        InputError: a positive share of so few images is no image, or all.
+    """
+    held = round(share * count)
+    if share > 0 and not 0 < held < count:
+        raise InputError(f"held_out: {share} of {count} training images is {held}; it must be at least 1, and not all")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return order[held:].sort().values, order[:held].sort().values
+
+
+def accuracy(logits: Tensor, labels: Tensor, counted: int) -> float:
+    """Share of rows of logits (N, classes) whose label (N,) is among the `counted` highest."""
+    from torchmetrics.functional.classification import multiclass_accuracy
+
+    share = multiclass_accuracy(logits, labels, num_classes=logits.shape[1], top_k=counted, average="micro")
+    # The float32 share as the fraction it stands for, so that files show 0.853 and not 0.8529999852180481.
+    return round(float(share) * len(labels)) / len(labels)
+
+
+def _steps(config: LinearConfig, count: int) -> int:
+    return max(config.epochs * (count // min(config.batch_size, count)), config.min_steps)
+
+
+def _standardization(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal deviation of every feature."""
+    deviation = features.std(0, correction=0)
+    smallest = (_SMALLEST_SHARE * deviation.max()).clamp_min(torch.finfo(deviation.dtype).tiny)
+    return features.mean(0), 1 / deviation.clamp_min(smallest)
