@@ -1,0 +1,149 @@
+"""The command line: one readable line and exit code 2 for what a user can mend, and a run from end to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vi_simsiam import info
+from vi_simsiam.cli import main
+from vi_simsiam.ops.backends import BACKENDS
+
+SMALL = (
+    "--epochs 2 --batch-size 8 --size 16 --dim 32 --projector-hidden 32 --predictor-hidden 16 "
+    "--workers 0 --device cpu --blur-prob 0 --log-every 2 --lr 0.02"
+).split()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("fly", "command: 'fly' is none of train"),
+        ("train --preset fast", "preset: 'fast' is none of default"),
+        ("train --method byol", "invalid choice 'byol' for argument '--method'"),
+        ("train --data mnist --out OUT", "mnist"),
+        ("train --data folder:/nowhere --out OUT", "/nowhere"),
+        ("train --data folder:EMPTY --out OUT", "EMPTY"),
+        ("train --epochs 0", "epochs: 0 is not accepted; it must be at least 1"),
+        ("train --lr nan", "lr: nan"),
+        ("train --lr fast", "--lr"),
+        ("train --dim 1", "dim: 1"),
+        ("train --batch-size 100000 --out OUT", "batch_size: 100000"),
+        ("train --backend fast --out OUT", "backend: 'fast' is none of auto, eager"),
+        ("train --backend cuda --device cpu --out OUT", "backend: 'cuda' cannot run on cpu"),
+        ("train --backbone vgg11 --out OUT", "backbone: 'vgg11'"),
+        ("train --device tpu --out OUT", "device: 'tpu'"),
+        ("train --resume", "resume: say which run with --out"),
+        ("train --resume --out OUT", "OUT"),
+        ("train --speed 3", "--speed"),
+        ("knn /nowhere", "run: /nowhere holds no run"),
+        ("linear EMPTY", "holds no run"),
+        ("linear EMPTY --preset fast", "fast"),
+        ("knn EMPTY --k 0", "k: 0"),
+        ("evaluate /nowhere", "holds no run"),
+        ("figures /nowhere", "/nowhere"),
+        ("bench speed", "bench: 'speed' is none of loss"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "EMPTY").mkdir()
+    given = arguments.replace("EMPTY", str(tmp_path / "EMPTY")).replace("OUT", str(tmp_path / "OUT"))
+    assert main(given.split()) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1
+    assert message in said.err
+    assert "Traceback" not in said.err
+    assert not (tmp_path / "OUT").exists(), "bad input must leave no folder behind"
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "train SimSiam or VI-SimSiam into a run folder" in capsys.readouterr().out
+    assert main([]) == 2
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--batch-size" in shown
+    assert "--concentration-scale" in shown
+
+
+def test_info_names_every_backend_and_why_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in BACKENDS:
+        (line,) = [line for line in lines if line.startswith(f"  {name} ")]
+        assert "available" in line
+    assert "  eager      available" in lines
+    assert any("torch" in line and line.split()[1][0].isdigit() for line in lines)
+
+
+def test_info_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "extension", lambda: None)
+    assert "not built; the package runs without it" in info.report()
+
+
+def test_train_evaluate_and_resume(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The main job on a small folder: train, the two summary lines last, all files, then resume with what was saved."""
+    run = tmp_path / "run"
+    arguments = ["train", "--data", f"folder:{image_folder}", "--out", str(run), *SMALL]
+    assert main([*arguments, "--evaluate"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line.split(":")[0] for line in lines[-2:]] == ["kNN top-1", "linear top-1"]
+    for name in ("knn", "linear"):
+        result = json.loads((run / f"{name}.json").read_text())
+        assert set(result["top1"]) == {"trained", "untrained", "pixels"}
+        assert all(0 <= share <= 1 for share in result["top1"].values())
+    for name in ("curves.png", "kappa.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+
+    assert main(arguments) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert main(["train", "--out", str(run), "--resume", "--lr", "0.5"]) == 2
+    assert "lr: 0.02 -> 0.5" in capsys.readouterr().err
+    assert main(["train", "--out", str(run), "--resume"]) == 0
+    assert main(["knn", str(run), "--k", "5", "--device", "cpu", "--workers", "0"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("kNN top-1: ")
+
+
+def test_evaluation_without_labels_says_what_it_needs(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = image_folder / "train" / "dark"
+    assert main(["train", "--data", f"folder:{data}", "--out", str(tmp_path / "run"), *SMALL]) == 0
+    capsys.readouterr()
+    assert main(["knn", str(tmp_path / "run"), "--device", "cpu", "--workers", "0"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "train/" in said
+    assert "val/" in said
+
+
+def test_ctrl_c_leaves_a_run_that_can_be_resumed(image_folder: Path, tmp_path: Path) -> None:
+    """In a process of its own, with loader workers: exit code 130, one line that says how to go on, no traceback."""
+    run = tmp_path / "run"
+    settings = [*SMALL, "--epochs", "200", "--workers", "1"]
+    command = [sys.executable, "-m", "vi_simsiam", "train", "--data", f"folder:{image_folder}", "--out", str(run)]
+    process = subprocess.Popen(
+        [*command, *settings], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    metrics = run / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None:
+        assert time.monotonic() < deadline, "no step within two minutes"
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "go on with: vi-simsiam train --out" in err
+    assert "Traceback" not in out + err
+    assert (run / "checkpoint.pt").exists()
