@@ -1,10 +1,10 @@
 // Multi-view loss and its gradient on the GPU, in one launch (the formulas are in multiview_loss_cpu.cpp).
 //
-// One block per sample. The target norms come first; then, prediction by prediction, one pass forms the norm and the cosines,
-// a few threads do the scalar math, and a second pass writes the gradient. The second pass reads rows that the first has just
-// brought into L1 or L2 (16 to 64 KB a sample at dim 2048 in float), so DRAM sees each prediction and target once and
-// each gradient once. Rows with dim + 1 columns are not aligned for vector loads: neighbouring threads read
-// neighbouring columns.
+// One block per sample. The target norms come first; then, prediction by prediction, one pass forms the norm
+// and the cosines, a few threads do the scalar math, and a second pass writes the gradient. The second pass
+// reads rows that the first has just brought into L1 or L2 (16 to 64 KB a sample at dim 2048 in float), so
+// DRAM sees each prediction and target once and each gradient once. Rows with dim + 1 columns are not aligned
+// for vector loads: neighbouring threads read neighbouring columns.
 //
 // All sums are taken in a fixed order: the same input gives the same bits.
 
@@ -30,14 +30,16 @@ __device__ __forceinline__ Real load(const Element* address) {
   }
 }
 
-// Sums each of N values over the block; every thread gets the totals, after two barriers. partial: shared, N * (MAX_THREADS / WARP) numbers.
+// Sums each of N values over the block; every thread gets the totals, after two barriers. partial: shared, N
+// * (MAX_THREADS / WARP) numbers.
 template <int N, typename Real>
 __device__ void block_sum(Real (&values)[N], Real* partial) {
   const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
 #pragma unroll
   for (int k = 0; k < N; ++k) {
 #pragma unroll
-    for (int offset = WARP / 2; offset > 0; offset /= 2) values[k] += __shfl_xor_sync(0xffffffffu, values[k], offset);
+    for (int offset = WARP / 2; offset > 0; offset /= 2)
+      values[k] += __shfl_xor_sync(0xffffffffu, values[k], offset);
     if (threadIdx.x % WARP == 0) partial[k * warps + warp] = values[k];
   }
   __syncthreads();
@@ -56,6 +58,8 @@ struct Scalars {
   bool gradient_is_real;  // false: the gradient has the predictions' dtype
 };
 
+// The bound on blocks per multiprocessor allows 64 registers in float (128 in double): without it ptxas aims
+// at more blocks and spills.
 template <typename Prediction, typename Target, typename Real>
 __global__ void __launch_bounds__(MAX_THREADS, sizeof(Real) == 4 ? 4 : 2)
     multiview_loss_kernel(MultiviewProblem problem, PowerSpherical<Real> density, Scalars<Real> scalars) {
@@ -85,11 +89,12 @@ __global__ void __launch_bounds__(MAX_THREADS, sizeof(Real) == 4 ? 4 : 2)
     if (thread == 0) inverse_target[g] = inverse_norm(square[0]);
   }
 
-  // No barrier is needed at the end of the loop: the shared numbers change only after those of the next block_sum.
+  // No barrier is needed at the end of the loop: the shared numbers change only after those of the next
+  // block_sum.
   Real total = 0;  // sum of F over the pairs, used by thread 0
   for (int v = 0; v < views; ++v) {
-    const Prediction* p =
-        static_cast<const Prediction*>(problem.predictions) + v * problem.prediction_strides[0] + sample * problem.prediction_strides[1];
+    const Prediction* p = static_cast<const Prediction*>(problem.predictions) +
+                          v * problem.prediction_strides[0] + sample * problem.prediction_strides[1];
 
     Real inverse_p = 0;
     for (int first = 0; first < targets; first += TARGETS_PER_PASS) {
@@ -159,7 +164,8 @@ __global__ void __launch_bounds__(MAX_THREADS, sizeof(Real) == 4 ? 4 : 2)
         }
         store(j, gradient);
       }
-      if (thread == 0 && problem.power_spherical) store(dim, -weight * scalars.scale * sigmoid(raw) * d_kappa_sum);
+      if (thread == 0 && problem.power_spherical)
+        store(dim, -weight * scalars.scale * sigmoid(raw) * d_kappa_sum);
     }
   }
   if (thread == 0) static_cast<Real*>(problem.loss)[sample] = -weight * total;
@@ -168,21 +174,26 @@ __global__ void __launch_bounds__(MAX_THREADS, sizeof(Real) == 4 ? 4 : 2)
 template <typename Prediction, typename Target, typename Real>
 const char* launch(const MultiviewProblem& problem, bool gradient_is_real, void* stream) {
   if (problem.target_views > MAX_TARGET_VIEWS_CUDA) return "more than 16 target views";
-  if (problem.batch > INT32_MAX || problem.dim > INT32_MAX / 2) return "more than 2^31 - 1 samples or 2^30 columns";
+  if (problem.batch > INT32_MAX || problem.dim > INT32_MAX / 2)
+    return "more than 2^31 - 1 samples or 2^30 columns";
   if (problem.batch <= 0) return nullptr;
   const int64_t columns = problem.dim > WARP ? problem.dim : WARP;
   const int threads = columns < MAX_THREADS ? int((columns + WARP - 1) / WARP) * WARP : MAX_THREADS;
-  const Scalars<Real> scalars{Real(problem.pair_weight()), Real(problem.scale), Real(problem.minimum), gradient_is_real};
-  multiview_loss_kernel<Prediction, Target, Real><<<unsigned(problem.batch), threads, 0, static_cast<cudaStream_t>(stream)>>>(
-      problem, PowerSpherical<Real>(problem.dim), scalars);
+  const Scalars<Real> scalars{Real(problem.pair_weight()), Real(problem.scale), Real(problem.minimum),
+                              gradient_is_real};
+  multiview_loss_kernel<Prediction, Target, Real>
+      <<<unsigned(problem.batch), threads, 0, static_cast<cudaStream_t>(stream)>>>(
+          problem, PowerSpherical<Real>(problem.dim), scalars);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 template <typename Prediction>
-const char* launch_half(const MultiviewProblem& problem, DType prediction, DType target, DType gradient, void* stream) {
+const char* launch_half(const MultiviewProblem& problem, DType prediction, DType target, DType gradient,
+                        void* stream) {
   const bool gradient_is_real = gradient == DType::float32;
-  if (!gradient_is_real && gradient != prediction) return "the gradient must be float32 or have the predictions' dtype";
+  if (!gradient_is_real && gradient != prediction)
+    return "the gradient must be float32 or have the predictions' dtype";
   if (target == prediction) return launch<Prediction, Prediction, float>(problem, gradient_is_real, stream);
   if (target == DType::float32) return launch<Prediction, float, float>(problem, gradient_is_real, stream);
   return "the targets must be float32 or have the predictions' dtype";
@@ -190,14 +201,19 @@ const char* launch_half(const MultiviewProblem& problem, DType prediction, DType
 
 }  // namespace
 
-const char* multiview_loss_cuda(const MultiviewProblem& problem, DType prediction, DType target, DType gradient, void* stream) {
-  if (prediction == DType::bfloat16) return launch_half<__nv_bfloat16>(problem, prediction, target, gradient, stream);
+const char* multiview_loss_cuda(const MultiviewProblem& problem, DType prediction, DType target,
+                                DType gradient, void* stream) {
+  if (prediction == DType::bfloat16)
+    return launch_half<__nv_bfloat16>(problem, prediction, target, gradient, stream);
   if (prediction == DType::float16) return launch_half<__half>(problem, prediction, target, gradient, stream);
-  if (target != prediction || gradient != prediction) return "targets and gradient must have the predictions' dtype";
+  if (target != prediction || gradient != prediction)
+    return "targets and gradient must have the predictions' dtype";
   if (prediction == DType::float64) return launch<double, double, double>(problem, true, stream);
   return launch<float, float, float>(problem, true, stream);
 }
 
-int cuda_toolkit_version() { return CUDART_VERSION; }
+int cuda_toolkit_version() {
+  return CUDART_VERSION;
+}
 
 }  // namespace vi_simsiam

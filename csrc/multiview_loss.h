@@ -8,9 +8,11 @@ namespace vi_simsiam {
 
 constexpr int64_t MAX_TARGET_VIEWS_CUDA = 16;
 
-// The last dimension of every array has stride 1. Strides count elements: [0] from view to view, [1] from sample to sample.
+// The last dimension of every array has stride 1. Strides count elements: [0] from view to view, [1] from
+// sample to sample.
 struct MultiviewProblem {
-  const void* predictions;  // (views, batch, dim + 1) with the raw concentration last, or (views, batch, dim) for the cosine
+  const void* predictions;  // (views, batch, dim + 1) with the raw concentration last, or (views, batch, dim)
+                            // for the cosine
   const void* targets;      // (target_views, batch, dim)
   void* loss;               // (batch,) in the compute type
   void* gradient;           // like predictions; nullptr where no gradient is wanted
@@ -32,10 +34,11 @@ void multiview_loss_cpu(const MultiviewProblem& problem, DType dtype, int thread
 const char* cpu_variant();
 
 #if defined(VI_SIMSIAM_CUDA)
-// Enqueues one kernel on the stream of the current device. Targets have the predictions' dtype or float32 (float64 goes with
-// float64 only); the loss is float64 for float64 and float32 otherwise; the gradient has the loss's or the predictions' dtype.
-// Returns nullptr, or what went wrong.
-const char* multiview_loss_cuda(const MultiviewProblem& problem, DType prediction, DType target, DType gradient, void* stream);
+// Enqueues one kernel on the stream of the current device. Targets have the predictions' dtype or float32
+// (float64 goes with float64 only); the loss is float64 for float64 and float32 otherwise; the gradient has
+// the loss's or the predictions' dtype. Returns nullptr, or what went wrong.
+const char* multiview_loss_cuda(const MultiviewProblem& problem, DType prediction, DType target,
+                                DType gradient, void* stream);
 
 // CUDART_VERSION of the toolkit this was built with, e.g. 13000.
 int cuda_toolkit_version();

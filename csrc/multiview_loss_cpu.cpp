@@ -6,12 +6,12 @@
 //     dp_v    = -w / |p_v| sum_g dF/dc (z_g/|z_g| - c_vg p_v/|p_v|)
 //     draw_v  = -w scale sigmoid(raw_v) sum_g dF/dkappa,   kappa_v = scale softplus(raw_v) + minimum
 //
-// The rows of a sample (16 to 64 KB at dim 2048) stay in the first two cache levels from the first dot product to the
-// gradient, so memory sees each prediction and target once and each gradient once. A sample is computed by one thread in
-// one fixed order: the result does not depend on the number of threads.
+// The rows of a sample (16 to 64 KB at dim 2048) stay in the first two cache levels from the first dot
+// product to the gradient, so memory sees each prediction and target once and each gradient once. A sample is
+// computed by one thread in one fixed order: the result does not depend on the number of threads.
 //
-// Threads are std::threads made per call: 10 us each, but nothing survives the call, so the function is safe in
-// forked processes (an OpenMP pool hangs there) and nothing spins between calls.
+// Threads are std::threads made per call: 10 us each, but nothing survives the call, so the function is safe
+// in forked processes (an OpenMP pool hangs there) and nothing spins between calls.
 
 #include "multiview_loss.h"
 #include "power_spherical.cuh"
@@ -39,13 +39,14 @@ namespace {
 template <typename Real>
 struct RowKernels {
   Real (*dot)(const Real* x, const Real* y, int64_t n);
-  void (*scale_add)(Real* out, const Real* x, Real a, const Real* y, Real b, int64_t n);  // out = a x + b y; out may be x
+  // out = a x + b y, where out may be x
+  void (*scale_add)(Real* out, const Real* x, Real a, const Real* y, Real b, int64_t n);
 };
 
 #if defined(VI_VECTORS)
 
-// Vectors of the GCC/Clang extension instead of trust in the vectoriser: a sum of floats is not reordered without fast-math,
-// which would break NaN. Four independent partial sums hide the latency of the addition.
+// Vectors of the GCC/Clang extension instead of trust in the vectoriser: a sum of floats is not reordered
+// without fast-math, which would break NaN. Four independent partial sums hide the latency of the addition.
 template <typename Real, int Bytes>
 VI_ALWAYS_INLINE Real dot_rows(const Real* x, const Real* y, int64_t n) {
   typedef Real Vector __attribute__((vector_size(Bytes)));
@@ -104,7 +105,8 @@ __attribute__((target("avx2,fma"))) Real dot_avx2(const Real* x, const Real* y, 
 }
 
 template <typename Real>
-__attribute__((target("avx2,fma"))) void scale_add_avx2(Real* out, const Real* x, Real a, const Real* y, Real b, int64_t n) {
+__attribute__((target("avx2,fma"))) void scale_add_avx2(Real* out, const Real* x, Real a, const Real* y,
+                                                        Real b, int64_t n) {
   scale_add_rows<Real, 32>(out, x, a, y, b, n);
 }
 
@@ -114,7 +116,8 @@ __attribute__((target("avx512f"))) Real dot_avx512(const Real* x, const Real* y,
 }
 
 template <typename Real>
-__attribute__((target("avx512f"))) void scale_add_avx512(Real* out, const Real* x, Real a, const Real* y, Real b, int64_t n) {
+__attribute__((target("avx512f"))) void scale_add_avx512(Real* out, const Real* x, Real a, const Real* y,
+                                                         Real b, int64_t n) {
   scale_add_rows<Real, 64>(out, x, a, y, b, n);
 }
 
@@ -146,9 +149,10 @@ enum class Variant { plain, avx2, avx512 };
 
 Variant variant() {
 #if defined(VI_DISPATCH)
-  static const Variant best = __builtin_cpu_supports("avx512f")                                     ? Variant::avx512
-                              : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Variant::avx2
-                                                                                                : Variant::plain;
+  static const Variant best = __builtin_cpu_supports("avx512f") ? Variant::avx512
+                              : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
+                                  ? Variant::avx2
+                                  : Variant::plain;
   return best;
 #else
   return Variant::plain;
@@ -183,13 +187,15 @@ class Samples {
       inverse_target[g] = inverse_norm(rows_.dot(z, z, problem_.dim));
     }
     Real total = 0;
-    for (int64_t v = 0; v < problem_.views; ++v) total += view(v, sample, inverse_target, scratch + problem_.target_views);
+    for (int64_t v = 0; v < problem_.views; ++v)
+      total += view(v, sample, inverse_target, scratch + problem_.target_views);
     static_cast<Real*>(problem_.loss)[sample] = -weight_ * total;
   }
 
  private:
   const Real* target(int64_t g, int64_t sample) const {
-    return static_cast<const Real*>(problem_.targets) + g * problem_.target_strides[0] + sample * problem_.target_strides[1];
+    return static_cast<const Real*>(problem_.targets) + g * problem_.target_strides[0] +
+           sample * problem_.target_strides[1];
   }
 
   // Writes the gradient of one prediction and returns the sum of F over its targets.
@@ -199,7 +205,8 @@ class Samples {
                     sample * problem_.prediction_strides[1];
     const Real inverse_p = inverse_norm(rows_.dot(p, p, dim));
     PowerSphericalNormalizer<Real> normalizer{};
-    if (problem_.power_spherical) normalizer = density_.with_concentration(scale_ * softplus(p[dim]) + minimum_);
+    if (problem_.power_spherical)
+      normalizer = density_.with_concentration(scale_ * softplus(p[dim]) + minimum_);
 
     Real value = 0, d_kappa = 0, radial = 0;
     for (int64_t g = 0; g < problem_.target_views; ++g) {
@@ -214,7 +221,8 @@ class Samples {
     }
     if (problem_.gradient == nullptr) return value;
 
-    Real* out = static_cast<Real*>(problem_.gradient) + v * problem_.gradient_strides[0] + sample * problem_.gradient_strides[1];
+    Real* out = static_cast<Real*>(problem_.gradient) + v * problem_.gradient_strides[0] +
+                sample * problem_.gradient_strides[1];
     const Real* so_far = p;
     Real factor = weight_ * inverse_p * inverse_p * radial;
     for (int64_t g = 0; g < problem_.target_views; ++g) {
@@ -237,19 +245,22 @@ class Samples {
 template <typename Real>
 void compute_all(const MultiviewProblem& problem, int threads) {
   const Samples<Real> samples(problem);
-  // One thread needs about 0.2 ns a column (W in all) and starting a helper keeps it for 10 us, so t threads take about
-  // t * 10 us + W / t, which is least at t = sqrt(W / 10 us).
+  // One thread needs about 0.2 ns a column (W in all) and starting a helper keeps it for 10 us, so t threads
+  // take about t * 10 us + W / t, which is least at t = sqrt(W / 10 us).
   const int64_t columns = problem.batch * problem.dim * (2 * problem.views + problem.target_views);
   const int64_t worthwhile = int64_t(std::sqrt(double(columns) / 50000));
-  const int64_t useful = std::max<int64_t>(1, std::min<int64_t>({int64_t(threads), problem.batch, worthwhile}));
+  const int64_t useful =
+      std::max<int64_t>(1, std::min<int64_t>({int64_t(threads), problem.batch, worthwhile}));
   const int64_t block = std::max<int64_t>(1, problem.batch / (8 * useful));
   std::atomic<int64_t> next{0};
-  const int64_t scratch_size = 2 * problem.target_views + 32;  // apart: no two threads write to one cache line
+  const int64_t scratch_size =
+      2 * problem.target_views + 32;  // apart: no two threads write to one cache line
   std::vector<Real> scratch(size_t(useful * scratch_size));
   const auto work = [&](int64_t worker) {
     for (int64_t begin; (begin = next.fetch_add(block)) < problem.batch;) {
       const int64_t end = std::min(begin + block, problem.batch);
-      for (int64_t sample = begin; sample < end; ++sample) samples.compute(sample, scratch.data() + worker * scratch_size);
+      for (int64_t sample = begin; sample < end; ++sample)
+        samples.compute(sample, scratch.data() + worker * scratch_size);
     }
   };
   std::vector<std::thread> helpers;
@@ -274,9 +285,12 @@ void multiview_loss_cpu(const MultiviewProblem& problem, DType dtype, int thread
 
 const char* cpu_variant() {
   switch (variant()) {
-    case Variant::avx512: return "avx512";
-    case Variant::avx2: return "avx2";
-    default: break;
+    case Variant::avx512:
+      return "avx512";
+    case Variant::avx2:
+      return "avx2";
+    default:
+      break;
   }
 #if defined(VI_VECTORS)
   return "128 bit";

@@ -12,12 +12,12 @@
 //     dF/dk = L + P(s') - P(a') + sum_{i<n} b / ((2b+k+i)(b+k+i))
 //     dF/dc = k / (1+c)
 //
-// The slope of the normaliser is merged with log(1+c) before anything is multiplied by k, so nothing large cancels
-// near the optimum kappa = 2bc/(1-c), where t = 0. The shift makes every argument of S and P large enough for the
-// series: 8 with three terms in float, 16 with seven in double.
+// The slope of the normaliser is merged with log(1+c) before anything is multiplied by k, so nothing large
+// cancels near the optimum kappa = 2bc/(1-c), where t = 0. The shift makes every argument of S and P large
+// enough for the series: 8 with three terms in float, 16 with seven in double.
 //
-// 1 + c is clamped from below at ONE_PLUS_COS_MIN; there dF/dc = 0 and the rest is taken at the clamped cosine.
-// NaN in gives NaN out: comparisons are written so that NaN fails them.
+// 1 + c is clamped from below at ONE_PLUS_COS_MIN; there dF/dc = 0 and the rest is taken at the clamped
+// cosine. NaN in gives NaN out: comparisons are written so that NaN fails them.
 //
 // The same functions are compiled for the CPU backend and for the CUDA kernel.
 
@@ -34,7 +34,8 @@
 
 namespace vi_simsiam {
 
-constexpr double TINY_SQ = 1e-24;          // a vector with a smaller squared norm counts as zero: cosine 0, gradient 0
+constexpr double TINY_SQ =
+    1e-24;  // a vector with a smaller squared norm counts as zero: cosine 0, gradient 0
 constexpr double ONE_PLUS_COS_MIN = 1e-6;  // lower clamp of 1 + cosine, in every dtype
 
 // 1/|x| from the sum of squares: 0 for a zero vector, NaN for an infinite or NaN sum.

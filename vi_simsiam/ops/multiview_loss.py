@@ -138,6 +138,10 @@ def _launch_cpu(p: Tensor, z: Tensor, loss: Tensor, gradient: Tensor | None, for
 
 
 def _launch_cuda(p: Tensor, z: Tensor, loss: Tensor, gradient: Tensor | None, form: LossForm) -> None:
+    if loss.dtype == torch.float64:
+        p = p.to(loss.dtype)
+    if z.dtype != p.dtype:  # compiled for equal dtypes, and for half predictions with float32 targets
+        z = z.to(loss.dtype)
     with torch.cuda.device(p.device):
         extension().multiview_loss_cuda(  # type: ignore[union-attr]
             **_problem(p, z, loss, gradient, form),
