@@ -158,7 +158,7 @@ def test_gradcheck(backend: str, form: LossForm, dim: int) -> None:
 
 
 @pytest.mark.parametrize("backend", FUSED)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     views=st.integers(2, 6), batch=st.integers(1, 7), dim=st.integers(2, 70), cosine=st.booleans(),
     double=st.booleans(), padding=st.integers(0, 5), seed=st.integers(0, 99), data=st.data(),
@@ -187,9 +187,14 @@ def test_any_shape_and_stride(
     leaf = strided.detach().requires_grad_()
     ours = multiview_loss(leaf, z, form, reduction="none", backend=backend)
     ours.backward(weights.to(ours.dtype))
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(ours.detach().double(), loss, rtol=200 * eps, atol=200 * eps)
-    torch.testing.assert_close(leaf.grad.double(), gradient, rtol=1e4 * eps, atol=1e3 * eps)
+    # How much a rounding of the cosine moves the result: without bound towards the antipode.
+    unit_p, unit_z = F.normalize(p[..., :dim].double(), dim=-1), F.normalize(z.double(), dim=-1)
+    slack = 1 / (1 + (unit_p[:, None] * unit_z).sum(-1)).clamp(min=1e-6).min()
+    kappa = F.softplus(p[..., -1].double()).max() if form == POWER_SPHERICAL else 1.0
+    tolerance = 50 * torch.finfo(dtype).eps * slack * kappa
+    assert (ours.detach() - loss).abs().max() <= tolerance
+    assert leaf.grad is not None
+    assert (leaf.grad - gradient).abs().max() <= tolerance * slack / p[..., :dim].norm(dim=-1).min().clamp(max=1)
 
 
 @pytest.mark.parametrize("backend", ["eager", *FUSED])
