@@ -100,7 +100,8 @@ def test_calibrated_statistics_are_those_of_the_data() -> None:
 def test_calibration_averages_shuffled_batches_of_equal_size() -> None:
     source, norm = gray_source(20), nn.BatchNorm2d(3)
     norm.running_mean.fill_(100)
-    calibrate_batch_norm(nn.Sequential(norm), source, size=SIZE, seed=5, device=CPU, workers=0, batch_size=8)
+    norm.num_batches_tracked.fill_(50)
+    calibrate_batch_norm(nn.Sequential(norm).eval(), source, size=SIZE, seed=5, device=CPU, workers=0, batch_size=8)
     # Three batches of six; two images of twenty are left over.
     order = np.random.default_rng(5).permutation(20)[:18]
     batches = stacked(source)[order].reshape(3, 6, 3, SIZE, SIZE)
@@ -187,7 +188,7 @@ def test_summary_line_has_one_decimal() -> None:
 
 
 def test_evaluating_a_run_writes_everything_and_ends_with_the_summary(tmp_path: Path) -> None:
-    run, out = make_run(tmp_path / "run", val=gray_source(10)), io.StringIO()
+    run, out = make_run(tmp_path / "run [red]", val=gray_source(10)), io.StringIO()
     evaluate_run(run, Console(file=out))
     results = {name: json.loads((run.path / f"{name}.json").read_text()) for name in ("knn", "linear")}
     lines = out.getvalue().splitlines()

@@ -26,7 +26,7 @@ def evaluate_run(run: Run, console: Console | None = None) -> None:
     with console.status("drawing figures") as status:
         for figure in (draw_curves(run.path), draw_kappa(run)):
             if figure is not None:
-                console.print(f"figure {figure}", highlight=False, soft_wrap=True)
+                console.print(f"figure {figure}", highlight=False, markup=False, soft_wrap=True)
         images = len(labelled_splits(run)["train"])
         features = collect(run, report=status.update)
         status.update("nearest neighbours")
@@ -34,7 +34,7 @@ def evaluate_run(run: Run, console: Console | None = None) -> None:
         status.update("linear probes")
         linear = evaluate_linear(features)
     for line in (summary_line("kNN", knn), summary_line("linear", linear)):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def summary_line(name: str, result: dict[str, Any]) -> str:

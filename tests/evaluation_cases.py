@@ -1,0 +1,122 @@
+"""Small runs and feature sets for the evaluation tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from vi_simsiam.config import AugmentConfig, LossConfig, Method, ModelConfig, TrainConfig
+from vi_simsiam.data.datasets import Splits
+from vi_simsiam.data.sources import ArraySource
+from vi_simsiam.engine.checkpoint import write_json
+from vi_simsiam.engine.run import Run
+from vi_simsiam.evaluation.features import FeatureSets
+from vi_simsiam.models import SimSiam, VISimSiam
+
+CPU = torch.device("cpu")
+SIZE = 8
+
+
+def gray_source(
+    count: int, *, classes: int = 2, labelled: bool = True, name: str = "gray", side: int = SIZE
+) -> ArraySource:
+    """Image i is uniformly gray; brightness rises with i, in `classes` equal steps for the labels."""
+    levels = np.linspace(10, 240, count).astype(np.uint8)
+    images = np.broadcast_to(levels[:, None, None, None], (count, side, side, 3)).copy()
+    labels = np.arange(count) * classes // count
+    names = [f"class {i}" for i in range(classes)]
+    return ArraySource(images, labels if labelled else None, names if labelled else None, name)
+
+
+class TinyBackbone(nn.Module):
+    """Mean colour through a linear layer, BatchNorm and dropout: differs between eval and training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.linear = nn.Linear(3, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.dropout = nn.Dropout(0.5)
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.randn(4, 3, generator=generator))
+            self.linear.bias.copy_(torch.randn(4, generator=generator))
+            self.norm.running_mean.copy_(torch.randn(4, generator=generator))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.dropout(self.norm(self.linear(images.mean((2, 3)))))
+
+
+def make_run(
+    folder: Path,
+    *,
+    method: Method = "vi-simsiam",
+    train: ArraySource | None = None,
+    val: ArraySource | None = None,
+    lines: int = 4,
+) -> Run:
+    """A run of a tiny model on gray images, with config.json and metrics.jsonl in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = TrainConfig(
+        method=method,
+        data="fashion-mini",
+        augment=AugmentConfig(size=SIZE),
+        model=ModelConfig(dim=8),
+        loss=LossConfig(),
+    )
+    write_json(folder / "config.json", config.to_dict())
+    with (folder / "metrics.jsonl").open("w") as file:
+        for line in metric_lines(lines, kappa=method == "vi-simsiam"):
+            file.write(json.dumps(line) + "\n")
+    torch.manual_seed(3)
+    kind = VISimSiam if method == "vi-simsiam" else SimSiam
+    model = kind(TinyBackbone(), features=4, dim=8, projector_hidden=6, predictor_hidden=6).eval()
+    return Run(folder, config, model, Splits("gray", train or gray_source(24), val), CPU, 0)
+
+
+def metric_lines(count: int, *, kappa: bool) -> list[dict[str, float]]:
+    """What training logs, with cosines rising to 0.9."""
+    lines = []
+    for i in range(count):
+        share = (i + 1) / count
+        line = {
+            "step": 10 * (i + 1),
+            "epoch": 2 * share,
+            "loss": -share,
+            "cosine": 0.9 * share,
+            "z_std": 0.9,
+            "effective_rank": 5 * share,
+            "grad_norm": 1.0,
+            "lr": 0.01 * (1 - share),
+            "views_per_s": 100.0,
+            "data_wait": 0.1,
+        }
+        lines.append({**line, "kappa": share} if kappa else line)
+    return lines
+
+
+def feature_sets(path: Path, *, train: int = 60, val: int = 30, classes: int = 3, noise: float = 0.1) -> FeatureSets:
+    """Clusters around unit vectors for "trained", noise alone for the others."""
+    generator = np.random.default_rng(0)
+
+    def draw(labels: NDArray[np.int64], spread: float) -> Tensor:
+        points = np.eye(8)[labels] * (spread < 1) + spread * generator.normal(size=(len(labels), 8))
+        return torch.from_numpy(points.astype(np.float32))
+
+    labels = {"train": np.arange(train) % classes, "val": np.arange(val) % classes}
+    sets = {split: {"trained": draw(y, noise), "untrained": draw(y, 1.0), "pixels": draw(y, 1.0)}
+            for split, y in labels.items()}  # fmt: skip
+    return FeatureSets(
+        path=path,
+        data="clusters",
+        classes=tuple("abcdefgh"[:classes]),
+        train=sets["train"],
+        train_labels=torch.from_numpy(labels["train"]),
+        val=sets["val"],
+        val_labels=torch.from_numpy(labels["val"]),
+        device=CPU,
+    )
