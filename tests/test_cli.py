@@ -16,10 +16,30 @@ from vi_simsiam import info
 from vi_simsiam.cli import main
 from vi_simsiam.ops.backends import BACKENDS
 
-SMALL = (
-    "--epochs 2 --batch-size 8 --size 16 --dim 32 --projector-hidden 32 --predictor-hidden 16 "
-    "--workers 0 --device cpu --blur-prob 0 --log-every 2 --lr 0.02"
-).split()
+SMALL = [
+    "--epochs",
+    "2",
+    "--batch-size",
+    "8",
+    "--size",
+    "16",
+    "--dim",
+    "32",
+    "--projector-hidden",
+    "32",
+    "--predictor-hidden",
+    "16",
+    "--workers",
+    "0",
+    "--device",
+    "cpu",
+    "--blur-prob",
+    "0",
+    "--log-every",
+    "2",
+    "--lr",
+    "0.02",
+]
 
 
 @pytest.mark.parametrize(

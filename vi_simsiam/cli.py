@@ -42,7 +42,7 @@ class _Evaluate:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     workers: int | None = None
-    """Processes that read images; None for one a CPU core."""
+    """Processes that read images; None for a number that suits the device."""
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ class TrainConfig:
     """Largest norm of the gradient; None for no clipping."""
     seed: int = 0
     workers: int | None = None
-    """Processes that prepare views; None for one a CPU core, at most 16."""
+    """Processes that prepare views; None for one a CPU core (at most 16) with a GPU, one for four cores without."""
     device: str = "auto"
     """auto (the GPU if there is one), cpu, cuda or cuda:N."""
     precision: Precision = "auto"
@@ -181,6 +181,16 @@ _PLACE_FIELDS = {"workers", "device", "data_root", "log_every"}
 
 PRESETS: dict[str, TrainConfig] = {
     "default": TrainConfig(),
+    # Sized for two CPU cores and a few minutes: small images, little to blur in them, a small representation space.
+    "demo": TrainConfig(
+        data="fashion-mini",
+        epochs=4,
+        batch_size=64,
+        lr=0.03,
+        warmup_epochs=0.5,
+        augment=AugmentConfig(size=28, blur_prob=0.0),
+        model=ModelConfig(dim=512),
+    ),
     # Nakamura et al., arXiv 2203.11437, section 4.1; crop sizes and D are not given there and are SwAV's and SimSiam's.
     "paper": TrainConfig(
         data="imagenette",

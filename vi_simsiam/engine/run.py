@@ -38,7 +38,7 @@ def load_run(path: Path, *, device: str = "auto", workers: int | None = None) ->
     Args:
         path: the folder that training wrote.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        workers: processes that read images; None for one a CPU core, at most 16.
+        workers: processes that read images; None for a number that suits the device.
 
     Raises:
         InputError: no run there, a damaged file, or a data set that is gone.
@@ -49,7 +49,7 @@ def load_run(path: Path, *, device: str = "auto", workers: int | None = None) ->
     model = build_model(config).to(place).eval()
     model.load_state_dict(checkpoint.model)
     splits = open_dataset(config.data, root=config.data_root)
-    return Run(path, config, model, splits, place, resolve_workers(workers))
+    return Run(path, config, model, splits, place, resolve_workers(workers, place))
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -123,9 +123,13 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def resolve_workers(workers: int | None) -> int:
-    """`workers`, or one for every CPU core this process may use, at most 16."""
+def resolve_workers(workers: int | None, device: torch.device) -> int:
+    """`workers`, or a number that suits the device: with a GPU one for every CPU core, at most 16.
+
+    Without a GPU a quarter of the cores, at least 1: the cores compute the network, and a thread that waits at one of its
+    barriers for another that a loader has displaced spins. Two workers on two cores made training four times slower.
+    """
     if workers is not None:
         return workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 16)
+    return min(cores, 16) if device.type == "cuda" else max(1, cores // 4)

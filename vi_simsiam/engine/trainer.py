@@ -90,7 +90,7 @@ class Trainer:
             config.augment,
             batch_size=config.batch_size,
             seed=config.seed,
-            workers=resolve_workers(config.workers),
+            workers=resolve_workers(config.workers, self.device),
             pin_memory=self.device.type == "cuda",
         )
         self.total_steps = config.epochs * self.loader.steps_per_epoch

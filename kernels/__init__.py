@@ -1,0 +1,5 @@
+"""Triton kernels, one file per operation, installed as `vi_simsiam.kernels`.
+
+They know pointers, sizes and strides and nothing of the package that calls them. Importing one needs Triton; a GPU
+is needed only to launch it. With TRITON_INTERPRET=1 set before the first import the same code runs on CPU tensors.
+"""
