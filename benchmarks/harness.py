@@ -10,13 +10,12 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vi_simsiam.info import describe_device
+from vi_simsiam.info import describe_device, installed_version
 
 _WARM_UP = 3
 
@@ -52,18 +51,19 @@ def time_interleaved(
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """Where, when and with what a result was measured."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    changed = subprocess.run(
-        ["git", "status", "--porcelain"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
+    commit = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip() + ("+changes" if changed.stdout.strip() else "") or None,
+        "commit": f"{commit}+changes" if changed else commit,
         "device": describe_device(device),
         "processor": _processor(),
         "driver": _driver() if device.type == "cuda" else None,
         "platform": platform.platform(),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "triton", "vi-simsiam")}},
+        "versions": {
+            "python": platform.python_version(),
+            **{p: installed_version(p) for p in ("torch", "triton", "vi-simsiam")},
+        },
     }
 
 
@@ -77,13 +77,22 @@ def write_result(folder: Path, name: str, device: torch.device, content: dict[st
 
 
 def _quartiles(values: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    low, median, high = statistics.quantiles(values, n=4)
     return {"median_us": median, "lower_us": low, "upper_us": high}
 
 
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says in the source tree; None outside of one or where git is not installed."""
+    try:
+        root = Path(__file__).parents[1]
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=root, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _processor() -> str:

@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from vi_simsiam.engine.run import resolve_device
+from vi_simsiam.errors import InputError
 from vi_simsiam.ops.backends import BACKENDS, why_unavailable
 from vi_simsiam.ops.multiview_loss import LossForm, eager_loss, multiview_loss
 
@@ -38,9 +39,13 @@ class Options:
     short: bool = False
     """Only the telling cases."""
     rounds: int = 15
-    """Measurements of every provider; the median is reported."""
+    """Measurements of every provider, at least 3; the median is reported."""
     out: Path | None = None
     """Folder for the result file; None to print only."""
+
+    def __post_init__(self) -> None:
+        if self.rounds < 3:
+            raise InputError(f"rounds: {self.rounds} must be at least 3")
 
 
 def run(options: Options, console: Console | None = None) -> dict[str, Any]:
@@ -78,9 +83,17 @@ def _case(batch: int, dim: int, dtype: torch.dtype, device: torch.device, rounds
             providers[name] = functools.partial(multiview_loss, targets=z, form=form, backend=name)
 
     exact = _loss_and_gradient(lambda x: eager_loss(x, z.double(), form).mean(), p.double())
-    errors = {name: _errors(_loss_and_gradient(provider, p), exact) for name, provider in providers.items()}
+    errors: dict[str, tuple[float, float]] = {}
+    failures: dict[str, str] = {}
+    for name, provider in providers.items():
+        try:
+            errors[name] = _errors(_loss_and_gradient(provider, p), exact)
+        except Exception as error:  # no compiler for torch.compile, no memory: a result like any other
+            failures[name] = (str(error).splitlines() or [type(error).__name__])[0]
     allowed = [2 * error + 4 * torch.finfo(dtype).eps for error in errors["eager"]]
-    correct = {name: all(e <= a for e, a in zip(error, allowed, strict=True)) for name, error in errors.items()}
+    correct = {
+        name: name in errors and all(e <= a for e, a in zip(errors[name], allowed, strict=True)) for name in providers
+    }
     timed = [name for name in providers if correct[name]]
     leaf = p.clone().requires_grad_()
     repeats = max(1, min(20, 2**22 // (batch * dim)))
@@ -103,8 +116,9 @@ def _case(batch: int, dim: int, dtype: torch.dtype, device: torch.device, rounds
         "providers": {
             name: {
                 "correct": correct[name],
-                "loss_error": errors[name][0],
-                "gradient_error": errors[name][1],
+                "failure": failures.get(name),
+                "loss_error": errors[name][0] if name in errors else None,
+                "gradient_error": errors[name][1] if name in errors else None,
                 "forward": forward.get(name),
                 "forward_backward": both.get(name),
             }
@@ -144,10 +158,28 @@ def _print(case: dict[str, Any], console: Console) -> None:
     baseline = case["providers"]["torch.compile"]
     for name, found in case["providers"].items():
         if not found["correct"]:
-            table.add_row(name, "-", "-", f"{found['gradient_error']:.1e}", "wrong result")
+            table.add_row(name, "-", "-", "-", found["failure"] or f"wrong result ({found['gradient_error']:.1e})")
             continue
         both = found["forward_backward"]["median_us"]
         ratio = f"{baseline['forward_backward']['median_us'] / both:.2f}x" if baseline["correct"] else "-"
         forward = found["forward"]["median_us"]
         table.add_row(name, f"{forward:,.0f}", f"{both:,.0f}", f"{found['gradient_error']:.1e}", ratio)
     console.print(table)
+
+
+def markdown_table(result: dict[str, Any]) -> str:
+    """A result file's cases as a Markdown table of medians in microseconds, for loss and gradient."""
+    names = list(result["cases"][0]["providers"])
+    lines = [
+        f"| batch x D | {' | '.join(names)} |",
+        "|---|" + "---:|" * len(names),
+    ]
+    for case in result["cases"]:
+        cells = []
+        for name in names:
+            found = case["providers"][name]
+            cells.append(f"{found['forward_backward']['median_us']:,.0f} us" if found["correct"] else "no result")
+        lines.append(f"| {case['batch']} x {case['dim']}, {case['dtype']} | {' | '.join(cells)} |")
+    version = result["versions"]["torch"]
+    where = result["processor"] if result["driver"] is None else result["device"]
+    return "\n".join([*lines, "", f"{where}; PyTorch {version}; {result['date'][:10]}."])

@@ -41,6 +41,9 @@ def test_paper_preset_is_the_papers() -> None:
     [
         (TrainConfig, {"epochs": 0}),
         (TrainConfig, {"epochs": -3}),
+        (TrainConfig, {"epochs": 2.5}),
+        (TrainConfig, {"workers": 1.5}),
+        (ModelConfig, {"dim": 16.5}),
         (TrainConfig, {"batch_size": 1}),
         (TrainConfig, {"lr": 0.0}),
         (TrainConfig, {"lr": -0.1}),
@@ -86,6 +89,9 @@ def test_pretrained_weights_need_their_stem() -> None:
 def test_unknown_fields_and_presets_are_named() -> None:
     with pytest.raises(InputError, match="colour"):
         TrainConfig.from_dict({"colour": "red"})
+    for damaged in ({"augment": {"crop_scale": [0.1]}}, {"augment": {"jitter": [0.1, 0.1]}}, {"augment": 3}):
+        with pytest.raises(InputError):
+            TrainConfig.from_dict(damaged)
     with pytest.raises(InputError, match="preset: 'fast' is none of default"):
         preset("fast")
 

@@ -27,11 +27,12 @@ compiles = pytest.mark.skipif(
 )
 
 
-def _run_cases(interpret: bool) -> None:
+def _run_cases(interpret: bool, cases: str = "triton_cases.py", select: str = "") -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment["TRITON_INTERPRET"] = "1" if interpret else "0"
-    cases = Path(__file__).with_name("triton_cases.py")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", str(cases)]
+    path = Path(__file__).with_name(cases)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", str(path)]
+    command += ["-k", select] if select else []
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     assert re.search(r"\d+ passed", result.stdout), result.stdout
@@ -39,6 +40,12 @@ def _run_cases(interpret: bool) -> None:
 
 def test_numbers_in_the_interpreter() -> None:
     _run_cases(interpret=True)
+
+
+@pytest.mark.soak
+def test_public_functions_in_the_interpreter() -> None:
+    """Every test of the public losses once more with backend "triton"."""
+    _run_cases(interpret=True, cases="test_multiview_loss.py", select="triton")
 
 
 @pytest.mark.gpu

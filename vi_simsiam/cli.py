@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
+from unittest import mock
 
 import tyro
+from rich.console import Console
 
 from vi_simsiam.config import TrainConfig, preset
 from vi_simsiam.errors import InputError, UserError
@@ -43,6 +46,10 @@ class _Evaluate:
     """auto, cpu, cuda or cuda:N."""
     workers: int | None = None
     """Processes that read images; None for a number that suits the device."""
+    data: str | None = None
+    """The data set, where it has moved since training; None for the run's own."""
+    data_root: Path | None = None
+    """Where downloaded data sets are; None for the run's own."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +102,10 @@ def _train(arguments: list[str]) -> int:
     if options.resume and options.out is None:
         raise InputError("resume: say which run with --out")
 
-    from vi_simsiam.engine.run import new_folder
     from vi_simsiam.engine.trainer import Trainer
 
-    folder = options.out or new_folder(Path("runs"), options.config)
-    trainer = Trainer(options.config, folder, resume=options.resume, overwrite=options.overwrite)
+    trainer = Trainer(options.config, options.out, resume=options.resume, overwrite=options.overwrite)
+    folder = trainer.folder
     print(
         f"{options.config.method} on {options.config.data}: {len(trainer.loader.source):,} images, "
         f"{trainer.total_steps:,} steps, {trainer.device}, loss by {trainer.backend}; run folder {folder}"
@@ -108,12 +114,15 @@ def _train(arguments: list[str]) -> int:
         trainer.fit()
     except KeyboardInterrupt:
         print(
-            f"vi-simsiam: interrupted at step {trainer.step}; go on with: vi-simsiam train --out {folder} --resume",
+            f"vi-simsiam: interrupted, saved at step {trainer.saved_step}; go on with: vi-simsiam train --out {folder} --resume",
             file=sys.stderr,
         )
         return 130
     if options.evaluate:
-        _evaluate([str(folder), "--device", options.config.device])
+        try:
+            _evaluate([str(folder), "--device", options.config.device])
+        except InputError as error:  # trained all the same: data without labels, say
+            print(f"not evaluated: {error}")
     return 0
 
 
@@ -129,12 +138,16 @@ def _evaluate(arguments: list[str]) -> int:
 def _knn(arguments: list[str]) -> int:
     options = _parse("knn", _Knn, arguments)
 
-    from vi_simsiam.evaluation.features import collect
+    from vi_simsiam.evaluation.features import collect, labelled_splits
     from vi_simsiam.evaluation.knn import KnnConfig, evaluate_knn
     from vi_simsiam.evaluation.summary import summary_line
 
     config = KnnConfig(k=options.k, temperature=options.temperature)
-    print(summary_line("kNN", evaluate_knn(collect(_open(options)), config)))
+    run = _open(options)
+    images = len(labelled_splits(run)["train"])
+    if config.k > images:  # known now, not after all features are computed
+        raise InputError(f"k: {config.k} must be at most {images}, the number of training images")
+    print(summary_line("kNN", evaluate_knn(collect(run), config)))
     return 0
 
 
@@ -143,10 +156,12 @@ def _linear(arguments: list[str]) -> int:
 
     from vi_simsiam.evaluation.features import collect
     from vi_simsiam.evaluation.linear import evaluate_linear, linear_preset
-    from vi_simsiam.evaluation.summary import summary_line
+    from vi_simsiam.evaluation.summary import summary_line, summary_table
 
     config = linear_preset(options.preset)
-    print(summary_line("linear", evaluate_linear(collect(_open(options)), config)))
+    result = evaluate_linear(collect(_open(options)), config)
+    Console().print(summary_table({"linear": result}))
+    print(summary_line("linear", result))
     return 0
 
 
@@ -174,6 +189,9 @@ def _bench(arguments: list[str]) -> int:
     from vi_simsiam.benchmarks import multiview_loss
 
     benchmarks = {"loss": multiview_loss}
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(f"usage: vi-simsiam bench {'|'.join(benchmarks)} [OPTIONS]")
+        return 0
     if not arguments or arguments[0] not in benchmarks:
         raise InputError(f"bench: {' '.join(arguments[:1]) or 'nothing'!r} is none of {', '.join(benchmarks)}")
     options = _parse("bench loss", multiview_loss.Options, arguments[1:])
@@ -184,7 +202,9 @@ def _bench(arguments: list[str]) -> int:
 def _open(options: _Evaluate) -> Any:
     from vi_simsiam.engine.run import load_run
 
-    return load_run(options.run, device=options.device, workers=options.workers)
+    return load_run(
+        options.run, device=options.device, workers=options.workers, data=options.data, data_root=options.data_root
+    )
 
 
 def _starting_point(arguments: list[str]) -> TrainConfig:
@@ -204,8 +224,10 @@ def _starting_point(arguments: list[str]) -> TrainConfig:
 def _parse(command: str, kind: type[_Options], arguments: list[str], default: _Options | None = None) -> _Options:
     """`arguments` as an instance of `kind`; what tyro has to say against them becomes one line."""
     said = io.StringIO()
+    # One line takes a wide terminal: tyro would break a long path in two.
+    wide = {} if {"-h", "--help"} & set(arguments) else {"COLUMNS": "10000"}
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), mock.patch.dict(os.environ, wide):
             parsed: _Options = tyro.cli(
                 kind,
                 prog=f"vi-simsiam {command}",

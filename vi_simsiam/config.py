@@ -15,6 +15,15 @@ Stem = Literal["imagenet", "small"]
 Precision = Literal["auto", "bf16", "fp32"]
 
 
+def _check_integers(config: object) -> None:
+    """Refuse 2.5 epochs: a number from Python or JSON comes unchecked where the annotation says int."""
+    for each in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, each.name)
+        integer = isinstance(value, int) and not isinstance(value, bool)
+        if (each.type == "int" and not integer) or (each.type == "int | None" and not (integer or value is None)):
+            raise InputError(f"{each.name}: {value!r} is not accepted; it must be an integer")
+
+
 def _require(name: str, value: object, holds: bool, accepted: str) -> None:
     if not holds:
         raise InputError(f"{name}: {value} is not accepted; it must be {accepted}")
@@ -49,6 +58,7 @@ class AugmentConfig:
     flip_prob: float = 0.5
 
     def __post_init__(self) -> None:
+        _check_integers(self)
         for name in ("size", "local_size"):
             _require(name, getattr(self, name), getattr(self, name) >= 8, "a number of pixels of at least 8")
         _require("local_views", self.local_views, 0 <= self.local_views <= 14, "between 0 and 14")
@@ -79,6 +89,7 @@ class ModelConfig:
     predictor_hidden: int = 512
 
     def __post_init__(self) -> None:
+        _check_integers(self)
         _require("dim", self.dim, self.dim >= 2, "at least 2")
         for name in ("projector_hidden", "predictor_hidden"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
@@ -99,6 +110,7 @@ class LossConfig:
     """Factor on the loss; None for 1/(D - 1) with vi-simsiam and 1 with simsiam."""
 
     def __post_init__(self) -> None:
+        _check_integers(self)
         for name in ("concentration_scale", "loss_scale"):
             value = getattr(self, name)
             _require(name, value, value is None or 0 < value < math.inf, "a positive number")
@@ -140,6 +152,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self) -> None:
+        _check_integers(self)
         _choice("method", self.method, get_args(Method))
         _choice("precision", self.precision, get_args(Precision))
         _require("epochs", self.epochs, self.epochs >= 1, "at least 1")
@@ -152,6 +165,13 @@ class TrainConfig:
         _require("seed", self.seed, 0 <= self.seed < 2**63, "at least 0 and below 2**63")
         _require("workers", self.workers, self.workers is None or self.workers >= 0, "at least 0")
         _require("log_every", self.log_every, self.log_every >= 1, "at least 1")
+
+    def located(self) -> TrainConfig:
+        """The same with absolute paths, so that a run can be opened from anywhere."""
+        data = self.data
+        if data.startswith("folder:"):
+            data = f"folder:{Path(data.removeprefix('folder:')).expanduser().absolute()}"
+        return dataclasses.replace(self, data=data, data_root=self.data_root.expanduser().absolute())
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON types."""
@@ -172,7 +192,9 @@ class TrainConfig:
                 name: nested[name](**_tuples(value)) if name in nested else value for name, value in plain.items()
             }
             return cls(**{**values, "data_root": Path(plain.get("data_root", "data"))})
-        except TypeError as error:
+        except InputError:
+            raise
+        except (TypeError, ValueError, IndexError, AttributeError) as error:
             raise InputError(f"configuration: {error}") from error
 
 
@@ -186,9 +208,9 @@ PRESETS: dict[str, TrainConfig] = {
         data="fashion-mini",
         epochs=4,
         batch_size=64,
-        lr=0.03,
+        lr=0.06,
         warmup_epochs=0.5,
-        augment=AugmentConfig(size=28, blur_prob=0.0),
+        augment=AugmentConfig(size=28, crop_scale=(0.3, 1.0), blur_prob=0.0),
         model=ModelConfig(dim=512),
     ),
     # Nakamura et al., arXiv 2203.11437, section 4.1; crop sizes and D are not given there and are SwAV's and SimSiam's.

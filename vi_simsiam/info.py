@@ -8,7 +8,14 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import vi_simsiam
-from vi_simsiam.ops.backends import BACKENDS, choose_backend, extension, why_unavailable
+from vi_simsiam.ops.backends import (
+    BACKENDS,
+    choose_backend,
+    extension,
+    extension_problem,
+    interpreting,
+    why_unavailable,
+)
 
 _PACKAGES = ("torch", "torchvision", "triton", "numpy")
 
@@ -19,15 +26,16 @@ def report() -> str:
     lines = [
         f"vi-simsiam   {vi_simsiam.__version__}",
         f"python       {platform.python_version()} on {platform.platform(terse=True)} {platform.machine()}",
-        *(f"{package:13}{_version(package)}" for package in _PACKAGES),
+        *(f"{package:13}{installed_version(package)}" for package in _PACKAGES),
         f"device       {describe_device(device)}",
         f"extension    {describe_extension()}",
         f"loss         {choose_backend('auto', device)} (backend auto on {device.type})",
     ]
     for name in BACKENDS:
-        reason = why_unavailable(name, device.type)
-        if name == "cpu":
-            reason = why_unavailable(name, "cpu")
+        home = "cpu" if name in ("cpu", "eager") or interpreting() else "cuda"
+        reason = why_unavailable(name, home)
+        if reason is None and home == "cuda" and device.type != "cuda":
+            reason = "no CUDA device found"
         lines.append(f"  {name:11}{'available' if reason is None else f'not available: {reason}'}")
     return "\n".join(lines)
 
@@ -47,7 +55,7 @@ def describe_extension() -> str:
     """One line about the compiled extension."""
     module = extension()
     if module is None:
-        return "not built; the package runs without it (a C++ compiler at installation would add the backend cpu)"
+        return f"none: {extension_problem()}; the package runs without it"
     built = module.build_info()
     cuda = (
         f"CUDA {built['cuda']} for {' '.join(built['architectures'])}"
@@ -57,7 +65,8 @@ def describe_extension() -> str:
     return f"{built['compiler']}, SIMD {built['simd']}, {cuda}"
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str:
+    """The version of an installed distribution, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:

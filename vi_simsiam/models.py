@@ -6,6 +6,7 @@ projector of three linear layers with BatchNorm (the last one without affine par
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,11 @@ from vi_simsiam.ops.multiview_loss import LossForm, softplus
 # Rows of the prediction are padded so that each starts at a multiple of 16 elements: kernels load them 16 bytes
 # at a time and the last linear layer stays on the tensor cores.
 _ROW_MULTIPLE = 16
+
+
+# kappa/(D - 1) at the start, near its optimum for the cosines of an untrained network. From softplus(0) = 0.69 the first
+# steps throw the raw concentration so far down that its gradient is gone for an epoch.
+_INITIAL_CONCENTRATION = 0.05
 
 
 class Output(NamedTuple):
@@ -117,7 +123,7 @@ class VISimSiam(SimSiam):
     The predictor has one column more, the raw concentration r; kappa = concentration_scale softplus(r) + concentration_min.
 
     Args:
-        concentration_scale: None for D - 1, which makes kappa/(D - 1) a number of order 1.
+        concentration_scale: None for D - 1, which makes kappa/(D - 1) a number of order 1; it starts at about 0.05.
         concentration_min: lower bound of kappa.
         others: as `SimSiam`.
     """
@@ -146,6 +152,11 @@ class VISimSiam(SimSiam):
         )
         scale = float(dim - 1) if concentration_scale is None else concentration_scale
         self.form = LossForm("power_spherical", scale, concentration_min)
+        if concentration_scale is None:
+            last = self.predictor[-1]
+            assert isinstance(last, PaddedLinear)
+            with torch.no_grad():
+                last.bias[dim] = math.log(math.expm1(_INITIAL_CONCENTRATION))
 
     @staticmethod
     def prediction_width(dim: int) -> int:

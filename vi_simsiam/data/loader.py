@@ -251,10 +251,8 @@ def _as_is(batch: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    # Ctrl-C reaches every process of a terminal, and a job's end every process of the job; the one that trains decides
-    # what follows, and a worker whose parent is gone ends by itself.
+    # Ctrl-C reaches every process of a terminal; the one that trains decides what follows.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.excepthook = _report_unless_disconnected
     torch.set_num_threads(1)
 

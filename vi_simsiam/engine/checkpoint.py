@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import nn
 
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import InputError, TrainingError
 
 _FORMAT = 1
 
@@ -24,19 +25,23 @@ class Checkpoint:
     step: int
     seconds: float
     """Training time so far."""
+    images: int
+    """Number of training images: with another number a step stands for another place in the data."""
     model: dict[str, Any]
     optimizer: dict[str, Any]
 
     def save(self, path: Path) -> None:
-        """Write to `path` so that an interruption at any moment leaves the previous checkpoint or this one."""
-        content = {
-            "format": _FORMAT,
-            "step": self.step,
-            "seconds": self.seconds,
-            "model": self.model,
-            "optimizer": self.optimizer,
-        }
-        write_atomically(path, lambda file: torch.save(content, file))
+        """Write to `path` so that an interruption at any moment leaves the previous checkpoint or this one.
+
+        Raises:
+            TrainingError: it could not be written (a full disk, say); what was there is still there.
+        """
+        content = {"format": _FORMAT, **vars(self)}
+        try:
+            write_atomically(path, lambda file: torch.save(content, file))
+        except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+            kept = "the one before is kept" if path.exists() else "there is none yet"
+            raise TrainingError(f"the checkpoint {path} could not be written ({_line(error)}); {kept}") from error
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> Checkpoint:
@@ -55,7 +60,20 @@ class Checkpoint:
         except InputError:
             raise
         except Exception as error:  # torch.load raises half a dozen unrelated types on damaged files
-            raise InputError(f"run: {path} cannot be read ({str(error).splitlines()[0]})") from error
+            raise InputError(f"run: {path} cannot be read: it is damaged or no checkpoint") from error
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Load the weights into `model`, and the momentum into `optimizer` if there is one.
+
+        Raises:
+            InputError: the checkpoint is of another model.
+        """
+        try:
+            model.load_state_dict(self.model)
+            if optimizer is not None:
+                optimizer.load_state_dict(self.optimizer)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise InputError("run: the checkpoint does not fit the model that config.json describes") from error
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -71,6 +89,10 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

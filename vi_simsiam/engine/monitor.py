@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 
+from vi_simsiam.engine.checkpoint import write_atomically
 from vi_simsiam.models import Output, SimSiam, VISimSiam
 
 COLLAPSE_THRESHOLD = 0.3
@@ -65,8 +66,8 @@ class Monitor:
 
     def __init__(self, folder: Path, *, step: int, total: int, steps_per_epoch: int, console: Console) -> None:
         self._path = folder / "metrics.jsonl"
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
-        self._path.write_text("".join(line + "\n" for line in kept))
+        kept = "".join(line + "\n" for line in self._lines() if _step(line) <= step)
+        write_atomically(self._path, lambda file: file.write(kept.encode()))
         self._file = self._path.open("a")
         self._tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
         self._steps_per_epoch = steps_per_epoch
@@ -80,6 +81,8 @@ class Monitor:
             TimeRemainingColumn(),
             TextColumn("{task.fields[text]}"),
             console=console,
+            transient=True,
+            disable=not console.is_terminal,  # a log file gets the line of every epoch
         )
         self._task = self._progress.add_task("train", total=total, completed=step, text="", epoch=self._epoch(step))
 
@@ -104,7 +107,11 @@ class Monitor:
 
     def epoch_done(self, step: int, metrics: dict[str, float]) -> None:
         """Print one line for the epoch that ended at `step`."""
-        self._console.print(f"epoch {step // self._steps_per_epoch}/{self._epochs}  {describe(metrics)}")
+        self._console.print(
+            f"epoch {step // self._steps_per_epoch}/{self._epochs}  {describe(metrics)}",
+            soft_wrap=True,
+            highlight=False,
+        )
 
     def _epoch(self, step: int) -> str:
         return f"{min(step // self._steps_per_epoch + 1, self._epochs)}/{self._epochs}"
@@ -122,6 +129,14 @@ class Monitor:
         self._progress.stop()
         self._file.close()
         self._tensorboard.close()
+
+
+def _step(line: str) -> float:
+    """The step of a line of metrics.jsonl; that of a line cut off by a crash is beyond all others."""
+    try:
+        return float(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf
 
 
 def describe(metrics: dict[str, float]) -> str:

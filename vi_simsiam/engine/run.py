@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import itertools
 import json
 import os
 from dataclasses import dataclass
@@ -16,7 +19,7 @@ from vi_simsiam.errors import InputError
 from vi_simsiam.models import SimSiam, build_model
 
 CONFIG, CHECKPOINT, METRICS = "config.json", "checkpoint.pt", "metrics.jsonl"
-_RUN_FILES = (CONFIG, CHECKPOINT, METRICS, "events.out.tfevents.*", "*.json", "curves.png", "kappa.png")
+_RESULTS = (CHECKPOINT, METRICS, "events.out.tfevents.*", "knn.json", "linear.json", "curves.png", "kappa.png")
 
 
 @dataclass(frozen=True)
@@ -32,23 +35,35 @@ class Run:
     workers: int
 
 
-def load_run(path: Path, *, device: str = "auto", workers: int | None = None) -> Run:
+def load_run(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    workers: int | None = None,
+    data: str | None = None,
+    data_root: Path | None = None,
+) -> Run:
     """Open a run folder.
 
     Args:
         path: the folder that training wrote.
+        data: the data set, where it has moved; None for the one that the run was trained on.
+        data_root: where downloaded data sets are; None for the run's own.
         device: "auto", "cpu", "cuda" or "cuda:N".
         workers: processes that read images; None for a number that suits the device.
 
     Raises:
         InputError: no run there, a damaged file, or a data set that is gone.
     """
+    path = Path(path).expanduser()
     config = read_config(path)
     place = resolve_device(device)
     checkpoint = Checkpoint.load(path / CHECKPOINT, place)
-    model = build_model(config).to(place).eval()
-    model.load_state_dict(checkpoint.model)
-    splits = open_dataset(config.data, root=config.data_root)
+    # The checkpoint has the weights: torchvision's need not be downloaded once more.
+    untrained = dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False))
+    model = build_model(untrained).to(place).eval()
+    checkpoint.restore(model)
+    splits = open_dataset(data or config.data, root=data_root or config.data_root)
     return Run(path, config, model, splits, place, resolve_workers(workers, place))
 
 
@@ -89,19 +104,22 @@ def check_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
 def start_folder(path: Path, config: TrainConfig) -> None:
     """Make the folder, remove an earlier run's files from it, and save the configuration."""
     path.mkdir(parents=True, exist_ok=True)
-    for pattern in _RUN_FILES:
+    for pattern in _RESULTS:
         for file in path.glob(pattern):
             file.unlink()
     write_json(path / CONFIG, config.to_dict())
 
 
 def new_folder(parent: Path, config: TrainConfig) -> Path:
-    """The first free name of the form parent/DATA-METHOD-NNN."""
+    """Make the first folder of the form parent/DATA-METHOD-NNN that is not there yet; no two processes get the same."""
     stem = f"{Path(config.data.removeprefix('folder:')).name or 'data'}-{config.method}"
-    number = 1
-    while (parent / f"{stem}-{number:03d}").exists():
-        number += 1
-    return parent / f"{stem}-{number:03d}"
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        path = parent / f"{stem}-{number:03d}"
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            return path
+    raise AssertionError("count ends")
 
 
 def resolve_device(name: str) -> torch.device:

@@ -23,6 +23,7 @@ from vi_simsiam.engine.monitor import Monitor, representation_statistics
 from vi_simsiam.engine.run import (
     CHECKPOINT,
     check_folder,
+    new_folder,
     read_config,
     resolve_device,
     resolve_workers,
@@ -41,7 +42,7 @@ class Trainer:
 
     Args:
         config: what to train.
-        folder: the run folder; new or empty unless `resume` or `overwrite` is said.
+        folder: the run folder; new or empty unless `resume` or `overwrite` is said. None for a new one in runs/.
         resume: go on from the folder's checkpoint.
         overwrite: replace the run that the folder holds.
         console: where to print; None for standard output.
@@ -54,16 +55,21 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        folder: Path,
+        folder: str | Path | None = None,
         *,
         resume: bool = False,
         overwrite: bool = False,
         console: Console | None = None,
     ) -> None:
-        check_folder(folder, resume=resume, overwrite=overwrite)
-        if resume and (differing := differing_fields(read_config(folder), config)):
+        config = config.located()
+        if folder is not None:
+            folder = Path(folder).expanduser()
+            check_folder(folder, resume=resume, overwrite=overwrite)
+        elif resume:
+            raise InputError("resume: say which run folder to go on with")
+        if resume and (differing := differing_fields(read_config(folder), config)):  # type: ignore[arg-type]
             raise InputError(f"resume: the configuration differs from {folder}'s: {'; '.join(differing)}")
-        self.config, self.folder, self.resume = config, folder, resume
+        self.config, self.resume = config, resume
         self.console = console or Console()
         self.device = resolve_device(config.device)
         self.backend = choose_backend(config.backend, self.device)
@@ -82,9 +88,8 @@ class Trainer:
         source, unreadable = scan(open_dataset(config.data, root=config.data_root).train)
         if unreadable:
             names = ", ".join(f"{image.path} ({image.reason})" for image in unreadable)
-            self.console.print(
-                f"[yellow]warning: {len(unreadable)} unreadable images left out: {names}", highlight=False
-            )
+            text = f"warning: {len(unreadable)} unreadable images left out: {names}"
+            self.console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
         self.loader = MultiViewLoader(
             source,
             config.augment,
@@ -95,6 +100,7 @@ class Trainer:
         )
         self.total_steps = config.epochs * self.loader.steps_per_epoch
         self.step, self.seconds = 0, 0.0
+        self.folder = new_folder(Path("runs"), config) if folder is None else folder
         if resume:
             self._restore()
 
@@ -105,16 +111,27 @@ class Trainer:
             TrainingError: the loss or the weights stopped being finite; the last good checkpoint is kept.
             KeyboardInterrupt: SIGINT or SIGTERM arrived; the run can be resumed at the step it had reached.
         """
-        if not self.resume:
-            start_folder(self.folder, self.config)
         steps = self.loader.steps_per_epoch
-        monitor = Monitor(
-            self.folder, step=self.step, total=self.total_steps, steps_per_epoch=steps, console=self.console
-        )
-        with monitor, contextlib.closing(self.loader), _stop_signals() as stop:
+        with contextlib.ExitStack() as stack:
+            stop = stack.enter_context(_stop_signals())
+            if not self.resume:
+                start_folder(self.folder, self.config)
+                self._save()
+            stack.enter_context(contextlib.closing(self.loader))
+            monitor = stack.enter_context(
+                Monitor(
+                    self.folder, step=self.step, total=self.total_steps, steps_per_epoch=steps, console=self.console
+                )
+            )
             while self.step < self.total_steps:
                 epoch, start = divmod(self.step, steps)
-                metrics = self._train_epoch(epoch, start, monitor, stop)
+                try:
+                    metrics = self._train_epoch(epoch, start, monitor, stop)
+                except RuntimeError as error:
+                    # A job's end reaches the loader's workers, too, and their end can break into a step.
+                    if stop and "DataLoader worker" in str(error):
+                        raise KeyboardInterrupt from error
+                    raise
                 self._save()
                 if stop:
                     raise KeyboardInterrupt
@@ -199,20 +216,24 @@ class Trainer:
     def _save(self) -> None:
         if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
             raise TrainingError(f"the weights are not finite at step {self.step}; {self._last_good()}")
-        state = Checkpoint(self.step, self.seconds, self.model.state_dict(), self.optimizer.state_dict())
+        images = len(self.loader.source)
+        state = Checkpoint(self.step, self.seconds, images, self.model.state_dict(), self.optimizer.state_dict())
         state.save(self.folder / CHECKPOINT)
+        self.saved_step = self.step
 
     def _last_good(self) -> str:
-        path = self.folder / CHECKPOINT
-        return f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
+        return f"the last good checkpoint is {self.folder / CHECKPOINT} (step {self.saved_step})"
 
     def _restore(self) -> None:
         checkpoint = Checkpoint.load(self.folder / CHECKPOINT, self.device)
-        if checkpoint.step > self.total_steps:
-            raise InputError(f"data: {self.config.data} has fewer images than when {self.folder} was trained")
-        self.model.load_state_dict(checkpoint.model)
-        self.optimizer.load_state_dict(checkpoint.optimizer)
-        self.step, self.seconds = checkpoint.step, checkpoint.seconds
+        if checkpoint.images != len(self.loader.source):
+            raise InputError(
+                f"resume: {self.config.data} has {len(self.loader.source)} readable training images, "
+                f"and {self.folder} was trained on {checkpoint.images}"
+            )
+        checkpoint.restore(self.model, self.optimizer)
+        self.step = self.saved_step = checkpoint.step
+        self.seconds = checkpoint.seconds
 
 
 @contextlib.contextmanager

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from vi_simsiam.engine.run import Run
 from vi_simsiam.evaluation.features import collect, labelled_splits
 from vi_simsiam.evaluation.figures import draw_curves, draw_kappa
 from vi_simsiam.evaluation.knn import KnnConfig, evaluate_knn
 from vi_simsiam.evaluation.linear import evaluate_linear
+
+_MEASURES = {"top1": "top-1", "top5": "top-5", "held_out_top1": "held-out top-1"}
 
 
 def evaluate_run(run: Run, console: Console | None = None) -> None:
@@ -33,8 +36,29 @@ def evaluate_run(run: Run, console: Console | None = None) -> None:
         knn = evaluate_knn(features, KnnConfig(k=min(KnnConfig.k, images)))
         status.update("linear probes")
         linear = evaluate_linear(features)
+    console.print(summary_table({"kNN": knn, "linear": linear}))
     for line in (summary_line("kNN", knn), summary_line("linear", linear)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def summary_table(results: dict[str, dict[str, Any]]) -> Table:
+    """Every accuracy of the given results in per cent: a row for each encoder, a column for each measure.
+
+    Args:
+        results: by the name of the evaluation, as `evaluate_knn` and `evaluate_linear` return them.
+    """
+    measures = {
+        f"{name} {label}": result[key]
+        for name, result in results.items()
+        for key, label in _MEASURES.items()
+        if result.get(key)
+    }
+    table = Table("encoder")
+    for measure in measures:
+        table.add_column(measure, justify="right")
+    for encoder in next(iter(measures.values())):
+        table.add_row(encoder, *(f"{100 * shares[encoder]:.1f}" for shares in measures.values()))
+    return table
 
 
 def summary_line(name: str, result: dict[str, Any]) -> str:

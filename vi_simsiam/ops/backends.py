@@ -55,6 +55,29 @@ def extension() -> ModuleType | None:
         return None
 
 
+def extension_problem() -> str:
+    """Why `extension` is None: it was not built, or it is there and does not load."""
+    if importlib.util.find_spec("vi_simsiam._C") is None:
+        return "the C++ extension was not built (a C++ compiler and Python's headers at installation add it)"
+    try:
+        importlib.import_module("vi_simsiam._C")
+    except ImportError as error:
+        return f"the C++ extension does not load ({error})"
+    return "the C++ extension is there"
+
+
+@functools.cache
+def _triton_problem() -> str | None:
+    """Why Triton cannot launch kernels on the GPU: it compiles its launcher and needs a C compiler for that."""
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+    except Exception as error:  # a missing compiler, header, driver or library each raises its own
+        return f"Triton does not start ({(str(error).splitlines() or [type(error).__name__])[0]})"
+    return None
+
+
 def interpreting() -> bool:
     """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -62,14 +85,16 @@ def interpreting() -> bool:
 
 def _check_triton(device_type: str) -> str | None:
     if device_type == "cuda" or interpreting():
-        return None if importlib.util.find_spec("triton") else "Triton is not installed"
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        return _triton_problem() if torch.cuda.is_available() and not interpreting() else None
     return f"it takes CUDA tensors (or CPU tensors under TRITON_INTERPRET=1), not {device_type}"
 
 
 def _check_cpu(device_type: str) -> str | None:
     if device_type != "cpu":
         return f"it takes CPU tensors, not {device_type}"
-    return None if extension() is not None else _NO_EXTENSION
+    return None if extension() is not None else extension_problem()
 
 
 def _check_cuda(device_type: str) -> str | None:
@@ -77,11 +102,10 @@ def _check_cuda(device_type: str) -> str | None:
         return f"it takes CUDA tensors, not {device_type}"
     module = extension()
     if module is None:
-        return _NO_EXTENSION
+        return extension_problem()
     return None if hasattr(module, "multiview_loss_cuda") else "the extension was built without nvcc"
 
 
-_NO_EXTENSION = "the C++ extension was not built (install with a C++ compiler at hand)"
 _CHECKS: dict[str, Callable[[str], str | None]] = {
     "eager": lambda device_type: None,
     "triton": _check_triton,

@@ -1,0 +1,39 @@
+"""What the README shows works as shown."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from vi_simsiam.benchmarks.multiview_loss import markdown_table
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_python_example_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict[str, object] = {}
+    exec(code, names)
+    predictions, kappa, model = names["predictions"], names["kappa"], names["model"]
+    assert [tuple(p.shape) for p in predictions] == [(8, 2049)] * 2  # type: ignore[attr-defined]
+    assert kappa.shape == (8,)  # type: ignore[attr-defined]
+    assert (kappa > 0).all()  # type: ignore[operator, attr-defined]
+    gradients = [p.grad for p in model.parameters()]  # type: ignore[attr-defined]
+    assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_links_and_pictures_exist() -> None:
+    text = (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+    assert len(links) > 5
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_tables_are_those_of_the_result_files() -> None:
+    """The figures in the README are the committed ones: nobody typed them."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "multiview_loss.json").read_text())
+    assert markdown_table(result) in (ROOT / "README.md").read_text()
+    assert all(found["correct"] for case in result["cases"] for found in case["providers"].values())
