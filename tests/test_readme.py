@@ -37,3 +37,7 @@ def test_tables_are_those_of_the_result_files() -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "multiview_loss.json").read_text())
     assert markdown_table(result) in (ROOT / "README.md").read_text()
     assert all(found["correct"] for case in result["cases"] for found in case["providers"].values())
+
+
+def test_no_blank_is_left() -> None:
+    assert re.findall(r"\b[A-Z]+_(?:LINES|TABLE|MINUTES)\b", (ROOT / "README.md").read_text()) == []
