@@ -22,7 +22,7 @@ $(ENV)/.installed: $(SOURCES)
 	@test -n "$(PYTHON)" || { echo "make: Python 3.11, 3.12 or 3.13 is needed; none was found" >&2; exit 1; }
 	@echo "Setting up $(ENV) with $(PYTHON); the first time this downloads PyTorch."
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(ENV)
-	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --verbose --disable-pip-version-check --editable '.[dev]' \
+	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --verbose --disable-pip-version-check --editable '.[dev]' \
 		>$(ENV)/install.log 2>&1 || { tail -n 30 $(ENV)/install.log; exit 1; }
 	@grep -o 'vi_simsiam: .*' $(ENV)/install.log || true
 	@$(BIN)/vi-simsiam info
