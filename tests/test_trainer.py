@@ -53,20 +53,29 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return Checkpoint.load(folder / "checkpoint.pt", torch.device("cpu")).model
 
 
+def learned(lines: list[dict[str, float]]) -> bool:
+    """Whether the last quarter's loss and cosine are better than the first's: single steps of batch 8 are noise."""
+    quarter = len(lines) // 4
+    first, last = (
+        {name: sum(line[name] for line in part) / quarter for name in ("loss", "cosine")}
+        for part in (lines[:quarter], lines[-quarter:])
+    )
+    return last["loss"] < first["loss"] - 0.05 and last["cosine"] > first["cosine"] + 0.03
+
+
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("method", ["vi-simsiam", "simsiam"])
 def test_training_lowers_the_loss_and_writes_the_run(image_folder: Path, tmp_path: Path, method: str) -> None:
-    settings = config(image_folder, method=method, epochs=6)
+    settings = config(image_folder, method=method, epochs=12, lr=0.05)
     trainer = train(settings, tmp_path / "run")
     lines = metrics(tmp_path / "run")
-    assert [line["step"] for line in lines] == sorted({*range(2, 31, 2), *range(5, 31, 5)})
-    assert lines[-1]["loss"] < lines[0]["loss"]
-    assert lines[-1]["cosine"] > lines[0]["cosine"]
+    assert [line["step"] for line in lines] == sorted({*range(2, 61, 2), *range(5, 61, 5)})
+    assert learned(lines)
     assert ("kappa" in lines[-1]) == (method == "vi-simsiam")
-    assert lines[-1]["lr"] == pytest.approx(trainer.learning_rate(29))
+    assert lines[-1]["lr"] == pytest.approx(trainer.learning_rate(59))
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
     run = load_run(tmp_path / "run", device="cpu")
     assert run.config == settings.located()
