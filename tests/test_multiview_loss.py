@@ -130,12 +130,10 @@ def test_ten_times_better_than_textbook_at_high_concentration(backend: str) -> N
     worst, worst_textbook = 0.0, 0.0
     for kappa, near in itertools.product((1e4, 1e5, 1e6), (0.05, 0.3)):
         form = LossForm("power_spherical", kappa)
-        p, z = (x.float() for x in draw(form, 2, 2, 4, 2048, raw=0.5, near=near))
+        p, z = (x.float() for x in draw(form, 2, 2, 64, 2048, raw=0.5, near=near))
         exact = multiview_loss(p.double(), z.double(), form, reduction="none", backend="eager")
         ours = multiview_loss(p, z, form, reduction="none", backend=backend)
-        # The cosine's own rounding is common to both formulas and not what is compared here.
-        rounding = (2 * kappa * 1e-7) * torch.ones_like(exact)
-        worst = max(worst, ((ours - exact).abs() - rounding).clamp(min=0).max().item())
+        worst = max(worst, (ours - exact).abs().max().item())
         worst_textbook = max(worst_textbook, (textbook(p, z, form) - exact).abs().max().item())
     assert worst <= worst_textbook / 10
 
