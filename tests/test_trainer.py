@@ -120,6 +120,39 @@ def test_interrupted_anywhere_and_resumed_is_the_same_run(
     assert parts[-1]["loss"] == whole[-1]["loss"]
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="signals of POSIX")
+def test_workers_that_end_with_the_job_break_into_nothing(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch system ends the loader's workers, too; torch's handler of their end raises wherever the program is."""
+
+    def worker_died(number: int, frame: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
+
+    before = signal.signal(signal.SIGCHLD, worker_died)
+    try:
+        trainer = Trainer(config(image_folder), tmp_path / "run", console=QUIET)
+        step, save = trainer._train_step, trainer._save
+
+        def end_the_job(views: list[torch.Tensor], wants_norm: bool) -> tuple[torch.Tensor, Output, torch.Tensor]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return step(views, wants_norm)
+
+        def save_while_a_worker_ends() -> None:
+            if trainer.step:
+                os.kill(os.getpid(), signal.SIGCHLD)
+            save()
+
+        monkeypatch.setattr(trainer, "_train_step", end_the_job)
+        monkeypatch.setattr(trainer, "_save", save_while_a_worker_ends)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.fit()
+        assert signal.getsignal(signal.SIGCHLD) is worker_died
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert Checkpoint.load(tmp_path / "run" / "checkpoint.pt", torch.device("cpu")).step == 1
+
+
 def test_resume_drops_metrics_written_after_the_checkpoint(image_folder: Path, tmp_path: Path) -> None:
     """A run that was killed has lines that its checkpoint knows nothing of."""
     train(config(image_folder), tmp_path / "run")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -125,13 +126,7 @@ class Trainer:
             )
             while self.step < self.total_steps:
                 epoch, start = divmod(self.step, steps)
-                try:
-                    metrics = self._train_epoch(epoch, start, monitor, stop)
-                except RuntimeError as error:
-                    # A job's end reaches the loader's workers, too, and their end can break into a step.
-                    if stop and "DataLoader worker" in str(error):
-                        raise KeyboardInterrupt from error
-                    raise
+                metrics = self._train_epoch(epoch, start, monitor, stop)
                 self._save()
                 if stop:
                     raise KeyboardInterrupt
@@ -152,7 +147,12 @@ class Trainer:
         batches = iter(self.loader.epoch(epoch, start))
         while True:
             asked = time.perf_counter()
-            batch = next(batches, None)
+            try:
+                batch = next(batches, None)
+            except RuntimeError:
+                if stop:  # the end of the job has reached the workers first
+                    break
+                raise
             waited += time.perf_counter() - asked
             if batch is None:
                 break
@@ -238,20 +238,27 @@ class Trainer:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """A list that receives the first SIGINT or SIGTERM; a second one takes its ordinary course."""
+    """A list that receives the first SIGINT or SIGTERM; a second one takes its ordinary course.
+
+    The end of a job reaches the loader's workers, too. From the first signal on their end is no error: torch's
+    handler of SIGCHLD would raise one wherever the program happens to be, in the middle of a checkpoint, say.
+    """
     received: list[int] = []
+    previous: dict[int, Any] = {}
 
     def handle(number: int, frame: FrameType | None) -> None:
         received.append(number)
         restore()
-
-    previous = {}
-    with contextlib.suppress(ValueError):  # signals reach the main thread only
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        if hasattr(signal, "SIGCHLD"):
+            previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda number, frame: None)
 
     def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        while previous:
+            signal.signal(*previous.popitem())
+
+    with contextlib.suppress(ValueError):  # signals reach the main thread only
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, handle)
 
     try:
         yield received
