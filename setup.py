@@ -68,18 +68,18 @@ class _BuildExtension(build_ext):  # type: ignore[misc]
         nvcc = shutil.which("nvcc", path=path)
         if nvcc is None or os.environ.get("VI_SIMSIAM_NO_CUDA") == "1":
             raise ValueError("VI_SIMSIAM_NO_CUDA is set" if nvcc else "no nvcc in CUDA_HOME or on PATH")
-        source, built = Path("csrc/multiview_loss.cu"), Path(self.build_temp, "multiview_loss_cuda.obj")
-        built.parent.mkdir(parents=True, exist_ok=True)
-        folders = re.findall(r'"(?:-L|/LIBPATH:)([^"]+)"', _ask(nvcc, "--dryrun", source, "-o", built))
+        sources = sorted(Path("csrc").glob("*.cu"))
+        self.mkpath(self.build_temp)
+        folders = re.findall(r'"(?:-L|/LIBPATH:)([^"]+)"', _ask(nvcc, "--dryrun", sources[0], "-o", "unused"))
         folder = next((folder for folder in folders if Path(folder, _CUDART).is_file()), None)
         if folder is None:
             raise ValueError(f"{_CUDART} is in none of nvcc's folders: {' '.join(folders)}")
         flags = architectures(_ask(nvcc, "--list-gpu-code"), os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
         options = ["-O3", "-std=c++17", "-DVI_SIMSIAM_CUDA", "--threads=0", *(f for fs in flags.values() for f in fs)]
-        _ask(nvcc, *options, f"-Xcompiler={_HOST}", "-c", source, "-o", built)
+        _ask(nvcc, *options, f"-Xcompiler={_HOST}", "-c", *sources, "-odir", self.build_temp)
         ext.library_dirs.append(folder)
         ext.libraries += ["cudart_static", "dl", "rt", "pthread"] if _LINUX else ["cudart_static"]
-        ext.extra_objects.append(str(built))
+        ext.extra_objects += [str(Path(self.build_temp, x.stem + (".obj" if _WINDOWS else ".o"))) for x in sources]
         ext.define_macros.append(("VI_SIMSIAM_CUDA", ",".join(flags)))
 
 
@@ -87,7 +87,7 @@ if __name__ == "__main__":
     from pybind11.setup_helpers import Pybind11Extension
 
     extension = Pybind11Extension("vi_simsiam._C", ["csrc/bindings.cpp", "csrc/multiview_loss_cpu.cpp"], cxx_std=17)
-    extension.depends = ["csrc/multiview_loss.h", "csrc/power_spherical.cuh", "csrc/multiview_loss.cu"]
+    extension.depends = sorted(str(file) for file in Path("csrc").iterdir())
     extension.extra_compile_args += ["/O2"] if _WINDOWS else ["-O3", "-ffp-contract=fast", "-pthread"]
     extension.extra_link_args += ["-pthread", "-Wl,--exclude-libs,ALL"] if _LINUX else []
     extension.optional = True

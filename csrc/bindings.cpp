@@ -8,17 +8,20 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 namespace py = pybind11;
 
 namespace {
 
 using vi_simsiam::DType;
+using vi_simsiam::Form;
 using vi_simsiam::MultiviewProblem;
 using Strides = std::pair<int64_t, int64_t>;  // from view to view, from sample to sample
 
@@ -30,66 +33,112 @@ DType parse_dtype(const std::string& name) {
   throw std::invalid_argument("dtype must be float32, float64, bfloat16 or float16, not " + name);
 }
 
-MultiviewProblem make_problem(uintptr_t predictions, uintptr_t targets, uintptr_t loss, uintptr_t gradient,
-                              int64_t views, int64_t target_views, int64_t batch, int64_t dim,
-                              const Strides& prediction_strides, const Strides& target_strides,
-                              const Strides& gradient_strides, bool power_spherical, double scale,
-                              double minimum) {
-  MultiviewProblem problem{};
-  problem.predictions = reinterpret_cast<const void*>(predictions);
-  problem.targets = reinterpret_cast<const void*>(targets);
-  problem.loss = reinterpret_cast<void*>(loss);
-  problem.gradient = reinterpret_cast<void*>(gradient);
-  problem.views = views;
-  problem.target_views = target_views;
-  problem.batch = batch;
-  problem.dim = dim;
-  problem.prediction_strides[0] = prediction_strides.first;
-  problem.prediction_strides[1] = prediction_strides.second;
-  problem.target_strides[0] = target_strides.first;
-  problem.target_strides[1] = target_strides.second;
-  problem.gradient_strides[0] = gradient_strides.first;
-  problem.gradient_strides[1] = gradient_strides.second;
-  problem.power_spherical = power_spherical;
-  problem.scale = scale;
-  problem.minimum = minimum;
-  return problem;
+Form parse_form(const std::string& name) {
+  if (name == "cosine") return Form::cosine;
+  if (name == "raw_concentration") return Form::raw_concentration;
+  if (name == "given_concentration") return Form::given_concentration;
+  throw std::invalid_argument("form must be cosine, raw_concentration or given_concentration, not " + name);
 }
 
-void multiview_loss_cpu(uintptr_t predictions, uintptr_t targets, uintptr_t loss, uintptr_t gradient,
-                        int64_t views, int64_t target_views, int64_t batch, int64_t dim,
-                        const Strides& prediction_strides, const Strides& target_strides,
-                        const Strides& gradient_strides, bool power_spherical, double scale, double minimum,
-                        const std::string& dtype, int threads) {
-  const DType type = parse_dtype(dtype);
-  if (type != DType::float32 && type != DType::float64)
-    throw std::invalid_argument("dtype must be float32 or float64, not " + dtype);
-  const MultiviewProblem problem =
-      make_problem(predictions, targets, loss, gradient, views, target_views, batch, dim, prediction_strides,
-                   target_strides, gradient_strides, power_spherical, scale, minimum);
-  py::gil_scoped_release release;
-  vi_simsiam::multiview_loss_cpu(problem, type, threads);
+template <typename Pointer>
+Pointer pointer(uintptr_t address) {
+  return reinterpret_cast<Pointer>(address);
 }
 
-#if defined(VI_SIMSIAM_CUDA)
-void multiview_loss_cuda(uintptr_t predictions, uintptr_t targets, uintptr_t loss, uintptr_t gradient,
-                         int64_t views, int64_t target_views, int64_t batch, int64_t dim,
-                         const Strides& prediction_strides, const Strides& target_strides,
-                         const Strides& gradient_strides, bool power_spherical, double scale, double minimum,
-                         const std::string& prediction_dtype, const std::string& target_dtype,
-                         const std::string& gradient_dtype, uintptr_t stream) {
-  const DType prediction = parse_dtype(prediction_dtype), target = parse_dtype(target_dtype),
-              grad = parse_dtype(gradient_dtype);
-  const MultiviewProblem problem =
-      make_problem(predictions, targets, loss, gradient, views, target_views, batch, dim, prediction_strides,
-                   target_strides, gradient_strides, power_spherical, scale, minimum);
+void copy_addresses(const void** out, const std::vector<uintptr_t>& addresses, const char* name) {
+  if (addresses.empty() || addresses.size() > vi_simsiam::MAX_VIEWS)
+    throw std::invalid_argument(std::string(name) + ": 1 to 16 views are accepted");
+  for (size_t i = 0; i < addresses.size(); ++i) out[i] = pointer<const void*>(addresses[i]);
+}
+
+// Wraps a backend into a function of Python that takes a problem's fields as keywords.
+template <typename... Extra, typename Run>
+auto with_problem(Run run) {
+  return [run](const std::vector<uintptr_t>& predictions, const std::vector<uintptr_t>& targets, uintptr_t concentration,
+               uintptr_t loss, uintptr_t mean, uintptr_t gradient, uintptr_t concentration_gradient, int64_t batch,
+               int64_t dim, int64_t width, int64_t prediction_stride, int64_t target_stride,
+               const Strides& gradient_strides, const std::string& form, double scale, double minimum, double weight,
+               double gradient_weight, Extra... extra) {
+    MultiviewProblem problem{};
+    problem.form = parse_form(form);
+    problem.views = int64_t(predictions.size());
+    problem.target_views = int64_t(targets.size());
+    problem.batch = batch;
+    problem.dim = dim;
+    problem.width = width;
+    copy_addresses(problem.predictions, predictions, "predictions");
+    copy_addresses(problem.targets, targets, "targets");
+    problem.concentration = pointer<const void*>(concentration);
+    problem.loss = pointer<void*>(loss);
+    problem.mean = pointer<void*>(mean);
+    problem.gradient = pointer<void*>(gradient);
+    problem.concentration_gradient = pointer<void*>(concentration_gradient);
+    problem.prediction_stride = prediction_stride;
+    problem.target_stride = target_stride;
+    problem.gradient_view_stride = gradient_strides.first;
+    problem.gradient_stride = gradient_strides.second;
+    problem.scale = scale;
+    problem.minimum = minimum;
+    problem.weight = weight;
+    problem.gradient_weight = gradient_weight;
+    run(problem, extra...);
+  };
+}
+
+template <typename Function, typename... Extra>
+void define_with_problem(py::module_& m, const char* name, Function function, const char* doc, Extra... extra) {
+  m.def(name, function, py::arg("predictions"), py::arg("targets"), py::arg("concentration"), py::arg("loss"),
+        py::arg("mean"), py::arg("gradient"), py::arg("concentration_gradient"), py::arg("batch"), py::arg("dim"),
+        py::arg("width"), py::arg("prediction_stride"), py::arg("target_stride"), py::arg("gradient_strides"),
+        py::arg("form"), py::arg("scale"), py::arg("minimum"), py::arg("weight"), py::arg("gradient_weight"), extra...,
+        doc);
+}
+
+template <typename Error>
+void throw_if(const char* name, const char* error) {
+  if (error != nullptr) throw Error(std::string(name) + ": " + error);
+}
+
+void multiview_loss_cpu(const MultiviewProblem& problem, const std::string& prediction_dtype,
+                        const std::string& target_dtype, int threads) {
+  const DType prediction = parse_dtype(prediction_dtype), target = parse_dtype(target_dtype);
   const char* error = nullptr;
   {
     py::gil_scoped_release release;
-    error =
-        vi_simsiam::multiview_loss_cuda(problem, prediction, target, grad, reinterpret_cast<void*>(stream));
+    error = vi_simsiam::multiview_loss_cpu(problem, prediction, target, threads);
   }
-  if (error != nullptr) throw std::runtime_error(std::string("multiview_loss_cuda: ") + error);
+  throw_if<std::invalid_argument>("multiview_loss_cpu", error);
+}
+
+#if defined(VI_SIMSIAM_CUDA)
+void multiview_loss_cuda(const MultiviewProblem& problem, const std::string& prediction_dtype,
+                         const std::string& target_dtype, const std::string& gradient_dtype, uintptr_t ticket,
+                         uintptr_t stream) {
+  throw_if<std::runtime_error>("multiview_loss_cuda",
+           vi_simsiam::multiview_loss_cuda(problem, parse_dtype(prediction_dtype), parse_dtype(target_dtype),
+                                           parse_dtype(gradient_dtype), pointer<uint32_t*>(ticket),
+                                           pointer<void*>(stream)));
+}
+
+void scale_gradient_cuda(uintptr_t gradient, uintptr_t out, uintptr_t concentration_gradient, uintptr_t factor,
+                         int64_t views, int64_t batch, int64_t width, const Strides& gradient_strides,
+                         const Strides& out_strides, int64_t factor_stride, const std::string& gradient_dtype,
+                         const std::string& out_dtype, uintptr_t stream) {
+  vi_simsiam::ScaledGradient problem{};
+  problem.views = views;
+  problem.batch = batch;
+  problem.width = width;
+  problem.gradient = pointer<const void*>(gradient);
+  problem.gradient_view_stride = gradient_strides.first;
+  problem.gradient_stride = gradient_strides.second;
+  problem.out = pointer<void*>(out);
+  problem.out_view_stride = out_strides.first;
+  problem.out_stride = out_strides.second;
+  problem.concentration_gradient = pointer<void*>(concentration_gradient);
+  problem.factor = pointer<const void*>(factor);
+  problem.factor_stride = factor_stride;
+  throw_if<std::runtime_error>("scale_gradient_cuda", vi_simsiam::scale_gradient_cuda(problem, parse_dtype(gradient_dtype),
+                                                                  parse_dtype(out_dtype), pointer<void*>(stream)));
 }
 #endif
 
@@ -145,22 +194,24 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Compiled backends of the multi-view loss, on raw addresses and strides.";
 
-  m.def("multiview_loss_cpu", &multiview_loss_cpu, py::arg("predictions"), py::arg("targets"),
-        py::arg("loss"), py::arg("gradient"), py::arg("views"), py::arg("target_views"), py::arg("batch"),
-        py::arg("dim"), py::arg("prediction_strides"), py::arg("target_strides"), py::arg("gradient_strides"),
-        py::arg("power_spherical"), py::arg("scale"), py::arg("minimum"), py::arg("dtype"),
-        py::arg("threads"),
-        "Writes the loss (batch,) and, unless gradient is 0, the gradient of the predictions, for addresses "
-        "in host memory.");
+  define_with_problem(m, "multiview_loss_cpu", with_problem<const std::string&, const std::string&, int>(multiview_loss_cpu),
+                      "Writes the loss (batch,) and what else has an address other than 0, in host memory.",
+                      py::arg("prediction_dtype"), py::arg("target_dtype"), py::arg("threads"));
 
 #if defined(VI_SIMSIAM_CUDA)
-  m.def("multiview_loss_cuda", &multiview_loss_cuda, py::arg("predictions"), py::arg("targets"),
-        py::arg("loss"), py::arg("gradient"), py::arg("views"), py::arg("target_views"), py::arg("batch"),
-        py::arg("dim"), py::arg("prediction_strides"), py::arg("target_strides"), py::arg("gradient_strides"),
-        py::arg("power_spherical"), py::arg("scale"), py::arg("minimum"), py::arg("prediction_dtype"),
-        py::arg("target_dtype"), py::arg("gradient_dtype"), py::arg("stream"),
-        "Enqueues the same computation on a stream of the current device; raises RuntimeError with the "
-        "launch error.");
+  define_with_problem(
+      m, "multiview_loss_cuda",
+      with_problem<const std::string&, const std::string&, const std::string&, uintptr_t, uintptr_t>(multiview_loss_cuda),
+      "Enqueues the same computation on a stream of the current device; raises RuntimeError with the launch error.",
+      py::arg("prediction_dtype"), py::arg("target_dtype"), py::arg("gradient_dtype"), py::arg("ticket"),
+      py::arg("stream"));
+  m.def("scale_gradient_cuda", &scale_gradient_cuda, py::arg("gradient"), py::arg("out"),
+        py::arg("concentration_gradient"), py::arg("factor"), py::arg("views"), py::arg("batch"), py::arg("width"),
+        py::arg("gradient_strides"), py::arg("out_strides"), py::arg("factor_stride"), py::arg("gradient_dtype"),
+        py::arg("out_dtype"), py::arg("stream"),
+        "Enqueues the multiplication of a gradient (views, batch, width) by a factor on the device.");
+  m.def("cuda_problem", &vi_simsiam::cuda_problem,
+        "Why the kernels cannot run on the current device, or None: no code for it, or a driver too old.");
 #endif
 
   m.def("power_spherical_terms", &power_spherical_terms<float>, py::arg("kappa").noconvert(),

@@ -1,28 +1,29 @@
 // Multi-view loss and its gradient on the CPU, in one pass over the samples.
 //
-// For sample i with predictions p_v and targets z_g, over all pairs v != g with weight w = 2 / (G (V-1)):
+// For sample i with predictions p_v and targets z_g, over all pairs v != g, w the weight of a pair in the loss and
+// w' in the gradient:
 //     c_vg    = (p_v . z_g) / (|p_v| |z_g|)
 //     loss_i  = -w sum_vg F(kappa_v, c_vg)                                        cosine: F = c
-//     dp_v    = -w / |p_v| sum_g dF/dc (z_g/|z_g| - c_vg p_v/|p_v|)
-//     draw_v  = -w scale sigmoid(raw_v) sum_g dF/dkappa,   kappa_v = scale softplus(raw_v) + minimum
+//     dp_v    = -w' / |p_v| sum_g dF/dc (z_g/|z_g| - c_vg p_v/|p_v|)
+//     dkappa_v = -w' sum_g dF/dkappa,   draw_v = scale sigmoid(raw_v) dkappa_v,   kappa_v = scale softplus(raw_v) + minimum
 //
 // The rows of a sample (16 to 64 KB at dim 2048) stay in the first two cache levels from the first dot
 // product to the gradient, so memory sees each prediction and target once and each gradient once. A sample is
 // computed by one thread in one fixed order: the result does not depend on the number of threads.
-//
-// Threads are std::threads made per call: 10 us each, but nothing survives the call, so the function is safe
-// in forked processes (an OpenMP pool hangs there) and nothing spins between calls.
 
+#include "helpers.h"
 #include "multiview_loss.h"
 #include "power_spherical.cuh"
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
-#include <exception>
-#include <thread>
-#include <vector>
+#include <functional>
+#include <limits>
+#include <numeric>
+#include <type_traits>
 
 #if defined(__GNUC__) || defined(__clang__)
 #define VI_VECTORS
@@ -35,114 +36,195 @@
 namespace vi_simsiam {
 namespace {
 
-// The two loops over the columns. Everything else is per pair.
-template <typename Real>
+constexpr int MAX_TERMS = 2;  // rows of targets that one loop of dot products takes
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <typename Element>
+struct ComputeType {
+  using type = Element;
+};
+template <>
+struct ComputeType<BFloat16> {
+  using type = float;
+};
+template <typename Element>
+using Compute = typename ComputeType<Element>::type;
+
+inline float to_real(BFloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+inline float to_real(float x) { return x; }
+inline double to_real(double x) { return x; }
+
+// Rounded to the nearest, ties to even; NaN stays NaN.
+inline void from_real(BFloat16& out, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  out.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline void from_real(float& out, float x) { out = x; }
+inline void from_real(double& out, double x) { out = x; }
+
+// The loops over the columns of predictions of type P and targets of type Z. Everything else is per pair.
+template <typename P, typename Z>
 struct RowKernels {
-  Real (*dot)(const Real* x, const Real* y, int64_t n);
-  // out = a x + b y, where out may be x
-  void (*scale_add)(Real* out, const Real* x, Real a, const Real* y, Real b, int64_t n);
+  using Real = Compute<P>;
+  Real (*square)(const Z* z, int64_t n);
+  // dots[0] = p . p and dots[1 + k] = p . z[k] for k < terms, reading p once
+  void (*dot)(Real* dots, const P* p, const Z* const* z, int terms, int64_t n);
+  // out = a p + sum over k < terms of b[k] z[k]
+  void (*combine)(P* out, const P* p, Real a, const Z* const* z, const Real* b, int terms, int64_t n);
 };
 
 #if defined(VI_VECTORS)
 
 // Vectors of the GCC/Clang extension instead of trust in the vectoriser: a sum of floats is not reordered
-// without fast-math, which would break NaN. Four independent partial sums hide the latency of the addition.
+// without fast-math, which would break NaN.
 template <typename Real, int Bytes>
-VI_ALWAYS_INLINE Real dot_rows(const Real* x, const Real* y, int64_t n) {
+struct Lanes {
+  static constexpr int COUNT = Bytes / int(sizeof(Real));
   typedef Real Vector __attribute__((vector_size(Bytes)));
-  constexpr int lanes = Bytes / int(sizeof(Real)), sums = 4;
-  Vector sum[sums] = {}, u, v;
-  int64_t i = 0;
-  for (; i + sums * lanes <= n; i += sums * lanes) {
-    for (int k = 0; k < sums; ++k) {
-      std::memcpy(&u, x + i + k * lanes, Bytes);
-      std::memcpy(&v, y + i + k * lanes, Bytes);
-      sum[k] += u * v;
+  // Types that depend on Real: GCC takes no dependent vector size for others.
+  using Word = std::conditional_t<sizeof(Real) == 4, uint32_t, uint64_t>;
+  using HalfWord = std::conditional_t<sizeof(Real) == 4, uint16_t, uint32_t>;
+  typedef Word Bits __attribute__((vector_size(Bytes)));
+  typedef HalfWord Half __attribute__((vector_size(Bytes / 2)));
+
+  static VI_ALWAYS_INLINE void load(Vector& out, const Real* address) { std::memcpy(&out, address, Bytes); }
+  static VI_ALWAYS_INLINE void store(Real* address, const Vector& x) { std::memcpy(address, &x, Bytes); }
+
+  static VI_ALWAYS_INLINE void load(Vector& out, const BFloat16* address) {
+    Half half;
+    std::memcpy(&half, address, Bytes / 2);
+    const Bits bits = __builtin_convertvector(half, Bits) << 16;
+    std::memcpy(&out, &bits, Bytes);
+  }
+  static VI_ALWAYS_INLINE void store(BFloat16* address, const Vector& x) {
+    Bits bits;
+    std::memcpy(&bits, &x, Bytes);
+    const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const Half half = __builtin_convertvector(x != x ? rounded * 0 + 0x7fc0 : rounded, Half);
+    std::memcpy(address, &half, Bytes / 2);
+  }
+};
+
+// Independent partial sums hide the latency of the addition.
+template <int Bytes, int Terms, typename X, typename Y>
+VI_ALWAYS_INLINE void dot_terms(Compute<X>* dots, const X* x, const Y* const* y, int64_t n) {
+  using Real = Compute<X>;
+  using In = Lanes<Real, Bytes>;
+  constexpr int sums = 4;
+  typename In::Vector sum[1 + Terms][sums] = {}, u, w;
+  const auto add = [&](int64_t i, int k) __attribute__((always_inline)) {
+    In::load(u, x + i);
+    sum[0][k] += u * u;
+    for (int t = 0; t < Terms; ++t) {
+      In::load(w, y[t] + i);
+      sum[1 + t][k] += u * w;
     }
-  }
-  for (; i + lanes <= n; i += lanes) {
-    std::memcpy(&u, x + i, Bytes);
-    std::memcpy(&v, y + i, Bytes);
-    sum[0] += u * v;
-  }
-  u = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-  Real total = 0;
-  for (; i < n; ++i) total += x[i] * y[i];
-  for (int k = 0; k < lanes; ++k) total += u[k];
-  return total;
-}
-
-template <typename Real, int Bytes>
-VI_ALWAYS_INLINE void scale_add_rows(Real* out, const Real* x, Real a, const Real* y, Real b, int64_t n) {
-  typedef Real Vector __attribute__((vector_size(Bytes)));
-  constexpr int lanes = Bytes / int(sizeof(Real));
-  Vector u, v;
+  };
   int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) {
-    std::memcpy(&u, x + i, Bytes);
-    std::memcpy(&v, y + i, Bytes);
-    u = u * a + v * b;
-    std::memcpy(out + i, &u, Bytes);
+  for (; i + sums * In::COUNT <= n; i += sums * In::COUNT) {
+    for (int k = 0; k < sums; ++k) add(i + k * In::COUNT, k);
   }
-  for (; i < n; ++i) out[i] = x[i] * a + y[i] * b;
+  for (; i + In::COUNT <= n; i += In::COUNT) add(i, 0);
+  for (int t = 0; t <= Terms; ++t) {
+    u = (sum[t][0] + sum[t][1]) + (sum[t][2] + sum[t][3]);
+    Real total = 0;
+    for (int64_t j = i; j < n; ++j) total += to_real(x[j]) * (t == 0 ? to_real(x[j]) : to_real(y[t - 1][j]));
+    for (int k = 0; k < In::COUNT; ++k) total += u[k];
+    dots[t] = total;
+  }
 }
 
-template <typename Real>
-Real dot_16(const Real* x, const Real* y, int64_t n) {
-  return dot_rows<Real, 16>(x, y, n);
+// Terms as a constant, or 0 for any number of `terms`.
+template <int Bytes, int Terms, typename P, typename Z>
+VI_ALWAYS_INLINE void combine_terms(P* out, const P* p, Compute<P> a, const Z* const* z, const Compute<P>* b, int terms,
+                                    int64_t n) {
+  using In = Lanes<Compute<P>, Bytes>;
+  const int count = Terms > 0 ? Terms : terms;
+  typename In::Vector u, w;
+  int64_t i = 0;
+  for (; i + In::COUNT <= n; i += In::COUNT) {
+    In::load(u, p + i);
+    u *= a;
+    for (int t = 0; t < count; ++t) {
+      In::load(w, z[t] + i);
+      u += w * b[t];
+    }
+    In::store(out + i, u);
+  }
+  for (; i < n; ++i) {
+    Compute<P> total = to_real(p[i]) * a;
+    for (int t = 0; t < count; ++t) total += to_real(z[t][i]) * b[t];
+    from_real(out[i], total);
+  }
 }
 
-template <typename Real>
-void scale_add_16(Real* out, const Real* x, Real a, const Real* y, Real b, int64_t n) {
-  scale_add_rows<Real, 16>(out, x, a, y, b, n);
+#else  // no vector extension: plain loops that a compiler may vectorise
+
+#define VI_ALWAYS_INLINE inline
+
+template <int Bytes, int Terms, typename X, typename Y>
+void dot_terms(Compute<X>* dots, const X* x, const Y* const* y, int64_t n) {
+  constexpr int lanes = 16;
+  for (int t = 0; t <= Terms; ++t) {
+    Compute<X> sum[lanes] = {}, total = 0;
+    const auto product = [&](int64_t i) { return to_real(x[i]) * (t == 0 ? to_real(x[i]) : to_real(y[t - 1][i])); };
+    int64_t i = 0;
+    for (; i + lanes <= n; i += lanes) {
+      for (int k = 0; k < lanes; ++k) sum[k] += product(i + k);
+    }
+    for (; i < n; ++i) total += product(i);
+    for (int k = 0; k < lanes; ++k) total += sum[k];
+    dots[t] = total;
+  }
 }
 
-#if defined(VI_DISPATCH)
-
-template <typename Real>
-__attribute__((target("avx2,fma"))) Real dot_avx2(const Real* x, const Real* y, int64_t n) {
-  return dot_rows<Real, 32>(x, y, n);
-}
-
-template <typename Real>
-__attribute__((target("avx2,fma"))) void scale_add_avx2(Real* out, const Real* x, Real a, const Real* y,
-                                                        Real b, int64_t n) {
-  scale_add_rows<Real, 32>(out, x, a, y, b, n);
-}
-
-template <typename Real>
-__attribute__((target("avx512f"))) Real dot_avx512(const Real* x, const Real* y, int64_t n) {
-  return dot_rows<Real, 64>(x, y, n);
-}
-
-template <typename Real>
-__attribute__((target("avx512f"))) void scale_add_avx512(Real* out, const Real* x, Real a, const Real* y,
-                                                         Real b, int64_t n) {
-  scale_add_rows<Real, 64>(out, x, a, y, b, n);
+template <int Bytes, int Terms, typename P, typename Z>
+void combine_terms(P* out, const P* p, Compute<P> a, const Z* const* z, const Compute<P>* b, int terms, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    Compute<P> total = to_real(p[i]) * a;
+    for (int t = 0; t < terms; ++t) total += to_real(z[t][i]) * b[t];
+    from_real(out[i], total);
+  }
 }
 
 #endif
 
-#else  // no vector extension: plain loops that a compiler may vectorise
+// The functions of one instruction set; Attributes let the compiler use it in them.
+#define VI_ROW_KERNELS(Name, Bytes, Attributes)                                                                   \
+  template <typename P, typename Z>                                                                               \
+  struct Rows_##Name {                                                                                            \
+    using Real = Compute<P>;                                                                                      \
+    Attributes static Real square(const Z* z, int64_t n) {                                                        \
+      Real out;                                                                                                   \
+      dot_terms<Bytes, 0, Z, Z>(&out, z, nullptr, n);                                                             \
+      return out;                                                                                                 \
+    }                                                                                                             \
+    Attributes static void dot(Real* dots, const P* p, const Z* const* z, int terms, int64_t n) {                 \
+      if (terms == 1) return dot_terms<Bytes, 1>(dots, p, z, n);                                                  \
+      dot_terms<Bytes, 2>(dots, p, z, n);                                                                         \
+    }                                                                                                             \
+    Attributes static void combine(P* out, const P* p, Real a, const Z* const* z, const Real* b, int terms,       \
+                                   int64_t n) {                                                                   \
+      if (terms == 1) return combine_terms<Bytes, 1>(out, p, a, z, b, terms, n);                                  \
+      if (terms == 2) return combine_terms<Bytes, 2>(out, p, a, z, b, terms, n);                                  \
+      combine_terms<Bytes, 0>(out, p, a, z, b, terms, n);                                                         \
+    }                                                                                                             \
+    static RowKernels<P, Z> functions() { return {square, dot, combine}; }                                        \
+  };
 
-template <typename Real>
-Real dot_16(const Real* x, const Real* y, int64_t n) {
-  constexpr int lanes = 16;
-  Real sum[lanes] = {}, total = 0;
-  int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) {
-    for (int k = 0; k < lanes; ++k) sum[k] += x[i + k] * y[i + k];
-  }
-  for (; i < n; ++i) total += x[i] * y[i];
-  for (int k = 0; k < lanes; ++k) total += sum[k];
-  return total;
-}
-
-template <typename Real>
-void scale_add_16(Real* out, const Real* x, Real a, const Real* y, Real b, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = x[i] * a + y[i] * b;
-}
-
+VI_ROW_KERNELS(plain, 16, )
+#if defined(VI_DISPATCH)
+VI_ROW_KERNELS(avx2, 32, __attribute__((target("avx2,fma"))))
+VI_ROW_KERNELS(avx512, 64, __attribute__((target("avx512f"))))
 #endif
 
 enum class Variant { plain, avx2, avx512 };
@@ -159,128 +241,142 @@ Variant variant() {
 #endif
 }
 
-template <typename Real>
-RowKernels<Real> row_kernels() {
+template <typename P, typename Z>
+RowKernels<P, Z> row_kernels() {
 #if defined(VI_DISPATCH)
-  if (variant() == Variant::avx512) return {dot_avx512<Real>, scale_add_avx512<Real>};
-  if (variant() == Variant::avx2) return {dot_avx2<Real>, scale_add_avx2<Real>};
+  if (variant() == Variant::avx512) return Rows_avx512<P, Z>::functions();
+  if (variant() == Variant::avx2) return Rows_avx2<P, Z>::functions();
 #endif
-  return {dot_16<Real>, scale_add_16<Real>};
+  return Rows_plain<P, Z>::functions();
 }
 
-template <typename Real>
+template <typename P, typename Z>
 class Samples {
  public:
+  using Real = Compute<P>;
+
   explicit Samples(const MultiviewProblem& problem)
       : problem_(problem),
         density_(problem.dim),
-        rows_(row_kernels<Real>()),
-        weight_(Real(problem.pair_weight())),
+        rows_(row_kernels<P, Z>()),
+        weight_(Real(problem.gradient_weight)),
         scale_(Real(problem.scale)),
         minimum_(Real(problem.minimum)) {}
 
-  // scratch: 2 * target_views numbers
-  void compute(int64_t sample, Real* scratch) const {
-    Real* inverse_target = scratch;
-    for (int64_t g = 0; g < problem_.target_views; ++g) {
-      const Real* z = target(g, sample);
-      inverse_target[g] = inverse_norm(rows_.dot(z, z, problem_.dim));
-    }
+  void compute(int64_t sample) const {
+    Real inverse_target[MAX_VIEWS];
+    for (int64_t g = 0; g < problem_.target_views; ++g)
+      inverse_target[g] = inverse_norm(rows_.square(target(g, sample), problem_.dim));
     Real total = 0;
-    for (int64_t v = 0; v < problem_.views; ++v)
-      total += view(v, sample, inverse_target, scratch + problem_.target_views);
-    static_cast<Real*>(problem_.loss)[sample] = -weight_ * total;
+    for (int64_t v = 0; v < problem_.views; ++v) total += view(v, sample, inverse_target);
+    static_cast<Real*>(problem_.loss)[sample] = Real(-problem_.weight) * total;
   }
 
  private:
-  const Real* target(int64_t g, int64_t sample) const {
-    return static_cast<const Real*>(problem_.targets) + g * problem_.target_strides[0] +
-           sample * problem_.target_strides[1];
+  const Z* target(int64_t g, int64_t sample) const {
+    return static_cast<const Z*>(problem_.targets[g]) + sample * problem_.target_stride;
   }
 
   // Writes the gradient of one prediction and returns the sum of F over its targets.
-  Real view(int64_t v, int64_t sample, const Real* inverse_target, Real* toward_target) const {
+  Real view(int64_t v, int64_t sample, const Real* inverse_target) const {
     const int64_t dim = problem_.dim;
-    const Real* p = static_cast<const Real*>(problem_.predictions) + v * problem_.prediction_strides[0] +
-                    sample * problem_.prediction_strides[1];
-    const Real inverse_p = inverse_norm(rows_.dot(p, p, dim));
+    const P* p = static_cast<const P*>(problem_.predictions[v]) + sample * problem_.prediction_stride;
+    const int64_t in_array = v * problem_.batch + sample;
     PowerSphericalNormalizer<Real> normalizer{};
-    if (problem_.power_spherical)
-      normalizer = density_.with_concentration(scale_ * softplus(p[dim]) + minimum_);
+    Real raw = 0;
+    if (problem_.form == Form::raw_concentration) {
+      raw = to_real(p[dim]);
+      normalizer = density_.with_concentration(scale_ * softplus(raw) + minimum_);
+    } else if (problem_.form == Form::given_concentration) {
+      const Real kappa = static_cast<const Real*>(problem_.concentration)[in_array];
+      normalizer = density_.with_concentration(kappa < 0 ? std::numeric_limits<Real>::quiet_NaN() : kappa);
+    }
 
-    Real value = 0, d_kappa = 0, radial = 0;
+    const Z* paired[MAX_VIEWS];
+    Real inverse_paired[MAX_VIEWS], toward_target[MAX_VIEWS];
+    int64_t pairs = 0;
     for (int64_t g = 0; g < problem_.target_views; ++g) {
       if (g == v) continue;
-      const Real cosine = rows_.dot(p, target(g, sample), dim) * inverse_p * inverse_target[g];
-      PowerSphericalTerms<Real> terms{cosine, Real(0), Real(1)};
-      if (problem_.power_spherical) terms = normalizer.at(cosine);
-      value += terms.value;
-      d_kappa += terms.d_kappa;
-      radial += terms.d_cos * cosine;
-      toward_target[g] = -weight_ * inverse_p * terms.d_cos * inverse_target[g];
+      paired[pairs] = target(g, sample);
+      inverse_paired[pairs++] = inverse_target[g];
+    }
+    Real inverse_p = 0, value = 0, d_kappa = 0, radial = 0;
+    for (int64_t first = 0; first < pairs; first += MAX_TERMS) {
+      Real dots[1 + MAX_TERMS];
+      const int terms = int(std::min<int64_t>(MAX_TERMS, pairs - first));
+      rows_.dot(dots, p, paired + first, terms, dim);
+      inverse_p = inverse_norm(dots[0]);
+      for (int k = 0; k < terms; ++k) {
+        const Real inverse_z = inverse_paired[first + k], cosine = dots[1 + k] * inverse_p * inverse_z;
+        PowerSphericalTerms<Real> terms_of_pair{cosine, Real(0), Real(1)};
+        if (problem_.form != Form::cosine) terms_of_pair = normalizer.at(cosine);
+        value += terms_of_pair.value;
+        d_kappa += terms_of_pair.d_kappa;
+        radial += terms_of_pair.d_cos * cosine;
+        toward_target[first + k] = -weight_ * inverse_p * terms_of_pair.d_cos * inverse_z;
+      }
     }
     if (problem_.gradient == nullptr) return value;
 
-    Real* out = static_cast<Real*>(problem_.gradient) + v * problem_.gradient_strides[0] +
-                sample * problem_.gradient_strides[1];
-    const Real* so_far = p;
-    Real factor = weight_ * inverse_p * inverse_p * radial;
-    for (int64_t g = 0; g < problem_.target_views; ++g) {
-      if (g == v) continue;
-      rows_.scale_add(out, so_far, factor, target(g, sample), toward_target[g], dim);
-      so_far = out;
-      factor = 1;
-    }
-    if (so_far == p) std::fill(out, out + dim, Real(0));  // the only target view is this view: no pair
-    if (problem_.power_spherical) out[dim] = -weight_ * scale_ * sigmoid(p[dim]) * d_kappa;
+    P* out = static_cast<P*>(problem_.gradient) + v * problem_.gradient_view_stride + sample * problem_.gradient_stride;
+    if (pairs > 0) rows_.combine(out, p, weight_ * inverse_p * inverse_p * radial, paired, toward_target, int(pairs), dim);
+    // A view without a pair, and the columns that stand for nothing; the bits of 0 are 0 in every type.
+    std::fill(pairs == 0 ? out : out + dim, out + problem_.width, P{});
+    if (problem_.form == Form::raw_concentration && pairs > 0)
+      from_real(out[dim], -weight_ * scale_ * sigmoid(raw) * d_kappa);
+    if (problem_.form == Form::given_concentration)
+      static_cast<Real*>(problem_.concentration_gradient)[in_array] = -weight_ * d_kappa;
     return value;
   }
 
   const MultiviewProblem& problem_;
   const PowerSpherical<Real> density_;
-  const RowKernels<Real> rows_;
+  const RowKernels<P, Z> rows_;
   const Real weight_, scale_, minimum_;
 };
 
-template <typename Real>
-void compute_all(const MultiviewProblem& problem, int threads) {
-  const Samples<Real> samples(problem);
-  // One thread needs about 0.2 ns a column (W in all) and starting a helper keeps it for 10 us, so t threads
-  // take about t * 10 us + W / t, which is least at t = sqrt(W / 10 us).
-  const int64_t columns = problem.batch * problem.dim * (2 * problem.views + problem.target_views);
-  const int64_t worthwhile = int64_t(std::sqrt(double(columns) / 50000));
+template <typename P, typename Z>
+const char* compute_all(const MultiviewProblem& problem, int threads) {
+  const Samples<P, Z> samples(problem);
+  // One thread needs about 0.15 ns a column (W in all) and waking a helper keeps it for 5 us, so t threads take about
+  // t * 5 us + W / t, which is least at t = sqrt(W / 5 us).
+  const int64_t written = problem.gradient == nullptr ? 0 : problem.views;
+  const int64_t columns = problem.batch * problem.dim * (problem.views + problem.target_views + written);
+  const int64_t worthwhile = int64_t(std::sqrt(double(columns) / 33000));
   const int64_t useful =
       std::max<int64_t>(1, std::min<int64_t>({int64_t(threads), problem.batch, worthwhile}));
   const int64_t block = std::max<int64_t>(1, problem.batch / (8 * useful));
   std::atomic<int64_t> next{0};
-  const int64_t scratch_size =
-      2 * problem.target_views + 32;  // apart: no two threads write to one cache line
-  std::vector<Real> scratch(size_t(useful * scratch_size));
-  const auto work = [&](int64_t worker) {
+  const auto work = [&] {
     for (int64_t begin; (begin = next.fetch_add(block)) < problem.batch;) {
       const int64_t end = std::min(begin + block, problem.batch);
-      for (int64_t sample = begin; sample < end; ++sample)
-        samples.compute(sample, scratch.data() + worker * scratch_size);
+      for (int64_t sample = begin; sample < end; ++sample) samples.compute(sample);
     }
   };
-  std::vector<std::thread> helpers;
-  try {
-    for (int64_t i = 1; i < useful; ++i) helpers.emplace_back(work, i);
-  } catch (const std::exception&) {
-    // No more threads to be had: those that started and this one share the work.
+  if (useful == 1) {
+    work();
+  } else {
+    Helpers::of_this_process().run(int(useful - 1), work);
   }
-  work(0);
-  for (std::thread& helper : helpers) helper.join();
+  if (problem.mean != nullptr) {
+    using Real = Compute<P>;
+    const Real* loss = static_cast<const Real*>(problem.loss);
+    *static_cast<Real*>(problem.mean) =
+        Real(std::accumulate(loss, loss + problem.batch, double(0)) / double(problem.batch));
+  }
+  return nullptr;
 }
 
 }  // namespace
 
-void multiview_loss_cpu(const MultiviewProblem& problem, DType dtype, int threads) {
-  if (dtype == DType::float64) {
-    compute_all<double>(problem, threads);
-  } else {
-    compute_all<float>(problem, threads);
-  }
+const char* multiview_loss_cpu(const MultiviewProblem& problem, DType prediction, DType target, int threads) {
+  if (prediction == DType::float64 && target == DType::float64) return compute_all<double, double>(problem, threads);
+  if (prediction == DType::float32 && target == DType::float32) return compute_all<float, float>(problem, threads);
+  if (prediction == DType::bfloat16 && target == DType::bfloat16)
+    return compute_all<BFloat16, BFloat16>(problem, threads);
+  if (prediction == DType::bfloat16 && target == DType::float32) return compute_all<BFloat16, float>(problem, threads);
+  if (prediction == DType::float32 && target == DType::bfloat16) return compute_all<float, BFloat16>(problem, threads);
+  return "dtypes must be float64 for both, or float32 or bfloat16";
 }
 
 const char* cpu_variant() {

@@ -1,25 +1,26 @@
-"""Loss of several views and its gradient in one launch: Power Spherical and cosine.
+"""Loss of several views, its mean and its gradient in one launch: Power Spherical and cosine.
 
-For predictions p_v (V views), targets z_g (the first G views) and w = 2 / (G (V - 1)), per sample
+For predictions p_v (V views), targets z_g (the first G views) and weights w (of the loss) and w' (of the gradient),
 
     c_vg   = p_v.z_g / (|p_v| |z_g|)                 a vector with |x|^2 < 1e-24 has cosine 0 and gradient 0
-    k_v    = scale softplus(r_v) + minimum           r_v: the column after the D columns of p_v
+    k_v    = scale softplus(r_v) + minimum           r_v: the column after the D columns of p_v; or k_v is given
     loss   = -w sum_{v != g} F(k_v, c_vg)            cosine: F = c_vg
-    dp_v   = -w sum_g dF/dc (z_g/|z_g| - c_vg p_v/|p_v|) / |p_v| = own_v p_v + sum_g other_vg z_g
-             other_vg = -w dF/dc / (|p_v| |z_g|),    own_v = w sum_g dF/dc c_vg / |p_v|^2
-    dr_v   = -w scale sigmoid(r_v) sum_g dF/dk
+    dp_v   = -w' sum_g dF/dc (z_g/|z_g| - c_vg p_v/|p_v|) / |p_v| = own_v p_v + sum_g other_vg z_g
+             other_vg = -w' dF/dc / (|p_v| |z_g|),   own_v = w' sum_g dF/dc c_vg / |p_v|^2
+    dk_v   = -w' sum_g dF/dk,                        dr_v = scale sigmoid(r_v) dk_v
 
 The scalar functions F, dF/dc, dF/dk are in power_spherical.py. Sums and scalars are fp32, or fp64 for fp64 inputs.
 
 Traffic. A unit is V B D elements. With gradient the kernel must read p, read z (G/V of a unit) and write dp: 3 units
-at G = V; without gradient 2. Nothing else is moved: no saved cosine, no second launch.
+at G = V; without gradient 2. Nothing else is moved: no saved cosine, no second launch, and no stacking, since every
+view comes with an address of its own.
 
-Shape of a launch. One program per sample. The targets stay in registers as one block (1, G, D), the views pass in
-blocks (BLOCK_V, 1, D), all of them at once where they fit: every load of a block is issued before anything waits for
-one, its products with the targets are reduced to all its cosines at once, and the scalar functions, about 400
-instructions and as many as all the rest, are evaluated once per block with one pair per lane (`_one_per_lane`); view by
-view they would be evaluated V times in every warp. The gradient is one multiply-add per pair and column on the same
-registers.
+Shape of a launch. A program takes one sample at a time. The targets stay in registers as one block (1, G, D),
+the views pass in blocks (BLOCK_V, 1, D), all of them at once where they fit: every load of a block is issued before
+anything waits for one, its products with the targets are reduced to all its cosines at once, and the scalar functions,
+about 400 instructions and as many as all the rest, are evaluated once per block with one pair per lane
+(`_one_per_lane`); view by view they would be evaluated V times in every warp. The gradient is one multiply-add per pair
+and column on the same registers.
 Where not even one view fits beside the targets (D above 8192 for G = 2), both are streamed: one sweep over D in chunks
 forms the sums, target by target; a second one reads the rows again, from L2 where they are still there, and writes
 the gradient.
@@ -30,12 +31,20 @@ has 16-byte pieces (`launch_arguments`): for two views 1 warp up to D = 512, 4 a
 and G = 2 nothing spills. The choice rests on these compilations and on counting instructions against bytes; no time
 was measured on a GPU.
 
+The mean. Every program adds to a ticket when its losses are stored, and the one that sees that it is the last adds up
+all B of them, 16 loads of 16 bytes under way in each thread. Before the ticket a program must wait until its stores
+have arrived, which nothing hides. Large batches therefore have 2^14 warps in all, each with several samples, and wait
+once for all of these; that many are still several times what a GPU holds at a time, so that its multiprocessors finish
+together. Only programs of 16 warps with all views at once, which the loop would cost spills on sm_120, take one sample.
+
 Loads and stores are 16 bytes wide where addresses and strides are divisible by 16 (bytes and elements: what Triton
-specialises on) and D is, too. Rows of D + 1 columns are not: pad them, 2049 columns to a stride of 2064.
+specialises on) and D is, too. Rows of D + 1 columns are not: pad them, 2049 columns to a stride of 2064. The columns
+after the last one used are written with it, as 0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -44,81 +53,121 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import aligned, kind, launch
 from .power_spherical import divide, log_density_ratio, softplus, square_root
+from .scale_gradient import scale_gradient
+
+__all__ = ["multiview_loss", "scale_gradient"]
 
 TINY_SQUARE = tl.constexpr(1e-24)
-_AT_ONCE, _IN_A_LOOP = 64, 48
-"""Registers of data in a thread if all views are there at once, and if a loop over blocks of them needs some itself."""
+_AT_ONCE, _IN_A_LOOP, _STREAMED = 64, 48, 32
+"""Registers of data in a thread if all views are there at once, if a loop over blocks of them needs some itself, and
+those of the views alone if the targets stream past them."""
 _WARPS, _MOST_WARPS = 8, 16
 """Warps of a program: two of 8 share a multiprocessor, one of 16 is taken for long rows."""
 _MOST_REGISTERS = 128
 """Of a thread, so that 16 warps share a multiprocessor. Left alone the assembler takes 157 for some loops."""
+_MOST_WARPS_IN_ALL = 1 << 14
+"""Of all programs together: eight times the 16 of each of 128 multiprocessors."""
 _BYTES_PER_WARP = 32 * 16
 _MOST_PAIRS = 32
 """Sums that a thread carries beside its data, as many as a block of views has pairs with the targets."""
 
 
 def multiview_loss(
-    predictions: Tensor,
-    targets: Tensor,
+    predictions: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    concentration: Tensor | None,
     loss: Tensor,
-    grad: Tensor | None,
+    mean: Tensor | None,
+    ticket: Tensor | None,
+    gradient: Tensor | None,
+    concentration_gradient: Tensor | None,
     *,
     distribution: Literal["power_spherical", "cosine"],
     scale: float,
     minimum: float,
+    weight: float,
+    gradient_weight: float,
 ) -> None:
-    """Writes the loss of every sample and, if `grad` is given, its gradient with respect to the predictions.
+    """Writes the loss of every sample and, where they are given, its mean and its gradients.
 
-    The launch goes to the current stream of the predictions' device; it neither synchronises nor allocates. Shapes,
+    The launch goes to the current stream of the tensors' device; it neither synchronises nor allocates. Shapes,
     dtypes and devices are the caller's responsibility.
 
     Args:
-        predictions: (V, B, D + 1) for power_spherical, the last column the raw concentration; (V, B, D) for cosine.
-            float16, bfloat16, float32 or float64, any strides with the last one 1. V >= 2, D >= 2.
-        targets: (G, B, D), 1 <= G <= V, likewise.
-        loss: (B,) contiguous, float32, or float64 if an input is. Overwritten.
-        grad: shaped as predictions, with strides (last one 1) and a dtype of its own, or None. Overwritten; what lies
-            between its rows is not touched.
+        predictions: V tensors (B, W) of one dtype and one row stride, their last stride 1, at any addresses; float16,
+            bfloat16, float32 or float64; 2 <= V <= 16. Columns that the distribution has no use for are not read.
+        targets: G tensors (B, D), 1 <= G <= V and D >= 2, likewise with a dtype and a row stride of their own.
+        concentration: (V, B), contiguous, in the compute dtype; None for power_spherical with the raw concentration in
+            column D of the predictions. A negative one makes the loss of its sample NaN.
+        loss: (B,), contiguous, float32, or float64 if an input is: the compute dtype. Overwritten.
+        mean: no dimensions, the mean of `loss`, summed in a fixed order. Overwritten, unless B is 0.
+        ticket: int32, one element, 0 and left 0; no other launch may use it at the same time. Needed with mean.
+        gradient: (V, B, W) with strides and a dtype of its own, the last stride 1. Overwritten, with 0 in the columns
+            that the distribution has no use for; what lies between the rows is not touched.
+        concentration_gradient: shaped as concentration. Overwritten. Only with concentration and gradient.
         distribution: the density that the predictions parametrise.
-        scale, minimum: kappa = scale * softplus(raw) + minimum; without effect for cosine.
+        scale, minimum: kappa = scale * softplus(raw) + minimum; without effect where no raw concentration is read.
+        weight: of a pair in the loss.
+        gradient_weight: of a pair in the gradients: `weight` for those of the losses, weight / B for those of the mean.
     """
-    views, samples, width = predictions.shape
+    first, target = predictions[0], targets[0]
+    samples, dim = target.shape
     if samples == 0:
         return
-    spherical = distribution == "power_spherical"
-    double = predictions.dtype == torch.float64 or targets.dtype == torch.float64
-    arguments = launch_arguments(
-        width - spherical, views, targets.shape[0], predictions.element_size(), spherical=spherical, double=double
+    if gradient is None:
+        width, view_stride, row_stride = dim, 0, 0
+    else:
+        width, (view_stride, row_stride, _) = gradient.shape[2], gradient.stride()
+    strides = first.stride(0), target.stride(0), view_stride, row_stride
+    spherical, double = distribution == "power_spherical", loss.dtype == torch.float64
+    constants = launch_arguments(
+        dim, len(predictions), len(targets), first.element_size(), width=width, spherical=spherical, double=double
+    )
+    rows = (*predictions, *targets, concentration, loss, gradient, concentration_gradient)
+    key = None
+    if aligned(rows):
+        key = (
+            multiview_loss,
+            first.device,
+            (dim, width, len(predictions), len(targets), spherical),
+            (first.dtype, target.dtype, loss.dtype, gradient is not None and gradient.dtype),
+            (concentration is None, mean is None, concentration_gradient is None),
+            tuple(map(kind, strides)),
+        )
+    programs = min(samples, _MOST_WARPS_IN_ALL // constants["num_warps"]) if constants["SEVERAL"] else samples
+    arguments = (
+        tuple(predictions),
+        tuple(targets),
+        concentration,
+        loss,
+        mean,
+        ticket,
+        gradient,
+        concentration_gradient,
+        scale,
+        minimum,
+        weight,
+        gradient_weight,
+        *strides,
+        samples,
     )
     # Does nothing for CPU tensors, which the interpreter takes.
-    with torch.cuda.device_of(predictions):
-        multiview_loss_kernel[(samples,)](
-            predictions,
-            targets,
-            loss,
-            grad,
-            float(scale),
-            float(minimum),
-            predictions.stride(0),
-            predictions.stride(1),
-            targets.stride(0),
-            targets.stride(1),
-            0 if grad is None else grad.stride(0),
-            0 if grad is None else grad.stride(1),
-            **arguments,
-        )
+    with torch.cuda.device_of(first):
+        launch(multiview_loss_kernel, key, (programs, 1, 1), arguments, constants)
 
 
 @lru_cache(maxsize=256)
 def launch_arguments(
-    dim: int, views: int, globals_: int, itemsize: int, *, spherical: bool, double: bool
+    dim: int, views: int, globals_: int, itemsize: int, *, width: int, spherical: bool, double: bool
 ) -> dict[str, int | bool]:
     """The compile-time arguments and compiler options of a launch.
 
     Args:
         dim, views, globals_: D, V and G.
         itemsize: bytes of an element of the predictions.
+        width: columns of the gradient, D if there is none.
         spherical: Power Spherical, not cosine.
         double: the arithmetic is fp64, so that an element occupies two registers.
     """
@@ -140,151 +189,241 @@ def launch_arguments(
         registers = (block + g) * columns * size
     else:
         block = v
-        columns = min(columns, 32 * _WARPS * _AT_ONCE // (block * size))
-        registers = block * columns * size
+        columns = min(columns, 32 * _WARPS * _STREAMED // (block * size))
+        registers = 2 * block * columns * size
     warps = triton.next_power_of_2(triton.cdiv(registers, 32 * _AT_ONCE))
-    options = {"num_warps": min(warps, row_warps)}
+    warps = min(warps, row_warps)
+    # With 16 warps 64 registers of data leave too few for a loop over the samples.
+    crowded = resident and warps == _MOST_WARPS and block == v
+    options = {"num_warps": warps}
     if resident and not double:
         options["maxnreg"] = _MOST_REGISTERS
     return options | {
         "DIM": dim,
+        "WIDTH": width,
         "VIEWS": views,
         "GLOBALS": globals_,
         "BLOCK_V": block,
         "BLOCK_G": g,
         "BLOCK_D": columns,
+        "MEAN_WIDTH": warps * _BYTES_PER_WARP // (4 * size),
         "RESIDENT": resident,
+        "SEVERAL": not crowded,
         "POWER_SPHERICAL": spherical,
         "DOUBLE": double,
     }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["mean_ptr", "ticket_ptr", "samples"])
 def multiview_loss_kernel(
-    p_ptr: tl.tensor,
-    z_ptr: tl.tensor,
+    p_ptrs: tl.tuple,
+    z_ptrs: tl.tuple,
+    kappa_ptr: tl.tensor,
     loss_ptr: tl.tensor,
+    mean_ptr: tl.tensor,
+    ticket_ptr: tl.tensor,
     grad_ptr: tl.tensor,
+    kappa_grad_ptr: tl.tensor,
     scale: tl.float64,  # a Python float would arrive as fp32
     minimum: tl.float64,
-    p_stride_view: tl.tensor,
-    p_stride_sample: tl.tensor,
-    z_stride_view: tl.tensor,
-    z_stride_sample: tl.tensor,
-    grad_stride_view: tl.tensor,
-    grad_stride_sample: tl.tensor,
+    weight: tl.float64,
+    grad_weight: tl.float64,
+    p_stride: tl.int64,
+    z_stride: tl.int64,
+    grad_stride_view: tl.int64,
+    grad_stride: tl.int64,
+    samples: tl.int64,
     DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
     VIEWS: tl.constexpr,
     GLOBALS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    MEAN_WIDTH: tl.constexpr,
     RESIDENT: tl.constexpr,
+    SEVERAL: tl.constexpr,
     POWER_SPHERICAL: tl.constexpr,
     DOUBLE: tl.constexpr,
 ) -> None:
-    """The formulas above for sample `program_id(0)`; grad_ptr None: the loss only."""
+    """The formulas above for sample `program_id(0)`. kappa_ptr None: the raw concentration is column DIM of p."""
     ACC: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    WEIGHT: tl.constexpr = 2 / (GLOBALS * (VIEWS - 1))
+    RAW: tl.constexpr = POWER_SPHERICAL and kappa_ptr is None
     FULL_D: tl.constexpr = DIM % BLOCK_D == 0
     FULL_V: tl.constexpr = FULL_D & (VIEWS % BLOCK_V == 0)
     FULL_G: tl.constexpr = FULL_D & (GLOBALS == BLOCK_G)
-    # int64 before any address is formed: V B D can exceed 2^31.
+    TAIL: tl.constexpr = triton.next_power_of_2(WIDTH - DIM)
+    # int64 before any address is formed: B W can exceed 2^31.
     sample = tl.program_id(0).to(tl.int64)
     g = tl.arange(0, BLOCK_G)
     d = tl.arange(0, BLOCK_D)[None, None, :]
-    z_first = z_ptr + sample * z_stride_sample
-    z_stride = tl.full([], z_stride_view, tl.int64)
-    if RESIDENT:
-        z_rows = (z_first + g * z_stride)[None, :, None]
-        z = _load_columns(z_rows, d, (g < GLOBALS)[None, :, None] & (d < DIM), FULL_G).to(ACC)
-        zz = tl.sum(z * z, axis=2)
-
-    gain = tl.full([], 0.0, ACC)
-    for first_view in range(0, VIEWS, BLOCK_V):
-        v = first_view + tl.arange(0, BLOCK_V)
-        is_view = (v < VIEWS)[:, None]
-        p_row = p_ptr + sample * p_stride_sample + v.to(tl.int64) * p_stride_view
-        p_rows = p_row[:, None, None]
-        if POWER_SPHERICAL:
-            raw = tl.load(p_row[:, None] + DIM, mask=is_view, other=0.0).to(ACC)
+    end = samples if SEVERAL else sample + 1
+    while sample < end:
         if RESIDENT:
-            p = _load_columns(p_rows, d, is_view[:, :, None] & (d < DIM), FULL_V).to(ACC)
-            pz = tl.sum(p * z, axis=2)
-            pp = tl.sum(p * p, axis=2)
-        else:
-            pz = tl.zeros([BLOCK_V, BLOCK_G], ACC)
-            pp = tl.zeros([BLOCK_V, 1], ACC)
-            zz = tl.zeros([1, BLOCK_G], ACC)
-            for start in range(0, DIM, BLOCK_D):
-                column = start + d
-                p = _load_columns(p_rows, column, is_view[:, :, None] & (column < DIM), FULL_V).to(ACC)
-                pp += tl.sum(p * p, axis=2)
-                for i in range(GLOBALS):
-                    z = _load_columns(z_first + i * z_stride, column, column < DIM, FULL_D).to(ACC)
-                    pz += tl.where(g[None, :] == i, _one_per_lane(tl.sum(p * z, axis=2)), 0.0)
-                    zz += tl.where(g[None, :] == i, _one_per_lane(tl.sum(z * z, axis=2)), 0.0)
+            z_elements = _elements(z_ptrs, 0, g[None, :, None], sample * z_stride + d, BLOCK_G)
+            z = _load(z_elements, (g < GLOBALS)[None, :, None] & (d < DIM), FULL_G).to(ACC)
+            zz = tl.sum(z * z, axis=2)
 
-        p_square = _one_per_lane(pp)
-        z_square = _one_per_lane(zz)
-        norms = square_root(p_square) * square_root(z_square)
-        is_zero = (p_square < TINY_SQUARE) | (z_square < TINY_SQUARE)
-        # An infinite square must give NaN, where a finite product over an infinite norm would give 0.
-        product = _one_per_lane(pz) + (p_square * 0.0 + z_square * 0.0)
-        cos = tl.where(is_zero, 0.0, divide(product, norms))
-        is_pair = is_view & (g < GLOBALS)[None, :] & (v[:, None] != g[None, :])
-        if POWER_SPHERICAL:
-            soft, sigmoid = softplus(raw)
-            kappa = tl.full([], scale, ACC) * soft + tl.full([], minimum, ACC)
-            value, by_kappa, by_cos = log_density_ratio(kappa, cos, DIM)
-        else:
-            value = cos
-            by_cos = tl.full([BLOCK_V, BLOCK_G], 1.0, ACC)
-        gain += tl.sum(tl.where(is_pair, value, 0.0))
-
-        if grad_ptr is not None:
-            grad_row = grad_ptr + sample * grad_stride_sample + v.to(tl.int64) * grad_stride_view
-            grad_rows = grad_row[:, None, None]
-            # Both factors are by_cos divided once, so that what they leave along p is the rounding of two divisions.
-            by_cos = tl.where(is_pair & (is_zero == 0), by_cos, 0.0)
-            other = -WEIGHT * tl.where(is_zero, 0.0, divide(by_cos, norms))
-            own = tl.sum(by_cos * cos, axis=1, keep_dims=True)
-            own = (WEIGHT * tl.where(p_square < TINY_SQUARE, 0.0, divide(own, p_square)))[:, :, None]
+        gain = tl.full([], 0.0, ACC)
+        for first_view in range(0, VIEWS, BLOCK_V):
+            block = tl.arange(0, BLOCK_V)
+            v = first_view + block
+            is_view = (v < VIEWS)[:, None]
+            scalar = v.to(tl.int64)[:, None] * samples + sample
+            if RAW:
+                raws = _elements(p_ptrs, first_view, block[:, None], sample * p_stride + DIM, BLOCK_V)
+                raw = tl.load(raws, mask=is_view, other=0.0).to(ACC)
+            elif POWER_SPHERICAL:
+                kappa = tl.load(kappa_ptr + scalar, mask=is_view, other=0.0)
             if RESIDENT:
-                p_grad = own * p + tl.sum(other[:, :, None] * z, axis=1, keep_dims=True)
-                _store_columns(grad_rows, d, p_grad, is_view[:, :, None] & (d < DIM), FULL_V)
+                p_elements = _elements(p_ptrs, first_view, block[:, None, None], sample * p_stride + d, BLOCK_V)
+                p = _load(p_elements, is_view[:, :, None] & (d < DIM), FULL_V).to(ACC)
+                pz = tl.sum(p * z, axis=2)
+                pp = tl.sum(p * p, axis=2)
             else:
+                pz = tl.zeros([BLOCK_V, BLOCK_G], ACC)
+                pp = tl.zeros([BLOCK_V, 1], ACC)
+                zz = tl.zeros([1, BLOCK_G], ACC)
                 for start in range(0, DIM, BLOCK_D):
                     column = start + d
-                    p_used = is_view[:, :, None] & (column < DIM)
-                    p_grad = own * _load_columns(p_rows, column, p_used, FULL_V).to(ACC)
+                    p_elements = _elements(
+                        p_ptrs, first_view, block[:, None, None], sample * p_stride + column, BLOCK_V
+                    )
+                    p = _load(p_elements, is_view[:, :, None] & (column < DIM), FULL_V).to(ACC)
+                    pp += tl.sum(p * p, axis=2)
                     for i in range(GLOBALS):
-                        z = _load_columns(z_first + i * z_stride, column, column < DIM, FULL_D).to(ACC)
-                        p_grad += tl.sum(tl.where(g[None, :] == i, other, 0.0), axis=1, keep_dims=True)[:, :, None] * z
-                    _store_columns(grad_rows, column, p_grad, p_used, FULL_V)
+                        z = _load(_pick(z_ptrs, i, 0, 1) + sample * z_stride + column, column < DIM, FULL_D).to(ACC)
+                        pz += tl.where(g[None, :] == i, _one_per_lane(tl.sum(p * z, axis=2)), 0.0)
+                        zz += tl.where(g[None, :] == i, _one_per_lane(tl.sum(z * z, axis=2)), 0.0)
+
+            p_square = _one_per_lane(pp)
+            z_square = _one_per_lane(zz)
+            norms = square_root(p_square) * square_root(z_square)
+            is_zero = (p_square < TINY_SQUARE) | (z_square < TINY_SQUARE)
+            # An infinite square must give NaN, where a finite product over an infinite norm would give 0.
+            product = _one_per_lane(pz) + (p_square * 0.0 + z_square * 0.0)
+            cos = tl.where(is_zero, 0.0, divide(product, norms))
+            is_pair = is_view & (g < GLOBALS)[None, :] & (v[:, None] != g[None, :])
             if POWER_SPHERICAL:
-                by_kappa = tl.sum(tl.where(is_pair, by_kappa, 0.0), axis=1, keep_dims=True)
-                by_raw = tl.full([], scale, ACC) * sigmoid * by_kappa
-                tl.store(grad_row[:, None] + DIM, -WEIGHT * by_raw, mask=is_view)
+                if RAW:
+                    soft, sigmoid = softplus(raw)
+                    kappa = tl.full([], scale, ACC) * soft + tl.full([], minimum, ACC)
+                else:
+                    kappa = tl.where(kappa < 0.0, float("nan"), kappa)
+                value, by_kappa, by_cos = log_density_ratio(kappa, cos, DIM)
+            else:
+                value = cos
+                by_cos = tl.full([BLOCK_V, BLOCK_G], 1.0, ACC)
+            gain += tl.sum(tl.where(is_pair, value, 0.0))
 
-    tl.store(loss_ptr + sample, -WEIGHT * gain)
+            if grad_ptr is not None:
+                w = tl.full([], grad_weight, ACC)
+                grad_row = grad_ptr + sample * grad_stride + v.to(tl.int64) * grad_stride_view
+                grad_rows = grad_row[:, None, None]
+                # Both factors are by_cos divided once, so that what they leave along p is the rounding of two divisions.
+                by_cos = tl.where(is_pair & (is_zero == 0), by_cos, 0.0)
+                other = -w * tl.where(is_zero, 0.0, divide(by_cos, norms))
+                own = tl.sum(by_cos * cos, axis=1, keep_dims=True)
+                own = (w * tl.where(p_square < TINY_SQUARE, 0.0, divide(own, p_square)))[:, :, None]
+                if RESIDENT:
+                    p_grad = own * p + tl.sum(other[:, :, None] * z, axis=1, keep_dims=True)
+                    _store(grad_rows + d, p_grad, is_view[:, :, None] & (d < DIM), FULL_V)
+                else:
+                    for start in range(0, DIM, BLOCK_D):
+                        column = start + d
+                        p_used = is_view[:, :, None] & (column < DIM)
+                        p_elements = _elements(
+                            p_ptrs, first_view, block[:, None, None], sample * p_stride + column, BLOCK_V
+                        )
+                        p_grad = own * _load(p_elements, p_used, FULL_V).to(ACC)
+                        for i in range(GLOBALS):
+                            z = _load(_pick(z_ptrs, i, 0, 1) + sample * z_stride + column, column < DIM, FULL_D).to(ACC)
+                            p_grad += (
+                                tl.sum(tl.where(g[None, :] == i, other, 0.0), axis=1, keep_dims=True)[:, :, None] * z
+                            )
+                        _store(grad_rows + column, p_grad, p_used, FULL_V)
+                if POWER_SPHERICAL:
+                    by_kappa = -w * tl.sum(tl.where(is_pair, by_kappa, 0.0), axis=1, keep_dims=True)
+                if kappa_grad_ptr is not None:
+                    tl.store(kappa_grad_ptr + scalar, by_kappa, mask=is_view)
+                if WIDTH > DIM:
+                    column = tl.arange(0, TAIL)[None, :]
+                    tail = tl.zeros([BLOCK_V, TAIL], ACC)
+                    if RAW:
+                        tail = tl.where(column == 0, tl.full([], scale, ACC) * sigmoid * by_kappa, tail)
+                    tl.store(grad_row[:, None] + DIM + column, tail, mask=is_view & (column < WIDTH - DIM))
+
+        tl.store(loss_ptr + sample, -tl.full([], weight, ACC) * gain)
+        sample += tl.num_programs(0) if SEVERAL else 1
+
+    if mean_ptr is not None:
+        _store_mean(mean_ptr, ticket_ptr, loss_ptr, samples, MEAN_WIDTH)
 
 
 @triton.jit
-def _load_columns(rows: tl.tensor, columns: tl.tensor, used: tl.tensor, FULL: tl.constexpr) -> tl.tensor:
-    """Columns of the rows, 0 in those that exist only as padding. FULL says that there is none, and saves the mask."""
-    if FULL:
-        return tl.load(rows + columns)
-    else:
-        return tl.load(rows + columns, mask=used, other=0.0)
+def _store_mean(
+    mean_ptr: tl.tensor, ticket_ptr: tl.tensor, loss_ptr: tl.tensor, samples: tl.tensor, WIDTH: tl.constexpr
+) -> None:
+    """The mean of the losses, by the program that comes here last; the order of the sum depends on nothing else."""
+    # What a program has stored is visible before its ticket is; after the last ticket no load sees an old copy.
+    tl.debug_barrier()
+    if tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
+        # A thread has all of its 16 loads under way before it adds them.
+        i = tl.arange(0, 16)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        total = tl.zeros([WIDTH], loss_ptr.dtype.element_ty)
+        start = samples * 0
+        while start + 16 * WIDTH <= samples:
+            total += tl.sum(tl.load(loss_ptr + start + i, cache_modifier=".cg"), axis=0)
+            start += 16 * WIDTH
+        i = tl.arange(0, 8)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        while start < samples:
+            rest = tl.load(loss_ptr + start + i, mask=i < samples - start, other=0.0, cache_modifier=".cg")
+            total += tl.sum(rest, axis=0)
+            start += 8 * WIDTH
+        tl.store(mean_ptr, divide(tl.sum(total), samples.to(total.dtype)))
+        tl.store(ticket_ptr, 0)
 
 
 @triton.jit
-def _store_columns(rows: tl.tensor, columns: tl.tensor, x: tl.tensor, used: tl.tensor, FULL: tl.constexpr) -> None:
+def _pick(pointers: tl.tuple, i: tl.tensor, FIRST: tl.constexpr, STEP: tl.constexpr) -> tl.tensor:
+    """pointers[FIRST + i], where i is one of 0, STEP, 2 STEP, ..; any of them if there is none of that number."""
+    COUNT: tl.constexpr = len(pointers)
+    pointer = pointers[FIRST % COUNT]
+    for k in tl.static_range(STEP, COUNT, STEP):
+        pointer = tl.where(i == k, pointers[(FIRST + k) % COUNT], pointer)
+    return pointer
+
+
+@triton.jit
+def _elements(
+    pointers: tl.tuple, first: tl.tensor, block: tl.tensor, offset: tl.tensor, BLOCK: tl.constexpr
+) -> tl.tensor:
+    """pointers[first + block] + offset; `block` is 0 .. BLOCK - 1 along one axis, `first` a multiple of BLOCK.
+
+    Chosen after the columns in `offset` have been added: a choice between rows makes Triton forget their alignment.
+    """
+    offset += tl.zeros_like(block)
+    elements = _pick(pointers, first, 0, BLOCK) + offset
+    for k in tl.static_range(1, BLOCK):
+        elements = tl.where(block == k, _pick(pointers, first, k, BLOCK) + offset, elements)
+    return elements
+
+
+@triton.jit
+def _load(elements: tl.tensor, used: tl.tensor, FULL: tl.constexpr) -> tl.tensor:
+    """The elements, 0 for those that exist only as padding. FULL says that there is none, and saves the mask."""
     if FULL:
-        tl.store(rows + columns, x)
+        return tl.load(elements)
     else:
-        tl.store(rows + columns, x, mask=used)
+        return tl.load(elements, mask=used, other=0.0)
+
+
+@triton.jit
+def _store(elements: tl.tensor, x: tl.tensor, used: tl.tensor, FULL: tl.constexpr) -> None:
+    if FULL:
+        tl.store(elements, x)
+    else:
+        tl.store(elements, x, mask=used)
 
 
 @triton.jit

@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from losses import DEVICE
 from PIL import Image
 
 # Test processes run side by side; more threads than cores would slow all of them down.
 torch.set_num_threads(1)
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
 
 
 @pytest.fixture(scope="session")

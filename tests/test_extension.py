@@ -46,26 +46,33 @@ def run(
     scale: float = 1.0,
     minimum: float = 0.0,
     gradient: torch.Tensor | None = None,
+    mean: torch.Tensor | None = None,
     threads: int = 1,
 ) -> torch.Tensor:
-    """Loss (B,) by the CPU backend; `gradient` is written where given. Strides are taken from the tensors."""
-    loss = torch.full((p.shape[1],), float("nan"), dtype=p.dtype)
+    """Loss (B,) by the CPU backend; `gradient` and `mean` are written where given. Strides are taken from the tensors."""
+    loss = torch.full((p.shape[1],), float("nan"), dtype=torch.promote_types(p.dtype, torch.float32))
+    weight = 2 / (len(z) * (len(p) - 1))
     extension.multiview_loss_cpu(
-        p.data_ptr(),
-        z.data_ptr(),
-        loss.data_ptr(),
-        0 if gradient is None else gradient.data_ptr(),
-        views=p.shape[0],
-        target_views=z.shape[0],
+        predictions=[view.data_ptr() for view in p],
+        targets=[view.data_ptr() for view in z],
+        concentration=0,
+        loss=loss.data_ptr(),
+        mean=0 if mean is None else mean.data_ptr(),
+        gradient=0 if gradient is None else gradient.data_ptr(),
+        concentration_gradient=0,
         batch=p.shape[1],
         dim=z.shape[2],
-        prediction_strides=p.stride()[:2],
-        target_strides=z.stride()[:2],
+        width=p.shape[2],
+        prediction_stride=p.stride(1),
+        target_stride=z.stride(1),
         gradient_strides=(0, 0) if gradient is None else gradient.stride()[:2],
-        power_spherical=power_spherical,
+        form="raw_concentration" if power_spherical else "cosine",
         scale=scale,
         minimum=minimum,
-        dtype=str(p.dtype).removeprefix("torch."),
+        weight=weight,
+        gradient_weight=weight if mean is None else weight / p.shape[1],
+        prediction_dtype=str(p.dtype).removeprefix("torch."),
+        target_dtype=str(z.dtype).removeprefix("torch."),
         threads=threads,
     )
     return loss
@@ -301,7 +308,7 @@ def test_cpu_writes_zeros_for_a_view_without_a_pair(extension: ModuleType) -> No
     gradient = torch.full_like(p, float("nan"))
     loss = run(extension, p, z, gradient=gradient)
     assert loss.isfinite().all()
-    assert torch.equal(gradient[0, :, :19], torch.zeros(3, 19))
+    assert torch.equal(gradient[0], torch.zeros(3, 20))
     assert gradient[1].isfinite().all()
 
 
@@ -333,9 +340,39 @@ def test_cpu_runs_in_a_forked_process_after_threads_ran_here(extension: ModuleTy
     assert child.exitcode == 0
 
 
+def test_cpu_divides_a_mean_s_gradient_by_the_batch(extension: ModuleType) -> None:
+    p, z = inputs((2, 2, 8, 70), torch.float64)
+    gradient, of_mean, mean = torch.empty_like(p), torch.empty_like(p), torch.empty((), dtype=p.dtype)
+    loss = run(extension, p, z, gradient=gradient)
+    assert torch.equal(run(extension, p, z, gradient=of_mean, mean=mean), loss)
+    torch.testing.assert_close(mean, loss.mean(), rtol=1e-15, atol=0)
+    torch.testing.assert_close(of_mean, gradient / 8, rtol=4e-16, atol=0)
+
+
+def test_cpu_refuses_what_it_would_read_past(extension: ModuleType) -> None:
+    with pytest.raises(ValueError, match="predictions: 1 to 16 views"):
+        run(extension, torch.zeros(17, 1, 9), torch.zeros(2, 1, 8))
+
+
 def test_cpu_names_the_dtypes_it_takes(extension: ModuleType) -> None:
-    with pytest.raises(ValueError, match="dtype must be float32 or float64, not bfloat16"):
-        run(extension, torch.zeros(2, 1, 9, dtype=torch.bfloat16), torch.zeros(2, 1, 8, dtype=torch.bfloat16))
+    for dtypes in ((torch.float16, torch.float16), (torch.float64, torch.float32), (torch.bfloat16, torch.float16)):
+        p, z = torch.zeros(2, 1, 9, dtype=dtypes[0]), torch.zeros(2, 1, 8, dtype=dtypes[1])
+        with pytest.raises(ValueError, match="float64 for both, or float32 or bfloat16"):
+            run(extension, p, z)
+
+
+def test_cpu_rounds_bfloat16_as_torch_does(extension: ModuleType) -> None:
+    """Gradients in bfloat16 are those of float32 rounded to the nearest, ties to even; NaN and infinity stay."""
+    p, z = (x.bfloat16() for x in inputs((3, 3, 9, 83), torch.float32))
+    exact = torch.empty(p.shape)
+    loss = run(extension, p.float(), z.float(), gradient=exact)
+    for targets in (z, z.float()):
+        gradient = torch.full_like(p, float("nan"))
+        assert torch.equal(run(extension, p, targets, gradient=gradient), loss)
+        assert torch.equal(gradient, exact.bfloat16())
+    p[0, 0, 3] = float("nan")
+    run(extension, p, z, gradient=gradient)
+    assert gradient[0, 0, :83].isnan().all()
 
 
 def test_build_info_agrees_with_what_is_there(extension: ModuleType) -> None:

@@ -1,92 +1,142 @@
-"""What only a GPU can show: the fused backends on CUDA tensors, streams, graphs, and a short training run."""
+"""What only a GPU can show: every test of the losses on CUDA tensors, launches, streams, graphs, memory, and training."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from losses import COSINE, POWER_SPHERICAL, draw
 from rich.console import Console
-from test_multiview_loss import COSINE, POWER_SPHERICAL, draw, loss_and_gradient
 from test_trainer import config, learned, metrics
+from torch import Tensor
 
 from vi_simsiam.engine.trainer import Trainer
-from vi_simsiam.ops.backends import extension, why_unavailable
+from vi_simsiam.functional import power_spherical_loss
+from vi_simsiam.models import VISimSiam
+from vi_simsiam.ops.backends import why_unavailable
 from vi_simsiam.ops.multiview_loss import LossForm, multiview_loss
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-FUSED = [
-    "triton",
-    pytest.param(
-        "cuda",
-        marks=pytest.mark.skipif(
-            extension() is None or not hasattr(extension(), "multiview_loss_cuda"), reason="built without nvcc"
-        ),
-    ),
-]
+ROOT = Path(__file__).parents[1]
+_NO_CUDA = why_unavailable("cuda", "cuda")
+fused = pytest.mark.parametrize(
+    "backend", ["triton", pytest.param("cuda", marks=pytest.mark.skipif(_NO_CUDA is not None, reason=str(_NO_CUDA)))]
+)
 
 
-@pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize("form", [POWER_SPHERICAL, COSINE, LossForm("power_spherical", 31.0, 2.5)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("views", "targets", "dim"), [(2, 2, 2), (2, 1, 17), (8, 2, 2048), (3, 3, 129), (2, 2, 20000)])
-def test_error_is_at_most_twice_eagers(
-    backend: str, form: LossForm, dtype: torch.dtype, views: int, targets: int, dim: int
-) -> None:
-    p, z = (x.to("cuda", dtype) for x in draw(form, views, targets, 33, dim, raw=3.0))
-    exact = loss_and_gradient(p.double(), z.double(), form, "eager")
-    eager = loss_and_gradient(p, z, form, "eager")
-    fused = loss_and_gradient(p, z, form, backend)
-    for want, ours, theirs in zip(exact, fused, eager, strict=True):
-        floor = (64 if dtype == torch.float64 else 4) * torch.finfo(ours.dtype).eps * (want.abs().max() + 1)
-        assert (ours.double() - want).abs().max() <= 2 * (theirs.double() - want).abs().max() + floor
+def on_gpu(dtype: torch.dtype, batch: int, dim: int, width: int | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    """Two views as the predictor makes them, with rows of `width` columns, and two targets."""
+    p, z = (x.to("cuda", dtype) for x in draw(POWER_SPHERICAL, 2, 2, batch, dim))
+    rows = torch.zeros(2, batch, dim + 1 if width is None else width, device="cuda", dtype=dtype)
+    rows[..., : dim + 1] = p
+    return [x.clone().requires_grad_() for x in rows], list(z)
 
 
-@pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize("kappa", [1e4, 1e5, 1e6])
-def test_digits_at_high_concentration(backend: str, kappa: float) -> None:
-    """An approximate logarithm (2e-7 absolute) would show here times kappa; only the cosine's rounding may."""
-    form = LossForm("power_spherical", kappa)
-    p, z = (x.to("cuda", torch.float32) for x in draw(form, 2, 2, 16, 2048, raw=0.5, near=0.1))
-    exact, exact_gradient = loss_and_gradient(p.double(), z.double(), form, "eager")
-    ours, gradient = loss_and_gradient(p, z, form, backend)
-    assert (ours - exact).abs().max() < 2 * kappa * 2e-7
-    assert (gradient[..., -1] - exact_gradient[..., -1]).abs().max() < kappa * 2e-6
+def run_tests(*arguments: str, wrapper: tuple[str, ...] = (), device: str = "cuda") -> str:
+    """Run pytest in a process of its own with the losses' tests on the GPU; returns what it printed."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["VI_SIMSIAM_TEST_DEVICE"] = device
+    command = [*wrapper, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-3000:]
+    assert re.search(r"\d+ passed", result.stdout), result.stdout
+    return result.stdout
 
 
-@pytest.mark.parametrize("backend", FUSED)
-def test_padded_rows_streams_and_repeats(backend: str) -> None:
-    """Rows of stride 2064, a stream of one's own, and bitwise equality over repeated calls."""
-    p, z = (x.to("cuda", torch.float32) for x in draw(POWER_SPHERICAL, 2, 2, 64, 2048))
-    padded = torch.full((2, 64, 2064), float("nan"), device="cuda")
-    padded[..., :2049] = p
-    expected = loss_and_gradient(p, z, POWER_SPHERICAL, backend)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        leaf = padded[..., :2049].detach().requires_grad_()
-        loss = multiview_loss(leaf, z, POWER_SPHERICAL, reduction="none", backend=backend)
-        loss.sum().backward()
-    torch.cuda.current_stream().wait_stream(stream)
-    assert torch.equal(loss.detach(), expected[0])
-    assert leaf.grad is not None
-    assert torch.equal(leaf.grad, expected[1])
+def test_the_losses_on_cuda_tensors() -> None:
+    """tests/test_multiview_loss.py, test_fused_loss.py and test_compile.py: golden values, gradcheck, hypothesis, opcheck, compile."""
+    run_tests("tests/test_multiview_loss.py", "tests/test_fused_loss.py", "tests/test_compile.py")
 
 
-@pytest.mark.parametrize("backend", FUSED)
-def test_cuda_graph_replays_the_loss_and_its_gradient(backend: str) -> None:
-    p, z = (x.to("cuda", torch.float32) for x in draw(POWER_SPHERICAL, 2, 2, 64, 512))
-    leaf = p.clone().requires_grad_()
+@fused
+def test_compute_sanitizer_finds_nothing(backend: str) -> None:
+    """Out-of-bounds, misaligned and uninitialised accesses, and races, over shapes, strides and dtypes."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed: memory accesses of the kernels are not checked")
+    for tool in ("memcheck", "racecheck", "initcheck"):
+        wrapper = (sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all")
+        run_tests("tests/test_fused_loss.py", "-k", f"{backend} and (padded or incoming or mean_is)", wrapper=wrapper)
 
-    def step() -> torch.Tensor:
-        leaf.grad = None
-        loss = multiview_loss(leaf, z, POWER_SPHERICAL, backend=backend)
-        loss.backward()
-        return loss
+
+def kernels_of(call: Callable[[], object]) -> list[str]:
+    """Names of the kernels that a call launches."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
+@fused
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_launches(backend: str, dtype: torch.dtype) -> None:
+    """One for loss, mean and gradient; backward adds one, and autograd its own that makes the incoming 1."""
+    views, z = on_gpu(dtype, 64, 2048, 2064)
+
+    def forward() -> Tensor:
+        return power_spherical_loss(views, z, backend=backend)
+
+    def both() -> None:
+        torch.autograd.grad(forward(), views)
+
+    with torch.no_grad():
+        assert len(kernels_of(forward)) == 1
+    assert len(kernels_of(forward)) == 1
+    assert len(kernels_of(both)) == 3
+
+
+@fused
+def test_nothing_is_allocated_but_the_results(backend: str) -> None:
+    """Peak memory of forward and backward: the gradient with its padded rows, the losses, and no copy of an input."""
+    views, z = on_gpu(torch.float32, 4096, 2048, 2064)
+    torch.autograd.grad(power_spherical_loss(views, z, backend=backend), views)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.autograd.grad(power_spherical_loss(views, z, backend=backend), views)
+    used = torch.cuda.max_memory_allocated() - before
+    assert used <= 2 * 4096 * 2064 * 4 + 4096 * 4 + 4096
+
+
+@fused
+def test_streams_of_ones_own(backend: str) -> None:
+    views, z = on_gpu(torch.float32, 64, 2048, 2064)
+    expected = torch.autograd.grad(power_spherical_loss(views, z, backend=backend), views)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    results = []
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            results.append(
+                [torch.autograd.grad(power_spherical_loss(views, z, backend=backend), views) for _ in range(5)]
+            )
+    torch.cuda.synchronize()
+    for found in (gradients for each in results for gradients in each):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@fused
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_cuda_graph_replays_the_loss_and_its_gradient(backend: str, reduction: str) -> None:
+    """Other inputs in the same memory, replayed while another stream runs the same loss."""
+    views, z = on_gpu(torch.float32, 64, 512, 528)
+
+    def step() -> tuple[Tensor, ...]:
+        loss = power_spherical_loss(views, z, backend=backend, reduction=reduction).sum()  # type: ignore[arg-type]
+        return loss, *torch.autograd.grad(loss, views)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -96,17 +146,77 @@ def test_cuda_graph_replays_the_loss_and_its_gradient(backend: str) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
-    fresh = draw(POWER_SPHERICAL, 2, 2, 64, 512, seed=7)[0].to("cuda", torch.float32)
-    leaf.data.copy_(fresh)
-    graph.replay()
-    torch.cuda.synchronize()
-    expected = fresh.requires_grad_()
-    loss = multiview_loss(expected, z, POWER_SPHERICAL, backend=backend)
-    loss.backward()
-    assert torch.equal(captured, loss)
-    assert leaf.grad is not None
-    assert expected.grad is not None
-    assert torch.equal(leaf.grad, expected.grad)
+    for seed in (7, 8):
+        fresh = draw(POWER_SPHERICAL, 2, 2, 64, 512, seed=seed)[0].to("cuda", torch.float32)
+        with torch.no_grad():
+            for view, new in zip(views, fresh, strict=True):
+                view[:, :513] = new
+        torch.cuda.synchronize()
+        graph.replay()
+        with torch.cuda.stream(side):
+            beside = [step() for _ in range(3)]
+        torch.cuda.synchronize()
+        for found in (captured, *beside[1:]):
+            assert all(torch.equal(a, b) for a, b in zip(found, beside[0], strict=True))
+
+
+@fused
+@pytest.mark.parametrize("form", [POWER_SPHERICAL, COSINE], ids=str)
+def test_rows_too_long_for_registers_and_many_views(backend: str, form: LossForm) -> None:
+    for views, targets, batch, dim in ((2, 2, 3, 20000), (16, 16, 2, 129), (16, 2, 3, 8192), (8, 8, 2, 2049)):
+        p, z = (x.to("cuda", torch.float32) for x in draw(form, views, targets, batch, dim))
+        exact = p.double().requires_grad_()
+        want = multiview_loss(exact, z.double(), form, backend="eager")
+        p.requires_grad_()
+        loss = multiview_loss(p, z, form, backend=backend)
+        torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=1e-5)
+        (gradient,), (expected,) = torch.autograd.grad(loss, p), torch.autograd.grad(want, exact)
+        assert (gradient - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@fused
+def test_offsets_beyond_31_bits(backend: str) -> None:
+    """2 views of 1.1 million rows of 2064 columns: the last rows lie behind element 2^31 of each view."""
+    batch, dim = 1_100_000, 2048
+    if torch.cuda.mem_get_info()[0] < 40e9:
+        pytest.skip("needs 40 GB of free GPU memory")
+    p = [torch.empty(batch, 2064, device="cuda", dtype=torch.bfloat16).normal_() for _ in range(2)]
+    z = [torch.empty(batch, dim, device="cuda", dtype=torch.bfloat16).normal_() for _ in range(2)]
+    leaves = [x.requires_grad_() for x in p]
+    loss = power_spherical_loss(leaves, z, reduction="none", backend=backend)
+    gradients = torch.autograd.grad(loss.sum(), leaves)
+    rows = [0, batch // 2, batch - 1]
+    few = [x.detach()[rows].clone().requires_grad_() for x in p]
+    expected = power_spherical_loss(few, [x[rows] for x in z], reduction="none", backend=backend)
+    assert torch.equal(loss[rows], expected)
+    for gradient, want in zip(gradients, torch.autograd.grad(expected.sum(), few), strict=True):
+        assert torch.equal(gradient[rows], want)
+
+
+@fused
+def test_a_compiled_model_trains_with_the_fused_loss(backend: str) -> None:
+    """torch.compile of model and loss as one graph gives the gradients of the uncompiled one."""
+    torch.manual_seed(0)
+    model = VISimSiam(torch.nn.Flatten(), features=48, dim=64, projector_hidden=32, predictor_hidden=16).cuda()
+    images = [torch.randn(32, 3, 4, 4, device="cuda") for _ in range(2)]
+
+    def gradients(loss: Callable[[list[Tensor]], Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss(images), list(model.parameters()))
+
+    expected = gradients(lambda x: model.loss(model(x), backend))
+    found = gradients(torch.compile(lambda x: model.loss(model(x), backend), fullgraph=True))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@fused
+def test_the_second_gpu(backend: str) -> None:
+    """The launch goes to the tensors' device, whichever is current."""
+    views, z = on_gpu(torch.float32, 64, 512)
+    expected = power_spherical_loss(views, z, backend=backend)
+    loss = power_spherical_loss([x.to("cuda:1") for x in views], [x.to("cuda:1") for x in z], backend=backend)
+    assert loss.device.index == 1
+    assert torch.equal(loss.cpu(), expected.cpu())
 
 
 def test_fused_backends_explain_themselves() -> None:

@@ -11,7 +11,7 @@ from vi_simsiam import PowerSpherical, SimSiam, VISimSiam
 from vi_simsiam.config import LossConfig, ModelConfig, TrainConfig
 from vi_simsiam.errors import InputError
 from vi_simsiam.functional import cosine_loss, power_spherical_loss
-from vi_simsiam.models import PaddedLinear, build_backbone, build_model
+from vi_simsiam.models import build_backbone, build_model
 
 
 def small(kind: type[SimSiam], dim: int = 20) -> SimSiam:
@@ -27,13 +27,16 @@ def views(count: int = 2) -> list[torch.Tensor]:
 def test_predictions_and_targets(kind: type[SimSiam], width: int) -> None:
     model = small(kind)
     output = model(views(3))
-    assert [tuple(p.shape) for p in output.predictions] == [(6, width)] * 3
+    assert [tuple(p.shape) for p in output.predictions] == [(6, 32)] * 3, "rows are a multiple of 16 elements"
+    assert all((p[:, width:] == 0).all() for p in output.predictions)
     assert [tuple(t.shape) for t in output.targets] == [(6, 20)] * 2
-    assert all(p.stride() == (32, 1) for p in output.predictions), "rows start at multiples of 16 elements"
     assert not any(t.requires_grad for t in output.targets)
     loss = cosine_loss if kind is SimSiam else power_spherical_loss
     options = {} if kind is SimSiam else {"concentration_scale": 19.0}
-    assert torch.equal(model.loss(output), loss(output.predictions, output.targets, **options))  # type: ignore[arg-type]
+    used = [p[:, :width] for p in output.predictions]
+    expected = loss(used, output.targets, **options)  # type: ignore[arg-type]
+    assert torch.equal(model.loss(output), expected)
+    torch.testing.assert_close(model.loss(output, loss_scale=0.25), expected / 4)
 
 
 def test_gradient_reaches_every_weight_except_the_padding() -> None:
@@ -43,18 +46,10 @@ def test_gradient_reaches_every_weight_except_the_padding() -> None:
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
     last = model.predictor[-1]
-    assert isinstance(last, PaddedLinear)
+    assert isinstance(last, nn.Linear)
     assert last.weight.grad is not None
     assert (last.weight.grad[21:] == 0).all()
     assert (last.weight.grad[:21].abs().sum(1) > 0).all()
-
-
-def test_padded_linear_is_linear() -> None:
-    layer = PaddedLinear(8, 21)
-    x = torch.randn(5, 8)
-    torch.testing.assert_close(layer(x), F.linear(x, layer.weight[:21], layer.bias[:21]))
-    assert layer.weight.shape == (32, 8)
-    assert PaddedLinear(8, 32).weight.shape == (32, 8)
 
 
 def test_every_view_is_normalised_by_its_own_statistics() -> None:

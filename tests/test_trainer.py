@@ -173,8 +173,8 @@ def test_not_a_number_stops_and_keeps_the_last_good_checkpoint(
     trainer = Trainer(config(image_folder), tmp_path / "run", console=QUIET)
     loss = trainer.model.loss
 
-    def broken(output: Output, backend: str = "auto") -> torch.Tensor:
-        return loss(output, backend) * (float("nan") if trainer.step == 6 else 1.0)
+    def broken(output: Output, backend: str, loss_scale: float) -> torch.Tensor:
+        return loss(output, backend, loss_scale) * (float("nan") if trainer.step == 6 else 1.0)
 
     monkeypatch.setattr(trainer.model, "loss", broken)
     with pytest.raises(
@@ -397,6 +397,17 @@ def test_unknown_devices_are_named() -> None:
     for name in ("tpu", "meta", "cuda:99"):
         with pytest.raises(InputError, match=f"device: '{name}'"):
             resolve_device(name)
+
+
+def test_the_loss_is_logged_without_its_scale(image_folder: Path, tmp_path: Path) -> None:
+    """In nats, whatever factor the gradient has: the first step's loss does not depend on it."""
+    first = []
+    for scale in (1.0, 0.125):
+        settings = config(image_folder, loss=LossConfig(loss_scale=scale), log_every=1, epochs=1)
+        train(settings, tmp_path / str(scale))
+        first.append(metrics(tmp_path / str(scale))[0])
+    assert first[1]["loss"] == pytest.approx(first[0]["loss"], rel=1e-6)
+    assert first[1]["grad_norm"] == pytest.approx(first[0]["grad_norm"] / 8, rel=1e-4)
 
 
 def test_loss_scale_divides_by_the_dimension(image_folder: Path, tmp_path: Path) -> None:

@@ -1,13 +1,23 @@
-"""The Triton kernels: their numbers in the interpreter (or on a GPU), and what they compile to without one."""
+"""The Triton kernels: their numbers in the interpreter (or on a GPU), and what they compile to without one.
+
+`python tests/test_triton_kernels.py` compiles every shape that the tests know and writes the registers it takes to
+tests/static/triton_registers.json under the installed Triton's version. A version that is not in there is held to the
+absolute limits alone.
+"""
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,44 +25,52 @@ pytest.importorskip("triton", reason="Triton is not installed: numbers and machi
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from vi_simsiam.kernels import launch, scale_gradient
 from vi_simsiam.kernels import multiview_loss as kernel
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TABLE = Path(__file__).parent / "static" / "triton_registers.json"
 TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 compiles = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 is set: there is no machine code to check"
 )
 
 
-def _run_cases(interpret: bool, cases: str = "triton_cases.py", select: str = "") -> None:
+def _run_cases(interpret: bool, *cases: str, select: str = "") -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment["TRITON_INTERPRET"] = "1" if interpret else "0"
-    path = Path(__file__).with_name(cases)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", str(path)]
+    paths = [str(Path(__file__).with_name(name)) for name in cases]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", *paths]
     command += ["-k", select] if select else []
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     assert re.search(r"\d+ passed", result.stdout), result.stdout
 
 
-def test_numbers_in_the_interpreter() -> None:
-    _run_cases(interpret=True)
+CASES = ("triton_cases.py", "triton_scale_cases.py", "triton_function_cases.py")
+
+
+@pytest.mark.parametrize("cases", [CASES[:1], CASES[1:]], ids=["loss", "others"])
+def test_numbers_in_the_interpreter(cases: tuple[str, ...]) -> None:
+    _run_cases(True, *cases)
 
 
 @pytest.mark.soak
-def test_public_functions_in_the_interpreter() -> None:
+@pytest.mark.parametrize("tests", ["test_multiview_loss.py", "test_fused_loss.py"])
+def test_public_functions_in_the_interpreter(tests: str) -> None:
     """Every test of the public losses once more with backend "triton"."""
-    _run_cases(interpret=True, cases="test_multiview_loss.py", select="triton")
+    _run_cases(True, tests, select="triton")
 
 
 @pytest.mark.gpu
 def test_numbers_on_the_gpu() -> None:
     if not torch.cuda.is_available():
-        pytest.skip("no CUDA device: would have run tests/triton_cases.py on it")
-    _run_cases(interpret=False)
+        pytest.skip(f"no CUDA device: would have run {', '.join(CASES)} on it")
+    _run_cases(False, *CASES)
 
 
 @dataclass(frozen=True)
@@ -75,109 +93,172 @@ def compile_for(
     dim: int,
     views: int,
     globals_: int = 2,
-    distribution: str = "power_spherical",
+    form: str = "raw",
     with_grad: bool = True,
-) -> CompiledKernel:
-    """Compiles what the launcher would launch there for padded rows (strides divisible by 16); needs no such GPU."""
+    with_mean: bool = True,
+) -> Binary:
+    """What the launcher would launch there for padded rows (strides divisible by 16); needs no such GPU."""
     double = dtype == torch.float64
-    constants: dict[str, object] = dict(
+    constants: dict[str, Any] = dict(
         kernel.launch_arguments(
-            dim, views, globals_, dtype.itemsize, spherical=distribution == "power_spherical", double=double
+            *(dim, views, globals_, dtype.itemsize),
+            width=dim + 16 if form == "raw" and with_grad else dim,
+            spherical=form != "cosine",
+            double=double,
         )
     )
-    options = {name: constants.pop(name) for name in ("num_warps", "maxnreg") if name in constants}
-    if not with_grad:
-        constants["grad_ptr"] = None
-    signature: dict[str, str] = {}
-    attributes: dict[tuple[int], list[list[object]]] = {}
-    types = {"loss_ptr": "*fp64" if double else "*fp32"}
-    types |= dict.fromkeys(("p_ptr", "z_ptr", "grad_ptr"), f"*{TYPES[dtype]}")
-    for i, parameter in enumerate(kernel.multiview_loss_kernel.params):
+    given, absent = form == "given", {}
+    for names, present in (
+        (["grad_ptr"], with_grad),
+        (["mean_ptr", "ticket_ptr"], with_mean),
+        (["kappa_ptr"], given),
+        (["kappa_grad_ptr"], given and with_grad),
+    ):
+        absent |= {} if present else dict.fromkeys(names)
+    inputs, sums = f"*{TYPES[dtype]}", "*fp64" if double else "*fp32"
+    types = dict.fromkeys(("loss_ptr", "mean_ptr", "kappa_ptr", "kappa_grad_ptr"), sums)
+    types |= {"p_ptrs": (inputs,) * views, "z_ptrs": (inputs,) * globals_, "grad_ptr": inputs, "ticket_ptr": "*i32"}
+    return _compile(kernel.multiview_loss_kernel, capability, constants | absent, types)
+
+
+def compile_scale(capability: int, gradient: torch.dtype, out: torch.dtype, *, per_sample: bool) -> Binary:
+    """The kernel that scales rows of 2064 columns, as the launcher would launch it."""
+    _, constants = scale_gradient._launch_arguments(2, 4096, 2064, in_place=gradient == out, per_sample=per_sample)
+    factor = "*fp64" if gradient == torch.float64 else "*fp32"
+    types = {"grad_ptr": f"*{TYPES[gradient]}", "out_ptr": f"*{TYPES[out]}", "factor_ptr": factor}
+    return _compile(scale_gradient.scale_gradient_kernel, capability, constants | {"kappa_grad_ptr": None}, types)
+
+
+def _compile(function: Any, capability: int, constants: dict[str, Any], types: dict[str, Any]) -> Binary:
+    options = {name: constants[name] for name in ("num_warps", "maxnreg") if name in constants}
+    constants = {name: value for name, value in constants.items() if name not in options}
+    signature: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[object]]] = {}
+    for i, parameter in enumerate(function.params):
         name = parameter.name
-        if name in constants:
-            signature[name] = "constexpr"
-        elif parameter.annotation_type:
-            signature[name] = parameter.annotation_type
-        else:
-            signature[name] = types.get(name, "i32")
+        signature[name] = "constexpr" if name in constants else types.get(name, parameter.annotation_type)
+        if isinstance(signature[name], tuple):
+            attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(len(signature[name]))}
+        elif signature[name] not in ("constexpr", "fp64") and not parameter.do_not_specialize:
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel.multiview_loss_kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    source = ASTSource(function, signature, constants, attributes)
+    return _assemble(triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options))
 
 
-def assemble(compiled: CompiledKernel, directory: Path) -> Binary:
-    path = directory / "kernel.cubin"
-    path.write_bytes(compiled.asm["cubin"])
-
-    def dump(option: str) -> str:
-        command = [NVIDIA_TOOLS / "cuobjdump", option, path]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", dump("-res-usage"))
+def _assemble(compiled: CompiledKernel) -> Binary:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [NVIDIA_TOOLS / "cuobjdump", "-res-usage", "-sass", file.name]
+        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", dump)
     assert usage is not None
-    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", dump("-sass"), re.MULTILINE)
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", dump, re.MULTILINE)
     return Binary(int(usage[1]), int(usage[2]), compiled.asm["ptx"], tuple(names))
 
 
-def _check_binary(binary: Binary, dtype: torch.dtype) -> None:
+def _check_binary(binary: Binary, dtype: torch.dtype, form: str = "raw") -> None:
     assert binary.stack == 0
     assert binary.count("LDL") == binary.count("STL") == 0  # no spills
     # The registers of a multiprocessor hold 16 warps: 16 programs of one warp, two of 8.
-    assert binary.registers <= (128 if dtype != torch.float64 else 168)
-    assert binary.count("LDG", "128") >= 2
-    # The raw concentrations are the only loads that are not 16 bytes wide; the loss and their gradient the only stores.
-    assert binary.count("LDG") - binary.count("LDG", "128") <= 1
-    assert binary.count("STG") - binary.count("STG", "128") <= 2
+    assert binary.registers <= (128 if dtype != torch.float64 else 176)
+    rows = binary.count("LDG", "128") - binary.count("LDG", "128", "STRONG")
+    assert rows >= 2
+    # The losses are loaded past the L1 cache. Of all others only concentrations are not 16 bytes wide; of the stores
+    # theirs and their gradient's, which zeros pad, the loss, the mean and the ticket.
+    assert binary.count("LDG") - binary.count("LDG", "STRONG") - rows <= (form != "cosine")
+    assert binary.count("LDG", "128", "STRONG") == 16
+    assert binary.count("STG", "128") >= 1
+    assert binary.count("STG") - binary.count("STG", "128") <= 3 + (form != "cosine")
+    assert binary.count("ATOM") == 1
+    # The ticket is taken after the losses have arrived, and what the L1 cache holds is forgotten then.
+    order = [name.split(".")[0] for name in binary.instructions]
+    assert order.index("MEMBAR") < order.index("ATOMG") < order.index("CCTL")
     if dtype != torch.float64:
         for inexact in ("lg2.approx", "ex2.approx", "sqrt.approx", "rcp.approx", "__nv_"):
             assert inexact not in binary.ptx
 
 
+def _name(capability: int, dtype: torch.dtype, form: str, dim: int, views: int) -> str:
+    return f"sm_{capability} {TYPES[dtype]} {form} D={dim} V={views}"
+
+
+SHAPES = [
+    shape
+    for shape in itertools.product(
+        (80, 90, 100, 120), (torch.float32, torch.bfloat16), ("raw", "cosine", "given"), (128, 512, 2048, 8192), (2, 8)
+    )
+    if shape[2] == "raw" or shape[0] == 90  # the forms differ in scalars alone
+]
+EVERY_DAY = {
+    (90, torch.float32, "raw", 2048, 2),
+    (90, torch.bfloat16, "raw", 2048, 8),
+    (80, torch.bfloat16, "raw", 512, 8),
+    (100, torch.float32, "raw", 128, 2),
+    (120, torch.bfloat16, "raw", 8192, 2),
+    (90, torch.float32, "cosine", 2048, 8),
+    (90, torch.bfloat16, "given", 512, 2),
+}
+
+
+@compiles
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param(x, id=_name(*x), marks=[] if x in EVERY_DAY else [pytest.mark.soak]) for x in SHAPES],
+)
+def test_machine_code(shape: tuple[int, torch.dtype, str, int, int]) -> None:
+    capability, dtype, form, dim, views = shape
+    binary = compile_for(capability, dtype=dtype, form=form, dim=dim, views=views)
+    _check_binary(binary, dtype, form)
+    known = json.loads(TABLE.read_text()).get(triton.__version__)
+    if known is not None:
+        assert binary.registers <= known[_name(*shape)]
+
+
 @compiles
 @pytest.mark.parametrize(
     ("capability", "dtype", "dim", "views", "resident"),
-    [
-        (90, torch.float32, 2048, 2, True),
-        (90, torch.bfloat16, 2048, 8, True),
-        (100, torch.float32, 8192, 2, True),
-        (120, torch.float32, 16384, 2, False),
-        (80, torch.bfloat16, 512, 8, True),
-        (90, torch.float64, 2048, 2, True),
-    ],
+    [(120, torch.float32, 16384, 2, False), (90, torch.float64, 2048, 2, True), (90, torch.float32, 2048, 16, True)],
     ids=str,
 )
-def test_machine_code(
-    capability: int, dtype: torch.dtype, dim: int, views: int, resident: bool, tmp_path: Path
+def test_machine_code_of_long_double_and_many_rows(
+    capability: int, dtype: torch.dtype, dim: int, views: int, resident: bool
 ) -> None:
-    arguments = kernel.launch_arguments(dim, views, 2, dtype.itemsize, spherical=True, double=dtype == torch.float64)
+    double = dtype == torch.float64
+    arguments = kernel.launch_arguments(dim, views, 2, dtype.itemsize, width=dim, spherical=True, double=double)
     assert arguments["RESIDENT"] is resident
-    _check_binary(assemble(compile_for(capability, dtype=dtype, dim=dim, views=views), tmp_path), dtype)
+    _check_binary(compile_for(capability, dtype=dtype, dim=dim, views=views), dtype)
 
 
 @compiles
-def test_machine_code_without_gradient_stores_the_loss_alone(tmp_path: Path) -> None:
-    compiled = compile_for(90, dtype=torch.float32, dim=512, views=2, with_grad=False)
-    assert assemble(compiled, tmp_path).count("STG") == 1
+def test_machine_code_without_gradient_and_mean_stores_the_loss_alone() -> None:
+    binary = compile_for(90, dtype=torch.float32, dim=512, views=2, with_grad=False, with_mean=False)
+    assert (binary.count("STG"), binary.count("ATOM"), binary.count("MEMBAR")) == (1, 0, 0)
 
 
 @compiles
-def test_scale_and_minimum_keep_their_digits() -> None:
-    compiled = compile_for(90, dtype=torch.float64, dim=2, views=2)
-    assert compiled.asm["ptx"].count(".param .f64") == 2
-
-
-@compiles
-@pytest.mark.soak
-@pytest.mark.parametrize("capability", [80, 90, 100, 120])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("distribution", ["power_spherical", "cosine"])
-@pytest.mark.parametrize("views", [2, 8, 16])
-@pytest.mark.parametrize("dim", [128, 512, 2048, 8192])
-def test_machine_code_of_every_shape(
-    capability: int, dtype: torch.dtype, distribution: str, views: int, dim: int, tmp_path: Path
+@pytest.mark.parametrize("capability", [80, 120])
+@pytest.mark.parametrize(
+    ("gradient", "out", "per_sample"),
+    [(torch.bfloat16, torch.bfloat16, False), (torch.float32, torch.float16, True)],
+    ids=str,
+)
+def test_machine_code_of_the_scaling(
+    capability: int, gradient: torch.dtype, out: torch.dtype, per_sample: bool
 ) -> None:
-    compiled = compile_for(capability, dtype=dtype, dim=dim, views=views, distribution=distribution)
-    _check_binary(assemble(compiled, tmp_path), dtype)
+    binary = compile_scale(capability, gradient, out, per_sample=per_sample)
+    assert binary.stack == binary.count("LDL") == binary.count("STL") == 0
+    assert binary.registers <= 64  # eight programs share a multiprocessor
+    # 32 elements of a thread, and of each of its four rows a factor, or one factor.
+    assert binary.count("LDG", "128") == 32 * gradient.itemsize // 16
+    assert binary.count("STG", "128") == binary.count("STG") == 32 * out.itemsize // 16
+    assert binary.count("LDG") - binary.count("LDG", "128") <= (8 if per_sample else 1)
+
+
+@compiles
+def test_numbers_keep_their_digits() -> None:
+    binary = compile_for(90, dtype=torch.float64, dim=2, views=2)
+    assert binary.ptx.count(".param .f64") == 4
 
 
 @pytest.mark.parametrize(
@@ -190,14 +271,154 @@ def test_machine_code_of_every_shape(
         (2048, 8, 2, 2, False, (4, 2, 2048, True, 8)),  # all 8 at once would need 80 registers a thread
         (8192, 2, 2, 4, False, (2, 2, 8192, True, 16)),
         (8192, 8, 2, 4, False, (1, 2, 8192, True, 16)),
-        (8193, 2, 2, 4, False, (2, 2, 8192, False, 8)),
-        (8192, 2, 2, 8, True, (2, 2, 4096, False, 8)),
+        (8193, 2, 2, 4, False, (2, 2, 4096, False, 8)),
+        (8192, 2, 2, 8, True, (2, 2, 2048, False, 8)),
         (64, 16, 16, 4, False, (2, 16, 64, True, 1)),
-        (2048, 16, 16, 4, False, (16, 16, 1024, False, 8)),
+        (2048, 16, 16, 4, False, (16, 16, 512, False, 8)),
     ],
 )
 def test_launch_arguments(
     dim: int, views: int, globals_: int, itemsize: int, double: bool, expected: tuple[int | bool, ...]
 ) -> None:
-    arguments = kernel.launch_arguments(dim, views, globals_, itemsize, spherical=True, double=double)
+    arguments = kernel.launch_arguments(dim, views, globals_, itemsize, width=dim, spherical=True, double=double)
     assert tuple(arguments[name] for name in ("BLOCK_V", "BLOCK_G", "BLOCK_D", "RESIDENT", "num_warps")) == expected
+
+
+class _NoGPU:
+    """Stands for the driver of a GPU: kernels are compiled, and a launch only recorded."""
+
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+        self.launches: list[tuple[Any, ...]] = []
+        self.utils = self
+
+    def launcher_cls(self, *_: Any) -> Any:
+        return lambda *arguments: self.launches.append(arguments)
+
+    def load_binary(self, name: str, *_: Any) -> tuple[int, ...]:
+        self.loaded.append(name)
+        return len(self.loaded), len(self.loaded), 0, 0, 1024
+
+    def get_device_properties(self, _: int) -> dict[str, int]:
+        return {"max_shared_mem": 1 << 17}
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int) -> int:
+        return 7
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def unload_module(self, _: int) -> None:
+        pass
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[_NoGPU]:
+    driver = _NoGPU()
+    kernels = (kernel.multiview_loss_kernel, scale_gradient.scale_gradient_kernel)
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    for each in kernels:
+        each.device_caches.clear()
+    yield driver
+    launch._compiled.clear()  # a compiled kernel asks its driver to unload it
+    for each in kernels:
+        each.device_caches.clear()
+
+
+def _launch(dim: int = 16, samples: int = 4, shift: int = 0, stride: int = 32, **changes: Any) -> None:
+    dtype = changes.pop("dtype", torch.float32)
+
+    def rows() -> Tensor:
+        return torch.empty(samples * stride + 16, dtype=dtype)[shift:].as_strided((samples, stride), (stride, 1))
+
+    arguments: dict[str, Any] = {
+        "predictions": [rows(), rows()],
+        "targets": [rows()[:, :dim], rows()[:, :dim]],
+        "concentration": None,
+        "loss": torch.empty(samples),
+        "mean": torch.empty(()),
+        "ticket": torch.zeros(3, dtype=torch.int32)[1:2],
+        "gradient": torch.empty(2, samples, stride),
+        "concentration_gradient": None,
+    }
+    numbers = {"scale": 1.0, "minimum": 0.0, "weight": 1.0, "gradient_weight": 0.5}
+    distribution = changes.pop("distribution", "cosine")
+    kernel.multiview_loss(**(arguments | changes), distribution=distribution, **numbers)
+
+
+@compiles
+def test_known_launches_take_what_triton_would(no_gpu: _NoGPU) -> None:
+    """Each launch is made three times: for Triton to choose, with its choice known, and with nothing known again."""
+    concentration = {"distribution": "power_spherical", "concentration": torch.ones(2, 4)}
+    variants: list[dict[str, Any]] = [
+        {},
+        {"samples": 16},  # a multiple of 16 is no other number
+        {"samples": 1},
+        {"shift": 1},
+        {"stride": 24},
+        {"dtype": torch.bfloat16},
+        {"gradient": None},
+        {"gradient": torch.empty(2, 4, 33)[..., :32]},
+        {"mean": None, "ticket": None},
+        concentration | {"concentration_gradient": torch.empty(2, 4)},
+    ]
+    for variant in variants:
+        _launch(**variant)
+    choices = [launched[4] for launched in no_gpu.launches]
+    loaded = len(no_gpu.loaded)
+    # Samples may differ, and one sample's strides are those of any row.
+    assert loaded == len(set(choices)) == len(variants) - 2
+    for variant in variants:
+        _launch(**variant)
+    launch._compiled.clear()
+    for variant in variants:
+        _launch(**variant)
+    assert [launched[4] for launched in no_gpu.launches] == choices * 3
+    assert len(no_gpu.loaded) == loaded
+    for known, chosen in zip(no_gpu.launches[len(variants) : 2 * len(variants)], no_gpu.launches, strict=False):
+        assert (known[:6], len(known)) == (chosen[:6], len(chosen))
+        assert all(map(_same_kind, known[9:], chosen[9:]))
+
+
+def _same_kind(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(_same_kind, a, b))
+    return (a.shape, a.dtype) == (b.shape, b.dtype) if isinstance(a, Tensor) else a == b
+
+
+@compiles
+def test_known_scalings_take_what_triton_would(no_gpu: _NoGPU) -> None:
+    def scale(samples: int = 4, kind: str = "number", dtype: torch.dtype = torch.float32, width: int = 32) -> None:
+        gradient = torch.empty(2, samples, width)
+        factor = torch.ones(()) if kind == "number" else torch.ones(samples)
+        out = gradient if dtype == torch.float32 else torch.empty(2, samples, width, dtype=dtype)
+        scale_gradient.scale_gradient(gradient, factor, out, None)
+
+    variants: list[dict[str, Any]] = [{}, {"samples": 7}, {"kind": "many"}, {"dtype": torch.float16}, {"width": 33}]
+    for _ in range(2):
+        for variant in variants:
+            scale(**variant)
+    launch._compiled.clear()
+    for variant in variants:
+        scale(**variant)
+    choices = [launched[4] for launched in no_gpu.launches]
+    assert choices == choices[:5] * 3
+    assert len(set(choices)) == len(no_gpu.loaded) == 4
+
+
+def _write_table() -> None:
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    registers = {}
+    for capability, dtype, form, dim, views in SHAPES:
+        binary = compile_for(capability, dtype=dtype, form=form, dim=dim, views=views)
+        registers[_name(capability, dtype, form, dim, views)] = binary.registers
+    table[triton.__version__] = registers
+    TABLE.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    _write_table()

@@ -186,17 +186,23 @@ def _info(arguments: list[str]) -> int:
 
 
 def _bench(arguments: list[str]) -> int:
-    from vi_simsiam.benchmarks import multiview_loss
+    from vi_simsiam.benchmarks import accuracy, compare, multiview_loss, report
 
-    benchmarks = {"loss": multiview_loss}
+    benchmarks: dict[str, tuple[Any, str]] = {
+        "loss": (multiview_loss, "time the loss: eager, torch.compile and the fused backends"),
+        "compare": (compare, "two result files case by case; exits 1 if anything became slower"),
+        "accuracy": (accuracy, "errors of the loss at large concentrations"),
+        "report": (report, "write the tables in Markdown files from the result files they name"),
+    }
     if arguments and arguments[0] in ("-h", "--help"):
-        print(f"usage: vi-simsiam bench {'|'.join(benchmarks)} [OPTIONS]")
+        print(f"usage: vi-simsiam bench {'|'.join(benchmarks)} [OPTIONS]\n")
+        print("\n".join(f"  {name:10}{about}" for name, (_, about) in benchmarks.items()))
         return 0
     if not arguments or arguments[0] not in benchmarks:
         raise InputError(f"bench: {' '.join(arguments[:1]) or 'nothing'!r} is none of {', '.join(benchmarks)}")
-    options = _parse("bench loss", multiview_loss.Options, arguments[1:])
-    multiview_loss.run(options)
-    return 0
+    benchmark, _ = benchmarks[arguments[0]]
+    outcome = benchmark.run(_parse(f"bench {arguments[0]}", benchmark.Options, arguments[1:]))
+    return outcome if isinstance(outcome, int) else 0
 
 
 def _open(options: _Evaluate) -> Any:
@@ -259,5 +265,5 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "linear": (_linear, "linear-probe accuracy of a run's frozen features"),
     "figures": (_figures, "curves.png and kappa.png of a run"),
     "info": (_info, "versions, devices, and which backends are available"),
-    "bench": (_bench, "benchmarks: bench loss"),
+    "bench": (_bench, "benchmarks: bench loss|compare|accuracy|report"),
 }

@@ -14,10 +14,12 @@ def power_spherical_loss(
     predictions: Tensor | Sequence[Tensor],
     targets: Tensor | Sequence[Tensor],
     *,
+    concentration: Tensor | Sequence[Tensor] | None = None,
     reduction: Reduction = "mean",
     backend: str = "auto",
     concentration_scale: float = 1.0,
     concentration_min: float = 0.0,
+    loss_scale: float = 1.0,
 ) -> Tensor:
     """VI-SimSiam's loss: minus the Power Spherical log-density of the targets, relative to the uniform density, in nats.
 
@@ -25,27 +27,37 @@ def power_spherical_loss(
     kappa = concentration_scale * softplus(raw) + concentration_min; mu and z are normalised inside. A loss of 0 is
     no better than the uniform distribution. It differs from Nakamura et al. (arXiv 2203.11437, Algorithm 1) by a
     constant of D and has the same gradient. 1 + cos is clamped from below at 1e-6; a zero vector has cosine 0 and no
-    gradient; NaN or infinity in a sample makes that sample's loss NaN.
+    gradient; NaN or infinity in a sample makes that sample's loss NaN, but for a raw concentration of minus infinity,
+    which is kappa = concentration_min.
+
+    The fused backends read each input once and write the gradient in the same launch. They are fastest with V separate
+    tensors, or one, whose rows start at multiples of 16 elements.
 
     Args:
         predictions: (V, B, D + 1), or a sequence of V tensors (B, D + 1), with any strides; last column the raw
-            concentration. 2 <= V <= 16. float16, bfloat16, float32 or float64.
+            concentration. 2 <= V <= 16. float16, bfloat16, float32 or float64. Columns may follow that pad the rows to
+            the next multiple of 16; they are not read, and their gradient is 0.
         targets: (G, B, D), or a sequence of G tensors (B, D), 1 <= G <= V. Detached: they never receive a gradient.
+        concentration: kappa itself, (V, B) or V tensors (B,), for heads of your own: predictions are (V, B, D) then, the
+            mean directions alone, of any length. A negative one makes its sample's loss NaN.
         reduction: "mean" over the batch, or "none".
         backend: "auto" (the fastest here), "eager", "triton", "cuda" or "cpu".
         concentration_scale: factor on softplus(raw), positive; D - 1 keeps raw near 0 in training.
         concentration_min: lower bound of kappa, at least 0.
+        loss_scale: factor on the loss, positive. Multiplying the result costs a pass over the gradient; this does not.
+            A constant under torch.compile, which compiles anew for another one.
 
     Returns:
-        A scalar, or (B,) for reduction "none"; float32, or float64 where an input is float64.
+        A scalar, or (B,) for reduction "none"; float32, or float64 where an input is float64. The fused backends can
+        be differentiated once, "eager" any number of times.
 
     Raises:
         InputError: shapes, devices or options that do not fit, or the mean of an empty batch.
         TypeError: an input that is no tensor of an accepted dtype.
         BackendUnavailableError: a backend named explicitly that cannot run here.
     """
-    form = LossForm("power_spherical", concentration_scale, concentration_min)
-    return multiview_loss(predictions, targets, form, reduction=reduction, backend=backend)
+    form = LossForm("power_spherical", concentration_scale, concentration_min, loss_scale)
+    return multiview_loss(predictions, targets, form, concentration=concentration, reduction=reduction, backend=backend)
 
 
 def cosine_loss(
@@ -54,6 +66,7 @@ def cosine_loss(
     *,
     reduction: Reduction = "mean",
     backend: str = "auto",
+    loss_scale: float = 1.0,
 ) -> Tensor:
     """SimSiam's loss: twice the mean over the ordered pairs v != g of -cos(p_v, z_g) (Chen and He, arXiv 2011.10566, eq. 1).
 
@@ -64,6 +77,7 @@ def cosine_loss(
         targets: (G, B, D), or a sequence of G tensors (B, D). Detached.
         reduction: "mean" over the batch, or "none".
         backend: "auto", "eager", "triton", "cuda" or "cpu".
+        loss_scale: factor on the loss, positive.
 
     Returns:
         A scalar, or (B,) for reduction "none"; float32, or float64 where an input is float64.
@@ -71,7 +85,8 @@ def cosine_loss(
     Raises:
         InputError, TypeError, BackendUnavailableError: as `power_spherical_loss`.
     """
-    return multiview_loss(predictions, targets, LossForm("cosine"), reduction=reduction, backend=backend)
+    form = LossForm("cosine", factor=loss_scale)
+    return multiview_loss(predictions, targets, form, reduction=reduction, backend=backend)
 
 
 def power_spherical_log_prob(value: Tensor, loc: Tensor, concentration: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def report() -> str:
         *(f"{package:13}{installed_version(package)}" for package in _PACKAGES),
         f"device       {describe_device(device)}",
         f"extension    {describe_extension()}",
-        f"loss         {choose_backend('auto', device)} (backend auto on {device.type})",
+        f"loss         {choose_backend('auto', device.type)} (backend auto on {device.type})",
     ]
     for name in BACKENDS:
         home = "cpu" if name in ("cpu", "eager") or interpreting() else "cuda"

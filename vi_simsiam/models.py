@@ -19,12 +19,8 @@ from vi_simsiam.config import LossConfig, ModelConfig, Stem, TrainConfig
 from vi_simsiam.distributions import PowerSpherical
 from vi_simsiam.errors import InputError
 from vi_simsiam.functional import cosine_loss, power_spherical_loss
+from vi_simsiam.ops.fused_launch import padded_width
 from vi_simsiam.ops.multiview_loss import LossForm, softplus
-
-# Rows of the prediction are padded so that each starts at a multiple of 16 elements: kernels load them 16 bytes
-# at a time and the last linear layer stays on the tensor cores.
-_ROW_MULTIPLE = 16
-
 
 # kappa/(D - 1) at the start, near its optimum for the cosines of an untrained network. From softplus(0) = 0.69 the first
 # steps throw the raw concentration so far down that its gradient is gone for an epoch.
@@ -35,7 +31,7 @@ class Output(NamedTuple):
     """What a model makes of V views, of which the first G are targets."""
 
     predictions: tuple[Tensor, ...]
-    """V tensors (B, D), or (B, D + 1) with the raw concentration last."""
+    """V tensors (B, W): D columns, for VI-SimSiam one more with the raw concentration, and zeros up to a multiple of 16."""
     targets: tuple[Tensor, ...]
     """G tensors (B, D), detached."""
 
@@ -87,16 +83,14 @@ class SimSiam(nn.Module):
             nn.Linear(projector_hidden, dim, bias=False),
             nn.BatchNorm1d(dim, affine=False),
         )
+        last = _padded_linear(predictor_hidden, self.prediction_width(dim))
         self.predictor = nn.Sequential(
-            nn.Linear(dim, predictor_hidden, bias=False),
-            nn.BatchNorm1d(predictor_hidden),
-            nn.ReLU(inplace=True),
-            PaddedLinear(predictor_hidden, self.prediction_width(dim)),
+            nn.Linear(dim, predictor_hidden, bias=False), nn.BatchNorm1d(predictor_hidden), nn.ReLU(inplace=True), last
         )
 
     @staticmethod
     def prediction_width(dim: int) -> int:
-        """Columns of a prediction."""
+        """Columns of a prediction that stand for something."""
         return dim
 
     def forward(self, views: Sequence[Tensor], targets: int = 2) -> Output:
@@ -112,9 +106,9 @@ class SimSiam(nn.Module):
         predictions = tuple(self.predictor(projection) for projection in projections)
         return Output(predictions, tuple(projection.detach() for projection in projections[:targets]))
 
-    def loss(self, output: Output, backend: str = "auto") -> Tensor:
-        """The method's loss of an `Output`, a scalar."""
-        return cosine_loss(output.predictions, output.targets, backend=backend)
+    def loss(self, output: Output, backend: str = "auto", loss_scale: float = 1.0) -> Tensor:
+        """The method's loss of an `Output` times `loss_scale`, a scalar."""
+        return cosine_loss(output.predictions, output.targets, backend=backend, loss_scale=loss_scale)
 
 
 class VISimSiam(SimSiam):
@@ -154,27 +148,28 @@ class VISimSiam(SimSiam):
         self.form = LossForm("power_spherical", scale, concentration_min)
         if concentration_scale is None:
             last = self.predictor[-1]
-            assert isinstance(last, PaddedLinear)
+            assert isinstance(last, nn.Linear)
             with torch.no_grad():
                 last.bias[dim] = math.log(math.expm1(_INITIAL_CONCENTRATION))
 
     @staticmethod
     def prediction_width(dim: int) -> int:
-        """Columns of a prediction: the mean direction and the raw concentration."""
+        """Columns of a prediction that stand for something: the mean direction and the raw concentration."""
         return dim + 1
 
-    def loss(self, output: Output, backend: str = "auto") -> Tensor:
-        """The method's loss of an `Output`, a scalar, in nats."""
+    def loss(self, output: Output, backend: str = "auto", loss_scale: float = 1.0) -> Tensor:
+        """The method's loss of an `Output` times `loss_scale`, a scalar, in nats."""
         return power_spherical_loss(
             output.predictions,
             output.targets,
             backend=backend,
             concentration_scale=self.form.scale,
             concentration_min=self.form.minimum,
+            loss_scale=loss_scale,
         )
 
     def concentration(self, prediction: Tensor) -> Tensor:
-        """kappa of predictions (..., D + 1), shape (...), in at least float32."""
+        """kappa of predictions (..., W), shape (...), in at least float32."""
         raw = prediction[..., self.dim]
         raw = raw if raw.dtype == torch.float64 else raw.float()
         return self.form.scale * softplus(raw) + self.form.minimum
@@ -187,24 +182,17 @@ class VISimSiam(SimSiam):
         return PowerSpherical(loc, concentration)
 
 
-class PaddedLinear(nn.Linear):
-    """A linear layer whose output rows are aligned: it computes a multiple of 16 columns and returns the first ones.
+def _padded_linear(in_features: int, out_features: int) -> nn.Linear:
+    """A linear layer with columns of zeros after its `out_features`, up to a width whose rows are aligned.
 
-    Args:
-        in_features: width of the input.
-        out_features: width of the returned view, (B, out_features) with a row stride of `weight.shape[0]`.
+    Kernels load such rows 16 bytes at a time, and the product stays on the tensor cores. The columns are part of the
+    result, since autograd would copy the gradient of a slice; the losses pass over them, and they stay zero.
     """
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, -(-out_features // _ROW_MULTIPLE) * _ROW_MULTIPLE)
-        self.width = out_features
-        with torch.no_grad():
-            self.weight[out_features:].zero_()
-            self.bias[out_features:].zero_()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_features) to (B, out_features)."""
-        return super().forward(x)[..., : self.width]
+    linear = nn.Linear(in_features, padded_width(out_features))
+    with torch.no_grad():
+        linear.weight[out_features:].zero_()
+        linear.bias[out_features:].zero_()
+    return linear
 
 
 def build_backbone(

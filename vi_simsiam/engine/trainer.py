@@ -73,7 +73,7 @@ class Trainer:
         self.config, self.resume = config, resume
         self.console = console or Console()
         self.device = resolve_device(config.device)
-        self.backend = choose_backend(config.backend, self.device)
+        self.backend = choose_backend(config.backend, self.device.type)
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
 
         with torch.random.fork_rng(devices=[]):
@@ -170,7 +170,7 @@ class Trainer:
                 metrics = {
                     "step": self.step,
                     "epoch": self.step / self.loader.steps_per_epoch,
-                    "loss": torch.stack(losses).mean().item(),
+                    "loss": torch.stack(losses).mean().item() / self.loss_scale,
                     **representation_statistics(self.model, output),
                     "grad_norm": grad_norm.item(),
                     "lr": self.learning_rate(self.step - 1),
@@ -186,15 +186,15 @@ class Trainer:
         return metrics
 
     def _train_step(self, views: list[Tensor], wants_norm: bool) -> tuple[Tensor, Output, Tensor]:
-        """One optimiser step; returns the unscaled loss, the model's output and the gradient's norm before clipping."""
+        """One optimiser step; returns the scaled loss, the model's output and the gradient's norm before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
         views = [view.to(self.device, non_blocking=True, memory_format=torch.channels_last) for view in views]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             output = self.model(views)
-            loss = self.model.loss(output, self.backend)
+            loss = self.model.loss(output, self.backend, self.loss_scale)
         self.optimizer.zero_grad(set_to_none=True)
-        (loss * self.loss_scale).backward()
+        loss.backward()
         grad_norm = loss.new_zeros(())
         if wants_norm:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]

@@ -18,27 +18,32 @@ BACKENDS = ("eager", "triton", "cuda", "cpu")
 _PREFERENCE = {"cuda": ("triton", "cuda", "eager"), "cpu": ("cpu", "eager")}
 
 
-@torch.compiler.disable
-def choose_backend(name: str, device: torch.device) -> str:
-    """The backend to use for tensors on `device`.
+@torch.compiler.assume_constant_result
+def choose_backend(name: str, device_type: str) -> str:
+    """The backend to use for tensors on devices of a type.
 
     Args:
         name: one of `BACKENDS`, or "auto" for the fastest that is available for the device.
-        device: where the tensors are.
+        device_type: where the tensors are: "cuda", "cpu" or another.
 
     Raises:
         InputError: `name` is no backend.
         BackendUnavailableError: the backend was named explicitly and cannot run on this device.
     """
     if name == "auto":
-        candidates = _PREFERENCE.get(device.type, ("eager",))
-        return next(candidate for candidate in candidates if why_unavailable(candidate, device.type) is None)
-    if name not in BACKENDS:
-        raise InputError(f"backend: {name!r} is none of auto, {', '.join(BACKENDS)}")
-    reason = why_unavailable(name, device.type)
+        candidates = _PREFERENCE.get(device_type, ("eager",))
+        return next(candidate for candidate in candidates if why_unavailable(candidate, device_type) is None)
+    check_backend_name(name)
+    reason = why_unavailable(name, device_type)
     if reason is not None:
-        raise BackendUnavailableError(f"backend: {name!r} cannot run on {device}: {reason}")
+        raise BackendUnavailableError(f"backend: {name!r} cannot run on {device_type} tensors: {reason}")
     return name
+
+
+def check_backend_name(name: str) -> None:
+    """Raises InputError for what is neither "auto" nor one of `BACKENDS`, whether it can run here or not."""
+    if name != "auto" and name not in BACKENDS:
+        raise InputError(f"backend: {name!r} is none of auto, {', '.join(BACKENDS)}")
 
 
 def why_unavailable(name: str, device_type: str) -> str | None:
@@ -103,7 +108,17 @@ def _check_cuda(device_type: str) -> str | None:
     module = extension()
     if module is None:
         return extension_problem()
-    return None if hasattr(module, "multiview_loss_cuda") else "the extension was built without nvcc"
+    if not hasattr(module, "multiview_loss_cuda"):
+        return "the extension was built without nvcc"
+    return _cuda_problem(torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+
+@functools.cache
+def _cuda_problem(device: int) -> str | None:
+    """Why the extension's kernels cannot run on a GPU: built for other architectures, or by a newer toolkit than its driver."""
+    with torch.cuda.device(device):
+        problem: str | None = extension().cuda_problem()  # type: ignore[union-attr]
+    return problem
 
 
 _CHECKS: dict[str, Callable[[str], str | None]] = {

@@ -1,0 +1,87 @@
+// Threads that help with one piece of work at a time and sleep in between.
+//
+// They outlive a call: to start a thread takes longer than to wake one. Nobody waits for a helper that has not begun, as
+// one may not for 50 us where its core was asleep, so that a call is never slower for having asked. They run on the cores
+// that the thread of the first call may use.
+
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <functional>
+#include <mutex>
+#include <thread>
+
+#if defined(_WIN32)
+#include <process.h>
+#define VI_PROCESS_ID _getpid
+#else
+#include <unistd.h>
+#define VI_PROCESS_ID getpid
+#endif
+
+namespace vi_simsiam {
+
+class Helpers {
+ public:
+  // Those of this process: a forked child has its parent's memory, but none of its threads. Never destroyed, as the
+  // sleepers may not be waited for while a process ends.
+  static Helpers& of_this_process() {
+    static std::atomic<Helpers*> helpers{nullptr};
+    Helpers* found = helpers.load(std::memory_order_acquire);
+    if (found == nullptr || found->process_ != VI_PROCESS_ID()) {
+      Helpers* made = new Helpers;
+      if (helpers.compare_exchange_strong(found, made)) return *made;
+      delete made;
+    }
+    return *found;
+  }
+
+  // Calls work here and at the same time in up to `count` helpers; returns when all calls that began have ended.
+  // The work must share itself out, and throw nothing.
+  void run(int count, const std::function<void()>& work) {
+    std::unique_lock<std::mutex> caller(callers_, std::try_to_lock);
+    if (count <= 0 || !caller.owns_lock()) return work();  // another thread's work has the helpers
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      try {
+        for (; started_ < count; ++started_) std::thread([this] { help(); }).detach();
+      } catch (const std::exception&) {
+        // No more threads to be had: those there are and this one share the work.
+      }
+      work_ = &work;
+      wanted_ = count < started_ ? count : started_;
+    }
+    for (int i = 0; i < count; ++i) wake_.notify_one();
+    work();
+    std::unique_lock<std::mutex> lock(mutex_);
+    wanted_ = 0;
+    done_.wait(lock, [this] { return active_ == 0; });
+  }
+
+ private:
+  Helpers() : process_(VI_PROCESS_ID()) {}
+
+  void help() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [this] { return wanted_ > 0; });
+      --wanted_;
+      ++active_;
+      const std::function<void()>& work = *work_;
+      lock.unlock();
+      work();
+      lock.lock();
+      if (--active_ == 0) done_.notify_one();
+    }
+  }
+
+  const int process_;
+  std::mutex callers_, mutex_;
+  std::condition_variable wake_, done_;
+  const std::function<void()>* work_ = nullptr;
+  int started_ = 0, wanted_ = 0, active_ = 0;
+};
+
+}  // namespace vi_simsiam

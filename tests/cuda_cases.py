@@ -1,0 +1,214 @@
+"""Inputs for the CUDA kernels on the emulation: how they lie in memory, the call, and the definition in float64."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vi_simsiam.ops.power_spherical import log_density_ratio
+
+FORMS = ("cosine", "raw", "given")
+CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
+
+class LossProblem(ctypes.Structure):
+    """MultiviewProblem of csrc/multiview_loss.h."""
+
+    _fields_ = [
+        ("form", ctypes.c_int),
+        *((name, ctypes.c_int64) for name in ("views", "target_views", "batch", "dim", "width")),
+        ("predictions", ctypes.c_void_p * 16),
+        ("targets", ctypes.c_void_p * 16),
+        *((name, ctypes.c_void_p) for name in ("concentration", "loss", "mean", "gradient", "concentration_gradient")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("prediction_stride", "target_stride", "gradient_view_stride", "gradient_stride")
+        ),
+        *((name, ctypes.c_double) for name in ("scale", "minimum", "weight", "gradient_weight")),
+    ]
+
+
+class ScaleProblem(ctypes.Structure):
+    """ScaledGradient of csrc/multiview_loss.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("views", "batch", "width")),
+        ("gradient", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("gradient_view_stride", "gradient_stride")),
+        ("out", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("out_view_stride", "out_stride")),
+        *((name, ctypes.c_void_p) for name in ("concentration_gradient", "factor")),
+        ("factor_stride", ctypes.c_int64),
+    ]
+
+
+def rows(count: int, width: int, stride: int, offset: int, dtype: torch.dtype) -> Tensor:
+    """(count, width) of NaN with that row stride, beginning `offset` elements after an address divisible by 64."""
+    storage = torch.full((count * stride + offset + 64,), float("nan"), dtype=dtype)
+    start = (-storage.data_ptr() % 64) // storage.element_size() + offset
+    return storage[start : start + count * stride].view(count, stride)[:, :width]
+
+
+@dataclass
+class Case:
+    views: int
+    targets: int
+    batch: int
+    dim: int
+    form: str = "raw"
+    dtype: torch.dtype = F32
+    target_dtype: torch.dtype | None = None
+    gradient_dtype: torch.dtype | None = None
+    padding: int = 0
+    offset: int = 0
+    target_offset: int = 0
+    """Elements by which the rows miss 16-byte alignment, if the stride does not already."""
+    aligned: bool = True
+    mean: bool = True
+    wants_gradient: bool = True
+    scale: float = 1.0
+    minimum: float = 0.25
+    seed: int = 0
+    predictions: list[Tensor] = field(default_factory=list)
+    targets_: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.target_dtype = self.target_dtype or self.dtype
+        self.real = torch.float64 if self.dtype == F64 else F32
+        self.gradient_dtype = self.gradient_dtype or (F32 if self.dtype == F16 else self.dtype)
+        self.used = self.dim + (self.form == "raw")
+        self.width = self.used + self.padding
+        generator = torch.Generator().manual_seed(self.seed)
+        common = torch.randn(self.batch, self.dim, generator=generator, dtype=F64)
+        stride = -(-self.width // 16) * 16 if self.aligned else self.width | 1
+        target_stride = -(-self.dim // 16) * 16 if self.aligned else self.dim
+        for _ in range(self.views):
+            row = rows(self.batch, self.width, stride, self.offset, self.dtype)
+            row[:, : self.dim] = 3 * (torch.randn(self.batch, self.dim, generator=generator, dtype=F64) + common)
+            row[:, self.dim : self.used] = torch.randn(self.batch, self.used - self.dim, generator=generator, dtype=F64)
+            self.predictions.append(row)
+        for _ in range(self.targets):
+            row = rows(self.batch, self.dim, target_stride, self.target_offset, self.target_dtype)
+            row[:] = torch.randn(self.batch, self.dim, generator=generator, dtype=F64) + common
+            self.targets_.append(row)
+        self.concentration = None
+        if self.form == "given":
+            self.concentration = self.scale * torch.rand(self.views, self.batch, generator=generator).to(self.real)
+        self.weight = 2 / (self.targets * (self.views - 1))
+
+    def run(self, kernels: Any) -> dict[str, Tensor]:
+        nan = float("nan")
+        stride = -(-self.width // 16) * 16
+        buffer = rows(self.views * self.batch, stride, stride, 0, self.gradient_dtype)
+        gradient = buffer.view(self.views, self.batch, stride)
+        out = {
+            "loss": torch.full((self.batch,), nan, dtype=self.real),
+            "mean": torch.full((), nan, dtype=self.real),
+            "gradient": gradient[..., : self.width],
+            "between": gradient[..., self.width :],
+            "concentration_gradient": torch.full((self.views, self.batch), nan, dtype=self.real),
+        }
+        problem = LossProblem(
+            FORMS.index(self.form), self.views, self.targets, self.batch, self.dim, self.width,
+            concentration=None if self.concentration is None else self.concentration.data_ptr(),
+            loss=out["loss"].data_ptr(),
+            mean=out["mean"].data_ptr() if self.mean else None,
+            gradient=gradient.data_ptr() if self.wants_gradient else None,
+            concentration_gradient=(
+                out["concentration_gradient"].data_ptr() if self.wants_gradient and self.form == "given" else None
+            ),
+            prediction_stride=self.predictions[0].stride(0), target_stride=self.targets_[0].stride(0),
+            gradient_view_stride=gradient.stride(0), gradient_stride=gradient.stride(1),
+            scale=self.scale, minimum=self.minimum, weight=self.weight, gradient_weight=self.weight / 7,
+        )  # fmt: skip
+        for field_name, tensors in (("predictions", self.predictions), ("targets", self.targets_)):
+            for i, tensor in enumerate(tensors):
+                getattr(problem, field_name)[i] = tensor.data_ptr()
+        ticket = torch.zeros((), dtype=torch.int32)
+        codes = (CODES[dtype] for dtype in (self.dtype, self.target_dtype, self.gradient_dtype))
+        error = kernels.loss(ctypes.byref(problem), *codes, ctypes.c_void_p(ticket.data_ptr() if self.mean else None))
+        if error is not None:
+            raise RuntimeError(error.decode())
+        assert ticket == 0
+        return out
+
+    def concentrations(self) -> Tensor:
+        if self.concentration is not None:
+            return self.concentration.double()
+        raw = torch.stack([row[:, self.dim].double() for row in self.predictions])
+        return self.scale * torch.logaddexp(raw, torch.zeros_like(raw)) + self.minimum
+
+    def reference(self) -> dict[str, Tensor]:
+        """The definition in float64 on the same rounded inputs, by autograd."""
+        p = [row.double().clone().requires_grad_() for row in self.predictions]
+        z = [row.double() for row in self.targets_]
+        kappa = None if self.concentration is None else self.concentration.double().clone().requires_grad_()
+        total = torch.zeros(self.batch, dtype=F64)
+        for v in range(self.views):
+            for g in range(self.targets):
+                if v == g:
+                    continue
+                cosine = torch.nn.functional.cosine_similarity(p[v][:, : self.dim], z[g], dim=-1, eps=0)
+                if self.form == "cosine":
+                    total = total + cosine
+                    continue
+                if kappa is None:
+                    raw = p[v][:, self.dim]
+                    k = self.scale * torch.logaddexp(raw, torch.zeros_like(raw)) + self.minimum
+                else:
+                    k = kappa[v]
+                total = total + log_density_ratio(k, cosine, self.dim)
+        leaves = p if kappa is None else [*p, kappa]
+        gradients = torch.autograd.grad(total.sum(), leaves, allow_unused=True)
+        filled = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)]
+        gradient = -self.weight / 7 * torch.stack(filled[: self.views])
+        gradient[..., self.used :] = 0
+        return {
+            "loss": -self.weight * total.detach(),
+            "gradient": gradient,
+            "concentration_gradient": -self.weight / 7 * filled[-1],
+        }
+
+
+@dataclass
+class Scaling:
+    views: int = 3
+    batch: int = 13
+    width: int = 70
+    dtype: torch.dtype = F32
+    out_dtype: torch.dtype | None = None
+    stride: int = 80
+    factor: Sequence[float] = (0.3,)
+    expanded: bool = True
+
+    def run(self, kernels: Any) -> None:
+        generator = torch.Generator().manual_seed(0)
+        real = F64 if self.dtype == F64 else F32
+        gradient = rows(self.views * self.batch, self.width, self.stride, 0, self.dtype)
+        gradient[:] = torch.randn(gradient.shape, generator=generator, dtype=F64)
+        before = gradient.clone()
+        concentration = torch.randn(self.views, self.batch, generator=generator, dtype=real)
+        factor = torch.tensor(self.factor, dtype=real)
+        out = gradient
+        if self.out_dtype:
+            out = rows(self.views * self.batch, self.width, self.stride, 0, self.out_dtype)
+        scaled = concentration.clone()
+        problem = ScaleProblem(
+            self.views, self.batch, self.width,
+            gradient=gradient.data_ptr(), gradient_view_stride=self.batch * self.stride, gradient_stride=self.stride,
+            out=out.data_ptr(), out_view_stride=self.batch * self.stride, out_stride=self.stride,
+            concentration_gradient=scaled.data_ptr(), factor=factor.data_ptr(), factor_stride=0 if self.expanded else 2,
+        )  # fmt: skip
+        error = kernels.scale(ctypes.byref(problem), CODES[self.dtype], CODES[out.dtype])
+        assert error is None
+        factors = factor.expand(self.batch) if self.expanded else factor[::2]
+        by_row = factors.repeat(self.views)[:, None]
+        assert torch.equal(out, (before.to(real) * by_row).to(out.dtype))
+        assert torch.equal(scaled, concentration * factors)
+        assert out.as_strided((len(out) - 1, self.stride - self.width), (self.stride, 1), self.width).isnan().all()

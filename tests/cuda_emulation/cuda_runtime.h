@@ -1,0 +1,5 @@
+// Stands in for the toolkit's header.
+
+#pragma once
+
+#include "emulation.h"

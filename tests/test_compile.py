@@ -1,0 +1,154 @@
+"""The fused losses under torch.compile, torch.export and tracing: the operator `vi_simsiam::multiview_loss`."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from losses import POWER_SPHERICAL, draw, every, fused, on_cpu_only
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from vi_simsiam.functional import power_spherical_loss
+from vi_simsiam.nn import PowerSphericalLoss
+from vi_simsiam.ops.fused_launch import LossCall
+
+
+@fused
+def test_tensors_without_memory_of_their_own(backend: str) -> None:
+    """Fake tensors, wrapper subclasses and traced functions go through the operator; nobody asks them for an address."""
+    p, z = (x.float() for x in draw(POWER_SPHERICAL, 2, 2, 4, 8))
+    expected = power_spherical_loss(p, z, backend=backend)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(p).requires_grad_()
+        loss = power_spherical_loss(fake, mode.from_tensor(z), backend=backend)
+        loss.backward()
+        assert loss.shape == ()
+        assert fake.grad is not None
+        assert fake.grad.shape == p.shape
+    traced = make_fx(lambda x: power_spherical_loss(x, z, backend=backend))(p)
+    assert torch.equal(traced(p), expected)
+    assert torch.equal(traced(p + 1), power_spherical_loss(p + 1, z, backend=backend))
+
+
+@every
+def test_transforms_of_torch_func_are_refused(backend: str) -> None:
+    p, z = draw(POWER_SPHERICAL, 2, 2, 3, 8)
+    for transformed, given in ((torch.vmap, torch.stack([p, 2 * p])), (torch.func.grad, p)):
+        with pytest.raises(RuntimeError, match=r"does not run under torch\.vmap, .* reduction='none' gives"):
+            transformed(lambda x: power_spherical_loss(x, z, backend=backend))(given)
+
+
+@fused
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_opcheck(backend: str, requires_grad: bool, given: bool) -> None:
+    """All four utilities: schema, autograd registration, fake tensors, ahead-of-time dispatch."""
+    for dtype, mean in itertools.product((torch.float32, torch.bfloat16, torch.float64), (False, True)):
+        p, z = (x.to(dtype) for x in draw(POWER_SPHERICAL, 3, 2, 4, 17))
+        real = torch.float64 if dtype == torch.float64 else torch.float32
+        kappa = p[..., 17].to(real).abs().requires_grad_(requires_grad) if given else None
+        views = [x.clone().requires_grad_(requires_grad) for x in (p[..., :17] if given else p)]
+        call = LossCall(backend, "power_spherical", real, 2.0, 0.0, 0.5, mean, requires_grad)
+        if given:
+            call = call._replace(scale=1.0)
+        found = torch.library.opcheck(torch.ops.vi_simsiam.multiview_loss, (views, list(z), kappa, *call))
+        assert len(found) == 4
+        assert set(found.values()) == {"SUCCESS"}
+
+
+@every
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_fullgraph_compile(backend: str, reduction: str) -> None:
+    """One graph with what is around the loss, and the same numbers, for whole tensors, views, and a given concentration."""
+    p, z = draw(POWER_SPHERICAL, 2, 2, 5, 17)
+    # aot_eager runs the same tracing, fake tensors and joint graph as inductor, without its code generation.
+    torch.compiler.reset()
+
+    def loss(x: Tensor, z: Tensor) -> Tensor:
+        whole = power_spherical_loss(2 * x, z, backend=backend, reduction=reduction)  # type: ignore[arg-type]
+        given = power_spherical_loss(
+            [2 * view[:, :17] for view in x],
+            list(z),
+            concentration=x[..., 17].exp(),
+            backend=backend,
+            reduction=reduction,  # type: ignore[arg-type]
+        )
+        return (whole.sin() + given).sum()
+
+    leaf, compiled_leaf = p.clone().requires_grad_(), p.clone().requires_grad_()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected, found = loss(leaf, z), compiled(compiled_leaf, z)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+    expected.backward()
+    found.backward()
+    torch.testing.assert_close(compiled_leaf.grad, leaf.grad, rtol=1e-12, atol=1e-13)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(p, z), expected.detach(), rtol=1e-13, atol=1e-13)
+
+
+@fused
+def test_inductor_compiles_the_fused_loss(backend: str) -> None:
+    """The full compiler on a layer and the loss after it: gradients of the layer's weights as without it."""
+    _, z = (x.float() for x in draw(POWER_SPHERICAL, 2, 2, 6, 15))
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(8, 16), torch.randn(2, 6, 8)
+
+    def loss(x: Tensor) -> Tensor:
+        return power_spherical_loss(layer(x), z, backend=backend)
+
+    expected = torch.autograd.grad(loss(x), layer.parameters())
+    torch.compiler.reset()
+    try:
+        torch.compile(lambda x: x.sin() + 1)(x)
+    except torch._inductor.exc.InductorError as error:
+        pytest.skip(f"torch.compile compiles nothing here ({str(error).splitlines()[0]})")
+    found = torch.autograd.grad(torch.compile(loss, fullgraph=True)(x), layer.parameters())
+    torch.testing.assert_close(found, expected)
+
+
+@every
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_dynamic_shapes_compile_once(backend: str, reduction: str) -> None:
+    """A batch that changes from call to call needs no more than one static and one dynamic graph."""
+    _, z = (x.float() for x in draw(POWER_SPHERICAL, 2, 2, 13, 15))
+    p = torch.randn(2, 13, 16)
+    counter = CompileCounterWithBackend("aot_eager")
+    torch.compiler.reset()
+
+    def loss(x: Tensor, z: Tensor) -> Tensor:
+        return power_spherical_loss(x, z, reduction=reduction, backend=backend, loss_scale=0.5).sum()  # type: ignore[arg-type]
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
+    for batch in (3, 5, 7, 11):
+        x = p[:, :batch].clone().requires_grad_()
+        found, expected = compiled(x, z[:, :batch]), loss(x, z[:, :batch])
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found, x), torch.autograd.grad(expected, x))
+    assert counter.frame_count <= 2
+
+
+@fused
+def test_export(backend: str) -> None:
+    """With a batch that may change; the program has the operator, and its numbers."""
+    p, z = (x.float() for x in draw(POWER_SPHERICAL, 2, 2, 5, 17))
+    for reduction in ("mean", "none"):
+        module = PowerSphericalLoss(backend=backend, reduction=reduction)  # type: ignore[arg-type]
+        batch = {1: torch.export.Dim("batch", min=2, max=100)}
+        exported = torch.export.export(module, (p, z), dynamic_shapes=(batch, batch))
+        operators = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+        assert "vi_simsiam.multiview_loss.default" in operators
+        for rows in (5, 3):
+            assert torch.equal(exported.module()(p[:, :rows], z[:, :rows]), module(p[:, :rows], z[:, :rows]))
+
+
+@on_cpu_only
+def test_an_unavailable_backend_is_named_under_compile_too() -> None:
+    p, z = (x.float() for x in draw(POWER_SPHERICAL, 2, 2, 5, 17))
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: power_spherical_loss(x, z, backend="cuda"), backend="eager")
+    with pytest.raises(Exception, match="'cuda' cannot run on cpu tensors: it takes CUDA tensors"):
+        compiled(p)
