@@ -1,4 +1,4 @@
-"""What all benchmarks share: interleaved timing, provenance, and the result file."""
+"""What all benchmarks share: interleaved timing, failures as results, provenance, and the result file."""
 
 from __future__ import annotations
 
@@ -9,44 +9,70 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from vi_simsiam.errors import InputError
 from vi_simsiam.info import describe_device, installed_version
 
-_WARM_UP = 3
+_LEAST_ROUNDS = 5
+
+_Key = TypeVar("_Key", bound=Hashable)
 
 
-def time_interleaved(
-    providers: dict[str, Callable[[], object]], device: torch.device, *, rounds: int, repeats: int
-) -> dict[str, dict[str, float]]:
-    """Wall time of one call of each provider, in microseconds, measured in turn so that all see the same machine.
+def interleave(
+    measures: Mapping[_Key, Callable[[], float]],
+    *,
+    rounds: int,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[dict[_Key, dict[str, float]], dict[_Key, str]]:
+    """Take every measure once a round, in turn, so that all see the same machine.
 
     Args:
-        providers: functions of no argument.
-        device: synchronised around every measurement if it is a GPU.
-        rounds: how often every provider is measured.
-        repeats: calls in one measurement.
+        measures: functions that measure once and return microseconds.
+        rounds: how often each is taken.
+        seconds: no new round begins after this long, but never fewer than five (or `rounds`, where that is less).
+        clock: the time in seconds.
 
     Returns:
-        For each provider the median, and the lower and upper quartile over the rounds.
+        For each measure the median, the lower and the upper quartile and the number of rounds; and for each that
+        raised, the reason. A measure that raised is not taken again.
     """
-    for call in providers.values():
-        for _ in range(_WARM_UP):
-            call()
-    samples: dict[str, list[float]] = {name: [] for name in providers}
-    for _ in range(rounds):
-        for name, call in providers.items():
-            _synchronise(device)
-            start = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            _synchronise(device)
-            samples[name].append((time.perf_counter() - start) / repeats * 1e6)
-    return {name: _quartiles(values) for name, values in samples.items()}
+    samples: dict[_Key, list[float]] = {key: [] for key in measures}
+    failures: dict[_Key, str] = {}
+    start = clock()
+    for done in range(rounds):
+        if done >= _LEAST_ROUNDS and clock() - start > seconds:
+            break
+        for key, measure in measures.items():
+            if key in failures:
+                continue
+            try:
+                samples[key].append(measure())
+            except Exception as error:
+                failures[key] = failure_reason(error)
+    return {key: quartiles(values) for key, values in samples.items() if key not in failures}, failures
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    """Median, lower and upper quartile of at least two times in microseconds."""
+    low, median, high = statistics.quantiles(values, n=4)
+    return {"median_us": median, "lower_us": low, "upper_us": high, "rounds": len(values)}
+
+
+def failure_reason(error: BaseException) -> str:
+    """One line for the result file. Running out of memory inside a graph capture surfaces as the capture's own error."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(cause):
+            return "out of memory"
+        cause = cause.__cause__ or cause.__context__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -62,28 +88,44 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": {
             "python": platform.python_version(),
+            "cuda": torch.version.cuda if device.type == "cuda" else None,
             **{p: installed_version(p) for p in ("torch", "triton", "vi-simsiam")},
         },
     }
 
 
-def write_result(folder: Path, name: str, device: torch.device, content: dict[str, Any]) -> Path:
-    """Write folder/DEVICE/name.json, DEVICE being the device's name in lower case."""
+def result_path(folder: Path, name: str, device: torch.device) -> Path:
+    """folder/DEVICE/name.json, DEVICE being the device's name in lower case."""
     label = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    path = folder / re.sub(r"[^a-z0-9]+", "-", label.lower()) / f"{name}.json"
+    return folder / re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-") / f"{name}.json"
+
+
+def write_result(path: Path, content: dict[str, Any]) -> None:
+    """Write a result file in one step: a run that is killed leaves the last complete one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    return path
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
 
 
-def _quartiles(values: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(values, n=4)
-    return {"median_us": median, "lower_us": low, "upper_us": high}
+def read_result(path: Path, benchmark: str) -> dict[str, Any]:
+    """A result file of that benchmark.
 
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    Raises:
+        InputError: no such file, no JSON, another benchmark's, or an older version's.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"results: {path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise InputError(f"results: {path} is no JSON file ({error})") from error
+    found = content.get("benchmark") if isinstance(content, dict) else None
+    if found != benchmark:
+        raise InputError(f"results: {path} holds benchmark {found!r}, not {benchmark!r}")
+    if "device_type" not in content:
+        raise InputError(f"results: {path} is of an older version; measure it again")
+    return content  # type: ignore[no-any-return]
 
 
 def _git(*arguments: str) -> str | None:

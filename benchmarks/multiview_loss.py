@@ -1,13 +1,16 @@
 """The fused loss against eager PyTorch and torch.compile: loss alone, and loss with its gradient.
 
-Every provider computes the Power Spherical loss of two views on the same random inputs. Before it is timed its loss
-and gradient are held to float64 by the rule of the tests (error at most twice that of eager in the same dtype); a provider
-that fails is reported without a time.
+Before a provider is timed its loss and gradient are held to float64 by the rule of the tests; one that is wrong, cannot run
+or runs out of memory is recorded with the reason and without a time. Timed is the least that training needs: the loss
+under no_grad ("forward"), and the loss with the gradient of every view by torch.autograd.grad ("forward_backward"), for
+a seed gradient made beforehand. Everything is compared with a copy, by PyTorch on the same device and measured in turn
+with the providers, of the bytes that cannot be avoided.
 """
 
 from __future__ import annotations
 
-import functools
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +18,24 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from vi_simsiam.engine.run import resolve_device
 from vi_simsiam.errors import InputError
-from vi_simsiam.ops.backends import BACKENDS, why_unavailable
-from vi_simsiam.ops.multiview_loss import LossForm, eager_loss, multiview_loss
+from vi_simsiam.ops.multiview_loss import LossForm
 
-from .harness import provenance, time_interleaved, write_result
+from . import plots, report
+from .cases import MODES, Case, Inputs, cases_for, draw_inputs
+from .harness import failure_reason, interleave, provenance, read_result, result_path, write_result
+from .providers import COMPILED, Provider, allowed_errors, check, errors, failed, make_providers, reference
+from .targets import targets
+from .timers import Timer, timer_for
 
-_CASES = [(64, 512), (64, 2048), (256, 2048), (1024, 2048), (4096, 2048), (32768, 2048)]
-_SHORT_CASES = [(64, 2048), (256, 2048), (1024, 2048)]
-_MOST_ELEMENTS_ON_CPU = 2**22
+NAME = "multiview_loss"
+
+_SHORT_SECONDS = {"cuda": 170.0, "cpu": 85.0}
+_CASE_SECONDS = {"cuda": 1.5, "cpu": 3.0}
+"""No new round of a case begins after this long in one mode; compiling comes on top."""
 
 
 @dataclass(frozen=True)
@@ -37,149 +45,190 @@ class Options:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     short: bool = False
-    """Only the telling cases."""
+    """Only the telling cases, within three minutes."""
+    only: str = ""
+    """Only cases whose name contains this, such as "256x2048" or "bfloat16"."""
     rounds: int = 15
     """Measurements of every provider, at least 3; the median is reported."""
     out: Path | None = None
-    """Folder for the result file; None to print only."""
+    """Folder for OUT/DEVICE/multiview_loss.json and its plots; None to print only."""
+    resume: bool = False
+    """Keep the cases that the result file in --out already has from the same commit, device and versions."""
 
     def __post_init__(self) -> None:
         if self.rounds < 3:
             raise InputError(f"rounds: {self.rounds} must be at least 3")
+        if self.resume and self.out is None:
+            raise InputError("resume: say where the result file is with --out")
 
 
-def run(options: Options, console: Console | None = None) -> dict[str, Any]:
-    """Measure all cases, print a table, and write the result file if a folder is given."""
+def run(
+    options: Options,
+    console: Console | None = None,
+    *,
+    providers: Callable[[LossForm, torch.device], dict[str, Provider | str]] = make_providers,
+    timer: Timer | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
+    """Measure the cases, print tables, and write the result file after each case if a folder is given.
+
+    Args:
+        options: what to measure.
+        console: where to print.
+        providers: makes the providers of a case, or for those that cannot run the reason.
+        timer: how to time; None for the device's own.
+        clock: the time in seconds, for the limit on --short.
+    """
     console = console or Console()
     device = resolve_device(options.device)
-    dtypes = [torch.float32] if device.type == "cpu" else [torch.float32, torch.bfloat16]
-    cases = []
-    for batch, dim in _SHORT_CASES if options.short else _CASES:
-        if device.type == "cpu" and batch * dim > _MOST_ELEMENTS_ON_CPU:
+    wanted = [case for case in cases_for(device.type, short=options.short) if options.only in case.name]
+    if not wanted:
+        raise InputError(f"only: no case's name contains {options.only!r}")
+    path = None if options.out is None else result_path(options.out, NAME, device)
+    result: dict[str, Any] = {"benchmark": NAME, "device_type": device.type, **provenance(device), "cases": []}
+    if options.resume and path is not None and path.exists():
+        result["cases"] = _kept(path, result)
+    timer = timer or timer_for(device)
+    limit = _SHORT_SECONDS[device.type] if options.short else math.inf
+    start = clock()
+    for case in wanted:
+        if any(case.name == known["name"] for known in result["cases"]):
             continue
-        for dtype in dtypes:
-            cases.append(_case(batch, dim, dtype, device, options.rounds))
-            _print(cases[-1], console)
-    result = {"benchmark": "multiview_loss", **provenance(device), "views": 2, "targets": 2, "cases": cases}
-    if options.out is not None:
-        console.print(f"written: {write_result(options.out, 'multiview_loss', device, result)}")
+        used = clock() - start
+        if used > 0.85 * limit:
+            console.print(f"left out: {case.name}; --short has used {used:.0f} s")
+            continue
+        made = providers(case.form, device)
+        if used > 0.35 * limit and COMPILED[1] in made:
+            made[COMPILED[1]] = f"left out: it compiles longest, and --short had used {used:.0f} s"
+        result["cases"].append(measure_case(case, device, made, timer, rounds=options.rounds))
+        console.print(report.case_table(result["cases"][-1]))
+        if path is not None:
+            write_result(path, result)
+    console.print(report.targets_table(targets(result)))
+    if path is not None:
+        for written in (path, *plots.draw(result, path.parent)):
+            console.print(f"written: {written}", soft_wrap=True)
     return result
 
 
-def _case(batch: int, dim: int, dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, Any]:
-    form = LossForm("power_spherical", float(dim - 1))
-    generator = torch.Generator(device).manual_seed(0)
-    common = torch.randn(batch, dim, device=device, generator=generator)
-    z = (common + 0.5 * torch.randn(2, batch, dim, device=device, generator=generator)).to(dtype)
-    p = torch.randn(2, batch, dim + 1, device=device, generator=generator)
-    p[..., :dim] = common + 0.5 * p[..., :dim]
-    p = p.to(dtype)
+def measure_case(
+    case: Case, device: torch.device, providers: dict[str, Provider | str], timer: Timer, *, rounds: int
+) -> dict[str, Any]:
+    """Check and time all providers on one case; whatever fails is recorded with its reason.
 
-    providers: dict[str, Callable[[Tensor], Tensor]] = {
-        "torch.compile": torch.compile(lambda x: eager_loss(x, z, form).mean(), fullgraph=True, dynamic=False)
-    }
-    for name in BACKENDS:
-        if why_unavailable(name, device.type) is None:
-            providers[name] = functools.partial(multiview_loss, targets=z, form=form, backend=name)
-
-    exact = _loss_and_gradient(lambda x: eager_loss(x, z.double(), form).mean(), p.double())
-    errors: dict[str, tuple[float, float]] = {}
-    failures: dict[str, str] = {}
-    for name, provider in providers.items():
-        try:
-            errors[name] = _errors(_loss_and_gradient(provider, p), exact)
-        except Exception as error:  # no compiler for torch.compile, no memory: a result like any other
-            failures[name] = (str(error).splitlines() or [type(error).__name__])[0]
-    allowed = [2 * error + 4 * torch.finfo(dtype).eps for error in errors["eager"]]
-    correct = {
-        name: name in errors and all(e <= a for e, a in zip(errors[name], allowed, strict=True)) for name in providers
-    }
-    timed = [name for name in providers if correct[name]]
-    leaf = p.clone().requires_grad_()
-    repeats = max(1, min(20, 2**22 // (batch * dim)))
-    forward = time_interleaved(
-        {name: functools.partial(_forward, providers[name], p) for name in timed},
-        device,
-        rounds=rounds,
-        repeats=repeats,
-    )
-    both = time_interleaved(
-        {name: functools.partial(_forward_backward, providers[name], leaf) for name in timed},
-        device,
-        rounds=rounds,
-        repeats=repeats,
-    )
+    Returns:
+        The case, the copy's times, and for every provider what `providers.check` says and, in each mode, None where it was not
+        timed, or `failure`, or: `time` and on a GPU `host` (quartiles, see timers.py), `bytes_per_second` of the bytes
+        that cannot be avoided, `copy_share` (the copy's time over this one) and `peak_bytes` above the inputs.
+    """
+    copies: dict[str, dict[str, float] | None] = {}
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        generator = torch.Generator(device).manual_seed(0)
+        sets = [
+            draw_inputs(case, device, generator) for _ in range(timer.distinct_bytes // case.least_bytes("forward") + 1)
+        ]
+        found = _checked(case, providers, sets[0])
+        timer.release()
+        for mode in MODES:
+            correct = {name: p for name, p in providers.items() if not isinstance(p, str) and found[name]["correct"]}
+            try:
+                copies[mode], times = _timed(case, mode, correct, sets, timer, rounds)
+            except Exception as error:  # no memory for the copy
+                reason = failure_reason(error)
+                times = {name: {"failure": reason} for name in correct}
+            for name, values in times.items():
+                found[name][mode] = values
+            timer.release()
+    except Exception as error:  # no memory for inputs or reference
+        found = {name: failed(failure_reason(error)) for name in providers}
+    timer.release()
     return {
-        "batch": batch,
-        "dim": dim,
-        "dtype": str(dtype).removeprefix("torch."),
-        "providers": {
-            name: {
-                "correct": correct[name],
-                "failure": failures.get(name),
-                "loss_error": errors[name][0] if name in errors else None,
-                "gradient_error": errors[name][1] if name in errors else None,
-                "forward": forward.get(name),
-                "forward_backward": both.get(name),
-            }
-            for name in providers
-        },
+        "name": case.name,
+        **{field: getattr(case, field) for field in ("distribution", "batch", "dim", "views", "targets", "dtype")},
+        "least_bytes": {mode: case.least_bytes(mode) for mode in MODES},
+        "copy": {mode: copies.get(mode) for mode in MODES},
+        "providers": {name: {**dict.fromkeys(MODES), **values} for name, values in found.items()},
     }
 
 
-def _forward(provider: Callable[[Tensor], Tensor], p: Tensor) -> None:
-    with torch.no_grad():
-        provider(p)
+def _checked(case: Case, providers: dict[str, Provider | str], inputs: Inputs) -> dict[str, dict[str, Any]]:
+    """Every provider held to float64, or the reason why it cannot run."""
+    given = inputs.predictions, inputs.targets
+    exact = reference(*given, case.form, torch.float64)
+    allowed = allowed_errors(errors(reference(*given, case.form, case.torch_dtype), exact), case.torch_dtype)
+    return {
+        name: failed(p) if isinstance(p, str) else check(p, *given, exact, allowed) for name, p in providers.items()
+    }
 
 
-def _forward_backward(provider: Callable[[Tensor], Tensor], leaf: Tensor) -> None:
-    leaf.grad = None
-    provider(leaf).backward()
-
-
-def _loss_and_gradient(provider: Callable[[Tensor], Tensor], p: Tensor) -> tuple[Tensor, Tensor]:
-    leaf = p.detach().clone().requires_grad_()
-    loss = provider(leaf)
-    loss.backward()
-    assert leaf.grad is not None
-    return loss.detach(), leaf.grad
-
-
-def _errors(found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """Largest absolute error, relative to the largest exact value."""
-    loss, gradient = ((f.double() - e).abs().max() / e.abs().max() for f, e in zip(found, exact, strict=True))
-    return loss.item(), gradient.item()
-
-
-def _print(case: dict[str, Any], console: Console) -> None:
-    table = Table(title=f"{case['batch']} x {case['dim']}, {case['dtype']}, 2 views")
-    for column in ("provider", "loss (us)", "loss + gradient (us)", "gradient error", "against torch.compile"):
-        table.add_column(column, justify="left" if column == "provider" else "right")
-    baseline = case["providers"]["torch.compile"]
-    for name, found in case["providers"].items():
-        if not found["correct"]:
-            table.add_row(name, "-", "-", "-", found["failure"] or f"wrong result ({found['gradient_error']:.1e})")
+def _timed(
+    case: Case, mode: str, providers: dict[str, Provider], sets: list[Inputs], timer: Timer, rounds: int
+) -> tuple[dict[str, float] | None, dict[str, dict[str, Any]]]:
+    """Times of the copy and of every provider in one mode, all measured in turn."""
+    nbytes, device = case.least_bytes(mode), sets[0].seed.device
+    found: dict[str, dict[str, Any]] = {name: {} for name in providers}
+    measures: dict[tuple[str, str], Callable[[], float]] = {}
+    copies = _copy_sets(nbytes, device, timer.distinct_bytes)
+    measures["copy", "time"] = timer.prepare(_copy, copies, nbytes)["time"]
+    for name, provider in providers.items():
+        call = _forward(provider) if mode == "forward" else _forward_backward(provider)
+        try:
+            prepared = timer.prepare(call, sets, nbytes)
+            found[name]["peak_bytes"] = timer.peak_bytes(lambda call=call: call(sets[0]))  # type: ignore[misc]
+        except Exception as error:
+            found[name]["failure"] = failure_reason(error)
             continue
-        both = found["forward_backward"]["median_us"]
-        ratio = f"{baseline['forward_backward']['median_us'] / both:.2f}x" if baseline["correct"] else "-"
-        forward = found["forward"]["median_us"]
-        table.add_row(name, f"{forward:,.0f}", f"{both:,.0f}", f"{found['gradient_error']:.1e}", ratio)
-    console.print(table)
+        measures.update({(name, metric): measure for metric, measure in prepared.items()})
+    times, failures = interleave(measures, rounds=rounds, seconds=_CASE_SECONDS[device.type])
+    for (name, _), reason in failures.items():
+        if name in found:
+            found[name]["failure"] = reason
+    copy = times.get(("copy", "time"))
+    for name, values in found.items():
+        if "failure" in values:
+            continue
+        values.update({metric: times[name, metric] for metric in ("time", "host") if (name, metric) in times})
+        median = values["time"]["median_us"]
+        values["bytes_per_second"] = nbytes / median * 1e6
+        values["copy_share"] = copy["median_us"] / median if copy is not None else None
+    return copy, found
 
 
-def markdown_table(result: dict[str, Any]) -> str:
-    """A result file's cases as a Markdown table of medians in microseconds, for loss and gradient."""
-    names = list(result["cases"][0]["providers"])
-    lines = [
-        f"| batch x D | {' | '.join(names)} |",
-        "|---|" + "---:|" * len(names),
+def _forward(provider: Provider) -> Callable[[Inputs], Tensor]:
+    def call(inputs: Inputs) -> Tensor:
+        with torch.no_grad():
+            return provider(inputs.predictions, inputs.targets)
+
+    return call
+
+
+def _forward_backward(provider: Provider) -> Callable[[Inputs], tuple[Tensor, ...]]:
+    def call(inputs: Inputs) -> tuple[Tensor, ...]:
+        # autograd.grad with a given seed: neither accumulation nor torch's own fill is timed, for any provider.
+        return torch.autograd.grad(provider(inputs.predictions, inputs.targets), inputs.predictions, inputs.seed)
+
+    return call
+
+
+def _copy(pair: tuple[Tensor, Tensor]) -> Tensor:
+    return pair[1].copy_(pair[0])
+
+
+def _copy_sets(nbytes: int, device: torch.device, distinct_bytes: int) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of which one copy reads and writes `nbytes` together; random, as zeros may move faster."""
+    elements = max(1, nbytes // 8)
+    return [
+        (torch.rand(elements, device=device), torch.empty(elements, device=device))
+        for _ in range(distinct_bytes // nbytes + 1)
     ]
-    for case in result["cases"]:
-        cells = []
-        for name in names:
-            found = case["providers"][name]
-            cells.append(f"{found['forward_backward']['median_us']:,.0f} us" if found["correct"] else "no result")
-        lines.append(f"| {case['batch']} x {case['dim']}, {case['dtype']} | {' | '.join(cells)} |")
-    version = result["versions"]["torch"]
-    where = result["processor"] if result["driver"] is None else result["device"]
-    return "\n".join([*lines, "", f"{where}; PyTorch {version}; {result['date'][:10]}."])
+
+
+def _kept(path: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cases of the result file at `path`, if it was measured as this run measures."""
+    before = read_result(path, NAME)
+    for name in ("commit", "device", "driver", "versions"):
+        if before.get(name) != now[name]:
+            raise InputError(f"resume: {path} was measured with {name} {before.get(name)}, now it is {now[name]}")
+    return list(before["cases"])

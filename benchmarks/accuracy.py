@@ -1,0 +1,139 @@
+"""How many digits every way to compute the Power Spherical loss keeps, where training ends: large concentrations.
+
+Predictions are integer vectors whose squared length is 4096^2 and targets the first unit vector, so that the cosine is a
+multiple of 1/4096 that float32 arithmetic finds exactly, whatever the order of its sums; and a raw concentration above
+1e4 is its own softplus. What is left is the error of the function of cosine and concentration. Its reference is float64
+of the merged form, held to 60-digit values by the tests.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from vi_simsiam.engine.run import resolve_device
+from vi_simsiam.ops.multiview_loss import LossForm, eager_loss
+
+from .harness import failure_reason, provenance, result_path, write_result
+from .providers import COMPILED, make_providers
+
+NAME = "accuracy"
+DIM = 2048
+KAPPAS = (1e4, 1e5, 1e6)
+_FACTORS = tuple(2 ** (i / 4) for i in range(-8, 9))
+"""The concentration over the best one for the cosine: a quarter to four, where training moves."""
+_LENGTH = 4096
+_FORM = LossForm("power_spherical")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `vi-simsiam bench accuracy`."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    out: Path | None = None
+    """Folder for OUT/DEVICE/accuracy.json; None to print only."""
+
+
+def run(options: Options, console: Console | None = None) -> dict[str, Any]:
+    """Measure the errors of all providers in float32, print them, and write the result file if a folder is given."""
+    console = console or Console()
+    device = resolve_device(options.device)
+    rows: dict[str, Any] = {}
+    for name, provider in make_providers(_FORM, device).items():
+        if name in COMPILED:  # the compiled eager form: the same arithmetic
+            continue
+        try:
+            rows[name] = provider if isinstance(provider, str) else [errors(provider, k, device) for k in KAPPAS]
+        except Exception as error:
+            rows[name] = failure_reason(error)
+    result = {
+        "benchmark": NAME,
+        "device_type": device.type,
+        **provenance(device),
+        "dim": DIM,
+        "kappas": KAPPAS,
+        "providers": rows,
+    }
+    table = Table(title=f"largest error in float32 at D = {DIM}: value (nats), derivative by kappa")
+    for column in ("", *(f"kappa = {kappa:,.0f}" for kappa in KAPPAS)):
+        table.add_column(column, no_wrap=True)
+    for name, row in rows.items():
+        table.add_row(name, *([row] if isinstance(row, str) else (_cell(cell) for cell in row)))
+    console.print(table)
+    if options.out is not None:
+        path = result_path(options.out, NAME, device)
+        write_result(path, result)
+        console.print(f"written: {path}", soft_wrap=True)
+    return result
+
+
+def errors(provider: Any, kappa: float, device: torch.device) -> dict[str, float]:
+    """Largest absolute error of log-density (nats) and of its derivative by kappa, one cosine at a time.
+
+    Two equal views give twice the negative log-density; the derivative of one of them is its negative, once.
+    """
+    worst = {"value": 0.0, "derivative": 0.0}
+    for cosine in cosines(kappa):
+        views, targets = _inputs(cosine, kappa, device)
+        exact_views = [view.detach().double().requires_grad_() for view in views]
+        exact = eager_loss(exact_views, [target.double() for target in targets], _FORM).mean()
+        found = provider(views, targets)
+        slope = torch.autograd.grad(found, views)[0][0, DIM]
+        exact_slope = torch.autograd.grad(exact, exact_views)[0][0, DIM]
+        worst["value"] = max(worst["value"], abs(found.item() - exact.item()) / 2)
+        worst["derivative"] = max(worst["derivative"], abs(slope.item() - exact_slope.item()))
+    return worst
+
+
+def cosines(kappa: float) -> list[float]:
+    """Multiples of 1/4096 near those for which `kappa` is the best concentration times a factor of a quarter to four."""
+    numerators = {round(_LENGTH * (kappa / f) / (kappa / f + DIM - 1)) for f in _FACTORS}
+    return [n / _LENGTH for n in sorted(numerators)]
+
+
+def markdown_table(result: dict[str, Any]) -> str:
+    """The errors as a Markdown table."""
+    names = {
+        "textbook": "textbook (lgamma)",
+        "eager": "`eager`",
+        "cpu": "`cpu`",
+        "triton": "`triton`",
+        "cuda": "`cuda`",
+    }
+    lines = [
+        f"| float32, D = {result['dim']} | {' | '.join(f'kappa = {kappa:,.0f}' for kappa in result['kappas'])} |",
+        "|---|" + "---:|" * len(result["kappas"]),
+    ]
+    for name, row in result["providers"].items():
+        cells = [row] * len(result["kappas"]) if isinstance(row, str) else [_cell(cell) for cell in row]
+        lines.append(f"| {names.get(name, name)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(found: dict[str, float]) -> str:
+    return f"{found['value']:.1e}, {found['derivative']:.1e}"
+
+
+def _inputs(cosine: float, kappa: float, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """Two equal views of one sample at exactly this cosine to their targets."""
+    view = torch.zeros(1, DIM + 1)
+    first = round(cosine * _LENGTH)
+    view[0, 0] = first
+    rest = _LENGTH**2 - first**2
+    for column in range(1, DIM):  # the largest square that fits, again and again: about eight of them
+        root = math.isqrt(rest)
+        view[0, column] = root
+        rest -= root**2
+    view[0, DIM] = kappa
+    target = torch.zeros(1, DIM)
+    target[0, 0] = 1
+    return [view.to(device, copy=True).requires_grad_() for _ in range(2)], [target.to(device) for _ in range(2)]

@@ -1,0 +1,134 @@
+"""The cases that the loss is measured on, and their random inputs.
+
+Inputs are like those of training: one tensor a view, D + 1 columns (Power Spherical) in rows padded to a multiple of 16.
+The padding is no part of the tensor: a gradient for it would cost the providers that are not fused a copy.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vi_simsiam.ops.multiview_loss import LossForm
+
+MODES = ("forward", "forward_backward")
+"""The loss under no_grad, and the loss with its gradient."""
+
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: `views` predictions of (batch, dim + 1) (cosine: dim) and `targets` targets of (batch, dim)."""
+
+    batch: int
+    dim: int
+    views: int = 2
+    targets: int = 2
+    dtype: str = "float32"
+    distribution: str = "power_spherical"
+
+    @property
+    def name(self) -> str:
+        """What the case is called in results; unique."""
+        return f"{self.distribution} {self.batch}x{self.dim} {self.views}x{self.targets} {self.dtype}"
+
+    @property
+    def width(self) -> int:
+        """Columns of a prediction that mean something."""
+        return self.dim + (self.distribution == "power_spherical")
+
+    @property
+    def form(self) -> LossForm:
+        """The loss, with concentrations as in training: around dim - 1."""
+        return LossForm("cosine") if self.distribution == "cosine" else LossForm("power_spherical", float(self.dim - 1))
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of all inputs."""
+        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+
+    def least_bytes(self, mode: str) -> int:
+        """Bytes that must move: read predictions and targets, and with gradient write the predictions' gradient."""
+        predictions = self.views * self.batch * self.width
+        elements = predictions * (2 if mode == "forward_backward" else 1) + self.targets * self.batch * self.dim
+        return elements * self.torch_dtype.itemsize
+
+
+_TELLING = {
+    "cuda": (
+        Case(64, 2048, dtype="bfloat16"),
+        Case(32768, 2048, dtype="bfloat16"),
+        Case(32768, 2048),
+        Case(256, 2048),
+        Case(1024, 2048, dtype="bfloat16"),
+        Case(256, 2048, 8, 2, dtype="bfloat16"),
+        Case(4096, 2048, 8, 2, dtype="bfloat16"),
+        Case(4096, 8192),
+    ),
+    "cpu": (Case(256, 2048), Case(64, 2048), Case(1024, 2048), Case(64, 512), Case(256, 2048, dtype="bfloat16")),
+}
+_FULL = {
+    "cuda": (
+        *(
+            Case(batch, dim, views, 2, dtype)
+            for dtype, views, dim, batch in itertools.product(
+                ("bfloat16", "float32"), (2, 8), (2048, 512, 128, 8192), (64, 256, 1024, 4096, 32768)
+            )
+        ),
+        Case(256, 2048, dtype="bfloat16", distribution="cosine"),
+        Case(32768, 2048, dtype="bfloat16", distribution="cosine"),
+        Case(32768, 2048, distribution="cosine"),
+    ),
+    "cpu": (
+        Case(64, 128),
+        Case(256, 512),
+        Case(1024, 512),
+        Case(4096, 512),
+        Case(64, 8192),
+        Case(256, 8192),
+        Case(64, 2048, 8, 2),
+        Case(256, 2048, 8, 2),
+        Case(64, 2048, dtype="bfloat16"),
+        Case(256, 2048, distribution="cosine"),
+    ),
+}
+
+
+def cases_for(device_type: str, *, short: bool) -> tuple[Case, ...]:
+    """The cases in the order in which they are measured: the telling ones first. On a CPU those that fit its memory."""
+    telling = _TELLING[device_type]
+    return telling if short else tuple(dict.fromkeys(telling + _FULL[device_type]))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a provider is called with, and the gradient of its result."""
+
+    predictions: list[Tensor]
+    targets: list[Tensor]
+    seed: Tensor
+
+
+def draw_inputs(case: Case, device: torch.device, generator: torch.Generator) -> Inputs:
+    """Random views of common directions, cosines around 0.8; the padding is NaN, which nobody may read."""
+    dtype = case.torch_dtype
+    common = torch.randn(case.batch, case.dim, device=device, generator=generator)
+
+    def view() -> Tensor:
+        return common + 0.5 * torch.randn(case.batch, case.dim, device=device, generator=generator)
+
+    predictions = []
+    for _ in range(case.views):
+        row = math.ceil(case.width / _ALIGNMENT) * _ALIGNMENT
+        padded = torch.full((case.batch, row), math.nan, device=device, dtype=dtype)
+        padded[:, : case.dim] = view()
+        if case.width > case.dim:
+            padded[:, case.dim] = torch.randn(case.batch, device=device, generator=generator)
+        predictions.append(padded[:, : case.width].detach().requires_grad_())
+    targets = [view().to(dtype) for _ in range(case.targets)]
+    return Inputs(predictions, targets, torch.ones((), device=device))

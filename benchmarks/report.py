@@ -1,0 +1,211 @@
+"""Tables of result files for the terminal and for Markdown, and the marked sections of documents.
+
+A section of a Markdown file between `<!-- bench: KIND PATH... -->` and `<!-- /bench -->` is written by
+`vi-simsiam bench report FILE`, from result files whose paths are relative to that file. Nobody types its figures.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.markup import escape
+from rich.table import Table
+
+from vi_simsiam.errors import InputError
+
+from . import accuracy
+from .cases import cases_for
+from .harness import read_result
+from .plots import plot_paths
+from .providers import COMPILED, FUSED
+from .targets import NOT_MEASURED, Target, case_label, cpu_targets, fastest, gpu_targets, speed_up, time_of
+
+_SECTION = re.compile(r"(<!-- bench: (.*?) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+_NOTHING = f"{NOT_MEASURED.capitalize()}."
+_NOISY = 0.2
+_MODES = {"forward": "loss", "forward_backward": "loss + gradient"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `vi-simsiam bench report`."""
+
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Markdown files whose marked sections to write anew from the result files that they name."""
+
+
+def run(options: Options) -> None:
+    """Rewrite the marked sections of Markdown files."""
+    if not options.files:
+        raise InputError("files: name at least one Markdown file")
+    for path in options.files:
+        try:
+            text = path.read_text()
+        except OSError as error:
+            raise InputError(f"files: {path} cannot be read ({error.strerror})") from error
+        path.write_text(fill(text, path.parent))
+        print(f"written: {len(_SECTION.findall(text))} sections of {path}")
+
+
+def fill(text: str, folder: Path) -> str:
+    """`text` with its marked sections as the result files say now; their paths are relative to `folder`."""
+
+    def section(match: re.Match[str]) -> str:
+        kind, *paths = match.group(2).split()
+        if kind not in _KINDS:
+            raise InputError(f"bench: section {kind!r} is none of {', '.join(_KINDS)}")
+        return f"{match.group(1)}{_KINDS[kind](paths, folder)}\n{match.group(3)}"
+
+    return _SECTION.sub(section, text)
+
+
+def case_table(case: dict[str, Any]) -> Table:
+    """One case for the terminal: a row a provider; without times where the result was wrong."""
+    table = Table(title=case_label(case), title_justify="left")
+    with_host = any((found[mode] or {}).get("host") for found in case["providers"].values() for mode in _MODES)
+    host = ("host",) if with_host else ()
+    table.add_column("provider")
+    for mode in _MODES.values():
+        for column in (mode, *host):
+            table.add_column(column, justify="right")
+    for column in ("of copy", "vs compile", "error", "memory"):
+        table.add_column(column, justify="right")
+    notes = ["times in us; share of a copy's speed, speed-up, error and memory are those of loss + gradient"]
+    copy, baseline = case["copy"]["forward_backward"], fastest(case, COMPILED, "forward_backward")
+    if copy is not None:
+        notes.append(f"copy of the bytes that must move: {_us(copy['median_us'])}")
+    for name, found in case["providers"].items():
+        if not found["correct"]:
+            notes.append(f"{name}: {found['failure']}")
+            continue
+        both = found["forward_backward"] or {}
+        own, share, peak = (both.get(key) for key in ("time", "copy_share", "peak_bytes"))
+        table.add_row(
+            name,
+            *(_cell(case, name, mode, metric) for mode in _MODES for metric in ("time", *host)),
+            "-" if share is None else f"{share:.0%}",
+            f"{baseline[1]['median_us'] / own['median_us']:.2f}x" if own and baseline else "-",
+            f"{found['gradient_error']:.1e}",
+            "-" if peak is None else f"{peak / 2**20:,.1f} MiB",
+        )
+    notes += _noise(case)
+    table.caption, table.caption_justify = escape("\n".join(notes)), "left"
+    return table
+
+
+def targets_table(found: Sequence[Target]) -> Table:
+    """Targets for the terminal."""
+    table = Table(title="targets", title_justify="left")
+    for column in ("what", "target", "measured", "met"):
+        table.add_column(column)
+    for target in found:
+        table.add_row(target.what, target.wanted, target.figure, _MET[target.met])
+    return table
+
+
+def markdown_table(result: dict[str, Any], *, mode: str = "forward_backward", metric: str = "time") -> str:
+    """A result file's cases as a Markdown table of medians; of a GPU's many cases the telling ones.
+
+    Args:
+        result: what `vi-simsiam bench loss` wrote.
+        mode: "forward" or "forward_backward".
+        metric: "time", or "host" (GPU only).
+    """
+    telling = {case.name for case in cases_for("cuda", short=True)}
+    cases = [case for case in result["cases"] if result["device_type"] != "cuda" or case["name"] in telling]
+    names = list(dict.fromkeys(name for case in cases for name in case["providers"]))
+    shown = [name for name in names if any(time_of(case, name, mode, metric) for case in cases)]
+    last = ["faster than torch.compile", *(["of a copy's speed"] if metric == "time" else [])]
+    lines = [f"| batch x D | {' | '.join([*shown, *last])} |", "|---|" + "---:|" * len([*shown, *last])]
+    for case in cases:
+        ratio = speed_up(case, COMPILED, mode, metric)
+        cells = [_cell(case, name, mode, metric) for name in shown]
+        cells.append("-" if ratio is None else f"{ratio:.2f} x")
+        if metric == "time":
+            ours = fastest(case, FUSED, mode)
+            share = case["providers"][ours[0]][mode]["copy_share"] if ours else None
+            cells.append("-" if share is None else f"{share:.0%}")
+        lines.append(f"| {case_label(case)} | {' | '.join(cells)} |")
+    lines.append("")
+    for name in names:
+        if name not in shown:
+            reason = next((case["providers"][name]["failure"] for case in cases if name in case["providers"]), None)
+            lines.append(f"No time for {name} ({reason or NOT_MEASURED}).")
+    where = result["processor"] if result["device_type"] == "cpu" else f"{result['device']}, driver {result['driver']}"
+    return "\n".join([*lines, f"Medians in us. {where}; PyTorch {result['versions']['torch']}; {result['date'][:10]}."])
+
+
+def markdown_targets(found: Sequence[Target]) -> str:
+    """Targets as a Markdown table."""
+    lines = ["| what | target | measured | met |", "|---|---|---|---|"]
+    lines += [f"| {target.what} | {target.wanted} | {target.figure} | {_MET[target.met]} |" for target in found]
+    return "\n".join(lines)
+
+
+_MET = {True: "yes", False: "no", None: "-"}
+
+
+def _cell(case: dict[str, Any], name: str, mode: str, metric: str) -> str:
+    """A median in microseconds, or why there is none."""
+    found = case["providers"].get(name)
+    times = time_of(case, name, mode, metric)
+    if times is not None:
+        return _us(times["median_us"]).removesuffix(" us")
+    if found is None:
+        return "-"
+    reason = found["failure"] or (found[mode] or {}).get("failure") or NOT_MEASURED
+    return str(reason).split(":")[0]
+
+
+def _noise(case: dict[str, Any]) -> list[str]:
+    """A note where the quartiles of a time lie so far apart that its median says little."""
+    spreads = [
+        ((times["upper_us"] - times["lower_us"]) / times["median_us"], name)
+        for name in case["providers"]
+        for mode in _MODES
+        if (times := time_of(case, name, mode)) is not None
+    ]
+    spread, name = max(spreads, default=(0.0, ""))
+    if spread < _NOISY:
+        return []
+    return [f"noisy: the quartiles of {name} lie {spread:.0%} of the median apart; is the machine busy?"]
+
+
+def _us(value: float) -> str:
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2
+    return f"{value:,.{digits}f} us"
+
+
+def _result(path: Path) -> dict[str, Any] | None:
+    return read_result(path, "multiview_loss") if path.exists() else None
+
+
+def _table_section(metric: str, paths: list[str], folder: Path) -> str:
+    result = _result(folder / paths[0])
+    return _NOTHING if result is None else markdown_table(result, metric=metric)
+
+
+def _accuracy_section(paths: list[str], folder: Path) -> str:
+    path = folder / paths[0]
+    return accuracy.markdown_table(read_result(path, accuracy.NAME)) if path.exists() else _NOTHING
+
+
+def _plots_section(paths: list[str], folder: Path) -> str:
+    """Links to the plots beside a result file, where they were drawn."""
+    found = [path for path in plot_paths(Path(paths[0]).parent) if (folder / path).exists()]
+    return "\n\n".join(f"![{path.stem.replace('_', ' ')}]({path.as_posix()})" for path in found) or _NOTHING
+
+
+_KINDS = {
+    "table": lambda paths, folder: _table_section("time", paths, folder),
+    "host": lambda paths, folder: _table_section("host", paths, folder),
+    "gpu-targets": lambda paths, folder: markdown_targets(gpu_targets(_result(folder / paths[0]))),
+    "cpu-targets": lambda paths, folder: markdown_targets(cpu_targets(_result(folder / paths[0]))),
+    "accuracy": _accuracy_section,
+    "plots": _plots_section,
+}

@@ -1,0 +1,217 @@
+"""What is made of result files: comparisons, targets, tables, plots and documents; and how accurate the loss is."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmark_cases import CPU, given, scripted_result, slower
+
+from vi_simsiam.benchmarks import accuracy, plots, report
+from vi_simsiam.benchmarks.cases import Case
+from vi_simsiam.benchmarks.compare import compare
+from vi_simsiam.benchmarks.providers import textbook_loss
+from vi_simsiam.benchmarks.targets import cpu_targets, gpu_targets
+from vi_simsiam.cli import main
+from vi_simsiam.ops.multiview_loss import LossForm
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def result() -> dict[str, Any]:
+    return scripted_result()
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"factor": 1.0}, 0),
+        ({"factor": 0.5}, 0),
+        ({"factor": 1.015}, 0),
+        ({"factor": 1.05}, 1),
+        ({"factor": 1.05, "spread": 0.06}, 0),
+        ({"factor": 1.10, "spread": 0.06}, 1),
+        ({"factor": 1.20, "copied": 1.19}, 0),
+        ({"factor": 1.20, "copied": 0.5}, 1),
+    ],
+    ids=str,
+)
+def test_compare_judges_by_the_recorded_noise(
+    result: dict[str, Any], change: dict[str, float], code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, content in (("a", result), ("b", slower(result, **change))):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert main(["bench", "compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == code
+    said = capsys.readouterr().out
+    assert f"{2 * code} slower beyond the noise" in said
+    assert ("slower │" in said) == bool(code)
+
+
+def test_compare_calls_a_lost_result_a_regression(result: dict[str, Any]) -> None:
+    after = copy.deepcopy(result)
+    after["cases"][0]["providers"]["cpu"].update(correct=False, failure="inaccurate: gradient error 1e-2")
+    changes = [change for change in compare(result, after) if change.regression]
+    assert {(change.provider, change.note) for change in changes} == {("cpu", "inaccurate: gradient error 1e-2")}
+    assert not any(change.regression for change in compare(after, result)), "a new result is none"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read (No such file or directory)"),
+        ("{", "is no JSON file"),
+        ("[1]", "holds benchmark None, not 'multiview_loss'"),
+        ('{"benchmark": "accuracy"}', "holds benchmark 'accuracy'"),
+        ('{"benchmark": "multiview_loss", "cases": [{"batch": 3}]}', "is of an older version; measure it again"),
+        (
+            '{"benchmark": "multiview_loss", "device_type": "cpu", "cases": [{"batch": 3}]}',
+            "lacks what is compared ('name')",
+        ),
+        ('{"benchmark": "multiview_loss", "device_type": "cpu", "cases": 3}', "lacks what is compared"),
+        ('{"benchmark": "multiview_loss", "device_type": "cpu", "cases": []}', "no timed case in common"),
+    ],
+)
+def test_compare_names_bad_input_in_one_line(
+    result: dict[str, Any], content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(result))
+    if content is not None:
+        (tmp_path / "b.json").write_text(content)
+    assert main(["bench", "compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert message in said
+
+
+def test_targets_are_measured_or_say_so(result: dict[str, Any]) -> None:
+    for target in gpu_targets(None) + cpu_targets(None):
+        assert (target.figure, target.met) == ("not measured", None)
+    assert "| - |" in report.markdown_targets(gpu_targets(None))
+    result["cases"][0].update(name="power_spherical 256x2048 2x2 float32")
+    eager, compiled, nowhere = cpu_targets(result)
+    assert (eager.figure, eager.met) == ("4.00 times", True)
+    assert (compiled.figure, compiled.met) == ("2.00 times", True)
+    assert (nowhere.figure, nowhere.met) == ("slower in none of 4 comparisons", True)
+    nowhere = cpu_targets(slower(result, 2.1))[2]
+    assert nowhere.met is False
+    assert nowhere.figure.startswith("slower in 2 of 4, by 1.05 times at worst (64 x 512, float32")
+
+
+def test_gpu_targets_read_the_right_cases(result: dict[str, Any]) -> None:
+    """32768 x 2048 against the copy, 200 MB and more against torch.compile, small batches against eager."""
+    cases = []
+    for case in (Case(32768, 2048, dtype="bfloat16"), Case(64, 2048, dtype="bfloat16")):
+        made = copy.deepcopy(result["cases"][0])
+        made.update(
+            name=case.name, batch=case.batch, dim=case.dim, dtype=case.dtype,
+            least_bytes={mode: case.least_bytes(mode) for mode in ("forward", "forward_backward")},
+        )  # fmt: skip
+        made["providers"]["triton"] = made["providers"].pop("cpu")
+        made["providers"]["cuda"] = copy.deepcopy(made["providers"]["triton"])
+        made["providers"]["cuda"]["forward_backward"]["time"]["median_us"] = 12.0
+        made["copy"]["forward_backward"]["median_us"] = 9.5
+        cases.append(made)
+    found = {target.what: target for target in gpu_targets({**result, "device_type": "cuda", "cases": cases})}
+    figures = {what.removeprefix("loss and gradient "): (target.figure, target.met) for what, target in found.items()}
+    assert figures["at 32768 x 2048, bfloat16, against a copy of the same bytes"] == ("triton 1.05, cuda 1.26", True)
+    assert figures["at 32768 x 2048, float32, against a copy of the same bytes"] == ("not measured", None)
+    assert figures["against best torch.compile, from 200 MB of traffic on"] == ("2.00 times", True)
+    assert figures["against best torch.compile at B <= 1024, kernel time in a CUDA graph"] == ("2.00 times", False)
+    assert figures["against eager at B <= 256, kernel time in a CUDA graph"] == ("4.00 times", False)
+    agreement = figures["Triton against CUDA, loss and gradient at the telling cases"]
+    assert agreement == ("farthest apart: Triton / CUDA 0.83 at 64 x 2048, bfloat16", False)
+
+
+def test_markdown_comes_from_the_file(
+    result: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "loss.json").write_text(json.dumps(result))
+    (page := tmp_path / "page.md").write_text(
+        "before\n<!-- bench: table r/loss.json -->\nold\n<!-- /bench -->\nbetween\n"
+        "<!-- bench: host r/none.json -->\n<!-- /bench -->\n<!-- bench: plots r/loss.json -->\n<!-- /bench -->\nafter\n"
+    )
+    assert main(["bench", "report", str(page)]) == 0
+    capsys.readouterr()
+    text = page.read_text()
+    assert "| 64 x 512, float32 | 40.0 | 20.0 | 10.0 | 2.00 x | 50% |" in text
+    assert report.markdown_table(result) in text
+    assert "old" not in text
+    assert text.count("Not measured.") == 2
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert report.fill(text, tmp_path) == text
+    plots.draw(result, tmp_path / "r")
+    assert "![multiview loss speedup](r/multiview_loss_speedup.png)" in report.fill(text, tmp_path)
+    assert main(["bench", "report"]) == 2
+    page.write_text("<!-- bench: poem r/loss.json -->\n<!-- /bench -->")
+    assert main(["bench", "report", str(page)]) == 2
+    assert "section 'poem' is none of table" in capsys.readouterr().err
+
+
+def test_a_wrong_provider_shows_no_figure_in_markdown(result: dict[str, Any]) -> None:
+    result["cases"][0]["providers"]["cpu"].update(
+        correct=False, failure="inaccurate: loss error 1.0e-02, allowed 1e-06"
+    )
+    text = report.markdown_table(result)
+    assert "| 64 x 512, float32 | 40.0 | 20.0 | - | - |" in text
+    assert "No time for cpu (inaccurate: loss error 1.0e-02, allowed 1e-06)." in text
+
+
+def test_plots_need_no_times(result: dict[str, Any], tmp_path: Path) -> None:
+    for case in result["cases"]:
+        for found in case["providers"].values():
+            found.update(correct=False, failure="out of memory")
+        case["copy"] = {"forward": None, "forward_backward": None}
+    for path in (*plots.draw(result, tmp_path), *plots.draw({**result, "cases": []}, tmp_path)):
+        assert path.stat().st_size > 1000
+
+
+def test_documented_figures_are_those_of_the_result_files() -> None:
+    page = ROOT / "docs" / "loss-kernel.md"
+    text = page.read_text()
+    assert "<!-- bench: accuracy ../benchmarks/results/cpu/accuracy.json -->" in text
+    assert report.fill(text, page.parent) == text
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+    assert len(links) >= 4
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_accuracy_cosines_are_exact_and_around_the_optimum() -> None:
+    for kappa in accuracy.KAPPAS:
+        for cosine in accuracy.cosines(kappa):
+            views, targets = accuracy._inputs(cosine, kappa, CPU)
+            assert (views[0][:, : accuracy.DIM].double() ** 2).sum().item() == 4096**2
+            assert (views[0][0, : accuracy.DIM] @ targets[0][0]).item() / 4096 == cosine
+            assert 0.2 < (accuracy.DIM - 1) * cosine / (1 - cosine) / kappa < 5
+
+
+def test_eager_keeps_ten_times_the_digits_of_textbook() -> None:
+    form = LossForm("power_spherical")
+    for kappa in accuracy.KAPPAS:
+        textbook = accuracy.errors(lambda p, z: textbook_loss(p, z, form).mean(), kappa, CPU)
+        eager = accuracy.errors(given(form), kappa, CPU)
+        assert eager["value"] <= textbook["value"] / 10
+        assert eager["derivative"] <= textbook["derivative"] / 10
+
+
+def test_accuracy_command_writes_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accuracy, "KAPPAS", (1e4,))
+    monkeypatch.setattr(accuracy, "cosines", lambda kappa: [0.75])
+    assert main(["bench", "accuracy", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "cpu" / "accuracy.json").read_text())
+    assert {"textbook", "eager", "cpu"} == result["providers"].keys()
+    text = accuracy.markdown_table({**result, "providers": {**result["providers"], "cpu": "not available: not built"}})
+    assert "| `cpu` | not available: not built |" in text
+    assert f"| `eager` | {result['providers']['eager'][0]['value']:.1e}" in text
+
+
+def test_bench_help_names_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"\n  {name} " in said for name in ("loss", "compare", "accuracy", "report"))

@@ -1,0 +1,297 @@
+"""The benchmarks judge before they time: what is wrong, missing or too large is a result, and figures come from files."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from benchmark_cases import CPU, TINY, ScriptedTimer, drawn, given, out_of_memory, scripted_result, shown, slower
+from rich.console import Console
+from torch import Tensor
+
+from vi_simsiam.benchmarks import multiview_loss, plots, providers, report, timers
+from vi_simsiam.benchmarks.cases import Case, cases_for
+from vi_simsiam.benchmarks.harness import failure_reason, interleave
+from vi_simsiam.benchmarks.providers import Provider, errors, reference, textbook_loss
+from vi_simsiam.errors import InputError
+from vi_simsiam.ops.multiview_loss import LossForm, eager_loss
+
+
+def measured(timer: timers.Timer, **extra: Provider | str) -> dict[str, Any]:
+    return multiview_loss.measure_case(TINY, CPU, {"eager": given(TINY.form), **extra}, timer, rounds=3)
+
+
+def test_the_gate_refuses_wrong_results_and_prints_no_time_for_them() -> None:
+    def unwritten(predictions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        return (
+            eager_loss([predictions[0], predictions[1].detach()], targets, TINY.form).mean() + predictions[1].sum() * 0
+        )
+
+    case = measured(
+        ScriptedTimer(1, 2), wrong=given(TINY.form, 1 + 1e-5), half=unwritten, nan=given(TINY.form, float("nan"))
+    )
+    assert case["providers"]["eager"]["correct"]
+    assert case["providers"]["eager"]["forward_backward"]["copy_share"] == 0.5
+    for name in ("wrong", "half", "nan"):
+        found = case["providers"][name]
+        assert not found["correct"]
+        assert found["failure"].startswith("inaccurate: ")
+        assert found["forward"] is found["forward_backward"] is None
+    assert "gradient error 1.0e-05, allowed" in case["providers"]["wrong"]["failure"]
+    assert case["providers"]["nan"]["gradient_error"] is None
+    json.loads(json.dumps(case, allow_nan=False))
+    rows = [line for line in shown(report.case_table(case)).splitlines() if line.startswith(("│ ", "wrong"))]
+    assert [row.split()[1] for row in rows] == ["eager", "inaccurate:"]
+
+
+def test_a_gradient_left_unwritten_is_not_hidden_by_the_memory_of_the_last_result() -> None:
+    """The first call's gradients are overwritten with NaN: what a second call does not write is seen."""
+    exact = reference(*drawn(TINY), TINY.form, torch.float64)
+    buffers = [torch.zeros(3, 21), torch.zeros(3, 21)]
+
+    class Lazy(torch.autograd.Function):
+        calls = 0
+
+        @staticmethod
+        def forward(ctx: Any, *predictions: Tensor) -> Tensor:
+            return torch.tensor(exact.loss, dtype=torch.float32)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Any:
+            for buffer, right in zip(buffers, exact.gradients, strict=True):
+                if Lazy.calls == 0:
+                    buffer.copy_(right)
+            Lazy.calls += 1
+            return tuple(buffers)
+
+    found = providers.check(lambda p, z: Lazy.apply(*p), *drawn(TINY), exact, (1e-6, 1e-6))
+    assert Lazy.calls == 2
+    assert not found["correct"]
+    assert found["gradient_error"] is None
+
+
+def test_what_cannot_run_or_lacks_memory_is_a_result() -> None:
+    case = measured(ScriptedTimer(1, 2, 3), oom=out_of_memory, triton="not available: it takes CUDA tensors")
+    assert case["providers"]["oom"]["failure"] == "out of memory"
+    assert case["providers"]["triton"]["failure"] == "not available: it takes CUDA tensors"
+    assert case["providers"]["eager"]["forward"]["time"]["median_us"] == 2
+    assert "oom: out of memory" in shown(report.case_table(case))
+
+
+def test_memory_that_lacks_only_for_timing_is_a_result() -> None:
+    """Under graph capture the allocator's error is the context of the capture's own."""
+    error = RuntimeError("operation failed due to a previous error during capture")
+    error.__context__ = torch.OutOfMemoryError("CUDA out of memory")
+    case = measured(ScriptedTimer(1, error, 3), cpu=given(TINY.form))
+    assert case["providers"]["eager"]["forward_backward"] == {"failure": "out of memory"}
+    assert case["providers"]["eager"]["correct"]
+    assert case["providers"]["cpu"]["forward_backward"]["time"]["median_us"] == 3
+    assert "out of memory" in shown(report.case_table(case))
+    without_copy = measured(ScriptedTimer(MemoryError()))
+    assert without_copy["providers"]["eager"]["forward"] == {"failure": "out of memory"}
+
+
+def test_a_busy_machine_is_noted() -> None:
+    result = scripted_result()
+    assert "noisy" not in shown(report.case_table(result["cases"][0]))
+    noisy = slower(result, 1.0, spread=0.5)
+    assert "noisy: the quartiles of cpu lie 50% of the median apart" in shown(report.case_table(noisy["cases"][0]))
+
+
+def test_inputs_that_do_not_fit_are_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiview_loss, "draw_inputs", lambda *_: out_of_memory([], []))
+    assert measured(ScriptedTimer(1))["providers"]["eager"]["failure"] == "out of memory"
+
+
+def test_failure_reason_is_one_line() -> None:
+    assert failure_reason(ValueError("\n  no compiler \n at all")) == "ValueError: no compiler"
+    assert failure_reason(KeyError()) == "KeyError"
+    assert failure_reason(RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")) == "out of memory"
+
+
+def test_measures_are_taken_in_turn_until_the_time_is_up() -> None:
+    taken: list[str] = []
+
+    def measure(name: str) -> float:
+        taken.append(name)
+        if name == "bad" and len(taken) > 3:
+            raise ValueError("broke")
+        return float(len(taken))
+
+    now = iter(range(100))
+    times, failures = interleave(
+        {name: lambda name=name: measure(name) for name in ("a", "bad", "b")},  # type: ignore[misc]
+        rounds=50,
+        seconds=6.5,
+        clock=lambda: float(next(now)),
+    )
+    assert taken[:8] == ["a", "bad", "b", "a", "bad", "b", "a", "b"]
+    assert failures == {"bad": "ValueError: broke"}
+    assert times.keys() == {"a", "b"}
+    assert times["a"]["rounds"] == 11
+    assert times["a"]["lower_us"] < times["a"]["median_us"] < times["a"]["upper_us"]
+
+
+def test_wall_timer_repeats_short_calls() -> None:
+    calls: list[int] = []
+    measures = timers.WallTimer().prepare(calls.append, [1, 2], 8)
+    assert len(calls) == 2
+    assert measures["time"]() > 0
+    assert calls[2:5] == [1, 2, 1]
+    assert len(calls) <= 102
+
+
+def test_cuda_timer_captures_enough_distinct_calls() -> None:
+    """The structure alone, on a stand-in for torch: every set in the graph, warm-up before capture, replay before timing."""
+    with mock.patch.object(timers, "torch") as fake:
+        fake.cuda.get_device_properties.return_value.L2_cache_size = 100
+        fake.cuda.Event.return_value.elapsed_time.return_value = 8.0
+        timer = timers.CudaTimer(torch.device("cuda:0"))
+        assert timer.distinct_bytes == 300
+        calls: list[int] = []
+        many = timer.prepare(calls.append, list(range(40)), 10)
+        assert calls == [0, 1, 2, *range(40)]
+        order: list[str] = []
+        fake.cuda.CUDAGraph.return_value.replay.side_effect = lambda: order.append("replay")
+        fake.cuda.Event.return_value.record.side_effect = lambda: order.append("record")
+        assert many["time"]() == pytest.approx(8000 / 40)
+        assert order == ["replay", "record", "replay", "record"], "busy before the timed replay"
+        calls.clear()
+        few = timer.prepare(calls.append, [0, 1], 5 * 10**8)
+        assert calls == [0, 1, 0, 0, 1, 0, 1]
+        assert few["time"]() == 2000
+        assert few["host"]() >= 0
+        alive: weakref.WeakSet[Any] = weakref.WeakSet()
+        counts: list[int] = []
+
+        def result_of(number: int) -> object:
+            counts.append(len(alive))
+            alive.add(made := type("Result", (), {})())
+            return made
+
+        timer.prepare(result_of, [0, 1, 2], 10)
+        assert counts[3:] == [0, 1, 2] + [3] * 13, "results of one turn lie in different memory"
+        assert not alive
+        pool = timer._pool
+        fake.cuda.graph_pool_handle.return_value = "fresh"
+        fake.cuda.graph.return_value.__exit__.return_value = False
+        with pytest.raises(ValueError, match="in capture"):
+            timer.prepare(mock.Mock(side_effect=[None, None, None, ValueError("in capture")]), [0], 10**10)
+        assert timer._pool == "fresh" != pool
+        fake.cuda.memory_allocated.return_value, fake.cuda.max_memory_allocated.return_value = 10, 35
+        assert timer.peak_bytes(lambda: None) == 25
+        timer.release()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_case_has_all_figures() -> None:
+    device = torch.device("cuda")
+    timer = timers.timer_for(device)
+    made = {name: p for name, p in providers.make_providers(TINY.form, device).items() if "compile" not in name}
+    case = multiview_loss.measure_case(Case(1024, 512), device, made, timer, rounds=5)
+    for name in ("eager", "triton"):
+        both = case["providers"][name]["forward_backward"]
+        assert both["time"]["median_us"] > 0
+        assert both["host"]["median_us"] > 0
+        assert both["peak_bytes"] >= 2 * 1024 * 513 * 4
+        assert 0 < both["copy_share"] < 1.2
+
+
+def test_cases_and_inputs_are_those_of_training() -> None:
+    case = Case(64, 2048, 8, 2, "bfloat16")
+    assert case.least_bytes("forward") == (8 * 64 * 2049 + 2 * 64 * 2048) * 2
+    assert case.least_bytes("forward_backward") == (2 * 8 * 64 * 2049 + 2 * 64 * 2048) * 2
+    small = dataclasses.replace(case, batch=2, views=3)
+    predictions, targets = drawn(small)
+    assert [p.shape for p in predictions] == [(2, 2049)] * 3
+    assert all(p.stride() == (2064, 1) and p.is_leaf and p.requires_grad for p in predictions)
+    assert [z.shape for z in targets] == [(2, 2048)] * 2
+    assert predictions[0].detach().as_strided((2, 15), (2064, 1), 2049).isnan().all()
+    assert not any(x.isnan().any() for x in (*predictions, *targets))
+    for device in ("cpu", "cuda"):
+        names = [c.name for c in cases_for(device, short=False)]
+        assert len(set(names)) == len(names)
+        assert names[: len(cases_for(device, short=True))] == [c.name for c in cases_for(device, short=True)]
+    grid = {(c.batch, c.dim, c.views) for c in cases_for("cuda", short=False) if c.distribution == "power_spherical"}
+    assert grid == {(b, d, v) for b in (64, 256, 1024, 4096, 32768) for d in (128, 512, 2048, 8192) for v in (2, 8)}
+    assert len(cases_for("cuda", short=True)) == 8
+
+
+@pytest.mark.parametrize("form", [LossForm("power_spherical", 19.0), LossForm("cosine")], ids=str)
+def test_reference_in_pieces_and_textbook_are_eager(form: LossForm, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(7, 20, 3, 2, distribution=form.distribution)
+    predictions, targets = drawn(case)
+    loss = eager_loss([p.double() for p in predictions], [z.double() for z in targets], form).mean()
+    whole = providers.Outcome(loss.item(), torch.autograd.grad(loss, predictions))
+    monkeypatch.setattr(providers, "_CHUNK_ELEMENTS", 130)
+    pieces = reference(predictions, targets, form, torch.float64)
+    assert pieces.loss == pytest.approx(whole.loss, rel=1e-14)
+    assert max(errors(pieces, whole)) < 1e-7
+    book = textbook_loss([p.double() for p in predictions], [z.double() for z in targets], form).mean()
+    assert book.item() == pytest.approx(whole.loss, rel=1e-11)
+    assert errors(providers.Outcome(float("nan"), whole.gradients), whole)[0] != 0
+
+
+def test_providers_that_are_not_here_say_why() -> None:
+    made = providers.make_providers(TINY.form, CPU)
+    assert list(made) == ["textbook", "eager", "torch.compile", "cpu"]
+    with mock.patch.object(providers, "why_unavailable", return_value="the extension was built without nvcc"):
+        on_gpu = providers.make_providers(TINY.form, torch.device("cuda"))
+    assert on_gpu["cuda"] == "not available: the extension was built without nvcc"
+    assert list(on_gpu)[2:4] == list(providers.COMPILED)
+
+
+def test_run_writes_file_and_plots_and_resumes(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def some(form: LossForm, device: torch.device) -> dict[str, Provider | str]:
+        made.append(str(form))
+        return {"eager": given(form), "torch.compile": given(form), "cpu": "not available: not built"}
+
+    options = multiview_loss.Options(device="cpu", only="64x512", rounds=3, out=tmp_path)
+    console = Console(file=io.StringIO())
+    timer = ScriptedTimer(5, 40, 20)
+    multiview_loss.run(options, console, providers=some, timer=timer)
+    path = tmp_path / "cpu" / "multiview_loss.json"
+    written = json.loads(path.read_text())
+    assert [case["name"] for case in written["cases"]] == ["power_spherical 64x512 2x2 float32"]
+    assert {"date", "commit", "device", "processor", "driver", "versions"} <= written.keys()
+    for plot in plots.plot_paths(path.parent):
+        assert plot.read_bytes().startswith(b"\x89PNG")
+    both = dataclasses.replace(options, only="64x", resume=True, short=True)
+    resumed = multiview_loss.run(both, console, providers=some, timer=timer)
+    assert len(made) == len(resumed["cases"]) == 2, "the case that was there is not measured again"
+    path.write_text(path.read_text().replace(written["versions"]["torch"], "0.1"))
+    with pytest.raises(InputError, match="was measured with versions"):
+        multiview_loss.run(both, console, providers=some, timer=timer)
+    with pytest.raises(InputError, match="no case's name contains '65x'"):
+        multiview_loss.run(dataclasses.replace(options, only="65x"), console)
+
+
+def test_short_keeps_its_time(tmp_path: Path) -> None:
+    """First the provider that compiles longest is left out, then whole cases."""
+    now = iter([0.0, 0.0, 40.0, 80.0, 80.0, 80.0])
+
+    def some(form: LossForm, device: torch.device) -> dict[str, Provider | str]:
+        return {"eager": given(form), providers.COMPILED[1]: given(form)}
+
+    console = Console(file=io.StringIO(), width=300)
+    found = multiview_loss.run(
+        multiview_loss.Options(device="cpu", short=True, rounds=3),
+        console,
+        providers=some,
+        timer=ScriptedTimer(1),
+        clock=lambda: next(now),
+    )
+    assert [case["providers"][providers.COMPILED[1]]["correct"] for case in found["cases"]] == [True, False]
+    assert "--short had used 40 s" in found["cases"][1]["providers"][providers.COMPILED[1]]["failure"]
+    assert console.file.getvalue().count("left out: power_spherical") == 3  # type: ignore[attr-defined]
