@@ -39,9 +39,13 @@ soak: install
 gpu: install
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/vi-simsiam bench loss --short --out benchmarks/results
+	$(BIN)/vi-simsiam bench accuracy --out benchmarks/results
+	$(BIN)/vi-simsiam bench report README.md docs/loss-kernel.md
 
 bench: install
-	$(BIN)/vi-simsiam bench loss
+	$(BIN)/vi-simsiam bench loss --out benchmarks/results
+	$(BIN)/vi-simsiam bench accuracy --out benchmarks/results
+	$(BIN)/vi-simsiam bench report README.md docs/loss-kernel.md
 
 clean:
 	rm -rf $(ENV) build dist *.egg-info

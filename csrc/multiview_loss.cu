@@ -27,7 +27,7 @@
 // a fixed order: the same input gives the same bits.
 
 #include "cuda_launch.cuh"
-#include "multiview_parts.cuh"
+#include "multiview_loss_parts.cuh"
 
 namespace vi_simsiam {
 namespace {

@@ -55,8 +55,10 @@ def run_tests(*arguments: str, wrapper: tuple[str, ...] = (), device: str = "cud
 
 
 def test_the_losses_on_cuda_tensors() -> None:
-    """tests/test_multiview_loss.py, test_fused_loss.py and test_compile.py: golden values, gradcheck, hypothesis, opcheck, compile."""
-    run_tests("tests/test_multiview_loss.py", "tests/test_fused_loss.py", "tests/test_compile.py")
+    """tests/test_multiview_loss.py, test_multiview_loss_autograd.py and test_multiview_loss_compile.py: golden values, gradcheck, hypothesis, opcheck, compile."""
+    run_tests(
+        "tests/test_multiview_loss.py", "tests/test_multiview_loss_autograd.py", "tests/test_multiview_loss_compile.py"
+    )
 
 
 @fused
@@ -67,7 +69,12 @@ def test_compute_sanitizer_finds_nothing(backend: str) -> None:
         pytest.skip("compute-sanitizer is not installed: memory accesses of the kernels are not checked")
     for tool in ("memcheck", "racecheck", "initcheck"):
         wrapper = (sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all")
-        run_tests("tests/test_fused_loss.py", "-k", f"{backend} and (padded or incoming or mean_is)", wrapper=wrapper)
+        run_tests(
+            "tests/test_multiview_loss_autograd.py",
+            "-k",
+            f"{backend} and (padded or incoming or mean_is)",
+            wrapper=wrapper,
+        )
 
 
 def kernels_of(call: Callable[[], object]) -> list[str]:

@@ -60,7 +60,7 @@ def test_numbers_in_the_interpreter(cases: tuple[str, ...]) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("tests", ["test_multiview_loss.py", "test_fused_loss.py"])
+@pytest.mark.parametrize("tests", ["test_multiview_loss.py", "test_multiview_loss_autograd.py"])
 def test_public_functions_in_the_interpreter(tests: str) -> None:
     """Every test of the public losses once more with backend "triton"."""
     _run_cases(True, tests, select="triton")

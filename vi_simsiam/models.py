@@ -19,8 +19,8 @@ from vi_simsiam.config import LossConfig, ModelConfig, Stem, TrainConfig
 from vi_simsiam.distributions import PowerSpherical
 from vi_simsiam.errors import InputError
 from vi_simsiam.functional import cosine_loss, power_spherical_loss
-from vi_simsiam.ops.fused_launch import padded_width
 from vi_simsiam.ops.multiview_loss import LossForm, softplus
+from vi_simsiam.ops.multiview_loss_launch import padded_width
 
 # kappa/(D - 1) at the start, near its optimum for the cosines of an untrained network. From softplus(0) = 0.69 the first
 # steps throw the raw concentration so far down that its gradient is gone for an epoch.

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.backends import choose_backend
-from vi_simsiam.ops.fused_launch import LossCall, padded_width
-from vi_simsiam.ops.fused_loss import TRANSFORMED, fused_loss
+from vi_simsiam.ops.multiview_loss_autograd import TRANSFORMED, fused_loss
+from vi_simsiam.ops.multiview_loss_launch import LossCall, padded_width
 from vi_simsiam.ops.power_spherical import log_density_ratio
 
 DistributionName = Literal["power_spherical", "cosine"]

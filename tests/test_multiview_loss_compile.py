@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from vi_simsiam.functional import power_spherical_loss
 from vi_simsiam.nn import PowerSphericalLoss
-from vi_simsiam.ops.fused_launch import LossCall
+from vi_simsiam.ops.multiview_loss_launch import LossCall
 
 
 @fused

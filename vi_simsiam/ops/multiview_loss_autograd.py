@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vi_simsiam.ops.fused_launch import LossCall, launch_loss, launch_scale, new_gradient, prepare
+from vi_simsiam.ops.multiview_loss_launch import LossCall, launch_loss, launch_scale, new_gradient, prepare
 
 TRANSFORMED = (
     "the multi-view loss does not run under torch.vmap, the other transforms of torch.func and forward-mode "

@@ -20,8 +20,8 @@ from vi_simsiam.functional import cosine_loss, power_spherical_loss
 from vi_simsiam.nn import CosineLoss, PowerSphericalLoss
 from vi_simsiam.ops import backends
 from vi_simsiam.ops.backends import interpreting
-from vi_simsiam.ops.fused_launch import LossCall, _Tickets
 from vi_simsiam.ops.multiview_loss import LossForm, multiview_loss
+from vi_simsiam.ops.multiview_loss_launch import LossCall, _Tickets
 
 FORMS = pytest.mark.parametrize("form", [LossForm("power_spherical", 3.0, 0.5), COSINE], ids=str)
 
