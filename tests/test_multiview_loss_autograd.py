@@ -14,11 +14,12 @@ import torch
 import torch.utils.checkpoint
 from losses import COSINE, POWER_SPHERICAL, draw, every, fused, on_cpu_only
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vi_simsiam.errors import BackendUnavailableError, InputError
 from vi_simsiam.functional import cosine_loss, power_spherical_loss
 from vi_simsiam.nn import CosineLoss, PowerSphericalLoss
-from vi_simsiam.ops import backends
+from vi_simsiam.ops import backends, multiview_loss_launch
 from vi_simsiam.ops.backends import interpreting
 from vi_simsiam.ops.multiview_loss import LossForm, multiview_loss
 from vi_simsiam.ops.multiview_loss_launch import LossCall, _Tickets
@@ -392,6 +393,19 @@ def test_a_package_without_its_extension_says_so(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(power_spherical_loss(p, z), power_spherical_loss(p, z, backend="eager"))
     with pytest.raises(BackendUnavailableError, match=r"'cpu' .* does not load \(no such file\)"):
         power_spherical_loss(p, z, backend="cpu")
+
+
+def test_tickets_set_aside_while_tracing_are_real(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.export runs under modes that make every new tensor fake; a ticket of theirs would break all later launches."""
+    made = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(multiview_loss_launch, "_ticket", lambda device: made.append(torch.zeros(3)))
+    with FakeTensorMode():
+        multiview_loss_launch.prepare("cuda", None)
+    assert [type(x) for x in made] == [Tensor]
+    multiview_loss_launch.prepare("cpu", None)
+    assert len(made) == 1
 
 
 def test_launches_that_may_overlap_have_tickets_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from vi_simsiam.ops.backends import extension
 
@@ -41,9 +42,12 @@ def new_gradient(predictions: Sequence[Tensor], call: LossCall) -> Tensor:
     first = predictions[0]
     # float16 would lose a gradient divided by a large batch.
     narrow = first.dtype == torch.bfloat16 and call.dtype == torch.float32
-    batch, width = first.shape
-    rows = first.new_empty((len(predictions), batch, padded_width(width)), dtype=first.dtype if narrow else call.dtype)
-    return rows[..., :width]
+    return _padded_rows(first, (len(predictions), *first.shape), first.dtype if narrow else call.dtype)
+
+
+def _padded_rows(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    *outer, width = shape
+    return like.new_empty((*outer, padded_width(width)), dtype=dtype)[..., :width]
 
 
 def launch_loss(
@@ -86,7 +90,7 @@ def launch_loss(
         return
     p, z = _rows(predictions, call), _rows(targets, call)
     if call.backend == "cuda" and z[0].dtype != p[0].dtype:  # compiled for equal dtypes, and for float32 targets
-        z = [x.to(call.dtype) for x in z]
+        z = [x.to(call.dtype, memory_format=torch.contiguous_format) for x in z]
     if call.distribution == "cosine":
         form = "cosine"
     else:
@@ -145,7 +149,7 @@ def launch_scale(
                 concentration_gradient.mul_(factor)
     elif gradient.numel():
         half = dtype == torch.float16 and gradient.dtype == torch.float32
-        out = torch.empty_like(gradient, dtype=dtype) if half else gradient
+        out = _padded_rows(gradient, gradient.shape, dtype) if half else gradient
         if call.backend == "triton":
             from vi_simsiam.kernels import multiview_loss as kernel
 
@@ -191,7 +195,8 @@ def _rows(views: Sequence[Tensor], call: LossCall | None = None) -> Sequence[Ten
 class _Tickets:
     """Numbers on a GPU by which the last program of a launch knows that it is the last; 0 before and after a launch.
 
-    Two launches that may run at the same time need two. Launches of one stream follow each other and share one. A
+    Two launches that may run at the same time need two. Launches of one stream follow each other and share one; torch
+    neither destroys its streams nor uses the stream that is another one in every thread. A
     captured one may be replayed on any stream and has one of its own, taken from memory that was set to 0 before: a
     node of the graph to do so would take as long as the loss of a small batch.
     """
@@ -221,9 +226,13 @@ _tickets: dict[int, _Tickets] = {}
 
 @torch.compiler.assume_constant_result
 def prepare(device_type: str, index: int | None) -> None:
-    """Set tickets aside while a graph is traced: compiled code may run for the first time with a CUDA graph's memory."""
-    if device_type == "cuda":
-        _ticket(torch.device(device_type, torch.cuda.current_device() if index is None else index))
+    """Set tickets aside while a graph is traced: compiled code may run for the first time with a CUDA graph's memory.
+
+    torch.export calls this with its modes at work, under which memory would be fake.
+    """
+    if device_type == "cuda" and torch.cuda.is_available():
+        with _disable_current_modes():
+            _ticket(torch.device(device_type, torch.cuda.current_device() if index is None else index))
 
 
 def _ticket(device: torch.device) -> Tensor:
