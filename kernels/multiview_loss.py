@@ -262,7 +262,8 @@ def multiview_loss_kernel(
         if RESIDENT:
             z_elements = _elements(z_ptrs, 0, g[None, :, None], sample * z_stride + d, BLOCK_G)
             z = _load(z_elements, (g < GLOBALS)[None, :, None] & (d < DIM), FULL_G).to(ACC)
-            zz = tl.sum(z * z, axis=2)
+            if VIEWS > BLOCK_V:
+                zz = tl.sum(z * z, axis=2)
 
         gain = tl.full([], 0.0, ACC)
         for first_view in range(0, VIEWS, BLOCK_V):
@@ -280,6 +281,8 @@ def multiview_loss_kernel(
                 p = _load(p_elements, is_view[:, :, None] & (d < DIM), FULL_V).to(ACC)
                 pz = tl.sum(p * z, axis=2)
                 pp = tl.sum(p * p, axis=2)
+                if VIEWS <= BLOCK_V:  # a sum across warps ends in a barrier, which no load passes: after those of p
+                    zz = tl.sum(z * z, axis=2)
             else:
                 pz = tl.zeros([BLOCK_V, BLOCK_G], ACC)
                 pp = tl.zeros([BLOCK_V, 1], ACC)

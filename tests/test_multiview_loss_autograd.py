@@ -376,6 +376,7 @@ def test_wrong_concentrations_are_named(
         power_spherical_loss(torch.rand(2, 3, 9), z, concentration=torch.ones(2, 3))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("kind", ["sparse", "nested"])
 def test_tensors_that_are_not_dense_are_named(kind: str) -> None:
     p, z = (x.float() for x in draw(POWER_SPHERICAL, 2, 2, 5, 17))
