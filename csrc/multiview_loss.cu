@@ -134,8 +134,7 @@ __global__ void __launch_bounds__(Resident<MODE, Prediction, Target>::THREADS,
         for (int c = 0; c < CHUNKS; ++c) rows[c][k].load(row, columns, c);
       }
     };
-    Argument<Prediction> argument{};
-    Real loss = 0;
+    Real argument = evaluates ? pair.load(0) : Real(0), loss = 0;
     load_views(p, 0);
 #pragma unroll
     for (int g = 0; g < RESIDENT_TARGETS; ++g) {
@@ -144,7 +143,6 @@ __global__ void __launch_bounds__(Resident<MODE, Prediction, Target>::THREADS,
 #pragma unroll
       for (int c = 0; c < CHUNKS; ++c) z[c][g].load(row, columns, c);
     }
-    if (evaluates) argument = pair.load(0);
 
 #pragma unroll 1
     for (int v = 0; v < (MANY ? views : 1); v += TILE) {
@@ -164,7 +162,7 @@ __global__ void __launch_bounds__(Resident<MODE, Prediction, Target>::THREADS,
       if (evaluates) {
         const int k = pair.view_in_tile(), g = pair.target();
         Real square_p = 0, square_z = 0, product = 0;
-        const Real(&partial)[SUMS][MAX_WARPS + 1] = shared.partial[set];
+        const Real(&partial)[SUMS][MAX_WARPS] = shared.partial[set];
 #pragma unroll 4
         for (int w = lane_team * team_warps; w < (lane_team + 1) * team_warps; ++w) {
           square_p += partial[k][w];
@@ -172,18 +170,17 @@ __global__ void __launch_bounds__(Resident<MODE, Prediction, Target>::THREADS,
           product += partial[2 * TILE + k * TILE + g][w];
         }
         loss += pair.evaluate(square_p, square_z, product, shared, everywhere ? warp : lane_team, writes);
-        if (!more && warp == 0 && writes && here % Lane::LANES == 0)
-          static_cast<Real*>(problem.loss)[first + lane_team] = loss;
+        if (!more && warp == 0) {
+          if (writes && here % Lane::LANES == 0) static_cast<Real*>(problem.loss)[first + lane_team] = loss;
+          // Before the gradient: the way to memory and back is covered by the stores.
+          if (problem.mean != nullptr && first + step >= problem.batch) arrived = take_ticket(settings.ticket, lane);
+        }
       }
       if (everywhere) {
         __syncwarp();
       } else {
         __syncthreads();
       }
-      // After the barrier: the other warps do not wait for the way to memory and back. Before the gradient: its stores
-      // cover that way.
-      if (!more && warp == 0 && problem.mean != nullptr && first + step >= problem.batch)
-        arrived = take_ticket(settings.ticket, lane);
       set ^= 1;
 
       if (exists)
@@ -231,8 +228,7 @@ __global__ void __launch_bounds__(STREAMED_THREADS, WIDE && std::is_same_v<Predi
     };
     Real loss = 0;
     for (int v = 0; v < views; v += TILE) {
-      Argument<Prediction> argument{};
-      if (warp == 0) argument = pair.load(v);
+      const Real argument = warp == 0 ? pair.load(v) : Real(0);
       const Prediction* p_rows[TILE] = {view_row(v), view_row(v + 1)};
       for (int g = 0; g < targets; g += TILE) {
         const Target* z_rows[TILE] = {target_row(g), target_row(g + 1)};
@@ -267,12 +263,13 @@ __global__ void __launch_bounds__(STREAMED_THREADS, WIDE && std::is_same_v<Predi
         const int k = pair.view_in_tile(), g = pair.target();
         const int known = min(g, targets - 1);  // the others' sums were never formed
         loss += pair.evaluate(shared.square_p[k], shared.square_z[known], shared.product[k][known], shared, 0, true);
-        if (v + TILE >= views && lane == 0) static_cast<Real*>(problem.loss)[sample] = loss;
+        if (v + TILE >= views) {
+          if (lane == 0) static_cast<Real*>(problem.loss)[sample] = loss;
+          if (problem.mean != nullptr && sample + gridDim.x >= problem.batch)
+            arrived = take_ticket(settings.ticket, lane);
+        }
       }
       __syncthreads();
-      // Where the resident kernel takes it, for the same reasons.
-      if (v + TILE >= views && warp == 0 && problem.mean != nullptr && sample + gridDim.x >= problem.batch)
-        arrived = take_ticket(settings.ticket, lane);
       if (problem.gradient == nullptr) continue;
 
 #pragma unroll 1
@@ -406,8 +403,6 @@ const char* multiview_loss_cuda(const MultiviewProblem& problem, DType predictio
     return "between 1 target view and as many as there are views are accepted";
   if (problem.dim > INT32_MAX / 4) return "more than 2^29 dimensions";
   if (problem.mean != nullptr && ticket == nullptr) return "the mean needs a ticket";
-  if (problem.mean != nullptr && reinterpret_cast<uintptr_t>(problem.loss) % VECTOR_BYTES != 0)
-    return "the mean needs losses at an address divisible by 16 bytes";
   if (problem.mean != nullptr && problem.batch <= 0) return "the mean over an empty batch is undefined";
   if (problem.batch <= 0) return nullptr;
   if (prediction == DType::bfloat16)

@@ -46,7 +46,7 @@ const char* cpu_variant();
 // Enqueues one kernel on the stream of the current device. Targets have the predictions' dtype or float32
 // (float64 goes with float64 only); the compute type is float64 for float64 and float32 otherwise; the gradient
 // has the compute type or the predictions' dtype. ticket, needed with mean: a number that is 0 before the launch
-// and after it; loss is then at an address divisible by 16 bytes. Returns nullptr, or what went wrong.
+// and after it. Returns nullptr, or what went wrong.
 const char* multiview_loss_cuda(const MultiviewProblem& problem, DType prediction, DType target, DType gradient,
                                 uint32_t* ticket, void* stream);
 

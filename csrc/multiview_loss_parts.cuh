@@ -13,7 +13,7 @@ constexpr int MAX_WARPS = 32;
 constexpr int TILE = 2;                       // views and targets whose sums are formed at once
 constexpr int SUMS = 2 * TILE + TILE * TILE;  // |p_v|^2, |z_g|^2, p_v.z_g
 constexpr int RESIDENT_TARGETS = TILE;
-constexpr int MEAN_LOSSES = 16;  // that a thread of the last block has in flight
+constexpr int MEAN_LOADS = 16;  // losses that a thread of the last block has in flight
 
 // What the kernels need in the compute type; made on the host.
 template <typename Real>
@@ -33,9 +33,8 @@ __device__ __forceinline__ const Parameter& reread(const Parameter& parameter) {
 // What the threads of a block tell one another.
 template <typename Real>
 struct Shared {
-  // Sums of every warp. Two sets: while a slow warp still reads one, a fast one may write the next tile's. Rows of an
-  // odd length: lanes that touch one column of different rows touch different banks.
-  Real partial[2][SUMS][MAX_WARPS + 1];
+  // Sums of every warp. Two sets: while a slow warp still reads one, a fast one may write the next tile's.
+  Real partial[2][SUMS][MAX_WARPS];
   Real square_p[TILE], square_z[MAX_VIEWS], product[TILE][MAX_VIEWS];  // of a sample whose rows are streamed
   // The gradient of a view is along * p + sum_g toward[g] z_g.
   Real toward[WARP], along[WARP], to_concentration[WARP];
@@ -93,14 +92,6 @@ __device__ __forceinline__ void add_products(Real (&sums)[SUMS], const Chunk (&p
   }
 }
 
-// What the concentration is made from, as it is in memory: a conversion where it is loaded would wait for it there,
-// before the loads of the rows.
-template <typename Prediction>
-struct Argument {
-  Prediction raw;
-  Compute<Prediction> given;
-};
-
 // One pair of a view and a target, evaluated by one lane. TARGETS lanes side by side share a view, LANES a sample,
 // whose results go to a slot of the shared arrays.
 template <int TARGETS, typename Prediction>
@@ -118,27 +109,25 @@ class Pair {
   __device__ __forceinline__ int target() const { return g_; }
 
   // The raw concentration of the lane's view in the tile that begins with first_view, or the concentration itself.
-  __device__ __forceinline__ Argument<Prediction> load(int first_view) const {
+  __device__ __forceinline__ Real load(int first_view) const {
     const int v = min(first_view + k_, int(problem_.views) - 1);
-    Argument<Prediction> argument{};
     if (problem_.form == Form::raw_concentration)
-      argument.raw = static_cast<const Prediction*>(
-          problem_.predictions[v])[sample_ * problem_.prediction_stride + problem_.dim];
+      return load_element(static_cast<const Prediction*>(problem_.predictions[v]) +
+                          sample_ * problem_.prediction_stride + problem_.dim);
     if (problem_.form == Form::given_concentration)
-      argument.given = static_cast<const Real*>(problem_.concentration)[v * problem_.batch + sample_];
-    return argument;
+      return static_cast<const Real*>(problem_.concentration)[v * problem_.batch + sample_];
+    return Real(0);
   }
 
   // What does not depend on the cosine: done while the rows are on their way.
-  __device__ __forceinline__ void prepare(int first_view, const Argument<Prediction>& argument) {
+  __device__ __forceinline__ void prepare(int first_view, Real argument) {
     v_ = first_view + k_;
     if (problem_.form == Form::cosine) return;
-    Real kappa = argument.given < Real(0) ? Real(NAN) : argument.given;
+    Real kappa = argument < Real(0) ? Real(NAN) : argument;
     slope_ = Real(1);
     if (problem_.form == Form::raw_concentration) {
-      const Real raw = Real(argument.raw);
-      kappa = settings_.scale * softplus(raw) + settings_.minimum;
-      slope_ = settings_.scale * sigmoid(raw);
+      kappa = settings_.scale * softplus(argument) + settings_.minimum;
+      slope_ = settings_.scale * sigmoid(argument);
     }
     normalizer_ = settings_.density.with_concentration(kappa);
   }
@@ -231,33 +220,16 @@ __device__ __forceinline__ Real tree_sum(const Real (&x)[SIZE]) {
 // By the last block of the grid: losses are read from L2, in an order that depends on the size of the block alone.
 template <typename Real>
 __device__ __forceinline__ void write_mean(const MultiviewProblem& problem, Real* partial, int thread, int threads) {
-  constexpr int IN_VECTOR = VECTOR_BYTES / int(sizeof(Real)), VECTORS = MEAN_LOSSES / IN_VECTOR;
-  const Real* loss = static_cast<const Real*>(problem.loss);
-  const int at_once = MEAN_LOSSES * threads;
-  int64_t left = problem.batch;
-  Real sums[MEAN_LOSSES] = {};
-  // No load depends on a condition: all of a round are under way before the first is waited for.
-#pragma unroll 1
-  for (; left >= at_once; left -= at_once, loss += at_once) {
-    uint4 vectors[VECTORS];
+  Real sums[MEAN_LOADS] = {};
+  for (int64_t first = 0; first < problem.batch; first += MEAN_LOADS * threads) {
+    const Real* loss = static_cast<const Real*>(problem.loss) + first;
+    const int left = int(min(problem.batch - first, int64_t(MEAN_LOADS * threads)));
 #pragma unroll
-    for (int i = 0; i < VECTORS; ++i) vectors[i] = __ldcg(reinterpret_cast<const uint4*>(loss) + i * threads + thread);
-#pragma unroll
-    for (int i = 0; i < VECTORS; ++i) {
-      Real part[IN_VECTOR];
-      memcpy(part, &vectors[i], VECTOR_BYTES);
-#pragma unroll
-      for (int j = 0; j < IN_VECTOR; ++j) sums[i * IN_VECTOR + j] += part[j];
+    for (int i = 0; i < MEAN_LOADS; ++i) {
+      if (const int sample = i * threads + thread; sample < left) sums[i] += __ldcg(loss + sample);
     }
   }
-  if (left > 0) {
-    Real rest[MEAN_LOSSES];
-#pragma unroll
-    for (int i = 0; i < MEAN_LOSSES; ++i) rest[i] = __ldcg(loss + min(i * threads + thread, int(left) - 1));
-#pragma unroll
-    for (int i = 0; i < MEAN_LOSSES; ++i) sums[i] += i * threads + thread < left ? rest[i] : Real(0);
-  }
-  const Real of_warp = lanes_sum<WARP>(tree_sum<0, MEAN_LOSSES>(sums));
+  const Real of_warp = lanes_sum<WARP>(tree_sum<0, MEAN_LOADS>(sums));
   if (thread % WARP == 0) partial[thread / WARP] = of_warp;
   __syncthreads();
   if (thread >= WARP) return;
@@ -280,13 +252,10 @@ template <typename Real>
 __device__ __forceinline__ void finish(const MultiviewProblem& problem, Shared<Real>& shared, uint32_t arrived,
                                        int thread, int threads) {
   if (problem.mean == nullptr) return;
-  if (thread == 0) {
-    const bool is_last = arrived == gridDim.x - 1;
-    if (is_last) __threadfence();  // with the barrier: all threads see the losses stored before the other tickets
-    shared.is_last = is_last;
-  }
+  if (thread == 0) shared.is_last = arrived == gridDim.x - 1;
   __syncthreads();
   if (!shared.is_last) return;
+  __threadfence();
   write_mean(problem, shared.partial[0][0], thread, threads);
 }
 

@@ -165,16 +165,6 @@ def test_any_grid_gives_the_same_samples(kernels: Any, multiprocessors: int) -> 
     assert torch.equal(got["gradient"], case.run(kernels)["gradient"])
 
 
-@pytest.mark.parametrize("rest", [0, 5])
-@pytest.mark.parametrize(
-    ("views", "batch", "dtype"), [(2, 2048, F32), (3, 1024, F32), (2, 512, F64)], ids=["teams", "streamed", "float64"]
-)
-def test_the_mean_of_more_samples_than_a_block_has_in_flight(
-    kernels: Any, views: int, batch: int, dtype: torch.dtype, rest: int
-) -> None:
-    check(kernels, Case(views, views, batch + rest, 8, dtype=dtype))
-
-
 def test_without_gradient_or_mean(kernels: Any) -> None:
     for shape in ((2, 2, 5, 64), (4, 2, 5, 64), (3, 3, 5, 20)):
         want = check(kernels, Case(*shape))

@@ -150,7 +150,7 @@ def check_widths(name: str, kernel: Kernel) -> None:
         return
     chunks = {"small": 1, "two_views": 4 if "float float" in name else 2, "many_views": 2}.get(words[1], 1)
     vectors = 2 if words[-2] != words[-3] else 1  # float targets of a chunk of eight 16-bit predictions
-    assert kernel.count("LDG", "128", without="STRONG") >= chunks * (2 + 2 * vectors), name
+    assert kernel.count("LDG", "128") >= chunks * (2 + 2 * vectors), name
     assert kernel.count("STG", "128") >= 2 * chunks, name
     # Else the concentration (STRONG: the losses of the mean), and what follows the directions, the loss, the mean.
     assert kernel.count("LDG", without="128") - kernel.count("LDG", "STRONG", without="128") <= 4, name
