@@ -13,6 +13,9 @@ from vi_simsiam.errors import InputError
 Method = Literal["vi-simsiam", "simsiam"]
 Stem = Literal["imagenet", "small"]
 Precision = Literal["auto", "bf16", "fp32"]
+DataMemory = Literal["auto", "gpu", "host"]
+Capture = Literal["auto", "on", "off"]
+BatchNormStatistics = Literal["per-view", "joint"]
 
 
 def _check_integers(config: object) -> None:
@@ -42,6 +45,8 @@ class AugmentConfig:
     """Side of the two global views, in pixels."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Share of the image's area that a global view covers."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Aspect ratio of a crop, width over height."""
     local_views: int = 0
     """Number of additional small views (multi-crop); they are predicted from, never predicted."""
     local_size: int = 96
@@ -65,12 +70,42 @@ class AugmentConfig:
         for name in ("crop_scale", "local_scale"):
             low, high = getattr(self, name)
             _require(name, (low, high), 0 < low <= high <= 1, "two numbers with 0 < low <= high <= 1")
+        low, high = self.crop_ratio
+        _require("crop_ratio", (low, high), 0 < low <= high < math.inf, "two numbers with 0 < low <= high")
         for name in ("jitter_prob", "grayscale_prob", "blur_prob", "flip_prob"):
             _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a probability between 0 and 1")
         jitter_fits = all(math.isfinite(j) and j >= 0 for j in self.jitter) and self.jitter[3] <= 0.5
         _require("jitter", self.jitter, jitter_fits, "four numbers of at least 0, hue at most 0.5")
         low, high = self.blur_sigma
         _require("blur_sigma", (low, high), 0 < low <= high < math.inf, "two numbers with 0 < low <= high")
+
+
+POLICIES: dict[str, AugmentConfig] = {
+    "simsiam": AugmentConfig(),
+    # Caron et al., arXiv 2006.09882: two global and six local crops.
+    "multicrop": AugmentConfig(crop_scale=(0.14, 1.0), local_views=6),
+    # What lightly's ImageNette benchmark gives SimSiam: its views at 128 pixels.
+    "lightly-imagenette": AugmentConfig(size=128),
+    # The middle of the image, the same in both views.
+    "none": AugmentConfig(
+        crop_scale=(1.0, 1.0),
+        crop_ratio=(1.0, 1.0),
+        jitter_prob=0.0,
+        grayscale_prob=0.0,
+        blur_prob=0.0,
+        flip_prob=0.0,
+    ),
+}
+
+
+def policy(name: str) -> AugmentConfig:
+    """The named augmentation policy.
+
+    Raises:
+        InputError: there is no such policy.
+    """
+    _choice("policy", name, tuple(POLICIES))
+    return POLICIES[name]
 
 
 @dataclass(frozen=True)
@@ -126,6 +161,12 @@ class TrainConfig:
     """fashion-mini (embedded), folder:PATH, cifar10, imagenette or imagewoof."""
     data_root: Path = Path("data")
     """Where downloaded data sets are kept or looked for."""
+    offline: bool = False
+    """Never download: use what --data-root holds, or stop."""
+    cache_dir: Path | None = None
+    """Where decoded images are kept; None for vi-simsiam/ in the user's cache folder (XDG_CACHE_HOME or ~/.cache)."""
+    data_memory: DataMemory = "auto"
+    """Where the decoded images are while a GPU trains: gpu, host (streamed to it), or auto (gpu if they fit)."""
     epochs: int = 100
     batch_size: int = 64
     lr: float = 0.0125
@@ -145,6 +186,14 @@ class TrainConfig:
     """auto is bf16 on a GPU and fp32 on a CPU."""
     backend: str = "auto"
     """Implementation of the loss: auto, eager, triton, cuda or cpu."""
+    capture: Capture = "auto"
+    """Whether a GPU's training step is replayed as one CUDA graph; auto falls back to single launches."""
+    compile: bool = False
+    """Pass the network through torch.compile."""
+    batch_norm: BatchNormStatistics = "per-view"
+    """Whether BatchNorm normalises each view by its own statistics or all views of one size jointly."""
+    sync_batch_norm: bool = False
+    """With several GPUs: BatchNorm statistics over the batch of all of them."""
     log_every: int = 10
     """Steps between two lines in metrics.jsonl."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -155,6 +204,9 @@ class TrainConfig:
         _check_integers(self)
         _choice("method", self.method, get_args(Method))
         _choice("precision", self.precision, get_args(Precision))
+        _choice("data_memory", self.data_memory, get_args(DataMemory))
+        _choice("capture", self.capture, get_args(Capture))
+        _choice("batch_norm", self.batch_norm, get_args(BatchNormStatistics))
         _require("epochs", self.epochs, self.epochs >= 1, "at least 1")
         _require("batch_size", self.batch_size, self.batch_size >= 2, "at least 2 (BatchNorm needs two samples)")
         _require("lr", self.lr, 0 < self.lr < math.inf, "a positive number")
@@ -171,12 +223,14 @@ class TrainConfig:
         data = self.data
         if data.startswith("folder:"):
             data = f"folder:{Path(data.removeprefix('folder:')).expanduser().absolute()}"
-        return dataclasses.replace(self, data=data, data_root=self.data_root.expanduser().absolute())
+        cache = None if self.cache_dir is None else self.cache_dir.expanduser().absolute()
+        return dataclasses.replace(self, data=data, data_root=self.data_root.expanduser().absolute(), cache_dir=cache)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON types."""
         plain = dataclasses.asdict(self)
         plain["data_root"] = str(self.data_root)
+        plain["cache_dir"] = None if self.cache_dir is None else str(self.cache_dir)
         return plain
 
     @classmethod
@@ -191,7 +245,12 @@ class TrainConfig:
             values = {
                 name: nested[name](**_tuples(value)) if name in nested else value for name, value in plain.items()
             }
-            return cls(**{**values, "data_root": Path(plain.get("data_root", "data"))})
+            cache = plain.get("cache_dir")
+            paths = {
+                "data_root": Path(plain.get("data_root", "data")),
+                "cache_dir": None if cache is None else Path(cache),
+            }
+            return cls(**{**values, **paths})
         except InputError:
             raise
         except (TypeError, ValueError, IndexError, AttributeError) as error:
@@ -199,7 +258,9 @@ class TrainConfig:
 
 
 # Where a run happens may change when it is resumed; what it computes may not.
-_PLACE_FIELDS = {"workers", "device", "data_root", "log_every"}
+_PLACE_FIELDS = {
+    "workers", "device", "data_root", "offline", "cache_dir", "data_memory", "capture", "compile", "log_every",
+}  # fmt: skip
 
 PRESETS: dict[str, TrainConfig] = {
     "default": TrainConfig(),
