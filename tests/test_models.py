@@ -92,6 +92,47 @@ def test_concentration_and_distribution() -> None:
     torch.testing.assert_close(literal.concentration(prediction), torch.full((4,), 0.6931472))
 
 
+class _Shapes(nn.Module):
+    """A backbone that remembers what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, ...]] = []
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen.append(tuple(images.shape))
+        return self.norm(images).mean((2, 3))
+
+
+def test_joint_statistics_are_those_of_all_views_of_a_size() -> None:
+    """Two views of different brightness: each by its own statistics they look alike, jointly they do not."""
+    bright = [torch.rand(8, 3, 10, 10), torch.rand(8, 3, 10, 10) + 5]
+    local = [torch.rand(8, 3, 6, 6)] * 3
+    apart, together = (SimSiam(_Shapes(), features=3, dim=16) for _ in range(2))
+    together.load_state_dict(apart.state_dict())
+    together.joint_statistics = True
+    first, second = apart([*bright, *local]), together([*bright, *local])
+    assert apart.backbone.seen == [(8, 3, 10, 10)] * 2 + [(8, 3, 6, 6)] * 3
+    assert together.backbone.seen == [(16, 3, 10, 10), (24, 3, 6, 6)]
+    assert [x.shape for x in second.predictions] == [x.shape for x in first.predictions]
+    assert len(second.targets) == 2
+    expected = together.projector(together.backbone(torch.cat(bright)))
+    torch.testing.assert_close(torch.cat(second.targets), expected)
+    assert not torch.allclose(second.targets[0], first.targets[0], atol=0.1)
+
+
+def test_running_statistics_weigh_the_views_as_documented() -> None:
+    """Global views of mean 0 and local views of mean 1: the running mean is the local views' share."""
+    views = [torch.zeros(4, 3, 10, 10)] * 2 + [torch.ones(4, 3, 6, 6)] * 6
+    for joint, share in ((False, 0.82), (True, 0.53)):
+        model = SimSiam(_Shapes(), features=3, dim=16)
+        model.joint_statistics = joint
+        for _ in range(60):
+            model(views)
+        assert model.backbone.norm.running_mean.mean().item() == pytest.approx(share, abs=0.005)
+
+
 def test_build_model_follows_the_configuration() -> None:
     config = TrainConfig(
         model=ModelConfig(backbone="resnet34", stem="small", dim=40, projector_hidden=16, predictor_hidden=12),
@@ -104,6 +145,8 @@ def test_build_model_follows_the_configuration() -> None:
     assert model.predictor[0].weight.shape == (12, 40)
     assert model.projector[0].weight.shape == (16, 512)
     assert type(build_model(TrainConfig(method="simsiam"))) is SimSiam
+    assert not model.joint_statistics
+    assert build_model(TrainConfig(batch_norm="joint")).joint_statistics
 
 
 def test_wrong_models_are_named() -> None:

@@ -6,6 +6,7 @@ projector of three linear layers with BatchNorm (the last one without affine par
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -72,6 +73,8 @@ class SimSiam(nn.Module):
             raise InputError("features: the width of an own backbone's output must be given")
         self.dim = dim
         self.features = features
+        self.joint_statistics = False
+        """Whether BatchNorm normalises consecutive views of one size jointly instead of each by its own statistics."""
         self.backbone = backbone
         self.projector = nn.Sequential(
             nn.Linear(features, projector_hidden, bias=False),
@@ -96,15 +99,23 @@ class SimSiam(nn.Module):
     def forward(self, views: Sequence[Tensor], targets: int = 2) -> Output:
         """Predictions of all views and projections of the first `targets` ones.
 
-        Every view passes on its own, so that BatchNorm normalises each by its own statistics.
+        Every view passes on its own, so that BatchNorm normalises each by its own statistics; with `joint_statistics`
+        all views of one size pass together. Running statistics, which evaluation uses, are updated at every pass in the
+        order of the views, and later passes count more: after two global and six local views 82 % of them are the
+        local ones' (momentum 0.1), and 53 % with joint statistics.
 
         Args:
             views: V tensors (B, 3, height, width); sizes may differ between views.
             targets: G, how many views (from the first on) are targets.
         """
-        projections = [self.projector(self.backbone(view)) for view in views]
-        predictions = tuple(self.predictor(projection) for projection in projections)
-        return Output(predictions, tuple(projection.detach() for projection in projections[:targets]))
+        passes = _by_shape(views) if self.joint_statistics else [[view] for view in views]
+        projections: list[Tensor] = []
+        predictions: list[Tensor] = []
+        for together in passes:
+            projection = self.projector(self.backbone(together[0] if len(together) == 1 else torch.cat(together)))
+            projections += projection.chunk(len(together))
+            predictions += self.predictor(projection).chunk(len(together))
+        return Output(tuple(predictions), tuple(projection.detach() for projection in projections[:targets]))
 
     def loss(self, output: Output, backend: str = "auto", loss_scale: float = 1.0) -> Tensor:
         """The method's loss of an `Output` times `loss_scale`, a scalar."""
@@ -182,6 +193,11 @@ class VISimSiam(SimSiam):
         return PowerSpherical(loc, concentration)
 
 
+def _by_shape(views: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Consecutive views of one shape together."""
+    return [list(group) for _, group in itertools.groupby(views, key=lambda view: view.shape)]
+
+
 def _padded_linear(in_features: int, out_features: int) -> nn.Linear:
     """A linear layer with columns of zeros after its `out_features`, up to a width whose rows are aligned.
 
@@ -234,11 +250,15 @@ def build_model(config: TrainConfig) -> SimSiam:
         "stem": model.stem,
         "pretrained": model.pretrained,
     }
+    network: SimSiam
     if config.method == "simsiam":
-        return SimSiam(model.backbone, **common)  # type: ignore[arg-type]
-    return VISimSiam(
-        model.backbone,
-        concentration_scale=loss.concentration_scale,
-        concentration_min=loss.concentration_min,
-        **common,  # type: ignore[arg-type]
-    )
+        network = SimSiam(model.backbone, **common)  # type: ignore[arg-type]
+    else:
+        network = VISimSiam(
+            model.backbone,
+            concentration_scale=loss.concentration_scale,
+            concentration_min=loss.concentration_min,
+            **common,  # type: ignore[arg-type]
+        )
+    network.joint_statistics = config.batch_norm == "joint"
+    return network
