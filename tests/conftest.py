@@ -1,7 +1,8 @@
-"""What several test files share: one thread, and a small folder of labelled images."""
+"""What several test files share: one thread, a cache folder of their own, and a small folder of labelled images."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,14 @@ from PIL import Image
 torch.set_num_threads(1)
 if DEVICE != "cpu":
     torch.set_default_device(DEVICE)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Decoded images go to a temporary folder, also those of processes that a test starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VI_SIMSIAM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vi_simsiam import info
 from vi_simsiam.cli import main
@@ -71,6 +73,20 @@ SMALL = [
         ("train --resume", "resume: say which run with --out"),
         ("train --resume --out OUT", "OUT"),
         ("train --speed 3", "--speed"),
+        ("train --capture on --device cpu --out OUT", "capture: 'on' needs a CUDA device"),
+        ("train --capture perhaps --out OUT", "--capture"),
+        ("train --sync-batch-norm --device cpu --out OUT", "sync_batch_norm: SyncBatchNorm runs on GPUs only"),
+        ("train --offline --data imagenette --data-root EMPTY --out OUT", "imagenette: no copy found"),
+        ("train --data pack:EMPTY --out OUT", "EMPTY"),
+        ("train --data pack:CORRUPT/broken.png --out OUT", "broken.png is no pack file"),
+        ("train --policy wild --out OUT", "policy: 'wild' is none of simsiam, multicrop"),
+        ("train --cache-dir CORRUPT/broken.png --data folder:IMAGES --size 8 --out OUT", "--cache-dir"),
+        ("train --seeds 2", "seeds: say where with --out"),
+        ("train --seeds 0 --out OUT", "seeds: 0 is not accepted"),
+        ("pack EMPTY --out OUT", "EMPTY"),
+        ("pack /nowhere --out OUT", "/nowhere"),
+        ("views --images 0", "images: 0"),
+        ("views --policy wild", "policy: 'wild'"),
         ("knn /nowhere", "run: /nowhere holds no run"),
         ("linear EMPTY", "holds no run"),
         ("linear EMPTY --preset fast", "fast"),
@@ -81,12 +97,13 @@ SMALL = [
     ],
 )
 def test_bad_input_is_one_line(
-    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: str, message: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "CORRUPT").mkdir()
     (tmp_path / "CORRUPT" / "broken.png").write_bytes(b"\x89PNG and then nothing")
     arguments = arguments.replace("CORRUPT", str(tmp_path / "CORRUPT"))
+    arguments = arguments.replace("IMAGES", str(image_folder))
     given = arguments.replace("EMPTY", str(tmp_path / "EMPTY")).replace("OUT", str(tmp_path / "OUT"))
     assert main(given.split()) == 2
     said = capsys.readouterr()
@@ -163,6 +180,57 @@ def test_evaluation_without_labels_says_what_it_needs(
     assert said.count("\n") == 1
     assert "train/" in said
     assert "val/" in said
+
+
+def test_packed_images_train_like_their_files(image_folder: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "set.pack"
+    assert main(["pack", str(image_folder), "--out", str(packed), "--workers", "1"]) == 0
+    assert (tmp_path / "set.val.pack").exists()
+    for data in (f"folder:{image_folder}", f"pack:{packed}"):
+        settings = f"--data {data} --epochs 1 --batch-size 8 --size 16 --dim 16 --device cpu --workers 0"
+        assert main(["train", *settings.split(), "--out", str(tmp_path / data[:4])]) == 0
+    files, pack = (json.loads((tmp_path / run / "metrics.jsonl").read_text()) for run in ("fold", "pack"))
+    assert pack["loss"] == files["loss"]
+    assert main(["knn", str(tmp_path / "pack"), "--device", "cpu", "--k", "5"]) == 0
+
+
+def test_a_pack_is_not_replaced_by_mistake(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "set.val.pack").write_text("mine")
+    command = ["pack", str(image_folder), "--out", str(tmp_path / "set.pack"), "--workers", "1"]
+    assert main(command) == 2
+    assert f"out: {tmp_path / 'set.val.pack'} exists; say --overwrite" in capsys.readouterr().err
+    assert not (tmp_path / "set.pack").exists()
+    assert main([*command, "--overwrite"]) == 0
+    assert (tmp_path / "set.val.pack").read_bytes() != b"mine"
+
+
+def test_views_draws_a_row_for_each_image(image_folder: Path, tmp_path: Path) -> None:
+    """A row of the image and of its views; options change the policy that is named."""
+    out = tmp_path / "views.png"
+    options = ["--policy", "multicrop", "--size", "24", "--local-size", "12", "--images", "3", "--out", str(out)]
+    assert main(["views", "--data", f"folder:{image_folder}", *options]) == 0
+    with Image.open(out) as picture:
+        assert 3 * 24 <= picture.height <= 3 * 24 + 16
+        assert picture.width >= 3 * 24 + 6 * 12
+    plain = tmp_path / "plain.png"
+    assert main(["views", "--policy", "none", "--size", "28", "--images", "1", "--out", str(plain)]) == 0
+    with Image.open(plain) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    gap = (pixels.shape[1] - 3 * 28) // 2
+    np.testing.assert_array_equal(pixels[:, -28:], pixels[:, 28 + gap : 56 + gap])
+    assert pixels[:, -28:].std() > 10
+
+
+def test_seeds_train_side_by_side(image_folder: Path, tmp_path: Path) -> None:
+    settings = f"--data folder:{image_folder} --epochs 1 --batch-size 8 --size 16 --dim 16 --device cpu --workers 0"
+    assert main(["train", *settings.split(), "--seeds", "2", "--seed", "5", "--out", str(tmp_path / "out")]) == 0
+    content = json.loads((tmp_path / "out" / "seeds.json").read_text())
+    assert [(run["seed"], run["state"]) for run in content["runs"]] == [(5, "done"), (6, "done")]
+    losses = [run["metrics"]["loss"] for run in content["runs"]]
+    assert losses[0] != losses[1]
+    assert content["runs_per_hour"] > 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

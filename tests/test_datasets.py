@@ -109,7 +109,7 @@ def test_maker_writes_the_same_bytes_at_any_time(maker: ModuleType, tmp_path: Pa
 @pytest.mark.parametrize("spec", ["mnist", "", "folder:", "Imagenette", "folder"])
 def test_unknown_names_list_the_accepted(spec: str) -> None:
     with pytest.raises(
-        InputError, match=f"'{spec}' must be fashion-mini, folder:PATH, cifar10, imagenette or imagewoof"
+        InputError, match=f"'{spec}' must be fashion-mini, folder:PATH, pack:FILE, cifar10, imagenette or imagewoof"
     ):
         open_dataset(spec)
 

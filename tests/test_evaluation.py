@@ -189,7 +189,7 @@ def test_summary_line_has_one_decimal() -> None:
 
 def test_evaluating_a_run_writes_everything_and_ends_with_the_summary(tmp_path: Path) -> None:
     run, out = make_run(tmp_path / "run [red]", val=gray_source(10)), io.StringIO()
-    evaluate_run(run, Console(file=out))
+    evaluate_run(run, console=Console(file=out))
     results = {name: json.loads((run.path / f"{name}.json").read_text()) for name in ("knn", "linear")}
     lines = out.getvalue().splitlines()
     assert lines[-2:] == [summary_line("kNN", results["knn"]), summary_line("linear", results["linear"])]
@@ -202,12 +202,12 @@ def test_evaluating_a_run_writes_everything_and_ends_with_the_summary(tmp_path: 
 def test_figures_are_drawn_for_data_that_cannot_be_evaluated(tmp_path: Path) -> None:
     run = make_run(tmp_path, train=gray_source(24, labelled=False))
     with pytest.raises(InputError, match="class folders"):
-        evaluate_run(run, Console(file=io.StringIO()))
+        evaluate_run(run, console=Console(file=io.StringIO()))
     assert (tmp_path / "curves.png").exists()
     assert (tmp_path / "kappa.png").exists()
 
 
 def test_few_training_images_are_all_neighbours(tmp_path: Path) -> None:
     run = make_run(tmp_path, train=gray_source(6), val=gray_source(4))
-    evaluate_run(run, Console(file=io.StringIO()))
+    evaluate_run(run, console=Console(file=io.StringIO()))
     assert json.loads((tmp_path / "knn.json").read_text())["settings"]["k"] == 6

@@ -18,7 +18,9 @@ from rich.console import Console
 from test_trainer import config, learned, metrics
 from torch import Tensor
 
+from vi_simsiam.engine.checkpoint import Checkpoint
 from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.errors import TrainingError
 from vi_simsiam.functional import power_spherical_loss
 from vi_simsiam.models import VISimSiam
 from vi_simsiam.ops.backends import why_unavailable
@@ -239,3 +241,45 @@ def test_training_on_the_gpu(image_folder: Path, tmp_path: Path, method: str) ->
     assert trainer.backend == "triton"
     trainer.fit()
     assert learned(metrics(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("memory", ["gpu", "host"])
+@pytest.mark.parametrize("capture", ["on", "off"])
+def test_captured_and_single_launches_train_alike(
+    image_folder: Path, tmp_path: Path, capture: str, memory: str
+) -> None:
+    """Each against a run in float32 on the CPU: the same views, order, learning rate and latch, step by step."""
+    base = config(image_folder, epochs=4, lr=0.02, log_every=1)
+    on_device = dataclasses.replace(base, device="cuda", precision="fp32", capture=capture, data_memory=memory)  # type: ignore[arg-type]
+    for settings, name in ((base, "cpu"), (on_device, "gpu")):
+        Trainer(settings, tmp_path / name, console=Console(quiet=True)).fit()
+    expected, found = metrics(tmp_path / "cpu"), metrics(tmp_path / "gpu")
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    assert [line["lr"] for line in found] == [line["lr"] for line in expected]
+    for line, reference in list(zip(found, expected, strict=True))[:8]:  # later steps amplify rounding
+        assert line["loss"] == pytest.approx(reference["loss"], rel=0.02, abs=0.01)
+
+
+def test_a_captured_run_equals_the_one_of_single_launches(image_folder: Path, tmp_path: Path) -> None:
+    """Deterministic algorithms make the two runs equal bit for bit; the same launches, recorded and not."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        settings = dataclasses.replace(config(image_folder, epochs=4), device="cuda", log_every=1)
+        for capture in ("on", "off"):
+            each = dataclasses.replace(settings, capture=capture)  # type: ignore[arg-type]
+            Trainer(each, tmp_path / capture, console=Console(quiet=True)).fit()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    first, second = (Checkpoint.load(tmp_path / name / "checkpoint.pt", torch.device("cpu")) for name in ("on", "off"))
+    torch.testing.assert_close(first.model, second.model, rtol=0, atol=0)
+    kept = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("on", "off")]
+    assert kept[0] == kept[1]
+
+
+def test_the_latch_stops_a_captured_run(image_folder: Path, tmp_path: Path) -> None:
+    """A weight that is not finite makes the loss so: the run says at which step, and the last checkpoint is good."""
+    settings = dataclasses.replace(config(image_folder, epochs=6), device="cuda", capture="on", lr=1e30, log_every=30)
+    with pytest.raises(TrainingError, match="the loss is not finite at step"):
+        Trainer(settings, tmp_path / "run", console=Console(quiet=True)).fit()
+    kept = Checkpoint.load(tmp_path / "run" / "checkpoint.pt", torch.device("cpu"))
+    assert all(torch.isfinite(value).all() for value in kept.model.values())

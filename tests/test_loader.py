@@ -12,19 +12,25 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data._utils.pin_memory import pin_memory
+from torch.utils.data import Dataset
 
-from vi_simsiam.config import AugmentConfig
+from vi_simsiam.config import POLICIES, AugmentConfig
+from vi_simsiam.data import Batch, MultiViewLoader
 from vi_simsiam.data import loader as data_loader
-from vi_simsiam.data.loader import Batch, MultiViewLoader, epoch_order, eval_loader
-from vi_simsiam.data.sources import ArraySource, FileSource
-from vi_simsiam.data.views import RandomView, eval_view, view_seed
-from vi_simsiam.errors import InputError
+from vi_simsiam.data.batches import epoch_order
+from vi_simsiam.data.cache import in_memory, pack
+from vi_simsiam.data.loader import eval_loader
+from vi_simsiam.data.packed import PackedImages, open_pack
+from vi_simsiam.data.sources import ArraySource, FileSource, ImageSource, Unreadable
+from vi_simsiam.data.views import draw_table, eval_view, place
+from vi_simsiam.errors import InputError, TrainingError
+from vi_simsiam.ops.augment import eager_augment
 
 POLICY = AugmentConfig(size=12, local_views=1, local_size=8)
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,8 +50,10 @@ def files(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def loader(source: ArraySource | FileSource, workers: int = 0, batch_size: int = 4, seed: int = 1) -> MultiViewLoader:
-    return MultiViewLoader(source, POLICY, batch_size=batch_size, seed=seed, workers=workers)
+def loader(
+    source: ImageSource, workers: int = 0, batch_size: int = 4, seed: int = 1, **options: Any
+) -> MultiViewLoader:
+    return MultiViewLoader(source, POLICY, batch_size, seed=seed, workers=workers, **options)
 
 
 def assert_same(left: Iterator[Batch], right: Iterator[Batch]) -> None:
@@ -62,14 +70,21 @@ def test_batches_hold_the_keyed_views(source: ArraySource) -> None:
     assert sorted(order.tolist()) == list(range(22))
     for step, batch in enumerate(loaded):
         assert [tuple(view.shape) for view in batch.views] == [(4, 3, 12, 12), (4, 3, 12, 12), (4, 3, 8, 8)]
-        assert all(view.dtype == torch.float32 and view.is_contiguous() for view in batch.views)
+        assert all(view.dtype == torch.float32 for view in batch.views)
+        assert all(view.is_contiguous(memory_format=torch.channels_last) for view in batch.views)
         assert batch.index.dtype == torch.int64
         assert batch.index.tolist() == order[4 * step : 4 * step + 4].tolist()
-    sample = int(order[5])
-    views = [RandomView(POLICY, 12, (0.2, 1.0))] * 2 + [RandomView(POLICY, 8, (0.05, 0.14))]
-    for number, view in enumerate(views):
-        expected = view(source.image(sample), view_seed(1, 2, sample, number))
-        assert torch.equal(loaded[1].views[number][1], expected)
+    # The views of one image, on its own.
+    images, sample = in_memory(source), order[5:6]
+    table = draw_table(
+        POLICY, seed=1, epoch=2, samples=sample, heights=images.heights[sample], widths=images.widths[sample]
+    )
+    place(table, images.offsets[sample])
+    pixels = torch.from_numpy(images.pixels.copy())
+    for number, size in enumerate((12, 12, 8)):
+        expected = eager_augment(pixels, torch.from_numpy(table[number : number + 1]), size, torch.float32)
+        # Arithmetic on other batch sizes may round differently.
+        torch.testing.assert_close(loaded[1].views[number][1], expected[0, 0], rtol=0, atol=2e-6)
 
 
 def test_epochs_and_seeds_differ(source: ArraySource) -> None:
@@ -146,6 +161,141 @@ def test_closing_ends_the_workers(source: ArraySource) -> None:
     assert_same(helped.epoch(1), loader(source).epoch(1))
 
 
+def test_iterating_gives_one_epoch_after_the_other(source: ArraySource) -> None:
+    loaded = loader(source)
+    assert len(loaded) == loaded.steps_per_epoch == 5
+    for epoch in range(3):
+        assert_same(iter(loaded), loader(source).epoch(epoch))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_batch_of_one(source: ArraySource, workers: int, world_size: int) -> None:
+    ranks = [loader(source, workers, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for whole, *shares in zip(loader(source).epoch(1), *(rank.epoch(1) for rank in ranks), strict=True):
+        assert [len(share.index) for share in shares] == [4 // world_size] * world_size
+        assert torch.equal(torch.cat([share.index for share in shares]), whole.index)
+        for number, view in enumerate(whole.views):
+            together = torch.cat([share.views[number] for share in shares])
+            torch.testing.assert_close(together, view, rtol=0, atol=2e-6)
+
+
+class Pictures(Dataset[tuple[torch.Tensor, int]]):
+    """A data set as users have them."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.from_numpy(self.images[index]).permute(2, 0, 1), 7
+
+
+def test_every_kind_of_source_gives_the_same_batches(
+    source: ArraySource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VI_SIMSIAM_CACHE", str(tmp_path / "cache"))
+    paths = [tmp_path / f"{number:02d}.png" for number in range(len(source))]
+    for number, path in enumerate(paths):
+        source.image(number).save(path)
+    pack(source, tmp_path / "images.pack")
+    expected = list(loader(source).epoch(0))
+    for given in (FileSource(paths), Pictures(source.images), in_memory(source), open_pack(tmp_path / "images.pack")):
+        loaded = loader(given)
+        assert isinstance(loaded.source, PackedImages)
+        assert_same(loaded.epoch(0), iter(expected))
+    assert_same(loader(open_pack(tmp_path / "images.pack"), workers=1).epoch(0), iter(expected))
+
+
+def test_unreadable_images_are_left_out_with_a_warning(source: ArraySource, monkeypatch: pytest.MonkeyPatch) -> None:
+    left_out = [Unreadable("/there/1.png", "an empty file")]
+    monkeypatch.setattr(data_loader, "cached", lambda source: (in_memory(source), left_out))
+    with pytest.warns(UserWarning, match=r"1 unreadable images left out: /there/1\.png \(an empty file\)"):
+        loader(source)
+
+
+def test_a_policy_can_be_given_by_name(source: ArraySource) -> None:
+    named = MultiViewLoader(source, "lightly-imagenette", 2, seed=1, workers=0)
+    given = MultiViewLoader(source, POLICIES["lightly-imagenette"], 2, seed=1, workers=0)
+    assert_same(named.epoch(0, start=9), given.epoch(0, start=9))
+    with pytest.raises(InputError, match="policy: 'strong' is none of"):
+        MultiViewLoader(source, "strong", 2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_views_have_the_dtype_asked_for(source: ArraySource, workers: int) -> None:
+    for made, full in zip(loader(source, workers, dtype=torch.bfloat16).epoch(0), loader(source).epoch(0), strict=True):
+        for view, reference in zip(made.views, full.views, strict=True):
+            assert view.dtype == torch.bfloat16
+            torch.testing.assert_close(view.float(), reference, rtol=2**-8, atol=0)
+
+
+def kill_a_worker(before: set[Any]) -> None:
+    worker = next(process for process in multiprocessing.active_children() if process not in before)
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+    time.sleep(0.3)
+
+
+def test_a_worker_that_dies_ends_the_epoch_in_one_line(source: ArraySource) -> None:
+    before = set(multiprocessing.active_children())
+    helped = loader(source, workers=2)
+    batches = helped.epoch(0)
+    next(batches)
+    # The caller's own work goes on: the news comes with the next batch.
+    kill_a_worker(before)
+    with pytest.raises(TrainingError) as caught:
+        list(batches)
+    message = str(caught.value)
+    assert message.startswith("workers: a process that prepares images has ended (DataLoader worker (pid")
+    assert "Killed" in message
+    assert "\n" not in message
+    assert not set(multiprocessing.active_children()) - before
+    assert_same(helped.epoch(1), loader(source).epoch(1))
+    helped.close()  # what `caught` holds ends in a garbage collection, for which workers are slow
+
+
+def test_a_worker_that_dies_is_told_while_a_batch_is_waited_for(
+    source: ArraySource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*arguments: Any) -> None:
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(data_loader, "eager_augment", die)
+    with pytest.raises(TrainingError, match="workers: a process that prepares images has ended"):
+        next(loader(source, workers=1).epoch(0))
+
+
+def test_handlers_of_signals_are_as_they_were(source: ArraySource) -> None:
+    helped = loader(source, workers=1)
+    list(helped.epoch(0))  # torch sets its own, once
+    before = signal.getsignal(signal.SIGCHLD)
+    list(helped.epoch(1))
+    abandoned = helped.epoch(2)
+    next(abandoned)
+    abandoned.close()
+    assert signal.getsignal(signal.SIGCHLD) == before
+
+
+def test_workers_by_default_are_one_for_four_cores(source: ArraySource, monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, workers in ((1, 0), (3, 0), (4, 1), (16, 4), (128, 16)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)), raising=False)
+        assert MultiViewLoader(source, POLICY, 4).workers == workers
+
+
+def test_the_number_of_threads_is_left_alone(source: ArraySource) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        list(loader(source).epoch(0))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_global_generators_are_left_alone(source: ArraySource) -> None:
     states = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())
     for workers in (0, 1):
@@ -169,46 +319,33 @@ def test_numbers_out_of_range_are_named(source: ArraySource) -> None:
         loader(source).epoch(-1)
     with pytest.raises(InputError, match="start: 6 must lie between 0 and 5"):
         loader(source).epoch(0, start=6)
+    with pytest.raises(InputError, match="rank: 4 must lie between 0 and 3, for world_size 4"):
+        loader(source, rank=4, world_size=4)
+    with pytest.raises(InputError, match=r"dtype: torch\.float16 is neither"):
+        loader(source, dtype=torch.float16)
+    with pytest.raises(InputError, match="device: 'meta' is none of cpu, cuda"):
+        loader(source, device="meta")
+    with pytest.raises(InputError, match="device: 'gpu' is none of cpu, cuda"):
+        loader(source, device="gpu")
+    with pytest.raises(InputError, match=r"device: 'cuda:99' is not here \(\d+ CUDA devices found\)"):
+        loader(source, device="cuda:99")
+    with pytest.raises(InputError, match="memory: 'disk' is none of auto, gpu, host"):
+        loader(source, memory="disk")
+    with pytest.raises(InputError, match="backend: 'triton' needs a CUDA device"):
+        loader(source, backend="triton")
     with pytest.raises(InputError, match="size: 0"):
         eval_loader(source, 0, 4, 0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_file_that_is_damaged_later_is_named(files: list[Path], workers: int) -> None:
+def test_evaluation_names_a_file_that_is_damaged(files: list[Path], workers: int) -> None:
     began = set(multiprocessing.active_children())
-    loaded = loader(FileSource(files), workers)
-    assert len(list(loaded.epoch(0))) == 2
-    files[5].unlink()
-    with pytest.raises(InputError) as caught:
-        list(loaded.epoch(1))
-    assert str(caught.value) == f"{files[5]}: cannot be read as an image (No such file or directory)"
-    assert set(multiprocessing.active_children()) <= began
     files[5].write_bytes(files[4].read_bytes()[:40])
     with pytest.raises(InputError) as caught:
         list(eval_loader(FileSource(files), 8, 4, workers))
     assert str(caught.value).startswith(f"{files[5]}: cannot be read as an image (")
     assert "\n" not in str(caught.value)
     assert set(multiprocessing.active_children()) <= began
-    files[5].write_bytes(files[4].read_bytes())
-    assert len(list(loaded.epoch(2))) == 2
-
-
-def test_every_tensor_of_a_batch_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 100)
-    pinned = pin_memory(Batch([torch.tensor([1.0]), torch.tensor([2.0])], torch.tensor([3])))
-    assert [view.item() for view in pinned.views] == [101, 102]
-    assert pinned.index.item() == 103
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="would check that batches arrive in page-locked memory")
-@pytest.mark.parametrize("workers", [0, 1])
-def test_batches_arrive_pinned(source: ArraySource, workers: int) -> None:
-    batches = MultiViewLoader(source, POLICY, batch_size=4, seed=1, workers=workers, pin_memory=True).epoch(0)
-    for batch, expected in zip(batches, loader(source).epoch(0), strict=True):
-        assert batch.index.is_pinned()
-        assert all(view.is_pinned() for view in batch.views)
-        assert all(torch.equal(a, b) for a, b in zip(batch.views, expected.views, strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -253,11 +390,11 @@ def test_ctrl_c_prints_no_traceback_of_a_worker() -> None:
         """
         import itertools, numpy as np
         from vi_simsiam.config import AugmentConfig
-        from vi_simsiam.data.loader import MultiViewLoader
+        from vi_simsiam.data import MultiViewLoader
         from vi_simsiam.data.sources import ArraySource
 
         source = ArraySource(np.zeros((64, 14, 14), np.uint8))
-        loader = MultiViewLoader(source, AugmentConfig(size=12), batch_size=4, seed=0, workers=2)
+        loader = MultiViewLoader(source, AugmentConfig(size=12), 4, workers=2)
         try:
             for epoch in itertools.count():
                 for batch in loader.epoch(epoch):

@@ -8,9 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.utils.data import Dataset, IterableDataset
 
-from vi_simsiam.data.sources import ArraySource, FileSource, Unreadable, find_images, scan, to_rgb
+from vi_simsiam.data.sources import (
+    ArraySource,
+    DatasetSource,
+    FileSource,
+    Unreadable,
+    UnreadableError,
+    as_source,
+    find_images,
+    scan,
+    to_rgb,
+)
 from vi_simsiam.errors import InputError
 
 GRAY = np.array([[0, 50], [128, 255]], dtype=np.uint8)
@@ -120,6 +132,104 @@ def test_reading_a_damaged_file_names_it(damaged: dict[str, Path]) -> None:
     for path in damaged.values():
         with pytest.raises(InputError, match=rf"{path.name}: cannot be read as an image \(.+\)$"):
             FileSource([path]).image(0)
+
+
+def test_an_unreadable_file_is_named_wherever_it_is_met(damaged: dict[str, Path]) -> None:
+    with pytest.raises(UnreadableError) as caught:
+        FileSource([damaged["empty"]]).image(0)
+    assert caught.value.entry == Unreadable(str(damaged["empty"]), "an empty file")
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    with pytest.raises(UnreadableError, match=r"missing\.jpg: cannot be read as an image \(No such file"):
+        FileSource([damaged["missing"]]).dimensions(0)
+
+
+def test_dimensions_are_height_and_width(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = FileSource([save(tmp_path / "a.png", (6, 5))])
+    assert ArraySource(COLOUR[None, :1]).dimensions(0) == (1, 2)
+    monkeypatch.setattr(FileSource, "image", None)  # a file's header is enough
+    assert source.dimensions(0) == (5, 6)
+
+
+def test_fingerprints_change_with_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = save(tmp_path / "a.png"), save(tmp_path / "b.png")
+    labels = np.array([0, 1])
+    source = FileSource([first, second], labels, ("x", "y"), "set")
+    seen = {source.fingerprint()}
+    monkeypatch.chdir(tmp_path)
+    assert FileSource(["a.png", "b.png"], labels, ("x", "y"), "other").fingerprint() in seen
+    seen.add(FileSource([second, first], labels, ("x", "y")).fingerprint())
+    seen.add(FileSource([first, second], labels[::-1], ("x", "y")).fingerprint())
+    seen.add(FileSource([first, second], labels, ("x", "z")).fingerprint())
+    seen.add(FileSource([first, second]).fingerprint())
+    first.unlink()
+    seen.add(source.fingerprint())
+    status = second.stat()
+    second.write_bytes(b"")
+    os.utime(second, ns=(status.st_atime_ns, status.st_mtime_ns))
+    seen.add(source.fingerprint())
+    assert len(seen) == 7
+    assert ArraySource(COLOUR[None]).fingerprint() is None
+
+
+class Items(Dataset):
+    def __init__(self, items: list) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> object:
+        return self.items[index]
+
+
+def test_a_dataset_gives_images_of_every_kind() -> None:
+    chw = torch.from_numpy(COLOUR).permute(2, 0, 1)
+    deep = Image.fromarray(GRAY.astype(np.uint16) * 257)
+    colour = [Image.fromarray(COLOUR), COLOUR, chw, (COLOUR, 1), [chw, torch.tensor(3)], COLOUR.copy(order="F")]
+    gray = [Image.fromarray(GRAY), GRAY, GRAY[:, :, None], chw[:1] * 0 + torch.from_numpy(GRAY), (deep,)]
+    source = as_source(Items(colour + gray))
+    assert isinstance(source, DatasetSource)
+    assert (len(source), source.labels, source.classes, source.name) == (11, None, None, "Items")
+    for index in range(len(source)):
+        expected = COLOUR if index < len(colour) else np.repeat(GRAY[:, :, None], 3, axis=2)
+        np.testing.assert_array_equal(np.asarray(source.image(index)), expected)
+        assert source.image(index).mode == "RGB"
+    assert source.describe(4) == "Items/4"
+    assert as_source(source) is source
+
+
+@pytest.mark.parametrize(
+    ("item", "given"),
+    [
+        ("a.png", "str"),
+        ((), "tuple"),
+        ({"image": COLOUR}, "dict"),
+        (COLOUR.astype(np.float32), r"ndarray of float32, shape \(2, 2, 3\)"),
+        (np.zeros((2, 2, 4), np.uint8), r"ndarray of uint8, shape \(2, 2, 4\)"),
+        (np.zeros((0, 2), np.uint8), r"ndarray of uint8, shape \(0, 2\)"),
+        (torch.zeros(3, 2, 2), r"Tensor of torch.float32, shape \(3, 2, 2\)"),
+        (torch.zeros(2, 2, dtype=torch.uint8), r"Tensor of torch.uint8, shape \(2, 2\)"),
+    ],
+)
+def test_a_dataset_of_something_else_is_refused(item: object, given: str) -> None:
+    with pytest.raises(InputError, match=rf"^Items/1: {given} must be a PIL image, a uint8 numpy array"):
+        as_source(Items([COLOUR, item])).image(1)
+
+
+class Endless(IterableDataset):
+    def __iter__(self) -> object:
+        return iter(())
+
+
+def test_what_is_no_map_style_dataset_is_refused() -> None:
+    for wrong, name in ((Endless(), "Endless"), ("imagenette", "str"), (3, "int"), ({1, 2}, "set")):
+        with pytest.raises(InputError, match=f"source: {name} must be an ImageSource or a map-style Dataset"):
+            as_source(wrong)
+
+
+def test_an_exception_of_a_dataset_names_the_item() -> None:
+    with pytest.raises(UnreadableError, match=r"set/2: cannot be read as an image \(IndexError: list index out"):
+        DatasetSource(Items([COLOUR]), "set").image(2)
 
 
 def test_files_are_not_given_to_decoders_that_run_programs(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from vi_simsiam.config import AugmentConfig, LossConfig, ModelConfig, TrainConfi
 from vi_simsiam.engine.checkpoint import Checkpoint, write_atomically
 from vi_simsiam.engine.monitor import effective_rank, representation_statistics
 from vi_simsiam.engine.run import load_run, new_folder, resolve_device
+from vi_simsiam.engine.step import TrainStep, learning_rates
 from vi_simsiam.engine.trainer import Trainer
 from vi_simsiam.errors import InputError, TrainingError
 from vi_simsiam.models import Output, SimSiam, VISimSiam
@@ -33,6 +36,7 @@ def config(image_folder: Path, **changes: object) -> TrainConfig:
         workers=0,
         device="cpu",
         log_every=2,
+        save_every=0.0,
         augment=AugmentConfig(size=16, blur_prob=0.0),
         model=ModelConfig(dim=32, projector_hidden=32, predictor_hidden=16),
     )
@@ -67,6 +71,20 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+class Watched:
+    """A training step that first calls a function."""
+
+    def __init__(self, step: TrainStep, before: Callable[[], object]) -> None:
+        self.step, self.before = step, before
+
+    def __call__(self, views: list[torch.Tensor]) -> Output:
+        self.before()
+        return self.step(views)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.step, name)
+
+
 @pytest.mark.parametrize("method", ["vi-simsiam", "simsiam"])
 def test_training_lowers_the_loss_and_writes_the_run(image_folder: Path, tmp_path: Path, method: str) -> None:
     settings = config(image_folder, method=method, epochs=12, lr=0.05)
@@ -75,7 +93,7 @@ def test_training_lowers_the_loss_and_writes_the_run(image_folder: Path, tmp_pat
     assert [line["step"] for line in lines] == sorted({*range(2, 61, 2), *range(5, 61, 5)})
     assert learned(lines)
     assert ("kappa" in lines[-1]) == (method == "vi-simsiam")
-    assert lines[-1]["lr"] == pytest.approx(trainer.learning_rate(59))
+    assert lines[-1]["lr"] == pytest.approx(float(trainer.train_step.rates[59]))
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
     run = load_run(tmp_path / "run", device="cpu")
     assert run.config == settings.located()
@@ -99,14 +117,12 @@ def test_interrupted_anywhere_and_resumed_is_the_same_run(
     train(settings, tmp_path / "whole")
 
     trainer = Trainer(settings, tmp_path / "parts", console=QUIET)
-    step = trainer._train_step
 
-    def interrupt_at_3(views: list[torch.Tensor], wants_norm: bool) -> tuple[torch.Tensor, Output, torch.Tensor]:
+    def interrupt_at_3() -> None:
         if trainer.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return step(views, wants_norm)
 
-    monkeypatch.setattr(trainer, "_train_step", interrupt_at_3)
+    monkeypatch.setattr(trainer, "train_step", Watched(trainer.train_step, interrupt_at_3))
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
     assert trainer.step == 3
@@ -132,18 +148,15 @@ def test_workers_that_end_with_the_job_break_into_nothing(
     before = signal.signal(signal.SIGCHLD, worker_died)
     try:
         trainer = Trainer(config(image_folder), tmp_path / "run", console=QUIET)
-        step, save = trainer._train_step, trainer._save
-
-        def end_the_job(views: list[torch.Tensor], wants_norm: bool) -> tuple[torch.Tensor, Output, torch.Tensor]:
-            os.kill(os.getpid(), signal.SIGTERM)
-            return step(views, wants_norm)
+        save = trainer._save
 
         def save_while_a_worker_ends() -> None:
             if trainer.step:
                 os.kill(os.getpid(), signal.SIGCHLD)
             save()
 
-        monkeypatch.setattr(trainer, "_train_step", end_the_job)
+        end_the_job = Watched(trainer.train_step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        monkeypatch.setattr(trainer, "train_step", end_the_job)
         monkeypatch.setattr(trainer, "_save", save_while_a_worker_ends)
         with pytest.raises(KeyboardInterrupt):
             trainer.fit()
@@ -200,7 +213,8 @@ def test_clipping_bounds_the_update(image_folder: Path, tmp_path: Path) -> None:
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     trainer.model.train()
     batch = next(iter(trainer.loader.epoch(0)))
-    _, _, norm = trainer._train_step(batch.views, True)
+    trainer.train_step(batch.views)
+    norm = trainer.train_step.gradient_norm()
     moved = torch.stack(
         [(new - old).square().sum() for new, old in zip(trainer.model.parameters(), before, strict=True)]
     )
@@ -213,15 +227,15 @@ def test_multicrop_trains(image_folder: Path, tmp_path: Path) -> None:
     trainer = Trainer(config(image_folder, augment=augment), tmp_path / "run", console=QUIET)
     batch = next(iter(trainer.loader.epoch(0)))
     assert [tuple(view.shape) for view in batch.views] == [(8, 3, 16, 16)] * 2 + [(8, 3, 8, 8)] * 2
-    loss, output, _ = trainer._train_step(batch.views, True)
+    output = trainer.train_step(batch.views)
     assert len(output.predictions) == 4
     assert len(output.targets) == 2
-    assert torch.isfinite(loss)
+    assert torch.isfinite(trainer.train_step.losses[0])
 
 
-def test_learning_rate_warms_up_and_decays(image_folder: Path, tmp_path: Path) -> None:
-    trainer = Trainer(config(image_folder, epochs=10, warmup_epochs=2.0, lr=0.5), tmp_path / "run", console=QUIET)
-    rates = [trainer.learning_rate(step) for step in range(trainer.total_steps)]
+def test_learning_rate_warms_up_and_decays(image_folder: Path) -> None:
+    rates = learning_rates(config(image_folder, epochs=10, warmup_epochs=2.0, lr=0.5), 5).tolist()
+    assert len(rates) == 50
     assert rates[:10] == pytest.approx([0.05 * (i + 1) for i in range(10)])
     assert rates[10] == pytest.approx(0.5)
     assert rates[30] == pytest.approx(0.25)

@@ -1,20 +1,31 @@
-"""Random views: keyed, reproducible, and torchvision's; and the fixed view for evaluation."""
+"""Random views as a table: its generator and keys, distributions against torchvision's, and the view for evaluation."""
 
 from __future__ import annotations
 
-import pickle
+import itertools
+from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
+from scipy import stats
 from torch import Tensor
 from torchvision.transforms import v2
 
-from vi_simsiam.config import AugmentConfig
-from vi_simsiam.data.views import IMAGENET_MEAN, IMAGENET_STD, RandomView, eval_view, view_seed
+from vi_simsiam.config import POLICIES, AugmentConfig
+from vi_simsiam.data.contact_sheet import contact_sheet
+from vi_simsiam.data.sources import ArraySource
+from vi_simsiam.data.views import draw_table, eval_view, philox, place
+from vi_simsiam.errors import InputError
+from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, Column, check_table, eager_augment
 
-PLAIN = AugmentConfig(jitter_prob=0.0, grayscale_prob=0.0, blur_prob=0.0, flip_prob=0.0)
+CROP = [Column.TOP, Column.LEFT, Column.HEIGHT, Column.WIDTH]
+COUNT = 4000
+RARE = 1e-3
+"""The seeds are fixed: a correct sampler that came out rarer than this would have been seen when the test was written."""
 
 
 def picture(height: int = 40, width: int = 30, seed: int = 0) -> Image.Image:
@@ -27,84 +38,240 @@ def pixels(view: Tensor) -> Tensor:
     return view * std + mean
 
 
-def test_seeds_are_distinct_and_fixed() -> None:
-    """A change of the key function would change every run that is resumed: its values are pinned."""
-    seeds = {view_seed(s, e, i, v) for s in range(3) for e in range(4) for i in range(50) for v in range(3)}
-    assert len(seeds) == 3 * 4 * 50 * 3
-    assert view_seed(0, 0, 0, 0) == int(np.random.SeedSequence((0, 0, 0, 0)).generate_state(1, np.uint64)[0])
-    assert all(0 <= seed < 2**64 for seed in seeds)
-    assert max(seeds) > 2**63
+def draw(
+    policy: AugmentConfig,
+    samples: Any = COUNT,
+    height: int = 60,
+    width: int = 80,
+    seed: int = 0,
+    epoch: int = 0,
+) -> NDArray[np.int32]:
+    numbers = np.arange(samples) if isinstance(samples, int) else np.asarray(samples)
+    heights, widths = np.full(len(numbers), height), np.full(len(numbers), width)
+    return draw_table(policy, seed=seed, epoch=epoch, samples=numbers, heights=heights, widths=widths)
 
 
-def test_a_view_is_a_function_of_image_and_key() -> None:
-    random_view = RandomView(AugmentConfig(), 16, (0.2, 1.0))
-    first, again = random_view(picture(), 5), random_view(picture(), 5)
-    assert first.shape == (3, 16, 16)
-    assert first.dtype == torch.float32
-    assert torch.equal(first, again)
-    assert not torch.equal(first, random_view(picture(), 6))
-    assert not torch.equal(first, random_view(picture(seed=1), 5))
-    copy = pickle.loads(pickle.dumps(random_view))
-    assert torch.equal(first, copy(picture(), 5))
+def strengths(table: NDArray[np.int32], column: Column) -> NDArray[np.float32]:
+    return table.view(np.float32)[..., column]
 
 
-def test_the_callers_random_numbers_are_left_alone() -> None:
-    random_view = RandomView(AugmentConfig(), 16, (0.2, 1.0))
+def starts(table: NDArray[np.int32]) -> NDArray[np.int64]:
+    return np.ascontiguousarray(table[..., :2]).view(np.int64)[..., 0]
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_gives_the_known_answers(counter: tuple[int, ...], key: tuple[int, int], words: tuple[int, ...]) -> None:
+    """The vectors published with Random123 for philox4x32 with 10 rounds."""
+    counters = np.array([(1, 2, 3, 4), counter], dtype=np.uint32).T
+    assert tuple(philox(counters, key)[:, 1].tolist()) == words
+
+
+PINNED = {
+    (0, 0): [2427, 0, 240, 49, 58, 1, 4675, 1, 1060873055, 1058807006, 1063993339, 1034640398, 1059609728, 0, 10, 9],
+    (1, 1): [807, 0, 240, 36, 31, 1, 5170, 0, 1060298368, 1066271129, 1066699907, -1112957018, 0, 1, 3, 29],
+    (2, 2): [5145, 0, 240, 19, 25, 0, 8515, 0, 1068077216, 1062100862, 1068501215, -1114343605, 0, 9468, 21, 35],
+}
+"""Rows of the table by view and place in the batch."""
+
+
+def test_rows_are_pinned() -> None:
+    """Another generator, or another use of its numbers, would change every run that is resumed."""
+    policy = AugmentConfig(local_views=1)
+    table = draw(policy, [0, 1, 9468], seed=3, epoch=2)
+    for (view, sample), values in PINNED.items():
+        assert table[view, sample].tolist() == values
+
+
+def test_a_row_depends_on_its_sample_alone() -> None:
+    """Extreme ratios make crops be drawn up to ten times, each row another number of times."""
+    policy = AugmentConfig(local_views=2, crop_ratio=(0.2, 5.0), crop_scale=(0.5, 1.0))
+    whole = draw(policy, 200)
+    chosen = np.array([199, 3, 70, 71])
+    assert np.array_equal(draw(policy, chosen), whole[:, chosen])
+    assert np.array_equal(draw(AugmentConfig(crop_ratio=(0.2, 5.0), crop_scale=(0.5, 1.0)), 200), whole[:2])
+
+
+def test_seed_epoch_sample_and_view_are_all_of_the_key() -> None:
+    rows = [
+        draw(AugmentConfig(local_views=1, local_scale=(0.2, 1.0)), 50, seed=seed, epoch=epoch)
+        for seed in (0, 1, 2**32, 2**63 - 1)
+        for epoch in (0, 1, 2)
+    ]
+    crops = np.stack(rows)[..., Column.FLIP : Column.SAMPLE].reshape(-1, 8)
+    jittered = crops[crops[:, 1] != 0]
+    assert len(np.unique(jittered, axis=0)) == len(jittered) > 1000
+
+
+@pytest.mark.parametrize(("height", "width"), [(60, 80), (300, 90), (64, 64)])
+@pytest.mark.parametrize("scale", [(0.2, 1.0), (0.05, 0.14)])
+def test_crops_are_distributed_as_torchvisions(height: int, width: int, scale: tuple[float, float]) -> None:
+    ours = draw(AugmentConfig(crop_scale=scale), height=height, width=width)[0][:, CROP]
+    torch.manual_seed(1)
+    transform = v2.RandomResizedCrop(8, scale)
+    image = torch.empty(3, height, width)
+    given = [transform.make_params([image]) for _ in range(COUNT)]
+    theirs = np.array([[p["top"], p["left"], p["height"], p["width"]] for p in given])
+    for a, b in (*zip(ours.T, theirs.T, strict=True), (ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3])):
+        assert stats.ks_2samp(a, b).pvalue > RARE
+
+
+@pytest.mark.parametrize("side", ["height", "width"])
+def test_every_place_of_a_crop_is_equally_likely(side: str) -> None:
+    """Crops of at most 14 % of the area always fit, so none is a central one."""
+    rows = draw(AugmentConfig(crop_scale=(0.05, 0.14)))[0]
+    places, extent, length = (Column.TOP, Column.HEIGHT, 60) if side == "height" else (Column.LEFT, Column.WIDTH, 80)
+    between = np.random.default_rng(0).random(COUNT)
+    share = (rows[:, places] + between) / (length - rows[:, extent] + 1)
+    assert stats.kstest(share, "uniform").pvalue > RARE
+
+
+def test_colours_are_distributed_as_torchvisions() -> None:
+    policy = AugmentConfig(jitter=(0.4, 1.5, 0.2, 0.1), jitter_prob=1.0)
+    table = draw(policy)[1]
+    torch.manual_seed(2)
+    transform = v2.ColorJitter(*policy.jitter)
+    given = [transform.make_params([torch.empty(3, 8, 8)]) for _ in range(COUNT)]
+    for name in ("brightness", "contrast", "saturation", "hue"):
+        theirs = [p[f"{name}_factor"] for p in given]
+        assert stats.ks_2samp(strengths(table, Column[name.upper()]), theirs).pvalue > RARE
+    counts = Counter(table[:, Column.ORDER].tolist())
+    orders = {sum(c << 4 * i for i, c in enumerate(order)) for order in itertools.permutations((1, 2, 3, 4))}
+    assert counts.keys() == orders
+    assert stats.chisquare(list(counts.values())).pvalue > RARE
+
+
+def test_switches_have_their_probabilities_and_are_independent() -> None:
+    policy = AugmentConfig(jitter_prob=0.7, grayscale_prob=0.3, blur_prob=0.4, flip_prob=0.6, blur_sigma=(0.5, 1.5))
+    first, second = draw(policy)
+    blurred = strengths(first, Column.SIGMA)
+    switches = {
+        "jitter": (first[:, Column.ORDER] != 0, 0.7),
+        "gray": (first[:, Column.GRAY] != 0, 0.3),
+        "blur": (blurred > 0, 0.4),
+        "flip": (first[:, Column.FLIP] != 0, 0.6),
+        "other view": (second[:, Column.FLIP] != 0, 0.6),
+    }
+    for on, probability in switches.values():
+        assert stats.binomtest(int(on.sum()), COUNT, probability).pvalue > RARE
+    for (a, _), (b, _) in itertools.combinations(switches.values(), 2):
+        assert stats.chi2_contingency([[np.sum(a & b), np.sum(a & ~b)], [np.sum(~a & b), np.sum(~a & ~b)]])[1] > RARE
+    assert stats.kstest(blurred[blurred > 0], stats.uniform(0.5, 1.0).cdf).pvalue > RARE
+
+
+def test_certain_and_impossible_steps() -> None:
+    never = draw(AugmentConfig(jitter_prob=0, grayscale_prob=0, blur_prob=0, flip_prob=0), 500)
+    assert not never[..., [Column.ORDER, Column.GRAY, Column.FLIP, Column.SIGMA, Column.HUE]].any()
+    assert (never.view(np.float32)[..., Column.BRIGHTNESS : Column.HUE] == 1).all()
+    always = draw(AugmentConfig(jitter_prob=1, grayscale_prob=1, blur_prob=1, flip_prob=1), 500)
+    assert (always[..., [Column.ORDER, Column.GRAY, Column.FLIP, Column.SIGMA]] != 0).all()
+
+
+def test_operations_without_strength_take_no_place() -> None:
+    table = draw(AugmentConfig(jitter=(0.0, 0.4, 0.0, 0.1), jitter_prob=1.0), 200)
+    assert set(table[..., Column.ORDER].ravel().tolist()) == {0x42, 0x24}
+    assert (strengths(table, Column.BRIGHTNESS) == 1).all()
+    none = draw(AugmentConfig(jitter=(0.0, 0.0, 0.0, 0.0), jitter_prob=1.0), 50)
+    assert not none[..., Column.ORDER].any()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (300, 7), (7, 300), (32, 32)])
+def test_every_policy_on_any_image(name: str, height: int, width: int) -> None:
+    policy = POLICIES[name]
+    table = draw(policy, 100, height, width)
+    assert table.shape == (2 + policy.local_views, 100, 16)
+    check_table(table, 3 * height * width)
+    top, left, tall, wide = table[..., CROP].transpose(2, 0, 1)
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (top + tall <= height).all()
+    assert (left + wide <= width).all()
+    assert np.array_equal(starts(table), (top * width + left) * 3)
+    assert (table[..., Column.STRIDE] == 3 * width).all()
+    assert (table[..., Column.SAMPLE] == np.arange(100)).all()
+
+
+@pytest.mark.parametrize(("height", "width", "crop"), [(300, 7, [145, 0, 9, 7]), (7, 300, [0, 145, 7, 9])])
+def test_images_that_no_crop_fits_are_cropped_in_the_middle(height: int, width: int, crop: list[int]) -> None:
+    """A crop of nearly all the area of a strip does not fit in ten draws; torchvision then takes its centre."""
+    table = draw(AugmentConfig(crop_scale=(0.9, 1.0)), 20, height, width)
+    params = v2.RandomResizedCrop(8, (0.9, 1.0)).make_params([torch.empty(3, height, width)])
+    assert [params[key] for key in ("top", "left", "height", "width")] == crop
+    assert (table[..., CROP] == crop).all()
+
+
+def test_none_takes_the_middle_square() -> None:
+    table = draw(POLICIES["none"], 5, 40, 30)
+    assert (table[..., CROP] == [5, 0, 30, 30]).all()
+
+
+def test_place_adds_addresses_beyond_32_bits() -> None:
+    table = draw(AugmentConfig(), 3)
+    before, rest = starts(table).copy(), table[..., 2:].copy()
+    offsets = np.array([0, 5, 2**40 + 2**32 - 1])
+    place(table, offsets)
+    assert np.array_equal(starts(table), before + offsets)
+    assert np.array_equal(table[..., 2:], rest)
+    with pytest.raises(InputError, match=r"offsets: shape \(2,\) must be \(3,\)"):
+        place(table, offsets[:2])
+
+
+def test_an_empty_batch_has_an_empty_table() -> None:
+    table = draw(AugmentConfig(local_views=1), 0)
+    assert table.shape == (3, 0, 16)
+    place(table, np.empty(0, dtype=np.int64))
+
+
+def test_numbers_out_of_range() -> None:
+    with pytest.raises(InputError, match="seed: -1"):
+        draw(AugmentConfig(), 2, seed=-1)
+    with pytest.raises(InputError, match="epoch: 4294967296"):
+        draw(AugmentConfig(), 2, epoch=2**32)
+    with pytest.raises(InputError, match="samples: numbers"):
+        draw(AugmentConfig(), [-1])
+    with pytest.raises(InputError, match="at least one pixel"):
+        draw(AugmentConfig(), 2, height=0)
+    with pytest.raises(InputError, match=r"shapes \(2,\), \(1,\), \(2,\)"):
+        draw_table(
+            AugmentConfig(), seed=0, epoch=0, samples=np.arange(2), heights=np.ones(1, int), widths=np.ones(2, int)
+        )
+
+
+def test_global_numbers_are_left_alone() -> None:
     torch.manual_seed(3)
-    expected = torch.rand(4)
-    torch.manual_seed(3)
-    random_view(picture(), 5)
-    assert torch.equal(torch.rand(4), expected)
+    np.random.seed(3)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[union-attr]
+    draw(AugmentConfig(), 5)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])
 
 
-def test_a_view_is_what_torchvision_makes_of_the_seed() -> None:
-    """The policy, spelled out once more with torchvision's own transforms under the same seed."""
-    policy = v2.Compose(
-        [
-            v2.RandomResizedCrop(16, (0.2, 1.0)),
-            v2.RandomHorizontalFlip(0.5),
-            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8),
-            v2.RandomGrayscale(0.2),
-            v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], 0.5),
-            v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
-    )
-    random_view = RandomView(AugmentConfig(), 16, (0.2, 1.0))
-    for key in range(20):
-        torch.manual_seed(key)
-        assert torch.equal(random_view(picture(), key), policy(picture()))
-
-
-def test_probabilities_of_the_policy() -> None:
-    """400 draws stay within five standard errors of their rate."""
-    image = picture(24, 24)
-    original = pixels(RandomView(PLAIN, 24, (1.0, 1.0))(image, 0))
-    flip = RandomView(AugmentConfig(jitter_prob=0, grayscale_prob=0, blur_prob=0), 24, (1.0, 1.0))
-    gray = RandomView(AugmentConfig(jitter_prob=0, flip_prob=0, blur_prob=0), 24, (0.2, 1.0))
-    flipped = sum(not torch.allclose(pixels(flip(image, key)), original, atol=0.3) for key in range(400))
-    grayed = sum(bool((pixels(gray(image, key)).std(0) < 1e-4).all()) for key in range(400))
-    assert abs(flipped - 200) <= 50
-    assert abs(grayed - 80) <= 40
-
-
-def test_impossible_and_certain_steps() -> None:
-    """A crop of all the area is the whole image, whatever aspect ratio was drawn; then only flip and gray are left."""
-    always = RandomView(AugmentConfig(jitter_prob=0, grayscale_prob=1, blur_prob=0, flip_prob=1), 24, (1.0, 1.0))
-    image = picture(24, 24)
-    expected = np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).convert("L"), dtype=np.float32) / 255
-    for key in range(10):
-        np.testing.assert_allclose(pixels(always(image, key)).numpy(), np.stack([expected] * 3), atol=1e-6)
-
-
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 90), (300, 7)])
-@pytest.mark.parametrize("size", [8, 13, 64])
-def test_any_image_gives_finite_views(height: int, width: int, size: int) -> None:
-    certain = AugmentConfig(jitter_prob=1, grayscale_prob=0, blur_prob=1)
-    view = RandomView(certain, size, (0.05, 0.14))(picture(height, width), 1)
-    assert view.shape == (3, size, size)
-    assert torch.isfinite(view).all()
+def test_contact_sheet_shows_images_and_the_views_of_training() -> None:
+    images = np.stack([np.asarray(picture(20, 20, seed)) for seed in range(4)])
+    policy = AugmentConfig(size=16, local_views=1, local_size=8)
+    sheet = contact_sheet(ArraySource(images), policy, images=2, seed=5, epoch=1)
+    assert sheet.size == (3 * 16 + 8 + 3 * 4, 2 * 16 + 4)
+    table = draw(policy, [2], 20, 20, seed=5, epoch=1)
+    view = eager_augment(torch.from_numpy(images[2].reshape(-1)), torch.from_numpy(table[:1]), 16)[0, 0]
+    expected = pixels(view).mul(255).round().clamp(0, 255).permute(1, 2, 0).numpy()
+    assert np.array_equal(np.asarray(sheet)[20:36, 20:36], expected)
+    assert (np.asarray(sheet)[16:20] == 255).all()
+    assert contact_sheet(ArraySource(images), "none", images=9).size[1] == 4 * 224 + 3 * 4
+    with pytest.raises(InputError, match="images: 0"):
+        contact_sheet(ArraySource(images), policy, images=0)
+    with pytest.raises(InputError, match="has no images"):
+        contact_sheet(ArraySource(images[:0]), policy)
 
 
 def test_eval_view_is_the_centre_of_the_resized_image() -> None:

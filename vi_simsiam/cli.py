@@ -1,8 +1,9 @@
-"""The command line: `vi-simsiam train|evaluate|knn|linear|figures|info|bench`."""
+"""The command line: `vi-simsiam train|evaluate|knn|linear|figures|pack|views|info|bench`."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import sys
@@ -15,7 +16,7 @@ from unittest import mock
 import tyro
 from rich.console import Console
 
-from vi_simsiam.config import TrainConfig, preset
+from vi_simsiam.config import AugmentConfig, TrainConfig, policy, preset
 from vi_simsiam.errors import InputError, UserError
 
 _Options = TypeVar("_Options")
@@ -28,6 +29,8 @@ class _Train:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     preset: str = "default"
     """Starting point of the configuration: default, demo or paper."""
+    policy: str | None = None
+    """Starting point of the augmentation: simsiam, multicrop, lightly-imagenette or none; None for the preset's."""
     out: Path | None = None
     """Run folder; None for runs/DATA-METHOD-NNN, the first number that is free."""
     resume: bool = False
@@ -36,6 +39,8 @@ class _Train:
     """Replace the run in --out."""
     evaluate: bool = False
     """Evaluate the run when it is trained, as `vi-simsiam evaluate` does."""
+    seeds: int | None = None
+    """Train this many runs at once, each a process, with --seed and the seeds after it, into OUT/seed-N."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,42 @@ class _Figures(_Evaluate):
 
 
 @dataclass(frozen=True)
+class _Pack:
+    images: Annotated[str, tyro.conf.Positional]
+    """A folder of images, or a data set by name."""
+    out: Path
+    """File to write, such as mine.pack; validation images go to mine.val.pack. Train on it with --data pack:mine.pack."""
+    shorter_side: int | None = None
+    """Make larger images smaller, to this many pixels on the shorter side."""
+    workers: int | None = None
+    """Processes that decode; None for one a CPU core."""
+    data_root: Path = Path("data")
+    """Where downloaded data sets are kept or looked for."""
+    offline: bool = False
+    """Never download."""
+    overwrite: bool = False
+    """Replace the file where there is one."""
+
+
+@dataclass(frozen=True)
+class _Views:
+    augment: Annotated[AugmentConfig, tyro.conf.arg(name="")]
+    data: str = "fashion-mini"
+    """A data set by name, folder:PATH or pack:FILE."""
+    policy: str = "simsiam"
+    """Starting point of the augmentation: simsiam, multicrop, lightly-imagenette or none."""
+    out: Path = Path("views.png")
+    """Picture to write: a row an image, the image first and then its views."""
+    images: int = 8
+    """Number of images."""
+    seed: int = 0
+    data_root: Path = Path("data")
+    """Where downloaded data sets are kept or looked for."""
+    offline: bool = False
+    """Never download."""
+
+
+@dataclass(frozen=True)
 class _Info:
     pass
 
@@ -87,7 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError(f"command: {given[0]!r} is none of {', '.join(_COMMANDS)}")
         return _COMMANDS[given[0]][0](given[1:])
     except UserError as error:
-        print(f"vi-simsiam: {error}", file=sys.stderr)
+        if str(error):
+            print(f"vi-simsiam: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"vi-simsiam: {error}", file=sys.stderr)
@@ -102,36 +144,54 @@ def _train(arguments: list[str]) -> int:
     if options.resume and options.out is None:
         raise InputError("resume: say which run with --out")
 
+    from vi_simsiam.engine.distributed import joined
+    from vi_simsiam.engine.seeds import SEEDS, run_seeds
     from vi_simsiam.engine.trainer import Trainer
 
-    trainer = Trainer(options.config, options.out, resume=options.resume, overwrite=options.overwrite)
-    folder = trainer.folder
-    print(
-        f"{options.config.method} on {options.config.data}: {len(trainer.loader.source):,} images, "
-        f"{trainer.total_steps:,} steps, {trainer.device}, loss by {trainer.backend}; run folder {folder}"
-    )
-    try:
-        trainer.fit()
-    except KeyboardInterrupt:
-        print(
-            f"vi-simsiam: interrupted, saved at step {trainer.saved_step}; go on with: vi-simsiam train --out {folder} --resume",
-            file=sys.stderr,
-        )
-        return 130
-    if options.evaluate:
+    if options.seeds is not None and options.out is None:
+        raise InputError("seeds: say where with --out")
+    if options.out is not None and (options.seeds is not None or (options.resume and (options.out / SEEDS).is_file())):
+        return run_seeds(arguments, options.seeds, options.config.seed, options.out)
+
+    with joined(options.config.device) as world:
+        trainer = Trainer(options.config, options.out, resume=options.resume, overwrite=options.overwrite, world=world)
+        folder = trainer.folder
+        if world.is_main:
+            ranks = "" if world.size == 1 else f" on {world.size} ranks"
+            print(
+                f"{options.config.method} on {options.config.data}: {len(trainer.loader.source):,} images, "
+                f"{trainer.total_steps:,} steps, {trainer.device}{ranks}, loss by {trainer.backend}; run folder {folder}"
+            )
         try:
-            _evaluate([str(folder), "--device", options.config.device])
-        except InputError as error:  # trained all the same: data without labels, say
-            print(f"not evaluated: {error}")
+            trainer.fit()
+        except KeyboardInterrupt:
+            if world.is_main:
+                print(
+                    f"vi-simsiam: interrupted, saved at step {trainer.saved_step}; "
+                    f"go on with: vi-simsiam train --out {folder} --resume",
+                    file=sys.stderr,
+                )
+            return 130
+        if options.evaluate:
+            from vi_simsiam.engine.run import load_run
+            from vi_simsiam.evaluation.summary import evaluate_run
+
+            try:
+                evaluate_run(load_run(folder, device=str(trainer.device)), world)
+            except InputError as error:  # trained all the same: data without labels, say
+                if world.is_main:
+                    print(f"not evaluated: {error}")
     return 0
 
 
 def _evaluate(arguments: list[str]) -> int:
     options = _parse("evaluate", _Evaluate, arguments)
 
+    from vi_simsiam.engine.distributed import joined
     from vi_simsiam.evaluation.summary import evaluate_run
 
-    evaluate_run(_open(options))
+    with joined(options.device) as world:
+        evaluate_run(_open(options, str(world.device)), world)
     return 0
 
 
@@ -176,6 +236,44 @@ def _figures(arguments: list[str]) -> int:
     return 0
 
 
+def _pack(arguments: list[str]) -> int:
+    options = _parse("pack", _Pack, arguments)
+
+    from vi_simsiam.data.cache import pack
+    from vi_simsiam.data.datasets import open_dataset, validation_pack
+
+    spec = f"folder:{options.images}" if Path(options.images).expanduser().is_dir() else options.images
+    splits = open_dataset(spec, root=options.data_root, download=not options.offline)
+    out = options.out.expanduser()
+    parts = [(splits.train, out), *([] if splits.val is None else [(splits.val, validation_pack(out))])]
+    taken = next((path for _, path in parts if path.exists()), None)
+    if taken is not None and not options.overwrite:
+        raise InputError(f"out: {taken} exists; say --overwrite to replace it")
+    for source, path in parts:
+        unreadable = pack(
+            source, path, workers=options.workers, shorter_side=options.shorter_side, console=Console(soft_wrap=True)
+        )
+        for image in unreadable:
+            print(f"left out: {image.path} ({image.reason})")
+        print(f"written: {path} ({len(source) - len(unreadable):,} images, {path.stat().st_size / 1e6:,.1f} MB)")
+    return 0
+
+
+def _views(arguments: list[str]) -> int:
+    start = policy(_said(arguments, "--policy") or "simsiam")
+    options = _parse("views", _Views, arguments, default=_Views(start))
+
+    from vi_simsiam.data.contact_sheet import contact_sheet
+    from vi_simsiam.data.datasets import open_dataset
+
+    if options.images < 1:
+        raise InputError(f"images: {options.images} must be at least 1")
+    source = open_dataset(options.data, root=options.data_root, download=not options.offline).train
+    contact_sheet(source, options.augment, images=options.images, seed=options.seed).save(options.out)
+    print(options.out)
+    return 0
+
+
 def _info(arguments: list[str]) -> int:
     _parse("info", _Info, arguments)
 
@@ -186,13 +284,16 @@ def _info(arguments: list[str]) -> int:
 
 
 def _bench(arguments: list[str]) -> int:
-    from vi_simsiam.benchmarks import accuracy, compare, multiview_loss, report
+    import importlib
 
-    benchmarks: dict[str, tuple[Any, str]] = {
-        "loss": (multiview_loss, "time the loss: eager, torch.compile and the fused backends"),
-        "compare": (compare, "two result files case by case; exits 1 if anything became slower"),
-        "accuracy": (accuracy, "errors of the loss at large concentrations"),
-        "report": (report, "write the tables in Markdown files from the result files they name"),
+    benchmarks = {
+        "loss": ("multiview_loss", "time the loss: eager, torch.compile and the fused backends"),
+        "augment": ("augment", "views a second: ours, torchvision, lightly and kornia"),
+        "step": ("step", "the training step by phase, against the network alone"),
+        "train": ("train", "whole trainings: ours, plain and tuned PyTorch, lightly"),
+        "compare": ("compare", "two result files case by case; exits 1 if anything became slower"),
+        "accuracy": ("accuracy", "errors of the loss at large concentrations"),
+        "report": ("report", "write the tables in Markdown files from the result files they name"),
     }
     if arguments and arguments[0] in ("-h", "--help"):
         print(f"usage: vi-simsiam bench {'|'.join(benchmarks)} [OPTIONS]\n")
@@ -200,31 +301,42 @@ def _bench(arguments: list[str]) -> int:
         return 0
     if not arguments or arguments[0] not in benchmarks:
         raise InputError(f"bench: {' '.join(arguments[:1]) or 'nothing'!r} is none of {', '.join(benchmarks)}")
-    benchmark, _ = benchmarks[arguments[0]]
+    benchmark: Any = importlib.import_module(f"vi_simsiam.benchmarks.{benchmarks[arguments[0]][0]}")
     outcome = benchmark.run(_parse(f"bench {arguments[0]}", benchmark.Options, arguments[1:]))
     return outcome if isinstance(outcome, int) else 0
 
 
-def _open(options: _Evaluate) -> Any:
+def _open(options: _Evaluate, device: str | None = None) -> Any:
     from vi_simsiam.engine.run import load_run
 
     return load_run(
-        options.run, device=options.device, workers=options.workers, data=options.data, data_root=options.data_root
+        options.run,
+        device=device or options.device,
+        workers=options.workers,
+        data=options.data,
+        data_root=options.data_root,
     )
 
 
 def _starting_point(arguments: list[str]) -> TrainConfig:
     """The configuration that the other options change: the saved one on --resume, else the preset's."""
-    known = {"--preset": "default", "--out": ""}
-    for name, value in zip(arguments, [*arguments[1:], ""], strict=True):
-        option, _, attached = name.partition("=")
-        if option in known:
-            known[option] = attached or value
-    if "--resume" in arguments and "--preset" not in arguments and known["--out"]:
+    name, out, views = (_said(arguments, option) for option in ("--preset", "--out", "--policy"))
+    if "--resume" in arguments and name is None and out and (Path(out) / "config.json").is_file():
         from vi_simsiam.engine.run import read_config
 
-        return read_config(Path(known["--out"]))
-    return preset(known["--preset"])
+        return read_config(Path(out))
+    config = preset(name or "default")
+    return config if views is None else dataclasses.replace(config, augment=policy(views))
+
+
+def _said(arguments: list[str], option: str) -> str | None:
+    """The value that an option is given, if it is: known before tyro reads all the others."""
+    value = None
+    for name, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        given, _, attached = name.partition("=")
+        if given == option:
+            value = attached or following
+    return value
 
 
 def _parse(command: str, kind: type[_Options], arguments: list[str], default: _Options | None = None) -> _Options:
@@ -264,6 +376,8 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "knn": (_knn, "k-nearest-neighbour accuracy of a run's frozen features"),
     "linear": (_linear, "linear-probe accuracy of a run's frozen features"),
     "figures": (_figures, "curves.png and kappa.png of a run"),
+    "pack": (_pack, "decode images once into one file to train on"),
+    "views": (_views, "a picture of some images and their random views"),
     "info": (_info, "versions, devices, and which backends are available"),
     "bench": (_bench, "benchmarks: bench loss|compare|accuracy|report"),
 }

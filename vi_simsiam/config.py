@@ -158,7 +158,7 @@ class TrainConfig:
 
     method: Method = "vi-simsiam"
     data: str = "fashion-mini"
-    """fashion-mini (embedded), folder:PATH, cifar10, imagenette or imagewoof."""
+    """fashion-mini (embedded), folder:PATH, pack:FILE, cifar10, imagenette or imagewoof."""
     data_root: Path = Path("data")
     """Where downloaded data sets are kept or looked for."""
     offline: bool = False
@@ -179,7 +179,7 @@ class TrainConfig:
     """Largest norm of the gradient; None for no clipping."""
     seed: int = 0
     workers: int | None = None
-    """Processes that prepare views; None for one a CPU core (at most 16) with a GPU, one for four cores without."""
+    """Processes that prepare views on a CPU, and that read images for evaluation; None for a number that suits the device."""
     device: str = "auto"
     """auto (the GPU if there is one), cpu, cuda or cuda:N."""
     precision: Precision = "auto"
@@ -194,8 +194,10 @@ class TrainConfig:
     """Whether BatchNorm normalises each view by its own statistics or all views of one size jointly."""
     sync_batch_norm: bool = False
     """With several GPUs: BatchNorm statistics over the batch of all of them."""
-    log_every: int = 10
-    """Steps between two lines in metrics.jsonl."""
+    log_every: int | None = None
+    """Steps between two lines in metrics.jsonl; None for 10 on a CPU and 100 on a GPU, which waits for each of them."""
+    save_every: float = 60.0
+    """Least seconds between two checkpoints, which are written after an epoch, at the end and on Ctrl-C."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -216,7 +218,8 @@ class TrainConfig:
         _require("clip_norm", self.clip_norm, self.clip_norm is None or 0 < self.clip_norm < math.inf, "positive")
         _require("seed", self.seed, 0 <= self.seed < 2**63, "at least 0 and below 2**63")
         _require("workers", self.workers, self.workers is None or self.workers >= 0, "at least 0")
-        _require("log_every", self.log_every, self.log_every >= 1, "at least 1")
+        _require("log_every", self.log_every, self.log_every is None or self.log_every >= 1, "at least 1")
+        _require("save_every", self.save_every, 0 <= self.save_every < math.inf, "at least 0")
 
     def located(self) -> TrainConfig:
         """The same with absolute paths, so that a run can be opened from anywhere."""
@@ -257,10 +260,11 @@ class TrainConfig:
             raise InputError(f"configuration: {error}") from error
 
 
-# Where a run happens may change when it is resumed; what it computes may not.
-_PLACE_FIELDS = {
+PLACE_FIELDS = {
     "workers", "device", "data_root", "offline", "cache_dir", "data_memory", "capture", "compile", "log_every",
+    "save_every",
 }  # fmt: skip
+"""Where and how a run happens may change when it is resumed; what it computes may not."""
 
 PRESETS: dict[str, TrainConfig] = {
     "default": TrainConfig(),
@@ -302,7 +306,7 @@ def differing_fields(saved: TrainConfig, given: TrainConfig) -> list[str]:
     return [
         f"{name}: {old} -> {new}"
         for (name, old), (_, new) in zip(_flat(saved.to_dict()), _flat(given.to_dict()), strict=True)
-        if old != new and name not in _PLACE_FIELDS
+        if old != new and name not in PLACE_FIELDS
     ]
 
 

@@ -1,1 +1,9 @@
 """Images, the random views made of them, and the loaders that put them into batches."""
+
+from __future__ import annotations
+
+from vi_simsiam.data.batches import Batch
+from vi_simsiam.data.device import DeviceFeed
+from vi_simsiam.data.loader import MultiViewLoader
+
+__all__ = ["Batch", "DeviceFeed", "MultiViewLoader"]

@@ -1,4 +1,4 @@
-"""Data sets by name: the embedded Fashion-MNIST subset, image folders, CIFAR-10, ImageNette and ImageWoof."""
+"""Data sets by name: the embedded Fashion-MNIST subset, image folders, packed files, CIFAR-10, ImageNette, ImageWoof."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import download_and_extract_archive
 
+from vi_simsiam.data.packed import open_pack
 from vi_simsiam.data.sources import (
     IMAGE_SUFFIXES,
     ArraySource,
@@ -26,7 +27,7 @@ from vi_simsiam.data.sources import (
 )
 from vi_simsiam.errors import InputError
 
-ACCEPTED = "fashion-mini, folder:PATH, cifar10, imagenette or imagewoof"
+ACCEPTED = "fashion-mini, folder:PATH, pack:FILE, cifar10, imagenette or imagewoof"
 """What `open_dataset` takes, for messages."""
 
 _FASHION_CLASSES = (
@@ -107,10 +108,11 @@ def open_dataset(spec: str, *, root: Path = Path("data"), download: bool = True)
     - ``fashion-mini``: 8,000 + 2,000 Fashion-MNIST images of 28 pixels, embedded in the package.
     - ``folder:PATH``: with PATH/train/CLASS/ folders a labelled set, and PATH/val/CLASS/ its validation part; otherwise
       every image under PATH/train, or under PATH if there is no such folder, without labels.
+    - ``pack:FILE``: what `vi-simsiam pack` wrote to FILE, and its validation part beside it.
     - ``cifar10``, ``imagenette``, ``imagewoof``: an unpacked copy under `root`, or else a checksummed download to it.
       ImageNette and ImageWoof are version 2 at 320 pixels. A copy of either with fewer images is refused.
 
-    Files are listed, not read; `vi_simsiam.data.sources.scan` finds damaged ones. Raises InputError for another name, a
+    Files are listed, not read; `vi_simsiam.data.cache.cached` finds damaged ones. Raises InputError for another name, a
     folder that does not hold what is described, or a download that is not allowed or fails.
     """
     root = Path(root).expanduser()
@@ -118,11 +120,20 @@ def open_dataset(spec: str, *, root: Path = Path("data"), download: bool = True)
         return _fashion_mini()
     if spec.startswith("folder:") and spec != "folder:":
         return _folder(Path(spec.removeprefix("folder:")).expanduser(), spec)
+    if spec.startswith("pack:") and spec != "pack:":
+        path = Path(spec.removeprefix("pack:")).expanduser()
+        val = validation_pack(path)
+        return Splits(spec, open_pack(path), open_pack(val) if val.exists() else None)
     if spec == "cifar10":
         return _cifar10(root, download)
     if spec in _PUBLISHED:
         return _imagenet_subset(spec, root, download)
     raise InputError(f"data: {spec!r} must be {ACCEPTED}")
+
+
+def validation_pack(path: Path) -> Path:
+    """Where the validation part of a packed data set lies: mine.val.pack beside mine.pack."""
+    return path.with_name(f"{path.stem}.val{path.suffix}")
 
 
 def _fashion_mini() -> Splits:

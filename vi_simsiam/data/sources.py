@@ -5,16 +5,20 @@ A source gives every image as 8-bit RGB, whatever it is stored as, so nothing af
 
 from __future__ import annotations
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from vi_simsiam.errors import InputError
 
@@ -33,6 +37,17 @@ class Unreadable(NamedTuple):
     reason: str
 
 
+class UnreadableError(InputError):
+    """An image cannot be decoded: where it is, and why."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.entry = Unreadable(path, reason)
+
+    def __str__(self) -> str:
+        return f"{self.entry.path}: cannot be read as an image ({self.entry.reason})"
+
+
 class ImageSource(ABC):
     """A fixed sequence of RGB images, with labels or without."""
 
@@ -49,11 +64,20 @@ class ImageSource(ABC):
 
     @abstractmethod
     def image(self, index: int) -> Image.Image:
-        """Return image `index` in mode RGB. Raises InputError, naming the file, if it cannot be read."""
+        """Return image `index` in mode RGB. Raises UnreadableError, naming the file, if it cannot be read."""
 
     @abstractmethod
     def describe(self, index: int) -> str:
         """Return where image `index` is to be found: a path, or a name such as "fashion-mini/train/17"."""
+
+    def dimensions(self, index: int) -> tuple[int, int]:
+        """Return height and width of image `index` in pixels. Raises UnreadableError if it cannot be read."""
+        width, height = self.image(index).size
+        return height, width
+
+    def fingerprint(self) -> str | None:
+        """Return a digest that changes when the images or labels do; None if that takes reading all of them."""
+        return None
 
     def _label(self, labels: NDArray[np.int64] | None, classes: Sequence[str] | None, count: int) -> None:
         if (labels is None) != (classes is None):
@@ -118,12 +142,37 @@ class FileSource(ImageSource):
         return len(self.paths)
 
     def image(self, index: int) -> Image.Image:
-        """Decode image `index`. Raises InputError, naming the file, if that fails."""
+        """Decode image `index`. Raises UnreadableError, naming the file, if that fails."""
+        path = self.paths[index]
+        # Damaged files make Pillow's decoders raise almost any exception, SyntaxError and struct.error among them.
+        try:
+            with Image.open(path, formats=_FORMATS) as image:
+                return to_rgb(image)
+        except Exception as error:
+            raise UnreadableError(path, _reason(path, error)) from error
+
+    def dimensions(self, index: int) -> tuple[int, int]:
+        """Return height and width of image `index` from its header. Raises UnreadableError if that cannot be read."""
         path = self.paths[index]
         try:
-            return _decode(path)
+            with Image.open(path, formats=_FORMATS) as image:
+                return image.height, image.width
         except Exception as error:
-            raise InputError(f"{path}: cannot be read as an image ({_reason(path, error)})") from error
+            raise UnreadableError(path, _reason(path, error)) from error
+
+    def fingerprint(self) -> str:
+        """Return a digest of every path, file size and time of change, and of the labels and classes."""
+        digest = hashlib.blake2b(digest_size=20)
+        for path in self.paths:
+            try:
+                status = os.stat(path)
+                facts = (status.st_size, status.st_mtime_ns)
+            except OSError:
+                facts = (-1, -1)  # to be reported as unreadable
+            digest.update(repr((os.path.abspath(path), *facts)).encode())
+        digest.update(repr(self.classes).encode())
+        digest.update(b"" if self.labels is None else self.labels.tobytes())
+        return digest.hexdigest()
 
     def describe(self, index: int) -> str:
         """Return the file's path."""
@@ -132,12 +181,90 @@ class FileSource(ImageSource):
     def readable(self, workers: int) -> tuple[FileSource, list[Unreadable]]:
         """Decode every file completely, in `workers` threads; return a source of those that can be, and the others."""
         with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
-            reasons = list(pool.map(_why_unreadable, self.paths))
+            reasons = list(pool.map(self._why_unreadable, range(len(self))))
         keep = np.array([reason is None for reason in reasons], dtype=bool)
         failures = [Unreadable(path, why) for path, why in zip(self.paths, reasons, strict=True) if why is not None]
         paths = [path for path, kept in zip(self.paths, keep, strict=True) if kept]
         labels = None if self.labels is None else self.labels[keep]
         return FileSource(paths, labels, self.classes, self.name), failures
+
+    def _why_unreadable(self, index: int) -> str | None:
+        try:
+            self.image(index)
+        except UnreadableError as error:
+            return error.entry.reason
+        return None
+
+
+class DatasetSource(ImageSource):
+    """The images of any map-style torch Dataset; labels are not taken over.
+
+    An item is an image or a tuple or list that begins with one, and an image is a PIL image, uint8 (H, W), (H, W, 1) or
+    (H, W, 3) in a numpy array, or uint8 (1, H, W) or (3, H, W) in a torch tensor. Random transforms belong after this.
+
+    Raises:
+        InputError: the data set has no length or no items by number.
+    """
+
+    def __init__(self, dataset: Dataset[Any], name: str | None = None) -> None:
+        self.name = type(dataset).__name__ if name is None else name
+        self.labels = self.classes = None
+        self.dataset = dataset
+        try:
+            if isinstance(dataset, (str, bytes)) or not hasattr(dataset, "__getitem__"):
+                raise TypeError
+            self._count = len(dataset)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise InputError(
+                f"source: {type(dataset).__name__} must be an ImageSource or a map-style Dataset, with a length and "
+                "items by number (vi_simsiam.data.datasets.open_dataset opens data sets by name)"
+            ) from error
+
+    def __len__(self) -> int:
+        return self._count
+
+    def image(self, index: int) -> Image.Image:
+        """Return item `index` in mode RGB.
+
+        Raises:
+            InputError: the item is of another kind.
+            UnreadableError: the data set raises an exception.
+        """
+        try:
+            item = self.dataset[index]
+        except Exception as error:
+            raise UnreadableError(self.describe(index), f"{type(error).__name__}: {_one_line(error)}") from error
+        return _item_to_rgb(item, self.describe(index))
+
+    def describe(self, index: int) -> str:
+        """Return "NAME/INDEX"."""
+        return f"{self.name}/{index}"
+
+
+def as_source(images: ImageSource | Dataset[Any]) -> ImageSource:
+    """Return a source as it is, and a map-style torch Dataset as a DatasetSource. Raises InputError for others."""
+    return images if isinstance(images, ImageSource) else DatasetSource(images)
+
+
+def _item_to_rgb(item: Any, place: str) -> Image.Image:
+    image = item[0] if isinstance(item, (tuple, list)) and item else item
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    pixels: Any = None
+    if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3:
+        pixels = image.permute(1, 2, 0).cpu().numpy()
+    elif isinstance(image, np.ndarray) and image.dtype == np.uint8:
+        pixels = image[:, :, None] if image.ndim == 2 else image
+    if pixels is None or pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or 0 in pixels.shape:
+        given = type(image).__name__
+        if isinstance(image, (Tensor, np.ndarray)):
+            given += f" of {image.dtype}, shape {tuple(image.shape)}"
+        raise InputError(
+            f"{place}: {given} must be a PIL image, a uint8 numpy array (H, W) or (H, W, 3), a uint8 torch tensor "
+            "(3, H, W), or a tuple that begins with one of these"
+        )
+    pixels = pixels[:, :, 0] if pixels.shape[2] == 1 else pixels
+    return Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
 
 
 def scan(source: ImageSource, workers: int | None = None) -> tuple[ImageSource, list[Unreadable]]:
@@ -150,13 +277,18 @@ def scan(source: ImageSource, workers: int | None = None) -> tuple[ImageSource, 
     if not isinstance(source, FileSource):
         return source, []
     cleaned, failures = source.readable(os.cpu_count() or 1 if workers is None else workers)
+    check_readable(source, failures)
+    return cleaned, failures
+
+
+def check_readable(source: ImageSource, failures: Sequence[Unreadable]) -> None:
+    """Raise InputError if more than 1 % of a source's images are unreadable, naming the first."""
     if len(failures) > _TOLERATED_SHARE * len(source):
         first = "; ".join(f"{failure.path} ({failure.reason})" for failure in failures[:3])
         more = ", ..." if len(failures) > 3 else ""
         raise InputError(
             f"{source.name}: {len(failures)} of {len(source)} images cannot be read, at most 1 % may be: {first}{more}"
         )
-    return cleaned, failures
 
 
 def find_images(folder: str | Path) -> list[str]:
@@ -217,23 +349,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _decode(path: str) -> Image.Image:
-    with Image.open(path, formats=_FORMATS) as image:
-        return to_rgb(image)
-
-
-def _why_unreadable(path: str) -> str | None:
-    # Damaged files make Pillow's decoders raise almost any exception, SyntaxError and struct.error among them.
-    try:
-        _decode(path)
-    except Exception as error:
-        return _reason(path, error)
-    return None
-
-
 def _reason(path: str, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "an empty file" if os.path.getsize(path) == 0 else f"not a {', '.join(_FORMATS)} file"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    return _one_line(error) or type(error).__name__
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,71 +1,206 @@
-"""Random views of an image (the augmentation policy), and the fixed view that evaluation uses."""
+"""Random views of images as a table of parameters (the augmentation policy), and the fixed view that evaluation uses."""
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
+from numpy.typing import NDArray
 from torchvision.transforms import InterpolationMode, v2
 
 from vi_simsiam.config import AugmentConfig
+from vi_simsiam.errors import InputError
+from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, TABLE_COLUMNS, ColourOperation, Column
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+GLOBAL_VIEWS = 2
 
-_BLUR_TAPS = 13
-"""Covers three standard deviations of the strongest blur of SimSiam's policy, sigma = 2."""
+_CROP_DRAWS = 10
+# A view has blocks of four random words: three for switches, colours and blur, then one for each draw of a crop.
+_CROP_BLOCK = 3
+
+_ORDERS = tuple(itertools.permutations(ColourOperation))
+"""The 24 orders of the colour operations."""
+
+_WORD = np.uint64(0xFFFFFFFF)
+_HALF = np.uint64(32)
 
 
-def view_seed(seed: int, epoch: int, sample: int, view: int) -> int:
-    """The key of a view's random numbers: 64 well mixed bits, different for any two views of a run."""
-    return int(np.random.SeedSequence((seed, epoch, sample, view)).generate_state(1, np.uint64)[0])
-
-
-class RandomView:
-    """SimSiam's augmentation (Chen and He, arXiv 2011.10566, section 3) for views of one size.
-
-    The random numbers come from torch's CPU generator, seeded by a key and restored afterwards: a view depends on its
-    image and key alone, not on the process, on other views or on where a run was resumed.
+def philox(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint32]:
+    """Philox4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011).
 
     Args:
-        augment: the policy.
-        size: side of the view in pixels.
-        scale: share of the image's area that the crop covers.
+        counter: (4, n) uint32.
+        key: two words of 32 bits.
+
+    Returns:
+        (4, n) uint32: four random words for each counter.
     """
+    x0, x1, x2, x3 = (word.astype(np.uint64) for word in counter)
+    k0, k1 = key
+    for _ in range(10):
+        product0, product1 = x0 * np.uint64(0xD2511F53), x2 * np.uint64(0xCD9E8D57)
+        x0, x2 = (product1 >> _HALF) ^ x1 ^ np.uint64(k0), (product0 >> _HALF) ^ x3 ^ np.uint64(k1)
+        x1, x3 = product1 & _WORD, product0 & _WORD
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack([x0, x1, x2, x3]).astype(np.uint32)
 
-    def __init__(self, augment: AugmentConfig, size: int, scale: tuple[float, float]) -> None:
-        # Reflection padding reaches at most size - 1 pixels beyond the border.
-        taps = min(_BLUR_TAPS, 2 * size - 1)
-        # The image stays a PIL image as long as its 8-bit arithmetic is the faster one.
-        steps: list[tuple[float, v2.Transform]] = [
-            (1.0, v2.RandomResizedCrop(size, scale)),
-            (augment.flip_prob, v2.RandomHorizontalFlip(augment.flip_prob)),
-            (augment.jitter_prob, v2.RandomApply([v2.ColorJitter(*augment.jitter)], augment.jitter_prob)),
-            (augment.grayscale_prob, v2.RandomGrayscale(augment.grayscale_prob)),
-            (1.0, _to_float()),
-            (augment.blur_prob, v2.RandomApply([v2.GaussianBlur(taps, list(augment.blur_sigma))], augment.blur_prob)),
-            (1.0, v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)),
-        ]
-        self.transform = v2.Compose([step for probability, step in steps if probability > 0])
 
-    def __call__(self, image: Image.Image, key: int) -> Tensor:
-        """A random view of `image`: (3, size, size) float32, normalised."""
-        generator = torch.default_generator
-        state = generator.get_state()
-        generator.manual_seed(key)
-        try:
-            view: Tensor = self.transform(image)
-        finally:
-            generator.set_state(state)
-        return view
+def draw_table(
+    policy: AugmentConfig,
+    *,
+    seed: int,
+    epoch: int,
+    samples: NDArray[np.int64],
+    heights: NDArray[np.integer],
+    widths: NDArray[np.integer],
+) -> NDArray[np.int32]:
+    """Draw the parameters of all views of a batch.
+
+    A view's row is a function of the policy, the seed, the epoch, the image's number and size, and the view's number:
+    neither the rest of the batch nor the place where a run was resumed matters.
+
+    Args:
+        policy: the random views.
+        seed: at least 0, below 2**64.
+        epoch: at least 0.
+        samples: (B,) numbers of the images in their source.
+        heights: (B,) of the images, in pixels.
+        widths: (B,) of the images, in pixels.
+
+    Returns:
+        (V, B, 16) int32, see `ops.augment.Column`: the two global views, then the local ones. START counts from the
+        image's first byte; `place` makes it an address among other images.
+
+    Raises:
+        InputError: numbers out of range, or shapes that differ.
+    """
+    tall, wide = heights.astype(np.int64), widths.astype(np.int64)
+    if samples.ndim != 1 or not samples.shape == heights.shape == widths.shape:
+        raise InputError(
+            f"samples, heights, widths: shapes {samples.shape}, {heights.shape}, {widths.shape} must be (B,)"
+        )
+    for name, number, limit in (("seed", seed, 2**64), ("epoch", epoch, 2**32)):
+        if not 0 <= number < limit:
+            raise InputError(f"{name}: {number} must be at least 0 and below {limit}")
+    if len(samples) and (samples.min() < 0 or samples.max() >= 2**31):
+        raise InputError("samples: numbers of images must be at least 0 and below 2**31")
+    if len(samples) and min(heights.min(), widths.min()) < 1:
+        raise InputError("heights, widths: an image must have at least one pixel")
+    # A seed above 32 bits has a second word; after the epoch it cannot be taken for another epoch.
+    low, high = (int(x) for x in np.random.SeedSequence((epoch, seed)).generate_state(2, np.uint32))
+    views = GLOBAL_VIEWS + policy.local_views
+    table = np.zeros((views, len(samples), TABLE_COLUMNS), dtype=np.int32)
+    for number, rows in enumerate(table):
+        scale = policy.crop_scale if number < GLOBAL_VIEWS else policy.local_scale
+        stream = _Stream((low, high), samples, number)
+        _draw_colours(rows, stream, policy)
+        _draw_crops(rows, stream, scale, policy.crop_ratio, tall, wide)
+        rows[:, Column.SAMPLE] = samples
+        rows[:, Column.STRIDE] = 3 * wide
+        _starts(rows)[:] = (rows[:, Column.TOP] * wide + rows[:, Column.LEFT]) * 3
+    return table
+
+
+def place(table: NDArray[np.int32], offsets: NDArray[np.int64]) -> None:
+    """Add each image's first byte, (B,) int64, to the START of its rows in a table (V, B, 16), in place."""
+    if offsets.shape != table.shape[1:2]:
+        raise InputError(f"offsets: shape {offsets.shape} must be {table.shape[1:2]}, one for each sample of the table")
+    for rows in table:
+        _starts(rows)[:] += offsets
 
 
 def eval_view(size: int) -> v2.Compose:
     """The view for evaluation: the shorter side resized to `size` (bicubic), the centre cropped, normalised."""
     resize = v2.Resize(size, InterpolationMode.BICUBIC)
-    return v2.Compose([resize, v2.CenterCrop(size), _to_float(), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    to_float = v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])
+    return v2.Compose([resize, v2.CenterCrop(size), to_float, v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
 
 
-def _to_float() -> v2.Compose:
-    return v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])
+class _Stream:
+    """The random words of one view of each sample."""
+
+    def __init__(self, key: tuple[int, int], samples: NDArray[np.int64], view: int) -> None:
+        self.key, self.samples, self.view = key, samples, view
+
+    def block(self, number: int, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint32]:
+        """Block `number` of four words, (4, n) uint32, for all samples or those of `rows`."""
+        samples = self.samples if rows is None else self.samples[rows]
+        counter = np.empty((4, len(samples)), dtype=np.uint32)
+        counter[0], counter[1] = samples & 0xFFFFFFFF, samples >> 32
+        counter[2], counter[3] = self.view, number
+        return philox(counter, self.key)
+
+
+def _uniform(words: NDArray[np.uint32], low: float = 0.0, high: float = 1.0) -> NDArray[np.float64]:
+    """Uniform numbers in [low, high) from the 24 upper bits of the words."""
+    return low + (words >> np.uint32(8)).astype(np.float64) * ((high - low) * 2.0**-24)
+
+
+def _below(words: NDArray[np.uint32], limits: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Uniform integers in [0, limits): of 2**32 words, each number gets the same up to one."""
+    return (words.astype(np.uint64) * limits.astype(np.uint64) >> _HALF).astype(np.int64)
+
+
+def _starts(rows: NDArray[np.int32]) -> NDArray[np.int64]:
+    """The START columns of (n, 16) contiguous rows, as a view of them."""
+    starts: NDArray[np.int64] = rows.view("<i8")[:, Column.START // 2]
+    return starts
+
+
+def _draw_colours(rows: NDArray[np.int32], stream: _Stream, policy: AugmentConfig) -> None:
+    jitter, order, gray, flip = stream.block(0)
+    factors, blur = stream.block(1), stream.block(2)
+    rows[:, Column.FLIP] = _uniform(flip) < policy.flip_prob
+    rows[:, Column.GRAY] = _uniform(gray) < policy.grayscale_prob
+    floats = rows.view(np.float32)
+    floats[:, Column.SIGMA] = np.where(_uniform(blur[0]) < policy.blur_prob, _uniform(blur[1], *policy.blur_sigma), 0)
+
+    jittered = _uniform(jitter) < policy.jitter_prob
+    for code, strength in enumerate(policy.jitter, 1):
+        hue = Column.BRIGHTNESS + code - 1 == Column.HUE
+        low, high = (-strength, strength) if hue else (max(0.0, 1 - strength), 1 + strength)
+        neutral = 0.0 if hue else 1.0
+        floats[:, Column.BRIGHTNESS + code - 1] = np.where(jittered, _uniform(factors[code - 1], low, high), neutral)
+    # An operation without strength takes no place; the others keep the order in which they were drawn.
+    packed = np.array([_packed(permutation, policy.jitter) for permutation in _ORDERS], dtype=np.int32)
+    drawn = packed[_below(order, np.full(len(rows), len(packed)))]
+    rows[:, Column.ORDER] = np.where(jittered, drawn, 0)
+
+
+def _packed(permutation: tuple[int, ...], jitter: tuple[float, float, float, float]) -> int:
+    """The operations of a permutation that have a strength, 4 bits each, the first in the lowest bits."""
+    codes = [code for code in permutation if jitter[code - 1] > 0]
+    return sum(code << 4 * position for position, code in enumerate(codes))
+
+
+def _draw_crops(
+    rows: NDArray[np.int32],
+    stream: _Stream,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    heights: NDArray[np.int64],
+    widths: NDArray[np.int64],
+) -> None:
+    """Fill in the crops of torchvision's RandomResizedCrop: ten draws of a shape that fits, then the central one."""
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    left = np.arange(len(rows))
+    for draw in range(_CROP_DRAWS):
+        words = stream.block(_CROP_BLOCK + draw, left)
+        area = heights[left] * widths[left] * _uniform(words[0], *scale)
+        aspect = np.exp(_uniform(words[1], low, high))
+        width, height = (np.rint(np.sqrt(x)).astype(np.int64) for x in (area * aspect, area / aspect))
+        fits = (width > 0) & (width <= widths[left]) & (height > 0) & (height <= heights[left])
+        done, width, height = left[fits], width[fits], height[fits]
+        rows[done, Column.HEIGHT], rows[done, Column.WIDTH] = height, width
+        rows[done, Column.TOP] = _below(words[2, fits], heights[done] - height + 1)
+        rows[done, Column.LEFT] = _below(words[3, fits], widths[done] - width + 1)
+        left = left[~fits]
+        if not len(left):
+            return
+    tall, wide = heights[left], widths[left]
+    height = np.where(wide / tall < ratio[0], np.rint(wide / ratio[0]).astype(np.int64), tall)
+    width = np.where(wide / tall > ratio[1], np.rint(tall * ratio[1]).astype(np.int64), wide)
+    rows[left, Column.HEIGHT], rows[left, Column.WIDTH] = height, width
+    rows[left, Column.TOP], rows[left, Column.LEFT] = (tall - height) // 2, (wide - width) // 2

@@ -1,1 +1,5 @@
-"""Training: the run folder, checkpoints, monitoring and the loop."""
+"""Training: the run folder, checkpoints, monitoring, the step and its CUDA graph, and the loop."""
+
+from vi_simsiam.engine.graph import capture
+
+__all__ = ["capture"]

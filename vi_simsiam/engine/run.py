@@ -13,7 +13,10 @@ from pathlib import Path
 import torch
 
 from vi_simsiam.config import TrainConfig
+from vi_simsiam.data.cache import cached
 from vi_simsiam.data.datasets import Splits, open_dataset
+from vi_simsiam.data.packed import PackedImages
+from vi_simsiam.data.sources import ImageSource, Unreadable
 from vi_simsiam.engine.checkpoint import Checkpoint, write_json
 from vi_simsiam.errors import InputError
 from vi_simsiam.models import SimSiam, build_model
@@ -33,6 +36,10 @@ class Run:
     splits: Splits
     device: torch.device
     workers: int
+
+    def readable(self, source: ImageSource) -> tuple[PackedImages, list[Unreadable]]:
+        """The images of one of the splits decoded, and those that cannot be."""
+        return cached(source, cache_dir=self.config.cache_dir, workers=self.workers, console=None)
 
 
 def load_run(
@@ -63,7 +70,7 @@ def load_run(
     untrained = dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False))
     model = build_model(untrained).to(place).eval()
     checkpoint.restore(model)
-    splits = open_dataset(data or config.data, root=data_root or config.data_root)
+    splits = open_dataset(data or config.data, root=data_root or config.data_root, download=not config.offline)
     return Run(path, config, model, splits, place, resolve_workers(workers, place))
 
 
@@ -142,10 +149,10 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_workers(workers: int | None, device: torch.device) -> int:
-    """`workers`, or a number that suits the device: with a GPU one for every CPU core, at most 16.
+    """`workers`, or the number that reads images for evaluation: with a GPU one for every CPU core, at most 16.
 
     Without a GPU a quarter of the cores, at least 1: the cores compute the network, and a thread that waits at one of its
-    barriers for another that a loader has displaced spins. Two workers on two cores made training four times slower.
+    barriers for another that a loader has displaced spins.
     """
     if workers is not None:
         return workers

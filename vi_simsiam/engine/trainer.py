@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import nn
 
-from vi_simsiam.config import TrainConfig, differing_fields
+from vi_simsiam.config import PLACE_FIELDS, TrainConfig, differing_fields
+from vi_simsiam.data.cache import cached
 from vi_simsiam.data.datasets import open_dataset
 from vi_simsiam.data.loader import MultiViewLoader
-from vi_simsiam.data.sources import scan
 from vi_simsiam.engine.checkpoint import Checkpoint
+from vi_simsiam.engine.distributed import World, sync_batch_norm, wrap
+from vi_simsiam.engine.graph import Captured, capture
 from vi_simsiam.engine.monitor import Monitor, representation_statistics
 from vi_simsiam.engine.run import (
     CHECKPOINT,
@@ -27,12 +25,16 @@ from vi_simsiam.engine.run import (
     new_folder,
     read_config,
     resolve_device,
-    resolve_workers,
     start_folder,
 )
+from vi_simsiam.engine.signals import stop_signals
+from vi_simsiam.engine.step import OverlappedStep, TrainStep, learning_rates
 from vi_simsiam.errors import InputError, TrainingError
 from vi_simsiam.models import Output, VISimSiam, build_model
 from vi_simsiam.ops.backends import choose_backend
+
+# Ranks meet where metrics are due and in the network: these may differ between runs, not between ranks.
+_COMMON_FIELDS = {"log_every", "capture", "compile"}
 
 
 class Trainer:
@@ -41,12 +43,16 @@ class Trainer:
     Everything that can be wrong with the input is found here, before the folder is touched. The same configuration
     gives the same run on the same machine, also when it is interrupted and resumed at any step.
 
+    On a GPU the images lie in its memory or are streamed to it, their views are made there while the step before
+    trains, and a whole step is replayed as one CUDA graph. On a CPU worker processes make the views.
+
     Args:
         config: what to train.
         folder: the run folder; new or empty unless `resume` or `overwrite` is said. None for a new one in runs/.
         resume: go on from the folder's checkpoint.
         overwrite: replace the run that the folder holds.
         console: where to print; None for standard output.
+        world: the ranks that train together, each with a Trainer of its own; None for this process alone. Rank 0 writes.
 
     Raises:
         InputError: a configuration, folder or data set that cannot be used.
@@ -61,52 +67,86 @@ class Trainer:
         resume: bool = False,
         overwrite: bool = False,
         console: Console | None = None,
+        world: World | None = None,
     ) -> None:
         config = config.located()
+        folder = None if folder is None else Path(folder).expanduser()
         if folder is not None:
-            folder = Path(folder).expanduser()
             check_folder(folder, resume=resume, overwrite=overwrite)
         elif resume:
             raise InputError("resume: say which run folder to go on with")
         if resume and (differing := differing_fields(read_config(folder), config)):  # type: ignore[arg-type]
             raise InputError(f"resume: the configuration differs from {folder}'s: {'; '.join(differing)}")
         self.config, self.resume = config, resume
-        self.console = console or Console()
-        self.device = resolve_device(config.device)
+        self.world = world or World(resolve_device(config.device))
+        self.world.agree("configuration", config.to_dict(), ignore=PLACE_FIELDS - _COMMON_FIELDS)
+        self.world.local_batch(config.batch_size)
+        self.console = self.world.console(console)
+        self.device = self.world.device
+        if config.capture == "on" and self.device.type != "cuda":
+            raise InputError(
+                f"capture: 'on' needs a CUDA device, and this run is on {self.device}; auto and off run here"
+            )
         self.backend = choose_backend(config.backend, self.device.type)
-        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
+        self.log_every = config.log_every or (100 if self.device.type == "cuda" else 10)
+        bf16 = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = build_model(config).to(self.device)
         self.model.to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
+        if config.sync_batch_norm:
+            sync_batch_norm(self.model, self.world)
         default_scale = 1 / (config.model.dim - 1) if isinstance(self.model, VISimSiam) else 1.0
         self.loss_scale = default_scale if config.loss.loss_scale is None else config.loss.loss_scale
 
-        source, unreadable = scan(open_dataset(config.data, root=config.data_root).train)
+        with self.world.main_first():  # it decodes the images if that is to be done, and the others find them
+            images, unreadable = cached(
+                open_dataset(config.data, root=config.data_root, download=not config.offline).train,
+                cache_dir=config.cache_dir,
+                workers=config.workers,
+                console=self.console,
+            )
         if unreadable:
             names = ", ".join(f"{image.path} ({image.reason})" for image in unreadable)
             text = f"warning: {len(unreadable)} unreadable images left out: {names}"
             self.console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
         self.loader = MultiViewLoader(
-            source,
+            images,
             config.augment,
-            batch_size=config.batch_size,
+            config.batch_size,
+            self.device,
             seed=config.seed,
-            workers=resolve_workers(config.workers, self.device),
-            pin_memory=self.device.type == "cuda",
+            workers=config.workers,
+            dtype=torch.bfloat16 if bf16 and self.device.type == "cuda" else torch.float32,
+            memory=config.data_memory,
+            rank=self.world.rank,
+            world_size=self.world.size,
         )
+        self.world.agree("images", len(images))
         self.total_steps = config.epochs * self.loader.steps_per_epoch
+        compiled: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
+        self.train_step = TrainStep(
+            self.model,
+            learning_rates(config, self.loader.steps_per_epoch),
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            loss_scale=self.loss_scale,
+            backend=self.backend,
+            bf16=bf16,
+            clip_norm=config.clip_norm,
+            network=wrap(compiled, self.world),
+            world=self.world,
+        )
         self.step, self.seconds = 0, 0.0
-        self.folder = new_folder(Path("runs"), config) if folder is None else folder
+        self.folder: Path = folder or self.world.broadcast_object(
+            new_folder(Path("runs"), config) if self.world.is_main else None
+        )
         if resume:
             self._restore()
 
     def fit(self) -> None:
-        """Train to the end, with a checkpoint after every epoch.
+        """Train to the end, with checkpoints on the way; rank 0 writes them, and the metrics.
 
         Raises:
             TrainingError: the loss or the weights stopped being finite; the last good checkpoint is kept.
@@ -114,112 +154,138 @@ class Trainer:
         """
         steps = self.loader.steps_per_epoch
         with contextlib.ExitStack() as stack:
-            stop = stack.enter_context(_stop_signals())
+            stop = stack.enter_context(stop_signals(patient=self.world.size > 1))
             if not self.resume:
-                start_folder(self.folder, self.config)
+                if self.world.is_main:
+                    start_folder(self.folder, self.config)
                 self._save()
             stack.enter_context(contextlib.closing(self.loader))
-            monitor = stack.enter_context(
-                Monitor(
+            monitor = None
+            if self.world.is_main:
+                monitor = Monitor(
                     self.folder, step=self.step, total=self.total_steps, steps_per_epoch=steps, console=self.console
                 )
-            )
+                stack.enter_context(monitor)
+            self.model.train()
+            replay = self._replay()
             while self.step < self.total_steps:
-                epoch, start = divmod(self.step, steps)
-                metrics = self._train_epoch(epoch, start, monitor, stop)
-                self._save()
-                if stop:
+                metrics, stopped = self._train_epoch(replay, monitor, stop)
+                if stopped or self.step == self.total_steps or self._is_due():
+                    self._save()
+                if stopped:
                     raise KeyboardInterrupt
-                monitor.epoch_done(self.step, metrics)
+                if monitor is not None:
+                    monitor.epoch_done(self.step, metrics)
 
-    def learning_rate(self, step: int) -> float:
-        """Linear warm-up to the peak, then a cosine to 0 (Loshchilov and Hutter, arXiv 1608.03983, without restarts)."""
-        warmup = round(self.config.warmup_epochs * self.loader.steps_per_epoch)
-        if step < warmup:
-            return self.config.lr * (step + 1) / warmup
-        return self.config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (self.total_steps - warmup)))
+    def _replay(self) -> Captured | None:
+        """On a GPU the whole step, ready to be called; None where batches come from the loader."""
+        if self.loader.feed is None:
+            return None
+        whole = OverlappedStep(self.train_step, self.loader.feed)
+        whole.prepare(self.step)
+        # A graph that holds collectives of several GPUs has never been tried.
+        mode = "off" if self.config.capture == "auto" and self.world.size > 1 else self.config.capture
+        return capture(whole, state=whole.state, mode=mode)
 
-    def _train_epoch(self, epoch: int, start: int, monitor: Monitor, stop: list[int]) -> dict[str, float]:
-        self.model.train()
-        losses: list[Tensor] = []
+    def _train_epoch(
+        self, replay: Captured | None, monitor: Monitor | None, stop: list[int]
+    ) -> tuple[dict[str, float], bool]:
+        """Train to the end of the epoch or until a signal arrived; the last metrics, and whether one has.
+
+        With several ranks a signal is heard where metrics are due: all must stop after the same step.
+        """
+        end = (self.step // self.loader.steps_per_epoch + 1) * self.loader.steps_per_epoch
         metrics: dict[str, float] = {}
-        waited, since = 0.0, time.perf_counter()
-        batches = iter(self.loader.epoch(epoch, start))
-        while True:
-            asked = time.perf_counter()
-            try:
-                batch = next(batches, None)
-            except RuntimeError:
-                if stop:  # the end of the job has reached the workers first
-                    break
-                raise
-            waited += time.perf_counter() - asked
-            if batch is None:
-                break
-            last = self.step + 1 == (epoch + 1) * self.loader.steps_per_epoch
-            logging = (self.step + 1) % self.config.log_every == 0 or last
-            loss, output, grad_norm = self._train_step(batch.views, logging or self.config.clip_norm is not None)
-            losses.append(loss)
+        stopped = False
+        waited, since, first = 0.0, time.perf_counter(), self.step
+        for output, wait in self._outputs(replay, end, stop):
+            waited += wait
             self.step += 1
-            monitor.advance(self.step)
-            if logging or stop:
-                self._check_finite(losses)
+            if monitor is not None:
+                monitor.advance(self.step)
+            logging = self.step % self.log_every == 0 or self.step == end
+            if logging or (stop and self.world.size == 1):
+                stopped = self._any_rank(bool(stop))
+                losses = self._finite_losses(first)
                 seconds = time.perf_counter() - since
                 self.seconds += seconds
-                views = len(losses) * self.config.batch_size * len(batch.views)
+                views = len(losses) * self.config.batch_size * len(output.predictions)
                 metrics = {
                     "step": self.step,
                     "epoch": self.step / self.loader.steps_per_epoch,
-                    "loss": torch.stack(losses).mean().item() / self.loss_scale,
+                    "loss": sum(losses) / len(losses) / self.loss_scale,
                     **representation_statistics(self.model, output),
-                    "grad_norm": grad_norm.item(),
-                    "lr": self.learning_rate(self.step - 1),
+                    "grad_norm": self.train_step.gradient_norm().item(),
+                    "lr": self.train_step.rates[self.step - 1].item(),
                     "views_per_s": views / seconds,
                     "data_wait": waited / seconds,
                     "seconds": self.seconds,
                 }
-                if logging:
+                if logging and monitor is not None:
                     monitor.log(metrics)
-                losses, waited, since = [], 0.0, time.perf_counter()
-            if stop:
+                waited, since, first = 0.0, time.perf_counter(), self.step
+            if stopped:
                 break
-        return metrics
+        return metrics, stopped or bool(stop and self.world.size == 1)
 
-    def _train_step(self, views: list[Tensor], wants_norm: bool) -> tuple[Tensor, Output, Tensor]:
-        """One optimiser step; returns the scaled loss, the model's output and the gradient's norm before clipping."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.step)
-        views = [view.to(self.device, non_blocking=True, memory_format=torch.channels_last) for view in views]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            output = self.model(views)
-            loss = self.model.loss(output, self.backend, self.loss_scale)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        grad_norm = loss.new_zeros(())
-        if wants_norm:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            grad_norm = torch.nn.utils.get_total_norm(gradients)
-        if self.config.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_norm, grad_norm)
-        self.optimizer.step()
-        return loss.detach(), output, grad_norm
+    def _outputs(self, replay: Captured | None, end: int, stop: list[int]) -> Iterator[tuple[Output, float]]:
+        """Make the steps before `end` one by one: what the model made of each, and the seconds waited for its data."""
+        if replay is not None:
+            feed = self.loader.feed
+            assert feed is not None
+            for step in range(self.step, end):
+                asked = time.perf_counter()
+                feed.load(step + 1)
+                waited = time.perf_counter() - asked
+                yield replay(), waited
+            return
+        batches = self.loader.epoch(*divmod(self.step, self.loader.steps_per_epoch))
+        while self.step < end:
+            asked = time.perf_counter()
+            try:
+                batch = next(batches)
+            except (RuntimeError, OSError, EOFError):
+                time.sleep(0.2)  # the end of a job can reach the workers before this process
+                if not stop:
+                    raise
+                if self.world.size == 1:
+                    return
+                # The other ranks count on this one up to the step where all stop.
+                batches = self.loader.epoch(*divmod(self.step, self.loader.steps_per_epoch))
+                continue
+            waited = time.perf_counter() - asked
+            yield self.train_step(batch.views), waited
 
-    def _check_finite(self, losses: list[Tensor]) -> None:
-        finite = torch.isfinite(torch.stack(losses)).tolist()
+    def _finite_losses(self, first: int) -> list[float]:
+        """The losses of the steps from `first` on, once all of them are known to be finite."""
+        losses = self.train_step.losses[first : self.step]
+        finite = torch.isfinite(losses).tolist()
         if not all(finite):
-            step = self.step - len(losses) + finite.index(False) + 1
+            step = first + finite.index(False) + 1
             raise TrainingError(
                 f"the loss is not finite at step {step} (epoch {(step - 1) // self.loader.steps_per_epoch + 1}); "
                 f"{self._last_good()}; a lower learning rate or clip_norm may help"
             )
+        return losses.tolist()
+
+    def _any_rank(self, flag: bool) -> bool:
+        return bool(self.world.any_rank(torch.tensor(float(flag), device=self.device)))
+
+    def _is_due(self) -> bool:
+        """Whether it is time for another checkpoint; rank 0's clock decides."""
+        due = time.monotonic() - self.saved_at >= self.config.save_every
+        return self._any_rank(due and self.world.is_main)
 
     def _save(self) -> None:
         if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
             raise TrainingError(f"the weights are not finite at step {self.step}; {self._last_good()}")
         images = len(self.loader.source)
-        state = Checkpoint(self.step, self.seconds, images, self.model.state_dict(), self.optimizer.state_dict())
-        state.save(self.folder / CHECKPOINT)
-        self.saved_step = self.step
+        optimizer = self.train_step.optimizer
+        state = Checkpoint(self.step, self.seconds, images, self.model.state_dict(), optimizer.state_dict())
+        with self.world.together():
+            if self.world.is_main:
+                state.save(self.folder / CHECKPOINT)
+        self.saved_step, self.saved_at = self.step, time.monotonic()
 
     def _last_good(self) -> str:
         return f"the last good checkpoint is {self.folder / CHECKPOINT} (step {self.saved_step})"
@@ -231,36 +297,8 @@ class Trainer:
                 f"resume: {self.config.data} has {len(self.loader.source)} readable training images, "
                 f"and {self.folder} was trained on {checkpoint.images}"
             )
-        checkpoint.restore(self.model, self.optimizer)
+        checkpoint.restore(self.model, self.train_step.optimizer)
+        self.train_step.resume(checkpoint.step)
         self.step = self.saved_step = checkpoint.step
+        self.saved_at = time.monotonic()
         self.seconds = checkpoint.seconds
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that receives the first SIGINT or SIGTERM; a second one takes its ordinary course.
-
-    The end of a job reaches the loader's workers, too. From the first signal on their end is no error: torch's
-    handler of SIGCHLD would raise one wherever the program happens to be, in the middle of a checkpoint, say.
-    """
-    received: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        restore()
-        if hasattr(signal, "SIGCHLD"):
-            previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda number, frame: None)
-
-    def restore() -> None:
-        while previous:
-            signal.signal(*previous.popitem())
-
-    with contextlib.suppress(ValueError):  # signals reach the main thread only
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, handle)
-
-    try:
-        yield received
-    finally:
-        restore()

@@ -19,7 +19,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.data.loader import eval_loader
-from vi_simsiam.data.sources import ImageSource, scan
+from vi_simsiam.data.packed import PackedImages
+from vi_simsiam.data.sources import ImageSource
+from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError
 from vi_simsiam.models import build_backbone
@@ -55,21 +57,23 @@ class FeatureSets:
     """Images left out because they cannot be read."""
 
 
-def collect(run: Run, *, report: Callable[[str], None] | None = None) -> FeatureSets:
+def collect(run: Run, *, report: Callable[[str], None] | None = None, world: World | None = None) -> FeatureSets:
     """Compute the features of a run's training and validation images under the three encoders.
 
     Args:
         run: a run with labelled training and validation images.
         report: called with a short phrase at the start of every stage.
+        world: ranks that share the work, all of which must call; None for this process alone.
 
     Raises:
         InputError: the data has no labels or no validation images, or too many files cannot be read.
     """
     say = report or (lambda phrase: None)
-    sources, unreadable = {}, 0
+    sources: dict[str, PackedImages] = {}
+    unreadable = 0
     for split, source in labelled_splits(run).items():
         say(f"reading the {split} images")
-        sources[split], failures = scan(source, run.workers)
+        sources[split], failures = run.readable(source)
         unreadable += len(failures)
     size, device, workers = run.config.augment.size, run.device, run.workers
 
@@ -79,7 +83,7 @@ def collect(run: Run, *, report: Callable[[str], None] | None = None) -> Feature
     for split, source in sources.items():
         for name, backbone in (("trained", run.model.backbone), ("untrained", untrained)):
             say(f"{name} features of {len(source):,} {split} images")
-            features[split][name] = extract(backbone, source, size=size, device=device, workers=workers)
+            features[split][name] = extract(backbone, source, size=size, device=device, workers=workers, world=world)
         say(f"pixels of {len(source):,} {split} images")
         features[split]["pixels"] = pixels(source, size, workers=workers)
     return FeatureSets(
@@ -122,6 +126,7 @@ def extract(
     device: torch.device,
     workers: int,
     batch_size: int = 256,
+    world: World | None = None,
 ) -> Tensor:
     """Features of all images in order, computed in eval mode and float32 on the un-augmented view.
 
@@ -135,6 +140,7 @@ def extract(
         device: where to compute.
         workers: processes that read images.
         batch_size: images at a time; it does not change the result beyond rounding.
+        world: ranks that compute a part each, and all of which get the whole; None for this process alone.
 
     Returns:
         (N, F) float32 on the CPU.
@@ -142,19 +148,22 @@ def extract(
     Raises:
         InputError: an image cannot be read, there is none, or features are not finite.
     """
+    if len(source) == 0:
+        raise InputError(f"source: {source.name} holds no images")
+    shared = world is not None and 1 < world.size <= len(source)
+    mine = _Subset(source, np.asarray(world.share(len(source)))) if shared and world is not None else source
     was_training = backbone.training
     backbone.eval()
     try:
         with torch.no_grad():
             parts = [
-                backbone(images.to(device)).float().cpu()
-                for images, _ in eval_loader(source, size, batch_size, workers)
+                backbone(images.to(device)).float().cpu() for images, _ in eval_loader(mine, size, batch_size, workers)
             ]
     finally:
         backbone.train(was_training)
-    if not parts:
-        raise InputError(f"source: {source.name} holds no images")
     features = torch.cat(parts)
+    if shared and world is not None:
+        features = world.gather_rows(features)
     if not torch.isfinite(features).all():
         raise InputError(f"features: those of {source.name} are not finite; the model's weights are damaged")
     return features

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from vi_simsiam.data.loader import eval_loader
-from vi_simsiam.data.sources import ImageSource, scan
+from vi_simsiam.data.sources import ImageSource
 from vi_simsiam.engine.checkpoint import write_atomically
 from vi_simsiam.engine.monitor import COLLAPSE_THRESHOLD
 from vi_simsiam.engine.run import METRICS, Run, read_config
@@ -149,7 +149,7 @@ def draw_kappa(run: Run) -> Path | None:
         return None
     train, val = run.splits.train, run.splits.val
     kind, chosen = ("training", train) if val is None or len(val) == 0 else ("validation", val)
-    source, _ = scan(chosen, run.workers)
+    source, _ = run.readable(chosen)
     values = concentrations(run, source)
     lowest, highest = extremes(values)
     with matplotlib.rc_context(_STYLE):

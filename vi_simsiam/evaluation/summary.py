@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.run import Run
 from vi_simsiam.evaluation.features import collect, labelled_splits
 from vi_simsiam.evaluation.figures import draw_curves, draw_kappa
@@ -16,22 +17,30 @@ from vi_simsiam.evaluation.linear import evaluate_linear
 _MEASURES = {"top1": "top-1", "top5": "top-5", "held_out_top1": "held-out top-1"}
 
 
-def evaluate_run(run: Run, console: Console | None = None) -> None:
+def evaluate_run(run: Run, world: World | None = None, console: Console | None = None) -> None:
     """Draw the figures, evaluate by k nearest neighbours and linear probe, and print the results as the last two lines.
 
     Writes curves.png, kappa.png (VI-SimSiam only), knn.json and linear.json to the run folder; the features are
     computed once. A training set of fewer than 20 images has all of them as neighbours.
 
+    Args:
+        run: the run.
+        world: ranks that share the computing of features; rank 0 does the rest. None for this process alone.
+        console: where to print; None for standard output.
+
     Raises:
         InputError: the data has no labels or no validation images; the figures are drawn before.
     """
-    console = console or Console()
+    world = world or World(run.device)
+    console = world.console(console)
     with console.status("drawing figures") as status:
-        for figure in (draw_curves(run.path), draw_kappa(run)):
+        for figure in (draw_curves(run.path), draw_kappa(run)) if world.is_main else ():
             if figure is not None:
                 console.print(f"figure {figure}", highlight=False, markup=False, soft_wrap=True)
         images = len(labelled_splits(run)["train"])
-        features = collect(run, report=status.update)
+        features = collect(run, report=status.update, world=world)
+        if not world.is_main:
+            return
         status.update("nearest neighbours")
         knn = evaluate_knn(features, KnnConfig(k=min(KnnConfig.k, images)))
         status.update("linear probes")

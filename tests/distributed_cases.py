@@ -1,0 +1,251 @@
+"""What the ranks of test_distributed.py do, and how they are started: each function here runs in a process of its own."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import queue
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vi_simsiam.config import TrainConfig
+from vi_simsiam.engine import trainer
+from vi_simsiam.engine.distributed import PeerError, World, joined, sync_batch_norm, wrap
+from vi_simsiam.errors import InputError
+from vi_simsiam.models import Output, SimSiam, build_model
+
+Case = Callable[..., Any]
+
+
+class Outcome(NamedTuple):
+    value: Any
+    """What the case returned."""
+    error: str | None
+    """Its error's type, or None."""
+    message: str
+    """Its error's message, or the reason that a PeerError keeps."""
+    seconds: float
+    """From the moment that the rank began to the end."""
+
+
+def run_ranks(case: Case, size: int, *arguments: object, timeout: float = 30.0) -> list[Outcome]:
+    """Run `case(world, *arguments)` in `size` joined processes; the outcome of each in rank order.
+
+    A rank that does not come to an end within a minute fails the test: nothing here may hang.
+    """
+    context = multiprocessing.get_context("forkserver")  # torch is imported once, not by every rank
+    context.set_forkserver_preload(["torch._dynamo", "vi_simsiam.engine.trainer"])
+    outcomes = context.Queue()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        context.Process(target=_rank, args=(case, rank, size, port, timeout, arguments, outcomes), daemon=True)
+        for rank in range(size)
+    ]
+    for process in ranks:
+        process.start()
+    found: dict[int, Outcome] = {}
+    try:
+        while len(found) < size:
+            rank, outcome = outcomes.get(timeout=60)
+            found[rank] = outcome
+    except queue.Empty:
+        raise AssertionError(f"only ranks {sorted(found)} came to an end: {found}") from None
+    finally:
+        for process in ranks:
+            process.join(5)
+            process.kill()
+    return [found[rank] for rank in range(size)]
+
+
+def _rank(
+    case: Case, rank: int, size: int, port: int, timeout: float, arguments: tuple[object, ...], outcomes: Any
+) -> None:
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    start = time.monotonic()
+    try:
+        with joined("cpu", timeout=timeout) as world:
+            value = case(world, *arguments)
+        outcome = Outcome(value, None, "", time.monotonic() - start)
+    except Exception as error:
+        message = error.reason if isinstance(error, PeerError) else str(error)
+        outcome = Outcome(None, type(error).__name__, message, time.monotonic() - start)
+    outcomes.put((rank, outcome))
+    if rank == 0 and outcome.error:
+        # Rank 0 has the store here, where no launcher keeps it: the others are to hear of the failure from it.
+        time.sleep(1)
+
+
+def collectives(world: World) -> dict[str, Any]:
+    """Everything that does not fail, with parts that differ between the ranks."""
+    n = (3, 0, 1)[world.rank]
+    rows = torch.arange(n * 4, dtype=torch.float32).view(n, 2, 2) + 100 * world.rank
+    return {
+        "place": (world.rank, world.size, world.is_main, world.console().quiet, str(world.device)),
+        "rows": world.gather_rows(rows).tolist(),
+        "half": world.gather_rows(rows.to(torch.bfloat16)).dtype == torch.bfloat16,
+        "labels": world.gather_rows(torch.full((n,), world.rank)).tolist(),
+        "nothing": list(world.gather_rows(torch.empty(0, 5)).shape),
+        "mean": world.all_mean(torch.tensor([1.0, 10.0]) * world.rank).tolist(),
+        "infected": world.all_mean(torch.tensor(float("nan") if world.rank == 1 else 1.0)).isnan().item(),
+        "any": [
+            world.any_rank(torch.tensor(world.rank == 2)).item(),
+            world.any_rank(torch.tensor(False)).item(),
+            world.any_rank(torch.tensor([0.0, float(world.rank == 1)])).tolist(),
+        ],
+        "said": world.broadcast_object({"folder": f"runs/{world.rank}"}),
+        "shares": list(world.share(10)),
+    }
+
+
+def agreeing(world: World, values: list[dict[str, Any]], ignore: tuple[str, ...] = ()) -> str:
+    try:
+        world.agree("configuration", values[world.rank], ignore=ignore)
+    except InputError as error:
+        return str(error)
+    return "agreed"
+
+
+def uneven_rows(world: World) -> None:
+    world.gather_rows(torch.zeros(2, 3 + world.rank))
+
+
+def fails_in_setup(world: World, failing: int, waits: str) -> None:
+    """One rank fails while the others wait at another place."""
+    with world.together():
+        if world.rank == failing:
+            time.sleep(0.2)
+            raise FileNotFoundError("no such folder: /data\nand more")
+        if waits == "agree":
+            world.agree("images", 10)
+        elif waits == "main_first":
+            with world.main_first():
+                pass
+
+
+def all_fail(world: World) -> None:
+    with world.together():
+        world.agree("images", 10 + world.rank)
+
+
+def rank_0_prepares(world: World, file: Path) -> str:
+    with world.main_first():
+        if world.is_main:
+            time.sleep(0.5)
+            file.write_text("the cache")
+        return file.read_text()
+
+
+def leaves_in_training(world: World) -> None:
+    """Rank 1 fails on its own between two steps; rank 0 is at a collective by then."""
+    world.all_mean(torch.zeros(()))
+    if world.rank == 1:
+        raise ValueError("the disk is full")
+    world.all_mean(torch.zeros(()))
+
+
+def stalls(world: World, where: str) -> None:
+    """Rank 1 does not come to a collective within the time."""
+    world.all_mean(torch.zeros(()))
+    if world.rank == 1:
+        time.sleep(4)
+    if where == "collective":
+        world.all_mean(torch.zeros(()))
+    else:
+        world.exchange(None)
+
+
+def synchronised(world: World) -> None:
+    sync_batch_norm(nn.BatchNorm1d(4), world)
+
+
+class Plain(nn.Module):
+    """A backbone without BatchNorm: features of an image do not depend on the others in the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 8, 3, stride=2)
+        self.norm = nn.GroupNorm(2, 8)
+        self.linear = nn.Linear(8, 16)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.linear(F.relu(self.norm(self.convolution(images))).mean((2, 3)))
+
+
+def without_batch_norm(module: nn.Module) -> None:
+    """Put GroupNorm or LayerNorm in the place of every BatchNorm."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, nn.GroupNorm(8, child.num_features))
+        elif isinstance(child, nn.BatchNorm1d):
+            setattr(module, name, nn.LayerNorm(child.num_features, elementwise_affine=child.affine))
+        else:
+            without_batch_norm(child)
+
+
+def plain_model(seed: int) -> SimSiam:
+    """A small SimSiam without BatchNorm."""
+    torch.manual_seed(seed)
+    model = SimSiam(Plain(), features=16, dim=32, projector_hidden=16, predictor_hidden=16)
+    without_batch_norm(model)
+    return model
+
+
+def trained(world: World, steps: int, batch_size: int) -> tuple[list[float], dict[str, Any]]:
+    """Loss curve and final weights (as numpy) of SimSiam with four views on random images; rank r has seed r at first."""
+    model = plain_model(seed=world.rank)
+    model.to(memory_format=torch.channels_last)
+    network = wrap(model, world)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    generator = torch.Generator().manual_seed(0)
+    mine = slice(world.rank * world.local_batch(batch_size), (world.rank + 1) * world.local_batch(batch_size))
+    curve = []
+    for _ in range(steps):
+        sizes = (12, 12, 8, 8)
+        views = [torch.rand(batch_size, 3, size, size, generator=generator)[mine] for size in sizes]
+        output = network([view.contiguous(memory_format=torch.channels_last) for view in views])
+        assert isinstance(output, Output)
+        loss = model.loss(output, "eager")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        curve.append(world.all_mean(loss).item())
+    return curve, {name: value.numpy() for name, value in model.state_dict().items()}
+
+
+def running_statistics(world: World) -> list[float]:
+    """BatchNorm's running mean after a step on images that differ between the ranks."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    network = wrap(model, world)
+    network(torch.rand(4, 2) + 10 * world.rank).sum().backward()
+    network(torch.rand(4, 2) + 10 * world.rank).sum().backward()
+    return model[1].running_mean.tolist()
+
+
+def real_run(world: World, config: TrainConfig, folder: Path) -> str:
+    """A whole run of the trainer with a network without BatchNorm; what rank 0 printed."""
+
+    def build(config: TrainConfig) -> SimSiam:
+        model = build_model(config)
+        without_batch_norm(model)
+        return model
+
+    said = io.StringIO()
+    with mock.patch.object(trainer, "build_model", build):
+        trainer.Trainer(config, folder, console=Console(file=said, width=200), world=world).fit()
+    return said.getvalue()

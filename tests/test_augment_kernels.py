@@ -1,0 +1,172 @@
+"""The kernels that make views: their numbers in the interpreter (or on a GPU), and what they compile to without one.
+
+`python tests/test_augment_kernels.py` compiles every kernel that the tests know and writes the registers it takes to
+tests/static/augment_registers.json under the installed Triton's version. A version that is not in there is held to the
+absolute limits alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed: numbers and machine code of its kernels are not checked")
+
+import torch
+import triton
+from test_triton_kernels import TYPES, Binary, _compile, _NoGPU, _run_cases, compiles
+
+from vi_simsiam.kernels import augment as kernel
+from vi_simsiam.kernels import colour, launch
+from vi_simsiam.ops import augment as reference
+
+CASES = "triton_augment_cases.py"
+TABLE = Path(__file__).parent / "static" / "augment_registers.json"
+NAMES = ("resize", "colour", "blur_rows", "blur_columns")
+
+
+def test_numbers_in_the_interpreter() -> None:
+    _run_cases(True, CASES)
+
+
+@pytest.mark.gpu
+def test_numbers_on_the_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip(f"no CUDA device: would have run {CASES} on it")
+    _run_cases(False, CASES)
+
+
+def test_the_table_is_the_package_s() -> None:
+    column, operation = reference.Column, reference.ColourOperation
+    for name in ("START", "STRIDE", "HEIGHT", "WIDTH", "FLIP", "ORDER", "GRAY", "BRIGHTNESS", "SIGMA"):
+        assert getattr(kernel, name).value == column[name], name
+    for name in ("BRIGHTNESS", "CONTRAST", "SATURATION", "HUE"):
+        assert getattr(colour, name).value == operation[name], name
+        # The factors are found by the operation's code.
+        assert column[name] - column.BRIGHTNESS == operation[name] - operation.BRIGHTNESS
+    assert (kernel.COLUMNS.value, kernel.BLUR_TAPS.value) == (reference.TABLE_COLUMNS, reference.BLUR_TAPS)
+    means = (kernel.RED_MEAN, kernel.GREEN_MEAN, kernel.BLUE_MEAN)
+    deviations = (kernel.RED_DEVIATION, kernel.GREEN_DEVIATION, kernel.BLUE_DEVIATION)
+    assert tuple(x.value for x in means) == reference.IMAGENET_MEAN
+    assert tuple(x.value for x in deviations) == reference.IMAGENET_STD
+
+
+def test_workspace_holds_the_scratch_and_the_sums() -> None:
+    # 3 x 9 x 9 pixels and 2 tiles of 8 rows
+    assert kernel.workspace_bytes(5, 9) == 4 * 5 * (243 + 2)
+
+
+def compile_for(capability: int, dtype: torch.dtype, name: str, size: int) -> Binary:
+    """What the launcher would launch there; needs no such GPU."""
+    function, _, constants = kernel.launches(size)[NAMES.index(name)]
+    types = dict.fromkeys(("scratch_ptr", "sums_ptr"), "*fp32")
+    types |= {"pixels_ptr": "*u8", "table_ptr": "*i32", "out_ptr": f"*{TYPES[dtype]}"}
+    return _compile(function, capability, constants, types)
+
+
+SHAPES = [
+    shape
+    for shape in itertools.product((80, 90, 100, 120), (torch.float32, torch.bfloat16), NAMES, (32, 64, 96, 128, 224))
+    # The others know nothing of the output's dtype.
+    if shape[1] == torch.float32 or shape[2] in ("colour", "blur_columns")
+]
+EVERY_DAY = {
+    (80, torch.float32, "resize", 96),
+    (90, torch.float32, "resize", 128),
+    (90, torch.float32, "colour", 128),
+    (100, torch.bfloat16, "colour", 64),
+    (120, torch.float32, "blur_rows", 224),
+    (90, torch.bfloat16, "blur_columns", 96),
+}
+
+
+def _name(capability: int, dtype: torch.dtype, name: str, size: int) -> str:
+    return f"sm_{capability} {TYPES[dtype]} {name} S={size}"
+
+
+@compiles
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param(x, id=_name(*x), marks=[] if x in EVERY_DAY else [pytest.mark.soak]) for x in SHAPES],
+)
+def test_machine_code(shape: tuple[int, torch.dtype, str, int]) -> None:
+    _, dtype, name, _ = shape
+    binary = compile_for(*shape)
+    assert binary.stack == binary.count("LDL") == binary.count("STL") == 0  # no spills
+    # Registers of a multiprocessor: 16 programs of one warp, eight of four.
+    assert binary.registers <= (128 if name == "resize" else 64)
+    loads, wide_loads = binary.count("LDG"), binary.count("LDG", "128")
+    stores, wide_stores = binary.count("STG"), binary.count("STG", "128")
+    if name == "resize":
+        # Eight numbers of the table and a factor, the first words of four rows, and three more for every four pixels.
+        assert loads <= 9 + 4 + 12
+        assert stores == 24 + 1  # a row of 32 lanes at a time, and the sum of grey
+        # Older releases pass addresses and rows between the lanes through shared memory.
+        assert binary.count("BAR") == 0 or triton.__version__.startswith(("3.6.", "3.7."))
+    else:
+        rows = 2 if name == "blur_rows" else 1
+        interleaved = 0 if name == "blur_rows" else {torch.float32: 3, torch.bfloat16: 2}[dtype]
+        planar = 0 if name == "blur_columns" else 3 * rows
+        assert stores == wide_stores == interleaved + planar
+        assert name != "colour" or wide_loads == 3
+    if name == "blur_rows":
+        order = [instruction.split(".")[0] for instruction in binary.instructions]
+        last_load = max(i for i, x in enumerate(order) if x == "LDG")
+        assert "BAR" in order[last_load : order.index("STG")]  # in place: nothing is written before all is read
+    known = json.loads(TABLE.read_text()).get(triton.__version__)
+    if known is not None:
+        assert binary.registers <= known[_name(*shape)]
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[_NoGPU]:
+    driver = _NoGPU()
+    kernels = [each for each, _, _ in kernel.launches(8)]
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    for each in kernels:
+        each.device_caches.clear()
+    yield driver
+    launch._compiled.clear()  # a compiled kernel asks its driver to unload it
+    for each in kernels:
+        each.device_caches.clear()
+
+
+@compiles
+def test_known_launches_take_what_triton_would(no_gpu: _NoGPU) -> None:
+    """With odd sizes the sums lie at an address that the number of views decides."""
+
+    def augment(size: int, views: int, dtype: torch.dtype = torch.float32, shift: int = 0) -> None:
+        workspace = torch.empty(kernel.workspace_bytes(views, size) + 16, dtype=torch.uint8)
+        out = torch.empty(views, size, size, 3, dtype=dtype)
+        table = torch.empty(views, 16, dtype=torch.int32)
+        kernel.augment(torch.empty(16, dtype=torch.uint8)[shift:], table, out, workspace[4 * shift :])
+
+    variants = [(9, 16), (9, 1), (9, 16, torch.bfloat16), (9, 16, torch.float32, 1)]
+    for _ in range(2):
+        for variant in variants:
+            augment(*variant)
+    launch._compiled.clear()
+    for variant in variants:
+        augment(*variant)
+    augment(9, 0)
+    choices = [launched[4] for launched in no_gpu.launches]
+    grids = [launched[:3] for launched in no_gpu.launches]
+    assert choices == choices[:16] * 3
+    # bfloat16 changes the two kernels that write it, an odd address of the workspace all four.
+    assert len(set(choices)) == len(no_gpu.loaded) == 4 + 2 + 4
+    assert grids[:4] == [(16 * 2, 1, 1), (16, 1, 1), (16, 1, 1), (16, 1, 1)]
+
+
+def _write_table() -> None:
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    table[triton.__version__] = {_name(*shape): compile_for(*shape).registers for shape in SHAPES}
+    TABLE.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    _write_table()

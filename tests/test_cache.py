@@ -1,0 +1,308 @@
+"""The cache gives exactly what Pillow decodes, decodes it once, and never leaves half a file behind."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import io
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from packing_cases import Items, noise, pixels, stored_files
+from PIL import Image
+from rich.console import Console
+
+from vi_simsiam.data import cache, decoding, packed
+from vi_simsiam.data.cache import cache_folder, cached, in_memory, open_pack, pack
+from vi_simsiam.data.decoding import bytes_per_image
+from vi_simsiam.data.sources import ArraySource, DatasetSource, FileSource, ImageSource, Unreadable
+from vi_simsiam.errors import InputError
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> FileSource:
+    return stored_files(tmp_path / "set" / "train")
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=io.StringIO(), width=40)
+
+
+def printed(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of one image, so that a few images keep several processes busy."""
+    monkeypatch.setattr(decoding, "_CHUNK_BYTES", 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.usefixtures("small_chunks")
+def test_a_cached_folder_is_what_pillow_decodes(files: FileSource, tmp_path: Path, workers: int) -> None:
+    images, unreadable = cached(files, cache_dir=tmp_path / "cache", workers=workers)
+    assert unreadable == []
+    assert pixels(images) == pixels(files)
+    assert images.labels is not None
+    assert files.labels is not None
+    assert images.labels.tolist() == files.labels.tolist()
+    assert (images.classes, images.name) == (files.classes, files.name)
+    assert [images.describe(index) for index in range(7)] == list(files.paths)
+    assert [images.dimensions(index) for index in range(7)] == [files.dimensions(index) for index in range(7)]
+    assert images.path is not None
+    assert images.path.parent == tmp_path / "cache"
+    assert images.path.name.startswith("set-train-")
+    assert (images.pixels.dtype, images.offsets.dtype) == (np.uint8, np.int64)
+    assert (images.heights.dtype, images.widths.dtype) == (np.int32, np.int32)
+    assert not any(part.flags.writeable for part in (images.pixels, images.offsets, images.heights, images.widths))
+    assert [part.ctypes.data % 64 for part in (images.pixels, images.heights, images.widths)] == [0, 0, 0]
+    for index in range(7):
+        start, height, width = int(images.offsets[index]), int(images.heights[index]), int(images.widths[index])
+        block = images.pixels[start : start + 3 * height * width].reshape(height, width, 3)
+        assert block.tolist() == np.asarray(files.image(index)).tolist()
+    with pytest.raises(IndexError):
+        images.image(7)
+
+
+def test_nothing_is_decoded_twice(files: FileSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = tmp_path / "bad\udcff.png"
+    bad.write_bytes(b"no image")
+    labels = np.arange(100, dtype=np.int64) % 3
+    source = FileSource([files.paths[0], bad, *([files.paths[1]] * 98)], labels, ("a", "b", "c"), "set")
+    first, unreadable = cached(source, cache_dir=tmp_path, workers=0)
+    assert unreadable == [Unreadable(str(bad), unreadable[0].reason)]
+    assert unreadable[0].reason.startswith("not a JPEG")
+    monkeypatch.setattr(cache, "decode", None)
+    second, again = cached(source, cache_dir=tmp_path)
+    assert again == unreadable
+    for images in (first, second):
+        assert len(images) == 99
+        assert images.labels is not None
+        assert images.labels.tolist() == [0, *labels[2:].tolist()]
+        assert images.describe(1) == files.paths[1]
+    assert pixels(second)[:2] == [np.asarray(files.image(index)).tolist() for index in (0, 1)]
+
+
+def test_more_than_one_percent_unreadable_is_refused(files: FileSource, tmp_path: Path) -> None:
+    source = FileSource(["gone.png", "lost.png", *([files.paths[0]] * 98)], name="set")
+    with pytest.raises(InputError, match=r"set: 2 of 100 images cannot be read.*gone\.png \(No such file.*lost\.png"):
+        cached(source, cache_dir=tmp_path / "cache", workers=0)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("change", ["content", "time", "labels", "classes", "path"])
+def test_changed_images_get_another_file(files: FileSource, tmp_path: Path, change: str) -> None:
+    first, _ = cached(files, cache_dir=tmp_path / "cache", workers=0)
+    paths, labels, classes = list(files.paths), files.labels, files.classes
+    assert labels is not None
+    assert classes is not None
+    if change == "content":
+        Image.fromarray(noise(3, 3)).save(paths[0])
+    elif change == "time":
+        os.utime(paths[0], ns=(0, 0))
+    elif change == "labels":
+        labels = 1 - labels
+    elif change == "classes":
+        classes = classes[::-1]
+    else:
+        paths[0] = os.rename(paths[0], paths[0] + ".png") or paths[0] + ".png"
+    changed = FileSource(paths, labels, classes, files.name)
+    second, _ = cached(changed, cache_dir=tmp_path / "cache", workers=0)
+    assert pixels(second) == pixels(changed)
+    assert second.path != first.path
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_other_images_under_the_same_name_are_replaced(files: FileSource, tmp_path: Path, console: Console) -> None:
+    images, _ = cached(files, cache_dir=tmp_path, workers=0)
+    assert images.path is not None
+    pack(files, images.path, workers=0, shorter_side=4)
+    images, _ = cached(files, cache_dir=tmp_path, workers=0, console=console)
+    assert pixels(images) == pixels(files)
+    assert "holds other images; decoding the images again" in printed(console)
+
+
+class Failing(FileSource):
+    """Raises what it is told to at the third image."""
+
+    error: BaseException = KeyboardInterrupt()
+
+    def image(self, index: int) -> Image.Image:
+        if index == 2:
+            raise self.error
+        return super().image(index)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()])
+def test_an_interrupted_build_leaves_what_was_there(files: FileSource, tmp_path: Path, error: BaseException) -> None:
+    out = tmp_path / "packs" / "a.pack"
+    pack(files, out, workers=0)
+    before = out.read_bytes()
+    source = Failing(files.paths)
+    source.error = error
+    with pytest.raises(type(error)):
+        pack(source, out, workers=0)
+    with pytest.raises(type(error)):
+        cached(source, cache_dir=out.parent, workers=0)
+    assert list(out.parent.iterdir()) == [out]
+    assert out.read_bytes() == before
+
+
+def test_only_what_killed_processes_left_is_removed(files: FileSource, tmp_path: Path) -> None:
+    out = tmp_path / "a.pack"
+    left, young, locked, other = (tmp_path / f".{name}.tmp" for name in ("a.pack.1", "a.pack.2", "a.pack.3", "b.pack"))
+    for path in (left, young, locked, other):
+        path.write_bytes(b"half")
+        if path != young:
+            os.utime(path, (0, 0))
+    with open(locked, "rb") as writing:
+        fcntl.flock(writing, fcntl.LOCK_EX)
+        pack(files, out, workers=0)
+    assert set(tmp_path.iterdir()) == {young, locked, other, out, tmp_path / "set"}
+
+
+def test_a_full_disk_is_said_before_decoding(
+    files: FileSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = sum(3 * np.prod(files.dimensions(index)) for index in range(7))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage._replace(free=int(needed) - 1))
+    monkeypatch.setattr(cache, "decode", None)
+    with pytest.raises(InputError, match=rf"cache_dir: .* need about {needed} bytes, .* --cache-dir"):
+        cached(files, cache_dir=tmp_path / "cache")
+    with pytest.raises(InputError, match=rf"out: .* need about {needed} bytes, .* --out"):
+        pack(files, tmp_path / "cache" / "a.pack")
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.ENOSPC, "is full, .* need about 924 bytes"), (errno.EIO, "written")]
+)
+def test_a_disk_that_fails_while_writing(
+    files: FileSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
+) -> None:
+    def fail(writer: packed.PackWriter, data: bytes) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(packed.PackWriter, "append", fail)
+    with pytest.raises(InputError, match=rf"cache_dir: {tmp_path}.* {words}.*--cache-dir"):
+        cached(files, cache_dir=tmp_path / "cache", workers=0)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_cache_folder_that_cannot_be_written(files: FileSource) -> None:
+    with pytest.raises(InputError, match=r"cache_dir: .* cannot be written \(Not a directory\); .* --cache-dir"):
+        cached(files, cache_dir=Path(files.paths[0]) / "cache")
+
+
+def test_the_default_folder(files: FileSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("VI_SIMSIAM_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder() == tmp_path / ".cache" / "vi-simsiam"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert cache_folder() == Path("/x/vi-simsiam")
+    monkeypatch.setenv("VI_SIMSIAM_CACHE", "~/own")
+    assert cache_folder() == tmp_path / "own"
+    images, _ = cached(files, workers=0)
+    assert images.path is not None
+    assert images.path.parent == tmp_path / "own"
+
+
+def _cached_lengths(files: FileSource, folder: Path, barrier: Any, results: Any) -> None:
+    barrier.wait()
+    images, _ = cached(files, cache_dir=folder, workers=0)
+    results.put(pixels(images) == pixels(files))
+
+
+def test_two_processes_fill_the_same_cache_at_once(files: FileSource, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(2), context.Queue()
+    both = [
+        context.Process(target=_cached_lengths, args=(files, tmp_path / "cache", barrier, results)) for _ in range(2)
+    ]
+    for process in both:
+        process.start()
+    assert [results.get(timeout=30), results.get(timeout=30)] == [True, True]
+    for process in both:
+        process.join(30)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize(("size", "expected"), [((40, 20), (16, 8)), ((20, 41), (8, 16)), ((9, 6), (9, 6))])
+def test_shorter_side(tmp_path: Path, size: tuple[int, int], expected: tuple[int, int]) -> None:
+    image = Image.fromarray(noise(size[1], size[0]))
+    image.save(tmp_path / "a.png")
+    source = FileSource([tmp_path / "a.png"])
+    assert pack(source, tmp_path / "a.pack", shorter_side=8) == []
+    packed_image = open_pack(tmp_path / "a.pack").image(0)
+    assert packed_image.size == expected
+    wanted = image if size == expected else image.resize(expected, Image.Resampling.BICUBIC)
+    assert np.array_equal(packed_image, wanted)
+    assert bytes_per_image(source, 8) == 3 * expected[0] * expected[1]
+    with pytest.raises(InputError, match="shorter_side: 0 must be at least 1"):
+        pack(source, tmp_path / "a.pack", shorter_side=0)
+
+
+def test_arrays_are_packed_without_a_copy() -> None:
+    colour = ArraySource(np.stack([noise(3, 4, seed) for seed in range(2)]), np.array([1, 0]), ("a", "b"), "set")
+    images, unreadable = cached(colour)
+    assert unreadable == []
+    assert np.shares_memory(images.pixels, colour.images)
+    assert colour.images.flags.writeable
+    assert not images.pixels.flags.writeable
+    assert pixels(images) == pixels(colour)
+    assert (images.path, images.describe(1)) == (None, "set/1")
+    assert images.labels is not None
+    assert images.labels.tolist() == [1, 0]
+    gray = ArraySource(colour.images[..., 0])
+    assert pixels(in_memory(gray)) == pixels(gray)
+    assert cached(images) == (images, [])
+    assert in_memory(images) is images
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_dataset_is_packed_in_memory(console: Console) -> None:
+    source = DatasetSource(Items(5), "mine")  # type: ignore[arg-type]
+    images, _ = cached(source, workers=2, console=console)
+    assert images.path is None
+    assert pixels(images) == [noise(2 + index % 3, 3, index).tolist() for index in range(5)]
+    assert images.labels is None
+    assert printed(console) == "decoding mine: 5 images, about 126 bytes, into memory\n"
+
+
+def test_a_dataset_that_fails_or_holds_something_else() -> None:
+    source = DatasetSource(Items(120, lost=7), "mine")  # type: ignore[arg-type]
+    images, unreadable = cached(source, workers=0)
+    assert unreadable == [Unreadable("mine/7", "FileNotFoundError: it is gone")]
+    assert images.describe(7) == "mine/8"
+    with pytest.raises(InputError, match=r"list/1: str must be a PIL image"):
+        in_memory(DatasetSource([noise(2, 2), "text"]), workers=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("to_file", [True, False])
+def test_no_images_at_all(tmp_path: Path, to_file: bool) -> None:
+    source: ImageSource = FileSource([], np.zeros(0, np.int64), ("a",)) if to_file else DatasetSource([])  # type: ignore[arg-type]
+    images, _ = cached(source, cache_dir=tmp_path)
+    assert (len(images), images.pixels.size, images.offsets.shape) == (0, 0, (0,))
+    assert (images.path is not None) == to_file
+    again, _ = cached(source, cache_dir=tmp_path)
+    assert again.classes == source.classes
+
+
+def test_progress_is_a_bar_on_a_terminal_and_a_line_elsewhere(files: FileSource, console: Console) -> None:
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=200)
+    for target, bar in ((console, False), (terminal, True)):
+        in_memory(files, workers=0, console=target)
+        first, *rest = printed(target).splitlines()
+        assert first == f"decoding {files.name}: 7 images, about 924 bytes, into memory"
+        assert bool(rest) == bar
+    assert "7/7" in printed(terminal)
+    assert "924 bytes" in "".join(rest)

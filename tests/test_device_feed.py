@@ -1,0 +1,388 @@
+"""Batches made on the device: the same as the workers', from any step, and failures that reach the user in one line.
+
+Without a GPU the feed runs on the CPU, where every copy is made at once; `LateTransfers` makes them as late as a GPU may.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from vi_simsiam.config import AugmentConfig
+from vi_simsiam.data import Batch, DeviceFeed, MultiViewLoader, device
+from vi_simsiam.data.packed import Contents, PackedImages
+from vi_simsiam.errors import InputError, TrainingError
+
+PLAIN = AugmentConfig(size=12)
+MULTICROP = AugmentConfig(size=12, local_views=2, local_size=8)
+MEMORIES = ("gpu", "host")
+
+
+def packed(count: int = 26) -> PackedImages:
+    """Images of many sizes."""
+    generator = np.random.default_rng(0)
+    heights, widths = generator.integers(6, 24, (2, count), dtype=np.int32)
+    pixels = generator.integers(0, 256, int((3 * heights * widths).sum()), dtype=np.uint8)
+    return PackedImages(pixels, Contents("ragged", heights, widths))
+
+
+IMAGES = packed()
+
+
+@pytest.fixture
+def make_feed() -> Iterator[Callable[..., DeviceFeed]]:
+    feeds: list[DeviceFeed] = []
+
+    def make(images: PackedImages = IMAGES, policy: AugmentConfig = PLAIN, **options: Any) -> DeviceFeed:
+        feeds.append(
+            DeviceFeed(images, policy, **{"batch_size": 4, "seed": 3, "device": "cpu", "segment": 8} | options)
+        )
+        return feeds[-1]
+
+    yield make
+    for feed in feeds:
+        feed.close()
+
+
+def batch(feed: DeviceFeed, step: int) -> Batch:
+    feed.load(step)
+    return feed.make(torch.tensor(step, device=feed.device))
+
+
+def expected(policy: AugmentConfig = PLAIN, batch_size: int = 4, epochs: int = 3, **options: Any) -> list[Batch]:
+    """What a worker makes of the first epochs."""
+    loader = MultiViewLoader(IMAGES, policy, batch_size, seed=3, workers=0, **options)
+    return [each for epoch in range(epochs) for each in loader.epoch(epoch)]
+
+
+def assert_same(left: Batch, right: Batch) -> None:
+    assert torch.equal(left.index, right.index)
+    assert len(left.views) == len(right.views)
+    assert all(torch.equal(a, b) for a, b in zip(left.views, right.views, strict=True))
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("policy", [PLAIN, MULTICROP], ids=["plain", "multicrop"])
+@pytest.mark.parametrize("batch_size", [1, 4, 26])
+def test_batches_are_those_of_the_workers(
+    make_feed: Callable[..., DeviceFeed], memory: str, policy: AugmentConfig, batch_size: int
+) -> None:
+    feed = make_feed(policy=policy, batch_size=batch_size, memory=memory)
+    assert feed.memory == memory
+    for step, each in enumerate(expected(policy, batch_size, epochs=2)):
+        made = batch(feed, step)
+        assert_same(made, each)
+        assert all(view.is_contiguous(memory_format=torch.channels_last) for view in made.views)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("segment", [1, 2, 5, 6, 7])
+def test_where_segments_of_the_table_end_changes_nothing(
+    make_feed: Callable[..., DeviceFeed], memory: str, segment: int
+) -> None:
+    feed = make_feed(memory=memory, segment=segment)
+    for step, each in enumerate(expected()):
+        assert_same(batch(feed, step), each)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_steps_may_start_anywhere_and_jump(make_feed: Callable[..., DeviceFeed], memory: str) -> None:
+    batches = expected()
+    feed = make_feed(memory=memory, segment=4)
+    for step in (9, 10, 11, 12, 3, 4, 4, 17, 0, 1, 2, 16, 15):
+        assert_same(batch(feed, step), batches[step])
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_batch_of_one(make_feed: Callable[..., DeviceFeed], memory: str, world_size: int) -> None:
+    ranks = [
+        make_feed(policy=MULTICROP, memory=memory, rank=rank, world_size=world_size, segment=4)
+        for rank in range(world_size)
+    ]
+    for step, whole in enumerate(expected(MULTICROP, epochs=1)):
+        shares = [batch(feed, step) for feed in ranks]
+        assert torch.equal(torch.cat([share.index for share in shares]), whole.index)
+        for number, view in enumerate(whole.views):
+            # Arithmetic on other batch sizes may round differently.
+            torch.testing.assert_close(torch.cat([share.views[number] for share in shares]), view, rtol=0, atol=2e-6)
+
+
+def test_views_have_the_dtype_asked_for(make_feed: Callable[..., DeviceFeed]) -> None:
+    for made, each in zip(
+        [batch(make_feed(dtype=torch.bfloat16), 0)], expected(dtype=torch.bfloat16, epochs=1), strict=False
+    ):
+        assert made.views[0].dtype == torch.bfloat16
+        assert_same(made, each)
+
+
+class LateTransfers(device._Transfers):
+    """Makes a copy when the computation waits for it, and takes it for unfinished until the host has waited, too."""
+
+    unfinished: ClassVar[list[tuple[Tensor, Tensor, Tensor]]] = []
+
+    def copy(self, to: Tensor, given: Tensor, after: Any) -> Any:
+        self.unfinished.append((to, given, given.clone()))
+        return self.unfinished[-1]
+
+    def wait(self, event: Any) -> None:
+        to, given, _ = event
+        to.copy_(given)
+
+    def settle(self, event: Any) -> None:
+        if event is not None:
+            self.check(event)
+            self.unfinished[:] = [other for other in self.unfinished if other is not event]
+
+    def done(self, event: Any) -> bool:
+        return not any(other is event for other in self.unfinished)
+
+    @staticmethod
+    def check(event: tuple[Tensor, Tensor, Tensor]) -> None:
+        _, given, then = event
+        assert torch.equal(given, then), "what is copied was overwritten"
+
+
+def test_bytes_stay_until_their_copy_to_the_device_is_made(
+    make_feed: Callable[..., DeviceFeed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_Transfers", LateTransfers)
+    feed = make_feed(memory="host")
+    batches = expected()
+    for step in (*range(18), 5, 6, 7, 2, 3):
+        assert_same(batch(feed, step), batches[step])
+    feed.close()
+    assert LateTransfers.unfinished
+    for event in LateTransfers.unfinished:
+        LateTransfers.check(event)
+
+
+def test_streaming_gathers_and_copies_ahead(make_feed: Callable[..., DeviceFeed]) -> None:
+    feed = make_feed(memory="host", segment=100)
+    gathered: list[int] = []
+    gather = feed._gather
+
+    def note(step: int, into: Tensor) -> int:
+        gathered.append(step)
+        return gather(step, into)
+
+    feed._gather = note  # type: ignore[method-assign]
+    feed.load(6)
+    deadline = time.monotonic() + 10
+    while len(gathered) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert sorted(gathered) == [6, 7, 8, 9]
+    while not all(slot.gathered.done() for slot in feed._slots) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    feed.load(7)
+    assert all(slot.sent for slot in feed._slots if slot.step in (7, 8, 9))
+    assert {slot.step for slot in feed._slots} == {7, 8, 9, 10}
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_step_beyond_those_loaded_reads_only_what_is_there(make_feed: Callable[..., DeviceFeed], memory: str) -> None:
+    """Warming up a captured step runs ahead of the counter that was loaded."""
+    feed = make_feed(memory=memory, segment=2)
+    feed.load(1)
+    for step in (2, 3, 100):
+        made = feed.make(torch.tensor(step))
+        assert all(torch.isfinite(view).all() for view in made.views)
+    assert_same(feed.make(torch.tensor(1)), expected(epochs=1)[1])
+
+
+def test_auto_keeps_images_on_the_device_that_take_half_of_it(
+    make_feed: Callable[..., DeviceFeed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = len(IMAGES.pixels)
+    for free, memory in ((2 * size, "gpu"), (2 * size - 2, "host")):
+        monkeypatch.setattr(device._Transfers, "free_memory", lambda self, free=free: free)
+        assert make_feed(memory="auto").memory == memory
+
+
+def test_images_that_do_not_fit_name_what_helps(
+    make_feed: Callable[..., DeviceFeed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device._Transfers, "free_memory", lambda self: 10_000)
+    with pytest.raises(InputError) as caught:
+        make_feed(memory="gpu")
+    size = len(IMAGES.pixels) / 1e9
+    assert str(caught.value) == (
+        f"memory: the images of ragged take {size:.2f} GB and cpu has 0.00 GB free; "
+        'memory="host" (--data-memory host) streams them'
+    )
+    with pytest.raises(
+        InputError, match="batch_size: streaming the images of ragged in batches of 26 takes .* smaller"
+    ):
+        make_feed(memory="host", batch_size=26)
+
+
+def test_every_byte_is_uploaded(make_feed: Callable[..., DeviceFeed], monkeypatch: pytest.MonkeyPatch) -> None:
+    for chunk in (1000, len(IMAGES.pixels) // 2, len(IMAGES.pixels), 2**26):
+        monkeypatch.setattr(device, "_UPLOAD_BYTES", chunk)
+        assert np.array_equal(make_feed(memory="gpu")._pixels.numpy(), IMAGES.pixels)
+
+
+def test_segments_are_whole_epochs_where_these_are_short() -> None:
+    assert device._segment_steps(2**13, 147) == 147  # 2 views of 64 images: 256 steps fit
+    assert device._segment_steps(2**13, 100) == 200
+    assert device._segment_steps(2**13, 1000) == 256
+    assert device._segment_steps(2**30, 1000) == 1
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_failures_of_the_threads_reach_the_caller(
+    make_feed: Callable[..., DeviceFeed], memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed = make_feed(memory=memory, segment=3)
+    batches = expected(epochs=1)
+    draw = feed.schedule.table
+
+    def fail(epoch: int, samples: Any) -> Any:
+        raise OSError("the disk is gone")
+
+    assert_same(batch(feed, 0), batches[0])
+    monkeypatch.setattr(feed.schedule, "table", fail)
+    with pytest.raises(TrainingError) as caught:
+        feed.load(3)
+    assert str(caught.value) == "data: batches cannot be prepared (OSError: the disk is gone)"
+    monkeypatch.setattr(feed.schedule, "table", draw)
+    assert_same(batch(feed, 2), batches[2])
+
+
+def test_a_failure_to_read_pixels_reaches_the_caller(
+    make_feed: Callable[..., DeviceFeed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed = make_feed(memory="host")
+
+    def fail(step: int, into: Tensor) -> int:
+        raise InputError("pack: /there/images.pack cannot be read")
+
+    monkeypatch.setattr(feed, "_gather", fail)
+    with pytest.raises(InputError, match=r"pack: /there/images\.pack cannot be read"):
+        feed.load(0)
+
+
+def feed_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("vi-simsiam-feed")}
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_closing_ends_the_threads(make_feed: Callable[..., DeviceFeed], memory: str) -> None:
+    before = feed_threads()
+    feed = make_feed(memory=memory, segment=1)
+    batches = expected(epochs=1)
+    assert_same(batch(feed, 0), batches[0])
+    assert feed_threads() - before
+    feed.close()
+    feed.close()
+    assert not feed_threads() - before
+    assert_same(batch(feed, 1), batches[1])
+
+
+def test_numbers_out_of_range_are_named(make_feed: Callable[..., DeviceFeed]) -> None:
+    with pytest.raises(InputError, match="batch_size: 27 must be at most 26, the images in ragged"):
+        make_feed(batch_size=27)
+    with pytest.raises(InputError, match="batch_size: 4 must be a multiple of 3, the processes that share it"):
+        make_feed(world_size=3)
+    with pytest.raises(InputError, match="rank: 2 must lie between 0 and 1, for world_size 2"):
+        make_feed(world_size=2, rank=2)
+    with pytest.raises(InputError, match="world_size: 0 must be at least 1"):
+        make_feed(world_size=0)
+    with pytest.raises(InputError, match="memory: 'disk' is none of auto, gpu, host"):
+        make_feed(memory="disk")
+    with pytest.raises(InputError, match="step: -1 must be at least 0"):
+        make_feed().load(-1)
+
+
+def on_gpu(what: str) -> Callable[..., Any]:
+    def mark(test: Callable[..., Any]) -> Callable[..., Any]:
+        return pytest.mark.gpu(
+            pytest.mark.skipif(not torch.cuda.is_available(), reason=f"would check that {what}")(test)
+        )
+
+    return mark
+
+
+def assert_near(made: Batch, each: Batch) -> None:
+    """The tolerance between two implementations of the same table."""
+    assert torch.equal(made.index.cpu(), each.index)
+    for left, right in zip(made.views, each.views, strict=True):
+        assert left.is_contiguous(memory_format=torch.channels_last)
+        # 1e-4 in [0, 1], which normalisation divides by 0.225 at the least.
+        torch.testing.assert_close(left.cpu(), right, rtol=0, atol=5e-4)
+
+
+@on_gpu("batches made on a GPU are those of the workers, also after jumps")
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_gpu_batches_are_those_of_the_workers(make_feed: Callable[..., DeviceFeed], memory: str) -> None:
+    feed = make_feed(policy=MULTICROP, memory=memory, device="cuda", segment=4)
+    batches = expected(MULTICROP)
+    for step in (*range(18), 5, 6, 7, 2, 3):
+        assert_near(batch(feed, step), batches[step])
+
+
+@on_gpu("one CUDA graph makes every batch, by its counter")
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_replayed_graph_makes_every_batch(make_feed: Callable[..., DeviceFeed], memory: str) -> None:
+    feed = make_feed(policy=MULTICROP, memory=memory, device="cuda", segment=4)
+    batches = expected(MULTICROP)
+    counter = torch.zeros((), dtype=torch.int64, device="cuda")
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    feed.load(0)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        feed.make(counter)
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        made = feed.make(counter)
+        counter += 1
+    results = []
+    counter.zero_()
+    for step in range(18):  # the host runs far ahead of the device
+        feed.load(step)
+        graph.replay()
+        results.append(Batch([view.clone() for view in made.views], made.index.clone()))
+    for result, each in zip(results, batches, strict=True):
+        assert_near(result, each)
+
+
+@on_gpu("making a batch never waits for the device, and that what is copied is page-locked")
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_making_a_batch_never_waits_for_the_device(make_feed: Callable[..., DeviceFeed], memory: str) -> None:
+    feed = make_feed(policy=MULTICROP, memory=memory, device="cuda", backend="triton")
+    counter = torch.zeros((), dtype=torch.int64, device="cuda")
+    feed.load(0)
+    feed.make(counter)  # compiles
+    for step in range(1, 8):
+        feed.load(step)
+        counter += 1
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            feed.make(counter)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert feed._drawn_rows.is_pinned()
+    assert all(slot.host.is_pinned() for slot in feed._slots)
+
+
+@on_gpu("a loader's batches are complete when the caller's stream reads them, and stay whole while it does")
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_gpu_loader_hands_its_batches_over(memory: str) -> None:
+    loader = MultiViewLoader(IMAGES, MULTICROP, 4, "cuda", seed=3, memory=memory)
+    batches = expected(MULTICROP)
+    busy = torch.randn(2048, 2048, device="cuda")
+    results = []
+    for made in (each for epoch in range(3) for each in loader.epoch(epoch)):
+        for _ in range(20):  # a step that takes longer than the next batch
+            busy = torch.nn.functional.normalize(busy @ busy)
+        results.append(Batch([view.clone() for view in made.views], made.index.clone()))
+    loader.close()
+    for result, each in zip(results, batches, strict=True):
+        assert_near(result, each)

@@ -1,0 +1,187 @@
+"""What the captured step refuses: each rule names the operation and the line, and leaves the state as it was."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from graph_cases import Training, batches, same, with_stand_in
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vi_simsiam.engine.graph_rules import check_optimizer_state, check_state
+from vi_simsiam.errors import InputError
+
+CUDA = torch.device("cuda")
+
+
+def copy_to_another_device(x: Tensor) -> Any:
+    return x.to("meta")
+
+
+BROKEN: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "item": (lambda x: x.sum().item(), "reads a value on the host.*aten._local_scalar_dense"),
+    "bool": (lambda x: 1 if x.sum() > 0 else 0, "reads a value on the host.*aten._local_scalar_dense"),
+    "equal": (lambda x: torch.equal(x, x), "reads a value on the host.*aten.equal"),
+    "nonzero": (lambda x: x.nonzero(), "shape of its result depends on values.*aten.nonzero"),
+    "masked_select": (lambda x: x.masked_select(x > 0), "shape of its result depends on values.*aten.masked_select"),
+    "unique": (lambda x: x.unique(), "shape of its result depends on values.*aten._unique2"),
+    "mask": (lambda x: x[x > 0], "indexing with a mask.*aten.index.Tensor"),
+    "masked write": (lambda x: x.clone().index_put_((x > 0,), x[0]), "indexing with a mask.*aten.index_put_"),
+    "tensor": (lambda x: torch.tensor([1.0, 2.0], device=x.device), "makes a tensor from data of the host.*lift_fresh"),
+    "copy": (copy_to_another_device, "copies from .* to meta; copy before or after the call.*aten._to_copy"),
+    "backward": (lambda x: _Reads.apply(x.requires_grad_()).sum().backward(), "reads a value on the host"),
+    "foreign view": (
+        lambda x: FOREIGN.view(2, 1).add_(1),
+        r"changes a tensor of shape \(2, 1\) that state does not hold",
+    ),
+    "foreign": (lambda x: FOREIGN.add_(1), r"changes a tensor of shape \(2,\) that state does not hold.*aten.add_"),
+}
+FOREIGN = torch.zeros(2)
+
+
+class _Reads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient * gradient.sum().item()
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_a_broken_rule_names_operation_and_line(rule: str) -> None:
+    """And everything is as before: the rule is broken after the optimizer's step."""
+    breaks, message = BROKEN[rule]
+    training = Training()
+
+    def step(images: Tensor, labels: dict[str, Tensor]) -> Any:
+        training.step(images, labels)
+        return breaks(images[0, 0])
+
+    before, captured = training.everything(), with_stand_in(step, training.state)
+    first, *_ = batches(1)
+    with pytest.raises(InputError, match=message) as caught:
+        captured(*first)
+    place = _Reads.backward if rule == "backward" else breaks
+    line = inspect.getsourcelines(place)[1] + (2 if rule == "backward" else 1 if rule == "copy" else 0)
+    assert f"{__file__}:{line})" in str(caught.value)
+    assert same(training.everything(), before)
+    assert all(p.grad is None for p in training.model.parameters())
+    assert not training.optimizer.state
+    assert torch.equal(FOREIGN, torch.zeros(2))
+    assert not captured.captured
+
+
+@pytest.mark.parametrize(
+    "allowed",
+    [
+        lambda x: x[torch.arange(2, device=x.device)],
+        lambda x: torch.where(x > 0, x, 0),
+        lambda x: x.repeat_interleave(torch.full((8,), 2, device=x.device), dim=0, output_size=16),
+        lambda x: torch.zeros_like(x).masked_fill_(x > 0, 1.0),
+        lambda x: torch.zeros_like(x).index_put_((x > 0,), torch.ones((), device=x.device)),
+        lambda x: torch.empty(0).set_(x.clone()).add_(1),
+    ],
+    ids=["index", "where", "repeat", "fill", "one value", "set"],
+)
+def test_what_a_graph_can_hold_is_left_alone(allowed: Callable[[Tensor], Tensor]) -> None:
+    captured = with_stand_in(allowed)
+    for seed in range(3):
+        x = torch.randn(8, 8, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(captured(x), allowed(x))
+    assert captured.captured
+
+
+def parameters() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(2))]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.1), r"SGD has the number lr=0.1.*lr=torch.tensor\(0.1, device='cpu'\)"),
+        (lambda p: torch.optim.SGD(p, lr=torch.tensor(0.1)), "SGD reads its lr on the host; give fused=True"),
+        (
+            lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.1)),
+            "AdamW counts its steps on the host; give capturable=True",
+        ),
+    ],
+    ids=["number", "unfused", "not capturable"],
+)
+def test_optimizers_that_a_replay_would_not_follow(
+    optimizer: Callable[[Any], torch.optim.Optimizer], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        with_stand_in(lambda x: x, [torch.zeros(1), optimizer(parameters())])(torch.ones(1))
+
+
+def test_optimizers_that_keep_something_on_the_host() -> None:
+    weights = parameters()
+    sgd = torch.optim.SGD(weights, lr=torch.tensor(0.1), fused=True)
+    with pytest.raises(InputError, match=r"state\[0\]: SGD has its lr on cpu, where a graph would read it once"):
+        check_state([sgd], CUDA)
+    adagrad = torch.optim.Adagrad(weights, lr=torch.tensor(0.1))
+    with pytest.raises(InputError, match=r"state\[0\]: Adagrad keeps 'step' on cpu"):
+        check_optimizer_state([adagrad], CUDA)
+    check_optimizer_state([adagrad], torch.device("cpu"))
+
+
+def test_distributed_modules_are_refused() -> None:
+    wrapper = DistributedDataParallel.__new__(DistributedDataParallel)
+    nn.Module.__init__(wrapper)
+    with pytest.raises(InputError, match=r"state\[0\]: a step with DistributedDataParallel is not captured"):
+        with_stand_in(lambda x: x, [nn.Sequential(wrapper)])(torch.ones(1))
+
+
+class Replacing(nn.Module):
+    """Counts in a way that a graph cannot."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.register_buffer("queue", torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "buffer":
+            self.queue = self.queue + x
+        return x + self.queue
+
+
+class Counting(torch.optim.Optimizer):
+    """Keeps `state`, made by `change` from the one before, in an optimizer's usual place."""
+
+    def __init__(self, weights: Any, change: Callable[[Any], Any]) -> None:
+        super().__init__(weights, {"lr": torch.tensor(0.1)})
+        self.change = change
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        entries = self.state[self.param_groups[0]["params"][0]]
+        entries["count"] = self.change(entries.get("count", 0))
+
+
+def test_state_that_moves_is_refused_and_put_back() -> None:
+    module = Replacing("buffer")
+    captured = with_stand_in(module, [module])
+    captured(torch.ones(2))
+    held = module.queue
+    with pytest.raises(InputError, match="state: the step replaces buffer 'queue' of Replacing"):
+        captured(torch.ones(2))
+    assert module.queue is held
+    assert held.tolist() == [1, 1]
+    for change in (lambda n: n + 1, lambda n: torch.ones(()) + n):
+        optimizer = Counting(parameters(), change)
+
+        def step(x: Tensor, optimizer: Counting = optimizer) -> Tensor:
+            optimizer.step()
+            return x
+
+        captured = with_stand_in(step, [optimizer])
+        captured(torch.ones(2))
+        with pytest.raises(InputError, match="state: the step replaces 'count' in Counting's state"):
+            captured(torch.ones(2))
+        assert [entries["count"] for entries in optimizer.state.values()] == [1]

@@ -1,0 +1,208 @@
+"""The training step: plain SGD in other words, the latch, and the same numbers eager, overlapped and captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from graph_cases import with_stand_in
+from test_device_feed import IMAGES, MEMORIES
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from vi_simsiam.config import AugmentConfig, TrainConfig
+from vi_simsiam.data import Batch, DeviceFeed, MultiViewLoader
+from vi_simsiam.engine.step import OverlappedStep, TrainStep, learning_rates
+from vi_simsiam.models import Output, SimSiam, VISimSiam
+
+POLICY = AugmentConfig(size=12, local_views=1, local_size=8, blur_prob=0.0)
+RATES = learning_rates(TrainConfig(epochs=3, lr=0.1, warmup_epochs=0.5), 6)
+
+
+def backbone() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+    )
+
+
+def make_step(kind: type[SimSiam] = VISimSiam, device: str = "cpu", **options: object) -> TrainStep:
+    torch.manual_seed(0)
+    model = kind(backbone(), features=32, dim=16, projector_hidden=16, predictor_hidden=8).to(device).train()
+    return TrainStep(model, RATES, **{"momentum": 0.9, "weight_decay": 1e-2, "loss_scale": 0.1} | options)  # type: ignore[arg-type]
+
+
+def views(step: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(8, 3, size, size, generator=generator) for size in (12, 12, 8)]
+
+
+def everything(step: TrainStep) -> list[Tensor]:
+    """Weights, BatchNorm's buffers, momentum, learning rate, counter, latch and losses."""
+    momenta = [step.optimizer.state[p]["momentum_buffer"] for p in step.model.parameters()]
+    rates = [group["lr"] for group in step.optimizer.param_groups]
+    kept = [*step.model.state_dict().values(), *momenta, *rates, step.counter, step.failed, step.losses]
+    return [tensor.clone() for tensor in kept]
+
+
+def assert_same(first: list[Tensor], second: list[Tensor]) -> None:
+    assert len(first) == len(second)
+    for i, (a, b) in enumerate(zip(first, second, strict=True)):
+        assert torch.equal(a, b), f"tensor {i}"
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.05])
+def test_a_step_is_sgd(clip_norm: float | None) -> None:
+    """Against torch's unfused SGD, with learning rates as Python numbers and clipping by torch's own function."""
+    step, reference = make_step(clip_norm=clip_norm), make_step()
+    model = reference.model
+    plain = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=1e-2, foreach=False)
+    for i in range(6):
+        step(views(i))
+        plain.param_groups[0]["lr"] = RATES[i].item()
+        plain.zero_grad()
+        loss = model.loss(model(views(i)), "eager", 0.1)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm or 1e9)
+        plain.step()
+        torch.testing.assert_close(step.losses[i], loss.detach())
+        torch.testing.assert_close(step.gradient_norm(), norm)
+        assert step.optimizer.param_groups[0]["lr"].item() == RATES[i].item()
+    torch.testing.assert_close(step.model.state_dict(), model.state_dict(), rtol=2e-5, atol=1e-6)
+    assert step.counter.item() == 6
+
+
+def test_the_latch_keeps_what_was_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third loss is NaN; later ones are finite again and must change nothing."""
+    step = make_step(weight_decay=0.1)
+    loss = step.model.loss
+    broken: list[float] = [1.0, 1.0, float("nan"), 1.0, 1.0]
+    monkeypatch.setattr(step.model, "loss", lambda *given: loss(*given) * broken[int(step.counter)])
+    kept: list[Tensor] = []
+    for i in range(5):
+        step(views(i))
+        momenta = [step.optimizer.state[p]["momentum_buffer"] for p in step.model.parameters()]
+        now = [p.detach().clone() for p in (*step.model.parameters(), *momenta)]
+        if i >= 2:
+            assert_same(now, kept)
+        elif kept:
+            assert not torch.equal(now[0], kept[0])
+        kept = now
+    assert torch.isfinite(step.losses[:5]).tolist() == [True, True, False, True, True]
+    assert step.failed.item() == 1
+    assert step.counter.item() == 5
+
+
+def test_the_first_step_starts_momentum_as_torch_does() -> None:
+    step, reference = make_step(), make_step()
+    before = [p.detach().clone() for p in step.model.parameters()]
+    step(views(0))
+    reference.model.loss(reference.model(views(0)), "auto", 0.1).backward()
+    for start, p, q in zip(before, step.model.parameters(), reference.model.parameters(), strict=True):
+        expected = q.grad + 1e-2 * start
+        torch.testing.assert_close(step.optimizer.state[p]["momentum_buffer"], expected)
+        torch.testing.assert_close(p.detach(), start - RATES[0] * expected)
+
+
+def test_what_a_step_returns_carries_no_graph() -> None:
+    output = make_step()(views(0))
+    assert not any(tensor.requires_grad for tensor in (*output.predictions, *output.targets))
+    assert len(output.predictions) == 3
+    assert len(output.targets) == 2
+
+
+def test_bfloat16_changes_little() -> None:
+    exact, rounded = make_step(), make_step(bf16=True)
+    for i in range(4):
+        exact(views(i))
+        rounded(views(i))
+    assert not torch.equal(exact.losses, rounded.losses)
+    torch.testing.assert_close(exact.losses[:4], rounded.losses[:4], rtol=0.1, atol=0.02)
+    assert all(p.dtype == torch.float32 for p in rounded.model.parameters())
+
+
+def test_another_network_computes_and_the_model_is_trained() -> None:
+    """As with a compiled model: what maps views to an output is not what holds the weights."""
+    calls = []
+    step = make_step()
+
+    def network(given: list[Tensor]) -> Output:
+        calls.append(len(given))
+        return step.model(given)  # type: ignore[no-any-return]
+
+    step.network = network
+    plain = make_step()
+    for i in range(2):
+        step(views(i))
+        plain(views(i))
+    assert calls == [3, 3]
+    assert_same(everything(step), everything(plain))
+
+
+class KernelFeed(DeviceFeed):
+    """A feed whose views no dispatcher sees, as those that kernels make on a GPU: the reference reads its table."""
+
+    def make(self, counter: Tensor) -> Batch:
+        with _disable_current_modes():
+            return super().make(counter)
+
+
+@pytest.fixture
+def feed() -> Iterator[Callable[[str], DeviceFeed]]:
+    made: list[DeviceFeed] = []
+
+    def make(memory: str) -> DeviceFeed:
+        made.append(KernelFeed(IMAGES, POLICY, batch_size=4, seed=3, device="cpu", memory=memory, segment=4))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def by_loader(kind: type[SimSiam], steps: int) -> TrainStep:
+    """The run that the overlapped ones must equal: batches from the loader, one step after the other."""
+    step = make_step(kind)
+    loader = MultiViewLoader(IMAGES, POLICY, 4, seed=3, workers=0)
+    for i in range(steps):
+        step(next(iter(loader.epoch(*divmod(i, loader.steps_per_epoch)))).views)
+    return step
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
+@pytest.mark.parametrize("kind", [SimSiam, VISimSiam])
+def test_overlapped_and_captured_steps_train_alike(
+    feed: Callable[[str], DeviceFeed], kind: type[SimSiam], captured: bool, memory: str
+) -> None:
+    """Ten steps across the end of an epoch and of the table's segments, number for number, and metrics of each."""
+    expected = by_loader(kind, 10)
+    step = make_step(kind)
+    whole = OverlappedStep(step, feed(memory))
+    whole.prepare(0)
+    call = with_stand_in(whole, whole.state, warmup=2) if captured else whole
+    for i in range(10):
+        whole.feed.load(i + 1)
+        output = call()
+        assert output.predictions[0].shape[0] == 4
+        assert step.counter.item() == i + 1
+    assert_same(everything(step), everything(expected))
+    assert not captured or call.captured  # type: ignore[union-attr]
+
+
+def test_a_captured_run_is_resumed(feed: Callable[[str], DeviceFeed]) -> None:
+    """Seven steps, a checkpoint, and three steps of another process."""
+    expected = by_loader(VISimSiam, 10)
+    first = by_loader(VISimSiam, 7)
+    step = make_step()
+    step.model.load_state_dict(first.model.state_dict())
+    step.optimizer.load_state_dict(first.optimizer.state_dict())
+    step.resume(7)
+    whole = OverlappedStep(step, feed("host"))
+    whole.prepare(7)
+    call = with_stand_in(whole, whole.state)
+    for i in range(7, 10):
+        whole.feed.load(i + 1)
+        call()
+    assert_same(everything(step)[:-1], everything(expected)[:-1])
+    assert torch.equal(step.losses[7:], expected.losses[7:])

@@ -1,0 +1,146 @@
+"""The benchmark of whole trainings: its clock, the trainings themselves, and how they are compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmark_cases import CPU
+from rich.console import Console
+from torch import nn
+
+from vi_simsiam.benchmarks import train, train_peers
+from vi_simsiam.benchmarks.train_peers import Recorder
+from vi_simsiam.config import ModelConfig
+from vi_simsiam.errors import InputError
+from vi_simsiam.functional import cosine_loss
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=300)
+
+
+def test_recorder_stands_still_while_features_are_evaluated() -> None:
+    now = iter([100.0, 110.0, 114.0, 124.0, 128.0, 129.0])
+    accuracies = iter([0.5, 0.7])
+    recorder = Recorder(CPU, evaluate=lambda _: next(accuracies), every=1, epochs=2, clock=lambda: next(now))
+    recorder.epoch_done(nn.Identity())
+    recorder.epoch_done(nn.Identity())
+    recorder.finish()
+    assert recorder.epoch_ends == [10.0, 20.0]
+    assert recorder.accuracies == [(1, 10.0, 0.5), (2, 20.0, 0.7)]
+    assert recorder.evaluation_seconds == 4.0
+    assert recorder.total_seconds == 21.0
+    options = train.Options(epochs=2, images=64, target_accuracy=0.6)
+    found = train.summary([recorder], options, steps_per_epoch=5)
+    assert found["time"]["median_us"] == 2e6
+    assert (found["cold_start_seconds"], found["training_seconds"]) == (0.0, 21.0)
+    assert found["views_per_second"] == 64.0
+    assert (found["knn_top1"], found["seconds_to_target"]) == (0.7, 20.0)
+    other = dataclasses.replace(options, target_accuracy=0.9)
+    assert train.summary([recorder], other, steps_per_epoch=5)["seconds_to_target"] is None
+
+
+def test_trainings_are_compared_in_turn_and_failures_recorded(tmp_path: Path) -> None:
+    order: list[str] = []
+    seconds = iter(range(10**6))
+
+    def trains(name: str) -> Any:
+        def call(training: train_peers.Training, recorder: Recorder) -> None:
+            order.append(name)
+            if name == "lightly":
+                raise ImportError("lightly is not installed")
+            assert len(training.source) == 8
+            for _ in range(training.config.epochs):
+                recorder.epoch_done(nn.Flatten())
+
+        return call
+
+    options = train.Options(device="cpu", rounds=2, images=8, size=8, batch_size=4, epochs=3, workers=0, out=tmp_path)
+    given = {name: trains(name) for name in ("vi-simsiam", "lightly", "plain PyTorch")}
+    result = train.run(options, quiet(), providers=given, clock=lambda: float(next(seconds)))
+    assert order == ["vi-simsiam", "lightly", "plain PyTorch", "vi-simsiam", "plain PyTorch"]
+    (case,) = result["cases"]
+    assert case["name"] == "generated 2x8 batch 4, 3 epochs of 8 images"
+    mine = case["providers"]["vi-simsiam"]
+    assert mine["time"]["rounds"] == 4, "two later epochs of two trainings"
+    assert mine["caching_seconds"] == 1.0
+    assert case["providers"]["plain PyTorch"]["caching_seconds"] is None
+    assert 0 <= mine["knn_top1"] <= 1
+    assert case["providers"]["lightly"]["failure"] == "ImportError: lightly is not installed"
+    again = train.run(
+        dataclasses.replace(options, resume=True), quiet(), providers=given, clock=lambda: float(next(seconds))
+    )
+    assert len(again["cases"]) == 1, "the same case is measured anew, not twice in the file"
+    assert json.loads((tmp_path / "cpu" / "train.json").read_text())["benchmark"] == "train"
+    assert (tmp_path / "cpu" / "train.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InputError, match="no provider's name contains 'x'; there are vi-simsiam, lightly"):
+        train.run(dataclasses.replace(options, only="x"), quiet(), providers=given)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"epochs": 1}, "epochs: 1 must be at least 2"),
+        ({"images": 3}, "images: 3 must be at least 64"),
+        ({"target_accuracy": 60.0}, "target_accuracy: 60.0 must lie between 0 and 1"),
+        ({"rounds": 0}, "rounds: 0 must be at least 1"),
+    ],
+)
+def test_train_options_that_make_no_sense(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        train.Options(**changed)
+
+
+@pytest.mark.parametrize("name", [train_peers.PLAIN, train_peers.LIGHTLY, train_peers.OURS_SIMSIAM])
+def test_each_training_trains(name: str, tmp_path: Path) -> None:
+    """The whole way with a tiny network: the pace of the clock and the accuracy are there, and the weights moved."""
+    if name == train_peers.LIGHTLY:
+        pytest.importorskip("lightly")
+    small = ModelConfig(dim=16, projector_hidden=8, predictor_hidden=8)
+    before: list[float] = []
+
+    def watched(training: train_peers.Training, recorder: Recorder) -> None:
+        config = dataclasses.replace(training.config, model=small, workers=0)
+        recorder.epoch_done = _seen(recorder.epoch_done, before)  # type: ignore[method-assign]
+        train_peers.PROVIDERS[name](dataclasses.replace(training, config=config), recorder)
+
+    options = train.Options(device="cpu", images=8, size=16, batch_size=4, epochs=2, workers=0, out=tmp_path)
+    result = train.run(options, quiet(), providers={name: watched})
+    found = result["cases"][0]["providers"][name]
+    assert found["correct"], found["failure"]
+    assert found["views_per_second"] > 0
+    assert 0 <= found["knn_top1"] <= 1
+    assert len(set(before)) == 2, "each epoch changed the weights"
+
+
+def _seen(epoch_done: Callable[[nn.Module], None], sums: list[float]) -> Callable[[nn.Module], None]:
+    def call(backbone: nn.Module) -> None:
+        sums.append(sum(parameter.abs().sum().item() for parameter in backbone.parameters()))
+        epoch_done(backbone)
+
+    return call
+
+
+def test_every_training_has_the_same_loss() -> None:
+    generator = torch.Generator().manual_seed(0)
+    predictions = [torch.randn(4, 8, generator=generator) for _ in range(3)]
+    targets = [torch.randn(4, 8, generator=generator) for _ in range(2)]
+    found = train_peers._symmetric_loss(predictions, targets)
+    assert found.item() == pytest.approx(cosine_loss(tuple(predictions), tuple(targets)).item(), abs=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", [train_peers.PLAIN, train_peers.LIGHTLY, train_peers.OURS])
+def test_gpu_training_of_each_provider(name: str) -> None:
+    options = train.Options(device="cuda", images=64, batch_size=32, epochs=2, workers=1)
+    found = train.run(options, quiet(), providers={name: train_peers.PROVIDERS[name]})["cases"][0]["providers"][name]
+    assert found["correct"] or "not installed" in found["failure"], found["failure"]
+    assert not found["correct"] or found["peak_bytes"] > 10**8

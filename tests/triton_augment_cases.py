@@ -1,0 +1,235 @@
+"""Cases of the kernels that make views, in Triton's interpreter or on a GPU (see `triton_cases.py`).
+
+The reference is the eager one, and for a few views torchvision itself. In the interpreter the views are tiny, and
+bfloat16 is truncated where a GPU rounds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from vi_simsiam.kernels import augment as kernel
+from vi_simsiam.kernels.augment import crop_start
+from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, check_table, eager_augment
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+GUARD = 64
+IMAGES = (2, 13, 19) if INTERPRETED else (4, 375, 500)
+"""How many, their height and their width."""
+
+# The interpreter evaluates weights of 0/0 in rows and columns that the kernel discards.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def _row(
+    start: int,
+    image_width: int,
+    crop: tuple[int, int],
+    *,
+    flip: bool = False,
+    order: Sequence[int] = (),
+    gray: bool = False,
+    strengths: Sequence[float] = (1, 1, 1, 0),
+    sigma: float = 0.0,
+) -> NDArray[np.int32]:
+    row = np.zeros(16, np.int32)
+    row[:2] = np.array([start], "<i8").view(np.int32)
+    row[2:8] = [3 * image_width, *crop, flip, sum(code << (4 * i) for i, code in enumerate(order)), gray]
+    row[8:13] = np.array([*strengths, sigma], np.float32).view(np.int32)
+    return row
+
+
+def _images(count: int, height: int, width: int) -> Tensor:
+    """Noise on slopes, one image after another."""
+    generator = torch.Generator().manual_seed(0)
+    slope = torch.linspace(0, 155, width)[:, None] * torch.tensor([1.0, 0.5, 0.2])
+    images = slope + 100 * torch.rand(count, height, width, 3, generator=generator)
+    return images.to(torch.uint8).flatten()
+
+
+def _random_rows(count: int) -> NDArray[np.int32]:
+    """Rows of IMAGES with every operation switched on and off at random."""
+    images, height, width = IMAGES
+    generator = np.random.default_rng(count)
+    rows = []
+    for _ in range(count):
+        h, w = int(generator.integers(1, height + 1)), int(generator.integers(1, width + 1))
+        top, left = int(generator.integers(height - h + 1)), int(generator.integers(width - w + 1))
+        order = generator.permutation([code if generator.random() < 0.7 else 0 for code in (1, 2, 3, 4)])
+        start = 3 * ((int(generator.integers(images)) * height + top) * width + left)
+        rows.append(
+            _row(
+                start,
+                width,
+                (h, w),
+                flip=generator.random() < 0.5,
+                order=[int(code) for code in order],
+                gray=generator.random() < 0.3,
+                strengths=[*generator.uniform(0.4, 1.6, 3), generator.uniform(-0.2, 0.2)],
+                sigma=generator.uniform(0.1, 2) if generator.random() < 0.5 else 0.0,
+            )
+        )
+    return np.stack(rows)
+
+
+def _augment(pixels: Tensor, rows: NDArray[np.int32], size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(N, size, size, 3) on the CPU; what surrounds the output and the workspace is checked."""
+    check_table(rows, len(pixels))
+    count = len(rows) * size * size * 3
+    memory = torch.full((count + 2 * GUARD,), torch.nan, dtype=dtype, device=DEVICE)
+    out = memory[GUARD : GUARD + count].view(len(rows), size, size, 3)
+    needed = kernel.workspace_bytes(len(rows), size)
+    workspace = torch.full((needed + 2 * GUARD,), 0xA5, dtype=torch.uint8, device=DEVICE)
+    kernel.augment(pixels.to(DEVICE), torch.from_numpy(rows).to(DEVICE), out, workspace[GUARD:])
+    assert memory[:GUARD].isnan().all()
+    assert memory[GUARD + count :].isnan().all()
+    assert (workspace[:GUARD] == 0xA5).all()
+    assert (workspace[GUARD + needed :] == 0xA5).all()
+    return out.cpu()
+
+
+def _check(got: Tensor, rows: NDArray[np.int32], pixels: Tensor, size: int) -> None:
+    want = eager_augment(pixels, torch.from_numpy(rows)[None], size)[0].permute(0, 2, 3, 1)
+    if got.dtype == torch.bfloat16:
+        torch.testing.assert_close(got.float(), want, rtol=2**-7, atol=1e-4)
+        return
+    for view, reference, row in zip(got, want, rows, strict=True):
+        hue = any(row[6] >> shift & 15 == 4 for shift in (0, 4, 8, 12))
+        torch.testing.assert_close(
+            view, reference, rtol=0, atol=1e-4 if hue else 1e-5, msg=lambda m, r=row: f"{r}: {m}"
+        )
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "dtype"),
+    [(8, 12, torch.float32), (9, 8, torch.float32), (34, 2, torch.float32), (12, 8, torch.bfloat16)]
+    if INTERPRETED
+    else [(s, 128, d) for s in (8, 33, 64, 96, 97, 128, 224) for d in (torch.float32, torch.bfloat16)],
+    ids=str,
+)
+def test_random_rows(size: int, count: int, dtype: torch.dtype) -> None:
+    pixels = _images(*IMAGES)
+    rows = _random_rows(count)
+    _check(_augment(pixels, rows, size, dtype), rows, pixels, size)
+
+
+def _torchvision(pixels: Tensor, row: NDArray[np.int32], size: int) -> Tensor:
+    stride, height, width, flip, order, gray = row[2:8].tolist()
+    strengths = row[8:13].view(np.float32).tolist()
+    crop = pixels.as_strided((3, height, width), (1, stride, 3), int(row[:2].view("<i8")[0]))
+    x = F.resize(crop.float() / 255, [size, size], antialias=True)
+    x = F.horizontal_flip(x) if flip else x
+    functions = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+    for shift in (0, 4, 8, 12):
+        code = order >> shift & 15
+        x = functions[code - 1](x, strengths[code - 1]) if code else x
+    x = F.rgb_to_grayscale(x, 3) if gray else x
+    x = F.gaussian_blur(x, [13, 13], strengths[4]) if strengths[4] > 0 else x
+    return F.normalize(x, list(IMAGENET_MEAN), list(IMAGENET_STD)).permute(1, 2, 0)
+
+
+def test_against_torchvision() -> None:
+    """One operation to a view, then all of them; the last crop ends with the last byte."""
+    size, (height, width) = 11, (13, 19)
+    pixels = _images(2, height, width)
+    everything = [1.4, 0.6, 1.3, 0.1]
+    rows = np.stack(
+        [
+            _row(0, width, (13, 19)),
+            _row(3, width, (2, 18), flip=True),
+            _row(3 * (2 * width + 5), width, (1, 1)),
+            *(_row(6, width, (8, 9), order=[code], strengths=everything) for code in (1, 2, 3, 4)),
+            _row(6, width, (8, 9), order=[0, 4], strengths=[1, 1, 1, -0.5]),
+            _row(6, width, (8, 9), gray=True),
+            _row(6, width, (8, 9), order=[1], strengths=everything, gray=True, sigma=1.0),
+            _row(6, width, (8, 9), sigma=0.3),
+            _row(3 * height * width, width, (13, 19), flip=True, order=[3, 1, 4, 2], strengths=everything, sigma=2.0),
+            _row(len(pixels) - 3 * (3 * width + 3), width, (4, 3), order=[2, 1], gray=True, sigma=1.0),
+        ]
+    )
+    got = _augment(pixels, rows, size)
+    for view, row in zip(got, rows, strict=True):
+        torch.testing.assert_close(view, _torchvision(pixels, row, size), rtol=0, atol=1e-5)
+
+
+def test_the_last_byte() -> None:
+    """Crops that end with it, of widths that put their last pixel at each place of a group of four."""
+    width = 31
+    pixels = _images(1, 3, width)
+    rows = np.stack([_row(len(pixels) - 3 * (width + w), width, (2, w)) for w in (9, *range(20, 26))])
+    _check(_augment(pixels, rows, 8), rows, pixels, 8)
+
+
+def test_strong_reduction() -> None:
+    """17 taps, in both directions, of a crop that no multiple of four divides."""
+    size = 8 if INTERPRETED else 64
+    pixels = _images(1, 8 * size + 1, 8 * size + 3)
+    rows = np.stack([_row(0, 8 * size + 3, (8 * size + 1, 8 * size + 3)), _row(3, 8 * size + 3, (8 * size, 2))])
+    _check(_augment(pixels, rows, size), rows, pixels, size)
+
+
+def test_equal_tables_give_equal_bits() -> None:
+    pixels = _images(*IMAGES)
+    rows = _random_rows(2 if INTERPRETED else 128)
+    size = 9 if INTERPRETED else 96
+    assert torch.equal(_augment(pixels, rows, size), _augment(pixels, rows[::-1].copy(), size).flip(0))
+
+
+def test_pixels_at_any_address() -> None:
+    pixels = _images(1, 6, 7)
+    rows = np.stack([_row(3 * i, 7, (5, 4)) for i in range(3)])
+    want = _augment(pixels, rows, 8)
+    for shift in (1, 2, 3):
+        memory = torch.cat([torch.full((shift,), 255, dtype=torch.uint8), pixels])
+        assert torch.equal(_augment(memory.to(DEVICE)[shift:], rows, 8), want)
+
+
+def test_no_views() -> None:
+    pixels = torch.zeros(12, dtype=torch.uint8, device=DEVICE)
+    table = torch.zeros((0, 16), dtype=torch.int32, device=DEVICE)
+    assert kernel.workspace_bytes(0, 32) == 0
+    kernel.augment(pixels, table, torch.empty((0, 32, 32, 3), device=DEVICE), torch.empty(0, dtype=torch.uint8))
+
+
+@triton.jit
+def _start_kernel(row_ptr: tl.tensor, out_ptr: tl.tensor) -> None:
+    tl.store(out_ptr, crop_start(row_ptr))
+
+
+@pytest.mark.parametrize("start", [0, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 0x5_89AB_CDEF, 2**62 + 1])
+def test_start_has_64_bits(start: int) -> None:
+    """At an address that 8 does not divide."""
+    memory = torch.zeros(17, dtype=torch.int32)
+    memory[1:] = torch.from_numpy(_row(start, 4, (1, 1)))
+    out = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    _start_kernel[(1,)](memory.to(DEVICE)[1:], out)
+    assert out.item() == start
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU: would have captured the launches in a CUDA graph")
+def test_in_a_graph() -> None:
+    """A replay reads the table anew."""
+    pixels, size = _images(*IMAGES).to(DEVICE), 96
+    rows = _random_rows(32)
+    table = torch.from_numpy(rows).to(DEVICE)
+    out = torch.empty((32, size, size, 3), device=DEVICE)
+    workspace = torch.empty(kernel.workspace_bytes(32, size), dtype=torch.uint8, device=DEVICE)
+    kernel.augment(pixels, table, out, workspace)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kernel.augment(pixels, table, out, workspace)
+    table.copy_(torch.from_numpy(rows[::-1].copy()))
+    out.fill_(torch.nan)
+    graph.replay()
+    _check(out.cpu().flip(0), rows, pixels.cpu(), size)

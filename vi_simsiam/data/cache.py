@@ -1,0 +1,279 @@
+"""Images decoded once: into a file that is mapped into memory ever after, or into memory.
+
+    cached(source)        what training and evaluation read; files are decoded on first use, into the cache folder
+    pack(source, path)    the same into a file of the user's choice
+    open_pack(path)       such a file
+
+A cached file is named by the fingerprint of its source, so that changed images are decoded again and older files are
+left alone. Files are written aside and moved into place complete: two processes that fill the same cache at once do the
+work twice, and both end well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vi_simsiam.data.decoding import bytes_per_image, decode
+from vi_simsiam.data.packed import FORMAT_VERSION, Contents, PackedImages, PackError, PackWriter, open_pack
+from vi_simsiam.data.sources import ArraySource, ImageSource, Unreadable, check_readable
+from vi_simsiam.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["PackedImages", "cache_folder", "cached", "in_memory", "open_pack", "pack"]
+
+_SECONDS_TO_LOCK = 60.0
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def cached(
+    source: ImageSource, *, cache_dir: Path | None = None, workers: int | None = None, console: Console | None = None
+) -> tuple[PackedImages, list[Unreadable]]:
+    """Return the images of a source decoded, and those that were left out because they cannot be read.
+
+    Files go through the cache folder and are decoded on first use; what is in memory already, or gives no fingerprint,
+    is packed in memory. A cached file that is damaged is built again.
+
+    Args:
+        source: the images.
+        cache_dir: the cache folder; None for `cache_folder()`.
+        workers: processes that decode; None for one a CPU core.
+        console: where progress and the reason for building again are printed; None for nowhere.
+
+    Raises:
+        InputError: more than 1 % of the images cannot be read, or the cache folder cannot be written or has no room.
+        TrainingError: a process that decodes was killed.
+    """
+    if isinstance(source, PackedImages):
+        return source, list(source.unreadable)
+    fingerprint = _fingerprint(source, None)
+    if fingerprint is None:
+        images = in_memory(source, workers=workers, console=console)
+        return images, list(images.unreadable)
+    folder = cache_folder() if cache_dir is None else cache_dir.expanduser()
+    path = folder / f"{_file_name(source.name)}-{fingerprint[:12]}.pack"
+    try:
+        images = open_pack(path, fingerprint=fingerprint)
+        return images, list(images.unreadable)
+    except PackError as error:
+        reason = error.reason
+    if os.path.lexists(path):
+        _print(console, f"cache: {path} {reason}; decoding the images again")
+    _write(source, path, fingerprint, "cache_dir", workers=workers, console=console)
+    images = open_pack(path, fingerprint=fingerprint, verify=False)
+    return images, list(images.unreadable)
+
+
+def pack(
+    source: ImageSource,
+    out: Path,
+    *,
+    workers: int | None = None,
+    shorter_side: int | None = None,
+    console: Console | None = None,
+) -> list[Unreadable]:
+    """Decode the images of a source into a file for `open_pack`, and return those that cannot be read.
+
+    Args:
+        source: the images.
+        out: the file; replaced if it exists.
+        workers: processes that decode; None for one a CPU core.
+        shorter_side: images whose shorter side has more pixels are made that small (bicubic, antialiased).
+        console: where progress is printed; None for nowhere.
+
+    Raises:
+        InputError: more than 1 % of the images cannot be read, or the file cannot be written.
+        TrainingError: a process that decodes was killed.
+    """
+    if shorter_side is not None and shorter_side < 1:
+        raise InputError(f"shorter_side: {shorter_side} must be at least 1")
+    out = out.expanduser()
+    if out.is_dir():
+        raise InputError(f"out: {out} is a folder; give the name of a file")
+    fingerprint = _fingerprint(source, shorter_side) or ""
+    contents = _write(source, out, fingerprint, "out", workers=workers, shorter_side=shorter_side, console=console)
+    return list(contents.unreadable)
+
+
+def in_memory(source: ImageSource, *, workers: int | None = None, console: Console | None = None) -> PackedImages:
+    """Return the images of a source decoded in memory; RGB arrays are not copied.
+
+    Raises:
+        InputError: more than 1 % of the images cannot be read.
+        TrainingError: a process that decodes was killed.
+    """
+    if isinstance(source, PackedImages):
+        return source
+    if isinstance(source, ArraySource):
+        count, height, width = source.images.shape[:3]
+        rgb = source.images if source.images.ndim == 4 else np.repeat(source.images[..., None], 3, axis=3)
+        heights, widths = np.full(count, height, np.int32), np.full(count, width, np.int32)
+        return PackedImages(rgb.reshape(-1), Contents(source.name, heights, widths, source.labels, source.classes))
+    pixels = bytearray()
+    mean = bytes_per_image(source)
+    _print(console, f"decoding {source.name}: {len(source):,} images, about {_size(mean, source)}, into memory")
+    contents = _decode(source, pixels.extend, mean, workers=workers, console=console)
+    return PackedImages(np.frombuffer(pixels, np.uint8), contents)
+
+
+def cache_folder() -> Path:
+    """The folder of cached files: $VI_SIMSIAM_CACHE, else $XDG_CACHE_HOME/vi-simsiam, else ~/.cache/vi-simsiam."""
+    if own := os.environ.get("VI_SIMSIAM_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vi-simsiam"
+
+
+def _fingerprint(source: ImageSource, shorter_side: int | None) -> str | None:
+    own = source.fingerprint()
+    if own is None:
+        return None
+    return hashlib.blake2b(repr((own, FORMAT_VERSION, shorter_side)).encode(), digest_size=20).hexdigest()
+
+
+def _file_name(name: str) -> str:
+    """The last two parts of a source's name, which may be a path, in characters that every file system takes."""
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(Path(name).parts[-2:])).strip("-.")
+    return readable[-80:] or "images"
+
+
+def _write(
+    source: ImageSource,
+    path: Path,
+    fingerprint: str,
+    option: str,
+    *,
+    workers: int | None,
+    console: Console | None,
+    shorter_side: int | None = None,
+) -> Contents:
+    """Decode into a pack file. `option` is the name of the argument that says where, for messages."""
+    mean = bytes_per_image(source, shorter_side)
+    elsewhere = f"name another place with --{option.replace('_', '-')}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if mean * len(source) > free:
+            raise InputError(
+                f"{option}: the decoded images of {source.name} need about {_size(mean, source)}, {path.parent} has "
+                f"{decimal(free)} free; {elsewhere}"
+            )
+        _print(console, f"decoding {source.name}: {len(source):,} images, about {_size(mean, source)}, into {path}")
+        with _whole_or_not_at_all(path) as file:
+            writer = PackWriter(file)
+            contents = _decode(source, writer.append, mean, workers=workers, shorter_side=shorter_side, console=console)
+            writer.finish(contents, fingerprint)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise InputError(
+                f"{option}: {path.parent} is full, the decoded images of {source.name} need about "
+                f"{_size(mean, source)}; {elsewhere}"
+            ) from error
+        raise InputError(f"{option}: {path} cannot be written ({error.strerror or error}); {elsewhere}") from error
+    return contents
+
+
+def _decode(
+    source: ImageSource,
+    write: Callable[[bytes], object],
+    mean_bytes: float,
+    *,
+    workers: int | None,
+    console: Console | None,
+    shorter_side: int | None = None,
+) -> Contents:
+    """Give the pixels of all images to `write`; return what they are."""
+    sizes: list[tuple[int, int]] = []
+    kept: list[int] = []
+    unreadable: list[Unreadable] = []
+    written = 0
+    chunks = decode(source, workers=workers, shorter_side=shorter_side, mean_bytes=mean_bytes)
+    with contextlib.closing(chunks), _progress(source, console) as advance:
+        for chunk in chunks:
+            write(chunk.pixels)
+            written += len(chunk.pixels)
+            sizes += chunk.sizes
+            kept += chunk.kept
+            unreadable += chunk.unreadable
+            advance(len(chunk.kept) + len(chunk.unreadable), written)
+    check_readable(source, unreadable)
+    heights, widths = np.array(sizes, np.int32).reshape(-1, 2).T
+    labels = None if source.labels is None else source.labels[kept]
+    places = [source.describe(index) for index in kept]
+    return Contents(source.name, heights, widths, labels, source.classes, places, unreadable)
+
+
+@contextlib.contextmanager
+def _whole_or_not_at_all(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` once its bytes are on the disk, and is removed if anything goes wrong."""
+    _remove_left_over(path)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            if fcntl is not None:
+                with contextlib.suppress(OSError):  # not every network file system has locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _remove_left_over(path: Path) -> None:
+    """Remove what killed processes left of this file. They are told by their lock, which ends with the process."""
+    if fcntl is None:
+        return
+    for other in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        with contextlib.suppress(OSError), open(other, "rb") as file:
+            # A younger one may be about to be locked.
+            if time.time() - os.fstat(file.fileno()).st_mtime > _SECONDS_TO_LOCK:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                other.unlink()
+
+
+@contextlib.contextmanager
+def _progress(source: ImageSource, console: Console | None) -> Iterator[Callable[[int, int], None]]:
+    """Give a function that takes the number of images just decoded and the bytes so far; a bar on a terminal."""
+    if console is None or not console.is_terminal:
+        yield lambda images, written: None
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[size]}"), TimeRemainingColumn())
+    # Drawn by this thread: workers may be forked while another one runs.
+    with Progress(*columns, console=console, auto_refresh=False) as progress:
+        task = progress.add_task("", total=len(source), size="")
+
+        def advance(images: int, written: int) -> None:
+            progress.update(task, advance=images, size=decimal(written), refresh=True)
+
+        yield advance
+
+
+def _size(mean_bytes: float, source: ImageSource) -> str:
+    return decimal(round(mean_bytes * len(source)))
+
+
+def _print(console: Console | None, line: str) -> None:
+    if console is not None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

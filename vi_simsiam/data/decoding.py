@@ -1,0 +1,185 @@
+"""Decoding all images of a source in order, in processes, a bounded number of bytes at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vi_simsiam.data.sources import FileSource, ImageSource, Unreadable, UnreadableError
+from vi_simsiam.errors import InputError, TrainingError
+
+_SAMPLED = 64
+_CHUNK_BYTES = 8 << 20
+_CHUNK_IMAGES = 256
+# So that places within one image fit in 32 bits.
+_MOST_BYTES = 2**31 - 1
+
+
+class Chunk(NamedTuple):
+    """Consecutive images of a source, decoded."""
+
+    pixels: bytes
+    """Image after image, (height, width, 3) uint8."""
+    sizes: list[tuple[int, int]]
+    """Height and width of each image."""
+    kept: list[int]
+    """Which images of the source these are."""
+    unreadable: list[Unreadable]
+    """Those that could not be decoded."""
+
+
+def bytes_per_image(source: ImageSource, shorter_side: int | None = None) -> float:
+    """Return the mean of decoded bytes over at most 64 images across the source, read from their headers."""
+    sizes = []
+    for index in np.linspace(0, len(source) - 1, min(_SAMPLED, len(source))).astype(int).tolist():
+        with contextlib.suppress(UnreadableError):
+            height, width = fitted(*source.dimensions(index), shorter_side)
+            sizes.append(3.0 * height * width)
+    return float(np.mean(sizes)) if sizes else 0.0
+
+
+def fitted(height: int, width: int, shorter_side: int | None) -> tuple[int, int]:
+    """Return an image's size once its shorter side has at most `shorter_side` pixels, the aspect ratio being kept."""
+    shorter = min(height, width)
+    if shorter_side is None or shorter <= shorter_side:
+        return height, width
+    return round(height * shorter_side / shorter), round(width * shorter_side / shorter)
+
+
+def decode(
+    source: ImageSource, *, workers: int | None = None, shorter_side: int | None = None, mean_bytes: float = 0.0
+) -> Generator[Chunk, None, None]:
+    """Decode all images in order.
+
+    About 8 MiB times (workers + 2) are held at once, whatever the number of images.
+
+    Args:
+        source: the images. One that cannot be pickled (it holds an open file, say) is decoded in this process.
+        workers: processes; None for one a CPU core that this process may use. 0 and 1 decode in this process.
+        shorter_side: see `fitted`; None for images as they are.
+        mean_bytes: about the bytes of one image, from `bytes_per_image`.
+
+    Raises:
+        InputError: `workers` is negative, or an item of a Dataset is no image.
+        TrainingError: a worker was killed.
+    """
+    if workers is not None and workers < 0:
+        raise InputError(f"workers: {workers} must be at least 0")
+    step = int(np.clip(_CHUNK_BYTES / max(mean_bytes, 1.0), 1, _CHUNK_IMAGES))
+    chunks = [range(start, min(start + step, len(source))) for start in range(0, len(source), step)]
+    workers = min(_cores() if workers is None else workers, len(chunks))
+    if workers <= 1 or not _can_be_pickled(source):
+        return (_decode(source, chunk, shorter_side) for chunk in chunks)
+    return _decode_in_processes(source, chunks, workers, shorter_side)
+
+
+def _decode_in_processes(
+    source: ImageSource, chunks: list[range], workers: int, shorter_side: int | None
+) -> Generator[Chunk, None, None]:
+    pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(source, shorter_side))
+    pending: deque[Future[Chunk]] = deque()
+    try:
+        for chunk in chunks:
+            with _interrupts_blocked():  # submitting starts workers
+                pending.append(pool.submit(_decode_in_worker, chunk))
+            if len(pending) >= workers + 2:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise TrainingError(
+            f"{source.name}: a process that decodes images was killed, most likely because memory ran out; use fewer "
+            "workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _decode(source: ImageSource, chunk: range, shorter_side: int | None) -> Chunk:
+    parts, sizes, kept, unreadable = [], [], [], []
+    for index in chunk:
+        try:
+            image = source.image(index)
+            height, width = fitted(image.height, image.width, shorter_side)
+            if not 0 < 3 * height * width <= _MOST_BYTES:
+                raise UnreadableError(source.describe(index), f"{width} x {height} pixels")
+        except UnreadableError as error:
+            unreadable.append(error.entry)
+            continue
+        if (width, height) != image.size:
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        parts.append(image.tobytes())
+        sizes.append((height, width))
+        kept.append(index)
+    return Chunk(b"".join(parts), sizes, kept, unreadable)
+
+
+def _can_be_pickled(source: ImageSource) -> bool:
+    if isinstance(source, FileSource):
+        return True
+    try:
+        pickle.Pickler(_Nowhere()).dump(source)
+    except Exception:  # pickling runs the source's own code
+        return False
+    return True
+
+
+class _Nowhere:
+    """A file that keeps nothing."""
+
+    def write(self, data: bytes) -> int:
+        return len(data)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# What a worker decodes, set when it starts: a source may be too large to send with every chunk.
+_work: tuple[ImageSource, int | None]
+
+
+def _start_worker(source: ImageSource, shorter_side: int | None) -> None:
+    global _work
+    _work = source, shorter_side
+    # Ctrl-C reaches every process of a terminal; the one that asked decides what follows.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # A parent that is killed cannot end its workers, which would wait for it forever.
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _decode_in_worker(chunk: range) -> Chunk:
+    return _decode(_work[0], chunk, _work[1])
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Keep SIGINT from workers until they ignore it: they inherit the mask of the thread that starts them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

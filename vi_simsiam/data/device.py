@@ -1,0 +1,399 @@
+"""Batches made on the GPU: image bytes and table rows are brought there ahead of the step, and the views made in it.
+
+`load` is the host's part of a step, `make` the device's. `make` reads buffers that keep their addresses and finds its
+row by a counter on the device, so that a CUDA graph of a training step can contain it.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vi_simsiam.config import AugmentConfig, DataMemory
+from vi_simsiam.data.batches import Batch, Schedule
+from vi_simsiam.data.packed import PackedImages
+from vi_simsiam.data.views import GLOBAL_VIEWS, place
+from vi_simsiam.errors import InputError, TrainingError, UserError
+from vi_simsiam.ops.augment import TABLE_COLUMNS, Column, augment
+
+_SEGMENT_BYTES = 2**21
+"""Table rows drawn at once: enough for numpy to work on long arrays, few enough to delay the first step by little."""
+_UPLOAD_BYTES = 2**24
+_SLOTS = 4
+"""Steps whose image bytes are on the device or on their way: the present one and three ahead."""
+_GATHER_THREADS = 4
+
+
+class DeviceFeed:
+    """The batches of a `Schedule`, made on `device` from images and table rows that are brought there ahead of time.
+
+    Before step `step` (counted through all epochs) is launched, call `load(step)`; the step calls `make(counter)`,
+    whose counter holds the same number on the device. Steps and loads go to one CUDA stream, each step after its load
+    and before the next one's. Steps may start anywhere and jump; only jumps wait for the device.
+
+    With memory "gpu" all images lie on the device. With "host" the bytes of a step's images are gathered by threads
+    into page-locked memory and copied while earlier steps compute. On a CPU everything works the same way, without
+    streams.
+
+    Args:
+        images: the images.
+        policy: the views.
+        batch_size: images in the batch of all ranks together.
+        seed: key of the order and of every view.
+        device: where the batches are made.
+        dtype: of the views: float32 or bfloat16.
+        memory: "gpu", "host", or "auto": "gpu" where the images take at most half of the device's free memory.
+        rank: this process among `world_size`; it gets its share of every batch.
+        world_size: processes that share a batch.
+        backend: of `ops.augment.augment`.
+        segment: steps whose table rows are drawn at once; None for as many as fit in about 2 MB.
+
+    Raises:
+        InputError: numbers out of range, or images that do not fit in the device's memory.
+    """
+
+    def __init__(
+        self,
+        images: PackedImages,
+        policy: AugmentConfig,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        device: torch.device | str = "cuda",
+        dtype: torch.dtype = torch.float32,
+        memory: DataMemory = "auto",
+        rank: int = 0,
+        world_size: int = 1,
+        backend: str = "auto",
+        segment: int | None = None,
+    ) -> None:
+        self.schedule = Schedule(images, policy, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+        self.images, self.policy = images, policy
+        self.dtype, self.backend = dtype, backend
+        self.steps_per_epoch = self.schedule.steps_per_epoch
+        self._transfers = _Transfers(find_device(device))
+        self.device = self._transfers.device
+        self.memory = self._choose_memory(memory)
+        """Where the images are: "gpu" or "host"."""
+        self._pool: ThreadPoolExecutor | None = None
+        self._next = -1
+
+        self._slots: list[_Slot] = []
+        if self.memory == "gpu":
+            self._pixels = self._upload()
+        else:
+            self._pixels = self._make_slots()
+
+        shape = (self.schedule.views, self.schedule.rows, TABLE_COLUMNS)
+        self._segment_steps = segment or _segment_steps(int(np.prod(shape)) * 4, self.steps_per_epoch)
+        # Rows that name one pixel, for a counter that is ahead of what was loaded.
+        self._ring = torch.zeros((2 * self._segment_steps, *shape), dtype=torch.int32, device=self.device)
+        self._ring[..., Column.STRIDE] = 3
+        self._ring[..., Column.HEIGHT : Column.WIDTH + 1] = 1
+        self._drawn_rows = self._transfers.pinned((2, self._segment_steps, *shape), torch.int32)
+        self._segment = -1
+        self._drawn: Future[None] | None = None
+        self._uploaded: Any = None
+        # What was queued above is on this stream; loads and steps may come on another.
+        self._transfers.settle(self._transfers.mark())
+
+    def load(self, step: int) -> None:
+        """Put on their way to the device all data that step `step` needs, in the order of the current stream.
+
+        Raises:
+            InputError: a negative step, or an image that cannot be read.
+            TrainingError: the data could not be prepared for another reason.
+        """
+        if step < 0:
+            raise InputError(f"step: {step} must be at least 0")
+        try:
+            if step != self._next:
+                self._restart(step)
+            self._load_table(step)
+            if self._slots:
+                self._load_pixels(step)
+        except BaseException:
+            self.close()
+            raise
+        self._next = step + 1
+
+    def make(self, counter: Tensor) -> Batch:
+        """Make the batch of a step that was loaded.
+
+        Only queues work on the device, and can be captured in a CUDA graph.
+
+        Args:
+            counter: () int64 on the device: the step.
+
+        Returns:
+            views (B, 3, h, w) of the feed's dtype and index (B,), B being this rank's share, on the device.
+        """
+        table = self._ring.index_select(0, counter.remainder(len(self._ring)).reshape(1))[0]
+        views = self._augment(table[:GLOBAL_VIEWS], self.policy.size)
+        if self.policy.local_views:
+            views += self._augment(table[GLOBAL_VIEWS:], self.policy.local_size)
+        return Batch(views, table[0, :, Column.SAMPLE].long())
+
+    def close(self) -> None:
+        """End the threads, waiting for what they are doing. Loading another step would start new ones."""
+        self._next = -1
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    def _augment(self, table: Tensor, size: int) -> list[Tensor]:
+        return list(augment(self._pixels, table, size, dtype=self.dtype, backend=self.backend).unbind(0))
+
+    def _choose_memory(self, memory: DataMemory) -> DataMemory:
+        check_memory(memory)
+        needed, free = len(self.images.pixels), self._transfers.free_memory()
+        if memory == "auto":
+            return "gpu" if needed <= free // 2 else "host"
+        if memory == "gpu" and needed > free:
+            raise InputError(
+                f"memory: the images of {self.images.name} take {_gigabytes(needed)} and {self.device} has "
+                f'{_gigabytes(free)} free; memory="host" (--data-memory host) streams them'
+            )
+        return memory
+
+    def _upload(self) -> Tensor:
+        """All images' bytes on the device: (bytes,) uint8."""
+        source = byte_tensor(self.images.pixels)
+        pixels = torch.empty(len(source), dtype=torch.uint8, device=self.device)
+        chunk = min(_UPLOAD_BYTES, max(1, len(source)))
+        buffers = self._transfers.pinned((2, chunk), torch.uint8)
+        copied: list[Any] = [None, None]
+        for number, start in enumerate(range(0, len(source), chunk)):
+            part = source[start : start + chunk]
+            self._transfers.settle(copied[number % 2])
+            staged = buffers[number % 2, : len(part)].copy_(part)
+            pixels[start : start + chunk].copy_(staged, non_blocking=True)
+            copied[number % 2] = self._transfers.mark()
+        for event in copied:  # nothing may read the buffers when they go
+            self._transfers.settle(event)
+        return pixels
+
+    def _make_slots(self) -> Tensor:
+        """Room for the images of `_SLOTS` steps, on the host and on the device: (bytes,) uint8."""
+        sizes = np.sort(_sizes(self.images, slice(None)))
+        capacity = int(sizes[-self.schedule.rows :].sum())
+        free = self._transfers.free_memory()
+        if _SLOTS * capacity > free:
+            raise InputError(
+                f"batch_size: streaming the images of {self.images.name} in batches of {self.schedule.rows} takes "
+                f"{_gigabytes(_SLOTS * capacity)} and {self.device} has {_gigabytes(free)} free; a smaller batch fits"
+            )
+        host = self._transfers.pinned((_SLOTS, capacity), torch.uint8)
+        pixels = torch.empty(_SLOTS * capacity, dtype=torch.uint8, device=self.device)
+        self._slots = [_Slot(host[i], pixels[i * capacity : (i + 1) * capacity]) for i in range(_SLOTS)]
+        return pixels
+
+    def _restart(self, step: int) -> None:
+        """Forget what was prepared, and begin with `step`."""
+        self.close()
+        # Host memory that threads will write to is read by copies that may not have run yet.
+        for event in (self._uploaded, *(slot.copied for slot in self._slots)):
+            self._transfers.settle(event)
+        launched = self._transfers.mark()
+        for slot in self._slots:
+            slot.step, slot.sent, slot.copied, slot.read = -1, False, None, launched
+        self._pool = ThreadPoolExecutor(1 + _GATHER_THREADS if self._slots else 1, thread_name_prefix="vi-simsiam-feed")
+        self._segment = -1
+        self._drawn = self._pool.submit(self._draw, step // self._segment_steps)
+
+    def _load_table(self, step: int) -> None:
+        segment = step // self._segment_steps
+        if segment == self._segment:
+            return
+        assert self._drawn is not None
+        assert self._pool is not None
+        _finish(self._drawn)
+        half, steps = segment % 2, self._segment_steps
+        self._ring[half * steps : (half + 1) * steps].copy_(self._drawn_rows[half], non_blocking=True)
+        before, self._uploaded = self._uploaded, self._transfers.mark()
+        # The rows to be drawn next take the place of those that the upload before this one reads.
+        self._transfers.settle(before)
+        self._segment = segment
+        self._drawn = self._pool.submit(self._draw, segment + 1)
+
+    def _draw(self, segment: int) -> None:
+        """Draw the table rows of a segment's steps into its half of the page-locked rows."""
+        rows = self._drawn_rows[segment % 2].numpy()
+        first, end = segment * self._segment_steps, (segment + 1) * self._segment_steps
+        step = first
+        while step < end:  # an epoch's part of the segment at a time
+            epoch, start = divmod(step, self.steps_per_epoch)
+            stop = min(self.steps_per_epoch, start + end - step)
+            samples = self.schedule.samples(epoch, start, stop)
+            table = self.schedule.table(epoch, samples.ravel())
+            place(table, self._places(step, samples).ravel())
+            by_step = table.reshape(len(table), *samples.shape, TABLE_COLUMNS).swapaxes(0, 1)
+            rows[step - first : step - first + len(samples)] = by_step
+            step += len(samples)
+
+    def _places(self, step: int, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """First byte of every image in `_pixels`: (steps, rows) int64 for the samples of steps from `step` on."""
+        if not self._slots:
+            return self.images.offsets[samples]
+        sizes = _sizes(self.images, samples)
+        slots = (step + np.arange(len(samples))) % _SLOTS
+        return slots[:, None] * len(self._slots[0].host) + np.cumsum(sizes, axis=1) - sizes
+
+    def _load_pixels(self, step: int) -> None:
+        transfers, pool = self._transfers, self._pool
+        assert pool is not None
+        # Every step before this one has been launched, and reads its slot before this mark.
+        self._slots[(step - 1) % _SLOTS].read = transfers.mark()
+        for ahead in range(step, step + _SLOTS):
+            slot = self._slots[ahead % _SLOTS]
+            if slot.step == ahead:
+                continue
+            if ahead > step and not transfers.done(slot.copied):
+                break
+            transfers.settle(slot.copied)
+            slot.step, slot.sent = ahead, False
+            slot.gathered = pool.submit(self._gather, ahead, slot.host)
+        for ahead in range(step, step + _SLOTS):
+            slot = self._slots[ahead % _SLOTS]
+            if slot.step != ahead or slot.sent or slot.gathered is None:
+                continue
+            if ahead > step and not slot.gathered.done():
+                continue
+            count = _finish(slot.gathered)
+            slot.copied = transfers.copy(slot.device[:count], slot.host[:count], after=slot.read)
+            slot.sent = True
+        transfers.wait(self._slots[step % _SLOTS].copied)
+
+    def _gather(self, step: int, into: Tensor) -> int:
+        """Copy the bytes of a step's images one after the other; return how many they are."""
+        epoch, start = divmod(step, self.steps_per_epoch)
+        samples = self.schedule.samples(epoch, start, start + 1)[0]
+        buffer, pixels, count = into.numpy(), self.images.pixels, 0
+        for first, size in zip(
+            self.images.offsets[samples].tolist(), _sizes(self.images, samples).tolist(), strict=True
+        ):
+            buffer[count : count + size] = pixels[first : first + size]
+            count += size
+        return count
+
+
+class _Slot:
+    """Room for the bytes of one step's images, on the host and on the device."""
+
+    def __init__(self, host: Tensor, device: Tensor) -> None:
+        self.host, self.device = host, device
+        self.step = -1
+        """Whose bytes it holds or is being filled with."""
+        self.gathered: Future[int] | None = None
+        self.sent = False
+        """Whether the copy to the device has been queued."""
+        self.copied: Any = None
+        """When the copy to the device has been made."""
+        self.read: Any = None
+        """When the step before that used the slot has read it."""
+
+
+class _Transfers:
+    """Page-locked memory, copies beside the computation, and their order; on a CPU copies are made at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if self.cuda else None
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory on the host that the device can read by itself, not initialised."""
+        return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=self.cuda)
+
+    def free_memory(self) -> int:
+        """Bytes that can be allocated on the device; a CPU's are not counted."""
+        return torch.cuda.mem_get_info(self.device)[0] if self.cuda else sys.maxsize
+
+    def mark(self) -> Any:
+        """An event after everything that the current stream was given so far."""
+        return torch.cuda.current_stream(self.device).record_event() if self.cuda else None
+
+    def copy(self, to: Tensor, given: Tensor, after: Any) -> Any:
+        """Copy beside the current stream, once the event `after` has happened; returns the event of its end."""
+        if self.stream is None:
+            to.copy_(given)
+            return None
+        if after is not None:
+            self.stream.wait_event(after)
+        with torch.cuda.stream(self.stream):
+            to.copy_(given, non_blocking=True)
+        return self.stream.record_event()
+
+    def wait(self, event: Any) -> None:
+        """Let the current stream wait for the event."""
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+
+    def settle(self, event: Any) -> None:
+        """Wait for the event here."""
+        if event is not None:
+            event.synchronize()
+
+    def done(self, event: Any) -> bool:
+        """Whether the event has happened."""
+        return event is None or bool(event.query())
+
+
+def find_device(name: torch.device | str) -> torch.device:
+    """The CPU or a CUDA device, with its number. Raises InputError if there is no such device here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device: {str(name)!r} is none of cpu, cuda, cuda:N")
+    if device.type == "cpu":
+        return device
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise InputError(f"device: {str(name)!r} is not here ({count} CUDA devices found)")
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+
+
+def check_memory(memory: str) -> None:
+    """Raise InputError unless `memory` is one of `config.DataMemory`."""
+    if memory not in get_args(DataMemory):
+        raise InputError(f"memory: {memory!r} is none of {', '.join(get_args(DataMemory))}")
+
+
+def byte_tensor(pixels: NDArray[np.uint8]) -> Tensor:
+    """The bytes as a tensor that shares their memory and must not be written to: (bytes,) uint8."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
+        return torch.from_numpy(pixels)
+
+
+def _segment_steps(step_bytes: int, steps_per_epoch: int) -> int:
+    steps = max(1, _SEGMENT_BYTES // step_bytes)
+    return steps if steps < steps_per_epoch else steps - steps % steps_per_epoch
+
+
+def _sizes(images: PackedImages, samples: NDArray[np.int64] | slice) -> NDArray[np.int64]:
+    """Bytes of images: int64, of the shape of `samples`."""
+    sizes: NDArray[np.int64] = images.heights[samples].astype(np.int64) * images.widths[samples] * 3
+    return sizes
+
+
+def _finish(job: Future[Any]) -> Any:
+    try:
+        return job.result()
+    except UserError:
+        raise
+    except Exception as error:
+        raise TrainingError(f"data: batches cannot be prepared ({type(error).__name__}: {error})") from error
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"

@@ -1,0 +1,331 @@
+"""Decoded images one after the other in one block of bytes, and the file that such a block is kept in.
+
+A pack file, little-endian, every section at a multiple of 64 bytes:
+
+    prologue   64 bytes: magic, format version, where the header lies, its checksum, and a checksum of the prologue
+    sections   pixels, offsets, heights, widths, places (where each image came from), labels if there are any
+    header     JSON: number of images, name, classes, fingerprint, sections, files left out, checksums of the sections
+
+The header comes last because the checksums are known only then. Between them the three checksums cover every byte. They
+are CRC-32, which finds damage but not forgery: one x86-64 core was measured at 2.1 GB/s, with blake2b at 0.47 GB/s.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, SupportsIndex
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vi_simsiam.data.sources import ImageSource, Unreadable
+from vi_simsiam.errors import InputError
+
+FORMAT_VERSION = 1
+"""Raised whenever the layout, or what is decoded to which pixels, changes."""
+
+_MAGIC = b"VISIMPCK"
+_ALIGNMENT = 64
+# Magic, version, offset and length of the header, its checksum, and (after zeros) the checksum of all before.
+_PROLOGUE = struct.Struct("<8sIQQI28xI")
+_PATH_ENCODING = ("utf-8", "surrogateescape")
+_CHECKED_BYTES = 1 << 26
+_READ_BYTES = 1 << 22
+_DTYPES = {"pixels": "u1", "offsets": "<i8", "heights": "<i4", "widths": "<i4", "places": "u1", "labels": "<i8"}
+
+
+class PackError(InputError):
+    """A file cannot be used as a pack: `reason` says why, in words that follow the file's path."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"pack: {self.path} {self.reason}"
+
+
+class _Flaw(Exception):
+    """The reason of a PackError, where the path is not known."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What there is to know of N packed images besides their pixels."""
+
+    name: str
+    """Short name, such as "fashion-mini/train"."""
+    heights: NDArray[np.int32]
+    """(N,) in pixels, at least 1."""
+    widths: NDArray[np.int32]
+    """(N,) in pixels, at least 1."""
+    labels: NDArray[np.int64] | None = None
+    """(N,), values in [0, len(classes)); None without labels."""
+    classes: Sequence[str] | None = None
+    """Class names; None without labels."""
+    places: Sequence[str] = ()
+    """Where each image came from; empty for NAME/INDEX."""
+    unreadable: Sequence[Unreadable] = ()
+    """Images of the original source that were left out, and why."""
+
+
+class PackedImages(ImageSource):
+    """N decoded images: 8-bit RGB, of any sizes, one after the other.
+
+    Backed by a memory-mapped file it is pickled as the file's path, so that giving it to a worker process costs nothing.
+
+    Args:
+        pixels: (bytes,) uint8, image after image, each (height, width, 3).
+        contents: the rest.
+
+    Raises:
+        InputError: sizes or labels do not fit the pixels.
+    """
+
+    def __init__(self, pixels: NDArray[np.uint8], contents: Contents) -> None:
+        ends = image_ends(contents.heights, contents.widths)
+        if len(pixels) != (ends[-1] if len(ends) else 0):
+            raise InputError(f"pixels: {len(pixels)} bytes do not fit heights and widths")
+        self.pixels = _read_only(pixels)
+        """(bytes,) uint8, read-only."""
+        self.offsets = _read_only(np.concatenate([np.zeros(1, np.int64), ends])[:-1])
+        """(N,) int64: first byte of each image."""
+        self.heights = _read_only(np.ascontiguousarray(contents.heights, np.int32))
+        """(N,) int32, in pixels."""
+        self.widths = _read_only(np.ascontiguousarray(contents.widths, np.int32))
+        """(N,) int32, in pixels."""
+        self.name = contents.name
+        self.unreadable = tuple(contents.unreadable)
+        """Images of the original source that were left out, and why."""
+        self.path: Path | None = None
+        """The file that holds the pixels; None in memory."""
+        self.checksum = 0
+        """Of the file's header, which holds those of all its bytes; 0 in memory."""
+        self._places: Sequence[str] | NDArray[np.uint8] = contents.places
+        self._label(contents.labels, contents.classes, len(self))
+
+    def __len__(self) -> int:
+        return len(self.heights)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        if self.path is None:
+            return super().__reduce_ex__(protocol)
+        return _reopen, (self.path, self.checksum)
+
+    def image(self, index: int) -> Image.Image:
+        """Return image `index` in mode RGB."""
+        index = range(len(self))[index]
+        start, height, width = int(self.offsets[index]), int(self.heights[index]), int(self.widths[index])
+        pixels = self.pixels[start : start + 3 * height * width].reshape(height, width, 3)
+        return Image.fromarray(pixels)
+
+    def dimensions(self, index: int) -> tuple[int, int]:
+        """Return height and width of image `index` in pixels."""
+        return int(self.heights[index]), int(self.widths[index])
+
+    def describe(self, index: int) -> str:
+        """Return where image `index` came from: a path, or NAME/INDEX."""
+        if isinstance(self._places, np.ndarray):  # a hundred megabytes for a million files, so only when asked for
+            content = self._places.tobytes()
+            self._places = content.decode(*_PATH_ENCODING).split("\0") if content else ()
+        return self._places[index] if self._places else f"{self.name}/{index}"
+
+
+def image_ends(heights: NDArray[np.int32], widths: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Return the byte after the last of each image, (N,) int64: these pass 2**31 long before memory is full.
+
+    Raises:
+        InputError: heights and widths differ in number, or one is less than 1.
+    """
+    if heights.shape != widths.shape or heights.ndim != 1:
+        raise InputError(f"heights, widths: shapes {heights.shape} and {widths.shape} must be equal, (N,)")
+    if len(heights) and min(heights.min(), widths.min()) < 1:
+        raise InputError("heights, widths: every image must be at least 1 x 1 pixels")
+    return np.cumsum(3 * heights.astype(np.int64) * widths.astype(np.int64), dtype=np.int64)
+
+
+class PackWriter:
+    """Writes a pack file front to back: first all pixels with `append`, then everything else with `finish`.
+
+    Args:
+        file: empty, binary, and can be sought in.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._sections: dict[str, list[int]] = {}
+        self._checksums: list[int] = []
+        self._checksum = self._filled = 0
+        self.size = _PROLOGUE.size
+        """Bytes written so far."""
+        file.write(bytes(_PROLOGUE.size))
+
+    def append(self, data: bytes | bytearray | memoryview) -> None:
+        """Write bytes of the section at hand."""
+        view = memoryview(data).cast("B")
+        self._file.write(view)
+        self.size += len(view)
+        while len(view):
+            part = view[: _CHECKED_BYTES - self._filled]
+            self._checksum = zlib.crc32(part, self._checksum)
+            self._filled += len(part)
+            view = view[len(part) :]
+            if self._filled == _CHECKED_BYTES:
+                self._end_chunk()
+
+    def finish(self, contents: Contents, fingerprint: str) -> None:
+        """Write all but the pixels, which have been appended. `fingerprint` is "" where the source has none."""
+        self._sections["pixels"] = [_PROLOGUE.size, self.size - _PROLOGUE.size]
+        ends = image_ends(contents.heights, contents.widths)
+        self._section("offsets", np.concatenate([np.zeros(1, np.int64), ends])[:-1])
+        self._section("heights", contents.heights)
+        self._section("widths", contents.widths)
+        self._section("places", np.frombuffer("\0".join(contents.places).encode(*_PATH_ENCODING), np.uint8))
+        if contents.labels is not None:
+            self._section("labels", contents.labels)
+        self._pad()
+        if self._filled:
+            self._end_chunk()
+        header = {
+            "count": len(contents.heights),
+            "name": contents.name,
+            "classes": contents.classes,
+            "fingerprint": fingerprint,
+            "unreadable": contents.unreadable,
+            "sections": self._sections,
+            "checked_bytes": _CHECKED_BYTES,
+            "checksums": self._checksums,
+        }
+        encoded = json.dumps(header).encode()
+        self._file.write(encoded)
+        prologue = _PROLOGUE.pack(_MAGIC, FORMAT_VERSION, self.size, len(encoded), zlib.crc32(encoded), 0)[:-4]
+        self.size += len(encoded)
+        self._file.seek(0)
+        self._file.write(prologue + struct.pack("<I", zlib.crc32(prologue)))
+
+    def _section(self, name: str, values: NDArray[Any]) -> None:
+        self._pad()
+        content = np.ascontiguousarray(values, dtype=_DTYPES[name])
+        self._sections[name] = [self.size, content.nbytes]
+        self.append(content.tobytes())
+
+    def _pad(self) -> None:
+        self.append(bytes(-self.size % _ALIGNMENT))
+
+    def _end_chunk(self) -> None:
+        self._checksums.append(self._checksum)
+        self._checksum = self._filled = 0
+
+
+def open_pack(path: Path, *, fingerprint: str | None = None, verify: bool = True) -> PackedImages:
+    """Open a pack file, memory-mapped.
+
+    Args:
+        path: the file.
+        fingerprint: what it must hold; None for whatever it does.
+        verify: whether to read all of it and compare the checksums; the header's are always compared.
+
+    Raises:
+        PackError: it is missing, no pack file, truncated, damaged, of another format version or other images.
+    """
+    try:
+        with open(path, "rb") as file:
+            header, checksum = _read_header(file)
+            if fingerprint is not None and header["fingerprint"] != fingerprint:
+                raise _Flaw("holds other images")
+            if verify:
+                _verify(file, header)
+            content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        images = _from_sections(content, header)
+    except _Flaw as error:
+        raise PackError(path, str(error)) from None
+    except OSError as error:
+        raise PackError(path, f"cannot be read ({error.strerror or error})") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PackError(path, "contradicts itself") from error
+    images.path, images.checksum = path, checksum
+    return images
+
+
+def _read_header(file: IO[bytes]) -> tuple[dict[str, Any], int]:
+    size = os.fstat(file.fileno()).st_size
+    prologue = file.read(_PROLOGUE.size)
+    if prologue[: len(_MAGIC)] != _MAGIC:
+        raise _Flaw("is an empty file" if size == 0 else "is no pack file (vi-simsiam pack writes them)")
+    if len(prologue) < _PROLOGUE.size:
+        raise _Flaw(f"is truncated: {size} bytes of at least {_PROLOGUE.size}")
+    _, version, start, length, checksum, own_checksum = _PROLOGUE.unpack(prologue)
+    # Before anything else, which another version may have elsewhere.
+    if version != FORMAT_VERSION:
+        raise _Flaw(f"has format version {version}, this release reads {FORMAT_VERSION}: pack the images again")
+    if zlib.crc32(prologue[:-4]) != own_checksum:
+        raise _Flaw("is damaged: the checksum of its first 64 bytes is wrong")
+    if size < start + length:
+        raise _Flaw(f"is truncated: {size:,} bytes of {start + length:,}")
+    if size > start + length:
+        raise _Flaw(f"is damaged: {size:,} bytes, expected {start + length:,}")
+    file.seek(start)
+    encoded = file.read(length)
+    if zlib.crc32(encoded) != checksum:
+        raise _Flaw("is damaged: the checksum of its header is wrong")
+    return json.loads(encoded) | {"start": start}, checksum
+
+
+def _verify(file: IO[bytes], header: dict[str, Any]) -> None:
+    step = int(header["checked_bytes"])
+    starts = range(_PROLOGUE.size, header["start"], step)
+
+    def checksum(start: int) -> int:
+        # Read, not mapped: where a disk fails, that is an error and not the end of the process.
+        total, end = 0, min(start + step, header["start"])
+        while start < end and (part := os.pread(file.fileno(), min(_READ_BYTES, end - start), start)):
+            total, start = zlib.crc32(part, total), start + len(part)
+        return total
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        for start, found, expected in zip(starts, pool.map(checksum, starts), header["checksums"], strict=True):
+            if found != expected:
+                raise _Flaw(f"is damaged: the checksum of the bytes from {start:,} on is wrong")
+
+
+def _from_sections(content: NDArray[np.uint8], header: dict[str, Any]) -> PackedImages:
+    sections: dict[str, NDArray[Any]] = {
+        name: content[start : start + length].view(_DTYPES[name])
+        for name, (start, length) in header["sections"].items()
+    }
+    contents = Contents(
+        name=header["name"],
+        heights=sections["heights"],
+        widths=sections["widths"],
+        labels=sections.get("labels"),
+        classes=header["classes"],
+        unreadable=[Unreadable(*entry) for entry in header["unreadable"]],
+    )
+    images = PackedImages(sections["pixels"], contents)
+    images._places = sections["places"]
+    if len(images) != header["count"] or not np.array_equal(images.offsets, sections["offsets"]):
+        raise _Flaw("contradicts itself")
+    return images
+
+
+def _reopen(path: Path, checksum: int) -> PackedImages:
+    """Map the file of a pickled PackedImages, whose bytes were verified when it was opened."""
+    images = open_pack(path, verify=False)
+    if images.checksum != checksum:
+        raise PackError(path, "was replaced by another file while in use")
+    return images
+
+
+def _read_only(values: NDArray[Any]) -> NDArray[Any]:
+    view = values.view()
+    view.flags.writeable = False
+    return view

@@ -1,0 +1,200 @@
+"""What a CUDA graph cannot hold, found by running a step once and looking at its operations.
+
+A graph repeats kernels with fixed addresses and fixed launch parameters. So a step must not wait for a value on the
+host, must not have shapes that depend on values, must not take data from the host, and must keep its state where it is.
+The check sees operations of PyTorch. Kernels that are launched past its dispatcher are seen by CUDA at capture only.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vi_simsiam.errors import InputError
+
+_aten = torch.ops.aten
+_TORCH, _PYTHON = os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.__file__) + os.sep
+_OURS = {os.path.join(os.path.dirname(__file__), name) for name in ("graph.py", "graph_rules.py")}
+
+
+def check_state(state: Sequence[Any], device: torch.device) -> None:
+    """Refuse what can be seen without running the step.
+
+    Args:
+        state: what the step changes.
+        device: where the step runs.
+
+    Raises:
+        InputError: a module is wrapped in DistributedDataParallel, or an optimizer would take its learning rate or its
+            step count from the host, where a replay does not look.
+    """
+    for i, item in enumerate(state):
+        if isinstance(item, nn.Module) and any(isinstance(part, DistributedDataParallel) for part in item.modules()):
+            raise InputError(
+                f"state[{i}]: a step with DistributedDataParallel is not captured; give mode 'off', or the module inside it"
+            )
+        if isinstance(item, torch.optim.Optimizer):
+            for group in item.param_groups:
+                _check_group(f"state[{i}]: {type(item).__name__}", item, group, device)
+
+
+def _check_group(name: str, optimizer: torch.optim.Optimizer, group: dict[str, Any], device: torch.device) -> None:
+    lr = group.get("lr")
+    if not isinstance(lr, Tensor):
+        raise InputError(
+            f"{name} has the number lr={lr}, which a graph would repeat whatever a scheduler says; "
+            f"give lr=torch.tensor({lr}, device='{device}')"
+        )
+    if lr.device.type != device.type:
+        raise InputError(f"{name} has its lr on {lr.device}, where a graph would read it once; put it on {device}")
+    if group.get("capturable") is False:
+        raise InputError(f"{name} counts its steps on the host; give capturable=True")
+    if isinstance(optimizer, torch.optim.SGD) and not group["fused"]:
+        raise InputError(f"{name} reads its lr on the host; give fused=True")
+
+
+class Rules(TorchDispatchMode):
+    """Runs operations, and refuses the first one that a graph cannot hold.
+
+    Args:
+        device: where the step runs.
+        known: the tensors that the step may change: its state, and its own copies of the inputs.
+
+    Raises:
+        InputError: from within the step; names the operation and the user's line.
+    """
+
+    def __init__(self, device: torch.device, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._device = device
+        self._thread = threading.get_ident()
+        self._writable = {storage for tensor in known for storage in _storages(tensor)}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """See `TorchDispatchMode`."""
+        kwargs = kwargs or {}
+        if reason := self._broken_rule(func, args, kwargs):
+            raise InputError(f"step: {reason} ({func}, {self._line()})")
+        given = {storage for leaf in tree_leaves((args, kwargs)) for storage in _storages(leaf)}
+        result = func(*args, **kwargs)
+        made = {storage for leaf in tree_leaves(result) for storage in _storages(leaf)}
+        # lift_fresh is how a tensor from host data enters: it was made past the dispatcher.
+        self._writable |= made if func is _aten.lift_fresh.default else made - given
+        return result
+
+    def _broken_rule(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        on_device = any(self._here(tensor) for tensor in tensors)
+        if func.namespace in ("c10d", "_c10d_functional"):
+            return "collective operations are not captured"
+        if on_device and torch.Tag.data_dependent_output in func.tags:
+            return "it reads a value on the host; keep it in a tensor, return that and read it after the call"
+        if func in (_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default):
+            indices = [index for index in args[1] if index is not None]
+            one_value = func is not _aten.index.Tensor and args[2].numel() == 1  # is done as masked_fill
+            if on_device and not one_value and any(i.dtype in (torch.bool, torch.uint8) for i in indices):
+                return "indexing with a mask has a shape that depends on values; use torch.where or a product"
+            if any(index.device.type != args[0].device.type for index in indices):
+                return "it indexes with a tensor of another device"
+        elif on_device and torch.Tag.dynamic_output_shape in func.tags and kwargs.get("output_size") is None:
+            return "the shape of its result depends on values"
+        if func is _aten.lift_fresh.default and on_device:
+            return "it makes a tensor from data of the host; make it once before, or use torch.full, zeros or arange"
+        if func in (_aten._to_copy.default, _aten.copy_.default):
+            target = kwargs.get("device") or args[0].device
+            source = args[1].device if func is _aten.copy_.default else args[0].device
+            if source.type != target.type and self._device.type in (source.type, target.type):
+                return f"it copies from {source} to {target}; copy before or after the call"
+        return self._foreign_write(func, args, kwargs)
+
+    def _foreign_write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        for tensor in _written(func, args, kwargs):
+            if self._here(tensor) and not _storages(tensor) <= self._writable:
+                return (
+                    f"it changes a tensor of shape {tuple(tensor.shape)} that state does not hold; "
+                    "name the tensor, or its module or optimizer, in state"
+                )
+        return None
+
+    def _here(self, tensor: Tensor) -> bool:
+        return tensor.device.type == self._device.type
+
+    def _line(self) -> str:
+        """The user's line that is being run: backward runs in a thread of its own on a GPU."""
+        return (
+            user_line(traceback.walk_stack(sys._getframe()))
+            or user_line(traceback.walk_stack(sys._current_frames().get(self._thread)))
+            or "at an unknown line"
+        )
+
+
+def check_optimizer_state(state: Sequence[Any], device: torch.device) -> None:
+    """Refuse optimizers whose step has made tensors on the host, such as Adagrad's step count: a replay leaves them.
+
+    Raises:
+        InputError: names the optimizer and the entry of its state.
+    """
+    for i, item in enumerate(state):
+        if isinstance(item, torch.optim.Optimizer):
+            for entries in item.state.values():
+                for key, value in entries.items():
+                    if isinstance(value, Tensor) and value.device.type != device.type:
+                        raise InputError(
+                            f"state[{i}]: {type(item).__name__} keeps '{key}' on {value.device}, where a replay does not "
+                            "count; use an optimizer that has capturable=True"
+                        )
+
+
+def user_line(frames: Iterable[tuple[FrameType, int]]) -> str | None:
+    """The first of these places that is neither in PyTorch, in Python's library nor in the capture, as file:line."""
+    for frame, line in frames:
+        file = frame.f_code.co_filename
+        of_python = file.startswith(("<", _PYTHON)) and "site-packages" not in file
+        if not (of_python or file.startswith(_TORCH) or file in _OURS):
+            return f"{file}:{line}"
+    return None
+
+
+def explain(error: BaseException) -> str:
+    """The first line of the error that came first, and the user's line where it arose.
+
+    A capture that went wrong raises again where it is ended; the cause is the context of that error.
+    """
+    while error.__context__ is not None:
+        error = error.__context__
+    text = (str(error).splitlines() or [""])[0] or type(error).__name__
+    line = user_line(_innermost_first(error.__traceback__))
+    return f"{text} ({line})" if line else text
+
+
+def _innermost_first(trace: TracebackType | None) -> Iterator[tuple[FrameType, int]]:
+    return reversed(list(traceback.walk_tb(trace)))
+
+
+def _storages(value: Any) -> set[int]:
+    """The identity of the memory under a tensor; none for values that have no single one."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return set()
+    return {value.untyped_storage()._cdata}
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operation says it writes to."""
+    found: list[Any] = []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found.append(args[i] if i < len(args) and not argument.kwarg_only else kwargs.get(argument.name))
+    return [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]

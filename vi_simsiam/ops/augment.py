@@ -1,0 +1,298 @@
+"""Random views from a table: what a row of the table means, the reference in plain PyTorch, and the fused backend.
+
+A table has one row of 64 bytes for each view of each sample. It says where the crop lies in the bytes of the images and
+what is done with it: crop, resize (bilinear, antialiased), mirror, colour operations, grayscale, blur, normalise. Each
+step is the one of torchvision.transforms.v2.functional on float32 in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vi_simsiam.errors import BackendUnavailableError, InputError
+from vi_simsiam.ops.backends import why_unavailable
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+TABLE_COLUMNS = 16
+BLUR_TAPS = 13
+"""Covers three standard deviations of the strongest blur of SimSiam's policy, sigma = 2."""
+MIN_SIZE = 8
+"""Reflection pads a view by six pixels for the blur, and needs more pixels than that to reflect."""
+AUGMENT_BACKENDS = ("eager", "triton")
+
+_LUMA = (0.2989, 0.587, 0.114)
+# Rows worked on at a time: as many as keep the views and a copy of them in a core's cache.
+_CHUNK_FLOATS = 1 << 18
+_LEAST_TAP = 1e-12
+"""Of a blur. Subnormal numbers, which narrow ones end in, make a processor ten times slower."""
+
+
+class Column(IntEnum):
+    """Columns of a table row, int32; columns 0 and 1 together are an int64, little-endian."""
+
+    START = 0
+    """First byte of the crop in `pixels`, int64."""
+    STRIDE = 2
+    """Bytes from one row of the image to the next."""
+    HEIGHT = 3
+    """Of the crop, in pixels."""
+    WIDTH = 4
+    """Of the crop, in pixels."""
+    FLIP = 5
+    """1: mirrored left-right after resizing."""
+    ORDER = 6
+    """`ColourOperation`s in the order they are applied, 4 bits each, lowest bits first; 0 is none."""
+    GRAY = 7
+    """1: grayscale after the colour operations."""
+    BRIGHTNESS = 8
+    """Factor, the bits of a float32."""
+    CONTRAST = 9
+    """Factor, the bits of a float32."""
+    SATURATION = 10
+    """Factor, the bits of a float32."""
+    HUE = 11
+    """Shift in turns, from -0.5 to 0.5, the bits of a float32."""
+    SIGMA = 12
+    """Standard deviation of the blur in pixels, the bits of a float32; 0 for no blur."""
+    SAMPLE = 13
+    """Index of the image in its source."""
+    TOP = 14
+    """First row of the crop in the image."""
+    LEFT = 15
+    """First column of the crop in the image."""
+
+
+class ColourOperation(IntEnum):
+    """Codes in `Column.ORDER`. The strength of operation k is in column 7 + k."""
+
+    BRIGHTNESS = 1
+    CONTRAST = 2
+    SATURATION = 3
+    HUE = 4
+
+
+def augment(
+    pixels: Tensor, table: Tensor, size: int, *, dtype: torch.dtype = torch.float32, backend: str = "auto"
+) -> Tensor:
+    """Make the views that a table describes.
+
+    Args:
+        pixels: (bytes,) uint8, the RGB pixels of the images.
+        table: (V, B, 16) int32 on the same device, see `Column`. Its values are trusted, see `check_table`.
+        size: side of the views in pixels, at least 8.
+        dtype: of the views, float32 or bfloat16; everything is computed in float32 and rounded once.
+        backend: "eager", "triton" (one fused kernel), or "auto": triton for CUDA tensors where it runs.
+
+    Returns:
+        (V, B, 3, size, size), normalised; every view is contiguous in `torch.channels_last`.
+
+    Raises:
+        InputError: a shape, device, size or backend that is not accepted.
+        TypeError: a dtype that is not accepted.
+        BackendUnavailableError: the backend was named explicitly and cannot run on this device.
+    """
+    _check(pixels, table, size, dtype)
+    if _choose(backend, pixels.device.type) == "eager":
+        return eager_augment(pixels, table, size, dtype)
+    from vi_simsiam.kernels import augment as kernel
+
+    views, batch = table.shape[:2]
+    rows = views * batch
+    out = torch.empty((rows, size, size, 3), dtype=dtype, device=pixels.device)
+    if rows:
+        workspace = torch.empty(kernel.workspace_bytes(rows, size), dtype=torch.uint8, device=pixels.device)
+        kernel.augment(pixels, table.view(rows, TABLE_COLUMNS), out, workspace)
+    return out.view(views, batch, size, size, 3).permute(0, 1, 4, 2, 3)
+
+
+def eager_augment(pixels: Tensor, table: Tensor, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The reference in plain PyTorch, on any device; see `augment` for arguments and result.
+
+    The parameters are read on the host: on a GPU this waits for the device.
+    """
+    views, batch = table.shape[:2]
+    rows = table.detach().cpu().numpy().reshape(views * batch, TABLE_COLUMNS)
+    out = torch.empty((len(rows), size, size, 3), dtype=dtype, device=pixels.device)
+    chunk = max(1, _CHUNK_FLOATS // (3 * size * size))
+    for first in range(0, len(rows), chunk):
+        _augment_rows(pixels, rows[first : first + chunk], out[first : first + chunk])
+    return out.view(views, batch, size, size, 3).permute(0, 1, 4, 2, 3)
+
+
+def check_table(table: Tensor | NDArray[np.int32], nbytes: int) -> None:
+    """Check the values of a table in the host's memory against `nbytes` bytes of pixels.
+
+    Raises:
+        InputError: a crop that does not lie in the pixels, or a parameter that has no meaning; names the row.
+    """
+    array = table.numpy() if isinstance(table, Tensor) else table
+    rows = np.ascontiguousarray(array).reshape(-1, TABLE_COLUMNS)
+    start = _starts(rows)
+    stride, height, width = (rows[:, c].astype(np.int64) for c in (Column.STRIDE, Column.HEIGHT, Column.WIDTH))
+    order = rows[:, Column.ORDER]
+    strengths = rows[:, Column.BRIGHTNESS : Column.SIGMA + 1].view(np.float32)
+    factors, hue, sigma = strengths[:, :3], strengths[:, 3], strengths[:, 4]
+    digits = np.stack([order >> shift & 15 for shift in (0, 4, 8, 12)])
+    twice = np.any([(digits == code).sum(0) > 1 for code in ColourOperation], axis=0)
+    problems = {
+        "the crop's height and width must be at least 1": (height < 1) | (width < 1),
+        "the stride must be at least 3 times the crop's width": stride < 3 * width,
+        f"the crop must lie in the {nbytes} bytes of pixels": (start < 0)
+        | (start + (height - 1) * stride + 3 * width > nbytes),
+        "flip and gray must be 0 or 1": (rows[:, [Column.FLIP, Column.GRAY]] & ~1).any(1),
+        "order must hold operations 1 to 4, each at most once": (order >> 16 != 0) | (digits > 4).any(0) | twice,
+        "factors must be finite and at least 0": ~(np.isfinite(factors) & (factors >= 0)).all(1),
+        "hue must lie between -0.5 and 0.5": ~(np.abs(hue) <= 0.5),
+        "sigma must be finite and at least 0": ~(np.isfinite(sigma) & (sigma >= 0)),
+    }
+    for accepted, wrong in problems.items():
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise InputError(f"table: row {row} of {len(rows)} (sample {rows[row, Column.SAMPLE]}): {accepted}")
+
+
+def _choose(backend: str, device_type: str) -> str:
+    if backend == "auto":
+        return "triton" if device_type == "cuda" and why_unavailable("triton", device_type) is None else "eager"
+    if backend not in AUGMENT_BACKENDS:
+        raise InputError(f"backend: {backend!r} is none of auto, {', '.join(AUGMENT_BACKENDS)}")
+    reason = why_unavailable(backend, device_type)
+    if reason is not None:
+        raise BackendUnavailableError(f"backend: {backend!r} cannot run on {device_type} tensors: {reason}")
+    return backend
+
+
+def _check(pixels: Tensor, table: Tensor, size: int, dtype: torch.dtype) -> None:
+    for name, x, expected in (("pixels", pixels, torch.uint8), ("table", table, torch.int32)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: must be a tensor, not {type(x).__name__}")
+        if x.dtype != expected:
+            raise TypeError(f"{name}: dtype {x.dtype} must be {expected}")
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"dtype: {dtype} is neither torch.float32 nor torch.bfloat16")
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"size: {size!r} must be an integer")
+    if pixels.dim() != 1:
+        raise InputError(f"pixels: shape {tuple(pixels.shape)} must be (bytes,)")
+    if table.dim() != 3 or table.shape[2] != TABLE_COLUMNS:
+        raise InputError(f"table: shape {tuple(table.shape)} must be (views, batch, {TABLE_COLUMNS})")
+    for name, x in (("pixels", pixels), ("table", table)):
+        if not x.is_contiguous():
+            raise InputError(f"{name}: strides {x.stride()} are not contiguous; call .contiguous() first")
+    if table.device != pixels.device:
+        raise InputError(f"table: on {table.device}, must be on pixels' device {pixels.device}")
+    if size < MIN_SIZE:
+        raise InputError(f"size: {size} must be at least {MIN_SIZE}")
+
+
+def _starts(rows: NDArray[np.int32]) -> NDArray[np.int64]:
+    return np.ascontiguousarray(rows[:, : Column.STRIDE]).view("<i8")[:, 0]
+
+
+def _augment_rows(pixels: Tensor, rows: NDArray[np.int32], out: Tensor) -> None:
+    """Write the views of (n, 16) table rows to `out`, (n, size, size, 3)."""
+    size, device = out.shape[1], out.device
+    x = torch.empty((len(rows), 3, size, size), device=device)
+    crops = rows[:, [Column.STRIDE, Column.HEIGHT, Column.WIDTH]].tolist()
+    first = pixels.storage_offset()
+    for view, start, (stride, height, width) in zip(x, _starts(rows).tolist(), crops, strict=True):
+        # Bytes of an image lie as in channels_last, the layout in which torch resizes fastest.
+        crop = pixels.as_strided((1, 3, height, width), (3 * width, 1, stride, 3), first + start).float()
+        if (height, width) == (size, size):
+            view.copy_(crop[0])
+        else:
+            view.copy_(F.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0])
+    x.mul_(1 / 255)
+    strengths = torch.from_numpy(rows[:, Column.BRIGHTNESS : Column.SIGMA + 1].view(np.float32).copy()).to(device)
+    _apply(x, rows[:, Column.FLIP] != 0, lambda part, _: part.flip(-1), strengths)
+    for shift in (0, 4, 8, 12):
+        operation = rows[:, Column.ORDER] >> shift & 15
+        for code, function in _COLOUR.items():
+            _apply(x, operation == code, function, strengths[:, code - 1, None, None, None])
+    _apply(x, rows[:, Column.GRAY] != 0, lambda part, _: _gray(part).expand_as(part), strengths)
+    _apply(x, rows[:, Column.SIGMA].view(np.float32) > 0, _blur, strengths[:, 4])
+    mean, std = (torch.tensor(c, device=device).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
+    out.copy_(x.sub_(mean).div_(std).permute(0, 2, 3, 1))
+
+
+def _apply(
+    x: Tensor, chosen: NDArray[np.bool_], function: Callable[[Tensor, Tensor], Tensor], parameters: Tensor
+) -> None:
+    """Replace the chosen rows of `x` by `function` of (a copy of them that it may change, their parameters)."""
+    if chosen.any():
+        index = torch.from_numpy(np.flatnonzero(chosen)).to(x.device)
+        x.index_copy_(0, index, function(x.index_select(0, index), parameters[index]))
+
+
+def _gray(x: Tensor) -> Tensor:
+    """Luma of (n, 3, h, w), as (n, 1, h, w)."""
+    red, green, blue = x.split(1, dim=1)
+    luma: Tensor = (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
+    return luma
+
+
+def _adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
+    return x.mul_(factor).clamp_(0, 1)
+
+
+def _adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
+    mean = _gray(x).mean((1, 2, 3), keepdim=True)
+    return x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
+
+
+def _adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
+    gray = _gray(x).mul_(1 - factor)
+    return x.mul_(factor).add_(gray).clamp_(0, 1)
+
+
+def _adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Shift the hue, in turns.
+
+    With hue h in sixths of a turn, from 0 to 6, value v and chroma c = max - min, an HSV colour is v - c w with
+    w = 2 - |h - 3| for red, |h - 2| - 1 for green and |h - 4| - 1 for blue, clamped to [0, 1].
+    """
+    red, green, blue = x.unbind(1)
+    value = torch.maximum(red, green).maximum(blue)
+    chroma = value - torch.minimum(red, green).minimum(blue)
+    divisor = chroma.masked_fill(chroma == 0, 1)
+    hue = torch.where(
+        value == red,
+        (green - blue).div_(divisor),
+        torch.where(value == green, (blue - red).div_(divisor).add_(2), (red - green).div_(divisor).add_(4)),
+    )
+    hue.add_(shift[:, 0], alpha=6).remainder_(6)
+    for channel, distance in ((red, 2 - (hue - 3).abs_()), (green, (hue - 2).abs_() - 1), (blue, (hue - 4).abs_() - 1)):
+        torch.addcmul(value, chroma, distance.clamp_(0, 1), value=-1, out=channel)
+    return x
+
+
+def _blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur of (n, 3, s, s) with sigma (n,): multiplied by a matrix from each side, which beats a convolution."""
+    size, reach = x.shape[-1], BLUR_TAPS // 2
+    offsets = torch.arange(-reach, reach + 1, device=x.device)
+    taps = torch.softmax(-(offsets / sigma[:, None]).square() / 2, dim=1)
+    taps.masked_fill_(taps < _LEAST_TAP, 0)
+    # Entry (i, j) says how much pixel j gives to pixel i; pixels beyond the border are reflected at it.
+    source = torch.arange(size, device=x.device)[:, None] + offsets
+    source = (size - 1 - (size - 1 - source.abs()).abs()).expand(len(x), -1, -1)
+    matrix = x.new_zeros((len(x), size, size))
+    matrix.scatter_add_(2, source, taps[:, None].expand(-1, size, -1))
+    across = torch.bmm(x.view(len(x), 3 * size, size), matrix.mT).view_as(x)
+    return matrix[:, None] @ across
+
+
+_COLOUR: dict[ColourOperation, Callable[[Tensor, Tensor], Tensor]] = {
+    ColourOperation.BRIGHTNESS: _adjust_brightness,
+    ColourOperation.CONTRAST: _adjust_contrast,
+    ColourOperation.SATURATION: _adjust_saturation,
+    ColourOperation.HUE: _adjust_hue,
+}
