@@ -39,13 +39,18 @@ soak: install
 gpu: install
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/vi-simsiam bench loss --short --out benchmarks/results
-	$(BIN)/vi-simsiam bench accuracy --out benchmarks/results
-	$(BIN)/vi-simsiam bench report README.md docs/loss-kernel.md
+	$(BIN)/vi-simsiam bench augment --short --out benchmarks/results
+	$(BIN)/vi-simsiam bench step --short --out benchmarks/results
+	$(BIN)/vi-simsiam bench train --short --size 128 --out benchmarks/results
+	$(BIN)/vi-simsiam bench report README.md docs/*.md
 
 bench: install
 	$(BIN)/vi-simsiam bench loss --out benchmarks/results
 	$(BIN)/vi-simsiam bench accuracy --out benchmarks/results
-	$(BIN)/vi-simsiam bench report README.md docs/loss-kernel.md
+	$(BIN)/vi-simsiam bench augment --out benchmarks/results
+	$(BIN)/vi-simsiam bench step --out benchmarks/results
+	$(BIN)/vi-simsiam bench train --out benchmarks/results
+	$(BIN)/vi-simsiam bench report README.md docs/*.md
 
 clean:
 	rm -rf $(ENV) build dist *.egg-info

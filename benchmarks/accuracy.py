@@ -23,6 +23,7 @@ from vi_simsiam.ops.multiview_loss import LossForm, eager_loss
 
 from .harness import failure_reason, provenance, result_path, write_result
 from .providers import COMPILED, make_providers
+from .tables import markdown_grid
 
 NAME = "accuracy"
 DIM = 2048
@@ -109,14 +110,12 @@ def markdown_table(result: dict[str, Any]) -> str:
         "triton": "`triton`",
         "cuda": "`cuda`",
     }
-    lines = [
-        f"| float32, D = {result['dim']} | {' | '.join(f'kappa = {kappa:,.0f}' for kappa in result['kappas'])} |",
-        "|---|" + "---:|" * len(result["kappas"]),
-    ]
+    rows = []
     for name, row in result["providers"].items():
         cells = [row] * len(result["kappas"]) if isinstance(row, str) else [_cell(cell) for cell in row]
-        lines.append(f"| {names.get(name, name)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append((names.get(name, name), *cells))
+    head = (f"float32, D = {result['dim']}", *(f"kappa = {kappa:,.0f}" for kappa in result["kappas"]))
+    return markdown_grid(head, rows)
 
 
 def _cell(found: dict[str, float]) -> str:

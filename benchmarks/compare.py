@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,9 +16,13 @@ from vi_simsiam.errors import InputError
 
 from .cases import MODES
 from .harness import read_result
+from .pipeline_targets import median_of
+from .tables import spread
 from .targets import case_label, time_of
 
-NAME = "multiview_loss"
+LOSS = "multiview_loss"
+COMPARED = (LOSS, "augment", "step", "train")
+"""Benchmarks whose result files can be compared."""
 _LEAST_NOISE = 0.02
 """Differences below 2 % are never called a change: clocks and placement differ from run to run."""
 
@@ -56,7 +61,8 @@ def run(options: Options, console: Console | None = None) -> int:
         InputError: a file that is missing or no result of this benchmark, or files without a case in common.
     """
     console = console or Console()
-    before, after = (read_result(path, NAME) for path in (options.before, options.after))
+    before = read_result(options.before, *COMPARED)
+    after = read_result(options.after, before["benchmark"])
     try:
         changes = compare(before, after)
         for name in ("device", "processor", "versions"):
@@ -86,8 +92,10 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
     """Every time that `before` has, for the cases and providers that both have.
 
     The noise of a time is the range between its quartiles over its median, in both files together, at least 2 %. Where
-    the copy of the same case, which is no code of this project, became slower, the machine did, and so much more is allowed.
+    something measured beside it that is no code of this project became slower, the machine did, and so much more is
+    allowed: for the loss a copy of the same bytes, otherwise the provider that the case names as its yardstick.
     """
+    times = _loss_times if before["benchmark"] == LOSS else _pipeline_times
     cases = {case["name"]: case for case in after["cases"]}
     return [
         change
@@ -95,36 +103,51 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
         if (new := cases.get(old["name"])) is not None
         for name in old["providers"]
         if name in new["providers"]
-        for mode, metric in itertools.product(MODES, ("time", "host"))
-        if (change := _change(old, new, name, mode, metric)) is not None
+        for was, now in zip(times(old, name), times(new, name), strict=True)
+        if (change := _change(name, was, now)) is not None
     ]
 
 
-def _change(old: dict[str, Any], new: dict[str, Any], name: str, mode: str, metric: str) -> Change | None:
-    before, after = time_of(old, name, mode, metric), time_of(new, name, mode, metric)
-    what = ("loss" if mode == "forward" else "loss + gradient") + (", host" if metric == "host" else "")
-    if before is None:
+@dataclass(frozen=True)
+class _Time:
+    """A time of a provider: of what, its quartiles (None without a result), the yardstick's median, and what failed."""
+
+    case: str
+    what: str
+    times: dict[str, float] | None
+    yardstick: float | None
+    failure: str
+
+
+def _loss_times(case: dict[str, Any], name: str) -> Iterator[_Time]:
+    found = case["providers"][name]
+    for mode, metric in itertools.product(MODES, ("time", "host")):
+        what = ("loss" if mode == "forward" else "loss + gradient") + (", host" if metric == "host" else "")
+        failure = found["failure"] or (found[mode] or {}).get("failure") or "no time any more"
+        copy = case["copy"][mode] if metric == "time" else None
+        yardstick = None if copy is None else float(copy["median_us"])
+        yield _Time(case_label(case), what, time_of(case, name, mode, metric), yardstick, failure)
+
+
+def _pipeline_times(case: dict[str, Any], name: str) -> Iterator[_Time]:
+    found = case["providers"][name]
+    times = found["time"] if found["correct"] else None
+    yardstick = None if name == case["yardstick"] else median_of(case, case["yardstick"])
+    yield _Time(case["label"], "time", times, yardstick, found["failure"] or "no time any more")
+
+
+def _change(name: str, before: _Time, after: _Time) -> Change | None:
+    if before.times is None:
         return None
-    if after is None:
-        found = new["providers"][name]
-        reason = found["failure"] or (found[mode] or {}).get("failure") or "no time any more"
-        return Change(case_label(old), name, what, None, 1.0, reason)
-    noise = max(_LEAST_NOISE, _spread(before) + _spread(after))
-    machine = _machine(old, new, mode) if metric == "time" else 1.0
-    return Change(case_label(old), name, what, after["median_us"] / before["median_us"], machine * (1 + noise))
+    if after.times is None:
+        return Change(before.case, name, before.what, None, 1.0, after.failure)
+    noise = max(_LEAST_NOISE, spread(before.times) + spread(after.times))
+    machine = 1.0
+    if before.yardstick is not None and after.yardstick is not None:
+        machine = max(1.0, after.yardstick / before.yardstick)
+    ratio = after.times["median_us"] / before.times["median_us"]
+    return Change(before.case, name, before.what, ratio, machine * (1 + noise))
 
 
 def _faster(change: Change) -> bool:
     return change.ratio is not None and change.ratio < 1 / change.allowed
-
-
-def _spread(times: dict[str, float]) -> float:
-    return (times["upper_us"] - times["lower_us"]) / times["median_us"]
-
-
-def _machine(old: dict[str, Any], new: dict[str, Any], mode: str) -> float:
-    """How much slower the copy became; 1 where it became faster."""
-    copies = old["copy"][mode], new["copy"][mode]
-    if copies[0] is None or copies[1] is None:
-        return 1.0
-    return max(1.0, float(copies[1]["median_us"]) / float(copies[0]["median_us"]))

@@ -9,7 +9,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ def interleave(
     *,
     rounds: int,
     seconds: float,
+    least: int = _LEAST_ROUNDS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[dict[_Key, dict[str, float]], dict[_Key, str]]:
     """Take every measure once a round, in turn, so that all see the same machine.
@@ -35,7 +36,8 @@ def interleave(
     Args:
         measures: functions that measure once and return microseconds.
         rounds: how often each is taken.
-        seconds: no new round begins after this long, but never fewer than five (or `rounds`, where that is less).
+        seconds: no new round begins after this long.
+        least: never fewer rounds than this (or `rounds`, where that is less).
         clock: the time in seconds.
 
     Returns:
@@ -46,7 +48,7 @@ def interleave(
     failures: dict[_Key, str] = {}
     start = clock()
     for done in range(rounds):
-        if done >= _LEAST_ROUNDS and clock() - start > seconds:
+        if done >= least and clock() - start > seconds:
             break
         for key, measure in measures.items():
             if key in failures:
@@ -59,8 +61,8 @@ def interleave(
 
 
 def quartiles(values: list[float]) -> dict[str, float]:
-    """Median, lower and upper quartile of at least two times in microseconds."""
-    low, median, high = statistics.quantiles(values, n=4)
+    """Median, lower and upper quartile of times in microseconds; a single time is all three."""
+    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
     return {"median_us": median, "lower_us": low, "upper_us": high, "rounds": len(values)}
 
 
@@ -75,8 +77,8 @@ def failure_reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
 
 
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Where, when and with what a result was measured."""
+def provenance(device: torch.device, packages: Iterable[str] = ()) -> dict[str, Any]:
+    """Where, when and with what a result was measured; `packages` are peers whose versions count, too."""
     commit = _git("rev-parse", "HEAD")
     changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     return {
@@ -89,7 +91,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "cuda": torch.version.cuda if device.type == "cuda" else None,
-            **{p: installed_version(p) for p in ("torch", "triton", "vi-simsiam")},
+            **{p: installed_version(p) for p in ("torch", "triton", "vi-simsiam", *packages)},
         },
     }
 
@@ -108,8 +110,8 @@ def write_result(path: Path, content: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def read_result(path: Path, benchmark: str) -> dict[str, Any]:
-    """A result file of that benchmark.
+def read_result(path: Path, *benchmarks: str) -> dict[str, Any]:
+    """A result file of that benchmark, or of one of them.
 
     Raises:
         InputError: no such file, no JSON, another benchmark's, or an older version's.
@@ -121,8 +123,8 @@ def read_result(path: Path, benchmark: str) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"results: {path} is no JSON file ({error})") from error
     found = content.get("benchmark") if isinstance(content, dict) else None
-    if found != benchmark:
-        raise InputError(f"results: {path} holds benchmark {found!r}, not {benchmark!r}")
+    if found not in benchmarks:
+        raise InputError(f"results: {path} holds benchmark {found!r}, not {' or '.join(map(repr, benchmarks))}")
     if "device_type" not in content:
         raise InputError(f"results: {path} is of an older version; measure it again")
     return content  # type: ignore[no-any-return]

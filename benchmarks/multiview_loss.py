@@ -9,25 +9,22 @@ with the providers, of the bytes that cannot be avoided.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from vi_simsiam.engine.run import resolve_device
-from vi_simsiam.errors import InputError
 from vi_simsiam.ops.multiview_loss import LossForm
 
 from . import plots, report
 from .cases import MODES, Case, Inputs, cases_for, draw_inputs
-from .harness import failure_reason, interleave, provenance, read_result, result_path, write_result
+from .harness import failure_reason, interleave
 from .providers import COMPILED, Provider, allowed_errors, check, errors, failed, make_providers, reference
+from .suite import Suite, SuiteOptions
 from .targets import targets
 from .timers import Timer, timer_for
 
@@ -39,27 +36,8 @@ _CASE_SECONDS = {"cuda": 1.5, "cpu": 3.0}
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of `vi-simsiam bench loss`."""
-
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    short: bool = False
-    """Only the telling cases, within three minutes."""
-    only: str = ""
-    """Only cases whose name contains this, such as "256x2048" or "bfloat16"."""
-    rounds: int = 15
-    """Measurements of every provider, at least 3; the median is reported."""
-    out: Path | None = None
-    """Folder for OUT/DEVICE/multiview_loss.json and its plots; None to print only."""
-    resume: bool = False
-    """Keep the cases that the result file in --out already has from the same commit, device and versions."""
-
-    def __post_init__(self) -> None:
-        if self.rounds < 3:
-            raise InputError(f"rounds: {self.rounds} must be at least 3")
-        if self.resume and self.out is None:
-            raise InputError("resume: say where the result file is with --out")
+class Options(SuiteOptions):
+    """Options of `vi-simsiam bench loss`; cases are named like "power_spherical 256x2048 2x2 float32"."""
 
 
 def run(
@@ -79,37 +57,17 @@ def run(
         timer: how to time; None for the device's own.
         clock: the time in seconds, for the limit on --short.
     """
-    console = console or Console()
-    device = resolve_device(options.device)
-    wanted = [case for case in cases_for(device.type, short=options.short) if options.only in case.name]
-    if not wanted:
-        raise InputError(f"only: no case's name contains {options.only!r}")
-    path = None if options.out is None else result_path(options.out, NAME, device)
-    result: dict[str, Any] = {"benchmark": NAME, "device_type": device.type, **provenance(device), "cases": []}
-    if options.resume and path is not None and path.exists():
-        result["cases"] = _kept(path, result)
+    suite = Suite(NAME, options, console)
+    device = suite.device
     timer = timer or timer_for(device)
-    limit = _SHORT_SECONDS[device.type] if options.short else math.inf
-    start = clock()
-    for case in wanted:
-        if any(case.name == known["name"] for known in result["cases"]):
-            continue
-        used = clock() - start
-        if used > 0.85 * limit:
-            console.print(f"left out: {case.name}; --short has used {used:.0f} s")
-            continue
+    limit = _SHORT_SECONDS[device.type]
+    for case, used in suite.cases(cases_for(device.type, short=options.short), limit, clock):
         made = providers(case.form, device)
-        if used > 0.35 * limit and COMPILED[1] in made:
-            made[COMPILED[1]] = f"left out: it compiles longest, and --short had used {used:.0f} s"
-        result["cases"].append(measure_case(case, device, made, timer, rounds=options.rounds))
-        console.print(report.case_table(result["cases"][-1]))
-        if path is not None:
-            write_result(path, result)
-    console.print(report.targets_table(targets(result)))
-    if path is not None:
-        for written in (path, *plots.draw(result, path.parent)):
-            console.print(f"written: {written}", soft_wrap=True)
-    return result
+        if used > 0.35 and COMPILED[1] in made:
+            made[COMPILED[1]] = f"left out: it compiles longest, and --short had used {used * limit:.0f} s"
+        found = measure_case(case, device, made, timer, rounds=options.rounds)
+        suite.add(found, report.case_table(found))
+    return suite.finish(targets(suite.result), plots.draw)
 
 
 def measure_case(
@@ -223,12 +181,3 @@ def _copy_sets(nbytes: int, device: torch.device, distinct_bytes: int) -> list[t
         (torch.rand(elements, device=device), torch.empty(elements, device=device))
         for _ in range(distinct_bytes // nbytes + 1)
     ]
-
-
-def _kept(path: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
-    """The cases of the result file at `path`, if it was measured as this run measures."""
-    before = read_result(path, NAME)
-    for name in ("commit", "device", "driver", "versions"):
-        if before.get(name) != now[name]:
-            raise InputError(f"resume: {path} was measured with {name} {before.get(name)}, now it is {now[name]}")
-    return list(before["cases"])

@@ -24,7 +24,7 @@ _COLOURS = {
     "cpu": "#2f6db3",
 }
 _BY_DIM = ("#9cc4ea", "#5b9bd5", "#2f6db3", "#173a63")
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -47,9 +47,9 @@ def plot_paths(folder: Path) -> tuple[Path, Path]:
 def draw(result: dict[str, Any], folder: Path) -> tuple[Path, Path]:
     """Draw both plots of a result file into `folder` and return their paths."""
     paths = plot_paths(folder)
-    with matplotlib.rc_context(_STYLE):
-        _save(_speed_up(result), paths[0])
-        _save(_bandwidth(result), paths[1])
+    with matplotlib.rc_context(STYLE):
+        save(_speed_up(result), paths[0])
+        save(_bandwidth(result), paths[1])
     return paths
 
 
@@ -81,7 +81,7 @@ def _speed_up(result: dict[str, Any]) -> Figure:
         if panel.get_legend_handles_labels()[0]:
             panel.legend(loc="best")
     panels[0].set_ylabel("times faster than the best torch.compile")
-    figure.suptitle(f"Loss and gradient, {_where(result)}", x=0.01, ha="left", fontsize=9)
+    figure.suptitle(f"Loss and gradient, {place(result)}", x=0.01, ha="left", fontsize=9)
     return figure
 
 
@@ -117,7 +117,7 @@ def _bandwidth(result: dict[str, Any]) -> Figure:
     }
     if shown:
         figure.legend(list(shown.values()), list(shown), loc="outside right upper")
-    figure.suptitle(f"Achieved bandwidth, {_where(result)}", x=0.01, ha="left", fontsize=9)
+    figure.suptitle(f"Achieved bandwidth, {place(result)}", x=0.01, ha="left", fontsize=9)
     return figure
 
 
@@ -125,7 +125,8 @@ def _rate(case: dict[str, Any], mode: str, times: dict[str, float]) -> float:
     return float(case["least_bytes"][mode]) / times["median_us"] / 1e3
 
 
-def _where(result: dict[str, Any]) -> str:
+def place(result: dict[str, Any]) -> str:
+    """On what, with what and when a result was measured, for a title."""
     device = result["processor"] if result["device_type"] == "cpu" else result["device"].split(" (")[0]
     return f"{device}, PyTorch {result['versions']['torch']}, {result['date'][:10]}"
 
@@ -136,7 +137,8 @@ def _shades(count: int) -> list[Any]:
     return list(matplotlib.colormaps["viridis"]([i / count for i in range(count)]))
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG."""
     FigureCanvasAgg(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)

@@ -7,8 +7,9 @@ A section of a Markdown file between `<!-- bench: KIND PATH... -->` and `<!-- /b
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,16 +19,18 @@ from rich.table import Table
 
 from vi_simsiam.errors import InputError
 
-from . import accuracy
+from . import accuracy, pipeline_tables, pipeline_targets
 from .cases import cases_for
 from .harness import read_result
+from .pipeline_plots import plot_path
 from .plots import plot_paths
 from .providers import COMPILED, FUSED
-from .targets import NOT_MEASURED, Target, case_label, cpu_targets, fastest, gpu_targets, speed_up, time_of
+from .tables import brief, markdown_grid, markdown_targets, noise_notes, number, where
+from .targets import NOT_MEASURED, case_label, cpu_targets, fastest, gpu_targets, speed_up, time_of
 
 _SECTION = re.compile(r"(<!-- bench: (.*?) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 _NOTHING = f"{NOT_MEASURED.capitalize()}."
-_NOISY = 0.2
+_Section = Callable[[list[str], Path], str]
 _MODES = {"forward": "loss", "forward_backward": "loss + gradient"}
 
 
@@ -78,7 +81,7 @@ def case_table(case: dict[str, Any]) -> Table:
     notes = ["times in us; share of a copy's speed, speed-up, error and memory are those of loss + gradient"]
     copy, baseline = case["copy"]["forward_backward"], fastest(case, COMPILED, "forward_backward")
     if copy is not None:
-        notes.append(f"copy of the bytes that must move: {_us(copy['median_us'])}")
+        notes.append(f"copy of the bytes that must move: {number(copy['median_us'])} us")
     for name, found in case["providers"].items():
         if not found["correct"]:
             notes.append(f"{name}: {found['failure']}")
@@ -93,18 +96,8 @@ def case_table(case: dict[str, Any]) -> Table:
             f"{found['gradient_error']:.1e}",
             "-" if peak is None else f"{peak / 2**20:,.1f} MiB",
         )
-    notes += _noise(case)
+    notes += noise_notes((name, time_of(case, name, mode)) for name in case["providers"] for mode in _MODES)
     table.caption, table.caption_justify = escape("\n".join(notes)), "left"
-    return table
-
-
-def targets_table(found: Sequence[Target]) -> Table:
-    """Targets for the terminal."""
-    table = Table(title="targets", title_justify="left")
-    for column in ("what", "target", "measured", "met"):
-        table.add_column(column)
-    for target in found:
-        table.add_row(target.what, target.wanted, target.figure, _MET[target.met])
     return table
 
 
@@ -121,7 +114,7 @@ def markdown_table(result: dict[str, Any], *, mode: str = "forward_backward", me
     names = list(dict.fromkeys(name for case in cases for name in case["providers"]))
     shown = [name for name in names if any(time_of(case, name, mode, metric) for case in cases)]
     last = ["faster than torch.compile", *(["of a copy's speed"] if metric == "time" else [])]
-    lines = [f"| batch x D | {' | '.join([*shown, *last])} |", "|---|" + "---:|" * len([*shown, *last])]
+    rows = []
     for case in cases:
         ratio = speed_up(case, COMPILED, mode, metric)
         cells = [_cell(case, name, mode, metric) for name in shown]
@@ -130,24 +123,13 @@ def markdown_table(result: dict[str, Any], *, mode: str = "forward_backward", me
             ours = fastest(case, FUSED, mode)
             share = case["providers"][ours[0]][mode]["copy_share"] if ours else None
             cells.append("-" if share is None else f"{share:.0%}")
-        lines.append(f"| {case_label(case)} | {' | '.join(cells)} |")
-    lines.append("")
+        rows.append((case_label(case), *cells))
+    lines = [markdown_grid(("batch x D", *shown, *last), rows), ""]
     for name in names:
         if name not in shown:
             reason = next((case["providers"][name]["failure"] for case in cases if name in case["providers"]), None)
             lines.append(f"No time for {name} ({reason or NOT_MEASURED}).")
-    where = result["processor"] if result["device_type"] == "cpu" else f"{result['device']}, driver {result['driver']}"
-    return "\n".join([*lines, f"Medians in us. {where}; PyTorch {result['versions']['torch']}; {result['date'][:10]}."])
-
-
-def markdown_targets(found: Sequence[Target]) -> str:
-    """Targets as a Markdown table."""
-    lines = ["| what | target | measured | met |", "|---|---|---|---|"]
-    lines += [f"| {target.what} | {target.wanted} | {target.figure} | {_MET[target.met]} |" for target in found]
-    return "\n".join(lines)
-
-
-_MET = {True: "yes", False: "no", None: "-"}
+    return "\n".join([*lines, f"Medians in us. {where(result)}"])
 
 
 def _cell(case: dict[str, Any], name: str, mode: str, metric: str) -> str:
@@ -155,57 +137,58 @@ def _cell(case: dict[str, Any], name: str, mode: str, metric: str) -> str:
     found = case["providers"].get(name)
     times = time_of(case, name, mode, metric)
     if times is not None:
-        return _us(times["median_us"]).removesuffix(" us")
+        return number(times["median_us"])
     if found is None:
         return "-"
     reason = found["failure"] or (found[mode] or {}).get("failure") or NOT_MEASURED
-    return str(reason).split(":")[0]
+    return brief(str(reason))
 
 
-def _noise(case: dict[str, Any]) -> list[str]:
-    """A note where the quartiles of a time lie so far apart that its median says little."""
-    spreads = [
-        ((times["upper_us"] - times["lower_us"]) / times["median_us"], name)
-        for name in case["providers"]
-        for mode in _MODES
-        if (times := time_of(case, name, mode)) is not None
-    ]
-    spread, name = max(spreads, default=(0.0, ""))
-    if spread < _NOISY:
-        return []
-    return [f"noisy: the quartiles of {name} lie {spread:.0%} of the median apart; is the machine busy?"]
+def _result(path: Path, benchmark: str = "multiview_loss") -> dict[str, Any] | None:
+    return read_result(path, benchmark) if path.exists() else None
 
 
-def _us(value: float) -> str:
-    digits = 0 if value >= 100 else 1 if value >= 10 else 2
-    return f"{value:,.{digits}f} us"
+def _table(benchmark: str, render: Callable[[dict[str, Any]], str]) -> _Section:
+    """A section with the table of one result file."""
+
+    def section(paths: list[str], folder: Path) -> str:
+        result = _result(folder / paths[0], benchmark)
+        return _NOTHING if result is None else render(result)
+
+    return section
 
 
-def _result(path: Path) -> dict[str, Any] | None:
-    return read_result(path, "multiview_loss") if path.exists() else None
-
-
-def _table_section(metric: str, paths: list[str], folder: Path) -> str:
-    result = _result(folder / paths[0])
-    return _NOTHING if result is None else markdown_table(result, metric=metric)
-
-
-def _accuracy_section(paths: list[str], folder: Path) -> str:
-    path = folder / paths[0]
-    return accuracy.markdown_table(read_result(path, accuracy.NAME)) if path.exists() else _NOTHING
+def _pipeline_targets(paths: list[str], folder: Path) -> str:
+    """All targets for an H200, from the result files of input pipeline, step and training, in this order."""
+    if len(paths) != len(_PIPELINE):
+        raise InputError(f"bench: section 'pipeline-gpu-targets' needs the result files of {', '.join(_PIPELINE)}")
+    found = [_result(folder / path, name) for path, name in zip(paths, _PIPELINE, strict=True)]
+    return markdown_targets(pipeline_targets.gpu_targets(*found))
 
 
 def _plots_section(paths: list[str], folder: Path) -> str:
     """Links to the plots beside a result file, where they were drawn."""
-    found = [path for path in plot_paths(Path(paths[0]).parent) if (folder / path).exists()]
-    return "\n\n".join(f"![{path.stem.replace('_', ' ')}]({path.as_posix()})" for path in found) or _NOTHING
+    path = Path(paths[0])
+    drawn = [plot_path(path.parent, path.stem)] if path.stem in _PIPELINE else plot_paths(path.parent)
+    found = [plot for plot in drawn if (folder / plot).exists()]
+    return "\n\n".join(f"![{plot.stem.replace('_', ' ')}]({plot.as_posix()})" for plot in found) or _NOTHING
 
 
-_KINDS = {
-    "table": lambda paths, folder: _table_section("time", paths, folder),
-    "host": lambda paths, folder: _table_section("host", paths, folder),
+_PIPELINE = ("augment", "step", "train")
+
+_KINDS: dict[str, _Section] = {
+    "table": _table("multiview_loss", markdown_table),
+    "host": _table("multiview_loss", partial(markdown_table, metric="host")),
     "gpu-targets": lambda paths, folder: markdown_targets(gpu_targets(_result(folder / paths[0]))),
     "cpu-targets": lambda paths, folder: markdown_targets(cpu_targets(_result(folder / paths[0]))),
-    "accuracy": _accuracy_section,
+    "accuracy": _table(accuracy.NAME, accuracy.markdown_table),
+    "augment": _table("augment", pipeline_tables.augment_markdown),
+    "step": _table("step", pipeline_tables.step_markdown),
+    "phases": _table("step", pipeline_tables.phases_markdown),
+    "train": _table("train", pipeline_tables.train_markdown),
+    "pipeline-gpu-targets": _pipeline_targets,
+    "pipeline-cpu-targets": lambda paths, folder: markdown_targets(
+        pipeline_targets.cpu_targets(_result(folder / paths[0], "train"))
+    ),
     "plots": _plots_section,
 }

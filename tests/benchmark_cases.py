@@ -85,3 +85,93 @@ def slower(result: dict[str, Any], factor: float, *, spread: float = 0.0, copied
             times["lower_us"], times["upper_us"] = (times["median_us"] * (1 + s * spread / 2) for s in (-1, 1))
             case["copy"][mode]["median_us"] *= copied
     return changed
+
+
+def timed(microseconds: float, **extra: Any) -> dict[str, Any]:
+    """What a right provider has in the result files of input pipeline, step and training."""
+    times = {"median_us": microseconds, "lower_us": microseconds, "upper_us": microseconds, "rounds": 3}
+    return {"correct": True, "failure": None, "time": times, **extra}
+
+
+def scripted_pipeline(benchmark: str) -> dict[str, Any]:
+    """A result file's content of `bench augment`, `step` or `train`, with round figures as from a GPU."""
+    cases = {"augment": _augment_cases, "step": _step_cases, "train": _train_cases}[benchmark]()
+    return {
+        "benchmark": benchmark,
+        "device_type": "cuda",
+        "device": "NVIDIA H200 (139 GiB, compute capability 9.0)",
+        "driver": "1",
+        "processor": "some, 2 cores",
+        "date": "2026-01-01T00:00:00+00:00",
+        "versions": {"torch": "2"},
+        "workers": 16,
+        "data": "generated",
+        "cases": cases,
+    }
+
+
+def _augment_cases() -> list[dict[str, Any]]:
+    def views(rate: float) -> dict[str, Any]:
+        return timed(128 / rate * 1e6, views_per_second=rate, error=None, mean=0.0, std=1.0)
+
+    missing = {"correct": False, "failure": "ImportError: kornia is not installed", "time": None}
+    return [
+        {
+            "name": f"2x{size} batch 64",
+            "label": f"2x{size}, batch 64",
+            "yardstick": "lightly",
+            "providers": {"vi-simsiam": views(rate), "lightly": views(1000.0), "kornia": missing},
+        }
+        for size, rate in ((128, 12000.0), (224, 4000.0))
+    ]
+
+
+def _step_cases() -> list[dict[str, Any]]:
+    return [
+        {
+            "name": f"{method} 2x{size} batch 64",
+            "label": f"{method}, 2x{size}, batch 64",
+            "losses": [1.0],
+            "yardstick": "network alone",
+            "providers": {
+                "step": timed(whole, mfu=0.4, losses=[1.0]),
+                "network alone": timed(1000.0, mfu=0.42, losses=None),
+            },
+            "phases": {"augmentation": 100.0, "exposed augmentation": 20.0, "forward": 300.0},
+        }
+        for method, size, whole in (("vi-simsiam", 128, 1050.0), ("simsiam", 224, 1100.0))
+    ]
+
+
+def _train_cases() -> list[dict[str, Any]]:
+    def training(rate: float, **changed: Any) -> dict[str, Any]:
+        given = {
+            "views_per_second": rate, "training_seconds": 200.0, "cold_start_seconds": 20.0, "caching_seconds": None,
+            "evaluation_seconds": 30.0, "knn_top1": 0.79, "seconds_to_target": None, "peak_bytes": None, **changed,
+        }  # fmt: skip
+        return timed(128 / rate * 1e6, **given)
+
+    ours = {"training_seconds": 110.0, "caching_seconds": 3.0, "knn_top1": 0.8, "seconds_to_target": 60.0}
+    common = {
+        "batch": 64,
+        "images": 9469,
+        "epochs": 200,
+        "workers": 16,
+        "target_accuracy": 0.75,
+        "yardstick": "lightly",
+    }
+    return [
+        {
+            **common,
+            "name": f"{data} {label}",
+            "label": f"{data}, {label}",
+            "data": data,
+            "view_label": label,
+            "providers": {
+                "vi-simsiam": training(400.0, peak_bytes=2e9, **ours),
+                "vi-simsiam, method simsiam": training(400.0),
+                "lightly": training(250.0),
+            },
+        }
+        for data, label in (("imagenette-128", "2x128"), ("cifar10", "2x32"))
+    ]

@@ -16,6 +16,7 @@ from vi_simsiam.config import AugmentConfig
 from vi_simsiam.data.views import draw_table, place
 from vi_simsiam.errors import BackendUnavailableError, InputError
 from vi_simsiam.ops.augment import (
+    _CHUNK_FLOATS,
     BLUR_TAPS,
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -117,8 +118,19 @@ def test_small_crops_of_a_larger_policy_are_torchvisions() -> None:
     assert_same(eager_augment(pixels, table, 24), expected(pixels, table, 24), table)
 
 
+@pytest.mark.parametrize("size", [64, 65])
+def test_a_view_does_not_depend_on_the_batch(size: int) -> None:
+    """To the bit: ranks that share a batch see the views of a single one, whichever way each is resized."""
+    pixels, table = drawn([(64, 64), (150, 130), (20, 300), (3, 5)] * 4)
+    views = eager_augment(pixels, table, size)
+    assert_same(views, expected(pixels, table, size), table)
+    for v, b in itertools.product(range(2), range(16)):
+        assert torch.equal(eager_augment(pixels, table[v : v + 1, b : b + 1].contiguous(), size)[0, 0], views[v, b])
+
+
 def test_more_rows_than_are_worked_on_at_once() -> None:
-    pixels, table = drawn([(40, 50)] * 9)
+    pixels, table = drawn([(40, 50)] * 12)
+    assert _CHUNK_FLOATS < 24 * 3 * 150**2
     assert_same(eager_augment(pixels, table, 150), expected(pixels, table, 150), table)
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmark_cases import CPU, given, scripted_result, slower
+from benchmark_cases import CPU, given, scripted_pipeline, scripted_result, slower
 
-from vi_simsiam.benchmarks import accuracy, plots, report
+from vi_simsiam.benchmarks import accuracy, pipeline_plots, pipeline_targets, plots, report, tables
 from vi_simsiam.benchmarks.cases import Case
 from vi_simsiam.benchmarks.compare import compare
 from vi_simsiam.benchmarks.providers import textbook_loss
@@ -91,7 +91,7 @@ def test_compare_names_bad_input_in_one_line(
 def test_targets_are_measured_or_say_so(result: dict[str, Any]) -> None:
     for target in gpu_targets(None) + cpu_targets(None):
         assert (target.figure, target.met) == ("not measured", None)
-    assert "| - |" in report.markdown_targets(gpu_targets(None))
+    assert "| - |" in tables.markdown_targets(gpu_targets(None))
     result["cases"][0].update(name="power_spherical 256x2048 2x2 float32")
     eager, compiled, nowhere = cpu_targets(result)
     assert (eager.figure, eager.met) == ("4.00 times", True)
@@ -214,4 +214,86 @@ def test_accuracy_command_writes_its_file(tmp_path: Path, monkeypatch: pytest.Mo
 def test_bench_help_names_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--help"]) == 0
     said = capsys.readouterr().out
-    assert all(f"\n  {name} " in said for name in ("loss", "compare", "accuracy", "report"))
+    assert all(f"\n  {name} " in said for name in ("loss", "augment", "step", "train", "compare", "accuracy", "report"))
+
+
+def test_pipeline_targets_are_measured_or_say_so() -> None:
+    for target in (*pipeline_targets.gpu_targets(None, None, None), *pipeline_targets.cpu_targets(None)):
+        assert (target.figure, target.met) == ("not measured", None)
+    made = {name: scripted_pipeline(name) for name in ("augment", "step", "train")}
+    figures = {target.what: (target.figure, target.met) for target in pipeline_targets.gpu_targets(**made)}
+    assert figures == {
+        "views/s at 2x128, batch 64, against lightly's": ("12.0 times", True),
+        "views/s at 2x224, batch 64, against lightly's": ("4.0 times", False),
+        "training step against the same network's forward and backward alone":
+            ("1.10 times (most of 2 cases: simsiam, 2x224, batch 64)", False),
+        "exposed augmentation": ("1.9% (most of 2 cases: vi-simsiam, 2x128, batch 64)", True),
+        "200 epochs of ImageNette-128, 2x128, batch 64: training": ("110 s", True),
+        "200 epochs of ImageNette-128, 2x128, batch 64: cold start and evaluation": ("50 s", False),
+        "200 epochs of ImageNette-128, 2x128, batch 64: peak memory beside the images": ("2.00 GB", True),
+    }  # fmt: skip
+    (on_cpu,) = pipeline_targets.pipeline_targets({**made["train"], "device_type": "cpu"})
+    assert (on_cpu.figure, on_cpu.met) == ("1.60 times (400 and 250)", True)
+    shorter = copy.deepcopy(made["train"]["cases"][1]) | {"images": 64}
+    shorter["providers"]["lightly"]["time"]["median_us"] /= 10
+    made["train"]["cases"].append(shorter)
+    assert pipeline_targets.cpu_targets(made["train"]) == [on_cpu], "of several trainings the longest counts"
+    assert pipeline_targets.pipeline_targets({**made["step"], "device_type": "cpu"}) == []
+    assert len(pipeline_targets.pipeline_targets(made["step"])) == 2
+
+
+def test_pipeline_markdown_and_plots_come_from_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("augment", "step", "train"):
+        result = scripted_pipeline(name)
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+        (drawn,) = pipeline_plots.draw(name, result, tmp_path)
+        assert drawn.read_bytes().startswith(b"\x89PNG")
+        pipeline_plots.draw(name, {**result, "cases": []}, tmp_path / "empty")
+    sections = ["augment augment.json", "step step.json", "phases step.json", "train train.json", "plots step.json"]
+    sections += ["pipeline-gpu-targets augment.json step.json train.json", "pipeline-cpu-targets train.json"]
+    sections += ["step none.json", "pipeline-cpu-targets none.json"]
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(f"<!-- bench: {section} -->\n<!-- /bench -->" for section in sections))
+    assert main(["bench", "report", str(page)]) == 0
+    capsys.readouterr()
+    text = page.read_text()
+    assert "| 2x128, batch 64 | 12,000 | 1,000 | ImportError | 12.00 x |" in text
+    assert "No figure for kornia (ImportError: kornia is not installed)." in text
+    assert "| vi-simsiam, 2x128, batch 64 | 1.05 | 1.00 | - | 1.05 x | 1.9% | 40.0% |" in text
+    assert "| ms | augmentation | exposed augmentation | forward |" in text
+    assert "| vi-simsiam | 400 | 1.60 x | 110.0 | 20.0 | 3.0 | 30.0 | 80.0% | 60.0 | 2.00 |" in text
+    assert "| lightly | 250 | 1.00 x | 200.0 | 20.0 | - | 30.0 | 79.0% | - | - |" in text
+    assert "The target is a kNN accuracy of 75.0%." in text
+    assert "![step](step.png)" in text
+    assert "| at most 1.05 times | 1.10 times" in text
+    assert text.count("Not measured.") == 1
+    assert "| at least 1.5 times | not measured | - |" in text
+    assert report.fill(text, tmp_path) == text
+    page.write_text("<!-- bench: pipeline-gpu-targets step.json -->\n<!-- /bench -->")
+    assert main(["bench", "report", str(page)]) == 2
+    assert "needs the result files of augment, step, train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("factor", "yardstick", "regressions"), [(1.0, 1.0, 0), (1.5, 1.0, 1), (1.5, 1.6, 0), (1.5, 0.5, 1)]
+)
+def test_compare_guards_the_new_files(factor: float, yardstick: float, regressions: int) -> None:
+    before = scripted_pipeline("augment")
+    after = copy.deepcopy(before)
+    providers = after["cases"][0]["providers"]
+    for name, times_slower in (("vi-simsiam", factor), (before["cases"][0]["yardstick"], yardstick)):
+        for quartile in ("median_us", "lower_us", "upper_us"):
+            providers[name]["time"][quartile] *= times_slower
+    found = [change for change in compare(before, after) if change.regression and change.provider == "vi-simsiam"]
+    assert len(found) == regressions
+    providers["vi-simsiam"].update(correct=False, failure="inaccurate: with hue 1e-2")
+    lost = [change.note for change in compare(before, after) if change.ratio is None]
+    assert lost == ["inaccurate: with hue 1e-2"]
+
+
+def test_compare_wants_two_files_of_one_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("augment", "step"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(scripted_pipeline(name)))
+    assert main(["bench", "compare", str(tmp_path / "step.json"), str(tmp_path / "step.json")]) == 0
+    assert main(["bench", "compare", str(tmp_path / "augment.json"), str(tmp_path / "step.json")]) == 2
+    assert "holds benchmark 'step', not 'augment'" in capsys.readouterr().err

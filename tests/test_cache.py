@@ -18,8 +18,9 @@ from PIL import Image
 from rich.console import Console
 
 from vi_simsiam.data import cache, decoding, packed
-from vi_simsiam.data.cache import cache_folder, cached, in_memory, open_pack, pack
+from vi_simsiam.data.cache import cache_folder, cached, in_memory, pack
 from vi_simsiam.data.decoding import bytes_per_image
+from vi_simsiam.data.packed import open_pack
 from vi_simsiam.data.sources import ArraySource, DatasetSource, FileSource, ImageSource, Unreadable
 from vi_simsiam.errors import InputError
 
@@ -154,6 +155,19 @@ def test_an_interrupted_build_leaves_what_was_there(files: FileSource, tmp_path:
         cached(source, cache_dir=out.parent, workers=0)
     assert list(out.parent.iterdir()) == [out]
     assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_who_may_read_a_cached_file_is_the_user_s_choice(
+    files: FileSource, tmp_path: Path, mask: int, mode: int
+) -> None:
+    before = os.umask(mask)
+    try:
+        images, _ = cached(files, cache_dir=tmp_path / "cache", workers=0)
+    finally:
+        os.umask(before)
+    assert images.path is not None
+    assert images.path.stat().st_mode & 0o777 == mode
 
 
 def test_only_what_killed_processes_left_is_removed(files: FileSource, tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from packing_cases import Items, pixels, stored_files
 from PIL import Image
 
 from vi_simsiam.data import decoding
-from vi_simsiam.data.cache import in_memory, open_pack, pack
+from vi_simsiam.data.cache import in_memory, pack
 from vi_simsiam.data.decoding import decode
+from vi_simsiam.data.packed import open_pack
 from vi_simsiam.data.sources import DatasetSource, FileSource, Unreadable
 from vi_simsiam.errors import InputError, TrainingError
 

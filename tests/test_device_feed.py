@@ -164,6 +164,42 @@ def test_bytes_stay_until_their_copy_to_the_device_is_made(
         LateTransfers.check(event)
 
 
+class BusyTransfers(device._Transfers):
+    """A device that always has work left: nothing that was queued on it is done yet."""
+
+    def mark(self) -> Any:
+        return "queued"
+
+    def settle(self, event: Any) -> None:
+        pass
+
+    def done(self, event: Any) -> bool:
+        return event is None
+
+
+@pytest.mark.parametrize(
+    ("transfers", "least", "most"), [(device._Transfers, 0.05, 5.0), (BusyTransfers, 0.0, 0.0)], ids=["idle", "busy"]
+)
+def test_waiting_counts_where_the_device_runs_out_of_work(
+    make_feed: Callable[..., DeviceFeed],
+    monkeypatch: pytest.MonkeyPatch,
+    transfers: type[device._Transfers],
+    least: float,
+    most: float,
+) -> None:
+    monkeypatch.setattr(device, "_Transfers", transfers)
+    feed = make_feed(memory="host")
+    gather = feed._gather
+
+    def slow(step: int, into: Tensor) -> int:
+        time.sleep(0.06)
+        return gather(step, into)
+
+    feed._gather = slow  # type: ignore[method-assign]
+    feed.load(0)
+    assert least <= feed.waited <= most
+
+
 def test_streaming_gathers_and_copies_ahead(make_feed: Callable[..., DeviceFeed]) -> None:
     feed = make_feed(memory="host", segment=100)
     gathered: list[int] = []

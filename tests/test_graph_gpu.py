@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -176,6 +177,26 @@ def test_auto_runs_such_a_step_as_it_is(rule: str) -> None:
     compare(found, expected)
     assert not step.captured
     assert step.reason is not None
+
+
+def test_a_failed_capture_gives_its_memory_back() -> None:
+    """256 MB that the capture took before it failed can be allocated by others."""
+
+    def step(x: Tensor) -> Tensor:
+        room = torch.ones(2**26, device="cuda")
+        torch.cuda.synchronize()
+        return x + room[0]
+
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    captured = capture(step, warmup=1)
+    x = torch.ones(1, device="cuda")
+    captured(x)
+    with pytest.warns(UserWarning, match="the step runs without a CUDA graph"):
+        captured(x)
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() - before < 2**27
 
 
 def test_work_on_another_stream() -> None:

@@ -122,6 +122,32 @@ def test_joint_statistics_are_those_of_all_views_of_a_size() -> None:
     assert not torch.allclose(second.targets[0], first.targets[0], atol=0.1)
 
 
+@pytest.mark.parametrize("local_views", [0, 2])
+def test_views_that_pass_together_are_normalised_apart(local_views: int) -> None:
+    """Outputs, gradients and every buffer are those of separate passes, in float64."""
+    views = [torch.randn(6, 3, 24, 24, dtype=torch.float64) * (i + 1) + i for i in range(2)]
+    views += [torch.randn(6, 3, 16, 16, dtype=torch.float64) for _ in range(local_views)]
+    torch.manual_seed(0)
+    apart = VISimSiam("resnet18", dim=16, projector_hidden=16, predictor_hidden=8).double()
+    together = VISimSiam("resnet18", dim=16, projector_hidden=16, predictor_hidden=8).double()
+    together.load_state_dict(apart.state_dict())
+    together.shared_passes = True
+    calls: list[int] = []
+    together.backbone.register_forward_pre_hook(lambda module, images: calls.append(len(images[0])))
+    for _ in range(2):
+        for model in (apart, together):
+            output = model(views)
+            model.zero_grad()
+            model.loss(output, "eager").backward()
+    first, second = apart(views), together(views)
+    torch.testing.assert_close(second, first)
+    assert calls == ([12, 12] if local_views else [12]) * 3
+    for (name, p), q in zip(apart.named_parameters(), together.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, msg=name)
+    torch.testing.assert_close(together.state_dict(), apart.state_dict())
+    assert torch.equal(together.backbone(views[0]), together.backbone(views[0])), "one view again"
+
+
 def test_running_statistics_weigh_the_views_as_documented() -> None:
     """Global views of mean 0 and local views of mean 1: the running mean is the local views' share."""
     views = [torch.zeros(4, 3, 10, 10)] * 2 + [torch.ones(4, 3, 6, 6)] * 6

@@ -19,8 +19,8 @@ from vi_simsiam.data.sources import (
     Unreadable,
     UnreadableError,
     as_source,
+    check_readable,
     find_images,
-    scan,
     to_rgb,
 )
 from vi_simsiam.errors import InputError
@@ -114,12 +114,14 @@ def test_unreadable_files_are_named_with_a_reason(damaged: dict[str, Path], monk
     good = save(damaged["text"].with_name("good.png"))
     paths = [good, *damaged.values(), huge, good]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1600)
-    source, failures = FileSource(paths, np.arange(7) % 2, ("a", "b"), "set").readable(workers=2)
-    assert source.paths == (str(good), str(good))
-    assert source.labels is not None
-    assert source.labels.tolist() == [0, 0]
-    assert (source.classes, source.name) == (("a", "b"), "set")
-    reasons = {Path(failure.path).stem: failure.reason for failure in failures}
+    source, reasons = FileSource(paths), {}
+    for index, path in enumerate(paths):
+        if path == good:
+            source.image(index)
+            continue
+        with pytest.raises(UnreadableError) as caught:
+            source.image(index)
+        reasons[path.stem] = caught.value.entry.reason
     assert list(reasons) == ["truncated", "empty", "text", "missing", "huge"]
     assert "truncated" in reasons["truncated"]
     assert reasons["empty"] == "an empty file"
@@ -239,16 +241,14 @@ def test_files_are_not_given_to_decoders_that_run_programs(tmp_path: Path) -> No
         FileSource([path]).image(0)
 
 
-def test_scan_tolerates_one_percent(damaged: dict[str, Path]) -> None:
-    good = save(damaged["text"].with_name("good.png"))
-    cleaned, failures = scan(FileSource([damaged["text"]] + [good] * 99), workers=1)
-    assert len(cleaned) == 99
-    assert failures == [Unreadable(str(damaged["text"]), failures[0].reason)]
-    bad = [damaged["text"], damaged["empty"], damaged["missing"], damaged["truncated"]]
-    with pytest.raises(InputError, match=r"set: 4 of 100 images cannot be read.*text\.jpg.*empty\.jpg.*, \.\.\.$"):
-        scan(FileSource(bad + [good] * 96, name="set"))
-    arrays = ArraySource(np.zeros((1, 2, 2), np.uint8))
-    assert scan(arrays) == (arrays, [])
+def test_one_percent_may_be_unreadable() -> None:
+    source = ArraySource(np.zeros((200, 2, 2), np.uint8), name="set")
+    failures = [Unreadable(f"{index}.png", "an empty file") for index in range(4)]
+    check_readable(source, failures[:2])
+    with pytest.raises(InputError, match=r"set: 3 of 200 images cannot be read, .*2\.png \(an empty file\)$"):
+        check_readable(source, failures[:3])
+    with pytest.raises(InputError, match=r"set: 4 of 200 images.* 2\.png \(an empty file\), \.\.\.$"):
+        check_readable(source, failures)
 
 
 def test_find_images_is_sorted_and_skips_what_is_hidden(tmp_path: Path) -> None:

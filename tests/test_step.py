@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from graph_cases import with_stand_in
-from test_device_feed import IMAGES, MEMORIES
+from test_device_feed import IMAGES, MEMORIES, on_gpu
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _disable_current_modes
 
 from vi_simsiam.config import AugmentConfig, TrainConfig
 from vi_simsiam.data import Batch, DeviceFeed, MultiViewLoader
+from vi_simsiam.engine.graph import capture
 from vi_simsiam.engine.step import OverlappedStep, TrainStep, learning_rates
 from vi_simsiam.models import Output, SimSiam, VISimSiam
 
@@ -139,6 +141,24 @@ def test_another_network_computes_and_the_model_is_trained() -> None:
     assert_same(everything(step), everything(plain))
 
 
+def test_a_model_in_ddp_is_refused_and_trains_on() -> None:
+    """Refused in its forward: broken off in its backward the wrapper would refuse every later step."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        step = make_step()
+        step.network = DistributedDataParallel(step.model)
+        call = with_stand_in(step, step.state, mode="auto")
+        with pytest.warns(UserWarning, match="it runs a model in DistributedDataParallel, which is not captured"):
+            call(views(0))
+        call(views(1))
+    finally:
+        torch.distributed.destroy_process_group()
+    plain = make_step()
+    for i in range(2):
+        plain(views(i))
+    assert_same(everything(step), everything(plain))
+
+
 class KernelFeed(DeviceFeed):
     """A feed whose views no dispatcher sees, as those that kernels make on a GPU: the reference reads its table."""
 
@@ -206,3 +226,35 @@ def test_a_captured_run_is_resumed(feed: Callable[[str], DeviceFeed]) -> None:
         call()
     assert_same(everything(step)[:-1], everything(expected)[:-1])
     assert torch.equal(step.losses[7:], expected.losses[7:])
+
+
+@on_gpu("replays make the views of the steps to come on their second stream, and train as single launches do")
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_overlapped_replays_on_a_gpu(memory: str) -> None:
+    """The host runs far ahead of the device, across epochs, segments of the table and reused slots."""
+    steps = len(RATES) - 1
+    made: list[list[list[Tensor]]] = []
+    losses: list[Tensor] = []
+    for mode in ("on", "off"):
+        step = make_step(device="cuda")
+        feed = DeviceFeed(IMAGES, POLICY, batch_size=4, seed=3, device="cuda", memory=memory, segment=4)  # type: ignore[arg-type]
+        whole = OverlappedStep(step, feed)
+        whole.prepare(0)
+        call = capture(whole, state=whole.state, mode=mode)
+        made.append([])
+        for i in range(steps):
+            feed.load(i + 1)
+            call()
+            assert whole._views is not None
+            made[-1].append([view.clone() for view in whole._views])
+        assert call.captured == (mode == "on")
+        losses.append(step.losses[:8].clone())  # later ones amplify rounding
+        feed.close()
+    alone = DeviceFeed(IMAGES, POLICY, batch_size=4, seed=3, device="cuda", memory="gpu")
+    for i in range(steps):
+        alone.load(i + 1)
+        expected = alone.make(torch.tensor(i + 1, device="cuda")).views
+        for found in made:
+            assert all(torch.equal(a, b) for a, b in zip(found[i], expected, strict=True)), f"views of step {i + 1}"
+    alone.close()
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-2, atol=1e-3)

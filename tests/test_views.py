@@ -211,6 +211,15 @@ def test_images_that_no_crop_fits_are_cropped_in_the_middle(height: int, width: 
     assert (table[..., CROP] == crop).all()
 
 
+@pytest.mark.parametrize(("ratio", "height", "width"), [((0.1, 0.3), 1, 9), ((4.0, 5.0), 9, 1)])
+def test_a_crop_has_a_pixel_where_no_shape_fits(ratio: tuple[float, float], height: int, width: int) -> None:
+    """The central crop of that ratio would be 0.3 pixels wide, or 0.25 high."""
+    table = draw(AugmentConfig(crop_ratio=ratio), 2, height, width)
+    check_table(table, 3 * height * width)
+    middle = [(height - 1) // 2, (width - 1) // 2, 1, 1]
+    assert table[..., CROP].reshape(-1, 4).tolist() == [middle] * 4
+
+
 def test_none_takes_the_middle_square() -> None:
     table = draw(POLICIES["none"], 5, 40, 30)
     assert (table[..., CROP] == [5, 0, 30, 30]).all()

@@ -379,5 +379,5 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "pack": (_pack, "decode images once into one file to train on"),
     "views": (_views, "a picture of some images and their random views"),
     "info": (_info, "versions, devices, and which backends are available"),
-    "bench": (_bench, "benchmarks: bench loss|compare|accuracy|report"),
+    "bench": (_bench, "benchmarks: bench loss|augment|step|train|compare|accuracy|report"),
 }

@@ -6,15 +6,17 @@ projector of three linear layers with BatchNorm (the last one without affine par
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from vi_simsiam.config import LossConfig, ModelConfig, Stem, TrainConfig
 from vi_simsiam.distributions import PowerSpherical
@@ -35,6 +37,29 @@ class Output(NamedTuple):
     """V tensors (B, W): D columns, for VI-SimSiam one more with the raw concentration, and zeros up to a multiple of 16."""
     targets: tuple[Tensor, ...]
     """G tensors (B, D), detached."""
+
+
+class _PerView(_BatchNorm):
+    """BatchNorm of a batch that holds several views one after the other, each normalised by its own statistics.
+
+    Running statistics are updated by each view in turn, as if the views had come one by one.
+    """
+
+    views = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.views == 1 or not self.training:
+            return super().forward(x)
+        normalise = super().forward
+        return torch.cat([normalise(part) for part in x.chunk(self.views)])
+
+
+class _PerViewBatchNorm1d(_PerView, nn.BatchNorm1d):
+    pass
+
+
+class _PerViewBatchNorm2d(_PerView, nn.BatchNorm2d):
+    pass
 
 
 class SimSiam(nn.Module):
@@ -75,21 +100,29 @@ class SimSiam(nn.Module):
         self.features = features
         self.joint_statistics = False
         """Whether BatchNorm normalises consecutive views of one size jointly instead of each by its own statistics."""
+        self.shared_passes = False
+        """Whether views of one size pass together also where each is normalised by its own statistics: the same function,
+        on a CPU faster. For torchvision backbones; the BatchNorm of an own one would see the views as one batch."""
         self.backbone = backbone
         self.projector = nn.Sequential(
             nn.Linear(features, projector_hidden, bias=False),
-            nn.BatchNorm1d(projector_hidden),
+            _PerViewBatchNorm1d(projector_hidden),
             nn.ReLU(inplace=True),
             nn.Linear(projector_hidden, projector_hidden, bias=False),
-            nn.BatchNorm1d(projector_hidden),
+            _PerViewBatchNorm1d(projector_hidden),
             nn.ReLU(inplace=True),
             nn.Linear(projector_hidden, dim, bias=False),
-            nn.BatchNorm1d(dim, affine=False),
+            _PerViewBatchNorm1d(dim, affine=False),
         )
         last = _padded_linear(predictor_hidden, self.prediction_width(dim))
         self.predictor = nn.Sequential(
-            nn.Linear(dim, predictor_hidden, bias=False), nn.BatchNorm1d(predictor_hidden), nn.ReLU(inplace=True), last
+            nn.Linear(dim, predictor_hidden, bias=False),
+            _PerViewBatchNorm1d(predictor_hidden),
+            nn.ReLU(inplace=True),
+            last,
         )
+
+        self._norms = [module for module in self.modules() if isinstance(module, _PerView)]
 
     @staticmethod
     def prediction_width(dim: int) -> int:
@@ -108,14 +141,28 @@ class SimSiam(nn.Module):
             views: V tensors (B, 3, height, width); sizes may differ between views.
             targets: G, how many views (from the first on) are targets.
         """
-        passes = _by_shape(views) if self.joint_statistics else [[view] for view in views]
+        passes = _by_shape(views) if self.joint_statistics or self.shared_passes else [[view] for view in views]
         projections: list[Tensor] = []
         predictions: list[Tensor] = []
         for together in passes:
-            projection = self.projector(self.backbone(together[0] if len(together) == 1 else torch.cat(together)))
+            images = together[0] if len(together) == 1 else torch.cat(together)
+            with self._normalising(1 if self.joint_statistics else len(together)):
+                projection = self.projector(self.backbone(images))
+                prediction = self.predictor(projection)
             projections += projection.chunk(len(together))
-            predictions += self.predictor(projection).chunk(len(together))
+            predictions += prediction.chunk(len(together))
         return Output(tuple(predictions), tuple(projection.detach() for projection in projections[:targets]))
+
+    @contextlib.contextmanager
+    def _normalising(self, views: int) -> Iterator[None]:
+        """Let BatchNorm take its batches for so many views."""
+        for norm in self._norms:
+            norm.views = views
+        try:
+            yield
+        finally:
+            for norm in self._norms:
+                norm.views = 1
 
     def loss(self, output: Output, backend: str = "auto", loss_scale: float = 1.0) -> Tensor:
         """The method's loss of an `Output` times `loss_scale`, a scalar."""
@@ -229,7 +276,9 @@ def build_backbone(
     if name not in known:
         raise InputError(f"backbone: {name!r} is none of {', '.join(known)}")
     weights = "DEFAULT" if pretrained else None
-    network = torchvision.models.get_model(name, weights=weights, zero_init_residual=zero_init_residual)
+    network = torchvision.models.get_model(
+        name, weights=weights, zero_init_residual=zero_init_residual, norm_layer=_PerViewBatchNorm2d
+    )
     features: int = network.fc.in_features
     network.fc = nn.Identity()
     if stem == "small":

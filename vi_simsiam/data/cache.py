@@ -17,8 +17,8 @@ import glob
 import hashlib
 import os
 import re
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,8 +38,6 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
-
-__all__ = ["PackedImages", "cache_folder", "cached", "in_memory", "open_pack", "pack"]
 
 _SECONDS_TO_LOCK = 60.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -225,19 +223,18 @@ def _decode(
 def _whole_or_not_at_all(path: Path) -> Iterator[IO[bytes]]:
     """A file that takes the place of `path` once its bytes are on the disk, and is removed if anything goes wrong."""
     _remove_left_over(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "xb") as file:
             if fcntl is not None:
                 with contextlib.suppress(OSError):  # not every network file system has locks
                     fcntl.flock(file, fcntl.LOCK_EX)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -80,7 +80,7 @@ def decode(
         raise InputError(f"workers: {workers} must be at least 0")
     step = int(np.clip(_CHUNK_BYTES / max(mean_bytes, 1.0), 1, _CHUNK_IMAGES))
     chunks = [range(start, min(start + step, len(source))) for start in range(0, len(source), step)]
-    workers = min(_cores() if workers is None else workers, len(chunks))
+    workers = min(cores() if workers is None else workers, len(chunks))
     if workers <= 1 or not _can_be_pickled(source):
         return (_decode(source, chunk, shorter_side) for chunk in chunks)
     return _decode_in_processes(source, chunks, workers, shorter_side)
@@ -93,7 +93,7 @@ def _decode_in_processes(
     pending: deque[Future[Chunk]] = deque()
     try:
         for chunk in chunks:
-            with _interrupts_blocked():  # submitting starts workers
+            with interrupts_blocked():  # submitting starts workers
                 pending.append(pool.submit(_decode_in_worker, chunk))
             if len(pending) >= workers + 2:
                 yield pending.popleft().result()
@@ -144,7 +144,8 @@ class _Nowhere:
         return len(data)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -173,7 +174,7 @@ def _decode_in_worker(chunk: range) -> Chunk:
 
 
 @contextlib.contextmanager
-def _interrupts_blocked() -> Iterator[None]:
+def interrupts_blocked() -> Iterator[None]:
     """Keep SIGINT from workers until they ignore it: they inherit the mask of the thread that starts them."""
     if not hasattr(signal, "pthread_sigmask"):
         yield

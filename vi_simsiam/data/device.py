@@ -7,6 +7,7 @@ row by a counter on the device, so that a CUDA graph of a training step can cont
 from __future__ import annotations
 
 import sys
+import time
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, get_args
@@ -82,6 +83,9 @@ class DeviceFeed:
         self.device = self._transfers.device
         self.memory = self._choose_memory(memory)
         """Where the images are: "gpu" or "host"."""
+        self.waited = 0.0
+        """Seconds in which `load` waited for its threads and the device ran out of work. A GPU that has work left loses
+        nothing by that, nor by `load` waiting for the GPU, which only keeps the host from running too far ahead."""
         self._pool: ThreadPoolExecutor | None = None
         self._next = -1
 
@@ -103,6 +107,8 @@ class DeviceFeed:
         self._uploaded: Any = None
         # What was queued above is on this stream; loads and steps may come on another.
         self._transfers.settle(self._transfers.mark())
+        if self._transfers.stream is not None:
+            self.record_stream(self._transfers.stream)
 
     def load(self, step: int) -> None:
         """Put on their way to the device all data that step `step` needs, in the order of the current stream.
@@ -140,6 +146,14 @@ class DeviceFeed:
         if self.policy.local_views:
             views += self._augment(table[GLOBAL_VIEWS:], self.policy.local_size)
         return Batch(views, table[0, :, Column.SAMPLE].long())
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the device memory, once it is let go, until what `stream` was given by then has run.
+
+        For streams on which loads or `make` are queued and whose end nothing else waits for.
+        """
+        for tensor in (self._pixels, self._ring):
+            tensor.record_stream(stream)
 
     def close(self) -> None:
         """End the threads, waiting for what they are doing. Loading another step would start new ones."""
@@ -214,7 +228,7 @@ class DeviceFeed:
             return
         assert self._drawn is not None
         assert self._pool is not None
-        _finish(self._drawn)
+        self._await(self._drawn)
         half, steps = segment % 2, self._segment_steps
         self._ring[half * steps : (half + 1) * steps].copy_(self._drawn_rows[half], non_blocking=True)
         before, self._uploaded = self._uploaded, self._transfers.mark()
@@ -222,6 +236,16 @@ class DeviceFeed:
         self._transfers.settle(before)
         self._segment = segment
         self._drawn = self._pool.submit(self._draw, segment + 1)
+
+    def _await(self, job: Future[Any]) -> Any:
+        """The result of a thread's job. The time counts as waited if the device is found to have done all it was given."""
+        if job.done():
+            return _finish(job)
+        launched, since = self._transfers.mark(), time.perf_counter()
+        result = _finish(job)
+        if self._transfers.done(launched):
+            self.waited += time.perf_counter() - since
+        return result
 
     def _draw(self, segment: int) -> None:
         """Draw the table rows of a segment's steps into its half of the page-locked rows."""
@@ -266,7 +290,7 @@ class DeviceFeed:
                 continue
             if ahead > step and not slot.gathered.done():
                 continue
-            count = _finish(slot.gathered)
+            count = self._await(slot.gathered)
             slot.copied = transfers.copy(slot.device[:count], slot.host[:count], after=slot.read)
             slot.sent = True
         transfers.wait(self._slots[step % _SLOTS].copied)

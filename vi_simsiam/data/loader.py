@@ -7,7 +7,6 @@ the same function of (seed, epoch, step), see `data.batches`.
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 import types
@@ -26,6 +25,7 @@ from vi_simsiam.config import AugmentConfig, DataMemory
 from vi_simsiam.config import policy as named_policy
 from vi_simsiam.data.batches import Batch, Schedule
 from vi_simsiam.data.cache import cached
+from vi_simsiam.data.decoding import cores, interrupts_blocked
 from vi_simsiam.data.device import DeviceFeed, byte_tensor, check_memory, find_device
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource, as_source
@@ -117,6 +117,8 @@ class MultiViewLoader:
         self._dataset = _ViewBatches(schedule, dtype)
         self._loader: DataLoader[Any] | None = None
         self._side = torch.cuda.Stream(device) if self.feed else None
+        if self.feed is not None and self._side is not None:
+            self.feed.record_stream(self._side)  # an epoch may be left with a batch on its way
         self._next_epoch = 0
         self._runs = 0
 
@@ -202,8 +204,7 @@ def default_workers() -> int:
     that other programs were using, too, the training process made 4,300 views of 32 pixels a second by itself, and got
     4,200 from one worker and 4,000 from two: 145, 199 and 222 us of processor time a view.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores // 4, 16)
+    return min(cores() // 4, 16)
 
 
 def _packed(source: ImageSource | Dataset[Any]) -> PackedImages:
@@ -327,7 +328,7 @@ def _data_loader(dataset: Dataset[Any], steps: Sampler[Any], workers: int, keep:
 
 def _batches(loader: DataLoader[Any]) -> Iterator[Any]:
     deaths = _Deaths(loader.num_workers)
-    with _interrupts_blocked() if loader.num_workers else contextlib.nullcontext():
+    with interrupts_blocked() if loader.num_workers else contextlib.nullcontext():
         batches = deaths.told(iter, loader)
     try:
         with deaths:
@@ -430,16 +431,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-@contextlib.contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Keep SIGINT from workers until they ignore it: they inherit the mask of the thread that starts them."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

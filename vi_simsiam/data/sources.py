@@ -9,7 +9,6 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -178,23 +177,6 @@ class FileSource(ImageSource):
         """Return the file's path."""
         return self.paths[index]
 
-    def readable(self, workers: int) -> tuple[FileSource, list[Unreadable]]:
-        """Decode every file completely, in `workers` threads; return a source of those that can be, and the others."""
-        with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
-            reasons = list(pool.map(self._why_unreadable, range(len(self))))
-        keep = np.array([reason is None for reason in reasons], dtype=bool)
-        failures = [Unreadable(path, why) for path, why in zip(self.paths, reasons, strict=True) if why is not None]
-        paths = [path for path, kept in zip(self.paths, keep, strict=True) if kept]
-        labels = None if self.labels is None else self.labels[keep]
-        return FileSource(paths, labels, self.classes, self.name), failures
-
-    def _why_unreadable(self, index: int) -> str | None:
-        try:
-            self.image(index)
-        except UnreadableError as error:
-            return error.entry.reason
-        return None
-
 
 class DatasetSource(ImageSource):
     """The images of any map-style torch Dataset; labels are not taken over.
@@ -267,20 +249,6 @@ def _item_to_rgb(item: Any, place: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
 
 
-def scan(source: ImageSource, workers: int | None = None) -> tuple[ImageSource, list[Unreadable]]:
-    """Find the images of a source that cannot be read, before a training run meets them.
-
-    Returns the source without them, and their list. `workers` threads decode; None for one a CPU core. Images in
-    memory are all readable. Raises InputError if more than 1 % are unreadable: then something is wrong with the
-    folder rather than with a few files.
-    """
-    if not isinstance(source, FileSource):
-        return source, []
-    cleaned, failures = source.readable(os.cpu_count() or 1 if workers is None else workers)
-    check_readable(source, failures)
-    return cleaned, failures
-
-
 def check_readable(source: ImageSource, failures: Sequence[Unreadable]) -> None:
     """Raise InputError if more than 1 % of a source's images are unreadable, naming the first."""
     if len(failures) > _TOLERATED_SHARE * len(source):
@@ -322,7 +290,7 @@ def list_folder(folder: str | Path) -> list[os.DirEntry[str]]:
 
 
 def is_image(entry: os.DirEntry[str]) -> bool:
-    """Whether the entry is named like an image and is a file, or a broken link (which a scan will then report)."""
+    """Whether the entry is named like an image and is a file, or a broken link (which is reported when it is read)."""
     named_so = entry.name.lower().endswith(IMAGE_SUFFIXES)
     return named_so and (entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)))
 

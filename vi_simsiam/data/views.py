@@ -202,5 +202,6 @@ def _draw_crops(
     tall, wide = heights[left], widths[left]
     height = np.where(wide / tall < ratio[0], np.rint(wide / ratio[0]).astype(np.int64), tall)
     width = np.where(wide / tall > ratio[1], np.rint(tall * ratio[1]).astype(np.int64), wide)
+    height, width = np.maximum(height, 1), np.maximum(width, 1)
     rows[left, Column.HEIGHT], rows[left, Column.WIDTH] = height, width
     rows[left, Column.TOP], rows[left, Column.LEFT] = (tall - height) // 2, (wide - width) // 2

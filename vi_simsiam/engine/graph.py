@@ -123,8 +123,11 @@ class CudaGraph:
     def _clean_up(self, current: torch.cuda.Stream, generator: torch.Generator, random_state: torch.Generator) -> None:
         """A capture that cannot be ended leaves its stream current, its pool in use and the generator recording."""
         torch.cuda.set_stream(current)
+        self._graph.reset()
+        # Versions of torch whose failed captures and `reset` give the pool back themselves say that it is not in use.
         with contextlib.suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+            torch._C._cuda_releasePool(self._device.index, self._pool)
         try:
             torch.rand(1, device=self._device)
         except RuntimeError:

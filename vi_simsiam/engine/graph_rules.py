@@ -98,6 +98,9 @@ class Rules(TorchDispatchMode):
     def _broken_rule(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         on_device = any(self._here(tensor) for tensor in tensors)
+        if DistributedDataParallel._get_active_ddp_module() is not None:
+            # Refused before backward: the wrapper is of no use any more once that has been broken off.
+            return "it runs a model in DistributedDataParallel, which is not captured; use the module inside it"
         if func.namespace in ("c10d", "_c10d_functional"):
             return "collective operations are not captured"
         if on_device and torch.Tag.data_dependent_output in func.tags:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -30,8 +31,10 @@ MIN_SIZE = 8
 AUGMENT_BACKENDS = ("eager", "triton")
 
 _LUMA = (0.2989, 0.587, 0.114)
-# Rows worked on at a time: as many as keep the views and a copy of them in a core's cache.
-_CHUNK_FLOATS = 1 << 18
+# Rows worked on at a time: few enough for a processor's cache, many enough that calls of torch cost little.
+_CHUNK_FLOATS = 1 << 19
+_SMALL_SIZE = 64
+"""Views up to this size are resized with matrices, which is faster for crops no larger than them."""
 _LEAST_TAP = 1e-12
 """Of a blur. Subnormal numbers, which narrow ones end in, make a processor ten times slower."""
 
@@ -200,17 +203,8 @@ def _starts(rows: NDArray[np.int32]) -> NDArray[np.int64]:
 
 def _augment_rows(pixels: Tensor, rows: NDArray[np.int32], out: Tensor) -> None:
     """Write the views of (n, 16) table rows to `out`, (n, size, size, 3)."""
-    size, device = out.shape[1], out.device
-    x = torch.empty((len(rows), 3, size, size), device=device)
-    crops = rows[:, [Column.STRIDE, Column.HEIGHT, Column.WIDTH]].tolist()
-    first = pixels.storage_offset()
-    for view, start, (stride, height, width) in zip(x, _starts(rows).tolist(), crops, strict=True):
-        # Bytes of an image lie as in channels_last, the layout in which torch resizes fastest.
-        crop = pixels.as_strided((1, 3, height, width), (3 * width, 1, stride, 3), first + start).float()
-        if (height, width) == (size, size):
-            view.copy_(crop[0])
-        else:
-            view.copy_(F.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0])
+    device = out.device
+    x = _resized(pixels, rows, out.shape[1])
     x.mul_(1 / 255)
     strengths = torch.from_numpy(rows[:, Column.BRIGHTNESS : Column.SIGMA + 1].view(np.float32).copy()).to(device)
     _apply(x, rows[:, Column.FLIP] != 0, lambda part, _: part.flip(-1), strengths)
@@ -224,11 +218,55 @@ def _augment_rows(pixels: Tensor, rows: NDArray[np.int32], out: Tensor) -> None:
     out.copy_(x.sub_(mean).div_(std).permute(0, 2, 3, 1))
 
 
+def _resized(pixels: Tensor, rows: NDArray[np.int32], size: int) -> Tensor:
+    """The crops of (n, 16) table rows as (n, 3, size, size) float32, up to 255."""
+    x = torch.zeros((len(rows), 3, size, size), device=pixels.device)
+    sides = rows[:, Column.HEIGHT : Column.WIDTH + 1]
+    small = sides.max(axis=1) <= (size if size <= _SMALL_SIZE else 0)
+    first = pixels.storage_offset()
+    for view, start, stride, (height, width), fits in zip(
+        x, _starts(rows).tolist(), rows[:, Column.STRIDE].tolist(), sides.tolist(), small.tolist(), strict=True
+    ):
+        # Bytes of an image lie as in channels_last, the layout in which torch resizes fastest.
+        crop = pixels.as_strided((1, 3, height, width), (3 * width, 1, stride, 3), first + start)
+        if fits:
+            view[:, :height, :width] = crop[0]
+        elif (height, width) == (size, size):
+            view.copy_(crop[0])
+        else:
+            view.copy_(F.interpolate(crop.float(), (size, size), mode="bilinear", antialias=True)[0])
+
+    def enlarge(part: Tensor, sides: Tensor) -> Tensor:
+        matrices = _enlarging_matrices(size, x.device)
+        return _multiply(matrices[sides[:, 0]], part, matrices[sides[:, 1]])
+
+    _apply(x, small, enlarge, torch.from_numpy(sides.astype(np.int64)).to(x.device))
+    return x
+
+
+@lru_cache(maxsize=8)
+def _enlarging_matrices(size: int, device: torch.device) -> Tensor:
+    """(size + 1, size, size): matrix n resizes n pixels to `size`; its columns from n on are 0."""
+    matrices = torch.zeros((size + 1, size, size), device=device)
+    for n in range(1, size + 1):
+        identity = torch.eye(n, device=device)[None, None]
+        matrices[n, :, :n] = F.interpolate(identity, (size, n), mode="bilinear", antialias=True)[0, 0]
+    return matrices
+
+
+def _multiply(down: Tensor, x: Tensor, across: Tensor) -> Tensor:
+    """Matrices (n, s, s) times the columns and the rows of (n, 3, s, s)."""
+    rows = torch.bmm(x.flatten(1, 2), across.mT).view_as(x)
+    return down[:, None] @ rows
+
+
 def _apply(
     x: Tensor, chosen: NDArray[np.bool_], function: Callable[[Tensor, Tensor], Tensor], parameters: Tensor
 ) -> None:
-    """Replace the chosen rows of `x` by `function` of (a copy of them that it may change, their parameters)."""
-    if chosen.any():
+    """Replace the chosen rows of `x` by `function` of (these rows, which it may change, and their parameters)."""
+    if chosen.all():
+        x.copy_(function(x, parameters))
+    elif chosen.any():
         index = torch.from_numpy(np.flatnonzero(chosen)).to(x.device)
         x.index_copy_(0, index, function(x.index_select(0, index), parameters[index]))
 
@@ -286,8 +324,7 @@ def _blur(x: Tensor, sigma: Tensor) -> Tensor:
     source = (size - 1 - (size - 1 - source.abs()).abs()).expand(len(x), -1, -1)
     matrix = x.new_zeros((len(x), size, size))
     matrix.scatter_add_(2, source, taps[:, None].expand(-1, size, -1))
-    across = torch.bmm(x.view(len(x), 3 * size, size), matrix.mT).view_as(x)
-    return matrix[:, None] @ across
+    return _multiply(matrix, x, matrix)
 
 
 _COLOUR: dict[ColourOperation, Callable[[Tensor, Tensor], Tensor]] = {

@@ -1,0 +1,251 @@
+"""What a training step costs, part by part, and how near it comes to the network alone.
+
+The floor is the same network's forward and backward on random tensors that lie on the device, without views, loss and
+update, on a GPU as a graph: the time below which no step of this network can come unless the network itself becomes
+faster, for which its torch.compile variant stands. The step is measured as training runs it, with its data; parts are
+differences of what was measured for growing pieces. Before it is timed, the losses of the step's first batches are held to
+those of a plain loop with torch's SGD on the same views.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from vi_simsiam.config import Method
+from vi_simsiam.data.cache import in_memory
+from vi_simsiam.data.packed import PackedImages
+from vi_simsiam.data.sources import FileSource
+
+from . import pipeline_plots, pipeline_tables
+from .harness import failure_reason, interleave
+from .images import image_files
+from .pipeline_targets import pipeline_targets
+from .step_parts import Parts, StepCase, WholeStep, augmentation, batches, image_count, peak_flops
+from .suite import Suite, SuiteOptions
+from .timers import Timer, timer_for
+from .view_cases import SMALL_IMAGES, ViewCase, view_cases
+
+NAME = "step"
+STEP, NOT_CAPTURED, AT_HAND = "step", "step, not captured", "step on views at hand"
+NETWORK, COMPILED = "network alone", "network alone, torch.compile"
+YARDSTICK = NETWORK
+_METHODS: tuple[Method, ...] = ("vi-simsiam", "simsiam")
+PIECES = ("augmentation", "forward", "forward + loss", "forward + loss + backward", "optimiser")
+_CHECKED_STEPS = 6
+"""Enough that the last ones are replays: a step is checked and warmed up before it is recorded."""
+_TOLERANCE = {"cuda": 2e-2, "cpu": 1e-4}
+"""Of losses in nats or cosines: the order of sums differs, in bfloat16 on a GPU and in float32 on a CPU."""
+_SHORT_SECONDS = {"cuda": 110.0, "cpu": 90.0}
+_CASE_SECONDS = {"cuda": 8.0, "cpu": 40.0}
+_GRAPH_BYTES = 10**9
+"""Stands for the traffic of a step: two of them in a graph are enough that its own launch does not count."""
+
+
+@dataclass(frozen=True)
+class Options(SuiteOptions):
+    """Options of `vi-simsiam bench step`; cases are named like "vi-simsiam 2x128+6x64 batch 64"."""
+
+    rounds: int = 9
+    """Measurements of everything; the median is reported."""
+
+
+def step_cases(device_type: str, *, short: bool) -> tuple[StepCase, ...]:
+    """The cases in the order in which they are measured, the telling ones first."""
+    views: Sequence[ViewCase] = (SMALL_IMAGES,)
+    if device_type == "cuda":
+        views = view_cases("cuda", short=short)
+    return tuple(StepCase(case, method) for method in _METHODS for case in views)
+
+
+def run(
+    options: Options,
+    console: Console | None = None,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
+    """Measure the cases, print tables, and write the result file after each case if a folder is given.
+
+    Args:
+        options: what to measure.
+        console: where to print.
+        clock: the time in seconds, for the limit on --short.
+    """
+    suite = Suite(NAME, options, console)
+    device = suite.device
+    suite.result["peak_flops"] = peak_flops(device)
+    timer = timer_for(device)
+    limit = _SHORT_SECONDS[device.type]
+    for case, used in suite.cases(step_cases(device.type, short=options.short), limit, clock):
+        without = f"left out: it compiles long, and --short had used {used * limit:.0f} s" if used > 0.35 else None
+        images = _images(case, device.type)
+        found = measure_case(case, images, device, timer, rounds=options.rounds, without_compile=without)
+        timer.release()
+        suite.add(found, pipeline_tables.step_case(found))
+    return suite.finish(pipeline_targets(suite.result), partial(pipeline_plots.draw, NAME))
+
+
+def measure_case(
+    case: StepCase,
+    images: PackedImages,
+    device: torch.device,
+    timer: Timer,
+    *,
+    rounds: int,
+    without_compile: str | None = None,
+) -> dict[str, Any]:
+    """Check the step and measure it, its pieces and the network alone, in turn; failures are recorded with the reason.
+
+    Args:
+        case: what to train.
+        images: what to train on.
+        device: where.
+        timer: how pieces are timed.
+        rounds: measurements of everything.
+        without_compile: why the network is not compiled; None to compile it.
+
+    Returns:
+        The case, `flops` of the network's forward and backward, the losses of the plain loop, and under `providers` for each
+        measured thing `correct`, `failure`, `losses` (whole steps), `time` (quartiles) and `mfu`: the network's operations
+        over the time and the device's peak, None where that is not known.
+    """
+    flops, expected = None, None
+    try:
+        parts = Parts(case, device)
+        flops = parts.flops(parts.random_views(0))
+        expected = parts.plain_losses(batches(images, case, device, _CHECKED_STEPS))
+        found = _measured(parts, images, expected, timer, rounds, without_compile)
+    except Exception as error:  # no memory for the network or its views
+        found = {name: failed(failure_reason(error)) for name in (STEP, NETWORK)}
+    peak = peak_flops(device)
+    for name, values in found.items():
+        if flops and peak and values["time"] is not None and name not in PIECES:
+            values["mfu"] = flops / values["time"]["median_us"] * 1e6 / peak
+    return {
+        "name": case.name,
+        "label": f"{case.method}, {case.views.label}, batch {case.views.batch}",
+        "batch": case.views.batch,
+        "views": case.views.views,
+        "method": case.method,
+        "flops": flops,
+        "losses": expected,
+        "yardstick": YARDSTICK,
+        "providers": found,
+        "phases": phases(found),
+    }
+
+
+def _measured(
+    parts: Parts, images: PackedImages, expected: list[float], timer: Timer, rounds: int, without_compile: str | None
+) -> dict[str, dict[str, Any]]:
+    """Whole steps that train as the plain loop does, their pieces and the network alone, timed in turn."""
+    kind = parts.device.type
+    found: dict[str, dict[str, Any]] = {}
+    measures: dict[str, Callable[[], float]] = {}
+    whole: list[WholeStep] = []
+    for name in (STEP, NOT_CAPTURED) if kind == "cuda" else (STEP,):
+        try:
+            whole.append(WholeStep(parts, images, captured=name == STEP))
+            found[name] = judge(whole[-1].losses(_CHECKED_STEPS), expected, _TOLERANCE[kind])
+        except Exception as error:
+            found[name] = failed(failure_reason(error))
+        if found[name]["correct"]:
+            measures[name] = whole[-1].measure
+    views = [parts.random_views(seed) for seed in range(2)]
+    for name, prepare in _calls(parts, images).items():
+        found[name] = failed(without_compile if name == COMPILED else None)
+        if found[name]["failure"]:
+            continue
+        try:
+            call, sets = prepare(views)
+            measures[name] = timer.prepare(call, sets, _GRAPH_BYTES)["time"]
+        except Exception as error:
+            found[name] = failed(failure_reason(error))
+    times, failures = interleave(measures, rounds=rounds, seconds=_CASE_SECONDS[kind], least=3)
+    for step in whole:
+        step.close()
+    for name, reason in failures.items():
+        found[name].update(correct=False, failure=reason)
+    for name, quartiles in times.items():
+        found[name]["time"] = quartiles
+    return found
+
+
+def judge(losses: list[float], expected: list[float], tolerance: float) -> dict[str, Any]:
+    """Hold the losses of a step to those of the plain loop; `tolerance` is relative for losses above 1."""
+    apart = [abs(a - b) / max(1.0, abs(b)) for a, b in zip(losses, expected, strict=True)]
+    right = all(difference <= tolerance for difference in apart)  # a NaN is wrong, too
+    reason = None if right else f"wrong: losses {max(apart):.1e} from the plain loop's, allowed {tolerance:.0e}"
+    return {**failed(reason), "losses": losses}
+
+
+def failed(reason: str | None) -> dict[str, Any]:
+    """What is recorded without a time; with None as the reason nothing is wrong with it."""
+    return {"correct": reason is None, "failure": reason, "losses": None, "time": None, "mfu": None}
+
+
+def phases(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+    """Microseconds of each part, from medians of growing pieces; None where a piece has none.
+
+    "exposed augmentation" is what the step takes longer than on views at hand, "gaps" what that takes longer than its parts.
+    """
+
+    def median(name: str) -> float | None:
+        times = found.get(name, {}).get("time")
+        return None if times is None else float(times["median_us"])
+
+    def difference(larger: float | None, *parts: float | None) -> float | None:
+        return None if larger is None or None in parts else larger - sum(part for part in parts if part is not None)
+
+    made, forward, with_loss, with_backward, optimiser = (median(piece) for piece in PIECES)
+    at_hand = median(AT_HAND)
+    return {
+        "augmentation": made,
+        "exposed augmentation": difference(median(STEP), at_hand),
+        "forward": forward,
+        "loss": difference(with_loss, forward),
+        "backward": difference(with_backward, with_loss),
+        "optimiser": optimiser,
+        "gaps": difference(at_hand, with_backward, optimiser),
+    }
+
+
+def _calls(
+    parts: Parts, images: PackedImages
+) -> dict[str, Callable[[list[Any]], tuple[Callable[[Any], object], Sequence[Any]]]]:
+    """What is timed by the timer: for random views, a function and what to call it with in turn."""
+
+    def augmenting(views: list[Any]) -> tuple[Callable[[Any], object], Sequence[Any]]:
+        call, table = augmentation(images, parts.case, parts.device)
+        return call, [table]
+
+    def compiled(views: list[Any]) -> tuple[Callable[[Any], object], Sequence[Any]]:
+        torch.compiler.reset()
+        return parts.network_alone(torch.compile(parts.model, dynamic=False)), views
+
+    return {
+        NETWORK: lambda views: (parts.network_alone(parts.model), views),
+        COMPILED: compiled,
+        AT_HAND: lambda views: (parts.train_step(), views),
+        PIECES[0]: augmenting,
+        PIECES[1]: lambda views: (parts.forward, views),
+        PIECES[2]: lambda views: (parts.forward_loss, views),
+        PIECES[3]: lambda views: (parts.forward_loss_backward, views),
+        PIECES[4]: lambda views: (parts.optimiser(), views),
+    }
+
+
+def _images(case: StepCase, device_type: str) -> PackedImages:
+    """Generated images in memory, enough for an epoch of one measurement."""
+    with tempfile.TemporaryDirectory() as folder:
+        count = image_count(case.views.batch, device_type)
+        paths = image_files("generated", Path(folder), count=count, sides=case.views.sides)
+        return in_memory(FileSource(paths, name="benchmark"))

@@ -1,0 +1,256 @@
+"""The training step of a case, whole and in parts, and the plain loop that its losses are held to."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from vi_simsiam.config import Method, TrainConfig
+from vi_simsiam.data.device import byte_tensor
+from vi_simsiam.data.loader import MultiViewLoader
+from vi_simsiam.data.packed import PackedImages
+from vi_simsiam.engine.graph import capture
+from vi_simsiam.engine.step import OverlappedStep, TrainStep
+from vi_simsiam.models import Output, SimSiam, VISimSiam, build_model
+from vi_simsiam.ops.augment import augment
+
+from .ours import placed_table
+from .peers import synchronize
+from .view_cases import ViewCase
+
+_LR, _MOMENTUM, _WEIGHT_DECAY = 0.0125, 0.9, 1e-4
+_MOST_STEPS = 2**17
+"""Learning rates there are: more steps than are ever measured."""
+_STEPS = {"cuda": 30, "cpu": 8}
+"""Steps of one measurement of the whole step."""
+
+# Dense bfloat16 with float32 accumulation, from the makers' data sheets.
+_PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 80GB HBM3": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "B200": 2250e12,
+}
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """Views and the method that trains on them."""
+
+    views: ViewCase
+    method: Method
+
+    @property
+    def name(self) -> str:
+        """What the case is called in results; unique."""
+        return f"{self.method} {self.views.name}"
+
+    @property
+    def config(self) -> TrainConfig:
+        """The network is the default one."""
+        return TrainConfig(method=self.method, batch_size=self.views.batch, augment=self.views.policy)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Most bfloat16 operations a second that the device can do; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in _PEAK_FLOPS.items() if known in name), None)
+
+
+class Parts:
+    """The parts of a step on views at hand, each a function of the views.
+
+    Args:
+        case: what to train.
+        device: where.
+    """
+
+    def __init__(self, case: StepCase, device: torch.device) -> None:
+        self.case, self.device = case, device
+        self.bf16 = device.type == "cuda"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = build_model(case.config)
+        self.model: SimSiam = model.to(device).to(memory_format=torch.channels_last).train()
+        self.loss_scale = 1 / (model.dim - 1) if isinstance(model, VISimSiam) else 1.0
+        self._parameters = list(self.model.parameters())
+
+    def train_step(self) -> TrainStep:
+        """Our step on a copy of the network, so that every caller begins with the same weights."""
+        return TrainStep(
+            copy.deepcopy(self.model),
+            torch.full((_MOST_STEPS,), _LR),
+            momentum=_MOMENTUM,
+            weight_decay=_WEIGHT_DECAY,
+            loss_scale=self.loss_scale,
+            bf16=self.bf16,
+        )
+
+    def plain_losses(self, batches: Sequence[list[Tensor]]) -> list[float]:
+        """Losses of the same training written down plainly, with torch's own SGD; before they are scaled."""
+        model = copy.deepcopy(self.model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=_LR, momentum=_MOMENTUM, weight_decay=_WEIGHT_DECAY)
+        losses = []
+        for views in batches:
+            with self._autocast():
+                loss = model.loss(model(views), "eager", self.loss_scale)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item() / self.loss_scale)
+        return losses
+
+    def forward(self, views: Sequence[Tensor]) -> Output:
+        """The network."""
+        with self._autocast():
+            return self.model(views)  # type: ignore[no-any-return]
+
+    def forward_loss(self, views: Sequence[Tensor]) -> Tensor:
+        """The network and the loss."""
+        with self._autocast():
+            return self.model.loss(self.model(views), "auto", self.loss_scale)
+
+    def forward_loss_backward(self, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The network and the loss, and the gradient of all weights."""
+        return torch.autograd.grad(self.forward_loss(views), self._parameters)
+
+    def network_alone(self, network: Callable[[Sequence[Tensor]], Output]) -> Callable[[Sequence[Tensor]], object]:
+        """Forward and backward of the network, for a random gradient of its predictions: what no step can do without."""
+        seeds: list[Tensor] = []
+
+        def call(views: Sequence[Tensor]) -> object:
+            with self._autocast():
+                predictions = network(views).predictions
+            if not seeds:
+                seeds.extend(torch.randn_like(prediction) for prediction in predictions)
+            return torch.autograd.grad(predictions, self._parameters, seeds)
+
+        return call
+
+    def optimiser(self) -> Callable[[object], None]:
+        """The update alone, for gradients at hand."""
+        step = self.train_step()
+        for parameter in step.model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        return lambda _: step.optimizer.step() and None
+
+    def flops(self, views: Sequence[Tensor]) -> int:
+        """Floating-point operations of the network's forward and backward, as torch counts them."""
+        with FlopCounterMode(display=False) as counter:
+            self.network_alone(self.model)(views)
+        return int(counter.get_total_flops())
+
+    def random_views(self, seed: int) -> list[Tensor]:
+        """Random tensors like a batch of views."""
+        policy = self.case.views.policy
+        generator = torch.Generator(self.device).manual_seed(seed)
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        sizes = [policy.size] * 2 + [policy.local_size] * policy.local_views
+        shapes = [(self.case.views.batch, 3, size, size) for size in sizes]
+        views = [torch.randn(shape, device=self.device, generator=generator) for shape in shapes]
+        return [view.to(dtype).contiguous(memory_format=torch.channels_last) for view in views]
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+class WholeStep:
+    """Our training step with its data: on a GPU overlapped and captured, on a CPU fed by worker processes.
+
+    Args:
+        parts: the network.
+        images: decoded.
+        captured: whether a GPU replays the step as a graph.
+    """
+
+    def __init__(self, parts: Parts, images: PackedImages, *, captured: bool) -> None:
+        self.device, case = parts.device, parts.case
+        dtype = torch.bfloat16 if parts.bf16 else torch.float32
+        self.loader = MultiViewLoader(images, case.views.policy, case.views.batch, self.device, dtype=dtype)
+        self.step = parts.train_step()
+        self._done = 0
+        self._replay: Callable[[], Any] | None = None
+        if self.loader.feed is not None:
+            whole = OverlappedStep(self.step, self.loader.feed)
+            whole.prepare(0)
+            self._replay = capture(whole, state=whole.state, mode="on" if captured else "off")
+
+    def losses(self, count: int) -> list[float]:
+        """Train `count` steps from the start; the loss of each, before it is scaled."""
+        for _ in itertools.islice(self._steps(), count):
+            pass
+        return (self.step.losses[:count] / self.step.loss_scale).tolist()  # type: ignore[no-any-return]
+
+    def measure(self) -> float:
+        """Microseconds a step; the clock begins after one."""
+        start = 0.0
+        for number, _ in enumerate(itertools.islice(self._steps(), 1 + _STEPS[self.device.type])):
+            if number == 0:
+                synchronize(self.device)
+                start = perf_counter()
+        synchronize(self.device)
+        return (perf_counter() - start) / number * 1e6
+
+    def close(self) -> None:
+        """End what prepares batches."""
+        self.loader.close()
+        self._replay = None
+
+    def _steps(self) -> Iterator[None]:
+        feed = self.loader.feed
+        if feed is not None:
+            assert self._replay is not None
+            while True:
+                feed.load(self._done + 1)
+                self._replay()
+                self._done += 1
+                yield
+        for batch in self.loader:
+            self.step(batch.views)
+            yield
+
+
+def image_count(batch: int, device_type: str) -> int:
+    """Images of an epoch: all steps of one measurement on a CPU, where epochs are not made without a pause."""
+    return batch * (1 + _STEPS[device_type])
+
+
+def batches(images: PackedImages, case: StepCase, device: torch.device, count: int) -> list[list[Tensor]]:
+    """The views of the first `count` batches."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    loader = MultiViewLoader(images, case.views.policy, case.views.batch, device, dtype=dtype)
+    try:
+        return [batch.views for batch in itertools.islice(loader.epoch(0), count)]
+    finally:
+        loader.close()
+
+
+def augmentation(
+    images: PackedImages, case: StepCase, device: torch.device
+) -> tuple[Callable[[Tensor], object], Tensor]:
+    """The augmentation of a batch on the device that trains, and the table to call it with."""
+    policy = case.views.policy
+    pixels = byte_tensor(images.pixels).to(device)
+    table = torch.from_numpy(placed_table(images, policy, np.arange(case.views.batch))).to(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def call(rows: Tensor) -> object:
+        made = [augment(pixels, rows[:2], policy.size, dtype=dtype)]
+        if policy.local_views:
+            made.append(augment(pixels, rows[2:], policy.local_size, dtype=dtype))
+        return made
+
+    return call, table

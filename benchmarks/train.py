@@ -1,0 +1,255 @@
+"""Whole trainings on one machine, ours and others': seconds, views a second, and the kNN accuracy that they reach.
+
+Every provider trains the same network on the same images, views, batches and epochs, once in each round and in turn with
+the others. Ours is `vi-simsiam train` itself, with its run folder and checkpoints. What is shown apart: decoding the images
+once (ours only; the others decode again in every epoch), the cold start (everything until the loop has its pace: building,
+starting workers, compiling, capturing), and the evaluation, during which the clock stands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from vi_simsiam.config import TrainConfig
+from vi_simsiam.data.cache import pack
+from vi_simsiam.data.datasets import Splits
+from vi_simsiam.data.packed import open_pack
+from vi_simsiam.engine.run import resolve_workers
+from vi_simsiam.errors import InputError
+from vi_simsiam.evaluation.features import extract
+from vi_simsiam.evaluation.knn import KnnConfig, classify
+
+from . import pipeline_plots, pipeline_tables
+from .augment import cores
+from .harness import failure_reason, quartiles
+from .images import labelled_images
+from .peers import PEER_PACKAGES
+from .pipeline_targets import pipeline_targets
+from .suite import Suite, SuiteOptions
+from .train_peers import LIGHTLY, OURS, OURS_SIMSIAM, PROVIDERS, Recorder, Training, Trains
+from .view_cases import ViewCase
+
+NAME = "train"
+YARDSTICK = LIGHTLY
+_SHORT_IMAGES, _SHORT_EPOCHS = 640, 2
+
+
+@dataclass(frozen=True)
+class Options(SuiteOptions):
+    """Options of `vi-simsiam bench train`; a run is one case."""
+
+    only: str = ""
+    """Only providers whose name contains this, such as "lightly"."""
+    rounds: int = 1
+    """Trainings of every provider; the epochs of all of them are pooled."""
+    data: str = "generated"
+    """generated, or a data set with labels and validation images: folder:PATH, cifar10, imagenette or imagewoof."""
+    data_root: Path = Path("data")
+    """Where downloaded data sets are kept or looked for."""
+    images: int | None = None
+    """Train on so many images, evenly spread, and validate on as many; None for all."""
+    size: int = 32
+    """Side of the two global views, in pixels."""
+    local_views: int = 0
+    """Number of additional small views."""
+    local_size: int = 64
+    """Side of the local views, in pixels."""
+    batch_size: int = 64
+    epochs: int = 3
+    """At least 2: the first has the cold start."""
+    lr: float = 0.0125
+    """Peak learning rate, with a cosine decay to 0."""
+    workers: int | None = None
+    """Worker processes of the others' loaders; None for one a core."""
+    target_accuracy: float | None = None
+    """Report the time until kNN accuracy reaches this, between 0 and 1; it is then measured ten times in a training."""
+
+    least_rounds: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = {"epochs": 2, "workers": 0, "images": self.batch_size}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise InputError(f"{name}: {value} must be at least {smallest}")
+        if self.target_accuracy is not None and not 0 < self.target_accuracy < 1:
+            raise InputError(f"target_accuracy: {self.target_accuracy} must lie between 0 and 1")
+
+    @property
+    def views(self) -> ViewCase:
+        """What is seen of each image."""
+        return ViewCase(self.batch_size, self.size, self.local_views, self.local_size, (self.size, self.size))
+
+
+def run(
+    options: Options,
+    console: Console | None = None,
+    *,
+    providers: Mapping[str, Trains] = PROVIDERS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
+    """Train all providers, print the table, and write the result file if a folder is given.
+
+    Args:
+        options: what to train.
+        console: where to print.
+        providers: what is compared.
+        clock: the time in seconds.
+    """
+    if options.short:
+        options = dataclasses.replace(
+            options, images=min(options.images or _SHORT_IMAGES, _SHORT_IMAGES), epochs=_SHORT_EPOCHS
+        )
+    wanted = {name: train for name, train in providers.items() if options.only in name}
+    if not wanted:
+        raise InputError(f"only: no provider's name contains {options.only!r}; there are {', '.join(providers)}")
+    suite = Suite(NAME, options, console, PEER_PACKAGES)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        splits = labelled_images(
+            options.data, options.data_root, place / "images", images=options.images, side=options.size
+        )
+        found = measure_case(options, splits, suite.device, place, wanted, clock, suite.console.print)
+    suite.result["cases"] = [case for case in suite.result["cases"] if case["name"] != found["name"]]
+    suite.add(found, pipeline_tables.train_case(found))
+    return suite.finish(pipeline_targets(suite.result), partial(pipeline_plots.draw, NAME))
+
+
+def measure_case(
+    options: Options,
+    splits: Splits,
+    device: torch.device,
+    folder: Path,
+    providers: Mapping[str, Trains],
+    clock: Callable[[], float],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Train every provider `options.rounds` times, in turn; one that fails is recorded with its reason.
+
+    Returns:
+        The case, and for every provider `correct`, `failure`, `time` (quartiles of a step in epochs after the first),
+        `views_per_second`, `total_seconds` (start to end of training), `cold_start_seconds` (what the first epoch and all
+        before it took longer than an epoch), `training_seconds` (the rest), `caching_seconds` (ours), `evaluation_seconds`,
+        `knn_top1`, `accuracies` (epochs, seconds, accuracy), `seconds_to_target` and `peak_bytes` beside resident images.
+    """
+    train, val = splits.train, splits.val
+    assert val is not None  # labelled_images sees to that
+    config = TrainConfig(
+        data=splits.name,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        lr=options.lr,
+        device=str(device),
+        augment=options.views.policy,
+    )
+    started = clock()
+    pack(train, folder / "train.pack")
+    caching = clock() - started
+    workers = cores() if options.workers is None else options.workers
+    training = Training(config, train, folder / "train.pack", device, workers, folder / "run")
+    readers = 0 if workers == 0 else resolve_workers(None, device)
+    accuracy = partial(knn_top1, splits=splits, size=options.size, device=device, workers=readers)
+    resident = len(open_pack(training.pack).pixels) if device.type == "cuda" else 0
+    runs: dict[str, list[Recorder]] = {name: [] for name in providers}
+    failures: dict[str, str] = {}
+    for done, (name, trains) in itertools.product(range(options.rounds), providers.items()):
+        if name in failures:
+            continue
+        torch.manual_seed(config.seed)
+        recorder = Recorder(
+            device,
+            evaluate=accuracy if done == options.rounds - 1 else None,
+            every=max(1, options.epochs // 10) if options.target_accuracy is not None else None,
+            epochs=options.epochs,
+            clock=clock,
+        )
+        try:
+            trains(training, recorder)
+            recorder.finish()
+            runs[name].append(recorder)
+            say(f"round {done + 1}: {name} trained in {recorder.total_seconds:.1f} s")
+        except Exception as error:
+            failures[name] = failure_reason(error)
+    found: dict[str, dict[str, Any]] = {}
+    for name in providers:
+        if name in failures:
+            found[name] = {"correct": False, "failure": failures[name], "time": None}
+            continue
+        found[name] = summary(runs[name], options, len(train) // options.batch_size)
+        if name in (OURS, OURS_SIMSIAM):
+            found[name]["caching_seconds"] = caching
+            if found[name]["peak_bytes"] is not None:
+                found[name]["peak_bytes"] -= resident
+    data, images = Path(splits.name.removeprefix("folder:")).name, f"{len(train):,} images"
+    return {
+        "name": f"{data} {options.views.name}, {options.epochs} epochs of {images}",
+        "label": f"{data}, {options.views.label}, batch {options.batch_size}, {options.epochs} epochs of {images}",
+        "batch": options.batch_size,
+        "views": options.views.views,
+        "view_label": options.views.label,
+        "data": data,
+        "images": len(train),
+        "epochs": options.epochs,
+        "workers": workers,
+        "target_accuracy": options.target_accuracy,
+        "yardstick": YARDSTICK,
+        "providers": found,
+    }
+
+
+def summary(runs: list[Recorder], options: Options, steps_per_epoch: int) -> dict[str, Any]:
+    """The figures of a provider's trainings; see `measure_case`."""
+    later = [b - a for run in runs for a, b in itertools.pairwise(run.epoch_ends)]
+    times = quartiles([seconds / steps_per_epoch * 1e6 for seconds in later])
+    total = statistics.median(run.total_seconds for run in runs)
+    cold = statistics.median(run.epoch_ends[0] for run in runs) - statistics.median(later)
+    accuracies = runs[-1].accuracies
+    target = options.target_accuracy
+    reached = [seconds for _, seconds, accuracy in accuracies if target is not None and accuracy >= target]
+    return {
+        "correct": True,
+        "failure": None,
+        "time": times,
+        "views_per_second": options.views.views / times["median_us"] * 1e6,
+        "total_seconds": total,
+        "cold_start_seconds": cold,
+        "training_seconds": total - cold,
+        "caching_seconds": None,
+        "evaluation_seconds": runs[-1].evaluation_seconds,
+        "knn_top1": accuracies[-1][2] if accuracies else None,
+        "accuracies": accuracies,
+        "seconds_to_target": reached[0] if reached else None,
+        "peak_bytes": runs[-1].peak_bytes,
+    }
+
+
+def knn_top1(backbone: nn.Module, *, splits: Splits, size: int, device: torch.device, workers: int) -> float:
+    """Share of the validation images that their 20 nearest training images classify rightly."""
+    features = []
+    parts = [part for part in (splits.train, splits.val) if part is not None]
+    for source in parts:
+        features.append(extract(backbone, source, size=size, device=device, workers=workers))
+    labels = [torch.from_numpy(part.labels) for part in parts]
+    settings = KnnConfig(k=min(KnnConfig().k, len(parts[0])))
+    predicted = classify(
+        features[0].to(device),
+        labels[0].to(device),
+        features[1].to(device),
+        classes=len(parts[0].classes or ()),
+        config=settings,
+    )
+    return (predicted.cpu() == labels[1]).double().mean().item()

@@ -1,0 +1,253 @@
+"""Whole trainings of the same SimSiam on the same images: ours, a plain script, the same tuned, and lightly's modules.
+
+All train a ResNet-18 with SimSiam's projector and predictor on the same views, batches and epochs, with the learning rate
+and schedule of `TrainConfig`. lightly's loss is half of ours, which changes the meaning of learning rate and weight decay;
+here its two terms are added, so that all do the same training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from vi_simsiam.config import Method, TrainConfig
+from vi_simsiam.data.sources import ImageSource
+from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.models import build_model
+
+from . import peers
+
+_Views = Sequence[Tensor]
+
+
+class Recorder:
+    """The clock of one training. It stands while features are evaluated.
+
+    Args:
+        device: on which the training runs.
+        evaluate: accuracy of a backbone; None to evaluate never.
+        every: evaluate after every so many epochs, besides the last.
+        clock: the time in seconds.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        evaluate: Callable[[nn.Module], float] | None = None,
+        every: int | None = None,
+        epochs: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.device, self._evaluate, self._every, self._clock, self._epochs = device, evaluate, every, clock, epochs
+        self._before = _empty_memory(device)
+        self._start = clock()
+        self.epoch_ends: list[float] = []
+        """Seconds from the start to the end of each epoch."""
+        self.total_seconds = 0.0
+        """Seconds from the start to the end of the training."""
+        self.accuracies: list[tuple[int, float, float]] = []
+        """Epochs done, seconds from the start, accuracy."""
+        self.evaluation_seconds: float | None = None
+        """How long the last evaluation took."""
+        self.peak_bytes: int | None = None
+        """Most memory of a GPU's tensors in training, above what there was before; None on a CPU."""
+
+    def epoch_done(self, backbone: nn.Module) -> None:
+        """To be called after each epoch."""
+        peers.synchronize(self.device)
+        now = self._clock()
+        if self.device.type == "cuda" and self.evaluation_seconds is None:
+            self.peak_bytes = torch.cuda.max_memory_allocated(self.device) - self._before
+        self.epoch_ends.append(now - self._start)
+        done = len(self.epoch_ends)
+        due = done == self._epochs or (self._every is not None and done % self._every == 0)
+        if self._evaluate is None or not due:
+            return
+        self.accuracies.append((done, now - self._start, self._evaluate(backbone)))
+        self.evaluation_seconds = self._clock() - now
+        self._start += self.evaluation_seconds
+
+    def finish(self) -> None:
+        """To be called when the training has returned, its last checkpoint written."""
+        self.total_seconds = self._clock() - self._start
+
+
+@dataclass(frozen=True)
+class Training:
+    """What every provider is asked to do."""
+
+    config: TrainConfig
+    source: ImageSource
+    """Training images."""
+    pack: Path
+    """The same images decoded, for ours."""
+    device: torch.device
+    workers: int
+    """Worker processes of the peers' loaders."""
+    folder: Path
+    """Where ours writes its run."""
+
+
+Trains = Callable[[Training, Recorder], None]
+
+
+def ours(training: Training, recorder: Recorder, *, method: Method) -> None:
+    """`vi-simsiam train`, with its run folder, metrics and checkpoints."""
+
+    class Watched(Trainer):
+        def _train_epoch(self, *given: Any) -> Any:
+            done = super()._train_epoch(*given)
+            recorder.epoch_done(self.model.backbone)
+            return done
+
+    config = dataclasses.replace(
+        training.config, method=method, data=f"pack:{training.pack}", device=str(training.device)
+    )
+    Watched(config, training.folder, overwrite=True, console=Console(quiet=True)).fit()
+
+
+def plain(training: Training, recorder: Recorder) -> None:
+    """A script as users write it: PIL transforms in a DataLoader, autocast and a GradScaler on a GPU."""
+    device, cuda = training.device, training.device.type == "cuda"
+    model = build_model(dataclasses.replace(training.config, method="simsiam")).to(device)
+    optimizer, scheduler = _sgd(model, training)
+    scaler = torch.amp.GradScaler(device.type, enabled=cuda)
+    for batches in _epochs(training, peers.torchvision_transform(training.config.augment)):
+        for views in batches:
+            on_device = [view.to(device) for view in views]
+            with torch.autocast(device.type, torch.float16, enabled=cuda):
+                loss = _symmetric_loss(*model(on_device))
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            scheduler.step()
+        recorder.epoch_done(model.backbone)
+
+
+def tuned(training: Training, recorder: Recorder) -> None:
+    """The same script with what is commonly advised: channels_last, bfloat16 on a GPU, torch.compile, asynchronous copies."""
+    device, cuda = training.device, training.device.type == "cuda"
+    torch.compiler.reset()
+    model = build_model(dataclasses.replace(training.config, method="simsiam")).to(device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer, scheduler = _sgd(model, training, fused=True)
+
+    def step_loss(views: list[Tensor]) -> Tensor:
+        return _symmetric_loss(*model(views))
+
+    compiled = torch.compile(step_loss, dynamic=False)
+    for batches in _epochs(training, peers.torchvision_transform(training.config.augment)):
+        for views in batches:
+            on_device = [view.to(device, non_blocking=True, memory_format=torch.channels_last) for view in views]
+            with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+                loss = compiled(on_device)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+        recorder.epoch_done(model.backbone)
+
+
+def lightly(training: Training, recorder: Recorder) -> None:
+    """lightly's transform, heads and loss around torchvision's ResNet, as in its example of SimSiam, with autocast on a GPU."""
+    heads, losses = peers.installed("lightly.models.modules.heads"), peers.installed("lightly.loss")
+    device, cuda, config = training.device, training.device.type == "cuda", training.config.model
+    resnet = torchvision.models.resnet18(zero_init_residual=True)
+    backbone = nn.Sequential(*list(resnet.children())[:-1], nn.Flatten())
+    model = nn.ModuleDict(
+        {
+            "backbone": backbone,
+            "projector": heads.SimSiamProjectionHead(resnet.fc.in_features, config.projector_hidden, config.dim),
+            "predictor": heads.SimSiamPredictionHead(config.dim, config.predictor_hidden, config.dim),
+        }
+    ).to(device)
+    criterion = losses.NegativeCosineSimilarity()
+    optimizer, scheduler = _sgd(model, training)
+    scaler = torch.amp.GradScaler(device.type, enabled=cuda)
+    for batches in _epochs(training, peers.lightly_transform(training.config.augment)):
+        for views in batches:
+            with torch.autocast(device.type, torch.float16, enabled=cuda):
+                projections = [model["projector"](model["backbone"](view.to(device))) for view in views]
+                predictions = [model["predictor"](projection) for projection in projections]
+                loss = _over_pairs(criterion, predictions, [projection.detach() for projection in projections[:2]])
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            scheduler.step()
+        recorder.epoch_done(backbone)
+
+
+OURS, OURS_SIMSIAM = "vi-simsiam", "vi-simsiam, method simsiam"
+PLAIN, TUNED, LIGHTLY = "plain PyTorch", "tuned PyTorch", "lightly"
+
+PROVIDERS: dict[str, Trains] = {
+    OURS: partial(ours, method="vi-simsiam"),
+    OURS_SIMSIAM: partial(ours, method="simsiam"),
+    PLAIN: plain,
+    TUNED: tuned,
+    LIGHTLY: lightly,
+}
+
+
+def _empty_memory(device: torch.device) -> int:
+    """Give back what earlier trainings held, and count anew; returns the bytes that are still in use on a GPU."""
+    gc.collect()
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _symmetric_loss(predictions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    return _over_pairs(lambda p, z: -F.cosine_similarity(p, z, dim=-1).mean(), predictions, targets)
+
+
+def _over_pairs(term: Callable[[Tensor, Tensor], Tensor], predictions: _Views, targets: _Views) -> Tensor:
+    """Twice the mean of `term` over all pairs of a view's prediction and another view's target."""
+    pairs = [(p, z) for v, p in enumerate(predictions) for g, z in enumerate(targets) if v != g]
+    return 2 * torch.stack([term(p, z) for p, z in pairs]).mean()
+
+
+def _epochs(training: Training, transform: Callable[[Any], list[Tensor]]) -> Iterator[DataLoader[Any]]:
+    """The loader, once an epoch; its workers stay for all of them."""
+    loader: DataLoader[Any] = DataLoader(
+        peers.SourceViews(training.source, transform),
+        batch_size=training.config.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=training.workers,
+        persistent_workers=training.workers > 0,
+        pin_memory=training.device.type == "cuda",
+    )
+    for _ in range(training.config.epochs):
+        yield loader
+
+
+def _sgd(model: nn.Module, training: Training, *, fused: bool = False) -> tuple[torch.optim.SGD, Any]:
+    """SGD and a cosine to 0 over all steps."""
+    config = training.config
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused
+    )
+    total = config.epochs * (len(training.source) // config.batch_size)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / total, 1)))
+    )
