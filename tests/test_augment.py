@@ -189,6 +189,13 @@ def test_bfloat16_is_float32_rounded_once() -> None:
     assert torch.equal(half, single.bfloat16())
 
 
+def test_the_caller_s_autocast_changes_nothing() -> None:
+    pixels, table = drawn([(32, 32)] * 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        views = eager_augment(pixels, table, 16)
+    assert torch.equal(views, eager_augment(pixels, table, 16))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layout(dtype: torch.dtype) -> None:
     pixels, table = drawn([(9, 12)] * 3, AugmentConfig(local_views=1))

@@ -67,6 +67,8 @@ def test_the_capture_example_trains() -> None:
     names = run_blocks("training-step.md")
     assert 0.5 < names["loss"].item() < 10  # type: ignore[attr-defined]
     assert names["step"].reason == "no CUDA device" or names["step"].captured  # type: ignore[attr-defined]
+    assert len(names["losses"]) == 4  # type: ignore[arg-type]
+    assert all(-1 < loss.item() < 1 for loss in names["losses"])  # type: ignore[attr-defined]
 
 
 def test_the_lightly_example_changes_few_lines() -> None:

@@ -200,9 +200,8 @@ class MultiViewLoader:
 def default_workers() -> int:
     """Processes that prepare views for a network on a CPU: one for every four cores, at most 16; none below four.
 
-    They take turns with the network's threads on the cores, so they pay only where these leave some idle. On two cores
-    that other programs were using, too, the training process made 4,300 views of 32 pixels a second by itself, and got
-    4,200 from one worker and 4,000 from two: 145, 199 and 222 us of processor time a view.
+    They take turns with the network's threads on the cores, and a thread that waits at one of its barriers for another
+    that a worker has displaced spins: workers pay only where the network leaves cores idle.
     """
     return min(cores() // 4, 16)
 

@@ -126,8 +126,10 @@ def eager_augment(pixels: Tensor, table: Tensor, size: int, dtype: torch.dtype =
     rows = table.detach().cpu().numpy().reshape(views * batch, TABLE_COLUMNS)
     out = torch.empty((len(rows), size, size, 3), dtype=dtype, device=pixels.device)
     chunk = max(1, _CHUNK_FLOATS // (3 * size * size))
-    for first in range(0, len(rows), chunk):
-        _augment_rows(pixels, rows[first : first + chunk], out[first : first + chunk])
+    # The caller's network may run under autocast; views are float32 until they are rounded.
+    with torch.autocast(pixels.device.type, enabled=False):
+        for first in range(0, len(rows), chunk):
+            _augment_rows(pixels, rows[first : first + chunk], out[first : first + chunk])
     return out.view(views, batch, size, size, 3).permute(0, 1, 4, 2, 3)
 
 
