@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from vi_simsiam.config import AugmentConfig, TrainConfig
 from vi_simsiam.data import Batch, DeviceFeed, MultiViewLoader
+from vi_simsiam.engine.distributed import _OWN_BUFFERS
 from vi_simsiam.engine.graph import capture
 from vi_simsiam.engine.step import OverlappedStep, TrainStep, learning_rates
 from vi_simsiam.models import Output, SimSiam, VISimSiam
@@ -146,7 +147,7 @@ def test_a_model_in_ddp_is_refused_and_trains_on() -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         step = make_step()
-        step.network = DistributedDataParallel(step.model)
+        step.network = DistributedDataParallel(step.model, **_OWN_BUFFERS)
         call = with_stand_in(step, step.state, mode="auto")
         with pytest.warns(UserWarning, match="it runs a model in DistributedDataParallel, which is not captured"):
             call(views(0))

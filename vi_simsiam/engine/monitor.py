@@ -35,22 +35,19 @@ def representation_statistics(model: SimSiam, output: Output) -> dict[str, float
     directions = [F.normalize(prediction[:, : model.dim].float(), dim=1) for prediction in output.predictions]
     targets = [F.normalize(target.float(), dim=1) for target in output.targets]
     pairs = [(d * t).sum(1) for v, d in enumerate(directions) for g, t in enumerate(targets) if v != g]
-    statistics = {
-        "cosine": torch.stack(pairs).mean(),
-        "z_std": targets[0].std(0).mean() * math.sqrt(model.dim),
-        "effective_rank": effective_rank(targets[0]),
-    }
+    statistics = {"cosine": torch.stack(pairs).mean(), "z_std": targets[0].std(0).mean() * math.sqrt(model.dim)}
     if isinstance(model, VISimSiam):
         concentrations = [model.concentration(prediction) for prediction in output.predictions]
         statistics["kappa"] = torch.stack(concentrations).mean() / (model.dim - 1)
-    return {name: value.item() for name, value in statistics.items()}
+    values = torch.stack([value.double() for value in statistics.values()]).tolist()  # one wait for the device
+    return {**dict(zip(statistics, values, strict=True)), "effective_rank": effective_rank(targets[0]).item()}
 
 
 def effective_rank(x: Tensor) -> Tensor:
     """exp of the entropy of the singular values of x (B, D), normalised to sum 1; between 1 and min(B, D)."""
-    # The products of the shorter side in float64: a fraction of the time of a singular value decomposition.
+    # The products of the shorter side in float64, on the host: a fraction of the time of a decomposition on a GPU.
     x = x.double() if len(x) <= x.shape[1] else x.double().T
-    singular = torch.linalg.eigvalsh(x @ x.T).clamp(min=0).sqrt()
+    singular = torch.linalg.eigvalsh((x @ x.T).cpu()).clamp(min=0).sqrt()
     share = singular / singular.sum()
     return torch.exp(-torch.special.xlogy(share, share).sum())
 

@@ -87,6 +87,8 @@ class Trainer:
             raise InputError(
                 f"capture: 'on' needs a CUDA device, and this run is on {self.device}; auto and off run here"
             )
+        if config.capture == "on" and not self.world.alone:
+            raise InputError("capture: 'on' is for a run without torchrun; the ranks' collectives are not captured")
         self.backend = choose_backend(config.backend, self.device.type)
         self.log_every = config.log_every or (100 if self.device.type == "cuda" else 10)
         bf16 = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
@@ -151,7 +153,8 @@ class Trainer:
         """Train to the end, with checkpoints on the way; rank 0 writes them, and the metrics.
 
         Raises:
-            TrainingError: the loss or the weights stopped being finite; the last good checkpoint is kept.
+            TrainingError: the loss or the weights stopped being finite, or the GPU's memory is too small; the last good
+                checkpoint is kept.
             KeyboardInterrupt: SIGINT or SIGTERM arrived; the run can be resumed at the step it had reached.
         """
         steps = self.loader.steps_per_epoch
@@ -168,6 +171,7 @@ class Trainer:
                     self.folder, step=self.step, total=self.total_steps, steps_per_epoch=steps, console=self.console
                 )
                 stack.enter_context(monitor)
+            stack.enter_context(_memory_errors(self.device))
             self.model.train()
             replay = self._replay()
             while self.step < self.total_steps:
@@ -185,8 +189,8 @@ class Trainer:
             return None
         whole = OverlappedStep(self.train_step, self.loader.feed)
         whole.prepare(self.step)
-        # A graph that holds collectives of several GPUs has never been tried.
-        mode = "off" if self.config.capture == "auto" and self.world.size > 1 else self.config.capture
+        # A step with the ranks' collectives is not captured.
+        mode = "off" if not self.world.alone else self.config.capture
         return capture(whole, state=whole.state, mode=mode)
 
     def _train_epoch(
@@ -236,10 +240,9 @@ class Trainer:
             feed = self.loader.feed
             assert feed is not None
             for step in range(self.step, end):
-                asked = time.perf_counter()
+                before = feed.waited
                 feed.load(step + 1)
-                waited = time.perf_counter() - asked
-                yield replay(), waited
+                yield replay(), feed.waited - before
             return
         batches = self.loader.epoch(*divmod(self.step, self.loader.steps_per_epoch))
         while self.step < end:
@@ -304,3 +307,16 @@ class Trainer:
         self.step = self.saved_step = checkpoint.step
         self.saved_at = time.monotonic()
         self.seconds = checkpoint.seconds
+
+
+@contextlib.contextmanager
+def _memory_errors(device: torch.device) -> Iterator[None]:
+    """Say what a GPU's memory was too small for, and what needs less of it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        raise TrainingError(
+            f"memory of {device}: {' '.join(str(error).split('. ')[:2])} ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free); "
+            "a smaller --batch-size, fewer --local-views or --data-memory host need less"
+        ) from error
