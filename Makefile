@@ -1,6 +1,8 @@
 # `make train` and `make test` do all set-up; neither needs a GPU, nvcc or a C++ compiler.
 
 METHOD ?= vi-simsiam
+# What bench train trains on; on a GPU rather --data imagenette --size 128 --epochs 200
+TRAIN ?= --data cifar10 --images 960 --epochs 4
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(if $(shell $(p) -c \
 	'import sys; print(1 if (3, 11) <= sys.version_info < (3, 14) else "")' 2>/dev/null),$(p))))
 # An environment that has the package's dependencies already can be used as it is: make gpu ENV=/path/to/venv INSTALLED=1
@@ -41,7 +43,7 @@ gpu: install
 	$(BIN)/vi-simsiam bench loss --short --out benchmarks/results
 	$(BIN)/vi-simsiam bench augment --short --out benchmarks/results
 	$(BIN)/vi-simsiam bench step --short --out benchmarks/results
-	$(BIN)/vi-simsiam bench train --short --size 128 --out benchmarks/results
+	$(BIN)/vi-simsiam bench train --short --size 128 --out benchmarks/results/short
 	$(BIN)/vi-simsiam bench report README.md docs/*.md
 
 bench: install
@@ -49,7 +51,7 @@ bench: install
 	$(BIN)/vi-simsiam bench accuracy --out benchmarks/results
 	$(BIN)/vi-simsiam bench augment --out benchmarks/results
 	$(BIN)/vi-simsiam bench step --out benchmarks/results
-	$(BIN)/vi-simsiam bench train --out benchmarks/results
+	$(BIN)/vi-simsiam bench train $(TRAIN) --out benchmarks/results
 	$(BIN)/vi-simsiam bench report README.md docs/*.md
 
 clean:

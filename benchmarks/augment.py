@@ -9,7 +9,6 @@ shape, and of a similar mean and deviation, which are recorded.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from vi_simsiam.config import AugmentConfig
 from vi_simsiam.data.cache import in_memory
+from vi_simsiam.data.decoding import cores
 from vi_simsiam.data.sources import FileSource
 from vi_simsiam.errors import InputError
 
@@ -111,11 +111,6 @@ def run(
         timer.release()
         suite.add(found, pipeline_tables.augment_case(found))
     return suite.finish(pipeline_targets(suite.result), partial(pipeline_plots.draw, NAME))
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def image_count(case: ViewCase, workers: int) -> int:

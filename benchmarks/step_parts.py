@@ -85,6 +85,7 @@ class Parts:
             torch.manual_seed(0)
             model = build_model(case.config)
         self.model: SimSiam = model.to(device).to(memory_format=torch.channels_last).train()
+        self.model.shared_passes = device.type == "cpu"  # as the trainer has it
         self.loss_scale = 1 / (model.dim - 1) if isinstance(model, VISimSiam) else 1.0
         self._parameters = list(self.model.parameters())
 

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from vi_simsiam.config import Method, TrainConfig
 from vi_simsiam.data.sources import ImageSource
 from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.errors import TrainingError
 from vi_simsiam.models import build_model
 
 from . import peers
@@ -65,11 +66,15 @@ class Recorder:
         self.evaluation_seconds: float | None = None
         """How long the last evaluation took."""
         self.peak_bytes: int | None = None
-        """Most memory of a GPU's tensors in training, above what there was before; None on a CPU."""
+        """Most memory of a GPU's tensors in training, above what there was before, without resident images; None on a CPU."""
+        self._trained: nn.Module | None = None
+        self._losses: list[Tensor] = []
 
-    def epoch_done(self, backbone: nn.Module) -> None:
-        """To be called after each epoch."""
+    def epoch_done(self, backbone: nn.Module, loss: Tensor) -> None:
+        """To be called after each epoch, with the loss of its last step."""
         peers.synchronize(self.device)
+        self._trained = backbone
+        self._losses.append(loss.detach())
         now = self._clock()
         if self.device.type == "cuda" and self.evaluation_seconds is None:
             self.peak_bytes = torch.cuda.max_memory_allocated(self.device) - self._before
@@ -83,8 +88,18 @@ class Recorder:
         self._start += self.evaluation_seconds
 
     def finish(self) -> None:
-        """To be called when the training has returned, its last checkpoint written."""
+        """To be called when the training has returned, its last checkpoint written.
+
+        Raises:
+            TrainingError: it was no whole training: epochs are missing, or it diverged. Its time would say nothing.
+        """
         self.total_seconds = self._clock() - self._start
+        if len(self.epoch_ends) != self._epochs:
+            raise TrainingError(f"wrong: {len(self.epoch_ends)} of {self._epochs} epochs were trained")
+        # A GradScaler leaves out the updates of a loss that is not finite: the weights alone do not tell.
+        values = [*self._losses, *(self._trained.parameters() if self._trained is not None else ())]
+        if not all(torch.isfinite(value).all() for value in values):
+            raise TrainingError("diverged: losses or weights are not finite")
 
 
 @dataclass(frozen=True)
@@ -109,16 +124,16 @@ Trains = Callable[[Training, Recorder], None]
 def ours(training: Training, recorder: Recorder, *, method: Method) -> None:
     """`vi-simsiam train`, with its run folder, metrics and checkpoints."""
 
-    class Watched(Trainer):
-        def _train_epoch(self, *given: Any) -> Any:
-            done = super()._train_epoch(*given)
-            recorder.epoch_done(self.model.backbone)
-            return done
-
     config = dataclasses.replace(
         training.config, method=method, data=f"pack:{training.pack}", device=str(training.device)
     )
-    Watched(config, training.folder, overwrite=True, console=Console(quiet=True)).fit()
+    trainer = Trainer(config, training.folder, overwrite=True, console=Console(quiet=True))
+    trainer.fit(
+        epoch_done=lambda: recorder.epoch_done(trainer.model.backbone, trainer.train_step.losses[trainer.step - 1])
+    )
+    feed = trainer.loader.feed
+    if recorder.peak_bytes is not None and feed is not None and feed.memory == "gpu":
+        recorder.peak_bytes -= len(trainer.loader.source.pixels)
 
 
 def plain(training: Training, recorder: Recorder) -> None:
@@ -137,7 +152,7 @@ def plain(training: Training, recorder: Recorder) -> None:
             scaler.step(optimizer)
             scaler.update()
             scheduler.step()
-        recorder.epoch_done(model.backbone)
+        recorder.epoch_done(model.backbone, loss)
 
 
 def tuned(training: Training, recorder: Recorder) -> None:
@@ -152,16 +167,17 @@ def tuned(training: Training, recorder: Recorder) -> None:
         return _symmetric_loss(*model(views))
 
     compiled = torch.compile(step_loss, dynamic=False)
-    for batches in _epochs(training, peers.torchvision_transform(training.config.augment)):
-        for views in batches:
-            on_device = [view.to(device, non_blocking=True, memory_format=torch.channels_last) for view in views]
-            with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-                loss = compiled(on_device)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-        recorder.epoch_done(model.backbone)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
+        for batches in _epochs(training, peers.torchvision_transform(training.config.augment)):
+            for views in batches:
+                on_device = [view.to(device, non_blocking=True, memory_format=torch.channels_last) for view in views]
+                with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+                    loss = compiled(on_device)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                scheduler.step()
+            recorder.epoch_done(model.backbone, loss)
 
 
 def lightly(training: Training, recorder: Recorder) -> None:
@@ -191,7 +207,7 @@ def lightly(training: Training, recorder: Recorder) -> None:
             scaler.step(optimizer)
             scaler.update()
             scheduler.step()
-        recorder.epoch_done(backbone)
+        recorder.epoch_done(backbone, loss)
 
 
 OURS, OURS_SIMSIAM = "vi-simsiam", "vi-simsiam, method simsiam"

@@ -229,17 +229,20 @@ def test_pipeline_targets_are_measured_or_say_so() -> None:
             ("1.10 times (most of 2 cases: simsiam, 2x224, batch 64)", False),
         "exposed augmentation": ("1.9% (most of 2 cases: vi-simsiam, 2x128, batch 64)", True),
         "200 epochs of ImageNette-128, 2x128, batch 64: training": ("110 s", True),
-        "200 epochs of ImageNette-128, 2x128, batch 64: cold start and evaluation": ("50 s", False),
+        "200 epochs of ImageNette-128, 2x128, batch 64: cold start and kNN evaluation": ("50 s", False),
         "200 epochs of ImageNette-128, 2x128, batch 64: peak memory beside the images": ("2.00 GB", True),
     }  # fmt: skip
     (on_cpu,) = pipeline_targets.pipeline_targets({**made["train"], "device_type": "cpu"})
-    assert (on_cpu.figure, on_cpu.met) == ("1.60 times (400 and 250)", True)
+    assert (on_cpu.figure, on_cpu.met) == ("1.60 times (400 and 250; 200 epochs of 9,469 images)", True)
     shorter = copy.deepcopy(made["train"]["cases"][1]) | {"images": 64}
     shorter["providers"]["lightly"]["time"]["median_us"] /= 10
     made["train"]["cases"].append(shorter)
     assert pipeline_targets.cpu_targets(made["train"]) == [on_cpu], "of several trainings the longest counts"
     assert pipeline_targets.pipeline_targets({**made["step"], "device_type": "cpu"}) == []
     assert len(pipeline_targets.pipeline_targets(made["step"])) == 2
+    for case in made["train"]["cases"]:
+        case["images"] = 640
+    assert {target.met for target in pipeline_targets.train_targets(made["train"])} == {None}, "a part of ImageNette"
 
 
 def test_pipeline_markdown_and_plots_come_from_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,6 +86,8 @@ SMALL = [
         ("pack EMPTY --out OUT", "EMPTY"),
         ("pack /nowhere --out OUT", "/nowhere"),
         ("views --images 0", "images: 0"),
+        ("views --out OUT.txt", "must end in .png"),
+        ("bench train --epochs 1", "epochs: 1"),
         ("views --policy wild", "policy: 'wild'"),
         ("knn /nowhere", "run: /nowhere holds no run"),
         ("linear EMPTY", "holds no run"),

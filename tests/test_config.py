@@ -102,3 +102,11 @@ def test_only_what_changes_the_result_differs() -> None:
     assert differing_fields(base, elsewhere) == []
     other = dataclasses.replace(base, seed=4, model=ModelConfig(dim=64))
     assert differing_fields(base, other) == ["seed: 0 -> 4", "model.dim: 2048 -> 64"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "pack"])
+def test_a_run_finds_its_data_from_any_folder(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert TrainConfig(data=f"{kind}:some/mine.pack").located().data == f"{kind}:{tmp_path / 'some' / 'mine.pack'}"
+    assert TrainConfig(data=f"{kind}:").located().data == f"{kind}:", "named as it was given in the error"
+    assert TrainConfig(data="cifar10").located().data == "cifar10"

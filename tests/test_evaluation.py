@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 import torch
 from evaluation_cases import CPU, SIZE, TinyBackbone, gray_source, make_run
+from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
+from vi_simsiam.config import AugmentConfig, ModelConfig, TrainConfig
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.data.views import eval_view
+from vi_simsiam.engine.run import load_run
+from vi_simsiam.engine.trainer import Trainer
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import features as features_module
 from vi_simsiam.evaluation.features import (
@@ -211,3 +215,29 @@ def test_few_training_images_are_all_neighbours(tmp_path: Path) -> None:
     run = make_run(tmp_path, train=gray_source(6), val=gray_source(4))
     evaluate_run(run, console=Console(file=io.StringIO()))
     assert json.loads((tmp_path / "knn.json").read_text())["settings"]["k"] == 6
+
+
+def test_a_run_is_opened_where_its_cache_folder_is_not(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for i in range(4):
+        Image.new("RGB", (8, 8), (60 * i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
+    config = TrainConfig(
+        data=f"folder:{tmp_path / 'images'}",
+        batch_size=2,
+        epochs=1,
+        workers=0,
+        device="cpu",
+        cache_dir=tmp_path / "cache",
+        augment=AugmentConfig(size=8),
+        model=ModelConfig(dim=8, projector_hidden=8, predictor_hidden=8),
+    )
+    Trainer(config, tmp_path / "run", console=Console(quiet=True)).fit()
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    (tmp_path / "cache").touch()
+    run = load_run(tmp_path / "run", device="cpu", workers=0)
+    with pytest.raises(InputError, match="cache_dir: .* name another place"):
+        run.readable(run.splits.train)
+    run = load_run(tmp_path / "run", device="cpu", workers=0, cache_dir=tmp_path / "moved")
+    images, _ = run.readable(run.splits.train)
+    assert images.path is not None
+    assert images.path.parent == tmp_path / "moved"

@@ -25,10 +25,11 @@ from vi_simsiam.benchmarks.step_parts import Parts, StepCase, WholeStep
 from vi_simsiam.benchmarks.suite import Suite, SuiteOptions
 from vi_simsiam.benchmarks.timers import WallTimer, timer_for
 from vi_simsiam.benchmarks.view_cases import SMALL_IMAGES, ViewCase, view_cases
-from vi_simsiam.config import ModelConfig, TrainConfig
+from vi_simsiam.config import Method, ModelConfig, TrainConfig
 from vi_simsiam.data.cache import in_memory
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import FileSource
+from vi_simsiam.engine.trainer import Trainer
 from vi_simsiam.errors import InputError
 
 TINY = ViewCase(4, 16, 2, 8, sides=(16, 20))
@@ -267,6 +268,19 @@ def test_a_step_without_memory_is_a_result(packed: PackedImages) -> None:
     assert "| simsiam, 2x16+2x8, batch 4 | out of memory | out of memory | - | - | - | - |" in tables.step_markdown(
         {**scripted_pipeline("step"), "cases": [found]}
     )
+
+
+@pytest.mark.parametrize("method", ["simsiam", "vi-simsiam"])
+def test_the_network_of_the_step_is_the_trainers(method: Method, tmp_path: Path) -> None:
+    parts = Parts(TinyStep(TINY, method), CPU)
+    changed = {"device": "cpu", "data": "fashion-mini", "workers": 0, "cache_dir": tmp_path}
+    trainer = Trainer(dataclasses.replace(parts.case.config, **changed), tmp_path / "run")  # type: ignore[arg-type]
+    trainer.loader.close()
+    for name in ("shared_passes", "joint_statistics"):
+        assert getattr(parts.model, name) == getattr(trainer.model, name)
+    assert parts.loss_scale == trainer.loss_scale
+    weights = zip(parts.model.parameters(), trainer.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in weights)
 
 
 def test_a_step_that_trains_otherwise_is_refused(packed: PackedImages) -> None:

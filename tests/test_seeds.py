@@ -84,7 +84,7 @@ def states(out: Path) -> list[str]:
 def test_every_seed_is_a_run_of_its_own(
     run: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(seeds, "_cores", lambda: 9)
+    monkeypatch.setattr(seeds, "cores", lambda: 9)
     out = tmp_path / "out"
     code, said = run("--seeds", "2", "--lr", "0.1", "--seed=1", "--out", "elsewhere", "--evaluate", seeds=2, first=1)
     assert code == 0
@@ -150,12 +150,12 @@ def test_an_interruption_reaches_all_and_all_go_on(
     (out / "seed-2" / "checkpoint.pt").unlink()  # as if it had been stopped before its first checkpoint
     (out / "seed-2" / "calls").write_text("")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(seeds, "_cores", lambda: 2)
+        patch.setattr(seeds, "cores", lambda: 2)
         threading.Thread(target=_interrupt_once_started, args=(out / "seed-2" / "calls", number), daemon=True).start()
         assert run("--resume")[0] == 130
     assert states(out) == ["done", "done", "interrupted"]
     assert calls(out, 1)[-1][0][-1] == "--resume"
-    assert "--resume" not in calls(out, 2)[0][0], "there was nothing to go on from"
+    assert calls(out, 2)[0][0][-1] == "--overwrite", "there was nothing to go on from"
     assert (out / "seed-1.log").read_text().count("starting") == 2, "the log goes on, too"
 
 

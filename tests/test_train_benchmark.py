@@ -13,7 +13,7 @@ import pytest
 import torch
 from benchmark_cases import CPU
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from vi_simsiam.benchmarks import train, train_peers
 from vi_simsiam.benchmarks.train_peers import Recorder
@@ -30,8 +30,8 @@ def test_recorder_stands_still_while_features_are_evaluated() -> None:
     now = iter([100.0, 110.0, 114.0, 124.0, 128.0, 129.0])
     accuracies = iter([0.5, 0.7])
     recorder = Recorder(CPU, evaluate=lambda _: next(accuracies), every=1, epochs=2, clock=lambda: next(now))
-    recorder.epoch_done(nn.Identity())
-    recorder.epoch_done(nn.Identity())
+    recorder.epoch_done(nn.Identity(), torch.ones(()))
+    recorder.epoch_done(nn.Identity(), torch.ones(()))
     recorder.finish()
     assert recorder.epoch_ends == [10.0, 20.0]
     assert recorder.accuracies == [(1, 10.0, 0.5), (2, 20.0, 0.7)]
@@ -58,7 +58,7 @@ def test_trainings_are_compared_in_turn_and_failures_recorded(tmp_path: Path) ->
                 raise ImportError("lightly is not installed")
             assert len(training.source) == 8
             for _ in range(training.config.epochs):
-                recorder.epoch_done(nn.Flatten())
+                recorder.epoch_done(nn.Flatten(), torch.ones(()))
 
         return call
 
@@ -82,6 +82,45 @@ def test_trainings_are_compared_in_turn_and_failures_recorded(tmp_path: Path) ->
     assert (tmp_path / "cpu" / "train.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="no provider's name contains 'x'; there are vi-simsiam, lightly"):
         train.run(dataclasses.replace(options, only="x"), quiet(), providers=given)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "loss", "weight", "reason"),
+    [
+        (2, 1.0, 1.0, None),
+        (1, 1.0, 1.0, "TrainingError: wrong: 1 of 2 epochs were trained"),
+        (0, 1.0, 1.0, "TrainingError: wrong: 0 of 2 epochs were trained"),
+        (2, float("nan"), 1.0, "TrainingError: diverged: losses or weights are not finite"),
+        (2, 1.0, float("inf"), "TrainingError: diverged: losses or weights are not finite"),
+    ],
+)
+def test_a_training_that_diverged_or_ended_early_has_no_speed(
+    epochs: int, loss: float, weight: float, reason: str | None
+) -> None:
+    class Constant(nn.Flatten):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor(weight))
+
+    def trains(training: train_peers.Training, recorder: Recorder) -> None:
+        for _ in range(epochs):
+            recorder.epoch_done(Constant(), torch.tensor(loss))
+
+    options = train.Options(device="cpu", images=8, size=8, batch_size=4, epochs=2, workers=0)
+    found = train.run(options, quiet(), providers={"lightly": trains})["cases"][0]["providers"]["lightly"]
+    assert found["failure"] == reason
+    assert found["correct"] == (found["time"] is not None) == (reason is None)
+
+
+def test_a_training_that_learnt_much_less_than_lightlys_has_no_speed() -> None:
+    accuracies = {"lightly": 0.6, train_peers.OURS_SIMSIAM: 0.4, train_peers.PLAIN: 0.52, train_peers.OURS: 0.4}
+    found = {name: {"knn_top1": share, "correct": True, "time": {}} for name, share in accuracies.items()}
+    train.refuse_worse(found, images=50)
+    assert all(values["correct"] for values in found.values()), "within four standard errors of so few images"
+    train.refuse_worse(found, images=1000)
+    assert [name for name, values in found.items() if not values["correct"]] == [train_peers.OURS_SIMSIAM]
+    assert found[train_peers.OURS_SIMSIAM]["failure"] == "wrong: kNN top-1 40.0%, lightly's 60.0%"
+    assert found[train_peers.OURS_SIMSIAM]["time"] is None
 
 
 @pytest.mark.parametrize(
@@ -120,10 +159,10 @@ def test_each_training_trains(name: str, tmp_path: Path) -> None:
     assert len(set(before)) == 2, "each epoch changed the weights"
 
 
-def _seen(epoch_done: Callable[[nn.Module], None], sums: list[float]) -> Callable[[nn.Module], None]:
-    def call(backbone: nn.Module) -> None:
+def _seen(epoch_done: Callable[[nn.Module, Tensor], None], sums: list[float]) -> Callable[[nn.Module, Tensor], None]:
+    def call(backbone: nn.Module, loss: Tensor) -> None:
         sums.append(sum(parameter.abs().sum().item() for parameter in backbone.parameters()))
-        epoch_done(backbone)
+        epoch_done(backbone, loss)
 
     return call
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ class _Evaluate:
     """The data set, where it has moved since training; None for the run's own."""
     data_root: Path | None = None
     """Where downloaded data sets are; None for the run's own."""
+    cache_dir: Path | None = None
+    """Where decoded images are kept; None for the run's own place."""
 
 
 @dataclass(frozen=True)
@@ -268,6 +271,8 @@ def _views(arguments: list[str]) -> int:
 
     if options.images < 1:
         raise InputError(f"images: {options.images} must be at least 1")
+    if options.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise InputError(f"out: {options.out} must end in .png, .jpg, .jpeg or .webp")
     source = open_dataset(options.data, root=options.data_root, download=not options.offline).train
     contact_sheet(source, options.augment, images=options.images, seed=options.seed).save(options.out)
     print(options.out)
@@ -315,6 +320,7 @@ def _open(options: _Evaluate, device: str | None = None) -> Any:
         workers=options.workers,
         data=options.data,
         data_root=options.data_root,
+        cache_dir=options.cache_dir,
     )
 
 
@@ -360,9 +366,8 @@ def _parse(command: str, kind: type[_Options], arguments: list[str], default: _O
         # A box: title, message, a rule, then advice.
         lines = [line.strip("│ ") for line in said.getvalue().splitlines()[1:]]
         message = " ".join(lines[: next((i for i, line in enumerate(lines) if set(line) <= set("─╰╯")), len(lines))])
-        raise InputError(
-            f"{message.removeprefix('Error parsing TrainConfig: ')} (see vi-simsiam {command} --help)"
-        ) from None
+        message = re.sub(r"^Error parsing \w+: ", "", message)
+        raise InputError(f"{message} (see vi-simsiam {command} --help)") from None
 
 
 def _usage() -> str:

@@ -224,8 +224,9 @@ class TrainConfig:
     def located(self) -> TrainConfig:
         """The same with absolute paths, so that a run can be opened from anywhere."""
         data = self.data
-        if data.startswith("folder:"):
-            data = f"folder:{Path(data.removeprefix('folder:')).expanduser().absolute()}"
+        kind, colon, path = data.partition(":")
+        if colon and path and kind in ("folder", "pack"):
+            data = f"{kind}:{Path(path).expanduser().absolute()}"
         cache = None if self.cache_dir is None else self.cache_dir.expanduser().absolute()
         return dataclasses.replace(self, data=data, data_root=self.data_root.expanduser().absolute(), cache_dir=cache)
 

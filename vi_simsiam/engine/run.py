@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.data.cache import cached
 from vi_simsiam.data.datasets import Splits, open_dataset
+from vi_simsiam.data.decoding import cores
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource, Unreadable
 from vi_simsiam.engine.checkpoint import Checkpoint, write_json
@@ -49,6 +49,7 @@ def load_run(
     workers: int | None = None,
     data: str | None = None,
     data_root: Path | None = None,
+    cache_dir: Path | None = None,
 ) -> Run:
     """Open a run folder.
 
@@ -56,6 +57,7 @@ def load_run(
         path: the folder that training wrote.
         data: the data set, where it has moved; None for the one that the run was trained on.
         data_root: where downloaded data sets are; None for the run's own.
+        cache_dir: where decoded images are kept; None for the run's own place.
         device: "auto", "cpu", "cuda" or "cuda:N".
         workers: processes that read images; None for a number that suits the device.
 
@@ -64,6 +66,8 @@ def load_run(
     """
     path = Path(path).expanduser()
     config = read_config(path)
+    if cache_dir is not None:
+        config = dataclasses.replace(config, cache_dir=cache_dir)
     place = resolve_device(device)
     checkpoint = Checkpoint.load(path / CHECKPOINT, place)
     # The checkpoint has the weights: torchvision's need not be downloaded once more.
@@ -119,7 +123,8 @@ def start_folder(path: Path, config: TrainConfig) -> None:
 
 def new_folder(parent: Path, config: TrainConfig) -> Path:
     """Make the first folder of the form parent/DATA-METHOD-NNN that is not there yet; no two processes get the same."""
-    stem = f"{Path(config.data.removeprefix('folder:')).name or 'data'}-{config.method}"
+    place = Path(config.data.removeprefix("folder:").removeprefix("pack:"))
+    stem = f"{place.name.removesuffix('.pack') or 'data'}-{config.method}"
     parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         path = parent / f"{stem}-{number:03d}"
@@ -156,5 +161,4 @@ def resolve_workers(workers: int | None, device: torch.device) -> int:
     """
     if workers is not None:
         return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 16) if device.type == "cuda" else max(1, cores // 4)
+    return min(cores(), 16) if device.type == "cuda" else max(1, cores() // 4)

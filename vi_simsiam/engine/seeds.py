@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from vi_simsiam.data.decoding import cores
 from vi_simsiam.engine.checkpoint import write_json
 from vi_simsiam.engine.run import CHECKPOINT, METRICS
 from vi_simsiam.errors import InputError
@@ -70,7 +71,9 @@ class _Seed:
     def start(self, command: Sequence[str], arguments: Sequence[str], threads: int, *, resume: bool) -> None:
         """Start the process; what it prints goes to the log, appended on resume."""
         own = ["--seed", str(self.seed), "--out", str(self.folder)]
-        resumed = ["--resume"] if resume and (self.folder / CHECKPOINT).is_file() else []
+        # A run that ended before its first checkpoint may have left a folder, which only --overwrite takes.
+        again = "--resume" if (self.folder / CHECKPOINT).is_file() else "--overwrite"
+        resumed = [again] if resume else []
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         with self.log.open("ab" if resume else "wb") as log:
             self.process = subprocess.Popen(
@@ -167,7 +170,7 @@ def run_seeds(
     out.mkdir(parents=True, exist_ok=True)
     pending = [run for run in runs if run.exit is None]
     batch = _Batch(out, given, runs, pending, console, started=time.monotonic(), resumed=resume)
-    threads = max(1, _cores() // max(1, len(pending)))
+    threads = max(1, cores() // max(1, len(pending)))
     passed = [*given, "--overwrite"] if overwrite else given
     with _signals() as received:
         try:
@@ -359,10 +362,6 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _last_line(path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -149,8 +149,11 @@ class Trainer:
         if resume:
             self._restore()
 
-    def fit(self) -> None:
+    def fit(self, *, epoch_done: Callable[[], object] | None = None) -> None:
         """Train to the end, with checkpoints on the way; rank 0 writes them, and the metrics.
+
+        Args:
+            epoch_done: called after every whole epoch.
 
         Raises:
             TrainingError: the loss or the weights stopped being finite, or the GPU's memory is too small; the last good
@@ -180,6 +183,8 @@ class Trainer:
                     self._save()
                 if stopped:
                     raise KeyboardInterrupt
+                if epoch_done is not None:
+                    epoch_done()
                 if monitor is not None:
                     monitor.epoch_done(self.step, metrics)
 
@@ -249,8 +254,12 @@ class Trainer:
             asked = time.perf_counter()
             try:
                 batch = next(batches)
-            except (RuntimeError, OSError, EOFError):
+            except (RuntimeError, OSError, EOFError) as error:
                 time.sleep(0.2)  # the end of a job can reach the workers before this process
+                if not stop and self.world.size == 1 and isinstance(error, TrainingError):  # a worker died
+                    self._finite_losses(self.saved_step)
+                    self._save()
+                    raise TrainingError(f"{error}; saved at step {self.step}, to go on from with --resume") from error
                 if not stop:
                     raise
                 if self.world.size == 1:

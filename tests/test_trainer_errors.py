@@ -1,0 +1,60 @@
+"""What ends a training from outside: a worker that dies, a GPU that is too small. What was reached is kept."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from test_trainer import QUIET, Watched, config, same, train, weights
+
+from vi_simsiam.engine.checkpoint import Checkpoint
+from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.errors import TrainingError
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="signals of POSIX")
+def test_a_dead_worker_costs_no_step(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is saved where it was, and resumed it is the run that lost no worker."""
+    settings = config(image_folder, workers=1, save_every=3600.0, epochs=4)
+    train(settings, tmp_path / "whole")
+    before = {process.pid for process in multiprocessing.active_children()}
+    trainer = Trainer(settings, tmp_path / "run", console=QUIET)
+
+    def kill_the_worker() -> None:
+        if trainer.step == 6:
+            for process in multiprocessing.active_children():
+                if process.pid not in before and process.pid is not None:
+                    os.kill(process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(trainer, "train_step", Watched(trainer.train_step, kill_the_worker))
+    with pytest.raises(
+        TrainingError, match=r"workers: a process that prepares images has ended .*; saved at step \d+"
+    ) as caught:
+        trainer.fit()
+    assert "\n" not in str(caught.value)
+    saved = Checkpoint.load(tmp_path / "run" / "checkpoint.pt", torch.device("cpu")).step
+    assert saved >= 7
+    train(settings, tmp_path / "run", resume=True)
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_a_gpu_that_is_too_small_is_one_readable_error(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(config(image_folder), tmp_path / "run", console=QUIET)
+
+    def exhausted() -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 8 GiB."
+        )
+
+    monkeypatch.setattr(trainer, "train_step", Watched(trainer.train_step, exhausted))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 8 * 10**9))
+    with pytest.raises(
+        TrainingError, match=r"Tried to allocate 20.00 GiB \(1.0 of 8.0 GB are free\); a smaller --batch-size"
+    ):
+        trainer.fit()
