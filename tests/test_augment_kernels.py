@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed: numbers and machi
 
 import torch
 import triton
-from test_triton_kernels import TYPES, Binary, _compile, _NoGPU, _run_cases, compiles
+from test_triton_kernels import TYPES, Binary, _compile, _NoGPU, _run_cases, compiles, without_gpu
 
 from vi_simsiam.kernels import augment as kernel
 from vi_simsiam.kernels import colour, launch
@@ -124,16 +124,7 @@ def test_machine_code(shape: tuple[int, torch.dtype, str, int]) -> None:
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[_NoGPU]:
-    driver = _NoGPU()
-    kernels = [each for each, _, _ in kernel.launches(8)]
-    monkeypatch.setattr(launch, "_compiled", {})
-    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
-    for each in kernels:
-        each.device_caches.clear()
-    yield driver
-    launch._compiled.clear()  # a compiled kernel asks its driver to unload it
-    for each in kernels:
-        each.device_caches.clear()
+    yield from without_gpu(monkeypatch, [each for each, _, _ in kernel.launches(8)])
 
 
 @compiles

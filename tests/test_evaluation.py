@@ -19,6 +19,7 @@ from vi_simsiam.config import AugmentConfig, ModelConfig, TrainConfig
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.data.views import eval_view
+from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.run import load_run
 from vi_simsiam.engine.trainer import Trainer
 from vi_simsiam.errors import InputError
@@ -37,6 +38,29 @@ from vi_simsiam.evaluation.summary import evaluate_run, summary_line
 def stacked(source: ArraySource, size: int = SIZE) -> Tensor:
     view = eval_view(size)
     return torch.stack([view(source.image(i)) for i in range(len(source))])
+
+
+class OneOfTwo(World):
+    """A rank of two that keeps what it would give to the other."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank=rank, size=2)
+
+    def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows
+
+
+@pytest.mark.parametrize("images", [1, 2, 5])
+def test_ranks_compute_a_part_of_the_features_each(images: int) -> None:
+    """The parts of both ranks, in their order, are the whole; a single image is too few to share."""
+    source, backbone = gray_source(images), TinyBackbone()
+    whole = extract(backbone, source, size=SIZE, device=CPU, workers=0)
+    parts = [
+        extract(backbone, source, size=SIZE, device=CPU, workers=0, world=OneOfTwo(rank), batch_size=2)
+        for rank in range(2)
+    ]
+    assert [len(part) for part in parts] == ([1, 1] if images == 1 else [images // 2, images - images // 2])
+    torch.testing.assert_close(parts[0] if images == 1 else torch.cat(parts), whole)
 
 
 def test_features_are_those_of_eval_mode_in_image_order() -> None:

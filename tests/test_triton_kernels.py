@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -315,10 +315,9 @@ class _NoGPU:
         pass
 
 
-@pytest.fixture
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[_NoGPU]:
+def without_gpu(monkeypatch: pytest.MonkeyPatch, kernels: Sequence[Any]) -> Iterator[_NoGPU]:
+    """A driver that launches nothing, and `kernels` as if never compiled, before and after."""
     driver = _NoGPU()
-    kernels = (kernel.multiview_loss_kernel, scale_gradient.scale_gradient_kernel)
     monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     for each in kernels:
@@ -327,6 +326,11 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[_NoGPU]:
     launch._compiled.clear()  # a compiled kernel asks its driver to unload it
     for each in kernels:
         each.device_caches.clear()
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[_NoGPU]:
+    yield from without_gpu(monkeypatch, (kernel.multiview_loss_kernel, scale_gradient.scale_gradient_kernel))
 
 
 def _launch(dim: int = 16, samples: int = 4, shift: int = 0, stride: int = 32, **changes: Any) -> None:
