@@ -25,6 +25,12 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def checks_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Distributions check their values until something is compiled in the process, which switches it off for all."""
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
+
+
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set of two classes, dark and bright, 20 training and 8 validation images of 16 x 16 pixels each."""
