@@ -1,0 +1,92 @@
+"""`vi-simsiam pack|views`: images and the views of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from vi_simsiam.cli.parsing import parse, said
+from vi_simsiam.config import AugmentConfig, policy
+from vi_simsiam.errors import InputError
+
+
+@dataclass(frozen=True)
+class _Pack:
+    images: Annotated[str, tyro.conf.Positional]
+    """A folder of images, or a data set by name."""
+    out: Path
+    """File to write, such as mine.pack; validation images go to mine.val.pack. Train on it with --data pack:mine.pack."""
+    shorter_side: int | None = None
+    """Make larger images smaller, to this many pixels on the shorter side."""
+    workers: int | None = None
+    """Processes that decode; None for one a CPU core."""
+    data_root: Path = Path("data")
+    """Where downloaded data sets are kept or looked for."""
+    offline: bool = False
+    """Never download."""
+    overwrite: bool = False
+    """Replace the file where there is one."""
+
+
+@dataclass(frozen=True)
+class _Views:
+    augment: Annotated[AugmentConfig, tyro.conf.arg(name="")]
+    data: str = "fashion-mini"
+    """A data set by name, folder:PATH or pack:FILE."""
+    policy: str = "simsiam"
+    """Starting point of the augmentation: simsiam, multicrop, lightly-imagenette or none."""
+    out: Path = Path("views.png")
+    """Picture to write: a row an image, the image first and then its views."""
+    images: int = 8
+    """Number of images."""
+    seed: int = 0
+    data_root: Path = Path("data")
+    """Where downloaded data sets are kept or looked for."""
+    offline: bool = False
+    """Never download."""
+
+
+def pack(arguments: list[str]) -> int:
+    """Decode images once into one file."""
+    options = parse("pack", _Pack, arguments)
+
+    from vi_simsiam.data.cache import pack
+    from vi_simsiam.data.datasets import open_dataset, validation_pack
+
+    spec = f"folder:{options.images}" if Path(options.images).expanduser().is_dir() else options.images
+    splits = open_dataset(spec, root=options.data_root, download=not options.offline)
+    out = options.out.expanduser()
+    parts = [(splits.train, out), *([] if splits.val is None else [(splits.val, validation_pack(out))])]
+    taken = next((path for _, path in parts if path.exists()), None)
+    if taken is not None and not options.overwrite:
+        raise InputError(f"out: {taken} exists; say --overwrite to replace it")
+    for source, path in parts:
+        unreadable = pack(
+            source, path, workers=options.workers, shorter_side=options.shorter_side, console=Console(soft_wrap=True)
+        )
+        for image in unreadable:
+            print(f"left out: {image.path} ({image.reason})")
+        print(f"written: {path} ({len(source) - len(unreadable):,} images, {path.stat().st_size / 1e6:,.1f} MB)")
+    return 0
+
+
+def views(arguments: list[str]) -> int:
+    """Draw images and their random views."""
+    start = policy(said(arguments, "--policy") or "simsiam")
+    options = parse("views", _Views, arguments, default=_Views(start))
+
+    from vi_simsiam.data.contact_sheet import contact_sheet
+    from vi_simsiam.data.datasets import open_dataset
+
+    if options.images < 1:
+        raise InputError(f"images: {options.images} must be at least 1")
+    if options.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise InputError(f"out: {options.out} must end in .png, .jpg, .jpeg or .webp")
+    source = open_dataset(options.data, root=options.data_root, download=not options.offline).train
+    contact_sheet(source, options.augment, images=options.images, seed=options.seed).save(options.out)
+    print(options.out)
+    return 0

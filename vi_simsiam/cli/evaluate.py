@@ -1,0 +1,85 @@
+"""`vi-simsiam evaluate|knn|linear|figures`: what a trained run is worth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from vi_simsiam.cli.parsing import RunOptions, open_run, parse
+from vi_simsiam.errors import InputError
+
+
+@dataclass(frozen=True)
+class _Knn(RunOptions):
+    k: int = 20
+    """Number of neighbours."""
+    temperature: float = 0.1
+    """Neighbours are weighted by exp(cosine / temperature)."""
+
+
+@dataclass(frozen=True)
+class _Linear(RunOptions):
+    preset: str = "default"
+    """default, or paper (the paper's protocol with a held-out fifth of the training set)."""
+
+
+@dataclass(frozen=True)
+class _Figures(RunOptions):
+    pass
+
+
+def evaluate(arguments: list[str]) -> int:
+    """All evaluations of a run."""
+    options = parse("evaluate", RunOptions, arguments)
+
+    from vi_simsiam.engine.distributed import joined
+    from vi_simsiam.evaluation.summary import evaluate_run
+
+    with joined(options.device) as world:
+        evaluate_run(open_run(options, str(world.device)), world)
+    return 0
+
+
+def knn(arguments: list[str]) -> int:
+    """Classify by nearest neighbours."""
+    options = parse("knn", _Knn, arguments)
+
+    from vi_simsiam.evaluation.features import collect, labelled_splits
+    from vi_simsiam.evaluation.knn import KnnConfig, evaluate_knn
+    from vi_simsiam.evaluation.summary import summary_line
+
+    config = KnnConfig(k=options.k, temperature=options.temperature)
+    run = open_run(options)
+    images = len(labelled_splits(run)["train"])
+    if config.k > images:  # known now, not after all features are computed
+        raise InputError(f"k: {config.k} must be at most {images}, the number of training images")
+    print(summary_line("kNN", evaluate_knn(collect(run), config)))
+    return 0
+
+
+def linear(arguments: list[str]) -> int:
+    """Train a linear probe."""
+    options = parse("linear", _Linear, arguments)
+
+    from vi_simsiam.evaluation.features import collect
+    from vi_simsiam.evaluation.linear import evaluate_linear, linear_preset
+    from vi_simsiam.evaluation.summary import summary_line, summary_table
+
+    config = linear_preset(options.preset)
+    result = evaluate_linear(collect(open_run(options)), config)
+    Console().print(summary_table({"linear": result}))
+    print(summary_line("linear", result))
+    return 0
+
+
+def figures(arguments: list[str]) -> int:
+    """Draw a run's figures."""
+    options = parse("figures", _Figures, arguments)
+
+    from vi_simsiam.evaluation.figures import draw_curves, draw_kappa
+
+    for path in (draw_curves(options.run), draw_kappa(open_run(options))):
+        if path is not None:
+            print(path)
+    return 0

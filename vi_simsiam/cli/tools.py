@@ -1,0 +1,47 @@
+"""`vi-simsiam info|bench`: the installation, and how fast it is."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from vi_simsiam.cli.parsing import parse
+from vi_simsiam.errors import InputError
+
+
+@dataclass(frozen=True)
+class _Info:
+    pass
+
+
+def info(arguments: list[str]) -> int:
+    """Say what is installed here."""
+    parse("info", _Info, arguments)
+
+    from vi_simsiam.info import report
+
+    print(report())
+    return 0
+
+
+def bench(arguments: list[str]) -> int:
+    """Run a benchmark."""
+    benchmarks = {
+        "loss": ("multiview_loss", "time the loss: eager, torch.compile and the fused backends"),
+        "augment": ("augment", "views a second: ours, torchvision, lightly and kornia"),
+        "step": ("step", "the training step by phase, against the network alone"),
+        "train": ("train", "whole trainings: ours, plain and tuned PyTorch, lightly"),
+        "compare": ("compare", "two result files case by case; exits 1 if anything became slower"),
+        "accuracy": ("accuracy", "errors of the loss at large concentrations"),
+        "report": ("report", "write the tables in Markdown files from the result files they name"),
+    }
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(f"usage: vi-simsiam bench {'|'.join(benchmarks)} [OPTIONS]\n")
+        print("\n".join(f"  {name:10}{about}" for name, (_, about) in benchmarks.items()))
+        return 0
+    if not arguments or arguments[0] not in benchmarks:
+        raise InputError(f"bench: {' '.join(arguments[:1]) or 'nothing'!r} is none of {', '.join(benchmarks)}")
+    benchmark: Any = importlib.import_module(f"vi_simsiam.benchmarks.{benchmarks[arguments[0]][0]}")
+    outcome = benchmark.run(parse(f"bench {arguments[0]}", benchmark.Options, arguments[1:]))
+    return outcome if isinstance(outcome, int) else 0
