@@ -65,6 +65,17 @@ def test_paper_preset_is_the_papers() -> None:
         (LossConfig, {"concentration_scale": 0.0}),
         (LossConfig, {"loss_scale": math.nan}),
         (LossConfig, {"concentration_min": -1.0}),
+        (LossConfig, {"concentration": "median"}),
+        (LossConfig, {"concentration_value": 1.0}),
+        (LossConfig, {"concentration_max": 0.0}),
+        (LossConfig, {"concentration_max": math.inf}),
+        (TrainConfig, {"images": 1}),
+        (TrainConfig, {"held_out": 1.0}),
+        (TrainConfig, {"held_out": -0.1}),
+        (TrainConfig, {"split_seed": -1}),
+        (TrainConfig, {"ema": 0.0}),
+        (TrainConfig, {"ema": 1.0}),
+        (TrainConfig, {"ema": math.nan}),
         (AugmentConfig, {"size": 4}),
         (AugmentConfig, {"local_size": 4}),
         (AugmentConfig, {"local_views": 15}),
@@ -110,3 +121,35 @@ def test_a_run_finds_its_data_from_any_folder(kind: str, tmp_path: Path, monkeyp
     assert TrainConfig(data=f"{kind}:some/mine.pack").located().data == f"{kind}:{tmp_path / 'some' / 'mine.pack'}"
     assert TrainConfig(data=f"{kind}:").located().data == f"{kind}:", "named as it was given in the error"
     assert TrainConfig(data="cifar10").located().data == "cifar10"
+
+
+def test_parts_that_do_not_go_together_are_named() -> None:
+    constant = LossConfig(concentration="constant", concentration_value=2.0)
+    frozen = Path("runs/simsiam-001")
+    local = ModelConfig(local_predictor=True)
+    for message, make in (
+        ("concentration_value: None is not accepted", lambda: LossConfig(concentration="constant")),
+        ("concentration_value: 0.0 is", lambda: LossConfig(concentration="constant", concentration_value=0.0)),
+        ("concentration_max: 3.0 is .* above concentration_min, 4.0", lambda: LossConfig(concentration_max=3.0, concentration_min=4.0)),
+        ("concentration_max: 9.0 is .* None", lambda: dataclasses.replace(constant, concentration_max=9.0)),
+        ("concentration: constant is .* vi-simsiam", lambda: TrainConfig(method="simsiam", loss=constant)),
+        ("concentration_max: 9.0 is .* vi-simsiam", lambda: TrainConfig(method="simsiam", loss=LossConfig(concentration_max=9.0))),
+        ("frozen_run: runs/simsiam-001 is .* vi-simsiam", lambda: TrainConfig(method="simsiam", frozen_run=frozen)),
+        ("ema: 0.9 is .* frozen_run", lambda: TrainConfig(frozen_run=frozen, ema=0.9)),
+        ("concentration: shuffled is .* frozen_run", lambda: TrainConfig(frozen_run=frozen, loss=LossConfig(concentration="shuffled"))),
+        ("local_predictor: True is", lambda: TrainConfig(model=local)),
+        ("local_predictor: True is", lambda: TrainConfig(model=local, augment=AugmentConfig(local_views=2, local_size=224))),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=rf"^{message}"):
+            make()
+    assert TrainConfig(model=local, augment=AugmentConfig(local_views=2)).model.local_predictor
+
+
+def test_variants_survive_json_and_are_located(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    loss = LossConfig(concentration="global", concentration_max=1e5)
+    config = TrainConfig(frozen_run=Path("runs/a"), images=100, held_out=0.2, split_seed=3, distinct=True, loss=loss)
+    again = TrainConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert again.located().frozen_run == tmp_path / "runs" / "a"
+    assert differing_fields(TrainConfig(), TrainConfig(ema=0.99)) == ["ema: None -> 0.99"]

@@ -16,6 +16,7 @@ Precision = Literal["auto", "bf16", "fp32"]
 DataMemory = Literal["auto", "gpu", "host"]
 Capture = Literal["auto", "on", "off"]
 BatchNormStatistics = Literal["per-view", "joint"]
+Concentration = Literal["sample", "constant", "global", "shuffled", "detached"]
 
 
 def _check_integers(config: object) -> None:
@@ -122,6 +123,8 @@ class ModelConfig:
     """D: dimension of the space the representations live in."""
     projector_hidden: int = 512
     predictor_hidden: int = 512
+    local_predictor: bool = False
+    """A second predictor, for views that are smaller than the first one (multi-crop)."""
 
     def __post_init__(self) -> None:
         _check_integers(self)
@@ -137,6 +140,15 @@ class ModelConfig:
 class LossConfig:
     """How the concentration is parametrised and the loss is scaled; SimSiam only uses `loss_scale`."""
 
+    concentration: Concentration = "sample"
+    """Where kappa comes from. "sample": predicted for every sample (VI-SimSiam). Controls: "constant" (concentration-value),
+    "global" (one learned number), "shuffled" (in training every sample gets another one's), "detached" (the network is
+    trained by SimSiam's loss with factor 1, and kappa on top of it by the likelihood with factor loss-scale; a clip-norm
+    counts both gradients)."""
+    concentration_value: float | None = None
+    """kappa/(D - 1) where the concentration is "constant"."""
+    concentration_max: float | None = None
+    """Upper bound of kappa, approached smoothly; None for none."""
     concentration_scale: float | None = None
     """Factor on softplus(raw concentration); None for D - 1."""
     concentration_min: float = 0.0
@@ -150,6 +162,16 @@ class LossConfig:
             value = getattr(self, name)
             _require(name, value, value is None or 0 < value < math.inf, "a positive number")
         _require("concentration_min", self.concentration_min, 0 <= self.concentration_min < math.inf, "at least 0")
+        _choice("concentration", self.concentration, get_args(Concentration))
+        value, maximum, constant = self.concentration_value, self.concentration_max, self.concentration == "constant"
+        if constant:
+            _require("concentration_value", value, value is not None and 0 < value < math.inf, "a positive number")
+        else:
+            _require("concentration_value", value, value is None, "None unless concentration is 'constant'")
+        if maximum is not None:
+            above = self.concentration_min < maximum < math.inf
+            _require("concentration_max", maximum, above, f"above concentration_min, {self.concentration_min}")
+            _require("concentration_max", maximum, not constant, "None where concentration is 'constant'")
 
 
 @dataclass(frozen=True)
@@ -167,6 +189,14 @@ class TrainConfig:
     """Where decoded images are kept; None for vi-simsiam/ in the user's cache folder (XDG_CACHE_HOME or ~/.cache)."""
     data_memory: DataMemory = "auto"
     """Where the decoded images are while a GPU trains: gpu, host (streamed to it), or auto (gpu if they fit)."""
+    images: int | None = None
+    """Train on so many images, drawn in proportion to the classes; None for all of them."""
+    held_out: float = 0.0
+    """Share of the training images that is kept from training and takes the place of the validation images."""
+    split_seed: int = 0
+    """Which images --images and --held-out draw."""
+    distinct: bool = False
+    """Leave out files that training and validation part both hold, byte for byte; --images and --held-out always do."""
     epochs: int = 100
     batch_size: int = 64
     lr: float = 0.0125
@@ -177,6 +207,11 @@ class TrainConfig:
     """Length of the linear warm-up, in epochs."""
     clip_norm: float | None = None
     """Largest norm of the gradient; None for no clipping."""
+    ema: float | None = None
+    """Momentum of an exponential moving average of the weights that makes the targets (BYOL, Grill et al., arXiv
+    2006.07733), constant over the run; None for targets from the network itself."""
+    frozen_run: Path | None = None
+    """A finished SimSiam run: its network is kept as it is, and only the concentration is fitted to it."""
     seed: int = 0
     workers: int | None = None
     """Processes that prepare views on a CPU, and that read images for evaluation; None for a number that suits the device."""
@@ -220,6 +255,27 @@ class TrainConfig:
         _require("workers", self.workers, self.workers is None or self.workers >= 0, "at least 0")
         _require("log_every", self.log_every, self.log_every is None or self.log_every >= 1, "at least 1")
         _require("save_every", self.save_every, 0 <= self.save_every < math.inf, "at least 0")
+        _require("images", self.images, self.images is None or self.images >= 2, "at least 2")
+        _require("held_out", self.held_out, 0 <= self.held_out < 1, "a share of at least 0 and below 1")
+        _require("split_seed", self.split_seed, 0 <= self.split_seed < 2**63, "at least 0 and below 2**63")
+        _require("ema", self.ema, self.ema is None or 0 < self.ema < 1, "above 0 and below 1")
+        self._check_variant()
+
+    def _check_variant(self) -> None:
+        """Refuse parts that do not go together."""
+        kind, frozen = self.loss.concentration, self.frozen_run is not None
+        if self.method == "simsiam":
+            accepted = "method vi-simsiam; simsiam predicts no concentration"
+            _require("concentration", kind, kind == "sample", accepted)
+            maximum = self.loss.concentration_max
+            _require("concentration_max", maximum, maximum is None, accepted)
+            _require("frozen_run", self.frozen_run, not frozen, accepted)
+        if frozen:
+            _require("concentration", kind, kind in ("sample", "global"), "sample or global with frozen_run")
+            _require("ema", self.ema, self.ema is None, "None with frozen_run, whose network does not move")
+        augment, local = self.augment, self.model.local_predictor
+        has_local = augment.local_views > 0 and augment.local_size < augment.size
+        _require("local_predictor", local, has_local or not local, "False without local views smaller than the others")
 
     def located(self) -> TrainConfig:
         """The same with absolute paths, so that a run can be opened from anywhere."""
@@ -228,13 +284,16 @@ class TrainConfig:
         if colon and path and kind in ("folder", "pack"):
             data = f"{kind}:{Path(path).expanduser().absolute()}"
         cache = None if self.cache_dir is None else self.cache_dir.expanduser().absolute()
-        return dataclasses.replace(self, data=data, data_root=self.data_root.expanduser().absolute(), cache_dir=cache)
+        frozen = None if self.frozen_run is None else self.frozen_run.expanduser().absolute()
+        root = self.data_root.expanduser().absolute()
+        return dataclasses.replace(self, data=data, data_root=root, cache_dir=cache, frozen_run=frozen)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON types."""
         plain = dataclasses.asdict(self)
         plain["data_root"] = str(self.data_root)
-        plain["cache_dir"] = None if self.cache_dir is None else str(self.cache_dir)
+        for name in ("cache_dir", "frozen_run"):
+            plain[name] = None if plain[name] is None else str(plain[name])
         return plain
 
     @classmethod
@@ -249,11 +308,10 @@ class TrainConfig:
             values = {
                 name: nested[name](**_tuples(value)) if name in nested else value for name, value in plain.items()
             }
-            cache = plain.get("cache_dir")
-            paths = {
-                "data_root": Path(plain.get("data_root", "data")),
-                "cache_dir": None if cache is None else Path(cache),
-            }
+            paths: dict[str, Any] = {"data_root": Path(plain.get("data_root", "data"))}
+            for name in ("cache_dir", "frozen_run"):
+                given = plain.get(name)
+                paths[name] = None if given is None else Path(given)
             return cls(**{**values, **paths})
         except InputError:
             raise

@@ -7,9 +7,9 @@ projector of three linear layers with BatchNorm (the last one without affine par
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,16 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vi_simsiam.config import LossConfig, ModelConfig, Stem, TrainConfig
+from vi_simsiam.config import Concentration, LossConfig, ModelConfig, Stem, TrainConfig
 from vi_simsiam.distributions import PowerSpherical
 from vi_simsiam.errors import InputError
 from vi_simsiam.functional import cosine_loss, power_spherical_loss
+from vi_simsiam.heads import ConcentrationHead, SplitHead, direction_detached, padded_linear, shuffled
 from vi_simsiam.ops.multiview_loss import LossForm, softplus
-from vi_simsiam.ops.multiview_loss_launch import padded_width
-
-# kappa/(D - 1) at the start, near its optimum for the cosines of an untrained network. From softplus(0) = 0.69 the first
-# steps throw the raw concentration so far down that its gradient is gone for an epoch.
-_INITIAL_CONCENTRATION = 0.05
 
 
 class Output(NamedTuple):
@@ -73,6 +69,9 @@ class SimSiam(nn.Module):
         predictor_hidden: width of the predictor's hidden layer.
         stem: first layers of a torchvision backbone, see `build_backbone`.
         pretrained: whether a torchvision backbone starts from its ImageNet weights.
+        local_predictor: whether views smaller than the first one have a predictor of their own, of the same shape (a
+            shared one is reported to unsettle SimSiam, arXiv 2602.05845).
+        head: makes a predictor's last layers for the width of its hidden one; None for a linear layer of D columns.
 
     Raises:
         InputError: an unknown backbone, or an own one without `features`.
@@ -88,6 +87,8 @@ class SimSiam(nn.Module):
         predictor_hidden: int = 512,
         stem: Stem = "imagenet",
         pretrained: bool = False,
+        local_predictor: bool = False,
+        head: Callable[[int], Sequence[nn.Module]] | None = None,
     ) -> None:
         super().__init__()
         if dim < 2:
@@ -114,20 +115,54 @@ class SimSiam(nn.Module):
             nn.Linear(projector_hidden, dim, bias=False),
             _PerViewBatchNorm1d(dim, affine=False),
         )
-        last = _padded_linear(predictor_hidden, self.prediction_width(dim))
-        self.predictor = nn.Sequential(
-            nn.Linear(dim, predictor_hidden, bias=False),
-            _PerViewBatchNorm1d(predictor_hidden),
-            nn.ReLU(inplace=True),
-            last,
-        )
+        predictors = [
+            nn.Sequential(
+                nn.Linear(dim, predictor_hidden, bias=False),
+                _PerViewBatchNorm1d(predictor_hidden),
+                nn.ReLU(inplace=True),
+                *([padded_linear(predictor_hidden, dim)] if head is None else head(predictor_hidden)),
+            )
+            for _ in range(1 + local_predictor)
+        ]
+        self.predictor = predictors[0]
+        self.local_predictor = predictors[1] if local_predictor else None
+        self.target: nn.Sequential | None = None
+        """The backbone and projector that make the targets; None for the model's own. See `add_target`."""
+        self.frozen = False
+        """Whether `train` leaves the model in eval mode. See `VISimSiam.freeze`."""
+        self._collect_norms()
 
+    def _collect_norms(self) -> None:
         self._norms = [module for module in self.modules() if isinstance(module, _PerView)]
 
-    @staticmethod
-    def prediction_width(dim: int) -> int:
-        """Columns of a prediction that stand for something."""
-        return dim
+    def add_target(self) -> None:
+        """Let a copy of the backbone and the projector make the targets, which only `update_target` changes.
+
+        Its BatchNorm layers normalise by the batch in training mode, as BYOL's do, and keep running statistics of their own.
+        """
+        self.target = copy.deepcopy(nn.Sequential(self.backbone, self.projector)).requires_grad_(False)
+        self._collect_norms()
+
+    @torch.no_grad()
+    def update_target(self, rate: Tensor) -> None:
+        """Move the target's weights towards the model's: target + rate (model - target) (Grill et al., arXiv 2006.07733).
+
+        Operations on the device only. Buffers are not averaged.
+
+        Args:
+            rate: 1 minus the momentum, a scalar on the model's device; 0 changes nothing.
+        """
+        assert self.target is not None
+        moving: list[Tensor] = [*self.target.parameters()]
+        leading: list[Tensor] = [*self.backbone.parameters(), *self.projector.parameters()]
+        change: list[Tensor] = list(torch._foreach_sub(leading, moving))
+        torch._foreach_mul_(change, rate)
+        torch._foreach_add_(moving, change)
+
+    def train(self, mode: bool = True) -> SimSiam:
+        """As in torch; a frozen model stays in eval mode."""
+        super().train(mode and not self.frozen)
+        return self
 
     def forward(self, views: Sequence[Tensor], targets: int = 2) -> Output:
         """Predictions of all views and projections of the first `targets` ones.
@@ -141,17 +176,34 @@ class SimSiam(nn.Module):
             views: V tensors (B, 3, height, width); sizes may differ between views.
             targets: G, how many views (from the first on) are targets.
         """
-        passes = _by_shape(views) if self.joint_statistics or self.shared_passes else [[view] for view in views]
         projections: list[Tensor] = []
         predictions: list[Tensor] = []
-        for together in passes:
+        for together in self._passes(views):
+            smaller = together[0].shape[-1] < views[0].shape[-1]
+            predictor = self.local_predictor if self.local_predictor is not None and smaller else self.predictor
             images = together[0] if len(together) == 1 else torch.cat(together)
             with self._normalising(1 if self.joint_statistics else len(together)):
                 projection = self.projector(self.backbone(images))
-                prediction = self.predictor(projection)
+                prediction = predictor(projection)
             projections += projection.chunk(len(together))
             predictions += prediction.chunk(len(together))
+        if self.target is not None:
+            projections = self._targets(self.target, views[:targets])
         return Output(tuple(predictions), tuple(projection.detach() for projection in projections[:targets]))
+
+    def _passes(self, views: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The views that go through the network together."""
+        return _by_shape(views) if self.joint_statistics or self.shared_passes else [[view] for view in views]
+
+    @torch.no_grad()
+    def _targets(self, target: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
+        """Projections of the views by another network than the one that is trained."""
+        projections: list[Tensor] = []
+        for together in self._passes(views):
+            images = together[0] if len(together) == 1 else torch.cat(together)
+            with self._normalising(1 if self.joint_statistics else len(together)):
+                projections += target(images).chunk(len(together))
+        return projections
 
     @contextlib.contextmanager
     def _normalising(self, views: int) -> Iterator[None]:
@@ -172,27 +224,48 @@ class SimSiam(nn.Module):
 class VISimSiam(SimSiam):
     """VI-SimSiam (Nakamura et al., arXiv 2203.11437): predictions are Power Spherical distributions.
 
-    The predictor has one column more, the raw concentration r; kappa = concentration_scale softplus(r) + concentration_min.
+    A prediction has one column more, the raw concentration r; kappa = concentration_scale softplus(r) + concentration_min.
 
     Args:
+        concentration: where the raw concentration comes from, see `LossConfig`.
+        concentration_value: kappa/(D - 1) of "constant".
         concentration_scale: None for D - 1, which makes kappa/(D - 1) a number of order 1; it starts at about 0.05.
         concentration_min: lower bound of kappa.
+        concentration_max: upper bound of kappa, approached smoothly; None for none.
+        frozen: whether only the concentration is trained, see `freeze`.
         others: as `SimSiam`.
+
+    Raises:
+        InputError: as `SimSiam`; numbers of the concentration that do not fit each other.
     """
 
     def __init__(
         self,
         backbone: str | nn.Module = "resnet18",
         *,
+        concentration: Concentration = "sample",
+        concentration_value: float | None = None,
         concentration_scale: float | None = None,
         concentration_min: float = 0.0,
+        concentration_max: float | None = None,
+        frozen: bool = False,
         features: int | None = None,
         dim: int = 2048,
         projector_hidden: int = 512,
         predictor_hidden: int = 512,
         stem: Stem = "imagenet",
         pretrained: bool = False,
+        local_predictor: bool = False,
     ) -> None:
+        head = ConcentrationHead(
+            concentration,
+            dim,
+            scale=concentration_scale,
+            minimum=concentration_min,
+            maximum=concentration_max,
+            value=concentration_value,
+            frozen=frozen,
+        )
         super().__init__(
             backbone,
             features=features,
@@ -201,30 +274,51 @@ class VISimSiam(SimSiam):
             predictor_hidden=predictor_hidden,
             stem=stem,
             pretrained=pretrained,
+            local_predictor=local_predictor,
+            head=head,
         )
-        scale = float(dim - 1) if concentration_scale is None else concentration_scale
-        self.form = LossForm("power_spherical", scale, concentration_min)
-        if concentration_scale is None:
-            last = self.predictor[-1]
-            assert isinstance(last, nn.Linear)
-            with torch.no_grad():
-                last.bias[dim] = math.log(math.expm1(_INITIAL_CONCENTRATION))
+        self.parametrisation = concentration
+        """Where the raw concentration comes from."""
+        self.form = LossForm("power_spherical", head.scale, concentration_min)
+        if frozen:
+            self.freeze()
 
-    @staticmethod
-    def prediction_width(dim: int) -> int:
-        """Columns of a prediction that stand for something: the mean direction and the raw concentration."""
-        return dim + 1
+    def freeze(self) -> None:
+        """Keep all weights and running statistics but those of the concentration, in eval mode for good.
+
+        Raises:
+            InputError: the concentration shares a layer with the mean direction.
+        """
+        heads = [module for module in self.modules() if isinstance(module, SplitHead)]
+        if not heads:
+            raise InputError("frozen: the concentration has no layer of its own; make the model with frozen=True")
+        self.requires_grad_(False)
+        for head in heads:
+            head.concentration.requires_grad_(True)
+        self.frozen = True
+        self.eval()
 
     def loss(self, output: Output, backend: str = "auto", loss_scale: float = 1.0) -> Tensor:
-        """The method's loss of an `Output` times `loss_scale`, a scalar, in nats."""
-        return power_spherical_loss(
-            output.predictions,
+        """The method's loss of an `Output` times `loss_scale`, a scalar, in nats.
+
+        With a "detached" concentration it is SimSiam's loss, which trains the network, plus `loss_scale` times the
+        likelihood's, which trains the concentration. "shuffled" concentrations are exchanged in training mode.
+        """
+        predictions, direct = output.predictions, None
+        if self.parametrisation == "detached":
+            direct = cosine_loss([x[:, : self.dim] for x in predictions], output.targets, backend=backend)
+            predictions = tuple(direction_detached(x, self.dim) for x in predictions)
+        elif self.parametrisation == "shuffled" and self.training:
+            predictions = tuple(shuffled(x, self.dim) for x in predictions)
+        loss = power_spherical_loss(
+            predictions,
             output.targets,
             backend=backend,
             concentration_scale=self.form.scale,
             concentration_min=self.form.minimum,
             loss_scale=loss_scale,
         )
+        return loss if direct is None else direct + loss
 
     def concentration(self, prediction: Tensor) -> Tensor:
         """kappa of predictions (..., W), shape (...), in at least float32."""
@@ -243,19 +337,6 @@ class VISimSiam(SimSiam):
 def _by_shape(views: Sequence[Tensor]) -> list[list[Tensor]]:
     """Consecutive views of one shape together."""
     return [list(group) for _, group in itertools.groupby(views, key=lambda view: view.shape)]
-
-
-def _padded_linear(in_features: int, out_features: int) -> nn.Linear:
-    """A linear layer with columns of zeros after its `out_features`, up to a width whose rows are aligned.
-
-    Kernels load such rows 16 bytes at a time, and the product stays on the tensor cores. The columns are part of the
-    result, since autograd would copy the gradient of a slice; the losses pass over them, and they stay zero.
-    """
-    linear = nn.Linear(in_features, padded_width(out_features))
-    with torch.no_grad():
-        linear.weight[out_features:].zero_()
-        linear.bias[out_features:].zero_()
-    return linear
 
 
 def build_backbone(
@@ -298,6 +379,7 @@ def build_model(config: TrainConfig) -> SimSiam:
         "predictor_hidden": model.predictor_hidden,
         "stem": model.stem,
         "pretrained": model.pretrained,
+        "local_predictor": model.local_predictor,
     }
     network: SimSiam
     if config.method == "simsiam":
@@ -305,9 +387,15 @@ def build_model(config: TrainConfig) -> SimSiam:
     else:
         network = VISimSiam(
             model.backbone,
+            concentration=loss.concentration,
+            concentration_value=loss.concentration_value,
             concentration_scale=loss.concentration_scale,
             concentration_min=loss.concentration_min,
+            concentration_max=loss.concentration_max,
+            frozen=config.frozen_run is not None,
             **common,  # type: ignore[arg-type]
         )
     network.joint_statistics = config.batch_norm == "joint"
+    if config.ema is not None:
+        network.add_target()
     return network

@@ -1,11 +1,15 @@
-"""A picture of images and the random views that a policy makes of them, to judge a policy by eye."""
+"""Pictures of images side by side: with the random views that a policy makes of them, or with captions."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from vi_simsiam import config
@@ -17,6 +21,11 @@ from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, eager_augment
 
 _GAP = 4
 _BACKGROUND = (255, 255, 255)
+_INK = (36, 41, 47)
+_MUTED = (87, 96, 106)
+_THUMBNAIL = 112
+_MARGIN = 12
+_COLUMNS = 8
 
 
 def contact_sheet(
@@ -66,6 +75,44 @@ def contact_sheet(
             sheet.paste(Image.fromarray(_bytes(view)), (left, top))
             left += size + _GAP
     return sheet
+
+
+def thumbnails(groups: Sequence[tuple[str, Sequence[tuple[Image.Image, str]]]]) -> Image.Image:
+    """Draw groups of images below one another: a title, then rows of eight squares with a caption under each.
+
+    Every image is cut to a square of 112 pixels around its centre; smaller ones are enlarged without smoothing.
+
+    Args:
+        groups: title, and (image in mode RGB, caption) of every image, at least one in all.
+    """
+    title_font, caption_font = (_font(name, size) for name, size in (("DejaVuSans-Bold", 15), ("DejaVuSans", 12)))
+    title_height, caption_height = 28, 20
+    columns = min(_COLUMNS, max(len(images) for _, images in groups))
+    step, row_height = _THUMBNAIL + _GAP, _THUMBNAIL + caption_height
+    # A title may be wider than few images.
+    widest = max(int(title_font.getlength(title)) + 1 for title, _ in groups)
+    width = max(columns * step - _GAP, widest) + 2 * _MARGIN
+    heights = [title_height + -(-len(images) // columns) * row_height for _, images in groups]
+    sheet = Image.new("RGB", (width, sum(heights) + _MARGIN * (len(groups) + 1)), _BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    top = _MARGIN
+    for (title, images), height in zip(groups, heights, strict=True):
+        draw.text((_MARGIN, top), title, _INK, title_font)
+        for number, (image, caption) in enumerate(images):
+            row, column = divmod(number, columns)
+            place = (_MARGIN + column * step, top + title_height + row * row_height)
+            small = min(image.size) < _THUMBNAIL
+            method = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+            sheet.paste(ImageOps.fit(image, (_THUMBNAIL, _THUMBNAIL), method), place)
+            middle = (place[0] + _THUMBNAIL // 2, place[1] + _THUMBNAIL + 2)
+            draw.text(middle, caption, _MUTED, caption_font, anchor="ma")
+        top += height + _MARGIN
+    return sheet
+
+
+def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    """A font that comes with matplotlib: Pillow's own has no Greek letters."""
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")), size)
 
 
 def _bytes(view: Tensor) -> NDArray[np.uint8]:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +18,14 @@ from vi_simsiam.data.datasets import Splits, open_dataset
 from vi_simsiam.data.decoding import cores
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource, Unreadable
+from vi_simsiam.data.subsets import select
 from vi_simsiam.engine.checkpoint import Checkpoint, write_json
 from vi_simsiam.errors import InputError
 from vi_simsiam.models import SimSiam, build_model
 
 CONFIG, CHECKPOINT, METRICS = "config.json", "checkpoint.pt", "metrics.jsonl"
+# The last layer of SimSiam's predictors, which is a part of the layer in its place where the concentration is apart.
+_APART = re.compile(r"^((?:local_)?predictor\.3)\.(weight|bias)$")
 _RESULTS = (CHECKPOINT, METRICS, "events.out.tfevents.*", "knn.json", "linear.json", "curves.png", "kappa.png")
 
 
@@ -34,6 +38,7 @@ class Run:
     model: SimSiam
     """The last checkpoint's weights, in eval mode, on `device`."""
     splits: Splits
+    """What was trained on, and what to evaluate on: a selection, where the configuration asks for one."""
     device: torch.device
     workers: int
 
@@ -74,8 +79,50 @@ def load_run(
     untrained = dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False))
     model = build_model(untrained).to(place).eval()
     checkpoint.restore(model)
-    splits = open_dataset(data or config.data, root=data_root or config.data_root, download=not config.offline)
+    splits = open_splits(config, data=data, data_root=data_root)
     return Run(path, config, model, splits, place, resolve_workers(workers, place))
+
+
+def open_splits(config: TrainConfig, *, data: str | None = None, data_root: Path | None = None) -> Splits:
+    """The images that a configuration trains and evaluates on, from where it says or from another place.
+
+    Raises:
+        InputError: the data set is not there, or has fewer images than the configuration asks for.
+    """
+    splits = open_dataset(data or config.data, root=data_root or config.data_root, download=not config.offline)
+    if config.images is None and not config.held_out and not config.distinct:
+        return splits
+    return select(splits, images=config.images, held_out=config.held_out, seed=config.split_seed)
+
+
+def load_frozen(model: SimSiam, config: TrainConfig, device: torch.device) -> None:
+    """Give a frozen `model`, built for `config`, the weights of the SimSiam run `config.frozen_run`.
+
+    Raises:
+        InputError: no run there, one of another method or of another model, or a damaged file.
+    """
+    path = config.frozen_run
+    assert path is not None
+    if not (path / CONFIG).is_file():
+        raise InputError(f"frozen_run: {path} holds no run; it must be the folder of a SimSiam run")
+    saved = read_config(path)
+    if saved.method != "simsiam":
+        raise InputError(f"frozen_run: {path} is a run of {saved.method}; it must be one of simsiam")
+    theirs, given = dataclasses.asdict(saved.model), dataclasses.asdict(config.model)
+    others = [f"{name}: {theirs[name]} -> {given[name]}" for name in given if theirs[name] != given[name]]
+    others = [text for text in others if not text.startswith("pretrained:")]
+    if others:
+        raise InputError(f"frozen_run: the model of {path} is another one; {'; '.join(others)}")
+    weights = {
+        _APART.sub(r"\1.mean.\2", name): value
+        for name, value in Checkpoint.load(path / CHECKPOINT, device).model.items()
+        if not name.startswith("target.")  # of a run with ema: the network itself is kept
+    }
+    own = {name: value for name, value in model.state_dict().items() if ".concentration." in name}
+    try:
+        model.load_state_dict({**own, **weights})
+    except RuntimeError as error:
+        raise InputError(f"frozen_run: {path / CHECKPOINT} does not fit the model that {CONFIG} describes") from error
 
 
 def read_config(path: Path) -> TrainConfig:

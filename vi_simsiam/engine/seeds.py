@@ -9,23 +9,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 
 from vi_simsiam.data.decoding import cores
 from vi_simsiam.engine.checkpoint import write_json
+from vi_simsiam.engine.processes import Process, end, last_line, signals, watch
 from vi_simsiam.engine.run import CHECKPOINT, METRICS
 from vi_simsiam.errors import InputError
 
@@ -36,75 +33,24 @@ _OWN_OPTIONS = {
     "--seeds": True, "--seed": True, "--out": True, "--resume": False, "--no-resume": False, "--overwrite": False,
     "--no-overwrite": False,
 }  # fmt: skip
-_POLL_SECONDS = 0.2
-_SAVING_SECONDS = 60.0
 _EVALUATIONS = {"kNN": "knn.json", "linear": "linear.json"}
 
 
-@dataclass
-class _Seed:
-    """One run, and the process that trains it."""
+class _Seed(Process):
+    """One run, and the process that trains it; `seconds` are those of this session."""
 
-    seed: int
-    out: Path
-    exit: int | None = None
-    """Exit code, None until it has ended."""
-    seconds: float = 0.0
-    """From the process's start to its end, in this session."""
-    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
-    started: float = 0.0
+    def __init__(self, seed: int, out: Path) -> None:
+        super().__init__(out / f"seed-{seed}.log")
+        self.seed = seed
+        self.folder = out / f"seed-{seed}"
 
-    @property
-    def folder(self) -> Path:
-        return self.out / f"seed-{self.seed}"
-
-    @property
-    def log(self) -> Path:
-        return self.out / f"seed-{self.seed}.log"
-
-    @property
-    def state(self) -> str:
-        if self.exit is None:
-            return "running" if self.process else "waiting"
-        return {0: "done", 130: "interrupted"}.get(self.exit, "failed")
-
-    def start(self, command: Sequence[str], arguments: Sequence[str], threads: int, *, resume: bool) -> None:
+    def train(self, command: Sequence[str], arguments: Sequence[str], threads: int, *, resume: bool) -> None:
         """Start the process; what it prints goes to the log, appended on resume."""
         own = ["--seed", str(self.seed), "--out", str(self.folder)]
         # A run that ended before its first checkpoint may have left a folder, which only --overwrite takes.
         again = "--resume" if (self.folder / CHECKPOINT).is_file() else "--overwrite"
         resumed = [again] if resume else []
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-        with self.log.open("ab" if resume else "wb") as log:
-            self.process = subprocess.Popen(
-                [*command, *arguments, *own, *resumed],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                # A terminal's Ctrl-C would reach the run beside our signal, and the second one ends it at once.
-                start_new_session=True,
-            )
-        self.started = time.monotonic()
-
-    def poll(self) -> bool:
-        """Whether it has ended; notes how."""
-        if self.exit is None and self.process is not None and self.process.poll() is not None:
-            code = self.process.returncode
-            # Before the trainer handles signals they end the process.
-            self.exit = 130 if code in (-signal.SIGINT, -signal.SIGTERM) else code
-            self.seconds = time.monotonic() - self.started
-        return self.exit is not None
-
-    def stop(self) -> None:
-        """Ask it to save a checkpoint and to end."""
-        if self.process is not None:
-            self.process.terminate()
-
-    def kill(self) -> None:
-        """End it at once, with the processes that it started."""
-        if self.process is not None and self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+        self.start([*command, *arguments, *own, *resumed], threads=threads, append=resume)
 
     def result(self) -> dict[str, Any]:
         """What is known of the run, as it is written to seeds.json."""
@@ -114,7 +60,7 @@ class _Seed:
             "folder": self.folder.name,
             "state": self.state,
             "exit": self.exit,
-            "process": self.process.pid if self.process and self.exit is None else None,
+            "process": self.pid,
             "seconds": round(self.seconds, 3),
             "metrics": _last_metrics(self.folder / METRICS),
             "top1": {name: share for name, share in top1.items() if share is not None},
@@ -172,15 +118,15 @@ def run_seeds(
     batch = _Batch(out, given, runs, pending, console, started=time.monotonic(), resumed=resume)
     threads = max(1, cores() // max(1, len(pending)))
     passed = [*given, "--overwrite"] if overwrite else given
-    with _signals() as received:
+    with signals() as received:
         try:
             for run in pending:
                 if not received:
-                    run.start(command, passed, threads, resume=resume)
+                    run.train(command, passed, threads, resume=resume)
             batch.write()
             batch.watch(received)
         finally:
-            _end(pending)
+            end(pending)
     return batch.report(interrupted=bool(received))
 
 
@@ -199,41 +145,28 @@ class _Batch:
 
     def watch(self, received: list[int]) -> None:
         """Wait until all have ended; pass signals on, the second one as an end without a checkpoint."""
-        passed = 0
-        with Live(self.table(), console=self.console, transient=True, auto_refresh=False) as live:
-            while True:
-                ended = [run for run in self.pending if run.exit is None and run.poll()]
-                for run in ended:
-                    self.write()
-                    self.console.print(self.line(run), highlight=False, markup=False, soft_wrap=True)
-                if len(received) > passed:
-                    passed = len(received)
-                    for run in self.pending:
-                        if passed == 1:
-                            run.stop()
-                        else:
-                            run.kill()
-                if not any(run.process is not None and run.exit is None for run in self.pending):
-                    return
-                if self.console.is_terminal:
-                    live.update(self.table(), refresh=True)
-                time.sleep(_POLL_SECONDS)
+        watch(self.pending, received, console=self.console, table=self.table, ended=self.ended)
+
+    def ended(self, run: _Seed) -> None:
+        """Note the end of a run, and say what became of it."""
+        self.write()
+        self.console.print(self.line(run), highlight=False, markup=False, soft_wrap=True)
 
     def table(self) -> Table:
         """One line for every run: its state and the last thing that it said."""
         table = Table.grid(padding=(0, 2))
         for run in self.runs:
-            table.add_row(f"seed {run.seed}", run.state, _last_line(run.log)[: max(20, self.console.width - 24)])
+            table.add_row(f"seed {run.seed}", run.state, last_line(run.log)[: max(20, self.console.width - 24)])
         return table
 
     def line(self, run: _Seed) -> str:
         """What became of a run."""
         if run.exit == 0:
             top1 = [f"{name} top-1 {100 * share:.1f} %" for name, share in run.result()["top1"].items()]
-            return f"seed {run.seed}: done in {run.seconds:.0f} s  {'  '.join(top1) or _last_line(run.log)}"
+            return f"seed {run.seed}: done in {run.seconds:.0f} s  {'  '.join(top1) or last_line(run.log)}"
         if run.state == "failed":
-            return f"seed {run.seed}: failed with exit code {run.exit}: {_last_line(run.log)} (see {run.log})"
-        return f"seed {run.seed}: {run.state}  {_last_line(run.log)}"
+            return f"seed {run.seed}: failed with exit code {run.exit}: {last_line(run.log)} (see {run.log})"
+        return f"seed {run.seed}: {run.state}  {last_line(run.log)}"
 
     def content(self) -> dict[str, Any]:
         """seeds.json. Runs an hour are those of this session, and none if it only finished what was begun before."""
@@ -333,50 +266,10 @@ def _without_own(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
-def _end(runs: list[_Seed]) -> None:
-    """Leave no process behind: where something went wrong here, runs still get the time to save a checkpoint."""
-    deadline = time.monotonic() + _SAVING_SECONDS
-    for run in runs:
-        run.stop()
-    for run in runs:
-        if run.process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                run.process.wait(max(0.0, deadline - time.monotonic()))
-        run.kill()
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that receives every SIGINT and SIGTERM."""
-    received: list[int] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-
-    previous = {}
-    with contextlib.suppress(ValueError):  # signals reach the main thread only
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, handle)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _last_line(path: Path) -> str:
-    """The last line that says something."""
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-        return lines[-1] if lines else ""
-    return ""
-
-
 def _last_metrics(path: Path) -> dict[str, float] | None:
     """The last line of metrics.jsonl, if there is a whole one."""
     with contextlib.suppress(ValueError):
-        metrics: dict[str, float] = json.loads(_last_line(path))
+        metrics: dict[str, float] = json.loads(last_line(path))
         return metrics
     return None
 

@@ -44,6 +44,7 @@ class TrainStep:
         backend: implementation of the loss.
         bf16: whether the network computes in bfloat16 (autocast).
         clip_norm: largest norm of the gradient; None for no clipping.
+        ema: momentum of the model's target network, if it has one.
         network: what maps views to an `Output` in the place of `model`: the model compiled, or in DistributedDataParallel.
         world: the ranks that train together; None for a single process.
     """
@@ -59,11 +60,13 @@ class TrainStep:
         backend: str = "auto",
         bf16: bool = False,
         clip_norm: float | None = None,
+        ema: float | None = None,
         network: Callable[[Sequence[Tensor]], Output] | None = None,
         world: World | None = None,
     ) -> None:
         self.model, self.network = model, network or model
         self.loss_scale, self.backend, self.bf16, self.clip_norm = loss_scale, backend, bf16, clip_norm
+        self._ema = ema
         self._world = world or World()
         self.device = next(model.parameters()).device
         self.rates = rates.to(self.device)
@@ -75,14 +78,15 @@ class TrainStep:
         """Loss of every step done over the batch of all ranks, (steps,)."""
         self._rate = torch.zeros((), device=self.device)
         self._norm = torch.zeros((), device=self.device)
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # Fused SGD takes a learning rate on the device and leaves weights and momentum alone where found_inf is 1.
         self.optimizer = torch.optim.SGD(
-            model.parameters(), lr=self._rate, momentum=momentum, weight_decay=weight_decay, fused=True
+            self._trained, lr=self._rate, momentum=momentum, weight_decay=weight_decay, fused=True
         )
         self.optimizer.found_inf = self.failed  # type: ignore[attr-defined]
         if momentum:
             # Momentum that starts at zero is what SGD makes of its first step, and lies where a graph can find it.
-            for parameter in model.parameters():
+            for parameter in self._trained:
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     def __call__(self, views: Sequence[Tensor]) -> Output:
@@ -97,8 +101,10 @@ class TrainStep:
         torch.maximum(self.failed, (~torch.isfinite(loss)).float(), out=self.failed)
         if self.clip_norm is not None:
             self._norm.copy_(torch.nn.utils.get_total_norm(self._gradients()))
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, self._norm)
+            torch.nn.utils.clip_grads_with_norm_(self._trained, self.clip_norm, self._norm)
         self.optimizer.step()
+        if self._ema is not None:
+            self.model.update_target((1 - self._ema) * (1 - self.failed))
         self.losses.index_copy_(0, self.counter.view(1), loss.view(1))
         self.counter += 1
         return Output(tuple(x.detach() for x in output.predictions), output.targets)
@@ -119,7 +125,7 @@ class TrainStep:
             group["lr"] = self._rate  # loading put another tensor there
 
     def _gradients(self) -> list[Tensor]:
-        return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        return [parameter.grad for parameter in self._trained if parameter.grad is not None]
 
 
 class OverlappedStep:

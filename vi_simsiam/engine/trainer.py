@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,6 @@ from torch import nn
 
 from vi_simsiam.config import PLACE_FIELDS, TrainConfig, differing_fields
 from vi_simsiam.data.cache import cached
-from vi_simsiam.data.datasets import open_dataset
 from vi_simsiam.data.loader import MultiViewLoader
 from vi_simsiam.engine.checkpoint import Checkpoint
 from vi_simsiam.engine.distributed import World, sync_batch_norm, wrap
@@ -22,7 +22,9 @@ from vi_simsiam.engine.monitor import Monitor, representation_statistics
 from vi_simsiam.engine.run import (
     CHECKPOINT,
     check_folder,
+    load_frozen,
     new_folder,
+    open_splits,
     read_config,
     resolve_device,
     start_folder,
@@ -95,7 +97,9 @@ class Trainer:
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.model = build_model(config).to(self.device)
+            self.model = build_model(_without_download(config)).to(self.device)
+        if config.frozen_run is not None and not resume:
+            load_frozen(self.model, config, self.device)
         self.model.to(memory_format=torch.channels_last)
         # Larger convolutions keep the cores busier; what it brings on a GPU has not been measured.
         self.model.shared_passes = self.device.type == "cpu" and not config.compile
@@ -106,7 +110,7 @@ class Trainer:
 
         with self.world.main_first():  # it decodes the images if that is to be done, and the others find them
             images, unreadable = cached(
-                open_dataset(config.data, root=config.data_root, download=not config.offline).train,
+                open_splits(config).train,
                 cache_dir=config.cache_dir,
                 workers=config.workers,
                 console=self.console,
@@ -139,6 +143,7 @@ class Trainer:
             backend=self.backend,
             bf16=bf16,
             clip_norm=config.clip_norm,
+            ema=config.ema,
             network=wrap(compiled, self.world),
             world=self.world,
         )
@@ -316,6 +321,13 @@ class Trainer:
         self.step = self.saved_step = checkpoint.step
         self.saved_at = time.monotonic()
         self.seconds = checkpoint.seconds
+
+
+def _without_download(config: TrainConfig) -> TrainConfig:
+    """The configuration of a model whose weights come from a run: torchvision's are not needed."""
+    if config.frozen_run is None:
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False))
 
 
 @contextlib.contextmanager

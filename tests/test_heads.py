@@ -1,0 +1,206 @@
+"""Where the raw concentration comes from: its value, its bounds, and who gets which gradient, in float64 by plain formulas."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vi_simsiam import SimSiam, VISimSiam
+from vi_simsiam.errors import InputError
+from vi_simsiam.heads import ConcentrationHead, SplitHead, UpperBound, inverse_softplus, shuffled
+
+DIM = 20
+
+
+def model(**options: object) -> VISimSiam:
+    torch.manual_seed(0)
+    kind = VISimSiam(nn.Flatten(), features=48, dim=DIM, projector_hidden=24, predictor_hidden=8, **options)  # type: ignore[arg-type]
+    return kind.double()
+
+
+def views(count: int = 2, batch: int = 6) -> list[Tensor]:
+    return list(torch.randn(count, batch, 3, 4, 4, generator=torch.Generator().manual_seed(1)).double())
+
+
+def cosines(mu: list[Tensor], z: list[Tensor]) -> list[Tensor]:
+    """cos(mu_1, z_2) and cos(mu_2, z_1)."""
+    return [F.cosine_similarity(mu[v], z[1 - v].detach(), dim=1) for v in range(2)]
+
+
+def gain(kappa: Tensor, cosine: Tensor) -> Tensor:
+    """log PS - log uniform by the textbook formula (De Cao and Aziz, arXiv 2006.04437, eq. 8)."""
+    b = torch.tensor((DIM - 1) / 2, dtype=torch.float64)
+
+    def log_c(k: Tensor) -> Tensor:
+        return -((2 * b + k) * math.log(2) + torch.lgamma(b + k) - torch.lgamma(2 * b + k))
+
+    return log_c(kappa) - log_c(torch.zeros_like(kappa)) + kappa * torch.log1p(cosine)
+
+
+def plain_loss(kappa: list[Tensor], mu: list[Tensor], z: list[Tensor]) -> Tensor:
+    terms = [gain(k, c) for k, c in zip(kappa, cosines(mu, z), strict=True)]
+    return -(terms[0] + terms[1]).mean()
+
+
+def hidden(network: VISimSiam, images: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The predictor's hidden features and the projections of every view."""
+    z = [network.projector(network.backbone(x)) for x in images]
+    return [network.predictor[:3](x) for x in z], z
+
+
+def gradients(network: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    network.zero_grad()
+    loss.backward(retain_graph=True)
+    return {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
+
+
+def assert_gradients(network: nn.Module, found: Tensor, expected: Tensor) -> dict[str, Tensor]:
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    first = gradients(network, found)
+    second = gradients(network, expected)
+    for name, gradient in first.items():
+        torch.testing.assert_close(gradient, second.get(name, torch.zeros_like(gradient)), rtol=1e-8, atol=1e-10)
+    assert second.keys() <= first.keys()
+    return first
+
+
+@pytest.mark.parametrize("y", [1e-12, 1e-3, 0.05, 1.0, 20.0, 1e3, 1e6])
+def test_the_inverse_of_softplus_keeps_its_digits(y: float) -> None:
+    raw = torch.tensor(inverse_softplus(y), dtype=torch.float64)
+    assert torch.logaddexp(raw, torch.zeros_like(raw)).item() == pytest.approx(y, rel=1e-10)
+
+
+@pytest.mark.parametrize("value", [0.01, 1.0, 50.0])
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_a_constant_concentration(value: float, scale: float | None) -> None:
+    """The loss of a fixed kappa, whose gradient on mu is kappa/(1 + c) of the cosine's; nothing to learn in the column."""
+    network = model(concentration="constant", concentration_value=value, concentration_scale=scale)
+    output = network(views())
+    kappa = torch.full((6,), 19 * value, dtype=torch.float64)
+    for prediction in output.predictions:
+        assert prediction.shape == (6, 32)
+        torch.testing.assert_close(network.concentration(prediction), kappa, rtol=1e-12, atol=0)
+        assert (prediction[:, 21:] == 0).all()
+    mu = [p[:, :DIM] for p in output.predictions]
+    found = assert_gradients(network, network.loss(output, "eager"), plain_loss([kappa] * 2, mu, list(output.targets)))
+    assert found.keys() == {name for name, _ in network.named_parameters()}
+    assert not any("concentration" in name for name in network.state_dict())
+
+
+def test_a_global_concentration_sums_the_gradients_of_all_samples() -> None:
+    network = model(concentration="global")
+    head = network.predictor[3]
+    assert isinstance(head, SplitHead)
+    raw = head.concentration.raw
+    output = network(views())
+    torch.testing.assert_close(
+        network.concentration(output.predictions[0]), torch.full((6,), 0.95).double(), rtol=1e-6, atol=0
+    )
+    mu = [p[:, :DIM] for p in output.predictions]
+    kappa = [19 * F.softplus(raw).expand(6)] * 2
+    found = assert_gradients(
+        network, network.loss(output, "eager", 1.0), plain_loss(kappa, mu, [*network(views()).targets])
+    )
+    assert found["predictor.3.concentration.raw"].shape == ()
+    assert found["predictor.3.concentration.raw"].abs() > 1e-3
+
+
+@pytest.mark.parametrize("batch", [5, 6])
+def test_shuffled_concentrations_are_other_samples(batch: int) -> None:
+    """In training sample i has the concentration of another sample, which gets the gradient; in evaluation its own."""
+    network = model(concentration="shuffled")
+    images = views(batch=batch)
+    output = network(images)
+    mu = [p[:, :DIM] for p in output.predictions]
+    other = [(i - batch // 2) % batch for i in range(batch)]
+    assert sorted(other) == list(range(batch))
+    assert all(i != j for i, j in enumerate(other))
+    kappa = [network.concentration(p)[other] for p in output.predictions]
+    assert_gradients(network, network.loss(output, "eager"), plain_loss(kappa, mu, [*network(images).targets]))
+    own = [network.concentration(p) for p in output.predictions]
+    assert not torch.allclose(network.loss(output, "eager"), plain_loss(own, mu, list(output.targets)))
+    network.eval()
+    torch.testing.assert_close(network.loss(output, "eager"), plain_loss(own, mu, list(output.targets)))
+    plain = torch.arange(10.0).view(5, 2)
+    assert shuffled(plain, 1).tolist() == [[0, 7], [2, 9], [4, 1], [6, 3], [8, 5]]
+
+
+def test_a_detached_concentration_leaves_the_network_to_simsiam() -> None:
+    """mu has the cosine's gradient with factor 1; the column has the likelihood's with its own factor, and passes none on."""
+    network = model(concentration="detached")
+    features, z = hidden(network, views())
+    head = network.predictor[3]
+    mu = [head.mean(h)[:, :DIM] for h in features]
+    kappa = [19 * F.softplus(head.concentration(h.detach())[:, 0]) for h in features]
+    likelihood = plain_loss(kappa, [m.detach() for m in mu], z)
+    expected = -sum(c.mean() for c in cosines(mu, z)) + 0.125 * likelihood
+    found = assert_gradients(network, network.loss(network(views()), "eager", 0.125), expected)
+    assert found["predictor.3.concentration.weight"].abs().sum() > 0
+    simsiam = SimSiam(nn.Flatten(), features=48, dim=DIM, projector_hidden=24, predictor_hidden=8).double()
+    state = {name.replace("3.mean", "3"): value for name, value in network.state_dict().items()}
+    simsiam.load_state_dict({name: value for name, value in state.items() if "concentration" not in name})
+    alone = gradients(simsiam, simsiam.loss(simsiam(views()), "eager"))
+    for name, gradient in alone.items():
+        torch.testing.assert_close(found[name.replace("predictor.3", "predictor.3.mean")], gradient, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["sample", "shuffled", "global", "detached"])
+def test_the_upper_bound_holds_and_is_smooth(kind: str) -> None:
+    """kappa stays below the bound for any raw, nearly reaches it, and is itself far below it."""
+    network = model(concentration=kind, concentration_max=40.0, concentration_min=2.0)
+    bound = network.predictor[4]
+    assert isinstance(bound, UpperBound)
+    prediction = torch.zeros(5, 32, dtype=torch.float64)
+    prediction[:, DIM] = torch.tensor([-30.0, -3.0, 1.5, 4.0, 1e6])
+    raw = prediction.requires_grad_()
+    kappa = network.concentration(bound(raw))
+    assert kappa.max() <= 40 * (1 + 1e-12)
+    assert kappa[4].item() == pytest.approx(40, rel=1e-9)
+    free = network.concentration(raw)
+    torch.testing.assert_close(kappa[:1], free[:1])
+    assert (kappa[1:] < free[1:]).all()
+    (slope,) = torch.autograd.grad(kappa.sum(), raw)
+    level = inverse_softplus(38 / 19)
+    x = raw.detach()[:, DIM]
+    expected = 19 * torch.sigmoid(level - F.softplus(level - x)) * torch.sigmoid(level - x)
+    torch.testing.assert_close(slope[:, DIM], expected)
+    assert (slope[:, :DIM] == 0).all()
+    trained = network(views()).predictions[0]
+    assert (trained[:, 21:] == 0).all()
+    assert (network.concentration(trained) < 40).all()
+
+
+def test_bfloat16_does_not_round_what_is_meant_for_all_samples() -> None:
+    network = model(concentration="constant", concentration_value=0.7).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = network([x.float() for x in views()])
+        loss = network.loss(output, "eager")
+    assert output.predictions[0].dtype == torch.float32
+    torch.testing.assert_close(network.concentration(output.predictions[0]), torch.full((6,), 19 * 0.7))
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+def test_predictors_share_what_is_one_for_all() -> None:
+    network = model(concentration="global", local_predictor=True)
+    assert network.local_predictor is not None
+    assert network.local_predictor[3].concentration is network.predictor[3].concentration
+    assert sum("concentration" in name for name, _ in network.named_parameters()) == 1
+    apart = model(concentration="detached", local_predictor=True)
+    assert apart.local_predictor is not None
+    assert apart.local_predictor[3].concentration is not apart.predictor[3].concentration
+
+
+def test_numbers_that_do_not_fit_are_named() -> None:
+    with pytest.raises(InputError, match=r"concentration_value: 0.1 .* 15 times it must be above concentration_min, 2"):
+        ConcentrationHead("constant", 16, value=0.1, minimum=2.0)
+    with pytest.raises(InputError, match="concentration_value: None"):
+        ConcentrationHead("constant", 16)
+    with pytest.raises(InputError, match=r"concentration_max: 1.0 .* above concentration_min, 2"):
+        ConcentrationHead("sample", 16, maximum=1.0, minimum=2.0)
+    with pytest.raises(InputError, match="frozen: the concentration has no layer of its own"):
+        model().freeze()

@@ -1,0 +1,197 @@
+"""Which images are trained on: shares of the classes, what is held out, and files that both parts hold."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from packing_cases import Items, noise, stored_files
+
+from vi_simsiam.config import AugmentConfig
+from vi_simsiam.data import MultiViewLoader
+from vi_simsiam.data.cache import cached, in_memory, pack
+from vi_simsiam.data.datasets import Splits, open_dataset
+from vi_simsiam.data.packed import open_pack
+from vi_simsiam.data.sources import ArraySource, DatasetSource, FileSource, ImageSource
+from vi_simsiam.data.subsets import duplicates, select, subset
+from vi_simsiam.errors import InputError
+
+
+def source(counts: tuple[int, ...], name: str = "some") -> ArraySource:
+    """Image i is uniformly i; labels are mixed."""
+    labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+    labels = labels[np.argsort(np.random.PCG64(0).random_raw(len(labels)))]
+    images = np.broadcast_to(np.arange(len(labels), dtype=np.uint8)[:, None, None], (len(labels), 2, 3)).copy()
+    return ArraySource(images, labels, [f"class {i}" for i in range(len(counts))], name)
+
+
+def numbers(images: ImageSource) -> list[int]:
+    return [int(np.asarray(images.image(i))[0, 0, 0]) for i in range(len(images))]
+
+
+def chosen(counts: tuple[int, ...], **options: float) -> Splits:
+    return select(Splits("some", source(counts), None), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("counts", "images", "expected"),
+    [
+        ((40, 40, 40), 30, [10, 10, 10]),
+        ((40, 40, 40), 31, [11, 10, 10]),
+        ((40, 40, 40), 32, [11, 11, 10]),
+        ((60, 30, 10), 10, [6, 3, 1]),
+        ((57, 33, 10), 10, [6, 3, 1]),  # quotas 5.7, 3.3, 1.0
+        ((50, 26, 24), 7, [3, 2, 2]),  # quotas 3.5, 1.82, 1.68: the larger remainders get the two left over
+        ((3, 2, 1), 6, [3, 2, 1]),
+    ],
+)
+def test_classes_keep_their_shares(counts: tuple[int, ...], images: int, expected: list[int]) -> None:
+    whole = source(counts)
+    train = select(Splits("some", whole, None), images=images).train
+    assert train.labels is not None
+    assert whole.labels is not None
+    assert np.bincount(train.labels, minlength=3).tolist() == expected
+    kept = numbers(train)
+    assert kept == sorted(set(kept)), "as in the source, each once"
+    assert train.labels.tolist() == whole.labels[kept].tolist()
+    assert train.classes == whole.classes
+    assert [train.describe(i) for i in range(len(train))] == [f"some/{i}" for i in kept]
+
+
+def test_a_draw_is_its_seeds_and_a_smaller_one_lies_in_it() -> None:
+    first, again, other = (numbers(chosen((50, 50), images=40, seed=seed).train) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+    assert set(numbers(chosen((50, 50), images=20, seed=1).train)) < set(first)
+    assert first[:6] == [2, 4, 5, 9, 12, 14], "the same in every version of numpy"
+
+
+def test_what_is_held_out_is_not_trained_on() -> None:
+    few, many = (chosen((60, 30, 10), images=images, held_out=0.2, seed=4) for images in (30, None))
+    for splits in (few, many):
+        assert splits.val is not None
+        assert splits.val.labels is not None
+        assert np.bincount(splits.val.labels).tolist() == [12, 6, 2]
+        assert not set(numbers(splits.train)) & set(numbers(splits.val))
+    assert sorted(numbers(many.train) + numbers(many.val)) == list(range(100))  # type: ignore[arg-type]
+    assert numbers(few.val) == numbers(many.val)  # type: ignore[arg-type]
+    assert len(few.train) == 30
+    assert few.val is not None
+    assert few.val.describe(0) == f"some/{numbers(few.val)[0]}"
+
+
+def test_without_labels_it_is_a_plain_draw() -> None:
+    splits = select(Splits("items", DatasetSource(Items(12)), None), images=5, held_out=0.25)  # type: ignore[arg-type]
+    assert splits.val is not None
+    assert (len(splits.train), len(splits.val)) == (5, 3)
+    places = [part.describe(i) for part in (splits.train, splits.val) for i in range(len(part))]
+    assert len(set(places)) == 8
+    index = int(places[0].rsplit("/", 1)[1])
+    assert np.array_equal(np.asarray(splits.train.image(0)), noise(2 + index % 3, 3, index))
+    assert splits.train.dimensions(0) == (2 + index % 3, 3)
+    assert splits.train.fingerprint() is None
+    assert splits.train.labels is None
+
+
+def test_too_many_images_and_none_held_out_are_named() -> None:
+    with pytest.raises(InputError, match="images: 81 is not accepted; some has 80 to train on"):
+        chosen((50, 50), images=81, held_out=0.2)
+    with pytest.raises(InputError, match="held_out: 0.001 is not accepted; of 100 images that is none"):
+        chosen((50, 50), held_out=0.001)
+
+
+def test_nothing_asked_for_changes_nothing() -> None:
+    splits = open_dataset("fashion-mini")
+    assert select(splits) == splits
+
+
+def test_files_stay_files_and_are_cached_by_what_they_are(tmp_path: Path) -> None:
+    files = stored_files(tmp_path / "images")
+    part, other = (subset(files, np.array(indices)) for indices in ([1, 4, 6], [1, 4, 5]))
+    assert isinstance(part, FileSource)
+    assert part.paths == tuple(files.paths[i] for i in (1, 4, 6))
+    assert len({source.fingerprint() for source in (files, part, other)}) == 3
+    packed, _ = cached(part, cache_dir=tmp_path / "cache", workers=0)
+    assert [packed.describe(i) for i in range(3)] == list(part.paths)
+    assert packed.labels is not None
+    assert packed.labels.tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_packed_images_share_the_pixels(tmp_path: Path, on_disk: bool) -> None:
+    """Ragged sizes: each image's bytes, sizes and label are its own, also after a trip to a worker, and in a loader."""
+    files = stored_files(tmp_path / "images")
+    whole = in_memory(files, workers=0)
+    if on_disk:
+        pack(files, tmp_path / "images.pack", workers=0)
+        whole = open_pack(tmp_path / "images.pack")
+    indices = np.array([6, 0, 3])
+    part = subset(whole, indices, "part")
+    assert cached(part)[0] is part
+    sent = pickle.dumps(part)
+    assert (len(sent) < 2000) == on_disk or not on_disk
+    for images in (part, pickle.loads(sent)):
+        assert (images.name, len(images)) == ("part", 3)
+        for i, index in enumerate(indices):
+            assert np.array_equal(np.asarray(images.image(i)), np.asarray(whole.image(index)))
+            assert images.dimensions(i) == whole.dimensions(index)
+            assert images.describe(i) == whole.describe(index)
+            assert images.labels[i] == index % 2
+    policy = AugmentConfig(size=8, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), jitter_prob=0, grayscale_prob=0, blur_prob=0, flip_prob=0)  # fmt: skip
+    copied = ArrayPart([whole.image(i) for i in indices])
+    a, b = (next(iter(MultiViewLoader(x, policy, 3, seed=1, workers=0).epoch(0))) for x in (part, copied))
+    assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
+
+
+class ArrayPart(ImageSource):
+    """Images as they are."""
+
+    def __init__(self, images: list) -> None:
+        self.images, self.name, self.labels, self.classes = images, "array", None, None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, index: int):  # noqa: ANN201
+        return self.images[index]
+
+    def describe(self, index: int) -> str:
+        return f"array/{index}"
+
+
+def test_files_that_both_parts_hold_are_left_out_of_both(image_folder: Path, tmp_path: Path) -> None:
+    """A copy under another name and class; a file of equal size and other content stays."""
+    data = tmp_path / "data"
+    shutil.copytree(image_folder, data)
+    taken = data / "train" / "dark" / "03.png"
+    shutil.copy(taken, data / "val" / "bright" / "zz.png")
+    shutil.copy(data / "train" / "dark" / "05.png", data / "train" / "dark" / "zz.png")
+    near = bytearray((data / "val" / "dark" / "00.png").read_bytes())
+    near[-1] ^= 1
+    (data / "train" / "dark" / "near.png").write_bytes(near)
+    splits = open_dataset(f"folder:{data}")
+    assert duplicates(splits) == [(str(taken), str(data / "val" / "bright" / "zz.png"))]
+    kept = select(splits)
+    assert kept.val is not None
+    assert (len(kept.train), len(kept.val)) == (len(splits.train) - 1, 16)
+    assert isinstance(kept.train, FileSource)
+    assert str(taken) not in kept.train.paths
+    assert str(data / "train" / "dark" / "near.png") in kept.train.paths
+    assert duplicates(kept) == []
+    assert select(splits, distinct=False) == splits
+    # With a held-out part a second copy within the training images could lie on the other side.
+    assert str(data / "train" / "dark" / "zz.png") in kept.train.paths
+    held = select(splits, held_out=0.5, seed=3)
+    assert duplicates(held) == []
+    paths = {*held.train.paths, *held.val.paths}  # type: ignore[union-attr]
+    assert len(paths) == 40, "20 + 20 files, a near one, less the one in the validation part"
+    assert str(data / "train" / "dark" / "zz.png") not in paths
+
+
+def test_one_folder_for_both_parts_leaves_nothing(image_folder: Path) -> None:
+    train = open_dataset(f"folder:{image_folder}").train
+    assert len(duplicates(Splits("twice", train, train))) == 40

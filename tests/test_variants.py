@@ -1,0 +1,339 @@
+"""Whole runs of the control variants: what each trains, and that each can be interrupted and resumed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from graph_cases import with_stand_in
+from rich.console import Console
+from test_step import RATES, assert_same, views
+from test_trainer import Watched, config, metrics, same, train, weights
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vi_simsiam.config import AugmentConfig, LossConfig, ModelConfig, TrainConfig
+from vi_simsiam.data.subsets import duplicates
+from vi_simsiam.engine.checkpoint import Checkpoint
+from vi_simsiam.engine.distributed import _OWN_BUFFERS
+from vi_simsiam.engine.run import load_run
+from vi_simsiam.engine.step import TrainStep
+from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.errors import InputError
+from vi_simsiam.models import SimSiam, VISimSiam, _PerViewBatchNorm2d, build_model
+
+QUIET = Console(quiet=True)
+CONSTANT = LossConfig(concentration="constant", concentration_value=1.0)
+MULTICROP = AugmentConfig(size=16, local_views=2, local_size=8, blur_prob=0.0)
+VARIANTS = {
+    "constant": {"loss": CONSTANT},
+    "global": {"loss": LossConfig(concentration="global", concentration_max=50.0)},
+    "shuffled": {"loss": LossConfig(concentration="shuffled")},
+    "detached": {"loss": LossConfig(concentration="detached")},
+    "bounded": {"loss": LossConfig(concentration_max=20.0)},
+    "byol": {"method": "simsiam", "ema": 0.9},
+    "vi-byol": {"ema": 0.9},
+    "local-predictor": {
+        "augment": MULTICROP,
+        "model": ModelConfig(dim=32, projector_hidden=32, predictor_hidden=16, local_predictor=True),
+    },
+}
+
+
+def backbone(*given: object, **options: object) -> tuple[nn.Module, int]:
+    """In the place of a ResNet, whose checkpoints alone would take seconds."""
+    norm = _PerViewBatchNorm2d(8)
+    layers = [nn.Conv2d(3, 8, 3, stride=2), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    return nn.Sequential(*layers), 32
+
+
+@pytest.fixture(autouse=True)
+def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vi_simsiam.models.build_backbone", backbone)
+
+
+def make_step(kind: type[SimSiam] = VISimSiam, *, ema: float | None = None, shared: bool = False, **options: object) -> TrainStep:  # fmt: skip
+    torch.manual_seed(0)
+    model = kind(backbone()[0], features=32, dim=16, projector_hidden=16, predictor_hidden=8, **options)  # type: ignore[arg-type]
+    model.shared_passes = shared
+    if ema is not None:
+        model.add_target()
+    return TrainStep(model.train(), RATES, weight_decay=1e-2, loss_scale=0.1, ema=ema)
+
+
+def everything(step: TrainStep) -> list[Tensor]:
+    """Weights and buffers of the model and its target, momentum, learning rate, counter, latch and losses."""
+    momenta = [entry["momentum_buffer"] for entry in step.optimizer.state.values()]
+    kept = [*step.model.state_dict().values(), *momenta, step._rate, step.counter, step.failed, step.losses]
+    return [tensor.clone() for tensor in kept]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_run_is_resumed_bit_for_bit(
+    name: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted inside the first epoch; then the finished run is opened, and has what was trained."""
+    settings = config(image_folder, **VARIANTS[name])
+    whole = train(settings, tmp_path / "whole")
+    trainer = Trainer(settings, tmp_path / "parts", console=QUIET)
+
+    def interrupt_at_3() -> None:
+        if trainer.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(trainer, "train_step", Watched(trainer.train_step, interrupt_at_3))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    train(settings, tmp_path / "parts", resume=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert metrics(tmp_path / "parts")[-1]["loss"] == metrics(tmp_path / "whole")[-1]["loss"]
+
+    run = load_run(tmp_path / "parts", device="cpu")
+    assert run.config == settings.located()
+    assert same(run.model.state_dict(), whole.model.state_dict())
+    assert all(np.isfinite(list(line.values())).all() for line in metrics(tmp_path / "whole"))
+    if isinstance(run.model, VISimSiam):
+        kappa = run.model.distribution(torch.randn(4, 3, 16, 16)).concentration
+        assert (kappa > 0).all()
+        if name == "constant":
+            torch.testing.assert_close(kappa, torch.full((4,), 31.0))
+            assert metrics(tmp_path / "whole")[-1]["kappa"] == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "local-predictor"])
+def test_variants_are_captured(name: str) -> None:
+    """Six captured steps equal six eager ones, number for number."""
+    settings = TrainConfig(**VARIANTS[name])  # type: ignore[arg-type]
+    kind = SimSiam if settings.method == "simsiam" else VISimSiam
+    loss = settings.loss
+    options = {"concentration": loss.concentration, "concentration_value": loss.concentration_value,
+               "concentration_max": loss.concentration_max} if kind is VISimSiam else {}  # fmt: skip
+    eager, captured = (make_step(kind, ema=settings.ema, **options) for _ in range(2))
+    call = with_stand_in(captured, captured.state, warmup=2)
+    for i in range(6):
+        eager(views(i))
+        call(views(i))
+    assert call.captured
+    assert_same(everything(eager), everything(captured))
+    assert torch.isfinite(eager.losses).all()
+
+
+@pytest.mark.parametrize("kind", [SimSiam, VISimSiam])
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_target_is_a_moving_average(kind: type[SimSiam], shared: bool) -> None:
+    """theta' <- m theta' + (1 - m) theta after every step, targets by theta' in training mode, no gradient on it."""
+    step = make_step(kind, ema=0.75, shared=shared)
+    model = step.model
+    assert model.target is not None
+    online = [*model.backbone.parameters(), *model.projector.parameters()]
+    expected = [p.detach().clone() for p in online]
+    assert_same([p.detach() for p in model.target.parameters()], expected)
+    reference = copy.deepcopy(model.target)
+    for i in range(4):
+        by_hand = [reference(view) for view in views(i)[:2]]
+        output = step(views(i))
+        for found, wanted in zip(output.targets, by_hand, strict=True):
+            torch.testing.assert_close(found, wanted)
+        expected = [0.75 * average + 0.25 * p.detach() for average, p in zip(expected, online, strict=True)]
+        torch.testing.assert_close([p.detach() for p in model.target.parameters()], expected)
+        with torch.no_grad():
+            for p, q in zip(reference.parameters(), expected, strict=True):
+                p.copy_(q)
+    torch.testing.assert_close(dict(model.target.named_buffers()), dict(reference.named_buffers()))
+    own, others = dict(model.target[0].named_buffers()), dict(model.backbone.named_buffers())
+    assert not torch.equal(own["1.running_mean"], others["1.running_mean"])
+    assert (own["1.num_batches_tracked"], others["1.num_batches_tracked"]) == (8, 12)
+    assert all(p.grad is None and not p.requires_grad for p in model.target.parameters())
+    trained = {id(p) for group in step.optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in [*online, *model.predictor.parameters()]}
+
+
+def test_the_latch_keeps_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = make_step(ema=0.5)
+    loss = step.model.loss
+    broken = [1.0, float("nan"), 1.0]
+    monkeypatch.setattr(step.model, "loss", lambda *given: loss(*given) * broken[int(step.counter)])
+    assert step.model.target is not None
+    step(views(0))
+    kept = [p.clone() for p in step.model.target.parameters()]
+    for i in (1, 2):
+        step(views(i))
+        assert_same([p.detach() for p in step.model.target.parameters()], kept)
+
+
+def test_ranks_average_no_gradient_of_the_target() -> None:
+    """DistributedDataParallel leaves the target alone, and the step moves it."""
+    plain, wrapped = make_step(ema=0.5), make_step(ema=0.5)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped.network = DistributedDataParallel(wrapped.model, **_OWN_BUFFERS)
+        for i in range(3):
+            plain(views(i))
+            wrapped(views(i))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert_same(everything(plain), everything(wrapped))
+
+
+def test_a_model_without_a_target_has_no_new_weights() -> None:
+    """Checkpoints written before there were variants fit, and the same random numbers are drawn."""
+    torch.manual_seed(0)
+    model = build_model(TrainConfig(model=ModelConfig(dim=32, projector_hidden=16, predictor_hidden=8)))
+    after = torch.rand(1)
+    names = [name for name in model.state_dict() if not name.startswith("backbone.")]
+    layers = {"projector": (0, 1, 3, 4, 6, 7), "predictor": (0, 1, 3)}
+    assert {".".join(name.split(".")[:2]) for name in names} == {f"{k}.{i}" for k, each in layers.items() for i in each}
+    assert model.predictor[3].weight.shape == (48, 8)
+    torch.manual_seed(0)
+    variant = build_model(TrainConfig(model=ModelConfig(dim=32, projector_hidden=16, predictor_hidden=8), ema=0.99))
+    assert torch.equal(torch.rand(1), after)
+    assert same(model.state_dict(), {n: v for n, v in variant.state_dict().items() if not n.startswith("target.")})
+
+
+def test_a_detached_run_trains_simsiams_network(image_folder: Path, tmp_path: Path) -> None:
+    """The same seed gives the same start, and ten steps give the same weights."""
+    simsiam = train(config(image_folder, method="simsiam"), tmp_path / "simsiam").model.state_dict()
+    detached = train(config(image_folder, loss=LossConfig(concentration="detached")), tmp_path / "detached").model
+    found = {name.replace("3.mean", "3"): value for name, value in detached.state_dict().items()}
+    for name, value in simsiam.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6, msg=name)
+    fresh = build_model(config(image_folder)).state_dict()["backbone.0.weight"]
+    assert not torch.allclose(simsiam["backbone.0.weight"], fresh)
+
+
+@pytest.mark.parametrize("kind", ["constant", "global", "detached"])
+def test_controls_start_from_simsiams_weights(kind: str, image_folder: Path) -> None:
+    torch.manual_seed(5)
+    simsiam = build_model(config(image_folder, method="simsiam")).state_dict()
+    value = 1.0 if kind == "constant" else None
+    torch.manual_seed(5)
+    control = build_model(config(image_folder, loss=LossConfig(concentration=kind, concentration_value=value)))  # type: ignore[arg-type]
+    state = {name.replace("3.mean", "3"): value for name, value in control.state_dict().items()}
+    assert same(simsiam, {name: value for name, value in state.items() if "concentration" not in name})
+
+
+def test_local_views_have_their_own_predictor(image_folder: Path) -> None:
+    settings = config(image_folder, **VARIANTS["local-predictor"])
+    model = build_model(settings)
+    assert model.local_predictor is not None
+    for together in (False, True):
+        model.shared_passes = together
+        given = [torch.randn(4, 3, size, size) for size in (16, 16, 8, 8)]
+        model.zero_grad()
+        output = model(given)
+        sum(p.square().sum() for p in output.predictions[:2]).backward()  # type: ignore[union-attr]
+        assert all(p.grad is None for p in model.local_predictor.parameters())
+        assert all(p.grad is not None for p in model.predictor.parameters())
+        model.zero_grad()
+        sum(p.square().sum() for p in model(given).predictions[2:]).backward()  # type: ignore[union-attr]
+        assert all(p.grad is not None for p in model.local_predictor.parameters())
+        assert all(p.grad is None for p in model.predictor.parameters())
+
+
+@pytest.mark.parametrize("concentration", ["sample", "global"])
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_frozen_network_stays_and_its_concentration_fits(
+    image_folder: Path, tmp_path: Path, concentration: str, ema: float | None
+) -> None:
+    """Not a bit of the weights and running statistics moves, and the negative log-likelihood falls."""
+    train(config(image_folder, method="simsiam", ema=ema), tmp_path / "simsiam")
+    # kappa/(D - 1) starts near 3.5, far above what such a short training can use.
+    loss = LossConfig(concentration=concentration, concentration_scale=155.0)  # type: ignore[arg-type]
+    settings = config(image_folder, frozen_run=tmp_path / "simsiam", loss=loss, epochs=8, lr=0.1)
+    trainer = Trainer(settings, tmp_path / "frozen", console=QUIET)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.fit()
+    saved = {name.replace("predictor.3", "predictor.3.mean"): v for name, v in weights(tmp_path / "simsiam").items()}
+    after = trainer.model.state_dict()
+    fitted = {name for name in after if "concentration" in name}
+    assert same({n: v for n, v in saved.items() if not n.startswith("target.")}, {n: v for n, v in after.items() if n not in fitted})  # fmt: skip
+    assert all(not torch.equal(before[name], after[name]) for name in fitted)
+    lines = metrics(tmp_path / "frozen")
+    assert np.mean([line["loss"] for line in lines[-5:]]) < np.mean([line["loss"] for line in lines[:5]]) - 0.5
+    assert not any(module.training for module in trainer.model.modules())
+    run = load_run(tmp_path / "frozen", device="cpu")
+    assert same(run.model.state_dict(), after)
+
+
+def test_a_frozen_run_is_resumed_without_the_run_it_came_from(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(config(image_folder, method="simsiam", epochs=1), tmp_path / "simsiam")
+    settings = config(image_folder, frozen_run=tmp_path / "simsiam")
+    train(settings, tmp_path / "whole")
+    trainer = Trainer(settings, tmp_path / "parts", console=QUIET)
+    monkeypatch.setattr(trainer, "_is_due", lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    shutil.rmtree(tmp_path / "simsiam")
+    train(settings, tmp_path / "parts", resume=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_what_cannot_be_frozen_is_named(image_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"frozen_run: .*nothing holds no run; it must be the folder of a SimSiam run"):
+        Trainer(config(image_folder, frozen_run=tmp_path / "nothing"), tmp_path / "a", console=QUIET)
+    train(config(image_folder, epochs=1), tmp_path / "vi")
+    with pytest.raises(InputError, match=r"frozen_run: .*vi is a run of vi-simsiam; it must be one of simsiam"):
+        Trainer(config(image_folder, frozen_run=tmp_path / "vi"), tmp_path / "a", console=QUIET)
+    train(config(image_folder, method="simsiam", epochs=1), tmp_path / "simsiam")
+    wider = config(image_folder, frozen_run=tmp_path / "simsiam", model=ModelConfig(dim=48, projector_hidden=32, predictor_hidden=16))  # fmt: skip
+    with pytest.raises(InputError, match=r"the model of .*simsiam is another one; dim: 32 -> 48"):
+        Trainer(wider, tmp_path / "a", console=QUIET)
+    path = tmp_path / "simsiam" / "checkpoint.pt"
+    kept = Checkpoint.load(path, torch.device("cpu"))
+    short = {name: value for name, value in kept.model.items() if name != "predictor.0.weight"}
+    dataclasses.replace(kept, model=short).save(path)
+    with pytest.raises(InputError, match=r"frozen_run: .*checkpoint.pt does not fit the model"):
+        Trainer(config(image_folder, frozen_run=tmp_path / "simsiam"), tmp_path / "a", console=QUIET)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_run_trains_on_its_selection(image_folder: Path, tmp_path: Path) -> None:
+    """40 images: a quarter is held out, 24 of the others are trained on; the opened run has the same."""
+    settings = config(image_folder, images=24, held_out=0.25, split_seed=7, epochs=1)
+    trainer = train(settings, tmp_path / "run")
+    assert len(trainer.loader.source) == 24
+    splits = load_run(tmp_path / "run", device="cpu").splits
+    assert splits.val is not None
+    assert splits.val.labels is not None
+    assert np.bincount(splits.val.labels).tolist() == [5, 5]
+    places = [{part.describe(i) for i in range(len(part))} for part in (splits.train, splits.val)]
+    assert {trainer.loader.source.describe(i) for i in range(24)} == places[0]
+    assert not places[0] & places[1]
+    with pytest.raises(InputError, match="images: 41 is not accepted"):
+        Trainer(config(image_folder, images=41), tmp_path / "other", console=QUIET)
+
+
+def test_distinct_runs_leave_copies_out(image_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(image_folder, data)
+    shutil.copy(data / "train" / "dark" / "03.png", data / "val" / "dark" / "zz.png")
+    whole, distinct = (
+        train(config(data, distinct=distinct, epochs=1), tmp_path / str(distinct)) for distinct in (False, True)
+    )
+    assert (len(whole.loader.source), len(distinct.loader.source)) == (40, 39)
+    runs = [load_run(tmp_path / str(distinct), device="cpu").splits for distinct in (False, True)]
+    assert [len(run.val) for run in runs] == [17, 16]  # type: ignore[arg-type]
+    assert [len(duplicates(run)) for run in runs] == [1, 0]
+
+
+def test_runs_from_before_the_variants_are_opened(image_folder: Path, tmp_path: Path) -> None:
+    train(config(image_folder, epochs=1), tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    plain = json.loads(path.read_text())
+    for name in ("ema", "frozen_run", "images", "held_out", "split_seed", "distinct"):
+        del plain[name]
+    for name in ("concentration", "concentration_value", "concentration_max"):
+        del plain["loss"][name]
+    del plain["model"]["local_predictor"]
+    path.write_text(json.dumps(plain))
+    assert load_run(tmp_path / "run", device="cpu").config == config(image_folder, epochs=1).located()

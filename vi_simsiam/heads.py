@@ -1,0 +1,205 @@
+"""The last layers of a predictor: what stands in column D of a prediction, the raw concentration.
+
+VI-SimSiam predicts it for every sample. The other kinds are controls, which differ in this column alone: what comes
+after it (kappa = concentration_scale softplus(raw) + concentration_min, the loss, the figures) is the same for all.
+Where no gradient of the mean direction depends on the column, the mean direction has a linear layer of its own, drawn as
+SimSiam's last layer is: with one seed such a model starts from SimSiam's weights.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vi_simsiam.config import Concentration
+from vi_simsiam.errors import InputError
+from vi_simsiam.ops.multiview_loss import softplus
+from vi_simsiam.ops.multiview_loss_launch import padded_width
+
+# kappa/(D - 1) at the start, near its optimum for the cosines of an untrained network. From softplus(0) = 0.69 the first
+# steps throw the raw concentration so far down that its gradient is gone for an epoch.
+_INITIAL_CONCENTRATION = 0.05
+
+
+class ConcentrationHead:
+    """Makes the last layers of a predictor, for hidden features (..., H) and predictions (..., W).
+
+    Args:
+        kind: as `LossConfig.concentration`.
+        dim: D.
+        scale: concentration_scale; None for D - 1.
+        minimum: concentration_min.
+        maximum: concentration_max; None for no bound.
+        value: kappa/(D - 1) of kind "constant".
+        frozen: whether the column is fitted to a network that is kept as it is: its layer is apart then.
+
+    Raises:
+        InputError: the constant or the bound is not above the minimum.
+    """
+
+    def __init__(
+        self,
+        kind: Concentration,
+        dim: int,
+        *,
+        scale: float | None = None,
+        minimum: float = 0.0,
+        maximum: float | None = None,
+        value: float | None = None,
+        frozen: bool = False,
+    ) -> None:
+        self.kind, self.dim = kind, dim
+        self.scale = float(dim - 1) if scale is None else scale
+        self.initial = inverse_softplus(_INITIAL_CONCENTRATION) if scale is None else None
+        self._apart = frozen or kind == "detached"
+        self._shared: nn.Module | None = None
+        if kind == "constant":
+            if value is None:
+                raise InputError("concentration_value: None is not accepted; constant needs it")
+            kappa = (dim - 1) * value
+            if kappa <= minimum:
+                raise InputError(
+                    f"concentration_value: {value} is not accepted; {dim - 1} times it must be above "
+                    f"concentration_min, {minimum}"
+                )
+            self._shared = _Constant(inverse_softplus((kappa - minimum) / self.scale))
+        elif kind == "global":
+            self._shared = _Global(0.0 if self.initial is None else self.initial)
+        self._bound: UpperBound | None = None
+        if maximum is not None:
+            if maximum <= minimum:
+                raise InputError(
+                    f"concentration_max: {maximum} is not accepted; it must be above concentration_min, {minimum}"
+                )
+            self._bound = UpperBound(dim, inverse_softplus((maximum - minimum) / self.scale))
+
+    def __call__(self, hidden: int) -> list[nn.Module]:
+        """The layers of one predictor; what stands for all samples stands for all predictors, too."""
+        last: nn.Module
+        if self._shared is not None:
+            last = SplitHead(hidden, self.dim, self._shared)
+        elif self._apart:
+            mean = padded_linear(hidden, self.dim)
+            concentration = nn.Linear(hidden, 1)
+            self._start(concentration.bias, 0)
+            last = SplitHead(hidden, self.dim, concentration, mean)
+        else:
+            last = padded_linear(hidden, self.dim + 1)
+            self._start(last.bias, self.dim)
+        return [last] if self._bound is None else [last, self._bound]
+
+    def _start(self, bias: Tensor, column: int) -> None:
+        if self.initial is not None:
+            with torch.no_grad():
+                bias[column] = self.initial
+
+
+class SplitHead(nn.Module):
+    """The mean direction by a linear layer like SimSiam's, and beside it the raw concentration from elsewhere.
+
+    Args:
+        hidden: H.
+        dim: D.
+        concentration: maps (..., H), detached, to (..., 1).
+        mean: the linear layer (H, at least D columns); None for a new one.
+    """
+
+    def __init__(self, hidden: int, dim: int, concentration: nn.Module, mean: nn.Linear | None = None) -> None:
+        super().__init__()
+        self.dim = dim
+        self.mean = padded_linear(hidden, dim) if mean is None else mean
+        self.concentration = concentration
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Predictions (..., W) of hidden features (..., H)."""
+        mean = self.mean(hidden)[..., : self.dim]
+        return _columns(mean, self.concentration(hidden.detach()))
+
+
+class _Constant(nn.Module):
+    """The same number for every sample, for good; in float32 at least, since bfloat16 would be off by up to 0.4 %."""
+
+    def __init__(self, raw: float) -> None:
+        super().__init__()
+        self.raw = raw
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden.new_full((*hidden.shape[:-1], 1), self.raw, dtype=_wide(hidden.dtype))
+
+
+class _Global(nn.Module):
+    """One parameter for all samples."""
+
+    def __init__(self, raw: float) -> None:
+        super().__init__()
+        self.raw = nn.Parameter(torch.tensor(raw))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.raw.expand(*hidden.shape[:-1], 1)
+
+
+class UpperBound(nn.Module):
+    """A smooth upper bound of column D: raw becomes raw_max - softplus(raw_max - raw).
+
+    Far below the bound that is raw itself, and at any raw the gradient is positive.
+
+    Args:
+        dim: D.
+        maximum: raw_max, what the column stays below.
+    """
+
+    def __init__(self, dim: int, maximum: float) -> None:
+        super().__init__()
+        self.dim, self.maximum = dim, maximum
+
+    def forward(self, prediction: Tensor) -> Tensor:
+        """The same predictions (..., W) with column D bounded."""
+        raw = prediction[..., self.dim : self.dim + 1]
+        bounded = self.maximum - softplus(self.maximum - raw.to(_wide(raw.dtype)))
+        return torch.cat((prediction[..., : self.dim], bounded, prediction[..., self.dim + 1 :]), dim=-1)
+
+
+def shuffled(prediction: Tensor, dim: int) -> Tensor:
+    """Predictions (B, W) in which every sample has the raw concentration of the one B // 2 places further on.
+
+    A fixed shift, which a CUDA graph can replay and a resumed run repeats: the order of the samples in a batch is random.
+    """
+    raw = prediction[:, dim:].roll(len(prediction) // 2, 0)
+    return torch.cat((prediction[:, :dim], raw), dim=1)
+
+
+def direction_detached(prediction: Tensor, dim: int) -> Tensor:
+    """Predictions (B, W) whose mean direction takes no gradient."""
+    return torch.cat((prediction[:, :dim].detach(), prediction[:, dim:]), dim=1)
+
+
+def inverse_softplus(y: float) -> float:
+    """The x with log(1 + exp(x)) = y > 0: log(exp(y) - 1), without overflow for large y and exact for small ones."""
+    return y + math.log(-math.expm1(-y))
+
+
+def padded_linear(in_features: int, out_features: int) -> nn.Linear:
+    """A linear layer with columns of zeros after its `out_features`, up to a width whose rows are aligned.
+
+    Kernels load such rows 16 bytes at a time, and the product stays on the tensor cores. The columns are part of the
+    result, since autograd would copy the gradient of a slice; the losses pass over them, and they stay zero.
+    """
+    linear = nn.Linear(in_features, padded_width(out_features))
+    with torch.no_grad():
+        linear.weight[out_features:].zero_()
+        linear.bias[out_features:].zero_()
+    return linear
+
+
+def _columns(mean: Tensor, raw: Tensor) -> Tensor:
+    """A prediction (..., W) of mean directions (..., D) and raw concentrations (..., 1), in the wider dtype of the two."""
+    dim = mean.shape[-1]
+    joined = torch.cat((mean, raw), dim=-1)
+    return F.pad(joined, (0, padded_width(dim + 1) - dim - 1))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
