@@ -174,6 +174,31 @@ def _plots_section(paths: list[str], folder: Path) -> str:
     return "\n\n".join(f"![{plot.stem.replace('_', ' ')}]({plot.as_posix()})" for plot in found) or _NOTHING
 
 
+def _experiment(paths: list[str], folder: Path) -> str:
+    """Parts of an experiment's summary.md by their headings ("time-to-accuracy"), and its "figures", where they were drawn.
+
+    Raises:
+        InputError: no part is named, or the summary is there and has no heading of that name.
+    """
+    path, parts = Path(paths[0]), paths[1:]
+    if not parts:
+        raise InputError("bench: section 'experiment' needs a summary.md and the parts of it to show")
+    if not (folder / path).exists():
+        return _NOTHING
+    _, *sections = re.split(r"^## ", (folder / path).read_text(), flags=re.MULTILINE)
+    found = {
+        title.strip().lower().replace(" ", "-"): body.strip()
+        for title, _, body in (section.partition("\n") for section in sections)
+    }
+    plots = [path.parent / name for name in ("accuracy.png", "stability.png")]
+    drawn = [f"![{plot.stem} of the runs]({plot.as_posix()})" for plot in plots if (folder / plot).exists()]
+    found["figures"] = "\n\n".join(drawn) or _NOTHING
+    for part in parts:
+        if part not in found:
+            raise InputError(f"bench: {path} has no part {part!r}; it has {', '.join(found)}")
+    return "\n\n".join(found[part] for part in parts)
+
+
 _PIPELINE = ("augment", "step", "train")
 
 _KINDS: dict[str, _Section] = {
@@ -191,4 +216,5 @@ _KINDS: dict[str, _Section] = {
         pipeline_targets.cpu_targets(_result(folder / paths[0], "train"))
     ),
     "plots": _plots_section,
+    "experiment": _experiment,
 }

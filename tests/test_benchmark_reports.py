@@ -17,6 +17,7 @@ from vi_simsiam.benchmarks.compare import compare
 from vi_simsiam.benchmarks.providers import textbook_loss
 from vi_simsiam.benchmarks.targets import cpu_targets, gpu_targets
 from vi_simsiam.cli import main
+from vi_simsiam.errors import InputError
 from vi_simsiam.ops.multiview_loss import LossForm
 
 ROOT = Path(__file__).parents[1]
@@ -152,6 +153,23 @@ def test_markdown_comes_from_the_file(
     page.write_text("<!-- bench: poem r/loss.json -->\n<!-- /bench -->")
     assert main(["bench", "report", str(page)]) == 2
     assert "section 'poem' is none of table" in capsys.readouterr().err
+
+
+def test_parts_of_an_experiments_summary_are_shown(tmp_path: Path) -> None:
+    def filled(what: str) -> str:
+        return report.fill(f"<!-- bench: experiment {what} -->\n<!-- /bench -->", tmp_path)
+
+    assert "Not measured." in filled("r/summary.md result")
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "summary.md").write_text("# E\n\n## Result\n\nA line.\n\n## Time to accuracy\n\n| a |\n|---|\n")
+    assert filled("r/summary.md time-to-accuracy result").splitlines()[1:-1] == ["| a |", "|---|", "", "A line."]
+    assert "Not measured." in filled("r/summary.md figures")
+    (tmp_path / "r" / "stability.png").write_bytes(b"")
+    assert "\n![stability of the runs](r/stability.png)\n" in filled("r/summary.md figures")
+    with pytest.raises(InputError, match="has no part 'poem'; it has result, time-to-accuracy, figures"):
+        filled("r/summary.md poem")
+    with pytest.raises(InputError, match="needs a summary.md and the parts"):
+        filled("r/summary.md")
 
 
 def test_a_wrong_provider_shows_no_figure_in_markdown(result: dict[str, Any]) -> None:

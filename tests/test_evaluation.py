@@ -32,6 +32,7 @@ from vi_simsiam.evaluation.features import (
     pixels,
     untrained_backbone,
 )
+from vi_simsiam.evaluation.results import pack_bits, unpack_bits
 from vi_simsiam.evaluation.summary import evaluate_run, summary_line
 
 
@@ -213,6 +214,28 @@ def test_summary_line_has_one_decimal() -> None:
     assert summary_line("linear", result) == "linear top-1: 71.2 % (untrained 55.0 %, pixels 75.0 %)"
     perfect = {"top1": dict.fromkeys(ENCODERS, 1.0)}
     assert summary_line("kNN", perfect) == "kNN top-1: 100.0 % (untrained 100.0 %, pixels 100.0 %)"
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 100])
+def test_bits_come_back(count: int) -> None:
+    bits = torch.rand(count, generator=torch.Generator().manual_seed(count)) < 0.5
+    text = pack_bits(bits)
+    assert torch.equal(unpack_bits(text, count), bits)
+    assert json.loads(json.dumps(text)) == text
+
+
+def test_bits_are_the_bytes_of_packbits_in_base64() -> None:
+    assert pack_bits(torch.tensor([1, 0, 0, 0, 0, 0, 0, 1, 1], dtype=torch.bool)) == "gYA="  # 0x81, 0x80
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "message"),
+    [("gYA=", 8, "2 bytes are not accepted; 8 values take 1"), ("gYA=", 17, "17 values take 3"),
+     ("g-A=", 9, "'g-A=' .* base64"), ("gY", 9, "base64")],
+)  # fmt: skip
+def test_bits_of_another_number_or_kind_are_refused(text: str, count: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        unpack_bits(text, count)
 
 
 def test_evaluating_a_run_writes_everything_and_ends_with_the_summary(tmp_path: Path) -> None:

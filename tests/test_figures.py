@@ -33,13 +33,13 @@ from vi_simsiam.evaluation.figures import (
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """Every figure that is saved, in order."""
     saved: list[Figure] = []
-    save = figures._save
+    save = figures.save
 
     def record(figure: Figure, path: Path, colours: int | None = None) -> Path:
         saved.append(figure)
         return save(figure, path, colours)
 
-    monkeypatch.setattr(figures, "_save", record)
+    monkeypatch.setattr(figures, "save", record)
     return saved
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import knn
 from vi_simsiam.evaluation.knn import KnnConfig, classify, evaluate_knn
+from vi_simsiam.evaluation.results import unpack_bits
 
 
 def random_problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,6 +91,17 @@ def test_result_file_says_what_was_measured(tmp_path: Path) -> None:
     assert result["versions"]["torch"] == torch.__version__.split("+")[0]
     assert result["top1"]["trained"] == 1.0
     assert result["top1"]["untrained"] < 0.7
+
+
+def test_result_says_which_images_were_classified_correctly(tmp_path: Path) -> None:
+    sets = feature_sets(tmp_path, val=27)
+    result = evaluate_knn(sets, KnnConfig(k=5))
+    for encoder, train in sets.train.items():
+        predicted = classify(train, sets.train_labels, sets.val[encoder], classes=3, config=KnnConfig(k=5))
+        correct = unpack_bits(result["correct"][encoder], 27)
+        assert torch.equal(correct, predicted == sets.val_labels)
+        assert correct.double().mean() == pytest.approx(result["top1"][encoder])
+    assert 0 < result["top1"]["untrained"] < 1
 
 
 def test_more_neighbours_than_images_are_refused(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from vi_simsiam.evaluation.linear import (
     hold_out,
     linear_preset,
 )
+from vi_simsiam.evaluation.results import unpack_bits
 
 
 def parameters(probe: LinearProbe) -> list[Tensor]:
@@ -187,7 +188,7 @@ def test_top5_counts_no_more_than_there_are_classes(tmp_path: Path, classes: int
 
 
 def test_result_file_says_what_was_done(tmp_path: Path) -> None:
-    result = evaluate_linear(feature_sets(tmp_path), linear_preset("paper"))
+    result = evaluate_linear(feature_sets(tmp_path), replace(linear_preset("paper"), augmented=0))
     assert json.loads((tmp_path / "linear.json").read_text()) == json.loads(json.dumps(result))
     assert [path.name for path in tmp_path.iterdir()] == ["linear.json"]
     settings = result["settings"]
@@ -195,14 +196,25 @@ def test_result_file_says_what_was_done(tmp_path: Path) -> None:
     assert "epochs" in settings["inferred"]
     assert result["held_out_images"] == 12
     assert set(result["held_out_top1"]) == {"trained", "untrained", "pixels"}
+    assert (settings["augmented"], settings["augmented_encoders"]) == (0, [])
     assert {"timm", "torchmetrics", "torch", "vi-simsiam"} <= set(result["versions"])
     assert evaluate_linear(feature_sets(tmp_path), LinearConfig(epochs=1))["held_out_top1"] is None
+
+
+def test_result_says_which_images_were_classified_correctly(tmp_path: Path) -> None:
+    sets = feature_sets(tmp_path)
+    result = evaluate_linear(sets, LinearConfig(epochs=5, min_steps=0))
+    for encoder, train in sets.train.items():
+        probe = LinearProbe.fit(train, sets.train_labels, 3, LinearConfig(epochs=5, min_steps=0))
+        correct = unpack_bits(result["correct"][encoder], 30)
+        assert torch.equal(correct, probe(sets.val[encoder]).argmax(1) == sets.val_labels)
+        assert correct.double().mean() == pytest.approx(result["top1"][encoder])
 
 
 def test_paper_preset_is_the_papers_protocol() -> None:
     paper = LINEAR_PRESETS["paper"]
     assert (paper.lr, paper.momentum, paper.weight_decay, paper.batch_size) == (1.6, 0.9, 0.0, 512)
-    assert (paper.held_out, paper.standardize) == (0.2, False)
+    assert (paper.held_out, paper.standardize, paper.augmented) == (0.2, False, None)
     probe = LinearProbe.fit(torch.full((10, 2), 7.0), torch.arange(10) % 2, 2, replace(paper, epochs=1))
     assert (probe.shift.tolist(), probe.scale.tolist()) == ([0, 0], [1, 1])
 
@@ -218,6 +230,7 @@ def test_paper_preset_is_the_papers_protocol() -> None:
         ({"epochs": 0}, "epochs: 0 .* at least 1"),
         ({"min_steps": -1}, "min_steps: -1"),
         ({"held_out": 1.0}, "held_out: 1.0 .* below 1"),
+        ({"augmented": -1}, "augmented: -1 .* at least 0, or None"),
         ({"seed": -1}, "seed: -1"),
     ],
 )

@@ -24,6 +24,7 @@ from vi_simsiam.data.sources import ImageSource
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError
+from vi_simsiam.evaluation.augmented import AugmentedFeatures
 from vi_simsiam.models import build_backbone
 
 ENCODERS = ("trained", "untrained", "pixels")
@@ -55,6 +56,8 @@ class FeatureSets:
     """Where evaluations compute."""
     unreadable: int = 0
     """Images left out because they cannot be read."""
+    augmented: AugmentedFeatures | None = None
+    """The trained encoder's features of random views of the training images, computed when asked for."""
 
 
 def collect(run: Run, *, report: Callable[[str], None] | None = None, world: World | None = None) -> FeatureSets:
@@ -96,6 +99,9 @@ def collect(run: Run, *, report: Callable[[str], None] | None = None, world: Wor
         val_labels=torch.from_numpy(sources["val"].labels),
         device=device,
         unreadable=unreadable,
+        augmented=AugmentedFeatures(
+            run.model.backbone, sources["train"], size=size, device=device, workers=workers, report=say
+        ),
     )
 
 

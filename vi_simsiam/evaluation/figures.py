@@ -5,61 +5,27 @@ Both are 1600 x 680 pixels, meant to be shown at half that size.
 
 from __future__ import annotations
 
-import io
 import json
-import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import SubFigure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from vi_simsiam.data.loader import eval_loader
 from vi_simsiam.data.sources import ImageSource
-from vi_simsiam.engine.checkpoint import write_atomically
 from vi_simsiam.engine.monitor import COLLAPSE_THRESHOLD
 from vi_simsiam.engine.run import METRICS, Run, read_config
 from vi_simsiam.errors import InputError
+from vi_simsiam.evaluation.style import BLUE, GRAY, METHODS, ORANGE, STYLE, figure, number, save, shown
 from vi_simsiam.models import VISimSiam
 
-_SIZE, _DPI = (8.0, 3.4), 200
-_BLUE, _ORANGE, _GRAY, _INK = "#2f6db3", "#e07b39", "#8a8f98", "#24292f"
-_STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 7.5,
-    "text.color": _INK,
-    "axes.edgecolor": "#c6cbd1",
-    "axes.labelcolor": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "axes.titlesize": 8.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#eceff2",
-    "grid.linewidth": 0.8,
-    "xtick.color": "#57606a",
-    "ytick.color": "#57606a",
-    "xtick.major.size": 2,
-    "ytick.major.size": 2,
-    "lines.linewidth": 1.4,
-    "lines.solid_capstyle": "round",
-    "legend.frameon": False,
-    "legend.fontsize": 7,
-    "legend.handlelength": 1.4,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-}
-_METHODS = {"vi-simsiam": "VI-SimSiam", "simsiam": "SimSiam"}
 _THUMBNAIL = 112
 
 
@@ -73,21 +39,21 @@ def draw_curves(run_folder: Path) -> Path:
     metrics = read_metrics(run_folder / METRICS)
     epoch = metrics["epoch"]
     has_kappa = "kappa" in metrics
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(f"{_METHODS[config.method]} on {_shown(config.data)}, {config.model.backbone}")
-        loss, cosine, third, spread, rank, gradient = figure.subplots(2, 3, sharex=True).flat
+    with matplotlib.rc_context(STYLE):
+        drawn = figure(f"{METHODS[config.method]} on {shown(config.data)}, {config.model.backbone}")
+        loss, cosine, third, spread, rank, gradient = drawn.subplots(2, 3, sharex=True).flat
         _curve(loss, "loss (nats, uniform = 0)" if has_kappa else "loss", epoch, metrics["loss"])
         _curve(cosine, "cosine of prediction and target", epoch, metrics["cosine"])
         if has_kappa:
             _curve(third, "concentration κ / (D − 1)", epoch, metrics["kappa"], label="predicted")
             optimum = moving_average(optimal_concentration(metrics["cosine"]))
-            third.plot(epoch, optimum, color=_ORANGE, lw=1.1, ls=(0, (3, 2)), label="optimal for the mean cosine")
+            third.plot(epoch, optimum, color=ORANGE, lw=1.1, ls=(0, (3, 2)), label="optimal for the mean cosine")
             third.legend(loc="best")
             _learning_rate(gradient.twinx(), epoch, metrics["lr"])
         else:
             _curve(third, "learning rate", epoch, metrics["lr"])
         _curve(spread, "spread (z-std · √D, 1 = even)", epoch, metrics["z_std"])
-        spread.axhline(1, color=_GRAY, lw=0.8, ls=(0, (1, 2)))
+        spread.axhline(1, color=GRAY, lw=0.8, ls=(0, (1, 2)))
         spread.axhspan(0, COLLAPSE_THRESHOLD, color="#fbe3d6", lw=0, zorder=0)
         spread.text(0.98, COLLAPSE_THRESHOLD / 2, "collapse", ha="right", va="center", color="#b3592a", fontsize=7,
                     transform=spread.get_yaxis_transform())  # fmt: skip
@@ -99,7 +65,7 @@ def draw_curves(run_folder: Path) -> Path:
         for panel in (spread, rank, gradient):
             panel.set_xlabel("epoch")
             panel.set_xlim(0, epoch[-1])
-        return _save(figure, run_folder / "curves.png")
+        return save(drawn, run_folder / "curves.png")
 
 
 def read_metrics(path: Path) -> dict[str, NDArray[np.float64]]:
@@ -111,11 +77,11 @@ def read_metrics(path: Path) -> dict[str, NDArray[np.float64]]:
     if not path.is_file():
         raise InputError(f"run: {path.parent} has no {path.name}")
     lines: list[dict[str, float]] = []
-    for number, text in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+    for row, text in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         try:
             lines.append({name: float(value) for name, value in json.loads(text).items()})
         except (ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"run: {path} line {number} cannot be read ({error})") from error
+            raise InputError(f"run: {path} line {row} cannot be read ({error})") from error
     if not lines:
         raise InputError(f"run: {path} is empty; nothing was logged yet")
     return {name: np.array([line.get(name, np.nan) for line in lines]) for line in lines for name in line}
@@ -136,11 +102,19 @@ def moving_average(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
-def draw_kappa(run: Run) -> Path | None:
-    """Draw how concentrated a run's predictions are as RUN/kappa.png: a histogram, and the images at its two ends.
+@dataclass(frozen=True)
+class Certainty:
+    """How concentrated a run's predictions are on the un-augmented images of one of its splits."""
 
-    Un-augmented validation images are used, or training images if there are none. Returns the path, or None for
-    SimSiam, which predicts no concentration.
+    kind: str
+    """Which split: "validation", or "training" where there are no validation images."""
+    source: ImageSource
+    values: NDArray[np.float64]
+    """kappa / (D - 1) of every image, (N,)."""
+
+
+def certainty(run: Run) -> Certainty | None:
+    """The concentrations of a run's validation images, or of its training images if it has none; None for SimSiam.
 
     Raises:
         InputError: an image cannot be read, or the weights are damaged.
@@ -150,15 +124,34 @@ def draw_kappa(run: Run) -> Path | None:
     train, val = run.splits.train, run.splits.val
     kind, chosen = ("training", train) if val is None or len(val) == 0 else ("validation", val)
     source, _ = run.readable(chosen)
-    values = concentrations(run, source)
+    return Certainty(kind, source, concentrations(run, source))
+
+
+def draw_kappa(run: Run, found: Certainty | None = None) -> Path | None:
+    """Draw how concentrated a run's predictions are as RUN/kappa.png: a histogram, and the images at its two ends.
+
+    Figure 4 of Nakamura et al. (arXiv 2203.11437) is such a histogram. Un-augmented validation images are used, or
+    training images if there are none. Returns the path, or None for SimSiam, which predicts no concentration.
+
+    Args:
+        run: the run.
+        found: what `certainty` returned, where it is known already; None to compute it.
+
+    Raises:
+        InputError: an image cannot be read, or the weights are damaged.
+    """
+    found = found or certainty(run)
+    if found is None:
+        return None
+    source, values = found.source, found.values
     lowest, highest = extremes(values)
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(f"VI-SimSiam on {_shown(run.config.data)}: {len(values):,} {kind} images, un-augmented")
-        grid = figure.add_gridspec(2, 2, width_ratios=(0.56, 0.44))
-        _histogram(figure.add_subfigure(grid[:, 0]).subplots(), values)
-        _thumbnails(figure.add_subfigure(grid[0, 1]), "least certain (lowest κ)", source, lowest, values)
-        _thumbnails(figure.add_subfigure(grid[1, 1]), "most certain (highest κ)", source, highest, values)
-        return _save(figure, run.path / "kappa.png", colours=256)
+    with matplotlib.rc_context(STYLE):
+        drawn = figure(f"VI-SimSiam on {shown(run.config.data)}: {len(values):,} {found.kind} images, un-augmented")
+        grid = drawn.add_gridspec(2, 2, width_ratios=(0.56, 0.44))
+        _histogram(drawn.add_subfigure(grid[:, 0]).subplots(), values)
+        _thumbnails(drawn.add_subfigure(grid[0, 1]), "least certain (lowest κ)", source, lowest, values)
+        _thumbnails(drawn.add_subfigure(grid[1, 1]), "most certain (highest κ)", source, highest, values)
+        return save(drawn, run.path / "kappa.png", colours=256)
 
 
 @torch.no_grad()
@@ -191,39 +184,28 @@ def extremes(values: NDArray[np.float64], count: int = 8) -> tuple[NDArray[np.in
     return order[:low], order[::-1][:high]
 
 
-def _figure(title: str) -> Figure:
-    figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=8.5, color="#57606a")
-    return figure
-
-
-def _shown(data: str) -> str:
-    return Path(data.removeprefix("folder:")).name if data.startswith("folder:") else data
-
-
 def _curve(
     axes: Axes, title: str, epoch: NDArray[np.float64], values: NDArray[np.float64], label: str | None = None
 ) -> None:
     axes.set_title(title)
-    axes.plot(epoch, values, color=_BLUE, lw=0.8, alpha=0.3)
-    axes.plot(epoch, moving_average(values), color=_BLUE, label=label, marker="o" if len(epoch) < 3 else None, ms=3)
+    axes.plot(epoch, values, color=BLUE, lw=0.8, alpha=0.3)
+    axes.plot(epoch, moving_average(values), color=BLUE, label=label, marker="o" if len(epoch) < 3 else None, ms=3)
 
 
 def _learning_rate(axes: Axes, epoch: NDArray[np.float64], rate: NDArray[np.float64]) -> None:
-    axes.plot(epoch, rate, color=_GRAY, lw=1, ls=(0, (3, 2)))
+    axes.plot(epoch, rate, color=GRAY, lw=1, ls=(0, (3, 2)))
     axes.set_ylim(bottom=0)
-    axes.set_ylabel("learning rate (dashed)", color=_GRAY, fontsize=7)
-    axes.tick_params(colors=_GRAY)
+    axes.set_ylabel("learning rate (dashed)", color=GRAY, fontsize=7)
+    axes.tick_params(colors=GRAY)
     axes.grid(False)
 
 
 def _histogram(axes: Axes, values: NDArray[np.float64]) -> None:
     low, high = float(values.min()), float(values.max())
     margin = 0.02 * (high - low) or 0.05 * abs(low) or 0.5
-    axes.hist(values, bins=min(50, max(8, len(values) // 20)), range=(low - margin, high + margin), color=_BLUE)
+    axes.hist(values, bins=min(50, max(8, len(values) // 20)), range=(max(0, low - margin), high + margin), color=BLUE)
     median = float(np.median(values))
-    axes.axvline(median, color=_ORANGE, lw=1.2, label=f"median {_number(median, high - low)}")
+    axes.axvline(median, color=ORANGE, lw=1.2, label=f"median {number(median, high - low)}")
     axes.legend(loc="best")
     axes.set_title("certainty")
     axes.set_xlabel("predicted concentration κ / (D − 1)")
@@ -242,22 +224,5 @@ def _thumbnails(
         image = source.image(index)
         method = Image.Resampling.NEAREST if min(image.size) < _THUMBNAIL else Image.Resampling.LANCZOS
         cell.imshow(ImageOps.fit(image, (_THUMBNAIL, _THUMBNAIL), method))
-        text = _number(float(values[index]), float(np.ptp(values)))
+        text = number(float(values[index]), float(np.ptp(values)))
         cell.set_title(text, loc="center", fontsize=7, fontweight="normal", pad=2)
-
-
-def _number(value: float, spread: float) -> str:
-    """A value with as many decimals as tell it apart from others within `spread`."""
-    decimals = 2 - math.floor(math.log10(spread)) if spread > 0 else 3
-    return f"{value:,.{min(max(decimals, 0), 8)}f}"
-
-
-def _save(figure: Figure, path: Path, colours: int | None = None) -> Path:
-    """Write a figure as PNG, atomically; with a palette of so many colours where photographs would make it large."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    image = Image.open(buffer).convert("RGB")
-    if colours is not None:
-        image = image.quantize(colours, method=Image.Quantize.MEDIANCUT)
-    write_atomically(path, lambda file: image.save(file, format="PNG", optimize=True))
-    return path

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.features import FeatureSets
-from vi_simsiam.evaluation.results import write_result
+from vi_simsiam.evaluation.results import pack_bits, write_result
 
 # Similarities held at a time: 128 MiB.
 _BLOCK = 2**25
@@ -41,14 +41,15 @@ class KnnConfig:
 def evaluate_knn(features: FeatureSets, config: KnnConfig | None = None) -> dict[str, Any]:
     """Classify the validation images by their neighbours among the training images, under every encoder.
 
-    Writes RUN/knn.json atomically and returns its content; "top1" holds a fraction for every encoder.
+    Writes RUN/knn.json atomically and returns its content; "top1" holds a fraction for every encoder, and
+    "correct" which validation images were classified correctly (`results.unpack_bits`).
 
     Raises:
         InputError: k exceeds the number of training images.
     """
     config = config or KnnConfig()
     labels = features.train_labels.to(features.device)
-    top1 = {}
+    top1, correct = {}, {}
     for encoder, train in features.train.items():
         predicted = classify(
             train.to(features.device),
@@ -57,8 +58,9 @@ def evaluate_knn(features: FeatureSets, config: KnnConfig | None = None) -> dict
             classes=len(features.classes),
             config=config,
         )
-        top1[encoder] = (predicted.cpu() == features.val_labels).double().mean().item()
-    body = {"settings": asdict(config), "top1": top1}
+        hits = predicted.cpu() == features.val_labels
+        top1[encoder], correct[encoder] = hits.double().mean().item(), pack_bits(hits)
+    body = {"settings": asdict(config), "top1": top1, "correct": correct}
     return write_result("knn", features, body, ("torch", "torchvision", "numpy", "pillow"))
 
 

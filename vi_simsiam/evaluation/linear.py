@@ -1,10 +1,10 @@
 """Linear probe: a linear classifier trained on frozen features.
 
 LARS (You et al., arXiv 1708.03888) with a cosine schedule, as in the linear evaluation of SimSiam (Chen and He, arXiv
-2011.10566). The features are computed once, from the un-augmented view; SimSiam trains the classifier on random crops,
-so the figures compare encoders with each other rather than with published ones.
+2011.10566). Validation features are those of the un-augmented view: shorter side resized, centre cropped.
 
-Preset "default" treats all encoders alike. Every feature is standardised with the training set's mean and deviation, so
+Preset "default" computes the training features once, from the un-augmented view, too. SimSiam trains the classifier on
+random crops, so the figures compare encoders with each other rather than with published ones. It treats all encoders alike. Every feature is standardised with the training set's mean and deviation, so
 that no encoder gains or loses by the scale of its features; all training images are used; and at least 500 steps are
 made, without which LARS, whose weights grow by a bounded share a step, does not converge on small data sets. It was
 checked with pixels and random networks only, on 8,000 Fashion-MNIST images: longer or shorter training gains nothing on
@@ -13,13 +13,18 @@ C = 1, 0.1 and 0.01.
 
 Preset "paper" is the protocol of Nakamura et al. (arXiv 2203.11437, section 4.1): LARS with learning rate 1.6, weight
 decay 0, momentum 0.9 and batch 512, on the features as they are; a random fifth of the training set is held out, and
-its accuracy reported beside the validation set's. The paper does not state the number of epochs or the schedule: 90 and
-the cosine are SimSiam's.
+its accuracy reported beside the validation set's. The trained encoder's classifier sees SimSiam's augmentations, read as
+those of SimSiam's linear evaluation: random crops and flips (see `augmented`). SimSiam draws them anew in every epoch,
+and so does this on a GPU; on a CPU, where the frozen network takes most of the time, 4 passes over the images are
+computed and the epochs take turns with them, which is ours and not the paper's. The result file says how many there were.
+The untrained network and the pixels, which the paper does not have, are trained on un-augmented features. The paper does
+not state the number of epochs or the schedule: 90 and the cosine are SimSiam's.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,10 +33,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vi_simsiam.errors import InputError
+from vi_simsiam.evaluation.augmented import default_passes
 from vi_simsiam.evaluation.features import FeatureSets
-from vi_simsiam.evaluation.results import write_result
+from vi_simsiam.evaluation.results import pack_bits, write_result
 
-# A feature that hardly varies (a corner pixel) is not blown up to the size of the others.
 _SMALLEST_SHARE = 0.01
 
 
@@ -57,6 +62,9 @@ class LinearConfig:
     """Share of the training images that is not trained on and reported apart."""
     standardize: bool = True
     """Whether every feature is shifted and scaled to mean 0 and deviation 1 over the images trained on."""
+    augmented: int | None = 0
+    """Passes of random views of the training images, whose features the epochs take turns with; 0 for the un-augmented
+    features, None for as many passes as epochs on a GPU and at most 4 on a CPU. For the trained encoder only."""
     seed: int = 0
     """Of the initial weights, the order of images, and the choice of those held out."""
     inferred: tuple[str, ...] = ()
@@ -70,13 +78,19 @@ class LinearConfig:
         _require("epochs", self.epochs, self.epochs >= 1, "at least 1")
         _require("min_steps", self.min_steps, self.min_steps >= 0, "at least 0")
         _require("held_out", self.held_out, 0 <= self.held_out < 1, "at least 0 and below 1")
+        _require("augmented", self.augmented, self.augmented is None or self.augmented >= 0, "at least 0, or None")
         _require("seed", self.seed, 0 <= self.seed < 2**63, "at least 0 and below 2**63")
 
 
 LINEAR_PRESETS = {
     "default": LinearConfig(),
     "paper": LinearConfig(
-        epochs=90, min_steps=0, held_out=0.2, standardize=False, inferred=("epochs", "schedule", "standardize")
+        epochs=90,
+        min_steps=0,
+        held_out=0.2,
+        standardize=False,
+        augmented=None,
+        inferred=("epochs", "schedule", "standardize", "augmented"),
     ),
 }
 
@@ -97,33 +111,53 @@ def evaluate_linear(features: FeatureSets, config: LinearConfig | None = None) -
 
     Writes RUN/linear.json atomically and returns its content. "top1" and "top5" hold fractions for every encoder, as do
     "train_top1" (on the images trained on) and "held_out_top1" (None if none are held out). With fewer than
-    five classes "top5" counts as many as there are; "top5_counts" says how many.
+    five classes "top5" counts as many as there are; "top5_counts" says how many. "correct" holds which validation images
+    were classified correctly (`results.unpack_bits`). All accuracies are those of un-augmented images.
 
     Raises:
-        InputError: too few training images to hold any out.
+        InputError: too few training images to hold any out, or passes of augmented images asked for of features that
+            come without the images.
     """
     config = config or LinearConfig()
+    if config.augmented != 0 and features.augmented is None:
+        raise InputError(
+            f"augmented: {config.augmented} is not accepted; it must be 0 for features that come without their images"
+        )
+    passes = default_passes(config.epochs, features.device) if config.augmented is None else config.augmented
     classes = len(features.classes)
     counted = min(5, classes)
     kept, held_out = hold_out(len(features.train_labels), config.held_out, config.seed)
     scores: dict[str, dict[str, float]] = {"top1": {}, "top5": {}, "train_top1": {}, "held_out_top1": {}}
+    correct = {}
     for encoder, train in features.train.items():
+        views = _views(features, kept, passes) if encoder == "trained" and passes else None
         probe = LinearProbe.fit(
-            train[kept].to(features.device), features.train_labels[kept].to(features.device), classes, config
+            train[kept].to(features.device), features.train_labels[kept].to(features.device), classes, config, views
         )
         logits = probe(features.val[encoder].to(features.device)).cpu()
         scores["top1"][encoder] = accuracy(logits, features.val_labels, 1)
         scores["top5"][encoder] = accuracy(logits, features.val_labels, counted)
+        correct[encoder] = pack_bits(logits.argmax(1) == features.val_labels)
         fitted = probe(train.to(features.device)).cpu()
         scores["train_top1"][encoder] = accuracy(fitted[kept], features.train_labels[kept], 1)
         if len(held_out):
             scores["held_out_top1"][encoder] = accuracy(fitted[held_out], features.train_labels[held_out], 1)
+    if features.augmented is not None:
+        features.augmented.close()
     body = {
-        "settings": {**asdict(config), "optimizer": "LARS", "schedule": "cosine", "steps": _steps(config, len(kept))},
+        "settings": {
+            **asdict(config),
+            "augmented": passes,
+            "augmented_encoders": ["trained"] if passes else [],
+            "optimizer": "LARS",
+            "schedule": "cosine",
+            "steps": _steps(config, len(kept)),
+        },
         "held_out_images": len(held_out),
         "top5_counts": counted,
         **scores,
         "held_out_top1": scores["held_out_top1"] or None,
+        "correct": correct,
     }
     packages = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "pillow")
     return write_result("linear", features, body, packages)
@@ -141,7 +175,14 @@ class LinearProbe:
         self.shift, self.scale, self.layer = shift, scale, layer
 
     @classmethod
-    def fit(cls, features: Tensor, labels: Tensor, classes: int, config: LinearConfig) -> LinearProbe:
+    def fit(
+        cls,
+        features: Tensor,
+        labels: Tensor,
+        classes: int,
+        config: LinearConfig,
+        views: Callable[[int], tuple[Tensor, Tensor]] | None = None,
+    ) -> LinearProbe:
         """Train a probe. The same inputs and seed give the same probe, bit for bit on a CPU.
 
         Args:
@@ -149,11 +190,13 @@ class LinearProbe:
             labels: (N,) int64 in [0, classes), on the same device.
             classes: number of classes.
             config: how to train.
+            views: maps an epoch to the features (n, F) and labels (n,) that it trains on; None for `features` in every
+                epoch. Standardisation and number of steps are always those of `features`.
         """
         count, width = features.shape
         shift, scale = features.new_zeros(width), features.new_ones(width)
         if config.standardize:
-            shift, scale = _standardization(features)
+            shift, scale = standardization(features)
         # Drawn on the CPU, so that every device starts from the same weights and sees the same batches.
         generator = torch.Generator().manual_seed(config.seed)
         layer = nn.Linear(width, classes, device="meta").to_empty(device=features.device)
@@ -162,10 +205,14 @@ class LinearProbe:
             layer.bias.zero_()
         optimizer = build_optimizer(layer, config)
         inputs = (features - shift) * scale
-        batch, total, step = min(config.batch_size, count), _steps(config, count), 0
+        total, step, epoch = _steps(config, count), 0, 0
         while step < total:
-            order = torch.randperm(count, generator=generator).to(features.device)
-            for start in range(0, min(count // batch, total - step) * batch, batch):
+            if views is not None:
+                drawn, labels = (tensor.to(features.device) for tensor in views(epoch))
+                inputs = (drawn - shift) * scale
+            batch = min(config.batch_size, len(inputs))
+            order = torch.randperm(len(inputs), generator=generator).to(features.device)
+            for start in range(0, min(len(inputs) // batch, total - step) * batch, batch):
                 chosen = order[start : start + batch]
                 for group in optimizer.param_groups:
                     group["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * step / total))
@@ -174,6 +221,7 @@ class LinearProbe:
                 loss.backward()
                 optimizer.step()
                 step += 1
+            epoch += 1
         return cls(shift, scale, layer)
 
     @torch.no_grad()
@@ -222,12 +270,31 @@ def accuracy(logits: Tensor, labels: Tensor, counted: int) -> float:
     return round(float(share) * len(labels)) / len(labels)
 
 
+def _views(features: FeatureSets, kept: Tensor, passes: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Maps an epoch to the augmented features, and labels, of the images in `kept`: the passes in turn."""
+    augmented = features.augmented
+    assert augmented is not None
+    is_kept = torch.zeros(len(features.train_labels), dtype=torch.bool)
+    is_kept[kept] = True
+
+    def views(epoch: int) -> tuple[Tensor, Tensor]:
+        drawn, index = augmented.views(epoch % passes)
+        chosen = is_kept[index]
+        return drawn[chosen], features.train_labels[index[chosen]]
+
+    return views
+
+
 def _steps(config: LinearConfig, count: int) -> int:
     return max(config.epochs * (count // min(config.batch_size, count)), config.min_steps)
 
 
-def _standardization(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and reciprocal deviation of every feature."""
+def standardization(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal deviation of every feature: (F,) each, of features (N, F).
+
+    A deviation below a hundredth of the largest counts as that, so that a feature that hardly varies (a corner pixel) is
+    not blown up to the size of the others.
+    """
     deviation = features.std(0, correction=0)
     smallest = (_SMALLEST_SHARE * deviation.max()).clamp_min(torch.finfo(deviation.dtype).tiny)
     return features.mean(0), 1 / deviation.clamp_min(smallest)

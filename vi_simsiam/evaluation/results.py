@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 from importlib.metadata import version
 from platform import python_version
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from vi_simsiam import __version__
 from vi_simsiam.engine.checkpoint import write_json
+from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.features import FeatureSets
 
 
@@ -31,3 +38,26 @@ def write_result(name: str, features: FeatureSets, body: dict[str, Any], package
     }
     write_json(features.path / f"{name}.json", result)
     return result
+
+
+def pack_bits(bits: Tensor) -> str:
+    """Truth values (N,) bool as text: eight to a byte, the first in the highest bit, and the bytes in base64.
+
+    Result files keep with it which images were classified correctly, so that accuracies can be compared image by image.
+    """
+    return base64.b64encode(np.packbits(bits.cpu().numpy()).tobytes()).decode("ascii")
+
+
+def unpack_bits(text: str, count: int) -> Tensor:
+    """The inverse of `pack_bits`: `count` truth values as (count,) bool.
+
+    Raises:
+        InputError: `text` is no base64, or of another number of values.
+    """
+    try:
+        packed = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InputError(f"correct: {text[:20]!r} is not accepted; it must be base64 ({error})") from None
+    if len(packed) != -(-count // 8):
+        raise InputError(f"correct: {len(packed)} bytes are not accepted; {count} values take {-(-count // 8)}")
+    return torch.from_numpy(np.unpackbits(np.frombuffer(packed, np.uint8), count=count).astype(bool))

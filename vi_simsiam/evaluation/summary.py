@@ -54,7 +54,8 @@ def summary_table(results: dict[str, dict[str, Any]]) -> Table:
     """Every accuracy of the given results in per cent: a row for each encoder, a column for each measure.
 
     Args:
-        results: by the name of the evaluation, as `evaluate_knn` and `evaluate_linear` return them.
+        results: by the name of the evaluation, as `evaluate_knn`, `evaluate_linear` and
+            `evaluate_logistic` return them.
     """
     measures = {
         f"{name} {label}": result[key]
@@ -75,7 +76,7 @@ def summary_line(name: str, result: dict[str, Any]) -> str:
 
     Args:
         name: how the evaluation is called in the line.
-        result: as `evaluate_knn` or `evaluate_linear` returns it.
+        result: as `evaluate_knn`, `evaluate_linear` or `evaluate_logistic` returns it.
     """
     top1 = {encoder: f"{100 * share:.1f} %" for encoder, share in result["top1"].items()}
     return f"{name} top-1: {top1['trained']} (untrained {top1['untrained']}, pixels {top1['pixels']})"

@@ -1,0 +1,206 @@
+"""Logistic regression on frozen features."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evaluation_cases import feature_sets
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+from torch.nn import functional as F
+
+from vi_simsiam.errors import InputError
+from vi_simsiam.evaluation.features import ENCODERS
+from vi_simsiam.evaluation.linear import hold_out
+from vi_simsiam.evaluation.logistic import LogisticConfig, LogisticProbe, check_classes, evaluate_logistic
+from vi_simsiam.evaluation.results import unpack_bits
+
+
+def problem(count: int = 400, classes: int = 4, noise: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Overlapping clusters with features of different scales: (count, F) features, labels, and 200 queries.
+
+    Six features tell the classes apart, `noise` ones do not: with them a weak penalty fits too much.
+    """
+    generator = torch.Generator().manual_seed(0)
+    width = 6 + noise
+    centres = torch.cat([torch.randn(classes, 6, generator=generator), torch.zeros(classes, noise)], 1)
+    scales, shift = torch.logspace(-0.7, 0.7, width), torch.linspace(-3, 3, width)
+
+    def draw(labels: Tensor) -> Tensor:
+        return (centres[labels] + torch.randn(len(labels), width, generator=generator)) * scales + shift
+
+    labels = torch.arange(count) % classes
+    return draw(labels), labels, draw(torch.arange(200) % classes)
+
+
+NAMES = tuple("abcdefgh")
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("c", [0.01, 1.0])
+def test_agrees_with_scikit_learn_in_float64(classes: int, c: float) -> None:
+    train, labels, queries = problem(classes=classes)
+    scaler = StandardScaler().fit(train.double())
+    reference = LogisticRegression(C=c, tol=1e-10, max_iter=10_000).fit(scaler.transform(train.double()), labels)
+    expected = reference.predict_proba(scaler.transform(queries.double()))
+    probe = LogisticProbe.fit(train, labels, NAMES[:classes], LogisticConfig(c=c, tolerance=1e-6))
+    found = probe.probabilities(queries)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    torch.testing.assert_close(found, probe.logits(queries).softmax(1))
+    assert (probe.c, probe.held_out_loss, probe.warnings) == (c, {}, ())
+    assert probe.iterations > 1
+
+
+def test_solution_has_no_gradient() -> None:
+    """At the minimum of 1/2 |W|^2 + C sum cross-entropy, W = -C sum d cross-entropy / dW, and no bias gradient is left."""
+    train, labels, _ = problem()
+    probe = LogisticProbe.fit(train, labels, NAMES[:4], LogisticConfig(c=0.1, tolerance=1e-7))
+    inputs = ((train - probe.shift) * probe.scale).double()
+    weight, bias = (tensor.double().requires_grad_() for tensor in (probe.weight, probe.bias))
+    F.cross_entropy(F.linear(inputs, weight, bias), labels, reduction="sum").backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.detach(), -0.1 * weight.grad, atol=1e-3, rtol=1e-3)
+    assert bias.grad.abs().max() < 1e-3 * len(labels)
+
+
+def test_c_is_the_best_of_the_grid_on_the_held_out_fifth() -> None:
+    train, labels, _ = problem(count=120, noise=60)
+    config = LogisticConfig(grid=(1e-3, 1e-1, 1e-2, 10.0), tolerance=1e-6, seed=3)
+    probe = LogisticProbe.fit(train, labels, NAMES[:4], config)
+    kept, held_out = hold_out(120, 0.2, 3)
+    scaler = StandardScaler().fit(train[kept].double())
+    expected = {}
+    for c in config.grid:
+        reference = LogisticRegression(C=c, tol=1e-8, max_iter=10_000)
+        reference.fit(scaler.transform(train[kept].double()), labels[kept])
+        expected[c] = log_loss(labels[held_out], reference.predict_proba(scaler.transform(train[held_out].double())))
+    assert probe.c == min(expected, key=expected.__getitem__)
+    assert probe.c not in (1e-3, 10.0)
+    assert list(probe.held_out_loss) == sorted(probe.held_out_loss)
+    assert probe.held_out_loss == {c: pytest.approx(expected[c], abs=1e-3) for c in probe.held_out_loss}
+    refitted = LogisticProbe.fit(train, labels, NAMES[:4], replace(config, c=probe.c))
+    assert torch.equal(refitted.weight, probe.weight)
+
+
+def test_grid_ends_where_the_held_out_loss_rises() -> None:
+    train, labels, _ = problem(count=120, noise=60)
+    grid = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+    loss = LogisticProbe.fit(train, labels, NAMES[:4], LogisticConfig(grid=grid)).held_out_loss
+    assert tuple(loss) == grid[: len(loss)]
+    assert len(loss) < len(grid)
+    values = list(loss.values())
+    assert values[:-1] == sorted(values[:-1], reverse=True)
+    assert values[-1] > values[-2]
+
+
+def test_same_inputs_give_the_same_probe_and_global_generators_stay() -> None:
+    train, labels, queries = problem()
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first, again = (LogisticProbe.fit(train, labels, NAMES[:4]).logits(queries) for _ in range(2))
+    assert torch.equal(first, again)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert (np.random.get_state()[1] == numpy_state).all()
+
+
+def test_classes_without_training_images_have_probability_0() -> None:
+    train, labels, queries = problem(classes=3)
+    full = LogisticProbe.fit(train, labels, NAMES[:3], LogisticConfig(c=0.1))
+    probe = LogisticProbe.fit(train, labels + (labels > 0), NAMES[:5], LogisticConfig(c=0.1))
+    found = probe.probabilities(queries)
+    assert (found[:, [1, 4]] == 0).all()
+    assert torch.equal(found[:, [0, 2, 3]], full.probabilities(queries))
+
+
+def test_solver_that_does_not_converge_is_reported_and_not_printed(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = evaluate_logistic(feature_sets(tmp_path), LogisticConfig(c=1.0, max_iterations=2))
+    assert result["converged"] == dict.fromkeys(ENCODERS, False)
+    assert result["iterations"]["trained"] == 2
+    assert len(result["warnings"]["trained"]) == 1
+    assert result["warnings"]["trained"][0].startswith("C = 1.0: lbfgs failed to converge after 2 iteration")
+
+
+def test_result_file_says_what_was_measured(tmp_path: Path) -> None:
+    sets = feature_sets(tmp_path, train=120, val=50, classes=6)
+    result = evaluate_logistic(sets)
+    assert json.loads((tmp_path / "logistic.json").read_text()) == json.loads(json.dumps(result))
+    assert [path.name for path in tmp_path.iterdir()] == ["logistic.json"]
+    assert result["evaluation"] == "logistic"
+    assert result["converged"] == dict.fromkeys(ENCODERS, True)
+    assert result["warnings"] == {encoder: [] for encoder in ENCODERS}
+    assert result["top1"]["trained"] == result["train_top1"]["trained"] == 1.0
+    assert result["top1"]["untrained"] < result["top5"]["untrained"] < 1
+    assert result["top5_counts"] == 5
+    assert result["settings"] | {"solver": "lbfgs", "penalty": "l2", "dtype": "float32"} == result["settings"]
+    assert {"scikit-learn", "torch"} <= set(result["versions"])
+    for encoder in ENCODERS:
+        probe = LogisticProbe.fit(sets.train[encoder], sets.train_labels, sets.classes)
+        assert result["c"][encoder] == probe.c
+        logits = probe.logits(sets.val[encoder])
+        correct = unpack_bits(result["correct"][encoder], 50)
+        assert torch.equal(correct, logits.argmax(1) == sets.val_labels)
+        assert correct.double().mean() == pytest.approx(result["top1"][encoder])
+        five = [label in row for row, label in zip(logits.topk(5).indices.tolist(), sets.val_labels, strict=True)]
+        assert result["top5"][encoder] == pytest.approx(sum(five) / 50)
+
+
+def test_a_handful_of_images_uses_the_smallest_c() -> None:
+    train, _, queries = problem(count=6)
+    probe = LogisticProbe.fit(train, torch.arange(6), NAMES[:6], LogisticConfig(grid=(0.5, 0.25)))
+    assert (probe.c, probe.held_out_loss) == (0.25, {})
+    assert torch.isfinite(probe.logits(queries)).all()
+
+
+@pytest.mark.parametrize(
+    ("train", "labels", "message"),
+    [
+        (torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64), "fewer than two classes"),
+        (torch.zeros(4, 2), torch.tensor([0, 1, 2, 3]), r"labels: 0 to 3 .* \[0, 3\)"),
+        (torch.zeros(4, 2), torch.tensor([-1, 1, 2, 2]), "labels: -1 to 2"),
+        (torch.zeros(4, 2), torch.tensor([0, 1]), r"shapes \(4, 2\) and \(2,\)"),
+        (torch.full((4, 2), math.nan), torch.tensor([0, 1, 2, 2]), "not finite"),
+        (torch.zeros(2, 2), torch.tensor([0, 1]), "held_out: 0.2 of 2 training images"),
+    ],
+)
+def test_data_that_cannot_be_fitted_is_refused(train: Tensor, labels: Tensor, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        LogisticProbe.fit(train, labels, NAMES[:3])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"c": 0.0}, "c: 0.0"),
+        ({"c": math.inf}, "c: inf"),
+        ({"grid": ()}, r"grid: \(\)"),
+        ({"grid": (1.0, -1.0)}, r"grid: \(1.0, -1.0\) .* a positive number"),
+        ({"held_out": 0.0}, "held_out: 0.0 .* above 0"),
+        ({"held_out": 1.0}, "held_out: 1.0 .* below 1"),
+        ({"tolerance": 0.0}, "tolerance: 0.0"),
+        ({"max_iterations": 0}, "max_iterations: 0 .* at least 1"),
+        ({"seed": -1}, "seed: -1"),
+    ],
+)
+def test_settings_are_checked(values: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        LogisticConfig(**values)  # type: ignore[arg-type]
+
+
+def test_other_classes_than_the_probes_are_refused() -> None:
+    check_classes(("cat", "dog"), ["cat", "dog"])
+    with pytest.raises(InputError, match=r"the data has 2 classes \(dog, cat\); .* trained on 2 classes \(cat, dog\)"):
+        check_classes(("cat", "dog"), ("dog", "cat"))
+    many = tuple(f"c{i}" for i in range(12))
+    with pytest.raises(InputError, match=r"12 classes \(c0, .*, c9, \.\.\.\)"):
+        check_classes(("cat",), many)

@@ -1,0 +1,335 @@
+"""The report: one file that holds what the result files say, and asks for nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tyro
+from evaluation_cases import feature_sets, gray_source, make_run
+from PIL import Image
+from report_cases import KINDS, SCORES, uncertainty_result
+
+from vi_simsiam.cli.report import report
+from vi_simsiam.config import PLACE_FIELDS, TrainConfig, preset
+from vi_simsiam.data.sources import ArraySource
+from vi_simsiam.errors import InputError
+from vi_simsiam.evaluation import style
+from vi_simsiam.evaluation.figures import certainty
+from vi_simsiam.evaluation.knn import KnnConfig, evaluate_knn
+from vi_simsiam.evaluation.report import compared, gallery, settings, thumbnail_uri, train_arguments, write_report
+from vi_simsiam.evaluation.uncertainty import comparisons
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+
+
+class Page(HTMLParser):
+    """What a report holds: elements, headings, tables as cells by row, and images."""
+
+    VOID = frozenset({"meta", "link", "img", "br"})
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.headings: list[tuple[int, str]] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.values: dict[str, list[list[float]]] = {}
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(path.read_text())
+        assert self.open == [], "elements that are not closed"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.tags.append((tag, given))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.table = given.get("id") or ""
+            self.tables[self.table], self.values[self.table] = [], []
+        elif tag == "tr":
+            self.tables[self.table].append([])
+            self.values[self.table].append([])
+        elif tag in ("th", "td"):
+            self.tables[self.table][-1].append("")
+        elif tag == "data" and "table" in self.open:
+            self.values[self.table][-1].append(float(given["value"] or "nan"))
+        elif re.fullmatch("h[1-6]", tag):
+            self.headings.append((int(tag[1]), ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if {"th", "td"} & set(self.open):
+            self.tables[self.table][-1][-1] += data
+        if self.open and re.fullmatch("h[1-6]", self.open[-1]):
+            level, text = self.headings[-1]
+            self.headings[-1] = (level, text + data)
+
+    def attributes(self, tag: str) -> list[dict[str, str | None]]:
+        return [given for name, given in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def coarse() -> Iterator[None]:
+    """Figures of few pixels: what is on them is tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(style, "_DPI", 40)
+        yield
+
+
+def complete(folder: Path, **options: Any) -> Path:
+    """A run with metrics, an accuracy and an uncertainty."""
+    run = make_run(folder, val=gray_source(40), **options)
+    evaluate_knn(feature_sets(folder), KnnConfig(k=5))
+    (folder / "uncertainty.json").write_text(json.dumps(uncertainty_result()))
+    return write_report(folder, run)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory, coarse: None) -> Path:
+    return complete(tmp_path_factory.mktemp("report") / "run")
+
+
+@pytest.fixture(scope="module")
+def page(written: Path) -> Page:
+    return Page(written)
+
+
+def test_the_page_needs_no_other_file(written: Path, page: Page) -> None:
+    images = page.attributes("img")
+    assert len(images) == 7 + 2 * 20
+    for image in images:
+        assert re.match(r"data:image/(png|jpeg);base64,", image["src"] or "")
+        assert image["alt"]
+    assert not page.attributes("script")
+    assert all(
+        (link["href"] or "").startswith(("#", "data:")) for link in [*page.attributes("a"), *page.attributes("link")]
+    )
+    text = written.read_text()
+    assert not re.search(r"https?:|url\(|@import|\bon\w+=", re.sub('base64,[^"]*', "", text))
+    policy = next(meta["content"] for meta in page.attributes("meta") if meta.get("http-equiv"))
+    assert policy is not None
+    assert "default-src 'none'" in policy
+    assert written.stat().st_size < 3_000_000
+
+
+def test_headings_are_in_order_and_links_lead_somewhere(page: Page) -> None:
+    levels = [level for level, _ in page.headings]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    identifiers = [given["id"] for _, given in page.tags if given.get("id")]
+    assert len(identifiers) == len(set(identifiers))
+    assert {(link["href"] or "")[1:] for link in page.attributes("a")} <= set(identifiers)
+    assert all(len(page.attributes(tag)) == 1 for tag in ("main", "header", "footer", "title"))
+
+
+def test_tables_hold_the_numbers_of_the_files(written: Path, page: Page) -> None:
+    knn = json.loads((written.parent / "knn.json").read_text())
+    assert page.values["accuracies"][1:] == [[share] for share in knn["top1"].values()]
+    assert page.tables["accuracies"][1] == ["trained", f"{100 * knn['top1']['trained']:.1f} %"]
+    result = json.loads((written.parent / "uncertainty.json").read_text())
+    bins = result["calibration"]["bins"]
+    assert page.values["calibration"][1:] == [[each["expected"], each["observed"], each["count"]] for each in bins]
+    part = result["misclassification"]
+    expected = [[part["scores"][name][key] for key in ("auroc", "aurc", "augrc")] for name in SCORES]
+    expected += [[part[name]["aurc"], part[name]["augrc"]] for name in ("oracle", "random")]
+    assert page.values["misclassification"][1:] == expected
+    assert page.tables["misclassification"][1] == ["κ", *(f"{value:.3f}" for value in expected[0])]
+    for number, each in enumerate(result["ood"].values(), start=1):
+        found = page.values[f"ood-{number}"][1:]
+        assert found == [[each["scores"][name][key] for key in ("auroc", "aupr", "fpr95")] for name in SCORES]
+    sets = result["retrieval"].values()
+    assert page.values["retrieval"][1] == [each["recall_at_1"] for each in sets]
+    assert page.values["retrieval"][2:] == [[each["scores"][name] for each in sets] for name in SCORES]
+    kinds = [result["corruptions"][kind] for kind in KINDS]
+    assert page.values["corruptions-1"][1:] == [kind["median_kappa"] for kind in kinds]
+    for number, key in ((2, "spearman"), (3, "monotone")):
+        found = page.values[f"corruptions-{number}"][1:]
+        assert found == [[kind["scores"][name][key] for kind in kinds] for name in SCORES]
+
+
+def test_the_headline_counts_what_the_comparisons_say(page: Page) -> None:
+    result = uncertainty_result()
+    rows = comparisons(result)
+    ahead = sum(row.kappa > row.value for row in rows)  # type: ignore[operator]
+    assert f"ahead of the best trivial score in {ahead} of {len(rows)} comparisons" in page.text
+    assert [values[:2] for values in page.values["compared"][1:]] == [[row.kappa, row.value] for row in rows]
+    for kappa, value, gap in page.values["compared"][1:]:
+        assert gap == pytest.approx(kappa - value)
+    for each in result["ood"].values():
+        each["scores"]["kappa"]["auroc"] = None
+    found = compared(result)
+    assert found is not None
+    assert len(found["table"]["rows"]) == len(rows) - 3
+
+
+def test_settings_that_differ_are_marked(written: Path, page: Page) -> None:
+    rows = {row["name"]: row for row in settings(TrainConfig(epochs=7, augment=preset("demo").augment))}
+    assert {name for name, row in rows.items() if row["differs"]} == {"epochs", "size", "crop_scale", "blur_prob"}
+    assert (rows["epochs"]["value"], rows["epochs"]["default"]) == ("7", "100")
+    assert rows["device"]["group"] == "place"
+    assert ["size", "8", "224", "augment"] in page.tables["training-settings"]
+    assert ["k", "5", "knn", ""] in page.tables["evaluation-settings"]
+    knn = json.loads((written.parent / "knn.json").read_text())
+    assert ["torch", knn["versions"]["torch"], "2.14.1"] in page.tables["version-table"]
+
+
+def test_inferred_settings_are_marked(tmp_path: Path) -> None:
+    make_run(tmp_path, method="simsiam")
+    (tmp_path / "metrics.jsonl").unlink()
+    result = evaluate_knn(feature_sets(tmp_path), KnnConfig(k=5))
+    result["settings"] = {"epochs": 90, "lr": 1.6, "inferred": ["epochs"]}
+    (tmp_path / "linear.json").write_text(json.dumps({**result, "top5": {"trained": 1.0}, "held_out_top1": None}))
+    rows = Page(write_report(tmp_path)).tables["evaluation-settings"]
+    assert ["epochs", "90", "linear", "inferred"] in rows
+    assert ["lr", "1.6", "linear", ""] in rows
+
+
+@pytest.mark.parametrize("name", ["default", "demo", "paper"])
+def test_the_command_gives_the_same_training(name: str) -> None:
+    given = preset(name)
+    parsed = tyro.cli(TrainConfig, args=train_arguments(given), config=(tyro.conf.OmitArgPrefixes,))
+    same = {key: value for key, value in given.to_dict().items() if key not in PLACE_FIELDS}
+    assert {key: value for key, value in parsed.to_dict().items() if key not in PLACE_FIELDS} == same
+
+
+def test_the_gallery_shows_both_ends_with_class_and_concentration(tmp_path: Path) -> None:
+    run = make_run(tmp_path, val=gray_source(40))
+    found = certainty(run)
+    assert found is not None
+    least, most = gallery(found)
+    order = np.argsort(found.values, kind="stable")
+    assert [image["index"] for image in least["images"]] == order[:20].tolist()
+    assert [image["kappa"].value for image in least["images"]] == sorted(found.values)[:20]
+    assert [image["kappa"].value for image in most["images"]] == sorted(found.values)[::-1][:20]
+    assert all(image["name"] == f"class {image['index'] // 20}" for image in least["images"])
+
+
+def test_thumbnails_are_small_and_show_small_images_as_they_are() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    uri, small = thumbnail_uri(Image.fromarray(noise))
+    assert uri.startswith("data:image/jpeg")
+    assert (len(uri) < 30_000, small) == (True, False)
+    uri, small = thumbnail_uri(Image.fromarray(noise[:28, :28]))
+    assert uri.startswith("data:image/png")
+    assert small
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    attack = '$^{"><script>alert(1)</script><img src="http://a.example/x.png" onerror=alert(1)>'
+    gray = gray_source(6)
+    run = make_run(tmp_path, val=ArraySource(gray.images, gray.labels, [attack, "b"], attack))
+    result = uncertainty_result(data=attack)
+    result["scores"] = {**SCORES, attack: attack}
+    result["ood"] = {attack: result["ood"]["mine"]}
+    result |= {"misclassification": None, "retrieval": None, "corruptions": {}}
+    (tmp_path / "uncertainty.json").write_text(json.dumps(result))
+    found = Page(write_report(tmp_path, run, attack))
+    assert not found.attributes("script")
+    assert all((image["src"] or "").startswith("data:") for image in found.attributes("img"))
+    assert not any("onerror" in given for _, given in found.tags)
+    assert attack in found.text
+
+
+def test_absent_parts_say_which_command_makes_them(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    evaluate_knn(feature_sets(tmp_path), KnnConfig(k=5))
+    found = Page(write_report(tmp_path, None, "run: no checkpoint.pt"))
+    assert f"accuracy by linear, logistic. vi-simsiam evaluate {tmp_path} makes it" in found.text
+    assert f"vi-simsiam uncertainty {tmp_path}" in found.text
+    assert "The images are left out: run: no checkpoint.pt" in found.text
+    assert "Nothing was logged" in found.text
+    assert len(found.attributes("img")) == 1
+    (tmp_path / "knn.json").rename(tmp_path / "linear.json")
+    assert "accuracy by kNN, logistic" in Page(write_report(tmp_path)).text
+
+
+def test_simsiam_has_a_report_without_certainty(tmp_path: Path) -> None:
+    run = make_run(tmp_path, method="simsiam")
+    found = Page(write_report(tmp_path, run))
+    assert "certainty" not in {given.get("id") for _, given in found.tags}
+    assert len(found.attributes("img")) == 1
+
+
+def test_parts_that_are_not_defined_are_dashes(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    result = {
+        **uncertainty_result(),
+        "misclassification": None,
+        "retrieval": None,
+        "corruptions": {},
+        "calibration": None,
+    }
+    del result["ood"]["mine"]
+    result["ood"]["noise"]["scores"]["energy"]["auroc"] = None
+    (tmp_path / "uncertainty.json").write_text(json.dumps(result))
+    found = Page(write_report(tmp_path))
+    assert not {"misclassification", "retrieval", "corruptions-1", "calibration"} & set(found.tables)
+    assert next(row for row in found.tables["ood-2"] if row[0] == "energy")[1] == "–"
+
+
+def test_nothing_to_report_is_refused(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(InputError, match=r"report: .* has no metrics.jsonl and no result yet"):
+        report([str(tmp_path)])
+    with pytest.raises(InputError, match="holds no run"):
+        report([str(tmp_path / "nowhere")])
+    (tmp_path / "knn.json").write_text('{"top1": ')
+    with pytest.raises(InputError, match=r"knn.json cannot be read"):
+        write_report(tmp_path)
+    (tmp_path / "knn.json").write_text('{"top1": {}}')
+    with pytest.raises(InputError, match=r"lacks what the report shows"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_the_command_reports_a_run_without_its_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path)
+    assert report([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"images left out: run: {tmp_path} has no checkpoint.pt",
+        str(tmp_path / "report.html"),
+    ]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_the_page_without_a_complaint(written: Path, tmp_path: Path, width: int) -> None:
+    # A frame of this width, because a window is never so narrow; does its content fit, and was every image read?
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f"<iframe src='{written.as_uri()}' style='width:{width}px;height:900px;border:0'></iframe><script>"
+        "onload = () => { const d = frames[0].document; document.title = ["
+        "d.documentElement.scrollWidth <= d.documentElement.clientWidth,"
+        "[...d.images].every(i => i.complete && i.naturalWidth > 0), d.images.length].join(' ') }</script>"
+    )
+    done = subprocess.run(
+        [
+            str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
+            "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={max(width, 600)},900",
+            "--dump-dom", frame.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+    title = re.search("<title>(.*)</title>", done.stdout)
+    assert title is not None
+    assert title[1] == "true true 47"

@@ -1,0 +1,177 @@
+"""Uncertainty scores against direct computation and scikit-learn."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evaluation_cases import CPU, make_run
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.special import logsumexp
+from sklearn.covariance import LedoitWolf
+from sklearn.neighbors import NearestNeighbors
+from torch.nn import functional as F
+
+from vi_simsiam.data.loader import eval_loader
+from vi_simsiam.data.sources import ArraySource
+from vi_simsiam.data.views import eval_view
+from vi_simsiam.errors import InputError
+from vi_simsiam.evaluation import scores
+from vi_simsiam.evaluation.figures import concentrations
+from vi_simsiam.evaluation.logistic import LogisticProbe
+from vi_simsiam.evaluation.scores import Network, Reference, disagreement, eval_pixels, image_scores, views_of
+from vi_simsiam.models import SimSiam, VISimSiam
+
+
+def coloured(count: int = 9, side: int = 20) -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (count, side, side + 4, 3), dtype=np.uint8)
+
+
+def test_pixels_are_those_of_the_evaluation_view() -> None:
+    source = ArraySource(coloured())
+    (pixels,) = eval_pixels(source, 12, 0)
+    assert pixels.dtype == np.uint8
+    view = eval_view(12)
+    crop = [view.transforms[1](view.transforms[0](source.image(i))) for i in range(len(source))]
+    np.testing.assert_array_equal(pixels, np.stack([np.asarray(image) for image in crop]))
+    ((views, _),) = eval_loader(source, 12, 100, 0)
+    torch.testing.assert_close(views_of(pixels), views, rtol=0, atol=1e-6)
+
+
+def test_one_pass_gives_what_the_network_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scores, "_BATCH", 4)  # several batches
+    torch.manual_seed(0)
+    model = VISimSiam("resnet18", dim=16, projector_hidden=8, predictor_hidden=8, stem="small")
+    model(list(torch.randn(2, 8, 3, 8, 8)))  # running statistics of their own
+    model.train()
+    hooks = len(model.backbone.layer1._forward_hooks)
+    observed = Network(model, CPU).observe(eval_pixels(ArraySource(coloured()), 16, 0))
+    assert model.training
+    assert len(model.backbone.layer1._forward_hooks) == hooks
+    model.eval()
+    (views,) = (batch for batch, _ in eval_loader(ArraySource(coloured()), 16, 100, 0))
+    with torch.no_grad():
+        inner = model.backbone.maxpool(model.backbone.relu(model.backbone.bn1(model.backbone.conv1(views))))
+        norms = {}
+        for name in ("layer1", "layer2", "layer3", "layer4"):
+            inner = getattr(model.backbone, name)(inner)
+            norms[name] = inner.mean((2, 3)).norm(dim=1)
+        norms["embedding"] = (embedding := model.backbone(views)).norm(dim=1)
+        norms["projection"] = (projection := model.projector(embedding)).norm(dim=1)
+        prediction = model.predictor(projection)
+        norms["prediction"] = prediction[:, :16].norm(dim=1)
+        concentration = model.distribution(views).concentration
+    torch.testing.assert_close(observed.embedding, embedding, rtol=1e-4, atol=1e-5)
+    expected = {"kappa": -concentration, **{f"{name}_norm": -norm for name, norm in norms.items()}}
+    for name, value in expected.items():
+        np.testing.assert_allclose(observed.scores[name], value.numpy(), rtol=1e-4, err_msg=name)
+    np.testing.assert_allclose(observed.scores["layer4_norm"], observed.scores["embedding_norm"], rtol=1e-5)
+    assert set(observed.scores) == {*expected, "edge_energy", "contrast", "jpeg_size"}
+    assert next(iter(observed.scores)) == "kappa"
+    assert observed.scores["kappa"].std() > 0
+
+
+def test_the_concentration_is_that_of_the_figures(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    observed = Network(run.model, CPU).observe(eval_pixels(run.splits.train, 8, 0))
+    expected = concentrations(run, run.splits.train) * (run.model.dim - 1)
+    np.testing.assert_allclose(-observed.scores["kappa"], expected, rtol=1e-5)
+    assert "layer1_norm" not in observed.scores
+    simsiam = make_run(tmp_path / "simsiam", method="simsiam")
+    assert isinstance(simsiam.model, SimSiam)
+    assert "kappa" not in Network(simsiam.model, CPU).observe(eval_pixels(run.splits.train, 8, 0)).scores
+
+
+def test_damaged_weights_and_no_images_are_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    with pytest.raises(InputError, match="none"):
+        Network(run.model, CPU).observe([])
+    next(run.model.predictor.parameters()).data.fill_(math.nan)
+    with pytest.raises(InputError, match="not finite"):
+        Network(run.model, CPU).observe([coloured(2, 8)[:, :, :8]])
+
+
+def test_statistics_of_pixels_in_closed_form() -> None:
+    flat = np.full((16, 16, 3), 90, np.uint8)
+    ramp = np.broadcast_to((3 * np.arange(16) + np.zeros((16, 1)))[..., None], (16, 16, 3)).astype(np.uint8)
+    slope = (3 * np.arange(16)[:, None] + 4 * np.arange(16))[..., None] + np.zeros(3)
+    half = np.where(np.arange(16)[:, None, None] < 8, 0, 200) + np.zeros((16, 16, 3))
+    found = image_scores(np.stack([flat, ramp, slope.astype(np.uint8), half.astype(np.uint8)]))
+    np.testing.assert_allclose(-found["edge_energy"], [0, 3, 5, 200 / 15], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        -found["contrast"], [0, 3 * np.std(np.arange(16)), slope[..., 0].std(), 100], rtol=1e-5, atol=1e-4
+    )
+    red = np.zeros((1, 4, 4, 3), np.uint8)
+    red[0, :2, :, 0] = 100
+    np.testing.assert_allclose(-image_scores(red)["contrast"], 0.299 * 50, rtol=1e-5)
+
+
+def test_jpeg_size_is_that_of_pillows_file() -> None:
+    pixels = np.concatenate([coloured(1, 20)[:, :, :20], np.zeros((1, 20, 20, 3), np.uint8)])
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[0]).save(buffer, "JPEG", quality=75)
+    sizes = -image_scores(pixels)["jpeg_size"]
+    assert sizes[0] == len(buffer.getvalue())
+    assert sizes[1] < sizes[0]
+
+
+def test_disagreement_is_one_minus_the_mean_cosine_of_pairs() -> None:
+    torch.manual_seed(0)
+    embeddings = torch.randn(4, 6, 10)
+    pairs = [F.cosine_similarity(embeddings[i], embeddings[j], dim=1) for i in range(4) for j in range(i)]
+    np.testing.assert_allclose(disagreement(embeddings), 1 - torch.stack(pairs).double().mean(0).numpy(), atol=1e-6)
+    np.testing.assert_allclose(disagreement(embeddings[:1].expand(3, 6, 10)), 0, atol=1e-12)
+
+
+def reference(labelled: bool = True) -> tuple[Reference, torch.Tensor, NDArray[np.int64], torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    labels = np.arange(60) % 3
+    spread = torch.tensor([3.0, 1, 0.3, 1, 1])
+    train = 4 * torch.eye(5)[labels] + spread * torch.randn(60, 5, generator=generator)
+    queries = 3 * torch.randn(17, 5, generator=generator)
+    probe = LogisticProbe.fit(train, torch.from_numpy(labels), ("a", "b", "c")) if labelled else None
+    return Reference(train, labels if labelled else None, probe, CPU), train, labels, queries
+
+
+def test_nearest_neighbours_against_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scores, "_BLOCK", 60 * 4)  # several blocks
+    measured, train, _, queries = reference()
+    distances = NearestNeighbors(n_neighbors=20, metric="cosine").fit(train.numpy()).kneighbors(queries.numpy())[0]
+    np.testing.assert_allclose(measured.scores(queries)["knn_distance"], distances.mean(1), atol=1e-5)
+    few = Reference(train[:3], None, None, CPU)
+    assert np.isfinite(few.scores(queries)["knn_distance"]).all()
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_mahalanobis_by_its_definition(labelled: bool) -> None:
+    measured, train, labels, queries = reference(labelled)
+    groups = labels if labelled else np.zeros(60, np.int64)
+    points = train.double().numpy()
+    means = [points[groups == group].mean(0) for group in sorted(set(groups))]
+    centred = points - np.stack(means)[groups]
+    covariance = LedoitWolf(assume_centered=True).fit(centred).covariance_
+    expected = [
+        min((x - mean) @ np.linalg.solve(covariance, x - mean) for mean in means) for x in queries.double().numpy()
+    ]
+    np.testing.assert_allclose(measured.scores(queries)["mahalanobis"], expected, rtol=1e-6)
+
+
+def test_scores_of_the_probe() -> None:
+    measured, _, _, queries = reference()
+    assert measured.probe is not None
+    logits = measured.probe.logits(queries).double().numpy()
+    found = measured.scores(queries)
+    np.testing.assert_allclose(found["energy"], -logsumexp(logits, axis=1), rtol=1e-9)
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(found["softmax"], 1 - shares.max(1), atol=1e-12)
+    assert set(reference(labelled=False)[0].scores(queries)) == {"knn_distance", "mahalanobis"}
+
+
+def test_training_images_that_are_all_the_same_give_finite_distances() -> None:
+    same = Reference(torch.ones(30, 4), None, None, CPU)
+    assert all(np.isfinite(values).all() for values in same.scores(torch.randn(5, 4)).values())

@@ -1,0 +1,327 @@
+"""uncertainty.json from end to end: what it holds, what it refuses, and that its figures are those of the scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from evaluation_cases import gray_source, make_run
+from PIL import Image
+from rich.console import Console
+from sklearn.datasets import load_digits
+
+from vi_simsiam.cli import main
+from vi_simsiam.cli.uncertainty import print_result
+from vi_simsiam.config import AugmentConfig, ModelConfig, TrainConfig
+from vi_simsiam.data.datasets import Splits, open_dataset
+from vi_simsiam.data.packed import PackedImages
+from vi_simsiam.data.sources import ArraySource
+from vi_simsiam.engine.checkpoint import Checkpoint, write_json
+from vi_simsiam.engine.run import Run
+from vi_simsiam.errors import InputError
+from vi_simsiam.evaluation.corruptions import MAGNITUDES
+from vi_simsiam.evaluation.figures import concentrations
+from vi_simsiam.evaluation.foreign import builtin_sets, open_sets
+from vi_simsiam.evaluation.scores import TRIVIAL
+from vi_simsiam.evaluation.uncertainty import Comparison, comparisons, evaluate_uncertainty
+from vi_simsiam.models import build_model
+
+TINY_SCORES = {
+    "kappa", "embedding_norm", "projection_norm", "prediction_norm", "view_agreement", "knn_distance", "mahalanobis",
+    "softmax", "energy", "edge_energy", "contrast", "jpeg_size",
+}  # fmt: skip
+
+
+def noisy_source(count: int, *, seed: int = 0, labelled: bool = True, name: str = "noisy") -> ArraySource:
+    """Three classes of brightness that overlap, of 10 x 8 pixels."""
+    generator = np.random.default_rng(seed)
+    labels = np.arange(count) % 3
+    levels = 60 + 60 * labels[:, None, None, None] + generator.normal(0, 30, (count, 1, 1, 1))
+    images = (levels + generator.normal(0, 15, (count, 10, 8, 3))).clip(0, 255).astype(np.uint8)
+    return ArraySource(images, labels if labelled else None, ["dark", "gray", "bright"] if labelled else None, name)
+
+
+def tiny_run(folder: Path, **options: Any) -> Run:
+    sources = {"train": noisy_source(60), "val": noisy_source(40, seed=1), **options}
+    return make_run(folder, **sources)
+
+
+def evaluate(run: Run, **options: Any) -> dict[str, Any]:
+    return evaluate_uncertainty(run, **{"corruption_images": 6, **options})
+
+
+def no_nan(content: Any) -> bool:
+    if isinstance(content, dict):
+        return all(map(no_nan, content.values()))
+    if isinstance(content, list):
+        return all(map(no_nan, content))
+    return not isinstance(content, float) or math.isfinite(content)
+
+
+def write_images(folder: Path, source: ArraySource) -> Path:
+    """A labelled source as class folders of PNG files."""
+    assert source.labels is not None
+    assert source.classes is not None
+    for i in range(len(source)):
+        place = folder / "train" / source.classes[source.labels[i]]
+        place.mkdir(parents=True, exist_ok=True)
+        source.image(i).save(place / f"{i:03d}.png")
+    return folder
+
+
+def saved_run(folder: Path, data: str) -> Path:
+    """A run folder with the weights of a small model as they are before training."""
+    model = ModelConfig(dim=16, projector_hidden=16, predictor_hidden=16)
+    config = TrainConfig(data=data, device="cpu", augment=AugmentConfig(size=16), model=model)
+    folder.mkdir()
+    write_json(folder / "config.json", config.to_dict())
+    torch.manual_seed(0)
+    weights = build_model(config).state_dict()
+    Checkpoint(step=1, seconds=0.0, images=40, model=weights, optimizer={}).save(folder / "checkpoint.pt")
+    return folder
+
+
+def test_every_part_is_measured_and_written(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path)
+    said: list[str] = []
+    result = evaluate(run, report=said.append)
+    assert json.loads((tmp_path / "uncertainty.json").read_text()) == result
+    assert no_nan(result)
+    assert said[0] == "opening the data sets"
+    assert set(result) == {
+        "evaluation", "data", "dim", "images", "settings", "scores", "calibration", "misclassification", "retrieval",
+        "ood", "corruptions", "versions",
+    }  # fmt: skip
+    assert (result["evaluation"], result["data"], result["dim"], result["images"]) == ("uncertainty", "gray", 8, 40)
+    assert set(result["scores"]) == TINY_SCORES
+    assert next(iter(result["scores"])) == "kappa"
+    assert result["calibration"]["pairs"] == 40 * 12
+    assert sum(row["count"] for row in result["calibration"]["bins"]) == 40 * 12
+    found = result["misclassification"]
+    assert set(found["scores"]) == set(found["risk_coverage"]) == TINY_SCORES
+    assert all(set(figures) == {"auroc", "aurc", "augrc"} for figures in found["scores"].values())
+    assert 0.4 < found["accuracy"] < 1
+    assert found["random"]["aurc"] == pytest.approx(1 - found["accuracy"])
+    assert all(found["oracle"]["aurc"] <= figures["aurc"] for figures in found["scores"].values())
+    assert set(result["retrieval"]) == {"validation", "digits"}
+    assert result["retrieval"]["validation"]["seen_classes"]
+    assert not result["retrieval"]["digits"]["seen_classes"]
+    assert set(result["ood"]) == {"noise", "digits"}
+    for part in result["ood"].values():
+        assert part["kind"] == "far"
+        assert part["images"] == 40
+        assert set(part["scores"]) == TINY_SCORES - {"view_agreement"}
+        assert all(set(figures) == {"auroc", "aupr", "fpr95"} for figures in part["scores"].values())
+    assert set(result["corruptions"]) == set(MAGNITUDES)
+    for part in result["corruptions"].values():
+        assert len(part["levels"]) == len(part["median_kappa"]) == 6
+        assert part["median_kappa"][0] > 0
+        assert set(part["scores"]) == TINY_SCORES - {"view_agreement"}
+
+
+def test_figures_are_those_of_the_concentrations(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path)
+    assert run.splits.val is not None
+    result = evaluate(run, corruption_images=40)
+    kappa = concentrations(run, run.splits.val)
+    noise = concentrations(run, builtin_sets(8, 40, 0)[0].source)
+    pairs = noise[:, None] - kappa[None]
+    expected = np.mean(pairs < 0) + np.mean(pairs == 0) / 2
+    assert result["ood"]["noise"]["scores"]["kappa"]["auroc"] == pytest.approx(expected, abs=2e-3)
+    for part in result["corruptions"].values():
+        assert part["median_kappa"][0] == pytest.approx(np.median(kappa), rel=1e-4)
+    blank = concentrations(run, ArraySource(np.full((1, 8, 8, 3), 128, np.uint8)))
+    assert result["corruptions"]["blank"]["median_kappa"][5] == pytest.approx(blank[0], rel=1e-4)
+
+
+def test_all_choices_hang_on_the_seed_alone(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path)
+    first = evaluate(run, images=20, train_images=30)
+    torch.rand(3)
+    assert evaluate(run, images=20, train_images=30) == first
+    assert (first["images"], first["settings"]["train_images"]) == (20, 30)
+    other = evaluate(run, images=20, train_images=30, seed=1)
+    assert other["calibration"] != first["calibration"]
+    assert other["misclassification"] != first["misclassification"]
+
+
+def test_simsiam_is_refused_unless_it_is_to_be_compared_with(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, method="simsiam")
+    with pytest.raises(InputError, match="predicts no concentration"):
+        evaluate(run)
+    assert not (tmp_path / "uncertainty.json").exists()
+    result = evaluate(run, require_kappa=False)
+    assert set(result["scores"]) == TINY_SCORES - {"kappa"}
+    assert result["calibration"] is None
+    assert all(part["median_kappa"] is None for part in result["corruptions"].values())
+    assert all(row.kappa is None and row.ahead is None and row.baseline in TRIVIAL for row in comparisons(result))
+
+
+def test_without_labels_the_rest_is_measured(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, train=noisy_source(60, labelled=False), val=noisy_source(40, seed=1, labelled=False))
+    result = evaluate(run)
+    assert result["misclassification"] is None
+    assert "validation" not in result["retrieval"]
+    assert any("no labels" in note for note in result["settings"]["notes"])
+    assert result["calibration"]["pairs"] == 480
+    for part in (*result["ood"].values(), *result["corruptions"].values()):
+        assert {"kappa", "mahalanobis", "knn_distance"} <= set(part["scores"])
+        assert "softmax" not in part["scores"]
+
+
+def test_without_validation_images_none_is_its_own_neighbour(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, train=noisy_source(60), val=None)
+    result = evaluate(run)
+    assert (result["images"], result["settings"]["train_images"]) == (30, 30)
+    assert any("no validation images" in note for note in result["settings"]["notes"])
+    with pytest.raises(InputError, match="at least 4"):
+        evaluate(tiny_run(tmp_path / "few", train=noisy_source(3), val=None))
+
+
+def test_other_data_sets_are_detected_by_kind_and_name(tmp_path: Path) -> None:
+    bright = ArraySource(
+        np.random.default_rng(2).integers(150, 256, (12, 9, 9, 3), dtype=np.uint8), np.arange(12) % 2, ["x", "bright"]
+    )
+    for name in ("a", "b"):
+        write_images(tmp_path / name / "digits", bright)
+    write_images(tmp_path / "other", gray_source(12))
+    run = tiny_run(tmp_path / "run")
+    specs = [f"near=folder:{tmp_path}/a/digits", f"far=folder:{tmp_path}/other", "fashion-mini"]
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, data="folder:elsewhere"))
+    result = evaluate(run, ood=specs)
+    kinds = {name: part["kind"] for name, part in result["ood"].items()}
+    assert kinds == {"digits-2": "near", "other": "far", "fashion-mini": "given", "noise": "far", "digits": "far"}
+    assert {name: part["images"] for name, part in result["ood"].items()}["fashion-mini"] == 40
+    assert "view_agreement" in result["ood"]["digits-2"]["scores"]
+    seen = {name: part["seen_classes"] for name, part in result["retrieval"].items()}
+    assert seen == {"validation": True, "digits-2": True, "other": False, "fashion-mini": False, "digits": False}
+    assert result["settings"]["overlapping_classes"] == {"digits-2": ["bright"]}
+    assert "digits-2 shares classes with the run's data: bright" in result["settings"]["notes"]
+
+
+def test_the_runs_own_images_are_no_other_data_set(tmp_path: Path) -> None:
+    source = noisy_source(30)
+    folder = write_images(tmp_path / "own", source)
+    run = tiny_run(tmp_path / "run", train=source)
+    with pytest.raises(InputError, match="30 of 30 images of own are the run's own"):
+        evaluate(run, ood=[f"folder:{folder}"])
+    own = open_dataset(f"folder:{folder}")
+    files = dataclasses.replace(run, splits=own)
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(InputError, match="holds images of the run's own data"):
+        evaluate(files, ood=[f"folder:{tmp_path}/link"])
+    with pytest.raises(InputError, match="holds images of the run's own data"):
+        evaluate(run, ood=["fashion-mini"])  # the data that config.json names
+    with pytest.raises(InputError, match="twice"):
+        evaluate(run, ood=["cifar10", "cifar10"])
+    with pytest.raises(InputError, match="data: 'mars' must be"):
+        evaluate(run, ood=["far=mars"])
+    assert not (run.path / "uncertainty.json").exists()
+
+
+def test_folders_named_with_an_equals_sign_are_data_sets(tmp_path: Path) -> None:
+    write_images(tmp_path / "a=b", gray_source(6))
+    own = Splits("gray", gray_source(4), None)
+    (found,) = open_sets([f"folder:{tmp_path}/a=b"], own, "gray", tmp_path, download=False)
+    assert (found.name, found.kind, len(found.source)) == ("a=b", "given", 6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"images": 1}, "images: 1"),
+        ({"seed": -1}, "seed: -1"),
+        ({"corruption_images": -1}, "corruption_images: -1"),
+        ({"train_images": 1}, "train_images: 1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(tmp_path: Path, options: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        evaluate(tiny_run(tmp_path), **options)
+
+
+def test_classes_that_are_not_the_training_classes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="classes: the data has 2 classes"):
+        evaluate(tiny_run(tmp_path, val=gray_source(12)))
+
+
+def test_no_errors_and_a_constant_concentration_leave_figures_out(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, train=gray_source(40), val=gray_source(20))
+    last = run.model.predictor[-1]
+    assert isinstance(last, torch.nn.Linear)
+    last.weight.data[8] = 0
+    result = evaluate(run, corruption_images=0)
+    assert result["corruptions"] == {}
+    assert result["ood"]["noise"]["scores"]["kappa"] == {"auroc": 0.5, "aupr": 0.5, "fpr95": 1.0}
+    assert len(result["calibration"]["bins"]) == 1
+    assert result["misclassification"]["accuracy"] == 1
+    assert result["misclassification"]["scores"]["kappa"] == {"auroc": None, "aurc": 0.0, "augrc": 0.0}
+    assert no_nan(result)
+    rows = {row.part: row for row in comparisons(result)}
+    assert rows["misclassification"].ahead is None
+    print_result(result, console := Console(record=True, width=120))
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert ["misclassification", "AUROC", "-", "none", "-", "-"] in lines
+
+
+def test_training_images_are_not_all_read_where_fewer_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    original = PackedImages.image
+    monkeypatch.setattr(PackedImages, "image", lambda self, i: (seen.append(len(self)), original(self, i))[1])
+    evaluate(tiny_run(tmp_path), train_images=10, corruption_images=0)
+    assert (seen.count(10), seen.count(60)) == (10, 0)
+
+
+def test_the_best_trivial_score_is_the_one_compared_with() -> None:
+    figures = {"kappa": 0.7, "contrast": 0.6, "layer2_norm": 0.65, "knn_distance": 0.9, "jpeg_size": None}
+    result = {
+        "misclassification": {"scores": {name: {"auroc": value} for name, value in figures.items()}},
+        "retrieval": None,
+        "ood": {"x": {"kind": "near", "scores": {"kappa": {"auroc": 0.5}, "contrast": {"auroc": 0.5}}}},
+        "corruptions": {"blur": {"scores": {"kappa": {"spearman": None}, "contrast": {"spearman": 0.2}}}},
+    }
+    assert comparisons(result) == [
+        Comparison("misclassification", "AUROC", 0.7, "layer2_norm", 0.65),
+        Comparison("x (near)", "AUROC", 0.5, "contrast", 0.5),
+        Comparison("corruption: blur", "Spearman", None, "contrast", 0.2),
+    ]
+    assert [row.ahead for row in comparisons(result)] == [True, False, None]
+
+
+def test_digits_are_the_upscaled_ones_of_scikit_learn() -> None:
+    noise, digits = builtin_sets(16, 3000, 0)
+    assert (len(noise.source), len(digits.source)) == (500, 500)
+    assert isinstance(noise.source, ArraySource)
+    assert noise.source.images.std() == pytest.approx(math.sqrt((256**2 - 1) / 12), rel=0.01)
+    small = np.asarray(digits.source.image(0).resize((8, 8), Image.Resampling.BOX), dtype=float)[..., 0]
+    assert np.corrcoef(small.ravel(), load_digits().images[0].ravel())[0, 1] > 0.95
+    assert digits.source.labels is not None
+    assert len(np.unique(digits.source.labels)) == 10
+
+
+def test_the_command_prints_a_table_and_writes_the_file(
+    tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = saved_run(tmp_path / "run", f"folder:{image_folder}")
+    arguments = [str(out), "--workers", "0", "--ood", "near=fashion-mini", "--images", "12", "--corruption-images", "3"]
+    assert main(["uncertainty", *arguments]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    result = json.loads((out / "uncertainty.json").read_text())
+    assert result["images"] == 12
+    assert result["ood"]["fashion-mini"]["kind"] == "near"
+    assert f"claimed {result['calibration']['expected']:.3f}" in printed
+    assert "layer1_norm" in result["scores"]
+    ahead = sum(bool(row.ahead) for row in comparisons(result))
+    compared = sum(row.ahead is not None for row in comparisons(result))
+    assert f"kappa is ahead of the best trivial score in {ahead} of {compared} comparisons" in printed
+    assert "fashion-mini (near)" in printed
+    assert main(["uncertainty", str(out), "--ood", "mars"]) == 2
+    assert capsys.readouterr().err.startswith("vi-simsiam: data: 'mars' must be")

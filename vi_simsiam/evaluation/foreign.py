@@ -1,0 +1,129 @@
+"""Images that a run was not trained on: other data sets, and two that are always there.
+
+    SPEC            any data set of `open_dataset`, of kind "given"
+    near=SPEC       the same, held to be near the run's own data (other breeds of dog)
+    far=SPEC        the same, held to be far from it
+
+Built in, and "far" from anything one trains on: `noise`, uniform random pixels, and `digits`, the 8 x 8 handwritten
+digits that come with scikit-learn, enlarged.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vi_simsiam.data.datasets import Splits, open_dataset
+from vi_simsiam.data.packed import PackedImages
+from vi_simsiam.data.sources import ArraySource, FileSource, ImageSource
+from vi_simsiam.errors import InputError
+
+BUILTIN_IMAGES = 500
+"""Most images of a built-in set."""
+_KINDS = ("near", "far")
+_SAMPLED_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A set of images to be told from the run's own."""
+
+    name: str
+    kind: str
+    """near, far or given."""
+    source: ImageSource
+    builtin: bool = False
+
+
+def open_sets(specs: Sequence[str], own: Splits, data: str, root: Path, *, download: bool) -> list[Foreign]:
+    """Open the data sets that a user names. Their validation images count, or else their training images.
+
+    Args:
+        specs: see the head of this module.
+        own: the run's data.
+        data: its name, as `open_dataset` takes it.
+        root: where downloaded data sets are.
+        download: whether a missing one may be downloaded.
+
+    Raises:
+        InputError: a data set that cannot be opened, is given twice, or is the run's own, by name or by its files.
+    """
+    if len(set(specs)) != len(specs):
+        raise InputError(f"ood: {', '.join(specs)} names a data set twice")
+    taken = {"noise", "digits", "validation"}
+    sets = []
+    for spec in specs:
+        kind, equals, rest = spec.partition("=")
+        kind, named = (kind, rest) if equals and kind in _KINDS else ("given", spec)
+        splits = own if named in (own.name, data) else open_dataset(named, root=root, download=download)
+        if splits is own or _files(splits) & _files(own):
+            raise InputError(f"ood: {named} holds images of the run's own data, {own.name}; give another data set")
+        source = splits.val if splits.val is not None and len(splits.val) else splits.train
+        name = _free_name(named, taken)
+        taken.add(name)
+        sets.append(Foreign(name, kind, source))
+    return sets
+
+
+def builtin_sets(size: int, images: int, seed: int) -> list[Foreign]:
+    """The sets `noise` and `digits`, of at most `images` images of size x size pixels."""
+    from sklearn.datasets import load_digits
+
+    images = min(images, BUILTIN_IMAGES)
+    pixels = np.random.default_rng(seed).integers(0, 256, (images, size, size, 3), dtype=np.uint8)
+    bunch = load_digits()
+    # Spread over the file, which has runs of one writer.
+    chosen = np.linspace(0, len(bunch.images) - 1, min(images, len(bunch.images))).astype(int)
+    drawn = np.rint(bunch.images[chosen] * (255 / 16)).astype(np.uint8)
+    enlarged = [np.asarray(Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC)) for digit in drawn]
+    digits = ArraySource(
+        np.stack(enlarged), bunch.target[chosen].astype(np.int64), [f"digit {i}" for i in bunch.target_names], "digits"
+    )
+    return [
+        Foreign("noise", "far", ArraySource(pixels, name="noise"), builtin=True),
+        Foreign("digits", "far", digits, builtin=True),
+    ]
+
+
+def refuse_own_images(foreign: Foreign, images: PackedImages, own: Sequence[PackedImages]) -> None:
+    """Refuse a set that holds the run's own images under another name.
+
+    Images are compared by their size and a thousand of their bytes.
+
+    Raises:
+        InputError: more than half of the images are among `own`.
+    """
+    known = {digest for packed in own for digest in _digests(packed)}
+    found = sum(digest in known for digest in _digests(images))
+    if found > len(images) / 2:
+        raise InputError(
+            f"ood: {found} of {len(images)} images of {foreign.name} are the run's own, pixel by pixel; "
+            "give another data set"
+        )
+
+
+def _digests(images: PackedImages) -> list[tuple[int, int, bytes]]:
+    digests = []
+    for start, height, width in zip(images.offsets, images.heights, images.widths, strict=True):
+        count = 3 * int(height) * int(width)
+        sample = images.pixels[start : start + count : max(1, count // _SAMPLED_BYTES)]
+        digests.append((int(height), int(width), sample.tobytes()))
+    return digests
+
+
+def _files(splits: Splits) -> set[str]:
+    sources = [source for source in (splits.train, splits.val) if isinstance(source, FileSource)]
+    return {os.path.realpath(path) for source in sources for path in source.paths}
+
+
+def _free_name(spec: str, taken: set[str]) -> str:
+    """A data set's name without the place of its files; numbered where it is taken."""
+    kind, colon, path = spec.partition(":")
+    stem = Path(path).name.removesuffix(".pack") if colon and kind in ("folder", "pack") else spec
+    names = (stem, *(f"{stem}-{number}" for number in range(2, len(taken) + 3)))
+    return next(name for name in names if name not in taken)

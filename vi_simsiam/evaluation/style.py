@@ -1,0 +1,82 @@
+"""How every figure looks: colours, type and grid, and how a figure is begun and written.
+
+A figure is drawn within `matplotlib.rc_context(STYLE)` and shown at half its size: 200 dots an inch, type of 7 to 9 points.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from vi_simsiam.engine.checkpoint import write_atomically
+
+BLUE, ORANGE, GRAY, INK = "#2f6db3", "#e07b39", "#8a8f98", "#24292f"
+METHODS = {"vi-simsiam": "VI-SimSiam", "simsiam": "SimSiam"}
+_DPI = 200
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 7.5,
+    "text.color": INK,
+    "text.parse_math": False,  # names of data sets may hold dollars
+    "axes.edgecolor": "#c6cbd1",
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.titlesize": 8.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#eceff2",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#57606a",
+    "ytick.color": "#57606a",
+    "xtick.major.size": 2,
+    "ytick.major.size": 2,
+    "lines.linewidth": 1.4,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+    "legend.fontsize": 7,
+    "legend.handlelength": 1.4,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+
+
+def figure(title: str, size: tuple[float, float] = (8.0, 3.4)) -> Figure:
+    """An empty figure with a heading, `size` inches; 1600 x 680 pixels where nothing else is said."""
+    drawn = Figure(figsize=size, dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(drawn)
+    drawn.suptitle(title, x=0.01, ha="left", fontsize=8.5, color="#57606a")
+    return drawn
+
+
+def save(figure: Figure, path: Path, colours: int | None = None) -> Path:
+    """Write a figure as PNG, atomically; with a palette of so many colours where photographs would make it large."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    image = Image.open(buffer).convert("RGB")
+    if colours is not None:
+        image = image.quantize(colours, method=Image.Quantize.MEDIANCUT)
+    write_atomically(path, lambda file: image.save(file, format="PNG", optimize=True))
+    return path
+
+
+def shown(data: str) -> str:
+    """A data set as figures name it: the last part of a folder's or a packed file's path."""
+    kind, _, place = data.partition(":")
+    return Path(place).name if kind in ("folder", "pack") and place else data
+
+
+def number(value: float, spread: float) -> str:
+    """A value with as many decimals as tell it apart from others within `spread`; one digit of it if that leaves none."""
+    decimals = min(max(2 - math.floor(math.log10(spread)), 0), 8) if spread > 0 else 3
+    vanishes = value != 0 and abs(value) < 0.5 * 10**-decimals
+    return f"{value:.1g}" if vanishes else f"{value:,.{decimals}f}"

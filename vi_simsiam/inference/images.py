@@ -1,0 +1,177 @@
+"""Images of any kind as a source, and reading them a bounded number at a time, ahead of the network."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vi_simsiam.data.packed import PackedImages
+from vi_simsiam.data.sources import (
+    IMAGE_SUFFIXES,
+    ArraySource,
+    DatasetSource,
+    FileSource,
+    ImageSource,
+    Unreadable,
+    UnreadableError,
+    as_source,
+    find_images,
+)
+from vi_simsiam.errors import InputError
+
+Images = (
+    ImageSource
+    | Dataset[Any]
+    | Tensor
+    | NDArray[np.uint8]
+    | Image.Image
+    | str
+    | Path
+    | Sequence[Image.Image | str | Path]
+)
+"""What can be encoded, see `open_images`; float tensors are views already and need no reading."""
+
+_CHUNKS_AHEAD = 2
+_THREAD_SAFE = (FileSource, ArraySource, PackedImages)
+
+
+class Chunk(NamedTuple):
+    """Consecutive images of a source."""
+
+    indices: list[int]
+    """Which images of the source these are."""
+    pixels: list[NDArray[np.uint8]]
+    """What `prepare` made of each of them."""
+    unreadable: list[Unreadable]
+    """Those of the chunk that could not be read."""
+
+
+def open_images(images: Images) -> ImageSource:
+    """Return images of any kind as a source; files are listed, not read.
+
+    Args:
+        images: an ImageSource, a map-style Dataset, a folder (every image in it and in the folders in it, sorted by
+            name) or a single file, a PIL image, a sequence of PIL images and paths, a uint8 tensor (N, 3, H, W), or a
+            uint8 array (N, H, W) or (N, H, W, 3).
+
+    Raises:
+        InputError: none of these, no such file, or a folder without images.
+    """
+    if isinstance(images, ImageSource):
+        return images
+    if isinstance(images, (str, Path)):
+        return _open_path(Path(images).expanduser())
+    if isinstance(images, Image.Image):
+        return _Several([images])
+    if isinstance(images, np.ndarray):
+        if images.dtype != np.uint8:
+            raise InputError(f"images: an array of {images.dtype} given; accepted are uint8 arrays (N, H, W, 3)")
+        return ArraySource(images, name="images")
+    if isinstance(images, Tensor):
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
+            raise InputError(
+                f"images: a tensor of {images.dtype}, shape {tuple(images.shape)} given; accepted are uint8 "
+                "(N, 3, H, W), float (N, 3, H, W) and float (N, V, 3, H, W)"
+            )
+        return DatasetSource(images, name="images")  # type: ignore[arg-type]
+    if isinstance(images, (list, tuple)):
+        return _Several(images)
+    return as_source(images)  # type: ignore[arg-type]
+
+
+def _open_path(path: Path) -> ImageSource:
+    if path.is_dir():
+        paths = find_images(path)
+        if not paths:
+            raise InputError(f"images: {path} holds no image; accepted are files ending in {', '.join(IMAGE_SUFFIXES)}")
+        return FileSource(paths, name=os.fspath(path))
+    if not path.is_file():
+        raise InputError(f"images: {path} is not there; give a folder of images or an image")
+    return FileSource([path], name=os.fspath(path))
+
+
+class _Several(ImageSource):
+    """PIL images and paths, mixed as they come."""
+
+    def __init__(self, images: Sequence[Image.Image | str | Path]) -> None:
+        for number, image in enumerate(images):
+            if not isinstance(image, (Image.Image, str, Path)):
+                raise InputError(
+                    f"images: item {number} is a {type(image).__name__}; accepted are PIL images and paths"
+                )
+        self.name, self.labels, self.classes = "images", None, None
+        self._memory = DatasetSource(images, name="images")  # type: ignore[arg-type]
+        self._items = images
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def image(self, index: int) -> Image.Image:
+        item = self._items[index]
+        return self._memory.image(index) if isinstance(item, Image.Image) else FileSource([item]).image(0)
+
+    def describe(self, index: int) -> str:
+        item = self._items[index]
+        return f"images/{index}" if isinstance(item, Image.Image) else os.fspath(item)
+
+
+def read(
+    source: ImageSource, prepare: Callable[[Image.Image], NDArray[np.uint8]], *, chunk: int, threads: int
+) -> Iterator[Chunk]:
+    """Read all images in order in threads, at most two chunks ahead of the caller.
+
+    Threads suffice because Pillow decodes and resizes without holding Python's lock, and unlike processes they need no
+    copy of the source. Images of a source whose own code may not be safe for several threads are read by one.
+
+    Args:
+        source: the images.
+        prepare: called with each image in mode RGB; returns what is kept of it.
+        chunk: images given at a time, at least 1.
+        threads: that read, at least 1.
+
+    Raises:
+        InputError: an item of a Dataset is no image. Images that cannot be read are listed in their chunk instead.
+    """
+
+    def one(index: int) -> NDArray[np.uint8] | Unreadable:
+        try:
+            return prepare(source.image(index))
+        except UnreadableError as error:
+            return error.entry
+        except InputError:
+            raise
+        except (ValueError, OSError, MemoryError) as error:  # a strip of 1 x 100,000 pixels cannot be resized, say
+            return Unreadable(source.describe(index), " ".join(str(error).split()) or type(error).__name__)
+
+    starts = iter(range(0, len(source), chunk))
+    pending: deque[tuple[range, list[Future[NDArray[np.uint8] | Unreadable]]]] = deque()
+    pool = ThreadPoolExecutor(threads if isinstance(source, _THREAD_SAFE) else 1, thread_name_prefix="images")
+
+    def submit() -> None:
+        if (start := next(starts, None)) is not None:
+            indices = range(start, min(start + chunk, len(source)))
+            pending.append((indices, [pool.submit(one, index) for index in indices]))
+
+    try:
+        for _ in range(_CHUNKS_AHEAD):
+            submit()
+        while pending:
+            indices, futures = pending.popleft()
+            results = [future.result() for future in futures]
+            submit()
+            kept = [(i, pixels) for i, pixels in zip(indices, results, strict=True) if isinstance(pixels, np.ndarray)]
+            failed = [entry for entry in results if isinstance(entry, Unreadable)]
+            yield Chunk([i for i, _ in kept], [pixels for _, pixels in kept], failed)
+    finally:
+        pool.shutdown(cancel_futures=True)
