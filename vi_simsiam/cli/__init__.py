@@ -15,6 +15,12 @@ _COMMANDS = {
     "knn": ("evaluate", "k-nearest-neighbour accuracy of a run's frozen features"),
     "linear": ("evaluate", "linear-probe accuracy of a run's frozen features"),
     "figures": ("evaluate", "curves.png, kappa.png and density.png of a run"),
+    "uncertainty": ("uncertainty", "what a run's kappa is worth: calibration, errors, foreign and damaged images"),
+    "report": ("report", "all there is to know of a run in one HTML file"),
+    "embed": ("use", "embeddings, kappa and neighbours of your images as a Parquet file"),
+    "rank": ("use", "your most and least certain images"),
+    "export": ("export", "a run's weights for torchvision, timm, safetensors or ONNX, with a model card"),
+    "experiment": ("experiment", "many runs with their statistics: table1, tuned, controls, stability, ..."),
     "pack": ("data", "decode images once into one file to train on"),
     "views": ("data", "a picture of some images and their random views"),
     "info": ("tools", "versions, devices, and which backends are available"),
@@ -51,5 +57,5 @@ def _command(name: str) -> Callable[[list[str]], int]:
 
 
 def _usage() -> str:
-    commands = "\n".join(f"  {name:10}{about}" for name, (_, about) in _COMMANDS.items())
+    commands = "\n".join(f"  {name:12}{about}" for name, (_, about) in _COMMANDS.items())
     return f"usage: vi-simsiam COMMAND [OPTIONS]\n\n{commands}\n\nvi-simsiam COMMAND --help lists a command's options."

@@ -1,0 +1,488 @@
+"""Experiments: what is planned, that every run is made once however often the command is interrupted, what is measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from experiment_cases import calls, run, small_plan, spec, stand_in, tiny_config
+
+from vi_simsiam.cli.experiment import experiment
+from vi_simsiam.config import PRESETS, TrainConfig, differing_fields
+from vi_simsiam.engine.run import load_run
+from vi_simsiam.errors import InputError, TrainingError
+from vi_simsiam.evaluation.results import unpack_bits
+from vi_simsiam.experiments import measure, worker
+from vi_simsiam.experiments.plan import Plan, PlanOptions, plan
+from vi_simsiam.experiments.runner import Place
+from vi_simsiam.experiments.tuning import grid
+
+NAMES = ("table1", "tuned", "controls", "stability", "lightly-imagenette")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_plan_names_its_comparison_and_its_arms(name: str) -> None:
+    planned = plan(name, PlanOptions(seeds=2))
+    content = json.loads(json.dumps(planned.described()))
+    assert content["experiment"] == name
+    names = [arm["name"] for arm in content["arms"]]
+    assert len(set(names)) == len(names)
+    assert {content["primary"]["arm"], content["primary"]["against"]} <= set(names)
+    assert content["primary"]["arm"] != content["primary"]["against"]
+    assert all(arm["note"] and arm["data"] and arm["method"] in ("simsiam", "vi-simsiam") for arm in content["arms"])
+    assert set(content["published"]) <= set(names)
+    assert all(arm.config.distinct for arm in planned.arms), "no image is both trained and measured on"
+    assert list(planned.seeds) == [0, 1]
+
+
+def test_table1_is_the_preset_and_says_what_the_paper_does_not_state() -> None:
+    planned = plan("table1", PlanOptions())
+    for arm in planned.arms:
+        config = dataclasses.replace(arm.config, distinct=False)
+        differing = {line.split(":")[0] for line in differing_fields(PRESETS["paper"], config)}
+        assert differing <= {"method", "data"}
+        concentration = {"initial concentration"} if config.method == "vi-simsiam" else set()
+        assert set(arm.inferred) - concentration == {
+            "augment.size", "augment.local_size", "augment.crop_scale", "augment.local_scale", "augment.local_views",
+            "model.dim",
+        }  # fmt: skip
+        assert concentration <= set(arm.inferred)
+    assert planned.published["vi-simsiam-imagewoof"] == {"linear": 0.78468, "linear_top5": 0.98066}
+    assert planned.primary is not None
+    assert planned.primary.measure == "linear"
+
+
+def test_lightlys_settings_make_the_same_steps_as_its_halved_loss() -> None:
+    """SGD on half a loss with learning rate 0.06 and weight decay 5e-4 against what the plan makes of them."""
+    config = plan("lightly-imagenette", PlanOptions()).arms[0].config
+    assert (config.batch_size, config.epochs, config.augment.size) == (256, 200, 128)
+    weights = []
+    for half, lr, decay in ((0.5, 0.06, 5e-4), (1.0, config.lr, config.weight_decay)):
+        x = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.SGD([x], lr=lr, momentum=config.momentum, weight_decay=decay)
+        for _ in range(5):
+            optimizer.zero_grad()
+            (half * (x.sin() ** 2).sum()).backward()
+            optimizer.step()
+        weights.append(x.detach())
+    assert torch.allclose(*weights, rtol=1e-12, atol=0)
+    at = {epochs: plan("lightly-imagenette", PlanOptions(epochs=epochs)).published for epochs in (200, 800, 100)}
+    assert at == {200: {"simsiam": {"knn200": 0.752}}, 800: {"simsiam": {"knn200": 0.872}}, 100: {}}
+
+
+@pytest.mark.parametrize("trials", [1, 8, 36])
+def test_both_methods_get_the_same_number_of_different_trials(trials: int) -> None:
+    planned = plan("tuned", PlanOptions(trials=trials, batch_size=128))
+    assert planned.trials is not None
+    assert planned.trials.seed not in planned.seeds
+    own = {m: [a for a in planned.trials.arms if a.config.method == m] for m in ("simsiam", "vi-simsiam")}
+    for arms in own.values():
+        points = {(a.config.lr, a.config.weight_decay, a.config.loss) for a in arms}
+        assert len(points) == len(arms) == trials
+        assert all(a.config.held_out == 0.2 for a in arms)
+    literal = [arm for arm in own["vi-simsiam"] if arm.config.loss.concentration_scale == 1.0]
+    assert len(literal) == trials // 2, "both parametrisations are tried alike"
+    assert all(2e-4 <= arm.config.lr <= 6e-3 for arm in literal), "learning rates are in proportion to the batch"
+    assert plan("tuned", PlanOptions(trials=trials, batch_size=128)).described() == planned.described()
+
+
+def test_the_methods_grids_are_of_one_size() -> None:
+    sizes = [sum(map(len, grid(method, 64))) for method in ("simsiam", "vi-simsiam")]
+    assert sizes[0] == sizes[1]
+    with pytest.raises(InputError, match=f"trials: {sizes[0] + 1} is not accepted"):
+        plan("tuned", PlanOptions(trials=sizes[0] + 1))
+
+
+def test_options_scale_an_experiment() -> None:
+    options = PlanOptions(
+        data=("cifar10", "folder:/some/where/cats"), epochs=10, size=112, images=500, batch_size=32, dim=64
+    )
+    arms = plan("table1", options).arms
+    assert [arm.name for arm in arms[::2]] == ["simsiam-cifar10", "simsiam-folder-cats"]
+    config = arms[3].config
+    assert config.data == "folder:/some/where/cats"
+    assert (config.epochs, config.images, config.batch_size, config.model.dim) == (10, 500, 32, 64)
+    assert (config.augment.size, config.augment.local_size, config.augment.local_views) == (112, 48, 6)
+    assert "/some" not in json.dumps(plan("table1", options).described())
+    emas = [plan("controls", PlanOptions(epochs=epochs)).arms[-1].config.ema for epochs in (99, 100)]
+    assert emas == [0.99, 0.996]
+    dims = {arm.config.model.dim for arm in plan("stability", PlanOptions(dim=96)).arms}
+    assert dims == {96}
+
+
+def test_arms_are_chosen_by_name() -> None:
+    assert "vi-byol" not in [arm.name for arm in plan("controls", PlanOptions()).arms]
+    some = plan("controls", PlanOptions(arms=("simsiam", "vi-byol", "ps-posthoc")))
+    assert [arm.name for arm in some.arms] == ["simsiam", "ps-posthoc", "vi-byol"]
+    assert some.primary is None, "its comparison was not asked for"
+    with pytest.raises(InputError, match="'ps-posthoc' starts from the runs of 'simsiam'"):
+        plan("controls", PlanOptions(arms=("ps-posthoc",)))
+    with pytest.raises(InputError, match="arms: 'resnet' is none of simsiam, "):
+        plan("controls", PlanOptions(arms=("resnet",)))
+    with pytest.raises(InputError, match="experiment: 'table2' is none of table1, "):
+        plan("table2", PlanOptions())
+    for name in ("seeds", "epochs", "images", "val_images", "trials"):
+        with pytest.raises(InputError, match=f"{name}: 0 is not accepted"):
+            PlanOptions(**{name: 0})
+
+
+def test_every_run_is_told_its_arm_its_seed_and_its_place(tmp_path: Path) -> None:
+    out, command = tmp_path / "out", stand_in(tmp_path)
+    planned = small_plan({"a": 0.1, "b": 0.2}, seeds=2)
+    code, said = run(planned, out, command, Place(devices=("cpu",), parallel=2, cache_dir=tmp_path, threads=3))
+    assert code == 0
+    assert "a-seed-1: done in 0 s  logistic 70.0 %" in said
+    assert "4 of 4 runs done" in said
+    assert "go on" not in said
+    for arm, lr in (("a", 0.1), ("b", 0.2)):
+        for seed in (0, 1):
+            (call,) = calls(out, f"{arm}-seed-{seed}")
+            config = TrainConfig.from_dict(call["config"])
+            assert (call["arm"], call["seed"], config.seed, config.lr) == (arm, seed, seed, lr)
+            assert (config.device, config.workers, config.cache_dir, call["threads"]) == ("cpu", 0, tmp_path, "3")
+    saved = json.loads((out / "plan.json").read_text())
+    assert saved["primary"] == {"arm": "b", "against": "a", "measure": "logistic", "data": "fashion-mini"}
+    assert saved["created"]
+
+    code, said = run(planned, out, command)
+    assert code == 0
+    assert said.splitlines() == ["4 of 4 runs are finished and kept", "4 of 4 runs done"]
+    assert len(calls(out, "a-seed-0")) == 1
+    (out / "results" / "b-seed-1.json").unlink()
+    assert run(planned, out, command)[0] == 0
+    assert [len(calls(out, f"b-seed-{seed}")) for seed in (0, 1)] == [1, 2]
+
+
+def test_runs_go_round_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert Place().slots() == ["cuda:0", "cuda:1"]
+    assert Place(parallel=2).slots() == ["cuda:0", "cuda:1"] * 2
+    monkeypatch.setattr("vi_simsiam.experiments.runner.cores", lambda: 3)
+    assert Place(devices=("cpu",)).slots() == ["cpu"] * 3
+    with pytest.raises(InputError, match="device: 'cuda:2' is not here"):
+        Place(devices=("cuda:2",)).slots()
+    for name in ("parallel", "threads"):
+        with pytest.raises(InputError, match=f"{name}: 0 is not accepted"):
+            Place(**{name: 0}).slots()
+
+
+def test_a_run_that_fails_leaves_the_others_alone_and_is_tried_again(tmp_path: Path) -> None:
+    out, command = tmp_path / "out", stand_in(tmp_path)
+    planned = small_plan({"a": 0.5, "b": 0.2, "c": 0.1}, after={"b": "a"})
+    code, said = run(planned, out, command)
+    assert code == 2
+    assert "a-seed-0: failed with exit code 1: no memory left (see" in said
+    assert "b-seed-0: not started: a-seed-0, which it starts from, is not trained" in said
+    assert "c-seed-0: done" in said
+    assert said.splitlines()[-2:] == ["1 of 3 runs done", "go on with: again"]
+    code, said = run(planned, out, command)
+    assert code == 0
+    assert calls(out, "b-seed-0")[0]["config"]["frozen_run"] == str(out / "runs" / "a-seed-0")
+    assert (out / "runs" / "a-seed-0.log").read_text().count("epoch 1") == 2, "the log goes on, too"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_ends_all_runs_and_starts_no_more(tmp_path: Path, number: signal.Signals) -> None:
+    out, command = tmp_path / "out", stand_in(tmp_path)
+    planned = small_plan({"quick": 0.1, "slow": 0.25, "late": 0.25, "never": 0.2})
+
+    def interrupt() -> None:
+        while not (out / "runs" / "late-seed-0" / "checkpoint").exists():
+            time.sleep(0.02)
+        time.sleep(0.1)
+        os.kill(os.getpid(), number)
+
+    handler = signal.getsignal(number)
+    threading.Thread(target=interrupt, daemon=True).start()
+    code, said = run(planned, out, command)
+    assert code == 130
+    assert signal.getsignal(number) is handler
+    assert "slow-seed-0: interrupted  interrupted: saved at step 3" in said
+    assert said.splitlines()[-2:] == ["1 of 4 runs done", "go on with: again"]
+    assert not (out / "runs" / "never-seed-0").exists()
+    code, said = run(planned, out, command)
+    assert code == 0
+    assert len(calls(out, "quick-seed-0")) == 1
+    assert len(calls(out, "slow-seed-0")) == 2
+
+
+def test_another_plan_is_refused_by_the_option_that_differs(tmp_path: Path) -> None:
+    out, command = tmp_path / "out", stand_in(tmp_path)
+    planned = small_plan({"a": 0.1})
+    assert run(planned, out, command)[0] == 0
+
+    def changed(**options: Any) -> Plan:
+        return dataclasses.replace(planned, options=dataclasses.replace(planned.options, **options))
+
+    with pytest.raises(InputError, match=r"^epochs: 3 is not what .*out was started with, None; say that, or another"):
+        run(changed(epochs=3), out, command)
+    with pytest.raises(InputError, match=r"^data: cifar10 imagewoof is not what .* started with, fashion-mini;"):
+        run(changed(data=("cifar10", "imagewoof")), out, command)
+    with pytest.raises(InputError, match=r"^experiment: tuned is not what .* controls;"):
+        run(dataclasses.replace(planned, experiment="tuned"), out, command)
+    with pytest.raises(InputError, match="planned by another version of vi-simsiam, with other primary"):
+        run(dataclasses.replace(planned, primary=None), out, command)
+    (out / "plan.json").write_text("{")
+    with pytest.raises(InputError, match=r"plan\.json is damaged"):
+        run(planned, out, command)
+    (out / "plan.json").unlink()
+    with pytest.raises(InputError, match="holds other files"):
+        run(planned, out, command)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files are locked by fcntl")
+def test_two_commands_do_not_run_one_experiment(tmp_path: Path) -> None:
+    import fcntl
+
+    out, command = tmp_path / "out", stand_in(tmp_path)
+    planned = small_plan({"a": 0.1})
+    out.mkdir()
+    (out / "plan.json").write_text(json.dumps(planned.described()))
+    with (out / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another command is running the experiment"):
+            run(planned, out, command)
+
+
+def test_trials_choose_the_settings_once(tmp_path: Path) -> None:
+    """The stand-in's accuracy is 1 - lr: the lowest learning rate of every method must win, and stay chosen."""
+    out, command = tmp_path / "out", stand_in(tmp_path)
+    planned = plan("tuned", PlanOptions(trials=3, seeds=2, data=("fashion-mini",), images=100))
+    assert planned.trials is not None
+    code, said = run(planned, out, command)
+    assert code == 0
+    assert "6 of 6 runs done" in said
+    assert "4 of 4 runs done" in said
+    chosen = json.loads((out / "chosen.json").read_text())
+    for method in ("simsiam", "vi-simsiam"):
+        trials = [arm for arm in planned.trials.arms if arm.config.method == method]
+        best = min(trials, key=lambda arm: arm.config.lr)
+        assert chosen["chosen"][method]["trial"] == best.name
+        for seed in (0, 1):
+            (call,) = calls(out, f"{method}-seed-{seed}")
+            config = TrainConfig.from_dict(call["config"])
+            assert (config.lr, config.weight_decay, config.loss) == (
+                best.config.lr,
+                best.config.weight_decay,
+                best.config.loss,
+            )
+            assert (config.held_out, config.images) == (0.0, 100)
+        trial = json.loads((out / "trials" / "runs" / f"{best.name}-seed-1000.json").read_text())
+        assert (trial["measures"], trial["uncertainty"], trial["config"]["held_out"]) == (["logistic"], False, 0.2)
+
+    for result in (out / "trials" / "results").glob("*.json"):
+        result.write_text(json.dumps({**json.loads(result.read_text()), "accuracy": {}}))
+    assert run(planned, out, command)[0] == 0
+    assert json.loads((out / "chosen.json").read_text()) == chosen, "what is chosen is not chosen again"
+
+
+KILLED = """
+    import os, signal, sys
+    import torch
+    torch.set_num_threads(1)
+    from vi_simsiam.engine import trainer
+    from vi_simsiam.experiments import worker
+    advance = trainer.Monitor.advance
+    def killed(self, step):
+        advance(self, step)
+        if step == 7:  # two steps after the checkpoint of the first epoch
+            os.kill(os.getpid(), signal.SIGKILL)
+    trainer.Monitor.advance = killed
+    worker.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_goes_on_to_the_result_of_an_uninterrupted_one(image_folder: Path, tmp_path: Path) -> None:
+    config = tiny_config(f"folder:{image_folder}", method="simsiam")
+    results = {}
+    for name in ("whole", "killed"):
+        told = spec(config, tmp_path / name, progress_every=1)
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(told))
+        if name == "killed":
+            command = [sys.executable, "-c", textwrap.dedent(KILLED), str(path)]
+            assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+            folder = Path(told["folder"])
+            assert (folder / "checkpoint.pt").is_file()
+            assert not (folder / "trained.json").exists()
+        assert worker.main([str(path)]) == 0
+        results[name] = json.loads(Path(told["result"]).read_text())
+        text = Path(told["result"]).read_text()
+        assert str(tmp_path) not in text
+        assert str(image_folder.parent) not in text
+    for result in results.values():
+        assert result["curve"].pop("knn200_seconds")[0] < result.pop("seconds")
+        result.pop("date")
+    assert results["whole"] == results["killed"]
+
+    found = results["whole"]
+    assert (found["steps"], found["images"], found["val_images"]) == (10, 40, 16)
+    assert found["data"] == f"folder:{image_folder.name}"
+    assert list(found["accuracy"]) == ["knn20", "knn200", "logistic", "linear", "linear_top5"]
+    for name, bits in found["correct"].items():
+        assert unpack_bits(bits, 16).double().mean() == found["accuracy"][name]
+    assert found["curve"]["epoch"][-1] == 2
+    assert found["curve"]["knn200_epoch"] == [1, 2]
+    assert found["curve"]["knn200"][-1] == found["accuracy"]["knn200"], "all images are few enough for both"
+
+
+def test_a_run_that_was_trained_is_only_measured(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(f"folder:{image_folder}", epochs=1)
+    told = spec(config, tmp_path, measures=["knn20"])
+    monkeypatch.setattr(measure, "evaluate_uncertainty", lambda run, report: UNCERTAINTY)
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "measure_run", _fail)
+        with pytest.raises(RuntimeError, match="no such measure"):
+            worker.work(told)
+    assert not Path(told["result"]).exists()
+    checkpoint = Path(told["folder"]) / "checkpoint.pt"
+    written = checkpoint.stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "Trainer", _fail)
+        line = worker.work(told)
+        assert worker.work(told) == "measured before"
+    assert checkpoint.stat().st_mtime_ns == written
+    result = json.loads(Path(told["result"]).read_text())
+    assert line == f"knn20 {100 * result['accuracy']['knn20']:.1f} %"
+    assert result["uncertainty"]["calibration_error"] == 0.25
+    Path(told["result"]).unlink()
+    other = {**told, "config": dataclasses.replace(config, lr=0.3).to_dict()}
+    with pytest.raises(InputError, match="was trained with another configuration: lr: 0.02 -> 0.3"):
+        worker.work(other)
+
+    run = load_run(told["folder"], device="cpu", workers=0)
+    fewer = measure.limited(run, 6)
+    assert fewer.splits.val is not None
+    assert np.bincount(fewer.splits.val.labels).tolist() == [3, 3], "of every class as many"
+    assert measure.limited(run, 16) is run
+
+
+def _fail(*arguments: Any, **options: Any) -> Any:
+    raise RuntimeError("no such measure")
+
+
+def test_a_loss_that_is_not_finite_is_a_result(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = spec(tiny_config(f"folder:{image_folder}"), tmp_path)
+
+    def diverge(*arguments: Any, **options: Any) -> Any:
+        raise TrainingError("the loss is not finite at step 3")
+
+    monkeypatch.setattr(worker, "train", diverge)
+    assert worker.work(told) == "diverged: the loss is not finite at step 3"
+    result = json.loads(Path(told["result"]).read_text())
+    assert (result["diverged"], result["accuracy"]) == ("the loss is not finite at step 3", {})
+    Path(told["result"]).unlink()
+    monkeypatch.setattr(worker, "train", lambda *_, **__: (_ for _ in ()).throw(TrainingError("a worker died")))
+    with pytest.raises(TrainingError, match="a worker died"):
+        worker.work(told)
+    assert not Path(told["result"]).exists()
+
+
+def test_a_run_ends_with_the_command_that_started_it(image_folder: Path, tmp_path: Path) -> None:
+    told = spec(tiny_config(f"folder:{image_folder}", epochs=1000), tmp_path)
+    path = tmp_path / "spec.json"
+    path.write_text(json.dumps(told))
+    command = [sys.executable, "-m", "vi_simsiam.experiments.worker", str(path), "--parent"]
+    gone = 2**22 + 1  # above the largest number of a process
+    ended = subprocess.run([*command, str(gone)], capture_output=True, timeout=120)
+    assert ended.returncode in (-signal.SIGTERM, 130)
+
+
+UNCERTAINTY: dict[str, Any] = {
+    "calibration": {"error": 0.25},
+    "misclassification": {
+        "scores": {
+            "kappa": {"auroc": 0.7, "aurc": 0.2, "augrc": 0.1},
+            "contrast": {"auroc": 0.6, "aurc": 0.3, "augrc": 0.05},
+            "jpeg_size": {"auroc": 0.5, "aurc": 0.4, "augrc": 0.2},
+            "softmax": {"auroc": 0.99, "aurc": 0.01, "augrc": 0.01},
+        }
+    },
+    "retrieval": {"validation": {"scores": {"kappa": 0.6, "contrast": None}}},
+    "ood": {
+        "cats": {"scores": {"kappa": {"auroc": 0.9}, "contrast": {"auroc": 0.5}, "jpeg_size": {"auroc": 0.8}}},
+        "dogs": {"scores": {"kappa": {"auroc": 0.5}, "contrast": {"auroc": 1.0}, "jpeg_size": {"auroc": 0.5}}},
+    },
+    "corruptions": {
+        "blur": {"scores": {"kappa": {"spearman": 0.5}, "contrast": {"spearman": -0.5}}},
+        "noise": {"scores": {"kappa": {"spearman": 1.0}, "contrast": {"spearman": 0.0}}},
+    },
+}
+
+
+def test_uncertainty_is_flattened_beside_the_best_trivial_score() -> None:
+    assert measure.flat_uncertainty(UNCERTAINTY) == pytest.approx(
+        {
+            "calibration_error": 0.25,
+            "auroc_misclassification": 0.7,
+            "auroc_misclassification_baseline": 0.6,
+            "aurc": 0.2,
+            "aurc_baseline": 0.3,
+            "augrc": 0.1,
+            "augrc_baseline": 0.05,
+            "auroc_retrieval": 0.6,
+            "ood_auroc": 0.7,
+            "ood_auroc_baseline": 0.75,
+            "ood_auroc_cats": 0.9,
+            "ood_auroc_cats_baseline": 0.8,
+            "ood_auroc_dogs": 0.5,
+            "ood_auroc_dogs_baseline": 1.0,
+            "spearman_corruption": 0.75,
+            "spearman_corruption_baseline": -0.25,
+        }
+    )
+
+
+def test_a_curve_keeps_its_ends_and_five_digits(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": i, "epoch": i / 10, "loss": 1 / 3 + i, "lr": 0.1} for i in range(1001)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = measure.curve(path)
+    assert list(found) == ["epoch", "loss"]
+    assert len(found["epoch"]) == measure.CURVE_POINTS
+    assert (found["epoch"][0], found["epoch"][-1]) == (0.0, 100.0)
+    assert np.diff(found["epoch"]).max() - np.diff(found["epoch"]).min() < 0.11, "evenly apart, but for a line"
+    assert (found["loss"][0], found["loss"][-1]) == (0.33333, 1000.3)
+    assert measure.curve(tmp_path / "none.jsonl") == {}
+
+
+def test_the_command_answers_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments, text in (
+        (["table2"], "experiment: 'table2' is none of"),
+        (["controls", "--arms", "resnet"], "arms: 'resnet' is none of"),
+        (["controls", "--seeds", "0"], "seeds: 0 is not accepted"),
+        (["controls", "--devices", "tpu"], "device: 'tpu' is none of"),
+        (["controls", "--data", "cifar10", "--offline"], "cifar10: no complete copy"),
+    ):
+        with pytest.raises(InputError, match=text) as refused:
+            experiment(arguments)
+        assert "\n" not in str(refused.value)
+
+    monkeypatch.setattr("vi_simsiam.experiments.runner._WORKER", stand_in(tmp_path))
+    arguments = ["controls", "--arms", "simsiam", "vi-simsiam", "--data", "fashion-mini", "--devices", "cpu"]
+    assert experiment([*arguments, "--seeds", "2"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2:] == ["4 of 4 runs done", "runs/experiments/controls/summary.md"]
+    assert (tmp_path / said[-1]).is_file()
+    (tmp_path / "runs/experiments/controls/results/simsiam-seed-0.json").unlink()
+    with pytest.raises(InputError, match=r"^seeds: 3 is not what .* was started with, 2;"):
+        experiment(arguments)

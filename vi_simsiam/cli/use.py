@@ -1,0 +1,174 @@
+"""`vi-simsiam embed|rank`: a trained run applied to images of one's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from rich.console import Console
+
+from vi_simsiam.cli.parsing import parse
+from vi_simsiam.errors import InputError
+
+if TYPE_CHECKING:
+    from vi_simsiam.data.sources import ImageSource
+    from vi_simsiam.inference.embed import Table
+    from vi_simsiam.inference.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class _Images:
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run folder."""
+    images: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
+    """A folder (all images in it and below), an image, or a data set by name: its validation images, if it has any."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    workers: int | None = None
+    """Threads that read images; None for a number that suits the device."""
+    views: int | None = None
+    """Join this many random views of each image; None for the one un-augmented view."""
+    seed: int = 0
+    """Of the random views."""
+    batch_size: int = 256
+    """Images, or views, that the network takes at a time."""
+    data_root: Path = Path("data")
+    """Where downloaded data sets are kept or looked for."""
+    offline: bool = False
+    """Never download."""
+    overwrite: bool = False
+    """Replace files that are there."""
+    out: Path = Path()
+    """Where to write."""
+
+
+@dataclass(frozen=True)
+class _Embed(_Images):
+    out: Path = Path("features.parquet")
+    """File to write: path, embedding, concentration, uncertainty, neighbours and their similarities of every image."""
+    neighbours: int = 5
+    """Nearest neighbours of each image by the cosine of embeddings; 0 for none."""
+    reference: str | None = None
+    """Look for neighbours among these images (a folder, or the training images of a data set), not among the images."""
+
+
+@dataclass(frozen=True)
+class _Rank(_Images):
+    out: Path = Path("ranking")
+    """Files to write, without suffix: OUT.csv, all images, and OUT.png, the two ends."""
+    k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 16
+    """Images at each end of the picture."""
+
+
+def embed(arguments: list[str]) -> int:
+    """Write what a run makes of images as a Parquet file."""
+    options = parse("embed", _Embed, arguments)
+    if options.out.suffix.lower() != ".parquet":
+        raise InputError(f"out: {options.out} must end in .parquet (pandas, Polars, DuckDB and R read it)")
+    if options.neighbours < 0:
+        raise InputError(f"neighbours: {options.neighbours} must be at least 0")
+    out = options.out.expanduser()
+    _free([out], options.overwrite)
+
+    from vi_simsiam.inference.embed import describe, write_parquet
+
+    encoder, source = _open(options)
+    reference = None if options.reference is None else _source(options.reference, options, train=True)
+    console = Console(stderr=True)
+    table = _collect(encoder, source, options, console)
+    among = None if reference is None else _collect(encoder, reference, options, console)
+    about = describe(encoder, source, options.views, options.seed)
+    about["neighbours_among"] = source.name if reference is None else reference.name
+    write_parquet(
+        table,
+        out,
+        neighbours=options.neighbours,
+        reference=among,
+        device=encoder.device,
+        metadata=about,
+        console=console,
+    )
+    if table.concentration is None:
+        print("concentration and uncertainty are empty: a SimSiam run predicts none")
+    print(_written(out, table))
+    return 0
+
+
+def rank(arguments: list[str]) -> int:
+    """Write which images a run is certain of and which not."""
+    options = parse("rank", _Rank, arguments)
+    if options.k < 1:
+        raise InputError(f"k: {options.k} must be at least 1")
+    out = options.out.expanduser()
+    listing, picture = out.with_name(f"{out.name}.csv"), out.with_name(f"{out.name}.png")
+    _free([listing, picture], options.overwrite)
+
+    from vi_simsiam.inference.rank import draw_ranking, save_picture, write_ranking
+    from vi_simsiam.models import VISimSiam
+
+    encoder, source = _open(options)
+    if not isinstance(encoder.model, VISimSiam):
+        raise InputError(f"run: {options.run} is SimSiam, which predicts no concentration to rank by; vi-simsiam does")
+    table = _collect(encoder, source, options, Console(stderr=True), embeddings=False)
+    drawn = draw_ranking(table, encoder.model.dim, options.k)
+    write_ranking(table, listing)
+    save_picture(drawn, picture)
+    print(_written(listing, table))
+    print(f"written: {picture}")
+    return 0
+
+
+def _free(paths: list[Path], overwrite: bool) -> None:
+    for path in paths:
+        if path.is_dir():
+            raise InputError(f"out: {path} is a folder, not a file")
+        if not path.parent.is_dir():
+            raise InputError(f"out: {path.parent} is no folder; make it first")
+        if path.exists() and not overwrite:
+            raise InputError(f"out: {path} exists; say --overwrite to replace it")
+
+
+def _open(options: _Images) -> tuple[Encoder, ImageSource]:
+    from vi_simsiam.inference.encoder import load
+
+    return load(options.run, options.device, workers=options.workers), _source(options.images, options, train=False)
+
+
+def _source(images: str, options: _Images, *, train: bool) -> ImageSource:
+    """A folder or a file if there is one of that name, else a data set's training or, if it has any, validation images."""
+    from vi_simsiam.data.datasets import ACCEPTED, open_dataset
+    from vi_simsiam.inference.images import open_images
+
+    if Path(images).expanduser().exists():
+        return open_images(images)
+    try:
+        splits = open_dataset(images, root=options.data_root, download=not options.offline)
+    except InputError as error:
+        if str(error).startswith("data:"):
+            raise InputError(f"images: {images} is not there; give a folder, an image, {ACCEPTED}") from None
+        raise
+    return splits.train if train or splits.val is None else splits.val
+
+
+def _collect(
+    encoder: Encoder, source: ImageSource, options: _Images, console: Console, *, embeddings: bool = True
+) -> Table:
+    from vi_simsiam.inference.embed import collect
+
+    return collect(
+        encoder,
+        source,
+        options.out.expanduser().parent,
+        views=options.views,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        embeddings=embeddings,
+        console=console,
+    )
+
+
+def _written(path: Path, table: Table) -> str:
+    skipped = f", {len(table.skipped):,} skipped" if table.skipped else ""
+    return f"written: {path} ({len(table.indices):,} images{skipped})"

@@ -1,0 +1,1 @@
+"""Experiments: many runs of several methods over several seeds, trained and measured alike."""
