@@ -1,0 +1,245 @@
+"""The encoder: what it computes, from every kind of input, and what it does with images that cannot be read."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evaluation_cases import gray_source, make_run
+from inference_cases import DIM, SIZE, save_images, save_run
+from PIL import Image
+from torch import Tensor
+
+import vi_simsiam
+from vi_simsiam.data.sources import FileSource, Unreadable, find_images
+from vi_simsiam.data.views import GLOBAL_VIEWS, draw_table, eval_view
+from vi_simsiam.errors import InputError
+from vi_simsiam.inference.encoder import Encoder, Encoding
+from vi_simsiam.inference.product import product_of_experts
+from vi_simsiam.models import VISimSiam
+from vi_simsiam.ops.augment import eager_augment
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+    return vi_simsiam.load(save_run(tmp_path_factory.mktemp("encoder") / "run"), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("folder")
+    save_images(path, 11)
+    return path
+
+
+def assert_same(given: Encoding, expected: Encoding, atol: float = 1e-5) -> None:
+    for field in dataclasses.fields(Encoding):
+        theirs = getattr(expected, field.name)
+        torch.testing.assert_close(getattr(given, field.name), theirs, atol=atol, rtol=1e-5)
+
+
+def viewed(folder: Path) -> Tensor:
+    """The evaluation's view of all images of a folder, one by one."""
+    source = FileSource(find_images(folder))
+    return torch.stack([eval_view(SIZE)(source.image(i)) for i in range(len(source))])
+
+
+def test_encoding_is_what_the_model_computes(encoder: Encoder, folder: Path) -> None:
+    """Every column against the model's own modules, and the distribution against model.distribution."""
+    model = encoder.model
+    assert isinstance(model, VISimSiam)
+    views = viewed(folder)
+    encoding = encoder.encode(folder)
+    with torch.no_grad():
+        embedding = model.backbone(views)
+        projection = model.projector(embedding)
+        prediction = model.predictor(projection)[:, :DIM]
+        distribution = model.distribution(views)
+    torch.testing.assert_close(encoding.embedding, embedding)
+    torch.testing.assert_close(encoding.projection, projection)
+    torch.testing.assert_close(encoding.loc_norm, prediction.norm(dim=1))
+    torch.testing.assert_close(encoding.loc, distribution.loc)
+    torch.testing.assert_close(encoding.concentration, distribution.concentration)
+    # 1 - E[mu.z]: E[z] is the distribution's mean.
+    torch.testing.assert_close(encoding.uncertainty, 1 - (distribution.mean * distribution.loc).sum(1))
+    assert encoding.concentration is not None
+    assert encoding.concentration.max() > 1.2 * encoding.concentration.min(), "the test's images must differ"
+    assert not any(getattr(encoding, f.name).requires_grad for f in dataclasses.fields(Encoding))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 11])
+@pytest.mark.parametrize("views", [None, 3])
+def test_the_batch_size_changes_nothing(encoder: Encoder, folder: Path, batch_size: int, views: int | None) -> None:
+    whole = encoder.encode(folder, views=views)
+    assert len(whole) == 11
+    assert_same(encoder.encode(folder, views=views, batch_size=batch_size), whole)
+
+
+def test_every_kind_of_image_gives_the_same(encoder: Encoder, folder: Path) -> None:
+    paths = find_images(folder)
+    expected = encoder.encode(folder)
+    opened = [Image.open(path) for path in paths]
+    for images in (str(folder), paths, [Path(path) for path in paths], opened, tuple([*paths[:5], *opened[5:]])):
+        assert_same(encoder.encode(images), expected)
+    assert_same(encoder.encode(FileSource(paths)), expected)
+    assert_same(encoder.encode(viewed(folder)), expected)
+    assert_same(encoder.encode(viewed(folder).double()), expected)
+    first = Encoding(*(getattr(expected, field.name)[:1] for field in dataclasses.fields(Encoding)))
+    for image in (paths[0], Path(paths[0]), opened[0]):
+        assert_same(encoder.encode(image), first)
+
+
+def test_bytes_go_through_the_view_and_floats_do_not(encoder: Encoder) -> None:
+    pixels = torch.randint(0, 256, (3, 3, 24, 20), dtype=torch.uint8, device="cpu")
+    views = torch.stack([eval_view(SIZE)(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in pixels])
+    assert_same(encoder.encode(pixels), encoder.encode(views))
+    assert_same(encoder.encode(pixels.permute(0, 2, 3, 1).contiguous().numpy()), encoder.encode(views))
+    larger = torch.randn(2, 3, 24, 24, device="cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.encode(larger).embedding, encoder.model.backbone(larger))
+
+
+def test_several_views_are_joined(encoder: Encoder) -> None:
+    """A product of experts for the distribution, means for the rest; copies of a view add their concentrations up."""
+    views = torch.randn(3, 4, 3, SIZE, SIZE, device="cpu")
+    each = [encoder.encode(views[:, v]) for v in range(4)]
+    loc, concentration = (torch.stack([getattr(e, name) for e in each], 1) for name in ("loc", "concentration"))
+    joined = encoder.encode(views, batch_size=5)
+    expected_loc, expected_concentration = product_of_experts(loc, concentration)
+    torch.testing.assert_close(joined.loc, expected_loc)
+    torch.testing.assert_close(joined.concentration, expected_concentration)
+    torch.testing.assert_close(joined.embedding, sum(e.embedding for e in each) / 4)
+    torch.testing.assert_close(joined.loc_norm, sum(e.loc_norm for e in each) / 4)
+    copies = encoder.encode(views[:, :1].expand(-1, 4, -1, -1, -1))
+    torch.testing.assert_close(copies.loc, each[0].loc, atol=1e-6, rtol=0)
+    torch.testing.assert_close(copies.concentration, 4 * each[0].concentration)
+    assert_same(encoder.encode(views[:, :1]), each[0])
+
+
+def test_random_views_are_those_of_the_policy(encoder: Encoder, folder: Path) -> None:
+    """View v of image i is global view v mod 2 of epoch v // 2 in training with that seed; the seed changes it."""
+    source = FileSource(find_images(folder))
+    drawn = []
+    for index in range(len(source)):
+        image = np.asarray(source.image(index))
+        tables = [
+            draw_table(
+                encoder.config.augment,
+                seed=7,
+                epoch=epoch,
+                samples=np.array([index]),
+                heights=np.array([image.shape[0]]),
+                widths=np.array([image.shape[1]]),
+            )[:GLOBAL_VIEWS]
+            for epoch in (0, 1)
+        ]
+        table = torch.from_numpy(np.concatenate(tables)[:3])
+        drawn.append(eager_augment(torch.from_numpy(image.reshape(-1).copy()), table, SIZE)[:, 0])
+    given = encoder.encode(folder, views=3, seed=7)
+    assert_same(given, encoder.encode(torch.stack(drawn)))
+    other = encoder.encode(folder, views=3, seed=8)
+    assert (other.loc - given.loc).abs().max() > 1e-3
+
+
+def test_streaming_skips_what_cannot_be_read(encoder: Encoder, folder: Path, tmp_path: Path) -> None:
+    """Damaged, empty and missing files are told and skipped; the others come in order, each with its number."""
+    paths = find_images(folder)
+    (tmp_path / "broken.png").write_bytes(Path(paths[0]).read_bytes()[:60])
+    (tmp_path / "empty.jpg").touch()
+    bad = [str(tmp_path / name) for name in ("broken.png", "empty.jpg", "missing.png")]
+    mixed = [bad[0], *paths[:3], bad[1], bad[2], *paths[3:]]
+    good = [i for i, path in enumerate(mixed) if path not in bad]
+    for views in (None, 2):
+        skipped: list[Unreadable] = []
+        parts = list(encoder.stream(mixed, batch_size=4, views=views, skipped=skipped.append))
+        assert torch.cat([indices for indices, _ in parts]).tolist() == good
+        assert [entry.path for entry in skipped] == bad
+        assert skipped[1].reason == "an empty file"
+        assert len(parts) > 2
+    assert_same(
+        Encoding.joined([part for _, part in encoder.stream(mixed, batch_size=4, skipped=skipped.append)]),
+        encoder.encode(folder),
+    )
+    with pytest.warns(UserWarning, match=r"skipped: .*empty\.jpg \(an empty file\)"):
+        list(encoder.stream(mixed))
+    with pytest.raises(InputError, match=r"broken\.png: cannot be read"):
+        encoder.encode(mixed)
+
+
+def test_nothing_gives_nothing(encoder: Encoder, tmp_path: Path) -> None:
+    for nothing in ([], torch.empty(0, 3, 8, 8, device="cpu"), torch.empty(0, 2, 3, 8, 8, device="cpu")):
+        encoding = encoder.encode(nothing)
+        assert [tuple(x.shape) for x in (encoding.embedding, encoding.loc, encoding.uncertainty)] == [
+            (0, 512), (0, DIM), (0,)
+        ]  # fmt: skip
+    with pytest.raises(InputError, match="holds no image"):
+        encoder.encode(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "message"),
+    [
+        ("/nowhere", {}, "images: /nowhere is not there"),
+        (torch.zeros(3, 8, 8, device="cpu"), {}, r"images: shape \(3, 8, 8\) given"),
+        (torch.zeros(2, 1, 8, 8, device="cpu"), {}, "accepted are"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.int32, device="cpu"), {}, "int32"),
+        (np.zeros((2, 8, 8, 3)), {}, "float64"),
+        ([3], {}, "item 0 is a int"),
+        (torch.zeros(2, 3, 8, 8, device="cpu"), {"views": 2}, "views: random views are drawn of images"),
+        ([], {"batch_size": 0}, "batch_size: 0 must be at least 1"),
+        ([], {"views": 0}, "views: 0 must be at least 1"),
+        (torch.full((2, 3, 8, 8), torch.nan, device="cpu"), {}, "outputs for image 0 are not finite"),
+    ],
+)
+def test_bad_input_is_named(encoder: Encoder, images: object, options: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        encoder.encode(images, **options)  # type: ignore[arg-type]
+
+
+def test_damaged_weights_are_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    with torch.no_grad():
+        run.model.backbone.linear.weight[0, 0] = torch.inf
+    with pytest.raises(InputError, match="outputs for gray/0 are not finite"):
+        Encoder(run).encode(gray_source(3))
+
+
+def test_training_mode_does_not_matter_and_is_kept(tmp_path: Path) -> None:
+    """The tiny model has dropout and BatchNorm."""
+    run = make_run(tmp_path)
+    expected = Encoder(run).encode(gray_source(6))
+    run.model.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same(Encoder(run).encode(gray_source(6)), expected, atol=0)
+    assert run.model.training
+
+
+def test_simsiam_has_directions_but_no_uncertainty(tmp_path: Path, folder: Path) -> None:
+    encoder = vi_simsiam.load(save_run(tmp_path / "run", "simsiam"), "cpu")
+    encoding = encoder.encode(folder)
+    assert encoding.concentration is None
+    with pytest.raises(InputError, match="uncertainty: a SimSiam run predicts none"):
+        _ = encoding.uncertainty
+    torch.testing.assert_close(encoding.loc.norm(dim=1), torch.ones(11, device="cpu"))
+    views = torch.randn(2, 3, 3, SIZE, SIZE, device="cpu")
+    total = sum(encoder.encode(views[:, v]).loc for v in range(3))
+    joined = encoder.encode(views)
+    torch.testing.assert_close(joined.loc, total / total.norm(dim=1, keepdim=True))
+    assert joined.concentration is None
+
+
+def test_a_run_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no run"):
+        vi_simsiam.load(tmp_path)
+    with pytest.raises(InputError, match="device: 'tpu'"):
+        vi_simsiam.load(save_run(tmp_path / "run"), "tpu")
+
+
+def test_importing_the_package_does_not_import_the_encoder() -> None:
+    code = "import sys, vi_simsiam; sys.exit('vi_simsiam.inference' in sys.modules or 'matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,299 @@
+"""Exports to torchvision, timm and safetensors: the other library loads them and computes the run's features."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from export_cases import SIZE, network_run, save
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vi_simsiam.cli.export import export
+from vi_simsiam.config import LossConfig
+from vi_simsiam.data.datasets import open_dataset
+from vi_simsiam.data.sources import FileSource
+from vi_simsiam.data.views import eval_view
+from vi_simsiam.engine.run import Run
+from vi_simsiam.errors import InputError
+from vi_simsiam.export import export_run, formats, load_safetensors
+from vi_simsiam.models import VISimSiam
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose features are not looked at."""
+    return network_run(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def saved(tiny: Run) -> Path:
+    return save(tiny)
+
+
+def largest(found: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest value."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+@torch.no_grad()
+def test_torchvision_and_timm_load_the_backbone(tmp_path: Path, images: Tensor, backbone: str) -> None:
+    run = network_run(tmp_path, backbone)
+    expected = run.model.backbone(images)
+
+    folder = export_run(run, "torchvision")
+    assert folder == tmp_path / "export" / "torchvision"
+    network = torchvision.models.get_model(backbone)
+    network.fc = nn.Identity()
+    network.load_state_dict(torch.load(folder / "model.pth", weights_only=True), strict=True)
+    assert largest(network.eval()(images), expected) < 1e-5
+
+    folder = export_run(run, "timm")
+    for network in (
+        timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0),
+        timm.create_model(backbone, num_classes=0, checkpoint_path=str(folder / "model.safetensors")),
+    ):
+        assert largest(network.eval()(images), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_torchvision_takes_the_small_stem_in_two_lines(tmp_path: Path, images: Tensor) -> None:
+    run = network_run(tmp_path, stem="small", method="simsiam")
+    weights = torch.load(export_run(run, "torchvision") / "model.pth", weights_only=True)
+    network = torchvision.models.resnet18()
+    network.fc = nn.Identity()
+    network.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+    network.maxpool = nn.Identity()
+    network.load_state_dict(weights)
+    assert largest(network.eval()(images), run.model.backbone(images)) < 1e-5
+
+    with pytest.raises(
+        InputError, match="resnet18 has no stem 'small'; torchvision, safetensors and onnx take this run"
+    ):
+        export_run(run, "timm")
+    assert not (tmp_path / "export" / "timm").exists()
+
+
+def test_timm_preprocesses_as_the_evaluation_does(tmp_path: Path, tiny: Run) -> None:
+    folder = export_run(tiny, "timm", tmp_path / "timm")
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
+    seen = timm.data.resolve_model_data_config(model)
+    assert list(seen["input_size"]) == [3, SIZE, SIZE]
+    assert (seen["interpolation"], seen["crop_pct"], seen["crop_mode"]) == ("bicubic", 1.0, "center")
+    assert list(seen["mean"]) == [0.485, 0.456, 0.406]
+    assert list(seen["std"]) == [0.229, 0.224, 0.225]
+    pixels = torch.randint(0, 256, (20, 37, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    image = Image.fromarray(pixels.numpy())
+    transformed = timm.data.create_transform(**seen, is_training=False)(image)
+    torch.testing.assert_close(transformed, eval_view(SIZE)(image), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        LossConfig(),
+        LossConfig(concentration="constant", concentration_value=0.5),
+        LossConfig(concentration="detached", concentration_scale=3.0, concentration_min=0.25, concentration_max=9.0),
+    ],
+    ids=["sample", "constant", "detached"],
+)
+@torch.no_grad()
+def test_safetensors_gives_the_same_distribution(tmp_path: Path, images: Tensor, loss: LossConfig) -> None:
+    run = network_run(tmp_path, stem="small", loss=loss)
+    folder = export_run(run, "safetensors")
+    model = load_safetensors(folder)
+    assert isinstance(model, VISimSiam)
+    assert isinstance(run.model, VISimSiam)
+    assert not model.training
+    found, expected = model.distribution(images), run.model.distribution(images)
+    assert torch.equal(found.loc, expected.loc)
+    assert torch.equal(found.concentration, expected.concentration)
+
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert (metadata["method"], metadata["dim"]) == ("vi-simsiam", "8")
+    assert float(metadata["concentration_scale"]) == run.model.form.scale
+    assert float(metadata["concentration_min"]) == loss.concentration_min
+    assert json.loads(metadata["preprocessing"])["size"] == SIZE
+
+
+def test_safetensors_of_simsiam_is_no_distribution(tmp_path: Path) -> None:
+    """And of a run with a moving average only the network itself is kept."""
+    run = network_run(tmp_path, method="simsiam", ema=0.99)
+    model = load_safetensors(export_run(run, "safetensors") / "model.safetensors")
+    assert not isinstance(model, VISimSiam)
+    weights = run.model.state_dict()
+    assert {name: value.tolist() for name, value in model.predictor.state_dict().items()} == {
+        name.removeprefix("predictor."): value.tolist() for name, value in weights.items() if name[:9] == "predictor"
+    }
+    assert {name for name in weights if name not in model.state_dict()} == {
+        name for name in weights if name.startswith("target.")
+    }
+    assert len(model.state_dict()) < len(weights)
+
+
+def test_safetensors_refuses_what_it_did_not_write(tmp_path: Path, tiny: Run) -> None:
+    with pytest.raises(InputError, match=r"path: .*nothing.* is no file"):
+        load_safetensors(tmp_path / "nothing")
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"weight": torch.zeros(2)}, foreign)
+    with pytest.raises(InputError, match="does not say which model it holds"):
+        load_safetensors(foreign)
+    config = json.dumps(formats.portable(tiny.config))
+    save_file({"weight": torch.zeros(2)}, foreign, metadata={"config": config})
+    with pytest.raises(InputError, match="do not fit the model"):
+        load_safetensors(foreign)
+    foreign.write_bytes(foreign.read_bytes()[:-4])
+    with pytest.raises(InputError, match="cannot be read"):
+        load_safetensors(foreign)
+
+
+def test_a_file_that_is_not_the_run_is_not_kept(tmp_path: Path, tiny: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison catches a factor of 1.0001 in one layer of many."""
+    weights = formats._weights
+
+    def spoiled(module: nn.Module) -> dict[str, Tensor]:
+        found = weights(module)
+        name = next(name for name in found if name.endswith("bn1.weight"))
+        return {**found, name: 1.0001 * found[name]}
+
+    monkeypatch.setattr(formats, "_weights", spoiled)
+    with pytest.raises(RuntimeError, match="gives another embedding than the run"):
+        export_run(tiny, "torchvision", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_difference_is_reported_and_written(
+    tmp_path: Path, saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export([str(saved), "--format", "torchvision", "--out", str(tmp_path / "out")]) == 0
+    checked, written = capsys.readouterr().out.splitlines()
+    assert checked.startswith("model.pth checked on 8 images of fashion-mini/val: differs by ")
+    assert written == f"written: {tmp_path / 'out'}"
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert settings["check"]["images"] == 8
+    assert 0 <= settings["check"]["differences"]["embedding"] < 1e-5
+    assert (settings["architecture"], settings["stem"], settings["num_features"]) == ("resnet18", "imagenet", 512)
+    assert settings["training"]["model"]["dim"] == 8
+
+
+def test_nothing_tells_of_the_machine(tmp_path: Path, saved: Path, tiny: Run) -> None:
+    assert tiny.config.data_root.is_absolute()
+    for format in ("timm", "safetensors"):
+        folder = export_run(tiny, format, tmp_path / format)
+        for name, written in content(folder).items():
+            assert str(tiny.config.data_root).encode() not in written, name
+            assert str(saved).encode() not in written, name
+    config = dataclasses.replace(tiny.config, data="folder:/home/someone/cats")
+    assert formats.portable(config)["data"] == "folder:cats"
+
+
+def test_an_earlier_export_is_replaced_when_told(tmp_path: Path, tiny: Run) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("README.md", "config.json", "model.pth"):
+        (out / name).write_text("earlier")
+    with pytest.raises(InputError, match=r"out: .* exists; say --overwrite to replace it"):
+        export_run(tiny, "safetensors", out)
+    assert set(content(out).values()) == {b"earlier"}
+    export_run(tiny, "safetensors", out, overwrite=True)
+    assert set(content(out)) == {"README.md", "config.json", "model.safetensors"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    "names", [["notes.txt"], ["README.md", "config.json", "model.pth", "notes.txt"], ["config.json"]]
+)
+def test_a_folder_of_other_files_is_never_replaced(tmp_path: Path, tiny: Run, names: list[str]) -> None:
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match="holds other files"):
+        export_run(tiny, "torchvision", tmp_path, overwrite=True)
+    assert content(tmp_path) == dict.fromkeys(names, b"mine")
+
+
+def test_a_failure_leaves_the_earlier_export(tmp_path: Path, tiny: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("README.md", "config.json", "model.pth"):
+        (out / name).write_text("earlier")
+    before = content(out)
+    monkeypatch.setattr("vi_simsiam.export.card.model_card", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export_run(tiny, "torchvision", out, overwrite=True)
+    assert content(out) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_bad_input_is_one_line(tmp_path: Path, saved: Path) -> None:
+    with pytest.raises(InputError, match="format: 'keras' is none of torchvision, timm, safetensors, onnx"):
+        export([str(saved), "--format", "keras"])
+    with pytest.raises(InputError, match="holds no run"):
+        export([str(tmp_path), "--format", "timm"])
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "config.json").write_text((saved / "config.json").read_text())
+    with pytest.raises(InputError, match=r"has no checkpoint\.pt"):
+        export([str(unfinished), "--format", "timm"])
+    (unfinished / "checkpoint.pt").write_bytes((saved / "checkpoint.pt").read_bytes()[:1000])
+    for format in formats.FORMATS:
+        with pytest.raises(InputError, match="it is damaged or no checkpoint"):
+            export([str(unfinished), "--format", format])
+    with pytest.raises(InputError, match="is a file or a link"):
+        export([str(saved), "--format", "timm", "--out", str(saved / "config.json")])
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    run = network_run(tmp_path)
+    run.model.state_dict()["backbone.layer1.0.conv1.weight"].fill_(torch.nan)
+    with pytest.raises(InputError, match=r"are not finite; its weights are damaged"):
+        export_run(run, "onnx")
+    assert not (tmp_path / "export").exists()
+
+
+def test_images_that_are_gone_are_made_up_for(
+    tmp_path: Path, saved: Path, tiny: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    plain = json.loads((saved / "config.json").read_text())
+    (gone / "config.json").write_text(json.dumps({**plain, "data": "folder:/no/such/place"}))
+    (gone / "checkpoint.pt").symlink_to(saved / "checkpoint.pt")
+    assert export([str(gone), "--format", "torchvision"]) == 0
+    said = capsys.readouterr().out
+    assert "checked on fashion-mini, not on the run's own images" in said
+    assert "place" in json.loads((gone / "export" / "torchvision" / "config.json").read_text())["training"]["data"]
+    with pytest.raises(InputError, match="no such folder"):
+        export([str(saved), "--format", "torchvision", "--data", "folder:/no/such/place", "--overwrite"])
+
+
+def test_unreadable_images_are_passed_over(tmp_path: Path, tiny: Run) -> None:
+    paths = [str(tmp_path / f"{number}.png") for number in range(12)]
+    for path in paths[5:]:
+        open_dataset("fashion-mini").train.image(int(Path(path).stem)).save(path)
+    for path in paths[:5]:
+        Path(path).write_bytes(b"")
+    some = dataclasses.replace(tiny.splits, train=FileSource(paths, name="/home/someone/some"), val=None)
+    folder = export_run(dataclasses.replace(tiny, splits=some), "torchvision", tmp_path / "out")
+    check = json.loads((folder / "config.json").read_text())["check"]
+    assert (check["images"], check["source"]) == (7, "someone/some")
+    none = dataclasses.replace(tiny.splits, train=FileSource(paths[:5], name="none"), val=None)
+    with pytest.raises(InputError, match="data: none holds no image to check the export with"):
+        export_run(dataclasses.replace(tiny, splits=none), "torchvision", tmp_path / "other")

@@ -1,0 +1,98 @@
+"""Exports to ONNX: onnxruntime computes what the run computes, for any batch."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from evaluation_cases import SIZE as TINY
+from evaluation_cases import make_run
+from export_cases import SIZE, code_blocks, network_run, run_code
+from torch import Tensor
+
+from vi_simsiam.engine.run import Run
+from vi_simsiam.errors import InputError
+from vi_simsiam.export import export_run
+from vi_simsiam.models import VISimSiam
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return network_run(tmp_path_factory.mktemp("run"), stem="small")
+
+
+@pytest.fixture(scope="module")
+def folder(run: Run) -> Path:
+    return export_run(run, "onnx")
+
+
+def largest(found: object, expected: Tensor) -> float:
+    """Largest difference over the largest value."""
+    return float((torch.as_tensor(found) - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@torch.no_grad()
+def test_any_batch_gives_embedding_and_distribution(run: Run, folder: Path, batch: int) -> None:
+    assert isinstance(run.model, VISimSiam)
+    images = torch.randn(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(batch))
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    embedding, loc, kappa = session.run(["embedding", "loc", "concentration"], {"images": images.numpy()})
+    expected = run.model.distribution(images)
+    assert largest(embedding, run.model.backbone(images)) < 1e-5
+    assert largest(loc, expected.loc) < 1e-5
+    assert kappa.shape == (batch,)
+    assert largest(kappa, expected.concentration) < 1e-5
+
+
+def test_the_graph_is_valid_and_names_its_ends(folder: Path) -> None:
+    graph = onnx.load(folder / "model.onnx")
+    onnx.checker.check_model(graph)
+    assert [value.name for value in graph.graph.input] == ["images"]
+    assert [value.name for value in graph.graph.output] == ["embedding", "loc", "concentration"]
+    batch, *image = graph.graph.input[0].type.tensor_type.shape.dim
+    assert batch.dim_param
+    assert [axis.dim_value for axis in image] == [3, SIZE, SIZE]
+    settings = json.loads((folder / "config.json").read_text())
+    assert set(settings["check"]["differences"]) == {"embedding", "loc", "concentration"}
+
+
+def test_the_code_of_the_card_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    names = run_code(code_blocks(Path("README.md").read_text())[:1])
+    assert names["features"].shape == (2, 512)
+    assert names["loc"].shape == (2, 8)
+    assert names["kappa"].shape == (2,)
+
+
+@torch.no_grad()
+def test_simsiam_gives_the_embedding_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without onnxruntime, too: then the card says that nothing was compared."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
+    run = make_run(tmp_path, method="simsiam")
+    said: list[str] = []
+    folder = export_run(run, "onnx", report=said.append)
+    assert said == ["model.onnx was not checked: onnxruntime is not installed (pip install 'vi-simsiam[onnx]')"]
+    assert "was not checked against the run: onnxruntime was not installed" in (folder / "README.md").read_text()
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["embedding"]
+    images = torch.randn(3, 3, TINY, TINY)
+    (embedding,) = session.run(None, {"images": images.numpy()})
+    assert largest(embedding, run.model.backbone(images)) < 1e-5
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_missing_packages_are_named_before_anything_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    with pytest.raises(InputError, match=rf"format: onnx needs {package}; .*pip install 'vi-simsiam\[onnx\]'"):
+        export_run(make_run(tmp_path), "onnx")
+    assert not (tmp_path / "export").exists()

@@ -1,0 +1,175 @@
+"""The model card: its code runs, its figures are the result files', and what was not measured is said so."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from export_cases import SIZE, code_blocks, network_run, run_code, save
+from huggingface_hub import ModelCardData
+from PIL import Image
+
+from vi_simsiam.config import LossConfig, Stem
+from vi_simsiam.data.views import eval_view
+from vi_simsiam.engine.run import Run
+from vi_simsiam.errors import InputError
+from vi_simsiam.export import export_run
+from vi_simsiam.export.card import model_card
+from vi_simsiam.export.folder import Check
+
+CHECK = Check(8, "fashion-mini/val", {"embedding": 1.25e-7})
+VERSIONS = {"vi-simsiam": "1.2.3", "torch": "9.9"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return network_run(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def run(base: Run, tmp_path: Path) -> Run:
+    """A run in a folder that holds no results yet."""
+    return dataclasses.replace(base, path=tmp_path)
+
+
+def card(run: Run, format: str = "safetensors") -> str:
+    return model_card(run, format, check=CHECK, versions=VERSIONS)
+
+
+def front_matter(text: str) -> ModelCardData:
+    return ModelCardData(**yaml.safe_load(text.split("---\n")[1]))
+
+
+def table(text: str, first: str) -> list[list[str]]:
+    """Cells of the rows that follow the table head whose first cell is `first`."""
+    lines = text.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("format", "stem"),
+    [("torchvision", "imagenet"), ("torchvision", "small"), ("timm", "imagenet"), ("safetensors", "small")],
+)
+def test_the_code_loads_the_weights_and_the_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, stem: Stem
+) -> None:
+    run = network_run(tmp_path, stem=stem)
+    monkeypatch.chdir(export_run(run, format))
+    pixels = np.random.default_rng(0).integers(0, 256, (25, 33, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save("image.jpg")
+    code = code_blocks(Path("README.md").read_text())
+    assert any("vi_simsiam" in block for block in code) == (format == "safetensors")
+    names = run_code(code)
+    with torch.no_grad():
+        expected = run.model.backbone(torch.zeros(2, 3, SIZE, SIZE))
+    torch.testing.assert_close(names["features"].clone(), expected, rtol=1e-5, atol=1e-5)
+    view = eval_view(SIZE)(Image.open("image.jpg")).unsqueeze(0)
+    torch.testing.assert_close(names["images"], view, rtol=0, atol=1e-6)
+
+
+def test_without_results_everything_is_not_measured(run: Run) -> None:
+    text = card(run)
+    assert [row[0] for row in table(text, "encoder")] == ["trained", "untrained", "pixels"]
+    assert {cell for row in table(text, "encoder") for cell in row[1:]} == {"not measured"}
+    assert {row[1] for row in table(text, "what kappa was measured to do")} == {"not measured"}
+    assert front_matter(text).eval_results is None
+    assert "the run has no log that says how far it went" in text
+
+
+def test_results_are_those_of_the_files(run: Run) -> None:
+    top1 = {"trained": 0.81234, "untrained": 0.5, "pixels": 0.25}
+    (run.path / "knn.json").write_text(json.dumps({"top1": top1}))
+    (run.path / "linear.json").write_text(json.dumps({"top1": top1, "top5": None, "held_out_top1": {"trained": 0.7}}))
+    text = card(run)
+    assert table(text, "encoder") == [
+        ["trained", "81.2 %", "81.2 %", "not measured", "70.0 %", "not measured"],
+        ["untrained", "50.0 %", "50.0 %", "not measured", "not measured", "not measured"],
+        ["pixels", "25.0 %", "25.0 %", "not measured", "not measured", "not measured"],
+    ]
+    results = front_matter(text).eval_results
+    assert results is not None
+    assert {(result.metric_name, result.metric_value) for result in results} == {
+        ("kNN", 0.81234), ("linear", 0.81234), ("linear, held out", 0.7),
+    }  # fmt: skip
+
+
+def test_kappa_stands_beside_the_best_of_the_other_scores(run: Run) -> None:
+    result = {
+        "calibration": {"error": 0.0123},
+        "misclassification": {
+            "scores": {"kappa": {"auroc": 0.6}, "softmax": {"auroc": 0.8}, "contrast": {"auroc": 0.55}}
+        },
+        "retrieval": {"unseen": {"seen_classes": False, "scores": {"kappa": 0.61, "jpeg_size": 0.5}}},
+        "ood": {"noise": {"kind": "far", "scores": {"kappa": {"auroc": 0.9}}}},
+        "corruptions": {
+            "blur": {"scores": {"kappa": {"spearman": 0.2}, "contrast": {"spearman": 0.9}}},
+            "noise": {"scores": {"kappa": {"spearman": 0.6}, "contrast": {"spearman": 0.1}}},
+        },
+    }
+    (run.path / "uncertainty.json").write_text(json.dumps(result))
+    assert [row[1:] for row in table(card(run), "what kappa was measured to do")] == [
+        ["0.0123", "-"],
+        ["0.600", "0.800 (softmax)"],
+        ["0.610", "0.500 (jpeg_size)"],
+        ["0.900", "-"],
+        ["0.400", "0.500 (contrast)"],
+    ]
+
+
+def test_the_front_matter_is_what_the_hub_reads(run: Run) -> None:
+    data = front_matter(card(run, "timm"))
+    assert (data.library_name, data.pipeline_tag) == ("timm", "image-feature-extraction")
+    assert data.datasets == ["zalando-datasets/fashion_mnist"]
+    assert data.tags == ["self-supervised-learning", "vi-simsiam", "uncertainty", "timm"]
+    assert data.license is None
+    assert "The licence of these weights is for whoever publishes them to choose" in card(run)
+
+
+def test_every_setting_the_versions_and_the_check_are_there(run: Run) -> None:
+    save(run)
+    text = card(run)
+    settings = dict(table(text, "setting"))
+    assert settings["`model.dim`"] == "8"
+    assert settings["`augment.crop_scale`"] == "[0.2, 1.0]"
+    plain = run.config.to_dict()
+    nested = {name: value for name, value in plain.items() if isinstance(value, dict)}
+    expected = {f"`{name}`" for name in plain if name not in nested and name not in ("data_root", "cache_dir")}
+    assert set(settings) == expected | {f"`{name}.{field}`" for name, value in nested.items() for field in value}
+    assert "the log ends at epoch 0.50 with a loss of -0.25" in text
+    assert "vi-simsiam 1.2.3, torch 9.9." in text
+    assert "compared with the run on 8 images of fashion-mini/val" in text
+    assert "1.2e-07 in `embedding`" in text
+
+
+def test_simsiam_has_no_kappa(run: Run) -> None:
+    config = dataclasses.replace(run.config, method="simsiam", data="folder:/home/someone/cats")
+    text = card(dataclasses.replace(run, config=config))
+    assert "kappa" not in text
+    assert "images of one's own (cats)" in text
+    assert "someone" not in text
+    assert front_matter(text).datasets is None
+
+
+def test_a_concentration_that_says_nothing_is_called_so(run: Run) -> None:
+    loss = LossConfig(concentration="constant", concentration_value=1.0)
+    said = 'the concentration was a control, "constant": it does not say anything about an image'
+    assert said in card(dataclasses.replace(run, config=dataclasses.replace(run.config, loss=loss)))
+    assert said not in card(run)
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_result_is_named(run: Run, content: str) -> None:
+    (run.path / "linear.json").write_text(content)
+    with pytest.raises(InputError, match=r"run: .*linear\.json is damaged .*; remove it or evaluate again"):
+        card(run)

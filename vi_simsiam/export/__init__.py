@@ -1,0 +1,8 @@
+"""A trained run as a folder for others: torchvision, timm, safetensors or ONNX weights, checked, with a model card."""
+
+from __future__ import annotations
+
+from vi_simsiam.export.folder import export_run
+from vi_simsiam.export.formats import FORMATS, load_safetensors
+
+__all__ = ["FORMATS", "export_run", "load_safetensors"]

@@ -1,0 +1,326 @@
+"""The model card of an exported run: README.md, Markdown with the front matter of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vi_simsiam.engine.run import METRICS, Run
+from vi_simsiam.errors import InputError
+from vi_simsiam.export.formats import portable, preprocessing
+
+if TYPE_CHECKING:
+    from vi_simsiam.export.folder import Check
+
+NOT_MEASURED = "not measured"
+
+# Data sets that lie on the Hugging Face Hub under a name of their own.
+_HUB_DATA = {
+    "fashion-mini": "zalando-datasets/fashion_mnist",
+    "cifar10": "uoft-cs/cifar10",
+    "imagenette": "frgfm/imagenette",
+    "imagewoof": "frgfm/imagewoof",
+}
+_LIBRARIES = {"torchvision": "pytorch", "timm": "timm", "safetensors": "vi-simsiam", "onnx": "onnx"}
+# Result file, its accuracies, and how the column is headed.
+_MEASURES = {
+    "knn": (("top1", "kNN"),),
+    "linear": (("top1", "linear"), ("top5", "linear top-5"), ("held_out_top1", "linear, held out")),
+    "logistic": (("top1", "logistic"),),
+}
+# Kinds of concentration that are the same for every image, or another image's.
+_CONTROLS = ("constant", "global", "shuffled")
+_ENCODERS = ("trained", "untrained", "pixels")
+
+_CITATION = """\
+@inproceedings{nakamura2023representation,
+  title = {Representation Uncertainty in Self-Supervised Learning as Variational Inference},
+  author = {Nakamura, Hiroki and Okada, Masashi and Taniguchi, Tadahiro},
+  booktitle = {IEEE/CVF International Conference on Computer Vision (ICCV)},
+  year = {2023}
+}
+@inproceedings{chen2021exploring,
+  title = {Exploring Simple Siamese Representation Learning},
+  author = {Chen, Xinlei and He, Kaiming},
+  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+  year = {2021}
+}"""
+
+_ABOUT = {
+    "torchvision": "`model.pth` is the state dict of torchvision's {architecture} without its classifier `fc`. It needs "
+    "torchvision alone:",
+    "timm": "The folder is a timm model, `config.json` and `model.safetensors`. It needs timm alone; uploaded to the Hugging "
+    "Face Hub it is read as `hf-hub:NAME`, and `model.safetensors` is also what `checkpoint_path` takes:",
+    "safetensors": "`model.safetensors` is the whole model: backbone, projector and predictor. It needs vi-simsiam:",
+    "onnx": "`model.onnx` maps float32 images (batch, 3, {size}, {size}) to {outputs}. It needs onnxruntime:",
+}
+
+
+def model_card(run: Run, format: str, *, check: Check, versions: dict[str, str]) -> str:
+    """The text of README.md for one exported format.
+
+    Results are those that lie in the run folder (knn.json, linear.json, logistic.json, uncertainty.json); the others are
+    given as not measured.
+
+    Raises:
+        InputError: a result file cannot be read.
+    """
+    import jinja2
+    from huggingface_hub import ModelCardData
+
+    config = run.config
+    results = {name: _read(run.path / f"{name}.json") for name in (*_MEASURES, "uncertainty")}
+    data, vi = config.data.partition(":")[0], config.method == "vi-simsiam"
+    data = data if data in _HUB_DATA else f"images of one's own ({Path(config.data.partition(':')[2]).name})"
+    name = f"{config.model.backbone} by {'VI-SimSiam' if vi else 'SimSiam'}"
+    front_matter = ModelCardData(
+        library_name=_LIBRARIES[format],
+        pipeline_tag="image-feature-extraction",
+        tags=["self-supervised-learning", config.method, *(["uncertainty"] if vi else []), format],
+        datasets=[_HUB_DATA[config.data]] if config.data in _HUB_DATA else None,
+        model_name=name,
+        eval_results=_front_results(config.data, results) or None,
+    )
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    template = resources.files("vi_simsiam").joinpath("assets/model_card.md").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        front_matter=front_matter.to_yaml().strip(),
+        name=name,
+        vi=vi,
+        architecture=config.model.backbone,
+        data=data,
+        dim=config.model.dim,
+        about=_about(run, format),
+        code=_loading(run, format),
+        seen=preprocessing(config),
+        preprocess=_preprocess(format, config.augment.size),
+        checked=_checked(check),
+        measures=[heading for columns in _MEASURES.values() for _, heading in columns],
+        rows=[(encoder, _shares(results, encoder)) for encoder in _ENCODERS],
+        uncertainty=_uncertainty(results["uncertainty"] or {}),
+        uncertainty_measured=results["uncertainty"] is not None,
+        control=config.loss.concentration if config.loss.concentration in _CONTROLS else None,
+        progress=_progress(run),
+        settings=_flat(portable(config)),
+        versions=", ".join(f"{package} {number}" for package, number in versions.items()),
+        citation=_CITATION,
+    )
+
+
+def _about(run: Run, format: str) -> str:
+    vi = run.config.method == "vi-simsiam"
+    outputs = (
+        f"`embedding` (batch, {run.model.features}), `loc` (batch, {run.model.dim}), the unit mean direction, and "
+        "`concentration` (batch,), kappa"
+        if vi
+        else f"`embedding` (batch, {run.model.features})"
+    )
+    config = run.config
+    return _ABOUT[format].format(architecture=config.model.backbone, size=config.augment.size, outputs=outputs)
+
+
+def _loading(run: Run, format: str) -> str:
+    """Code that loads the export from the current folder and embeds a batch of two images."""
+    model, size, vi = run.config.model, run.config.augment.size, run.config.method == "vi-simsiam"
+    batch = f"images = torch.zeros(2, 3, {size}, {size})  # preprocessed images"
+    embed = [batch, "with torch.inference_mode():", f"    features = model(images)  # (2, {run.model.features})"]
+    if format == "torchvision":
+        stem = [
+            f"model.conv1 = torch.nn.Conv2d(3, {_width(run)}, 3, stride=1, padding=1, bias=False)",
+            "model.maxpool = torch.nn.Identity()",
+        ]
+        lines = [
+            "import torch",
+            "import torchvision",
+            "",
+            f"model = torchvision.models.{model.backbone}()",
+            "model.fc = torch.nn.Identity()  # there is no classifier",
+            *(stem if model.stem == "small" else []),
+            'model.load_state_dict(torch.load("model.pth", weights_only=True))',
+            "model.eval()",
+            *embed,
+        ]
+    elif format == "timm":
+        lines = [
+            "import timm",
+            "import torch",
+            "",
+            'model = timm.create_model("local-dir:.", pretrained=True, num_classes=0).eval()',
+            *embed,
+        ]
+    elif format == "safetensors":
+        kappa = ["    kappa = model.distribution(images).concentration  # (2,)"] if vi else []
+        embed[-1] = embed[-1].replace("model(", "model.backbone(")
+        lines = [
+            "import torch",
+            "from vi_simsiam.export import load_safetensors",
+            "",
+            'model = load_safetensors("model.safetensors")  # in eval mode',
+            *embed,
+            *kappa,
+        ]
+    else:
+        names = "features, loc, kappa" if vi else "(features,)"
+        lines = [
+            "import onnxruntime",
+            "import torch",
+            "",
+            'session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])',
+            batch,
+            f'{names} = session.run(None, {{"images": images.numpy()}})',
+        ]
+    return "\n".join(lines)
+
+
+def _width(run: Run) -> int:
+    """Channels after the first convolution of a run's backbone."""
+    width: int = run.model.state_dict()["backbone.conv1.weight"].shape[0]
+    return width
+
+
+def _preprocess(format: str, size: int) -> str:
+    """Code that makes `images` (1, 3, S, S) of the file image.jpg."""
+    if format == "timm":
+        lines = [
+            "from PIL import Image",
+            "",
+            "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)",
+        ]
+    else:
+        from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD
+
+        lines = [
+            "from PIL import Image",
+            "from torchvision.transforms import v2",
+            "",
+            "transform = v2.Compose(",
+            "    [",
+            f"        v2.Resize({size}, v2.InterpolationMode.BICUBIC),",
+            f"        v2.CenterCrop({size}),",
+            "        v2.PILToTensor(),",
+            "        v2.ToDtype(torch.float32, scale=True),",
+            f"        v2.Normalize({list(IMAGENET_MEAN)}, {list(IMAGENET_STD)}),",
+            "    ]",
+            ")",
+        ]
+    return "\n".join([*lines, 'images = transform(Image.open("image.jpg").convert("RGB")).unsqueeze(0)'])
+
+
+def _checked(check: Check) -> str:
+    if check.differences is None:
+        return "The written file was not checked against the run: onnxruntime was not installed."
+    said = ", ".join(f"{value:.1e} in `{name}`" for name, value in check.differences.items())
+    images = "one image" if check.images == 1 else f"{check.images} images"
+    return (
+        f"The written file was loaded again and compared with the run on {images} of {check.source}, in float32 on a CPU. "
+        f"Largest difference over the largest value: {said}."
+    )
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A result file's content, None if there is no such file. Raises InputError if it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"run: {path} is damaged ({error}); remove it or evaluate again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"run: {path} is damaged (no object); remove it or evaluate again")
+    return content
+
+
+def _shares(results: dict[str, dict[str, Any] | None], encoder: str) -> list[str]:
+    """An encoder's accuracies in per cent, one for each column."""
+    cells = []
+    for name, columns in _MEASURES.items():
+        for key, _ in columns:
+            share = ((results[name] or {}).get(key) or {}).get(encoder)
+            cells.append(NOT_MEASURED if share is None else f"{100 * share:.1f} %")
+    return cells
+
+
+def _front_results(data: str, results: dict[str, dict[str, Any] | None]) -> list[Any]:
+    """The trained encoder's accuracies as the Hub's evaluation results."""
+    from huggingface_hub import EvalResult
+
+    found = []
+    for name, columns in _MEASURES.items():
+        for key, heading in columns:
+            share = ((results[name] or {}).get(key) or {}).get("trained")
+            if share is not None:
+                short = f"{data.partition(':')[0]}:{Path(data).name}" if ":" in data else data
+                found.append(
+                    EvalResult(
+                        task_type="image-classification",
+                        dataset_type=_HUB_DATA.get(data, short),
+                        dataset_name=short,
+                        dataset_split="validation",
+                        metric_type="accuracy",
+                        metric_name=heading,
+                        metric_value=round(share, 5),
+                    )
+                )
+    return found
+
+
+def _uncertainty(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Rows of what kappa was measured to do: the measure, kappa's number, and the best other score with its name."""
+    rows = []
+    error = (result.get("calibration") or {}).get("error")
+    rows.append(("calibration error of E[mu.z] (0 is best)", NOT_MEASURED if error is None else f"{error:.4f}", "-"))
+    wrong = {
+        name: measures.get("auroc")
+        for name, measures in ((result.get("misclassification") or {}).get("scores") or {}).items()
+    }
+    rows.append(("AUROC for wrong predictions of a probe (0.5 is chance)", *_beside(wrong)))
+    retrieval = result.get("retrieval") or {}
+    for name in retrieval:
+        rows.append((f"AUROC for wrong nearest neighbours, {name}", *_beside(retrieval[name].get("scores") or {})))
+    others = result.get("ood") or {}
+    for name in others:
+        shares = {score: measures.get("auroc") for score, measures in (others[name].get("scores") or {}).items()}
+        rows.append((f"AUROC for images of {name}, {others[name].get('kind', 'given')}", *_beside(shares)))
+    if not others:
+        rows.append(("AUROC for images of other data sets", NOT_MEASURED, "-"))
+    corruptions = result.get("corruptions") or {}
+    totals: dict[str, list[float]] = {}
+    for kind in corruptions.values():
+        for score, measures in (kind.get("scores") or {}).items():
+            if measures.get("spearman") is not None:
+                totals.setdefault(score, []).append(measures["spearman"])
+    means = {score: sum(values) / len(values) for score, values in totals.items()}
+    rows.append(("rank correlation with the strength of corruptions, mean of kinds", *_beside(means)))
+    return rows
+
+
+def _beside(scores: dict[str, float | None]) -> tuple[str, str]:
+    """kappa's number, and the highest of the other scores with its name."""
+    kappa = scores.get("kappa")
+    others = {name: value for name, value in scores.items() if name != "kappa" and value is not None}
+    if kappa is None:
+        return NOT_MEASURED, "-"
+    if not others:
+        return f"{kappa:.3f}", "-"
+    best = max(others, key=others.__getitem__)
+    return f"{kappa:.3f}", f"{others[best]:.3f} ({best})"
+
+
+def _progress(run: Run) -> str:
+    """How far the training went, by the last line of the run's log."""
+    try:
+        line = json.loads((run.path / METRICS).read_text().splitlines()[-1])
+        reached, loss = line["epoch"], line["loss"]
+    except (OSError, IndexError, KeyError, TypeError, json.JSONDecodeError):
+        return f"Set to {run.config.epochs} epochs; the run has no log that says how far it went."
+    return f"Set to {run.config.epochs} epochs; the log ends at epoch {reached:.2f} with a loss of {loss:.4g}."
+
+
+def _flat(plain: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """All settings with their dotted names."""
+    rows: list[tuple[str, str]] = []
+    for name, value in plain.items():
+        rows += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, json.dumps(value))]
+    return rows

@@ -1,0 +1,235 @@
+"""The folder that an export writes: made beside its place, checked against the run, then moved there whole."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vi_simsiam import __version__
+from vi_simsiam.data.sources import ImageSource, UnreadableError
+from vi_simsiam.data.views import eval_view
+from vi_simsiam.engine.checkpoint import write_atomically, write_json
+from vi_simsiam.engine.run import Run
+from vi_simsiam.errors import InputError
+from vi_simsiam.export.formats import (
+    FORMATS,
+    SAFETENSORS_WEIGHTS,
+    TORCHVISION_WEIGHTS,
+    outputs,
+    portable,
+    preprocessing,
+    write_safetensors,
+    write_timm,
+    write_torchvision,
+)
+from vi_simsiam.export.onnx import ONNX_WEIGHTS, require_exporter, write_onnx
+
+CARD, SETTINGS, TIMM_SETTINGS = "README.md", "config.json", "training.json"
+CHECK_IMAGES = 8
+"""Images on which a written file is compared with the run."""
+# Largest difference over largest value. Libraries sum float32 in orders of their own; kappa = scale * softplus(raw) carries
+# the absolute error of raw, which may be ten times as large as kappa's own rounding.
+TOLERANCES = {"embedding": 1e-5, "loc": 1e-5, "concentration": 1e-4}
+
+_WRITERS = {
+    "torchvision": (write_torchvision, TORCHVISION_WEIGHTS, ("torchvision",)),
+    "timm": (write_timm, SAFETENSORS_WEIGHTS, ("torchvision", "timm", "safetensors")),
+    "safetensors": (write_safetensors, SAFETENSORS_WEIGHTS, ("torchvision", "safetensors")),
+    "onnx": (write_onnx, ONNX_WEIGHTS, ("torchvision", "onnx", "onnxscript", "onnxruntime")),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """How far what a written file computes is from what the run computes, in float32 on the CPU."""
+
+    images: int
+    source: str
+    """Where the images are from."""
+    differences: dict[str, float] | None
+    """By output: the largest difference over the largest value. None where nothing here can run the file."""
+
+    def line(self, weights: str) -> str:
+        """One line for the terminal."""
+        if self.differences is None:
+            return f"{weights} was not checked: onnxruntime is not installed (pip install 'vi-simsiam[onnx]')"
+        said = ", ".join(f"{value:.1e} in {name}" for name, value in self.differences.items())
+        return f"{weights} checked on {self.images} images of {self.source}: differs by {said} of the largest value"
+
+
+def export_run(
+    run: Run,
+    format: str,
+    out: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    report: Callable[[str], None] | None = None,
+) -> Path:
+    """Write a run's weights, its settings and a model card to a folder that others can use.
+
+    What the written file computes is compared with the run on a few of its images; the card states the difference.
+
+    Args:
+        run: a trained run.
+        format: one of `FORMATS`.
+        out: folder to write; None for RUN/export/FORMAT.
+        overwrite: replace an earlier export in that folder.
+        report: called with a short phrase for what is done, and with what could not be.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: an unknown format, one that cannot hold this run or whose packages are missing, a folder that must
+            not be written to, weights that are not finite, or no image that can be read.
+    """
+    from vi_simsiam.export.card import model_card
+
+    say = report or (lambda phrase: None)
+    if format not in FORMATS:
+        raise InputError(f"format: {format!r} is none of {', '.join(FORMATS)}")
+    if format == "onnx":
+        require_exporter()
+    target = (run.path / "export" / format if out is None else Path(out).expanduser()).absolute()
+    _check_target(target, overwrite)
+
+    # In float32 on the CPU, whatever the run was opened on: the reference of the comparison, and what is written.
+    model = copy.deepcopy(run.model).cpu().float().eval()
+    images, source = _check_images(run)
+    expected = outputs(model)(images)
+    if not all(bool(torch.isfinite(value).all()) for value in expected.values()):
+        raise InputError(f"run: the features of {run.path} are not finite; its weights are damaged")
+
+    write, weights, packages = _WRITERS[format]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    aside.mkdir()
+    try:
+        compute = write(model, run.config, aside)
+        check = Check(len(images), source, None if compute is None else _differences(compute(images), expected))
+        say(check.line(weights))
+        versions = _versions(packages)
+        # In a timm folder config.json is timm's own.
+        settings = TIMM_SETTINGS if format == "timm" else SETTINGS
+        write_json(aside / settings, _settings(run, format, weights, model.features, check, versions))
+        card = model_card(run, format, check=check, versions=versions)
+        write_atomically(aside / CARD, lambda file: file.write(card.encode()))
+        _move(aside, target)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return target
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    """Refuse a folder that must not be written to, before anything is computed."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise InputError(f"out: {target} is a file or a link, not a folder")
+    if not target.is_dir():
+        return
+    names = {entry.name for entry in target.iterdir()}
+    known = {
+        CARD,
+        SETTINGS,
+        TIMM_SETTINGS,
+        TORCHVISION_WEIGHTS,
+        SAFETENSORS_WEIGHTS,
+        ONNX_WEIGHTS,
+        f"{ONNX_WEIGHTS}.data",
+    }
+    if names and (CARD not in names or names - known):
+        raise InputError(f"out: {target} holds other files; give an empty or new folder")
+    if names and not overwrite:
+        raise InputError(f"out: {target} exists; say --overwrite to replace it")
+
+
+def _move(aside: Path, target: Path) -> None:
+    """Put a finished folder in its place; an earlier one is removed only when the new one is there."""
+    earlier = None
+    if target.is_dir():
+        earlier = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+        os.rename(target, earlier)
+    try:
+        os.rename(aside, target)
+    except OSError:
+        if earlier is not None:
+            with contextlib.suppress(OSError):
+                os.rename(earlier, target)
+        raise
+    if earlier is not None:
+        shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _check_images(run: Run) -> tuple[Tensor, str]:
+    """A few un-augmented images (N, 3, S, S) from all over the validation or training images, and where they are from."""
+    source: ImageSource = run.splits.train if not run.splits.val else run.splits.val
+    view = eval_view(run.config.augment.size)
+    # Candidates in the order of a coarse grid first, so that unreadable files are made up for by others.
+    grid = np.linspace(0, len(source) - 1, min(len(source), CHECK_IMAGES), dtype=np.int64).tolist()
+    candidates = [*grid, *(index for index in range(min(len(source), 100)) if index not in grid)]
+    images: list[Tensor] = []
+    reason: UnreadableError | None = None
+    for index in candidates:
+        if len(images) == CHECK_IMAGES:
+            break
+        try:
+            images.append(view(source.image(index)))
+        except UnreadableError as error:
+            reason = error
+    if not images:
+        raise InputError(f"data: {source.name} holds no image to check the export with") from reason
+    # A source is named by its path: the last two parts say which images without saying whose machine.
+    return torch.stack(images), "/".join(Path(source.name).parts[-2:])
+
+
+def _differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Largest difference over largest value, by output. Raises RuntimeError where a file is not the run."""
+    differences = {}
+    for name, value in found.items():
+        scale = expected[name].abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+        differences[name] = float((value - expected[name]).abs().max() / scale)
+        if not differences[name] <= TOLERANCES[name]:
+            raise RuntimeError(
+                f"the written file gives another {name} than the run: they differ by {differences[name]:.2g} of the "
+                f"largest value, and at most {TOLERANCES[name]:.0e} is rounding; nothing was exported"
+            )
+    return differences
+
+
+def _versions(packages: tuple[str, ...]) -> dict[str, str]:
+    found = {"vi-simsiam": __version__, "python": python_version()}
+    for package in ("torch", *packages):
+        with contextlib.suppress(ModuleNotFoundError):  # PackageNotFoundError: onnxruntime, where it is not installed
+            found[package] = version(package)
+    return found
+
+
+def _settings(
+    run: Run, format: str, weights: str, features: int, check: Check, versions: dict[str, str]
+) -> dict[str, object]:
+    """What config.json says."""
+    return {
+        "format": format,
+        "weights": weights,
+        "method": run.config.method,
+        "architecture": run.config.model.backbone,
+        "stem": run.config.model.stem,
+        "num_features": features,
+        "dim": run.config.model.dim,
+        "preprocessing": preprocessing(run.config),
+        "training": portable(run.config),
+        "check": {"images": check.images, "source": check.source, "differences": check.differences},
+        "versions": versions,
+    }
