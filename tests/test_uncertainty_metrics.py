@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -13,6 +14,7 @@ from sklearn.neighbors import NearestNeighbors
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 from vi_simsiam.config import AugmentConfig
+from vi_simsiam.config import policy as named_policy
 from vi_simsiam.data.cache import cached
 from vi_simsiam.data.loader import MultiViewLoader
 from vi_simsiam.data.sources import ArraySource
@@ -255,5 +257,8 @@ def test_held_out_views_are_those_of_training() -> None:
     for view in range(2):
         torch.testing.assert_close(views[view], batch.views[view][rows], rtol=0, atol=1e-6)
     assert (views[2] - views[3]).abs().amax((1, 2, 3)).min() > 0.1
+    whole = dataclasses.replace(named_policy("none"), size=8)
+    (same,) = augmented_views(images, chosen, whole, views=4, seed=3, device=torch.device("cpu"))
+    torch.testing.assert_close(same, same[:1].expand_as(same), rtol=0, atol=0)
     with pytest.raises(InputError, match="views: 1"):
         next(augmented_views(images, chosen, policy, views=1, seed=3, device=torch.device("cpu")))

@@ -14,6 +14,7 @@ _COMMANDS = {
     "evaluate": ("evaluate", "kNN, linear probe and figures of a run, with a summary"),
     "knn": ("evaluate", "k-nearest-neighbour accuracy of a run's frozen features"),
     "linear": ("evaluate", "linear-probe accuracy of a run's frozen features"),
+    "logistic": ("evaluate", "logistic-regression accuracy of a run's frozen features"),
     "figures": ("evaluate", "curves.png, kappa.png and density.png of a run"),
     "uncertainty": ("uncertainty", "what a run's kappa is worth: calibration, errors, foreign and damaged images"),
     "report": ("report", "all there is to know of a run in one HTML file"),

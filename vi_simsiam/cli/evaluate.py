@@ -1,4 +1,4 @@
-"""`vi-simsiam evaluate|knn|linear|figures`: what a trained run is worth."""
+"""`vi-simsiam evaluate|knn|linear|logistic|figures`: what a trained run is worth."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ class _Knn(RunOptions):
 class _Linear(RunOptions):
     preset: str = "default"
     """default, or paper (the paper's protocol with a held-out fifth of the training set)."""
+
+
+@dataclass(frozen=True)
+class _Logistic(RunOptions):
+    c: float | None = None
+    """Inverse strength of the penalty; None to choose it on a held-out fifth of the training images."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +79,31 @@ def linear(arguments: list[str]) -> int:
     return 0
 
 
+def logistic(arguments: list[str]) -> int:
+    """Fit a logistic regression."""
+    options = parse("logistic", _Logistic, arguments)
+
+    from vi_simsiam.evaluation.features import collect
+    from vi_simsiam.evaluation.logistic import LogisticConfig, evaluate_logistic
+    from vi_simsiam.evaluation.summary import summary_line, summary_table
+
+    config = LogisticConfig(c=options.c)
+    result = evaluate_logistic(collect(open_run(options)), config)
+    Console().print(summary_table({"logistic": result}))
+    print(summary_line("logistic", result))
+    return 0
+
+
 def figures(arguments: list[str]) -> int:
-    """Draw a run's figures."""
+    """Draw a run's figures, those of its uncertainty if that was measured."""
     options = parse("figures", _Figures, arguments)
 
     from vi_simsiam.evaluation.figures import draw_curves, draw_kappa
+    from vi_simsiam.evaluation.kappa_figures import draw_density
+    from vi_simsiam.evaluation.uncertainty_figures import draw_uncertainty
 
-    for path in (draw_curves(options.run), draw_kappa(open_run(options))):
+    known = (draw_curves(options.run), draw_density(options.run), *draw_uncertainty(options.run))
+    for path in (*known, draw_kappa(open_run(options))):
         if path is not None:
             print(path)
     return 0

@@ -56,6 +56,7 @@ def print_result(result: dict[str, Any], console: Console) -> None:
             f"calibration: mean cosine of two views {found['observed']:.3f}, claimed {found['expected']:.3f}; "
             f"error {found['error']:.3f} over {len(found['bins'])} bins of {found['pairs']:,} pairs",
             highlight=False,
+            soft_wrap=True,
         )
     table = Table("", "measure", box=None, pad_edge=False)
     table.add_column("kappa", justify="right")

@@ -26,7 +26,10 @@ from vi_simsiam.models import SimSiam, build_model
 CONFIG, CHECKPOINT, METRICS = "config.json", "checkpoint.pt", "metrics.jsonl"
 # The last layer of SimSiam's predictors, which is a part of the layer in its place where the concentration is apart.
 _APART = re.compile(r"^((?:local_)?predictor\.3)\.(weight|bias)$")
-_RESULTS = (CHECKPOINT, METRICS, "events.out.tfevents.*", "knn.json", "linear.json", "curves.png", "kappa.png")
+_RESULTS = (
+    CHECKPOINT, METRICS, "events.out.tfevents.*", "knn.json", "linear.json", "logistic.json", "uncertainty.json", "curves.png",
+    "kappa.png", "density.png", "reliability.png", "risk_coverage.png", "corruptions.png", "scores.png", "report.html",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

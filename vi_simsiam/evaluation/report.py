@@ -78,7 +78,7 @@ def write_report(folder: Path, run: Run | None = None, problem: str | None = Non
             "cards": [*_accuracy_cards(results), *_calibration_card(uncertainty)],
             "compared": None if uncertainty is None else compared(uncertainty),
             "accuracies": _accuracy_table(results),
-            "absent": [label for name, label in ACCURACIES.items() if name not in results],
+            "lacking": [label for name, label in ACCURACIES.items() if name not in results],
             "missing": {
                 name: shlex.join(["vi-simsiam", command, str(folder)])
                 for name, command in (("accuracies", "evaluate"), ("uncertainty", "uncertainty"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -296,7 +297,7 @@ def _uncertainty(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _beside(scores: dict[str, float | None]) -> tuple[str, str]:
+def _beside(scores: Mapping[str, float | None]) -> tuple[str, str]:
     """kappa's number, and the highest of the other scores with its name."""
     kappa = scores.get("kappa")
     others = {name: value for name, value in scores.items() if name != "kappa" and value is not None}
