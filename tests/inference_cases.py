@@ -23,7 +23,7 @@ def save_run(folder: Path, method: Method = "vi-simsiam") -> Path:
         method=method,
         data="folder:/gone",
         augment=AugmentConfig(size=SIZE),
-        model=ModelConfig(stem="small", dim=DIM, projector_hidden=8, predictor_hidden=8),
+        model=ModelConfig(dim=DIM, projector_hidden=8, predictor_hidden=8),
     )
     torch.manual_seed(5)
     model = build_model(config)
@@ -31,7 +31,7 @@ def save_run(folder: Path, method: Method = "vi-simsiam") -> Path:
         with torch.no_grad():  # concentrations that differ visibly between images
             last = model.predictor[-1]
             assert isinstance(last, torch.nn.Linear)
-            last.weight[DIM] *= 20
+            last.weight[DIM] *= 2000
     write_json(folder / "config.json", config.to_dict())
     Checkpoint(1, 0.0, 1, model.state_dict(), {}).save(folder / "checkpoint.pt")
     return folder

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -238,8 +236,3 @@ def test_a_run_that_is_not_there(tmp_path: Path) -> None:
         vi_simsiam.load(tmp_path)
     with pytest.raises(InputError, match="device: 'tpu'"):
         vi_simsiam.load(save_run(tmp_path / "run"), "tpu")
-
-
-def test_importing_the_package_does_not_import_the_encoder() -> None:
-    code = "import sys, vi_simsiam; sys.exit('vi_simsiam.inference' in sys.modules or 'matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

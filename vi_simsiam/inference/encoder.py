@@ -71,8 +71,14 @@ class Encoding:
     @classmethod
     def joined(cls, parts: Sequence[Encoding]) -> Encoding:
         """The images of several encodings (at least one) of the same model, one after the other."""
-        columns = ([getattr(part, field.name) for part in parts] for field in dataclasses.fields(cls))
-        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))
+        concentration = [part.concentration for part in parts if part.concentration is not None]
+        return cls(
+            torch.cat([part.embedding for part in parts]),
+            torch.cat([part.projection for part in parts]),
+            torch.cat([part.loc for part in parts]),
+            torch.cat([part.loc_norm for part in parts]),
+            torch.cat(concentration) if concentration else None,
+        )
 
 
 class Encoder:
@@ -174,7 +180,7 @@ class Encoder:
         for start in range(0, len(several), step):
             indices = torch.arange(start, min(start + step, len(several)), device="cpu")
             encoding = self._joined_views(several[start : start + step], batch_size)
-            yield indices, _finite(encoding, lambda i, first=start: f"image {first + i}")
+            yield indices, _finite(encoding, [f"image {i}" for i in indices.tolist()].__getitem__)
 
     def _of_images(
         self, source: ImageSource, batch_size: int, skipped: Callable[[Unreadable], object]

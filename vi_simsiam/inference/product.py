@@ -96,7 +96,7 @@ def _solve(gram: Tensor, kappa: Tensor, scale: int) -> Tensor:
     """
     views = kappa.shape[1]
     total = kappa.sum(-1, keepdim=True)
-    a = _start(gram, kappa, scale)
+    a: Tensor = _start(gram, kappa, scale)
     identity = torch.eye(views, dtype=kappa.dtype, device=kappa.device)
     for _ in range(_MOST_STEPS):
         s = _times(gram, a)
@@ -108,7 +108,7 @@ def _solve(gram: Tensor, kappa: Tensor, scale: int) -> Tensor:
         # The square of Newton's decrement, in units of the objective.
         decrement = -(step * _times(gram, residual)).sum(-1)
         if bool((decrement <= _TOLERANCE**2 * (scale + total.squeeze(-1))).all()):
-            return a + step
+            break
         a = _line_search(gram, kappa, scale, a, step, decrement)
     return a
 
@@ -155,4 +155,5 @@ def _objective(gram: Tensor, kappa: Tensor, scale: int, a: Tensor) -> Tensor:
 
 
 def _times(gram: Tensor, a: Tensor) -> Tensor:
-    return (gram @ a.unsqueeze(-1)).squeeze(-1)
+    product: Tensor = gram @ a.unsqueeze(-1)
+    return product.squeeze(-1)
