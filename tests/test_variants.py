@@ -191,7 +191,12 @@ def test_a_model_without_a_target_has_no_new_weights() -> None:
     names = [name for name in model.state_dict() if not name.startswith("backbone.")]
     layers = {"projector": (0, 1, 3, 4, 6, 7), "predictor": (0, 1, 3)}
     assert {".".join(name.split(".")[:2]) for name in names} == {f"{k}.{i}" for k, each in layers.items() for i in each}
-    assert model.predictor[3].weight.shape == (48, 8)
+    torch.manual_seed(0)
+    backbone()
+    sizes = [(32, 16, False), (16, 16, False), (16, 32, False), (8, 48, True), (32, 8, False)]
+    *_, last, first = [nn.Linear(a, b, bias=bias) for a, b, bias in sizes]
+    assert torch.equal(model.predictor[0].weight, first.weight)
+    assert torch.equal(model.predictor[3].weight[:33], last.weight[:33])
     torch.manual_seed(0)
     variant = build_model(TrainConfig(model=ModelConfig(dim=32, projector_hidden=16, predictor_hidden=8), ema=0.99))
     assert torch.equal(torch.rand(1), after)

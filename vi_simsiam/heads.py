@@ -83,7 +83,10 @@ class ConcentrationHead:
             last = SplitHead(hidden, self.dim, self._shared)
         elif self._apart:
             mean = padded_linear(hidden, self.dim)
-            concentration = nn.Linear(hidden, 1)
+            # Without a random number, so that the layers made after it are SimSiam's; it learns from zero as well.
+            concentration = nn.utils.skip_init(nn.Linear, hidden, 1)
+            nn.init.zeros_(concentration.weight)
+            nn.init.zeros_(concentration.bias)
             self._start(concentration.bias, 0)
             last = SplitHead(hidden, self.dim, concentration, mean)
         else:

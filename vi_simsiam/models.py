@@ -115,22 +115,22 @@ class SimSiam(nn.Module):
             nn.Linear(projector_hidden, dim, bias=False),
             _PerViewBatchNorm1d(dim, affine=False),
         )
-        predictors = [
-            nn.Sequential(
-                nn.Linear(dim, predictor_hidden, bias=False),
-                _PerViewBatchNorm1d(predictor_hidden),
-                nn.ReLU(inplace=True),
-                *([padded_linear(predictor_hidden, dim)] if head is None else head(predictor_hidden)),
-            )
-            for _ in range(1 + local_predictor)
-        ]
-        self.predictor = predictors[0]
-        self.local_predictor = predictors[1] if local_predictor else None
+        # The last layers draw their weights first, as ever: a seed stands for the same network in all versions.
+        last = head or (lambda hidden: [padded_linear(hidden, dim)])
+        self.predictor = self._new_predictor(dim, predictor_hidden, last(predictor_hidden))
+        self.local_predictor = (
+            self._new_predictor(dim, predictor_hidden, last(predictor_hidden)) if local_predictor else None
+        )
         self.target: nn.Sequential | None = None
         """The backbone and projector that make the targets; None for the model's own. See `add_target`."""
         self.frozen = False
         """Whether `train` leaves the model in eval mode. See `VISimSiam.freeze`."""
         self._collect_norms()
+
+    @staticmethod
+    def _new_predictor(dim: int, hidden: int, last: Sequence[nn.Module]) -> nn.Sequential:
+        first = nn.Linear(dim, hidden, bias=False)
+        return nn.Sequential(first, _PerViewBatchNorm1d(hidden), nn.ReLU(inplace=True), *last)
 
     def _collect_norms(self) -> None:
         self._norms = [module for module in self.modules() if isinstance(module, _PerView)]
