@@ -44,7 +44,7 @@ STAND_IN = """
         assert (pathlib.Path(config["frozen_run"]) / "trained.json").is_file()
     (folder / "trained.json").write_text("{}")
     result = {key: spec[key] for key in ("experiment", "arm", "seed", "config")}
-    result |= {"data": config["data"], "method": config["method"], "accuracy": {"logistic": round(1 - config["lr"], 6)}}
+    result |= {"data": config["data"], "device": "none", "method": config["method"], "accuracy": {"logistic": round(1 - config["lr"], 6)}}
     pathlib.Path(spec["result"]).write_text(json.dumps(result))
     print("logistic 70.0 %")
 """

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vi_simsiam.config import AugmentConfig, LossConfig, Method, ModelConfig, TrainConfig, policy, preset
+from vi_simsiam.config import LossConfig, Method, ModelConfig, TrainConfig, policy, preset
 from vi_simsiam.errors import InputError
 
 MEASURES = ("knn20", "knn200", "logistic", "linear", "linear_top5")
@@ -389,8 +389,8 @@ def _stability(options: PlanOptions) -> Plan:
             Arm(f"scaled-d{dim}", at(base, dim), f"kappa = (D-1) softplus(raw), loss/(D-1), D = {dim}"),
         ]
     bounds = dataclasses.replace(literal.loss, concentration_min=0.05 * (one - 1), concentration_max=20.0 * (one - 1))
-    crops = AugmentConfig(
-        size=base.augment.size,
+    crops = dataclasses.replace(
+        base.augment,
         crop_scale=(0.14, 1.0),
         local_views=6,
         local_size=max(8, round(base.augment.size * 3 / 7 / 8) * 8),

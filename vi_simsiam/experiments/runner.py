@@ -146,19 +146,24 @@ def run_experiment(
     out = out.expanduser().absolute()
     slots = place.slots()
     _check(plan, out)
+    trials = (
+        [] if plan.trials is None else _tasks(plan, plan.trials.arms, (plan.trials.seed,), out / TRIALS, trial=True)
+    )
+    tasks = _tasks(plan, plan.arms, plan.seeds, out)
+    if (out / CHOSEN).is_file():
+        trials = []
+    _decode([task.arm for task in (*trials, *tasks) if not task.result.is_file()], place, console)
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
-        arms = plan.arms
+        _write_plan(plan, out)
         if plan.trials is not None:
-            chosen = out / CHOSEN
-            if not chosen.is_file():
-                tasks = _tasks(plan, plan.trials.arms, (plan.trials.seed,), out / TRIALS, trial=True)
-                code = _Batch(tasks, slots, place, console, command, again).run()
+            if trials:
+                code = _Batch(trials, slots, place, console, command, again).run()
                 if code:
                     return code
-                _choose(plan, tasks, chosen)
-            _, arms = plan.trials.choose(json.loads(chosen.read_text())["accuracy"])
-        tasks = _tasks(plan, arms, plan.seeds, out)
+                _choose(plan, trials, out / CHOSEN)
+            _, arms = plan.trials.choose(json.loads((out / CHOSEN).read_text())["accuracy"])
+            tasks = _tasks(plan, arms, plan.seeds, out)
         return _Batch(tasks, slots, place, console, command, again).run()
 
 
@@ -249,7 +254,6 @@ class _Batch:
         if self.runs:
             for name in (RUNS, RESULTS):
                 (self.tasks[0].base / name).mkdir(parents=True, exist_ok=True)
-            self._decode()
         with signals() as received:
             try:
                 self.start_more()
@@ -324,25 +328,29 @@ class _Batch:
             return self.place.threads
         return 1 if "cpu" in self.slots else max(1, cores() // len(self.slots))
 
-    def _decode(self) -> None:
-        """Decode every selection of images once, before several runs would at the same time."""
-        place, seen = self.place, set()
-        for run in self.runs:
-            config = run.task.arm.config
-            chosen = (config.data, config.images, config.held_out, config.split_seed, config.distinct)
-            if chosen in seen:
-                continue
-            seen.add(chosen)
-            with self.console.status(f"reading {config.data}"):
-                located = dataclasses.replace(config, data_root=place.data_root, offline=place.offline).located()
-                splits = open_splits(located)
-                for source in (splits.train, splits.val):
-                    if source is not None:
-                        cached(source, cache_dir=place.cache_dir)
+
+def _decode(arms: Sequence[Arm], place: Place, console: Console) -> None:
+    """Open every data set and decode its images once, before several runs would at the same time.
+
+    Raises:
+        InputError: a data set that is not there, or has fewer images than are asked for.
+    """
+    seen = set()
+    for config in (arm.config for arm in arms):
+        selection = (config.data, config.images, config.held_out, config.split_seed, config.distinct)
+        if selection in seen:
+            continue
+        seen.add(selection)
+        with console.status(f"reading {config.data}"):
+            located = dataclasses.replace(config, data_root=place.data_root, offline=place.offline).located()
+            splits = open_splits(located)
+            for source in (splits.train, splits.val):
+                if source is not None:
+                    cached(source, cache_dir=place.cache_dir)
 
 
 def _check(plan: Plan, out: Path) -> None:
-    """Write plan.json, or refuse a folder that holds another plan or something else.
+    """Refuse a folder that holds another plan or something else.
 
     Raises:
         InputError: see `run_experiment`.
@@ -353,9 +361,6 @@ def _check(plan: Plan, out: Path) -> None:
     if not file.is_file():
         if out.is_dir() and any(out.iterdir()):
             raise InputError(f"out: {out} holds other files; give an empty or new folder")
-        out.mkdir(parents=True, exist_ok=True)
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        write_json(file, {**described, "created": now})
         return
     try:
         saved = json.loads(file.read_text())
@@ -374,6 +379,13 @@ def _check(plan: Plan, out: Path) -> None:
         raise InputError(
             f"out: {out} was planned by another version of vi-simsiam, with other {', '.join(changed)}; say another --out"
         )
+
+
+def _write_plan(plan: Plan, out: Path) -> None:
+    """Write plan.json, if it is not there."""
+    if not (out / PLAN).is_file():
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        write_json(out / PLAN, {**plan.described(), "created": now})
 
 
 def _said(value: object) -> str:
