@@ -310,7 +310,10 @@ UNCERTAINTY: dict[str, Any] = {
             "softmax": {"auroc": 0.99, "aurc": 0.01, "augrc": 0.01},
         }
     },
-    "retrieval": {"validation": {"scores": {"kappa": 0.6, "contrast": None}}},
+    "retrieval": {
+        "validation": {"seen_classes": True, "scores": {"kappa": 0.6, "contrast": None}},
+        "digits": {"seen_classes": False, "scores": {"kappa": 0.4, "contrast": 0.3, "jpeg_size": 0.2}},
+    },
     "ood": {
         "cats": {"scores": {"kappa": {"auroc": 0.9}, "contrast": {"auroc": 0.5}, "jpeg_size": {"auroc": 0.8}}},
         "dogs": {"scores": {"kappa": {"auroc": 0.5}, "contrast": {"auroc": 1.0}, "jpeg_size": {"auroc": 0.5}}},
@@ -323,7 +326,19 @@ UNCERTAINTY: dict[str, Any] = {
 
 
 def test_uncertainty_is_flattened_beside_the_best_trivial_score() -> None:
-    assert measure.flat_uncertainty(UNCERTAINTY) == pytest.approx(
+    found = measure.flat_uncertainty(UNCERTAINTY)
+    names = {name.removesuffix("_baseline_name"): found.pop(name) for name in list(found) if name.endswith("_name")}
+    assert names == {
+        "auroc_misclassification": "contrast",
+        "aurc": "contrast",
+        "augrc": "contrast",
+        "auroc_retrieval_unseen": "contrast",
+        "ood_auroc": "contrast",
+        "ood_auroc_cats": "jpeg_size",
+        "ood_auroc_dogs": "contrast",
+        "spearman_corruption": "contrast",
+    }
+    assert found == pytest.approx(
         {
             "calibration_error": 0.25,
             "auroc_misclassification": 0.7,
@@ -333,6 +348,8 @@ def test_uncertainty_is_flattened_beside_the_best_trivial_score() -> None:
             "augrc": 0.1,
             "augrc_baseline": 0.05,
             "auroc_retrieval": 0.6,
+            "auroc_retrieval_unseen": 0.4,
+            "auroc_retrieval_unseen_baseline": 0.3,
             "ood_auroc": 0.7,
             "ood_auroc_baseline": 0.75,
             "ood_auroc_cats": 0.9,

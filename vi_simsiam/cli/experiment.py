@@ -40,6 +40,7 @@ def experiment(arguments: list[str]) -> int:
     """Run the experiment, or go on with it; returns the exit code: 0 all done, 2 a run failed, 130 interrupted."""
     options = parse("experiment", _Experiment, arguments)
 
+    from vi_simsiam.experiments.figures import draw
     from vi_simsiam.experiments.plan import plan
     from vi_simsiam.experiments.runner import RESULTS, Place, run_experiment
     from vi_simsiam.experiments.tables import MARKDOWN, summarise
@@ -52,5 +53,6 @@ def experiment(arguments: list[str]) -> int:
     code = run_experiment(planned, out, Place(**place), again=again)
     if any((out / RESULTS).glob("*.json")):
         summarise(out)
-        print(out / MARKDOWN)
+        for path in (out / MARKDOWN, *draw(out)):
+            print(path)
     return code

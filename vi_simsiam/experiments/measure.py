@@ -149,16 +149,17 @@ def _knn(features: FeatureSets, k: int) -> dict[str, Any]:
     return evaluate_knn(features, KnnConfig(k=min(k, len(features.train_labels))))
 
 
-def flat_uncertainty(result: dict[str, Any]) -> dict[str, float]:
-    """The figures of an uncertainty.json by name: of the concentration, and with "_baseline" of the best trivial score.
+def flat_uncertainty(result: dict[str, Any]) -> dict[str, float | str]:
+    """The figures of an uncertainty.json by name: of the concentration, and with "_baseline" of the best trivial score,
+    whose name is that of "_baseline_name".
 
     Several data sets or kinds of damage count by their mean; the best score is the best in that mean.
     """
-    figures: dict[str, float] = {}
+    figures: dict[str, float | str] = {}
     if result["calibration"] is not None:
         figures["calibration_error"] = result["calibration"]["error"]
 
-    def add(name: str, parts: list[dict[str, float | None]], best: Callable[[list[float]], float] = max) -> None:
+    def add(name: str, parts: list[dict[str, float | None]], best: Callable[..., str] = max) -> None:
         """`parts`: the figure of every score, for each data set or kind."""
 
         def mean(score: str) -> float | None:
@@ -167,8 +168,9 @@ def flat_uncertainty(result: dict[str, Any]) -> dict[str, float]:
 
         if (own := mean("kappa")) is not None:
             figures[name] = own
-        if baselines := [value for score in TRIVIAL if (value := mean(score)) is not None]:
-            figures[f"{name}_baseline"] = best(baselines)
+        if baselines := {score: value for score in TRIVIAL if (value := mean(score)) is not None}:
+            which = best(baselines, key=baselines.__getitem__)
+            figures.update({f"{name}_baseline": baselines[which], f"{name}_baseline_name": which})
 
     def column(part: dict[str, Any], name: str) -> dict[str, float | None]:
         return {score: values[name] for score, values in part["scores"].items()}
@@ -177,8 +179,8 @@ def flat_uncertainty(result: dict[str, Any]) -> dict[str, float]:
         add("auroc_misclassification", [column(result["misclassification"], "auroc")])
         add("aurc", [column(result["misclassification"], "aurc")], min)
         add("augrc", [column(result["misclassification"], "augrc")], min)
-    if result["retrieval"]:
-        add("auroc_retrieval", [part["scores"] for part in result["retrieval"].values()])
+    for kind, seen in (("auroc_retrieval", True), ("auroc_retrieval_unseen", False)):
+        add(kind, [part["scores"] for part in (result["retrieval"] or {}).values() if part["seen_classes"] == seen])
     add("ood_auroc", [column(part, "auroc") for part in result["ood"].values()])
     for name, part in result["ood"].items():
         add(f"ood_auroc_{name}", [column(part, "auroc")])

@@ -27,6 +27,7 @@ _UNCERTAINTY = {
     "auroc_misclassification": "misclassification AUROC",
     "aurc": "AURC",
     "auroc_retrieval": "retrieval AUROC",
+    "auroc_retrieval_unseen": "retrieval AUROC, unseen classes",
     "spearman_corruption": "corruption Spearman",
     "ood_auroc": "out-of-distribution AUROC",
 }
