@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vi_simsiam.config import AugmentConfig, LossConfig, Method, ModelConfig, Stem, TrainConfig
-from vi_simsiam.data.datasets import open_dataset
+from vi_simsiam.data.datasets import Splits, open_dataset
 from vi_simsiam.engine.checkpoint import Checkpoint, write_json
 from vi_simsiam.engine.run import Run
 from vi_simsiam.models import build_model
@@ -55,7 +56,13 @@ def network_run(
                 part.data.uniform_(0.2, 1.0, generator=generator)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config.to_dict())
-    return Run(folder, config, model.eval(), open_dataset("fashion-mini"), CPU, 0)
+    return Run(folder, config, model.eval(), _images(), CPU, 0)
+
+
+@cache
+def _images() -> Splits:
+    """The embedded images, unpacked once."""
+    return open_dataset("fashion-mini")
 
 
 def save(run: Run) -> Path:

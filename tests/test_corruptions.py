@@ -75,6 +75,7 @@ def test_noise_has_the_stated_deviation_and_grain() -> None:
     gray = np.full((4, 96, 96, 3), 128, np.uint8)
     noise = corrupt(gray, "noise", 2).astype(float) - 128
     assert noise.std() == pytest.approx(255 * MAGNITUDES["noise"][1], rel=0.03)
+    assert len(np.unique(noise.reshape(4, -1), axis=0)) == 4, "every image has noise of its own"
     cells = noise.reshape(4, 32, 3, 32, 3, 3)
     np.testing.assert_array_equal(cells, np.broadcast_to(cells[:, :, :1, :, :1], cells.shape))
     assert np.abs(np.corrcoef(cells[:, :, 0, :-1, 0].ravel(), cells[:, :, 0, 1:, 0].ravel())[0, 1]) < 0.05
@@ -94,6 +95,12 @@ def test_squares_cover_the_stated_area_and_contain_the_smaller_ones() -> None:
         if level == 1:
             places = {tuple(np.argwhere(square)[0]) for square in covered}
     assert len(places) > 10
+
+
+def test_squares_reach_every_edge() -> None:
+    covered = (corrupt(np.full((60, 40, 40, 3), 255, np.uint8), "occlusion", 5) == 128).all(-1)
+    for side in (covered.any(2).argmax(1), covered.any(1).argmax(1)):
+        assert set(side) == {0, 1, 2, 3, 4, 5}, "35 of 40 pixels leave six places"
 
 
 def test_contrast_keeps_the_mean_brightness_and_blank_ends_in_gray() -> None:

@@ -187,6 +187,9 @@ def test_nothing_gives_nothing(encoder: Encoder, tmp_path: Path) -> None:
         (torch.zeros(2, 1, 8, 8, device="cpu"), {}, "accepted are"),
         (torch.zeros(2, 3, 8, 8, dtype=torch.int32, device="cpu"), {}, "int32"),
         (np.zeros((2, 8, 8, 3)), {}, "float64"),
+        (np.zeros((8, 8, 3), np.uint8), {}, r"shape \(8, 8, 3\) given, one RGB image or 8 gray ones"),
+        (None, {}, "images: NoneType given; accepted are an ImageSource"),
+        ((path for path in ["a.png"]), {}, "images: generator given"),
         ([3], {}, "item 0 is a int"),
         (torch.zeros(2, 3, 8, 8, device="cpu"), {"views": 2}, "views: random views are drawn of images"),
         ([], {"batch_size": 0}, "batch_size: 0 must be at least 1"),
@@ -236,3 +239,5 @@ def test_a_run_that_is_not_there(tmp_path: Path) -> None:
         vi_simsiam.load(tmp_path)
     with pytest.raises(InputError, match="device: 'tpu'"):
         vi_simsiam.load(save_run(tmp_path / "run"), "tpu")
+    with pytest.raises(InputError, match="workers: -1 must be at least 0"):
+        vi_simsiam.load(tmp_path / "run", "cpu", workers=-1)

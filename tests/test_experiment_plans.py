@@ -123,3 +123,8 @@ def test_arms_are_chosen_by_name() -> None:
     for name in ("seeds", "epochs", "images", "val_images", "trials"):
         with pytest.raises(InputError, match=f"{name}: 0 is not accepted"):
             PlanOptions(**{name: 0})
+    with pytest.raises(InputError, match="arms: nothing is not accepted"):
+        PlanOptions(arms=())
+    for name in ("batch_size", "ema", "dim", "size"):
+        with pytest.raises(InputError, match=f"^{name}: 0 is not accepted"):
+            plan("controls", PlanOptions(**{name: 0}))  # type: ignore[arg-type]

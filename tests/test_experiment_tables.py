@@ -14,6 +14,7 @@ from PIL import Image
 from vi_simsiam.errors import InputError
 from vi_simsiam.experiments import records
 from vi_simsiam.experiments.figures import draw, groups
+from vi_simsiam.experiments.measure import progress_curve
 from vi_simsiam.experiments.plan import Arm, Plan
 from vi_simsiam.experiments.records import Experiment
 from vi_simsiam.experiments.statistics import difference
@@ -57,10 +58,13 @@ def test_the_interval_decides_what_is_said(ours: list[int], theirs: list[int], w
 
 def test_few_seeds_are_said(tmp_path: Path) -> None:
     one = result_sentence(compared(tmp_path / "one", [300], [200]))
-    assert "1 seed, 400 images: a difference in favour of VI-SimSiam is shown." in one
+    assert (
+        "1 seed, 400 images: these runs differ in favour of VI-SimSiam, which does not show that the methods do." in one
+    )
     assert one.endswith("The interval is over images only: the spread between seeds is not in it.")
     assert "over images only: an arm with one seed" in (tmp_path / "one" / "summary.md").read_text()
-    assert "2 seeds and 1 seed" in result_sentence(compared(tmp_path / "two", [300, 301], [200]))
+    two = result_sentence(compared(tmp_path / "two", [200], [300, 301]))
+    assert "1 seed and 2 seeds, 400 images: these runs differ in favour of SimSiam, which does not show" in two
     nothing = compared(tmp_path / "none", [300], [])
     assert result_sentence(nothing).endswith("Not measured.")
     assert nothing["missing"] == ["simsiam with seed 0"]
@@ -109,6 +113,7 @@ def test_uncertainty_of_kappa_stands_beside_the_best_trivial_score(tmp_path: Pat
     assert "| VI-SimSiam | κ | 0.400 ± 0.000 | 0.700 ± 0.000 |" in text
     assert "| VI-SimSiam | best trivial | 0.350 ± 0.071 (edge_energy) | - |" in text
     assert "| SimSiam | κ" not in text
+    assert "chosen afterwards for each figure among lengths of features and statistics of the pixels" in text
 
 
 def test_stability_says_how_runs_ended(tmp_path: Path) -> None:
@@ -183,8 +188,16 @@ def test_time_to_accuracy_is_that_of_the_first_look(tmp_path: Path) -> None:
     looks = {"simsiam": ([0.3, 0.68, 0.8], [0.3, 0.6, 0.7]), "vi-simsiam": ([0.3, 0.5, 0.7], [0.6, 0.5, 0.75])}
     for name, shares in looks.items():
         for seed, knn in enumerate(shares):
-            progress = {"epoch": [10, 20, 30], "seconds": [10.0, 20.0, 30.0], "knn200": knn}
-            write_result(tmp_path, result(arms(plan)[name], "lightly-imagenette", seed, progress=progress))
+            looked = tmp_path / "progress.jsonl"
+            looked.write_text(
+                "".join(
+                    json.dumps({"step": n, "knn200": share, "knn200_epoch": 10 * n, "knn200_seconds": 10.0 * n}) + "\n"
+                    for n, share in enumerate(knn, 1)
+                )
+            )
+            content = result(arms(plan)[name], "lightly-imagenette", seed)
+            content["curve"] |= progress_curve(looked)
+            write_result(tmp_path, content)
     times = summarise(tmp_path)["data"]["imagenette"]["times"]
     assert times["common"] == 0.7
     assert times["levels"]["published"] == 0.752

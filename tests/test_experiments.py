@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -64,9 +65,9 @@ def test_runs_go_round_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Place(devices=("cpu",)).slots() == ["cpu"] * 3
     with pytest.raises(InputError, match="device: 'cuda:2' is not here"):
         Place(devices=("cuda:2",)).slots()
-    for name in ("parallel", "threads"):
-        with pytest.raises(InputError, match=f"{name}: 0 is not accepted"):
-            Place(**{name: 0}).slots()
+    for name, value in (("parallel", 0), ("threads", 0), ("workers", -1)):
+        with pytest.raises(InputError, match=f"{name}: {value} is not accepted"):
+            Place(**{name: value}).slots()
 
 
 def test_a_run_that_fails_leaves_the_others_alone_and_is_tried_again(tmp_path: Path) -> None:
@@ -145,6 +146,26 @@ def test_two_commands_do_not_run_one_experiment(tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="another command is running the experiment"):
             run(planned, out, command)
+
+
+def test_a_command_killed_before_its_plan_was_written_is_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, command = tmp_path / "out", stand_in(tmp_path)
+    out.mkdir()
+    for name in (".lock", ".plan.json.0123456789abcdef"):
+        (out / name).write_text("")
+
+    def begun_by_another(*given: object) -> None:
+        (out / "plan.json").write_text(json.dumps(small_plan({"a": 0.1}, seeds=2).described()))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vi_simsiam.experiments.runner._decode", begun_by_another)
+        with pytest.raises(InputError, match=r"^seeds: 1 is not what .* was started with, 2;"):
+            run(small_plan({"a": 0.1}), out, command)
+    assert not (out / "runs").exists()
+    (out / "plan.json").unlink()
+    assert run(small_plan({"a": 0.1}), out, command)[0] == 0
 
 
 def test_trials_choose_the_settings_once(tmp_path: Path) -> None:
@@ -233,6 +254,13 @@ def test_a_killed_run_goes_on_to_the_result_of_an_uninterrupted_one(
     assert found["curve"]["knn200_epoch"] == [1, 2]
     assert found["curve"]["knn200"][-1] == found["accuracy"]["knn200"], "all images are few enough for both"
 
+    # Killed once more, between the last checkpoint and the accuracy after it.
+    lines = (folder / "progress.jsonl").read_text().splitlines(keepends=True)
+    (folder / "progress.jsonl").write_text(lines[0])
+    (folder / "trained.json").unlink()
+    assert worker.train(config, folder, progress_every=1)["steps"] == 10
+    assert measure.progress_curve(folder / "progress.jsonl")["knn200"] == found["curve"]["knn200"]
+
 
 def test_a_run_that_was_trained_is_only_measured(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -249,8 +277,10 @@ def test_a_run_that_was_trained_is_only_measured(
     written = checkpoint.stat().st_mtime_ns
     with monkeypatch.context() as patch:
         patch.setattr(worker, "Trainer", _fail)
-        line = worker.work(told)
+        moved = {**told, "config": dataclasses.replace(config, cache_dir=tmp_path / "elsewhere").to_dict()}
+        line = worker.work(moved)
         assert worker.work(told) == "measured before"
+    assert len(list((tmp_path / "elsewhere").glob("*.pack"))) == 2, "images are read from where they are now"
     assert checkpoint.stat().st_mtime_ns == written
     result = json.loads(Path(told["result"]).read_text())
     assert line == "  ".join(f"{name} {100 * result['accuracy'][name]:.1f} %" for name in ("knn20", "logistic"))
@@ -276,13 +306,12 @@ def test_a_loss_that_is_not_finite_is_a_result(
 ) -> None:
     told = spec(tiny_config(f"folder:{image_folder}"), tmp_path)
 
-    def diverge(*arguments: Any, **options: Any) -> Any:
-        raise TrainingError("the loss is not finite at step 3")
-
-    monkeypatch.setattr(worker, "train", diverge)
-    assert worker.work(told) == "diverged: the loss is not finite at step 3"
-    result = json.loads(Path(told["result"]).read_text())
-    assert (result["diverged"], result["accuracy"]) == ("the loss is not finite at step 3", {})
+    hopeless = {**told, "config": tiny_config(f"folder:{image_folder}", lr=1e30).to_dict()}
+    assert re.fullmatch(r"diverged: (the loss is not finite at step \d+ \(epoch 1\))", line := worker.work(hopeless))
+    text = Path(told["result"]).read_text()
+    assert str(tmp_path) not in text
+    result = json.loads(text)
+    assert (result["diverged"], result["accuracy"]) == (line.removeprefix("diverged: "), {})
     Path(told["result"]).unlink()
     monkeypatch.setattr(worker, "train", lambda *_, **__: (_ for _ in ()).throw(TrainingError("a worker died")))
     with pytest.raises(TrainingError, match="a worker died"):
@@ -395,8 +424,9 @@ def test_the_command_answers_in_one_line(
     arguments = ["controls", "--arms", "simsiam", "vi-simsiam", "--data", "fashion-mini", "--devices", "cpu"]
     assert experiment([*arguments, "--seeds", "2"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[-2:] == ["4 of 4 runs done", "runs/experiments/controls/summary.md"]
-    assert (tmp_path / said[-1]).is_file()
+    written = said[said.index("4 of 4 runs done") + 1 :]
+    assert written[0] == "runs/experiments/controls/summary.md"
+    assert all((tmp_path / path).is_file() for path in written)
     (tmp_path / "runs/experiments/controls/results/simsiam-seed-0.json").unlink()
     with pytest.raises(InputError, match=r"^seeds: 3 is not what .* was started with, 2;"):
         experiment(arguments)

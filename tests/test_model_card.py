@@ -104,7 +104,7 @@ def test_results_are_those_of_the_files(run: Run) -> None:
     }  # fmt: skip
 
 
-def test_kappa_stands_beside_the_best_of_the_other_scores(run: Run) -> None:
+def test_kappa_stands_beside_the_best_trivial_score_and_the_best_of_the_others(run: Run) -> None:
     result = {
         "calibration": {"error": 0.0123},
         "misclassification": {
@@ -114,17 +114,34 @@ def test_kappa_stands_beside_the_best_of_the_other_scores(run: Run) -> None:
         "ood": {"noise": {"kind": "far", "scores": {"kappa": {"auroc": 0.9}}}},
         "corruptions": {
             "blur": {"scores": {"kappa": {"spearman": 0.2}, "contrast": {"spearman": 0.9}}},
-            "noise": {"scores": {"kappa": {"spearman": 0.6}, "contrast": {"spearman": 0.1}}},
+            "noise": {"scores": {"kappa": {"spearman": None}, "contrast": {"spearman": 0.1}}},
         },
     }
     (run.path / "uncertainty.json").write_text(json.dumps(result))
-    assert [row[1:] for row in table(card(run), "what kappa was measured to do")] == [
-        ["0.0123", "-"],
-        ["0.600", "0.800 (softmax)"],
-        ["0.610", "0.500 (jpeg_size)"],
-        ["0.900", "-"],
-        ["0.400", "0.500 (contrast)"],
+    assert table(card(run), "what kappa was measured to do") == [
+        ["calibration error of E[mu.z] (0 is best)", "0.0123", "-", "-"],
+        ["misclassification, AUROC", "0.600", "0.550 (contrast)", "0.800 (softmax)"],
+        ["retrieval: unseen, R-AUROC", "0.610", "0.500 (jpeg_size)", "-"],
+        ["noise (far), AUROC", "0.900", "-", "-"],
+        ["corruption: blur, Spearman", "0.200", "0.900 (contrast)", "-"],
+        ["corruption: noise, Spearman", "not defined", "0.100 (contrast)", "-"],
     ]
+
+
+def test_the_parts_that_were_not_measured_are_named(run: Run) -> None:
+    result: dict[str, object] = {"calibration": None, "misclassification": None, "retrieval": None, "corruptions": {}}
+    scores = {"kappa": {"auroc": 0.5}, "knn_distance": {"auroc": 0.7}}
+    result["ood"] = {"noise": {"kind": "far", "scores": scores}}
+    (run.path / "uncertainty.json").write_text(json.dumps(result))
+    rows = {row[0]: row[1:] for row in table(card(run), "what kappa was measured to do")}
+    assert rows.pop("noise (far), AUROC") == ["0.500", "-", "0.700 (knn_distance)"]
+    assert [name.partition(",")[0] for name in rows] == [
+        "calibration error of E[mu.z] (0 is best)", "misclassification", "retrieval", "corruptions",
+    ]  # fmt: skip
+    assert all(cells == ["not measured", "-", "-"] for cells in rows.values())
+    (run.path / "uncertainty.json").write_text(json.dumps({"calibration": None}))
+    with pytest.raises(InputError, match="run: uncertainty.json lacks what the card shows"):
+        card(run)
 
 
 def test_the_front_matter_is_what_the_hub_reads(run: Run) -> None:

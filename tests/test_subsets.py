@@ -102,6 +102,8 @@ def test_too_many_images_and_none_held_out_are_named() -> None:
         chosen((50, 50), images=81, held_out=0.2)
     with pytest.raises(InputError, match="held_out: 0.001 is not accepted; of 100 images that is none"):
         chosen((50, 50), held_out=0.001)
+    with pytest.raises(InputError, match="held_out: 0.999 is not accepted; of 100 images it leaves none to train on"):
+        chosen((50, 50), held_out=0.999)
 
 
 def test_nothing_asked_for_changes_nothing() -> None:

@@ -13,7 +13,7 @@ from test_trainer import QUIET, Watched, config, same, train, weights
 
 from vi_simsiam.engine.checkpoint import Checkpoint
 from vi_simsiam.engine.trainer import Trainer
-from vi_simsiam.errors import TrainingError
+from vi_simsiam.errors import InputError, TrainingError
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="signals of POSIX")
@@ -58,3 +58,19 @@ def test_a_gpu_that_is_too_small_is_one_readable_error(
         TrainingError, match=r"Tried to allocate 20.00 GiB \(1.0 of 8.0 GB are free\); a smaller --batch-size"
     ):
         trainer.fit()
+
+
+def test_a_run_killed_while_its_configuration_was_written_is_started_again(image_folder: Path, tmp_path: Path) -> None:
+    """The file that was not finished is no other file, and goes; one beside it is, and stays."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    remains = folder / ".config.json.0123456789abcdef"
+    remains.write_text("{")
+    (folder / ".mine").write_text("mine")
+    with pytest.raises(InputError, match="holds other files"):
+        Trainer(config(image_folder, epochs=1), folder, overwrite=True, console=QUIET)
+    (folder / ".mine").unlink()
+    assert remains.exists()
+    Trainer(config(image_folder, epochs=1), folder, overwrite=True, console=QUIET).fit()
+    assert not remains.exists()
+    assert (folder / "checkpoint.pt").is_file()

@@ -1,4 +1,4 @@
-"""The tutorial: every block of it runs, in order, in an empty folder; only the numbers in `SMALLER` are changed."""
+"""The tutorial: every block of it runs, in order, in an empty folder, with the numbers in `SMALLER` and coarse figures."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("vi_simsiam.evaluation.style._DPI", 40)
     names: dict[str, Any] = {}
     for language, text in blocks():
         if language == "python":

@@ -25,11 +25,13 @@ from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.engine.checkpoint import Checkpoint, write_json
 from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError
-from vi_simsiam.evaluation.corruptions import MAGNITUDES
+from vi_simsiam.evaluation import uncertainty
+from vi_simsiam.evaluation.calibration import augmented_views
+from vi_simsiam.evaluation.corruptions import MAGNITUDES, corrupt
 from vi_simsiam.evaluation.figures import concentrations
 from vi_simsiam.evaluation.foreign import builtin_sets, open_sets
-from vi_simsiam.evaluation.scores import TRIVIAL
-from vi_simsiam.evaluation.uncertainty import Comparison, comparisons, evaluate_uncertainty
+from vi_simsiam.evaluation.scores import TRIVIAL, Network
+from vi_simsiam.evaluation.uncertainty import Comparison, _retrieval, comparisons, evaluate_uncertainty
 from vi_simsiam.models import build_model
 
 TINY_SCORES = {
@@ -138,6 +140,21 @@ def test_figures_are_those_of_the_concentrations(tmp_path: Path) -> None:
         assert part["median_kappa"][0] == pytest.approx(np.median(kappa), rel=1e-4)
     blank = concentrations(run, ArraySource(np.full((1, 8, 8, 3), 128, np.uint8)))
     assert result["corruptions"]["blank"]["median_kappa"][5] == pytest.approx(blank[0], rel=1e-4)
+    assert result["corruptions"]["blank"]["scores"]["contrast"]["monotone"] == 1, "every level is grayer"
+
+
+def test_cosines_are_those_with_the_network_that_makes_the_targets(tmp_path: Path) -> None:
+    class FirstAxis(torch.nn.Module):
+        def forward(self, views: torch.Tensor) -> torch.Tensor:
+            return torch.eye(8)[:1].expand(len(views), 8)
+
+    run = tiny_run(tmp_path)
+    run.model.target = FirstAxis()  # type: ignore[assignment]
+    images = run.readable(run.splits.val or run.splits.train)[0]
+    views = augmented_views(images, np.arange(40), run.config.augment, views=4, seed=0, device=torch.device("cpu"))
+    network = Network(run.model, torch.device("cpu"))
+    expected = float(torch.cat([network(each.flatten(0, 1)).loc[:, 0] for each in views]).mean())
+    assert evaluate(run, corruption_images=0)["calibration"]["observed"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_all_choices_hang_on_the_seed_alone(tmp_path: Path) -> None:
@@ -218,11 +235,53 @@ def test_the_runs_own_images_are_no_other_data_set(tmp_path: Path) -> None:
         evaluate(files, ood=[f"folder:{tmp_path}/link"])
     with pytest.raises(InputError, match="holds images of the run's own data"):
         evaluate(run, ood=["fashion-mini"])  # the data that config.json names
-    with pytest.raises(InputError, match="twice"):
-        evaluate(run, ood=["cifar10", "cifar10"])
+    for twice in (["cifar10", "cifar10"], ["near=cifar10", "far=cifar10"]):
+        with pytest.raises(InputError, match="twice"):
+            evaluate(run, ood=twice)
     with pytest.raises(InputError, match="data: 'mars' must be"):
         evaluate(run, ood=["far=mars"])
     assert not (run.path / "uncertainty.json").exists()
+
+
+def test_a_data_set_that_shares_some_images_with_the_run_is_said_to(tmp_path: Path) -> None:
+    own, other = noisy_source(30), noisy_source(30, seed=5)
+    mixed = ArraySource(np.concatenate([own.images[:8], other.images[:12]]), np.arange(20) % 2, ["x", "y"])
+    folder = write_images(tmp_path / "mixed", mixed)
+    result = evaluate(tiny_run(tmp_path / "run", train=own), ood=[f"folder:{folder}"], corruption_images=0)
+    assert "8 of 20 images of mixed are the run's own" in result["settings"]["notes"]
+    most = ArraySource(np.concatenate([own.images[:11], other.images[:9]]), np.arange(20) % 2, ["x", "y"])
+    folder = write_images(tmp_path / "most", most)
+    with pytest.raises(InputError, match="11 of 20 images of most are the run's own"):
+        evaluate(tiny_run(tmp_path / "run", train=own), ood=[f"folder:{folder}"])
+
+
+def test_training_images_of_one_class_leave_misclassification_out_and_say_so(tmp_path: Path) -> None:
+    train = ArraySource(noisy_source(12).images, np.zeros(12, np.int64), ["dark", "gray", "bright"])
+    result = evaluate(tiny_run(tmp_path, train=train), corruption_images=0)
+    assert result["misclassification"] is None
+    assert "one class among 12 training images: misclassification is not measured" in result["settings"]["notes"]
+
+
+def test_retrieval_finds_the_images_whose_neighbour_has_another_class(tmp_path: Path) -> None:
+    """Four queries in pairs far apart, one pair of one class: the outer pair of two classes is the uncertain one."""
+    embedding = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
+    found = _retrieval(embedding, np.array([0, 0, 0, 1]), {"kappa": np.array([0.0, 0.1, 0.9, 0.8])}, seen=True)
+    assert found == {"seen_classes": True, "recall_at_1": 0.5, "scores": {"kappa": 1.0}}
+
+
+def test_damage_is_done_to_few_images_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int, list[int]]] = []
+
+    def recorded(images: Any, kind: str, level: int, *, seed: int, numbers: Any) -> Any:
+        assert len(images) == len(numbers) <= 128
+        seen.append((kind, level, numbers.tolist()))
+        return corrupt(images, kind, level, seed=seed, numbers=numbers)
+
+    monkeypatch.setattr(uncertainty, "corrupt", recorded)
+    evaluate(tiny_run(tmp_path, val=noisy_source(130, seed=1)), corruption_images=130)
+    assert [numbers for kind, level, numbers in seen if (kind, level) == ("noise", 3)] == [
+        list(range(128)), [128, 129],
+    ]  # fmt: skip
 
 
 def test_folders_named_with_an_equals_sign_are_data_sets(tmp_path: Path) -> None:
@@ -289,7 +348,7 @@ def test_the_best_trivial_score_is_the_one_compared_with() -> None:
         "corruptions": {"blur": {"scores": {"kappa": {"spearman": None}, "contrast": {"spearman": 0.2}}}},
     }
     assert comparisons(result) == [
-        Comparison("misclassification", "AUROC", 0.7, "layer2_norm", 0.65),
+        Comparison("misclassification", "AUROC", 0.7, "layer2_norm", 0.65, "knn_distance", 0.9),
         Comparison("x (near)", "AUROC", 0.5, "contrast", 0.5),
         Comparison("corruption: blur", "Spearman", None, "contrast", 0.2),
     ]
@@ -302,6 +361,7 @@ def test_digits_are_the_upscaled_ones_of_scikit_learn() -> None:
     assert isinstance(noise.source, ArraySource)
     assert noise.source.images.std() == pytest.approx(math.sqrt((256**2 - 1) / 12), rel=0.01)
     small = np.asarray(digits.source.image(0).resize((8, 8), Image.Resampling.BOX), dtype=float)[..., 0]
+    assert np.abs(small - load_digits().images[0] * 255 / 16).mean() < 20
     assert np.corrcoef(small.ravel(), load_digits().images[0].ravel())[0, 1] > 0.95
     assert digits.source.labels is not None
     assert len(np.unique(digits.source.labels)) == 10

@@ -42,7 +42,7 @@ def select(
             copies within the training part, too. Arrays and packed images are not compared.
 
     Raises:
-        InputError: there are fewer images than asked for, or none would be held out.
+        InputError: there are fewer images than asked for, or none would be held out or be left to train on.
     """
     train, val = splits.train, splits.val
     if distinct:
@@ -53,6 +53,8 @@ def select(
         count = round(held_out * len(train))
         if count == 0:
             raise InputError(f"held_out: {held_out} is not accepted; of {len(train)} images that is none")
+        if count == len(train):
+            raise InputError(f"held_out: {held_out} is not accepted; of {len(train)} images it leaves none to train on")
         chosen = _draw(rest, count, keys, train.labels)
         rest[chosen] = False
         val = subset(train, chosen, f"{train.name}-held-out")

@@ -26,8 +26,10 @@ from vi_simsiam.models import SimSiam, build_model
 CONFIG, CHECKPOINT, METRICS = "config.json", "checkpoint.pt", "metrics.jsonl"
 # The last layer of SimSiam's predictors, which is a part of the layer in its place where the concentration is apart.
 _APART = re.compile(r"^((?:local_)?predictor\.3)\.(weight|bias)$")
+# What an interrupted write leaves, see `write_atomically`.
+_REMAINS = (f".{CONFIG}.*", f".{CHECKPOINT}.*")
 _RESULTS = (
-    CHECKPOINT, METRICS, "events.out.tfevents.*", "knn.json", "linear.json", "logistic.json", "uncertainty.json", "curves.png",
+    *_REMAINS, CHECKPOINT, METRICS, "events.out.tfevents.*", "knn.json", "linear.json", "logistic.json", "uncertainty.json", "curves.png",
     "kappa.png", "density.png", "reliability.png", "risk_coverage.png", "corruptions.png", "scores.png", "report.html",
 )  # fmt: skip
 
@@ -73,17 +75,27 @@ def load_run(
         InputError: no run there, a damaged file, or a data set that is gone.
     """
     path = Path(path).expanduser()
-    config = read_config(path)
+    place = resolve_device(device)
+    config, model = load_model(path, place)
     if cache_dir is not None:
         config = dataclasses.replace(config, cache_dir=cache_dir)
-    place = resolve_device(device)
-    checkpoint = Checkpoint.load(path / CHECKPOINT, place)
-    # The checkpoint has the weights: torchvision's need not be downloaded once more.
-    untrained = dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False))
-    model = build_model(untrained).to(place).eval()
-    checkpoint.restore(model)
     splits = open_splits(config, data=data, data_root=data_root)
     return Run(path, config, model, splits, place, resolve_workers(workers, place))
+
+
+def load_model(path: Path, device: torch.device) -> tuple[TrainConfig, SimSiam]:
+    """The configuration of a run folder, and the last checkpoint's weights in eval mode on `device`.
+
+    Raises:
+        InputError: no run there, or a damaged file.
+    """
+    config = read_config(path)
+    checkpoint = Checkpoint.load(path / CHECKPOINT, device)
+    # The checkpoint has the weights: torchvision's need not be downloaded once more.
+    untrained = dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False))
+    model = build_model(untrained).to(device).eval()
+    checkpoint.restore(model)
+    return config, model
 
 
 def open_splits(config: TrainConfig, *, data: str | None = None, data_root: Path | None = None) -> Splits:
@@ -158,8 +170,11 @@ def check_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
         raise InputError(f"resume: {path} holds no {CHECKPOINT} to go on from")
     if holds_run and not (resume or overwrite):
         raise InputError(f"out: {path} already holds a run; say --resume to go on with it or --overwrite to replace it")
-    if path.is_dir() and not holds_run and any(path.iterdir()):
-        raise InputError(f"out: {path} holds other files; give an empty or new folder")
+    if path.is_dir() and not holds_run:
+        # A run that was killed while its configuration was written holds that, and is to be started again.
+        others = [file for file in path.iterdir() if not any(file.match(pattern) for pattern in _REMAINS)]
+        if others:
+            raise InputError(f"out: {path} holds other files; give an empty or new folder")
 
 
 def start_folder(path: Path, config: TrainConfig) -> None:
@@ -208,7 +223,12 @@ def resolve_workers(workers: int | None, device: torch.device) -> int:
 
     Without a GPU a quarter of the cores, at least 1: the cores compute the network, and a thread that waits at one of its
     barriers for another that a loader has displaced spins.
+
+    Raises:
+        InputError: a negative number.
     """
     if workers is not None:
+        if workers < 0:
+            raise InputError(f"workers: {workers} must be at least 0")
         return workers
     return min(cores(), 16) if device.type == "cuda" else max(1, cores() // 4)

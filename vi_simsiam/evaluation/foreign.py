@@ -53,13 +53,12 @@ def open_sets(specs: Sequence[str], own: Splits, data: str, root: Path, *, downl
     Raises:
         InputError: a data set that cannot be opened, is given twice, or is the run's own, by name or by its files.
     """
-    if len(set(specs)) != len(specs):
-        raise InputError(f"ood: {', '.join(specs)} names a data set twice")
+    given = [_kind_and_name(spec) for spec in specs]
+    if len({named for _, named in given}) != len(given):
+        raise InputError(f"ood: {', '.join(specs)} names a data set twice; give each one once")
     taken = {"noise", "digits", "validation"}
     sets = []
-    for spec in specs:
-        kind, equals, rest = spec.partition("=")
-        kind, named = (kind, rest) if equals and kind in _KINDS else ("given", spec)
+    for kind, named in given:
         splits = own if named in (own.name, data) else open_dataset(named, root=root, download=download)
         if splits is own or _files(splits) & _files(own):
             raise InputError(f"ood: {named} holds images of the run's own data, {own.name}; give another data set")
@@ -90,10 +89,10 @@ def builtin_sets(size: int, images: int, seed: int) -> list[Foreign]:
     ]
 
 
-def refuse_own_images(foreign: Foreign, images: PackedImages, own: Sequence[PackedImages]) -> None:
+def refuse_own_images(foreign: Foreign, images: PackedImages, own: Sequence[PackedImages]) -> int:
     """Refuse a set that holds the run's own images under another name.
 
-    Images are compared by their size and a thousand of their bytes.
+    Images are compared by their size and a thousand of their bytes. Returns how many are among `own`, at most half.
 
     Raises:
         InputError: more than half of the images are among `own`.
@@ -105,6 +104,12 @@ def refuse_own_images(foreign: Foreign, images: PackedImages, own: Sequence[Pack
             f"ood: {found} of {len(images)} images of {foreign.name} are the run's own, pixel by pixel; "
             "give another data set"
         )
+    return found
+
+
+def _kind_and_name(spec: str) -> tuple[str, str]:
+    kind, equals, named = spec.partition("=")
+    return (kind, named) if equals and kind in _KINDS else ("given", spec)
 
 
 def _digests(images: PackedImages) -> list[tuple[int, int, bytes]]:

@@ -11,7 +11,7 @@ Nothing is fitted to the images that are evaluated, and no score's sign is chose
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from platform import python_version
@@ -59,7 +59,7 @@ _Scores = dict[str, NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One figure of the concentration and the best of the trivial scores, a higher one being better."""
+    """One figure of the concentration and of the best scores of two kinds, a higher one being better."""
 
     part: str
     measure: str
@@ -68,10 +68,14 @@ class Comparison:
     """The score that does best of `TRIVIAL`."""
     value: float | None
     """Its figure."""
+    other: str | None = None
+    """The score that does best of those that need labels, training images or more passes."""
+    other_value: float | None = None
+    """Its figure."""
 
     @property
     def ahead(self) -> bool | None:
-        """Whether the concentration does better; None if one of them has no figure."""
+        """Whether the concentration does better than the baseline; None if one of them has no figure."""
         return None if self.kappa is None or self.value is None else self.kappa > self.value
 
 
@@ -127,13 +131,16 @@ def evaluate_uncertainty(
     found = open_sets(ood, run.splits, config.data, config.data_root, download=not config.offline)
     data = _choose(run, images, train_images, seed)
     foreign = [(each, run.readable(each.source)[0]) for each in found]
+    notes = [*data.notes]
     for each, packed in foreign:
-        refuse_own_images(each, packed, [data.train, data.evaluated])
+        if own := refuse_own_images(each, packed, [data.train, data.evaluated]):
+            notes.append(f"{own} of {len(packed)} images of {each.name} are the run's own")
 
     measured = _Measured(run, data, seed, say)
     for each in builtin_sets(config.augment.size, len(data.chosen), seed):
         foreign.append((each, run.readable(each.source)[0]))
-    notes = [*data.notes]
+    if data.labels is not None and measured.probe is None:
+        notes.append(f"one class among {len(data.reference)} training images: misclassification is not measured")
     retrieval: dict[str, Any] = {}
     if data.labels is not None and len(data.labels) > 1:
         retrieval["validation"] = _retrieval(measured.embedding, data.labels, measured.scores, seen=True)
@@ -187,10 +194,11 @@ def evaluate_uncertainty(
 
 
 def comparisons(result: dict[str, Any]) -> list[Comparison]:
-    """What an uncertainty.json says of the concentration, and of the trivial score that does best in the same place.
+    """What an uncertainty.json says of the concentration, and of the scores that do best in the same place.
 
-    The best of ten scores on the very images that they are compared on has the advantage of the choice. Where none is
-    defined, "baseline" and "value" are None, as is "kappa" for a run without concentrations.
+    Trivial scores and those that need more than the concentration does stand apart. The best of several scores on the
+    very images that they are compared on has the advantage of the choice. Where none is defined, its name and value are
+    None, as is "kappa" for a run without concentrations.
     """
     rows = []
     if result["misclassification"] is not None:
@@ -208,9 +216,12 @@ def comparisons(result: dict[str, Any]) -> list[Comparison]:
 
 
 def _comparison(part: str, measure: str, figures: dict[str, float | None]) -> Comparison:
-    defined = {name: value for name in TRIVIAL if (value := figures.get(name)) is not None}
-    best = max(defined, key=lambda name: defined[name], default=None)
-    return Comparison(part, measure, figures.get("kappa"), best, None if best is None else defined[best])
+    def best(names: Iterable[str]) -> tuple[str, float] | tuple[None, None]:
+        defined = [(name, value) for name in names if (value := figures.get(name)) is not None]
+        return max(defined, key=lambda pair: pair[1]) if defined else (None, None)
+
+    others = [name for name in figures if name != "kappa" and name not in TRIVIAL]
+    return Comparison(part, measure, figures.get("kappa"), *best(TRIVIAL), *best(others))
 
 
 class _Measured:
@@ -252,9 +263,9 @@ class _Measured:
             scores["view_agreement"] = self._views(images, chosen, pairs)
         return observed.embedding, {name: scores[name] for name in DESCRIPTIONS if name in scores}
 
-    def score_pixels(self, pixels: NDArray[np.uint8]) -> _Scores:
-        """Scores of images (N, side, side, 3) uint8 as they are."""
-        observed = self.network.observe([pixels[start : start + 128] for start in range(0, len(pixels), 128)])
+    def score_pixels(self, batches: Iterable[NDArray[np.uint8]]) -> _Scores:
+        """Scores of images as they are, (B, side, side, 3) uint8 a batch."""
+        observed = self.network.observe(batches)
         scores = {**observed.scores, **self.reference.scores(observed.embedding)}
         return {name: scores[name] for name in DESCRIPTIONS if name in scores}
 
@@ -308,12 +319,16 @@ def _corruptions(
     numbers = data.chosen[_draw(len(data.chosen), count, seed)]
     source = subset(data.evaluated, numbers)
     pixels = np.concatenate(list(eval_pixels(source, run.config.augment.size, run.workers)))
-    intact = measured.score_pixels(pixels)
+    # Damage takes several float arrays of what is damaged: of a batch, that is little however many images there are.
+    batches = [slice(start, start + 128) for start in range(0, count, 128)]
+    intact = measured.score_pixels(pixels[batch] for batch in batches)
     result = {}
     for kind in MAGNITUDES:
         say(f"corruption: {kind}")
         levels = [intact]
-        levels += [measured.score_pixels(corrupt(pixels, kind, n, seed=seed, numbers=numbers)) for n in LEVELS[1:]]
+        for level in LEVELS[1:]:
+            damaged = (corrupt(pixels[each], kind, level, seed=seed, numbers=numbers[each]) for each in batches)
+            levels.append(measured.score_pixels(damaged))
         median = None
         if "kappa" in intact:
             median = [float(np.median(-level["kappa"])) / (run.model.dim - 1) for level in levels]

@@ -77,7 +77,15 @@ def measure_run(spec: dict[str, Any], config: TrainConfig, trained: dict[str, An
     }
     if trained is None:
         return content
-    run = limited(load_run(folder, device=config.device, workers=config.workers), spec["val_images"])
+    # The run may have been trained from another place than the images lie in now.
+    opened = load_run(
+        folder,
+        device=config.device,
+        workers=config.workers,
+        data_root=config.data_root,
+        cache_dir=config.cache_dir,
+    )
+    run = limited(opened, spec["val_images"])
     accuracy, correct, val_images = accuracies(run, spec["measures"])
     content |= {"accuracy": accuracy, "correct": correct, "val_images": val_images}
     if spec["uncertainty"] and config.method == "vi-simsiam":
@@ -254,6 +262,9 @@ class Progress:
         self.path = trainer.folder / PROGRESS
         lines = self.path.read_text().splitlines() if trainer.resume and self.path.is_file() else []
         self.lines = [line for line in map(json.loads, lines) if line["step"] <= trainer.step]
+        ended = trainer.step > 0 and trainer.step % trainer.loader.steps_per_epoch == 0
+        if ended and all(line["step"] != trainer.step for line in self.lines):
+            self()  # the run was ended between the epoch's checkpoint and its accuracy
 
     def _chosen(self, source: ImageSource, most: int) -> PackedImages:
         config = self.trainer.config

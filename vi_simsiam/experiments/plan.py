@@ -61,6 +61,8 @@ class PlanOptions:
                 raise InputError(f"{name}: {value} is not accepted; it must be at least 1")
         if self.data is not None and (not self.data or len(set(self.data)) < len(self.data)):
             raise InputError(f"data: {' '.join(self.data) or 'nothing'} is not accepted; each data set is said once")
+        if self.arms is not None and not self.arms:
+            raise InputError("arms: nothing is not accepted; name at least one")
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain JSON types; data sets by their labels, so that a moved folder is the same data."""
@@ -281,7 +283,7 @@ def scaled(config: TrainConfig, options: PlanOptions) -> TrainConfig:
         config,
         epochs=epochs,
         warmup_epochs=config.warmup_epochs * epochs / config.epochs,
-        batch_size=options.batch_size or config.batch_size,
+        batch_size=config.batch_size if options.batch_size is None else options.batch_size,
         images=options.images,
         distinct=True,
         augment=augment,
@@ -329,7 +331,9 @@ def _controls(options: PlanOptions) -> Plan:
     options = with_data(options, "imagenette")
     ours = scaled(preset(options.preset), options)
     simsiam = dataclasses.replace(ours, method="simsiam")
-    ema = options.ema or (0.99 if simsiam.epochs < _SHORT_EPOCHS else 0.996)
+    ema = options.ema
+    if ema is None:
+        ema = 0.99 if simsiam.epochs < _SHORT_EPOCHS else 0.996
 
     def changed(**fields: Any) -> TrainConfig:
         return dataclasses.replace(ours, loss=LossConfig(**fields))

@@ -143,8 +143,8 @@ def _data_set(experiment: Experiment, data: str) -> dict[str, Any]:
 
 def _times(arms: dict[str, list[dict[str, Any]]], experiment: Experiment, data: str) -> dict[str, Any] | None:
     """Training seconds to the kNN accuracies that all runs reached in the end, and to the published one."""
-    with_progress = {arm: [run for run in runs if run.get("progress")] for arm, runs in arms.items()}
-    last = [run["progress"]["knn200"][-1] for runs in with_progress.values() for run in runs]
+    with_progress = {arm: [run for run in runs if _progress(run)] for arm, runs in arms.items()}
+    last = [_progress(run)[-1][1] for runs in with_progress.values() for run in runs]
     if not last:
         return None
     levels = {name: share * min(last) for name, share in _SHARES.items()}
@@ -258,9 +258,7 @@ def times_to(runs: list[dict[str, Any]], level: float) -> list[float | None]:
     """Training seconds until the kNN accuracy (k = 200) during training first was at least `level`; None where it never was."""
     found: list[float | None] = []
     for run in runs:
-        progress = run.get("progress") or {"seconds": [], "knn200": []}
-        reached = [each for each, share in zip(progress["seconds"], progress["knn200"], strict=True) if share >= level]
-        found.append(min(reached, default=None))
+        found.append(min((seconds for seconds, share in _progress(run) if share >= level), default=None))
     return found
 
 
@@ -286,6 +284,12 @@ def settings(arms: dict[str, list[dict[str, Any]]]) -> tuple[dict[str, dict[str,
 
 _SHARES = {"8/10 of all runs' last": 0.8, "9/10 of it": 0.9, "all runs' last": 1.0}
 _ENDINGS = ("ratio", "z_std", "effective_rank", "grad_median", "grad_max")
+
+
+def _progress(run: dict[str, Any]) -> list[tuple[float, float]]:
+    """Training seconds and kNN accuracy (k = 200) of every look that was taken during training."""
+    curve = run.get("curve") or {}
+    return list(zip(curve.get("knn200_seconds", ()), curve.get("knn200", ()), strict=True))
 
 
 def _ending(curve: dict[str, NDArray[np.float64]]) -> dict[str, float]:

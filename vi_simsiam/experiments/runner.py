@@ -70,10 +70,10 @@ class Place:
         """
         import torch
 
-        if self.parallel is not None and self.parallel < 1:
-            raise InputError(f"parallel: {self.parallel} is not accepted; it must be at least 1")
-        if self.threads is not None and self.threads < 1:
-            raise InputError(f"threads: {self.threads} is not accepted; it must be at least 1")
+        for name, least in (("parallel", 1), ("threads", 1), ("workers", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{name}: {value} is not accepted; it must be at least {least}")
         found = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
         devices = list(self.devices) or found or ["cpu"]
         for device in devices:
@@ -155,6 +155,7 @@ def run_experiment(
     _decode([task.arm for task in (*trials, *tasks) if not task.result.is_file()], place, console)
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
+        _check(plan, out)  # another command may have begun here while the images were decoded
         _write_plan(plan, out)
         if plan.trials is not None:
             if trials:
@@ -359,7 +360,8 @@ def _check(plan: Plan, out: Path) -> None:
         raise InputError(f"out: {out} is a file, not a folder")
     file, described = out / PLAN, json.loads(json.dumps(plan.described()))
     if not file.is_file():
-        if out.is_dir() and any(out.iterdir()):
+        # The lock, and what a killed command leaves of an unwritten plan, are no other files.
+        if out.is_dir() and any(not file.name.startswith((".lock", f".{PLAN}.")) for file in out.iterdir()):
             raise InputError(f"out: {out} holds other files; give an empty or new folder")
         return
     try:

@@ -88,11 +88,16 @@ def result_sentence(summary: dict[str, Any]) -> str:
     counts = " and ".join(dict.fromkeys(_plural(n, "seed") for n in found["seeds"]))
     if found["low"] is None:
         return f"Primary comparison, named before any run: {planned}. {figures}, {counts}; no interval.{left_out}"
-    verdict = {
-        "shown": f"a difference in favour of {arm} is shown",
-        "the other way": f"a difference the other way, in favour of {against}, is shown",
-        "not shown": "no difference shown",
-    }[found["verdict"]]
+    if found["over_seeds"]:
+        verdict = {
+            "shown": f"a difference in favour of {arm} is shown",
+            "the other way": f"a difference the other way, in favour of {against}, is shown",
+            "not shown": "no difference shown",
+        }[found["verdict"]]
+    else:  # what differs are these runs: another seed might turn it round
+        better = {"shown": arm, "the other way": against}.get(found["verdict"])
+        verdict = f"these runs differ in favour of {better}, which does not show that the methods do"
+        verdict = "no difference shown" if better is None else verdict
     scope = "" if found["over_seeds"] else " The interval is over images only: the spread between seeds is not in it."
     return (
         f"Primary comparison, named before any run: {planned}. {figures}, 95 % interval {_points(found['low'])} to "
@@ -168,7 +173,7 @@ def _uncertainty(summary: dict[str, Any]) -> str:
     if parts:
         parts.append(
             "Lower is better for the calibration error and AURC, higher for the others; an AUROC of 0.5 is chance. The best "
-            "trivial score is chosen afterwards for each figure among those that need no concentration, which favours it."
+            "trivial score is chosen afterwards for each figure among lengths of features and statistics of the pixels, which favours it."
         )
     return "\n\n".join(parts)
 

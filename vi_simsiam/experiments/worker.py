@@ -72,9 +72,9 @@ def work(spec: dict[str, Any]) -> str:
         if "not finite" not in str(error):
             raise
         # That it cannot be trained so is a result, too: the same seed would end the same way.
-        content = {**measure_run(spec, config, None), "diverged": str(error)}
-        write_json(result, content)
-        return f"diverged: {error}"
+        reason = str(error).partition(";")[0]  # what follows names the checkpoint by a path of this machine
+        write_json(result, {**measure_run(spec, config, None), "diverged": reason})
+        return f"diverged: {reason}"
     content = measure_run(spec, config, trained)
     write_json(result, content)
     return "  ".join(f"{name} {100 * share:.1f} %" for name, share in content["accuracy"].items())

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vi_simsiam.engine.run import METRICS, Run
 from vi_simsiam.errors import InputError
+from vi_simsiam.evaluation.uncertainty import comparisons
 from vi_simsiam.export.formats import portable, preprocessing
 
 if TYPE_CHECKING:
     from vi_simsiam.export.folder import Check
 
 NOT_MEASURED = "not measured"
+NOT_DEFINED = "not defined"
 
 # Data sets that lie on the Hugging Face Hub under a name of their own.
 _HUB_DATA = {
@@ -34,6 +35,14 @@ _MEASURES = {
 # Kinds of concentration that are the same for every image, or another image's.
 _CONTROLS = ("constant", "global", "shuffled")
 _ENCODERS = ("trained", "untrained", "pixels")
+# Parts of uncertainty.json, and the measure that is missing without one.
+_PARTS = {
+    "calibration": "calibration error of E[mu.z] (0 is best)",
+    "misclassification": "misclassification, AUROC",
+    "retrieval": "retrieval, R-AUROC",
+    "ood": "other data sets, AUROC",
+    "corruptions": "corruptions, Spearman",
+}
 
 _CITATION = """\
 @inproceedings{nakamura2023representation,
@@ -66,7 +75,7 @@ def model_card(run: Run, format: str, *, check: Check, versions: dict[str, str])
     given as not measured.
 
     Raises:
-        InputError: a result file cannot be read.
+        InputError: a result file cannot be read, or lacks what the card shows.
     """
     import jinja2
     from huggingface_hub import ModelCardData
@@ -100,7 +109,7 @@ def model_card(run: Run, format: str, *, check: Check, versions: dict[str, str])
         checked=_checked(check),
         measures=[heading for columns in _MEASURES.values() for _, heading in columns],
         rows=[(encoder, _shares(results, encoder)) for encoder in _ENCODERS],
-        uncertainty=_uncertainty(results["uncertainty"] or {}),
+        uncertainty=_uncertainty(results["uncertainty"]),
         uncertainty_measured=results["uncertainty"] is not None,
         control=config.loss.concentration if config.loss.concentration in _CONTROLS else None,
         progress=_progress(run),
@@ -267,46 +276,30 @@ def _front_results(data: str, results: dict[str, dict[str, Any] | None]) -> list
     return found
 
 
-def _uncertainty(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Rows of what kappa was measured to do: the measure, kappa's number, and the best other score with its name."""
-    rows = []
-    error = (result.get("calibration") or {}).get("error")
-    rows.append(("calibration error of E[mu.z] (0 is best)", NOT_MEASURED if error is None else f"{error:.4f}", "-"))
-    wrong = {
-        name: measures.get("auroc")
-        for name, measures in ((result.get("misclassification") or {}).get("scores") or {}).items()
-    }
-    rows.append(("AUROC for wrong predictions of a probe (0.5 is chance)", *_beside(wrong)))
-    retrieval = result.get("retrieval") or {}
-    for name in retrieval:
-        rows.append((f"AUROC for wrong nearest neighbours, {name}", *_beside(retrieval[name].get("scores") or {})))
-    others = result.get("ood") or {}
-    for name in others:
-        shares = {score: measures.get("auroc") for score, measures in (others[name].get("scores") or {}).items()}
-        rows.append((f"AUROC for images of {name}, {others[name].get('kind', 'given')}", *_beside(shares)))
-    if not others:
-        rows.append(("AUROC for images of other data sets", NOT_MEASURED, "-"))
-    corruptions = result.get("corruptions") or {}
-    totals: dict[str, list[float]] = {}
-    for kind in corruptions.values():
-        for score, measures in (kind.get("scores") or {}).items():
-            if measures.get("spearman") is not None:
-                totals.setdefault(score, []).append(measures["spearman"])
-    means = {score: sum(values) / len(values) for score, values in totals.items()}
-    rows.append(("rank correlation with the strength of corruptions, mean of kinds", *_beside(means)))
-    return rows
+def _uncertainty(result: dict[str, Any] | None) -> list[tuple[str, str, str, str]]:
+    """Rows of what kappa was measured to do: the measure, kappa's number, and the best trivial and other score by name.
+
+    Raises:
+        InputError: the result lacks a part.
+    """
+    rows, missing = [], dict(_PARTS)
+    if result is not None:
+        try:
+            if result["calibration"]:
+                rows.append((missing.pop("calibration"), f"{result['calibration']['error']:.4f}", "-", "-"))
+            for row in comparisons(result):
+                beside = (_named(row.baseline, row.value), _named(row.other, row.other_value))
+                rows.append(
+                    (f"{row.part}, {row.measure}", NOT_DEFINED if row.kappa is None else f"{row.kappa:.3f}", *beside)
+                )
+            missing = {part: text for part, text in missing.items() if not result[part]}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"run: uncertainty.json lacks what the card shows ({error!r}); evaluate again") from error
+    return [*rows, *((text, NOT_MEASURED, "-", "-") for text in missing.values())]
 
 
-def _beside(scores: Mapping[str, float | None]) -> tuple[str, str]:
-    """kappa's number, and the highest of the other scores with its name."""
-    kappa = scores.get("kappa")
-    others = {name: value for name, value in scores.items() if name != "kappa" and value is not None}
-    if kappa is None:
-        return NOT_MEASURED, "-"
-    if not others:
-        return f"{kappa:.3f}", "-"
-    best = max(others, key=others.__getitem__)
-    return f"{kappa:.3f}", f"{others[best]:.3f} ({best})"
+def _named(name: str | None, value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f} ({name})"
 
 
 def _progress(run: Run) -> str:

@@ -22,12 +22,11 @@ from vi_simsiam.config import TrainConfig
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.sources import FileSource, ImageSource, Unreadable, UnreadableError
 from vi_simsiam.data.views import GLOBAL_VIEWS, draw_table, eval_view, place
-from vi_simsiam.engine.checkpoint import Checkpoint
-from vi_simsiam.engine.run import CHECKPOINT, Run, read_config, resolve_device, resolve_workers
+from vi_simsiam.engine.run import Run, load_model, resolve_device, resolve_workers
 from vi_simsiam.errors import InputError
 from vi_simsiam.inference.images import Images, open_images, read
 from vi_simsiam.inference.product import product_of_experts
-from vi_simsiam.models import SimSiam, VISimSiam, build_model
+from vi_simsiam.models import SimSiam, VISimSiam
 from vi_simsiam.ops.augment import augment
 
 _MOST_WHOLE = 64
@@ -291,13 +290,8 @@ def load(run_folder: str | Path, device: str = "auto", *, workers: int | None = 
         InputError: no run there, a damaged file, or no such device.
     """
     path = Path(run_folder).expanduser()
-    config = read_config(path)
     place_ = resolve_device(device)
-    checkpoint = Checkpoint.load(path / CHECKPOINT, place_)
-    # The checkpoint has the weights: torchvision's need not be downloaded once more.
-    untrained = dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False))
-    model = build_model(untrained).to(place_).eval()
-    checkpoint.restore(model)
+    config, model = load_model(path, place_)
     splits = Splits(config.data, FileSource((), name=config.data), None)
     return Encoder(Run(path, config, model, splits, place_, resolve_workers(workers, place_)))
 

@@ -63,7 +63,7 @@ def open_images(images: Images) -> ImageSource:
     Args:
         images: an ImageSource, a map-style Dataset, a folder (every image in it and in the folders in it, sorted by
             name) or a single file, a PIL image, a sequence of PIL images and paths, a uint8 tensor (N, 3, H, W), or a
-            uint8 array (N, H, W) or (N, H, W, 3).
+            uint8 array (N, H, W) or (N, H, W, 3); (N, H, 3) could be one image and is refused.
 
     Raises:
         InputError: none of these, no such file, or a folder without images.
@@ -77,6 +77,11 @@ def open_images(images: Images) -> ImageSource:
     if isinstance(images, np.ndarray):
         if images.dtype != np.uint8:
             raise InputError(f"images: an array of {images.dtype} given; accepted are uint8 arrays (N, H, W, 3)")
+        if images.ndim == 3 and images.shape[2] == 3:
+            raise InputError(
+                f"images: an array of shape {images.shape} given, one RGB image or {len(images):,} gray ones 3 pixels "
+                "wide; accepted are uint8 arrays (N, H, W, 3): image[None] is that of one image"
+            )
         return ArraySource(images, name="images")
     if isinstance(images, Tensor):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
@@ -87,6 +92,11 @@ def open_images(images: Images) -> ImageSource:
         return DatasetSource(images, name="images")  # type: ignore[arg-type]
     if isinstance(images, (list, tuple)):
         return _Several(images)
+    if not hasattr(images, "__len__") or not hasattr(images, "__getitem__"):
+        raise InputError(
+            f"images: {type(images).__name__} given; accepted are an ImageSource, a map-style Dataset, a folder, a file, "
+            "PIL images and paths (one or a list), and uint8 arrays and tensors"
+        )
     return as_source(images)  # type: ignore[arg-type]
 
 
