@@ -17,6 +17,7 @@ import vi_simsiam
 from vi_simsiam.data.sources import FileSource, Unreadable, find_images
 from vi_simsiam.data.views import GLOBAL_VIEWS, draw_table, eval_view
 from vi_simsiam.errors import InputError
+from vi_simsiam.inference import encoder as encoder_module
 from vi_simsiam.inference.encoder import Encoder, Encoding
 from vi_simsiam.inference.product import product_of_experts
 from vi_simsiam.models import VISimSiam
@@ -240,4 +241,4 @@ def test_a_run_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="device: 'tpu'"):
         vi_simsiam.load(save_run(tmp_path / "run"), "tpu")
     with pytest.raises(InputError, match="workers: -1 must be at least 0"):
-        vi_simsiam.load(tmp_path / "run", "cpu", workers=-1)
+        encoder_module.load(tmp_path / "run", "cpu", workers=-1)
