@@ -255,3 +255,16 @@ def test_a_stopped_run_can_be_resumed(image_folder: Path, tmp_path: Path, number
     assert "go on with: vi-simsiam train --out" in err
     assert "Traceback" not in out + err
     assert (run / "checkpoint.pt").exists()
+
+
+def test_help_needs_no_torch_and_a_closed_pipe_is_no_error() -> None:
+    """Importing PyTorch takes seconds, in which Ctrl-C would end in a traceback."""
+    code = (
+        "import sys, vi_simsiam.cli; sys.exit(vi_simsiam.cli.main(['train', '--help']) or int('torch' in sys.modules))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0

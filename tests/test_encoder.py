@@ -193,8 +193,9 @@ def test_nothing_gives_nothing(encoder: Encoder, tmp_path: Path) -> None:
         ((path for path in ["a.png"]), {}, "images: generator given"),
         ([3], {}, "item 0 is a int"),
         (torch.zeros(2, 3, 8, 8, device="cpu"), {"views": 2}, "views: random views are drawn of images"),
-        ([], {"batch_size": 0}, "batch_size: 0 must be at least 1"),
-        ([], {"views": 0}, "views: 0 must be at least 1"),
+        ([], {"batch_size": 0}, "batch_size: 0 must be an integer of at least 1"),
+        ([], {"views": 2.5}, "views: 2.5 must be an integer of at least 1"),
+        ([], {"views": 0}, "views: 0 must be an integer of at least 1"),
         (torch.full((2, 3, 8, 8), torch.nan, device="cpu"), {}, "outputs for image 0 are not finite"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -15,7 +16,7 @@ _COMMANDS = {
     "knn": ("evaluate", "k-nearest-neighbour accuracy of a run's frozen features"),
     "linear": ("evaluate", "linear-probe accuracy of a run's frozen features"),
     "logistic": ("evaluate", "logistic-regression accuracy of a run's frozen features"),
-    "figures": ("evaluate", "curves.png, kappa.png and density.png of a run"),
+    "figures": ("evaluate", "curves, kappa gallery, density and uncertainty of a run as pictures"),
     "uncertainty": ("uncertainty", "what a run's kappa is worth: calibration, errors, foreign and damaged images"),
     "report": ("report", "all there is to know of a run in one HTML file"),
     "embed": ("use", "embeddings, kappa and neighbours of your images as a Parquet file"),
@@ -43,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if str(error):
             print(f"vi-simsiam: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head` has seen enough; nothing more can be said, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         print(f"vi-simsiam: {error}", file=sys.stderr)
         return 2

@@ -75,7 +75,11 @@ def embed(arguments: list[str]) -> int:
     from vi_simsiam.inference.embed import describe, write_parquet
 
     encoder, source = _open(options)
-    reference = None if options.reference is None else _source(options.reference, options, train=True)
+    reference = (
+        None
+        if options.reference is None or options.neighbours == 0
+        else _source(options.reference, options, train=True)
+    )
     console = Console(stderr=True)
     table = _collect(encoder, source, options, console)
     among = None if reference is None else _collect(encoder, reference, options, console)

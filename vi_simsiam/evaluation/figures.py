@@ -189,7 +189,9 @@ def _curve(
 ) -> None:
     axes.set_title(title)
     axes.plot(epoch, values, color=BLUE, lw=0.8, alpha=0.3)
-    axes.plot(epoch, moving_average(values), color=BLUE, label=label, marker="o" if len(epoch) < 3 else None, ms=3)
+    alone = len(epoch) < 3  # points that no line would show; they may stand on the edge
+    marker = "o" if alone else None
+    axes.plot(epoch, moving_average(values), color=BLUE, label=label, marker=marker, ms=3, clip_on=not alone)
 
 
 def _learning_rate(axes: Axes, epoch: NDArray[np.float64], rate: NDArray[np.float64]) -> None:

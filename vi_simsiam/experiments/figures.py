@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from vi_simsiam.engine.monitor import COLLAPSE_THRESHOLD
 from vi_simsiam.evaluation.style import BLUE, GRAY, ORANGE, STYLE, figure, save
@@ -19,7 +20,8 @@ from vi_simsiam.experiments.statistics import estimate
 from vi_simsiam.experiments.tables import MEASURE_NAMES, arm_label
 
 STABILITY, ACCURACY = "stability.png", "accuracy.png"
-_COLOURS = (BLUE, ORANGE, "#4c9a6a", "#9161b0", "#c2a01e", "#b8433f", "#3aa0a8", "#7a5c43", "#d46a9f", GRAY)
+_OWN_COLOURS = {"vi-simsiam": BLUE, "simsiam": ORANGE}
+_COLOURS = ("#4c9a6a", "#9161b0", "#c2a01e", "#b8433f", "#3aa0a8", "#7a5c43", "#d46a9f", GRAY)
 _PANELS = {
     "ratio": "κ / κ*",
     "grad_norm": "gradient norm",
@@ -80,7 +82,8 @@ def _stability(experiment: Experiment, path: Path) -> Path | None:
     if not found:
         return None
     names = list(dict.fromkeys(_name(experiment, arm, runs) for arms in found.values() for arm, runs in arms.items()))
-    colour = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
+    others = [name for name in names if name not in _OWN_COLOURS]
+    colour = _OWN_COLOURS | {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(others)}
     size = (max(8.0, 1.2 + 2.2 * len(found)), 6.4)
     drawn = figure(f"Experiment {experiment.plan['experiment']}: trainings, a line for each run", size)
     grid = drawn.subplots(len(_PANELS), len(found), sharex="col", sharey="row", squeeze=False)
@@ -105,6 +108,10 @@ def _lines(axes: Axes, name: str, runs_of: dict[str, list[dict[str, Any]]]) -> N
     """One quantity of the runs of every arm, by the arm's colour."""
     if name in _LOG:
         axes.set_yscale("log")
+        # The default formatter writes mathtext, which figures do not parse.
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     if name == "ratio":
         axes.axhline(1, color=GRAY, lw=0.8, ls=(0, (1, 2)))
     if name == "z_std":
@@ -151,7 +158,7 @@ def _points(axes: Axes, name: str, arms: dict[str, list[dict[str, Any]]]) -> Non
         values = [100 * run["accuracy"][name] for run in runs if run["accuracy"].get(name) is not None]
         if not values:
             continue
-        colour = {"vi-simsiam": BLUE, "simsiam": ORANGE}.get(arm, GRAY)
+        colour = _OWN_COLOURS.get(arm, GRAY)
         found = estimate(values)
         axes.plot(values, [row] * len(values), ls="", marker="o", ms=3, color=colour, alpha=0.5)
         axes.plot(found.mean, row, marker="D", ms=4.5, color=colour)

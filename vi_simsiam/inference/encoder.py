@@ -85,7 +85,8 @@ class Encoder:
 
     Images are seen un-augmented, as in evaluation: the shorter side resized to `size` (bicubic), the centre cropped,
     normalised. The network computes in eval mode and float32, without gradient and never under autocast; the batch
-    size changes nothing beyond rounding.
+    size changes nothing beyond rounding. A GPU's convolutions round their factors to TF32, 10 bits of
+    mantissa, where `torch.backends.cudnn.allow_tf32` lets them, which is PyTorch's default.
 
     Args:
         run: a run, as `engine.run.load_run` opens it; `load` opens one without its data set.
@@ -156,8 +157,8 @@ class Encoder:
             InputError: as for `encode`, but for images that cannot be read.
         """
         for name, number in (("batch_size", batch_size), ("views", 1 if views is None else views)):
-            if number < 1:
-                raise InputError(f"{name}: {number} must be at least 1")
+            if not isinstance(number, int) or number < 1:
+                raise InputError(f"{name}: {number!r} must be an integer of at least 1")
         if isinstance(images, Tensor) and images.is_floating_point():
             if views is not None:
                 raise InputError("views: random views are drawn of images; a float tensor holds views already")
