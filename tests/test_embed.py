@@ -155,7 +155,7 @@ def test_simsiam_is_embedded_without_uncertainty(
         ("RUN IMAGES --out OUT.csv", "OUT.csv must end in .parquet"),
         ("RUN IMAGES --out OUT/x.parquet", "OUT is no folder; make it first"),
         ("RUN IMAGES --out OUT.parquet --neighbours -1", "neighbours: -1"),
-        ("RUN IMAGES --out OUT.parquet --views 0", "views: 0 must be at least 1"),
+        ("RUN IMAGES --out OUT.parquet --views 0", "views: 0 must be an integer of at least 1"),
         ("RUN IMAGES --out OUT.parquet --batch-size 0", "batch_size: 0"),
         (
             "RUN IMAGES/nothing --out OUT.parquet",
