@@ -13,8 +13,9 @@ from typing import Any
 from rich.console import Console
 
 from vi_simsiam.config import AugmentConfig, ModelConfig, TrainConfig
+from vi_simsiam.experiments.place import Place
 from vi_simsiam.experiments.plan import Arm, Plan, PlanOptions, finished
-from vi_simsiam.experiments.runner import Place, run_experiment
+from vi_simsiam.experiments.runner import run_experiment
 
 # Does what it is told by the learning rate: 0.5 fails, 0.25 stays until it is asked to end, all others are done at once.
 STAND_IN = """

@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from vi_simsiam.evaluation.results import pack_bits
+from vi_simsiam.experiments.catalogue import plan
 from vi_simsiam.experiments.measure import without_places
-from vi_simsiam.experiments.plan import Arm, Plan, PlanOptions, plan, settings
+from vi_simsiam.experiments.plan import Arm, Plan, PlanOptions, settings
 
 IMAGES = 400
 

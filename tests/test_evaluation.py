@@ -244,7 +244,7 @@ def test_evaluating_a_run_writes_everything_and_ends_with_the_summary(tmp_path: 
     results = {name: json.loads((run.path / f"{name}.json").read_text()) for name in ("knn", "linear")}
     lines = out.getvalue().splitlines()
     assert lines[-2:] == [summary_line("kNN", results["knn"]), summary_line("linear", results["linear"])]
-    assert lines[:2] == [f"figure {run.path / 'curves.png'}", f"figure {run.path / 'kappa.png'}"]
+    assert lines[:3] == [f"figure {run.path / name}.png" for name in ("curves", "density", "kappa")]
     assert results["knn"]["settings"]["k"] == 20
     # Brightness alone tells the two classes apart.
     assert results["linear"]["top1"]["pixels"] == 1.0

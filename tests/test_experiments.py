@@ -26,8 +26,9 @@ from vi_simsiam.engine.run import load_run
 from vi_simsiam.errors import InputError, TrainingError
 from vi_simsiam.evaluation.results import unpack_bits
 from vi_simsiam.experiments import measure, worker
-from vi_simsiam.experiments.plan import Plan, PlanOptions, plan
-from vi_simsiam.experiments.runner import Place
+from vi_simsiam.experiments.catalogue import plan
+from vi_simsiam.experiments.place import Place
+from vi_simsiam.experiments.plan import Plan, PlanOptions
 
 
 def test_every_run_is_told_its_arm_its_seed_and_its_place(tmp_path: Path) -> None:
@@ -61,7 +62,7 @@ def test_runs_go_round_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert Place().slots() == ["cuda:0", "cuda:1"]
     assert Place(parallel=2).slots() == ["cuda:0", "cuda:1"] * 2
-    monkeypatch.setattr("vi_simsiam.experiments.runner.cores", lambda: 3)
+    monkeypatch.setattr("vi_simsiam.data.decoding.cores", lambda: 3)
     assert Place(devices=("cpu",)).slots() == ["cpu"] * 3
     with pytest.raises(InputError, match="device: 'cuda:2' is not here"):
         Place(devices=("cuda:2",)).slots()

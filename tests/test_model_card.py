@@ -19,8 +19,7 @@ from vi_simsiam.data.views import eval_view
 from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError
 from vi_simsiam.export import export_run
-from vi_simsiam.export.card import model_card
-from vi_simsiam.export.folder import Check
+from vi_simsiam.export.card import Check, model_card
 
 CHECK = Check(8, "fashion-mini/val", {"embedding": 1.25e-7})
 VERSIONS = {"vi-simsiam": "1.2.3", "torch": "9.9"}

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -21,6 +19,7 @@ from vi_simsiam.config import TrainConfig
 from vi_simsiam.data.loader import eval_loader
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource
+from vi_simsiam.data.subsets import subset
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError
@@ -157,7 +156,7 @@ def extract(
     if len(source) == 0:
         raise InputError(f"source: {source.name} holds no images")
     shared = world is not None and 1 < world.size <= len(source)
-    mine = _Subset(source, np.asarray(world.share(len(source)))) if shared and world is not None else source
+    mine = subset(source, np.asarray(world.share(len(source)))) if shared and world is not None else source
     was_training = backbone.training
     backbone.eval()
     try:
@@ -211,7 +210,7 @@ def calibrate_batch_norm(
     shuffled = np.random.default_rng(seed).permutation(len(source))[:CALIBRATION_IMAGES]
     batches = -(-len(shuffled) // batch_size)
     batch_size = len(shuffled) // batches
-    used = _Subset(source, shuffled[: batches * batch_size])
+    used = subset(source, shuffled[: batches * batch_size])
     norms = [module for module in backbone.modules() if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -230,20 +229,3 @@ def pixels(source: ImageSource, size: int, *, workers: int) -> Tensor:
     """The un-augmented views at `size` pixels, at most 32 x 32, flattened: (N, 3 * side * side) float32."""
     side = min(size, PIXELS_SIZE)
     return extract(nn.Flatten(), source, size=side, device=torch.device("cpu"), workers=workers)
-
-
-class _Subset(ImageSource):
-    """Some images of another source, without labels."""
-
-    def __init__(self, source: ImageSource, indices: NDArray[np.int64]) -> None:
-        self.source, self.indices = source, indices
-        self.name, self.labels, self.classes = source.name, None, None
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def image(self, index: int) -> Image.Image:
-        return self.source.image(int(self.indices[index]))
-
-    def describe(self, index: int) -> str:
-        return self.source.describe(int(self.indices[index]))

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vi_simsiam.engine.run import METRICS, Run
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.uncertainty import comparisons
 from vi_simsiam.export.formats import portable, preprocessing
-
-if TYPE_CHECKING:
-    from vi_simsiam.export.folder import Check
 
 NOT_MEASURED = "not measured"
 NOT_DEFINED = "not defined"
@@ -66,6 +64,24 @@ _ABOUT = {
     "safetensors": "`model.safetensors` is the whole model: backbone, projector and predictor. It needs vi-simsiam:",
     "onnx": "`model.onnx` maps float32 images (batch, 3, {size}, {size}) to {outputs}. It needs onnxruntime:",
 }
+
+
+@dataclass(frozen=True)
+class Check:
+    """How far what a written file computes is from what the run computes, in float32 on the CPU."""
+
+    images: int
+    source: str
+    """Where the images are from."""
+    differences: dict[str, float] | None
+    """By output: the largest difference over the largest value. None where nothing here can run the file."""
+
+    def line(self, weights: str) -> str:
+        """One line for the terminal."""
+        if self.differences is None:
+            return f"{weights} was not checked: onnxruntime is not installed (pip install 'vi-simsiam[onnx]')"
+        said = ", ".join(f"{value:.1e} in {name}" for name, value in self.differences.items())
+        return f"{weights} checked on {self.images} images of {self.source}: differs by {said} of the largest value"
 
 
 def model_card(run: Run, format: str, *, check: Check, versions: dict[str, str]) -> str:

@@ -8,7 +8,6 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
@@ -23,6 +22,7 @@ from vi_simsiam.data.views import eval_view
 from vi_simsiam.engine.checkpoint import write_atomically, write_json
 from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError
+from vi_simsiam.export.card import Check, model_card
 from vi_simsiam.export.formats import (
     FORMATS,
     SAFETENSORS_WEIGHTS,
@@ -51,24 +51,6 @@ _WRITERS = {
 }
 
 
-@dataclass(frozen=True)
-class Check:
-    """How far what a written file computes is from what the run computes, in float32 on the CPU."""
-
-    images: int
-    source: str
-    """Where the images are from."""
-    differences: dict[str, float] | None
-    """By output: the largest difference over the largest value. None where nothing here can run the file."""
-
-    def line(self, weights: str) -> str:
-        """One line for the terminal."""
-        if self.differences is None:
-            return f"{weights} was not checked: onnxruntime is not installed (pip install 'vi-simsiam[onnx]')"
-        said = ", ".join(f"{value:.1e} in {name}" for name, value in self.differences.items())
-        return f"{weights} checked on {self.images} images of {self.source}: differs by {said} of the largest value"
-
-
 def export_run(
     run: Run,
     format: str,
@@ -95,8 +77,6 @@ def export_run(
         InputError: an unknown format, one that cannot hold this run or whose packages are missing, a folder that must
             not be written to, weights that are not finite, or no image that can be read.
     """
-    from vi_simsiam.export.card import model_card
-
     say = report or (lambda phrase: None)
     if format not in FORMATS:
         raise InputError(f"format: {format!r} is none of {', '.join(FORMATS)}")
