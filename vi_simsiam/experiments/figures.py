@@ -154,16 +154,21 @@ def _accuracy(experiment: Experiment, path: Path) -> Path | None:
 
 
 def _points(axes: Axes, name: str, arms: dict[str, list[dict[str, Any]]]) -> None:
+    everything: list[float] = []
     for row, (arm, runs) in enumerate(arms.items()):
         values = [100 * run["accuracy"][name] for run in runs if run["accuracy"].get(name) is not None]
         if not values:
             continue
+        everything += values
         colour = _OWN_COLOURS.get(arm, GRAY)
         found = estimate(values)
         axes.plot(values, [row] * len(values), ls="", marker="o", ms=3, color=colour, alpha=0.5)
         axes.plot(found.mean, row, marker="D", ms=4.5, color=colour)
         if (interval := found.interval()) is not None:
             axes.plot(interval, [row, row], color=colour, lw=1.2)
+    if everything:  # the interval of two seeds is often wider than all there is to see, and leaves the panel
+        margin = 0.25 * (max(everything) - min(everything)) + 0.5
+        axes.set_xlim(min(everything) - margin, max(everything) + margin)
 
 
 def _all(experiment: Experiment) -> Iterable[dict[str, Any]]:
