@@ -236,7 +236,7 @@ def test_a_failure_leaves_the_earlier_export(tmp_path: Path, tiny: Run, monkeypa
     for name in ("README.md", "config.json", "model.pth"):
         (out / name).write_text("earlier")
     before = content(out)
-    monkeypatch.setattr("vi_simsiam.export.card.model_card", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("vi_simsiam.export.folder.model_card", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export_run(tiny, "torchvision", out, overwrite=True)
     assert content(out) == before

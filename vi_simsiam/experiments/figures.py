@@ -92,8 +92,10 @@ def _stability(experiment: Experiment, path: Path) -> Path | None:
             _lines(axes, name, {colour[_name(experiment, arm, runs)]: runs for arm, runs in arms.items()})
         column[0].set_title(title, fontsize=7.5)
         column[-1].set_xlabel("epoch")
-    for axes, label in zip(grid[:, 0], _PANELS.values(), strict=True):
+    for axes, (name, label) in zip(grid[:, 0], _PANELS.items(), strict=True):
         axes.set_ylabel(label)
+        if name not in _LOG:  # once all lines are there: a limit ends the fitting of the others in its row
+            axes.set_ylim(bottom=0)
     handles = [Line2D([], [], color=colour[name], label=arm_label(name)) for name in names]
     drawn.legend(handles=handles, loc="outside lower left", ncols=min(len(names), 5))
     return save(drawn, path)
@@ -124,8 +126,6 @@ def _lines(axes: Axes, name: str, runs_of: dict[str, list[dict[str, Any]]]) -> N
                 axes.plot(curve["epoch"], curve[name], color=colour, lw=1, alpha=0.8)
                 if run.get("diverged"):
                     axes.plot(curve["epoch"][-1], curve[name][-1], color=colour, marker="x", ms=5, clip_on=False)
-    if name not in _LOG:
-        axes.set_ylim(bottom=0)
 
 
 def _accuracy(experiment: Experiment, path: Path) -> Path | None:
