@@ -6,15 +6,33 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
+from inference_cases import save_images, save_run
 
 from vi_simsiam.benchmarks.report import fill
 
 ROOT = Path(__file__).parents[1]
 
 
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_images_are_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_run(tmp_path / "runs" / "mine")
+    save_images(tmp_path / "photos", 3)
+    names: dict[str, object] = {}
+    exec(python_blocks()[1], names)
+    encoding = names["encoding"]
+    assert encoding.embedding.shape == (3, 512)  # type: ignore[attr-defined]
+    expected = (encoding.dim - 1) / (encoding.concentration + encoding.dim - 1)  # type: ignore[attr-defined]
+    assert torch.equal(encoding.uncertainty, expected)  # type: ignore[attr-defined]
+
+
 def test_python_example_runs() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code, _ = python_blocks()
     names: dict[str, object] = {}
     exec(code, names)
     predictions, kappa, model = names["predictions"], names["kappa"], names["model"]

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from vi_simsiam.distributions import HypersphericalUniform, PowerSpherical
+from vi_simsiam.models import SimSiam, VISimSiam
 
 if TYPE_CHECKING:
-    from vi_simsiam.distributions import HypersphericalUniform, PowerSpherical
     from vi_simsiam.inference.encoder import Encoder
-    from vi_simsiam.models import SimSiam, VISimSiam
 
 try:
     __version__ = version("vi-simsiam")
 except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
-# Imported when they are asked for: PyTorch takes seconds, and the command line answers without it.
-_PLACES = {
-    "HypersphericalUniform": "vi_simsiam.distributions",
-    "PowerSpherical": "vi_simsiam.distributions",
-    "SimSiam": "vi_simsiam.models",
-    "VISimSiam": "vi_simsiam.models",
-}
 __all__ = ["HypersphericalUniform", "PowerSpherical", "SimSiam", "VISimSiam", "__version__", "load"]
 
 
@@ -40,9 +33,3 @@ def load(run_folder: str | Path, device: str = "auto") -> Encoder:
     from vi_simsiam.inference.encoder import load as open_encoder
 
     return open_encoder(run_folder, device)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_PLACES[name]), name)
