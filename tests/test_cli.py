@@ -257,17 +257,6 @@ def test_a_stopped_run_can_be_resumed(image_folder: Path, tmp_path: Path, number
     assert (run / "checkpoint.pt").exists()
 
 
-def test_a_closed_pipe_is_no_error() -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vi_simsiam", "train", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.close()
-    assert process.stderr.read() == b""
-    assert process.wait() == 0
-
-
 def test_the_package_brings_its_modules_and_operator() -> None:
     """Programs that torch.export saved find the operator once the package is imported."""
     code = (

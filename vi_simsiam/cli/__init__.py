@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -44,9 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if str(error):
             print(f"vi-simsiam: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `| head` has seen enough; nothing more can be said, not even at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
         print(f"vi-simsiam: {error}", file=sys.stderr)
         return 2
