@@ -1,23 +1,31 @@
-"""VI-SimSiam: uncertainty-aware self-supervised learning with fused Power Spherical loss kernels."""
+"""VI-SimSiam: uncertainty-aware self-supervised learning with fused Power Spherical loss kernels.
+
+Names are imported when they are first used, so that the package costs nothing until then, not even PyTorch.
+"""
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+import importlib
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from vi_simsiam.distributions import HypersphericalUniform, PowerSpherical
-from vi_simsiam.models import SimSiam, VISimSiam
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vi_simsiam.distributions import HypersphericalUniform, PowerSpherical
     from vi_simsiam.inference.encoder import Encoder
+    from vi_simsiam.models import SimSiam, VISimSiam
 
-try:
-    __version__ = version("vi-simsiam")
-except PackageNotFoundError:  # a source tree that is not installed
-    __version__ = "0+unknown"
+    __version__: str
 
 __all__ = ["HypersphericalUniform", "PowerSpherical", "SimSiam", "VISimSiam", "__version__", "load"]
+
+_HOMES = {
+    "HypersphericalUniform": "distributions",
+    "PowerSpherical": "distributions",
+    "SimSiam": "models",
+    "VISimSiam": "models",
+}
+_MODULES = ("config", "data", "distributions", "engine", "errors", "export", "functional", "models", "nn")
 
 
 def load(run_folder: str | Path, device: str = "auto") -> Encoder:
@@ -33,3 +41,30 @@ def load(run_folder: str | Path, device: str = "auto") -> Encoder:
     from vi_simsiam.inference.encoder import load as open_encoder
 
     return open_encoder(run_folder, device)
+
+
+def __getattr__(name: str) -> Any:
+    value: Any
+    if name == "__version__":
+        value = _version()
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(f"vi_simsiam.{_HOMES[name]}"), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"vi_simsiam.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_MODULES})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("vi-simsiam")
+    except PackageNotFoundError:  # a source tree that is not installed
+        return "0+unknown"

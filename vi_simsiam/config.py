@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import InputError, none_of
 
 Method = Literal["vi-simsiam", "simsiam"]
 Stem = Literal["imagenet", "small"]
@@ -35,7 +35,7 @@ def _require(name: str, value: object, holds: bool, accepted: str) -> None:
 
 def _choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
     if value not in accepted:
-        raise InputError(f"{name}: {value!r} is none of {', '.join(accepted)}")
+        raise none_of(name, value, accepted)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Base of the errors below."""
@@ -17,3 +19,17 @@ class BackendUnavailableError(UserError, RuntimeError):
 
 class TrainingError(UserError, RuntimeError):
     """Training cannot go on (a non-finite loss, say). What was saved before stays usable."""
+
+
+def none_of(name: str, value: object, accepted: Iterable[str]) -> InputError:
+    """The error for a value that is not among those accepted, with the most similar of them."""
+    accepted = list(accepted)
+    return InputError(f"{name}: {value!r} is none of {', '.join(accepted)}{did_you_mean(str(value), accepted)}")
+
+
+def did_you_mean(given: str, accepted: Iterable[str]) -> str:
+    """"; did you mean 'train'?" where one of `accepted` is similar to what was given, else nothing."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(given.lower(), list(accepted), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from vi_simsiam.config import Concentration, LossConfig, ModelConfig, Stem, TrainConfig
 from vi_simsiam.distributions import PowerSpherical
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.functional import cosine_loss, power_spherical_loss
 from vi_simsiam.heads import ConcentrationHead, SplitHead, direction_detached, padded_linear, shuffled
 from vi_simsiam.ops.multiview_loss import LossForm, softplus
@@ -355,7 +355,7 @@ def build_backbone(
     """
     known = [model for model in torchvision.models.list_models(module=torchvision.models) if "resne" in model]
     if name not in known:
-        raise InputError(f"backbone: {name!r} is none of {', '.join(known)}")
+        raise none_of("backbone", name, known)
     weights = "DEFAULT" if pretrained else None
     network = torchvision.models.get_model(
         name, weights=weights, zero_init_residual=zero_init_residual, norm_layer=_PerViewBatchNorm2d

@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
-from vi_simsiam.errors import InputError, UserError
+from vi_simsiam.errors import UserError, none_of
 
 # Where each command's function is, and what it does. Modules are imported when they are asked for.
 _COMMANDS = {
@@ -27,28 +27,43 @@ _COMMANDS = {
     "info": ("tools", "versions, devices, and which backends are available"),
     "bench": ("tools", "benchmarks: bench loss|augment|step|train|compare|accuracy|report"),
 }
+_HELP = ("-h", "--help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 the input cannot be used, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] in ("-h", "--help"):
-        print(_usage())
-        return 0 if given else 2
     try:
-        if given[0] not in _COMMANDS:
-            raise InputError(f"command: {given[0]!r} is none of {', '.join(_COMMANDS)}")
-        return _command(given[0])(given[1:])
-    except UserError as error:
+        return _run(given)
+    except (UserError, OSError) as error:
         if str(error):
             print(f"vi-simsiam: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"vi-simsiam: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("vi-simsiam: interrupted", file=sys.stderr)
         return 130
+
+
+def _run(given: list[str]) -> int:
+    if given[:1] == ["help"]:
+        given = [*given[1:], "--help"]
+    if not given or given[0] in _HELP:
+        print(_usage())
+        return 0 if given else 2
+    if given[0] in ("-V", "--version"):
+        import vi_simsiam
+
+        print(f"vi-simsiam {vi_simsiam.__version__}")
+        return 0
+    name, *rest = given
+    if name not in _COMMANDS:
+        raise none_of("command", name, _COMMANDS)
+    try:
+        return _command(name)(rest)
+    except SystemExit as stop:  # after a command's help
+        if stop.code:
+            raise
+        return 0
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
@@ -59,4 +74,8 @@ def _command(name: str) -> Callable[[list[str]], int]:
 
 def _usage() -> str:
     commands = "\n".join(f"  {name:12}{about}" for name, (_, about) in _COMMANDS.items())
-    return f"usage: vi-simsiam COMMAND [OPTIONS]\n\n{commands}\n\nvi-simsiam COMMAND --help lists a command's options."
+    return (
+        f"usage: vi-simsiam COMMAND [OPTIONS]\n\n{commands}\n\n"
+        "vi-simsiam help COMMAND lists a command's options; vi-simsiam --version prints the version.\n"
+        "First steps: vi-simsiam train --evaluate trains on embedded images, on a CPU in a few minutes."
+    )

@@ -13,14 +13,14 @@ from unittest import mock
 
 import tyro
 
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import InputError, none_of
 
 if TYPE_CHECKING:
     from vi_simsiam.engine.run import Run
 
 _Options = TypeVar("_Options")
 
-RunPath = Annotated[Path, tyro.conf.Positional]
+RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,20 @@ def open_run(options: RunOptions, device: str | None = None) -> Run:
 def said(arguments: list[str], option: str) -> str | None:
     """The value that an option is given, if it is: known before tyro reads all the others."""
     value = None
-    for name, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        given, _, attached = name.partition("=")
+    for place, word in enumerate(arguments):
+        given, _, attached = word.partition("=")
         if given == option:
-            value = attached or following
+            value = attached or (arguments[place + 1] if place + 1 < len(arguments) else "")
     return value
 
 
 def parse(command: str, kind: type[_Options], arguments: list[str], default: _Options | None = None) -> _Options:
-    """`arguments` as an instance of `kind`; what tyro has to say against them becomes one line."""
-    said = io.StringIO()
+    """`arguments` as an instance of `kind`; tyro's box around an error becomes one line."""
+    box = io.StringIO()
     # One line takes a wide terminal: tyro would break a long path in two.
     wide = {} if {"-h", "--help"} & set(arguments) else {"COLUMNS": "10000"}
     try:
-        with contextlib.redirect_stderr(said), mock.patch.dict(os.environ, wide):
+        with contextlib.redirect_stderr(box), mock.patch.dict(os.environ, wide):
             parsed: _Options = tyro.cli(
                 kind,
                 prog=f"vi-simsiam {command}",
@@ -83,8 +83,27 @@ def parse(command: str, kind: type[_Options], arguments: list[str], default: _Op
     except SystemExit as stop:
         if not stop.code:
             raise
-        # A box: title, message, a rule, then advice.
-        lines = [line.strip("│ ") for line in said.getvalue().splitlines()[1:]]
-        message = " ".join(lines[: next((i for i, line in enumerate(lines) if set(line) <= set("─╰╯")), len(lines))])
-        message = re.sub(r"^Error parsing \w+: ", "", message)
-        raise InputError(f"{message} (see vi-simsiam {command} --help)") from None
+        raise InputError(f"{_message(box.getvalue())} (see vi-simsiam {command} --help)") from None
+
+
+def _message(box: str) -> str:
+    """The message in tyro's box of title, message, a rule, and advice, with the options that the advice names."""
+    lines = [line.strip("│").rstrip() for line in box.splitlines()[1:]]
+    rule = next((i for i, line in enumerate(lines) if set(line.strip()) <= set("─╰╯")), len(lines))
+    message = re.sub(r"^Error parsing (\w+: )?", "", " ".join(line.strip() for line in lines[:rule]))
+    if message.startswith("Missing from"):  # names are indented by four spaces, their help by eight
+        found = re.findall(r"^ {5}(\S.*)\n {9}(.*)$", "\n".join(lines[:rule]), re.MULTILINE)
+        return f"missing: {', '.join(f'{name} ({_phrase(text)})' for name, text in found)}"
+    if choice := re.fullmatch(r"invalid choice '(.*)' for argument '([^']*)'\. Expected one of \((.*)\)\.?", message):
+        given, option, accepted = choice.groups()
+        return str(none_of(option, given, re.findall(r"'([^']*)'", accepted)))
+    if (advice := next((i for i, line in enumerate(lines) if line.strip() == "Perhaps you meant:"), None)) is not None:
+        near = [words[0].rstrip(",") for line in lines[advice:] if (words := line.split()) and words[0].startswith("--")]
+        message += f"; did you mean {' or '.join(near[:2])}?"
+    return message
+
+
+def _phrase(sentence: str) -> str:
+    """A help text as the inside of brackets."""
+    text = sentence.removesuffix("(required)").strip().rstrip(".")
+    return text[:1].lower() + text[1:]

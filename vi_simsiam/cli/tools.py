@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vi_simsiam.cli.parsing import parse
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import none_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def bench(arguments: list[str]) -> int:
         print("\n".join(f"  {name:10}{about}" for name, (_, about) in benchmarks.items()))
         return 0
     if not arguments or arguments[0] not in benchmarks:
-        raise InputError(f"bench: {' '.join(arguments[:1]) or 'nothing'!r} is none of {', '.join(benchmarks)}")
+        raise none_of("bench", " ".join(arguments[:1]) or "nothing", benchmarks)
     benchmark: Any = importlib.import_module(f"vi_simsiam.benchmarks.{benchmarks[arguments[0]][0]}")
     outcome = benchmark.run(parse(f"bench {arguments[0]}", benchmark.Options, arguments[1:]))
     return outcome if isinstance(outcome, int) else 0

@@ -21,7 +21,7 @@ from vi_simsiam.config import AugmentConfig, DataMemory
 from vi_simsiam.data.batches import Batch, Schedule
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.views import GLOBAL_VIEWS, place
-from vi_simsiam.errors import InputError, TrainingError, UserError
+from vi_simsiam.errors import InputError, TrainingError, UserError, none_of
 from vi_simsiam.ops.augment import TABLE_COLUMNS, Column, augment
 
 _SEGMENT_BYTES = 2**21
@@ -389,7 +389,7 @@ def find_device(name: torch.device | str) -> torch.device:
 def check_memory(memory: str) -> None:
     """Raise InputError unless `memory` is one of `config.DataMemory`."""
     if memory not in get_args(DataMemory):
-        raise InputError(f"memory: {memory!r} is none of {', '.join(get_args(DataMemory))}")
+        raise none_of("memory", memory, get_args(DataMemory))
 
 
 def byte_tensor(pixels: NDArray[np.uint8]) -> Tensor:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vi_simsiam.errors import BackendUnavailableError, InputError
+from vi_simsiam.errors import BackendUnavailableError, InputError, none_of
 from vi_simsiam.ops.backends import why_unavailable
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -169,7 +169,7 @@ def _choose(backend: str, device_type: str) -> str:
     if backend == "auto":
         return "triton" if device_type == "cuda" and why_unavailable("triton", device_type) is None else "eager"
     if backend not in AUGMENT_BACKENDS:
-        raise InputError(f"backend: {backend!r} is none of auto, {', '.join(AUGMENT_BACKENDS)}")
+        raise none_of("backend", backend, ("auto", *AUGMENT_BACKENDS))
     reason = why_unavailable(backend, device_type)
     if reason is not None:
         raise BackendUnavailableError(f"backend: {backend!r} cannot run on {device_type} tensors: {reason}")

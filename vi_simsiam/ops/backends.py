@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from vi_simsiam.errors import BackendUnavailableError, InputError
+from vi_simsiam.errors import BackendUnavailableError, none_of
 
 BACKENDS = ("eager", "triton", "cuda", "cpu")
 """Every backend computes the same function; `eager` is the reference in plain PyTorch."""
@@ -43,7 +43,7 @@ def choose_backend(name: str, device_type: str) -> str:
 def check_backend_name(name: str) -> None:
     """Raises InputError for what is neither "auto" nor one of `BACKENDS`, whether it can run here or not."""
     if name != "auto" and name not in BACKENDS:
-        raise InputError(f"backend: {name!r} is none of auto, {', '.join(BACKENDS)}")
+        raise none_of("backend", name, ("auto", *BACKENDS))
 
 
 def why_unavailable(name: str, device_type: str) -> str | None:
