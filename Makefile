@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 .PHONY: train test install lint soak gpu bench clean
 
 train: install
-	$(BIN)/vi-simsiam train --preset demo --method $(METHOD) --evaluate
+	$(BIN)/vi-simsiam train --method $(METHOD) --evaluate
 
 test: install
 	$(BIN)/python -m pytest -n 2

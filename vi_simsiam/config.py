@@ -10,6 +10,9 @@ from typing import Any, Literal, get_args
 
 from vi_simsiam.errors import InputError, none_of
 
+NAMED_DATA = ("fashion-mini", "cifar10", "imagenette", "imagewoof")
+"""Data sets that are known by name."""
+
 Method = Literal["vi-simsiam", "simsiam"]
 Stem = Literal["imagenet", "small"]
 Precision = Literal["auto", "bf16", "fp32"]
@@ -19,13 +22,31 @@ BatchNormStatistics = Literal["per-view", "joint"]
 Concentration = Literal["sample", "constant", "global", "shuffled", "detached"]
 
 
-def _check_integers(config: object) -> None:
-    """Refuse 2.5 epochs: a number from Python or JSON comes unchecked where the annotation says int."""
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "int": (int, "an integer"),
+    "float": ((int, float), "a number"),
+    "bool": (bool, "true or false"),
+    "str": (str, "text"),
+}
+
+
+def _check_types(config: object) -> None:
+    """Refuse 2.5 epochs or "yes" for a flag: values from Python, JSON or YAML come unchecked."""
     for each in dataclasses.fields(config):  # type: ignore[arg-type]
-        value = getattr(config, each.name)
-        integer = isinstance(value, int) and not isinstance(value, bool)
-        if (each.type == "int" and not integer) or (each.type == "int | None" and not (integer or value is None)):
-            raise InputError(f"{each.name}: {value!r} is not accepted; it must be an integer")
+        value, kind = getattr(config, each.name), str(each.type).removesuffix(" | None")
+        if value is None and kind != each.type:
+            continue
+        if kind.startswith("tuple"):
+            count, kind = kind.count("float"), "float"
+            values, accepted = value, f"{count} numbers"
+            fits = isinstance(value, tuple) and len(value) == count
+        else:
+            values, accepted, fits = (value,), _KINDS.get(kind, ((), ""))[1], True
+        if kind in _KINDS:
+            fits = fits and all(
+                isinstance(v, _KINDS[kind][0]) and isinstance(v, bool) == (kind == "bool") for v in values
+            )
+            _require(each.name, repr(value), fits, accepted)
 
 
 def _require(name: str, value: object, holds: bool, accepted: str) -> None:
@@ -36,6 +57,14 @@ def _require(name: str, value: object, holds: bool, accepted: str) -> None:
 def _choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
     if value not in accepted:
         raise none_of(name, value, accepted)
+
+
+def data_spec(text: str) -> str:
+    """A data set as it is saved: the path of a folder or file that exists as folder:PATH or pack:FILE, others as they are."""
+    path = Path(text).expanduser()
+    if text in NAMED_DATA or not text or text.startswith(("folder:", "pack:")):
+        return text
+    return f"folder:{text}" if path.is_dir() else f"pack:{text}" if path.is_file() else text
 
 
 @dataclass(frozen=True)
@@ -64,7 +93,7 @@ class AugmentConfig:
     flip_prob: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_integers(self)
+        _check_types(self)
         for name in ("size", "local_size"):
             _require(name, getattr(self, name), getattr(self, name) >= 8, "a number of pixels of at least 8")
         _require("local_views", self.local_views, 0 <= self.local_views <= 14, "between 0 and 14")
@@ -127,7 +156,7 @@ class ModelConfig:
     """A second predictor, for views that are smaller than the first one (multi-crop)."""
 
     def __post_init__(self) -> None:
-        _check_integers(self)
+        _check_types(self)
         _require("dim", self.dim, self.dim >= 2, "at least 2")
         for name in ("projector_hidden", "predictor_hidden"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
@@ -157,7 +186,7 @@ class LossConfig:
     """Factor on the loss; None for 1/(D - 1) with vi-simsiam and 1 with simsiam."""
 
     def __post_init__(self) -> None:
-        _check_integers(self)
+        _check_types(self)
         for name in ("concentration_scale", "loss_scale"):
             value = getattr(self, name)
             _require(name, value, value is None or 0 < value < math.inf, "a positive number")
@@ -180,7 +209,7 @@ class TrainConfig:
 
     method: Method = "vi-simsiam"
     data: str = "fashion-mini"
-    """fashion-mini (embedded), folder:PATH, pack:FILE, cifar10, imagenette or imagewoof."""
+    """A folder of images, a pack file, or fashion-mini (embedded), cifar10, imagenette, imagewoof."""
     data_root: Path = Path("data")
     """Where downloaded data sets are kept or looked for."""
     offline: bool = False
@@ -238,7 +267,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self) -> None:
-        _check_integers(self)
+        _check_types(self)
         _choice("method", self.method, get_args(Method))
         _choice("precision", self.precision, get_args(Precision))
         _choice("data_memory", self.data_memory, get_args(DataMemory))
@@ -279,7 +308,7 @@ class TrainConfig:
 
     def located(self) -> TrainConfig:
         """The same with absolute paths, so that a run can be opened from anywhere."""
-        data = self.data
+        data = data_spec(self.data)
         kind, colon, path = data.partition(":")
         if colon and path and kind in ("folder", "pack"):
             data = f"{kind}:{Path(path).expanduser().absolute()}"
@@ -334,7 +363,7 @@ PRESETS: dict[str, TrainConfig] = {
         batch_size=64,
         lr=0.06,
         warmup_epochs=0.5,
-        augment=AugmentConfig(size=28, crop_scale=(0.3, 1.0), blur_prob=0.0),
+        augment=AugmentConfig(size=28, local_size=12, crop_scale=(0.3, 1.0), blur_prob=0.0),
         model=ModelConfig(dim=512),
     ),
     # Nakamura et al., arXiv 2203.11437, section 4.1; crop sizes and D are not given there and are SwAV's and SimSiam's.

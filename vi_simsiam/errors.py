@@ -28,7 +28,7 @@ def none_of(name: str, value: object, accepted: Iterable[str]) -> InputError:
 
 
 def did_you_mean(given: str, accepted: Iterable[str]) -> str:
-    """"; did you mean 'train'?" where one of `accepted` is similar to what was given, else nothing."""
+    """ "; did you mean 'train'?" where one of `accepted` is similar to what was given, else nothing."""
     from difflib import get_close_matches
 
     near = get_close_matches(given.lower(), list(accepted), n=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
@@ -20,23 +21,44 @@ from vi_simsiam.ops.backends import (
 _PACKAGES = ("torch", "torchvision", "triton", "numpy")
 
 
-def report() -> str:
-    """The text of `vi-simsiam info`."""
+def facts() -> dict[str, Any]:
+    """What `vi-simsiam info` shows, as plain JSON types; `why` is null for a backend that is available."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    lines = [
-        f"vi-simsiam   {vi_simsiam.__version__}",
-        f"python       {platform.python_version()} on {platform.platform(terse=True)} {platform.machine()}",
-        *(f"{package:13}{installed_version(package)}" for package in _PACKAGES),
-        f"device       {describe_device(device)}",
-        f"extension    {describe_extension()}",
-        f"loss         {choose_backend('auto', device.type)} (backend auto on {device.type})",
-    ]
+    backends = {}
     for name in BACKENDS:
         home = "cpu" if name in ("cpu", "eager") or interpreting() else "cuda"
         reason = why_unavailable(name, home)
         if reason is None and home == "cuda" and device.type != "cuda":
             reason = "no CUDA device found"
-        lines.append(f"  {name:11}{'available' if reason is None else f'not available: {reason}'}")
+        backends[name] = {"available": reason is None, "why": reason}
+    return {
+        "vi-simsiam": vi_simsiam.__version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.platform(terse=True)} {platform.machine()}",
+        "packages": {package: installed_version(package) for package in _PACKAGES},
+        "device": {"type": device.type, "description": describe_device(device)},
+        "extension": describe_extension(),
+        "loss": choose_backend("auto", device.type),
+        "backends": backends,
+    }
+
+
+def report(found: dict[str, Any] | None = None) -> str:
+    """The text of `vi-simsiam info`: of `found`, or of `facts`."""
+    found = facts() if found is None else found
+    device = found["device"]
+    lines = [
+        f"vi-simsiam   {found['vi-simsiam']}",
+        f"python       {found['python']} on {found['platform']}",
+        *(f"{package:13}{number}" for package, number in found["packages"].items()),
+        f"device       {device['description']}",
+        f"extension    {found['extension']}",
+        f"loss         {found['loss']} (backend auto on {device['type']})",
+        *(
+            f"  {name:11}{'available' if each['available'] else 'not available: '}{each['why'] or ''}"
+            for name, each in found["backends"].items()
+        ),
+    ]
     return "\n".join(lines)
 
 

@@ -36,7 +36,7 @@ class _Pack:
 class _Views:
     augment: Annotated[AugmentConfig, tyro.conf.arg(name="")]
     data: str = "fashion-mini"
-    """A data set by name, folder:PATH or pack:FILE."""
+    """A folder of images, a pack file, or fashion-mini (embedded), cifar10, imagenette, imagewoof."""
     policy: str = "simsiam"
     """Starting point of the augmentation: simsiam, multicrop, lightly-imagenette or none."""
     out: Path = Path("views.png")
@@ -57,8 +57,7 @@ def pack(arguments: list[str]) -> int:
     from vi_simsiam.data.cache import pack
     from vi_simsiam.data.datasets import open_dataset, validation_pack
 
-    spec = f"folder:{options.images}" if Path(options.images).expanduser().is_dir() else options.images
-    splits = open_dataset(spec, root=options.data_root, download=not options.offline)
+    splits = open_dataset(options.images, root=options.data_root, download=not options.offline)
     out = options.out.expanduser()
     parts = [(splits.train, out), *([] if splits.val is None else [(splits.val, validation_pack(out))])]
     taken = next((path for _, path in parts if path.exists()), None)
@@ -81,12 +80,15 @@ def views(arguments: list[str]) -> int:
 
     from vi_simsiam.data.contact_sheet import contact_sheet
     from vi_simsiam.data.datasets import open_dataset
+    from vi_simsiam.data.defaults import sized, suited_size
 
     if options.images < 1:
         raise InputError(f"images: {options.images} must be at least 1")
     if options.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"out: {options.out} must end in .png, .jpg, .jpeg or .webp")
     source = open_dataset(options.data, root=options.data_root, download=not options.offline).train
+    if said(arguments, "--size") is None and start.size == AugmentConfig.size:
+        options = parse("views", _Views, arguments, default=_Views(sized(start, suited_size(source))))
     contact_sheet(source, options.augment, images=options.images, seed=options.seed).save(options.out)
     print(options.out)
     return 0

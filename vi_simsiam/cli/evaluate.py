@@ -57,7 +57,7 @@ def knn(arguments: list[str]) -> int:
 
     config = KnnConfig(k=options.k, temperature=options.temperature)
     run = open_run(options)
-    images = len(labelled_splits(run)["train"])
+    images = len(labelled_splits(run.splits)["train"])
     if config.k > images:  # known now, not after all features are computed
         raise InputError(f"k: {config.k} must be at most {images}, the number of training images")
     print(summary_line("kNN", evaluate_knn(collect(run), config)))

@@ -60,7 +60,7 @@ def said(arguments: list[str], option: str) -> str | None:
     value = None
     for place, word in enumerate(arguments):
         given, _, attached = word.partition("=")
-        if given == option:
+        if given.replace("_", "-") == option:
             value = attached or (arguments[place + 1] if place + 1 < len(arguments) else "")
     return value
 
@@ -98,7 +98,9 @@ def _message(box: str) -> str:
         given, option, accepted = choice.groups()
         return str(none_of(option, given, re.findall(r"'([^']*)'", accepted)))
     if (advice := next((i for i, line in enumerate(lines) if line.strip() == "Perhaps you meant:"), None)) is not None:
-        near = [words[0].rstrip(",") for line in lines[advice:] if (words := line.split()) and words[0].startswith("--")]
+        near = [
+            words[0].rstrip(",") for line in lines[advice:] if (words := line.split()) and words[0].startswith("--")
+        ]
         message += f"; did you mean {' or '.join(near[:2])}?"
     return message
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +13,18 @@ from vi_simsiam.errors import none_of
 
 @dataclass(frozen=True)
 class _Info:
-    pass
+    json: bool = False
+    """Print it as JSON, for programs."""
 
 
 def info(arguments: list[str]) -> int:
     """Say what is installed here."""
-    parse("info", _Info, arguments)
+    options = parse("info", _Info, arguments)
 
-    from vi_simsiam.info import report
+    from vi_simsiam.info import facts, report
 
-    print(report())
+    found = facts()
+    print(json.dumps(found, indent=2) if options.json else report(found))
     return 0
 
 

@@ -6,20 +6,55 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from vi_simsiam.cli.config_file import read_settings, updated
 from vi_simsiam.cli.parsing import parse, said
-from vi_simsiam.config import TrainConfig, policy, preset
+from vi_simsiam.config import AugmentConfig, TrainConfig, policy, preset
 from vi_simsiam.errors import InputError
+from vi_simsiam.text import counted
+
+if TYPE_CHECKING:
+    from vi_simsiam.data.datasets import Splits
+
+_HELP = """usage: vi-simsiam train [OPTIONS]
+
+Trains SimSiam or VI-SimSiam into a run folder. Without options: VI-SimSiam on the embedded images,
+on a CPU in a few minutes. Size, length and network suit the images wherever you leave them open.
+
+  vi-simsiam train --data photos/ --out runs/photos --evaluate
+  vi-simsiam train --data imagenette --method simsiam --epochs 100
+
+  --data DATA        a folder of images, a pack file, or fashion-mini (embedded), cifar10,
+                     imagenette, imagewoof
+  --out FOLDER       the run folder (default: runs/DATA-METHOD-NNN)
+  --method METHOD    vi-simsiam (default) or simsiam
+  --evaluate         evaluate the run when it is trained; accuracies need class folders
+  --size PIXELS      side of the random views
+  --epochs N         length of the run
+  --batch-size N     images in a batch
+  --lr RATE          peak learning rate
+  --images N         train on so many of the images
+  --seed N           another seed is another run (default: 0)
+  --device DEVICE    auto (the GPU if there is one), cpu, cuda or cuda:N
+  --resume           go on with the run in --out
+  --overwrite        replace the run in --out
+  --preset NAME      fixed settings: demo, paper or default (SimSiam's, at 224 pixels)
+  --config FILE      settings from a run's config.json or a YAML file (epochs: 20)
+  --quiet            print warnings and results only
+
+vi-simsiam train --help-all lists all options, with their defaults."""
 
 
 @dataclass(frozen=True)
 class _Train:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    preset: str = "default"
-    """Starting point of the configuration: default, demo or paper."""
+    preset: str | None = None
+    """Fixed settings to start from: default (SimSiam's at 224 pixels), demo or paper; None for those that suit the images."""
+    settings: Annotated[Path | None, tyro.conf.arg(name="config")] = None
+    """Settings from a run's config.json or a YAML file; options go before them, and they before the preset."""
     policy: str | None = None
     """Starting point of the augmentation: simsiam, multicrop, lightly-imagenette or none; None for the preset's."""
     out: Path | None = None
@@ -32,17 +67,45 @@ class _Train:
     """Evaluate the run when it is trained, as `vi-simsiam evaluate` does."""
     seeds: int | None = None
     """Train this many runs at once, each a process, with --seed and the seeds after it, into OUT/seed-N."""
+    quiet: bool = False
+    """Print warnings and results only."""
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What the options change."""
+
+    config: TrainConfig
+    settings: dict[str, Any]
+    """Those of --config."""
+    views: AugmentConfig | None
+    """Those of --policy."""
+    open: bool
+    """Whether what is not said is to suit the images."""
+
+    @property
+    def default(self) -> _Train:
+        return _Train(updated(self.config, self.settings))
 
 
 def train(arguments: list[str]) -> int:
     """Train one run, or several."""
-    options = parse("train", _Train, arguments, default=_Train(_starting_point(arguments)))
+    if {"-h", "--help"} & set(arguments):
+        print(_HELP)
+        return 0
+    if "--help-all" in arguments:
+        arguments = ["--help"]
+    start = _starting_point(arguments)
+    options = parse("train", _Train, arguments, default=start.default)
     if options.resume and options.out is None:
         raise InputError("resume: say which run with --out")
 
     from vi_simsiam.engine.distributed import joined
+    from vi_simsiam.engine.run import load_run, open_splits
     from vi_simsiam.engine.seeds import SEEDS, run_seeds
     from vi_simsiam.engine.trainer import Trainer
+    from vi_simsiam.evaluation.features import labelled_splits
+    from vi_simsiam.evaluation.summary import evaluate_run
 
     if options.seeds is not None and options.out is None:
         raise InputError("seeds: say where with --out")
@@ -50,14 +113,35 @@ def train(arguments: list[str]) -> int:
         return run_seeds(arguments, options.seeds, options.config.seed, options.out)
 
     with joined(options.config.device) as world:
-        trainer = Trainer(options.config, options.out, resume=options.resume, overwrite=options.overwrite, world=world)
+        report = print if world.is_main and not options.quiet else lambda line: None
+        with world.main_first():  # it downloads the images if that is to be done
+            splits = open_splits(options.config)
+        if start.open:
+            config, line = _suited(arguments, start, options.config, splits)
+            options = dataclasses.replace(options, config=config)
+            report(line)
+        unlabelled = None
+        if options.evaluate:
+            try:
+                labelled_splits(splits)
+            except InputError as error:
+                unlabelled = str(error)
+                report(f"no accuracies at the end: {unlabelled}")
+        trainer = Trainer(
+            options.config,
+            options.out,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            world=world,
+            splits=splits,
+            quiet=options.quiet,
+        )
         folder = trainer.folder
-        if world.is_main:
-            ranks = "" if world.size == 1 else f" on {world.size} ranks"
-            print(
-                f"{options.config.method} on {options.config.data}: {len(trainer.loader.source):,} images, "
-                f"{trainer.total_steps:,} steps, {trainer.device}{ranks}, loss by {trainer.backend}; run folder {folder}"
-            )
+        ranks = "" if world.size == 1 else f" on {world.size} ranks"
+        report(
+            f"{options.config.method} on {trainer.config.data}: {counted(len(trainer.loader.source), 'image')}, "
+            f"{counted(trainer.total_steps, 'step')}, {trainer.device}{ranks}, loss by {trainer.backend}; run folder {folder}"
+        )
         try:
             trainer.fit()
         except KeyboardInterrupt:
@@ -69,23 +153,64 @@ def train(arguments: list[str]) -> int:
                 )
             return 130
         if options.evaluate:
-            from vi_simsiam.engine.run import load_run
-            from vi_simsiam.evaluation.summary import evaluate_run
-
             try:
-                evaluate_run(load_run(folder, device=str(trainer.device)), world)
-            except InputError as error:  # trained all the same: data without labels, say
-                if world.is_main:
-                    print(f"not evaluated: {error}")
+                evaluate_run(load_run(folder, device=str(trainer.device)), world, quiet=options.quiet)
+            except InputError as error:  # trained all the same
+                if str(error) != unlabelled:
+                    report(f"not evaluated: {error}")
     return 0
 
 
-def _starting_point(arguments: list[str]) -> TrainConfig:
-    """The configuration that the other options change: the saved one on --resume, else the preset's."""
+def _starting_point(arguments: list[str]) -> _Start:
+    """The saved configuration on --resume, else the preset's, with --config's settings."""
     name, out, views = (said(arguments, option) for option in ("--preset", "--out", "--policy"))
+    file = said(arguments, "--config")
     if "--resume" in arguments and name is None and out and (Path(out) / "config.json").is_file():
         from vi_simsiam.engine.run import read_config
 
-        return read_config(Path(out))
+        if file is not None:
+            raise InputError("config, resume: only one of them can be said; a run goes on with its own settings")
+        return _Start(read_config(Path(out)), {}, None, open=False)
     config = preset(name or "default")
-    return config if views is None else dataclasses.replace(config, augment=policy(views))
+    augment = None if views is None else policy(views)
+    if augment is not None:
+        config = dataclasses.replace(config, augment=augment)
+    return _Start(config, {} if file is None else read_settings(Path(file)), augment, open=name is None)
+
+
+def _suited(arguments: list[str], start: _Start, given: TrainConfig, splits: Splits) -> tuple[TrainConfig, str]:
+    """The configuration where what is not said suits the images, and a line that names what was chosen."""
+    from vi_simsiam.data.decoding import median_side
+    from vi_simsiam.data.defaults import FITTED, suited
+
+    fixed = {name for name in FITTED if name in start.settings or said(arguments, _option(name)) is not None}
+    if start.views is not None:
+        fixed |= {"crop_scale", "blur_prob"}
+        if start.views.size != AugmentConfig.size:
+            fixed |= {"size"}
+    config = suited(
+        start.config,
+        splits.train,
+        views=start.views,
+        size=given.augment.size if "size" in fixed else None,
+        epochs=given.epochs if "epochs" in fixed else None,
+    )
+    options = parse("train", _Train, arguments, default=_Train(updated(config, start.settings)))
+    values = dataclasses.asdict(options.config)
+    values |= values["augment"] | values["model"]
+    left = [name for name in FITTED if name not in fixed and (name != "local_size" or values["local_views"])]
+    chosen = " ".join(f"{_option(name)} {_words(values[name])}" for name in left)
+    side = median_side(splits.train)
+    images = f"{counted(len(splits.train), 'image')} of {side} pixels" if side else counted(len(splits.train), "image")
+    embedded = "" if said(arguments, "--data") or "data" in start.settings else ", the embedded images"
+    return options.config, f"settings that suit {splits.name}{embedded} ({images}): {chosen}"
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _words(value: object) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(_words, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -151,7 +151,7 @@ def _source(images: str, options: _Images, *, train: bool) -> ImageSource:
         splits = open_dataset(images, root=options.data_root, download=not options.offline)
     except InputError as error:
         if str(error).startswith("data:"):
-            raise InputError(f"images: {images} is not there; give a folder, an image, {ACCEPTED}") from None
+            raise InputError(f"images: {images} is not there; give an image, {ACCEPTED}") from None
         raise
     return splits.train if train or splits.val is None else splits.val
 

@@ -15,6 +15,7 @@ import numpy as np
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import download_and_extract_archive
 
+from vi_simsiam.config import NAMED_DATA, data_spec
 from vi_simsiam.data.packed import open_pack
 from vi_simsiam.data.sources import (
     IMAGE_SUFFIXES,
@@ -25,9 +26,9 @@ from vi_simsiam.data.sources import (
     is_image,
     list_folder,
 )
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import InputError, did_you_mean
 
-ACCEPTED = "fashion-mini, folder:PATH, pack:FILE, cifar10, imagenette or imagewoof"
+ACCEPTED = f"a folder of images, a pack file, or one of {', '.join(NAMED_DATA)}"
 """What `open_dataset` takes, for messages."""
 
 _FASHION_CLASSES = (
@@ -106,9 +107,9 @@ def open_dataset(spec: str, *, root: Path = Path("data"), download: bool = True)
     """Open a data set by name.
 
     - ``fashion-mini``: 8,000 + 2,000 Fashion-MNIST images of 28 pixels, embedded in the package.
-    - ``folder:PATH``: with PATH/train/CLASS/ folders a labelled set, and PATH/val/CLASS/ its validation part; otherwise
+    - a folder's path, or ``folder:PATH``: with PATH/train/CLASS/ folders a labelled set, and PATH/val/CLASS/ its validation part; otherwise
       every image under PATH/train, or under PATH if there is no such folder, without labels.
-    - ``pack:FILE``: what `vi-simsiam pack` wrote to FILE, and its validation part beside it.
+    - a file's path, or ``pack:FILE``: what `vi-simsiam pack` wrote to FILE, and its validation part beside it.
     - ``cifar10``, ``imagenette``, ``imagewoof``: an unpacked copy under `root`, or else a checksummed download to it.
       ImageNette and ImageWoof are version 2 at 320 pixels. A copy of either with fewer images is refused.
 
@@ -116,6 +117,7 @@ def open_dataset(spec: str, *, root: Path = Path("data"), download: bool = True)
     folder that does not hold what is described, or a download that is not allowed or fails.
     """
     root = Path(root).expanduser()
+    spec = data_spec(spec)
     if spec == "fashion-mini":
         return _fashion_mini()
     if spec.startswith("folder:") and spec != "folder:":
@@ -128,7 +130,7 @@ def open_dataset(spec: str, *, root: Path = Path("data"), download: bool = True)
         return _cifar10(root, download)
     if spec in _PUBLISHED:
         return _imagenet_subset(spec, root, download)
-    raise InputError(f"data: {spec!r} must be {ACCEPTED}")
+    raise InputError(f"data: {spec!r} is not there; it must be {ACCEPTED}{did_you_mean(spec, NAMED_DATA)}")
 
 
 def validation_pack(path: Path) -> Path:

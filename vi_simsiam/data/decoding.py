@@ -43,12 +43,23 @@ class Chunk(NamedTuple):
 
 def bytes_per_image(source: ImageSource, shorter_side: int | None = None) -> float:
     """Return the mean of decoded bytes over at most 64 images across the source, read from their headers."""
+    sizes = [fitted(height, width, shorter_side) for height, width in _sampled(source)]
+    return float(np.mean([3.0 * height * width for height, width in sizes])) if sizes else 0.0
+
+
+def median_side(source: ImageSource) -> int | None:
+    """Return the median of the shorter sides, in pixels, of the same images; None if none can be read."""
+    sides = [min(size) for size in _sampled(source)]
+    return int(np.median(sides)) if sides else None
+
+
+def _sampled(source: ImageSource) -> list[tuple[int, int]]:
+    """Height and width of at most 64 images across the source, without those that cannot be read."""
     sizes = []
     for index in np.linspace(0, len(source) - 1, min(_SAMPLED, len(source))).astype(int).tolist():
         with contextlib.suppress(UnreadableError):
-            height, width = fitted(*source.dimensions(index), shorter_side)
-            sizes.append(3.0 * height * width)
-    return float(np.mean(sizes)) if sizes else 0.0
+            sizes.append(source.dimensions(index))
+    return sizes
 
 
 def fitted(height: int, width: int, shorter_side: int | None) -> tuple[int, int]:

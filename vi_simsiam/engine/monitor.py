@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 
 from vi_simsiam.engine.checkpoint import write_atomically
+from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.models import Output, SimSiam, VISimSiam
 
-COLLAPSE_THRESHOLD = 0.3
-"""z-std * sqrt(D) is 1 for directions spread evenly over the sphere and 0 when all images map to one point."""
+_SECONDS_SHOWN = 1.0
+_SECONDS_TIMED = 3.0
+_STEPS_TIMED = 3
 
 
 @torch.no_grad()
@@ -61,56 +66,98 @@ class Monitor:
         total: number of steps of the run.
         steps_per_epoch: for the epoch shown on the bar.
         console: where lines and the bar are printed.
+        estimate: the line that is printed a few steps after the start, from the seconds that the rest will take; None for none.
+        quiet: print warnings only.
+
+    Attributes:
+        last: the last metrics that were logged, also in an earlier session; None before there are any.
     """
 
-    def __init__(self, folder: Path, *, step: int, total: int, steps_per_epoch: int, console: Console) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        step: int,
+        total: int,
+        steps_per_epoch: int,
+        console: Console,
+        estimate: Callable[[float], str] | None = None,
+        quiet: bool = False,
+    ) -> None:
         self._path = folder / "metrics.jsonl"
-        kept = "".join(line + "\n" for line in self._lines() if _step(line) <= step)
-        write_atomically(self._path, lambda file: file.write(kept.encode()))
+        lines = [line for line in self._lines() if _step(line) <= step]
+        write_atomically(self._path, lambda file: file.write("".join(line + "\n" for line in lines).encode()))
+        self.last: dict[str, float] | None = json.loads(lines[-1]) if lines else None
         self._file = self._path.open("a")
         self._tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
-        self._steps_per_epoch = steps_per_epoch
+        self._steps_per_epoch, self._total = steps_per_epoch, total
         self._epochs = -(-total // steps_per_epoch)
-        self._console = console
+        self._console, self._quiet, self._estimate = console, quiet, estimate
         self._warned = False
+        self._shown = -math.inf
+        self._timed: tuple[int, float] | None = None
+        self._bar = console.is_terminal and not quiet  # a log file gets the line of every epoch
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[text]}"),
             console=console,
             transient=True,
-            disable=not console.is_terminal,  # a log file gets the line of every epoch
+            expand=True,
+            disable=not self._bar,
         )
         self._task = self._progress.add_task("train", total=total, completed=step, text="", epoch=self._epoch(step))
 
     def advance(self, step: int) -> None:
         """Show that `step` steps are done."""
         self._progress.update(self._task, completed=step, epoch=self._epoch(step))
+        if self._estimate is None or self._quiet:
+            return
+        now = time.monotonic()
+        if self._timed is None:  # from the end of the first step on, which takes longer than others
+            self._timed = step, now
+        steps, seconds = step - self._timed[0], now - self._timed[1]
+        if steps >= _STEPS_TIMED and seconds >= _SECONDS_TIMED:
+            line, self._estimate = self._estimate(seconds / steps * (self._total - step)), None
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    @property
+    def due(self) -> bool:
+        """Whether the bar is to show new figures: after the first step, and a second after it did."""
+        return self._bar and time.monotonic() - self._shown >= _SECONDS_SHOWN
+
+    def show(self, metrics: dict[str, float]) -> None:
+        """Show metrics on the bar; they must have the keys of `log`."""
+        self._shown = time.monotonic()
+        self._progress.update(self._task, text=describe(metrics, short=True))
 
     def log(self, metrics: dict[str, float]) -> None:
         """Write one line of metrics; it must have the keys step, loss, cosine, z_std, views_per_s and data_wait."""
+        self.last = metrics
         self._file.write(json.dumps(metrics) + "\n")
         self._file.flush()
         for name, value in metrics.items():
             if name != "step":
                 self._tensorboard.add_scalar(name, value, int(metrics["step"]))
-        self._progress.update(self._task, text=describe(metrics))
+        self.show(metrics)
         if metrics["z_std"] < COLLAPSE_THRESHOLD and not self._warned:
             self._warned = True
             self._console.print(
                 f"[yellow]warning: step {int(metrics['step'])}: the representations are collapsing "
-                f"(z-std * sqrt(D) = {metrics['z_std']:.2f}, below {COLLAPSE_THRESHOLD})"
+                f"(z-std * sqrt(D) = {metrics['z_std']:.2f}, below {COLLAPSE_THRESHOLD})",
+                soft_wrap=True,
             )
 
     def epoch_done(self, step: int, metrics: dict[str, float]) -> None:
         """Print one line for the epoch that ended at `step`."""
-        self._console.print(
-            f"epoch {step // self._steps_per_epoch}/{self._epochs}  {describe(metrics)}",
-            soft_wrap=True,
-            highlight=False,
-        )
+        if not self._quiet:
+            self._console.print(
+                f"epoch {step // self._steps_per_epoch}/{self._epochs}  {describe(metrics)}",
+                soft_wrap=True,
+                highlight=False,
+            )
 
     def _epoch(self, step: int) -> str:
         return f"{min(step // self._steps_per_epoch + 1, self._epochs)}/{self._epochs}"
@@ -138,11 +185,14 @@ def _step(line: str) -> float:
         return math.inf
 
 
-def describe(metrics: dict[str, float]) -> str:
-    """Metrics as one short line."""
-    kappa = f"  kappa/(D-1) {metrics['kappa']:.3g}" if "kappa" in metrics else ""
+def describe(metrics: dict[str, float], *, short: bool = False) -> str:
+    """Metrics as one line; a `short` one leaves room for the bar on 80 columns."""
+    loss, cosine, kappa, speed = (metrics.get(key, 0.0) for key in ("loss", "cosine", "kappa", "views_per_s"))
+    if short:
+        concentration = f" κ/(D-1) {kappa:.2g}" if "kappa" in metrics else ""
+        return f"loss {loss:.3g} cos {cosine:.2f}{concentration} {speed:.0f} views/s"
+    concentration = f"  kappa/(D-1) {kappa:.3g}" if "kappa" in metrics else ""
     return (
-        f"loss {metrics['loss']:.4g}  cos {metrics['cosine']:.3f}{kappa}  z-std {metrics['z_std']:.2f}  "
-        f"rank {metrics['effective_rank']:.0f}  {metrics['views_per_s']:.0f} views/s  "
-        f"waiting for data {metrics['data_wait']:.0%}"
+        f"loss {loss:.4g}  cos {cosine:.3f}{concentration}  z-std {metrics['z_std']:.2f}  "
+        f"rank {metrics['effective_rank']:.0f}  {speed:.0f} views/s  waiting for data {metrics['data_wait']:.0%}"
     )

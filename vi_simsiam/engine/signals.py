@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from types import FrameType
@@ -10,10 +11,11 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def stop_signals(*, patient: bool = False) -> Iterator[list[int]]:
+def stop_signals(*, patient: bool = False, notice: str = "") -> Iterator[list[int]]:
     """A list that receives the first SIGINT or SIGTERM; a second one takes its ordinary course.
 
     With `patient` all of them are received: torchrun repeats to its ranks what the terminal has told them already.
+    `notice` is printed to standard error at once, since a step may take long.
 
     The end of a job reaches the loader's workers, too. From the first signal on their end is no error: torch's
     handler of SIGCHLD would raise one wherever the program happens to be, in the middle of a checkpoint, say.
@@ -22,6 +24,8 @@ def stop_signals(*, patient: bool = False) -> Iterator[list[int]]:
     previous: dict[int, Any] = {}
 
     def handle(number: int, frame: FrameType | None) -> None:
+        if notice and not received:
+            os.write(2, f"\n{notice}\n".encode())  # a print may be what was interrupted
         received.append(number)
         if not patient:
             restore()

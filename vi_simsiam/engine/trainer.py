@@ -14,9 +14,11 @@ from torch import nn
 
 from vi_simsiam.config import PLACE_FIELDS, TrainConfig, differing_fields
 from vi_simsiam.data.cache import cached
+from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.loader import MultiViewLoader
 from vi_simsiam.engine.checkpoint import Checkpoint
 from vi_simsiam.engine.distributed import World, sync_batch_norm, wrap
+from vi_simsiam.engine.duration import duration_line
 from vi_simsiam.engine.graph import Captured, capture
 from vi_simsiam.engine.monitor import Monitor, representation_statistics
 from vi_simsiam.engine.run import (
@@ -31,9 +33,11 @@ from vi_simsiam.engine.run import (
 )
 from vi_simsiam.engine.signals import stop_signals
 from vi_simsiam.engine.step import OverlappedStep, TrainStep, learning_rates
+from vi_simsiam.engine.verdict import verdict
 from vi_simsiam.errors import InputError, TrainingError
 from vi_simsiam.models import Output, VISimSiam, build_model
 from vi_simsiam.ops.backends import choose_backend
+from vi_simsiam.text import counted
 
 # Ranks meet where metrics are due and in the network: these may differ between runs, not between ranks.
 _COMMON_FIELDS = {"log_every", "capture", "compile"}
@@ -55,6 +59,8 @@ class Trainer:
         overwrite: replace the run that the folder holds.
         console: where to print; None for standard output.
         world: the ranks that train together, each with a Trainer of its own; None for this process alone. Rank 0 writes.
+        splits: the images, where they are open already; None to open those that the configuration names.
+        quiet: print warnings and the verdict only.
 
     Raises:
         InputError: a configuration, folder or data set that cannot be used.
@@ -70,6 +76,8 @@ class Trainer:
         overwrite: bool = False,
         console: Console | None = None,
         world: World | None = None,
+        splits: Splits | None = None,
+        quiet: bool = False,
     ) -> None:
         config = config.located()
         folder = None if folder is None else Path(folder).expanduser()
@@ -79,7 +87,7 @@ class Trainer:
             raise InputError("resume: say which run folder to go on with")
         if resume and (differing := differing_fields(read_config(folder), config)):  # type: ignore[arg-type]
             raise InputError(f"resume: the configuration differs from {folder}'s: {'; '.join(differing)}")
-        self.config, self.resume = config, resume
+        self.config, self.resume, self.quiet = config, resume, quiet
         self.world = world or World(resolve_device(config.device))
         self.world.agree("configuration", config.to_dict(), ignore=PLACE_FIELDS - _COMMON_FIELDS)
         self.world.local_batch(config.batch_size)
@@ -110,14 +118,14 @@ class Trainer:
 
         with self.world.main_first():  # it decodes the images if that is to be done, and the others find them
             images, unreadable = cached(
-                open_splits(config).train,
+                (splits or open_splits(config)).train,
                 cache_dir=config.cache_dir,
                 workers=config.workers,
-                console=self.console,
+                console=None if quiet else self.console,
             )
         if unreadable:
             names = ", ".join(f"{image.path} ({image.reason})" for image in unreadable)
-            text = f"warning: {len(unreadable)} unreadable images left out: {names}"
+            text = f"warning: {counted(len(unreadable), 'unreadable image')} left out: {names}"
             self.console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
         self.loader = MultiViewLoader(
             images,
@@ -167,7 +175,8 @@ class Trainer:
         """
         steps = self.loader.steps_per_epoch
         with contextlib.ExitStack() as stack:
-            stop = stack.enter_context(stop_signals(patient=self.world.size > 1))
+            notice = "stopping after this step; the run can be resumed" if self.world.is_main else ""
+            stop = stack.enter_context(stop_signals(patient=self.world.size > 1, notice=notice))
             if not self.resume:
                 if self.world.is_main:
                     start_folder(self.folder, self.config)
@@ -176,7 +185,13 @@ class Trainer:
             monitor = None
             if self.world.is_main:
                 monitor = Monitor(
-                    self.folder, step=self.step, total=self.total_steps, steps_per_epoch=steps, console=self.console
+                    self.folder,
+                    step=self.step,
+                    total=self.total_steps,
+                    steps_per_epoch=steps,
+                    console=self.console,
+                    estimate=self._duration if self.device.type == "cpu" else None,
+                    quiet=self.quiet,
                 )
                 stack.enter_context(monitor)
             stack.enter_context(_memory_errors(self.device))
@@ -192,6 +207,12 @@ class Trainer:
                     epoch_done()
                 if monitor is not None:
                     monitor.epoch_done(self.step, metrics)
+            if monitor is not None and monitor.last is not None:
+                line = verdict(self.config, monitor.last)
+                self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _duration(self, seconds: float) -> str:
+        return duration_line(self.config, len(self.loader.source), seconds)
 
     def _replay(self) -> Captured | None:
         """On a GPU the whole step, ready to be called; None where batches come from the loader."""
@@ -222,24 +243,15 @@ class Trainer:
             logging = self.step % self.log_every == 0 or self.step == end
             if logging or (stop and self.world.size == 1):
                 stopped = self._any_rank(bool(stop))
-                losses = self._finite_losses(first)
+                self._check_losses(first)
                 seconds = time.perf_counter() - since
                 self.seconds += seconds
-                views = len(losses) * self.config.batch_size * len(output.predictions)
-                metrics = {
-                    "step": self.step,
-                    "epoch": self.step / self.loader.steps_per_epoch,
-                    "loss": sum(losses) / len(losses) / self.loss_scale,
-                    **representation_statistics(self.model, output),
-                    "grad_norm": self.train_step.gradient_norm().item(),
-                    "lr": self.train_step.rates[self.step - 1].item(),
-                    "views_per_s": views / seconds,
-                    "data_wait": waited / seconds,
-                    "seconds": self.seconds,
-                }
+                metrics = self._metrics(output, first, seconds, waited)
                 if logging and monitor is not None:
                     monitor.log(metrics)
                 waited, since, first = 0.0, time.perf_counter(), self.step
+            elif monitor is not None and monitor.due:
+                monitor.show(self._metrics(output, first, time.perf_counter() - since, waited))
             if stopped:
                 break
         return metrics, stopped or bool(stop and self.world.size == 1)
@@ -262,7 +274,7 @@ class Trainer:
             except (RuntimeError, OSError, EOFError) as error:
                 time.sleep(0.2)  # the end of a job can reach the workers before this process
                 if not stop and self.world.size == 1 and isinstance(error, TrainingError):  # a worker died
-                    self._finite_losses(self.saved_step)
+                    self._check_losses(self.saved_step)
                     self._save()
                     raise TrainingError(f"{error}; saved at step {self.step}, to go on from with --resume") from error
                 if not stop:
@@ -275,17 +287,31 @@ class Trainer:
             waited = time.perf_counter() - asked
             yield self.train_step(batch.views), waited
 
-    def _finite_losses(self, first: int) -> list[float]:
-        """The losses of the steps from `first` on, once all of them are known to be finite."""
-        losses = self.train_step.losses[first : self.step]
-        finite = torch.isfinite(losses).tolist()
+    def _metrics(self, output: Output, first: int, seconds: float, waited: float) -> dict[str, float]:
+        """A line of metrics.jsonl: of the steps from `first` on, which took so many seconds, and of the last one's output."""
+        losses = self.train_step.losses[first : self.step].tolist()
+        views = len(losses) * self.config.batch_size * len(output.predictions)
+        return {
+            "step": self.step,
+            "epoch": self.step / self.loader.steps_per_epoch,
+            "loss": sum(losses) / len(losses) / self.loss_scale,
+            **representation_statistics(self.model, output),
+            "grad_norm": self.train_step.gradient_norm().item(),
+            "lr": self.train_step.rates[self.step - 1].item(),
+            "views_per_s": views / seconds,
+            "data_wait": waited / seconds,
+            "seconds": self.seconds,
+        }
+
+    def _check_losses(self, first: int) -> None:
+        """Raise TrainingError unless the losses of the steps from `first` on are finite."""
+        finite = torch.isfinite(self.train_step.losses[first : self.step]).tolist()
         if not all(finite):
             step = first + finite.index(False) + 1
             raise TrainingError(
                 f"the loss is not finite at step {step} (epoch {(step - 1) // self.loader.steps_per_epoch + 1}); "
                 f"{self._last_good()}; a lower learning rate or clip_norm may help"
             )
-        return losses.tolist()
 
     def _any_rank(self, flag: bool) -> bool:
         return bool(self.world.any_rank(torch.tensor(float(flag), device=self.device)))

@@ -20,8 +20,8 @@ from PIL import Image, ImageOps
 
 from vi_simsiam.data.loader import eval_loader
 from vi_simsiam.data.sources import ImageSource
-from vi_simsiam.engine.monitor import COLLAPSE_THRESHOLD
 from vi_simsiam.engine.run import METRICS, Run, read_config
+from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.style import BLUE, GRAY, METHODS, ORANGE, STYLE, figure, number, save, shown
 from vi_simsiam.models import VISimSiam

@@ -18,7 +18,7 @@ from vi_simsiam.evaluation.linear import evaluate_linear
 _MEASURES = {"top1": "top-1", "top5": "top-5", "held_out_top1": "held-out top-1"}
 
 
-def evaluate_run(run: Run, world: World | None = None, console: Console | None = None) -> None:
+def evaluate_run(run: Run, world: World | None = None, console: Console | None = None, *, quiet: bool = False) -> None:
     """Draw the figures, evaluate by k nearest neighbours and linear probe, and print the results as the last two lines.
 
     Writes curves.png, kappa.png and density.png (VI-SimSiam only), knn.json and linear.json to the run folder; the features are
@@ -28,17 +28,19 @@ def evaluate_run(run: Run, world: World | None = None, console: Console | None =
         run: the run.
         world: ranks that share the computing of features; rank 0 does the rest. None for this process alone.
         console: where to print; None for standard output.
+        quiet: print the accuracies only.
 
     Raises:
         InputError: the data has no labels or no validation images; the figures are drawn before.
     """
     world = world or World(run.device)
     console = world.console(console)
+    console, results = Console(quiet=True) if quiet else console, console
     with console.status("drawing figures") as status:
         for figure in (draw_curves(run.path), draw_density(run.path), draw_kappa(run)) if world.is_main else ():
             if figure is not None:
                 console.print(f"figure {figure}", highlight=False, markup=False, soft_wrap=True)
-        images = len(labelled_splits(run)["train"])
+        images = len(labelled_splits(run.splits)["train"])
         features = collect(run, report=status.update, world=world)
         if not world.is_main:
             return
@@ -48,7 +50,7 @@ def evaluate_run(run: Run, world: World | None = None, console: Console | None =
         linear = evaluate_linear(features)
     console.print(summary_table({"kNN": knn, "linear": linear}))
     for line in (summary_line("kNN", knn), summary_line("linear", linear)):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        results.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def summary_table(results: dict[str, dict[str, Any]]) -> Table:

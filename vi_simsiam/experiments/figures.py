@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from vi_simsiam.engine.monitor import COLLAPSE_THRESHOLD
+from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.evaluation.style import BLUE, GRAY, ORANGE, STYLE, figure, save
 from vi_simsiam.experiments.plan import MEASURES
 from vi_simsiam.experiments.records import Experiment, columns, measures

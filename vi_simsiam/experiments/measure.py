@@ -112,7 +112,7 @@ def accuracies(run: Run, measures: Iterable[str]) -> tuple[dict[str, float], dic
 
     The result files of the evaluations are written to RUN/measured/: they lack the encoders that others compare with.
     """
-    sources = {name: run.readable(source)[0] for name, source in labelled_splits(run).items()}
+    sources = {name: run.readable(source)[0] for name, source in labelled_splits(run.splits).items()}
     size, device, workers = run.config.augment.size, run.device, run.workers
     found = {}
     for name, source in sources.items():

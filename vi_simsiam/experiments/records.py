@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vi_simsiam.config import PLACE_FIELDS
-from vi_simsiam.engine.monitor import COLLAPSE_THRESHOLD
+from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.results import unpack_bits
 from vi_simsiam.experiments.plan import MEASURES

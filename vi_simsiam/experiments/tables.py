@@ -8,7 +8,7 @@ from typing import Any
 
 from vi_simsiam.benchmarks.tables import markdown_grid
 from vi_simsiam.engine.checkpoint import write_atomically, write_json
-from vi_simsiam.engine.monitor import COLLAPSE_THRESHOLD
+from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.experiments.records import Experiment, collect
 from vi_simsiam.experiments.statistics import DRAWS, estimate
 

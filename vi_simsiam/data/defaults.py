@@ -1,0 +1,86 @@
+"""Settings that suit a data set, for those that a user leaves open."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from vi_simsiam.config import PRESETS, AugmentConfig, TrainConfig
+from vi_simsiam.data.decoding import median_side
+from vi_simsiam.data.sources import ImageSource
+
+FITTED = ("size", "local_size", "crop_scale", "blur_prob", "stem", "dim", "epochs", "batch_size", "lr", "warmup_epochs")
+"""The settings that `suited` chooses."""
+
+_LARGEST = 224
+_SMALLEST = 8
+# Up to here the demo's settings are taken, which train on a CPU in minutes.
+_TINY = 28
+# Up to here the ImageNet stem leaves one pixel of an image to the last layers.
+_ONE_PIXEL = 32
+# Up to here a blur of 2 pixels wipes out what is to be learned.
+_SMALL = 64
+# 200 epochs of ImageNette's 9,469 images, the length of the published trainings.
+_IMAGES_SEEN = 200 * 9_469
+_MOST_EPOCHS = 400
+_FEWEST_EPOCHS = 20
+
+
+def suited_size(source: ImageSource) -> int:
+    """The side of the global views in pixels: the median of the images' shorter sides, from 8 to 224."""
+    return min(max(median_side(source) or _LARGEST, _SMALLEST), _LARGEST)
+
+
+def sized(views: AugmentConfig, size: int) -> AugmentConfig:
+    """`views` with global ones of `size` pixels, and local ones that keep SwAV's share of it, 96 / 224."""
+    local_size = max(_SMALLEST, round(size * AugmentConfig.local_size / AugmentConfig.size))
+    return dataclasses.replace(views, size=size, local_size=local_size)
+
+
+def suited(
+    config: TrainConfig,
+    source: ImageSource,
+    *,
+    views: AugmentConfig | None = None,
+    size: int | None = None,
+    epochs: int | None = None,
+) -> TrainConfig:
+    """`config` with the settings of `FITTED` as they suit the training images.
+
+    - Views have the images' size, and local ones SwAV's share of it. Up to 28 pixels the rest is the demo's.
+    - Up to 32 pixels the stem is the small one; up to 64 there is no blur, and D is 512.
+    - The run sees about as many images as 200 epochs of ImageNette have (the demo's number up to 28 pixels), in 20 to 400
+      epochs, of which a twentieth (an eighth) warms up the learning rate.
+
+    Args:
+        config: gives all other settings.
+        source: the training images; a batch holds no more than all of them.
+        views: the augmentation that was asked for, of which only the sizes are fitted; None for one that is fitted, too.
+        size: the side of the global views, where it was asked for.
+        epochs: the length of the run, where it was asked for.
+    """
+    size = size or suited_size(source)
+    tiny = size <= _TINY
+    start = PRESETS["demo" if tiny else "default"]
+    augment = views or dataclasses.replace(start.augment, blur_prob=0.0 if size <= _SMALL else start.augment.blur_prob)
+    epochs = epochs or _epochs(len(source), tiny)
+    return dataclasses.replace(
+        config,
+        epochs=epochs,
+        batch_size=max(2, min(start.batch_size, len(source))),
+        lr=start.lr,
+        warmup_epochs=epochs / (8 if tiny else 20),
+        augment=sized(augment, size),
+        model=dataclasses.replace(
+            config.model,
+            stem="small" if _TINY < size <= _ONE_PIXEL else "imagenet",
+            dim=512 if size <= _SMALL else config.model.dim,
+        ),
+    )
+
+
+def _epochs(images: int, tiny: bool) -> int:
+    demo = PRESETS["demo"].epochs
+    seen, fewest = (demo * 8_000, demo) if tiny else (_IMAGES_SEEN, _FEWEST_EPOCHS)
+    epochs = seen / max(1, images)
+    rounded = round(epochs, -1) if epochs > _FEWEST_EPOCHS else round(epochs)
+    return int(min(max(rounded, fewest), _MOST_EPOCHS))
