@@ -48,6 +48,7 @@ def run(options: Options, console: Console | None = None) -> dict[str, Any]:
     """Measure the errors of all providers in float32, print them, and write the result file if a folder is given."""
     console = console or Console()
     device = resolve_device(options.device)
+    path = None if options.out is None else result_path(options.out, NAME, device)
     rows: dict[str, Any] = {}
     for name, provider in make_providers(_FORM, device).items():
         if name in COMPILED:  # the compiled eager form: the same arithmetic
@@ -70,8 +71,7 @@ def run(options: Options, console: Console | None = None) -> dict[str, Any]:
     for name, row in rows.items():
         table.add_row(name, *([row] if isinstance(row, str) else (_cell(cell) for cell in row)))
     console.print(table)
-    if options.out is not None:
-        path = result_path(options.out, NAME, device)
+    if path is not None:
         write_result(path, result)
         console.print(f"written: {path}", soft_wrap=True)
     return result

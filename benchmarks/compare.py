@@ -31,9 +31,9 @@ _LEAST_NOISE = 0.02
 class Options:
     """Options of `vi-simsiam bench compare`."""
 
-    before: Annotated[Path, tyro.conf.Positional]
+    before: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BEFORE")]
     """Result file to compare with."""
-    after: Annotated[Path, tyro.conf.Positional]
+    after: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="AFTER")]
     """Result file that must not be slower."""
 
 

@@ -97,14 +97,15 @@ def provenance(device: torch.device, packages: Iterable[str] = ()) -> dict[str, 
 
 
 def result_path(folder: Path, name: str, device: torch.device) -> Path:
-    """folder/DEVICE/name.json, DEVICE being the device's name in lower case."""
+    """folder/DEVICE/name.json, DEVICE being the device's name in lower case; made now, before anything is measured."""
     label = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return folder / re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-") / f"{name}.json"
+    folder = folder / re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name}.json"
 
 
 def write_result(path: Path, content: dict[str, Any]) -> None:
     """Write a result file in one step: a run that is killed leaves the last complete one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
     partial.replace(path)

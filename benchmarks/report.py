@@ -38,7 +38,7 @@ _MODES = {"forward": "loss", "forward_backward": "loss + gradient"}
 class Options:
     """Options of `vi-simsiam bench report`."""
 
-    files: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILES")]
     """Markdown files whose marked sections to write anew from the result files that they name."""
 
 

@@ -43,6 +43,12 @@ def test_paper_preset_is_the_papers() -> None:
         (TrainConfig, {"epochs": -3}),
         (TrainConfig, {"epochs": 2.5}),
         (TrainConfig, {"workers": 1.5}),
+        (TrainConfig, {"lr": "fast"}),
+        (TrainConfig, {"lr": True}),
+        (TrainConfig, {"data": 3}),
+        (TrainConfig, {"compile": "yes"}),
+        (AugmentConfig, {"crop_scale": (0.2,)}),
+        (AugmentConfig, {"crop_ratio": 1.0}),
         (ModelConfig, {"dim": 16.5}),
         (TrainConfig, {"batch_size": 1}),
         (TrainConfig, {"lr": 0.0}),
@@ -121,6 +127,8 @@ def test_a_run_finds_its_data_from_any_folder(kind: str, tmp_path: Path, monkeyp
     assert TrainConfig(data=f"{kind}:some/mine.pack").located().data == f"{kind}:{tmp_path / 'some' / 'mine.pack'}"
     assert TrainConfig(data=f"{kind}:").located().data == f"{kind}:", "named as it was given in the error"
     assert TrainConfig(data="cifar10").located().data == "cifar10"
+    (tmp_path / "photos").mkdir()
+    assert TrainConfig(data="photos").located().data == f"folder:{tmp_path / 'photos'}"
 
 
 def test_parts_that_do_not_go_together_are_named() -> None:

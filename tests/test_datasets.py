@@ -19,6 +19,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from vi_simsiam.data import datasets
+from vi_simsiam.data.cache import pack
 from vi_simsiam.data.datasets import open_dataset
 from vi_simsiam.errors import InputError
 
@@ -108,10 +109,24 @@ def test_maker_writes_the_same_bytes_at_any_time(maker: ModuleType, tmp_path: Pa
 
 @pytest.mark.parametrize("spec", ["mnist", "", "folder:", "Imagenette", "folder"])
 def test_unknown_names_list_the_accepted(spec: str) -> None:
-    with pytest.raises(
-        InputError, match=f"'{spec}' must be fashion-mini, folder:PATH, pack:FILE, cifar10, imagenette or imagewoof"
-    ):
+    accepted = "it must be a folder of images, a pack file, or one of fashion-mini, cifar10, imagenette, imagewoof"
+    with pytest.raises(InputError, match=f"data: '{spec}' is not there; {accepted}"):
         open_dataset(spec)
+
+
+def test_the_nearest_name_is_proposed() -> None:
+    with pytest.raises(InputError, match=r"did you mean 'imagenette'\?"):
+        open_dataset("imagenet")
+
+
+def test_paths_need_no_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder or file that exists is one of images or a pack; a name that is known goes before a folder of that name."""
+    images(tmp_path, "photos/1.png", "photos/2.png", "fashion-mini/1.png")
+    monkeypatch.chdir(tmp_path)
+    assert len(open_dataset("photos").train) == len(open_dataset("folder:photos").train) == 2
+    assert len(open_dataset("fashion-mini").train) == 8000
+    pack(open_dataset("photos").train, tmp_path / "mine.pack", workers=1)
+    assert len(open_dataset("mine.pack").train) == 2
 
 
 def test_folder_with_classes(tmp_path: Path) -> None:

@@ -327,7 +327,7 @@ def test_unreadable_images_are_named_as_they_are(image_folder: Path, tmp_path: P
         console = Console(file=file, width=40)
         trainer = Trainer(config(data), tmp_path / "run", console=console)
     said = (tmp_path / "out").read_text()
-    assert "1 unreadable images left out" in said
+    assert "1 unreadable image left out" in said
     assert "[bold]00[nonsense].png" in said
     assert len(trainer.loader.source) == 2400
 

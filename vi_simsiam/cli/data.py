@@ -16,7 +16,7 @@ from vi_simsiam.errors import InputError
 
 @dataclass(frozen=True)
 class _Pack:
-    images: Annotated[str, tyro.conf.Positional]
+    images: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
     """A folder of images, or a data set by name."""
     out: Path
     """File to write, such as mine.pack; validation images go to mine.val.pack. Train on it with --data pack:mine.pack."""

@@ -17,7 +17,7 @@ from vi_simsiam.experiments.plan import PlanOptions
 
 @dataclass(frozen=True)
 class _Experiment(Place, PlanOptions):
-    name: Annotated[str, tyro.conf.Positional] = tyro.MISSING
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = tyro.MISSING
     """table1, tuned, controls, stability or lightly-imagenette."""
     out: Path | None = None
     """Folder of the experiment; None for runs/experiments/NAME. The same command goes on with what is there."""

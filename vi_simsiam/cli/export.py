@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vi_simsiam.cli.parsing import RunPath, parse
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import InputError, none_of
 
 if TYPE_CHECKING:
     from vi_simsiam.engine.run import Run
@@ -40,7 +40,7 @@ def export(arguments: list[str]) -> int:
     from vi_simsiam.export import FORMATS, export_run
 
     if options.format not in FORMATS:
-        raise InputError(f"format: {options.format!r} is none of {', '.join(FORMATS)}")
+        raise none_of("format", options.format, FORMATS)
     folder = export_run(_open(options), options.format, options.out, overwrite=options.overwrite, report=print)
     print(f"written: {folder}")
     return 0

@@ -87,20 +87,22 @@ def parse(command: str, kind: type[_Options], arguments: list[str], default: _Op
 
 
 def _message(box: str) -> str:
-    """The message in tyro's box of title, message, a rule, and advice, with the options that the advice names."""
-    lines = [line.strip("│").rstrip() for line in box.splitlines()[1:]]
-    rule = next((i for i, line in enumerate(lines) if set(line.strip()) <= set("─╰╯")), len(lines))
+    """The message in tyro's box of title, message, a rule, and advice, with the options that the advice names.
+
+    Where standard output cannot print lines the box has none, but for rules of hyphens, one of them below the title.
+    """
+    lines = [line[2:].rstrip(" │") for line in box.splitlines()[1:]]
+    lines = lines[1:] if lines and set(lines[0]) == {"-"} else lines
+    rule = next((i for i, line in enumerate(lines) if set(line) <= set("─╰╯- ")), len(lines))
     message = re.sub(r"^Error parsing (\w+: )?", "", " ".join(line.strip() for line in lines[:rule]))
     if message.startswith("Missing from"):  # names are indented by four spaces, their help by eight
-        found = re.findall(r"^ {5}(\S.*)\n {9}(.*)$", "\n".join(lines[:rule]), re.MULTILINE)
+        found = re.findall(r"^ {4}(\S.*)\n {8}(.*)$", "\n".join(lines[:rule]), re.MULTILINE)
         return f"missing: {', '.join(f'{name} ({_phrase(text)})' for name, text in found)}"
     if choice := re.fullmatch(r"invalid choice '(.*)' for argument '([^']*)'\. Expected one of \((.*)\)\.?", message):
         given, option, accepted = choice.groups()
         return str(none_of(option, given, re.findall(r"'([^']*)'", accepted)))
-    if (advice := next((i for i, line in enumerate(lines) if line.strip() == "Perhaps you meant:"), None)) is not None:
-        near = [
-            words[0].rstrip(",") for line in lines[advice:] if (words := line.split()) and words[0].startswith("--")
-        ]
+    advice = "\n".join(lines[rule:]).partition("Perhaps you meant:")[2]
+    if near := re.findall(r"^ *(--[a-z][\w-]*)", advice, re.MULTILINE):
         message += f"; did you mean {' or '.join(near[:2])}?"
     return message
 

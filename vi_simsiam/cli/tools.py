@@ -10,6 +10,17 @@ from typing import Any
 from vi_simsiam.cli.parsing import parse
 from vi_simsiam.errors import none_of
 
+BENCHMARKS = {
+    "loss": ("multiview_loss", "time the loss: eager, torch.compile and the fused backends"),
+    "augment": ("augment", "views a second: ours, torchvision, lightly and kornia"),
+    "step": ("step", "the training step by phase, against the network alone"),
+    "train": ("train", "whole trainings: ours, plain and tuned PyTorch, lightly"),
+    "compare": ("compare", "two result files case by case; exits 1 if anything became slower"),
+    "accuracy": ("accuracy", "errors of the loss at large concentrations"),
+    "report": ("report", "write the tables in Markdown files from the result files they name"),
+}
+"""Where each benchmark is, and what it does."""
+
 
 @dataclass(frozen=True)
 class _Info:
@@ -30,21 +41,12 @@ def info(arguments: list[str]) -> int:
 
 def bench(arguments: list[str]) -> int:
     """Run a benchmark."""
-    benchmarks = {
-        "loss": ("multiview_loss", "time the loss: eager, torch.compile and the fused backends"),
-        "augment": ("augment", "views a second: ours, torchvision, lightly and kornia"),
-        "step": ("step", "the training step by phase, against the network alone"),
-        "train": ("train", "whole trainings: ours, plain and tuned PyTorch, lightly"),
-        "compare": ("compare", "two result files case by case; exits 1 if anything became slower"),
-        "accuracy": ("accuracy", "errors of the loss at large concentrations"),
-        "report": ("report", "write the tables in Markdown files from the result files they name"),
-    }
     if arguments and arguments[0] in ("-h", "--help"):
-        print(f"usage: vi-simsiam bench {'|'.join(benchmarks)} [OPTIONS]\n")
-        print("\n".join(f"  {name:10}{about}" for name, (_, about) in benchmarks.items()))
+        print(f"usage: vi-simsiam bench {'|'.join(BENCHMARKS)} [OPTIONS]\n")
+        print("\n".join(f"  {name:10}{about}" for name, (_, about) in BENCHMARKS.items()))
         return 0
-    if not arguments or arguments[0] not in benchmarks:
-        raise none_of("bench", " ".join(arguments[:1]) or "nothing", benchmarks)
-    benchmark: Any = importlib.import_module(f"vi_simsiam.benchmarks.{benchmarks[arguments[0]][0]}")
+    if not arguments or arguments[0] not in BENCHMARKS:
+        raise none_of("bench", " ".join(arguments[:1]) or "nothing", BENCHMARKS)
+    benchmark: Any = importlib.import_module(f"vi_simsiam.benchmarks.{BENCHMARKS[arguments[0]][0]}")
     outcome = benchmark.run(parse(f"bench {arguments[0]}", benchmark.Options, arguments[1:]))
     return outcome if isinstance(outcome, int) else 0

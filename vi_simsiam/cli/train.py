@@ -189,7 +189,7 @@ def _suited(arguments: list[str], start: _Start, given: TrainConfig, splits: Spl
         if start.views.size != AugmentConfig.size:
             fixed |= {"size"}
     config = suited(
-        start.config,
+        given,
         splits.train,
         views=start.views,
         size=given.augment.size if "size" in fixed else None,

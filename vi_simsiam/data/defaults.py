@@ -47,7 +47,7 @@ def suited(
     """`config` with the settings of `FITTED` as they suit the training images.
 
     - Views have the images' size, and local ones SwAV's share of it. Up to 28 pixels the rest is the demo's.
-    - Up to 32 pixels the stem is the small one; up to 64 there is no blur, and D is 512.
+    - Up to 32 pixels the stem is the small one, unless weights are pretrained; up to 64 there is no blur, and D is 512.
     - The run sees about as many images as 200 epochs of ImageNette have (the demo's number up to 28 pixels), in 20 to 400
       epochs, of which a twentieth (an eighth) warms up the learning rate.
 
@@ -72,7 +72,7 @@ def suited(
         augment=sized(augment, size),
         model=dataclasses.replace(
             config.model,
-            stem="small" if _TINY < size <= _ONE_PIXEL else "imagenet",
+            stem="small" if _TINY < size <= _ONE_PIXEL and not config.model.pretrained else "imagenet",
             dim=512 if size <= _SMALL else config.model.dim,
         ),
     )

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.evaluation.augmented import default_passes
 from vi_simsiam.evaluation.features import FeatureSets
 from vi_simsiam.evaluation.results import pack_bits, write_result
@@ -102,7 +102,7 @@ def linear_preset(name: str) -> LinearConfig:
         InputError: there is no such preset.
     """
     if name not in LINEAR_PRESETS:
-        raise InputError(f"preset: {name!r} is none of {', '.join(LINEAR_PRESETS)}")
+        raise none_of("preset", name, LINEAR_PRESETS)
     return LINEAR_PRESETS[name]
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from vi_simsiam.config import LossConfig, ModelConfig, TrainConfig, policy, preset
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import none_of
 from vi_simsiam.experiments.plan import METHODS, PRIMARY_MEASURE, Arm, Plan, PlanOptions, finished, scaled, with_data
 from vi_simsiam.experiments.tuning import tuned
 
@@ -28,7 +28,7 @@ def plan(name: str, options: PlanOptions) -> Plan:
         "lightly-imagenette": _lightly_imagenette,
     }
     if name not in makers:
-        raise InputError(f"experiment: {name!r} is none of {', '.join(makers)}")
+        raise none_of("experiment", name, makers)
     return makers[name](options)
 
 

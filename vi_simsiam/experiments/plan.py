@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vi_simsiam.config import Method, TrainConfig
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import InputError, none_of
 
 MEASURES = ("knn20", "knn200", "logistic", "linear", "linear_top5")
 """Accuracies that every run is measured by, in the order of every table."""
@@ -210,7 +210,7 @@ def finished(
     names = [arm.name for arm in arms]
     for wanted in options.arms or ():
         if wanted not in names:
-            raise InputError(f"arms: {wanted!r} is none of {', '.join(names)}")
+            raise none_of("arms", wanted, names)
     asked = [arm for arm in arms if (not arm.optional if options.arms is None else arm.name in options.arms)]
     for arm in asked:
         if arm.after is not None and arm.after not in [other.name for other in asked]:

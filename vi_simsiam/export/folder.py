@@ -21,7 +21,7 @@ from vi_simsiam.data.sources import ImageSource, UnreadableError
 from vi_simsiam.data.views import eval_view
 from vi_simsiam.engine.checkpoint import write_atomically, write_json
 from vi_simsiam.engine.run import Run
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.export.card import Check, model_card
 from vi_simsiam.export.formats import (
     FORMATS,
@@ -79,7 +79,7 @@ def export_run(
     """
     say = report or (lambda phrase: None)
     if format not in FORMATS:
-        raise InputError(f"format: {format!r} is none of {', '.join(FORMATS)}")
+        raise none_of("format", format, FORMATS)
     if format == "onnx":
         require_exporter()
     target = (run.path / "export" / format if out is None else Path(out).expanduser()).absolute()
