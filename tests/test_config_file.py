@@ -1,0 +1,67 @@
+"""Settings from a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vi_simsiam.cli.config_file import read_settings, updated
+from vi_simsiam.config import AugmentConfig, TrainConfig, preset
+from vi_simsiam.errors import InputError
+
+
+def settings(tmp_path: Path, text: str) -> dict[str, object]:
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    return read_settings(path)
+
+
+def test_a_runs_configuration_comes_back(tmp_path: Path) -> None:
+    config = preset("paper")
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert updated(TrainConfig(), read_settings(tmp_path / "config.json")) == config
+
+
+def test_settings_stand_side_by_side_or_in_their_parts(tmp_path: Path) -> None:
+    """YAML takes 1e-3 for text; a setting that is not in the file keeps its value."""
+    flat = "epochs: 20\nlr: 1e-3\nsize: 64\nbatch-size: 32\ncrop_scale: [0.3, 1]\nclip_norm: 1\nout_of: 3\n"
+    with pytest.raises(InputError, match="config: no setting is called 'out_of'"):
+        updated(TrainConfig(), settings(tmp_path, flat))
+    nested = "epochs: 20\nlr: 1e-3\nbatch_size: 32\nclip_norm: 1.0\naugment:\n  size: 64\n  crop_scale: [0.3, 1.0]\n"
+    augment = AugmentConfig(size=64, crop_scale=(0.3, 1.0))
+    expected = TrainConfig(epochs=20, lr=1e-3, batch_size=32, clip_norm=1.0, augment=augment)
+    assert updated(TrainConfig(), settings(tmp_path, flat.replace("out_of: 3\n", ""))) == expected
+    assert updated(TrainConfig(), settings(tmp_path, nested)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3", "config: no setting is called 'epoch'; did you mean 'epochs'?"),
+        ("augment: {sise: 3}", "config: no setting is called 'sise'; did you mean 'size'?"),
+        ("augment: 3", "config: no setting is called 'augment'"),
+        ("epochs: many", "epochs: 'many' is not accepted; it must be an integer"),
+        ("lr: fast", "lr: 'fast' is not accepted; it must be a number"),
+        ("compile: 1", "compile: 1 is not accepted; it must be true or false"),
+        ("crop_scale: [0.2]", r"crop_scale: (0.2,) is not accepted; it must be 2 numbers"),
+        ("method: byol", "method: 'byol' is none of vi-simsiam, simsiam"),
+        ("- 3", "holds no settings"),
+        ("", "holds no settings"),
+        ("a: [", "cannot be read"),
+    ],
+)
+def test_what_cannot_be_used_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        updated(TrainConfig(), settings(tmp_path, text))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"config: .*nothing.yaml cannot be read \(No such file or directory\)"):
+        read_settings(tmp_path / "nothing.yaml")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="bytes cannot be read"):
+        read_settings(tmp_path / "bytes")
