@@ -105,7 +105,7 @@ def test_bare(
 def test_a_wrong_path(arguments: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     err = refused(arguments.replace("OUT", str(tmp_path / "OUT")), capsys)
     assert "nowhere" in err
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_the_trainer_on_two_ranks_is_the_trainer_on_one(image_folder: Path, tmp_
     said = cases.real_run(World(), config, tmp_path / "one")
     first, second = run_ranks(cases.real_run, 2, config, tmp_path / "two")
     assert (first.message, second.message) == ("", "")
-    assert first.value.count("epoch") == said.count("epoch") == 1
+    assert first.value.count("epoch 1/1 ") == said.count("epoch 1/1 ") == 1
     assert second.value == ""
     one, two = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]

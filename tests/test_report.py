@@ -180,7 +180,13 @@ def test_the_headline_counts_what_the_comparisons_say(page: Page) -> None:
 
 def test_settings_that_differ_are_marked(written: Path, page: Page) -> None:
     rows = {row["name"]: row for row in settings(TrainConfig(epochs=7, augment=preset("demo").augment))}
-    assert {name for name, row in rows.items() if row["differs"]} == {"epochs", "size", "crop_scale", "blur_prob"}
+    assert {name for name, row in rows.items() if row["differs"]} == {
+        "epochs",
+        "size",
+        "local_size",
+        "crop_scale",
+        "blur_prob",
+    }
     assert (rows["epochs"]["value"], rows["epochs"]["default"]) == ("7", "100")
     assert rows["device"]["group"] == "place"
     assert ["size", "8", "224", "augment"] in page.tables["training-settings"]

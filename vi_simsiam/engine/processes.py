@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from vi_simsiam.engine.signals import announce
+
 INTERRUPTED = 130
 """Exit code of a process that was asked to end and can go on later."""
 _POLL_SECONDS = 0.2
@@ -158,10 +160,12 @@ def end(processes: Iterable[Process]) -> None:
 
 @contextlib.contextmanager
 def signals() -> Iterator[list[int]]:
-    """A list that receives every SIGINT and SIGTERM."""
+    """A list that receives every SIGINT and SIGTERM; the first one is answered on standard error at once."""
     received: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
+        if not received:
+            announce("stopping all runs after their step; once more ends them at once")
         received.append(number)
 
     previous = {}

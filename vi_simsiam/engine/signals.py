@@ -10,6 +10,12 @@ from types import FrameType
 from typing import Any
 
 
+def announce(line: str) -> None:
+    """Write a line to standard error from a signal handler, which may have interrupted a print."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{line}\n".encode())
+
+
 @contextlib.contextmanager
 def stop_signals(*, patient: bool = False, notice: str = "") -> Iterator[list[int]]:
     """A list that receives the first SIGINT or SIGTERM; a second one takes its ordinary course.
@@ -25,7 +31,7 @@ def stop_signals(*, patient: bool = False, notice: str = "") -> Iterator[list[in
 
     def handle(number: int, frame: FrameType | None) -> None:
         if notice and not received:
-            os.write(2, f"\n{notice}\n".encode())  # a print may be what was interrupted
+            announce(notice)
         received.append(number)
         if not patient:
             restore()

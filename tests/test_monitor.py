@@ -1,0 +1,109 @@
+"""What is shown while a run trains."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from vi_simsiam.config import AugmentConfig, ModelConfig, TrainConfig
+from vi_simsiam.engine import monitor as module
+from vi_simsiam.engine.monitor import Monitor, describe
+from vi_simsiam.engine.trainer import Trainer
+
+METRICS = {
+    "step": 20, "epoch": 0.2, "loss": -391.123456, "cosine": 0.71234, "kappa": 2.34567, "z_std": 0.95,
+    "effective_rank": 21.4, "grad_norm": 0.1, "lr": 0.01, "views_per_s": 12345.6, "data_wait": 0.02, "seconds": 3.0,
+}  # fmt: skip
+
+
+def opened(folder: Path, console: Console, **options: object) -> Monitor:
+    values = {"step": 0, "total": 29_400, "steps_per_epoch": 147} | options
+    return Monitor(folder, console=console, **values)  # type: ignore[arg-type]
+
+
+def terminal(width: int = 80) -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, width=width, legacy_windows=False, color_system=None)
+
+
+def test_the_bar_and_its_figures_fit_in_80_columns(tmp_path: Path) -> None:
+    console = terminal()
+    with opened(tmp_path, console) as monitor:
+        monitor.advance(20)
+        monitor.show(METRICS)
+        monitor._progress.refresh()
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert describe(METRICS, short=True) in shown, "not cut"
+    assert "20/29400" in shown
+    assert "…" not in shown
+
+
+def test_the_time_is_told_once_from_steps_after_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step takes longer and does not count; three seconds and steps are waited for."""
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=40)
+    with opened(tmp_path, console, total=103, estimate=lambda seconds: f"rest: {seconds:.1f} {'x' * 60}") as monitor:
+        for step, at in enumerate([50.0, 51.0, 52.0, 53.5, 60.0], 1):
+            now[0] = at
+            monitor.advance(step)
+    # Three steps from second 50.0 to 53.5, 99 more to go.
+    assert console.file.getvalue().splitlines() == [f"rest: {3.5 / 3 * 99:.1f} {'x' * 60}"]  # type: ignore[attr-defined]
+
+
+def test_quiet_leaves_warnings(tmp_path: Path) -> None:
+    console = terminal()
+    with opened(tmp_path, console, quiet=True, estimate=lambda seconds: "time") as monitor:
+        assert not monitor.due
+        for step in range(1, 5):
+            monitor.advance(step)
+        monitor.log(METRICS | {"z_std": 0.1})
+        monitor.epoch_done(147, METRICS)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert len(lines) == 1
+    assert "collapsing" in lines[0]
+
+
+def test_the_last_metrics_of_an_earlier_session_are_known(tmp_path: Path) -> None:
+    """Lines after the step that training goes on from are dropped, and one that was cut off."""
+    with opened(tmp_path, Console(quiet=True)) as monitor:
+        assert monitor.last is None
+        for step in (10, 20, 30):
+            monitor.log(METRICS | {"step": step})
+        assert monitor.last == METRICS | {"step": 30}
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2')
+    with opened(tmp_path, Console(quiet=True), step=20) as monitor:
+        assert monitor.last == METRICS | {"step": 20}
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()] == [10, 20]
+
+
+def test_figures_are_shown_from_the_first_step_and_the_verdict_last(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a terminal: long before the first line is logged. metrics.jsonl is the same with and without a terminal."""
+    shown: list[dict[str, float]] = []
+    monkeypatch.setattr(module, "_SECONDS_SHOWN", 0.0)
+    show = Monitor.show
+    monkeypatch.setattr(Monitor, "show", lambda monitor, metrics: (shown.append(metrics), show(monitor, metrics)))
+    config = TrainConfig(
+        data=f"folder:{image_folder}", epochs=1, batch_size=8, lr=0.02, workers=0, device="cpu", log_every=100,
+        augment=AugmentConfig(size=16, blur_prob=0.0), model=ModelConfig(dim=32, projector_hidden=32, predictor_hidden=16),
+    )  # fmt: skip
+    consoles = {"terminal": terminal(200), "file": Console(file=io.StringIO(), width=200)}
+    for name, console in consoles.items():
+        Trainer(config, tmp_path / name, console=console).fit()
+        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        verdicts = [line for line in lines if line.startswith(("learned: ", "barely learned: ", "dead: "))]
+        assert len(verdicts) == 1
+        assert lines.index(verdicts[0]) > max(i for i, line in enumerate(lines) if line.startswith("epoch 1/1  loss"))
+    assert [metrics["step"] for metrics in shown] == [1, 2, 3, 4, 5, 5], "every step on the terminal, the end in a file"
+    assert {"loss", "cosine", "kappa", "views_per_s"} <= shown[0].keys()
+    kept = [json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in consoles]
+    for timed in ("seconds", "views_per_s", "data_wait"):
+        assert kept[0].pop(timed) is not None
+        kept[1].pop(timed)
+    assert kept[0] == kept[1]
