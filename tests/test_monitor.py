@@ -97,7 +97,7 @@ def test_figures_are_shown_from_the_first_step_and_the_verdict_last(
     consoles = {"terminal": terminal(200), "file": Console(file=io.StringIO(), width=200)}
     for name, console in consoles.items():
         Trainer(config, tmp_path / name, console=console).fit()
-        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", console.file.getvalue())  # type: ignore[attr-defined]
+        text = re.sub(r"(\x1b\[[0-9;?]*[A-Za-z]|\r)+", "\n", console.file.getvalue())  # type: ignore[attr-defined]
         lines = text.splitlines()
         verdicts = [line for line in lines if line.startswith(("learned: ", "barely learned: ", "dead: "))]
         assert len(verdicts) == 1
