@@ -250,6 +250,15 @@ def test_evaluating_a_run_writes_everything_and_ends_with_the_summary(tmp_path: 
     assert results["linear"]["top1"]["pixels"] == 1.0
 
 
+def test_a_run_without_a_log_is_evaluated_without_curves(tmp_path: Path) -> None:
+    """The report sends runs that have neither log nor results here."""
+    run, out = make_run(tmp_path, val=gray_source(10)), io.StringIO()
+    (tmp_path / "metrics.jsonl").unlink()
+    evaluate_run(run, console=Console(file=out))
+    assert out.getvalue().startswith(f"figure {tmp_path / 'density.png'}")
+    assert (tmp_path / "linear.json").is_file()
+
+
 def test_figures_are_drawn_for_data_that_cannot_be_evaluated(tmp_path: Path) -> None:
     run = make_run(tmp_path, train=gray_source(24, labelled=False))
     with pytest.raises(InputError, match="class folders"):

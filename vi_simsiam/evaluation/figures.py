@@ -68,6 +68,12 @@ def draw_curves(run_folder: Path) -> Path:
         return save(drawn, run_folder / "curves.png")
 
 
+def logged(run_folder: Path) -> bool:
+    """Whether a run has a metrics.jsonl to draw: a copy of its weights and configuration alone has none."""
+    path = run_folder / METRICS
+    return path.is_file() and path.stat().st_size > 0
+
+
 def read_metrics(path: Path) -> dict[str, NDArray[np.float64]]:
     """Columns of a metrics.jsonl, float64 over its lines; NaN where a line lacks a value.
 

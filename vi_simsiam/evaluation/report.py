@@ -24,7 +24,7 @@ from vi_simsiam.config import PLACE_FIELDS, TrainConfig
 from vi_simsiam.engine.checkpoint import write_atomically
 from vi_simsiam.engine.run import METRICS, Run, read_config
 from vi_simsiam.errors import InputError
-from vi_simsiam.evaluation.figures import Certainty, certainty, draw_curves, draw_kappa, extremes
+from vi_simsiam.evaluation.figures import Certainty, certainty, draw_curves, draw_kappa, extremes, logged
 from vi_simsiam.evaluation.kappa_figures import draw_density
 from vi_simsiam.evaluation.scores import TRIVIAL
 from vi_simsiam.evaluation.style import METHODS, number, shown
@@ -38,7 +38,7 @@ from vi_simsiam.evaluation.uncertainty_figures import (
 
 REPORT = "report.html"
 ACCURACIES = {"knn": "kNN", "linear": "linear", "logistic": "logistic"}
-"""Result files, and what their accuracy is called."""
+"""Result files, each named like the command that writes it, and what their accuracy is called."""
 _GALLERY, _SIDE = 24, 128
 
 
@@ -68,7 +68,7 @@ def write_report(folder: Path, run: Run | None = None, problem: str | None = Non
     check_material(folder)
     uncertainty = read_uncertainty(folder) if (folder / UNCERTAINTY).is_file() else None
     found = None if run is None else certainty(run)
-    figures = [draw_curves(folder) if _logged(folder) else None, draw_density(folder), *draw_uncertainty(folder)]
+    figures = [draw_curves(folder) if logged(folder) else None, draw_density(folder), *draw_uncertainty(folder)]
     if run is not None:
         figures.append(draw_kappa(run, found))
     try:
@@ -78,10 +78,10 @@ def write_report(folder: Path, run: Run | None = None, problem: str | None = Non
             "cards": [*_accuracy_cards(results), *_calibration_card(uncertainty)],
             "compared": None if uncertainty is None else compared(uncertainty),
             "accuracies": _accuracy_table(results),
-            "lacking": [label for name, label in ACCURACIES.items() if name not in results],
-            "missing": {
-                name: shlex.join(["vi-simsiam", command, str(folder)])
-                for name, command in (("accuracies", "evaluate"), ("uncertainty", "uncertainty"))
+            "lacking": [(label, name) for name, label in ACCURACIES.items() if name not in results],
+            "makes": {
+                command: shlex.join(["vi-simsiam", command, str(folder)])
+                for command in ("evaluate", "uncertainty", *ACCURACIES)
             },
             "figures": {path.stem: figure_uri(path) for path in figures if path is not None},
             "gallery": None if found is None else gallery(found),
@@ -112,15 +112,9 @@ def check_material(folder: Path) -> None:
         InputError: nothing was logged or evaluated yet.
     """
     results = [folder / name for name in (UNCERTAINTY, *(f"{name}.json" for name in ACCURACIES))]
-    if not (_logged(folder) or any(path.is_file() for path in results)):
-        raise InputError(
-            f"report: {folder} has no {METRICS} and no result yet; train it, or run vi-simsiam evaluate on it"
-        )
-
-
-def _logged(folder: Path) -> bool:
-    path = folder / METRICS
-    return path.is_file() and path.stat().st_size > 0
+    if not (logged(folder) or any(path.is_file() for path in results)):
+        evaluate = shlex.join(["vi-simsiam", "evaluate", str(folder)])
+        raise InputError(f"report: {folder} has no {METRICS} and no result yet; train it, or run {evaluate}")
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -129,12 +123,13 @@ def read_result(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it is damaged.
     """
+    again = f"{shlex.join(['vi-simsiam', path.stem, str(path.parent)])} makes it again"
     try:
         content = json.loads(path.read_text())
     except ValueError as error:  # JSON and Unicode errors alike
-        raise InputError(f"report: {path} cannot be read ({error})") from error
+        raise InputError(f"report: {path} cannot be read ({error}); {again}") from error
     if not isinstance(content, dict):
-        raise InputError(f"report: {path} holds no JSON object")
+        raise InputError(f"report: {path} holds no JSON object; {again}")
     return content
 
 

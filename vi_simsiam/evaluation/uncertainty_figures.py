@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,9 @@ def draw_uncertainty(run_folder: Path) -> list[Path]:
             try:
                 drawn.append(save(draw(result), run_folder / f"{name}.png"))
             except (KeyError, TypeError, AttributeError) as error:
-                raise InputError(f"run: {run_folder / UNCERTAINTY} lacks what {name}.png shows ({error!r})") from error
+                raise InputError(
+                    f"run: {run_folder / UNCERTAINTY} lacks what {name}.png shows ({error!r}); {_makes(run_folder)} again"
+                ) from error
     return drawn
 
 
@@ -66,14 +69,16 @@ def read_uncertainty(run_folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
-        raise InputError(
-            f"run: {run_folder} has no {UNCERTAINTY}; vi-simsiam uncertainty {run_folder} makes it"
-        ) from None
+        raise InputError(f"run: {run_folder} has no {UNCERTAINTY}; {_makes(run_folder)}") from None
     except ValueError as error:  # JSON and Unicode errors alike
-        raise InputError(f"run: {path} cannot be read ({error})") from error
+        raise InputError(f"run: {path} cannot be read ({error}); {_makes(run_folder)} again") from error
     if not isinstance(content, dict):
-        raise InputError(f"run: {path} holds no JSON object")
+        raise InputError(f"run: {path} holds no JSON object; {_makes(run_folder)} again")
     return content
+
+
+def _makes(run_folder: Path) -> str:
+    return f"{shlex.join(['vi-simsiam', 'uncertainty', str(run_folder)])} makes it"
 
 
 def targets(result: dict[str, Any]) -> dict[str, dict[str, float]]:

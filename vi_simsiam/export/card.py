@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -125,7 +126,7 @@ def model_card(run: Run, format: str, *, check: Check, versions: dict[str, str])
         checked=_checked(check),
         measures=[heading for columns in _MEASURES.values() for _, heading in columns],
         rows=[(encoder, _shares(results, encoder)) for encoder in _ENCODERS],
-        uncertainty=_uncertainty(results["uncertainty"]),
+        uncertainty=_uncertainty(results["uncertainty"], run.path / "uncertainty.json"),
         uncertainty_measured=results["uncertainty"] is not None,
         control=config.loss.concentration if config.loss.concentration in _CONTROLS else None,
         progress=_progress(run),
@@ -252,10 +253,15 @@ def _read(path: Path) -> dict[str, Any] | None:
     try:
         content: dict[str, Any] = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"run: {path} is damaged ({error}); remove it or evaluate again") from error
+        raise InputError(f"run: {path} is damaged ({error}); {_again(path)}") from error
     if not isinstance(content, dict):
-        raise InputError(f"run: {path} is damaged (no object); remove it or evaluate again")
+        raise InputError(f"run: {path} is damaged (no object); {_again(path)}")
     return content
+
+
+def _again(path: Path) -> str:
+    """How a result file is mended: it has the name of the command that writes it."""
+    return f"remove it, or write it again: {shlex.join(['vi-simsiam', path.stem, str(path.parent)])}"
 
 
 def _shares(results: dict[str, dict[str, Any] | None], encoder: str) -> list[str]:
@@ -292,7 +298,7 @@ def _front_results(data: str, results: dict[str, dict[str, Any] | None]) -> list
     return found
 
 
-def _uncertainty(result: dict[str, Any] | None) -> list[tuple[str, str, str, str]]:
+def _uncertainty(result: dict[str, Any] | None, path: Path) -> list[tuple[str, str, str, str]]:
     """Rows of what kappa was measured to do: the measure, kappa's number, and the best trivial and other score by name.
 
     Raises:
@@ -310,7 +316,7 @@ def _uncertainty(result: dict[str, Any] | None) -> list[tuple[str, str, str, str
                 )
             missing = {part: text for part, text in missing.items() if not result[part]}
         except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"run: uncertainty.json lacks what the card shows ({error!r}); evaluate again") from error
+            raise InputError(f"run: {path} lacks what the card shows ({error!r}); {_again(path)}") from error
     return [*rows, *((text, NOT_MEASURED, "-", "-") for text in missing.values())]
 
 
