@@ -32,7 +32,7 @@ class SuiteOptions:
     short: bool = False
     """Only the telling cases, within a few minutes."""
     only: str = ""
-    """Only cases whose name contains this."""
+    """Only cases whose name contains this. What no name contains lists all names."""
     rounds: int = 15
     """Measurements of every provider; the median is reported."""
     out: Path | None = None
@@ -101,7 +101,9 @@ class Suite:
         """
         wanted = [case for case in cases if self.options.only in case.name]
         if not wanted:
-            raise InputError(f"only: no case's name contains {self.options.only!r}")
+            there = "with --short there are" if self.options.short else "there are"
+            names = ", ".join(repr(case.name) for case in cases)
+            raise InputError(f"only: no case's name contains {self.options.only!r}; {there} {names}")
         limit = seconds if self.options.short else math.inf
         start = clock()
         for case in wanted:

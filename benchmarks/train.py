@@ -54,11 +54,11 @@ class Options(SuiteOptions):
     """Options of `vi-simsiam bench train`; a run is one case."""
 
     only: str = ""
-    """Only providers whose name contains this, such as "lightly"."""
+    """Only providers whose name contains this: vi-simsiam; vi-simsiam, method simsiam; plain PyTorch; tuned PyTorch; lightly."""
     rounds: int = 1
     """Trainings of every provider; the epochs of all of them are pooled."""
     data: str = "generated"
-    """generated, or a data set with labels and validation images: folder:PATH, cifar10, imagenette or imagewoof."""
+    """generated, or a data set with labels and validation images: fashion-mini, folder:PATH, pack:FILE, cifar10, imagenette or imagewoof."""
     data_root: Path = Path("data")
     """Where downloaded data sets are kept or looked for."""
     images: int | None = None
@@ -118,7 +118,9 @@ def run(
         )
     wanted = {name: train for name, train in providers.items() if options.only in name}
     if not wanted:
-        raise InputError(f"only: no provider's name contains {options.only!r}; there are {', '.join(providers)}")
+        raise InputError(
+            f"only: no provider's name contains {options.only!r}; there are {', '.join(map(repr, providers))}"
+        )
     suite = Suite(NAME, options, console, PEER_PACKAGES)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
