@@ -63,10 +63,10 @@ def _speed_up(result: dict[str, Any]) -> Figure:
     for panel, (views, targets, dtype) in zip(panels, kinds, strict=True):
         for dim, colour in zip(dims, _shades(len(dims)), strict=True):
             points = sorted(
-                (case["batch"], ratio)
+                (case["batch"], faster.value)
                 for case in cases
                 if (case["views"], case["targets"], case["dtype"], case["dim"]) == (views, targets, dtype, dim)
-                and (ratio := speed_up(case, COMPILED)) is not None
+                and (faster := speed_up(case, COMPILED)) is not None
             )
             if points:
                 x, y = zip(*points, strict=True)

@@ -22,6 +22,7 @@ from vi_simsiam.errors import InputError
 from . import accuracy, pipeline_tables, pipeline_targets
 from .cases import cases_for
 from .harness import read_result
+from .noise import LEGEND, TOO_NOISY, ratio
 from .pipeline_plots import plot_path
 from .plots import plot_paths
 from .providers import COMPILED, FUSED
@@ -92,7 +93,7 @@ def case_table(case: dict[str, Any]) -> Table:
             name,
             *(_cell(case, name, mode, metric) for mode in _MODES for metric in ("time", *host)),
             "-" if share is None else f"{share:.0%}",
-            f"{baseline[1]['median_us'] / own['median_us']:.2f}x" if own and baseline else "-",
+            ratio(baseline[1], own).shown() if own and baseline else "-",
             f"{found['gradient_error']:.1e}",
             "-" if peak is None else f"{peak / 2**20:,.1f} MiB",
         )
@@ -116,15 +117,16 @@ def markdown_table(result: dict[str, Any], *, mode: str = "forward_backward", me
     last = ["faster than torch.compile", *(["of a copy's speed"] if metric == "time" else [])]
     rows = []
     for case in cases:
-        ratio = speed_up(case, COMPILED, mode, metric)
+        faster = speed_up(case, COMPILED, mode, metric)
         cells = [_cell(case, name, mode, metric) for name in shown]
-        cells.append("-" if ratio is None else f"{ratio:.2f} x")
+        cells.append("-" if faster is None else faster.shown())
         if metric == "time":
             ours = fastest(case, FUSED, mode)
             share = case["providers"][ours[0]][mode]["copy_share"] if ours else None
             cells.append("-" if share is None else f"{share:.0%}")
         rows.append((case_label(case), *cells))
-    lines = [markdown_grid(("batch x D", *shown, *last), rows), ""]
+    grid = markdown_grid(("batch x D", *shown, *last), rows)
+    lines = [grid, "", *([LEGEND] if TOO_NOISY in grid else [])]
     for name in names:
         if name not in shown:
             reason = next((case["providers"][name]["failure"] for case in cases if name in case["providers"]), None)
