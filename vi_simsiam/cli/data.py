@@ -81,12 +81,17 @@ def views(arguments: list[str]) -> int:
 
     from vi_simsiam.data.contact_sheet import contact_sheet
     from vi_simsiam.data.datasets import open_dataset
+    from vi_simsiam.data.sources import Unreadable, left_out
 
     if options.images < 1:
         raise InputError(f"images: {options.images} must be at least 1")
     if options.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"out: {options.out} must end in .png, .jpg, .jpeg or .webp")
     source = open_dataset(options.data, root=options.data_root, download=not options.offline).train
-    contact_sheet(source, options.augment, images=options.images, seed=options.seed).save(options.out)
+    failures: list[Unreadable] = []
+    sheet = contact_sheet(source, options.augment, images=options.images, seed=options.seed, skipped=failures.append)
+    if failures:
+        print(f"warning: {left_out(failures)}")
+    sheet.save(options.out)
     print(options.out)
     return 0

@@ -28,7 +28,7 @@ from vi_simsiam.data.cache import cached
 from vi_simsiam.data.decoding import cores, interrupts_blocked
 from vi_simsiam.data.device import DeviceFeed, byte_tensor, check_memory, find_device
 from vi_simsiam.data.packed import PackedImages
-from vi_simsiam.data.sources import ImageSource, as_source
+from vi_simsiam.data.sources import ImageSource, as_source, left_out
 from vi_simsiam.data.views import GLOBAL_VIEWS, eval_view, place
 from vi_simsiam.errors import InputError, TrainingError
 from vi_simsiam.ops.augment import eager_augment
@@ -211,8 +211,7 @@ def _packed(source: ImageSource | Dataset[Any]) -> PackedImages:
         return source
     images, unreadable = cached(as_source(source))
     if unreadable:
-        names = "; ".join(f"{image.path} ({image.reason})" for image in unreadable)
-        warnings.warn(f"{len(unreadable)} unreadable images left out: {names}", stacklevel=3)
+        warnings.warn(left_out(unreadable), stacklevel=3)
     return images
 
 
