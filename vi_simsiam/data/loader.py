@@ -32,6 +32,7 @@ from vi_simsiam.data.sources import ImageSource, as_source, left_out
 from vi_simsiam.data.views import GLOBAL_VIEWS, eval_view, place
 from vi_simsiam.errors import InputError, TrainingError
 from vi_simsiam.ops.augment import eager_augment
+from vi_simsiam.text import counted
 
 
 class MultiViewLoader:
@@ -124,6 +125,10 @@ class MultiViewLoader:
 
     def __len__(self) -> int:
         return self.steps_per_epoch
+
+    def __repr__(self) -> str:
+        steps = f"{counted(self.steps_per_epoch, 'batch', 'batches')} an epoch"
+        return f"MultiViewLoader({self.source!r}, batch_size={self.batch_size}, {steps})"
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches of the next epoch: of epoch 0 the first time, then of epoch 1, and so on."""

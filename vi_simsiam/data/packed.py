@@ -29,6 +29,7 @@ from PIL import Image
 
 from vi_simsiam.data.sources import ImageSource, Unreadable
 from vi_simsiam.errors import InputError
+from vi_simsiam.text import brief_repr
 
 FORMAT_VERSION = 1
 """Raised whenever the layout, or what is decoded to which pixels, changes."""
@@ -76,6 +77,8 @@ class Contents:
     """Where each image came from; empty for NAME/INDEX."""
     unreadable: Sequence[Unreadable] = ()
     """Images of the original source that were left out, and why."""
+
+    __repr__ = brief_repr
 
 
 class PackedImages(ImageSource):

@@ -58,6 +58,10 @@ class ImageSource(ABC):
     classes: tuple[str, ...] | None
     """Class names; None without labels."""
 
+    def __repr__(self) -> str:
+        classes = "" if self.classes is None else f", {counted(len(self.classes), 'class', 'classes')}"
+        return f"{type(self).__name__}({self.name!r}, {counted(len(self), 'image')}{classes})"
+
     @abstractmethod
     def __len__(self) -> int:
         """Number of images."""

@@ -25,6 +25,7 @@ from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.augmented import AugmentedFeatures
 from vi_simsiam.models import build_backbone
+from vi_simsiam.text import brief_repr
 
 ENCODERS = ("trained", "untrained", "pixels")
 """What is compared, in the order of every result."""
@@ -57,6 +58,8 @@ class FeatureSets:
     """Images left out because they cannot be read."""
     augmented: AugmentedFeatures | None = None
     """The trained encoder's features of random views of the training images, computed when asked for."""
+
+    __repr__ = brief_repr
 
 
 def collect(run: Run, *, report: Callable[[str], None] | None = None, world: World | None = None) -> FeatureSets:

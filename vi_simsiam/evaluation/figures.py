@@ -25,6 +25,7 @@ from vi_simsiam.engine.run import METRICS, Run, read_config
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.style import BLUE, GRAY, METHODS, ORANGE, STYLE, figure, number, save, shown
 from vi_simsiam.models import VISimSiam
+from vi_simsiam.text import brief_repr
 
 _THUMBNAIL = 112
 
@@ -117,6 +118,8 @@ class Certainty:
     source: ImageSource
     values: NDArray[np.float64]
     """kappa / (D - 1) of every image, (N,)."""
+
+    __repr__ = brief_repr
 
 
 def certainty(run: Run) -> Certainty | None:

@@ -32,6 +32,7 @@ from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.features import FeatureSets
 from vi_simsiam.evaluation.linear import accuracy, hold_out, standardization
 from vi_simsiam.evaluation.results import pack_bits, write_result
+from vi_simsiam.text import brief_repr
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
@@ -129,6 +130,8 @@ class LogisticProbe:
     """Of the solver, in the last fit."""
     warnings: tuple[str, ...]
     """What the solver had to say against its solutions; empty if all converged."""
+
+    __repr__ = brief_repr
 
     @classmethod
     def fit(

@@ -26,6 +26,7 @@ from vi_simsiam.engine.checkpoint import write_atomically
 from vi_simsiam.errors import InputError
 from vi_simsiam.inference.encoder import Encoder
 from vi_simsiam.models import VISimSiam
+from vi_simsiam.text import brief_repr
 
 _ROWS = 4096
 """Rows of a row group of the file, and images whose neighbours are looked for at a time."""
@@ -48,6 +49,8 @@ class Table:
     """(N,) 1 - E[mu.z]; None for SimSiam."""
     skipped: list[Unreadable] = field(default_factory=list)
     """Images that cannot be read."""
+
+    __repr__ = brief_repr
 
     def path(self, row: int) -> str:
         """Where the image of a row is to be found; bytes that are no UTF-8 are replaced."""
