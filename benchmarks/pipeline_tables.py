@@ -8,6 +8,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from vi_simsiam.text import counted
+
 from .noise import LEGEND, TOO_NOISY, Ratio
 from .pipeline_targets import GIGABYTE, LIGHTLY, NETWORK, OURS, STEP, exposed_share, median_of, speed_up
 from .tables import brief, markdown_grid, noise_notes, number, where
@@ -115,7 +117,7 @@ def _train_rows(case: _Results) -> list[_Row]:
 
 
 def _train_notes(case: _Results) -> list[str]:
-    loaders = f"The others' loaders have {case['workers']} workers."
+    loaders = f"The others' loaders have {counted(case['workers'], 'worker')}."
     target = case["target_accuracy"]
     return [loaders if target is None else f"{loaders} The target is a kNN accuracy of {target:.1%}."]
 
@@ -123,7 +125,7 @@ def _train_notes(case: _Results) -> list[str]:
 def _loaders(result: _Results) -> str:
     images = "generated" if result["data"] == "generated" else "files"
     alone = " The augmentation alone has one thread." if result["device_type"] == "cpu" else ""
-    return f"Loaders have {result['workers']} workers; images are {images}.{alone}"
+    return f"Loaders have {counted(result['workers'], 'worker')}; images are {images}.{alone}"
 
 
 def _names(result: _Results) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from vi_simsiam.text import counted
+
 from .noise import Ratio, noisy, ratio
 from .targets import Target, of_all, worst_of
 
@@ -118,7 +120,7 @@ def cpu_targets(result: _Results | None) -> list[Target]:
         faster = speed_up(longest, mine, LIGHTLY)
         assert faster is not None
         own, other = (f"{longest['providers'][name]['views_per_second']:,.0f}" for name in (mine, LIGHTLY))
-        extent = f"{longest['epochs']} epochs of {longest['images']:,} images"
+        extent = f"{counted(longest['epochs'], 'epoch')} of {counted(longest['images'], 'image')}"
         figure = f"{faster.value:.2f} times ({own} and {other}; {extent})"
         return [of_all(what, wanted, figure, [(faster.value >= 1.5, faster.noisy)])]
     return [Target(what, wanted)]

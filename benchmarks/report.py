@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vi_simsiam.errors import InputError
+from vi_simsiam.text import counted
 
 from . import accuracy, pipeline_tables, pipeline_targets
 from .cases import cases_for
@@ -53,7 +54,7 @@ def run(options: Options) -> None:
         except OSError as error:
             raise InputError(f"files: {path} cannot be read ({error.strerror})") from error
         path.write_text(fill(text, path.parent))
-        print(f"written: {len(_SECTION.findall(text))} sections of {path}")
+        print(f"written: {counted(len(_SECTION.findall(text)), 'section')} of {path}")
 
 
 def fill(text: str, folder: Path) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vi_simsiam.text import counted
+
 from .cases import MODES, cases_for
 from .noise import TOO_NOISY, Ratio, noisy, ratio
 from .providers import COMPILED, FUSED
@@ -67,7 +69,7 @@ def worst_of(
     figure = shown.format(value)
     if len(found) > 1:
         most = "most" if worst is max else "least"
-        figure += f" ({most} of {len(quiet or found)} cases: {label})"
+        figure += f" ({most} of {counted(len(quiet or found), 'case')}: {label})"
         if quiet and len(quiet) < len(found):
             figure += f"; {len(found) - len(quiet)} more {TOO_NOISY}"
     return of_all(what, wanted, figure, ((holds(each.value), each.noisy) for each, _ in found))
@@ -100,7 +102,7 @@ def speed_up(
 
 def case_label(case: _Results) -> str:
     """A case as people read it, such as "256 x 2048, 8 views, bfloat16"."""
-    views = "" if (case["views"], case["targets"]) == (2, 2) else f", {case['views']} views"
+    views = "" if (case["views"], case["targets"]) == (2, 2) else f", {counted(case['views'], 'view')}"
     cosine = ", cosine" if case["distribution"] == "cosine" else ""
     return f"{case['batch']} x {case['dim']}{views}, {case['dtype']}{cosine}"
 
@@ -192,7 +194,7 @@ def _nowhere_slower(result: _Results | None, others: Sequence[str]) -> Target:
             slower.append((ratio(ours[1], theirs[1]).value, label))
     if not quiet + loud:
         return Target(what, wanted)
-    figure = f"slower in none of {quiet} comparisons"
+    figure = f"slower in none of {counted(quiet, 'comparison')}"
     if slower:
         worst, where = max(slower)
         figure = f"slower in {len(slower)} of {quiet}, by {worst:.2f} times at worst ({where})"

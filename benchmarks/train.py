@@ -32,6 +32,7 @@ from vi_simsiam.engine.run import resolve_workers
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.features import extract
 from vi_simsiam.evaluation.knn import KnnConfig, classify
+from vi_simsiam.text import counted
 
 from . import pipeline_plots, pipeline_tables
 from .harness import failure_reason, quartiles
@@ -196,10 +197,11 @@ def measure_case(
         if name in (OURS, OURS_SIMSIAM):
             found[name]["caching_seconds"] = caching
     refuse_worse(found, len(val))
-    data, images = Path(splits.name.removeprefix("folder:")).name, f"{len(train):,} images"
+    data = Path(splits.name.removeprefix("folder:")).name
+    epochs, images = counted(options.epochs, "epoch"), counted(len(train), "image")
     return {
-        "name": f"{data} {options.views.name}, {options.epochs} epochs of {images}",
-        "label": f"{data}, {options.views.label}, batch {options.batch_size}, {options.epochs} epochs of {images}",
+        "name": f"{data} {options.views.name}, {epochs} of {images}",
+        "label": f"{data}, {options.views.label}, batch {options.batch_size}, {epochs} of {images}",
         "batch": options.batch_size,
         "views": options.views.views,
         "view_label": options.views.label,

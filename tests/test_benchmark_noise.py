@@ -91,7 +91,7 @@ def test_the_worst_quiet_case_is_a_targets_figure() -> None:
     loud = Ratio(3.0, True)
     assert judged() == ("not measured", None, False)
     assert judged(low, high) == ("2.0 times (most of 2 cases: case 1)", False, False)
-    assert judged(low, loud) == ("0.5 times (most of 1 cases: case 0); 1 more too noisy to tell", None, True)
+    assert judged(low, loud) == ("0.5 times (most of 1 case: case 0); 1 more too noisy to tell", None, True)
     assert judged(high, loud)[1:] == (False, False)
     assert judged(loud) == ("3.0 times", None, True)
 

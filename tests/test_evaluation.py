@@ -230,7 +230,7 @@ def test_bits_are_the_bytes_of_packbits_in_base64() -> None:
 
 @pytest.mark.parametrize(
     ("text", "count", "message"),
-    [("gYA=", 8, "2 bytes are not accepted; 8 values take 1"), ("gYA=", 17, "17 values take 3"),
+    [("gYA=", 8, "2 bytes given for 8 values; 1 must be given"), ("gYA=", 17, "for 17 values; 3 must be given"),
      ("g-A=", 9, "'g-A=' .* base64"), ("gY", 9, "base64")],
 )  # fmt: skip
 def test_bits_of_another_number_or_kind_are_refused(text: str, count: int, message: str) -> None:

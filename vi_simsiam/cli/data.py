@@ -12,6 +12,7 @@ from rich.console import Console
 from vi_simsiam.cli.parsing import parse, said
 from vi_simsiam.config import AugmentConfig, policy
 from vi_simsiam.errors import InputError
+from vi_simsiam.text import counted
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ def pack(arguments: list[str]) -> int:
         )
         for image in unreadable:
             print(f"left out: {image.path} ({image.reason})")
-        print(f"written: {path} ({len(source) - len(unreadable):,} images, {path.stat().st_size / 1e6:,.1f} MB)")
+        print(
+            f"written: {path} ({counted(len(source) - len(unreadable), 'image')}, {path.stat().st_size / 1e6:,.1f} MB)"
+        )
     return 0
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vi_simsiam.cli.parsing import RunOptions, open_run, parse
+from vi_simsiam.text import counted
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def print_result(result: dict[str, Any], console: Console) -> None:
     if found is not None:
         console.print(
             f"calibration: mean cosine of two views {found['observed']:.3f}, claimed {found['expected']:.3f}; "
-            f"error {found['error']:.3f} over {len(found['bins'])} bins of {found['pairs']:,} pairs",
+            f"error {found['error']:.3f} over {counted(len(found['bins']), 'bin')} of {counted(found['pairs'], 'pair')}",
             highlight=False,
             soft_wrap=True,
         )
@@ -71,7 +72,7 @@ def print_result(result: dict[str, Any], console: Console) -> None:
     compared = [row for row in rows if row.ahead is not None]
     ahead = sum(bool(row.ahead) for row in compared)
     lines = [
-        f"kappa is ahead of the best trivial score in {ahead} of {len(compared)} comparisons. That score is the best "
+        f"kappa is ahead of the best trivial score in {ahead} of {counted(len(compared), 'comparison')}. That score is the best "
         "of lengths of features and statistics of the pixels, picked in each row after the fact, which favours it; "
         "one run tells nothing of the spread between seeds.",
         *(f"note: {note}" for note in result["settings"]["notes"]),

@@ -25,7 +25,7 @@ from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.augmented import AugmentedFeatures
 from vi_simsiam.models import build_backbone
-from vi_simsiam.text import brief_repr
+from vi_simsiam.text import brief_repr, counted
 
 ENCODERS = ("trained", "untrained", "pixels")
 """What is compared, in the order of every result."""
@@ -87,9 +87,9 @@ def collect(run: Run, *, report: Callable[[str], None] | None = None, world: Wor
     features: dict[str, dict[str, Tensor]] = {split: {} for split in sources}
     for split, source in sources.items():
         for name, backbone in (("trained", run.model.backbone), ("untrained", untrained)):
-            say(f"{name} features of {len(source):,} {split} images")
+            say(f"{name} features of {counted(len(source), f'{split} image')}")
             features[split][name] = extract(backbone, source, size=size, device=device, workers=workers, world=world)
-        say(f"pixels of {len(source):,} {split} images")
+        say(f"pixels of {counted(len(source), f'{split} image')}")
         features[split]["pixels"] = pixels(source, size, workers=workers)
     return FeatureSets(
         path=run.path,

@@ -25,7 +25,7 @@ from vi_simsiam.engine.run import METRICS, Run, read_config
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.style import BLUE, GRAY, METHODS, ORANGE, STYLE, figure, number, save, shown
 from vi_simsiam.models import VISimSiam
-from vi_simsiam.text import brief_repr
+from vi_simsiam.text import brief_repr, counted
 
 _THUMBNAIL = 112
 
@@ -155,7 +155,9 @@ def draw_kappa(run: Run, found: Certainty | None = None) -> Path | None:
     source, values = found.source, found.values
     lowest, highest = extremes(values)
     with matplotlib.rc_context(STYLE):
-        drawn = figure(f"VI-SimSiam on {shown(run.config.data)}: {len(values):,} {found.kind} images, un-augmented")
+        drawn = figure(
+            f"VI-SimSiam on {shown(run.config.data)}: {counted(len(values), f'{found.kind} image')}, un-augmented"
+        )
         grid = drawn.add_gridspec(2, 2, width_ratios=(0.56, 0.44))
         _histogram(drawn.add_subfigure(grid[:, 0]).subplots(), values)
         _thumbnails(drawn.add_subfigure(grid[0, 1]), "least certain (lowest κ)", source, lowest, values)

@@ -32,7 +32,7 @@ from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.features import FeatureSets
 from vi_simsiam.evaluation.linear import accuracy, hold_out, standardization
 from vi_simsiam.evaluation.results import pack_bits, write_result
-from vi_simsiam.text import brief_repr
+from vi_simsiam.text import brief_repr, counted
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
@@ -239,7 +239,7 @@ def check_classes(probe_classes: Sequence[str], data_classes: Sequence[str]) -> 
 
 def _listed(classes: Sequence[str]) -> str:
     shown = ", ".join(classes[:10])
-    return f"{len(classes)} classes ({shown}{', ...' if len(classes) > 10 else ''})"
+    return f"{counted(len(classes), 'class', 'classes')} ({shown}{', ...' if len(classes) > 10 else ''})"
 
 
 def _check(train: Tensor, labels: Tensor, classes: int) -> None:

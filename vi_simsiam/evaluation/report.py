@@ -35,6 +35,7 @@ from vi_simsiam.evaluation.uncertainty_figures import (
     read_uncertainty,
     score_label,
 )
+from vi_simsiam.text import counted
 
 REPORT = "report.html"
 ACCURACIES = {"knn": "kNN", "linear": "linear", "logistic": "logistic"}
@@ -160,7 +161,7 @@ def compared(uncertainty: dict[str, Any]) -> dict[str, Any] | None:
     header = ["part", "measure", "κ", "best trivial score", "its figure", "κ minus it"]
     return {
         "table": _table("κ beside the best trivial score", header, rows),
-        "sentence": f"κ is ahead of the best trivial score in {ahead} of {len(rows)} comparisons.",
+        "sentence": f"κ is ahead of the best trivial score in {ahead} of {counted(len(rows), 'comparison')}.",
         "trivial": [score_label(name) for name in TRIVIAL if name in uncertainty["scores"]],
         "card": cards[0],
     }
@@ -299,7 +300,7 @@ def _tables(uncertainty: dict[str, Any]) -> dict[str, Any]:
             "AUROC for queries whose nearest neighbour is of another class", ["score", *columns], rows
         )
     tables["ood"] = [
-        _score_table(f"{name}: {part['images']:,} foreign images ({part['kind']})", part["scores"], ("auroc", "aupr", "fpr95"), names)
+        _score_table(f"{name}: {counted(part['images'], 'foreign image')} ({part['kind']})", part["scores"], ("auroc", "aupr", "fpr95"), names)
         for name, part in (uncertainty.get("ood") or {}).items()
     ]  # fmt: skip
     if kinds := uncertainty.get("corruptions"):

@@ -22,6 +22,7 @@ from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
 
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.style import BLUE, GRAY, INK, ORANGE, STYLE, figure, save, shown
+from vi_simsiam.text import counted
 
 UNCERTAINTY = "uncertainty.json"
 IMAGE_STATISTICS = ("edge_energy", "contrast", "jpeg_size")
@@ -117,7 +118,7 @@ def reliability(result: dict[str, Any]) -> Figure:
     bins = [each for each in part["bins"] if each["count"]]
     expected, observed, count = (np.array([each[key] for each in bins]) for key in ("expected", "observed", "count"))
     drawn = figure(
-        f"{shown(result['data'])}: {part['pairs']:,} pairs of views, mean cosine expected {part['expected']:.3f}, "
+        f"{shown(result['data'])}: {counted(part['pairs'], 'pair')} of views, mean cosine expected {part['expected']:.3f}, "
         f"observed {part['observed']:.3f}, calibration error {part['error']:.3f}"
     )
     left, right = drawn.subplots(1, 2, width_ratios=(0.54, 0.46))
@@ -145,7 +146,7 @@ def risk_coverage(result: dict[str, Any]) -> Figure:
     part = result["misclassification"]
     area = figures_of(part, "aurc")
     drawn = figure(
-        f"{shown(result['data'])}: {result['images']:,} images, {part['classifier']} classifier, "
+        f"{shown(result['data'])}: {counted(result['images'], 'image')}, {part['classifier']} classifier, "
         f"accuracy {100 * part['accuracy']:.1f} %"
     )
     left, right = drawn.subplots(1, 2, width_ratios=(0.54, 0.46))
@@ -179,7 +180,9 @@ def risk_coverage(result: dict[str, Any]) -> Figure:
 def corruptions(result: dict[str, Any]) -> Figure:
     """Median concentration by level of corruption, and how well each score follows the level."""
     parts: dict[str, Any] = result["corruptions"]
-    drawn = figure(f"{shown(result['data'])}: images corrupted in {len(parts)} ways, level 0 is the image itself")
+    drawn = figure(
+        f"{shown(result['data'])}: images corrupted in {counted(len(parts), 'way')}, level 0 is the image itself"
+    )
     left, right = drawn.subplots(1, 2, width_ratios=(0.54, 0.46))
     medians = {kind: part for kind, part in parts.items() if part["median_kappa"] is not None}
     for (kind, part), colour in zip(medians.items(), itertools.cycle(_KINDS), strict=False):

@@ -31,6 +31,7 @@ from vi_simsiam.engine.run import open_splits
 from vi_simsiam.errors import InputError
 from vi_simsiam.experiments.place import Place
 from vi_simsiam.experiments.plan import MEASURES, Arm, Plan, settings
+from vi_simsiam.text import counted
 
 try:
     import fcntl
@@ -213,7 +214,7 @@ class _Batch:
         """Run all; returns the exit code."""
         kept = len(self.tasks) - len(self.runs)
         if kept:
-            self.say(f"{kept} of {len(self.tasks)} runs are finished and kept")
+            self.say(f"{kept} of {counted(len(self.tasks), 'run')} finished and kept")
         if self.runs:
             for name in (RUNS, RESULTS):
                 (self.tasks[0].base / name).mkdir(parents=True, exist_ok=True)
@@ -231,7 +232,7 @@ class _Batch:
             finally:
                 end(self.runs)
         missing = sum(not task.result.is_file() for task in self.tasks)
-        self.say(f"{len(self.tasks) - missing} of {len(self.tasks)} runs done")
+        self.say(f"{len(self.tasks) - missing} of {counted(len(self.tasks), 'run')} done")
         if missing and self.again:
             self.say(f"go on with: {self.again}")
         if received and missing:

@@ -13,6 +13,7 @@ from vi_simsiam.engine.run import METRICS, Run
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.uncertainty import comparisons
 from vi_simsiam.export.formats import portable, preprocessing
+from vi_simsiam.text import counted
 
 NOT_MEASURED = "not measured"
 NOT_DEFINED = "not defined"
@@ -82,7 +83,7 @@ class Check:
         if self.differences is None:
             return f"{weights} was not checked: onnxruntime is not installed (pip install 'vi-simsiam[onnx]')"
         said = ", ".join(f"{value:.1e} in {name}" for name, value in self.differences.items())
-        return f"{weights} checked on {self.images} images of {self.source}: differs by {said} of the largest value"
+        return f"{weights} checked on {counted(self.images, 'image')} of {self.source}: differs by {said} of the largest value"
 
 
 def model_card(run: Run, format: str, *, check: Check, versions: dict[str, str]) -> str:
@@ -239,9 +240,8 @@ def _checked(check: Check) -> str:
     if check.differences is None:
         return "The written file was not checked against the run: onnxruntime was not installed."
     said = ", ".join(f"{value:.1e} in `{name}`" for name, value in check.differences.items())
-    images = "one image" if check.images == 1 else f"{check.images} images"
     return (
-        f"The written file was loaded again and compared with the run on {images} of {check.source}, in float32 on a CPU. "
+        f"The written file was loaded again and compared with the run on {counted(check.images, 'image')} of {check.source}, in float32 on a CPU. "
         f"Largest difference over the largest value: {said}."
     )
 
@@ -330,8 +330,10 @@ def _progress(run: Run) -> str:
         line = json.loads((run.path / METRICS).read_text().splitlines()[-1])
         reached, loss = line["epoch"], line["loss"]
     except (OSError, IndexError, KeyError, TypeError, json.JSONDecodeError):
-        return f"Set to {run.config.epochs} epochs; the run has no log that says how far it went."
-    return f"Set to {run.config.epochs} epochs; the log ends at epoch {reached:.2f} with a loss of {loss:.4g}."
+        return f"Set to {counted(run.config.epochs, 'epoch')}; the run has no log that says how far it went."
+    return (
+        f"Set to {counted(run.config.epochs, 'epoch')}; the log ends at epoch {reached:.2f} with a loss of {loss:.4g}."
+    )
 
 
 def _flat(plain: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
