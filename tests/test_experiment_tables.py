@@ -160,7 +160,7 @@ def test_settings_are_told_apart_and_inferred_ones_marked(tmp_path: Path) -> Non
     assert "`epochs` 200" in text
     assert "\\* inferred: the source does not state it. Inferred as well: initial concentration." in text
     assert "1,000 training images, 400 validation images, 224 x 224 pixels, 200 epochs" in text
-    assert "- devices: cpu (1 threads)" in text
+    assert "- devices: cpu (1 thread)" in text
 
 
 def test_trials_and_what_they_chose(tmp_path: Path) -> None:
