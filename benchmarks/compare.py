@@ -20,6 +20,7 @@ from .cases import MODES
 from .harness import read_result
 from .noise import TOO_NOISY, Ratio, ratio, spread
 from .pipeline_targets import times_of
+from .tables import say
 from .targets import case_label, time_of
 
 LOSS = "multiview_loss"
@@ -85,8 +86,7 @@ def run(options: Options, console: Console | None = None) -> int:
         changes = compare(before, after)
         for name in ("device", "processor", "versions"):
             if before.get(name) != after.get(name):
-                said = f"note: different {name}: {before.get(name)} and {after.get(name)}"
-                console.print(said, soft_wrap=True, markup=False)
+                say(console, f"note: different {name}: {before.get(name)} and {after.get(name)}")
     except (KeyError, TypeError) as error:
         raise InputError(f"results: a case lacks what is compared ({error}); measure it again") from error
     if not changes:
@@ -108,7 +108,7 @@ def run(options: Options, console: Console | None = None) -> int:
     said = f"{counted(len(changes), 'time')} compared; {slower} slower beyond the noise."
     if unclear:
         said += f" {unclear} {TOO_NOISY}: the exit code does not rest on them; measure again on a quiet machine."
-    console.print(said, soft_wrap=True, highlight=False)
+    say(console, said)
     return 1 if slower else 0
 
 

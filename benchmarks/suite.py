@@ -16,7 +16,7 @@ from vi_simsiam.engine.run import resolve_device
 from vi_simsiam.errors import InputError
 
 from .harness import provenance, read_result, result_path, write_result
-from .tables import targets_table
+from .tables import say, targets_table
 from .targets import Target
 
 _SAME = ("commit", "device", "driver", "versions")
@@ -111,9 +111,13 @@ class Suite:
                 continue
             used = clock() - start
             if used > 0.85 * limit:
-                self.console.print(f"left out: {case.name}; --short has used {used:.0f} s")
+                self.say(f"left out: {case.name}; --short has used {used:.0f} s")
                 continue
             yield case, used / limit
+
+    def say(self, line: str) -> None:
+        """Print a line as it is: no break within a path, and no brackets taken for a style."""
+        say(self.console, line)
 
     def add(self, found: dict[str, Any], table: Table) -> None:
         """Keep a case's result and show it."""
@@ -130,7 +134,7 @@ class Suite:
             self.console.print(targets_table(targets))
         if self.path is not None:
             for written in (self.path, *draw(self.result, self.path.parent)):
-                self.console.print(f"written: {written}", soft_wrap=True)
+                self.say(f"written: {written}")
         return self.result
 
     def _kept(self, path: Path) -> list[dict[str, Any]]:

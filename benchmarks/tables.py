@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from .noise import TOO_NOISY, noisy, spread
 from .targets import Target
 
 _MET = {True: "yes", False: "no", None: "-"}
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is: no break within a path, and no brackets taken for a style."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def targets_table(found: Sequence[Target]) -> Table:

@@ -128,7 +128,7 @@ def run(
         splits = labelled_images(
             options.data, options.data_root, place / "images", images=options.images, side=options.size
         )
-        found = measure_case(options, splits, suite.device, place, wanted, clock, suite.console.print)
+        found = measure_case(options, splits, suite.device, place, wanted, clock, suite.say)
     suite.result["cases"] = [case for case in suite.result["cases"] if case["name"] != found["name"]]
     suite.add(found, pipeline_tables.train_case(found))
     return suite.finish(pipeline_targets(suite.result), partial(pipeline_plots.draw, NAME))

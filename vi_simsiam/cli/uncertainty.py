@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vi_simsiam.cli.parsing import RunOptions, open_run, parse
@@ -40,7 +41,7 @@ def uncertainty(arguments: list[str]) -> int:
             images=options.images,
             seed=options.seed,
             corruption_images=options.corruption_images,
-            report=status.update,
+            report=lambda phrase: status.update(escape(phrase)),
         )
     print_result(result, console)
     console.print(f"written to {run.path / UNCERTAINTY}", highlight=False, markup=False, soft_wrap=True)
@@ -67,7 +68,7 @@ def print_result(result: dict[str, Any], console: Console) -> None:
     for row in rows:
         verdict = {None: "-", True: "ahead", False: "not ahead"}[row.ahead]
         rival = f"{row.baseline or 'none'} {_shown(row.value)}"
-        table.add_row(row.part, row.measure, _shown(row.kappa), rival, verdict)
+        table.add_row(*map(escape, (row.part, row.measure, _shown(row.kappa), rival, verdict)))
     console.print(table)
     compared = [row for row in rows if row.ahead is not None]
     ahead = sum(bool(row.ahead) for row in compared)

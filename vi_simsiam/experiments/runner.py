@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vi_simsiam.data.cache import cached
@@ -279,7 +280,7 @@ class _Batch:
                 clock = time.strftime("%H:%M:%S", time.gmtime(run.elapsed))
                 device = "" if run.slot is None else self.slots[run.slot]
                 said = last_line(run.log)[: max(20, self.console.width - len(run.task.name) - 24)]
-                table.add_row(run.task.name, device, clock, said)
+                table.add_row(*map(escape, (run.task.name, device, clock, said)))
         table.add_row(counts)
         return table
 
@@ -305,7 +306,7 @@ def _decode(arms: Sequence[Arm], place: Place, console: Console) -> None:
         if selection in seen:
             continue
         seen.add(selection)
-        with console.status(f"reading {config.data}"):
+        with console.status(escape(f"reading {config.data}")):
             located = dataclasses.replace(config, data_root=place.data_root, offline=place.offline).located()
             splits = open_splits(located)
             for source in (splits.train, splits.val):
