@@ -61,10 +61,18 @@ def fill(text: str, folder: Path) -> str:
     """`text` with its marked sections as the result files say now; their paths are relative to `folder`."""
 
     def section(match: re.Match[str]) -> str:
-        kind, *paths = match.group(2).split()
+        kind, *paths = match.group(2).split() or [""]
         if kind not in _KINDS:
             raise InputError(f"bench: section {kind!r} is none of {', '.join(_KINDS)}")
-        return f"{match.group(1)}{_KINDS[kind](paths, folder)}\n{match.group(3)}"
+        if not paths:
+            raise InputError(f"bench: section {kind!r} names no file; write <!-- bench: {kind} PATH -->")
+        try:
+            content = _KINDS[kind](paths, folder)
+        except (KeyError, TypeError, IndexError) as error:
+            raise InputError(
+                f"bench: {' '.join(paths)} lacks what section {kind!r} shows ({error!r}); measure it again"
+            ) from error
+        return f"{match.group(1)}{content}\n{match.group(3)}"
 
     return _SECTION.sub(section, text)
 

@@ -128,6 +128,10 @@ def run(
         splits = labelled_images(
             options.data, options.data_root, place / "images", images=options.images, side=options.size
         )
+        if len(splits.train) < options.batch_size:
+            raise InputError(
+                f"batch_size: {options.batch_size} must be at most {len(splits.train):,}, the number of training images"
+            )
         found = measure_case(options, splits, suite.device, place, wanted, clock, suite.say)
     suite.result["cases"] = [case for case in suite.result["cases"] if case["name"] != found["name"]]
     suite.add(found, pipeline_tables.train_case(found))

@@ -29,6 +29,7 @@ from vi_simsiam.evaluation.features import (
     calibrate_batch_norm,
     collect,
     extract,
+    labelled,
     pixels,
     untrained_backbone,
 )
@@ -248,6 +249,20 @@ def test_evaluating_a_run_writes_everything_and_ends_with_the_summary(tmp_path: 
     assert results["knn"]["settings"]["k"] == 20
     # Brightness alone tells the two classes apart.
     assert results["linear"]["top1"]["pixels"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "message"),
+    [
+        (gray_source(0), gray_source(4), "has no training images"),
+        (gray_source(8), gray_source(0), "has no validation images"),
+        (gray_source(8), gray_source(9, classes=3), r"differ in their classes \(class 2\)"),
+        (gray_source(8, classes=1), gray_source(4, classes=1), "has one class"),
+    ],
+)
+def test_data_that_cannot_be_evaluated_on_is_named(train: ArraySource, val: ArraySource, message: str) -> None:
+    with pytest.raises(InputError, match=f"data: .*{message}"):
+        labelled(Splits("mine", train, val))
 
 
 def test_a_run_without_a_log_is_evaluated_without_curves(tmp_path: Path) -> None:

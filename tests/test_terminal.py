@@ -15,6 +15,7 @@ from rich.console import Console
 from vi_simsiam.benchmarks import accuracy
 from vi_simsiam.benchmarks.suite import Suite, SuiteOptions
 from vi_simsiam.cli import uncertainty as command
+from vi_simsiam.errors import InputError
 from vi_simsiam.experiments.place import Place
 from vi_simsiam.experiments.plan import Arm
 from vi_simsiam.experiments.runner import Task, _Batch, _decode
@@ -66,7 +67,8 @@ def test_experiments_show_logs_and_data_as_they_are(tmp_path: Path) -> None:
     images = tmp_path / "images" / "a [b]" / "[" / "c]"
     save_images(images, 4)
     config = tiny_config(f"folder:{images}")
-    _decode([Arm("a", config, "")], Place(cache_dir=tmp_path / "cache"), Terminal())
+    with pytest.raises(InputError, match="has no labels"):  # before anything is trained
+        _decode([Arm("a", config, "")], Place(cache_dir=tmp_path / "cache"), Terminal())
 
     terminal = Terminal()
     batch = _Batch([Task(Arm("a", config, ""), 0, tmp_path, {})], ["cpu"], Place(), terminal, [], "")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vi_simsiam.config import TrainConfig
+from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.loader import eval_loader
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource
@@ -108,21 +109,35 @@ def collect(run: Run, *, report: Callable[[str], None] | None = None, world: Wor
 
 
 def labelled_splits(run: Run) -> dict[str, ImageSource]:
-    """The sources "train" and "val" of a run that can be evaluated.
+    """The sources "train" and "val" of a run that can be evaluated. Raises InputError as `labelled`."""
+    return labelled(run.splits)
+
+
+def labelled(splits: Splits) -> dict[str, ImageSource]:
+    """The sources "train" and "val" of a data set that can be evaluated on.
 
     Raises:
-        InputError: one of them is missing, empty or has no labels, or there are fewer than two classes.
+        InputError: one of them is missing, empty or has no labels, there are fewer than two classes, or the two parts
+            have other classes.
     """
-    train, val = run.splits.train, run.splits.val
+    train, val = splits.train, splits.val
     needs = "evaluation needs class folders under train/ and val/ (figures and training do not)"
     if train.labels is None:
-        raise InputError(f"data: {run.splits.name} has no labels; {needs}")
+        raise InputError(f"data: {splits.name} has no labels; {needs}")
+    if len(train) == 0:
+        raise InputError(f"data: {splits.name} has no training images; {needs}")
     if val is None or len(val) == 0:
-        raise InputError(f"data: {run.splits.name} has no validation images; {needs}")
+        raise InputError(f"data: {splits.name} has no validation images; {needs}")
     if val.labels is None:
-        raise InputError(f"data: the validation images of {run.splits.name} have no labels; {needs}")
+        raise InputError(f"data: the validation images of {splits.name} have no labels; {needs}")
     if len(train.classes or ()) < 2:
-        raise InputError(f"data: {run.splits.name} has one class; evaluation needs at least two")
+        raise InputError(f"data: {splits.name} has one class; evaluation needs at least two")
+    if train.classes != val.classes:
+        others = ", ".join(sorted(set(train.classes or ()) ^ set(val.classes or ())) or ["their order"])
+        raise InputError(
+            f"data: training and validation images of {splits.name} differ in their classes ({others}); both must have "
+            "the same ones in the same order"
+        )
     return {"train": train, "val": val}
 
 

@@ -258,7 +258,8 @@ def hold_out(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     held = round(share * count)
     if share > 0 and not 0 < held < count:
         raise InputError(
-            f"held_out: {share} of {counted(count, 'training image')} is {held}; it must be at least 1, and not all"
+            f"held_out: {share} of {counted(count, 'training image')} is {held}; it must be at least 1, and not all: give "
+            "more images, or use a preset that holds none out"
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order[held:].sort().values, order[:held].sort().values

@@ -97,7 +97,9 @@ def write_report(folder: Path, run: Run | None = None, problem: str | None = Non
             "versions": _versions({**results, "uncertainty": uncertainty or {}}),
             "commands": _commands(folder, config),
         }
-    except (KeyError, TypeError, AttributeError) as error:
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise InputError(f"report: a result in {folder} lacks what the report shows ({error!r})") from error
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = files("vi_simsiam").joinpath("assets/report.html").read_text(encoding="utf-8")

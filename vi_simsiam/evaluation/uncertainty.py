@@ -361,6 +361,8 @@ def _check(
 def _choose(run: Run, images: int | None, train_images: int, seed: int) -> _Images:
     """Which images are evaluated and which they are compared with, and with what labels."""
     train, _ = run.readable(run.splits.train)
+    if len(train) == 0:
+        raise InputError(f"data: {run.splits.name} has no training images, to which distances are measured")
     notes = []
     if run.splits.val is not None and len(run.splits.val):
         evaluated, _ = run.readable(run.splits.val)

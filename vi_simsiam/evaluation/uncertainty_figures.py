@@ -53,7 +53,7 @@ def draw_uncertainty(run_folder: Path) -> list[Path]:
                 continue
             try:
                 drawn.append(save(draw(result), run_folder / f"{name}.png"))
-            except (KeyError, TypeError, AttributeError) as error:
+            except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:  # a part without rows, say
                 raise InputError(
                     f"run: {run_folder / UNCERTAINTY} lacks what {name}.png shows ({error!r}); {_makes(run_folder)} again"
                 ) from error

@@ -30,6 +30,7 @@ from vi_simsiam.engine.checkpoint import write_json
 from vi_simsiam.engine.processes import INTERRUPTED, Process, end, last_line, signals, watch
 from vi_simsiam.engine.run import open_splits
 from vi_simsiam.errors import InputError
+from vi_simsiam.evaluation.features import labelled
 from vi_simsiam.experiments.place import Place
 from vi_simsiam.experiments.plan import MEASURES, Arm, Plan, settings
 from vi_simsiam.text import counted
@@ -298,7 +299,7 @@ def _decode(arms: Sequence[Arm], place: Place, console: Console) -> None:
     """Open every data set and decode its images once, before several runs would at the same time.
 
     Raises:
-        InputError: a data set that is not there, or has fewer images than are asked for.
+        InputError: a data set that is not there, has fewer images than are asked for, or cannot be evaluated on.
     """
     seen = set()
     for config in (arm.config for arm in arms):
@@ -309,6 +310,7 @@ def _decode(arms: Sequence[Arm], place: Place, console: Console) -> None:
         with console.status(escape(f"reading {config.data}")):
             located = dataclasses.replace(config, data_root=place.data_root, offline=place.offline).located()
             splits = open_splits(located)
+            labelled(splits)  # every run is measured: known now, not when it is trained
             for source in (splits.train, splits.val):
                 if source is not None:
                     cached(source, cache_dir=place.cache_dir)
