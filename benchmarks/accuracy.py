@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from vi_simsiam.ops.multiview_loss import LossForm, eager_loss
 
 from .harness import failure_reason, provenance, result_path, write_result
 from .providers import COMPILED, make_providers
-from .tables import markdown_grid
+from .tables import markdown_grid, say
 
 NAME = "accuracy"
 DIM = 2048
@@ -69,11 +70,11 @@ def run(options: Options, console: Console | None = None) -> dict[str, Any]:
     for column in ("", *(f"kappa = {kappa:,.0f}" for kappa in KAPPAS)):
         table.add_column(column, no_wrap=True)
     for name, row in rows.items():
-        table.add_row(name, *([row] if isinstance(row, str) else (_cell(cell) for cell in row)))
+        table.add_row(name, *([escape(row)] if isinstance(row, str) else (_cell(cell) for cell in row)))
     console.print(table)
     if path is not None:
         write_result(path, result)
-        console.print(f"written: {path}", soft_wrap=True)
+        say(console, f"written: {path}")
     return result
 
 

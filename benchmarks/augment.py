@@ -68,8 +68,10 @@ Providers = Mapping[str, Callable[[], Provider] | str]
 
 @dataclass(frozen=True)
 class Options(SuiteOptions):
-    """Options of `vi-simsiam bench augment`; cases are named like "2x128+6x64 batch 64"."""
+    """Options of `vi-simsiam bench augment`."""
 
+    only: str = ""
+    """Only cases whose name contains this, such as 2x128 or "batch 64"; a name is "2x128+6x64 batch 64", views x size, local ones after the +. What no name contains lists all names."""
     rounds: int = 7
     """Measurements of every provider; the median is reported."""
     data: str = "generated"

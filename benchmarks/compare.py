@@ -10,14 +10,17 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vi_simsiam.errors import InputError
+from vi_simsiam.text import counted
 
 from .cases import MODES
 from .harness import read_result
-from .pipeline_targets import median_of
-from .tables import spread
+from .noise import TOO_NOISY, Ratio, ratio, spread
+from .pipeline_targets import times_of
+from .tables import say
 from .targets import case_label, time_of
 
 LOSS = "multiview_loss"
@@ -47,18 +50,34 @@ class Change:
     ratio: float | None
     allowed: float
     note: str = ""
+    noisy: bool = False
+    """Whether a time that it rests on is too noisy for a verdict."""
 
     @property
     def regression(self) -> bool:
         """Slower than noise explains, or no result any more."""
-        return self.ratio is None or self.ratio > self.allowed
+        return self.ratio is None or (self.ratio > self.allowed and not self.noisy)
+
+    @property
+    def verdict(self) -> str:
+        """What became of the time, in a word or two; empty where noise explains the difference."""
+        if self.note:
+            return self.note
+        if self.noisy:
+            return TOO_NOISY
+        if self.regression:
+            return "slower"
+        return "faster" if self.ratio is not None and self.ratio < 1 / self.allowed else ""
 
 
 def run(options: Options, console: Console | None = None) -> int:
     """Print the ratios; 1 if anything is slower beyond the noise recorded in the files, else 0.
 
+    Times that are too noisy for a verdict are counted and decide nothing.
+
     Raises:
-        InputError: a file that is missing or no result of this benchmark, or files without a case in common.
+        InputError: a file that is missing or no result of this benchmark, or files without a case in common, or with
+            none that is quiet enough to compare.
     """
     console = console or Console()
     before = read_result(options.before, *COMPARED)
@@ -67,8 +86,7 @@ def run(options: Options, console: Console | None = None) -> int:
         changes = compare(before, after)
         for name in ("device", "processor", "versions"):
             if before.get(name) != after.get(name):
-                said = f"note: different {name}: {before.get(name)} and {after.get(name)}"
-                console.print(said, soft_wrap=True, markup=False)
+                say(console, f"note: different {name}: {before.get(name)} and {after.get(name)}")
     except (KeyError, TypeError) as error:
         raise InputError(f"results: a case lacks what is compared ({error}); measure it again") from error
     if not changes:
@@ -77,14 +95,20 @@ def run(options: Options, console: Console | None = None) -> int:
     for column in ("case", "provider", "what", "new / old", "noise", ""):
         table.add_column(column, justify="right" if column in ("new / old", "noise") else "left")
     for change in changes:
-        ratio = "-" if change.ratio is None else f"{change.ratio:.3f}"
-        verdict = "slower" if change.regression else "faster" if _faster(change) else ""
-        table.add_row(
-            change.case, change.provider, change.what, ratio, f"{change.allowed - 1:.1%}", change.note or verdict
-        )
+        shown = "-" if change.ratio is None else f"{change.ratio:.3f}"
+        cells = (change.case, change.provider, change.what, shown, f"{change.allowed - 1:.1%}", change.verdict)
+        table.add_row(*map(escape, cells))
     console.print(table)
-    slower = sum(change.regression for change in changes)
-    console.print(f"{len(changes)} times compared; {slower} slower beyond the noise.")
+    slower, unclear = (sum(getattr(change, kind) for change in changes) for kind in ("regression", "noisy"))
+    if unclear == len(changes):
+        raise InputError(
+            f"results: all {counted(unclear, 'time')} of {options.before} and {options.after} are {TOO_NOISY}; measure "
+            "again on a quiet machine"
+        )
+    said = f"{counted(len(changes), 'time')} compared; {slower} slower beyond the noise."
+    if unclear:
+        said += f" {unclear} {TOO_NOISY}: the exit code does not rest on them; measure again on a quiet machine."
+    say(console, said)
     return 1 if slower else 0
 
 
@@ -93,7 +117,8 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
 
     The noise of a time is the range between its quartiles over its median, in both files together, at least 2 %. Where
     something measured beside it that is no code of this project became slower, the machine did, and so much more is
-    allowed: for the loss a copy of the same bytes, otherwise the provider that the case names as its yardstick.
+    allowed: for the loss a copy of the same bytes, otherwise the provider that the case names as its yardstick. Where one
+    of these times is noisy (see `noise`) there is no verdict.
     """
     times = _loss_times if before["benchmark"] == LOSS else _pipeline_times
     cases = {case["name"]: case for case in after["cases"]}
@@ -110,12 +135,12 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
 
 @dataclass(frozen=True)
 class _Time:
-    """A time of a provider: of what, its quartiles (None without a result), the yardstick's median, and what failed."""
+    """A time of a provider: of what, its quartiles (None without a result), the yardstick's, and what failed."""
 
     case: str
     what: str
     times: dict[str, float] | None
-    yardstick: float | None
+    yardstick: dict[str, float] | None
     failure: str
 
 
@@ -124,15 +149,14 @@ def _loss_times(case: dict[str, Any], name: str) -> Iterator[_Time]:
     for mode, metric in itertools.product(MODES, ("time", "host")):
         what = ("loss" if mode == "forward" else "loss + gradient") + (", host" if metric == "host" else "")
         failure = found["failure"] or (found[mode] or {}).get("failure") or "no time any more"
-        copy = case["copy"][mode] if metric == "time" else None
-        yardstick = None if copy is None else float(copy["median_us"])
+        yardstick = case["copy"][mode] if metric == "time" else None
         yield _Time(case_label(case), what, time_of(case, name, mode, metric), yardstick, failure)
 
 
 def _pipeline_times(case: dict[str, Any], name: str) -> Iterator[_Time]:
     found = case["providers"][name]
-    times = found["time"] if found["correct"] else None
-    yardstick = None if name == case["yardstick"] else median_of(case, case["yardstick"])
+    times = times_of(case, name)
+    yardstick = None if name == case["yardstick"] else times_of(case, case["yardstick"])
     yield _Time(case["label"], "time", times, yardstick, found["failure"] or "no time any more")
 
 
@@ -142,12 +166,9 @@ def _change(name: str, before: _Time, after: _Time) -> Change | None:
     if after.times is None:
         return Change(before.case, name, before.what, None, 1.0, after.failure)
     noise = max(_LEAST_NOISE, spread(before.times) + spread(after.times))
-    machine = 1.0
+    machine = Ratio(1.0, False)
     if before.yardstick is not None and after.yardstick is not None:
-        machine = max(1.0, after.yardstick / before.yardstick)
-    ratio = after.times["median_us"] / before.times["median_us"]
-    return Change(before.case, name, before.what, ratio, machine * (1 + noise))
-
-
-def _faster(change: Change) -> bool:
-    return change.ratio is not None and change.ratio < 1 / change.allowed
+        machine = ratio(after.yardstick, before.yardstick)
+    found = ratio(after.times, before.times)
+    allowed = max(1.0, machine.value) * (1 + noise)
+    return Change(before.case, name, before.what, found.value, allowed, noisy=found.noisy or machine.noisy)

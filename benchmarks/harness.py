@@ -17,6 +17,7 @@ import torch
 
 from vi_simsiam.errors import InputError
 from vi_simsiam.info import describe_device, installed_version
+from vi_simsiam.text import counted
 
 _LEAST_ROUNDS = 5
 
@@ -145,7 +146,7 @@ def _processor() -> str:
         models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     except OSError:
         models = []
-    return f"{models[0]}, {len(models)} cores" if models else platform.processor()
+    return f"{models[0]}, {counted(len(models), 'core')}" if models else platform.processor()
 
 
 def _driver() -> str | None:

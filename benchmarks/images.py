@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vi_simsiam.data.datasets import Splits, open_dataset
+from vi_simsiam.data.datasets import ACCEPTED, Splits, open_dataset
 from vi_simsiam.data.sources import ArraySource, FileSource, ImageSource
 from vi_simsiam.errors import InputError
 
@@ -31,14 +31,15 @@ def image_files(data: str, folder: Path, *, count: int, sides: tuple[int, int]) 
         sides: least and greatest side of generated images, in pixels.
 
     Raises:
-        InputError: a folder without images.
+        InputError: other data, no such folder, or one without images.
     """
+    if data != "generated" and (data == "folder:" or not data.startswith("folder:")):
+        raise InputError(f"data: {data!r} must be generated or folder:PATH")
     if data == "generated":
         paths = generate(folder, count=min(count, 256), sides=sides)
     else:
         source = open_dataset(data).train
-        if not isinstance(source, FileSource):
-            raise InputError(f"data: {data!r} is not made of files; it must be generated or folder:PATH")
+        assert isinstance(source, FileSource)  # a folder is
         # Evenly spread: files are listed class by class.
         paths = [source.describe(i) for i in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)]
     return [paths[i % len(paths)] for i in range(count)]
@@ -60,7 +61,12 @@ def labelled_images(data: str, root: Path, folder: Path, *, images: int | None, 
     if data == "generated":
         splits = [_tinted(folder / split, images or 256, side, seed) for seed, split in enumerate(("train", "val"))]
         return Splits(data, *splits)
-    found = open_dataset(data, root=root)
+    try:
+        found = open_dataset(data, root=root)
+    except InputError as error:
+        if not str(error).startswith("data:"):
+            raise
+        raise InputError(f"data: {data!r} must be generated, {ACCEPTED}") from None
     if found.val is None or found.train.labels is None or found.val.labels is None:
         raise InputError(f"data: {data!r} must have labels and validation images")
     return Splits(found.name, subset(found.train, images), subset(found.val, images))

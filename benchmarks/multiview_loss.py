@@ -37,7 +37,10 @@ _CASE_SECONDS = {"cuda": 1.5, "cpu": 3.0}
 
 @dataclass(frozen=True)
 class Options(SuiteOptions):
-    """Options of `vi-simsiam bench loss`; cases are named like "power_spherical 256x2048 2x2 float32"."""
+    """Options of `vi-simsiam bench loss`."""
+
+    only: str = ""
+    """Only cases whose name contains this, such as 256x2048, bfloat16 or cosine; a name is "power_spherical 256x2048 2x2 float32", batch x D, then views x targets. What no name contains lists all names."""
 
 
 def run(

@@ -8,6 +8,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from vi_simsiam.text import counted
+
+from .noise import LEGEND, TOO_NOISY, Ratio
 from .pipeline_targets import GIGABYTE, LIGHTLY, NETWORK, OURS, STEP, exposed_share, median_of, speed_up
 from .tables import brief, markdown_grid, noise_notes, number, where
 
@@ -63,7 +66,7 @@ def step_markdown(result: _Results) -> str:
             case["label"],
             *(_if_timed(case, name, lambda f: (_ms(f["time"]["median_us"]),))[0] for name in (STEP, NETWORK, COMPILED)),
             _times(speed_up(case, NETWORK, STEP)),
-            _share(exposed_share(case)),
+            "-" if (exposed := exposed_share(case)) is None else exposed.shown("{:.1%}"),
             _share(case["providers"][STEP].get("mfu")),
         )
         for case in result["cases"]
@@ -114,7 +117,7 @@ def _train_rows(case: _Results) -> list[_Row]:
 
 
 def _train_notes(case: _Results) -> list[str]:
-    loaders = f"The others' loaders have {case['workers']} workers."
+    loaders = f"The others' loaders have {counted(case['workers'], 'worker')}."
     target = case["target_accuracy"]
     return [loaders if target is None else f"{loaders} The target is a kNN accuracy of {target:.1%}."]
 
@@ -122,7 +125,7 @@ def _train_notes(case: _Results) -> list[str]:
 def _loaders(result: _Results) -> str:
     images = "generated" if result["data"] == "generated" else "files"
     alone = " The augmentation alone has one thread." if result["device_type"] == "cpu" else ""
-    return f"Loaders have {result['workers']} workers; images are {images}.{alone}"
+    return f"Loaders have {counted(result['workers'], 'worker')}; images are {images}.{alone}"
 
 
 def _names(result: _Results) -> list[str]:
@@ -145,8 +148,10 @@ def _terminal(case: _Results, head: Sequence[str], rows: Iterable[_Row], notes: 
 def _markdown(result: _Results, head: Sequence[str], rows: Iterable[_Row], note: str = "") -> str:
     """A Markdown table with the reasons of failures and the place of the measurement below it."""
     failures = list(dict.fromkeys(line for case in result["cases"] for line in _failures(case)))
+    grid = markdown_grid(head, rows)
     below = [*([note] if note else []), *(f"No figure for {line}." for line in failures)]
-    return "\n".join([markdown_grid(head, rows), "", *below, f"Medians. {where(result)}"])
+    below += [LEGEND] if TOO_NOISY in grid else []
+    return "\n".join([grid, "", *below, f"Medians. {where(result)}"])
 
 
 def _failures(case: _Results) -> list[str]:
@@ -173,8 +178,8 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def _times(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f} x"
+def _times(ratio: Ratio | None) -> str:
+    return "-" if ratio is None else ratio.shown()
 
 
 def _losses(losses: Sequence[float] | None) -> str:

@@ -5,35 +5,44 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .targets import Target
+from vi_simsiam.text import counted
+
+from .noise import Ratio, noisy, ratio
+from .targets import Target, of_all, worst_of
 
 _Results = dict[str, Any]
 
 OURS, LIGHTLY = "vi-simsiam", "lightly"
-STEP, NETWORK = "step", "network alone"
+STEP, AT_HAND, NETWORK = "step", "step on views at hand", "network alone"
 GIGABYTE = 1e9
 _IMAGENETTE = 9_469
 """Its training images: a training on fewer says nothing of the target."""
 
 
-def median_of(case: _Results, provider: str) -> float | None:
-    """Median microseconds of a provider on a case; None where it has none, which includes every wrong result."""
+def times_of(case: _Results, provider: str) -> dict[str, float] | None:
+    """Quartiles of a provider on a case; None where it has none, which includes every wrong result."""
     found = case["providers"].get(provider)
-    if found is None or not found["correct"] or found.get("time") is None:
-        return None
-    return float(found["time"]["median_us"])
+    return None if found is None or not found["correct"] else found.get("time")
 
 
-def speed_up(case: _Results, ours: str, theirs: str) -> float | None:
+def median_of(case: _Results, provider: str) -> float | None:
+    """Median microseconds of a provider on a case; None where it has none."""
+    found = times_of(case, provider)
+    return None if found is None else float(found["median_us"])
+
+
+def speed_up(case: _Results, ours: str, theirs: str) -> Ratio | None:
     """How many times faster `ours` is than `theirs`."""
-    own, other = median_of(case, ours), median_of(case, theirs)
-    return other / own if own is not None and other is not None else None
+    own, other = times_of(case, ours), times_of(case, theirs)
+    return ratio(other, own) if own is not None and other is not None else None
 
 
-def exposed_share(case: _Results) -> float | None:
+def exposed_share(case: _Results) -> Ratio | None:
     """Share of the step that the augmentation makes it longer by."""
-    exposed, whole = case["phases"]["exposed augmentation"], median_of(case, STEP)
-    return exposed / whole if exposed is not None and whole is not None else None
+    exposed, whole = case["phases"]["exposed augmentation"], times_of(case, STEP)
+    if exposed is None or whole is None:
+        return None
+    return Ratio(exposed / whole["median_us"], noisy(whole, times_of(case, AT_HAND)))
 
 
 def pipeline_targets(result: _Results) -> list[Target]:
@@ -92,6 +101,7 @@ def train_targets(result: _Results | None) -> list[Target]:
             2.5 * GIGABYTE,
             lambda x: x["peak_bytes"],
             lambda value: f"{value / GIGABYTE:.2f} GB",
+            timed=False,
         ),
     ]
 
@@ -107,11 +117,12 @@ def cpu_targets(result: _Results | None) -> list[Target]:
     ]
     if found:
         longest = max(found, key=lambda case: case["images"] * case["epochs"])
-        ratio = speed_up(longest, mine, LIGHTLY)
-        assert ratio is not None
+        faster = speed_up(longest, mine, LIGHTLY)
+        assert faster is not None
         own, other = (f"{longest['providers'][name]['views_per_second']:,.0f}" for name in (mine, LIGHTLY))
-        extent = f"{longest['epochs']} epochs of {longest['images']:,} images"
-        return [Target(what, wanted, f"{ratio:.2f} times ({own} and {other}; {extent})", ratio >= 1.5)]
+        extent = f"{counted(longest['epochs'], 'epoch')} of {counted(longest['images'], 'image')}"
+        figure = f"{faster.value:.2f} times ({own} and {other}; {extent})"
+        return [of_all(what, wanted, figure, [(faster.value >= 1.5, faster.noisy)])]
     return [Target(what, wanted)]
 
 
@@ -127,8 +138,8 @@ def _cases(result: _Results | None) -> Iterable[_Results]:
 def _views(result: _Results | None, name: str, factor: float, what: str) -> Target:
     wanted = f"at least {factor:g} times"
     for case in _cases(result):
-        if case["name"] == name and (ratio := speed_up(case, OURS, LIGHTLY)) is not None:
-            return Target(what, wanted, f"{ratio:.1f} times", ratio >= factor)
+        if case["name"] == name and (faster := speed_up(case, OURS, LIGHTLY)) is not None:
+            return of_all(what, wanted, f"{faster.value:.1f} times", [(faster.value >= factor, faster.noisy)])
     return Target(what, wanted)
 
 
@@ -137,15 +148,11 @@ def _worst(
     what: str,
     wanted: str,
     limit: float,
-    value: Callable[[_Results], float | None],
+    value: Callable[[_Results], Ratio | None],
     shown: str,
 ) -> Target:
     found = [(figure, case["label"]) for case in _cases(result) if (figure := value(case)) is not None]
-    if not found:
-        return Target(what, wanted)
-    worst, label = max(found)
-    many = f" (most of {len(found)} cases: {label})" if len(found) > 1 else ""
-    return Target(what, wanted, f"{shown.format(worst)}{many}", worst <= limit)
+    return worst_of(what, wanted, found, holds=lambda each: each <= limit, shown=shown)
 
 
 def _figure(
@@ -155,11 +162,14 @@ def _figure(
     limit: float,
     value: Callable[[_Results], float | None],
     shown: str | Callable[[float], str],
+    *,
+    timed: bool = True,
 ) -> Target:
     figure = value(found) if found is not None and found["correct"] else None
     if figure is None:
         return Target(what, wanted)
-    return Target(what, wanted, shown.format(figure) if isinstance(shown, str) else shown(figure), figure <= limit)
+    text = shown.format(figure) if isinstance(shown, str) else shown(figure)
+    return of_all(what, wanted, text, [(figure <= limit, timed and found is not None and noisy(found["time"]))])
 
 
 def _beside(found: _Results) -> float | None:

@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from vi_simsiam.text import counted
+
 from .providers import COMPILED, FUSED
 from .targets import speed_up, time_of
 
@@ -63,16 +65,21 @@ def _speed_up(result: dict[str, Any]) -> Figure:
     for panel, (views, targets, dtype) in zip(panels, kinds, strict=True):
         for dim, colour in zip(dims, _shades(len(dims)), strict=True):
             points = sorted(
-                (case["batch"], ratio)
+                (case["batch"], faster.value)
                 for case in cases
                 if (case["views"], case["targets"], case["dtype"], case["dim"]) == (views, targets, dtype, dim)
-                and (ratio := speed_up(case, COMPILED)) is not None
+                and (faster := speed_up(case, COMPILED)) is not None
             )
             if points:
                 x, y = zip(*points, strict=True)
                 panel.plot(x, y, marker="o", ms=3, color=colour, label=f"D = {dim:,}")
         panel.axhline(1, color="#24292f", lw=0.8, ls=(0, (3, 2)))
-        panel.set(xscale="log", yscale="log", xlabel="batch", title=f"{views} views, {targets} targets, {dtype}")
+        panel.set(
+            xscale="log",
+            yscale="log",
+            xlabel="batch",
+            title=f"{counted(views, 'view')}, {counted(targets, 'target')}, {dtype}",
+        )
         batches = sorted({case["batch"] for case in cases})
         panel.set_xticks(batches, [f"{batch:,}" for batch in batches])
         panel.set_xticks([], minor=True)

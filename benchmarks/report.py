@@ -18,10 +18,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from vi_simsiam.errors import InputError
+from vi_simsiam.text import counted
 
 from . import accuracy, pipeline_tables, pipeline_targets
 from .cases import cases_for
 from .harness import read_result
+from .noise import LEGEND, TOO_NOISY, ratio
 from .pipeline_plots import plot_path
 from .plots import plot_paths
 from .providers import COMPILED, FUSED
@@ -52,17 +54,25 @@ def run(options: Options) -> None:
         except OSError as error:
             raise InputError(f"files: {path} cannot be read ({error.strerror})") from error
         path.write_text(fill(text, path.parent))
-        print(f"written: {len(_SECTION.findall(text))} sections of {path}")
+        print(f"written: {counted(len(_SECTION.findall(text)), 'section')} of {path}")
 
 
 def fill(text: str, folder: Path) -> str:
     """`text` with its marked sections as the result files say now; their paths are relative to `folder`."""
 
     def section(match: re.Match[str]) -> str:
-        kind, *paths = match.group(2).split()
+        kind, *paths = match.group(2).split() or [""]
         if kind not in _KINDS:
             raise InputError(f"bench: section {kind!r} is none of {', '.join(_KINDS)}")
-        return f"{match.group(1)}{_KINDS[kind](paths, folder)}\n{match.group(3)}"
+        if not paths:
+            raise InputError(f"bench: section {kind!r} names no file; write <!-- bench: {kind} PATH -->")
+        try:
+            content = _KINDS[kind](paths, folder)
+        except (KeyError, TypeError, IndexError) as error:
+            raise InputError(
+                f"bench: {' '.join(paths)} lacks what section {kind!r} shows ({error!r}); measure it again"
+            ) from error
+        return f"{match.group(1)}{content}\n{match.group(3)}"
 
     return _SECTION.sub(section, text)
 
@@ -92,7 +102,7 @@ def case_table(case: dict[str, Any]) -> Table:
             name,
             *(_cell(case, name, mode, metric) for mode in _MODES for metric in ("time", *host)),
             "-" if share is None else f"{share:.0%}",
-            f"{baseline[1]['median_us'] / own['median_us']:.2f}x" if own and baseline else "-",
+            ratio(baseline[1], own).shown() if own and baseline else "-",
             f"{found['gradient_error']:.1e}",
             "-" if peak is None else f"{peak / 2**20:,.1f} MiB",
         )
@@ -116,15 +126,16 @@ def markdown_table(result: dict[str, Any], *, mode: str = "forward_backward", me
     last = ["faster than torch.compile", *(["of a copy's speed"] if metric == "time" else [])]
     rows = []
     for case in cases:
-        ratio = speed_up(case, COMPILED, mode, metric)
+        faster = speed_up(case, COMPILED, mode, metric)
         cells = [_cell(case, name, mode, metric) for name in shown]
-        cells.append("-" if ratio is None else f"{ratio:.2f} x")
+        cells.append("-" if faster is None else faster.shown())
         if metric == "time":
             ours = fastest(case, FUSED, mode)
             share = case["providers"][ours[0]][mode]["copy_share"] if ours else None
             cells.append("-" if share is None else f"{share:.0%}")
         rows.append((case_label(case), *cells))
-    lines = [markdown_grid(("batch x D", *shown, *last), rows), ""]
+    grid = markdown_grid(("batch x D", *shown, *last), rows)
+    lines = [grid, "", *([LEGEND] if TOO_NOISY in grid else [])]
     for name in names:
         if name not in shown:
             reason = next((case["providers"][name]["failure"] for case in cases if name in case["providers"]), None)

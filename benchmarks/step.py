@@ -52,8 +52,10 @@ _GRAPH_BYTES = 10**9
 
 @dataclass(frozen=True)
 class Options(SuiteOptions):
-    """Options of `vi-simsiam bench step`; cases are named like "vi-simsiam 2x128+6x64 batch 64"."""
+    """Options of `vi-simsiam bench step`."""
 
+    only: str = ""
+    """Only cases whose name contains this, such as 2x128 or "batch 64"; a name is "vi-simsiam 2x128+6x64 batch 64", views x size, local ones after the +. What no name contains lists all names."""
     rounds: int = 9
     """Measurements of everything; the median is reported."""
 

@@ -16,7 +16,7 @@ from vi_simsiam.engine.run import resolve_device
 from vi_simsiam.errors import InputError
 
 from .harness import provenance, read_result, result_path, write_result
-from .tables import targets_table
+from .tables import say, targets_table
 from .targets import Target
 
 _SAME = ("commit", "device", "driver", "versions")
@@ -32,7 +32,7 @@ class SuiteOptions:
     short: bool = False
     """Only the telling cases, within a few minutes."""
     only: str = ""
-    """Only cases whose name contains this."""
+    """Only cases whose name contains this. What no name contains lists all names."""
     rounds: int = 15
     """Measurements of every provider; the median is reported."""
     out: Path | None = None
@@ -101,7 +101,9 @@ class Suite:
         """
         wanted = [case for case in cases if self.options.only in case.name]
         if not wanted:
-            raise InputError(f"only: no case's name contains {self.options.only!r}")
+            there = "with --short there are" if self.options.short else "there are"
+            names = ", ".join(repr(case.name) for case in cases)
+            raise InputError(f"only: no case's name contains {self.options.only!r}; {there} {names}")
         limit = seconds if self.options.short else math.inf
         start = clock()
         for case in wanted:
@@ -109,9 +111,13 @@ class Suite:
                 continue
             used = clock() - start
             if used > 0.85 * limit:
-                self.console.print(f"left out: {case.name}; --short has used {used:.0f} s")
+                self.say(f"left out: {case.name}; --short has used {used:.0f} s")
                 continue
             yield case, used / limit
+
+    def say(self, line: str) -> None:
+        """Print a line as it is: no break within a path, and no brackets taken for a style."""
+        say(self.console, line)
 
     def add(self, found: dict[str, Any], table: Table) -> None:
         """Keep a case's result and show it."""
@@ -128,7 +134,7 @@ class Suite:
             self.console.print(targets_table(targets))
         if self.path is not None:
             for written in (self.path, *draw(self.result, self.path.parent)):
-                self.console.print(f"written: {written}", soft_wrap=True)
+                self.say(f"written: {written}")
         return self.result
 
     def _kept(self, path: Path) -> list[dict[str, Any]]:

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
+from .noise import TOO_NOISY, noisy, spread
 from .targets import Target
 
 _MET = {True: "yes", False: "no", None: "-"}
-_NOISY = 0.2
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is: no break within a path, and no brackets taken for a style."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def targets_table(found: Sequence[Target]) -> Table:
@@ -19,14 +25,18 @@ def targets_table(found: Sequence[Target]) -> Table:
     for column in ("what", "target", "measured", "met"):
         table.add_column(column)
     for target in found:
-        table.add_row(target.what, target.wanted, target.figure, _MET[target.met])
+        table.add_row(target.what, target.wanted, target.figure, _met(target))
     return table
 
 
 def markdown_targets(found: Sequence[Target]) -> str:
     """Targets as a Markdown table."""
-    rows = [(target.what, target.wanted, target.figure, _MET[target.met]) for target in found]
+    rows = [(target.what, target.wanted, target.figure, _met(target)) for target in found]
     return markdown_grid(("what", "target", "measured", "met"), rows, numbers=False)
+
+
+def _met(target: Target) -> str:
+    return TOO_NOISY if target.noisy else _MET[target.met]
 
 
 def markdown_grid(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True) -> str:
@@ -35,17 +45,13 @@ def markdown_grid(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers
     return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def spread(times: dict[str, float]) -> float:
-    """How far the quartiles of a time lie apart, over its median."""
-    return (times["upper_us"] - times["lower_us"]) / times["median_us"]
-
-
 def noise_notes(times: Iterable[tuple[str, dict[str, float] | None]]) -> list[str]:
-    """A note where the quartiles of a provider's time lie so far apart that its median says little."""
-    widest, name = max(((spread(found), name) for name, found in times if found is not None), default=(0.0, ""))
-    if widest < _NOISY:
-        return []
-    return [f"noisy: the quartiles of {name} lie {widest:.0%} of the median apart; is the machine busy?"]
+    """A note on the noisiest provider, where one is too noisy for a verdict."""
+    wide = [(spread(found), name) for name, found in times if found is not None and noisy(found)]
+    return [
+        f"noisy: the quartiles of {name} lie {apart:.0%} of the median apart; is the machine busy?"
+        for apart, name in sorted(wide)[-1:]
+    ]
 
 
 def number(value: float) -> str:

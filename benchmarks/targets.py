@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vi_simsiam.text import counted
+
 from .cases import MODES, cases_for
+from .noise import TOO_NOISY, Ratio, noisy, ratio
 from .providers import COMPILED, FUSED
 
 _Results = dict[str, Any]
@@ -18,12 +21,58 @@ BANDWIDTH_BYTES = 2 * 10**8
 
 @dataclass(frozen=True)
 class Target:
-    """One target: what, the figure wanted, the figure measured, and whether it is met (None where not measured)."""
+    """One target: what, the figure wanted, the figure measured, and whether it is met (None where that is not known)."""
 
     what: str
     wanted: str
     figure: str = NOT_MEASURED
     met: bool | None = None
+    noisy: bool = False
+    """Whether it was measured, but too noisily to tell."""
+
+
+def of_all(what: str, wanted: str, figure: str, holds: Iterable[tuple[bool, bool]]) -> Target:
+    """A target that every comparison must hold, each given as (it holds, it is noisy).
+
+    A noisy comparison decides nothing: the target is missed by a quiet one that fails, and met only if all are quiet.
+    """
+    found = list(holds)
+    if any(not held for held, noise in found if not noise):
+        return Target(what, wanted, figure, False)
+    noise = any(noise for _, noise in found)
+    return Target(what, wanted, figure, None if noise else True, noise)
+
+
+def worst_of(
+    what: str,
+    wanted: str,
+    found: Sequence[tuple[Ratio, str]],
+    *,
+    holds: Callable[[float], bool],
+    shown: str,
+    worst: Callable[..., tuple[Ratio, str]] = max,
+) -> Target:
+    """A target for ratios of cases, each given with the case's label: the worst quiet one is its figure.
+
+    Args:
+        what: see `Target`.
+        wanted: see `Target`.
+        found: of every case that was measured.
+        holds: whether a ratio is good enough.
+        shown: format of a ratio.
+        worst: `max` or `min`.
+    """
+    if not found:
+        return Target(what, wanted)
+    quiet = [each for each in found if not each[0].noisy]
+    (value, _), label = worst(quiet or found)
+    figure = shown.format(value)
+    if len(found) > 1:
+        most = "most" if worst is max else "least"
+        figure += f" ({most} of {counted(len(quiet or found), 'case')}: {label})"
+        if quiet and len(quiet) < len(found):
+            figure += f"; {len(found) - len(quiet)} more {TOO_NOISY}"
+    return of_all(what, wanted, figure, ((holds(each.value), each.noisy) for each, _ in found))
 
 
 def time_of(case: _Results, provider: str, mode: str, metric: str = "time") -> dict[str, float] | None:
@@ -45,15 +94,15 @@ def fastest(
 
 def speed_up(
     case: _Results, baselines: Iterable[str], mode: str = "forward_backward", metric: str = "time"
-) -> float | None:
+) -> Ratio | None:
     """How many times faster the fastest fused provider is than the fastest baseline."""
     ours, theirs = fastest(case, FUSED, mode, metric), fastest(case, baselines, mode, metric)
-    return theirs[1]["median_us"] / ours[1]["median_us"] if ours and theirs else None
+    return ratio(theirs[1], ours[1]) if ours and theirs else None
 
 
 def case_label(case: _Results) -> str:
     """A case as people read it, such as "256 x 2048, 8 views, bfloat16"."""
-    views = "" if (case["views"], case["targets"]) == (2, 2) else f", {case['views']} views"
+    views = "" if (case["views"], case["targets"]) == (2, 2) else f", {counted(case['views'], 'view')}"
     cosine = ", cosine" if case["distribution"] == "cosine" else ""
     return f"{case['batch']} x {case['dim']}{views}, {case['dtype']}{cosine}"
 
@@ -102,13 +151,14 @@ def _share_of_copy(cases: Sequence[_Results], dtype: str) -> Target:
         if case["name"] != f"power_spherical 32768x2048 2x2 {dtype}" or copy is None:
             continue
         ratios = {
-            name: times["median_us"] / copy["median_us"]
-            for name in FUSED
-            if (times := time_of(case, name, "forward_backward")) is not None
+            name: ratio(times, copy) for name in FUSED if (times := time_of(case, name, "forward_backward")) is not None
         }
         if ratios:
-            figure = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
-            return Target(what, wanted, figure, min(ratios.values()) <= 1.10)
+            figure = ", ".join(f"{name} {found.value:.2f}" for name, found in ratios.items())
+            # One backend is enough: a noisy one matters only where no quiet one reaches it.
+            reached = any(found.value <= 1.10 and not found.noisy for found in ratios.values())
+            noise = not reached and any(found.noisy for found in ratios.values())
+            return Target(what, wanted, figure, None if noise else reached, noise)
     return Target(what, wanted)
 
 
@@ -120,35 +170,37 @@ def _least(
         f"at least {factor:g} times faster" if factor > 1 else "not slower",
     )
     found = [
-        (ratio, case) for case in cases if (ratio := speed_up(case, baselines, "forward_backward", metric)) is not None
+        (faster, case_label(case))
+        for case in cases
+        if (faster := speed_up(case, baselines, "forward_backward", metric)) is not None
     ]
-    if not found:
-        return Target(what, wanted)
-    ratio, case = min(found, key=lambda item: item[0])
-    many = f" (least of {len(found)} cases: {case_label(case)})" if len(found) > 1 else ""
-    return Target(what, wanted, f"{ratio:.2f} times{many}", ratio >= factor)
+    return worst_of(what, wanted, found, holds=lambda value: value >= factor, shown="{:.2f} times", worst=min)
 
 
 def _nowhere_slower(result: _Results | None, others: Sequence[str]) -> Target:
     """Slower counts where the quartile ranges do not touch: a difference within the noise is none."""
     what, wanted = "fastest fused backend against every other provider, all cases, times and modes", "nowhere slower"
-    compared, slower = 0, []
+    quiet, loud, slower = 0, 0, []
     for case, mode, metric in _timings(result):
         ours, theirs = fastest(case, FUSED, mode, metric), fastest(case, others, mode, metric)
         if ours is None or theirs is None:
             continue
-        compared += 1
+        if noisy(ours[1], theirs[1]):
+            loud += 1
+            continue
+        quiet += 1
         if ours[1]["lower_us"] > theirs[1]["upper_us"]:
-            ratio = ours[1]["median_us"] / theirs[1]["median_us"]
-            slower.append((ratio, f"{case_label(case)}, {mode.replace('_', ' + ')}, {theirs[0]}"))
-    if not compared:
+            label = f"{case_label(case)}, {mode.replace('_', ' + ')}, {theirs[0]}"
+            slower.append((ratio(ours[1], theirs[1]).value, label))
+    if not quiet + loud:
         return Target(what, wanted)
-    if not slower:
-        return Target(what, wanted, f"slower in none of {compared} comparisons", True)
-    ratio, where = max(slower)
-    return Target(
-        what, wanted, f"slower in {len(slower)} of {compared}, by {ratio:.2f} times at worst ({where})", False
-    )
+    figure = f"slower in none of {counted(quiet, 'comparison')}"
+    if slower:
+        worst, where = max(slower)
+        figure = f"slower in {len(slower)} of {quiet}, by {worst:.2f} times at worst ({where})"
+    figure += f"; {loud} more {TOO_NOISY}" if loud else ""
+    holds = [(False, False)] * len(slower) + [(True, False)] * (quiet - len(slower)) + [(True, True)] * loud
+    return of_all(what, wanted, figure, holds)
 
 
 def _agreement(result: _Results | None) -> Target:
@@ -158,12 +210,17 @@ def _agreement(result: _Results | None) -> Target:
     for case in result["cases"] if result is not None else []:
         triton, cuda = (time_of(case, name, "forward_backward") for name in ("triton", "cuda"))
         if case["name"] in telling and triton is not None and cuda is not None:
-            ratio = triton["median_us"] / cuda["median_us"]
-            found.append((max(ratio, 1 / ratio), f"Triton / CUDA {ratio:.2f} at {case_label(case)}"))
+            apart = ratio(triton, cuda)
+            found.append((apart, f"Triton / CUDA {apart.value:.2f} at {case_label(case)}"))
     if not found:
         return Target(what, wanted)
-    worst, where = max(found)
-    return Target(what, wanted, f"farthest apart: {where}", worst <= 1.10)
+
+    def distance(each: tuple[Ratio, str]) -> tuple[float, str]:
+        return max(each[0].value, 1 / each[0].value), each[1]
+
+    _, where = max([each for each in found if not each[0].noisy] or found, key=distance)
+    holds = ((distance(each)[0] <= 1.10, each[0].noisy) for each in found)
+    return of_all(what, wanted, f"farthest apart: {where}", holds)
 
 
 def _timings(result: _Results | None) -> Iterable[tuple[_Results, str, str]]:

@@ -32,6 +32,7 @@ from vi_simsiam.engine.run import resolve_workers
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.features import extract
 from vi_simsiam.evaluation.knn import KnnConfig, classify
+from vi_simsiam.text import counted
 
 from . import pipeline_plots, pipeline_tables
 from .harness import failure_reason, quartiles
@@ -54,11 +55,11 @@ class Options(SuiteOptions):
     """Options of `vi-simsiam bench train`; a run is one case."""
 
     only: str = ""
-    """Only providers whose name contains this, such as "lightly"."""
+    """Only providers whose name contains this: vi-simsiam; vi-simsiam, method simsiam; plain PyTorch; tuned PyTorch; lightly."""
     rounds: int = 1
     """Trainings of every provider; the epochs of all of them are pooled."""
     data: str = "generated"
-    """generated, or a data set with labels and validation images: folder:PATH, cifar10, imagenette or imagewoof."""
+    """generated, or a data set with labels and validation images: fashion-mini, folder:PATH, pack:FILE, cifar10, imagenette or imagewoof."""
     data_root: Path = Path("data")
     """Where downloaded data sets are kept or looked for."""
     images: int | None = None
@@ -118,14 +119,20 @@ def run(
         )
     wanted = {name: train for name, train in providers.items() if options.only in name}
     if not wanted:
-        raise InputError(f"only: no provider's name contains {options.only!r}; there are {', '.join(providers)}")
+        raise InputError(
+            f"only: no provider's name contains {options.only!r}; there are {', '.join(map(repr, providers))}"
+        )
     suite = Suite(NAME, options, console, PEER_PACKAGES)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         splits = labelled_images(
             options.data, options.data_root, place / "images", images=options.images, side=options.size
         )
-        found = measure_case(options, splits, suite.device, place, wanted, clock, suite.console.print)
+        if len(splits.train) < options.batch_size:
+            raise InputError(
+                f"batch_size: {options.batch_size} must be at most {len(splits.train):,}, the number of training images"
+            )
+        found = measure_case(options, splits, suite.device, place, wanted, clock, suite.say)
     suite.result["cases"] = [case for case in suite.result["cases"] if case["name"] != found["name"]]
     suite.add(found, pipeline_tables.train_case(found))
     return suite.finish(pipeline_targets(suite.result), partial(pipeline_plots.draw, NAME))
@@ -194,10 +201,11 @@ def measure_case(
         if name in (OURS, OURS_SIMSIAM):
             found[name]["caching_seconds"] = caching
     refuse_worse(found, len(val))
-    data, images = Path(splits.name.removeprefix("folder:")).name, f"{len(train):,} images"
+    data = Path(splits.name.removeprefix("folder:")).name
+    epochs, images = counted(options.epochs, "epoch"), counted(len(train), "image")
     return {
-        "name": f"{data} {options.views.name}, {options.epochs} epochs of {images}",
-        "label": f"{data}, {options.views.label}, batch {options.batch_size}, {options.epochs} epochs of {images}",
+        "name": f"{data} {options.views.name}, {epochs} of {images}",
+        "label": f"{data}, {options.views.label}, batch {options.batch_size}, {epochs} of {images}",
         "batch": options.batch_size,
         "views": options.views.views,
         "view_label": options.views.label,

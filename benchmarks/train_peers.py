@@ -29,6 +29,7 @@ from vi_simsiam.data.sources import ImageSource
 from vi_simsiam.engine.trainer import Trainer
 from vi_simsiam.errors import TrainingError
 from vi_simsiam.models import build_model
+from vi_simsiam.text import counted
 
 from . import peers
 
@@ -95,7 +96,7 @@ class Recorder:
         """
         self.total_seconds = self._clock() - self._start
         if len(self.epoch_ends) != self._epochs:
-            raise TrainingError(f"wrong: {len(self.epoch_ends)} of {self._epochs} epochs were trained")
+            raise TrainingError(f"wrong: {len(self.epoch_ends)} of {counted(self._epochs, 'epoch')} were trained")
         # A GradScaler leaves out the updates of a loss that is not finite: the weights alone do not tell.
         values = [*self._losses, *(self._trained.parameters() if self._trained is not None else ())]
         if not all(torch.isfinite(value).all() for value in values):

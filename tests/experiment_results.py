@@ -60,7 +60,7 @@ def result(arm: Arm, experiment: str, seed: int, **changes: Any) -> dict[str, An
         "correct": {"knn20": packed(right), "linear": packed(right)},
         "val_images": IMAGES,
         "uncertainty": uncertainty,
-        "device": "cpu (1 threads)",
+        "device": "cpu (1 thread)",
         "versions": {"torch": "2.14.1"},
         "commit": "abc1234",
         "date": "2026-01-02T03:04:05+00:00",

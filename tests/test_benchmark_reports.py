@@ -153,6 +153,14 @@ def test_markdown_comes_from_the_file(
     page.write_text("<!-- bench: poem r/loss.json -->\n<!-- /bench -->")
     assert main(["bench", "report", str(page)]) == 2
     assert "section 'poem' is none of table" in capsys.readouterr().err
+    for kind in report._KINDS:
+        with pytest.raises(InputError, match=f"bench: section '{kind}' n"):
+            report.fill(f"<!-- bench: {kind} -->\n<!-- /bench -->", tmp_path)
+    with pytest.raises(InputError, match="section '' is none of"):
+        report.fill("<!-- bench:  -->\n<!-- /bench -->", tmp_path)
+    (tmp_path / "r" / "loss.json").write_text(json.dumps({**result, "cases": [{}]}))
+    with pytest.raises(InputError, match=r"bench: r/loss.json lacks what section 'table' shows .*; measure it again"):
+        report.fill("<!-- bench: table r/loss.json -->\n<!-- /bench -->", tmp_path)
 
 
 def test_parts_of_an_experiments_summary_are_shown(tmp_path: Path) -> None:

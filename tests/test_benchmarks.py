@@ -21,6 +21,10 @@ from vi_simsiam.benchmarks import multiview_loss, plots, providers, report, time
 from vi_simsiam.benchmarks.cases import Case, cases_for
 from vi_simsiam.benchmarks.harness import failure_reason, interleave
 from vi_simsiam.benchmarks.providers import Provider, errors, reference, textbook_loss
+from vi_simsiam.benchmarks.step import step_cases
+from vi_simsiam.benchmarks.train_peers import PROVIDERS
+from vi_simsiam.benchmarks.view_cases import view_cases
+from vi_simsiam.cli import main
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.multiview_loss import LossForm, eager_loss
 
@@ -273,8 +277,27 @@ def test_run_writes_file_and_plots_and_resumes(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace(written["versions"]["torch"], "0.1"))
     with pytest.raises(InputError, match="was measured with versions"):
         multiview_loss.run(both, console, providers=some, timer=timer)
-    with pytest.raises(InputError, match="no case's name contains '65x'"):
+    with pytest.raises(InputError, match="no case's name contains '65x'; there are .*, 'cosine 256x2048 2x2 float32'$"):
         multiview_loss.run(dataclasses.replace(options, only="65x"), console)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "accepted"),
+    [
+        ("loss", [cases_for("cpu", short=False)[0].name]),
+        ("augment", [view_cases("cuda", short=False)[2].name]),
+        ("step", [step_cases("cuda", short=False)[2].name]),
+        ("train", list(PROVIDERS)),
+    ],
+)
+def test_the_help_says_what_only_accepts(
+    benchmark: str, accepted: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
+    with pytest.raises(SystemExit):
+        main(["bench", benchmark, "--help"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "--only" in line]
+    assert [name for name in accepted if name not in line] == []
 
 
 def test_short_keeps_its_time(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_simsiam_is_embedded_without_uncertainty(
             "RUN IMAGES/nothing --out OUT.parquet",
             "images: IMAGES/nothing is not there; give a folder, an image, fashion",
         ),
-        ("RUN BAD --out OUT.parquet", "images: none of the 2 in BAD can be read: BAD/broken.png"),
+        ("RUN BAD --out OUT.parquet", "images: BAD has 2 images, but none that can be read: BAD/broken.png"),
         ("RUN EMPTY --out OUT.parquet", "images: EMPTY holds no image"),
         ("RUN IMAGES --out OUT.parquet --reference EMPTY", "EMPTY holds no image"),
         ("IMAGES IMAGES --out OUT.parquet", "run: IMAGES holds no run"),

@@ -29,6 +29,7 @@ from vi_simsiam.evaluation.features import (
     calibrate_batch_norm,
     collect,
     extract,
+    labelled_splits,
     pixels,
     untrained_backbone,
 )
@@ -230,7 +231,7 @@ def test_bits_are_the_bytes_of_packbits_in_base64() -> None:
 
 @pytest.mark.parametrize(
     ("text", "count", "message"),
-    [("gYA=", 8, "2 bytes are not accepted; 8 values take 1"), ("gYA=", 17, "17 values take 3"),
+    [("gYA=", 8, "2 bytes given for 8 values; 1 must be given"), ("gYA=", 17, "for 17 values; 3 must be given"),
      ("g-A=", 9, "'g-A=' .* base64"), ("gY", 9, "base64")],
 )  # fmt: skip
 def test_bits_of_another_number_or_kind_are_refused(text: str, count: int, message: str) -> None:
@@ -248,6 +249,29 @@ def test_evaluating_a_run_writes_everything_and_ends_with_the_summary(tmp_path: 
     assert results["knn"]["settings"]["k"] == 20
     # Brightness alone tells the two classes apart.
     assert results["linear"]["top1"]["pixels"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "message"),
+    [
+        (gray_source(0), gray_source(4), "has no training images"),
+        (gray_source(8), gray_source(0), "has no validation images"),
+        (gray_source(8), gray_source(9, classes=3), r"differ in their classes \(class 2\)"),
+        (gray_source(8, classes=1), gray_source(4, classes=1), "has one class"),
+    ],
+)
+def test_data_that_cannot_be_evaluated_on_is_named(train: ArraySource, val: ArraySource, message: str) -> None:
+    with pytest.raises(InputError, match=f"data: .*{message}"):
+        labelled_splits(Splits("mine", train, val))
+
+
+def test_a_run_without_a_log_is_evaluated_without_curves(tmp_path: Path) -> None:
+    """The report sends runs that have neither log nor results here."""
+    run, out = make_run(tmp_path, val=gray_source(10)), io.StringIO()
+    (tmp_path / "metrics.jsonl").unlink()
+    evaluate_run(run, console=Console(file=out))
+    assert out.getvalue().startswith(f"figure {tmp_path / 'density.png'}")
+    assert (tmp_path / "linear.json").is_file()
 
 
 def test_figures_are_drawn_for_data_that_cannot_be_evaluated(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_the_interval_is_the_same_every_time_and_plain_json() -> None:
     [
         ((0, 4), (1, 4), r"first: shape \(0, 4\) is not accepted"),
         ((1, 4), (4,), r"second: shape \(4,\) is not accepted"),
-        ((1, 4), (1, 5), "second: 5 images are not the 4 of first"),
+        ((1, 4), (1, 5), "second: 5 images cannot stand for the 4 of first"),
     ],
 )
 def test_arms_that_cannot_be_compared_are_named(first: Any, second: Any, message: str) -> None:

@@ -160,7 +160,7 @@ def test_settings_are_told_apart_and_inferred_ones_marked(tmp_path: Path) -> Non
     assert "`epochs` 200" in text
     assert "\\* inferred: the source does not state it. Inferred as well: initial concentration." in text
     assert "1,000 training images, 400 validation images, 224 x 224 pixels, 200 epochs" in text
-    assert "- devices: cpu (1 threads)" in text
+    assert "- devices: cpu (1 thread)" in text
 
 
 def test_trials_and_what_they_chose(tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_different_images_are_not_compared(tmp_path: Path) -> None:
 def test_damaged_bits_are_named(tmp_path: Path) -> None:
     plan = write_all(tmp_path, "table1", seeds=1, data=("imagenette",))
     write_result(tmp_path, result(plan.arms[1], "table1", 0, correct={"linear": packed(first_right(9, 90))}))
-    with pytest.raises(InputError, match="correct: 12 bytes are not accepted; 400 values take 50"):
+    with pytest.raises(InputError, match="correct: 12 bytes given for 400 values; 50 must be given"):
         summarise(tmp_path)
 
 

@@ -51,7 +51,7 @@ def test_every_run_is_told_its_arm_its_seed_and_its_place(tmp_path: Path) -> Non
 
     code, said = run(planned, out, command)
     assert code == 0
-    assert said.splitlines() == ["4 of 4 runs are finished and kept", "4 of 4 runs done"]
+    assert said.splitlines() == ["4 of 4 runs finished and kept", "4 of 4 runs done"]
     assert len(calls(out, "a-seed-0")) == 1
     (out / "results" / "b-seed-1.json").unlink()
     assert run(planned, out, command)[0] == 0

@@ -202,8 +202,11 @@ def test_images_come_from_folders_too(image_folder: Path, tmp_path: Path) -> Non
     assert len(set(found)) == 40
     few = images.image_files(f"folder:{image_folder}", tmp_path, count=4, sides=(8, 8))
     assert {"bright", "dark"} == {Path(path).parent.name for path in few}
-    with pytest.raises(InputError, match="'fashion-mini' is not made of files"):
-        images.image_files("fashion-mini", tmp_path, count=4, sides=(8, 8))
+    for data in ("fashion-mini", "imagenette", "folder:"):  # before anything is opened, or downloaded
+        with pytest.raises(InputError, match=f"data: '{data}' must be generated or folder:PATH"):
+            images.image_files(data, tmp_path, count=4, sides=(8, 8))
+    with pytest.raises(InputError, match="data: 'x' must be generated, fashion-mini, folder:PATH, pack:FILE, cifar10"):
+        images.labelled_images("x", tmp_path, tmp_path, images=None, side=8)
     splits = images.labelled_images(f"folder:{image_folder}", tmp_path, tmp_path, images=6, side=0)
     assert len(splits.train) == 6
     assert splits.train.labels is not None
@@ -326,7 +329,7 @@ def test_short_names_what_it_leaves_out() -> None:
     done = [(case.name, used) for case, used in suite.cases(view_cases("cpu", short=False), 100.0, lambda: next(now))]
     assert done == [("2x32 batch 64", 0.0)]
     assert "left out: 2x128 batch 64; --short has used 90 s" in console.file.getvalue()  # type: ignore[attr-defined]
-    with pytest.raises(InputError, match="no case's name contains '3x'"):
+    with pytest.raises(InputError, match="no case's name contains '3x'; there are '2x32 batch 64', '2x128 batch 64'$"):
         list(Suite("augment", SuiteOptions(device="cpu", only="3x")).cases(view_cases("cpu", short=False), 1.0))
 
 

@@ -257,13 +257,22 @@ def test_absent_parts_say_which_command_makes_them(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     evaluate_knn(feature_sets(tmp_path), KnnConfig(k=5))
     found = Page(write_report(tmp_path, None, "run: no checkpoint.pt"))
-    assert f"accuracy by linear, logistic. vi-simsiam evaluate {tmp_path} makes it" in found.text
+    # Every command is the one that writes that result: `evaluate` fits no logistic regression.
+    commands = f"linear (vi-simsiam linear {tmp_path}), logistic (vi-simsiam logistic {tmp_path})"
+    assert f"Not there yet: accuracy by {commands}." in found.text
     assert f"vi-simsiam uncertainty {tmp_path}" in found.text
     assert "The images are left out: run: no checkpoint.pt" in found.text
     assert "Nothing was logged" in found.text
     assert len(found.attributes("img")) == 1
     (tmp_path / "knn.json").rename(tmp_path / "linear.json")
-    assert "accuracy by kNN, logistic" in Page(write_report(tmp_path)).text
+    assert f"accuracy by kNN (vi-simsiam knn {tmp_path}), logistic" in Page(write_report(tmp_path)).text
+
+
+def test_a_report_without_accuracies_names_a_command_for_each(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    text = Page(write_report(tmp_path)).text
+    assert f"vi-simsiam evaluate {tmp_path} makes those by kNN and linear probe" in text
+    assert f"vi-simsiam logistic {tmp_path} that by logistic regression" in text
 
 
 def test_simsiam_has_a_report_without_certainty(tmp_path: Path) -> None:
@@ -271,6 +280,9 @@ def test_simsiam_has_a_report_without_certainty(tmp_path: Path) -> None:
     found = Page(write_report(tmp_path, run))
     assert "certainty" not in {given.get("id") for _, given in found.tags}
     assert len(found.attributes("img")) == 1
+    # `uncertainty` refuses such a run, so the page must not send anybody there.
+    assert "vi-simsiam uncertainty" not in found.text
+    assert "SimSiam predicts no concentration" in found.text
 
 
 def test_parts_that_are_not_defined_are_dashes(tmp_path: Path) -> None:
@@ -293,12 +305,12 @@ def test_parts_that_are_not_defined_are_dashes(tmp_path: Path) -> None:
 def test_nothing_to_report_is_refused(tmp_path: Path) -> None:
     make_run(tmp_path)
     (tmp_path / "metrics.jsonl").unlink()
-    with pytest.raises(InputError, match=r"report: .* has no metrics.jsonl and no result yet"):
+    with pytest.raises(InputError, match=r"no metrics.jsonl and no result yet; train it, or run vi-simsiam evaluate /"):
         report([str(tmp_path)])
     with pytest.raises(InputError, match="holds no run"):
         report([str(tmp_path / "nowhere")])
     (tmp_path / "knn.json").write_text('{"top1": ')
-    with pytest.raises(InputError, match=r"knn.json cannot be read"):
+    with pytest.raises(InputError, match=r"knn.json cannot be read .*; vi-simsiam knn .* makes it again"):
         write_report(tmp_path)
     (tmp_path / "knn.json").write_text('{"top1": {}}')
     with pytest.raises(InputError, match=r"lacks what the report shows"):

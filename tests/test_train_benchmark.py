@@ -80,8 +80,10 @@ def test_trainings_are_compared_in_turn_and_failures_recorded(tmp_path: Path) ->
     assert len(again["cases"]) == 1, "the same case is measured anew, not twice in the file"
     assert json.loads((tmp_path / "cpu" / "train.json").read_text())["benchmark"] == "train"
     assert (tmp_path / "cpu" / "train.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(InputError, match="no provider's name contains 'x'; there are vi-simsiam, lightly"):
+    with pytest.raises(InputError, match="no provider's name contains 'x'; there are 'vi-simsiam', 'lightly'"):
         train.run(dataclasses.replace(options, only="x"), quiet(), providers=given)
+    with pytest.raises(InputError, match="batch_size: 300 must be at most 256, the number of training images"):
+        train.run(dataclasses.replace(options, images=None, batch_size=300), quiet(), providers=given)
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,12 @@ def test_results_that_lack_a_part_are_refused(tmp_path: Path) -> None:
         draw_uncertainty(written(tmp_path, result))
     with pytest.raises(InputError, match="vi-simsiam uncertainty"):
         read_uncertainty(tmp_path / "nowhere")
+    result["calibration"]["bins"] = []
+    (tmp_path / "uncertainty.json").write_text(json.dumps(result))
+    with pytest.raises(
+        InputError, match=rf"lacks what reliability.png shows .*; vi-simsiam uncertainty {tmp_path} makes it"
+    ):
+        draw_uncertainty(tmp_path)
 
 
 @pytest.mark.parametrize("dim", [3, 128])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import shutil
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +18,11 @@ from scipy import stats
 from torch import Tensor
 from torchvision.transforms import v2
 
+from vi_simsiam.cli import main
 from vi_simsiam.config import POLICIES, AugmentConfig
+from vi_simsiam.config import policy as named_policy
 from vi_simsiam.data.contact_sheet import contact_sheet
-from vi_simsiam.data.sources import ArraySource
+from vi_simsiam.data.sources import ArraySource, FileSource, Unreadable
 from vi_simsiam.data.views import draw_table, eval_view, philox, place
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, Column, check_table, eager_augment
@@ -281,6 +286,45 @@ def test_contact_sheet_shows_images_and_the_views_of_training() -> None:
         contact_sheet(ArraySource(images), policy, images=0)
     with pytest.raises(InputError, match="has no images"):
         contact_sheet(ArraySource(images[:0]), policy)
+
+
+def test_contact_sheet_shows_the_next_image_for_a_broken_one(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(8)]
+    for number, path in enumerate(paths):
+        Image.new("RGB", (16, 16), (30 * number, 0, 0)).save(path)
+    policy = dataclasses.replace(named_policy("none"), size=16)
+
+    def shown(images: int) -> tuple[list[int], list[str]]:
+        skipped: list[Unreadable] = []
+        sheet = np.asarray(contact_sheet(FileSource(paths), policy, images=images, skipped=skipped.append))
+        return (sheet[8::20, 8, 0] // 30).tolist(), [Path(entry.path).name for entry in skipped]
+
+    assert shown(4) == ([0, 2, 4, 6], [])
+    for number in (2, 6, 7):
+        paths[number].write_bytes(b"")
+    assert shown(4) == ([0, 1, 3, 4], ["2.png", "6.png", "7.png"])
+    assert shown(8) == ([0, 1, 3, 4, 5], ["2.png", "6.png", "7.png"])
+    for path in paths:
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match=r"files has 8 images, but none that can be read: .*0\.png \(an empty file\)"):
+        shown(2)
+    with pytest.raises(InputError, match="files has 1 image, but none"):
+        contact_sheet(FileSource(paths[:1]), policy)
+
+
+def test_views_leaves_out_what_train_leaves_out(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "images [1]"
+    shutil.copytree(image_folder, source)
+    broken = min((source / "train").rglob("*.png"))
+    broken.write_bytes(b"")
+    out = tmp_path / "views.png"
+    assert main(["views", "--data", f"folder:{source}", "--size", "16", "--images", "2", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert said == f"warning: 1 unreadable image left out: {broken} (an empty file)\n{out}\n"
+    with Image.open(out) as picture:
+        assert picture.height == 2 * 16 + 4
 
 
 def test_eval_view_is_the_centre_of_the_resized_image() -> None:

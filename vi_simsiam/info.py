@@ -17,6 +17,7 @@ from vi_simsiam.ops.backends import (
     interpreting,
     why_unavailable,
 )
+from vi_simsiam.text import counted
 
 _PACKAGES = ("torch", "torchvision", "triton", "numpy")
 
@@ -65,9 +66,7 @@ def report(found: dict[str, Any] | None = None) -> str:
 def describe_device(device: torch.device) -> str:
     """One line about a device: its name, memory, compute capability and driver, or the CPU's cores and threads."""
     if device.type != "cuda":
-        return (
-            f"cpu ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}); no CUDA device found"
-        )
+        return f"cpu ({counted(torch.get_num_threads(), 'thread')}, {torch.backends.cpu.get_cpu_capability()}); no CUDA device found"
     properties = torch.cuda.get_device_properties(device)
     capability = f"{properties.major}.{properties.minor}"
     return f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB, compute capability {capability})"

@@ -1,6 +1,11 @@
-"""Words that many messages share."""
+"""Words that many messages share, and short forms of what holds arrays."""
 
 from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+_SHOWN = 8
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:
@@ -12,3 +17,20 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
         plural: the plural where it is not the noun and an s ("classes").
     """
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def brief(value: Any) -> str:
+    """A value for a repr: arrays and tensors by dtype and shape, long sequences by their length, others as they are."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {brief(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return counted(len(value), "item") if len(value) > _SHOWN else f"[{', '.join(map(brief, value))}]"
+    return repr(value)
+
+
+def brief_repr(instance: Any) -> str:
+    """The `__repr__` of a dataclass that holds arrays: one line in a notebook, not a page of numbers."""
+    fields = (f"{field.name}={brief(getattr(instance, field.name))}" for field in dataclasses.fields(instance))
+    return f"{type(instance).__name__}({', '.join(fields)})"

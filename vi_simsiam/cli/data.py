@@ -12,6 +12,7 @@ from rich.console import Console
 from vi_simsiam.cli.parsing import parse, said
 from vi_simsiam.config import AugmentConfig, policy
 from vi_simsiam.errors import InputError
+from vi_simsiam.text import counted
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ def pack(arguments: list[str]) -> int:
         )
         for image in unreadable:
             print(f"left out: {image.path} ({image.reason})")
-        print(f"written: {path} ({len(source) - len(unreadable):,} images, {path.stat().st_size / 1e6:,.1f} MB)")
+        print(
+            f"written: {path} ({counted(len(source) - len(unreadable), 'image')}, {path.stat().st_size / 1e6:,.1f} MB)"
+        )
     return 0
 
 
@@ -81,6 +84,7 @@ def views(arguments: list[str]) -> int:
     from vi_simsiam.data.contact_sheet import contact_sheet
     from vi_simsiam.data.datasets import open_dataset
     from vi_simsiam.data.defaults import sized, suited_size
+    from vi_simsiam.data.sources import Unreadable, left_out
 
     if options.images < 1:
         raise InputError(f"images: {options.images} must be at least 1")
@@ -89,6 +93,10 @@ def views(arguments: list[str]) -> int:
     source = open_dataset(options.data, root=options.data_root, download=not options.offline).train
     if said(arguments, "--size") is None and start.size == AugmentConfig.size:
         options = parse("views", _Views, arguments, default=_Views(sized(start, suited_size(source))))
-    contact_sheet(source, options.augment, images=options.images, seed=options.seed).save(options.out)
+    failures: list[Unreadable] = []
+    sheet = contact_sheet(source, options.augment, images=options.images, seed=options.seed, skipped=failures.append)
+    if failures:
+        print(f"warning: {left_out(failures)}")
+    sheet.save(options.out)
     print(options.out)
     return 0

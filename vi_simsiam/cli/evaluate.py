@@ -98,11 +98,12 @@ def figures(arguments: list[str]) -> int:
     """Draw a run's figures, those of its uncertainty if that was measured."""
     options = parse("figures", _Figures, arguments)
 
-    from vi_simsiam.evaluation.figures import draw_curves, draw_kappa
+    from vi_simsiam.evaluation.figures import draw_curves, draw_kappa, logged
     from vi_simsiam.evaluation.kappa_figures import draw_density
     from vi_simsiam.evaluation.uncertainty_figures import draw_uncertainty
 
-    known = (draw_curves(options.run), draw_density(options.run), *draw_uncertainty(options.run))
+    curves = draw_curves(options.run) if logged(options.run) else None
+    known = (curves, draw_density(options.run), *draw_uncertainty(options.run))
     for path in (*known, draw_kappa(open_run(options))):
         if path is not None:
             print(path)

@@ -15,7 +15,7 @@ BENCHMARKS = {
     "augment": ("augment", "views a second: ours, torchvision, lightly and kornia"),
     "step": ("step", "the training step by phase, against the network alone"),
     "train": ("train", "whole trainings: ours, plain and tuned PyTorch, lightly"),
-    "compare": ("compare", "two result files case by case; exits 1 if anything became slower"),
+    "compare": ("compare", "two result files case by case; exits 1 if anything became slower beyond the noise"),
     "accuracy": ("accuracy", "errors of the loss at large concentrations"),
     "report": ("report", "write the tables in Markdown files from the result files they name"),
 }

@@ -7,9 +7,11 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vi_simsiam.cli.parsing import RunOptions, open_run, parse
+from vi_simsiam.text import counted
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def uncertainty(arguments: list[str]) -> int:
             images=options.images,
             seed=options.seed,
             corruption_images=options.corruption_images,
-            report=status.update,
+            report=lambda phrase: status.update(escape(phrase)),
         )
     print_result(result, console)
     console.print(f"written to {run.path / UNCERTAINTY}", highlight=False, markup=False, soft_wrap=True)
@@ -54,7 +56,7 @@ def print_result(result: dict[str, Any], console: Console) -> None:
     if found is not None:
         console.print(
             f"calibration: mean cosine of two views {found['observed']:.3f}, claimed {found['expected']:.3f}; "
-            f"error {found['error']:.3f} over {len(found['bins'])} bins of {found['pairs']:,} pairs",
+            f"error {found['error']:.3f} over {counted(len(found['bins']), 'bin')} of {counted(found['pairs'], 'pair')}",
             highlight=False,
             soft_wrap=True,
         )
@@ -66,12 +68,12 @@ def print_result(result: dict[str, Any], console: Console) -> None:
     for row in rows:
         verdict = {None: "-", True: "ahead", False: "not ahead"}[row.ahead]
         rival = f"{row.baseline or 'none'} {_shown(row.value)}"
-        table.add_row(row.part, row.measure, _shown(row.kappa), rival, verdict)
+        table.add_row(*map(escape, (row.part, row.measure, _shown(row.kappa), rival, verdict)))
     console.print(table)
     compared = [row for row in rows if row.ahead is not None]
     ahead = sum(bool(row.ahead) for row in compared)
     lines = [
-        f"kappa is ahead of the best trivial score in {ahead} of {len(compared)} comparisons. That score is the best "
+        f"kappa is ahead of the best trivial score in {ahead} of {counted(len(compared), 'comparison')}. That score is the best "
         "of lengths of features and statistics of the pixels, picked in each row after the fact, which favours it; "
         "one run tells nothing of the spread between seeds.",
         *(f"note: {note}" for note in result["settings"]["notes"]),

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from vi_simsiam.cli.parsing import parse
 from vi_simsiam.errors import InputError
+from vi_simsiam.text import counted
 
 if TYPE_CHECKING:
     from vi_simsiam.data.sources import ImageSource
@@ -175,4 +176,4 @@ def _collect(
 
 def _written(path: Path, table: Table) -> str:
     skipped = f", {len(table.skipped):,} skipped" if table.skipped else ""
-    return f"written: {path} ({len(table.indices):,} images{skipped})"
+    return f"written: {path} ({counted(len(table.indices), 'image')}{skipped})"

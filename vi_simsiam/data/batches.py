@@ -16,6 +16,7 @@ from vi_simsiam.config import AugmentConfig
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.views import GLOBAL_VIEWS, draw_table
 from vi_simsiam.errors import InputError
+from vi_simsiam.text import brief_repr
 
 _KEPT_ORDERS = 2
 """Steps that are prepared ahead reach into the next epoch."""
@@ -29,6 +30,8 @@ class Batch:
     """Per view (B, 3, h, w) in channels_last, normalised: the two global views, then the local ones."""
     index: Tensor
     """(B,) int64."""
+
+    __repr__ = brief_repr
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:

@@ -33,6 +33,7 @@ from vi_simsiam.data.decoding import bytes_per_image, decode
 from vi_simsiam.data.packed import FORMAT_VERSION, Contents, PackedImages, PackError, PackWriter, open_pack
 from vi_simsiam.data.sources import ArraySource, ImageSource, Unreadable, check_readable
 from vi_simsiam.errors import InputError
+from vi_simsiam.text import counted
 
 try:
     import fcntl
@@ -128,7 +129,9 @@ def in_memory(source: ImageSource, *, workers: int | None = None, console: Conso
         return PackedImages(rgb.reshape(-1), Contents(source.name, heights, widths, source.labels, source.classes))
     pixels = bytearray()
     mean = bytes_per_image(source)
-    _print(console, f"decoding {source.name}: {len(source):,} images, about {_size(mean, source)}, into memory")
+    _print(
+        console, f"decoding {source.name}: {counted(len(source), 'image')}, about {_size(mean, source)}, into memory"
+    )
     contents = _decode(source, pixels.extend, mean, workers=workers, console=console)
     return PackedImages(np.frombuffer(pixels, np.uint8), contents)
 
@@ -174,7 +177,10 @@ def _write(
                 f"{option}: the decoded images of {source.name} need about {_size(mean, source)}, {path.parent} has "
                 f"{decimal(free)} free; {elsewhere}"
             )
-        _print(console, f"decoding {source.name}: {len(source):,} images, about {_size(mean, source)}, into {path}")
+        _print(
+            console,
+            f"decoding {source.name}: {counted(len(source), 'image')}, about {_size(mean, source)}, into {path}",
+        )
         with _whole_or_not_at_all(path) as file:
             writer = PackWriter(file)
             contents = _decode(source, writer.append, mean, workers=workers, shorter_side=shorter_side, console=console)

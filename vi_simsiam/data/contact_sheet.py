@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from vi_simsiam import config
 from vi_simsiam.config import AugmentConfig
-from vi_simsiam.data.sources import ImageSource
+from vi_simsiam.data.sources import ImageSource, Unreadable, UnreadableError
 from vi_simsiam.data.views import GLOBAL_VIEWS, draw_table
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, eager_augment
+from vi_simsiam.text import counted
 
 _GAP = 4
 _BACKGROUND = (255, 255, 255)
@@ -29,19 +30,28 @@ _COLUMNS = 8
 
 
 def contact_sheet(
-    source: ImageSource, policy: AugmentConfig | str, *, images: int = 8, seed: int = 0, epoch: int = 0
+    source: ImageSource,
+    policy: AugmentConfig | str,
+    *,
+    images: int = 8,
+    seed: int = 0,
+    epoch: int = 0,
+    skipped: Callable[[Unreadable], object] | None = None,
 ) -> Image.Image:
     """Draw one row for each image: the original fitted into a global view's square, then all its views.
 
     Args:
-        source: where the images come from; those shown are spread evenly over it.
+        source: where the images come from; those shown are spread evenly over it. In place of one that cannot be read the
+            next one is shown.
         policy: the random views, or the name of a policy.
-        images: number of rows, at least 1; no more than the source has images.
-        seed: of the views; with `epoch` and the image's number it gives the views that training would see.
+        images: number of rows, at least 1; no more than the source has images that can be read.
+        seed: of the views; with `epoch` and the image's number it gives the views that training would see, which counts
+            the images that can be read.
         epoch: of the views.
+        skipped: called with every image that could not be read, a list's `append`, say.
 
     Raises:
-        InputError: numbers out of range, an unknown policy, or an image that cannot be read.
+        InputError: numbers out of range, an unknown policy, or no image that can be read.
     """
     if isinstance(policy, str):
         policy = config.policy(policy)
@@ -49,16 +59,15 @@ def contact_sheet(
         raise InputError(f"images: {images} must be at least 1")
     if not len(source):
         raise InputError(f"source: {source.name} has no images")
-    count = min(images, len(source))
-    indices = np.arange(count, dtype=np.int64) * len(source) // count
+    chosen = _readable(source, min(images, len(source)), skipped or (lambda entry: None))
+    count = len(chosen)
     sizes = [policy.size] * GLOBAL_VIEWS + [policy.local_size] * policy.local_views
     cell = policy.size
     width = cell + sum(size + _GAP for size in sizes)
     height = max(sizes)
     sheet = Image.new("RGB", (width, count * (height + _GAP) - _GAP), _BACKGROUND)
-    for row, index in enumerate(indices.tolist()):
+    for row, (index, image) in enumerate(chosen):
         top, left = row * (height + _GAP), cell + _GAP
-        image = source.image(index)
         fitted = ImageOps.contain(image, (cell, cell), Image.Resampling.LANCZOS)
         sheet.paste(fitted, ((cell - fitted.width) // 2, top + (cell - fitted.height) // 2))
         pixels = torch.from_numpy(np.array(image, dtype=np.uint8).reshape(-1))
@@ -75,6 +84,30 @@ def contact_sheet(
             sheet.paste(Image.fromarray(_bytes(view)), (left, top))
             left += size + _GAP
     return sheet
+
+
+def _readable(
+    source: ImageSource, count: int, skipped: Callable[[Unreadable], object]
+) -> list[tuple[int, Image.Image]]:
+    """`count` images spread evenly over a source, fewer where not so many can be read, with their numbers in order."""
+    found: dict[int, Image.Image] = {}
+    failed: dict[int, Unreadable] = {}
+    for first in np.arange(count) * len(source) // count:
+        for index in ((int(first) + step) % len(source) for step in range(len(source))):
+            if index in found or index in failed:
+                continue
+            try:
+                found[index] = source.image(index)
+                break
+            except UnreadableError as error:
+                failed[index] = error.entry
+                skipped(error.entry)
+    if not found:
+        path, reason = failed[0]
+        raise InputError(
+            f"source: {source.name} has {counted(len(source), 'image')}, but none that can be read: {path} ({reason})"
+        )
+    return sorted(found.items())
 
 
 def thumbnails(groups: Sequence[tuple[str, Sequence[tuple[Image.Image, str]]]]) -> Image.Image:

@@ -23,6 +23,7 @@ from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.views import GLOBAL_VIEWS, place
 from vi_simsiam.errors import InputError, TrainingError, UserError, none_of
 from vi_simsiam.ops.augment import TABLE_COLUMNS, Column, augment
+from vi_simsiam.text import counted
 
 _SEGMENT_BYTES = 2**21
 """Table rows drawn at once: enough for numpy to work on long arrays, few enough to delay the first step by little."""
@@ -382,7 +383,7 @@ def find_device(name: torch.device | str) -> torch.device:
         return device
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
-        raise InputError(f"device: {str(name)!r} is not here ({count} CUDA devices found)")
+        raise InputError(f"device: {str(name)!r} is not here ({counted(count, 'CUDA device')} found)")
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 

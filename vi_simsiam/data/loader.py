@@ -28,10 +28,11 @@ from vi_simsiam.data.cache import cached
 from vi_simsiam.data.decoding import cores, interrupts_blocked
 from vi_simsiam.data.device import DeviceFeed, byte_tensor, check_memory, find_device
 from vi_simsiam.data.packed import PackedImages
-from vi_simsiam.data.sources import ImageSource, as_source
+from vi_simsiam.data.sources import ImageSource, as_source, left_out
 from vi_simsiam.data.views import GLOBAL_VIEWS, eval_view, place
 from vi_simsiam.errors import InputError, TrainingError
 from vi_simsiam.ops.augment import eager_augment
+from vi_simsiam.text import counted
 
 
 class MultiViewLoader:
@@ -125,6 +126,10 @@ class MultiViewLoader:
     def __len__(self) -> int:
         return self.steps_per_epoch
 
+    def __repr__(self) -> str:
+        steps = f"{counted(self.steps_per_epoch, 'batch', 'batches')} an epoch"
+        return f"MultiViewLoader({self.source!r}, batch_size={self.batch_size}, {steps})"
+
     def __iter__(self) -> Iterator[Batch]:
         """The batches of the next epoch: of epoch 0 the first time, then of epoch 1, and so on."""
         self._next_epoch += 1
@@ -211,8 +216,7 @@ def _packed(source: ImageSource | Dataset[Any]) -> PackedImages:
         return source
     images, unreadable = cached(as_source(source))
     if unreadable:
-        names = "; ".join(f"{image.path} ({image.reason})" for image in unreadable)
-        warnings.warn(f"{len(unreadable)} unreadable images left out: {names}", stacklevel=3)
+        warnings.warn(left_out(unreadable), stacklevel=3)
     return images
 
 

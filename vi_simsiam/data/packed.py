@@ -29,6 +29,7 @@ from PIL import Image
 
 from vi_simsiam.data.sources import ImageSource, Unreadable
 from vi_simsiam.errors import InputError
+from vi_simsiam.text import brief_repr, counted
 
 FORMAT_VERSION = 1
 """Raised whenever the layout, or what is decoded to which pixels, changes."""
@@ -77,6 +78,8 @@ class Contents:
     unreadable: Sequence[Unreadable] = ()
     """Images of the original source that were left out, and why."""
 
+    __repr__ = brief_repr
+
 
 class PackedImages(ImageSource):
     """N decoded images: 8-bit RGB, of any sizes, one after the other.
@@ -94,7 +97,7 @@ class PackedImages(ImageSource):
     def __init__(self, pixels: NDArray[np.uint8], contents: Contents) -> None:
         ends = image_ends(contents.heights, contents.widths)
         if len(pixels) != (ends[-1] if len(ends) else 0):
-            raise InputError(f"pixels: {len(pixels)} bytes do not fit heights and widths")
+            raise InputError(f"pixels: {counted(len(pixels), 'byte')} do not fit heights and widths")
         self.pixels = _read_only(pixels)
         """(bytes,) uint8, read-only."""
         self.offsets = _read_only(np.concatenate([np.zeros(1, np.int64), ends])[:-1])
@@ -262,7 +265,7 @@ def _read_header(file: IO[bytes]) -> tuple[dict[str, Any], int]:
     if prologue[: len(_MAGIC)] != _MAGIC:
         raise _Flaw("is an empty file" if size == 0 else "is no pack file (vi-simsiam pack writes them)")
     if len(prologue) < _PROLOGUE.size:
-        raise _Flaw(f"is truncated: {size} bytes of at least {_PROLOGUE.size}")
+        raise _Flaw(f"is truncated: {counted(size, 'byte')} of at least {_PROLOGUE.size}")
     _, version, start, length, checksum, own_checksum = _PROLOGUE.unpack(prologue)
     # Before anything else, which another version may have elsewhere.
     if version != FORMAT_VERSION:
@@ -270,9 +273,9 @@ def _read_header(file: IO[bytes]) -> tuple[dict[str, Any], int]:
     if zlib.crc32(prologue[:-4]) != own_checksum:
         raise _Flaw("is damaged: the checksum of its first 64 bytes is wrong")
     if size < start + length:
-        raise _Flaw(f"is truncated: {size:,} bytes of {start + length:,}")
+        raise _Flaw(f"is truncated: {counted(size, 'byte')} of {start + length:,}")
     if size > start + length:
-        raise _Flaw(f"is damaged: {size:,} bytes, expected {start + length:,}")
+        raise _Flaw(f"is damaged: {counted(size, 'byte')}, expected {start + length:,}")
     file.seek(start)
     encoded = file.read(length)
     if zlib.crc32(encoded) != checksum:

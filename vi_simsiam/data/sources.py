@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vi_simsiam.errors import InputError
+from vi_simsiam.text import counted
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 """File names that are taken for images, in lower or upper case."""
@@ -56,6 +57,10 @@ class ImageSource(ABC):
     """Class of every image, (N,) int64 in [0, len(classes)); None without labels."""
     classes: tuple[str, ...] | None
     """Class names; None without labels."""
+
+    def __repr__(self) -> str:
+        classes = "" if self.classes is None else f", {counted(len(self.classes), 'class', 'classes')}"
+        return f"{type(self).__name__}({self.name!r}, {counted(len(self), 'image')}{classes})"
 
     @abstractmethod
     def __len__(self) -> int:
@@ -249,13 +254,20 @@ def _item_to_rgb(item: Any, place: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
 
 
+def left_out(failures: Sequence[Unreadable]) -> str:
+    """One line that names every image left out and why, at least one."""
+    names = ", ".join(f"{failure.path} ({failure.reason})" for failure in failures)
+    return f"{counted(len(failures), 'unreadable image')} left out: {names}"
+
+
 def check_readable(source: ImageSource, failures: Sequence[Unreadable]) -> None:
     """Raise InputError if more than 1 % of a source's images are unreadable, naming the first."""
     if len(failures) > _TOLERATED_SHARE * len(source):
         first = "; ".join(f"{failure.path} ({failure.reason})" for failure in failures[:3])
         more = ", ..." if len(failures) > 3 else ""
         raise InputError(
-            f"{source.name}: {len(failures)} of {len(source)} images cannot be read, at most 1 % may be: {first}{more}"
+            f"{source.name}: {len(failures):,} of {counted(len(source), 'image')} cannot be read, at most 1 % may be: "
+            f"{first}{more}"
         )
 
 

@@ -23,6 +23,7 @@ from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.packed import Contents, PackedImages
 from vi_simsiam.data.sources import ArraySource, FileSource, ImageSource
 from vi_simsiam.errors import InputError
+from vi_simsiam.text import counted
 
 
 def select(
@@ -52,16 +53,18 @@ def select(
     if held_out > 0:
         count = round(held_out * len(train))
         if count == 0:
-            raise InputError(f"held_out: {held_out} is not accepted; of {len(train)} images that is none")
+            raise InputError(f"held_out: {held_out} is not accepted; of {counted(len(train), 'image')} that is none")
         if count == len(train):
-            raise InputError(f"held_out: {held_out} is not accepted; of {len(train)} images it leaves none to train on")
+            raise InputError(
+                f"held_out: {held_out} is not accepted; of {counted(len(train), 'image')} it leaves none to train on"
+            )
         chosen = _draw(rest, count, keys, train.labels)
         rest[chosen] = False
         val = subset(train, chosen, f"{train.name}-held-out")
     available = int(rest.sum())
     if images is not None:
         if images > available:
-            raise InputError(f"images: {images} is not accepted; {splits.name} has {available} to train on")
+            raise InputError(f"images: {images} is not accepted; {splits.name} has {available:,} to train on")
         train = subset(train, _draw(rest, images, keys, train.labels))
     elif available < len(train):
         train = subset(train, np.flatnonzero(rest))

@@ -47,6 +47,11 @@ class Run:
     device: torch.device
     workers: int
 
+    def __repr__(self) -> str:
+        config = self.config
+        network = f"{config.model.backbone}, D = {config.model.dim}"
+        return f"Run({str(self.path)!r}: {config.method} on {config.data}, {network}, {self.device})"
+
     def readable(self, source: ImageSource) -> tuple[PackedImages, list[Unreadable]]:
         """The images of one of the splits decoded, and those that cannot be."""
         return cached(source, cache_dir=self.config.cache_dir, workers=self.workers, console=None)

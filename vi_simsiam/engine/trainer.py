@@ -16,6 +16,7 @@ from vi_simsiam.config import PLACE_FIELDS, TrainConfig, differing_fields
 from vi_simsiam.data.cache import cached
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.loader import MultiViewLoader
+from vi_simsiam.data.sources import left_out
 from vi_simsiam.engine.checkpoint import Checkpoint
 from vi_simsiam.engine.distributed import World, sync_batch_norm, wrap
 from vi_simsiam.engine.duration import duration_line
@@ -37,7 +38,6 @@ from vi_simsiam.engine.verdict import verdict
 from vi_simsiam.errors import InputError, TrainingError
 from vi_simsiam.models import Output, VISimSiam, build_model
 from vi_simsiam.ops.backends import choose_backend
-from vi_simsiam.text import counted
 
 # Ranks meet where metrics are due and in the network: these may differ between runs, not between ranks.
 _COMMON_FIELDS = {"log_every", "capture", "compile"}
@@ -124,8 +124,7 @@ class Trainer:
                 console=None if quiet else self.console,
             )
         if unreadable:
-            names = ", ".join(f"{image.path} ({image.reason})" for image in unreadable)
-            text = f"warning: {counted(len(unreadable), 'unreadable image')} left out: {names}"
+            text = f"warning: {left_out(unreadable)}"
             self.console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
         self.loader = MultiViewLoader(
             images,

@@ -26,6 +26,7 @@ from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.augmented import AugmentedFeatures
 from vi_simsiam.models import build_backbone
+from vi_simsiam.text import brief_repr, counted
 
 ENCODERS = ("trained", "untrained", "pixels")
 """What is compared, in the order of every result."""
@@ -59,6 +60,8 @@ class FeatureSets:
     augmented: AugmentedFeatures | None = None
     """The trained encoder's features of random views of the training images, computed when asked for."""
 
+    __repr__ = brief_repr
+
 
 def collect(run: Run, *, report: Callable[[str], None] | None = None, world: World | None = None) -> FeatureSets:
     """Compute the features of a run's training and validation images under the three encoders.
@@ -85,9 +88,9 @@ def collect(run: Run, *, report: Callable[[str], None] | None = None, world: Wor
     features: dict[str, dict[str, Tensor]] = {split: {} for split in sources}
     for split, source in sources.items():
         for name, backbone in (("trained", run.model.backbone), ("untrained", untrained)):
-            say(f"{name} features of {len(source):,} {split} images")
+            say(f"{name} features of {counted(len(source), f'{split} image')}")
             features[split][name] = extract(backbone, source, size=size, device=device, workers=workers, world=world)
-        say(f"pixels of {len(source):,} {split} images")
+        say(f"pixels of {counted(len(source), f'{split} image')}")
         features[split]["pixels"] = pixels(source, size, workers=workers)
     return FeatureSets(
         path=run.path,
@@ -109,18 +112,27 @@ def labelled_splits(splits: Splits) -> dict[str, ImageSource]:
     """The sources "train" and "val" of a data set that runs can be evaluated on.
 
     Raises:
-        InputError: one of them is missing, empty or has no labels, or there are fewer than two classes.
+        InputError: one of them is missing, empty or has no labels, there are fewer than two classes, or the two parts
+            have other classes.
     """
     train, val = splits.train, splits.val
     needs = "evaluation needs class folders under train/ and val/ (figures and training do not)"
     if train.labels is None:
         raise InputError(f"data: {splits.name} has no labels; {needs}")
+    if len(train) == 0:
+        raise InputError(f"data: {splits.name} has no training images; {needs}")
     if val is None or len(val) == 0:
         raise InputError(f"data: {splits.name} has no validation images; {needs}")
     if val.labels is None:
         raise InputError(f"data: the validation images of {splits.name} have no labels; {needs}")
     if len(train.classes or ()) < 2:
         raise InputError(f"data: {splits.name} has one class; evaluation needs at least two")
+    if train.classes != val.classes:
+        others = ", ".join(sorted(set(train.classes or ()) ^ set(val.classes or ())) or ["their order"])
+        raise InputError(
+            f"data: training and validation images of {splits.name} differ in their classes ({others}); both must have "
+            "the same ones in the same order"
+        )
     return {"train": train, "val": val}
 
 

@@ -25,6 +25,7 @@ from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.style import BLUE, GRAY, METHODS, ORANGE, STYLE, figure, number, save, shown
 from vi_simsiam.models import VISimSiam
+from vi_simsiam.text import brief_repr, counted
 
 _THUMBNAIL = 112
 
@@ -66,6 +67,12 @@ def draw_curves(run_folder: Path) -> Path:
             panel.set_xlabel("epoch")
             panel.set_xlim(0, epoch[-1])
         return save(drawn, run_folder / "curves.png")
+
+
+def logged(run_folder: Path) -> bool:
+    """Whether a run has a metrics.jsonl to draw: a copy of its weights and configuration alone has none."""
+    path = run_folder / METRICS
+    return path.is_file() and path.stat().st_size > 0
 
 
 def read_metrics(path: Path) -> dict[str, NDArray[np.float64]]:
@@ -112,6 +119,8 @@ class Certainty:
     values: NDArray[np.float64]
     """kappa / (D - 1) of every image, (N,)."""
 
+    __repr__ = brief_repr
+
 
 def certainty(run: Run) -> Certainty | None:
     """The concentrations of a run's validation images, or of its training images if it has none; None for SimSiam.
@@ -146,7 +155,9 @@ def draw_kappa(run: Run, found: Certainty | None = None) -> Path | None:
     source, values = found.source, found.values
     lowest, highest = extremes(values)
     with matplotlib.rc_context(STYLE):
-        drawn = figure(f"VI-SimSiam on {shown(run.config.data)}: {len(values):,} {found.kind} images, un-augmented")
+        drawn = figure(
+            f"VI-SimSiam on {shown(run.config.data)}: {counted(len(values), f'{found.kind} image')}, un-augmented"
+        )
         grid = drawn.add_gridspec(2, 2, width_ratios=(0.56, 0.44))
         _histogram(drawn.add_subfigure(grid[:, 0]).subplots(), values)
         _thumbnails(drawn.add_subfigure(grid[0, 1]), "least certain (lowest κ)", source, lowest, values)

@@ -22,6 +22,7 @@ from vi_simsiam.data.datasets import Splits, open_dataset
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ArraySource, FileSource, ImageSource
 from vi_simsiam.errors import InputError
+from vi_simsiam.text import counted
 
 BUILTIN_IMAGES = 500
 """Most images of a built-in set."""
@@ -101,7 +102,7 @@ def refuse_own_images(foreign: Foreign, images: PackedImages, own: Sequence[Pack
     found = sum(digest in known for digest in _digests(images))
     if found > len(images) / 2:
         raise InputError(
-            f"ood: {found} of {len(images)} images of {foreign.name} are the run's own, pixel by pixel; "
+            f"ood: {found:,} of {counted(len(images), 'image')} of {foreign.name} are the run's own, pixel by pixel; "
             "give another data set"
         )
     return found

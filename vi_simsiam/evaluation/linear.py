@@ -36,6 +36,7 @@ from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.evaluation.augmented import default_passes
 from vi_simsiam.evaluation.features import FeatureSets
 from vi_simsiam.evaluation.results import pack_bits, write_result
+from vi_simsiam.text import counted
 
 _SMALLEST_SHARE = 0.01
 
@@ -256,7 +257,10 @@ def hold_out(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """
     held = round(share * count)
     if share > 0 and not 0 < held < count:
-        raise InputError(f"held_out: {share} of {count} training images is {held}; it must be at least 1, and not all")
+        raise InputError(
+            f"held_out: {share} of {counted(count, 'training image')} is {held}; it must be at least 1, and not all: give "
+            "more images, or use a preset that holds none out"
+        )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order[held:].sort().values, order[:held].sort().values
 

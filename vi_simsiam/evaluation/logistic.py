@@ -32,6 +32,7 @@ from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.features import FeatureSets
 from vi_simsiam.evaluation.linear import accuracy, hold_out, standardization
 from vi_simsiam.evaluation.results import pack_bits, write_result
+from vi_simsiam.text import brief_repr, counted
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
@@ -130,14 +131,16 @@ class LogisticProbe:
     warnings: tuple[str, ...]
     """What the solver had to say against its solutions; empty if all converged."""
 
+    __repr__ = brief_repr
+
     @classmethod
     def fit(
         cls, train: Tensor, labels: Tensor, classes: Sequence[str], config: LogisticConfig | None = None
     ) -> LogisticProbe:
         """Choose C and fit a probe. Deterministic for the same inputs, library versions and number of threads.
 
-        Held-out images of a class that the others lack say nothing about C and are not counted. Where none is left,
-        which takes a handful of training images, the smallest C is used.
+        Held-out images of a class that the others lack say nothing about C and are not counted. Where none is left, or a
+        fifth of the images is none, which takes a handful of them, the smallest C is used.
 
         Args:
             train: (N, F) floating point, on any device.
@@ -146,8 +149,7 @@ class LogisticProbe:
             config: how to fit.
 
         Raises:
-            InputError: shapes or labels that do not fit, features that are not finite, images of fewer than two classes,
-                or too few of them to hold any out.
+            InputError: shapes or labels that do not fit, features that are not finite, or images of fewer than two classes.
         """
         config = config or LogisticConfig()
         train, labels = train.detach().cpu().float(), labels.cpu()
@@ -175,6 +177,8 @@ def _choose(
     train: Tensor, labels: Tensor, classes: int, config: LogisticConfig
 ) -> tuple[dict[float, float], list[str]]:
     """Mean cross-entropy on the held-out images by C, and what the solver had to say."""
+    if not 0 < round(config.held_out * len(labels)) < len(labels):
+        return {}, []
     kept, held_out = hold_out(len(labels), config.held_out, config.seed)
     held_out = held_out[torch.isin(labels[held_out], labels[kept])]
     loss: dict[float, float] = {}
@@ -236,7 +240,7 @@ def check_classes(probe_classes: Sequence[str], data_classes: Sequence[str]) -> 
 
 def _listed(classes: Sequence[str]) -> str:
     shown = ", ".join(classes[:10])
-    return f"{len(classes)} classes ({shown}{', ...' if len(classes) > 10 else ''})"
+    return f"{counted(len(classes), 'class', 'classes')} ({shown}{', ...' if len(classes) > 10 else ''})"
 
 
 def _check(train: Tensor, labels: Tensor, classes: int) -> None:

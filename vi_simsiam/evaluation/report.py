@@ -24,7 +24,7 @@ from vi_simsiam.config import PLACE_FIELDS, TrainConfig
 from vi_simsiam.engine.checkpoint import write_atomically
 from vi_simsiam.engine.run import METRICS, Run, read_config
 from vi_simsiam.errors import InputError
-from vi_simsiam.evaluation.figures import Certainty, certainty, draw_curves, draw_kappa, extremes
+from vi_simsiam.evaluation.figures import Certainty, certainty, draw_curves, draw_kappa, extremes, logged
 from vi_simsiam.evaluation.kappa_figures import draw_density
 from vi_simsiam.evaluation.scores import TRIVIAL
 from vi_simsiam.evaluation.style import METHODS, number, shown
@@ -35,10 +35,11 @@ from vi_simsiam.evaluation.uncertainty_figures import (
     read_uncertainty,
     score_label,
 )
+from vi_simsiam.text import counted
 
 REPORT = "report.html"
 ACCURACIES = {"knn": "kNN", "linear": "linear", "logistic": "logistic"}
-"""Result files, and what their accuracy is called."""
+"""Result files, each named like the command that writes it, and what their accuracy is called."""
 _GALLERY, _SIDE = 24, 128
 
 
@@ -68,7 +69,7 @@ def write_report(folder: Path, run: Run | None = None, problem: str | None = Non
     check_material(folder)
     uncertainty = read_uncertainty(folder) if (folder / UNCERTAINTY).is_file() else None
     found = None if run is None else certainty(run)
-    figures = [draw_curves(folder) if _logged(folder) else None, draw_density(folder), *draw_uncertainty(folder)]
+    figures = [draw_curves(folder) if logged(folder) else None, draw_density(folder), *draw_uncertainty(folder)]
     if run is not None:
         figures.append(draw_kappa(run, found))
     try:
@@ -78,10 +79,10 @@ def write_report(folder: Path, run: Run | None = None, problem: str | None = Non
             "cards": [*_accuracy_cards(results), *_calibration_card(uncertainty)],
             "compared": None if uncertainty is None else compared(uncertainty),
             "accuracies": _accuracy_table(results),
-            "lacking": [label for name, label in ACCURACIES.items() if name not in results],
-            "missing": {
-                name: shlex.join(["vi-simsiam", command, str(folder)])
-                for name, command in (("accuracies", "evaluate"), ("uncertainty", "uncertainty"))
+            "lacking": [(label, name) for name, label in ACCURACIES.items() if name not in results],
+            "makes": {
+                command: shlex.join(["vi-simsiam", command, str(folder)])
+                for command in ("evaluate", "uncertainty", *ACCURACIES)
             },
             "figures": {path.stem: figure_uri(path) for path in figures if path is not None},
             "gallery": None if found is None else gallery(found),
@@ -96,7 +97,9 @@ def write_report(folder: Path, run: Run | None = None, problem: str | None = Non
             "versions": _versions({**results, "uncertainty": uncertainty or {}}),
             "commands": _commands(folder, config),
         }
-    except (KeyError, TypeError, AttributeError) as error:
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise InputError(f"report: a result in {folder} lacks what the report shows ({error!r})") from error
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = files("vi_simsiam").joinpath("assets/report.html").read_text(encoding="utf-8")
@@ -112,15 +115,9 @@ def check_material(folder: Path) -> None:
         InputError: nothing was logged or evaluated yet.
     """
     results = [folder / name for name in (UNCERTAINTY, *(f"{name}.json" for name in ACCURACIES))]
-    if not (_logged(folder) or any(path.is_file() for path in results)):
-        raise InputError(
-            f"report: {folder} has no {METRICS} and no result yet; train it, or run vi-simsiam evaluate on it"
-        )
-
-
-def _logged(folder: Path) -> bool:
-    path = folder / METRICS
-    return path.is_file() and path.stat().st_size > 0
+    if not (logged(folder) or any(path.is_file() for path in results)):
+        evaluate = shlex.join(["vi-simsiam", "evaluate", str(folder)])
+        raise InputError(f"report: {folder} has no {METRICS} and no result yet; train it, or run {evaluate}")
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -129,12 +126,13 @@ def read_result(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it is damaged.
     """
+    again = f"{shlex.join(['vi-simsiam', path.stem, str(path.parent)])} makes it again"
     try:
         content = json.loads(path.read_text())
     except ValueError as error:  # JSON and Unicode errors alike
-        raise InputError(f"report: {path} cannot be read ({error})") from error
+        raise InputError(f"report: {path} cannot be read ({error}); {again}") from error
     if not isinstance(content, dict):
-        raise InputError(f"report: {path} holds no JSON object")
+        raise InputError(f"report: {path} holds no JSON object; {again}")
     return content
 
 
@@ -165,7 +163,7 @@ def compared(uncertainty: dict[str, Any]) -> dict[str, Any] | None:
     header = ["part", "measure", "κ", "best trivial score", "its figure", "κ minus it"]
     return {
         "table": _table("κ beside the best trivial score", header, rows),
-        "sentence": f"κ is ahead of the best trivial score in {ahead} of {len(rows)} comparisons.",
+        "sentence": f"κ is ahead of the best trivial score in {ahead} of {counted(len(rows), 'comparison')}.",
         "trivial": [score_label(name) for name in TRIVIAL if name in uncertainty["scores"]],
         "card": cards[0],
     }
@@ -304,7 +302,7 @@ def _tables(uncertainty: dict[str, Any]) -> dict[str, Any]:
             "AUROC for queries whose nearest neighbour is of another class", ["score", *columns], rows
         )
     tables["ood"] = [
-        _score_table(f"{name}: {part['images']:,} foreign images ({part['kind']})", part["scores"], ("auroc", "aupr", "fpr95"), names)
+        _score_table(f"{name}: {counted(part['images'], 'foreign image')} ({part['kind']})", part["scores"], ("auroc", "aupr", "fpr95"), names)
         for name, part in (uncertainty.get("ood") or {}).items()
     ]  # fmt: skip
     if kinds := uncertainty.get("corruptions"):

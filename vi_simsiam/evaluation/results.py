@@ -16,6 +16,7 @@ from vi_simsiam import __version__
 from vi_simsiam.engine.checkpoint import write_json
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.features import FeatureSets
+from vi_simsiam.text import counted
 
 
 def write_result(name: str, features: FeatureSets, body: dict[str, Any], packages: tuple[str, ...]) -> dict[str, Any]:
@@ -59,5 +60,7 @@ def unpack_bits(text: str, count: int) -> Tensor:
     except (binascii.Error, ValueError) as error:
         raise InputError(f"correct: {text[:20]!r} is not accepted; it must be base64 ({error})") from None
     if len(packed) != -(-count // 8):
-        raise InputError(f"correct: {len(packed)} bytes are not accepted; {count} values take {-(-count // 8)}")
+        raise InputError(
+            f"correct: {counted(len(packed), 'byte')} given for {counted(count, 'value')}; {-(-count // 8)} must be given"
+        )
     return torch.from_numpy(np.unpackbits(np.frombuffer(packed, np.uint8), count=count).astype(bool))

@@ -25,6 +25,7 @@ from vi_simsiam.evaluation.corruptions import jpeg_bytes
 from vi_simsiam.evaluation.logistic import LogisticProbe
 from vi_simsiam.models import SimSiam, VISimSiam
 from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD
+from vi_simsiam.text import brief_repr
 
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
 """Stages of a torchvision ResNet."""
@@ -81,6 +82,8 @@ class Passed:
     norms: dict[str, Tensor]
     """(B,) lengths by the name of their score."""
 
+    __repr__ = brief_repr
+
 
 @dataclass(frozen=True)
 class Observed:
@@ -90,6 +93,8 @@ class Observed:
     """(N, F) float32."""
     scores: dict[str, NDArray[np.float64]]
     """(N,) by name: those that need the image alone."""
+
+    __repr__ = brief_repr
 
 
 class Network:

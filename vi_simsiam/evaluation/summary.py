@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +12,7 @@ from rich.table import Table
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.run import Run
 from vi_simsiam.evaluation.features import collect, labelled_splits
-from vi_simsiam.evaluation.figures import draw_curves, draw_kappa
+from vi_simsiam.evaluation.figures import draw_curves, draw_kappa, logged
 from vi_simsiam.evaluation.kappa_figures import draw_density
 from vi_simsiam.evaluation.knn import KnnConfig, evaluate_knn
 from vi_simsiam.evaluation.linear import evaluate_linear
@@ -21,8 +23,8 @@ _MEASURES = {"top1": "top-1", "top5": "top-5", "held_out_top1": "held-out top-1"
 def evaluate_run(run: Run, world: World | None = None, console: Console | None = None, *, quiet: bool = False) -> None:
     """Draw the figures, evaluate by k nearest neighbours and linear probe, and print the results as the last two lines.
 
-    Writes curves.png, kappa.png and density.png (VI-SimSiam only), knn.json and linear.json to the run folder; the features are
-    computed once. A training set of fewer than 20 images has all of them as neighbours.
+    Writes curves.png (where the run has a log), kappa.png and density.png (VI-SimSiam only), knn.json and linear.json to the run
+    folder; the features are computed once. A training set of fewer than 20 images has all of them as neighbours.
 
     Args:
         run: the run.
@@ -37,7 +39,7 @@ def evaluate_run(run: Run, world: World | None = None, console: Console | None =
     console = world.console(console)
     console, results = Console(quiet=True) if quiet else console, console
     with console.status("drawing figures") as status:
-        for figure in (draw_curves(run.path), draw_density(run.path), draw_kappa(run)) if world.is_main else ():
+        for figure in _figures(run) if world.is_main else ():
             if figure is not None:
                 console.print(f"figure {figure}", highlight=False, markup=False, soft_wrap=True)
         images = len(labelled_splits(run.splits)["train"])
@@ -51,6 +53,12 @@ def evaluate_run(run: Run, world: World | None = None, console: Console | None =
     console.print(summary_table({"kNN": knn, "linear": linear}))
     for line in (summary_line("kNN", knn), summary_line("linear", linear)):
         results.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _figures(run: Run) -> Iterator[Path | None]:
+    yield draw_curves(run.path) if logged(run.path) else None
+    yield draw_density(run.path)
+    yield draw_kappa(run)
 
 
 def summary_table(results: dict[str, dict[str, Any]]) -> Table:

@@ -45,6 +45,7 @@ from vi_simsiam.evaluation.scores import (
     eval_pixels,
 )
 from vi_simsiam.models import VISimSiam
+from vi_simsiam.text import counted
 
 UNCERTAINTY = "uncertainty.json"
 VIEWS = 4
@@ -134,13 +135,15 @@ def evaluate_uncertainty(
     notes = [*data.notes]
     for each, packed in foreign:
         if own := refuse_own_images(each, packed, [data.train, data.evaluated]):
-            notes.append(f"{own} of {len(packed)} images of {each.name} are the run's own")
+            notes.append(f"{own:,} of {counted(len(packed), 'image')} of {each.name} are the run's own")
 
     measured = _Measured(run, data, seed, say)
     for each in builtin_sets(config.augment.size, len(data.chosen), seed):
         foreign.append((each, run.readable(each.source)[0]))
     if data.labels is not None and measured.probe is None:
-        notes.append(f"one class among {len(data.reference)} training images: misclassification is not measured")
+        notes.append(
+            f"one class among {counted(len(data.reference), 'training image')}: misclassification is not measured"
+        )
     retrieval: dict[str, Any] = {}
     if data.labels is not None and len(data.labels) > 1:
         retrieval["validation"] = _retrieval(measured.embedding, data.labels, measured.scores, seen=True)
@@ -230,7 +233,7 @@ class _Measured:
     def __init__(self, run: Run, data: _Images, seed: int, say: Callable[[str], None]) -> None:
         self.run, self.seed = run, seed
         self.network = Network(run.model, run.device)
-        say(f"{len(data.reference):,} training images")
+        say(counted(len(data.reference), "training image"))
         training = self._observe(data.train, data.reference).embedding
         self.probe: LogisticProbe | None = None
         if data.reference_labels is not None and len(np.unique(data.reference_labels)) > 1:
@@ -238,7 +241,7 @@ class _Measured:
             labels = torch.from_numpy(data.reference_labels)
             self.probe = LogisticProbe.fit(training, labels, data.train.classes or (), LogisticConfig(seed=seed))
         self.reference = Reference(training, data.reference_labels, self.probe, run.device)
-        say(f"{len(data.chosen):,} images, and {VIEWS} views of each")
+        say(f"{counted(len(data.chosen), 'image')}, and {VIEWS} views of each")
         self.pairs: list[tuple[Tensor, Tensor]] = []
         self.embedding, self.scores = self.look(data.evaluated, data.chosen, views=True, pairs=self.pairs)
         self.calibration: dict[str, Any] | None = None
@@ -358,6 +361,8 @@ def _check(
 def _choose(run: Run, images: int | None, train_images: int, seed: int) -> _Images:
     """Which images are evaluated and which they are compared with, and with what labels."""
     train, _ = run.readable(run.splits.train)
+    if len(train) == 0:
+        raise InputError(f"data: {run.splits.name} has no training images, to which distances are measured")
     notes = []
     if run.splits.val is not None and len(run.splits.val):
         evaluated, _ = run.readable(run.splits.val)
@@ -366,7 +371,7 @@ def _choose(run: Run, images: int | None, train_images: int, seed: int) -> _Imag
     else:
         evaluated = train
         if len(train) < 4:
-            raise InputError(f"data: {run.splits.name} has {len(train)} images; at least 4 are needed")
+            raise InputError(f"data: {run.splits.name} has {counted(len(train), 'image')}; at least 4 are needed")
         order = np.random.default_rng((seed, 1)).permutation(len(train))
         count = min(images or UNSPLIT_IMAGES, len(train) // 2)
         chosen, reference = np.sort(order[:count]), np.sort(order[count : count + train_images])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
 
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.style import BLUE, GRAY, INK, ORANGE, STYLE, figure, save, shown
+from vi_simsiam.text import counted
 
 UNCERTAINTY = "uncertainty.json"
 IMAGE_STATISTICS = ("edge_energy", "contrast", "jpeg_size")
@@ -51,8 +53,10 @@ def draw_uncertainty(run_folder: Path) -> list[Path]:
                 continue
             try:
                 drawn.append(save(draw(result), run_folder / f"{name}.png"))
-            except (KeyError, TypeError, AttributeError) as error:
-                raise InputError(f"run: {run_folder / UNCERTAINTY} lacks what {name}.png shows ({error!r})") from error
+            except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:  # a part without rows, say
+                raise InputError(
+                    f"run: {run_folder / UNCERTAINTY} lacks what {name}.png shows ({error!r}); {_makes(run_folder)} again"
+                ) from error
     return drawn
 
 
@@ -66,14 +70,16 @@ def read_uncertainty(run_folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
-        raise InputError(
-            f"run: {run_folder} has no {UNCERTAINTY}; vi-simsiam uncertainty {run_folder} makes it"
-        ) from None
+        raise InputError(f"run: {run_folder} has no {UNCERTAINTY}; {_makes(run_folder)}") from None
     except ValueError as error:  # JSON and Unicode errors alike
-        raise InputError(f"run: {path} cannot be read ({error})") from error
+        raise InputError(f"run: {path} cannot be read ({error}); {_makes(run_folder)} again") from error
     if not isinstance(content, dict):
-        raise InputError(f"run: {path} holds no JSON object")
+        raise InputError(f"run: {path} holds no JSON object; {_makes(run_folder)} again")
     return content
+
+
+def _makes(run_folder: Path) -> str:
+    return f"{shlex.join(['vi-simsiam', 'uncertainty', str(run_folder)])} makes it"
 
 
 def targets(result: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -112,7 +118,7 @@ def reliability(result: dict[str, Any]) -> Figure:
     bins = [each for each in part["bins"] if each["count"]]
     expected, observed, count = (np.array([each[key] for each in bins]) for key in ("expected", "observed", "count"))
     drawn = figure(
-        f"{shown(result['data'])}: {part['pairs']:,} pairs of views, mean cosine expected {part['expected']:.3f}, "
+        f"{shown(result['data'])}: {counted(part['pairs'], 'pair')} of views, mean cosine expected {part['expected']:.3f}, "
         f"observed {part['observed']:.3f}, calibration error {part['error']:.3f}"
     )
     left, right = drawn.subplots(1, 2, width_ratios=(0.54, 0.46))
@@ -140,7 +146,7 @@ def risk_coverage(result: dict[str, Any]) -> Figure:
     part = result["misclassification"]
     area = figures_of(part, "aurc")
     drawn = figure(
-        f"{shown(result['data'])}: {result['images']:,} images, {part['classifier']} classifier, "
+        f"{shown(result['data'])}: {counted(result['images'], 'image')}, {part['classifier']} classifier, "
         f"accuracy {100 * part['accuracy']:.1f} %"
     )
     left, right = drawn.subplots(1, 2, width_ratios=(0.54, 0.46))
@@ -174,7 +180,9 @@ def risk_coverage(result: dict[str, Any]) -> Figure:
 def corruptions(result: dict[str, Any]) -> Figure:
     """Median concentration by level of corruption, and how well each score follows the level."""
     parts: dict[str, Any] = result["corruptions"]
-    drawn = figure(f"{shown(result['data'])}: images corrupted in {len(parts)} ways, level 0 is the image itself")
+    drawn = figure(
+        f"{shown(result['data'])}: images corrupted in {counted(len(parts), 'way')}, level 0 is the image itself"
+    )
     left, right = drawn.subplots(1, 2, width_ratios=(0.54, 0.46))
     medians = {kind: part for kind, part in parts.items() if part["median_kappa"] is not None}
     for (kind, part), colour in zip(medians.items(), itertools.cycle(_KINDS), strict=False):

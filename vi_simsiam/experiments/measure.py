@@ -35,6 +35,7 @@ from vi_simsiam.evaluation.logistic import evaluate_logistic
 from vi_simsiam.evaluation.scores import TRIVIAL
 from vi_simsiam.evaluation.uncertainty import evaluate_uncertainty
 from vi_simsiam.experiments.plan import label
+from vi_simsiam.text import counted
 
 CURVE = ("loss", "cosine", "kappa", "z_std", "effective_rank", "grad_norm")
 CURVE_POINTS = 100
@@ -116,7 +117,7 @@ def accuracies(run: Run, measures: Iterable[str]) -> tuple[dict[str, float], dic
     size, device, workers = run.config.augment.size, run.device, run.workers
     found = {}
     for name, source in sources.items():
-        say(f"features of {len(source):,} {name} images")
+        say(f"features of {counted(len(source), f'{name} image')}")
         found[name] = extract(run.model.backbone, source, size=size, device=device, workers=workers)
     path = run.path / "measured"
     path.mkdir(exist_ok=True)
@@ -222,7 +223,7 @@ def describe(device: torch.device) -> str:
     """A device's name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu ({torch.get_num_threads()} threads)"
+    return f"cpu ({counted(torch.get_num_threads(), 'thread')})"
 
 
 def commit() -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from vi_simsiam.config import Method, TrainConfig
 from vi_simsiam.errors import InputError, none_of
+from vi_simsiam.text import counted
 
 MEASURES = ("knn20", "knn200", "logistic", "linear", "linear_top5")
 """Accuracies that every run is measured by, in the order of every table."""
@@ -143,6 +144,11 @@ class Plan:
     published: dict[str, Any] = field(default_factory=dict)
     progress_every: int | None = None
     trials: Trials | None = None
+
+    def __repr__(self) -> str:
+        trials = "" if self.trials is None else f", {counted(len(self.trials.arms), 'trial')}"
+        names = ", ".join(arm.name for arm in self.arms)
+        return f"Plan({self.experiment}: {names}; {counted(self.options.seeds, 'seed')} each{trials})"
 
     @property
     def seeds(self) -> range:

@@ -18,6 +18,7 @@ from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.results import unpack_bits
 from vi_simsiam.experiments.plan import MEASURES
 from vi_simsiam.experiments.statistics import Difference, concentration_ratio, difference, estimate
+from vi_simsiam.text import counted
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class Experiment:
     """By arm, {"trial", and the settings that it has by it}; empty before the trials are done."""
     missing: list[str]
     """Planned runs without a result: not run yet, interrupted or failed."""
+
+    def __repr__(self) -> str:
+        runs = counted(sum(map(len, self.arms.values())), "run")
+        return f"Experiment({self.plan['experiment']}: {counted(len(self.arms), 'arm')}, {runs}, {len(self.missing)} missing)"
 
     @classmethod
     def read(cls, out: Path) -> Experiment:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vi_simsiam.data.cache import cached
@@ -29,8 +30,10 @@ from vi_simsiam.engine.checkpoint import write_json
 from vi_simsiam.engine.processes import INTERRUPTED, Process, end, last_line, signals, watch
 from vi_simsiam.engine.run import open_splits
 from vi_simsiam.errors import InputError
+from vi_simsiam.evaluation.features import labelled_splits
 from vi_simsiam.experiments.place import Place
 from vi_simsiam.experiments.plan import MEASURES, Arm, Plan, settings
+from vi_simsiam.text import counted
 
 try:
     import fcntl
@@ -213,7 +216,7 @@ class _Batch:
         """Run all; returns the exit code."""
         kept = len(self.tasks) - len(self.runs)
         if kept:
-            self.say(f"{kept} of {len(self.tasks)} runs are finished and kept")
+            self.say(f"{kept} of {counted(len(self.tasks), 'run')} finished and kept")
         if self.runs:
             for name in (RUNS, RESULTS):
                 (self.tasks[0].base / name).mkdir(parents=True, exist_ok=True)
@@ -231,7 +234,7 @@ class _Batch:
             finally:
                 end(self.runs)
         missing = sum(not task.result.is_file() for task in self.tasks)
-        self.say(f"{len(self.tasks) - missing} of {len(self.tasks)} runs done")
+        self.say(f"{len(self.tasks) - missing} of {counted(len(self.tasks), 'run')} done")
         if missing and self.again:
             self.say(f"go on with: {self.again}")
         if received and missing:
@@ -278,7 +281,7 @@ class _Batch:
                 clock = time.strftime("%H:%M:%S", time.gmtime(run.elapsed))
                 device = "" if run.slot is None else self.slots[run.slot]
                 said = last_line(run.log)[: max(20, self.console.width - len(run.task.name) - 24)]
-                table.add_row(run.task.name, device, clock, said)
+                table.add_row(*map(escape, (run.task.name, device, clock, said)))
         table.add_row(counts)
         return table
 
@@ -296,7 +299,7 @@ def _decode(arms: Sequence[Arm], place: Place, console: Console) -> None:
     """Open every data set and decode its images once, before several runs would at the same time.
 
     Raises:
-        InputError: a data set that is not there, or has fewer images than are asked for.
+        InputError: a data set that is not there, has fewer images than are asked for, or cannot be evaluated on.
     """
     seen = set()
     for config in (arm.config for arm in arms):
@@ -304,9 +307,10 @@ def _decode(arms: Sequence[Arm], place: Place, console: Console) -> None:
         if selection in seen:
             continue
         seen.add(selection)
-        with console.status(f"reading {config.data}"):
+        with console.status(escape(f"reading {config.data}")):
             located = dataclasses.replace(config, data_root=place.data_root, offline=place.offline).located()
             splits = open_splits(located)
+            labelled_splits(splits)  # every run is measured: known now, not when it is trained
             for source in (splits.train, splits.val):
                 if source is not None:
                     cached(source, cache_dir=place.cache_dir)

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vi_simsiam.errors import InputError
+from vi_simsiam.text import counted
 
 DRAWS = 10_000
 LEVEL = 0.95
@@ -111,7 +112,7 @@ def difference(
             )
     if first.shape[1] != second.shape[1]:
         raise InputError(
-            f"second: {second.shape[1]} images are not the {first.shape[1]} of first; give the same images"
+            f"second: {counted(second.shape[1], 'image')} cannot stand for the {first.shape[1]} of first; give the same images"
         )
     (n1, images), n2 = first.shape, len(second)
     rng = np.random.default_rng(seed)

@@ -11,6 +11,7 @@ from vi_simsiam.engine.checkpoint import write_atomically, write_json
 from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.experiments.records import Experiment, collect
 from vi_simsiam.experiments.statistics import DRAWS, estimate
+from vi_simsiam.text import counted
 
 SUMMARY, MARKDOWN = "summary.json", "summary.md"
 MEASURE_NAMES = {
@@ -85,7 +86,7 @@ def result_sentence(summary: dict[str, Any]) -> str:
     if found is None:
         return f"Primary comparison, named before any run: {planned}. Not measured.{left_out}"
     figures = f"{arm} {_percent(means[0]['mean'])} against {against} {_percent(means[1]['mean'])}: {_points(found['value'])} points"
-    counts = " and ".join(dict.fromkeys(_plural(n, "seed") for n in found["seeds"]))
+    counts = " and ".join(dict.fromkeys(counted(n, "seed") for n in found["seeds"]))
     if found["low"] is None:
         return f"Primary comparison, named before any run: {planned}. {figures}, {counts}; no interval.{left_out}"
     if found["over_seeds"]:
@@ -101,7 +102,7 @@ def result_sentence(summary: dict[str, Any]) -> str:
     scope = "" if found["over_seeds"] else " The interval is over images only: the spread between seeds is not in it."
     return (
         f"Primary comparison, named before any run: {planned}. {figures}, 95 % interval {_points(found['low'])} to "
-        f"{_points(found['high'])}, {counts}, {found['images']:,} images: {verdict}.{scope}{left_out}"
+        f"{_points(found['high'])}, {counts}, {counted(found['images'], 'image')}: {verdict}.{scope}{left_out}"
     )
 
 
@@ -337,20 +338,22 @@ def _reached(seconds: Sequence[float | None]) -> str:
     if not there:
         return "not reached"
     found = _mean_sd(vars(estimate(there)), 1, None)
-    return found if len(there) == len(seconds) else f"{found} ({len(there)} of {len(seconds)} runs)"
+    return found if len(there) == len(seconds) else f"{found} ({len(there)} of {counted(len(seconds), 'run')})"
 
 
 def _images(found: dict[str, Any]) -> str:
     common = found["common"]
     known = [
-        ("training images", found["images"]),
-        ("validation images", found["val_images"]),
+        ("training image", found["images"]),
+        ("validation image", found["val_images"]),
     ]
-    parts = [f"{' or '.join(f'{n:,}' for n in counts)} {what}" for what, counts in known if counts]
+    parts = [
+        " or ".join([*(f"{n:,}" for n in counts[:-1]), counted(counts[-1], what)]) for what, counts in known if counts
+    ]
     if "augment.size" in common:
         parts.append(f"{common['augment.size']} x {common['augment.size']} pixels")
     if "epochs" in common:
-        parts.append(_plural(common["epochs"], "epoch"))
+        parts.append(counted(common["epochs"], "epoch"))
     return ", ".join(parts)
 
 
@@ -364,10 +367,6 @@ def _value(value: Any) -> str:
     if value is None:
         return "-"
     return str(value).replace("|", "\\|")
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def _span(ends: Sequence[float]) -> str:

@@ -35,6 +35,7 @@ from vi_simsiam.experiments.plan import (
     scaled,
     with_data,
 )
+from vi_simsiam.text import counted
 
 _SEED = 1000
 _HELD_OUT = 0.2
@@ -101,7 +102,9 @@ def _drawn(method: Method, batch_size: int, trials: int) -> list[dict[str, Any]]
     """So many points of a method's grid, in turn from its parametrisations."""
     parts = grid(method, batch_size)
     if trials > sum(map(len, parts)):
-        raise InputError(f"trials: {trials} is not accepted; the grid of {method} has {sum(map(len, parts))} points")
+        raise InputError(
+            f"trials: {trials} is not accepted; the grid of {method} has {counted(sum(map(len, parts)), 'point')}"
+        )
     generator = np.random.default_rng(_SEED)
     orders = [[part[i] for i in generator.permutation(len(part))] for part in parts]
     in_turn = [point for each in itertools.zip_longest(*orders) for point in each if point is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -12,6 +13,7 @@ from vi_simsiam.engine.run import METRICS, Run
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.uncertainty import comparisons
 from vi_simsiam.export.formats import portable, preprocessing
+from vi_simsiam.text import counted
 
 NOT_MEASURED = "not measured"
 NOT_DEFINED = "not defined"
@@ -81,7 +83,7 @@ class Check:
         if self.differences is None:
             return f"{weights} was not checked: onnxruntime is not installed (pip install 'vi-simsiam[onnx]')"
         said = ", ".join(f"{value:.1e} in {name}" for name, value in self.differences.items())
-        return f"{weights} checked on {self.images} images of {self.source}: differs by {said} of the largest value"
+        return f"{weights} checked on {counted(self.images, 'image')} of {self.source}: differs by {said} of the largest value"
 
 
 def model_card(run: Run, format: str, *, check: Check, versions: dict[str, str]) -> str:
@@ -125,7 +127,7 @@ def model_card(run: Run, format: str, *, check: Check, versions: dict[str, str])
         checked=_checked(check),
         measures=[heading for columns in _MEASURES.values() for _, heading in columns],
         rows=[(encoder, _shares(results, encoder)) for encoder in _ENCODERS],
-        uncertainty=_uncertainty(results["uncertainty"]),
+        uncertainty=_uncertainty(results["uncertainty"], run.path / "uncertainty.json"),
         uncertainty_measured=results["uncertainty"] is not None,
         control=config.loss.concentration if config.loss.concentration in _CONTROLS else None,
         progress=_progress(run),
@@ -238,9 +240,8 @@ def _checked(check: Check) -> str:
     if check.differences is None:
         return "The written file was not checked against the run: onnxruntime was not installed."
     said = ", ".join(f"{value:.1e} in `{name}`" for name, value in check.differences.items())
-    images = "one image" if check.images == 1 else f"{check.images} images"
     return (
-        f"The written file was loaded again and compared with the run on {images} of {check.source}, in float32 on a CPU. "
+        f"The written file was loaded again and compared with the run on {counted(check.images, 'image')} of {check.source}, in float32 on a CPU. "
         f"Largest difference over the largest value: {said}."
     )
 
@@ -252,10 +253,15 @@ def _read(path: Path) -> dict[str, Any] | None:
     try:
         content: dict[str, Any] = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"run: {path} is damaged ({error}); remove it or evaluate again") from error
+        raise InputError(f"run: {path} is damaged ({error}); {_again(path)}") from error
     if not isinstance(content, dict):
-        raise InputError(f"run: {path} is damaged (no object); remove it or evaluate again")
+        raise InputError(f"run: {path} is damaged (no object); {_again(path)}")
     return content
+
+
+def _again(path: Path) -> str:
+    """How a result file is mended: it has the name of the command that writes it."""
+    return f"remove it, or write it again: {shlex.join(['vi-simsiam', path.stem, str(path.parent)])}"
 
 
 def _shares(results: dict[str, dict[str, Any] | None], encoder: str) -> list[str]:
@@ -292,7 +298,7 @@ def _front_results(data: str, results: dict[str, dict[str, Any] | None]) -> list
     return found
 
 
-def _uncertainty(result: dict[str, Any] | None) -> list[tuple[str, str, str, str]]:
+def _uncertainty(result: dict[str, Any] | None, path: Path) -> list[tuple[str, str, str, str]]:
     """Rows of what kappa was measured to do: the measure, kappa's number, and the best trivial and other score by name.
 
     Raises:
@@ -310,7 +316,7 @@ def _uncertainty(result: dict[str, Any] | None) -> list[tuple[str, str, str, str
                 )
             missing = {part: text for part, text in missing.items() if not result[part]}
         except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"run: uncertainty.json lacks what the card shows ({error!r}); evaluate again") from error
+            raise InputError(f"run: {path} lacks what the card shows ({error!r}); {_again(path)}") from error
     return [*rows, *((text, NOT_MEASURED, "-", "-") for text in missing.values())]
 
 
@@ -324,8 +330,10 @@ def _progress(run: Run) -> str:
         line = json.loads((run.path / METRICS).read_text().splitlines()[-1])
         reached, loss = line["epoch"], line["loss"]
     except (OSError, IndexError, KeyError, TypeError, json.JSONDecodeError):
-        return f"Set to {run.config.epochs} epochs; the run has no log that says how far it went."
-    return f"Set to {run.config.epochs} epochs; the log ends at epoch {reached:.2f} with a loss of {loss:.4g}."
+        return f"Set to {counted(run.config.epochs, 'epoch')}; the run has no log that says how far it went."
+    return (
+        f"Set to {counted(run.config.epochs, 'epoch')}; the log ends at epoch {reached:.2f} with a loss of {loss:.4g}."
+    )
 
 
 def _flat(plain: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

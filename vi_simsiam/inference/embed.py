@@ -26,6 +26,7 @@ from vi_simsiam.engine.checkpoint import write_atomically
 from vi_simsiam.errors import InputError
 from vi_simsiam.inference.encoder import Encoder
 from vi_simsiam.models import VISimSiam
+from vi_simsiam.text import brief_repr, counted
 
 _ROWS = 4096
 """Rows of a row group of the file, and images whose neighbours are looked for at a time."""
@@ -48,6 +49,8 @@ class Table:
     """(N,) 1 - E[mu.z]; None for SimSiam."""
     skipped: list[Unreadable] = field(default_factory=list)
     """Images that cannot be read."""
+
+    __repr__ = brief_repr
 
     def path(self, row: int) -> str:
         """Where the image of a row is to be found; bytes that are no UTF-8 are replaced."""
@@ -109,7 +112,9 @@ def collect(
             progress.advance(task, len(batch))
         if not indices:
             first = f"{skipped[0].path} ({skipped[0].reason})"
-            raise InputError(f"images: none of the {len(source):,} in {source.name} can be read: {first}")
+            raise InputError(
+                f"images: {source.name} has {counted(len(source), 'image')}, but none that can be read: {first}"
+            )
         file.flush()
         count = sum(len(batch) for batch in indices)
         kept = np.memmap(file, np.float32, "r", shape=(count, width)) if width else np.empty((count, 0), np.float32)
@@ -238,7 +243,7 @@ def describe(encoder: Encoder, source: ImageSource, views: int | None, seed: int
     """What a table was made with: the run, its method and dimensions, the view, and versions."""
     size = encoder.size
     fixed = f"shorter side resized to {size} pixels (bicubic), centre crop"
-    drawn = f"{views} random global views of {size} pixels by the run's policy (seed {seed}), product of experts"
+    drawn = f"{counted(views or 0, 'random global view')} of {size} pixels by the run's policy (seed {seed}), product of experts"
     return {
         "run": str(encoder.run.path.absolute()),
         "method": encoder.config.method,

@@ -28,6 +28,7 @@ from vi_simsiam.inference.images import Images, open_images, read
 from vi_simsiam.inference.product import product_of_experts
 from vi_simsiam.models import SimSiam, VISimSiam
 from vi_simsiam.ops.augment import augment
+from vi_simsiam.text import counted
 
 _MOST_WHOLE = 64
 """Whole images held at a time, where random crops are made of them."""
@@ -50,6 +51,15 @@ class Encoding:
 
     def __len__(self) -> int:
         return len(self.embedding)
+
+    def __repr__(self) -> str:
+        said = "no concentration"
+        if self.concentration is not None:
+            said = f"median uncertainty {float(self.uncertainty.median()):.3g}" if len(self) else "no uncertainty"
+        return (
+            f"Encoding({counted(len(self), 'image')}: embedding {tuple(self.embedding.shape)}, "
+            f"projection and loc {tuple(self.loc.shape)}, {said})"
+        )
 
     @property
     def dim(self) -> int:
@@ -99,6 +109,9 @@ class Encoder:
         self.device = run.device
         self.size = run.config.augment.size
         """Side of the view in pixels."""
+
+    def __repr__(self) -> str:
+        return f"Encoder({self.run!r}, views of {self.size} x {self.size} pixels)"
 
     def encode(
         self, images: Images | Tensor, *, views: int | None = None, seed: int = 0, batch_size: int = 256

@@ -29,6 +29,7 @@ from vi_simsiam.data.sources import (
     find_images,
 )
 from vi_simsiam.errors import InputError
+from vi_simsiam.text import counted
 
 Images = (
     ImageSource
@@ -79,8 +80,8 @@ def open_images(images: Images) -> ImageSource:
             raise InputError(f"images: an array of {images.dtype} given; accepted are uint8 arrays (N, H, W, 3)")
         if images.ndim == 3 and images.shape[2] == 3:
             raise InputError(
-                f"images: an array of shape {images.shape} given, one RGB image or {len(images):,} gray ones 3 pixels "
-                "wide; accepted are uint8 arrays (N, H, W, 3): image[None] is that of one image"
+                f"images: an array of shape {images.shape} given, one RGB image or {counted(len(images), 'gray one')} 3 "
+                "pixels wide; accepted are uint8 arrays (N, H, W, 3): image[None] is that of one image"
             )
         return ArraySource(images, name="images")
     if isinstance(images, Tensor):

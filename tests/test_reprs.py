@@ -1,0 +1,88 @@
+"""What a notebook prints of public objects: a line or two, whatever they hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from evaluation_cases import feature_sets, gray_source, make_run
+from inference_cases import save_run
+
+import vi_simsiam
+from vi_simsiam.config import AugmentConfig
+from vi_simsiam.data import MultiViewLoader
+from vi_simsiam.data.cache import in_memory
+from vi_simsiam.data.datasets import open_dataset
+from vi_simsiam.data.packed import Contents
+from vi_simsiam.evaluation.figures import certainty
+from vi_simsiam.evaluation.logistic import LogisticProbe
+from vi_simsiam.experiments.catalogue import plan
+from vi_simsiam.experiments.plan import PlanOptions
+from vi_simsiam.experiments.records import Experiment
+from vi_simsiam.inference.encoder import Encoding
+from vi_simsiam.text import brief
+
+
+def encoding(count: int, *, concentration: bool = True) -> Encoding:
+    kappa = torch.full((count,), 6.0) if concentration else None
+    return Encoding(torch.zeros(count, 512), torch.zeros(count, 3), torch.zeros(count, 3), torch.zeros(count), kappa)
+
+
+def test_an_encoding_says_how_many_images_and_how_certain() -> None:
+    shapes = "embedding (1, 512), projection and loc (1, 3)"
+    assert repr(encoding(1)) == f"Encoding(1 image: {shapes}, median uncertainty 0.25)"
+    assert str(encoding(1, concentration=False)) == f"Encoding(1 image: {shapes}, no concentration)"
+    assert repr(encoding(0)).startswith("Encoding(0 images: embedding (0, 512)")
+    assert len(repr(encoding(5000))) < 120
+    # It stays a dataclass otherwise.
+    assert [field.name for field in dataclasses.fields(Encoding)][:2] == ["embedding", "projection"]
+    assert len(dataclasses.replace(encoding(2), concentration=None)) == 2
+
+
+def test_runs_and_encoders_print_no_module_tree(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", val=gray_source(4))
+    assert repr(run) == f"Run('{tmp_path}/run': vi-simsiam on fashion-mini, resnet18, D = 8, cpu)"
+    encoder = vi_simsiam.load(save_run(tmp_path / "other"), device="cpu")
+    assert repr(encoder).startswith(f"Encoder(Run('{tmp_path}/other': vi-simsiam on ")
+    assert len(repr(encoder).splitlines()) == 1
+
+
+def test_sources_and_loaders_say_what_they_hold() -> None:
+    splits = open_dataset("fashion-mini")
+    assert repr(splits) == (
+        "Splits(name='fashion-mini', train=ArraySource('fashion-mini/train', 8,000 images, 10 classes), "
+        "val=ArraySource('fashion-mini/val', 2,000 images, 10 classes))"
+    )
+    packed = in_memory(gray_source(6, labelled=False))
+    assert repr(packed) == "PackedImages('gray', 6 images)"
+    loader = MultiViewLoader(packed, AugmentConfig(size=8), 6, workers=0)
+    assert repr(loader) == "MultiViewLoader(PackedImages('gray', 6 images), batch_size=6, 1 batch an epoch)"
+    assert repr(next(iter(loader))) == ("Batch(views=[float32 (6, 3, 8, 8), float32 (6, 3, 8, 8)], index=int64 (6,))")
+
+
+def test_what_holds_arrays_prints_their_shapes(tmp_path: Path) -> None:
+    features = feature_sets(tmp_path, train=6000)
+    assert "train={'trained': float32 (6000, 8)," in repr(features)
+    probe = LogisticProbe.fit(features.val["trained"], features.val_labels, features.classes)
+    found = certainty(make_run(tmp_path / "run", val=gray_source(40)))
+    sizes = np.full(5000, 8, np.int32)
+    contents = Contents("mine", sizes, sizes, places=[f"a/{number}.png" for number in range(5000)])
+    for thing in (features, probe, found, contents):
+        assert len(repr(thing)) < 600, repr(thing)
+        assert "\n" not in repr(thing)
+        assert "tensor(" not in repr(thing)
+    assert "heights=int32 (5000,)" in repr(contents)
+    assert "places=5,000 items" in repr(contents)
+
+
+def test_experiments_name_their_arms_and_count_their_runs() -> None:
+    planned = plan("table1", PlanOptions(data=("fashion-mini",), seeds=1))
+    assert repr(planned) == "Plan(table1: simsiam, vi-simsiam; 1 seed each)"
+    found = Experiment({"experiment": "table1", "arms": []}, {"a": [{}], "b": []}, [], {}, ["b with seed 0"])
+    assert repr(found) == "Experiment(table1: 2 arms, 1 run, 1 missing)"
+
+
+def test_brief_leaves_small_values_as_they_are() -> None:
+    assert brief({"a": [1, "b"], "c": None}) == "{'a': [1, 'b'], 'c': None}"

@@ -1,0 +1,84 @@
+"""What is printed on a terminal of 80 columns: paths stay whole, and names with brackets are no styles."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from experiment_cases import tiny_config
+from inference_cases import save_images
+from report_cases import uncertainty_result
+from rich.console import Console
+
+from vi_simsiam.benchmarks import accuracy
+from vi_simsiam.benchmarks.suite import Suite, SuiteOptions
+from vi_simsiam.cli import uncertainty as command
+from vi_simsiam.errors import InputError
+from vi_simsiam.experiments.place import Place
+from vi_simsiam.experiments.plan import Arm
+from vi_simsiam.experiments.runner import Task, _Batch, _decode
+
+ODD = "a [b] [/c] " + "long-" * 20 + "name"
+
+
+class Terminal(Console):
+    """80 columns wide, and written to memory."""
+
+    def __init__(self) -> None:
+        self.written = io.StringIO()
+        super().__init__(file=self.written, width=80)
+
+    @property
+    def lines(self) -> list[str]:
+        return self.written.getvalue().splitlines()
+
+
+def test_benchmarks_print_paths_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, folder = Terminal(), tmp_path / ODD.replace("/", "-")
+    suite = Suite("augment", SuiteOptions(device="cpu", out=folder), terminal)
+    suite.finish([], lambda result, path: [path / "plot.png"])
+    assert terminal.lines == [f"written: {folder}/cpu/augment.json", f"written: {folder}/cpu/plot.png"]
+    terminal = Terminal()
+    monkeypatch.setattr(accuracy, "make_providers", lambda form, device: {"cpu": "not available: [/x] is lost"})
+    accuracy.run(accuracy.Options(device="cpu", out=folder), terminal)
+    assert terminal.lines[-1] == f"written: {folder}/cpu/accuracy.json"
+    assert "[/x]" in terminal.written.getvalue()
+
+
+def test_names_of_data_are_no_styles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = uncertainty_result()
+    result["ood"] = {"[/x] [red]": result["ood"]["mine"]}
+    result["settings"]["notes"] = []
+    command.print_result(result, terminal := Terminal())
+    assert "[/x] [red] (" in terminal.written.getvalue()
+
+    def evaluate(run: object, *, report: object, **options: object) -> dict[str, object]:
+        report("images of [/x]")  # type: ignore[operator]
+        return result
+
+    monkeypatch.setattr("vi_simsiam.evaluation.uncertainty.evaluate_uncertainty", evaluate)
+    monkeypatch.setattr(command, "open_run", lambda options: SimpleNamespace(path=tmp_path))
+    assert command.uncertainty([str(tmp_path)]) == 0
+
+
+def test_experiments_show_logs_and_data_as_they_are(tmp_path: Path) -> None:
+    images = tmp_path / "images" / "a [b]" / "[" / "c]"
+    save_images(images, 4)
+    config = tiny_config(f"folder:{images}")
+    with pytest.raises(InputError, match="has no labels"):  # before anything is trained
+        _decode([Arm("a", config, "")], Place(cache_dir=tmp_path / "cache"), Terminal())
+
+    terminal = Terminal()
+    batch = _Batch([Task(Arm("a", config, ""), 0, tmp_path, {})], ["cpu"], Place(), terminal, [], "")
+    (run,) = batch.runs
+    run.log.parent.mkdir()
+    run.log.write_text("reading [/x] [red]\n")
+    run.start(["sleep", "60"], threads=1, append=True)
+    try:
+        terminal.print(batch.table())
+    finally:
+        run.kill()
+        run.wait(5)
+    assert "reading [/x] [red]" in terminal.written.getvalue()
