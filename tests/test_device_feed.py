@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from test_augment import BATCH_ROUNDING
 from torch import Tensor
 
 from vi_simsiam.config import AugmentConfig
@@ -111,8 +112,8 @@ def test_ranks_share_the_batch_of_one(make_feed: Callable[..., DeviceFeed], memo
         shares = [batch(feed, step) for feed in ranks]
         assert torch.equal(torch.cat([share.index for share in shares]), whole.index)
         for number, view in enumerate(whole.views):
-            # Arithmetic on other batch sizes may round differently.
-            torch.testing.assert_close(torch.cat([share.views[number] for share in shares]), view, rtol=0, atol=2e-6)
+            together = torch.cat([share.views[number] for share in shares])
+            torch.testing.assert_close(together, view, rtol=0, atol=BATCH_ROUNDING)
 
 
 def test_views_have_the_dtype_asked_for(make_feed: Callable[..., DeviceFeed]) -> None:
