@@ -227,7 +227,8 @@ def test_the_cosine_of_samples_follows_its_beta_distribution(dim: int, kappa: fl
     p = PowerSpherical(random_loc(dim, dtype=dtype), torch.tensor(kappa, dtype=dtype))
     x = p.sample((1000,))
     assert x.dtype == dtype
-    assert ((x.double().norm(dim=-1) - 1).abs() <= 4 * EPS[dtype]).all()
+    # The root of D squares' sum is off by sqrt(D) eps / 12 at random; the most of 1000 is three times that.
+    assert ((x.double().norm(dim=-1) - 1).abs() <= (4 + dim**0.5 / 4) * EPS[dtype]).all()
     half_gap = (x.double() - normalize(p.loc.double(), dim=-1)).square().sum(-1) / 4  # (1 - cos) / 2 ~ Beta(b, a)
     b = (dim - 1) / 2
     assert stats.kstest(half_gap.numpy(), stats.beta(b, b + kappa).cdf).pvalue > 1e-4
@@ -305,19 +306,19 @@ def test_shapes_of_batches_samples_and_values() -> None:
 
 
 def test_one_concentration_serves_the_whole_batch() -> None:
-    full = PowerSpherical(LOC, torch.full((4,), 2.5))
+    expected = PowerSpherical(LOC, torch.full((4,), 2.5)).log_prob(LOC.flip(0))
     for scalar in (torch.tensor(2.5), 2.5):
-        assert (p := PowerSpherical(LOC, scalar)).concentration.shape == (4,)
+        p = PowerSpherical(LOC, scalar)
+        assert p.concentration.shape == (4,)
         # Twice what the golden values allow either: operands that are expanded may take other loops. Terms add up to 13.
-        found, expected = (each.log_prob(LOC.flip(0)) for each in (p, full))
-        torch.testing.assert_close(found, expected, rtol=0, atol=8 * EPS[torch.float32] * 13)
+        torch.testing.assert_close(p.log_prob(LOC.flip(0)), expected, rtol=0, atol=8 * EPS[torch.float32] * 13)
 
 
 def test_expand_keeps_the_densities() -> None:
     p = PowerSpherical(random_loc(3, 5), torch.tensor([0.5, 2.0, 9.0], dtype=torch.float64), validate_args=False)
     wide = p.expand((4, 3))
-    assert (type(wide), wide.batch_shape, wide.event_shape) == (PowerSpherical, (4, 3), (5,))
-    assert wide.concentration.shape == (4, 3)
+    assert type(wide) is PowerSpherical
+    assert (wide.batch_shape, wide.concentration.shape, wide.event_shape) == ((4, 3), (4, 3), (5,))
     assert wide._validate_args is False
     with pytest.raises(InputError, match="value: a vector of length 2"):
         PowerSpherical(p.loc, p.concentration, validate_args=True).expand((4, 3)).log_prob(2 * p.loc)
