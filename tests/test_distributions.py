@@ -23,7 +23,6 @@ from vi_simsiam.errors import InputError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "power_spherical.json").read_text())
 EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
-DTYPES = [torch.float32, torch.float64]
 
 
 def golden(dim: int) -> dict[str, Tensor]:
@@ -75,7 +74,7 @@ def seed() -> None:
     torch.manual_seed(20)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize("dim", GOLDEN_DIMS)
 def test_log_prob_matches_golden_values(dim: int, dtype: torch.dtype) -> None:
     """mu = e1 and z = (cos, sin, 0, ...): what remains is rounding of the result, of log C's two parts and of z."""
@@ -114,7 +113,7 @@ def test_log_prob_of_float32_samples_keeps_its_digits(dim: int, kappa: float) ->
         assert (textbook - exact).abs().max().item() > 10 * ours
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize("dim", GOLDEN_DIMS)
 def test_entropy_and_divergence_match_golden_values(dim: int, dtype: torch.dtype) -> None:
     table = golden(dim)
@@ -132,7 +131,7 @@ def test_entropy_and_divergence_match_golden_values(dim: int, dtype: torch.dtype
     assert ((entropy.double() - expected_entropy).abs() <= tolerance).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize("dim", [2, 3, 9, 17, 18, 33, 34, 2048, 8192])
 def test_divergence_and_its_gradient_keep_relative_accuracy(dim: int, dtype: torch.dtype) -> None:
     kappa = torch.tensor([1e-6, 1e-3, 0.1, 1.0, 3.0, 30.0, 1e3, 1e5, 1e9], dtype=dtype, requires_grad=True)
@@ -221,7 +220,7 @@ def test_samples_have_the_first_two_moments(dim: int, kappa: float, name: str) -
     assert ((products.mean(0) - covariance).abs() <= 5 * products.std(0) / count**0.5 + 1e-9).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize(("dim", "kappa"), [(2, 0.0), (2, 1e6), (3, 7.0), (128, 50.0), (2048, 1e6), (2048, 0.0)])
 def test_the_cosine_of_samples_follows_its_beta_distribution(dim: int, kappa: float, dtype: torch.dtype) -> None:
     p = PowerSpherical(random_loc(dim, dtype=dtype), torch.tensor(kappa, dtype=dtype))
