@@ -193,7 +193,7 @@ def test_waiting_counts_where_the_device_runs_out_of_work(
     gather = feed._gather
 
     def slow(step: int, into: Tensor) -> int:
-        time.sleep(0.06)
+        time.sleep(0.2)  # longer than a busy machine may take to come here
         return gather(step, into)
 
     feed._gather = slow  # type: ignore[method-assign]
