@@ -10,7 +10,16 @@ ENV ?= .venv
 BIN := $(ENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: train test install lint soak gpu bench clean
+# What other processors compute with: the instructions of torch, oneDNN, MKL, OpenBLAS, NumPy and the extension.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Haswell \
+	NPY_DISABLE_CPU_FEATURES="X86_V4 AVX512_ICL AVX512_SPR" VI_SIMSIAM_SIMD=avx2
+BASELINE := ATEN_CPU_CAPABILITY=default DNNL_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem \
+	NPY_DISABLE_CPU_FEATURES="X86_V3 X86_V4 AVX512_ICL AVX512_SPR" VI_SIMSIAM_SIMD=baseline
+# Where another rounding shows first.
+NUMERICS := $(patsubst %,tests/test_%.py,augment device_feed distributions embed encoder extension knn linear logistic \
+	multiview_loss multiview_loss_autograd power_spherical rank scores step uncertainty_metrics)
+
+.PHONY: train test install lint cpus soak gpu bench clean
 
 train: install
 	$(BIN)/vi-simsiam train --method $(METHOD) --evaluate
@@ -35,8 +44,19 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+cpus: install
+	env $(AVX2) $(BIN)/python -m pytest -n 2 $(NUMERICS)
+	env $(BASELINE) $(BIN)/python -m pytest -n 2 $(NUMERICS)
+
 soak: install
-	$(BIN)/python -m pytest -m soak
+	@status=0; run() { what=$$1; shift; echo "soak: $$what"; env "$$@" && verdict=passed || { verdict=FAILED; status=1; }; \
+		summary="$$summary$$verdict: $$what\n"; }; \
+	run 'long tests' $(BIN)/python -m pytest -m soak; \
+	run 'all tests, this processor, one thread' $(BIN)/python -m pytest -n 2; \
+	run 'all tests, this processor, two threads' OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n 2; \
+	run 'all tests, AVX2, two threads' $(AVX2) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n 2; \
+	run 'all tests, baseline, one thread' $(BASELINE) $(BIN)/python -m pytest -n 2; \
+	printf "\n$$summary"; exit $$status
 
 gpu: install
 	$(BIN)/python -m pytest -m gpu

@@ -14,6 +14,7 @@
 #include "helpers.h"
 #include "multiview_loss.h"
 #include "power_spherical.cuh"
+#include "simd.h"
 
 #include <algorithm>
 #include <atomic>
@@ -24,14 +25,6 @@
 #include <limits>
 #include <numeric>
 #include <type_traits>
-
-#if defined(__GNUC__) || defined(__clang__)
-#define VI_VECTORS
-#define VI_ALWAYS_INLINE inline __attribute__((always_inline))
-#if defined(__x86_64__)
-#define VI_DISPATCH
-#endif
-#endif
 
 namespace vi_simsiam {
 namespace {
@@ -227,25 +220,12 @@ VI_ROW_KERNELS(avx2, 32, __attribute__((target("avx2,fma"))))
 VI_ROW_KERNELS(avx512, 64, __attribute__((target("avx512f"))))
 #endif
 
-enum class Variant { plain, avx2, avx512 };
-
-Variant variant() {
-#if defined(VI_DISPATCH)
-  static const Variant best = __builtin_cpu_supports("avx512f") ? Variant::avx512
-                              : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
-                                  ? Variant::avx2
-                                  : Variant::plain;
-  return best;
-#else
-  return Variant::plain;
-#endif
-}
-
 template <typename P, typename Z>
 RowKernels<P, Z> row_kernels() {
+  [[maybe_unused]] const Simd chosen = simd();
 #if defined(VI_DISPATCH)
-  if (variant() == Variant::avx512) return Rows_avx512<P, Z>::functions();
-  if (variant() == Variant::avx2) return Rows_avx2<P, Z>::functions();
+  if (chosen == Simd::avx512) return Rows_avx512<P, Z>::functions();
+  if (chosen == Simd::avx2) return Rows_avx2<P, Z>::functions();
 #endif
   return Rows_plain<P, Z>::functions();
 }
@@ -380,10 +360,10 @@ const char* multiview_loss_cpu(const MultiviewProblem& problem, DType prediction
 }
 
 const char* cpu_variant() {
-  switch (variant()) {
-    case Variant::avx512:
+  switch (simd()) {
+    case Simd::avx512:
       return "avx512";
-    case Variant::avx2:
+    case Simd::avx2:
       return "avx2";
     default:
       break;

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+# Test processes run side by side; more threads than cores would slow all of them down. Set before NumPy and torch are
+# imported, which read it, and for the processes that tests start; OMP_NUM_THREADS=2 tests with two.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -11,8 +16,7 @@ import torch
 from losses import DEVICE
 from PIL import Image
 
-# Test processes run side by side; more threads than cores would slow all of them down.
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 if DEVICE != "cpu":
     torch.set_default_device(DEVICE)
 

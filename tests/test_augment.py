@@ -30,6 +30,9 @@ from vi_simsiam.ops.augment import (
 from vi_simsiam.ops.backends import interpreting
 
 FULL = AugmentConfig(jitter_prob=0.9, grayscale_prob=0.3, blur_prob=0.6)
+BATCH_ROUNDING = 10 * 4 * torch.finfo(torch.float32).eps / min(IMAGENET_STD)
+"""Between a view made alone and in a batch: each of ten steps (resizing and blur, down and across; four colour operations;
+grey; normalisation) may round values up to 1 by a few eps otherwise, which the normalisation divides."""
 ADJUST = {1: tv.adjust_brightness, 2: tv.adjust_contrast, 3: tv.adjust_saturation, 4: tv.adjust_hue}
 
 
@@ -120,12 +123,13 @@ def test_small_crops_of_a_larger_policy_are_torchvisions() -> None:
 
 @pytest.mark.parametrize("size", [64, 65])
 def test_a_view_does_not_depend_on_the_batch(size: int) -> None:
-    """To the bit: ranks that share a batch see the views of a single one, whichever way each is resized."""
+    """But for the rounding of batched products: ranks that share a batch see its views, whichever way each is resized."""
     pixels, table = drawn([(64, 64), (150, 130), (20, 300), (3, 5)] * 4)
     views = eager_augment(pixels, table, size)
     assert_same(views, expected(pixels, table, size), table)
     for v, b in itertools.product(range(2), range(16)):
-        assert torch.equal(eager_augment(pixels, table[v : v + 1, b : b + 1].contiguous(), size)[0, 0], views[v, b])
+        alone = eager_augment(pixels, table[v : v + 1, b : b + 1].contiguous(), size)[0, 0]
+        torch.testing.assert_close(alone, views[v, b], rtol=0, atol=BATCH_ROUNDING)
 
 
 def test_more_rows_than_are_worked_on_at_once() -> None:

@@ -23,7 +23,6 @@ from vi_simsiam.errors import InputError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "power_spherical.json").read_text())
 EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
-DTYPES = [torch.float32, torch.float64]
 
 
 def golden(dim: int) -> dict[str, Tensor]:
@@ -75,7 +74,7 @@ def seed() -> None:
     torch.manual_seed(20)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize("dim", GOLDEN_DIMS)
 def test_log_prob_matches_golden_values(dim: int, dtype: torch.dtype) -> None:
     """mu = e1 and z = (cos, sin, 0, ...): what remains is rounding of the result, of log C's two parts and of z."""
@@ -114,7 +113,7 @@ def test_log_prob_of_float32_samples_keeps_its_digits(dim: int, kappa: float) ->
         assert (textbook - exact).abs().max().item() > 10 * ours
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize("dim", GOLDEN_DIMS)
 def test_entropy_and_divergence_match_golden_values(dim: int, dtype: torch.dtype) -> None:
     table = golden(dim)
@@ -132,7 +131,7 @@ def test_entropy_and_divergence_match_golden_values(dim: int, dtype: torch.dtype
     assert ((entropy.double() - expected_entropy).abs() <= tolerance).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize("dim", [2, 3, 9, 17, 18, 33, 34, 2048, 8192])
 def test_divergence_and_its_gradient_keep_relative_accuracy(dim: int, dtype: torch.dtype) -> None:
     kappa = torch.tensor([1e-6, 1e-3, 0.1, 1.0, 3.0, 30.0, 1e3, 1e5, 1e9], dtype=dtype, requires_grad=True)
@@ -221,13 +220,14 @@ def test_samples_have_the_first_two_moments(dim: int, kappa: float, name: str) -
     assert ((products.mean(0) - covariance).abs() <= 5 * products.std(0) / count**0.5 + 1e-9).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize(("dim", "kappa"), [(2, 0.0), (2, 1e6), (3, 7.0), (128, 50.0), (2048, 1e6), (2048, 0.0)])
 def test_the_cosine_of_samples_follows_its_beta_distribution(dim: int, kappa: float, dtype: torch.dtype) -> None:
     p = PowerSpherical(random_loc(dim, dtype=dtype), torch.tensor(kappa, dtype=dtype))
     x = p.sample((1000,))
     assert x.dtype == dtype
-    assert ((x.double().norm(dim=-1) - 1).abs() <= 4 * EPS[dtype]).all()
+    # The root of D squares' sum is off by sqrt(D) eps / 12 at random; the most of 1000 is three times that.
+    assert ((x.double().norm(dim=-1) - 1).abs() <= (4 + dim**0.5 / 4) * EPS[dtype]).all()
     half_gap = (x.double() - normalize(p.loc.double(), dim=-1)).square().sum(-1) / 4  # (1 - cos) / 2 ~ Beta(b, a)
     b = (dim - 1) / 2
     assert stats.kstest(half_gap.numpy(), stats.beta(b, b + kappa).cdf).pvalue > 1e-4
@@ -305,19 +305,19 @@ def test_shapes_of_batches_samples_and_values() -> None:
 
 
 def test_one_concentration_serves_the_whole_batch() -> None:
-    full = PowerSpherical(LOC, torch.full((4,), 2.5))
+    expected = PowerSpherical(LOC, torch.full((4,), 2.5)).log_prob(LOC.flip(0))
     for scalar in (torch.tensor(2.5), 2.5):
         p = PowerSpherical(LOC, scalar)
         assert p.concentration.shape == (4,)
-        assert torch.equal(p.log_prob(LOC.flip(0)), full.log_prob(LOC.flip(0)))
+        # Twice what the golden values allow either: operands that are expanded may take other loops. Terms add up to 13.
+        torch.testing.assert_close(p.log_prob(LOC.flip(0)), expected, rtol=0, atol=8 * EPS[torch.float32] * 13)
 
 
 def test_expand_keeps_the_densities() -> None:
     p = PowerSpherical(random_loc(3, 5), torch.tensor([0.5, 2.0, 9.0], dtype=torch.float64), validate_args=False)
     wide = p.expand((4, 3))
-    assert isinstance(wide, PowerSpherical)
-    assert (wide.batch_shape, wide.event_shape) == ((4, 3), (5,))
-    assert wide.concentration.shape == (4, 3)
+    assert type(wide) is PowerSpherical
+    assert (wide.batch_shape, wide.concentration.shape, wide.event_shape) == ((4, 3), (4, 3), (5,))
     assert wide._validate_args is False
     with pytest.raises(InputError, match="value: a vector of length 2"):
         PowerSpherical(p.loc, p.concentration, validate_args=True).expand((4, 3)).log_prob(2 * p.loc)
@@ -325,11 +325,11 @@ def test_expand_keeps_the_densities() -> None:
         HypersphericalUniform(5, validate_args=True).expand((4, 3)).log_prob(2 * p.loc)
     assert wide.loc.data_ptr() == p.loc.data_ptr()
     value = random_loc(5)
-    assert torch.equal(wide.log_prob(value), p.log_prob(value).expand(4, 3))
+    expected = p.log_prob(value).expand(4, 3)
+    torch.testing.assert_close(wide.log_prob(value), expected, rtol=0, atol=8 * EPS[torch.float64] * 29)  # as above
     assert wide.sample((2,)).shape == (2, 4, 3, 5)
     u = HypersphericalUniform(5, (3,), dtype=torch.float64).expand((4, 3))
-    assert u.sample().shape == (4, 3, 5)
-    assert u.sample().dtype == torch.float64
+    assert (u.sample().shape, u.sample().dtype) == ((4, 3, 5), torch.float64)
     with pytest.raises(RuntimeError):
         u.expand((2,))
 

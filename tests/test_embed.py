@@ -58,6 +58,8 @@ def test_neighbours_are_those_of_brute_force(own: bool, monkeypatch: pytest.Monk
         np.fill_diagonal(expected, -np.inf)
     order = np.argsort(-expected, axis=1, kind="stable")[:, :6]
     rows = np.arange(23) != 4
+    # In float32 a cosine is off by (F + 4) eps, 1.2e-6, at most: none can change places with the next.
+    assert np.diff(np.sort(expected[rows], axis=1)[:, 1:]).min() > 1e-5
     np.testing.assert_array_equal(which[rows], order[rows])
     np.testing.assert_allclose(values, np.take_along_axis(expected, which, axis=1), atol=1e-6)
     assert all(len(set(row)) == 6 for row in which.tolist())
@@ -102,9 +104,11 @@ def test_the_file_holds_what_the_encoder_says(
     similar = cosines(embedding.astype(np.float64), embedding.astype(np.float64))
     np.fill_diagonal(similar, -np.inf)
     for row, (near, values) in enumerate(zip(columns["neighbours"], columns["similarities"], strict=True)):
-        order = np.argsort(-similar[row], kind="stable")[:3]
-        assert near == [paths[i] for i in order]
-        np.testing.assert_allclose(values, similar[row][order], atol=1e-5)
+        best = -np.sort(-similar[row])[:3]
+        assert len({paths[row], *near}) == 4
+        # Which of two that are as near comes first may be a matter of rounding; that they are the nearest is not.
+        np.testing.assert_allclose(similar[row][[paths.index(path) for path in near]], best, atol=1e-5)
+        np.testing.assert_allclose(values, best, atol=1e-5)
 
     about = json.loads(table.schema.metadata[b"vi_simsiam"])
     assert (about["run"], about["method"], about["dim"], about["features"]) == (str(run), "vi-simsiam", DIM, 512)

@@ -203,8 +203,6 @@ def test_trials_choose_the_settings_once(tmp_path: Path) -> None:
 
 KILLED = """
     import os, signal, sys
-    import torch
-    torch.set_num_threads(1)
     from vi_simsiam.engine import trainer
     from vi_simsiam.experiments import worker
     advance = trainer.Monitor.advance

@@ -55,7 +55,9 @@ def test_agrees_with_scikit_learn_in_float64(classes: int, c: float) -> None:
     probe = LogisticProbe.fit(train, labels, NAMES[:classes], LogisticConfig(c=c, tolerance=1e-6))
     found = probe.probabilities(queries)
     assert found.dtype == torch.float32
-    np.testing.assert_allclose(found, expected, atol=1e-3)
+    # In float32 the solver ends where the loss no longer falls. Forty orders of the images, each with a rounding of its
+    # own, ended up to 7e-4 from float64.
+    np.testing.assert_allclose(found, expected, atol=2e-3)
     torch.testing.assert_close(found, probe.logits(queries).softmax(1))
     assert (probe.c, probe.held_out_loss, probe.warnings) == (c, {}, ())
     assert probe.iterations > 1
@@ -116,9 +118,16 @@ def test_classes_without_training_images_have_probability_0() -> None:
     train, labels, queries = problem(classes=3)
     full = LogisticProbe.fit(train, labels, NAMES[:3], LogisticConfig(c=0.1))
     probe = LogisticProbe.fit(train, labels + (labels > 0), NAMES[:5], LogisticConfig(c=0.1))
-    found = probe.probabilities(queries)
+    assert torch.equal(probe.weight[[0, 2, 3]], full.weight), "the same fit, done twice"
+    assert torch.equal(probe.bias[[0, 2, 3]], full.bias)
+    found, expected = probe.probabilities(queries), full.probabilities(queries)
     assert (found[:, [1, 4]] == 0).all()
-    assert torch.equal(found[:, [0, 2, 3]], full.probabilities(queries))
+    # Products with five rows and with three may round differently: a logit by the rounding of each of its terms, and a
+    # probability by twice the largest of that, and by that of the softmax.
+    terms = ((queries - full.shift) * full.scale).abs() @ full.weight.abs().T + full.bias.abs()
+    eps = torch.finfo(torch.float32).eps
+    rounding = (2 * (queries.shape[1] + 1) * terms.max().item() + 8) * eps
+    torch.testing.assert_close(found[:, [0, 2, 3]], expected, rtol=rounding, atol=0)
 
 
 def test_solver_that_does_not_converge_is_reported_and_not_printed(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import pickle
 
@@ -73,11 +72,17 @@ def test_fused_error_is_at_most_twice_eagers(backend: str, form: LossForm, dtype
 
 @every
 def test_ten_times_better_than_textbook_at_high_concentration(backend: str) -> None:
-    """D = 2048, kappa from 1e4 to 1e6: where training ends and the textbook formula has lost its digits."""
+    """D = 2048, kappa from 1e4 to 1e6: where training ends and the textbook formula has lost its digits.
+
+    The cosines are 62/64 and 60/64 without any rounding, which at these kappas would be most of the error.
+    """
     worst, worst_textbook = 0.0, 0.0
-    for kappa, near in itertools.product((1e4, 1e5, 1e6), (0.05, 0.3)):
+    p, z = torch.zeros(2, 64, 2049), torch.zeros(2, 64, 2048)
+    p[..., :64] = z[..., :64] = 1
+    z[..., 0] = z[:, ::2, 1] = -1
+    p[..., 2048] = torch.linspace(-1, 2, 64)
+    for kappa in (1e4, 1e5, 1e6):
         form = LossForm("power_spherical", kappa)
-        p, z = (x.float() for x in draw(form, 2, 2, 64, 2048, raw=0.5, near=near))
         exact = multiview_loss(p.double(), z.double(), form, reduction="none", backend="eager")
         ours = multiview_loss(p, z, form, reduction="none", backend=backend)
         worst = max(worst, (ours - exact).abs().max().item())

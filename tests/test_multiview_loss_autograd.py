@@ -70,9 +70,11 @@ def test_strides_that_alias_are_read_as_they_are(backend: str) -> None:
         leaves = [view.detach().requires_grad_() for view in given]
         expected = power_spherical_loss(copies, z, backend=backend)
         loss = power_spherical_loss(leaves, z, backend=backend)
-        assert torch.equal(loss, expected)
         (gradient,) = torch.autograd.grad(expected, copies)
-        assert torch.equal(torch.stack(torch.autograd.grad(loss, leaves)), gradient)
+        found = torch.stack(torch.autograd.grad(loss, leaves))
+        # Eager's sums over 8 columns may round otherwise in another layout; the fused loss copies what lies otherwise.
+        tolerance = 1e-13 if backend == "eager" else 0.0
+        torch.testing.assert_close((loss, found), (expected, gradient), rtol=tolerance, atol=tolerance)
 
 
 @every

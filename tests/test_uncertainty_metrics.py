@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
+from test_augment import BATCH_ROUNDING
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 from vi_simsiam.config import AugmentConfig
@@ -255,7 +256,7 @@ def test_held_out_views_are_those_of_training() -> None:
     (batch,) = MultiViewLoader(images, policy, 10, seed=3, workers=0).epoch(0)
     rows = [batch.index.tolist().index(number) for number in chosen]
     for view in range(2):
-        torch.testing.assert_close(views[view], batch.views[view][rows], rtol=0, atol=1e-6)
+        torch.testing.assert_close(views[view], batch.views[view][rows], rtol=0, atol=BATCH_ROUNDING)
     assert (views[2] - views[3]).abs().amax((1, 2, 3)).min() > 0.1
     whole = dataclasses.replace(named_policy("none"), size=8)
     (same,) = augmented_views(images, chosen, whole, views=4, seed=3, device=torch.device("cpu"))

@@ -208,8 +208,9 @@ def test_a_detached_run_trains_simsiams_network(image_folder: Path, tmp_path: Pa
     simsiam = train(config(image_folder, method="simsiam"), tmp_path / "simsiam").model.state_dict()
     detached = train(config(image_folder, loss=LossConfig(concentration="detached")), tmp_path / "detached").model
     found = {name.replace("3.mean", "3"): value for name, value in detached.state_dict().items()}
+    # Layers of other widths may round differently: ten steps with every operation off by eps came to 2e-6.
     for name, value in simsiam.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6, msg=name)
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
     fresh = build_model(config(image_folder)).state_dict()["backbone.0.weight"]
     assert not torch.allclose(simsiam["backbone.0.weight"], fresh)
 

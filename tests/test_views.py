@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import stats
+from test_augment import BATCH_ROUNDING
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -278,8 +279,9 @@ def test_contact_sheet_shows_images_and_the_views_of_training() -> None:
     assert sheet.size == (3 * 16 + 8 + 3 * 4, 2 * 16 + 4)
     table = draw(policy, [2], 20, 20, seed=5, epoch=1)
     view = eager_augment(torch.from_numpy(images[2].reshape(-1)), torch.from_numpy(table[:1]), 16)[0, 0]
-    expected = pixels(view).mul(255).round().clamp(0, 255).permute(1, 2, 0).numpy()
-    assert np.array_equal(np.asarray(sheet)[20:36, 20:36], expected)
+    levels = pixels(view).mul(255).clamp(0, 255).permute(1, 2, 0).numpy()
+    # Rounded to whole levels; the sheet's views are made as a batch, this one alone.
+    assert np.abs(np.asarray(sheet)[20:36, 20:36] - levels).max() <= 0.5 + 255 * BATCH_ROUNDING
     assert (np.asarray(sheet)[16:20] == 255).all()
     assert contact_sheet(ArraySource(images), "none", images=9).size[1] == 4 * 224 + 3 * 4
     with pytest.raises(InputError, match="images: 0"):

@@ -53,11 +53,20 @@ def why_unavailable(name: str, device_type: str) -> str | None:
 
 @functools.cache
 def extension() -> ModuleType | None:
-    """The compiled extension `vi_simsiam._C`, or None where the package was installed without it."""
+    """The compiled extension `vi_simsiam._C`, or None where the package was installed without it.
+
+    Raises:
+        InputError: VI_SIMSIAM_SIMD asks for vector instructions that do not run here.
+    """
     try:
-        return importlib.import_module("vi_simsiam._C")
+        module = importlib.import_module("vi_simsiam._C")
     except ImportError:
         return None
+    try:
+        module.build_info()
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return module
 
 
 def extension_problem() -> str:
