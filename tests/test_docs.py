@@ -122,8 +122,14 @@ def test_messages_are_those_of_the_source() -> None:
 
 
 def test_the_photo_page_has_the_settings_of_the_code() -> None:
-    rows = re.findall(r"^\| ([\d,]+) \| (\d+) \| (\d+) \|", (DOCS / "your-photos.md").read_text(), re.MULTILINE)
+    text = (DOCS / "your-photos.md").read_text()
+    rows = re.findall(r"^\| ([\d,]+) \| (\d+) \| (\d+) \|", text, re.MULTILINE)
     assert len(rows) == 6
+    sides = {"up to 28 pixels": 28, "29 to 32 pixels": 29, "33 to 64 pixels": 64, "more": 65}
+    for side, stem, dim in re.findall(r"^\| ([^|]+) \| [^|]+ \| (small|ImageNet's) \| (\d+) \|", text, re.MULTILINE):
+        model = suited(TrainConfig(), ArraySource(np.zeros((64, 8, 8), np.uint8)), size=sides.pop(side)).model
+        assert (model.stem, model.dim) == ({"small": "small", "ImageNet's": "imagenet"}[stem], int(dim)), side
+    assert not sides
     for images, size, epochs in rows:
         source = ArraySource(np.zeros((int(images.replace(",", "")), 8, 8), np.uint8))
         assert suited(TrainConfig(), source, size=int(size)).epochs == int(epochs), images
