@@ -1,0 +1,75 @@
+"""What the pages' tests read: commands and messages in Markdown, and the messages that the source can print."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vi_simsiam.cli import _COMMANDS, main
+from vi_simsiam.cli.parsing import parse
+
+ROOT = Path(__file__).parents[1]
+# Fewer fixed characters than these would fit nearly any message.
+_LEAST_FIXED = 18
+
+
+class Accepted(Exception):
+    """The options of a command were accepted; nothing else of it runs."""
+
+
+def shell_lines(text: str) -> list[str]:
+    """The lines of every sh block."""
+    blocks: list[str] = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+def inline_code(text: str) -> list[str]:
+    """What is set in backticks outside of blocks."""
+    found: list[str] = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    return found
+
+
+def commands(lines: list[str]) -> list[str]:
+    """Those of the lines that call vi-simsiam, without comments."""
+    calls = [line.split(" # ")[0].strip() for line in lines]
+    return [call for call in calls if re.match(r"vi-simsiam( |$)", call)]
+
+
+def stop_after_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every command end in `Accepted` once its options are parsed."""
+
+    def accept(*arguments: Any, **named: Any) -> None:
+        parse(*arguments, **named)
+        raise Accepted
+
+    for module in {module for module, _ in _COMMANDS.values()}:
+        monkeypatch.setattr(importlib.import_module(f"vi_simsiam.cli.{module}"), "parse", accept)
+
+
+def is_accepted(command: str) -> bool:
+    """Whether the real parser takes the command's options, under `stop_after_options`; a command's bare name counts."""
+    words = shlex.split(command)[1:]
+    if len(words) == 1 and words[0] in _COMMANDS:
+        return True
+    try:
+        return main(words) == 0  # help, which parses nothing
+    except Accepted:
+        return True
+
+
+def messages() -> Iterator[re.Pattern[str]]:
+    """Every text with enough fixed characters in the package's source, what it fills in being anything."""
+    for path in (ROOT / "vi_simsiam").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts = [part.value if isinstance(part, ast.Constant) else None for part in parts]
+            fixed = "".join(text for text in texts if isinstance(text, str))
+            if len(fixed) >= _LEAST_FIXED:
+                yield re.compile("".join(".+" if text is None else re.escape(str(text)) for text in texts), re.DOTALL)
