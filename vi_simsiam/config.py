@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from vi_simsiam.checks import check_types, require
 from vi_simsiam.errors import InputError, none_of
 
 NAMED_DATA = ("fashion-mini", "cifar10", "imagenette", "imagewoof")
@@ -20,38 +21,6 @@ DataMemory = Literal["auto", "gpu", "host"]
 Capture = Literal["auto", "on", "off"]
 BatchNormStatistics = Literal["per-view", "joint"]
 Concentration = Literal["sample", "constant", "global", "shuffled", "detached"]
-
-
-_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "int": (int, "an integer"),
-    "float": ((int, float), "a number"),
-    "bool": (bool, "true or false"),
-    "str": (str, "text"),
-}
-
-
-def _check_types(config: object) -> None:
-    """Refuse 2.5 epochs or "yes" for a flag: values from Python, JSON or YAML come unchecked."""
-    for each in dataclasses.fields(config):  # type: ignore[arg-type]
-        value, kind = getattr(config, each.name), str(each.type).removesuffix(" | None")
-        if value is None and kind != each.type:
-            continue
-        if kind.startswith("tuple"):
-            count, kind = kind.count("float"), "float"
-            values, accepted = value, f"{count} numbers"
-            fits = isinstance(value, tuple) and len(value) == count
-        else:
-            values, accepted, fits = (value,), _KINDS.get(kind, ((), ""))[1], True
-        if kind in _KINDS:
-            fits = fits and all(
-                isinstance(v, _KINDS[kind][0]) and isinstance(v, bool) == (kind == "bool") for v in values
-            )
-            _require(each.name, repr(value), fits, accepted)
-
-
-def _require(name: str, value: object, holds: bool, accepted: str) -> None:
-    if not holds:
-        raise InputError(f"{name}: {value} is not accepted; it must be {accepted}")
 
 
 def _choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
@@ -93,21 +62,21 @@ class AugmentConfig:
     flip_prob: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         for name in ("size", "local_size"):
-            _require(name, getattr(self, name), getattr(self, name) >= 8, "a number of pixels of at least 8")
-        _require("local_views", self.local_views, 0 <= self.local_views <= 14, "between 0 and 14")
+            require(name, getattr(self, name), getattr(self, name) >= 8, "a number of pixels of at least 8")
+        require("local_views", self.local_views, 0 <= self.local_views <= 14, "between 0 and 14")
         for name in ("crop_scale", "local_scale"):
             low, high = getattr(self, name)
-            _require(name, (low, high), 0 < low <= high <= 1, "two numbers with 0 < low <= high <= 1")
+            require(name, (low, high), 0 < low <= high <= 1, "two numbers with 0 < low <= high <= 1")
         low, high = self.crop_ratio
-        _require("crop_ratio", (low, high), 0 < low <= high < math.inf, "two numbers with 0 < low <= high")
+        require("crop_ratio", (low, high), 0 < low <= high < math.inf, "two numbers with 0 < low <= high")
         for name in ("jitter_prob", "grayscale_prob", "blur_prob", "flip_prob"):
-            _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a probability between 0 and 1")
+            require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a probability between 0 and 1")
         jitter_fits = all(math.isfinite(j) and j >= 0 for j in self.jitter) and self.jitter[3] <= 0.5
-        _require("jitter", self.jitter, jitter_fits, "four numbers of at least 0, hue at most 0.5")
+        require("jitter", self.jitter, jitter_fits, "four numbers of at least 0, hue at most 0.5")
         low, high = self.blur_sigma
-        _require("blur_sigma", (low, high), 0 < low <= high < math.inf, "two numbers with 0 < low <= high")
+        require("blur_sigma", (low, high), 0 < low <= high < math.inf, "two numbers with 0 < low <= high")
 
 
 POLICIES: dict[str, AugmentConfig] = {
@@ -156,10 +125,10 @@ class ModelConfig:
     """A second predictor, for views that are smaller than the first one (multi-crop)."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require("dim", self.dim, self.dim >= 2, "at least 2")
+        check_types(self)
+        require("dim", self.dim, self.dim >= 2, "at least 2")
         for name in ("projector_hidden", "predictor_hidden"):
-            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+            require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         _choice("stem", self.stem, get_args(Stem))
         if self.pretrained and self.stem != "imagenet":
             raise InputError("pretrained: ImageNet weights need stem 'imagenet'")
@@ -186,21 +155,21 @@ class LossConfig:
     """Factor on the loss; None for 1/(D - 1) with vi-simsiam and 1 with simsiam."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         for name in ("concentration_scale", "loss_scale"):
             value = getattr(self, name)
-            _require(name, value, value is None or 0 < value < math.inf, "a positive number")
-        _require("concentration_min", self.concentration_min, 0 <= self.concentration_min < math.inf, "at least 0")
+            require(name, value, value is None or 0 < value < math.inf, "a positive number")
+        require("concentration_min", self.concentration_min, 0 <= self.concentration_min < math.inf, "at least 0")
         _choice("concentration", self.concentration, get_args(Concentration))
         value, maximum, constant = self.concentration_value, self.concentration_max, self.concentration == "constant"
         if constant:
-            _require("concentration_value", value, value is not None and 0 < value < math.inf, "a positive number")
+            require("concentration_value", value, value is not None and 0 < value < math.inf, "a positive number")
         else:
-            _require("concentration_value", value, value is None, "None unless concentration is 'constant'")
+            require("concentration_value", value, value is None, "None unless concentration is 'constant'")
         if maximum is not None:
             above = self.concentration_min < maximum < math.inf
-            _require("concentration_max", maximum, above, f"above concentration_min, {self.concentration_min}")
-            _require("concentration_max", maximum, not constant, "None where concentration is 'constant'")
+            require("concentration_max", maximum, above, f"above concentration_min, {self.concentration_min}")
+            require("concentration_max", maximum, not constant, "None where concentration is 'constant'")
 
 
 @dataclass(frozen=True)
@@ -267,27 +236,27 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         _choice("method", self.method, get_args(Method))
         _choice("precision", self.precision, get_args(Precision))
         _choice("data_memory", self.data_memory, get_args(DataMemory))
         _choice("capture", self.capture, get_args(Capture))
         _choice("batch_norm", self.batch_norm, get_args(BatchNormStatistics))
-        _require("epochs", self.epochs, self.epochs >= 1, "at least 1")
-        _require("batch_size", self.batch_size, self.batch_size >= 2, "at least 2 (BatchNorm needs two samples)")
-        _require("lr", self.lr, 0 < self.lr < math.inf, "a positive number")
-        _require("momentum", self.momentum, 0 <= self.momentum < 1, "at least 0 and below 1")
-        _require("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "at least 0")
-        _require("warmup_epochs", self.warmup_epochs, 0 <= self.warmup_epochs < self.epochs, "at least 0, below epochs")
-        _require("clip_norm", self.clip_norm, self.clip_norm is None or 0 < self.clip_norm < math.inf, "positive")
-        _require("seed", self.seed, 0 <= self.seed < 2**63, "at least 0 and below 2**63")
-        _require("workers", self.workers, self.workers is None or self.workers >= 0, "at least 0")
-        _require("log_every", self.log_every, self.log_every is None or self.log_every >= 1, "at least 1")
-        _require("save_every", self.save_every, 0 <= self.save_every < math.inf, "at least 0")
-        _require("images", self.images, self.images is None or self.images >= 2, "at least 2")
-        _require("held_out", self.held_out, 0 <= self.held_out < 1, "a share of at least 0 and below 1")
-        _require("split_seed", self.split_seed, 0 <= self.split_seed < 2**63, "at least 0 and below 2**63")
-        _require("ema", self.ema, self.ema is None or 0 < self.ema < 1, "above 0 and below 1")
+        require("epochs", self.epochs, self.epochs >= 1, "at least 1")
+        require("batch_size", self.batch_size, self.batch_size >= 2, "at least 2 (BatchNorm needs two samples)")
+        require("lr", self.lr, 0 < self.lr < math.inf, "a positive number")
+        require("momentum", self.momentum, 0 <= self.momentum < 1, "at least 0 and below 1")
+        require("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "at least 0")
+        require("warmup_epochs", self.warmup_epochs, 0 <= self.warmup_epochs < self.epochs, "at least 0, below epochs")
+        require("clip_norm", self.clip_norm, self.clip_norm is None or 0 < self.clip_norm < math.inf, "positive")
+        require("seed", self.seed, 0 <= self.seed < 2**63, "at least 0 and below 2**63")
+        require("workers", self.workers, self.workers is None or self.workers >= 0, "at least 0")
+        require("log_every", self.log_every, self.log_every is None or self.log_every >= 1, "at least 1")
+        require("save_every", self.save_every, 0 <= self.save_every < math.inf, "at least 0")
+        require("images", self.images, self.images is None or self.images >= 2, "at least 2")
+        require("held_out", self.held_out, 0 <= self.held_out < 1, "a share of at least 0 and below 1")
+        require("split_seed", self.split_seed, 0 <= self.split_seed < 2**63, "at least 0 and below 2**63")
+        require("ema", self.ema, self.ema is None or 0 < self.ema < 1, "above 0 and below 1")
         self._check_variant()
 
     def _check_variant(self) -> None:
@@ -295,16 +264,16 @@ class TrainConfig:
         kind, frozen = self.loss.concentration, self.frozen_run is not None
         if self.method == "simsiam":
             accepted = "method vi-simsiam; simsiam predicts no concentration"
-            _require("concentration", kind, kind == "sample", accepted)
+            require("concentration", kind, kind == "sample", accepted)
             maximum = self.loss.concentration_max
-            _require("concentration_max", maximum, maximum is None, accepted)
-            _require("frozen_run", self.frozen_run, not frozen, accepted)
+            require("concentration_max", maximum, maximum is None, accepted)
+            require("frozen_run", self.frozen_run, not frozen, accepted)
         if frozen:
-            _require("concentration", kind, kind in ("sample", "global"), "sample or global with frozen_run")
-            _require("ema", self.ema, self.ema is None, "None with frozen_run, whose network does not move")
+            require("concentration", kind, kind in ("sample", "global"), "sample or global with frozen_run")
+            require("ema", self.ema, self.ema is None, "None with frozen_run, whose network does not move")
         augment, local = self.augment, self.model.local_predictor
         has_local = augment.local_views > 0 and augment.local_size < augment.size
-        _require("local_predictor", local, has_local or not local, "False without local views smaller than the others")
+        require("local_predictor", local, has_local or not local, "False without local views smaller than the others")
 
     def located(self) -> TrainConfig:
         """The same with absolute paths, so that a run can be opened from anywhere."""

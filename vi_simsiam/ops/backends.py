@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from vi_simsiam.errors import BackendUnavailableError, none_of
+from vi_simsiam.errors import BackendUnavailableError, InputError, none_of
 
 BACKENDS = ("eager", "triton", "cuda", "cpu")
 """Every backend computes the same function; `eager` is the reference in plain PyTorch."""
