@@ -214,13 +214,16 @@ def test_views_draws_a_row_for_each_image(image_folder: Path, tmp_path: Path) ->
     out = tmp_path / "views.png"
     options = ["--policy", "multicrop", "--size", "24", "--local-size", "12", "--images", "3", "--out", str(out)]
     assert main(["views", "--data", f"folder:{image_folder}", *options]) == 0
-    with Image.open(out) as picture:
-        assert 3 * 24 <= picture.height <= 3 * 24 + 16
-        assert picture.width >= 3 * 24 + 6 * 12
+    with Image.open(out) as picture:  # small views are drawn four times as large
+        assert 4 * 3 * 24 <= picture.height <= 4 * (3 * 24 + 16)
+        assert picture.width >= 4 * (3 * 24 + 6 * 12)
     plain = tmp_path / "plain.png"
     assert main(["views", "--policy", "none", "--size", "28", "--images", "1", "--out", str(plain)]) == 0
     with Image.open(plain) as picture:
         pixels = np.asarray(picture.convert("RGB"))
+    assert pixels.shape[0] == 4 * 28
+    np.testing.assert_array_equal(pixels, pixels[::4, ::4].repeat(4, axis=0).repeat(4, axis=1))
+    pixels = pixels[::4, ::4]
     gap = (pixels.shape[1] - 3 * 28) // 2
     np.testing.assert_array_equal(pixels[:, -28:], pixels[:, 28 + gap : 56 + gap])
     assert pixels[:, -28:].std() > 10

@@ -37,6 +37,8 @@ def test_a_small_kappa_is_judged_by_its_weight_in_the_loss() -> None:
     small = GOOD | {"kappa": 0.003}
     assert verdict(preset("paper"), small).startswith("learned")  # 0.003 x 2047 x 1 = 6
     assert verdict(TrainConfig(), small).startswith("dead")
+    start = GOOD | {"kappa": 0.04, "cosine": 0.03}  # where softplus(-3) lets it start: not dead, and nothing learned
+    assert verdict(TrainConfig(), start).startswith("barely")
     assert verdict(TrainConfig(loss=LossConfig(loss_scale=1.0)), small).startswith("learned")
     detached = TrainConfig(loss=LossConfig(concentration="detached"))
     assert verdict(detached, small).startswith("learned"), "the network is trained by the cosine"

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from PIL import Image
 from rich.console import Console
 
 from vi_simsiam.cli.parsing import parse, said
 from vi_simsiam.config import AugmentConfig, policy
 from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted
+
+
+_LEAST_SHOWN = 112
+"""Side in pixels that a view is drawn with at least, or nearly."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,7 @@ def views(arguments: list[str]) -> int:
     sheet = contact_sheet(source, options.augment, images=options.images, seed=options.seed, skipped=failures.append)
     if failures:
         print(f"warning: {left_out(failures)}")
-    sheet.save(options.out)
+    enlarged = max(1, _LEAST_SHOWN // options.augment.size)  # 28 pixels are too few to look at
+    sheet.resize((sheet.width * enlarged, sheet.height * enlarged), Image.Resampling.NEAREST).save(options.out)
     print(options.out)
     return 0

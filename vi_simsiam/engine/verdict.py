@@ -7,8 +7,8 @@ from vi_simsiam.config import TrainConfig
 COLLAPSE_THRESHOLD = 0.3
 """z-std * sqrt(D) is 1 for directions spread evenly over the sphere and 0 when all images map to one point."""
 _NEAR_ZERO = 0.1
-# A cosine's weight in the gradient; SimSiam's is 1.
-_LEAST_WEIGHT = 0.05
+# Weight of the cosine in the gradient: 1 for SimSiam, near 0.05 for VI-SimSiam at the start.
+_LEAST_WEIGHT = 0.02
 
 
 def verdict(config: TrainConfig, metrics: dict[str, float]) -> str:
