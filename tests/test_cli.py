@@ -168,10 +168,11 @@ def test_train_evaluate_and_resume(image_folder: Path, tmp_path: Path, capsys: p
 
 
 def test_evaluation_without_labels_says_what_it_needs(
-    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = image_folder / "train" / "dark"
-    arguments = ["train", "--data", f"folder:{data}", "--out", str(tmp_path / "run"), *SMALL]
+    monkeypatch.chdir(data.parent)
+    arguments = ["train", "--data", "dark", "--out", str(tmp_path / "run"), *SMALL]
     assert main([*arguments, "--evaluate"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (said,) = [i for i, line in enumerate(lines) if line.startswith("no accuracies at the end: data: ")]

@@ -74,3 +74,9 @@ def test_a_run_killed_while_its_configuration_was_written_is_started_again(image
     Trainer(config(image_folder, epochs=1), folder, overwrite=True, console=QUIET).fit()
     assert not remains.exists()
     assert (folder / "checkpoint.pt").is_file()
+
+
+def test_a_batch_that_is_too_large_is_refused_before_anything_is_decoded(image_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"batch_size: 41 must be at most 40, the images in .*train"):
+        Trainer(config(image_folder, batch_size=41, cache_dir=tmp_path / "cache"), tmp_path / "run", console=QUIET)
+    assert not (tmp_path / "cache").exists()

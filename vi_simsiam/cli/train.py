@@ -156,7 +156,7 @@ def train(arguments: list[str]) -> int:
             try:
                 evaluate_run(load_run(folder, device=str(trainer.device)), world, quiet=options.quiet)
             except InputError as error:  # trained all the same
-                if str(error) != unlabelled:
+                if unlabelled is None:
                     report(f"not evaluated: {error}")
     return 0
 

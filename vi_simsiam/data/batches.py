@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vi_simsiam.config import AugmentConfig
 from vi_simsiam.data.packed import PackedImages
+from vi_simsiam.data.sources import ImageSource
 from vi_simsiam.data.views import GLOBAL_VIEWS, draw_table
 from vi_simsiam.errors import InputError
 from vi_simsiam.text import brief_repr
@@ -39,6 +40,12 @@ def epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
     # Sorting raw generator output: numpy promises that to be the same in every release, unlike `permutation`.
     keys = np.random.Philox(np.random.SeedSequence((seed, epoch))).random_raw(count)
     return np.argsort(keys, kind="stable").astype(np.int64)
+
+
+def check_batch(batch_size: int, images: ImageSource) -> None:
+    """Raise InputError if a batch would hold more images than there are."""
+    if batch_size > len(images):
+        raise InputError(f"batch_size: {batch_size} must be at most {len(images)}, the images in {images.name}")
 
 
 class Schedule:
@@ -70,8 +77,7 @@ class Schedule:
     ) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size: {batch_size} must be at least 1")
-        if batch_size > len(images):
-            raise InputError(f"batch_size: {batch_size} must be at most {len(images)}, the images in {images.name}")
+        check_batch(batch_size, images)
         if seed < 0:
             raise InputError(f"seed: {seed} must be at least 0")
         if world_size < 1:

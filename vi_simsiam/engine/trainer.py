@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from vi_simsiam.config import PLACE_FIELDS, TrainConfig, differing_fields
+from vi_simsiam.data.batches import check_batch
 from vi_simsiam.data.cache import cached
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.loader import MultiViewLoader
@@ -117,8 +118,10 @@ class Trainer:
         self.loss_scale = default_scale if config.loss.loss_scale is None else config.loss.loss_scale
 
         with self.world.main_first():  # it decodes the images if that is to be done, and the others find them
+            source = (splits or open_splits(config)).train
+            check_batch(config.batch_size, source)  # known before all are decoded
             images, unreadable = cached(
-                (splits or open_splits(config)).train,
+                source,
                 cache_dir=config.cache_dir,
                 workers=config.workers,
                 console=None if quiet else self.console,
