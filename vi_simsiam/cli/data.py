@@ -15,7 +15,6 @@ from vi_simsiam.config import AugmentConfig, policy
 from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted
 
-
 _LEAST_SHOWN = 112
 """Side in pixels that a view is drawn with at least, or nearly."""
 
