@@ -163,13 +163,13 @@ def test_simsiam_is_embedded_without_uncertainty(
         ("RUN IMAGES --out OUT.parquet --batch-size 0", "batch_size: 0"),
         (
             "RUN IMAGES/nothing --out OUT.parquet",
-            "images: IMAGES/nothing is not there; give a folder, an image, fashion",
+            "images: IMAGES/nothing is not there; give an image, a folder of images, a pack file, or one of fashion",
         ),
         ("RUN BAD --out OUT.parquet", "images: BAD has 2 images, but none that can be read: BAD/broken.png"),
         ("RUN EMPTY --out OUT.parquet", "images: EMPTY holds no image"),
         ("RUN IMAGES --out OUT.parquet --reference EMPTY", "EMPTY holds no image"),
         ("IMAGES IMAGES --out OUT.parquet", "run: IMAGES holds no run"),
-        ("RUN --out OUT.parquet", "required"),
+        ("RUN --out OUT.parquet", "missing: IMAGES (a folder"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(

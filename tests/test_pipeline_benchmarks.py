@@ -205,7 +205,10 @@ def test_images_come_from_folders_too(image_folder: Path, tmp_path: Path) -> Non
     for data in ("fashion-mini", "imagenette", "folder:"):  # before anything is opened, or downloaded
         with pytest.raises(InputError, match=f"data: '{data}' must be generated or folder:PATH"):
             images.image_files(data, tmp_path, count=4, sides=(8, 8))
-    with pytest.raises(InputError, match="data: 'x' must be generated, fashion-mini, folder:PATH, pack:FILE, cifar10"):
+    with pytest.raises(
+        InputError,
+        match="data: 'x' must be generated, a folder of images, a pack file, or one of fashion-mini, cifar10",
+    ):
         images.labelled_images("x", tmp_path, tmp_path, images=None, side=8)
     splits = images.labelled_images(f"folder:{image_folder}", tmp_path, tmp_path, images=6, side=0)
     assert len(splits.train) == 6

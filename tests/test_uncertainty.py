@@ -238,7 +238,7 @@ def test_the_runs_own_images_are_no_other_data_set(tmp_path: Path) -> None:
     for twice in (["cifar10", "cifar10"], ["near=cifar10", "far=cifar10"]):
         with pytest.raises(InputError, match="twice"):
             evaluate(run, ood=twice)
-    with pytest.raises(InputError, match="data: 'mars' must be"):
+    with pytest.raises(InputError, match="data: 'mars' is not there"):
         evaluate(run, ood=["far=mars"])
     assert not (run.path / "uncertainty.json").exists()
 
@@ -384,4 +384,4 @@ def test_the_command_prints_a_table_and_writes_the_file(
     assert f"kappa is ahead of the best trivial score in {ahead} of {compared} comparisons" in printed
     assert "fashion-mini (near)" in printed
     assert main(["uncertainty", str(out), "--ood", "mars"]) == 2
-    assert capsys.readouterr().err.startswith("vi-simsiam: data: 'mars' must be")
+    assert capsys.readouterr().err.startswith("vi-simsiam: data: 'mars' is not there")

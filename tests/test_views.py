@@ -326,7 +326,7 @@ def test_views_leaves_out_what_train_leaves_out(
     said = capsys.readouterr().out
     assert said == f"warning: 1 unreadable image left out: {broken} (an empty file)\n{out}\n"
     with Image.open(out) as picture:
-        assert picture.height == 2 * 16 + 4
+        assert picture.height == 7 * (2 * 16 + 4)  # small views are enlarged, to at most 112 pixels
 
 
 def test_eval_view_is_the_centre_of_the_resized_image() -> None:
