@@ -101,7 +101,7 @@ def train(arguments: list[str]) -> int:
         raise InputError("resume: say which run with --out")
 
     from vi_simsiam.engine.distributed import joined
-    from vi_simsiam.engine.run import load_run, open_splits
+    from vi_simsiam.engine.run import check_folder, load_run, open_splits
     from vi_simsiam.engine.seeds import SEEDS, run_seeds
     from vi_simsiam.engine.trainer import Trainer
     from vi_simsiam.evaluation.features import labelled_splits
@@ -114,6 +114,8 @@ def train(arguments: list[str]) -> int:
 
     with joined(options.config.device) as world:
         report = print if world.is_main and not options.quiet else lambda line: None
+        if options.out is not None:  # known before anything is downloaded
+            check_folder(options.out.expanduser(), resume=options.resume, overwrite=options.overwrite)
         with world.main_first():  # it downloads the images if that is to be done
             splits = open_splits(options.config)
         if start.open:
