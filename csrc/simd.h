@@ -27,7 +27,7 @@ inline Simd choose_simd() {
   if (__builtin_cpu_supports("avx512f")) widest = Simd::avx512;
 #endif
   const char* const asked = std::getenv("VI_SIMSIAM_SIMD");
-  if (asked == nullptr) return widest;
+  if (asked == nullptr || *asked == '\0') return widest;
   const char* const names[] = {"baseline", "avx2", "avx512"};
   std::string accepted;
   for (int i = 0; i <= int(widest); ++i) {

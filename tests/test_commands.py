@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from vi_simsiam.cli import _COMMANDS, main
 from vi_simsiam.cli.tools import BENCHMARKS
-from vi_simsiam.config import PRESETS, TrainConfig
+from vi_simsiam.config import POLICIES, PRESETS, TrainConfig
 from vi_simsiam.engine.run import read_config
 from vi_simsiam.engine.trainer import Trainer
 
@@ -209,19 +210,49 @@ def test_the_package_loads_what_is_used() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
-def test_exported_programs_find_the_operator(tmp_path: Path) -> None:
-    """`import vi_simsiam.functional` registers the operator that a program saved by torch.export calls."""
-    save = (
-        "import torch; from vi_simsiam.functional import power_spherical_loss as loss\n"
-        "class M(torch.nn.Module):\n"
-        "    def forward(self, p, z): return loss(p, z)\n"
-        "program = torch.export.export(M(), (torch.ones(2, 3, 5), torch.ones(2, 3, 4)))\n"
-        f"torch.export.save(program, {str(tmp_path / 'loss.pt2')!r})"
-    )
-    load = (
-        "import torch, vi_simsiam.functional\n"
-        f"module = torch.export.load({str(tmp_path / 'loss.pt2')!r}).module()\n"
-        "assert module(torch.ones(2, 3, 5), torch.ones(2, 3, 4)).isfinite()"
-    )
-    for code in (save, load):
-        subprocess.run([sys.executable, "-c", code], check=True)
+def test_what_was_asked_for_is_not_refused_for_a_default(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Options are checked against the settings that suit the images, not against those that they take the place of."""
+    began: list[TrainConfig] = []
+    monkeypatch.setattr(Trainer, "fit", lambda trainer: began.append(trainer.config))
+    monkeypatch.chdir(tmp_path)
+    data = f"train --data {image_folder} --device cpu --workers 0"
+    assert run(f"{data} --local-views 2 --local-predictor --size 96", capsys)[0] == 0
+    assert (began[0].augment.local_views, began[0].augment.local_size) == (2, 41)
+    assert run(f"{data} --size 64 --warmup-epochs 300", capsys)[0] == 0
+    assert (began[1].epochs, began[1].warmup_epochs) == (400, 300)
+    assert "warmup_epochs: 500" in refused(f"{data} --size 64 --warmup-epochs 500", capsys)
+
+
+def test_a_policy_goes_before_a_file(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    began: list[TrainConfig] = []
+    monkeypatch.setattr(Trainer, "fit", lambda trainer: began.append(trainer.config))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("crop_scale: [0.9, 1]\nlocal_views: 1\nsize: 24\ndim: 64\n")
+    assert run(f"train --data {image_folder} --device cpu --config mine.yaml --policy multicrop", capsys)[0] == 0
+    augment = began[0].augment
+    assert (augment.size, augment.local_views, augment.crop_scale) == (24, 6, POLICIES["multicrop"].crop_scale)
+    assert began[0].model.dim == 64
+
+
+def test_a_frozen_run_gives_its_model(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = f"train --data {image_folder} --epochs 1 --device cpu --workers 0 --quiet"
+    model = "--dim 24 --projector-hidden 16 --predictor-hidden 16 --size 20"
+    assert run(f"{small} --method simsiam --out simsiam {model}", capsys)[0] == 0
+    code, out, _ = run(f"{small} --frozen-run simsiam --out fitted", capsys)
+    assert code == 0
+    assert out.startswith("kappa fitted: ")
+    fitted, simsiam = read_config(tmp_path / "fitted"), read_config(tmp_path / "simsiam")
+    assert (fitted.model, fitted.augment.size) == (simsiam.model, 20)
+
+
+def test_one_image_is_too_few(tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "photos").mkdir()
+    shutil.copy(image_folder / "train" / "dark" / "00.png", tmp_path / "photos")
+    assert "photos has 1 image; training needs at least 2" in refused(f"train --data {tmp_path / 'photos'}", capsys)

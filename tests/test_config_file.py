@@ -26,7 +26,7 @@ def test_a_runs_configuration_comes_back(tmp_path: Path) -> None:
 
 def test_settings_stand_side_by_side_or_in_their_parts(tmp_path: Path) -> None:
     """YAML takes 1e-3 for text; a setting that is not in the file keeps its value."""
-    flat = "epochs: 20\nlr: 1e-3\nsize: 64\nbatch-size: 32\ncrop_scale: [0.3, 1]\nclip_norm: 1\nout_of: 3\n"
+    flat = "epochs: 20\nlr: 1e-3\nsize: 64\nbatch-size: 32\ncrop_scale: [3e-1, 1]\nclip_norm: 1\nout_of: 3\n"
     with pytest.raises(InputError, match="config: no setting is called 'out_of'"):
         updated(TrainConfig(), settings(tmp_path, flat))
     nested = "epochs: 20\nlr: 1e-3\nbatch_size: 32\nclip_norm: 1.0\naugment:\n  size: 64\n  crop_scale: [0.3, 1.0]\n"
@@ -41,7 +41,10 @@ def test_settings_stand_side_by_side_or_in_their_parts(tmp_path: Path) -> None:
     [
         ("epoch: 3", "config: no setting is called 'epoch'; did you mean 'epochs'?"),
         ("augment: {sise: 3}", "config: no setting is called 'sise'; did you mean 'size'?"),
-        ("augment: 3", "config: no setting is called 'augment'"),
+        ("augment: 3", "config: augment: 3 is not accepted; it must hold settings by name"),
+        ("augment:", "config: augment: None is not accepted"),
+        ("data_root: 3", "data_root: 3 is not accepted; it must be a path"),
+        ("frozen_run: [a]", "frozen_run: ['a'] is not accepted; it must be a path"),
         ("epochs: many", "epochs: 'many' is not accepted; it must be an integer"),
         ("lr: fast", "lr: 'fast' is not accepted; it must be a number"),
         ("compile: 1", "compile: 1 is not accepted; it must be true or false"),

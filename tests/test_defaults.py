@@ -65,7 +65,7 @@ def test_what_was_asked_for_decides_the_rest() -> None:
 
 def test_a_batch_fits_into_few_images() -> None:
     assert suited(TrainConfig(), images(20, 16)).batch_size == 20
-    assert suited(TrainConfig(), images(1, 16)).batch_size == 2
+    assert suited(TrainConfig(), images(63, 16), ranks=4).batch_size == 60
 
 
 def test_the_size_is_the_median_of_the_shorter_sides(tmp_path: Path) -> None:

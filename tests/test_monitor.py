@@ -42,7 +42,7 @@ def test_the_bar_and_its_figures_fit_in_80_columns(tmp_path: Path) -> None:
     assert "…" not in shown
 
 
-def test_the_time_is_told_once_from_steps_after_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_is_printed_once_from_steps_after_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first step takes longer and does not count; three seconds and steps are waited for."""
     now = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])

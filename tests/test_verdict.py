@@ -74,15 +74,30 @@ def test_a_short_run_gets_no_advice() -> None:
         ),
         (TrainConfig(epochs=20), 1_281_167, 2000, r"--size 64 --epochs 4 --images \d+"),
         (TrainConfig(epochs=400, augment=AugmentConfig(size=28)), 8000, 3, r"--epochs \d+"),
+        (
+            TrainConfig(epochs=400, warmup_epochs=50, augment=AugmentConfig(size=28)),
+            8000, 30, r"--epochs 4 --warmup-epochs 0.4 --images \d+",
+        ),
+        (
+            TrainConfig(augment=AugmentConfig(local_views=6), model=ModelConfig(local_predictor=True)),
+            9469, 80, r"--local-views 0 --no-local-predictor --size 64 --epochs \d+",
+        ),
     ],
 )  # fmt: skip
-def test_a_long_run_is_told_how_to_be_short(config: TrainConfig, images: int, hours: float, options: str) -> None:
+def test_a_long_run_gets_the_options_of_a_short_one(
+    config: TrainConfig, images: int, hours: float, options: str
+) -> None:
     line = duration_line(config, images, hours * 3600)
+    assert duration_line(config, images, hours * 3600, resumed=True) == line.split(";")[0], "settings are fixed"
     found = re.fullmatch(rf"about \d+ (h|days) to go on this CPU; ({options}): about (\d+) min", line)
     assert found is not None, line
     assert 1 <= int(found[3]) <= 20
     if epochs := re.search(r"--epochs (\d+)", line):
         assert 4 <= int(epochs[1]) <= config.epochs
+
+
+def test_no_more_images_are_proposed_than_there_are() -> None:
+    assert "--images" not in duration_line(TrainConfig(epochs=4), 70, 1e7)
 
 
 def test_the_estimate_follows_the_measured_steps() -> None:

@@ -25,7 +25,9 @@ _HOMES = {
     "SimSiam": "models",
     "VISimSiam": "models",
 }
-_MODULES = ("config", "data", "distributions", "engine", "errors", "export", "functional", "models", "nn")
+_MODULES = (
+    "config", "data", "distributions", "engine", "errors", "export", "functional", "heads", "inference", "models", "nn", "ops",
+)  # fmt: skip
 
 
 def load(run_folder: str | Path, device: str = "auto") -> Encoder:

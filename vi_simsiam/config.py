@@ -306,9 +306,10 @@ class TrainConfig:
             values = {
                 name: nested[name](**_tuples(value)) if name in nested else value for name, value in plain.items()
             }
-            paths: dict[str, Any] = {"data_root": Path(plain.get("data_root", "data"))}
-            for name in ("cache_dir", "frozen_run"):
-                given = plain.get(name)
+            paths: dict[str, Any] = {}
+            for name, default in (("data_root", "data"), ("cache_dir", None), ("frozen_run", None)):
+                given = plain.get(name, default)
+                require(name, repr(given), isinstance(given, str) or given is default, "a path")
                 paths[name] = None if given is None else Path(given)
             return cls(**{**values, **paths})
         except InputError:

@@ -32,7 +32,9 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise InputError(f"config: {path} holds no settings; a line is a setting and its value, such as epochs: 20")
     settings: dict[str, Any] = {}
     for name, value in content.items():
-        inside = value if name in _PARTS and isinstance(value, dict) else {name: value}
+        if name in _PARTS and not isinstance(value, dict):
+            raise InputError(f"config: {name}: {value!r} is not accepted; it must hold settings by name")
+        inside = value if name in _PARTS else {name: value}
         settings |= {str(key).replace("-", "_"): each for key, each in inside.items()}
     return settings
 
@@ -51,7 +53,7 @@ def updated(config: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
         field.name
         for part in (config, *(getattr(config, name) for name in _PARTS))
         for field in dataclasses.fields(part)
-        if str(field.type).startswith("float")
+        if "float" in str(field.type)
     }
     for name, value in settings.items():
         if name not in homes:
@@ -62,6 +64,8 @@ def updated(config: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
 
 def _number(value: Any) -> Any:
     """YAML takes 1e-3, without a point, for text."""
+    if isinstance(value, list):
+        return [_number(each) for each in value]
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:

@@ -61,7 +61,7 @@ def said(arguments: list[str], option: str) -> str | None:
     for place, word in enumerate(arguments):
         given, _, attached = word.partition("=")
         if given.replace("_", "-") == option:
-            value = attached or (arguments[place + 1] if place + 1 < len(arguments) else "")
+            value = attached or (arguments[place + 1] if place + 1 < len(arguments) else None)
     return value
 
 

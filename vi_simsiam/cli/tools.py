@@ -29,7 +29,7 @@ class _Info:
 
 
 def info(arguments: list[str]) -> int:
-    """Say what is installed here."""
+    """Print what is installed here, and what runs."""
     options = parse("info", _Info, arguments)
 
     from vi_simsiam.info import facts, report

@@ -48,6 +48,10 @@ on a CPU in a few minutes. Size, length and network suit the images wherever you
 vi-simsiam train --help-all lists all options, with their defaults."""
 
 
+_SMALLEST = 8
+_MANY_EPOCHS = 10**9
+
+
 @dataclass(frozen=True)
 class _Train:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
@@ -85,7 +89,12 @@ class _Start:
 
     @property
     def default(self) -> _Train:
-        return _Train(updated(self.config, self.settings))
+        """What options are read over at first: with `open` nothing that they could contradict before it is fitted."""
+        config = self.config
+        if self.open:
+            augment = dataclasses.replace(config.augment, local_size=_SMALLEST)
+            config = dataclasses.replace(config, epochs=_MANY_EPOCHS, augment=augment)
+        return _Train(updated(config, self.settings))
 
 
 def train(arguments: list[str]) -> int:
@@ -94,7 +103,7 @@ def train(arguments: list[str]) -> int:
         print(_HELP)
         return 0
     if "--help-all" in arguments:
-        arguments = ["--help"]
+        parse("train", _Train, ["--help"], default=_Train(TrainConfig()))
     start = _starting_point(arguments)
     options = parse("train", _Train, arguments, default=start.default)
     if options.resume and options.out is None:
@@ -119,9 +128,10 @@ def train(arguments: list[str]) -> int:
         with world.main_first():  # it downloads the images if that is to be done
             splits = open_splits(options.config)
         if start.open:
-            config, line = _suited(arguments, start, options.config, splits)
+            config, line = _suited(arguments, start, options.config, splits, world.size)
             options = dataclasses.replace(options, config=config)
-            report(line)
+            if line:
+                report(line)
         unlabelled = None
         if options.evaluate:
             try:
@@ -164,39 +174,58 @@ def train(arguments: list[str]) -> int:
 
 
 def _starting_point(arguments: list[str]) -> _Start:
-    """The saved configuration on --resume, else the preset's, with --config's settings."""
+    """The saved configuration on --resume, else the preset's, with --config's settings and over them --policy's."""
+    from vi_simsiam.engine.run import CONFIG, read_config
+
     name, out, views = (said(arguments, option) for option in ("--preset", "--out", "--policy"))
     file = said(arguments, "--config")
-    if "--resume" in arguments and name is None and out and (Path(out) / "config.json").is_file():
-        from vi_simsiam.engine.run import read_config
-
+    saved = None if out is None else Path(out).expanduser()
+    if "--resume" in arguments and name is None and saved is not None and (saved / CONFIG).is_file():
         if file is not None:
             raise InputError("config, resume: only one of them can be said; a run goes on with its own settings")
-        return _Start(read_config(Path(out)), {}, None, open=False)
+        return _Start(read_config(saved), {}, None, open=False)
     config = preset(name or "default")
     augment = None if views is None else policy(views)
     if augment is not None:
         config = dataclasses.replace(config, augment=augment)
-    return _Start(config, {} if file is None else read_settings(Path(file)), augment, open=name is None)
+    settings = {} if file is None else read_settings(Path(file))
+    if augment is not None:
+        replaced = {field.name for field in dataclasses.fields(augment)} - {"size", "local_size"}
+        settings = {name: value for name, value in settings.items() if name not in replaced}
+    return _Start(config, settings, augment, open=name is None)
 
 
-def _suited(arguments: list[str], start: _Start, given: TrainConfig, splits: Splits) -> tuple[TrainConfig, str]:
-    """The configuration where what is not said suits the images, and a line that names what was chosen."""
+def _suited(
+    arguments: list[str], start: _Start, given: TrainConfig, splits: Splits, ranks: int
+) -> tuple[TrainConfig, str]:
+    """The configuration where what is not said suits the images, and a line that names what was chosen, if anything was."""
     from vi_simsiam.data.decoding import median_side
     from vi_simsiam.data.defaults import FITTED, suited
+    from vi_simsiam.engine.run import CONFIG, read_config
 
+    if len(splits.train) < 2:
+        raise InputError(f"data: {splits.name} has {counted(len(splits.train), 'image')}; training needs at least 2")
     fixed = {name for name in FITTED if name in start.settings or said(arguments, _option(name)) is not None}
     if start.views is not None:
         fixed |= {"crop_scale", "blur_prob"}
         if start.views.size != AugmentConfig.size:
             fixed |= {"size"}
+    frozen = given.frozen_run and given.frozen_run.expanduser()
+    network = read_config(frozen) if frozen and (frozen / CONFIG).is_file() else None
+    if network is not None and "size" not in fixed:
+        given = dataclasses.replace(given, augment=dataclasses.replace(given.augment, size=network.augment.size))
+        fixed |= {"size"}
     config = suited(
         given,
         splits.train,
         views=start.views,
         size=given.augment.size if "size" in fixed else None,
         epochs=given.epochs if "epochs" in fixed else None,
+        ranks=ranks,
     )
+    if network is not None:  # its weights fit no other model
+        config = dataclasses.replace(config, model=network.model)
+        fixed |= {"stem", "dim"}
     options = parse("train", _Train, arguments, default=_Train(updated(config, start.settings)))
     values = dataclasses.asdict(options.config)
     values |= values["augment"] | values["model"]
@@ -204,6 +233,8 @@ def _suited(arguments: list[str], start: _Start, given: TrainConfig, splits: Spl
     chosen = " ".join(f"{_option(name)} {_words(values[name])}" for name in left)
     side = median_side(splits.train)
     images = f"{counted(len(splits.train), 'image')} of {side} pixels" if side else counted(len(splits.train), "image")
+    if not left:
+        return options.config, ""
     embedded = "" if said(arguments, "--data") or "data" in start.settings else ", the embedded images"
     return options.config, f"settings that suit {splits.name}{embedded} ({images}): {chosen}"
 

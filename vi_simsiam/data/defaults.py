@@ -43,6 +43,7 @@ def suited(
     views: AugmentConfig | None = None,
     size: int | None = None,
     epochs: int | None = None,
+    ranks: int = 1,
 ) -> TrainConfig:
     """`config` with the settings of `FITTED` as they suit the training images.
 
@@ -53,20 +54,25 @@ def suited(
 
     Args:
         config: gives all other settings.
-        source: the training images; a batch holds no more than all of them.
+        source: the training images; a batch holds no more than all of them, and at least 2.
         views: the augmentation that was asked for, of which only the sizes are fitted; None for one that is fitted, too.
         size: the side of the global views, where it was asked for.
         epochs: the length of the run, where it was asked for.
+        ranks: processes that share every batch evenly.
     """
     size = size or suited_size(source)
     tiny = size <= _TINY
     start = PRESETS["demo" if tiny else "default"]
-    augment = views or dataclasses.replace(start.augment, blur_prob=0.0 if size <= _SMALL else start.augment.blur_prob)
+    augment = views or dataclasses.replace(
+        start.augment,
+        blur_prob=0.0 if size <= _SMALL else start.augment.blur_prob,
+        local_views=config.augment.local_views,
+    )
     epochs = epochs or _epochs(len(source), tiny)
     return dataclasses.replace(
         config,
         epochs=epochs,
-        batch_size=max(2, min(start.batch_size, len(source))),
+        batch_size=max(2, min(start.batch_size, len(source)) // ranks * ranks),
         lr=start.lr,
         warmup_epochs=epochs / (8 if tiny else 20),
         augment=sized(augment, size),

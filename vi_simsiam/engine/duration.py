@@ -14,21 +14,22 @@ _FIXED = 625
 _STEM: dict[Stem, int] = {"imagenet": 1, "small": 13}
 
 
-def duration_line(config: TrainConfig, images: int, seconds: float) -> str:
+def duration_line(config: TrainConfig, images: int, seconds: float, *, resumed: bool = False) -> str:
     """How long the rest of a run will take, and for a long one the options of about a quarter of an hour.
 
     Args:
         config: of the run.
         images: number of training images.
         seconds: that the rest will take at the speed of the first steps.
+        resumed: whether the run goes on with settings that cannot be changed any more.
     """
     text = f"{duration(seconds)} to go on this CPU"
-    if seconds <= _LONG:
+    if seconds <= _LONG or resumed:
         return text
     augment, model = config.augment, config.model
     size, stem, options = augment.size, model.stem, []
     if augment.local_views:
-        options.append("--local-views 0")
+        options.append("--local-views 0" + (" --no-local-predictor" if model.local_predictor else ""))
     if size > _SMALLER:
         size = _SMALLER
         options.append(f"--size {size}")
@@ -41,9 +42,11 @@ def duration_line(config: TrainConfig, images: int, seconds: float) -> str:
         fewest = min(_FEWEST_EPOCHS, config.epochs)
         epochs = max(fewest, int(config.epochs * _SHORT / shorter))
         options.append(f"--epochs {epochs}")
+        if config.warmup_epochs >= epochs:
+            options.append(f"--warmup-epochs {epochs / 10:g}")
         shorter *= epochs / config.epochs
-    if shorter > _SHORT:
-        fewer = max(2 * config.batch_size, int(images * _SHORT / shorter))
+    fewer = max(2 * config.batch_size, int(images * _SHORT / shorter))
+    if shorter > _SHORT and fewer < images:
         options.append(f"--images {fewer}")
         shorter *= fewer / images
     return f"{text}; {' '.join(options)}: {duration(shorter)}"

@@ -50,6 +50,8 @@ class _Seed(Process):
         # A run that ended before its first checkpoint may have left a folder, which only --overwrite takes.
         again = "--resume" if (self.folder / CHECKPOINT).is_file() else "--overwrite"
         resumed = [again] if resume else []
+        if resumed == ["--resume"]:  # the run goes on with its own settings
+            arguments = _without(arguments, {"--config": True})
         self.start([*command, *arguments, *own, *resumed], threads=threads, append=resume)
 
     def result(self) -> dict[str, Any]:
@@ -100,7 +102,7 @@ def run_seeds(
     console = console or Console()
     out = out.expanduser().absolute()
     resume, overwrite = "--resume" in arguments, "--overwrite" in arguments
-    given = _without_own(arguments)
+    given = _without(arguments, _OWN_OPTIONS)
     before = _check(out, seeds, first_seed, resume=resume, overwrite=overwrite)
     if before is not None:
         given = [*before["arguments"], *given]
@@ -252,15 +254,15 @@ def _is_running(process: object, folder: Path) -> bool:
         return False
 
 
-def _without_own(arguments: Sequence[str]) -> list[str]:
-    """`arguments` without the options that every run gets anew."""
+def _without(arguments: Sequence[str], options: dict[str, bool]) -> list[str]:
+    """`arguments` without some options, of which is known whether a value follows."""
     kept, skip = [], False
     for word in arguments:
         name, equals, _ = word.partition("=")
         if skip:
             skip = False
-        elif name in _OWN_OPTIONS:
-            skip = _OWN_OPTIONS[name] and not equals
+        elif name in options:
+            skip = options[name] and not equals
         else:
             kept.append(word)
     return kept

@@ -214,7 +214,7 @@ class Trainer:
                 self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _duration(self, seconds: float) -> str:
-        return duration_line(self.config, len(self.loader.source), seconds)
+        return duration_line(self.config, len(self.loader.source), seconds, resumed=self.resume)
 
     def _replay(self) -> Captured | None:
         """On a GPU the whole step, ready to be called; None where batches come from the loader."""
