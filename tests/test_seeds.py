@@ -110,9 +110,10 @@ def test_runs_are_at_the_same_time(run: Callable[..., tuple[int, str]], tmp_path
 
 def test_a_seed_that_fails_leaves_the_others_alone(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    code, said = run("--fail=1", seeds=3)
+    code, said = run("--fail=1", "--config", "mine.yaml", seeds=3)
     assert code == 1
     assert states(out) == ["done", "failed", "done"]
+    assert calls(out, 1)[0][0][:3] == ["--fail=1", "--config", "mine.yaml"]
     assert "seed 1: failed with exit code 2: vi-simsiam: the loss is not finite at step 2 (see" in said
     assert "2 of 3 runs done" in said
     assert "--resume" in said
@@ -122,7 +123,8 @@ def test_a_seed_that_fails_leaves_the_others_alone(run: Callable[..., tuple[int,
     assert code == 0
     assert states(out) == ["done"] * 3
     assert len(calls(out, 0)) == 1, "what is finished stays finished"
-    assert calls(out, 1)[1][0] == ["--fail=1", "--seed", "1", "--out", str(out / "seed-1"), "--resume"]
+    resumed = ["--fail=1", "--seed", "1", "--out", str(out / "seed-1"), "--resume"]
+    assert calls(out, 1)[1][0] == resumed, "with the settings that it began with, not those of the file today"
     assert "runs/hour" not in said, "only a part of them was run"
     assert json.loads((out / "seeds.json").read_text())["runs_per_hour"] is None
 
