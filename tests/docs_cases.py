@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from vi_simsiam.cli import _COMMANDS, main
+from vi_simsiam.cli import main
+from vi_simsiam.cli.commands import COMMANDS
 from vi_simsiam.cli.parsing import parse
 
 ROOT = Path(__file__).parents[1]
@@ -49,14 +50,14 @@ def stop_after_options(monkeypatch: pytest.MonkeyPatch) -> None:
         parse(*arguments, **named)
         raise Accepted
 
-    for module in {module for module, _ in _COMMANDS.values()}:
+    for module in {module for module, _ in COMMANDS.values()}:
         monkeypatch.setattr(importlib.import_module(f"vi_simsiam.cli.{module}"), "parse", accept)
 
 
 def is_accepted(command: str) -> bool:
     """Whether the real parser takes the command's options, under `stop_after_options`; a command's bare name counts."""
     words = shlex.split(command)[1:]
-    if len(words) == 1 and words[0] in _COMMANDS:
+    if len(words) == 1 and words[0] in COMMANDS:
         return True
     try:
         return main(words) == 0  # help, which parses nothing

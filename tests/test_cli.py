@@ -103,7 +103,8 @@ def test_bad_input_is_one_line(
 ) -> None:
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "CORRUPT").mkdir()
-    (tmp_path / "CORRUPT" / "broken.png").write_bytes(b"\x89PNG and then nothing")
+    for name in ("broken.png", "empty.png"):
+        (tmp_path / "CORRUPT" / name).write_bytes(b"\x89PNG and then nothing")
     arguments = arguments.replace("CORRUPT", str(tmp_path / "CORRUPT"))
     arguments = arguments.replace("IMAGES", str(image_folder))
     given = arguments.replace("EMPTY", str(tmp_path / "EMPTY")).replace("OUT", str(tmp_path / "OUT"))

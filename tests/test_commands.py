@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import os
 import re
 import shutil
 import subprocess
@@ -12,13 +14,17 @@ from typing import Any
 
 import pytest
 
-from vi_simsiam.cli import _COMMANDS, main
-from vi_simsiam.cli.tools import BENCHMARKS
-from vi_simsiam.config import POLICIES, PRESETS, TrainConfig
+from vi_simsiam.cli import main
+from vi_simsiam.cli.commands import BENCHMARKS
+from vi_simsiam.cli.commands import COMMANDS as BY_NAME
+from vi_simsiam.config import POLICIES, PRESETS, AugmentConfig, TrainConfig
+from vi_simsiam.data import contact_sheet
+from vi_simsiam.data.datasets import open_dataset
+from vi_simsiam.data.defaults import suited
 from vi_simsiam.engine.run import read_config
 from vi_simsiam.engine.trainer import Trainer
 
-COMMANDS = [[name] for name in _COMMANDS if name != "bench"] + [["bench", name] for name in BENCHMARKS]
+COMMANDS = [[name] for name in BY_NAME if name != "bench"] + [["bench", name] for name in BENCHMARKS]
 # What each needs that cannot be left out; the others run bare.
 NEEDS = {
     **dict.fromkeys(["evaluate", "knn", "linear", "logistic", "figures", "uncertainty", "report"], "RUN"),
@@ -126,6 +132,7 @@ def test_a_wrong_path(arguments: str, tmp_path: Path, capsys: pytest.CaptureFixt
         ("export runs/x --format tim", "'timm'"),
         ("experiment control", "'controls'"),
         ("linear /nowhere --preset papr", "'paper'"),
+        ("train photos", "--data photos"),
     ],
 )
 def test_a_typing_error_gets_the_nearest_word(
@@ -138,7 +145,7 @@ def test_a_typing_error_gets_the_nearest_word(
 def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     usage = run("--help", capsys)
     assert usage[0] == 0
-    assert all(f"  {name} " in usage[1] for name in _COMMANDS)
+    assert all(f"  {name} " in usage[1] for name in BY_NAME)
     assert run("help", capsys) == run("-h", capsys) == usage
     assert run([], capsys) == (2, *usage[1:])
     assert re.fullmatch(r"vi-simsiam \d\S+\n", run("--version", capsys)[1])
@@ -256,3 +263,62 @@ def test_one_image_is_too_few(tmp_path: Path, image_folder: Path, capsys: pytest
     (tmp_path / "photos").mkdir()
     shutil.copy(image_folder / "train" / "dark" / "00.png", tmp_path / "photos")
     assert "photos has 1 image; training needs at least 2" in refused(f"train --data {tmp_path / 'photos'}", capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train --epochs one", "--epochs: 'one' is not accepted; it must be an integer"),
+        ("train --lr fast", "--lr: 'fast' is not accepted; it must be a number"),
+        ("train --data", "--data: a value is missing"),
+        ("train --crop-scale 0.2", "--crop-scale: it takes 2 values"),
+        ("knn --nothing 3", "run: a value is missing"),
+        ("train --data IMAGE", "is an image; give the folder that it lies in"),
+        ("views --out /nowhere/views.png", "vi-simsiam: /nowhere/views.png: No such file or directory"),
+    ],
+)
+def test_messages_in_our_own_words(
+    arguments: str, message: str, image_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = image_folder / "train" / "dark" / "00.png"
+    assert message in refused(arguments.replace("IMAGE", str(image)), capsys)
+
+
+def test_views_are_those_that_train_makes(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn: list[AugmentConfig] = []
+    sheet = contact_sheet.contact_sheet
+    monkeypatch.setattr(
+        contact_sheet,
+        "contact_sheet",
+        lambda source, views, **more: (drawn.append(views), sheet(source, views, **more))[1],
+    )
+    monkeypatch.chdir(tmp_path)
+    for options in ("", " --size 96", " --policy simsiam", " --flip-prob 0"):
+        assert run(f"views --data {image_folder}{options}", capsys)[0] == 0
+    fitted, large, policy, still = drawn
+    assert fitted == suited(TrainConfig(), open_dataset(str(image_folder)).train).augment
+    assert (large.size, large.blur_prob) == (96, 0.5)
+    assert (policy.size, policy.blur_prob, policy.crop_scale) == (16, 0.5, (0.2, 1.0))
+    assert still == dataclasses.replace(fitted, flip_prob=0.0)
+
+
+def test_output_that_nobody_reads_is_no_error() -> None:
+    """As after `| head -1`: no message, the exit code of a program that SIGPIPE ends."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "vi_simsiam", "--help"]
+    process = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (process.returncode, process.stderr) == (141, b"")
+
+
+def test_names_that_the_terminal_cannot_print_are_escaped(image_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "f\u00fcnf"
+    shutil.copytree(image_folder / "train" / "dark", data)
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "vi_simsiam", "views", "--data", str(data), "--out", str(data / "views.png")]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert "f\\xfcnf" in process.stdout

@@ -52,7 +52,7 @@ def test_settings_stand_side_by_side_or_in_their_parts(tmp_path: Path) -> None:
         ("method: byol", "method: 'byol' is none of vi-simsiam, simsiam"),
         ("- 3", "holds no settings"),
         ("", "holds no settings"),
-        ("a: [", "cannot be read"),
+        ("size: 3\na: [", "cannot be read (line "),
     ],
 )
 def test_what_cannot_be_used_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -66,5 +66,5 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"config: .*nothing.yaml cannot be read \(No such file or directory\)"):
         read_settings(tmp_path / "nothing.yaml")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="bytes cannot be read"):
+    with pytest.raises(InputError, match=r"bytes cannot be read \(it is no text\)"):
         read_settings(tmp_path / "bytes")

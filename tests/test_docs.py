@@ -17,7 +17,8 @@ from docs_cases import ROOT, commands, inline_code, is_accepted, messages, shell
 from PIL import Image
 
 from vi_simsiam.benchmarks.report import fill
-from vi_simsiam.cli import _COMMANDS, main
+from vi_simsiam.cli import main
+from vi_simsiam.cli.commands import COMMANDS
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.data.defaults import suited
 from vi_simsiam.data.sources import ArraySource
@@ -102,7 +103,7 @@ def test_a_command_that_is_not_accepted_is_found(monkeypatch: pytest.MonkeyPatch
 
 
 def test_options_named_in_sentences_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in set(_COMMANDS) - {"bench", "train"}:
+    for command in set(COMMANDS) - {"bench", "train"}:
         assert main([command, "--help"]) == 0
     assert main(["train", "--help-all"]) == 0
     known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out)) | {"--help", "--help-all", "--version"}

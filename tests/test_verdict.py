@@ -46,6 +46,13 @@ def test_a_small_kappa_is_judged_by_its_weight_in_the_loss() -> None:
     assert verdict(TrainConfig(method="simsiam"), simsiam).startswith("learned")
 
 
+def test_the_advice_is_not_what_was_done() -> None:
+    flat = GOOD | {"cosine": 0.0}
+    assert "--crop-scale 0.5 1" in verdict(preset("demo"), flat)
+    mild = TrainConfig(augment=AugmentConfig(crop_scale=(0.5, 1.0)))
+    assert "--crop-scale" not in verdict(mild, flat)
+
+
 def test_a_fitted_kappa_has_a_verdict_of_its_own() -> None:
     config = TrainConfig(frozen_run=Path("runs/simsiam"))
     assert verdict(config, GOOD | {"cosine": 0.02}) == "kappa fitted: kappa/(D-1) 2.3 at a mean cosine of 0.02"

@@ -25,9 +25,13 @@ def read_settings(path: Path) -> dict[str, Any]:
     path = path.expanduser()
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise InputError(f"config: {path} cannot be read ({reason}); it must be a run's config.json or YAML") from None
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error)) from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise _unreadable(path, f"line {line}: {error.problem}") from None
+    except (UnicodeDecodeError, yaml.YAMLError):
+        raise _unreadable(path, "it is no text") from None
     if not isinstance(content, dict):
         raise InputError(f"config: {path} holds no settings; a line is a setting and its value, such as epochs: 20")
     settings: dict[str, Any] = {}
@@ -35,8 +39,12 @@ def read_settings(path: Path) -> dict[str, Any]:
         if name in _PARTS and not isinstance(value, dict):
             raise InputError(f"config: {name}: {value!r} is not accepted; it must hold settings by name")
         inside = value if name in _PARTS else {name: value}
-        settings |= {str(key).replace("-", "_"): each for key, each in inside.items()}
+        settings |= {str(key).lstrip("-").replace("-", "_"): each for key, each in inside.items()}
     return settings
+
+
+def _unreadable(path: Path, reason: str) -> InputError:
+    return InputError(f"config: {path} cannot be read ({reason}); it must be a run's config.json or YAML")
 
 
 def updated(config: TrainConfig, settings: dict[str, Any]) -> TrainConfig:

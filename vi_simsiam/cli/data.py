@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from vi_simsiam.cli.parsing import parse, said
-from vi_simsiam.config import AugmentConfig, policy
+from vi_simsiam.config import AugmentConfig, TrainConfig, policy
 from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted
 
@@ -42,8 +42,9 @@ class _Views:
     augment: Annotated[AugmentConfig, tyro.conf.arg(name="")]
     data: str = "fashion-mini"
     """A folder of images, a pack file, or fashion-mini (embedded), cifar10, imagenette, imagewoof."""
-    policy: str = "simsiam"
-    """Starting point of the augmentation: simsiam, multicrop, lightly-imagenette or none."""
+    policy: str | None = None
+    """Starting point of the augmentation: simsiam, multicrop, lightly-imagenette or none; None for the views that `train`
+    makes of these images."""
     out: Path = Path("views.png")
     """Picture to write: a row an image, the image first and then its views."""
     images: int = 8
@@ -82,12 +83,13 @@ def pack(arguments: list[str]) -> int:
 
 def views(arguments: list[str]) -> int:
     """Draw images and their random views."""
-    start = policy(said(arguments, "--policy") or "simsiam")
+    name = said(arguments, "--policy")
+    start = policy(name or "simsiam")
     options = parse("views", _Views, arguments, default=_Views(start))
 
     from vi_simsiam.data.contact_sheet import contact_sheet
     from vi_simsiam.data.datasets import open_dataset
-    from vi_simsiam.data.defaults import sized, suited_size
+    from vi_simsiam.data.defaults import sized, suited, suited_size
     from vi_simsiam.data.sources import Unreadable, left_out
 
     if options.images < 1:
@@ -95,8 +97,12 @@ def views(arguments: list[str]) -> int:
     if options.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"out: {options.out} must end in .png, .jpg, .jpeg or .webp")
     source = open_dataset(options.data, root=options.data_root, download=not options.offline).train
-    if said(arguments, "--size") is None and start.size == AugmentConfig.size:
-        options = parse("views", _Views, arguments, default=_Views(sized(start, suited_size(source))))
+    size = options.augment.size if said(arguments, "--size") is not None else suited_size(source)
+    if name is None:
+        start = suited(TrainConfig(), source, size=size).augment
+    elif start.size == AugmentConfig.size:
+        start = sized(start, size)
+    options = parse("views", _Views, arguments, default=_Views(start))
     failures: list[Unreadable] = []
     sheet = contact_sheet(source, options.augment, images=options.images, seed=options.seed, skipped=failures.append)
     if failures:

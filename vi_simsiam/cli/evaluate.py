@@ -60,7 +60,9 @@ def knn(arguments: list[str]) -> int:
     images = len(labelled_splits(run.splits)["train"])
     if config.k > images:  # known now, not after all features are computed
         raise InputError(f"k: {config.k} must be at most {images}, the number of training images")
-    print(summary_line("kNN", evaluate_knn(collect(run), config)))
+    with Console().status("features") as status:
+        result = evaluate_knn(collect(run, report=status.update), config)
+    print(summary_line("kNN", result))
     return 0
 
 
@@ -73,7 +75,10 @@ def linear(arguments: list[str]) -> int:
     from vi_simsiam.evaluation.summary import summary_line, summary_table
 
     config = linear_preset(options.preset)
-    result = evaluate_linear(collect(open_run(options)), config)
+    with Console().status("features") as status:
+        features = collect(open_run(options), report=status.update)
+        status.update("linear probes")
+        result = evaluate_linear(features, config)
     Console().print(summary_table({"linear": result}))
     print(summary_line("linear", result))
     return 0
@@ -88,7 +93,10 @@ def logistic(arguments: list[str]) -> int:
     from vi_simsiam.evaluation.summary import summary_line, summary_table
 
     config = LogisticConfig(c=options.c)
-    result = evaluate_logistic(collect(open_run(options)), config)
+    with Console().status("features") as status:
+        features = collect(open_run(options), report=status.update)
+        status.update("logistic regressions")
+        result = evaluate_logistic(features, config)
     Console().print(summary_table({"logistic": result}))
     print(summary_line("logistic", result))
     return 0
@@ -102,9 +110,11 @@ def figures(arguments: list[str]) -> int:
     from vi_simsiam.evaluation.kappa_figures import draw_density
     from vi_simsiam.evaluation.uncertainty_figures import draw_uncertainty
 
-    curves = draw_curves(options.run) if logged(options.run) else None
-    known = (curves, draw_density(options.run), *draw_uncertainty(options.run))
-    for path in (*known, draw_kappa(open_run(options))):
+    with Console().status("drawing figures"):
+        curves = draw_curves(options.run) if logged(options.run) else None
+        known = (curves, draw_density(options.run), *draw_uncertainty(options.run))
+        drawn = (*known, draw_kappa(open_run(options)))
+    for path in drawn:
         if path is not None:
             print(path)
     return 0

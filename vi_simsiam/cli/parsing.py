@@ -13,12 +13,21 @@ from unittest import mock
 
 import tyro
 
+from vi_simsiam.cli.commands import BENCHMARKS, COMMANDS
 from vi_simsiam.errors import InputError, none_of
 
 if TYPE_CHECKING:
     from vi_simsiam.engine.run import Run
 
 _Options = TypeVar("_Options")
+
+# Messages of Python and tyro in the words of our own.
+_PLAIN = {
+    r"invalid literal for int\(\) with base 10: ('.*')": r"\1 is not accepted; it must be an integer",
+    r"could not convert string to float: ('.*')": r"\1 is not accepted; it must be a number",
+    r"Missing value for argument '([^']*)'\. Expected 1 values?\.": r"\1: a value is missing",
+    r"Missing value for argument '([^']*)'\. Expected (\d+) values\.": r"\1: it takes \2 values",
+}
 
 RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
@@ -75,6 +84,7 @@ def parse(command: str, kind: type[_Options], arguments: list[str], default: _Op
             parsed: _Options = tyro.cli(
                 kind,
                 prog=f"vi-simsiam {command}",
+                description=_about(command),
                 args=arguments,
                 config=(tyro.conf.OmitArgPrefixes,),
                 default=tyro.MISSING_NONPROP if default is None else default,
@@ -83,10 +93,16 @@ def parse(command: str, kind: type[_Options], arguments: list[str], default: _Op
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise InputError(f"{_message(box.getvalue())} (see vi-simsiam {command} --help)") from None
+        raise InputError(f"{_message(command, box.getvalue())} (see vi-simsiam {command} --help)") from None
 
 
-def _message(box: str) -> str:
+def _about(command: str) -> str:
+    name, _, benchmark = command.partition(" ")
+    about = BENCHMARKS[benchmark][1] if benchmark else COMMANDS[name][1]
+    return f"{about[:1].upper()}{about[1:]}."
+
+
+def _message(command: str, box: str) -> str:
     """The message in tyro's box of title, message, a rule, and advice, with the options that the advice names.
 
     Where standard output cannot print lines the box has none, but for rules of hyphens, one of them below the title.
@@ -104,6 +120,10 @@ def _message(box: str) -> str:
     advice = "\n".join(lines[rule:]).partition("Perhaps you meant:")[2]
     if near := re.findall(r"^ *(--[a-z][\w-]*)", advice, re.MULTILINE):
         message += f"; did you mean {' or '.join(near[:2])}?"
+    elif command in ("train", "views") and (stray := re.match(r"Unrecognized options: ([^-,\s][^,]*)", message)):
+        message += f"; did you mean --data {stray[1]}?"
+    for pattern, plain in _PLAIN.items():
+        message = re.sub(pattern, plain, message)
     return message
 
 

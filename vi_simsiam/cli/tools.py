@@ -7,19 +7,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from vi_simsiam.cli.commands import BENCHMARKS
 from vi_simsiam.cli.parsing import parse
 from vi_simsiam.errors import none_of
-
-BENCHMARKS = {
-    "loss": ("multiview_loss", "time the loss: eager, torch.compile and the fused backends"),
-    "augment": ("augment", "views a second: ours, torchvision, lightly and kornia"),
-    "step": ("step", "the training step by phase, against the network alone"),
-    "train": ("train", "whole trainings: ours, plain and tuned PyTorch, lightly"),
-    "compare": ("compare", "two result files case by case; exits 1 if anything became slower beyond the noise"),
-    "accuracy": ("accuracy", "errors of the loss at large concentrations"),
-    "report": ("report", "write the tables in Markdown files from the result files they name"),
-}
-"""Where each benchmark is, and what it does."""
 
 
 @dataclass(frozen=True)

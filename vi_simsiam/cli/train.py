@@ -21,17 +21,18 @@ if TYPE_CHECKING:
 
 _HELP = """usage: vi-simsiam train [OPTIONS]
 
-Trains SimSiam or VI-SimSiam into a run folder. Without options: VI-SimSiam on the embedded images,
-on a CPU in a few minutes. Size, length and network suit the images wherever you leave them open.
+Trains SimSiam or VI-SimSiam into a run folder. Without options: VI-SimSiam on
+the embedded images, on a CPU in a few minutes. Size, length and network suit
+the images wherever you leave them open.
 
   vi-simsiam train --data photos/ --out runs/photos --evaluate
   vi-simsiam train --data imagenette --method simsiam --epochs 100
 
-  --data DATA        a folder of images, a pack file, or fashion-mini (embedded), cifar10,
-                     imagenette, imagewoof
+  --data DATA        a folder of images, a pack file, or fashion-mini (embedded),
+                     cifar10, imagenette, imagewoof
   --out FOLDER       the run folder (default: runs/DATA-METHOD-NNN)
   --method METHOD    vi-simsiam (default) or simsiam
-  --evaluate         evaluate the run when it is trained; accuracies need class folders
+  --evaluate         evaluate the trained run; accuracies need class folders
   --size PIXELS      side of the random views
   --epochs N         length of the run
   --batch-size N     images in a batch
@@ -41,7 +42,8 @@ on a CPU in a few minutes. Size, length and network suit the images wherever you
   --device DEVICE    auto (the GPU if there is one), cpu, cuda or cuda:N
   --resume           go on with the run in --out
   --overwrite        replace the run in --out
-  --preset NAME      fixed settings: demo, paper or default (SimSiam's, at 224 pixels)
+  --preset NAME      fixed settings: demo (embedded images), paper (ImageNette,
+                     multi-crop) or default (SimSiam's, at 224 pixels)
   --config FILE      settings from a run's config.json or a YAML file (epochs: 20)
   --quiet            print warnings and results only
 
@@ -127,18 +129,16 @@ def train(arguments: list[str]) -> int:
             check_folder(options.out.expanduser(), resume=options.resume, overwrite=options.overwrite)
         with world.main_first():  # it downloads the images if that is to be done
             splits = open_splits(options.config)
+        chosen = ""
         if start.open:
-            config, line = _suited(arguments, start, options.config, splits, world.size)
+            config, chosen = _suited(arguments, start, options.config, splits, world.size)
             options = dataclasses.replace(options, config=config)
-            if line:
-                report(line)
         unlabelled = None
         if options.evaluate:
             try:
                 labelled_splits(splits)
             except InputError as error:
-                unlabelled = str(error)
-                report(f"no accuracies at the end: {unlabelled}")
+                unlabelled = f"no accuracies at the end: {error}"
         trainer = Trainer(
             options.config,
             options.out,
@@ -148,12 +148,16 @@ def train(arguments: list[str]) -> int:
             splits=splits,
             quiet=options.quiet,
         )
+        for line in filter(None, (chosen, unlabelled)):  # once nothing is refused any more
+            report(line)
         folder = trainer.folder
         ranks = "" if world.size == 1 else f" on {world.size} ranks"
         report(
             f"{options.config.method} on {trainer.config.data}: {counted(len(trainer.loader.source), 'image')}, "
             f"{counted(trainer.total_steps, 'step')}, {trainer.device}{ranks}, loss by {trainer.backend}; run folder {folder}"
         )
+        if trainer.step == trainer.total_steps:
+            report("already at its last step: nothing is left to train")
         try:
             trainer.fit()
         except KeyboardInterrupt:

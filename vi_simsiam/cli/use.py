@@ -107,6 +107,8 @@ def rank(arguments: list[str]) -> int:
     if options.k < 1:
         raise InputError(f"k: {options.k} must be at least 1")
     out = options.out.expanduser()
+    if out.suffix.lower() in (".csv", ".png"):
+        out = out.with_suffix("")
     listing, picture = out.with_name(f"{out.name}.csv"), out.with_name(f"{out.name}.png")
     _free([listing, picture], options.overwrite)
 

@@ -117,6 +117,8 @@ def open_dataset(spec: str, *, root: Path = Path("data"), download: bool = True)
     folder that does not hold what is described, or a download that is not allowed or fails.
     """
     root = Path(root).expanduser()
+    if spec.lower().endswith(IMAGE_SUFFIXES) and Path(spec).expanduser().is_file():
+        raise InputError(f"data: {spec} is an image; give the folder that it lies in")
     spec = data_spec(spec)
     if spec == "fashion-mini":
         return _fashion_mini()

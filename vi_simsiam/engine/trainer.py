@@ -87,7 +87,9 @@ class Trainer:
         elif resume:
             raise InputError("resume: say which run folder to go on with")
         if resume and (differing := differing_fields(read_config(folder), config)):  # type: ignore[arg-type]
-            raise InputError(f"resume: the configuration differs from {folder}'s: {'; '.join(differing)}")
+            raise InputError(
+                f"resume: the configuration differs from {folder}'s: {'; '.join(differing)}; leave these options out, or give another --out"
+            )
         self.config, self.resume, self.quiet = config, resume, quiet
         self.world = world or World(resolve_device(config.device))
         self.world.agree("configuration", config.to_dict(), ignore=PLACE_FIELDS - _COMMON_FIELDS)

@@ -40,8 +40,9 @@ def verdict(config: TrainConfig, metrics: dict[str, float]) -> str:
                 f"try --clip-norm 1, a smaller --lr than {config.lr:g}, or another --seed"
             )
     if cosine < _NEAR_ZERO:
+        milder = "" if config.augment.crop_scale[0] >= 0.5 else ", or --crop-scale 0.5 1 for milder views"
         return (
             f"barely learned: cosine {cosine:.2f}, two views of an image are predicted hardly better than by chance (0); "
-            f"try more --epochs than {config.epochs}, or --crop-scale 0.5 1 for milder views"
+            f"try more --epochs than {config.epochs}{milder}"
         )
     return f"learned: cosine {cosine:.2f} between the views of an image, z-std {spread:.2f} (1: spread evenly, 0: collapsed)"

@@ -122,7 +122,9 @@ def labelled_splits(splits: Splits) -> dict[str, ImageSource]:
     if len(train) == 0:
         raise InputError(f"data: {splits.name} has no training images; {needs}")
     if val is None or len(val) == 0:
-        raise InputError(f"data: {splits.name} has no validation images; {needs}")
+        raise InputError(
+            f"data: {splits.name} has no validation images; {needs}; training with --held-out 0.2 sets a fifth apart"
+        )
     if val.labels is None:
         raise InputError(f"data: the validation images of {splits.name} have no labels; {needs}")
     if len(train.classes or ()) < 2:
