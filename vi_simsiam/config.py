@@ -14,6 +14,9 @@ from vi_simsiam.errors import InputError, none_of
 NAMED_DATA = ("fashion-mini", "cifar10", "imagenette", "imagewoof")
 """Data sets that are known by name."""
 
+LEAST_SIZE = 8
+"""Smallest side of a view, in pixels."""
+
 Method = Literal["vi-simsiam", "simsiam"]
 Stem = Literal["imagenet", "small"]
 Precision = Literal["auto", "bf16", "fp32"]
@@ -64,7 +67,8 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("size", "local_size"):
-            require(name, getattr(self, name), getattr(self, name) >= 8, "a number of pixels of at least 8")
+            accepted = f"a number of pixels of at least {LEAST_SIZE}"
+            require(name, getattr(self, name), getattr(self, name) >= LEAST_SIZE, accepted)
         require("local_views", self.local_views, 0 <= self.local_views <= 14, "between 0 and 14")
         for name in ("crop_scale", "local_scale"):
             low, high = getattr(self, name)

@@ -23,7 +23,7 @@ _PACKAGES = ("torch", "torchvision", "triton", "numpy")
 
 
 def facts() -> dict[str, Any]:
-    """What `vi-simsiam info` shows, as plain JSON types; `why` is null for a backend that is available."""
+    """The content of `vi-simsiam info` as plain JSON types; `why` is null for a backend that is available."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backends = {}
     for name in BACKENDS:

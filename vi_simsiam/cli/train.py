@@ -12,7 +12,7 @@ import tyro
 
 from vi_simsiam.cli.config_file import read_settings, updated
 from vi_simsiam.cli.parsing import parse, said
-from vi_simsiam.config import AugmentConfig, TrainConfig, policy, preset
+from vi_simsiam.config import LEAST_SIZE, AugmentConfig, TrainConfig, policy, preset
 from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted
 
@@ -50,7 +50,6 @@ the images wherever you leave them open.
 vi-simsiam train --help-all lists all options, with their defaults."""
 
 
-_SMALLEST = 8
 _MANY_EPOCHS = 10**9
 
 
@@ -79,7 +78,7 @@ class _Train:
 
 @dataclass(frozen=True)
 class _Start:
-    """What the options change."""
+    """The starting point that the options change."""
 
     config: TrainConfig
     settings: dict[str, Any]
@@ -91,10 +90,10 @@ class _Start:
 
     @property
     def default(self) -> _Train:
-        """What options are read over at first: with `open` nothing that they could contradict before it is fitted."""
+        """The values that options replace at first; with `open` none that an option could contradict before it is fitted."""
         config = self.config
         if self.open:
-            augment = dataclasses.replace(config.augment, local_size=_SMALLEST)
+            augment = dataclasses.replace(config.augment, local_size=LEAST_SIZE)
             config = dataclasses.replace(config, epochs=_MANY_EPOCHS, augment=augment)
         return _Train(updated(config, self.settings))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from vi_simsiam.config import PRESETS, AugmentConfig, TrainConfig
+from vi_simsiam.config import LEAST_SIZE, PRESETS, AugmentConfig, TrainConfig
 from vi_simsiam.data.decoding import median_side
 from vi_simsiam.data.sources import ImageSource
 
@@ -12,7 +12,6 @@ FITTED = ("size", "local_size", "crop_scale", "blur_prob", "stem", "dim", "epoch
 """The settings that `suited` chooses."""
 
 _LARGEST = 224
-_SMALLEST = 8
 # Up to here the demo's settings are taken, which train on a CPU in minutes.
 _TINY = 28
 # Up to here the ImageNet stem leaves one pixel of an image to the last layers.
@@ -27,12 +26,12 @@ _FEWEST_EPOCHS = 20
 
 def suited_size(source: ImageSource) -> int:
     """The side of the global views in pixels: the median of the images' shorter sides, from 8 to 224."""
-    return min(max(median_side(source) or _LARGEST, _SMALLEST), _LARGEST)
+    return min(max(median_side(source) or _LARGEST, LEAST_SIZE), _LARGEST)
 
 
 def sized(views: AugmentConfig, size: int) -> AugmentConfig:
     """`views` with global ones of `size` pixels, and local ones that keep SwAV's share of it, 96 / 224."""
-    local_size = max(_SMALLEST, round(size * AugmentConfig.local_size / AugmentConfig.size))
+    local_size = max(LEAST_SIZE, round(size * AugmentConfig.local_size / AugmentConfig.size))
     return dataclasses.replace(views, size=size, local_size=local_size)
 
 

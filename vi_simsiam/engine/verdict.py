@@ -1,4 +1,4 @@
-"""What became of a training, in one line."""
+"""The verdict on a training, in one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LEAST_WEIGHT = 0.02
 
 
 def verdict(config: TrainConfig, metrics: dict[str, float]) -> str:
-    """Whether a run learned, with the figure that this rests on and what to try where it did not.
+    """Judge whether a run learned, with the figure that this rests on and what to try where it did not.
 
     - dead: the representations have collapsed to one point, or kappa is so small that the loss hardly has a gradient:
       that of -kappa log(1 + c) is kappa / (1 + c), so that kappa times the loss's factor is the weight that SimSiam's
