@@ -132,7 +132,6 @@ def test_a_wrong_path(arguments: str, tmp_path: Path, capsys: pytest.CaptureFixt
         ("export runs/x --format tim", "'timm'"),
         ("experiment control", "'controls'"),
         ("linear /nowhere --preset papr", "'paper'"),
-        ("train photos", "--data photos"),
     ],
 )
 def test_a_typing_error_gets_the_nearest_word(
@@ -273,6 +272,7 @@ def test_one_image_is_too_few(tmp_path: Path, image_folder: Path, capsys: pytest
         ("train --data", "--data: a value is missing"),
         ("train --crop-scale 0.2", "--crop-scale: it takes 2 values"),
         ("knn --nothing 3", "run: a value is missing"),
+        ("train IMAGES", "did you mean --data IMAGES?"),
         ("train --data IMAGE", "is an image; give the folder that it lies in"),
         ("views --out /nowhere/views.png", "vi-simsiam: /nowhere/views.png: No such file or directory"),
     ],
@@ -281,7 +281,8 @@ def test_messages_in_our_own_words(
     arguments: str, message: str, image_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image = image_folder / "train" / "dark" / "00.png"
-    assert message in refused(arguments.replace("IMAGE", str(image)), capsys)
+    placed = [text.replace("IMAGES", str(image_folder)).replace("IMAGE", str(image)) for text in (message, arguments)]
+    assert placed[0] in refused(placed[1], capsys)
 
 
 def test_views_are_those_that_train_makes(
@@ -304,14 +305,24 @@ def test_views_are_those_that_train_makes(
     assert still == dataclasses.replace(fitted, flip_prob=0.0)
 
 
-def test_output_that_nobody_reads_is_no_error() -> None:
-    """As after `| head -1`: no message, the exit code of a program that SIGPIPE ends."""
+@pytest.mark.parametrize(
+    "arguments", ["--help", "train --data IMAGES --dim 16 --epochs 1 --device cpu --workers 0 --out OUT"]
+)
+def test_output_that_nobody_reads_is_no_error(arguments: str, image_folder: Path, tmp_path: Path) -> None:
+    """As after `| head -1`: no message, the exit code of a program that SIGPIPE ends, whoever notices it first."""
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "vi_simsiam", "--help"]
+    words = arguments.replace("IMAGES", str(image_folder)).replace("OUT", str(tmp_path / "run")).split()
+    command = [sys.executable, "-m", "vi_simsiam", *words]
     process = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
     os.close(writer)
     assert (process.returncode, process.stderr) == (141, b"")
+
+
+def test_a_closed_standard_output_is_no_error() -> None:
+    command = f"{sys.executable} -m vi_simsiam --version >&-"
+    process = subprocess.run(command, shell=True, capture_output=True, check=False)
+    assert (process.returncode, process.stderr) == (0, b"")
 
 
 def test_names_that_the_terminal_cannot_print_are_escaped(image_folder: Path, tmp_path: Path) -> None:

@@ -66,5 +66,5 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"config: .*nothing.yaml cannot be read \(No such file or directory\)"):
         read_settings(tmp_path / "nothing.yaml")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match=r"bytes cannot be read \(it is no text\)"):
+    with pytest.raises(InputError, match=r"bytes cannot be read \(it is not text\)"):
         read_settings(tmp_path / "bytes")

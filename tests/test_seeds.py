@@ -110,7 +110,7 @@ def test_runs_are_at_the_same_time(run: Callable[..., tuple[int, str]], tmp_path
 
 def test_a_seed_that_fails_leaves_the_others_alone(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    code, said = run("--fail=1", "--config", "mine.yaml", seeds=3)
+    code, said = run("--fail=1", "--config", "mine.yaml", "--preset=demo", seeds=3)
     assert code == 1
     assert states(out) == ["done", "failed", "done"]
     assert calls(out, 1)[0][0][:3] == ["--fail=1", "--config", "mine.yaml"]

@@ -313,7 +313,7 @@ class TrainConfig:
             paths: dict[str, Any] = {}
             for name, default in (("data_root", "data"), ("cache_dir", None), ("frozen_run", None)):
                 given = plain.get(name, default)
-                require(name, repr(given), isinstance(given, str) or given is default, "a path")
+                require(name, repr(given), isinstance(given, (str, Path)) or given is default, "a path")
                 paths[name] = None if given is None else Path(given)
             return cls(**{**values, **paths})
         except InputError:

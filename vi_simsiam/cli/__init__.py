@@ -17,13 +17,14 @@ _BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 the input cannot be used, 130 interrupted, 141 nobody reads."""
+    """Run one command; returns the exit code: 0 done, 2 the input cannot be used, 130 interrupted, 141 output that nobody reads."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.closed and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # paths that the terminal's encoding cannot print
     try:
         code = _run(given)
-        sys.stdout.flush()
+        if sys.stdout is not None and not sys.stdout.closed:
+            sys.stdout.flush()
         return code
     except UserError as error:
         if str(error):
@@ -32,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return _BROKEN_PIPE
-        place = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
-        print(f"vi-simsiam: {place}", file=sys.stderr)
+        named = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        print(f"vi-simsiam: {named or type(error).__name__}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("vi-simsiam: interrupted", file=sys.stderr)
@@ -46,7 +47,7 @@ def _nobody_reads() -> bool:
         return False
     poll = select.poll()
     poll.register(1)
-    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
     if gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return gone
@@ -68,10 +69,10 @@ def _run(given: list[str]) -> int:
         raise none_of("command", name, COMMANDS)
     try:
         return _command(name)(rest)
-    except SystemExit as stop:  # after a command's help
-        if stop.code:
+    except SystemExit as stop:  # after a command's help; Rich ends with 1 where nobody reads
+        if stop.code not in (0, None, 1):
             raise
-        return 0
+        return _BROKEN_PIPE if stop.code else 0
 
 
 def _command(name: str) -> Callable[[list[str]], int]:

@@ -31,7 +31,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise _unreadable(path, f"line {line}: {error.problem}") from None
     except (UnicodeDecodeError, yaml.YAMLError):
-        raise _unreadable(path, "it is no text") from None
+        raise _unreadable(path, "it is not text") from None
     if not isinstance(content, dict):
         raise InputError(f"config: {path} holds no settings; a line is a setting and its value, such as epochs: 20")
     settings: dict[str, Any] = {}

@@ -97,11 +97,9 @@ def views(arguments: list[str]) -> int:
     if options.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"out: {options.out} must end in .png, .jpg, .jpeg or .webp")
     source = open_dataset(options.data, root=options.data_root, download=not options.offline).train
-    size = options.augment.size if said(arguments, "--size") is not None else suited_size(source)
-    if name is None:
-        start = suited(TrainConfig(), source, size=size).augment
-    elif start.size == AugmentConfig.size:
-        start = sized(start, size)
+    fixed = said(arguments, "--size") is not None or start.size != AugmentConfig.size
+    size = options.augment.size if fixed else suited_size(source)
+    start = sized(start, size) if name else suited(TrainConfig(), source, size=size).augment
     options = parse("views", _Views, arguments, default=_Views(start))
     failures: list[Unreadable] = []
     sheet = contact_sheet(source, options.augment, images=options.images, seed=options.seed, skipped=failures.append)

@@ -99,7 +99,8 @@ def parse(command: str, kind: type[_Options], arguments: list[str], default: _Op
 def _about(command: str) -> str:
     name, _, benchmark = command.partition(" ")
     about = BENCHMARKS[benchmark][1] if benchmark else COMMANDS[name][1]
-    return f"{about[:1].upper()}{about[1:]}."
+    first = about if about.startswith(("kNN", "k-")) else about[:1].upper() + about[1:]
+    return first if first.endswith(".") else f"{first}."
 
 
 def _message(command: str, box: str) -> str:
@@ -121,7 +122,7 @@ def _message(command: str, box: str) -> str:
     if near := re.findall(r"^ *(--[a-z][\w-]*)", advice, re.MULTILINE):
         message += f"; did you mean {' or '.join(near[:2])}?"
     elif command in ("train", "views") and (stray := re.match(r"Unrecognized options: ([^-,\s][^,]*)", message)):
-        message += f"; did you mean --data {stray[1]}?"
+        message += f"; did you mean --data {stray[1]}?" if Path(stray[1]).expanduser().exists() else ""
     for pattern, plain in _PLAIN.items():
         message = re.sub(pattern, plain, message)
     return message

@@ -61,7 +61,8 @@ class _Train:
     settings: Annotated[Path | None, tyro.conf.arg(name="config")] = None
     """Settings from a run's config.json or a YAML file; options go before them, and they before the preset."""
     policy: str | None = None
-    """Starting point of the augmentation: simsiam, multicrop, lightly-imagenette or none; None for the preset's."""
+    """Starting point of the augmentation: simsiam, multicrop, lightly-imagenette or none; None for the preset's, or what
+    suits the images. It goes before --config, but for the sizes."""
     out: Path | None = None
     """Run folder; None for runs/DATA-METHOD-NNN, the first number that is free."""
     resume: bool = False
@@ -90,7 +91,7 @@ class _Start:
 
     @property
     def default(self) -> _Train:
-        """The values that options replace at first; with `open` none that an option could contradict before it is fitted."""
+        """Defaults for the first reading of the options; with `open`, loose enough that no option contradicts them."""
         config = self.config
         if self.open:
             augment = dataclasses.replace(config.augment, local_size=LEAST_SIZE)
@@ -105,6 +106,7 @@ def train(arguments: list[str]) -> int:
         return 0
     if "--help-all" in arguments:
         parse("train", _Train, ["--help"], default=_Train(TrainConfig()))
+        return 0
     start = _starting_point(arguments)
     options = parse("train", _Train, arguments, default=start.default)
     if options.resume and options.out is None:
@@ -119,7 +121,9 @@ def train(arguments: list[str]) -> int:
 
     if options.seeds is not None and options.out is None:
         raise InputError("seeds: say where with --out")
-    if options.out is not None and (options.seeds is not None or (options.resume and (options.out / SEEDS).is_file())):
+    if options.out is not None and (
+        options.seeds is not None or (options.resume and (options.out.expanduser() / SEEDS).is_file())
+    ):
         return run_seeds(arguments, options.seeds, options.config.seed, options.out)
 
     with joined(options.config.device) as world:
@@ -177,15 +181,19 @@ def train(arguments: list[str]) -> int:
 
 
 def _starting_point(arguments: list[str]) -> _Start:
-    """The saved configuration on --resume, else the preset's, with --config's settings and over them --policy's."""
+    """The saved configuration on --resume, else the preset's, with --config's settings and over them --policy's.
+
+    Sizes in the file stay.
+    """
     from vi_simsiam.engine.run import CONFIG, read_config
 
     name, out, views = (said(arguments, option) for option in ("--preset", "--out", "--policy"))
     file = said(arguments, "--config")
     saved = None if out is None else Path(out).expanduser()
     if "--resume" in arguments and name is None and saved is not None and (saved / CONFIG).is_file():
-        if file is not None:
-            raise InputError("config, resume: only one of them can be said; a run goes on with its own settings")
+        for option, given in (("config", file), ("policy", views)):
+            if given is not None:
+                raise InputError(f"{option}, resume: only one of them can be said; a run goes on with its own settings")
         return _Start(read_config(saved), {}, None, open=False)
     config = preset(name or "default")
     augment = None if views is None else policy(views)
@@ -227,7 +235,10 @@ def _suited(
         ranks=ranks,
     )
     if network is not None:  # its weights fit no other model
-        config = dataclasses.replace(config, model=network.model)
+        views = dataclasses.replace(
+            config.augment, local_views=network.augment.local_views, local_size=network.augment.local_size
+        )
+        config = dataclasses.replace(config, model=network.model, augment=views)
         fixed |= {"stem", "dim"}
     options = parse("train", _Train, arguments, default=_Train(updated(config, start.settings)))
     values = dataclasses.asdict(options.config)

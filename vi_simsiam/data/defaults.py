@@ -53,7 +53,7 @@ def suited(
 
     Args:
         config: gives all other settings.
-        source: the training images; a batch holds no more than all of them, and at least 2.
+        source: the training images, at least 2; a batch holds no more than all of them.
         views: the augmentation that was asked for, of which only the sizes are fitted; None for one that is fitted, too.
         size: the side of the global views, where it was asked for.
         epochs: the length of the run, where it was asked for.

@@ -42,7 +42,8 @@ def duration_line(config: TrainConfig, images: int, seconds: float, *, resumed: 
         fewest = min(_FEWEST_EPOCHS, config.epochs)
         epochs = max(fewest, int(config.epochs * _SHORT / shorter))
         options.append(f"--epochs {epochs}")
-        if config.warmup_epochs >= epochs:
+        fitted = config.warmup_epochs in (config.epochs / 20, config.epochs / 8)  # follows --epochs by itself
+        if config.warmup_epochs >= epochs and not fitted:
             options.append(f"--warmup-epochs {epochs / 10:g}")
         shorter *= epochs / config.epochs
     fewer = max(2 * config.batch_size, int(images * _SHORT / shorter))

@@ -51,7 +51,7 @@ class _Seed(Process):
         again = "--resume" if (self.folder / CHECKPOINT).is_file() else "--overwrite"
         resumed = [again] if resume else []
         if resumed == ["--resume"]:  # the run goes on with its own settings
-            arguments = _without(arguments, {"--config": True})
+            arguments = _without(arguments, {"--config": True, "--preset": True, "--policy": True})
         self.start([*command, *arguments, *own, *resumed], threads=threads, append=resume)
 
     def result(self) -> dict[str, Any]:
@@ -255,7 +255,7 @@ def _is_running(process: object, folder: Path) -> bool:
 
 
 def _without(arguments: Sequence[str], options: dict[str, bool]) -> list[str]:
-    """`arguments` without some options, of which is known whether a value follows."""
+    """`arguments` without `options`, each of which maps to whether a value follows it."""
     kept, skip = [], False
     for word in arguments:
         name, equals, _ = word.partition("=")
