@@ -82,7 +82,7 @@ def test_a_short_run_gets_no_advice() -> None:
         (TrainConfig(epochs=20), 1_281_167, 2000, r"--size 64 --epochs 4 --images \d+"),
         (TrainConfig(epochs=400, augment=AugmentConfig(size=28)), 8000, 3, r"--epochs \d+"),
         (
-            TrainConfig(epochs=400, warmup_epochs=50, augment=AugmentConfig(size=28)),
+            TrainConfig(epochs=400, warmup_epochs=40, augment=AugmentConfig(size=28)),
             8000, 30, r"--epochs 4 --warmup-epochs 0.4 --images \d+",
         ),
         (
