@@ -20,6 +20,7 @@ GOOD = {"cosine": 0.7, "z_std": 0.95, "kappa": 2.3}
     [
         ({}, "learned: cosine 0.70"),
         ({"cosine": 0.04}, "barely learned: cosine 0.04"),
+        ({"cosine": -0.001}, "barely learned: cosine 0.00"),
         ({"z_std": 0.1}, "dead: z-std 0.10"),
         ({"z_std": 0.1, "cosine": 0.99}, "dead: z-std 0.10"),
         ({"kappa": 0.003, "cosine": 0.2}, "dead: kappa/(D-1) 0.003"),

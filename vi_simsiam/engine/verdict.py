@@ -24,7 +24,7 @@ def verdict(config: TrainConfig, metrics: dict[str, float]) -> str:
         config: of the run.
         metrics: of its last steps; the keys cosine and z_std are read, and kappa if it is there.
     """
-    cosine, spread, kappa = metrics["cosine"], metrics["z_std"], metrics.get("kappa")
+    cosine, spread, kappa = round(metrics["cosine"], 2) + 0.0, metrics["z_std"], metrics.get("kappa")  # no -0.00
     if config.frozen_run is not None:
         return f"kappa fitted: kappa/(D-1) {kappa:.3g} at a mean cosine of {cosine:.2f}"
     if spread < COLLAPSE_THRESHOLD:
