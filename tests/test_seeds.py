@@ -136,7 +136,8 @@ def test_an_interruption_reaches_all_and_all_go_on(
     out = tmp_path / "out"
 
     def interrupt() -> None:
-        while not ((out / "seed-2" / "calls").exists() and states(out)[0] == "done"):
+        written = out / "seeds.json", out / "seed-2" / "calls"  # in either order: the runs begin before they are noted
+        while not (all(file.exists() for file in written) and states(out)[0] == "done"):
             time.sleep(0.05)
         os.kill(os.getpid(), number)
 
