@@ -64,7 +64,8 @@ class TrainStep:
         network: Callable[[Sequence[Tensor]], Output] | None = None,
         world: World | None = None,
     ) -> None:
-        self.model, self.network = model, network or model
+        self.model = model
+        self.network = model if network is None else network  # a compiled one has no truth value
         self.loss_scale, self.backend, self.bf16, self.clip_norm = loss_scale, backend, bf16, clip_norm
         self._ema = ema
         self._world = world or World()

@@ -1,0 +1,57 @@
+"""The weights of a network in bfloat16, all made by one launch a step instead of one by one where they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vi_simsiam.models import Output, SimSiam
+
+
+class Bfloat16Weights:
+    """A model that computes with bfloat16 copies of its convolutions' and linear layers' weights, as under autocast.
+
+    Autocast makes the copies layer by layer, and converts every gradient by itself: two launches for each weight. Here
+    all are made by one, and so are the gradients in float32. Call it under autocast, which converts what is left.
+
+    Args:
+        model: its weights stay float32, and receive float32 gradients.
+    """
+
+    def __init__(self, model: SimSiam) -> None:
+        self._model = model
+        self._names = [
+            f"{path}.{name}"
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Conv2d | nn.Linear)
+            for name, weight in module.named_parameters(recurse=False)
+            if weight.requires_grad
+        ]
+
+    def __call__(self, views: Sequence[Tensor]) -> Output:
+        """As the model."""
+        weights = [self._model.get_parameter(name) for name in self._names]
+        copies = dict(zip(self._names, _Converted.apply(*weights), strict=True))
+        return torch.func.functional_call(self._model, copies, (views,))
+
+
+class _Converted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return _all_to(weights, torch.bfloat16)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        used = iter(_all_to([gradient for gradient in gradients if gradient is not None], torch.float32))
+        return tuple(None if gradient is None else next(used) for gradient in gradients)
+
+
+def _all_to(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    converted = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    if converted:
+        torch._foreach_copy_(converted, list(tensors))
+    return tuple(converted)
