@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,16 @@ def test_rows_too_long_for_registers_and_many_views(backend: str, form: LossForm
         assert (gradient - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.fixture
+def _memory_back() -> Iterator[None]:
+    """Other test processes can have what a test took."""
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.xdist_group("much GPU memory")
+@pytest.mark.usefixtures("_memory_back")
 @fused
 def test_offsets_beyond_31_bits(backend: str) -> None:
     """2 views of 1.1 million rows of 2064 columns: the last rows lie behind element 2^31 of each view."""
