@@ -27,7 +27,8 @@ from .ours import placed_table
 from .peers import synchronize
 from .view_cases import ViewCase
 
-_LR, _MOMENTUM, _WEIGHT_DECAY = 0.0125, 0.9, 1e-4
+_LR, _MOMENTUM, _WEIGHT_DECAY = 4e-3, 0.9, 1e-4
+"""The losses of the checked steps must show the updates, but not rounding that the updates amplify."""
 _MOST_STEPS = 2**17
 """Learning rates there are: more steps than are ever measured."""
 _STEPS = {"cuda": 30, "cpu": 8}

@@ -16,6 +16,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from vi_simsiam.engine.graph import CudaGraph
+
 _Set = TypeVar("_Set")
 Measures = dict[str, Callable[[], float]]
 
@@ -81,34 +83,19 @@ class CudaTimer:
 
     def __init__(self, device: torch.device) -> None:
         if device.index is not None:
-            torch.cuda.set_device(device)  # streams, graphs and events below belong to the current device
+            torch.cuda.set_device(device)  # events and replays below belong to the current device
         self.distinct_bytes = 3 * torch.cuda.get_device_properties(device).L2_cache_size
-        self._stream = torch.cuda.Stream()
-        self._pool = torch.cuda.graph_pool_handle()
+        self._device = device
+        self._last: CudaGraph | None = None
 
     def prepare(self, call: Callable[[_Set], object], sets: Sequence[_Set], nbytes: int) -> Measures:
         """See `Timer`. One replay covers every set, and enough calls that its own launch does not count."""
         calls = max(len(sets), min(self._MOST_EXTRA_CALLS, math.ceil(self._LEAST_BYTES / nbytes)))
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for i in range(self._WARM_UP):
-                call(sets[i % len(sets)])
-        torch.cuda.current_stream().wait_stream(self._stream)
-
-        graph = torch.cuda.CUDAGraph()
-        # Results stay alive for one turn, so that successive calls write to different memory: rewriting one buffer
-        # would measure the cache.
-        results: deque[object] = deque(maxlen=len(sets))
-        try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                for i in range(calls):
-                    results.append(call(sets[i % len(sets)]))
-        except BaseException:
-            # A capture that cannot be ended leaves its stream current, and nothing else is to share its pool.
-            torch.cuda.set_stream(torch.cuda.default_stream())
-            self._pool = torch.cuda.graph_pool_handle()
-            raise
-        results.clear()
+        graph = CudaGraph(self._device, beside=self._last)
+        graph.warm(partial(self._calls, call, sets, self._WARM_UP))
+        self._last = None  # nothing is to share a failed capture's memory
+        graph.record(partial(self._calls, call, sets, calls))
+        self._last = graph
         graph.replay()
         torch.cuda.synchronize()
         return {"time": partial(self._replay, graph, calls), "host": partial(self._launch, call, sets)}
@@ -124,13 +111,20 @@ class CudaTimer:
 
     def release(self) -> None:
         """Return freed graphs' and tensors' memory to the device."""
+        self._last = None
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        self._pool = torch.cuda.graph_pool_handle()
 
     @staticmethod
-    def _replay(graph: torch.cuda.CUDAGraph, calls: int) -> float:
+    def _calls(call: Callable[[_Set], object], sets: Sequence[_Set], calls: int) -> None:
+        """Results stay alive for one turn, so that successive calls write to different memory, not to one in the cache."""
+        results: deque[object] = deque(maxlen=len(sets))
+        for i in range(calls):
+            results.append(call(sets[i % len(sets)]))
+
+    @staticmethod
+    def _replay(graph: CudaGraph, calls: int) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         graph.replay()  # busy while the host enqueues the timed replay: its launch latency stays out
         start.record()

@@ -25,6 +25,7 @@ from vi_simsiam.benchmarks.step import step_cases
 from vi_simsiam.benchmarks.train_peers import PROVIDERS
 from vi_simsiam.benchmarks.view_cases import view_cases
 from vi_simsiam.cli import main
+from vi_simsiam.engine import graph
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.multiview_loss import LossForm, eager_loss
 
@@ -158,7 +159,8 @@ def test_wall_timer_repeats_short_calls() -> None:
 
 def test_cuda_timer_captures_enough_distinct_calls() -> None:
     """The structure alone, on a stand-in for torch: every set in the graph, warm-up before capture, replay before timing."""
-    with mock.patch.object(timers, "torch") as fake:
+    with mock.patch.object(timers, "torch") as fake, mock.patch.object(graph, "torch", fake):
+        fake.cuda.graph_pool_handle.side_effect = ["first pool", "second pool", "third pool"]
         fake.cuda.get_device_properties.return_value.L2_cache_size = 100
         fake.cuda.Event.return_value.elapsed_time.return_value = 8.0
         timer = timers.CudaTimer(torch.device("cuda:0"))
@@ -187,15 +189,19 @@ def test_cuda_timer_captures_enough_distinct_calls() -> None:
         timer.prepare(result_of, [0, 1, 2], 10)
         assert counts[3:] == [0, 1, 2] + [3] * 13, "results of one turn lie in different memory"
         assert not alive
-        pool = timer._pool
-        fake.cuda.graph_pool_handle.return_value = "fresh"
-        fake.cuda.graph.return_value.__exit__.return_value = False
+        with pytest.raises(ValueError, match="in warm-up"):
+            timer.prepare(mock.Mock(side_effect=ValueError("in warm-up")), [0], 10**10)
         with pytest.raises(ValueError, match="in capture"):
             timer.prepare(mock.Mock(side_effect=[None, None, None, ValueError("in capture")]), [0], 10**10)
-        assert timer._pool == "fresh" != pool
+        timer.prepare(calls.append, [0], 10**10)
+        timer.prepare(calls.append, [0], 10**10)
+        pools = [call.kwargs["pool"] for call in fake.cuda.graph.call_args_list]
+        assert pools == ["first pool"] * 4 + ["second pool"] * 2, "a failed capture's is not used again"
         fake.cuda.memory_allocated.return_value, fake.cuda.max_memory_allocated.return_value = 10, 35
         assert timer.peak_bytes(lambda: None) == 25
         timer.release()
+        timer.prepare(calls.append, [0], 10**10)
+        assert fake.cuda.graph.call_args.kwargs["pool"] == "third pool"
 
 
 @pytest.mark.gpu
@@ -211,6 +217,21 @@ def test_gpu_case_has_all_figures() -> None:
         assert both["host"]["median_us"] > 0
         assert both["peak_bytes"] >= 2 * 1024 * 513 * 4
         assert 0 < both["copy_share"] < 1.2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_timer_goes_on_after_a_failed_capture() -> None:
+    timer, stream = timers.timer_for(torch.device("cuda")), torch.cuda.current_stream()
+    sets = [torch.ones(1000, device="cuda")]
+    measures = [timer.prepare(lambda x: x * 2, sets, 10**9)]
+    with pytest.raises(RuntimeError):
+        timer.prepare(lambda x: x.sum().item(), sets, 10**9)
+    assert torch.cuda.current_stream() == stream
+    measures.append(timer.prepare(lambda x: x * 2, sets, 10**9))
+    for measure in measures:
+        assert measure["time"]() > 0
+        assert measure["host"]() > 0
 
 
 def test_cases_and_inputs_are_those_of_training() -> None:

@@ -415,6 +415,8 @@ def test_launches_that_may_overlap_have_tickets_of_their_own(monkeypatch: pytest
     """One for each stream, one for each captured launch, never two of the same, and zeros when the store is empty."""
     stream = SimpleNamespace(cuda_stream=1, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    assert multiview_loss_launch._TICKETS >= 10**6, "the launches that all benchmarks of the loss capture"
+    monkeypatch.setattr(multiview_loss_launch, "_TICKETS", 4096)
     tickets = _Tickets(torch.device("cpu"))
     first = tickets.take(False)
     assert tickets.take(False) is first

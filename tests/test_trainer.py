@@ -166,6 +166,15 @@ def test_workers_that_end_with_the_job_break_into_nothing(
     assert Checkpoint.load(tmp_path / "run" / "checkpoint.pt", torch.device("cpu")).step == 1
 
 
+def test_an_epoch_is_done_before_its_checkpoint(image_folder: Path, tmp_path: Path) -> None:
+    """Whoever takes an epoch's time does not take that of the disk."""
+    trainer = Trainer(config(image_folder, save_every=0.0), tmp_path / "run", console=QUIET)
+    seen: list[tuple[int, int]] = []
+    trainer.fit(epoch_done=lambda: seen.append((trainer.step, trainer.saved_step)))
+    assert seen == [(5, 0), (10, 5)]
+    assert trainer.saved_step == 10
+
+
 def test_resume_drops_metrics_written_after_the_checkpoint(image_folder: Path, tmp_path: Path) -> None:
     """A run that was killed has lines that its checkpoint knows nothing of."""
     train(config(image_folder), tmp_path / "run")

@@ -259,7 +259,7 @@ def test_several_samples_to_a_program_change_nothing(
     assert all(map(torch.equal, _launch(*inputs, form), want))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def _mean_kernel(loss_ptr, mean_ptr, ticket_ptr, samples, WIDTH: tl.constexpr):
     kernel._store_mean(mean_ptr, ticket_ptr, loss_ptr, samples.to(tl.int64), WIDTH)
 

@@ -80,14 +80,17 @@ class Graph(Protocol):
 
 
 class CudaGraph:
-    """A CUDA graph with memory of its own, recorded on a stream of its own; see `Graph`."""
+    """A CUDA graph with a stream to record on and memory of its own, or those of a graph `beside` it; see `Graph`.
+
+    Graphs that share memory must be replayed one after another, and read nothing that an earlier one has left in it.
+    """
 
     device_type = "cuda"
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, beside: CudaGraph | None = None) -> None:
         self._device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        self._stream = torch.cuda.Stream(self._device)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(self._device) if beside is None else beside._stream
+        self._pool: Any = torch.cuda.graph_pool_handle() if beside is None else beside._pool
         self._graph = torch.cuda.CUDAGraph()
 
     def warm(self, call: Callable[[], Any]) -> Any:

@@ -170,7 +170,7 @@ class Trainer:
         """Train to the end, with checkpoints on the way; rank 0 writes them, and the metrics.
 
         Args:
-            epoch_done: called after every whole epoch.
+            epoch_done: called after every whole epoch, before its checkpoint.
 
         Raises:
             TrainingError: the loss or the weights stopped being finite, or the GPU's memory is too small; the last good
@@ -203,12 +203,12 @@ class Trainer:
             replay = self._replay()
             while self.step < self.total_steps:
                 metrics, stopped = self._train_epoch(replay, monitor, stop)
+                if epoch_done is not None and not stopped:
+                    epoch_done()
                 if stopped or self.step == self.total_steps or self._is_due():
                     self._save()
                 if stopped:
                     raise KeyboardInterrupt
-                if epoch_done is not None:
-                    epoch_done()
                 if monitor is not None:
                     monitor.epoch_done(self.step, metrics)
             if monitor is not None and monitor.last is not None:

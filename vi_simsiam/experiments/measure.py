@@ -265,7 +265,7 @@ class Progress:
         self.lines = [line for line in map(json.loads, lines) if line["step"] <= trainer.step]
         ended = trainer.step > 0 and trainer.step % trainer.loader.steps_per_epoch == 0
         if ended and all(line["step"] != trainer.step for line in self.lines):
-            self()  # the run was ended between the epoch's checkpoint and its accuracy
+            self()  # the run was ended by a signal in the epoch's last step, which leaves its accuracy out
 
     def _chosen(self, source: ImageSource, most: int) -> PackedImages:
         config = self.trainer.config

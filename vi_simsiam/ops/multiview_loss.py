@@ -200,7 +200,7 @@ def _check(predictions: _Views, targets: _Views, concentration: _Views | None, f
     if dim < 2:
         raise InputError(f"targets: last dimension {dim} must be at least 2")
     raw = form.distribution == "power_spherical" and concentration is None
-    columns = dim + raw
+    columns = dim + int(raw)  # torch 2.11 adds no bool to a size that changes
     if width not in (columns, padded_width(columns)):
         what = " + 1 (mean direction and raw concentration)" if raw else ""
         padded = "" if padded_width(columns) == columns else f", or that padded to {padded_width(columns)} columns"

@@ -16,6 +16,10 @@ ROW_MULTIPLE = 16
 """Rows that start at multiples of this many elements can be moved 16 bytes at a time."""
 
 
+_TICKETS = 2**20
+"""Of each GPU, 4 MB. Captured launches keep theirs: a loss benchmark takes some 100,000, a training a few."""
+
+
 class LossCall(NamedTuple):
     """What a launch needs beside its tensors."""
 
@@ -202,7 +206,7 @@ class _Tickets:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._memory = torch.zeros(4096, dtype=torch.int32, device=device)
+        self._memory = torch.zeros(_TICKETS, dtype=torch.int32, device=device)
         torch.cuda.current_stream().synchronize()  # once: other streams will use the zeros
         self._taken = itertools.count()
         self._of_streams: dict[int, Tensor] = {}
