@@ -29,7 +29,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from vi_simsiam.kernels import launch, scale_gradient
+from vi_simsiam.kernels import launch, scale_gradient, stem_convolution
 from vi_simsiam.kernels import multiview_loss as kernel
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -51,7 +51,7 @@ def _run_cases(interpret: bool, *cases: str, select: str = "") -> None:
     assert re.search(r"\d+ passed", result.stdout), result.stdout
 
 
-CASES = ("triton_cases.py", "triton_scale_cases.py", "triton_function_cases.py")
+CASES = ("triton_cases.py", "triton_scale_cases.py", "triton_function_cases.py", "triton_stem_cases.py")
 
 
 @pytest.mark.parametrize("cases", [CASES[:1], CASES[1:]], ids=["loss", "others"])
@@ -253,6 +253,17 @@ def test_machine_code_of_the_scaling(
     assert binary.count("LDG", "128") == 32 * gradient.itemsize // 16
     assert binary.count("STG", "128") == binary.count("STG") == 32 * out.itemsize // 16
     assert binary.count("LDG") - binary.count("LDG", "128") <= (8 if per_sample else 1)
+
+
+@compiles
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+def test_machine_code_of_the_blocks_of_pixels(capability: int) -> None:
+    types = {"images_ptr": "*bf16", "out_ptr": "*bf16"}
+    constants = {"PIXELS": stem_convolution._PIXELS, "num_warps": stem_convolution._WARPS}
+    binary = _compile(stem_convolution.blocks_of_pixels_kernel, capability, constants, types)
+    assert binary.stack == binary.count("LDL") == binary.count("STL") == 0
+    assert binary.registers <= 128
+    assert binary.count("STG", "128") == binary.count("STG")
 
 
 @compiles
