@@ -22,6 +22,7 @@ Stem = Literal["imagenet", "small"]
 Precision = Literal["auto", "bf16", "fp32"]
 DataMemory = Literal["auto", "gpu", "host"]
 Capture = Literal["auto", "on", "off"]
+Kernels = Literal["auto", "on", "off"]
 BatchNormStatistics = Literal["per-view", "joint"]
 Concentration = Literal["sample", "constant", "global", "shuffled", "detached"]
 
@@ -225,8 +226,10 @@ class TrainConfig:
     """Implementation of the loss: auto, eager, triton, cuda or cpu."""
     capture: Capture = "auto"
     """Whether a GPU's training step is replayed as one CUDA graph; auto falls back to single launches."""
+    kernels: Kernels = "auto"
+    """Whether the network's BatchNorm, additions, ReLU and max-pool are the project's own kernels; auto: on a GPU."""
     compile: bool = False
-    """Pass the network through torch.compile."""
+    """Pass the network through torch.compile, in the place of the kernels."""
     batch_norm: BatchNormStatistics = "per-view"
     """Whether BatchNorm normalises each view by its own statistics or all views of one size jointly."""
     sync_batch_norm: bool = False
@@ -245,6 +248,7 @@ class TrainConfig:
         _choice("precision", self.precision, get_args(Precision))
         _choice("data_memory", self.data_memory, get_args(DataMemory))
         _choice("capture", self.capture, get_args(Capture))
+        _choice("kernels", self.kernels, get_args(Kernels))
         _choice("batch_norm", self.batch_norm, get_args(BatchNormStatistics))
         require("epochs", self.epochs, self.epochs >= 1, "at least 1")
         require("batch_size", self.batch_size, self.batch_size >= 2, "at least 2 (BatchNorm needs two samples)")
@@ -323,8 +327,8 @@ class TrainConfig:
 
 
 PLACE_FIELDS = {
-    "workers", "device", "data_root", "offline", "cache_dir", "data_memory", "capture", "compile", "log_every",
-    "save_every",
+    "workers", "device", "data_root", "offline", "cache_dir", "data_memory", "capture", "kernels", "compile",
+    "log_every", "save_every",
 }  # fmt: skip
 """Where and how a run happens may change when it is resumed; what it computes may not."""
 

@@ -16,7 +16,7 @@ import math
 import os
 import pickle
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -329,7 +329,7 @@ def joined(device: str = "auto", *, timeout: float = TIMEOUT) -> Iterator[World]
     world._leave_last()
 
 
-def wrap(model: nn.Module, world: World) -> nn.Module:
+def wrap(model: Callable[..., Any], world: World) -> Callable[..., Any]:
     """`model` with gradients averaged over the ranks; `model` itself alone.
 
     The wrapper's forward must take all views of a step at once, since it prepares one reduction for one backward. The
@@ -340,6 +340,7 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
     """
     if world.alone:
         return model
+    assert isinstance(model, nn.Module)
     return DistributedDataParallel(
         model,
         device_ids=[world.device] if world.device.type == "cuda" else None,

@@ -23,6 +23,7 @@ from vi_simsiam.engine.distributed import World, sync_batch_norm, wrap
 from vi_simsiam.engine.duration import duration_line
 from vi_simsiam.engine.graph import Captured, capture
 from vi_simsiam.engine.monitor import Monitor, representation_statistics
+from vi_simsiam.engine.network import training_network
 from vi_simsiam.engine.run import (
     CHECKPOINT,
     check_folder,
@@ -38,10 +39,10 @@ from vi_simsiam.engine.step import OverlappedStep, TrainStep, learning_rates
 from vi_simsiam.engine.verdict import verdict
 from vi_simsiam.errors import InputError, TrainingError
 from vi_simsiam.models import Output, VISimSiam, build_model
-from vi_simsiam.ops.backends import choose_backend
+from vi_simsiam.ops.backends import choose_backend, why_unavailable
 
 # Ranks meet where metrics are due and in the network: these may differ between runs, not between ranks.
-_COMMON_FIELDS = {"log_every", "capture", "compile"}
+_COMMON_FIELDS = {"log_every", "capture", "kernels", "compile"}
 
 
 class Trainer:
@@ -112,8 +113,6 @@ class Trainer:
         if config.frozen_run is not None and not resume:
             load_frozen(self.model, config, self.device)
         self.model.to(memory_format=torch.channels_last)
-        # Larger convolutions keep the cores busier; what it brings on a GPU has not been measured.
-        self.model.shared_passes = self.device.type == "cpu" and not config.compile
         if config.sync_batch_norm:
             sync_batch_norm(self.model, self.world)
         default_scale = 1 / (config.model.dim - 1) if isinstance(self.model, VISimSiam) else 1.0
@@ -145,7 +144,9 @@ class Trainer:
         )
         self.world.agree("images", len(images))
         self.total_steps = config.epochs * self.loader.steps_per_epoch
-        compiled: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
+        network = training_network(
+            self.model, kernels=_use_kernels(config, self.world), compiled=config.compile, bf16=bf16
+        )
         self.train_step = TrainStep(
             self.model,
             learning_rates(config, self.loader.steps_per_epoch),
@@ -156,7 +157,7 @@ class Trainer:
             bf16=bf16,
             clip_norm=config.clip_norm,
             ema=config.ema,
-            network=wrap(compiled, self.world),
+            network=wrap(network, self.world),
             world=self.world,
         )
         self.step, self.seconds = 0, 0.0
@@ -351,6 +352,19 @@ class Trainer:
         self.step = self.saved_step = checkpoint.step
         self.saved_at = time.monotonic()
         self.seconds = checkpoint.seconds
+
+
+def _use_kernels(config: TrainConfig, world: World) -> bool:
+    """Whether the network's own kernels are to be used. Raises InputError where they are asked for and cannot be."""
+    problem = why_unavailable("triton", world.device.type)
+    if problem is None and config.compile:
+        problem = "compile is said, which takes their place"
+    elif problem is None and (config.sync_batch_norm or not world.alone):
+        problem = "they take the statistics of one GPU, and train without torchrun"
+    if config.kernels == "on" and problem is not None:
+        raise InputError(f"kernels: 'on' cannot be had: {problem}; auto and off run here")
+    wanted = config.kernels == "on" or (config.kernels == "auto" and world.device.type == "cuda")
+    return wanted and problem is None
 
 
 def _without_download(config: TrainConfig) -> TrainConfig:

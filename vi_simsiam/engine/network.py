@@ -1,14 +1,34 @@
-"""The weights of a network in bfloat16, all made by one launch a step instead of one by one where they are used."""
+"""The network as a training step calls it: with the project's kernels, compiled, or as it is."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vi_simsiam.models import Output, SimSiam
+
+Network = Callable[[Sequence[Tensor]], Output]
+
+
+def training_network(model: SimSiam, *, kernels: bool, compiled: bool = False, bf16: bool = False) -> Network:
+    """What maps views to the model's `Output` in training; all that is chosen here computes the same function.
+
+    Args:
+        model: on the device to train on. Views of one size pass through it together from now on, except where
+            SyncBatchNorm would see them as one batch.
+        kernels: whether BatchNorm and what follows it, the first convolution and the conversion of the weights are the
+            project's own operations.
+        compiled: whether the network passes through torch.compile.
+        bf16: whether the network is called under autocast to bfloat16.
+    """
+    model.shared_passes = not any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    model.fused = kernels
+    if compiled:
+        return torch.compile(model, dynamic=False)  # type: ignore[no-any-return]
+    return Bfloat16Weights(model) if kernels and bf16 else model
 
 
 class Bfloat16Weights:
