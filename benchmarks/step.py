@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from vi_simsiam.config import Method
 from vi_simsiam.data.cache import in_memory
@@ -29,14 +30,15 @@ from . import pipeline_plots, pipeline_tables
 from .harness import failure_reason, interleave
 from .images import image_files
 from .pipeline_targets import pipeline_targets
-from .step_parts import Parts, StepCase, WholeStep, augmentation, batches, image_count, peak_flops
+from .step_parts import Layers, Parts, StepCase, WholeStep, augmentation, batches, image_count, peak_flops
 from .suite import Suite, SuiteOptions
 from .timers import Timer, timer_for
 from .view_cases import SMALL_IMAGES, ViewCase, view_cases
 
 NAME = "step"
 STEP, NOT_CAPTURED, AT_HAND = "step", "step, not captured", "step on views at hand"
-NETWORK, COMPILED = "network alone", "network alone, torch.compile"
+NETWORK, COMPILED, KERNELS = "network alone", "network alone, torch.compile", "network alone, kernels"
+_LAYERS: tuple[Layers, ...] = ("torch, view by view", "torch", "torch.compile", "kernels")
 YARDSTICK = NETWORK
 _METHODS: tuple[Method, ...] = ("vi-simsiam", "simsiam")
 PIECES = ("augmentation", "forward", "forward + loss", "forward + loss + backward", "optimiser")
@@ -123,8 +125,9 @@ def measure_case(
     try:
         parts = Parts(case, device)
         flops = parts.flops(parts.random_views(0))
-        expected = parts.plain_losses(batches(images, case, device, _CHECKED_STEPS))
-        found = _measured(parts, images, expected, timer, rounds, without_compile)
+        checked = batches(images, case, device, _CHECKED_STEPS)
+        expected = parts.plain_losses(checked)
+        found = _measured(parts, images, checked, expected, timer, rounds, without_compile)
     except Exception as error:  # no memory for the network or its views
         found = {name: failed(failure_reason(error)) for name in (STEP, NETWORK)}
     peak = peak_flops(device)
@@ -146,9 +149,15 @@ def measure_case(
 
 
 def _measured(
-    parts: Parts, images: PackedImages, expected: list[float], timer: Timer, rounds: int, without_compile: str | None
+    parts: Parts,
+    images: PackedImages,
+    checked: list[list[Tensor]],
+    expected: list[float],
+    timer: Timer,
+    rounds: int,
+    without_compile: str | None,
 ) -> dict[str, dict[str, Any]]:
-    """Whole steps that train as the plain loop does, their pieces and the network alone, timed in turn."""
+    """Steps that train as the plain loop does, their pieces and the network alone, timed in turn."""
     kind = parts.device.type
     found: dict[str, dict[str, Any]] = {}
     measures: dict[str, Callable[[], float]] = {}
@@ -162,6 +171,18 @@ def _measured(
         if found[name]["correct"]:
             measures[name] = whole[-1].measure
     views = [parts.random_views(seed) for seed in range(2)]
+    for layers in _LAYERS if kind == "cuda" else (parts.default,):
+        name = AT_HAND if layers == parts.default else f"{AT_HAND}, {layers}"
+        found[name] = failed(without_compile if layers == "torch.compile" else None)
+        if found[name]["failure"]:
+            continue
+        try:
+            at_hand = parts.train_step(layers)
+            found[name] = judge(parts.losses(at_hand, checked), expected, _TOLERANCE[kind])
+            if found[name]["correct"]:
+                measures[name] = timer.prepare(at_hand, views, _GRAPH_BYTES)["time"]
+        except Exception as error:
+            found[name] = failed(failure_reason(error))
     for name, prepare in _calls(parts, images).items():
         found[name] = failed(without_compile if name == COMPILED else None)
         if found[name]["failure"]:
@@ -229,14 +250,14 @@ def _calls(
         call, table = augmentation(images, parts.case, parts.device)
         return call, [table]
 
-    def compiled(views: list[Any]) -> tuple[Callable[[Any], object], Sequence[Any]]:
-        torch.compiler.reset()
-        return parts.network_alone(torch.compile(parts.model, dynamic=False)), views
+    def network(layers: Layers, views: list[Any]) -> tuple[Callable[[Any], object], Sequence[Any]]:
+        return parts.network_alone(layers), views
 
+    alone: dict[str, Layers] = {NETWORK: "torch", COMPILED: "torch.compile"}
+    if parts.default == "kernels":
+        alone[KERNELS] = "kernels"
     return {
-        NETWORK: lambda views: (parts.network_alone(parts.model), views),
-        COMPILED: compiled,
-        AT_HAND: lambda views: (parts.train_step(), views),
+        **{name: partial(network, layers) for name, layers in alone.items()},
         PIECES[0]: augmenting,
         PIECES[1]: lambda views: (parts.forward, views),
         PIECES[2]: lambda views: (parts.forward_loss, views),

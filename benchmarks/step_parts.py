@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from vi_simsiam.data.device import byte_tensor
 from vi_simsiam.data.loader import MultiViewLoader
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.engine.graph import capture
+from vi_simsiam.engine.network import Network, training_network
 from vi_simsiam.engine.step import OverlappedStep, TrainStep
 from vi_simsiam.models import Output, SimSiam, VISimSiam, build_model
 from vi_simsiam.ops.augment import augment
@@ -31,6 +32,8 @@ _LR, _MOMENTUM, _WEIGHT_DECAY = 4e-3, 0.9, 1e-4
 """The losses of the checked steps must show the updates, but not rounding that the updates amplify."""
 _MOST_STEPS = 2**17
 """Learning rates there are: more steps than are ever measured."""
+Layers = Literal["torch, view by view", "torch", "torch.compile", "kernels"]
+"""What computes the network: torch's layers, view by view or all views of a size in one pass, or others in one pass."""
 _STEPS = {"cuda": 30, "cpu": 8}
 """Steps of one measurement of the whole step."""
 
@@ -82,28 +85,39 @@ class Parts:
     def __init__(self, case: StepCase, device: torch.device) -> None:
         self.case, self.device = case, device
         self.bf16 = device.type == "cuda"
+        self.default: Layers = "kernels" if device.type == "cuda" else "torch"
+        """The layers that training uses."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = build_model(case.config)
         self.model: SimSiam = model.to(device).to(memory_format=torch.channels_last).train()
-        self.model.shared_passes = device.type == "cpu"  # as the trainer has it
+        self._plain = copy.deepcopy(self.model)
+        self._network = self._with(self.model, self.default)
         self.loss_scale = 1 / (model.dim - 1) if isinstance(model, VISimSiam) else 1.0
         self._parameters = list(self.model.parameters())
 
-    def train_step(self) -> TrainStep:
+    def train_step(self, layers: Layers | None = None) -> TrainStep:
         """Our step on a copy of the network, so that every caller begins with the same weights."""
+        model = copy.deepcopy(self._plain)
         return TrainStep(
-            copy.deepcopy(self.model),
+            model,
             torch.full((_MOST_STEPS,), _LR),
             momentum=_MOMENTUM,
             weight_decay=_WEIGHT_DECAY,
             loss_scale=self.loss_scale,
             bf16=self.bf16,
+            network=self._with(model, layers or self.default),
         )
+
+    def losses(self, step: TrainStep, batches: Sequence[list[Tensor]]) -> list[float]:
+        """Losses of the first steps, on these batches; before they are scaled."""
+        for views in batches:
+            step(views)
+        return (step.losses[: len(batches)] / self.loss_scale).tolist()  # type: ignore[no-any-return]
 
     def plain_losses(self, batches: Sequence[list[Tensor]]) -> list[float]:
         """Losses of the same training written down plainly, with torch's own SGD; before they are scaled."""
-        model = copy.deepcopy(self.model)
+        model = copy.deepcopy(self._plain)
         optimizer = torch.optim.SGD(model.parameters(), lr=_LR, momentum=_MOMENTUM, weight_decay=_WEIGHT_DECAY)
         losses = []
         for views in batches:
@@ -118,19 +132,22 @@ class Parts:
     def forward(self, views: Sequence[Tensor]) -> Output:
         """The network."""
         with self._autocast():
-            return self.model(views)  # type: ignore[no-any-return]
+            return self._network(views)
 
     def forward_loss(self, views: Sequence[Tensor]) -> Tensor:
         """The network and the loss."""
+        output = self.forward(views)
         with self._autocast():
-            return self.model.loss(self.model(views), "auto", self.loss_scale)
+            return self.model.loss(output, "auto", self.loss_scale)
 
     def forward_loss_backward(self, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The network and the loss, and the gradient of all weights."""
         return torch.autograd.grad(self.forward_loss(views), self._parameters)
 
-    def network_alone(self, network: Callable[[Sequence[Tensor]], Output]) -> Callable[[Sequence[Tensor]], object]:
+    def network_alone(self, layers: Layers) -> Callable[[Sequence[Tensor]], object]:
         """Forward and backward of the network, for a random gradient of its predictions: what no step can do without."""
+        model = copy.deepcopy(self._plain)
+        network, parameters = self._with(model, layers), list(model.parameters())
         seeds: list[Tensor] = []
 
         def call(views: Sequence[Tensor]) -> object:
@@ -138,7 +155,7 @@ class Parts:
                 predictions = network(views).predictions
             if not seeds:
                 seeds.extend(torch.randn_like(prediction) for prediction in predictions)
-            return torch.autograd.grad(predictions, self._parameters, seeds)
+            return torch.autograd.grad(predictions, parameters, seeds)
 
         return call
 
@@ -152,7 +169,7 @@ class Parts:
     def flops(self, views: Sequence[Tensor]) -> int:
         """Floating-point operations of the network's forward and backward, as torch counts them."""
         with FlopCounterMode(display=False) as counter:
-            self.network_alone(self.model)(views)
+            self.network_alone("torch")(views)
         return int(counter.get_total_flops())
 
     def random_views(self, seed: int) -> list[Tensor]:
@@ -164,6 +181,13 @@ class Parts:
         shapes = [(self.case.views.batch, 3, size, size) for size in sizes]
         views = [torch.randn(shape, device=self.device, generator=generator) for shape in shapes]
         return [view.to(dtype).contiguous(memory_format=torch.channels_last) for view in views]
+
+    def _with(self, model: SimSiam, layers: Layers) -> Network:
+        if layers == "torch, view by view":
+            return model
+        if layers == "torch.compile":
+            torch.compiler.reset()
+        return training_network(model, kernels=layers == "kernels", compiled=layers == "torch.compile", bf16=self.bf16)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)

@@ -252,7 +252,7 @@ def test_fused_backends_explain_themselves() -> None:
 def test_training_on_the_gpu(image_folder: Path, tmp_path: Path, method: str) -> None:
     settings = dataclasses.replace(config(image_folder, method=method, epochs=12, lr=0.05), device="cuda")
     trainer = Trainer(settings, tmp_path / "run", console=Console(quiet=True))
-    assert trainer.bf16
+    assert trainer.train_step.bf16
     assert trainer.backend == "triton"
     trainer.fit()
     assert learned(metrics(tmp_path / "run"))

@@ -92,6 +92,7 @@ class CudaGraph:
         self._stream: torch.cuda.Stream = torch.cuda.Stream(self._device) if beside is None else beside._stream
         self._pool: Any = torch.cuda.graph_pool_handle() if beside is None else beside._pool
         self._graph = torch.cuda.CUDAGraph()
+        self._recorded: Callable[[], Any] | None = None
 
     def warm(self, call: Callable[[], Any]) -> Any:
         """See `Graph`. Runs on the recording stream: libraries keep a workspace for each stream."""
@@ -106,6 +107,7 @@ class CudaGraph:
 
     def record(self, call: Callable[[], Any]) -> Any:
         """See `Graph`. Other threads may use CUDA meanwhile, as loaders that pin memory do."""
+        self._recorded = call  # replays write to what it holds: weights, counters
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
             generator = torch.cuda.default_generators[self._device.index]

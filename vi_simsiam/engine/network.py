@@ -55,7 +55,7 @@ class Bfloat16Weights:
         """As the model."""
         weights = [self._model.get_parameter(name) for name in self._names]
         copies = dict(zip(self._names, _Converted.apply(*weights), strict=True))
-        return torch.func.functional_call(self._model, copies, (views,))
+        return torch.func.functional_call(self._model, copies, (views,))  # type: ignore[no-any-return]
 
 
 class _Converted(torch.autograd.Function):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from vi_simsiam.config import PLACE_FIELDS, TrainConfig, differing_fields
 from vi_simsiam.data.batches import check_batch
