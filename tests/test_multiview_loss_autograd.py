@@ -420,10 +420,24 @@ def test_launches_that_may_overlap_have_tickets_of_their_own(monkeypatch: pytest
     tickets = _Tickets(torch.device("cpu"))
     first = tickets.take(False)
     assert tickets.take(False) is first
+    monkeypatch.setattr(tickets, "_memory", tickets._memory[:4096])
     captured = [tickets.take(True) for _ in range(5000)]
     stream.cuda_stream = 2
     assert len({x.data_ptr() for x in (first, tickets.take(False), *captured)}) == 5002
     assert all(x.shape == (1,) and x.item() == 0 for x in captured)
+
+
+def test_tickets_of_several_strips_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = SimpleNamespace(cuda_stream=1, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    tickets = _Tickets(torch.device("cpu"))
+    monkeypatch.setattr(tickets, "_memory", tickets._memory[:10])
+    taken = [tickets.take(capturing, count) for capturing, count in ((True, 3), (False, 2), (True, 1), (True, 8))]
+    assert [len(x) for x in taken] == [3, 2, 1, 8]
+    assert tickets.take(False, 2) is taken[1]
+    assert tickets.take(False, 1) is not taken[1]
+    addresses = [x[i].data_ptr() for x in taken for i in range(len(x))]
+    assert len(set(addresses)) == 14
 
 
 @on_cpu_only

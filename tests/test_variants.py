@@ -28,7 +28,8 @@ from vi_simsiam.engine.run import load_run
 from vi_simsiam.engine.step import TrainStep
 from vi_simsiam.engine.trainer import Trainer
 from vi_simsiam.errors import InputError
-from vi_simsiam.models import SimSiam, VISimSiam, _PerViewBatchNorm2d, build_model
+from vi_simsiam.models import SimSiam, VISimSiam, build_model
+from vi_simsiam.normalisation import PerViewBatchNorm2d
 
 QUIET = Console(quiet=True)
 CONSTANT = LossConfig(concentration="constant", concentration_value=1.0)
@@ -50,7 +51,7 @@ VARIANTS = {
 
 def backbone(*given: object, **options: object) -> tuple[nn.Module, int]:
     """In the place of a ResNet, whose checkpoints alone would take seconds."""
-    norm = _PerViewBatchNorm2d(8)
+    norm = PerViewBatchNorm2d(8)
     layers = [nn.Conv2d(3, 8, 3, stride=2), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
     return nn.Sequential(*layers), 32
 

@@ -16,13 +16,13 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from vi_simsiam.config import Concentration, LossConfig, ModelConfig, Stem, TrainConfig
 from vi_simsiam.distributions import PowerSpherical
 from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.functional import cosine_loss, power_spherical_loss
 from vi_simsiam.heads import ConcentrationHead, SplitHead, direction_detached, padded_linear, shuffled
+from vi_simsiam.normalisation import Head, PerView, PerViewBatchNorm1d, PerViewBatchNorm2d, count_batches, make_fusible
 from vi_simsiam.ops.multiview_loss import LossForm, softplus
 
 
@@ -33,29 +33,6 @@ class Output(NamedTuple):
     """V tensors (B, W): D columns, for VI-SimSiam one more with the raw concentration, and zeros up to a multiple of 16."""
     targets: tuple[Tensor, ...]
     """G tensors (B, D), detached."""
-
-
-class _PerView(_BatchNorm):
-    """BatchNorm of a batch that holds several views one after the other, each normalised by its own statistics.
-
-    Running statistics are updated by each view in turn, as if the views had come one by one.
-    """
-
-    views = 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.views == 1 or not self.training:
-            return super().forward(x)
-        normalise = super().forward
-        return torch.cat([normalise(part) for part in x.chunk(self.views)])
-
-
-class _PerViewBatchNorm1d(_PerView, nn.BatchNorm1d):
-    pass
-
-
-class _PerViewBatchNorm2d(_PerView, nn.BatchNorm2d):
-    pass
 
 
 class SimSiam(nn.Module):
@@ -104,16 +81,20 @@ class SimSiam(nn.Module):
         self.shared_passes = False
         """Whether views of one size pass together also where each is normalised by its own statistics: the same function,
         on a CPU faster. For torchvision backbones; the BatchNorm of an own one would see the views as one batch."""
+        self.fused = False
+        """Whether in training mode views pass together as with `shared_passes`, and BatchNorm, the addition of a residual
+        and the ReLU after it are one operation: the same function, on a GPU faster. For torchvision backbones, on a GPU
+        in channels_last."""
         self.backbone = backbone
-        self.projector = nn.Sequential(
+        self.projector = Head(
             nn.Linear(features, projector_hidden, bias=False),
-            _PerViewBatchNorm1d(projector_hidden),
+            PerViewBatchNorm1d(projector_hidden),
             nn.ReLU(inplace=True),
             nn.Linear(projector_hidden, projector_hidden, bias=False),
-            _PerViewBatchNorm1d(projector_hidden),
+            PerViewBatchNorm1d(projector_hidden),
             nn.ReLU(inplace=True),
             nn.Linear(projector_hidden, dim, bias=False),
-            _PerViewBatchNorm1d(dim, affine=False),
+            PerViewBatchNorm1d(dim, affine=False),
         )
         # The last layers draw their weights first, as ever: a seed stands for the same network in all versions.
         last = head or (lambda hidden: [padded_linear(hidden, dim)])
@@ -130,10 +111,10 @@ class SimSiam(nn.Module):
     @staticmethod
     def _new_predictor(dim: int, hidden: int, last: Sequence[nn.Module]) -> nn.Sequential:
         first = nn.Linear(dim, hidden, bias=False)
-        return nn.Sequential(first, _PerViewBatchNorm1d(hidden), nn.ReLU(inplace=True), *last)
+        return Head(first, PerViewBatchNorm1d(hidden), nn.ReLU(inplace=True), *last)
 
     def _collect_norms(self) -> None:
-        self._norms = [module for module in self.modules() if isinstance(module, _PerView)]
+        self._norms = [module for module in self.modules() if isinstance(module, PerView)]
 
     def add_target(self) -> None:
         """Let a copy of the backbone and the projector make the targets, which only `update_target` changes.
@@ -182,7 +163,7 @@ class SimSiam(nn.Module):
             smaller = together[0].shape[-1] < views[0].shape[-1]
             predictor = self.local_predictor if self.local_predictor is not None and smaller else self.predictor
             images = together[0] if len(together) == 1 else torch.cat(together)
-            with self._normalising(1 if self.joint_statistics else len(together)):
+            with self._normalising(len(together), self.backbone, self.projector, predictor):
                 projection = self.projector(self.backbone(images))
                 prediction = predictor(projection)
             projections += projection.chunk(len(together))
@@ -193,7 +174,8 @@ class SimSiam(nn.Module):
 
     def _passes(self, views: Sequence[Tensor]) -> list[list[Tensor]]:
         """The views that go through the network together."""
-        return _by_shape(views) if self.joint_statistics or self.shared_passes else [[view] for view in views]
+        together = self.joint_statistics or self.shared_passes or (self.fused and self.training)
+        return _by_shape(views) if together else [[view] for view in views]
 
     @torch.no_grad()
     def _targets(self, target: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
@@ -201,20 +183,25 @@ class SimSiam(nn.Module):
         projections: list[Tensor] = []
         for together in self._passes(views):
             images = together[0] if len(together) == 1 else torch.cat(together)
-            with self._normalising(1 if self.joint_statistics else len(together)):
+            with self._normalising(len(together), target):
                 projections += target(images).chunk(len(together))
         return projections
 
     @contextlib.contextmanager
-    def _normalising(self, views: int) -> Iterator[None]:
-        """Let BatchNorm take its batches for so many views."""
+    def _normalising(self, views: int, *parts: nn.Module) -> Iterator[None]:
+        """Let BatchNorm take its batches for so many views, and count those that pass through the parts fused."""
+        groups = 1 if self.joint_statistics else views
         for norm in self._norms:
-            norm.views = views
+            norm.views, norm.fused = groups, self.fused
         try:
             yield
         finally:
             for norm in self._norms:
-                norm.views = 1
+                norm.views, norm.fused = 1, False
+        if self.fused:
+            count_batches(
+                [module for part in parts for module in part.modules() if isinstance(module, PerView)], groups
+            )
 
     def loss(self, output: Output, backend: str = "auto", loss_scale: float = 1.0) -> Tensor:
         """The method's loss of an `Output` times `loss_scale`, a scalar."""
@@ -358,10 +345,11 @@ def build_backbone(
         raise none_of("backbone", name, known)
     weights = "DEFAULT" if pretrained else None
     network = torchvision.models.get_model(
-        name, weights=weights, zero_init_residual=zero_init_residual, norm_layer=_PerViewBatchNorm2d
+        name, weights=weights, zero_init_residual=zero_init_residual, norm_layer=PerViewBatchNorm2d
     )
     features: int = network.fc.in_features
     network.fc = nn.Identity()
+    make_fusible(network)
     if stem == "small":
         network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -202,27 +202,32 @@ class _Tickets:
     Two launches that may run at the same time need two. Launches of one stream follow each other and share one; torch
     neither destroys its streams nor uses the stream that is another one in every thread. A
     captured one may be replayed on any stream and has one of its own, taken from memory that was set to 0 before: a
-    node of the graph to do so would take as long as the loss of a small batch.
+    node of the graph to do so would take as long as the loss of a small batch. Launches that add up by columns take
+    several at once.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._memory = torch.zeros(_TICKETS, dtype=torch.int32, device=device)
         torch.cuda.current_stream().synchronize()  # once: other streams will use the zeros
-        self._taken = itertools.count()
-        self._of_streams: dict[int, Tensor] = {}
+        self._taken = 0
+        self._taking = threading.Lock()
+        self._of_streams: dict[tuple[int, int], Tensor] = {}
 
-    def take(self, capturing: bool) -> Tensor:
-        """A ticket for a launch on the current stream."""
+    def take(self, capturing: bool, count: int = 1) -> Tensor:
+        """Tickets for a launch on the current stream."""
         if capturing:
-            return self._new()
-        stream = torch.cuda.current_stream().cuda_stream
-        if stream not in self._of_streams:
-            self._of_streams[stream] = self._new()
-        return self._of_streams[stream]
+            return self._new(count)
+        key = torch.cuda.current_stream().cuda_stream, count
+        if key not in self._of_streams:
+            self._of_streams[key] = self._new(count)
+        return self._of_streams[key]
 
-    def _new(self) -> Tensor:
-        i = next(self._taken)
-        return self._memory[i : i + 1] if i < len(self._memory) else torch.zeros_like(self._memory[:1])
+    def _new(self, count: int) -> Tensor:
+        with self._taking:
+            if self._taken + count > len(self._memory):
+                return torch.zeros(count, dtype=torch.int32, device=self._memory.device)
+            first, self._taken = self._taken, self._taken + count
+        return self._memory[first : first + count]
 
 
 _tickets: dict[int, _Tickets] = {}
@@ -240,16 +245,21 @@ def prepare(device_type: str, index: int | None) -> None:
 
 
 def _ticket(device: torch.device) -> Tensor:
+    return new_tickets(device, 1)
+
+
+def new_tickets(device: torch.device, count: int) -> Tensor:
+    """Tickets for a launch on the device's current stream."""
     if device.type != "cuda":
-        return torch.zeros(1, dtype=torch.int32, device=device)
+        return torch.zeros(count, dtype=torch.int32, device=device)
     with torch.cuda.device(device):
         capturing = torch.cuda.is_current_stream_capturing()
         index = torch.cuda.current_device()
         if index not in _tickets:
             if capturing:  # the very first launch: memory cannot be set aside now
-                return torch.zeros(1, dtype=torch.int32, device=device)
+                return torch.zeros(count, dtype=torch.int32, device=device)
             _tickets[index] = _Tickets(device)
-        return _tickets[index].take(capturing)
+        return _tickets[index].take(capturing, count)
 
 
 def _address(x: Tensor | None) -> int:

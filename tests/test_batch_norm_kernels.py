@@ -1,0 +1,101 @@
+"""The kernels of the fused BatchNorm: their numbers in the interpreter (or on a GPU), and what they compile to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed: numbers and machine code of its kernels are not checked")
+
+import torch
+from test_triton_kernels import TYPES, Binary, _compile, _run_cases, compiles
+
+from vi_simsiam.kernels import batch_norm as kernel
+from vi_simsiam.kernels import batch_norm_backward
+
+CASES = "triton_batch_norm_cases.py"
+
+
+def test_numbers_in_the_interpreter() -> None:
+    _run_cases(True, CASES)
+
+
+@pytest.mark.gpu
+def test_numbers_on_the_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip(f"no CUDA device: would have run {CASES} on it")
+    _run_cases(False, CASES)
+
+
+def compile_for(
+    capability: int,
+    part: str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    rows: int = 65536,
+    channels: int = 64,
+    residual: bool = False,
+    relu: bool = True,
+) -> tuple[Binary, dict[str, Any]]:
+    """What the launcher would launch there for two groups of aligned rows, and its compile-time arguments."""
+    is_forward = part in ("statistics", "normalise", "single")
+    tensors = 1 if is_forward else 2 + residual
+    chosen = kernel.plan(rows, channels, 2, dtype.itemsize, tensors, 132)
+    assert chosen.single == part.startswith("single")
+    elements = f"*{TYPES[dtype]}"
+    types = dict.fromkeys(("x_ptr", "residual_ptr", "y_ptr", "gradient_ptr"), elements)
+    types |= dict.fromkeys(("x_gradient_ptr", "residual_gradient_ptr"), elements)
+    numbers = ("weight_ptr", "bias_ptr", "running_mean_ptr", "running_var_ptr", "statistics_ptr", "partials_ptr")
+    types |= dict.fromkeys((*numbers, "sums_ptr", "weight_gradient_ptr", "bias_gradient_ptr"), "*fp32")
+    types["ticket_ptr"] = "*i32"
+    constants: dict[str, Any] = dict(chosen.apply if part in ("normalise", "gradient") else chosen.reduce)
+    through_y = relu and residual
+    if part != "statistics":
+        constants["RELU"] = relu and not (part == "gradient" and residual)
+    if not residual:
+        constants["residual_ptr"] = None
+    if not through_y:
+        constants |= {"y_ptr": None, "residual_gradient_ptr": None}
+    function = {
+        "statistics": kernel.statistics_kernel,
+        "normalise": kernel.normalise_kernel,
+        "single": kernel.single_kernel,
+        "sums": batch_norm_backward.sums_kernel,
+        "gradient": batch_norm_backward.gradient_kernel,
+        "single gradient": batch_norm_backward.single_kernel,
+    }[part]
+    known = {parameter.name for parameter in function.params} | {"num_warps"}
+    if is_forward:
+        constants = {name: value for name, value in constants.items() if name != "y_ptr" or value is not None}
+    constants = {name: value for name, value in constants.items() if name in known}
+    return _compile(function, capability, constants, types), constants
+
+
+PARTS = ("statistics", "normalise", "sums", "gradient")
+
+
+def _check(binary: Binary, constants: dict[str, Any]) -> None:
+    assert binary.stack == binary.count("LDL") == binary.count("STL") == 0  # no spills
+    # Two programs of 8 warps share a multiprocessor, or four of 4, or one of 16.
+    assert binary.registers <= 128, constants
+
+
+@compiles
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("capability", [80, pytest.param(90), 100, 120])
+def test_machine_code(capability: int, part: str, dtype: torch.dtype, residual: bool) -> None:
+    binary, constants = compile_for(capability, part, dtype=dtype, residual=residual)
+    _check(binary, constants)
+
+
+@compiles
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(("rows", "channels"), [(64, 2048), (1024, 512)])
+@pytest.mark.parametrize("part", ["single", "single gradient"])
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+def test_machine_code_of_a_single_launch(capability: int, part: str, rows: int, channels: int, residual: bool) -> None:
+    binary, constants = compile_for(capability, part, rows=rows, channels=channels, residual=residual)
+    _check(binary, constants)

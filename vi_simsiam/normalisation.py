@@ -1,0 +1,127 @@
+"""BatchNorm for batches of several views, and networks whose BatchNorm takes the addition and ReLU after it along.
+
+The modules are torch's and torchvision's, with their parameters, buffers and names. They compute what those compute
+until a `SimSiam` with `fused` set passes views through them in training mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeGuard, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models import resnet
+
+from vi_simsiam.ops.batch_norm import batch_norm_act
+
+
+class PerView(_BatchNorm):
+    """BatchNorm of a batch that holds several views one after the other, each normalised by its own statistics.
+
+    Running statistics are updated by each view in turn, as if the views had come one by one.
+    """
+
+    views = 1
+    fused = False
+    """Whether the batch is normalised at once in training mode, without counting it: see `count_batches`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The normalised batch."""
+        if self.fused and self.training:
+            return self.act(x, relu=False)
+        if self.views == 1 or not self.training:
+            return super().forward(x)
+        normalise = super().forward
+        return torch.cat([normalise(part) for part in x.chunk(self.views)])
+
+    def act(self, x: Tensor, residual: Tensor | None = None, *, relu: bool = True) -> Tensor:
+        """relu(norm(x) + residual) of a batch in training mode."""
+        assert self.momentum is not None
+        return batch_norm_act(
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            groups=self.views,
+            residual=residual,
+            relu=relu,
+            momentum=self.momentum,
+            eps=self.eps,
+        )
+
+
+class PerViewBatchNorm1d(PerView, nn.BatchNorm1d):
+    """Of features (N, C)."""
+
+
+class PerViewBatchNorm2d(PerView, nn.BatchNorm2d):
+    """Of images (N, C, height, width)."""
+
+
+@torch.no_grad()
+def count_batches(norms: Iterable[PerView], views: int) -> None:
+    """Count a batch of `views` views for norms in training mode, by one operation for all of them."""
+    counters = [norm.num_batches_tracked for norm in norms if norm.training and norm.num_batches_tracked is not None]
+    if counters:
+        torch._foreach_add_(counters, views)
+
+
+def is_fused(norm: nn.Module) -> TypeGuard[PerView]:
+    """Whether `norm.act` is to be called for what follows the norm, too."""
+    return isinstance(norm, PerView) and norm.fused and norm.training
+
+
+class Head(nn.Sequential):
+    """Layers in sequence; a fused norm takes the ReLU after it along."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the last layer makes of it."""
+        layers = list(self)
+        for i, layer in enumerate(layers):
+            if is_fused(layer) and i + 1 < len(layers) and isinstance(layers[i + 1], nn.ReLU):
+                x = layer.act(x)
+            elif not (i > 0 and isinstance(layer, nn.ReLU) and is_fused(layers[i - 1])):
+                x = layer(x)
+        return x
+
+
+class _BasicBlock(resnet.BasicBlock):  # type: ignore[misc]
+    def forward(self, x: Tensor) -> Tensor:
+        if not is_fused(self.bn1):
+            return cast(Tensor, super().forward(x))
+        identity = x if self.downsample is None else self.downsample(x)
+        x = self.bn1.act(self.conv1(x))
+        return cast(Tensor, self.bn2.act(self.conv2(x), identity))
+
+
+class _Bottleneck(resnet.Bottleneck):  # type: ignore[misc]
+    def forward(self, x: Tensor) -> Tensor:
+        if not is_fused(self.bn1):
+            return cast(Tensor, super().forward(x))
+        identity = x if self.downsample is None else self.downsample(x)
+        x = self.bn1.act(self.conv1(x))
+        x = self.bn2.act(self.conv2(x))
+        return cast(Tensor, self.bn3.act(self.conv3(x), identity))
+
+
+class _ResNet(resnet.ResNet):  # type: ignore[misc]
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        if not is_fused(self.bn1):
+            return cast(Tensor, super()._forward_impl(x))
+        x = self.maxpool(self.bn1.act(self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return cast(Tensor, self.fc(torch.flatten(self.avgpool(x), 1)))
+
+
+def make_fusible(network: resnet.ResNet) -> None:
+    """Let a torchvision ResNet made of `PerViewBatchNorm2d` layers fuse them.
+
+    Its class and those of its blocks are exchanged, since torchvision's functions take no classes of blocks.
+    """
+    exchanged = {resnet.ResNet: _ResNet, resnet.BasicBlock: _BasicBlock, resnet.Bottleneck: _Bottleneck}
+    for module in network.modules():
+        if type(module) in exchanged:
+            module.__class__ = exchanged[type(module)]

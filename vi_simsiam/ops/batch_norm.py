@@ -1,0 +1,300 @@
+"""BatchNorm of several views, an addition and a ReLU in one: the reference, the choice of a backend, and its gradients.
+
+A batch holds `groups` views one after the other. Each is normalised by its own statistics, and running statistics are
+updated by the views in turn, as if they had come one by one. What the fused kernels compute and move is described in
+kernels/batch_norm.py: forward is two launches or one, and so is backward.
+
+In eager PyTorch an autograd Function calls the kernels directly. Under torch.compile the same launches are the operators
+`vi_simsiam::batch_norm_act` and `vi_simsiam::batch_norm_act_backward`, which change nothing in place: running statistics
+are updated beside them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from vi_simsiam.errors import BackendUnavailableError, InputError, none_of
+from vi_simsiam.ops.backends import why_unavailable
+from vi_simsiam.ops.multiview_loss_launch import new_tickets, prepare
+
+BATCH_NORM_BACKENDS = ("eager", "triton")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Call(NamedTuple):
+    groups: int
+    relu: bool
+    momentum: float
+    eps: float
+
+
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    training: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """relu(batch_norm(x) + residual), every group of consecutive samples normalised by its own statistics.
+
+    Args:
+        x: (N, C, height, width), for the fused backend in channels_last, or (N, C).
+        weight, bias: (C,), or None for 1 and 0.
+        running_mean, running_var: (C,), updated in training mode by each group in turn; both or none.
+        groups: how many views of equally many samples x holds.
+        residual: shaped as x; None for nothing to add.
+        relu: whether what is negative becomes 0.
+        momentum: weight of a group's statistics in the running ones.
+        eps: added to the variance.
+        training: whether the batch's statistics normalise, not the running ones.
+        backend: "eager", "triton" (fused, once differentiable, training mode only), or "auto": triton for CUDA tensors
+            where it runs, and under TRITON_INTERPRET=1.
+
+    Returns:
+        Shaped as x, in its dtype and layout.
+
+    Raises:
+        InputError: a shape, layout, number of groups or backend that is not accepted.
+        BackendUnavailableError: the backend was named explicitly and cannot run on this device.
+    """
+    _check(x, residual, groups, training)
+    if _choose(backend, x, training, (weight, bias, running_mean, running_var)) == "eager":
+        parts = x.chunk(groups) if training and groups > 1 else (x,)
+        statistics = running_mean, running_var, weight, bias, training, momentum, eps
+        normalised = [F.batch_norm(part, *statistics) for part in parts]
+        y = normalised[0] if len(normalised) == 1 else torch.cat(normalised)
+        y = y if residual is None else y + residual
+        return (y.relu() if relu else y).to(x.dtype)
+    if x.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last):
+        raise InputError(
+            f"x: the fused backend takes torch.channels_last, not strides {tuple(x.stride())} of shape {tuple(x.shape)}"
+        )
+    x = x.contiguous(memory_format=_layout(x))
+    if residual is not None:
+        residual = residual.to(x.dtype).contiguous(memory_format=_layout(x))
+    call = _Call(groups, relu, momentum, eps)
+    if not torch.compiler.is_compiling():
+        result: Tensor = _BatchNormAct.apply(x, residual, weight, bias, running_mean, running_var, call)
+        return result
+    prepare(x.device.type, x.device.index)
+    result, statistics = torch.ops.vi_simsiam.batch_norm_act(x, residual, weight, bias, groups, relu, eps)
+    if running_mean is not None and running_var is not None:
+        for group in range(groups):
+            running_mean.mul_(1 - momentum).add_(statistics[0, group], alpha=momentum)
+            running_var.mul_(1 - momentum).add_(statistics[2, group], alpha=momentum)
+    return result
+
+
+def _check(x: Tensor, residual: Tensor | None, groups: int, training: bool) -> None:
+    shape = tuple(x.shape)
+    if x.dim() not in (2, 4):
+        raise InputError(f"x: shape {shape} must be (N, C, height, width) or (N, C)")
+    if groups < 1 or len(x) % groups:
+        raise InputError(f"groups: {groups} must divide the batch of {len(x)}")
+    if residual is not None and residual.shape != x.shape:
+        raise InputError(f"residual: shape {tuple(residual.shape)} must be that of x, {shape}")
+    if training and x.numel() <= groups * x.shape[1]:
+        raise InputError(f"x: shape {shape} in {groups} groups must hold more than one value per channel and group")
+
+
+def _choose(backend: str, x: Tensor, training: bool, parameters: tuple[Tensor | None, ...]) -> str:
+    backend = _usable(backend, x.device.type)
+    fits = training and x.dtype in _DTYPES and not any(p is not None and p.dtype == torch.float64 for p in parameters)
+    return backend if fits else "eager"
+
+
+@torch.compiler.assume_constant_result
+def _usable(backend: str, device_type: str) -> str:
+    if backend not in ("auto", *BATCH_NORM_BACKENDS):
+        raise none_of("backend", backend, ("auto", *BATCH_NORM_BACKENDS))
+    if backend == "eager":
+        return backend
+    reason = why_unavailable("triton", device_type)
+    if backend == "triton" and reason is not None:
+        raise BackendUnavailableError(f"backend: {backend!r} cannot run on {device_type} tensors: {reason}")
+    return "triton" if reason is None else "eager"
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.dim() == 4 else torch.contiguous_format
+
+
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    call: _Call,
+) -> tuple[Tensor, Tensor]:
+    """y, and the statistics (3, groups, C): mean, invstd, unbiased variance."""
+    from vi_simsiam.kernels import batch_norm as kernel
+
+    channels = x.shape[1]
+    chosen = kernel.plan(*_size(x, call.groups), 1, _multiprocessors(x.device))
+    y = torch.empty_like(x, memory_format=_layout(x))
+    statistics = torch.empty((3, call.groups, channels), dtype=torch.float32, device=x.device)
+    partials, tickets = _workspace(x, kernel.partial_sums(chosen, channels, call.groups), chosen.strips)
+    parameters = (weight, bias, running_mean, running_var)
+    kernel.forward(x, residual, *parameters, y, statistics, partials, tickets, chosen, **call._asdict())
+    return y, statistics
+
+
+def _backward(
+    gradient: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    groups: int,
+    relu: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, of the residual if y is given, of weight and of bias."""
+    from vi_simsiam.kernels import batch_norm as kernel
+    from vi_simsiam.kernels import batch_norm_backward
+
+    channels = x.shape[1]
+    chosen = kernel.plan(*_size(x, groups), 2 if y is None else 3, _multiprocessors(x.device))
+    gradient = gradient.contiguous(memory_format=_layout(x))
+    by_x = torch.empty_like(x, memory_format=_layout(x))
+    by_residual = None if y is None else torch.empty_like(by_x)
+    by_weight = None if weight is None else torch.empty_like(weight)
+    by_bias = None if bias is None else torch.empty_like(bias)
+    partials, tickets = _workspace(x, kernel.partial_sums(chosen, channels, groups), chosen.strips)
+    sums = None if partials is None else torch.empty_like(statistics[:2])
+    given = (gradient, x, y, weight, bias, statistics)
+    results = (by_x, by_residual, by_weight, by_bias)
+    batch_norm_backward.backward(*given, *results, sums, partials, tickets, chosen, groups=groups, relu=relu)
+    return results
+
+
+def _size(x: Tensor, groups: int) -> tuple[int, int, int, int]:
+    """Rows of a group, channels, groups and bytes of an element."""
+    channels = x.shape[1]
+    return x.numel() // (groups * channels), channels, groups, x.element_size()
+
+
+def _workspace(x: Tensor, floats: int, tickets: int) -> tuple[Tensor | None, Tensor | None]:
+    if floats == 0:
+        return None, None
+    return torch.empty(floats, dtype=torch.float32, device=x.device), new_tickets(x.device, tickets)
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+class _BatchNormAct(torch.autograd.Function):
+    """The context is taken by forward: with a setup_context of its own apply() costs 40 us more."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        call: _Call,
+    ) -> Tensor:
+        y, statistics = _forward(x, residual, weight, bias, running_mean, running_var, call)
+        ctx.call, ctx.has_residual = call, residual is not None
+        ctx.save_for_backward(x, y if call.relu and residual is not None else None, weight, bias, statistics)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        call = ctx.call
+        x, y, weight, bias, statistics = ctx.saved_tensors
+        gradients = _backward(gradient, x, y, weight, bias, statistics, call.groups, call.relu)
+        by_x, by_residual, by_weight, by_bias = gradients
+        if ctx.has_residual and not call.relu:
+            by_residual = gradient
+        return by_x, by_residual, by_weight, by_bias, None, None, None
+
+
+torch.library.define(
+    "vi_simsiam::batch_norm_act",
+    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, int groups, bool relu, float eps) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "vi_simsiam::batch_norm_act_backward",
+    "(Tensor gradient, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor statistics, int groups, bool relu) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl("vi_simsiam::batch_norm_act", "default")  # type: ignore[misc]
+def _operator(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, relu: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    return _forward(x, residual, weight, bias, None, None, _Call(groups, relu, 0.0, eps))
+
+
+@torch.library.register_fake("vi_simsiam::batch_norm_act")  # type: ignore[misc]
+def _shapes(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, *_: Any
+) -> Any:
+    statistics = x.new_empty((3, groups, x.shape[1]), dtype=torch.float32)
+    return torch.empty_like(x, memory_format=_layout(x)), statistics
+
+
+@torch.library.impl("vi_simsiam::batch_norm_act_backward", "default")  # type: ignore[misc]
+def _operator_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    x = arguments[1]
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in _backward(*arguments))
+
+
+@torch.library.register_fake("vi_simsiam::batch_norm_act_backward")  # type: ignore[misc]
+def _shapes_backward(
+    gradient: Tensor, x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, *_: Any
+) -> tuple[Tensor, ...]:
+    like_x = [
+        torch.empty_like(x, memory_format=_layout(x)) if given else x.new_empty(0) for given in (True, y is not None)
+    ]
+    return (*like_x, *(x.new_empty(0) if p is None else torch.empty_like(p) for p in (weight, bias)))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, residual, weight, bias, ctx.groups, ctx.relu, _ = inputs
+    y, statistics = output
+    ctx.mark_non_differentiable(statistics)
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(x, y if ctx.relu and ctx.has_residual else None, weight, bias, statistics)
+
+
+def _gradients(ctx: Any, gradient: Tensor, _: Any) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    by_x, by_residual, by_weight, by_bias = torch.ops.vi_simsiam.batch_norm_act_backward(
+        gradient, *saved, ctx.groups, ctx.relu
+    )
+    _, y, weight, bias, _ = saved
+    if not ctx.has_residual:
+        by_residual = None
+    elif y is None:
+        by_residual = gradient
+    return by_x, by_residual, None if weight is None else by_weight, None if bias is None else by_bias, None, None, None
+
+
+torch.library.register_autograd("vi_simsiam::batch_norm_act", _gradients, setup_context=_keep)
