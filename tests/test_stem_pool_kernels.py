@@ -1,0 +1,92 @@
+"""The kernels that end a stem: their numbers in the interpreter (or on a GPU), and what they compile to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed: numbers and machine code of its kernels are not checked")
+
+import torch
+from test_triton_kernels import TYPES, Binary, _compile, _NoGPU, _run_cases, compiles, without_gpu
+
+from vi_simsiam.kernels import batch_norm
+from vi_simsiam.kernels import stem_pool as kernel
+
+CASES = "triton_stem_pool_cases.py"
+
+
+def test_numbers_in_the_interpreter() -> None:
+    _run_cases(True, CASES)
+
+
+@pytest.mark.gpu
+def test_numbers_on_the_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip(f"no CUDA device: would have run {CASES} on it")
+    _run_cases(False, CASES)
+
+
+def compile_for(capability: int, part: str, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> Binary:
+    """What the launcher would launch there for two groups of such images; needs no such GPU."""
+    chosen = kernel.plan(*shape, 2, dtype.itemsize, 132)
+    names = ("x_ptr", "y_ptr", "taken_ptr", "gradient_ptr", "x_gradient_ptr")
+    types = dict.fromkeys(names, f"*{TYPES[dtype]}")
+    types |= dict.fromkeys(("weight_ptr", "bias_ptr", "statistics_ptr", "sums_ptr"), "*fp32") | {"code_ptr": "*u8"}
+    function = kernel.pool_kernel if part == "pool" else kernel.gradient_kernel
+    constants: dict[str, Any] = dict(chosen.pool if part == "pool" else chosen.gradient)
+    return _compile(function, capability, constants, types)
+
+
+@compiles
+@pytest.mark.parametrize("size", [64, 63])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("part", ["pool", "gradient"])
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+def test_machine_code(capability: int, part: str, dtype: torch.dtype, size: int) -> None:
+    binary = compile_for(capability, part, dtype, (128, 64, size, size))
+    assert binary.stack == binary.count("LDL") == binary.count("STL") == 0  # no spills
+    assert binary.registers <= (128 if part == "pool" else 168)
+    # Elements move 16 bytes at a time, codes 8 or 4, and nothing goes through shared memory.
+    assert binary.count("LDG", "128") >= (9 if part == "pool" else 8)
+    assert binary.count("STG", "128") == (2 if part == "pool" else 4)
+    assert binary.count("LDS") == binary.count("STS") == 0
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[_NoGPU]:
+    kernels = (kernel.statistics_kernel, kernel.pool_kernel, kernel.sums_kernel, kernel.gradient_kernel)
+    yield from without_gpu(monkeypatch, kernels)
+
+
+def _launch(images: int, channels: int, height: int, width: int, dtype: torch.dtype) -> None:
+    """Both directions of two groups, without and with weights, in memory of any content."""
+    groups, layout = 2, torch.channels_last
+    x = torch.empty((images, channels, height, width), dtype=dtype).to(memory_format=layout)
+    shape = images, channels, kernel.pooled(height), kernel.pooled(width)
+    y, taken, gradient = (torch.empty(shape, dtype=dtype).to(memory_format=layout) for _ in range(3))
+    codes, statistics = torch.empty_like(y, dtype=torch.uint8), torch.empty(3, groups, channels)
+    tickets = torch.zeros(16, dtype=torch.int32)
+    chosen = kernel.plan(*x.shape, groups, dtype.itemsize, 132)
+    for parameters in ([None] * 4, [torch.empty(channels) for _ in range(4)]):
+        partials = torch.empty(batch_norm.partial_sums(chosen.statistics, channels, groups))
+        results = (y, taken, codes, statistics, partials, tickets)
+        kernel.forward(x, *parameters, *results, chosen, groups=groups, momentum=0.1, eps=1e-5)
+        partials = torch.empty(batch_norm.partial_sums(chosen.sums, channels, groups))
+        given = (gradient, x, taken, codes, *parameters[:2], statistics)
+        results = (torch.empty_like(x), *parameters[:2], statistics[:2], partials, tickets)
+        kernel.backward(*given, *results, chosen, groups=groups)
+
+
+@compiles
+def test_machine_code_serves_images_of_other_sizes(no_gpu: _NoGPU) -> None:
+    _launch(8, 64, 64, 64, torch.bfloat16)
+    assert len(no_gpu.launches) == len(no_gpu.loaded) == 8  # four kernels, with and without parameters
+    _launch(12, 64, 64, 64, torch.bfloat16)
+    _launch(8, 64, 32, 64, torch.bfloat16)
+    assert len(no_gpu.launches) == 24
+    assert len(no_gpu.loaded) == 8
+    _launch(8, 64, 63, 1, torch.bfloat16)
+    assert len(no_gpu.loaded) > 8

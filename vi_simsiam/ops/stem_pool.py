@@ -1,0 +1,174 @@
+"""BatchNorm of several views, ReLU and max-pool in one, as they follow the first convolution of a ResNet.
+
+The meaning of the groups is that of `batch_norm_act`: each is a view, normalised by its own statistics, and running
+statistics are updated by the views in turn. The pool is that of a ResNet: 3 x 3, stride 2, padding 1. What the fused kernels
+compute and move is described in kernels/stem_pool.py: forward is two launches, and so is backward.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from vi_simsiam.errors import BackendUnavailableError, InputError, none_of
+from vi_simsiam.ops.backends import why_unavailable
+from vi_simsiam.ops.batch_norm import _multiprocessors, batch_norm_act
+from vi_simsiam.ops.multiview_loss_launch import new_tickets
+
+if TYPE_CHECKING:
+    from vi_simsiam.kernels import batch_norm
+
+STEM_POOL_BACKENDS = ("eager", "triton")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LAYOUT = torch.channels_last
+
+
+class _Call(NamedTuple):
+    groups: int
+    momentum: float
+    eps: float
+
+
+def batch_norm_relu_max_pool(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    groups: int = 1,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> Tensor:
+    """max_pool2d(relu(batch_norm(x)), 3, stride=2, padding=1) in training mode, each group normalised by its own statistics.
+
+    Where values of a window are equal, the first one gets the gradient. The fused backend compares before it rounds;
+    channels whose weight is 0 pass the gradient, which reaches the weight and the bias alone, to the largest x.
+
+    Args:
+        x: (N, C, height, width), for the fused backend in channels_last.
+        weight, bias: (C,), or None for 1 and 0.
+        running_mean, running_var: (C,), updated by each group in turn; both or none.
+        groups: how many views of equally many images x holds, one after the other.
+        momentum: weight of a group's statistics in the running ones.
+        eps: added to the variance.
+        backend: "eager", "triton" (fused, once differentiable), or "auto": triton for CUDA tensors where it runs, and
+            under TRITON_INTERPRET=1. Compiled code takes the pool from PyTorch.
+
+    Returns:
+        (N, C, (height + 1) // 2, (width + 1) // 2) in x's dtype; of the fused backend in channels_last.
+
+    Raises:
+        InputError: a shape, layout, number of groups or backend that is not accepted.
+        BackendUnavailableError: the backend was named explicitly and cannot run on this device.
+    """
+    _check(x, {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}, groups)
+    parameters = weight, bias, running_mean, running_var
+    if _choose(backend, x, parameters) == "eager":
+        numbers = running_mean, running_var, weight, bias, True, momentum, eps
+        return F.max_pool2d(torch.cat([F.batch_norm(part, *numbers) for part in x.chunk(groups)]).relu(), 3, 2, 1)
+    if not x.is_contiguous(memory_format=_LAYOUT):
+        raise InputError(
+            f"x: the fused backend takes torch.channels_last, not strides {tuple(x.stride())} of shape {tuple(x.shape)}"
+        )
+    if torch.compiler.is_compiling():  # what follows is no operator that could be traced
+        normalised = batch_norm_act(x, *parameters, groups=groups, momentum=momentum, eps=eps, backend=backend)
+        return F.max_pool2d(normalised, 3, 2, 1)
+    y: Tensor = _StemPool.apply(x, *parameters, _Call(groups, momentum, eps))
+    return y
+
+
+def _check(x: Tensor, parameters: dict[str, Tensor | None], groups: int) -> None:
+    shape = tuple(x.shape)
+    if x.dim() != 4 or 0 in shape:
+        raise InputError(f"x: shape {shape} must be (N, C, height, width), each at least 1")
+    if groups < 1 or len(x) % groups:
+        raise InputError(f"groups: {groups} must divide the batch of {len(x)}")
+    if x.numel() <= groups * x.shape[1]:
+        raise InputError(f"x: shape {shape} in {groups} groups must hold more than one value per channel and group")
+    for name, parameter in parameters.items():
+        if parameter is None:
+            continue
+        if parameter.shape != x.shape[1:2]:
+            raise InputError(f"{name}: shape {tuple(parameter.shape)} must be ({x.shape[1]},), x's channels")
+        if parameter.device != x.device:
+            raise InputError(f"{name}: on {parameter.device}, must be on x's device {x.device}")
+    if (parameters["running_mean"] is None) != (parameters["running_var"] is None):
+        raise InputError("running_mean, running_var: both must be given or none")
+
+
+def _choose(backend: str, x: Tensor, parameters: tuple[Tensor | None, ...]) -> str:
+    usable = _usable(backend, x.device.type)
+    given = [p for p in parameters if p is not None]
+    fits = x.dtype in _DTYPES and all(p.dtype != torch.float64 and p.is_contiguous() for p in given)
+    if backend == "triton" and not fits:
+        raise InputError(f"backend: 'triton' takes at most float32 and contiguous parameters, not {x.dtype}")
+    return usable if fits else "eager"
+
+
+@torch.compiler.assume_constant_result
+def _usable(backend: str, device_type: str) -> str:
+    if backend not in ("auto", *STEM_POOL_BACKENDS):
+        raise none_of("backend", backend, ("auto", *STEM_POOL_BACKENDS))
+    if backend == "eager":
+        return backend
+    reason = why_unavailable("triton", device_type)
+    if backend == "triton" and reason is not None:
+        raise BackendUnavailableError(f"backend: {backend!r} cannot run on {device_type} tensors: {reason}")
+    return "triton" if reason is None else "eager"
+
+
+def _workspace(x: Tensor, chosen: batch_norm.Plan, groups: int) -> tuple[Tensor, Tensor]:
+    """Partial sums and tickets of a launch that sums."""
+    from vi_simsiam.kernels import batch_norm
+
+    floats = batch_norm.partial_sums(chosen, x.shape[1], groups)
+    return torch.empty(floats, dtype=torch.float32, device=x.device), new_tickets(x.device, chosen.strips)
+
+
+class _StemPool(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        call: _Call,
+    ) -> Tensor:
+        from vi_simsiam.kernels import stem_pool as kernel
+
+        images, channels, height, width = x.shape
+        chosen = kernel.plan(*x.shape, call.groups, x.element_size(), _multiprocessors(x.device))
+        shape = images, channels, kernel.pooled(height), kernel.pooled(width)
+        y, taken = (torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_LAYOUT) for _ in range(2))
+        codes = torch.empty_like(y, dtype=torch.uint8, memory_format=_LAYOUT)
+        statistics = torch.empty((3, call.groups, channels), dtype=torch.float32, device=x.device)
+        workspace = _workspace(x, chosen.statistics, call.groups)
+        given = (x, weight, bias, running_mean, running_var)
+        kernel.forward(*given, y, taken, codes, statistics, *workspace, chosen, **call._asdict())
+        ctx.groups, ctx.chosen = call.groups, chosen
+        ctx.save_for_backward(x, taken, codes, weight, bias, statistics)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        from vi_simsiam.kernels import stem_pool as kernel
+
+        x, taken, codes, weight, bias, statistics = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=_LAYOUT)
+        by_x = torch.empty_like(x, memory_format=_LAYOUT)
+        by_weight = None if weight is None else torch.empty_like(weight)
+        by_bias = None if bias is None else torch.empty_like(bias)
+        sums = torch.empty_like(statistics[:2])
+        workspace = _workspace(x, ctx.chosen.sums, ctx.groups)
+        given = (gradient, x, taken, codes, weight, bias, statistics)
+        kernel.backward(*given, by_x, by_weight, by_bias, sums, *workspace, ctx.chosen, groups=ctx.groups)
+        return by_x, by_weight, by_bias, None, None, None
