@@ -15,6 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import resnet
 
 from vi_simsiam.ops.batch_norm import batch_norm_act
+from vi_simsiam.ops.stem_convolution import stem_convolution, takes
+from vi_simsiam.ops.stem_pool import batch_norm_relu_max_pool
 
 
 class PerView(_BatchNorm):
@@ -48,6 +50,20 @@ class PerView(_BatchNorm):
             groups=self.views,
             residual=residual,
             relu=relu,
+            momentum=self.momentum,
+            eps=self.eps,
+        )
+
+    def act_pool(self, x: Tensor) -> Tensor:
+        """max_pool(relu(norm(x))) of a batch in training mode: 3x3, stride 2, padding 1."""
+        assert self.momentum is not None
+        return batch_norm_relu_max_pool(
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            groups=self.views,
             momentum=self.momentum,
             eps=self.eps,
         )
@@ -111,7 +127,8 @@ class _ResNet(resnet.ResNet):  # type: ignore[misc]
     def _forward_impl(self, x: Tensor) -> Tensor:
         if not is_fused(self.bn1):
             return cast(Tensor, super()._forward_impl(x))
-        x = self.maxpool(self.bn1.act(self.conv1(x)))
+        x = stem_convolution(x, self.conv1.weight) if takes(x, self.conv1.weight) else self.conv1(x)
+        x = self.bn1.act_pool(x) if isinstance(self.maxpool, nn.MaxPool2d) else self.bn1.act(x)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return cast(Tensor, self.fc(torch.flatten(self.avgpool(x), 1)))
 

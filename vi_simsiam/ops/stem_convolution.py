@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vi_simsiam.ops.backends import interpreting
+from vi_simsiam.ops.backends import why_unavailable
 
 
 def takes(images: Tensor, weight: Tensor) -> bool:
     """Whether `stem_convolution` computes this convolution of stride 2 and padding 3, and faster than `conv2d`."""
     return (
-        (images.is_cuda or interpreting())
+        why_unavailable("triton", images.device.type) is None
         and not images.requires_grad
         and weight.shape[1:] == (3, 7, 7)
         and images.shape[1] == 3
@@ -37,7 +37,8 @@ def stem_convolution(images: Tensor, weight: Tensor) -> Tensor:
     number, _, height, width = images.shape
     blocks = images.new_empty((number, -(-height // 2) + BORDER, -(-width // 2) + BORDER, BLOCK_CHANNELS))
     blocks_of_pixels(images, blocks)
-    return F.conv2d(blocks.permute(0, 3, 1, 2), _OverBlocks.apply(weight.to(images.dtype)))
+    y = F.conv2d(blocks.permute(0, 3, 1, 2), _OverBlocks.apply(weight.to(images.dtype)))
+    return y.contiguous(memory_format=torch.channels_last)  # float64 comes in another layout from a GPU
 
 
 class _OverBlocks(torch.autograd.Function):
