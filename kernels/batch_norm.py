@@ -48,7 +48,7 @@ REDUCE_WARPS, REDUCE_LOADS, REDUCE_PROGRAMS = 8, 8, 2
 """Of a program that sums: its warps, the 16-byte loads a thread has under way, and programs per multiprocessor."""
 APPLY_WARPS, APPLY_LOADS = 4, 4
 """Of a program that does not sum: its warps, and the 16-byte loads of a thread from each tensor."""
-SINGLE_BYTES, SINGLE_ELEMENTS, SINGLE_PER_THREAD = 32, 1 << 14, 32
+SINGLE_BYTES, SINGLE_ELEMENTS, SINGLE_PER_THREAD = 32, 1 << 14, 16
 """Of a single launch: bytes of a row in a strip, a whole sector (half of one where more would be too much for a program);
 most elements of a program; elements of a thread. Of 13 settings of these constants that were timed on an H200, at ResNet-18's
 shapes for two views of 64 images of 128 pixels in bfloat16, these had the least total."""
