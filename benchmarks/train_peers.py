@@ -123,10 +123,13 @@ Trains = Callable[[Training, Recorder], None]
 
 
 def ours(training: Training, recorder: Recorder, *, method: Method) -> None:
-    """`vi-simsiam train`, with its run folder, metrics and checkpoints."""
-
+    """`vi-simsiam train`, with its run folder, metrics and checkpoints; on a GPU captured, or not at all."""
     config = dataclasses.replace(
-        training.config, method=method, data=f"pack:{training.pack}", device=str(training.device)
+        training.config,
+        method=method,
+        data=f"pack:{training.pack}",
+        device=str(training.device),
+        capture="on" if training.device.type == "cuda" else "auto",
     )
     trainer = Trainer(config, training.folder, overwrite=True, console=Console(quiet=True))
     trainer.fit(

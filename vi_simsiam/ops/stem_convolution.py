@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -47,21 +46,14 @@ class _OverBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:
         rows = len(weight)
-        out = weight.new_zeros((rows, 256))
-        out.index_copy_(1, _places(weight.device), weight.permute(0, 2, 3, 1).reshape(rows, 147))
-        return out.view(rows, 4, 4, 16).permute(0, 3, 1, 2)
+        taps = F.pad(weight.permute(0, 2, 3, 1), (0, 0, 1, 0, 1, 0)).view(rows, 4, 2, 4, 2, 3)
+        out = weight.new_zeros((rows, 4, 4, 16))
+        out[..., :12].view(rows, 4, 4, 2, 2, 3).copy_(taps.transpose(2, 3))
+        return out.permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
         rows = len(gradient)
-        taken = gradient.permute(0, 2, 3, 1).reshape(rows, 256).index_select(1, _places(gradient.device))
-        return taken.view(rows, 7, 7, 3).permute(0, 3, 1, 2)
-
-
-@functools.cache
-def _places(device: torch.device) -> Tensor:
-    """Where the weight of row y, column x and colour c lies among the 256 over blocks, for y, x, c in turn."""
-    y, x, colour = torch.meshgrid(torch.arange(1, 8), torch.arange(1, 8), torch.arange(3), indexing="ij")
-    place = ((y // 2 * 4 + x // 2) * 4 + y % 2 * 2 + x % 2) * 3 + colour
-    block, channel = place // 12, place % 12
-    return (block * 16 + channel).flatten().to(device)
+        taps = gradient.permute(0, 2, 3, 1)[..., :12].reshape(rows, 4, 4, 2, 2, 3).transpose(2, 3)
+        by_weight = taps.reshape(rows, 8, 8, 3)[:, 1:, 1:].permute(0, 3, 1, 2)
+        return by_weight.contiguous(memory_format=torch.channels_last)
