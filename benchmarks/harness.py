@@ -68,14 +68,18 @@ def quartiles(values: list[float]) -> dict[str, float]:
 
 
 def failure_reason(error: BaseException) -> str:
-    """One line for the result file. Running out of memory inside a graph capture surfaces as the capture's own error."""
+    """One line for the result file, with paths relative to the working folder.
+
+    Running out of memory inside a graph capture surfaces as the capture's own error.
+    """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(cause):
             return "out of memory"
         cause = cause.__cause__ or cause.__context__
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+    reason = f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+    return reason.replace(f"{Path.cwd()}/", "")
 
 
 def provenance(device: torch.device, packages: Iterable[str] = ()) -> dict[str, Any]:

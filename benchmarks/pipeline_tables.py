@@ -11,12 +11,24 @@ from rich.table import Table
 from vi_simsiam.text import counted
 
 from .noise import LEGEND, TOO_NOISY, Ratio
-from .pipeline_targets import GIGABYTE, LIGHTLY, NETWORK, OURS, STEP, exposed_share, median_of, speed_up
+from .pipeline_targets import (
+    AT_HAND,
+    COMPILED,
+    GIGABYTE,
+    KERNELS,
+    LIGHTLY,
+    NETWORK,
+    OURS,
+    STEP,
+    exposed_share,
+    floor_of,
+    median_of,
+    speed_up,
+)
 from .tables import brief, markdown_grid, noise_notes, number, where
 
 _Results = dict[str, Any]
 _Row = tuple[str, ...]
-COMPILED = "network alone, torch.compile"
 
 
 def augment_case(case: _Results) -> Table:
@@ -60,12 +72,15 @@ def augment_markdown(result: _Results) -> str:
 
 
 def step_markdown(result: _Results) -> str:
-    """Milliseconds of the step and of the network alone, a row a case."""
+    """Milliseconds of the step and of the network alone with the layers that training uses, a row a case."""
     rows = [
         (
             case["label"],
-            *(_if_timed(case, name, lambda f: (_ms(f["time"]["median_us"]),))[0] for name in (STEP, NETWORK, COMPILED)),
-            _times(speed_up(case, NETWORK, STEP)),
+            *(
+                _if_timed(case, name, lambda f: (_ms(f["time"]["median_us"]),))[0]
+                for name in (STEP, floor_of(case), COMPILED)
+            ),
+            _times(speed_up(case, floor_of(case), STEP)),
             "-" if (exposed := exposed_share(case)) is None else exposed.shown("{:.1%}"),
             _share(case["providers"][STEP].get("mfu")),
         )
@@ -73,6 +88,26 @@ def step_markdown(result: _Results) -> str:
     ]
     head = ("ms", STEP, NETWORK, COMPILED, "step / network", "exposed augmentation", "of peak FLOP/s")
     return _markdown(result, head, rows)
+
+
+def layers_markdown(result: _Results) -> str:
+    """What computes the network's layers, a row each: the captured step on views at hand, and the network alone."""
+    kinds = (
+        ("PyTorch's, view by view", f"{AT_HAND}, torch, view by view", "-"),
+        ("PyTorch's, all views in one pass", f"{AT_HAND}, torch", NETWORK),
+        ("torch.compile, all views in one pass", f"{AT_HAND}, torch.compile", COMPILED),
+        ("our kernels, all views in one pass", AT_HAND, KERNELS),
+    )
+    rows = [
+        (
+            f"{case['label']}: {layers}",
+            *(_if_timed(case, name, lambda f: (_ms(f["time"]["median_us"]),))[0] for name in (step, alone)),
+            _times(speed_up(case, step, kinds[0][1])),
+        )
+        for case in result["cases"]
+        for layers, step, alone in kinds
+    ]
+    return _markdown(result, ("layers, ms", AT_HAND, NETWORK, "step against the first row"), rows)
 
 
 def phases_markdown(result: _Results) -> str:

@@ -220,6 +220,7 @@ _KINDS: dict[str, _Section] = {
     "accuracy": _table(accuracy.NAME, accuracy.markdown_table),
     "augment": _table("augment", pipeline_tables.augment_markdown),
     "step": _table("step", pipeline_tables.step_markdown),
+    "layers": _table("step", pipeline_tables.layers_markdown),
     "phases": _table("step", pipeline_tables.phases_markdown),
     "train": _table("train", pipeline_tables.train_markdown),
     "pipeline-gpu-targets": _pipeline_targets,

@@ -1,10 +1,9 @@
-"""What a training step costs, part by part, and how near it comes to the network alone.
+"""What a training step costs, part by part and with each kind of layers, and how near it comes to the network alone.
 
 The floor is the same network's forward and backward on random tensors that lie on the device, without views, loss and
-update, on a GPU as a graph: the time below which no step of this network can come unless the network itself becomes
-faster, for which its torch.compile variant stands. The step is measured as training runs it, with its data; parts are
-differences of what was measured for growing pieces. Before it is timed, the losses of the step's first batches are held to
-those of a plain loop with torch's SGD on the same views.
+update, on a GPU as a graph: with PyTorch's layers, with torch.compile, and with the project's kernels. The step is measured
+as training runs it, with its data; parts are differences of what was measured for growing pieces. Before a step is timed,
+its losses on the first batches are held to those of a plain loop with torch's SGD on the same views.
 """
 
 from __future__ import annotations
@@ -29,15 +28,14 @@ from vi_simsiam.data.sources import FileSource
 from . import pipeline_plots, pipeline_tables
 from .harness import failure_reason, interleave
 from .images import image_files
-from .pipeline_targets import pipeline_targets
+from .pipeline_targets import AT_HAND, COMPILED, KERNELS, NETWORK, STEP, pipeline_targets
 from .step_parts import Layers, Parts, StepCase, WholeStep, augmentation, batches, image_count, peak_flops
 from .suite import Suite, SuiteOptions
 from .timers import Timer, timer_for
 from .view_cases import SMALL_IMAGES, ViewCase, view_cases
 
 NAME = "step"
-STEP, NOT_CAPTURED, AT_HAND = "step", "step, not captured", "step on views at hand"
-NETWORK, COMPILED, KERNELS = "network alone", "network alone, torch.compile", "network alone, kernels"
+NOT_CAPTURED = "step, not captured"
 _LAYERS: tuple[Layers, ...] = ("torch, view by view", "torch", "torch.compile", "kernels")
 YARDSTICK = NETWORK
 _METHODS: tuple[Method, ...] = ("vi-simsiam", "simsiam")

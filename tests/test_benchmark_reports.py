@@ -251,8 +251,9 @@ def test_pipeline_targets_are_measured_or_say_so() -> None:
     assert figures == {
         "views/s at 2x128, batch 64, against lightly's": ("12.0 times", True),
         "views/s at 2x224, batch 64, against lightly's": ("4.0 times", False),
-        "training step against the same network's forward and backward alone":
+        "training step against the same network's forward and backward alone, same kernels":
             ("1.10 times (most of 2 cases: simsiam, 2x224, batch 64)", False),
+        "forward and backward of the network alone, with our kernels, against torch.compile": ("1.25 times", False),
         "exposed augmentation": ("1.9% (most of 2 cases: vi-simsiam, 2x128, batch 64)", True),
         "200 epochs of ImageNette-128, 2x128, batch 64: training": ("110 s", True),
         "200 epochs of ImageNette-128, 2x128, batch 64: cold start and kNN evaluation": ("50 s", False),
@@ -265,7 +266,7 @@ def test_pipeline_targets_are_measured_or_say_so() -> None:
     made["train"]["cases"].append(shorter)
     assert pipeline_targets.cpu_targets(made["train"]) == [on_cpu], "of several trainings the longest counts"
     assert pipeline_targets.pipeline_targets({**made["step"], "device_type": "cpu"}) == []
-    assert len(pipeline_targets.pipeline_targets(made["step"])) == 2
+    assert len(pipeline_targets.pipeline_targets(made["step"])) == 3
     for case in made["train"]["cases"]:
         case["images"] = 640
     assert {target.met for target in pipeline_targets.train_targets(made["train"])} == {None}, "a part of ImageNette"
@@ -279,6 +280,7 @@ def test_pipeline_markdown_and_plots_come_from_the_files(tmp_path: Path, capsys:
         assert drawn.read_bytes().startswith(b"\x89PNG")
         pipeline_plots.draw(name, {**result, "cases": []}, tmp_path / "empty")
     sections = ["augment augment.json", "step step.json", "phases step.json", "train train.json", "plots step.json"]
+    sections += ["layers step.json"]
     sections += ["pipeline-gpu-targets augment.json step.json train.json", "pipeline-cpu-targets train.json"]
     sections += ["step none.json", "pipeline-cpu-targets none.json"]
     page = tmp_path / "page.md"
@@ -288,7 +290,9 @@ def test_pipeline_markdown_and_plots_come_from_the_files(tmp_path: Path, capsys:
     text = page.read_text()
     assert "| 2x128, batch 64 | 12,000 | 1,000 | ImportError | 12.00 x |" in text
     assert "No figure for kornia (ImportError: kornia is not installed)." in text
-    assert "| vi-simsiam, 2x128, batch 64 | 1.05 | 1.00 | - | 1.05 x | 1.9% | 40.0% |" in text
+    assert "| vi-simsiam, 2x128, batch 64 | 1.05 | 1.00 | 1.25 | 1.05 x | 1.9% | 40.0% |" in text
+    assert "| simsiam, 2x224, batch 64 | 1.10 | 1.00 | - | 1.10 x |" in text
+    assert "| vi-simsiam, 2x128, batch 64: our kernels, all views in one pass | 1.03 | 1.00 | 2.00 x |" in text
     assert "| ms | augmentation | exposed augmentation | forward |" in text
     assert "| vi-simsiam | 400 | 1.60 x | 110.0 | 20.0 | 3.0 | 30.0 | 80.0% | 60.0 | 2.00 |" in text
     assert "| lightly | 250 | 1.00 x | 200.0 | 20.0 | - | 30.0 | 79.0% | - | - |" in text

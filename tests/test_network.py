@@ -1,0 +1,122 @@
+"""The network as a training step calls it: with which layers, and with weights in bfloat16."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from test_trainer import config
+from torch import Tensor
+
+from vi_simsiam.config import TrainConfig
+from vi_simsiam.engine.distributed import World
+from vi_simsiam.engine.graph_rules import Rules
+from vi_simsiam.engine.network import Bfloat16Weights, training_network
+from vi_simsiam.engine.step import TrainStep
+from vi_simsiam.engine.trainer import Trainer, _use_kernels
+from vi_simsiam.errors import InputError
+from vi_simsiam.models import Output, VISimSiam
+from vi_simsiam.ops.stem_convolution import _OverBlocks
+
+
+def _model() -> VISimSiam:
+    torch.manual_seed(0)
+    model = VISimSiam(dim=64, projector_hidden=32, predictor_hidden=16, local_predictor=True)
+    return model.to(memory_format=torch.channels_last)
+
+
+def _gradients(network: object, model: VISimSiam, views: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor | None]]:
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(network(views), "eager")  # type: ignore[operator]
+    loss.backward()
+    return loss.detach(), {name: weight.grad for name, weight in model.named_parameters()}
+
+
+def test_bfloat16_weights_are_those_of_autocast() -> None:
+    """The same loss and gradients, in float32 and in the weights' layout; unused weights have none."""
+    model = _model()
+    views = [torch.randn(4, 3, 32, 32).bfloat16() for _ in range(2)]
+    plain, converted = copy.deepcopy(model), copy.deepcopy(model)
+    expected, wanted = _gradients(plain, plain, views)
+    loss, found = _gradients(Bfloat16Weights(converted), converted, views)
+    torch.testing.assert_close(loss, expected)
+    assert {name for name, gradient in found.items() if gradient is None} == {
+        name for name in found if name.startswith("local_predictor.")
+    }
+    for name, weight in converted.named_parameters():
+        gradient = found[name]
+        if gradient is not None:
+            assert gradient.dtype == torch.float32
+            assert gradient.stride() == weight.stride(), name
+            torch.testing.assert_close(gradient, wanted[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_layers_of_a_training_network() -> None:
+    model = _model()
+    assert training_network(model, kernels=False, bf16=True) is model
+    assert (model.shared_passes, model.fused) == (True, False)
+    assert isinstance(training_network(model, kernels=True, bf16=True), Bfloat16Weights)
+    assert (model.shared_passes, model.fused) == (True, True)
+    assert training_network(model, kernels=True) is model
+    synchronised = torch.nn.SyncBatchNorm.convert_sync_batchnorm(_model())
+    training_network(synchronised, kernels=False)
+    assert not synchronised.shared_passes, "SyncBatchNorm would normalise the views as one batch"
+
+
+def test_a_network_without_a_truth_value_is_called() -> None:
+    """torch.compile's modules have no length where the model has none, and `bool` asks for it."""
+
+    class Compiled:
+        called = 0
+
+        def __init__(self, model: VISimSiam) -> None:
+            self.model = model
+
+        def __len__(self) -> int:
+            raise TypeError("VISimSiam does not support len()")
+
+        def __call__(self, views: Sequence[Tensor]) -> Output:
+            self.called += 1
+            return self.model(views)  # type: ignore[no-any-return]
+
+    model = _model().train()
+    network = Compiled(model)
+    step = TrainStep(model, torch.full((2,), 0.01), network=network)
+    step([torch.randn(4, 3, 16, 16) for _ in range(2)])
+    assert network.called == 1
+
+
+def test_the_stems_weight_is_rearranged_on_the_device() -> None:
+    """A table of places made on the host would be copied in every step, which a CUDA graph cannot."""
+    weight = torch.empty(8, 3, 7, 7, device="meta", requires_grad=True)
+    with Rules(torch.device("meta"), (weight,)):
+        (gradient,) = torch.autograd.grad(_OverBlocks.apply(weight).sum(), weight)
+    assert gradient.shape == weight.shape
+
+
+def test_kernels_that_cannot_be_had(image_folder: Path, tmp_path: Path) -> None:
+    """`auto` and `off` go on without them; `on` names the reason before the run folder is touched."""
+    settings = {"kernels": "on", "compile": False}
+    with pytest.raises(InputError, match=r"kernels: 'on' cannot be had: .* not cpu; auto and off run here"):
+        Trainer(config(image_folder, **settings), tmp_path / "run", console=Console(quiet=True))
+    assert not (tmp_path / "run").exists()
+    world = World(torch.device("cpu"))
+    assert not _use_kernels(TrainConfig(kernels="auto"), world)
+    assert not _use_kernels(TrainConfig(kernels="off"), world)
+    with pytest.raises(InputError, match="kernels: 'fast' is none of auto, on, off"):
+        TrainConfig(kernels="fast")  # type: ignore[arg-type]
+
+
+def test_kernels_or_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vi_simsiam.engine.trainer.why_unavailable", lambda name, device_type: None)
+    world = World(torch.device("cpu"))
+    assert _use_kernels(TrainConfig(kernels="on"), world)
+    assert not _use_kernels(TrainConfig(kernels="auto", compile=True), world)
+    with pytest.raises(InputError, match="kernels: 'on' cannot be had: compile is said"):
+        _use_kernels(TrainConfig(kernels="on", compile=True), world)
+    with pytest.raises(InputError, match="the statistics of one GPU"):
+        _use_kernels(TrainConfig(kernels="on", sync_batch_norm=True), world)
