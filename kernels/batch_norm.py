@@ -50,8 +50,11 @@ APPLY_WARPS, APPLY_LOADS = 4, 4
 """Of a program that does not sum: its warps, and the 16-byte loads of a thread from each tensor."""
 SINGLE_BYTES, SINGLE_ELEMENTS, SINGLE_PER_THREAD = 32, 1 << 14, 16
 """Of a single launch: bytes of a row in a strip, a whole sector (half of one where more would be too much for a program);
-most elements of a program; elements of a thread. Of 13 settings of these constants that were timed on an H200, at ResNet-18's
-shapes for two views of 64 images of 128 pixels in bfloat16, these had the least total."""
+most elements of a program; elements of a thread.
+
+On an H200 none of 12 other settings of these constants was more than 1 % faster over ResNet-18's shapes for two views of 64
+images of 128 pixels in bfloat16. At the largest, 262,144 rows of 64 channels a view, forward takes 63 us and backward 94 us:
+3.2 and 3.6 TB/s, where a copy moves 4.3. Small ones cost their latency: 8 us each way at 1,024 rows of 512 channels."""
 _MOST_WARPS = 16
 _FINAL_LOADS = 8
 
