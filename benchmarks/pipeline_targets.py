@@ -85,6 +85,7 @@ def step_targets(result: _Results | None) -> list[Target]:
             holds=lambda each: each >= 1.3,
             shown="{:.2f} times",
             worst=min,
+            cases=len(list(_cases(result))),
         ),
         _worst(result, "exposed augmentation", "at most 2 % of the step", 0.02, exposed_share, "{:.1%}"),
     ]
@@ -166,7 +167,8 @@ def _worst(
     shown: str,
 ) -> Target:
     found = [(figure, case["label"]) for case in _cases(result) if (figure := value(case)) is not None]
-    return worst_of(what, wanted, found, holds=lambda each: each <= limit, shown=shown)
+    cases = len(list(_cases(result)))
+    return worst_of(what, wanted, found, holds=lambda each: each <= limit, shown=shown, cases=cases)
 
 
 def _figure(

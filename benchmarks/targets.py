@@ -51,6 +51,7 @@ def worst_of(
     holds: Callable[[float], bool],
     shown: str,
     worst: Callable[..., tuple[Ratio, str]] = max,
+    cases: int = 1,
 ) -> Target:
     """A target for ratios of cases, each given with the case's label: the worst quiet one is its figure.
 
@@ -61,6 +62,7 @@ def worst_of(
         holds: whether a ratio is good enough.
         shown: format of a ratio.
         worst: `max` or `min`.
+        cases: how many were measured, those without this ratio among them.
     """
     if not found:
         return Target(what, wanted)
@@ -72,6 +74,8 @@ def worst_of(
         figure += f" ({most} of {counted(len(quiet or found), 'case')}: {label})"
         if quiet and len(quiet) < len(found):
             figure += f"; {len(found) - len(quiet)} more {TOO_NOISY}"
+    elif cases > 1:
+        figure += f" ({label}; no figure for {counted(cases - 1, 'case')} more)"
     return of_all(what, wanted, figure, ((holds(each.value), each.noisy) for each, _ in found))
 
 

@@ -21,7 +21,8 @@ it is what the residual receives, and read in the place of g: 7 units. What fits
 Shape of the launches. The statistics' programs take strips of at most 64 channels, each a share of a group's rows in
 turn. A tile is STEPS blocks (BLOCK_R, BLOCK_C), each of them one 16-byte load of every thread, and all under way before
 they are added: a thread has sums of its own, and only the last ones of a program cross threads. Sums of squares are those of x minus
-the group's first row, so that nothing cancels where the mean is large, and all programs subtract the same. The program
+the group's first row, which all programs subtract: where the mean is large nothing cancels, as long as that row is no
+outlier of tens of deviations. The program
 of a strip that comes last (a ticket that is left at 0) adds up what the others have stored, in a fixed order, and
 updates the running statistics group by group. The second launch has no sums and takes a tile per program.
 
@@ -288,7 +289,7 @@ def normalise_kernel(
     if residual_ptr is not None:
         h += residual.to(tl.float32)
     if RELU:
-        h = tl.where(h <= 0.0, 0.0, h)  # lets NaN through, as torch does
+        h = tl.where(h <= 0.0, 0.0, h)  # propagates NaN, as torch does
     store(y_ptr + element, h, used, FULL)
 
 

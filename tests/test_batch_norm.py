@@ -144,6 +144,23 @@ def test_a_frozen_backbone_counts_nothing() -> None:
     assert together.projector[1].num_batches_tracked == 3
 
 
+@torch.no_grad()
+def test_layers_with_settings_of_their_own() -> None:
+    """A norm in eval mode within a training block, a first convolution of stride 1 and another pool, in double precision."""
+    torch.manual_seed(0)
+    model = SimSiam(dim=16, projector_hidden=16, predictor_hidden=8).double().train()
+    backbone = model.backbone
+    backbone.layer1[0].bn2.eval()  # type: ignore[union-attr, index]
+    backbone.conv1.stride = (1, 1)  # type: ignore[union-attr, assignment]
+    backbone.maxpool = nn.MaxPool2d(2)  # type: ignore[assignment]
+    views = [torch.randn(4, 3, 16, 16, dtype=torch.float64) for _ in range(2)]
+    expected = copy.deepcopy(model)
+    model.fused = True
+    wanted, found = expected(views), model(views)
+    torch.testing.assert_close(found.predictions, wanted.predictions)
+    torch.testing.assert_close(dict(model.named_buffers()), dict(expected.named_buffers()))
+
+
 def test_outside_of_a_step_modules_are_torch_s() -> None:
     """In training mode, too: one batch, counted."""
     _, together = _pair(VISimSiam, "resnet18")

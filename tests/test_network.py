@@ -63,8 +63,14 @@ def test_layers_of_a_training_network() -> None:
     assert (model.shared_passes, model.fused) == (True, True)
     assert training_network(model, kernels=True) is model
     synchronised = torch.nn.SyncBatchNorm.convert_sync_batchnorm(_model())
-    training_network(synchronised, kernels=False)
-    assert not synchronised.shared_passes, "SyncBatchNorm would normalise the views as one batch"
+    backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Flatten())
+    for other in (synchronised, VISimSiam(backbone, features=8 * 36, dim=64)):
+        assert training_network(other, kernels=True, bf16=True) is other
+        assert not other.shared_passes, "its BatchNorm would normalise the views as one batch"
+        assert not other.fused
+    compiled = training_network(model, kernels=True, compiled=True, bf16=True)
+    assert not isinstance(compiled, Bfloat16Weights)
+    assert not model.fused
 
 
 def test_a_network_without_a_truth_value_is_called() -> None:
@@ -101,7 +107,7 @@ def test_the_stems_weight_is_rearranged_on_the_device() -> None:
 def test_kernels_that_cannot_be_had(image_folder: Path, tmp_path: Path) -> None:
     """`auto` and `off` go on without them; `on` names the reason before the run folder is touched."""
     settings = {"kernels": "on", "compile": False}
-    with pytest.raises(InputError, match=r"kernels: 'on' cannot be had: .* not cpu; auto and off run here"):
+    with pytest.raises(InputError, match=r"kernels: 'on' cannot be used: .* not cpu; auto and off run here"):
         Trainer(config(image_folder, **settings), tmp_path / "run", console=Console(quiet=True))
     assert not (tmp_path / "run").exists()
     world = World(torch.device("cpu"))
@@ -116,7 +122,7 @@ def test_kernels_or_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(torch.device("cpu"))
     assert _use_kernels(TrainConfig(kernels="on"), world)
     assert not _use_kernels(TrainConfig(kernels="auto", compile=True), world)
-    with pytest.raises(InputError, match="kernels: 'on' cannot be had: compile is said"):
+    with pytest.raises(InputError, match="kernels: 'on' cannot be used: compile replaces them"):
         _use_kernels(TrainConfig(kernels="on", compile=True), world)
-    with pytest.raises(InputError, match="the statistics of one GPU"):
+    with pytest.raises(InputError, match="statistics over several GPUs, as sync_batch_norm asks"):
         _use_kernels(TrainConfig(kernels="on", sync_batch_norm=True), world)

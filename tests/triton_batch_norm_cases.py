@@ -38,7 +38,7 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(kernel, "REDUCE_LOADS", 2)
         monkeypatch.setattr(kernel, "APPLY_WARPS", 1)
         monkeypatch.setattr(kernel, "APPLY_LOADS", 1)
-        monkeypatch.setattr(operation, "_multiprocessors", lambda device: 6)
+        monkeypatch.setattr(operation, "multiprocessors", lambda device: 6)
     kernel.plan.cache_clear()
     yield request.param
     kernel.plan.cache_clear()
@@ -113,9 +113,11 @@ SHAPES = [
 
 
 @pytest.mark.usefixtures("launches")
-@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
-@pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
-@pytest.mark.parametrize("add", [True, False], ids=["residual", "alone"])
+@pytest.mark.parametrize(
+    ("add", "relu", "affine"),
+    [(True, True, True), (False, True, True), (True, False, True), (False, False, False)],
+    ids=["residual-relu", "relu", "residual", "no weight"],
+)
 @pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
 def test_values_gradients_and_running_statistics(
     shape: tuple[int, ...], groups: int, add: bool, relu: bool, affine: bool
@@ -223,10 +225,26 @@ def test_frozen_parameters_and_no_grad() -> None:
         assert not batch_norm_act(x, weight, bias, mean, var, groups=2, backend="triton").requires_grad
 
 
-def test_images_of_another_layout_are_refused() -> None:
-    x = torch.randn(4, 6, 4, 4, device=DEVICE)
-    with pytest.raises(InputError, match="x: the fused backend takes torch.channels_last, not strides"):
-        batch_norm_act(x, None, None, None, None)
+REFUSED: dict[str, dict[str, Any]] = {
+    r"takes torch.channels_last, not strides": {"x": torch.ones(4, 6, 4, 4)},
+    r"not x in torch.float64": {"x": torch.ones(4, 6, dtype=torch.float64)},
+    r"takes contiguous parameters": {"weight": torch.ones(12)[::2]},
+    r"takes training mode alone": {"training": False, "running_mean": torch.zeros(6), "running_var": torch.ones(6)},
+    r"weight: shape \(5,\) must be \(6,\)": {"weight": torch.ones(5)},
+    r"running_mean, running_var: both must be given or none": {"running_mean": torch.zeros(6)},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_the_fused_backend_does_not_take(message: str) -> None:
+    """It says so where it was named; otherwise eager computes what PyTorch can."""
+    given = {"x": torch.randn(4, 6), "weight": None, "bias": None, "running_mean": None, "running_var": None}
+    given |= REFUSED[message]
+    given = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in given.items()}
+    with pytest.raises(InputError, match=message):
+        batch_norm_act(**given, backend="triton")
+    if "takes" in message or "not x" in message:
+        torch.testing.assert_close(batch_norm_act(**given), batch_norm_act(**given, backend="eager"), rtol=0, atol=0)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vi_simsiam.kernels.stem_convolution import blocks_of_pixels
@@ -64,8 +64,10 @@ def test_no_images() -> None:
 
 
 def test_other_convolutions_are_left_to_torch() -> None:
-    images, weight = _draw(2, 3, 8, 8), _draw(4, 3, 7, 7)
-    assert takes(images, weight)
-    assert not takes(_draw(2, 4, 8, 8), _draw(4, 4, 7, 7))
-    assert not takes(images, _draw(4, 3, 3, 3))
-    assert not takes(images.requires_grad_(), weight)
+    images = _draw(2, 3, 8, 8)
+    usual = {"kernel_size": 7, "stride": 2, "padding": 3, "bias": False}
+    assert takes(images, nn.Conv2d(3, 4, **usual))
+    for changed in ({"kernel_size": 3}, {"stride": 1}, {"padding": 2}, {"bias": True}, {"dilation": 2}):
+        assert not takes(images, nn.Conv2d(3, 4, **{**usual, **changed})), changed
+    assert not takes(images, nn.Conv2d(4, 4, **usual))
+    assert not takes(images.requires_grad_(), nn.Conv2d(3, 4, **usual))

@@ -227,7 +227,8 @@ class TrainConfig:
     capture: Capture = "auto"
     """Whether a GPU's training step is replayed as one CUDA graph; auto falls back to single launches."""
     kernels: Kernels = "auto"
-    """Whether the network's BatchNorm, additions, ReLU and max-pool are the project's own kernels; auto: on a GPU."""
+    """Whether what surrounds the network's convolutions (BatchNorm, additions, ReLU, max-pool) is computed by the project's
+    own kernels; auto: on a GPU, without compile, torchrun and sync_batch_norm."""
     compile: bool = False
     """Pass the network through torch.compile, in the place of the kernels."""
     batch_norm: BatchNormStatistics = "per-view"

@@ -148,10 +148,10 @@ class SimSiam(nn.Module):
     def forward(self, views: Sequence[Tensor], targets: int = 2) -> Output:
         """Predictions of all views and projections of the first `targets` ones.
 
-        Every view passes on its own, so that BatchNorm normalises each by its own statistics; with `joint_statistics`
-        all views of one size pass together. Running statistics, which evaluation uses, are updated at every pass in the
-        order of the views, and later passes count more: after two global and six local views 82 % of them are the
-        local ones' (momentum 0.1), and 53 % with joint statistics.
+        BatchNorm normalises each view by its own statistics, and with `joint_statistics` all views of one size by common
+        ones. Running statistics, which evaluation uses, are updated by each in the order of the views, and later ones
+        count more: after two global and six local views 82 % of them are the local ones' (momentum 0.1), and 53 % with
+        joint statistics.
 
         Args:
             views: V tensors (B, 3, height, width); sizes may differ between views.

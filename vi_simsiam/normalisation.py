@@ -1,4 +1,4 @@
-"""BatchNorm for batches of several views, and networks whose BatchNorm takes the addition and ReLU after it along.
+"""BatchNorm for batches of several views, and networks that fuse it with the addition and the ReLU that follow.
 
 The modules are torch's and torchvision's, with their parameters, buffers and names. They compute what those compute
 until a `SimSiam` with `fused` set passes views through them in training mode.
@@ -39,7 +39,7 @@ class PerView(_BatchNorm):
         return torch.cat([normalise(part) for part in x.chunk(self.views)])
 
     def act(self, x: Tensor, residual: Tensor | None = None, *, relu: bool = True) -> Tensor:
-        """relu(norm(x) + residual) of a batch in training mode."""
+        """relu(norm(x) + residual)."""
         assert self.momentum is not None
         return batch_norm_act(
             x,
@@ -52,6 +52,7 @@ class PerView(_BatchNorm):
             relu=relu,
             momentum=self.momentum,
             eps=self.eps,
+            training=self.training,
         )
 
     def act_pool(self, x: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ def is_fused(norm: nn.Module) -> TypeGuard[PerView]:
 
 
 class Head(nn.Sequential):
-    """Layers in sequence; a fused norm takes the ReLU after it along."""
+    """Layers in sequence; a fused norm and the ReLU that follows are one operation."""
 
     def forward(self, x: Tensor) -> Tensor:
         """What the last layer makes of it."""
@@ -127,16 +128,24 @@ class _ResNet(resnet.ResNet):  # type: ignore[misc]
     def _forward_impl(self, x: Tensor) -> Tensor:
         if not is_fused(self.bn1):
             return cast(Tensor, super()._forward_impl(x))
-        x = stem_convolution(x, self.conv1.weight) if takes(x, self.conv1.weight) else self.conv1(x)
-        x = self.bn1.act_pool(x) if isinstance(self.maxpool, nn.MaxPool2d) else self.bn1.act(x)
+        x = stem_convolution(x, self.conv1.weight) if takes(x, self.conv1) else self.conv1(x)
+        x = self.bn1.act_pool(x) if _is_stem_pool(self.maxpool) else self.maxpool(self.bn1.act(x))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return cast(Tensor, self.fc(torch.flatten(self.avgpool(x), 1)))
+
+
+def _is_stem_pool(pool: nn.Module) -> bool:
+    if not isinstance(pool, nn.MaxPool2d):
+        return False
+    numbers = pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices
+    return numbers == (3, 2, 1, 1, False, False)
 
 
 def make_fusible(network: resnet.ResNet) -> None:
     """Let a torchvision ResNet made of `PerViewBatchNorm2d` layers fuse them.
 
-    Its class and those of its blocks are exchanged, since torchvision's functions take no classes of blocks.
+    Its class and those of its blocks are exchanged, since torchvision's functions take no classes of blocks. Hooks of
+    modules that are fused with others do not run.
     """
     exchanged = {resnet.ResNet: _ResNet, resnet.BasicBlock: _BasicBlock, resnet.Bottleneck: _Bottleneck}
     for module in network.modules():

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from vi_simsiam.models import Output, SimSiam
+from vi_simsiam.normalisation import PerView
 
 Network = Callable[[Sequence[Tensor]], Output]
 
@@ -17,18 +19,18 @@ def training_network(model: SimSiam, *, kernels: bool, compiled: bool = False, b
     """What maps views to the model's `Output` in training; all that is chosen here computes the same function.
 
     Args:
-        model: on the device to train on. Views of one size pass through it together from now on, except where
-            SyncBatchNorm would see them as one batch.
-        kernels: whether BatchNorm and what follows it, the first convolution and the conversion of the weights are the
+        model: on the device to train on. Views of one size pass through it together from now on, unless it has a
+            BatchNorm that would see them as one batch: that of an own backbone, or SyncBatchNorm.
+        kernels: without a compiler, and where views pass together: whether BatchNorm and what follows it, the first convolution and the conversion of the weights are the
             project's own operations.
         compiled: whether the network passes through torch.compile.
         bf16: whether the network is called under autocast to bfloat16.
     """
-    model.shared_passes = not any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
-    model.fused = kernels
+    model.shared_passes = all(isinstance(norm, PerView) for norm in model.modules() if isinstance(norm, _BatchNorm))
+    model.fused = kernels and model.shared_passes and not compiled
     if compiled:
         return torch.compile(model, dynamic=False)  # type: ignore[no-any-return]
-    return Bfloat16Weights(model) if kernels and bf16 else model
+    return Bfloat16Weights(model) if model.fused and bf16 else model
 
 
 class Bfloat16Weights:

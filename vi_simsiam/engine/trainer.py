@@ -357,11 +357,13 @@ def _use_kernels(config: TrainConfig, world: World) -> bool:
     """Whether the network's own kernels are to be used. Raises InputError where they are asked for and cannot be."""
     problem = why_unavailable("triton", world.device.type)
     if problem is None and config.compile:
-        problem = "compile is said, which takes their place"
-    elif problem is None and (config.sync_batch_norm or not world.alone):
-        problem = "they take the statistics of one GPU, and train without torchrun"
+        problem = "compile replaces them"
+    elif problem is None and not world.alone:
+        problem = "they are for a run without torchrun"
+    elif problem is None and config.sync_batch_norm:
+        problem = "they do not take statistics over several GPUs, as sync_batch_norm asks"
     if config.kernels == "on" and problem is not None:
-        raise InputError(f"kernels: 'on' cannot be had: {problem}; auto and off run here")
+        raise InputError(f"kernels: 'on' cannot be used: {problem}; auto and off run here")
     wanted = config.kernels == "on" or (config.kernels == "auto" and world.device.type == "cuda")
     return wanted and problem is None
 

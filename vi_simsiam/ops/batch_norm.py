@@ -11,8 +11,9 @@ are updated beside them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def batch_norm_act(
         eps: added to the variance.
         training: whether the batch's statistics normalise, not the running ones.
         backend: "eager", "triton" (fused, once differentiable, training mode only), or "auto": triton for CUDA tensors
-            where it runs, and under TRITON_INTERPRET=1.
+            where it runs and takes x, and under TRITON_INTERPRET=1.
 
     Returns:
         Shaped as x, in its dtype and layout.
@@ -72,17 +73,15 @@ def batch_norm_act(
         BackendUnavailableError: the backend was named explicitly and cannot run on this device.
     """
     _check(x, residual, groups, training)
-    if _choose(backend, x, training, (weight, bias, running_mean, running_var)) == "eager":
+    parameters = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    check_parameters(x, parameters)
+    if choose_fused(backend, x, parameters, training=training) == "eager":
         parts = x.chunk(groups) if training and groups > 1 else (x,)
         statistics = running_mean, running_var, weight, bias, training, momentum, eps
         normalised = [F.batch_norm(part, *statistics) for part in parts]
         y = normalised[0] if len(normalised) == 1 else torch.cat(normalised)
         y = y if residual is None else y + residual
         return (y.relu() if relu else y).to(x.dtype)
-    if x.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last):
-        raise InputError(
-            f"x: the fused backend takes torch.channels_last, not strides {tuple(x.stride())} of shape {tuple(x.shape)}"
-        )
     x = x.contiguous(memory_format=_layout(x))
     if residual is not None:
         residual = residual.to(x.dtype).contiguous(memory_format=_layout(x))
@@ -111,10 +110,45 @@ def _check(x: Tensor, residual: Tensor | None, groups: int, training: bool) -> N
         raise InputError(f"x: shape {shape} in {groups} groups must hold more than one value per channel and group")
 
 
-def _choose(backend: str, x: Tensor, training: bool, parameters: tuple[Tensor | None, ...]) -> str:
-    backend = _usable(backend, x.device.type)
-    fits = training and x.dtype in _DTYPES and not any(p is not None and p.dtype == torch.float64 for p in parameters)
-    return backend if fits else "eager"
+def check_parameters(x: Tensor, parameters: Mapping[str, Tensor | None]) -> None:
+    """Raise InputError unless weight, bias, running_mean and running_var, as far as given, fit x's channels and device."""
+    for name, parameter in parameters.items():
+        if parameter is None:
+            continue
+        if parameter.shape != x.shape[1:2]:
+            raise InputError(f"{name}: shape {tuple(parameter.shape)} must be ({x.shape[1]},), x's channels")
+        if parameter.device != x.device:
+            raise InputError(f"{name}: on {parameter.device}, must be on x's device {x.device}")
+    if (parameters["running_mean"] is None) != (parameters["running_var"] is None):
+        raise InputError("running_mean, running_var: both must be given or none")
+
+
+def choose_fused(
+    backend: str, x: Tensor, parameters: Mapping[str, Tensor | None], *, training: bool = True
+) -> Literal["eager", "triton"]:
+    """The backend for x: what the fused one does not take is left to eager, unless it was named explicitly.
+
+    Raises:
+        InputError: no such backend, or "triton" for what it does not take.
+        BackendUnavailableError: "triton" cannot run on x's device.
+    """
+    if _usable(backend, x.device.type) == "eager":
+        return "eager"
+    given = [parameter for parameter in parameters.values() if parameter is not None]
+    problem = None
+    if not training:
+        problem = "training mode alone"
+    elif x.dtype not in _DTYPES or any(parameter.dtype == torch.float64 for parameter in given):
+        problem = f"float32, bfloat16 and float16, and parameters of at most float32, not x in {x.dtype}"
+    elif not all(parameter.is_contiguous() for parameter in given):
+        problem = "contiguous parameters"
+    elif x.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last):
+        problem = f"torch.channels_last, not strides {tuple(x.stride())} of shape {tuple(x.shape)}"
+    if problem is None:
+        return "triton"
+    if backend == "triton":
+        raise InputError(f"x: the fused backend takes {problem}")
+    return "eager"
 
 
 @torch.compiler.assume_constant_result
@@ -146,7 +180,7 @@ def _forward(
     from vi_simsiam.kernels import batch_norm as kernel
 
     channels = x.shape[1]
-    chosen = kernel.plan(*_size(x, call.groups), 1, _multiprocessors(x.device))
+    chosen = kernel.plan(*_size(x, call.groups), 1, multiprocessors(x.device))
     y = torch.empty_like(x, memory_format=_layout(x))
     statistics = torch.empty((3, call.groups, channels), dtype=torch.float32, device=x.device)
     partials, tickets = _workspace(x, kernel.partial_sums(chosen, channels, call.groups), chosen.strips)
@@ -170,7 +204,7 @@ def _backward(
     from vi_simsiam.kernels import batch_norm_backward
 
     channels = x.shape[1]
-    chosen = kernel.plan(*_size(x, groups), 2 if y is None else 3, _multiprocessors(x.device))
+    chosen = kernel.plan(*_size(x, groups), 2 if y is None else 3, multiprocessors(x.device))
     gradient = gradient.contiguous(memory_format=_layout(x))
     by_x = torch.empty_like(x, memory_format=_layout(x))
     by_residual = None if y is None else torch.empty_like(by_x)
@@ -197,7 +231,8 @@ def _workspace(x: Tensor, floats: int, tickets: int) -> tuple[Tensor | None, Ten
 
 
 @lru_cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 2 where Triton's interpreter stands in for one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 

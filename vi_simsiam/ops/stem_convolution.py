@@ -5,19 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vi_simsiam.ops.backends import why_unavailable
 
 
-def takes(images: Tensor, weight: Tensor) -> bool:
-    """Whether `stem_convolution` computes this convolution of stride 2 and padding 3, and faster than `conv2d`."""
+def takes(images: Tensor, convolution: nn.Conv2d) -> bool:
+    """Whether `stem_convolution` computes this convolution of the images here, and faster than `conv2d`."""
+    numbers = convolution.in_channels, convolution.kernel_size, convolution.stride, convolution.padding
+    rest = convolution.dilation, convolution.groups, convolution.bias, convolution.padding_mode
     return (
-        why_unavailable("triton", images.device.type) is None
+        numbers == (3, (7, 7), (2, 2), (3, 3))
+        and rest == ((1, 1), 1, None, "zeros")
         and not images.requires_grad
-        and weight.shape[1:] == (3, 7, 7)
-        and images.shape[1] == 3
+        and why_unavailable("triton", images.device.type) is None
     )
 
 

@@ -14,16 +14,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from vi_simsiam.errors import BackendUnavailableError, InputError, none_of
-from vi_simsiam.ops.backends import why_unavailable
-from vi_simsiam.ops.batch_norm import _multiprocessors, batch_norm_act
+from vi_simsiam.errors import InputError
+from vi_simsiam.ops.batch_norm import batch_norm_act, check_parameters, choose_fused, multiprocessors
 from vi_simsiam.ops.multiview_loss_launch import new_tickets
 
 if TYPE_CHECKING:
     from vi_simsiam.kernels import batch_norm
 
-STEM_POOL_BACKENDS = ("eager", "triton")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LAYOUT = torch.channels_last
 
 
@@ -67,15 +64,13 @@ def batch_norm_relu_max_pool(
         InputError: a shape, layout, number of groups or backend that is not accepted.
         BackendUnavailableError: the backend was named explicitly and cannot run on this device.
     """
-    _check(x, {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}, groups)
+    _check(x, groups)
+    named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    check_parameters(x, named)
     parameters = weight, bias, running_mean, running_var
-    if _choose(backend, x, parameters) == "eager":
+    if choose_fused(backend, x, named) == "eager":
         numbers = running_mean, running_var, weight, bias, True, momentum, eps
         return F.max_pool2d(torch.cat([F.batch_norm(part, *numbers) for part in x.chunk(groups)]).relu(), 3, 2, 1)
-    if not x.is_contiguous(memory_format=_LAYOUT):
-        raise InputError(
-            f"x: the fused backend takes torch.channels_last, not strides {tuple(x.stride())} of shape {tuple(x.shape)}"
-        )
     if torch.compiler.is_compiling():  # what follows is no operator that could be traced
         normalised = batch_norm_act(x, *parameters, groups=groups, momentum=momentum, eps=eps, backend=backend)
         return F.max_pool2d(normalised, 3, 2, 1)
@@ -83,7 +78,7 @@ def batch_norm_relu_max_pool(
     return y
 
 
-def _check(x: Tensor, parameters: dict[str, Tensor | None], groups: int) -> None:
+def _check(x: Tensor, groups: int) -> None:
     shape = tuple(x.shape)
     if x.dim() != 4 or 0 in shape:
         raise InputError(f"x: shape {shape} must be (N, C, height, width), each at least 1")
@@ -91,36 +86,6 @@ def _check(x: Tensor, parameters: dict[str, Tensor | None], groups: int) -> None
         raise InputError(f"groups: {groups} must divide the batch of {len(x)}")
     if x.numel() <= groups * x.shape[1]:
         raise InputError(f"x: shape {shape} in {groups} groups must hold more than one value per channel and group")
-    for name, parameter in parameters.items():
-        if parameter is None:
-            continue
-        if parameter.shape != x.shape[1:2]:
-            raise InputError(f"{name}: shape {tuple(parameter.shape)} must be ({x.shape[1]},), x's channels")
-        if parameter.device != x.device:
-            raise InputError(f"{name}: on {parameter.device}, must be on x's device {x.device}")
-    if (parameters["running_mean"] is None) != (parameters["running_var"] is None):
-        raise InputError("running_mean, running_var: both must be given or none")
-
-
-def _choose(backend: str, x: Tensor, parameters: tuple[Tensor | None, ...]) -> str:
-    usable = _usable(backend, x.device.type)
-    given = [p for p in parameters if p is not None]
-    fits = x.dtype in _DTYPES and all(p.dtype != torch.float64 and p.is_contiguous() for p in given)
-    if backend == "triton" and not fits:
-        raise InputError(f"backend: 'triton' takes at most float32 and contiguous parameters, not {x.dtype}")
-    return usable if fits else "eager"
-
-
-@torch.compiler.assume_constant_result
-def _usable(backend: str, device_type: str) -> str:
-    if backend not in ("auto", *STEM_POOL_BACKENDS):
-        raise none_of("backend", backend, ("auto", *STEM_POOL_BACKENDS))
-    if backend == "eager":
-        return backend
-    reason = why_unavailable("triton", device_type)
-    if backend == "triton" and reason is not None:
-        raise BackendUnavailableError(f"backend: {backend!r} cannot run on {device_type} tensors: {reason}")
-    return "triton" if reason is None else "eager"
 
 
 def _workspace(x: Tensor, chosen: batch_norm.Plan, groups: int) -> tuple[Tensor, Tensor]:
@@ -145,7 +110,7 @@ class _StemPool(torch.autograd.Function):
         from vi_simsiam.kernels import stem_pool as kernel
 
         images, channels, height, width = x.shape
-        chosen = kernel.plan(*x.shape, call.groups, x.element_size(), _multiprocessors(x.device))
+        chosen = kernel.plan(*x.shape, call.groups, x.element_size(), multiprocessors(x.device))
         shape = images, channels, kernel.pooled(height), kernel.pooled(width)
         y, taken = (torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_LAYOUT) for _ in range(2))
         codes = torch.empty_like(y, dtype=torch.uint8, memory_format=_LAYOUT)
