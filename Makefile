@@ -16,8 +16,8 @@ AVX2 := ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 OPENBLAS_CO
 BASELINE := ATEN_CPU_CAPABILITY=default DNNL_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem \
 	NPY_DISABLE_CPU_FEATURES="X86_V3 X86_V4 AVX512_ICL AVX512_SPR" VI_SIMSIAM_SIMD=baseline
 # Where another rounding shows first.
-NUMERICS := $(patsubst %,tests/test_%.py,augment device_feed distributions embed encoder extension knn linear logistic \
-	multiview_loss multiview_loss_autograd power_spherical rank scores step uncertainty_metrics)
+NUMERICS := $(patsubst %,tests/test_%.py,augment batch_norm device_feed distributions embed encoder extension knn linear logistic \
+	multiview_loss multiview_loss_autograd network power_spherical rank scores step uncertainty_metrics)
 
 .PHONY: train test install lint cpus soak gpu bench clean
 

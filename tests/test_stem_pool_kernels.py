@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: numbers and machine code of its kernels are not checked")
 
 import torch
+from test_batch_norm_kernels import CAPABILITIES, marked
 from test_triton_kernels import TYPES, Binary, _compile, _NoGPU, _run_cases, compiles, without_gpu
 
 from vi_simsiam.kernels import batch_norm
@@ -41,10 +43,13 @@ def compile_for(capability: int, part: str, dtype: torch.dtype, shape: tuple[int
 
 
 @compiles
-@pytest.mark.parametrize("size", [64, 63])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("part", ["pool", "gradient"])
-@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+@pytest.mark.parametrize(
+    ("capability", "part", "dtype", "size"),
+    [
+        marked(*shape, every_day=shape[0] == 90 or shape[2:] == (torch.bfloat16, 64))
+        for shape in itertools.product(CAPABILITIES, ("pool", "gradient"), (torch.bfloat16, torch.float32), (64, 63))
+    ],
+)
 def test_machine_code(capability: int, part: str, dtype: torch.dtype, size: int) -> None:
     binary = compile_for(capability, part, dtype, (128, 64, size, size))
     assert binary.stack == binary.count("LDL") == binary.count("STL") == 0  # no spills
