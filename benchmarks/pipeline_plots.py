@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from .pipeline_targets import NETWORK, OURS, median_of
+from .pipeline_targets import COMPILED, KERNELS, NETWORK, OURS, median_of
 from .plots import STYLE, place, save
 
 _OURS, _OTHERS = "#2f6db3", "#8a8f98"
@@ -57,7 +57,7 @@ def _rates(result: dict[str, Any]) -> Figure:
 
 
 def _phases(result: dict[str, Any]) -> Figure:
-    """The step's parts one after the other, and the network alone as a line, a bar a case."""
+    """The step's parts one after the other, and the network alone with each kind of layers as lines, a bar a case."""
     cases = result["cases"]
     figure = Figure(figsize=(7.0, 1.4 + 0.35 * max(1, len(cases))), layout="constrained")
     panel = figure.subplots()
@@ -67,9 +67,10 @@ def _phases(result: dict[str, Any]) -> Figure:
             width = max(0.0, case["phases"].get(name) or 0.0) / 1e3
             panel.barh(row, width, left=left, color=colour, height=0.6, label=name if row == 0 else None)
             left += width
-        if (alone := median_of(case, NETWORK)) is not None:
-            label = NETWORK if row == 0 else None
-            panel.plot([alone / 1e3] * 2, [row - 0.4, row + 0.4], color="#24292f", lw=1.4, label=label)
+        for name, style in ((NETWORK, "-"), (COMPILED, "--"), (KERNELS, ":")):
+            if (alone := median_of(case, name)) is not None:
+                label = name if row == 0 else None
+                panel.plot([alone / 1e3] * 2, [row - 0.4, row + 0.4], style, color="#24292f", lw=1.4, label=label)
     panel.set_yticks(range(len(cases)), [case["label"] for case in cases])
     panel.invert_yaxis()
     panel.set(xlabel="ms a step")

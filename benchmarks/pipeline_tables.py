@@ -91,7 +91,7 @@ def step_markdown(result: _Results) -> str:
 
 
 def layers_markdown(result: _Results) -> str:
-    """What computes the network's layers, a row each: the captured step on views at hand, and the network alone."""
+    """Milliseconds of the captured step on views at hand and of the network alone, a row for each kind of layers."""
     kinds = (
         ("PyTorch's, view by view", f"{AT_HAND}, torch, view by view", "-"),
         ("PyTorch's, all views in one pass", f"{AT_HAND}, torch", NETWORK),

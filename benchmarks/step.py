@@ -1,4 +1,4 @@
-"""What a training step costs, part by part and with each kind of layers, and how near it comes to the network alone.
+"""Cost of a training step, part by part and with each kind of layers, against the network alone.
 
 The floor is the same network's forward and backward on random tensors that lie on the device, without views, loss and
 update, on a GPU as a graph: with PyTorch's layers, with torch.compile, and with the project's kernels. The step is measured

@@ -33,7 +33,7 @@ _LR, _MOMENTUM, _WEIGHT_DECAY = 4e-3, 0.9, 1e-4
 _MOST_STEPS = 2**17
 """Learning rates there are: more steps than are ever measured."""
 Layers = Literal["torch, view by view", "torch", "torch.compile", "kernels"]
-"""What computes the network: torch's layers, view by view or all views of a size in one pass, or others in one pass."""
+"""Layers of the network: torch's, view by view or all views of a size in one pass, or others in one pass."""
 _STEPS = {"cuda": 30, "cpu": 8}
 """Steps of one measurement of the whole step."""
 

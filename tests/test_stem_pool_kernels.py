@@ -1,4 +1,4 @@
-"""The kernels that end a stem: their numbers in the interpreter (or on a GPU), and what they compile to."""
+"""The kernels that end a stem: their machine code."""
 
 from __future__ import annotations
 
@@ -12,23 +12,10 @@ pytest.importorskip("triton", reason="Triton is not installed: numbers and machi
 
 import torch
 from test_batch_norm_kernels import CAPABILITIES, marked
-from test_triton_kernels import TYPES, Binary, _compile, _NoGPU, _run_cases, compiles, without_gpu
+from test_triton_kernels import TYPES, Binary, _compile, _NoGPU, compiles, without_gpu
 
 from vi_simsiam.kernels import batch_norm
 from vi_simsiam.kernels import stem_pool as kernel
-
-CASES = "triton_stem_pool_cases.py"
-
-
-def test_numbers_in_the_interpreter() -> None:
-    _run_cases(True, CASES)
-
-
-@pytest.mark.gpu
-def test_numbers_on_the_gpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip(f"no CUDA device: would have run {CASES} on it")
-    _run_cases(False, CASES)
 
 
 def compile_for(capability: int, part: str, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> Binary:

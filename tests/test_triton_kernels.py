@@ -51,10 +51,15 @@ def _run_cases(interpret: bool, *cases: str, select: str = "") -> None:
     assert re.search(r"\d+ passed", result.stdout), result.stdout
 
 
-CASES = ("triton_cases.py", "triton_scale_cases.py", "triton_function_cases.py", "triton_stem_cases.py")
+CASES = {
+    "loss": ("triton_cases.py",),
+    "batch norm": ("triton_batch_norm_cases.py",),
+    "stem": ("triton_stem_pool_cases.py", "triton_stem_cases.py"),
+    "others": ("triton_scale_cases.py", "triton_function_cases.py"),
+}
 
 
-@pytest.mark.parametrize("cases", [CASES[:1], CASES[1:]], ids=["loss", "others"])
+@pytest.mark.parametrize("cases", CASES.values(), ids=CASES)
 def test_numbers_in_the_interpreter(cases: tuple[str, ...]) -> None:
     _run_cases(True, *cases)
 
@@ -67,10 +72,11 @@ def test_public_functions_in_the_interpreter(tests: str) -> None:
 
 
 @pytest.mark.gpu
-def test_numbers_on_the_gpu() -> None:
+@pytest.mark.parametrize("cases", CASES.values(), ids=CASES)
+def test_numbers_on_the_gpu(cases: tuple[str, ...]) -> None:
     if not torch.cuda.is_available():
-        pytest.skip(f"no CUDA device: would have run {', '.join(CASES)} on it")
-    _run_cases(False, *CASES)
+        pytest.skip(f"no CUDA device: would have run {', '.join(cases)} on it")
+    _run_cases(False, *cases)
 
 
 @dataclass(frozen=True)

@@ -227,8 +227,7 @@ class TrainConfig:
     capture: Capture = "auto"
     """Whether a GPU's training step is replayed as one CUDA graph; auto falls back to single launches."""
     kernels: Kernels = "auto"
-    """Whether what surrounds the network's convolutions (BatchNorm, additions, ReLU, max-pool) is computed by the project's
-    own kernels; auto: on a GPU, without compile, torchrun and sync_batch_norm."""
+    """The project's kernels for what surrounds the network's convolutions; auto: on a GPU, without compile, torchrun and sync_batch_norm."""
     compile: bool = False
     """Pass the network through torch.compile, in the place of the kernels."""
     batch_norm: BatchNormStatistics = "per-view"

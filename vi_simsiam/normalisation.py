@@ -71,11 +71,11 @@ class PerView(_BatchNorm):
 
 
 class PerViewBatchNorm1d(PerView, nn.BatchNorm1d):
-    """Of features (N, C)."""
+    """BatchNorm of features (N, C)."""
 
 
 class PerViewBatchNorm2d(PerView, nn.BatchNorm2d):
-    """Of images (N, C, height, width)."""
+    """BatchNorm of images (N, C, height, width)."""
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def count_batches(norms: Iterable[PerView], views: int) -> None:
 
 
 def is_fused(norm: nn.Module) -> TypeGuard[PerView]:
-    """Whether `norm.act` is to be called for what follows the norm, too."""
+    """True if `norm.act` computes the norm and what follows it."""
     return isinstance(norm, PerView) and norm.fused and norm.training
 
 
@@ -95,7 +95,7 @@ class Head(nn.Sequential):
     """Layers in sequence; a fused norm and the ReLU that follows are one operation."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the last layer makes of it."""
+        """Apply the layers in turn."""
         layers = list(self)
         for i, layer in enumerate(layers):
             if is_fused(layer) and i + 1 < len(layers) and isinstance(layers[i + 1], nn.ReLU):

@@ -16,7 +16,7 @@ Network = Callable[[Sequence[Tensor]], Output]
 
 
 def training_network(model: SimSiam, *, kernels: bool, compiled: bool = False, bf16: bool = False) -> Network:
-    """What maps views to the model's `Output` in training; all that is chosen here computes the same function.
+    """Choose the layers that map views to the model's `Output` in training; all compute the same function.
 
     Args:
         model: on the device to train on. Views of one size pass through it together from now on, unless it has a

@@ -354,13 +354,15 @@ class Trainer:
 
 
 def _use_kernels(config: TrainConfig, world: World) -> bool:
-    """Whether the network's own kernels are to be used. Raises InputError where they are asked for and cannot be."""
+    """Decide on the network's kernels. Raises InputError where they are asked for and cannot be used."""
     problem = why_unavailable("triton", world.device.type)
-    if problem is None and config.compile:
+    if problem is not None:
+        problem = f"Triton cannot run them here: {problem}"
+    elif config.compile:
         problem = "compile replaces them"
-    elif problem is None and not world.alone:
+    elif not world.alone:
         problem = "they are for a run without torchrun"
-    elif problem is None and config.sync_batch_norm:
+    elif config.sync_batch_norm:
         problem = "they do not take statistics over several GPUs, as sync_batch_norm asks"
     if config.kernels == "on" and problem is not None:
         raise InputError(f"kernels: 'on' cannot be used: {problem}; auto and off run here")

@@ -232,7 +232,7 @@ def _workspace(x: Tensor, floats: int, tickets: int) -> tuple[Tensor | None, Ten
 
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 2 where Triton's interpreter stands in for one."""
+    """Multiprocessors of a GPU; 2 where Triton's interpreter stands in for one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 

@@ -17,7 +17,7 @@ ROW_MULTIPLE = 16
 
 
 _TICKETS = 2**20
-"""Of each GPU, 4 MB. Captured launches keep theirs: a loss benchmark takes some 100,000, a training a few."""
+"""Tickets of each GPU, 4 MB. Captured launches keep theirs: a loss benchmark takes some 100,000, a training a few."""
 
 
 class LossCall(NamedTuple):

@@ -12,7 +12,7 @@ from vi_simsiam.ops.backends import why_unavailable
 
 
 def takes(images: Tensor, convolution: nn.Conv2d) -> bool:
-    """Whether `stem_convolution` computes this convolution of the images here, and faster than `conv2d`."""
+    """True if `stem_convolution` computes this convolution of the images on their device."""
     numbers = convolution.in_channels, convolution.kernel_size, convolution.stride, convolution.padding
     rest = convolution.dilation, convolution.groups, convolution.bias, convolution.padding_mode
     return (
