@@ -21,8 +21,8 @@ def training_network(model: SimSiam, *, kernels: bool, compiled: bool = False, b
     Args:
         model: on the device to train on. Views of one size pass through it together from now on, unless it has a
             BatchNorm that would see them as one batch: that of an own backbone, or SyncBatchNorm.
-        kernels: without a compiler, and where views pass together: whether BatchNorm and what follows it, the first convolution and the conversion of the weights are the
-            project's own operations.
+        kernels: whether BatchNorm and what follows it, the first convolution and the conversion of the weights are the
+            project's own operations. Not used with `compiled`, nor where the views do not pass together.
         compiled: whether the network passes through torch.compile.
         bf16: whether the network is called under autocast to bfloat16.
     """
