@@ -98,16 +98,21 @@ def layers_markdown(result: _Results) -> str:
         ("torch.compile, all views in one pass", f"{AT_HAND}, torch.compile", COMPILED),
         ("our kernels, all views in one pass", AT_HAND, KERNELS),
     )
+    shown = {name for _, *names in kinds for name in names}
+    cases = [
+        {**case, "providers": {name: found for name, found in case["providers"].items() if name in shown}}
+        for case in result["cases"]
+    ]
     rows = [
         (
             f"{case['label']}: {layers}",
             *(_if_timed(case, name, lambda f: (_ms(f["time"]["median_us"]),))[0] for name in (step, alone)),
             _times(speed_up(case, step, kinds[0][1])),
         )
-        for case in result["cases"]
+        for case in cases
         for layers, step, alone in kinds
     ]
-    return _markdown(result, ("layers, ms", AT_HAND, NETWORK, "step against the first row"), rows)
+    return _markdown({**result, "cases": cases}, ("layers, ms", AT_HAND, NETWORK, "step against the first row"), rows)
 
 
 def phases_markdown(result: _Results) -> str:
