@@ -22,6 +22,7 @@ namespace {
 
 using vi_simsiam::DType;
 using vi_simsiam::Form;
+using vi_simsiam::Link;
 using vi_simsiam::MultiviewProblem;
 using Strides = std::pair<int64_t, int64_t>;  // from view to view, from sample to sample
 
@@ -38,6 +39,12 @@ Form parse_form(const std::string& name) {
   if (name == "raw_concentration") return Form::raw_concentration;
   if (name == "given_concentration") return Form::given_concentration;
   throw std::invalid_argument("form must be cosine, raw_concentration or given_concentration, not " + name);
+}
+
+Link parse_link(const std::string& name) {
+  if (name == "softplus") return Link::softplus;
+  if (name == "squareplus") return Link::squareplus;
+  throw std::invalid_argument("link must be softplus or squareplus, not " + name);
 }
 
 template <typename Pointer>
@@ -57,10 +64,11 @@ auto with_problem(Run run) {
   return [run](const std::vector<uintptr_t>& predictions, const std::vector<uintptr_t>& targets, uintptr_t concentration,
                uintptr_t loss, uintptr_t mean, uintptr_t gradient, uintptr_t concentration_gradient, int64_t batch,
                int64_t dim, int64_t width, int64_t prediction_stride, int64_t target_stride,
-               const Strides& gradient_strides, const std::string& form, double scale, double minimum, double weight,
-               double gradient_weight, Extra... extra) {
+               const Strides& gradient_strides, const std::string& form, const std::string& link, double scale,
+               double minimum, double gain, double cosine, double weight, double gradient_weight, Extra... extra) {
     MultiviewProblem problem{};
     problem.form = parse_form(form);
+    problem.link = parse_link(link);
     problem.views = int64_t(predictions.size());
     problem.target_views = int64_t(targets.size());
     problem.batch = batch;
@@ -79,6 +87,8 @@ auto with_problem(Run run) {
     problem.gradient_stride = gradient_strides.second;
     problem.scale = scale;
     problem.minimum = minimum;
+    problem.gain = gain;
+    problem.cosine = cosine;
     problem.weight = weight;
     problem.gradient_weight = gradient_weight;
     run(problem, extra...);
@@ -90,8 +100,8 @@ void define_with_problem(py::module_& m, const char* name, Function function, co
   m.def(name, function, py::arg("predictions"), py::arg("targets"), py::arg("concentration"), py::arg("loss"),
         py::arg("mean"), py::arg("gradient"), py::arg("concentration_gradient"), py::arg("batch"), py::arg("dim"),
         py::arg("width"), py::arg("prediction_stride"), py::arg("target_stride"), py::arg("gradient_strides"),
-        py::arg("form"), py::arg("scale"), py::arg("minimum"), py::arg("weight"), py::arg("gradient_weight"), extra...,
-        doc);
+        py::arg("form"), py::arg("link"), py::arg("scale"), py::arg("minimum"), py::arg("gain"), py::arg("cosine"),
+        py::arg("weight"), py::arg("gradient_weight"), extra..., doc);
 }
 
 template <typename Error>

@@ -1,12 +1,12 @@
 // Multi-view loss and its gradient on the GPU, in one launch.
 //
 // For every sample, over the pairs v != g of a prediction and a target of another view, with F of power_spherical.cuh
-// (cosine: F = c), w the weight and w' the weight of the gradient:
+// (cosine: F = c) plus cosine times c, w the weight and w' the weight of the gradient:
 //     c_vg   = p_v.z_g / (|p_v| |z_g|)
 //     loss   = -w sum_vg F(kappa_v, c_vg)
 //     dp_v   = along_v p_v + sum_g toward_vg z_g
 //     toward = -w' dF/dc / (|p_v| |z_g|),   along = w' sum_g dF/dc c_vg / |p_v|^2
-//     draw_v = -w' scale sigmoid(raw_v) sum_g dF/dkappa,   kappa_v = scale softplus(raw_v) + minimum
+//     draw_v = -w' scale gain link'(gain raw_v) sum_g dF/dkappa,   kappa_v = scale link(gain raw_v) + minimum
 //
 // Traffic. The kernel must read every prediction and target once and write every gradient once, 3 V B D numbers for as
 // many targets as views, and moves no more than that where rows stay in registers: for at most two targets, two views
@@ -375,7 +375,8 @@ const char* launch_loss(const MultiviewProblem& problem, bool gradient_is_real, 
   Device device;
   if (const cudaError_t error = current_device(device); error != cudaSuccess) return explain(error);
   const Settings<Real> settings{PowerSpherical<Real>(problem.dim), Real(problem.scale),
-                                Real(problem.minimum),             Real(problem.weight),
+                                Real(problem.minimum),             Real(problem.gain),
+                                Real(problem.cosine),              Real(problem.weight),
                                 Real(problem.gradient_weight),     ticket,
                                 gradient_is_real};
   const size_t gradient_size = gradient_is_real ? sizeof(Real) : sizeof(Prediction);

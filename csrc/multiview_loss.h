@@ -12,13 +12,16 @@ enum class DType { float32, float64, bfloat16, float16 };
 
 enum class Form {
   cosine,                // minus the cosine
-  raw_concentration,     // Power Spherical, kappa = scale * softplus(raw) + minimum, raw in column dim
+  raw_concentration,     // Power Spherical, kappa = scale * link(gain * raw) + minimum, raw in column dim
   given_concentration,   // Power Spherical, kappa in an array of its own
 };
+
+enum class Link { softplus, squareplus };
 
 // The rows of a view lie `stride` elements apart, their elements beside one another.
 struct MultiviewProblem {
   Form form;
+  Link link;
   int64_t views, target_views, batch, dim;
   int64_t width;                         // columns of a row of the gradient; those that stand for nothing get 0
   const void* predictions[MAX_VIEWS];    // of each view (batch, dim), or (batch, dim + 1) with the raw concentration
@@ -30,8 +33,9 @@ struct MultiviewProblem {
   void* concentration_gradient;          // like concentration; with given_concentration and a gradient only
   int64_t prediction_stride, target_stride;
   int64_t gradient_view_stride, gradient_stride;
-  double scale, minimum;
-  double weight;           // of a pair in the loss: the loss is -weight * the sum of F over the pairs
+  double scale, minimum, gain;
+  double cosine;           // weight of the cosine, which is added to F; not with Form::cosine
+  double weight;           // of a pair in the loss: the loss is -weight * the sum of F + cosine * c over the pairs
   double gradient_weight;  // of a pair in the gradient: weight, or weight / batch for the gradient of the mean
 };
 

@@ -5,7 +5,7 @@
 //     c_vg    = (p_v . z_g) / (|p_v| |z_g|)
 //     loss_i  = -w sum_vg F(kappa_v, c_vg)                                        cosine: F = c
 //     dp_v    = -w' / |p_v| sum_g dF/dc (z_g/|z_g| - c_vg p_v/|p_v|)
-//     dkappa_v = -w' sum_g dF/dkappa,   draw_v = scale sigmoid(raw_v) dkappa_v,   kappa_v = scale softplus(raw_v) + minimum
+//     dkappa_v = -w' sum_g dF/dkappa,   draw_v = scale gain link'(gain raw_v) dkappa_v,   kappa_v = scale link(gain raw_v) + minimum
 //
 // The rows of a sample (16 to 64 KB at dim 2048) stay in the first two cache levels from the first dot
 // product to the gradient, so memory sees each prediction and target once and each gradient once. A sample is
@@ -241,7 +241,9 @@ class Samples {
         rows_(row_kernels<P, Z>()),
         weight_(Real(problem.gradient_weight)),
         scale_(Real(problem.scale)),
-        minimum_(Real(problem.minimum)) {}
+        minimum_(Real(problem.minimum)),
+        gain_(Real(problem.gain)),
+        cosine_(Real(problem.cosine)) {}
 
   void compute(int64_t sample) const {
     Real inverse_target[MAX_VIEWS];
@@ -263,10 +265,12 @@ class Samples {
     const P* p = static_cast<const P*>(problem_.predictions[v]) + sample * problem_.prediction_stride;
     const int64_t in_array = v * problem_.batch + sample;
     PowerSphericalNormalizer<Real> normalizer{};
-    Real raw = 0;
+    Real slope = 0;
     if (problem_.form == Form::raw_concentration) {
-      raw = to_real(p[dim]);
-      normalizer = density_.with_concentration(scale_ * softplus(raw) + minimum_);
+      const Real x = gain_ * to_real(p[dim]);
+      const Concentration<Real> linked = problem_.link == Link::softplus ? softplus_link(x) : squareplus_link(x);
+      normalizer = density_.with_concentration(scale_ * linked.kappa + minimum_);
+      slope = scale_ * gain_ * linked.slope;
     } else if (problem_.form == Form::given_concentration) {
       const Real kappa = static_cast<const Real*>(problem_.concentration)[in_array];
       normalizer = density_.with_concentration(kappa < 0 ? std::numeric_limits<Real>::quiet_NaN() : kappa);
@@ -289,7 +293,7 @@ class Samples {
       for (int k = 0; k < terms; ++k) {
         const Real inverse_z = inverse_paired[first + k], cosine = dots[1 + k] * inverse_p * inverse_z;
         PowerSphericalTerms<Real> terms_of_pair{cosine, Real(0), Real(1)};
-        if (problem_.form != Form::cosine) terms_of_pair = normalizer.at(cosine);
+        if (problem_.form != Form::cosine) terms_of_pair = normalizer.at(cosine).plus(cosine_, cosine);
         value += terms_of_pair.value;
         d_kappa += terms_of_pair.d_kappa;
         radial += terms_of_pair.d_cos * cosine;
@@ -303,7 +307,7 @@ class Samples {
     // A view without a pair, and the columns that stand for nothing; the bits of 0 are 0 in every type.
     std::fill(pairs == 0 ? out : out + dim, out + problem_.width, P{});
     if (problem_.form == Form::raw_concentration && pairs > 0)
-      from_real(out[dim], -weight_ * scale_ * sigmoid(raw) * d_kappa);
+      from_real(out[dim], -weight_ * slope * d_kappa);
     if (problem_.form == Form::given_concentration)
       static_cast<Real*>(problem_.concentration_gradient)[in_array] = -weight_ * d_kappa;
     return value;
@@ -312,7 +316,7 @@ class Samples {
   const MultiviewProblem& problem_;
   const PowerSpherical<Real> density_;
   const RowKernels<P, Z> rows_;
-  const Real weight_, scale_, minimum_;
+  const Real weight_, scale_, minimum_, gain_, cosine_;
 };
 
 template <typename P, typename Z>

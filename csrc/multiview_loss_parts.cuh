@@ -19,7 +19,7 @@ constexpr int MEAN_LOADS = 16;  // losses that a thread of the last block has in
 template <typename Real>
 struct Settings {
   PowerSpherical<Real> density;
-  Real scale, minimum, weight, gradient_weight;
+  Real scale, minimum, gain, cosine, weight, gradient_weight;
   uint32_t* ticket;
   bool gradient_is_real;  // false: the gradient has the predictions' dtype
 };
@@ -126,8 +126,10 @@ class Pair {
     Real kappa = argument < Real(0) ? Real(NAN) : argument;
     slope_ = Real(1);
     if (problem_.form == Form::raw_concentration) {
-      kappa = settings_.scale * softplus(argument) + settings_.minimum;
-      slope_ = settings_.scale * sigmoid(argument);
+      const Real x = settings_.gain * argument;
+      const Concentration<Real> linked = problem_.link == Link::softplus ? softplus_link(x) : squareplus_link(x);
+      kappa = settings_.scale * linked.kappa + settings_.minimum;
+      slope_ = settings_.scale * settings_.gain * linked.slope;
     }
     normalizer_ = settings_.density.with_concentration(kappa);
   }
@@ -138,7 +140,7 @@ class Pair {
     const Real inverse_p = inverse_norm(square_p), inverse_z = inverse_norm(square_z);
     const Real cosine = product * inverse_p * inverse_z, weight = settings_.gradient_weight;
     PowerSphericalTerms<Real> terms{cosine, Real(0), Real(1)};
-    if (problem_.form != Form::cosine) terms = normalizer_.at(cosine);
+    if (problem_.form != Form::cosine) terms = normalizer_.at(cosine).plus(settings_.cosine, cosine);
     const bool is_pair = v_ < problem_.views && g_ < problem_.target_views && v_ != g_;
     const Real radial = lanes_sum<TARGETS>(is_pair ? terms.d_cos * cosine : Real(0));
     const Real d_kappa = lanes_sum<TARGETS>(is_pair ? terms.d_kappa : Real(0));

@@ -36,6 +36,7 @@ namespace vi_simsiam {
 
 constexpr double TINY_SQ =
     1e-24;  // a vector with a smaller squared norm counts as zero: cosine 0, gradient 0
+constexpr double SQUAREPLUS_WIDTH = 0.04;  // b of squareplus(x) = (x + sqrt(x^2 + b))/2
 constexpr double ONE_PLUS_COS_MIN = 1e-6;  // lower clamp of 1 + cosine, in every dtype
 
 // x / y. On the GPU in float for a finite x and y between 2^-126 and 2^126: correctly rounded but for rare ties of the
@@ -78,6 +79,26 @@ VI_HOST_DEVICE Real sigmoid(Real x) {
   return divide(x < Real(0) ? decay : Real(1), Real(1) + decay);
 }
 
+// The concentration of a raw number, and its derivative.
+template <typename Real>
+struct Concentration {
+  Real kappa, slope;
+};
+
+// r + r^2/2 with r = squareplus(x) = (x + sqrt(x^2 + b))/2, written as (b/2)/(sqrt(x^2 + b) - x) for x < 0.
+// dr/dx = r/sqrt(x^2 + b).
+template <typename Real>
+VI_HOST_DEVICE Concentration<Real> squareplus_link(Real x) {
+  const Real root = std::sqrt(x * x + Real(SQUAREPLUS_WIDTH));
+  const Real r = x < Real(0) ? divide(Real(SQUAREPLUS_WIDTH / 2), root - x) : Real(0.5) * (x + root);
+  return {r * (Real(1) + Real(0.5) * r), (Real(1) + r) * divide(r, root)};
+}
+
+template <typename Real>
+VI_HOST_DEVICE Concentration<Real> softplus_link(Real x) {
+  return {softplus(x), sigmoid(x)};
+}
+
 // S(x) for x >= 8 (float), x >= 16 (double).
 template <typename Real>
 VI_HOST_DEVICE Real stirling_correction(Real x) {
@@ -111,6 +132,11 @@ struct PowerSphericalTerms {
   Real value;    // F
   Real d_kappa;  // dF/dkappa
   Real d_cos;    // dF/dcosine
+
+  // The same of F + weight * cosine.
+  VI_HOST_DEVICE PowerSphericalTerms plus(Real weight, Real cosine) const {
+    return {value + weight * cosine, d_kappa, d_cos + weight};
+  }
 };
 
 // What depends on the dimension and kappa, but not on the cosine.

@@ -3,11 +3,11 @@
 For predictions p_v (V views), targets z_g (the first G views) and weights w (of the loss) and w' (of the gradient),
 
     c_vg   = p_v.z_g / (|p_v| |z_g|)                 a vector with |x|^2 < 1e-24 has cosine 0 and gradient 0
-    k_v    = scale softplus(r_v) + minimum           r_v: the column after the D columns of p_v; or k_v is given
-    loss   = -w sum_{v != g} F(k_v, c_vg)            cosine: F = c_vg
+    k_v    = scale link(gain r_v) + minimum          r_v: the column after the D columns of p_v; or k_v is given
+    loss   = -w sum_{v != g} F(k_v, c_vg)            plus cosine c_vg in F; the distribution cosine: F = c_vg
     dp_v   = -w' sum_g dF/dc (z_g/|z_g| - c_vg p_v/|p_v|) / |p_v| = own_v p_v + sum_g other_vg z_g
              other_vg = -w' dF/dc / (|p_v| |z_g|),   own_v = w' sum_g dF/dc c_vg / |p_v|^2
-    dk_v   = -w' sum_g dF/dk,                        dr_v = scale sigmoid(r_v) dk_v
+    dk_v   = -w' sum_g dF/dk,                        dr_v = scale gain link'(gain r_v) dk_v
 
 The scalar functions F, dF/dc, dF/dk are in power_spherical.py. Sums and scalars are fp32, or fp64 for fp64 inputs.
 
@@ -54,7 +54,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import aligned, kind, launch
-from .power_spherical import divide, log_density_ratio, softplus, square_root
+from .power_spherical import divide, log_density_ratio, softplus, square_root, squareplus
 from .scale_gradient import scale_gradient
 
 __all__ = ["multiview_loss", "scale_gradient"]
@@ -85,8 +85,11 @@ def multiview_loss(
     concentration_gradient: Tensor | None,
     *,
     distribution: Literal["power_spherical", "cosine"],
+    link: Literal["softplus", "squareplus"],
     scale: float,
     minimum: float,
+    gain: float,
+    cosine: float,
     weight: float,
     gradient_weight: float,
 ) -> None:
@@ -108,7 +111,9 @@ def multiview_loss(
             that the distribution has no use for; what lies between the rows is not touched.
         concentration_gradient: shaped as concentration. Overwritten. Only with concentration and gradient.
         distribution: the density that the predictions parametrise.
-        scale, minimum: kappa = scale * softplus(raw) + minimum; without effect where no raw concentration is read.
+        link, scale, minimum, gain: kappa = scale * link(gain * raw) + minimum; without effect where no raw
+            concentration is read.
+        cosine: weight of the cosine, which is added to the log-density.
         weight: of a pair in the loss.
         gradient_weight: of a pair in the gradients: `weight` for those of the losses, weight / B for those of the mean.
     """
@@ -123,7 +128,14 @@ def multiview_loss(
     strides = first.stride(0), target.stride(0), view_stride, row_stride
     spherical, double = distribution == "power_spherical", loss.dtype == torch.float64
     constants = launch_arguments(
-        dim, len(predictions), len(targets), first.element_size(), width=width, spherical=spherical, double=double
+        dim,
+        len(predictions),
+        len(targets),
+        first.element_size(),
+        width=width,
+        spherical=spherical,
+        squareplus=link == "squareplus",
+        double=double,
     )
     rows = (*predictions, *targets, concentration, loss, gradient, concentration_gradient)
     key = None
@@ -131,7 +143,7 @@ def multiview_loss(
         key = (
             multiview_loss,
             first.device,
-            (dim, width, len(predictions), len(targets), spherical),
+            (dim, width, len(predictions), len(targets), spherical, link),
             (first.dtype, target.dtype, loss.dtype, gradient is not None and gradient.dtype),
             (concentration is None, mean is None, concentration_gradient is None),
             tuple(map(kind, strides)),
@@ -148,6 +160,8 @@ def multiview_loss(
         concentration_gradient,
         scale,
         minimum,
+        gain,
+        cosine,
         weight,
         gradient_weight,
         *strides,
@@ -160,7 +174,15 @@ def multiview_loss(
 
 @lru_cache(maxsize=256)
 def launch_arguments(
-    dim: int, views: int, globals_: int, itemsize: int, *, width: int, spherical: bool, double: bool
+    dim: int,
+    views: int,
+    globals_: int,
+    itemsize: int,
+    *,
+    width: int,
+    spherical: bool,
+    double: bool,
+    squareplus: bool = False,
 ) -> dict[str, int | bool]:
     """The compile-time arguments and compiler options of a launch.
 
@@ -170,6 +192,7 @@ def launch_arguments(
         width: columns of the gradient, D if there is none.
         spherical: Power Spherical, not cosine.
         double: the arithmetic is fp64, so that an element occupies two registers.
+        squareplus: the link; False for softplus.
     """
     v, g = triton.next_power_of_2(views), triton.next_power_of_2(globals_)
     columns = triton.next_power_of_2(dim)
@@ -210,6 +233,7 @@ def launch_arguments(
         "RESIDENT": resident,
         "SEVERAL": not crowded,
         "POWER_SPHERICAL": spherical,
+        "SQUAREPLUS": squareplus,
         "DOUBLE": double,
     }
 
@@ -226,6 +250,8 @@ def multiview_loss_kernel(
     kappa_grad_ptr: tl.tensor,
     scale: tl.float64,  # a Python float would arrive as fp32
     minimum: tl.float64,
+    gain: tl.float64,
+    cosine: tl.float64,
     weight: tl.float64,
     grad_weight: tl.float64,
     p_stride: tl.int64,
@@ -244,6 +270,7 @@ def multiview_loss_kernel(
     RESIDENT: tl.constexpr,
     SEVERAL: tl.constexpr,
     POWER_SPHERICAL: tl.constexpr,
+    SQUAREPLUS: tl.constexpr,
     DOUBLE: tl.constexpr,
 ) -> None:
     """The formulas above for sample `program_id(0)`. kappa_ptr None: the raw concentration is column DIM of p."""
@@ -265,7 +292,7 @@ def multiview_loss_kernel(
             if VIEWS > BLOCK_V:
                 zz = tl.sum(z * z, axis=2)
 
-        gain = tl.full([], 0.0, ACC)
+        total = tl.full([], 0.0, ACC)
         for first_view in range(0, VIEWS, BLOCK_V):
             block = tl.arange(0, BLOCK_V)
             v = first_view + block
@@ -309,15 +336,20 @@ def multiview_loss_kernel(
             is_pair = is_view & (g < GLOBALS)[None, :] & (v[:, None] != g[None, :])
             if POWER_SPHERICAL:
                 if RAW:
-                    soft, sigmoid = softplus(raw)
-                    kappa = tl.full([], scale, ACC) * soft + tl.full([], minimum, ACC)
+                    if SQUAREPLUS:
+                        linked, slope = squareplus(tl.full([], gain, ACC) * raw)
+                    else:
+                        linked, slope = softplus(tl.full([], gain, ACC) * raw)
+                    kappa = tl.full([], scale, ACC) * linked + tl.full([], minimum, ACC)
                 else:
                     kappa = tl.where(kappa < 0.0, float("nan"), kappa)
                 value, by_kappa, by_cos = log_density_ratio(kappa, cos, DIM)
+                value += tl.full([], cosine, ACC) * cos
+                by_cos += tl.full([], cosine, ACC)
             else:
                 value = cos
                 by_cos = tl.full([BLOCK_V, BLOCK_G], 1.0, ACC)
-            gain += tl.sum(tl.where(is_pair, value, 0.0))
+            total += tl.sum(tl.where(is_pair, value, 0.0))
 
             if grad_ptr is not None:
                 w = tl.full([], grad_weight, ACC)
@@ -353,10 +385,10 @@ def multiview_loss_kernel(
                     column = tl.arange(0, TAIL)[None, :]
                     tail = tl.zeros([BLOCK_V, TAIL], ACC)
                     if RAW:
-                        tail = tl.where(column == 0, tl.full([], scale, ACC) * sigmoid * by_kappa, tail)
+                        tail = tl.where(column == 0, tl.full([], scale * gain, ACC) * slope * by_kappa, tail)
                     tl.store(grad_row[:, None] + DIM + column, tail, mask=is_view & (column < WIDTH - DIM))
 
-        tl.store(loss_ptr + sample, -tl.full([], weight, ACC) * gain)
+        tl.store(loss_ptr + sample, -tl.full([], weight, ACC) * total)
         sample += tl.num_programs(0) if SEVERAL else 1
 
     if mean_ptr is not None:

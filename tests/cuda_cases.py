@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from vi_simsiam.config import Link
 from vi_simsiam.ops.power_spherical import log_density_ratio
 
 FORMS = ("cosine", "raw", "given")
@@ -22,6 +23,7 @@ class LossProblem(ctypes.Structure):
 
     _fields_ = [
         ("form", ctypes.c_int),
+        ("link", ctypes.c_int),
         *((name, ctypes.c_int64) for name in ("views", "target_views", "batch", "dim", "width")),
         ("predictions", ctypes.c_void_p * 16),
         ("targets", ctypes.c_void_p * 16),
@@ -30,7 +32,7 @@ class LossProblem(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in ("prediction_stride", "target_stride", "gradient_view_stride", "gradient_stride")
         ),
-        *((name, ctypes.c_double) for name in ("scale", "minimum", "weight", "gradient_weight")),
+        *((name, ctypes.c_double) for name in ("scale", "minimum", "gain", "cosine", "weight", "gradient_weight")),
     ]
 
 
@@ -74,6 +76,9 @@ class Case:
     wants_gradient: bool = True
     scale: float = 1.0
     minimum: float = 0.25
+    link: Link = "softplus"
+    gain: float = 1.0
+    cosine: float = 0.0
     seed: int = 0
     predictions: list[Tensor] = field(default_factory=list)
     targets_: list[Tensor] = field(default_factory=list)
@@ -115,7 +120,7 @@ class Case:
             "concentration_gradient": torch.full((self.views, self.batch), nan, dtype=self.real),
         }
         problem = LossProblem(
-            FORMS.index(self.form), self.views, self.targets, self.batch, self.dim, self.width,
+            FORMS.index(self.form), get_args(Link).index(self.link), self.views, self.targets, self.batch, self.dim, self.width,
             concentration=None if self.concentration is None else self.concentration.data_ptr(),
             loss=out["loss"].data_ptr(),
             mean=out["mean"].data_ptr() if self.mean else None,
@@ -125,7 +130,8 @@ class Case:
             ),
             prediction_stride=self.predictions[0].stride(0), target_stride=self.targets_[0].stride(0),
             gradient_view_stride=gradient.stride(0), gradient_stride=gradient.stride(1),
-            scale=self.scale, minimum=self.minimum, weight=self.weight, gradient_weight=self.weight / 7,
+            scale=self.scale, minimum=self.minimum, gain=self.gain, cosine=self.cosine, weight=self.weight,
+            gradient_weight=self.weight / 7,
         )  # fmt: skip
         for field_name, tensors in (("predictions", self.predictions), ("targets", self.targets_)):
             for i, tensor in enumerate(tensors):
@@ -142,7 +148,14 @@ class Case:
         if self.concentration is not None:
             return self.concentration.double()
         raw = torch.stack([row[:, self.dim].double() for row in self.predictions])
-        return self.scale * torch.logaddexp(raw, torch.zeros_like(raw)) + self.minimum
+        return self._kappa(raw)
+
+    def _kappa(self, raw: Tensor) -> Tensor:
+        x = self.gain * raw
+        if self.link == "softplus":
+            return self.scale * torch.logaddexp(x, torch.zeros_like(x)) + self.minimum
+        r = (x + (x * x + 0.04).sqrt()) / 2
+        return self.scale * (r + r * r / 2) + self.minimum
 
     def reference(self) -> dict[str, Tensor]:
         """The definition in float64 on the same rounded inputs, by autograd."""
@@ -158,12 +171,8 @@ class Case:
                 if self.form == "cosine":
                     total = total + cosine
                     continue
-                if kappa is None:
-                    raw = p[v][:, self.dim]
-                    k = self.scale * torch.logaddexp(raw, torch.zeros_like(raw)) + self.minimum
-                else:
-                    k = kappa[v]
-                total = total + log_density_ratio(k, cosine, self.dim)
+                k = self._kappa(p[v][:, self.dim]) if kappa is None else kappa[v]
+                total = total + log_density_ratio(k, cosine, self.dim) + self.cosine * cosine
         leaves = p if kappa is None else [*p, kappa]
         gradients = torch.autograd.grad(total.sum(), leaves, allow_unused=True)
         filled = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)]

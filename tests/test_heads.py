@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from vi_simsiam import SimSiam, VISimSiam
 from vi_simsiam.errors import InputError
-from vi_simsiam.heads import ConcentrationHead, SplitHead, UpperBound, inverse_softplus, shuffled
+from vi_simsiam.heads import ConcentrationHead, SplitHead, UpperBound, inverse_softplus, inverse_squareplus, shuffled
 
 DIM = 20
 
@@ -31,6 +31,12 @@ def cosines(mu: list[Tensor], z: list[Tensor]) -> list[Tensor]:
     return [F.cosine_similarity(mu[v], z[1 - v].detach(), dim=1) for v in range(2)]
 
 
+def linked(x: Tensor) -> Tensor:
+    """The link "squareplus", by its definition."""
+    r = (x + (x * x + 0.04).sqrt()) / 2
+    return r + r * r / 2
+
+
 def gain(kappa: Tensor, cosine: Tensor) -> Tensor:
     """log PS - log uniform by the textbook formula (De Cao and Aziz, arXiv 2006.04437, eq. 8)."""
     b = torch.tensor((DIM - 1) / 2, dtype=torch.float64)
@@ -43,7 +49,7 @@ def gain(kappa: Tensor, cosine: Tensor) -> Tensor:
 
 def plain_loss(kappa: list[Tensor], mu: list[Tensor], z: list[Tensor]) -> Tensor:
     terms = [gain(k, c) for k, c in zip(kappa, cosines(mu, z), strict=True)]
-    return -(terms[0] + terms[1]).mean()
+    return -(terms[0] + terms[1]).mean() - sum(c.mean() for c in cosines(mu, z))
 
 
 def hidden(network: VISimSiam, images: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -74,6 +80,11 @@ def test_the_inverse_of_softplus_keeps_its_digits(y: float) -> None:
     assert torch.logaddexp(raw, torch.zeros_like(raw)).item() == pytest.approx(y, rel=1e-10)
 
 
+@pytest.mark.parametrize("y", [1e-3, 0.05, 1.0, 20.0, 1e3, 1e6])
+def test_the_inverse_of_squareplus_keeps_its_digits(y: float) -> None:
+    assert linked(torch.tensor(inverse_squareplus(y), dtype=torch.float64)).item() == pytest.approx(y, rel=1e-10)
+
+
 @pytest.mark.parametrize("value", [0.01, 1.0, 50.0])
 @pytest.mark.parametrize("scale", [None, 1.0])
 def test_a_constant_concentration(value: float, scale: float | None) -> None:
@@ -98,10 +109,10 @@ def test_a_global_concentration_sums_the_gradients_of_all_samples() -> None:
     raw = head.concentration.raw
     output = network(views())
     torch.testing.assert_close(
-        network.concentration(output.predictions[0]), torch.full((6,), 0.95).double(), rtol=1e-6, atol=0
+        network.concentration(output.predictions[0]), torch.full((6,), 19 * 0.105).double(), rtol=1e-6, atol=0
     )
     mu = [p[:, :DIM] for p in output.predictions]
-    kappa = [19 * F.softplus(raw).expand(6)] * 2
+    kappa = [19 * linked(raw).expand(6)] * 2
     found = assert_gradients(
         network, network.loss(output, "eager", 1.0), plain_loss(kappa, mu, [*network(views()).targets])
     )
@@ -135,8 +146,8 @@ def test_a_detached_concentration_leaves_the_network_to_simsiam() -> None:
     features, z = hidden(network, views())
     head = network.predictor[3]
     mu = [head.mean(h)[:, :DIM] for h in features]
-    kappa = [19 * F.softplus(head.concentration(h.detach())[:, 0]) for h in features]
-    likelihood = plain_loss(kappa, [m.detach() for m in mu], z)
+    kappa = [19 * linked(network.form.gain * head.concentration(h.detach())[:, 0]) for h in features]
+    likelihood = plain_loss(kappa, [m.detach() for m in mu], z) + sum(c.detach().mean() for c in cosines(mu, z))
     expected = -sum(c.mean() for c in cosines(mu, z)) + 0.125 * likelihood
     found = assert_gradients(network, network.loss(network(views()), "eager", 0.125), expected)
     assert found["predictor.3.concentration.weight"].abs().sum() > 0
@@ -151,7 +162,7 @@ def test_a_detached_concentration_leaves_the_network_to_simsiam() -> None:
 @pytest.mark.parametrize("kind", ["sample", "shuffled", "global", "detached"])
 def test_the_upper_bound_holds_and_is_smooth(kind: str) -> None:
     """kappa stays below the bound for any raw, nearly reaches it, and is itself far below it."""
-    network = model(concentration=kind, concentration_max=40.0, concentration_min=2.0)
+    network = model(concentration=kind, concentration_max=40.0, concentration_min=2.0, concentration_link="softplus")
     bound = network.predictor[4]
     assert isinstance(bound, UpperBound)
     prediction = torch.zeros(5, 32, dtype=torch.float64)

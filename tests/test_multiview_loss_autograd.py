@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import itertools
 import math
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.utils.checkpoint
-from losses import COSINE, POWER_SPHERICAL, draw, every, fused, on_cpu_only
+from losses import COSINE, POWER_SPHERICAL, SQUAREPLUS, draw, every, fused, on_cpu_only
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -24,7 +25,7 @@ from vi_simsiam.ops.backends import interpreting
 from vi_simsiam.ops.multiview_loss import LossForm, multiview_loss
 from vi_simsiam.ops.multiview_loss_launch import LossCall, _Tickets
 
-FORMS = pytest.mark.parametrize("form", [LossForm("power_spherical", 3.0, 0.5), COSINE], ids=str)
+FORMS = pytest.mark.parametrize("form", [LossForm("power_spherical", 3.0, 0.5), SQUAREPLUS, COSINE], ids=str)
 
 
 def padded(p: Tensor, width: int, fill: float = math.nan) -> list[Tensor]:
@@ -124,7 +125,7 @@ def test_extremes_of_a_given_concentration(backend: str) -> None:
 def test_loss_scale_is_a_factor(backend: str, form: LossForm) -> None:
     p, z = draw(form, 3, 2, 5, 20)
     p.requires_grad_()
-    quarter = LossForm(form.distribution, form.scale, form.minimum, 0.25)
+    quarter = dataclasses.replace(form, factor=0.25)
     for reduction in ("mean", "none"):
         loss = multiview_loss(p, z, form, reduction=reduction, backend=backend)  # type: ignore[arg-type]
         scaled = multiview_loss(p, z, quarter, reduction=reduction, backend=backend)  # type: ignore[arg-type]
@@ -236,7 +237,7 @@ def test_differentiating_twice_is_an_error(backend: str, path: str) -> None:
     p, z = draw(COSINE, 2, 2, 3, 8)
     p.requires_grad_()
     kappa = torch.rand(2, 3, dtype=p.dtype).requires_grad_()
-    call = LossCall(backend, "power_spherical", p.dtype, 1.0, 0.0, 1.0, False, True)
+    call = LossCall(backend, "power_spherical", p.dtype, 1.0, 0.0, 1.0, "softplus", 1.0, 0.0, False, True)
     if path == "function":
         loss = power_spherical_loss(p, z, concentration=kappa, reduction="none", backend=backend)
     else:
@@ -321,11 +322,12 @@ def test_repeats_are_bitwise_equal_for_any_number_of_threads(backend: str) -> No
 def test_modules_keep_their_options(backend: str) -> None:
     p, z = draw(POWER_SPHERICAL, 2, 2, 5, 17)
     options = {"reduction": "none", "concentration_scale": 4.0, "concentration_min": 0.5, "loss_scale": 0.1}
+    options |= {"concentration_link": "squareplus", "concentration_gain": 0.5, "cosine_weight": 2.0}
     module = PowerSphericalLoss(backend=backend, **options)  # type: ignore[arg-type]
     assert torch.equal(module(p, z), power_spherical_loss(p, z, backend=backend, **options))  # type: ignore[arg-type]
     assert repr(module) == (
         f"PowerSphericalLoss(reduction='none', backend='{backend}', concentration_scale=4.0, "
-        "concentration_min=0.5, loss_scale=0.1)"
+        "concentration_min=0.5, concentration_link='squareplus', concentration_gain=0.5, cosine_weight=2.0, loss_scale=0.1)"
     )
     kappa = p[..., 17].abs()
     given = PowerSphericalLoss(backend=backend)(p[..., :17], z, kappa)
@@ -364,7 +366,12 @@ def test_modules_refuse_wrong_options_at_once(make, message: str) -> None:  # no
         (torch.ones(2, 3, dtype=torch.int32), {}, TypeError, r"concentration: dtype torch\.int32"),
         (torch.ones(2, 3, device="meta"), {}, InputError, "concentration: on meta"),
         (torch.ones(2, 3), {"concentration_scale": 2.0}, InputError, "takes no concentration_scale"),
-        (torch.ones(2, 3), {"concentration_min": 2.0}, InputError, "takes no concentration_scale or concentration_min"),
+        (
+            torch.ones(2, 3),
+            {"concentration_min": 2.0},
+            InputError,
+            "takes no concentration_scale, concentration_gain or concentration_min",
+        ),
         (5.0, {}, TypeError, "concentration: must be a tensor or a sequence of tensors"),
     ],
 )

@@ -366,9 +366,9 @@ def _launch(dim: int = 16, samples: int = 4, shift: int = 0, stride: int = 32, *
         "gradient": torch.empty(2, samples, stride),
         "concentration_gradient": None,
     }
-    numbers = {"scale": 1.0, "minimum": 0.0, "weight": 1.0, "gradient_weight": 0.5}
+    numbers = {"scale": 1.0, "minimum": 0.0, "gain": 1.0, "cosine": 0.0, "weight": 1.0, "gradient_weight": 0.5}
     distribution = changes.pop("distribution", "cosine")
-    kernel.multiview_loss(**(arguments | changes), distribution=distribution, **numbers)
+    kernel.multiview_loss(**(arguments | changes), distribution=distribution, link="softplus", **numbers)
 
 
 @compiles

@@ -29,13 +29,16 @@ from vi_simsiam.ops.multiview_loss import LossForm, eager_loss
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 SPHERICAL = LossForm("power_spherical", scale=1 / 3, minimum=0.1)
+SQUAREPLUS = LossForm("power_spherical", scale=1 / 3, minimum=0.1, link="squareplus", gain=0.3, cosine=1.5)
 COSINE = LossForm("cosine")
 GIVEN = LossForm("power_spherical")
 """Predictions of this form hold kappa itself in their last column; the kernel gets it in a tensor of its own."""
 
 # The interpreter evaluates 0/0 in lanes that the kernel discards.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-forms = pytest.mark.parametrize("form", [SPHERICAL, COSINE, GIVEN], ids=["raw", "cosine", "given"])
+forms = pytest.mark.parametrize(
+    "form", [SPHERICAL, SQUAREPLUS, COSINE, GIVEN], ids=["raw", "squareplus", "cosine", "given"]
+)
 
 
 def _inputs(
@@ -106,6 +109,9 @@ def _launch(
         distribution=form.distribution,
         scale=form.scale,
         minimum=form.minimum,
+        link=form.link,
+        gain=form.gain,
+        cosine=form.cosine,
         weight=weights[0] * weight,
         gradient_weight=weights[1] * weight,
     )
@@ -152,10 +158,11 @@ def _exact(
             if form.distribution == "power_spherical":
                 kappa, factor = p[v, b, dim], weight
                 if form is not GIVEN:
-                    e = mpmath.exp(kappa)
-                    kappa = mpmath.mpf(form.scale) * mpmath.log1p(e) + mpmath.mpf(form.minimum)
-                    factor = weight * mpmath.mpf(form.scale) * e / (1 + e)
+                    linked, slope = _exact_link(mpmath.mpf(form.gain) * kappa, form.link)
+                    kappa = mpmath.mpf(form.scale) * linked + mpmath.mpf(form.minimum)
+                    factor = weight * mpmath.mpf(form.scale) * mpmath.mpf(form.gain) * slope
                 value, by_kappa, by_cos = exact_ratio(kappa, cos, dim)
+                value, by_cos = value + mpmath.mpf(form.cosine) * cos, by_cos + mpmath.mpf(form.cosine)
                 grad[v, b, dim] -= factor * by_kappa
                 grad_size[v, b, dim] += factor * (abs(by_kappa) + 1 / max(1 + cos, mpmath.mpf(1e-6)))
             loss[b] -= weight * value
@@ -164,6 +171,15 @@ def _exact(
             grad[v, b, :dim] -= factor * (unit_z[g, b] - cos * unit_p[v, b])
             grad_size[v, b, :dim] += factor * (abs(unit_z[g, b]) + abs(unit_p[v, b])).max()
         return (loss, loss_size), (grad, grad_size)
+
+
+def _exact_link(x: mpmath.mpf, link: str) -> tuple[mpmath.mpf, mpmath.mpf]:
+    if link == "softplus":
+        e = mpmath.exp(x)
+        return mpmath.log1p(e), e / (1 + e)
+    root = mpmath.sqrt(x * x + mpmath.mpf(0.04))
+    r = (x + root) / 2
+    return r + r * r / 2, (1 + r) * r / root
 
 
 def _exact_unit(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -354,6 +370,9 @@ def _call(
         distribution=form.distribution,
         scale=form.scale,
         minimum=form.minimum,
+        link=form.link,
+        gain=form.gain,
+        cosine=form.cosine,
         weight=weight,
         gradient_weight=weight,
     )

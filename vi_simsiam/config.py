@@ -24,6 +24,7 @@ DataMemory = Literal["auto", "gpu", "host"]
 Capture = Literal["auto", "on", "off"]
 Kernels = Literal["auto", "on", "off"]
 BatchNormStatistics = Literal["per-view", "joint"]
+Link = Literal["softplus", "squareplus"]
 Concentration = Literal["sample", "constant", "global", "shuffled", "detached"]
 
 
@@ -153,9 +154,14 @@ class LossConfig:
     concentration_max: float | None = None
     """Upper bound of kappa, approached smoothly; None for none."""
     concentration_scale: float | None = None
-    """Factor on softplus(raw concentration); None for D - 1."""
+    """kappa over the link's value; None for D - 1."""
     concentration_min: float = 0.0
     """Lower bound of the concentration kappa."""
+    concentration_link: Link = "squareplus"
+    """How kappa follows from its layer's output: squareplus, scaled so that it can neither overshoot far nor stop learning, or
+    softplus, the paper's form as far as it is given."""
+    cosine_weight: float = 1.0
+    """Weight of SimSiam's loss beside the likelihood's: it keeps the network learning while kappa is small. 0 for the paper's loss."""
     loss_scale: float | None = None
     """Factor on the loss; None for 1/(D - 1) with vi-simsiam and 1 with simsiam."""
 
@@ -164,7 +170,9 @@ class LossConfig:
         for name in ("concentration_scale", "loss_scale"):
             value = getattr(self, name)
             require(name, value, value is None or 0 < value < math.inf, "a positive number")
-        require("concentration_min", self.concentration_min, 0 <= self.concentration_min < math.inf, "at least 0")
+        for name in ("concentration_min", "cosine_weight"):
+            require(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "at least 0")
+        _choice("concentration_link", self.concentration_link, get_args(Link))
         _choice("concentration", self.concentration, get_args(Concentration))
         value, maximum, constant = self.concentration_value, self.concentration_max, self.concentration == "constant"
         if constant:
@@ -311,6 +319,8 @@ class TrainConfig:
         """
         nested = {"augment": AugmentConfig, "model": ModelConfig, "loss": LossConfig}
         try:
+            if "loss" in plain:
+                plain = {**plain, "loss": former_loss(plain["loss"])}
             values = {
                 name: nested[name](**_tuples(value)) if name in nested else value for name, value in plain.items()
             }
@@ -332,6 +342,11 @@ PLACE_FIELDS = {
 }  # fmt: skip
 """Where and how a run happens may change when it is resumed; what it computes may not."""
 
+SOFTPLUS = LossConfig(concentration_link="softplus", cosine_weight=0.0)
+"""The likelihood alone, with kappa = (D-1) softplus(raw) and the loss over D-1: in some runs kappa falls to 0 and nothing learns."""
+LITERAL = dataclasses.replace(SOFTPLUS, concentration_scale=1.0, loss_scale=1.0)
+"""The likelihood alone, with kappa = softplus(raw), as the paper has it."""
+
 PRESETS: dict[str, TrainConfig] = {
     "default": TrainConfig(),
     # Sized for two CPU cores and a few minutes: small images, little to blur in them, a small representation space.
@@ -352,7 +367,7 @@ PRESETS: dict[str, TrainConfig] = {
         lr=1e-3,
         weight_decay=1e-4,
         augment=AugmentConfig(size=224, crop_scale=(0.14, 1.0), local_views=6, local_size=96, local_scale=(0.05, 0.14)),
-        loss=LossConfig(concentration_scale=1.0, loss_scale=1.0),
+        loss=LITERAL,
     ),
 }
 
@@ -365,6 +380,11 @@ def preset(name: str) -> TrainConfig:
     """
     _choice("preset", name, tuple(PRESETS))
     return PRESETS[name]
+
+
+def former_loss(plain: dict[str, Any]) -> dict[str, Any]:
+    """A saved loss with the settings that it had before they could be chosen."""
+    return {"concentration_link": SOFTPLUS.concentration_link, "cosine_weight": SOFTPLUS.cosine_weight} | plain
 
 
 def differing_fields(saved: TrainConfig, given: TrainConfig) -> list[str]:

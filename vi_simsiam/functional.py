@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from torch import Tensor
 
+from vi_simsiam.config import Link
 from vi_simsiam.distributions import PowerSpherical
 from vi_simsiam.ops.multiview_loss import LossForm, Reduction, multiview_loss
 
@@ -19,12 +21,15 @@ def power_spherical_loss(
     backend: str = "auto",
     concentration_scale: float = 1.0,
     concentration_min: float = 0.0,
+    concentration_link: Link = "softplus",
+    concentration_gain: float = 1.0,
+    cosine_weight: float = 0.0,
     loss_scale: float = 1.0,
 ) -> Tensor:
     """VI-SimSiam's loss: minus the Power Spherical log-density of the targets, relative to the uniform density, in nats.
 
     For every sample twice the mean over the ordered pairs v != g of -[log PS(z_g; mu_v, kappa_v) - log uniform], with
-    kappa = concentration_scale * softplus(raw) + concentration_min; mu and z are normalised inside. A loss of 0 is
+    kappa = concentration_scale * link(concentration_gain * raw) + concentration_min; mu and z are normalised inside. A loss of 0 is
     no better than the uniform distribution. It differs from Nakamura et al. (arXiv 2203.11437, Algorithm 1) by a
     constant of D and has the same gradient. 1 + cos is clamped from below at 1e-6; a zero vector has cosine 0 and no
     gradient; NaN or infinity in a sample makes that sample's loss NaN, but for a raw concentration of minus infinity,
@@ -42,9 +47,14 @@ def power_spherical_loss(
             mean directions alone, of any length. A negative one makes its sample's loss NaN.
         reduction: "mean" over the batch, or "none".
         backend: "auto" (the fastest here), "eager", "triton", "cuda" or "cpu".
-        concentration_scale: factor on softplus(raw), positive; D - 1 keeps raw near 0 in training.
+        concentration_scale: factor on the link, positive; D - 1 keeps gain * raw of order 1 in training.
         concentration_min: lower bound of kappa, at least 0.
-        loss_scale: factor on the loss, positive. Multiplying the result costs a pass over the gradient; this does not.
+        concentration_link: maps gain * raw to a positive number: "softplus", or "squareplus", whose slope stays useful over
+            many orders of kappa (`vi_simsiam.ops.multiview_loss.linked`).
+        concentration_gain: factor on raw, positive. The layer that predicts raw from H features learns at a speed in
+            proportion to H, and then overshoots; 2/sqrt(H) makes up for that.
+        cosine_weight: weight of SimSiam's loss, `cosine_loss`, which is added; at least 0.
+        loss_scale: factor on the Power Spherical loss, positive. Multiplying the result costs a pass over the gradient; this does not.
             A constant under torch.compile, which compiles anew for another one.
 
     Returns:
@@ -56,8 +66,22 @@ def power_spherical_loss(
         TypeError: an input that is no tensor of an accepted dtype.
         BackendUnavailableError: a backend named explicitly that cannot run here.
     """
-    form = LossForm("power_spherical", concentration_scale, concentration_min, loss_scale)
+    form = power_spherical_form(
+        concentration_scale, concentration_min, concentration_link, concentration_gain, cosine_weight, loss_scale
+    )
     return multiview_loss(predictions, targets, form, concentration=concentration, reduction=reduction, backend=backend)
+
+
+def power_spherical_form(
+    scale: float, minimum: float, link: Link, gain: float, cosine_weight: float, loss_scale: float
+) -> LossForm:
+    """The form of `power_spherical_loss` with these options.
+
+    Raises:
+        InputError: an option that is not accepted.
+    """
+    form = LossForm("power_spherical", scale, minimum, loss_scale, link, gain, cosine_weight)
+    return dataclasses.replace(form, cosine=cosine_weight / loss_scale)
 
 
 def cosine_loss(

@@ -1,7 +1,7 @@
 """The last layers of a predictor: what stands in column D of a prediction, the raw concentration.
 
 VI-SimSiam predicts it for every sample. The other kinds are controls, which differ in this column alone: what comes
-after it (kappa = concentration_scale softplus(raw) + concentration_min, the loss, the figures) is the same for all.
+after it (kappa = concentration_scale link(gain raw) + concentration_min, the loss, the figures) is the same for all.
 Where no gradient of the mean direction depends on the column, the mean direction has a linear layer of its own, drawn as
 SimSiam's last layer is: with one seed such a model starts from SimSiam's weights.
 """
@@ -14,14 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vi_simsiam.config import Concentration
+from vi_simsiam.config import Concentration, Link
 from vi_simsiam.errors import InputError
-from vi_simsiam.ops.multiview_loss import softplus
+from vi_simsiam.ops.multiview_loss import SQUAREPLUS_WIDTH, softplus
 from vi_simsiam.ops.multiview_loss_launch import padded_width
 
-# kappa/(D - 1) at the start, near its optimum for the cosines of an untrained network. From softplus(0) = 0.69 the first
-# steps throw the raw concentration so far down that its gradient is gone for an epoch.
+# kappa/(D - 1) at the start with softplus, near its optimum for the cosines of an untrained network. From softplus(0) = 0.69
+# the first steps throw the raw concentration so far down that its gradient is gone for an epoch.
 _INITIAL_CONCENTRATION = 0.05
+# With squareplus the raw concentration is this times the last layer's output over sqrt(H). Of H features after BatchNorm
+# and ReLU two samples share H/6 of a squared length of H/2, so that a step of SGD moves the layer's output H/6 times as far
+# as a parameter. Momentum 0.9 makes of that swings of several units, and a concentration thrown far below 0 learns no
+# more. With the factor squared the swing is that of four sixths of a parameter, whatever the width.
+_GAIN = 2.0
 
 
 class ConcentrationHead:
@@ -33,6 +38,8 @@ class ConcentrationHead:
         scale: concentration_scale; None for D - 1.
         minimum: concentration_min.
         maximum: concentration_max; None for no bound.
+        link: maps the raw concentration to kappa.
+        hidden: H.
         value: kappa/(D - 1) of kind "constant".
         frozen: whether the column is fitted to a network that is kept as it is: its layer is apart then.
 
@@ -48,12 +55,16 @@ class ConcentrationHead:
         scale: float | None = None,
         minimum: float = 0.0,
         maximum: float | None = None,
+        link: Link = "squareplus",
+        hidden: int = 512,
         value: float | None = None,
         frozen: bool = False,
     ) -> None:
         self.kind, self.dim = kind, dim
         self.scale = float(dim - 1) if scale is None else scale
-        self.initial = inverse_softplus(_INITIAL_CONCENTRATION) if scale is None else None
+        self.link: Link = link
+        self.gain = _GAIN / math.sqrt(hidden) if link == "squareplus" else 1.0
+        self.initial = inverse_softplus(_INITIAL_CONCENTRATION) if scale is None and link == "softplus" else None
         self._apart = frozen or kind == "detached"
         self._shared: nn.Module | None = None
         if kind == "constant":
@@ -65,16 +76,16 @@ class ConcentrationHead:
                     f"concentration_value: {value} is not accepted; {dim - 1} times it must be above "
                     f"concentration_min, {minimum}"
                 )
-            self._shared = _Constant(inverse_softplus((kappa - minimum) / self.scale))
+            self._shared = _Constant(self._raw(kappa - minimum))
         elif kind == "global":
-            self._shared = _Global(0.0 if self.initial is None else self.initial)
+            self._shared = _Global(0.0 if self.initial is None else self.initial, self.gain)
         self._bound: UpperBound | None = None
         if maximum is not None:
             if maximum <= minimum:
                 raise InputError(
                     f"concentration_max: {maximum} is not accepted; it must be above concentration_min, {minimum}"
                 )
-            self._bound = UpperBound(dim, inverse_softplus((maximum - minimum) / self.scale))
+            self._bound = UpperBound(dim, self._raw(maximum - minimum))
 
     def __call__(self, hidden: int) -> list[nn.Module]:
         """The layers of one predictor; what stands for all samples stands for all predictors, too."""
@@ -93,6 +104,11 @@ class ConcentrationHead:
             last = padded_linear(hidden, self.dim + 1)
             self._start(last.bias, self.dim)
         return [last] if self._bound is None else [last, self._bound]
+
+    def _raw(self, kappa: float) -> float:
+        """The raw concentration whose link is kappa / scale."""
+        inverse = inverse_softplus if self.link == "softplus" else inverse_squareplus
+        return inverse(kappa / self.scale) / self.gain
 
     def _start(self, bias: Tensor, column: int) -> None:
         if self.initial is not None:
@@ -134,14 +150,15 @@ class _Constant(nn.Module):
 
 
 class _Global(nn.Module):
-    """One parameter for all samples."""
+    """One parameter for all samples, what the link is taken of."""
 
-    def __init__(self, raw: float) -> None:
+    def __init__(self, raw: float, gain: float) -> None:
         super().__init__()
         self.raw = nn.Parameter(torch.tensor(raw))
+        self.gain = gain
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.raw.expand(*hidden.shape[:-1], 1)
+        return (self.raw / self.gain).expand(*hidden.shape[:-1], 1)
 
 
 class UpperBound(nn.Module):
@@ -182,6 +199,12 @@ def direction_detached(prediction: Tensor, dim: int) -> Tensor:
 def inverse_softplus(y: float) -> float:
     """The x with log(1 + exp(x)) = y > 0: log(exp(y) - 1), without overflow for large y and exact for small ones."""
     return y + math.log(-math.expm1(-y))
+
+
+def inverse_squareplus(y: float) -> float:
+    """The x that the link "squareplus" maps to y > 0."""
+    r = 2 * y / (math.sqrt(1 + 2 * y) + 1)
+    return r - SQUAREPLUS_WIDTH / (4 * r)
 
 
 def padded_linear(in_features: int, out_features: int) -> nn.Linear:

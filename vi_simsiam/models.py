@@ -17,13 +17,13 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vi_simsiam.config import Concentration, LossConfig, ModelConfig, Stem, TrainConfig
+from vi_simsiam.config import Concentration, Link, LossConfig, ModelConfig, Stem, TrainConfig
 from vi_simsiam.distributions import PowerSpherical
 from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.functional import cosine_loss, power_spherical_loss
 from vi_simsiam.heads import ConcentrationHead, SplitHead, direction_detached, padded_linear, shuffled
 from vi_simsiam.normalisation import Head, PerView, PerViewBatchNorm1d, PerViewBatchNorm2d, count_batches, make_fusible
-from vi_simsiam.ops.multiview_loss import LossForm, softplus
+from vi_simsiam.ops.multiview_loss import LossForm
 
 
 class Output(NamedTuple):
@@ -211,14 +211,16 @@ class SimSiam(nn.Module):
 class VISimSiam(SimSiam):
     """VI-SimSiam (Nakamura et al., arXiv 2203.11437): predictions are Power Spherical distributions.
 
-    A prediction has one column more, the raw concentration r; kappa = concentration_scale softplus(r) + concentration_min.
+    A prediction has one column more, the raw concentration r; kappa = concentration_scale link(gain r) +
+    concentration_min.
 
     Args:
         concentration: where the raw concentration comes from, see `LossConfig`.
         concentration_value: kappa/(D - 1) of "constant".
-        concentration_scale: None for D - 1, which makes kappa/(D - 1) a number of order 1; it starts at about 0.05.
+        concentration_scale: None for D - 1, which makes kappa/(D - 1) a number of order 1; it starts at about 0.1.
         concentration_min: lower bound of kappa.
         concentration_max: upper bound of kappa, approached smoothly; None for none.
+        concentration_link, cosine_weight: see `LossConfig`.
         frozen: whether only the concentration is trained, see `freeze`.
         others: as `SimSiam`.
 
@@ -235,6 +237,8 @@ class VISimSiam(SimSiam):
         concentration_scale: float | None = None,
         concentration_min: float = 0.0,
         concentration_max: float | None = None,
+        concentration_link: Link = "squareplus",
+        cosine_weight: float = 1.0,
         frozen: bool = False,
         features: int | None = None,
         dim: int = 2048,
@@ -250,6 +254,8 @@ class VISimSiam(SimSiam):
             scale=concentration_scale,
             minimum=concentration_min,
             maximum=concentration_max,
+            link=concentration_link,
+            hidden=predictor_hidden,
             value=concentration_value,
             frozen=frozen,
         )
@@ -266,7 +272,8 @@ class VISimSiam(SimSiam):
         )
         self.parametrisation = concentration
         """Where the raw concentration comes from."""
-        self.form = LossForm("power_spherical", head.scale, concentration_min)
+        self.form = LossForm("power_spherical", head.scale, concentration_min, link=head.link, gain=head.gain)
+        self.cosine_weight = cosine_weight
         if frozen:
             self.freeze()
 
@@ -286,10 +293,10 @@ class VISimSiam(SimSiam):
         self.eval()
 
     def loss(self, output: Output, backend: str = "auto", loss_scale: float = 1.0) -> Tensor:
-        """The method's loss of an `Output` times `loss_scale`, a scalar, in nats.
+        """`loss_scale` times the likelihood's loss, in nats, plus `cosine_weight` times SimSiam's: a scalar.
 
         With a "detached" concentration it is SimSiam's loss, which trains the network, plus `loss_scale` times the
-        likelihood's, which trains the concentration. "shuffled" concentrations are exchanged in training mode.
+        likelihood's, which trains the concentration; a frozen model has the likelihood's alone. "shuffled" concentrations are exchanged in training mode.
         """
         predictions, direct = output.predictions, None
         if self.parametrisation == "detached":
@@ -303,6 +310,9 @@ class VISimSiam(SimSiam):
             backend=backend,
             concentration_scale=self.form.scale,
             concentration_min=self.form.minimum,
+            concentration_link=self.form.link,
+            concentration_gain=self.form.gain,
+            cosine_weight=0.0 if direct is not None or self.frozen else self.cosine_weight,
             loss_scale=loss_scale,
         )
         return loss if direct is None else direct + loss
@@ -311,7 +321,7 @@ class VISimSiam(SimSiam):
         """kappa of predictions (..., W), shape (...), in at least float32."""
         raw = prediction[..., self.dim]
         raw = raw if raw.dtype == torch.float64 else raw.float()
-        return self.form.scale * softplus(raw) + self.form.minimum
+        return self.form.concentration(raw)
 
     def distribution(self, images: Tensor) -> PowerSpherical:
         """The Power Spherical distribution of every image (B, 3, height, width). Call it in eval mode."""
@@ -380,6 +390,8 @@ def build_model(config: TrainConfig) -> SimSiam:
             concentration_scale=loss.concentration_scale,
             concentration_min=loss.concentration_min,
             concentration_max=loss.concentration_max,
+            concentration_link=loss.concentration_link,
+            cosine_weight=loss.cosine_weight,
             frozen=config.frozen_run is not None,
             **common,  # type: ignore[arg-type]
         )

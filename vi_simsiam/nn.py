@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from vi_simsiam.functional import cosine_loss, power_spherical_loss
+from vi_simsiam.config import Link
+from vi_simsiam.functional import cosine_loss, power_spherical_form, power_spherical_loss
 from vi_simsiam.ops.backends import check_backend_name
 from vi_simsiam.ops.multiview_loss import LossForm, Reduction, check_reduction
 
@@ -17,9 +18,10 @@ class PowerSphericalLoss(nn.Module):
     Args:
         reduction: "mean" over the batch, or "none".
         backend: "auto" (the fastest for the device), "eager", "triton", "cuda" or "cpu".
-        concentration_scale: factor on softplus(raw), positive; D - 1 keeps raw near 0 in training.
-        concentration_min: lower bound of kappa, at least 0.
-        loss_scale: factor on the loss, positive.
+        concentration_scale, concentration_min, concentration_link, concentration_gain: kappa =
+            concentration_scale * link(concentration_gain * raw) + concentration_min.
+        cosine_weight: weight of SimSiam's loss, `cosine_loss`, which is added; at least 0.
+        loss_scale: factor on the Power Spherical loss, positive.
 
     Raises:
         InputError: an option that is none of these.
@@ -32,16 +34,24 @@ class PowerSphericalLoss(nn.Module):
         backend: str = "auto",
         concentration_scale: float = 1.0,
         concentration_min: float = 0.0,
+        concentration_link: Link = "softplus",
+        concentration_gain: float = 1.0,
+        cosine_weight: float = 0.0,
         loss_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        LossForm("power_spherical", concentration_scale, concentration_min, loss_scale)
+        power_spherical_form(
+            concentration_scale, concentration_min, concentration_link, concentration_gain, cosine_weight, loss_scale
+        )
         check_reduction(reduction)
         check_backend_name(backend)
         self.reduction: Reduction = reduction
         self.backend = backend
         self.concentration_scale = concentration_scale
         self.concentration_min = concentration_min
+        self.concentration_link: Link = concentration_link
+        self.concentration_gain = concentration_gain
+        self.cosine_weight = cosine_weight
         self.loss_scale = loss_scale
 
     def forward(
@@ -69,6 +79,9 @@ class PowerSphericalLoss(nn.Module):
             backend=self.backend,
             concentration_scale=self.concentration_scale,
             concentration_min=self.concentration_min,
+            concentration_link=self.concentration_link,
+            concentration_gain=self.concentration_gain,
+            cosine_weight=self.cosine_weight,
             loss_scale=self.loss_scale,
         )
 
@@ -76,7 +89,9 @@ class PowerSphericalLoss(nn.Module):
         """The options, for repr()."""
         return (
             f"reduction={self.reduction!r}, backend={self.backend!r}, concentration_scale={self.concentration_scale}, "
-            f"concentration_min={self.concentration_min}, loss_scale={self.loss_scale}"
+            f"concentration_min={self.concentration_min}, concentration_link={self.concentration_link!r}, "
+            f"concentration_gain={self.concentration_gain}, cosine_weight={self.cosine_weight}, "
+            f"loss_scale={self.loss_scale}"
         )
 
 

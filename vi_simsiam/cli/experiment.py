@@ -18,7 +18,7 @@ from vi_simsiam.experiments.plan import PlanOptions
 @dataclass(frozen=True)
 class _Experiment(Place, PlanOptions):
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = tyro.MISSING
-    """table1, tuned, controls, stability or lightly-imagenette."""
+    """table1, tuned, controls, stability, lightly-imagenette or deaths."""
     out: Path | None = None
     """Folder of the experiment; None for runs/experiments/NAME. The same command goes on with what is there."""
 
@@ -28,6 +28,7 @@ def experiment(arguments: list[str]) -> int:
     options = parse("experiment", _Experiment, arguments)
 
     from vi_simsiam.experiments.catalogue import plan
+    from vi_simsiam.experiments.deaths import summarise_deaths
     from vi_simsiam.experiments.figures import draw
     from vi_simsiam.experiments.runner import RESULTS, run_experiment
     from vi_simsiam.experiments.tables import MARKDOWN, summarise
@@ -39,6 +40,9 @@ def experiment(arguments: list[str]) -> int:
     again = shlex.join(["vi-simsiam", "experiment", *arguments])
     code = run_experiment(planned, out, Place(**place), again=again)
     if any((out / RESULTS).glob("*.json")):
+        if planned.experiment == "deaths":
+            print(summarise_deaths(out))
+            return code
         summarise(out)
         for path in (out / MARKDOWN, *draw(out)):
             print(path)

@@ -15,11 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.tensorboard import SummaryWriter
 
 from vi_simsiam.engine.checkpoint import write_atomically
 from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.models import Output, SimSiam, VISimSiam
+from vi_simsiam.ops.power_spherical import ONE_PLUS_COS_MIN
 
 _SECONDS_SHOWN = 1.0
 _SECONDS_TIMED = 3.0
@@ -33,6 +35,11 @@ def representation_statistics(model: SimSiam, output: Output) -> dict[str, float
     Returns:
         cosine: mean over samples and pairs v != g of the predictions' cosine with the targets.
         kappa: mean concentration / (D - 1), for VI-SimSiam.
+        kappa_best: the one concentration / (D - 1) that would fit these cosines best, kappa* = c/(1 - c) with
+            log(1 + c) the mean of theirs; 0 where c is negative.
+        spread: part of the projections' squared length before the last BatchNorm that differs from image to image,
+            between 0 and 1, from that BatchNorm's running statistics. 0 if all images have the same projection, which
+            z_std does not show: BatchNorm stretches the smallest difference to its full size.
         z_std: standard deviation over the batch of the normalised targets, mean over dimensions, times sqrt(D)
             (Chen and He, arXiv 2011.10566, section 4.1).
         effective_rank: exp of the entropy of the normalised singular values of the targets (Roy and Vetterli, 2007).
@@ -44,6 +51,12 @@ def representation_statistics(model: SimSiam, output: Output) -> dict[str, float
     if isinstance(model, VISimSiam):
         concentrations = [model.concentration(prediction) for prediction in output.predictions]
         statistics["kappa"] = torch.stack(concentrations).mean() / (model.dim - 1)
+        fit = torch.stack(pairs).clamp(min=ONE_PLUS_COS_MIN - 1).log1p().mean().expm1()
+        statistics["kappa_best"] = fit.clamp(min=0) / (1 - fit)
+    norm = model.projector[-1]
+    if isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None:
+        variance = norm.running_var.sum()
+        statistics["spread"] = variance / (variance + norm.running_mean.square().sum())
     values = torch.stack([value.double() for value in statistics.values()]).tolist()  # one wait for the device
     return {**dict(zip(statistics, values, strict=True)), "effective_rank": effective_rank(targets[0]).item()}
 

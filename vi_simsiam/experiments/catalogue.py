@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from vi_simsiam.config import LossConfig, ModelConfig, TrainConfig, policy, preset
+from vi_simsiam.config import LITERAL, SOFTPLUS, LossConfig, ModelConfig, TrainConfig, policy, preset
 from vi_simsiam.errors import none_of
+from vi_simsiam.experiments.deaths import deaths
 from vi_simsiam.experiments.plan import METHODS, PRIMARY_MEASURE, Arm, Plan, PlanOptions, finished, scaled, with_data
 from vi_simsiam.experiments.tuning import tuned
 
@@ -26,6 +27,7 @@ def plan(name: str, options: PlanOptions) -> Plan:
         "controls": _controls,
         "stability": _stability,
         "lightly-imagenette": _lightly_imagenette,
+        "deaths": deaths,
     }
     if name not in makers:
         raise none_of("experiment", name, makers)
@@ -116,8 +118,9 @@ def _stability(options: PlanOptions) -> Plan:
     dims = (128, 512, 2048) if options.dim is None else (options.dim,)
     one = options.dim or 512
     base = scaled(preset(options.preset), options)
+    base = dataclasses.replace(base, loss=SOFTPLUS)
     # As the paper gives it; the gradient is D - 1 times that of the scaled loss.
-    literal = dataclasses.replace(base, lr=1e-3, loss=LossConfig(concentration_scale=1.0, loss_scale=1.0))
+    literal = dataclasses.replace(base, lr=1e-3, loss=LITERAL)
 
     def at(config: TrainConfig, dim: int, **fields: Any) -> TrainConfig:
         return dataclasses.replace(config, model=dataclasses.replace(config.model, dim=dim), **fields)

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from vi_simsiam.config import former_loss
 from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.evaluation.style import BLUE, GRAY, ORANGE, STYLE, figure, save
 from vi_simsiam.experiments.plan import MEASURES
@@ -72,8 +73,9 @@ def _parametrisation(run: dict[str, Any]) -> str:
     """How the concentration follows from the predictor's output; empty for SimSiam."""
     if run["method"] != "vi-simsiam":
         return ""
-    scale = run["config"]["loss"]["concentration_scale"]
-    return "κ = (D−1) softplus" if scale is None else f"κ = {'' if scale == 1 else f'{scale:g} '}softplus"
+    loss = former_loss(run["config"]["loss"])
+    scale, link = loss["concentration_scale"], loss["concentration_link"]
+    return f"κ = (D−1) {link}" if scale is None else f"κ = {'' if scale == 1 else f'{scale:g} '}{link}"
 
 
 def _stability(experiment: Experiment, path: Path) -> Path | None:

@@ -37,7 +37,7 @@ from vi_simsiam.evaluation.uncertainty import evaluate_uncertainty
 from vi_simsiam.experiments.plan import label
 from vi_simsiam.text import counted
 
-CURVE = ("loss", "cosine", "kappa", "z_std", "effective_rank", "grad_norm")
+CURVE = ("loss", "cosine", "kappa", "kappa_best", "z_std", "spread", "effective_rank", "grad_norm")
 CURVE_POINTS = 100
 PROGRESS = "progress.jsonl"
 _DIGITS = 5
@@ -76,7 +76,7 @@ def measure_run(spec: dict[str, Any], config: TrainConfig, trained: dict[str, An
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    if trained is None:
+    if trained is None or not spec["measures"]:
         return content
     # The run may have been trained from another place than the images lie in now.
     opened = load_run(

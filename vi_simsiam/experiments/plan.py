@@ -86,6 +86,8 @@ class Arm:
     """Name of the arm whose run of the same seed this one starts from."""
     optional: bool = False
     """Whether it is left out unless it is asked for by name."""
+    seeds: int | None = None
+    """Number of its runs; None for `PlanOptions.seeds`."""
 
     def described(self) -> dict[str, Any]:
         """The arm as it stands in plan.json."""
@@ -135,6 +137,7 @@ class Plan:
         published: by arm, figures to stand beside those measured, shares by measure.
         progress_every: epochs between two kNN accuracies during training, whose time is not counted; None for none.
         trials: what settings are chosen by; None if they are given.
+        measures: accuracies of every run; none if only the training is looked at, whose weights are then not kept.
     """
 
     experiment: str
@@ -144,6 +147,7 @@ class Plan:
     published: dict[str, Any] = field(default_factory=dict)
     progress_every: int | None = None
     trials: Trials | None = None
+    measures: tuple[str, ...] = MEASURES
 
     def __repr__(self) -> str:
         trials = "" if self.trials is None else f", {counted(len(self.trials.arms), 'trial')}"
@@ -186,7 +190,9 @@ def settings(config: TrainConfig) -> dict[str, Any]:
     return {
         "lr": config.lr,
         "weight_decay": config.weight_decay,
+        "concentration_link": config.loss.concentration_link,
         "concentration_scale": config.loss.concentration_scale,
+        "cosine_weight": config.loss.cosine_weight,
         "loss_scale": config.loss.loss_scale,
     }
 

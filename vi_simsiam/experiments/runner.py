@@ -32,7 +32,7 @@ from vi_simsiam.engine.run import open_splits
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.features import labelled_splits
 from vi_simsiam.experiments.place import Place
-from vi_simsiam.experiments.plan import MEASURES, Arm, Plan, settings
+from vi_simsiam.experiments.plan import Arm, Plan, settings
 from vi_simsiam.text import counted
 
 try:
@@ -135,15 +135,15 @@ def run_experiment(
 
 def _tasks(plan: Plan, arms: Sequence[Arm], seeds: Sequence[int], base: Path, *, trial: bool = False) -> list[Task]:
     """The runs of the arms, seed by seed, so that what is there early can be compared."""
-    measures = [plan.trials.measure] if trial and plan.trials is not None else list(MEASURES)
+    measures = [plan.trials.measure] if trial and plan.trials is not None else list(plan.measures)
     spec = {
         "experiment": plan.experiment,
         "measures": measures,
-        "uncertainty": not trial,
+        "uncertainty": not trial and bool(measures),
         "val_images": plan.options.val_images,
         "progress_every": plan.progress_every,
     }
-    return [Task(arm, seed, base, spec) for seed in seeds for arm in arms]
+    return [Task(arm, seed, base, spec) for seed in seeds for arm in arms if arm.seeds is None or seed < arm.seeds]
 
 
 def _choose(plan: Plan, tasks: list[Task], path: Path) -> None:

@@ -6,12 +6,12 @@ trial's settings are then frozen, and run with new seeds on the whole training s
 Grids (learning rates at a batch of 64, in proportion to the batch):
 
     simsiam             12 learning rates of 0.006 to 0.1 x 3 weight decays
-    vi-simsiam scaled    6 learning rates of 0.006 to 0.1 x 3 weight decays
+    vi-simsiam default   6 learning rates of 0.006 to 0.1 x 3 weight decays
     vi-simsiam literal   6 learning rates of 1e-4 to 3e-3 x 3 weight decays
 
 so that both methods have 36 points, of which each gets the same number of trials, drawn without repetition by a fixed
-seed: VI-SimSiam's in turn from its two parametrisations of the concentration, (D-1) softplus(raw) with loss/(D-1), and
-softplus(raw) with the loss as it is, whose gradients are D - 1 times as large.
+seed: VI-SimSiam's in turn from two forms of its loss, the default one and the paper's, whose gradients are D - 1 times as
+large.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from vi_simsiam.config import LossConfig, Method, preset
+from vi_simsiam.config import LITERAL, LossConfig, Method, preset
 from vi_simsiam.errors import InputError
 from vi_simsiam.experiments.plan import (
     METHODS,
@@ -41,7 +41,6 @@ _SEED = 1000
 _HELD_OUT = 0.2
 _BATCH = 64
 _WEIGHT_DECAYS = (1e-4, 3e-4, 1e-3)
-_LITERAL = LossConfig(concentration_scale=1.0, loss_scale=1.0)
 
 
 def tuned(options: PlanOptions) -> Plan:
@@ -83,7 +82,7 @@ def tuned(options: PlanOptions) -> Plan:
 
 
 def grid(method: Method, batch_size: int) -> list[list[dict[str, Any]]]:
-    """The settings a method may get, fields of `TrainConfig`: one list for every parametrisation of the concentration."""
+    """The settings a method may get, fields of `TrainConfig`: one list for every form of the loss."""
 
     def points(low: float, high: float, count: int, loss: LossConfig) -> list[dict[str, Any]]:
         rates = np.geomspace(low, high, count) * batch_size / _BATCH
@@ -95,11 +94,11 @@ def grid(method: Method, batch_size: int) -> list[list[dict[str, Any]]]:
 
     if method == "simsiam":
         return [points(6e-3, 0.1, 12, LossConfig())]
-    return [points(6e-3, 0.1, 6, LossConfig()), points(1e-4, 3e-3, 6, _LITERAL)]
+    return [points(6e-3, 0.1, 6, LossConfig()), points(1e-4, 3e-3, 6, LITERAL)]
 
 
 def _drawn(method: Method, batch_size: int, trials: int) -> list[dict[str, Any]]:
-    """So many points of a method's grid, in turn from its parametrisations."""
+    """So many points of a method's grid, in turn from its forms of the loss."""
     parts = grid(method, batch_size)
     if trials > sum(map(len, parts)):
         raise InputError(

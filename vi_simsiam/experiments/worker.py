@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -77,6 +78,9 @@ def work(spec: dict[str, Any]) -> str:
         return f"diverged: {reason}"
     content = measure_run(spec, config, trained)
     write_json(result, content)
+    if not spec["measures"]:
+        shutil.rmtree(folder)
+        return f"cosine {content['curve']['cosine'][-1]:.2f}"
     return "  ".join(f"{name} {100 * share:.1f} %" for name, share in content["accuracy"].items())
 
 

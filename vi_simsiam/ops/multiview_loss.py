@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from vi_simsiam.errors import InputError
+from vi_simsiam.config import Link
+from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.ops.backends import choose_backend
 from vi_simsiam.ops.multiview_loss_autograd import TRANSFORMED, fused_loss
 from vi_simsiam.ops.multiview_loss_launch import LossCall, padded_width
@@ -26,25 +27,41 @@ Reduction = Literal["mean", "none"]
 MAX_VIEWS = 16
 TINY_SQUARE = 1e-24
 """A vector whose squared length is below this has no direction: cosine 0, gradient 0."""
+SQUAREPLUS_WIDTH = 0.04
+"""b of squareplus(x) = (x + sqrt(x^2 + b))/2: where its bend lies, kappa/scale = 0.105 at x = 0."""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
 class LossForm:
-    """Which loss, times `factor`: SimSiam's "cosine", or "power_spherical" with kappa = scale * softplus(raw) + minimum."""
+    """Which loss, times `factor`: SimSiam's "cosine", or "power_spherical" with kappa = scale * link(gain * raw) + minimum.
+
+    `cosine` times SimSiam's loss is added to that of "power_spherical". The links are described at `linked`.
+    """
 
     distribution: DistributionName
     scale: float = 1.0
     minimum: float = 0.0
     factor: float = 1.0
+    link: Link = "softplus"
+    gain: float = 1.0
+    cosine: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, number in (("concentration_scale", self.scale), ("loss_scale", self.factor)):
+        positive = ("concentration_scale", self.scale), ("concentration_gain", self.gain), ("loss_scale", self.factor)
+        for name, number in positive:
             if not (isinstance(number, (int, float)) and 0 < number < math.inf):
                 raise InputError(f"{name}: {number!r} is not a positive number")
-        if not (isinstance(self.minimum, (int, float)) and 0 <= self.minimum < math.inf):
-            raise InputError(f"concentration_min: {self.minimum!r} is not a number of at least 0")
+        for name, number in (("concentration_min", self.minimum), ("cosine_weight", self.cosine)):
+            if not (isinstance(number, (int, float)) and 0 <= number < math.inf):
+                raise InputError(f"{name}: {number!r} is not a number of at least 0")
+        if self.link not in get_args(Link):
+            raise none_of("concentration_link", self.link, get_args(Link))
+
+    def concentration(self, raw: Tensor) -> Tensor:
+        """kappa of raw concentrations, in their dtype."""
+        return self.scale * linked(self.gain * raw, self.link) + self.minimum
 
 
 class _Views(NamedTuple):
@@ -91,6 +108,9 @@ def multiview_loss(
             scale=form.scale,
             minimum=form.minimum,
             factor=form.factor,
+            link=form.link,
+            gain=form.gain,
+            cosine=form.cosine,
             mean=reduction == "mean",
             wants_gradient=torch.is_grad_enabled() and any(x.requires_grad for x in differentiable),
         )
@@ -119,16 +139,39 @@ def eager_loss(
         gain = cosine = torch.stack([(direction[v] * target[g]).sum(-1) for v, g in pairs])
         if form.distribution == "power_spherical":
             if concentration is None:
-                kappa = [form.scale * softplus(x[:, dim].to(dtype)) + form.minimum for x in predictions]
+                kappa = [form.concentration(x[:, dim].to(dtype)) for x in predictions]
             else:
                 kappa = list(concentration.to(dtype).masked_fill(concentration < 0, math.nan))
             gain = log_density_ratio(torch.stack([kappa[v] for v, _ in pairs]), cosine, dim)
+            if form.cosine:
+                gain = gain + form.cosine * cosine
         return -2 / len(pairs) * form.factor * gain.sum(0)
 
 
 def softplus(raw: Tensor) -> Tensor:
     """log(1 + exp(raw)) without the linear cut-off at 20 of torch's softplus, which costs float64 its digits."""
     return torch.logaddexp(raw, torch.zeros_like(raw))
+
+
+def linked(x: Tensor, link: Link) -> Tensor:
+    """What maps a number of any size to a positive one, in x's dtype.
+
+    - "softplus": log(1 + exp(x)), whose slope falls exponentially below 0.
+    - "squareplus": r + r^2/2 with r = (x + sqrt(x^2 + 0.04))/2 (Barron, arXiv 2112.11687). With k = kappa/(D - 1) the
+      likelihood's curvature in k is 1/((1 + k)(1 + 2k)) for large D, and so 1/(1 + k) in r, since dk/dr = sqrt(1 + 2k): in
+      r no region is much steeper or flatter than another. Below 0 the slope falls as 1/x^2.
+    """
+    if link == "softplus":
+        return softplus(x)
+    x = x.clamp(min=-1e15)  # minus infinity has gradient 0, not NaN
+    root = torch.sqrt(x * x + SQUAREPLUS_WIDTH)
+    below = x < 0  # where the sum would cancel; the side that is not used must have a finite gradient, too
+    r = torch.where(
+        below,
+        0.5 * SQUAREPLUS_WIDTH / (root - torch.where(below, x, 0.0)),
+        0.5 * (torch.where(below, 0.0, x) + root),
+    )
+    return r * (1 + 0.5 * r)
 
 
 def check_reduction(reduction: str) -> None:
@@ -206,8 +249,10 @@ def _check(predictions: _Views, targets: _Views, concentration: _Views | None, f
         padded = "" if padded_width(columns) == columns else f", or that padded to {padded_width(columns)} columns"
         raise InputError(f"predictions: last dimension {width} must be targets' {dim}{what}{padded}")
     if concentration is not None:
-        if form.distribution == "cosine" or (form.scale, form.minimum) != (1.0, 0.0):
-            raise InputError("concentration: given as it is, it takes no concentration_scale or concentration_min")
+        if form.distribution == "cosine" or (form.scale, form.minimum, form.gain) != (1.0, 0.0, 1.0):
+            raise InputError(
+                "concentration: given as it is, it takes no concentration_scale, concentration_gain or concentration_min"
+            )
         if (concentration.views, *concentration.shape) != (views, batch):
             shape = (concentration.views, *concentration.shape)
             raise InputError(f"concentration: shape {shape} must be (views, batch) = {(views, batch)}")

@@ -157,7 +157,7 @@ def _refuse_second_derivative(
 torch.library.define(
     "vi_simsiam::multiview_loss",
     "(Tensor[] predictions, Tensor[] targets, Tensor? concentration, str backend, str distribution, ScalarType dtype, "
-    "float scale, float minimum, float factor, bool mean, bool wants_gradient) -> (Tensor, Tensor, Tensor)",
+    "float scale, float minimum, float factor, str link, float gain, float cosine, bool mean, bool wants_gradient) -> (Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 

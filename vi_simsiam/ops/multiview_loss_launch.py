@@ -31,6 +31,10 @@ class LossCall(NamedTuple):
     minimum: float
     factor: float
     """On the loss, and so on the gradient."""
+    link: str
+    gain: float
+    cosine: float
+    """Weight of SimSiam's loss beside the density's."""
     mean: bool
     """The loss is the mean over the samples, and so is what the gradient belongs to."""
     wants_gradient: bool
@@ -73,6 +77,8 @@ def launch_loss(
     numbers = {
         "scale": call.scale,
         "minimum": call.minimum,
+        "gain": call.gain,
+        "cosine": call.cosine,
         "weight": weight,
         "gradient_weight": weight / batch if call.mean else weight,
     }
@@ -89,6 +95,7 @@ def launch_loss(
             gradient,
             concentration_gradient,
             distribution=call.distribution,
+            link=call.link,
             **numbers,
         )
         return
@@ -114,6 +121,7 @@ def launch_loss(
         "target_stride": z[0].stride(0),
         "gradient_strides": (0, 0) if gradient is None else gradient.stride()[:2],
         "form": form,
+        "link": call.link,
         **numbers,
     }
     module: Any = extension()
