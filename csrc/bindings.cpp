@@ -43,8 +43,8 @@ Form parse_form(const std::string& name) {
 
 Link parse_link(const std::string& name) {
   if (name == "softplus") return Link::softplus;
-  if (name == "squareplus") return Link::squareplus;
-  throw std::invalid_argument("link must be softplus or squareplus, not " + name);
+  if (name == "quadratic") return Link::quadratic;
+  throw std::invalid_argument("link must be softplus or quadratic, not " + name);
 }
 
 template <typename Pointer>

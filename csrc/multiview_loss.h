@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include "power_spherical.cuh"
+
 #include <cstdint>
 
 namespace vi_simsiam {
@@ -15,8 +17,6 @@ enum class Form {
   raw_concentration,     // Power Spherical, kappa = scale * link(gain * raw) + minimum, raw in column dim
   given_concentration,   // Power Spherical, kappa in an array of its own
 };
-
-enum class Link { softplus, squareplus };
 
 // The rows of a view lie `stride` elements apart, their elements beside one another.
 struct MultiviewProblem {

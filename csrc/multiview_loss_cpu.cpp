@@ -265,12 +265,10 @@ class Samples {
     const P* p = static_cast<const P*>(problem_.predictions[v]) + sample * problem_.prediction_stride;
     const int64_t in_array = v * problem_.batch + sample;
     PowerSphericalNormalizer<Real> normalizer{};
-    Real slope = 0;
+    Concentration<Real> linked{};
     if (problem_.form == Form::raw_concentration) {
-      const Real x = gain_ * to_real(p[dim]);
-      const Concentration<Real> linked = problem_.link == Link::softplus ? softplus_link(x) : squareplus_link(x);
-      normalizer = density_.with_concentration(scale_ * linked.kappa + minimum_);
-      slope = scale_ * gain_ * linked.slope;
+      linked = concentration(problem_.link, to_real(p[dim]), scale_, minimum_, gain_);
+      normalizer = density_.with_concentration(linked.kappa);
     } else if (problem_.form == Form::given_concentration) {
       const Real kappa = static_cast<const Real*>(problem_.concentration)[in_array];
       normalizer = density_.with_concentration(kappa < 0 ? std::numeric_limits<Real>::quiet_NaN() : kappa);
@@ -307,7 +305,7 @@ class Samples {
     // A view without a pair, and the columns that stand for nothing; the bits of 0 are 0 in every type.
     std::fill(pairs == 0 ? out : out + dim, out + problem_.width, P{});
     if (problem_.form == Form::raw_concentration && pairs > 0)
-      from_real(out[dim], -weight_ * slope * d_kappa);
+      from_real(out[dim], linked.by_raw(-weight_ * d_kappa));
     if (problem_.form == Form::given_concentration)
       static_cast<Real*>(problem_.concentration_gradient)[in_array] = -weight_ * d_kappa;
     return value;

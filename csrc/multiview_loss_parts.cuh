@@ -126,10 +126,11 @@ class Pair {
     Real kappa = argument < Real(0) ? Real(NAN) : argument;
     slope_ = Real(1);
     if (problem_.form == Form::raw_concentration) {
-      const Real x = settings_.gain * argument;
-      const Concentration<Real> linked = problem_.link == Link::softplus ? softplus_link(x) : squareplus_link(x);
-      kappa = settings_.scale * linked.kappa + settings_.minimum;
-      slope_ = settings_.scale * settings_.gain * linked.slope;
+      const Concentration<Real> linked =
+          concentration(problem_.link, argument, settings_.scale, settings_.minimum, settings_.gain);
+      kappa = linked.kappa;
+      slope_ = linked.slope;
+      at_bound_ = linked.at_bound;
     }
     normalizer_ = settings_.density.with_concentration(kappa);
   }
@@ -149,7 +150,8 @@ class Pair {
           is_pair ? -weight * inverse_p * terms.d_cos * inverse_z : Real(0);
       if (g_ == 0) {
         shared.along[slot * TILE + k_] = weight * inverse_p * inverse_p * radial;
-        const Real by_argument = has_pair(problem_, v_) ? -weight * slope_ * d_kappa : Real(0);
+        const Real by_kappa = has_pair(problem_, v_) ? -weight * d_kappa : Real(0);
+        const Real by_argument = Concentration<Real>{Real(0), slope_, at_bound_}.by_raw(by_kappa);
         shared.to_concentration[slot * TILE + k_] = by_argument;
         if (problem_.concentration_gradient != nullptr && v_ < problem_.views)
           static_cast<Real*>(problem_.concentration_gradient)[v_ * problem_.batch + sample_] = by_argument;
@@ -165,6 +167,7 @@ class Pair {
   const int k_, g_;
   int v_ = 0;
   Real slope_ = 0;
+  bool at_bound_ = false;
   PowerSphericalNormalizer<Real> normalizer_{};
 };
 

@@ -34,9 +34,11 @@
 
 namespace vi_simsiam {
 
+enum class Link { softplus, quadratic };
+
 constexpr double TINY_SQ =
     1e-24;  // a vector with a smaller squared norm counts as zero: cosine 0, gradient 0
-constexpr double SQUAREPLUS_WIDTH = 0.04;  // b of squareplus(x) = (x + sqrt(x^2 + b))/2
+constexpr double LEAST_ROOT = 0.02;        // least r of the quadratic link
 constexpr double ONE_PLUS_COS_MIN = 1e-6;  // lower clamp of 1 + cosine, in every dtype
 
 // x / y. On the GPU in float for a finite x and y between 2^-126 and 2^126: correctly rounded but for rare ties of the
@@ -79,24 +81,37 @@ VI_HOST_DEVICE Real sigmoid(Real x) {
   return divide(x < Real(0) ? decay : Real(1), Real(1) + decay);
 }
 
-// The concentration of a raw number, and its derivative.
+// The concentration of a raw number.
 template <typename Real>
 struct Concentration {
-  Real kappa, slope;
+  Real kappa;
+  Real slope;     // dkappa/draw
+  bool at_bound;  // the gradient counts only where a step along it raises kappa
+
+  // dloss/draw of dloss/dkappa.
+  VI_HOST_DEVICE Real by_raw(Real by_kappa) const { return at_bound && by_kappa > Real(0) ? Real(0) : slope * by_kappa; }
 };
 
-// r + r^2/2 with r = squareplus(x) = (x + sqrt(x^2 + b))/2, written as (b/2)/(sqrt(x^2 + b) - x) for x < 0.
-// dr/dx = r/sqrt(x^2 + b).
+// r + r^2/2 with r = max(x, LEAST_ROOT).
 template <typename Real>
-VI_HOST_DEVICE Concentration<Real> squareplus_link(Real x) {
-  const Real root = std::sqrt(x * x + Real(SQUAREPLUS_WIDTH));
-  const Real r = x < Real(0) ? divide(Real(SQUAREPLUS_WIDTH / 2), root - x) : Real(0.5) * (x + root);
-  return {r * (Real(1) + Real(0.5) * r), (Real(1) + r) * divide(r, root)};
+VI_HOST_DEVICE Concentration<Real> quadratic_link(Real x) {
+  const bool at_bound = x < Real(LEAST_ROOT);
+  const Real r = at_bound ? Real(LEAST_ROOT) : x;
+  return {r * (Real(1) + Real(0.5) * r), Real(1) + r, at_bound};
 }
 
 template <typename Real>
 VI_HOST_DEVICE Concentration<Real> softplus_link(Real x) {
-  return {softplus(x), sigmoid(x)};
+  return {softplus(x), sigmoid(x), false};
+}
+
+// kappa = scale * link(gain * raw) + minimum.
+template <typename Real>
+VI_HOST_DEVICE Concentration<Real> concentration(Link link, Real raw, Real scale, Real minimum, Real gain) {
+  Concentration<Real> out = link == Link::softplus ? softplus_link(gain * raw) : quadratic_link(gain * raw);
+  out.kappa = scale * out.kappa + minimum;
+  out.slope *= scale * gain;
+  return out;
 }
 
 // S(x) for x >= 8 (float), x >= 16 (double).

@@ -7,7 +7,7 @@ For predictions p_v (V views), targets z_g (the first G views) and weights w (of
     loss   = -w sum_{v != g} F(k_v, c_vg)            plus cosine c_vg in F; the distribution cosine: F = c_vg
     dp_v   = -w' sum_g dF/dc (z_g/|z_g| - c_vg p_v/|p_v|) / |p_v| = own_v p_v + sum_g other_vg z_g
              other_vg = -w' dF/dc / (|p_v| |z_g|),   own_v = w' sum_g dF/dc c_vg / |p_v|^2
-    dk_v   = -w' sum_g dF/dk,                        dr_v = scale gain link'(gain r_v) dk_v
+    dk_v   = -w' sum_g dF/dk,                        dr_v = scale gain link'(gain r_v) dk_v     (quadratic: 0 where gain r_v < 0.02 and dk_v > 0)
 
 The scalar functions F, dF/dc, dF/dk are in power_spherical.py. Sums and scalars are fp32, or fp64 for fp64 inputs.
 
@@ -54,7 +54,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import aligned, kind, launch
-from .power_spherical import divide, log_density_ratio, softplus, square_root, squareplus
+from .power_spherical import LEAST_ROOT, divide, log_density_ratio, quadratic, softplus, square_root
 from .scale_gradient import scale_gradient
 
 __all__ = ["multiview_loss", "scale_gradient"]
@@ -85,7 +85,7 @@ def multiview_loss(
     concentration_gradient: Tensor | None,
     *,
     distribution: Literal["power_spherical", "cosine"],
-    link: Literal["softplus", "squareplus"],
+    link: Literal["softplus", "quadratic"],
     scale: float,
     minimum: float,
     gain: float,
@@ -134,7 +134,7 @@ def multiview_loss(
         first.element_size(),
         width=width,
         spherical=spherical,
-        squareplus=link == "squareplus",
+        quadratic=link == "quadratic",
         double=double,
     )
     rows = (*predictions, *targets, concentration, loss, gradient, concentration_gradient)
@@ -182,7 +182,7 @@ def launch_arguments(
     width: int,
     spherical: bool,
     double: bool,
-    squareplus: bool = False,
+    quadratic: bool = False,
 ) -> dict[str, int | bool]:
     """The compile-time arguments and compiler options of a launch.
 
@@ -192,7 +192,7 @@ def launch_arguments(
         width: columns of the gradient, D if there is none.
         spherical: Power Spherical, not cosine.
         double: the arithmetic is fp64, so that an element occupies two registers.
-        squareplus: the link; False for softplus.
+        quadratic: the link; False for softplus.
     """
     v, g = triton.next_power_of_2(views), triton.next_power_of_2(globals_)
     columns = triton.next_power_of_2(dim)
@@ -233,7 +233,7 @@ def launch_arguments(
         "RESIDENT": resident,
         "SEVERAL": not crowded,
         "POWER_SPHERICAL": spherical,
-        "SQUAREPLUS": squareplus,
+        "QUADRATIC": quadratic,
         "DOUBLE": double,
     }
 
@@ -270,7 +270,7 @@ def multiview_loss_kernel(
     RESIDENT: tl.constexpr,
     SEVERAL: tl.constexpr,
     POWER_SPHERICAL: tl.constexpr,
-    SQUAREPLUS: tl.constexpr,
+    QUADRATIC: tl.constexpr,
     DOUBLE: tl.constexpr,
 ) -> None:
     """The formulas above for sample `program_id(0)`. kappa_ptr None: the raw concentration is column DIM of p."""
@@ -336,8 +336,8 @@ def multiview_loss_kernel(
             is_pair = is_view & (g < GLOBALS)[None, :] & (v[:, None] != g[None, :])
             if POWER_SPHERICAL:
                 if RAW:
-                    if SQUAREPLUS:
-                        linked, slope = squareplus(tl.full([], gain, ACC) * raw)
+                    if QUADRATIC:
+                        linked, slope = quadratic(tl.full([], gain, ACC) * raw)
                     else:
                         linked, slope = softplus(tl.full([], gain, ACC) * raw)
                     kappa = tl.full([], scale, ACC) * linked + tl.full([], minimum, ACC)
@@ -385,6 +385,10 @@ def multiview_loss_kernel(
                     column = tl.arange(0, TAIL)[None, :]
                     tail = tl.zeros([BLOCK_V, TAIL], ACC)
                     if RAW:
+                        if QUADRATIC:  # at the bound only what raises kappa counts
+                            by_kappa = tl.where(
+                                (tl.full([], gain, ACC) * raw < LEAST_ROOT) & (by_kappa > 0.0), 0.0, by_kappa
+                            )
                         tail = tl.where(column == 0, tl.full([], scale * gain, ACC) * slope * by_kappa, tail)
                     tl.store(grad_row[:, None] + DIM + column, tail, mask=is_view & (column < WIDTH - DIM))
 

@@ -57,6 +57,11 @@ def rows(count: int, width: int, stride: int, offset: int, dtype: torch.dtype) -
     return storage[start : start + count * stride].view(count, stride)[:, :width]
 
 
+def _bounded(x: Tensor) -> Tensor:
+    """max(x, 0.02), with the gradient 1 everywhere: what it leads down at the bound is to be dropped."""
+    return x + (0.02 - x).clamp(min=0).detach()
+
+
 @dataclass
 class Case:
     views: int
@@ -154,7 +159,7 @@ class Case:
         x = self.gain * raw
         if self.link == "softplus":
             return self.scale * torch.logaddexp(x, torch.zeros_like(x)) + self.minimum
-        r = (x + (x * x + 0.04).sqrt()) / 2
+        r = _bounded(x)
         return self.scale * (r + r * r / 2) + self.minimum
 
     def reference(self) -> dict[str, Tensor]:
@@ -178,6 +183,9 @@ class Case:
         filled = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)]
         gradient = -self.weight / 7 * torch.stack(filled[: self.views])
         gradient[..., self.used :] = 0
+        if self.form == "raw" and self.link == "quadratic":
+            column = gradient[..., self.dim]
+            column[(self.gain * torch.stack(p)[..., self.dim] < 0.02) & (column > 0)] = 0
         return {
             "loss": -self.weight * total.detach(),
             "gradient": gradient,

@@ -18,7 +18,7 @@ from vi_simsiam.ops.multiview_loss import LossForm, multiview_loss
 
 DEVICE = os.environ.get("VI_SIMSIAM_TEST_DEVICE", "cpu")
 POWER_SPHERICAL, COSINE = LossForm("power_spherical"), LossForm("cosine")
-SQUAREPLUS = LossForm("power_spherical", 31.0, 0.5, link="squareplus", gain=0.25, cosine=20.0)
+QUADRATIC = LossForm("power_spherical", 31.0, 0.5, link="quadratic", gain=0.25, cosine=20.0)
 """The trainer's own: another link, a factor on the raw concentration, and SimSiam's loss beside the density's."""
 if DEVICE == "cpu":
     # Under TRITON_INTERPRET=1 Triton takes CPU tensors, too (test_triton_kernels.py runs the losses' tests so).
@@ -72,7 +72,7 @@ def textbook(p: Tensor, z: Tensor, form: LossForm) -> Tensor:
             total = total - cos
             continue
         x = form.gain * p[v, :, dim]
-        r = (x + (x * x + 0.04).sqrt()) / 2
+        r = x.clamp(min=0.02)
         kappa = form.scale * (F.softplus(x) if form.link == "softplus" else r + r * r / 2) + form.minimum
         zero, b_ = torch.zeros_like(kappa), torch.full_like(kappa, b)
         log_c = -(kappa * math.log(2) + torch.lgamma(b_ + kappa) - torch.lgamma(2 * b_ + kappa))

@@ -103,7 +103,7 @@ def test_every_form_matches_float64(kernels: Any, shape: tuple[int, int, int, in
     for aligned in (True, False):
         check(kernels, Case(*shape, form=form, aligned=aligned, padding=3))
         if form == "raw":
-            trained = {"link": "squareplus", "gain": 0.3, "cosine": 1.5, "scale": 7.0}
+            trained = {"link": "quadratic", "gain": 0.3, "cosine": 1.5, "scale": 7.0}
             check(kernels, Case(*shape, **trained, aligned=aligned, padding=3))
 
 

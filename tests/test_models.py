@@ -37,7 +37,7 @@ def test_predictions_and_targets(kind: type[SimSiam], width: int) -> None:
     options = {}
     if kind is VISimSiam:
         gain = 2 / math.sqrt(8)
-        options = {"concentration_scale": 19.0, "concentration_link": "squareplus", "concentration_gain": gain}
+        options = {"concentration_scale": 19.0, "concentration_link": "quadratic", "concentration_gain": gain}
     simsiam = 0.0 if kind is SimSiam else cosine_loss([p[:, :20] for p in output.predictions], output.targets)
     used = [p[:, :width] for p in output.predictions]
     expected = loss(used, output.targets, **options)  # type: ignore[arg-type]
@@ -87,14 +87,14 @@ def test_residual_branches_start_at_zero_unless_asked() -> None:
 def test_concentration_and_distribution() -> None:
     model = VISimSiam(nn.Flatten(), features=48, dim=20, projector_hidden=24, concentration_min=3.0).eval()
     prediction = torch.zeros(4, 21)
-    torch.testing.assert_close(model.concentration(prediction), torch.full((4,), 19 * 0.105 + 3))
+    torch.testing.assert_close(model.concentration(prediction), torch.full((4,), 19 * 0.0202 + 3))
     images = views()[0]
     distribution = model.distribution(images)
     assert isinstance(distribution, PowerSpherical)
     raw = model.predictor(model.projector(model.backbone(images)))
     torch.testing.assert_close(distribution.loc, F.normalize(raw[:, :20], dim=1))
     x = 2 * raw[:, 20] / math.sqrt(512)
-    r = (x + (x * x + 0.04).sqrt()) / 2
+    r = x.clamp(min=0.02)
     torch.testing.assert_close(distribution.concentration, 19 * (r + r * r / 2) + 3)
     literal = VISimSiam(nn.Flatten(), features=48, dim=20, concentration_scale=1.0, concentration_link="softplus")
     torch.testing.assert_close(literal.concentration(prediction), torch.full((4,), 0.6931472))

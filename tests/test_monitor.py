@@ -14,6 +14,7 @@ from vi_simsiam.config import AugmentConfig, ModelConfig, TrainConfig
 from vi_simsiam.engine import monitor as module
 from vi_simsiam.engine.monitor import Monitor, describe
 from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.engine.verdict import Health
 
 METRICS = {
     "step": 20, "epoch": 0.2, "loss": -391.123456, "cosine": 0.71234, "kappa": 2.34567, "z_std": 0.95,
@@ -23,7 +24,7 @@ METRICS = {
 
 def opened(folder: Path, console: Console, **options: object) -> Monitor:
     values = {"step": 0, "total": 29_400, "steps_per_epoch": 147} | options
-    return Monitor(folder, console=console, **values)  # type: ignore[arg-type]
+    return Monitor(folder, console=console, health=Health(TrainConfig()), **values)  # type: ignore[arg-type]
 
 
 def terminal(width: int = 80) -> Console:
@@ -65,7 +66,27 @@ def test_quiet_leaves_warnings(tmp_path: Path) -> None:
         monitor.epoch_done(147, METRICS)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert len(lines) == 1
-    assert "collapsing" in lines[0]
+    assert "warning: step 20: collapsed since step 20: z-std 0.10" in lines[0]
+
+
+def test_a_problem_is_on_the_bar_in_the_log_and_in_the_line_of_the_epoch(tmp_path: Path) -> None:
+    console = terminal()
+    dead = METRICS | {"kappa": 0.01, "kappa_best": 2.4}
+    with opened(tmp_path, console) as monitor:
+        for step in (10, 20):
+            monitor.log(METRICS | {"step": step})
+        for step in (30, 40, 50):
+            monitor.log(dead | {"step": step})
+        monitor._progress.refresh()
+        monitor.epoch_done(147, dead)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"epoch 1/200 .*--:-- dead since step 30 *\n", shown.replace("\r", "\n"))
+    assert shown.count("warning: step 50: dead since step 30: kappa/(D-1) 0.01, where 2.4 would fit") == 1
+    assert "waiting for data 2%  dead since step 30\n" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", shown)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [(line["state"], line.get("since")) for line in lines] == [("learning", None)] * 4 + [("dead", 30)]
+    with opened(tmp_path, Console(quiet=True), step=50) as monitor:
+        assert monitor.health.short == "dead since step 30", "resumed"
 
 
 def test_the_last_metrics_of_an_earlier_session_are_known(tmp_path: Path) -> None:
@@ -74,11 +95,11 @@ def test_the_last_metrics_of_an_earlier_session_are_known(tmp_path: Path) -> Non
         assert monitor.last is None
         for step in (10, 20, 30):
             monitor.log(METRICS | {"step": step})
-        assert monitor.last == METRICS | {"step": 30}
+        assert monitor.last == METRICS | {"step": 30, "state": "learning"}
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2')
     with opened(tmp_path, Console(quiet=True), step=20) as monitor:
-        assert monitor.last == METRICS | {"step": 20}
+        assert monitor.last == METRICS | {"step": 20, "state": "learning"}
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()] == [10, 20]
 
 
@@ -99,7 +120,11 @@ def test_figures_are_shown_from_the_first_step_and_the_verdict_last(
         Trainer(config, tmp_path / name, console=console).fit()
         text = re.sub(r"(\x1b\[[0-9;?]*[A-Za-z]|\r)+", "\n", console.file.getvalue())  # type: ignore[attr-defined]
         lines = text.splitlines()
-        verdicts = [line for line in lines if line.startswith(("learned: ", "barely learned: ", "dead: "))]
+        verdicts = [
+            line
+            for line in lines
+            if line.startswith(("learned: ", "barely learned: ", "not learning", "dead", "collapsed"))
+        ]
         assert len(verdicts) == 1
         assert lines.index(verdicts[0]) > max(i for i, line in enumerate(lines) if line.startswith("epoch 1/1  loss"))
     assert [metrics["step"] for metrics in shown] == [1, 2, 3, 4, 5, 5], "every step on the terminal, the end in a file"

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.utils.checkpoint
-from losses import COSINE, POWER_SPHERICAL, SQUAREPLUS, draw, every, fused, on_cpu_only
+from losses import COSINE, POWER_SPHERICAL, QUADRATIC, draw, every, fused, on_cpu_only
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -25,7 +25,7 @@ from vi_simsiam.ops.backends import interpreting
 from vi_simsiam.ops.multiview_loss import LossForm, multiview_loss
 from vi_simsiam.ops.multiview_loss_launch import LossCall, _Tickets
 
-FORMS = pytest.mark.parametrize("form", [LossForm("power_spherical", 3.0, 0.5), SQUAREPLUS, COSINE], ids=str)
+FORMS = pytest.mark.parametrize("form", [LossForm("power_spherical", 3.0, 0.5), QUADRATIC, COSINE], ids=str)
 
 
 def padded(p: Tensor, width: int, fill: float = math.nan) -> list[Tensor]:
@@ -322,12 +322,12 @@ def test_repeats_are_bitwise_equal_for_any_number_of_threads(backend: str) -> No
 def test_modules_keep_their_options(backend: str) -> None:
     p, z = draw(POWER_SPHERICAL, 2, 2, 5, 17)
     options = {"reduction": "none", "concentration_scale": 4.0, "concentration_min": 0.5, "loss_scale": 0.1}
-    options |= {"concentration_link": "squareplus", "concentration_gain": 0.5, "cosine_weight": 2.0}
+    options |= {"concentration_link": "quadratic", "concentration_gain": 0.5, "cosine_weight": 2.0}
     module = PowerSphericalLoss(backend=backend, **options)  # type: ignore[arg-type]
     assert torch.equal(module(p, z), power_spherical_loss(p, z, backend=backend, **options))  # type: ignore[arg-type]
     assert repr(module) == (
         f"PowerSphericalLoss(reduction='none', backend='{backend}', concentration_scale=4.0, "
-        "concentration_min=0.5, concentration_link='squareplus', concentration_gain=0.5, cosine_weight=2.0, loss_scale=0.1)"
+        "concentration_min=0.5, concentration_link='quadratic', concentration_gain=0.5, cosine_weight=2.0, loss_scale=0.1)"
     )
     kappa = p[..., 17].abs()
     given = PowerSphericalLoss(backend=backend)(p[..., :17], z, kappa)

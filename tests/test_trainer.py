@@ -403,7 +403,9 @@ def test_statistics_of_spread_and_collapsed_representations() -> None:
     assert found["effective_rank"] == pytest.approx(1.0, abs=1e-3)
     assert effective_rank(torch.eye(5)) == pytest.approx(5.0)
 
-    probabilistic = VISimSiam(torch.nn.Flatten(), features=64, dim=64, concentration_scale=2.0)
+    probabilistic = VISimSiam(
+        torch.nn.Flatten(), features=64, dim=64, concentration_scale=2.0, concentration_link="softplus"
+    )
     raw = torch.cat([spread, torch.zeros(256, 1)], 1)
     found = representation_statistics(probabilistic, Output((raw, raw), (spread, spread)))
     assert found["kappa"] == pytest.approx(2 * 0.693147 / 63, rel=1e-5)

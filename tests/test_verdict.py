@@ -1,8 +1,9 @@
-"""What a training prints of itself at the end, and how long it says that it will take."""
+"""The state that a training is in, what it prints of that, and how long it says that it will take."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -10,53 +11,114 @@ import pytest
 
 from vi_simsiam.config import AugmentConfig, LossConfig, ModelConfig, TrainConfig, preset
 from vi_simsiam.engine.duration import duration, duration_line
-from vi_simsiam.engine.verdict import verdict
+from vi_simsiam.engine.verdict import Health
 
-GOOD = {"cosine": 0.7, "z_std": 0.95, "kappa": 2.3}
+GOOD = {"cosine": 0.7, "z_std": 0.95, "spread": 0.8, "kappa": 2.3, "kappa_best": 2.33}
+NETWORK = LossConfig(concentration_link="softplus", cosine_weight=0.0)
+
+
+def health(config: TrainConfig, *lines: dict[str, float]) -> Health:
+    """The state after some lines, those of steps 10, 20, .. of epochs of 40 steps."""
+    found = Health(config)
+    for number, line in enumerate(lines, 1):
+        found.update({"step": 10 * number, "epoch": number / 4} | GOOD | line)
+    return found
 
 
 @pytest.mark.parametrize(
-    ("metrics", "start"),
+    ("metrics", "state", "start"),
     [
-        ({}, "learned: cosine 0.70"),
-        ({"cosine": 0.04}, "barely learned: cosine 0.04"),
-        ({"cosine": -0.001}, "barely learned: cosine 0.00"),
-        ({"z_std": 0.1}, "dead: z-std 0.10"),
-        ({"z_std": 0.1, "cosine": 0.99}, "dead: z-std 0.10"),
-        ({"kappa": 0.003, "cosine": 0.2}, "dead: kappa/(D-1) 0.003"),
+        ({}, "learning", "learned: cosine 0.70"),
+        ({"cosine": 0.04}, "not learning", "not learning since step 80: cosine 0.04"),
+        ({"cosine": -0.001}, "not learning", "not learning since step 80: cosine 0.00"),
+        ({"z_std": 0.1}, "collapsed", "collapsed since step 10: z-std 0.10"),
+        ({"spread": 0.01, "cosine": 0.99}, "collapsed", "collapsed since step 10: 1.0% of the projections"),
+        ({"kappa": 0.02}, "dead", "dead since step 10: kappa/(D-1) 0.02, where 2.3 would fit"),
     ],
 )
-def test_the_verdict_names_its_figure_and_a_way_on(metrics: dict[str, float], start: str) -> None:
-    text = verdict(preset("demo"), GOOD | metrics)
-    assert text.startswith(start)
-    assert "\n" not in text
-    assert ("try " in text) == bool(metrics)
+def test_a_state_is_named_with_its_step_its_figure_and_a_way_on(
+    metrics: dict[str, float], state: str, start: str
+) -> None:
+    found = health(preset("demo"), *[metrics] * 10)
+    assert found.state == state
+    assert found.line.startswith(start)
+    assert "\n" not in found.line
+    assert ("try " in found.line) == bool(metrics)
+    assert found.short == ("" if state == "learning" else start.partition(":")[0])
+
+
+def test_a_problem_begins_once_and_ends() -> None:
+    """Three lines are averaged, so that one batch alone says nothing; the step is that of the first line of the three."""
+    found = Health(TrainConfig())
+    begins = []
+    for number in range(12):
+        line = GOOD | ({"kappa": 0.01} if 4 <= number < 8 else {"kappa": 0.25} if number == 10 else {})
+        begins.append(found.update({"step": 100 * number, "epoch": number} | line))
+        if number == 7:
+            assert (found.state, found.since) == ("dead", 400)
+    assert [number for number, begun in enumerate(begins) if begun] == [6]
+    assert (found.state, found.since, found.short) == ("learning", None, "")
+
+
+def test_a_cosine_has_time_to_rise() -> None:
+    flat = {"cosine": 0.02}
+    assert health(TrainConfig(), *[flat] * 9).state == "learning"
+    assert health(TrainConfig(), *[flat] * 9).line.startswith("barely learned: cosine 0.02")
+    assert health(TrainConfig(), *[flat] * 10).state == "not learning"
 
 
 def test_a_small_kappa_is_judged_by_its_weight_in_the_loss() -> None:
-    """The paper's literal kappa is small beside D, but its loss is not divided by D - 1; SimSiam has none."""
+    """The paper's literal kappa is small beside D, but its loss is not divided by D - 1; SimSiam has none.
+
+    Runs logged before there was a best kappa have nothing else to be judged by.
+    """
     small = GOOD | {"kappa": 0.003}
-    assert verdict(preset("paper"), small).startswith("learned")  # 0.003 x 2047 x 1 = 6
-    assert verdict(TrainConfig(), small).startswith("dead")
-    start = GOOD | {"kappa": 0.04, "cosine": 0.03}  # where softplus(-3) lets it start: not dead, and nothing learned
-    assert verdict(TrainConfig(), start).startswith("barely")
-    assert verdict(TrainConfig(loss=LossConfig(loss_scale=1.0)), small).startswith("learned")
-    detached = TrainConfig(loss=LossConfig(concentration="detached"))
-    assert verdict(detached, small).startswith("learned"), "the network is trained by the cosine"
-    simsiam = {name: value for name, value in GOOD.items() if name != "kappa"}
-    assert verdict(TrainConfig(method="simsiam"), simsiam).startswith("learned")
+    del small["kappa_best"]
+
+    def state(config: TrainConfig, line: dict[str, float]) -> str:
+        found = Health(config)
+        found.update({"step": 90} | line)
+        return found.line.partition(":")[0].partition(" since")[0]
+
+    assert state(preset("paper"), small) == "learned"  # 0.003 x 2047 x 1 = 6
+    assert state(TrainConfig(loss=NETWORK), small) == "dead"
+    assert state(TrainConfig(), small) == "learned", "SimSiam's loss stands beside it"
+    start = small | {"kappa": 0.04, "cosine": 0.03}  # where softplus(-3) lets it start: not dead, and nothing learned
+    assert state(TrainConfig(loss=NETWORK), start) == "barely learned"
+    assert state(TrainConfig(loss=dataclasses.replace(NETWORK, loss_scale=1.0)), small) == "learned"
+    detached = TrainConfig(loss=dataclasses.replace(NETWORK, concentration="detached"))
+    assert state(detached, small) == "learned", "the network is trained by the cosine"
+    simsiam = {name: value for name, value in small.items() if name != "kappa"}
+    assert state(TrainConfig(method="simsiam"), simsiam) == "learned"
 
 
 def test_the_advice_is_not_what_was_done() -> None:
-    flat = GOOD | {"cosine": 0.0}
-    assert "--crop-scale 0.5 1" in verdict(preset("demo"), flat)
+    flat = [{"cosine": 0.0}] * 10
+    assert "--crop-scale 0.5 1" in health(preset("demo"), *flat).line
     mild = TrainConfig(augment=AugmentConfig(crop_scale=(0.5, 1.0)))
-    assert "--crop-scale" not in verdict(mild, flat)
+    assert "--crop-scale" not in health(mild, *flat).line
+    dead = {"kappa": 0.01}
+    assert "--concentration-link" not in health(TrainConfig(), dead).line
+    assert "--concentration-link quadratic --cosine-weight 1" in health(TrainConfig(loss=NETWORK), dead).line
 
 
 def test_a_fitted_kappa_has_a_verdict_of_its_own() -> None:
     config = TrainConfig(frozen_run=Path("runs/simsiam"))
-    assert verdict(config, GOOD | {"cosine": 0.02}) == "kappa fitted: kappa/(D-1) 2.3 at a mean cosine of 0.02"
+    found = health(config, {"cosine": 0.02})
+    assert found.line == "kappa fitted: kappa/(D-1) 2.3 at a mean cosine of 0.02"
+    assert health(config, {"kappa": 0.01}).state == "dead"
+
+
+def test_a_log_that_cannot_be_read_has_no_verdict(tmp_path: Path) -> None:
+    assert Health.of_run(tmp_path, TrainConfig()) is None
+    log = tmp_path / "metrics.jsonl"
+    for text in ("", "{", "[1]\n", '{"cosine": "x"}\n'):
+        log.write_text(text)
+        assert Health.of_run(tmp_path, TrainConfig()) is None, text
+    log.write_text("".join(json.dumps({"step": step, "epoch": 2} | GOOD | {"z_std": 0.1}) + "\n" for step in (50, 60)))
+    found = Health.of_run(tmp_path, TrainConfig())
+    assert found is not None
+    assert found.short == "collapsed since step 50"
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ DataMemory = Literal["auto", "gpu", "host"]
 Capture = Literal["auto", "on", "off"]
 Kernels = Literal["auto", "on", "off"]
 BatchNormStatistics = Literal["per-view", "joint"]
-Link = Literal["softplus", "squareplus"]
+Link = Literal["softplus", "quadratic"]
 Concentration = Literal["sample", "constant", "global", "shuffled", "detached"]
 
 
@@ -157,8 +157,8 @@ class LossConfig:
     """kappa over the link's value; None for D - 1."""
     concentration_min: float = 0.0
     """Lower bound of the concentration kappa."""
-    concentration_link: Link = "squareplus"
-    """How kappa follows from its layer's output: squareplus, scaled so that it can neither overshoot far nor stop learning, or
+    concentration_link: Link = "quadratic"
+    """How kappa follows from its layer's output: quadratic, scaled so that it can neither overshoot far nor stop learning, or
     softplus, the paper's form as far as it is given."""
     cosine_weight: float = 1.0
     """Weight of SimSiam's loss beside the likelihood's: it keeps the network learning while kappa is small. 0 for the paper's loss."""

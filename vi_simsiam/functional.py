@@ -49,7 +49,7 @@ def power_spherical_loss(
         backend: "auto" (the fastest here), "eager", "triton", "cuda" or "cpu".
         concentration_scale: factor on the link, positive; D - 1 keeps gain * raw of order 1 in training.
         concentration_min: lower bound of kappa, at least 0.
-        concentration_link: maps gain * raw to a positive number: "softplus", or "squareplus", whose slope stays useful over
+        concentration_link: maps gain * raw to a positive number: "softplus", or "quadratic", whose slope stays useful over
             many orders of kappa (`vi_simsiam.ops.multiview_loss.linked`).
         concentration_gain: factor on raw, positive. The layer that predicts raw from H features learns at a speed in
             proportion to H, and then overshoots; 2/sqrt(H) makes up for that.

@@ -16,16 +16,15 @@ from torch.nn import functional as F
 
 from vi_simsiam.config import Concentration, Link
 from vi_simsiam.errors import InputError
-from vi_simsiam.ops.multiview_loss import SQUAREPLUS_WIDTH, softplus
+from vi_simsiam.ops.multiview_loss import softplus
 from vi_simsiam.ops.multiview_loss_launch import padded_width
 
-# kappa/(D - 1) at the start with softplus, near its optimum for the cosines of an untrained network. From softplus(0) = 0.69
-# the first steps throw the raw concentration so far down that its gradient is gone for an epoch.
+# kappa/(D - 1) at the start, near its optimum for the cosines of an untrained network. From softplus(0) = 0.69 the first
+# steps throw the raw concentration so far down that its gradient is gone for an epoch.
 _INITIAL_CONCENTRATION = 0.05
-# With squareplus the raw concentration is this times the last layer's output over sqrt(H). Of H features after BatchNorm
-# and ReLU two samples share H/6 of a squared length of H/2, so that a step of SGD moves the layer's output H/6 times as far
-# as a parameter. Momentum 0.9 makes of that swings of several units, and a concentration thrown far below 0 learns no
-# more. With the factor squared the swing is that of four sixths of a parameter, whatever the width.
+# With the link "quadratic" the last layer's output is multiplied by this over sqrt(H). Of H features after BatchNorm and ReLU
+# two samples share H/6 of a squared length of H/2, so that a step of SGD moves the output H/6 times as far as a parameter,
+# and with momentum the concentration swings about its best value. With the factor squared it moves 4/6 as far as a parameter.
 _GAIN = 2.0
 
 
@@ -55,7 +54,7 @@ class ConcentrationHead:
         scale: float | None = None,
         minimum: float = 0.0,
         maximum: float | None = None,
-        link: Link = "squareplus",
+        link: Link = "quadratic",
         hidden: int = 512,
         value: float | None = None,
         frozen: bool = False,
@@ -63,8 +62,8 @@ class ConcentrationHead:
         self.kind, self.dim = kind, dim
         self.scale = float(dim - 1) if scale is None else scale
         self.link: Link = link
-        self.gain = _GAIN / math.sqrt(hidden) if link == "squareplus" else 1.0
-        self.initial = inverse_softplus(_INITIAL_CONCENTRATION) if scale is None and link == "softplus" else None
+        self.gain = _GAIN / math.sqrt(hidden) if link == "quadratic" else 1.0
+        self.initial = self._inverse(_INITIAL_CONCENTRATION) / self.gain if scale is None else None
         self._apart = frozen or kind == "detached"
         self._shared: nn.Module | None = None
         if kind == "constant":
@@ -78,7 +77,7 @@ class ConcentrationHead:
                 )
             self._shared = _Constant(self._raw(kappa - minimum))
         elif kind == "global":
-            self._shared = _Global(0.0 if self.initial is None else self.initial, self.gain)
+            self._shared = _Global(0.0 if self.initial is None else self.initial * self.gain, self.gain)
         self._bound: UpperBound | None = None
         if maximum is not None:
             if maximum <= minimum:
@@ -107,8 +106,10 @@ class ConcentrationHead:
 
     def _raw(self, kappa: float) -> float:
         """The raw concentration whose link is kappa / scale."""
-        inverse = inverse_softplus if self.link == "softplus" else inverse_squareplus
-        return inverse(kappa / self.scale) / self.gain
+        return self._inverse(kappa / self.scale) / self.gain
+
+    def _inverse(self, y: float) -> float:
+        return inverse_softplus(y) if self.link == "softplus" else inverse_quadratic(y)
 
     def _start(self, bias: Tensor, column: int) -> None:
         if self.initial is not None:
@@ -201,10 +202,9 @@ def inverse_softplus(y: float) -> float:
     return y + math.log(-math.expm1(-y))
 
 
-def inverse_squareplus(y: float) -> float:
-    """The x that the link "squareplus" maps to y > 0."""
-    r = 2 * y / (math.sqrt(1 + 2 * y) + 1)
-    return r - SQUAREPLUS_WIDTH / (4 * r)
+def inverse_quadratic(y: float) -> float:
+    """The x that the link "quadratic" maps to y, at least that of its bound."""
+    return 2 * y / (math.sqrt(1 + 2 * y) + 1)
 
 
 def padded_linear(in_features: int, out_features: int) -> nn.Linear:

@@ -237,7 +237,7 @@ class VISimSiam(SimSiam):
         concentration_scale: float | None = None,
         concentration_min: float = 0.0,
         concentration_max: float | None = None,
-        concentration_link: Link = "squareplus",
+        concentration_link: Link = "quadratic",
         cosine_weight: float = 1.0,
         frozen: bool = False,
         features: int | None = None,

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.tensorboard import SummaryWriter
 
 from vi_simsiam.engine.checkpoint import write_atomically
-from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
+from vi_simsiam.engine.verdict import Health
 from vi_simsiam.models import Output, SimSiam, VISimSiam
 from vi_simsiam.ops.power_spherical import ONE_PLUS_COS_MIN
 
@@ -79,10 +80,12 @@ class Monitor:
         total: number of steps of the run.
         steps_per_epoch: for the epoch shown on the bar.
         console: where lines and the bar are printed.
+        health: the state of the run, before any line.
         estimate: the line that is printed a few steps after the start, from the seconds that the rest will take; None for none.
         quiet: print warnings only.
 
     Attributes:
+        health: the state of the run after the lines logged so far.
         last: the last metrics that were logged, also in an earlier session; None before there are any.
     """
 
@@ -94,19 +97,22 @@ class Monitor:
         total: int,
         steps_per_epoch: int,
         console: Console,
+        health: Health,
         estimate: Callable[[float], str] | None = None,
         quiet: bool = False,
     ) -> None:
         self._path = folder / "metrics.jsonl"
         lines = [line for line in self._lines() if _step(line) <= step]
         write_atomically(self._path, lambda file: file.write("".join(line + "\n" for line in lines).encode()))
-        self.last: dict[str, float] | None = json.loads(lines[-1]) if lines else None
+        self.health = health
+        for line in lines:
+            health.update(json.loads(line))
+        self.last: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
         self._file = self._path.open("a")
         self._tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
         self._steps_per_epoch, self._total = steps_per_epoch, total
         self._epochs = -(-total // steps_per_epoch)
         self._console, self._quiet, self._estimate = console, quiet, estimate
-        self._warned = False
         self._shown = -math.inf
         self._timed: tuple[int, float] | None = None
         self._bar = console.is_terminal and not quiet  # a log file gets the line of every epoch
@@ -144,30 +150,30 @@ class Monitor:
     def show(self, metrics: dict[str, float]) -> None:
         """Show metrics on the bar; they must have the keys of `log`."""
         self._shown = time.monotonic()
-        self._progress.update(self._task, text=describe(metrics, short=True))
+        text = self.health.short or describe(metrics, short=True)
+        self._progress.update(self._task, text=text)
 
     def log(self, metrics: dict[str, float]) -> None:
         """Write one line of metrics; it must have the keys step, loss, cosine, z_std, views_per_s and data_wait."""
-        self.last = metrics
-        self._file.write(json.dumps(metrics) + "\n")
+        begins = self.health.update(metrics)
+        state = {"state": self.health.state} | ({} if self.health.since is None else {"since": self.health.since})
+        self.last = {**metrics, **state}
+        self._file.write(json.dumps(self.last) + "\n")
         self._file.flush()
         for name, value in metrics.items():
             if name != "step":
                 self._tensorboard.add_scalar(name, value, int(metrics["step"]))
         self.show(metrics)
-        if metrics["z_std"] < COLLAPSE_THRESHOLD and not self._warned:
-            self._warned = True
-            self._console.print(
-                f"[yellow]warning: step {int(metrics['step'])}: the representations are collapsing "
-                f"(z-std * sqrt(D) = {metrics['z_std']:.2f}, below {COLLAPSE_THRESHOLD})",
-                soft_wrap=True,
-            )
+        if begins:
+            text = f"warning: step {int(metrics['step'])}: {self.health.line}"
+            self._console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def epoch_done(self, step: int, metrics: dict[str, float]) -> None:
         """Print one line for the epoch that ended at `step`."""
         if not self._quiet:
             self._console.print(
-                f"epoch {step // self._steps_per_epoch}/{self._epochs}  {describe(metrics)}",
+                f"epoch {step // self._steps_per_epoch}/{self._epochs}  {describe(metrics)}"
+                + (f"  {self.health.short}" if self.health.short else ""),
                 soft_wrap=True,
                 highlight=False,
             )

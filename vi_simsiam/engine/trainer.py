@@ -35,7 +35,7 @@ from vi_simsiam.engine.run import (
 )
 from vi_simsiam.engine.signals import stop_signals
 from vi_simsiam.engine.step import OverlappedStep, TrainStep, learning_rates
-from vi_simsiam.engine.verdict import verdict
+from vi_simsiam.engine.verdict import Health
 from vi_simsiam.errors import InputError, TrainingError
 from vi_simsiam.models import Output, VISimSiam, build_model
 from vi_simsiam.ops.backends import choose_backend, why_unavailable
@@ -194,6 +194,7 @@ class Trainer:
                     total=self.total_steps,
                     steps_per_epoch=steps,
                     console=self.console,
+                    health=Health(self.config),
                     estimate=self._duration if self.device.type == "cpu" else None,
                     quiet=self.quiet,
                 )
@@ -212,8 +213,7 @@ class Trainer:
                 if monitor is not None:
                     monitor.epoch_done(self.step, metrics)
             if monitor is not None and monitor.last is not None:
-                line = verdict(self.config, monitor.last)
-                self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+                self.console.print(monitor.health.line, highlight=False, markup=False, soft_wrap=True)
 
     def _duration(self, seconds: float) -> str:
         return duration_line(self.config, len(self.loader.source), seconds, resumed=self.resume)

@@ -1,48 +1,143 @@
-"""The verdict on a training, in one line."""
+"""The state of a training, from its metrics: learning, collapsed, dead or not learning, since when, and what to try."""
 
 from __future__ import annotations
 
+import json
+from collections import deque
+from pathlib import Path
+from typing import Any, Literal
+
 from vi_simsiam.config import TrainConfig
+from vi_simsiam.engine.run import METRICS
+
+State = Literal["learning", "collapsed", "dead", "not learning"]
 
 COLLAPSE_THRESHOLD = 0.3
 """z-std * sqrt(D) is 1 for directions spread evenly over the sphere and 0 when all images map to one point."""
-_NEAR_ZERO = 0.1
-# Weight of the cosine in the gradient: 1 for SimSiam, near 0.05 for VI-SimSiam at the start.
+LEAST_SPREAD = 0.05
+"""Of the projections before the last BatchNorm, which shows a collapse that z-std does not."""
+LEAST_RATIO = 0.1
+"""Of a concentration to the one that would fit the cosines best."""
+LEAST_COSINE = 0.1
+# Weight of the cosine in the gradient: 1 for SimSiam.
 _LEAST_WEIGHT = 0.02
+# Below this the best concentration is that of no cosine at all.
+_LEAST_BEST = 0.02
+_STEPS, _EPOCHS = 100, 1
+"""Time in which a cosine may still be what it was at the start."""
+_LINES = 3
+"""Lines of metrics that are averaged: each is of one batch."""
 
 
-def verdict(config: TrainConfig, metrics: dict[str, float]) -> str:
-    """Judge whether a run learned, with the figure that this rests on and what to try where it did not.
+class Health:
+    """The state of a training after the lines of metrics seen so far.
 
-    - dead: the representations have collapsed to one point, or kappa is so small that the loss hardly has a gradient:
-      that of -kappa log(1 + c) is kappa / (1 + c), so that kappa times the loss's factor is the weight that SimSiam's
-      cosine has.
-    - barely: predictions and targets are still at right angles.
-    - learned: neither. What the features are worth is for `vi-simsiam evaluate` to measure.
+    - collapsed: all images are mapped to nearly one point, seen after the last BatchNorm (z_std) or before it (spread).
+    - dead: kappa is far below the one that would fit the cosines best; or it is so small that the loss hardly has a
+      gradient, that of -kappa log(1 + c) being kappa / (1 + c).
+    - not learning: after an epoch predictions and targets are still at right angles.
+    - learning: none of these. What the features are worth is for `vi-simsiam evaluate` to measure.
 
-    Args:
-        config: of the run.
-        metrics: of its last steps; the keys cosine and z_std are read, and kappa if it is there.
+    Attributes:
+        state: the state.
+        since: step of the first of the lines that showed it; None for learning.
     """
-    cosine, spread, kappa = round(metrics["cosine"], 2) + 0.0, metrics["z_std"], metrics.get("kappa")  # no -0.00
-    if config.frozen_run is not None:
-        return f"kappa fitted: kappa/(D-1) {kappa:.3g} at a mean cosine of {cosine:.2f}"
-    if spread < COLLAPSE_THRESHOLD:
-        return (
-            f"dead: z-std {spread:.2f}, all images are mapped to nearly one point (1 is an even spread); "
-            f"try a smaller --lr than {config.lr:g} or a longer --warmup-epochs"
-        )
-    if kappa is not None and config.loss.concentration != "detached":
-        scale = 1 / (config.model.dim - 1) if config.loss.loss_scale is None else config.loss.loss_scale
-        if (weight := kappa * (config.model.dim - 1) * scale) < _LEAST_WEIGHT:
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.state: State = "learning"
+        self.since: int | None = None
+        self._recent: deque[dict[str, Any]] = deque(maxlen=_LINES)
+
+    @classmethod
+    def of_run(cls, folder: Path, config: TrainConfig) -> Health | None:
+        """The state at the end of a run's metrics.jsonl; None where nothing was logged, or what cannot be read."""
+        health = cls(config)
+        try:
+            for line in (folder / METRICS).read_text().splitlines():
+                health.update(json.loads(line))
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
+        return health if health._recent else None
+
+    def update(self, metrics: dict[str, Any]) -> bool:
+        """Take one more line of metrics; returns whether another problem begins with it.
+
+        Args:
+            metrics: the keys cosine and z_std are read; step, epoch, kappa, kappa_best and spread where they are there.
+        """
+        self._recent.append(metrics)
+        state = self._judged()
+        if state == self.state:
+            return False
+        self.state = state
+        self.since = None if state == "learning" else int(self._recent[0].get("step", 0))
+        return state != "learning"
+
+    @property
+    def short(self) -> str:
+        """A problem in a few words, nothing while the training learns."""
+        return "" if self.state == "learning" else f"{self.state} since step {self.since}"
+
+    @property
+    def line(self) -> str:
+        """The verdict: the state with the figure that it rests on and what to try."""
+        config, cosine, spread = self.config, round(self._mean("cosine") or 0, 2) + 0.0, self._mean("z_std")  # no -0.00
+        since = f" since step {self.since}" if self.since else ""
+        kappa, best = self._mean("kappa"), self._mean("kappa_best")
+        if self.state == "collapsed":
+            varying = self._mean("spread")
+            figure = f"z-std {spread:.2f}"
+            if varying is not None and varying < LEAST_SPREAD:
+                figure = f"{varying:.1%} of the projections before the last BatchNorm differs between images"
             return (
-                f"dead: kappa/(D-1) {kappa:.2g}, the loss has {weight:.1%} of the gradient of SimSiam's; "
-                f"try --clip-norm 1, a smaller --lr than {config.lr:g}, or another --seed"
+                f"collapsed{since}: {figure}, all images are mapped to nearly one point; try a smaller --lr than "
+                f"{config.lr:g}, a smaller --weight-decay than {config.weight_decay:g} or a longer --warmup-epochs"
             )
-    if cosine < _NEAR_ZERO:
-        milder = "" if config.augment.crop_scale[0] >= 0.5 else ", or --crop-scale 0.5 1 for milder views"
-        return (
-            f"barely learned: cosine {cosine:.2f}, two views of an image are predicted hardly better than by chance (0); "
-            f"try more --epochs than {config.epochs}{milder}"
-        )
-    return f"learned: cosine {cosine:.2f} between the views of an image, z-std {spread:.2f} (1: spread evenly, 0: collapsed)"
+        if self.state == "dead":
+            if best is not None and kappa is not None and kappa < LEAST_RATIO * best:
+                figure = f"kappa/(D-1) {kappa:.2g}, where {best:.2g} would fit the cosines"
+            else:
+                figure = f"kappa/(D-1) {kappa:.2g}, the loss has {self._weight():.1%} of the gradient of SimSiam's"
+            safe = config.loss.concentration_link == "quadratic" and config.loss.cosine_weight > 0
+            way = f"a smaller --lr than {config.lr:g}" if safe else "--concentration-link quadratic --cosine-weight 1"
+            return f"dead{since}: {figure}; try {way}, --clip-norm 1 or another --seed"
+        if self.state == "not learning" or (config.frozen_run is None and cosine < LEAST_COSINE):
+            what = "not learning" if self.state == "not learning" else "barely learned"
+            milder = "" if config.augment.crop_scale[0] >= 0.5 else ", or --crop-scale 0.5 1 for milder views"
+            return (
+                f"{what}{since}: cosine {cosine:.2f}, two views of an image are predicted hardly better than by "
+                f"chance (0); try more --epochs than {config.epochs}{milder}"
+            )
+        if config.frozen_run is not None:
+            return f"kappa fitted: kappa/(D-1) {kappa:.3g} at a mean cosine of {cosine:.2f}"
+        return f"learned: cosine {cosine:.2f} between the views of an image, z-std {spread:.2f} (1: spread evenly, 0: collapsed)"
+
+    def _mean(self, name: str) -> float | None:
+        values = [line[name] for line in self._recent if name in line]
+        return sum(values) / len(values) if values else None
+
+    def _weight(self) -> float:
+        """Gradient of the loss with respect to a small cosine, as a share of SimSiam's."""
+        loss, dim, kappa = self.config.loss, self.config.model.dim, self._mean("kappa")
+        if kappa is None or loss.concentration == "detached":
+            return 1.0
+        scale = 1 / (dim - 1) if loss.loss_scale is None else loss.loss_scale
+        return loss.cosine_weight + kappa * (dim - 1) * scale
+
+    def _judged(self) -> State:
+        kappa, best, spread = (self._mean(name) for name in ("kappa", "kappa_best", "spread"))
+        learned = self.config.loss.concentration != "constant"
+        if self.config.frozen_run is None:
+            after = self._mean("z_std")
+            if (after is not None and after < COLLAPSE_THRESHOLD) or (spread is not None and spread < LEAST_SPREAD):
+                return "collapsed"
+            if self._weight() < _LEAST_WEIGHT:
+                return "dead"
+        if learned and kappa is not None and best is not None and best > _LEAST_BEST and kappa < LEAST_RATIO * best:
+            return "dead"
+        last = self._recent[-1]
+        late = last.get("step", _STEPS) >= _STEPS and last.get("epoch", _EPOCHS) >= _EPOCHS
+        if late and self.config.frozen_run is None and (self._mean("cosine") or 0) < LEAST_COSINE:
+            return "not learning"
+        return "learning"

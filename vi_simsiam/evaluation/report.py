@@ -23,6 +23,7 @@ from vi_simsiam import __version__
 from vi_simsiam.config import PLACE_FIELDS, TrainConfig
 from vi_simsiam.engine.checkpoint import write_atomically
 from vi_simsiam.engine.run import METRICS, Run, read_config
+from vi_simsiam.engine.verdict import Health
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.figures import Certainty, certainty, draw_curves, draw_kappa, extremes, logged
 from vi_simsiam.evaluation.kappa_figures import draw_density
@@ -69,6 +70,7 @@ def write_report(folder: Path, run: Run | None = None, problem: str | None = Non
     check_material(folder)
     uncertainty = read_uncertainty(folder) if (folder / UNCERTAINTY).is_file() else None
     found = None if run is None else certainty(run)
+    health = Health.of_run(folder, config)
     figures = [draw_curves(folder) if logged(folder) else None, draw_density(folder), *draw_uncertainty(folder)]
     if run is not None:
         figures.append(draw_kappa(run, found))
@@ -87,6 +89,7 @@ def write_report(folder: Path, run: Run | None = None, problem: str | None = Non
             "figures": {path.stem: figure_uri(path) for path in figures if path is not None},
             "gallery": None if found is None else gallery(found),
             "problem": problem,
+            "unwell": health.line if health is not None and health.short else None,
             "simsiam": config.method == "simsiam",
             "dim": config.model.dim,
             "uncertainty": None if uncertainty is None else _tables(uncertainty),

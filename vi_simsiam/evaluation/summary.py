@@ -11,6 +11,7 @@ from rich.table import Table
 
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.run import Run
+from vi_simsiam.engine.verdict import Health
 from vi_simsiam.evaluation.features import collect, labelled_splits
 from vi_simsiam.evaluation.figures import draw_curves, draw_kappa, logged
 from vi_simsiam.evaluation.kappa_figures import draw_density
@@ -51,6 +52,11 @@ def evaluate_run(run: Run, world: World | None = None, console: Console | None =
         status.update("linear probes")
         linear = evaluate_linear(features)
     console.print(summary_table({"kNN": knn, "linear": linear}))
+    health = Health.of_run(run.path, run.config)
+    if health is not None and health.short:
+        results.print(
+            f"warning: the training was {health.line}", style="yellow", highlight=False, markup=False, soft_wrap=True
+        )
     for line in (summary_line("kNN", knn), summary_line("linear", linear)):
         results.print(line, highlight=False, markup=False, soft_wrap=True)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -27,8 +27,9 @@ Reduction = Literal["mean", "none"]
 MAX_VIEWS = 16
 TINY_SQUARE = 1e-24
 """A vector whose squared length is below this has no direction: cosine 0, gradient 0."""
-SQUAREPLUS_WIDTH = 0.04
-"""b of squareplus(x) = (x + sqrt(x^2 + b))/2: where its bend lies, kappa/scale = 0.105 at x = 0."""
+LEAST_ROOT = 0.02
+"""Least r of the link "quadratic": kappa/scale is at least 0.0202."""
+
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -156,22 +157,30 @@ def softplus(raw: Tensor) -> Tensor:
 def linked(x: Tensor, link: Link) -> Tensor:
     """What maps a number of any size to a positive one, in x's dtype.
 
-    - "softplus": log(1 + exp(x)), whose slope falls exponentially below 0.
-    - "squareplus": r + r^2/2 with r = (x + sqrt(x^2 + 0.04))/2 (Barron, arXiv 2112.11687). With k = kappa/(D - 1) the
-      likelihood's curvature in k is 1/((1 + k)(1 + 2k)) for large D, and so 1/(1 + k) in r, since dk/dr = sqrt(1 + 2k): in
-      r no region is much steeper or flatter than another. Below 0 the slope falls as 1/x^2.
+    - "softplus": log(1 + exp(x)). Its slope falls exponentially below 0, and with it all gradients.
+    - "quadratic": r + r^2/2 with r = max(x, 0.02). With k = kappa/(D - 1) the likelihood's curvature in k is
+      1/((1 + k)(1 + 2k)) for large D, and so 1/(1 + k) in r, since dk/dr = sqrt(1 + 2k): no region is much steeper or
+      flatter than another. At the bound x has the gradient of r where that leads upwards, and none where it leads down.
     """
     if link == "softplus":
         return softplus(x)
-    x = x.clamp(min=-1e15)  # minus infinity has gradient 0, not NaN
-    root = torch.sqrt(x * x + SQUAREPLUS_WIDTH)
-    below = x < 0  # where the sum would cancel; the side that is not used must have a finite gradient, too
-    r = torch.where(
-        below,
-        0.5 * SQUAREPLUS_WIDTH / (root - torch.where(below, x, 0.0)),
-        0.5 * (torch.where(below, 0.0, x) + root),
-    )
+    traced = torch.is_grad_enabled() and x.requires_grad
+    r = _Bounded.apply(x) if traced else x.clamp(min=LEAST_ROOT)
     return r * (1 + 0.5 * r)
+
+
+class _Bounded(torch.autograd.Function):
+    """max(x, LEAST_ROOT), whose gradient is kept at the bound where a step along it raises x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(min=LEAST_ROOT)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return gradient.masked_fill((x < LEAST_ROOT) & (gradient > 0), 0)
 
 
 def check_reduction(reduction: str) -> None:

@@ -1,0 +1,79 @@
+"""Trainings that go wrong in each of the ways that are told apart, and every place that says so."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from vi_simsiam.config import SOFTPLUS, AugmentConfig, ModelConfig, TrainConfig
+from vi_simsiam.engine.run import load_run
+from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.evaluation.report import write_report
+from vi_simsiam.evaluation.summary import evaluate_run
+
+
+def trained(images: Path, folder: Path, **changes: Any) -> tuple[list[str], list[dict[str, Any]]]:
+    """Train a small network on 40 images, 5 steps an epoch; the printed lines and those of metrics.jsonl."""
+    config = TrainConfig(
+        data=f"folder:{images}", batch_size=8, epochs=8, lr=0.05, workers=0, device="cpu", log_every=1,
+        augment=AugmentConfig(size=8, blur_prob=0.0), model=ModelConfig(dim=32, projector_hidden=32, predictor_hidden=64),
+    )  # fmt: skip
+    console = Console(file=io.StringIO(), width=400)
+    Trainer(dataclasses.replace(config, **changes), folder, console=console).fit()
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return lines, [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+
+
+def test_a_concentration_that_dies_is_named_by_training_evaluation_and_report(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    """The likelihood alone, kappa = (D-1) softplus(raw), ten times the learning rate."""
+    lines, metrics = trained(image_folder, tmp_path, lr=0.5, loss=SOFTPLUS)
+    last = metrics[-1]
+    assert last["state"] == "dead"
+    assert last["kappa"] < 0.1 * last["kappa_best"] or last["kappa"] < 0.02
+    begins = last["since"]
+    assert metrics[begins - 2]["state"] != "dead"
+    assert lines[-1].startswith(f"dead since step {begins}: kappa/(D-1) ")
+    assert "try --concentration-link quadratic --cosine-weight 1" in lines[-1]
+    assert any(line.startswith("warning: step ") and f"dead since step {begins}" in line for line in lines)
+    run, console = load_run(tmp_path, device="cpu", workers=0), Console(file=io.StringIO(), width=400)
+    evaluate_run(run, console=console, quiet=True)
+    assert f"warning: the training was dead since step {begins}" in console.file.getvalue()  # type: ignore[attr-defined]
+    page = write_report(tmp_path, run).read_text()
+    assert f"<strong>This training was</strong> dead since step {begins}" in page.partition("<main>")[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "state", "figure"),
+    [
+        ({"weight_decay": 60.0}, "collapsed", "z-std 0.0"),
+        ({"lr": 1e-6, "epochs": 21}, "not learning", "cosine 0.0"),
+    ],
+    ids=["collapsed", "not learning"],
+)
+def test_a_training_that_goes_wrong_is_named(
+    image_folder: Path, tmp_path: Path, changes: dict[str, Any], state: str, figure: str
+) -> None:
+    lines, metrics = trained(image_folder, tmp_path, **changes)
+    last = metrics[-1]
+    assert last["state"] == state
+    assert lines[-1].startswith(f"{state} since step {last['since']}: ")
+    assert figure in lines[-1]
+    assert "try " in lines[-1]
+
+
+def test_the_same_training_with_the_default_loss_learns(image_folder: Path, tmp_path: Path) -> None:
+    """At the learning rate at which softplus dies kappa follows the best one."""
+    lines, metrics = trained(image_folder, tmp_path, lr=0.5)
+    assert {line["state"] for line in metrics[20:]} == {"learning"}
+    assert lines[-1].startswith("learned: ")
+    late = metrics[len(metrics) // 2 :]
+    ratio = sum(line["kappa"] for line in late) / sum(line["kappa_best"] for line in late)
+    assert 0.4 < ratio < 2.5
