@@ -213,5 +213,7 @@ def test_numbers_that_do_not_fit_are_named() -> None:
         ConcentrationHead("constant", 16)
     with pytest.raises(InputError, match=r"concentration_max: 1.0 .* above concentration_min, 2"):
         ConcentrationHead("sample", 16, maximum=1.0, minimum=2.0)
+    with pytest.raises(InputError, match=r"concentration_max: 0.2 .* kappa from 0.303 on"):
+        ConcentrationHead("sample", 16, maximum=0.2)
     with pytest.raises(InputError, match="frozen: the concentration has no layer of its own"):
         model().freeze()

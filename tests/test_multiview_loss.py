@@ -27,7 +27,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def test_eager_is_algorithm_1(form: LossForm) -> None:
     """At moderate sizes float64 textbook arithmetic is good enough to check the meaning: pairs, scale, softplus."""
     for views, targets in ((2, 2), (3, 1), (4, 2), (5, 5)):
-        p, z = draw(form, views, targets, 4, 33, raw=2.0)
+        p, z = draw(form, views, targets, 4, 33, raw=4.0)
         p.requires_grad_()
         expected = textbook(p, z, form)
         (expected_gradient,) = torch.autograd.grad(expected.sum(), p)
@@ -58,7 +58,7 @@ def test_loss_is_minus_log_prob_relative_to_uniform() -> None:
 @pytest.mark.parametrize("dim", [2, 3, 17, 129, 2048])
 def test_fused_error_is_at_most_twice_eagers(backend: str, form: LossForm, dtype: torch.dtype, dim: int) -> None:
     """Both against float64 eager on the same rounded inputs, with a floor of a few ulp (float64: agreement to rounding)."""
-    p, z = (x.to(dtype) for x in draw(form, 4, 2, 5, dim, raw=3.0))
+    p, z = (x.to(dtype) for x in draw(form, 4, 2, 5, dim, raw=4.0))
     loss, gradient = loss_and_gradient(p.double(), z.double(), form, "eager")
     eager = loss_and_gradient(p, z, form, "eager")
     found = loss_and_gradient(p, z, form, backend)
@@ -94,7 +94,7 @@ def test_ten_times_better_than_textbook_at_high_concentration(backend: str) -> N
 @pytest.mark.parametrize("form", [LossForm("power_spherical", 3.0, 0.5), QUADRATIC, COSINE], ids=str)
 @pytest.mark.parametrize("dim", [2, 5, 40])
 def test_gradcheck(backend: str, form: LossForm, dim: int) -> None:
-    p, z = draw(form, 3, 2, 2, dim, raw=1.0)
+    p, z = draw(form, 3, 2, 2, dim, raw=4.0)
 
     def loss(x: Tensor) -> Tensor:
         return multiview_loss(x, z, form, reduction="none", backend=backend)
@@ -102,6 +102,26 @@ def test_gradcheck(backend: str, form: LossForm, dim: int) -> None:
     assert torch.autograd.gradcheck(loss, p.requires_grad_())
     if backend == "eager":
         assert torch.autograd.gradgradcheck(loss, p)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_at_the_bound_of_the_quadratic_link_only_what_raises_kappa_counts(backend: str, dtype: torch.dtype) -> None:
+    """Below the bound: the loss at the bound, the slope there for samples whose cosine wants a larger kappa, else 0."""
+    dim, bound = 33, 0.02 / QUADRATIC.gain
+    p, z = draw(QUADRATIC, 2, 2, 6, dim, near=0.3)
+    p, z = p.to(dtype), z.to(dtype)
+    z[:, 3:] *= -1  # cosines near -1 for half of the samples
+    p[..., dim] = bound
+    loss, gradient = loss_and_gradient(p, z, QUADRATIC, backend)
+    assert (gradient[:, :3, dim] < 0).all()
+    p[..., dim] = torch.tensor([-1e-3, -3.0, -math.inf] * 2).to(p)
+    below, found = loss_and_gradient(p, z, QUADRATIC, backend)
+    near = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(below, loss, **near)
+    torch.testing.assert_close(found[..., :dim], gradient[..., :dim], **near)
+    torch.testing.assert_close(found[:, :3, dim], gradient[:, :3, dim], **near)
+    assert (found[:, 3:, dim] == 0).all()
 
 
 @every

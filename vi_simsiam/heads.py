@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from vi_simsiam.config import Concentration, Link
 from vi_simsiam.errors import InputError
-from vi_simsiam.ops.multiview_loss import softplus
+from vi_simsiam.ops.multiview_loss import LEAST_ROOT, softplus
 from vi_simsiam.ops.multiview_loss_launch import padded_width
 
 # kappa/(D - 1) at the start, near its optimum for the cosines of an untrained network. From softplus(0) = 0.69 the first
@@ -43,7 +43,7 @@ class ConcentrationHead:
         frozen: whether the column is fitted to a network that is kept as it is: its layer is apart then.
 
     Raises:
-        InputError: the constant or the bound is not above the minimum.
+        InputError: the constant or the bound is not above the minimum, or the bound not above the link's least value.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class ConcentrationHead:
     ) -> None:
         self.kind, self.dim = kind, dim
         self.scale = float(dim - 1) if scale is None else scale
-        self.link: Link = link
-        self.gain = _GAIN / math.sqrt(hidden) if link == "quadratic" else 1.0
+        self.link: Link = "softplus" if kind == "constant" else link  # a constant needs no gradient, but may be small
+        self.gain = _GAIN / math.sqrt(hidden) if self.link == "quadratic" else 1.0
         self.initial = self._inverse(_INITIAL_CONCENTRATION) / self.gain if scale is None else None
         self._apart = frozen or kind == "detached"
         self._shared: nn.Module | None = None
@@ -83,6 +83,11 @@ class ConcentrationHead:
             if maximum <= minimum:
                 raise InputError(
                     f"concentration_max: {maximum} is not accepted; it must be above concentration_min, {minimum}"
+                )
+            least = minimum + self.scale * LEAST_ROOT * (1 + LEAST_ROOT / 2)
+            if self.link == "quadratic" and maximum <= least:
+                raise InputError(
+                    f"concentration_max: {maximum} is not accepted; the link quadratic has kappa from {least:.4g} on"
                 )
             self._bound = UpperBound(dim, self._raw(maximum - minimum))
 
