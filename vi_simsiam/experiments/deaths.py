@@ -21,15 +21,16 @@ import numpy as np
 
 from vi_simsiam.config import SOFTPLUS, TrainConfig, preset
 from vi_simsiam.engine.checkpoint import write_atomically, write_json
+from vi_simsiam.engine.verdict import LEAST_COSINE, LEAST_RATIO
 from vi_simsiam.errors import InputError
 from vi_simsiam.experiments.plan import Arm, Plan, PlanOptions, finished, scaled, with_data
-from vi_simsiam.text import counted
 
 DIMS, RATES = (128, 256, 512, 2048), (0.0125, 0.03, 0.06, 0.1)
 _LOG_EVERY = 5
 _LINES = 5
 """Lines of metrics that are averaged: one batch says little about a concentration."""
-_LEAST_COSINE, _LEAST_RATIO = 0.1, 0.1
+_LOW, _HIGH = 0.5, 2.0
+"""Where a concentration that follows its best value lies, as a multiple of it."""
 
 
 def deaths(options: PlanOptions) -> Plan:
@@ -62,18 +63,44 @@ def summarise_deaths(out: Path) -> Path:
     Raises:
         InputError: a result is damaged.
     """
-    rows = _judged([_row(path) for path in sorted((out / "results").glob("*.json"))])
-    write_json(out / "runs.json", {"runs": rows})
+    paths = sorted((out / "results").glob("*.json"))
+    results = [_read(path) for path in paths]
+    rows = _judged([_row(path, result) for path, result in zip(paths, results, strict=True)])
     options = json.loads((out / "plan.json").read_text())["options"]
-    text = markdown(rows, options)
+    runs = {"runs": rows, "made": {"options": _said(options), **_made(results)}}
+    write_json(out / "runs.json", runs)
+    text = markdown(runs)
     write_atomically(out / "summary.md", lambda file: file.write(text.encode()))
     return out / "summary.md"
 
 
-def _row(path: Path) -> dict[str, Any]:
+def _said(options: dict[str, Any]) -> str:
+    given = {name: " ".join(value) if isinstance(value, list) else value for name, value in options.items()}
+    return ", ".join(f"{name} {value}" for name, value in given.items() if value is not None and name != "trials")
+
+
+def _made(results: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Where, with what and when the runs were made."""
+    versions = results[0]["versions"]
+    return {
+        "devices": ", ".join(sorted({result["device"] for result in results})),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "commits": ", ".join(sorted({str(result["commit"]) for result in results})),
+        "measured": max(result["date"] for result in results).partition("T")[0],
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"out: {path} is damaged ({error})") from error
+    return result
+
+
+def _row(path: Path, result: dict[str, Any]) -> dict[str, Any]:
     """What counts of a result."""
     try:
-        result = json.loads(path.read_text())
         config = TrainConfig.from_dict({**result["config"], "data_root": "data", "cache_dir": None})
         curve = {name: np.array(values) for name, values in result["curve"].items()}
         row: dict[str, Any] = {
@@ -83,8 +110,10 @@ def _row(path: Path) -> dict[str, Any]:
             "lr": config.lr,
             "seed": result["seed"],
             "steps": result["steps"],
-            "cosine": _end(curve["cosine"]),
         }
+        if "diverged" in result:
+            return {**row, "cosine": 0.0, "dead": "diverged"}
+        row["cosine"] = _end(curve["cosine"])
         if config.method == "vi-simsiam":
             row |= {"kappa": _end(curve["kappa"]), "kappa_best": _end(curve["kappa_best"])}
             later = curve["epoch"] > 1
@@ -116,48 +145,56 @@ def _judged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             reference.setdefault((row["data"], row["dim"], row["lr"]), []).append(row["cosine"])
     judged = []
     for row in rows:
-        dead = None
-        simsiam = reference.get((row["data"], row["dim"], row["lr"]), [])
-        if "kappa" in row and row["kappa"] < _LEAST_RATIO * row["kappa_best"]:
-            dead = "kappa"
-        if row["cosine"] < _LEAST_COSINE and simsiam and statistics.mean(simsiam) > _LEAST_COSINE:
-            dead = "cosine" if dead is None else "kappa and cosine"
-        judged.append({**row, "dead": dead})
+        simsiam = reference.get((row["data"], row["dim"], row["lr"]), [0.0])
+        reasons = []
+        if "kappa" in row and row["kappa"] < LEAST_RATIO * row["kappa_best"]:
+            reasons.append("kappa")
+        if row["cosine"] < LEAST_COSINE < statistics.mean(simsiam):
+            reasons.append("cosine")
+        judged.append({"dead": " and ".join(reasons) or None} | row)
     return judged
 
 
-def markdown(rows: Sequence[dict[str, Any]], options: dict[str, Any]) -> str:
-    """The counts by arm and D, and by arm and learning rate."""
-    said = ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
+def markdown(runs: dict[str, Any]) -> str:
+    """What the runs show: the counts over all, by D and by learning rate."""
+    rows = runs["runs"]
+    by_arm = _groups(rows, "arm")
+    counts = "; ".join(
+        f"{arm[0]} {sum(row['dead'] is not None for row in group)} of {len(group)}" for arm, group in by_arm.items()
+    )
+    held = ""
+    if ours := [row for row in rows if row["arm"] == "vi-simsiam"]:
+        kept = sum("kappa" in row and _LOW <= row["kappa"] / max(row["kappa_best"], 1e-6) <= _HIGH for row in ours)
+        held = f" At the end kappa is within {_LOW} and {_HIGH:g} times the best one in {kept} of {len(ours)} runs of vi-simsiam."
+    sections = {
+        "Result": f"Dead runs: {counts}.{held}",
+        "Dimensions": _table(rows, "D", "dim"),
+        "Learning rates": _table(rows, "learning rate", "lr"),
+        "Runs": "\n".join(f"- {name}: {value}" for name, value in runs["made"].items()),
+    }
+    return "# Experiment deaths\n" + "".join(f"\n## {title}\n\n{text}\n" for title, text in sections.items())
+
+
+def _groups(rows: Sequence[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return dict(sorted(groups.items()))
+
+
+def _table(rows: Sequence[dict[str, Any]], title: str, name: str) -> str:
     lines = [
-        "# Experiment deaths",
-        "",
-        f"{counted(len(rows), 'run')} ({said}). Dead: at the end kappa is below a tenth of the best one for the cosines, or the "
-        f"cosine is below {_LEAST_COSINE} where SimSiam's is above it. Ratio: kappa over the best one, smoothed over "
-        f"{_LINES * _LOG_EVERY} steps, from the end of the first epoch on, the range of the middle nine tenths of the runs.",
-        "",
+        f"| data | loss | {title} | runs | dead | cosine at the end | least κ/κ* | largest κ/κ* |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for title, key in (("D", "dim"), ("learning rate", "lr")):
-        lines += [
-            f"| data | loss | {title} | runs | dead | cosine at the end | least ratio | largest ratio |",
-            "|---|" * 8,
-        ]
-        lines[-1] = "|---|---|---|---|---|---|---|---|"
-        groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-        for row in rows:
-            groups.setdefault((row["data"], row["arm"], row[key]), []).append(row)
-        for (data, arm, value), group in sorted(groups.items()):
-            dead = sum(row["dead"] is not None for row in group)
-            cosine = f"{statistics.median(row['cosine'] for row in group):.2f}"
-            least, largest = (
-                _span(row[name] for row in group if name in row) for name in ("least_ratio", "largest_ratio")
-            )
-            lines.append(f"| {data} | {arm} | {value:g} | {len(group)} | {dead} | {cosine} | {least} | {largest} |")
-        lines.append("")
-    for arm in sorted({row["arm"] for row in rows}):
-        group = [row for row in rows if row["arm"] == arm]
-        lines.append(f"- {arm}: {sum(row['dead'] is not None for row in group)} of {counted(len(group), 'run')} dead.")
-    return "\n".join(lines) + "\n"
+    for (data, arm, value), group in _groups(rows, "data", "arm", name).items():
+        dead = sum(row["dead"] is not None for row in group)
+        cosine = f"{statistics.median(row['cosine'] for row in group):.2f}"
+        least, largest = (
+            _span(row[ratio] for row in group if ratio in row) for ratio in ("least_ratio", "largest_ratio")
+        )
+        lines.append(f"| {data} | {arm} | {value:g} | {len(group)} | {dead} | {cosine} | {least} | {largest} |")
+    return "\n".join(lines)
 
 
 def _span(values: Iterable[float]) -> str:
