@@ -91,6 +91,12 @@ def _controls(options: PlanOptions) -> Plan:
         Arm("ps-global", changed(concentration="global"), "Power Spherical with one learned concentration"),
         Arm("vi-simsiam", ours, "Power Spherical with a concentration for each image"),
         Arm(
+            "vi-softplus",
+            dataclasses.replace(ours, loss=SOFTPLUS),
+            "the likelihood alone, with kappa = (D-1) softplus(raw)",
+            optional=True,
+        ),
+        Arm(
             "ps-shuffled",
             changed(concentration="shuffled"),
             "every image with the concentration of another in the batch",
