@@ -150,8 +150,8 @@ class Pair {
           is_pair ? -weight * inverse_p * terms.d_cos * inverse_z : Real(0);
       if (g_ == 0) {
         shared.along[slot * TILE + k_] = weight * inverse_p * inverse_p * radial;
-        const Real by_kappa = has_pair(problem_, v_) ? -weight * d_kappa : Real(0);
-        const Real by_argument = Concentration<Real>{Real(0), slope_, at_bound_}.by_raw(by_kappa);
+        const Concentration<Real> linked{Real(0), slope_, at_bound_};
+        const Real by_argument = has_pair(problem_, v_) ? linked.by_raw(-weight * d_kappa) : Real(0);
         shared.to_concentration[slot * TILE + k_] = by_argument;
         if (problem_.concentration_gradient != nullptr && v_ < problem_.views)
           static_cast<Real*>(problem_.concentration_gradient)[v_ * problem_.batch + sample_] = by_argument;

@@ -12,6 +12,7 @@ import pytest
 
 from vi_simsiam.config import (
     PRESETS,
+    SOFTPLUS,
     AugmentConfig,
     LossConfig,
     ModelConfig,
@@ -28,11 +29,24 @@ def test_presets_survive_json(name: str) -> None:
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_an_older_versions_configuration_keeps_its_loss() -> None:
+    """Saved before link and cosine weight could be chosen; a part of a loss is no saved one."""
+    saved = json.loads(json.dumps(TrainConfig(epochs=7).to_dict()))
+    for name in ("concentration_link", "cosine_weight"):
+        del saved["loss"][name]
+    former = TrainConfig.from_dict(saved)
+    assert former == TrainConfig(epochs=7, loss=SOFTPLUS)
+    assert TrainConfig.from_dict(json.loads(json.dumps(former.to_dict()))) == former
+    part = TrainConfig.from_dict({"loss": {"concentration_min": 1.0}})
+    assert part.loss == LossConfig(concentration_min=1.0)
+
+
 def test_paper_preset_is_the_papers() -> None:
     """Section 4.1 of arXiv 2203.11437, with the literal softplus concentration and the unscaled loss."""
     paper = preset("paper")
     assert (paper.epochs, paper.batch_size, paper.lr, paper.momentum, paper.weight_decay) == (200, 64, 1e-3, 0.9, 1e-4)
     assert (paper.loss.concentration_scale, paper.loss.loss_scale) == (1.0, 1.0)
+    assert (paper.loss.concentration_link, paper.loss.cosine_weight) == ("softplus", 0.0)
     assert (paper.model.backbone, paper.model.dim, paper.augment.local_views) == ("resnet18", 2048, 6)
 
 
@@ -71,6 +85,9 @@ def test_paper_preset_is_the_papers() -> None:
         (LossConfig, {"concentration_scale": 0.0}),
         (LossConfig, {"loss_scale": math.nan}),
         (LossConfig, {"concentration_min": -1.0}),
+        (LossConfig, {"concentration_link": "exp"}),
+        (LossConfig, {"cosine_weight": -0.5}),
+        (LossConfig, {"cosine_weight": math.nan}),
         (LossConfig, {"concentration": "median"}),
         (LossConfig, {"concentration_value": 1.0}),
         (LossConfig, {"concentration_max": 0.0}),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vi_simsiam.cli.config_file import read_settings, updated
-from vi_simsiam.config import AugmentConfig, TrainConfig, preset
+from vi_simsiam.config import SOFTPLUS, AugmentConfig, LossConfig, TrainConfig, preset
 from vi_simsiam.errors import InputError
 
 
@@ -22,6 +22,18 @@ def test_a_runs_configuration_comes_back(tmp_path: Path) -> None:
     config = preset("paper")
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     assert updated(TrainConfig(), read_settings(tmp_path / "config.json")) == config
+
+
+def test_an_older_runs_configuration_keeps_its_loss(tmp_path: Path) -> None:
+    """Its config.json has no link and no cosine weight; a file of one's own with a part of the loss has the defaults."""
+    saved = TrainConfig().to_dict()
+    for name in ("concentration_link", "cosine_weight"):
+        del saved["loss"][name]
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(saved))
+    assert updated(preset("demo"), read_settings(file)).loss == SOFTPLUS
+    file.write_text("augment: {size: 96}\nmodel: {dim: 512}\nloss: {concentration_min: 1.0}\n")
+    assert updated(preset("demo"), read_settings(file)).loss == LossConfig(concentration_min=1.0)
 
 
 def test_settings_stand_side_by_side_or_in_their_parts(tmp_path: Path) -> None:

@@ -37,6 +37,11 @@ def test_every_loss_is_run_at_every_dimension_and_learning_rate() -> None:
     assert {arm.config.model.dim for arm in plan("deaths", PlanOptions(dim=64)).arms} == {64}
 
 
+def test_one_epoch_is_refused() -> None:
+    with pytest.raises(InputError, match="epochs: 1 is not accepted"):
+        plan("deaths", PlanOptions(preset="demo", epochs=1))
+
+
 def written(folder: Path, *results: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of runs.json for these results."""
     (folder / "results").mkdir(parents=True)
@@ -91,7 +96,7 @@ def test_what_counts_as_dead(tmp_path: Path) -> None:
     }
     text = (tmp_path / "all" / "summary.md").read_text()
     assert "simsiam 0 of 2; softplus 0 of 2; vi-simsiam 4 of 6" in text
-    assert "within 0.5 and 2 times the best one in 2 of 6 runs" in text
+    assert "between 0.5 and 2 times the best one in 2 of 6 runs" in text
     assert "| fashion-mini | vi-simsiam | 0.06 | 6 | 4 |" in text
     assert "options: seeds 9, data fashion-mini" in text
 

@@ -136,7 +136,9 @@ def test_the_photo_page_has_the_settings_of_the_code() -> None:
         assert suited(TrainConfig(), source, size=int(size)).epochs == int(epochs), images
     numbers = (DOCS / "numbers.md").read_text()
     assert f"below {verdict.COLLAPSE_THRESHOLD:g}: collapse" in numbers
-    assert f"below {verdict._NEAR_ZERO:g} at the end: barely learned" in numbers
+    assert f"below {verdict.LEAST_COSINE:g} after an epoch: not learning" in numbers
+    assert f"below {verdict.LEAST_SPREAD:g}: collapse, which z-std need not show" in numbers
+    assert f"more than {1 / verdict.LEAST_RATIO:g} times kappa: dead" in numbers
 
 
 def test_the_loss_in_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,6 +131,10 @@ def test_safetensors_gives_the_same_distribution(tmp_path: Path, images: Tensor,
         metadata = file.metadata()
     assert (metadata["method"], metadata["dim"]) == ("vi-simsiam", "8")
     assert float(metadata["concentration_scale"]) == run.model.form.scale
+    assert (float(metadata["concentration_gain"]), metadata["concentration_link"]) == (
+        run.model.form.gain,
+        run.model.form.link,
+    )
     assert float(metadata["concentration_min"]) == loss.concentration_min
     assert json.loads(metadata["preprocessing"])["size"] == SIZE
 

@@ -143,7 +143,7 @@ def test_curves_show_the_metrics(tmp_path: Path, drawn: list[Figure], lines: int
     assert path.stat().st_size < 300_000
     panels = {axes.get_title(loc="left"): axes for axes in drawn[0].axes if axes.get_title(loc="left")}
     logged = {name: [line[name] for line in metric_lines(lines, kappa=True)] for name in ("loss", "cosine", "kappa")}
-    expected = {"loss": "loss (nats, uniform = 0)", "cosine": "cosine of prediction and target"}
+    expected = {"loss": "loss (0 = no better than chance)", "cosine": "cosine of prediction and target"}
     for name, title in expected.items():
         np.testing.assert_allclose(panels[title].lines[0].get_ydata(), logged[name])
     concentration = panels["concentration κ / (D − 1)"]

@@ -16,7 +16,12 @@ from test_tutorial import PAGE
 
 pytestmark = pytest.mark.soak
 
-_AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "DNNL_MAX_CPU_ISA": "AVX2", "OPENBLAS_CORETYPE": "Haswell", "VI_SIMSIAM_SIMD": "avx2"}
+_AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "DNNL_MAX_CPU_ISA": "AVX2",
+    "OPENBLAS_CORETYPE": "Haswell",
+    "VI_SIMSIAM_SIMD": "avx2",
+}
 _BASELINE = {
     "ATEN_CPU_CAPABILITY": "default", "DNNL_MAX_CPU_ISA": "SSE41", "OPENBLAS_CORETYPE": "Nehalem", "VI_SIMSIAM_SIMD": "baseline",
 }  # fmt: skip

@@ -159,14 +159,15 @@ def test_a_detached_concentration_leaves_the_network_to_simsiam() -> None:
         torch.testing.assert_close(found[name.replace("predictor.3", "predictor.3.mean")], gradient, msg=name)
 
 
+@pytest.mark.parametrize("link", ["softplus", "quadratic"])
 @pytest.mark.parametrize("kind", ["sample", "shuffled", "global", "detached"])
-def test_the_upper_bound_holds_and_is_smooth(kind: str) -> None:
+def test_the_upper_bound_holds_and_is_smooth(kind: str, link: str) -> None:
     """kappa stays below the bound for any raw, nearly reaches it, and is itself far below it."""
-    network = model(concentration=kind, concentration_max=40.0, concentration_min=2.0, concentration_link="softplus")
+    network = model(concentration=kind, concentration_max=40.0, concentration_min=2.0, concentration_link=link)
     bound = network.predictor[4]
     assert isinstance(bound, UpperBound)
     prediction = torch.zeros(5, 32, dtype=torch.float64)
-    prediction[:, DIM] = torch.tensor([-30.0, -3.0, 1.5, 4.0, 1e6])
+    prediction[:, DIM] = torch.tensor([-30.0, -3.0 if link == "softplus" else 0.5, 1.5, 4.0, 1e6])
     raw = prediction.requires_grad_()
     kappa = network.concentration(bound(raw))
     assert kappa.max() <= 40 * (1 + 1e-12)
@@ -175,10 +176,12 @@ def test_the_upper_bound_holds_and_is_smooth(kind: str) -> None:
     torch.testing.assert_close(kappa[:1], free[:1])
     assert (kappa[1:] < free[1:]).all()
     (slope,) = torch.autograd.grad(kappa.sum(), raw)
-    level = inverse_softplus(38 / 19)
+    gain = 2 / math.sqrt(8)
+    level = inverse_softplus(38 / 19) if link == "softplus" else inverse_quadratic(38 / 19) / gain
     x = raw.detach()[:, DIM]
-    expected = 19 * torch.sigmoid(level - F.softplus(level - x)) * torch.sigmoid(level - x)
-    torch.testing.assert_close(slope[:, DIM], expected)
+    bounded = level - F.softplus(level - x)
+    by_link = torch.sigmoid(bounded) if link == "softplus" else gain * (1 + gain * bounded) * (bounded > 0)
+    torch.testing.assert_close(slope[:, DIM], 19 * by_link * torch.sigmoid(level - x))
     assert (slope[:, :DIM] == 0).all()
     trained = network(views()).predictions[0]
     assert (trained[:, 21:] == 0).all()

@@ -62,16 +62,19 @@ def test_quiet_leaves_warnings(tmp_path: Path) -> None:
         assert not monitor.due
         for step in range(1, 5):
             monitor.advance(step)
-        monitor.log(METRICS | {"z_std": 0.1})
+        for step, z_std in enumerate(
+            (0.1, 0.1, 0.1, 0.9, 0.9, 0.9, 0.1, 0.1, 0.1), 1
+        ):  # it comes back, and is named once
+            monitor.log(METRICS | {"step": step, "z_std": z_std})
         monitor.epoch_done(147, METRICS)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert len(lines) == 1
-    assert "warning: step 20: collapsed since step 20: z-std 0.10" in lines[0]
+    assert "warning: step 3: collapsed since step 1: z-std 0.10" in lines[0]
 
 
 def test_a_problem_is_on_the_bar_in_the_log_and_in_the_line_of_the_epoch(tmp_path: Path) -> None:
     console = terminal()
-    dead = METRICS | {"kappa": 0.01, "kappa_best": 2.4}
+    dead = METRICS | {"epoch": 1.0, "kappa": 0.01, "kappa_best": 2.4}
     with opened(tmp_path, console) as monitor:
         for step in (10, 20):
             monitor.log(METRICS | {"step": step})
@@ -80,7 +83,7 @@ def test_a_problem_is_on_the_bar_in_the_log_and_in_the_line_of_the_epoch(tmp_pat
         monitor._progress.refresh()
         monitor.epoch_done(147, dead)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert re.search(r"epoch 1/200 .*--:-- dead since step 30 *\n", shown.replace("\r", "\n"))
+    assert re.search(r"epoch 1/200 .*--:-- dead since step 30 cos 0.71 *\n", shown.replace("\r", "\n"))
     assert shown.count("warning: step 50: dead since step 30: kappa/(D-1) 0.01, where 2.4 would fit") == 1
     assert "waiting for data 2%  dead since step 30\n" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", shown)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]

@@ -337,6 +337,19 @@ def test_modules_keep_their_options(backend: str) -> None:
     assert repr(cosine) == f"CosineLoss(reduction='mean', backend='{backend}', loss_scale=2.0)"
 
 
+@every
+def test_the_cosine_stands_beside_a_given_concentration(backend: str) -> None:
+    """A weight w of SimSiam's loss, which loss_scale leaves alone."""
+    p, z = draw(POWER_SPHERICAL, 3, 2, 5, 17)
+    loc, kappa = p[..., :17].requires_grad_(), p[..., 17].abs()
+    options = {"concentration": kappa, "loss_scale": 0.25, "backend": backend}
+    found = power_spherical_loss(loc, z, cosine_weight=3.0, **options)  # type: ignore[arg-type]
+    expected = power_spherical_loss(loc, z, **options) + 3 * cosine_loss(loc, z, backend="eager")  # type: ignore[arg-type]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(loss, loc)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -344,6 +357,9 @@ def test_modules_keep_their_options(backend: str) -> None:
         (lambda: PowerSphericalLoss(reduction="sum"), "reduction: 'sum'"),  # type: ignore[arg-type]
         (lambda: PowerSphericalLoss(concentration_scale=0.0), "concentration_scale: 0.0 is not a positive number"),
         (lambda: PowerSphericalLoss(concentration_min=-1.0), "concentration_min"),
+        (lambda: PowerSphericalLoss(concentration_gain=0.0), "concentration_gain: 0.0 is not a positive number"),
+        (lambda: PowerSphericalLoss(concentration_link="exp"), "concentration_link: 'exp' is none of"),  # type: ignore[arg-type]
+        (lambda: PowerSphericalLoss(cosine_weight=-1.0), "cosine_weight: -1.0 is not a number of at least 0"),
         (lambda: PowerSphericalLoss(loss_scale=math.inf), "loss_scale: inf is not a positive number"),
         (lambda: CosineLoss(loss_scale=0.0), "loss_scale"),
         (lambda: CosineLoss(loss_scale=torch.ones(())), r"loss_scale: tensor\(1.\) is not a positive number"),  # type: ignore[arg-type]
@@ -370,8 +386,10 @@ def test_modules_refuse_wrong_options_at_once(make, message: str) -> None:  # no
             torch.ones(2, 3),
             {"concentration_min": 2.0},
             InputError,
-            "takes no concentration_scale, concentration_gain or concentration_min",
+            "takes no concentration_scale, _min, _gain or _link",
         ),
+        (torch.ones(2, 3), {"concentration_link": "quadratic"}, InputError, "takes no concentration_scale"),
+        (torch.ones(2, 3), {"concentration_gain": 0.5}, InputError, "takes no concentration_scale"),
         (5.0, {}, TypeError, "concentration: must be a tensor or a sequence of tensors"),
     ],
 )

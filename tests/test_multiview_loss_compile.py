@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from losses import POWER_SPHERICAL, draw, every, fused, on_cpu_only
+from losses import POWER_SPHERICAL, QUADRATIC, draw, every, fused, on_cpu_only
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from vi_simsiam.functional import power_spherical_loss
 from vi_simsiam.nn import PowerSphericalLoss
+from vi_simsiam.ops.multiview_loss import multiview_loss
 from vi_simsiam.ops.multiview_loss_launch import LossCall
 
 
@@ -77,7 +78,8 @@ def test_fullgraph_compile(backend: str, reduction: str) -> None:
             backend=backend,
             reduction=reduction,  # type: ignore[arg-type]
         )
-        return (whole.sin() + given).sum()
+        trained = multiview_loss(x, z, QUADRATIC, backend=backend, reduction=reduction)  # type: ignore[arg-type]
+        return (whole.sin() + given + trained).sum()
 
     leaf, compiled_leaf = p.clone().requires_grad_(), p.clone().requires_grad_()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")

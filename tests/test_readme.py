@@ -35,8 +35,8 @@ def test_python_example_runs() -> None:
     code, _ = python_blocks()
     names: dict[str, object] = {}
     exec(code, names)
-    predictions, kappa, model = names["predictions"], names["kappa"], names["model"]
-    assert [tuple(p.shape) for p in predictions] == [(8, 2064)] * 2  # type: ignore[attr-defined]
+    predictions, kappa, model = names["output"].predictions, names["kappa"], names["model"]  # type: ignore[attr-defined]
+    assert [tuple(p.shape) for p in predictions] == [(8, 2064)] * 2
     assert kappa.shape == (8,)  # type: ignore[attr-defined]
     assert (kappa > 0).all()  # type: ignore[operator, attr-defined]
     gradients = [p.grad for p in model.parameters()]  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -409,6 +410,26 @@ def test_statistics_of_spread_and_collapsed_representations() -> None:
     raw = torch.cat([spread, torch.zeros(256, 1)], 1)
     found = representation_statistics(probabilistic, Output((raw, raw), (spread, spread)))
     assert found["kappa"] == pytest.approx(2 * 0.693147 / 63, rel=1e-5)
+    assert 1e4 < found["kappa_best"] < 1e7, "cosines of 1: large, and finite"
+    away = torch.cat([-spread, torch.zeros(256, 1)], 1)
+    assert representation_statistics(probabilistic, Output((away, away), (spread, spread)))["kappa_best"] == 0
+
+
+def test_the_best_kappa_and_the_spread_of_the_projections() -> None:
+    """Cosines 0.8 and 0.28, whose geometric mean of 1 + c is 1.5179: kappa*/(D - 1) = 0.5179/0.4821."""
+    model = VISimSiam(torch.nn.Flatten(), features=4, dim=3)
+    target = torch.tensor([[1.0, 0, 0], [0, 1, 0]])
+    predicted = torch.tensor([[0.8, 0.6, 0, 0], [0, 0.28, 0.96, 0]])
+    norm = model.projector[-1]
+    norm.running_mean.copy_(torch.tensor([1.0, 2, 0]))
+    norm.running_var.copy_(torch.tensor([0.5, 0.25, 0.5]))
+    found = representation_statistics(model, Output((predicted, predicted), (target, target)))
+    best = math.sqrt(1.8 * 1.28) - 1
+    assert found["kappa_best"] == pytest.approx(best / (1 - best), rel=1e-5)
+    assert found["projection_spread"] == pytest.approx(1.25 / 6.25, rel=1e-6)
+    model.projector[-1] = torch.nn.Identity()
+    found = representation_statistics(model, Output((predicted, predicted), (target, target)))
+    assert "projection_spread" not in found
 
 
 def test_collapse_is_announced_once(image_folder: Path, tmp_path: Path) -> None:
@@ -416,7 +437,7 @@ def test_collapse_is_announced_once(image_folder: Path, tmp_path: Path) -> None:
     trainer = Trainer(config(image_folder), tmp_path / "run", console=console)
     trainer.model.projector.register_forward_hook(lambda module, inputs, z: z[:1] + 1e-3 * z)
     trainer.fit()
-    assert console.export_text().count("the representations are collapsing") == 1
+    assert console.export_text().count("warning: step") == 1
 
 
 def test_unknown_devices_are_named() -> None:
@@ -429,7 +450,8 @@ def test_the_loss_is_logged_without_its_scale(image_folder: Path, tmp_path: Path
     """In nats, whatever factor the gradient has: the first step's loss does not depend on it."""
     first = []
     for scale in (1.0, 0.125):
-        settings = config(image_folder, loss=LossConfig(loss_scale=scale), log_every=1, epochs=1)
+        loss = LossConfig(loss_scale=scale, cosine_weight=0.0)
+        settings = config(image_folder, loss=loss, log_every=1, epochs=1)
         train(settings, tmp_path / str(scale))
         first.append(metrics(tmp_path / str(scale))[0])
     assert first[1]["loss"] == pytest.approx(first[0]["loss"], rel=1e-6)

@@ -108,8 +108,9 @@ def compile_for(
     constants: dict[str, Any] = dict(
         kernel.launch_arguments(
             *(dim, views, globals_, dtype.itemsize),
-            width=dim + 16 if form == "raw" and with_grad else dim,
+            width=dim + 16 if form in ("raw", "quadratic") and with_grad else dim,
             spherical=form != "cosine",
+            quadratic=form == "quadratic",
             double=double,
         )
     )
@@ -192,16 +193,20 @@ def _name(capability: int, dtype: torch.dtype, form: str, dim: int, views: int) 
 SHAPES = [
     shape
     for shape in itertools.product(
-        (80, 90, 100, 120), (torch.float32, torch.bfloat16), ("raw", "cosine", "given"), (128, 512, 2048, 8192), (2, 8)
+        (80, 90, 100, 120),
+        (torch.float32, torch.bfloat16),
+        ("raw", "quadratic", "cosine", "given"),
+        (128, 512, 2048, 8192),
+        (2, 8),
     )
-    if shape[2] == "raw" or shape[0] == 90  # the forms differ in scalars alone
+    if shape[2] == "quadratic" or shape[0] == 90  # the forms differ in scalars alone
 ]
 EVERY_DAY = {
-    (90, torch.float32, "raw", 2048, 2),
+    (90, torch.float32, "quadratic", 2048, 2),
     (90, torch.bfloat16, "raw", 2048, 8),
-    (80, torch.bfloat16, "raw", 512, 8),
-    (100, torch.float32, "raw", 128, 2),
-    (120, torch.bfloat16, "raw", 8192, 2),
+    (80, torch.bfloat16, "quadratic", 512, 8),
+    (100, torch.float32, "quadratic", 128, 2),
+    (120, torch.bfloat16, "quadratic", 8192, 2),
     (90, torch.float32, "cosine", 2048, 8),
     (90, torch.bfloat16, "given", 512, 2),
 }
@@ -275,7 +280,7 @@ def test_machine_code_of_the_blocks_of_pixels(capability: int) -> None:
 @compiles
 def test_numbers_keep_their_digits() -> None:
     binary = compile_for(90, dtype=torch.float64, dim=2, views=2)
-    assert binary.ptx.count(".param .f64") == 4
+    assert binary.ptx.count(".param .f64") == 6
 
 
 @pytest.mark.parametrize(

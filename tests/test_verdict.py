@@ -13,7 +13,7 @@ from vi_simsiam.config import AugmentConfig, LossConfig, ModelConfig, TrainConfi
 from vi_simsiam.engine.duration import duration, duration_line
 from vi_simsiam.engine.verdict import Health
 
-GOOD = {"cosine": 0.7, "z_std": 0.95, "spread": 0.8, "kappa": 2.3, "kappa_best": 2.33}
+GOOD = {"cosine": 0.7, "z_std": 0.95, "projection_spread": 0.8, "kappa": 2.3, "kappa_best": 2.33}
 NETWORK = LossConfig(concentration_link="softplus", cosine_weight=0.0)
 
 
@@ -32,8 +32,8 @@ def health(config: TrainConfig, *lines: dict[str, float]) -> Health:
         ({"cosine": 0.04}, "not learning", "not learning since step 80: cosine 0.04"),
         ({"cosine": -0.001}, "not learning", "not learning since step 80: cosine 0.00"),
         ({"z_std": 0.1}, "collapsed", "collapsed since step 10: z-std 0.10"),
-        ({"spread": 0.01, "cosine": 0.99}, "collapsed", "collapsed since step 10: 1.0% of the projections"),
-        ({"kappa": 0.02}, "dead", "dead since step 10: kappa/(D-1) 0.02, where 2.3 would fit"),
+        ({"projection_spread": 0.004, "cosine": 0.99}, "collapsed", "collapsed since step 10: 0.4% of the projections"),
+        ({"kappa": 0.02}, "dead", "dead since step 40: kappa/(D-1) 0.02, where 2.3 would fit"),
     ],
 )
 def test_a_state_is_named_with_its_step_its_figure_and_a_way_on(
@@ -81,6 +81,7 @@ def test_a_small_kappa_is_judged_by_its_weight_in_the_loss() -> None:
         return found.line.partition(":")[0].partition(" since")[0]
 
     assert state(preset("paper"), small) == "learned"  # 0.003 x 2047 x 1 = 6
+    assert state(preset("paper"), GOOD | {"kappa": 0.003}) == "learned", "its kappa is not meant to follow"
     assert state(TrainConfig(loss=NETWORK), small) == "dead"
     assert state(TrainConfig(), small) == "learned", "SimSiam's loss stands beside it"
     start = small | {"kappa": 0.04, "cosine": 0.03}  # where softplus(-3) lets it start: not dead, and nothing learned
@@ -97,16 +98,32 @@ def test_the_advice_is_not_what_was_done() -> None:
     assert "--crop-scale 0.5 1" in health(preset("demo"), *flat).line
     mild = TrainConfig(augment=AugmentConfig(crop_scale=(0.5, 1.0)))
     assert "--crop-scale" not in health(mild, *flat).line
-    dead = {"kappa": 0.01}
-    assert "--concentration-link" not in health(TrainConfig(), dead).line
-    assert "--concentration-link quadratic --cosine-weight 1" in health(TrainConfig(loss=NETWORK), dead).line
+    dead = [{"kappa": 0.01}] * 4
+    assert health(TrainConfig(), *dead).line.startswith("dead since step 20")
+    assert "--concentration-link" not in health(TrainConfig(), *dead).line
+    assert "--clip-norm 1" in health(TrainConfig(), *dead).line
+    assert "--clip-norm" not in health(TrainConfig(clip_norm=1.0), *dead).line
+    assert "--concentration-link quadratic --cosine-weight 1" in health(TrainConfig(loss=NETWORK), *dead).line
+
+
+def test_a_warm_up_and_an_epoch_are_waited_for() -> None:
+    early = [{"kappa": 0.01, "cosine": 0.02}] * 44
+    assert health(TrainConfig(epochs=20, warmup_epochs=10.0), *early[:43]).state == "learning"
+    assert health(TrainConfig(epochs=20, warmup_epochs=10.0), *early).state == "dead"
+
+
+def test_a_kappa_at_its_upper_bound_is_not_dead() -> None:
+    """kappa/(D - 1) is at most 0.8, the best one 9."""
+    bounded = TrainConfig(loss=LossConfig(concentration_max=0.8 * 2047))
+    assert health(bounded, *[{"kappa": 0.79, "kappa_best": 9.0}] * 9).state == "learning"
+    assert health(bounded, *[{"kappa": 0.07, "kappa_best": 9.0}] * 9).state == "dead"
 
 
 def test_a_fitted_kappa_has_a_verdict_of_its_own() -> None:
     config = TrainConfig(frozen_run=Path("runs/simsiam"))
-    found = health(config, {"cosine": 0.02})
+    found = health(config, *[{"cosine": 0.02}] * 20)
     assert found.line == "kappa fitted: kappa/(D-1) 2.3 at a mean cosine of 0.02"
-    assert health(config, {"kappa": 0.01}).state == "dead"
+    assert health(config, *[{"kappa": 0.01}] * 4).state == "dead"
 
 
 def test_a_log_that_cannot_be_read_has_no_verdict(tmp_path: Path) -> None:
@@ -115,7 +132,10 @@ def test_a_log_that_cannot_be_read_has_no_verdict(tmp_path: Path) -> None:
     for text in ("", "{", "[1]\n", '{"cosine": "x"}\n'):
         log.write_text(text)
         assert Health.of_run(tmp_path, TrainConfig()) is None, text
-    log.write_text("".join(json.dumps({"step": step, "epoch": 2} | GOOD | {"z_std": 0.1}) + "\n" for step in (50, 60)))
+    log.write_text(
+        "".join(json.dumps({"step": step, "epoch": 2} | GOOD | {"z_std": 0.1}) + "\n" for step in (50, 60, 70))
+        + '{"step": 8'
+    )
     found = Health.of_run(tmp_path, TrainConfig())
     assert found is not None
     assert found.short == "collapsed since step 50"

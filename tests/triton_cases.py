@@ -150,6 +150,7 @@ def _exact(
         unit_z, _ = _exact_unit(z)
         loss, grad = np.full(p.shape[1], mpmath.mpf(0)), np.full(p.shape, mpmath.mpf(0))
         loss_size, grad_size = loss.copy(), grad + 1e-30
+        by_kappas = np.full(p.shape[:2], mpmath.mpf(0))
         for v, g, b in np.ndindex(len(p), len(z), p.shape[1]):
             if v == g:
                 continue
@@ -163,6 +164,7 @@ def _exact(
                     factor = weight * mpmath.mpf(form.scale) * mpmath.mpf(form.gain) * slope
                 value, by_kappa, by_cos = exact_ratio(kappa, cos, dim)
                 value, by_cos = value + mpmath.mpf(form.cosine) * cos, by_cos + mpmath.mpf(form.cosine)
+                by_kappas[v, b] -= by_kappa
                 grad[v, b, dim] -= factor * by_kappa
                 grad_size[v, b, dim] += factor * (abs(by_kappa) + 1 / max(1 + cos, mpmath.mpf(1e-6)))
             loss[b] -= weight * value
@@ -170,6 +172,9 @@ def _exact(
             factor = weight * by_cos * inverse_p[v, b]
             grad[v, b, :dim] -= factor * (unit_z[g, b] - cos * unit_p[v, b])
             grad_size[v, b, :dim] += factor * (abs(unit_z[g, b]) + abs(unit_p[v, b])).max()
+        if form.link == "quadratic":  # at the bound only what raises kappa counts
+            at_bound = form.gain * predictions[..., dim].double().cpu().numpy() < 0.02
+            grad[..., dim][at_bound & (by_kappas > 0)] = mpmath.mpf(0)
         return (loss, loss_size), (grad, grad_size)
 
 

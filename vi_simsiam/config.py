@@ -154,14 +154,14 @@ class LossConfig:
     concentration_max: float | None = None
     """Upper bound of kappa, approached smoothly; None for none."""
     concentration_scale: float | None = None
-    """kappa over the link's value; None for D - 1."""
+    """Factor on the link; None for D - 1."""
     concentration_min: float = 0.0
     """Lower bound of the concentration kappa."""
     concentration_link: Link = "quadratic"
-    """How kappa follows from its layer's output: quadratic, scaled so that it can neither overshoot far nor stop learning, or
-    softplus, the paper's form as far as it is given."""
+    """How kappa follows from its layer's output: quadratic, with a gradient that does not vanish, or softplus."""
     cosine_weight: float = 1.0
-    """Weight of SimSiam's loss beside the likelihood's: it keeps the network learning while kappa is small. 0 for the paper's loss."""
+    """Weight of SimSiam's loss beside the likelihood's, which is weak while kappa is small; 0 for the paper's loss. A
+    "detached" concentration and a frozen run have none."""
     loss_scale: float | None = None
     """Factor on the loss; None for 1/(D - 1) with vi-simsiam and 1 with simsiam."""
 
@@ -312,7 +312,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> TrainConfig:
-        """The inverse of `to_dict`, also after a trip through JSON.
+        """The inverse of `to_dict`, also after a trip through JSON; of an older version's, too.
 
         Raises:
             InputError: a field is unknown or has a value that is not accepted.
@@ -320,7 +320,7 @@ class TrainConfig:
         nested = {"augment": AugmentConfig, "model": ModelConfig, "loss": LossConfig}
         try:
             if "loss" in plain:
-                plain = {**plain, "loss": former_loss(plain["loss"])}
+                plain = plain | {"loss": former_loss(plain["loss"])}
             values = {
                 name: nested[name](**_tuples(value)) if name in nested else value for name, value in plain.items()
             }
@@ -383,7 +383,9 @@ def preset(name: str) -> TrainConfig:
 
 
 def former_loss(plain: dict[str, Any]) -> dict[str, Any]:
-    """A saved loss with the settings that it had before they could be chosen."""
+    """A loss as a run saved it before its link and cosine weight could be chosen, with those it had; others as they are."""
+    if not {"concentration_scale", "concentration_min", "loss_scale"} <= plain.keys():  # a part, not what a run saves
+        return plain
     return {"concentration_link": SOFTPLUS.concentration_link, "cosine_weight": SOFTPLUS.cosine_weight} | plain
 
 

@@ -31,9 +31,9 @@ def power_spherical_loss(
     For every sample twice the mean over the ordered pairs v != g of -[log PS(z_g; mu_v, kappa_v) - log uniform], with
     kappa = concentration_scale * link(concentration_gain * raw) + concentration_min; mu and z are normalised inside. A loss of 0 is
     no better than the uniform distribution. It differs from Nakamura et al. (arXiv 2203.11437, Algorithm 1) by a
-    constant of D and has the same gradient. 1 + cos is clamped from below at 1e-6; a zero vector has cosine 0 and no
+    constant of D and has the same gradient, without the cosine. 1 + cos is clamped from below at 1e-6; a zero vector has cosine 0 and no
     gradient; NaN or infinity in a sample makes that sample's loss NaN, but for a raw concentration of minus infinity,
-    which is kappa = concentration_min.
+    which is the least kappa.
 
     The fused backends read each input once and write the gradient in the same launch. They are fastest with V separate
     tensors, or one, whose rows start at multiples of 16 elements.
@@ -48,11 +48,11 @@ def power_spherical_loss(
         reduction: "mean" over the batch, or "none".
         backend: "auto" (the fastest here), "eager", "triton", "cuda" or "cpu".
         concentration_scale: factor on the link, positive; D - 1 keeps gain * raw of order 1 in training.
-        concentration_min: lower bound of kappa, at least 0.
-        concentration_link: maps gain * raw to a positive number: "softplus", or "quadratic", whose slope stays useful over
-            many orders of kappa (`vi_simsiam.ops.multiview_loss.linked`).
-        concentration_gain: factor on raw, positive. The layer that predicts raw from H features learns at a speed in
-            proportion to H, and then overshoots; 2/sqrt(H) makes up for that.
+        concentration_min: added to the link, at least 0.
+        concentration_link: "softplus", or "quadratic": r + r^2/2 with r = max(x, 0.02), whose gradient is kept at the bound where
+            it raises kappa. The bound's side is that of a loss to be minimised: do not negate the result.
+        concentration_gain: factor on raw, positive. A linear layer of H hidden features learns raw at a speed in proportion to
+            H and overshoots; 2/sqrt(H) makes up for that.
         cosine_weight: weight of SimSiam's loss, `cosine_loss`, which is added; at least 0.
         loss_scale: factor on the Power Spherical loss, positive. Multiplying the result costs a pass over the gradient; this does not.
             A constant under torch.compile, which compiles anew for another one.

@@ -217,7 +217,7 @@ class VISimSiam(SimSiam):
     Args:
         concentration: where the raw concentration comes from, see `LossConfig`.
         concentration_value: kappa/(D - 1) of "constant".
-        concentration_scale: None for D - 1, which makes kappa/(D - 1) a number of order 1; it starts at about 0.1.
+        concentration_scale: None for D - 1, which makes kappa/(D - 1) a number of order 1; it starts at about 0.05.
         concentration_min: lower bound of kappa.
         concentration_max: upper bound of kappa, approached smoothly; None for none.
         concentration_link, cosine_weight: see `LossConfig`.

@@ -34,7 +34,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise _unreadable(path, "it is not text") from None
     if not isinstance(content, dict):
         raise InputError(f"config: {path} holds no settings; a line is a setting and its value, such as epochs: 20")
-    if all(isinstance(content.get(part), dict) for part in _PARTS):  # a run's config.json
+    if isinstance(content.get("loss"), dict):
         content["loss"] = former_loss(content["loss"])
     settings: dict[str, Any] = {}
     for name, value in content.items():

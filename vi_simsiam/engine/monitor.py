@@ -38,7 +38,7 @@ def representation_statistics(model: SimSiam, output: Output) -> dict[str, float
         kappa: mean concentration / (D - 1), for VI-SimSiam.
         kappa_best: the one concentration / (D - 1) that would fit these cosines best, kappa* = c/(1 - c) with
             log(1 + c) the mean of theirs; 0 where c is negative.
-        spread: part of the projections' squared length before the last BatchNorm that differs from image to image,
+        projection_spread: part of the projections' squared length before the last BatchNorm that differs from image to image,
             between 0 and 1, from that BatchNorm's running statistics. 0 if all images have the same projection, which
             z_std does not show: BatchNorm stretches the smallest difference to its full size.
         z_std: standard deviation over the batch of the normalised targets, mean over dimensions, times sqrt(D)
@@ -53,11 +53,12 @@ def representation_statistics(model: SimSiam, output: Output) -> dict[str, float
         concentrations = [model.concentration(prediction) for prediction in output.predictions]
         statistics["kappa"] = torch.stack(concentrations).mean() / (model.dim - 1)
         fit = torch.stack(pairs).clamp(min=ONE_PLUS_COS_MIN - 1).log1p().mean().expm1()
-        statistics["kappa_best"] = fit.clamp(min=0) / (1 - fit)
+        fit = fit.clamp(0, 1 - 1e-6)
+        statistics["kappa_best"] = fit / (1 - fit)
     norm = model.projector[-1]
     if isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None:
         variance = norm.running_var.sum()
-        statistics["spread"] = variance / (variance + norm.running_mean.square().sum())
+        statistics["projection_spread"] = variance / (variance + norm.running_mean.square().sum())
     values = torch.stack([value.double() for value in statistics.values()]).tolist()  # one wait for the device
     return {**dict(zip(statistics, values, strict=True)), "effective_rank": effective_rank(targets[0]).item()}
 
@@ -113,6 +114,7 @@ class Monitor:
         self._steps_per_epoch, self._total = steps_per_epoch, total
         self._epochs = -(-total // steps_per_epoch)
         self._console, self._quiet, self._estimate = console, quiet, estimate
+        self._warned: set[str] = set()
         self._shown = -math.inf
         self._timed: tuple[int, float] | None = None
         self._bar = console.is_terminal and not quiet  # a log file gets the line of every epoch
@@ -150,7 +152,9 @@ class Monitor:
     def show(self, metrics: dict[str, float]) -> None:
         """Show metrics on the bar; they must have the keys of `log`."""
         self._shown = time.monotonic()
-        text = self.health.short or describe(metrics, short=True)
+        text = describe(metrics, short=True)
+        if self.health.short:
+            text = f"{self.health.short} cos {metrics['cosine']:.2f}"
         self._progress.update(self._task, text=text)
 
     def log(self, metrics: dict[str, float]) -> None:
@@ -164,7 +168,8 @@ class Monitor:
             if name != "step":
                 self._tensorboard.add_scalar(name, value, int(metrics["step"]))
         self.show(metrics)
-        if begins:
+        if begins and self.health.state not in self._warned:
+            self._warned.add(self.health.state)
             text = f"warning: step {int(metrics['step'])}: {self.health.line}"
             self._console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
 

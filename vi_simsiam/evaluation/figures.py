@@ -43,7 +43,7 @@ def draw_curves(run_folder: Path) -> Path:
     with matplotlib.rc_context(STYLE):
         drawn = figure(f"{METHODS[config.method]} on {shown(config.data)}, {config.model.backbone}")
         loss, cosine, third, spread, rank, gradient = drawn.subplots(2, 3, sharex=True).flat
-        _curve(loss, "loss (nats, uniform = 0)" if has_kappa else "loss", epoch, metrics["loss"])
+        _curve(loss, "loss (0 = no better than chance)" if has_kappa else "loss", epoch, metrics["loss"])
         _curve(cosine, "cosine of prediction and target", epoch, metrics["cosine"])
         if has_kappa:
             _curve(third, "concentration κ / (D − 1)", epoch, metrics["kappa"], label="predicted")
@@ -76,7 +76,7 @@ def logged(run_folder: Path) -> bool:
 
 
 def read_metrics(path: Path) -> dict[str, NDArray[np.float64]]:
-    """Columns of a metrics.jsonl, float64 over its lines; NaN where a line lacks a value.
+    """Columns of a metrics.jsonl but for the state, float64 over its lines; NaN where a line lacks a value.
 
     Raises:
         InputError: there is no such file, it is empty, or a line is not a JSON object of numbers.
@@ -86,7 +86,7 @@ def read_metrics(path: Path) -> dict[str, NDArray[np.float64]]:
     lines: list[dict[str, float]] = []
     for row, text in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         try:
-            lines.append({name: float(value) for name, value in json.loads(text).items()})
+            lines.append({name: float(value) for name, value in json.loads(text).items() if name != "state"})
         except (ValueError, TypeError, AttributeError) as error:
             raise InputError(f"run: {path} line {row} cannot be read ({error})") from error
     if not lines:

@@ -54,9 +54,7 @@ def evaluate_run(run: Run, world: World | None = None, console: Console | None =
     console.print(summary_table({"kNN": knn, "linear": linear}))
     health = Health.of_run(run.path, run.config)
     if health is not None and health.short:
-        results.print(
-            f"warning: the training was {health.line}", style="yellow", highlight=False, markup=False, soft_wrap=True
-        )
+        results.print(f"warning: training {health.line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     for line in (summary_line("kNN", knn), summary_line("linear", linear)):
         results.print(line, highlight=False, markup=False, soft_wrap=True)
 

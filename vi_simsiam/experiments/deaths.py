@@ -34,9 +34,15 @@ _LOW, _HIGH = 0.5, 2.0
 
 
 def deaths(options: PlanOptions) -> Plan:
-    """`seeds` runs of the loss as it is at every D and learning rate, a third as many of the softplus, one of SimSiam."""
+    """`seeds` runs of the loss as it is at every D and learning rate, a third as many of the softplus, one of SimSiam.
+
+    Raises:
+        InputError: fewer than two epochs, or an arm that there is not.
+    """
     options = with_data(options, "fashion-mini")
     base = dataclasses.replace(scaled(preset(options.preset), options), log_every=_LOG_EVERY)
+    if base.epochs < 2:
+        raise InputError(f"epochs: {base.epochs} is not accepted; kappa is followed from the second epoch on")
     arms = []
     for dim in DIMS if options.dim is None else (options.dim,):
         for rate in RATES:
@@ -99,7 +105,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _row(path: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """What counts of a result."""
+    """The row of a result."""
     try:
         config = TrainConfig.from_dict({**result["config"], "data_root": "data", "cache_dir": None})
         curve = {name: np.array(values) for name, values in result["curve"].items()}
@@ -165,7 +171,7 @@ def markdown(runs: dict[str, Any]) -> str:
     held = ""
     if ours := [row for row in rows if row["arm"] == "vi-simsiam"]:
         kept = sum("kappa" in row and _LOW <= row["kappa"] / max(row["kappa_best"], 1e-6) <= _HIGH for row in ours)
-        held = f" At the end kappa is within {_LOW} and {_HIGH:g} times the best one in {kept} of {len(ours)} runs of vi-simsiam."
+        held = f" At the end kappa is between {_LOW} and {_HIGH:g} times the best one in {kept} of {len(ours)} runs of vi-simsiam."
     sections = {
         "Result": f"Dead runs: {counts}.{held}",
         "Dimensions": _table(rows, "D", "dim"),

@@ -75,7 +75,9 @@ def _parametrisation(run: dict[str, Any]) -> str:
         return ""
     loss = former_loss(run["config"]["loss"])
     scale, link = loss["concentration_scale"], loss["concentration_link"]
-    return f"κ = (D−1) {link}" if scale is None else f"κ = {'' if scale == 1 else f'{scale:g} '}{link}"
+    if link != "softplus":
+        return "default loss" if loss["cosine_weight"] else "κ quadratic"
+    return "κ = (D−1) softplus" if scale is None else f"κ = {'' if scale == 1 else f'{scale:g} '}softplus"
 
 
 def _stability(experiment: Experiment, path: Path) -> Path | None:

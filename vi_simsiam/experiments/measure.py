@@ -37,7 +37,7 @@ from vi_simsiam.evaluation.uncertainty import evaluate_uncertainty
 from vi_simsiam.experiments.plan import label
 from vi_simsiam.text import counted
 
-CURVE = ("loss", "cosine", "kappa", "kappa_best", "z_std", "spread", "effective_rank", "grad_norm")
+CURVE = ("loss", "cosine", "kappa", "kappa_best", "z_std", "projection_spread", "effective_rank", "grad_norm")
 CURVE_POINTS = 100
 PROGRESS = "progress.jsonl"
 _DIGITS = 5

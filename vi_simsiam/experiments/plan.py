@@ -97,6 +97,8 @@ class Arm:
             "note": self.note,
             "inferred": list(self.inferred),
             "data": label(self.config.data),
+            "seeds": self.seeds,
+            "settings": settings(self.config),
         }
 
 

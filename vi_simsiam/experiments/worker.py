@@ -75,13 +75,20 @@ def work(spec: dict[str, Any]) -> str:
         # That it cannot be trained so is a result, too: the same seed would end the same way.
         reason = str(error).partition(";")[0]  # what follows names the checkpoint by a path of this machine
         write_json(result, {**measure_run(spec, config, None), "diverged": reason})
+        _drop(spec)
         return f"diverged: {reason}"
     content = measure_run(spec, config, trained)
     write_json(result, content)
+    _drop(spec)
     if not spec["measures"]:
-        shutil.rmtree(folder)
         return f"cosine {content['curve']['cosine'][-1]:.2f}"
     return "  ".join(f"{name} {100 * share:.1f} %" for name, share in content["accuracy"].items())
+
+
+def _drop(spec: dict[str, Any]) -> None:
+    """Delete the weights of a run of which only the training counts."""
+    if not spec["measures"]:
+        shutil.rmtree(spec["folder"])
 
 
 def train(config: TrainConfig, folder: Path, *, progress_every: int | None = None) -> dict[str, Any]:

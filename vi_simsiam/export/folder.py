@@ -39,7 +39,7 @@ from vi_simsiam.export.onnx import ONNX_WEIGHTS, require_exporter, write_onnx
 CARD, SETTINGS, TIMM_SETTINGS = "README.md", "config.json", "training.json"
 CHECK_IMAGES = 8
 """Images on which a written file is compared with the run."""
-# Largest difference over largest value. Libraries sum float32 in orders of their own; kappa = scale * softplus(raw) carries
+# Largest difference over largest value. Libraries sum float32 in orders of their own; kappa = scale * link(raw) carries
 # the absolute error of raw, which may be ten times as large as kappa's own rounding.
 TOLERANCES = {"embedding": 1e-5, "loc": 1e-5, "concentration": 1e-4}
 

@@ -182,6 +182,8 @@ def write_safetensors(model: SimSiam, config: TrainConfig, folder: Path) -> Outp
     if isinstance(model, VISimSiam):
         metadata["concentration_scale"] = repr(model.form.scale)
         metadata["concentration_min"] = repr(model.form.minimum)
+        metadata["concentration_gain"] = repr(model.form.gain)
+        metadata["concentration_link"] = model.form.link
     path = folder / SAFETENSORS_WEIGHTS
     # The moving average that made the targets of training (`TrainConfig.ema`) is of no use afterwards.
     weights = {name: value for name, value in _weights(model).items() if not name.startswith("target.")}

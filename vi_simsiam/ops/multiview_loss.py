@@ -155,12 +155,12 @@ def softplus(raw: Tensor) -> Tensor:
 
 
 def linked(x: Tensor, link: Link) -> Tensor:
-    """What maps a number of any size to a positive one, in x's dtype.
+    """A positive number for one of any size, in x's dtype.
 
     - "softplus": log(1 + exp(x)). Its slope falls exponentially below 0, and with it all gradients.
     - "quadratic": r + r^2/2 with r = max(x, 0.02). With k = kappa/(D - 1) the likelihood's curvature in k is
       1/((1 + k)(1 + 2k)) for large D, and so 1/(1 + k) in r, since dk/dr = sqrt(1 + 2k): no region is much steeper or
-      flatter than another. At the bound x has the gradient of r where that leads upwards, and none where it leads down.
+      flatter than another. At the bound x has the gradient of r where a step along it raises r.
     """
     if link == "softplus":
         return softplus(x)
@@ -258,10 +258,13 @@ def _check(predictions: _Views, targets: _Views, concentration: _Views | None, f
         padded = "" if padded_width(columns) == columns else f", or that padded to {padded_width(columns)} columns"
         raise InputError(f"predictions: last dimension {width} must be targets' {dim}{what}{padded}")
     if concentration is not None:
-        if form.distribution == "cosine" or (form.scale, form.minimum, form.gain) != (1.0, 0.0, 1.0):
-            raise InputError(
-                "concentration: given as it is, it takes no concentration_scale, concentration_gain or concentration_min"
-            )
+        if form.distribution == "cosine" or (form.scale, form.minimum, form.gain, form.link) != (
+            1.0,
+            0.0,
+            1.0,
+            "softplus",
+        ):
+            raise InputError("concentration: given as it is, it takes no concentration_scale, _min, _gain or _link")
         if (concentration.views, *concentration.shape) != (views, batch):
             shape = (concentration.views, *concentration.shape)
             raise InputError(f"concentration: shape {shape} must be (views, batch) = {(views, batch)}")
