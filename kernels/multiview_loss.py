@@ -336,10 +336,11 @@ def multiview_loss_kernel(
             is_pair = is_view & (g < GLOBALS)[None, :] & (v[:, None] != g[None, :])
             if POWER_SPHERICAL:
                 if RAW:
+                    x = tl.full([], gain, ACC) * raw
                     if QUADRATIC:
-                        linked, slope = quadratic(tl.full([], gain, ACC) * raw)
+                        linked, slope = quadratic(x)
                     else:
-                        linked, slope = softplus(tl.full([], gain, ACC) * raw)
+                        linked, slope = softplus(x)
                     kappa = tl.full([], scale, ACC) * linked + tl.full([], minimum, ACC)
                 else:
                     kappa = tl.where(kappa < 0.0, float("nan"), kappa)
@@ -386,9 +387,7 @@ def multiview_loss_kernel(
                     tail = tl.zeros([BLOCK_V, TAIL], ACC)
                     if RAW:
                         if QUADRATIC:  # at the bound only what raises kappa counts
-                            by_kappa = tl.where(
-                                (tl.full([], gain, ACC) * raw < LEAST_ROOT) & (by_kappa > 0.0), 0.0, by_kappa
-                            )
+                            by_kappa = tl.where((x < LEAST_ROOT) & (by_kappa > 0.0), 0.0, by_kappa)
                         tail = tl.where(column == 0, tl.full([], scale * gain, ACC) * slope * by_kappa, tail)
                     tl.store(grad_row[:, None] + DIM + column, tail, mask=is_view & (column < WIDTH - DIM))
 
