@@ -21,7 +21,7 @@ from vi_simsiam.experiments.plan import Arm, PlanOptions
 def test_every_loss_is_run_at_every_dimension_and_learning_rate() -> None:
     made = plan("deaths", PlanOptions(seeds=9, preset="demo"))
     assert len(made.arms) == 3 * 4 * 4
-    assert made.measures == ()
+    assert (made.measures, made.primary) == ((), None)
     of: dict[str, list[Arm]] = {}
     for arm in made.arms:
         of.setdefault(arm.name.partition("-d")[0], []).append(arm)
@@ -95,7 +95,9 @@ def test_what_counts_as_dead(tmp_path: Path) -> None:
         ("softplus", 0.03, 0): None,  # nothing to compare with
     }
     text = (tmp_path / "all" / "summary.md").read_text()
-    assert "simsiam 0 of 2; softplus 0 of 2; vi-simsiam 4 of 6" in text
+    assert (
+        "simsiam 0 of 2; softplus 0 of 2; vi-simsiam 4 of 6 (cosine 1, diverged 1, kappa 1, kappa and cosine 1)" in text
+    )
     assert "between 0.5 and 2 times the best one in 2 of 6 runs" in text
     assert "| fashion-mini | vi-simsiam | 0.06 | 6 | 4 |" in text
     assert "options: seeds 9, data fashion-mini" in text

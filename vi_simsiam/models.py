@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -20,10 +21,10 @@ from torch.nn import functional as F
 from vi_simsiam.config import Concentration, Link, LossConfig, ModelConfig, Stem, TrainConfig
 from vi_simsiam.distributions import PowerSpherical
 from vi_simsiam.errors import InputError, none_of
-from vi_simsiam.functional import cosine_loss, power_spherical_loss
+from vi_simsiam.functional import cosine_loss
 from vi_simsiam.heads import ConcentrationHead, SplitHead, direction_detached, padded_linear, shuffled
 from vi_simsiam.normalisation import Head, PerView, PerViewBatchNorm1d, PerViewBatchNorm2d, count_batches, make_fusible
-from vi_simsiam.ops.multiview_loss import LossForm
+from vi_simsiam.ops.multiview_loss import LossForm, multiview_loss
 
 
 class Output(NamedTuple):
@@ -296,7 +297,8 @@ class VISimSiam(SimSiam):
         """`loss_scale` times the likelihood's loss, in nats, plus `cosine_weight` times SimSiam's: a scalar.
 
         With a "detached" concentration it is SimSiam's loss, which trains the network, plus `loss_scale` times the
-        likelihood's, which trains the concentration; a frozen model has the likelihood's alone. "shuffled" concentrations are exchanged in training mode.
+        likelihood's, which trains the concentration; a frozen model has the likelihood's alone. "shuffled"
+        concentrations are exchanged in training mode.
         """
         predictions, direct = output.predictions, None
         if self.parametrisation == "detached":
@@ -304,17 +306,9 @@ class VISimSiam(SimSiam):
             predictions = tuple(direction_detached(x, self.dim) for x in predictions)
         elif self.parametrisation == "shuffled" and self.training:
             predictions = tuple(shuffled(x, self.dim) for x in predictions)
-        loss = power_spherical_loss(
-            predictions,
-            output.targets,
-            backend=backend,
-            concentration_scale=self.form.scale,
-            concentration_min=self.form.minimum,
-            concentration_link=self.form.link,
-            concentration_gain=self.form.gain,
-            cosine_weight=0.0 if direct is not None or self.frozen else self.cosine_weight,
-            loss_scale=loss_scale,
-        )
+        weight = 0.0 if direct is not None or self.frozen else self.cosine_weight
+        form = dataclasses.replace(self.form, factor=loss_scale, cosine=weight / loss_scale)
+        loss = multiview_loss(predictions, output.targets, form, backend=backend)
         return loss if direct is None else direct + loss
 
     def concentration(self, prediction: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def deaths(options: PlanOptions) -> Plan:
                 ),
                 Arm(f"simsiam-{at}", simsiam, "SimSiam", seeds=1),
             ]
-    return finished("deaths", options, arms, (arms[0].name, arms[1].name, "cosine"), measures=())
+    made = finished("deaths", options, arms, (arms[0].name, arms[1].name, ""), measures=())
+    return dataclasses.replace(made, primary=None)  # it counts, and compares nothing
 
 
 def summarise_deaths(out: Path) -> Path:
@@ -165,9 +167,7 @@ def markdown(runs: dict[str, Any]) -> str:
     """What the runs show: the counts over all, by D and by learning rate."""
     rows = runs["runs"]
     by_arm = _groups(rows, "arm")
-    counts = "; ".join(
-        f"{arm[0]} {sum(row['dead'] is not None for row in group)} of {len(group)}" for arm, group in by_arm.items()
-    )
+    counts = "; ".join(f"{arm} {_dead(group)}" for (arm,), group in by_arm.items())
     held = ""
     if ours := [row for row in rows if row["arm"] == "vi-simsiam"]:
         kept = sum("kappa" in row and _LOW <= row["kappa"] / max(row["kappa_best"], 1e-6) <= _HIGH for row in ours)
@@ -179,6 +179,13 @@ def markdown(runs: dict[str, Any]) -> str:
         "Runs": "\n".join(f"- {name}: {value}" for name, value in runs["made"].items()),
     }
     return "# Experiment deaths\n" + "".join(f"\n## {title}\n\n{text}\n" for title, text in sections.items())
+
+
+def _dead(rows: Sequence[dict[str, Any]]) -> str:
+    """The number of dead runs, with the reasons in brackets."""
+    reasons = Counter(row["dead"] for row in rows if row["dead"] is not None)
+    named = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
+    return f"{reasons.total()} of {len(rows)}{f' ({named})' if named else ''}"
 
 
 def _groups(rows: Sequence[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
