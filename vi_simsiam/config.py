@@ -160,10 +160,9 @@ class LossConfig:
     concentration_link: Link = "quadratic"
     """How kappa follows from its layer's output: quadratic, with a gradient that does not vanish, or softplus."""
     cosine_weight: float = 1.0
-    """Weight of SimSiam's loss beside the likelihood's, which is weak while kappa is small; 0 for the paper's loss. A
-    "detached" concentration and a frozen run have none."""
+    """Weight of SimSiam's loss beside the likelihood's; 0 for the paper's loss. Without effect with frozen-run."""
     loss_scale: float | None = None
-    """Factor on the loss; None for 1/(D - 1) with vi-simsiam and 1 with simsiam."""
+    """Factor on the likelihood's loss, or on SimSiam's; None for 1/(D - 1) with vi-simsiam and 1 with simsiam."""
 
     def __post_init__(self) -> None:
         check_types(self)
