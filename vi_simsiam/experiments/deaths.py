@@ -35,7 +35,7 @@ _LOW, _HIGH = 0.5, 2.0
 
 
 def deaths(options: PlanOptions) -> Plan:
-    """`seeds` runs of the loss as it is at every D and learning rate, a third as many of the softplus, one of SimSiam.
+    """`seeds` runs of the loss as it is at every D and learning rate, a quarter as many of softplus, one of SimSiam.
 
     Raises:
         InputError: fewer than two epochs, or an arm that there is not.
