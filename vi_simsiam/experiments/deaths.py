@@ -57,7 +57,7 @@ def deaths(options: PlanOptions) -> Plan:
                     f"softplus-{at}",
                     softplus,
                     "the likelihood alone, kappa = (D-1) softplus(raw)",
-                    seeds=-(-options.seeds // 3),
+                    seeds=-(-options.seeds // 4),
                 ),
                 Arm(f"simsiam-{at}", simsiam, "SimSiam", seeds=1),
             ]
