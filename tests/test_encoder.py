@@ -116,7 +116,8 @@ def test_several_views_are_joined(encoder: Encoder) -> None:
     torch.testing.assert_close(joined.loc_norm, sum(e.loc_norm for e in each) / 4)
     copies = encoder.encode(views[:, :1].expand(-1, 4, -1, -1, -1))
     torch.testing.assert_close(copies.loc, each[0].loc, atol=1e-6, rtol=0)
-    torch.testing.assert_close(copies.concentration, 4 * each[0].concentration)
+    # From a batch of twelve, whose convolutions may be summed in another order than those of three.
+    torch.testing.assert_close(copies.concentration, 4 * each[0].concentration, rtol=1e-5, atol=0)
     assert_same(encoder.encode(views[:, :1]), each[0])
 
 

@@ -176,7 +176,7 @@ def test_the_upper_bound_holds_and_is_smooth(kind: str, link: str) -> None:
     torch.testing.assert_close(kappa[:1], free[:1])
     assert (kappa[1:] < free[1:]).all()
     (slope,) = torch.autograd.grad(kappa.sum(), raw)
-    gain = 2 / math.sqrt(8)
+    gain = 4 / math.sqrt(8)
     level = inverse_softplus(38 / 19) if link == "softplus" else inverse_quadratic(38 / 19) / gain
     x = raw.detach()[:, DIM]
     bounded = level - F.softplus(level - x)

@@ -36,7 +36,7 @@ def test_predictions_and_targets(kind: type[SimSiam], width: int) -> None:
     loss = cosine_loss if kind is SimSiam else power_spherical_loss
     options = {}
     if kind is VISimSiam:
-        gain = 2 / math.sqrt(8)
+        gain = 4 / math.sqrt(8)
         options = {"concentration_scale": 19.0, "concentration_link": "quadratic", "concentration_gain": gain}
     simsiam = 0.0 if kind is SimSiam else cosine_loss([p[:, :20] for p in output.predictions], output.targets)
     used = [p[:, :width] for p in output.predictions]
@@ -93,7 +93,7 @@ def test_concentration_and_distribution() -> None:
     assert isinstance(distribution, PowerSpherical)
     raw = model.predictor(model.projector(model.backbone(images)))
     torch.testing.assert_close(distribution.loc, F.normalize(raw[:, :20], dim=1))
-    x = 2 * raw[:, 20] / math.sqrt(512)
+    x = 4 * raw[:, 20] / math.sqrt(512)
     r = x.clamp(min=0.02)
     torch.testing.assert_close(distribution.concentration, 19 * (r + r * r / 2) + 3)
     literal = VISimSiam(nn.Flatten(), features=48, dim=20, concentration_scale=1.0, concentration_link="softplus")

@@ -52,7 +52,7 @@ def power_spherical_loss(
         concentration_link: "softplus", or "quadratic": r + r^2/2 with r = max(x, 0.02), whose gradient is kept at the bound where
             it raises kappa. The bound's side is that of a loss to be minimised: do not negate the result.
         concentration_gain: factor on raw, positive. A linear layer of H hidden features learns raw at a speed in proportion to
-            H and overshoots; 2/sqrt(H) makes up for that.
+            H and overshoots; 4/sqrt(H) makes up for that.
         cosine_weight: weight of SimSiam's loss, `cosine_loss`, which is added; at least 0.
         loss_scale: factor on the Power Spherical loss, positive. Multiplying the result costs a pass over the gradient; this does not.
             A constant under torch.compile, which compiles anew for another one.

@@ -24,8 +24,9 @@ from vi_simsiam.ops.multiview_loss_launch import padded_width
 _INITIAL_CONCENTRATION = 0.05
 # With the link "quadratic" the last layer's output is multiplied by this over sqrt(H). Of H features after BatchNorm and ReLU
 # two samples share H/6 of a squared length of H/2, so that a step of SGD moves the output H/6 times as far as a parameter,
-# and with momentum the concentration swings about its best value. With the factor squared it moves 4/6 as far as a parameter.
-_GAIN = 2.0
+# and with momentum the concentration swings about its best value. With the factor squared it moves 16/6 times as far: half
+# the factor is as steady, and separates samples so slowly that kappa is less well calibrated after a short training.
+_GAIN = 4.0
 
 
 class ConcentrationHead:

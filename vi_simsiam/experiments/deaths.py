@@ -27,6 +27,8 @@ from vi_simsiam.errors import InputError
 from vi_simsiam.experiments.plan import Arm, Plan, PlanOptions, finished, scaled, with_data
 
 DIMS, RATES = (128, 256, 512, 2048), (0.0125, 0.03, 0.06, 0.1)
+_SIMSIAM = 4
+"""Runs of SimSiam: their mean cosine is what the others are held to."""
 _LOG_EVERY = 5
 _LINES = 5
 """Lines of metrics that are averaged: one batch says little about a concentration."""
@@ -35,7 +37,7 @@ _LOW, _HIGH = 0.5, 2.0
 
 
 def deaths(options: PlanOptions) -> Plan:
-    """`seeds` runs of the loss as it is at every D and learning rate, a quarter as many of softplus, one of SimSiam.
+    """`seeds` runs of the loss as it is at every D and learning rate, a quarter as many of softplus, at most four of SimSiam.
 
     Raises:
         InputError: fewer than two epochs, or an arm that there is not.
@@ -59,7 +61,7 @@ def deaths(options: PlanOptions) -> Plan:
                     "the likelihood alone, kappa = (D-1) softplus(raw)",
                     seeds=-(-options.seeds // 4),
                 ),
-                Arm(f"simsiam-{at}", simsiam, "SimSiam", seeds=1),
+                Arm(f"simsiam-{at}", simsiam, "SimSiam", seeds=min(options.seeds, _SIMSIAM)),
             ]
     made = finished("deaths", options, arms, (arms[0].name, arms[1].name, ""), measures=())
     return dataclasses.replace(made, primary=None)  # it counts, and compares nothing
@@ -145,7 +147,7 @@ def _judged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with the reason for which a run counts as dead, None for those that live.
 
     A concentration is dead below a tenth of the best one. A network is dead if predictions and targets end at right angles
-    where SimSiam's, with the same images, D and learning rate, do not.
+    where SimSiam's, with the same images, D and learning rate, do not on the average of its seeds.
     """
     reference: dict[tuple[Any, ...], list[float]] = {}
     for row in rows:
