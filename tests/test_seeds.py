@@ -47,7 +47,8 @@ STAND_IN = """
     if stop:
         print(f"interrupted, saved at step {step}")
         sys.exit(130)
-    (out / "metrics.jsonl").write_text(json.dumps({"step": step, "loss": 0.5}) + "\\n")
+    state = {"state": "dead", "since": 2} if f"--dead={seed}" in words else {"state": "learning"}
+    (out / "metrics.jsonl").write_text(json.dumps({"step": step, **state}) + "\\n")
     (out / "knn.json").write_text(json.dumps({"top1": {"trained": 0.7 + 0.1 * seed}}))
     print("done")
 """
@@ -94,12 +95,19 @@ def test_every_seed_is_a_run_of_its_own(
         assert (out / f"seed-{seed}.log").read_text() == "starting\ndone\n"
     content = json.loads((out / "seeds.json").read_text())
     assert [each["top1"] for each in content["runs"]] == [{"kNN": pytest.approx(0.8)}, {"kNN": pytest.approx(0.9)}]
-    assert [each["metrics"] for each in content["runs"]] == [{"step": 3, "loss": 0.5}] * 2
+    assert [each["metrics"] for each in content["runs"]] == [{"step": 3, "state": "learning"}] * 2
     assert content["runs_per_hour"] == pytest.approx(2 * 3600 / content["seconds"], rel=0.01)
     assert content["seconds"] > max(each["seconds"] for each in content["runs"]) > 0.15
     assert "seed 1: done in 0 s  kNN top-1 80.0 %" in said
     assert "kNN top-1: mean 85.0 %, standard deviation 7.1 % over 2 seeds" in said
     assert f"2 of 2 runs done, {content['runs_per_hour']:.3g} runs/hour" in said
+
+
+def test_a_run_that_stopped_learning_is_named(run: Callable[..., tuple[int, str]]) -> None:
+    code, said = run("--dead=0", seeds=2)
+    assert code == 0
+    assert "seed 0: done in 0 s  kNN top-1 70.0 %  dead since step 2\n" in said
+    assert "seed 1: done in 0 s  kNN top-1 80.0 %\n" in said
 
 
 def test_runs_are_at_the_same_time(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:

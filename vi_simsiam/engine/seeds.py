@@ -24,6 +24,7 @@ from vi_simsiam.data.decoding import cores
 from vi_simsiam.engine.checkpoint import write_json
 from vi_simsiam.engine.processes import Process, end, last_line, signals, watch
 from vi_simsiam.engine.run import CHECKPOINT, METRICS
+from vi_simsiam.engine.verdict import problem
 from vi_simsiam.errors import InputError
 
 SEEDS = "seeds.json"
@@ -164,8 +165,10 @@ class _Batch:
     def line(self, run: _Seed) -> str:
         """What became of a run."""
         if run.exit == 0:
-            top1 = [f"{name} top-1 {100 * share:.1f} %" for name, share in run.result()["top1"].items()]
-            return f"seed {run.seed}: done in {run.seconds:.0f} s  {'  '.join(top1) or last_line(run.log)}"
+            result = run.result()
+            top1 = [f"{name} top-1 {100 * share:.1f} %" for name, share in result["top1"].items()]
+            found = [*(top1 or [last_line(run.log)]), problem(result["metrics"] or {})]
+            return f"seed {run.seed}: done in {run.seconds:.0f} s  {'  '.join(filter(None, found))}"
         if run.state == "failed":
             return f"seed {run.seed}: failed with exit code {run.exit}: {last_line(run.log)} (see {run.log})"
         return f"seed {run.seed}: {run.state}  {last_line(run.log)}"
@@ -268,10 +271,10 @@ def _without(arguments: Sequence[str], options: dict[str, bool]) -> list[str]:
     return kept
 
 
-def _last_metrics(path: Path) -> dict[str, float] | None:
+def _last_metrics(path: Path) -> dict[str, Any] | None:
     """The last line of metrics.jsonl, if there is a whole one."""
     with contextlib.suppress(ValueError):
-        metrics: dict[str, float] = json.loads(last_line(path))
+        metrics: dict[str, Any] = json.loads(last_line(path))
         return metrics
     return None
 

@@ -29,6 +29,12 @@ _LINES = 3
 """Lines of metrics that are averaged: each is of one batch."""
 
 
+def problem(metrics: dict[str, Any]) -> str:
+    """The problem that a line of metrics names, in a few words; nothing while the training learns."""
+    state = metrics.get("state", "learning")
+    return "" if state == "learning" else f"{state} since step {metrics['since']}"
+
+
 class Health:
     """The state of a training after the lines of metrics seen so far.
 
@@ -80,7 +86,7 @@ class Health:
     @property
     def short(self) -> str:
         """A problem in a few words, nothing while the training learns."""
-        return "" if self.state == "learning" else f"{self.state} since step {self.since}"
+        return problem({"state": self.state, "since": self.since})
 
     @property
     def line(self) -> str:
