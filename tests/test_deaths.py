@@ -79,6 +79,9 @@ def test_what_counts_as_dead(tmp_path: Path) -> None:
         diverged(arms["vi-simsiam-d128-lr0.06"], "deaths", 5),
         of("simsiam-d128-lr0.1", cosine=0.05),
         of("softplus-d128-lr0.1", cosine=0.05),
+        of("simsiam-d128-lr0.1", 1, cosine=0.2),
+        of("softplus-d128-lr0.1", 1, cosine=0.05),
+        of("softplus-d128-lr0.1", 2, cosine=0.05),
         of("softplus-d128-lr0.03", cosine=0.05),
     )
     dead = {(row["arm"], row["lr"], row["seed"]): row["dead"] for row in rows}
@@ -92,11 +95,14 @@ def test_what_counts_as_dead(tmp_path: Path) -> None:
         ("vi-simsiam", 0.06, 5): "diverged",
         ("simsiam", 0.1, 0): None,
         ("softplus", 0.1, 0): None,  # SimSiam does not learn there either
+        ("simsiam", 0.1, 1): None,
+        ("softplus", 0.1, 1): "cosine",
+        ("softplus", 0.1, 2): "cosine",  # held to SimSiam's mean
         ("softplus", 0.03, 0): None,  # nothing to compare with
     }
     text = (tmp_path / "all" / "summary.md").read_text()
     assert (
-        "simsiam 0 of 2; softplus 0 of 2; vi-simsiam 4 of 6 (cosine 1, diverged 1, kappa 1, kappa and cosine 1)" in text
+        "simsiam 0 of 3; softplus 2 of 4 (cosine 2); vi-simsiam 4 of 6 (cosine 1, diverged 1, kappa 1, kappa and cosine 1)" in text
     )
     assert "between 0.5 and 2 times the best one in 2 of 6 runs" in text
     assert "| fashion-mini | vi-simsiam | 0.06 | 6 | 4 |" in text

@@ -28,7 +28,7 @@ from vi_simsiam.experiments.plan import Arm, Plan, PlanOptions, finished, scaled
 
 DIMS, RATES = (128, 256, 512, 2048), (0.0125, 0.03, 0.06, 0.1)
 _SIMSIAM = 4
-"""Runs of SimSiam: their mean cosine is what the others are held to."""
+"""Runs of SimSiam, which the others are held to."""
 _LOG_EVERY = 5
 _LINES = 5
 """Lines of metrics that are averaged: one batch says little about a concentration."""
@@ -147,19 +147,20 @@ def _judged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with the reason for which a run counts as dead, None for those that live.
 
     A concentration is dead below a tenth of the best one. A network is dead if predictions and targets end at right angles
-    where SimSiam's, with the same images, D and learning rate, do not on the average of its seeds.
+    where SimSiam's, with the same images, D and learning rate, do not: in the run with the same seed, which has the same
+    batches in the same order, or else on the average of its seeds.
     """
-    reference: dict[tuple[Any, ...], list[float]] = {}
+    reference: dict[tuple[Any, ...], dict[int, float]] = {}
     for row in rows:
         if row["arm"] == "simsiam":
-            reference.setdefault((row["data"], row["dim"], row["lr"]), []).append(row["cosine"])
+            reference.setdefault((row["data"], row["dim"], row["lr"]), {})[row["seed"]] = row["cosine"]
     judged = []
     for row in rows:
-        simsiam = reference.get((row["data"], row["dim"], row["lr"]), [0.0])
+        simsiam = reference.get((row["data"], row["dim"], row["lr"]), {-1: 0.0})
         reasons = []
         if "kappa" in row and row["kappa"] < LEAST_RATIO * row["kappa_best"]:
             reasons.append("kappa")
-        if row["cosine"] < LEAST_COSINE < statistics.mean(simsiam):
+        if row["cosine"] < LEAST_COSINE < simsiam.get(row["seed"], statistics.mean(simsiam.values())):
             reasons.append("cosine")
         judged.append({"dead": " and ".join(reasons) or None} | row)
     return judged
