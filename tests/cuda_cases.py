@@ -84,6 +84,8 @@ class Case:
     link: Link = "softplus"
     gain: float = 1.0
     cosine: float = 0.0
+    opposed: bool = False
+    """Whether every second sample's targets point away from its predictions, so that a smaller kappa fits."""
     seed: int = 0
     predictions: list[Tensor] = field(default_factory=list)
     targets_: list[Tensor] = field(default_factory=list)
@@ -106,6 +108,7 @@ class Case:
         for _ in range(self.targets):
             row = rows(self.batch, self.dim, target_stride, self.target_offset, self.target_dtype)
             row[:] = torch.randn(self.batch, self.dim, generator=generator, dtype=F64) + common
+            row[::2] *= -1 if self.opposed else 1
             self.targets_.append(row)
         self.concentration = None
         if self.form == "given":

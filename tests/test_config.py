@@ -37,6 +37,8 @@ def test_an_older_versions_configuration_keeps_its_loss() -> None:
     former = TrainConfig.from_dict(saved)
     assert former == TrainConfig(epochs=7, loss=SOFTPLUS)
     assert TrainConfig.from_dict(json.loads(json.dumps(former.to_dict()))) == former
+    saved["method"] = "simsiam"
+    assert TrainConfig.from_dict(saved) == TrainConfig(method="simsiam", epochs=7), "it has neither"
     part = TrainConfig.from_dict({"loss": {"concentration_min": 1.0}})
     assert part.loss == LossConfig(concentration_min=1.0)
 

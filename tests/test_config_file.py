@@ -32,8 +32,12 @@ def test_an_older_runs_configuration_keeps_its_loss(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(saved))
     assert updated(preset("demo"), read_settings(file)).loss == SOFTPLUS
-    file.write_text("augment: {size: 96}\nmodel: {dim: 512}\nloss: {concentration_min: 1.0}\n")
-    assert updated(preset("demo"), read_settings(file)).loss == LossConfig(concentration_min=1.0)
+    for own in (
+        {"concentration_min": 1.0},
+        {"concentration_scale": 511.0, "concentration_min": 1.0, "loss_scale": 0.002},
+    ):
+        file.write_text(f"augment: {{size: 96}}\nmodel: {{dim: 512}}\nloss: {json.dumps(own)}\n")
+        assert updated(preset("demo"), read_settings(file)).loss == LossConfig(**own)
 
 
 def test_settings_stand_side_by_side_or_in_their_parts(tmp_path: Path) -> None:

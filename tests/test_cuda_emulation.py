@@ -97,14 +97,28 @@ SHAPES = [  # views, targets, batch, dim
 ]
 
 
+TRAINED: dict[str, Any] = {"link": "quadratic", "gain": 0.3, "cosine": 1.5, "scale": 7.0, "opposed": True}
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_form_matches_float64(kernels: Any, shape: tuple[int, int, int, int], form: str) -> None:
     for aligned in (True, False):
         check(kernels, Case(*shape, form=form, aligned=aligned, padding=3))
         if form == "raw":
-            trained = {"link": "quadratic", "gain": 0.3, "cosine": 1.5, "scale": 7.0}
-            check(kernels, Case(*shape, **trained, aligned=aligned, padding=3))
+            check(kernels, Case(*shape, **TRAINED, aligned=aligned, padding=3))
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 40, 32), (3, 2, 40, 516), (2, 1, 40, 2048)], ids=str)
+def test_at_the_bound_of_the_quadratic_link_only_what_raises_kappa_counts(
+    kernels: Any, shape: tuple[int, int, int, int]
+) -> None:
+    for aligned in (True, False):
+        case = Case(*shape, **TRAINED, aligned=aligned)
+        column = check(kernels, case)["gradient"][1, :, case.dim]
+        below = case.predictions[1][:, case.dim] < 0.02 / case.gain
+        assert (column[below] == 0).sum() > 3
+        assert (column[below] < 0).sum() > 3
 
 
 @pytest.mark.parametrize(

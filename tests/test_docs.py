@@ -24,6 +24,7 @@ from vi_simsiam.data.defaults import suited
 from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.engine import verdict
 from vi_simsiam.functional import power_spherical_loss
+from vi_simsiam.heads import _GAIN
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -139,6 +140,11 @@ def test_the_photo_page_has_the_settings_of_the_code() -> None:
     assert f"below {verdict.LEAST_COSINE:g} after an epoch: not learning" in numbers
     assert f"below {verdict.LEAST_SPREAD:g}: collapse, which z-std need not show" in numbers
     assert f"more than {1 / verdict.LEAST_RATIO:g} times kappa: dead" in numbers
+
+
+def test_the_pages_have_the_gain_of_the_code() -> None:
+    assert f'"concentration_gain": {_GAIN:g} / 64**0.5' in (DOCS / "your-script.md").read_text()
+    assert f"times {_GAIN:g}/√H" in (DOCS / "numbers.md").read_text()
 
 
 def test_the_loss_in_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

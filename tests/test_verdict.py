@@ -29,11 +29,12 @@ def health(config: TrainConfig, *lines: dict[str, float]) -> Health:
     ("metrics", "state", "start"),
     [
         ({}, "learning", "learned: cosine 0.70"),
-        ({"cosine": 0.04}, "not learning", "not learning since step 80: cosine 0.04"),
-        ({"cosine": -0.001}, "not learning", "not learning since step 80: cosine 0.00"),
+        ({"cosine": 0.04}, "not learning", "not learning since step 10: cosine 0.04"),
+        ({"cosine": -0.001}, "not learning", "not learning since step 10: cosine 0.00"),
+        ({"cosine": 0.07}, "learning", "barely learned: cosine 0.07"),
         ({"z_std": 0.1}, "collapsed", "collapsed since step 10: z-std 0.10"),
         ({"projection_spread": 0.004, "cosine": 0.99}, "collapsed", "collapsed since step 10: 0.4% of the projections"),
-        ({"kappa": 0.02}, "dead", "dead since step 40: kappa/(D-1) 0.02, where 2.3 would fit"),
+        ({"kappa": 0.02}, "dead", "dead since step 10: kappa/(D-1) 0.02, where 2.3 would fit"),
     ],
 )
 def test_a_state_is_named_with_its_step_its_figure_and_a_way_on(
@@ -48,7 +49,7 @@ def test_a_state_is_named_with_its_step_its_figure_and_a_way_on(
 
 
 def test_a_problem_begins_once_and_ends() -> None:
-    """Three lines are averaged, so that one batch alone says nothing; the step is that of the first line of the three."""
+    """Three lines are averaged, so that one batch alone says little; the step is that of the first line of the three."""
     found = Health(TrainConfig())
     begins = []
     for number in range(12):
@@ -58,6 +59,11 @@ def test_a_problem_begins_once_and_ends() -> None:
             assert (found.state, found.since) == ("dead", 400)
     assert [number for number, begun in enumerate(begins) if begun] == [6]
     assert (found.state, found.since, found.short) == ("learning", None, "")
+
+
+def test_one_line_of_a_short_run_is_a_state() -> None:
+    found = health(TrainConfig(), {"z_std": 0.1})
+    assert (found.state, found.short) == ("collapsed", "collapsed since step 10")
 
 
 def test_a_cosine_has_time_to_rise() -> None:
@@ -98,12 +104,17 @@ def test_the_advice_is_not_what_was_done() -> None:
     assert "--crop-scale 0.5 1" in health(preset("demo"), *flat).line
     mild = TrainConfig(augment=AugmentConfig(crop_scale=(0.5, 1.0)))
     assert "--crop-scale" not in health(mild, *flat).line
-    dead = [{"kappa": 0.01}] * 4
-    assert health(TrainConfig(), *dead).line.startswith("dead since step 20")
+    dead = [{"kappa": 0.01}] * 10
+    assert health(TrainConfig(), *dead).line.startswith("dead since step 10")
     assert "--concentration-link" not in health(TrainConfig(), *dead).line
     assert "--clip-norm 1" in health(TrainConfig(), *dead).line
     assert "--clip-norm" not in health(TrainConfig(clip_norm=1.0), *dead).line
     assert "--concentration-link quadratic --cosine-weight 1" in health(TrainConfig(loss=NETWORK), *dead).line
+    fitted = TrainConfig(frozen_run=Path("runs/simsiam"), loss=NETWORK)
+    assert health(fitted, *dead).line.endswith("try more --epochs than 100 or a larger --lr than 0.0125")
+    constant = dataclasses.replace(NETWORK, concentration="constant", concentration_value=0.01)
+    line = health(TrainConfig(loss=constant), *dead).line
+    assert "the loss has 1.0% of the gradient of SimSiam's; try a larger --concentration-value than 0.01" in line
 
 
 def test_a_warm_up_and_an_epoch_are_waited_for() -> None:
@@ -115,15 +126,26 @@ def test_a_warm_up_and_an_epoch_are_waited_for() -> None:
 def test_a_kappa_at_its_upper_bound_is_not_dead() -> None:
     """kappa/(D - 1) is at most 0.8, the best one 9."""
     bounded = TrainConfig(loss=LossConfig(concentration_max=0.8 * 2047))
-    assert health(bounded, *[{"kappa": 0.79, "kappa_best": 9.0}] * 9).state == "learning"
-    assert health(bounded, *[{"kappa": 0.07, "kappa_best": 9.0}] * 9).state == "dead"
+    assert health(bounded, *[{"kappa": 0.79, "kappa_best": 9.0}] * 10).state == "learning"
+    assert health(bounded, *[{"kappa": 0.07, "kappa_best": 9.0}] * 10).state == "dead"
+
+
+def test_a_large_kappa_is_not_dead_however_near_the_cosines_are_to_1() -> None:
+    assert health(TrainConfig(), *[{"kappa": 30.0, "kappa_best": 1e6, "cosine": 1.0}] * 10).state == "learning"
+    assert health(TrainConfig(), *[{"kappa": 0.9, "kappa_best": 1e6, "cosine": 1.0}] * 10).state == "dead"
+
+
+def test_a_scale_of_one_s_own_is_judged_where_it_is_the_default_one() -> None:
+    for scale, state in ((2047.0, "dead"), (1.0, "learning")):
+        config = TrainConfig(loss=LossConfig(concentration_scale=scale))
+        assert health(config, *[{"kappa": 0.01}] * 10).state == state
 
 
 def test_a_fitted_kappa_has_a_verdict_of_its_own() -> None:
     config = TrainConfig(frozen_run=Path("runs/simsiam"))
     found = health(config, *[{"cosine": 0.02}] * 20)
     assert found.line == "kappa fitted: kappa/(D-1) 2.3 at a mean cosine of 0.02"
-    assert health(config, *[{"kappa": 0.01}] * 4).state == "dead"
+    assert health(config, *[{"kappa": 0.01}] * 10).state == "dead"
 
 
 def test_a_log_that_cannot_be_read_has_no_verdict(tmp_path: Path) -> None:

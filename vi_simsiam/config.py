@@ -318,8 +318,7 @@ class TrainConfig:
         """
         nested = {"augment": AugmentConfig, "model": ModelConfig, "loss": LossConfig}
         try:
-            if "loss" in plain:
-                plain = plain | {"loss": former_loss(plain["loss"])}
+            plain = with_former_loss(plain)
             values = {
                 name: nested[name](**_tuples(value)) if name in nested else value for name, value in plain.items()
             }
@@ -381,11 +380,15 @@ def preset(name: str) -> TrainConfig:
     return PRESETS[name]
 
 
-def former_loss(plain: dict[str, Any]) -> dict[str, Any]:
-    """A loss as a run saved it before its link and cosine weight could be chosen, with those it had; others as they are."""
-    if not {"concentration_scale", "concentration_min", "loss_scale"} <= plain.keys():  # a part, not what a run saves
+def with_former_loss(plain: dict[str, Any]) -> dict[str, Any]:
+    """VI-SimSiam as a run saved it before link and cosine weight could be chosen, with those it had; all else as it is."""
+    loss = plain.get("loss")
+    if plain.get("method") != "vi-simsiam" or "model" not in plain or not isinstance(loss, dict):
         return plain
-    return {"concentration_link": SOFTPLUS.concentration_link, "cosine_weight": SOFTPLUS.cosine_weight} | plain
+    if not {"concentration_scale", "concentration_min", "loss_scale"} <= loss.keys():  # a part, not what a run saves
+        return plain
+    former = {"concentration_link": SOFTPLUS.concentration_link, "cosine_weight": SOFTPLUS.cosine_weight}
+    return plain | {"loss": former | loss}
 
 
 def differing_fields(saved: TrainConfig, given: TrainConfig) -> list[str]:

@@ -298,7 +298,7 @@ class VISimSiam(SimSiam):
 
         With a "detached" concentration it is SimSiam's loss, which trains the network, plus `loss_scale` times the
         likelihood's, which trains the concentration; a frozen model has the likelihood's alone. "shuffled"
-        concentrations are exchanged in training mode.
+        concentrations are exchanged in training mode. It is to be minimised: with the link "quadratic" do not negate it.
         """
         predictions, direct = output.predictions, None
         if self.parametrisation == "detached":

@@ -19,7 +19,8 @@ class PowerSphericalLoss(nn.Module):
         reduction: "mean" over the batch, or "none".
         backend: "auto" (the fastest for the device), "eager", "triton", "cuda" or "cpu".
         concentration_scale, concentration_min, concentration_link, concentration_gain: kappa =
-            concentration_scale * link(concentration_gain * raw) + concentration_min.
+            concentration_scale * link(concentration_gain * raw) + concentration_min. With the link "quadratic" the result
+            must not be negated.
         cosine_weight: weight of SimSiam's loss, `cosine_loss`, which is added; at least 0.
         loss_scale: factor on the Power Spherical loss, positive.
 

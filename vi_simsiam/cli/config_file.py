@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from vi_simsiam.config import TrainConfig, former_loss
+from vi_simsiam.config import TrainConfig, with_former_loss
 from vi_simsiam.errors import InputError, did_you_mean
 
 _PARTS = ("augment", "model", "loss")
@@ -34,10 +34,8 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise _unreadable(path, "it is not text") from None
     if not isinstance(content, dict):
         raise InputError(f"config: {path} holds no settings; a line is a setting and its value, such as epochs: 20")
-    if isinstance(content.get("loss"), dict):
-        content["loss"] = former_loss(content["loss"])
     settings: dict[str, Any] = {}
-    for name, value in content.items():
+    for name, value in with_former_loss(content).items():
         if name in _PARTS and not isinstance(value, dict):
             raise InputError(f"config: {name}: {value!r} is not accepted; it must hold settings by name")
         inside = value if name in _PARTS else {name: value}

@@ -167,7 +167,8 @@ class _Batch:
         if run.exit == 0:
             result = run.result()
             top1 = [f"{name} top-1 {100 * share:.1f} %" for name, share in result["top1"].items()]
-            found = [*(top1 or [last_line(run.log)]), problem(result["metrics"] or {})]
+            # Without an accuracy the last line is the verdict, which names a problem itself.
+            found = [*top1, problem(result["metrics"] or {})] if top1 else [last_line(run.log)]
             return f"seed {run.seed}: done in {run.seconds:.0f} s  {'  '.join(filter(None, found))}"
         if run.state == "failed":
             return f"seed {run.seed}: failed with exit code {run.exit}: {last_line(run.log)} (see {run.log})"
@@ -274,8 +275,8 @@ def _without(arguments: Sequence[str], options: dict[str, bool]) -> list[str]:
 def _last_metrics(path: Path) -> dict[str, Any] | None:
     """The last line of metrics.jsonl, if there is a whole one."""
     with contextlib.suppress(ValueError):
-        metrics: dict[str, Any] = json.loads(last_line(path))
-        return metrics
+        metrics = json.loads(last_line(path))
+        return metrics if isinstance(metrics, dict) else None
     return None
 
 

@@ -21,10 +21,12 @@ LEAST_SPREAD = 0.01
 LEAST_RATIO = 0.1
 """Below this multiple of the concentration that fits the cosines best a concentration is dead."""
 LEAST_COSINE = 0.1
-"""Below this predictions and targets are at right angles."""
+"""Below this predictions and targets are nearly at right angles."""
+_NO_COSINE = 0.05  # below this they are: nothing has been learned yet
 _LEAST_WEIGHT = 0.02  # gradient of a cosine, as a share of SimSiam's
 _LEAST_BEST = 0.02  # a smaller best concentration is that of no cosine at all
-_STEPS = 100  # in which a cosine may still be what it was at the start
+_LARGEST_BEST = 10.0  # the best one has no bound as cosines approach 1; a concentration that large learns in any case
+_STEPS = 100  # in which cosine and concentration may still be what they were at the start
 _LINES = 3
 """Lines of metrics that are averaged: each is of one batch."""
 
@@ -32,7 +34,7 @@ _LINES = 3
 def problem(metrics: dict[str, Any]) -> str:
     """The problem that a line of metrics names, in a few words; nothing while the training learns."""
     state = metrics.get("state", "learning")
-    return "" if state == "learning" else f"{state} since step {metrics['since']}"
+    return "" if state == "learning" else f"{state} since step {metrics.get('since', '?')}"
 
 
 class Health:
@@ -44,11 +46,11 @@ class Health:
     - not learning: predictions and targets are still at right angles.
     - learning: none of these. What the features are worth is for `vi-simsiam evaluate` to measure.
 
-    A kappa may be far from its best value, and a cosine low, until the warm-up and another epoch are over.
+    A kappa may be far from its best value, and a cosine low, until the warm-up, another epoch and 100 steps are over.
 
     Attributes:
         state: the state.
-        since: step of the first of the three lines that showed it; None for learning.
+        since: step at which what it rests on began, the first line's of the averaged ones; None for learning.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -56,6 +58,8 @@ class Health:
         self.state: State = "learning"
         self.since: int | None = None
         self._recent: deque[dict[str, Any]] = deque(maxlen=_LINES)
+        self._seen: State = "learning"  # whether or not it is too early to say so
+        self._began = 0
 
     @classmethod
     def of_run(cls, folder: Path, config: TrainConfig) -> Health | None:
@@ -76,12 +80,12 @@ class Health:
             metrics: the keys cosine and z_std are read; step, epoch, kappa, kappa_best and projection_spread where they are there.
         """
         self._recent.append(metrics)
-        state = self._judged() if len(self._recent) == _LINES else "learning"
-        if state == self.state:
-            return False
-        self.state = state
-        self.since = None if state == "learning" else int(self._recent[0].get("step", 0))
-        return state != "learning"
+        seen, at_once = self._look()
+        if seen != self._seen:
+            self._seen, self._began = seen, int(self._recent[0].get("step", 0))
+        before, self.state = self.state, seen if at_once or self._late() else "learning"
+        self.since = None if self.state == "learning" else self._began
+        return self.state not in ("learning", before)
 
     @property
     def short(self) -> str:
@@ -91,10 +95,9 @@ class Health:
     @property
     def line(self) -> str:
         """The verdict: the state with the figure that it rests on and what to try."""
-        config, state = self.config, self._judged()
+        config, state = self.config, self.state
         cosine, z_std = round(self._mean("cosine") or 0, 2) + 0.0, self._mean("z_std") or 0  # no -0.00
-        clip = "" if config.clip_norm is not None else ", --clip-norm 1"
-        since = f" since step {self.since}" if self.since else ""
+        since = "" if self.since is None else f" since step {self.since}"
         kappa, best = self._mean("kappa"), self._mean("kappa_best")
         if state == "collapsed":
             varying = self._mean("projection_spread")
@@ -106,14 +109,11 @@ class Health:
                 f"{config.lr:g}, a smaller --weight-decay than {config.weight_decay:g} or a longer --warmup-epochs"
             )
         if state == "dead":
-            best = None if best is None else self._reachable(best)
-            if best is not None and kappa is not None and kappa < LEAST_RATIO * best:
+            if self._behind():
                 figure = f"kappa/(D-1) {kappa:.2g}, where {best:.2g} would fit the cosines"
             else:
                 figure = f"kappa/(D-1) {kappa:.2g}, the loss has {self._weight():.1%} of the gradient of SimSiam's"
-            safe = config.loss.concentration_link == "quadratic" and config.loss.cosine_weight > 0
-            way = f"a smaller --lr than {config.lr:g}" if safe else "--concentration-link quadratic --cosine-weight 1"
-            return f"dead{since}: {figure}; try {way}{clip} or another --seed"
+            return f"dead{since}: {figure}; try {self._way_back()}"
         if state == "not learning" or (config.frozen_run is None and cosine < LEAST_COSINE):
             what = state if state == "not learning" else "barely learned"
             milder = "" if config.augment.crop_scale[0] >= 0.5 else ", or --crop-scale 0.5 1 for milder views"
@@ -126,7 +126,7 @@ class Health:
         return f"learned: cosine {cosine:.2f} between the views of an image, z-std {z_std:.2f} (1: spread evenly, 0: collapsed)"
 
     def _mean(self, name: str) -> float | None:
-        values = [line[name] for line in self._recent if name in line]
+        values = [line[name] for line in self._recent if line.get(name) is not None]
         return sum(values) / len(values) if values else None
 
     def _weight(self) -> float:
@@ -137,28 +137,45 @@ class Health:
         scale = 1 / (dim - 1) if loss.loss_scale is None else loss.loss_scale
         return loss.cosine_weight + kappa * (dim - 1) * scale
 
-    def _judged(self) -> State:
-        kappa, best, spread = (self._mean(name) for name in ("kappa", "kappa_best", "projection_spread"))
-        loss, frozen, last = self.config.loss, self.config.frozen_run is not None, self._recent[-1]
+    def _look(self) -> tuple[State, bool]:
+        """What the recent lines look like, and whether that is wrong at any time of a training."""
+        after, spread = self._mean("z_std"), self._mean("projection_spread")
+        frozen = self.config.frozen_run is not None
         if not frozen:
-            after = self._mean("z_std")
             if (after is not None and after < COLLAPSE_THRESHOLD) or (spread is not None and spread < LEAST_SPREAD):
-                return "collapsed"
+                return "collapsed", True
             if self._weight() < _LEAST_WEIGHT:
-                return "dead"
-        late = last.get("epoch", math.inf) >= 1 + self.config.warmup_epochs
-        # A kappa with another scale than D - 1 is not meant to follow.
-        follows = loss.concentration != "constant" and loss.concentration_scale is None
-        if late and follows and kappa is not None and best is not None:
-            best = self._reachable(best)
-            if best > _LEAST_BEST and kappa < LEAST_RATIO * best:
-                return "dead"
-        late = late and last.get("step", _STEPS) >= _STEPS
-        if late and not frozen and (self._mean("cosine") or 0) < LEAST_COSINE:
-            return "not learning"
-        return "learning"
+                return "dead", True
+        if self._behind():
+            return "dead", False
+        if not frozen and (self._mean("cosine") or 0) < _NO_COSINE:
+            return "not learning", False
+        return "learning", False
 
-    def _reachable(self, best: float) -> float:
-        """The best kappa/(D - 1) that the bound on kappa allows."""
-        maximum = self.config.loss.concentration_max
-        return best if maximum is None else min(best, maximum / (self.config.model.dim - 1))
+    def _late(self) -> bool:
+        last = self._recent[-1]
+        warm: bool = last.get("epoch", math.inf) >= 1 + self.config.warmup_epochs
+        return warm and last.get("step", _STEPS) >= _STEPS
+
+    def _behind(self) -> bool:
+        """Whether kappa is far below the best one, where it is meant to follow it: with the scale D - 1."""
+        loss, dim = self.config.loss, self.config.model.dim
+        kappa, best = self._mean("kappa"), self._mean("kappa_best")
+        if kappa is None or best is None or loss.concentration == "constant":
+            return False
+        if loss.concentration_scale not in (None, dim - 1):
+            return False
+        best = min(best, _LARGEST_BEST)
+        if loss.concentration_max is not None:
+            best = min(best, loss.concentration_max / (dim - 1))
+        return best > _LEAST_BEST and kappa < LEAST_RATIO * best
+
+    def _way_back(self) -> str:
+        config, loss = self.config, self.config.loss
+        if config.frozen_run is not None:
+            return f"more --epochs than {config.epochs} or a larger --lr than {config.lr:g}"
+        if loss.concentration == "constant":
+            return f"a larger --concentration-value than {loss.concentration_value}"
+        safe = loss.concentration_link == "quadratic" and loss.cosine_weight > 0
+        way = f"a smaller --lr than {config.lr:g}" if safe else "--concentration-link quadratic --cosine-weight 1"
+        return f"{way}{'' if config.clip_norm is not None else ', --clip-norm 1'} or another --seed"

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from vi_simsiam.config import SOFTPLUS, TrainConfig, preset
+from vi_simsiam.config import SOFTPLUS, LossConfig, TrainConfig, preset
 from vi_simsiam.engine.checkpoint import write_atomically, write_json
 from vi_simsiam.engine.verdict import LEAST_COSINE, LEAST_RATIO
 from vi_simsiam.errors import InputError
@@ -49,7 +49,8 @@ def deaths(options: PlanOptions) -> Plan:
     arms = []
     for dim in DIMS if options.dim is None else (options.dim,):
         for rate in RATES:
-            config = dataclasses.replace(base, lr=rate, model=dataclasses.replace(base.model, dim=dim))
+            model = dataclasses.replace(base.model, dim=dim)
+            config = dataclasses.replace(base, lr=rate, model=model, loss=LossConfig())
             softplus = dataclasses.replace(config, loss=SOFTPLUS)
             simsiam = dataclasses.replace(config, method="simsiam")
             at = f"d{dim}-lr{rate:g}"

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from vi_simsiam.config import former_loss
+from vi_simsiam.config import with_former_loss
 from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.evaluation.style import BLUE, GRAY, ORANGE, STYLE, figure, save
 from vi_simsiam.experiments.plan import MEASURES
@@ -73,7 +73,7 @@ def _parametrisation(run: dict[str, Any]) -> str:
     """How the concentration follows from the predictor's output; empty for SimSiam."""
     if run["method"] != "vi-simsiam":
         return ""
-    loss = former_loss(run["config"]["loss"])
+    loss = with_former_loss(run["config"])["loss"]
     scale, link = loss["concentration_scale"], loss["concentration_link"]
     if link != "softplus":
         return "default loss" if loss["cosine_weight"] else "κ quadratic"

@@ -117,7 +117,8 @@ def run_experiment(
     tasks = _tasks(plan, plan.arms, plan.seeds, out)
     if (out / CHOSEN).is_file():
         trials = []
-    _decode([task.arm for task in (*trials, *tasks) if not task.result.is_file()], place, console)
+    left = [task for task in (*trials, *tasks) if not task.result.is_file()]
+    _decode([task.arm for task in left], place, console, measured=any(task.spec["measures"] for task in left))
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
         _check(plan, out)  # another command may have begun here while the images were decoded
@@ -295,7 +296,7 @@ class _Batch:
         return 1 if "cpu" in self.slots else max(1, cores() // len(self.slots))
 
 
-def _decode(arms: Sequence[Arm], place: Place, console: Console) -> None:
+def _decode(arms: Sequence[Arm], place: Place, console: Console, *, measured: bool) -> None:
     """Open every data set and decode its images once, before several runs would at the same time.
 
     Raises:
@@ -310,7 +311,8 @@ def _decode(arms: Sequence[Arm], place: Place, console: Console) -> None:
         with console.status(escape(f"reading {config.data}")):
             located = dataclasses.replace(config, data_root=place.data_root, offline=place.offline).located()
             splits = open_splits(located)
-            labelled_splits(splits)  # every run is measured: known now, not when it is trained
+            if measured:
+                labelled_splits(splits)  # known now, not when the first run is trained
             for source in (splits.train, splits.val):
                 if source is not None:
                     cached(source, cache_dir=place.cache_dir)
