@@ -106,7 +106,7 @@ def test_what_counts_as_dead(tmp_path: Path) -> None:
         "simsiam 0 of 3; softplus 2 of 4 (cosine 2); vi-simsiam 4 of 6 (cosine 1, diverged 1, kappa 1, kappa and cosine 1)"
         in text
     )
-    assert "between 0.5 and 2 times the best one in 2 of 6 runs" in text
+    assert "between 0.5 and 2 times the best one in 2 of 6 runs of vi-simsiam, throughout from the second epoch on in 2." in text
     assert "| fashion-mini | vi-simsiam | 0.06 | 6 | 4 |" in text
     assert "options: seeds 9, data fashion-mini" in text
 
@@ -118,6 +118,10 @@ def test_ratios_are_of_smoothed_figures_after_the_first_epoch(tmp_path: Path) ->
     (row,) = written(tmp_path / "one", result(arm, "deaths", 0, **lines))
     assert (row["least_ratio"], row["largest_ratio"]) == (1.0, 1.4)
     assert row["kappa"] == 1.3
+    lines["curve"]["kappa"] = [1.0] * 14 + [20.0] + [1.0] * 5
+    (row,) = written(tmp_path / "two", result(arm, "deaths", 0, **lines))
+    text = (tmp_path / "two" / "summary.md").read_text()
+    assert "in 1 of 1 runs of vi-simsiam, throughout from the second epoch on in 0." in text
 
 
 def test_a_damaged_result_is_named(tmp_path: Path) -> None:

@@ -175,7 +175,11 @@ def markdown(runs: dict[str, Any]) -> str:
     held = ""
     if ours := [row for row in rows if row["arm"] == "vi-simsiam"]:
         kept = sum("kappa" in row and _LOW <= row["kappa"] / max(row["kappa_best"], 1e-6) <= _HIGH for row in ours)
-        held = f" At the end kappa is between {_LOW} and {_HIGH:g} times the best one in {kept} of {len(ours)} runs of vi-simsiam."
+        follow = sum("kappa" in row and _LOW <= row["least_ratio"] <= row["largest_ratio"] <= _HIGH for row in ours)
+        held = (
+            f" At the end kappa is between {_LOW} and {_HIGH:g} times the best one in {kept} of {len(ours)} runs of vi-simsiam,"
+            f" throughout from the second epoch on in {follow}."
+        )
     sections = {
         "Result": f"Dead runs: {counts}.{held}",
         "Dimensions": _table(rows, "D", "dim"),
