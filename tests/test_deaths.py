@@ -106,7 +106,10 @@ def test_what_counts_as_dead(tmp_path: Path) -> None:
         "simsiam 0 of 3; softplus 2 of 4 (cosine 2); vi-simsiam 4 of 6 (cosine 1, diverged 1, kappa 1, kappa and cosine 1)"
         in text
     )
-    assert "between 0.5 and 2 times the best one in 2 of 6 runs of vi-simsiam, throughout from the second epoch on in 2." in text
+    assert (
+        "between 0.5 and 2 times the best one in 2 of 6 runs of vi-simsiam, throughout from the second epoch on in 2."
+        in text
+    )
     assert "| fashion-mini | vi-simsiam | 0.06 | 6 | 4 |" in text
     assert "options: seeds 9, data fashion-mini" in text
 
