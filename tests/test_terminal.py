@@ -68,7 +68,7 @@ def test_experiments_show_logs_and_data_as_they_are(tmp_path: Path) -> None:
     save_images(images, 4)
     config = tiny_config(f"folder:{images}")
     with pytest.raises(InputError, match="has no labels"):  # before anything is trained
-        _decode([Arm("a", config, "")], Place(cache_dir=tmp_path / "cache"), Terminal())
+        _decode([Arm("a", config, "")], Place(cache_dir=tmp_path / "cache"), Terminal(), measured=True)
 
     terminal = Terminal()
     batch = _Batch([Task(Arm("a", config, ""), 0, tmp_path, {})], ["cpu"], Place(), terminal, [], "")

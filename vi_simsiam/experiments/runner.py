@@ -118,7 +118,7 @@ def run_experiment(
     if (out / CHOSEN).is_file():
         trials = []
     left = [task for task in (*trials, *tasks) if not task.result.is_file()]
-    _decode([task.arm for task in left], place, console, measured=any(task.spec["measures"] for task in left))
+    _decode([task.arm for task in left], place, console, any(task.spec["measures"] for task in left))
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
         _check(plan, out)  # another command may have begun here while the images were decoded
@@ -296,7 +296,7 @@ class _Batch:
         return 1 if "cpu" in self.slots else max(1, cores() // len(self.slots))
 
 
-def _decode(arms: Sequence[Arm], place: Place, console: Console, *, measured: bool) -> None:
+def _decode(arms: Sequence[Arm], place: Place, console: Console, measured: bool) -> None:
     """Open every data set and decode its images once, before several runs would at the same time.
 
     Raises:
