@@ -137,9 +137,16 @@ def test_the_photo_page_has_the_settings_of_the_code() -> None:
         assert suited(TrainConfig(), source, size=int(size)).epochs == int(epochs), images
     numbers = (DOCS / "numbers.md").read_text()
     assert f"below {verdict.COLLAPSE_THRESHOLD:g}: collapse" in numbers
-    assert f"below {verdict.LEAST_COSINE:g} after an epoch: not learning" in numbers
+    assert (
+        f"below {verdict.NO_COSINE:g} after the warm-up, one more epoch and {verdict.STEPS} steps: not learning"
+        in numbers
+    )
+    assert f"below {verdict.LEAST_COSINE:g} at the end: barely learned" in numbers
     assert f"below {verdict.LEAST_SPREAD:g}: collapse, which z-std need not show" in numbers
-    assert f"more than {1 / verdict.LEAST_RATIO:g} times kappa: dead" in numbers
+    assert (
+        f"more than {1 / verdict.LEAST_RATIO:g} times kappa after as many steps, where it counts as {verdict.LARGEST_BEST:g} at most: dead"
+        in numbers
+    )
 
 
 def test_the_pages_have_the_gain_of_the_code() -> None:

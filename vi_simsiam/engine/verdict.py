@@ -22,11 +22,14 @@ LEAST_RATIO = 0.1
 """Below this multiple of the concentration that fits the cosines best a concentration is dead."""
 LEAST_COSINE = 0.1
 """Below this predictions and targets are nearly at right angles."""
-_NO_COSINE = 0.05  # below this they are: nothing has been learned yet
+NO_COSINE = 0.05
+"""Below this they are: nothing has been learned yet."""
 _LEAST_WEIGHT = 0.02  # gradient of a cosine, as a share of SimSiam's
 _LEAST_BEST = 0.02  # a smaller best concentration is that of no cosine at all
-_LARGEST_BEST = 10.0  # the best one has no bound as cosines approach 1; a concentration that large learns in any case
-_STEPS = 100  # in which cosine and concentration may still be what they were at the start
+LARGEST_BEST = 10.0
+"""The best kappa/(D - 1) has no bound as cosines approach 1; one that large learns in any case."""
+STEPS = 100
+"""In the first steps cosine and concentration may still be what they were at the start."""
 _LINES = 3
 """Lines of metrics that are averaged: each is of one batch."""
 
@@ -148,14 +151,14 @@ class Health:
                 return "dead", True
         if self._behind():
             return "dead", False
-        if not frozen and (self._mean("cosine") or 0) < _NO_COSINE:
+        if not frozen and (self._mean("cosine") or 0) < NO_COSINE:
             return "not learning", False
         return "learning", False
 
     def _late(self) -> bool:
         last = self._recent[-1]
         warm: bool = last.get("epoch", math.inf) >= 1 + self.config.warmup_epochs
-        return warm and last.get("step", _STEPS) >= _STEPS
+        return warm and last.get("step", STEPS) >= STEPS
 
     def _behind(self) -> bool:
         """Whether kappa is far below the best one, where it is meant to follow it: with the scale D - 1."""
@@ -165,7 +168,7 @@ class Health:
             return False
         if loss.concentration_scale not in (None, dim - 1):
             return False
-        best = min(best, _LARGEST_BEST)
+        best = min(best, LARGEST_BEST)
         if loss.concentration_max is not None:
             best = min(best, loss.concentration_max / (dim - 1))
         return best > _LEAST_BEST and kappa < LEAST_RATIO * best
