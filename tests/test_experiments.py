@@ -410,6 +410,10 @@ def test_the_command_answers_in_one_line(
     for arguments, text in (
         (["table2"], "experiment: 'table2' is none of"),
         (["controls", "--arms", "resnet"], "arms: 'resnet' is none of"),
+        (
+            ["deaths", "--arms", "vi-simsim"],
+            r"simsiam-d128-lr0.0125, .*, \.\.\. \(48 in all\); did you mean 'vi-simsiam-",
+        ),
         (["controls", "--seeds", "0"], "seeds: 0 is not accepted"),
         (["controls", "--devices", "tpu"], "device: 'tpu' is none of"),
         (["controls", "--data", "cifar10", "--offline"], "cifar10: no complete copy"),

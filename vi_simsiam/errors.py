@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+_SHOWN = 16
+"""Accepted values that a message lists at most."""
+
 
 class UserError(Exception):
     """Base of the errors below."""
@@ -22,9 +25,10 @@ class TrainingError(UserError, RuntimeError):
 
 
 def none_of(name: str, value: object, accepted: Iterable[str]) -> InputError:
-    """The error for a value that is not among those accepted, with the most similar of them."""
+    """The error for a value that is not among those accepted, with the most similar of them. A long list is cut."""
     accepted = list(accepted)
-    return InputError(f"{name}: {value!r} is none of {', '.join(accepted)}{did_you_mean(str(value), accepted)}")
+    shown = accepted if len(accepted) <= _SHOWN else [*accepted[:_SHOWN], f"... ({len(accepted)} in all)"]
+    return InputError(f"{name}: {value!r} is none of {', '.join(shown)}{did_you_mean(str(value), accepted)}")
 
 
 def did_you_mean(given: str, accepted: Iterable[str]) -> str:

@@ -33,7 +33,7 @@ class PlanOptions:
     data: tuple[str, ...] | None = None
     """Data sets: imagenette, imagewoof, cifar10, fashion-mini, folder:PATH or pack:FILE; None for the experiment's own."""
     preset: str = "default"
-    """Settings of `vi-simsiam train` that tuned, controls and stability start from: default, or demo for images of 28 pixels."""
+    """Settings of `vi-simsiam train` that an experiment other than table1 and lightly-imagenette starts from: default, or demo (28 pixels)."""
     epochs: int | None = None
     """Length of a training."""
     size: int | None = None
