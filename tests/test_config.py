@@ -88,6 +88,8 @@ def test_paper_preset_is_the_papers() -> None:
         (LossConfig, {"loss_scale": math.nan}),
         (LossConfig, {"concentration_min": -1.0}),
         (LossConfig, {"concentration_link": "exp"}),
+        (LossConfig, {"concentration_gain": 0.0}),
+        (LossConfig, {"concentration_gain": math.inf}),
         (LossConfig, {"cosine_weight": -0.5}),
         (LossConfig, {"cosine_weight": math.nan}),
         (LossConfig, {"concentration": "median"}),

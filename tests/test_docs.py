@@ -19,12 +19,11 @@ from PIL import Image
 from vi_simsiam.benchmarks.report import fill
 from vi_simsiam.cli import main
 from vi_simsiam.cli.commands import COMMANDS
-from vi_simsiam.config import TrainConfig
+from vi_simsiam.config import LossConfig, TrainConfig
 from vi_simsiam.data.defaults import suited
 from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.engine import verdict
 from vi_simsiam.functional import power_spherical_loss
-from vi_simsiam.heads import _GAIN
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -138,20 +137,21 @@ def test_the_photo_page_has_the_settings_of_the_code() -> None:
     numbers = (DOCS / "numbers.md").read_text()
     assert f"below {verdict.COLLAPSE_THRESHOLD:g}: collapse" in numbers
     assert (
-        f"below {verdict.NO_COSINE:g} after the warm-up, one more epoch and {verdict.STEPS} steps: not learning"
-        in numbers
+        f"below {verdict.NO_COSINE:g} when the warm-up and one more epoch (or the training) are over, "
+        f"and {verdict.STEPS} steps: not learning" in numbers
     )
     assert f"below {verdict.LEAST_COSINE:g} at the end: barely learned" in numbers
     assert f"below {verdict.LEAST_SPREAD:g}: collapse, which z-std need not show" in numbers
     assert (
-        f"more than {1 / verdict.LEAST_RATIO:g} times kappa after as many steps, where it counts as {verdict.LARGEST_BEST:g} at most: dead"
-        in numbers
+        f"more than {1 / verdict.LEAST_RATIO:g} times kappa, "
+        f"where a value above {verdict.LARGEST_BEST:g} counts as {verdict.LARGEST_BEST:g}: dead" in numbers
     )
 
 
 def test_the_pages_have_the_gain_of_the_code() -> None:
-    assert f'"concentration_gain": {_GAIN:g} / 64**0.5' in (DOCS / "your-script.md").read_text()
-    assert f"times {_GAIN:g}/√H" in (DOCS / "numbers.md").read_text()
+    gain = LossConfig().concentration_gain
+    assert f'"concentration_gain": {gain:g} / 64**0.5' in (DOCS / "your-script.md").read_text()
+    assert f"times {gain:g}/√H" in (DOCS / "numbers.md").read_text()
 
 
 def test_the_loss_in_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

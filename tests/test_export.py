@@ -109,7 +109,7 @@ def test_timm_preprocesses_as_the_evaluation_does(tmp_path: Path, tiny: Run) -> 
 @pytest.mark.parametrize(
     "loss",
     [
-        LossConfig(),
+        LossConfig(concentration_gain=3.0),
         LossConfig(concentration="constant", concentration_value=0.5),
         LossConfig(concentration="detached", concentration_scale=3.0, concentration_min=0.25, concentration_max=9.0),
     ],

@@ -170,11 +170,12 @@ def test_running_statistics_weigh_the_views_as_documented() -> None:
 def test_build_model_follows_the_configuration() -> None:
     config = TrainConfig(
         model=ModelConfig(backbone="resnet34", stem="small", dim=40, projector_hidden=16, predictor_hidden=12),
-        loss=LossConfig(concentration_scale=2.0, concentration_min=0.5),
+        loss=LossConfig(concentration_scale=2.0, concentration_min=0.5, concentration_gain=3.0, cosine_weight=0.5),
     )
     model = build_model(config)
     assert isinstance(model, VISimSiam)
     assert (model.form.scale, model.form.minimum, model.dim) == (2.0, 0.5, 40)
+    assert (model.form.gain, model.cosine_weight) == (pytest.approx(3 / 12**0.5), 0.5)
     assert len(model.backbone.layer3) == 6
     assert model.predictor[0].weight.shape == (12, 40)
     assert model.projector[0].weight.shape == (16, 512)

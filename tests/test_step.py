@@ -120,13 +120,13 @@ def test_what_a_step_returns_carries_no_graph() -> None:
 
 def test_bfloat16_changes_little() -> None:
     exact, rounded = make_step(), make_step(bf16=True)
-    for step in (exact, rounded):  # with SimSiam's loss beside it this network learns the batch in four steps
-        step.model.cosine_weight = 0.0
+    for step in (exact, rounded):  # the whole rate learns the batch in four steps
+        step.rates = RATES / 10
     for i in range(4):
         exact(views(i))
         rounded(views(i))
     assert not torch.equal(exact.losses, rounded.losses)
-    torch.testing.assert_close(exact.losses[:4], rounded.losses[:4], rtol=0.1, atol=0.02)
+    torch.testing.assert_close(exact.losses[:4], rounded.losses[:4], rtol=0.05, atol=0.01)
     assert all(p.dtype == torch.float32 for p in rounded.model.parameters())
 
 

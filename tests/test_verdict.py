@@ -123,6 +123,14 @@ def test_a_warm_up_and_an_epoch_are_waited_for() -> None:
     assert health(TrainConfig(epochs=20, warmup_epochs=10.0), *early).state == "dead"
 
 
+def test_a_single_long_epoch_is_judged_at_its_end() -> None:
+    found = Health(TrainConfig(epochs=1, warmup_epochs=0.05))
+    for step in range(100, 1001, 100):
+        assert found.state == "learning"
+        found.update(GOOD | {"step": step, "epoch": step / 1000, "kappa": 0.02})
+    assert (found.state, found.since) == ("dead", 100)
+
+
 def test_a_kappa_at_its_upper_bound_is_not_dead() -> None:
     """kappa/(D - 1) is at most 0.8, the best one 9."""
     bounded = TrainConfig(loss=LossConfig(concentration_max=0.8 * 2047))

@@ -159,14 +159,16 @@ class LossConfig:
     """Lower bound of the concentration kappa."""
     concentration_link: Link = "quadratic"
     """How kappa follows from its layer's output: quadratic, with a gradient that does not vanish, or softplus."""
+    concentration_gain: float = 4.0
+    """Factor on the quadratic link's input, over sqrt(predictor-hidden); larger: kappa differs between images sooner, and swings more."""
     cosine_weight: float = 1.0
-    """Weight of SimSiam's loss beside the likelihood's; 0 for the paper's loss. Without effect with frozen-run."""
+    """Weight of SimSiam's loss beside the likelihood's; 0 for the paper's loss. Without effect with frozen-run or "detached"."""
     loss_scale: float | None = None
     """Factor on the likelihood's loss, or on SimSiam's; None for 1/(D - 1) with vi-simsiam and 1 with simsiam."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("concentration_scale", "loss_scale"):
+        for name in ("concentration_scale", "concentration_gain", "loss_scale"):
             value = getattr(self, name)
             require(name, value, value is None or 0 < value < math.inf, "a positive number")
         for name in ("concentration_min", "cosine_weight"):

@@ -22,11 +22,6 @@ from vi_simsiam.ops.multiview_loss_launch import padded_width
 # kappa/(D - 1) at the start, near its optimum for the cosines of an untrained network. From softplus(0) = 0.69 the first
 # steps throw the raw concentration so far down that its gradient is gone for an epoch.
 _INITIAL_CONCENTRATION = 0.05
-# With the link "quadratic" the last layer's output is multiplied by this over sqrt(H). Of H features after BatchNorm and ReLU
-# two samples share H/6 of a squared length of H/2, so that a step of SGD moves the output H/6 times as far as a parameter,
-# and with momentum the concentration swings about its best value. With the factor squared it moves 16/6 times as far: half
-# the factor is as steady, and separates samples so slowly that kappa is less well calibrated after a short training.
-_GAIN = 4.0
 
 
 class ConcentrationHead:
@@ -39,6 +34,11 @@ class ConcentrationHead:
         minimum: concentration_min.
         maximum: concentration_max; None for no bound.
         link: maps the raw concentration to kappa.
+        gain: with the link "quadratic" the column counts times gain / sqrt(H). Of H features after BatchNorm and ReLU two
+            samples share H/6 of a squared length of H/2, so that a step of SGD moves the column H/6 times as far as a
+            parameter, and with momentum kappa swings about its best value. With a gain of 4 the raw concentration moves
+            16/6 times as far; with 2 it is as steady, and separates samples so slowly that kappa is less well calibrated
+            after a short training.
         hidden: H.
         value: kappa/(D - 1) of kind "constant".
         frozen: whether the column is fitted to a network that is kept as it is: its layer is apart then.
@@ -56,6 +56,7 @@ class ConcentrationHead:
         minimum: float = 0.0,
         maximum: float | None = None,
         link: Link = "quadratic",
+        gain: float = 4.0,
         hidden: int = 512,
         value: float | None = None,
         frozen: bool = False,
@@ -63,7 +64,7 @@ class ConcentrationHead:
         self.kind, self.dim = kind, dim
         self.scale = float(dim - 1) if scale is None else scale
         self.link: Link = "softplus" if kind == "constant" else link  # a constant needs no gradient, but may be small
-        self.gain = _GAIN / math.sqrt(hidden) if self.link == "quadratic" else 1.0
+        self.gain = gain / math.sqrt(hidden) if self.link == "quadratic" else 1.0
         self.initial = self._inverse(_INITIAL_CONCENTRATION) / self.gain if scale is None else None
         self._apart = frozen or kind == "detached"
         self._shared: nn.Module | None = None

@@ -221,7 +221,7 @@ class VISimSiam(SimSiam):
         concentration_scale: None for D - 1, which makes kappa/(D - 1) a number of order 1; it starts at about 0.05.
         concentration_min: lower bound of kappa.
         concentration_max: upper bound of kappa, approached smoothly; None for none.
-        concentration_link, cosine_weight: see `LossConfig`.
+        concentration_link, concentration_gain, cosine_weight: see `LossConfig`.
         frozen: whether only the concentration is trained, see `freeze`.
         others: as `SimSiam`.
 
@@ -239,6 +239,7 @@ class VISimSiam(SimSiam):
         concentration_min: float = 0.0,
         concentration_max: float | None = None,
         concentration_link: Link = "quadratic",
+        concentration_gain: float = 4.0,
         cosine_weight: float = 1.0,
         frozen: bool = False,
         features: int | None = None,
@@ -256,6 +257,7 @@ class VISimSiam(SimSiam):
             minimum=concentration_min,
             maximum=concentration_max,
             link=concentration_link,
+            gain=concentration_gain,
             hidden=predictor_hidden,
             value=concentration_value,
             frozen=frozen,
@@ -385,6 +387,7 @@ def build_model(config: TrainConfig) -> SimSiam:
             concentration_min=loss.concentration_min,
             concentration_max=loss.concentration_max,
             concentration_link=loss.concentration_link,
+            concentration_gain=loss.concentration_gain,
             cosine_weight=loss.cosine_weight,
             frozen=config.frozen_run is not None,
             **common,  # type: ignore[arg-type]

@@ -40,7 +40,7 @@ class TrainStep:
         rates: learning rate of every step of the run, (steps,) float32.
         momentum: of SGD.
         weight_decay: of SGD.
-        loss_scale: factor on the loss.
+        loss_scale: as the model's `loss` takes it.
         backend: implementation of the loss.
         bf16: whether the network computes in bfloat16 (autocast).
         clip_norm: largest norm of the gradient; None for no clipping.

@@ -49,7 +49,8 @@ class Health:
     - not learning: predictions and targets are still at right angles.
     - learning: none of these. What the features are worth is for `vi-simsiam evaluate` to measure.
 
-    A kappa may be far from its best value, and a cosine low, until the warm-up, another epoch and 100 steps are over.
+    A kappa may be far from its best value, and a cosine low, until the warm-up and another epoch, or a shorter training, are
+    over, and 100 steps.
 
     Attributes:
         state: the state.
@@ -157,7 +158,7 @@ class Health:
 
     def _late(self) -> bool:
         last = self._recent[-1]
-        warm: bool = last.get("epoch", math.inf) >= 1 + self.config.warmup_epochs
+        warm: bool = last.get("epoch", math.inf) >= min(1 + self.config.warmup_epochs, self.config.epochs)
         return warm and last.get("step", STEPS) >= STEPS
 
     def _behind(self) -> bool:

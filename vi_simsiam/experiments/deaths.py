@@ -181,7 +181,7 @@ def markdown(runs: dict[str, Any]) -> str:
             f" throughout from the second epoch on in {follow}."
         )
     sections = {
-        "Result": f"Dead runs: {counts}.{held}",
+        "Result": f"Dead runs: {counts}. SimSiam, to which the others are held, counts only where it diverges.{held}",
         "Dimensions": _table(rows, "D", "dim"),
         "Learning rates": _table(rows, "learning rate", "lr"),
         "Runs": "\n".join(f"- {name}: {value}" for name, value in runs["made"].items()),
@@ -205,16 +205,17 @@ def _groups(rows: Sequence[dict[str, Any]], *names: str) -> dict[tuple[Any, ...]
 
 def _table(rows: Sequence[dict[str, Any]], title: str, name: str) -> str:
     lines = [
-        f"| data | loss | {title} | runs | dead | cosine at the end | least κ/κ* | largest κ/κ* |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        f"| data | loss | {title} | runs | dead | cosine at the end | below {LEAST_COSINE} | least κ/κ* | largest κ/κ* |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for (data, arm, value), group in _groups(rows, "data", "arm", name).items():
         dead = sum(row["dead"] is not None for row in group)
         cosine = f"{statistics.median(row['cosine'] for row in group):.2f}"
+        low = sum(row["cosine"] < LEAST_COSINE for row in group)
         least, largest = (
             _span(row[ratio] for row in group if ratio in row) for ratio in ("least_ratio", "largest_ratio")
         )
-        lines.append(f"| {data} | {arm} | {value:g} | {len(group)} | {dead} | {cosine} | {least} | {largest} |")
+        lines.append(f"| {data} | {arm} | {value:g} | {len(group)} | {dead} | {cosine} | {low} | {least} | {largest} |")
     return "\n".join(lines)
 
 

@@ -193,6 +193,7 @@ def settings(config: TrainConfig) -> dict[str, Any]:
         "lr": config.lr,
         "weight_decay": config.weight_decay,
         "concentration_link": config.loss.concentration_link,
+        "concentration_gain": config.loss.concentration_gain,
         "concentration_scale": config.loss.concentration_scale,
         "cosine_weight": config.loss.cosine_weight,
         "loss_scale": config.loss.loss_scale,
