@@ -95,7 +95,7 @@ def metric_lines(count: int, *, kappa: bool) -> list[dict[str, float]]:
             "views_per_s": 100.0,
             "data_wait": 0.1,
         }
-        lines.append({**line, "kappa": share} if kappa else line)
+        lines.append({**line, "kappa": share, "kappa_best": 1.1 * share} if kappa else line)
     return lines
 
 

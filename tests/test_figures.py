@@ -15,7 +15,6 @@ from PIL import Image
 
 from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.data.views import eval_view
-from vi_simsiam.distributions import PowerSpherical
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import figures
 from vi_simsiam.evaluation.figures import (
@@ -24,7 +23,6 @@ from vi_simsiam.evaluation.figures import (
     draw_kappa,
     extremes,
     moving_average,
-    optimal_concentration,
     read_metrics,
 )
 
@@ -69,24 +67,6 @@ def test_damaged_metrics_are_refused(tmp_path: Path, text: str | None, message: 
         path.write_text(text)
     with pytest.raises(InputError, match=message):
         read_metrics(path)
-
-
-def test_optimal_concentration_has_known_values() -> None:
-    found = optimal_concentration(np.array([-0.2, 0.0, 0.5, 0.9]))
-    np.testing.assert_allclose(found, [0, 0, 1, 9], atol=1e-12)
-    assert np.isfinite(optimal_concentration(np.array([1.0]))).all()
-
-
-@pytest.mark.parametrize("cosine", [0.3, 0.9])
-def test_optimal_concentration_maximises_the_density(cosine: float) -> None:
-    dim = 2048
-    loc = torch.zeros(dim, dtype=torch.float64)
-    loc[0] = 1
-    point = loc * cosine
-    point[1] = (1 - cosine**2) ** 0.5
-    grid = torch.linspace(0.9, 1.1, 401, dtype=torch.float64) * float(optimal_concentration(np.array([cosine]))[0])
-    density = PowerSpherical(loc.expand(401, dim), grid * (dim - 1)).log_prob(point)
-    assert float(grid[density.argmax()] / grid[200]) == pytest.approx(1, abs=2e-3)
 
 
 def test_moving_average_keeps_short_series_and_straight_lines() -> None:
@@ -142,15 +122,17 @@ def test_curves_show_the_metrics(tmp_path: Path, drawn: list[Figure], lines: int
     assert Image.open(path).size == (1600, 680)
     assert path.stat().st_size < 300_000
     panels = {axes.get_title(loc="left"): axes for axes in drawn[0].axes if axes.get_title(loc="left")}
-    logged = {name: [line[name] for line in metric_lines(lines, kappa=True)] for name in ("loss", "cosine", "kappa")}
+    logged = {
+        name: [line[name] for line in metric_lines(lines, kappa=True)]
+        for name in ("loss", "cosine", "kappa", "kappa_best")
+    }
     expected = {"loss": "loss (0 = no better than chance)", "cosine": "cosine of prediction and target"}
     for name, title in expected.items():
         np.testing.assert_allclose(panels[title].lines[0].get_ydata(), logged[name])
     concentration = panels["concentration κ / (D − 1)"]
     np.testing.assert_allclose(concentration.lines[0].get_ydata(), logged["kappa"])
-    optimum = {line.get_label(): line.get_ydata() for line in concentration.lines}["optimal for the mean cosine"]
-    cosine = np.array(logged["cosine"])
-    np.testing.assert_allclose(optimum, moving_average(cosine / (1 - cosine)))
+    best = {line.get_label(): line.get_ydata() for line in concentration.lines}["best for the cosines"]
+    np.testing.assert_allclose(best, moving_average(np.array(logged["kappa_best"])))
     assert len(panels) == 6
 
 

@@ -8,13 +8,16 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from vi_simsiam.config import AugmentConfig, ModelConfig, TrainConfig
+from vi_simsiam.distributions import PowerSpherical
 from vi_simsiam.engine import monitor as module
-from vi_simsiam.engine.monitor import Monitor, describe
+from vi_simsiam.engine.monitor import Monitor, describe, representation_statistics
 from vi_simsiam.engine.trainer import Trainer
 from vi_simsiam.engine.verdict import Health
+from vi_simsiam.models import Output, VISimSiam
 
 METRICS = {
     "step": 20, "epoch": 0.2, "loss": -391.123456, "cosine": 0.71234, "kappa": 2.34567, "z_std": 0.95,
@@ -29,6 +32,22 @@ def opened(folder: Path, console: Console, **options: object) -> Monitor:
 
 def terminal(width: int = 80) -> Console:
     return Console(file=io.StringIO(), force_terminal=True, width=width, legacy_windows=False, color_system=None)
+
+
+@pytest.mark.parametrize("cosine", [0.3, 0.9])
+def test_the_best_kappa_maximises_the_density(cosine: float) -> None:
+    """The formula is that of a large D."""
+    dim = 2048
+    model = VISimSiam(torch.nn.Flatten(), features=8, dim=dim, projector_hidden=8, predictor_hidden=8)
+    target = torch.zeros(2, dim, dtype=torch.float64)
+    target[:, 0] = 1
+    predicted = torch.zeros(2, dim + 1, dtype=torch.float64)
+    predicted[:, 0], predicted[:, 1] = cosine, (1 - cosine**2) ** 0.5
+    best = representation_statistics(model, Output((predicted, predicted), (target, target)))["kappa_best"]
+    factors = torch.linspace(0.9, 1.1, 401, dtype=torch.float64)
+    mu = predicted[:1, :dim].expand(401, dim)
+    density = PowerSpherical(mu, best * factors * (dim - 1)).log_prob(target[0])
+    assert float(factors[density.argmax()]) == pytest.approx(1, abs=2e-3)
 
 
 def test_the_bar_and_its_figures_fit_in_80_columns(tmp_path: Path) -> None:

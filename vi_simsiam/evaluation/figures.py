@@ -47,9 +47,11 @@ def draw_curves(run_folder: Path) -> Path:
         _curve(cosine, "cosine of prediction and target", epoch, metrics["cosine"])
         if has_kappa:
             _curve(third, "concentration κ / (D − 1)", epoch, metrics["kappa"], label="predicted")
-            optimum = moving_average(optimal_concentration(metrics["cosine"]))
-            third.plot(epoch, optimum, color=ORANGE, lw=1.1, ls=(0, (3, 2)), label="optimal for the mean cosine")
-            third.legend(loc="best")
+            if "kappa_best" in metrics:
+                best = moving_average(metrics["kappa_best"])
+                third.plot(epoch, best, color=ORANGE, lw=1.1, ls=(0, (3, 2)), label="best for the cosines")
+            third.set_ylim(top=1.3 * third.get_ylim()[1])  # room for the legend
+            third.legend(loc="upper left", ncols=2)
             _learning_rate(gradient.twinx(), epoch, metrics["lr"])
         else:
             _curve(third, "learning rate", epoch, metrics["lr"])
@@ -92,15 +94,6 @@ def read_metrics(path: Path) -> dict[str, NDArray[np.float64]]:
     if not lines:
         raise InputError(f"run: {path} is empty; nothing was logged yet")
     return {name: np.array([line.get(name, np.nan) for line in lines]) for line in lines for name in line}
-
-
-def optimal_concentration(cosine: NDArray[np.float64]) -> NDArray[np.float64]:
-    """kappa/(D - 1) at which the loss is minimal if every cosine is `cosine`: c / (1 - c), and 0 for c below 0.
-
-    The cosine at which E[mu.z] = kappa / (kappa + D - 1) is c; exact for large D.
-    """
-    bounded: NDArray[np.float64] = np.clip(cosine, 0, 1 - 1e-9)
-    return bounded / (1 - bounded)
 
 
 def moving_average(values: NDArray[np.float64]) -> NDArray[np.float64]:
