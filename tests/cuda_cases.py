@@ -85,7 +85,7 @@ class Case:
     gain: float = 1.0
     cosine: float = 0.0
     opposed: bool = False
-    """Whether every second sample's targets point away from its predictions, so that a smaller kappa fits."""
+    """The targets of every second sample point away from its predictions, so that a smaller kappa fits."""
     seed: int = 0
     predictions: list[Tensor] = field(default_factory=list)
     targets_: list[Tensor] = field(default_factory=list)

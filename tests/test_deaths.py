@@ -33,6 +33,7 @@ def test_every_loss_is_run_at_every_dimension_and_learning_rate() -> None:
         assert {arm.config.model.dim for arm in arms} == {128, 256, 512, 2048}
         assert {arm.config.lr for arm in arms} == {0.0125, 0.03, 0.06, 0.1}
     assert {arm.config.loss for arm in of["vi-simsiam"]} == {LossConfig()}
+    assert plan("deaths", PlanOptions(preset="paper")).arms[0].config.loss == LossConfig(), "not that of the preset"
     assert {arm.config.loss for arm in of["softplus"]} == {SOFTPLUS}
     assert {arm.config.method for arm in of["simsiam"]} == {"simsiam"}
     assert {arm.config.model.dim for arm in plan("deaths", PlanOptions(dim=64)).arms} == {64}
@@ -110,7 +111,8 @@ def test_what_counts_as_dead(tmp_path: Path) -> None:
         "between 0.5 and 2 times the best one in 2 of 6 runs of vi-simsiam, throughout from the second epoch on in 2."
         in text
     )
-    assert "| fashion-mini | vi-simsiam | 0.06 | 6 | 4 |" in text
+    assert "| fashion-mini | vi-simsiam | 0.06 | 6 | 4 | 0.28 | 2 |" in text, "what diverged has no cosine"
+    assert "| fashion-mini | simsiam | 0.1 | 2 | 0 | 0.12 | 1 |" in text
     assert "options: seeds 9, data fashion-mini" in text
 
 
@@ -137,7 +139,7 @@ def test_a_damaged_result_is_named(tmp_path: Path) -> None:
 def test_a_run_leaves_its_curve_and_no_weights(
     image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On images without labels, which nothing is measured with."""
+    """On images without labels: nothing is measured."""
     out, flat = tmp_path / "out", tmp_path / "flat"
     flat.mkdir()
     for number, path in enumerate(sorted((image_folder / "train").rglob("*.png"))):

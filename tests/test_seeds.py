@@ -49,8 +49,10 @@ STAND_IN = """
         sys.exit(130)
     state = {"state": "dead", "since": 2} if f"--dead={seed}" in words else {"state": "learning"}
     (out / "metrics.jsonl").write_text(json.dumps({"step": step, **state}) + "\\n")
-    (out / "knn.json").write_text(json.dumps({"top1": {"trained": 0.7 + 0.1 * seed}}))
-    print("done")
+    last = [word.partition("=")[2] for word in words if word.startswith("--last=")]
+    if not last:
+        (out / "knn.json").write_text(json.dumps({"top1": {"trained": 0.7 + 0.1 * seed}}))
+    print(*last or ["done"])
 """
 
 
@@ -108,6 +110,18 @@ def test_a_run_that_stopped_learning_is_named(run: Callable[..., tuple[int, str]
     assert code == 0
     assert "seed 0: done in 0 s  kNN top-1 70.0 %  dead since step 2\n" in said
     assert "seed 1: done in 0 s  kNN top-1 80.0 %\n" in said
+
+
+@pytest.mark.parametrize(
+    ("last", "line"),
+    [
+        ("dead since step 2: kappa is small", "dead since step 2: kappa is small"),
+        ("not evaluated: no labels", "not evaluated: no labels  dead since step 2"),
+    ],
+)
+def test_it_is_named_once_without_an_accuracy(run: Callable[..., tuple[int, str]], last: str, line: str) -> None:
+    _, said = run("--dead=0", f"--last={last}", seeds=1)
+    assert f"seed 0: done in 0 s  {line}\n" in said
 
 
 def test_runs_are_at_the_same_time(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:

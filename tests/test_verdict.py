@@ -112,6 +112,10 @@ def test_the_advice_is_not_what_was_done() -> None:
     assert "--concentration-link quadratic --cosine-weight 1" in health(TrainConfig(loss=NETWORK), *dead).line
     fitted = TrainConfig(frozen_run=Path("runs/simsiam"), loss=NETWORK)
     assert health(fitted, *dead).line.endswith("try more --epochs than 100 or a larger --lr than 0.0125")
+    detached = LossConfig(concentration="detached", cosine_weight=0.0)
+    assert health(TrainConfig(loss=detached), *dead).line.endswith(
+        "try a smaller --lr than 0.0125, --clip-norm 1 or another --seed"
+    )
     constant = dataclasses.replace(NETWORK, concentration="constant", concentration_value=0.01)
     line = health(TrainConfig(loss=constant), *dead).line
     assert "the loss has 1.0% of the gradient of SimSiam's; try a larger --concentration-value than 0.01" in line
@@ -121,6 +125,22 @@ def test_a_warm_up_and_an_epoch_are_waited_for() -> None:
     early = [{"kappa": 0.01, "cosine": 0.02}] * 44
     assert health(TrainConfig(epochs=20, warmup_epochs=10.0), *early[:43]).state == "learning"
     assert health(TrainConfig(epochs=20, warmup_epochs=10.0), *early).state == "dead"
+
+
+def test_a_kappa_that_had_no_time_is_named_at_the_end() -> None:
+    """Below 100 steps it is no death, and nothing that was learned."""
+    short = health(TrainConfig(epochs=10), *[{"kappa": 0.03}] * 9)
+    assert short.state == "learning"
+    assert short.line == (
+        "kappa not fitted yet: kappa/(D-1) 0.03, where 2.3 would fit the cosines; try more --epochs than 10"
+    )
+
+
+def test_one_line_of_nearly_equal_directions_is_no_death() -> None:
+    lines = [GOOD | {"kappa": 0.5, "kappa_best": 100.0 if number == 15 else 0.5} for number in range(20)]
+    found = health(TrainConfig(), *lines[:16])
+    assert found.state == "learning"
+    assert health(TrainConfig(), *lines).state == "learning"
 
 
 def test_a_single_long_epoch_is_judged_at_its_end() -> None:

@@ -167,9 +167,10 @@ class _Batch:
         if run.exit == 0:
             result = run.result()
             top1 = [f"{name} top-1 {100 * share:.1f} %" for name, share in result["top1"].items()]
-            # Without an accuracy the last line is the verdict, which names a problem itself.
-            found = [*top1, problem(result["metrics"] or {})] if top1 else [last_line(run.log)]
-            return f"seed {run.seed}: done in {run.seconds:.0f} s  {'  '.join(filter(None, found))}"
+            found, trouble = "  ".join(top1) or last_line(run.log), problem(result["metrics"] or {})
+            if trouble not in found:  # the last line of a log may be the verdict
+                found += f"  {trouble}"
+            return f"seed {run.seed}: done in {run.seconds:.0f} s  {found}"
         if run.state == "failed":
             return f"seed {run.seed}: failed with exit code {run.exit}: {last_line(run.log)} (see {run.log})"
         return f"seed {run.seed}: {run.state}  {last_line(run.log)}"

@@ -49,8 +49,8 @@ class Health:
     - not learning: predictions and targets are still at right angles.
     - learning: none of these. What the features are worth is for `vi-simsiam evaluate` to measure.
 
-    A kappa may be far from its best value, and a cosine low, until the warm-up and another epoch, or a shorter training, are
-    over, and 100 steps.
+    A kappa may be far from its best value, and a cosine low, until 100 steps, and the warm-up and one more epoch (or the
+    whole training), are over.
 
     Attributes:
         state: the state.
@@ -102,7 +102,7 @@ class Health:
         config, state = self.config, self.state
         cosine, z_std = round(self._mean("cosine") or 0, 2) + 0.0, self._mean("z_std") or 0  # no -0.00
         since = "" if self.since is None else f" since step {self.since}"
-        kappa, best = self._mean("kappa"), self._mean("kappa_best")
+        fitting = f"kappa/(D-1) {self._mean('kappa') or 0:.2g}, where {self._best() or 0:.2g} would fit the cosines"
         if state == "collapsed":
             varying = self._mean("projection_spread")
             figure = f"z-std {z_std:.2f}"
@@ -113,11 +113,10 @@ class Health:
                 f"{config.lr:g}, a smaller --weight-decay than {config.weight_decay:g} or a longer --warmup-epochs"
             )
         if state == "dead":
-            if self._behind():
-                figure = f"kappa/(D-1) {kappa:.2g}, where {best:.2g} would fit the cosines"
-            else:
-                figure = f"kappa/(D-1) {kappa:.2g}, the loss has {self._weight():.1%} of the gradient of SimSiam's"
-            return f"dead{since}: {figure}; try {self._way_back()}"
+            weak = (
+                f"kappa/(D-1) {self._mean('kappa'):.2g}, the loss has {self._weight():.1%} of the gradient of SimSiam's"
+            )
+            return f"dead{since}: {fitting if self._behind() else weak}; try {self._way_back()}"
         if state == "not learning" or (config.frozen_run is None and cosine < LEAST_COSINE):
             what = state if state == "not learning" else "barely learned"
             milder = "" if config.augment.crop_scale[0] >= 0.5 else ", or --crop-scale 0.5 1 for milder views"
@@ -125,12 +124,14 @@ class Health:
                 f"{what}{since}: cosine {cosine:.2f}, two views of an image are predicted hardly better than by "
                 f"chance (0); try more --epochs than {config.epochs}{milder}"
             )
+        if self._behind():
+            return f"kappa not fitted yet: {fitting}; try more --epochs than {config.epochs}"
         if config.frozen_run is not None:
-            return f"kappa fitted: kappa/(D-1) {kappa:.3g} at a mean cosine of {cosine:.2f}"
+            return f"kappa fitted: kappa/(D-1) {self._mean('kappa'):.3g} at a mean cosine of {cosine:.2f}"
         return f"learned: cosine {cosine:.2f} between the views of an image, z-std {z_std:.2f} (1: spread evenly, 0: collapsed)"
 
-    def _mean(self, name: str) -> float | None:
-        values = [line[name] for line in self._recent if line.get(name) is not None]
+    def _mean(self, name: str, most: float = math.inf) -> float | None:
+        values = [min(line[name], most) for line in self._recent if line.get(name) is not None]
         return sum(values) / len(values) if values else None
 
     def _weight(self) -> float:
@@ -142,7 +143,7 @@ class Health:
         return loss.cosine_weight + kappa * (dim - 1) * scale
 
     def _look(self) -> tuple[State, bool]:
-        """What the recent lines look like, and whether that is wrong at any time of a training."""
+        """The state that the recent lines look like, and whether that is wrong at any time of a training."""
         after, spread = self._mean("z_std"), self._mean("projection_spread")
         frozen = self.config.frozen_run is not None
         if not frozen:
@@ -161,17 +162,19 @@ class Health:
         warm: bool = last.get("epoch", math.inf) >= min(1 + self.config.warmup_epochs, self.config.epochs)
         return warm and last.get("step", STEPS) >= STEPS
 
+    def _best(self) -> float | None:
+        """The best kappa/(D - 1) that can be reached."""
+        maximum = self.config.loss.concentration_max
+        reachable = math.inf if maximum is None else maximum / (self.config.model.dim - 1)
+        return self._mean("kappa_best", most=min(LARGEST_BEST, reachable))
+
     def _behind(self) -> bool:
-        """Whether kappa is far below the best one, where it is meant to follow it: with the scale D - 1."""
-        loss, dim = self.config.loss, self.config.model.dim
-        kappa, best = self._mean("kappa"), self._mean("kappa_best")
+        """True where kappa is far below the best one and meant to follow it: with the scale D - 1."""
+        loss, kappa, best = self.config.loss, self._mean("kappa"), self._best()
         if kappa is None or best is None or loss.concentration == "constant":
             return False
-        if loss.concentration_scale not in (None, dim - 1):
+        if loss.concentration_scale not in (None, self.config.model.dim - 1):
             return False
-        best = min(best, LARGEST_BEST)
-        if loss.concentration_max is not None:
-            best = min(best, loss.concentration_max / (dim - 1))
         return best > _LEAST_BEST and kappa < LEAST_RATIO * best
 
     def _way_back(self) -> str:
@@ -180,6 +183,6 @@ class Health:
             return f"more --epochs than {config.epochs} or a larger --lr than {config.lr:g}"
         if loss.concentration == "constant":
             return f"a larger --concentration-value than {loss.concentration_value}"
-        safe = loss.concentration_link == "quadratic" and loss.cosine_weight > 0
+        safe = loss.concentration_link == "quadratic" and (loss.cosine_weight > 0 or loss.concentration == "detached")
         way = f"a smaller --lr than {config.lr:g}" if safe else "--concentration-link quadratic --cosine-weight 1"
         return f"{way}{'' if config.clip_norm is not None else ', --clip-norm 1'} or another --seed"

@@ -211,7 +211,7 @@ def _table(rows: Sequence[dict[str, Any]], title: str, name: str) -> str:
     for (data, arm, value), group in _groups(rows, "data", "arm", name).items():
         dead = sum(row["dead"] is not None for row in group)
         cosine = f"{statistics.median(row['cosine'] for row in group):.2f}"
-        low = sum(row["cosine"] < LEAST_COSINE for row in group)
+        low = sum(row["cosine"] < LEAST_COSINE and row["dead"] != "diverged" for row in group)
         least, largest = (
             _span(row[ratio] for row in group if ratio in row) for ratio in ("least_ratio", "largest_ratio")
         )

@@ -117,8 +117,8 @@ def run_experiment(
     tasks = _tasks(plan, plan.arms, plan.seeds, out)
     if (out / CHOSEN).is_file():
         trials = []
-    left = [task for task in (*trials, *tasks) if not task.result.is_file()]
-    _decode([task.arm for task in left], place, console, any(task.spec["measures"] for task in left))
+    left = [task.arm for task in (*trials, *tasks) if not task.result.is_file()]
+    _decode(left, place, console, bool(plan.measures))
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
         _check(plan, out)  # another command may have begun here while the images were decoded
