@@ -171,7 +171,7 @@ def test_folder_mistakes_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "is not a folder" in message(tmp_path / "file")
     (tmp_path / "empty" / "train").mkdir(parents=True)
-    assert "holds no image; accepted are files ending in .jpg, .jpeg, .png" in message(tmp_path / "empty")
+    assert "holds no image that Pillow opens." in message(tmp_path / "empty")
     images(tmp_path / "split", "train/a/1.png", "train/b/1.png", "val/a/1.png", "val/c/1.png")
     assert message(tmp_path / "split").endswith("only in train/: b; only in val/: c")
     images(tmp_path / "mixed", "train/a/1.png", "train/1.png")

@@ -13,7 +13,7 @@ from pyarrow import parquet
 
 import vi_simsiam
 from vi_simsiam.cli import main
-from vi_simsiam.data.sources import find_images
+from vi_simsiam.data.files import find_images
 from vi_simsiam.inference import embed
 from vi_simsiam.inference.embed import nearest
 
@@ -89,7 +89,7 @@ def test_the_file_holds_what_the_encoder_says(
     assert "an empty file" in said.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["features.parquet", "images"]
 
-    paths = [path for path in find_images(folder) if "broken" not in path and "empty" not in path]
+    paths = [path for path in find_images(folder).paths if "broken" not in path and "empty" not in path]
     expected = vi_simsiam.load(run, "cpu").encode(paths)
     file = parquet.ParquetFile(out)
     assert file.metadata.num_row_groups == 3

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 import vi_simsiam
-from vi_simsiam.data.sources import FileSource, Unreadable, find_images
+from vi_simsiam.data.files import find_images
+from vi_simsiam.data.sources import FileSource, Unreadable
 from vi_simsiam.data.views import GLOBAL_VIEWS, draw_table, eval_view
 from vi_simsiam.errors import InputError
 from vi_simsiam.inference import encoder as encoder_module
@@ -44,7 +45,7 @@ def assert_same(given: Encoding, expected: Encoding, atol: float = 1e-5) -> None
 
 def viewed(folder: Path) -> Tensor:
     """The evaluation's view of all images of a folder, one by one."""
-    source = FileSource(find_images(folder))
+    source = FileSource(find_images(folder).paths)
     return torch.stack([eval_view(SIZE)(source.image(i)) for i in range(len(source))])
 
 
@@ -80,7 +81,7 @@ def test_the_batch_size_changes_nothing(encoder: Encoder, folder: Path, batch_si
 
 
 def test_every_kind_of_image_gives_the_same(encoder: Encoder, folder: Path) -> None:
-    paths = find_images(folder)
+    paths = find_images(folder).paths
     expected = encoder.encode(folder)
     opened = [Image.open(path) for path in paths]
     for images in (str(folder), paths, [Path(path) for path in paths], opened, tuple([*paths[:5], *opened[5:]])):
@@ -123,7 +124,7 @@ def test_several_views_are_joined(encoder: Encoder) -> None:
 
 def test_random_views_are_those_of_the_policy(encoder: Encoder, folder: Path) -> None:
     """View v of image i is global view v mod 2 of epoch v // 2 in training with that seed; the seed changes it."""
-    source = FileSource(find_images(folder))
+    source = FileSource(find_images(folder).paths)
     drawn = []
     for index in range(len(source)):
         image = np.asarray(source.image(index))
@@ -148,7 +149,7 @@ def test_random_views_are_those_of_the_policy(encoder: Encoder, folder: Path) ->
 
 def test_streaming_skips_what_cannot_be_read(encoder: Encoder, folder: Path, tmp_path: Path) -> None:
     """Damaged, empty and missing files are told and skipped; the others come in order, each with its number."""
-    paths = find_images(folder)
+    paths = find_images(folder).paths
     (tmp_path / "broken.png").write_bytes(Path(paths[0]).read_bytes()[:60])
     (tmp_path / "empty.jpg").touch()
     bad = [str(tmp_path / name) for name in ("broken.png", "empty.jpg", "missing.png")]

@@ -210,8 +210,9 @@ def test_every_kind_of_source_gives_the_same_batches(
 
 
 def test_unreadable_images_are_left_out_with_a_warning(source: ArraySource, monkeypatch: pytest.MonkeyPatch) -> None:
-    left_out = [Unreadable("/there/1.png", "an empty file")]
-    monkeypatch.setattr(data_loader, "cached", lambda source: (in_memory(source), left_out))
+    images = in_memory(source)
+    images.unreadable = (Unreadable("/there/1.png", "an empty file"),)
+    monkeypatch.setattr(data_loader, "cached", lambda source: (images, list(images.unreadable)))
     with pytest.warns(UserWarning, match=r"1 unreadable image left out: /there/1\.png \(an empty file\)"):
         loader(source)
 

@@ -44,8 +44,8 @@ DAMAGES: dict[str, tuple[Callable[[bytearray], Any], str]] = {
     "cut": (cut, "is truncated: .* bytes of"),
     "longer": (lambda content: content.append(0), "is damaged: .* bytes, expected"),
     "version": (
-        lambda content: content.__setitem__(slice(8, 12), b"\2\0\0\0"),
-        "has format version 2, this .* reads 1",
+        lambda content: content.__setitem__(slice(8, 12), b"\1\0\0\0"),
+        "has format version 1, this .* reads 2",
     ),
     "prologue": (flip(20), "is damaged: the checksum of its first 64 bytes"),
     "pixels": (flip(100), "is damaged: the checksum of the bytes from 64 on"),

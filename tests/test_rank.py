@@ -14,7 +14,8 @@ import vi_simsiam
 from vi_simsiam.cli import main
 from vi_simsiam.data import contact_sheet
 from vi_simsiam.data.contact_sheet import thumbnails
-from vi_simsiam.data.sources import ArraySource, find_images
+from vi_simsiam.data.files import find_images
+from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.errors import InputError
 from vi_simsiam.inference import rank
 from vi_simsiam.inference.embed import Table
@@ -115,7 +116,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "skipped: " in said.err
     assert sorted(path.name for path in out.parent.iterdir()) == ["v1.2.csv", "v1.2.png"]
     rows = list(csv.DictReader((out.parent / "v1.2.csv").open()))
-    encoding = vi_simsiam.load(run, "cpu").encode(paths := find_images(tmp_path / "images")[:7])
+    encoding = vi_simsiam.load(run, "cpu").encode(paths := find_images(tmp_path / "images").paths[:7])
     assert encoding.concentration is not None
     places = [paths.index(row["path"]) for row in rows]
     assert sorted(places) == list(range(7))

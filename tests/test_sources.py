@@ -20,8 +20,6 @@ from vi_simsiam.data.sources import (
     UnreadableError,
     as_source,
     check_readable,
-    find_images,
-    to_rgb,
 )
 from vi_simsiam.errors import InputError
 
@@ -72,41 +70,6 @@ def test_sources_refuse_what_does_not_fit() -> None:
         ArraySource(images, np.array([0, 1, 2]), ("a", "b"))
     with pytest.raises(InputError, match="both or neither"):
         FileSource(["a.png"], np.array([0]))
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV"])
-def test_every_eight_bit_mode_keeps_its_colours(mode: str) -> None:
-    flat = Image.new("RGB", (4, 4), (250, 250, 250))
-    image = flat.convert("L").convert(mode) if mode in ("1", "LA", "PA") else flat.convert(mode)
-    converted = to_rgb(image)
-    assert converted.mode == "RGB"
-    assert np.abs(np.asarray(converted).astype(int) - 250).max() <= 6
-
-
-@pytest.mark.filterwarnings("error")
-def test_palette_with_transparency_keeps_its_colours(tmp_path: Path) -> None:
-    palette = Image.fromarray(COLOUR).quantize(4)
-    palette.save(tmp_path / "a.png", transparency=b"\x00\x80\xff\xff")
-    with Image.open(tmp_path / "a.png") as stored:
-        assert stored.mode == "P"
-    np.testing.assert_array_equal(np.asarray(FileSource([tmp_path / "a.png"]).image(0)), palette.convert("RGB"))
-
-
-@pytest.mark.parametrize(("suffix", "byte_order"), [("png", "<u2"), ("tif", "<u2"), ("tif", ">u2")])
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path, suffix: str, byte_order: str) -> None:
-    path = tmp_path / f"deep.{suffix}"
-    Image.fromarray((GRAY.astype(np.uint16) * 257).astype(byte_order)).save(path)
-    expected = np.repeat(GRAY[:, :, None], 3, axis=2)
-    np.testing.assert_array_equal(np.asarray(FileSource([path]).image(0)), expected)
-
-
-def test_wide_integers_and_floats_are_scaled() -> None:
-    wide = to_rgb(Image.fromarray(np.array([[-5, 0, 257, 128 * 257, 65535, 10**6]], dtype=np.int32)))
-    assert np.asarray(wide)[0, :, 0].tolist() == [0, 0, 1, 128, 255, 255]
-    floats = to_rgb(Image.fromarray(np.array([[-1.0, 0.0, 1.0, np.nan, np.inf]], dtype=np.float32)))
-    assert np.asarray(floats)[0, :, 1].tolist() == [0, 128, 255, 0, 0]
-    constant = to_rgb(Image.fromarray(np.full((1, 2), 7.0, dtype=np.float32)))
-    assert np.asarray(constant).max() == 0
 
 
 def test_unreadable_files_are_named_with_a_reason(damaged: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,34 +212,6 @@ def test_one_percent_may_be_unreadable() -> None:
         check_readable(source, failures[:3])
     with pytest.raises(InputError, match=r"set: 4 of 200 images.* 2\.png \(an empty file\), \.\.\.$"):
         check_readable(source, failures)
-
-
-def test_find_images_is_sorted_and_skips_what_is_hidden(tmp_path: Path) -> None:
-    for name in (
-        "b/2.PNG",
-        "b/1.jpeg",
-        "a.JPG",
-        ".hidden.png",
-        ".cache/x.png",
-        "b/._1.jpeg",
-        "c.txt.png",
-        "b/deep/0.tif",
-    ):
-        save(tmp_path / name).rename(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("")
-    (tmp_path / "folder.png").mkdir()
-    found = [os.path.relpath(path, tmp_path) for path in find_images(tmp_path)]
-    assert found == ["a.JPG", "b/1.jpeg", "b/2.PNG", "b/deep/0.tif", "c.txt.png"]
-
-
-def test_links_are_followed_once(tmp_path: Path) -> None:
-    save(tmp_path / "a" / "1.png")
-    (tmp_path / "a" / "up").symlink_to(tmp_path, target_is_directory=True)
-    (tmp_path / "b").symlink_to(tmp_path / "a", target_is_directory=True)
-    (tmp_path / "c.png").symlink_to(tmp_path / "a" / "1.png")
-    (tmp_path / "d.png").symlink_to(tmp_path / "nowhere")
-    found = [os.path.relpath(path, tmp_path) for path in find_images(tmp_path)]
-    assert found == ["a/1.png", "c.png", "d.png"]
 
 
 def test_sources_survive_pickling(tmp_path: Path) -> None:

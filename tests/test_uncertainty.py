@@ -287,7 +287,7 @@ def test_damage_is_done_to_few_images_at_a_time(tmp_path: Path, monkeypatch: pyt
 def test_folders_named_with_an_equals_sign_are_data_sets(tmp_path: Path) -> None:
     write_images(tmp_path / "a=b", gray_source(6))
     own = Splits("gray", gray_source(4), None)
-    (found,) = open_sets([f"folder:{tmp_path}/a=b"], own, "gray", tmp_path, download=False)
+    (found,) = open_sets([f"folder:{tmp_path}/a=b"], own, TrainConfig(data="gray", data_root=tmp_path, offline=True))
     assert (found.name, found.kind, len(found.source)) == ("a=b", "given", 6)
 
 

@@ -26,6 +26,8 @@ Kernels = Literal["auto", "on", "off"]
 BatchNormStatistics = Literal["per-view", "joint"]
 Link = Literal["softplus", "quadratic"]
 Concentration = Literal["sample", "constant", "global", "shuffled", "detached"]
+Frames = Literal["first", "all"]
+ValueRange = Literal["dtype", "file"] | tuple[float, float]
 
 
 def _choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
@@ -39,6 +41,48 @@ def data_spec(text: str) -> str:
     if text in NAMED_DATA or not text or text.startswith(("folder:", "pack:")):
         return text
     return f"folder:{text}" if path.is_dir() else f"pack:{text}" if path.is_file() else text
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How image files become 8-bit RGB, see `data.pixels`."""
+
+    background: str = "gray"
+    """Colour behind transparent pixels: a name (gray, white, black), #rrggbb or rgb(128, 128, 128)."""
+    value_range: ValueRange = "dtype"
+    """Values of images deeper than 8 bits that become black and white: two numbers, dtype (the stored type's whole
+    range; 0 and 1 for floats) or file (the smallest and largest of each file)."""
+    frames: Frames = "first"
+    """Of animations and multi-page TIFFs: the first frame, or all frames, each as an image."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        _choice("frames", self.frames, get_args(Frames))
+        if self.background != DecodeConfig.background:
+            self.colour()
+        if isinstance(self.value_range, tuple):
+            numbers = [float(value) for value in self.value_range if isinstance(value, int | float)]
+            rising = len(self.value_range) == len(numbers) == 2 and -math.inf < numbers[0] < numbers[1] < math.inf
+            require("value_range", self.value_range, rising, "two finite numbers, the smaller one first")
+        elif self.value_range not in ("dtype", "file"):
+            raise none_of("value_range", self.value_range, ("LOW HIGH", "dtype", "file"))
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> DecodeConfig:
+        """The inverse of `dataclasses.asdict`, also after a trip through JSON."""
+        return cls(**_tuples(plain))
+
+    def colour(self) -> tuple[int, int, int]:
+        """The background's red, green and blue, from 0 to 255. Raises InputError where it is no colour."""
+        from PIL import ImageColor
+
+        try:
+            red, green, blue, *alpha = ImageColor.getrgb(self.background)
+        except ValueError:
+            alpha = [0]
+        accepted = "an opaque colour such as gray, white, #ff8000 or rgb(255, 128, 0)"
+        require("background", repr(self.background), alpha in ([], [255]), accepted)
+        return red, green, blue
 
 
 @dataclass(frozen=True)
@@ -247,6 +291,7 @@ class TrainConfig:
     """Steps between two lines in metrics.jsonl; None for 10 on a CPU and 100 on a GPU, which waits for each of them."""
     save_every: float = 60.0
     """Least seconds between two checkpoints, which are written after an epoch, at the end and on Ctrl-C."""
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -318,7 +363,7 @@ class TrainConfig:
         Raises:
             InputError: a field is unknown or has a value that is not accepted.
         """
-        nested = {"augment": AugmentConfig, "model": ModelConfig, "loss": LossConfig}
+        nested = {"decode": DecodeConfig, "augment": AugmentConfig, "model": ModelConfig, "loss": LossConfig}
         try:
             plain = with_former_loss(plain)
             values = {

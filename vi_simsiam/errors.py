@@ -24,6 +24,10 @@ class TrainingError(UserError, RuntimeError):
     """Training cannot go on (a non-finite loss, say). What was saved before stays usable."""
 
 
+class ImageWarning(UserWarning):
+    """Images were left out, or decoded with a loss. The command line prints it as one line."""
+
+
 def none_of(name: str, value: object, accepted: Iterable[str]) -> InputError:
     """The error for a value that is not among those accepted, with the most similar of them. A long list is cut."""
     accepted = list(accepted)

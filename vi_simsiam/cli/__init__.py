@@ -7,10 +7,12 @@ import io
 import os
 import select
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from typing import TextIO
 
 from vi_simsiam.cli.commands import COMMANDS
-from vi_simsiam.errors import UserError, none_of
+from vi_simsiam.errors import ImageWarning, UserError, none_of
 
 _HELP = ("-h", "--help")
 _BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
@@ -22,7 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.closed and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # paths that the terminal's encoding cannot print
     try:
-        code = _run(given)
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", ImageWarning)
+            warnings.showwarning = _show_warning
+            code = _run(given)
         if sys.stdout is not None and not sys.stdout.closed:
             sys.stdout.flush()
         return code
@@ -39,6 +44,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("vi-simsiam: interrupted", file=sys.stderr)
         return 130
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """One line for what concerns a user's images; other warnings as Python prints them."""
+    plain = issubclass(category, ImageWarning)
+    text = f"warning: {message}\n" if plain else warnings.formatwarning(message, category, filename, lineno, line)
+    print(text, end="", file=file or sys.stderr)
 
 
 def _nobody_reads() -> bool:

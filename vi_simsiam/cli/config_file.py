@@ -9,13 +9,13 @@ from typing import Any
 from vi_simsiam.config import TrainConfig, with_former_loss
 from vi_simsiam.errors import InputError, did_you_mean
 
-_PARTS = ("augment", "model", "loss")
+_PARTS = ("decode", "augment", "model", "loss")
 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings in a YAML or JSON file by the names of the command line's options, with "_" for "-".
 
-    They stand side by side, or in the parts augment, model and loss as in config.json.
+    They stand side by side, or in the parts decode, augment, model and loss as in config.json.
 
     Raises:
         InputError: no such file, no YAML, or no settings in it.

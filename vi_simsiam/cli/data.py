@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from vi_simsiam.cli.parsing import parse, said
-from vi_simsiam.config import AugmentConfig, TrainConfig, policy
+from vi_simsiam.config import AugmentConfig, DecodeConfig, TrainConfig, policy
 from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted
 
@@ -27,6 +27,7 @@ class _Pack:
     """File to write, such as mine.pack; validation images go to mine.val.pack. Train on it with --data pack:mine.pack."""
     shorter_side: int | None = None
     """Make larger images smaller, to this many pixels on the shorter side."""
+    decode: Annotated[DecodeConfig, tyro.conf.arg(name="")] = field(default_factory=DecodeConfig)
     workers: int | None = None
     """Processes that decode; None for one a CPU core."""
     data_root: Path = Path("data")
@@ -45,6 +46,7 @@ class _Views:
     policy: str | None = None
     """Starting point of the augmentation: simsiam, multicrop, lightly-imagenette or none; None for the views that `train`
     makes of these images."""
+    decode: Annotated[DecodeConfig, tyro.conf.arg(name="")] = field(default_factory=DecodeConfig)
     out: Path = Path("views.png")
     """Picture to write: a row an image, the image first and then its views."""
     images: int = 8
@@ -63,7 +65,7 @@ def pack(arguments: list[str]) -> int:
     from vi_simsiam.data.cache import pack
     from vi_simsiam.data.datasets import open_dataset, validation_pack
 
-    splits = open_dataset(options.images, root=options.data_root, download=not options.offline)
+    splits = open_dataset(options.images, root=options.data_root, download=not options.offline, decode=options.decode)
     out = options.out.expanduser()
     parts = [(splits.train, out), *([] if splits.val is None else [(splits.val, validation_pack(out))])]
     taken = next((path for _, path in parts if path.exists()), None)
@@ -96,15 +98,17 @@ def views(arguments: list[str]) -> int:
         raise InputError(f"images: {options.images} must be at least 1")
     if options.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"out: {options.out} must end in .png, .jpg, .jpeg or .webp")
-    source = open_dataset(options.data, root=options.data_root, download=not options.offline).train
+    source = open_dataset(
+        options.data, root=options.data_root, download=not options.offline, decode=options.decode
+    ).train
     fixed = said(arguments, "--size") is not None or start.size != AugmentConfig.size
     size = options.augment.size if fixed else suited_size(source)
     start = sized(start, size) if name else suited(TrainConfig(), source, size=size).augment
     options = parse("views", _Views, arguments, default=_Views(start))
     failures: list[Unreadable] = []
     sheet = contact_sheet(source, options.augment, images=options.images, seed=options.seed, skipped=failures.append)
-    if failures:
-        print(f"warning: {left_out(failures)}")
+    for text in (*source.notes, *([left_out(failures)] if failures else [])):
+        print(f"warning: {text}")
     enlarged = max(1, _LEAST_SHOWN // options.augment.size)  # 28 pixels are too few to look at
     sheet.resize((sheet.width * enlarged, sheet.height * enlarged), Image.Resampling.NEAREST).save(options.out)
     print(options.out)

@@ -55,7 +55,7 @@ def _open(options: _Export) -> Run:
     try:
         # Never downloaded: a few images are all that is needed.
         root = options.data_root or run.config.data_root
-        splits = open_dataset(options.data or run.config.data, root=root, download=False)
+        splits = open_dataset(options.data or run.config.data, root=root, download=False, decode=run.config.decode)
     except InputError as reason:
         if options.data is not None:
             raise

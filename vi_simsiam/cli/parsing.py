@@ -25,6 +25,7 @@ _Options = TypeVar("_Options")
 _PLAIN = {
     r"invalid literal for int\(\) with base 10: ('.*')": r"\1 is not accepted; it must be an integer",
     r"could not convert string to float: ('.*')": r"\1 is not accepted; it must be a number",
+    r"no type matching (.*) could be instantiated from \[(.*)\]\.": r"\2 is not accepted; it must be \1",
     r"Missing value for argument '([^']*)'\. Expected 1 values?\.": r"\1: a value is missing",
     r"Missing value for argument '([^']*)'\. Expected (\d+) values\.": r"\1: it takes \2 values",
 }

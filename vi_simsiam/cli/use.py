@@ -14,6 +14,7 @@ from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted
 
 if TYPE_CHECKING:
+    from vi_simsiam.config import DecodeConfig
     from vi_simsiam.data.sources import ImageSource
     from vi_simsiam.inference.embed import Table
     from vi_simsiam.inference.encoder import Encoder
@@ -79,7 +80,7 @@ def embed(arguments: list[str]) -> int:
     reference = (
         None
         if options.reference is None or options.neighbours == 0
-        else _source(options.reference, options, train=True)
+        else _source(options.reference, options, encoder.config.decode, train=True)
     )
     console = Console(stderr=True)
     table = _collect(encoder, source, options, console)
@@ -140,18 +141,19 @@ def _free(paths: list[Path], overwrite: bool) -> None:
 def _open(options: _Images) -> tuple[Encoder, ImageSource]:
     from vi_simsiam.inference.encoder import load
 
-    return load(options.run, options.device, workers=options.workers), _source(options.images, options, train=False)
+    encoder = load(options.run, options.device, workers=options.workers)
+    return encoder, _source(options.images, options, encoder.config.decode, train=False)
 
 
-def _source(images: str, options: _Images, *, train: bool) -> ImageSource:
+def _source(images: str, options: _Images, decode: DecodeConfig, *, train: bool) -> ImageSource:
     """A folder or a file if there is one of that name, else a data set's training or, if it has any, validation images."""
     from vi_simsiam.data.datasets import ACCEPTED, open_dataset
     from vi_simsiam.inference.images import open_images
 
     if Path(images).expanduser().exists():
-        return open_images(images)
+        return open_images(images, decode)
     try:
-        splits = open_dataset(images, root=options.data_root, download=not options.offline)
+        splits = open_dataset(images, root=options.data_root, download=not options.offline, decode=decode)
     except InputError as error:
         if str(error).startswith("data:"):
             raise InputError(f"images: {images} is not there; give an image, {ACCEPTED}") from None

@@ -31,6 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vi_simsiam.data.decoding import bytes_per_image, decode
 from vi_simsiam.data.packed import FORMAT_VERSION, Contents, PackedImages, PackError, PackWriter, open_pack
+from vi_simsiam.data.pixels import Losses
 from vi_simsiam.data.sources import ArraySource, ImageSource, Unreadable, check_readable
 from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted
@@ -72,6 +73,7 @@ def cached(
     path = folder / f"{_file_name(source.name)}-{fingerprint[:12]}.pack"
     try:
         images = open_pack(path, fingerprint=fingerprint)
+        images.notes = (*source.notes, *images.notes)
         return images, list(images.unreadable)
     except PackError as error:
         reason = error.reason
@@ -79,6 +81,7 @@ def cached(
         _print(console, f"cache: {path} {reason}; decoding the images again")
     _write(source, path, fingerprint, "cache_dir", workers=workers, console=console)
     images = open_pack(path, fingerprint=fingerprint, verify=False)
+    images.notes = (*source.notes, *images.notes)
     return images, list(images.unreadable)
 
 
@@ -110,6 +113,8 @@ def pack(
         raise InputError(f"out: {out} is a folder; give the name of a file")
     fingerprint = _fingerprint(source, shorter_side) or ""
     contents = _write(source, out, fingerprint, "out", workers=workers, shorter_side=shorter_side, console=console)
+    for note in (*source.notes, *contents.notes):
+        _print(console, f"warning: {note}")
     return list(contents.unreadable)
 
 
@@ -208,6 +213,7 @@ def _decode(
     sizes: list[tuple[int, int]] = []
     kept: list[int] = []
     unreadable: list[Unreadable] = []
+    losses = Losses()
     written = 0
     chunks = decode(source, workers=workers, shorter_side=shorter_side, mean_bytes=mean_bytes)
     with contextlib.closing(chunks), _progress(source, console) as advance:
@@ -217,12 +223,14 @@ def _decode(
             sizes += chunk.sizes
             kept += chunk.kept
             unreadable += chunk.unreadable
+            losses.merge(chunk.losses)
             advance(len(chunk.kept) + len(chunk.unreadable), written)
     check_readable(source, unreadable)
     heights, widths = np.array(sizes, np.int32).reshape(-1, 2).T
     labels = None if source.labels is None else source.labels[kept]
     places = [source.describe(index) for index in kept]
-    return Contents(source.name, heights, widths, labels, source.classes, places, unreadable)
+    notes = losses.lines(source.name)
+    return Contents(source.name, heights, widths, labels, source.classes, places, unreadable, source.decode, notes)
 
 
 @contextlib.contextmanager

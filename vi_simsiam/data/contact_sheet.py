@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from vi_simsiam import config
 from vi_simsiam.config import AugmentConfig
+from vi_simsiam.data.pixels import Losses
 from vi_simsiam.data.sources import ImageSource, Unreadable, UnreadableError
 from vi_simsiam.data.views import GLOBAL_VIEWS, draw_table
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, eager_augment
 from vi_simsiam.text import counted
 
@@ -50,6 +52,8 @@ def contact_sheet(
         epoch: of the views.
         skipped: called with every image that could not be read, a list's `append`, say.
 
+    An ImageWarning says what decoding lost of those shown.
+
     Raises:
         InputError: numbers out of range, an unknown policy, or no image that can be read.
     """
@@ -60,6 +64,11 @@ def contact_sheet(
     if not len(source):
         raise InputError(f"source: {source.name} has no images")
     chosen = _readable(source, min(images, len(source)), skipped or (lambda entry: None))
+    losses = Losses()
+    for _, image in chosen:
+        losses.add(image)
+    for text in losses.lines(source.name):
+        warnings.warn(text, ImageWarning, stacklevel=2)
     count = len(chosen)
     sizes = [policy.size] * GLOBAL_VIEWS + [policy.local_size] * policy.local_views
     cell = policy.size

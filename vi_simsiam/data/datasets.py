@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 import os
 import tarfile
@@ -12,24 +13,22 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import download_and_extract_archive
 
-from vi_simsiam.config import NAMED_DATA, data_spec
+from vi_simsiam.config import NAMED_DATA, DecodeConfig, data_spec
+from vi_simsiam.data.files import Found, find_images, is_image, list_folder
 from vi_simsiam.data.packed import open_pack
-from vi_simsiam.data.sources import (
-    IMAGE_SUFFIXES,
-    ArraySource,
-    FileSource,
-    ImageSource,
-    find_images,
-    is_image,
-    list_folder,
-)
+from vi_simsiam.data.sources import ArraySource, FileSource, ImageSource
 from vi_simsiam.errors import InputError, did_you_mean
 
 ACCEPTED = f"a folder of images, a pack file, or one of {', '.join(NAMED_DATA)}"
 """What `open_dataset` takes, for messages."""
+
+_TRAIN_NAMES = ("train", "training")
+_VAL_NAMES = ("val", "valid", "validation")
+"""Folders of the two parts of a data set, in any case."""
 
 _FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -103,36 +102,58 @@ _PUBLISHED = {
 }
 
 
-def open_dataset(spec: str, *, root: Path = Path("data"), download: bool = True) -> Splits:
+def open_dataset(
+    spec: str, *, root: Path = Path("data"), download: bool = True, decode: DecodeConfig | None = None
+) -> Splits:
     """Open a data set by name.
 
     - ``fashion-mini``: 8,000 + 2,000 Fashion-MNIST images of 28 pixels, embedded in the package.
-    - a folder's path, or ``folder:PATH``: with PATH/train/CLASS/ folders a labelled set, and PATH/val/CLASS/ its validation part; otherwise
-      every image under PATH/train, or under PATH if there is no such folder, without labels.
+    - a folder's path, or ``folder:PATH``: with PATH/train/CLASS/ folders a labelled set, and PATH/val/CLASS/ (or valid/,
+      validation/) its validation part; otherwise every image under PATH/train, or under PATH if there is no such folder,
+      without labels.
     - a file's path, or ``pack:FILE``: what `vi-simsiam pack` wrote to FILE, and its validation part beside it.
     - ``cifar10``, ``imagenette``, ``imagewoof``: an unpacked copy under `root`, or else a checksummed download to it.
       ImageNette and ImageWoof are version 2 at 320 pixels. A copy of either with fewer images is refused.
 
-    Files are listed, not read; `vi_simsiam.data.cache.cached` finds damaged ones. Raises InputError for another name, a
-    folder that does not hold what is described, or a download that is not allowed or fails.
+    Files are listed, not read; `vi_simsiam.data.cache.cached` finds damaged ones.
+
+    Args:
+        spec: the name.
+        root: where downloaded data sets are kept or looked for.
+        download: whether one may be downloaded.
+        decode: how files become pixels; None for the default, and for how a pack file was decoded.
+
+    Raises:
+        InputError: another name, a folder that does not hold what is described, a download that is not allowed or fails,
+            or a pack file of images that were decoded otherwise.
     """
-    root = Path(root).expanduser()
-    if spec.lower().endswith(IMAGE_SUFFIXES) and Path(spec).expanduser().is_file():
+    root, decode = Path(root).expanduser(), decode or DecodeConfig()
+    if Path(spec).expanduser().is_file() and is_image(spec):
         raise InputError(f"data: {spec} is an image; give the folder that it lies in")
     spec = data_spec(spec)
     if spec == "fashion-mini":
         return _fashion_mini()
     if spec.startswith("folder:") and spec != "folder:":
-        return _folder(Path(spec.removeprefix("folder:")).expanduser(), spec)
+        return _folder(Path(spec.removeprefix("folder:")).expanduser(), spec, decode)
     if spec.startswith("pack:") and spec != "pack:":
         path = Path(spec.removeprefix("pack:")).expanduser()
         val = validation_pack(path)
-        return Splits(spec, open_pack(path), open_pack(val) if val.exists() else None)
+        packed = open_pack(path)
+        if decode not in (DecodeConfig(), packed.decode):
+            raise InputError(
+                f"background, value_range, frames: {path} holds images decoded with {_words(packed.decode)}, and "
+                f"{_words(decode)} is asked for; leave these options out, or pack the images again"
+            )
+        return Splits(spec, packed, open_pack(val) if val.exists() else None)
     if spec == "cifar10":
-        return _cifar10(root, download)
+        return _cifar10(root, download, decode)
     if spec in _PUBLISHED:
-        return _imagenet_subset(spec, root, download)
+        return _imagenet_subset(spec, root, download, decode)
     raise InputError(f"data: {spec!r} is not there; it must be {ACCEPTED}{did_you_mean(spec, NAMED_DATA)}")
+
+
+def _words(decode: DecodeConfig) -> str:
+    return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(decode).items())
 
 
 def validation_pack(path: Path) -> Path:
@@ -155,55 +176,84 @@ def _fashion_mini() -> Splits:
     return Splits("fashion-mini", train, val)
 
 
-def _folder(path: Path, spec: str) -> Splits:
+def _folder(path: Path, spec: str, decode: DecodeConfig) -> Splits:
     if not path.exists():
         raise InputError(f"{path}: no such folder; folder:PATH needs a folder of images")
     if not path.is_dir():
         raise InputError(f"{path}: is not a folder; folder:PATH needs a folder of images")
-    train_folder, val_folder = path / "train", path / "val"
-    if not train_folder.is_dir():
-        return Splits(spec, _unlabelled(path), None)
-    train = _class_folders(train_folder)
-    if train is None:
-        return Splits(spec, _unlabelled(train_folder), None)
-    val = _class_folders(val_folder) if val_folder.is_dir() else None
-    if val_folder.is_dir() and val is None:
+    train_folder, val_folder = _part(path, _TRAIN_NAMES), _part(path, _VAL_NAMES)
+    if train_folder is None:
+        return Splits(spec, _unlabelled(path, find_images(path), decode), None)
+    train, val = _classes(train_folder), None if val_folder is None else _classes(val_folder)
+    beside = {e.name for e in list_folder(path) if os.path.isdir(e.path) or is_image(e.path)}
+    beside -= {part.name for part in (train_folder, val_folder) if part is not None}
+    lost = f"only {train_folder.name}/ and a validation part are read, not {_names(beside)}" if beside else ""
+    if train.labels is None:
+        return Splits(spec, _unlabelled(train_folder, train.found, decode, lost), None)
+    if val is None or val_folder is None:
+        return Splits(spec, train.source(train_folder, decode, lost), None)
+    if val.labels is None:
         raise InputError(f"{val_folder}: holds no class folders, {train_folder} does; give it the same ones or none")
-    if val is not None and val.keys() != train.keys():
+    if val.names != train.names:
+        only_train, only_val = set(train.names) - set(val.names), set(val.names) - set(train.names)
         raise InputError(
-            f"{path}: classes of train/ and val/ must agree; only in train/: {_names(train.keys() - val.keys())}; "
-            f"only in val/: {_names(val.keys() - train.keys())}"
+            f"{path}: classes of {train_folder.name}/ and {val_folder.name}/ must agree; only in {train_folder.name}/: "
+            f"{_names(only_train)}; only in {val_folder.name}/: {_names(only_val)}"
         )
-    return Splits(spec, _labelled(train, train_folder), None if val is None else _labelled(val, val_folder))
+    return Splits(spec, train.source(train_folder, decode, lost), val.source(val_folder, decode))
 
 
-def _class_folders(folder: Path) -> dict[str, list[str]] | None:
-    """Return the image paths of every class folder that has any; None if there is no such folder.
+def _part(folder: Path, names: tuple[str, ...]) -> Path | None:
+    """The folder of that part, by any of its names."""
+    found = [entry.path for entry in list_folder(folder) if entry.name.lower() in names and os.path.isdir(entry.path)]
+    if len(found) > 1:
+        raise InputError(f"{folder}: holds {' and '.join(map(os.path.basename, found))}; only one of them can be meant")
+    return Path(found[0]) if found else None
 
-    Raises InputError if the folder holds images of its own besides.
-    """
-    entries = list_folder(folder)
-    classes = {entry.name: find_images(entry.path) for entry in entries if entry.is_dir()}
-    classes = {name: paths for name, paths in classes.items() if paths}
-    if classes and any(is_image(entry) for entry in entries):
+
+@dataclass(frozen=True)
+class _Classes:
+    """The images under a folder, with the classes that its folders are."""
+
+    found: Found
+    names: list[str]
+    """Of folders that hold images, sorted."""
+    labels: NDArray[np.int64] | None
+    """Of all images; None where the folder has no class folders."""
+    empty: set[str]
+    """Names of folders without any image."""
+
+    def source(self, folder: Path, decode: DecodeConfig, *more: str) -> FileSource:
+        empty = f"no image, and so no class, in {_names(self.empty)}" if self.empty else ""
+        classes = [_WORDNET_NAMES.get(name, name) for name in self.names]
+        notes = _notes(folder, self.found, empty, *more)
+        return FileSource(self.found.paths, self.labels, classes, os.fspath(folder), decode=decode, notes=notes)
+
+
+def _classes(folder: Path) -> _Classes:
+    """Find the class folders of a folder. Raises InputError if it holds images of its own besides."""
+    found = find_images(folder)
+    homes = [os.path.relpath(path, folder).split(os.sep) for path in found.paths]
+    names = sorted({parts[0] for parts in homes if len(parts) > 1})
+    if names and any(len(parts) == 1 for parts in homes):
         raise InputError(
             f"{folder}: holds both images and class folders; move the images into class folders, or use "
             f"folder:{folder} to train on all of them without labels"
         )
-    return classes or None
+    numbers = {name: number for number, name in enumerate(names)}
+    labels = np.array([numbers[parts[0]] for parts in homes], np.int64) if names else None
+    empty = {entry.name for entry in list_folder(folder) if os.path.isdir(entry.path)} - set(names)
+    return _Classes(found, names, labels, empty)
 
 
-def _labelled(classes: dict[str, list[str]], folder: Path) -> FileSource:
-    paths = [path for members in classes.values() for path in members]
-    labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(members) for members in classes.values()])
-    return FileSource(paths, labels, [_WORDNET_NAMES.get(name, name) for name in classes], os.fspath(folder))
+def _unlabelled(folder: Path, found: Found, decode: DecodeConfig, *more: str) -> FileSource:
+    if not found.paths:
+        raise InputError(" ".join(filter(None, (f"{folder}: holds no image that Pillow opens.", found.note()))))
+    return FileSource(found.paths, name=os.fspath(folder), decode=decode, notes=_notes(folder, found, *more))
 
 
-def _unlabelled(folder: Path) -> FileSource:
-    paths = find_images(folder)
-    if not paths:
-        raise InputError(f"{folder}: holds no image; accepted are files ending in {', '.join(IMAGE_SUFFIXES)}")
-    return FileSource(paths, name=os.fspath(folder))
+def _notes(folder: Path, found: Found, *more: str) -> list[str]:
+    return [f"{folder}: {note}" for note in (found.note(), *more) if note]
 
 
 def _names(classes: set[str]) -> str:
@@ -211,9 +261,9 @@ def _names(classes: set[str]) -> str:
     return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "") or "none"
 
 
-def _cifar10(root: Path, download: bool) -> Splits:
+def _cifar10(root: Path, download: bool, decode: DecodeConfig) -> Splits:
     original = root / CIFAR10.base_folder
-    if not original.is_dir() and (found := _unpacked("cifar10", root)) is not None:
+    if not original.is_dir() and (found := _unpacked("cifar10", root, decode)) is not None:
         return found
     # torchvision checks every file of an unpacked copy against its MD5 and downloads only if one fails.
     try:
@@ -230,8 +280,8 @@ def _cifar10(root: Path, download: bool) -> Splits:
     return Splits("cifar10", train, val)
 
 
-def _imagenet_subset(name: str, root: Path, download: bool) -> Splits:
-    if (found := _unpacked(name, root)) is not None:
+def _imagenet_subset(name: str, root: Path, download: bool, decode: DecodeConfig) -> Splits:
+    if (found := _unpacked(name, root, decode)) is not None:
         return found
     published = _PUBLISHED[name]
     if not download:
@@ -248,18 +298,18 @@ def _imagenet_subset(name: str, root: Path, download: bool) -> Splits:
             os.rename(Path(aside) / folder, root / folder)
     except _DOWNLOAD_ERRORS as error:
         raise _download_failed(name, published.url, error, os.fspath(root / folder)) from error
-    return _complete(name, root / folder)
+    return _complete(name, root / folder, decode)
 
 
-def _unpacked(name: str, root: Path) -> Splits | None:
+def _unpacked(name: str, root: Path, decode: DecodeConfig) -> Splits | None:
     """Return the first unpacked copy under `root`, None without any. Raises InputError if it is not complete."""
     folders = (root / folder for folder in _PUBLISHED[name].folders)
-    return next((_complete(name, folder) for folder in folders if folder.is_dir()), None)
+    return next((_complete(name, folder, decode) for folder in folders if folder.is_dir()), None)
 
 
-def _complete(name: str, folder: Path) -> Splits:
+def _complete(name: str, folder: Path, decode: DecodeConfig) -> Splits:
     published = _PUBLISHED[name]
-    splits = _folder(folder, name)
+    splits = _folder(folder, name, decode)
     train, val = len(splits.train), 0 if splits.val is None else len(splits.val)
     if (train, val) != (published.train, published.val):
         raise InputError(

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vi_simsiam.data.pixels import Losses
 from vi_simsiam.data.sources import FileSource, ImageSource, Unreadable, UnreadableError
 from vi_simsiam.errors import InputError, TrainingError
 
@@ -39,6 +40,8 @@ class Chunk(NamedTuple):
     """Which images of the source these are."""
     unreadable: list[Unreadable]
     """Those that could not be decoded."""
+    losses: Losses
+    """What the decoding of the others lost."""
 
 
 def bytes_per_image(source: ImageSource, shorter_side: int | None = None) -> float:
@@ -120,7 +123,7 @@ def _decode_in_processes(
 
 
 def _decode(source: ImageSource, chunk: range, shorter_side: int | None) -> Chunk:
-    parts, sizes, kept, unreadable = [], [], [], []
+    parts, sizes, kept, unreadable, losses = [], [], [], [], Losses()
     for index in chunk:
         try:
             image = source.image(index)
@@ -130,12 +133,13 @@ def _decode(source: ImageSource, chunk: range, shorter_side: int | None) -> Chun
         except UnreadableError as error:
             unreadable.append(error.entry)
             continue
+        losses.add(image)
         if (width, height) != image.size:
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         parts.append(image.tobytes())
         sizes.append((height, width))
         kept.append(index)
-    return Chunk(b"".join(parts), sizes, kept, unreadable)
+    return Chunk(b"".join(parts), sizes, kept, unreadable, losses)
 
 
 def _can_be_pickled(source: ImageSource) -> bool:

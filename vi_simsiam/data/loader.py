@@ -28,9 +28,9 @@ from vi_simsiam.data.cache import cached
 from vi_simsiam.data.decoding import cores, interrupts_blocked
 from vi_simsiam.data.device import DeviceFeed, byte_tensor, check_memory, find_device
 from vi_simsiam.data.packed import PackedImages
-from vi_simsiam.data.sources import ImageSource, as_source, left_out
+from vi_simsiam.data.sources import ImageSource, as_source
 from vi_simsiam.data.views import GLOBAL_VIEWS, eval_view, place
-from vi_simsiam.errors import InputError, TrainingError
+from vi_simsiam.errors import ImageWarning, InputError, TrainingError
 from vi_simsiam.ops.augment import eager_augment
 from vi_simsiam.text import counted
 
@@ -214,9 +214,9 @@ def default_workers() -> int:
 def _packed(source: ImageSource | Dataset[Any]) -> PackedImages:
     if isinstance(source, PackedImages):
         return source
-    images, unreadable = cached(as_source(source))
-    if unreadable:
-        warnings.warn(left_out(unreadable), stacklevel=3)
+    images, _ = cached(as_source(source))
+    for text in images.warnings:
+        warnings.warn(text, ImageWarning, stacklevel=3)
     return images
 
 

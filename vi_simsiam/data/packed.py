@@ -12,6 +12,7 @@ are CRC-32, which finds damage but not forgery: one x86-64 core was measured at 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import mmap
 import os
@@ -19,7 +20,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, SupportsIndex
 
@@ -27,11 +28,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vi_simsiam.data.sources import ImageSource, Unreadable
+from vi_simsiam.config import DecodeConfig
+from vi_simsiam.data.sources import ImageSource, Unreadable, left_out
 from vi_simsiam.errors import InputError
 from vi_simsiam.text import brief_repr, counted
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised whenever the layout, or what is decoded to which pixels, changes."""
 
 _MAGIC = b"VISIMPCK"
@@ -77,6 +79,10 @@ class Contents:
     """Where each image came from; empty for NAME/INDEX."""
     unreadable: Sequence[Unreadable] = ()
     """Images of the original source that were left out, and why."""
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    """How files became pixels."""
+    notes: Sequence[str] = ()
+    """What that lost, see `data.pixels.Losses`."""
 
     __repr__ = brief_repr
 
@@ -109,6 +115,7 @@ class PackedImages(ImageSource):
         self.name = contents.name
         self.unreadable = tuple(contents.unreadable)
         """Images of the original source that were left out, and why."""
+        self.decode, self.notes = contents.decode, tuple(contents.notes)
         self.path: Path | None = None
         """The file that holds the pixels; None in memory."""
         self.checksum = 0
@@ -123,6 +130,11 @@ class PackedImages(ImageSource):
         if self.path is None:
             return super().__reduce_ex__(protocol)
         return _reopen, (self.path, self.checksum)
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences that name the images left out and whatever else was lost, for a user to hear."""
+        return [*([left_out(self.unreadable)] if self.unreadable else []), *self.notes]
 
     def image(self, index: int) -> Image.Image:
         """Return image `index` in mode RGB."""
@@ -204,6 +216,8 @@ class PackWriter:
             "classes": contents.classes,
             "fingerprint": fingerprint,
             "unreadable": contents.unreadable,
+            "decode": dataclasses.asdict(contents.decode),
+            "notes": contents.notes,
             "sections": self._sections,
             "checked_bytes": _CHECKED_BYTES,
             "checksums": self._checksums,
@@ -312,6 +326,8 @@ def _from_sections(content: NDArray[np.uint8], header: dict[str, Any]) -> Packed
         labels=sections.get("labels"),
         classes=header["classes"],
         unreadable=[Unreadable(*entry) for entry in header["unreadable"]],
+        decode=DecodeConfig.from_dict(header["decode"]),
+        notes=header["notes"],
     )
     images = PackedImages(sections["pixels"], contents)
     images._places = sections["places"]

@@ -5,8 +5,11 @@ A source gives every image as 8-bit RGB, whatever it is stored as, so nothing af
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,14 +22,12 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vi_simsiam.config import DecodeConfig
+from vi_simsiam.data.files import formats
+from vi_simsiam.data.pixels import is_animated, to_rgb, upright_size
 from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
-"""File names that are taken for images, in lower or upper case."""
-
-# Named so that a file is never handed to a decoder that runs other programs (EPS starts Ghostscript).
-_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 _TOLERATED_SHARE = 0.01
 
 
@@ -57,6 +58,10 @@ class ImageSource(ABC):
     """Class of every image, (N,) int64 in [0, len(classes)); None without labels."""
     classes: tuple[str, ...] | None
     """Class names; None without labels."""
+    decode = DecodeConfig()
+    """How files become pixels; the default where there are none."""
+    notes: tuple[str, ...] = ()
+    """What a user should hear of how the images were found: sentences, without a full stop."""
 
     def __repr__(self) -> str:
         classes = "" if self.classes is None else f", {counted(len(self.classes), 'class', 'classes')}"
@@ -129,7 +134,20 @@ class ArraySource(ImageSource):
 
 
 class FileSource(ImageSource):
-    """Images in files, decoded each time they are asked for. Raises InputError for labels that do not fit."""
+    """Images in files, decoded each time they are asked for.
+
+    Args:
+        paths: of the files.
+        labels: class of every image, see `ImageSource`.
+        classes: class names.
+        name: short name.
+        decode: how files become pixels, see `data.pixels`. With all frames every frame of a file is an image; the files
+            are opened to count them.
+        notes: see `ImageSource`.
+
+    Raises:
+        InputError: labels do not fit.
+    """
 
     def __init__(
         self,
@@ -137,35 +155,65 @@ class FileSource(ImageSource):
         labels: NDArray[np.int64] | None = None,
         classes: Sequence[str] | None = None,
         name: str = "files",
+        *,
+        decode: DecodeConfig | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         self.name = name
+        self.decode = decode or DecodeConfig()
+        self.notes = tuple(notes)
         self.paths = tuple(os.fspath(path) for path in paths)
         self._label(labels, classes, len(self.paths))
+        self.frames: tuple[int, ...] = (0,) * len(self.paths)
+        """Which frame of its file each image is."""
+        if self.decode.frames == "all":
+            counts = [self._count_frames(index) for index in range(len(self.paths))]
+            self.paths = tuple(path for path, count in zip(self.paths, counts, strict=True) for _ in range(count))
+            self.frames = tuple(frame for count in counts for frame in range(count))
+            self.labels = None if self.labels is None else np.repeat(self.labels, counts)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def image(self, index: int) -> Image.Image:
         """Decode image `index`. Raises UnreadableError, naming the file, if that fails."""
-        path = self.paths[index]
-        # Damaged files make Pillow's decoders raise almost any exception, SyntaxError and struct.error among them.
-        try:
-            with Image.open(path, formats=_FORMATS) as image:
-                return to_rgb(image)
-        except Exception as error:
-            raise UnreadableError(path, _reason(path, error)) from error
+        with self._opened(index) as image:
+            image.seek(self.frames[index])
+            return to_rgb(image, self.decode)
 
     def dimensions(self, index: int) -> tuple[int, int]:
         """Return height and width of image `index` from its header. Raises UnreadableError if that cannot be read."""
+        with self._opened(index) as image:
+            return upright_size(image)
+
+    def take(self, indices: NDArray[np.int64], name: str) -> FileSource:
+        """The images at `indices` (K,), in that order, as a source."""
+        labels = None if self.labels is None else self.labels[indices]
+        first = dataclasses.replace(self.decode, frames="first")  # they are counted already
+        part = FileSource([self.paths[i] for i in indices], labels, self.classes, name, decode=first, notes=self.notes)
+        part.decode, part.frames = self.decode, tuple(self.frames[i] for i in indices)
+        return part
+
+    @contextlib.contextmanager
+    def _opened(self, index: int) -> Iterator[Image.Image]:
         path = self.paths[index]
+        # Damaged files make Pillow's decoders raise almost any exception, SyntaxError and struct.error among them.
         try:
-            with Image.open(path, formats=_FORMATS) as image:
-                return image.height, image.width
+            if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for, for ever
+                raise ValueError("no regular file")
+            # Given the path, Pillow maps an uncompressed TIFF and reads turned ones in rows of the wrong length.
+            with open(path, "rb") as file, Image.open(file, formats=formats(path)) as image:
+                yield image
         except Exception as error:
-            raise UnreadableError(path, _reason(path, error)) from error
+            raise UnreadableError(self.describe(index), _reason(path, error)) from error
+
+    def _count_frames(self, index: int) -> int:
+        with contextlib.suppress(UnreadableError), self._opened(index) as image:
+            return image.n_frames if is_animated(image) else 1  # type: ignore[attr-defined]
+        return 1  # to be reported when it is read
 
     def fingerprint(self) -> str:
-        """Return a digest of every path, file size and time of change, and of the labels and classes."""
+        """Return a digest of every path, file size and time of change, of the labels and classes, and how they are decoded."""
         digest = hashlib.blake2b(digest_size=20)
         for path in self.paths:
             try:
@@ -174,13 +222,14 @@ class FileSource(ImageSource):
             except OSError:
                 facts = (-1, -1)  # to be reported as unreadable
             digest.update(repr((os.path.abspath(path), *facts)).encode())
-        digest.update(repr(self.classes).encode())
+        digest.update(repr((self.classes, self.decode, self.frames if any(self.frames) else ())).encode())
         digest.update(b"" if self.labels is None else self.labels.tobytes())
         return digest.hexdigest()
 
     def describe(self, index: int) -> str:
-        """Return the file's path."""
-        return self.paths[index]
+        """Return the file's path, and # and the number of the frame after the first."""
+        frame = self.frames[index]
+        return f"{self.paths[index]}#{frame}" if frame else self.paths[index]
 
 
 class DatasetSource(ImageSource):
@@ -193,7 +242,8 @@ class DatasetSource(ImageSource):
         InputError: the data set has no length or no items by number.
     """
 
-    def __init__(self, dataset: Dataset[Any], name: str | None = None) -> None:
+    def __init__(self, dataset: Dataset[Any], name: str | None = None, decode: DecodeConfig | None = None) -> None:
+        self.decode = decode or DecodeConfig()
         self.name = type(dataset).__name__ if name is None else name
         self.labels = self.classes = None
         self.dataset = dataset
@@ -221,22 +271,25 @@ class DatasetSource(ImageSource):
             item = self.dataset[index]
         except Exception as error:
             raise UnreadableError(self.describe(index), f"{type(error).__name__}: {_one_line(error)}") from error
-        return _item_to_rgb(item, self.describe(index))
+        return _item_to_rgb(item, self.describe(index), self.decode)
 
     def describe(self, index: int) -> str:
         """Return "NAME/INDEX"."""
         return f"{self.name}/{index}"
 
 
-def as_source(images: ImageSource | Dataset[Any]) -> ImageSource:
+def as_source(images: ImageSource | Dataset[Any], decode: DecodeConfig | None = None) -> ImageSource:
     """Return a source as it is, and a map-style torch Dataset as a DatasetSource. Raises InputError for others."""
-    return images if isinstance(images, ImageSource) else DatasetSource(images)
+    return images if isinstance(images, ImageSource) else DatasetSource(images, decode=decode)
 
 
-def _item_to_rgb(item: Any, place: str) -> Image.Image:
+def _item_to_rgb(item: Any, place: str, decode: DecodeConfig) -> Image.Image:
     image = item[0] if isinstance(item, (tuple, list)) and item else item
     if isinstance(image, Image.Image):
-        return to_rgb(image)
+        try:
+            return to_rgb(image, decode)
+        except Exception as error:  # a file that is read only now, and damaged
+            raise UnreadableError(place, _one_line(error) or type(error).__name__) from error
     pixels: Any = None
     if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3:
         pixels = image.permute(1, 2, 0).cpu().numpy()
@@ -271,67 +324,9 @@ def check_readable(source: ImageSource, failures: Sequence[Unreadable]) -> None:
         )
 
 
-def find_images(folder: str | Path) -> list[str]:
-    """Return the paths of all images in a folder and the folders in it, sorted by name level by level.
-
-    Hidden files and folders are skipped; links are followed, each folder being visited once. Raises InputError if a
-    folder cannot be listed.
-    """
-    return list(_walk(os.fspath(folder), set()))
-
-
-def _walk(folder: str, visited: set[tuple[int, int]]) -> Iterator[str]:
-    status = os.stat(folder)
-    if (status.st_dev, status.st_ino) in visited:
-        return
-    visited.add((status.st_dev, status.st_ino))
-    for entry in list_folder(folder):
-        if entry.is_dir():
-            yield from _walk(entry.path, visited)
-        elif is_image(entry):
-            yield entry.path
-
-
-def list_folder(folder: str | Path) -> list[os.DirEntry[str]]:
-    """Return the entries of a folder that are not hidden, sorted by name. Raises InputError if it cannot be listed."""
-    try:
-        with os.scandir(os.fspath(folder)) as entries:
-            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be listed ({error.strerror})") from error
-
-
-def is_image(entry: os.DirEntry[str]) -> bool:
-    """Whether the entry is named like an image and is a file, or a broken link (which is reported when it is read)."""
-    named_so = entry.name.lower().endswith(IMAGE_SUFFIXES)
-    return named_so and (entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)))
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image of any Pillow mode as 8-bit RGB.
-
-    16-bit gray, which Pillow opens as "I;16" or "I", is scaled by 1/257, so that 65535 becomes 255; floating-point gray
-    is scaled from its smallest and largest finite value. Transparency is dropped. Raises ValueError for a mode that has
-    no RGB equivalent.
-    """
-    if image.mode.startswith("I"):
-        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        finite = np.isfinite(values)
-        low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
-        scaled = np.where(finite, values - low, 0.0) * (255.0 / (high - low) if high > low else 0.0)
-        return Image.fromarray(np.rint(scaled).astype(np.uint8)).convert("RGB")
-    # Pillow warns about the direct conversion of these, once for every image of such a set.
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
 def _reason(path: str, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "an empty file" if os.path.getsize(path) == 0 else f"not a {', '.join(_FORMATS)} file"
+        return "an empty file" if os.path.getsize(path) == 0 else f"not a {', '.join(formats(path))} file"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return _one_line(error) or type(error).__name__

@@ -96,11 +96,10 @@ def subset(source: ImageSource, indices: NDArray[np.int64], name: str | None = N
         name: of the new source; None for the old one's.
     """
     name = source.name if name is None else name
-    labels = None if source.labels is None else source.labels[indices]
     if isinstance(source, PackedImages):
         return _PackedSubset(source, indices, name)
     if isinstance(source, FileSource):
-        return FileSource([source.paths[i] for i in indices], labels, source.classes, name)
+        return source.take(indices, name)
     if isinstance(source, ArraySource):
         return _ArraySubset(source, indices, name)
     return _Subset(source, indices, name)
@@ -111,6 +110,7 @@ class _Subset(ImageSource):
 
     def __init__(self, source: ImageSource, indices: NDArray[np.int64], name: str) -> None:
         self.source, self.indices, self.name = source, indices, name
+        self.decode, self.notes = source.decode, source.notes
         self._label(None if source.labels is None else source.labels[indices], source.classes, len(indices))
 
     def __len__(self) -> int:
@@ -155,7 +155,9 @@ class _PackedSubset(PackedImages):
     def __init__(self, source: PackedImages, indices: NDArray[np.int64], name: str) -> None:
         labels = None if source.labels is None else source.labels[indices]
         heights, widths = source.heights[indices], source.widths[indices]
-        contents = Contents(name, heights, widths, labels, source.classes, unreadable=source.unreadable)
+        contents = Contents(
+            name, heights, widths, labels, source.classes, (), source.unreadable, source.decode, source.notes
+        )
         # Checked and laid out as images that lie one after the other; their bytes are the whole's.
         super().__init__(np.broadcast_to(np.uint8(0), int((3 * heights.astype(np.int64) * widths).sum())), contents)
         self.pixels, self.offsets = source.pixels, source.offsets[indices]

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
 from vi_simsiam.config import AugmentConfig
@@ -16,6 +17,8 @@ from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, TABLE_COLUMNS, C
 
 GLOBAL_VIEWS = 2
 
+_LONGEST = 4
+"""Aspect ratio to which a strip is cut before it is resized."""
 _CROP_DRAWS = 10
 # A view has blocks of four random words: three for switches, colours and blur, then one for each draw of a crop.
 _CROP_BLOCK = 3
@@ -115,7 +118,20 @@ def eval_view(size: int) -> v2.Compose:
     """The view for evaluation: the shorter side resized to `size` (bicubic), the centre cropped, normalised."""
     resize = v2.Resize(size, InterpolationMode.BICUBIC)
     to_float = v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])
-    return v2.Compose([resize, v2.CenterCrop(size), to_float, v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    return v2.Compose(
+        [v2.Lambda(_without_ends), resize, v2.CenterCrop(size), to_float, v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    )
+
+
+def _without_ends(image: Image.Image) -> Image.Image:
+    """The middle of a strip: its ends lie outside the centre, and enlarged with it they would take gigabytes."""
+    shorter, longer = sorted(image.size)
+    kept = _LONGEST * shorter + (longer - _LONGEST * shorter) % 2  # so that the centre is the same
+    if longer <= kept:
+        return image
+    start = (longer - kept) // 2
+    middle = (start, 0, start + kept, shorter) if image.width == longer else (0, start, shorter, start + kept)
+    return image.crop(middle)
 
 
 class _Stream:

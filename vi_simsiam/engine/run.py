@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource, Unreadable
 from vi_simsiam.data.subsets import select
 from vi_simsiam.engine.checkpoint import Checkpoint, write_json
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.models import SimSiam, build_model
 
 CONFIG, CHECKPOINT, METRICS = "config.json", "checkpoint.pt", "metrics.jsonl"
@@ -53,8 +54,11 @@ class Run:
         return f"Run({str(self.path)!r}: {config.method} on {config.data}, {network}, {self.device})"
 
     def readable(self, source: ImageSource) -> tuple[PackedImages, list[Unreadable]]:
-        """The images of one of the splits decoded, and those that cannot be."""
-        return cached(source, cache_dir=self.config.cache_dir, workers=self.workers, console=None)
+        """The images of one of the splits decoded, and those that cannot be; an ImageWarning names these, and other losses."""
+        images, unreadable = cached(source, cache_dir=self.config.cache_dir, workers=self.workers, console=None)
+        for text in images.warnings:
+            warnings.warn(text, ImageWarning, stacklevel=2)
+        return images, unreadable
 
 
 def load_run(
@@ -109,7 +113,12 @@ def open_splits(config: TrainConfig, *, data: str | None = None, data_root: Path
     Raises:
         InputError: the data set is not there, or has fewer images than the configuration asks for.
     """
-    splits = open_dataset(data or config.data, root=data_root or config.data_root, download=not config.offline)
+    splits = open_dataset(
+        data or config.data,
+        root=data_root or config.data_root,
+        download=not config.offline,
+        decode=config.decode,
+    )
     if config.images is None and not config.held_out and not config.distinct:
         return splits
     return select(splits, images=config.images, held_out=config.held_out, seed=config.split_seed)

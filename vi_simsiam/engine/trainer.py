@@ -16,7 +16,6 @@ from vi_simsiam.data.batches import check_batch
 from vi_simsiam.data.cache import cached
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.loader import MultiViewLoader
-from vi_simsiam.data.sources import left_out
 from vi_simsiam.engine.checkpoint import Checkpoint
 from vi_simsiam.engine.distributed import World, sync_batch_norm, wrap
 from vi_simsiam.engine.duration import duration_line
@@ -120,15 +119,16 @@ class Trainer:
         with self.world.main_first():  # it decodes the images if that is to be done, and the others find them
             source = (splits or open_splits(config)).train
             check_batch(config.batch_size, source)  # known before all are decoded
-            images, unreadable = cached(
+            # What is decoded already was by a rule of its own, and the run's other images are to follow it.
+            self.config = config = dataclasses.replace(config, decode=source.decode)
+            images, _ = cached(
                 source,
                 cache_dir=config.cache_dir,
                 workers=config.workers,
                 console=None if quiet else self.console,
             )
-        if unreadable:
-            text = f"warning: {left_out(unreadable)}"
-            self.console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        for text in images.warnings:
+            self.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
         self.loader = MultiViewLoader(
             images,
             config.augment,

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vi_simsiam.config import TrainConfig
 from vi_simsiam.data.datasets import Splits, open_dataset
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ArraySource, FileSource, ImageSource
@@ -41,26 +42,26 @@ class Foreign:
     builtin: bool = False
 
 
-def open_sets(specs: Sequence[str], own: Splits, data: str, root: Path, *, download: bool) -> list[Foreign]:
+def open_sets(specs: Sequence[str], own: Splits, config: TrainConfig) -> list[Foreign]:
     """Open the data sets that a user names. Their validation images count, or else their training images.
 
     Args:
         specs: see the head of this module.
         own: the run's data.
-        data: its name, as `open_dataset` takes it.
-        root: where downloaded data sets are.
-        download: whether a missing one may be downloaded.
+        config: the run's, which says how its data are called, where downloaded ones are, and how files are decoded.
 
     Raises:
         InputError: a data set that cannot be opened, is given twice, or is the run's own, by name or by its files.
     """
+    root, download, decode = config.data_root, not config.offline, config.decode
     given = [_kind_and_name(spec) for spec in specs]
     if len({named for _, named in given}) != len(given):
         raise InputError(f"ood: {', '.join(specs)} names a data set twice; give each one once")
     taken = {"noise", "digits", "validation"}
     sets = []
     for kind, named in given:
-        splits = own if named in (own.name, data) else open_dataset(named, root=root, download=download)
+        is_own = named in (own.name, config.data)
+        splits = own if is_own else open_dataset(named, root=root, download=download, decode=decode)
         if splits is own or _files(splits) & _files(own):
             raise InputError(f"ood: {named} holds images of the run's own data, {own.name}; give another data set")
         source = splits.val if splits.val is not None and len(splits.val) else splits.train

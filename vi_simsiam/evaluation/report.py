@@ -214,7 +214,7 @@ def settings(config: TrainConfig) -> list[dict[str, Any]]:
         default = defaults.get(name)
         rows.append({"group": group, "name": name.rpartition(".")[2], "value": _plain(value), "default": _plain(default),
                      "differs": _plain(value) != _plain(default)})  # fmt: skip
-    order = ("training", "augment", "model", "loss", "place")
+    order = ("training", "decode", "augment", "model", "loss", "place")
     return sorted(rows, key=lambda row: order.index(row["group"]))
 
 

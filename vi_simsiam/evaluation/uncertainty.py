@@ -129,7 +129,7 @@ def evaluate_uncertainty(
     _check(run, images, seed, corruption_images, train_images, require_kappa)
     config, say = run.config, report or (lambda phrase: None)
     say("opening the data sets")
-    found = open_sets(ood, run.splits, config.data, config.data_root, download=not config.offline)
+    found = open_sets(ood, run.splits, config)
     data = _choose(run, images, train_images, seed)
     foreign = [(each, run.readable(each.source)[0]) for each in found]
     notes = [*data.notes]

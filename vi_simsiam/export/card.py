@@ -212,7 +212,7 @@ def _preprocess(format: str, size: int) -> str:
     """Code that makes `images` (1, 3, S, S) of the file image.jpg."""
     if format == "timm":
         lines = [
-            "from PIL import Image",
+            "from PIL import Image, ImageOps",
             "",
             "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)",
         ]
@@ -220,7 +220,7 @@ def _preprocess(format: str, size: int) -> str:
         from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD
 
         lines = [
-            "from PIL import Image",
+            "from PIL import Image, ImageOps",
             "from torchvision.transforms import v2",
             "",
             "transform = v2.Compose(",
@@ -233,7 +233,8 @@ def _preprocess(format: str, size: int) -> str:
             "    ]",
             ")",
         ]
-    return "\n".join([*lines, 'images = transform(Image.open("image.jpg").convert("RGB")).unsqueeze(0)'])
+    image = 'ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")'
+    return "\n".join([*lines, f"images = transform({image}).unsqueeze(0)"])
 
 
 def _checked(check: Check) -> str:

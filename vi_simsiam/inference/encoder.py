@@ -23,7 +23,7 @@ from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.sources import FileSource, ImageSource, Unreadable, UnreadableError
 from vi_simsiam.data.views import GLOBAL_VIEWS, draw_table, eval_view, place
 from vi_simsiam.engine.run import Run, load_model, resolve_device, resolve_workers
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.inference.images import Images, open_images, read
 from vi_simsiam.inference.product import product_of_experts
 from vi_simsiam.models import SimSiam, VISimSiam
@@ -176,7 +176,9 @@ class Encoder:
             if views is not None:
                 raise InputError("views: random views are drawn of images; a float tensor holds views already")
             return self._of_views(images, batch_size)
-        source = open_images(images)  # type: ignore[arg-type]
+        source = open_images(images, self.config.decode)  # type: ignore[arg-type]
+        for note in source.notes:
+            warnings.warn(note, ImageWarning, stacklevel=2)
         told = _warn if skipped is None else skipped
         if views is None:
             return self._of_images(source, batch_size, told)
@@ -336,4 +338,4 @@ def _refuse(entry: Unreadable) -> NoReturn:
 
 
 def _warn(entry: Unreadable) -> None:
-    warnings.warn(f"skipped: {entry.path} ({entry.reason})", stacklevel=4)
+    warnings.warn(f"skipped: {entry.path} ({entry.reason})", ImageWarning, stacklevel=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,9 +17,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vi_simsiam.config import DecodeConfig
+from vi_simsiam.data.files import find_images
 from vi_simsiam.data.packed import PackedImages
+from vi_simsiam.data.pixels import Losses
 from vi_simsiam.data.sources import (
-    IMAGE_SUFFIXES,
     ArraySource,
     DatasetSource,
     FileSource,
@@ -26,9 +29,8 @@ from vi_simsiam.data.sources import (
     Unreadable,
     UnreadableError,
     as_source,
-    find_images,
 )
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.text import counted
 
 Images = (
@@ -58,13 +60,14 @@ class Chunk(NamedTuple):
     """Those of the chunk that could not be read."""
 
 
-def open_images(images: Images) -> ImageSource:
+def open_images(images: Images, decode: DecodeConfig | None = None) -> ImageSource:
     """Return images of any kind as a source; files are listed, not read.
 
     Args:
         images: an ImageSource, a map-style Dataset, a folder (every image in it and in the folders in it, sorted by
             name) or a single file, a PIL image, a sequence of PIL images and paths, a uint8 tensor (N, 3, H, W), or a
             uint8 array (N, H, W) or (N, H, W, 3); (N, H, 3) could be one image and is refused.
+        decode: how files and PIL images become pixels, see `data.pixels`; None for the default. An ImageSource has its own.
 
     Raises:
         InputError: none of these, no such file, or a folder without images.
@@ -72,9 +75,9 @@ def open_images(images: Images) -> ImageSource:
     if isinstance(images, ImageSource):
         return images
     if isinstance(images, (str, Path)):
-        return _open_path(Path(images).expanduser())
+        return _open_path(Path(images).expanduser(), decode)
     if isinstance(images, Image.Image):
-        return _Several([images])
+        return _Several([images], decode)
     if isinstance(images, np.ndarray):
         if images.dtype != np.uint8:
             raise InputError(f"images: an array of {images.dtype} given; accepted are uint8 arrays (N, H, W, 3)")
@@ -92,37 +95,40 @@ def open_images(images: Images) -> ImageSource:
             )
         return DatasetSource(images, name="images")  # type: ignore[arg-type]
     if isinstance(images, (list, tuple)):
-        return _Several(images)
+        return _Several(images, decode)
     if not hasattr(images, "__len__") or not hasattr(images, "__getitem__"):
         raise InputError(
             f"images: {type(images).__name__} given; accepted are an ImageSource, a map-style Dataset, a folder, a file, "
             "PIL images and paths (one or a list), and uint8 arrays and tensors"
         )
-    return as_source(images)  # type: ignore[arg-type]
+    return as_source(images, decode)  # type: ignore[arg-type]
 
 
-def _open_path(path: Path) -> ImageSource:
+def _open_path(path: Path, decode: DecodeConfig | None) -> ImageSource:
     if path.is_dir():
-        paths = find_images(path)
-        if not paths:
-            raise InputError(f"images: {path} holds no image; accepted are files ending in {', '.join(IMAGE_SUFFIXES)}")
-        return FileSource(paths, name=os.fspath(path))
+        found = find_images(path)
+        note = found.note()
+        if not found.paths:
+            raise InputError(" ".join(filter(None, (f"images: {path} holds no image that Pillow opens.", note))))
+        notes = [f"{path}: {note}"] if note else []
+        return FileSource(found.paths, name=os.fspath(path), decode=decode, notes=notes)
     if not path.is_file():
         raise InputError(f"images: {path} is not there; give a folder of images or an image")
-    return FileSource([path], name=os.fspath(path))
+    return FileSource([path], name=os.fspath(path), decode=decode)
 
 
 class _Several(ImageSource):
     """PIL images and paths, mixed as they come."""
 
-    def __init__(self, images: Sequence[Image.Image | str | Path]) -> None:
+    def __init__(self, images: Sequence[Image.Image | str | Path], decode: DecodeConfig | None) -> None:
         for number, image in enumerate(images):
             if not isinstance(image, (Image.Image, str, Path)):
                 raise InputError(
                     f"images: item {number} is a {type(image).__name__}; accepted are PIL images and paths"
                 )
         self.name, self.labels, self.classes = "images", None, None
-        self._memory = DatasetSource(images, name="images")  # type: ignore[arg-type]
+        self.decode = decode or DecodeConfig()
+        self._memory = DatasetSource(images, "images", decode)  # type: ignore[arg-type]
         self._items = images
 
     def __len__(self) -> int:
@@ -130,7 +136,11 @@ class _Several(ImageSource):
 
     def image(self, index: int) -> Image.Image:
         item = self._items[index]
-        return self._memory.image(index) if isinstance(item, Image.Image) else FileSource([item]).image(0)
+        return (
+            self._memory.image(index)
+            if isinstance(item, Image.Image)
+            else FileSource([item], decode=self.decode).image(0)
+        )
 
     def describe(self, index: int) -> str:
         item = self._items[index]
@@ -151,13 +161,19 @@ def read(
         chunk: images given at a time, at least 1.
         threads: that read, at least 1.
 
+    An ImageWarning says what decoding lost, once all images are read.
+
     Raises:
         InputError: an item of a Dataset is no image. Images that cannot be read are listed in their chunk instead.
     """
+    losses = Losses()
 
-    def one(index: int) -> NDArray[np.uint8] | Unreadable:
+    def one(index: int) -> tuple[NDArray[np.uint8], Losses] | Unreadable:
         try:
-            return prepare(source.image(index))
+            image = source.image(index)
+            lost = Losses()
+            lost.add(image)
+            return prepare(image), lost
         except UnreadableError as error:
             return error.entry
         except InputError:
@@ -166,7 +182,7 @@ def read(
             return Unreadable(source.describe(index), " ".join(str(error).split()) or type(error).__name__)
 
     starts = iter(range(0, len(source), chunk))
-    pending: deque[tuple[range, list[Future[NDArray[np.uint8] | Unreadable]]]] = deque()
+    pending: deque[tuple[range, list[Future[tuple[NDArray[np.uint8], Losses] | Unreadable]]]] = deque()
     pool = ThreadPoolExecutor(threads if isinstance(source, _THREAD_SAFE) else 1, thread_name_prefix="images")
 
     def submit() -> None:
@@ -181,8 +197,15 @@ def read(
             indices, futures = pending.popleft()
             results = [future.result() for future in futures]
             submit()
-            kept = [(i, pixels) for i, pixels in zip(indices, results, strict=True) if isinstance(pixels, np.ndarray)]
             failed = [entry for entry in results if isinstance(entry, Unreadable)]
-            yield Chunk([i for i, _ in kept], [pixels for _, pixels in kept], failed)
+            kept, decoded = [], []
+            for index, result in zip(indices, results, strict=True):
+                if not isinstance(result, Unreadable):
+                    kept.append(index)
+                    decoded.append(result[0])
+                    losses.merge(result[1])
+            yield Chunk(kept, decoded, failed)
+        for line in losses.lines(source.name):
+            warnings.warn(line, ImageWarning, stacklevel=2)
     finally:
         pool.shutdown(cancel_futures=True)

@@ -1,0 +1,167 @@
+"""Images are found by what Pillow opens, each once, and what is passed over is counted."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vi_simsiam.data import files
+from vi_simsiam.data.datasets import open_dataset
+from vi_simsiam.data.files import find_images
+from vi_simsiam.data.sources import FileSource
+from vi_simsiam.errors import InputError
+
+
+def save(path: Path, kind: str | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (200, 20, 20)).save(path, kind)
+    return path
+
+
+def names(folder: Path) -> list[str]:
+    return [os.path.relpath(path, folder) for path in find_images(folder).paths]
+
+
+def test_find_images_is_sorted_and_skips_what_is_hidden(tmp_path: Path) -> None:
+    for name in (
+        "b/2.PNG",
+        "b/1.jpeg",
+        "a.JPG",
+        ".hidden.png",
+        ".cache/x.png",
+        "b/._1.jpeg",
+        "c.txt.png",
+        "b/deep/0.tif",
+    ):
+        save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    assert names(tmp_path) == ["a.JPG", "b/1.jpeg", "b/2.PNG", "b/deep/0.tif", "c.txt.png"]
+
+
+def test_formats_are_those_that_pillow_opens(tmp_path: Path) -> None:
+    kinds = {"jfif": "JPEG", "avif": "AVIF", "jp2": "JPEG2000", "tga": "TGA", "ico": "ICO", "mpo": "MPO"}
+    for suffix, kind in kinds.items():
+        save(tmp_path / f"image.{suffix}", kind)
+    save(tmp_path / "without", "PNG")
+    save(tmp_path / "1.2.840.113", "JPEG")
+    (tmp_path / "README").write_text("P5 is no picture")
+    found = find_images(tmp_path)
+    assert len(found.paths) == len(kinds) + 2
+    assert found.passed_over == {"": 1}
+    source = FileSource(found.paths)
+    for index in range(len(source)):
+        assert np.abs(np.asarray(source.image(index)).astype(int) - (200, 20, 20)).max() <= 6
+
+
+def test_what_is_passed_over_is_counted_by_suffix(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    for name in ("a.heic", "b.HEIC", "a.npy", "b.npy", "c.npy", "labels.csv", "Makefile"):
+        (tmp_path / name).write_bytes(b"something")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    assert find_images(tmp_path).note() == (
+        "8 files passed over: 3 .npy, 2 .heic (pip install pillow-heif to read them), 1 without suffix, 1 .csv, "
+        "1 broken links"
+    )
+    assert find_images(save(tmp_path / "only" / "a.png").parent).note() == ""
+
+
+def test_a_plugin_that_is_installed_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin = ModuleType("pillow_heif")
+    plugin.register_heif_opener = lambda: Image.register_extension("PNG", ".heic")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
+    monkeypatch.setattr(Image, "EXTENSION", dict(Image.registered_extensions()))
+    save(tmp_path / "a.heic", "PNG")
+    files._suffixes.cache_clear()
+    try:
+        assert names(tmp_path) == ["a.heic"]
+    finally:
+        files._suffixes.cache_clear()
+
+
+def test_no_decoder_that_runs_programs(tmp_path: Path) -> None:
+    path = tmp_path / "script.jpg"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n")
+    (tmp_path / "page.eps").write_bytes(path.read_bytes())
+    assert names(tmp_path) == ["script.jpg"]
+    with pytest.raises(InputError, match="not a JPEG"):
+        FileSource([path]).image(0)
+
+
+def test_each_file_counts_once_where_it_lies(tmp_path: Path) -> None:
+    image = save(tmp_path / "data" / "b" / "1.png")
+    (tmp_path / "data" / "a").mkdir()
+    (tmp_path / "data" / "a" / "0.png").symlink_to(image)
+    (tmp_path / "data" / "a" / "up").symlink_to("..", target_is_directory=True)
+    (tmp_path / "data" / "a" / "further").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "data" / "c").symlink_to("b", target_is_directory=True)
+    os.link(image, tmp_path / "data" / "b" / "2.png")
+    save(tmp_path / "beside.png")
+    (tmp_path / "data" / "self.png").symlink_to("self.png")
+    (tmp_path / "data" / "lost.png").symlink_to("nowhere.png")
+    found = find_images(tmp_path / "data")
+    assert names(tmp_path / "data") == ["b/1.png", "lost.png", "self.png"]
+    assert found.note() == "2 links to images that are counted already left out"
+    with pytest.raises(InputError, match=r"self\.png: cannot be read as an image \(Too many levels"):
+        FileSource(found.paths).image(2)
+
+
+def test_links_to_what_lies_elsewhere_are_followed(tmp_path: Path) -> None:
+    save(tmp_path / "store" / "x" / "1.png")
+    save(tmp_path / "store" / "2.png")
+    data = tmp_path / "data" / "train"
+    (data / "dog").mkdir(parents=True)
+    (data / "cat").symlink_to(tmp_path / "store" / "x")
+    (data / "dog" / "two.png").symlink_to(tmp_path / "store" / "2.png")
+    train = open_dataset(str(tmp_path / "data")).train
+    assert train.classes == ("cat", "dog")
+    assert train.labels is not None
+    assert train.labels.tolist() == [0, 1]
+
+
+def test_a_loop_below_a_class_gives_no_image_two_labels(tmp_path: Path) -> None:
+    for name in ("train/cat/1.png", "train/dog/2.png", "val/cat/3.png", "val/dog/4.png"):
+        save(tmp_path / name)
+    (tmp_path / "train" / "cat" / "loop").symlink_to("..", target_is_directory=True)
+    (tmp_path / "train" / "cat" / "further").symlink_to("../..", target_is_directory=True)
+    (tmp_path / "train" / "self").symlink_to("self")
+    train = open_dataset(str(tmp_path)).train
+    assert [train.describe(i) for i in range(len(train))] == [
+        str(tmp_path / "train" / x) for x in ("cat/1.png", "dog/2.png")
+    ]
+
+
+@pytest.mark.parametrize(("train", "val"), [("Train", "valid"), ("training", "Validation"), ("TRAIN", "val")])
+def test_the_parts_by_their_usual_names(tmp_path: Path, train: str, val: str) -> None:
+    for name in (f"{train}/a/1.png", f"{train}/b/2.png", f"{val}/a/3.png", f"{val}/b/4.png", "test/a/5.png", "6.png"):
+        save(tmp_path / name)
+    splits = open_dataset(str(tmp_path))
+    assert (len(splits.train), splits.val and len(splits.val)) == (2, 2)
+    assert splits.train.notes == (f"{tmp_path / train}: only {train}/ and a validation part are read, not 6.png, test",)
+
+
+def test_two_folders_for_one_part_are_refused(tmp_path: Path) -> None:
+    for name in ("train/a/1.png", "val/a/2.png", "valid/a/3.png"):
+        save(tmp_path / name)
+    with pytest.raises(InputError, match="holds val and valid; only one of them can be meant"):
+        open_dataset(str(tmp_path))
+
+
+def test_a_class_that_vanishes_is_named(tmp_path: Path) -> None:
+    save(tmp_path / "train" / "cat" / "1.png")
+    (tmp_path / "train" / "dog").mkdir()
+    (tmp_path / "train" / "dog" / "1.heic").write_bytes(b"something")
+    assert open_dataset(str(tmp_path)).train.notes == (
+        f"{tmp_path / 'train'}: 1 file passed over: 1 .heic (pip install pillow-heif to read them)",
+        f"{tmp_path / 'train'}: no image, and so no class, in dog",
+    )
+    (tmp_path / "train" / "cat" / "1.png").unlink()
+    with pytest.raises(InputError, match=r"train: holds no image that Pillow opens\. 1 file passed over: 1 \.heic"):
+        open_dataset(str(tmp_path))

@@ -1,0 +1,243 @@
+"""Every way of storing pixels has its right 8-bit RGB, and what that loses is reported."""
+
+from __future__ import annotations
+
+import struct
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vi_simsiam.config import DecodeConfig
+from vi_simsiam.data.cache import in_memory
+from vi_simsiam.data.pixels import Losses, to_rgb
+from vi_simsiam.data.sources import FileSource, UnreadableError
+from vi_simsiam.errors import InputError
+
+GRAY = np.array([[0, 50], [128, 255]], dtype=np.uint8)
+COLOUR = np.stack([GRAY, GRAY[::-1], GRAY.T], axis=2)
+TALL = np.arange(6, dtype=np.uint8).reshape(3, 2) * 40
+
+
+def stored(image: Image.Image, kind: str = "PNG", **options: object) -> Image.Image:
+    """The image as it is opened again from a file of that kind."""
+    file = BytesIO()
+    image.save(file, kind, **options)
+    return Image.open(file)
+
+
+def red(image: Image.Image, decode: DecodeConfig | None = None) -> list[list[int]]:
+    converted = to_rgb(image, decode)
+    assert converted.mode == "RGB"
+    return np.asarray(converted)[..., 0].tolist()
+
+
+def losses(images: list[Image.Image], decode: DecodeConfig | None = None) -> list[str]:
+    parts = [Losses(), Losses()]
+    for number, image in enumerate(images):
+        parts[number % 2].add(to_rgb(image, decode))
+    parts[0].merge(parts[1])
+    return parts[0].lines("set")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV"])
+def test_every_eight_bit_mode_keeps_its_colours(mode: str) -> None:
+    flat = Image.new("RGB", (4, 4), (250, 250, 250))
+    image = flat.convert("L").convert(mode) if mode in ("1", "LA", "PA") else flat.convert(mode)
+    assert np.abs(np.asarray(to_rgb(image)).astype(int) - 250).max() <= 6
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "PA", "palette", "colour key", "gray key", "WEBP", "deep key"])
+def test_equal_looking_files_give_equal_pixels(kind: str) -> None:
+    """What a transparent pixel hides is not seen, half of a half-transparent one is."""
+
+    def picture(hidden: int) -> Image.Image:
+        gray = np.array([[hidden, 200], [200, 0]], np.uint8)
+        alpha = np.array([[0, 128], [255, 255]], np.uint8)
+        if kind == "deep key":
+            return stored(Image.fromarray(gray.astype(np.uint16) * 257), transparency=hidden * 257)
+        if kind.endswith("key"):
+            image = Image.fromarray(gray) if kind == "gray key" else Image.fromarray(np.repeat(gray[..., None], 3, 2))
+            return stored(image, transparency=hidden if kind == "gray key" else (hidden,) * 3)
+        if kind in ("palette", "PA"):
+            image = Image.fromarray(np.array([[0, 1], [2, 3]], np.uint8))
+            image.putpalette([value for value in (hidden, 200, 200, 0) for _ in range(3)])
+            image.info["transparency"] = bytes(alpha.reshape(-1).tolist())
+            return stored(image) if kind == "palette" else image.convert("PA")
+        rgba = Image.fromarray(np.dstack([gray, gray, gray, alpha]))
+        if kind == "WEBP":
+            return stored(rgba, kind, lossless=True, exact=True)
+        return stored(rgba.convert(kind))
+
+    seen = red(picture(77))
+    assert seen == red(picture(7))
+    half = 200 if kind.endswith("key") else 200 * 128 / 255 + 128 * 127 / 255
+    np.testing.assert_allclose(seen, [[128, half], [200, 0]], atol=1)
+    assert red(picture(77), DecodeConfig(background="white"))[0][0] == 255
+    red_behind = to_rgb(picture(77), DecodeConfig(background="#ff0000"))
+    assert red_behind.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_neither_a_black_nor_a_white_icon_vanishes() -> None:
+    for level in (0, 255):
+        icon = np.full((4, 4, 4), level, np.uint8)
+        icon[..., 3] = np.tri(4, dtype=np.uint8) * 255
+        assert set(np.unique(to_rgb(Image.fromarray(icon)))) == {level, 128}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "deep PNG"])
+def test_images_are_turned_upright(tmp_path: Path, orientation: int, kind: str) -> None:
+    """Each file is written as a camera would that was held so, hence all look alike."""
+    back = {1: TALL, 2: TALL[:, ::-1], 3: TALL[::-1, ::-1], 4: TALL[::-1], 5: TALL.T, 6: np.rot90(TALL, 1),
+            7: TALL[::-1, ::-1].T, 8: np.rot90(TALL, -1)}[orientation]  # fmt: skip
+    pixels = np.kron(back, np.ones((16, 16), np.uint8))
+    image = Image.fromarray(pixels.astype(np.uint16) * 257 if kind.startswith("deep") else pixels)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "image"
+    image.save(path, kind.split()[-1], exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    source = FileSource([path])
+    np.testing.assert_allclose(np.asarray(source.image(0))[8::16, 8::16, 0], TALL, atol=3)
+    assert source.dimensions(0) == (48, 32) or kind.endswith("PNG")
+    with path.open("rb") as file, Image.open(file) as opened:
+        twice = to_rgb(to_rgb(opened))
+    np.testing.assert_array_equal(twice, source.image(0))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_exif_data_do_not_cost_the_image() -> None:
+    for exif in (b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03", b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff"):
+        assert red(stored(Image.fromarray(GRAY), "PNG", exif=exif)) == GRAY.tolist()
+
+
+@pytest.mark.parametrize(("suffix", "byte_order"), [("png", "<u2"), ("tif", "<u2"), ("tif", ">u2"), ("pgm", "<u2")])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path, suffix: str, byte_order: str) -> None:
+    path = tmp_path / f"deep.{suffix}"
+    Image.fromarray((GRAY.astype(np.uint16) * 257).astype(byte_order)).save(path)
+    assert red(FileSource([path]).image(0)) == GRAY.tolist()
+
+
+def tiff(values: np.ndarray, photometric: int = 1) -> Image.Image:
+    """A TIFF of a type that Pillow reads but does not write: one strip, little-endian."""
+    bits, kind = values.dtype.itemsize * 8, {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
+    height, width = values.shape
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height,
+            279: values.nbytes, 339: kind}  # fmt: skip
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    header = struct.pack("<2sHI", b"II", 42, 8 + values.nbytes)
+    return Image.open(BytesIO(header + values.tobytes() + struct.pack("<H", len(tags)) + directory + bytes(4)))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0, 257, 65535]], np.uint16), [0, 1, 255]),
+        (np.array([[-32768, 0, 32767]], np.int16), [0, 128, 255]),
+        (np.array([[0, 2**31, 2**32 - 1]], np.uint32), [0, 128, 255]),
+        (np.array([[-(2**31), 0, 2**31 - 1]], np.int32), [0, 128, 255]),
+        (np.array([[0, 0.5, 1]], np.float32), [0, 128, 255]),
+        (np.array([[-1, 2, np.nan]], np.float32), [0, 255, 0]),
+        (np.array([[-np.inf, np.inf, 0.25]], np.float32), [0, 255, 64]),
+    ],
+)
+def test_the_stored_type_gives_the_range(values: np.ndarray, expected: list[int]) -> None:
+    assert red(tiff(values)) == [expected]
+    if values.dtype == np.uint16:
+        assert red(tiff(values, photometric=0)) == [[255 - level for level in expected]]
+
+
+def test_a_value_range_of_ones_own() -> None:
+    body = np.array([[-2000, -1000, 1000, 3000, 5000]], np.int32)
+    assert red(tiff(body), DecodeConfig(value_range=(-1000.0, 3000.0))) == [[0, 0, 128, 255, 255]]
+    assert red(tiff(body), DecodeConfig(value_range="file")) == [[0, 36, 109, 182, 255]]
+    assert red(tiff(body * 0 + 7), DecodeConfig(value_range="file")) == [[0] * 5]
+    twelve = Image.fromarray(np.array([[0, 1000, 4095]], np.uint16))
+    assert red(stored(twelve), DecodeConfig(value_range=(0.0, 4095.0))) == [[0, 62, 255]]
+    assert red(Image.fromarray(GRAY), DecodeConfig(value_range=(0.0, 10.0))) == GRAY.tolist()  # 8 bits stay as they are
+
+
+def test_lost_range_is_reported_once_with_the_option_that_keeps_it() -> None:
+    twelve = [stored(Image.fromarray(np.array([[low, 4095 - low]], np.uint16))) for low in (0, 1, 2)]
+    assert losses(twelve) == [
+        "set: values of 3 images range from 0 to 4095 only, and 0 to 65535 become black to white; "
+        "--value-range 0 4095 keeps them apart"
+    ]
+    assert losses(twelve, DecodeConfig(value_range=(0.0, 4095.0))) == []
+    assert losses(twelve, DecodeConfig(value_range="file")) == []
+    assert losses([tiff(np.array([[-1024.5, 3071]], np.float32))]) == [
+        "set: values of 1 image range from -1024.5 to 3071 and are clipped to 0 to 1; "
+        "--value-range -1024.5 3071 keeps them apart"
+    ]
+    dark, bright = (stored(Image.fromarray(np.array([[0, high]], np.uint16))) for high in (900, 65000))
+    assert losses([dark, bright]) == [
+        "set: values of 1 image take up less than an eighth of 0 to 65535, which become black to white; "
+        "--value-range file spreads them"
+    ]
+    assert losses([bright, bright]) == []
+
+
+@pytest.fixture
+def animation(tmp_path: Path) -> list[Path]:
+    """Files of three frames each, with the levels 0, 100 and 200."""
+    frames = [Image.new("L", (4, 4), level) for level in (0, 100, 200)]
+    for kind in ("gif", "webp", "tif", "png"):
+        lossless = {"lossless": True} if kind == "webp" else {}
+        frames[0].save(tmp_path / f"moving.{kind}", save_all=True, append_images=frames[1:], **lossless)
+    return sorted(tmp_path.iterdir())
+
+
+def test_of_animations_the_first_frame_or_all(animation: list[Path], tmp_path: Path) -> None:
+    labels = np.arange(4, dtype=np.int64)
+    images = in_memory(FileSource(animation, labels, ("a", "b", "c", "d"), "set"))
+    assert [images.image(index).getpixel((0, 0))[0] for index in range(len(images))] == [0] * 4
+    assert images.notes == (
+        "set: 4 images with several frames, of which the first is used; --frames all takes each as an image",
+    )
+    source = FileSource(animation, labels, ("a", "b", "c", "d"), "set", decode=DecodeConfig(frames="all"))
+    assert source.labels is not None
+    assert source.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert [source.describe(index) for index in range(3)] == [f"{animation[0]}{end}" for end in ("", "#1", "#2")]
+    images = in_memory(source)
+    assert [images.image(index).getpixel((0, 0))[0] for index in range(len(images))] == [0, 100, 200] * 4
+    assert images.notes == ()
+    part = source.take(np.array([2, 7]), "part")
+    assert [part.describe(index) for index in range(2)] == [f"{animation[0]}#2", f"{animation[2]}#1"]
+    assert part.image(1).getpixel((0, 0))[0] == 100
+    assert part.fingerprint() != source.take(np.array([1, 7]), "part").fingerprint()
+
+
+def test_a_picture_without_pixels_is_unreadable() -> None:
+    with pytest.raises(ValueError, match="0 x 3 pixels"):
+        to_rgb(Image.new("RGB", (0, 3)))
+
+
+def test_how_files_are_decoded_is_part_of_their_fingerprint(tmp_path: Path) -> None:
+    Image.fromarray(GRAY).save(path := tmp_path / "a.png")
+    kinds = (DecodeConfig(), DecodeConfig(background="red"), DecodeConfig(value_range="file"))
+    assert len({FileSource([path], decode=decode).fingerprint() for decode in kinds}) == 3
+
+
+def test_settings_that_cannot_be_used_are_refused() -> None:
+    for settings, message in (
+        ({"background": "grass"}, r"^background: 'grass' is not accepted; it must be an opaque colour"),
+        ({"background": "#ff000080"}, "^background: '#ff000080' is not accepted"),
+        ({"value_range": "dtyp"}, r"^value_range: 'dtyp' is none of LOW HIGH, dtype, file; did you mean 'dtype'"),
+        ({"value_range": (5.0, 5.0)}, r"^value_range: \(5.0, 5.0\) is not accepted; it must be two finite numbers"),
+        ({"value_range": (0.0, float("inf"))}, "^value_range: .* two finite numbers"),
+        ({"value_range": (0.0, 1.0, 2.0)}, "^value_range: .* two finite numbers"),
+        ({"frames": "last"}, "^frames: 'last' is none of first, all"),
+    ):
+        with pytest.raises(InputError, match=message):
+            DecodeConfig(**settings)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    import os
+
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(UnreadableError, match="no regular file"):
+        FileSource([tmp_path / "pipe.png"]).image(0)

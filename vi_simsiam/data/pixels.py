@@ -1,0 +1,196 @@
+"""One rule by which every image becomes 8-bit RGB, and a record of what that lost.
+
+    stored                                       becomes
+    8 bits or fewer, gray, palette or colour     as it is, converted to RGB
+    with transparency                            composited on the background, medium gray by default
+    with an EXIF orientation                     turned upright
+    gray of 9 to 32 bits                         0 and 255 at the two ends of the value range, by default the stored type's
+    floating-point gray                          the same, by default 0 and 1; NaN is the lower end
+    colour of 16 bits a channel                  the upper 8 bits, by Pillow
+    an animation, or a TIFF of several pages     its first frame, or every frame as an image of its own
+
+Values beyond the range are clipped to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from vi_simsiam.config import DecodeConfig
+from vi_simsiam.text import counted
+
+_ANIMATED = ("GIF", "WEBP", "TIFF", "PNG", "AVIF")
+"""Formats whose frames are images in their own right. The further ones of an MPO file are previews and depth maps."""
+_LOST = "vi_simsiam_lost"
+_LEAST_USED = 1 / 8
+"""Share of the range below which it is called lost: fewer than 32 of 256 gray values."""
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+_WHITE_IS_ZERO, _SIGNED = 0, 2
+_ORIENTATION = 0x0112
+
+# A panorama of 100 megapixels is decoded like any other photo, twice Pillow's limit is still an error, and damaged EXIF
+# data are passed over.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", "Corrupt EXIF data", module=r"PIL\.")
+
+
+class _Values(NamedTuple):
+    """Gray values deeper than 8 bits: the smallest and largest, and the range that was mapped to 0 to 255."""
+
+    low: float
+    high: float
+    black: float
+    white: float
+
+
+class _Range(NamedTuple):
+    """Those of several images, and how many of them take up little of the range."""
+
+    images: int
+    narrow: int
+    low: float
+    high: float
+
+
+class Losses:
+    """What the decoding of a set of images lost: frames that were passed over, and values out of range.
+
+    Gathered image by image, merged across processes, and reported once.
+    """
+
+    def __init__(self) -> None:
+        self._framed = 0
+        self._values: dict[tuple[float, float], _Range] = {}
+
+    def add(self, image: Image.Image) -> None:
+        """Note what `to_rgb` lost when it made this image."""
+        framed, values = image.info.get(_LOST, (False, None))
+        self._framed += framed
+        if values is not None:
+            narrow = values.high - values.low < _LEAST_USED * (values.white - values.black)
+            self._note((values.black, values.white), _Range(1, int(narrow), values.low, values.high))
+
+    def merge(self, other: Losses) -> None:
+        """Note those of other images of the set, too."""
+        self._framed += other._framed
+        for ends, entry in other._values.items():
+            self._note(ends, entry)
+
+    def lines(self, name: str) -> list[str]:
+        """One sentence for each kind of loss, with the option that avoids it; `name` is the set's."""
+        lines = []
+        if self._framed:
+            lines.append(
+                f"{name}: {counted(self._framed, 'image')} with several frames, of which the first is used; "
+                "--frames all takes each as an image"
+            )
+        for (black, white), (count, narrow, low, high) in self._values.items():
+            ends, own = f"{black:.9g} to {white:.9g}", f"--value-range {low:.9g} {high:.9g}"
+            if low < black or high > white:
+                found = f"range from {low:.9g} to {high:.9g} and are clipped to {ends}; {own} keeps them apart"
+            elif narrow and 0 < high - low < _LEAST_USED * (white - black):
+                found = (
+                    f"range from {low:.9g} to {high:.9g} only, and {ends} become black to white; {own} keeps them apart"
+                )
+            elif narrow:
+                found = f"take up less than an eighth of {ends}, which become black to white; --value-range file spreads them"
+                count = narrow
+            else:
+                continue
+            lines.append(f"{name}: values of {counted(count, 'image')} {found}")
+        return lines
+
+    def _note(self, ends: tuple[float, float], values: _Range) -> None:
+        before = self._values.get(ends, _Range(0, 0, values.low, values.high))
+        low, high = min(before.low, values.low), max(before.high, values.high)
+        self._values[ends] = _Range(before.images + values.images, before.narrow + values.narrow, low, high)
+
+
+def to_rgb(image: Image.Image, decode: DecodeConfig | None = None) -> Image.Image:
+    """Return an image of any Pillow mode as 8-bit RGB, by the rule at the head of this module.
+
+    Raises ValueError for an image without pixels or a mode that has no RGB equivalent.
+    """
+    decode = decode or DecodeConfig()
+    if 0 in image.size:
+        raise ValueError(f"{image.width} x {image.height} pixels")
+    framed = decode.frames == "first" and is_animated(image)
+    image.load()
+    values, stored = None, _stored(image)
+    # Damaged EXIF data raise almost any exception; the pixels are well.
+    with contextlib.suppress(Exception):
+        image = ImageOps.exif_transpose(image)
+    if stored is not None:
+        image, values = _eight_bits(image, stored, decode)
+    if image.has_transparency_data:
+        opaque = Image.new("RGBA", image.size, decode.colour())
+        image = Image.alpha_composite(opaque, image.convert("RGBA"))
+    rgb = image.convert("RGB")
+    rgb.info = {_LOST: (framed, values)} if framed or values else {}
+    return rgb
+
+
+def is_animated(image: Image.Image) -> bool:
+    """Whether an opened file has more than one frame."""
+    return image.format in _ANIMATED and getattr(image, "is_animated", False)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Height and width of an opened file once it is turned upright, from its header."""
+    turned = 0
+    if image.format not in ("PNG", "TIFF"):  # it may stand behind the pixels; Pillow turns TIFFs itself
+        with contextlib.suppress(Exception):
+            turned = image.getexif().get(_ORIENTATION, 0)
+    return (image.width, image.height) if turned >= 5 else (image.height, image.width)
+
+
+class _Stored(NamedTuple):
+    """How deep gray is stored: the smallest and largest value of its type (0 and 1 for floats), and which end is black."""
+
+    low: float
+    high: float
+    inverted: bool = False
+
+
+def _stored(image: Image.Image) -> _Stored | None:
+    """How an opened file stores gray deeper than 8 bits; None for other images."""
+    if image.mode == "F":
+        return _Stored(0.0, 1.0)
+    if not image.mode.startswith("I"):
+        return None
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        bits = tags.get(_BITS, (16,))[0]
+        half = 2.0 ** (bits - 1)
+        low = -half if tags.get(_SAMPLE_FORMAT, (1,))[0] == _SIGNED else 0.0
+        return _Stored(low, low + 2 * half - 1, tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO)
+    if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):
+        return _Stored(0.0, 65535.0)
+    return _Stored(-(2.0**31), 2.0**31 - 1)
+
+
+def _eight_bits(image: Image.Image, stored: _Stored, decode: DecodeConfig) -> tuple[Image.Image, _Values | None]:
+    """Deep gray as 8-bit gray (LA with transparency), and its values; None for them where every file has its own range."""
+    pixels = np.asarray(image)
+    if stored.high > 2**31:  # Pillow reads unsigned integers as signed ones
+        pixels = pixels.view(np.uint32)
+    values = pixels.astype(np.float64)
+    finite = values if image.mode != "F" else values[np.isfinite(values)]
+    black, white = stored.low, stored.high
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (black, black)
+    if decode.value_range == "file":
+        black, white = low, high if high > low else low + 1
+    elif isinstance(decode.value_range, tuple):
+        black, white = decode.value_range
+    np.nan_to_num(values, copy=False, nan=black)
+    np.clip(values, black, white, out=values)
+    levels = np.rint((values - black) * (255 / (white - black))).astype(np.uint8)
+    gray = Image.fromarray(255 - levels if stored.inverted else levels)
+    if isinstance(transparent := image.info.get("transparency"), int):
+        gray.putalpha(Image.fromarray(np.where(pixels == transparent, 0, 255).astype(np.uint8)))
+    return gray, None if decode.value_range == "file" else _Values(low, high, black, white)
