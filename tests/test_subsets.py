@@ -11,7 +11,7 @@ import pytest
 import torch
 from packing_cases import Items, noise, stored_files
 
-from vi_simsiam.config import AugmentConfig
+from vi_simsiam.config import AugmentConfig, DecodeConfig
 from vi_simsiam.data import MultiViewLoader
 from vi_simsiam.data.cache import cached, in_memory, pack
 from vi_simsiam.data.datasets import Splits, open_dataset
@@ -197,3 +197,18 @@ def test_files_that_both_parts_hold_are_left_out_of_both(image_folder: Path, tmp
 def test_one_folder_for_both_parts_leaves_nothing(image_folder: Path) -> None:
     train = open_dataset(f"folder:{image_folder}").train
     assert len(duplicates(Splits("twice", train, train))) == 40
+
+
+def test_frames_of_a_file_are_held_out_together(tmp_path: Path) -> None:
+    for number in range(12):
+        frames = [Image.new("L", (4, 4), 20 * number + frame) for frame in range(4)]
+        frames[0].save(tmp_path / f"{number}.tif", save_all=True, append_images=frames[1:])
+    whole = FileSource(sorted(tmp_path.iterdir()), decode=DecodeConfig(frames="all"))
+    parts = select(Splits("stacks", whole, None), held_out=0.25)
+    assert parts.val is not None
+    sides = [
+        {source.describe(index).partition("#")[0] for index in range(len(source))}
+        for source in (parts.train, parts.val)
+    ]
+    assert [len(source) for source in (parts.train, parts.val)] == [36, 12]
+    assert not sides[0] & sides[1]

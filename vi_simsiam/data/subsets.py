@@ -49,6 +49,9 @@ def select(
     if distinct:
         train, val = _without_copies(train, val, within=held_out > 0)
     keys = np.random.PCG64(seed).random_raw(len(train))  # numpy keeps this stream in all versions
+    if isinstance(train, FileSource):  # the frames of a file are near copies of each other, and go together
+        first: dict[str, int] = {}
+        keys = keys[[first.setdefault(path, index) for index, path in enumerate(train.paths)]]
     rest = np.ones(len(train), dtype=bool)
     if held_out > 0:
         count = round(held_out * len(train))
