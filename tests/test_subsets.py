@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from packing_cases import Items, noise, stored_files
+from PIL import Image
 
 from vi_simsiam.config import AugmentConfig, DecodeConfig
 from vi_simsiam.data import MultiViewLoader
