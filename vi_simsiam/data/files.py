@@ -103,7 +103,7 @@ def find_images(folder: str | os.PathLike[str]) -> Found:
                 links.append(entry.path)
             elif entry.is_dir(follow_symlinks=False):
                 folders.append(entry.path)
-            elif entry.is_file(follow_symlinks=False):  # reading a pipe would wait for ever
+            elif entry.is_file(follow_symlinks=False):
                 take(entry.path, (status.st_dev, entry.inode()))
     paths.sort(key=lambda path: path[len(root) :].split(os.sep))
     return Found(paths, passed_over, repeated)
@@ -122,8 +122,9 @@ def is_image(path: str) -> bool:
     """Whether Pillow opens a file of this suffix; a file without one is opened to see."""
     if _suffix(path):
         return _suffix(path) in _suffixes()
-    with contextlib.suppress(Exception), Image.open(path, formats=formats(path)):
-        return True
+    if os.path.isfile(path):  # reading a pipe would wait for ever
+        with contextlib.suppress(Exception), Image.open(path, formats=formats(path)):
+            return True
     return False
 
 

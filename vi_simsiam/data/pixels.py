@@ -124,7 +124,8 @@ def to_rgb(image: Image.Image, decode: DecodeConfig | None = None) -> Image.Imag
     values, stored = None, _stored(image)
     # Damaged EXIF data raise almost any exception; the pixels are well.
     with contextlib.suppress(Exception):
-        image = ImageOps.exif_transpose(image)
+        if image.getexif().get(_ORIENTATION, 1) != 1:  # else it would be copied
+            image = ImageOps.exif_transpose(image)
     if stored is not None:
         image, values = _eight_bits(image, stored, decode)
     if image.has_transparency_data:
