@@ -23,6 +23,9 @@ _LEAST_ROUNDS = 5
 
 _Key = TypeVar("_Key", bound=Hashable)
 
+_SECONDS = 30.0
+"""That git and nvidia-smi may take."""
+
 
 def interleave(
     measures: Mapping[_Key, Callable[[], float]],
@@ -140,8 +143,10 @@ def _git(*arguments: str) -> str | None:
     """What git says in the source tree; None outside of one or where git is not installed."""
     try:
         root = Path(__file__).parents[1]
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=root, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        return subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, cwd=root, check=True, timeout=_SECONDS
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return None
 
 
@@ -156,6 +161,8 @@ def _processor() -> str:
 def _driver() -> str | None:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
+        return subprocess.run(query, capture_output=True, text=True, check=True, timeout=_SECONDS).stdout.splitlines()[
+            0
+        ]
+    except (OSError, subprocess.SubprocessError, IndexError):
         return None

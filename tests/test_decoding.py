@@ -91,6 +91,8 @@ def test_few_chunks_are_held_at_once(files: FileSource, monkeypatch: pytest.Monk
             future.set_result(decoding._decode(self.source, chunk, None))
             return future
 
+        _processes = None
+
         def shutdown(self, cancel_futures: bool) -> None:
             submitted.append("down")
 

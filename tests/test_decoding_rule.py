@@ -17,7 +17,7 @@ from vi_simsiam.config import DecodeConfig
 from vi_simsiam.data.contact_sheet import contact_sheet
 from vi_simsiam.data.datasets import open_dataset
 from vi_simsiam.data.sources import FileSource
-from vi_simsiam.data.views import eval_view
+from vi_simsiam.data.views import eval_square, eval_view, normalised
 from vi_simsiam.errors import ImageWarning, InputError
 
 
@@ -95,7 +95,7 @@ def test_a_strip_is_cut_before_it_is_enlarged(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(
         Image.Image, "resize", lambda self, size, *a, **k: sizes.append(max(size)) or resize(self, size, *a, **k)
     )
-    plain = v2.Compose(eval_view(32).transforms[1:])
+    plain = v2.Compose([*eval_square(32).transforms[1:], v2.PILToTensor(), normalised()])
     noise = np.random.default_rng(0).integers(0, 256, (1, 12_001, 3), dtype=np.uint8)
     for width in (301, 300, 7):
         for pixels in (noise[:, :width], noise[:, :width].transpose(1, 0, 2)):

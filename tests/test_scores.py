@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from vi_simsiam.data.loader import eval_loader
 from vi_simsiam.data.sources import ArraySource
-from vi_simsiam.data.views import eval_view
+from vi_simsiam.data.views import eval_square
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import scores
 from vi_simsiam.evaluation.figures import concentrations
@@ -36,8 +36,7 @@ def test_pixels_are_those_of_the_evaluation_view() -> None:
     source = ArraySource(coloured())
     (pixels,) = eval_pixels(source, 12, 0)
     assert pixels.dtype == np.uint8
-    view = eval_view(12)
-    crop = [view.transforms[1](view.transforms[0](source.image(i))) for i in range(len(source))]
+    crop = [eval_square(12)(source.image(i)) for i in range(len(source))]
     np.testing.assert_array_equal(pixels, np.stack([np.asarray(image) for image in crop]))
     ((views, _),) = eval_loader(source, 12, 100, 0)
     # Either rounds a share of 255, a difference, and a quotient by 0.224 of up to 2.7.

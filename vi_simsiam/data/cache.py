@@ -242,7 +242,7 @@ def _whole_or_not_at_all(path: Path) -> Iterator[IO[bytes]]:
         with open(temporary, "xb") as file:
             if fcntl is not None:
                 with contextlib.suppress(OSError):  # not every network file system has locks
-                    fcntl.flock(file, fcntl.LOCK_EX)
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
             file.flush()
             os.fsync(file.fileno())

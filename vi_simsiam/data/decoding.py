@@ -9,9 +9,10 @@ import pickle
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,9 @@ _CHUNK_BYTES = 8 << 20
 _CHUNK_IMAGES = 256
 # So that places within one image fit in 32 bits.
 _MOST_BYTES = 2**31 - 1
+_SECONDS_TO_END = 5.0
+PATIENCE = 600.0
+"""Seconds that are waited for the next images of a process or thread, however slow the disk and large the batch."""
 
 
 class Chunk(NamedTuple):
@@ -88,7 +92,7 @@ def decode(
 
     Raises:
         InputError: `workers` is negative, or an item of a Dataset is no image.
-        TrainingError: a worker was killed.
+        TrainingError: processes cannot be started, or one was killed or does not answer.
     """
     if workers is not None and workers < 0:
         raise InputError(f"workers: {workers} must be at least 0")
@@ -103,23 +107,70 @@ def decode(
 def _decode_in_processes(
     source: ImageSource, chunks: list[range], workers: int, shorter_side: int | None
 ) -> Generator[Chunk, None, None]:
-    pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(source, shorter_side))
     pending: deque[Future[Chunk]] = deque()
+    check_processes()
+    pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(source, shorter_side))
+    finished = False
     try:
         for chunk in chunks:
             with interrupts_blocked():  # submitting starts workers
-                pending.append(pool.submit(_decode_in_worker, chunk))
+                pending.append(_submit(pool, chunk))
             if len(pending) >= workers + 2:
-                yield pending.popleft().result()
+                yield pending.popleft().result(PATIENCE)
         while pending:
-            yield pending.popleft().result()
+            yield pending.popleft().result(PATIENCE)
+        finished = True
+    except TimeoutError as error:
+        raise no_answer(source.name) from error
     except BrokenProcessPool as error:
         raise TrainingError(
             f"{source.name}: a process that decodes images was killed, most likely because memory ran out; use fewer "
             "workers"
         ) from error
     finally:
+        if not finished:  # whoever leaves early does not wait for what is not wanted any more
+            kill((pool._processes or {}).values())
         pool.shutdown(cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, chunk: range) -> Future[Chunk]:
+    try:
+        return pool.submit(_decode_in_worker, chunk)
+    except OSError as error:
+        raise no_processes(error) from error
+
+
+def check_processes() -> None:
+    """Raise TrainingError where there is no place for the semaphores of a queue between processes."""
+    try:
+        multiprocessing.Lock()
+    except OSError as error:
+        raise no_processes(error) from error
+
+
+def no_processes(error: OSError) -> TrainingError:
+    """The error where this machine starts no processes, or has no shared memory for their semaphores."""
+    reason = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    return TrainingError(
+        f"workers: processes cannot be started here ({reason}; they need /dev/shm); --workers 0 works without them"
+    )
+
+
+def no_answer(place: str) -> TrainingError:
+    """The error where processes or threads live and give nothing."""
+    return TrainingError(
+        f"{place}: no images have come from the workers for {PATIENCE:.0f} s; a disk may not answer, or a process be "
+        "stopped; --workers 0 works without them"
+    )
+
+
+def kill(processes: Iterable[BaseProcess]) -> None:
+    """End processes that do not answer, and might be waited for at the end of the program."""
+    processes = list(processes)
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join(_SECONDS_TO_END)
 
 
 def _decode(source: ImageSource, chunk: range, shorter_side: int | None) -> Chunk:

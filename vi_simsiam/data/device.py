@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vi_simsiam.config import AugmentConfig, DataMemory
 from vi_simsiam.data.batches import Batch, Schedule
+from vi_simsiam.data.decoding import PATIENCE, no_answer
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.views import GLOBAL_VIEWS, place
 from vi_simsiam.errors import InputError, TrainingError, UserError, none_of
@@ -413,9 +414,11 @@ def _sizes(images: PackedImages, samples: NDArray[np.int64] | slice) -> NDArray[
 
 def _finish(job: Future[Any]) -> Any:
     try:
-        return job.result()
+        return job.result(PATIENCE)
     except UserError:
         raise
+    except TimeoutError as error:
+        raise no_answer("data") from error
     except Exception as error:
         raise TrainingError(f"data: batches cannot be prepared ({type(error).__name__}: {error})") from error
 

@@ -2,6 +2,9 @@
 
 On a CPU worker processes prepare the views, on a GPU the device itself does (see `data.device`); either way a batch is
 the same function of (seed, epoch, step), see `data.batches`.
+
+Workers hand over numpy arrays, which go through a pipe. Tensors would need shared memory, of which containers have little,
+and sockets in the temporary folder, whose path may be too long; a worker that lacks either waits for ever.
 """
 
 from __future__ import annotations
@@ -20,16 +23,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import v2
 
 from vi_simsiam.config import AugmentConfig, DataMemory
 from vi_simsiam.config import policy as named_policy
 from vi_simsiam.data.batches import Batch, Schedule
 from vi_simsiam.data.cache import cached
-from vi_simsiam.data.decoding import cores, interrupts_blocked
+from vi_simsiam.data.decoding import PATIENCE, check_processes, cores, interrupts_blocked, kill, no_answer, no_processes
 from vi_simsiam.data.device import DeviceFeed, byte_tensor, check_memory, find_device
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource, as_source
-from vi_simsiam.data.views import GLOBAL_VIEWS, eval_view, place
+from vi_simsiam.data.views import GLOBAL_VIEWS, eval_square, normalised, place
 from vi_simsiam.errors import ImageWarning, InputError, TrainingError
 from vi_simsiam.ops.augment import eager_augment
 from vi_simsiam.text import counted
@@ -167,7 +171,8 @@ class MultiViewLoader:
         if self._loader is None:
             self._loader = _data_loader(self._dataset, self._steps, self.workers, keep=True)
         for views, index in _batches(self._loader):
-            yield Batch([view for same_size in views for view in same_size.unbind(0)], index)
+            sizes = (torch.from_numpy(x).view(self._dataset.dtype).permute(0, 1, 4, 2, 3) for x in views)
+            yield Batch([view for same_size in sizes for view in same_size.unbind(0)], torch.from_numpy(index))
 
     def _from_device(self, epoch: int, start: int, feed: DeviceFeed) -> Iterator[Batch]:
         side = self._side
@@ -242,42 +247,39 @@ class _EpochSteps(Sampler[tuple[int, NDArray[np.int64]]]):
             yield self.epoch, samples
 
 
-class _ViewBatches(Dataset[tuple[list[Tensor], Tensor]]):
-    """Maps (epoch, images) to the global views (2, B, 3, h, w), the local ones if there are any, and the images."""
+class _ViewBatches(Dataset[tuple[list[NDArray[np.uint8]], NDArray[np.int64]]]):
+    """Maps (epoch, images) to the bytes of the global views (2, B, h, w, 3), those of local ones if there are any, and the images."""
 
     def __init__(self, schedule: Schedule, dtype: torch.dtype) -> None:
         self.schedule, self.dtype = schedule, dtype
 
-    def __getitem__(self, key: tuple[int, NDArray[np.int64]]) -> tuple[list[Tensor], Tensor]:
+    def __getitem__(self, key: tuple[int, NDArray[np.int64]]) -> tuple[list[NDArray[np.uint8]], NDArray[np.int64]]:
         epoch, samples = key
         images, policy = self.schedule.images, self.schedule.policy
         table = self.schedule.table(epoch, samples)
         place(table, images.offsets[samples])
         pixels, rows = byte_tensor(images.pixels), torch.from_numpy(table)
         with _one_thread():
-            # One tensor for all views of a size: each tensor costs a file descriptor on its way from a worker.
             views = [eager_augment(pixels, rows[:GLOBAL_VIEWS], policy.size, self.dtype)]
             if policy.local_views:
                 views.append(eager_augment(pixels, rows[GLOBAL_VIEWS:], policy.local_size, self.dtype))
-        return views, torch.from_numpy(samples.copy())
+        # As bytes, since numpy has no bfloat16, and in the order that they have in memory.
+        return [each.permute(0, 1, 3, 4, 2).view(torch.uint8).numpy() for each in views], samples.copy()
 
 
-class _OrderedImages(Dataset[tuple[Tensor, Tensor] | _Failure]):
-    """Maps a range of images to (images, labels)."""
+class _OrderedImages(Dataset[tuple[NDArray[np.uint8], NDArray[np.int64]] | _Failure]):
+    """Maps a range of images to their squares (B, size, size, 3) and labels (B,)."""
 
-    def __init__(self, source: ImageSource, size: int) -> None:
-        self.source = source
-        self.view = eval_view(size)
+    def __init__(self, source: ImageSource, square: v2.Compose) -> None:
+        self.source, self.square = source, square
 
-    def __getitem__(self, key: range) -> tuple[Tensor, Tensor] | _Failure:
+    def __getitem__(self, key: range) -> tuple[NDArray[np.uint8], NDArray[np.int64]] | _Failure:
         try:
-            images = torch.stack([self.view(self.source.image(index)) for index in key])
+            images = np.stack([np.asarray(self.square(self.source.image(index))) for index in key])
         except InputError as error:
             return _Failure(str(error))
         labels = self.source.labels
-        if labels is None:
-            return images, torch.full((len(key),), -1)
-        return images, torch.from_numpy(labels[key.start : key.stop].copy())
+        return images, np.full(len(key), -1) if labels is None else labels[key.start : key.stop].copy()
 
 
 class _Ranges(Sampler[range]):
@@ -304,7 +306,9 @@ def eval_loader(source: ImageSource, size: int, batch_size: int, workers: int) -
     if size < 1:
         raise InputError(f"size: {size} must be at least 1")
     steps = _Ranges(len(source), batch_size)
-    return _batches(_data_loader(_OrderedImages(source, size), steps, workers, keep=False))
+    batches = _batches(_data_loader(_OrderedImages(source, eval_square(size)), steps, workers, keep=False))
+    finish = normalised()
+    return ((finish(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()), torch.from_numpy(y)) for x, y in batches)
 
 
 def _check_sizes(batch_size: int, workers: int) -> None:
@@ -325,14 +329,20 @@ def _data_loader(dataset: Dataset[Any], steps: Sampler[Any], workers: int, keep:
         collate_fn=_as_is,
         worker_init_fn=_start_worker,
         generator=torch.Generator(),
+        timeout=PATIENCE if workers else 0,
         persistent_workers=keep and workers > 0,
     )
 
 
 def _batches(loader: DataLoader[Any]) -> Iterator[Any]:
     deaths = _Deaths(loader.num_workers)
-    with interrupts_blocked() if loader.num_workers else contextlib.nullcontext():
-        batches = deaths.told(iter, loader)
+    if loader.num_workers:
+        check_processes()  # torch prints a traceback of its own where it fails half-way
+    try:
+        with interrupts_blocked() if loader.num_workers else contextlib.nullcontext():
+            batches = deaths.told(iter, loader)
+    except OSError as error:
+        raise no_processes(error) from error
     try:
         with deaths:
             while True:
@@ -382,8 +392,12 @@ class _Deaths:
                 raise self._death
             result = function(*arguments)
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if "DataLoader" not in str(error):
                 raise
+            if "timed out" in str(error):
+                self._keeping = True  # of those killed now
+                kill(getattr(arguments[0], "_workers", ()))
+                raise no_answer("workers") from error
             reason = " ".join(str(error).split())
         else:
             self._keeping = True

@@ -116,11 +116,18 @@ def place(table: NDArray[np.int32], offsets: NDArray[np.int64]) -> None:
 
 def eval_view(size: int) -> v2.Compose:
     """The view for evaluation: the shorter side resized to `size` (bicubic), the centre cropped, normalised."""
+    return v2.Compose([eval_square(size), v2.PILToTensor(), normalised()])
+
+
+def eval_square(size: int) -> v2.Compose:
+    """The part of `eval_view` that Pillow does: from an RGB image to one of size x size pixels."""
     resize = v2.Resize(size, InterpolationMode.BICUBIC)
-    to_float = v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])
-    return v2.Compose(
-        [v2.Lambda(_without_ends), resize, v2.CenterCrop(size), to_float, v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
-    )
+    return v2.Compose([v2.Lambda(_without_ends), resize, v2.CenterCrop(size)])
+
+
+def normalised() -> v2.Compose:
+    """The rest of it: from uint8 (..., 3, h, w) to float32."""
+    return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
 
 
 def _without_ends(image: Image.Image) -> Image.Image:

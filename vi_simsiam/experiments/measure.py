@@ -43,6 +43,8 @@ PROGRESS = "progress.jsonl"
 _DIGITS = 5
 _PROGRESS_COLUMNS = ("knn200", "knn200_epoch", "knn200_seconds")
 _PROGRESS_TRAIN, _PROGRESS_VAL = 4_000, 1_000
+_SECONDS = 30.0
+"""That git may take, on a disk that is slow to answer."""
 _PACKAGES = ("torch", "torchvision", "triton", "scikit-learn", "timm", "numpy", "pillow")
 
 
@@ -233,9 +235,14 @@ def commit() -> str | None:
         return None
     try:
         said = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=_SECONDS,
         )
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):
         return None
     return said.stdout.strip()
 

@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms import v2
 
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.sources import FileSource, ImageSource, Unreadable, UnreadableError
-from vi_simsiam.data.views import GLOBAL_VIEWS, draw_table, eval_view, place
+from vi_simsiam.data.views import GLOBAL_VIEWS, draw_table, eval_square, normalised, place
 from vi_simsiam.engine.run import Run, load_model, resolve_device, resolve_workers
 from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.inference.images import Images, open_images, read
@@ -201,8 +200,7 @@ class Encoder:
         self, source: ImageSource, batch_size: int, skipped: Callable[[Unreadable], object]
     ) -> Iterator[tuple[Tensor, Encoding]]:
         # Threads do what Pillow does; the arithmetic on floats is done for a batch at once, on the device.
-        *to_square, to_float, normalise = eval_view(self.size).transforms
-        square, finish = v2.Compose(to_square), v2.Compose([to_float, normalise])
+        square, finish = eval_square(self.size), normalised()
 
         def prepare(image: Image.Image) -> NDArray[np.uint8]:
             return np.asarray(square(image))

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vi_simsiam.config import DecodeConfig
+from vi_simsiam.data.decoding import PATIENCE, no_answer
 from vi_simsiam.data.files import find_images
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.pixels import Losses
@@ -165,6 +166,7 @@ def read(
 
     Raises:
         InputError: an item of a Dataset is no image. Images that cannot be read are listed in their chunk instead.
+        TrainingError: a thread does not answer.
     """
     losses = Losses()
 
@@ -190,12 +192,13 @@ def read(
             indices = range(start, min(start + chunk, len(source)))
             pending.append((indices, [pool.submit(one, index) for index in indices]))
 
+    answering = True
     try:
         for _ in range(_CHUNKS_AHEAD):
             submit()
         while pending:
             indices, futures = pending.popleft()
-            results = [future.result() for future in futures]
+            results = [future.result(PATIENCE) for future in futures]
             submit()
             failed = [entry for entry in results if isinstance(entry, Unreadable)]
             kept, decoded = [], []
@@ -207,5 +210,8 @@ def read(
             yield Chunk(kept, decoded, failed)
         for line in losses.lines(source.name):
             warnings.warn(line, ImageWarning, stacklevel=2)
+    except TimeoutError as error:
+        answering = False
+        raise no_answer(source.name) from error
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=answering, cancel_futures=True)

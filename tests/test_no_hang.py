@@ -1,0 +1,146 @@
+"""No wait on a process or thread is without an end: what cannot deliver becomes one line that names the way out."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import multiprocessing.synchronize
+import os
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vi_simsiam.config import AugmentConfig
+from vi_simsiam.data import MultiViewLoader, decoding, loader
+from vi_simsiam.data.decoding import decode
+from vi_simsiam.data.loader import eval_loader
+from vi_simsiam.data.packed import PackedImages
+from vi_simsiam.data.sources import ArraySource, FileSource
+from vi_simsiam.errors import TrainingError
+from vi_simsiam.inference import images
+
+POLICY = AugmentConfig(size=8, local_views=2, local_size=8)
+PIXELS = np.random.default_rng(0).integers(0, 256, (8, 10, 12, 3), dtype=np.uint8)
+
+
+class Stuck(ArraySource):
+    """Images on a disk that does not answer, from the third on."""
+
+    def image(self, index: int) -> Image.Image:
+        if index > 2:
+            time.sleep(3600)
+        return super().image(index)
+
+
+def training_batches(workers: int) -> int:
+    batches = MultiViewLoader(ArraySource(PIXELS), POLICY, 4, workers=workers)
+    try:
+        return sum(1 for _ in batches.epoch(0))
+    finally:
+        batches.close()
+
+
+@pytest.fixture
+def no_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(tensor: torch.Tensor) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for kind in (torch.Tensor, torch.UntypedStorage):
+        monkeypatch.setitem(ForkingPickler._extra_reducers, kind, refuse)
+    monkeypatch.setattr(loader, "PATIENCE", 20.0)
+
+
+@pytest.mark.usefixtures("no_shared_memory")
+def test_batches_need_no_shared_memory() -> None:
+    assert training_batches(workers=1) == 2
+    assert len(list(eval_loader(ArraySource(PIXELS), 8, 4, 1))) == 2
+
+
+def test_a_temporary_folder_with_a_long_path(tmp_path: Path) -> None:
+    """Unix sockets take 107 bytes."""
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_no_hang as t; print(t.training_batches(2))"
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("2\n", "")
+
+
+def test_a_worker_that_lives_and_gives_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "PATIENCE", 0.5)
+    monkeypatch.setattr(decoding, "PATIENCE", 0.5)
+    with pytest.raises(TrainingError, match=r"^workers: no images have come .* --workers 0 works without them$"):
+        list(eval_loader(Stuck(PIXELS), 8, 4, 1))
+    assert not [child for child in multiprocessing.active_children() if child.is_alive()]
+
+
+def test_a_process_that_decodes_and_gives_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "PATIENCE", 1.0)
+    with pytest.raises(TrainingError, match="^array: no images have come from the workers for 1 s"):
+        list(decode(Stuck(PIXELS), workers=2, mean_bytes=8 << 20))
+    assert not multiprocessing.active_children()
+
+
+def test_whoever_leaves_early_does_not_wait() -> None:
+    chunks = decode(Stuck(PIXELS), workers=2, mean_bytes=8 << 20)
+    assert next(chunks).kept == [0]
+    start = time.monotonic()
+    chunks.close()
+    assert time.monotonic() - start < 60  # of an hour
+    assert not multiprocessing.active_children()
+
+
+def test_a_thread_that_gives_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = threading.Event()
+
+    def prepare(image: Image.Image) -> np.ndarray:
+        answer.wait(60)
+        return np.asarray(image)
+
+    monkeypatch.setattr(images, "PATIENCE", 0.2)
+    try:
+        with pytest.raises(TrainingError, match="^array: no images have come from the workers"):
+            list(images.read(ArraySource(PIXELS), prepare, chunk=2, threads=2))
+    finally:
+        answer.set()
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.ENOENT])
+def test_no_place_for_semaphores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int) -> None:
+    """Queues between processes need files in /dev/shm, which may be read-only, full or not there."""
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", refuse)
+    message = rf"^workers: processes cannot be started here \({os.strerror(number)}; they need /dev/shm\); --workers 0"
+    with pytest.raises(TrainingError, match=message):
+        training_batches(workers=1)
+    with pytest.raises(TrainingError, match=message):
+        list(eval_loader(ArraySource(PIXELS), 8, 4, 1))
+    Image.fromarray(PIXELS[0]).save(tmp_path / "a.png")
+    source = FileSource([tmp_path / "a.png"] * 3)
+    with pytest.raises(TrainingError, match=message):
+        list(decode(source, workers=2, mean_bytes=8 << 20))
+    assert len(list(decode(source, workers=0, mean_bytes=8 << 20))) == 3
+    assert training_batches(workers=0) == 2
+
+
+def test_batches_are_the_same_objects_whoever_made_them() -> None:
+    """Layout and type, too: channels last in memory, as the network takes them."""
+    for workers in (0, 1):
+        batches = MultiViewLoader(ArraySource(PIXELS), POLICY, 4, workers=workers)
+        assert isinstance(batches.source, PackedImages)
+        batch = next(batches.epoch(0))
+        assert [view.shape for view in batch.views] == [(4, 3, 8, 8)] * 4
+        assert all(view.is_contiguous(memory_format=torch.channels_last) for view in batch.views)
+        assert batch.index.dtype == torch.int64
+        batches.close()
