@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +29,8 @@ class Checkpoint:
     """Number of training images: with another number a step stands for another place in the data."""
     model: dict[str, Any]
     optimizer: dict[str, Any]
+    content: dict[str, Any] = field(default_factory=dict)
+    """The images, see `data.content`; empty in a checkpoint of an older version."""
 
     def save(self, path: Path) -> None:
         """Write to `path` so that an interruption at any moment leaves the previous checkpoint or this one.
