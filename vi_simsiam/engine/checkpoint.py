@@ -45,12 +45,12 @@ class Checkpoint:
         content = {"format": _FORMAT, **vars(self)}
         try:
             write_atomically(path, lambda file: torch.save(content, file))
-        except OSError as error:
-            reason = error.strerror or str(error)
-            if is_full(error):
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+            if isinstance(error, OSError) and is_full(error):
                 size = _Size()
                 torch.save(content, size)
-                reason += f": it needs {decimal(size.bytes)}, {decimal(shutil.disk_usage(path.parent).free)} are free"
+                reason += f": it needs {decimal(size.written)}, {decimal(shutil.disk_usage(path.parent).free)} are free"
             kept = "the one before is kept" if path.exists() else "there is none yet"
             raise TrainingError(f"the checkpoint {path} could not be written ({reason}); {kept}") from error
 
@@ -126,11 +126,11 @@ def naming(path: Path, *, aside: Path | None = None) -> Iterator[None]:
 class _Size(io.BytesIO):
     """A file that only counts what is written to it."""
 
-    bytes = 0
+    written = 0
 
     def write(self, data: Any) -> int:
         size = memoryview(data).nbytes
-        self.bytes += size
+        self.written += size
         return size
 
 

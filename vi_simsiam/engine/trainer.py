@@ -136,6 +136,10 @@ class Trainer:
         if unreadable:
             text = f"warning: {left_out(unreadable)}"
             self.console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        self.content = content(splits, images)
+        self.world.agree("data", self.content)
+        if checkpoint is not None:
+            check_images(saved, config, checkpoint, self.content)
         self.loader = MultiViewLoader(
             images,
             config.augment,
@@ -148,10 +152,6 @@ class Trainer:
             rank=self.world.rank,
             world_size=self.world.size,
         )
-        self.content = content(splits, images)
-        self.world.agree("data", self.content)
-        if checkpoint is not None:
-            check_images(saved, config, checkpoint, self.content)
         self.total_steps = config.epochs * self.loader.steps_per_epoch
         network = training_network(
             self.model, kernels=_use_kernels(config, self.world), compiled=config.compile, bf16=bf16
