@@ -18,6 +18,7 @@ from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import knn
 from vi_simsiam.evaluation.knn import KnnConfig, classify, evaluate_knn
 from vi_simsiam.evaluation.results import unpack_bits
+from vi_simsiam.evaluation.summary import summary_line
 
 
 def random_problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,11 +132,16 @@ def test_result_says_which_images_were_classified_correctly(tmp_path: Path) -> N
     assert 0 < result["top1"]["untrained"] < 1
 
 
-def test_more_neighbours_than_images_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "knn.json").write_text("an older result")
-    with pytest.raises(InputError, match="k: 61 must be at most 60, the number of training images"):
-        evaluate_knn(feature_sets(tmp_path), KnnConfig(k=61))
-    assert (tmp_path / "knn.json").read_text() == "an older result"
+def test_of_fewer_images_than_neighbours_all_vote(tmp_path: Path) -> None:
+    whole = evaluate_knn(feature_sets(tmp_path), KnnConfig(k=60))
+    assert evaluate_knn(feature_sets(tmp_path), KnnConfig(k=61)) == whole
+    assert whole["settings"]["k"] == 60
+    assert summary_line("kNN", whole).endswith(" with k = 60, all training images")
+    assert summary_line("kNN", evaluate_knn(feature_sets(tmp_path), KnnConfig(k=59))).endswith(" %)")
+    train, labels, queries = random_problem()
+    config = KnnConfig(k=len(train))
+    expected = classify(train, labels, queries, classes=5, config=config)
+    assert torch.equal(classify(train, labels, queries, classes=5, config=replace(config, k=10_000)), expected)
 
 
 @pytest.mark.parametrize(

@@ -323,7 +323,9 @@ def test_resume_notices_that_the_data_changed(image_folder: Path, tmp_path: Path
     settings = config(data, epochs=1)
     train(settings, tmp_path / "run")
     (data / "train" / "dark" / "00.png").unlink()
-    with pytest.raises(InputError, match="has 39 readable training images, and .* was trained on 40"):
+    with pytest.raises(
+        InputError, match="has changed since the run was trained on it: 39 readable training images, not 40"
+    ):
         Trainer(settings, tmp_path / "run", resume=True)
 
 
@@ -340,21 +342,6 @@ def test_unreadable_images_are_named_as_they_are(image_folder: Path, tmp_path: P
     assert "1 unreadable image left out" in said
     assert "[bold]00[nonsense].png" in said
     assert len(trainer.loader.source) == 2400
-
-
-def test_a_full_disk_is_one_readable_error(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = train(config(image_folder, epochs=1), tmp_path / "run")
-    kept = weights(tmp_path / "run")
-
-    def full(*arguments: object) -> None:
-        raise RuntimeError("[enforce fail at inline_container.cc:1] unexpected pos\nmore")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(
-        TrainingError, match=r"checkpoint.pt could not be written \(.*unexpected pos\); the one before is kept"
-    ):
-        trainer._save()
-    assert same(weights(tmp_path / "run"), kept)
 
 
 def test_damaged_runs_are_named(image_folder: Path, tmp_path: Path) -> None:

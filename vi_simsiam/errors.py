@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 
 _SHOWN = 16
@@ -26,6 +27,11 @@ class TrainingError(UserError, RuntimeError):
 
 class ImageWarning(UserWarning):
     """Images were left out, or decoded with a loss. The command line prints it as one line."""
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a file could not be written for want of room: on the disk, in the user's quota, or below a limit of its size."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def none_of(name: str, value: object, accepted: Iterable[str]) -> InputError:

@@ -93,6 +93,7 @@ def views(arguments: list[str]) -> int:
     from vi_simsiam.data.datasets import open_dataset
     from vi_simsiam.data.defaults import sized, suited, suited_size
     from vi_simsiam.data.sources import Unreadable, left_out
+    from vi_simsiam.engine.checkpoint import write_atomically
 
     if options.images < 1:
         raise InputError(f"images: {options.images} must be at least 1")
@@ -110,6 +111,8 @@ def views(arguments: list[str]) -> int:
     for text in (*source.notes, *([left_out(failures)] if failures else [])):
         print(f"warning: {text}")
     enlarged = max(1, _LEAST_SHOWN // options.augment.size)  # 28 pixels are too few to look at
-    sheet.resize((sheet.width * enlarged, sheet.height * enlarged), Image.Resampling.NEAREST).save(options.out)
+    shown = sheet.resize((sheet.width * enlarged, sheet.height * enlarged), Image.Resampling.NEAREST)
+    kind = Image.registered_extensions()[options.out.suffix.lower()]
+    write_atomically(options.out, lambda file: shown.save(file, format=kind))
     print(options.out)
     return 0

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from vi_simsiam.cli.parsing import RunOptions, open_run, parse
-from vi_simsiam.errors import InputError
 
 
 @dataclass(frozen=True)
 class _Knn(RunOptions):
     k: int = 20
-    """Number of neighbours."""
+    """Number of neighbours; all training images where they are fewer."""
     temperature: float = 0.1
     """Neighbours are weighted by exp(cosine / temperature)."""
 
@@ -51,17 +50,13 @@ def knn(arguments: list[str]) -> int:
     """Classify by nearest neighbours."""
     options = parse("knn", _Knn, arguments)
 
-    from vi_simsiam.evaluation.features import collect, labelled_splits
+    from vi_simsiam.evaluation.features import collect
     from vi_simsiam.evaluation.knn import KnnConfig, evaluate_knn
     from vi_simsiam.evaluation.summary import summary_line
 
     config = KnnConfig(k=options.k, temperature=options.temperature)
-    run = open_run(options)
-    images = len(labelled_splits(run.splits)["train"])
-    if config.k > images:  # known now, not after all features are computed
-        raise InputError(f"k: {config.k} must be at most {images}, the number of training images")
     with Console().status("features") as status:
-        result = evaluate_knn(collect(run, report=status.update), config)
+        result = evaluate_knn(collect(open_run(options), report=status.update), config)
     print(summary_line("kNN", result))
     return 0
 

@@ -66,7 +66,7 @@ class _Train:
     out: Path | None = None
     """Run folder; None for runs/DATA-METHOD-NNN, the first number that is free."""
     resume: bool = False
-    """Go on with the run in --out, whose configuration is then the starting point."""
+    """Go on with the run in --out, whose configuration is then the starting point; --data may name a copy of its images."""
     overwrite: bool = False
     """Replace the run in --out."""
     evaluate: bool = False
@@ -131,7 +131,7 @@ def train(arguments: list[str]) -> int:
         if options.out is not None:  # known before anything is downloaded
             check_folder(options.out.expanduser(), resume=options.resume, overwrite=options.overwrite)
         with world.main_first():  # it downloads the images if that is to be done
-            splits = open_splits(options.config)
+            splits = open_splits(options.config, run=options.out if options.resume else None)
         chosen = ""
         if start.open:
             config, chosen = _suited(arguments, start, options.config, splits, world.size)

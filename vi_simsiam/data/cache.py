@@ -12,7 +12,6 @@ work twice, and both end well.
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob
 import hashlib
 import os
@@ -33,7 +32,7 @@ from vi_simsiam.data.decoding import bytes_per_image, decode
 from vi_simsiam.data.packed import FORMAT_VERSION, Contents, PackedImages, PackError, PackWriter, open_pack
 from vi_simsiam.data.pixels import Losses
 from vi_simsiam.data.sources import ArraySource, ImageSource, Unreadable, check_readable
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import InputError, is_full
 from vi_simsiam.text import counted
 
 try:
@@ -42,7 +41,6 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _SECONDS_TO_LOCK = 60.0
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def cached(
@@ -191,7 +189,7 @@ def _write(
             contents = _decode(source, writer.append, mean, workers=workers, shorter_side=shorter_side, console=console)
             writer.finish(contents, fingerprint)
     except OSError as error:
-        if error.errno in _FULL:
+        if is_full(error):
             raise InputError(
                 f"{option}: {path.parent} is full, the decoded images of {source.name} need about "
                 f"{_size(mean, source)}; {elsewhere}"

@@ -46,6 +46,34 @@ _READ_BYTES = 1 << 22
 _DTYPES = {"pixels": "u1", "offsets": "<i8", "heights": "<i4", "widths": "<i4", "places": "u1", "labels": "<i8"}
 
 
+class Checksums:
+    """CRC-32 of every 64 MiB of the bytes given one after the other, and of what is left over.
+
+    Args:
+        whole: of the first pieces of 64 MiB, where they are known already.
+    """
+
+    def __init__(self, whole: Sequence[int] = ()) -> None:
+        self._whole = list(whole)
+        self._last = self._filled = 0
+
+    @property
+    def values(self) -> list[int]:
+        """One for each piece; the last may be shorter than 64 MiB."""
+        return [*self._whole, self._last] if self._filled else list(self._whole)
+
+    def append(self, view: memoryview) -> None:
+        """Add bytes."""
+        while len(view):
+            part = view[: _CHECKED_BYTES - self._filled]
+            self._last = zlib.crc32(part, self._last)
+            self._filled += len(part)
+            view = view[len(part) :]
+            if self._filled == _CHECKED_BYTES:
+                self._whole.append(self._last)
+                self._last = self._filled = 0
+
+
 class PackError(InputError):
     """A file cannot be used as a pack: `reason` says why, in words that follow the file's path."""
 
@@ -120,6 +148,7 @@ class PackedImages(ImageSource):
         """The file that holds the pixels; None in memory."""
         self.checksum = 0
         """Of the file's header, which holds those of all its bytes; 0 in memory."""
+        self._whole_checksums: Sequence[int] = ()
         self._places: Sequence[str] | NDArray[np.uint8] = contents.places
         self._label(contents.labels, contents.classes, len(self))
 
@@ -146,6 +175,15 @@ class PackedImages(ImageSource):
     def dimensions(self, index: int) -> tuple[int, int]:
         """Return height and width of image `index` in pixels."""
         return int(self.heights[index]), int(self.widths[index])
+
+    def pixel_checksums(self) -> list[int]:
+        """Return CRC-32 of every 64 MiB of all images' pixels in a row: the same wherever and however they are kept.
+
+        Most of a file's are read from its header, others are computed from the pixels.
+        """
+        checksums = Checksums(self._whole_checksums)
+        checksums.append(self.pixels[len(self._whole_checksums) * _CHECKED_BYTES :].data)
+        return checksums.values
 
     def describe(self, index: int) -> str:
         """Return where image `index` came from: a path, or NAME/INDEX."""
@@ -178,8 +216,7 @@ class PackWriter:
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._sections: dict[str, list[int]] = {}
-        self._checksums: list[int] = []
-        self._checksum = self._filled = 0
+        self._checksums = Checksums()
         self.size = _PROLOGUE.size
         """Bytes written so far."""
         file.write(bytes(_PROLOGUE.size))
@@ -189,13 +226,7 @@ class PackWriter:
         view = memoryview(data).cast("B")
         self._file.write(view)
         self.size += len(view)
-        while len(view):
-            part = view[: _CHECKED_BYTES - self._filled]
-            self._checksum = zlib.crc32(part, self._checksum)
-            self._filled += len(part)
-            view = view[len(part) :]
-            if self._filled == _CHECKED_BYTES:
-                self._end_chunk()
+        self._checksums.append(view)
 
     def finish(self, contents: Contents, fingerprint: str) -> None:
         """Write all but the pixels, which have been appended. `fingerprint` is "" where the source has none."""
@@ -208,8 +239,6 @@ class PackWriter:
         if contents.labels is not None:
             self._section("labels", contents.labels)
         self._pad()
-        if self._filled:
-            self._end_chunk()
         header = {
             "count": len(contents.heights),
             "name": contents.name,
@@ -220,7 +249,7 @@ class PackWriter:
             "notes": contents.notes,
             "sections": self._sections,
             "checked_bytes": _CHECKED_BYTES,
-            "checksums": self._checksums,
+            "checksums": self._checksums.values,
         }
         encoded = json.dumps(header).encode()
         self._file.write(encoded)
@@ -237,10 +266,6 @@ class PackWriter:
 
     def _pad(self) -> None:
         self.append(bytes(-self.size % _ALIGNMENT))
-
-    def _end_chunk(self) -> None:
-        self._checksums.append(self._checksum)
-        self._checksum = self._filled = 0
 
 
 def open_pack(path: Path, *, fingerprint: str | None = None, verify: bool = True) -> PackedImages:
@@ -331,6 +356,8 @@ def _from_sections(content: NDArray[np.uint8], header: dict[str, Any]) -> Packed
     )
     images = PackedImages(sections["pixels"], contents)
     images._places = sections["places"]
+    if header["checked_bytes"] == _CHECKED_BYTES:  # the first begins where the pixels do, after the prologue
+        images._whole_checksums = header["checksums"][: len(images.pixels) // _CHECKED_BYTES]
     if len(images) != header["count"] or not np.array_equal(images.offsets, sections["offsets"]):
         raise _Flaw("contradicts itself")
     return images

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vi_simsiam.data.datasets import Splits
-from vi_simsiam.data.packed import Contents, PackedImages
+from vi_simsiam.data.packed import Checksums, Contents, PackedImages
 from vi_simsiam.data.sources import ArraySource, FileSource, ImageSource
 from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted
@@ -169,6 +169,15 @@ class _PackedSubset(PackedImages):
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
         return _PackedSubset, (self._source, self._indices, self.name)
+
+    def pixel_checksums(self) -> list[int]:
+        """As of packed images that are these only; the pixels are read."""
+        checksums = Checksums()
+        for start, height, width in zip(
+            self.offsets.tolist(), self.heights.tolist(), self.widths.tolist(), strict=True
+        ):
+            checksums.append(self.pixels[start : start + 3 * height * width].data)
+        return checksums.values
 
     def describe(self, index: int) -> str:
         """Where the image is to be found in the whole source."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from rich.filesize import decimal
 from torch import nn
 
-from vi_simsiam.errors import InputError, TrainingError
+from vi_simsiam.errors import InputError, TrainingError, UserError, is_full
 
 _FORMAT = 1
 
@@ -29,6 +33,8 @@ class Checkpoint:
     """Number of training images: with another number a step stands for another place in the data."""
     model: dict[str, Any]
     optimizer: dict[str, Any]
+    content: dict[str, Any] = field(default_factory=dict)
+    """The images, see `data.content`; empty in a checkpoint of an older version."""
 
     def save(self, path: Path) -> None:
         """Write to `path` so that an interruption at any moment leaves the previous checkpoint or this one.
@@ -39,9 +45,14 @@ class Checkpoint:
         content = {"format": _FORMAT, **vars(self)}
         try:
             write_atomically(path, lambda file: torch.save(content, file))
-        except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+            if isinstance(error, OSError) and is_full(error):
+                size = _Size()
+                torch.save(content, size)
+                reason += f": it needs {decimal(size.written)}, {decimal(shutil.disk_usage(path.parent).free)} are free"
             kept = "the one before is kept" if path.exists() else "there is none yet"
-            raise TrainingError(f"the checkpoint {path} could not be written ({_line(error)}); {kept}") from error
+            raise TrainingError(f"the checkpoint {path} could not be written ({reason}); {kept}") from error
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> Checkpoint:
@@ -77,21 +88,50 @@ class Checkpoint:
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Call `write` on a temporary file beside `path`, then move it there once its bytes are on the disk."""
+    """Call `write` on a temporary file beside `path`, then move it there once its bytes are on the disk.
+
+    Raises:
+        OSError: that failed; names `path`, also where `write` raises another error for it.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    with naming(path, aside=temporary):
+        try:
+            with temporary.open("xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def naming(path: Path, *, aside: Path | None = None) -> Iterator[None]:
+    """Let an OSError that names no file (a full disk's, say), or the one `aside`, name `path`.
+
+    torch.save hides it behind a RuntimeError, which is replaced, too.
+    """
     try:
-        with temporary.open("xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(error, UserError) or not isinstance(cause, OSError) or not cause.strerror:
+            raise
+        if cause.filename is not None and cause.filename != str(aside):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
 
 
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+class _Size(io.BytesIO):
+    """A file that only counts what is written to it."""
+
+    written = 0
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        self.written += size
+        return size
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

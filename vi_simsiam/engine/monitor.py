@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from vi_simsiam.engine.checkpoint import write_atomically
 from vi_simsiam.engine.verdict import Health
+from vi_simsiam.errors import TrainingError
 from vi_simsiam.models import Output, SimSiam, VISimSiam
 from vi_simsiam.ops.power_spherical import ONE_PLUS_COS_MIN
 
@@ -158,15 +161,25 @@ class Monitor:
         self._progress.update(self._task, text=text)
 
     def log(self, metrics: dict[str, float]) -> None:
-        """Write one line of metrics; it must have the keys step, loss, cosine, z_std, views_per_s and data_wait."""
+        """Log one line of metrics; it must have the keys step, loss, cosine, z_std, views_per_s and data_wait.
+
+        Raises:
+            TrainingError: it, or one before, could not be written (a full disk, say).
+        """
         begins = self.health.update(metrics)
         state = {"state": self.health.state} | ({} if self.health.since is None else {"since": self.health.since})
         self.last = {**metrics, **state}
-        self._file.write(json.dumps(self.last) + "\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            if name != "step":
-                self._tensorboard.add_scalar(name, value, int(metrics["step"]))
+        try:
+            self._file.write(json.dumps(self.last) + "\n")
+            self._file.flush()
+            for name, value in metrics.items():
+                if name != "step":
+                    self._tensorboard.add_scalar(name, value, int(metrics["step"]))
+        except OSError as error:
+            raise TrainingError(
+                f"the logs in {self._path.parent} could not be written ({error.strerror or error}); the last checkpoint is kept, "
+                "to go on from with --resume"
+            ) from error
         self.show(metrics)
         if begins and self.health.state not in self._warned:
             self._warned.add(self.health.state)
@@ -190,6 +203,12 @@ class Monitor:
         return self._path.read_text().splitlines() if self._path.exists() else []
 
     def __enter__(self) -> Monitor:
+        def show(failure: threading.ExceptHookArgs) -> None:
+            if not isinstance(failure.exc_value, OSError):
+                self._hook(failure)
+
+        # TensorBoard's thread would print the traceback of a full disk; `log` raises what that thread ended with.
+        self._hook, threading.excepthook = threading.excepthook, show
         self._progress.start()
         return self
 
@@ -197,8 +216,10 @@ class Monitor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
-        self._file.close()
-        self._tensorboard.close()
+        for file in (self._file, self._tensorboard):
+            with contextlib.suppress(*[OSError] * (error is not None)):  # of a full disk, the first is enough
+                file.close()
+        threading.excepthook = self._hook
 
 
 def _step(line: str) -> float:

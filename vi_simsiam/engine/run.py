@@ -10,11 +10,13 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.data.cache import cached
+from vi_simsiam.data.content import difference
 from vi_simsiam.data.datasets import Splits, open_dataset
 from vi_simsiam.data.decoding import cores
 from vi_simsiam.data.packed import PackedImages
@@ -88,7 +90,8 @@ def load_run(
     config, model = load_model(path, place)
     if cache_dir is not None:
         config = dataclasses.replace(config, cache_dir=cache_dir)
-    splits = open_splits(config, data=data, data_root=data_root)
+    moved = dataclasses.replace(config, data=data or config.data, data_root=data_root or config.data_root)
+    splits = open_splits(moved, run=path if data is None else None)
     return Run(path, config, model, splits, place, resolve_workers(workers, place))
 
 
@@ -107,18 +110,22 @@ def load_model(path: Path, device: torch.device) -> tuple[TrainConfig, SimSiam]:
     return config, model
 
 
-def open_splits(config: TrainConfig, *, data: str | None = None, data_root: Path | None = None) -> Splits:
-    """The images that a configuration trains and evaluates on, from where it says or from another place.
+def open_splits(config: TrainConfig, *, run: Path | None = None) -> Splits:
+    """The images that a configuration trains and evaluates on.
+
+    Args:
+        config: the configuration.
+        run: the run that was trained on them, if one was; they may have moved since.
 
     Raises:
         InputError: the data set is not there, or has fewer images than the configuration asks for.
     """
-    splits = open_dataset(
-        data or config.data,
-        root=data_root or config.data_root,
-        download=not config.offline,
-        decode=config.decode,
-    )
+    try:
+        splits = open_dataset(config.data, root=config.data_root, download=not config.offline, decode=config.decode)
+    except InputError as error:
+        if run is None:
+            raise
+        raise InputError(f"{error}; where the images of {run} have moved, name their new place with --data") from error
     if config.images is None and not config.held_out and not config.distinct:
         return splits
     return select(splits, images=config.images, held_out=config.held_out, seed=config.split_seed)
@@ -191,6 +198,33 @@ def check_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
             raise InputError(f"out: {path} holds other files; give an empty or new folder")
 
 
+def check_images(saved: TrainConfig, config: TrainConfig, checkpoint: Checkpoint, now: dict[str, Any]) -> None:
+    """Refuse to go on with other images than those that a run was trained on; these may have moved.
+
+    Args:
+        saved: the run's configuration.
+        config: the one to go on with.
+        checkpoint: the run's.
+        now: of the images that `config` names, `data.content.content` or what is listed of it.
+
+    Raises:
+        InputError: they differ, or have moved and the checkpoint has nothing to compare them with.
+    """
+    old, new = saved.data, config.data
+    if old == new and saved.data_root != config.data_root:
+        old, new = f"{old} under {saved.data_root}", f"{new} under {config.data_root}"
+    differing = difference(checkpoint.content or {"images": checkpoint.images}, now)
+    if differing and old == new:
+        raise InputError(f"resume: {new} has changed since the run was trained on it: {differing}")
+    if differing:
+        raise InputError(f"resume: {new} is no copy of {old}, which the run was trained on: {differing}")
+    if saved.data != config.data and not checkpoint.content:
+        raise InputError(
+            f"resume: {new} cannot be compared with {old}, which the run was trained on: its checkpoint is of an "
+            "older version; bring the images back there to go on"
+        )
+
+
 def start_folder(path: Path, config: TrainConfig) -> None:
     """Make the folder, remove an earlier run's files from it, and save the configuration."""
     path.mkdir(parents=True, exist_ok=True)
@@ -198,6 +232,14 @@ def start_folder(path: Path, config: TrainConfig) -> None:
         for file in path.glob(pattern):
             file.unlink()
     write_json(path / CONFIG, config.to_dict())
+
+
+def record_place(path: Path, config: TrainConfig) -> None:
+    """Save where the images of the run in `path` lie now, if they have moved, so that it is evaluated there."""
+    saved = read_config(path)
+    moved = dataclasses.replace(saved, data=config.data, data_root=config.data_root, cache_dir=config.cache_dir)
+    if moved != saved:
+        write_json(path / CONFIG, moved.to_dict())
 
 
 def new_folder(parent: Path, config: TrainConfig) -> Path:

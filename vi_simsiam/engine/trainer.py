@@ -14,6 +14,7 @@ from rich.console import Console
 from vi_simsiam.config import PLACE_FIELDS, TrainConfig, differing_fields
 from vi_simsiam.data.batches import check_batch
 from vi_simsiam.data.cache import cached
+from vi_simsiam.data.content import content, listed
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.loader import MultiViewLoader
 from vi_simsiam.engine.checkpoint import Checkpoint
@@ -25,10 +26,12 @@ from vi_simsiam.engine.network import training_network
 from vi_simsiam.engine.run import (
     CHECKPOINT,
     check_folder,
+    check_images,
     load_frozen,
     new_folder,
     open_splits,
     read_config,
+    record_place,
     resolve_device,
     start_folder,
 )
@@ -55,7 +58,7 @@ class Trainer:
     Args:
         config: what to train.
         folder: the run folder; new or empty unless `resume` or `overwrite` is said. None for a new one in runs/.
-        resume: go on from the folder's checkpoint.
+        resume: go on from the folder's checkpoint. The images may lie elsewhere now, as long as they are the same.
         overwrite: replace the run that the folder holds.
         console: where to print; None for standard output.
         world: the ranks that train together, each with a Trainer of its own; None for this process alone. Rank 0 writes.
@@ -85,7 +88,8 @@ class Trainer:
             check_folder(folder, resume=resume, overwrite=overwrite)
         elif resume:
             raise InputError("resume: say which run folder to go on with")
-        if resume and (differing := differing_fields(read_config(folder), config)):  # type: ignore[arg-type]
+        saved = read_config(folder) if resume else config  # type: ignore[arg-type]
+        if differing := differing_fields(dataclasses.replace(saved, data=config.data), config):
             raise InputError(
                 f"resume: the configuration differs from {folder}'s: {'; '.join(differing)}; leave these options out, or give another --out"
             )
@@ -116,19 +120,26 @@ class Trainer:
         default_scale = 1 / (config.model.dim - 1) if isinstance(self.model, VISimSiam) else 1.0
         self.loss_scale = default_scale if config.loss.loss_scale is None else config.loss.loss_scale
 
+        checkpoint = Checkpoint.load(folder / CHECKPOINT, self.device) if resume else None  # type: ignore[operator]
         with self.world.main_first():  # it decodes the images if that is to be done, and the others find them
-            source = (splits or open_splits(config)).train
-            check_batch(config.batch_size, source)  # known before all are decoded
+            splits = splits or open_splits(config, run=folder if resume else None)
+            if checkpoint is not None:
+                check_images(saved, config, checkpoint, listed(splits))
+            check_batch(config.batch_size, splits.train)  # known before all are decoded
             # What is decoded already was by a rule of its own, and the run's other images are to follow it.
-            self.config = config = dataclasses.replace(config, decode=source.decode)
+            self.config = config = dataclasses.replace(config, decode=splits.train.decode)
             images, _ = cached(
-                source,
+                splits.train,
                 cache_dir=config.cache_dir,
                 workers=config.workers,
                 console=None if quiet else self.console,
             )
         for text in images.warnings:
             self.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        self.content = content(splits, images)
+        self.world.agree("data", self.content)
+        if checkpoint is not None:
+            check_images(saved, config, checkpoint, self.content)
         self.loader = MultiViewLoader(
             images,
             config.augment,
@@ -141,7 +152,6 @@ class Trainer:
             rank=self.world.rank,
             world_size=self.world.size,
         )
-        self.world.agree("images", len(images))
         self.total_steps = config.epochs * self.loader.steps_per_epoch
         network = training_network(
             self.model, kernels=_use_kernels(config, self.world), compiled=config.compile, bf16=bf16
@@ -163,8 +173,8 @@ class Trainer:
         self.folder: Path = folder or self.world.broadcast_object(
             new_folder(Path("runs"), config) if self.world.is_main else None
         )
-        if resume:
-            self._restore()
+        if checkpoint is not None:
+            self._restore(checkpoint)
 
     def fit(self, *, epoch_done: Callable[[], object] | None = None) -> None:
         """Train to the end, with checkpoints on the way; rank 0 writes them, and the metrics.
@@ -185,6 +195,8 @@ class Trainer:
                 if self.world.is_main:
                     start_folder(self.folder, self.config)
                 self._save()
+            elif self.world.is_main:
+                record_place(self.folder, self.config)
             stack.enter_context(contextlib.closing(self.loader))
             monitor = None
             if self.world.is_main:
@@ -328,9 +340,8 @@ class Trainer:
     def _save(self) -> None:
         if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
             raise TrainingError(f"the weights are not finite at step {self.step}; {self._last_good()}")
-        images = len(self.loader.source)
-        optimizer = self.train_step.optimizer
-        state = Checkpoint(self.step, self.seconds, images, self.model.state_dict(), optimizer.state_dict())
+        model, optimizer = self.model.state_dict(), self.train_step.optimizer.state_dict()
+        state = Checkpoint(self.step, self.seconds, len(self.loader.source), model, optimizer, self.content)
         with self.world.together():
             if self.world.is_main:
                 state.save(self.folder / CHECKPOINT)
@@ -339,13 +350,7 @@ class Trainer:
     def _last_good(self) -> str:
         return f"the last good checkpoint is {self.folder / CHECKPOINT} (step {self.saved_step})"
 
-    def _restore(self) -> None:
-        checkpoint = Checkpoint.load(self.folder / CHECKPOINT, self.device)
-        if checkpoint.images != len(self.loader.source):
-            raise InputError(
-                f"resume: {self.config.data} has {len(self.loader.source)} readable training images, "
-                f"and {self.folder} was trained on {checkpoint.images}"
-            )
+    def _restore(self, checkpoint: Checkpoint) -> None:
         checkpoint.restore(self.model, self.train_step.optimizer)
         self.train_step.resume(checkpoint.step)
         self.step = self.saved_step = checkpoint.step

@@ -6,7 +6,7 @@ the accuracy depends on the features alone.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import inf
 from typing import Any
 
@@ -27,7 +27,7 @@ class KnnConfig:
     """Settings of the k-nearest-neighbour classifier."""
 
     k: int = 20
-    """Number of neighbours; Wu et al. use 200 for data sets of ImageNet's size."""
+    """Number of neighbours, or all training images where they are fewer; Wu et al. use 200 for data sets of ImageNet's size."""
     temperature: float = 0.1
     """T: neighbours are weighted by exp(cosine / T). Wu et al. use 0.07."""
 
@@ -37,18 +37,20 @@ class KnnConfig:
         if not 0 < self.temperature < inf:
             raise InputError(f"temperature: {self.temperature} must be a positive number")
 
+    def among(self, images: int) -> KnnConfig:
+        """The same with at most so many neighbours as there are images."""
+        return replace(self, k=min(self.k, images))
+
 
 def evaluate_knn(features: FeatureSets, config: KnnConfig | None = None) -> dict[str, Any]:
     """Classify the validation images by their neighbours among the training images, under every encoder.
 
     Writes RUN/knn.json atomically and returns its content; "top1" holds a fraction for every encoder, and
-    "correct" which validation images were classified correctly (`results.unpack_bits`).
-
-    Raises:
-        InputError: k exceeds the number of training images.
+    "correct" which validation images were classified correctly (`results.unpack_bits`). "settings" holds the k that was
+    used: fewer training images than k are all neighbours.
     """
-    config = config or KnnConfig()
     labels = features.train_labels.to(features.device)
+    config = (config or KnnConfig()).among(len(labels))
     top1, correct = {}, {}
     for encoder, train in features.train.items():
         predicted = classify(
@@ -69,24 +71,20 @@ def classify(train: Tensor, labels: Tensor, queries: Tensor, *, classes: int, co
     """Classes of `queries` by the weighted vote of their k nearest training features.
 
     Args:
-        train: (N, F) float32.
+        train: (N, F) float32, N >= 1.
         labels: (N,) int64 in [0, classes).
         queries: (M, F) float32.
         classes: number of classes.
-        config: k and temperature.
+        config: k and temperature; where k exceeds N, all training images vote.
 
     Returns:
         (M,) int64, on the device of `train`.
-
-    Raises:
-        InputError: k exceeds N.
     """
-    if config.k > len(train):
-        raise InputError(f"k: {config.k} must be at most {len(train)}, the number of training images")
+    k = config.among(len(train)).k
     train = F.normalize(train, dim=1)
     predicted = []
     for block in F.normalize(queries, dim=1).split(max(1, _BLOCK // len(train))):
-        similarity, neighbours = (block @ train.T).topk(config.k, dim=1)
+        similarity, neighbours = (block @ train.T).topk(k, dim=1)
         # Relative to the nearest neighbour: the vote is the same, and a small temperature does not overflow.
         weights = ((similarity - similarity[:, :1]) / config.temperature).exp()
         votes = weights.new_zeros(len(block), classes).scatter_add_(1, labels[neighbours], weights)

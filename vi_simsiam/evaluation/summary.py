@@ -12,10 +12,10 @@ from rich.table import Table
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.run import Run
 from vi_simsiam.engine.verdict import Health
-from vi_simsiam.evaluation.features import collect, labelled_splits
+from vi_simsiam.evaluation.features import collect
 from vi_simsiam.evaluation.figures import draw_curves, draw_kappa, logged
 from vi_simsiam.evaluation.kappa_figures import draw_density
-from vi_simsiam.evaluation.knn import KnnConfig, evaluate_knn
+from vi_simsiam.evaluation.knn import evaluate_knn
 from vi_simsiam.evaluation.linear import evaluate_linear
 
 _MEASURES = {"top1": "top-1", "top5": "top-5", "held_out_top1": "held-out top-1"}
@@ -25,7 +25,7 @@ def evaluate_run(run: Run, world: World | None = None, console: Console | None =
     """Draw the figures, evaluate by k nearest neighbours and linear probe, and print the results as the last two lines.
 
     Writes curves.png (where the run has a log), kappa.png and density.png (VI-SimSiam only), knn.json and linear.json to the run
-    folder; the features are computed once. A training set of fewer than 20 images has all of them as neighbours.
+    folder; the features are computed once.
 
     Args:
         run: the run.
@@ -43,12 +43,11 @@ def evaluate_run(run: Run, world: World | None = None, console: Console | None =
         for figure in _figures(run) if world.is_main else ():
             if figure is not None:
                 console.print(f"figure {figure}", highlight=False, markup=False, soft_wrap=True)
-        images = len(labelled_splits(run.splits)["train"])
         features = collect(run, report=status.update, world=world)
         if not world.is_main:
             return
         status.update("nearest neighbours")
-        knn = evaluate_knn(features, KnnConfig(k=min(KnnConfig.k, images)))
+        knn = evaluate_knn(features)
         status.update("linear probes")
         linear = evaluate_linear(features)
     console.print(summary_table({"kNN": knn, "linear": linear}))
@@ -87,11 +86,13 @@ def summary_table(results: dict[str, dict[str, Any]]) -> Table:
 
 
 def summary_line(name: str, result: dict[str, Any]) -> str:
-    """One line for a result: "kNN top-1: 71.2 % (untrained 55.0 %, pixels 75.0 %)".
+    """One line for a result: "kNN top-1: 71.2 % (untrained 55.0 %, pixels 75.0 %)"; it ends with k if all training images vote.
 
     Args:
         name: how the evaluation is called in the line.
         result: as `evaluate_knn`, `evaluate_linear` or `evaluate_logistic` returns it.
     """
     top1 = {encoder: f"{100 * share:.1f} %" for encoder, share in result["top1"].items()}
-    return f"{name} top-1: {top1['trained']} (untrained {top1['untrained']}, pixels {top1['pixels']})"
+    line = f"{name} top-1: {top1['trained']} (untrained {top1['untrained']}, pixels {top1['pixels']})"
+    k = result.get("settings", {}).get("k")
+    return line if k is None or k < result["train_images"] else f"{line} with k = {k}, all training images"

@@ -137,8 +137,8 @@ def accuracies(run: Run, measures: Iterable[str]) -> tuple[dict[str, float], dic
         ),
     )
     evaluations: dict[str, Callable[[], dict[str, Any]]] = {
-        "knn20": lambda: _knn(features, 20),
-        "knn200": lambda: _knn(features, 200),
+        "knn20": lambda: evaluate_knn(features, KnnConfig(k=20)),
+        "knn200": lambda: evaluate_knn(features, KnnConfig(k=200)),
         "logistic": lambda: evaluate_logistic(features),
         "linear": lambda: evaluate_linear(features, linear_preset("paper")),
     }
@@ -154,10 +154,6 @@ def accuracies(run: Run, measures: Iterable[str]) -> tuple[dict[str, float], dic
         if name == "linear":
             accuracy["linear_top5"] = result["top5"]["trained"]
     return accuracy, correct, len(features.val_labels)
-
-
-def _knn(features: FeatureSets, k: int) -> dict[str, Any]:
-    return evaluate_knn(features, KnnConfig(k=min(k, len(features.train_labels))))
 
 
 def flat_uncertainty(result: dict[str, Any]) -> dict[str, float | str]:
@@ -296,8 +292,7 @@ class Progress:
             for source in (self.train, self.val)
         )
         labels = torch.from_numpy(self.train.labels).to(device)
-        config = KnnConfig(k=min(200, len(labels)))
-        predicted = classify(train, labels, val, classes=len(self.train.classes or ()), config=config)
+        predicted = classify(train, labels, val, classes=len(self.train.classes or ()), config=KnnConfig(k=200))
         share = float((predicted.cpu() == torch.from_numpy(self.val.labels)).double().mean())
         self.lines.append(
             dict(zip(_PROGRESS_COLUMNS, (share, epoch, round(trainer.seconds, 3)), strict=True))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vi_simsiam.config import TrainConfig
+from vi_simsiam.engine.checkpoint import naming
 from vi_simsiam.errors import InputError
 from vi_simsiam.export.formats import Outputs, forward, outputs
 from vi_simsiam.models import SimSiam
@@ -75,7 +76,8 @@ def write_onnx(model: SimSiam, config: TrainConfig, folder: Path) -> Outputs | N
         )
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
-    program.save(str(folder / ONNX_WEIGHTS))
+    with naming(folder / ONNX_WEIGHTS):
+        program.save(str(folder / ONNX_WEIGHTS))
     if importlib.util.find_spec("onnxruntime") is None:
         return None
     return _runtime(folder / ONNX_WEIGHTS)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from vi_simsiam import __version__
 from vi_simsiam.data.sources import ImageSource, Unreadable
-from vi_simsiam.engine.checkpoint import write_atomically
+from vi_simsiam.engine.checkpoint import naming, write_atomically
 from vi_simsiam.errors import InputError
 from vi_simsiam.inference.encoder import Encoder
 from vi_simsiam.models import VISimSiam
@@ -93,7 +93,7 @@ def collect(
     indices: list[NDArray[np.int64]] = []
     concentration: list[NDArray[np.float32]] = []
     uncertainty: list[NDArray[np.float32]] = []
-    with _progress(console) as progress, tempfile.TemporaryFile(dir=folder) as file:
+    with _progress(console) as progress, naming(folder), tempfile.TemporaryFile(dir=folder) as file:
         task = progress.add_task("encoding", total=len(source))
 
         def skip(entry: Unreadable) -> None:

@@ -1,0 +1,139 @@
+"""A disk with no room, for which a limit on the size of files stands in: one line, and what was there is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from inference_cases import save_run
+from rich.console import Console
+from rich.filesize import decimal
+
+from vi_simsiam.cli import main
+from vi_simsiam.config import AugmentConfig, ModelConfig, TrainConfig
+from vi_simsiam.engine.checkpoint import write_atomically
+from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.errors import TrainingError
+
+resource = pytest.importorskip("resource")
+
+
+@contextlib.contextmanager
+def room(size: int) -> Iterator[None]:
+    """No file can be written beyond so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def trainer(image_folder: Path, tmp_path: Path) -> Trainer:
+    """Of a run of two epochs with a line in its log for every step, and one checkpoint before the first."""
+    config = TrainConfig(
+        data=f"folder:{image_folder}",
+        epochs=2,
+        batch_size=8,
+        workers=0,
+        device="cpu",
+        log_every=1,
+        save_every=1e6,
+        augment=AugmentConfig(size=8, blur_prob=0.0),
+        model=ModelConfig(dim=8, projector_hidden=8, predictor_hidden=8),
+    )
+    return Trainer(config, tmp_path / "run", console=Console(quiet=True))
+
+
+def test_a_checkpoint_names_the_room_that_it_needs(trainer: Trainer) -> None:
+    trainer.fit()
+    path = trainer.folder / "checkpoint.pt"
+    before = path.read_bytes()
+    names = sorted(entry.name for entry in trainer.folder.iterdir())
+    message = (
+        f"the checkpoint {path} could not be written (File too large: it needs {decimal(len(before))}, ANY are free); "
+        "the one before is kept"
+    )
+    with room(100_000), pytest.raises(TrainingError, match=re.escape(message).replace("ANY", r"[\d.]+ \w+")):
+        trainer._save()
+    assert path.read_bytes() == before
+    assert sorted(entry.name for entry in trainer.folder.iterdir()) == names, "nothing is left beside it"
+
+
+def test_a_first_checkpoint_may_be_missing(trainer: Trainer) -> None:
+    with room(100_000), pytest.raises(TrainingError, match=r"are free\); there is none yet"):
+        trainer.fit()
+    assert not (trainer.folder / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("full", ["metrics.jsonl", "events.out.tfevents.*"])
+def test_a_log_that_cannot_be_written_ends_the_training(
+    full: str, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one line: TensorBoard's thread prints nothing of its own."""
+    tracebacks: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", tracebacks.append)
+    log = trainer.folder / "metrics.jsonl"
+    with contextlib.ExitStack() as stack:
+
+        def fill() -> None:
+            (path,) = trainer.folder.glob(full)
+            stack.enter_context(room(path.stat().st_size))
+
+        with pytest.raises(
+            TrainingError, match=re.escape(f"the logs in {trainer.folder} could not be written (File too large)")
+        ):
+            trainer.fit(epoch_done=fill)
+    assert 6 <= trainer.step < 10, "in the second epoch"
+    assert tracebacks == []
+    assert threading.excepthook == tracebacks.append
+    again = Trainer(trainer.config, trainer.folder, resume=True, console=Console(quiet=True))
+    again.fit()
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 11))
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """Also where torch.save hides the reason."""
+    path = tmp_path / "file"
+    path.write_text("old")
+    for write in (lambda file: file.write(bytes(2000)), lambda file: torch.save(torch.zeros(500), file)):
+        with room(1000), pytest.raises(OSError, match="File too large") as error:
+            write_atomically(path, write)
+        assert error.value.filename == str(path)
+        assert [entry.read_text() for entry in tmp_path.iterdir()] == ["old"]
+    with pytest.raises(RuntimeError, match="of its own"):
+        write_atomically(path, _fail)
+
+
+def _fail(file: object) -> None:
+    raise RuntimeError("an error of its own")
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        ("embed RUN IMAGES --out OUT/table.parquet --device cpu", "OUT"),
+        ("rank RUN IMAGES --out OUT/order --device cpu", "OUT/order.csv"),
+        ("views --data IMAGES --out OUT/views.png", "OUT/views.png"),
+        ("export RUN --format torchvision --out OUT/weights", "OUT/.weights.*/model.pth"),
+    ],
+)
+def test_a_command_ends_in_one_line(
+    command: str, named: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = save_run(tmp_path / "run"), tmp_path / "out"
+    out.mkdir()
+    words = {"RUN": str(run), "IMAGES": str(image_folder / "train"), "OUT": str(out)}
+    given = [re.sub("RUN|IMAGES|OUT", lambda found: words[found[0]], word) for word in command.split()]
+    with room(500):
+        assert main(given) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(f"vi-simsiam: {named.replace('OUT', str(out))}: File too large", said)
+    assert list(out.iterdir()) == []

@@ -1,0 +1,271 @@
+"""Runs whose images have moved: the same images go on elsewhere, others do not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from packing_cases import noise
+from PIL import Image
+
+from vi_simsiam.cli import main
+from vi_simsiam.config import TrainConfig
+from vi_simsiam.data import packed
+from vi_simsiam.data.cache import in_memory, pack
+from vi_simsiam.data.content import content, difference
+from vi_simsiam.data.datasets import Splits, open_dataset
+from vi_simsiam.data.packed import open_pack
+from vi_simsiam.data.sources import ArraySource
+from vi_simsiam.data.subsets import select, subset
+from vi_simsiam.engine.checkpoint import Checkpoint
+from vi_simsiam.engine.run import check_images, load_run
+from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.errors import InputError
+
+OPTIONS = "--epochs 2 --batch-size 8 --size 8 --workers 0 --device cpu --quiet"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def photos(image_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(image_folder, tmp_path / "photos"))
+
+
+@pytest.fixture(scope="module")
+def interrupted(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs that was interrupted after the first."""
+    out = tmp_path_factory.mktemp("interrupted") / "run"
+    _train_one_epoch(["--data", str(image_folder), "--out", str(out)])
+    return out
+
+
+@pytest.fixture
+def run(interrupted: Path, photos: Path, tmp_path: Path) -> Path:
+    """The same with `photos` in its configuration."""
+    out = Path(shutil.copytree(interrupted, tmp_path / "run"))
+    settings = dataclasses.replace(config(out), data=f"folder:{photos}")
+    (out / "config.json").write_text(json.dumps(settings.to_dict()))
+    return out
+
+
+def _train_one_epoch(arguments: list[str]) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        fit = Trainer.fit
+        patch.setattr(Trainer, "fit", lambda trainer: fit(trainer, epoch_done=lambda: (trainer._save(), interrupt())))
+        assert main(["train", *arguments, *OPTIONS.split()]) == 130
+
+
+def resume(run: Path, *arguments: str) -> int:
+    return main(["train", "--out", str(run), "--resume", "--quiet", *arguments])
+
+
+def config(run: Path) -> TrainConfig:
+    return TrainConfig.from_dict(json.loads((run / "config.json").read_text()))
+
+
+def step(run: Path) -> int:
+    return Checkpoint.load(run / "checkpoint.pt", CPU).step
+
+
+def files(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in run.iterdir()}
+
+
+def copied(photos: Path, place: Path) -> str:
+    """A copy with other dates."""
+    shutil.copytree(photos, place, copy_function=shutil.copyfile)
+    return f"folder:{place}"
+
+
+def packed_copy(photos: Path, place: Path) -> str:
+    splits = open_dataset(str(photos))
+    assert splits.val is not None
+    pack(splits.train, place.with_suffix(".pack"), workers=0)
+    pack(splits.val, place.with_suffix(".val.pack"), workers=0)
+    return f"pack:{place.with_suffix('.pack')}"
+
+
+@pytest.mark.parametrize("copy", [copied, packed_copy])
+def test_a_run_goes_on_with_a_copy_of_its_images(
+    copy: Callable[[Path, Path], str], run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = step(run)
+    place = copy(photos, tmp_path / "scratch")
+    shutil.rmtree(photos)
+    assert resume(run) == 2
+    assert f"where the images of {run} have moved, name their new place with --data" in capsys.readouterr().err
+    assert resume(run, "--data", place, "--cache-dir", str(tmp_path / "cache")) == 0
+    assert step(run) == 2 * before
+    assert (config(run).data, config(run).cache_dir) == (place, tmp_path / "cache")
+    assert len(load_run(run, device="cpu").splits.train) == 40, "an evaluation finds them where they are"
+
+
+def test_the_moved_run_is_the_one_that_stayed(run: Path, photos: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    assert resume(run) == 0
+    assert resume(other, "--data", packed_copy(photos, tmp_path / "scratch")) == 0
+    stayed, moved = (Checkpoint.load(folder / "checkpoint.pt", CPU).model for folder in (run, other))
+    assert all(torch.equal(stayed[name], moved[name]) for name in stayed)
+
+
+def test_the_held_out_images_move_with_the_others(photos: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    _train_one_epoch(["--data", str(photos), "--out", str(run), "--held-out", "0.2", "--images", "24"])
+    assert resume(run, "--data", packed_copy(photos, tmp_path / "scratch")) == 0
+    (photos / "train" / "dark" / "02.png").unlink()
+    assert resume(run, "--data", str(photos)) == 2
+
+
+def lose(photos: Path) -> None:
+    (photos / "train" / "dark" / "00.png").unlink()
+
+
+def add(photos: Path) -> None:
+    Image.fromarray(noise(16, 16)).save(photos / "train" / "dark" / "more.png")
+
+
+def rename(photos: Path) -> None:
+    for part in ("train", "val"):
+        (photos / part / "dark").rename(photos / part / "night")
+
+
+def move(photos: Path) -> None:
+    for number in (18, 19):
+        (photos / "train" / "bright" / f"{number}.png").rename(photos / "train" / "dark" / f"-{number}.png")
+
+
+def repaint(photos: Path) -> None:
+    path = photos / "train" / "dark" / "00.png"
+    values = np.asarray(Image.open(path)).copy()
+    values[0, 0, 0] ^= 1
+    Image.fromarray(values).save(path)
+
+
+def crop(photos: Path) -> None:
+    path = photos / "train" / "dark" / "00.png"
+    Image.open(path).crop((0, 0, 12, 16)).save(path)
+
+
+def lose_validation(photos: Path) -> None:
+    (photos / "val" / "dark" / "00.png").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (lose, "39 readable training images, not 40"),
+        (add, "41 readable training images, not 40"),
+        (rename, "other classes (without dark and with night)"),
+        (move, "other labels"),
+        (repaint, "other pixels"),
+        (crop, "other sizes of images"),
+        (lose_validation, "other validation images"),
+    ],
+)
+@pytest.mark.parametrize("moved", [True, False])
+def test_other_images_are_refused(
+    change: Callable[[Path], None], difference: str, moved: bool, run: Path, photos: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    place = copied(photos, tmp_path / "scratch") if moved else f"folder:{photos}"
+    change(Path(place.removeprefix("folder:")))
+    before = files(run)
+    assert resume(run, "--data", place) == 2
+    line = (
+        f"resume: {place} is no copy of folder:{photos}, which the run was trained on: {difference}"
+        if moved
+        else f"resume: {place} has changed since the run was trained on it: {difference}"
+    )
+    assert capsys.readouterr().err == f"vi-simsiam: {line}\n"
+    assert files(run) == before
+
+
+def test_too_few_images_are_no_question_of_the_batch(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "few").mkdir()
+    Image.fromarray(noise(9, 9)).save(tmp_path / "few" / "one.png")
+    assert resume(run, "--data", str(tmp_path / "few")) == 2
+    assert "1 readable training image, not 40" in capsys.readouterr().err
+
+
+def test_settings_still_may_not_change(run: Path, photos: Path, tmp_path: Path) -> None:
+    assert resume(run, "--data", copied(photos, tmp_path / "scratch"), "--lr", "0.5") == 2
+    assert config(run).data == f"folder:{photos}"
+
+
+def test_a_run_of_an_older_version_stays_where_its_images_are(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = dataclasses.replace(Checkpoint.load(run / "checkpoint.pt", CPU), content={})
+    checkpoint.save(run / "checkpoint.pt")
+    place = copied(photos, tmp_path / "scratch")
+    assert resume(run, "--data", place) == 2
+    assert f"{place} cannot be compared with folder:{photos}" in capsys.readouterr().err
+    assert resume(run) == 0
+    assert resume(run, "--data", place) == 0, "from then on it can be compared"
+
+
+def test_named_data_sets_move_with_their_root(tmp_path: Path) -> None:
+    saved = TrainConfig(data="imagenette", data_root=tmp_path / "before")
+    moved = dataclasses.replace(saved, data_root=tmp_path / "now")
+    checkpoint = Checkpoint(1, 0.0, 3, {}, {}, {"images": 3, "classes": None, "pixels": "a"})
+    check_images(saved, moved, checkpoint, {"images": 3, "classes": None, "pixels": "a"})
+    line = f"imagenette under {tmp_path / 'now'} is no copy of imagenette under {tmp_path / 'before'}, .*: other pixels"
+    with pytest.raises(InputError, match=line):
+        check_images(saved, moved, checkpoint, {"images": 3, "classes": None, "pixels": "b"})
+
+
+def test_evaluation_of_lost_images_names_the_way_out(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.rename(photos, tmp_path / "elsewhere")
+    for command in ("evaluate", "knn", "linear", "uncertainty", "figures"):
+        assert main([command, str(run), "--device", "cpu"]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"vi-simsiam: {photos}: no such folder")
+        assert said.endswith(f"where the images of {run} have moved, name their new place with --data\n")
+    assert main(["report", str(run), "--device", "cpu"]) == 0
+    assert "name their new place with --data" in capsys.readouterr().out
+    assert main(["knn", str(run), "--device", "cpu", "--data", str(tmp_path / "elsewhere")]) == 0
+
+
+@pytest.mark.parametrize("piece", [1000, 693, 5000])
+def test_content_is_that_of_the_pixels_however_they_are_kept(
+    piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In memory, in a file, and as a choice from either; of a file, whole pieces are not read again."""
+    monkeypatch.setattr(packed, "_CHECKED_BYTES", piece)
+    arrays = np.stack([noise(9, 7, seed) for seed in range(11)])
+    source = ArraySource(arrays, np.arange(11, dtype=np.int64) % 3, "abc")
+    splits = Splits("x", source, None)
+    pack(source, tmp_path / "x.pack", workers=0)
+    file, whole = open_pack(tmp_path / "x.pack"), content(splits, in_memory(source))
+    assert len(file.pixels) == 2079
+    assert content(splits, file) == whole
+    known = 2079 // piece * piece
+    file.pixels = np.concatenate([np.zeros(known, np.uint8), file.pixels[known:]])
+    assert content(splits, file) == whole
+
+    chosen = [select(Splits("x", each, None), images=6, seed=1) for each in (source, in_memory(source))]
+    first, second = (content(each, in_memory(each.train)) for each in chosen)
+    assert first == second
+    other = subset(in_memory(source), np.array([0, 1, 2, 3, 4, 5]))
+    assert first["pixels"] != content(splits, in_memory(other))["pixels"]
+
+
+def test_classes_are_named() -> None:
+    before = {"images": 1, "classes": ["a", "b"]}
+    assert difference(before, before) is None
+    assert difference(before, {**before, "classes": ["b", "a"]}) == "other classes (in another order)"
+    assert difference(before, {**before, "classes": None}) == "other classes (without a, b)"
