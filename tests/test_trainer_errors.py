@@ -1,11 +1,13 @@
-"""What ends a training from outside: a worker that dies, a GPU that is too small. What was reached is kept."""
+"""What ends a training from outside: a worker that dies, a GPU that is too small, no network. What was reached is kept."""
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import signal
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -80,3 +82,26 @@ def test_a_batch_that_is_too_large_is_refused_before_anything_is_decoded(image_f
     with pytest.raises(InputError, match=r"batch_size: 41 must be at most 40, the images in .*train"):
         Trainer(config(image_folder, batch_size=41, cache_dir=tmp_path / "cache"), tmp_path / "run", console=QUIET)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("offline", "message"),
+    [
+        (False, r"pretrained: https://.*/(\S+) could not be downloaded \(no route\); a copy is recognised as HERE/\1$"),
+        (True, r"pretrained: no copy of the weights found \(looked for HERE/\S+\), and downloading is off$"),
+    ],
+)
+def test_weights_that_cannot_be_had_are_one_line(
+    offline: bool, message: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_route(*arguments: object, **named: object) -> None:
+        assert not offline
+        raise URLError("no route")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_route)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    settings = config(image_folder, offline=offline)
+    settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, pretrained=True))
+    with pytest.raises(InputError, match=message.replace("HERE", str(tmp_path / "hub" / "checkpoints"))):
+        Trainer(settings, tmp_path / "run", console=QUIET)
+    assert not (tmp_path / "run").exists()

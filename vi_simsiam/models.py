@@ -20,11 +20,12 @@ from torch.nn import functional as F
 
 from vi_simsiam.config import Concentration, Link, LossConfig, ModelConfig, Stem, TrainConfig
 from vi_simsiam.distributions import PowerSpherical
-from vi_simsiam.errors import InputError, none_of
+from vi_simsiam.errors import InputError
 from vi_simsiam.functional import cosine_loss
 from vi_simsiam.heads import ConcentrationHead, SplitHead, direction_detached, padded_linear, shuffled
 from vi_simsiam.normalisation import Head, PerView, PerViewBatchNorm1d, PerViewBatchNorm2d, count_batches, make_fusible
 from vi_simsiam.ops.multiview_loss import LossForm, multiview_loss
+from vi_simsiam.pretrained import check_backbone, fetch_weights
 
 
 class Output(NamedTuple):
@@ -346,9 +347,7 @@ def build_backbone(
     Raises:
         InputError: no torchvision ResNet of that name.
     """
-    known = [model for model in torchvision.models.list_models(module=torchvision.models) if "resne" in model]
-    if name not in known:
-        raise none_of("backbone", name, known)
+    check_backbone(name)
     weights = "DEFAULT" if pretrained else None
     network = torchvision.models.get_model(
         name, weights=weights, zero_init_residual=zero_init_residual, norm_layer=PerViewBatchNorm2d
@@ -367,6 +366,8 @@ def build_model(config: TrainConfig) -> SimSiam:
     """The model that a configuration describes, with weights drawn from torch's generator."""
     model: ModelConfig = config.model
     loss: LossConfig = config.loss
+    if model.pretrained:
+        fetch_weights(model.backbone, download=not config.offline)
     common = {
         "dim": model.dim,
         "projector_hidden": model.projector_hidden,

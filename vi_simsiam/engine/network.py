@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from vi_simsiam.errors import InputError
 from vi_simsiam.models import Output, SimSiam
 from vi_simsiam.normalisation import PerView
 
@@ -31,6 +32,21 @@ def training_network(model: SimSiam, *, kernels: bool, compiled: bool = False, b
     if compiled:
         return torch.compile(model, dynamic=False)  # type: ignore[no-any-return]
     return Bfloat16Weights(model) if model.fused and bf16 else model
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile a small function, so that a compiler that is missing is found before a run begins.
+
+    Raises:
+        InputError: torch.compile does not work on this machine.
+    """
+    try:
+        torch.compile(torch.sin, dynamic=False)(torch.ones(8, device=device))
+    except Exception as error:  # a missing compiler, header or library each raises its own
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise InputError(
+            f"compile: torch.compile does not work here ({reason}); leave --compile out, or install a C++ compiler such as g++"
+        ) from error
 
 
 class Bfloat16Weights:

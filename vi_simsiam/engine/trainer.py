@@ -22,7 +22,7 @@ from vi_simsiam.engine.distributed import World, sync_batch_norm, wrap
 from vi_simsiam.engine.duration import duration_line
 from vi_simsiam.engine.graph import Captured, capture
 from vi_simsiam.engine.monitor import Monitor, representation_statistics
-from vi_simsiam.engine.network import training_network
+from vi_simsiam.engine.network import check_compiler, training_network
 from vi_simsiam.engine.run import (
     CHECKPOINT,
     check_folder,
@@ -105,6 +105,8 @@ class Trainer:
             )
         if config.capture == "on" and not self.world.alone:
             raise InputError("capture: 'on' is for a run without torchrun; the ranks' collectives are not captured")
+        if config.compile:
+            check_compiler(self.device)
         self.backend = choose_backend(config.backend, self.device.type)
         self.log_every = config.log_every or (100 if self.device.type == "cuda" else 10)
         bf16 = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")

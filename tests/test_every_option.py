@@ -1,0 +1,159 @@
+"""Every option of every command, said at least once in a small real run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+import tyro
+from inference_cases import save_images
+from option_cases import REFUSED, RUNS, SMALL
+from test_commands import COMMANDS, refused, run
+
+from vi_simsiam.benchmarks import augment, step, step_parts, view_cases
+from vi_simsiam.cli import main
+from vi_simsiam.engine.run import CONFIG, read_config
+
+_TEXTS = (".csv", ".json", ".jsonl", ".md")
+_FIELDS = {"--config": "settings"}
+"""Fields that are not called as their options."""
+
+
+def lines(script: str) -> list[tuple[str, str]]:
+    """The lines of a run, and what each of them shows."""
+    whole = [line.strip() for line in script.strip().splitlines()]
+    return [(line, shown.strip()) for line, _, shown in (line.partition("=>") for line in whole)]
+
+
+def said(line: str) -> set[str]:
+    """The options of a line."""
+    return {word for word in line.split() if re.match("--?[a-z]", word)}
+
+
+@pytest.fixture(scope="module")
+def places(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What the lines name, and torchvision's weights as if they were downloaded."""
+    root = tmp_path_factory.mktemp("places")
+    save_images(root / "others", 8)
+    (root / "settings.yaml").write_text("momentum: 0.75\n")
+    found = {"images": image_folder, "others": root / "others", "settings": root / "settings.yaml"}
+    for method, name in (("vi-simsiam", "run"), ("simsiam", "simsiam")):
+        found[name] = root / name
+        arguments = f"train {SMALL} --method {method} --quiet --out {found[name]}"
+        assert main(arguments.format(images=image_folder).split()) == 0
+    weights = torchvision.models.get_model_weights("resnet34").DEFAULT
+    folder = root / "torch" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(torchvision.models.resnet34().state_dict(), folder / Path(weights.url).name)
+    return {**found, "torch": root / "torch"}
+
+
+@pytest.fixture
+def filled(places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
+    """Turns a line into arguments; runs are copies, and what is measured or compiled is small."""
+
+    def copied(source: str, target: str) -> None:
+        (os.link if source.endswith(".pt") else shutil.copy2)(source, target)
+
+    here = {**places, "here": tmp_path, "out": tmp_path / "out", "run": tmp_path / "run", "moved": tmp_path / "moved"}
+    for name in ("run", "moved"):
+        shutil.copytree(places["run"], here[name], copy_function=copied)
+    config = here["moved"] / CONFIG
+    config.write_text(config.read_text().replace(str(places["images"]), "/gone/images"))
+    monkeypatch.setenv("TORCH_HOME", str(places["torch"]))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # the others take up to a minute
+    tiny = view_cases.ViewCase(8, 16, sides=(16, 16))
+    monkeypatch.setattr(step, "SMALL_IMAGES", tiny)
+    monkeypatch.setitem(view_cases._TELLING, "cpu", (tiny,))
+    monkeypatch.setitem(step_parts._STEPS, "cpu", 1)
+    monkeypatch.setattr(augment, "_MEASURE_SECONDS", 1e-3)
+    return lambda line: [word.format_map(here) for word in shlex.split(line)]
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What tyro made of the arguments, call by call."""
+    found: list[Any] = []
+    cli = tyro.cli
+
+    def recorded(*arguments: Any, **named: Any) -> Any:
+        found.append(cli(*arguments, **named))
+        return found[-1]
+
+    monkeypatch.setattr(tyro, "cli", recorded)
+    return found
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_the_table_has_every_option(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")  # a wide terminal gets boxes side by side
+    _, shown, _ = run([*command, "--help-all" if command == ["train"] else "--help"], capsys)
+    rows = "\n".join(re.findall(r"^[│ ] (-.*?)(?:  |$)", shown, re.MULTILINE))
+    there = {option for option in re.findall(r"(?<![\w-])--?[a-z][\w-]*", rows) if not option.startswith("--no-")}
+    listed = [line for script in (*RUNS.values(), *REFUSED) for line, _ in lines(script)]
+    known = {option for line in listed if line.startswith(f"{' '.join(command)} ") for option in said(line)}
+    assert there - {"-h", "--help"} - known == set(), "say it in a line of option_cases.py"
+    assert known - there == set()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run(
+    name: str,
+    filled: Callable[[str], list[str]],
+    parsed: list[Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for line, shown in lines(RUNS[name]):
+        parsed.clear()
+        arguments = filled(line)
+        code, out, _ = run(arguments, capsys)
+        assert code == 0
+        options = parsed[-1]
+        values = _values(options)
+        for option in said(line):
+            value, default = values[_FIELDS.get(option, option.lstrip("-").replace("-", "_"))]
+            assert value != default, option
+        if arguments[0] == "train" and options.seeds is None:
+            assert read_config(options.out) == options.config.located()
+        written = "".join(path.read_text() for path in tmp_path.rglob("*") if path.suffix in _TEXTS)
+        assert shown.replace("{here}", str(tmp_path)) in out + written
+    shutil.rmtree(tmp_path)  # weights of some hundred megabytes
+
+
+def _values(options: Any) -> dict[str, tuple[Any, Any]]:
+    """The values of all fields, each with its default; those of a part stand beside the others, as on the command line."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for each in dataclasses.fields(options):
+        value = getattr(options, each.name)
+        if dataclasses.is_dataclass(value):
+            found |= _values(value)
+        else:
+            found[each.name] = value, each.default
+    return found
+
+
+@pytest.mark.parametrize("line", REFUSED, ids=lambda line: line.partition("=> ")[2])
+def test_what_cannot_be_had_is_refused(
+    line: str,
+    filled: Callable[[str], list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    [(line, message)] = lines(line)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert message in refused(filled(line), capsys)
+    assert not (tmp_path / "out").exists()
