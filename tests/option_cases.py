@@ -26,6 +26,7 @@ _VIEWS = (
     "--size 16 --crop-scale 0.5 0.9 --crop-ratio 0.8 1.2 --jitter 0.1 0.2 0.3 0.05 --jitter-prob 0.5 --grayscale-prob 0.1 "
     "--blur-prob 0.3 --blur-sigma 0.2 1 --flip-prob 0.1 --local-views 1 --local-size 8 --local-scale 0.1 0.3"
 )
+_DECODE = "--background white --value-range 0 4095 --frames all"
 _BENCH = "--device cpu --short --rounds 3 --out {here}"
 
 RUNS = {
@@ -37,7 +38,7 @@ RUNS = {
         {_TRAIN} --images 24 --held-out 0.25 --split-seed 1 --distinct --data-root {{here}} --offline \
             --cache-dir {{here}}/cache --evaluate => linear top-1""",
     "train views": f"""
-        {_TRAIN} {_VIEWS} --local-predictor --stem small --concentration-link softplus --concentration-scale 5 \
+        {_TRAIN} {_VIEWS} {_DECODE} --local-predictor --stem small --concentration-link softplus --concentration-scale 5 \
             --concentration-min 0.1 --concentration-max 100 --cosine-weight 0.5""",
     "train controls": f"""
         {_TRAIN} --concentration constant --concentration-value 5 => kappa/(D-1) 5
@@ -77,11 +78,11 @@ RUNS = {
     "export": """
         export {moved} --format timm --data {images} --data-root {here} --out {out} => checked on 8 images of images
         export {moved} --format timm --overwrite --out {out} => checked on fashion-mini""",
-    "pack": """
-        pack {images} --out {out}.pack --shorter-side 12 --workers 1 --data-root {here} --offline => about 17.3 kB
-        pack {images} --out {out}.pack --overwrite => about 30.7 kB""",
+    "pack": f"""
+        pack {{images}} --out {{out}}.pack --shorter-side 12 --workers 1 --data-root {{here}} --offline => about 17.3 kB
+        pack {{images}} --out {{out}}.pack --overwrite {_DECODE} => about 30.7 kB""",
     "views": f"""
-        views --data {{images}} {_VIEWS} --policy multicrop --images 2 --seed 1 --data-root {{here}} --offline --out {{out}}.png""",
+        views --data {{images}} {_VIEWS} {_DECODE} --policy multicrop --images 2 --seed 1 --data-root {{here}} --offline --out {{out}}.png""",
     "info": """
         info --json => "backends": {""",
     "bench loss": f"""
