@@ -21,8 +21,9 @@ _BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 the input cannot be used, 130 interrupted, 141 output that nobody reads."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.closed and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")  # paths that the terminal's encoding cannot print
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not stream.closed:
+            stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding cannot print
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default", ImageWarning)

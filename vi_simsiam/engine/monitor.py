@@ -30,6 +30,8 @@ from vi_simsiam.ops.power_spherical import ONE_PLUS_COS_MIN
 _SECONDS_SHOWN = 1.0
 _SECONDS_TIMED = 3.0
 _STEPS_TIMED = 3
+_OTHER_COLUMNS = 16
+"""Columns of the remaining time, of a short bar, and of the spaces around them."""
 
 
 @torch.no_grad()
@@ -122,11 +124,11 @@ class Monitor:
         self._timed: tuple[int, float] | None = None
         self._bar = console.is_terminal and not quiet  # a log file gets the line of every epoch
         self._progress = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
+            TextColumn("epoch {task.fields[epoch]}", table_column=Column(no_wrap=True)),
             BarColumn(bar_width=None, table_column=Column(ratio=1)),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True)),
             console=console,
             transient=True,
             expand=True,
@@ -155,10 +157,28 @@ class Monitor:
     def show(self, metrics: dict[str, float]) -> None:
         """Show metrics on the bar; they must have the keys of `log`."""
         self._shown = time.monotonic()
-        text = describe(metrics, short=True)
+        self._progress.update(self._task, text=self._figures(metrics))
+
+    def _figures(self, metrics: dict[str, float]) -> str:
+        """As many figures as fit, the most telling first: the epoch, the count and the remaining time always stay."""
+        greek = not self._console.options.ascii_only
+        parts = [f"loss {metrics['loss']:.3g}", f"cos {metrics['cosine']:.2f}"]
+        if "kappa" in metrics:
+            parts.append(f"{'κ' if greek else 'kappa'}/(D-1) {metrics['kappa']:.2g}")
+        parts.append(f"{metrics['views_per_s']:.0f} views/s")
         if self.health.short:
-            text = f"{self.health.short} cos {metrics['cosine']:.2f}"
-        self._progress.update(self._task, text=text)
+            parts = [self.health.short, parts[1]]
+        room = (
+            self._console.width
+            - len(f"epoch {self._epochs}/{self._epochs} {self._total}/{self._total} ")
+            - _OTHER_COLUMNS
+        )
+        text = ""
+        for part in parts:
+            if len(text) + len(part) > room:
+                break
+            text += f"{part} "
+        return text.rstrip()
 
     def log(self, metrics: dict[str, float]) -> None:
         """Log one line of metrics; it must have the keys step, loss, cosine, z_std, views_per_s and data_wait.
@@ -190,7 +210,7 @@ class Monitor:
         """Print one line for the epoch that ended at `step`."""
         if not self._quiet:
             self._console.print(
-                f"epoch {step // self._steps_per_epoch}/{self._epochs}  {describe(metrics)}"
+                f"epoch {step // self._steps_per_epoch}/{self._epochs}  {_describe(metrics)}"
                 + (f"  {self.health.short}" if self.health.short else ""),
                 soft_wrap=True,
                 highlight=False,
@@ -230,12 +250,9 @@ def _step(line: str) -> float:
         return math.inf
 
 
-def describe(metrics: dict[str, float], *, short: bool = False) -> str:
-    """Metrics as one line; a `short` one leaves room for the bar on 80 columns."""
+def _describe(metrics: dict[str, float]) -> str:
+    """Metrics as one line."""
     loss, cosine, kappa, speed = (metrics.get(key, 0.0) for key in ("loss", "cosine", "kappa", "views_per_s"))
-    if short:
-        concentration = f" κ/(D-1) {kappa:.2g}" if "kappa" in metrics else ""
-        return f"loss {loss:.3g} cos {cosine:.2f}{concentration} {speed:.0f} views/s"
     concentration = f"  kappa/(D-1) {kappa:.3g}" if "kappa" in metrics else ""
     return (
         f"loss {loss:.4g}  cos {cosine:.3f}{concentration}  z-std {metrics['z_std']:.2f}  "
