@@ -101,7 +101,7 @@ def run_seeds(
         InputError: a number or folder that cannot be used.
     """
     console = console or Console()
-    out = out.expanduser().absolute()
+    out = out.absolute()
     resume, overwrite = "--resume" in arguments, "--overwrite" in arguments
     given = _without(arguments, _OWN_OPTIONS)
     before = _check(out, seeds, first_seed, resume=resume, overwrite=overwrite)

@@ -38,6 +38,7 @@ from vi_simsiam.engine.verdict import Health
 from vi_simsiam.errors import InputError, TrainingError
 from vi_simsiam.models import Output, VISimSiam, build_model
 from vi_simsiam.ops.backends import choose_backend, why_unavailable
+from vi_simsiam.paths import user_path
 
 # Ranks meet where metrics are due and in the network: these may differ between runs, not between ranks.
 _COMMON_FIELDS = {"log_every", "capture", "kernels", "compile"}
@@ -80,7 +81,7 @@ class Trainer:
         quiet: bool = False,
     ) -> None:
         config = config.located()
-        folder = None if folder is None else Path(folder).expanduser()
+        folder = None if folder is None else user_path("folder", folder)
         if folder is not None:
             check_folder(folder, resume=resume, overwrite=overwrite)
         elif resume:

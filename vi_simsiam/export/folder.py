@@ -35,6 +35,7 @@ from vi_simsiam.export.formats import (
     write_torchvision,
 )
 from vi_simsiam.export.onnx import ONNX_WEIGHTS, require_exporter, write_onnx
+from vi_simsiam.paths import user_path
 
 CARD, SETTINGS, TIMM_SETTINGS = "README.md", "config.json", "training.json"
 CHECK_IMAGES = 8
@@ -82,7 +83,7 @@ def export_run(
         raise none_of("format", format, FORMATS)
     if format == "onnx":
         require_exporter()
-    target = (run.path / "export" / format if out is None else Path(out).expanduser()).absolute()
+    target = (run.path / "export" / format if out is None else user_path("out", out)).absolute()
     _check_target(target, overwrite)
 
     # In float32 on the CPU, whatever the run was opened on: the reference of the comparison, and what is written.

@@ -22,6 +22,7 @@ from vi_simsiam.engine.checkpoint import write_atomically, write_json
 from vi_simsiam.errors import InputError
 from vi_simsiam.models import SimSiam, VISimSiam, build_model
 from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD
+from vi_simsiam.paths import user_path
 
 FORMATS = ("torchvision", "timm", "safetensors", "onnx")
 """What a run can be exported as."""
@@ -203,7 +204,7 @@ def load_safetensors(path: str | Path) -> SimSiam | VISimSiam:
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path).expanduser()
+    path = user_path("path", path)
     if path.is_dir():
         path = path / SAFETENSORS_WEIGHTS
     if not path.is_file():
