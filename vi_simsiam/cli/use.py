@@ -50,7 +50,8 @@ class _Images:
 @dataclass(frozen=True)
 class _Embed(_Images):
     out: Path = Path("features.parquet")
-    """File to write: path, embedding, concentration, uncertainty, neighbours and their similarities of every image."""
+    """File to write: path, path_bytes (for names that are not UTF-8), embedding, concentration, uncertainty, neighbours
+    and their similarities of every image."""
     neighbours: int = 5
     """Nearest neighbours of each image by the cosine of embeddings; 0 for none."""
     reference: str | None = None

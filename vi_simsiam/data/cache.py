@@ -35,7 +35,7 @@ from vi_simsiam.data.packed import FORMAT_VERSION, Contents, PackedImages, PackE
 from vi_simsiam.data.pixels import Losses
 from vi_simsiam.data.sources import ArraySource, ImageSource, Unreadable, check_readable
 from vi_simsiam.errors import InputError
-from vi_simsiam.paths import user_path
+from vi_simsiam.paths import printable, user_path
 from vi_simsiam.text import counted
 
 try:
@@ -301,4 +301,4 @@ def _size(mean_bytes: float, source: ImageSource) -> str:
 
 def _print(console: Console | None, line: str) -> None:
     if console is not None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)

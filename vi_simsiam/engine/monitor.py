@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -23,6 +24,7 @@ from vi_simsiam.engine.checkpoint import write_atomically
 from vi_simsiam.engine.verdict import Health
 from vi_simsiam.models import Output, SimSiam, VISimSiam
 from vi_simsiam.ops.power_spherical import ONE_PLUS_COS_MIN
+from vi_simsiam.paths import utf8_path
 
 _SECONDS_SHOWN = 1.0
 _SECONDS_TIMED = 3.0
@@ -110,7 +112,8 @@ class Monitor:
             health.update(json.loads(line))
         self.last: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
         self._file = self._path.open("a")
-        self._tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
+        self._place = contextlib.ExitStack()
+        self._tensorboard = SummaryWriter(str(self._place.enter_context(utf8_path(folder))), purge_step=step + 1)
         self._steps_per_epoch, self._total = steps_per_epoch, total
         self._epochs = -(-total // steps_per_epoch)
         self._console, self._quiet, self._estimate = console, quiet, estimate
@@ -199,6 +202,7 @@ class Monitor:
         self._progress.stop()
         self._file.close()
         self._tensorboard.close()
+        self._place.close()
 
 
 def _step(line: str) -> float:

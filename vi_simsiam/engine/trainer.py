@@ -38,7 +38,7 @@ from vi_simsiam.engine.verdict import Health
 from vi_simsiam.errors import InputError, TrainingError
 from vi_simsiam.models import Output, VISimSiam, build_model
 from vi_simsiam.ops.backends import choose_backend, why_unavailable
-from vi_simsiam.paths import user_path
+from vi_simsiam.paths import printable, user_path
 
 # Ranks meet where metrics are due and in the network: these may differ between runs, not between ranks.
 _COMMON_FIELDS = {"log_every", "capture", "kernels", "compile"}
@@ -129,7 +129,9 @@ class Trainer:
                 console=None if quiet else self.console,
             )
         for text in images.warnings:
-            self.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+            self.console.print(
+                printable(f"warning: {text}"), style="yellow", markup=False, highlight=False, soft_wrap=True
+            )
         self.loader = MultiViewLoader(
             images,
             config.augment,
