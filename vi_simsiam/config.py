@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from vi_simsiam.checks import check_types, require
 from vi_simsiam.errors import InputError, none_of
+from vi_simsiam.paths import user_path
 
 NAMED_DATA = ("fashion-mini", "cifar10", "imagenette", "imagewoof")
 """Data sets that are known by name."""
@@ -36,11 +37,14 @@ def _choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
 
 
 def data_spec(text: str) -> str:
-    """A data set as it is saved: the path of a folder or file that exists as folder:PATH or pack:FILE, others as they are."""
-    path = Path(text).expanduser()
-    if text in NAMED_DATA or not text or text.startswith(("folder:", "pack:")):
+    """A data set as it is saved: the path of a folder or file that exists as folder:PATH or pack:FILE, ~ expanded, others as they are."""
+    if text in NAMED_DATA or not text:
         return text
-    return f"folder:{text}" if path.is_dir() else f"pack:{text}" if path.is_file() else text
+    kind, colon, place = text.partition(":")
+    if colon and kind in ("folder", "pack"):
+        return f"{kind}:{user_path('data', place)}" if place else text
+    path = user_path("data", text)
+    return f"folder:{path}" if path.is_dir() else f"pack:{path}" if path.is_file() else text
 
 
 @dataclass(frozen=True)
@@ -242,7 +246,8 @@ class TrainConfig:
     offline: bool = False
     """Never download: use what --data-root holds, or stop."""
     cache_dir: Path | None = None
-    """Where decoded images are kept; None for vi-simsiam/ in the user's cache folder (XDG_CACHE_HOME or ~/.cache)."""
+    """Where decoded images are kept; None for vi-simsiam/ in the user's cache folder (XDG_CACHE_HOME or ~/.cache), or
+    in that of temporary files where there is no home folder."""
     data_memory: DataMemory = "auto"
     """Where the decoded images are while a GPU trains: gpu, host (streamed to it), or auto (gpu if they fit)."""
     images: int | None = None
@@ -342,11 +347,12 @@ class TrainConfig:
         data = data_spec(self.data)
         kind, colon, path = data.partition(":")
         if colon and path and kind in ("folder", "pack"):
-            data = f"{kind}:{Path(path).expanduser().absolute()}"
-        cache = None if self.cache_dir is None else self.cache_dir.expanduser().absolute()
-        frozen = None if self.frozen_run is None else self.frozen_run.expanduser().absolute()
-        root = self.data_root.expanduser().absolute()
-        return dataclasses.replace(self, data=data, data_root=root, cache_dir=cache, frozen_run=frozen)
+            data = f"{kind}:{Path(path).absolute()}"
+        places: dict[str, Any] = {}
+        for name in ("data_root", "cache_dir", "frozen_run"):
+            given = getattr(self, name)
+            places[name] = None if given is None else user_path(name, given).absolute()
+        return dataclasses.replace(self, data=data, **places)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON types."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from vi_simsiam.config import TrainConfig, with_former_loss
 from vi_simsiam.errors import InputError, did_you_mean
+from vi_simsiam.paths import user_path
 
 _PARTS = ("decode", "augment", "model", "loss")
 
@@ -22,7 +23,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     import yaml
 
-    path = path.expanduser()
+    path = user_path("config", path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

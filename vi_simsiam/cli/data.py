@@ -66,8 +66,9 @@ def pack(arguments: list[str]) -> int:
     from vi_simsiam.data.datasets import open_dataset, validation_pack
 
     splits = open_dataset(options.images, root=options.data_root, download=not options.offline, decode=options.decode)
-    out = options.out.expanduser()
-    parts = [(splits.train, out), *([] if splits.val is None else [(splits.val, validation_pack(out))])]
+    parts = [(splits.train, options.out)]
+    if splits.val is not None:
+        parts.append((splits.val, validation_pack(options.out)))
     taken = next((path for _, path in parts if path.exists()), None)
     if taken is not None and not options.overwrite:
         raise InputError(f"out: {taken} exists; say --overwrite to replace it")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from unittest import mock
 
 import tyro
 
 from vi_simsiam.cli.commands import BENCHMARKS, COMMANDS
 from vi_simsiam.errors import InputError, none_of
+from vi_simsiam.paths import user_path
 
 if TYPE_CHECKING:
     from vi_simsiam.engine.run import Run
@@ -90,11 +92,25 @@ def parse(command: str, kind: type[_Options], arguments: list[str], default: _Op
                 config=(tyro.conf.OmitArgPrefixes,),
                 default=tyro.MISSING_NONPROP if default is None else default,
             )
-            return parsed
+            return _with_homes(parsed)
     except SystemExit as stop:
         if not stop.code:
             raise
         raise InputError(f"{_message(command, box.getvalue())} (see vi-simsiam {command} --help)") from None
+
+
+def _with_homes(options: _Options) -> _Options:
+    """Options with the home folder in the place of ~ in every path."""
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+        value = getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            changed[field.name] = _with_homes(value)
+        elif isinstance(value, Path):
+            changed[field.name] = user_path(field.name, value)
+        elif isinstance(value, tuple):
+            changed[field.name] = tuple(user_path(field.name, v) if isinstance(v, Path) else v for v in value)
+    return dataclasses.replace(options, **changed)  # type: ignore[type-var]
 
 
 def _about(command: str) -> str:
@@ -123,7 +139,7 @@ def _message(command: str, box: str) -> str:
     if near := re.findall(r"^ *(--[a-z][\w-]*)", advice, re.MULTILINE):
         message += f"; did you mean {' or '.join(near[:2])}?"
     elif command in ("train", "views") and (stray := re.match(r"Unrecognized options: ([^-,\s][^,]*)", message)):
-        message += f"; did you mean --data {stray[1]}?" if Path(stray[1]).expanduser().exists() else ""
+        message += f"; did you mean --data {stray[1]}?" if user_path("data", stray[1]).exists() else ""
     for pattern, plain in _PLAIN.items():
         message = re.sub(pattern, plain, message)
     return message

@@ -14,6 +14,7 @@ from vi_simsiam.cli.config_file import read_settings, updated
 from vi_simsiam.cli.parsing import parse, said
 from vi_simsiam.config import LEAST_SIZE, AugmentConfig, TrainConfig, policy, preset
 from vi_simsiam.errors import InputError
+from vi_simsiam.paths import user_path
 from vi_simsiam.text import counted
 
 if TYPE_CHECKING:
@@ -121,15 +122,13 @@ def train(arguments: list[str]) -> int:
 
     if options.seeds is not None and options.out is None:
         raise InputError("seeds: say where with --out")
-    if options.out is not None and (
-        options.seeds is not None or (options.resume and (options.out.expanduser() / SEEDS).is_file())
-    ):
+    if options.out is not None and (options.seeds is not None or (options.resume and (options.out / SEEDS).is_file())):
         return run_seeds(arguments, options.seeds, options.config.seed, options.out)
 
     with joined(options.config.device) as world:
         report = print if world.is_main and not options.quiet else lambda line: None
         if options.out is not None:  # known before anything is downloaded
-            check_folder(options.out.expanduser(), resume=options.resume, overwrite=options.overwrite)
+            check_folder(options.out, resume=options.resume, overwrite=options.overwrite)
         with world.main_first():  # it downloads the images if that is to be done
             splits = open_splits(options.config, run=options.out if options.resume else None)
         chosen = ""
@@ -189,7 +188,7 @@ def _starting_point(arguments: list[str]) -> _Start:
 
     name, out, views = (said(arguments, option) for option in ("--preset", "--out", "--policy"))
     file = said(arguments, "--config")
-    saved = None if out is None else Path(out).expanduser()
+    saved = None if out is None else user_path("out", out)
     if "--resume" in arguments and name is None and saved is not None and (saved / CONFIG).is_file():
         for option, given in (("config", file), ("policy", views)):
             if given is not None:
@@ -221,7 +220,7 @@ def _suited(
         fixed |= {"crop_scale", "blur_prob"}
         if start.views.size != AugmentConfig.size:
             fixed |= {"size"}
-    frozen = given.frozen_run and given.frozen_run.expanduser()
+    frozen = given.frozen_run
     network = read_config(frozen) if frozen and (frozen / CONFIG).is_file() else None
     if network is not None and "size" not in fixed:
         given = dataclasses.replace(given, augment=dataclasses.replace(given.augment, size=network.augment.size))

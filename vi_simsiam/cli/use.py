@@ -11,6 +11,7 @@ from rich.console import Console
 
 from vi_simsiam.cli.parsing import parse
 from vi_simsiam.errors import InputError
+from vi_simsiam.paths import user_path
 from vi_simsiam.text import counted
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ class _Images:
 @dataclass(frozen=True)
 class _Embed(_Images):
     out: Path = Path("features.parquet")
-    """File to write: path, embedding, concentration, uncertainty, neighbours and their similarities of every image."""
+    """File to write: path, path_bytes (for names that are not UTF-8), embedding, concentration, uncertainty, neighbours
+    and their similarities of every image."""
     neighbours: int = 5
     """Nearest neighbours of each image by the cosine of embeddings; 0 for none."""
     reference: str | None = None
@@ -71,8 +73,7 @@ def embed(arguments: list[str]) -> int:
         raise InputError(f"out: {options.out} must end in .parquet (pandas, Polars, DuckDB and R read it)")
     if options.neighbours < 0:
         raise InputError(f"neighbours: {options.neighbours} must be at least 0")
-    out = options.out.expanduser()
-    _free([out], options.overwrite)
+    _free([options.out], options.overwrite)
 
     from vi_simsiam.inference.embed import describe, write_parquet
 
@@ -89,7 +90,7 @@ def embed(arguments: list[str]) -> int:
     about["neighbours_among"] = source.name if reference is None else reference.name
     write_parquet(
         table,
-        out,
+        options.out,
         neighbours=options.neighbours,
         reference=among,
         device=encoder.device,
@@ -98,7 +99,7 @@ def embed(arguments: list[str]) -> int:
     )
     if table.concentration is None:
         print("concentration and uncertainty are empty: a SimSiam run predicts none")
-    print(_written(out, table))
+    print(_written(options.out, table))
     return 0
 
 
@@ -107,7 +108,7 @@ def rank(arguments: list[str]) -> int:
     options = parse("rank", _Rank, arguments)
     if options.k < 1:
         raise InputError(f"k: {options.k} must be at least 1")
-    out = options.out.expanduser()
+    out = options.out
     if out.suffix.lower() in (".csv", ".png"):
         out = out.with_suffix("")
     listing, picture = out.with_name(f"{out.name}.csv"), out.with_name(f"{out.name}.png")
@@ -150,7 +151,7 @@ def _source(images: str, options: _Images, decode: DecodeConfig, *, train: bool)
     from vi_simsiam.data.datasets import ACCEPTED, open_dataset
     from vi_simsiam.inference.images import open_images
 
-    if Path(images).expanduser().exists():
+    if user_path("images", images).exists():
         return open_images(images, decode)
     try:
         splits = open_dataset(images, root=options.data_root, download=not options.offline, decode=decode)
@@ -169,7 +170,7 @@ def _collect(
     return collect(
         encoder,
         source,
-        options.out.expanduser().parent,
+        options.out.parent,
         views=options.views,
         seed=options.seed,
         batch_size=options.batch_size,

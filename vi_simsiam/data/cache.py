@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ from vi_simsiam.data.packed import FORMAT_VERSION, Contents, PackedImages, PackE
 from vi_simsiam.data.pixels import Losses
 from vi_simsiam.data.sources import ArraySource, ImageSource, Unreadable, check_readable
 from vi_simsiam.errors import InputError, is_full
+from vi_simsiam.paths import printable, user_path
 from vi_simsiam.text import counted
 
 try:
@@ -67,7 +69,7 @@ def cached(
     if fingerprint is None:
         images = in_memory(source, workers=workers, console=console)
         return images, list(images.unreadable)
-    folder = cache_folder() if cache_dir is None else cache_dir.expanduser()
+    folder = cache_folder() if cache_dir is None else user_path("cache_dir", cache_dir)
     path = folder / f"{_file_name(source.name)}-{fingerprint[:12]}.pack"
     try:
         images = open_pack(path, fingerprint=fingerprint)
@@ -106,7 +108,7 @@ def pack(
     """
     if shorter_side is not None and shorter_side < 1:
         raise InputError(f"shorter_side: {shorter_side} must be at least 1")
-    out = out.expanduser()
+    out = user_path("out", out)
     if out.is_dir():
         raise InputError(f"out: {out} is a folder; give the name of a file")
     fingerprint = _fingerprint(source, shorter_side) or ""
@@ -140,10 +142,22 @@ def in_memory(source: ImageSource, *, workers: int | None = None, console: Conso
 
 
 def cache_folder() -> Path:
-    """The folder of cached files: $VI_SIMSIAM_CACHE, else $XDG_CACHE_HOME/vi-simsiam, else ~/.cache/vi-simsiam."""
+    """The folder of cached files: $VI_SIMSIAM_CACHE, else $XDG_CACHE_HOME/vi-simsiam, else ~/.cache/vi-simsiam.
+
+    A user without a home folder, or with one that cannot be written, has vi-simsiam-UID in the folder of temporary files:
+    a container that runs under an arbitrary user needs no settings.
+    """
     if own := os.environ.get("VI_SIMSIAM_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vi-simsiam"
+        return user_path("VI_SIMSIAM_CACHE", own)
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return user_path("XDG_CACHE_HOME", shared) / "vi-simsiam"
+    with contextlib.suppress(InputError):
+        folder = user_path("HOME", "~/.cache") / "vi-simsiam"
+        nearest = next(place for place in (folder, *folder.parents) if os.path.exists(place))
+        if nearest == folder or os.access(nearest, os.W_OK):
+            return folder
+    user = f"-{os.getuid()}" if hasattr(os, "getuid") else ""
+    return Path(tempfile.gettempdir()) / f"vi-simsiam{user}"
 
 
 def _fingerprint(source: ImageSource, shorter_side: int | None) -> str | None:
@@ -285,4 +299,4 @@ def _size(mean_bytes: float, source: ImageSource) -> str:
 
 def _print(console: Console | None, line: str) -> None:
     if console is not None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)

@@ -22,6 +22,7 @@ from vi_simsiam.data.files import Found, find_images, is_image, list_folder
 from vi_simsiam.data.packed import open_pack
 from vi_simsiam.data.sources import ArraySource, FileSource, ImageSource
 from vi_simsiam.errors import InputError, did_you_mean
+from vi_simsiam.paths import user_path
 
 ACCEPTED = f"a folder of images, a pack file, or one of {', '.join(NAMED_DATA)}"
 """What `open_dataset` takes, for messages."""
@@ -127,16 +128,17 @@ def open_dataset(
         InputError: another name, a folder that does not hold what is described, a download that is not allowed or fails,
             or a pack file of images that were decoded otherwise.
     """
-    root, decode = Path(root).expanduser(), decode or DecodeConfig()
-    if Path(spec).expanduser().is_file() and is_image(spec):
+    root, decode = user_path("data_root", root), decode or DecodeConfig()
+    path = user_path("data", spec)
+    if path.is_file() and is_image(os.fspath(path)):
         raise InputError(f"data: {spec} is an image; give the folder that it lies in")
     spec = data_spec(spec)
     if spec == "fashion-mini":
         return _fashion_mini()
     if spec.startswith("folder:") and spec != "folder:":
-        return _folder(Path(spec.removeprefix("folder:")).expanduser(), spec, decode)
+        return _folder(Path(spec.removeprefix("folder:")), spec, decode)
     if spec.startswith("pack:") and spec != "pack:":
-        path = Path(spec.removeprefix("pack:")).expanduser()
+        path = Path(spec.removeprefix("pack:"))
         val = validation_pack(path)
         packed = open_pack(path)
         if decode not in (DecodeConfig(), packed.decode):

@@ -26,6 +26,7 @@ from vi_simsiam.engine.verdict import Health
 from vi_simsiam.errors import TrainingError
 from vi_simsiam.models import Output, SimSiam, VISimSiam
 from vi_simsiam.ops.power_spherical import ONE_PLUS_COS_MIN
+from vi_simsiam.paths import utf8_path
 
 _SECONDS_SHOWN = 1.0
 _SECONDS_TIMED = 3.0
@@ -115,7 +116,8 @@ class Monitor:
             health.update(json.loads(line))
         self.last: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
         self._file = self._path.open("a")
-        self._tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
+        self._place = contextlib.ExitStack()
+        self._tensorboard = SummaryWriter(str(self._place.enter_context(utf8_path(folder))), purge_step=step + 1)
         self._steps_per_epoch, self._total = steps_per_epoch, total
         self._epochs = -(-total // steps_per_epoch)
         self._console, self._quiet, self._estimate = console, quiet, estimate
@@ -239,6 +241,7 @@ class Monitor:
         for file in (self._file, self._tensorboard):
             with contextlib.suppress(*[OSError] * (error is not None)):  # of a full disk, the first is enough
                 file.close()
+        self._place.close()
         threading.excepthook = self._hook
 
 

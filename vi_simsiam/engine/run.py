@@ -25,6 +25,7 @@ from vi_simsiam.data.subsets import select
 from vi_simsiam.engine.checkpoint import Checkpoint, write_json
 from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.models import SimSiam, build_model
+from vi_simsiam.paths import user_path
 
 CONFIG, CHECKPOINT, METRICS = "config.json", "checkpoint.pt", "metrics.jsonl"
 # The last layer of SimSiam's predictors, which is a part of the layer in its place where the concentration is apart.
@@ -85,7 +86,7 @@ def load_run(
     Raises:
         InputError: no run there, a damaged file, or a data set that is gone.
     """
-    path = Path(path).expanduser()
+    path = user_path("run", path)
     place = resolve_device(device)
     config, model = load_model(path, place)
     if cache_dir is not None:

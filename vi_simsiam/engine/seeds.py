@@ -101,7 +101,7 @@ def run_seeds(
         InputError: a number or folder that cannot be used.
     """
     console = console or Console()
-    out = out.expanduser().absolute()
+    out = out.absolute()
     resume, overwrite = "--resume" in arguments, "--overwrite" in arguments
     given = _without(arguments, _OWN_OPTIONS)
     before = _check(out, seeds, first_seed, resume=resume, overwrite=overwrite)
@@ -254,7 +254,7 @@ def _check(out: Path, seeds: int | None, first_seed: int, *, resume: bool, overw
 def _is_running(process: object, folder: Path) -> bool:
     """Whether that process trains into `folder`: its number may be another program's by now."""
     try:
-        return str(folder).encode() in Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+        return os.fsencode(folder) in Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
     except OSError:  # gone, or no Linux
         return False
 

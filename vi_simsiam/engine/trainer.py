@@ -41,6 +41,7 @@ from vi_simsiam.engine.verdict import Health
 from vi_simsiam.errors import InputError, TrainingError
 from vi_simsiam.models import Output, VISimSiam, build_model
 from vi_simsiam.ops.backends import choose_backend, why_unavailable
+from vi_simsiam.paths import printable, user_path
 
 # Ranks meet where metrics are due and in the network: these may differ between runs, not between ranks.
 _COMMON_FIELDS = {"log_every", "capture", "kernels", "compile"}
@@ -83,7 +84,7 @@ class Trainer:
         quiet: bool = False,
     ) -> None:
         config = config.located()
-        folder = None if folder is None else Path(folder).expanduser()
+        folder = None if folder is None else user_path("folder", folder)
         if folder is not None:
             check_folder(folder, resume=resume, overwrite=overwrite)
         elif resume:
@@ -137,7 +138,9 @@ class Trainer:
                 console=None if quiet else self.console,
             )
         for text in images.warnings:
-            self.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+            self.console.print(
+                printable(f"warning: {text}"), style="yellow", markup=False, highlight=False, soft_wrap=True
+            )
         self.content = content(splits, images)
         self.world.agree("data", self.content)
         if checkpoint is not None:

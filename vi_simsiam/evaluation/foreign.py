@@ -23,6 +23,7 @@ from vi_simsiam.data.datasets import Splits, open_dataset
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ArraySource, FileSource, ImageSource
 from vi_simsiam.errors import InputError
+from vi_simsiam.paths import printable
 from vi_simsiam.text import counted
 
 BUILTIN_IMAGES = 500
@@ -131,6 +132,6 @@ def _files(splits: Splits) -> set[str]:
 def _free_name(spec: str, taken: set[str]) -> str:
     """A data set's name without the place of its files; numbered where it is taken."""
     kind, colon, path = spec.partition(":")
-    stem = Path(path).name.removesuffix(".pack") if colon and kind in ("folder", "pack") else spec
+    stem = printable(Path(path).name.removesuffix(".pack") if colon and kind in ("folder", "pack") else spec)
     names = (stem, *(f"{stem}-{number}" for number in range(2, len(taken) + 3)))
     return next(name for name in names if name not in taken)

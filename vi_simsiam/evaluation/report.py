@@ -36,6 +36,7 @@ from vi_simsiam.evaluation.uncertainty_figures import (
     read_uncertainty,
     score_label,
 )
+from vi_simsiam.paths import printable
 from vi_simsiam.text import counted
 
 REPORT = "report.html"
@@ -107,7 +108,7 @@ def write_report(folder: Path, run: Run | None = None, problem: str | None = Non
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = files("vi_simsiam").joinpath("assets/report.html").read_text(encoding="utf-8")
     page = environment.from_string(template).render(**content)
-    write_atomically(folder / REPORT, lambda file: file.write(page.encode()))
+    write_atomically(folder / REPORT, lambda file: file.write(printable(page).encode()))
     return folder / REPORT
 
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vi_simsiam.engine.checkpoint import write_atomically
+from vi_simsiam.paths import printable
 
 BLUE, ORANGE, GRAY, INK = "#2f6db3", "#e07b39", "#8a8f98", "#24292f"
 METHODS = {"vi-simsiam": "VI-SimSiam", "simsiam": "SimSiam"}
@@ -72,7 +73,7 @@ def save(figure: Figure, path: Path, colours: int | None = None) -> Path:
 def shown(data: str) -> str:
     """A data set as figures name it: the last part of a folder's or a packed file's path."""
     kind, _, place = data.partition(":")
-    return Path(place).name if kind in ("folder", "pack") and place else data
+    return printable(Path(place).name if kind in ("folder", "pack") and place else data)
 
 
 def number(value: float, spread: float) -> str:

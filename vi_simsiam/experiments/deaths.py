@@ -25,6 +25,7 @@ from vi_simsiam.engine.checkpoint import write_atomically, write_json
 from vi_simsiam.engine.verdict import LEAST_COSINE, LEAST_RATIO
 from vi_simsiam.errors import InputError
 from vi_simsiam.experiments.plan import Arm, Plan, PlanOptions, finished, scaled, with_data
+from vi_simsiam.paths import printable
 
 DIMS, RATES = (128, 256, 512, 2048), (0.0125, 0.03, 0.06, 0.1)
 _SIMSIAM = 4
@@ -81,7 +82,7 @@ def summarise_deaths(out: Path) -> Path:
     runs = {"runs": rows, "made": {"options": _said(options), **_made(results)}}
     write_json(out / "runs.json", runs)
     text = markdown(runs)
-    write_atomically(out / "summary.md", lambda file: file.write(text.encode()))
+    write_atomically(out / "summary.md", lambda file: file.write(printable(text).encode()))
     return out / "summary.md"
 
 

@@ -108,7 +108,7 @@ def run_experiment(
         InputError: a folder of something else or of other options, a device or data that is not here.
     """
     console, command = console or Console(), command or _WORKER
-    out = out.expanduser().absolute()
+    out = out.absolute()
     slots = place.slots()
     _check(plan, out)
     trials = (

@@ -11,6 +11,7 @@ from vi_simsiam.engine.checkpoint import write_atomically, write_json
 from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.experiments.records import Experiment, collect
 from vi_simsiam.experiments.statistics import DRAWS, estimate
+from vi_simsiam.paths import printable
 from vi_simsiam.text import counted
 
 SUMMARY, MARKDOWN = "summary.json", "summary.md"
@@ -47,7 +48,7 @@ def summarise(out: Path) -> dict[str, Any]:
     summary = collect(Experiment.read(out))
     write_json(out / SUMMARY, summary)
     text = markdown(summary)
-    write_atomically(out / MARKDOWN, lambda file: file.write(text.encode()))
+    write_atomically(out / MARKDOWN, lambda file: file.write(printable(text).encode()))
     return summary
 
 

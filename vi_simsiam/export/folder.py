@@ -35,6 +35,7 @@ from vi_simsiam.export.formats import (
     write_torchvision,
 )
 from vi_simsiam.export.onnx import ONNX_WEIGHTS, require_exporter, write_onnx
+from vi_simsiam.paths import printable, user_path, utf8_path
 
 CARD, SETTINGS, TIMM_SETTINGS = "README.md", "config.json", "training.json"
 CHECK_IMAGES = 8
@@ -82,7 +83,7 @@ def export_run(
         raise none_of("format", format, FORMATS)
     if format == "onnx":
         require_exporter()
-    target = (run.path / "export" / format if out is None else Path(out).expanduser()).absolute()
+    target = (run.path / "export" / format if out is None else user_path("out", out)).absolute()
     _check_target(target, overwrite)
 
     # In float32 on the CPU, whatever the run was opened on: the reference of the comparison, and what is written.
@@ -97,15 +98,16 @@ def export_run(
     aside = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     aside.mkdir()
     try:
-        compute = write(model, run.config, aside)
-        check = Check(len(images), source, None if compute is None else _differences(compute(images), expected))
+        with utf8_path(aside) as folder:
+            compute = write(model, run.config, folder)
+            check = Check(len(images), source, None if compute is None else _differences(compute(images), expected))
         say(check.line(weights))
         versions = _versions(packages)
         # In a timm folder config.json is timm's own.
         settings = TIMM_SETTINGS if format == "timm" else SETTINGS
         write_json(aside / settings, _settings(run, format, weights, model.features, check, versions))
         card = model_card(run, format, check=check, versions=versions)
-        write_atomically(aside / CARD, lambda file: file.write(card.encode()))
+        write_atomically(aside / CARD, lambda file: file.write(printable(card).encode()))
         _move(aside, target)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)

@@ -22,6 +22,7 @@ from vi_simsiam.engine.checkpoint import write_atomically, write_json
 from vi_simsiam.errors import InputError
 from vi_simsiam.models import SimSiam, VISimSiam, build_model
 from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD
+from vi_simsiam.paths import user_path, utf8_path
 
 FORMATS = ("torchvision", "timm", "safetensors", "onnx")
 """What a run can be exported as."""
@@ -203,13 +204,13 @@ def load_safetensors(path: str | Path) -> SimSiam | VISimSiam:
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path).expanduser()
+    path = user_path("path", path)
     if path.is_dir():
         path = path / SAFETENSORS_WEIGHTS
     if not path.is_file():
         raise InputError(f"path: {path} is no file; a folder or file of `vi-simsiam export --format safetensors` is")
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf8_path(path) as named, safe_open(named, framework="pt") as file:
             metadata = file.metadata() or {}
             if "config" not in metadata:
                 raise InputError(

@@ -26,6 +26,7 @@ from vi_simsiam.engine.checkpoint import naming, write_atomically
 from vi_simsiam.errors import InputError
 from vi_simsiam.inference.encoder import Encoder
 from vi_simsiam.models import VISimSiam
+from vi_simsiam.paths import printable
 from vi_simsiam.text import brief_repr, counted
 
 _ROWS = 4096
@@ -53,8 +54,8 @@ class Table:
     __repr__ = brief_repr
 
     def path(self, row: int) -> str:
-        """Where the image of a row is to be found; bytes that are no UTF-8 are replaced."""
-        return os.fsencode(self.source.describe(int(self.indices[row]))).decode("utf-8", "replace")
+        """Where the image of a row is to be found, as `os.fsdecode` has it."""
+        return self.source.describe(int(self.indices[row]))
 
 
 def collect(
@@ -100,7 +101,8 @@ def collect(
             skipped.append(entry)
             progress.advance(task)
             if console is not None:
-                console.print(f"skipped: {entry.path} ({entry.reason})", markup=False, highlight=False, soft_wrap=True)
+                line = printable(f"skipped: {entry.path} ({entry.reason})")
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
 
         for batch, encoding in encoder.stream(source, views=views, seed=seed, batch_size=batch_size, skipped=skip):
             indices.append(batch.numpy())
@@ -183,8 +185,9 @@ def write_parquet(
 ) -> None:
     """Write a table with the neighbours of its images, whole or not at all, 4,096 rows in a group.
 
-    Columns: path (string), embedding (list of float32), concentration and uncertainty (float32, null for SimSiam),
-    neighbours (list of strings, their paths) and similarities (list of float32, their cosines; both null for 0 neighbours).
+    Columns: path (string), path_bytes (binary, the path as the file system has it), embedding (list of float32),
+    concentration and uncertainty (float32, null for SimSiam), neighbours (list of strings, their paths) and similarities
+    (list of float32, their cosines; both null for 0 neighbours). Strings must be UTF-8: other bytes of a path are escaped.
 
     Args:
         table: the images.
@@ -202,6 +205,7 @@ def write_parquet(
     schema = pa.schema(
         [
             ("path", text),
+            ("path_bytes", pa.binary()),
             ("embedding", pa.list_(number)),
             ("concentration", number),
             ("uncertainty", number),
@@ -221,8 +225,10 @@ def write_parquet(
                 rows = slice(start, min(start + _ROWS, len(table.indices)))
                 count = rows.stop - start
                 which, cosine = (None, None) if found is None else next(found)
+                paths = [table.path(row) for row in range(start, rows.stop)]
                 columns = [
-                    pa.array([table.path(row) for row in range(start, rows.stop)], text),
+                    pa.array(map(printable, paths), text),
+                    pa.array(map(os.fsencode, paths), pa.binary()),
                     _lists(pa, table.embedding[rows]),
                     *(
                         pa.nulls(count, number) if column is None else pa.array(column[rows], number)
@@ -230,7 +236,9 @@ def write_parquet(
                     ),
                     pa.nulls(count, pa.list_(text))
                     if which is None
-                    else pa.array([[among.path(row) for row in near] for near in which.tolist()], pa.list_(text)),
+                    else pa.array(
+                        [[printable(among.path(row)) for row in near] for near in which.tolist()], pa.list_(text)
+                    ),
                     pa.nulls(count, pa.list_(number)) if cosine is None else _lists(pa, cosine),
                 ]
                 writer.write_table(pa.table(columns, schema=schema), row_group_size=_ROWS)

@@ -27,6 +27,7 @@ from vi_simsiam.inference.images import Images, open_images, read
 from vi_simsiam.inference.product import product_of_experts
 from vi_simsiam.models import SimSiam, VISimSiam
 from vi_simsiam.ops.augment import augment
+from vi_simsiam.paths import user_path
 from vi_simsiam.text import counted
 
 _MOST_WHOLE = 64
@@ -303,7 +304,7 @@ def load(run_folder: str | Path, device: str = "auto", *, workers: int | None = 
     Raises:
         InputError: no run there, a damaged file, or no such device.
     """
-    path = Path(run_folder).expanduser()
+    path = user_path("run_folder", run_folder)
     place_ = resolve_device(device)
     config, model = load_model(path, place_)
     splits = Splits(config.data, FileSource((), name=config.data), None)

@@ -32,6 +32,7 @@ from vi_simsiam.data.sources import (
     as_source,
 )
 from vi_simsiam.errors import ImageWarning, InputError
+from vi_simsiam.paths import user_path
 from vi_simsiam.text import counted
 
 Images = (
@@ -76,7 +77,7 @@ def open_images(images: Images, decode: DecodeConfig | None = None) -> ImageSour
     if isinstance(images, ImageSource):
         return images
     if isinstance(images, (str, Path)):
-        return _open_path(Path(images).expanduser(), decode)
+        return _open_path(user_path("images", images), decode)
     if isinstance(images, Image.Image):
         return _Several([images], decode)
     if isinstance(images, np.ndarray):
@@ -130,7 +131,7 @@ class _Several(ImageSource):
         self.name, self.labels, self.classes = "images", None, None
         self.decode = decode or DecodeConfig()
         self._memory = DatasetSource(images, "images", decode)  # type: ignore[arg-type]
-        self._items = images
+        self._items = [each if isinstance(each, Image.Image) else user_path("images", each) for each in images]
 
     def __len__(self) -> int:
         return len(self._items)

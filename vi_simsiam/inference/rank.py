@@ -25,6 +25,8 @@ def order(concentration: NDArray[np.float32]) -> NDArray[np.int64]:
 def write_ranking(table: Table, out: Path) -> None:
     """Write all images as CSV, atomically: rank (1 is the least certain), path, kappa, uncertainty.
 
+    Paths are written as the bytes that the file system has, which Python reads with errors="surrogateescape".
+
     Raises:
         InputError: the table is a SimSiam run's.
     """
@@ -34,7 +36,7 @@ def write_ranking(table: Table, out: Path) -> None:
     writer.writerow(["rank", "path", "kappa", "uncertainty"])
     for rank, row in enumerate(order(concentration).tolist(), 1):
         writer.writerow([rank, table.path(row), f"{concentration[row]:.9g}", f"{uncertainty[row]:.9g}"])
-    write_atomically(out, lambda file: file.write(text.getvalue().encode()))
+    write_atomically(out, lambda file: file.write(text.getvalue().encode("utf-8", "surrogateescape")))
 
 
 def draw_ranking(table: Table, dim: int, k: int) -> Image.Image:
