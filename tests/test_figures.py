@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -11,12 +12,13 @@ import pytest
 import torch
 from evaluation_cases import SIZE, gray_source, make_run, metric_lines
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontEntry
 from PIL import Image
 
 from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.data.views import eval_view
-from vi_simsiam.errors import InputError
-from vi_simsiam.evaluation import figures
+from vi_simsiam.errors import ImageWarning, InputError
+from vi_simsiam.evaluation import figures, style
 from vi_simsiam.evaluation.figures import (
     concentrations,
     draw_curves,
@@ -225,3 +227,32 @@ def test_figures_replace_older_ones_whole(tmp_path: Path, monkeypatch: pytest.Mo
     draw_curves(run.path)
     assert (tmp_path / "curves.png").read_bytes() != first
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "curves.png", "metrics.jsonl"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("there", [True, False])
+def test_characters_without_a_glyph_get_another_font_or_spelling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    """matplotlib would warn of each, and draw boxes."""
+    other = FontEntry(fname="/fonts/cjk.ttf", name="CJK")
+    own = style._characters
+    monkeypatch.setattr(style.fontManager, "ttflist", [*style.fontManager.ttflist, *([other] if there else [])])
+    monkeypatch.setattr(
+        style, "_characters", lambda file: {ord("猫"), ord("Ạ")} if "cjk" in file else own(file) - {ord("Ạ"), ord("猫")}
+    )
+    monkeypatch.setattr(style, "_font_with", functools.cache(style._font_with.__wrapped__))
+    drawn = [style.figure(f"data {name}") for name in ("猫Ạ", "猫Ạ", "cats")]
+    titles = [each._suptitle for each in drawn]
+    if there:
+        for each in drawn:
+            style._spell(each)
+        assert [title.get_text() for title in titles] == ["data 猫Ạ", "data 猫Ạ", "data cats"]
+        assert [title.get_fontfamily()[1:] for title in titles] == [["CJK"], ["CJK"], []]
+        return
+    with pytest.warns(ImageWarning, match="no font here has the characters Ạ猫") as said:
+        list(map(style._spell, drawn))
+    for number, each in enumerate(drawn):
+        style.save(each, tmp_path / f"{number}.png")
+    assert len(said) == 1
+    assert [title.get_text() for title in titles] == ["data \\u732bA", "data \\u732bA", "data cats"]

@@ -26,7 +26,7 @@ class TrainingError(UserError, RuntimeError):
 
 
 class ImageWarning(UserWarning):
-    """Images were left out, or decoded with a loss. The command line prints it as one line."""
+    """Images were left out, decoded with a loss or labelled otherwise. The command line prints it as one line."""
 
 
 def is_full(error: OSError) -> bool:

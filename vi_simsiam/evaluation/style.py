@@ -5,16 +5,24 @@ A figure is drawn within `matplotlib.rc_context(STYLE)` and shown at half its si
 
 from __future__ import annotations
 
+import functools
 import io
 import math
+import unicodedata
+import warnings
 from pathlib import Path
 from typing import Any
 
+from matplotlib import get_data_path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, fontManager
+from matplotlib.ft2font import FT2Font
+from matplotlib.text import Text
 from PIL import Image
 
 from vi_simsiam.engine.checkpoint import write_atomically
+from vi_simsiam.errors import ImageWarning
 from vi_simsiam.paths import printable
 
 BLUE, ORANGE, GRAY, INK = "#2f6db3", "#e07b39", "#8a8f98", "#24292f"
@@ -61,6 +69,7 @@ def figure(title: str, size: tuple[float, float] = (8.0, 3.4)) -> Figure:
 
 def save(figure: Figure, path: Path, colours: int | None = None) -> Path:
     """Write a figure as PNG, atomically; with a palette of so many colours where photographs would make it large."""
+    _spell(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     image = Image.open(buffer).convert("RGB")
@@ -68,6 +77,50 @@ def save(figure: Figure, path: Path, colours: int | None = None) -> Path:
         image = image.quantize(colours, method=Image.Quantize.MEDIANCUT)
     write_atomically(path, lambda file: image.save(file, format="PNG", optimize=True))
     return path
+
+
+def _spell(figure: Figure) -> None:
+    """Give text with characters that the figures' font lacks another font or spelling; they would be drawn as boxes."""
+    own = _characters(findfont(STYLE["font.family"]))
+    for text in figure.findobj(Text):
+        if missing := {character for character in text.get_text() if ord(character) not in own} - {"\n"}:
+            if (other := _font_with(frozenset(missing))) is not None:
+                text.set_fontfamily([STYLE["font.family"], other])
+            else:
+                text.set_text("".join(_spelt(each) if each in missing else each for each in text.get_text()))
+
+
+@functools.cache
+def _font_with(characters: frozenset[str]) -> str | None:
+    """A font of the system that has these characters; a warning if there is none."""
+    for font in fontManager.ttflist:
+        # Those that come with matplotlib are for formulas, or draw every character as a box.
+        if not font.fname.startswith(get_data_path()) and all(
+            ord(each) in _characters(font.fname) for each in characters
+        ):
+            return font.name
+    warnings.warn(
+        f"figures: no font here has the characters {''.join(sorted(characters))}; they are spelt otherwise. A font such "
+        "as Noto Sans CJK has them",
+        ImageWarning,
+        stacklevel=2,
+    )
+    return None
+
+
+@functools.cache
+def _characters(file: str) -> set[int]:
+    """The characters that a font file has; none where it cannot be read."""
+    try:
+        return set(FT2Font(file).get_charmap())
+    except (OSError, RuntimeError):
+        return set()
+
+
+def _spelt(character: str) -> str:
+    """The letter without its marks, if it is one, else its number."""
+    plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
+    return plain or character.encode("ascii", "backslashreplace").decode()
 
 
 def shown(data: str) -> str:
