@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import multiprocessing
 import multiprocessing.synchronize
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -18,13 +20,14 @@ import pytest
 import torch
 from PIL import Image
 
+from vi_simsiam import downloads
 from vi_simsiam.config import AugmentConfig
-from vi_simsiam.data import MultiViewLoader, decoding, loader
+from vi_simsiam.data import MultiViewLoader, datasets, decoding, loader
 from vi_simsiam.data.decoding import decode
 from vi_simsiam.data.loader import eval_loader
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ArraySource, FileSource
-from vi_simsiam.errors import TrainingError
+from vi_simsiam.errors import InputError, TrainingError
 from vi_simsiam.inference import images
 
 POLICY = AugmentConfig(size=8, local_views=2, local_size=8)
@@ -144,3 +147,15 @@ def test_batches_are_the_same_objects_whoever_made_them() -> None:
         assert all(view.is_contiguous(memory_format=torch.channels_last) for view in batch.views)
         assert batch.index.dtype == torch.int64
         batches.close()
+
+
+def test_a_server_that_gives_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/imagenette.tgz"
+        published = dataclasses.replace(datasets._PUBLISHED["imagenette"], url=url)
+        monkeypatch.setitem(datasets._PUBLISHED, "imagenette", published)
+        with pytest.raises(InputError, match=r"imagenette\.tgz could not be downloaded \(.*timed out.*\); an unpacked"):
+            datasets.open_dataset("imagenette", root=tmp_path)
+    assert socket.getdefaulttimeout() is None
+    assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torchvision
 
+from vi_simsiam.downloads import patience
 from vi_simsiam.errors import InputError, none_of
 
 
@@ -32,7 +33,8 @@ def fetch_weights(name: str, *, download: bool) -> None:
     if not download:
         raise InputError(f"pretrained: no copy of the weights found (looked for {file}), and downloading is off")
     try:
-        weights.get_state_dict(check_hash=True)
+        with patience():
+            weights.get_state_dict(check_hash=True)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
         raise InputError(

@@ -21,6 +21,7 @@ from vi_simsiam.config import NAMED_DATA, DecodeConfig, data_spec
 from vi_simsiam.data.files import Found, find_images, is_image, list_folder
 from vi_simsiam.data.packed import open_pack
 from vi_simsiam.data.sources import ArraySource, FileSource, ImageSource
+from vi_simsiam.downloads import patience
 from vi_simsiam.errors import InputError, did_you_mean
 from vi_simsiam.paths import user_path
 
@@ -269,7 +270,8 @@ def _cifar10(root: Path, download: bool, decode: DecodeConfig) -> Splits:
         return found
     # torchvision checks every file of an unpacked copy against its MD5 and downloads only if one fails.
     try:
-        parts = [CIFAR10(os.fspath(root), train=train, download=download) for train in (True, False)]
+        with patience():
+            parts = [CIFAR10(os.fspath(root), train=train, download=download) for train in (True, False)]
     except _DOWNLOAD_ERRORS as error:
         folders = f"{original} or {root / 'cifar10'}"
         if not download:
@@ -293,7 +295,7 @@ def _imagenet_subset(name: str, root: Path, download: bool, decode: DecodeConfig
     try:
         root.mkdir(parents=True, exist_ok=True)
         # Unpacked aside and moved at the end, so that an interrupted run leaves nothing that looks complete.
-        with tempfile.TemporaryDirectory(prefix=f".{folder}-", dir=root) as aside:
+        with patience(), tempfile.TemporaryDirectory(prefix=f".{folder}-", dir=root) as aside:
             download_and_extract_archive(
                 published.url, os.fspath(root), extract_root=aside, md5=published.md5, remove_finished=True
             )
