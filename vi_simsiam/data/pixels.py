@@ -72,7 +72,7 @@ class Losses:
         framed, values = image.info.get(_LOST, (False, None))
         self._framed += framed
         if values is not None:
-            narrow = values.high - values.low < _LEAST_USED * (values.white - values.black)
+            narrow = 0 < values.high - values.low < _LEAST_USED * (values.white - values.black)
             self._note((values.black, values.white), _Range(1, int(narrow), values.low, values.high))
 
     def merge(self, other: Losses) -> None:
@@ -93,7 +93,7 @@ class Losses:
             ends, own = f"{black:.9g} to {white:.9g}", f"--value-range {low:.9g} {high:.9g}"
             if low < black or high > white:
                 found = f"range from {low:.9g} to {high:.9g} and are clipped to {ends}; {own} keeps them apart"
-            elif narrow and 0 < high - low < _LEAST_USED * (white - black):
+            elif narrow and high - low < _LEAST_USED * (white - black):
                 found = (
                     f"range from {low:.9g} to {high:.9g} only, and {ends} become black to white; {own} keeps them apart"
                 )
