@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import io
 import os
@@ -9,7 +10,7 @@ import select
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TextIO
+from typing import Any
 
 from vi_simsiam.cli.commands import COMMANDS
 from vi_simsiam.errors import ImageWarning, UserError, none_of
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default", ImageWarning)
-            warnings.showwarning = _show_warning
+            warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
             code = _run(given)
         if sys.stdout is not None and not sys.stdout.closed:
             sys.stdout.flush()
@@ -48,17 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
+    others: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any, **more: Any
 ) -> None:
-    """One line for what concerns a user's images; other warnings as Python prints them."""
-    plain = issubclass(category, ImageWarning)
-    text = f"warning: {message}\n" if plain else warnings.formatwarning(message, category, filename, lineno, line)
-    print(text, end="", file=file or sys.stderr)
+    """One line for what concerns a user's images; `others` shows other warnings."""
+    if issubclass(category, ImageWarning):
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        others(message, category, *place, **more)
 
 
 def _nobody_reads() -> bool:
