@@ -48,6 +48,8 @@ def test_find_images_is_sorted_and_skips_what_is_hidden(tmp_path: Path) -> None:
 
 def test_formats_are_those_that_pillow_opens(tmp_path: Path) -> None:
     kinds = {"jfif": "JPEG", "avif": "AVIF", "jp2": "JPEG2000", "tga": "TGA", "ico": "ICO", "mpo": "MPO"}
+    Image.init()
+    kinds = {suffix: kind for suffix, kind in kinds.items() if kind in Image.SAVE}  # older ones have no AVIF
     for suffix, kind in kinds.items():
         save(tmp_path / f"image.{suffix}", kind)
     save(tmp_path / "without", "PNG")
