@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 the input cannot be used, 130 interrupted, 141 output that nobody reads."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and not stream.closed:
+        if isinstance(stream, io.TextIOWrapper) and not stream.closed and not _takes_all(stream):
             stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding cannot print
     try:
         with warnings.catch_warnings():
@@ -46,6 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("vi-simsiam: interrupted", file=sys.stderr)
         return 130
+
+
+def _takes_all(stream: io.TextIOWrapper) -> bool:
+    """Whether it prints every character, and names that are no text byte by byte, as under the C.UTF-8 locale."""
+    return stream.encoding.lower() == "utf-8" and stream.errors == "surrogateescape"
 
 
 def _show_warning(

@@ -55,7 +55,7 @@ def knn(arguments: list[str]) -> int:
     from vi_simsiam.evaluation.summary import summary_line
 
     config = KnnConfig(k=options.k, temperature=options.temperature)
-    with Console().status("features") as status:
+    with Console().status("features", spinner="line") as status:
         result = evaluate_knn(collect(open_run(options), report=status.update), config)
     print(summary_line("kNN", result))
     return 0
@@ -70,7 +70,7 @@ def linear(arguments: list[str]) -> int:
     from vi_simsiam.evaluation.summary import summary_line, summary_table
 
     config = linear_preset(options.preset)
-    with Console().status("features") as status:
+    with Console().status("features", spinner="line") as status:
         features = collect(open_run(options), report=status.update)
         status.update("linear probes")
         result = evaluate_linear(features, config)
@@ -88,7 +88,7 @@ def logistic(arguments: list[str]) -> int:
     from vi_simsiam.evaluation.summary import summary_line, summary_table
 
     config = LogisticConfig(c=options.c)
-    with Console().status("features") as status:
+    with Console().status("features", spinner="line") as status:
         features = collect(open_run(options), report=status.update)
         status.update("logistic regressions")
         result = evaluate_logistic(features, config)
@@ -105,7 +105,7 @@ def figures(arguments: list[str]) -> int:
     from vi_simsiam.evaluation.kappa_figures import draw_density
     from vi_simsiam.evaluation.uncertainty_figures import draw_uncertainty
 
-    with Console().status("drawing figures"):
+    with Console().status("drawing figures", spinner="line"):
         curves = draw_curves(options.run) if logged(options.run) else None
         known = (curves, draw_density(options.run), *draw_uncertainty(options.run))
         drawn = (*known, draw_kappa(open_run(options)))

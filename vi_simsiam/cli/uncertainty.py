@@ -34,7 +34,7 @@ def uncertainty(arguments: list[str]) -> int:
 
     console = Console()
     run = open_run(options)
-    with console.status("uncertainty") as status:
+    with console.status("uncertainty", spinner="line") as status:
         result = evaluate_uncertainty(
             run,
             ood=options.ood,

@@ -169,7 +169,8 @@ class Monitor:
             parts.append(f"{'κ' if greek else 'kappa'}/(D-1) {metrics['kappa']:.2g}")
         parts.append(f"{metrics['views_per_s']:.0f} views/s")
         if self.health.short:
-            parts = [self.health.short, parts[1]]
+            state, since, step = self.health.short.partition(" since ")
+            parts = [state, f"{since.strip()} {step}".strip(), parts[1]]
         room = (
             self._console.width
             - len(f"epoch {self._epochs}/{self._epochs} {self._total}/{self._total} ")

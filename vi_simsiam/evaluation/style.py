@@ -100,8 +100,8 @@ def _font_with(characters: frozenset[str]) -> str | None:
         ):
             return font.name
     warnings.warn(
-        f"figures: no font here has the characters {''.join(sorted(characters))}; they are spelt otherwise. A font such "
-        "as Noto Sans CJK has them",
+        "figures: no font here has all characters of the names; some are spelt otherwise. A font such as Noto Sans CJK "
+        "has more",
         ImageWarning,
         stacklevel=2,
     )

@@ -39,7 +39,7 @@ def evaluate_run(run: Run, world: World | None = None, console: Console | None =
     world = world or World(run.device)
     console = world.console(console)
     console, results = Console(quiet=True) if quiet else console, console
-    with console.status("drawing figures") as status:
+    with console.status("drawing figures", spinner="line") as status:
         for figure in _figures(run) if world.is_main else ():
             if figure is not None:
                 console.print(f"figure {figure}", highlight=False, markup=False, soft_wrap=True)

@@ -308,7 +308,7 @@ def _decode(arms: Sequence[Arm], place: Place, console: Console, measured: bool)
         if selection in seen:
             continue
         seen.add(selection)
-        with console.status(escape(f"reading {config.data}")):
+        with console.status(escape(f"reading {config.data}"), spinner="line"):
             located = dataclasses.replace(config, data_root=place.data_root, offline=place.offline).located()
             splits = open_splits(located)
             if measured:
