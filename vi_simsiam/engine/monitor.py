@@ -226,12 +226,16 @@ class Monitor:
         return self._path.read_text().splitlines() if self._path.exists() else []
 
     def __enter__(self) -> Monitor:
+        former = threading.excepthook
+
+        # Every thread keeps the hook that it started with. One that held `self` too would free the whole training when
+        # it ends, and where that is during the interpreter's own end, freeing tensors there aborts the process.
         def show(failure: threading.ExceptHookArgs) -> None:
             if not isinstance(failure.exc_value, OSError):
-                self._hook(failure)
+                former(failure)
 
         # TensorBoard's thread would print the traceback of a full disk; `log` raises what that thread ended with.
-        self._hook, threading.excepthook = threading.excepthook, show
+        self._hook, threading.excepthook = former, show
         self._progress.start()
         return self
 
