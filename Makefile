@@ -59,12 +59,7 @@ soak: install
 	printf "\n$$summary"; exit $$status
 
 gpu: install
-	$(BIN)/python -m pytest -m gpu
-	$(BIN)/vi-simsiam bench loss --short --out benchmarks/results
-	$(BIN)/vi-simsiam bench augment --short --out benchmarks/results
-	$(BIN)/vi-simsiam bench step --short --out benchmarks/results
-	$(BIN)/vi-simsiam bench train --short --size 128 --out benchmarks/results/short
-	$(BIN)/vi-simsiam bench report README.md docs/*.md
+	$(BIN)/python scripts/gpu.py $(STAGE)
 
 bench: install
 	$(BIN)/vi-simsiam bench loss --out benchmarks/results

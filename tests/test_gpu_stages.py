@@ -1,0 +1,122 @@
+"""`make gpu`: its stages follow one another whatever becomes of them, each within its limit, and their commands are right."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from vi_simsiam.cli.commands import BENCHMARKS
+from vi_simsiam.cli.parsing import parse
+
+ROOT = Path(__file__).parents[1]
+LEAVES_A_PROCESS = """
+import pathlib, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+pathlib.Path("child").write_text(str(child.pid))
+time.sleep(float(sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """scripts/gpu.py, in an empty folder with modules to run in stages."""
+    spec = importlib.util.spec_from_file_location("gpu_stages", ROOT / "scripts" / "gpu.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu_stages", module)
+    spec.loader.exec_module(module)
+    monkeypatch.chdir(tmp_path)
+    for name, code in {
+        "works": "print('it works')",
+        "fails": "raise SystemExit(3)",
+        "leaves": LEAVES_A_PROCESS,
+        "variable": "import os; assert os.environ['WHICH'] == 'this'",
+    }.items():
+        Path(f"{name}.py").write_text(code)
+    return module
+
+
+def test_a_failure_and_a_limit_keep_no_stage_from_running(gpu: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
+    stages = {
+        "first": gpu.Stage(20, ["fails"]),
+        "second": gpu.Stage(1, ["leaves", "60"]),
+        "third": gpu.Stage(20, ["works"]),
+        "fourth": gpu.Stage(20, ["variable"], {"WHICH": "this"}),
+    }
+    start = time.monotonic()
+    assert gpu.main([], stages) == 1
+    assert time.monotonic() - start < 15
+    printed = capfd.readouterr().out
+    assert "it works" in printed
+    summary = [line.split()[:2] for line in printed.splitlines()[-4:]]
+    assert summary == [["first", "FAILED:"], ["second", "FAILED:"], ["third", "passed"], ["fourth", "passed"]]
+    assert "exit code 3" in printed
+    assert "over its limit" in printed
+    assert gpu.main(["third"], stages) == 0
+
+
+@pytest.mark.parametrize(("runs", "limit"), [("0", 20), ("60", 2)])
+def test_a_stage_leaves_no_process(runs: str, limit: float, gpu: ModuleType) -> None:
+    gpu.main([], {"only": gpu.Stage(limit, ["leaves", runs])})
+    child = int(Path("child").read_text())
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{child}/stat").exists() and Path(f"/proc/{child}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_interrupted(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(stage: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "_run", interrupt)
+    assert gpu.main(["info"]) == 130
+
+
+def test_a_name_that_is_no_stage(gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["stap"]) == 2
+    assert "no stage 'stap'; there are info, captured, step" in capsys.readouterr().err
+
+
+def test_all_end_within_25_minutes(gpu: ModuleType) -> None:
+    assert sum(stage.seconds for stage in gpu.STAGES.values()) <= 25 * 60
+
+
+def test_the_commands_are_right(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What can be known of them without a GPU: their options are accepted, and their tests are there."""
+    monkeypatch.chdir(ROOT)
+    seen: set[str] = set()
+    for stage in gpu.STAGES.values():
+        python, _, module, *arguments = stage.arguments()
+        assert python == sys.executable
+        seen.add(module)
+        if module == "pytest":
+            assert not any("*" in word for word in arguments)
+            assert all(Path(word).exists() for word in arguments if word.startswith("tests/"))
+            assert any(word.startswith("tests/") for word in arguments)
+        elif arguments[0] == "bench":
+            options = importlib.import_module(f"vi_simsiam.benchmarks.{BENCHMARKS[arguments[1]][0]}").Options
+            parse(" ".join(arguments[:2]), options, arguments[2:])
+    assert seen == {"pytest", "vi_simsiam"}
+
+
+def test_every_gpu_test_is_in_a_stage(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    marked = {str(path) for path in Path("tests").glob("test_*.py") if "pytest.mark.gpu" in path.read_text()}
+    named = {word for stage in gpu.STAGES.values() for word in stage.arguments() if word.startswith("tests/")}
+    assert marked - {"tests/test_gpu_stages.py"} <= named
+
+
+def test_without_a_gpu() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "gpu.py"), "info"]
+    result = subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (1, "gpu: no CUDA device found\n")
