@@ -2,6 +2,7 @@
 
 A section of a Markdown file between `<!-- bench: KIND PATH... -->` and `<!-- /bench -->` is written by
 `vi-simsiam bench report FILE`, from result files whose paths are relative to that file. Nobody types its figures.
+A folder GPU in a path stands for that of every GPU with results, one after the other.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from .tables import brief, markdown_grid, markdown_targets, noise_notes, number,
 from .targets import NOT_MEASURED, case_label, cpu_targets, fastest, gpu_targets, speed_up, time_of
 
 _SECTION = re.compile(r"(<!-- bench: (.*?) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+_ANY_GPU = "/GPU/"
 _NOTHING = f"{NOT_MEASURED.capitalize()}."
 _Section = Callable[[list[str], Path], str]
 _MODES = {"forward": "loss", "forward_backward": "loss + gradient"}
@@ -67,7 +69,7 @@ def fill(text: str, folder: Path) -> str:
         if not paths:
             raise InputError(f"bench: section {kind!r} names no file; write <!-- bench: {kind} PATH -->")
         try:
-            content = _KINDS[kind](paths, folder)
+            content = _every_device(_KINDS[kind], paths, folder)
         except (KeyError, TypeError, IndexError) as error:
             raise InputError(
                 f"bench: {' '.join(paths)} lacks what section {kind!r} shows ({error!r}); measure it again"
@@ -75,6 +77,20 @@ def fill(text: str, folder: Path) -> str:
         return f"{match.group(1)}{content}\n{match.group(3)}"
 
     return _SECTION.sub(section, text)
+
+
+def _every_device(kind: _Section, paths: list[str], folder: Path) -> str:
+    """The section, once for each GPU that has a result among `paths`; with a heading where there are several."""
+    found = sorted({each for path in paths for each in _gpu_folders(folder / path)})
+    contents = {gpu: kind([path.replace(_ANY_GPU, f"/{gpu}/") for path in paths], folder) for gpu in found}
+    if len(contents) > 1:
+        return "\n\n".join(f"`{gpu}`\n\n{content}" for gpu, content in contents.items())
+    return next(iter(contents.values())) if contents else kind(paths, folder)
+
+
+def _gpu_folders(path: Path) -> list[str]:
+    before, _, name = str(path).partition(_ANY_GPU)
+    return [each.parent.name for each in Path(before).glob(f"*/{name}") if each.parent.name != "cpu"] if name else []
 
 
 def case_table(case: dict[str, Any]) -> Table:

@@ -308,6 +308,31 @@ def test_pipeline_markdown_and_plots_come_from_the_files(tmp_path: Path, capsys:
     assert "needs the result files of augment, step, train" in capsys.readouterr().err
 
 
+def test_a_section_shows_every_gpu(tmp_path: Path) -> None:
+    page = "\n".join(
+        f"<!-- bench: {section} -->\n<!-- /bench -->"
+        for section in ("step GPU/step.json", "pipeline-gpu-targets GPU/augment.json GPU/step.json GPU/train.json")
+    ).replace("GPU", "results/GPU")
+    (tmp_path / "results" / "cpu").mkdir(parents=True)
+    (tmp_path / "results" / "cpu" / "step.json").write_text("{}")
+    text = report.fill(page, tmp_path)
+    assert text.count("Not measured.") == 1
+    assert text.count("| not measured |") == 8
+    for name, found in (("nvidia-h200", "step"), ("nvidia-h100", "augment"), ("nvidia-h100", "step")):
+        (tmp_path / "results" / name).mkdir(exist_ok=True)
+        (tmp_path / "results" / name / f"{found}.json").write_text(json.dumps(scripted_pipeline(found)))
+        text = report.fill(text, tmp_path)
+        if name == "nvidia-h200":
+            assert "`nvidia-" not in text, "no heading where there is one"
+            assert "Not measured." not in text
+    step, targets = text.split("<!-- /bench -->")[:2]
+    for section in (step, targets):
+        assert section.index("`nvidia-h100`") < section.index("`nvidia-h200`")
+    assert step.count("| vi-simsiam, 2x128, batch 64 | 1.05 |") == 2
+    views = [line for line in targets.splitlines() if line.startswith("| views/s at 2x128")]
+    assert ["not measured" in line for line in views] == [False, True], "the second has no such result"
+
+
 @pytest.mark.parametrize(
     ("factor", "yardstick", "regressions"), [(1.0, 1.0, 0), (1.5, 1.0, 1), (1.5, 1.6, 0), (1.5, 0.5, 1)]
 )
