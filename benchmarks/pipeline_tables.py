@@ -10,6 +10,7 @@ from rich.table import Table
 
 from vi_simsiam.text import counted
 
+from .launches import KINDS, OTHER, by_kind
 from .noise import LEGEND, TOO_NOISY, Ratio
 from .pipeline_targets import (
     AT_HAND,
@@ -26,6 +27,7 @@ from .pipeline_targets import (
     speed_up,
 )
 from .tables import brief, markdown_grid, noise_notes, number, where
+from .targets import NOT_MEASURED
 
 _Results = dict[str, Any]
 _Row = tuple[str, ...]
@@ -42,8 +44,8 @@ def augment_case(case: _Results) -> Table:
     return _terminal(case, head, rows, ["error: largest against torchvision's functions, without and with hue shifts"])
 
 
-def step_case(case: _Results) -> Table:
-    """A case of the step for the terminal: a row for each thing measured, and the phases below."""
+def step_case(case: _Results) -> tuple[Table, ...]:
+    """A case of the step for the terminal: a row for each thing measured, and the phases below; what it launches, if counted."""
     rows = [
         (name, *_if_timed(case, name, lambda f: (_ms(f["time"]["median_us"]), _share(f["mfu"]))),
          _times(speed_up(case, NETWORK, name)), _losses(found["losses"]))
@@ -51,7 +53,16 @@ def step_case(case: _Results) -> Table:
     ]  # fmt: skip
     parts = ", ".join(f"{name} {_ms(value)}" for name, value in case["phases"].items())
     notes = [f"ms: {parts}", f"losses of the plain loop: {_losses(case['losses'])}"]
-    return _terminal(case, ("measured", "ms", "of peak", "of network alone", "losses"), rows, notes)
+    measured = _terminal(case, ("measured", "ms", "of peak", "of network alone", "losses"), rows, notes)
+    if not case.get("launches"):
+        return (measured,)
+    launches = Table(title=escape(f"{case['label']}: {_COUNTED}"), title_justify="left")
+    head, *counts = _launch_rows(case)
+    for i, column in enumerate(head):
+        launches.add_column(escape(column), justify="right" if i else "left")
+    for row in counts:
+        launches.add_row(*row)
+    return measured, launches
 
 
 def train_case(case: _Results) -> Table:
@@ -120,6 +131,37 @@ def phases_markdown(result: _Results) -> str:
     names = list(dict.fromkeys(name for case in result["cases"] for name in case["phases"]))
     rows = [(case["label"], *(_ms(case["phases"].get(name)) for name in names)) for case in result["cases"]]
     return _markdown(result, ("ms", *names), rows)
+
+
+def launches_markdown(result: _Results) -> str:
+    """What a step on views at hand launches, by what it is for: a table for each case that was counted."""
+    counted_cases = [case for case in result["cases"] if case.get("launches")]
+    if not counted_cases:
+        return f"{NOT_MEASURED.capitalize()}."
+    tables = []
+    for case in counted_cases:
+        (_, *layers), *rows = _launch_rows(case)
+        tables.append(markdown_grid((f"{case['label']}: {_COUNTED}", *layers), rows))
+    return "\n\n".join([*tables, where(result)])
+
+
+_COUNTED = "microseconds (launches)"
+
+
+def _launch_rows(case: _Results) -> list[_Row]:
+    """The head, a row for each kind of launches, and their sum; a column for each kind of layers."""
+    kinds = {layers: by_kind(found) for layers, found in case["launches"].items()}
+    rows = [
+        (kind, *(_launches(*found[kind]) if kind in found else "-" for found in kinds.values()))
+        for kind in (*KINDS, OTHER)
+        if any(kind in found for found in kinds.values())
+    ]
+    sums = (tuple(map(sum, zip(*found.values(), strict=True))) for found in kinds.values())
+    return [("", *kinds), *rows, ("all", *(_launches(*total) for total in sums))]
+
+
+def _launches(count: int, microseconds: float) -> str:
+    return f"{microseconds:,.0f} ({count})"
 
 
 def train_markdown(result: _Results) -> str:

@@ -237,6 +237,7 @@ _KINDS: dict[str, _Section] = {
     "augment": _table("augment", pipeline_tables.augment_markdown),
     "step": _table("step", pipeline_tables.step_markdown),
     "layers": _table("step", pipeline_tables.layers_markdown),
+    "launches": _table("step", pipeline_tables.launches_markdown),
     "phases": _table("step", pipeline_tables.phases_markdown),
     "train": _table("train", pipeline_tables.train_markdown),
     "pipeline-gpu-targets": _pipeline_targets,

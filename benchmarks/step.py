@@ -24,10 +24,13 @@ from vi_simsiam.config import Method
 from vi_simsiam.data.cache import in_memory
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import FileSource
+from vi_simsiam.engine.graph import GRAPH_PRIORITY
+from vi_simsiam.engine.step import TrainStep
 
 from . import pipeline_plots, pipeline_tables
 from .harness import failure_reason, interleave
 from .images import image_files
+from .launches import Launches, launches_of
 from .pipeline_targets import AT_HAND, COMPILED, KERNELS, NETWORK, STEP, pipeline_targets
 from .step_parts import Layers, Parts, StepCase, WholeStep, augmentation, batches, image_count, peak_flops
 from .suite import Suite, SuiteOptions
@@ -36,6 +39,7 @@ from .view_cases import SMALL_IMAGES, ViewCase, view_cases
 
 NAME = "step"
 NOT_CAPTURED = "step, not captured"
+EQUAL_PRIORITIES = "step, views as urgent as the network"
 _LAYERS: tuple[Layers, ...] = ("torch, view by view", "torch", "torch.compile", "kernels")
 YARDSTICK = NETWORK
 _METHODS: tuple[Method, ...] = ("vi-simsiam", "simsiam")
@@ -58,6 +62,8 @@ class Options(SuiteOptions):
     """Only cases whose name contains this, such as 2x128 or "batch 64"; a name is "vi-simsiam 2x128+6x64 batch 64", views x size, local ones after the +. What no name contains lists all names."""
     rounds: int = 9
     """Measurements of everything; the median is reported."""
+    kernels: bool = False
+    """Count what a step launches with each kind of layers, by what it is for: a GPU's kernels, a CPU's operators."""
 
 
 def step_cases(device_type: str, *, short: bool) -> tuple[StepCase, ...]:
@@ -89,9 +95,11 @@ def run(
     for case, used in suite.cases(step_cases(device.type, short=options.short), limit, clock):
         without = f"left out: it compiles long, and --short had used {used * limit:.0f} s" if used > 0.35 else None
         images = _images(case, device.type)
-        found = measure_case(case, images, device, timer, rounds=options.rounds, without_compile=without)
+        found = measure_case(
+            case, images, device, timer, rounds=options.rounds, without_compile=without, kernels=options.kernels
+        )
         timer.release()
-        suite.add(found, pipeline_tables.step_case(found))
+        suite.add(found, *pipeline_tables.step_case(found))
     return suite.finish(pipeline_targets(suite.result), partial(pipeline_plots.draw, NAME))
 
 
@@ -103,6 +111,7 @@ def measure_case(
     *,
     rounds: int,
     without_compile: str | None = None,
+    kernels: bool = False,
 ) -> dict[str, Any]:
     """Check the step and measure it, its pieces and the network alone, in turn; failures are recorded with the reason.
 
@@ -113,19 +122,24 @@ def measure_case(
         timer: how pieces are timed.
         rounds: measurements of everything.
         without_compile: why the network is not compiled; None to compile it.
+        kernels: whether to count what a step launches.
 
     Returns:
-        The case, `flops` of the network's forward and backward, the losses of the plain loop, and under `providers` for each
-        measured thing `correct`, `failure`, `losses` (whole steps), `time` (quartiles) and `mfu`: the network's operations
+        The case, `flops` of the network's forward and backward, the losses of the plain loop, the `launches` of a step on
+        views at hand for each kind of layers, and under `providers` for each measured thing `correct`, `failure`, `losses` (whole steps), `time` (quartiles) and `mfu`: the network's operations
         over the time and the device's peak, None where that is not known.
     """
     flops, expected = None, None
+    launches: dict[str, Launches] = {}
     try:
         parts = Parts(case, device)
         flops = parts.flops(parts.random_views(0))
         checked = batches(images, case, device, _CHECKED_STEPS)
         expected = parts.plain_losses(checked)
-        found = _measured(parts, images, checked, expected, timer, rounds, without_compile)
+        found, steps = _measured(parts, images, checked, expected, timer, rounds, without_compile)
+        if kernels:  # after all times: a profiler may slow down what comes after it
+            views = parts.random_views(0)
+            launches = {layers: launches_of(partial(step, views), device) for layers, step in steps.items()}
     except Exception as error:  # no memory for the network or its views
         found = {name: failed(failure_reason(error)) for name in (STEP, NETWORK)}
     peak = peak_flops(device)
@@ -143,6 +157,7 @@ def measure_case(
         "yardstick": YARDSTICK,
         "providers": found,
         "phases": phases(found),
+        "launches": launches,
     }
 
 
@@ -154,15 +169,17 @@ def _measured(
     timer: Timer,
     rounds: int,
     without_compile: str | None,
-) -> dict[str, dict[str, Any]]:
-    """Steps that train as the plain loop does, their pieces and the network alone, timed in turn."""
+) -> tuple[dict[str, dict[str, Any]], dict[Layers, TrainStep]]:
+    """Times of steps that train as the plain loop does, of their pieces and of the network alone; and the steps on views at hand."""
     kind = parts.device.type
+    steps: dict[Layers, TrainStep] = {}
     found: dict[str, dict[str, Any]] = {}
     measures: dict[str, Callable[[], float]] = {}
     whole: list[WholeStep] = []
-    for name in (STEP, NOT_CAPTURED) if kind == "cuda" else (STEP,):
+    for name in (STEP, NOT_CAPTURED, EQUAL_PRIORITIES) if kind == "cuda" else (STEP,):
         try:
-            whole.append(WholeStep(parts, images, captured=name == STEP))
+            priority = GRAPH_PRIORITY if name == EQUAL_PRIORITIES else 0
+            whole.append(WholeStep(parts, images, captured=name != NOT_CAPTURED, view_priority=priority))
             found[name] = judge(whole[-1].losses(_CHECKED_STEPS), expected, _TOLERANCE[kind])
         except Exception as error:
             found[name] = failed(failure_reason(error))
@@ -179,6 +196,7 @@ def _measured(
             found[name] = judge(parts.losses(at_hand, checked), expected, _TOLERANCE[kind])
             if found[name]["correct"]:
                 measures[name] = timer.prepare(at_hand, views, _GRAPH_BYTES)["time"]
+                steps[layers] = at_hand
         except Exception as error:
             found[name] = failed(failure_reason(error))
     for name, prepare in _calls(parts, images).items():
@@ -197,7 +215,7 @@ def _measured(
         found[name].update(correct=False, failure=reason)
     for name, quartiles in times.items():
         found[name]["time"] = quartiles
-    return found
+    return found, steps
 
 
 def judge(losses: list[float], expected: list[float], tolerance: float) -> dict[str, Any]:

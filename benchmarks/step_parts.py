@@ -200,9 +200,10 @@ class WholeStep:
         parts: the network.
         images: decoded.
         captured: whether a GPU replays the step as a graph.
+        view_priority: as `OverlappedStep` takes it.
     """
 
-    def __init__(self, parts: Parts, images: PackedImages, *, captured: bool) -> None:
+    def __init__(self, parts: Parts, images: PackedImages, *, captured: bool, view_priority: int = 0) -> None:
         self.device, case = parts.device, parts.case
         dtype = torch.bfloat16 if parts.bf16 else torch.float32
         self.loader = MultiViewLoader(images, case.views.policy, case.views.batch, self.device, dtype=dtype)
@@ -210,7 +211,7 @@ class WholeStep:
         self._done = 0
         self._replay: Callable[[], Any] | None = None
         if self.loader.feed is not None:
-            whole = OverlappedStep(self.step, self.loader.feed)
+            whole = OverlappedStep(self.step, self.loader.feed, view_priority=view_priority)
             whole.prepare(0)
             self._replay = capture(whole, state=whole.state, mode="on" if captured else "off")
 

@@ -119,10 +119,10 @@ class Suite:
         """Print a line as it is: no break within a path, and no brackets taken for a style."""
         say(self.console, line)
 
-    def add(self, found: dict[str, Any], table: Table) -> None:
+    def add(self, found: dict[str, Any], *tables: Table) -> None:
         """Keep a case's result and show it."""
         self.result["cases"].append(found)
-        self.console.print(table)
+        self.console.print(*tables)
         if self.path is not None:
             write_result(self.path, self.result)
 

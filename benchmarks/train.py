@@ -153,7 +153,8 @@ def measure_case(
         The case, and for every provider `correct`, `failure`, `time` (quartiles of a step in epochs after the first),
         `views_per_second`, `total_seconds` (start to end of training), `cold_start_seconds` (what the first epoch and all
         before it took longer than an epoch), `training_seconds` (the rest), `caching_seconds` (ours), `evaluation_seconds`,
-        `knn_top1`, `accuracies` (epochs, seconds, accuracy), `seconds_to_target` and `peak_bytes` beside resident images.
+        `knn_top1`, `accuracies` (epochs, seconds, accuracy), `seconds_to_target`, `peak_bytes` beside resident images, and
+        whether ours was `captured` on a GPU.
     """
     train, val = splits.train, splits.val
     assert val is not None  # labelled_images sees to that
@@ -242,6 +243,7 @@ def summary(runs: list[Recorder], options: Options, steps_per_epoch: int) -> dic
         "accuracies": accuracies,
         "seconds_to_target": reached[0] if reached else None,
         "peak_bytes": runs[-1].peak_bytes,
+        "captured": runs[-1].captured,
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -68,6 +69,8 @@ class Recorder:
         """How long the last evaluation took."""
         self.peak_bytes: int | None = None
         """Most memory of a GPU's tensors in training, above what there was before, without resident images; None on a CPU."""
+        self.captured: bool | None = None
+        """Whether ours trained with one CUDA graph; None for others and on a CPU."""
         self._trained: nn.Module | None = None
         self._losses: list[Tensor] = []
 
@@ -135,6 +138,7 @@ def ours(training: Training, recorder: Recorder, *, method: Method) -> None:
     trainer.fit(
         epoch_done=lambda: recorder.epoch_done(trainer.model.backbone, trainer.train_step.losses[trainer.step - 1])
     )
+    recorder.captured = json.loads((training.folder / "metrics.jsonl").read_text().splitlines()[-1]).get("captured")
     feed = trainer.loader.feed
     if recorder.peak_bytes is not None and feed is not None and feed.memory == "gpu":
         recorder.peak_bytes -= len(trainer.loader.source.pixels)

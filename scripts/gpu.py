@@ -52,7 +52,7 @@ _OWN_STAGES = "not losses_on and not sanitizer and not offsets"
 STAGES = {
     "info": _ours(60, "info", "--check"),
     "captured": _ours(60, "train", "--epochs", "1", "--capture", "on", "--out", "runs/gpu-captured", "--overwrite"),
-    "step": _ours(160, "bench", "step", "--short", "--only", "2x128 batch 64", *_RESULTS),
+    "step": _ours(160, "bench", "step", "--short", "--kernels", "--only", "2x128 batch 64", *_RESULTS),
     "graph": _tests(
         130, "-m", "gpu", *(f"tests/test_{name}.py" for name in ("graph_gpu", "step", "device_feed", "knn", "linear", "augmented"))
     ),

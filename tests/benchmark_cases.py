@@ -53,9 +53,9 @@ def out_of_memory(predictions: Sequence[Tensor], targets: Sequence[Tensor]) -> T
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
 
-def shown(table: object) -> str:
+def shown(*tables: object) -> str:
     console = Console(file=io.StringIO(), width=200)
-    console.print(table)
+    console.print(*tables)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 

@@ -92,7 +92,7 @@ RUNS = {
         bench augment {_BENCH} --only 2x16 --workers 1 --data folder:{{others}} => "workers": 1
         bench augment {_BENCH} --only 2x16 --workers 1 --resume""",
     "bench step": f"""
-        bench step {_BENCH} --only vi-simsiam => "method": "vi-simsiam"
+        bench step {_BENCH} --only vi-simsiam --kernels => "method": "vi-simsiam"
         bench step {_BENCH} --only vi-simsiam --resume""",
     "bench train": f"""
         bench train {_BENCH} --only plain --data {{images}} --data-root {{here}} --images 16 --size 16 --local-views 1 \

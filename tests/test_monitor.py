@@ -150,6 +150,28 @@ def test_a_problem_is_on_the_bar_in_the_log_and_in_the_line_of_the_epoch(tmp_pat
         assert monitor.health.short == "dead since step 100", "resumed"
 
 
+@pytest.mark.parametrize(
+    ("launched", "line"),
+    [
+        ({}, None),
+        ({"captured": True}, "steps ran as one CUDA graph"),
+        ({"captured": False}, "steps ran without a CUDA graph: there were too few"),
+        ({"captured": False, "not_captured": "step: it reads a value"}, "steps ran without a CUDA graph: step: it reads a value"),
+    ],
+)  # fmt: skip
+def test_how_steps_were_launched_is_logged_and_said_last(
+    launched: dict[str, bool | str], line: str | None, tmp_path: Path
+) -> None:
+    console = Console(file=io.StringIO(), width=20)
+    with opened(tmp_path, console) as monitor:
+        monitor.log(METRICS, launched)
+        monitor.finish()
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines == [monitor.health.line, *([line] if line else [])]
+    logged = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert {key: value for key, value in logged.items() if "captured" in key} == launched
+
+
 def test_the_last_metrics_of_an_earlier_session_are_known(tmp_path: Path) -> None:
     """Lines after the step that training goes on from are dropped, and one that was cut off."""
     with opened(tmp_path, Console(quiet=True)) as monitor:

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vi_simsiam.benchmarks import augment, images, ours, peers, step, step_parts
 from vi_simsiam.benchmarks import pipeline_tables as tables
+from vi_simsiam.benchmarks.launches import by_kind
 from vi_simsiam.benchmarks.step_parts import Parts, StepCase, WholeStep
 from vi_simsiam.benchmarks.suite import Suite, SuiteOptions
 from vi_simsiam.benchmarks.timers import WallTimer, timer_for
@@ -267,7 +268,7 @@ def test_a_step_is_measured_whole_and_in_parts(packed: PackedImages, monkeypatch
     monkeypatch.setattr(step, "_CHECKED_STEPS", 2)
     monkeypatch.setattr(torch, "compile", mock.Mock(side_effect=RuntimeError("no compiler")))
     case = TinyStep(ViewCase(2, 16), "vi-simsiam")
-    found = step.measure_case(case, packed, CPU, OperationTimer(), rounds=3)
+    found = step.measure_case(case, packed, CPU, OperationTimer(), rounds=3, kernels=True)
     assert found["name"] == "vi-simsiam 2x16 batch 2"
     providers = found["providers"]
     assert providers[step.STEP]["losses"] == pytest.approx(found["losses"], abs=1e-4)
@@ -279,8 +280,11 @@ def test_a_step_is_measured_whole_and_in_parts(packed: PackedImages, monkeypatch
     assert found["phases"]["backward"] > 0
     # Backward costs about twice the forward: conv weights alone make more than a million operations a sample.
     assert found["flops"] > 3 * 4 * 1e6
-    text = shown(tables.step_case(found))
+    counted = by_kind(found["launches"]["torch"])
+    assert counted["loss"][0] == counted["SGD"][0] == 1
+    text = shown(*tables.step_case(found))
     assert "no compiler" in text
+    assert f"({counted['convolutions'][0]})" in text
     assert f"losses of the plain loop: {found['losses'][0]:.4f}" in text
 
 
@@ -289,7 +293,7 @@ def test_a_step_without_memory_is_a_result(packed: PackedImages) -> None:
         found = step.measure_case(TinyStep(TINY, "simsiam"), packed, CPU, WallTimer(), rounds=3)
     assert {provider["failure"] for provider in found["providers"].values()} == {"out of memory"}
     assert set(found["phases"].values()) == {None}
-    assert "out of memory" in shown(tables.step_case(found))
+    assert "out of memory" in shown(*tables.step_case(found))
     assert "| simsiam, 2x16+2x8, batch 4 | out of memory | out of memory | - | - | - | - |" in tables.step_markdown(
         {**scripted_pipeline("step"), "cases": [found]}
     )
@@ -377,9 +381,14 @@ def test_gpu_step_is_captured_and_has_all_phases() -> None:
     device = torch.device("cuda")
     case = StepCase(ViewCase(32, 32, 2, 16, sides=(32, 40)), "vi-simsiam")
     made = step._images(case, "cuda")
-    found = step.measure_case(case, made, device, timer_for(device), rounds=3, without_compile="left out")
+    found = step.measure_case(case, made, device, timer_for(device), rounds=3, without_compile="left out", kernels=True)
     failures = {name: provider["failure"] for name, provider in found["providers"].items() if provider["failure"]}
-    assert failures == {step.COMPILED: "left out"}
+    assert failures == dict.fromkeys((step.COMPILED, f"{step.AT_HAND}, torch.compile"), "left out")
+    assert found["launches"].keys() == {"torch, view by view", "torch", "kernels"}
+    ours, theirs = (by_kind(found["launches"][layers]) for layers in ("kernels", "torch, view by view"))
+    assert ours["loss"][0] <= 2
+    assert sum(count for count, _ in ours.values()) < sum(count for count, _ in theirs.values())
+    assert all(us > 0 for _, us in ours.values())
     assert found["providers"][step.NOT_CAPTURED]["losses"] == pytest.approx(found["losses"], rel=2e-2)
     assert None not in found["phases"].values()
     whole = WholeStep(Parts(case, device), made, captured=True)

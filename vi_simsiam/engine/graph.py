@@ -27,6 +27,8 @@ from vi_simsiam.engine.graph_state import PLAIN, Snapshot, has_state_dict
 from vi_simsiam.errors import InputError
 
 MODES = ("auto", "on", "off")
+GRAPH_PRIORITY = -1
+"""Of the stream that is recorded: what a step does on other streams beside it has 0, and waits where both could begin."""
 
 
 def capture(step: Callable[..., Any], *, state: Sequence[Any] = (), mode: str = "auto", warmup: int = 3) -> Captured:
@@ -89,7 +91,9 @@ class CudaGraph:
 
     def __init__(self, device: torch.device, beside: CudaGraph | None = None) -> None:
         self._device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        self._stream: torch.cuda.Stream = torch.cuda.Stream(self._device) if beside is None else beside._stream
+        self._stream: torch.cuda.Stream = (
+            torch.cuda.Stream(self._device, priority=GRAPH_PRIORITY) if beside is None else beside._stream
+        )
         self._pool: Any = torch.cuda.graph_pool_handle() if beside is None else beside._pool
         self._graph = torch.cuda.CUDAGraph()
         self._recorded: Callable[[], Any] | None = None
@@ -181,6 +185,11 @@ class Captured:
     def reason(self) -> str | None:
         """Why the step is not captured and will not be; None while it is or still may be."""
         return self._reason
+
+    @property
+    def launched(self) -> dict[str, bool | str]:
+        """For logs: `captured`, and `not_captured` with the reason if there is one."""
+        return {"captured": self._recorded} | ({} if self._reason is None else {"not_captured": self._reason})
 
     def reset(self) -> None:
         """Forget the record and its memory: the next call checks and warms up again, with inputs of any shape."""

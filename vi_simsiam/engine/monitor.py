@@ -7,7 +7,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -183,15 +183,19 @@ class Monitor:
             text += f"{part} "
         return text.rstrip()
 
-    def log(self, metrics: dict[str, float]) -> None:
+    def log(self, metrics: dict[str, float], launched: Mapping[str, bool | str] | None = None) -> None:
         """Log one line of metrics; it must have the keys step, loss, cosine, z_std, views_per_s and data_wait.
+
+        Args:
+            metrics: the figures.
+            launched: how a GPU launches the steps, see `Captured.launched`; in metrics.jsonl only.
 
         Raises:
             TrainingError: it, or one before, could not be written (a full disk, say).
         """
         begins = self.health.update(metrics)
         state = {"state": self.health.state} | ({} if self.health.since is None else {"since": self.health.since})
-        self.last = {**metrics, **state}
+        self.last = {**metrics, **(launched or {}), **state}
         try:
             self._file.write(json.dumps(self.last) + "\n")
             self._file.flush()
@@ -218,6 +222,18 @@ class Monitor:
                 soft_wrap=True,
                 highlight=False,
             )
+
+    def finish(self) -> None:
+        """Print the state of the run, and how a GPU launched its steps."""
+        if self.last is None:
+            return
+        lines = [self.health.line]
+        if "captured" in self.last:
+            reason = self.last.get("not_captured", "there were too few")
+            how = "as one CUDA graph" if self.last["captured"] else f"without a CUDA graph: {reason}"
+            lines.append(f"steps ran {how}")
+        for line in lines:
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _epoch(self, step: int) -> str:
         return f"{min(step // self._steps_per_epoch + 1, self._epochs)}/{self._epochs}"

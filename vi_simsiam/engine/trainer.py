@@ -112,9 +112,11 @@ class Trainer:
         self.log_every = config.log_every or (100 if self.device.type == "cuda" else 10)
         bf16 = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
 
+        # Weights that come from a run need none of torchvision's.
+        model = dataclasses.replace(config.model, pretrained=config.model.pretrained and config.frozen_run is None)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.model = build_model(_without_download(config)).to(self.device)
+            self.model = build_model(dataclasses.replace(config, model=model)).to(self.device)
         if config.frozen_run is not None and not resume:
             load_frozen(self.model, config, self.device)
         self.model.to(memory_format=torch.channels_last)
@@ -229,8 +231,8 @@ class Trainer:
                     raise KeyboardInterrupt
                 if monitor is not None:
                     monitor.epoch_done(self.step, metrics)
-            if monitor is not None and monitor.last is not None:
-                self.console.print(monitor.health.line, highlight=False, markup=False, soft_wrap=True)
+            if monitor is not None:
+                monitor.finish()
 
     def _duration(self, seconds: float) -> str:
         return duration_line(self.config, len(self.loader.source), seconds, resumed=self.resume)
@@ -241,9 +243,13 @@ class Trainer:
             return None
         whole = OverlappedStep(self.train_step, self.loader.feed)
         whole.prepare(self.step)
-        # A step with the ranks' collectives is not captured.
-        mode = "off" if not self.world.alone else self.config.capture
-        return capture(whole, state=whole.state, mode=mode)
+        return capture(whole, state=whole.state, mode=self.config.capture if self.world.alone else "off")
+
+    def _launched(self, replay: Captured | None) -> dict[str, bool | str]:
+        """How a GPU launches the steps, for the log."""
+        if replay is None or self.world.alone:
+            return {} if replay is None else replay.launched
+        return {"captured": False, "not_captured": "a step with the collectives of torchrun's ranks is not captured"}
 
     def _train_epoch(
         self, replay: Captured | None, monitor: Monitor | None, stop: list[int]
@@ -269,7 +275,7 @@ class Trainer:
                 self.seconds += seconds
                 metrics = self._metrics(output, first, seconds, waited)
                 if logging and monitor is not None:
-                    monitor.log(metrics)
+                    monitor.log(metrics, self._launched(replay))
                 waited, since, first = 0.0, time.perf_counter(), self.step
             elif monitor is not None and monitor.due:
                 monitor.show(self._metrics(output, first, time.perf_counter() - since, waited))
@@ -378,13 +384,6 @@ def _use_kernels(config: TrainConfig, world: World) -> bool:
         raise InputError(f"kernels: 'on' cannot be used: {problem}; auto and off run here")
     wanted = config.kernels == "on" or (config.kernels == "auto" and world.device.type == "cuda")
     return wanted and problem is None
-
-
-def _without_download(config: TrainConfig) -> TrainConfig:
-    """The configuration of a model whose weights come from a run: torchvision's are not needed."""
-    if config.frozen_run is None:
-        return config
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,111 @@
+"""What a step launches: counted once each, and put to what it is for by its name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from benchmark_cases import CPU, scripted_pipeline
+from torch import nn
+
+from vi_simsiam.benchmarks import launches
+from vi_simsiam.benchmarks import pipeline_tables as tables
+from vi_simsiam.benchmarks.launches import OTHER, by_kind, kind_of, launches_of
+
+
+def test_launches_of_a_step_are_counted_by_what_they_are_for() -> None:
+    """On a CPU every operator that computes, forward and backward; views and allocations do not count."""
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(16, 2)]
+    network, x = nn.Sequential(*layers), torch.randn(5, 3, 4, 4)
+
+    def train() -> None:
+        network(x).sum().backward()
+
+    train()
+    found = by_kind(launches_of(train, CPU))
+    assert found["convolutions"][0] == 4
+    assert found["linear layers"][0] == 3
+    assert found["BatchNorm, addition, ReLU, max-pool"][0] >= 2 * 2 + 1, "with the counter of batches"
+    assert all(us > 0 for _, us in found.values())
+    plain = by_kind(launches_of(lambda: x.view(5, -1).t().detach(), CPU))
+    assert plain == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x64x64", "convolutions"),
+        ("void cutlass__5x_cudnn::Kernel<cutlass_tensorop_bf16_s16816dgrad_optimized_bf16_128x64>", "convolutions"),
+        ("nvjet_tst_64x64_64x13_4x1_v_bz_splitK_TNN", "linear layers"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_64x64_32x6_tn_align8>", "linear layers"),
+        ("void at::native::batch_norm_backward_reduce_channels_last_kernel<4, c10::BFloat16>", "BatchNorm, addition, ReLU, max-pool"),
+        ("void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add<c10::BFloat16>>", "BatchNorm, addition, ReLU, max-pool"),
+        ("void at::native::multi_tensor_apply_kernel<at::native::FusedSgdMathFunctor<float, 3>>", "SGD"),
+        ("void at::native::multi_tensor_apply_kernel<at::native::CopyFunctor<float, c10::BFloat16, 2>>", "conversions and copies"),
+        ("Memcpy DtoD (Device -> Device)", "conversions and copies"),
+        ("triton_poi_fused_relu_3", "fused by torch.compile"),
+        ("aten::_fused_sgd_.tensor_lr", "SGD"),
+        ("aten::add_.Tensor", "BatchNorm, addition, ReLU, max-pool"),
+        ("aten::mm", "linear layers"),
+        ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>", OTHER),
+    ],
+)  # fmt: skip
+def test_kinds_of_names(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
+
+
+def test_all_kernels_of_the_project_have_a_kind() -> None:
+    names = [
+        name
+        for path in (Path(__file__).parents[1] / "kernels").glob("*.py")
+        for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
+    ]
+    assert len(names) > 10
+    assert {name: kind_of(name) for name in names if kind_of(name) == OTHER} == {}
+
+
+def test_a_gpu_counts_its_kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a profiler that stands for that of a GPU: what the host did meanwhile is no launch."""
+
+    def event(name: str, device: str, us: float) -> object:
+        span = SimpleNamespace(elapsed_us=lambda: us)
+        return SimpleNamespace(name=name, device_type=SimpleNamespace(name=device), time_range=span)
+
+    events = [
+        event("sgd", "CUDA", 2.0),
+        event("aten::mm", "CPU", 9.0),
+        event("gemm", "CUDA", 3.0),
+        event("sgd", "CUDA", 2.5),
+    ]
+    monkeypatch.setattr(launches, "profile", mock.MagicMock())
+    launches.profile.return_value.__enter__.return_value.events.return_value = events  # type: ignore[attr-defined]
+    monkeypatch.setattr(launches, "synchronize", lambda device: None)
+    done: list[int] = []
+    found = launches_of(lambda: done.append(1), torch.device("cuda"))
+    assert done == [1]
+    assert found == [
+        {"kind": "SGD", "name": "sgd", "count": 2, "us": 4.5},
+        {"kind": "linear layers", "name": "gemm", "count": 1, "us": 3.0},
+    ]
+
+
+def test_markdown() -> None:
+    result = scripted_pipeline("step")
+    assert tables.launches_markdown(result) == "Not measured."
+    entries = [("aten::convolution", 40, 1500.0), ("aten::mm", 3, 20.0), ("aten::sum", 2, 0.4)]
+    counted = [{"kind": kind_of(name), "name": name, "count": count, "us": us} for name, count, us in entries]
+    result["cases"][0]["launches"] = {"torch": counted, "kernels": counted[:1]}
+    lines = tables.launches_markdown(result).splitlines()
+    label = result["cases"][0]["label"]
+    assert lines[:6] == [
+        f"| {label}: microseconds (launches) | torch | kernels |",
+        "|---|---:|---:|",
+        "| convolutions | 1,500 (40) | 1,500 (40) |",
+        "| linear layers | 20 (3) | - |",
+        "| everything else | 0 (2) | - |",
+        "| all | 1,520 (45) | 1,500 (40) |",
+    ]
