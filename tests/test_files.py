@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -110,9 +112,65 @@ def test_each_file_counts_once_where_it_lies(tmp_path: Path) -> None:
     (tmp_path / "data" / "lost.png").symlink_to("nowhere.png")
     found = find_images(tmp_path / "data")
     assert names(tmp_path / "data") == ["b/1.png", "lost.png", "self.png"]
-    assert found.note() == "2 links to images that are counted already left out"
+    assert found.note() == "3 further names (links) of images and folders left out"
     with pytest.raises(InputError, match=r"self\.png: cannot be read as an image \(Too many levels"):
         FileSource(found.paths).image(2)
+
+
+def test_files_of_one_number_in_their_folder_are_all_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network file systems list all entries with the same inode; their status is right."""
+    for name in ("a.png", "b.png"):
+        save(tmp_path / name)
+    kept = ("name", "path", "is_dir", "is_file", "is_symlink")
+    entries = [
+        SimpleNamespace(inode=lambda: 1, **{name: getattr(entry, name) for name in kept})
+        for entry in os.scandir(tmp_path)
+    ]
+    monkeypatch.setattr(os, "scandir", lambda folder: contextlib.nullcontext(entries))
+    assert names(tmp_path) == ["a.png", "b.png"]
+
+
+def test_a_folder_that_may_not_be_entered_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files are still found, to be reported when they are read; folders above cannot be reached either."""
+    for name in ("photos/0.png", "photos/closed/1.png", "photos/closed/2.txt"):
+        (save if name.endswith("png") else Path.touch)(tmp_path / name)
+    status = os.stat
+
+    def refuse(path: str, **options: bool) -> os.stat_result:
+        if "closed" in Path(path).parts[:-1] or Path(path) in tmp_path.parents:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return status(path, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    found = find_images(tmp_path / "photos")
+    assert [Path(path).name for path in found.paths] == ["0.png", "1.png"]
+    assert found.passed_over == {".txt": 1}
+    (tmp_path / "photos" / "closed" / "inner").mkdir()
+    with pytest.raises(InputError, match=r"closed/inner: cannot be listed \(Permission denied\)"):
+        find_images(tmp_path / "photos")
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "hard", "note"),
+    [
+        ("dog/2.png", "cat/1.png", True, "cat/1.png (not dog/2.png)"),
+        ("cat/0.png", "dog/1.png", False, "dog/1.png (not cat/0.png)"),
+        ("cat/more", "dog/all", False, "dog/all (not cat/more)"),
+        ("cat/2.png", "cat/1.png", True, None),
+        ("cat/again", "cat", False, None),
+        ("cat/loop", "", False, None),
+    ],
+)
+def test_what_lies_in_two_classes_is_named(
+    tmp_path: Path, link: str, target: str, hard: bool, note: str | None
+) -> None:
+    for name in ("cat/1.png", "dog/1.png", "dog/all/1.png"):
+        save(tmp_path / "train" / name)
+    (os.link if hard else os.symlink)(tmp_path / "train" / target, tmp_path / "train" / link)
+    train = open_dataset(str(tmp_path)).train
+    assert len(train) == 3
+    said = [line.rpartition("first: ")[2] for line in train.notes if "two classes" in line]
+    assert said == ([note] if note else [])
 
 
 def test_links_to_what_lies_elsewhere_are_followed(tmp_path: Path) -> None:
@@ -146,7 +204,20 @@ def test_the_parts_by_their_usual_names(tmp_path: Path, train: str, val: str) ->
         save(tmp_path / name)
     splits = open_dataset(str(tmp_path))
     assert (len(splits.train), splits.val and len(splits.val)) == (2, 2)
-    assert splits.train.notes == (f"{tmp_path / train}: only {train}/ and a validation part are read, not 6.png, test",)
+    assert splits.train.notes == (f"{tmp_path / train}: only {train}/ and {val}/ are read, not 6.png, test",)
+
+
+@pytest.mark.parametrize(
+    ("val", "note"),
+    [(None, "not test"), ("1.png", "not test, val; validation needs class folders in both"),
+     ("a/1.png", "not test, val; validation needs class folders in both")],
+)  # fmt: skip
+def test_photos_without_classes_have_no_validation_part(tmp_path: Path, val: str | None, note: str) -> None:
+    for name in ["train/1.png", "test/1.png"] + ([f"val/{val}"] if val else []):
+        save(tmp_path / name)
+    splits = open_dataset(str(tmp_path))
+    assert splits.val is None
+    assert splits.train.notes == (f"{tmp_path / 'train'}: only train/ is read, {note}",)
 
 
 def test_two_folders_for_one_part_are_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from vi_simsiam.cli import main
 from vi_simsiam.config import TrainConfig
-from vi_simsiam.data import packed
+from vi_simsiam.data import packed, sources
 from vi_simsiam.data.cache import in_memory, pack
 from vi_simsiam.data.content import content, difference
 from vi_simsiam.data.datasets import Splits, open_dataset
@@ -95,10 +95,17 @@ def packed_copy(photos: Path, place: Path) -> str:
     return f"pack:{place.with_suffix('.pack')}"
 
 
-@pytest.mark.parametrize("copy", [copied, packed_copy])
+def packed_without_the_unreadable(photos: Path, place: Path) -> str:
+    (photos / "val" / "dark" / "00.png").write_bytes(b"")
+    return packed_copy(photos, place)
+
+
+@pytest.mark.parametrize("copy", [copied, packed_copy, packed_without_the_unreadable])
 def test_a_run_goes_on_with_a_copy_of_its_images(
-    copy: Callable[[Path, Path], str], run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    copy: Callable[[Path, Path], str], run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sources, "_TOLERATED_SHARE", 0.1)
     before = step(run)
     place = copy(photos, tmp_path / "scratch")
     shutil.rmtree(photos)
@@ -262,6 +269,29 @@ def test_content_is_that_of_the_pixels_however_they_are_kept(
     assert first == second
     other = subset(in_memory(source), np.array([0, 1, 2, 3, 4, 5]))
     assert first["pixels"] != content(splits, in_memory(other))["pixels"]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        ((16, "a", 0), (15, "b", 1), True),
+        ((15, "b", 1), (16, "a", 0), True),
+        ((15, "b", 1), (15, "b", 0), True),  # a checkpoint of an older version names none that are left out
+        ((15, "b", 1), (15, "c", 1), False),
+        ((16, "a", 0), (14, "b", 1), False),
+        ((16, "a", 0), (16, "b", 0), False),
+        ((16, "a", 0), None, False),
+        (None, None, True),
+    ],
+)
+def test_validation_images_that_a_pack_leaves_out(
+    before: tuple[int, str, int] | None, now: tuple[int, str, int] | None, same: bool
+) -> None:
+    both = [
+        {"images": 1, "validation": part and dict(zip(("images", "labels", "left_out"), part, strict=True))}
+        for part in (before, now)
+    ]
+    assert difference(*both) == (None if same else "other validation images")
 
 
 def test_classes_are_named() -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.GifImagePlugin import GifImageFile
 from torch.utils.data import Dataset, IterableDataset
 
+from vi_simsiam.config import DecodeConfig
+from vi_simsiam.data.cache import in_memory
 from vi_simsiam.data.sources import (
     ArraySource,
     DatasetSource,
@@ -22,8 +26,10 @@ from vi_simsiam.data.sources import (
     check_readable,
 )
 from vi_simsiam.errors import InputError
+from vi_simsiam.inference.images import open_images
 
 GRAY = np.array([[0, 50], [128, 255]], dtype=np.uint8)
+ALL = DecodeConfig(frames="all")
 COLOUR = np.stack([GRAY, GRAY[::-1], GRAY.T], axis=2)
 
 
@@ -31,6 +37,14 @@ def save(path: Path, size: tuple[int, int] = (6, 5), colour: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(colour).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
+    return path
+
+
+def save_frames(path: Path, count: int, seed: int = 0) -> Path:
+    """Every frame is other noise."""
+    noise = np.random.default_rng(seed).integers(0, 256, (count, 6, 5), dtype=np.uint8)
+    frames = [Image.fromarray(frame) for frame in noise]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
     return path
 
 
@@ -220,3 +234,56 @@ def test_sources_survive_pickling(tmp_path: Path) -> None:
         twin = pickle.loads(pickle.dumps(source))
         np.testing.assert_array_equal(np.asarray(twin.image(0)), np.asarray(source.image(0)))
         assert (twin.classes, twin.name, twin.describe(0)) == (source.classes, source.name, source.describe(0))
+
+
+@pytest.mark.parametrize("kind", ["gif", "tif", "png"])
+def test_frames_are_the_same_in_any_order(tmp_path: Path, kind: str) -> None:
+    source = FileSource([save_frames(tmp_path / f"{name}.{kind}", 6) for name in "ab"], decode=ALL)
+    alone = [np.asarray(FileSource(source.paths, decode=ALL).image(index)) for index in range(12)]
+    with ThreadPoolExecutor(3) as pool:
+        for order in ([*range(12)] * 3, [*range(11, -1, -1)], [0, 2, 2, 7, 1, 8, 3, 5]):
+            for index, image in zip(order, pool.map(source.image, order), strict=True):
+                np.testing.assert_array_equal(image, alone[index])
+                assert source.dimensions(index) == (6, 5)
+                np.testing.assert_array_equal(source.image(index), alone[index])
+    source.image(1)
+    save_frames(tmp_path / f"a.{kind}", 7, seed=1)
+    assert not np.array_equal(source.image(2), alone[2]), "it was replaced meanwhile"
+
+
+def test_a_long_animation_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, read = FileSource([save_frames(tmp_path / "long.gif", 40)], decode=ALL), []
+    seek = GifImageFile._seek
+    monkeypatch.setattr(GifImageFile, "_seek", lambda self, *options: read.append(options) or seek(self, *options))
+    for index in range(40):
+        source.image(index)
+    assert len(read) < 3 * 40
+
+
+def test_a_file_whose_frames_cannot_be_counted_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_frames(tmp_path / "moving.gif", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(GifImageFile, "n_frames", property(lambda self: [].pop()))
+        source = FileSource([path, save(tmp_path / "one.png")], decode=ALL)
+    for part in (source, source.take(np.array([0]), "part"), pickle.loads(pickle.dumps(source))):
+        with pytest.raises(UnreadableError, match=r"moving\.gif: cannot be read as an image \(pop from empty list\)"):
+            part.image(0)
+    with pytest.raises(InputError, match="1 of 2 images cannot be read"):
+        in_memory(source, workers=0)
+
+
+def test_all_frames_of_files_in_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, other = save_frames(tmp_path / "moving.gif", 3), save(tmp_path / "one.png")
+    moving = Image.open(path)
+    moving.seek(1)
+    source = open_images([path, moving, str(other)], ALL)
+    monkeypatch.setattr(FileSource, "_count_frames", None)  # they are counted once
+    places = [source.describe(index) for index in range(len(source))]
+    assert places == [str(path), f"{path}#1", f"{path}#2", "images/1", str(other)]
+    images = [np.asarray(source.image(index)) for index in range(len(source))]
+    np.testing.assert_array_equal(images[1], images[3])
+    assert not np.array_equal(images[1], images[2])
+    assert source.notes == (
+        "images: 1 PIL image with several frames, of which the current one is used; a file's path gives all",
+    )
+    assert open_images([moving]).notes == open_images([Image.open(other)], ALL).notes == ()

@@ -200,11 +200,13 @@ def test_one_folder_for_both_parts_leaves_nothing(image_folder: Path) -> None:
     assert len(duplicates(Splits("twice", train, train))) == 40
 
 
-def test_frames_of_a_file_are_held_out_together(tmp_path: Path) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_frames_of_a_file_are_held_out_together(tmp_path: Path, packed: bool) -> None:
     for number in range(12):
         frames = [Image.new("L", (4, 4), 20 * number + frame) for frame in range(4)]
         frames[0].save(tmp_path / f"{number}.tif", save_all=True, append_images=frames[1:])
-    whole = FileSource(sorted(tmp_path.iterdir()), decode=DecodeConfig(frames="all"))
+    whole: ImageSource = FileSource(sorted(tmp_path.iterdir()), decode=DecodeConfig(frames="all"))
+    whole = in_memory(whole, workers=0) if packed else whole
     parts = select(Splits("stacks", whole, None), held_out=0.25)
     assert parts.val is not None
     sides = [

@@ -55,7 +55,7 @@ class DecodeConfig:
     """Colour behind transparent pixels: a name (gray, white, black), #rrggbb or rgb(128, 128, 128)."""
     value_range: ValueRange = "dtype"
     """Values of images deeper than 8 bits that become black and white: two numbers, dtype (the stored type's whole
-    range; 0 and 1 for floats) or file (the smallest and largest of each file)."""
+    range; 0 and 1 for floats) or file (the smallest and largest of each image)."""
     frames: Frames = "first"
     """Of animations and multi-page TIFFs: the first frame, or all frames, each as an image."""
 

@@ -20,12 +20,15 @@ _SHOWN = 3
 
 
 def listed(splits: Splits) -> dict[str, Any]:
-    """The part of `content` that needs no decoding: number of images, classes, and number and labels of validation images."""
+    """The part of `content` that needs no decoding: number of images, classes, and number and labels of validation images.
+
+    Of a pack with unreadable validation images their number, "left_out", too.
+    """
     val = splits.val
     return {
         "images": len(splits.train),
         "classes": None if splits.train.classes is None else list(splits.train.classes),
-        "validation": None if val is None else {"images": len(val), "labels": _labels(val)},
+        "validation": None if val is None else {"images": len(val), "labels": _labels(val), **_left_out(val)},
     }
 
 
@@ -56,9 +59,22 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
         return f"{counted(images, 'readable training image')}, not {before['images']:,}"
     if "classes" in before and before["classes"] != now["classes"]:
         return _classes(before["classes"] or [], now["classes"] or [])
-    words = {"labels": "labels", "sizes": "sizes of images", "pixels": "pixels", "validation": "validation images"}
-    other = (words[part] for part in words if part in before and part in now and before[part] != now[part])
+    words = {"labels": "labels", "sizes": "sizes of images", "pixels": "pixels"}
+    other = [words[part] for part in words if part in before and part in now and before[part] != now[part]]
+    if "validation" in before and "validation" in now and not _same_validation(before["validation"], now["validation"]):
+        other.append("validation images")
     return next((f"other {part}" for part in other), None)
+
+
+def _same_validation(before: dict[str, Any] | None, now: dict[str, Any] | None) -> bool:
+    if before is None or now is None:
+        return before is now
+    if all(before[part] == now[part] for part in ("images", "labels")):
+        return True
+    # Files are not decoded here, so those that a pack left out as unreadable are among them, with their labels.
+    left_out = [each.get("left_out", 0) for each in (before, now)]
+    totals = {each["images"] + missing for each, missing in zip((before, now), left_out, strict=True)}
+    return left_out[0] != left_out[1] and len(totals) == 1
 
 
 def _classes(before: list[str], now: list[str]) -> str:
@@ -66,6 +82,10 @@ def _classes(before: list[str], now: list[str]) -> str:
     new = [name for name in now if name not in before][:_SHOWN]
     changes = [f"without {', '.join(gone)}"] * bool(gone) + [f"with {', '.join(new)}"] * bool(new)
     return f"other classes ({' and '.join(changes) or 'in another order'})"
+
+
+def _left_out(source: ImageSource) -> dict[str, int]:
+    return {"left_out": len(source.unreadable)} if isinstance(source, PackedImages) and source.unreadable else {}
 
 
 def _labels(source: ImageSource) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import http.client
 import os
 import tarfile
@@ -187,14 +188,20 @@ def _folder(path: Path, spec: str, decode: DecodeConfig) -> Splits:
     train_folder, val_folder = _part(path, _TRAIN_NAMES), _part(path, _VAL_NAMES)
     if train_folder is None:
         return Splits(spec, _unlabelled(path, find_images(path), decode), None)
-    train, val = _classes(train_folder), None if val_folder is None else _classes(val_folder)
-    beside = {e.name for e in list_folder(path) if os.path.isdir(e.path) or is_image(e.path)}
-    beside -= {part.name for part in (train_folder, val_folder) if part is not None}
-    lost = f"only {train_folder.name}/ and a validation part are read, not {_names(beside)}" if beside else ""
+    train = _classes(train_folder)
+    read = [train_folder.name]
+    if val_folder is not None and train.labels is not None:
+        read.append(val_folder.name)
+    lost = ""
+    if beside := {e.name for e in list_folder(path) if os.path.isdir(e.path) or is_image(e.path)} - set(read):
+        lost = f"only {'/ and '.join(read)}/ {'is' if len(read) == 1 else 'are'} read, not {_names(beside)}"
     if train.labels is None:
+        if val_folder is not None:
+            lost += "; validation needs class folders in both"
         return Splits(spec, _unlabelled(train_folder, train.found, decode, lost), None)
-    if val is None or val_folder is None:
+    if val_folder is None:
         return Splits(spec, train.source(train_folder, decode, lost), None)
+    val = _classes(val_folder)
     if val.labels is None:
         raise InputError(f"{val_folder}: holds no class folders, {train_folder} does; give it the same ones or none")
     if val.names != train.names:
@@ -225,18 +232,22 @@ class _Classes:
     """Of all images; None where the folder has no class folders."""
     empty: set[str]
     """Names of folders without any image."""
+    ambiguous: set[str]
+    """Images and folders that lie in several class folders: the name that counts, and the one that does not."""
 
     def source(self, folder: Path, decode: DecodeConfig, *more: str) -> FileSource:
         empty = f"no image, and so no class, in {_names(self.empty)}" if self.empty else ""
+        twice = f"linked into two classes, and counted in the first: {_names(self.ambiguous)}" if self.ambiguous else ""
         classes = [_WORDNET_NAMES.get(name, name) for name in self.names]
-        notes = _notes(folder, self.found, empty, *more)
+        notes = _notes(folder, self.found, empty, twice, *more)
         return FileSource(self.found.paths, self.labels, classes, os.fspath(folder), decode=decode, notes=notes)
 
 
 def _classes(folder: Path) -> _Classes:
     """Find the class folders of a folder. Raises InputError if it holds images of its own besides."""
     found = find_images(folder)
-    homes = [os.path.relpath(path, folder).split(os.sep) for path in found.paths]
+    inside = functools.partial(os.path.relpath, start=folder)
+    homes = [inside(path).split(os.sep) for path in found.paths]
     names = sorted({parts[0] for parts in homes if len(parts) > 1})
     if names and any(len(parts) == 1 for parts in homes):
         raise InputError(
@@ -245,8 +256,10 @@ def _classes(folder: Path) -> _Classes:
         )
     numbers = {name: number for number, name in enumerate(names)}
     labels = np.array([numbers[parts[0]] for parts in homes], np.int64) if names else None
-    empty = {entry.name for entry in list_folder(folder) if os.path.isdir(entry.path)} - set(names)
-    return _Classes(found, names, labels, empty)
+    folders = {entry.name for entry in list_folder(folder) if os.path.isdir(entry.path)}
+    pairs = [(inside(first), inside(path)) for path, first in found.repeated]
+    ambiguous = {f"{a} (not {b})" for a, b in pairs if len({a.split(os.sep)[0], b.split(os.sep)[0]} & folders) == 2}
+    return _Classes(found, names, labels, folders - set(names), ambiguous)
 
 
 def _unlabelled(folder: Path, found: Found, decode: DecodeConfig, *more: str) -> FileSource:

@@ -8,7 +8,7 @@ import importlib
 import os
 import stat
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from PIL import Image
@@ -36,8 +36,8 @@ class Found(NamedTuple):
     """Sorted by name, level by level."""
     passed_over: Counter[str]
     """Files that are no images, by their suffix in lower case, "" without."""
-    repeated: int
-    """Names of images that are counted under another name: links, mostly."""
+    repeated: list[tuple[str, str]]
+    """Further names (links, symbolic or hard) of images and folders, each with the one that counts."""
 
     def note(self) -> str:
         """One line that says what is passed over; empty where nothing is."""
@@ -48,74 +48,77 @@ class Found(NamedTuple):
                 kinds.append(f"{counted(more, 'other suffix', 'other suffixes')}")
             parts.append(f"{counted(self.passed_over.total(), 'file')} passed over: {', '.join(kinds)}")
         if self.repeated:
-            parts.append(f"{counted(self.repeated, 'link')} to images that are counted already left out")
+            parts.append(f"{counted(len(self.repeated), 'further name')} (links) of images and folders left out")
         return "; ".join(parts)
 
 
 def find_images(folder: str | os.PathLike[str]) -> Found:
     """Find all images in a folder and the folders in it.
 
-    Hidden files and folders are skipped. Links are followed, but every folder is visited and every file counted once,
-    where it lies rather than where a link leads to it. A broken link that is named like an image is counted, to be
-    reported when it is read. Raises InputError if a folder cannot be listed.
+    Hidden files and folders are skipped. Links are followed, but every folder is visited and every file counted once:
+    where it lies rather than where a link leads to it, of several places the first, level by level and by name. What
+    looks like an image and cannot be reached is counted, to be reported when it is read. Raises InputError if a folder
+    cannot be listed.
     """
     root = os.fspath(folder)
     paths: list[str] = []
     passed_over: Counter[str] = Counter()
-    repeated = 0
+    repeated: list[tuple[str, str]] = []
     # A link to a folder that holds this one would give the images beside it, too.
-    seen = {_identity(os.stat(parent)) for parent in _parents(os.path.realpath(root))}
-    folders, links = [root], deque[str]()
+    above = set(_above(os.path.realpath(root)))
+    seen: dict[tuple[int, int], str] = {}
+    folders, links = deque([root]), deque[str]()
 
-    def take(path: str, identity: tuple[int, int]) -> None:
-        nonlocal repeated
+    def is_new(path: str, status: os.stat_result) -> bool:
+        first = seen.setdefault(_identity(status), path)
+        if first not in (path, root):
+            repeated.append((path, first))
+        return first == path
+
+    def take(path: str) -> None:
+        try:
+            status = os.stat(path)
+        except OSError:  # a link that leads nowhere, or to itself; a file in a folder that may not be entered
+            if _suffix(path) in _suffixes():
+                paths.append(path)
+            else:
+                passed_over["broken links" if os.path.islink(path) else _suffix(path)] += 1
+            return
+        if not stat.S_ISREG(status.st_mode):
+            return
         if not is_image(path):
             passed_over[_suffix(path)] += 1
-        elif identity in seen:
-            repeated += 1
-        else:
-            seen.add(identity)
+        elif is_new(path, status):
             paths.append(path)
 
     while folders or links:
         if not folders:
             path = links.popleft()
-            try:
-                status = os.stat(path)
-            except OSError:  # it leads nowhere, or to itself
-                if _suffix(path) in _suffixes():
-                    paths.append(path)
-                else:
-                    passed_over["broken links"] += 1
-                continue
-            if stat.S_ISDIR(status.st_mode):
+            if os.path.isdir(path):
                 folders.append(path)
-            elif stat.S_ISREG(status.st_mode):
-                take(path, _identity(status))
+            else:
+                take(path)
             continue
-        place = folders.pop()
-        status = os.stat(place)
-        if _identity(status) in seen:
-            continue
-        seen.add(_identity(status))
-        for entry in list_folder(place):
-            if entry.is_symlink():
-                links.append(entry.path)
-            elif entry.is_dir(follow_symlinks=False):
-                folders.append(entry.path)
-            elif entry.is_file(follow_symlinks=False):
-                take(entry.path, (status.st_dev, entry.inode()))
+        place = folders.popleft()
+        with _listing(place):
+            status = os.stat(place)
+            if _identity(status) in above or not is_new(place, status):
+                continue
+            for entry in list_folder(place):
+                if entry.is_symlink():
+                    links.append(entry.path)
+                elif entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                else:
+                    take(entry.path)
     paths.sort(key=lambda path: path[len(root) :].split(os.sep))
     return Found(paths, passed_over, repeated)
 
 
 def list_folder(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
     """Return the entries of a folder that are not hidden, sorted by name. Raises InputError if it cannot be listed."""
-    try:
-        with os.scandir(os.fspath(folder)) as entries:
-            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be listed ({error.strerror})") from error
+    with _listing(folder), os.scandir(os.fspath(folder)) as entries:
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
 
 
 def is_image(path: str) -> bool:
@@ -161,7 +164,17 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _parents(path: str) -> Iterable[str]:
-    while (parent := os.path.dirname(path)) != path:
-        yield parent
-        path = parent
+def _above(folder: str) -> Iterator[tuple[int, int]]:
+    """The folders that hold a folder, as far as they can be reached."""
+    while (parent := os.path.dirname(folder)) != folder:
+        with contextlib.suppress(OSError):
+            yield _identity(os.stat(parent))
+        folder = parent
+
+
+@contextlib.contextmanager
+def _listing(folder: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be listed ({error.strerror})") from error

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import os
 import stat
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted
 
 _TOLERATED_SHARE = 0.01
+_kept = threading.local()
+"""The file that a thread reads frame by frame, open: a frame is reached through all before it."""
 
 
 class Unreadable(NamedTuple):
@@ -166,6 +169,7 @@ class FileSource(ImageSource):
         self._label(labels, classes, len(self.paths))
         self.frames: tuple[int, ...] = (0,) * len(self.paths)
         """Which frame of its file each image is."""
+        self._uncounted: dict[str, str] = {}  # files whose frames cannot be counted, and why
         if self.decode.frames == "all":
             counts = [self._count_frames(index) for index in range(len(self.paths))]
             self.paths = tuple(path for path, count in zip(self.paths, counts, strict=True) for _ in range(count))
@@ -177,8 +181,7 @@ class FileSource(ImageSource):
 
     def image(self, index: int) -> Image.Image:
         """Decode image `index`. Raises UnreadableError, naming the file, if that fails."""
-        with self._opened(index) as image:
-            image.seek(self.frames[index])
+        with self._opened(index, self.frames[index]) as image:
             return to_rgb(image, self.decode)
 
     def dimensions(self, index: int) -> tuple[int, int]:
@@ -192,25 +195,42 @@ class FileSource(ImageSource):
         first = dataclasses.replace(self.decode, frames="first")  # they are counted already
         part = FileSource([self.paths[i] for i in indices], labels, self.classes, name, decode=first, notes=self.notes)
         part.decode, part.frames = self.decode, tuple(self.frames[i] for i in indices)
+        part._uncounted = self._uncounted
         return part
 
     @contextlib.contextmanager
-    def _opened(self, index: int) -> Iterator[Image.Image]:
+    def _opened(self, index: int, frame: int = 0) -> Iterator[Image.Image]:
         path = self.paths[index]
         # Damaged files make Pillow's decoders raise almost any exception, SyntaxError and struct.error among them.
         try:
-            if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for, for ever
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, for ever
                 raise ValueError("no regular file")
-            # Given the path, Pillow maps an uncompressed TIFF and reads turned ones in rows of the wrong length.
-            with open(path, "rb") as file, Image.open(file, formats=formats(path)) as image:
+            if path in self._uncounted:
+                raise ValueError(self._uncounted[path])
+            # A process that was forked shares its parent's place in an open file.
+            key = (os.getpid(), path, status.st_ino, status.st_size, status.st_mtime_ns)
+            kept, files, image = _kept.__dict__.pop("file", (None, contextlib.ExitStack(), None))
+            with files:
+                if kept != key or image.tell() > frame:  # Pillow does not find every way back
+                    files.close()
+                    # Given the path, Pillow maps an uncompressed TIFF and reads turned ones in rows of the wrong length.
+                    file = files.enter_context(open(path, "rb"))  # noqa: SIM115
+                    image = files.enter_context(Image.open(file, formats=formats(path)))
+                image.seek(frame)
                 yield image
+                if self.paths[index + 1 : index + 2] == (path,):  # its next frame
+                    _kept.file = key, files.pop_all(), image
         except Exception as error:
             raise UnreadableError(self.describe(index), _reason(path, error)) from error
 
     def _count_frames(self, index: int) -> int:
-        with contextlib.suppress(UnreadableError), self._opened(index) as image:
-            return image.n_frames if is_animated(image) else 1  # type: ignore[attr-defined]
-        return 1  # to be reported when it is read
+        try:
+            with self._opened(index) as image:
+                return image.n_frames if is_animated(image) else 1  # type: ignore[attr-defined]
+        except UnreadableError as error:
+            self._uncounted[self.paths[index]] = error.entry.reason
+            return 1  # to be reported when it is read
 
     def fingerprint(self) -> str:
         """Return a digest of every path, file size and time of change, of the labels and classes, and how they are decoded."""

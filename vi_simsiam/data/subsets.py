@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
@@ -49,9 +50,10 @@ def select(
     if distinct:
         train, val = _without_copies(train, val, within=held_out > 0)
     keys = np.random.PCG64(seed).random_raw(len(train))  # numpy keeps this stream in all versions
-    if isinstance(train, FileSource):  # the frames of a file are near copies of each other, and go together
+    if train.decode.frames == "all":  # the frames of a file are near copies of each other, and go together
+        files = (re.sub(r"#\d+$", "", train.describe(index)) for index in range(len(train)))
         first: dict[str, int] = {}
-        keys = keys[[first.setdefault(path, index) for index, path in enumerate(train.paths)]]
+        keys = keys[[first.setdefault(path, index) for index, path in enumerate(files)]]
     rest = np.ones(len(train), dtype=bool)
     if held_out > 0:
         count = round(held_out * len(train))

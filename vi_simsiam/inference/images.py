@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections import deque
@@ -21,7 +22,7 @@ from vi_simsiam.config import DecodeConfig
 from vi_simsiam.data.decoding import PATIENCE, no_answer
 from vi_simsiam.data.files import find_images
 from vi_simsiam.data.packed import PackedImages
-from vi_simsiam.data.pixels import Losses
+from vi_simsiam.data.pixels import Losses, is_animated
 from vi_simsiam.data.sources import (
     ArraySource,
     DatasetSource,
@@ -70,6 +71,7 @@ def open_images(images: Images, decode: DecodeConfig | None = None) -> ImageSour
             name) or a single file, a PIL image, a sequence of PIL images and paths, a uint8 tensor (N, 3, H, W), or a
             uint8 array (N, H, W) or (N, H, W, 3); (N, H, 3) could be one image and is refused.
         decode: how files and PIL images become pixels, see `data.pixels`; None for the default. An ImageSource has its own.
+            A PIL image is its current frame, also where all frames of files are taken.
 
     Raises:
         InputError: none of these, no such file, or a folder without images.
@@ -130,23 +132,34 @@ class _Several(ImageSource):
                 )
         self.name, self.labels, self.classes = "images", None, None
         self.decode = decode or DecodeConfig()
-        self._memory = DatasetSource(images, "images", decode)  # type: ignore[arg-type]
-        self._items = [each if isinstance(each, Image.Image) else user_path("images", each) for each in images]
+        memory = DatasetSource(images, "images", decode)  # type: ignore[arg-type]
+        self._places: list[tuple[ImageSource, int]] = []
+        animated = 0
+        for number, image in enumerate(images):
+            if not isinstance(image, Image.Image):
+                file = FileSource([user_path("images", image)], decode=self.decode)
+                self._places += [(file, frame) for frame in range(len(file))]
+                continue
+            self._places.append((memory, number))
+            if self.decode.frames == "all":
+                with contextlib.suppress(Exception):  # a damaged one is named when it is read
+                    animated += is_animated(image)
+        if animated:
+            self.notes = (
+                f"images: {counted(animated, 'PIL image')} with several frames, of which the current one is used; a file's "
+                "path gives all",
+            )
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._places)
 
     def image(self, index: int) -> Image.Image:
-        item = self._items[index]
-        return (
-            self._memory.image(index)
-            if isinstance(item, Image.Image)
-            else FileSource([item], decode=self.decode).image(0)
-        )
+        source, place = self._places[index]
+        return source.image(place)
 
     def describe(self, index: int) -> str:
-        item = self._items[index]
-        return f"images/{index}" if isinstance(item, Image.Image) else os.fspath(item)
+        source, place = self._places[index]
+        return source.describe(place)
 
 
 def read(
