@@ -16,7 +16,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from vi_simsiam.config import AugmentConfig, LossConfig, ModelConfig, TrainConfig
+from vi_simsiam.config import AugmentConfig, DecodeConfig, LossConfig, ModelConfig, TrainConfig
+from vi_simsiam.data.cache import pack
+from vi_simsiam.data.datasets import open_dataset
 from vi_simsiam.engine.checkpoint import Checkpoint, write_atomically
 from vi_simsiam.engine.monitor import effective_rank, representation_statistics
 from vi_simsiam.engine.run import load_run, new_folder, resolve_device
@@ -327,6 +329,16 @@ def test_resume_notices_that_the_data_changed(image_folder: Path, tmp_path: Path
         InputError, match="has changed since the run was trained on it: 39 readable training images, not 40"
     ):
         Trainer(settings, tmp_path / "run", resume=True)
+
+
+def test_how_a_pack_was_decoded_is_how_its_run_goes_on(image_folder: Path, tmp_path: Path) -> None:
+    white = open_dataset(str(image_folder), decode=DecodeConfig(background="white"))
+    pack(white.train, tmp_path / "x.pack", workers=0)
+    settings = config(image_folder, data=f"pack:{tmp_path / 'x.pack'}", epochs=1)
+    train(settings, tmp_path / "run")
+    assert Trainer(settings, tmp_path / "run", resume=True, console=QUIET).config.decode == white.train.decode
+    with pytest.raises(InputError, match="decode.background: white -> gray"):
+        Trainer(config(image_folder, epochs=1), tmp_path / "run", resume=True)
 
 
 def test_unreadable_images_are_named_as_they_are(image_folder: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from vi_simsiam.config import PLACE_FIELDS, TrainConfig, differing_fields
+from vi_simsiam.config import PLACE_FIELDS, TrainConfig
 from vi_simsiam.data.batches import check_batch
 from vi_simsiam.data.cache import cached
 from vi_simsiam.data.content import content, listed
@@ -25,6 +25,7 @@ from vi_simsiam.engine.monitor import Monitor, representation_statistics
 from vi_simsiam.engine.network import check_compiler, training_network
 from vi_simsiam.engine.run import (
     CHECKPOINT,
+    check_config,
     check_folder,
     check_images,
     load_frozen,
@@ -90,10 +91,8 @@ class Trainer:
         elif resume:
             raise InputError("resume: say which run folder to go on with")
         saved = read_config(folder) if resume else config  # type: ignore[arg-type]
-        if differing := differing_fields(dataclasses.replace(saved, data=config.data), config):
-            raise InputError(
-                f"resume: the configuration differs from {folder}'s: {'; '.join(differing)}; leave these options out, or give another --out"
-            )
+        # How images are decoded is settled once they are open.
+        check_config(dataclasses.replace(saved, decode=config.decode), config, folder)
         self.config, self.resume, self.quiet = config, resume, quiet
         self.world = world or World(resolve_device(config.device))
         self.world.agree("configuration", config.to_dict(), ignore=PLACE_FIELDS - _COMMON_FIELDS)
@@ -126,11 +125,12 @@ class Trainer:
         checkpoint = Checkpoint.load(folder / CHECKPOINT, self.device) if resume else None  # type: ignore[operator]
         with self.world.main_first():  # it decodes the images if that is to be done, and the others find them
             splits = splits or open_splits(config, run=folder if resume else None)
-            if checkpoint is not None:
-                check_images(saved, config, checkpoint, listed(splits))
-            check_batch(config.batch_size, splits.train)  # known before all are decoded
             # What is decoded already was by a rule of its own, and the run's other images are to follow it.
             self.config = config = dataclasses.replace(config, decode=splits.train.decode)
+            if checkpoint is not None:
+                check_config(saved, config, folder)
+                check_images(saved, config, checkpoint, listed(splits))
+            check_batch(config.batch_size, splits.train)  # known before all are decoded
             images, _ = cached(
                 splits.train,
                 cache_dir=config.cache_dir,
