@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -39,10 +40,10 @@ from vi_simsiam.engine.run import (
 from vi_simsiam.engine.signals import stop_signals
 from vi_simsiam.engine.step import OverlappedStep, TrainStep, learning_rates
 from vi_simsiam.engine.verdict import Health
-from vi_simsiam.errors import InputError, TrainingError
+from vi_simsiam.errors import ImageWarning, InputError, TrainingError
 from vi_simsiam.models import Output, VISimSiam, build_model
 from vi_simsiam.ops.backends import choose_backend, why_unavailable
-from vi_simsiam.paths import printable, user_path
+from vi_simsiam.paths import user_path
 
 # Ranks meet where metrics are due and in the network: these may differ between runs, not between ranks.
 _COMMON_FIELDS = {"log_every", "capture", "kernels", "compile"}
@@ -52,7 +53,8 @@ class Trainer:
     """Trains one model into one run folder.
 
     Everything that can be wrong with the input is found here, before the folder is touched. The same configuration
-    gives the same run on the same machine, also when it is interrupted and resumed at any step.
+    gives the same run on the same machine, also when it is interrupted and resumed at any step. An ImageWarning names
+    images that are left out, and what decoding lost.
 
     On a GPU the images lie in its memory or are streamed to it, their views are made there while the step before
     trains, and a whole step is replayed as one CUDA graph. On a CPU worker processes make the views.
@@ -138,9 +140,7 @@ class Trainer:
                 console=None if quiet else self.console,
             )
         for text in images.warnings:
-            self.console.print(
-                printable(f"warning: {text}"), style="yellow", markup=False, highlight=False, soft_wrap=True
-            )
+            warnings.warn(text, ImageWarning, stacklevel=2)
         self.content = content(splits, images)
         self.world.agree("data", self.content)
         if checkpoint is not None:
