@@ -8,6 +8,7 @@ import os
 import queue
 import socket
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.engine import trainer
 from vi_simsiam.engine.distributed import PeerError, World, joined, sync_batch_norm, wrap
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.models import Output, SimSiam, build_model
 
 Case = Callable[..., Any]
@@ -93,6 +94,8 @@ def _rank(
 def collectives(world: World) -> dict[str, Any]:
     """Everything that does not fail, with parts that differ between the ranks."""
     n = (3, 0, 1)[world.rank]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.warn("an image", ImageWarning, stacklevel=1)
     rows = torch.arange(n * 4, dtype=torch.float32).view(n, 2, 2) + 100 * world.rank
     return {
         "place": (world.rank, world.size, world.is_main, world.console().quiet, str(world.device)),
@@ -109,6 +112,7 @@ def collectives(world: World) -> dict[str, Any]:
         ],
         "said": world.broadcast_object({"folder": f"runs/{world.rank}"}),
         "shares": list(world.share(10)),
+        "warned": len(warned),
     }
 
 

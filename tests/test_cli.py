@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -146,10 +147,15 @@ def test_info_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_train_evaluate_and_resume(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The main job on a small folder: train, the two summary lines last, all files, then resume with what was saved."""
-    run = tmp_path / "run"
-    arguments = ["train", "--data", f"folder:{image_folder}", "--out", str(run), *SMALL]
+    run, data = tmp_path / "run", shutil.copytree(image_folder, tmp_path / "data")
+    for part in ("train", "val"):
+        Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16)).save(data / part / "dark" / "deep.png")
+    arguments = ["train", "--data", f"folder:{data}", "--out", str(run), *SMALL]
     assert main([*arguments, "--evaluate"]) == 0
-    lines = capsys.readouterr().out.strip().splitlines()
+    said = capsys.readouterr()
+    warned = [line.split(": values of 1 image range from 0 to 255 only")[0] for line in said.err.splitlines()]
+    assert warned == [f"warning: {data / part}" for part in ("train", "val")], "once each"
+    lines = said.out.strip().splitlines()
     assert [line.split(":")[0] for line in lines[-2:]] == ["kNN top-1", "linear top-1"]
     for name in ("knn", "linear"):
         result = json.loads((run / f"{name}.json").read_text())

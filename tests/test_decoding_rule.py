@@ -47,9 +47,9 @@ def test_a_run_and_all_that_follows_it_share_the_rule(
     packed, run = tmp_path / "icons.pack", tmp_path / "run"
     small = ["--size", "16", "--epochs", "1", "--dim", "8", "--device", "cpu", "--workers", "0"]
     assert main(["pack", str(icons), "--out", str(packed), "--background", "white"]) == 0
-    assert f"warning: {icons}: {RANGE}\n" in capfd.readouterr().out
+    assert f"warning: {icons}: {RANGE}\n" in capfd.readouterr().err
     assert main(["train", "--data", str(packed), "--out", str(run), *small]) == 0
-    assert RANGE in capfd.readouterr().out.replace("\n", " ")
+    assert RANGE in capfd.readouterr().err
     assert json.loads((run / "config.json").read_text())["decode"]["background"] == "white"
 
     direct = FileSource(sorted(icons.iterdir()), decode=DecodeConfig(background="white"))

@@ -53,6 +53,7 @@ def test_everything_that_ranks_exchange() -> None:
     rows = [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9], [10, 11]], [[200, 201], [202, 203]]]
     for rank, (found, *_) in enumerate(outcomes):
         assert found.pop("place") == (rank, 3, rank == 0, rank > 0, "cpu")
+        assert found.pop("warned") == (rank == 0)
         assert found.pop("shares") == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]][rank]
         assert found == {
             "rows": rows,

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCardData
 from PIL import Image
 
 from vi_simsiam.config import LossConfig, Stem
+from vi_simsiam.data.pixels import to_rgb
 from vi_simsiam.data.views import eval_view
 from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError
@@ -65,15 +66,15 @@ def test_the_code_loads_the_weights_and_the_image(
 ) -> None:
     run = network_run(tmp_path, stem=stem)
     monkeypatch.chdir(export_run(run, format))
-    pixels = np.random.default_rng(0).integers(0, 256, (25, 33, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save("image.jpg")
+    pixels = np.random.default_rng(0).integers(0, 256, (25, 33, 4), dtype=np.uint8)
+    Image.fromarray(pixels).save("image.jpg", "PNG")  # transparent here and there
     code = code_blocks(Path("README.md").read_text())
     assert any("vi_simsiam" in block for block in code) == (format == "safetensors")
     names = run_code(code)
     with torch.no_grad():
         expected = run.model.backbone(torch.zeros(2, 3, SIZE, SIZE))
     torch.testing.assert_close(names["features"].clone(), expected, rtol=1e-5, atol=1e-5)
-    view = eval_view(SIZE)(Image.open("image.jpg")).unsqueeze(0)
+    view = eval_view(SIZE)(to_rgb(Image.open("image.jpg"))).unsqueeze(0)
     torch.testing.assert_close(names["images"], view, rtol=0, atol=1e-6)
 
 

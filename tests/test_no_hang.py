@@ -10,7 +10,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -101,19 +100,17 @@ def test_whoever_leaves_early_does_not_wait() -> None:
     assert not multiprocessing.active_children()
 
 
-def test_a_thread_that_gives_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = threading.Event()
+def read_stuck() -> None:
+    images.PATIENCE = 0.2
+    list(images.read(Stuck(PIXELS), np.asarray, chunk=2, threads=2))
 
-    def prepare(image: Image.Image) -> np.ndarray:
-        answer.wait(60)
-        return np.asarray(image)
 
-    monkeypatch.setattr(images, "PATIENCE", 0.2)
-    try:
-        with pytest.raises(TrainingError, match="^array: no images have come from the workers"):
-            list(images.read(ArraySource(PIXELS), prepare, chunk=2, threads=2))
-    finally:
-        answer.set()
+def test_a_thread_that_gives_nothing_does_not_keep_the_program() -> None:
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_no_hang as t; t.read_stuck()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    message = "TrainingError: array: no images have come from the threads for 600 s; a disk may not answer\n"
+    assert done.stderr.endswith(message)
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.ENOENT])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from vi_simsiam.config import DecodeConfig
 from vi_simsiam.data.cache import in_memory
@@ -18,6 +19,7 @@ from vi_simsiam.errors import InputError
 
 GRAY = np.array([[0, 50], [128, 255]], dtype=np.uint8)
 COLOUR = np.stack([GRAY, GRAY[::-1], GRAY.T], axis=2)
+WEBP = pytest.param("WEBP", marks=pytest.mark.skipif(not features.check("webp"), reason="Pillow without WebP"))
 TALL = np.arange(6, dtype=np.uint8).reshape(3, 2) * 40
 
 
@@ -50,7 +52,7 @@ def test_every_eight_bit_mode_keeps_its_colours(mode: str) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("kind", ["RGBA", "LA", "PA", "palette", "colour key", "gray key", "WEBP", "deep key"])
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "PA", "palette", "colour key", "gray key", WEBP, "deep key"])
 def test_equal_looking_files_give_equal_pixels(kind: str) -> None:
     """What a transparent pixel hides is not seen, half of a half-transparent one is."""
 
@@ -88,8 +90,37 @@ def test_neither_a_black_nor_a_white_icon_vanishes() -> None:
         assert set(np.unique(to_rgb(Image.fromarray(icon)))) == {level, 128}
 
 
+def png(bits: int, row: list[int], key: tuple[int, ...]) -> Image.Image:
+    """A PNG of a depth that Pillow reads but does not write: a row of gray, in RGB where the transparent colour is."""
+    digits = "".join(f"{value:0{bits}b}" for value in np.repeat(row, len(key)))
+    pixels = int(digits.ljust(-(-len(digits) // 8) * 8, "0"), 2).to_bytes(-(-len(digits) // 8), "big")
+    header = struct.pack(">IIBBBBB", len(row), 1, bits, len(key) - 1, 0, 0, 0)
+    file = b"\x89PNG\r\n\x1a\n"
+    for name, content in (
+        (b"IHDR", header),
+        (b"tRNS", struct.pack(f">{len(key)}H", *key)),
+        (b"IDAT", zlib.compress(b"\0" + pixels)),
+        (b"IEND", b""),
+    ):
+        file += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    return Image.open(BytesIO(file))
+
+
+@pytest.mark.parametrize(("bits", "level"), [(1, 1), (2, 2), (4, 9), (8, 77), (16, 0x4D21)])
+def test_the_transparent_colour_of_a_png_is_as_deep_as_its_pixels(bits: int, level: int) -> None:
+    for key, expected in ((level, [0, 128]), (0, [128, round(level * 255 / (2**bits - 1))])):
+        for channels in (1, 3) if bits >= 8 else (1,):
+            image = png(bits, [0, level], (key,) * channels)
+            assert [red(image), red(image)] == [[expected], [expected]]  # again once it is loaded
+
+
+def test_gray_with_premultiplied_alpha() -> None:
+    image = Image.fromarray(np.array([[[200, 255], [100, 128]]], np.uint8)).convert("La")
+    np.testing.assert_allclose(red(image), [[200, 100 * 128 / 255 + 128 * 127 / 255]], atol=1)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "deep PNG"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", WEBP, "deep PNG"])
 def test_images_are_turned_upright(tmp_path: Path, orientation: int, kind: str) -> None:
     """Each file is written as a camera would that was held so, hence all look alike."""
     back = {1: TALL, 2: TALL[:, ::-1], 3: TALL[::-1, ::-1], 4: TALL[::-1], 5: TALL.T, 6: np.rot90(TALL, 1),
@@ -184,25 +215,35 @@ def test_lost_range_is_reported_once_with_the_option_that_keeps_it() -> None:
 def animation(tmp_path: Path) -> list[Path]:
     """Files of three frames each, with the levels 0, 100 and 200."""
     frames = [Image.new("L", (4, 4), level) for level in (0, 100, 200)]
-    for kind in ("gif", "webp", "tif", "png"):
+    for kind in ("gif", "tif", "png", *(["webp"] if features.check("webp") else [])):
         lossless = {"lossless": True} if kind == "webp" else {}
         frames[0].save(tmp_path / f"moving.{kind}", save_all=True, append_images=frames[1:], **lossless)
+    pages = [BytesIO() for _ in frames]
+    for frame, page in zip(frames, pages, strict=True):
+        frame.save(page, "PCX")
+    places = 20 + np.cumsum([0, *(len(page.getvalue()) for page in pages)])
+    content = b"".join(page.getvalue() for page in pages)
+    (tmp_path / "moving.dcx").write_bytes(struct.pack("<5I", 0x3ADE68B1, *places[:3], 0) + content)
+    content = b"".join(struct.pack("<IHH8xIH", 38, 0xF1FA, 1, 22, 16) + frame.tobytes() for frame in frames)
+    header = struct.pack("<I6HI108x", 128 + len(content), 0xAF11, len(frames), 4, 4, 8, 3, 0)
+    (tmp_path / "moving.fli").write_bytes(header + content)
     return sorted(tmp_path.iterdir())
 
 
 def test_of_animations_the_first_frame_or_all(animation: list[Path], tmp_path: Path) -> None:
-    labels = np.arange(4, dtype=np.int64)
-    images = in_memory(FileSource(animation, labels, ("a", "b", "c", "d"), "set"))
-    assert [images.image(index).getpixel((0, 0))[0] for index in range(len(images))] == [0] * 4
+    count = len(animation)
+    labels, names = np.arange(count, dtype=np.int64), tuple("abcdef"[:count])
+    images = in_memory(FileSource(animation, labels, names, "set"))
+    assert [images.image(index).getpixel((0, 0))[0] for index in range(len(images))] == [0] * count
     assert images.notes == (
-        "set: 4 images with several frames, of which the first is used; --frames all takes each as an image",
+        f"set: {count} images with several frames, of which the first is used; --frames all takes each as an image",
     )
-    source = FileSource(animation, labels, ("a", "b", "c", "d"), "set", decode=DecodeConfig(frames="all"))
+    source = FileSource(animation, labels, names, "set", decode=DecodeConfig(frames="all"))
     assert source.labels is not None
-    assert source.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert source.labels.tolist() == np.repeat(labels, 3).tolist()
     assert [source.describe(index) for index in range(3)] == [f"{animation[0]}{end}" for end in ("", "#1", "#2")]
     images = in_memory(source)
-    assert [images.image(index).getpixel((0, 0))[0] for index in range(len(images))] == [0, 100, 200] * 4
+    assert [images.image(index).getpixel((0, 0))[0] for index in range(len(images))] == [0, 100, 200] * count
     assert images.notes == ()
     part = source.take(np.array([2, 7]), "part")
     assert [part.describe(index) for index in range(2)] == [f"{animation[0]}#2", f"{animation[2]}#1"]

@@ -323,8 +323,7 @@ def test_views_leaves_out_what_train_leaves_out(
     broken.write_bytes(b"")
     out = tmp_path / "views.png"
     assert main(["views", "--data", f"folder:{source}", "--size", "16", "--images", "2", "--out", str(out)]) == 0
-    said = capsys.readouterr().out
-    assert said == f"warning: 1 unreadable image left out: {broken} (an empty file)\n{out}\n"
+    assert capsys.readouterr() == (f"{out}\n", f"warning: 1 unreadable image left out: {broken} (an empty file)\n")
     with Image.open(out) as picture:
         assert picture.height == 7 * (2 * 16 + 4)  # small views are enlarged, to at most 112 pixels
 

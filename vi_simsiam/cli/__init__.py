@@ -27,8 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding cannot print
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("default", ImageWarning)
-            warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
+            warnings.simplefilter("always", ImageWarning)
+            warnings.showwarning = functools.partial(_show_warning, warnings.showwarning, set())
             code = _run(given)
         if sys.stdout is not None and not sys.stdout.closed:
             sys.stdout.flush()
@@ -54,11 +54,18 @@ def _takes_all(stream: io.TextIOWrapper) -> bool:
 
 
 def _show_warning(
-    others: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any, **more: Any
+    others: Callable[..., None],
+    shown: set[str],
+    message: Warning | str,
+    category: type[Warning],
+    *place: Any,
+    **more: Any,
 ) -> None:
-    """One line for what concerns a user's images; `others` shows other warnings."""
+    """One line for what concerns a user's images, once for all that reads them; `others` shows other warnings."""
     if issubclass(category, ImageWarning):
-        print(f"warning: {message}", file=sys.stderr)
+        if (line := f"warning: {message}") not in shown:
+            print(line, file=sys.stderr)
+        shown.add(line)
     else:
         others(message, category, *place, **more)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from vi_simsiam.cli.parsing import parse, said
 from vi_simsiam.config import AugmentConfig, DecodeConfig, TrainConfig, policy
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.text import counted
 
 _LEAST_SHOWN = 112
@@ -110,7 +111,7 @@ def views(arguments: list[str]) -> int:
     failures: list[Unreadable] = []
     sheet = contact_sheet(source, options.augment, images=options.images, seed=options.seed, skipped=failures.append)
     for text in (*source.notes, *([left_out(failures)] if failures else [])):
-        print(f"warning: {text}")
+        warnings.warn(text, ImageWarning, stacklevel=2)
     enlarged = max(1, _LEAST_SHOWN // options.augment.size)  # 28 pixels are too few to look at
     shown = sheet.resize((sheet.width * enlarged, sheet.height * enlarged), Image.Resampling.NEAREST)
     kind = Image.registered_extensions()[options.out.suffix.lower()]

@@ -20,6 +20,7 @@ import secrets
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -33,7 +34,7 @@ from vi_simsiam.data.decoding import bytes_per_image, decode
 from vi_simsiam.data.packed import FORMAT_VERSION, Contents, PackedImages, PackError, PackWriter, open_pack
 from vi_simsiam.data.pixels import Losses
 from vi_simsiam.data.sources import ArraySource, ImageSource, Unreadable, check_readable
-from vi_simsiam.errors import InputError, is_full
+from vi_simsiam.errors import ImageWarning, InputError, is_full
 from vi_simsiam.paths import printable, user_path
 from vi_simsiam.text import counted
 
@@ -95,6 +96,8 @@ def pack(
 ) -> list[Unreadable]:
     """Decode the images of a source into a file for `open_pack`, and return those that cannot be read.
 
+    An ImageWarning says what decoding lost of the others.
+
     Args:
         source: the images.
         out: the file; replaced if it exists.
@@ -114,7 +117,7 @@ def pack(
     fingerprint = _fingerprint(source, shorter_side) or ""
     contents = _write(source, out, fingerprint, "out", workers=workers, shorter_side=shorter_side, console=console)
     for note in (*source.notes, *contents.notes):
-        _print(console, f"warning: {note}")
+        warnings.warn(note, ImageWarning, stacklevel=2)
     return list(contents.unreadable)
 
 

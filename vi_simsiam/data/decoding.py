@@ -156,8 +156,12 @@ def no_processes(error: OSError) -> TrainingError:
     )
 
 
-def no_answer(place: str) -> TrainingError:
-    """The error where processes or threads live and give nothing."""
+def no_answer(place: str, *, threads: bool = False) -> TrainingError:
+    """The error where processes live and give nothing, or threads."""
+    if threads:
+        return TrainingError(
+            f"{place}: no images have come from the threads for {PATIENCE:.0f} s; a disk may not answer"
+        )
     return TrainingError(
         f"{place}: no images have come from the workers for {PATIENCE:.0f} s; a disk may not answer, or a process be "
         "stopped; --workers 0 works without them"

@@ -418,7 +418,7 @@ def _finish(job: Future[Any]) -> Any:
     except UserError:
         raise
     except TimeoutError as error:
-        raise no_answer("data") from error
+        raise no_answer("data", threads=True) from error
     except Exception as error:
         raise TrainingError(f"data: batches cannot be prepared ({type(error).__name__}: {error})") from error
 

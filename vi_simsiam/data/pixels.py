@@ -6,8 +6,8 @@
     with an EXIF orientation                     turned upright
     gray of 9 to 32 bits                         0 and 255 at the two ends of the value range, by default the stored type's
     floating-point gray                          the same, by default 0 and 1; NaN is the lower end
-    colour of 16 bits a channel                  the upper 8 bits, by Pillow
-    an animation, or a TIFF of several pages     its first frame, or every frame as an image of its own
+    colour of 16 bits a channel                  the upper 8 bits, of a transparent colour, too
+    an animation, or several pages               its first frame, or every frame as an image of its own
 
 Values beyond the range are clipped to it.
 """
@@ -24,11 +24,13 @@ from PIL import Image, ImageOps
 from vi_simsiam.config import DecodeConfig
 from vi_simsiam.text import counted
 
-_ANIMATED = ("GIF", "WEBP", "TIFF", "PNG", "AVIF")
+_ANIMATED = ("GIF", "WEBP", "TIFF", "PNG", "AVIF", "FLI", "DCX")
 """Formats whose frames are images in their own right. The further ones of an MPO file are previews and depth maps."""
 _LOST = "vi_simsiam_lost"
 _LEAST_USED = 1 / 8
 """Share of the range below which it is called lost: fewer than 32 of 256 gray values."""
+_LARGEST = {"1": 1, "L;2": 3, "L;4": 15}
+"""Largest gray value of PNGs of fewer than 8 bits, by what Pillow calls them."""
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 _WHITE_IS_ZERO, _SIGNED = 0, 2
 _ORIENTATION = 0x0112
@@ -120,6 +122,8 @@ def to_rgb(image: Image.Image, decode: DecodeConfig | None = None) -> Image.Imag
     if 0 in image.size:
         raise ValueError(f"{image.width} x {image.height} pixels")
     framed = decode.frames == "first" and is_animated(image)
+    if image.format == "PNG":
+        _scale_key(image)
     image.load()
     values, stored = None, _stored(image)
     # Damaged EXIF data raise almost any exception; the pixels are well.
@@ -128,12 +132,24 @@ def to_rgb(image: Image.Image, decode: DecodeConfig | None = None) -> Image.Imag
             image = ImageOps.exif_transpose(image)
     if stored is not None:
         image, values = _eight_bits(image, stored, decode)
+    if image.mode == "La":
+        image = image.convert("LA")
     if image.has_transparency_data:
         opaque = Image.new("RGBA", image.size, decode.colour())
         image = Image.alpha_composite(opaque, image.convert("RGBA"))
     rgb = image.convert("RGB")
     rgb.info = {_LOST: (framed, values)} if framed or values else {}
     return rgb
+
+
+def _scale_key(image: Image.Image) -> None:
+    """Make the transparent colour of a PNG that is not loaded yet 8 bits, as Pillow makes its pixels alone."""
+    key, tiles = image.info.get("transparency"), getattr(image, "tile", None)
+    kind = tiles[0][3] if tiles else None
+    if isinstance(key, tuple) and kind == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+    elif isinstance(key, int) and kind in _LARGEST:
+        image.info["transparency"] = (key & _LARGEST[kind]) * (255 // _LARGEST[kind])
 
 
 def is_animated(image: Image.Image) -> bool:

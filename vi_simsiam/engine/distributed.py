@@ -16,6 +16,7 @@ import math
 import os
 import pickle
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
@@ -29,7 +30,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from vi_simsiam.engine.run import resolve_device
-from vi_simsiam.errors import InputError, TrainingError, UserError
+from vi_simsiam.errors import ImageWarning, InputError, TrainingError, UserError
 
 TIMEOUT = 600.0
 """Seconds that a rank waits for the others before it gives up."""
@@ -318,7 +319,9 @@ def joined(device: str = "auto", *, timeout: float = TIMEOUT) -> Iterator[World]
         device_id=world.device if backend == "nccl" else None,
     )
     try:
-        with world.together(), _contact():
+        with warnings.catch_warnings(), world.together(), _contact():
+            if not world.is_main:  # all ranks open the same images
+                warnings.simplefilter("ignore", ImageWarning)
             yield world
     except BaseException:
         # NCCL waits for the other ranks when it is shut down properly, and they will not come.

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vi_simsiam.config import TrainConfig
+from vi_simsiam.config import TrainConfig, differing_fields
 from vi_simsiam.data.cache import cached
 from vi_simsiam.data.content import difference
 from vi_simsiam.data.datasets import Splits, open_dataset
@@ -197,6 +197,19 @@ def check_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
         others = [file for file in path.iterdir() if not any(file.match(pattern) for pattern in _REMAINS)]
         if others:
             raise InputError(f"out: {path} holds other files; give an empty or new folder")
+
+
+def check_config(saved: TrainConfig, config: TrainConfig, path: Path | None) -> None:
+    """Refuse to go on with other settings than those that the run in `path` was started with; its images may have moved.
+
+    Raises:
+        InputError: they differ.
+    """
+    if differing := differing_fields(dataclasses.replace(saved, data=config.data), config):
+        raise InputError(
+            f"resume: the configuration differs from {path}'s: {'; '.join(differing)}; leave these options out, or give "
+            "another --out"
+        )
 
 
 def check_images(saved: TrainConfig, config: TrainConfig, checkpoint: Checkpoint, now: dict[str, Any]) -> None:

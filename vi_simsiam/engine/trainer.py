@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from vi_simsiam.config import PLACE_FIELDS, TrainConfig, differing_fields
+from vi_simsiam.config import PLACE_FIELDS, TrainConfig
 from vi_simsiam.data.batches import check_batch
 from vi_simsiam.data.cache import cached
 from vi_simsiam.data.content import content, listed
@@ -25,6 +26,7 @@ from vi_simsiam.engine.monitor import Monitor, representation_statistics
 from vi_simsiam.engine.network import check_compiler, training_network
 from vi_simsiam.engine.run import (
     CHECKPOINT,
+    check_config,
     check_folder,
     check_images,
     load_frozen,
@@ -38,10 +40,10 @@ from vi_simsiam.engine.run import (
 from vi_simsiam.engine.signals import stop_signals
 from vi_simsiam.engine.step import OverlappedStep, TrainStep, learning_rates
 from vi_simsiam.engine.verdict import Health
-from vi_simsiam.errors import InputError, TrainingError
+from vi_simsiam.errors import ImageWarning, InputError, TrainingError
 from vi_simsiam.models import Output, VISimSiam, build_model
 from vi_simsiam.ops.backends import choose_backend, why_unavailable
-from vi_simsiam.paths import printable, user_path
+from vi_simsiam.paths import user_path
 
 # Ranks meet where metrics are due and in the network: these may differ between runs, not between ranks.
 _COMMON_FIELDS = {"log_every", "capture", "kernels", "compile"}
@@ -51,7 +53,8 @@ class Trainer:
     """Trains one model into one run folder.
 
     Everything that can be wrong with the input is found here, before the folder is touched. The same configuration
-    gives the same run on the same machine, also when it is interrupted and resumed at any step.
+    gives the same run on the same machine, also when it is interrupted and resumed at any step. An ImageWarning names
+    images that are left out, and what decoding lost.
 
     On a GPU the images lie in its memory or are streamed to it, their views are made there while the step before
     trains, and a whole step is replayed as one CUDA graph. On a CPU worker processes make the views.
@@ -90,10 +93,8 @@ class Trainer:
         elif resume:
             raise InputError("resume: say which run folder to go on with")
         saved = read_config(folder) if resume else config  # type: ignore[arg-type]
-        if differing := differing_fields(dataclasses.replace(saved, data=config.data), config):
-            raise InputError(
-                f"resume: the configuration differs from {folder}'s: {'; '.join(differing)}; leave these options out, or give another --out"
-            )
+        # How images are decoded is settled once they are open.
+        check_config(dataclasses.replace(saved, decode=config.decode), config, folder)
         self.config, self.resume, self.quiet = config, resume, quiet
         self.world = world or World(resolve_device(config.device))
         self.world.agree("configuration", config.to_dict(), ignore=PLACE_FIELDS - _COMMON_FIELDS)
@@ -128,11 +129,12 @@ class Trainer:
         checkpoint = Checkpoint.load(folder / CHECKPOINT, self.device) if resume else None  # type: ignore[operator]
         with self.world.main_first():  # it decodes the images if that is to be done, and the others find them
             splits = splits or open_splits(config, run=folder if resume else None)
-            if checkpoint is not None:
-                check_images(saved, config, checkpoint, listed(splits))
-            check_batch(config.batch_size, splits.train)  # known before all are decoded
             # What is decoded already was by a rule of its own, and the run's other images are to follow it.
             self.config = config = dataclasses.replace(config, decode=splits.train.decode)
+            if checkpoint is not None:
+                check_config(saved, config, folder)
+                check_images(saved, config, checkpoint, listed(splits))
+            check_batch(config.batch_size, splits.train)  # known before all are decoded
             images, _ = cached(
                 splits.train,
                 cache_dir=config.cache_dir,
@@ -140,9 +142,7 @@ class Trainer:
                 console=None if quiet else self.console,
             )
         for text in images.warnings:
-            self.console.print(
-                printable(f"warning: {text}"), style="yellow", markup=False, highlight=False, soft_wrap=True
-            )
+            warnings.warn(text, ImageWarning, stacklevel=2)
         self.content = content(splits, images)
         self.world.agree("data", self.content)
         if checkpoint is not None:

@@ -123,7 +123,7 @@ def model_card(run: Run, format: str, *, check: Check, versions: dict[str, str])
         about=_about(run, format),
         code=_loading(run, format),
         seen=preprocessing(config),
-        preprocess=_preprocess(format, config.augment.size),
+        preprocess=_preprocess(format, config.augment.size, config.decode.background),
         checked=_checked(check),
         measures=[heading for columns in _MEASURES.values() for _, heading in columns],
         rows=[(encoder, _shares(results, encoder)) for encoder in _ENCODERS],
@@ -208,8 +208,8 @@ def _width(run: Run) -> int:
     return width
 
 
-def _preprocess(format: str, size: int) -> str:
-    """Code that makes `images` (1, 3, S, S) of the file image.jpg."""
+def _preprocess(format: str, size: int, background: str) -> str:
+    """Code that makes `images` (1, 3, S, S) of the file image.jpg, with `background` where it is transparent."""
     if format == "timm":
         lines = [
             "from PIL import Image, ImageOps",
@@ -233,8 +233,12 @@ def _preprocess(format: str, size: int) -> str:
             "    ]",
             ")",
         ]
-    image = 'ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")'
-    return "\n".join([*lines, f"images = transform({image}).unsqueeze(0)"])
+    lines += [
+        'image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGBA")',
+        f'image = Image.alpha_composite(Image.new("RGBA", image.size, "{background}"), image).convert("RGB")',
+        "images = transform(image).unsqueeze(0)",
+    ]
+    return "\n".join(lines)
 
 
 def _checked(check: Check) -> str:

@@ -7,8 +7,10 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,6 +50,7 @@ Images = (
 )
 """What can be encoded, see `open_images`; float tensors are views already and need no reading."""
 
+_Read = tuple[NDArray[np.uint8], Losses] | Unreadable
 _CHUNKS_AHEAD = 2
 _THREAD_SAFE = (FileSource, ArraySource, PackedImages)
 
@@ -184,7 +187,7 @@ def read(
     """
     losses = Losses()
 
-    def one(index: int) -> tuple[NDArray[np.uint8], Losses] | Unreadable:
+    def one(index: int) -> _Read:
         try:
             image = source.image(index)
             lost = Losses()
@@ -198,13 +201,20 @@ def read(
             return Unreadable(source.describe(index), " ".join(str(error).split()) or type(error).__name__)
 
     starts = iter(range(0, len(source), chunk))
-    pending: deque[tuple[range, list[Future[tuple[NDArray[np.uint8], Losses] | Unreadable]]]] = deque()
-    pool = ThreadPoolExecutor(threads if isinstance(source, _THREAD_SAFE) else 1, thread_name_prefix="images")
+    jobs: SimpleQueue[tuple[int, Future[_Read]] | None] = SimpleQueue()
+    pending: deque[tuple[range, list[Future[_Read]]]] = deque()
+    count = min(threads if isinstance(source, _THREAD_SAFE) else 1, len(source))
+    # Those of an executor would be waited for when the program ends, even for ever.
+    readers = [Thread(target=_work, args=(one, jobs), name="images", daemon=True) for _ in range(count)]
+    for reader in readers:
+        reader.start()
 
     def submit() -> None:
         if (start := next(starts, None)) is not None:
             indices = range(start, min(start + chunk, len(source)))
-            pending.append((indices, [pool.submit(one, index) for index in indices]))
+            pending.append((indices, [Future() for _ in indices]))
+            for job in zip(*pending[-1], strict=True):
+                jobs.put(job)
 
     answering = True
     try:
@@ -226,6 +236,20 @@ def read(
             warnings.warn(line, ImageWarning, stacklevel=2)
     except TimeoutError as error:
         answering = False
-        raise no_answer(source.name) from error
+        raise no_answer(source.name, threads=True) from error
     finally:
-        pool.shutdown(wait=answering, cancel_futures=True)
+        with contextlib.suppress(Empty):
+            while True:
+                jobs.get_nowait()
+        for _ in readers:
+            jobs.put(None)
+        for reader in readers if answering else ():
+            reader.join()
+
+
+def _work(one: Callable[[int], _Read], jobs: SimpleQueue[tuple[int, Future[_Read]] | None]) -> None:
+    for index, future in iter(jobs.get, None):
+        try:
+            future.set_result(one(index))
+        except BaseException as error:  # raised where the result is asked for
+            future.set_exception(error)
