@@ -59,6 +59,7 @@ soak: install
 	printf "\n$$summary"; exit $$status
 
 gpu: install
+	$(BIN)/vi-simsiam info --check
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/vi-simsiam bench loss --short --out benchmarks/results
 	$(BIN)/vi-simsiam bench augment --short --out benchmarks/results
