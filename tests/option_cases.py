@@ -84,7 +84,7 @@ RUNS = {
     "views": f"""
         views --data {{images}} {_VIEWS} {_DECODE} --policy multicrop --images 2 --seed 1 --data-root {{here}} --offline --out {{out}}.png""",
     "info": """
-        info --json => "backends": {""",
+        info --check --json => "name": "training step, float32",""",
     "bench loss": f"""
         bench loss {_BENCH} --only 64x512 => written: {{here}}/cpu/multiview_loss.json
         bench loss {_BENCH} --only 64x512 --resume""",

@@ -27,9 +27,8 @@ def facts() -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backends = {}
     for name in BACKENDS:
-        home = "cpu" if name in ("cpu", "eager") or interpreting() else "cuda"
-        reason = why_unavailable(name, home)
-        if reason is None and home == "cuda" and device.type != "cuda":
+        reason = why_unavailable(name, home(name))
+        if reason is None and home(name) == "cuda" and device.type != "cuda":
             reason = "no CUDA device found"
         backends[name] = {"available": reason is None, "why": reason}
     return {
@@ -42,6 +41,13 @@ def facts() -> dict[str, Any]:
         "loss": choose_backend("auto", device.type),
         "backends": backends,
     }
+
+
+def home(backend: str) -> str:
+    """The type of the device that a backend is meant for."""
+    if backend == "cpu" or interpreting() or (backend == "eager" and not torch.cuda.is_available()):
+        return "cpu"
+    return "cuda"
 
 
 def report(found: dict[str, Any] | None = None) -> str:

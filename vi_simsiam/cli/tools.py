@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from vi_simsiam.cli.commands import BENCHMARKS
@@ -16,6 +16,8 @@ from vi_simsiam.errors import none_of
 class _Info:
     json: bool = False
     """Print it as JSON, for programs."""
+    check: bool = False
+    """Also run each kernel and a training step at a small size against a reference; exit code 1 if one is wrong."""
 
 
 def info(arguments: list[str]) -> int:
@@ -24,9 +26,24 @@ def info(arguments: list[str]) -> int:
 
     from vi_simsiam.info import facts, report
 
+    def show(text: str) -> None:
+        if not options.json:
+            print(text, flush=True)  # a check may take long to compile
+
     found = facts()
-    print(json.dumps(found, indent=2) if options.json else report(found))
-    return 0
+    show(report(found))
+    checks = []
+    if options.check:
+        from vi_simsiam.self_check import run_checks, summary
+
+        for check in run_checks(found["backends"]):
+            checks.append(check)
+            show(check.line())
+        show(summary(checks))
+        found["checks"] = [asdict(check) for check in checks]
+    if options.json:
+        print(json.dumps(found, indent=2))
+    return int(any(check.passed is False for check in checks))
 
 
 def bench(arguments: list[str]) -> int:

@@ -1,0 +1,209 @@
+"""`vi-simsiam info --check`: it passes here, and what is broken fails by its name."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from graph_cases import StandIn
+from torch import Tensor
+
+from vi_simsiam import self_check_cases
+from vi_simsiam.cli import main
+from vi_simsiam.engine.graph import Captured
+from vi_simsiam.info import facts
+from vi_simsiam.ops import multiview_loss_autograd
+from vi_simsiam.ops.backends import extension
+from vi_simsiam.self_check import run_checks
+from vi_simsiam.self_check_cases import OPERATIONS
+
+needs_extension = pytest.mark.skipif(extension() is None, reason="needs the C++ extension, whose loss is broken here")
+
+
+def check(capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
+    """The exit code, and the lines after the report."""
+    code = main(["info", "--check"])
+    out, err = capsys.readouterr()
+    assert err == ""
+    return code, re.split(r"^  cpu  .*\n", out, maxsplit=1, flags=re.MULTILINE)[1].splitlines()
+
+
+def failed(lines: list[str]) -> dict[str, str]:
+    """Names of the checks that failed, and what is printed after each."""
+    found = (re.fullmatch(r"FAILED +(\S.*?) {2,}(\S.*)", line) for line in lines)
+    return {match[1]: match[2] for match in found if match}
+
+
+def test_all_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    code, lines = check(capsys)
+    assert code == 0
+    *checks, last = lines
+    passed = [line for line in checks if line.startswith("ok ")]
+    assert last == f"{len(passed)} checks passed"
+    shown = (
+        r"ok +\S.*, (float32|bfloat16) +error \S+ \(allowed \S+\)   first call [\d.]+ (s|ms|us), then [\d.]+ (s|ms|us)"
+    )
+    assert all(re.fullmatch(shown, line) for line in passed)
+    names = [re.split(" {2,}", line)[1] for line in passed]
+    assert "training step, float32" in names
+    assert ("VI-SimSiam loss, cpu, bfloat16" in names) == (extension() is not None)
+    if not torch.cuda.is_available():
+        skipped = [re.split(" {2,}", line)[1:] for line in checks if line.startswith("skipped ")]
+        reason = "not available: no CUDA device found"
+        named = ("triton (7 operations)", "cuda (2 operations)", "captured step, bfloat16")
+        assert [[name, reason] for name in named] == [each for each in skipped if each[0] in named]
+
+
+def test_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--check", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    checks = {each["name"]: each for each in found.pop("checks")}
+    assert found == facts()
+    step = checks["training step, float32"]
+    assert step["passed"] is True
+    assert 0 < step["error"] <= step["allowed"]
+    assert step["first_call_seconds"] > 0
+    assert step["later_call_seconds"] > 0
+    if not torch.cuda.is_available():
+        triton = checks["triton (7 operations)"]
+        assert (triton["passed"], triton["why"]) == (None, "not available: no CUDA device found")
+
+
+@needs_extension
+@pytest.mark.parametrize("part", ["loss", "gradient"])
+def test_a_kernel_that_is_wrong_fails_by_its_name(
+    part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By one percent, in one dtype of one form of the loss, and all else passes."""
+    launch = multiview_loss_autograd.launch_loss
+
+    def broken(p: Any, z: Any, k: Any, loss: Tensor, mean: Any, gradient: Tensor | None, kg: Any, call: Any) -> None:
+        launch(p, z, k, loss, mean, gradient, kg, call)
+        off = loss if part == "loss" else gradient
+        if call.backend == "cpu" and call.distribution == "cosine" and p[0].dtype == torch.float32 and off is not None:
+            off.mul_(1.01)
+
+    monkeypatch.setattr(multiview_loss_autograd, "launch_loss", broken)
+    code, lines = check(capsys)
+    found = failed(lines)
+    assert code == 1
+    assert list(found) == ["SimSiam loss, cpu, float32"]
+    error = re.match(r"wrong results   error (\S+) \(allowed 3.8e-06\)", found["SimSiam loss, cpu, float32"])
+    assert error
+    assert float(error[1]) == pytest.approx(0.01, rel=0.02)
+    assert re.fullmatch(r"1 of \d+ checks failed", lines[-1])
+
+
+@needs_extension
+def test_what_is_raised_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """And NaN fails; the others go on."""
+    operation = OPERATIONS["SimSiam loss"]
+
+    def call(inputs: Any, backend: str) -> Any:
+        if backend == "cpu" and inputs[0].dtype == torch.float32:
+            raise RuntimeError("\nCUDA error: an illegal memory access was encountered\nmore\n")
+        results = operation.call(inputs, backend)
+        return [results[0].fill_(torch.nan), *results[1:]] if backend == "cpu" else results
+
+    monkeypatch.setitem(OPERATIONS, "SimSiam loss", operation._replace(call=call))
+    code, lines = check(capsys)
+    found = failed(lines)
+    assert code == 1
+    assert (
+        found.pop("SimSiam loss, cpu, float32") == "RuntimeError: CUDA error: an illegal memory access was encountered"
+    )
+    assert found.pop("SimSiam loss, cpu, bfloat16").startswith("results are not finite   first call")
+    assert not found
+    assert main(["info", "--check", "--json"]) == 1
+    checks = {each["name"]: each for each in json.loads(capsys.readouterr().out)["checks"]}
+    assert checks["SimSiam loss, cpu, float32"]["why"].startswith("RuntimeError: CUDA error")
+    assert checks["SimSiam loss, cpu, bfloat16"]["error"] is None
+
+
+def test_a_step_that_trains_otherwise_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the momentum."""
+    new = self_check_cases._new_step
+
+    def without(*arguments: Any) -> Any:
+        step = new(*arguments)
+        step.optimizer.param_groups[0]["momentum"] = 0.0
+        return step
+
+    monkeypatch.setattr(self_check_cases, "_new_step", without)
+    code, lines = check(capsys)
+    assert code == 1
+    assert list(failed(lines)) == ["training step, float32"]
+
+
+class _Forgetful(StandIn):
+    """Replays nothing."""
+
+    def replay(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("graph", "fits"), [(StandIn, True), (_Forgetful, False)])
+def test_the_captured_step_is_held_to_the_step(
+    graph: type[StandIn], fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the graph; the views are waves, since those made on a CPU cannot be captured."""
+    made: list[Captured] = []
+
+    def capture(step: Callable[..., Any], *, state: Any, mode: str) -> Captured:
+        made.append(Captured(step, state=state, mode=mode, warmup=3, backend=graph))
+        return made[0]
+
+    def waves(pixels: Tensor, table: Tensor, size: int, *, dtype: torch.dtype) -> Tensor:
+        return (
+            (torch.arange(size * size).view(size, size) * table[..., 13:16, None, None] + table[..., :1, None, None])
+            .sin()
+            .to(dtype)
+        )
+
+    monkeypatch.setattr(self_check_cases, "capture", capture)
+    monkeypatch.setattr(self_check_cases, "augment", waves)
+    case = self_check_cases.captured_step(torch.device("cpu"))
+    errors = []
+    for (exact,) in case.expected:
+        (losses,) = case.run()
+        errors.append(losses.shape != exact.shape or ((losses - exact).abs().max() / exact.abs().max()).item())
+    assert made[0].captured
+    assert (max(errors) <= case.allowed) == fits
+
+
+def test_kernels_in_the_interpreter() -> None:
+    """The loss and BatchNorm, in a process of its own; the other operations take longer."""
+    script = """
+from vi_simsiam.cli import main
+from vi_simsiam.self_check_cases import OPERATIONS
+for name in ("SimSiam loss", "augmentation", "BatchNorm + add + ReLU", "BatchNorm + ReLU + max-pool"):
+    del OPERATIONS[name]
+raise SystemExit(main(["info", "--check"]))
+"""
+    pytest.importorskip("triton", reason="Triton is not installed: its kernels are not checked")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stderr == ""
+    for name in ("VI-SimSiam loss", "BatchNorm + ReLU", "first convolution"):
+        for dtype in ("float32", "bfloat16"):
+            assert re.search(
+                rf"^ok +{re.escape(name)}, triton, {dtype} +error .* first call \S+ m?s$", result.stdout, re.M
+            )
+
+
+def test_what_is_not_available_is_not_run() -> None:
+    backends = {name: {"available": False, "why": f"no {name}"} for name in ("eager", "triton", "cuda", "cpu")}
+    skipped = {finding.name: finding.why for finding in run_checks(backends) if finding.passed is None}
+    assert skipped["cuda (2 operations)"] == "not available: no cuda"
+    assert skipped["captured step, bfloat16"] == "not available: no triton"
+    assert len(skipped) == 5

@@ -1,0 +1,137 @@
+"""`vi-simsiam info --check`: the checks of what is available here, one after the other, and a line for each."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vi_simsiam.info import home
+from vi_simsiam.ops.backends import BACKENDS, interpreting
+from vi_simsiam.self_check_cases import OPERATIONS, Case, captured_step, training_step
+from vi_simsiam.text import counted
+
+_LATER = 2
+"""The last calls, of whose times the median is given."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of a check, with the fields of the JSON."""
+
+    name: str
+    passed: bool | None
+    """None for what cannot run here."""
+    why: str | None = None
+    """Why it failed or cannot run."""
+    error: float | None = None
+    """Of the result that came closest to its limit, relative to the result's largest value."""
+    allowed: float | None = None
+    """The limit of that result."""
+    first_call_seconds: float | None = None
+    """With compilation."""
+    later_call_seconds: float | None = None
+
+    def line(self) -> str:
+        """What is printed."""
+        word = {True: "ok", False: "FAILED", None: "skipped"}[self.passed]
+        parts = [self.why or ""]
+        if self.error is not None:
+            parts.append(f"error {self.error:.1e} (allowed {self.allowed:.1e})")
+        if self.first_call_seconds is not None:
+            then = "" if self.later_call_seconds is None else f", then {_time(self.later_call_seconds)}"
+            parts.append(f"first call {_time(self.first_call_seconds)}{then}")
+        return f"{word:8} {self.name:46} {'   '.join(filter(None, parts))}"
+
+
+def run_checks(backends: Mapping[str, Mapping[str, Any]]) -> Iterator[Finding]:
+    """Run each check of the backends that are available.
+
+    Args:
+        backends: as in `info.facts`.
+    """
+    for backend in BACKENDS:
+        why = backends[backend]["why"]
+        operations = {name: operation for name, operation in OPERATIONS.items() if backend in operation.backends}
+        for name, operation in operations.items() if why is None else ():
+            for dtype in (torch.float32, torch.bfloat16):
+                prepare = partial(operation.case, backend, torch.device(home(backend)), dtype)
+                yield _perform(f"{name}, {backend}, {str(dtype).removeprefix('torch.')}", prepare)
+        if why is not None:
+            yield Finding(f"{backend} ({counted(len(operations), 'operation')})", None, f"not available: {why}")
+    device = torch.device(home("eager"))
+    kernels = device.type == "cuda" and backends["triton"]["available"]
+    yield _perform("training step, float32", partial(training_step, device, kernels))
+    captured = "captured step, bfloat16"
+    if kernels:
+        yield _perform(captured, partial(captured_step, device))
+    else:
+        yield Finding(captured, None, f"not available: {backends['triton']['why'] or 'Triton is interpreted'}")
+
+
+def summary(findings: Sequence[Finding]) -> str:
+    """The last line."""
+    ran = [finding.passed for finding in findings if finding.passed is not None]
+    failed, checks = ran.count(False), counted(len(ran), "check")
+    return f"{failed} of {checks} failed" if failed else f"{checks} passed"
+
+
+def _perform(name: str, prepare: Callable[[], Case]) -> Finding:
+    times: list[float] = []
+    held: list[tuple[float, float]] = []
+    try:
+        with _repeatable():
+            case = prepare()
+            for expected in case.expected:
+                start = time.perf_counter()
+                results = case.run()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter() - start)
+                held += [_error(*pair, case.allowed) for pair in zip(results, expected, strict=True)]
+    except Exception as problem:  # a card, driver or compiler may raise anything
+        first = str(problem).strip().splitlines()[:1]
+        return Finding(name, False, ": ".join([type(problem).__name__, *first]))
+    first_call, later = times[0], statistics.median(times[-_LATER:]) if len(times) > _LATER else None
+    if not all(math.isfinite(error) for error, _ in held):
+        return Finding(name, False, "results are not finite", None, None, first_call, later)
+    error, allowed = max(held, key=lambda pair: pair[0] / pair[1])
+    passed = error <= allowed
+    return Finding(name, passed, None if passed else "wrong results", error, allowed, first_call, later)
+
+
+def _error(result: Tensor, exact: Tensor, allowed: float) -> tuple[float, float]:
+    """Largest error relative to the largest value, and what is allowed: rounding to bfloat16 comes on top."""
+    error = (result.cpu().double() - exact).abs().max() / exact.abs().max()
+    # A gradient is rounded once, and again with its factor; the interpreter truncates, which takes twice as much.
+    rounding = torch.finfo(result.dtype).eps * (1 + interpreting()) if result.dtype == torch.bfloat16 else 0.0
+    return error.item(), allowed + rounding
+
+
+@contextlib.contextmanager
+def _repeatable() -> Iterator[None]:
+    """The same inputs everywhere, and convolutions in full precision and a fixed order."""
+    with (
+        warnings.catch_warnings(),
+        torch.random.fork_rng(devices=[]),
+        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+    ):
+        if interpreting():  # of values in lanes that a kernel discards
+            warnings.simplefilter("ignore", RuntimeWarning)
+        torch.manual_seed(0)
+        yield
+
+
+def _time(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"
