@@ -50,7 +50,7 @@ def _ours(seconds: float, *arguments: str) -> Stage:
 
 _OWN_STAGES = "not losses_on and not sanitizer and not offsets"
 STAGES = {
-    "info": _ours(60, "info", "--check"),
+    "info": _ours(60, "info"),
     "captured": _ours(60, "train", "--epochs", "1", "--capture", "on", "--out", "runs/gpu-captured", "--overwrite"),
     "step": _ours(160, "bench", "step", "--short", "--kernels", "--only", "2x128 batch 64", *_RESULTS),
     "graph": _tests(

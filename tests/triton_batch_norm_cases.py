@@ -242,7 +242,8 @@ def test_what_the_fused_backend_does_not_take(message: str) -> None:
     given |= REFUSED[message]
     for name, value in given.items():
         if isinstance(value, Tensor):  # `to` would make what it moves contiguous
-            given[name] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=DEVICE).copy_(value)
+            empty = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=DEVICE)
+            given[name] = empty.copy_(value)
     with pytest.raises(InputError, match=message):
         batch_norm_act(**given, backend="triton")
     if "takes" in message or "not x" in message:
