@@ -67,21 +67,21 @@ def test_the_losses_on_cuda_tensors() -> None:
 
 
 @fused
-def test_compute_sanitizer_finds_nothing(backend: str) -> None:
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def test_compute_sanitizer_finds_nothing(backend: str, tool: str) -> None:
     """Out-of-bounds, misaligned and uninitialised accesses, and races, over shapes, strides and dtypes."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed: memory accesses of the kernels are not checked")
-    for tool in ("memcheck", "racecheck", "initcheck"):
-        # Some calls of CUDA fail in a run in which all is well: torch and Triton ask so what there is.
-        wrapper = (sanitizer, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9")
-        run_tests(
-            "tests/test_multiview_loss_autograd.py",
-            "-k",
-            f"{backend} and (padded or incoming or mean_is)",
-            wrapper=(*wrapper, "--target-processes", "all"),
-            PYTORCH_NO_CUDA_MEMORY_CACHING="1",  # in torch's large blocks a tensor's end is no allocation's end
-        )
+    # Some calls of CUDA fail in a run in which all is well: torch and Triton ask so what there is.
+    wrapper = (sanitizer, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9")
+    run_tests(
+        "tests/test_multiview_loss_autograd.py",
+        "-k",
+        f"{backend} and (padded or incoming or mean_is)",
+        wrapper=(*wrapper, "--target-processes", "all"),
+        PYTORCH_NO_CUDA_MEMORY_CACHING="1",  # in torch's large blocks a tensor's end is no allocation's end
+    )
 
 
 def kernels_of(call: Callable[[], object]) -> list[str]:
