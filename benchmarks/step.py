@@ -46,9 +46,9 @@ _METHODS: tuple[Method, ...] = ("vi-simsiam", "simsiam")
 PIECES = ("augmentation", "forward", "forward + loss", "forward + loss + backward", "optimiser")
 _CHECKED_STEPS = 6
 """Enough that the last ones are replays: a step is checked and warmed up before it is recorded."""
-_TOLERANCE = {"cuda": 1e-3, "cpu": 1e-5}
+_TOLERANCE = {"cuda": 1e-3, "cpu": 1e-4}
 """Of the losses that are trained, which are of the order of a cosine for both methods. Sums in another order, in bfloat16 on
-a GPU and in float32 on a CPU, make up to 3e-4 and 1e-7; updates that are missed make 2e-3 and more."""
+a GPU and in float32 on a CPU, make up to 3e-4 and 2e-5; updates that are missed make 2e-3 and more."""
 _SHORT_SECONDS = {"cuda": 110.0, "cpu": 90.0}
 _CASE_SECONDS = {"cuda": 8.0, "cpu": 40.0}
 _GRAPH_BYTES = 10**9
