@@ -121,3 +121,9 @@ def test_markdown() -> None:
         "| everything else | 0 (2) | - |",
         "| all | 1,520 (45) | 1,500 (40) |",
     ]
+
+
+def test_a_profiler_that_sees_nothing() -> None:
+    result = scripted_pipeline("step")
+    result["cases"][0]["launches"] = {"kernels": []}
+    assert "| all | 0 (0) |" in tables.launches_markdown(result)

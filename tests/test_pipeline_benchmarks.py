@@ -288,6 +288,17 @@ def test_a_step_is_measured_whole_and_in_parts(packed: PackedImages, monkeypatch
     assert f"losses of the plain loop: {found['losses'][0]:.4f}" in text
 
 
+def test_a_profiler_that_fails_costs_no_time(packed: PackedImages, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(step_parts._STEPS, "cpu", 1)
+    monkeypatch.setattr(step, "_CHECKED_STEPS", 1)
+    monkeypatch.setattr(step, "launches_of", mock.Mock(side_effect=RuntimeError("no profiler")))
+    options = {"rounds": 3, "without_compile": "left out", "kernels": True}
+    with pytest.warns(UserWarning, match="launches with the layers 'torch' are not counted: RuntimeError: no profiler"):
+        found = step.measure_case(TinyStep(ViewCase(2, 16), "simsiam"), packed, CPU, OperationTimer(), **options)
+    assert found["launches"] == {}
+    assert found["providers"][step.STEP]["time"] is not None
+
+
 def test_a_step_without_memory_is_a_result(packed: PackedImages) -> None:
     with mock.patch.object(Parts, "flops", side_effect=MemoryError()):
         found = step.measure_case(TinyStep(TINY, "simsiam"), packed, CPU, WallTimer(), rounds=3)
