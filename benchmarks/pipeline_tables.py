@@ -156,7 +156,9 @@ def _launch_rows(case: _Results) -> list[_Row]:
         for kind in (*KINDS, OTHER)
         if any(kind in found for found in kinds.values())
     ]
-    sums = (tuple(map(sum, zip(*found.values(), strict=True))) for found in kinds.values())
+    sums = (
+        (sum(count for count, _ in found.values()), sum(us for _, us in found.values())) for found in kinds.values()
+    )
     return [("", *kinds), *rows, ("all", *(_launches(*total) for total in sums))]
 
 

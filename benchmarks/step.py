@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -46,8 +47,9 @@ _METHODS: tuple[Method, ...] = ("vi-simsiam", "simsiam")
 PIECES = ("augmentation", "forward", "forward + loss", "forward + loss + backward", "optimiser")
 _CHECKED_STEPS = 6
 """Enough that the last ones are replays: a step is checked and warmed up before it is recorded."""
-_TOLERANCE = {"cuda": 2e-2, "cpu": 1e-4}
-"""Of losses in nats or cosines: the order of sums differs, in bfloat16 on a GPU and in float32 on a CPU."""
+_TOLERANCE = {"cuda": 1e-3, "cpu": 1e-4}
+"""Of the losses that are trained, which are of the order of a cosine for both methods. Sums in another order, in bfloat16 on
+a GPU and in float32 on a CPU, make up to 3e-4 and 2e-5; updates that are missed make 2e-3 and more."""
 _SHORT_SECONDS = {"cuda": 110.0, "cpu": 90.0}
 _CASE_SECONDS = {"cuda": 8.0, "cpu": 40.0}
 _GRAPH_BYTES = 10**9
@@ -130,18 +132,17 @@ def measure_case(
         over the time and the device's peak, None where that is not known.
     """
     flops, expected = None, None
-    launches: dict[str, Launches] = {}
+    launches: dict[Layers, Launches] = {}
     try:
         parts = Parts(case, device)
         flops = parts.flops(parts.random_views(0))
         checked = batches(images, case, device, _CHECKED_STEPS)
         expected = parts.plain_losses(checked)
         found, steps = _measured(parts, images, checked, expected, timer, rounds, without_compile)
-        if kernels:  # after all times: a profiler may slow down what comes after it
-            views = parts.random_views(0)
-            launches = {layers: launches_of(partial(step, views), device) for layers, step in steps.items()}
     except Exception as error:  # no memory for the network or its views
-        found = {name: failed(failure_reason(error)) for name in (STEP, NETWORK)}
+        found, steps = {name: failed(failure_reason(error)) for name in (STEP, NETWORK)}, {}
+    if kernels and steps:  # after all times: a profiler may slow down what comes after it
+        launches = _launches(parts, steps)
     peak = peak_flops(device)
     for name, values in found.items():
         if flops and peak and values["time"] is not None and name not in PIECES:
@@ -172,6 +173,7 @@ def _measured(
 ) -> tuple[dict[str, dict[str, Any]], dict[Layers, TrainStep]]:
     """Times of steps that train as the plain loop does, of their pieces and of the network alone; and the steps on views at hand."""
     kind = parts.device.type
+    tolerance = _TOLERANCE[kind] / parts.loss_scale
     steps: dict[Layers, TrainStep] = {}
     found: dict[str, dict[str, Any]] = {}
     measures: dict[str, Callable[[], float]] = {}
@@ -180,7 +182,7 @@ def _measured(
         try:
             priority = GRAPH_PRIORITY if name == EQUAL_PRIORITIES else 0
             whole.append(WholeStep(parts, images, captured=name != NOT_CAPTURED, view_priority=priority))
-            found[name] = judge(whole[-1].losses(_CHECKED_STEPS), expected, _TOLERANCE[kind])
+            found[name] = judge(whole[-1].losses(_CHECKED_STEPS), expected, tolerance)
         except Exception as error:
             found[name] = failed(failure_reason(error))
         if found[name]["correct"]:
@@ -193,7 +195,7 @@ def _measured(
             continue
         try:
             at_hand = parts.train_step(layers)
-            found[name] = judge(parts.losses(at_hand, checked), expected, _TOLERANCE[kind])
+            found[name] = judge(parts.losses(at_hand, checked), expected, tolerance)
             if found[name]["correct"]:
                 measures[name] = timer.prepare(at_hand, views, _GRAPH_BYTES)["time"]
                 steps[layers] = at_hand
@@ -218,9 +220,20 @@ def _measured(
     return found, steps
 
 
+def _launches(parts: Parts, steps: Mapping[Layers, TrainStep]) -> dict[Layers, Launches]:
+    """What each step launches; a profiler that fails is warned of, and costs no time that was measured."""
+    found: dict[Layers, Launches] = {}
+    for layers, step in steps.items():
+        try:
+            found[layers] = launches_of(partial(step, parts.random_views(0)), parts.device)
+        except Exception as error:
+            warnings.warn(f"launches with the layers {layers!r} are not counted: {failure_reason(error)}", stacklevel=2)
+    return found
+
+
 def judge(losses: list[float], expected: list[float], tolerance: float) -> dict[str, Any]:
-    """Hold the losses of a step to those of the plain loop; `tolerance` is relative for losses above 1."""
-    apart = [abs(a - b) / max(1.0, abs(b)) for a, b in zip(losses, expected, strict=True)]
+    """Hold the losses of a step to those of the plain loop."""
+    apart = [abs(a - b) for a, b in zip(losses, expected, strict=True)]
     right = all(difference <= tolerance for difference in apart)  # a NaN is wrong, too
     reason = None if right else f"wrong: losses {max(apart):.1e} from the plain loop's, allowed {tolerance:.0e}"
     return {**failed(reason), "losses": losses}

@@ -41,7 +41,8 @@ class Stage:
 
 
 def _tests(seconds: float, *arguments: str, processes: int = 8, **variables: str) -> Stage:
-    return Stage(seconds, ("pytest", "-n", str(processes), "--durations=5", *arguments), variables)
+    spread = ("-n", str(processes), "--dist", "loadgroup")  # tests of a group follow one another
+    return Stage(seconds, ("pytest", *spread, "--durations=5", *arguments), variables)
 
 
 def _ours(seconds: float, *arguments: str) -> Stage:
@@ -50,7 +51,7 @@ def _ours(seconds: float, *arguments: str) -> Stage:
 
 _OWN_STAGES = "not losses_on and not sanitizer and not offsets"
 STAGES = {
-    "info": _ours(60, "info", "--check"),
+    "info": _ours(60, "info"),
     "captured": _ours(60, "train", "--epochs", "1", "--capture", "on", "--out", "runs/gpu-captured", "--overwrite"),
     "step": _ours(160, "bench", "step", "--short", "--kernels", "--only", "2x128 batch 64", *_RESULTS),
     "graph": _tests(
@@ -63,7 +64,7 @@ STAGES = {
     "augment": _ours(120, "bench", "augment", "--short", *_RESULTS),
     "train": _ours(220, "bench", "train", "--size", "128", "--images", "2560", "--epochs", "6", *_RESULTS),
     "tests": _tests(110, "-m", "gpu", "-k", _OWN_STAGES, "tests/test_gpu.py", "tests/test_*bench*.py"),
-    "sanitizer": _tests(110, "-m", "gpu", "-k", "sanitizer or offsets", "tests/test_gpu.py", processes=2),
+    "sanitizer": _tests(110, "-m", "gpu", "-k", "sanitizer or offsets", "tests/test_gpu.py"),
     "report": _ours(20, "bench", "report", "README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))),
 }  # fmt: skip
 

@@ -67,21 +67,21 @@ def test_the_losses_on_cuda_tensors() -> None:
 
 
 @fused
-def test_compute_sanitizer_finds_nothing(backend: str) -> None:
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def test_compute_sanitizer_finds_nothing(backend: str, tool: str) -> None:
     """Out-of-bounds, misaligned and uninitialised accesses, and races, over shapes, strides and dtypes."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed: memory accesses of the kernels are not checked")
-    for tool in ("memcheck", "racecheck", "initcheck"):
-        # Some calls of CUDA fail in a run in which all is well: torch and Triton ask so what there is.
-        wrapper = (sanitizer, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9")
-        run_tests(
-            "tests/test_multiview_loss_autograd.py",
-            "-k",
-            f"{backend} and (padded or incoming or mean_is)",
-            wrapper=(*wrapper, "--target-processes", "all"),
-            PYTORCH_NO_CUDA_MEMORY_CACHING="1",  # in torch's large blocks a tensor's end is no allocation's end
-        )
+    # Some calls of CUDA fail in a run in which all is well: torch and Triton ask so what there is.
+    wrapper = (sanitizer, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9")
+    run_tests(
+        "tests/test_multiview_loss_autograd.py",
+        "-k",
+        f"{backend} and (padded or incoming or mean_is)",
+        wrapper=(*wrapper, "--target-processes", "all"),
+        PYTORCH_NO_CUDA_MEMORY_CACHING="1",  # in torch's large blocks a tensor's end is no allocation's end
+    )
 
 
 def kernels_of(call: Callable[[], object]) -> list[str]:
@@ -265,14 +265,14 @@ def test_captured_and_single_launches_train_alike(
 ) -> None:
     """Each against a run in float32 on the CPU: the same views, order, learning rate and latch, step by step."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    base = config(image_folder, epochs=4, lr=1e-3, log_every=1)  # low, or the first steps amplify rounding
+    base = config(image_folder, epochs=4, lr=1e-5, log_every=1)  # low: views differ by 1e-5, which updates amplify
     on_device = dataclasses.replace(base, device="cuda", precision="fp32", capture=capture, data_memory=memory)  # type: ignore[arg-type]
     for settings, name in ((base, "cpu"), (on_device, "gpu")):
         Trainer(settings, tmp_path / name, console=Console(quiet=True)).fit()
     expected, found = metrics(tmp_path / "cpu"), metrics(tmp_path / "gpu")
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     assert [line["lr"] for line in found] == [line["lr"] for line in expected]
-    for line, reference in list(zip(found, expected, strict=True))[:6]:  # later steps amplify rounding
+    for line, reference in list(zip(found, expected, strict=True))[:6]:  # later steps amplify it, too
         assert line["loss"] == pytest.approx(reference["loss"], rel=0.02, abs=0.01)
 
 

@@ -35,6 +35,18 @@ def test_launches_of_a_step_are_counted_by_what_they_are_for() -> None:
     assert plain == {}
 
 
+def test_what_a_step_prepares_when_it_is_first_run_does_not_count() -> None:
+    """A compiled step is compiled anew after `torch.compiler.reset`, and tries kernels then."""
+    prepared: list[torch.Tensor] = []
+
+    def step() -> None:
+        if not prepared:
+            prepared.append(torch.ones(3, 3) @ torch.ones(3, 3))
+        prepared[0].relu()
+
+    assert [(each["name"], each["count"]) for each in launches_of(step, CPU)] == [("aten::relu", 1)]
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -86,7 +98,7 @@ def test_a_gpu_counts_its_kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(launches, "synchronize", lambda device: None)
     done: list[int] = []
     found = launches_of(lambda: done.append(1), torch.device("cuda"))
-    assert done == [1]
+    assert done == [1, 1]
     assert found == [
         {"kind": "SGD", "name": "sgd", "count": 2, "us": 4.5},
         {"kind": "linear layers", "name": "gemm", "count": 1, "us": 3.0},
@@ -109,3 +121,9 @@ def test_markdown() -> None:
         "| everything else | 0 (2) | - |",
         "| all | 1,520 (45) | 1,500 (40) |",
     ]
+
+
+def test_a_profiler_that_sees_nothing() -> None:
+    result = scripted_pipeline("step")
+    result["cases"][0]["launches"] = {"kernels": []}
+    assert "| all | 0 (0) |" in tables.launches_markdown(result)

@@ -288,6 +288,17 @@ def test_a_step_is_measured_whole_and_in_parts(packed: PackedImages, monkeypatch
     assert f"losses of the plain loop: {found['losses'][0]:.4f}" in text
 
 
+def test_a_profiler_that_fails_costs_no_time(packed: PackedImages, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(step_parts._STEPS, "cpu", 1)
+    monkeypatch.setattr(step, "_CHECKED_STEPS", 1)
+    monkeypatch.setattr(step, "launches_of", mock.Mock(side_effect=RuntimeError("no profiler")))
+    options = {"rounds": 3, "without_compile": "left out", "kernels": True}
+    with pytest.warns(UserWarning, match="launches with the layers 'torch' are not counted: RuntimeError: no profiler"):
+        found = step.measure_case(TinyStep(ViewCase(2, 16), "simsiam"), packed, CPU, OperationTimer(), **options)
+    assert found["launches"] == {}
+    assert found["providers"][step.STEP]["time"] is not None
+
+
 def test_a_step_without_memory_is_a_result(packed: PackedImages) -> None:
     with mock.patch.object(Parts, "flops", side_effect=MemoryError()):
         found = step.measure_case(TinyStep(TINY, "simsiam"), packed, CPU, WallTimer(), rounds=3)
@@ -324,8 +335,17 @@ def test_a_step_that_trains_otherwise_is_refused(packed: PackedImages) -> None:
     assert found["failure"].startswith("wrong: losses ")
     assert found["losses"] == losses
     assert not step.judge([math.nan, 1.0], [1.0, 1.0], 1e-4)["correct"]
-    assert step.judge([-0.5, 8.0005], [-0.50005, 8.0], 1e-4)["correct"]
-    assert not step.judge([0.5, 8.0], [0.5003, 8.0], 1e-4)["correct"]
+    assert step.judge([-0.5, 8.00005], [-0.50005, 8.0], 1e-4)["correct"]
+    assert not step.judge([0.5, 8.0005], [0.5, 8.0], 1e-4)["correct"]
+
+
+def test_the_tolerance_lies_between_rounding_and_missed_updates() -> None:
+    """VI-SimSiam's first losses in nats, 2x128 views of 64 images: in float32, with bfloat16, and with weights that stay."""
+    exact = [16.29, 27.39, 16.03, 13.81, 15.60, 1.02]
+    rounded, without_updates = [16.40, 27.54, 16.30, 14.07, 15.09, 1.42], [16.29, 29.34, 18.84, 15.63, 21.07, 13.28]
+    tolerance = step._TOLERANCE["cuda"] * (2048 - 1)
+    assert step.judge(rounded, exact, tolerance)["correct"]
+    assert not step.judge(without_updates, exact, tolerance)["correct"]
 
 
 def test_phases_are_differences() -> None:
@@ -389,10 +409,10 @@ def test_gpu_step_is_captured_and_has_all_phases() -> None:
     assert ours["loss"][0] <= 2
     assert sum(count for count, _ in ours.values()) < sum(count for count, _ in theirs.values())
     assert all(us > 0 for _, us in ours.values())
-    assert found["providers"][step.NOT_CAPTURED]["losses"] == pytest.approx(found["losses"], rel=2e-2)
     assert None not in found["phases"].values()
     whole = WholeStep(Parts(case, device), made, captured=True)
     whole.step.rates.zero_()
     losses = whole.losses(step._CHECKED_STEPS)
     whole.close()
-    assert not step.judge(losses, found["losses"], step._TOLERANCE["cuda"])["correct"], "updates are missed"
+    tolerance = step._TOLERANCE["cuda"] / whole.step.loss_scale
+    assert not step.judge(losses, found["losses"], tolerance)["correct"], "updates are missed"

@@ -44,7 +44,9 @@ def _run_cases(interpret: bool, *cases: str, select: str = "") -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment["TRITON_INTERPRET"] = "1" if interpret else "0"
     paths = [str(Path(__file__).with_name(name)) for name in cases]
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", *paths]
+    # A GPU's kernels are compiled before they run: up to 200 in a file.
+    processes = ["-p", "no:xdist"] if interpret else ["-n", "4"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *processes, "--tb=short", *paths]
     command += ["-k", select] if select else []
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
