@@ -51,19 +51,19 @@ def _ours(seconds: float, *arguments: str) -> Stage:
 
 _OWN_STAGES = "not losses_on and not sanitizer and not offsets"
 STAGES = {
-    "info": _ours(60, "info"),
-    "captured": _ours(60, "train", "--epochs", "1", "--capture", "on", "--out", "runs/gpu-captured", "--overwrite"),
+    "info": _ours(60, "info", "--check"),
+    "captured": _ours(90, "train", "--epochs", "1", "--capture", "on", "--out", "runs/gpu-captured", "--overwrite"),
     "step": _ours(160, "bench", "step", "--short", "--kernels", "--only", "2x128 batch 64", *_RESULTS),
     "graph": _tests(
         130, "-m", "gpu", *(f"tests/test_{name}.py" for name in ("graph_gpu", "step", "device_feed", "knn", "linear", "augmented"))
     ),
-    "losses": _tests(180, "tests/test_multiview_loss*.py", VI_SIMSIAM_TEST_DEVICE="cuda"),
+    "losses": _tests(160, "tests/test_multiview_loss*.py", VI_SIMSIAM_TEST_DEVICE="cuda"),
     "kernels": _tests(120, "-m", "gpu", "tests/test_triton_kernels.py", "tests/test_augment_kernels.py"),
     "loss": _ours(180, "bench", "loss", "--short", *_RESULTS),
     "accuracy": _ours(30, "bench", "accuracy", *_RESULTS),
     "augment": _ours(120, "bench", "augment", "--short", *_RESULTS),
     "train": _ours(220, "bench", "train", "--size", "128", "--images", "2560", "--epochs", "6", *_RESULTS),
-    "tests": _tests(110, "-m", "gpu", "-k", _OWN_STAGES, "tests/test_gpu.py", "tests/test_*bench*.py"),
+    "tests": _tests(100, "-m", "gpu", "-k", _OWN_STAGES, "tests/test_gpu.py", "tests/test_*bench*.py"),
     "sanitizer": _tests(110, "-m", "gpu", "-k", "sanitizer or offsets", "tests/test_gpu.py"),
     "report": _ours(20, "bench", "report", "README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))),
 }  # fmt: skip
