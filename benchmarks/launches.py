@@ -1,4 +1,4 @@
-"""What one training step launches, by what it is for: a GPU's kernels, or on a CPU the operators below autograd."""
+"""Counts what one training step launches, by its purpose: a GPU's kernels, or on a CPU the operators below autograd."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ KINDS = {
     "loss": r"multiview_loss|scale_gradient|power_spherical",
     "SGD": r"sgd",
     "fused by torch.compile": r"^triton_",
-    "convolutions": r"conv|[wd]grad|fprop|cudnn|nhwc|nchw|blocks_of_pixels",
+    "convolutions": r"^(?!.*(batch_?norm|bn_[fb]w|max_pool)).*(conv|[wd]grad|fprop|cudnn|nhwc|nchw|blocks_of_pixels)",
     "linear layers": r"gemm|gemv|nvjet|cublas|splitk|cutlass|::\w*mm$|linear",
     "BatchNorm, addition, ReLU, max-pool": (
-        r"batch_norm|bn_[fb]w|^(statistics|normalise|single|sums|gradient|pool)_kernel|CUDAFunctor_add|relu|threshold|clamp_min"
+        r"batch_?norm|bn_[fb]w|^(statistics|normalise|single|sums|gradient|pool)_kernel|CUDAFunctor_add|relu|threshold|clamp_min"
         r"|max_pool|::add_?\b"
     ),
     "conversions and copies": r"copy|memcpy|memset",
 }
-"""What the names of each kind contain; the first that fits counts."""
+"""Patterns of the names of each kind; the first that fits counts."""
 
 
 def launches_of(step: Callable[[], object], device: torch.device) -> Launches:
@@ -62,7 +62,7 @@ def added_up(events: Iterable[tuple[str, float]]) -> Launches:
 
 
 def kind_of(name: str) -> str:
-    """What a kernel or operator of that name is for."""
+    """The purpose of a kernel or operator of that name."""
     return next((kind for kind, words in KINDS.items() if re.search(words, name, re.IGNORECASE)), OTHER)
 
 

@@ -134,7 +134,7 @@ def phases_markdown(result: _Results) -> str:
 
 
 def launches_markdown(result: _Results) -> str:
-    """What a step on views at hand launches, by what it is for: a table for each case that was counted."""
+    """Launches of a step on views at hand, by their purpose: a table for each case that was counted."""
     counted_cases = [case for case in result["cases"] if case.get("launches")]
     if not counted_cases:
         return f"{NOT_MEASURED.capitalize()}."

@@ -81,16 +81,16 @@ def fill(text: str, folder: Path) -> str:
 
 def _every_device(kind: _Section, paths: list[str], folder: Path) -> str:
     """The section, once for each GPU that has a result among `paths`; with a heading where there are several."""
-    found = sorted({each for path in paths for each in _gpu_folders(folder / path)})
-    contents = {gpu: kind([path.replace(_ANY_GPU, f"/{gpu}/") for path in paths], folder) for gpu in found}
+    found = sorted({gpu for path in paths for gpu in _gpu_folders(path, folder)})
+    contents = {gpu: kind([path.replace(_ANY_GPU, f"/{gpu}/", 1) for path in paths], folder) for gpu in found}
     if len(contents) > 1:
         return "\n\n".join(f"`{gpu}`\n\n{content}" for gpu, content in contents.items())
     return next(iter(contents.values())) if contents else kind(paths, folder)
 
 
-def _gpu_folders(path: Path) -> list[str]:
-    before, _, name = str(path).partition(_ANY_GPU)
-    return [each.parent.name for each in Path(before).glob(f"*/{name}") if each.parent.name != "cpu"] if name else []
+def _gpu_folders(path: str, folder: Path) -> list[str]:
+    before, _, name = path.partition(_ANY_GPU)
+    return [each.parent.name for each in (folder / before).glob(f"*/{name}") if each.parent.name != "cpu"] if name else []
 
 
 def case_table(case: dict[str, Any]) -> Table:

@@ -48,7 +48,7 @@ PIECES = ("augmentation", "forward", "forward + loss", "forward + loss + backwar
 _CHECKED_STEPS = 6
 """Enough that the last ones are replays: a step is checked and warmed up before it is recorded."""
 _TOLERANCE = {"cuda": 1e-3, "cpu": 1e-4}
-"""Of the losses that are trained, which are of the order of a cosine for both methods. Sums in another order, in bfloat16 on
+"""Tolerance of the losses that are trained, which are of the order of a cosine for both methods. Sums in another order, in bfloat16 on
 a GPU and in float32 on a CPU, make up to 3e-4 and 2e-5; updates that are missed make 2e-3 and more."""
 _SHORT_SECONDS = {"cuda": 110.0, "cpu": 90.0}
 _CASE_SECONDS = {"cuda": 8.0, "cpu": 40.0}
@@ -221,7 +221,7 @@ def _measured(
 
 
 def _launches(parts: Parts, steps: Mapping[Layers, TrainStep]) -> dict[Layers, Launches]:
-    """What each step launches; a profiler that fails is warned of, and costs no time that was measured."""
+    """Launches of each step; a profiler that fails is warned of, and costs no time that was measured."""
     found: dict[Layers, Launches] = {}
     for layers, step in steps.items():
         try:

@@ -70,7 +70,7 @@ class Recorder:
         self.peak_bytes: int | None = None
         """Most memory of a GPU's tensors in training, above what there was before, without resident images; None on a CPU."""
         self.captured: bool | None = None
-        """Whether ours trained with one CUDA graph; None for others and on a CPU."""
+        """True if ours trained with one CUDA graph; None for others and on a CPU."""
         self._trained: nn.Module | None = None
         self._losses: list[Tensor] = []
 

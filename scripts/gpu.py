@@ -1,15 +1,17 @@
-"""Tests and benchmarks that need a GPU, in stages: those that tell most come first, and all end within 25 minutes.
+"""Tests and benchmarks that need a GPU, in stages, the most useful first; their limits add up to 25 minutes.
 
     python scripts/gpu.py              every stage; one that fails or exceeds its limit does not keep the next from running
     python scripts/gpu.py step loss    these two
 
-Benchmarks write benchmarks/results/ case by case, so that one that is stopped leaves what it has measured.
+Benchmarks write benchmarks/results/ case by case, so that one that is stopped leaves what it has measured. A result file holds
+what was measured last, which is less here than what `make bench` measures.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -31,7 +33,7 @@ class Stage:
 
     seconds: float
     command: Sequence[str]
-    """What follows `python -m`; a * in the path of a test stands for all names that fit."""
+    """The words after `python -m`; a * in the path of a test stands for all names that fit."""
     variables: Mapping[str, str] = field(default_factory=dict)
 
     def arguments(self) -> list[str]:
@@ -40,8 +42,8 @@ class Stage:
         return [sys.executable, "-m", *(word for words in found for word in words)]
 
 
-def _tests(seconds: float, *arguments: str, processes: int = 8, **variables: str) -> Stage:
-    spread = ("-n", str(processes), "--dist", "loadgroup")  # tests of a group follow one another
+def _tests(seconds: float, *arguments: str, **variables: str) -> Stage:
+    spread = ("-n", "8", "--dist", "loadgroup")  # tests of a group follow one another
     return Stage(seconds, ("pytest", *spread, "--durations=5", *arguments), variables)
 
 
@@ -62,7 +64,7 @@ STAGES = {
     "loss": _ours(180, "bench", "loss", "--short", *_RESULTS),
     "accuracy": _ours(30, "bench", "accuracy", *_RESULTS),
     "augment": _ours(120, "bench", "augment", "--short", *_RESULTS),
-    "train": _ours(220, "bench", "train", "--size", "128", "--images", "2560", "--epochs", "6", *_RESULTS),
+    "train": _ours(220, "bench", "train", "--size", "128", "--images", "2560", "--epochs", "6", "--out", "benchmarks/results/short"),
     "tests": _tests(100, "-m", "gpu", "-k", _OWN_STAGES, "tests/test_gpu.py", "tests/test_*bench*.py"),
     "sanitizer": _tests(110, "-m", "gpu", "-k", "sanitizer or offsets", "tests/test_gpu.py"),
     "report": _ours(20, "bench", "report", "README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))),
@@ -70,16 +72,19 @@ STAGES = {
 
 
 def main(names: Sequence[str], stages: Mapping[str, Stage] = STAGES) -> int:
-    """Run the stages of these names, or all; 0 if all passed, 1 if one did not, 2 for a name that is none, 130 for Ctrl-C."""
+    """Run the stages of these names, or all; 0 if all passed, 1 if one did not, 2 for a name that is none or no GPU, 130 for Ctrl-C."""
     if unknown := [name for name in names if name not in stages]:
         print(f"gpu: no stage {unknown[0]!r}; there are {', '.join(stages)}", file=sys.stderr)
+        return 2
+    if not torch.cuda.is_available():  # tests would be skipped, and benchmarks replace the figures of the CPU
+        print("gpu: no CUDA device found", file=sys.stderr)
         return 2
     verdicts: list[str] = []
     code = 0
     try:
         for name in names or stages:
             stage = stages[name]
-            print(f"\ngpu: {name}, at most {stage.seconds:.0f} s: {' '.join(stage.command)}", flush=True)
+            print(f"\ngpu: {name}, at most {stage.seconds:.0f} s: {shlex.join(stage.command)}", flush=True)
             start = time.monotonic()
             problem = _run(stage)
             verdicts.append(f"{name:12}{problem or 'passed':24}{time.monotonic() - start:6.0f} s")
@@ -112,7 +117,5 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    if not torch.cuda.is_available():  # tests would be skipped, and benchmarks replace the figures of the CPU
-        sys.exit("gpu: no CUDA device found")
     os.chdir(ROOT)
     sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""What a step launches: counted once each, and put to what it is for by its name."""
+"""Launches of a step are counted once each, and sorted by their purpose, which their names tell."""
 
 from __future__ import annotations
 
@@ -58,6 +58,10 @@ def test_what_a_step_prepares_when_it_is_first_run_does_not_count() -> None:
         ("void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add<c10::BFloat16>>", "BatchNorm, addition, ReLU, max-pool"),
         ("void at::native::multi_tensor_apply_kernel<at::native::FusedSgdMathFunctor<float, 3>>", "SGD"),
         ("void at::native::multi_tensor_apply_kernel<at::native::CopyFunctor<float, c10::BFloat16, 2>>", "conversions and copies"),
+        ("void at::native::max_pool_forward_nhwc<c10::BFloat16, int>", "BatchNorm, addition, ReLU, max-pool"),
+        ("void cudnn::bn_fw_tr_1C11_kernel_NCHW<float, float, int, 512, true, 1, true>", "BatchNorm, addition, ReLU, max-pool"),
+        ("void cudnn::batchnorm_fwtr_nhwc_semiPersist<__nv_bfloat16, __nv_bfloat16>", "BatchNorm, addition, ReLU, max-pool"),
+        ("void cudnn::ops::nchwToNhwcKernel<__nv_bfloat16, __nv_bfloat16, float>", "convolutions"),
         ("Memcpy DtoD (Device -> Device)", "conversions and copies"),
         ("triton_poi_fused_relu_3", "fused by torch.compile"),
         ("aten::_fused_sgd_.tensor_lr", "SGD"),

@@ -155,7 +155,7 @@ def test_a_problem_is_on_the_bar_in_the_log_and_in_the_line_of_the_epoch(tmp_pat
     [
         ({}, None),
         ({"captured": True}, "steps ran as one CUDA graph"),
-        ({"captured": False}, "steps ran without a CUDA graph: there were too few"),
+        ({"captured": False}, "steps ran without a CUDA graph: there were too few steps"),
         ({"captured": False, "not_captured": "step: it reads a value"}, "steps ran without a CUDA graph: step: it reads a value"),
     ],
 )  # fmt: skip

@@ -90,28 +90,35 @@ def test_neither_a_black_nor_a_white_icon_vanishes() -> None:
         assert set(np.unique(to_rgb(Image.fromarray(icon)))) == {level, 128}
 
 
-def png(bits: int, row: list[int], key: tuple[int, ...]) -> Image.Image:
+def png(bits: int, row: list[int], key: tuple[int, ...], frames: int = 1) -> bytes:
     """A PNG of a depth that Pillow reads but does not write: a row of gray, in RGB where the transparent colour is."""
     digits = "".join(f"{value:0{bits}b}" for value in np.repeat(row, len(key)))
     pixels = int(digits.ljust(-(-len(digits) // 8) * 8, "0"), 2).to_bytes(-(-len(digits) // 8), "big")
     header = struct.pack(">IIBBBBB", len(row), 1, bits, len(key) - 1, 0, 0, 0)
+    data = zlib.compress(b"\0" + pixels)
+    chunks = [(b"IHDR", header), (b"acTL", struct.pack(">II", frames, 0)), (b"tRNS", struct.pack(f">{len(key)}H", *key))]
+    for number in range(frames):
+        place = struct.pack(">IIIIIHHBB", max(0, 2 * number - 1), len(row), 1, 0, 0, 1, 1, 0, 0)
+        chunks += [(b"fcTL", place), (b"fdAT", struct.pack(">I", 2 * number) + data) if number else (b"IDAT", data)]
     file = b"\x89PNG\r\n\x1a\n"
-    for name, content in (
-        (b"IHDR", header),
-        (b"tRNS", struct.pack(f">{len(key)}H", *key)),
-        (b"IDAT", zlib.compress(b"\0" + pixels)),
-        (b"IEND", b""),
-    ):
+    for name, content in (*(chunks if frames > 1 else [chunks[0], chunks[2], chunks[4]]), (b"IEND", b"")):
         file += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-    return Image.open(BytesIO(file))
+    return file
 
 
 @pytest.mark.parametrize(("bits", "level"), [(1, 1), (2, 2), (4, 9), (8, 77), (16, 0x4D21)])
 def test_the_transparent_colour_of_a_png_is_as_deep_as_its_pixels(bits: int, level: int) -> None:
     for key, expected in ((level, [0, 128]), (0, [128, round(level * 255 / (2**bits - 1))])):
         for channels in (1, 3) if bits >= 8 else (1,):
-            image = png(bits, [0, level], (key,) * channels)
+            image = Image.open(BytesIO(png(bits, [0, level], (key,) * channels)))
             assert [red(image), red(image)] == [[expected], [expected]]  # again once it is loaded
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (0, 2, 1)])
+def test_frames_of_a_deep_png_have_their_transparent_colour_in_any_order(order: tuple[int, ...], tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(16, [0, 0x4D21], (0x4D21,) * 3, frames=3))
+    source = FileSource([tmp_path / "a.png"], decode=DecodeConfig(frames="all"))
+    assert [red(source.image(index)) for index in order] == [[[0, 128]]] * 3
 
 
 def test_gray_with_premultiplied_alpha() -> None:

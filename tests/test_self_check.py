@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert found == facts()
     step = checks["training step, float32"]
     assert step["passed"] is True
-    assert 0 < step["error"] <= step["allowed"]
+    assert 0 <= step["error"] <= step["allowed"]
     assert step["first_call_seconds"] > 0
     assert step["later_call_seconds"] > 0
     if not torch.cuda.is_available():
@@ -151,7 +152,15 @@ class _Forgetful(StandIn):
         pass
 
 
-@pytest.mark.parametrize(("graph", "fits"), [(StandIn, True), (_Forgetful, False)])
+class _Idle(StandIn):
+    """Replays without the updates of the weights."""
+
+    def replay(self) -> None:
+        with mock.patch.object(torch.optim.SGD, "step"):
+            super().replay()
+
+
+@pytest.mark.parametrize(("graph", "fits"), [(StandIn, True), (_Forgetful, False), (_Idle, False)])
 def test_the_captured_step_is_held_to_the_step(
     graph: type[StandIn], fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,7 +202,7 @@ raise SystemExit(main(["info", "--check"]))
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stderr == ""
+    assert "RuntimeWarning" not in result.stderr
     for name in ("VI-SimSiam loss", "BatchNorm + ReLU", "first convolution"):
         for dtype in ("float32", "bfloat16"):
             assert re.search(

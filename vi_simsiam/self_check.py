@@ -34,7 +34,7 @@ class Finding:
     why: str | None = None
     """Why it failed or cannot run."""
     error: float | None = None
-    """Of the result that came closest to its limit, relative to the result's largest value."""
+    """Largest error of the result that came closest to its limit, relative to the result's largest value."""
     allowed: float | None = None
     """The limit of that result."""
     first_call_seconds: float | None = None
@@ -42,7 +42,7 @@ class Finding:
     later_call_seconds: float | None = None
 
     def line(self) -> str:
-        """What is printed."""
+        """The line to print."""
         word = {True: "ok", False: "FAILED", None: "skipped"}[self.passed]
         parts = [self.why or ""]
         if self.error is not None:
@@ -97,6 +97,8 @@ def _perform(name: str, prepare: Callable[[], Case]) -> Finding:
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
                 times.append(time.perf_counter() - start)
+                if (shapes := [x.shape for x in results]) != (wanted := [x.shape for x in expected]):
+                    raise ValueError(f"results of the shapes {shapes}, not {wanted}")
                 held += [_error(*pair, case.allowed) for pair in zip(results, expected, strict=True)]
     except Exception as problem:  # a card, driver or compiler may raise anything
         first = str(problem).strip().splitlines()[:1]

@@ -1,4 +1,4 @@
-"""What `vi-simsiam info --check` runs: each operation that has kernels with its gradients, and a training step, beside its reference.
+"""The checks of `vi-simsiam info --check`: each operation that has kernels with its gradients, and a training step, beside its reference.
 
 A reference is plain PyTorch on the CPU, in float64 but for views and training: a new card, driver or compiler has no part in
 it. Its inputs are those of the check, as they were rounded to the check's dtype. A captured step is held to itself.
@@ -30,8 +30,8 @@ from vi_simsiam.ops.multiview_loss_launch import padded_width
 from vi_simsiam.ops.stem_convolution import stem_convolution
 from vi_simsiam.ops.stem_pool import batch_norm_relu_max_pool
 
-CALLS = 6
-"""Calls of each check; a captured step is replayed from the fifth on."""
+CALLS = 8
+"""Calls of each check; a captured step is replayed from the fifth on, and an update that it misses shows in the calls after."""
 _SUMS = 32 * torch.finfo(torch.float32).eps
 """Error allowed for sums of some thousand terms in float32: most of the roundings cancel."""
 _COLOURS = 4e-5
@@ -82,7 +82,7 @@ def _random(*shape: int) -> Tensor:
 
 
 def _with_gradients(call: Callable[..., Tensor], inputs: Tensors, gradient: Tensor) -> Tensors:
-    """What `call` makes of the inputs, and their gradients."""
+    """Results of `call`, and the gradients of its inputs."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     y = call(*leaves)
     return [y.detach(), *torch.autograd.grad(y, leaves, gradient)]

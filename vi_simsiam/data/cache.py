@@ -96,7 +96,7 @@ def pack(
 ) -> list[Unreadable]:
     """Decode the images of a source into a file for `open_pack`, and return those that cannot be read.
 
-    An ImageWarning says what decoding lost of the others.
+    ImageWarnings name the losses of the others.
 
     Args:
         source: the images.

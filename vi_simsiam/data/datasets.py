@@ -197,7 +197,7 @@ def _folder(path: Path, spec: str, decode: DecodeConfig) -> Splits:
         lost = f"only {'/ and '.join(read)}/ {'is' if len(read) == 1 else 'are'} read, not {_names(beside)}"
     if train.labels is None:
         if val_folder is not None:
-            lost += "; validation needs class folders in both"
+            lost += f"; validation needs class folders in {train_folder.name}/ and {val_folder.name}/"
         return Splits(spec, _unlabelled(train_folder, train.found, decode, lost), None)
     if val_folder is None:
         return Splits(spec, train.source(train_folder, decode, lost), None)

@@ -27,6 +27,7 @@ from vi_simsiam.text import counted
 _ANIMATED = ("GIF", "WEBP", "TIFF", "PNG", "AVIF", "FLI", "DCX")
 """Formats whose frames are images in their own right. The further ones of an MPO file are previews and depth maps."""
 _LOST = "vi_simsiam_lost"
+_KEY = "vi_simsiam_key"
 _LEAST_USED = 1 / 8
 """Share of the range below which it is called lost: fewer than 32 of 256 gray values."""
 _LARGEST = {"1": 1, "L;2": 3, "L;4": 15}
@@ -144,7 +145,8 @@ def to_rgb(image: Image.Image, decode: DecodeConfig | None = None) -> Image.Imag
 
 def _scale_key(image: Image.Image) -> None:
     """Make the transparent colour of a PNG that is not loaded yet 8 bits, as Pillow makes its pixels alone."""
-    key, tiles = image.info.get("transparency"), getattr(image, "tile", None)
+    # Frames of one file share `info`, and each of them is scaled: from what the file has.
+    key, tiles = image.info.setdefault(_KEY, image.info.get("transparency")), getattr(image, "tile", None)
     kind = tiles[0][3] if tiles else None
     if isinstance(key, tuple) and kind == "RGB;16B":
         image.info["transparency"] = tuple(value >> 8 for value in key)

@@ -51,7 +51,9 @@ def select(
         train, val = _without_copies(train, val, within=held_out > 0)
     keys = np.random.PCG64(seed).random_raw(len(train))  # numpy keeps this stream in all versions
     if train.decode.frames == "all":  # the frames of a file are near copies of each other, and go together
-        files = (re.sub(r"#\d+$", "", train.describe(index)) for index in range(len(train)))
+        files: Iterable[str] = (re.sub(r"#\d+$", "", train.describe(index)) for index in range(len(train)))
+        if isinstance(train, FileSource):
+            files = train.paths
         first: dict[str, int] = {}
         keys = keys[[first.setdefault(path, index) for index, path in enumerate(files)]]
     rest = np.ones(len(train), dtype=bool)

@@ -28,7 +28,7 @@ from vi_simsiam.errors import InputError
 
 MODES = ("auto", "on", "off")
 GRAPH_PRIORITY = -1
-"""Of the stream that is recorded: what a step does on other streams beside it has 0, and waits where both could begin."""
+"""Priority of the stream that is recorded. Work of a step on other streams has 0, and waits where both could begin."""
 
 
 def capture(step: Callable[..., Any], *, state: Sequence[Any] = (), mode: str = "auto", warmup: int = 3) -> Captured:

@@ -229,7 +229,7 @@ class Monitor:
             return
         lines = [self.health.line]
         if "captured" in self.last:
-            reason = self.last.get("not_captured", "there were too few")
+            reason = self.last.get("not_captured", "there were too few steps")
             how = "as one CUDA graph" if self.last["captured"] else f"without a CUDA graph: {reason}"
             lines.append(f"steps ran {how}")
         for line in lines:
