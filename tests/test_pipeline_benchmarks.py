@@ -14,24 +14,19 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from benchmark_cases import CPU, scripted_pipeline, shown
+from benchmark_cases import CPU, shown
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from vi_simsiam.benchmarks import augment, images, ours, peers, step, step_parts
+from vi_simsiam.benchmarks import augment, images, ours, peers, step
 from vi_simsiam.benchmarks import pipeline_tables as tables
-from vi_simsiam.benchmarks.launches import by_kind
-from vi_simsiam.benchmarks.step_parts import Parts, StepCase, WholeStep
 from vi_simsiam.benchmarks.suite import Suite, SuiteOptions
 from vi_simsiam.benchmarks.timers import WallTimer, timer_for
 from vi_simsiam.benchmarks.view_cases import SMALL_IMAGES, ViewCase, view_cases
-from vi_simsiam.config import Method, ModelConfig, TrainConfig
 from vi_simsiam.data.cache import in_memory
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import FileSource
-from vi_simsiam.engine.trainer import Trainer
 from vi_simsiam.errors import InputError
 
 TINY = ViewCase(4, 16, 2, 8, sides=(16, 20))
@@ -238,136 +233,6 @@ def test_cases_are_those_of_the_targets() -> None:
         assert methods == {"simsiam", "vi-simsiam"}
 
 
-@dataclasses.dataclass(frozen=True)
-class TinyStep(StepCase):
-    @property
-    def config(self) -> TrainConfig:
-        small = ModelConfig(dim=16, projector_hidden=8, predictor_hidden=8)
-        return dataclasses.replace(super().config, model=small)
-
-
-class OperationTimer(WallTimer):
-    """The number of PyTorch's operations in the place of a time: the same on a busy machine."""
-
-    @staticmethod
-    def _time(call: Callable[[Any], object], sets: Sequence[Any], calls: int) -> float:
-        class Counter(TorchDispatchMode):
-            count = 0
-
-            def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                self.count += 1
-                return operation(*args, **(kwargs or {}))
-
-        with Counter() as counter:
-            call(sets[0])
-        return float(counter.count)
-
-
-def test_a_step_is_measured_whole_and_in_parts(packed: PackedImages, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(step_parts._STEPS, "cpu", 1)
-    monkeypatch.setattr(step, "_CHECKED_STEPS", 2)
-    monkeypatch.setattr(torch, "compile", mock.Mock(side_effect=RuntimeError("no compiler")))
-    case = TinyStep(ViewCase(2, 16), "vi-simsiam")
-    found = step.measure_case(case, packed, CPU, OperationTimer(), rounds=3, kernels=True)
-    assert found["name"] == "vi-simsiam 2x16 batch 2"
-    providers = found["providers"]
-    assert providers[step.STEP]["losses"] == pytest.approx(found["losses"], abs=1e-4)
-    assert providers[step.COMPILED]["failure"] == "RuntimeError: no compiler"
-    timed = {name for name, provider in providers.items() if provider["time"] is not None}
-    assert timed == {step.STEP, step.NETWORK, step.AT_HAND, *step.PIECES}
-    network, whole = (providers[name]["time"]["median_us"] for name in (step.NETWORK, step.AT_HAND))
-    assert 100 < network < whole, "the loss and the optimizer come on top"
-    assert found["phases"]["backward"] > 0
-    # Backward costs about twice the forward: conv weights alone make more than a million operations a sample.
-    assert found["flops"] > 3 * 4 * 1e6
-    counted = by_kind(found["launches"]["torch"])
-    assert counted["loss"][0] == counted["SGD"][0] == 1
-    text = shown(*tables.step_case(found))
-    assert "no compiler" in text
-    assert f"({counted['convolutions'][0]})" in text
-    assert f"losses of the plain loop: {found['losses'][0]:.4f}" in text
-
-
-def test_a_profiler_that_fails_costs_no_time(packed: PackedImages, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(step_parts._STEPS, "cpu", 1)
-    monkeypatch.setattr(step, "_CHECKED_STEPS", 1)
-    monkeypatch.setattr(step, "launches_of", mock.Mock(side_effect=RuntimeError("no profiler")))
-    options = {"rounds": 3, "without_compile": "left out", "kernels": True}
-    with pytest.warns(UserWarning, match="launches with the layers 'torch' are not counted: RuntimeError: no profiler"):
-        found = step.measure_case(TinyStep(ViewCase(2, 16), "simsiam"), packed, CPU, OperationTimer(), **options)
-    assert found["launches"] == {}
-    assert found["providers"][step.STEP]["time"] is not None
-
-
-def test_a_step_without_memory_is_a_result(packed: PackedImages) -> None:
-    with mock.patch.object(Parts, "flops", side_effect=MemoryError()):
-        found = step.measure_case(TinyStep(TINY, "simsiam"), packed, CPU, WallTimer(), rounds=3)
-    assert {provider["failure"] for provider in found["providers"].values()} == {"out of memory"}
-    assert set(found["phases"].values()) == {None}
-    assert "out of memory" in shown(*tables.step_case(found))
-    assert "| simsiam, 2x16+2x8, batch 4 | out of memory | out of memory | - | - | - | - |" in tables.step_markdown(
-        {**scripted_pipeline("step"), "cases": [found]}
-    )
-
-
-@pytest.mark.parametrize("method", ["simsiam", "vi-simsiam"])
-def test_the_network_of_the_step_is_the_trainers(method: Method, tmp_path: Path) -> None:
-    parts = Parts(TinyStep(TINY, method), CPU)
-    changed = {"device": "cpu", "data": "fashion-mini", "workers": 0, "cache_dir": tmp_path}
-    trainer = Trainer(dataclasses.replace(parts.case.config, **changed), tmp_path / "run")  # type: ignore[arg-type]
-    trainer.loader.close()
-    for name in ("shared_passes", "joint_statistics"):
-        assert getattr(parts.model, name) == getattr(trainer.model, name)
-    assert parts.loss_scale == trainer.loss_scale
-    weights = zip(parts.model.parameters(), trainer.model.parameters(), strict=True)
-    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in weights)
-
-
-def test_a_step_that_trains_otherwise_is_refused(packed: PackedImages) -> None:
-    parts = Parts(TinyStep(TINY, "simsiam"), CPU)
-    expected = parts.plain_losses(step_parts.batches(packed, parts.case, CPU, 2))
-    whole = WholeStep(parts, packed, captured=True)
-    whole.step.rates *= 50
-    losses = whole.losses(2)
-    whole.close()
-    assert losses[0] == pytest.approx(expected[0], abs=1e-5), "the first loss is that of the same weights and views"
-    found = step.judge(losses, expected, 1e-4)
-    assert found["failure"].startswith("wrong: losses ")
-    assert found["losses"] == losses
-    assert not step.judge([math.nan, 1.0], [1.0, 1.0], 1e-4)["correct"]
-    assert step.judge([-0.5, 8.00005], [-0.50005, 8.0], 1e-4)["correct"]
-    assert not step.judge([0.5, 8.0005], [0.5, 8.0], 1e-4)["correct"]
-
-
-def test_the_tolerance_lies_between_rounding_and_missed_updates() -> None:
-    """VI-SimSiam's first losses in nats, 2x128 views of 64 images: in float32, with bfloat16, and with weights that stay."""
-    exact = [16.29, 27.39, 16.03, 13.81, 15.60, 1.02]
-    rounded, without_updates = [16.40, 27.54, 16.30, 14.07, 15.09, 1.42], [16.29, 29.34, 18.84, 15.63, 21.07, 13.28]
-    tolerance = step._TOLERANCE["cuda"] * (2048 - 1)
-    assert step.judge(rounded, exact, tolerance)["correct"]
-    assert not step.judge(without_updates, exact, tolerance)["correct"]
-
-
-def test_phases_are_differences() -> None:
-    medians = {step.STEP: 110, step.AT_HAND: 100, "augmentation": 30}
-    medians |= {"forward": 30, "forward + loss": 32, "forward + loss + backward": 90, "optimiser": 6}
-    found = {name: {"time": {"median_us": value}} for name, value in medians.items()}
-    assert step.phases(found) == {
-        "augmentation": 30, "exposed augmentation": 10, "forward": 30, "loss": 2, "backward": 58, "optimiser": 6, "gaps": 4,
-    }  # fmt: skip
-    found["forward"]["time"] = None  # type: ignore[assignment]
-    without = step.phases(found)
-    assert (without["forward"], without["loss"], without["backward"]) == (None, None, 58)
-
-
-def test_peak_is_given_only_for_known_gpus() -> None:
-    with mock.patch.object(torch.cuda, "get_device_name", return_value="NVIDIA H200"):
-        assert step_parts.peak_flops(torch.device("cuda")) == 989e12
-    with mock.patch.object(torch.cuda, "get_device_name", return_value="NVIDIA Unheard 1"):
-        assert step_parts.peak_flops(torch.device("cuda")) is None
-    assert step_parts.peak_flops(CPU) is None
-
-
 def test_short_names_what_it_leaves_out() -> None:
     now = iter([0.0, 0.0, 90.0, 90.0])
     console = Console(file=io.StringIO(), width=300)
@@ -392,27 +257,3 @@ def test_gpu_views_of_all_providers_are_right(paths: list[str]) -> None:
     for name, provider in found.items():
         assert provider["correct"] or "not installed" in provider["failure"], (name, provider["failure"])
         assert not provider["correct"] or provider["views_per_second"] > 0
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_gpu_step_is_captured_and_has_all_phases() -> None:
-    """With the default network: in a tiny one, statistics of few numbers amplify the rounding of bfloat16."""
-    device = torch.device("cuda")
-    case = StepCase(ViewCase(32, 32, 2, 16, sides=(32, 40)), "vi-simsiam")
-    made = step._images(case, "cuda")
-    found = step.measure_case(case, made, device, timer_for(device), rounds=3, without_compile="left out", kernels=True)
-    failures = {name: provider["failure"] for name, provider in found["providers"].items() if provider["failure"]}
-    assert failures == dict.fromkeys((step.COMPILED, f"{step.AT_HAND}, torch.compile"), "left out")
-    assert found["launches"].keys() == {"torch, view by view", "torch", "kernels"}
-    ours, theirs = (by_kind(found["launches"][layers]) for layers in ("kernels", "torch, view by view"))
-    assert ours["loss"][0] <= 2
-    assert sum(count for count, _ in ours.values()) < sum(count for count, _ in theirs.values())
-    assert all(us > 0 for _, us in ours.values())
-    assert None not in found["phases"].values()
-    whole = WholeStep(Parts(case, device), made, captured=True)
-    whole.step.rates.zero_()
-    losses = whole.losses(step._CHECKED_STEPS)
-    whole.close()
-    tolerance = step._TOLERANCE["cuda"] / whole.step.loss_scale
-    assert not step.judge(losses, found["losses"], tolerance)["correct"], "updates are missed"

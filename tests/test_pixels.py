@@ -96,7 +96,11 @@ def png(bits: int, row: list[int], key: tuple[int, ...], frames: int = 1) -> byt
     pixels = int(digits.ljust(-(-len(digits) // 8) * 8, "0"), 2).to_bytes(-(-len(digits) // 8), "big")
     header = struct.pack(">IIBBBBB", len(row), 1, bits, len(key) - 1, 0, 0, 0)
     data = zlib.compress(b"\0" + pixels)
-    chunks = [(b"IHDR", header), (b"acTL", struct.pack(">II", frames, 0)), (b"tRNS", struct.pack(f">{len(key)}H", *key))]
+    chunks = [
+        (b"IHDR", header),
+        (b"acTL", struct.pack(">II", frames, 0)),
+        (b"tRNS", struct.pack(f">{len(key)}H", *key)),
+    ]
     for number in range(frames):
         place = struct.pack(">IIIIIHHBB", max(0, 2 * number - 1), len(row), 1, 0, 0, 1, 1, 0, 0)
         chunks += [(b"fcTL", place), (b"fdAT", struct.pack(">I", 2 * number) + data) if number else (b"IDAT", data)]
@@ -115,7 +119,9 @@ def test_the_transparent_colour_of_a_png_is_as_deep_as_its_pixels(bits: int, lev
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (0, 2, 1)])
-def test_frames_of_a_deep_png_have_their_transparent_colour_in_any_order(order: tuple[int, ...], tmp_path: Path) -> None:
+def test_frames_of_a_deep_png_have_their_transparent_colour_in_any_order(
+    order: tuple[int, ...], tmp_path: Path
+) -> None:
     (tmp_path / "a.png").write_bytes(png(16, [0, 0x4D21], (0x4D21,) * 3, frames=3))
     source = FileSource([tmp_path / "a.png"], decode=DecodeConfig(frames="all"))
     assert [red(source.image(index)) for index in order] == [[[0, 128]]] * 3
