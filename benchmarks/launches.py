@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from time import perf_counter
 from typing import Any
@@ -51,14 +51,12 @@ def launches_of(step: Callable[[], object], device: torch.device) -> Launches:
 
 def added_up(events: Iterable[tuple[str, float]]) -> Launches:
     """Names and microseconds of single launches, added up."""
-    counts, times = Counter[str](), Counter[str]()
+    counts, times = Counter[str](), defaultdict[str, float](float)
     for name, microseconds in events:
         counts[name] += 1
-        times[name] += microseconds  # type: ignore[assignment]
-    return [
-        {"kind": kind_of(name), "name": name, "count": counts[name], "us": float(us)}
-        for name, us in times.most_common()
-    ]
+        times[name] += microseconds
+    longest = sorted(times, key=lambda name: -times[name])
+    return [{"kind": kind_of(name), "name": name, "count": counts[name], "us": times[name]} for name in longest]
 
 
 def kind_of(name: str) -> str:

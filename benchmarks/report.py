@@ -32,7 +32,7 @@ from .tables import brief, markdown_grid, markdown_targets, noise_notes, number,
 from .targets import NOT_MEASURED, case_label, cpu_targets, fastest, gpu_targets, speed_up, time_of
 
 _SECTION = re.compile(r"(<!-- bench: (.*?) -->\n).*?(<!-- /bench -->)", re.DOTALL)
-_ANY_GPU = "/GPU/"
+_ANY_GPU = re.compile(r"(?<![^/])GPU(?=/)")
 _NOTHING = f"{NOT_MEASURED.capitalize()}."
 _Section = Callable[[list[str], Path], str]
 _MODES = {"forward": "loss", "forward_backward": "loss + gradient"}
@@ -82,15 +82,17 @@ def fill(text: str, folder: Path) -> str:
 def _every_device(kind: _Section, paths: list[str], folder: Path) -> str:
     """The section, once for each GPU that has a result among `paths`; with a heading where there are several."""
     found = sorted({gpu for path in paths for gpu in _gpu_folders(path, folder)})
-    contents = {gpu: kind([path.replace(_ANY_GPU, f"/{gpu}/", 1) for path in paths], folder) for gpu in found}
+    contents = {gpu: kind([_ANY_GPU.sub(gpu, path) for path in paths], folder) for gpu in found}
     if len(contents) > 1:
         return "\n\n".join(f"`{gpu}`\n\n{content}" for gpu, content in contents.items())
     return next(iter(contents.values())) if contents else kind(paths, folder)
 
 
 def _gpu_folders(path: str, folder: Path) -> list[str]:
-    before, _, name = path.partition(_ANY_GPU)
-    return [each.parent.name for each in (folder / before).glob(f"*/{name}") if each.parent.name != "cpu"] if name else []
+    if (place := _ANY_GPU.search(path)) is None:
+        return []
+    before, after = path[: place.start()], path[place.end() :].lstrip("/")
+    return [each.name for each in (folder / before).glob("*") if each.name != "cpu" and (each / after).exists()]
 
 
 def case_table(case: dict[str, Any]) -> Table:

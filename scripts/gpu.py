@@ -118,4 +118,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 if __name__ == "__main__":
     os.chdir(ROOT)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # the stage would live on
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))

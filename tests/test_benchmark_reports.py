@@ -331,6 +331,9 @@ def test_a_section_shows_every_gpu(tmp_path: Path) -> None:
     assert step.count("| vi-simsiam, 2x128, batch 64 | 1.05 |") == 2
     views = [line for line in targets.splitlines() if line.startswith("| views/s at 2x128")]
     assert ["not measured" in line for line in views] == [False, True], "the second has no such result"
+    within = "<!-- bench: step GPU/step.json -->\n<!-- /bench -->"
+    assert "| vi-simsiam, 2x128, batch 64 | 1.05 |" in report.fill(within, tmp_path / "results")
+    assert "Not measured." in report.fill(within.replace("GPU", "OTHER_GPU"), tmp_path / "results")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from test_trainer import config, learned, metrics, same, weights
 from vi_simsiam.engine import trainer as module
 from vi_simsiam.engine.graph import Captured
 from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.evaluation.figures import read_metrics
 
 Train = Callable[..., str]
 
@@ -58,5 +59,10 @@ def test_a_training_that_is_not_captured_says_why(train: Train, tmp_path: Path) 
     assert last["captured"] is False
     assert "operation not permitted when stream is capturing" in str(last["not_captured"])
     assert printed.splitlines()[-1] == f"steps ran without a CUDA graph: {last['not_captured']}"
+    assert read_metrics(tmp_path / "failed" / "metrics.jsonl").keys() == last.keys() - {
+        "state",
+        "captured",
+        "not_captured",
+    }
     printed = train("off", StandIn, capture="off")
     assert printed.splitlines()[-1] == "steps ran without a CUDA graph: mode 'off'"

@@ -1,4 +1,4 @@
-"""Launches of a step are counted once each, and sorted by their purpose, which their names tell."""
+"""Launches of a step are counted once each; their names give their purpose."""
 
 from __future__ import annotations
 

@@ -41,8 +41,8 @@ class Finding:
     """With compilation."""
     later_call_seconds: float | None = None
 
-    def line(self) -> str:
-        """The line to print."""
+    def verdict(self) -> str:
+        """The line to print behind the name."""
         word = {True: "ok", False: "FAILED", None: "skipped"}[self.passed]
         parts = [self.why or ""]
         if self.error is not None:
@@ -50,39 +50,52 @@ class Finding:
         if self.first_call_seconds is not None:
             then = "" if self.later_call_seconds is None else f", then {_time(self.later_call_seconds)}"
             parts.append(f"first call {_time(self.first_call_seconds)}{then}")
-        return f"{word:8} {self.name:46} {'   '.join(filter(None, parts))}"
+        return f"{word:8} {'   '.join(filter(None, parts))}"
 
 
-def run_checks(backends: Mapping[str, Mapping[str, Any]]) -> Iterator[Finding]:
-    """Run each check of the backends that are available.
+def run_checks(
+    backends: Mapping[str, Mapping[str, Any]], begin: Callable[[str], object] = lambda name: None
+) -> Iterator[Finding]:
+    """Run each check of the backends that are available. An extension that does not load is a failure.
 
     Args:
         backends: as in `info.facts`.
+        begin: called with the name of each check before it, which a broken driver may end with the process.
     """
+
+    def perform(name: str, prepare: Callable[[], Case]) -> Finding:
+        begin(name)
+        return _perform(name, prepare)
+
+    def skip(name: str, why: str) -> Finding:
+        begin(name)
+        return Finding(name, False if "does not load" in why else None, f"not available: {why}")
+
     for backend in BACKENDS:
         why = backends[backend]["why"]
         operations = {name: operation for name, operation in OPERATIONS.items() if backend in operation.backends}
         for name, operation in operations.items() if why is None else ():
             for dtype in (torch.float32, torch.bfloat16):
                 prepare = partial(operation.case, backend, torch.device(home(backend)), dtype)
-                yield _perform(f"{name}, {backend}, {str(dtype).removeprefix('torch.')}", prepare)
+                yield perform(f"{name}, {backend}, {str(dtype).removeprefix('torch.')}", prepare)
         if why is not None:
-            yield Finding(f"{backend} ({counted(len(operations), 'operation')})", None, f"not available: {why}")
+            yield skip(f"{backend} ({counted(len(operations), 'operation')})", why)
     device = torch.device(home("eager"))
     kernels = device.type == "cuda" and backends["triton"]["available"]
-    yield _perform("training step, float32", partial(training_step, device, kernels))
+    yield perform("training step, float32", partial(training_step, device, kernels))
     captured = "captured step, bfloat16"
     if kernels:
-        yield _perform(captured, partial(captured_step, device))
+        yield perform(captured, partial(captured_step, device))
     else:
-        yield Finding(captured, None, f"not available: {backends['triton']['why'] or 'Triton is interpreted'}")
+        yield skip(captured, backends["triton"]["why"] or "Triton is interpreted")
 
 
 def summary(findings: Sequence[Finding]) -> str:
     """The last line."""
-    ran = [finding.passed for finding in findings if finding.passed is not None]
-    failed, checks = ran.count(False), counted(len(ran), "check")
-    return f"{failed} of {checks} failed" if failed else f"{checks} passed"
+    passed, failed, skipped = ([each.passed for each in findings].count(verdict) for verdict in (True, False, None))
+    checks = counted(passed + failed, "check")
+    result = f"{failed} of {checks} failed" if failed else f"{checks} passed"
+    return f"{result}, {skipped} skipped" if skipped else result
 
 
 def _perform(name: str, prepare: Callable[[], Case]) -> Finding:
@@ -94,7 +107,7 @@ def _perform(name: str, prepare: Callable[[], Case]) -> Finding:
             for expected in case.expected:
                 start = time.perf_counter()
                 results = case.run()
-                if torch.cuda.is_available():
+                if any(result.is_cuda for result in results):
                     torch.cuda.synchronize()
                 times.append(time.perf_counter() - start)
                 if (shapes := [x.shape for x in results]) != (wanted := [x.shape for x in expected]):

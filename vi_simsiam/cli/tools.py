@@ -26,9 +26,9 @@ def info(arguments: list[str]) -> int:
 
     from vi_simsiam.info import facts, report
 
-    def show(text: str) -> None:
+    def show(text: str, end: str = "\n") -> None:
         if not options.json:
-            print(text, flush=True)  # a check may take long to compile
+            print(text, end=end, flush=True)  # a check may take long to compile, or end the process
 
     found = facts()
     show(report(found))
@@ -36,9 +36,9 @@ def info(arguments: list[str]) -> int:
     if options.check:
         from vi_simsiam.self_check import run_checks, summary
 
-        for check in run_checks(found["backends"]):
+        for check in run_checks(found["backends"], begin=lambda name: show(f"{name:46} ", end="")):
             checks.append(check)
-            show(check.line())
+            show(check.verdict())
         show(summary(checks))
         found["checks"] = [asdict(check) for check in checks]
     if options.json:

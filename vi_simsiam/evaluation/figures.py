@@ -28,6 +28,8 @@ from vi_simsiam.models import VISimSiam
 from vi_simsiam.text import brief_repr, counted
 
 _THUMBNAIL = 112
+_WORDS = {"state", "captured", "not_captured"}
+"""Fields of metrics.jsonl that are no figures."""
 
 
 def draw_curves(run_folder: Path) -> Path:
@@ -78,17 +80,17 @@ def logged(run_folder: Path) -> bool:
 
 
 def read_metrics(path: Path) -> dict[str, NDArray[np.float64]]:
-    """Columns of a metrics.jsonl but for the state, float64 over its lines; NaN where a line lacks a value.
+    """Columns of a metrics.jsonl but for its words, float64 over its lines; NaN where a line lacks a value.
 
     Raises:
-        InputError: there is no such file, it is empty, or a line is not a JSON object of numbers.
+        InputError: there is no such file, it is empty, or a line is not a JSON object of numbers and those words.
     """
     if not path.is_file():
         raise InputError(f"run: {path.parent} has no {path.name}")
     lines: list[dict[str, float]] = []
     for row, text in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         try:
-            lines.append({name: float(value) for name, value in json.loads(text).items() if name != "state"})
+            lines.append({name: float(value) for name, value in json.loads(text).items() if name not in _WORDS})
         except (ValueError, TypeError, AttributeError) as error:
             raise InputError(f"run: {path} line {row} cannot be read ({error})") from error
     if not lines:
