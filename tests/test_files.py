@@ -211,8 +211,8 @@ def test_the_parts_by_their_usual_names(tmp_path: Path, train: str, val: str) ->
 
 @pytest.mark.parametrize(
     ("val", "note"),
-    [(None, "not test"), ("1.png", "not test, val; validation needs class folders in both"),
-     ("a/1.png", "not test, val; validation needs class folders in both")],
+    [(None, "not test"), ("1.png", "not test, val; validation needs class folders in train/ and val/"),
+     ("a/1.png", "not test, val; validation needs class folders in train/ and val/")],
 )  # fmt: skip
 def test_photos_without_classes_have_no_validation_part(tmp_path: Path, val: str | None, note: str) -> None:
     for name in ["train/1.png", "test/1.png"] + ([f"val/{val}"] if val else []):
