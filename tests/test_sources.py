@@ -251,6 +251,23 @@ def test_frames_are_the_same_in_any_order(tmp_path: Path, kind: str) -> None:
     assert not np.array_equal(source.image(2), alone[2]), "it was replaced meanwhile"
 
 
+def test_frames_of_a_png_that_are_undone_leave_nothing_behind(tmp_path: Path) -> None:
+    """A sprite that moves over a transparent ground: each frame holds its own place alone, whatever was read before."""
+    frames = []
+    for place in range(4):
+        pixels = np.zeros((4, 16, 4), np.uint8)
+        pixels[:, 4 * place : 4 * place + 4] = (0, 255, 0, 255)
+        frames.append(Image.fromarray(pixels))
+    frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:], disposal=2, blend=1)
+    source = FileSource([tmp_path / "a.png"], decode=ALL)
+    assert len(source) == 4
+    for index in (0, 1, 2, 3, 3, 1, 2):
+        green = np.asarray(source.image(index))[..., 0] == 0
+        alone = np.asarray(FileSource(source.paths, decode=ALL).image(index))[..., 0] == 0
+        assert green.sum() == 16
+        np.testing.assert_array_equal(green, alone)
+
+
 def test_a_long_animation_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, read = FileSource([save_frames(tmp_path / "long.gif", 40)], decode=ALL), []
     seek = GifImageFile._seek

@@ -219,7 +219,8 @@ class FileSource(ImageSource):
                     image = files.enter_context(Image.open(file, formats=formats(path)))
                 image.seek(frame)
                 yield image
-                if self.paths[index + 1 : index + 2] == (path,):  # its next frame
+                # Its next frame. Once loaded, a frame of a PNG that is to be undone is left in those after it by Pillow.
+                if image.format != "PNG" and self.paths[index + 1 : index + 2] == (path,):
                     _kept.file = key, files.pop_all(), image
         except Exception as error:
             raise UnreadableError(self.describe(index), _reason(path, error)) from error
