@@ -145,12 +145,15 @@ def test_info_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "extension    none: " in info.report()
 
 
-def test_train_evaluate_and_resume(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_evaluate_and_resume(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The main job on a small folder: train, the two summary lines last, all files, then resume with what was saved."""
     run, data = tmp_path / "run", shutil.copytree(image_folder, tmp_path / "data")
     for part in ("train", "val"):
         Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16)).save(data / part / "dark" / "deep.png")
-    arguments = ["train", "--data", f"folder:{data}", "--out", str(run), *SMALL]
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", "--data", "folder:data", "--out", str(run), *SMALL]
     assert main([*arguments, "--evaluate"]) == 0
     said = capsys.readouterr()
     warned = [line.split(": values of 1 image range from 0 to 255 only")[0] for line in said.err.splitlines()]

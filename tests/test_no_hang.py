@@ -11,8 +11,10 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ import torch
 from PIL import Image
 
 from vi_simsiam import downloads
-from vi_simsiam.config import AugmentConfig
+from vi_simsiam.config import AugmentConfig, DecodeConfig
 from vi_simsiam.data import MultiViewLoader, datasets, decoding, loader
 from vi_simsiam.data.decoding import decode
 from vi_simsiam.data.loader import eval_loader
@@ -156,3 +158,15 @@ def test_a_server_that_gives_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
             datasets.open_dataset("imagenette", root=tmp_path)
     assert socket.getdefaulttimeout() is None
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are listed there")
+def test_threads_close_the_animation_that_they_kept_open(tmp_path: Path) -> None:
+    frames = [Image.new("L", (8, 8), level) for level in (0, 100, 200)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    source = FileSource([tmp_path / "a.gif"], decode=DecodeConfig(frames="all"))
+    jobs: SimpleQueue[object] = SimpleQueue()
+    for job in ((0, Future[object]()), None):  # the first frame, of which the next is never asked for
+        jobs.put(job)
+    images._work(source.image, jobs)  # type: ignore[arg-type]
+    assert not [each for each in Path("/proc/self/fd").iterdir() if each.resolve().name == "a.gif"]

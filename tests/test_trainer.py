@@ -337,8 +337,15 @@ def test_how_a_pack_was_decoded_is_how_its_run_goes_on(image_folder: Path, tmp_p
     settings = config(image_folder, data=f"pack:{tmp_path / 'x.pack'}", epochs=1)
     train(settings, tmp_path / "run")
     assert Trainer(settings, tmp_path / "run", resume=True, console=QUIET).config.decode == white.train.decode
-    with pytest.raises(InputError, match="decode.background: white -> gray"):
+    with pytest.raises(InputError, match=r"decode.background: white -> gray; leave these options out"):
         Trainer(config(image_folder, epochs=1), tmp_path / "run", resume=True)
+    black = tmp_path / "black.pack"
+    pack(open_dataset(str(image_folder), decode=DecodeConfig(background="black")).train, black, workers=0)
+    moved = dataclasses.replace(settings, data=f"pack:{black}")
+    with pytest.raises(
+        InputError, match=r"background: white -> black; .*black.pack was decoded so; decode it as the run's"
+    ):
+        Trainer(moved, tmp_path / "run", resume=True)
 
 
 def test_unreadable_images_are_named_as_they_are(image_folder: Path, tmp_path: Path) -> None:

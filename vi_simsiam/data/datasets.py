@@ -237,7 +237,7 @@ class _Classes:
 
     def source(self, folder: Path, decode: DecodeConfig, *more: str) -> FileSource:
         empty = f"no image, and so no class, in {_names(self.empty)}" if self.empty else ""
-        twice = f"linked into two classes, and counted in the first: {_names(self.ambiguous)}" if self.ambiguous else ""
+        twice = f"in two classes by links, and counted in one: {_names(self.ambiguous)}" if self.ambiguous else ""
         classes = [_WORDNET_NAMES.get(name, name) for name in self.names]
         notes = _notes(folder, self.found, empty, twice, *more)
         return FileSource(self.found.paths, self.labels, classes, os.fspath(folder), decode=decode, notes=notes)

@@ -34,6 +34,12 @@ _kept = threading.local()
 """The file that a thread reads frame by frame, open: a frame is reached through all before it."""
 
 
+def close_kept() -> None:
+    """Close the file that this thread has kept open, if any."""
+    _, files, _ = _kept.__dict__.pop("file", (None, contextlib.ExitStack(), None))
+    files.close()
+
+
 class Unreadable(NamedTuple):
     """A file that cannot be decoded, and why."""
 
@@ -230,7 +236,7 @@ class FileSource(ImageSource):
             with self._opened(index) as image:
                 return image.n_frames if is_animated(image) else 1  # type: ignore[attr-defined]
         except UnreadableError as error:
-            self._uncounted[self.paths[index]] = error.entry.reason
+            self._uncounted[self.paths[index]] = f"its frames cannot be counted: {error.entry.reason}"
             return 1  # to be reported when it is read
 
     def fingerprint(self) -> str:

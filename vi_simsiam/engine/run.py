@@ -199,17 +199,28 @@ def check_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
             raise InputError(f"out: {path} holds other files; give an empty or new folder")
 
 
-def check_config(saved: TrainConfig, config: TrainConfig, path: Path | None) -> None:
+def check_config(
+    saved: TrainConfig,
+    config: TrainConfig,
+    path: Path | None,
+    decoded: str | None = None,
+) -> None:
     """Refuse to go on with other settings than those that the run in `path` was started with; its images may have moved.
+
+    Args:
+        saved: the run's.
+        config: those to go on with.
+        path: the run folder.
+        decoded: the name of images that were decoded already, by their own settings; None for those of `config`.
 
     Raises:
         InputError: they differ.
     """
+    advice = "leave these options out, or give another --out"
+    if decoded is not None:
+        advice = f"{decoded} was decoded so; decode it as the run's images were"
     if differing := differing_fields(dataclasses.replace(saved, data=config.data), config):
-        raise InputError(
-            f"resume: the configuration differs from {path}'s: {'; '.join(differing)}; leave these options out, or give "
-            "another --out"
-        )
+        raise InputError(f"resume: the configuration differs from {path}'s: {'; '.join(differing)}; {advice}")
 
 
 def check_images(saved: TrainConfig, config: TrainConfig, checkpoint: Checkpoint, now: dict[str, Any]) -> None:

@@ -130,9 +130,10 @@ class Trainer:
         with self.world.main_first():  # it decodes the images if that is to be done, and the others find them
             splits = splits or open_splits(config, run=folder if resume else None)
             # What is decoded already was by a rule of its own, and the run's other images are to follow it.
+            given = config.decode
             self.config = config = dataclasses.replace(config, decode=splits.train.decode)
             if checkpoint is not None:
-                check_config(saved, config, folder)
+                check_config(saved, config, folder, decoded=splits.name if config.decode != given else None)
                 check_images(saved, config, checkpoint, listed(splits))
             check_batch(config.batch_size, splits.train)  # known before all are decoded
             images, _ = cached(

@@ -33,6 +33,7 @@ from vi_simsiam.data.sources import (
     Unreadable,
     UnreadableError,
     as_source,
+    close_kept,
 )
 from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.paths import user_path
@@ -253,3 +254,4 @@ def _work(one: Callable[[int], _Read], jobs: SimpleQueue[tuple[int, Future[_Read
             future.set_result(one(index))
         except BaseException as error:  # raised where the result is asked for
             future.set_exception(error)
+    close_kept()
