@@ -64,7 +64,7 @@ STAGES = {
     "loss": _ours(180, "bench", "loss", "--short", *_RESULTS),
     "accuracy": _ours(30, "bench", "accuracy", *_RESULTS),
     "augment": _ours(120, "bench", "augment", "--short", *_RESULTS),
-    "train": _ours(220, "bench", "train", "--size", "128", "--images", "2560", "--epochs", "6", "--out", "benchmarks/results/short"),
+    "train": _ours(220, "bench", "train", "--short", "--size", "128", "--out", "benchmarks/results/short"),
     "tests": _tests(100, "-m", "gpu", "-k", _OWN_STAGES, "tests/test_gpu.py", "tests/test_*bench*.py"),
     "sanitizer": _tests(110, "-m", "gpu", "-k", "sanitizer or offsets", "tests/test_gpu.py"),
     "report": _ours(20, "bench", "report", "README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))),

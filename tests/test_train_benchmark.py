@@ -13,11 +13,13 @@ import pytest
 import torch
 from benchmark_cases import CPU
 from rich.console import Console
+from test_trainer import config
 from torch import Tensor, nn
 
 from vi_simsiam.benchmarks import train, train_peers
 from vi_simsiam.benchmarks.train_peers import Recorder
 from vi_simsiam.config import ModelConfig
+from vi_simsiam.engine.trainer import Trainer
 from vi_simsiam.errors import InputError
 from vi_simsiam.functional import cosine_loss
 
@@ -140,10 +142,11 @@ def test_train_options_that_make_no_sense(changed: dict[str, Any], message: str)
 
 
 @pytest.mark.parametrize("name", [train_peers.PLAIN, train_peers.LIGHTLY, train_peers.OURS_SIMSIAM])
-def test_each_training_trains(name: str, tmp_path: Path) -> None:
+def test_each_training_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way with a tiny network: the pace of the clock and the accuracy are there, and the weights moved."""
     if name == train_peers.LIGHTLY:
         pytest.importorskip("lightly")
+    monkeypatch.setattr(Trainer, "_launched", lambda trainer, replay: {"captured": True})  # as on a GPU
     small = ModelConfig(dim=16, projector_hidden=8, predictor_hidden=8)
     before: list[float] = []
 
@@ -159,6 +162,31 @@ def test_each_training_trains(name: str, tmp_path: Path) -> None:
     assert found["views_per_second"] > 0
     assert 0 <= found["knn_top1"] <= 1
     assert len(set(before)) == 2, "each epoch changed the weights"
+    assert found["captured"] == (True if name == train_peers.OURS_SIMSIAM else None)
+
+
+def test_an_epoch_is_over_before_its_checkpoint(image_folder: Path, tmp_path: Path) -> None:
+    """Its clock stands before hundreds of megabytes are written."""
+    trainer = Trainer(config(image_folder), tmp_path / "run", console=quiet())
+    unsaved: list[int] = []
+    trainer.fit(epoch_done=lambda: unsaved.append(trainer.step - trainer.saved_step))
+    assert unsaved == [5, 5]
+
+
+@pytest.mark.parametrize(("device", "extent"), [("cuda", (2560, 6)), ("cpu", (640, 2))])
+def test_short_is_long_enough_for_the_device(
+    device: str, extent: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[train.Options] = []
+    monkeypatch.setattr(train, "resolve_device", torch.device)
+    monkeypatch.setattr(train, "Suite", lambda name, options, *more: given.append(options) or _stop())
+    with pytest.raises(InterruptedError):
+        train.run(train.Options(device=device, short=True, epochs=9), quiet())
+    assert (given[0].images, given[0].epochs) == extent
+
+
+def _stop() -> None:
+    raise InterruptedError
 
 
 def _seen(epoch_done: Callable[[nn.Module, Tensor], None], sums: list[float]) -> Callable[[nn.Module, Tensor], None]:
