@@ -35,11 +35,11 @@ CALLS = 8
 _SUMS = 32 * torch.finfo(torch.float32).eps
 """Error allowed for sums of some thousand terms in float32: most of the roundings cancel."""
 _COLOURS = 4e-5
-"""That of views: a change of hue divides by the difference of channels, and the reference is rounded as they are."""
+"""Error allowed for views: a change of hue divides by the difference of channels, and the reference is rounded as they are."""
 _CONVOLUTION = 1e-4
-"""That of a convolution: cuDNN may take an algorithm with transforms, which are rounded more often."""
+"""Error allowed for a convolution: cuDNN may take an algorithm with transforms, which are rounded more often."""
 _STEPS = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
-"""That of the losses of a few steps: BatchNorm of few samples enlarges roundings, and each step takes over those before."""
+"""Error allowed for the losses of a few steps: BatchNorm of few samples enlarges roundings, and each step takes over those before."""
 _BATCH, _RATE = 8, 4e-3
 _DIM, _SIDE, _HEIGHT, _WIDTH = 200, 34, 53, 61
 

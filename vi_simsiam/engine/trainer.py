@@ -247,7 +247,7 @@ class Trainer:
         return capture(whole, state=whole.state, mode=self.config.capture if self.world.alone else "off")
 
     def _launched(self, replay: Captured | None) -> dict[str, bool | str]:
-        """How a GPU launches the steps, for the log."""
+        """Form in which a GPU launches the steps, for the log."""
         if replay is None or self.world.alone:
             return {} if replay is None else replay.launched
         return {"captured": False, "not_captured": "a step with the collectives of torchrun's ranks is not captured"}
