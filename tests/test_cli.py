@@ -157,7 +157,7 @@ def test_train_evaluate_and_resume(
     assert main([*arguments, "--evaluate"]) == 0
     said = capsys.readouterr()
     warned = [line.split(": values of 1 image range from 0 to 255 only")[0] for line in said.err.splitlines()]
-    assert warned == [f"warning: {data / part}" for part in ("train", "val")], "once each"
+    assert warned == [f"warning: {Path('data') / 'train'}", f"warning: {data / 'val'}"], "once each"
     lines = said.out.strip().splitlines()
     assert [line.split(":")[0] for line in lines[-2:]] == ["kNN top-1", "linear top-1"]
     for name in ("knn", "linear"):

@@ -63,9 +63,10 @@ def _show_warning(
 ) -> None:
     """One line for what concerns a user's images, once for all that reads them; `others` shows other warnings."""
     if issubclass(category, ImageWarning):
-        if (line := f"warning: {message}") not in shown:
-            print(line, file=sys.stderr)
-        shown.add(line)
+        # A run has the absolute paths of what was given relative to this folder.
+        if (text := str(message).replace(os.path.join(os.getcwd(), ""), "")) not in shown:
+            print(f"warning: {message}", file=sys.stderr)
+        shown.add(text)
     else:
         others(message, category, *place, **more)
 

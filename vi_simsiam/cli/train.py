@@ -130,7 +130,7 @@ def train(arguments: list[str]) -> int:
         if options.out is not None:  # known before anything is downloaded
             check_folder(options.out, resume=options.resume, overwrite=options.overwrite)
         with world.main_first():  # it downloads the images if that is to be done
-            splits = open_splits(options.config.located(), run=options.out if options.resume else None)
+            splits = open_splits(options.config, run=options.out if options.resume else None)
         chosen = ""
         if start.open:
             config, chosen = _suited(arguments, start, options.config, splits, world.size)
