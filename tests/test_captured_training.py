@@ -65,4 +65,4 @@ def test_a_training_that_is_not_captured_says_why(train: Train, tmp_path: Path) 
         "not_captured",
     }
     printed = train("off", StandIn, capture="off")
-    assert printed.splitlines()[-1] == "steps ran without a CUDA graph: mode 'off'"
+    assert printed.splitlines()[-1] == "steps ran without a CUDA graph: capture is off"

@@ -37,7 +37,7 @@ def icons(tmp_path: Path) -> Path:
     return folder
 
 
-RANGE = "values of 1 image range from 0 to 3828 only, and 0 to 65535 become black to white; --value-range 0 3828 keeps them apart"
+RANGE = "values of 1 image range from 0 to 3828 only, and 0 to 65535 become black to white; train or pack with --value-range 0 3828 to keep them apart"
 
 
 def test_a_run_and_all_that_follows_it_share_the_rule(

@@ -278,7 +278,7 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         capture(lambda x: x, mode="on")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for mode, reason in (("auto", "no CUDA device"), ("off", "mode 'off'")):
+        for mode, reason in (("auto", "no CUDA device"), ("off", "capture is off")):
             step = capture(lambda x: x.sum().item(), mode=mode)
             assert [step(torch.ones(n)) for n in (1, 2)] == [1.0, 2.0]
             assert step.reason == reason

@@ -93,6 +93,21 @@ def test_pages_and_pictures_show_names_escaped(folder: Path) -> None:
     assert main(["views", "--data", str(folder / CAFE), "--out", str(folder / f"{CAFE}.png"), "--images", "2"]) == 0
 
 
+@pytest.mark.parametrize("name", ["two\nlines", "red\x1b[31m"])
+def test_a_message_stays_one_line(
+    name: str, folder: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = shutil.copytree(image_folder / "val", tmp_path / "images")
+    try:
+        (images / f"{name}.png").write_bytes(b"no image")
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    for refused in (f"pack {images} --out {tmp_path}/pack", f"embed {folder}/run {images} --out {tmp_path}/a.parquet"):
+        main(refused.split())
+        (line,) = [each for each in capsys.readouterr().err.splitlines() if "images" in each]
+        assert f"{repr(name)[1:-1]}.png" in line
+
+
 def test_exports(folder: Path) -> None:
     assert main(["export", str(folder / "run"), "--format", "safetensors"]) == 0
     exported = folder / "run" / "export" / "safetensors"

@@ -208,18 +208,18 @@ def test_lost_range_is_reported_once_with_the_option_that_keeps_it() -> None:
     twelve = [stored(Image.fromarray(np.array([[low, 4095 - low]], np.uint16))) for low in (0, 1, 2)]
     assert losses(twelve) == [
         "set: values of 3 images range from 0 to 4095 only, and 0 to 65535 become black to white; "
-        "--value-range 0 4095 keeps them apart"
+        "train or pack with --value-range 0 4095 to keep them apart"
     ]
     assert losses(twelve, DecodeConfig(value_range=(0.0, 4095.0))) == []
     assert losses(twelve, DecodeConfig(value_range="file")) == []
     assert losses([tiff(np.array([[-1024.5, 3071]], np.float32))]) == [
         "set: values of 1 image range from -1024.5 to 3071 and are clipped to 0 to 1; "
-        "--value-range -1024.5 3071 keeps them apart"
+        "train or pack with --value-range -1024.5 3071 to keep them apart"
     ]
     dark, bright = (stored(Image.fromarray(np.array([[0, high]], np.uint16))) for high in (900, 65000))
     assert losses([dark, bright]) == [
         "set: values of 1 image take up less than an eighth of 0 to 65535, which become black to white; "
-        "--value-range file spreads them"
+        "train or pack with --value-range file to spread them"
     ]
     assert losses([bright, bright]) == []
 
@@ -249,7 +249,7 @@ def test_of_animations_the_first_frame_or_all(animation: list[Path], tmp_path: P
     images = in_memory(FileSource(animation, labels, names, "set"))
     assert [images.image(index).getpixel((0, 0))[0] for index in range(len(images))] == [0] * count
     assert images.notes == (
-        f"set: {count} images with several frames, of which the first is used; --frames all takes each as an image",
+        f"set: {count} images with several frames, of which the first is used; train or pack with --frames all to take each as an image",
     )
     source = FileSource(animation, labels, names, "set", decode=DecodeConfig(frames="all"))
     assert source.labels is not None

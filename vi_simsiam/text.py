@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import unicodedata
 from typing import Any
 
 _SHOWN = 8
@@ -17,6 +18,11 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
         plural: the plural where it is not the noun and an s ("classes").
     """
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def one_line(text: str) -> str:
+    """Text in one line, with the control characters that names of files in it may hold as in a Python string."""
+    return "".join(repr(each)[1:-1] if unicodedata.category(each) == "Cc" else each for each in text)
 
 
 def brief(value: Any) -> str:

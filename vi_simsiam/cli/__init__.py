@@ -14,6 +14,7 @@ from typing import Any
 
 from vi_simsiam.cli.commands import COMMANDS
 from vi_simsiam.errors import ImageWarning, UserError, none_of
+from vi_simsiam.text import one_line
 
 _HELP = ("-h", "--help")
 _BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
@@ -35,13 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except UserError as error:
         if str(error):
-            print(f"vi-simsiam: {error}", file=sys.stderr)
+            print(one_line(f"vi-simsiam: {error}"), file=sys.stderr)
         return 2
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return _BROKEN_PIPE
         named = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        print(f"vi-simsiam: {named or type(error).__name__}", file=sys.stderr)
+        print(one_line(f"vi-simsiam: {named or type(error).__name__}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("vi-simsiam: interrupted", file=sys.stderr)
@@ -65,7 +66,7 @@ def _show_warning(
     if issubclass(category, ImageWarning):
         # A run has the absolute paths of what was given relative to this folder.
         if (text := str(message).replace(os.path.join(os.getcwd(), ""), "")) not in shown:
-            print(f"warning: {message}", file=sys.stderr)
+            print(one_line(f"warning: {message}"), file=sys.stderr)
         shown.add(text)
     else:
         others(message, category, *place, **more)

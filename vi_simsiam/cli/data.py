@@ -14,7 +14,7 @@ from rich.console import Console
 from vi_simsiam.cli.parsing import parse, said
 from vi_simsiam.config import AugmentConfig, DecodeConfig, TrainConfig, policy
 from vi_simsiam.errors import ImageWarning, InputError
-from vi_simsiam.text import counted
+from vi_simsiam.text import counted, one_line
 
 _LEAST_SHOWN = 112
 """Side in pixels that a view is drawn with at least, or nearly."""
@@ -78,7 +78,7 @@ def pack(arguments: list[str]) -> int:
             source, path, workers=options.workers, shorter_side=options.shorter_side, console=Console(soft_wrap=True)
         )
         for image in unreadable:
-            print(f"left out: {image.path} ({image.reason})")
+            print(one_line(f"left out: {image.path} ({image.reason})"))
         print(
             f"written: {path} ({counted(len(source) - len(unreadable), 'image')}, {path.stat().st_size / 1e6:,.1f} MB)"
         )

@@ -90,18 +90,19 @@ class Losses:
         if self._framed:
             lines.append(
                 f"{name}: {counted(self._framed, 'image')} with several frames, of which the first is used; "
-                "--frames all takes each as an image"
+                "train or pack with --frames all to take each as an image"
             )
         for (black, white), (count, narrow, low, high) in self._values.items():
-            ends, own = f"{black:.9g} to {white:.9g}", f"--value-range {low:.9g} {high:.9g}"
+            ends, own = f"{black:.9g} to {white:.9g}", f"train or pack with --value-range {low:.9g} {high:.9g}"
             if low < black or high > white:
-                found = f"range from {low:.9g} to {high:.9g} and are clipped to {ends}; {own} keeps them apart"
+                found = f"range from {low:.9g} to {high:.9g} and are clipped to {ends}; {own} to keep them apart"
             elif narrow and high - low < _LEAST_USED * (white - black):
-                found = (
-                    f"range from {low:.9g} to {high:.9g} only, and {ends} become black to white; {own} keeps them apart"
-                )
+                found = f"range from {low:.9g} to {high:.9g} only, and {ends} become black to white; {own} to keep them apart"
             elif narrow:
-                found = f"take up less than an eighth of {ends}, which become black to white; --value-range file spreads them"
+                found = (
+                    f"take up less than an eighth of {ends}, which become black to white; "
+                    "train or pack with --value-range file to spread them"
+                )
                 count = narrow
             else:
                 continue

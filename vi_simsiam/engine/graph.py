@@ -197,7 +197,7 @@ class Captured:
         self._inputs: _Inputs | None = None
         self._outputs: Any = None
         self._calls, self._recorded = 0, False
-        self._reason = "mode 'off'" if self._mode == "off" else "no CUDA device" if self._backend is None else None
+        self._reason = "capture is off" if self._mode == "off" else "no CUDA device" if self._backend is None else None
 
     def __call__(self, *inputs: Any) -> Any:
         """One step of the training; see `capture`."""

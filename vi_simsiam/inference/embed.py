@@ -27,7 +27,7 @@ from vi_simsiam.errors import InputError
 from vi_simsiam.inference.encoder import Encoder
 from vi_simsiam.models import VISimSiam
 from vi_simsiam.paths import printable
-from vi_simsiam.text import brief_repr, counted
+from vi_simsiam.text import brief_repr, counted, one_line
 
 _ROWS = 4096
 """Rows of a row group of the file, and images whose neighbours are looked for at a time."""
@@ -101,7 +101,7 @@ def collect(
             skipped.append(entry)
             progress.advance(task)
             if console is not None:
-                line = printable(f"skipped: {entry.path} ({entry.reason})")
+                line = one_line(printable(f"skipped: {entry.path} ({entry.reason})"))
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
 
         for batch, encoding in encoder.stream(source, views=views, seed=seed, batch_size=batch_size, skipped=skip):
