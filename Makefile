@@ -59,7 +59,7 @@ soak: install
 	printf "\n$$summary"; exit $$status
 
 gpu: install
-	$(BIN)/python scripts/gpu.py $(STAGE)
+	$(BIN)/python scripts/gpu.py $(if $(LIMIT),--seconds $(LIMIT)) $(STAGE)
 
 bench: install
 	$(BIN)/vi-simsiam bench loss --out benchmarks/results

@@ -26,7 +26,7 @@ KINDS = {
     "convolutions": r"^(?!.*(batch_?norm|bn_[fb]w|max_pool)).*(conv|[wd]grad|fprop|cudnn|nhwc|nchw|blocks_of_pixels)",
     "linear layers": r"gemm|gemv|nvjet|cublas|splitk|cutlass|::\w*mm$|linear",
     "BatchNorm, addition, ReLU, max-pool": (
-        r"batch_?norm|bn_[fb]w|^(statistics|normalise|single|sums|gradient|pool)_kernel|CUDAFunctor_add|relu|threshold|clamp_min"
+        r"batch_?norm|bn_[fb]w|^(statistics|normalise|single|sums|gradient|pool)_kernel|CUDAFunctor_add|relu|threshold|clamp_(min|scalar)"
         r"|max_pool|::add_?\b"
     ),
     "conversions and copies": r"copy|memcpy|memset",

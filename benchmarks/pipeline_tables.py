@@ -44,8 +44,8 @@ def augment_case(case: _Results) -> Table:
     return _terminal(case, head, rows, ["error: largest against torchvision's functions, without and with hue shifts"])
 
 
-def step_case(case: _Results) -> tuple[Table, ...]:
-    """A case of the step for the terminal: a row for each thing measured, and the phases below; what it launches, if counted."""
+def step_case(case: _Results) -> Table:
+    """A case of the step for the terminal: a row for each thing measured, and the phases below."""
     rows = [
         (name, *_if_timed(case, name, lambda f: (_ms(f["time"]["median_us"]), _share(f["mfu"]))),
          _times(speed_up(case, NETWORK, name)), _losses(found["losses"]))
@@ -53,16 +53,18 @@ def step_case(case: _Results) -> tuple[Table, ...]:
     ]  # fmt: skip
     parts = ", ".join(f"{name} {_ms(value)}" for name, value in case["phases"].items())
     notes = [f"ms: {parts}", f"losses of the plain loop: {_losses(case['losses'])}"]
-    measured = _terminal(case, ("measured", "ms", "of peak", "of network alone", "losses"), rows, notes)
-    if not case.get("launches"):
-        return (measured,)
-    launches = Table(title=escape(f"{case['label']}: {_COUNTED}"), title_justify="left")
+    return _terminal(case, ("measured", "ms", "of peak", "of network alone", "losses"), rows, notes)
+
+
+def launches_case(case: _Results) -> Table:
+    """Launches of a step for the terminal."""
+    table = Table(title=escape(f"{case['label']}: {_COUNTED}"), title_justify="left")
     head, *counts = _launch_rows(case)
     for i, column in enumerate(head):
-        launches.add_column(escape(column), justify="right" if i else "left")
+        table.add_column(escape(column), justify="right" if i else "left")
     for row in counts:
-        launches.add_row(*row)
-    return measured, launches
+        table.add_row(*row)
+    return table
 
 
 def train_case(case: _Results) -> Table:

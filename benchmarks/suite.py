@@ -120,9 +120,11 @@ class Suite:
         say(self.console, line)
 
     def add(self, found: dict[str, Any], *tables: Table) -> None:
-        """Keep a case's result and show it."""
-        self.result["cases"].append(found)
-        self.console.print(*tables)
+        """Keep a case's result, in the place of an earlier one of that name, and show tables of it."""
+        others = [case for case in self.result["cases"] if case["name"] != found["name"]]
+        self.result["cases"] = [*others, found]
+        for table in tables:
+            self.console.print(table)
         if self.path is not None:
             write_result(self.path, self.result)
 

@@ -63,6 +63,11 @@ def test_what_a_step_prepares_when_it_is_first_run_does_not_count() -> None:
         ("void cudnn::batchnorm_fwtr_nhwc_semiPersist<__nv_bfloat16, __nv_bfloat16>", "BatchNorm, addition, ReLU, max-pool"),
         ("void cudnn::ops::nchwToNhwcKernel<__nv_bfloat16, __nv_bfloat16, float>", "convolutions"),
         ("Memcpy DtoD (Device -> Device)", "conversions and copies"),
+        (
+            "void at::native::vectorized_elementwise_kernel<8, at::native::(anonymous namespace)::launch_clamp_scalar("
+            "at::TensorIteratorBase&, c10::Scalar, c10::Scalar, at::native::detail::ClampLimits)::{lambda()#1}>",
+            "BatchNorm, addition, ReLU, max-pool",
+        ),
         ("triton_poi_fused_relu_3", "fused by torch.compile"),
         ("aten::_fused_sgd_.tensor_lr", "SGD"),
         ("aten::add_.Tensor", "BatchNorm, addition, ReLU, max-pool"),

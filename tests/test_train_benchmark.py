@@ -67,7 +67,7 @@ def test_trainings_are_compared_in_turn_and_failures_recorded(tmp_path: Path) ->
     options = train.Options(device="cpu", rounds=2, images=8, size=8, batch_size=4, epochs=3, workers=0, out=tmp_path)
     given = {name: trains(name) for name in ("vi-simsiam", "lightly", "plain PyTorch")}
     result = train.run(options, quiet(), providers=given, clock=lambda: float(next(seconds)))
-    assert order == ["vi-simsiam", "lightly", "plain PyTorch", "vi-simsiam", "plain PyTorch"]
+    assert order == ["lightly", "vi-simsiam", "plain PyTorch", "vi-simsiam", "plain PyTorch"]
     (case,) = result["cases"]
     assert case["name"] == "generated 2x8 batch 4, 3 epochs of 8 images"
     mine = case["providers"]["vi-simsiam"]
@@ -86,6 +86,23 @@ def test_trainings_are_compared_in_turn_and_failures_recorded(tmp_path: Path) ->
         train.run(dataclasses.replace(options, only="x"), quiet(), providers=given)
     with pytest.raises(InputError, match="batch_size: 300 must be at most 256, the number of training images"):
         train.run(dataclasses.replace(options, images=None, batch_size=300), quiet(), providers=given)
+
+
+def test_a_benchmark_that_is_stopped_leaves_the_trainings_before(tmp_path: Path) -> None:
+    def trains(training: train_peers.Training, recorder: Recorder) -> None:
+        for _ in range(training.config.epochs):
+            recorder.epoch_done(nn.Flatten(), torch.ones(()))
+
+    def stopped(training: train_peers.Training, recorder: Recorder) -> None:
+        raise KeyboardInterrupt
+
+    options = train.Options(device="cpu", images=8, size=8, batch_size=4, epochs=2, workers=0, out=tmp_path)
+    given = {"vi-simsiam": trains, "plain PyTorch": stopped, "lightly": trains}
+    with pytest.raises(KeyboardInterrupt):
+        train.run(options, quiet(), providers=given)
+    (case,) = json.loads((tmp_path / "cpu" / "train.json").read_text())["cases"]
+    assert [each["time"] is not None for each in case["providers"].values()] == [True, False, True]
+    assert case["providers"]["plain PyTorch"]["failure"] == "stopped before it was trained"
 
 
 @pytest.mark.parametrize(
