@@ -75,6 +75,11 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for known, peak in _PEAK_FLOPS.items() if known in name), None)
 
 
+def default_layers(device: torch.device) -> Layers:
+    """The layers that training uses."""
+    return "kernels" if device.type == "cuda" else "torch"
+
+
 class Parts:
     """The parts of a step on views at hand, each a function of the views.
 
@@ -86,8 +91,7 @@ class Parts:
     def __init__(self, case: StepCase, device: torch.device) -> None:
         self.case, self.device = case, device
         self.bf16 = device.type == "cuda"
-        self.default: Layers = "kernels" if device.type == "cuda" else "torch"
-        """The layers that training uses."""
+        self.default = default_layers(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = build_model(case.config)

@@ -121,8 +121,8 @@ class Suite:
 
     def add(self, found: dict[str, Any], *tables: Table) -> None:
         """Keep a case's result, in the place of an earlier one of that name, and show tables of it."""
-        others = [case for case in self.result["cases"] if case["name"] != found["name"]]
-        self.result["cases"] = [*others, found]
+        cases = {case["name"]: case for case in self.result["cases"]} | {found["name"]: found}
+        self.result["cases"] = list(cases.values())
         for table in tables:
             self.console.print(table)
         if self.path is not None:

@@ -191,9 +191,7 @@ def measure_case(
         "target_accuracy": options.target_accuracy,
         "yardstick": YARDSTICK,
     }
-    # Loading cuDNN, say, is no part of the first one's cold start.
-    model, views = build_model(config).to(device), torch.randn(2, 8, 3, options.size, options.size, device=device)
-    model.loss(model(list(views)), "eager").backward()
+    _warm_up(config, device)
     # Without the yardstick's accuracy no speed counts.
     turn = sorted(providers, key=lambda name: name != YARDSTICK)
     for done, name in itertools.product(range(options.rounds), turn):
@@ -218,7 +216,7 @@ def measure_case(
             found: dict[str, dict[str, Any]] = {
                 each: summary(trained, options, len(train) // options.batch_size)
                 if each not in failures and len(trained) == options.rounds
-                else {"correct": False, "failure": failures.get(each, "stopped before it was trained"), "time": None}
+                else {"correct": False, "failure": failures.get(each, "stopped before its last training"), "time": None}
                 for each, trained in runs.items()
             }
             for each in (OURS, OURS_SIMSIAM):
@@ -226,6 +224,15 @@ def measure_case(
                     found[each]["caching_seconds"] = caching
             refuse_worse(found, len(val))
             yield {**case, "providers": found}
+
+
+def _warm_up(config: TrainConfig, device: torch.device) -> None:
+    """Train a little: what a process loads once, such as cuDNN, is no part of the first training's cold start."""
+    model, size = build_model(config).to(device), config.augment.size
+    for dtype in (torch.float16, torch.bfloat16):
+        views = torch.randn(2, 8, 3, size, size, device=device)
+        with torch.autocast(device.type, dtype, enabled=device.type == "cuda"):
+            model.loss(model(list(views)), "eager").backward()
 
 
 def summary(runs: list[Recorder], options: Options, steps_per_epoch: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +28,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 _SECONDS = 25 * 60.0
 _SECONDS_TO_END = 10.0
+_LEAST_SECONDS = 1.0
 _STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
 _RESULTS = ("--out", "benchmarks/results")
@@ -88,23 +89,26 @@ def main(names: Sequence[str], stages: Mapping[str, Stage] = STAGES, seconds: fl
     if not torch.cuda.is_available():  # tests would be skipped, and benchmarks replace the figures of the CPU
         print("gpu: no CUDA device found", file=sys.stderr)
         return 2
-    verdicts: dict[str, str] = {}
+    order = list(names or stages)
+    verdicts: list[str] = []
     code, end = 0, time.monotonic() + seconds
     try:
-        for name in names or stages:
+        for name in order:
             start = time.monotonic()
-            if (left := end - start) < _SECONDS_TO_END:
-                verdicts[name], code = "NOT RUN: no time left", 1
+            kept = stages["report"].seconds if "report" in order and name != "report" else 0.0
+            limit = min(stages[name].seconds, end - start - kept - _SECONDS_TO_END)
+            if limit < _LEAST_SECONDS:
+                verdicts.append(f"{name:12}NOT RUN: no time left")
+                code = 1
                 continue
-            limit = min(stages[name].seconds, left)
             print(f"\ngpu: {name}, at most {limit:.0f} s: {shlex.join(stages[name].command)}", flush=True)
-            verdicts[name] = "interrupted"
+            verdicts.append(f"{name:12}interrupted")
             problem = _run(stages[name], limit)
-            verdicts[name] = f"{problem or 'passed':24}{time.monotonic() - start:6.0f} s"
+            verdicts[-1] = f"{name:12}{problem or 'passed':24}{time.monotonic() - start:6.0f} s"
             code = 1 if problem else code
     except KeyboardInterrupt:
         code = 130
-    print("\n" + "\n".join(f"{name:12}{verdict}" for name, verdict in verdicts.items()))
+    print("\n" + "\n".join(verdicts))
     return code
 
 
@@ -123,28 +127,24 @@ def _run(stage: Stage, limit: float) -> str | None:
 
 
 def _end_with_parent() -> None:
-    """Have this process killed when its parent is, which cannot end it then: it would share the GPU with what comes next."""
+    """Have this process killed when the script is, which cannot end it then: it would share the GPU with what comes next.
+
+    The processes of pytest-xdist and of loaders end when the pipes to this one close.
+    """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a stage with all its processes: those that it has left, too, would slow the next one down."""
-    with _not_interrupted():
+    """End a stage with all its processes, those that it has left, too, before any interruption: they would slow the next one down."""
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
+    try:
         for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_SECONDS_TO_END)
-
-
-@contextlib.contextmanager
-def _not_interrupted() -> Iterator[None]:
-    former = {number: signal.signal(number, signal.SIG_IGN) for number in _STOP}
-    try:
-        yield
     finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 if __name__ == "__main__":

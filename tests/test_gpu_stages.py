@@ -56,8 +56,10 @@ def _until(true: Callable[[], bool]) -> None:
 
 
 def _ended(process: int) -> bool:
-    status = Path(f"/proc/{process}/stat")
-    return not status.exists() or status.read_text().split()[2] == "Z"
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] == "Z"
+    except OSError:
+        return True
 
 
 def test_a_failure_and_a_limit_keep_no_stage_from_running(gpu: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
@@ -94,35 +96,63 @@ def test_interrupted(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert capsys.readouterr().out.splitlines()[-1].split() == ["info", "interrupted"]
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGKILL], [signal.SIGTERM, signal.SIGTERM]])
-def test_a_stage_ends_with_the_script(signals: list[signal.Signals], gpu: ModuleType) -> None:
-    """Whatever ends it, and however often."""
-    code = f"""
-import importlib.util, os, pathlib, signal, sys
+SCRIPT = f"""
+import importlib.util, signal, sys
 spec = importlib.util.spec_from_file_location("gpu_stages", {str(ROOT / "scripts" / "gpu.py")!r})
 gpu = sys.modules["gpu_stages"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(gpu)
 gpu.torch.cuda.is_available = lambda: True
-gpu._SECONDS_TO_END = 2.0
-signal.signal(signal.SIGTERM, signal.default_int_handler)
-sys.exit(gpu.main([], {{"only": gpu.Stage(120, ["stubborn"])}}))
+gpu._SECONDS_TO_END = 8.0
+for number in gpu._STOP:
+    signal.signal(number, signal.default_int_handler)
+sys.exit(gpu.main([], {{"first": gpu.Stage(float(sys.argv[1]), ["stubborn"]), "second": gpu.Stage(60, ["works"])}}))
 """
-    Path("stubborn.py").write_text(
-        "import os, pathlib, signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "pathlib.Path('new').write_text(str(os.getpid()))\npathlib.Path('new').rename('stage')\ntime.sleep(120)"
-    )
-    script = subprocess.Popen([sys.executable, "-c", code])
+STUBBORN = """
+import os, pathlib, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+pathlib.Path("new").write_text(f"{os.getpid()} {child.pid}")
+pathlib.Path("new").rename("stage")
+time.sleep(300)
+"""
+
+
+def _stubborn(limit: float) -> tuple[subprocess.Popen[str], list[int]]:
+    """The script with a stage that nothing but SIGKILL ends, and the processes of the stage."""
+    Path("stubborn.py").write_text(STUBBORN)
+    command = [sys.executable, "-c", SCRIPT, str(limit)]
+    script = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     _until(Path("stage").exists)
-    for number in signals:
-        script.send_signal(number)
+    return script, [int(number) for number in Path("stage").read_text().split()]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_stage_ends_with_a_script_that_is_killed() -> None:
+    script, (stage, child) = _stubborn(300)
+    script.kill()
+    _until(lambda: _ended(stage))
+    os.kill(child, signal.SIGKILL)  # a plain process does not see that its parent has ended
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(("limit", "signals"), [(300, 2), (8, 1)])
+def test_every_process_of_a_stage_ends_however_often_the_script_is_interrupted(limit: float, signals: int) -> None:
+    """Once while it runs and again while it is being ended, or only while one over its limit is being ended."""
+    script, processes = _stubborn(limit)
+    if signals == 1:
+        time.sleep(limit)
+    for _ in range(signals):
+        script.send_signal(signal.SIGTERM)
         time.sleep(1)
-    script.wait(30)
-    _until(lambda: _ended(int(Path("stage").read_text())))
+    printed, _ = script.communicate(timeout=60)
+    assert script.returncode == 130
+    assert "second" not in printed
+    _until(lambda: all(map(_ended, processes)))
 
 
 def test_what_has_no_time_left_is_named(gpu: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
     stages = {"first": gpu.Stage(60, ["leaves", "120"]), "second": gpu.Stage(60, ["works"])}
-    assert gpu.main([], stages, seconds=12) == 1
+    assert gpu.main([], stages, seconds=16) == 1
     first, second = capfd.readouterr().out.splitlines()[-2:]
     assert "FAILED: over its limit" in first
     assert second.split(maxsplit=1) == ["second", "NOT RUN: no time left"]

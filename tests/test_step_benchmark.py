@@ -118,12 +118,20 @@ def test_launches_are_counted_after_all_times(
     counted = by_kind(first["launches"]["torch"])
     assert counted["loss"][0] == counted["SGD"][0] == 1
     assert f"({counted['convolutions'][0]})" in shown(tables.launches_case(first))
+    step.run(step.Options(device="cpu", rounds=3, kernels=True, out=tmp_path, resume=True), console)
+    assert len(timed) == 3, "--resume counts what is missing alone"
+    again = json.loads(path.read_text())["cases"]
+    assert (again[0], again[1]["providers"]) == (first, second["providers"])
+    assert again[1]["launches"].keys() == {"torch"}
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_step_without_memory_is_a_result(packed: PackedImages) -> None:
     with mock.patch.object(Parts, "flops", side_effect=MemoryError()):
         found = step.measure_case(TinyStep(TINY, "simsiam"), packed, CPU, WallTimer(), rounds=3)
     assert {provider["failure"] for provider in found["providers"].values()} == {"out of memory"}
+    with mock.patch.object(step, "Parts", side_effect=MemoryError()):
+        assert step.count_launches(TinyStep(TINY, "simsiam"), found, CPU) == {}
     assert set(found["phases"].values()) == {None}
     assert "out of memory" in shown(tables.step_case(found))
     assert "| simsiam, 2x16+2x8, batch 4 | out of memory | out of memory | - | - | - | - |" in tables.step_markdown(

@@ -102,7 +102,7 @@ def test_a_benchmark_that_is_stopped_leaves_the_trainings_before(tmp_path: Path)
         train.run(options, quiet(), providers=given)
     (case,) = json.loads((tmp_path / "cpu" / "train.json").read_text())["cases"]
     assert [each["time"] is not None for each in case["providers"].values()] == [True, False, True]
-    assert case["providers"]["plain PyTorch"]["failure"] == "stopped before it was trained"
+    assert case["providers"]["plain PyTorch"]["failure"] == "stopped before its last training"
 
 
 @pytest.mark.parametrize(
