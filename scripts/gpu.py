@@ -30,7 +30,7 @@ _SECONDS = 25 * 60.0
 _SECONDS_TO_END = 10.0
 _LEAST_SECONDS = 1.0
 _STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_PR_SET_PDEATHSIG = 1
+_LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 _RESULTS = ("--out", "benchmarks/results")
 
 
@@ -91,12 +91,13 @@ def main(names: Sequence[str], stages: Mapping[str, Stage] = STAGES, seconds: fl
         return 2
     order = list(names or stages)
     verdicts: list[str] = []
-    code, end = 0, time.monotonic() + seconds
+    code, end = 0, time.monotonic() + seconds - _SECONDS_TO_END
+    if "report" in order:  # it shows what the others measured
+        end -= stages["report"].seconds + _SECONDS_TO_END
     try:
         for name in order:
             start = time.monotonic()
-            kept = stages["report"].seconds if "report" in order and name != "report" else 0.0
-            limit = min(stages[name].seconds, end - start - kept - _SECONDS_TO_END)
+            limit = stages[name].seconds if name == "report" else min(stages[name].seconds, end - start)
             if limit < _LEAST_SECONDS:
                 verdicts.append(f"{name:12}NOT RUN: no time left")
                 code = 1
@@ -131,12 +132,13 @@ def _end_with_parent() -> None:
 
     The processes of pytest-xdist and of loaders end when the pipes to this one close.
     """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End a stage with all its processes, those that it has left, too, before any interruption: they would slow the next one down."""
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
+    noted: list[int] = []
+    former = {number: signal.signal(number, lambda number, _: noted.append(number)) for number in _STOP}
     try:
         for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
@@ -144,7 +146,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_SECONDS_TO_END)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    if noted:
+        raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

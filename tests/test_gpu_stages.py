@@ -150,6 +150,21 @@ def test_every_process_of_a_stage_ends_however_often_the_script_is_interrupted(l
     _until(lambda: all(map(_ended, processes)))
 
 
+def test_the_report_has_its_time(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "_SECONDS_TO_END", 3.0)
+    Path("stubborn.py").write_text(STUBBORN)
+    stages = {
+        "first": gpu.Stage(60, ["stubborn"]),
+        "report": gpu.Stage(20, ["works"]),
+        "last": gpu.Stage(60, ["works"]),
+    }
+    assert gpu.main([], stages, seconds=34) == 1
+    summary = [line.split()[:2] for line in capfd.readouterr().out.splitlines()[-3:]]
+    assert summary == [["first", "FAILED:"], ["report", "passed"], ["last", "NOT"]]
+
+
 def test_what_has_no_time_left_is_named(gpu: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
     stages = {"first": gpu.Stage(60, ["leaves", "120"]), "second": gpu.Stage(60, ["works"])}
     assert gpu.main([], stages, seconds=16) == 1

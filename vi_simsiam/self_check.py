@@ -32,7 +32,7 @@ class Finding:
     passed: bool | None
     """None for what cannot run here."""
     why: str | None = None
-    """Reason of a failure, or for which it cannot run."""
+    """The reason why it failed or cannot run."""
     error: float | None = None
     """Largest error of the result that came closest to its limit, relative to the result's largest value."""
     allowed: float | None = None
