@@ -20,7 +20,11 @@ from setuptools.errors import BaseError, CCompilerError
 
 _DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0+PTX;10.0;12.0+PTX"
 _LINUX, _WINDOWS = sys.platform == "linux", sys.platform == "win32"
-_CUDART, _HOST = ("cudart_static.lib", "/MD") if _WINDOWS else ("libcudart_static.a", "-fPIC,-fvisibility=hidden")
+_CUDART, _HOST = (
+    ("cudart_static.lib", "/MD")
+    if _WINDOWS
+    else ("libcudart_static.a", "-fPIC,-fvisibility=hidden")
+)
 
 
 def architectures(supported: str, wanted: str = "") -> dict[str, list[str]]:
@@ -35,12 +39,16 @@ def architectures(supported: str, wanted: str = "") -> dict[str, list[str]]:
             codes = ["sm", "compute"] if name.endswith("+PTX") else ["sm"]
             flags[name] = [f"-gencode=arch=compute_{number},code={code}_{number}" for code in codes]
     if not flags:
-        raise ValueError(f"nvcc has none of {wanted or _DEFAULT_ARCHITECTURES}, only {' '.join(supported.split())}")
+        raise ValueError(
+            f"nvcc has none of {wanted or _DEFAULT_ARCHITECTURES}, only {' '.join(supported.split())}"
+        )
     return flags
 
 
 def _ask(*command: str | Path) -> str:
-    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
+    return subprocess.run(
+        command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ).stdout
 
 
 class _BuildExtension(build_ext):  # type: ignore[misc]
@@ -51,7 +59,9 @@ class _BuildExtension(build_ext):  # type: ignore[misc]
             compiler = getattr(self.compiler, "compiler_so_cxx", [sys.executable])[0]
             for file, found in ((compiler, shutil.which(compiler)), (header, header.is_file())):
                 if not found:
-                    raise BaseError(f"{file} not found (a C++ compiler and Python's headers are needed)")
+                    raise BaseError(
+                        f"{file} not found (a C++ compiler and Python's headers are needed)"
+                    )
             try:
                 self._add_cuda(ext)
             except (OSError, ValueError, subprocess.CalledProcessError) as error:
@@ -64,31 +74,53 @@ class _BuildExtension(build_ext):  # type: ignore[misc]
             Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
 
     def _add_cuda(self, ext: Extension) -> None:
-        path = os.path.join(os.environ.get("CUDA_HOME", ""), "bin") + os.pathsep + os.environ.get("PATH", "")
+        path = (
+            os.path.join(os.environ.get("CUDA_HOME", ""), "bin")
+            + os.pathsep
+            + os.environ.get("PATH", "")
+        )
         nvcc = shutil.which("nvcc", path=path)
         if nvcc is None or os.environ.get("VI_SIMSIAM_NO_CUDA") == "1":
-            raise ValueError("VI_SIMSIAM_NO_CUDA is set" if nvcc else "no nvcc in CUDA_HOME or on PATH")
+            raise ValueError(
+                "VI_SIMSIAM_NO_CUDA is set" if nvcc else "no nvcc in CUDA_HOME or on PATH"
+            )
         sources = sorted(Path("csrc").glob("*.cu"))
         self.mkpath(self.build_temp)
-        folders = re.findall(r'"(?:-L|/LIBPATH:)([^"]+)"', _ask(nvcc, "--dryrun", sources[0], "-o", "unused"))
+        folders = re.findall(
+            r'"(?:-L|/LIBPATH:)([^"]+)"', _ask(nvcc, "--dryrun", sources[0], "-o", "unused")
+        )
         folder = next((folder for folder in folders if Path(folder, _CUDART).is_file()), None)
         if folder is None:
             raise ValueError(f"{_CUDART} is in none of nvcc's folders: {' '.join(folders)}")
-        flags = architectures(_ask(nvcc, "--list-gpu-code"), os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
-        options = ["-O3", "-std=c++17", "-DVI_SIMSIAM_CUDA", "--threads=0", *(f for fs in flags.values() for f in fs)]
+        flags = architectures(
+            _ask(nvcc, "--list-gpu-code"), os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+        )
+        options = [
+            "-O3",
+            "-std=c++17",
+            "-DVI_SIMSIAM_CUDA",
+            "--threads=0",
+            *(f for fs in flags.values() for f in fs),
+        ]
         _ask(nvcc, *options, f"-Xcompiler={_HOST}", "-c", *sources, "-odir", self.build_temp)
         ext.library_dirs.append(folder)
         ext.libraries += ["cudart_static", "dl", "rt", "pthread"] if _LINUX else ["cudart_static"]
-        ext.extra_objects += [str(Path(self.build_temp, x.stem + (".obj" if _WINDOWS else ".o"))) for x in sources]
+        ext.extra_objects += [
+            str(Path(self.build_temp, x.stem + (".obj" if _WINDOWS else ".o"))) for x in sources
+        ]
         ext.define_macros.append(("VI_SIMSIAM_CUDA", ",".join(flags)))
 
 
 if __name__ == "__main__":
     from pybind11.setup_helpers import Pybind11Extension
 
-    extension = Pybind11Extension("vi_simsiam._C", ["csrc/bindings.cpp", "csrc/multiview_loss_cpu.cpp"], cxx_std=17)
+    extension = Pybind11Extension(
+        "vi_simsiam._C", ["csrc/bindings.cpp", "csrc/multiview_loss_cpu.cpp"], cxx_std=17
+    )
     extension.depends = sorted(str(file) for file in Path("csrc").iterdir())
-    extension.extra_compile_args += ["/O2"] if _WINDOWS else ["-O3", "-ffp-contract=fast", "-pthread"]
+    extension.extra_compile_args += (
+        ["/O2"] if _WINDOWS else ["-O3", "-ffp-contract=fast", "-pthread"]
+    )
     extension.extra_link_args += ["-pthread", "-Wl,--exclude-libs,ALL"] if _LINUX else []
     extension.optional = True
     rooms = {"vi_simsiam.kernels": "kernels", "vi_simsiam.benchmarks": "benchmarks"}

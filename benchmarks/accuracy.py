@@ -55,7 +55,11 @@ def run(options: Options, console: Console | None = None) -> dict[str, Any]:
         if name in COMPILED:  # the compiled eager form: the same arithmetic
             continue
         try:
-            rows[name] = provider if isinstance(provider, str) else [errors(provider, k, device) for k in KAPPAS]
+            rows[name] = (
+                provider
+                if isinstance(provider, str)
+                else [errors(provider, k, device) for k in KAPPAS]
+            )
         except Exception as error:
             rows[name] = failure_reason(error)
     result = {
@@ -70,7 +74,9 @@ def run(options: Options, console: Console | None = None) -> dict[str, Any]:
     for column in ("", *(f"kappa = {kappa:,.0f}" for kappa in KAPPAS)):
         table.add_column(column, no_wrap=True)
     for name, row in rows.items():
-        table.add_row(name, *([escape(row)] if isinstance(row, str) else (_cell(cell) for cell in row)))
+        table.add_row(
+            name, *([escape(row)] if isinstance(row, str) else (_cell(cell) for cell in row))
+        )
     console.print(table)
     if path is not None:
         write_result(path, result)
@@ -113,9 +119,14 @@ def markdown_table(result: dict[str, Any]) -> str:
     }
     rows = []
     for name, row in result["providers"].items():
-        cells = [row] * len(result["kappas"]) if isinstance(row, str) else [_cell(cell) for cell in row]
+        cells = (
+            [row] * len(result["kappas"]) if isinstance(row, str) else [_cell(cell) for cell in row]
+        )
         rows.append((names.get(name, name), *cells))
-    head = (f"float32, D = {result['dim']}", *(f"kappa = {kappa:,.0f}" for kappa in result["kappas"]))
+    head = (
+        f"float32, D = {result['dim']}",
+        *(f"kappa = {kappa:,.0f}" for kappa in result["kappas"]),
+    )
     return markdown_grid(head, rows)
 
 
@@ -129,11 +140,15 @@ def _inputs(cosine: float, kappa: float, device: torch.device) -> tuple[list[Ten
     first = round(cosine * _LENGTH)
     view[0, 0] = first
     rest = _LENGTH**2 - first**2
-    for column in range(1, DIM):  # the largest square that fits, again and again: about eight of them
+    for column in range(
+        1, DIM
+    ):  # the largest square that fits, again and again: about eight of them
         root = math.isqrt(rest)
         view[0, column] = root
         rest -= root**2
     view[0, DIM] = kappa
     target = torch.zeros(1, DIM)
     target[0, 0] = 1
-    return [view.to(device, copy=True).requires_grad_() for _ in range(2)], [target.to(device) for _ in range(2)]
+    return [view.to(device, copy=True).requires_grad_() for _ in range(2)], [
+        target.to(device) for _ in range(2)
+    ]

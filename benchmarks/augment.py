@@ -89,7 +89,8 @@ def run(
     options: Options,
     console: Console | None = None,
     *,
-    providers: Callable[[ViewCase, Sequence[str], torch.device, int, Timer], Providers] | None = None,
+    providers: Callable[[ViewCase, Sequence[str], torch.device, int, Timer], Providers]
+    | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """Measure the cases, print tables, and write the result file after each case if a folder is given.
@@ -102,14 +103,20 @@ def run(
     """
     suite = Suite(NAME, options, console, peers.PEER_PACKAGES)
     workers = options.workers or cores()
-    suite.result.update(workers=workers, data="generated" if options.data == "generated" else "folder")
+    suite.result.update(
+        workers=workers, data="generated" if options.data == "generated" else "folder"
+    )
     timer = timer_for(suite.device)
     cases = view_cases(suite.device.type, short=options.short)
     for case, _ in suite.cases(cases, _SHORT_SECONDS[suite.device.type], clock):
         with tempfile.TemporaryDirectory() as folder:
-            paths = image_files(options.data, Path(folder), count=image_count(case, workers), sides=case.sides)
+            paths = image_files(
+                options.data, Path(folder), count=image_count(case, workers), sides=case.sides
+            )
             made = (providers or make_providers)(case, paths, suite.device, workers, timer)
-            found = measure_case(case, made, seconds=_CASE_SECONDS[suite.device.type], rounds=options.rounds)
+            found = measure_case(
+                case, made, seconds=_CASE_SECONDS[suite.device.type], rounds=options.rounds
+            )
         timer.release()
         suite.add(found, pipeline_tables.augment_case(found))
     return suite.finish(pipeline_targets(suite.result), partial(pipeline_plots.draw, NAME))
@@ -127,14 +134,25 @@ def make_providers(
     policy, source = case.policy, FileSource(paths, name="benchmark")
     images = in_memory(source)
 
-    def files(transform: Callable[[AugmentConfig], Callable[[Any], list[Tensor]]]) -> Callable[[], Provider]:
+    def files(
+        transform: Callable[[AugmentConfig], Callable[[Any], list[Tensor]]],
+    ) -> Callable[[], Provider]:
         return lambda: peers.LoaderPeer(
-            source, transform(policy), batch=case.batch, device=device, workers=workers, seconds=_MEASURE_SECONDS
+            source,
+            transform(policy),
+            batch=case.batch,
+            device=device,
+            workers=workers,
+            seconds=_MEASURE_SECONDS,
         )
 
-    def resident(transform: Callable[[], Callable[[list[Tensor]], Sequence[Tensor]]]) -> Callable[[], Provider]:
+    def resident(
+        transform: Callable[[], Callable[[list[Tensor]], Sequence[Tensor]]],
+    ) -> Callable[[], Provider]:
         some = paths[: case.batch]
-        return lambda: peers.DevicePeer(transform(), peers.resident_images(some, case.sides, device), device)
+        return lambda: peers.DevicePeer(
+            transform(), peers.resident_images(some, case.sides, device), device
+        )
 
     made: dict[str, Callable[[], Provider] | str] = {
         OURS: lambda: ours.LoaderViews(images, policy, case.batch, device, workers),
@@ -148,7 +166,9 @@ def make_providers(
     return made
 
 
-def measure_case(case: ViewCase, providers: Providers, *, seconds: float, rounds: int) -> dict[str, Any]:
+def measure_case(
+    case: ViewCase, providers: Providers, *, seconds: float, rounds: int
+) -> dict[str, Any]:
     """Check all providers and time those that are right, in turn; whatever fails is recorded with its reason.
 
     Returns:
@@ -164,16 +184,22 @@ def measure_case(case: ViewCase, providers: Providers, *, seconds: float, rounds
                 continue
             alive[name] = make()
             found[name] = judge(case, alive[name])
-        except Exception as error:  # not installed, no memory, a worker that died: a result like any other
+        except (
+            Exception
+        ) as error:  # not installed, no memory, a worker that died: a result like any other
             found[name] = failed(failure_reason(error))
-    measures = {name: provider.measure for name, provider in alive.items() if found[name]["correct"]}
+    measures = {
+        name: provider.measure for name, provider in alive.items() if found[name]["correct"]
+    }
     times, failures = interleave(measures, rounds=rounds, seconds=seconds, least=3)
     for provider in alive.values():
         provider.close()
     for name, reason in failures.items():
         found[name].update(correct=False, failure=reason)
     for name, time_found in times.items():
-        found[name].update(time=time_found, views_per_second=case.views / time_found["median_us"] * 1e6)
+        found[name].update(
+            time=time_found, views_per_second=case.views / time_found["median_us"] * 1e6
+        )
     return {
         "name": case.name,
         "label": f"{case.label}, batch {case.batch}",
@@ -211,4 +237,10 @@ def judge(case: ViewCase, provider: Provider) -> dict[str, Any]:
 
 def failed(reason: str | None) -> dict[str, Any]:
     """A provider without times; with None as the reason one that is right."""
-    return {"correct": reason is None, "failure": reason, "error": None, "time": None, "views_per_second": None}
+    return {
+        "correct": reason is None,
+        "failure": reason,
+        "error": None,
+        "time": None,
+        "views_per_second": None,
+    }

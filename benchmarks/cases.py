@@ -35,7 +35,9 @@ class Case:
     @property
     def name(self) -> str:
         """What the case is called in results; unique."""
-        return f"{self.distribution} {self.batch}x{self.dim} {self.views}x{self.targets} {self.dtype}"
+        return (
+            f"{self.distribution} {self.batch}x{self.dim} {self.views}x{self.targets} {self.dtype}"
+        )
 
     @property
     def width(self) -> int:
@@ -45,7 +47,11 @@ class Case:
     @property
     def form(self) -> LossForm:
         """The loss, with concentrations as in training: around dim - 1."""
-        return LossForm("cosine") if self.distribution == "cosine" else LossForm("power_spherical", float(self.dim - 1))
+        return (
+            LossForm("cosine")
+            if self.distribution == "cosine"
+            else LossForm("power_spherical", float(self.dim - 1))
+        )
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -55,7 +61,10 @@ class Case:
     def least_bytes(self, mode: str) -> int:
         """Bytes that must move: read predictions and targets, and with gradient write the predictions' gradient."""
         predictions = self.views * self.batch * self.width
-        elements = predictions * (2 if mode == "forward_backward" else 1) + self.targets * self.batch * self.dim
+        elements = (
+            predictions * (2 if mode == "forward_backward" else 1)
+            + self.targets * self.batch * self.dim
+        )
         return elements * self.torch_dtype.itemsize
 
 
@@ -70,14 +79,23 @@ _TELLING = {
         Case(4096, 2048, 8, 2, dtype="bfloat16"),
         Case(4096, 8192),
     ),
-    "cpu": (Case(256, 2048), Case(64, 2048), Case(1024, 2048), Case(64, 512), Case(256, 2048, dtype="bfloat16")),
+    "cpu": (
+        Case(256, 2048),
+        Case(64, 2048),
+        Case(1024, 2048),
+        Case(64, 512),
+        Case(256, 2048, dtype="bfloat16"),
+    ),
 }
 _FULL = {
     "cuda": (
         *(
             Case(batch, dim, views, 2, dtype)
             for dtype, views, dim, batch in itertools.product(
-                ("bfloat16", "float32"), (2, 8), (2048, 512, 128, 8192), (64, 256, 1024, 4096, 32768)
+                ("bfloat16", "float32"),
+                (2, 8),
+                (2048, 512, 128, 8192),
+                (64, 256, 1024, 4096, 32768),
             )
         ),
         Case(256, 2048, dtype="bfloat16", distribution="cosine"),

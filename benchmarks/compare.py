@@ -88,18 +88,31 @@ def run(options: Options, console: Console | None = None) -> int:
             if before.get(name) != after.get(name):
                 say(console, f"note: different {name}: {before.get(name)} and {after.get(name)}")
     except (KeyError, TypeError) as error:
-        raise InputError(f"results: a case lacks what is compared ({error}); measure it again") from error
+        raise InputError(
+            f"results: a case lacks what is compared ({error}); measure it again"
+        ) from error
     if not changes:
-        raise InputError(f"results: {options.before} and {options.after} have no timed case in common")
+        raise InputError(
+            f"results: {options.before} and {options.after} have no timed case in common"
+        )
     table = Table()
     for column in ("case", "provider", "what", "new / old", "noise", ""):
         table.add_column(column, justify="right" if column in ("new / old", "noise") else "left")
     for change in changes:
         shown = "-" if change.ratio is None else f"{change.ratio:.3f}"
-        cells = (change.case, change.provider, change.what, shown, f"{change.allowed - 1:.1%}", change.verdict)
+        cells = (
+            change.case,
+            change.provider,
+            change.what,
+            shown,
+            f"{change.allowed - 1:.1%}",
+            change.verdict,
+        )
         table.add_row(*map(escape, cells))
     console.print(table)
-    slower, unclear = (sum(getattr(change, kind) for change in changes) for kind in ("regression", "noisy"))
+    slower, unclear = (
+        sum(getattr(change, kind) for change in changes) for kind in ("regression", "noisy")
+    )
     if unclear == len(changes):
         raise InputError(
             f"results: all {counted(unclear, 'time')} of {options.before} and {options.after} are {TOO_NOISY}; measure "
@@ -147,7 +160,9 @@ class _Time:
 def _loss_times(case: dict[str, Any], name: str) -> Iterator[_Time]:
     found = case["providers"][name]
     for mode, metric in itertools.product(MODES, ("time", "host")):
-        what = ("loss" if mode == "forward" else "loss + gradient") + (", host" if metric == "host" else "")
+        what = ("loss" if mode == "forward" else "loss + gradient") + (
+            ", host" if metric == "host" else ""
+        )
         failure = found["failure"] or (found[mode] or {}).get("failure") or "no time any more"
         yardstick = case["copy"][mode] if metric == "time" else None
         yield _Time(case_label(case), what, time_of(case, name, mode, metric), yardstick, failure)
@@ -171,4 +186,6 @@ def _change(name: str, before: _Time, after: _Time) -> Change | None:
         machine = ratio(after.yardstick, before.yardstick)
     found = ratio(after.times, before.times)
     allowed = max(1.0, machine.value) * (1 + noise)
-    return Change(before.case, name, before.what, found.value, allowed, noisy=found.noisy or machine.noisy)
+    return Change(
+        before.case, name, before.what, found.value, allowed, noisy=found.noisy or machine.noisy
+    )

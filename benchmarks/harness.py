@@ -61,7 +61,9 @@ def interleave(
                 samples[key].append(measure())
             except Exception as error:
                 failures[key] = failure_reason(error)
-    return {key: quartiles(values) for key, values in samples.items() if key not in failures}, failures
+    return {
+        key: quartiles(values) for key, values in samples.items() if key not in failures
+    }, failures
 
 
 def quartiles(values: list[float]) -> dict[str, float]:
@@ -77,7 +79,9 @@ def failure_reason(error: BaseException) -> str:
     """
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(cause):
+        if isinstance(
+            cause, torch.OutOfMemoryError | MemoryError
+        ) or "can't allocate memory" in str(cause):
             return "out of memory"
         cause = cause.__cause__ or cause.__context__
     lines = [line for line in str(error).splitlines() if line.strip()]
@@ -133,7 +137,9 @@ def read_result(path: Path, *benchmarks: str) -> dict[str, Any]:
         raise InputError(f"results: {path} is no JSON file ({error})") from error
     found = content.get("benchmark") if isinstance(content, dict) else None
     if found not in benchmarks:
-        raise InputError(f"results: {path} holds benchmark {found!r}, not {' or '.join(map(repr, benchmarks))}")
+        raise InputError(
+            f"results: {path} holds benchmark {found!r}, not {' or '.join(map(repr, benchmarks))}"
+        )
     if "device_type" not in content:
         raise InputError(f"results: {path} is of an older version; measure it again")
     return content  # type: ignore[no-any-return]
@@ -144,7 +150,12 @@ def _git(*arguments: str) -> str | None:
     try:
         root = Path(__file__).parents[1]
         return subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, cwd=root, check=True, timeout=_SECONDS
+            ["git", *arguments],
+            capture_output=True,
+            text=True,
+            cwd=root,
+            check=True,
+            timeout=_SECONDS,
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
@@ -161,8 +172,8 @@ def _processor() -> str:
 def _driver() -> str | None:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(query, capture_output=True, text=True, check=True, timeout=_SECONDS).stdout.splitlines()[
-            0
-        ]
+        return subprocess.run(
+            query, capture_output=True, text=True, check=True, timeout=_SECONDS
+        ).stdout.splitlines()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         return None

@@ -41,11 +41,16 @@ def image_files(data: str, folder: Path, *, count: int, sides: tuple[int, int]) 
         source = open_dataset(data).train
         assert isinstance(source, FileSource)  # a folder is
         # Evenly spread: files are listed class by class.
-        paths = [source.describe(i) for i in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)]
+        paths = [
+            source.describe(i)
+            for i in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
+        ]
     return [paths[i % len(paths)] for i in range(count)]
 
 
-def labelled_images(data: str, root: Path, folder: Path, *, images: int | None, side: int) -> Splits:
+def labelled_images(
+    data: str, root: Path, folder: Path, *, images: int | None, side: int
+) -> Splits:
     """Training and validation images with labels, at most `images` of each, spread evenly over the classes.
 
     Args:
@@ -59,7 +64,10 @@ def labelled_images(data: str, root: Path, folder: Path, *, images: int | None, 
         InputError: no such data set, or one without labels or validation images.
     """
     if data == "generated":
-        splits = [_tinted(folder / split, images or 256, side, seed) for seed, split in enumerate(("train", "val"))]
+        splits = [
+            _tinted(folder / split, images or 256, side, seed)
+            for seed, split in enumerate(("train", "val"))
+        ]
         return Splits(data, *splits)
     try:
         found = open_dataset(data, root=root)
@@ -88,12 +96,25 @@ def subset(source: ImageSource, count: int | None) -> ImageSource:
 def _tinted(folder: Path, count: int, side: int, seed: int) -> FileSource:
     """Generated images of four classes, each with a tint of its own."""
     labels = np.arange(count) % len(_TINTS)
-    paths = generate(folder, count=count, sides=(side, side), seed=seed, tints=[_TINTS[label] for label in labels])
-    return FileSource(paths, labels, [f"tint {i}" for i in range(len(_TINTS))], f"generated/{folder.name}")
+    paths = generate(
+        folder,
+        count=count,
+        sides=(side, side),
+        seed=seed,
+        tints=[_TINTS[label] for label in labels],
+    )
+    return FileSource(
+        paths, labels, [f"tint {i}" for i in range(len(_TINTS))], f"generated/{folder.name}"
+    )
 
 
 def generate(
-    folder: Path, *, count: int, sides: tuple[int, int], seed: int = 0, tints: Sequence[_Tint] = ((0, 0, 0),)
+    folder: Path,
+    *,
+    count: int,
+    sides: tuple[int, int],
+    seed: int = 0,
+    tints: Sequence[_Tint] = ((0, 0, 0),),
 ) -> list[str]:
     """Write random JPEG images that have structure at every scale, and return their paths.
 
@@ -110,14 +131,22 @@ def generate(
     for i in range(count):
         width, height = sides if i % 2 else sides[::-1]
         path = folder / f"{i:05d}.jpg"
-        Image.fromarray(_picture(generator, width, height, tints[i % len(tints)])).save(path, quality=_QUALITY)
+        Image.fromarray(_picture(generator, width, height, tints[i % len(tints)])).save(
+            path, quality=_QUALITY
+        )
         paths.append(str(path))
     return paths
 
 
-def _picture(generator: np.random.Generator, width: int, height: int, tint: _Tint) -> NDArray[np.uint8]:
+def _picture(
+    generator: np.random.Generator, width: int, height: int, tint: _Tint
+) -> NDArray[np.uint8]:
     """One image (height, width, 3)."""
-    total = generator.normal(0.0, 6.0, (height, width, 3)).astype(np.float32) + 128 + np.array(tint, np.float32)
+    total = (
+        generator.normal(0.0, 6.0, (height, width, 3)).astype(np.float32)
+        + 128
+        + np.array(tint, np.float32)
+    )
     for octave in _OCTAVES:
         field = generator.normal(0.0, 130 / octave**0.5, (3, octave, octave)).astype(np.float32)
         for channel in range(3):

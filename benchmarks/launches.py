@@ -56,12 +56,17 @@ def added_up(events: Iterable[tuple[str, float]]) -> Launches:
         counts[name] += 1
         times[name] += microseconds
     longest = sorted(times, key=lambda name: -times[name])
-    return [{"kind": kind_of(name), "name": name, "count": counts[name], "us": times[name]} for name in longest]
+    return [
+        {"kind": kind_of(name), "name": name, "count": counts[name], "us": times[name]}
+        for name in longest
+    ]
 
 
 def kind_of(name: str) -> str:
     """The purpose of a kernel or operator of that name."""
-    return next((kind for kind, words in KINDS.items() if re.search(words, name, re.IGNORECASE)), OTHER)
+    return next(
+        (kind for kind, words in KINDS.items() if re.search(words, name, re.IGNORECASE)), OTHER
+    )
 
 
 def by_kind(found: Launches) -> dict[str, tuple[int, float]]:
@@ -85,7 +90,10 @@ class _Operators(TorchDispatchMode):
         start = perf_counter()
         result = func(*args, **(kwargs or {}))
         name = str(func.name())
-        views = any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
+        views = any(
+            each.alias_info is not None and not each.alias_info.is_write
+            for each in func._schema.returns
+        )
         if not views and "empty" not in name and not name.startswith("profiler::"):
             self.found.append((name, (perf_counter() - start) * 1e6))
         return result

@@ -23,7 +23,16 @@ from vi_simsiam.ops.multiview_loss import LossForm
 from . import plots, report
 from .cases import MODES, Case, Inputs, cases_for, draw_inputs
 from .harness import failure_reason, interleave
-from .providers import COMPILED, Provider, allowed_errors, check, errors, failed, make_providers, reference
+from .providers import (
+    COMPILED,
+    Provider,
+    allowed_errors,
+    check,
+    errors,
+    failed,
+    make_providers,
+    reference,
+)
 from .suite import Suite, SuiteOptions
 from .targets import targets
 from .timers import Timer, timer_for
@@ -67,14 +76,21 @@ def run(
     for case, used in suite.cases(cases_for(device.type, short=options.short), limit, clock):
         made = providers(case.form, device)
         if used > 0.35 and COMPILED[1] in made:
-            made[COMPILED[1]] = f"left out: it compiles longest, and --short had used {used * limit:.0f} s"
+            made[COMPILED[1]] = (
+                f"left out: it compiles longest, and --short had used {used * limit:.0f} s"
+            )
         found = measure_case(case, device, made, timer, rounds=options.rounds)
         suite.add(found, report.case_table(found))
     return suite.finish(targets(suite.result), plots.draw)
 
 
 def measure_case(
-    case: Case, device: torch.device, providers: dict[str, Provider | str], timer: Timer, *, rounds: int
+    case: Case,
+    device: torch.device,
+    providers: dict[str, Provider | str],
+    timer: Timer,
+    *,
+    rounds: int,
 ) -> dict[str, Any]:
     """Check and time all providers on one case; whatever fails is recorded with its reason.
 
@@ -88,12 +104,17 @@ def measure_case(
     try:
         generator = torch.Generator(device).manual_seed(0)
         sets = [
-            draw_inputs(case, device, generator) for _ in range(timer.distinct_bytes // case.least_bytes("forward") + 1)
+            draw_inputs(case, device, generator)
+            for _ in range(timer.distinct_bytes // case.least_bytes("forward") + 1)
         ]
         found = _checked(case, providers, sets[0])
         timer.release()
         for mode in MODES:
-            correct = {name: p for name, p in providers.items() if not isinstance(p, str) and found[name]["correct"]}
+            correct = {
+                name: p
+                for name, p in providers.items()
+                if not isinstance(p, str) and found[name]["correct"]
+            }
             try:
                 copies[mode], times = _timed(case, mode, correct, sets, timer, rounds)
             except Exception as error:  # no memory for the copy
@@ -107,25 +128,38 @@ def measure_case(
     timer.release()
     return {
         "name": case.name,
-        **{field: getattr(case, field) for field in ("distribution", "batch", "dim", "views", "targets", "dtype")},
+        **{
+            field: getattr(case, field)
+            for field in ("distribution", "batch", "dim", "views", "targets", "dtype")
+        },
         "least_bytes": {mode: case.least_bytes(mode) for mode in MODES},
         "copy": {mode: copies.get(mode) for mode in MODES},
         "providers": {name: {**dict.fromkeys(MODES), **values} for name, values in found.items()},
     }
 
 
-def _checked(case: Case, providers: dict[str, Provider | str], inputs: Inputs) -> dict[str, dict[str, Any]]:
+def _checked(
+    case: Case, providers: dict[str, Provider | str], inputs: Inputs
+) -> dict[str, dict[str, Any]]:
     """Every provider held to float64, or the reason why it cannot run."""
     given = inputs.predictions, inputs.targets
     exact = reference(*given, case.form, torch.float64)
-    allowed = allowed_errors(errors(reference(*given, case.form, case.torch_dtype), exact), case.torch_dtype)
+    allowed = allowed_errors(
+        errors(reference(*given, case.form, case.torch_dtype), exact), case.torch_dtype
+    )
     return {
-        name: failed(p) if isinstance(p, str) else check(p, *given, exact, allowed) for name, p in providers.items()
+        name: failed(p) if isinstance(p, str) else check(p, *given, exact, allowed)
+        for name, p in providers.items()
     }
 
 
 def _timed(
-    case: Case, mode: str, providers: dict[str, Provider], sets: list[Inputs], timer: Timer, rounds: int
+    case: Case,
+    mode: str,
+    providers: dict[str, Provider],
+    sets: list[Inputs],
+    timer: Timer,
+    rounds: int,
 ) -> tuple[dict[str, float] | None, dict[str, dict[str, Any]]]:
     """Times of the copy and of every provider in one mode, all measured in turn."""
     nbytes, device = case.least_bytes(mode), sets[0].seed.device
@@ -150,7 +184,9 @@ def _timed(
     for name, values in found.items():
         if "failure" in values:
             continue
-        values.update({metric: times[name, metric] for metric in ("time", "host") if (name, metric) in times})
+        values.update(
+            {metric: times[name, metric] for metric in ("time", "host") if (name, metric) in times}
+        )
         median = values["time"]["median_us"]
         values["bytes_per_second"] = nbytes / median * 1e6
         values["copy_share"] = copy["median_us"] / median if copy is not None else None
@@ -168,7 +204,9 @@ def _forward(provider: Provider) -> Callable[[Inputs], Tensor]:
 def _forward_backward(provider: Provider) -> Callable[[Inputs], tuple[Tensor, ...]]:
     def call(inputs: Inputs) -> tuple[Tensor, ...]:
         # autograd.grad with a given seed: neither accumulation nor torch's own fill is timed, for any provider.
-        return torch.autograd.grad(provider(inputs.predictions, inputs.targets), inputs.predictions, inputs.seed)
+        return torch.autograd.grad(
+            provider(inputs.predictions, inputs.targets), inputs.predictions, inputs.seed
+        )
 
     return call
 
@@ -177,7 +215,9 @@ def _copy(pair: tuple[Tensor, Tensor]) -> Tensor:
     return pair[1].copy_(pair[0])
 
 
-def _copy_sets(nbytes: int, device: torch.device, distinct_bytes: int) -> list[tuple[Tensor, Tensor]]:
+def _copy_sets(
+    nbytes: int, device: torch.device, distinct_bytes: int
+) -> list[tuple[Tensor, Tensor]]:
     """Pairs of which one copy reads and writes `nbytes` together; random, as zeros may move faster."""
     elements = max(1, nbytes // 8)
     return [

@@ -7,9 +7,7 @@ from typing import NamedTuple
 TOO_NOISY = "too noisy to tell"
 """Stands where a verdict would."""
 _NOISY = 0.2
-LEGEND = (
-    f"Too noisy to tell: the quartiles of a time that is compared lie {100 * _NOISY:.0f} % of its median or more apart."
-)
+LEGEND = f"Too noisy to tell: the quartiles of a time that is compared lie {100 * _NOISY:.0f} % of its median or more apart."
 
 
 class Ratio(NamedTuple):

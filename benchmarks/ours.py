@@ -21,7 +21,14 @@ from vi_simsiam.data.device import byte_tensor
 from vi_simsiam.data.loader import MultiViewLoader
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.views import draw_table, place
-from vi_simsiam.ops.augment import BLUR_TAPS, IMAGENET_MEAN, IMAGENET_STD, ColourOperation, Column, augment
+from vi_simsiam.ops.augment import (
+    BLUR_TAPS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ColourOperation,
+    Column,
+    augment,
+)
 
 from .peers import seconds_a_batch
 from .timers import Timer
@@ -55,7 +62,12 @@ class LoaderViews:
     """
 
     def __init__(
-        self, images: PackedImages, policy: AugmentConfig, batch: int, device: torch.device, workers: int
+        self,
+        images: PackedImages,
+        policy: AugmentConfig,
+        batch: int,
+        device: torch.device,
+        workers: int,
     ) -> None:
         self.images, self.policy, self.device = images, policy, device
         self.loader = MultiViewLoader(images, policy, batch, device, seed=_SEED, workers=workers)
@@ -95,12 +107,19 @@ class AugmentedBytes:
     """
 
     def __init__(
-        self, images: PackedImages, policy: AugmentConfig, batch: int, device: torch.device, timer: Timer
+        self,
+        images: PackedImages,
+        policy: AugmentConfig,
+        batch: int,
+        device: torch.device,
+        timer: Timer,
     ) -> None:
         self.images, self.policy = images, policy
         self._pixels = byte_tensor(images.pixels).to(device)
         self._samples = [(np.arange(batch) + i * batch) % len(images) for i in range(_SETS)]
-        self._tables = [torch.from_numpy(placed_table(images, policy, s)).to(device) for s in self._samples]
+        self._tables = [
+            torch.from_numpy(placed_table(images, policy, s)).to(device) for s in self._samples
+        ]
         out_bytes = batch * 12 * (2 * policy.size**2 + policy.local_views * policy.local_size**2)
         with _one_thread(device):
             self._measure = timer.prepare(self._views, self._tables, out_bytes)["time"]
@@ -130,7 +149,9 @@ class AugmentedBytes:
         return views
 
 
-def placed_table(images: PackedImages, policy: AugmentConfig, samples: NDArray[np.int64]) -> NDArray[np.int32]:
+def placed_table(
+    images: PackedImages, policy: AugmentConfig, samples: NDArray[np.int64]
+) -> NDArray[np.int32]:
     """The table rows (V, B, 16) of images in epoch 0, for their bytes as they lie in `images`."""
     table = _table(images, policy, samples, epoch=0)
     place(table, images.offsets[samples])
@@ -138,7 +159,12 @@ def placed_table(images: PackedImages, policy: AugmentConfig, samples: NDArray[n
 
 
 def errors(
-    views: Sequence[Tensor], images: PackedImages, policy: AugmentConfig, samples: NDArray[np.int64], *, epoch: int
+    views: Sequence[Tensor],
+    images: PackedImages,
+    policy: AugmentConfig,
+    samples: NDArray[np.int64],
+    *,
+    epoch: int,
 ) -> dict[str, float]:
     """Largest error of the first views of a batch against torchvision's functions, without hue shifts and with them."""
     samples = samples[:_CHECKED]
@@ -154,11 +180,15 @@ def errors(
     return worst
 
 
-def torchvision_view(images: PackedImages, sample: int, row: NDArray[np.int32], size: int) -> Tensor:
+def torchvision_view(
+    images: PackedImages, sample: int, row: NDArray[np.int32], size: int
+) -> Tensor:
     """The view of an image that a table row describes, by torchvision: (3, size, size) float32, not normalised."""
     image = TF.to_dtype(TF.pil_to_tensor(images.image(sample)), torch.float32, scale=True)
     floats = row.view(np.float32)
-    top, left, height, width = (int(row[c]) for c in (Column.TOP, Column.LEFT, Column.HEIGHT, Column.WIDTH))
+    top, left, height, width = (
+        int(row[c]) for c in (Column.TOP, Column.LEFT, Column.HEIGHT, Column.WIDTH)
+    )
     view: Tensor = TF.resized_crop(image, top, left, height, width, [size, size], antialias=True)
     if row[Column.FLIP]:
         view = TF.horizontal_flip(view)
@@ -190,9 +220,13 @@ def _one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _table(images: PackedImages, policy: AugmentConfig, samples: NDArray[np.int64], *, epoch: int) -> NDArray[np.int32]:
+def _table(
+    images: PackedImages, policy: AugmentConfig, samples: NDArray[np.int64], *, epoch: int
+) -> NDArray[np.int32]:
     heights, widths = images.heights[samples], images.widths[samples]
-    return draw_table(policy, seed=_SEED, epoch=epoch, samples=samples, heights=heights, widths=widths)
+    return draw_table(
+        policy, seed=_SEED, epoch=epoch, samples=samples, heights=heights, widths=widths
+    )
 
 
 def _order(row: NDArray[np.int32]) -> Iterator[int]:

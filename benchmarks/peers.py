@@ -88,7 +88,9 @@ class LoaderPeer:
         """Microseconds a batch."""
         if not self._calibrated:
             once = self._epoch()
-            self._steps.batches = 1 + self._turns * max(1, round(self.seconds / (once * self._turns)))
+            self._steps.batches = 1 + self._turns * max(
+                1, round(self.seconds / (once * self._turns))
+            )
             self._calibrated = True
         return self._epoch() * 1e6
 
@@ -134,7 +136,9 @@ def torchvision_transform(policy: AugmentConfig, *, decoded: bool = False) -> Mu
                 v2.RandomApply([v2.ColorJitter(*policy.jitter)], policy.jitter_prob),
                 v2.RandomGrayscale(policy.grayscale_prob),
                 *to_float,
-                v2.RandomApply([v2.GaussianBlur(BLUR_TAPS, list(policy.blur_sigma))], policy.blur_prob),
+                v2.RandomApply(
+                    [v2.GaussianBlur(BLUR_TAPS, list(policy.blur_sigma))], policy.blur_prob
+                ),
                 v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
             ]
         )
@@ -158,7 +162,9 @@ def lightly_transform(policy: AugmentConfig) -> Callable[[Any], Views]:
         "hf_prob": policy.flip_prob,
     }
     if policy.local_views == 0:
-        made = transforms.SimSiamTransform(input_size=policy.size, min_scale=policy.crop_scale[0], **common)
+        made = transforms.SimSiamTransform(
+            input_size=policy.size, min_scale=policy.crop_scale[0], **common
+        )
     else:
         made = transforms.SwaVTransform(
             crop_sizes=(policy.size, policy.local_size),
@@ -177,11 +183,15 @@ def _kornia_views(policy: AugmentConfig) -> list[nn.Module]:
     def view(size: int, scale: tuple[float, float]) -> nn.Module:
         return nn.Sequential(
             # "resample" crops the whole batch at once, "slice" sample by sample.
-            augmentation.RandomResizedCrop((size, size), scale, policy.crop_ratio, cropping_mode="resample"),
+            augmentation.RandomResizedCrop(
+                (size, size), scale, policy.crop_ratio, cropping_mode="resample"
+            ),
             augmentation.RandomHorizontalFlip(p=policy.flip_prob),
             augmentation.ColorJitter(*policy.jitter, p=policy.jitter_prob),
             augmentation.RandomGrayscale(p=policy.grayscale_prob),
-            augmentation.RandomGaussianBlur((BLUR_TAPS, BLUR_TAPS), policy.blur_sigma, p=policy.blur_prob),
+            augmentation.RandomGaussianBlur(
+                (BLUR_TAPS, BLUR_TAPS), policy.blur_sigma, p=policy.blur_prob
+            ),
             augmentation.Normalize(torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)),
         )
 
@@ -198,7 +208,10 @@ class DevicePeer:
     """
 
     def __init__(
-        self, call: Callable[[list[Tensor]], Sequence[Tensor]], images: list[Tensor], device: torch.device
+        self,
+        call: Callable[[list[Tensor]], Sequence[Tensor]],
+        images: list[Tensor],
+        device: torch.device,
     ) -> None:
         self.call, self.images, self.device = call, images, device
 
@@ -219,7 +232,9 @@ class DevicePeer:
         self.images = []
 
 
-def resident_images(paths: Sequence[str], sides: tuple[int, int], device: torch.device) -> list[Tensor]:
+def resident_images(
+    paths: Sequence[str], sides: tuple[int, int], device: torch.device
+) -> list[Tensor]:
     """Image files decoded and resized to `sides` (height, width), uint8 (3, H, W) on the device."""
     images = []
     for path in paths:
@@ -240,7 +255,9 @@ def torchvision_on_device(policy: AugmentConfig) -> Callable[[list[Tensor]], Seq
     return call
 
 
-def kornia_on_device(policy: AugmentConfig, device: torch.device) -> Callable[[list[Tensor]], Sequence[Tensor]]:
+def kornia_on_device(
+    policy: AugmentConfig, device: torch.device
+) -> Callable[[list[Tensor]], Sequence[Tensor]]:
     """kornia on a whole batch: each sample with its own parameters, which are drawn for all at once."""
     transform = MultiView([view.to(device) for view in _kornia_views(policy)])
 
@@ -277,7 +294,9 @@ class _Steps(Sampler[list[int]]):
             yield [(step * self.batch + i) % self.images for i in range(self.batch)]
 
 
-def _for_each_view(policy: AugmentConfig, view: Callable[[int, tuple[float, float]], Any]) -> list[Any]:
+def _for_each_view(
+    policy: AugmentConfig, view: Callable[[int, tuple[float, float]], Any]
+) -> list[Any]:
     """Two global views, then the local ones."""
     makers = [partial(view, policy.size, policy.crop_scale)] * 2
     makers += [partial(view, policy.local_size, policy.local_scale)] * policy.local_views
@@ -294,4 +313,6 @@ def installed(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.split(".")[0]
-        raise ImportError(f"{package} is not installed (pip install 'vi-simsiam[bench]')") from error
+        raise ImportError(
+            f"{package} is not installed (pip install 'vi-simsiam[bench]')"
+        ) from error

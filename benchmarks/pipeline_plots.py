@@ -39,13 +39,18 @@ def _rates(result: dict[str, Any]) -> Figure:
     """Views a second of every provider, a panel a case."""
     cases = result["cases"]
     rows = max((len(case["providers"]) for case in cases), default=1)
-    figure = Figure(figsize=(7.0, 0.8 + max(1, len(cases)) * (0.35 + 0.24 * rows)), layout="constrained")
+    figure = Figure(
+        figsize=(7.0, 0.8 + max(1, len(cases)) * (0.35 + 0.24 * rows)), layout="constrained"
+    )
     panels = figure.subplots(max(1, len(cases)), 1, squeeze=False, sharex=True)[:, 0]
     for panel, case in zip(panels, cases, strict=False):
         timed = [name for name in case["providers"] if median_of(case, name) is not None][::-1]
         rates = [case["providers"][name]["views_per_second"] for name in timed]
         bars = panel.barh(
-            timed, rates, color=[_OURS if name.startswith(OURS) else _OTHERS for name in timed], height=0.7
+            timed,
+            rates,
+            color=[_OURS if name.startswith(OURS) else _OTHERS for name in timed],
+            height=0.7,
         )
         panel.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=3, fontsize=7)
         panel.set(title=case["label"])
@@ -65,12 +70,21 @@ def _phases(result: dict[str, Any]) -> Figure:
         left = 0.0
         for name, colour in _PHASES.items():
             width = max(0.0, case["phases"].get(name) or 0.0) / 1e3
-            panel.barh(row, width, left=left, color=colour, height=0.6, label=name if row == 0 else None)
+            panel.barh(
+                row, width, left=left, color=colour, height=0.6, label=name if row == 0 else None
+            )
             left += width
         for name, style in ((NETWORK, "-"), (COMPILED, "--"), (KERNELS, ":")):
             if (alone := median_of(case, name)) is not None:
                 label = name if row == 0 else None
-                panel.plot([alone / 1e3] * 2, [row - 0.4, row + 0.4], style, color="#24292f", lw=1.4, label=label)
+                panel.plot(
+                    [alone / 1e3] * 2,
+                    [row - 0.4, row + 0.4],
+                    style,
+                    color="#24292f",
+                    lw=1.4,
+                    label=label,
+                )
     panel.set_yticks(range(len(cases)), [case["label"] for case in cases])
     panel.invert_yaxis()
     panel.set(xlabel="ms a step")

@@ -41,7 +41,12 @@ def augment_case(case: _Results) -> Table:
         for name, found in case["providers"].items()
     ]  # fmt: skip
     head = ("provider", "views/s", "ms a batch", "vs lightly", "error", "mean, std")
-    return _terminal(case, head, rows, ["error: largest against torchvision's functions, without and with hue shifts"])
+    return _terminal(
+        case,
+        head,
+        rows,
+        ["error: largest against torchvision's functions, without and with hue shifts"],
+    )
 
 
 def step_case(case: _Results) -> Table:
@@ -79,7 +84,9 @@ def augment_markdown(result: _Results) -> str:
     names = _names(result)
     rows = []
     for case in result["cases"]:
-        cells = (_if_timed(case, name, lambda f: (f"{f['views_per_second']:,.0f}",))[0] for name in names)
+        cells = (
+            _if_timed(case, name, lambda f: (f"{f['views_per_second']:,.0f}",))[0] for name in names
+        )
         rows.append((case["label"], *cells, _times(speed_up(case, OURS, LIGHTLY))))
     return _markdown(result, ("views/s", *names, "ours / lightly"), rows, _loaders(result))
 
@@ -99,7 +106,15 @@ def step_markdown(result: _Results) -> str:
         )
         for case in result["cases"]
     ]
-    head = ("ms", STEP, NETWORK, COMPILED, "step / network", "exposed augmentation", "of peak FLOP/s")
+    head = (
+        "ms",
+        STEP,
+        NETWORK,
+        COMPILED,
+        "step / network",
+        "exposed augmentation",
+        "of peak FLOP/s",
+    )
     return _markdown(result, head, rows)
 
 
@@ -113,25 +128,40 @@ def layers_markdown(result: _Results) -> str:
     )
     shown = {name for _, *names in kinds for name in names}
     cases = [
-        {**case, "providers": {name: found for name, found in case["providers"].items() if name in shown}}
+        {
+            **case,
+            "providers": {
+                name: found for name, found in case["providers"].items() if name in shown
+            },
+        }
         for case in result["cases"]
     ]
     rows = [
         (
             f"{case['label']}: {layers}",
-            *(_if_timed(case, name, lambda f: (_ms(f["time"]["median_us"]),))[0] for name in (step, alone)),
+            *(
+                _if_timed(case, name, lambda f: (_ms(f["time"]["median_us"]),))[0]
+                for name in (step, alone)
+            ),
             _times(speed_up(case, step, kinds[0][1])),
         )
         for case in cases
         for layers, step, alone in kinds
     ]
-    return _markdown({**result, "cases": cases}, ("layers, ms", AT_HAND, NETWORK, "step against the first row"), rows)
+    return _markdown(
+        {**result, "cases": cases},
+        ("layers, ms", AT_HAND, NETWORK, "step against the first row"),
+        rows,
+    )
 
 
 def phases_markdown(result: _Results) -> str:
     """Milliseconds of each part of the step, a row a case."""
     names = list(dict.fromkeys(name for case in result["cases"] for name in case["phases"]))
-    rows = [(case["label"], *(_ms(case["phases"].get(name)) for name in names)) for case in result["cases"]]
+    rows = [
+        (case["label"], *(_ms(case["phases"].get(name)) for name in names))
+        for case in result["cases"]
+    ]
     return _markdown(result, ("ms", *names), rows)
 
 
@@ -159,7 +189,8 @@ def _launch_rows(case: _Results) -> list[_Row]:
         if any(kind in found for found in kinds.values())
     ]
     sums = (
-        (sum(count for count, _ in found.values()), sum(us for _, us in found.values())) for found in kinds.values()
+        (sum(count for count, _ in found.values()), sum(us for _, us in found.values()))
+        for found in kinds.values()
     )
     return [("", *kinds), *rows, ("all", *(_launches(*total) for total in sums))]
 
@@ -171,7 +202,9 @@ def _launches(count: int, microseconds: float) -> str:
 def train_markdown(result: _Results) -> str:
     """A table for each training, a row a provider."""
     return "\n\n".join(
-        _markdown(result, (case["label"], *_TRAIN_HEAD), _train_rows(case), "\n".join(_train_notes(case)))
+        _markdown(
+            result, (case["label"], *_TRAIN_HEAD), _train_rows(case), "\n".join(_train_notes(case))
+        )
         for case in result["cases"]
     )
 
@@ -190,7 +223,10 @@ def _train_rows(case: _Results) -> list[_Row]:
             lambda f: (
                 f"{f['views_per_second']:,.0f}",
                 "",
-                *(_seconds(f[f"{what}_seconds"]) for what in ("training", "cold_start", "caching", "evaluation")),
+                *(
+                    _seconds(f[f"{what}_seconds"])
+                    for what in ("training", "cold_start", "caching", "evaluation")
+                ),
                 _share(f["knn_top1"]),
                 _seconds(f["seconds_to_target"]),
                 "-" if f["peak_bytes"] is None else f"{f['peak_bytes'] / GIGABYTE:.2f}",
@@ -205,7 +241,9 @@ def _train_rows(case: _Results) -> list[_Row]:
 def _train_notes(case: _Results) -> list[str]:
     loaders = f"The others' loaders have {counted(case['workers'], 'worker')}."
     target = case["target_accuracy"]
-    return [loaders if target is None else f"{loaders} The target is a kNN accuracy of {target:.1%}."]
+    return [
+        loaders if target is None else f"{loaders} The target is a kNN accuracy of {target:.1%}."
+    ]
 
 
 def _loaders(result: _Results) -> str:
@@ -218,7 +256,9 @@ def _names(result: _Results) -> list[str]:
     return list(dict.fromkeys(name for case in result["cases"] for name in case["providers"]))
 
 
-def _terminal(case: _Results, head: Sequence[str], rows: Iterable[_Row], notes: Sequence[str]) -> Table:
+def _terminal(
+    case: _Results, head: Sequence[str], rows: Iterable[_Row], notes: Sequence[str]
+) -> Table:
     """A table for the terminal, with reasons of failures and noise below it."""
     table = Table(title=escape(case["label"]), title_justify="left")
     for i, column in enumerate(head):
@@ -241,7 +281,11 @@ def _markdown(result: _Results, head: Sequence[str], rows: Iterable[_Row], note:
 
 
 def _failures(case: _Results) -> list[str]:
-    return [f"{name} ({found['failure']})" for name, found in case["providers"].items() if found["failure"]]
+    return [
+        f"{name} ({found['failure']})"
+        for name, found in case["providers"].items()
+        if found["failure"]
+    ]
 
 
 def _if_timed(case: _Results, name: str, cells: Callable[[_Results], _Row]) -> _Row:

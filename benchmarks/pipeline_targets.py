@@ -56,13 +56,22 @@ def pipeline_targets(result: _Results) -> list[Target]:
     on_gpu = result["device_type"] == "cuda"
     if result["benchmark"] == "train":
         return train_targets(result) if on_gpu else cpu_targets(result)
-    return {"augment": augment_targets, "step": step_targets}[result["benchmark"]](result) if on_gpu else []
+    return (
+        {"augment": augment_targets, "step": step_targets}[result["benchmark"]](result)
+        if on_gpu
+        else []
+    )
 
 
 def augment_targets(result: _Results | None) -> list[Target]:
     """Views a second on an H200."""
     return [
-        _views(result, f"2x{size} batch 64", factor, f"views/s at 2x{size}, batch 64, against lightly's")
+        _views(
+            result,
+            f"2x{size} batch 64",
+            factor,
+            f"views/s at 2x{size}, batch 64, against lightly's",
+        )
         for size, factor in ((128, 10), (224, 5))
     ]
 
@@ -81,13 +90,19 @@ def step_targets(result: _Results | None) -> list[Target]:
         worst_of(
             "forward and backward of the network alone, with our kernels, against torch.compile",
             "at least 1.3 times faster",
-            [(faster, case["label"]) for case in _cases(result) if (faster := speed_up(case, KERNELS, COMPILED))],
+            [
+                (faster, case["label"])
+                for case in _cases(result)
+                if (faster := speed_up(case, KERNELS, COMPILED))
+            ],
             holds=lambda each: each >= 1.3,
             shown="{:.2f} times",
             worst=min,
             cases=len(list(_cases(result))),
         ),
-        _worst(result, "exposed augmentation", "at most 2 % of the step", 0.02, exposed_share, "{:.1%}"),
+        _worst(
+            result, "exposed augmentation", "at most 2 % of the step", 0.02, exposed_share, "{:.1%}"
+        ),
     ]
 
 
@@ -107,8 +122,17 @@ def train_targets(result: _Results | None) -> list[Target]:
     where = "200 epochs of ImageNette-128, 2x128, batch 64"
     seconds = "{:.0f} s"
     return [
-        _figure(found, f"{where}: training", "at most 120 s", 120, lambda x: x["training_seconds"], seconds),
-        _figure(found, f"{where}: cold start and kNN evaluation", "at most 45 s", 45, _beside, seconds),
+        _figure(
+            found,
+            f"{where}: training",
+            "at most 120 s",
+            120,
+            lambda x: x["training_seconds"],
+            seconds,
+        ),
+        _figure(
+            found, f"{where}: cold start and kNN evaluation", "at most 45 s", 45, _beside, seconds
+        ),
         _figure(
             found,
             f"{where}: peak memory beside the images",
@@ -123,25 +147,34 @@ def train_targets(result: _Results | None) -> list[Target]:
 
 def cpu_targets(result: _Results | None) -> list[Target]:
     """Training on two CPU cores; of several the longest counts."""
-    what, wanted = "views/s of whole trainings at CIFAR-10, 2x32, against lightly's", "at least 1.5 times"
+    what, wanted = (
+        "views/s of whole trainings at CIFAR-10, 2x32, against lightly's",
+        "at least 1.5 times",
+    )
     mine = f"{OURS}, method simsiam"
     found = [
         case
         for case in _cases(result)
-        if case["data"] == "cifar10" and case["view_label"] == "2x32" and speed_up(case, mine, LIGHTLY) is not None
+        if case["data"] == "cifar10"
+        and case["view_label"] == "2x32"
+        and speed_up(case, mine, LIGHTLY) is not None
     ]
     if found:
         longest = max(found, key=lambda case: case["images"] * case["epochs"])
         faster = speed_up(longest, mine, LIGHTLY)
         assert faster is not None
-        own, other = (f"{longest['providers'][name]['views_per_second']:,.0f}" for name in (mine, LIGHTLY))
+        own, other = (
+            f"{longest['providers'][name]['views_per_second']:,.0f}" for name in (mine, LIGHTLY)
+        )
         extent = f"{counted(longest['epochs'], 'epoch')} of {counted(longest['images'], 'image')}"
         figure = f"{faster.value:.2f} times ({own} and {other}; {extent})"
         return [of_all(what, wanted, figure, [(faster.value >= 1.5, faster.noisy)])]
     return [Target(what, wanted)]
 
 
-def gpu_targets(augment: _Results | None, step: _Results | None, train: _Results | None) -> list[Target]:
+def gpu_targets(
+    augment: _Results | None, step: _Results | None, train: _Results | None
+) -> list[Target]:
     """All targets for an H200."""
     return [*augment_targets(augment), *step_targets(step), *train_targets(train)]
 
@@ -154,7 +187,9 @@ def _views(result: _Results | None, name: str, factor: float, what: str) -> Targ
     wanted = f"at least {factor:g} times"
     for case in _cases(result):
         if case["name"] == name and (faster := speed_up(case, OURS, LIGHTLY)) is not None:
-            return of_all(what, wanted, f"{faster.value:.1f} times", [(faster.value >= factor, faster.noisy)])
+            return of_all(
+                what, wanted, f"{faster.value:.1f} times", [(faster.value >= factor, faster.noisy)]
+            )
     return Target(what, wanted)
 
 
@@ -166,7 +201,9 @@ def _worst(
     value: Callable[[_Results], Ratio | None],
     shown: str,
 ) -> Target:
-    found = [(figure, case["label"]) for case in _cases(result) if (figure := value(case)) is not None]
+    found = [
+        (figure, case["label"]) for case in _cases(result) if (figure := value(case)) is not None
+    ]
     cases = len(list(_cases(result)))
     return worst_of(what, wanted, found, holds=lambda each: each <= limit, shown=shown, cases=cases)
 
@@ -185,7 +222,12 @@ def _figure(
     if figure is None:
         return Target(what, wanted)
     text = shown.format(figure) if isinstance(shown, str) else shown(figure)
-    return of_all(what, wanted, text, [(figure <= limit, timed and found is not None and noisy(found["time"]))])
+    return of_all(
+        what,
+        wanted,
+        text,
+        [(figure <= limit, timed and found is not None and noisy(found["time"]))],
+    )
 
 
 def _beside(found: _Results) -> float | None:

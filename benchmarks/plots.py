@@ -58,7 +58,9 @@ def draw(result: dict[str, Any], folder: Path) -> tuple[Path, Path]:
 def _speed_up(result: dict[str, Any]) -> Figure:
     """The fastest fused backend against the fastest torch.compile, over the batch, a line for each D."""
     cases = [case for case in result["cases"] if case["distribution"] == "power_spherical"]
-    kinds = sorted({(case["views"], case["targets"], case["dtype"]) for case in cases}) or [(2, 2, "float32")]
+    kinds = sorted({(case["views"], case["targets"], case["dtype"]) for case in cases}) or [
+        (2, 2, "float32")
+    ]
     figure = Figure(figsize=(0.6 + 2.4 * max(len(kinds), 2), 3.0), layout="constrained")
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     dims = sorted({case["dim"] for case in cases})
@@ -67,7 +69,8 @@ def _speed_up(result: dict[str, Any]) -> Figure:
             points = sorted(
                 (case["batch"], faster.value)
                 for case in cases
-                if (case["views"], case["targets"], case["dtype"], case["dim"]) == (views, targets, dtype, dim)
+                if (case["views"], case["targets"], case["dtype"], case["dim"])
+                == (views, targets, dtype, dim)
                 and (faster := speed_up(case, COMPILED)) is not None
             )
             if points:
@@ -84,7 +87,9 @@ def _speed_up(result: dict[str, Any]) -> Figure:
         panel.set_xticks(batches, [f"{batch:,}" for batch in batches])
         panel.set_xticks([], minor=True)
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        panel.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:g}"[0] in "25" else "")
+        panel.yaxis.set_minor_formatter(
+            lambda value, _: f"{value:g}" if f"{value:g}"[0] in "25" else ""
+        )
         if panel.get_legend_handles_labels()[0]:
             panel.legend(loc="best")
     panels[0].set_ylabel("times faster than the best torch.compile")
@@ -97,7 +102,9 @@ def _bandwidth(result: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(8.0, 3.4), layout="constrained")
     names = list(dict.fromkeys(name for case in result["cases"] for name in case["providers"]))
     panels: Sequence[Axes] = figure.subplots(1, 2, sharey=True)
-    for panel, mode, title in zip(panels, ("forward", "forward_backward"), ("loss", "loss and gradient"), strict=True):
+    for panel, mode, title in zip(
+        panels, ("forward", "forward_backward"), ("loss", "loss and gradient"), strict=True
+    ):
         roof = [
             (case["least_bytes"][mode], _rate(case, mode, times))
             for case in result["cases"]
@@ -116,11 +123,21 @@ def _bandwidth(result: dict[str, Any]) -> Figure:
                 fused = name in FUSED
                 x, y = zip(*points, strict=True)
                 colour = _COLOURS.get(name, "#000000")
-                panel.scatter(x, y, s=16 if fused else 10, color=colour, label=name, zorder=3 if fused else 2, lw=0)
+                panel.scatter(
+                    x,
+                    y,
+                    s=16 if fused else 10,
+                    color=colour,
+                    label=name,
+                    zorder=3 if fused else 2,
+                    lw=0,
+                )
         panel.set(xscale="log", yscale="log", xlabel="bytes that must move", title=title)
     panels[0].set_ylabel("these bytes / time (GB/s)")
     shown = {
-        label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+        label: handle
+        for panel in panels
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     if shown:
         figure.legend(list(shown.values()), list(shown), loc="outside right upper")
@@ -134,7 +151,9 @@ def _rate(case: dict[str, Any], mode: str, times: dict[str, float]) -> float:
 
 def place(result: dict[str, Any]) -> str:
     """On what, with what and when a result was measured, for a title."""
-    device = result["processor"] if result["device_type"] == "cpu" else result["device"].split(" (")[0]
+    device = (
+        result["processor"] if result["device_type"] == "cpu" else result["device"].split(" (")[0]
+    )
     return f"{device}, PyTorch {result['versions']['torch']}, {result['date'][:10]}"
 
 

@@ -59,7 +59,9 @@ def make_providers(form: LossForm, device: torch.device) -> dict[str, Provider |
     return providers
 
 
-def textbook_loss(predictions: Sequence[Tensor], targets: Sequence[Tensor], form: LossForm) -> Tensor:
+def textbook_loss(
+    predictions: Sequence[Tensor], targets: Sequence[Tensor], form: LossForm
+) -> Tensor:
     """Loss of every sample, (B,), from lgamma and log(1 + cos) as papers print it, in at least float32."""
     dtype = torch.promote_types(predictions[0].dtype, torch.float32)
     dim = targets[0].shape[-1]
@@ -70,10 +72,17 @@ def textbook_loss(predictions: Sequence[Tensor], targets: Sequence[Tensor], form
     cosine = torch.stack([(direction[v] * target[g]).sum(-1) for v, g in pairs])
     if form.distribution == "cosine":
         return -2 / len(pairs) * cosine.sum(0)
-    kappa = torch.stack([form.scale * F.softplus(predictions[v][:, dim].to(dtype)) + form.minimum for v, _ in pairs])
+    kappa = torch.stack(
+        [form.scale * F.softplus(predictions[v][:, dim].to(dtype)) + form.minimum for v, _ in pairs]
+    )
     uniform = math.lgamma(dim / 2) - math.log(2) - dim / 2 * math.log(math.pi)
     alpha = b + kappa
-    log_normaliser = (alpha + b) * math.log(2) + torch.lgamma(alpha) - torch.lgamma(alpha + b) + b * math.log(math.pi)
+    log_normaliser = (
+        (alpha + b) * math.log(2)
+        + torch.lgamma(alpha)
+        - torch.lgamma(alpha + b)
+        + b * math.log(math.pi)
+    )
     log_density = kappa * torch.log1p(cosine) - log_normaliser
     return -2 / len(pairs) * (log_density - uniform).sum(0)
 
@@ -86,7 +95,9 @@ class Outcome:
     gradients: Sequence[Tensor]
 
 
-def reference(predictions: Sequence[Tensor], targets: Sequence[Tensor], form: LossForm, dtype: torch.dtype) -> Outcome:
+def reference(
+    predictions: Sequence[Tensor], targets: Sequence[Tensor], form: LossForm, dtype: torch.dtype
+) -> Outcome:
     """What eager gives for inputs converted to `dtype`, in pieces of the batch: float64 temporaries need not fit at once."""
     batch = len(targets[0])
     rows = max(1, _CHUNK_ELEMENTS // (len(predictions) * targets[0].shape[1]))
@@ -95,7 +106,9 @@ def reference(predictions: Sequence[Tensor], targets: Sequence[Tensor], form: Lo
     for piece in (slice(start, start + rows) for start in range(0, batch, rows)):
         leaves = [p[piece].detach().to(dtype).requires_grad_() for p in predictions]
         loss = eager_loss(leaves, [z[piece].to(dtype) for z in targets], form).sum()
-        for gradient, found in zip(gradients, torch.autograd.grad(loss / batch, leaves), strict=True):
+        for gradient, found in zip(
+            gradients, torch.autograd.grad(loss / batch, leaves), strict=True
+        ):
             gradient[piece] = found
         total += loss.item()
     return Outcome(total / batch, gradients)
@@ -107,7 +120,9 @@ def errors(found: Outcome, exact: Outcome) -> tuple[float, float]:
     for ours, theirs in zip(found.gradients, exact.gradients, strict=True):
         rows = max(1, _CHUNK_ELEMENTS // ours.shape[1])
         for a, b in zip(ours.split(rows), theirs.split(rows), strict=True):
-            difference = torch.maximum(difference, (a.double() - b).abs().max().cpu())  # NaN wins in maximum
+            difference = torch.maximum(
+                difference, (a.double() - b).abs().max().cpu()
+            )  # NaN wins in maximum
             largest = torch.maximum(largest, b.abs().max().cpu())
     loss = abs(found.loss - exact.loss) / max(abs(exact.loss), 1e-30)
     return loss, (difference / largest).item()
@@ -119,7 +134,9 @@ def allowed_errors(eager: tuple[float, float], dtype: torch.dtype) -> tuple[floa
     The loss is float32 for every input dtype; the gradient is rounded once to `dtype`.
     """
     few = 4 * torch.finfo(torch.float32).eps
-    return 2 * eager[0] + few, 2 * eager[1] + max(few, torch.finfo(dtype).eps if dtype != torch.float32 else 0)
+    return 2 * eager[0] + few, 2 * eager[1] + max(
+        few, torch.finfo(dtype).eps if dtype != torch.float32 else 0
+    )
 
 
 def check(

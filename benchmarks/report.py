@@ -67,7 +67,9 @@ def fill(text: str, folder: Path) -> str:
         if kind not in _KINDS:
             raise InputError(f"bench: section {kind!r} is none of {', '.join(_KINDS)}")
         if not paths:
-            raise InputError(f"bench: section {kind!r} names no file; write <!-- bench: {kind} PATH -->")
+            raise InputError(
+                f"bench: section {kind!r} names no file; write <!-- bench: {kind} PATH -->"
+            )
         try:
             content = _every_device(_KINDS[kind], paths, folder)
         except (KeyError, TypeError, IndexError) as error:
@@ -92,13 +94,19 @@ def _gpu_folders(path: str, folder: Path) -> list[str]:
     if (place := _ANY_GPU.search(path)) is None:
         return []
     before, after = path[: place.start()], path[place.end() :].lstrip("/")
-    return [each.name for each in (folder / before).glob("*") if each.name != "cpu" and (each / after).exists()]
+    return [
+        each.name
+        for each in (folder / before).glob("*")
+        if each.name != "cpu" and (each / after).exists()
+    ]
 
 
 def case_table(case: dict[str, Any]) -> Table:
     """One case for the terminal: a row a provider; without times where the result was wrong."""
     table = Table(title=case_label(case), title_justify="left")
-    with_host = any((found[mode] or {}).get("host") for found in case["providers"].values() for mode in _MODES)
+    with_host = any(
+        (found[mode] or {}).get("host") for found in case["providers"].values() for mode in _MODES
+    )
     host = ("host",) if with_host else ()
     table.add_column("provider")
     for mode in _MODES.values():
@@ -106,7 +114,9 @@ def case_table(case: dict[str, Any]) -> Table:
             table.add_column(column, justify="right")
     for column in ("of copy", "vs compile", "error", "memory"):
         table.add_column(column, justify="right")
-    notes = ["times in us; share of a copy's speed, speed-up, error and memory are those of loss + gradient"]
+    notes = [
+        "times in us; share of a copy's speed, speed-up, error and memory are those of loss + gradient"
+    ]
     copy, baseline = case["copy"]["forward_backward"], fastest(case, COMPILED, "forward_backward")
     if copy is not None:
         notes.append(f"copy of the bytes that must move: {number(copy['median_us'])} us")
@@ -124,12 +134,16 @@ def case_table(case: dict[str, Any]) -> Table:
             f"{found['gradient_error']:.1e}",
             "-" if peak is None else f"{peak / 2**20:,.1f} MiB",
         )
-    notes += noise_notes((name, time_of(case, name, mode)) for name in case["providers"] for mode in _MODES)
+    notes += noise_notes(
+        (name, time_of(case, name, mode)) for name in case["providers"] for mode in _MODES
+    )
     table.caption, table.caption_justify = escape("\n".join(notes)), "left"
     return table
 
 
-def markdown_table(result: dict[str, Any], *, mode: str = "forward_backward", metric: str = "time") -> str:
+def markdown_table(
+    result: dict[str, Any], *, mode: str = "forward_backward", metric: str = "time"
+) -> str:
     """A result file's cases as a Markdown table of medians; of a GPU's many cases the telling ones.
 
     Args:
@@ -138,7 +152,11 @@ def markdown_table(result: dict[str, Any], *, mode: str = "forward_backward", me
         metric: "time", or "host" (GPU only).
     """
     telling = {case.name for case in cases_for("cuda", short=True)}
-    cases = [case for case in result["cases"] if result["device_type"] != "cuda" or case["name"] in telling]
+    cases = [
+        case
+        for case in result["cases"]
+        if result["device_type"] != "cuda" or case["name"] in telling
+    ]
     names = list(dict.fromkeys(name for case in cases for name in case["providers"]))
     shown = [name for name in names if any(time_of(case, name, mode, metric) for case in cases)]
     last = ["faster than torch.compile", *(["of a copy's speed"] if metric == "time" else [])]
@@ -156,7 +174,10 @@ def markdown_table(result: dict[str, Any], *, mode: str = "forward_backward", me
     lines = [grid, "", *([LEGEND] if TOO_NOISY in grid else [])]
     for name in names:
         if name not in shown:
-            reason = next((case["providers"][name]["failure"] for case in cases if name in case["providers"]), None)
+            reason = next(
+                (case["providers"][name]["failure"] for case in cases if name in case["providers"]),
+                None,
+            )
             lines.append(f"No time for {name} ({reason or NOT_MEASURED}).")
     return "\n".join([*lines, f"Medians in us. {where(result)}"])
 
@@ -190,7 +211,9 @@ def _table(benchmark: str, render: Callable[[dict[str, Any]], str]) -> _Section:
 def _pipeline_targets(paths: list[str], folder: Path) -> str:
     """All targets for an H200, from the result files of input pipeline, step and training, in this order."""
     if len(paths) != len(_PIPELINE):
-        raise InputError(f"bench: section 'pipeline-gpu-targets' needs the result files of {', '.join(_PIPELINE)}")
+        raise InputError(
+            f"bench: section 'pipeline-gpu-targets' needs the result files of {', '.join(_PIPELINE)}"
+        )
     found = [_result(folder / path, name) for path, name in zip(paths, _PIPELINE, strict=True)]
     return markdown_targets(pipeline_targets.gpu_targets(*found))
 
@@ -198,9 +221,14 @@ def _pipeline_targets(paths: list[str], folder: Path) -> str:
 def _plots_section(paths: list[str], folder: Path) -> str:
     """Links to the plots beside a result file, where they were drawn."""
     path = Path(paths[0])
-    drawn = [plot_path(path.parent, path.stem)] if path.stem in _PIPELINE else plot_paths(path.parent)
+    drawn = (
+        [plot_path(path.parent, path.stem)] if path.stem in _PIPELINE else plot_paths(path.parent)
+    )
     found = [plot for plot in drawn if (folder / plot).exists()]
-    return "\n\n".join(f"![{plot.stem.replace('_', ' ')}]({plot.as_posix()})" for plot in found) or _NOTHING
+    return (
+        "\n\n".join(f"![{plot.stem.replace('_', ' ')}]({plot.as_posix()})" for plot in found)
+        or _NOTHING
+    )
 
 
 def _experiment(paths: list[str], folder: Path) -> str:
@@ -211,7 +239,9 @@ def _experiment(paths: list[str], folder: Path) -> str:
     """
     path, parts = Path(paths[0]), paths[1:]
     if not parts:
-        raise InputError("bench: section 'experiment' needs a summary.md and the parts of it to show")
+        raise InputError(
+            "bench: section 'experiment' needs a summary.md and the parts of it to show"
+        )
     if not (folder / path).exists():
         return _NOTHING
     _, *sections = re.split(r"^## ", (folder / path).read_text(), flags=re.MULTILINE)
@@ -220,7 +250,11 @@ def _experiment(paths: list[str], folder: Path) -> str:
         for title, _, body in (section.partition("\n") for section in sections)
     }
     plots = [path.parent / name for name in ("accuracy.png", "stability.png")]
-    drawn = [f"![{plot.stem} of the runs]({plot.as_posix()})" for plot in plots if (folder / plot).exists()]
+    drawn = [
+        f"![{plot.stem} of the runs]({plot.as_posix()})"
+        for plot in plots
+        if (folder / plot).exists()
+    ]
     found["figures"] = "\n\n".join(drawn) or _NOTHING
     for part in parts:
         if part not in found:

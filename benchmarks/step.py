@@ -111,16 +111,28 @@ def run(
     limit = _SHORT_SECONDS[device.type]
     cases = step_cases(device.type, short=options.short)
     for case, used in suite.cases(cases, limit, clock):
-        without = f"left out: it compiles long, and --short had used {used * limit:.0f} s" if used > 0.35 else None
+        without = (
+            f"left out: it compiles long, and --short had used {used * limit:.0f} s"
+            if used > 0.35
+            else None
+        )
         images = _images(case, device.type)
-        found = measure_case(case, images, device, timer, rounds=options.rounds, without_compile=without)
+        found = measure_case(
+            case, images, device, timer, rounds=options.rounds, without_compile=without
+        )
         timer.release()
         suite.add(found, pipeline_tables.step_case(found))
     if options.kernels:  # after all times: a profiler may slow down what follows
         for case, found in itertools.product(cases, suite.result["cases"]):
-            if case.name == found["name"] and options.only in case.name and not found.get("launches"):
+            if (
+                case.name == found["name"]
+                and options.only in case.name
+                and not found.get("launches")
+            ):
                 found["launches"] = count_launches(case, found, device)
-                suite.add(found, *([pipeline_tables.launches_case(found)] if found["launches"] else []))
+                suite.add(
+                    found, *([pipeline_tables.launches_case(found)] if found["launches"] else [])
+                )
     return suite.finish(pipeline_targets(suite.result), partial(pipeline_plots.draw, NAME))
 
 
@@ -196,7 +208,9 @@ def _measured(
     for name in variants:
         try:
             priority = GRAPH_PRIORITY if name == EQUAL_PRIORITIES else 0
-            whole.append(WholeStep(parts, images, captured=name != NOT_CAPTURED, view_priority=priority))
+            whole.append(
+                WholeStep(parts, images, captured=name != NOT_CAPTURED, view_priority=priority)
+            )
             found[name] = judge(whole[-1].losses(_CHECKED_STEPS), expected, tolerance)
         except Exception as error:
             found[name] = failed(failure_reason(error))
@@ -234,7 +248,9 @@ def _measured(
     return found
 
 
-def count_launches(case: StepCase, measured: Mapping[str, Any], device: torch.device) -> dict[Layers, Launches]:
+def count_launches(
+    case: StepCase, measured: Mapping[str, Any], device: torch.device
+) -> dict[Layers, Launches]:
     """Launches of a step on views at hand, for each kind of layers that was measured; a profiler that fails is warned of."""
     found: dict[Layers, Launches] = {}
     for layers in _layers(device):
@@ -242,9 +258,14 @@ def count_launches(case: StepCase, measured: Mapping[str, Any], device: torch.de
             continue
         try:
             parts = Parts(case, device)
-            found[layers] = launches_of(partial(parts.train_step(layers), parts.random_views(0)), device)
+            found[layers] = launches_of(
+                partial(parts.train_step(layers), parts.random_views(0)), device
+            )
         except Exception as error:
-            warnings.warn(f"launches with the layers {layers!r} are not counted: {failure_reason(error)}", stacklevel=2)
+            warnings.warn(
+                f"launches with the layers {layers!r} are not counted: {failure_reason(error)}",
+                stacklevel=2,
+            )
     return found
 
 
@@ -260,7 +281,11 @@ def judge(losses: list[float], expected: list[float], tolerance: float) -> dict[
     """Hold the losses of a step to those of the plain loop."""
     apart = [abs(a - b) for a, b in zip(losses, expected, strict=True)]
     right = all(difference <= tolerance for difference in apart)  # a NaN is wrong, too
-    reason = None if right else f"wrong: losses {max(apart):.1e} from the plain loop's, allowed {tolerance:.1e}"
+    reason = (
+        None
+        if right
+        else f"wrong: losses {max(apart):.1e} from the plain loop's, allowed {tolerance:.1e}"
+    )
     return {**failed(reason), "losses": losses}
 
 
@@ -280,7 +305,11 @@ def phases(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
         return None if times is None else float(times["median_us"])
 
     def difference(larger: float | None, *parts: float | None) -> float | None:
-        return None if larger is None or None in parts else larger - sum(part for part in parts if part is not None)
+        return (
+            None
+            if larger is None or None in parts
+            else larger - sum(part for part in parts if part is not None)
+        )
 
     made, forward, with_loss, with_backward, optimiser = (median(piece) for piece in PIECES)
     at_hand = median(AT_HAND)

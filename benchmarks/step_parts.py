@@ -64,7 +64,9 @@ class StepCase:
     @property
     def config(self) -> TrainConfig:
         """The network is the default one."""
-        return TrainConfig(method=self.method, batch_size=self.views.batch, augment=self.views.policy)
+        return TrainConfig(
+            method=self.method, batch_size=self.views.batch, augment=self.views.policy
+        )
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -124,7 +126,9 @@ class Parts:
         """Losses of the same training written down plainly, with torch's own SGD; before they are scaled."""
         model = copy.deepcopy(self._plain)
         rate = _LR[self.case.method]
-        optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=_MOMENTUM, weight_decay=_WEIGHT_DECAY)
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=rate, momentum=_MOMENTUM, weight_decay=_WEIGHT_DECAY
+        )
         losses = []
         for views in batches:
             with self._autocast():
@@ -193,7 +197,9 @@ class Parts:
             return model
         if layers == "torch.compile":
             torch.compiler.reset()
-        return training_network(model, kernels=layers == "kernels", compiled=layers == "torch.compile", bf16=self.bf16)
+        return training_network(
+            model, kernels=layers == "kernels", compiled=layers == "torch.compile", bf16=self.bf16
+        )
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -209,10 +215,14 @@ class WholeStep:
         view_priority: as `OverlappedStep` takes it.
     """
 
-    def __init__(self, parts: Parts, images: PackedImages, *, captured: bool, view_priority: int = 0) -> None:
+    def __init__(
+        self, parts: Parts, images: PackedImages, *, captured: bool, view_priority: int = 0
+    ) -> None:
         self.device, case = parts.device, parts.case
         dtype = torch.bfloat16 if parts.bf16 else torch.float32
-        self.loader = MultiViewLoader(images, case.views.policy, case.views.batch, self.device, dtype=dtype)
+        self.loader = MultiViewLoader(
+            images, case.views.policy, case.views.batch, self.device, dtype=dtype
+        )
         self.step = parts.train_step()
         self._done = 0
         self._replay: Callable[[], Any] | None = None
@@ -261,7 +271,9 @@ def image_count(batch: int, device_type: str) -> int:
     return batch * (1 + _STEPS[device_type])
 
 
-def batches(images: PackedImages, case: StepCase, device: torch.device, count: int) -> list[list[Tensor]]:
+def batches(
+    images: PackedImages, case: StepCase, device: torch.device, count: int
+) -> list[list[Tensor]]:
     """The views of the first `count` batches."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     loader = MultiViewLoader(images, case.views.policy, case.views.batch, device, dtype=dtype)

@@ -71,12 +71,18 @@ class Suite:
     """
 
     def __init__(
-        self, benchmark: str, options: SuiteOptions, console: Console | None = None, packages: Iterable[str] = ()
+        self,
+        benchmark: str,
+        options: SuiteOptions,
+        console: Console | None = None,
+        packages: Iterable[str] = (),
     ) -> None:
         self.options = options
         self.console = console or Console()
         self.device = resolve_device(options.device)
-        self.path = None if options.out is None else result_path(options.out, benchmark, self.device)
+        self.path = (
+            None if options.out is None else result_path(options.out, benchmark, self.device)
+        )
         self.result: dict[str, Any] = {
             "benchmark": benchmark,
             "device_type": self.device.type,
@@ -103,7 +109,9 @@ class Suite:
         if not wanted:
             there = "with --short there are" if self.options.short else "there are"
             names = ", ".join(repr(case.name) for case in cases)
-            raise InputError(f"only: no case's name contains {self.options.only!r}; {there} {names}")
+            raise InputError(
+                f"only: no case's name contains {self.options.only!r}; {there} {names}"
+            )
         limit = seconds if self.options.short else math.inf
         start = clock()
         for case in wanted:

@@ -39,7 +39,9 @@ def _met(target: Target) -> str:
     return TOO_NOISY if target.noisy else _MET[target.met]
 
 
-def markdown_grid(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True) -> str:
+def markdown_grid(
+    head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True
+) -> str:
     """A Markdown table; with `numbers` all columns but the first are flush right."""
     rule = "|---|" + ("---:|" if numbers else "---|") * (len(head) - 1)
     return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)])
@@ -67,5 +69,9 @@ def brief(reason: str) -> str:
 
 def where(result: dict[str, Any]) -> str:
     """On what, with what and when a result was measured."""
-    device = result["processor"] if result["device_type"] == "cpu" else f"{result['device']}, driver {result['driver']}"
+    device = (
+        result["processor"]
+        if result["device_type"] == "cpu"
+        else f"{result['device']}, driver {result['driver']}"
+    )
     return f"{device}; PyTorch {result['versions']['torch']}; {result['date'][:10]}."

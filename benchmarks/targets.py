@@ -79,7 +79,9 @@ def worst_of(
     return of_all(what, wanted, figure, ((holds(each.value), each.noisy) for each, _ in found))
 
 
-def time_of(case: _Results, provider: str, mode: str, metric: str = "time") -> dict[str, float] | None:
+def time_of(
+    case: _Results, provider: str, mode: str, metric: str = "time"
+) -> dict[str, float] | None:
     """Quartiles of a provider on a case; None where it has none, which includes every wrong result."""
     found = case["providers"].get(provider)
     if found is None or not found["correct"]:
@@ -92,7 +94,11 @@ def fastest(
     case: _Results, providers: Iterable[str], mode: str, metric: str = "time"
 ) -> tuple[str, dict[str, float]] | None:
     """The provider with the smallest median, and its quartiles; None where none has a time."""
-    found = [(name, times) for name in providers if (times := time_of(case, name, mode, metric)) is not None]
+    found = [
+        (name, times)
+        for name in providers
+        if (times := time_of(case, name, mode, metric)) is not None
+    ]
     return min(found, key=lambda item: item[1]["median_us"]) if found else None
 
 
@@ -106,7 +112,9 @@ def speed_up(
 
 def case_label(case: _Results) -> str:
     """A case as people read it, such as "256 x 2048, 8 views, bfloat16"."""
-    views = "" if (case["views"], case["targets"]) == (2, 2) else f", {counted(case['views'], 'view')}"
+    views = (
+        "" if (case["views"], case["targets"]) == (2, 2) else f", {counted(case['views'], 'view')}"
+    )
     cosine = ", cosine" if case["distribution"] == "cosine" else ""
     return f"{case['batch']} x {case['dim']}{views}, {case['dtype']}{cosine}"
 
@@ -126,7 +134,9 @@ def gpu_targets(result: _Results | None) -> list[Target]:
         *(_share_of_copy(cases, dtype) for dtype in ("bfloat16", "float32")),
         _least("best torch.compile, from 200 MB of traffic on", 1.4, large, COMPILED),
         _least("best torch.compile at B <= 1024, kernel time in a CUDA graph", 5, small, COMPILED),
-        _least("best torch.compile at B <= 1024, host time in eager mode", 5, small, COMPILED, "host"),
+        _least(
+            "best torch.compile at B <= 1024, host time in eager mode", 5, small, COMPILED, "host"
+        ),
         _least("eager at B <= 256, kernel time in a CUDA graph", 20, smallest, ("eager",)),
         _nowhere_slower(result, ("eager", *COMPILED)),
         _agreement(result),
@@ -135,7 +145,11 @@ def gpu_targets(result: _Results | None) -> list[Target]:
 
 def cpu_targets(result: _Results | None) -> list[Target]:
     """Targets for two CPU cores; all "not measured" where there is no result."""
-    case = [case for case in _power_spherical(result) if case["name"] == "power_spherical 256x2048 2x2 float32"]
+    case = [
+        case
+        for case in _power_spherical(result)
+        if case["name"] == "power_spherical 256x2048 2x2 float32"
+    ]
     return [
         _least("eager at 256 x 2048, two views, float32", 2, case, ("eager",)),
         _least("torch.compile at 256 x 2048, two views, float32", 1, case, COMPILED),
@@ -144,7 +158,11 @@ def cpu_targets(result: _Results | None) -> list[Target]:
 
 
 def _power_spherical(result: _Results | None) -> list[_Results]:
-    return [] if result is None else [case for case in result["cases"] if case["distribution"] == "power_spherical"]
+    return (
+        []
+        if result is None
+        else [case for case in result["cases"] if case["distribution"] == "power_spherical"]
+    )
 
 
 def _share_of_copy(cases: Sequence[_Results], dtype: str) -> Target:
@@ -155,7 +173,9 @@ def _share_of_copy(cases: Sequence[_Results], dtype: str) -> Target:
         if case["name"] != f"power_spherical 32768x2048 2x2 {dtype}" or copy is None:
             continue
         ratios = {
-            name: ratio(times, copy) for name in FUSED if (times := time_of(case, name, "forward_backward")) is not None
+            name: ratio(times, copy)
+            for name in FUSED
+            if (times := time_of(case, name, "forward_backward")) is not None
         }
         if ratios:
             figure = ", ".join(f"{name} {found.value:.2f}" for name, found in ratios.items())
@@ -167,7 +187,11 @@ def _share_of_copy(cases: Sequence[_Results], dtype: str) -> Target:
 
 
 def _least(
-    what: str, factor: float, cases: Sequence[_Results], baselines: Sequence[str], metric: str = "time"
+    what: str,
+    factor: float,
+    cases: Sequence[_Results],
+    baselines: Sequence[str],
+    metric: str = "time",
 ) -> Target:
     what, wanted = (
         f"loss and gradient against {what}",
@@ -178,12 +202,17 @@ def _least(
         for case in cases
         if (faster := speed_up(case, baselines, "forward_backward", metric)) is not None
     ]
-    return worst_of(what, wanted, found, holds=lambda value: value >= factor, shown="{:.2f} times", worst=min)
+    return worst_of(
+        what, wanted, found, holds=lambda value: value >= factor, shown="{:.2f} times", worst=min
+    )
 
 
 def _nowhere_slower(result: _Results | None, others: Sequence[str]) -> Target:
     """Slower counts where the quartile ranges do not touch: a difference within the noise is none."""
-    what, wanted = "fastest fused backend against every other provider, all cases, times and modes", "nowhere slower"
+    what, wanted = (
+        "fastest fused backend against every other provider, all cases, times and modes",
+        "nowhere slower",
+    )
     quiet, loud, slower = 0, 0, []
     for case, mode, metric in _timings(result):
         ours, theirs = fastest(case, FUSED, mode, metric), fastest(case, others, mode, metric)
@@ -203,7 +232,11 @@ def _nowhere_slower(result: _Results | None, others: Sequence[str]) -> Target:
         worst, where = max(slower)
         figure = f"slower in {len(slower)} of {quiet}, by {worst:.2f} times at worst ({where})"
     figure += f"; {loud} more {TOO_NOISY}" if loud else ""
-    holds = [(False, False)] * len(slower) + [(True, False)] * (quiet - len(slower)) + [(True, True)] * loud
+    holds = (
+        [(False, False)] * len(slower)
+        + [(True, False)] * (quiet - len(slower))
+        + [(True, True)] * loud
+    )
     return of_all(what, wanted, figure, holds)
 
 

@@ -28,7 +28,9 @@ class Timer(Protocol):
     distinct_bytes: int
     """The inputs that the timed calls rotate over must exceed this together."""
 
-    def prepare(self, call: Callable[[_Set], object], sets: Sequence[_Set], nbytes: int) -> Measures:
+    def prepare(
+        self, call: Callable[[_Set], object], sets: Sequence[_Set], nbytes: int
+    ) -> Measures:
         """Warm up, and return the measures of `call` over `sets` in turn; one call moves at least `nbytes`."""
 
     def peak_bytes(self, call: Callable[[], object]) -> int | None:
@@ -45,12 +47,16 @@ class WallTimer:
     _WINDOW = 4e-3
     _MOST_CALLS = 100
 
-    def prepare(self, call: Callable[[_Set], object], sets: Sequence[_Set], nbytes: int) -> Measures:
+    def prepare(
+        self, call: Callable[[_Set], object], sets: Sequence[_Set], nbytes: int
+    ) -> Measures:
         """See `Timer`."""
         call(sets[0])
         start = time.perf_counter()
         call(sets[0])
-        calls = math.ceil(self._WINDOW / max(time.perf_counter() - start, self._WINDOW / self._MOST_CALLS))
+        calls = math.ceil(
+            self._WINDOW / max(time.perf_counter() - start, self._WINDOW / self._MOST_CALLS)
+        )
         return {"time": partial(self._time, call, sets, calls)}
 
     def peak_bytes(self, call: Callable[[], object]) -> int | None:
@@ -88,7 +94,9 @@ class CudaTimer:
         self._device = device
         self._last: CudaGraph | None = None
 
-    def prepare(self, call: Callable[[_Set], object], sets: Sequence[_Set], nbytes: int) -> Measures:
+    def prepare(
+        self, call: Callable[[_Set], object], sets: Sequence[_Set], nbytes: int
+    ) -> Measures:
         """See `Timer`. One replay covers every set, and enough calls that its own launch does not count."""
         calls = max(len(sets), min(self._MOST_EXTRA_CALLS, math.ceil(self._LEAST_BYTES / nbytes)))
         graph = CudaGraph(self._device, beside=self._last)
@@ -98,7 +106,10 @@ class CudaTimer:
         self._last = graph
         graph.replay()
         torch.cuda.synchronize()
-        return {"time": partial(self._replay, graph, calls), "host": partial(self._launch, call, sets)}
+        return {
+            "time": partial(self._replay, graph, calls),
+            "host": partial(self._launch, call, sets),
+        }
 
     def peak_bytes(self, call: Callable[[], object]) -> int | None:
         """See `Timer`."""

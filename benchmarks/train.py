@@ -97,7 +97,9 @@ class Options(SuiteOptions):
     @property
     def views(self) -> ViewCase:
         """What is seen of each image."""
-        return ViewCase(self.batch_size, self.size, self.local_views, self.local_size, (self.size, self.size))
+        return ViewCase(
+            self.batch_size, self.size, self.local_views, self.local_size, (self.size, self.size)
+        )
 
 
 def run(
@@ -117,7 +119,9 @@ def run(
     """
     if options.short:
         images, epochs = _SHORT[resolve_device(options.device).type]
-        options = dataclasses.replace(options, images=min(options.images or images, images), epochs=epochs)
+        options = dataclasses.replace(
+            options, images=min(options.images or images, images), epochs=epochs
+        )
     wanted = {name: train for name, train in providers.items() if options.only in name}
     if not wanted:
         raise InputError(
@@ -127,7 +131,11 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         splits = labelled_images(
-            options.data, options.data_root, place / "images", images=options.images, side=options.size
+            options.data,
+            options.data_root,
+            place / "images",
+            images=options.images,
+            side=options.size,
         )
         if len(splits.train) < options.batch_size:
             raise InputError(
@@ -216,7 +224,11 @@ def measure_case(
             found: dict[str, dict[str, Any]] = {
                 each: summary(trained, options, len(train) // options.batch_size)
                 if each not in failures and len(trained) == options.rounds
-                else {"correct": False, "failure": failures.get(each, "stopped before its last training"), "time": None}
+                else {
+                    "correct": False,
+                    "failure": failures.get(each, "stopped before its last training"),
+                    "time": None,
+                }
                 for each, trained in runs.items()
             }
             for each in (OURS, OURS_SIMSIAM):
@@ -243,7 +255,9 @@ def summary(runs: list[Recorder], options: Options, steps_per_epoch: int) -> dic
     cold = statistics.median(run.epoch_ends[0] for run in runs) - statistics.median(later)
     accuracies = runs[-1].accuracies
     target = options.target_accuracy
-    reached = [seconds for _, seconds, accuracy in accuracies if target is not None and accuracy >= target]
+    reached = [
+        seconds for _, seconds, accuracy in accuracies if target is not None and accuracy >= target
+    ]
     return {
         "correct": True,
         "failure": None,
@@ -284,7 +298,9 @@ def refuse_worse(found: dict[str, dict[str, Any]], images: int) -> None:
             values.update(correct=False, failure=reason, time=None)
 
 
-def knn_top1(backbone: nn.Module, *, splits: Splits, size: int, device: torch.device, workers: int) -> float:
+def knn_top1(
+    backbone: nn.Module, *, splits: Splits, size: int, device: torch.device, workers: int
+) -> float:
     """Share of the validation images that their 20 nearest training images classify rightly."""
     features = []
     parts = [part for part in (splits.train, splits.val) if part is not None]

@@ -56,7 +56,13 @@ class Recorder:
         epochs: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.device, self._evaluate, self._every, self._clock, self._epochs = device, evaluate, every, clock, epochs
+        self.device, self._evaluate, self._every, self._clock, self._epochs = (
+            device,
+            evaluate,
+            every,
+            clock,
+            epochs,
+        )
         self._before = _empty_memory(device)
         self._start = clock()
         self.epoch_ends: list[float] = []
@@ -99,7 +105,9 @@ class Recorder:
         """
         self.total_seconds = self._clock() - self._start
         if len(self.epoch_ends) != self._epochs:
-            raise TrainingError(f"wrong: {len(self.epoch_ends)} of {counted(self._epochs, 'epoch')} were trained")
+            raise TrainingError(
+                f"wrong: {len(self.epoch_ends)} of {counted(self._epochs, 'epoch')} were trained"
+            )
         # A GradScaler leaves out the updates of a loss that is not finite: the weights alone do not tell.
         values = [*self._losses, *(self._trained.parameters() if self._trained is not None else ())]
         if not all(torch.isfinite(value).all() for value in values):
@@ -136,9 +144,13 @@ def ours(training: Training, recorder: Recorder, *, method: Method) -> None:
     )
     trainer = Trainer(config, training.folder, overwrite=True, console=Console(quiet=True))
     trainer.fit(
-        epoch_done=lambda: recorder.epoch_done(trainer.model.backbone, trainer.train_step.losses[trainer.step - 1])
+        epoch_done=lambda: recorder.epoch_done(
+            trainer.model.backbone, trainer.train_step.losses[trainer.step - 1]
+        )
     )
-    recorder.captured = json.loads((training.folder / "metrics.jsonl").read_text().splitlines()[-1]).get("captured")
+    recorder.captured = json.loads(
+        (training.folder / "metrics.jsonl").read_text().splitlines()[-1]
+    ).get("captured")
     feed = trainer.loader.feed
     if recorder.peak_bytes is not None and feed is not None and feed.memory == "gpu":
         recorder.peak_bytes -= len(trainer.loader.source.pixels)
@@ -178,7 +190,10 @@ def tuned(training: Training, recorder: Recorder) -> None:
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
         for batches in _epochs(training, peers.torchvision_transform(training.config.augment)):
             for views in batches:
-                on_device = [view.to(device, non_blocking=True, memory_format=torch.channels_last) for view in views]
+                on_device = [
+                    view.to(device, non_blocking=True, memory_format=torch.channels_last)
+                    for view in views
+                ]
                 with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
                     loss = compiled(on_device)
                 optimizer.zero_grad(set_to_none=True)
@@ -197,8 +212,12 @@ def lightly(training: Training, recorder: Recorder) -> None:
     model = nn.ModuleDict(
         {
             "backbone": backbone,
-            "projector": heads.SimSiamProjectionHead(resnet.fc.in_features, config.projector_hidden, config.dim),
-            "predictor": heads.SimSiamPredictionHead(config.dim, config.predictor_hidden, config.dim),
+            "projector": heads.SimSiamProjectionHead(
+                resnet.fc.in_features, config.projector_hidden, config.dim
+            ),
+            "predictor": heads.SimSiamPredictionHead(
+                config.dim, config.predictor_hidden, config.dim
+            ),
         }
     ).to(device)
     criterion = losses.NegativeCosineSimilarity()
@@ -207,9 +226,13 @@ def lightly(training: Training, recorder: Recorder) -> None:
     for batches in _epochs(training, peers.lightly_transform(training.config.augment)):
         for views in batches:
             with torch.autocast(device.type, torch.float16, enabled=cuda):
-                projections = [model["projector"](model["backbone"](view.to(device))) for view in views]
+                projections = [
+                    model["projector"](model["backbone"](view.to(device))) for view in views
+                ]
                 predictions = [model["predictor"](projection) for projection in projections]
-                loss = _over_pairs(criterion, predictions, [projection.detach() for projection in projections[:2]])
+                loss = _over_pairs(
+                    criterion, predictions, [projection.detach() for projection in projections[:2]]
+                )
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -244,13 +267,17 @@ def _symmetric_loss(predictions: Sequence[Tensor], targets: Sequence[Tensor]) ->
     return _over_pairs(lambda p, z: -F.cosine_similarity(p, z, dim=-1).mean(), predictions, targets)
 
 
-def _over_pairs(term: Callable[[Tensor, Tensor], Tensor], predictions: _Views, targets: _Views) -> Tensor:
+def _over_pairs(
+    term: Callable[[Tensor, Tensor], Tensor], predictions: _Views, targets: _Views
+) -> Tensor:
     """Twice the mean of `term` over all pairs of a view's prediction and another view's target."""
     pairs = [(p, z) for v, p in enumerate(predictions) for g, z in enumerate(targets) if v != g]
     return 2 * torch.stack([term(p, z) for p, z in pairs]).mean()
 
 
-def _epochs(training: Training, transform: Callable[[Any], list[Tensor]]) -> Iterator[DataLoader[Any]]:
+def _epochs(
+    training: Training, transform: Callable[[Any], list[Tensor]]
+) -> Iterator[DataLoader[Any]]:
     """The loader, once an epoch; its workers stay for all of them."""
     loader: DataLoader[Any] = DataLoader(
         peers.SourceViews(training.source, transform),
@@ -265,11 +292,17 @@ def _epochs(training: Training, transform: Callable[[Any], list[Tensor]]) -> Ite
         yield loader
 
 
-def _sgd(model: nn.Module, training: Training, *, fused: bool = False) -> tuple[torch.optim.SGD, Any]:
+def _sgd(
+    model: nn.Module, training: Training, *, fused: bool = False
+) -> tuple[torch.optim.SGD, Any]:
     """SGD and a cosine to 0 over all steps."""
     config = training.config
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused
+        model.parameters(),
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        fused=fused,
     )
     total = config.epochs * (len(training.source) // config.batch_size)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(

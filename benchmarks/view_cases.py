@@ -42,7 +42,10 @@ class ViewCase:
         if self.local_views == 0:
             return dataclasses.replace(named_policy("simsiam"), size=self.size)
         return dataclasses.replace(
-            named_policy("multicrop"), size=self.size, local_views=self.local_views, local_size=self.local_size
+            named_policy("multicrop"),
+            size=self.size,
+            local_views=self.local_views,
+            local_size=self.local_size,
         )
 
 

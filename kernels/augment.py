@@ -97,7 +97,12 @@ def augment(pixels: Tensor, table: Tensor, out: Tensor, workspace: Tensor) -> No
         return
     floats = workspace[: workspace_bytes(views, size)].view(torch.float32)
     scratch, sums = floats.split((views * 3 * size * size, views * _tiles(size)))
-    tensors = ((pixels, table, scratch, sums), (table, scratch, sums, out), (table, scratch), (table, scratch, out))
+    tensors = (
+        (pixels, table, scratch, sums),
+        (table, scratch, sums, out),
+        (table, scratch),
+        (table, scratch, out),
+    )
     keyed = aligned((table, scratch, out))
     # Does nothing for CPU tensors, which the interpreter takes.
     with torch.cuda.device_of(pixels):
@@ -121,7 +126,11 @@ def launches(size: int) -> tuple[tuple[Any, int, dict[str, int]], ...]:
     four_warps = {"num_warps": 4}
     return (
         (resize_kernel, _tiles(size), {"SIZE": size, **tile, **one_warp}),
-        (colour_kernel, blocks, {"SIZE": size, "TILES": _tiles(size), "PIXELS": _PIXELS, **four_warps}),
+        (
+            colour_kernel,
+            blocks,
+            {"SIZE": size, "TILES": _tiles(size), "PIXELS": _PIXELS, **four_warps},
+        ),
         (blur_rows_kernel, triton.cdiv(size, rows), {"SIZE": size, "ROWS": rows, **four_warps}),
         (blur_columns_kernel, blocks, {"SIZE": size, "PIXELS": _PIXELS, **four_warps}),
     )
@@ -151,7 +160,9 @@ def _end(centre: tl.tensor, support: tl.tensor, size: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _weight(pixel: tl.tensor, centre: tl.tensor, inverse_support: tl.tensor, size: tl.tensor) -> tl.tensor:
+def _weight(
+    pixel: tl.tensor, centre: tl.tensor, inverse_support: tl.tensor, size: tl.tensor
+) -> tl.tensor:
     """0 outside the crop, whose pixels are all closer to a centre than 1e9."""
     place = tl.where(pixel < size, pixel.to(tl.float32) + 0.5, 1e9)
     return unit_clamp(1.0 - tl.abs((place - centre) * inverse_support))
@@ -249,9 +260,24 @@ def resize_kernel(
             w3 = _weight(pixel + 3, centre_x, inverse_x, width)
             total_x += (w0 + w1) + (w2 + w3)
             w0, w1, w2, w3 = w0[None, :], w1[None, :], w2[None, :], w3[None, :]
-            r += w0 * _byte(bytes0, 0) + w1 * _byte(bytes0, 3) + w2 * _byte(bytes1, 2) + w3 * _byte(bytes2, 1)
-            g += w0 * _byte(bytes0, 1) + w1 * _byte(bytes1, 0) + w2 * _byte(bytes1, 3) + w3 * _byte(bytes2, 2)
-            b += w0 * _byte(bytes0, 2) + w1 * _byte(bytes1, 1) + w2 * _byte(bytes2, 0) + w3 * _byte(bytes2, 3)
+            r += (
+                w0 * _byte(bytes0, 0)
+                + w1 * _byte(bytes0, 3)
+                + w2 * _byte(bytes1, 2)
+                + w3 * _byte(bytes2, 1)
+            )
+            g += (
+                w0 * _byte(bytes0, 1)
+                + w1 * _byte(bytes1, 0)
+                + w2 * _byte(bytes1, 3)
+                + w3 * _byte(bytes2, 2)
+            )
+            b += (
+                w0 * _byte(bytes0, 2)
+                + w1 * _byte(bytes1, 1)
+                + w2 * _byte(bytes2, 0)
+                + w3 * _byte(bytes2, 3)
+            )
             carried = word3
             word += 3
             tap += 4
@@ -265,21 +291,35 @@ def resize_kernel(
     inverse_total = 1.0 / (255.0 * total_y * total_x[None, :])
     before = before_contrast(order)
     red, green, blue = adjust(
-        red * inverse_total, green * inverse_total, blue * inverse_total, before, row_ptr + BRIGHTNESS, 0.0
+        red * inverse_total,
+        green * inverse_total,
+        blue * inverse_total,
+        before,
+        row_ptr + BRIGHTNESS,
+        0.0,
     )
     cells = (i < SIZE)[:, None] & (x < SIZE)[None, :]
     if before != order:
         grey = tl.where(cells, grey_of(red, green, blue), 0.0)
         tl.store(sums_ptr + tl.program_id(0), tl.sum(tl.sum(grey, 0), 0))
     column = tl.where(tl.load(row_ptr + FLIP) != 0, SIZE - 1 - x, x)
-    cell_ptrs = scratch_ptr + view.to(tl.int64) * (3 * SIZE * SIZE) + (i[:, None] * SIZE + column[None, :])
+    cell_ptrs = (
+        scratch_ptr + view.to(tl.int64) * (3 * SIZE * SIZE) + (i[:, None] * SIZE + column[None, :])
+    )
     tl.store(cell_ptrs, red, mask=cells)
     tl.store(cell_ptrs + SIZE * SIZE, green, mask=cells)
     tl.store(cell_ptrs + 2 * SIZE * SIZE, blue, mask=cells)
 
 
 @triton.jit
-def _write(out_ptr: tl.tensor, first: tl.tensor, r: tl.tensor, g: tl.tensor, b: tl.tensor, SIZE: tl.constexpr) -> None:
+def _write(
+    out_ptr: tl.tensor,
+    first: tl.tensor,
+    r: tl.tensor,
+    g: tl.tensor,
+    b: tl.tensor,
+    SIZE: tl.constexpr,
+) -> None:
     """Normalises the pixels from `first` on, those of a view that starts at `out_ptr`, and stores them interleaved."""
     PIXELS: tl.constexpr = r.shape[0]
     r = (r - RED_MEAN) * (1.0 / RED_DEVIATION)
@@ -375,7 +415,9 @@ def _blurred(
         if VERTICAL:
             cell_ptrs = view_ptr + (_reflected(row + (tap - RADIUS), SIZE) * SIZE + column)
         else:
-            cell_ptrs = view_ptr + (tl.minimum(row, SIZE - 1) * SIZE + _reflected(column + (tap - RADIUS), SIZE))
+            cell_ptrs = view_ptr + (
+                tl.minimum(row, SIZE - 1) * SIZE + _reflected(column + (tap - RADIUS), SIZE)
+            )
         r += weight * tl.load(cell_ptrs)
         g += weight * tl.load(cell_ptrs + SIZE * SIZE)
         b += weight * tl.load(cell_ptrs + 2 * SIZE * SIZE)
@@ -384,7 +426,9 @@ def _blurred(
 
 
 @triton.jit
-def blur_rows_kernel(table_ptr: tl.tensor, scratch_ptr: tl.tensor, SIZE: tl.constexpr, ROWS: tl.constexpr) -> None:
+def blur_rows_kernel(
+    table_ptr: tl.tensor, scratch_ptr: tl.tensor, SIZE: tl.constexpr, ROWS: tl.constexpr
+) -> None:
     """Whole rows of a view, counted like the tiles of `resize_kernel`, in place."""
     BLOCKS: tl.constexpr = triton.cdiv(SIZE, ROWS)
     view = (tl.program_id(0) // BLOCKS).to(tl.int64)
@@ -404,7 +448,11 @@ def blur_rows_kernel(table_ptr: tl.tensor, scratch_ptr: tl.tensor, SIZE: tl.cons
 
 @triton.jit
 def blur_columns_kernel(
-    table_ptr: tl.tensor, scratch_ptr: tl.tensor, out_ptr: tl.tensor, SIZE: tl.constexpr, PIXELS: tl.constexpr
+    table_ptr: tl.tensor,
+    scratch_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    SIZE: tl.constexpr,
+    PIXELS: tl.constexpr,
 ) -> None:
     """Pixels of a view, counted like the tiles of `resize_kernel`."""
     BLOCKS: tl.constexpr = triton.cdiv(SIZE * SIZE, PIXELS)

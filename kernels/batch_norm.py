@@ -75,7 +75,9 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=512)
-def plan(rows: int, channels: int, groups: int, itemsize: int, tensors: int, multiprocessors: int) -> Plan:
+def plan(
+    rows: int, channels: int, groups: int, itemsize: int, tensors: int, multiprocessors: int
+) -> Plan:
     """The launches for `groups` times `rows` rows; `tensors` is how many of that size are read for the sums."""
     block_g, block_r = triton.next_power_of_2(groups), triton.next_power_of_2(rows)
     narrow = min(triton.next_power_of_2(channels), max(1, SINGLE_BYTES // itemsize))
@@ -85,7 +87,13 @@ def plan(rows: int, channels: int, groups: int, itemsize: int, tensors: int, mul
     if elements <= SINGLE_ELEMENTS:
         warps = max(1, min(_MOST_WARPS, elements // (32 * SINGLE_PER_THREAD)))
         full = rows == block_r and groups == block_g and channels % narrow == 0
-        constants = {"C": channels, "GROUPS": groups, "BLOCK_G": block_g, "BLOCK_R": block_r, "BLOCK_C": narrow}
+        constants = {
+            "C": channels,
+            "GROUPS": groups,
+            "BLOCK_G": block_g,
+            "BLOCK_R": block_r,
+            "BLOCK_C": narrow,
+        }
         single = constants | {"FULL": full, "num_warps": warps}
         return Plan(True, triton.cdiv(channels, narrow), 1, 1, single, {})
     columns = min(triton.next_power_of_2(channels), COLUMNS)
@@ -111,7 +119,12 @@ def plan(rows: int, channels: int, groups: int, itemsize: int, tensors: int, mul
         "num_warps": REDUCE_WARPS,
     }
     tile = max(1, APPLY_WARPS * 32 * 16 // (itemsize * columns)) * APPLY_LOADS
-    apply = common | {"GROUPS": groups, "BLOCK_R": tile, "FULL": whole and rows % tile == 0, "num_warps": APPLY_WARPS}
+    apply = common | {
+        "GROUPS": groups,
+        "BLOCK_R": tile,
+        "FULL": whole and rows % tile == 0,
+        "num_warps": APPLY_WARPS,
+    }
     return Plan(False, strips, parts, triton.cdiv(rows, tile), reduce, apply)
 
 
@@ -170,14 +183,32 @@ def forward(
                 eps,
             )
             constants = chosen.reduce | {"RELU": relu}
-            launch(single_kernel, key and ("single", *key), (chosen.strips, 1, 1), arguments, constants)
+            launch(
+                single_kernel, key and ("single", *key), (chosen.strips, 1, 1), arguments, constants
+            )
             return
-        arguments = (x, running_mean, running_var, statistics, partials, tickets, rows, momentum, eps)
+        arguments = (
+            x,
+            running_mean,
+            running_var,
+            statistics,
+            partials,
+            tickets,
+            rows,
+            momentum,
+            eps,
+        )
         grid = (chosen.parts, chosen.strips, groups)
         launch(statistics_kernel, key and ("statistics", *key), grid, arguments, chosen.reduce)
         arguments = (x, residual, weight, bias, statistics, y, rows)
         grid = (chosen.tiles, chosen.strips, groups)
-        launch(normalise_kernel, key and ("normalise", *key), grid, arguments, chosen.apply | {"RELU": relu})
+        launch(
+            normalise_kernel,
+            key and ("normalise", *key),
+            grid,
+            arguments,
+            chosen.apply | {"RELU": relu},
+        )
 
 
 def launch_key(tensors: tuple[Tensor | None, ...], rest: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -185,7 +216,11 @@ def launch_key(tensors: tuple[Tensor | None, ...], rest: tuple[Any, ...]) -> tup
     if not aligned(tensors):
         return None
     dtypes = tuple(None if tensor is None else tensor.dtype for tensor in tensors)
-    return (tensors[0].device, dtypes, *(tuple(x.items()) if isinstance(x, dict) else x for x in rest))  # type: ignore[union-attr]
+    return (
+        tensors[0].device,
+        dtypes,
+        *(tuple(x.items()) if isinstance(x, dict) else x for x in rest),
+    )  # type: ignore[union-attr]
 
 
 @triton.jit(do_not_specialize=["ticket_ptr", "rows"])
@@ -235,12 +270,18 @@ def statistics_kernel(
     if is_last(ticket_ptr):
         share, unbiased_share = 1.0 / rows.to(tl.float32), 1.0 / (rows - 1).to(tl.float32)
         if running_mean_ptr is not None:
-            running_mean = tl.load(running_mean_ptr + column, mask=column < C, other=0.0).to(tl.float32)
-            running_var = tl.load(running_var_ptr + column, mask=column < C, other=0.0).to(tl.float32)
+            running_mean = tl.load(running_mean_ptr + column, mask=column < C, other=0.0).to(
+                tl.float32
+            )
+            running_var = tl.load(running_var_ptr + column, mask=column < C, other=0.0).to(
+                tl.float32
+            )
         for g in tl.static_range(GROUPS):
             first = x_ptr + (g - group) * rows * C + column
             first_row = tl.load(first, mask=column < C, other=0.0).to(tl.float32)
-            total, square = add_parts(partials_ptr, g, parts, column, C, BLOCK_C, FINAL_STEPS, FINAL_R)
+            total, square = add_parts(
+                partials_ptr, g, parts, column, C, BLOCK_C, FINAL_STEPS, FINAL_R
+            )
             offset = total * share
             mean = first_row + offset
             # Rounding may leave less than nothing of a constant channel's.
@@ -354,7 +395,11 @@ def single_kernel(
         running_mean = tl.load(running_mean_ptr + column, mask=column < C, other=0.0).to(tl.float32)
         running_var = tl.load(running_var_ptr + column, mask=column < C, other=0.0).to(tl.float32)
         for i in tl.static_range(GROUPS):
-            running_mean = (1.0 - momentum) * running_mean + momentum * tl.sum(tl.where(g == i, mean, 0.0), axis=0)
-            running_var = (1.0 - momentum) * running_var + momentum * tl.sum(tl.where(g == i, unbiased, 0.0), axis=0)
+            running_mean = (1.0 - momentum) * running_mean + momentum * tl.sum(
+                tl.where(g == i, mean, 0.0), axis=0
+            )
+            running_var = (1.0 - momentum) * running_var + momentum * tl.sum(
+                tl.where(g == i, unbiased, 0.0), axis=0
+            )
         tl.store(running_mean_ptr + column, running_mean, mask=column < C)
         tl.store(running_var_ptr + column, running_var, mask=column < C)

@@ -49,15 +49,39 @@ def backward(
     channels = statistics.shape[2]
     rows = x.numel() // (groups * channels)
     by_parameters = (weight_gradient, bias_gradient)
-    tensors = (gradient, x, y, weight, bias, statistics, x_gradient, residual_gradient, *by_parameters, sums, partials)
+    tensors = (
+        gradient,
+        x,
+        y,
+        weight,
+        bias,
+        statistics,
+        x_gradient,
+        residual_gradient,
+        *by_parameters,
+        sums,
+        partials,
+    )
     key = launch_key(tensors, (groups, relu, chosen.reduce, chosen.apply))
     given = (gradient, x, y, weight, bias, statistics)
     # Does nothing for CPU tensors, which the interpreter takes.
     with torch.cuda.device_of(x):
         if chosen.single:
-            arguments: tuple[Any, ...] = (*given, x_gradient, residual_gradient, *by_parameters, rows)
+            arguments: tuple[Any, ...] = (
+                *given,
+                x_gradient,
+                residual_gradient,
+                *by_parameters,
+                rows,
+            )
             constants = chosen.reduce | {"RELU": relu}
-            launch(single_kernel, key and ("single gradient", *key), (chosen.strips, 1, 1), arguments, constants)
+            launch(
+                single_kernel,
+                key and ("single gradient", *key),
+                (chosen.strips, 1, 1),
+                arguments,
+                constants,
+            )
             return
         arguments = (*given, residual_gradient, *by_parameters, sums, partials, tickets, rows)
         grid = (chosen.parts, chosen.strips, groups)
@@ -132,11 +156,17 @@ def sums_kernel(
         by_bias = tl.zeros([BLOCK_C], tl.float32)
         for i in tl.static_range(GROUPS):
             invstd = tl.load(statistics_ptr + (GROUPS + i) * C + column, mask=column < C, other=0.0)
-            total, product = add_parts(partials_ptr, i, parts, column, C, BLOCK_C, FINAL_STEPS, FINAL_R)
+            total, product = add_parts(
+                partials_ptr, i, parts, column, C, BLOCK_C, FINAL_STEPS, FINAL_R
+            )
             by_bias += total
             by_weight += product * invstd
             tl.store(sums_ptr + i * C + column, total * share, mask=column < C)
-            tl.store(sums_ptr + (GROUPS + i) * C + column, product * share * invstd * invstd, mask=column < C)
+            tl.store(
+                sums_ptr + (GROUPS + i) * C + column,
+                product * share * invstd * invstd,
+                mask=column < C,
+            )
         if weight_gradient_ptr is not None:
             tl.store(weight_gradient_ptr + column, by_weight, mask=column < C)
         if bias_gradient_ptr is not None:
@@ -210,7 +240,9 @@ def single_kernel(
     x = load(x_ptr + element, used, FULL).to(tl.float32)
     is_real = (group < GROUPS) & (column < C)[None, :]
     mean = tl.load(statistics_ptr + group * C + column[None, :], mask=is_real, other=0.0)
-    invstd = tl.load(statistics_ptr + (GROUPS + group) * C + column[None, :], mask=is_real, other=0.0)
+    invstd = tl.load(
+        statistics_ptr + (GROUPS + group) * C + column[None, :], mask=is_real, other=0.0
+    )
     scale = invstd * column_of(weight_ptr, column, C, 1.0)[None, :]
     x -= mean[:, None, :]
     if y_ptr is not None:

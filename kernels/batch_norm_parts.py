@@ -23,7 +23,9 @@ def parameters(
 
 
 @triton.jit
-def column_of(pointer: tl.tensor, column: tl.tensor, C: tl.constexpr, ABSENT: tl.constexpr) -> tl.tensor:
+def column_of(
+    pointer: tl.tensor, column: tl.tensor, C: tl.constexpr, ABSENT: tl.constexpr
+) -> tl.tensor:
     """Numbers of channels, ABSENT without a tensor."""
     if pointer is None:
         return tl.full(column.shape, ABSENT, tl.float32)
@@ -64,7 +66,9 @@ def add_parts(
         for step in tl.static_range(STEPS):
             part = start + (step * BLOCK_R + in_block)
             used = (part < parts) & (column < C)[None, :]
-            elements = partials_ptr + (group * parts + part).to(tl.int64) * (2 * C) + column[None, :]
+            elements = (
+                partials_ptr + (group * parts + part).to(tl.int64) * (2 * C) + column[None, :]
+            )
             first += tl.load(elements, mask=used, other=0.0, cache_modifier=".cg")
             second += tl.load(elements + C, mask=used, other=0.0, cache_modifier=".cg")
         start += STEPS * BLOCK_R

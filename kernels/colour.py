@@ -43,7 +43,12 @@ def before_contrast(order: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def adjust(
-    r: tl.tensor, g: tl.tensor, b: tl.tensor, operations: tl.tensor, factors_ptr: tl.tensor, mean: tl.tensor
+    r: tl.tensor,
+    g: tl.tensor,
+    b: tl.tensor,
+    operations: tl.tensor,
+    factors_ptr: tl.tensor,
+    mean: tl.tensor,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Applies `operations`, 4 bits each and the lowest ones first, to tensors of one shape.
 
@@ -72,7 +77,9 @@ def unit_clamp(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _turn(r: tl.tensor, g: tl.tensor, b: tl.tensor, shift: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+def _turn(
+    r: tl.tensor, g: tl.tensor, b: tl.tensor, shift: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     value = tl.maximum(tl.maximum(r, g), b)
     spread = value - tl.minimum(tl.minimum(r, g), b)
     # Each sextant measures from the largest channel; red wins a tie, then green, as in torchvision.
@@ -80,7 +87,11 @@ def _turn(r: tl.tensor, g: tl.tensor, b: tl.tensor, shift: tl.tensor) -> tuple[t
     sextant = tl.where(value == r, 0.0, tl.where(value == g, 2.0, 4.0))
     hue = (sextant + step / tl.where(spread == 0.0, 1.0, spread)) * (1.0 / 6.0) + shift
     hue = (hue - tl.floor(hue)) * 6.0
-    return _channel(hue + 5.0, value, spread), _channel(hue + 3.0, value, spread), _channel(hue + 1.0, value, spread)
+    return (
+        _channel(hue + 5.0, value, spread),
+        _channel(hue + 3.0, value, spread),
+        _channel(hue + 1.0, value, spread),
+    )
 
 
 @triton.jit

@@ -41,7 +41,10 @@ def launch(
         return
     compiled = kernel[grid](*arguments, **constants)
     if key is not None and isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
-        _compiled[key] = compiled, tuple(constants[parameter.name] for parameter in kernel.params[len(arguments) :])
+        _compiled[key] = (
+            compiled,
+            tuple(constants[parameter.name] for parameter in kernel.params[len(arguments) :]),
+        )
 
 
 def aligned(tensors: Iterable[Tensor | None]) -> bool:

@@ -148,7 +148,11 @@ def multiview_loss(
             (concentration is None, mean is None, concentration_gradient is None),
             tuple(map(kind, strides)),
         )
-    programs = min(samples, _MOST_WARPS_IN_ALL // constants["num_warps"]) if constants["SEVERAL"] else samples
+    programs = (
+        min(samples, _MOST_WARPS_IN_ALL // constants["num_warps"])
+        if constants["SEVERAL"]
+        else samples
+    )
     arguments = (
         tuple(predictions),
         tuple(targets),
@@ -204,7 +208,8 @@ def launch_arguments(
         for block in blocks
         if block <= v
         and block * g <= _MOST_PAIRS
-        and (block + g) * columns * size <= 32 * min(most, row_warps) * (_AT_ONCE if block == v else _IN_A_LOOP)
+        and (block + g) * columns * size
+        <= 32 * min(most, row_warps) * (_AT_ONCE if block == v else _IN_A_LOOP)
     )
     block = next(fitting, 0)
     resident = block > 0
@@ -299,16 +304,22 @@ def multiview_loss_kernel(
             is_view = (v < VIEWS)[:, None]
             scalar = v.to(tl.int64)[:, None] * samples + sample
             if RAW:
-                raws = _elements(p_ptrs, first_view, block[:, None], sample * p_stride + DIM, BLOCK_V)
+                raws = _elements(
+                    p_ptrs, first_view, block[:, None], sample * p_stride + DIM, BLOCK_V
+                )
                 raw = tl.load(raws, mask=is_view, other=0.0).to(ACC)
             elif POWER_SPHERICAL:
                 kappa = tl.load(kappa_ptr + scalar, mask=is_view, other=0.0)
             if RESIDENT:
-                p_elements = _elements(p_ptrs, first_view, block[:, None, None], sample * p_stride + d, BLOCK_V)
+                p_elements = _elements(
+                    p_ptrs, first_view, block[:, None, None], sample * p_stride + d, BLOCK_V
+                )
                 p = _load(p_elements, is_view[:, :, None] & (d < DIM), FULL_V).to(ACC)
                 pz = tl.sum(p * z, axis=2)
                 pp = tl.sum(p * p, axis=2)
-                if VIEWS <= BLOCK_V:  # a sum across warps ends in a barrier, which no load passes: after those of p
+                if (
+                    VIEWS <= BLOCK_V
+                ):  # a sum across warps ends in a barrier, which no load passes: after those of p
                     zz = tl.sum(z * z, axis=2)
             else:
                 pz = tl.zeros([BLOCK_V, BLOCK_G], ACC)
@@ -317,12 +328,20 @@ def multiview_loss_kernel(
                 for start in range(0, DIM, BLOCK_D):
                     column = start + d
                     p_elements = _elements(
-                        p_ptrs, first_view, block[:, None, None], sample * p_stride + column, BLOCK_V
+                        p_ptrs,
+                        first_view,
+                        block[:, None, None],
+                        sample * p_stride + column,
+                        BLOCK_V,
                     )
                     p = _load(p_elements, is_view[:, :, None] & (column < DIM), FULL_V).to(ACC)
                     pp += tl.sum(p * p, axis=2)
                     for i in range(GLOBALS):
-                        z = _load(_pick(z_ptrs, i, 0, 1) + sample * z_stride + column, column < DIM, FULL_D).to(ACC)
+                        z = _load(
+                            _pick(z_ptrs, i, 0, 1) + sample * z_stride + column,
+                            column < DIM,
+                            FULL_D,
+                        ).to(ACC)
                         pz += tl.where(g[None, :] == i, _one_per_lane(tl.sum(p * z, axis=2)), 0.0)
                         zz += tl.where(g[None, :] == i, _one_per_lane(tl.sum(z * z, axis=2)), 0.0)
 
@@ -369,13 +388,24 @@ def multiview_loss_kernel(
                         column = start + d
                         p_used = is_view[:, :, None] & (column < DIM)
                         p_elements = _elements(
-                            p_ptrs, first_view, block[:, None, None], sample * p_stride + column, BLOCK_V
+                            p_ptrs,
+                            first_view,
+                            block[:, None, None],
+                            sample * p_stride + column,
+                            BLOCK_V,
                         )
                         p_grad = own * _load(p_elements, p_used, FULL_V).to(ACC)
                         for i in range(GLOBALS):
-                            z = _load(_pick(z_ptrs, i, 0, 1) + sample * z_stride + column, column < DIM, FULL_D).to(ACC)
+                            z = _load(
+                                _pick(z_ptrs, i, 0, 1) + sample * z_stride + column,
+                                column < DIM,
+                                FULL_D,
+                            ).to(ACC)
                             p_grad += (
-                                tl.sum(tl.where(g[None, :] == i, other, 0.0), axis=1, keep_dims=True)[:, :, None] * z
+                                tl.sum(
+                                    tl.where(g[None, :] == i, other, 0.0), axis=1, keep_dims=True
+                                )[:, :, None]
+                                * z
                             )
                         _store(grad_rows + column, p_grad, p_used, FULL_V)
                 if POWER_SPHERICAL:
@@ -388,8 +418,14 @@ def multiview_loss_kernel(
                     if RAW:
                         if QUADRATIC:  # at the bound only what raises kappa counts
                             by_kappa = tl.where((x < LEAST_ROOT) & (by_kappa > 0.0), 0.0, by_kappa)
-                        tail = tl.where(column == 0, tl.full([], scale * gain, ACC) * slope * by_kappa, tail)
-                    tl.store(grad_row[:, None] + DIM + column, tail, mask=is_view & (column < WIDTH - DIM))
+                        tail = tl.where(
+                            column == 0, tl.full([], scale * gain, ACC) * slope * by_kappa, tail
+                        )
+                    tl.store(
+                        grad_row[:, None] + DIM + column,
+                        tail,
+                        mask=is_view & (column < WIDTH - DIM),
+                    )
 
         tl.store(loss_ptr + sample, -tl.full([], weight, ACC) * total)
         sample += tl.num_programs(0) if SEVERAL else 1
@@ -400,7 +436,11 @@ def multiview_loss_kernel(
 
 @triton.jit
 def _store_mean(
-    mean_ptr: tl.tensor, ticket_ptr: tl.tensor, loss_ptr: tl.tensor, samples: tl.tensor, WIDTH: tl.constexpr
+    mean_ptr: tl.tensor,
+    ticket_ptr: tl.tensor,
+    loss_ptr: tl.tensor,
+    samples: tl.tensor,
+    WIDTH: tl.constexpr,
 ) -> None:
     """The mean of the losses, by the program that comes here last; the order of the sum depends on nothing else."""
     # What a program has stored is visible before its ticket is; after the last ticket no load sees an old copy.
@@ -415,7 +455,9 @@ def _store_mean(
             start += 16 * WIDTH
         i = tl.arange(0, 8)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         while start < samples:
-            rest = tl.load(loss_ptr + start + i, mask=i < samples - start, other=0.0, cache_modifier=".cg")
+            rest = tl.load(
+                loss_ptr + start + i, mask=i < samples - start, other=0.0, cache_modifier=".cg"
+            )
             total += tl.sum(rest, axis=0)
             start += 8 * WIDTH
         tl.store(mean_ptr, divide(tl.sum(total), samples.to(total.dtype)))

@@ -179,7 +179,9 @@ def _digamma_minus_log(inverse: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def log_density_ratio(kappa: tl.tensor, cos: tl.tensor, DIM: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+def log_density_ratio(
+    kappa: tl.tensor, cos: tl.tensor, DIM: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """F(kappa, cos), dF/dkappa and dF/dcos, elementwise, in fp32 or fp64.
 
     kappa >= 0 and cos have the same dtype and shapes that broadcast. 1 + cos is clamped from below at

@@ -27,7 +27,9 @@ _WARPS = 4
 _MOST_PROGRAMS = 1024
 
 
-def scale_gradient(gradient: Tensor, factor: Tensor, out: Tensor, concentration_gradient: Tensor | None) -> None:
+def scale_gradient(
+    gradient: Tensor, factor: Tensor, out: Tensor, concentration_gradient: Tensor | None
+) -> None:
     """Writes the gradient times the factor to `out`, and scales the concentration's gradient in place.
 
     Args:
@@ -57,7 +59,11 @@ def scale_gradient(gradient: Tensor, factor: Tensor, out: Tensor, concentration_
     # Does nothing for CPU tensors, which the interpreter takes.
     with torch.cuda.device_of(gradient):
         launch(
-            scale_gradient_kernel, key, (programs, views, 1), (*tensors, samples, factor_stride, *strides), constants
+            scale_gradient_kernel,
+            key,
+            (programs, views, 1),
+            (*tensors, samples, factor_stride, *strides),
+            constants,
         )
 
 
@@ -70,7 +76,13 @@ def _launch_arguments(
     rows = _TILE // columns
     tiles = triton.cdiv(samples, rows) * triton.cdiv(width, columns)
     programs = min(tiles, max(1, _MOST_PROGRAMS // views))
-    constants = {"WIDTH": width, "BLOCK_B": rows, "BLOCK_W": columns, "IN_PLACE": in_place, "PER_SAMPLE": per_sample}
+    constants = {
+        "WIDTH": width,
+        "BLOCK_B": rows,
+        "BLOCK_W": columns,
+        "IN_PLACE": in_place,
+        "PER_SAMPLE": per_sample,
+    }
     return programs, constants | {"num_warps": _WARPS}
 
 
@@ -111,10 +123,14 @@ def scale_gradient_kernel(
                 used &= factor != 1.0
         rows = b[:, None]
         cells = used[:, None] & (column < WIDTH)
-        x = tl.load(grad_ptr + view * grad_stride_view + rows * grad_stride + column, mask=cells, other=0.0)
+        x = tl.load(
+            grad_ptr + view * grad_stride_view + rows * grad_stride + column, mask=cells, other=0.0
+        )
         y = x.to(factor.dtype) * (factor[:, None] if PER_SAMPLE else factor)
         tl.store(
-            out_ptr + view * out_stride_view + rows * out_stride + column, y.to(out_ptr.dtype.element_ty), mask=cells
+            out_ptr + view * out_stride_view + rows * out_stride + column,
+            y.to(out_ptr.dtype.element_ty),
+            mask=cells,
         )
         if kappa_grad_ptr is not None:
             kappa_grads = kappa_grad_ptr + view * samples + b

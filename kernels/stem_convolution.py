@@ -74,7 +74,19 @@ def blocks_of_pixels_kernel(
     part = channel // 3
     y = (2 * (within // columns) - 4)[:, None] + part // 2
     x = (2 * (within % columns) - 4)[:, None] + part % 2
-    inside = (pixel < pixels)[:, None] & (channel < 12) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    source = image[:, None] * image_stride + channel % 3 * channel_stride + y * row_stride + x * column_stride
+    inside = (
+        (pixel < pixels)[:, None]
+        & (channel < 12)
+        & (y >= 0)
+        & (y < height)
+        & (x >= 0)
+        & (x < width)
+    )
+    source = (
+        image[:, None] * image_stride
+        + channel % 3 * channel_stride
+        + y * row_stride
+        + x * column_stride
+    )
     value = tl.load(images_ptr + source, mask=inside, other=0.0)
     tl.store(out_ptr + pixel[:, None] * 16 + channel, value, mask=(pixel < pixels)[:, None])

@@ -66,7 +66,15 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def plan(images: int, channels: int, height: int, width: int, groups: int, itemsize: int, multiprocessors: int) -> Plan:
+def plan(
+    images: int,
+    channels: int,
+    height: int,
+    width: int,
+    groups: int,
+    itemsize: int,
+    multiprocessors: int,
+) -> Plan:
     """The launches for images of these sizes. Empty the cache after a change of the constants above."""
     across, down = pooled(width), pooled(height)
     per_group = images // groups
@@ -76,7 +84,13 @@ def plan(images: int, channels: int, height: int, width: int, groups: int, items
     columns = min(triton.next_power_of_2(channels), COLUMNS)
     launches = []
     of_pool = POOL_WARPS, POOL_ROWS, POOL_BYTES, POOL_REGISTERS, True
-    of_gradient = GRADIENT_WARPS, GRADIENT_ROWS, GRADIENT_BYTES, GRADIENT_REGISTERS, height % 2 == width % 2 == 0
+    of_gradient = (
+        GRADIENT_WARPS,
+        GRADIENT_ROWS,
+        GRADIENT_BYTES,
+        GRADIENT_REGISTERS,
+        height % 2 == width % 2 == 0,
+    )
     for warps, rows, nbytes, registers, even in (of_pool, of_gradient):
         # One vector a thread: of more, codes and elements would be laid out differently.
         stretch = max(1, 32 * warps * nbytes // (itemsize * columns))
@@ -84,11 +98,19 @@ def plan(images: int, channels: int, height: int, width: int, groups: int, items
             warps, stretch = warps // 2, stretch // 2
         full = even and across % stretch == down % rows == channels % columns == 0
         tiles = images * triton.cdiv(down, rows) * triton.cdiv(across, stretch)
-        constants = {"C": channels, "BLOCK_C": columns, "GROUPS": groups, "BLOCK_W": stretch, "ROWS": rows}
+        constants = {
+            "C": channels,
+            "BLOCK_C": columns,
+            "GROUPS": groups,
+            "BLOCK_W": stretch,
+            "ROWS": rows,
+        }
         options = {"LAST_FIRST": LAST_FIRST, "FULL": full, "num_warps": warps, "maxnreg": registers}
         launches.append((tiles, constants | options))
     (pool_tiles, pool), (gradient_tiles, gradient) = launches
-    return Plan(statistics, sums, triton.cdiv(channels, columns), pool_tiles, gradient_tiles, pool, gradient)
+    return Plan(
+        statistics, sums, triton.cdiv(channels, columns), pool_tiles, gradient_tiles, pool, gradient
+    )
 
 
 def _reduction(rows: int, *sizes: int) -> batch_norm.Plan:
@@ -181,7 +203,16 @@ def backward(
     by_parameters = weight_gradient, bias_gradient
     with torch.cuda.device_of(x):
         reduce = chosen.sums.reduce | {"RELU": True}
-        tensors: tuple[Any, ...] = (gradient, taken, weight, bias, statistics, *by_parameters, sums, partials)
+        tensors: tuple[Any, ...] = (
+            gradient,
+            taken,
+            weight,
+            bias,
+            statistics,
+            *by_parameters,
+            sums,
+            partials,
+        )
         key = launch_key(tensors, (groups, reduce))
         given = (gradient, taken, None, weight, bias, statistics, None, *by_parameters)
         arguments: tuple[Any, ...] = (*given, sums, partials, tickets, windows)
@@ -189,7 +220,9 @@ def backward(
         launch(sums_kernel, key and ("pooled sums", *key), grid, arguments, reduce)
         tensors = (gradient, x, codes, weight, bias, statistics, sums, x_gradient)
         key = launch_key(tensors, (chosen.gradient,))
-        share = windows * groups * channels / x.numel()  # the sums were divided by the windows, not by the pixels
+        share = (
+            windows * groups * channels / x.numel()
+        )  # the sums were divided by the windows, not by the pixels
         arguments = (*tensors, share, images // groups, height, width)
         grid = (chosen.gradient_tiles, chosen.strips, 1)
         launch(gradient_kernel, key and ("pool gradient", *key), grid, arguments, chosen.gradient)
@@ -241,7 +274,9 @@ def pool_kernel(
         row = tl.minimum(2 * i, height - 1).to(tl.int64) * width * C
         best, code = _across(x_ptr + row, left, middle, right, sign, left_code, is_channel, WHOLE)
         row = tl.minimum(2 * i + 1, height - 1).to(tl.int64) * width * C
-        bottom, bottom_code = _across(x_ptr + row, left, middle, right, sign, left_code, is_channel, WHOLE)
+        bottom, bottom_code = _across(
+            x_ptr + row, left, middle, right, sign, left_code, is_channel, WHOLE
+        )
         code = tl.where(best > top, code + 3, top_code)
         best = tl.maximum(best, top)
         code = tl.where(bottom > best, bottom_code + 6, code)
@@ -335,7 +370,11 @@ def gradient_kernel(
     is_channel = (column < C)[None, :]
     mean, scale, _ = parameters(statistics_ptr, weight_ptr, bias_ptr, group, column, C, GROUPS)
     constant = -scale * share * tl.load(sums_ptr + group * C + column, mask=column < C, other=0.0)
-    by_x = -scale * share * tl.load(sums_ptr + (GROUPS + group) * C + column, mask=column < C, other=0.0)
+    by_x = (
+        -scale
+        * share
+        * tl.load(sums_ptr + (GROUPS + group) * C + column, mask=column < C, other=0.0)
+    )
     # In 8 or 11 bits of x deviations are left only while the mean is less than 2^8 or 2^11 of them: it can be
     # multiplied before it is subtracted, which saves eight registers.
     if x_ptr.dtype.element_ty.primitive_bitwidth == 16:
@@ -380,9 +419,13 @@ def gradient_kernel(
 
 
 @triton.jit
-def _window(gradient_ptr: tl.tensor, code_ptr: tl.tensor, at: tl.tensor, used: tl.tensor) -> tl.tuple:
+def _window(
+    gradient_ptr: tl.tensor, code_ptr: tl.tensor, at: tl.tensor, used: tl.tensor
+) -> tl.tuple:
     """A window's gradient and code; windows that do not exist have taken nothing."""
-    return tl.load(gradient_ptr + at, mask=used, other=0.0), tl.load(code_ptr + at, mask=used, other=255)
+    return tl.load(gradient_ptr + at, mask=used, other=0.0), tl.load(
+        code_ptr + at, mask=used, other=255
+    )
 
 
 @triton.jit
@@ -392,7 +435,12 @@ def _taken(gradient: tl.tensor, code: tl.tensor, CODE: tl.constexpr) -> tl.tenso
 
 @triton.jit
 def _gradient(
-    dz: tl.tensor, x: tl.tensor, mean: tl.tensor, scale: tl.tensor, by_x: tl.tensor, constant: tl.tensor
+    dz: tl.tensor,
+    x: tl.tensor,
+    mean: tl.tensor,
+    scale: tl.tensor,
+    by_x: tl.tensor,
+    constant: tl.tensor,
 ) -> tl.tensor:
     x = x.to(tl.float32)
     if mean is not None:

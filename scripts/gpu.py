@@ -45,7 +45,10 @@ class Stage:
 
     def arguments(self) -> list[str]:
         """The whole command."""
-        found = (sorted(map(str, Path().glob(word))) if word.startswith("tests/") else [word] for word in self.command)
+        found = (
+            sorted(map(str, Path().glob(word))) if word.startswith("tests/") else [word]
+            for word in self.command
+        )
         return [sys.executable, "-m", *(word for words in found for word in words)]
 
 
@@ -78,7 +81,9 @@ STAGES = {
 }  # fmt: skip
 
 
-def main(names: Sequence[str], stages: Mapping[str, Stage] = STAGES, seconds: float = _SECONDS) -> int:
+def main(
+    names: Sequence[str], stages: Mapping[str, Stage] = STAGES, seconds: float = _SECONDS
+) -> int:
     """Run the stages of these names, or all, within `seconds`.
 
     Returns 0 if all passed, 1 if one did not, 2 for a name that is none or without a GPU, 130 when interrupted.
@@ -86,7 +91,9 @@ def main(names: Sequence[str], stages: Mapping[str, Stage] = STAGES, seconds: fl
     if unknown := [name for name in names if name not in stages]:
         print(f"gpu: no stage {unknown[0]!r}; there are {', '.join(stages)}", file=sys.stderr)
         return 2
-    if not torch.cuda.is_available():  # tests would be skipped, and benchmarks replace the figures of the CPU
+    if (
+        not torch.cuda.is_available()
+    ):  # tests would be skipped, and benchmarks replace the figures of the CPU
         print("gpu: no CUDA device found", file=sys.stderr)
         return 2
     order = list(names or stages)
@@ -97,12 +104,17 @@ def main(names: Sequence[str], stages: Mapping[str, Stage] = STAGES, seconds: fl
     try:
         for name in order:
             start = time.monotonic()
-            limit = stages[name].seconds if name == "report" else min(stages[name].seconds, end - start)
+            limit = (
+                stages[name].seconds if name == "report" else min(stages[name].seconds, end - start)
+            )
             if limit < _LEAST_SECONDS:
                 verdicts.append(f"{name:12}NOT RUN: no time left")
                 code = 1
                 continue
-            print(f"\ngpu: {name}, at most {limit:.0f} s: {shlex.join(stages[name].command)}", flush=True)
+            print(
+                f"\ngpu: {name}, at most {limit:.0f} s: {shlex.join(stages[name].command)}",
+                flush=True,
+            )
             verdicts.append(f"{name:12}interrupted")
             problem = _run(stages[name], limit)
             verdicts[-1] = f"{name:12}{problem or 'passed':24}{time.monotonic() - start:6.0f} s"
@@ -116,7 +128,10 @@ def main(names: Sequence[str], stages: Mapping[str, Stage] = STAGES, seconds: fl
 def _run(stage: Stage, limit: float) -> str | None:
     """Run a stage to its end or its limit; what was wrong with it."""
     process = subprocess.Popen(
-        stage.arguments(), env={**os.environ, **stage.variables}, start_new_session=True, preexec_fn=_end_with_parent
+        stage.arguments(),
+        env={**os.environ, **stage.variables},
+        start_new_session=True,
+        preexec_fn=_end_with_parent,
     )
     try:
         code = process.wait(limit)
@@ -138,7 +153,9 @@ def _end_with_parent() -> None:
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End a stage with all its processes, those that it has left, too, before any interruption: they would slow the next one down."""
     noted: list[int] = []
-    former = {number: signal.signal(number, lambda number, _: noted.append(number)) for number in _STOP}
+    former = {
+        number: signal.signal(number, lambda number, _: noted.append(number)) for number in _STOP
+    }
     try:
         for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
@@ -154,8 +171,18 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Tests and benchmarks that need a GPU, in stages.")
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}; all of them if none is given")
-    parser.add_argument("--seconds", type=float, default=_SECONDS, help="limit of all together (default: %(default)s)")
+    parser.add_argument(
+        "stages",
+        nargs="*",
+        metavar="STAGE",
+        help=f"{', '.join(STAGES)}; all of them if none is given",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=_SECONDS,
+        help="limit of all together (default: %(default)s)",
+    )
     given = parser.parse_args()
     os.chdir(ROOT)
     for number in _STOP:  # the stage would live on

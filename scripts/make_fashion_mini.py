@@ -37,7 +37,9 @@ def read_idx(path: Path, sha256: str) -> NDArray[np.uint8]:
     content = gzip.decompress(path.read_bytes())
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
-        raise ValueError(f"{path}: SHA-256 of the unpacked content is {found}, the official file has {sha256}")
+        raise ValueError(
+            f"{path}: SHA-256 of the unpacked content is {found}, the official file has {sha256}"
+        )
     dimensions = content[3]
     shape = np.frombuffer(content, ">u4", count=dimensions, offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape.tolist())
@@ -45,7 +47,9 @@ def read_idx(path: Path, sha256: str) -> NDArray[np.uint8]:
 
 def first_of_each_class(labels: NDArray[np.uint8], count: int) -> NDArray[np.intp]:
     """Return the sorted positions of the first `count` samples of every class."""
-    return np.sort(np.concatenate([np.flatnonzero(labels == label)[:count] for label in np.unique(labels)]))
+    return np.sort(
+        np.concatenate([np.flatnonzero(labels == label)[:count] for label in np.unique(labels)])
+    )
 
 
 def write_npz(path: Path, arrays: dict[str, NDArray[np.uint8]]) -> None:
@@ -60,14 +64,20 @@ def write_npz(path: Path, arrays: dict[str, NDArray[np.uint8]]) -> None:
 
 def main() -> None:
     """Read the files of the folder given on the command line and write the archive."""
-    parser = argparse.ArgumentParser(description="Make the embedded data set from the official Fashion-MNIST files.")
+    parser = argparse.ArgumentParser(
+        description="Make the embedded data set from the official Fashion-MNIST files."
+    )
     parser.add_argument("folder", type=Path, help="folder with the four official files, gzipped")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="file to write (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=OUTPUT, help="file to write (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     arrays = {}
     for split, (prefix, count) in SPLITS.items():
         names = (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte")
-        images, labels = (read_idx(arguments.folder / f"{name}.gz", CONTENTS[name]) for name in names)
+        images, labels = (
+            read_idx(arguments.folder / f"{name}.gz", CONTENTS[name]) for name in names
+        )
         chosen = first_of_each_class(labels, count)
         arrays[f"{split}_images"], arrays[f"{split}_labels"] = images[chosen], labels[chosen]
     write_npz(arguments.output, arrays)

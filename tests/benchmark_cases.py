@@ -29,7 +29,9 @@ class ScriptedTimer:
         self.script = list(microseconds)
         self.prepared = 0
 
-    def prepare(self, call: Callable[[Any], object], sets: Sequence[Any], nbytes: int) -> timers.Measures:
+    def prepare(
+        self, call: Callable[[Any], object], sets: Sequence[Any], nbytes: int
+    ) -> timers.Measures:
         call(sets[0])
         value = self.script[self.prepared % len(self.script)]
         self.prepared += 1
@@ -75,21 +77,30 @@ def drawn(case: Case) -> tuple[list[Tensor], list[Tensor]]:
     return inputs.predictions, inputs.targets
 
 
-def slower(result: dict[str, Any], factor: float, *, spread: float = 0.0, copied: float = 1.0) -> dict[str, Any]:
+def slower(
+    result: dict[str, Any], factor: float, *, spread: float = 0.0, copied: float = 1.0
+) -> dict[str, Any]:
     """The same result where cpu needs `factor` times as long, and the copy `copied` times."""
     changed = copy.deepcopy(result)
     for case in changed["cases"]:
         for mode in ("forward", "forward_backward"):
             times = case["providers"]["cpu"][mode]["time"]
             times["median_us"] *= factor
-            times["lower_us"], times["upper_us"] = (times["median_us"] * (1 + s * spread / 2) for s in (-1, 1))
+            times["lower_us"], times["upper_us"] = (
+                times["median_us"] * (1 + s * spread / 2) for s in (-1, 1)
+            )
             case["copy"][mode]["median_us"] *= copied
     return changed
 
 
 def timed(microseconds: float, **extra: Any) -> dict[str, Any]:
     """What a right provider has in the result files of input pipeline, step and training."""
-    times = {"median_us": microseconds, "lower_us": microseconds, "upper_us": microseconds, "rounds": 3}
+    times = {
+        "median_us": microseconds,
+        "lower_us": microseconds,
+        "upper_us": microseconds,
+        "rounds": 3,
+    }
     return {"correct": True, "failure": None, "time": times, **extra}
 
 
@@ -162,7 +173,12 @@ def _train_cases() -> list[dict[str, Any]]:
         }  # fmt: skip
         return timed(128 / rate * 1e6, **given)
 
-    ours = {"training_seconds": 110.0, "caching_seconds": 3.0, "knn_top1": 0.8, "seconds_to_target": 60.0}
+    ours = {
+        "training_seconds": 110.0,
+        "caching_seconds": 3.0,
+        "knn_top1": 0.8,
+        "seconds_to_target": 60.0,
+    }
     common = {
         "batch": 64,
         "images": 9469,

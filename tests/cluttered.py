@@ -53,7 +53,9 @@ def scene(garment: Image.Image, random: np.random.Generator) -> Image.Image:
 def _waves(random: np.random.Generator) -> NDArray[np.uint8]:
     rows, columns = np.mgrid[0:SIDE, 0:SIDE] / SIDE
     frequency, phase = random.uniform(-4, 4, (2, 3)), random.uniform(0, 2 * np.pi, 3)
-    waves = np.sin(2 * np.pi * (rows[..., None] * frequency[0] + columns[..., None] * frequency[1]) + phase)
+    waves = np.sin(
+        2 * np.pi * (rows[..., None] * frequency[0] + columns[..., None] * frequency[1]) + phase
+    )
     return (127.5 + 80 * waves + random.uniform(-40, 40, 3)).clip(0, 255).astype(np.uint8)
 
 

@@ -27,12 +27,23 @@ class LossProblem(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("views", "target_views", "batch", "dim", "width")),
         ("predictions", ctypes.c_void_p * 16),
         ("targets", ctypes.c_void_p * 16),
-        *((name, ctypes.c_void_p) for name in ("concentration", "loss", "mean", "gradient", "concentration_gradient")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("concentration", "loss", "mean", "gradient", "concentration_gradient")
+        ),
         *(
             (name, ctypes.c_int64)
-            for name in ("prediction_stride", "target_stride", "gradient_view_stride", "gradient_stride")
+            for name in (
+                "prediction_stride",
+                "target_stride",
+                "gradient_view_stride",
+                "gradient_stride",
+            )
         ),
-        *((name, ctypes.c_double) for name in ("scale", "minimum", "gain", "cosine", "weight", "gradient_weight")),
+        *(
+            (name, ctypes.c_double)
+            for name in ("scale", "minimum", "gain", "cosine", "weight", "gradient_weight")
+        ),
     ]
 
 
@@ -102,8 +113,12 @@ class Case:
         target_stride = -(-self.dim // 16) * 16 if self.aligned else self.dim
         for _ in range(self.views):
             row = rows(self.batch, self.width, stride, self.offset, self.dtype)
-            row[:, : self.dim] = 3 * (torch.randn(self.batch, self.dim, generator=generator, dtype=F64) + common)
-            row[:, self.dim : self.used] = torch.randn(self.batch, self.used - self.dim, generator=generator, dtype=F64)
+            row[:, : self.dim] = 3 * (
+                torch.randn(self.batch, self.dim, generator=generator, dtype=F64) + common
+            )
+            row[:, self.dim : self.used] = torch.randn(
+                self.batch, self.used - self.dim, generator=generator, dtype=F64
+            )
             self.predictions.append(row)
         for _ in range(self.targets):
             row = rows(self.batch, self.dim, target_stride, self.target_offset, self.target_dtype)
@@ -112,7 +127,9 @@ class Case:
             self.targets_.append(row)
         self.concentration = None
         if self.form == "given":
-            self.concentration = self.scale * torch.rand(self.views, self.batch, generator=generator).to(self.real)
+            self.concentration = self.scale * torch.rand(
+                self.views, self.batch, generator=generator
+            ).to(self.real)
         self.weight = 2 / (self.targets * (self.views - 1))
 
     def run(self, kernels: Any) -> dict[str, Tensor]:
@@ -146,7 +163,9 @@ class Case:
                 getattr(problem, field_name)[i] = tensor.data_ptr()
         ticket = torch.zeros((), dtype=torch.int32)
         codes = (CODES[dtype] for dtype in (self.dtype, self.target_dtype, self.gradient_dtype))
-        error = kernels.loss(ctypes.byref(problem), *codes, ctypes.c_void_p(ticket.data_ptr() if self.mean else None))
+        error = kernels.loss(
+            ctypes.byref(problem), *codes, ctypes.c_void_p(ticket.data_ptr() if self.mean else None)
+        )
         if error is not None:
             raise RuntimeError(error.decode())
         assert ticket == 0
@@ -169,13 +188,19 @@ class Case:
         """The definition in float64 on the same rounded inputs, by autograd."""
         p = [row.double().clone().requires_grad_() for row in self.predictions]
         z = [row.double() for row in self.targets_]
-        kappa = None if self.concentration is None else self.concentration.double().clone().requires_grad_()
+        kappa = (
+            None
+            if self.concentration is None
+            else self.concentration.double().clone().requires_grad_()
+        )
         total = torch.zeros(self.batch, dtype=F64)
         for v in range(self.views):
             for g in range(self.targets):
                 if v == g:
                     continue
-                cosine = torch.nn.functional.cosine_similarity(p[v][:, : self.dim], z[g], dim=-1, eps=0)
+                cosine = torch.nn.functional.cosine_similarity(
+                    p[v][:, : self.dim], z[g], dim=-1, eps=0
+                )
                 if self.form == "cosine":
                     total = total + cosine
                     continue
@@ -183,7 +208,9 @@ class Case:
                 total = total + log_density_ratio(k, cosine, self.dim) + self.cosine * cosine
         leaves = p if kappa is None else [*p, kappa]
         gradients = torch.autograd.grad(total.sum(), leaves, allow_unused=True)
-        filled = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)]
+        filled = [
+            torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)
+        ]
         gradient = -self.weight / 7 * torch.stack(filled[: self.views])
         gradient[..., self.used :] = 0
         if self.form == "raw" and self.link == "quadratic":
@@ -231,4 +258,8 @@ class Scaling:
         by_row = factors.repeat(self.views)[:, None]
         assert torch.equal(out, (before.to(real) * by_row).to(out.dtype))
         assert torch.equal(scaled, concentration * factors)
-        assert out.as_strided((len(out) - 1, self.stride - self.width), (self.stride, 1), self.width).isnan().all()
+        assert (
+            out.as_strided((len(out) - 1, self.stride - self.width), (self.stride, 1), self.width)
+            .isnan()
+            .all()
+        )

@@ -51,7 +51,9 @@ def run_ranks(case: Case, size: int, *arguments: object, timeout: float = 30.0) 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = [
-        context.Process(target=_rank, args=(case, rank, size, port, timeout, arguments, outcomes), daemon=True)
+        context.Process(
+            target=_rank, args=(case, rank, size, port, timeout, arguments, outcomes), daemon=True
+        )
         for rank in range(size)
     ]
     for process in ranks:
@@ -71,7 +73,13 @@ def run_ranks(case: Case, size: int, *arguments: object, timeout: float = 30.0) 
 
 
 def _rank(
-    case: Case, rank: int, size: int, port: int, timeout: float, arguments: tuple[object, ...], outcomes: Any
+    case: Case,
+    rank: int,
+    size: int,
+    port: int,
+    timeout: float,
+    arguments: tuple[object, ...],
+    outcomes: Any,
 ) -> None:
     torch.set_num_threads(1)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
@@ -104,7 +112,9 @@ def collectives(world: World) -> dict[str, Any]:
         "labels": world.gather_rows(torch.full((n,), world.rank)).tolist(),
         "nothing": list(world.gather_rows(torch.empty(0, 5)).shape),
         "mean": world.all_mean(torch.tensor([1.0, 10.0]) * world.rank).tolist(),
-        "infected": world.all_mean(torch.tensor(float("nan") if world.rank == 1 else 1.0)).isnan().item(),
+        "infected": world.all_mean(torch.tensor(float("nan") if world.rank == 1 else 1.0))
+        .isnan()
+        .item(),
         "any": [
             world.any_rank(torch.tensor(world.rank == 2)).item(),
             world.any_rank(torch.tensor(False)).item(),
@@ -216,7 +226,9 @@ def trained(world: World, steps: int, batch_size: int) -> tuple[list[float], dic
     network = wrap(model, world)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     generator = torch.Generator().manual_seed(0)
-    mine = slice(world.rank * world.local_batch(batch_size), (world.rank + 1) * world.local_batch(batch_size))
+    mine = slice(
+        world.rank * world.local_batch(batch_size), (world.rank + 1) * world.local_batch(batch_size)
+    )
     curve = []
     for _ in range(steps):
         sizes = (12, 12, 8, 8)

@@ -73,4 +73,7 @@ def messages() -> Iterator[re.Pattern[str]]:
             texts = [part.value if isinstance(part, ast.Constant) else None for part in parts]
             fixed = "".join(text for text in texts if isinstance(text, str))
             if len(fixed) >= _LEAST_FIXED:
-                yield re.compile("".join(".+" if text is None else re.escape(str(text)) for text in texts), re.DOTALL)
+                yield re.compile(
+                    "".join(".+" if text is None else re.escape(str(text)) for text in texts),
+                    re.DOTALL,
+                )

@@ -99,7 +99,9 @@ def metric_lines(count: int, *, kappa: bool) -> list[dict[str, float]]:
     return lines
 
 
-def feature_sets(path: Path, *, train: int = 60, val: int = 30, classes: int = 3, noise: float = 0.1) -> FeatureSets:
+def feature_sets(
+    path: Path, *, train: int = 60, val: int = 30, classes: int = 3, noise: float = 0.1
+) -> FeatureSets:
     """Clusters around unit vectors for "trained", noise alone for the others."""
     generator = np.random.default_rng(0)
 

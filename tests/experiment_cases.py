@@ -58,7 +58,9 @@ def stand_in(folder: Path) -> list[str]:
     return [sys.executable, "-S", str(script)]
 
 
-def small_plan(rates: dict[str, float], *, seeds: int = 1, after: dict[str, str] | None = None) -> Plan:
+def small_plan(
+    rates: dict[str, float], *, seeds: int = 1, after: dict[str, str] | None = None
+) -> Plan:
     """A plan of arms by their learning rates."""
     base = tiny_config("fashion-mini")
     arms = [
@@ -87,7 +89,9 @@ def tiny_config(data: str, **changes: Any) -> TrainConfig:
     return dataclasses.replace(base, **changes)
 
 
-def run(plan: Plan, out: Path, command: list[str], place: Place | None = None, again: str = "again") -> tuple[int, str]:
+def run(
+    plan: Plan, out: Path, command: list[str], place: Place | None = None, again: str = "again"
+) -> tuple[int, str]:
     """Run a plan with stand-ins; the exit code and what was printed."""
     said = io.StringIO()
     code = run_experiment(

@@ -71,7 +71,9 @@ def diverged(arm: Arm, experiment: str, seed: int) -> dict[str, Any]:
     """The result of a run whose loss stopped being finite."""
     nothing = {"steps": None, "images": None, "seconds": None, "val_images": None}
     empty: dict[str, Any] = {"accuracy": {}, "correct": {}, "uncertainty": {}}
-    return result(arm, experiment, seed, **nothing, **empty, diverged="step 3: the loss is not finite")
+    return result(
+        arm, experiment, seed, **nothing, **empty, diverged="step 3: the loss is not finite"
+    )
 
 
 def right(count: int) -> dict[str, Any]:
@@ -84,7 +86,9 @@ def write_plan(out: Path, name: str, **options: Any) -> Plan:
     """Write OUT/plan.json of the named experiment."""
     made = plan(name, PlanOptions(**options))
     out.mkdir(parents=True, exist_ok=True)
-    (out / "plan.json").write_text(json.dumps({**made.described(), "created": "2026-01-01T00:00:00+00:00"}))
+    (out / "plan.json").write_text(
+        json.dumps({**made.described(), "created": "2026-01-01T00:00:00+00:00"})
+    )
     return made
 
 

@@ -68,7 +68,9 @@ def _images() -> Splits:
 def save(run: Run) -> Path:
     """Write a run's checkpoint and a line of its log; returns the folder."""
     Checkpoint(7, 1.0, 8_000, run.model.state_dict(), {}).save(run.path / "checkpoint.pt")
-    (run.path / "metrics.jsonl").write_text(json.dumps({"step": 7, "epoch": 0.5, "loss": -0.25}) + "\n")
+    (run.path / "metrics.jsonl").write_text(
+        json.dumps({"step": 7, "epoch": 0.5, "loss": -0.25}) + "\n"
+    )
     return run.path
 
 

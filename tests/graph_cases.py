@@ -78,11 +78,22 @@ OPTIMIZERS: dict[str, Callable[[Any, Tensor], torch.optim.Optimizer]] = {
 class Training:
     """A small network with BatchNorm and dropout, its optimizer and its step."""
 
-    def __init__(self, optimizer: str = "sgd", device: str = "cpu", clear_last: bool = False) -> None:
+    def __init__(
+        self, optimizer: str = "sgd", device: str = "cpu", clear_last: bool = False
+    ) -> None:
         torch.manual_seed(0)
-        layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(6 * 36, 4)]
+        layers = [
+            nn.Conv2d(3, 6, 3),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Dropout(0.2),
+            nn.Flatten(),
+            nn.Linear(6 * 36, 4),
+        ]
         self.model = nn.Sequential(*layers).to(device)
-        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters(), torch.tensor(0.02, device=device))
+        self.optimizer = OPTIMIZERS[optimizer](
+            self.model.parameters(), torch.tensor(0.02, device=device)
+        )
         self.seen = torch.zeros((), dtype=torch.int64, device=device)
         self.clear_last = clear_last
         self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.8)
@@ -107,7 +118,13 @@ class Training:
         """Weights, buffers, gradients, the optimizer's tensors and the generator."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         optimizer = tree_leaves(self.optimizer.state_dict())
-        found = [*self.model.state_dict().values(), *gradients, *optimizer, self.seen, torch.get_rng_state()]
+        found = [
+            *self.model.state_dict().values(),
+            *gradients,
+            *optimizer,
+            self.seen,
+            torch.get_rng_state(),
+        ]
         return [x.clone() for x in found if isinstance(x, Tensor)]
 
 
@@ -126,5 +143,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def with_stand_in(step: Callable[..., Any], state: Any = (), mode: str = "on", warmup: int = 1) -> Captured:
+def with_stand_in(
+    step: Callable[..., Any], state: Any = (), mode: str = "on", warmup: int = 1
+) -> Captured:
     return Captured(step, state=state, mode=mode, warmup=warmup, backend=StandIn)

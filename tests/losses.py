@@ -23,12 +23,17 @@ QUADRATIC = LossForm("power_spherical", 31.0, 0.5, link="quadratic", gain=0.25, 
 if DEVICE == "cpu":
     # Under TRITON_INTERPRET=1 Triton takes CPU tensors, too (test_triton_kernels.py runs the losses' tests so).
     FUSED = [
-        pytest.param("cpu", marks=pytest.mark.skipif(extension() is None, reason="needs the C++ extension")),
+        pytest.param(
+            "cpu", marks=pytest.mark.skipif(extension() is None, reason="needs the C++ extension")
+        ),
         *(["triton"] if interpreting() else []),
     ]
 else:
     reason = why_unavailable("cuda", DEVICE)
-    FUSED = ["triton", pytest.param("cuda", marks=pytest.mark.skipif(reason is not None, reason=str(reason)))]
+    FUSED = [
+        "triton",
+        pytest.param("cuda", marks=pytest.mark.skipif(reason is not None, reason=str(reason))),
+    ]
 
 fused = pytest.mark.parametrize("backend", FUSED)
 every = pytest.mark.parametrize("backend", ["eager", *FUSED])
@@ -73,7 +78,10 @@ def textbook(p: Tensor, z: Tensor, form: LossForm) -> Tensor:
             continue
         x = form.gain * p[v, :, dim]
         r = x.clamp(min=0.02)
-        kappa = form.scale * (F.softplus(x) if form.link == "softplus" else r + r * r / 2) + form.minimum
+        kappa = (
+            form.scale * (F.softplus(x) if form.link == "softplus" else r + r * r / 2)
+            + form.minimum
+        )
         zero, b_ = torch.zeros_like(kappa), torch.full_like(kappa, b)
         log_c = -(kappa * math.log(2) + torch.lgamma(b_ + kappa) - torch.lgamma(2 * b_ + kappa))
         log_c0 = -(torch.lgamma(b_ + zero) - torch.lgamma(2 * b_ + zero))

@@ -20,7 +20,9 @@ SMALL = (
 )
 """A training of five steps."""
 _TRAIN = f"train {SMALL} --out {{out}}"
-_MOVED = "{moved} --device cpu --workers 0 --data {images} --data-root {here} --cache-dir {here}/cache"
+_MOVED = (
+    "{moved} --device cpu --workers 0 --data {images} --data-root {here} --cache-dir {here}/cache"
+)
 _APPLIED = "{run} {images} --device cpu --workers 1 --views 2 --seed 1 --batch-size 4 --data-root {here} --offline"
 _VIEWS = (
     "--size 16 --crop-scale 0.5 0.9 --crop-ratio 0.8 1.2 --jitter 0.1 0.2 0.3 0.05 --jitter-prob 0.5 --grayscale-prob 0.1 "

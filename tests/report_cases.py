@@ -34,7 +34,10 @@ def uncertainty_result(seed: int = 0, data: str = "fashion-mini") -> dict[str, A
 
     misclassification = auroc()
     curves = {
-        name: {"coverage": coverage.tolist(), "risk": ((1 - accuracy) * coverage ** (2 * value - 1)).tolist()}
+        name: {
+            "coverage": coverage.tolist(),
+            "risk": ((1 - accuracy) * coverage ** (2 * value - 1)).tolist(),
+        }
         for name, value in misclassification.items()
     }
     expected = np.sort(draw.uniform(0.2, 0.8, 10))
@@ -61,7 +64,11 @@ def uncertainty_result(seed: int = 0, data: str = "fashion-mini") -> dict[str, A
             "classifier": "logistic",
             "accuracy": accuracy,
             "scores": {
-                name: {"auroc": value, "aurc": float(np.mean(curves[name]["risk"])), "augrc": 0.3 * (1 - value)}
+                name: {
+                    "auroc": value,
+                    "aurc": float(np.mean(curves[name]["risk"])),
+                    "augrc": 0.3 * (1 - value),
+                }
                 for name, value in misclassification.items()
             },
             "oracle": {"aurc": 0.036, "augrc": 0.0325},
@@ -77,21 +84,36 @@ def uncertainty_result(seed: int = 0, data: str = "fashion-mini") -> dict[str, A
                 "kind": kind,
                 "images": images,
                 "scores": {
-                    score: {"auroc": value, "aupr": 0.9 * value, "fpr95": 1 - value} for score, value in auroc().items()
+                    score: {"auroc": value, "aupr": 0.9 * value, "fpr95": 1 - value}
+                    for score, value in auroc().items()
                 },
             }
-            for name, kind, images in (("held-out", "near", 400), ("noise", "far", 500), ("mine", "given", 73))
+            for name, kind, images in (
+                ("held-out", "near", 400),
+                ("noise", "far", 500),
+                ("mine", "given", 73),
+            )
         },
         "corruptions": {
             kind: {
                 "levels": list(range(6)),
-                "median_kappa": (draw.uniform(0.4, 1.0) * np.exp(-draw.uniform(0, 0.4) * np.arange(6))).tolist(),
+                "median_kappa": (
+                    draw.uniform(0.4, 1.0) * np.exp(-draw.uniform(0, 0.4) * np.arange(6))
+                ).tolist(),
                 "scores": {
-                    name: {"spearman": float(draw.uniform(-0.6, 1)), "monotone": float(draw.uniform(0, 1))}
+                    name: {
+                        "spearman": float(draw.uniform(-0.6, 1)),
+                        "monotone": float(draw.uniform(0, 1)),
+                    }
                     for name in SCORES
                 },
             }
             for kind in KINDS
         },
-        "versions": {"vi-simsiam": "0.1.0", "python": "3.11.9", "torch": "2.14.1", "scikit-learn": "1.9.0"},
+        "versions": {
+            "vi-simsiam": "0.1.0",
+            "python": "3.11.9",
+            "torch": "2.14.1",
+            "scikit-learn": "1.9.0",
+        },
     }

@@ -44,10 +44,14 @@ def pack(shapes: list[tuple[int, int]], seed: int = 0) -> tuple[Tensor, NDArray[
     return torch.from_numpy(rng.integers(0, 256, offsets[-1], dtype=np.uint8)), offsets[:-1]
 
 
-def drawn(shapes: list[tuple[int, int]], policy: AugmentConfig = FULL, seed: int = 0) -> tuple[Tensor, Tensor]:
+def drawn(
+    shapes: list[tuple[int, int]], policy: AugmentConfig = FULL, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     pixels, offsets = pack(shapes, seed)
     heights, widths = np.array(shapes).T
-    table = draw_table(policy, seed=seed, epoch=0, samples=np.arange(len(shapes)), heights=heights, widths=widths)
+    table = draw_table(
+        policy, seed=seed, epoch=0, samples=np.arange(len(shapes)), heights=heights, widths=widths
+    )
     place(table, offsets)
     check_table(table, len(pixels))
     return pixels, torch.from_numpy(table)
@@ -93,7 +97,9 @@ def oracle(pixels: Tensor, values: NDArray[np.int32], size: int) -> Tensor:
 
 
 def expected(pixels: Tensor, table: Tensor, size: int) -> Tensor:
-    views = [torch.stack([oracle(pixels, values, size) for values in rows]) for rows in table.numpy()]
+    views = [
+        torch.stack([oracle(pixels, values, size) for values in rows]) for rows in table.numpy()
+    ]
     return torch.stack(views)
 
 
@@ -102,7 +108,9 @@ def assert_same(actual: Tensor, wanted: Tensor, table: Tensor) -> None:
     std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
     error = ((actual - wanted) * std).abs().amax((2, 3, 4))
     order = table[..., Column.ORDER]
-    hue = torch.stack([order >> shift & 15 for shift in (0, 4, 8, 12)]).eq(ColourOperation.HUE).any(0)
+    hue = (
+        torch.stack([order >> shift & 15 for shift in (0, 4, 8, 12)]).eq(ColourOperation.HUE).any(0)
+    )
     assert torch.isfinite(actual).all()
     assert (error <= torch.where(hue, 1e-4, 1e-5)).all(), error.max()
 
@@ -115,7 +123,9 @@ def test_views_are_torchvisions(size: int) -> None:
 
 
 def test_small_crops_of_a_larger_policy_are_torchvisions() -> None:
-    policy = AugmentConfig(crop_scale=(1e-6, 0.01), local_views=2, jitter=(0.9, 1.5, 2.0, 0.5), jitter_prob=1.0)
+    policy = AugmentConfig(
+        crop_scale=(1e-6, 0.01), local_views=2, jitter=(0.9, 1.5, 2.0, 0.5), jitter_prob=1.0
+    )
     pixels, table = drawn([(20, 30), (100, 90), (5, 5)] * 6, policy)
     assert (table[..., Column.HEIGHT : Column.WIDTH + 1].prod(-1) == 1).any()
     assert_same(eager_augment(pixels, table, 24), expected(pixels, table, 24), table)
@@ -145,7 +155,11 @@ def test_every_colour_order(count: int) -> None:
     rows = []
     for operations in itertools.permutations(range(1, 5), count):
         order = sum(code << 4 * place for place, code in enumerate(operations))
-        rows.append(row(20, 20, order=order, brightness=1.7, contrast=1.6, saturation=0.3, hue=-0.2, start=7))
+        rows.append(
+            row(
+                20, 20, order=order, brightness=1.7, contrast=1.6, saturation=0.3, hue=-0.2, start=7
+            )
+        )
     table = torch.cat(rows)
     actual = eager_augment(pixels, table, 16)
     assert_same(actual, expected(pixels, table, 16), table)
@@ -182,13 +196,17 @@ def test_gray_and_saturated_pixels_shift_their_hue() -> None:
     """Pixels with two or three equal channels, black and white, are where a hue is easily got wrong."""
     corners = list(itertools.product((0, 128, 255), repeat=3))
     pixels = torch.tensor(corners[:-2] * 64, dtype=torch.uint8).view(-1)[: 3 * 40 * 40]
-    table = torch.cat([row(40, 40, order=4, hue=hue) for hue in (-0.5, -0.3, -1 / 6, 0.0, 1e-3, 1 / 3, 0.5)])
+    table = torch.cat(
+        [row(40, 40, order=4, hue=hue) for hue in (-0.5, -0.3, -1 / 6, 0.0, 1e-3, 1 / 3, 0.5)]
+    )
     assert_same(eager_augment(pixels, table, 40), expected(pixels, table, 40), table)
 
 
 def test_bfloat16_is_float32_rounded_once() -> None:
     pixels, table = drawn([(32, 32)] * 16)
-    single, half = (eager_augment(pixels, table, 16, dtype) for dtype in (torch.float32, torch.bfloat16))
+    single, half = (
+        eager_augment(pixels, table, 16, dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
     assert half.dtype == torch.bfloat16
     assert torch.equal(half, single.bfloat16())
 
@@ -246,7 +264,9 @@ def test_what_is_not_accepted() -> None:
     with pytest.raises(InputError, match=r"backend: 'cuda' is none of auto, eager, triton"):
         augment(pixels, table, 16, backend="cuda")
     if not interpreting():
-        with pytest.raises(BackendUnavailableError, match=r"backend: 'triton' cannot run on cpu tensors"):
+        with pytest.raises(
+            BackendUnavailableError, match=r"backend: 'triton' cannot run on cpu tensors"
+        ):
             augment(pixels, table, 16, backend="triton")
 
 
@@ -303,7 +323,9 @@ def test_views_are_close_to_those_of_eight_bit_arithmetic() -> None:
     differences = []
     for values, view in zip(table[0], views * std + mean, strict=True):
         floats = values.view(np.float32).astype(float)
-        top, left, height, width = values[[Column.TOP, Column.LEFT, Column.HEIGHT, Column.WIDTH]].tolist()
+        top, left, height, width = values[
+            [Column.TOP, Column.LEFT, Column.HEIGHT, Column.WIDTH]
+        ].tolist()
         x = tv.resized_crop(Image.fromarray(image), top, left, height, width, [32, 32])
         x = tv.horizontal_flip(x) if values[Column.FLIP] else x
         for shift in (0, 4, 8, 12):

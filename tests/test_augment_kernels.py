@@ -14,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed: numbers and machine code of its kernels are not checked")
+pytest.importorskip(
+    "triton",
+    reason="Triton is not installed: numbers and machine code of its kernels are not checked",
+)
 
 import torch
 import triton
@@ -42,13 +45,26 @@ def test_numbers_on_the_gpu() -> None:
 
 def test_the_table_is_the_package_s() -> None:
     column, operation = reference.Column, reference.ColourOperation
-    for name in ("START", "STRIDE", "HEIGHT", "WIDTH", "FLIP", "ORDER", "GRAY", "BRIGHTNESS", "SIGMA"):
+    for name in (
+        "START",
+        "STRIDE",
+        "HEIGHT",
+        "WIDTH",
+        "FLIP",
+        "ORDER",
+        "GRAY",
+        "BRIGHTNESS",
+        "SIGMA",
+    ):
         assert getattr(kernel, name).value == column[name], name
     for name in ("BRIGHTNESS", "CONTRAST", "SATURATION", "HUE"):
         assert getattr(colour, name).value == operation[name], name
         # The factors are found by the operation's code.
         assert column[name] - column.BRIGHTNESS == operation[name] - operation.BRIGHTNESS
-    assert (kernel.COLUMNS.value, kernel.BLUR_TAPS.value) == (reference.TABLE_COLUMNS, reference.BLUR_TAPS)
+    assert (kernel.COLUMNS.value, kernel.BLUR_TAPS.value) == (
+        reference.TABLE_COLUMNS,
+        reference.BLUR_TAPS,
+    )
     means = (kernel.RED_MEAN, kernel.GREEN_MEAN, kernel.BLUE_MEAN)
     deviations = (kernel.RED_DEVIATION, kernel.GREEN_DEVIATION, kernel.BLUE_DEVIATION)
     assert tuple(x.value for x in means) == reference.IMAGENET_MEAN
@@ -70,7 +86,9 @@ def compile_for(capability: int, dtype: torch.dtype, name: str, size: int) -> Bi
 
 SHAPES = [
     shape
-    for shape in itertools.product((80, 90, 100, 120), (torch.float32, torch.bfloat16), NAMES, (32, 64, 96, 128, 224))
+    for shape in itertools.product(
+        (80, 90, 100, 120), (torch.float32, torch.bfloat16), NAMES, (32, 64, 96, 128, 224)
+    )
     # The others know nothing of the output's dtype.
     if shape[1] == torch.float32 or shape[2] in ("colour", "blur_columns")
 ]
@@ -91,7 +109,10 @@ def _name(capability: int, dtype: torch.dtype, name: str, size: int) -> str:
 @compiles
 @pytest.mark.parametrize(
     "shape",
-    [pytest.param(x, id=_name(*x), marks=[] if x in EVERY_DAY else [pytest.mark.soak]) for x in SHAPES],
+    [
+        pytest.param(x, id=_name(*x), marks=[] if x in EVERY_DAY else [pytest.mark.soak])
+        for x in SHAPES
+    ],
 )
 def test_machine_code(shape: tuple[int, torch.dtype, str, int]) -> None:
     _, dtype, name, _ = shape
@@ -116,7 +137,9 @@ def test_machine_code(shape: tuple[int, torch.dtype, str, int]) -> None:
     if name == "blur_rows":
         order = [instruction.split(".")[0] for instruction in binary.instructions]
         last_load = max(i for i, x in enumerate(order) if x == "LDG")
-        assert "BAR" in order[last_load : order.index("STG")]  # in place: nothing is written before all is read
+        assert (
+            "BAR" in order[last_load : order.index("STG")]
+        )  # in place: nothing is written before all is read
     known = json.loads(TABLE.read_text()).get(triton.__version__)
     if known is not None:
         assert binary.registers <= known[_name(*shape)]
@@ -135,7 +158,9 @@ def test_known_launches_take_what_triton_would(no_gpu: _NoGPU) -> None:
         workspace = torch.empty(kernel.workspace_bytes(views, size) + 16, dtype=torch.uint8)
         out = torch.empty(views, size, size, 3, dtype=dtype)
         table = torch.empty(views, 16, dtype=torch.int32)
-        kernel.augment(torch.empty(16, dtype=torch.uint8)[shift:], table, out, workspace[4 * shift :])
+        kernel.augment(
+            torch.empty(16, dtype=torch.uint8)[shift:], table, out, workspace[4 * shift :]
+        )
 
     variants = [(9, 16), (9, 1), (9, 16, torch.bfloat16), (9, 16, torch.float32, 1)]
     for _ in range(2):

@@ -30,14 +30,22 @@ def coloured(count: int, side: int = 20) -> PackedImages:
     return cached(ArraySource(images, np.arange(count) % 2, ["a", "b"], "coloured"))[0]
 
 
-def augmented(images: PackedImages, backbone: nn.Module | None = None, seed: int = 0) -> AugmentedFeatures:
-    return AugmentedFeatures(backbone or TinyBackbone(), images, size=SIZE, device=CPU, workers=0, seed=seed)
+def augmented(
+    images: PackedImages, backbone: nn.Module | None = None, seed: int = 0
+) -> AugmentedFeatures:
+    return AugmentedFeatures(
+        backbone or TinyBackbone(), images, size=SIZE, device=CPU, workers=0, seed=seed
+    )
 
 
 def cropped_and_flipped(images: PackedImages, row: np.ndarray) -> Tensor:
     """The view of a table row by torchvision alone."""
-    pixels = torch.from_numpy(np.asarray(images.image(int(row[Column.SAMPLE])))).permute(2, 0, 1) / 255
-    top, left, height, width = (int(row[c]) for c in (Column.TOP, Column.LEFT, Column.HEIGHT, Column.WIDTH))
+    pixels = (
+        torch.from_numpy(np.asarray(images.image(int(row[Column.SAMPLE])))).permute(2, 0, 1) / 255
+    )
+    top, left, height, width = (
+        int(row[c]) for c in (Column.TOP, Column.LEFT, Column.HEIGHT, Column.WIDTH)
+    )
     view = tv.resized_crop(pixels, top, left, height, width, [SIZE, SIZE], antialias=True)
     view = tv.horizontal_flip(view) if row[Column.FLIP] else view
     return tv.normalize(view, list(IMAGENET_MEAN), list(IMAGENET_STD))
@@ -94,7 +102,9 @@ def test_few_images_are_left_over_and_others_the_next_time(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("limit", [0, 2**20])
-def test_passes_that_are_not_kept_are_computed_again(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+def test_passes_that_are_not_kept_are_computed_again(
+    monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
     monkeypatch.setattr(augmented_module, "_KEPT_BYTES", limit)
     said: list[str] = []
     source = AugmentedFeatures(
@@ -152,12 +162,21 @@ def test_epochs_take_turns_with_the_passes_and_leave_the_held_out_images_out(
         return forward(layer, inputs)
 
     monkeypatch.setattr(nn.Linear, "forward", record)
-    config = LinearConfig(epochs=6, min_steps=0, batch_size=100, held_out=0.2, standardize=False, augmented=4)
+    config = LinearConfig(
+        epochs=6, min_steps=0, batch_size=100, held_out=0.2, standardize=False, augmented=4
+    )
     one = {"train": {"trained": sets.train["trained"]}, "val": {"trained": sets.val["trained"]}}
     result = evaluate_linear(replace(sets, **one, augmented=recorded), config)
     assert recorded.asked == [0, 1, 2, 3, 0, 1]
     assert recorded.closed
-    assert [sorted({round(100 * float(x % 1)) for x in batch}) for batch in seen] == [[0], [1], [2], [3], [0], [1]]
+    assert [sorted({round(100 * float(x % 1)) for x in batch}) for batch in seen] == [
+        [0],
+        [1],
+        [2],
+        [3],
+        [0],
+        [1],
+    ]
     images = [{int(x) for x in batch} for batch in seen]
     assert len(images[0]) == 48
     assert images[0] == images[2] >= images[1] == images[3]
@@ -191,7 +210,9 @@ def test_paper_preset_trains_on_the_runs_augmented_images(tmp_path: Path) -> Non
 
 
 def test_augmented_passes_need_the_images(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="augmented: 2 .* 0 for features that come without their images"):
+    with pytest.raises(
+        InputError, match="augmented: 2 .* 0 for features that come without their images"
+    ):
         evaluate_linear(feature_sets(tmp_path), LinearConfig(augmented=2))
     assert not (tmp_path / "linear.json").exists()
 

@@ -35,7 +35,10 @@ def test_the_reference_is_separate_passes() -> None:
 
 def test_the_result_has_the_dtype_of_its_input() -> None:
     x = torch.randn(4, 3, dtype=torch.bfloat16)
-    assert batch_norm_act(x, None, None, None, None, residual=torch.randn(4, 3), backend="eager").dtype == x.dtype
+    assert (
+        batch_norm_act(x, None, None, None, None, residual=torch.randn(4, 3), backend="eager").dtype
+        == x.dtype
+    )
 
 
 @pytest.mark.parametrize(
@@ -46,11 +49,17 @@ def test_the_result_has_the_dtype_of_its_input() -> None:
         ((4, 3), {"groups": 0}, "groups: 0 must divide"),
         ((4, 3), {"groups": 4}, "in 4 groups must hold more than one value per channel and group"),
         ((1, 3, 1, 1), {}, "more than one value"),
-        ((4, 3), {"residual": torch.zeros(4, 1)}, r"residual: shape \(4, 1\) must be that of x, \(4, 3\)"),
+        (
+            (4, 3),
+            {"residual": torch.zeros(4, 1)},
+            r"residual: shape \(4, 1\) must be that of x, \(4, 3\)",
+        ),
         ((4, 3), {"backend": "cudnn"}, "backend: 'cudnn' is none of auto, eager, triton"),
     ],
 )
-def test_wrong_input_is_named(shape: tuple[int, ...], options: dict[str, object], message: str) -> None:
+def test_wrong_input_is_named(
+    shape: tuple[int, ...], options: dict[str, object], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         batch_norm_act(torch.randn(shape), None, None, None, None, **options)  # type: ignore[arg-type]
 
@@ -61,10 +70,19 @@ def test_a_backend_that_cannot_run_is_refused() -> None:
         batch_norm_act(torch.randn(4, 3), None, None, None, None, backend="triton")
 
 
-def _pair(kind: type[SimSiam], backbone: str, dtype: torch.dtype = torch.float64) -> tuple[SimSiam, SimSiam]:
+def _pair(
+    kind: type[SimSiam], backbone: str, dtype: torch.dtype = torch.float64
+) -> tuple[SimSiam, SimSiam]:
     """The same network twice, the second one fused."""
     torch.manual_seed(0)
-    apart = kind(backbone, dim=16, projector_hidden=16, predictor_hidden=8, local_predictor=True, stem="small")
+    apart = kind(
+        backbone,
+        dim=16,
+        projector_hidden=16,
+        predictor_hidden=8,
+        local_predictor=True,
+        stem="small",
+    )
     # Residual branches start at zero, and with them the gradients of what they hold.
     for module in apart.modules():
         if isinstance(module, PerView) and module.weight is not None:
@@ -86,13 +104,19 @@ def _views(step: int, dtype: torch.dtype = torch.float64, local: int = 1) -> lis
 
 
 @pytest.mark.parametrize(
-    ("kind", "backbone", "steps"), [(VISimSiam, "resnet18", 10), (SimSiam, "resnet50", 1)], ids=["basic", "bottleneck"]
+    ("kind", "backbone", "steps"),
+    [(VISimSiam, "resnet18", 10), (SimSiam, "resnet50", 1)],
+    ids=["basic", "bottleneck"],
 )
-def test_training_steps_are_those_of_separate_passes(kind: type[SimSiam], backbone: str, steps: int) -> None:
+def test_training_steps_are_those_of_separate_passes(
+    kind: type[SimSiam], backbone: str, steps: int
+) -> None:
     models = _pair(kind, backbone)
     optimisers = [torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9) for model in models]
     passes: list[int] = []
-    models[1].backbone.register_forward_pre_hook(lambda module, images: passes.append(len(images[0])))
+    models[1].backbone.register_forward_pre_hook(
+        lambda module, images: passes.append(len(images[0]))
+    )
     for step in range(steps):
         losses = []
         for model, optimiser in zip(models, optimisers, strict=True):
@@ -107,7 +131,9 @@ def test_training_steps_are_those_of_separate_passes(kind: type[SimSiam], backbo
     for (name, p), q in zip(apart.named_parameters(), together.parameters(), strict=True):
         assert p.grad is not None, name
         # Ten steps make much of the last digit: a ReLU passes what another does not.
-        torch.testing.assert_close(q.grad, p.grad, msg=lambda m, n=name: f"{n}: {m}", rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(
+            q.grad, p.grad, msg=lambda m, n=name: f"{n}: {m}", rtol=1e-3, atol=1e-5
+        )
     torch.testing.assert_close(together.state_dict(), apart.state_dict(), rtol=1e-4, atol=1e-6)
     assert together.backbone.bn1.num_batches_tracked == 3 * steps
     assert together.local_predictor[1].num_batches_tracked == steps  # type: ignore[index]
@@ -132,7 +158,9 @@ def test_evaluation_does_not_change() -> None:
     together.load_state_dict(apart.state_dict())
     before = copy.deepcopy(together.state_dict())
     first, second = (model.eval()(_views(1)) for model in (apart, together))
-    assert all(torch.equal(x, y) for x, y in zip(first.predictions, second.predictions, strict=True))
+    assert all(
+        torch.equal(x, y) for x, y in zip(first.predictions, second.predictions, strict=True)
+    )
     torch.testing.assert_close(together.state_dict(), before, rtol=0, atol=0)
 
 

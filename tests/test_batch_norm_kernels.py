@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed: numbers and machine code of its kernels are not checked")
+pytest.importorskip(
+    "triton",
+    reason="Triton is not installed: numbers and machine code of its kernels are not checked",
+)
 
 import torch
 from test_triton_kernels import TYPES, Binary, _compile, compiles
@@ -34,10 +37,21 @@ def compile_for(
     elements = f"*{TYPES[dtype]}"
     types = dict.fromkeys(("x_ptr", "residual_ptr", "y_ptr", "gradient_ptr"), elements)
     types |= dict.fromkeys(("x_gradient_ptr", "residual_gradient_ptr"), elements)
-    numbers = ("weight_ptr", "bias_ptr", "running_mean_ptr", "running_var_ptr", "statistics_ptr", "partials_ptr")
-    types |= dict.fromkeys((*numbers, "sums_ptr", "weight_gradient_ptr", "bias_gradient_ptr"), "*fp32")
+    numbers = (
+        "weight_ptr",
+        "bias_ptr",
+        "running_mean_ptr",
+        "running_var_ptr",
+        "statistics_ptr",
+        "partials_ptr",
+    )
+    types |= dict.fromkeys(
+        (*numbers, "sums_ptr", "weight_gradient_ptr", "bias_gradient_ptr"), "*fp32"
+    )
     types["ticket_ptr"] = "*i32"
-    constants: dict[str, Any] = dict(chosen.apply if part in ("normalise", "gradient") else chosen.reduce)
+    constants: dict[str, Any] = dict(
+        chosen.apply if part in ("normalise", "gradient") else chosen.reduce
+    )
     through_y = relu and residual
     if part != "statistics":
         constants["RELU"] = relu and not (part == "gradient" and residual)
@@ -55,7 +69,9 @@ def compile_for(
     }[part]
     known = {parameter.name for parameter in function.params} | {"num_warps"}
     if is_forward:
-        constants = {name: value for name, value in constants.items() if name != "y_ptr" or value is not None}
+        constants = {
+            name: value for name, value in constants.items() if name != "y_ptr" or value is not None
+        }
     constants = {name: value for name, value in constants.items() if name in known}
     return _compile(function, capability, constants, types), constants
 
@@ -79,7 +95,9 @@ def _every_day(capability: int, residual: bool, dtype: torch.dtype = torch.bfloa
 
 def marked(*shape: object, every_day: bool) -> Any:
     """A case that only `make soak` runs, unless it is for every day."""
-    return pytest.param(*shape, id="-".join(map(str, shape)), marks=[] if every_day else [pytest.mark.soak])
+    return pytest.param(
+        *shape, id="-".join(map(str, shape)), marks=[] if every_day else [pytest.mark.soak]
+    )
 
 
 @compiles
@@ -87,7 +105,9 @@ def marked(*shape: object, every_day: bool) -> Any:
     ("capability", "part", "dtype", "residual"),
     [
         marked(*shape, every_day=_every_day(shape[0], shape[3], shape[2]))
-        for shape in itertools.product(CAPABILITIES, PARTS, (torch.bfloat16, torch.float32), (False, True))
+        for shape in itertools.product(
+            CAPABILITIES, PARTS, (torch.bfloat16, torch.float32), (False, True)
+        )
     ],
 )
 def test_machine_code(capability: int, part: str, dtype: torch.dtype, residual: bool) -> None:
@@ -109,6 +129,10 @@ def test_machine_code(capability: int, part: str, dtype: torch.dtype, residual: 
         )
     ],
 )
-def test_machine_code_of_a_single_launch(capability: int, part: str, rows: int, channels: int, residual: bool) -> None:
-    binary, constants = compile_for(capability, part, rows=rows, channels=channels, residual=residual)
+def test_machine_code_of_a_single_launch(
+    capability: int, part: str, rows: int, channels: int, residual: bool
+) -> None:
+    binary, constants = compile_for(
+        capability, part, rows=rows, channels=channels, residual=residual
+    )
     _check(binary, constants)

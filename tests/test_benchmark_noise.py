@@ -35,12 +35,19 @@ def test_compare_gives_noisy_times_no_verdict(
 
     code, said, _ = compared(slower(result, 3.0, spread=0.25))
     assert code == 0
-    assert "12 times compared; 0 slower beyond the noise. 2 too noisy to tell: the exit code does not rest" in said
-    assert [change.verdict for change in compare(result, slower(result, 3.0, spread=0.25)) if change.noisy] == [
-        "too noisy to tell"
-    ] * 2
+    assert (
+        "12 times compared; 0 slower beyond the noise. 2 too noisy to tell: the exit code does not rest"
+        in said
+    )
+    assert [
+        change.verdict
+        for change in compare(result, slower(result, 3.0, spread=0.25))
+        if change.noisy
+    ] == ["too noisy to tell"] * 2
     busy = slower(result, 3.0, spread=0.25)
-    busy["cases"][0]["providers"]["eager"]["forward"]["time"].update(median_us=400.0, lower_us=400.0, upper_us=400.0)
+    busy["cases"][0]["providers"]["eager"]["forward"]["time"].update(
+        median_us=400.0, lower_us=400.0, upper_us=400.0
+    )
     code, said, _ = compared(busy)
     assert (code, "1 slower beyond the noise. 2 too noisy to tell" in said) == (1, True)
     for found in busy["cases"][0]["providers"].values():
@@ -56,7 +63,9 @@ def test_compare_trusts_no_noisy_yardstick() -> None:
     """What else became slower explains a slower time only where it was measured well."""
     before = scripted_pipeline("augment")
     after = copy.deepcopy(before)
-    after["cases"][0]["providers"]["vi-simsiam"]["time"].update(median_us=1e6, lower_us=1e6, upper_us=1e6)
+    after["cases"][0]["providers"]["vi-simsiam"]["time"].update(
+        median_us=1e6, lower_us=1e6, upper_us=1e6
+    )
     after["cases"][0]["providers"]["lightly"]["time"]["upper_us"] *= 1.3
     (ours,) = (each for each in compare(before, after)[:2] if each.provider == "vi-simsiam")
     assert (ours.verdict, ours.regression) == ("too noisy to tell", False)
@@ -91,7 +100,11 @@ def test_the_worst_quiet_case_is_a_targets_figure() -> None:
     loud = Ratio(3.0, True)
     assert judged() == ("not measured", None, False)
     assert judged(low, high) == ("2.0 times (most of 2 cases: case 1)", False, False)
-    assert judged(low, loud) == ("0.5 times (most of 1 case: case 0); 1 more too noisy to tell", None, True)
+    assert judged(low, loud) == (
+        "0.5 times (most of 1 case: case 0); 1 more too noisy to tell",
+        None,
+        True,
+    )
     assert judged(high, loud)[1:] == (False, False)
     assert judged(loud) == ("3.0 times", None, True)
 

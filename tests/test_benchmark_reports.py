@@ -43,7 +43,11 @@ def result() -> dict[str, Any]:
     ids=str,
 )
 def test_compare_judges_by_the_recorded_noise(
-    result: dict[str, Any], change: dict[str, float], code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    result: dict[str, Any],
+    change: dict[str, float],
+    code: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for name, content in (("a", result), ("b", slower(result, **change))):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
@@ -55,9 +59,13 @@ def test_compare_judges_by_the_recorded_noise(
 
 def test_compare_calls_a_lost_result_a_regression(result: dict[str, Any]) -> None:
     after = copy.deepcopy(result)
-    after["cases"][0]["providers"]["cpu"].update(correct=False, failure="inaccurate: gradient error 1e-2")
+    after["cases"][0]["providers"]["cpu"].update(
+        correct=False, failure="inaccurate: gradient error 1e-2"
+    )
     changes = [change for change in compare(result, after) if change.regression]
-    assert {(change.provider, change.note) for change in changes} == {("cpu", "inaccurate: gradient error 1e-2")}
+    assert {(change.provider, change.note) for change in changes} == {
+        ("cpu", "inaccurate: gradient error 1e-2")
+    }
     assert not any(change.regression for change in compare(after, result)), "a new result is none"
 
 
@@ -68,17 +76,30 @@ def test_compare_calls_a_lost_result_a_regression(result: dict[str, Any]) -> Non
         ("{", "is no JSON file"),
         ("[1]", "holds benchmark None, not 'multiview_loss'"),
         ('{"benchmark": "accuracy"}', "holds benchmark 'accuracy'"),
-        ('{"benchmark": "multiview_loss", "cases": [{"batch": 3}]}', "is of an older version; measure it again"),
+        (
+            '{"benchmark": "multiview_loss", "cases": [{"batch": 3}]}',
+            "is of an older version; measure it again",
+        ),
         (
             '{"benchmark": "multiview_loss", "device_type": "cpu", "cases": [{"batch": 3}]}',
             "lacks what is compared ('name')",
         ),
-        ('{"benchmark": "multiview_loss", "device_type": "cpu", "cases": 3}', "lacks what is compared"),
-        ('{"benchmark": "multiview_loss", "device_type": "cpu", "cases": []}', "no timed case in common"),
+        (
+            '{"benchmark": "multiview_loss", "device_type": "cpu", "cases": 3}',
+            "lacks what is compared",
+        ),
+        (
+            '{"benchmark": "multiview_loss", "device_type": "cpu", "cases": []}',
+            "no timed case in common",
+        ),
     ],
 )
 def test_compare_names_bad_input_in_one_line(
-    result: dict[str, Any], content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    result: dict[str, Any],
+    content: str | None,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "a.json").write_text(json.dumps(result))
     if content is not None:
@@ -117,13 +138,31 @@ def test_gpu_targets_read_the_right_cases(result: dict[str, Any]) -> None:
         made["providers"]["cuda"]["forward_backward"]["time"]["median_us"] = 12.0
         made["copy"]["forward_backward"]["median_us"] = 9.5
         cases.append(made)
-    found = {target.what: target for target in gpu_targets({**result, "device_type": "cuda", "cases": cases})}
-    figures = {what.removeprefix("loss and gradient "): (target.figure, target.met) for what, target in found.items()}
-    assert figures["at 32768 x 2048, bfloat16, against a copy of the same bytes"] == ("triton 1.05, cuda 1.26", True)
-    assert figures["at 32768 x 2048, float32, against a copy of the same bytes"] == ("not measured", None)
+    found = {
+        target.what: target
+        for target in gpu_targets({**result, "device_type": "cuda", "cases": cases})
+    }
+    figures = {
+        what.removeprefix("loss and gradient "): (target.figure, target.met)
+        for what, target in found.items()
+    }
+    assert figures["at 32768 x 2048, bfloat16, against a copy of the same bytes"] == (
+        "triton 1.05, cuda 1.26",
+        True,
+    )
+    assert figures["at 32768 x 2048, float32, against a copy of the same bytes"] == (
+        "not measured",
+        None,
+    )
     assert figures["against best torch.compile, from 200 MB of traffic on"] == ("2.00 times", True)
-    assert figures["against best torch.compile at B <= 1024, kernel time in a CUDA graph"] == ("2.00 times", False)
-    assert figures["against eager at B <= 256, kernel time in a CUDA graph"] == ("4.00 times", False)
+    assert figures["against best torch.compile at B <= 1024, kernel time in a CUDA graph"] == (
+        "2.00 times",
+        False,
+    )
+    assert figures["against eager at B <= 256, kernel time in a CUDA graph"] == (
+        "4.00 times",
+        False,
+    )
     agreement = figures["Triton against CUDA, loss and gradient at the telling cases"]
     assert agreement == ("farthest apart: Triton / CUDA 0.83 at 64 x 2048, bfloat16", False)
 
@@ -159,7 +198,10 @@ def test_markdown_comes_from_the_file(
     with pytest.raises(InputError, match="section '' is none of"):
         report.fill("<!-- bench:  -->\n<!-- /bench -->", tmp_path)
     (tmp_path / "r" / "loss.json").write_text(json.dumps({**result, "cases": [{}]}))
-    with pytest.raises(InputError, match=r"bench: r/loss.json lacks what section 'table' shows .*; measure it again"):
+    with pytest.raises(
+        InputError,
+        match=r"bench: r/loss.json lacks what section 'table' shows .*; measure it again",
+    ):
         report.fill("<!-- bench: table r/loss.json -->\n<!-- /bench -->", tmp_path)
 
 
@@ -169,12 +211,21 @@ def test_parts_of_an_experiments_summary_are_shown(tmp_path: Path) -> None:
 
     assert "Not measured." in filled("r/summary.md result")
     (tmp_path / "r").mkdir()
-    (tmp_path / "r" / "summary.md").write_text("# E\n\n## Result\n\nA line.\n\n## Time to accuracy\n\n| a |\n|---|\n")
-    assert filled("r/summary.md time-to-accuracy result").splitlines()[1:-1] == ["| a |", "|---|", "", "A line."]
+    (tmp_path / "r" / "summary.md").write_text(
+        "# E\n\n## Result\n\nA line.\n\n## Time to accuracy\n\n| a |\n|---|\n"
+    )
+    assert filled("r/summary.md time-to-accuracy result").splitlines()[1:-1] == [
+        "| a |",
+        "|---|",
+        "",
+        "A line.",
+    ]
     assert "Not measured." in filled("r/summary.md figures")
     (tmp_path / "r" / "stability.png").write_bytes(b"")
     assert "\n![stability of the runs](r/stability.png)\n" in filled("r/summary.md figures")
-    with pytest.raises(InputError, match="has no part 'poem'; it has result, time-to-accuracy, figures"):
+    with pytest.raises(
+        InputError, match="has no part 'poem'; it has result, time-to-accuracy, figures"
+    ):
         filled("r/summary.md poem")
     with pytest.raises(InputError, match="needs a summary.md and the parts"):
         filled("r/summary.md")
@@ -232,7 +283,9 @@ def test_accuracy_command_writes_its_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert main(["bench", "accuracy", "--device", "cpu", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "cpu" / "accuracy.json").read_text())
     assert {"textbook", "eager", "cpu"} == result["providers"].keys()
-    text = accuracy.markdown_table({**result, "providers": {**result["providers"], "cpu": "not available: not built"}})
+    text = accuracy.markdown_table(
+        {**result, "providers": {**result["providers"], "cpu": "not available: not built"}}
+    )
     assert "| `cpu` | not available: not built |" in text
     assert f"| `eager` | {result['providers']['eager'][0]['value']:.1e}" in text
 
@@ -240,14 +293,22 @@ def test_accuracy_command_writes_its_file(tmp_path: Path, monkeypatch: pytest.Mo
 def test_bench_help_names_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--help"]) == 0
     said = capsys.readouterr().out
-    assert all(f"\n  {name} " in said for name in ("loss", "augment", "step", "train", "compare", "accuracy", "report"))
+    assert all(
+        f"\n  {name} " in said
+        for name in ("loss", "augment", "step", "train", "compare", "accuracy", "report")
+    )
 
 
 def test_pipeline_targets_are_measured_or_say_so() -> None:
-    for target in (*pipeline_targets.gpu_targets(None, None, None), *pipeline_targets.cpu_targets(None)):
+    for target in (
+        *pipeline_targets.gpu_targets(None, None, None),
+        *pipeline_targets.cpu_targets(None),
+    ):
         assert (target.figure, target.met) == ("not measured", None)
     made = {name: scripted_pipeline(name) for name in ("augment", "step", "train")}
-    figures = {target.what: (target.figure, target.met) for target in pipeline_targets.gpu_targets(**made)}
+    figures = {
+        target.what: (target.figure, target.met) for target in pipeline_targets.gpu_targets(**made)
+    }
     assert figures == {
         "views/s at 2x128, batch 64, against lightly's": ("12.0 times", True),
         "views/s at 2x224, batch 64, against lightly's": ("4.0 times", False),
@@ -261,31 +322,51 @@ def test_pipeline_targets_are_measured_or_say_so() -> None:
         "200 epochs of ImageNette-128, 2x128, batch 64: peak memory beside the images": ("2.00 GB", True),
     }  # fmt: skip
     (on_cpu,) = pipeline_targets.pipeline_targets({**made["train"], "device_type": "cpu"})
-    assert (on_cpu.figure, on_cpu.met) == ("1.60 times (400 and 250; 200 epochs of 9,469 images)", True)
+    assert (on_cpu.figure, on_cpu.met) == (
+        "1.60 times (400 and 250; 200 epochs of 9,469 images)",
+        True,
+    )
     shorter = copy.deepcopy(made["train"]["cases"][1]) | {"images": 64}
     shorter["providers"]["lightly"]["time"]["median_us"] /= 10
     made["train"]["cases"].append(shorter)
-    assert pipeline_targets.cpu_targets(made["train"]) == [on_cpu], "of several trainings the longest counts"
+    assert pipeline_targets.cpu_targets(made["train"]) == [on_cpu], (
+        "of several trainings the longest counts"
+    )
     assert pipeline_targets.pipeline_targets({**made["step"], "device_type": "cpu"}) == []
     assert len(pipeline_targets.pipeline_targets(made["step"])) == 3
     for case in made["train"]["cases"]:
         case["images"] = 640
-    assert {target.met for target in pipeline_targets.train_targets(made["train"])} == {None}, "a part of ImageNette"
+    assert {target.met for target in pipeline_targets.train_targets(made["train"])} == {None}, (
+        "a part of ImageNette"
+    )
 
 
-def test_pipeline_markdown_and_plots_come_from_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pipeline_markdown_and_plots_come_from_the_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("augment", "step", "train"):
         result = scripted_pipeline(name)
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
         (drawn,) = pipeline_plots.draw(name, result, tmp_path)
         assert drawn.read_bytes().startswith(b"\x89PNG")
         pipeline_plots.draw(name, {**result, "cases": []}, tmp_path / "empty")
-    sections = ["augment augment.json", "step step.json", "phases step.json", "train train.json", "plots step.json"]
+    sections = [
+        "augment augment.json",
+        "step step.json",
+        "phases step.json",
+        "train train.json",
+        "plots step.json",
+    ]
     sections += ["layers step.json"]
-    sections += ["pipeline-gpu-targets augment.json step.json train.json", "pipeline-cpu-targets train.json"]
+    sections += [
+        "pipeline-gpu-targets augment.json step.json train.json",
+        "pipeline-cpu-targets train.json",
+    ]
     sections += ["step none.json", "pipeline-cpu-targets none.json"]
     page = tmp_path / "page.md"
-    page.write_text("\n".join(f"<!-- bench: {section} -->\n<!-- /bench -->" for section in sections))
+    page.write_text(
+        "\n".join(f"<!-- bench: {section} -->\n<!-- /bench -->" for section in sections)
+    )
     assert main(["bench", "report", str(page)]) == 0
     capsys.readouterr()
     text = page.read_text()
@@ -293,7 +374,10 @@ def test_pipeline_markdown_and_plots_come_from_the_files(tmp_path: Path, capsys:
     assert "No figure for kornia (ImportError: kornia is not installed)." in text
     assert "| vi-simsiam, 2x128, batch 64 | 1.05 | 1.00 | 1.25 | 1.05 x | 1.9% | 40.0% |" in text
     assert "| simsiam, 2x224, batch 64 | 1.10 | 1.00 | - | 1.10 x |" in text
-    assert "| vi-simsiam, 2x128, batch 64: our kernels, all views in one pass | 1.03 | 1.00 | 2.00 x |" in text
+    assert (
+        "| vi-simsiam, 2x128, batch 64: our kernels, all views in one pass | 1.03 | 1.00 | 2.00 x |"
+        in text
+    )
     assert "| ms | augmentation | exposed augmentation | forward |" in text
     assert "| vi-simsiam | 400 | 1.60 x | 110.0 | 20.0 | 3.0 | 30.0 | 80.0% | 60.0 | 2.00 |" in text
     assert "| lightly | 250 | 1.00 x | 200.0 | 20.0 | - | 30.0 | 79.0% | - | - |" in text
@@ -311,16 +395,25 @@ def test_pipeline_markdown_and_plots_come_from_the_files(tmp_path: Path, capsys:
 def test_a_section_shows_every_gpu(tmp_path: Path) -> None:
     page = "\n".join(
         f"<!-- bench: {section} -->\n<!-- /bench -->"
-        for section in ("step GPU/step.json", "pipeline-gpu-targets GPU/augment.json GPU/step.json GPU/train.json")
+        for section in (
+            "step GPU/step.json",
+            "pipeline-gpu-targets GPU/augment.json GPU/step.json GPU/train.json",
+        )
     ).replace("GPU", "results/GPU")
     (tmp_path / "results" / "cpu").mkdir(parents=True)
     (tmp_path / "results" / "cpu" / "step.json").write_text("{}")
     text = report.fill(page, tmp_path)
     assert text.count("Not measured.") == 1
     assert text.count("| not measured |") == 8
-    for name, found in (("nvidia-h200", "step"), ("nvidia-h100", "augment"), ("nvidia-h100", "step")):
+    for name, found in (
+        ("nvidia-h200", "step"),
+        ("nvidia-h100", "augment"),
+        ("nvidia-h100", "step"),
+    ):
         (tmp_path / "results" / name).mkdir(exist_ok=True)
-        (tmp_path / "results" / name / f"{found}.json").write_text(json.dumps(scripted_pipeline(found)))
+        (tmp_path / "results" / name / f"{found}.json").write_text(
+            json.dumps(scripted_pipeline(found))
+        )
         text = report.fill(text, tmp_path)
         if name == "nvidia-h200":
             assert "`nvidia-" not in text, "no heading where there is one"
@@ -330,32 +423,46 @@ def test_a_section_shows_every_gpu(tmp_path: Path) -> None:
         assert section.index("`nvidia-h100`") < section.index("`nvidia-h200`")
     assert step.count("| vi-simsiam, 2x128, batch 64 | 1.05 |") == 2
     views = [line for line in targets.splitlines() if line.startswith("| views/s at 2x128")]
-    assert ["not measured" in line for line in views] == [False, True], "the second has no such result"
+    assert ["not measured" in line for line in views] == [False, True], (
+        "the second has no such result"
+    )
     within = "<!-- bench: step GPU/step.json -->\n<!-- /bench -->"
     assert "| vi-simsiam, 2x128, batch 64 | 1.05 |" in report.fill(within, tmp_path / "results")
     assert "Not measured." in report.fill(within.replace("GPU", "OTHER_GPU"), tmp_path / "results")
 
 
 @pytest.mark.parametrize(
-    ("factor", "yardstick", "regressions"), [(1.0, 1.0, 0), (1.5, 1.0, 1), (1.5, 1.6, 0), (1.5, 0.5, 1)]
+    ("factor", "yardstick", "regressions"),
+    [(1.0, 1.0, 0), (1.5, 1.0, 1), (1.5, 1.6, 0), (1.5, 0.5, 1)],
 )
 def test_compare_guards_the_new_files(factor: float, yardstick: float, regressions: int) -> None:
     before = scripted_pipeline("augment")
     after = copy.deepcopy(before)
     providers = after["cases"][0]["providers"]
-    for name, times_slower in (("vi-simsiam", factor), (before["cases"][0]["yardstick"], yardstick)):
+    for name, times_slower in (
+        ("vi-simsiam", factor),
+        (before["cases"][0]["yardstick"], yardstick),
+    ):
         for quartile in ("median_us", "lower_us", "upper_us"):
             providers[name]["time"][quartile] *= times_slower
-    found = [change for change in compare(before, after) if change.regression and change.provider == "vi-simsiam"]
+    found = [
+        change
+        for change in compare(before, after)
+        if change.regression and change.provider == "vi-simsiam"
+    ]
     assert len(found) == regressions
     providers["vi-simsiam"].update(correct=False, failure="inaccurate: with hue 1e-2")
     lost = [change.note for change in compare(before, after) if change.ratio is None]
     assert lost == ["inaccurate: with hue 1e-2"]
 
 
-def test_compare_wants_two_files_of_one_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_wants_two_files_of_one_benchmark(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("augment", "step"):
         (tmp_path / f"{name}.json").write_text(json.dumps(scripted_pipeline(name)))
     assert main(["bench", "compare", str(tmp_path / "step.json"), str(tmp_path / "step.json")]) == 0
-    assert main(["bench", "compare", str(tmp_path / "augment.json"), str(tmp_path / "step.json")]) == 2
+    assert (
+        main(["bench", "compare", str(tmp_path / "augment.json"), str(tmp_path / "step.json")]) == 2
+    )
     assert "holds benchmark 'step', not 'augment'" in capsys.readouterr().err

@@ -13,7 +13,17 @@ from unittest import mock
 
 import pytest
 import torch
-from benchmark_cases import CPU, TINY, ScriptedTimer, drawn, given, out_of_memory, scripted_result, shown, slower
+from benchmark_cases import (
+    CPU,
+    TINY,
+    ScriptedTimer,
+    drawn,
+    given,
+    out_of_memory,
+    scripted_result,
+    shown,
+    slower,
+)
 from rich.console import Console
 from torch import Tensor
 
@@ -31,17 +41,23 @@ from vi_simsiam.ops.multiview_loss import LossForm, eager_loss
 
 
 def measured(timer: timers.Timer, **extra: Provider | str) -> dict[str, Any]:
-    return multiview_loss.measure_case(TINY, CPU, {"eager": given(TINY.form), **extra}, timer, rounds=3)
+    return multiview_loss.measure_case(
+        TINY, CPU, {"eager": given(TINY.form), **extra}, timer, rounds=3
+    )
 
 
 def test_the_gate_refuses_wrong_results_and_prints_no_time_for_them() -> None:
     def unwritten(predictions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
         return (
-            eager_loss([predictions[0], predictions[1].detach()], targets, TINY.form).mean() + predictions[1].sum() * 0
+            eager_loss([predictions[0], predictions[1].detach()], targets, TINY.form).mean()
+            + predictions[1].sum() * 0
         )
 
     case = measured(
-        ScriptedTimer(1, 2), wrong=given(TINY.form, 1 + 1e-5), half=unwritten, nan=given(TINY.form, float("nan"))
+        ScriptedTimer(1, 2),
+        wrong=given(TINY.form, 1 + 1e-5),
+        half=unwritten,
+        nan=given(TINY.form, float("nan")),
     )
     assert case["providers"]["eager"]["correct"]
     assert case["providers"]["eager"]["forward_backward"]["copy_share"] == 0.5
@@ -56,7 +72,11 @@ def test_the_gate_refuses_wrong_results_and_prints_no_time_for_them() -> None:
     assert f"gradient error {wrong:.1e}, allowed" in case["providers"]["wrong"]["failure"]
     assert case["providers"]["nan"]["gradient_error"] is None
     json.loads(json.dumps(case, allow_nan=False))
-    rows = [line for line in shown(report.case_table(case)).splitlines() if line.startswith(("│ ", "wrong"))]
+    rows = [
+        line
+        for line in shown(report.case_table(case)).splitlines()
+        if line.startswith(("│ ", "wrong"))
+    ]
     assert [row.split()[1] for row in rows] == ["eager", "inaccurate:"]
 
 
@@ -87,7 +107,9 @@ def test_a_gradient_left_unwritten_is_not_hidden_by_the_memory_of_the_last_resul
 
 
 def test_what_cannot_run_or_lacks_memory_is_a_result() -> None:
-    case = measured(ScriptedTimer(1, 2, 3), oom=out_of_memory, triton="not available: it takes CUDA tensors")
+    case = measured(
+        ScriptedTimer(1, 2, 3), oom=out_of_memory, triton="not available: it takes CUDA tensors"
+    )
     assert case["providers"]["oom"]["failure"] == "out of memory"
     assert case["providers"]["triton"]["failure"] == "not available: it takes CUDA tensors"
     assert case["providers"]["eager"]["forward"]["time"]["median_us"] == 2
@@ -111,7 +133,9 @@ def test_a_busy_machine_is_noted() -> None:
     result = scripted_result()
     assert "noisy" not in shown(report.case_table(result["cases"][0]))
     noisy = slower(result, 1.0, spread=0.5)
-    assert "noisy: the quartiles of cpu lie 50% of the median apart" in shown(report.case_table(noisy["cases"][0]))
+    assert "noisy: the quartiles of cpu lie 50% of the median apart" in shown(
+        report.case_table(noisy["cases"][0])
+    )
 
 
 def test_inputs_that_do_not_fit_are_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +146,10 @@ def test_inputs_that_do_not_fit_are_a_result(monkeypatch: pytest.MonkeyPatch) ->
 def test_failure_reason_is_one_line() -> None:
     assert failure_reason(ValueError("\n  no compiler \n at all")) == "ValueError: no compiler"
     assert failure_reason(KeyError()) == "KeyError"
-    assert failure_reason(RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")) == "out of memory"
+    assert (
+        failure_reason(RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"))
+        == "out of memory"
+    )
 
 
 def test_measures_are_taken_in_turn_until_the_time_is_up() -> None:
@@ -192,12 +219,19 @@ def test_cuda_timer_captures_enough_distinct_calls() -> None:
         with pytest.raises(ValueError, match="in warm-up"):
             timer.prepare(mock.Mock(side_effect=ValueError("in warm-up")), [0], 10**10)
         with pytest.raises(ValueError, match="in capture"):
-            timer.prepare(mock.Mock(side_effect=[None, None, None, ValueError("in capture")]), [0], 10**10)
+            timer.prepare(
+                mock.Mock(side_effect=[None, None, None, ValueError("in capture")]), [0], 10**10
+            )
         timer.prepare(calls.append, [0], 10**10)
         timer.prepare(calls.append, [0], 10**10)
         pools = [call.kwargs["pool"] for call in fake.cuda.graph.call_args_list]
-        assert pools == ["first pool"] * 4 + ["second pool"] * 2, "a failed capture's is not used again"
-        fake.cuda.memory_allocated.return_value, fake.cuda.max_memory_allocated.return_value = 10, 35
+        assert pools == ["first pool"] * 4 + ["second pool"] * 2, (
+            "a failed capture's is not used again"
+        )
+        fake.cuda.memory_allocated.return_value, fake.cuda.max_memory_allocated.return_value = (
+            10,
+            35,
+        )
         assert timer.peak_bytes(lambda: None) == 25
         timer.release()
         timer.prepare(calls.append, [0], 10**10)
@@ -209,7 +243,11 @@ def test_cuda_timer_captures_enough_distinct_calls() -> None:
 def test_gpu_case_has_all_figures() -> None:
     device = torch.device("cuda")
     timer = timers.timer_for(device)
-    made = {name: p for name, p in providers.make_providers(TINY.form, device).items() if "compile" not in name}
+    made = {
+        name: p
+        for name, p in providers.make_providers(TINY.form, device).items()
+        if "compile" not in name
+    }
     case = multiview_loss.measure_case(Case(1024, 512), device, made, timer, rounds=5)
     for name in ("eager", "triton"):
         both = case["providers"][name]["forward_backward"]
@@ -248,14 +286,27 @@ def test_cases_and_inputs_are_those_of_training() -> None:
     for device in ("cpu", "cuda"):
         names = [c.name for c in cases_for(device, short=False)]
         assert len(set(names)) == len(names)
-        assert names[: len(cases_for(device, short=True))] == [c.name for c in cases_for(device, short=True)]
-    grid = {(c.batch, c.dim, c.views) for c in cases_for("cuda", short=False) if c.distribution == "power_spherical"}
-    assert grid == {(b, d, v) for b in (64, 256, 1024, 4096, 32768) for d in (128, 512, 2048, 8192) for v in (2, 8)}
+        assert names[: len(cases_for(device, short=True))] == [
+            c.name for c in cases_for(device, short=True)
+        ]
+    grid = {
+        (c.batch, c.dim, c.views)
+        for c in cases_for("cuda", short=False)
+        if c.distribution == "power_spherical"
+    }
+    assert grid == {
+        (b, d, v)
+        for b in (64, 256, 1024, 4096, 32768)
+        for d in (128, 512, 2048, 8192)
+        for v in (2, 8)
+    }
     assert len(cases_for("cuda", short=True)) == 8
 
 
 @pytest.mark.parametrize("form", [LossForm("power_spherical", 19.0), LossForm("cosine")], ids=str)
-def test_reference_in_pieces_and_textbook_are_eager(form: LossForm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reference_in_pieces_and_textbook_are_eager(
+    form: LossForm, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = Case(7, 20, 3, 2, distribution=form.distribution)
     predictions, targets = drawn(case)
     loss = eager_loss([p.double() for p in predictions], [z.double() for z in targets], form).mean()
@@ -264,7 +315,9 @@ def test_reference_in_pieces_and_textbook_are_eager(form: LossForm, monkeypatch:
     pieces = reference(predictions, targets, form, torch.float64)
     assert pieces.loss == pytest.approx(whole.loss, rel=1e-14)
     assert max(errors(pieces, whole)) < 1e-7
-    book = textbook_loss([p.double() for p in predictions], [z.double() for z in targets], form).mean()
+    book = textbook_loss(
+        [p.double() for p in predictions], [z.double() for z in targets], form
+    ).mean()
     assert book.item() == pytest.approx(whole.loss, rel=1e-11)
     assert errors(providers.Outcome(float("nan"), whole.gradients), whole)[0] != 0
 
@@ -272,7 +325,9 @@ def test_reference_in_pieces_and_textbook_are_eager(form: LossForm, monkeypatch:
 def test_providers_that_are_not_here_say_why() -> None:
     made = providers.make_providers(TINY.form, CPU)
     assert list(made) == ["textbook", "eager", "torch.compile", "cpu"]
-    with mock.patch.object(providers, "why_unavailable", return_value="the extension was built without nvcc"):
+    with mock.patch.object(
+        providers, "why_unavailable", return_value="the extension was built without nvcc"
+    ):
         on_gpu = providers.make_providers(TINY.form, torch.device("cuda"))
     assert on_gpu["cuda"] == "not available: the extension was built without nvcc"
     assert list(on_gpu)[2:4] == list(providers.COMPILED)
@@ -283,7 +338,11 @@ def test_run_writes_file_and_plots_and_resumes(tmp_path: Path) -> None:
 
     def some(form: LossForm, device: torch.device) -> dict[str, Provider | str]:
         made.append(str(form))
-        return {"eager": given(form), "torch.compile": given(form), "cpu": "not available: not built"}
+        return {
+            "eager": given(form),
+            "torch.compile": given(form),
+            "cpu": "not available: not built",
+        }
 
     options = multiview_loss.Options(device="cpu", only="64x512", rounds=3, out=tmp_path)
     console = Console(file=io.StringIO())
@@ -301,7 +360,10 @@ def test_run_writes_file_and_plots_and_resumes(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace(written["versions"]["torch"], "0.1"))
     with pytest.raises(InputError, match="was measured with versions"):
         multiview_loss.run(both, console, providers=some, timer=timer)
-    with pytest.raises(InputError, match="no case's name contains '65x'; there are .*, 'cosine 256x2048 2x2 float32'$"):
+    with pytest.raises(
+        InputError,
+        match="no case's name contains '65x'; there are .*, 'cosine 256x2048 2x2 float32'$",
+    ):
         multiview_loss.run(dataclasses.replace(options, only="65x"), console)
 
 
@@ -315,7 +377,10 @@ def test_run_writes_file_and_plots_and_resumes(tmp_path: Path) -> None:
     ],
 )
 def test_the_help_says_what_only_accepts(
-    benchmark: str, accepted: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    benchmark: str,
+    accepted: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "500")
     assert main(["bench", benchmark, "--help"]) == 0
@@ -338,6 +403,11 @@ def test_short_keeps_its_time(tmp_path: Path) -> None:
         timer=ScriptedTimer(1),
         clock=lambda: next(now),
     )
-    assert [case["providers"][providers.COMPILED[1]]["correct"] for case in found["cases"]] == [True, False]
-    assert "--short had used 40 s" in found["cases"][1]["providers"][providers.COMPILED[1]]["failure"]
+    assert [case["providers"][providers.COMPILED[1]]["correct"] for case in found["cases"]] == [
+        True,
+        False,
+    ]
+    assert (
+        "--short had used 40 s" in found["cases"][1]["providers"][providers.COMPILED[1]]["failure"]
+    )
     assert console.file.getvalue().count("left out: power_spherical") == 3  # type: ignore[attr-defined]

@@ -48,7 +48,9 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.usefixtures("small_chunks")
-def test_a_cached_folder_is_what_pillow_decodes(files: FileSource, tmp_path: Path, workers: int) -> None:
+def test_a_cached_folder_is_what_pillow_decodes(
+    files: FileSource, tmp_path: Path, workers: int
+) -> None:
     images, unreadable = cached(files, cache_dir=tmp_path / "cache", workers=workers)
     assert unreadable == []
     assert pixels(images) == pixels(files)
@@ -57,27 +59,44 @@ def test_a_cached_folder_is_what_pillow_decodes(files: FileSource, tmp_path: Pat
     assert images.labels.tolist() == files.labels.tolist()
     assert (images.classes, images.name) == (files.classes, files.name)
     assert [images.describe(index) for index in range(7)] == list(files.paths)
-    assert [images.dimensions(index) for index in range(7)] == [files.dimensions(index) for index in range(7)]
+    assert [images.dimensions(index) for index in range(7)] == [
+        files.dimensions(index) for index in range(7)
+    ]
     assert images.path is not None
     assert images.path.parent == tmp_path / "cache"
     assert images.path.name.startswith("set-train-")
     assert (images.pixels.dtype, images.offsets.dtype) == (np.uint8, np.int64)
     assert (images.heights.dtype, images.widths.dtype) == (np.int32, np.int32)
-    assert not any(part.flags.writeable for part in (images.pixels, images.offsets, images.heights, images.widths))
-    assert [part.ctypes.data % 64 for part in (images.pixels, images.heights, images.widths)] == [0, 0, 0]
+    assert not any(
+        part.flags.writeable
+        for part in (images.pixels, images.offsets, images.heights, images.widths)
+    )
+    assert [part.ctypes.data % 64 for part in (images.pixels, images.heights, images.widths)] == [
+        0,
+        0,
+        0,
+    ]
     for index in range(7):
-        start, height, width = int(images.offsets[index]), int(images.heights[index]), int(images.widths[index])
+        start, height, width = (
+            int(images.offsets[index]),
+            int(images.heights[index]),
+            int(images.widths[index]),
+        )
         block = images.pixels[start : start + 3 * height * width].reshape(height, width, 3)
         assert block.tolist() == np.asarray(files.image(index)).tolist()
     with pytest.raises(IndexError):
         images.image(7)
 
 
-def test_nothing_is_decoded_twice(files: FileSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_decoded_twice(
+    files: FileSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bad = tmp_path / "bad\udcff.png"
     bad.write_bytes(b"no image")
     labels = np.arange(100, dtype=np.int64) % 3
-    source = FileSource([files.paths[0], bad, *([files.paths[1]] * 98)], labels, ("a", "b", "c"), "set")
+    source = FileSource(
+        [files.paths[0], bad, *([files.paths[1]] * 98)], labels, ("a", "b", "c"), "set"
+    )
     first, unreadable = cached(source, cache_dir=tmp_path, workers=0)
     assert unreadable == [Unreadable(str(bad), unreadable[0].reason)]
     assert unreadable[0].reason.startswith("not a JPEG")
@@ -94,7 +113,10 @@ def test_nothing_is_decoded_twice(files: FileSource, tmp_path: Path, monkeypatch
 
 def test_more_than_one_percent_unreadable_is_refused(files: FileSource, tmp_path: Path) -> None:
     source = FileSource(["gone.png", "lost.png", *([files.paths[0]] * 98)], name="set")
-    with pytest.raises(InputError, match=r"set: 2 of 100 images cannot be read.*gone\.png \(No such file.*lost\.png"):
+    with pytest.raises(
+        InputError,
+        match=r"set: 2 of 100 images cannot be read.*gone\.png \(No such file.*lost\.png",
+    ):
         cached(source, cache_dir=tmp_path / "cache", workers=0)
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -122,7 +144,9 @@ def test_changed_images_get_another_file(files: FileSource, tmp_path: Path, chan
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
-def test_other_images_under_the_same_name_are_replaced(files: FileSource, tmp_path: Path, console: Console) -> None:
+def test_other_images_under_the_same_name_are_replaced(
+    files: FileSource, tmp_path: Path, console: Console
+) -> None:
     images, _ = cached(files, cache_dir=tmp_path, workers=0)
     assert images.path is not None
     pack(files, images.path, workers=0, shorter_side=4)
@@ -143,7 +167,9 @@ class Failing(FileSource):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()])
-def test_an_interrupted_build_leaves_what_was_there(files: FileSource, tmp_path: Path, error: BaseException) -> None:
+def test_an_interrupted_build_leaves_what_was_there(
+    files: FileSource, tmp_path: Path, error: BaseException
+) -> None:
     out = tmp_path / "packs" / "a.pack"
     pack(files, out, workers=0)
     before = out.read_bytes()
@@ -172,7 +198,9 @@ def test_who_may_read_a_cached_file_is_the_user_s_choice(
 
 def test_only_what_killed_processes_left_is_removed(files: FileSource, tmp_path: Path) -> None:
     out = tmp_path / "a.pack"
-    left, young, locked, other = (tmp_path / f".{name}.tmp" for name in ("a.pack.1", "a.pack.2", "a.pack.3", "b.pack"))
+    left, young, locked, other = (
+        tmp_path / f".{name}.tmp" for name in ("a.pack.1", "a.pack.2", "a.pack.3", "b.pack")
+    )
     for path in (left, young, locked, other):
         path.write_bytes(b"half")
         if path != young:
@@ -188,16 +216,21 @@ def test_a_full_disk_is_said_before_decoding(
 ) -> None:
     needed = sum(3 * np.prod(files.dimensions(index)) for index in range(7))
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage._replace(free=int(needed) - 1))
+    monkeypatch.setattr(
+        cache.shutil, "disk_usage", lambda path: usage._replace(free=int(needed) - 1)
+    )
     monkeypatch.setattr(cache, "decode", None)
-    with pytest.raises(InputError, match=rf"cache_dir: .* need about {needed} bytes, .* --cache-dir"):
+    with pytest.raises(
+        InputError, match=rf"cache_dir: .* need about {needed} bytes, .* --cache-dir"
+    ):
         cached(files, cache_dir=tmp_path / "cache")
     with pytest.raises(InputError, match=rf"out: .* need about {needed} bytes, .* --out"):
         pack(files, tmp_path / "cache" / "a.pack")
 
 
 @pytest.mark.parametrize(
-    ("number", "words"), [(errno.ENOSPC, "is full, .* need about 924 bytes"), (errno.EIO, "written")]
+    ("number", "words"),
+    [(errno.ENOSPC, "is full, .* need about 924 bytes"), (errno.EIO, "written")],
 )
 def test_a_disk_that_fails_while_writing(
     files: FileSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
@@ -212,11 +245,15 @@ def test_a_disk_that_fails_while_writing(
 
 
 def test_a_cache_folder_that_cannot_be_written(files: FileSource) -> None:
-    with pytest.raises(InputError, match=r"cache_dir: .* cannot be written \(Not a directory\); .* --cache-dir"):
+    with pytest.raises(
+        InputError, match=r"cache_dir: .* cannot be written \(Not a directory\); .* --cache-dir"
+    ):
         cached(files, cache_dir=Path(files.paths[0]) / "cache")
 
 
-def test_the_default_folder(files: FileSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_folder(
+    files: FileSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("VI_SIMSIAM_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -240,7 +277,8 @@ def test_two_processes_fill_the_same_cache_at_once(files: FileSource, tmp_path: 
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(2), context.Queue()
     both = [
-        context.Process(target=_cached_lengths, args=(files, tmp_path / "cache", barrier, results)) for _ in range(2)
+        context.Process(target=_cached_lengths, args=(files, tmp_path / "cache", barrier, results))
+        for _ in range(2)
     ]
     for process in both:
         process.start()
@@ -250,7 +288,9 @@ def test_two_processes_fill_the_same_cache_at_once(files: FileSource, tmp_path: 
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-@pytest.mark.parametrize(("size", "expected"), [((40, 20), (16, 8)), ((20, 41), (8, 16)), ((9, 6), (9, 6))])
+@pytest.mark.parametrize(
+    ("size", "expected"), [((40, 20), (16, 8)), ((20, 41), (8, 16)), ((9, 6), (9, 6))]
+)
 def test_shorter_side(tmp_path: Path, size: tuple[int, int], expected: tuple[int, int]) -> None:
     image = Image.fromarray(noise(size[1], size[0]))
     image.save(tmp_path / "a.png")
@@ -266,7 +306,9 @@ def test_shorter_side(tmp_path: Path, size: tuple[int, int], expected: tuple[int
 
 
 def test_arrays_are_packed_without_a_copy() -> None:
-    colour = ArraySource(np.stack([noise(3, 4, seed) for seed in range(2)]), np.array([1, 0]), ("a", "b"), "set")
+    colour = ArraySource(
+        np.stack([noise(3, 4, seed) for seed in range(2)]), np.array([1, 0]), ("a", "b"), "set"
+    )
     images, unreadable = cached(colour)
     assert unreadable == []
     assert np.shares_memory(images.pixels, colour.images)
@@ -303,7 +345,9 @@ def test_a_dataset_that_fails_or_holds_something_else() -> None:
 
 @pytest.mark.parametrize("to_file", [True, False])
 def test_no_images_at_all(tmp_path: Path, to_file: bool) -> None:
-    source: ImageSource = FileSource([], np.zeros(0, np.int64), ("a",)) if to_file else DatasetSource([])  # type: ignore[arg-type]
+    source: ImageSource = (
+        FileSource([], np.zeros(0, np.int64), ("a",)) if to_file else DatasetSource([])
+    )  # type: ignore[arg-type]
     images, _ = cached(source, cache_dir=tmp_path)
     assert (len(images), images.pixels.size, images.offsets.shape) == (0, 0, (0,))
     assert (images.path is not None) == to_file
@@ -311,7 +355,9 @@ def test_no_images_at_all(tmp_path: Path, to_file: bool) -> None:
     assert again.classes == source.classes
 
 
-def test_progress_is_a_bar_on_a_terminal_and_a_line_elsewhere(files: FileSource, console: Console) -> None:
+def test_progress_is_a_bar_on_a_terminal_and_a_line_elsewhere(
+    files: FileSource, console: Console
+) -> None:
     terminal = Console(file=io.StringIO(), force_terminal=True, width=200)
     for target, bar in ((console, False), (terminal, True)):
         in_memory(files, workers=0, console=target)

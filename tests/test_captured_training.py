@@ -25,14 +25,20 @@ def train(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Train in tmp_path/name as on a GPU, which records steps as `backend` does; returns what was printed."""
 
     def run(name: str, backend: type[StandIn] | None, **changes: object) -> str:
-        def capture(step: Callable[[], object], *, state: tuple[object, ...], mode: str) -> Captured:
+        def capture(
+            step: Callable[[], object], *, state: tuple[object, ...], mode: str
+        ) -> Captured:
             return Captured(step, state=state, mode=mode, warmup=3, backend=backend)
 
         monkeypatch.setattr(module, "capture", capture)
         console = Console(file=io.StringIO(), width=300)
         trainer = Trainer(config(image_folder, **changes), tmp_path / name, console=console)
         trainer.loader.feed = KernelFeed(
-            trainer.loader.source, trainer.config.augment, batch_size=8, seed=trainer.config.seed, device="cpu"
+            trainer.loader.source,
+            trainer.config.augment,
+            batch_size=8,
+            seed=trainer.config.seed,
+            device="cpu",
         )
         trainer.fit()
         return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
@@ -40,14 +46,20 @@ def train(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return run
 
 
-def test_a_captured_training_is_the_training(train: Train, image_folder: Path, tmp_path: Path) -> None:
+def test_a_captured_training_is_the_training(
+    train: Train, image_folder: Path, tmp_path: Path
+) -> None:
     printed = train("captured", StandIn, epochs=12, lr=0.05)
     assert printed.splitlines()[-1] == "steps ran as one CUDA graph"
     lines = metrics(tmp_path / "captured")
-    assert all(line["captured"] is True for line in lines[2:]), "the first three steps are single launches"
+    assert all(line["captured"] is True for line in lines[2:]), (
+        "the first three steps are single launches"
+    )
     assert "not_captured" not in lines[-1]
     assert learned(lines)
-    Trainer(config(image_folder, epochs=12, lr=0.05), tmp_path / "plain", console=Console(quiet=True)).fit()
+    Trainer(
+        config(image_folder, epochs=12, lr=0.05), tmp_path / "plain", console=Console(quiet=True)
+    ).fit()
     assert same(weights(tmp_path / "captured"), weights(tmp_path / "plain"))
     assert "captured" not in metrics(tmp_path / "plain")[-1]
 

@@ -24,7 +24,9 @@ from vi_simsiam.data.defaults import suited
 from vi_simsiam.engine.run import read_config
 from vi_simsiam.engine.trainer import Trainer
 
-COMMANDS = [[name] for name in BY_NAME if name != "bench"] + [["bench", name] for name in BENCHMARKS]
+COMMANDS = [[name] for name in BY_NAME if name != "bench"] + [
+    ["bench", name] for name in BENCHMARKS
+]
 # What each needs that cannot be left out; the others run bare.
 NEEDS = {
     **dict.fromkeys(["evaluate", "knn", "linear", "logistic", "figures", "uncertainty", "report"], "RUN"),
@@ -71,7 +73,9 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_a_wrong_option(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    err = refused([*command, *NEEDS.get(" ".join(command), "").split(), "--no-such-thing", "3"], capsys)
+    err = refused(
+        [*command, *NEEDS.get(" ".join(command), "").split(), "--no-such-thing", "3"], capsys
+    )
     assert "Unrecognized options: --no-such-thing, 3" in err
     assert f"see vi-simsiam {' '.join(command)} --help" in err
 
@@ -86,7 +90,10 @@ def test_what_is_missing_is_named(command: str, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize("command", BARE, ids=" ".join)
 def test_bare(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """What runs without arguments does: long work is left out, everything before it is not."""
     monkeypatch.chdir(tmp_path)
@@ -101,7 +108,10 @@ def test_bare(
         return
     if command == ["train"]:
         assert began == [PRESETS["demo"].located()]
-        assert "settings that suit fashion-mini, the embedded images (8,000 images of 28 pixels): --size 28" in out
+        assert (
+            "settings that suit fashion-mini, the embedded images (8,000 images of 28 pixels): --size 28"
+            in out
+        )
     elif command == ["views"]:
         assert (tmp_path / "views.png").is_file()
     else:
@@ -135,7 +145,11 @@ def test_a_wrong_path(arguments: str, tmp_path: Path, capsys: pytest.CaptureFixt
     ],
 )
 def test_a_typing_error_gets_the_nearest_word(
-    arguments: str, nearest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: str,
+    nearest: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert f"did you mean {nearest}?" in refused(arguments, capsys)
@@ -164,30 +178,53 @@ def test_the_essentials_of_train_are_options(capsys: pytest.CaptureFixture[str])
 
 
 def test_defaults_suit_the_images_and_are_saved(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A path is enough; what is said stays, a file of settings goes before what suits, and options before the file."""
-    (tmp_path / "mine.yaml").write_text("epochs: 2\nlr: 0.3\nprojector-hidden: 16\npredictor_hidden: 16\ndim: 16\n")
-    out = tmp_path / "run"
-    command = (
-        f"train --data {image_folder} --config {tmp_path / 'mine.yaml'} --lr 0.02 --device cpu --workers 0 --out {out}"
+    (tmp_path / "mine.yaml").write_text(
+        "epochs: 2\nlr: 0.3\nprojector-hidden: 16\npredictor_hidden: 16\ndim: 16\n"
     )
+    out = tmp_path / "run"
+    command = f"train --data {image_folder} --config {tmp_path / 'mine.yaml'} --lr 0.02 --device cpu --workers 0 --out {out}"
     code, said, _ = run(command, capsys)
     assert code == 0
     assert (
-        "(40 images of 16 pixels): --size 16 --crop-scale 0.3 1 --blur-prob 0 --stem imagenet --batch-size 40" in said
+        "(40 images of 16 pixels): --size 16 --crop-scale 0.3 1 --blur-prob 0 --stem imagenet --batch-size 40"
+        in said
     )
     assert "learned" in said.splitlines()[-1] or said.splitlines()[-1].startswith("dead")
     saved = read_config(out)
-    assert (saved.data, saved.augment.size, saved.epochs, saved.lr) == (f"folder:{image_folder}", 16, 2, 0.02)
+    assert (saved.data, saved.augment.size, saved.epochs, saved.lr) == (
+        f"folder:{image_folder}",
+        16,
+        2,
+        0.02,
+    )
     assert (saved.model.dim, saved.batch_size, saved.warmup_epochs) == (16, 40, 0.25)
     other = tmp_path / "other"
-    assert run(f"train --config {out / 'config.json'} --seed 1 --epochs 1 --out {other} --quiet", capsys)[0] == 0
-    assert (read_config(other).seed, read_config(other).lr, read_config(other).augment) == (1, 0.02, saved.augment)
+    assert (
+        run(
+            f"train --config {out / 'config.json'} --seed 1 --epochs 1 --out {other} --quiet",
+            capsys,
+        )[0]
+        == 0
+    )
+    assert (read_config(other).seed, read_config(other).lr, read_config(other).augment) == (
+        1,
+        0.02,
+        saved.augment,
+    )
 
 
-def test_quiet_leaves_the_result(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = "--epochs 1 --dim 16 --projector-hidden 16 --predictor-hidden 16 --device cpu --workers 0"
+def test_quiet_leaves_the_result(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = (
+        "--epochs 1 --dim 16 --projector-hidden 16 --predictor-hidden 16 --device cpu --workers 0"
+    )
     command = f"train --data {image_folder} --quiet --evaluate --out {tmp_path / 'run'} {small}"
     code, out, err = run(command, capsys)
     assert (code, err) == (0, "")
@@ -217,7 +254,10 @@ def test_the_package_loads_what_is_used() -> None:
 
 
 def test_what_was_asked_for_is_not_refused_for_a_default(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Options are checked against the settings that suit the images, not against those that they take the place of."""
     began: list[TrainConfig] = []
@@ -232,20 +272,36 @@ def test_what_was_asked_for_is_not_refused_for_a_default(
 
 
 def test_a_policy_goes_before_a_file(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     began: list[TrainConfig] = []
     monkeypatch.setattr(Trainer, "fit", lambda trainer: began.append(trainer.config))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text("crop_scale: [0.9, 1]\nlocal_views: 1\nsize: 24\ndim: 64\n")
-    assert run(f"train --data {image_folder} --device cpu --config mine.yaml --policy multicrop", capsys)[0] == 0
+    assert (
+        run(
+            f"train --data {image_folder} --device cpu --config mine.yaml --policy multicrop",
+            capsys,
+        )[0]
+        == 0
+    )
     augment = began[0].augment
-    assert (augment.size, augment.local_views, augment.crop_scale) == (24, 6, POLICIES["multicrop"].crop_scale)
+    assert (augment.size, augment.local_views, augment.crop_scale) == (
+        24,
+        6,
+        POLICIES["multicrop"].crop_scale,
+    )
     assert began[0].model.dim == 64
 
 
 def test_a_frozen_run_gives_its_model(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     small = f"train --data {image_folder} --epochs 1 --device cpu --workers 0 --quiet"
@@ -258,10 +314,14 @@ def test_a_frozen_run_gives_its_model(
     assert (fitted.model, fitted.augment.size) == (simsiam.model, 20)
 
 
-def test_one_image_is_too_few(tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_image_is_too_few(
+    tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "photos").mkdir()
     shutil.copy(image_folder / "train" / "dark" / "00.png", tmp_path / "photos")
-    assert "photos has 1 image; training needs at least 2" in refused(f"train --data {tmp_path / 'photos'}", capsys)
+    assert "photos has 1 image; training needs at least 2" in refused(
+        f"train --data {tmp_path / 'photos'}", capsys
+    )
 
 
 @pytest.mark.parametrize(
@@ -274,19 +334,28 @@ def test_one_image_is_too_few(tmp_path: Path, image_folder: Path, capsys: pytest
         ("knn --nothing 3", "run: a value is missing"),
         ("train IMAGES", "did you mean --data IMAGES?"),
         ("train --data IMAGE", "is an image; give the folder that it lies in"),
-        ("views --out /nowhere/views.png", "vi-simsiam: /nowhere/views.png: No such file or directory"),
+        (
+            "views --out /nowhere/views.png",
+            "vi-simsiam: /nowhere/views.png: No such file or directory",
+        ),
     ],
 )
 def test_messages_in_our_own_words(
     arguments: str, message: str, image_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image = image_folder / "train" / "dark" / "00.png"
-    placed = [text.replace("IMAGES", str(image_folder)).replace("IMAGE", str(image)) for text in (message, arguments)]
+    placed = [
+        text.replace("IMAGES", str(image_folder)).replace("IMAGE", str(image))
+        for text in (message, arguments)
+    ]
     assert placed[0] in refused(placed[1], capsys)
 
 
 def test_views_are_those_that_train_makes(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     drawn: list[AugmentConfig] = []
     sheet = contact_sheet.contact_sheet
@@ -306,13 +375,18 @@ def test_views_are_those_that_train_makes(
 
 
 @pytest.mark.parametrize(
-    "arguments", ["--help", "train --data IMAGES --dim 16 --epochs 1 --device cpu --workers 0 --out OUT"]
+    "arguments",
+    ["--help", "train --data IMAGES --dim 16 --epochs 1 --device cpu --workers 0 --out OUT"],
 )
-def test_output_that_nobody_reads_is_no_error(arguments: str, image_folder: Path, tmp_path: Path) -> None:
+def test_output_that_nobody_reads_is_no_error(
+    arguments: str, image_folder: Path, tmp_path: Path
+) -> None:
     """As after `| head -1`: no message, the exit code of a program that SIGPIPE ends, whoever notices it first."""
     reader, writer = os.pipe()
     os.close(reader)
-    words = arguments.replace("IMAGES", str(image_folder)).replace("OUT", str(tmp_path / "run")).split()
+    words = (
+        arguments.replace("IMAGES", str(image_folder)).replace("OUT", str(tmp_path / "run")).split()
+    )
     command = [sys.executable, "-m", "vi_simsiam", *words]
     process = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
     os.close(writer)
@@ -325,11 +399,22 @@ def test_a_closed_standard_output_is_no_error() -> None:
     assert (process.returncode, process.stderr) == (0, b"")
 
 
-def test_names_that_the_terminal_cannot_print_are_escaped(image_folder: Path, tmp_path: Path) -> None:
+def test_names_that_the_terminal_cannot_print_are_escaped(
+    image_folder: Path, tmp_path: Path
+) -> None:
     data = tmp_path / "f\u00fcnf"
     shutil.copytree(image_folder / "train" / "dark", data)
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    command = [sys.executable, "-m", "vi_simsiam", "views", "--data", str(data), "--out", str(data / "views.png")]
+    command = [
+        sys.executable,
+        "-m",
+        "vi_simsiam",
+        "views",
+        "--data",
+        str(data),
+        "--out",
+        str(data / "views.png"),
+    ]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (process.returncode, process.stderr) == (0, "")
     assert "f\\xfcnf" in process.stdout

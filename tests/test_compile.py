@@ -49,13 +49,18 @@ def test_a_compiled_run_is_the_same_and_goes_on_without(
 
 
 def test_no_compiler_is_one_line(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Before the run folder is touched."""
     inductor = pytest.importorskip("torch._inductor.config")
     out = tmp_path / "run"
     with inductor.patch({"cpp.cxx": (None, "/nowhere/g++")}):
-        message = refused(f"train --data {image_folder} --compile --device cpu --workers 0 --out {out}", capsys)
+        message = refused(
+            f"train --data {image_folder} --compile --device cpu --workers 0 --out {out}", capsys
+        )
     assert "compile: torch.compile does not work here (InvalidCxxCompiler: " in message
     assert "leave --compile out" in message
     assert not out.exists()
@@ -63,7 +68,8 @@ def test_no_compiler_is_one_line(
 
 @pytest.mark.soak
 @pytest.mark.parametrize(
-    "options", ["--method simsiam", "--ema 0.9", "--local-views 1 --local-size 8", "--frozen-run FROZEN"]
+    "options",
+    ["--method simsiam", "--ema 0.9", "--local-views 1 --local-size 8", "--frozen-run FROZEN"],
 )
 def test_the_compiler_itself(
     options: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

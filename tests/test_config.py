@@ -46,10 +46,20 @@ def test_an_older_versions_configuration_keeps_its_loss() -> None:
 def test_paper_preset_is_the_papers() -> None:
     """Section 4.1 of arXiv 2203.11437, with the literal softplus concentration and the unscaled loss."""
     paper = preset("paper")
-    assert (paper.epochs, paper.batch_size, paper.lr, paper.momentum, paper.weight_decay) == (200, 64, 1e-3, 0.9, 1e-4)
+    assert (paper.epochs, paper.batch_size, paper.lr, paper.momentum, paper.weight_decay) == (
+        200,
+        64,
+        1e-3,
+        0.9,
+        1e-4,
+    )
     assert (paper.loss.concentration_scale, paper.loss.loss_scale) == (1.0, 1.0)
     assert (paper.loss.concentration_link, paper.loss.cosine_weight) == ("softplus", 0.0)
-    assert (paper.model.backbone, paper.model.dim, paper.augment.local_views) == ("resnet18", 2048, 6)
+    assert (paper.model.backbone, paper.model.dim, paper.augment.local_views) == (
+        "resnet18",
+        2048,
+        6,
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,7 +137,11 @@ def test_pretrained_weights_need_their_stem() -> None:
 def test_unknown_fields_and_presets_are_named() -> None:
     with pytest.raises(InputError, match="colour"):
         TrainConfig.from_dict({"colour": "red"})
-    for damaged in ({"augment": {"crop_scale": [0.1]}}, {"augment": {"jitter": [0.1, 0.1]}}, {"augment": 3}):
+    for damaged in (
+        {"augment": {"crop_scale": [0.1]}},
+        {"augment": {"jitter": [0.1, 0.1]}},
+        {"augment": 3},
+    ):
         with pytest.raises(InputError):
             TrainConfig.from_dict(damaged)
     with pytest.raises(InputError, match="preset: 'fast' is none of default"):
@@ -136,17 +150,26 @@ def test_unknown_fields_and_presets_are_named() -> None:
 
 def test_only_what_changes_the_result_differs() -> None:
     base = TrainConfig()
-    elsewhere = dataclasses.replace(base, workers=3, device="cpu", data_root=Path("/data"), log_every=1)
+    elsewhere = dataclasses.replace(
+        base, workers=3, device="cpu", data_root=Path("/data"), log_every=1
+    )
     assert differing_fields(base, elsewhere) == []
     other = dataclasses.replace(base, seed=4, model=ModelConfig(dim=64))
     assert differing_fields(base, other) == ["seed: 0 -> 4", "model.dim: 2048 -> 64"]
 
 
 @pytest.mark.parametrize("kind", ["folder", "pack"])
-def test_a_run_finds_its_data_from_any_folder(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_finds_its_data_from_any_folder(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    assert TrainConfig(data=f"{kind}:some/mine.pack").located().data == f"{kind}:{tmp_path / 'some' / 'mine.pack'}"
-    assert TrainConfig(data=f"{kind}:").located().data == f"{kind}:", "named as it was given in the error"
+    assert (
+        TrainConfig(data=f"{kind}:some/mine.pack").located().data
+        == f"{kind}:{tmp_path / 'some' / 'mine.pack'}"
+    )
+    assert TrainConfig(data=f"{kind}:").located().data == f"{kind}:", (
+        "named as it was given in the error"
+    )
     assert TrainConfig(data="cifar10").located().data == "cifar10"
     (tmp_path / "photos").mkdir()
     assert TrainConfig(data="photos").located().data == f"folder:{tmp_path / 'photos'}"
@@ -174,10 +197,14 @@ def test_parts_that_do_not_go_together_are_named() -> None:
     assert TrainConfig(model=local, augment=AugmentConfig(local_views=2)).model.local_predictor
 
 
-def test_variants_survive_json_and_are_located(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variants_survive_json_and_are_located(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     loss = LossConfig(concentration="global", concentration_max=1e5)
-    config = TrainConfig(frozen_run=Path("runs/a"), images=100, held_out=0.2, split_seed=3, distinct=True, loss=loss)
+    config = TrainConfig(
+        frozen_run=Path("runs/a"), images=100, held_out=0.2, split_seed=3, distinct=True, loss=loss
+    )
     again = TrainConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == config
     assert again.located().frozen_run == tmp_path / "runs" / "a"

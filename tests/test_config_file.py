@@ -79,7 +79,9 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, text: str, message: str) -
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"config: .*nothing.yaml cannot be read \(No such file or directory\)"):
+    with pytest.raises(
+        InputError, match=r"config: .*nothing.yaml cannot be read \(No such file or directory\)"
+    ):
         read_settings(tmp_path / "nothing.yaml")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match=r"bytes cannot be read \(it is not text\)"):

@@ -46,7 +46,9 @@ def test_damage_grows_with_the_level(kind: str, side: int) -> None:
 def test_an_image_is_damaged_alike_in_any_company(kind: str) -> None:
     images, numbers = pictures(), np.array([3, 14, 15, 92, 65, 35])
     together = corrupt(images, kind, 3, seed=5, numbers=numbers)
-    alone = np.concatenate([corrupt(images[i : i + 1], kind, 3, seed=5, numbers=numbers[i : i + 1]) for i in range(6)])
+    alone = np.concatenate(
+        [corrupt(images[i : i + 1], kind, 3, seed=5, numbers=numbers[i : i + 1]) for i in range(6)]
+    )
     np.testing.assert_array_equal(together, alone)
     other = corrupt(images, kind, 3, seed=6, numbers=numbers)
     assert np.array_equal(together, other) == (kind not in ("noise", "occlusion"))
@@ -78,7 +80,10 @@ def test_noise_has_the_stated_deviation_and_grain() -> None:
     assert len(np.unique(noise.reshape(4, -1), axis=0)) == 4, "every image has noise of its own"
     cells = noise.reshape(4, 32, 3, 32, 3, 3)
     np.testing.assert_array_equal(cells, np.broadcast_to(cells[:, :, :1, :, :1], cells.shape))
-    assert np.abs(np.corrcoef(cells[:, :, 0, :-1, 0].ravel(), cells[:, :, 0, 1:, 0].ravel())[0, 1]) < 0.05
+    assert (
+        np.abs(np.corrcoef(cells[:, :, 0, :-1, 0].ravel(), cells[:, :, 0, 1:, 0].ravel())[0, 1])
+        < 0.05
+    )
 
 
 def test_squares_cover_the_stated_area_and_contain_the_smaller_ones() -> None:
@@ -109,7 +114,9 @@ def test_contrast_keeps_the_mean_brightness_and_blank_ends_in_gray() -> None:
     for level, factor in enumerate(MAGNITUDES["contrast"], 1):
         faded = corrupt(images, "contrast", level)
         assert (faded @ luma).mean((1, 2)) == pytest.approx((images @ luma).mean((1, 2)), abs=0.3)
-        assert (faded @ luma).std((1, 2)) == pytest.approx(factor * (images @ luma).std((1, 2)), rel=0.05)
+        assert (faded @ luma).std((1, 2)) == pytest.approx(
+            factor * (images @ luma).std((1, 2)), rel=0.05
+        )
     assert (corrupt(images, "blank", 5) == 128).all()
     assert np.abs(corrupt(images, "blank", 2) - (0.6 * images + 0.4 * 128)).max() <= 0.5 + 1e-9
 

@@ -32,15 +32,35 @@ def _tensors_on_the_cpu() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
-        pytest.skip("the emulation needs Linux on x86-64 or 64-bit Arm: the CUDA kernels' numbers are not checked")
+        pytest.skip(
+            "the emulation needs Linux on x86-64 or 64-bit Arm: the CUDA kernels' numbers are not checked"
+        )
     compiler = shutil.which("g++")
-    version = subprocess.run([compiler or "false", "-dumpversion"], capture_output=True, text=True, check=False).stdout
+    version = subprocess.run(
+        [compiler or "false", "-dumpversion"], capture_output=True, text=True, check=False
+    ).stdout
     if int((re.match(r"\d+", version) or ["0"])[0]) < 12:
         pytest.skip("no g++ of version 12 or later: the CUDA kernels' numbers are not checked")
     library = tmp_path_factory.mktemp("cuda_emulation") / "kernels.so"
     folder = ROOT / "tests" / "cuda_emulation"
-    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas", "-DVI_SIMSIAM_CUDA"]
-    command = [compiler, *flags, f"-I{folder}", f"-I{ROOT / 'csrc'}", folder / "kernels.cpp", "-o", library]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-shared",
+        "-fPIC",
+        "-pthread",
+        "-Wno-unknown-pragmas",
+        "-DVI_SIMSIAM_CUDA",
+    ]
+    command = [
+        compiler,
+        *flags,
+        f"-I{folder}",
+        f"-I{ROOT / 'csrc'}",
+        folder / "kernels.cpp",
+        "-o",
+        library,
+    ]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr[-4000:]
     loaded = ctypes.CDLL(str(library))
@@ -58,7 +78,10 @@ def check(kernels: Any, case: Case) -> dict[str, Tensor]:
     torch.testing.assert_close(got["loss"].double(), want["loss"], rtol=4 * epsilon, atol=tolerance)
     if case.mean:
         torch.testing.assert_close(
-            got["mean"].double(), got["loss"].double().mean(), rtol=2 * epsilon, atol=epsilon * max(1.0, kappa)
+            got["mean"].double(),
+            got["loss"].double().mean(),
+            rtol=2 * epsilon,
+            atol=epsilon * max(1.0, kappa),
         )
     else:
         assert got["mean"].isnan()
@@ -69,7 +92,10 @@ def check(kernels: Any, case: Case) -> dict[str, Tensor]:
     assert got["between"].isnan().all()  # nothing outside the rows is written
     direction, exact = got["gradient"][..., : case.dim].double(), want["gradient"][..., : case.dim]
     error, size = (direction - exact).abs(), exact.abs().amax(dim=-1, keepdim=True)
-    rounding = torch.finfo(case.gradient_dtype).eps / 2 * exact.abs() + torch.finfo(case.gradient_dtype).tiny
+    rounding = (
+        torch.finfo(case.gradient_dtype).eps / 2 * exact.abs()
+        + torch.finfo(case.gradient_dtype).tiny
+    )
     assert (error <= 24 * epsilon * size + rounding).all()
     slope = case.scale * 8 * epsilon * 10
     if case.form == "raw":
@@ -77,7 +103,9 @@ def check(kernels: Any, case: Case) -> dict[str, Tensor]:
         rounding = torch.finfo(case.gradient_dtype).eps / 2 * exact.abs()
         assert ((got["gradient"][..., case.dim].double() - exact).abs() <= slope + rounding).all()
     elif case.form == "given":
-        assert ((got["concentration_gradient"].double() - want["concentration_gradient"]).abs() <= slope).all()
+        assert (
+            (got["concentration_gradient"].double() - want["concentration_gradient"]).abs() <= slope
+        ).all()
     assert (got["gradient"][..., case.used :] == 0).all()
     return got
 
@@ -97,12 +125,20 @@ SHAPES = [  # views, targets, batch, dim
 ]
 
 
-TRAINED: dict[str, Any] = {"link": "quadratic", "gain": 0.3, "cosine": 1.5, "scale": 7.0, "opposed": True}
+TRAINED: dict[str, Any] = {
+    "link": "quadratic",
+    "gain": 0.3,
+    "cosine": 1.5,
+    "scale": 7.0,
+    "opposed": True,
+}
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_form_matches_float64(kernels: Any, shape: tuple[int, int, int, int], form: str) -> None:
+def test_every_form_matches_float64(
+    kernels: Any, shape: tuple[int, int, int, int], form: str
+) -> None:
     for aligned in (True, False):
         check(kernels, Case(*shape, form=form, aligned=aligned, padding=3))
         if form == "raw":
@@ -123,16 +159,32 @@ def test_at_the_bound_of_the_quadratic_link_only_what_raises_kappa_counts(
 
 @pytest.mark.parametrize(
     "dtypes",
-    [(F64, F64, F64), (BF16, BF16, BF16), (BF16, F32, BF16), (BF16, BF16, F32), (F16, F16, F32), (F16, F32, F16)],
+    [
+        (F64, F64, F64),
+        (BF16, BF16, BF16),
+        (BF16, F32, BF16),
+        (BF16, BF16, F32),
+        (F16, F16, F32),
+        (F16, F32, F16),
+    ],
     ids=lambda d: "-".join(str(x).removeprefix("torch.") for x in d),
 )
-@pytest.mark.parametrize("shape", [(2, 2, 3, 80), (2, 1, 2, 19), (8, 2, 2, 144), (4, 4, 2, 48)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 2, 3, 80), (2, 1, 2, 19), (8, 2, 2, 144), (4, 4, 2, 48)], ids=str
+)
 def test_every_dtype_matches_float64(
-    kernels: Any, shape: tuple[int, int, int, int], dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
+    kernels: Any,
+    shape: tuple[int, int, int, int],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
 ) -> None:
     for aligned in (True, False):
         dtype, target, gradient = dtypes
-        check(kernels, Case(*shape, dtype=dtype, target_dtype=target, gradient_dtype=gradient, aligned=aligned))
+        check(
+            kernels,
+            Case(
+                *shape, dtype=dtype, target_dtype=target, gradient_dtype=gradient, aligned=aligned
+            ),
+        )
 
 
 @pytest.mark.parametrize(
@@ -149,7 +201,9 @@ def test_every_dtype_matches_float64(
     ],
     ids=str,
 )
-def test_long_rows_match_float64(kernels: Any, views: int, dim: int, options: dict[str, Any]) -> None:
+def test_long_rows_match_float64(
+    kernels: Any, views: int, dim: int, options: dict[str, Any]
+) -> None:
     check(kernels, Case(views, 2, 1, dim, scale=dim - 1.0, **options))
 
 
@@ -161,8 +215,12 @@ def test_an_address_that_is_not_aligned_is_seen(kernels: Any, offset: int) -> No
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("shape", [(2, 2, 67, 64), (2, 2, 9, 1024), (6, 2, 5, 160), (3, 3, 5, 320)], ids=str)
-def test_no_order_of_threads_and_blocks_changes_a_bit(kernels: Any, shape: Sequence[int], seed: int) -> None:
+@pytest.mark.parametrize(
+    "shape", [(2, 2, 67, 64), (2, 2, 9, 1024), (6, 2, 5, 160), (3, 3, 5, 320)], ids=str
+)
+def test_no_order_of_threads_and_blocks_changes_a_bit(
+    kernels: Any, shape: Sequence[int], seed: int
+) -> None:
     case = Case(*shape, form="given", padding=1)
     kernels.configure(2, 2, 1 << 20, 0, 0)
     want = check(kernels, case)
@@ -190,7 +248,9 @@ def test_without_gradient_or_mean(kernels: Any) -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 4, 40), (5, 2, 4, 40), (3, 3, 4, 40)], ids=str)
-def test_a_zero_vector_has_cosine_zero_and_no_gradient(kernels: Any, shape: tuple[int, int, int, int]) -> None:
+def test_a_zero_vector_has_cosine_zero_and_no_gradient(
+    kernels: Any, shape: tuple[int, int, int, int]
+) -> None:
     case = Case(*shape, form="cosine")
     case.predictions[0][1] = 0
     case.predictions[1][2, : case.dim] = 1e-13
@@ -261,7 +321,9 @@ def test_scaling_in_place(kernels: Any, dtype: torch.dtype, stride: int) -> None
     for width in (70, 64, 3, 1):
         Scaling(dtype=dtype, stride=stride, width=width).run(kernels)
     Scaling(dtype=dtype, stride=1040, width=1033, views=2, batch=3).run(kernels)
-    Scaling(dtype=dtype, stride=stride, factor=[i % 3 for i in range(25)], expanded=False).run(kernels)
+    Scaling(dtype=dtype, stride=stride, factor=[i % 3 for i in range(25)], expanded=False).run(
+        kernels
+    )
     Scaling(dtype=dtype, stride=stride, factor=[1.0]).run(kernels)
 
 
@@ -274,9 +336,18 @@ def test_scaling_into_float16(kernels: Any) -> None:
 def test_errors_say_what_to_do(kernels: Any) -> None:
     case = Case(2, 2, 2, 8)
     for code, words in (
-        (209, "holds no code for this GPU (compute capability 7.5): it was built for 8.0, 9.0 with CUDA 13.0"),
-        (222, "driver cannot compile its PTX: built with CUDA 13.0, the driver supports CUDA up to 12.4"),
-        (35, "driver is too old for the extension: built with CUDA 13.0, the driver supports CUDA up to 12.4"),
+        (
+            209,
+            "holds no code for this GPU (compute capability 7.5): it was built for 8.0, 9.0 with CUDA 13.0",
+        ),
+        (
+            222,
+            "driver cannot compile its PTX: built with CUDA 13.0, the driver supports CUDA up to 12.4",
+        ),
+        (
+            35,
+            "driver is too old for the extension: built with CUDA 13.0, the driver supports CUDA up to 12.4",
+        ),
         (719, "cudaErrorLaunchFailure: unspecified launch failure"),
     ):
         kernels.configure(2, 2, 1 << 20, 0, code)

@@ -41,7 +41,9 @@ class Kernel:
         return sum(
             count
             for name, count in self.instructions.items()
-            if name.startswith(prefix) and all(part in name for part in parts) and without not in name
+            if name.startswith(prefix)
+            and all(part in name for part in parts)
+            and without not in name
         )
 
 
@@ -50,7 +52,9 @@ def readable(mangled: str) -> str:
     found = re.search(r"(resident|streamed|scale_gradient)_kernelI(.*?)EEv", mangled)
     assert found is not None, mangled
     words, types = [found[1]], []
-    for token in re.findall(r"LNS\w*?4ModeE\dE|Lb[01]|13__nv_bfloat16|6__half|S\d*_|[fd]", found[2]):
+    for token in re.findall(
+        r"LNS\w*?4ModeE\dE|Lb[01]|13__nv_bfloat16|6__half|S\d*_|[fd]", found[2]
+    ):
         if token.startswith("LNS"):
             words.append(MODES[int(token[-2])])
         elif token.startswith("Lb"):
@@ -72,7 +76,11 @@ def cuobjdump() -> str | None:
     if found := shutil.which("cuobjdump"):
         return found
     triton = importlib.util.find_spec("triton")
-    path = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton and triton.origin else None
+    path = (
+        Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
+        if triton and triton.origin
+        else None
+    )
     return str(path) if path and path.is_file() else None
 
 
@@ -85,10 +93,14 @@ def compile_kernels(architecture: int, folder: Path) -> dict[str, Kernel]:
         subprocess.run(command, check=True)
 
         def dump(option: str, cubin: Path = cubin) -> str:
-            return subprocess.run([str(cuobjdump()), option, cubin], capture_output=True, text=True, check=True).stdout
+            return subprocess.run(
+                [str(cuobjdump()), option, cubin], capture_output=True, text=True, check=True
+            ).stdout
 
         usage = re.findall(r"Function (\w+):\s*REG:(\d+) STACK:(\d+)", dump("-res-usage"))
-        code = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\s*Function : |\Z)", dump("-sass"), re.DOTALL))
+        code = dict(
+            re.findall(r"Function : (\w+)\n(.*?)(?=\s*Function : |\Z)", dump("-sass"), re.DOTALL)
+        )
         for name, registers, stack in usage:
             mnemonic = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)"
             instructions = Counter(re.findall(mnemonic, code[name], re.MULTILINE))
@@ -101,7 +113,8 @@ def table_path() -> Path:
 
 
 @pytest.mark.parametrize(
-    "architecture", [pytest.param(a, marks=[] if a == 90 else pytest.mark.soak) for a in ARCHITECTURES]
+    "architecture",
+    [pytest.param(a, marks=[] if a == 90 else pytest.mark.soak) for a in ARCHITECTURES],
 )
 def test_machine_code(architecture: int, tmp_path: Path) -> None:
     what = "registers, spills and load widths of the CUDA kernels are not checked"
@@ -109,7 +122,9 @@ def test_machine_code(architecture: int, tmp_path: Path) -> None:
         pytest.skip(f"no nvcc: {what}")
     if cuobjdump() is None:
         pytest.skip(f"no cuobjdump in the CUDA toolkit or in Triton: {what}")
-    codes = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    codes = subprocess.run(
+        ["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True
+    ).stdout
     if f"sm_{architecture}" not in codes.split():
         pytest.skip(f"this nvcc does not know sm_{architecture}: {what} there")
 
@@ -126,11 +141,15 @@ def test_machine_code(architecture: int, tmp_path: Path) -> None:
             check_widths(name, kernel)
     if table_path().is_file():
         table = json.loads(table_path().read_text())[f"sm_{architecture}"]
-        assert {name: kernel.registers for name, kernel in kernels.items()} == table, f"see the top of {__file__}"
+        assert {name: kernel.registers for name, kernel in kernels.items()} == table, (
+            f"see the top of {__file__}"
+        )
 
 
 def expected_kernels() -> set[str]:
-    pairs = ["float float", "double double"] + [f"{h} {t}" for h in ("half", "bfloat16") for t in (h, "float")]
+    pairs = ["float float", "double double"] + [
+        f"{h} {t}" for h in ("half", "bfloat16") for t in (h, "float")
+    ]
     scaled = ("float float", "double double", "bfloat16 bfloat16", "float half")
     same = [f"{t} {t}" for t in ("float", "half", "bfloat16")]
     names = [f"streamed {pair}" for pair in pairs] + [f"scale_gradient {pair}" for pair in scaled]
@@ -148,12 +167,18 @@ def check_widths(name: str, kernel: Kernel) -> None:
         assert kernel.count("LDG", "128") == (8 if "half" in words else 4), name
         assert kernel.count("STG", "128") == 4, name
         return
-    chunks = {"small": 1, "two_views": 4 if "float float" in name else 2, "many_views": 2}.get(words[1], 1)
-    vectors = 2 if words[-2] != words[-3] else 1  # float targets of a chunk of eight 16-bit predictions
+    chunks = {"small": 1, "two_views": 4 if "float float" in name else 2, "many_views": 2}.get(
+        words[1], 1
+    )
+    vectors = (
+        2 if words[-2] != words[-3] else 1
+    )  # float targets of a chunk of eight 16-bit predictions
     assert kernel.count("LDG", "128") >= chunks * (2 + 2 * vectors), name
     assert kernel.count("STG", "128") >= 2 * chunks, name
     # Else the concentration (STRONG: the losses of the mean), and what follows the directions, the loss, the mean.
-    assert kernel.count("LDG", without="128") - kernel.count("LDG", "STRONG", without="128") <= 4, name
+    assert kernel.count("LDG", without="128") - kernel.count("LDG", "STRONG", without="128") <= 4, (
+        name
+    )
     assert kernel.count("STG", without="128") <= 8, name
 
 
@@ -166,11 +191,22 @@ def test_the_default_architectures_compile_within_90_seconds_on_two_cores(tmp_pa
     assert spec.loader is not None
     setup: ModuleType = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(setup)
-    codes = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    codes = subprocess.run(
+        ["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True
+    ).stdout
     flags = [flag for flags in setup.architectures(codes).values() for flag in flags]
     sources = [ROOT / "csrc" / source for source in SOURCES]
     begin = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = ["nvcc", "-O3", "-std=c++17", "-DVI_SIMSIAM_CUDA", "--threads=0", *flags, "-c", *sources]
+    command = [
+        "nvcc",
+        "-O3",
+        "-std=c++17",
+        "-DVI_SIMSIAM_CUDA",
+        "--threads=0",
+        *flags,
+        "-c",
+        *sources,
+    ]
     subprocess.run([*command, "-odir", tmp_path], check=True)
     end = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime < 2 * 90  # two cores
@@ -179,7 +215,10 @@ def test_the_default_architectures_compile_within_90_seconds_on_two_cores(tmp_pa
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         registers = {
-            f"sm_{a}": {name: kernel.registers for name, kernel in sorted(compile_kernels(a, Path(temporary)).items())}
+            f"sm_{a}": {
+                name: kernel.registers
+                for name, kernel in sorted(compile_kernels(a, Path(temporary)).items())
+            }
             for a in ARCHITECTURES
         }
     table_path().write_text(json.dumps(registers, indent=1) + "\n")

@@ -73,7 +73,9 @@ def test_fashion_mini_is_small_and_carries_its_licence() -> None:
 
 @pytest.fixture(scope="module")
 def maker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_fashion_mini", ROOT / "scripts" / "make_fashion_mini.py")
+    spec = importlib.util.spec_from_file_location(
+        "make_fashion_mini", ROOT / "scripts" / "make_fashion_mini.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -82,7 +84,12 @@ def maker() -> ModuleType:
 
 
 def test_maker_chooses_the_first_of_each_class(maker: ModuleType) -> None:
-    assert maker.first_of_each_class(np.array([1, 0, 1, 1, 0, 0], np.uint8), 2).tolist() == [0, 1, 2, 4]
+    assert maker.first_of_each_class(np.array([1, 0, 1, 1, 0, 0], np.uint8), 2).tolist() == [
+        0,
+        1,
+        2,
+        4,
+    ]
 
 
 def test_maker_checks_contents_not_packing(maker: ModuleType, tmp_path: Path) -> None:
@@ -97,8 +104,13 @@ def test_maker_checks_contents_not_packing(maker: ModuleType, tmp_path: Path) ->
         maker.read_idx(tmp_path / "a.gz", digest)
 
 
-def test_maker_writes_the_same_bytes_at_any_time(maker: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:
-    arrays = {"train_images": np.arange(12, dtype=np.uint8).reshape(3, 2, 2), "train_labels": np.zeros(3, np.uint8)}
+def test_maker_writes_the_same_bytes_at_any_time(
+    maker: ModuleType, tmp_path: Path, monkeypatch: Any
+) -> None:
+    arrays = {
+        "train_images": np.arange(12, dtype=np.uint8).reshape(3, 2, 2),
+        "train_labels": np.zeros(3, np.uint8),
+    }
     maker.write_npz(tmp_path / "now.npz", arrays)
     monkeypatch.setattr(time, "time", lambda: 2e9)
     maker.write_npz(tmp_path / "later.npz", arrays)
@@ -130,7 +142,15 @@ def test_paths_need_no_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_folder_with_classes(tmp_path: Path) -> None:
-    images(tmp_path, "train/b/2.png", "train/b/deep/1.JPEG", "train/a/3.jpg", "val/a/1.png", "val/b/1.png", "stray.png")
+    images(
+        tmp_path,
+        "train/b/2.png",
+        "train/b/deep/1.JPEG",
+        "train/a/3.jpg",
+        "val/a/1.png",
+        "val/b/1.png",
+        "stray.png",
+    )
     (tmp_path / "train" / "notes.txt").write_text("")
     (tmp_path / "train" / ".hidden").mkdir()
     splits = open_dataset(f"folder:{tmp_path}")
@@ -152,7 +172,9 @@ def test_folder_without_val(tmp_path: Path) -> None:
     assert splits.train.classes == ("a", "Shih-Tzu")
 
 
-@pytest.mark.parametrize("names", [("1.png", "2.png"), ("x/1.png", "x/y/2.JPG"), ("train/1.png", "train/2.png")])
+@pytest.mark.parametrize(
+    "names", [("1.png", "2.png"), ("x/1.png", "x/y/2.JPG"), ("train/1.png", "train/2.png")]
+)
 def test_folder_without_classes(tmp_path: Path, names: tuple[str, str]) -> None:
     images(tmp_path, *names)
     splits = open_dataset(f"folder:{tmp_path}")
@@ -167,7 +189,10 @@ def test_folder_mistakes_are_named(tmp_path: Path) -> None:
             open_dataset(f"folder:{path}")
         return str(caught.value)
 
-    assert message(tmp_path / "none") == f"{tmp_path / 'none'}: no such folder; folder:PATH needs a folder of images"
+    assert (
+        message(tmp_path / "none")
+        == f"{tmp_path / 'none'}: no such folder; folder:PATH needs a folder of images"
+    )
     (tmp_path / "file").write_text("")
     assert "is not a folder" in message(tmp_path / "file")
     (tmp_path / "empty" / "train").mkdir(parents=True)
@@ -199,7 +224,9 @@ def unpack(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_imagenette")
-@pytest.mark.parametrize("folder", ["imagenette2-320", "imagenette2-160", "imagenette2", "imagenette"])
+@pytest.mark.parametrize(
+    "folder", ["imagenette2-320", "imagenette2-160", "imagenette2", "imagenette"]
+)
 def test_unpacked_copies_are_recognised(tmp_path: Path, folder: str) -> None:
     unpack(tmp_path / folder)
     splits = open_dataset("imagenette", root=tmp_path)
@@ -219,17 +246,22 @@ def test_missing_copies_without_download(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"looked for .*imagenette2-320, .*downloading is off"):
         open_dataset("imagenette", root=tmp_path, download=False)
     with pytest.raises(
-        InputError, match=r"no complete copy in .*cifar-10-batches-py or .*cifar10, and downloading is off"
+        InputError,
+        match=r"no complete copy in .*cifar-10-batches-py or .*cifar10, and downloading is off",
     ):
         open_dataset("cifar10", root=tmp_path, download=False)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("small_imagenette")
-def test_download_is_checksummed_and_moved_when_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_is_checksummed_and_moved_when_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
 
-    def fake(url: str, download_root: str, *, extract_root: str, md5: str, remove_finished: bool) -> None:
+    def fake(
+        url: str, download_root: str, *, extract_root: str, md5: str, remove_finished: bool
+    ) -> None:
         calls.append((url, download_root, md5))
         unpack(Path(extract_root) / "imagewoof2-320")
         assert not (tmp_path / "new" / "imagewoof2-320").exists()
@@ -243,7 +275,12 @@ def test_download_is_checksummed_and_moved_when_complete(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize(
-    "error", [urllib.error.URLError("no route"), RuntimeError("File not found or corrupted."), EOFError("cut short")]
+    "error",
+    [
+        urllib.error.URLError("no route"),
+        RuntimeError("File not found or corrupted."),
+        EOFError("cut short"),
+    ],
 )
 def test_failed_download_says_where_a_copy_may_lie(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -262,11 +299,15 @@ def test_failed_download_says_where_a_copy_may_lie(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_partial_archive_is_not_taken_for_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partial_archive_is_not_taken_for_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "imagenette2-320.tgz").write_bytes(b"first part")
     fetched = []
     monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, max_hops: url)
-    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", lambda url, path: fetched.append(url))
+    monkeypatch.setattr(
+        "torchvision.datasets.utils._urlretrieve", lambda url, path: fetched.append(url)
+    )
     with pytest.raises(InputError, match="corrupted"):
         open_dataset("imagenette", root=tmp_path)
     assert len(fetched) == 1
@@ -278,7 +319,9 @@ def fake_cifar(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.mkdir(parents=True)
     listed = []
     for number, (name, _) in enumerate(CIFAR10.train_list + CIFAR10.test_list):
-        content = pickle.dumps({"data": np.full((2, 3072), number, np.uint8), "labels": [number, 0]})
+        content = pickle.dumps(
+            {"data": np.full((2, 3072), number, np.uint8), "labels": [number, 0]}
+        )
         (folder / name).write_bytes(content)
         listed.append([name, hashlib.md5(content).hexdigest()])
     meta = pickle.dumps({"label_names": [f"class{i}" for i in range(10)]})
@@ -308,5 +351,7 @@ def test_cifar10_class_folders(tmp_path: Path) -> None:
     images(tmp_path / "cifar10", "train/cat/1.jpg", "train/dog/1.jpg", "val/cat/1.jpg")
     with pytest.raises(InputError, match="only in train/: dog"):
         open_dataset("cifar10", root=tmp_path)
-    (tmp_path / "cifar10" / "train" / "dog" / "1.jpg").rename(tmp_path / "cifar10" / "train" / "cat" / "2.jpg")
+    (tmp_path / "cifar10" / "train" / "dog" / "1.jpg").rename(
+        tmp_path / "cifar10" / "train" / "cat" / "2.jpg"
+    )
     assert open_dataset("cifar10", root=tmp_path).train.classes == ("cat",)

@@ -33,7 +33,9 @@ def test_every_loss_is_run_at_every_dimension_and_learning_rate() -> None:
         assert {arm.config.model.dim for arm in arms} == {128, 256, 512, 2048}
         assert {arm.config.lr for arm in arms} == {0.0125, 0.03, 0.06, 0.1}
     assert {arm.config.loss for arm in of["vi-simsiam"]} == {LossConfig()}
-    assert plan("deaths", PlanOptions(preset="paper")).arms[0].config.loss == LossConfig(), "not that of the preset"
+    assert plan("deaths", PlanOptions(preset="paper")).arms[0].config.loss == LossConfig(), (
+        "not that of the preset"
+    )
     assert {arm.config.loss for arm in of["softplus"]} == {SOFTPLUS}
     assert {arm.config.method for arm in of["simsiam"]} == {"simsiam"}
     assert {arm.config.model.dim for arm in plan("deaths", PlanOptions(dim=64)).arms} == {64}
@@ -47,9 +49,13 @@ def test_one_epoch_is_refused() -> None:
 def written(folder: Path, *results: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of runs.json for these results."""
     (folder / "results").mkdir(parents=True)
-    (folder / "plan.json").write_text(json.dumps({"options": {"seeds": 9, "data": ["fashion-mini"], "trials": 8}}))
+    (folder / "plan.json").write_text(
+        json.dumps({"options": {"seeds": 9, "data": ["fashion-mini"], "trials": 8}})
+    )
     for each in results:
-        (folder / "results" / f"{each['arm']}-seed-{each['seed']}.json").write_text(json.dumps(each))
+        (folder / "results" / f"{each['arm']}-seed-{each['seed']}.json").write_text(
+            json.dumps(each)
+        )
     path = summarise_deaths(folder)
     assert path.read_text().startswith("# Experiment deaths\n\n## Result\n\nDead runs: ")
     rows: list[dict[str, Any]] = json.loads((folder / "runs.json").read_text())["runs"]
@@ -111,7 +117,9 @@ def test_what_counts_as_dead(tmp_path: Path) -> None:
         "between 0.5 and 2 times the best one in 2 of 6 runs of vi-simsiam, throughout from the second epoch on in 2."
         in text
     )
-    assert "| fashion-mini | vi-simsiam | 0.06 | 6 | 4 | 0.28 | 2 |" in text, "what diverged has no cosine"
+    assert "| fashion-mini | vi-simsiam | 0.06 | 6 | 4 | 0.28 | 2 |" in text, (
+        "what diverged has no cosine"
+    )
     assert "| fashion-mini | simsiam | 0.1 | 2 | 0 | 0.12 | 1 |" in text
     assert "options: seeds 9, data fashion-mini" in text
 
@@ -132,7 +140,9 @@ def test_ratios_are_of_smoothed_figures_after_the_first_epoch(tmp_path: Path) ->
 def test_a_damaged_result_is_named(tmp_path: Path) -> None:
     arm = plan("deaths", PlanOptions(preset="demo", dim=128)).arms[0]
     for number, damaged in enumerate(({"curve": {}}, {"config": {"lr": -1}})):
-        with pytest.raises(InputError, match=r"out: .*vi-simsiam-d128-lr0.0125-seed-0.json is damaged"):
+        with pytest.raises(
+            InputError, match=r"out: .*vi-simsiam-d128-lr0.0125-seed-0.json is damaged"
+        ):
             written(tmp_path / str(number), result(arm, "deaths", 0, **damaged))
 
 
@@ -145,7 +155,15 @@ def test_a_run_leaves_its_curve_and_no_weights(
     for number, path in enumerate(sorted((image_folder / "train").rglob("*.png"))):
         shutil.copy(path, flat / f"{number}.png")
     command = f"experiment deaths --data {flat} --preset demo --size 8 --batch-size 8 --dim 16 --epochs 2 --seeds 1"
-    given = [*command.split(), "--arms", "vi-simsiam-d16-lr0.06", "--out", str(out), "--devices", "cpu"]
+    given = [
+        *command.split(),
+        "--arms",
+        "vi-simsiam-d16-lr0.06",
+        "--out",
+        str(out),
+        "--devices",
+        "cpu",
+    ]
     assert main(given) == 0
     assert capsys.readouterr().out.endswith(f"{out / 'summary.md'}\n")
     (row,) = json.loads((out / "runs.json").read_text())["runs"]

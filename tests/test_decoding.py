@@ -42,7 +42,11 @@ def test_both_ways_of_starting_processes(
     files: FileSource, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # One process that imports torch takes long enough.
-    monkeypatch.setattr(decoding, "ProcessPoolExecutor", lambda workers, **options: ProcessPoolExecutor(1, **options))
+    monkeypatch.setattr(
+        decoding,
+        "ProcessPoolExecutor",
+        lambda workers, **options: ProcessPoolExecutor(1, **options),
+    )
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method(method, force=True)
     try:
@@ -137,7 +141,9 @@ cached(Slow(sys.argv[2:] * 100), cache_dir=Path(sys.argv[1]), workers=2)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_the_end_of_a_build_ends_all_processes(files: FileSource, tmp_path: Path, number: int) -> None:
+def test_the_end_of_a_build_ends_all_processes(
+    files: FileSource, tmp_path: Path, number: int
+) -> None:
     folder = tmp_path / "cache"
     process = subprocess.Popen(
         [sys.executable, "-c", _BUILD, str(folder), *files.paths],

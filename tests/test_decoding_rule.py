@@ -33,7 +33,9 @@ def icons(tmp_path: Path) -> Path:
     Image.fromarray(np.arange(320, dtype=np.uint16).reshape(16, 20) * 12).save(folder / "6.png")
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(np.arange(320, dtype=np.uint32).reshape(16, 20).astype(np.uint8)).save(folder / "7.png", exif=exif)
+    Image.fromarray(np.arange(320, dtype=np.uint32).reshape(16, 20).astype(np.uint8)).save(
+        folder / "7.png", exif=exif
+    )
     return folder
 
 
@@ -66,11 +68,22 @@ def test_a_run_and_all_that_follows_it_share_the_rule(
     with pytest.warns(ImageWarning, match=RANGE):
         np.testing.assert_allclose(encoder.encode(opened).embedding, expected, rtol=1e-4, atol=1e-5)
 
-    assert main(["embed", str(run), str(icons), "--out", str(tmp_path / "x.parquet"), "--device", "cpu"]) == 0
+    assert (
+        main(
+            ["embed", str(run), str(icons), "--out", str(tmp_path / "x.parquet"), "--device", "cpu"]
+        )
+        == 0
+    )
     assert capfd.readouterr().err.count(f"warning: {icons}: {RANGE}\n") == 1
-    with pytest.raises(InputError, match=r"icons\.pack holds images decoded with background white, .* background red"):
+    with pytest.raises(
+        InputError,
+        match=r"icons\.pack holds images decoded with background white, .* background red",
+    ):
         open_dataset(str(packed), decode=DecodeConfig(background="red"))
-    assert main(["train", "--data", str(packed), "--out", str(run), "--resume", "--background", "red"]) == 2
+    assert (
+        main(["train", "--data", str(packed), "--out", str(run), "--resume", "--background", "red"])
+        == 2
+    )
     assert "holds images decoded with background white" in capfd.readouterr().err
 
 
@@ -93,7 +106,9 @@ def test_a_strip_is_cut_before_it_is_enlarged(monkeypatch: pytest.MonkeyPatch) -
     sizes: list[int] = []
     resize = Image.Image.resize
     monkeypatch.setattr(
-        Image.Image, "resize", lambda self, size, *a, **k: sizes.append(max(size)) or resize(self, size, *a, **k)
+        Image.Image,
+        "resize",
+        lambda self, size, *a, **k: sizes.append(max(size)) or resize(self, size, *a, **k),
     )
     plain = v2.Compose([*eval_square(32).transforms[1:], v2.PILToTensor(), normalised()])
     noise = np.random.default_rng(0).integers(0, 256, (1, 12_001, 3), dtype=np.uint8)

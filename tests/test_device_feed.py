@@ -41,9 +41,15 @@ IMAGES = packed()
 def make_feed() -> Iterator[Callable[..., DeviceFeed]]:
     feeds: list[DeviceFeed] = []
 
-    def make(images: PackedImages = IMAGES, policy: AugmentConfig = PLAIN, **options: Any) -> DeviceFeed:
+    def make(
+        images: PackedImages = IMAGES, policy: AugmentConfig = PLAIN, **options: Any
+    ) -> DeviceFeed:
         feeds.append(
-            DeviceFeed(images, policy, **{"batch_size": 4, "seed": 3, "device": "cpu", "segment": 8} | options)
+            DeviceFeed(
+                images,
+                policy,
+                **{"batch_size": 4, "seed": 3, "device": "cpu", "segment": 8} | options,
+            )
         )
         return feeds[-1]
 
@@ -57,7 +63,9 @@ def batch(feed: DeviceFeed, step: int) -> Batch:
     return feed.make(torch.tensor(step, device=feed.device))
 
 
-def expected(policy: AugmentConfig = PLAIN, batch_size: int = 4, epochs: int = 3, **options: Any) -> list[Batch]:
+def expected(
+    policy: AugmentConfig = PLAIN, batch_size: int = 4, epochs: int = 3, **options: Any
+) -> list[Batch]:
     """What a worker makes of the first epochs."""
     loader = MultiViewLoader(IMAGES, policy, batch_size, seed=3, workers=0, **options)
     return [each for epoch in range(epochs) for each in loader.epoch(epoch)]
@@ -94,7 +102,9 @@ def test_where_segments_of_the_table_end_changes_nothing(
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_steps_may_start_anywhere_and_jump(make_feed: Callable[..., DeviceFeed], memory: str) -> None:
+def test_steps_may_start_anywhere_and_jump(
+    make_feed: Callable[..., DeviceFeed], memory: str
+) -> None:
     batches = expected()
     feed = make_feed(memory=memory, segment=4)
     for step in (9, 10, 11, 12, 3, 4, 4, 17, 0, 1, 2, 16, 15):
@@ -103,7 +113,9 @@ def test_steps_may_start_anywhere_and_jump(make_feed: Callable[..., DeviceFeed],
 
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_share_the_batch_of_one(make_feed: Callable[..., DeviceFeed], memory: str, world_size: int) -> None:
+def test_ranks_share_the_batch_of_one(
+    make_feed: Callable[..., DeviceFeed], memory: str, world_size: int
+) -> None:
     ranks = [
         make_feed(policy=MULTICROP, memory=memory, rank=rank, world_size=world_size, segment=4)
         for rank in range(world_size)
@@ -118,7 +130,9 @@ def test_ranks_share_the_batch_of_one(make_feed: Callable[..., DeviceFeed], memo
 
 def test_views_have_the_dtype_asked_for(make_feed: Callable[..., DeviceFeed]) -> None:
     for made, each in zip(
-        [batch(make_feed(dtype=torch.bfloat16), 0)], expected(dtype=torch.bfloat16, epochs=1), strict=False
+        [batch(make_feed(dtype=torch.bfloat16), 0)],
+        expected(dtype=torch.bfloat16, epochs=1),
+        strict=False,
     ):
         assert made.views[0].dtype == torch.bfloat16
         assert_same(made, each)
@@ -179,7 +193,9 @@ class BusyTransfers(device._Transfers):
 
 
 @pytest.mark.parametrize(
-    ("transfers", "least", "most"), [(device._Transfers, 0.05, 5.0), (BusyTransfers, 0.0, 0.0)], ids=["idle", "busy"]
+    ("transfers", "least", "most"),
+    [(device._Transfers, 0.05, 5.0), (BusyTransfers, 0.0, 0.0)],
+    ids=["idle", "busy"],
 )
 def test_waiting_counts_where_the_device_runs_out_of_work(
     make_feed: Callable[..., DeviceFeed],
@@ -224,7 +240,9 @@ def test_streaming_gathers_and_copies_ahead(make_feed: Callable[..., DeviceFeed]
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_a_step_beyond_those_loaded_reads_only_what_is_there(make_feed: Callable[..., DeviceFeed], memory: str) -> None:
+def test_a_step_beyond_those_loaded_reads_only_what_is_there(
+    make_feed: Callable[..., DeviceFeed], memory: str
+) -> None:
     """Warming up a captured step runs ahead of the counter that was loaded."""
     feed = make_feed(memory=memory, segment=2)
     feed.load(1)
@@ -255,12 +273,15 @@ def test_images_that_do_not_fit_name_what_helps(
         'memory="host" (--data-memory host) streams them'
     )
     with pytest.raises(
-        InputError, match="batch_size: streaming the images of ragged in batches of 26 takes .* smaller"
+        InputError,
+        match="batch_size: streaming the images of ragged in batches of 26 takes .* smaller",
     ):
         make_feed(memory="host", batch_size=26)
 
 
-def test_every_byte_is_uploaded(make_feed: Callable[..., DeviceFeed], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_byte_is_uploaded(
+    make_feed: Callable[..., DeviceFeed], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for chunk in (1000, len(IMAGES.pixels) // 2, len(IMAGES.pixels), 2**26):
         monkeypatch.setattr(device, "_UPLOAD_BYTES", chunk)
         assert np.array_equal(make_feed(memory="gpu")._pixels.numpy(), IMAGES.pixels)
@@ -326,7 +347,9 @@ def test_closing_ends_the_threads(make_feed: Callable[..., DeviceFeed], memory: 
 def test_numbers_out_of_range_are_named(make_feed: Callable[..., DeviceFeed]) -> None:
     with pytest.raises(InputError, match="batch_size: 27 must be at most 26, the images in ragged"):
         make_feed(batch_size=27)
-    with pytest.raises(InputError, match="batch_size: 4 must be a multiple of 3, the processes that share it"):
+    with pytest.raises(
+        InputError, match="batch_size: 4 must be a multiple of 3, the processes that share it"
+    ):
         make_feed(world_size=3)
     with pytest.raises(InputError, match="rank: 2 must lie between 0 and 1, for world_size 2"):
         make_feed(world_size=2, rank=2)
@@ -341,7 +364,9 @@ def test_numbers_out_of_range_are_named(make_feed: Callable[..., DeviceFeed]) ->
 def on_gpu(what: str) -> Callable[..., Any]:
     def mark(test: Callable[..., Any]) -> Callable[..., Any]:
         return pytest.mark.gpu(
-            pytest.mark.skipif(not torch.cuda.is_available(), reason=f"would check that {what}")(test)
+            pytest.mark.skipif(not torch.cuda.is_available(), reason=f"would check that {what}")(
+                test
+            )
         )
 
     return mark
@@ -358,7 +383,9 @@ def assert_near(made: Batch, each: Batch) -> None:
 
 @on_gpu("batches made on a GPU are those of the workers, also after jumps")
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_gpu_batches_are_those_of_the_workers(make_feed: Callable[..., DeviceFeed], memory: str) -> None:
+def test_gpu_batches_are_those_of_the_workers(
+    make_feed: Callable[..., DeviceFeed], memory: str
+) -> None:
     feed = make_feed(policy=MULTICROP, memory=memory, device="cuda", segment=4)
     batches = expected(MULTICROP)
     for step in (*range(18), 5, 6, 7, 2, 3):
@@ -367,7 +394,9 @@ def test_gpu_batches_are_those_of_the_workers(make_feed: Callable[..., DeviceFee
 
 @on_gpu("one CUDA graph makes every batch, by its counter")
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_a_replayed_graph_makes_every_batch(make_feed: Callable[..., DeviceFeed], memory: str) -> None:
+def test_a_replayed_graph_makes_every_batch(
+    make_feed: Callable[..., DeviceFeed], memory: str
+) -> None:
     feed = make_feed(policy=MULTICROP, memory=memory, device="cuda", segment=4)
     batches = expected(MULTICROP)
     counter = torch.zeros((), dtype=torch.int64, device="cuda")
@@ -392,7 +421,9 @@ def test_a_replayed_graph_makes_every_batch(make_feed: Callable[..., DeviceFeed]
 
 @on_gpu("making a batch never waits for the device, and that what is copied is page-locked")
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_making_a_batch_never_waits_for_the_device(make_feed: Callable[..., DeviceFeed], memory: str) -> None:
+def test_making_a_batch_never_waits_for_the_device(
+    make_feed: Callable[..., DeviceFeed], memory: str
+) -> None:
     feed = make_feed(policy=MULTICROP, memory=memory, device="cuda", backend="triton")
     counter = torch.zeros((), dtype=torch.int64, device="cuda")
     feed.load(0)
@@ -409,7 +440,9 @@ def test_making_a_batch_never_waits_for_the_device(make_feed: Callable[..., Devi
     assert all(slot.host.is_pinned() for slot in feed._slots)
 
 
-@on_gpu("a loader's batches are complete when the caller's stream reads them, and stay whole while it does")
+@on_gpu(
+    "a loader's batches are complete when the caller's stream reads them, and stay whole while it does"
+)
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_gpu_loader_hands_its_batches_over(memory: str) -> None:
     loader = MultiViewLoader(IMAGES, MULTICROP, 4, "cuda", seed=3, memory=memory)

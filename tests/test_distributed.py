@@ -17,12 +17,21 @@ from vi_simsiam.engine.checkpoint import Checkpoint
 from vi_simsiam.engine.distributed import World, joined, sync_batch_norm, wrap
 from vi_simsiam.errors import InputError
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch built with gloo")
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_gloo_available(), reason="needs torch built with gloo"
+)
 
 
 @pytest.fixture
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -104,9 +113,12 @@ def test_the_trainer_on_two_ranks_is_the_trainer_on_one(image_folder: Path, tmp_
     )
     assert len(one) == 5
     for name in ("step", "loss", "grad_norm", "lr"):
-        assert [line[name] for line in two] == pytest.approx([line[name] for line in one], rel=1e-4), name
+        assert [line[name] for line in two] == pytest.approx(
+            [line[name] for line in one], rel=1e-4
+        ), name
     expected, found = (
-        Checkpoint.load(tmp_path / name / "checkpoint.pt", torch.device("cpu")).model for name in ("one", "two")
+        Checkpoint.load(tmp_path / name / "checkpoint.pt", torch.device("cpu")).model
+        for name in ("one", "two")
     )
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
@@ -126,7 +138,10 @@ def test_running_statistics_are_each_ranks_own() -> None:
             "ranks: lr is 0.1 on rank 0 and 0.2 on rank 1; it must be the same",
         ),
         (
-            [{"lr": 1, "augment": {"crop": {"size": 32}}}, {"lr": 1, "augment": {"crop": {"size": 28}}}],
+            [
+                {"lr": 1, "augment": {"crop": {"size": 32}}},
+                {"lr": 1, "augment": {"crop": {"size": 28}}},
+            ],
             "augment.crop.size is 32 on rank 0 and 28 on rank 1",
         ),
         ([{"lr": 1}, {"lr": 1, "seed": 3}], "seed is 'nothing' on rank 0 and 3 on rank 1"),
@@ -143,19 +158,30 @@ def test_ranks_that_differ_say_in_what(values: list[object], message: str) -> No
 def test_rows_of_other_shapes_are_refused() -> None:
     outcomes = run_ranks(cases.uneven_rows, 2)
     assert sorted(outcome.error for outcome in outcomes) == ["InputError", "PeerError"]
-    assert any("(2, 3) on rank 0 and torch.float32 (2, 4) on rank 1" in outcome.message for outcome in outcomes)
+    assert any(
+        "(2, 3) on rank 0 and torch.float32 (2, 4) on rank 1" in outcome.message
+        for outcome in outcomes
+    )
 
 
-@pytest.mark.parametrize(("failing", "waits"), [(0, "end"), (1, "end"), (1, "agree"), (0, "main_first")])
+@pytest.mark.parametrize(
+    ("failing", "waits"), [(0, "end"), (1, "end"), (1, "agree"), (0, "main_first")]
+)
 def test_one_failing_rank_ends_all_at_once(failing: int, waits: str) -> None:
     """However the others wait; the one that failed has the error, the others only know that they are to end."""
     outcomes = run_ranks(cases.fails_in_setup, 3, failing, waits)
     for rank, outcome in enumerate(outcomes):
         assert outcome.seconds < 15, "the others did not wait for the timeout"
         if rank == failing:
-            assert (outcome.error, outcome.message) == ("FileNotFoundError", "no such folder: /data\nand more")
+            assert (outcome.error, outcome.message) == (
+                "FileNotFoundError",
+                "no such folder: /data\nand more",
+            )
         else:
-            assert (outcome.error, outcome.message) == ("PeerError", f"rank {failing}: no such folder: /data")
+            assert (outcome.error, outcome.message) == (
+                "PeerError",
+                f"rank {failing}: no such folder: /data",
+            )
 
 
 def test_of_ranks_that_fail_alike_one_reports() -> None:
@@ -177,7 +203,10 @@ def test_a_rank_that_fails_in_training_releases_those_at_a_collective() -> None:
 
 @pytest.mark.parametrize(
     ("where", "message"),
-    [("collective", "ranks: contact with another rank was lost"), ("store", r"ranks: no answer from [1] within 2 s")],
+    [
+        ("collective", "ranks: contact with another rank was lost"),
+        ("store", r"ranks: no answer from [1] within 2 s"),
+    ],
 )
 def test_a_rank_that_stalls_is_an_error_after_the_timeout(where: str, message: str) -> None:
     first, _ = run_ranks(cases.stalls, 2, where, timeout=2.0)
@@ -194,7 +223,10 @@ def test_synchronised_batch_norm_is_refused_on_a_cpu() -> None:
 @pytest.mark.parametrize("batch_size", [7, 2, 0])
 def test_a_batch_is_divided_evenly_or_refused(batch_size: int) -> None:
     assert World(size=2).local_batch(8) == 4
-    with pytest.raises(InputError, match=f"batch_size: {batch_size} cannot be divided among 2 ranks; .* multiple of 2"):
+    with pytest.raises(
+        InputError,
+        match=f"batch_size: {batch_size} cannot be divided among 2 ranks; .* multiple of 2",
+    ):
         World(size=2).local_batch(batch_size)
 
 
@@ -202,8 +234,14 @@ def test_a_batch_is_divided_evenly_or_refused(batch_size: int) -> None:
     ("environment", "message"),
     [
         ({}, "LOCAL_RANK, MASTER_ADDR, MASTER_PORT not; start the ranks with torchrun"),
-        ({"LOCAL_RANK": "x", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "LOCAL_RANK=x.* must be integers"),
-        ({"RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "RANK 2 must be .* below"),
+        (
+            {"LOCAL_RANK": "x", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+            "LOCAL_RANK=x.* must be integers",
+        ),
+        (
+            {"RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+            "RANK 2 must be .* below",
+        ),
     ],
 )
 @pytest.mark.usefixtures("no_launcher")

@@ -43,8 +43,16 @@ def exact_log_prob(loc: Tensor, kappa: float, value: Tensor) -> Tensor:
     with mpmath.workdps(40):
         b = mpmath.mpf(loc.shape[-1] - 1) / 2
         a = b + mpmath.mpf(kappa)
-        log_c = mpmath.loggamma(a + b) - mpmath.loggamma(a) - (a + b) * mpmath.log(2) - b * mpmath.log(mpmath.pi)
-        values = [float(log_c + kappa * mpmath.log(mpmath.mpf(x))) for x in one_plus_cos.flatten().tolist()]
+        log_c = (
+            mpmath.loggamma(a + b)
+            - mpmath.loggamma(a)
+            - (a + b) * mpmath.log(2)
+            - b * mpmath.log(mpmath.pi)
+        )
+        values = [
+            float(log_c + kappa * mpmath.log(mpmath.mpf(x)))
+            for x in one_plus_cos.flatten().tolist()
+        ]
     return torch.tensor(values, dtype=torch.float64).reshape(one_plus_cos.shape)
 
 
@@ -53,7 +61,9 @@ def exact_divergence(kappa: float, dim: int) -> tuple[float, float]:
     with mpmath.workdps(60):
         k, b = mpmath.mpf(kappa), mpmath.mpf(dim - 1) / 2
         a, s = b + k, 2 * b + k
-        log_c = mpmath.loggamma(s) - mpmath.loggamma(a) - mpmath.loggamma(2 * b) + mpmath.loggamma(b)
+        log_c = (
+            mpmath.loggamma(s) - mpmath.loggamma(a) - mpmath.loggamma(2 * b) + mpmath.loggamma(b)
+        )
         value = log_c + k * (mpmath.psi(0, a) - mpmath.psi(0, s))
         return float(value), float(k * (mpmath.psi(1, a) - mpmath.psi(1, s)))
 
@@ -63,7 +73,9 @@ def uniform(p: PowerSpherical) -> HypersphericalUniform:
 
 
 def random_loc(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    return normalize(torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed)), dim=-1)
+    return normalize(
+        torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed)), dim=-1
+    )
 
 
 LOC = random_loc(4, 3, dtype=torch.float32)
@@ -89,7 +101,9 @@ def test_log_prob_matches_golden_values(dim: int, dtype: torch.dtype) -> None:
     expected = table["log_prob"]
     if dtype == torch.float32:
         kappa = kappa.float().double()
-        expected = torch.stack([exact_log_prob(loc[i], kappa[i].item(), value[i]) for i in range(len(cos))])
+        expected = torch.stack(
+            [exact_log_prob(loc[i], kappa[i].item(), value[i]) for i in range(len(cos))]
+        )
     # Rounding z by eps moves the cosine by eps (1 - c^2), and the log-density by eps kappa (1 - c).
     tolerance = 4 * EPS[dtype] * (1 + expected.abs() + log_uniform.abs() + kappa * (1 - cos))
     assert log_prob.dtype == dtype
@@ -104,11 +118,15 @@ def test_log_prob_of_float32_samples_keeps_its_digits(dim: int, kappa: float) ->
     exact = exact_log_prob(p.loc, kappa, value)
     ours = (p.log_prob(value) - exact).abs().max().item()
     size = 1 + exact.abs().max().item() + uniform(p).entropy().abs().max().item()
-    assert ours <= 4 * EPS[torch.float32] * (size + kappa * (dim - 1) / (kappa + dim - 1))  # kappa (1 - E[cos])
+    assert ours <= 4 * EPS[torch.float32] * (
+        size + kappa * (dim - 1) / (kappa + dim - 1)
+    )  # kappa (1 - E[cos])
     if kappa == 1e6:
         b = torch.tensor((dim - 1) / 2)
         a = b + kappa
-        log_c = torch.lgamma(a + b) - torch.lgamma(a) - (a + b) * math.log(2) - b * math.log(math.pi)
+        log_c = (
+            torch.lgamma(a + b) - torch.lgamma(a) - (a + b) * math.log(2) - b * math.log(math.pi)
+        )
         textbook = log_c + kappa * torch.log1p((p.loc * value).sum(-1))
         assert (textbook - exact).abs().max().item() > 10 * ours
 
@@ -117,16 +135,26 @@ def test_log_prob_of_float32_samples_keeps_its_digits(dim: int, kappa: float) ->
 @pytest.mark.parametrize("dim", GOLDEN_DIMS)
 def test_entropy_and_divergence_match_golden_values(dim: int, dtype: torch.dtype) -> None:
     table = golden(dim)
-    kappa, expected_kl, expected_entropy = table["kappa"].to(dtype), table["kl_uniform"], table["entropy"]
+    kappa, expected_kl, expected_entropy = (
+        table["kappa"].to(dtype),
+        table["kl_uniform"],
+        table["entropy"],
+    )
     if dtype == torch.float32:  # the table's concentrations are not all representable
-        expected_kl = torch.tensor([exact_divergence(k, dim)[0] for k in kappa.tolist()], dtype=torch.float64)
+        expected_kl = torch.tensor(
+            [exact_divergence(k, dim)[0] for k in kappa.tolist()], dtype=torch.float64
+        )
         expected_entropy = table["entropy"] + (table["kl_uniform"] - expected_kl)
     p = PowerSpherical(random_loc(len(kappa), dim, dtype=dtype), kappa)
     divergence, entropy = kl_divergence(p, uniform(p)), p.entropy()
     assert divergence.dtype == entropy.dtype == dtype
-    assert ((divergence.double() - expected_kl).abs() <= 5 * EPS[dtype] * expected_kl + 1e-50).all()  # 0 in 60 digits
+    assert (
+        (divergence.double() - expected_kl).abs() <= 5 * EPS[dtype] * expected_kl + 1e-50
+    ).all()  # 0 in 60 digits
     # In float64 the area's own terms, lgamma(D/2) and (D/2) log pi, are rounded before they are subtracted.
-    area_terms = abs(math.lgamma(dim / 2)) + dim / 2 * math.log(math.pi) if dtype == torch.float64 else 0.0
+    area_terms = (
+        abs(math.lgamma(dim / 2)) + dim / 2 * math.log(math.pi) if dtype == torch.float64 else 0.0
+    )
     tolerance = 2 * EPS[dtype] * (expected_entropy.abs() + expected_kl + area_terms)
     assert ((entropy.double() - expected_entropy).abs() <= tolerance).all()
 
@@ -134,8 +162,12 @@ def test_entropy_and_divergence_match_golden_values(dim: int, dtype: torch.dtype
 @pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize("dim", [2, 3, 9, 17, 18, 33, 34, 2048, 8192])
 def test_divergence_and_its_gradient_keep_relative_accuracy(dim: int, dtype: torch.dtype) -> None:
-    kappa = torch.tensor([1e-6, 1e-3, 0.1, 1.0, 3.0, 30.0, 1e3, 1e5, 1e9], dtype=dtype, requires_grad=True)
-    divergence = kl_divergence(PowerSpherical(random_loc(9, dim, dtype=dtype), kappa), HypersphericalUniform(dim))
+    kappa = torch.tensor(
+        [1e-6, 1e-3, 0.1, 1.0, 3.0, 30.0, 1e3, 1e5, 1e9], dtype=dtype, requires_grad=True
+    )
+    divergence = kl_divergence(
+        PowerSpherical(random_loc(9, dim, dtype=dtype), kappa), HypersphericalUniform(dim)
+    )
     (gradient,) = torch.autograd.grad(divergence.sum(), kappa)
     for k, value, slope in zip(kappa.tolist(), divergence.tolist(), gradient.tolist(), strict=True):
         exact_value, exact_slope = exact_divergence(k, dim)
@@ -150,11 +182,17 @@ def test_agrees_with_the_power_spherical_package(dim: int, kappa: float) -> None
     p = PowerSpherical(random_loc(5, dim), kappa)
     q = other.PowerSpherical(p.loc, p.concentration, validate_args=False)
     value = random_loc(7, 5, dim, seed=1)
-    log_area = math.log(2) + dim / 2 * math.log(math.pi) - math.lgamma(dim / 2)  # float32 in the package
+    log_area = (
+        math.log(2) + dim / 2 * math.log(math.pi) - math.lgamma(dim / 2)
+    )  # float32 in the package
     torch.testing.assert_close(p.log_prob(value), q.log_prob(value), rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(p.entropy(), q.entropy(), rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(kl_divergence(p, uniform(p)), log_area - q.entropy(), rtol=1e-11, atol=1e-11)
-    single = other.PowerSpherical(p.loc[0], p.concentration[0], validate_args=False)  # its mean knows no batches
+    torch.testing.assert_close(
+        kl_divergence(p, uniform(p)), log_area - q.entropy(), rtol=1e-11, atol=1e-11
+    )
+    single = other.PowerSpherical(
+        p.loc[0], p.concentration[0], validate_args=False
+    )  # its mean knows no batches
     torch.testing.assert_close(p.mean[0], single.mean)
 
 
@@ -190,7 +228,11 @@ def test_density_integrates_to_one_on_the_circle() -> None:
     angle = torch.arange(4000, dtype=torch.float64) * (2 * math.pi / 4000)
     circle = torch.stack((angle.cos(), angle.sin()), dim=-1)
     for kappa in (0.0, 2.5, 900.0):
-        density = PowerSpherical(torch.tensor([0.6, -0.8], dtype=torch.float64), kappa).log_prob(circle).exp()
+        density = (
+            PowerSpherical(torch.tensor([0.6, -0.8], dtype=torch.float64), kappa)
+            .log_prob(circle)
+            .exp()
+        )
         assert (density.sum() * (2 * math.pi / 4000)).item() == pytest.approx(1, abs=1e-10)
 
 
@@ -221,14 +263,20 @@ def test_samples_have_the_first_two_moments(dim: int, kappa: float, name: str) -
 
 
 @pytest.mark.parametrize("dtype", EPS)
-@pytest.mark.parametrize(("dim", "kappa"), [(2, 0.0), (2, 1e6), (3, 7.0), (128, 50.0), (2048, 1e6), (2048, 0.0)])
-def test_the_cosine_of_samples_follows_its_beta_distribution(dim: int, kappa: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dim", "kappa"), [(2, 0.0), (2, 1e6), (3, 7.0), (128, 50.0), (2048, 1e6), (2048, 0.0)]
+)
+def test_the_cosine_of_samples_follows_its_beta_distribution(
+    dim: int, kappa: float, dtype: torch.dtype
+) -> None:
     p = PowerSpherical(random_loc(dim, dtype=dtype), torch.tensor(kappa, dtype=dtype))
     x = p.sample((1000,))
     assert x.dtype == dtype
     # The root of D squares' sum is off by sqrt(D) eps / 12 at random; the most of 1000 is three times that.
     assert ((x.double().norm(dim=-1) - 1).abs() <= (4 + dim**0.5 / 4) * EPS[dtype]).all()
-    half_gap = (x.double() - normalize(p.loc.double(), dim=-1)).square().sum(-1) / 4  # (1 - cos) / 2 ~ Beta(b, a)
+    half_gap = (x.double() - normalize(p.loc.double(), dim=-1)).square().sum(
+        -1
+    ) / 4  # (1 - cos) / 2 ~ Beta(b, a)
     b = (dim - 1) / 2
     assert stats.kstest(half_gap.numpy(), stats.beta(b, b + kappa).cdf).pvalue > 1e-4
 
@@ -287,13 +335,22 @@ def test_variance_keeps_its_digits_along_a_coordinate_axis() -> None:
     b = (dim - 1) / 2
     exact = stats.beta(b + kappa, b).var() * 4
     assert variance[0].item() == pytest.approx(exact, rel=1e-6, abs=0)
-    torch.testing.assert_close(variance.sum().item(), 1 - (kappa / (kappa + dim - 1)) ** 2, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        variance.sum().item(), 1 - (kappa / (kappa + dim - 1)) ** 2, rtol=1e-6, atol=0
+    )
 
 
 def test_shapes_of_batches_samples_and_values() -> None:
     p = PowerSpherical(random_loc(4, 3, 7, dtype=torch.float32), torch.rand(4, 3))
     assert (p.batch_shape, p.event_shape, p.dim) == ((4, 3), (7,), 7)
-    assert p.sample().shape == p.mean.shape == p.mode.shape == p.variance.shape == p.stddev.shape == (4, 3, 7)
+    assert (
+        p.sample().shape
+        == p.mean.shape
+        == p.mode.shape
+        == p.variance.shape
+        == p.stddev.shape
+        == (4, 3, 7)
+    )
     assert p.rsample((2, 5)).shape == p.sample((2, 5)).shape == (2, 5, 4, 3, 7)
     assert p.entropy().shape == kl_divergence(p, HypersphericalUniform(7)).shape == (4, 3)
     assert kl_divergence(p, HypersphericalUniform(7, (2, 1, 3))).shape == (2, 4, 3)
@@ -310,23 +367,31 @@ def test_one_concentration_serves_the_whole_batch() -> None:
         p = PowerSpherical(LOC, scalar)
         assert p.concentration.shape == (4,)
         # Twice what the golden values allow either: operands that are expanded may take other loops. Terms add up to 13.
-        torch.testing.assert_close(p.log_prob(LOC.flip(0)), expected, rtol=0, atol=8 * EPS[torch.float32] * 13)
+        torch.testing.assert_close(
+            p.log_prob(LOC.flip(0)), expected, rtol=0, atol=8 * EPS[torch.float32] * 13
+        )
 
 
 def test_expand_keeps_the_densities() -> None:
-    p = PowerSpherical(random_loc(3, 5), torch.tensor([0.5, 2.0, 9.0], dtype=torch.float64), validate_args=False)
+    p = PowerSpherical(
+        random_loc(3, 5), torch.tensor([0.5, 2.0, 9.0], dtype=torch.float64), validate_args=False
+    )
     wide = p.expand((4, 3))
     assert type(wide) is PowerSpherical
     assert (wide.batch_shape, wide.concentration.shape, wide.event_shape) == ((4, 3), (4, 3), (5,))
     assert wide._validate_args is False
     with pytest.raises(InputError, match="value: a vector of length 2"):
-        PowerSpherical(p.loc, p.concentration, validate_args=True).expand((4, 3)).log_prob(2 * p.loc)
+        PowerSpherical(p.loc, p.concentration, validate_args=True).expand((4, 3)).log_prob(
+            2 * p.loc
+        )
     with pytest.raises(InputError, match="value: a vector of length 2"):
         HypersphericalUniform(5, validate_args=True).expand((4, 3)).log_prob(2 * p.loc)
     assert wide.loc.data_ptr() == p.loc.data_ptr()
     value = random_loc(5)
     expected = p.log_prob(value).expand(4, 3)
-    torch.testing.assert_close(wide.log_prob(value), expected, rtol=0, atol=8 * EPS[torch.float64] * 29)  # as above
+    torch.testing.assert_close(
+        wide.log_prob(value), expected, rtol=0, atol=8 * EPS[torch.float64] * 29
+    )  # as above
     assert wide.sample((2,)).shape == (2, 4, 3, 5)
     u = HypersphericalUniform(5, (3,), dtype=torch.float64).expand((4, 3))
     assert (u.sample().shape, u.sample().dtype) == ((4, 3, 5), torch.float64)
@@ -341,7 +406,12 @@ def test_half_precision_parameters_are_computed_in_float32(dtype: torch.dtype) -
     wide = PowerSpherical(loc.float(), p.concentration.float(), validate_args=False)
     x = p.rsample((3,))
     assert x.dtype == p.mean.dtype == p.variance.dtype == dtype
-    assert p.log_prob(x).dtype == p.entropy().dtype == kl_divergence(p, uniform(p)).dtype == torch.float32
+    assert (
+        p.log_prob(x).dtype
+        == p.entropy().dtype
+        == kl_divergence(p, uniform(p)).dtype
+        == torch.float32
+    )
     assert torch.equal(p.log_prob(x), wide.log_prob(x.float()))
     assert torch.equal(p.entropy(), wide.entropy())
     assert HypersphericalUniform(64, dtype=dtype).sample((2,)).dtype == dtype
@@ -371,7 +441,9 @@ def test_mixed_precision_values_are_computed_in_the_wider_dtype() -> None:
         (LOC, torch.ones(4, device="meta"), "lies on meta"),
     ],
 )
-def test_values_that_do_not_fit_are_refused(loc: Tensor, concentration: Tensor, message: str) -> None:
+def test_values_that_do_not_fit_are_refused(
+    loc: Tensor, concentration: Tensor, message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         PowerSpherical(loc, concentration, validate_args=True)
 
@@ -382,17 +454,29 @@ def test_values_that_do_not_fit_are_refused(loc: Tensor, concentration: Tensor, 
         (LOC.int(), torch.ones(4), "loc: torch.int32"),
         ([[1.0, 0.0]], torch.ones(1), "loc: list"),
         (LOC, torch.ones(4, dtype=torch.int64), "concentration: torch.int64"),
-        (LOC, torch.ones(4).double(), "concentration: torch.float64 given, must be loc's torch.float32"),
+        (
+            LOC,
+            torch.ones(4).double(),
+            "concentration: torch.float64 given, must be loc's torch.float32",
+        ),
     ],
 )
-def test_types_that_do_not_fit_are_refused(loc: Tensor, concentration: Tensor, message: str) -> None:
+def test_types_that_do_not_fit_are_refused(
+    loc: Tensor, concentration: Tensor, message: str
+) -> None:
     with pytest.raises(TypeError, match=message):
         PowerSpherical(loc, concentration)
 
 
-@pytest.mark.parametrize("p", [PowerSpherical(LOC, 2.0), HypersphericalUniform(3, (4,))], ids=["power", "uniform"])
-def test_values_of_the_wrong_shape_or_length_are_refused(p: PowerSpherical | HypersphericalUniform) -> None:
-    with pytest.raises(InputError, match=r"value: shape \(4, 1\) given, its last dimension must be D = 3"):
+@pytest.mark.parametrize(
+    "p", [PowerSpherical(LOC, 2.0), HypersphericalUniform(3, (4,))], ids=["power", "uniform"]
+)
+def test_values_of_the_wrong_shape_or_length_are_refused(
+    p: PowerSpherical | HypersphericalUniform,
+) -> None:
+    with pytest.raises(
+        InputError, match=r"value: shape \(4, 1\) given, its last dimension must be D = 3"
+    ):
         p.log_prob(torch.ones(4, 1))
     with pytest.raises(InputError, match=r"value: shape \(5, 3\).*batch shape \(4,\)"):
         p.log_prob(random_loc(5, 3, dtype=torch.float32))
@@ -416,7 +500,9 @@ def test_uniform_distribution() -> None:
     sphere = HypersphericalUniform(3, (2,), dtype=torch.float64)
     assert sphere.entropy().tolist() == pytest.approx([math.log(4 * math.pi)] * 2, rel=1e-15, abs=0)
     assert sphere.log_prob(random_loc(5, 1, 3)).shape == (5, 2)
-    assert sphere.log_prob(random_loc(3)).tolist() == pytest.approx([-math.log(4 * math.pi)] * 2, rel=1e-15, abs=0)
+    assert sphere.log_prob(random_loc(3)).tolist() == pytest.approx(
+        [-math.log(4 * math.pi)] * 2, rel=1e-15, abs=0
+    )
     x = sphere.sample((5000,))
     assert x.shape == (5000, 2, 3)
     assert ((x.norm(dim=-1) - 1).abs() < 1e-15).all()

@@ -13,7 +13,15 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from docs_cases import ROOT, commands, inline_code, is_accepted, messages, shell_lines, stop_after_options
+from docs_cases import (
+    ROOT,
+    commands,
+    inline_code,
+    is_accepted,
+    messages,
+    shell_lines,
+    stop_after_options,
+)
 from PIL import Image
 
 from vi_simsiam.benchmarks.report import fill
@@ -45,7 +53,9 @@ def changes() -> list[str]:
     """The example's difference, without the lines that name the files and places, and without the first docstring."""
     before, after = (path.read_text().split('"""', 2)[2].splitlines() for path in (BEFORE, AFTER))
     return [
-        line for line in difflib.unified_diff(before, after, n=1, lineterm="") if not re.match(r"---|\+\+\+|@@", line)
+        line
+        for line in difflib.unified_diff(before, after, n=1, lineterm="")
+        if not re.match(r"---|\+\+\+|@@", line)
     ]
 
 
@@ -60,13 +70,19 @@ def load(path: Path) -> ModuleType:
 
 def test_links_and_pictures_exist() -> None:
     for page in PAGES:
-        links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()) if not link.startswith("http")]
+        links = [
+            link
+            for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
+            if not link.startswith("http")
+        ]
         assert [link for link in links if not (DOCS / link).exists()] == [], page.name
 
 
 def anchors(page: Path) -> set[str]:
     """The names that GitHub gives the headings of a page."""
-    headings = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    headings = re.findall(
+        r"^#+ (.*)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE
+    )
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -98,7 +114,11 @@ def test_commands_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_command_that_is_not_accepted_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     stop_after_options(monkeypatch)
-    for command in ("vi-simsiam fly", "vi-simsiam train --sise 64", "vi-simsiam evaluate RUN --k 3"):
+    for command in (
+        "vi-simsiam fly",
+        "vi-simsiam train --sise 64",
+        "vi-simsiam evaluate RUN --k 3",
+    ):
         assert not is_accepted(command)
 
 
@@ -106,9 +126,17 @@ def test_options_named_in_sentences_exist(capsys: pytest.CaptureFixture[str]) ->
     for command in set(COMMANDS) - {"bench", "train"}:
         assert main([command, "--help"]) == 0
     assert main(["train", "--help-all"]) == 0
-    known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out)) | {"--help", "--help-all", "--version"}
+    known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out)) | {
+        "--help",
+        "--help-all",
+        "--version",
+    }
     for page in GUIDES:
-        named = {option for code in inline_code(page.read_text()) for option in re.findall(r"(?<!\S)--[a-z-]+", code)}
+        named = {
+            option
+            for code in inline_code(page.read_text())
+            for option in re.findall(r"(?<!\S)--[a-z-]+", code)
+        }
         assert named - known - {"--only"} == set(), page.name
 
 
@@ -118,7 +146,11 @@ def test_messages_are_those_of_the_source() -> None:
     assert len(rows) > 15
     patterns = list(messages())
     wanted = (ROOT / "Makefile").read_text()
-    missing = [row for row in rows if row not in wanted and not any(pattern.fullmatch(row) for pattern in patterns)]
+    missing = [
+        row
+        for row in rows
+        if row not in wanted and not any(pattern.fullmatch(row) for pattern in patterns)
+    ]
     assert missing == []
 
 
@@ -127,9 +159,16 @@ def test_the_photo_page_has_the_settings_of_the_code() -> None:
     rows = re.findall(r"^\| ([\d,]+) \| (\d+) \| (\d+) \|", text, re.MULTILINE)
     assert len(rows) == 6
     sides = {"up to 28 pixels": 28, "29 to 32 pixels": 29, "33 to 64 pixels": 64, "more": 65}
-    for side, stem, dim in re.findall(r"^\| ([^|]+) \| [^|]+ \| (small|ImageNet's) \| (\d+) \|", text, re.MULTILINE):
-        model = suited(TrainConfig(), ArraySource(np.zeros((64, 8, 8), np.uint8)), size=sides.pop(side)).model
-        assert (model.stem, model.dim) == ({"small": "small", "ImageNet's": "imagenet"}[stem], int(dim)), side
+    for side, stem, dim in re.findall(
+        r"^\| ([^|]+) \| [^|]+ \| (small|ImageNet's) \| (\d+) \|", text, re.MULTILINE
+    ):
+        model = suited(
+            TrainConfig(), ArraySource(np.zeros((64, 8, 8), np.uint8)), size=sides.pop(side)
+        ).model
+        assert (model.stem, model.dim) == (
+            {"small": "small", "ImageNet's": "imagenet"}[stem],
+            int(dim),
+        ), side
     assert not sides
     for images, size, epochs in rows:
         source = ArraySource(np.zeros((int(images.replace(",", "")), 8, 8), np.uint8))
@@ -144,7 +183,8 @@ def test_the_photo_page_has_the_settings_of_the_code() -> None:
     assert f"below {verdict.LEAST_SPREAD:g}: collapse, which z-std need not show" in numbers
     assert (
         f"more than {1 / verdict.LEAST_RATIO:g} times kappa, "
-        f"where a value above {verdict.LARGEST_BEST:g} counts as {verdict.LARGEST_BEST:g}: dead" in numbers
+        f"where a value above {verdict.LARGEST_BEST:g} counts as {verdict.LARGEST_BEST:g}: dead"
+        in numbers
     )
 
 
@@ -180,7 +220,9 @@ except RuntimeError:
     torch.export.load("loss.pt2")
     print("needed")
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.stdout == "needed\n", done.stderr
 
 
@@ -216,7 +258,9 @@ def test_the_lightly_example_changes_few_lines() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("path", [BEFORE, AFTER], ids=["before", "after"])
-def test_the_lightly_example_runs(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_lightly_example_runs(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """An epoch of two batches; NT-Xent of eight random pairs begins near log(15)."""
     for i in range(16):
         pixels = np.random.default_rng(i).integers(0, 256, (20, 20, 3), dtype=np.uint8)

@@ -74,11 +74,26 @@ def test_there_are_no_more_neighbours_than_others() -> None:
 
 
 def test_the_file_holds_what_the_encoder_says(
-    run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Path,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(embed, "_ROWS", 4)
     out = tmp_path / "features.parquet"
-    command = ["embed", str(run), str(folder), "--out", str(out), "--neighbours", "3", "--batch-size", "4", *ON_CPU]
+    command = [
+        "embed",
+        str(run),
+        str(folder),
+        "--out",
+        str(out),
+        "--neighbours",
+        "3",
+        "--batch-size",
+        "4",
+        *ON_CPU,
+    ]
     assert main(command) == 0
     said = capsys.readouterr()
     assert said.out == f"written: {out} (9 images, 2 skipped)\n"
@@ -89,7 +104,9 @@ def test_the_file_holds_what_the_encoder_says(
     assert "an empty file" in said.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["features.parquet", "images"]
 
-    paths = [path for path in find_images(folder).paths if "broken" not in path and "empty" not in path]
+    paths = [
+        path for path in find_images(folder).paths if "broken" not in path and "empty" not in path
+    ]
     expected = vi_simsiam.load(run, "cpu").encode(paths)
     file = parquet.ParquetFile(out)
     assert file.metadata.num_row_groups == 3
@@ -103,15 +120,24 @@ def test_the_file_holds_what_the_encoder_says(
     np.testing.assert_allclose(columns["uncertainty"], expected.uncertainty.numpy(), rtol=1e-4)
     similar = cosines(embedding.astype(np.float64), embedding.astype(np.float64))
     np.fill_diagonal(similar, -np.inf)
-    for row, (near, values) in enumerate(zip(columns["neighbours"], columns["similarities"], strict=True)):
+    for row, (near, values) in enumerate(
+        zip(columns["neighbours"], columns["similarities"], strict=True)
+    ):
         best = -np.sort(-similar[row])[:3]
         assert len({paths[row], *near}) == 4
         # Which of two that are as near comes first may be a matter of rounding; that they are the nearest is not.
-        np.testing.assert_allclose(similar[row][[paths.index(path) for path in near]], best, atol=1e-5)
+        np.testing.assert_allclose(
+            similar[row][[paths.index(path) for path in near]], best, atol=1e-5
+        )
         np.testing.assert_allclose(values, best, atol=1e-5)
 
     about = json.loads(table.schema.metadata[b"vi_simsiam"])
-    assert (about["run"], about["method"], about["dim"], about["features"]) == (str(run), "vi-simsiam", DIM, 512)
+    assert (about["run"], about["method"], about["dim"], about["features"]) == (
+        str(run),
+        "vi-simsiam",
+        DIM,
+        512,
+    )
     assert about["view"] == "shorter side resized to 16 pixels (bicubic), centre crop"
     assert about["versions"]["vi-simsiam"] == vi_simsiam.__version__
 
@@ -147,9 +173,14 @@ def test_simsiam_is_embedded_without_uncertainty(
     run = save_run(tmp_path / "simsiam", "simsiam")
     out = tmp_path / "features.parquet"
     assert main(["embed", str(run), str(folder), "--out", str(out), *ON_CPU]) == 0
-    assert "concentration and uncertainty are empty: a SimSiam run predicts none" in capsys.readouterr().out
+    assert (
+        "concentration and uncertainty are empty: a SimSiam run predicts none"
+        in capsys.readouterr().out
+    )
     table = parquet.read_table(out)
-    assert table["concentration"].null_count == table["uncertainty"].null_count == table.num_rows == 9
+    assert (
+        table["concentration"].null_count == table["uncertainty"].null_count == table.num_rows == 9
+    )
     assert table["embedding"].null_count == 0
 
 
@@ -165,7 +196,10 @@ def test_simsiam_is_embedded_without_uncertainty(
             "RUN IMAGES/nothing --out OUT.parquet",
             "images: IMAGES/nothing is not there; give an image, a folder of images, a pack file, or one of fashion",
         ),
-        ("RUN BAD --out OUT.parquet", "images: BAD has 2 images, but none that can be read: BAD/broken.png"),
+        (
+            "RUN BAD --out OUT.parquet",
+            "images: BAD has 2 images, but none that can be read: BAD/broken.png",
+        ),
         ("RUN EMPTY --out OUT.parquet", "images: EMPTY holds no image"),
         ("RUN IMAGES --out OUT.parquet --reference EMPTY", "EMPTY holds no image"),
         ("IMAGES IMAGES --out OUT.parquet", "run: IMAGES holds no run"),
@@ -181,10 +215,14 @@ def test_bad_input_is_one_line_and_writes_nothing(
     for name in ("broken.png", "other.gif"):
         (tmp_path / "BAD" / name).write_bytes(b"nothing")
     for name in ("IMAGES", "EMPTY", "BAD", "OUT"):
-        arguments, message = (text.replace(name, str(tmp_path / name)) for text in (arguments, message))
+        arguments, message = (
+            text.replace(name, str(tmp_path / name)) for text in (arguments, message)
+        )
     before = sorted(tmp_path.rglob("*"))
     assert main(["embed", *arguments.replace("RUN", str(run)).split(), *ON_CPU]) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("skipped: ")]
+    lines = [
+        line for line in capsys.readouterr().err.splitlines() if not line.startswith("skipped: ")
+    ]
     assert len(lines) == 1
     assert message in lines[0]
     assert sorted(tmp_path.rglob("*")) == before

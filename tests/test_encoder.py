@@ -66,15 +66,21 @@ def test_encoding_is_what_the_model_computes(encoder: Encoder, folder: Path) -> 
     torch.testing.assert_close(encoding.loc, distribution.loc)
     torch.testing.assert_close(encoding.concentration, distribution.concentration)
     # 1 - E[mu.z]: E[z] is the distribution's mean.
-    torch.testing.assert_close(encoding.uncertainty, 1 - (distribution.mean * distribution.loc).sum(1))
+    torch.testing.assert_close(
+        encoding.uncertainty, 1 - (distribution.mean * distribution.loc).sum(1)
+    )
     assert encoding.concentration is not None
-    assert encoding.concentration.max() > 1.2 * encoding.concentration.min(), "the test's images must differ"
+    assert encoding.concentration.max() > 1.2 * encoding.concentration.min(), (
+        "the test's images must differ"
+    )
     assert not any(getattr(encoding, f.name).requires_grad for f in dataclasses.fields(Encoding))
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 11])
 @pytest.mark.parametrize("views", [None, 3])
-def test_the_batch_size_changes_nothing(encoder: Encoder, folder: Path, batch_size: int, views: int | None) -> None:
+def test_the_batch_size_changes_nothing(
+    encoder: Encoder, folder: Path, batch_size: int, views: int | None
+) -> None:
     whole = encoder.encode(folder, views=views)
     assert len(whole) == 11
     assert_same(encoder.encode(folder, views=views, batch_size=batch_size), whole)
@@ -84,7 +90,13 @@ def test_every_kind_of_image_gives_the_same(encoder: Encoder, folder: Path) -> N
     paths = find_images(folder).paths
     expected = encoder.encode(folder)
     opened = [Image.open(path) for path in paths]
-    for images in (str(folder), paths, [Path(path) for path in paths], opened, tuple([*paths[:5], *opened[5:]])):
+    for images in (
+        str(folder),
+        paths,
+        [Path(path) for path in paths],
+        opened,
+        tuple([*paths[:5], *opened[5:]]),
+    ):
         assert_same(encoder.encode(images), expected)
     assert_same(encoder.encode(FileSource(paths)), expected)
     assert_same(encoder.encode(viewed(folder)), expected)
@@ -96,9 +108,13 @@ def test_every_kind_of_image_gives_the_same(encoder: Encoder, folder: Path) -> N
 
 def test_bytes_go_through_the_view_and_floats_do_not(encoder: Encoder) -> None:
     pixels = torch.randint(0, 256, (3, 3, 24, 20), dtype=torch.uint8, device="cpu")
-    views = torch.stack([eval_view(SIZE)(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in pixels])
+    views = torch.stack(
+        [eval_view(SIZE)(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in pixels]
+    )
     assert_same(encoder.encode(pixels), encoder.encode(views))
-    assert_same(encoder.encode(pixels.permute(0, 2, 3, 1).contiguous().numpy()), encoder.encode(views))
+    assert_same(
+        encoder.encode(pixels.permute(0, 2, 3, 1).contiguous().numpy()), encoder.encode(views)
+    )
     larger = torch.randn(2, 3, 24, 24, device="cpu")
     with torch.no_grad():
         torch.testing.assert_close(encoder.encode(larger).embedding, encoder.model.backbone(larger))
@@ -108,7 +124,9 @@ def test_several_views_are_joined(encoder: Encoder) -> None:
     """A product of experts for the distribution, means for the rest; copies of a view add their concentrations up."""
     views = torch.randn(3, 4, 3, SIZE, SIZE, device="cpu")
     each = [encoder.encode(views[:, v]) for v in range(4)]
-    loc, concentration = (torch.stack([getattr(e, name) for e in each], 1) for name in ("loc", "concentration"))
+    loc, concentration = (
+        torch.stack([getattr(e, name) for e in each], 1) for name in ("loc", "concentration")
+    )
     joined = encoder.encode(views, batch_size=5)
     expected_loc, expected_concentration = product_of_experts(loc, concentration)
     torch.testing.assert_close(joined.loc, expected_loc)
@@ -147,7 +165,9 @@ def test_random_views_are_those_of_the_policy(encoder: Encoder, folder: Path) ->
     assert (other.loc - given.loc).abs().max() > 1e-3
 
 
-def test_streaming_skips_what_cannot_be_read(encoder: Encoder, folder: Path, tmp_path: Path) -> None:
+def test_streaming_skips_what_cannot_be_read(
+    encoder: Encoder, folder: Path, tmp_path: Path
+) -> None:
     """Damaged, empty and missing files are told and skipped; the others come in order, each with its number."""
     paths = find_images(folder).paths
     (tmp_path / "broken.png").write_bytes(Path(paths[0]).read_bytes()[:60])
@@ -163,7 +183,9 @@ def test_streaming_skips_what_cannot_be_read(encoder: Encoder, folder: Path, tmp
         assert skipped[1].reason == "an empty file"
         assert len(parts) > 2
     assert_same(
-        Encoding.joined([part for _, part in encoder.stream(mixed, batch_size=4, skipped=skipped.append)]),
+        Encoding.joined(
+            [part for _, part in encoder.stream(mixed, batch_size=4, skipped=skipped.append)]
+        ),
         encoder.encode(folder),
     )
     with pytest.warns(UserWarning, match=r"skipped: .*empty\.jpg \(an empty file\)"):
@@ -173,7 +195,11 @@ def test_streaming_skips_what_cannot_be_read(encoder: Encoder, folder: Path, tmp
 
 
 def test_nothing_gives_nothing(encoder: Encoder, tmp_path: Path) -> None:
-    for nothing in ([], torch.empty(0, 3, 8, 8, device="cpu"), torch.empty(0, 2, 3, 8, 8, device="cpu")):
+    for nothing in (
+        [],
+        torch.empty(0, 3, 8, 8, device="cpu"),
+        torch.empty(0, 2, 3, 8, 8, device="cpu"),
+    ):
         encoding = encoder.encode(nothing)
         assert [tuple(x.shape) for x in (encoding.embedding, encoding.loc, encoding.uncertainty)] == [
             (0, 512), (0, DIM), (0,)
@@ -190,18 +216,32 @@ def test_nothing_gives_nothing(encoder: Encoder, tmp_path: Path) -> None:
         (torch.zeros(2, 1, 8, 8, device="cpu"), {}, "accepted are"),
         (torch.zeros(2, 3, 8, 8, dtype=torch.int32, device="cpu"), {}, "int32"),
         (np.zeros((2, 8, 8, 3)), {}, "float64"),
-        (np.zeros((8, 8, 3), np.uint8), {}, r"shape \(8, 8, 3\) given, one RGB image or 8 gray ones"),
+        (
+            np.zeros((8, 8, 3), np.uint8),
+            {},
+            r"shape \(8, 8, 3\) given, one RGB image or 8 gray ones",
+        ),
         (None, {}, "images: NoneType given; accepted are an ImageSource"),
         ((path for path in ["a.png"]), {}, "images: generator given"),
         ([3], {}, "item 0 is a int"),
-        (torch.zeros(2, 3, 8, 8, device="cpu"), {"views": 2}, "views: random views are drawn of images"),
+        (
+            torch.zeros(2, 3, 8, 8, device="cpu"),
+            {"views": 2},
+            "views: random views are drawn of images",
+        ),
         ([], {"batch_size": 0}, "batch_size: 0 must be an integer of at least 1"),
         ([], {"views": 2.5}, "views: 2.5 must be an integer of at least 1"),
         ([], {"views": 0}, "views: 0 must be an integer of at least 1"),
-        (torch.full((2, 3, 8, 8), torch.nan, device="cpu"), {}, "outputs for image 0 are not finite"),
+        (
+            torch.full((2, 3, 8, 8), torch.nan, device="cpu"),
+            {},
+            "outputs for image 0 are not finite",
+        ),
     ],
 )
-def test_bad_input_is_named(encoder: Encoder, images: object, options: dict[str, int], message: str) -> None:
+def test_bad_input_is_named(
+    encoder: Encoder, images: object, options: dict[str, int], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         encoder.encode(images, **options)  # type: ignore[arg-type]
 

@@ -58,10 +58,14 @@ def test_ranks_compute_a_part_of_the_features_each(images: int) -> None:
     source, backbone = gray_source(images), TinyBackbone()
     whole = extract(backbone, source, size=SIZE, device=CPU, workers=0)
     parts = [
-        extract(backbone, source, size=SIZE, device=CPU, workers=0, world=OneOfTwo(rank), batch_size=2)
+        extract(
+            backbone, source, size=SIZE, device=CPU, workers=0, world=OneOfTwo(rank), batch_size=2
+        )
         for rank in range(2)
     ]
-    assert [len(part) for part in parts] == ([1, 1] if images == 1 else [images // 2, images - images // 2])
+    assert [len(part) for part in parts] == (
+        [1, 1] if images == 1 else [images // 2, images - images // 2]
+    )
     torch.testing.assert_close(parts[0] if images == 1 else torch.cat(parts), whole)
 
 
@@ -131,13 +135,17 @@ def test_calibration_averages_shuffled_batches_of_equal_size() -> None:
     source, norm = gray_source(20), nn.BatchNorm2d(3)
     norm.running_mean.fill_(100)
     norm.num_batches_tracked.fill_(50)
-    calibrate_batch_norm(nn.Sequential(norm).eval(), source, size=SIZE, seed=5, device=CPU, workers=0, batch_size=8)
+    calibrate_batch_norm(
+        nn.Sequential(norm).eval(), source, size=SIZE, seed=5, device=CPU, workers=0, batch_size=8
+    )
     # Three batches of six; two images of twenty are left over.
     order = np.random.default_rng(5).permutation(20)[:18]
     batches = stacked(source)[order].reshape(3, 6, 3, SIZE, SIZE)
     assert norm.num_batches_tracked == 3
     torch.testing.assert_close(norm.running_mean, batches.mean((0, 1, 3, 4)))
-    torch.testing.assert_close(norm.running_var, torch.stack([b.var((0, 2, 3)) for b in batches]).mean(0))
+    torch.testing.assert_close(
+        norm.running_var, torch.stack([b.var((0, 2, 3)) for b in batches]).mean(0)
+    )
 
 
 def test_calibration_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +153,9 @@ def test_calibration_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     norm = nn.BatchNorm2d(3)
     norm.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    calibrate_batch_norm(nn.Sequential(norm), gray_source(20), size=SIZE, seed=0, device=CPU, workers=0)
+    calibrate_batch_norm(
+        nn.Sequential(norm), gray_source(20), size=SIZE, seed=0, device=CPU, workers=0
+    )
     assert sum(seen) == 6
 
 
@@ -185,7 +195,9 @@ def test_collect_gives_every_encoder_of_both_splits(tmp_path: Path) -> None:
     assert sets.train_labels.tolist() == train.labels.tolist()
     assert sets.val_labels.tolist() == val.labels.tolist()
     assert sets.classes == ("class 0", "class 1")
-    torch.testing.assert_close(sets.val["trained"], extract(run.model.backbone, val, size=SIZE, device=CPU, workers=0))
+    torch.testing.assert_close(
+        sets.val["trained"], extract(run.model.backbone, val, size=SIZE, device=CPU, workers=0)
+    )
     assert "trained features of 24 train images" in stages
     assert not (run.path / "knn.json").exists()
 
@@ -195,8 +207,16 @@ def test_collect_gives_every_encoder_of_both_splits(tmp_path: Path) -> None:
     [
         (gray_source(4, labelled=False), gray_source(4), "gray has no labels"),
         (gray_source(4), None, "gray has no validation images"),
-        (gray_source(4), ArraySource(np.zeros((0, 8, 8), np.uint8)), "gray has no validation images"),
-        (gray_source(4), gray_source(4, labelled=False), "validation images of gray have no labels"),
+        (
+            gray_source(4),
+            ArraySource(np.zeros((0, 8, 8), np.uint8)),
+            "gray has no validation images",
+        ),
+        (
+            gray_source(4),
+            gray_source(4, labelled=False),
+            "validation images of gray have no labels",
+        ),
         (gray_source(4, classes=1), gray_source(4, classes=1), "one class"),
     ],
 )
@@ -212,7 +232,9 @@ def test_data_that_cannot_be_evaluated_is_refused(
 def test_summary_line_has_one_decimal() -> None:
     result = {"top1": {"trained": 0.71249, "untrained": 0.55, "pixels": 0.75}}
     assert summary_line("kNN", result) == "kNN top-1: 71.2 % (untrained 55.0 %, pixels 75.0 %)"
-    assert summary_line("linear", result) == "linear top-1: 71.2 % (untrained 55.0 %, pixels 75.0 %)"
+    assert (
+        summary_line("linear", result) == "linear top-1: 71.2 % (untrained 55.0 %, pixels 75.0 %)"
+    )
     perfect = {"top1": dict.fromkeys(ENCODERS, 1.0)}
     assert summary_line("kNN", perfect) == "kNN top-1: 100.0 % (untrained 100.0 %, pixels 100.0 %)"
 
@@ -226,7 +248,9 @@ def test_bits_come_back(count: int) -> None:
 
 
 def test_bits_are_the_bytes_of_packbits_in_base64() -> None:
-    assert pack_bits(torch.tensor([1, 0, 0, 0, 0, 0, 0, 1, 1], dtype=torch.bool)) == "gYA="  # 0x81, 0x80
+    assert (
+        pack_bits(torch.tensor([1, 0, 0, 0, 0, 0, 0, 1, 1], dtype=torch.bool)) == "gYA="
+    )  # 0x81, 0x80
 
 
 @pytest.mark.parametrize(
@@ -242,9 +266,14 @@ def test_bits_of_another_number_or_kind_are_refused(text: str, count: int, messa
 def test_evaluating_a_run_writes_everything_and_ends_with_the_summary(tmp_path: Path) -> None:
     run, out = make_run(tmp_path / "run [red]", val=gray_source(10)), io.StringIO()
     evaluate_run(run, console=Console(file=out))
-    results = {name: json.loads((run.path / f"{name}.json").read_text()) for name in ("knn", "linear")}
+    results = {
+        name: json.loads((run.path / f"{name}.json").read_text()) for name in ("knn", "linear")
+    }
     lines = out.getvalue().splitlines()
-    assert lines[-2:] == [summary_line("kNN", results["knn"]), summary_line("linear", results["linear"])]
+    assert lines[-2:] == [
+        summary_line("kNN", results["knn"]),
+        summary_line("linear", results["linear"]),
+    ]
     assert lines[:3] == [f"figure {run.path / name}.png" for name in ("curves", "density", "kappa")]
     assert results["knn"]["settings"]["k"] == 20
     # Brightness alone tells the two classes apart.
@@ -260,7 +289,9 @@ def test_evaluating_a_run_writes_everything_and_ends_with_the_summary(tmp_path: 
         (gray_source(8, classes=1), gray_source(4, classes=1), "has one class"),
     ],
 )
-def test_data_that_cannot_be_evaluated_on_is_named(train: ArraySource, val: ArraySource, message: str) -> None:
+def test_data_that_cannot_be_evaluated_on_is_named(
+    train: ArraySource, val: ArraySource, message: str
+) -> None:
     with pytest.raises(InputError, match=f"data: .*{message}"):
         labelled_splits(Splits("mine", train, val))
 

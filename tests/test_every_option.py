@@ -59,19 +59,29 @@ def places(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 @pytest.fixture
-def filled(places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
+def filled(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], list[str]]:
     """Turns a line into arguments; runs are copies, and what is measured or compiled is small."""
 
     def copied(source: str, target: str) -> None:
         (os.link if source.endswith(".pt") else shutil.copy2)(source, target)
 
-    here = {**places, "here": tmp_path, "out": tmp_path / "out", "run": tmp_path / "run", "moved": tmp_path / "moved"}
+    here = {
+        **places,
+        "here": tmp_path,
+        "out": tmp_path / "out",
+        "run": tmp_path / "run",
+        "moved": tmp_path / "moved",
+    }
     for name in ("run", "moved"):
         shutil.copytree(places["run"], here[name], copy_function=copied)
     config = here["moved"] / CONFIG
     config.write_text(config.read_text().replace(str(places["images"]), "/gone/images"))
     monkeypatch.setenv("TORCH_HOME", str(places["torch"]))
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # the others take up to a minute
+    monkeypatch.setattr(
+        torch, "compile", partial(torch.compile, backend="eager")
+    )  # the others take up to a minute
     tiny = view_cases.ViewCase(8, 16, sides=(16, 16))
     monkeypatch.setattr(step, "SMALL_IMAGES", tiny)
     monkeypatch.setitem(view_cases._TELLING, "cpu", (tiny,))
@@ -101,9 +111,18 @@ def test_the_table_has_every_option(
     monkeypatch.setenv("COLUMNS", "100")  # a wide terminal gets boxes side by side
     _, shown, _ = run([*command, "--help-all" if command == ["train"] else "--help"], capsys)
     rows = "\n".join(re.findall(r"^[│ ] (-.*?)(?:  |$)", shown, re.MULTILINE))
-    there = {option for option in re.findall(r"(?<![\w-])--?[a-z][\w-]*", rows) if not option.startswith("--no-")}
+    there = {
+        option
+        for option in re.findall(r"(?<![\w-])--?[a-z][\w-]*", rows)
+        if not option.startswith("--no-")
+    }
     listed = [line for script in (*RUNS.values(), *REFUSED) for line, _ in lines(script)]
-    known = {option for line in listed if line.startswith(f"{' '.join(command)} ") for option in said(line)}
+    known = {
+        option
+        for line in listed
+        if line.startswith(f"{' '.join(command)} ")
+        for option in said(line)
+    }
     assert there - {"-h", "--help"} - known == set(), "say it in a line of option_cases.py"
     assert known - there == set()
 

@@ -26,9 +26,14 @@ def test_every_plan_names_its_comparison_and_its_arms(name: str) -> None:
     assert len(set(names)) == len(names)
     assert {content["primary"]["arm"], content["primary"]["against"]} <= set(names)
     assert content["primary"]["arm"] != content["primary"]["against"]
-    assert all(arm["note"] and arm["data"] and arm["method"] in ("simsiam", "vi-simsiam") for arm in content["arms"])
+    assert all(
+        arm["note"] and arm["data"] and arm["method"] in ("simsiam", "vi-simsiam")
+        for arm in content["arms"]
+    )
     assert set(content["published"]) <= set(names)
-    assert all(arm.config.distinct for arm in planned.arms), "no image is both trained and measured on"
+    assert all(arm.config.distinct for arm in planned.arms), (
+        "no image is both trained and measured on"
+    )
     assert list(planned.seeds) == [0, 1]
 
 
@@ -63,7 +68,10 @@ def test_lightlys_settings_make_the_same_steps_as_its_halved_loss() -> None:
             optimizer.step()
         weights.append(x.detach())
     assert torch.allclose(*weights, rtol=1e-12, atol=0)
-    at = {epochs: plan("lightly-imagenette", PlanOptions(epochs=epochs)).published for epochs in (200, 800, 100)}
+    at = {
+        epochs: plan("lightly-imagenette", PlanOptions(epochs=epochs)).published
+        for epochs in (200, 800, 100)
+    }
     assert at == {200: {"simsiam": {"knn200": 0.752}}, 800: {"simsiam": {"knn200": 0.872}}, 100: {}}
 
 
@@ -72,15 +80,22 @@ def test_both_methods_get_the_same_number_of_different_trials(trials: int) -> No
     planned = plan("tuned", PlanOptions(trials=trials, batch_size=128))
     assert planned.trials is not None
     assert planned.trials.seed not in planned.seeds
-    own = {m: [a for a in planned.trials.arms if a.config.method == m] for m in ("simsiam", "vi-simsiam")}
+    own = {
+        m: [a for a in planned.trials.arms if a.config.method == m]
+        for m in ("simsiam", "vi-simsiam")
+    }
     for arms in own.values():
         points = {(a.config.lr, a.config.weight_decay, a.config.loss) for a in arms}
         assert len(points) == len(arms) == trials
         assert all(a.config.held_out == 0.2 for a in arms)
     literal = [arm for arm in own["vi-simsiam"] if arm.config.loss.concentration_scale == 1.0]
     assert len(literal) == trials // 2, "both parametrisations are tried alike"
-    assert all(2e-4 <= arm.config.lr <= 6e-3 for arm in literal), "learning rates are in proportion to the batch"
-    assert plan("tuned", PlanOptions(trials=trials, batch_size=128)).described() == planned.described()
+    assert all(2e-4 <= arm.config.lr <= 6e-3 for arm in literal), (
+        "learning rates are in proportion to the batch"
+    )
+    assert (
+        plan("tuned", PlanOptions(trials=trials, batch_size=128)).described() == planned.described()
+    )
 
 
 def test_the_methods_grids_are_of_one_size() -> None:
@@ -92,16 +107,27 @@ def test_the_methods_grids_are_of_one_size() -> None:
 
 def test_options_scale_an_experiment() -> None:
     options = PlanOptions(
-        data=("cifar10", "folder:/some/where/cats"), epochs=10, size=112, images=500, batch_size=32, dim=64
+        data=("cifar10", "folder:/some/where/cats"),
+        epochs=10,
+        size=112,
+        images=500,
+        batch_size=32,
+        dim=64,
     )
     arms = plan("table1", options).arms
     assert [arm.name for arm in arms[::2]] == ["simsiam-cifar10", "simsiam-folder-cats"]
     config = arms[3].config
     assert config.data == "folder:/some/where/cats"
     assert (config.epochs, config.images, config.batch_size, config.model.dim) == (10, 500, 32, 64)
-    assert (config.augment.size, config.augment.local_size, config.augment.local_views) == (112, 48, 6)
+    assert (config.augment.size, config.augment.local_size, config.augment.local_views) == (
+        112,
+        48,
+        6,
+    )
     assert "/some" not in json.dumps(plan("table1", options).described())
-    emas = [plan("controls", PlanOptions(epochs=epochs)).arms[-1].config.ema for epochs in (99, 100)]
+    emas = [
+        plan("controls", PlanOptions(epochs=epochs)).arms[-1].config.ema for epochs in (99, 100)
+    ]
     assert emas == [0.99, 0.996]
     dims = {arm.config.model.dim for arm in plan("stability", PlanOptions(dim=96)).arms}
     assert dims == {96}

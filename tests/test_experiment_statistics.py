@@ -17,7 +17,13 @@ Bits = NDArray[np.bool_]
 
 
 def runs(
-    rng: np.random.Generator, seeds: int, images: int, *, seed_sd: float = 0.0, shift: float = 0.0, hard: Any = 0.0
+    rng: np.random.Generator,
+    seeds: int,
+    images: int,
+    *,
+    seed_sd: float = 0.0,
+    shift: float = 0.0,
+    hard: Any = 0.0,
 ) -> Bits:
     """Runs of an arm: a threshold on the image's difficulty, the run's skill and chance; (seeds, images)."""
     skill = rng.normal(shift, seed_sd, (seeds, 1))
@@ -46,11 +52,13 @@ def test_one_seed_gives_the_paired_normal_interval_over_images() -> None:
     gains = first[0].astype(float) - second[0]
     half = stats.norm.ppf(0.975) * gains.std() / math.sqrt(len(gains))
     assert found.value == pytest.approx(gains.mean(), abs=1e-15)
-    assert (found.low, found.high) == pytest.approx((gains.mean() - half, gains.mean() + half), abs=0.05 * half)
-    assert not found.over_seeds
-    assert half < 0.9 * stats.norm.ppf(0.975) * math.sqrt((first.var() + second.var()) / len(gains)), (
-        "images are paired"
+    assert (found.low, found.high) == pytest.approx(
+        (gains.mean() - half, gains.mean() + half), abs=0.05 * half
     )
+    assert not found.over_seeds
+    assert half < 0.9 * stats.norm.ppf(0.975) * math.sqrt(
+        (first.var() + second.var()) / len(gains)
+    ), "images are paired"
 
 
 def test_images_are_drawn_as_by_indices() -> None:
@@ -72,13 +80,17 @@ def test_many_seeds_and_images_give_the_analytic_interval() -> None:
     found = difference(first, second)
     over_seeds = sum(arm.mean(1).var(ddof=1) / len(arm) for arm in (first, second))
     over_images = (first.mean(0) - second.mean(0)).var() / 2_000
-    half = math.sqrt(stats.norm.ppf(0.975) ** 2 * over_images + stats.t.ppf(0.975, 63) ** 2 * over_seeds)
+    half = math.sqrt(
+        stats.norm.ppf(0.975) ** 2 * over_images + stats.t.ppf(0.975, 63) ** 2 * over_seeds
+    )
     assert 0.1 < over_images / over_seeds < 10, "both parts matter"
     assert found.high - found.low == pytest.approx(2 * half, rel=0.05)
     assert (found.seeds, found.images, found.over_seeds) == ((40, 25), 2_000, True)
 
 
-@pytest.mark.parametrize(("seeds", "seed_sd", "most"), [(2, 0.3, 0.98), (3, 0.3, 0.98), (5, 0.3, 0.98), (3, 0.0, 1.0)])
+@pytest.mark.parametrize(
+    ("seeds", "seed_sd", "most"), [(2, 0.3, 0.98), (3, 0.3, 0.98), (5, 0.3, 0.98), (3, 0.0, 1.0)]
+)
 def test_coverage_is_that_of_the_level(seeds: int, seed_sd: float, most: float) -> None:
     """Two arms that are alike: 0 is covered in about 95 % of 1,000 experiments, in more where seeds do not differ."""
     rng = np.random.default_rng(4)
@@ -97,7 +109,9 @@ def test_one_seed_covers_the_difference_of_these_two_runs() -> None:
     covered = 0
     for _ in range(1000):
         hard = rng.normal(size=400)
-        found = difference(runs(rng, 1, 400, shift=0.2, hard=hard), runs(rng, 1, 400, hard=hard), draws=400)
+        found = difference(
+            runs(rng, 1, 400, shift=0.2, hard=hard), runs(rng, 1, 400, hard=hard), draws=400
+        )
         covered += found.low <= truth <= found.high
     assert 0.93 < covered / 1000 < 0.97
 
@@ -105,7 +119,10 @@ def test_one_seed_covers_the_difference_of_these_two_runs() -> None:
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_swapping_the_arms_turns_the_sign(seeds: int) -> None:
     rng = np.random.default_rng(6)
-    first, second = runs(rng, seeds, 900, seed_sd=0.05, shift=0.4), runs(rng, seeds, 900, seed_sd=0.05)
+    first, second = (
+        runs(rng, seeds, 900, seed_sd=0.05, shift=0.4),
+        runs(rng, seeds, 900, seed_sd=0.05),
+    )
     there, back = difference(first, second), difference(second, first)
     width = there.high - there.low
     assert there.value == -back.value
@@ -117,7 +134,9 @@ def test_identical_arms_do_not_differ() -> None:
     arm = runs(np.random.default_rng(7), 3, 500, seed_sd=0.1)
     found = difference(arm, arm)
     assert found.value == 0
-    assert found.low < 0 < found.high, "three other seeds of this arm would not give the same accuracy"
+    assert found.low < 0 < found.high, (
+        "three other seeds of this arm would not give the same accuracy"
+    )
     assert found.verdict == "not shown"
     alone = difference(arm[:1], arm[:1])
     assert (alone.value, alone.low, alone.high, alone.verdict) == (0, 0, 0, "not shown")

@@ -8,7 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from experiment_results import IMAGES, diverged, first_right, packed, result, right, write_all, write_plan, write_result
+from experiment_results import (
+    IMAGES,
+    diverged,
+    first_right,
+    packed,
+    result,
+    right,
+    write_all,
+    write_plan,
+    write_result,
+)
 from PIL import Image
 
 from vi_simsiam.errors import InputError
@@ -27,12 +37,17 @@ def arms(plan: Plan) -> dict[str, Arm]:
 
 def compared(out: Path, ours: list[int], theirs: list[int], **options: Any) -> dict[str, Any]:
     """Summary of table1 on imagenette whose runs got so many images right, a number for each seed."""
-    plan = write_plan(out, "table1", data=("imagenette",), seeds=max(len(ours), len(theirs)), **options)
+    plan = write_plan(
+        out, "table1", data=("imagenette",), seeds=max(len(ours), len(theirs)), **options
+    )
     measure = plan.primary.measure if plan.primary is not None else "linear"
     for name, counts in (("vi-simsiam", ours), ("simsiam", theirs)):
         for seed, count in enumerate(counts):
             bits = first_right(count)
-            changes = {"accuracy": {measure: float(bits.mean())}, "correct": {measure: packed(bits)}}
+            changes = {
+                "accuracy": {measure: float(bits.mean())},
+                "correct": {measure: packed(bits)},
+            }
             write_result(out, result(arms(plan)[name], "table1", seed, **changes))
     return summarise(out)
 
@@ -41,16 +56,27 @@ def compared(out: Path, ours: list[int], theirs: list[int], **options: Any) -> d
     ("ours", "theirs", "wanted"),
     [
         ([300, 302, 301], [200, 199, 201], "a difference in favour of VI-SimSiam is shown."),
-        ([200, 199, 201], [300, 302, 301], "a difference the other way, in favour of SimSiam, is shown."),
+        (
+            [200, 199, 201],
+            [300, 302, 301],
+            "a difference the other way, in favour of SimSiam, is shown.",
+        ),
         ([250, 200, 300], [245, 205, 290], "no difference shown."),
     ],
 )
-def test_the_interval_decides_what_is_said(ours: list[int], theirs: list[int], wanted: str, tmp_path: Path) -> None:
+def test_the_interval_decides_what_is_said(
+    ours: list[int], theirs: list[int], wanted: str, tmp_path: Path
+) -> None:
     summary = compared(tmp_path, ours, theirs)
     said = result_sentence(summary)
-    found = difference(*(np.stack([first_right(count) for count in counts]) for counts in (ours, theirs)))
+    found = difference(
+        *(np.stack([first_right(count) for count in counts]) for counts in (ours, theirs))
+    )
     assert said.endswith(wanted)
-    assert f"VI-SimSiam {np.mean(ours) / 4:.1f} % against SimSiam {np.mean(theirs) / 4:.1f} %: " in said
+    assert (
+        f"VI-SimSiam {np.mean(ours) / 4:.1f} % against SimSiam {np.mean(theirs) / 4:.1f} %: "
+        in said
+    )
     low, high = (f"{100 * end:+.1f}".replace("-", "−") for end in (found.low, found.high))
     assert f"95 % interval {low} to {high}, 3 seeds, 400 images" in said
     assert summary["primary"]["difference"] == found.to_dict()
@@ -59,12 +85,16 @@ def test_the_interval_decides_what_is_said(ours: list[int], theirs: list[int], w
 def test_few_seeds_are_said(tmp_path: Path) -> None:
     one = result_sentence(compared(tmp_path / "one", [300], [200]))
     assert (
-        "1 seed, 400 images: these runs differ in favour of VI-SimSiam, which does not show that the methods do." in one
+        "1 seed, 400 images: these runs differ in favour of VI-SimSiam, which does not show that the methods do."
+        in one
     )
     assert one.endswith("The interval is over images only: the spread between seeds is not in it.")
     assert "over images only: an arm with one seed" in (tmp_path / "one" / "summary.md").read_text()
     two = result_sentence(compared(tmp_path / "two", [200], [300, 301]))
-    assert "1 seed and 2 seeds, 400 images: these runs differ in favour of SimSiam, which does not show" in two
+    assert (
+        "1 seed and 2 seeds, 400 images: these runs differ in favour of SimSiam, which does not show"
+        in two
+    )
     nothing = compared(tmp_path / "none", [300], [])
     assert result_sentence(nothing).endswith("Not measured.")
     assert nothing["missing"] == ["simsiam with seed 0"]
@@ -77,13 +107,19 @@ def test_few_seeds_are_said(tmp_path: Path) -> None:
 def test_accuracy_table_has_means_published_figures_and_differences(tmp_path: Path) -> None:
     plan = write_all(tmp_path, "table1", seeds=2)
     for seed, count in enumerate((240, 248)):
-        write_result(tmp_path, result(arms(plan)["vi-simsiam-imagewoof"], "table1", seed, **right(count)))
+        write_result(
+            tmp_path, result(arms(plan)["vi-simsiam-imagewoof"], "table1", seed, **right(count))
+        )
     summary = summarise(tmp_path)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     woof = summary["data"]["imagewoof"]
     assert woof["reference"] == "simsiam-imagewoof"
     found = woof["arms"]["vi-simsiam-imagewoof"]
-    assert found["accuracy"]["linear"] == {"mean": pytest.approx(0.61), "sd": pytest.approx(0.02 / 2**0.5), "n": 2}
+    assert found["accuracy"]["linear"] == {
+        "mean": pytest.approx(0.61),
+        "sd": pytest.approx(0.02 / 2**0.5),
+        "n": 2,
+    }
     assert found["difference"]["linear"]["value"] == pytest.approx((244 - 204) / IMAGES)
     text = (tmp_path / "summary.md").read_text()
     assert "| SimSiam | 2 | 51.0 ± 1.4 | 51.0 ± 1.4 | 90.0 ± 0.0 |" in text
@@ -106,14 +142,19 @@ def test_uncertainty_of_kappa_stands_beside_the_best_trivial_score(tmp_path: Pat
             "aurc_baseline_name": "edge_energy",
             "ood_auroc": 0.7,
         }
-        write_result(tmp_path, result(arms(plan)["vi-simsiam"], "table1", seed, uncertainty=figures))
+        write_result(
+            tmp_path, result(arms(plan)["vi-simsiam"], "table1", seed, uncertainty=figures)
+        )
     summarise(tmp_path)
     text = (tmp_path / "summary.md").read_text()
     assert "| score | AURC | out-of-distribution AUROC |" in text
     assert "| VI-SimSiam | κ | 0.400 ± 0.000 | 0.700 ± 0.000 |" in text
     assert "| VI-SimSiam | best trivial | 0.350 ± 0.071 (edge_energy) | - |" in text
     assert "| SimSiam | κ" not in text
-    assert "chosen afterwards for each figure among lengths of features and statistics of the pixels" in text
+    assert (
+        "chosen afterwards for each figure among lengths of features and statistics of the pixels"
+        in text
+    )
 
 
 def test_stability_says_how_runs_ended(tmp_path: Path) -> None:
@@ -158,7 +199,10 @@ def test_settings_are_told_apart_and_inferred_ones_marked(tmp_path: Path) -> Non
     assert "| `lr` | 0.001 | 0.001 0.5 |" in text
     assert "`model.dim`\\* 2048" in text
     assert "`epochs` 200" in text
-    assert "\\* inferred: the source does not state it. Inferred as well: initial concentration." in text
+    assert (
+        "\\* inferred: the source does not state it. Inferred as well: initial concentration."
+        in text
+    )
     assert "1,000 training images, 400 validation images, 224 x 224 pixels, 200 epochs" in text
     assert "- devices: cpu (1 thread)" in text
 
@@ -172,7 +216,12 @@ def test_trials_and_what_they_chose(tmp_path: Path) -> None:
     write_result(folder, diverged(plan.trials.arms[3], "tuned", plan.trials.seed))
     summary = summarise(tmp_path)
     assert summary["missing"] == [f"{lost.name} with seed {plan.trials.seed}"]
-    assert [row["chosen_by"] for row in summary["trials"]["rows"]] == [["simsiam"], [], ["vi-simsiam"], []]
+    assert [row["chosen_by"] for row in summary["trials"]["rows"]] == [
+        ["simsiam"],
+        [],
+        ["vi-simsiam"],
+        [],
+    ]
     lines = (tmp_path / "summary.md").read_text().splitlines()
     (first,) = (line for line in lines if line.startswith(f"| {plan.trials.arms[0].name} "))
     assert first.split(" | ")[1] == f"{plan.trials.arms[0].config.lr}"
@@ -180,18 +229,31 @@ def test_trials_and_what_they_chose(tmp_path: Path) -> None:
     assert last.endswith("| diverged |  |")
     assert any("80% of the training images and measured on the other 20%" in line for line in lines)
     (tmp_path / "chosen.json").unlink()
-    assert "Nothing is chosen yet." in (summarise(tmp_path), (tmp_path / "summary.md").read_text())[1]
+    assert (
+        "Nothing is chosen yet." in (summarise(tmp_path), (tmp_path / "summary.md").read_text())[1]
+    )
 
 
 def test_time_to_accuracy_is_that_of_the_first_look(tmp_path: Path) -> None:
     plan = write_plan(tmp_path, "lightly-imagenette", seeds=2)
-    looks = {"simsiam": ([0.3, 0.68, 0.8], [0.3, 0.6, 0.7]), "vi-simsiam": ([0.3, 0.5, 0.7], [0.6, 0.5, 0.75])}
+    looks = {
+        "simsiam": ([0.3, 0.68, 0.8], [0.3, 0.6, 0.7]),
+        "vi-simsiam": ([0.3, 0.5, 0.7], [0.6, 0.5, 0.75]),
+    }
     for name, shares in looks.items():
         for seed, knn in enumerate(shares):
             looked = tmp_path / "progress.jsonl"
             looked.write_text(
                 "".join(
-                    json.dumps({"step": n, "knn200": share, "knn200_epoch": 10 * n, "knn200_seconds": 10.0 * n}) + "\n"
+                    json.dumps(
+                        {
+                            "step": n,
+                            "knn200": share,
+                            "knn200_epoch": 10 * n,
+                            "knn200_seconds": 10.0 * n,
+                        }
+                    )
+                    + "\n"
                     for n, share in enumerate(knn, 1)
                 )
             )
@@ -222,7 +284,10 @@ def test_nothing_measured_is_no_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda out: (out / "plan.json").unlink(), "has no plan.json; it must be the folder of an experiment"),
+        (
+            lambda out: (out / "plan.json").unlink(),
+            "has no plan.json; it must be the folder of an experiment",
+        ),
         (lambda out: (out / "plan.json").write_text("{"), "plan.json cannot be read"),
         (lambda out: (out / "plan.json").write_text("{}"), "plan.json lacks experiment, arms"),
         (lambda out: (out / "results" / "x.json").write_text("[]"), "x.json lacks arm, seed"),
@@ -246,19 +311,33 @@ def test_different_images_are_not_compared(tmp_path: Path) -> None:
 
 def test_damaged_bits_are_named(tmp_path: Path) -> None:
     plan = write_all(tmp_path, "table1", seeds=1, data=("imagenette",))
-    write_result(tmp_path, result(plan.arms[1], "table1", 0, correct={"linear": packed(first_right(9, 90))}))
-    with pytest.raises(InputError, match="correct: 12 bytes given for 400 values; 50 must be given"):
+    write_result(
+        tmp_path, result(plan.arms[1], "table1", 0, correct={"linear": packed(first_right(9, 90))})
+    )
+    with pytest.raises(
+        InputError, match="correct: 12 bytes given for 400 values; 50 must be given"
+    ):
         summarise(tmp_path)
 
 
-def test_stability_figure_has_a_column_for_each_dimension_and_parametrisation(tmp_path: Path) -> None:
+def test_stability_figure_has_a_column_for_each_dimension_and_parametrisation(
+    tmp_path: Path,
+) -> None:
     write_all(tmp_path / "stability", "stability", seeds=1, epochs=5)
     found = groups(Experiment.read(tmp_path / "stability"))
-    assert list(found) == [f"D = {dim}, κ = {kind}softplus" for dim in (128, 512, 2048) for kind in ("(D−1) ", "")]
-    assert list(found["D = 512, κ = softplus"]) == ["literal-d512", "literal-bounded-d512", "literal-clipped-d512"]
+    assert list(found) == [
+        f"D = {dim}, κ = {kind}softplus" for dim in (128, 512, 2048) for kind in ("(D−1) ", "")
+    ]
+    assert list(found["D = 512, κ = softplus"]) == [
+        "literal-d512",
+        "literal-bounded-d512",
+        "literal-clipped-d512",
+    ]
     write_all(tmp_path / "controls", "controls", seeds=1, epochs=5)
     (column,) = groups(Experiment.read(tmp_path / "controls")).values()
-    assert {"simsiam", "byol", "vi-simsiam"} <= column.keys(), "SimSiam stands beside the only parametrisation"
+    assert {"simsiam", "byol", "vi-simsiam"} <= column.keys(), (
+        "SimSiam stands beside the only parametrisation"
+    )
 
 
 def test_figures_are_drawn_and_show_the_runs(tmp_path: Path) -> None:

@@ -34,7 +34,9 @@ from vi_simsiam.experiments.plan import Plan, PlanOptions
 def test_every_run_is_told_its_arm_its_seed_and_its_place(tmp_path: Path) -> None:
     out, command = tmp_path / "out", stand_in(tmp_path)
     planned = small_plan({"a": 0.1, "b": 0.2}, seeds=2)
-    code, said = run(planned, out, command, Place(devices=("cpu",), parallel=2, cache_dir=tmp_path, threads=3))
+    code, said = run(
+        planned, out, command, Place(devices=("cpu",), parallel=2, cache_dir=tmp_path, threads=3)
+    )
     assert code == 0
     assert "a-seed-1: done in 0 s  logistic 70.0 %" in said
     assert "4 of 4 runs done" in said
@@ -44,9 +46,19 @@ def test_every_run_is_told_its_arm_its_seed_and_its_place(tmp_path: Path) -> Non
             (call,) = calls(out, f"{arm}-seed-{seed}")
             config = TrainConfig.from_dict(call["config"])
             assert (call["arm"], call["seed"], config.seed, config.lr) == (arm, seed, seed, lr)
-            assert (config.device, config.workers, config.cache_dir, call["threads"]) == ("cpu", 0, tmp_path, "3")
+            assert (config.device, config.workers, config.cache_dir, call["threads"]) == (
+                "cpu",
+                0,
+                tmp_path,
+                "3",
+            )
     saved = json.loads((out / "plan.json").read_text())
-    assert saved["primary"] == {"arm": "b", "against": "a", "measure": "logistic", "data": "fashion-mini"}
+    assert saved["primary"] == {
+        "arm": "b",
+        "against": "a",
+        "measure": "logistic",
+        "data": "fashion-mini",
+    }
     assert saved["created"]
 
     code, said = run(planned, out, command)
@@ -87,7 +99,9 @@ def test_a_run_that_fails_leaves_the_others_alone_and_is_tried_again(tmp_path: P
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_ends_all_runs_and_starts_no_more(tmp_path: Path, number: signal.Signals) -> None:
+def test_an_interruption_ends_all_runs_and_starts_no_more(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     out, command = tmp_path / "out", stand_in(tmp_path)
     planned = small_plan({"quick": 0.1, "slow": 0.25, "late": 0.25, "never": 0.2})
 
@@ -119,13 +133,20 @@ def test_another_plan_is_refused_by_the_option_that_differs(tmp_path: Path) -> N
     def changed(**options: Any) -> Plan:
         return dataclasses.replace(planned, options=dataclasses.replace(planned.options, **options))
 
-    with pytest.raises(InputError, match=r"^epochs: 3 is not what .*out was started with, None; say that, or another"):
+    with pytest.raises(
+        InputError,
+        match=r"^epochs: 3 is not what .*out was started with, None; say that, or another",
+    ):
         run(changed(epochs=3), out, command)
-    with pytest.raises(InputError, match=r"^data: cifar10 imagewoof is not what .* started with, fashion-mini;"):
+    with pytest.raises(
+        InputError, match=r"^data: cifar10 imagewoof is not what .* started with, fashion-mini;"
+    ):
         run(changed(data=("cifar10", "imagewoof")), out, command)
     with pytest.raises(InputError, match=r"^experiment: tuned is not what .* controls;"):
         run(dataclasses.replace(planned, experiment="tuned"), out, command)
-    with pytest.raises(InputError, match="planned by another version of vi-simsiam, with other primary"):
+    with pytest.raises(
+        InputError, match="planned by another version of vi-simsiam, with other primary"
+    ):
         run(dataclasses.replace(planned, primary=None), out, command)
     (out / "plan.json").write_text("{")
     with pytest.raises(InputError, match=r"plan\.json is damaged"):
@@ -193,12 +214,18 @@ def test_trials_choose_the_settings_once(tmp_path: Path) -> None:
             )
             assert (config.held_out, config.images) == (0.0, 100)
         trial = json.loads((out / "trials" / "runs" / f"{best.name}-seed-1000.json").read_text())
-        assert (trial["measures"], trial["uncertainty"], trial["config"]["held_out"]) == (["logistic"], False, 0.2)
+        assert (trial["measures"], trial["uncertainty"], trial["config"]["held_out"]) == (
+            ["logistic"],
+            False,
+            0.2,
+        )
 
     for result in (out / "trials" / "results").glob("*.json"):
         result.write_text(json.dumps({**json.loads(result.read_text()), "accuracy": {}}))
     assert run(planned, out, command)[0] == 0
-    assert json.loads((out / "chosen.json").read_text()) == chosen, "what is chosen is not chosen again"
+    assert json.loads((out / "chosen.json").read_text()) == chosen, (
+        "what is chosen is not chosen again"
+    )
 
 
 KILLED = """
@@ -251,7 +278,9 @@ def test_a_killed_run_goes_on_to_the_result_of_an_uninterrupted_one(
         assert unpack_bits(bits, 16).double().mean() == found["accuracy"][name]
     assert found["curve"]["epoch"][-1] == 2
     assert found["curve"]["knn200_epoch"] == [1, 2]
-    assert found["curve"]["knn200"][-1] == found["accuracy"]["knn200"], "all images are few enough for both"
+    assert found["curve"]["knn200"][-1] == found["accuracy"]["knn200"], (
+        "all images are few enough for both"
+    )
 
     # Killed once more, between the last checkpoint and the accuracy after it.
     lines = (folder / "progress.jsonl").read_text().splitlines(keepends=True)
@@ -276,13 +305,20 @@ def test_a_run_that_was_trained_is_only_measured(
     written = checkpoint.stat().st_mtime_ns
     with monkeypatch.context() as patch:
         patch.setattr(worker, "Trainer", _fail)
-        moved = {**told, "config": dataclasses.replace(config, cache_dir=tmp_path / "elsewhere").to_dict()}
+        moved = {
+            **told,
+            "config": dataclasses.replace(config, cache_dir=tmp_path / "elsewhere").to_dict(),
+        }
         line = worker.work(moved)
         assert worker.work(told) == "measured before"
-    assert len(list((tmp_path / "elsewhere").glob("*.pack"))) == 2, "images are read from where they are now"
+    assert len(list((tmp_path / "elsewhere").glob("*.pack"))) == 2, (
+        "images are read from where they are now"
+    )
     assert checkpoint.stat().st_mtime_ns == written
     result = json.loads(Path(told["result"]).read_text())
-    assert line == "  ".join(f"{name} {100 * result['accuracy'][name]:.1f} %" for name in ("knn20", "logistic"))
+    assert line == "  ".join(
+        f"{name} {100 * result['accuracy'][name]:.1f} %" for name in ("knn20", "logistic")
+    )
     assert result["uncertainty"]["calibration_error"] == 0.25
     Path(told["result"]).unlink()
     other = {**told, "config": dataclasses.replace(config, lr=0.3).to_dict()}
@@ -306,13 +342,17 @@ def test_a_loss_that_is_not_finite_is_a_result(
     told = spec(tiny_config(f"folder:{image_folder}"), tmp_path)
 
     hopeless = {**told, "config": tiny_config(f"folder:{image_folder}", lr=1e30).to_dict()}
-    assert re.fullmatch(r"diverged: (the loss is not finite at step \d+ \(epoch 1\))", line := worker.work(hopeless))
+    assert re.fullmatch(
+        r"diverged: (the loss is not finite at step \d+ \(epoch 1\))", line := worker.work(hopeless)
+    )
     text = Path(told["result"]).read_text()
     assert str(tmp_path) not in text
     result = json.loads(text)
     assert (result["diverged"], result["accuracy"]) == (line.removeprefix("diverged: "), {})
     Path(told["result"]).unlink()
-    monkeypatch.setattr(worker, "train", lambda *_, **__: (_ for _ in ()).throw(TrainingError("a worker died")))
+    monkeypatch.setattr(
+        worker, "train", lambda *_, **__: (_ for _ in ()).throw(TrainingError("a worker died"))
+    )
     with pytest.raises(TrainingError, match="a worker died"):
         worker.work(told)
     assert not Path(told["result"]).exists()
@@ -340,11 +380,26 @@ UNCERTAINTY: dict[str, Any] = {
     },
     "retrieval": {
         "validation": {"seen_classes": True, "scores": {"kappa": 0.6, "contrast": None}},
-        "digits": {"seen_classes": False, "scores": {"kappa": 0.4, "contrast": 0.3, "jpeg_size": 0.2}},
+        "digits": {
+            "seen_classes": False,
+            "scores": {"kappa": 0.4, "contrast": 0.3, "jpeg_size": 0.2},
+        },
     },
     "ood": {
-        "cats": {"scores": {"kappa": {"auroc": 0.9}, "contrast": {"auroc": 0.5}, "jpeg_size": {"auroc": 0.8}}},
-        "dogs": {"scores": {"kappa": {"auroc": 0.5}, "contrast": {"auroc": 1.0}, "jpeg_size": {"auroc": 0.5}}},
+        "cats": {
+            "scores": {
+                "kappa": {"auroc": 0.9},
+                "contrast": {"auroc": 0.5},
+                "jpeg_size": {"auroc": 0.8},
+            }
+        },
+        "dogs": {
+            "scores": {
+                "kappa": {"auroc": 0.5},
+                "contrast": {"auroc": 1.0},
+                "jpeg_size": {"auroc": 0.5},
+            }
+        },
     },
     "corruptions": {
         "blur": {"scores": {"kappa": {"spearman": 0.5}, "contrast": {"spearman": -0.5}}},
@@ -355,7 +410,11 @@ UNCERTAINTY: dict[str, Any] = {
 
 def test_uncertainty_is_flattened_beside_the_best_trivial_score() -> None:
     found = measure.flat_uncertainty(UNCERTAINTY)
-    names = {name.removesuffix("_baseline_name"): found.pop(name) for name in list(found) if name.endswith("_name")}
+    names = {
+        name.removesuffix("_baseline_name"): found.pop(name)
+        for name in list(found)
+        if name.endswith("_name")
+    }
     assert names == {
         "auroc_misclassification": "contrast",
         "aurc": "contrast",
@@ -398,7 +457,9 @@ def test_a_curve_keeps_its_ends_and_five_digits(tmp_path: Path) -> None:
     assert list(found) == ["epoch", "loss"]
     assert len(found["epoch"]) == measure.CURVE_POINTS
     assert (found["epoch"][0], found["epoch"][-1]) == (0.0, 100.0)
-    assert np.diff(found["epoch"]).max() - np.diff(found["epoch"]).min() < 0.11, "evenly apart, but for a line"
+    assert np.diff(found["epoch"]).max() - np.diff(found["epoch"]).min() < 0.11, (
+        "evenly apart, but for a line"
+    )
     assert (found["loss"][0], found["loss"][-1]) == (0.33333, 1000.3)
     assert measure.curve(tmp_path / "none.jsonl") == {}
 
@@ -424,7 +485,16 @@ def test_the_command_answers_in_one_line(
     assert not list(tmp_path.iterdir()), "a command that cannot begin plans nothing"
 
     monkeypatch.setattr("vi_simsiam.experiments.runner._WORKER", stand_in(tmp_path))
-    arguments = ["controls", "--arms", "simsiam", "vi-simsiam", "--data", "fashion-mini", "--devices", "cpu"]
+    arguments = [
+        "controls",
+        "--arms",
+        "simsiam",
+        "vi-simsiam",
+        "--data",
+        "fashion-mini",
+        "--devices",
+        "cpu",
+    ]
     assert experiment([*arguments, "--seeds", "2"]) == 0
     said = capsys.readouterr().out.splitlines()
     written = said[said.index("4 of 4 runs done") + 1 :]

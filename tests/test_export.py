@@ -55,7 +55,9 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
 @torch.no_grad()
-def test_torchvision_and_timm_load_the_backbone(tmp_path: Path, images: Tensor, backbone: str) -> None:
+def test_torchvision_and_timm_load_the_backbone(
+    tmp_path: Path, images: Tensor, backbone: str
+) -> None:
     run = network_run(tmp_path, backbone)
     expected = run.model.backbone(images)
 
@@ -69,7 +71,9 @@ def test_torchvision_and_timm_load_the_backbone(tmp_path: Path, images: Tensor, 
     folder = export_run(run, "timm")
     for network in (
         timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0),
-        timm.create_model(backbone, num_classes=0, checkpoint_path=str(folder / "model.safetensors")),
+        timm.create_model(
+            backbone, num_classes=0, checkpoint_path=str(folder / "model.safetensors")
+        ),
     ):
         assert largest(network.eval()(images), expected) < 1e-5
 
@@ -86,7 +90,8 @@ def test_torchvision_takes_the_small_stem_in_two_lines(tmp_path: Path, images: T
     assert largest(network.eval()(images), run.model.backbone(images)) < 1e-5
 
     with pytest.raises(
-        InputError, match="resnet18 has no stem 'small'; torchvision, safetensors and onnx take this run"
+        InputError,
+        match="resnet18 has no stem 'small'; torchvision, safetensors and onnx take this run",
     ):
         export_run(run, "timm")
     assert not (tmp_path / "export" / "timm").exists()
@@ -97,10 +102,16 @@ def test_timm_preprocesses_as_the_evaluation_does(tmp_path: Path, tiny: Run) -> 
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
     seen = timm.data.resolve_model_data_config(model)
     assert list(seen["input_size"]) == [3, SIZE, SIZE]
-    assert (seen["interpolation"], seen["crop_pct"], seen["crop_mode"]) == ("bicubic", 1.0, "center")
+    assert (seen["interpolation"], seen["crop_pct"], seen["crop_mode"]) == (
+        "bicubic",
+        1.0,
+        "center",
+    )
     assert list(seen["mean"]) == [0.485, 0.456, 0.406]
     assert list(seen["std"]) == [0.229, 0.224, 0.225]
-    pixels = torch.randint(0, 256, (20, 37, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    pixels = torch.randint(
+        0, 256, (20, 37, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2)
+    )
     image = Image.fromarray(pixels.numpy())
     transformed = timm.data.create_transform(**seen, is_training=False)(image)
     torch.testing.assert_close(transformed, eval_view(SIZE)(image), rtol=0, atol=1e-6)
@@ -111,12 +122,19 @@ def test_timm_preprocesses_as_the_evaluation_does(tmp_path: Path, tiny: Run) -> 
     [
         LossConfig(concentration_gain=3.0),
         LossConfig(concentration="constant", concentration_value=0.5),
-        LossConfig(concentration="detached", concentration_scale=3.0, concentration_min=0.25, concentration_max=9.0),
+        LossConfig(
+            concentration="detached",
+            concentration_scale=3.0,
+            concentration_min=0.25,
+            concentration_max=9.0,
+        ),
     ],
     ids=["sample", "constant", "detached"],
 )
 @torch.no_grad()
-def test_safetensors_gives_the_same_distribution(tmp_path: Path, images: Tensor, loss: LossConfig) -> None:
+def test_safetensors_gives_the_same_distribution(
+    tmp_path: Path, images: Tensor, loss: LossConfig
+) -> None:
     run = network_run(tmp_path, stem="small", loss=loss)
     folder = export_run(run, "safetensors")
     model = load_safetensors(folder)
@@ -146,7 +164,9 @@ def test_safetensors_of_simsiam_is_no_distribution(tmp_path: Path) -> None:
     assert not isinstance(model, VISimSiam)
     weights = run.model.state_dict()
     assert {name: value.tolist() for name, value in model.predictor.state_dict().items()} == {
-        name.removeprefix("predictor."): value.tolist() for name, value in weights.items() if name[:9] == "predictor"
+        name.removeprefix("predictor."): value.tolist()
+        for name, value in weights.items()
+        if name[:9] == "predictor"
     }
     assert {name for name in weights if name not in model.state_dict()} == {
         name for name in weights if name.startswith("target.")
@@ -170,7 +190,9 @@ def test_safetensors_refuses_what_it_did_not_write(tmp_path: Path, tiny: Run) ->
         load_safetensors(foreign)
 
 
-def test_a_file_that_is_not_the_run_is_not_kept(tmp_path: Path, tiny: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_not_the_run_is_not_kept(
+    tmp_path: Path, tiny: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The comparison catches a factor of 1.0001 in one layer of many."""
     weights = formats._weights
 
@@ -195,7 +217,11 @@ def test_the_difference_is_reported_and_written(
     settings = json.loads((tmp_path / "out" / "config.json").read_text())
     assert settings["check"]["images"] == 8
     assert 0 <= settings["check"]["differences"]["embedding"] < 1e-5
-    assert (settings["architecture"], settings["stem"], settings["num_features"]) == ("resnet18", "imagenet", 512)
+    assert (settings["architecture"], settings["stem"], settings["num_features"]) == (
+        "resnet18",
+        "imagenet",
+        512,
+    )
     assert settings["training"]["model"]["dim"] == 8
 
 
@@ -224,9 +250,12 @@ def test_an_earlier_export_is_replaced_when_told(tmp_path: Path, tiny: Run) -> N
 
 
 @pytest.mark.parametrize(
-    "names", [["notes.txt"], ["README.md", "config.json", "model.pth", "notes.txt"], ["config.json"]]
+    "names",
+    [["notes.txt"], ["README.md", "config.json", "model.pth", "notes.txt"], ["config.json"]],
 )
-def test_a_folder_of_other_files_is_never_replaced(tmp_path: Path, tiny: Run, names: list[str]) -> None:
+def test_a_folder_of_other_files_is_never_replaced(
+    tmp_path: Path, tiny: Run, names: list[str]
+) -> None:
     for name in names:
         (tmp_path / name).write_text("mine")
     with pytest.raises(InputError, match="holds other files"):
@@ -234,7 +263,9 @@ def test_a_folder_of_other_files_is_never_replaced(tmp_path: Path, tiny: Run, na
     assert content(tmp_path) == dict.fromkeys(names, b"mine")
 
 
-def test_a_failure_leaves_the_earlier_export(tmp_path: Path, tiny: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_leaves_the_earlier_export(
+    tmp_path: Path, tiny: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     for name in ("README.md", "config.json", "model.pth"):
@@ -247,9 +278,13 @@ def test_a_failure_leaves_the_earlier_export(tmp_path: Path, tiny: Run, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_bad_input_is_one_line(tmp_path: Path, saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line(
+    tmp_path: Path, saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["export", str(saved), "--format", "keras"]) == 2
-    assert capsys.readouterr().err == ("vi-simsiam: format: 'keras' is none of torchvision, timm, safetensors, onnx\n")
+    assert capsys.readouterr().err == (
+        "vi-simsiam: format: 'keras' is none of torchvision, timm, safetensors, onnx\n"
+    )
     with pytest.raises(InputError, match="holds no run"):
         export([str(tmp_path), "--format", "timm"])
     unfinished = tmp_path / "unfinished"
@@ -284,9 +319,23 @@ def test_images_that_are_gone_are_made_up_for(
     assert export([str(gone), "--format", "torchvision"]) == 0
     said = capsys.readouterr().out
     assert "checked on fashion-mini, not on the run's own images" in said
-    assert "place" in json.loads((gone / "export" / "torchvision" / "config.json").read_text())["training"]["data"]
+    assert (
+        "place"
+        in json.loads((gone / "export" / "torchvision" / "config.json").read_text())["training"][
+            "data"
+        ]
+    )
     with pytest.raises(InputError, match="no such folder"):
-        export([str(saved), "--format", "torchvision", "--data", "folder:/no/such/place", "--overwrite"])
+        export(
+            [
+                str(saved),
+                "--format",
+                "torchvision",
+                "--data",
+                "folder:/no/such/place",
+                "--overwrite",
+            ]
+        )
 
 
 def test_unreadable_images_are_passed_over(tmp_path: Path, tiny: Run) -> None:
@@ -295,7 +344,9 @@ def test_unreadable_images_are_passed_over(tmp_path: Path, tiny: Run) -> None:
         open_dataset("fashion-mini").train.image(int(Path(path).stem)).save(path)
     for path in paths[:5]:
         Path(path).write_bytes(b"")
-    some = dataclasses.replace(tiny.splits, train=FileSource(paths, name="/home/someone/some"), val=None)
+    some = dataclasses.replace(
+        tiny.splits, train=FileSource(paths, name="/home/someone/some"), val=None
+    )
     folder = export_run(dataclasses.replace(tiny, splits=some), "torchvision", tmp_path / "out")
     check = json.loads((folder / "config.json").read_text())["check"]
     assert (check["images"], check["source"]) == (7, "someone/some")

@@ -41,8 +41,12 @@ def largest(found: object, expected: Tensor) -> float:
 def test_any_batch_gives_embedding_and_distribution(run: Run, folder: Path, batch: int) -> None:
     assert isinstance(run.model, VISimSiam)
     images = torch.randn(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(batch))
-    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
-    embedding, loc, kappa = session.run(["embedding", "loc", "concentration"], {"images": images.numpy()})
+    session = onnxruntime.InferenceSession(
+        str(folder / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
+    embedding, loc, kappa = session.run(
+        ["embedding", "loc", "concentration"], {"images": images.numpy()}
+    )
     expected = run.model.distribution(images)
     assert largest(embedding, run.model.backbone(images)) < 1e-5
     assert largest(loc, expected.loc) < 1e-5
@@ -74,13 +78,22 @@ def test_the_code_of_the_card_runs(folder: Path, monkeypatch: pytest.MonkeyPatch
 def test_simsiam_gives_the_embedding_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without onnxruntime, too: then the card says that nothing was compared."""
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name)
+    )
     run = make_run(tmp_path, method="simsiam")
     said: list[str] = []
     folder = export_run(run, "onnx", report=said.append)
-    assert said == ["model.onnx was not checked: onnxruntime is not installed (pip install 'vi-simsiam[onnx]')"]
-    assert "was not checked against the run: onnxruntime was not installed" in (folder / "README.md").read_text()
-    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert said == [
+        "model.onnx was not checked: onnxruntime is not installed (pip install 'vi-simsiam[onnx]')"
+    ]
+    assert (
+        "was not checked against the run: onnxruntime was not installed"
+        in (folder / "README.md").read_text()
+    )
+    session = onnxruntime.InferenceSession(
+        str(folder / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
     assert [output.name for output in session.get_outputs()] == ["embedding"]
     images = torch.randn(3, 3, TINY, TINY)
     (embedding,) = session.run(None, {"images": images.numpy()})
@@ -92,7 +105,11 @@ def test_missing_packages_are_named_before_anything_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
-    with pytest.raises(InputError, match=rf"format: onnx needs {package}; .*pip install 'vi-simsiam\[onnx\]'"):
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == package else find(name)
+    )
+    with pytest.raises(
+        InputError, match=rf"format: onnx needs {package}; .*pip install 'vi-simsiam\[onnx\]'"
+    ):
         export_run(make_run(tmp_path), "onnx")
     assert not (tmp_path / "export").exists()

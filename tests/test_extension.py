@@ -53,7 +53,9 @@ def run(
     threads: int = 1,
 ) -> torch.Tensor:
     """Loss (B,) by the CPU backend; `gradient` and `mean` are written where given. Strides are taken from the tensors."""
-    loss = torch.full((p.shape[1],), float("nan"), dtype=torch.promote_types(p.dtype, torch.float32))
+    loss = torch.full(
+        (p.shape[1],), float("nan"), dtype=torch.promote_types(p.dtype, torch.float32)
+    )
     weight = 2 / (len(z) * (len(p) - 1))
     extension.multiview_loss_cpu(
         predictions=[view.data_ptr() for view in p],
@@ -114,7 +116,11 @@ def textbook(
                 kappa = scale * torch.nn.functional.softplus(p[v, :, dim], threshold=100) + minimum
                 gain = kappa * torch.log1p(gain) - kappa * np.log(2)
                 gain = (
-                    gain + torch.lgamma(2 * b + kappa) - torch.lgamma(b + kappa) - torch.lgamma(2 * b) + torch.lgamma(b)
+                    gain
+                    + torch.lgamma(2 * b + kappa)
+                    - torch.lgamma(b + kappa)
+                    - torch.lgamma(2 * b)
+                    + torch.lgamma(b)
                 )
             loss = loss - gain
     loss = 2 / pairs * loss
@@ -128,7 +134,9 @@ def golden() -> dict[str, np.ndarray]:
     columns = np.array(table["rows"], dtype=np.float64).T
     named = dict(zip(table["columns"], columns, strict=True))
     # The tabulated log_c_minus_log_c0 and kappa log1p(cos) are exact but cancel: add them with more digits.
-    mpmath = pytest.importorskip("mpmath", reason="mpmath forms the golden values of F without cancellation")
+    mpmath = pytest.importorskip(
+        "mpmath", reason="mpmath forms the golden values of F without cancellation"
+    )
     rows = zip(named["d"], named["kappa"], named["cos"], strict=True)
     named["ratio"] = np.array([exact_ratio(mpmath, *row) for row in rows])
     return named
@@ -138,32 +146,50 @@ def exact_ratio(mpmath: Any, dim: float, kappa: float, cosine: float) -> float:
     with mpmath.workdps(40):
         b, k = mpmath.mpf(dim - 1) / 2, mpmath.mpf(kappa)
         at_kappa = mpmath.loggamma(2 * b + k) - mpmath.loggamma(b + k) - k * mpmath.log(2)
-        return float(at_kappa - mpmath.loggamma(2 * b) + mpmath.loggamma(b) + k * mpmath.log1p(mpmath.mpf(cosine)))
+        return float(
+            at_kappa
+            - mpmath.loggamma(2 * b)
+            + mpmath.loggamma(b)
+            + k * mpmath.log1p(mpmath.mpf(cosine))
+        )
 
 
-def terms(extension: ModuleType, kappa: np.ndarray, cosine: np.ndarray, dim: float) -> tuple[np.ndarray, ...]:
+def terms(
+    extension: ModuleType, kappa: np.ndarray, cosine: np.ndarray, dim: float
+) -> tuple[np.ndarray, ...]:
     return extension.power_spherical_terms(kappa, cosine, int(dim))  # type: ignore[no-any-return]
 
 
-def test_scalar_math_in_float64_matches_the_golden_table(extension: ModuleType, golden: dict[str, np.ndarray]) -> None:
+def test_scalar_math_in_float64_matches_the_golden_table(
+    extension: ModuleType, golden: dict[str, np.ndarray]
+) -> None:
     for dim in np.unique(golden["d"]):
         rows = {name: column[golden["d"] == dim] for name, column in golden.items()}
         value, d_kappa, d_cos = terms(extension, rows["kappa"], rows["cos"], dim)
         # A few roundings of the largest summand, which is at most a few times the value, and of a logarithm below 7.
-        assert np.all(np.abs(value - rows["ratio"]) <= 1e-14 * np.maximum(1, np.abs(rows["ratio"]))), dim
+        assert np.all(
+            np.abs(value - rows["ratio"]) <= 1e-14 * np.maximum(1, np.abs(rows["ratio"]))
+        ), dim
         slope = rows["dlogp_dkappa"]
         assert np.all(np.abs(d_kappa - slope) <= 2e-15 * np.maximum(1, np.abs(slope))), dim
         np.testing.assert_allclose(d_cos, rows["dlogp_dcos"], rtol=5e-16, err_msg=f"dim {dim}")
 
 
-def test_scalar_math_in_float32_keeps_its_digits(extension: ModuleType, golden: dict[str, np.ndarray]) -> None:
+def test_scalar_math_in_float32_keeps_its_digits(
+    extension: ModuleType, golden: dict[str, np.ndarray]
+) -> None:
     for dim in np.unique(golden["d"]):
         rows = {name: column[golden["d"] == dim] for name, column in golden.items()}
         kappa, cosine = rows["kappa"].astype(np.float32), rows["cos"].astype(np.float32)
         # Where the inputs are no float32 numbers the float64 form, tested above, gives the value at the rounded ones.
-        ratio, slope, to_cos = terms(extension, kappa.astype(np.float64), cosine.astype(np.float64), dim)
+        ratio, slope, to_cos = terms(
+            extension, kappa.astype(np.float64), cosine.astype(np.float64), dim
+        )
         exact = (kappa == rows["kappa"]) & (cosine == rows["cos"])
-        ratio, slope = np.where(exact, rows["ratio"], ratio), np.where(exact, rows["dlogp_dkappa"], slope)
+        ratio, slope = (
+            np.where(exact, rows["ratio"], ratio),
+            np.where(exact, rows["dlogp_dkappa"], slope),
+        )
         value, d_kappa, d_cos = terms(extension, kappa, cosine, dim)
         # Below 17 the summands are smaller than the value or than 10, each rounded once (6e-8). Above, two may nearly cancel:
         # b log1p(k / 2b) or less, b = (D - 1)/2, of which the C library's log1p and a product cost 1.5 eps.
@@ -178,7 +204,9 @@ def test_scalar_math_in_float32_keeps_its_digits(extension: ModuleType, golden: 
 def test_scalar_math_in_float32_does_not_cancel_at_the_optimum(extension: ModuleType) -> None:
     kappa, cosine = np.array([128961.0], np.float32), np.array([63 / 64], np.float32)
     value, d_kappa, _ = terms(extension, kappa, cosine, 2048)
-    exact_value, exact_d_kappa, _ = terms(extension, kappa.astype(np.float64), cosine.astype(np.float64), 2048)
+    exact_value, exact_d_kappa, _ = terms(
+        extension, kappa.astype(np.float64), cosine.astype(np.float64), 2048
+    )
     assert exact_d_kappa[0] == pytest.approx(3.0e-8, rel=0.02)
     assert abs(d_kappa[0] - exact_d_kappa[0]) < 1e-12  # the textbook form is off by 3e-8
     assert abs(value[0] - exact_value[0]) < 4e-4  # the value is 4,270; textbook: 4e-2
@@ -209,12 +237,24 @@ def test_scalar_math_refuses_what_it_would_read_past(extension: ModuleType) -> N
 @pytest.mark.parametrize("name", REALS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_cpu_matches_the_definition(
-    extension: ModuleType, shape: tuple[int, int, int, int], name: str, power_spherical: bool, scale_by_dim: bool
+    extension: ModuleType,
+    shape: tuple[int, int, int, int],
+    name: str,
+    power_spherical: bool,
+    scale_by_dim: bool,
 ) -> None:
     scale, minimum = (shape[3] - 1.0 if scale_by_dim else 1.0), 0.25
     p, z = inputs(shape, REALS[name], extra=int(power_spherical))
     gradient = torch.full_like(p, float("nan"))
-    loss = run(extension, p, z, power_spherical=power_spherical, scale=scale, minimum=minimum, gradient=gradient)
+    loss = run(
+        extension,
+        p,
+        z,
+        power_spherical=power_spherical,
+        scale=scale,
+        minimum=minimum,
+        gradient=gradient,
+    )
     expected_loss, expected = textbook(p, z, power_spherical, scale, minimum)
 
     # One rounding of the cosine costs kappa/(1+c) of it in the value; the lgammas and digammas of the textbook are rounded too.
@@ -223,9 +263,14 @@ def test_cpu_matches_the_definition(
     lgamma, digamma = math.lgamma(dim + kappa), max(1.0, math.log(dim + kappa))
     tolerance = 4 * epsilon * max(1.0, kappa) + 1e-15 * lgamma
     torch.testing.assert_close(loss.double(), expected_loss, rtol=2 * epsilon, atol=tolerance)
-    error, size = (gradient.double() - expected).abs(), expected[..., :dim].abs().amax(dim=-1, keepdim=True)
+    error, size = (
+        (gradient.double() - expected).abs(),
+        expected[..., :dim].abs().amax(dim=-1, keepdim=True),
+    )
     assert (error[..., :dim] <= 16 * epsilon * size).all()
-    assert (error[..., dim:] <= 8 * epsilon * scale * digamma).all()  # the concentration has a unit of its own
+    assert (
+        error[..., dim:] <= 8 * epsilon * scale * digamma
+    ).all()  # the concentration has a unit of its own
 
 
 @pytest.mark.parametrize("name", REALS)
@@ -241,7 +286,9 @@ def test_cpu_follows_strides_and_writes_nothing_else(extension: ModuleType, name
     spaced[:, ::2] = z
     buffer = torch.full((views, batch + 1, dim + 9), float("nan"), dtype=p.dtype)
     view = buffer[:, 1:, 4 : dim + 5]
-    assert torch.equal(run(extension, padded[..., 2 : dim + 3], spaced[:, ::2], gradient=view), loss)
+    assert torch.equal(
+        run(extension, padded[..., 2 : dim + 3], spaced[:, ::2], gradient=view), loss
+    )
     assert torch.equal(view, dense)
     view.fill_(float("nan"))
     assert buffer.isnan().all()
@@ -253,9 +300,13 @@ def test_cpu_accepts_an_empty_batch(extension: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("power_spherical", [True, False], ids=["power_spherical", "cosine"])
-def test_cpu_without_gradient_gives_the_same_loss(extension: ModuleType, power_spherical: bool) -> None:
+def test_cpu_without_gradient_gives_the_same_loss(
+    extension: ModuleType, power_spherical: bool
+) -> None:
     p, z = inputs((3, 2, 5, 70), torch.float32, extra=int(power_spherical))
-    with_gradient = run(extension, p, z, power_spherical=power_spherical, gradient=torch.empty_like(p))
+    with_gradient = run(
+        extension, p, z, power_spherical=power_spherical, gradient=torch.empty_like(p)
+    )
     assert torch.equal(run(extension, p, z, power_spherical=power_spherical), with_gradient)
 
 
@@ -269,20 +320,28 @@ def test_cpu_takes_a_zero_vector_as_cosine_zero(extension: ModuleType, name: str
     loss = run(extension, p, z, scale=23.0, gradient=gradient)
 
     kappa = 23.0 * torch.nn.functional.softplus(p[..., dim].double()).numpy()
-    cosine = torch.nn.functional.cosine_similarity(p[..., :dim].double(), z.flip(0).double(), dim=-1).numpy()
+    cosine = torch.nn.functional.cosine_similarity(
+        p[..., :dim].double(), z.flip(0).double(), dim=-1
+    ).numpy()
     cosine[0, 0] = cosine[1, 1] = 0
-    value, d_kappa, _ = (x.reshape(2, 3) for x in terms(extension, kappa.ravel(), cosine.ravel(), dim))
+    value, d_kappa, _ = (
+        x.reshape(2, 3) for x in terms(extension, kappa.ravel(), cosine.ravel(), dim)
+    )
     tolerance = 3e-6 if name == "float32" else 1e-13
     np.testing.assert_allclose(loss.numpy(), -value.sum(0), rtol=tolerance, atol=tolerance)
     assert not gradient[0, 0, :dim].any()
     assert not gradient[1, 1, :dim].any()
     to_raw = -23.0 * torch.sigmoid(p[..., dim].double()).numpy() * d_kappa
-    np.testing.assert_allclose(gradient[..., dim].numpy(), to_raw, rtol=tolerance, atol=23 * tolerance)
+    np.testing.assert_allclose(
+        gradient[..., dim].numpy(), to_raw, rtol=tolerance, atol=23 * tolerance
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["direction", "concentration", "target"])
-def test_cpu_keeps_a_bad_number_in_its_sample(extension: ModuleType, where: str, bad: float) -> None:
+def test_cpu_keeps_a_bad_number_in_its_sample(
+    extension: ModuleType, where: str, bad: float
+) -> None:
     dim = 40
     p, z = inputs((3, 2, 4, dim), torch.float32)
     clean_gradient = torch.empty_like(p)
@@ -318,13 +377,19 @@ def test_cpu_writes_zeros_for_a_view_without_a_pair(extension: ModuleType) -> No
 
 
 @pytest.mark.parametrize("name", REALS)
-def test_cpu_gives_the_same_bits_for_any_number_of_threads(extension: ModuleType, name: str) -> None:
-    p, z = inputs((2, 2, 173, 2049), REALS[name])  # 2.1 million columns: enough work for six threads
+def test_cpu_gives_the_same_bits_for_any_number_of_threads(
+    extension: ModuleType, name: str
+) -> None:
+    p, z = inputs(
+        (2, 2, 173, 2049), REALS[name]
+    )  # 2.1 million columns: enough work for six threads
     one = torch.full_like(p, float("nan"))
     loss = run(extension, p, z, scale=2048.0, gradient=one, threads=1)
     for threads in (2, 3, 16):
         gradient = torch.full_like(p, float("nan"))
-        assert torch.equal(run(extension, p, z, scale=2048.0, gradient=gradient, threads=threads), loss)
+        assert torch.equal(
+            run(extension, p, z, scale=2048.0, gradient=gradient, threads=threads), loss
+        )
         assert torch.equal(gradient, one)
 
 
@@ -347,11 +412,18 @@ def test_cpu_runs_in_a_forked_process_after_threads_ran_here(extension: ModuleTy
 
 def test_cpu_divides_a_mean_s_gradient_by_the_batch(extension: ModuleType) -> None:
     p, z = inputs((2, 2, 8, 70), torch.float64)
-    gradient, of_mean, mean = torch.empty_like(p), torch.empty_like(p), torch.empty((), dtype=p.dtype)
+    gradient, of_mean, mean = (
+        torch.empty_like(p),
+        torch.empty_like(p),
+        torch.empty((), dtype=p.dtype),
+    )
     loss = run(extension, p, z, gradient=gradient)
     assert torch.equal(run(extension, p, z, gradient=of_mean, mean=mean), loss)
     # Seven additions and a division round by eps / 2 of no more than the sum of the absolute values.
-    assert abs(mean.item() - math.fsum(loss.tolist()) / 8) <= 4 * torch.finfo(torch.float64).eps * loss.abs().mean()
+    assert (
+        abs(mean.item() - math.fsum(loss.tolist()) / 8)
+        <= 4 * torch.finfo(torch.float64).eps * loss.abs().mean()
+    )
     assert torch.equal(of_mean, gradient / 8), "an eighth is exact"
 
 
@@ -361,7 +433,11 @@ def test_cpu_refuses_what_it_would_read_past(extension: ModuleType) -> None:
 
 
 def test_cpu_names_the_dtypes_it_takes(extension: ModuleType) -> None:
-    for dtypes in ((torch.float16, torch.float16), (torch.float64, torch.float32), (torch.bfloat16, torch.float16)):
+    for dtypes in (
+        (torch.float16, torch.float16),
+        (torch.float64, torch.float32),
+        (torch.bfloat16, torch.float16),
+    ):
         p, z = torch.zeros(2, 1, 9, dtype=dtypes[0]), torch.zeros(2, 1, 8, dtype=dtypes[1])
         with pytest.raises(ValueError, match="float64 for both, or float32 or bfloat16"):
             run(extension, p, z)
@@ -385,7 +461,11 @@ def test_build_info_agrees_with_what_is_there(extension: ModuleType) -> None:
     info = extension.build_info()
     assert set(info) == {"compiler", "simd", "cuda", "architectures"}
     assert info["simd"] in ("avx512", "avx2", "128 bit", "plain loops")
-    assert hasattr(extension, "multiview_loss_cuda") == (info["cuda"] is not None) == bool(info["architectures"])
+    assert (
+        hasattr(extension, "multiview_loss_cuda")
+        == (info["cuda"] is not None)
+        == bool(info["architectures"])
+    )
 
 
 @pytest.fixture(scope="module")
@@ -406,16 +486,28 @@ CUDA_11 = "sm_70\nsm_75\nsm_80\nsm_86\nsm_89\nsm_90\n"
 
 
 def test_setup_builds_the_default_architectures_that_nvcc_knows(setup_py: ModuleType) -> None:
-    assert list(setup_py.architectures(CUDA_13)) == ["8.0", "8.6", "8.9", "9.0+PTX", "10.0", "12.0+PTX"]
+    assert list(setup_py.architectures(CUDA_13)) == [
+        "8.0",
+        "8.6",
+        "8.9",
+        "9.0+PTX",
+        "10.0",
+        "12.0+PTX",
+    ]
     assert list(setup_py.architectures(CUDA_11)) == ["8.0", "8.6", "8.9", "9.0+PTX"]
 
 
 def test_setup_turns_architectures_into_flags(setup_py: ModuleType) -> None:
     assert setup_py.architectures(CUDA_13, "8.0;12.0+PTX") == {
         "8.0": ["-gencode=arch=compute_80,code=sm_80"],
-        "12.0+PTX": ["-gencode=arch=compute_120,code=sm_120", "-gencode=arch=compute_120,code=compute_120"],
+        "12.0+PTX": [
+            "-gencode=arch=compute_120,code=sm_120",
+            "-gencode=arch=compute_120,code=compute_120",
+        ],
     }
-    assert setup_py.architectures(CUDA_13, "9.0a") == {"9.0a": ["-gencode=arch=compute_90a,code=sm_90a"]}
+    assert setup_py.architectures(CUDA_13, "9.0a") == {
+        "9.0a": ["-gencode=arch=compute_90a,code=sm_90a"]
+    }
 
 
 @pytest.mark.parametrize("wanted", ["8.0 9.0", "8.0,9.0", " 8.0; 9.0;", "7.0;8.0;9.0"])

@@ -16,9 +16,13 @@ NAMES = {"baseline": ("128 bit", "plain loops"), "avx2": ("avx2",), "avx512": ("
 
 
 def run(simd: str, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
+    }
     environment["VI_SIMSIAM_SIMD"] = simd
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True
+    )
 
 
 @pytest.mark.parametrize("simd", NAMES)
@@ -28,12 +32,26 @@ def test_every_path_passes_the_tests_of_the_extension(simd: str) -> None:
         pytest.skip(f"this processor has no {simd}: its path is not checked")
     assert chosen.stdout.strip() in NAMES[simd], chosen.stderr
     tests = str(Path(__file__).with_name("test_extension.py"))
-    result = run(simd, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "cpu", "--tb=short", tests)
+    result = run(
+        simd,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-k",
+        "cpu",
+        "--tb=short",
+        tests,
+    )
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
 
 def test_what_does_not_run_here_is_named() -> None:
     result = run("avx9", "-m", "vi_simsiam", "info")
     assert result.returncode == 2
-    assert result.stderr.startswith("vi-simsiam: VI_SIMSIAM_SIMD: 'avx9' does not run here; accepted: baseline")
+    assert result.stderr.startswith(
+        "vi-simsiam: VI_SIMSIAM_SIMD: 'avx9' does not run here; accepted: baseline"
+    )
     assert result.stderr.count("\n") == 1

@@ -123,17 +123,24 @@ def test_curves_show_the_metrics(tmp_path: Path, drawn: list[Figure], lines: int
     assert path == tmp_path / "curves.png"
     assert Image.open(path).size == (1600, 680)
     assert path.stat().st_size < 300_000
-    panels = {axes.get_title(loc="left"): axes for axes in drawn[0].axes if axes.get_title(loc="left")}
+    panels = {
+        axes.get_title(loc="left"): axes for axes in drawn[0].axes if axes.get_title(loc="left")
+    }
     logged = {
         name: [line[name] for line in metric_lines(lines, kappa=True)]
         for name in ("loss", "cosine", "kappa", "kappa_best")
     }
-    expected = {"loss": "loss (0 = no better than chance)", "cosine": "cosine of prediction and target"}
+    expected = {
+        "loss": "loss (0 = no better than chance)",
+        "cosine": "cosine of prediction and target",
+    }
     for name, title in expected.items():
         np.testing.assert_allclose(panels[title].lines[0].get_ydata(), logged[name])
     concentration = panels["concentration κ / (D − 1)"]
     np.testing.assert_allclose(concentration.lines[0].get_ydata(), logged["kappa"])
-    best = {line.get_label(): line.get_ydata() for line in concentration.lines}["best for the cosines"]
+    best = {line.get_label(): line.get_ydata() for line in concentration.lines}[
+        "best for the cosines"
+    ]
     np.testing.assert_allclose(best, moving_average(np.array(logged["kappa_best"])))
     assert len(panels) == 6
 
@@ -182,14 +189,18 @@ def test_kappa_shows_the_images_at_both_ends(tmp_path: Path, drawn: list[Figure]
 
 def test_kappa_of_photographs_is_a_small_file(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (20, 30, 30, 3), dtype=np.uint8)
-    photographs = np.stack([np.asarray(Image.fromarray(image).resize((128, 96), 3)) for image in noise])
+    photographs = np.stack(
+        [np.asarray(Image.fromarray(image).resize((128, 96), 3)) for image in noise]
+    )
     path = draw_kappa(make_run(tmp_path, val=ArraySource(photographs)))
     assert path is not None
     assert path.stat().st_size < 300_000
 
 
 @pytest.mark.parametrize("val", [None, ArraySource(np.zeros((0, 8, 8), np.uint8))])
-def test_kappa_falls_back_to_the_training_images(tmp_path: Path, drawn: list[Figure], val: ArraySource | None) -> None:
+def test_kappa_falls_back_to_the_training_images(
+    tmp_path: Path, drawn: list[Figure], val: ArraySource | None
+) -> None:
     train = gray_source(5, labelled=False)
     assert draw_kappa(make_run(tmp_path, train=train, val=val)) is not None
     assert "5 training images" in drawn[0].get_suptitle()
@@ -226,7 +237,11 @@ def test_figures_replace_older_ones_whole(tmp_path: Path, monkeypatch: pytest.Mo
     assert (tmp_path / "curves.png").read_bytes() == first
     draw_curves(run.path)
     assert (tmp_path / "curves.png").read_bytes() != first
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "curves.png", "metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "curves.png",
+        "metrics.jsonl",
+    ]
 
 
 @pytest.mark.filterwarnings("error")
@@ -237,9 +252,13 @@ def test_characters_without_a_glyph_get_another_font_or_spelling(
     """matplotlib would warn of each, and draw boxes."""
     other = FontEntry(fname="/fonts/cjk.ttf", name="CJK")
     own = style._characters
-    monkeypatch.setattr(style.fontManager, "ttflist", [*style.fontManager.ttflist, *([other] if there else [])])
     monkeypatch.setattr(
-        style, "_characters", lambda file: {ord("猫"), ord("Ạ")} if "cjk" in file else own(file) - {ord("Ạ"), ord("猫")}
+        style.fontManager, "ttflist", [*style.fontManager.ttflist, *([other] if there else [])]
+    )
+    monkeypatch.setattr(
+        style,
+        "_characters",
+        lambda file: {ord("猫"), ord("Ạ")} if "cjk" in file else own(file) - {ord("Ạ"), ord("猫")},
     )
     monkeypatch.setattr(style, "_font_with", functools.cache(style._font_with.__wrapped__))
     drawn = [style.figure(f"data {name}") for name in ("猫Ạ", "猫Ạ", "cats")]

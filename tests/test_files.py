@@ -49,9 +49,18 @@ def test_find_images_is_sorted_and_skips_what_is_hidden(tmp_path: Path) -> None:
 
 
 def test_formats_are_those_that_pillow_opens(tmp_path: Path) -> None:
-    kinds = {"jfif": "JPEG", "avif": "AVIF", "jp2": "JPEG2000", "tga": "TGA", "ico": "ICO", "mpo": "MPO"}
+    kinds = {
+        "jfif": "JPEG",
+        "avif": "AVIF",
+        "jp2": "JPEG2000",
+        "tga": "TGA",
+        "ico": "ICO",
+        "mpo": "MPO",
+    }
     Image.init()
-    kinds = {suffix: kind for suffix, kind in kinds.items() if kind in Image.SAVE}  # AVIF is left out of some builds
+    kinds = {
+        suffix: kind for suffix, kind in kinds.items() if kind in Image.SAVE
+    }  # AVIF is left out of some builds
     if not features.check("jpg_2000"):
         del kinds["jp2"]
     for suffix, kind in kinds.items():
@@ -79,7 +88,9 @@ def test_what_is_passed_over_is_counted_by_suffix(tmp_path: Path) -> None:
     assert find_images(save(tmp_path / "only" / "a.png").parent).note() == ""
 
 
-def test_a_plugin_that_is_installed_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plugin_that_is_installed_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plugin = ModuleType("pillow_heif")
     plugin.register_heif_opener = lambda: Image.register_extension("PNG", ".heic")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
@@ -115,11 +126,15 @@ def test_each_file_counts_once_where_it_lies(tmp_path: Path) -> None:
     found = find_images(tmp_path / "data")
     assert names(tmp_path / "data") == ["b/1.png", "lost.png", "self.png"]
     assert found.note() == "3 further names (links) of images and folders left out"
-    with pytest.raises(InputError, match=r"self\.png: cannot be read as an image \(Too many levels"):
+    with pytest.raises(
+        InputError, match=r"self\.png: cannot be read as an image \(Too many levels"
+    ):
         FileSource(found.paths).image(2)
 
 
-def test_files_of_one_number_in_their_folder_are_all_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_one_number_in_their_folder_are_all_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Some network file systems list all entries with the same inode; their status is right."""
     for name in ("a.png", "b.png"):
         save(tmp_path / name)
@@ -132,7 +147,9 @@ def test_files_of_one_number_in_their_folder_are_all_found(tmp_path: Path, monke
     assert names(tmp_path) == ["a.png", "b.png"]
 
 
-def test_a_folder_that_may_not_be_entered_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_may_not_be_entered_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its files are still found, to be reported when they are read; folders above cannot be reached either."""
     for name in ("photos/0.png", "photos/closed/1.png", "photos/closed/2.txt"):
         (save if name.endswith("png") else Path.touch)(tmp_path / name)
@@ -200,13 +217,24 @@ def test_a_loop_below_a_class_gives_no_image_two_labels(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(("train", "val"), [("Train", "valid"), ("training", "Validation"), ("TRAIN", "val")])
+@pytest.mark.parametrize(
+    ("train", "val"), [("Train", "valid"), ("training", "Validation"), ("TRAIN", "val")]
+)
 def test_the_parts_by_their_usual_names(tmp_path: Path, train: str, val: str) -> None:
-    for name in (f"{train}/a/1.png", f"{train}/b/2.png", f"{val}/a/3.png", f"{val}/b/4.png", "test/a/5.png", "6.png"):
+    for name in (
+        f"{train}/a/1.png",
+        f"{train}/b/2.png",
+        f"{val}/a/3.png",
+        f"{val}/b/4.png",
+        "test/a/5.png",
+        "6.png",
+    ):
         save(tmp_path / name)
     splits = open_dataset(str(tmp_path))
     assert (len(splits.train), splits.val and len(splits.val)) == (2, 2)
-    assert splits.train.notes == (f"{tmp_path / train}: only {train}/ and {val}/ are read, not 6.png, test",)
+    assert splits.train.notes == (
+        f"{tmp_path / train}: only {train}/ and {val}/ are read, not 6.png, test",
+    )
 
 
 @pytest.mark.parametrize(
@@ -214,7 +242,9 @@ def test_the_parts_by_their_usual_names(tmp_path: Path, train: str, val: str) ->
     [(None, "not test"), ("1.png", "not test, val; validation needs class folders in train/ and val/"),
      ("a/1.png", "not test, val; validation needs class folders in train/ and val/")],
 )  # fmt: skip
-def test_photos_without_classes_have_no_validation_part(tmp_path: Path, val: str | None, note: str) -> None:
+def test_photos_without_classes_have_no_validation_part(
+    tmp_path: Path, val: str | None, note: str
+) -> None:
     for name in ["train/1.png", "test/1.png"] + ([f"val/{val}"] if val else []):
         save(tmp_path / name)
     splits = open_dataset(str(tmp_path))
@@ -238,5 +268,7 @@ def test_a_class_that_vanishes_is_named(tmp_path: Path) -> None:
         f"{tmp_path / 'train'}: no image, and so no class, in dog",
     )
     (tmp_path / "train" / "cat" / "1.png").unlink()
-    with pytest.raises(InputError, match=r"train: holds no image that Pillow opens\. 1 file passed over: 1 \.heic"):
+    with pytest.raises(
+        InputError, match=r"train: holds no image that Pillow opens\. 1 file passed over: 1 \.heic"
+    ):
         open_dataset(str(tmp_path))

@@ -67,10 +67,15 @@ def test_a_checkpoint_names_the_room_that_it_needs(trainer: Trainer) -> None:
         f"the checkpoint {path} could not be written (File too large: it needs {decimal(len(before))}, ANY are free); "
         "the one before is kept"
     )
-    with room(100_000), pytest.raises(TrainingError, match=re.escape(message).replace("ANY", r"[\d.]+ \w+")):
+    with (
+        room(100_000),
+        pytest.raises(TrainingError, match=re.escape(message).replace("ANY", r"[\d.]+ \w+")),
+    ):
         trainer._save()
     assert path.read_bytes() == before
-    assert sorted(entry.name for entry in trainer.folder.iterdir()) == names, "nothing is left beside it"
+    assert sorted(entry.name for entry in trainer.folder.iterdir()) == names, (
+        "nothing is left beside it"
+    )
 
 
 def test_a_first_checkpoint_may_be_missing(trainer: Trainer) -> None:
@@ -94,7 +99,8 @@ def test_a_log_that_cannot_be_written_ends_the_training(
             stack.enter_context(room(path.stat().st_size))
 
         with pytest.raises(
-            TrainingError, match=re.escape(f"the logs in {trainer.folder} could not be written (File too large)")
+            TrainingError,
+            match=re.escape(f"the logs in {trainer.folder} could not be written (File too large)"),
         ):
             trainer.fit(epoch_done=fill)
     assert 6 <= trainer.step < 10, "in the second epoch"
@@ -121,7 +127,10 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     """Also where torch.save hides the reason."""
     path = tmp_path / "file"
     path.write_text("old")
-    for write in (lambda file: file.write(bytes(2000)), lambda file: torch.save(torch.zeros(500), file)):
+    for write in (
+        lambda file: file.write(bytes(2000)),
+        lambda file: torch.save(torch.zeros(500), file),
+    ):
         with room(1000), pytest.raises(OSError, match="File too large") as error:
             write_atomically(path, write)
         assert error.value.filename == str(path)
@@ -149,7 +158,9 @@ def test_a_command_ends_in_one_line(
     run, out = save_run(tmp_path / "run"), tmp_path / "out"
     out.mkdir()
     words = {"RUN": str(run), "IMAGES": str(image_folder / "train"), "OUT": str(out)}
-    given = [re.sub("RUN|IMAGES|OUT", lambda found: words[found[0]], word) for word in command.split()]
+    given = [
+        re.sub("RUN|IMAGES|OUT", lambda found: words[found[0]], word) for word in command.split()
+    ]
     with room(500):
         assert main(given) == 2
     said = capsys.readouterr().err.splitlines()[-1]

@@ -37,7 +37,9 @@ def run(command: str, folder: Path, **environment: str) -> None:
     """Type a command in a folder."""
     script = "import sys; from vi_simsiam.cli import main; sys.exit(main(sys.argv[1:]))"
     words = [sys.executable, "-c", script, *command.split()[1:], "--device", "cpu"]
-    done = subprocess.run(words, cwd=folder, env=os.environ | environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        words, cwd=folder, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -36,11 +36,17 @@ pytestmark = [
 ROOT = Path(__file__).parents[1]
 _NO_CUDA = why_unavailable("cuda", "cuda")
 fused = pytest.mark.parametrize(
-    "backend", ["triton", pytest.param("cuda", marks=pytest.mark.skipif(_NO_CUDA is not None, reason=str(_NO_CUDA)))]
+    "backend",
+    [
+        "triton",
+        pytest.param("cuda", marks=pytest.mark.skipif(_NO_CUDA is not None, reason=str(_NO_CUDA))),
+    ],
 )
 
 
-def on_gpu(dtype: torch.dtype, batch: int, dim: int, width: int | None = None) -> tuple[list[Tensor], list[Tensor]]:
+def on_gpu(
+    dtype: torch.dtype, batch: int, dim: int, width: int | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
     """Two views as the predictor makes them, with rows of `width` columns, and two targets."""
     p, z = (x.to("cuda", dtype) for x in draw(POWER_SPHERICAL, 2, 2, batch, dim))
     rows = torch.zeros(2, batch, dim + 1 if width is None else width, device="cuda", dtype=dtype)
@@ -50,9 +56,20 @@ def on_gpu(dtype: torch.dtype, batch: int, dim: int, width: int | None = None) -
 
 def run_tests(*arguments: str, wrapper: tuple[str, ...] = (), **variables: str) -> str:
     """Run pytest in a process of its own with the losses' tests on the GPU; returns what it printed."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
+    }
     environment |= {"VI_SIMSIAM_TEST_DEVICE": "cuda", **variables}
-    command = [*wrapper, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", *arguments]
+    command = [
+        *wrapper,
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+        *arguments,
+    ]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-3000:]
     assert re.search(r"\d+ passed", result.stdout), result.stdout
@@ -62,7 +79,9 @@ def run_tests(*arguments: str, wrapper: tuple[str, ...] = (), **variables: str) 
 def test_the_losses_on_cuda_tensors() -> None:
     """tests/test_multiview_loss.py, test_multiview_loss_autograd.py and test_multiview_loss_compile.py: golden values, gradcheck, hypothesis, opcheck, compile."""
     run_tests(
-        "tests/test_multiview_loss.py", "tests/test_multiview_loss_autograd.py", "tests/test_multiview_loss_compile.py"
+        "tests/test_multiview_loss.py",
+        "tests/test_multiview_loss_autograd.py",
+        "tests/test_multiview_loss_compile.py",
     )
 
 
@@ -72,7 +91,9 @@ def test_compute_sanitizer_finds_nothing(backend: str, tool: str) -> None:
     """Out-of-bounds, misaligned and uninitialised accesses, and races, over shapes, strides and dtypes."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
-        pytest.skip("compute-sanitizer is not installed: memory accesses of the kernels are not checked")
+        pytest.skip(
+            "compute-sanitizer is not installed: memory accesses of the kernels are not checked"
+        )
     # Some calls of CUDA fail in a run in which all is well: torch and Triton ask so what there is.
     wrapper = (sanitizer, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9")
     run_tests(
@@ -91,7 +112,11 @@ def kernels_of(call: Callable[[], object]) -> list[str]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
-    return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [
+        event.name
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
 
 
 @fused
@@ -135,7 +160,10 @@ def test_streams_of_ones_own(backend: str) -> None:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             results.append(
-                [torch.autograd.grad(power_spherical_loss(views, z, backend=backend), views) for _ in range(5)]
+                [
+                    torch.autograd.grad(power_spherical_loss(views, z, backend=backend), views)
+                    for _ in range(5)
+                ]
             )
     torch.cuda.synchronize()
     for found in (gradients for each in results for gradients in each):
@@ -177,7 +205,12 @@ def test_cuda_graph_replays_the_loss_and_its_gradient(backend: str, reduction: s
 @fused
 @pytest.mark.parametrize("form", [POWER_SPHERICAL, COSINE], ids=str)
 def test_rows_too_long_for_registers_and_many_views(backend: str, form: LossForm) -> None:
-    for views, targets, batch, dim in ((2, 2, 3, 20000), (16, 16, 2, 129), (16, 2, 3, 8192), (8, 8, 2, 2049)):
+    for views, targets, batch, dim in (
+        (2, 2, 3, 20000),
+        (16, 16, 2, 129),
+        (16, 2, 3, 8192),
+        (8, 8, 2, 2049),
+    ):
         p, z = (x.to("cuda", torch.float32) for x in draw(form, views, targets, batch, dim))
         exact = p.double().requires_grad_()
         want = multiview_loss(exact, z.double(), form, backend="eager")
@@ -221,7 +254,9 @@ def test_offsets_beyond_31_bits(backend: str) -> None:
 def test_a_compiled_model_trains_with_the_fused_loss(backend: str) -> None:
     """torch.compile of model and loss as one graph gives the gradients of the uncompiled one."""
     torch.manual_seed(0)
-    model = VISimSiam(torch.nn.Flatten(), features=48, dim=64, projector_hidden=32, predictor_hidden=16).cuda()
+    model = VISimSiam(
+        torch.nn.Flatten(), features=48, dim=64, projector_hidden=32, predictor_hidden=16
+    ).cuda()
     images = [torch.randn(32, 3, 4, 4, device="cuda") for _ in range(2)]
 
     def gradients(loss: Callable[[list[Tensor]], Tensor]) -> tuple[Tensor, ...]:
@@ -238,7 +273,9 @@ def test_the_second_gpu(backend: str) -> None:
     """The launch goes to the tensors' device, whichever is current."""
     views, z = on_gpu(torch.float32, 64, 512)
     expected = power_spherical_loss(views, z, backend=backend)
-    loss = power_spherical_loss([x.to("cuda:1") for x in views], [x.to("cuda:1") for x in z], backend=backend)
+    loss = power_spherical_loss(
+        [x.to("cuda:1") for x in views], [x.to("cuda:1") for x in z], backend=backend
+    )
     assert loss.device.index == 1
     assert torch.equal(loss.cpu(), expected.cpu())
 
@@ -250,7 +287,9 @@ def test_fused_backends_explain_themselves() -> None:
 
 @pytest.mark.parametrize("method", ["vi-simsiam", "simsiam"])
 def test_training_on_the_gpu(image_folder: Path, tmp_path: Path, method: str) -> None:
-    settings = dataclasses.replace(config(image_folder, method=method, epochs=12, lr=0.05), device="cuda")
+    settings = dataclasses.replace(
+        config(image_folder, method=method, epochs=12, lr=0.05), device="cuda"
+    )
     trainer = Trainer(settings, tmp_path / "run", console=Console(quiet=True))
     assert trainer.train_step.bf16
     assert trainer.backend == "triton"
@@ -265,14 +304,20 @@ def test_captured_and_single_launches_train_alike(
 ) -> None:
     """Each against a run in float32 on the CPU: the same views, order, learning rate and latch, step by step."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    base = config(image_folder, epochs=4, lr=1e-5, log_every=1)  # low: views differ by 1e-5, which updates amplify
-    on_device = dataclasses.replace(base, device="cuda", precision="fp32", capture=capture, data_memory=memory)  # type: ignore[arg-type]
+    base = config(
+        image_folder, epochs=4, lr=1e-5, log_every=1
+    )  # low: views differ by 1e-5, which updates amplify
+    on_device = dataclasses.replace(
+        base, device="cuda", precision="fp32", capture=capture, data_memory=memory
+    )  # type: ignore[arg-type]
     for settings, name in ((base, "cpu"), (on_device, "gpu")):
         Trainer(settings, tmp_path / name, console=Console(quiet=True)).fit()
     expected, found = metrics(tmp_path / "cpu"), metrics(tmp_path / "gpu")
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     assert [line["lr"] for line in found] == [line["lr"] for line in expected]
-    for line, reference in list(zip(found, expected, strict=True))[:6]:  # later steps amplify it, too
+    for line, reference in list(zip(found, expected, strict=True))[
+        :6
+    ]:  # later steps amplify it, too
         assert line["loss"] == pytest.approx(reference["loss"], rel=0.02, abs=0.01)
 
 
@@ -282,19 +327,28 @@ def test_a_captured_run_equals_the_one_of_single_launches(
     """Where every kernel adds in a fixed order (no max-pool, cuDNN's deterministic ones), bit for bit."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     model = ModelConfig(stem="small", dim=32, projector_hidden=32, predictor_hidden=16)
-    settings = dataclasses.replace(config(image_folder, epochs=4, model=model), device="cuda", log_every=1)
+    settings = dataclasses.replace(
+        config(image_folder, epochs=4, model=model), device="cuda", log_every=1
+    )
     for capture in ("on", "off"):
         each = dataclasses.replace(settings, capture=capture)  # type: ignore[arg-type]
         Trainer(each, tmp_path / capture, console=Console(quiet=True)).fit()
-    first, second = (Checkpoint.load(tmp_path / name / "checkpoint.pt", torch.device("cpu")) for name in ("on", "off"))
+    first, second = (
+        Checkpoint.load(tmp_path / name / "checkpoint.pt", torch.device("cpu"))
+        for name in ("on", "off")
+    )
     torch.testing.assert_close(first.model, second.model, rtol=0, atol=0)
     kept = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("on", "off")]
     assert kept[0] == kept[1]
 
 
-def test_the_latch_stops_a_captured_run(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_latch_stops_a_captured_run(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A factor that becomes infinite after the capture: the run says at which step, and the last checkpoint is good."""
-    settings = dataclasses.replace(config(image_folder, epochs=6), device="cuda", capture="on", log_every=30)
+    settings = dataclasses.replace(
+        config(image_folder, epochs=6), device="cuda", capture="on", log_every=30
+    )
     trainer = Trainer(settings, tmp_path / "run", console=Console(quiet=True))
     loss, counter = trainer.model.loss, trainer.train_step.counter
 

@@ -62,7 +62,9 @@ def _ended(process: int) -> bool:
         return True
 
 
-def test_a_failure_and_a_limit_keep_no_stage_from_running(gpu: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_and_a_limit_keep_no_stage_from_running(
+    gpu: ModuleType, capfd: pytest.CaptureFixture[str]
+) -> None:
     stages = {
         "first": gpu.Stage(20, ["fails"]),
         "second": gpu.Stage(3, ["leaves", "120"]),
@@ -75,7 +77,12 @@ def test_a_failure_and_a_limit_keep_no_stage_from_running(gpu: ModuleType, capfd
     printed = capfd.readouterr().out
     assert "it works" in printed
     summary = [line.split()[:2] for line in printed.splitlines()[-4:]]
-    assert summary == [["first", "FAILED:"], ["second", "FAILED:"], ["third", "passed"], ["fourth", "passed"]]
+    assert summary == [
+        ["first", "FAILED:"],
+        ["second", "FAILED:"],
+        ["third", "passed"],
+        ["fourth", "passed"],
+    ]
     assert "exit code 3" in printed
     assert "over its limit" in printed
     assert gpu.main(["third"], stages) == 0
@@ -87,7 +94,9 @@ def test_a_stage_leaves_no_process(runs: str, limit: float, gpu: ModuleType) -> 
     _until(lambda: _ended(int(Path("child").read_text())))
 
 
-def test_interrupted(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_interrupted(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -136,7 +145,9 @@ def test_a_stage_ends_with_a_script_that_is_killed() -> None:
 
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize(("limit", "signals"), [(300, 2), (8, 1)])
-def test_every_process_of_a_stage_ends_however_often_the_script_is_interrupted(limit: float, signals: int) -> None:
+def test_every_process_of_a_stage_ends_however_often_the_script_is_interrupted(
+    limit: float, signals: int
+) -> None:
     """Once while it runs and again while it is being ended, or only while one over its limit is being ended."""
     script, processes = _stubborn(limit)
     if signals == 1:
@@ -210,13 +221,22 @@ def test_the_commands_are_right(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
 def test_every_gpu_test_is_in_a_stage(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     marks = re.compile(r"^(@pytest\.mark\.gpu|@on_gpu\(|    pytest\.mark\.gpu,)", re.MULTILINE)
-    marked = {str(path) for path in Path("tests").glob("test_*.py") if marks.search(path.read_text())}
-    named = {word for stage in gpu.STAGES.values() for word in stage.arguments() if word.startswith("tests/")}
+    marked = {
+        str(path) for path in Path("tests").glob("test_*.py") if marks.search(path.read_text())
+    }
+    named = {
+        word
+        for stage in gpu.STAGES.values()
+        for word in stage.arguments()
+        if word.startswith("tests/")
+    }
     assert {"tests/test_step.py", "tests/test_gpu.py", "tests/test_knn.py"} <= marked
     assert marked <= named
 
 
 def test_without_a_gpu() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "gpu.py"), "info"]
-    result = subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    result = subprocess.run(
+        command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
+    )
     assert (result.returncode, result.stderr) == (2, "gpu: no CUDA device found\n")

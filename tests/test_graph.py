@@ -24,7 +24,9 @@ def test_captured_and_eager_steps_agree(optimizer: str, clear_last: bool) -> Non
     expected = []
     for batch in batches(10):
         outputs = eager.step(*batch)
-        expected.append([outputs["loss"].detach(), outputs["more"][0].detach(), *eager.everything()])
+        expected.append(
+            [outputs["loss"].detach(), outputs["more"][0].detach(), *eager.everything()]
+        )
         eager.scheduler.step()
     training = Training(optimizer, clear_last=clear_last)
     step = with_stand_in(training.step, training.state, warmup=2)
@@ -189,9 +191,7 @@ def test_a_capture_that_fails_changes_nothing(mode: str) -> None:
     torch.manual_seed(5)
     first, second, third = batches(3)
     assert step(*first)["loss"].item() == losses[0]
-    message = (
-        f"cannot be captured as a CUDA graph: operation not permitted when stream is capturing .{graph_cases.__file__}:"
-    )
+    message = f"cannot be captured as a CUDA graph: operation not permitted when stream is capturing .{graph_cases.__file__}:"
     if mode == "on":
         before = training.everything()
         with pytest.raises(InputError, match=message):
@@ -243,9 +243,13 @@ def test_changed_inputs_are_named(calls: int, mode: str) -> None:
 
 
 def test_inputs_that_cannot_be_used() -> None:
-    with pytest.raises(InputError, match=r"inputs\[0\]\[1\]: a tensor on meta given, on cpu is accepted"):
+    with pytest.raises(
+        InputError, match=r"inputs\[0\]\[1\]: a tensor on meta given, on cpu is accepted"
+    ):
         with_stand_in(lambda x: x)([torch.ones(1), torch.ones(1, device="meta")])
-    with pytest.raises(InputError, match=r"inputs\[0\]: a tensor that requires a gradient given; detach it"):
+    with pytest.raises(
+        InputError, match=r"inputs\[0\]: a tensor that requires a gradient given; detach it"
+    ):
         with_stand_in(lambda x: x)(torch.ones(1, requires_grad=True))
     with pytest.raises(InputError, match=r"inputs\[0\]: ndarray given; tensors and plain values"):
         with_stand_in(lambda x: x)(torch.ones(1).numpy())
@@ -263,7 +267,10 @@ def test_inputs_that_cannot_be_used() -> None:
         ({"mode": "always"}, "mode: 'always' given, auto, on, off are accepted"),
         ({"warmup": 0}, "warmup: 0 given, a whole number of calls, at least 1"),
         ({"state": nn.Linear(1, 1)}, "state: Linear given, a list or tuple"),
-        ({"state": [nn.Linear(1, 1), 4]}, r"state\[1\]: int given; modules, optimizers, tensors and objects"),
+        (
+            {"state": [nn.Linear(1, 1), 4]},
+            r"state\[1\]: int given; modules, optimizers, tensors and objects",
+        ),
     ],
     ids=["step", "mode", "warmup", "module", "number"],
 )

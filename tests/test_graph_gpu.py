@@ -27,7 +27,9 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def _repeatable() -> Iterator[None]:
     """The same kernels in eager and captured runs, which add in the same order."""
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+    with torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+    ):
         yield
 
 
@@ -44,7 +46,9 @@ def run(training: Training, step: Callable[..., Any], count: int = 10) -> list[l
 
 def compare(found: list[list[Tensor]], expected: list[list[Tensor]]) -> None:
     for i, (step, wanted) in enumerate(zip(found, expected, strict=True)):
-        torch.testing.assert_close(step, wanted, rtol=1e-5, atol=1e-6, msg=lambda text, i=i: f"step {i + 1}: {text}")
+        torch.testing.assert_close(
+            step, wanted, rtol=1e-5, atol=1e-6, msg=lambda text, i=i: f"step {i + 1}: {text}"
+        )
 
 
 def autocast(training: Training) -> None:
@@ -63,16 +67,21 @@ def compiled(training: Training) -> None:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "change"), [*((name, None) for name in OPTIMIZERS), ("sgd", autocast), ("sgd", compiled)]
+    ("optimizer", "change"),
+    [*((name, None) for name in OPTIMIZERS), ("sgd", autocast), ("sgd", compiled)],
 )
-def test_captured_and_eager_steps_agree(optimizer: str, change: Callable[[Training], None] | None) -> None:
+def test_captured_and_eager_steps_agree(
+    optimizer: str, change: Callable[[Training], None] | None
+) -> None:
     """Outputs, weights, BatchNorm buffers, gradients and momentum, step by step, with dropout and a schedule."""
     runs = []
     for captured in (False, True):
         training = Training(optimizer, "cuda")
         if change is not None:
             change(training)
-        step = capture(training.step, state=training.state, mode="on") if captured else training.step
+        step = (
+            capture(training.step, state=training.state, mode="on") if captured else training.step
+        )
         runs.append(run(training, step))
         assert not captured or step.captured  # type: ignore[union-attr]
     compare(runs[1], runs[0])
@@ -100,9 +109,15 @@ BROKEN: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "item": (lambda x: x.sum().item(), "reads a value on the host.*_local_scalar_dense"),
     "cpu": (lambda x: x.cpu(), "copies from cuda:0 to cpu"),
     "cuda": (lambda x: torch.ones(2).to(x.device), "copies from cpu to cuda"),
-    "tensor": (lambda x: torch.tensor([1.0, 2.0], device=x.device), "makes a tensor from data of the host"),
+    "tensor": (
+        lambda x: torch.tensor([1.0, 2.0], device=x.device),
+        "makes a tensor from data of the host",
+    ),
     "backward": (lambda x: _backward(x), "reads a value on the host"),
-    "synchronize": (lambda x: torch.cuda.synchronize(), "cannot be captured as a CUDA graph: .*captur"),
+    "synchronize": (
+        lambda x: torch.cuda.synchronize(),
+        "cannot be captured as a CUDA graph: .*captur",
+    ),
     "unjoined": (lambda x: _unjoined(x), "cannot be captured as a CUDA graph: .*"),
 }
 
@@ -237,5 +252,7 @@ def test_a_replay_is_one_launch() -> None:
 
 
 def test_inputs_on_the_host_are_refused() -> None:
-    with pytest.raises(InputError, match=r"inputs\[0\]: a tensor on cpu given, on cuda.* is accepted"):
+    with pytest.raises(
+        InputError, match=r"inputs\[0\]: a tensor on cpu given, on cuda.* is accepted"
+    ):
         capture(lambda x: x, state=[torch.ones(1, device="cuda")], mode="on")(torch.ones(1))

@@ -24,21 +24,42 @@ def copy_to_another_device(x: Tensor) -> Any:
 
 BROKEN: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "item": (lambda x: x.sum().item(), "reads a value on the host.*aten._local_scalar_dense"),
-    "bool": (lambda x: 1 if x.sum() > 0 else 0, "reads a value on the host.*aten._local_scalar_dense"),
+    "bool": (
+        lambda x: 1 if x.sum() > 0 else 0,
+        "reads a value on the host.*aten._local_scalar_dense",
+    ),
     "equal": (lambda x: torch.equal(x, x), "reads a value on the host.*aten.equal"),
     "nonzero": (lambda x: x.nonzero(), "shape of its result depends on values.*aten.nonzero"),
-    "masked_select": (lambda x: x.masked_select(x > 0), "shape of its result depends on values.*aten.masked_select"),
+    "masked_select": (
+        lambda x: x.masked_select(x > 0),
+        "shape of its result depends on values.*aten.masked_select",
+    ),
     "unique": (lambda x: x.unique(), "shape of its result depends on values.*aten._unique2"),
     "mask": (lambda x: x[x > 0], "indexing with a mask.*aten.index.Tensor"),
-    "masked write": (lambda x: x.clone().index_put_((x > 0,), x[0]), "indexing with a mask.*aten.index_put_"),
-    "tensor": (lambda x: torch.tensor([1.0, 2.0], device=x.device), "makes a tensor from data of the host.*lift_fresh"),
-    "copy": (copy_to_another_device, "copies from .* to meta; copy before or after the call.*aten._to_copy"),
-    "backward": (lambda x: _Reads.apply(x.requires_grad_()).sum().backward(), "reads a value on the host"),
+    "masked write": (
+        lambda x: x.clone().index_put_((x > 0,), x[0]),
+        "indexing with a mask.*aten.index_put_",
+    ),
+    "tensor": (
+        lambda x: torch.tensor([1.0, 2.0], device=x.device),
+        "makes a tensor from data of the host.*lift_fresh",
+    ),
+    "copy": (
+        copy_to_another_device,
+        "copies from .* to meta; copy before or after the call.*aten._to_copy",
+    ),
+    "backward": (
+        lambda x: _Reads.apply(x.requires_grad_()).sum().backward(),
+        "reads a value on the host",
+    ),
     "foreign view": (
         lambda x: FOREIGN.view(2, 1).add_(1),
         r"changes a tensor of shape \(2, 1\) that state does not hold",
     ),
-    "foreign": (lambda x: FOREIGN.add_(1), r"changes a tensor of shape \(2,\) that state does not hold.*aten.add_"),
+    "foreign": (
+        lambda x: FOREIGN.add_(1),
+        r"changes a tensor of shape \(2,\) that state does not hold.*aten.add_",
+    ),
 }
 FOREIGN = torch.zeros(2)
 
@@ -68,7 +89,9 @@ def test_a_broken_rule_names_operation_and_line(rule: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         captured(*first)
     place = _Reads.backward if rule == "backward" else breaks
-    line = inspect.getsourcelines(place)[1] + (2 if rule == "backward" else 1 if rule == "copy" else 0)
+    line = inspect.getsourcelines(place)[1] + (
+        2 if rule == "backward" else 1 if rule == "copy" else 0
+    )
     assert f"{__file__}:{line})" in str(caught.value)
     assert same(training.everything(), before)
     assert all(p.grad is None for p in training.model.parameters())
@@ -104,8 +127,14 @@ def parameters() -> list[nn.Parameter]:
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
-        (lambda p: torch.optim.SGD(p, lr=0.1), r"SGD has the number lr=0.1.*lr=torch.tensor\(0.1, device='cpu'\)"),
-        (lambda p: torch.optim.SGD(p, lr=torch.tensor(0.1)), "SGD reads its lr on the host; give fused=True"),
+        (
+            lambda p: torch.optim.SGD(p, lr=0.1),
+            r"SGD has the number lr=0.1.*lr=torch.tensor\(0.1, device='cpu'\)",
+        ),
+        (
+            lambda p: torch.optim.SGD(p, lr=torch.tensor(0.1)),
+            "SGD reads its lr on the host; give fused=True",
+        ),
         (
             lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.1)),
             "AdamW counts its steps on the host; give capturable=True",
@@ -123,7 +152,9 @@ def test_optimizers_that_a_replay_would_not_follow(
 def test_optimizers_that_keep_something_on_the_host() -> None:
     weights = parameters()
     sgd = torch.optim.SGD(weights, lr=torch.tensor(0.1), fused=True)
-    with pytest.raises(InputError, match=r"state\[0\]: SGD has its lr on cpu, where a graph would read it once"):
+    with pytest.raises(
+        InputError, match=r"state\[0\]: SGD has its lr on cpu, where a graph would read it once"
+    ):
         check_state([sgd], CUDA)
     adagrad = torch.optim.Adagrad(weights, lr=torch.tensor(0.1))
     with pytest.raises(InputError, match=r"state\[0\]: Adagrad keeps 'step' on cpu"):
@@ -134,7 +165,9 @@ def test_optimizers_that_keep_something_on_the_host() -> None:
 def test_distributed_modules_are_refused() -> None:
     wrapper = DistributedDataParallel.__new__(DistributedDataParallel)
     nn.Module.__init__(wrapper)
-    with pytest.raises(InputError, match=r"state\[0\]: a step with DistributedDataParallel is not captured"):
+    with pytest.raises(
+        InputError, match=r"state\[0\]: a step with DistributedDataParallel is not captured"
+    ):
         with_stand_in(lambda x: x, [nn.Sequential(wrapper)])(torch.ones(1))
 
 
@@ -182,6 +215,8 @@ def test_state_that_moves_is_refused_and_put_back() -> None:
 
         captured = with_stand_in(step, [optimizer])
         captured(torch.ones(2))
-        with pytest.raises(InputError, match="state: the step replaces 'count' in Counting's state"):
+        with pytest.raises(
+            InputError, match="state: the step replaces 'count' in Counting's state"
+        ):
             captured(torch.ones(2))
         assert [entries["count"] for entries in optimizer.state.values()] == [1]

@@ -11,19 +11,30 @@ from torch.nn import functional as F
 
 from vi_simsiam import SimSiam, VISimSiam
 from vi_simsiam.errors import InputError
-from vi_simsiam.heads import ConcentrationHead, SplitHead, UpperBound, inverse_quadratic, inverse_softplus, shuffled
+from vi_simsiam.heads import (
+    ConcentrationHead,
+    SplitHead,
+    UpperBound,
+    inverse_quadratic,
+    inverse_softplus,
+    shuffled,
+)
 
 DIM = 20
 
 
 def model(**options: object) -> VISimSiam:
     torch.manual_seed(0)
-    kind = VISimSiam(nn.Flatten(), features=48, dim=DIM, projector_hidden=24, predictor_hidden=8, **options)  # type: ignore[arg-type]
+    kind = VISimSiam(
+        nn.Flatten(), features=48, dim=DIM, projector_hidden=24, predictor_hidden=8, **options
+    )  # type: ignore[arg-type]
     return kind.double()
 
 
 def views(count: int = 2, batch: int = 6) -> list[Tensor]:
-    return list(torch.randn(count, batch, 3, 4, 4, generator=torch.Generator().manual_seed(1)).double())
+    return list(
+        torch.randn(count, batch, 3, 4, 4, generator=torch.Generator().manual_seed(1)).double()
+    )
 
 
 def cosines(mu: list[Tensor], z: list[Tensor]) -> list[Tensor]:
@@ -69,7 +80,9 @@ def assert_gradients(network: nn.Module, found: Tensor, expected: Tensor) -> dic
     first = gradients(network, found)
     second = gradients(network, expected)
     for name, gradient in first.items():
-        torch.testing.assert_close(gradient, second.get(name, torch.zeros_like(gradient)), rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(
+            gradient, second.get(name, torch.zeros_like(gradient)), rtol=1e-8, atol=1e-10
+        )
     assert second.keys() <= first.keys()
     return first
 
@@ -82,7 +95,9 @@ def test_the_inverse_of_softplus_keeps_its_digits(y: float) -> None:
 
 @pytest.mark.parametrize("y", [0.0202, 0.05, 1.0, 20.0, 1e3, 1e6])
 def test_the_inverse_of_quadratic_keeps_its_digits(y: float) -> None:
-    assert linked(torch.tensor(inverse_quadratic(y), dtype=torch.float64)).item() == pytest.approx(y, rel=1e-10)
+    assert linked(torch.tensor(inverse_quadratic(y), dtype=torch.float64)).item() == pytest.approx(
+        y, rel=1e-10
+    )
 
 
 @pytest.mark.parametrize("value", [0.01, 1.0, 50.0])
@@ -97,7 +112,9 @@ def test_a_constant_concentration(value: float, scale: float | None) -> None:
         torch.testing.assert_close(network.concentration(prediction), kappa, rtol=1e-12, atol=0)
         assert (prediction[:, 21:] == 0).all()
     mu = [p[:, :DIM] for p in output.predictions]
-    found = assert_gradients(network, network.loss(output, "eager"), plain_loss([kappa] * 2, mu, list(output.targets)))
+    found = assert_gradients(
+        network, network.loss(output, "eager"), plain_loss([kappa] * 2, mu, list(output.targets))
+    )
     assert found.keys() == {name for name, _ in network.named_parameters()}
     assert not any("concentration" in name for name in network.state_dict())
 
@@ -109,12 +126,17 @@ def test_a_global_concentration_sums_the_gradients_of_all_samples() -> None:
     raw = head.concentration.raw
     output = network(views())
     torch.testing.assert_close(
-        network.concentration(output.predictions[0]), torch.full((6,), 0.95).double(), rtol=1e-6, atol=0
+        network.concentration(output.predictions[0]),
+        torch.full((6,), 0.95).double(),
+        rtol=1e-6,
+        atol=0,
     )
     mu = [p[:, :DIM] for p in output.predictions]
     kappa = [19 * linked(raw).expand(6)] * 2
     found = assert_gradients(
-        network, network.loss(output, "eager", 1.0), plain_loss(kappa, mu, [*network(views()).targets])
+        network,
+        network.loss(output, "eager", 1.0),
+        plain_loss(kappa, mu, [*network(views()).targets]),
     )
     assert found["predictor.3.concentration.raw"].shape == ()
     assert found["predictor.3.concentration.raw"].abs() > 1e-3
@@ -131,11 +153,17 @@ def test_shuffled_concentrations_are_other_samples(batch: int) -> None:
     assert sorted(other) == list(range(batch))
     assert all(i != j for i, j in enumerate(other))
     kappa = [network.concentration(p)[other] for p in output.predictions]
-    assert_gradients(network, network.loss(output, "eager"), plain_loss(kappa, mu, [*network(images).targets]))
+    assert_gradients(
+        network, network.loss(output, "eager"), plain_loss(kappa, mu, [*network(images).targets])
+    )
     own = [network.concentration(p) for p in output.predictions]
-    assert not torch.allclose(network.loss(output, "eager"), plain_loss(own, mu, list(output.targets)))
+    assert not torch.allclose(
+        network.loss(output, "eager"), plain_loss(own, mu, list(output.targets))
+    )
     network.eval()
-    torch.testing.assert_close(network.loss(output, "eager"), plain_loss(own, mu, list(output.targets)))
+    torch.testing.assert_close(
+        network.loss(output, "eager"), plain_loss(own, mu, list(output.targets))
+    )
     plain = torch.arange(10.0).view(5, 2)
     assert shuffled(plain, 1).tolist() == [[0, 7], [2, 9], [4, 1], [6, 3], [8, 5]]
 
@@ -146,24 +174,36 @@ def test_a_detached_concentration_leaves_the_network_to_simsiam() -> None:
     features, z = hidden(network, views())
     head = network.predictor[3]
     mu = [head.mean(h)[:, :DIM] for h in features]
-    kappa = [19 * linked(network.form.gain * head.concentration(h.detach())[:, 0]) for h in features]
-    likelihood = plain_loss(kappa, [m.detach() for m in mu], z) + sum(c.detach().mean() for c in cosines(mu, z))
+    kappa = [
+        19 * linked(network.form.gain * head.concentration(h.detach())[:, 0]) for h in features
+    ]
+    likelihood = plain_loss(kappa, [m.detach() for m in mu], z) + sum(
+        c.detach().mean() for c in cosines(mu, z)
+    )
     expected = -sum(c.mean() for c in cosines(mu, z)) + 0.125 * likelihood
     found = assert_gradients(network, network.loss(network(views()), "eager", 0.125), expected)
     assert found["predictor.3.concentration.weight"].abs().sum() > 0
-    simsiam = SimSiam(nn.Flatten(), features=48, dim=DIM, projector_hidden=24, predictor_hidden=8).double()
+    simsiam = SimSiam(
+        nn.Flatten(), features=48, dim=DIM, projector_hidden=24, predictor_hidden=8
+    ).double()
     state = {name.replace("3.mean", "3"): value for name, value in network.state_dict().items()}
-    simsiam.load_state_dict({name: value for name, value in state.items() if "concentration" not in name})
+    simsiam.load_state_dict(
+        {name: value for name, value in state.items() if "concentration" not in name}
+    )
     alone = gradients(simsiam, simsiam.loss(simsiam(views()), "eager"))
     for name, gradient in alone.items():
-        torch.testing.assert_close(found[name.replace("predictor.3", "predictor.3.mean")], gradient, msg=name)
+        torch.testing.assert_close(
+            found[name.replace("predictor.3", "predictor.3.mean")], gradient, msg=name
+        )
 
 
 @pytest.mark.parametrize("link", ["softplus", "quadratic"])
 @pytest.mark.parametrize("kind", ["sample", "shuffled", "global", "detached"])
 def test_the_upper_bound_holds_and_is_smooth(kind: str, link: str) -> None:
     """kappa stays below the bound for any raw, nearly reaches it, and is itself far below it."""
-    network = model(concentration=kind, concentration_max=40.0, concentration_min=2.0, concentration_link=link)
+    network = model(
+        concentration=kind, concentration_max=40.0, concentration_min=2.0, concentration_link=link
+    )
     bound = network.predictor[4]
     assert isinstance(bound, UpperBound)
     prediction = torch.zeros(5, 32, dtype=torch.float64)
@@ -180,7 +220,11 @@ def test_the_upper_bound_holds_and_is_smooth(kind: str, link: str) -> None:
     level = inverse_softplus(38 / 19) if link == "softplus" else inverse_quadratic(38 / 19) / gain
     x = raw.detach()[:, DIM]
     bounded = level - F.softplus(level - x)
-    by_link = torch.sigmoid(bounded) if link == "softplus" else gain * (1 + gain * bounded) * (bounded > 0)
+    by_link = (
+        torch.sigmoid(bounded)
+        if link == "softplus"
+        else gain * (1 + gain * bounded) * (bounded > 0)
+    )
     torch.testing.assert_close(slope[:, DIM], 19 * by_link * torch.sigmoid(level - x))
     assert (slope[:, :DIM] == 0).all()
     trained = network(views()).predictions[0]
@@ -194,7 +238,9 @@ def test_bfloat16_does_not_round_what_is_meant_for_all_samples() -> None:
         output = network([x.float() for x in views()])
         loss = network.loss(output, "eager")
     assert output.predictions[0].dtype == torch.float32
-    torch.testing.assert_close(network.concentration(output.predictions[0]), torch.full((6,), 19 * 0.7))
+    torch.testing.assert_close(
+        network.concentration(output.predictions[0]), torch.full((6,), 19 * 0.7)
+    )
     loss.backward()
     assert torch.isfinite(loss)
 
@@ -210,7 +256,10 @@ def test_predictors_share_what_is_one_for_all() -> None:
 
 
 def test_numbers_that_do_not_fit_are_named() -> None:
-    with pytest.raises(InputError, match=r"concentration_value: 0.1 .* 15 times it must be above concentration_min, 2"):
+    with pytest.raises(
+        InputError,
+        match=r"concentration_value: 0.1 .* 15 times it must be above concentration_min, 2",
+    ):
         ConcentrationHead("constant", 16, value=0.1, minimum=2.0)
     with pytest.raises(InputError, match="concentration_value: None"):
         ConcentrationHead("constant", 16)

@@ -29,7 +29,9 @@ def trained(
     console = Console(file=io.StringIO(), width=400)
     trainer = Trainer(dataclasses.replace(config, **changes), folder, console=console)
     if collapse:
-        trainer.model.projector[-2].register_forward_hook(lambda module, inputs, z: z[:1] + 1e-3 * z)
+        trainer.model.projector[-2].register_forward_hook(
+            lambda module, inputs, z: z[:1] + 1e-3 * z
+        )
     trainer.fit()
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     return lines, [json.loads(line) for line in (folder / "metrics.jsonl").open()]
@@ -43,24 +45,30 @@ def test_a_concentration_that_dies_is_named_by_training_evaluation_and_report(
     last = metrics[-1]
     assert last["state"] == "dead"
     begins = last["since"]
-    alive = (
-        0  # the last line from which on three together live: above a tenth of the best kappa and 2 % of SimSiam's pull
-    )
+    alive = 0  # the last line from which on three together live: above a tenth of the best kappa and 2 % of SimSiam's pull
     for first in range(len(metrics) - 2):
-        kappa, best = (sum(line[name] for line in metrics[first : first + 3]) / 3 for name in ("kappa", "kappa_best"))
+        kappa, best = (
+            sum(line[name] for line in metrics[first : first + 3]) / 3
+            for name in ("kappa", "kappa_best")
+        )
         alive = first if kappa >= max(0.1 * best, 0.02) else alive
     assert begins == metrics[alive + 1]["step"]
     assert lines[-1].startswith(f"dead since step {begins}: kappa/(D-1) ")
     assert "try --concentration-link quadratic --cosine-weight 1" in lines[-1]
     assert any(line.startswith("warning: step ") and "dead since step" in line for line in lines)
-    run, console = load_run(tmp_path, device="cpu", workers=0), Console(file=io.StringIO(), width=400)
+    run, console = (
+        load_run(tmp_path, device="cpu", workers=0),
+        Console(file=io.StringIO(), width=400),
+    )
     evaluate_run(run, console=console, quiet=True)
     assert f"warning: training dead since step {begins}" in console.file.getvalue()  # type: ignore[attr-defined]
     page = write_report(tmp_path, run).read_text()
     assert f"<strong>Training:</strong> dead since step {begins}" in page.partition("<main>")[0]
 
 
-def test_projections_that_collapse_before_batch_norm_are_named(image_folder: Path, tmp_path: Path) -> None:
+def test_projections_that_collapse_before_batch_norm_are_named(
+    image_folder: Path, tmp_path: Path
+) -> None:
     """All images at nearly one point, which the last BatchNorm stretches to an even spread."""
     lines, metrics = trained(image_folder, tmp_path, collapse=True)
     last = metrics[-1]

@@ -44,20 +44,29 @@ def decided(train: Tensor, labels: Tensor, queries: Tensor, config: KnnConfig) -
     cosines = F.normalize(queries.double(), dim=1) @ F.normalize(train.double(), dim=1).T
     cosines, order = cosines.sort(dim=1, descending=True)
     weights = ((cosines - cosines[:, :1]) / config.temperature).exp()
-    votes = weights.new_zeros(len(queries), 5).scatter_add_(1, labels[order[:, : config.k]], weights[:, : config.k])
+    votes = weights.new_zeros(len(queries), 5).scatter_add_(
+        1, labels[order[:, : config.k]], weights[:, : config.k]
+    )
     at_the_edge = (cosines - cosines[:, config.k - 1 : config.k]).abs() <= error
     at_the_edge &= at_the_edge.sum(1, keepdim=True) > 1
     first, second = votes.topk(2).values.unbind(1)
-    sure = first - second > error / config.temperature * votes.sum(1) + (weights * at_the_edge).sum(1)
+    sure = first - second > error / config.temperature * votes.sum(1) + (weights * at_the_edge).sum(
+        1
+    )
     assert sure.double().mean() >= 0.98
     return sure
 
 
-@pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (7, 0.1), (20, 0.07), (200, 0.5), (300, 1.0)])
+@pytest.mark.parametrize(
+    ("k", "temperature"), [(1, 0.1), (7, 0.1), (20, 0.07), (200, 0.5), (300, 1.0)]
+)
 def test_agrees_with_scikit_learn(k: int, temperature: float) -> None:
     train, labels, queries = random_problem()
     reference = KNeighborsClassifier(
-        k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / temperature)
+        k,
+        metric="cosine",
+        algorithm="brute",
+        weights=lambda distance: np.exp((1 - distance) / temperature),
     ).fit(train.double().numpy(), labels.numpy())
     expected = reference.predict(queries.double().numpy())
     config = KnnConfig(k, temperature)
@@ -90,7 +99,9 @@ def test_small_temperature_means_the_nearest_neighbour() -> None:
     config = KnnConfig(20, 1e-4)
     sure = decided(train, labels, queries, config)
     found = classify(train, labels, queries, classes=5, config=config)
-    assert torch.equal(found[sure], classify(train, labels, queries, classes=5, config=KnnConfig(1))[sure])
+    assert torch.equal(
+        found[sure], classify(train, labels, queries, classes=5, config=KnnConfig(1))[sure]
+    )
 
 
 def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,12 +109,16 @@ def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     expected = classify(train, labels, queries, classes=5, config=KnnConfig())
     sure = decided(train, labels, queries, KnnConfig())
     monkeypatch.setattr(knn, "_BLOCK", 7 * len(train))
-    assert torch.equal(classify(train, labels, queries, classes=5, config=KnnConfig())[sure], expected[sure])
+    assert torch.equal(
+        classify(train, labels, queries, classes=5, config=KnnConfig())[sure], expected[sure]
+    )
 
 
 def test_every_image_is_its_own_nearest_neighbour(tmp_path: Path) -> None:
     sets = feature_sets(tmp_path)
-    result = evaluate_knn(replace(sets, val=sets.train, val_labels=sets.train_labels), KnnConfig(k=1))
+    result = evaluate_knn(
+        replace(sets, val=sets.train, val_labels=sets.train_labels), KnnConfig(k=1)
+    )
     assert result["top1"] == {"trained": 1.0, "untrained": 1.0, "pixels": 1.0}
 
 
@@ -125,7 +140,9 @@ def test_result_says_which_images_were_classified_correctly(tmp_path: Path) -> N
     sets = feature_sets(tmp_path, val=27)
     result = evaluate_knn(sets, KnnConfig(k=5))
     for encoder, train in sets.train.items():
-        predicted = classify(train, sets.train_labels, sets.val[encoder], classes=3, config=KnnConfig(k=5))
+        predicted = classify(
+            train, sets.train_labels, sets.val[encoder], classes=3, config=KnnConfig(k=5)
+        )
         correct = unpack_bits(result["correct"][encoder], 27)
         assert torch.equal(correct, predicted == sets.val_labels)
         assert correct.double().mean() == pytest.approx(result["top1"][encoder])
@@ -137,11 +154,15 @@ def test_of_fewer_images_than_neighbours_all_vote(tmp_path: Path) -> None:
     assert evaluate_knn(feature_sets(tmp_path), KnnConfig(k=61)) == whole
     assert whole["settings"]["k"] == 60
     assert summary_line("kNN", whole).endswith(" with k = 60, all training images")
-    assert summary_line("kNN", evaluate_knn(feature_sets(tmp_path), KnnConfig(k=59))).endswith(" %)")
+    assert summary_line("kNN", evaluate_knn(feature_sets(tmp_path), KnnConfig(k=59))).endswith(
+        " %)"
+    )
     train, labels, queries = random_problem()
     config = KnnConfig(k=len(train))
     expected = classify(train, labels, queries, classes=5, config=config)
-    assert torch.equal(classify(train, labels, queries, classes=5, config=replace(config, k=10_000)), expected)
+    assert torch.equal(
+        classify(train, labels, queries, classes=5, config=replace(config, k=10_000)), expected
+    )
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,14 @@ from vi_simsiam.benchmarks.launches import OTHER, by_kind, kind_of, launches_of
 
 def test_launches_of_a_step_are_counted_by_what_they_are_for() -> None:
     """On a CPU every operator that computes, forward and backward; views and allocations do not count."""
-    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(16, 2)]
+    layers = [
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 1),
+        nn.Flatten(),
+        nn.Linear(16, 2),
+    ]
     network, x = nn.Sequential(*layers), torch.randn(5, 3, 4, 4)
 
     def train() -> None:
@@ -29,7 +36,9 @@ def test_launches_of_a_step_are_counted_by_what_they_are_for() -> None:
     found = by_kind(launches_of(train, CPU))
     assert found["convolutions"][0] == 4
     assert found["linear layers"][0] == 3
-    assert found["BatchNorm, addition, ReLU, max-pool"][0] >= 2 * 2 + 1, "with the counter of batches"
+    assert found["BatchNorm, addition, ReLU, max-pool"][0] >= 2 * 2 + 1, (
+        "with the counter of batches"
+    )
     assert all(us > 0 for _, us in found.values())
     plain = by_kind(launches_of(lambda: x.view(5, -1).t().detach(), CPU))
     assert plain == {}
@@ -118,7 +127,10 @@ def test_markdown() -> None:
     result = scripted_pipeline("step")
     assert tables.launches_markdown(result) == "Not measured."
     entries = [("aten::convolution", 40, 1500.0), ("aten::mm", 3, 20.0), ("aten::sum", 2, 0.4)]
-    counted = [{"kind": kind_of(name), "name": name, "count": count, "us": us} for name, count, us in entries]
+    counted = [
+        {"kind": kind_of(name), "name": name, "count": count, "us": us}
+        for name, count, us in entries
+    ]
     result["cases"][0]["launches"] = {"torch": counted, "kernels": counted[:1]}
     lines = tables.launches_markdown(result).splitlines()
     label = result["cases"][0]["label"]

@@ -71,7 +71,10 @@ def test_steps_are_scaled_by_the_trust_ratio_at_weight_decay_0(factor: float) ->
     layer.weight.grad, layer.bias.grad = (g.clone() for g in gradients)
     optimizer.step()
     # LARS: w <- w - lr * 0.001 * |w| / |g| * g, so the gradient's length does not matter.
-    for after, before, gradient in ((layer.weight, weight, gradients[0]), (layer.bias, bias, gradients[1])):
+    for after, before, gradient in (
+        (layer.weight, weight, gradients[0]),
+        (layer.bias, bias, gradients[1]),
+    ):
         step = 1.6 * 0.001 * before.norm() * gradient / gradient.norm()
         torch.testing.assert_close(after.detach(), before - step, rtol=1e-6, atol=1e-7)
 
@@ -83,7 +86,9 @@ def test_learning_rate_follows_a_cosine_to_the_last_step(monkeypatch: pytest.Mon
         def step(self, closure: None = None) -> None:
             rates.append(self.param_groups[0]["lr"])
 
-    monkeypatch.setattr(linear, "build_optimizer", lambda layer, config: Recorder(layer.parameters(), lr=1.0))
+    monkeypatch.setattr(
+        linear, "build_optimizer", lambda layer, config: Recorder(layer.parameters(), lr=1.0)
+    )
     sets = feature_sets(Path(), train=25)
     config = LinearConfig(lr=2.0, batch_size=10, epochs=3, min_steps=7)
     LinearProbe.fit(sets.train["trained"], sets.train_labels, 3, config)
@@ -109,7 +114,9 @@ def test_seed_determines_the_probe() -> None:
     sets = feature_sets(Path())
     train, labels = sets.train["untrained"], sets.train_labels
     state = torch.get_rng_state()
-    first, again, other = (LinearProbe.fit(train, labels, 3, LinearConfig(epochs=5, seed=seed)) for seed in (0, 0, 1))
+    first, again, other = (
+        LinearProbe.fit(train, labels, 3, LinearConfig(epochs=5, seed=seed)) for seed in (0, 0, 1)
+    )
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(parameters(first), parameters(again), strict=True))
     assert not torch.equal(first.layer.weight, other.layer.weight)
@@ -118,7 +125,10 @@ def test_seed_determines_the_probe() -> None:
 def test_standardised_probe_ignores_shift_and_scale_of_features() -> None:
     sets = feature_sets(Path())
     train, queries = sets.train["trained"].double(), sets.val["trained"].double()
-    scale, shift = torch.logspace(-0.5, 0.5, 8, dtype=torch.float64), torch.linspace(-5, 5, 8, dtype=torch.float64)
+    scale, shift = (
+        torch.logspace(-0.5, 0.5, 8, dtype=torch.float64),
+        torch.linspace(-5, 5, 8, dtype=torch.float64),
+    )
     config = LinearConfig(epochs=20)
     plain = LinearProbe.fit(train.float(), sets.train_labels, 3, config)(queries.float())
     moved = LinearProbe.fit((train * scale + shift).float(), sets.train_labels, 3, config)(
@@ -176,12 +186,21 @@ def test_hold_out_needs_images_on_both_sides(count: int, share: float) -> None:
 def test_accuracy_counts_labels_among_the_highest() -> None:
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0], [3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 2.0, 3.0]])
     labels = torch.tensor([0, 2, 0])
-    assert [accuracy(logits, labels, counted) for counted in (1, 2, 3, 4)] == [1 / 3, 1 / 3, 2 / 3, 1.0]
+    assert [accuracy(logits, labels, counted) for counted in (1, 2, 3, 4)] == [
+        1 / 3,
+        1 / 3,
+        2 / 3,
+        1.0,
+    ]
 
 
 @pytest.mark.parametrize(("classes", "counted"), [(2, 2), (5, 5), (8, 5)])
-def test_top5_counts_no_more_than_there_are_classes(tmp_path: Path, classes: int, counted: int) -> None:
-    result = evaluate_linear(feature_sets(tmp_path, classes=classes), LinearConfig(epochs=1, min_steps=0))
+def test_top5_counts_no_more_than_there_are_classes(
+    tmp_path: Path, classes: int, counted: int
+) -> None:
+    result = evaluate_linear(
+        feature_sets(tmp_path, classes=classes), LinearConfig(epochs=1, min_steps=0)
+    )
     assert result["top5_counts"] == counted
     assert (result["top5"]["untrained"] == 1.0) == (counted == classes)
     assert result["top5"]["untrained"] >= result["top1"]["untrained"]
@@ -192,7 +211,12 @@ def test_result_file_says_what_was_done(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "linear.json").read_text()) == json.loads(json.dumps(result))
     assert [path.name for path in tmp_path.iterdir()] == ["linear.json"]
     settings = result["settings"]
-    assert {"optimizer": "LARS", "schedule": "cosine", "steps": 90, "epochs": 90}.items() <= settings.items()
+    assert {
+        "optimizer": "LARS",
+        "schedule": "cosine",
+        "steps": 90,
+        "epochs": 90,
+    }.items() <= settings.items()
     assert "epochs" in settings["inferred"]
     assert result["held_out_images"] == 12
     assert set(result["held_out_top1"]) == {"trained", "untrained", "pixels"}
@@ -215,7 +239,9 @@ def test_paper_preset_is_the_papers_protocol() -> None:
     paper = LINEAR_PRESETS["paper"]
     assert (paper.lr, paper.momentum, paper.weight_decay, paper.batch_size) == (1.6, 0.9, 0.0, 512)
     assert (paper.held_out, paper.standardize, paper.augmented) == (0.2, False, None)
-    probe = LinearProbe.fit(torch.full((10, 2), 7.0), torch.arange(10) % 2, 2, replace(paper, epochs=1))
+    probe = LinearProbe.fit(
+        torch.full((10, 2), 7.0), torch.arange(10) % 2, 2, replace(paper, epochs=1)
+    )
     assert (probe.shift.tolist(), probe.scale.tolist()) == ([0, 0], [1, 1])
 
 

@@ -70,7 +70,11 @@ def test_batches_hold_the_keyed_views(source: ArraySource) -> None:
     order = epoch_order(1, 2, 22)
     assert sorted(order.tolist()) == list(range(22))
     for step, batch in enumerate(loaded):
-        assert [tuple(view.shape) for view in batch.views] == [(4, 3, 12, 12), (4, 3, 12, 12), (4, 3, 8, 8)]
+        assert [tuple(view.shape) for view in batch.views] == [
+            (4, 3, 12, 12),
+            (4, 3, 12, 12),
+            (4, 3, 8, 8),
+        ]
         assert all(view.dtype == torch.float32 for view in batch.views)
         assert all(view.is_contiguous(memory_format=torch.channels_last) for view in batch.views)
         assert batch.index.dtype == torch.int64
@@ -78,13 +82,22 @@ def test_batches_hold_the_keyed_views(source: ArraySource) -> None:
     # The views of one image, on its own.
     images, sample = in_memory(source), order[5:6]
     table = draw_table(
-        POLICY, seed=1, epoch=2, samples=sample, heights=images.heights[sample], widths=images.widths[sample]
+        POLICY,
+        seed=1,
+        epoch=2,
+        samples=sample,
+        heights=images.heights[sample],
+        widths=images.widths[sample],
     )
     place(table, images.offsets[sample])
     pixels = torch.from_numpy(images.pixels.copy())
     for number, size in enumerate((12, 12, 8)):
-        expected = eager_augment(pixels, torch.from_numpy(table[number : number + 1]), size, torch.float32)
-        torch.testing.assert_close(loaded[1].views[number][1], expected[0, 0], rtol=0, atol=BATCH_ROUNDING)
+        expected = eager_augment(
+            pixels, torch.from_numpy(table[number : number + 1]), size, torch.float32
+        )
+        torch.testing.assert_close(
+            loaded[1].views[number][1], expected[0, 0], rtol=0, atol=BATCH_ROUNDING
+        )
 
 
 def test_epochs_and_seeds_differ(source: ArraySource) -> None:
@@ -93,10 +106,14 @@ def test_epochs_and_seeds_differ(source: ArraySource) -> None:
     # A run resumed with another release must go on in the same order.
     assert epoch_order(0, 0, 8).tolist() == [0, 3, 7, 5, 1, 2, 6, 4]
     first = {
-        int(i): view for batch in loader(source).epoch(0) for i, view in zip(batch.index, batch.views[0], strict=True)
+        int(i): view
+        for batch in loader(source).epoch(0)
+        for i, view in zip(batch.index, batch.views[0], strict=True)
     }
     again = {
-        int(i): view for batch in loader(source).epoch(1) for i, view in zip(batch.index, batch.views[0], strict=True)
+        int(i): view
+        for batch in loader(source).epoch(1)
+        for i, view in zip(batch.index, batch.views[0], strict=True)
     }
     common = first.keys() & again.keys()
     assert len(common) >= 18
@@ -171,8 +188,12 @@ def test_iterating_gives_one_epoch_after_the_other(source: ArraySource) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_share_the_batch_of_one(source: ArraySource, workers: int, world_size: int) -> None:
-    ranks = [loader(source, workers, rank=rank, world_size=world_size) for rank in range(world_size)]
-    for whole, *shares in zip(loader(source).epoch(1), *(rank.epoch(1) for rank in ranks), strict=True):
+    ranks = [
+        loader(source, workers, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
+    for whole, *shares in zip(
+        loader(source).epoch(1), *(rank.epoch(1) for rank in ranks), strict=True
+    ):
         assert [len(share.index) for share in shares] == [4 // world_size] * world_size
         assert torch.equal(torch.cat([share.index for share in shares]), whole.index)
         for number, view in enumerate(whole.views):
@@ -202,18 +223,27 @@ def test_every_kind_of_source_gives_the_same_batches(
         source.image(number).save(path)
     pack(source, tmp_path / "images.pack")
     expected = list(loader(source).epoch(0))
-    for given in (FileSource(paths), Pictures(source.images), in_memory(source), open_pack(tmp_path / "images.pack")):
+    for given in (
+        FileSource(paths),
+        Pictures(source.images),
+        in_memory(source),
+        open_pack(tmp_path / "images.pack"),
+    ):
         loaded = loader(given)
         assert isinstance(loaded.source, PackedImages)
         assert_same(loaded.epoch(0), iter(expected))
     assert_same(loader(open_pack(tmp_path / "images.pack"), workers=1).epoch(0), iter(expected))
 
 
-def test_unreadable_images_are_left_out_with_a_warning(source: ArraySource, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_images_are_left_out_with_a_warning(
+    source: ArraySource, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = in_memory(source)
     images.unreadable = (Unreadable("/there/1.png", "an empty file"),)
     monkeypatch.setattr(data_loader, "cached", lambda source: (images, list(images.unreadable)))
-    with pytest.warns(UserWarning, match=r"1 unreadable image left out: /there/1\.png \(an empty file\)"):
+    with pytest.warns(
+        UserWarning, match=r"1 unreadable image left out: /there/1\.png \(an empty file\)"
+    ):
         loader(source)
 
 
@@ -227,7 +257,9 @@ def test_a_policy_can_be_given_by_name(source: ArraySource) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_views_have_the_dtype_asked_for(source: ArraySource, workers: int) -> None:
-    for made, full in zip(loader(source, workers, dtype=torch.bfloat16).epoch(0), loader(source).epoch(0), strict=True):
+    for made, full in zip(
+        loader(source, workers, dtype=torch.bfloat16).epoch(0), loader(source).epoch(0), strict=True
+    ):
         for view, reference in zip(made.views, full.views, strict=True):
             assert view.dtype == torch.bfloat16
             torch.testing.assert_close(view.float(), reference, rtol=2**-8, atol=0)
@@ -250,7 +282,9 @@ def test_a_worker_that_dies_ends_the_epoch_in_one_line(source: ArraySource) -> N
     with pytest.raises(TrainingError) as caught:
         list(batches)
     message = str(caught.value)
-    assert message.startswith("workers: a process that prepares images has ended (DataLoader worker (pid")
+    assert message.startswith(
+        "workers: a process that prepares images has ended (DataLoader worker (pid"
+    )
     assert "Killed" in message or "exited unexpectedly" in message  # torch has two ways to notice
     assert "\n" not in message
     assert not set(multiprocessing.active_children()) - before
@@ -281,9 +315,13 @@ def test_handlers_of_signals_are_as_they_were(source: ArraySource) -> None:
     assert signal.getsignal(signal.SIGCHLD) == before
 
 
-def test_workers_by_default_are_one_for_four_cores(source: ArraySource, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_by_default_are_one_for_four_cores(
+    source: ArraySource, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for cores, workers in ((1, 0), (3, 0), (4, 1), (16, 4), (128, 16)):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)), raising=False)
+        monkeypatch.setattr(
+            os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)), raising=False
+        )
         assert MultiViewLoader(source, POLICY, 4).workers == workers
 
 
@@ -328,7 +366,9 @@ def test_numbers_out_of_range_are_named(source: ArraySource) -> None:
         loader(source, device="meta")
     with pytest.raises(InputError, match="device: 'gpu' is none of cpu, cuda"):
         loader(source, device="gpu")
-    with pytest.raises(InputError, match=r"device: 'cuda:99' is not here \(\d+ CUDA devices found\)"):
+    with pytest.raises(
+        InputError, match=r"device: 'cuda:99' is not here \(\d+ CUDA devices found\)"
+    ):
         loader(source, device="cuda:99")
     with pytest.raises(InputError, match="memory: 'disk' is none of auto, gpu, host"):
         loader(source, memory="disk")
@@ -385,7 +425,9 @@ def test_an_interrupt_before_a_worker_is_ready_is_harmless(
     assert_same(loader(source, workers=1).epoch(0), loader(source).epoch(0))
 
 
-@pytest.mark.skipif(os.name != "posix", reason="sends a signal to a process group, as a terminal does for Ctrl-C")
+@pytest.mark.skipif(
+    os.name != "posix", reason="sends a signal to a process group, as a terminal does for Ctrl-C"
+)
 def test_ctrl_c_prints_no_traceback_of_a_worker() -> None:
     program = textwrap.dedent(
         """

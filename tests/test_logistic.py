@@ -21,7 +21,12 @@ from torch.nn import functional as F
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.features import ENCODERS
 from vi_simsiam.evaluation.linear import hold_out
-from vi_simsiam.evaluation.logistic import LogisticConfig, LogisticProbe, check_classes, evaluate_logistic
+from vi_simsiam.evaluation.logistic import (
+    LogisticConfig,
+    LogisticProbe,
+    check_classes,
+    evaluate_logistic,
+)
 from vi_simsiam.evaluation.results import unpack_bits
 
 
@@ -32,11 +37,15 @@ def problem(count: int = 400, classes: int = 4, noise: int = 0) -> tuple[Tensor,
     """
     generator = torch.Generator().manual_seed(0)
     width = 6 + noise
-    centres = torch.cat([torch.randn(classes, 6, generator=generator), torch.zeros(classes, noise)], 1)
+    centres = torch.cat(
+        [torch.randn(classes, 6, generator=generator), torch.zeros(classes, noise)], 1
+    )
     scales, shift = torch.logspace(-0.7, 0.7, width), torch.linspace(-3, 3, width)
 
     def draw(labels: Tensor) -> Tensor:
-        return (centres[labels] + torch.randn(len(labels), width, generator=generator)) * scales + shift
+        return (
+            centres[labels] + torch.randn(len(labels), width, generator=generator)
+        ) * scales + shift
 
     labels = torch.arange(count) % classes
     return draw(labels), labels, draw(torch.arange(200) % classes)
@@ -50,7 +59,9 @@ NAMES = tuple("abcdefgh")
 def test_agrees_with_scikit_learn_in_float64(classes: int, c: float) -> None:
     train, labels, queries = problem(classes=classes)
     scaler = StandardScaler().fit(train.double())
-    reference = LogisticRegression(C=c, tol=1e-10, max_iter=10_000).fit(scaler.transform(train.double()), labels)
+    reference = LogisticRegression(C=c, tol=1e-10, max_iter=10_000).fit(
+        scaler.transform(train.double()), labels
+    )
     expected = reference.predict_proba(scaler.transform(queries.double()))
     probe = LogisticProbe.fit(train, labels, NAMES[:classes], LogisticConfig(c=c, tolerance=1e-6))
     found = probe.probabilities(queries)
@@ -85,11 +96,15 @@ def test_c_is_the_best_of_the_grid_on_the_held_out_fifth() -> None:
     for c in config.grid:
         reference = LogisticRegression(C=c, tol=1e-8, max_iter=10_000)
         reference.fit(scaler.transform(train[kept].double()), labels[kept])
-        expected[c] = log_loss(labels[held_out], reference.predict_proba(scaler.transform(train[held_out].double())))
+        expected[c] = log_loss(
+            labels[held_out], reference.predict_proba(scaler.transform(train[held_out].double()))
+        )
     assert probe.c == min(expected, key=expected.__getitem__)
     assert probe.c not in (1e-3, 10.0)
     assert list(probe.held_out_loss) == sorted(probe.held_out_loss)
-    assert probe.held_out_loss == {c: pytest.approx(expected[c], abs=1e-3) for c in probe.held_out_loss}
+    assert probe.held_out_loss == {
+        c: pytest.approx(expected[c], abs=1e-3) for c in probe.held_out_loss
+    }
     refitted = LogisticProbe.fit(train, labels, NAMES[:4], replace(config, c=probe.c))
     assert torch.equal(refitted.weight, probe.weight)
 
@@ -137,7 +152,9 @@ def test_solver_that_does_not_converge_is_reported_and_not_printed(tmp_path: Pat
     assert result["converged"] == dict.fromkeys(ENCODERS, False)
     assert result["iterations"]["trained"] == 2
     assert len(result["warnings"]["trained"]) == 1
-    assert result["warnings"]["trained"][0].startswith("C = 1.0: lbfgs failed to converge after 2 iteration")
+    assert result["warnings"]["trained"][0].startswith(
+        "C = 1.0: lbfgs failed to converge after 2 iteration"
+    )
 
 
 def test_result_file_says_what_was_measured(tmp_path: Path) -> None:
@@ -151,7 +168,10 @@ def test_result_file_says_what_was_measured(tmp_path: Path) -> None:
     assert result["top1"]["trained"] == result["train_top1"]["trained"] == 1.0
     assert result["top1"]["untrained"] < result["top5"]["untrained"] < 1
     assert result["top5_counts"] == 5
-    assert result["settings"] | {"solver": "lbfgs", "penalty": "l2", "dtype": "float32"} == result["settings"]
+    assert (
+        result["settings"] | {"solver": "lbfgs", "penalty": "l2", "dtype": "float32"}
+        == result["settings"]
+    )
     assert {"scikit-learn", "torch"} <= set(result["versions"])
     for encoder in ENCODERS:
         probe = LogisticProbe.fit(sets.train[encoder], sets.train_labels, sets.classes)
@@ -160,7 +180,10 @@ def test_result_file_says_what_was_measured(tmp_path: Path) -> None:
         correct = unpack_bits(result["correct"][encoder], 50)
         assert torch.equal(correct, logits.argmax(1) == sets.val_labels)
         assert correct.double().mean() == pytest.approx(result["top1"][encoder])
-        five = [label in row for row, label in zip(logits.topk(5).indices.tolist(), sets.val_labels, strict=True)]
+        five = [
+            label in row
+            for row, label in zip(logits.topk(5).indices.tolist(), sets.val_labels, strict=True)
+        ]
         assert result["top5"][encoder] == pytest.approx(sum(five) / 50)
 
 
@@ -207,7 +230,10 @@ def test_settings_are_checked(values: dict[str, float], message: str) -> None:
 
 def test_other_classes_than_the_probes_are_refused() -> None:
     check_classes(("cat", "dog"), ["cat", "dog"])
-    with pytest.raises(InputError, match=r"the data has 2 classes \(dog, cat\); .* trained on 2 classes \(cat, dog\)"):
+    with pytest.raises(
+        InputError,
+        match=r"the data has 2 classes \(dog, cat\); .* trained on 2 classes \(cat, dog\)",
+    ):
         check_classes(("cat", "dog"), ("dog", "cat"))
     many = tuple(f"c{i}" for i in range(12))
     with pytest.raises(InputError, match=r"12 classes \(c0, .*, c9, \.\.\.\)"):

@@ -59,7 +59,12 @@ def table(text: str, first: str) -> list[list[str]]:
 
 @pytest.mark.parametrize(
     ("format", "stem"),
-    [("torchvision", "imagenet"), ("torchvision", "small"), ("timm", "imagenet"), ("safetensors", "small")],
+    [
+        ("torchvision", "imagenet"),
+        ("torchvision", "small"),
+        ("timm", "imagenet"),
+        ("safetensors", "small"),
+    ],
 )
 def test_the_code_loads_the_weights_and_the_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, stem: Stem
@@ -90,7 +95,9 @@ def test_without_results_everything_is_not_measured(run: Run) -> None:
 def test_results_are_those_of_the_files(run: Run) -> None:
     top1 = {"trained": 0.81234, "untrained": 0.5, "pixels": 0.25}
     (run.path / "knn.json").write_text(json.dumps({"top1": top1}))
-    (run.path / "linear.json").write_text(json.dumps({"top1": top1, "top5": None, "held_out_top1": {"trained": 0.7}}))
+    (run.path / "linear.json").write_text(
+        json.dumps({"top1": top1, "top5": None, "held_out_top1": {"trained": 0.7}})
+    )
     text = card(run)
     assert table(text, "encoder") == [
         ["trained", "81.2 %", "81.2 %", "not measured", "70.0 %", "not measured"],
@@ -108,9 +115,15 @@ def test_kappa_stands_beside_the_best_trivial_score_and_the_best_of_the_others(r
     result = {
         "calibration": {"error": 0.0123},
         "misclassification": {
-            "scores": {"kappa": {"auroc": 0.6}, "softmax": {"auroc": 0.8}, "contrast": {"auroc": 0.55}}
+            "scores": {
+                "kappa": {"auroc": 0.6},
+                "softmax": {"auroc": 0.8},
+                "contrast": {"auroc": 0.55},
+            }
         },
-        "retrieval": {"unseen": {"seen_classes": False, "scores": {"kappa": 0.61, "jpeg_size": 0.5}}},
+        "retrieval": {
+            "unseen": {"seen_classes": False, "scores": {"kappa": 0.61, "jpeg_size": 0.5}}
+        },
         "ood": {"noise": {"kind": "far", "scores": {"kappa": {"auroc": 0.9}}}},
         "corruptions": {
             "blur": {"scores": {"kappa": {"spearman": 0.2}, "contrast": {"spearman": 0.9}}},
@@ -129,7 +142,12 @@ def test_kappa_stands_beside_the_best_trivial_score_and_the_best_of_the_others(r
 
 
 def test_the_parts_that_were_not_measured_are_named(run: Run) -> None:
-    result: dict[str, object] = {"calibration": None, "misclassification": None, "retrieval": None, "corruptions": {}}
+    result: dict[str, object] = {
+        "calibration": None,
+        "misclassification": None,
+        "retrieval": None,
+        "corruptions": {},
+    }
     scores = {"kappa": {"auroc": 0.5}, "knn_distance": {"auroc": 0.7}}
     result["ood"] = {"noise": {"kind": "far", "scores": scores}}
     (run.path / "uncertainty.json").write_text(json.dumps(result))
@@ -141,7 +159,9 @@ def test_the_parts_that_were_not_measured_are_named(run: Run) -> None:
     assert all(cells == ["not measured", "-", "-"] for cells in rows.values())
     (run.path / "uncertainty.json").write_text(json.dumps({"calibration": None}))
     # `evaluate` does not write this file.
-    with pytest.raises(InputError, match=rf"lacks what the card shows .* vi-simsiam uncertainty {run.path}$"):
+    with pytest.raises(
+        InputError, match=rf"lacks what the card shows .* vi-simsiam uncertainty {run.path}$"
+    ):
         card(run)
 
 
@@ -162,8 +182,14 @@ def test_every_setting_the_versions_and_the_check_are_there(run: Run) -> None:
     assert settings["`augment.crop_scale`"] == "[0.2, 1.0]"
     plain = run.config.to_dict()
     nested = {name: value for name, value in plain.items() if isinstance(value, dict)}
-    expected = {f"`{name}`" for name in plain if name not in nested and name not in ("data_root", "cache_dir")}
-    assert set(settings) == expected | {f"`{name}.{field}`" for name, value in nested.items() for field in value}
+    expected = {
+        f"`{name}`"
+        for name in plain
+        if name not in nested and name not in ("data_root", "cache_dir")
+    }
+    assert set(settings) == expected | {
+        f"`{name}.{field}`" for name, value in nested.items() for field in value
+    }
     assert "the log ends at epoch 0.50 with a loss of -0.25" in text
     assert "vi-simsiam 1.2.3, torch 9.9." in text
     assert "compared with the run on 8 images of fashion-mini/val" in text

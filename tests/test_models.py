@@ -29,7 +29,9 @@ def views(count: int = 2) -> list[torch.Tensor]:
 def test_predictions_and_targets(kind: type[SimSiam], width: int) -> None:
     model = small(kind)
     output = model(views(3))
-    assert [tuple(p.shape) for p in output.predictions] == [(6, 32)] * 3, "rows are a multiple of 16 elements"
+    assert [tuple(p.shape) for p in output.predictions] == [(6, 32)] * 3, (
+        "rows are a multiple of 16 elements"
+    )
     assert all((p[:, width:] == 0).all() for p in output.predictions)
     assert [tuple(t.shape) for t in output.targets] == [(6, 20)] * 2
     assert not any(t.requires_grad for t in output.targets)
@@ -37,8 +39,16 @@ def test_predictions_and_targets(kind: type[SimSiam], width: int) -> None:
     options = {}
     if kind is VISimSiam:
         gain = 4 / math.sqrt(8)
-        options = {"concentration_scale": 19.0, "concentration_link": "quadratic", "concentration_gain": gain}
-    simsiam = 0.0 if kind is SimSiam else cosine_loss([p[:, :20] for p in output.predictions], output.targets)
+        options = {
+            "concentration_scale": 19.0,
+            "concentration_link": "quadratic",
+            "concentration_gain": gain,
+        }
+    simsiam = (
+        0.0
+        if kind is SimSiam
+        else cosine_loss([p[:, :20] for p in output.predictions], output.targets)
+    )
     used = [p[:, :width] for p in output.predictions]
     expected = loss(used, output.targets, **options)  # type: ignore[arg-type]
     torch.testing.assert_close(model.loss(output), expected + simsiam)
@@ -65,7 +75,9 @@ def test_every_view_is_normalised_by_its_own_statistics() -> None:
     alone = model([first, first]).predictions[0]
     together = model([first, 1000 * second]).predictions[0]
     torch.testing.assert_close(alone, together)
-    counters = [m.num_batches_tracked.item() for m in model.modules() if isinstance(m, nn.BatchNorm1d)]
+    counters = [
+        m.num_batches_tracked.item() for m in model.modules() if isinstance(m, nn.BatchNorm1d)
+    ]
     assert counters == [4] * len(counters)
 
 
@@ -74,7 +86,9 @@ def test_stems_of_a_torchvision_backbone(stem: str, sides: tuple[int, int]) -> N
     network, features = build_backbone("resnet18", stem=stem)  # type: ignore[arg-type]
     assert features == 512
     seen = []
-    network.layer1.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[-1]))
+    network.layer1.register_forward_hook(
+        lambda module, inputs, output: seen.append(output.shape[-1])
+    )
     assert network(torch.randn(2, 3, sides[0], sides[0])).shape == (2, 512)
     assert seen == [sides[1]]
 
@@ -85,7 +99,9 @@ def test_residual_branches_start_at_zero_unless_asked() -> None:
 
 
 def test_concentration_and_distribution() -> None:
-    model = VISimSiam(nn.Flatten(), features=48, dim=20, projector_hidden=24, concentration_min=3.0).eval()
+    model = VISimSiam(
+        nn.Flatten(), features=48, dim=20, projector_hidden=24, concentration_min=3.0
+    ).eval()
     prediction = torch.zeros(4, 21)
     torch.testing.assert_close(model.concentration(prediction), torch.full((4,), 19 * 0.0202 + 3))
     images = views()[0]
@@ -96,7 +112,9 @@ def test_concentration_and_distribution() -> None:
     x = 4 * raw[:, 20] / math.sqrt(512)
     r = x.clamp(min=0.02)
     torch.testing.assert_close(distribution.concentration, 19 * (r + r * r / 2) + 3)
-    literal = VISimSiam(nn.Flatten(), features=48, dim=20, concentration_scale=1.0, concentration_link="softplus")
+    literal = VISimSiam(
+        nn.Flatten(), features=48, dim=20, concentration_scale=1.0, concentration_link="softplus"
+    )
     torch.testing.assert_close(literal.concentration(prediction), torch.full((4,), 0.6931472))
 
 
@@ -169,8 +187,15 @@ def test_running_statistics_weigh_the_views_as_documented() -> None:
 
 def test_build_model_follows_the_configuration() -> None:
     config = TrainConfig(
-        model=ModelConfig(backbone="resnet34", stem="small", dim=40, projector_hidden=16, predictor_hidden=12),
-        loss=LossConfig(concentration_scale=2.0, concentration_min=0.5, concentration_gain=3.0, cosine_weight=0.5),
+        model=ModelConfig(
+            backbone="resnet34", stem="small", dim=40, projector_hidden=16, predictor_hidden=12
+        ),
+        loss=LossConfig(
+            concentration_scale=2.0,
+            concentration_min=0.5,
+            concentration_gain=3.0,
+            cosine_weight=0.5,
+        ),
     )
     model = build_model(config)
     assert isinstance(model, VISimSiam)

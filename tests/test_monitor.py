@@ -32,7 +32,13 @@ def opened(folder: Path, console: Console, **options: object) -> Monitor:
 
 
 def terminal(width: int = 80) -> Console:
-    return Console(file=io.StringIO(), force_terminal=True, width=width, legacy_windows=False, color_system=None)
+    return Console(
+        file=io.StringIO(),
+        force_terminal=True,
+        width=width,
+        legacy_windows=False,
+        color_system=None,
+    )
 
 
 def last_shown(console: Console) -> str:
@@ -45,12 +51,16 @@ def last_shown(console: Console) -> str:
 def test_the_best_kappa_maximises_the_density(cosine: float) -> None:
     """The formula is that of a large D."""
     dim = 2048
-    model = VISimSiam(torch.nn.Flatten(), features=8, dim=dim, projector_hidden=8, predictor_hidden=8)
+    model = VISimSiam(
+        torch.nn.Flatten(), features=8, dim=dim, projector_hidden=8, predictor_hidden=8
+    )
     target = torch.zeros(2, dim, dtype=torch.float64)
     target[:, 0] = 1
     predicted = torch.zeros(2, dim + 1, dtype=torch.float64)
     predicted[:, 0], predicted[:, 1] = cosine, (1 - cosine**2) ** 0.5
-    best = representation_statistics(model, Output((predicted, predicted), (target, target)))["kappa_best"]
+    best = representation_statistics(model, Output((predicted, predicted), (target, target)))[
+        "kappa_best"
+    ]
     factors = torch.linspace(0.9, 1.1, 401, dtype=torch.float64)
     mu = predicted[:1, :dim].expand(401, dim)
     density = PowerSpherical(mu, best * factors * (dim - 1)).log_prob(target[0])
@@ -67,18 +77,24 @@ def test_the_best_kappa_maximises_the_density(cosine: float) -> None:
         (120, "loss -391 cos 0.71 κ/(D-1) 2.3 12346 views/s"),
     ],
 )
-def test_the_bar_keeps_epoch_count_and_time_on_any_terminal(tmp_path: Path, width: int, figures: str) -> None:
+def test_the_bar_keeps_epoch_count_and_time_on_any_terminal(
+    tmp_path: Path, width: int, figures: str
+) -> None:
     console = terminal(width)
     with opened(tmp_path, console) as monitor:
         monitor.advance(20)
         monitor.show(METRICS)
         monitor._progress.refresh()
     last = last_shown(console)
-    assert re.fullmatch(rf"epoch 1/200 [━╸╺ ]+ +20/29400 --:--(?: {re.escape(figures)})?", last), last
+    assert re.fullmatch(rf"epoch 1/200 [━╸╺ ]+ +20/29400 --:--(?: {re.escape(figures)})?", last), (
+        last
+    )
     assert len(last) <= width
 
 
-def test_the_longest_counts_and_times_leave_room_for_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_longest_counts_and_times_leave_room_for_the_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(rich.progress.Task, "time_remaining", property(lambda task: 100 * 3600.0))
     console = terminal()
     with opened(tmp_path, console, step=123_455, total=1_234_567, steps_per_epoch=1_234) as monitor:
@@ -86,7 +102,9 @@ def test_the_longest_counts_and_times_leave_room_for_the_loss(tmp_path: Path, mo
         monitor.show(METRICS)
         monitor._progress.refresh()
     last = last_shown(console)
-    assert re.fullmatch(r"epoch 101/1001 .* 123456/1234567 100:00:00 loss -391 cos 0.71 κ.*", last), last
+    assert re.fullmatch(
+        r"epoch 101/1001 .* 123456/1234567 100:00:00 loss -391 cos 0.71 κ.*", last
+    ), last
 
 
 def test_the_bar_has_ascii_forms(tmp_path: Path) -> None:
@@ -101,12 +119,16 @@ def test_the_bar_has_ascii_forms(tmp_path: Path) -> None:
     assert b"kappa/(D-1) 2.3" in file.buffer.getvalue()  # type: ignore[attr-defined]
 
 
-def test_the_time_is_printed_once_from_steps_after_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_is_printed_once_from_steps_after_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first step takes longer and does not count; three seconds and steps are waited for."""
     now = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     console = Console(file=io.StringIO(), width=40)
-    with opened(tmp_path, console, total=103, estimate=lambda seconds: f"rest: {seconds:.1f} {'x' * 60}") as monitor:
+    with opened(
+        tmp_path, console, total=103, estimate=lambda seconds: f"rest: {seconds:.1f} {'x' * 60}"
+    ) as monitor:
         for step, at in enumerate([50.0, 51.0, 52.0, 53.5, 60.0], 1):
             now[0] = at
             monitor.advance(step)
@@ -141,11 +163,20 @@ def test_a_problem_is_on_the_bar_in_the_log_and_in_the_line_of_the_epoch(tmp_pat
         monitor._progress.refresh()
         monitor.epoch_done(147, dead)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert re.search(r"epoch 1/200 .*--:-- dead since step 100 cos 0.71 *\n", shown.replace("\r", "\n"))
-    assert shown.count("warning: step 120: dead since step 100: kappa/(D-1) 0.01, where 2.4 would fit") == 1
-    assert "waiting for data 2%  dead since step 100\n" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", shown)
+    assert re.search(
+        r"epoch 1/200 .*--:-- dead since step 100 cos 0.71 *\n", shown.replace("\r", "\n")
+    )
+    assert (
+        shown.count("warning: step 120: dead since step 100: kappa/(D-1) 0.01, where 2.4 would fit")
+        == 1
+    )
+    assert "waiting for data 2%  dead since step 100\n" in re.sub(
+        r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", shown
+    )
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
-    assert [(line["state"], line.get("since")) for line in lines] == [("learning", None)] * 4 + [("dead", 100)]
+    assert [(line["state"], line.get("since")) for line in lines] == [("learning", None)] * 4 + [
+        ("dead", 100)
+    ]
     with opened(tmp_path, Console(quiet=True), step=120) as monitor:
         assert monitor.health.short == "dead since step 100", "resumed"
 
@@ -193,7 +224,9 @@ def test_figures_are_shown_from_the_first_step_and_the_verdict_last(
     shown: list[dict[str, float]] = []
     monkeypatch.setattr(module, "_SECONDS_SHOWN", 0.0)
     show = Monitor.show
-    monkeypatch.setattr(Monitor, "show", lambda monitor, metrics: (shown.append(metrics), show(monitor, metrics)))
+    monkeypatch.setattr(
+        Monitor, "show", lambda monitor, metrics: (shown.append(metrics), show(monitor, metrics))
+    )
     config = TrainConfig(
         data=f"folder:{image_folder}", epochs=1, batch_size=8, lr=0.02, workers=0, device="cpu", log_every=100,
         augment=AugmentConfig(size=16, blur_prob=0.0), model=ModelConfig(dim=32, projector_hidden=32, predictor_hidden=16),
@@ -206,11 +239,17 @@ def test_figures_are_shown_from_the_first_step_and_the_verdict_last(
         verdicts = [
             line
             for line in lines
-            if line.startswith(("learned: ", "barely learned: ", "not learning", "dead", "collapsed"))
+            if line.startswith(
+                ("learned: ", "barely learned: ", "not learning", "dead", "collapsed")
+            )
         ]
         assert len(verdicts) == 1
-        assert lines.index(verdicts[0]) > max(i for i, line in enumerate(lines) if line.startswith("epoch 1/1  loss"))
-    assert [metrics["step"] for metrics in shown] == [1, 2, 3, 4, 5, 5], "every step on the terminal, the end in a file"
+        assert lines.index(verdicts[0]) > max(
+            i for i, line in enumerate(lines) if line.startswith("epoch 1/1  loss")
+        )
+    assert [metrics["step"] for metrics in shown] == [1, 2, 3, 4, 5, 5], (
+        "every step on the terminal, the end in a file"
+    )
     assert {"loss", "cosine", "kappa", "views_per_s"} <= shown[0].keys()
     kept = [json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in consoles]
     for timed in ("seconds", "views_per_s", "data_wait"):

@@ -61,7 +61,11 @@ def _train_one_epoch(arguments: list[str]) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         fit = Trainer.fit
-        patch.setattr(Trainer, "fit", lambda trainer: fit(trainer, epoch_done=lambda: (trainer._save(), interrupt())))
+        patch.setattr(
+            Trainer,
+            "fit",
+            lambda trainer: fit(trainer, epoch_done=lambda: (trainer._save(), interrupt())),
+        )
         assert main(["train", *arguments, *OPTIONS.split()]) == 130
 
 
@@ -110,24 +114,33 @@ def test_a_run_goes_on_with_a_copy_of_its_images(
     place = copy(photos, tmp_path / "scratch")
     shutil.rmtree(photos)
     assert resume(run) == 2
-    assert f"where the images of {run} have moved, name their new place with --data" in capsys.readouterr().err
+    assert (
+        f"where the images of {run} have moved, name their new place with --data"
+        in capsys.readouterr().err
+    )
     assert resume(run, "--data", place, "--cache-dir", str(tmp_path / "cache")) == 0
     assert step(run) == 2 * before
     assert (config(run).data, config(run).cache_dir) == (place, tmp_path / "cache")
-    assert len(load_run(run, device="cpu").splits.train) == 40, "an evaluation finds them where they are"
+    assert len(load_run(run, device="cpu").splits.train) == 40, (
+        "an evaluation finds them where they are"
+    )
 
 
 def test_the_moved_run_is_the_one_that_stayed(run: Path, photos: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(run, tmp_path / "other"))
     assert resume(run) == 0
     assert resume(other, "--data", packed_copy(photos, tmp_path / "scratch")) == 0
-    stayed, moved = (Checkpoint.load(folder / "checkpoint.pt", CPU).model for folder in (run, other))
+    stayed, moved = (
+        Checkpoint.load(folder / "checkpoint.pt", CPU).model for folder in (run, other)
+    )
     assert all(torch.equal(stayed[name], moved[name]) for name in stayed)
 
 
 def test_the_held_out_images_move_with_the_others(photos: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    _train_one_epoch(["--data", str(photos), "--out", str(run), "--held-out", "0.2", "--images", "24"])
+    _train_one_epoch(
+        ["--data", str(photos), "--out", str(run), "--held-out", "0.2", "--images", "24"]
+    )
     assert resume(run, "--data", packed_copy(photos, tmp_path / "scratch")) == 0
     (photos / "train" / "dark" / "02.png").unlink()
     assert resume(run, "--data", str(photos)) == 2
@@ -148,7 +161,9 @@ def rename(photos: Path) -> None:
 
 def move(photos: Path) -> None:
     for number in (18, 19):
-        (photos / "train" / "bright" / f"{number}.png").rename(photos / "train" / "dark" / f"-{number}.png")
+        (photos / "train" / "bright" / f"{number}.png").rename(
+            photos / "train" / "dark" / f"-{number}.png"
+        )
 
 
 def repaint(photos: Path) -> None:
@@ -241,7 +256,9 @@ def test_evaluation_of_lost_images_names_the_way_out(
         assert main([command, str(run), "--device", "cpu"]) == 2
         said = capsys.readouterr().err
         assert said.startswith(f"vi-simsiam: {photos}: no such folder")
-        assert said.endswith(f"where the images of {run} have moved, name their new place with --data\n")
+        assert said.endswith(
+            f"where the images of {run} have moved, name their new place with --data\n"
+        )
     assert main(["report", str(run), "--device", "cpu"]) == 0
     assert "name their new place with --data" in capsys.readouterr().out
     assert main(["knn", str(run), "--device", "cpu", "--data", str(tmp_path / "elsewhere")]) == 0
@@ -264,7 +281,9 @@ def test_content_is_that_of_the_pixels_however_they_are_kept(
     file.pixels = np.concatenate([np.zeros(known, np.uint8), file.pixels[known:]])
     assert content(splits, file) == whole
 
-    chosen = [select(Splits("x", each, None), images=6, seed=1) for each in (source, in_memory(source))]
+    chosen = [
+        select(Splits("x", each, None), images=6, seed=1) for each in (source, in_memory(source))
+    ]
     first, second = (content(each, in_memory(each.train)) for each in chosen)
     assert first == second
     other = subset(in_memory(source), np.array([0, 1, 2, 3, 4, 5]))
@@ -276,7 +295,11 @@ def test_content_is_that_of_the_pixels_however_they_are_kept(
     [
         ((16, "a", 0), (15, "b", 1), True),
         ((15, "b", 1), (16, "a", 0), True),
-        ((15, "b", 1), (15, "b", 0), True),  # a checkpoint of an older version names none that are left out
+        (
+            (15, "b", 1),
+            (15, "b", 0),
+            True,
+        ),  # a checkpoint of an older version names none that are left out
         ((15, "b", 1), (15, "c", 1), False),
         ((16, "a", 0), (14, "b", 1), False),
         ((16, "a", 0), (16, "b", 0), False),
@@ -288,7 +311,10 @@ def test_validation_images_that_a_pack_leaves_out(
     before: tuple[int, str, int] | None, now: tuple[int, str, int] | None, same: bool
 ) -> None:
     both = [
-        {"images": 1, "validation": part and dict(zip(("images", "labels", "left_out"), part, strict=True))}
+        {
+            "images": 1,
+            "validation": part and dict(zip(("images", "labels", "left_out"), part, strict=True)),
+        }
         for part in (before, now)
     ]
     assert difference(*both) == (None if same else "other validation images")
@@ -297,5 +323,7 @@ def test_validation_images_that_a_pack_leaves_out(
 def test_classes_are_named() -> None:
     before = {"images": 1, "classes": ["a", "b"]}
     assert difference(before, before) is None
-    assert difference(before, {**before, "classes": ["b", "a"]}) == "other classes (in another order)"
+    assert (
+        difference(before, {**before, "classes": ["b", "a"]}) == "other classes (in another order)"
+    )
     assert difference(before, {**before, "classes": None}) == "other classes (without a, b)"

@@ -10,7 +10,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from losses import COSINE, POWER_SPHERICAL, QUADRATIC, draw, every, fused, loss_and_gradient, on_cpu_only, textbook
+from losses import (
+    COSINE,
+    POWER_SPHERICAL,
+    QUADRATIC,
+    draw,
+    every,
+    fused,
+    loss_and_gradient,
+    on_cpu_only,
+    textbook,
+)
 from test_power_spherical import COLUMN, DIMS, exact
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,7 +33,9 @@ from vi_simsiam.ops.multiview_loss import LossForm, eager_loss, multiview_loss
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.mark.parametrize("form", [POWER_SPHERICAL, COSINE, LossForm("power_spherical", 31.0, 2.5), QUADRATIC], ids=str)
+@pytest.mark.parametrize(
+    "form", [POWER_SPHERICAL, COSINE, LossForm("power_spherical", 31.0, 2.5), QUADRATIC], ids=str
+)
 def test_eager_is_algorithm_1(form: LossForm) -> None:
     """At moderate sizes float64 textbook arithmetic is good enough to check the meaning: pairs, scale, softplus."""
     for views, targets in ((2, 2), (3, 1), (4, 2), (5, 5)):
@@ -48,15 +60,21 @@ def test_loss_is_minus_log_prob_relative_to_uniform() -> None:
     loc, target = F.normalize(p[..., :40], dim=-1), F.normalize(z, dim=-1)
     kappa = F.softplus(p[..., 40])
     uniform = math.lgamma(20) - math.log(2) - 20 * math.log(math.pi)
-    expected = sum(uniform - power_spherical_log_prob(target[g], loc[v], kappa[v]) for v, g in ((0, 1), (1, 0)))
+    expected = sum(
+        uniform - power_spherical_log_prob(target[g], loc[v], kappa[v]) for v, g in ((0, 1), (1, 0))
+    )
     torch.testing.assert_close(power_spherical_loss(p, z, reduction="none"), expected)
 
 
 @fused
-@pytest.mark.parametrize("form", [POWER_SPHERICAL, COSINE, LossForm("power_spherical", 31.0, 2.5), QUADRATIC], ids=str)
+@pytest.mark.parametrize(
+    "form", [POWER_SPHERICAL, COSINE, LossForm("power_spherical", 31.0, 2.5), QUADRATIC], ids=str
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [2, 3, 17, 129, 2048])
-def test_fused_error_is_at_most_twice_eagers(backend: str, form: LossForm, dtype: torch.dtype, dim: int) -> None:
+def test_fused_error_is_at_most_twice_eagers(
+    backend: str, form: LossForm, dtype: torch.dtype, dim: int
+) -> None:
     """Both against float64 eager on the same rounded inputs, with a floor of a few ulp (float64: agreement to rounding)."""
     p, z = (x.to(dtype) for x in draw(form, 4, 2, 5, dim, raw=4.0))
     loss, gradient = loss_and_gradient(p.double(), z.double(), form, "eager")
@@ -67,7 +85,9 @@ def test_fused_error_is_at_most_twice_eagers(backend: str, form: LossForm, dtype
     for want, ours, theirs in zip((loss, gradient), found, eager, strict=True):
         scale = want.abs().max() + 1
         floor = (64 if dtype == torch.float64 else 4) * torch.finfo(ours.dtype).eps * scale
-        assert (ours.double() - want).abs().max() <= 2 * (theirs.double() - want).abs().max() + floor
+        assert (ours.double() - want).abs().max() <= 2 * (
+            theirs.double() - want
+        ).abs().max() + floor
 
 
 @every
@@ -91,7 +111,9 @@ def test_ten_times_better_than_textbook_at_high_concentration(backend: str) -> N
 
 
 @every
-@pytest.mark.parametrize("form", [LossForm("power_spherical", 3.0, 0.5), QUADRATIC, COSINE], ids=str)
+@pytest.mark.parametrize(
+    "form", [LossForm("power_spherical", 3.0, 0.5), QUADRATIC, COSINE], ids=str
+)
 @pytest.mark.parametrize("dim", [2, 5, 40])
 def test_gradcheck(backend: str, form: LossForm, dim: int) -> None:
     p, z = draw(form, 3, 2, 2, dim, raw=4.0)
@@ -106,7 +128,9 @@ def test_gradcheck(backend: str, form: LossForm, dim: int) -> None:
 
 @every
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_at_the_bound_of_the_quadratic_link_only_what_raises_kappa_counts(backend: str, dtype: torch.dtype) -> None:
+def test_at_the_bound_of_the_quadratic_link_only_what_raises_kappa_counts(
+    backend: str, dtype: torch.dtype
+) -> None:
     """Below the bound: the loss at the bound, the slope there for samples whose cosine wants a larger kappa, else 0."""
     dim, bound = 33, 0.02 / QUADRATIC.gain
     p, z = draw(QUADRATIC, 2, 2, 6, dim, near=0.3)
@@ -117,7 +141,9 @@ def test_at_the_bound_of_the_quadratic_link_only_what_raises_kappa_counts(backen
     assert (gradient[:, :3, dim] < 0).all()
     p[..., dim] = torch.tensor([-1e-3, -3.0, -math.inf] * 2).to(p)
     below, found = loss_and_gradient(p, z, QUADRATIC, backend)
-    near = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    near = (
+        {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    )
     torch.testing.assert_close(below, loss, **near)
     torch.testing.assert_close(found[..., :dim], gradient[..., :dim], **near)
     torch.testing.assert_close(found[:, :3, dim], gradient[:, :3, dim], **near)
@@ -141,17 +167,25 @@ def test_golden_table_by_vectors(backend: str, dtype: torch.dtype, dim: int) -> 
     loc[:, 0] = 0.5
     real = torch.float64 if dtype == torch.float64 else torch.float32
     kappa = torch.tensor(COLUMN["kappa"][chosen], dtype=real).expand(2, -1).clone().requires_grad_()
-    loss = power_spherical_loss([loc, loc], [z, z], concentration=kappa, reduction="none", backend=backend)
+    loss = power_spherical_loss(
+        [loc, loc], [z, z], concentration=kappa, reduction="none", backend=backend
+    )
     loss.sum().backward()
     assert kappa.grad is not None
-    eps, tail = torch.finfo(real).eps, (4e-6, 7e-7, 2e-5) if real == torch.float32 else (2e-14, 4e-15, 1e-12)
+    eps, tail = (
+        torch.finfo(real).eps,
+        (4e-6, 7e-7, 2e-5) if real == torch.float32 else (2e-14, 4e-15, 1e-12),
+    )
     for i, (x, y) in enumerate(z[:, :2].double().tolist()):
         with mpmath.workdps(60):
             one_plus = max(1 + mpmath.mpf(x) / mpmath.hypot(x, y), mpmath.mpf(1e-6))
             value, slope = exact(kappa[0, i].item(), one_plus - 1, dim)
         # 1 + c keeps a few roundings of c; how far they move the loss and its slope is not the backend's doing.
         lost = 4 * eps / float(one_plus)
-        assert abs(loss[i].item() / -2 - value) <= tail[0] * max(1, abs(value)) + lost * kappa[0, i].item()
+        assert (
+            abs(loss[i].item() / -2 - value)
+            <= tail[0] * max(1, abs(value)) + lost * kappa[0, i].item()
+        )
         for view in kappa.grad[:, i].tolist():
             assert abs(-view - slope) <= max(tail[1], tail[2] * abs(slope)) + lost
 
@@ -184,7 +218,9 @@ def test_any_shape_stride_and_dtype(
     wide = torch.full((batch, views, p.shape[-1] + padding), float("nan"), dtype=dtype)
     wide[..., : p.shape[-1]] = p.transpose(0, 1)
     strided = wide[..., : p.shape[-1]].transpose(0, 1)
-    weights = torch.rand(batch, generator=torch.Generator("cpu").manual_seed(seed), device="cpu") - 0.5
+    weights = (
+        torch.rand(batch, generator=torch.Generator("cpu").manual_seed(seed), device="cpu") - 0.5
+    )
     loss, gradient = loss_and_gradient(p.double(), z.double(), form, "eager", weights)
     leaves = [x.detach().requires_grad_() for x in (strided if separate else [strided])]
     given_views = leaves if separate else leaves[0]
@@ -192,7 +228,9 @@ def test_any_shape_stride_and_dtype(
     ours.backward(weights.to(ours))
     gradients = [leaf.grad for leaf in leaves]
     found = torch.stack(gradients) if separate else gradients[0]  # type: ignore[arg-type]
-    assert ours.dtype == (torch.float64 if torch.float64 in (dtype, target_dtype) else torch.float32)
+    assert ours.dtype == (
+        torch.float64 if torch.float64 in (dtype, target_dtype) else torch.float32
+    )
     assert found is not None
     assert found.dtype == dtype
     # How much a rounding of the cosine moves the result: without bound towards the antipode.
@@ -203,7 +241,9 @@ def test_any_shape_stride_and_dtype(
     assert (ours.detach() - loss).abs().max() <= tolerance
     allowed = tolerance * slack / p[..., :dim].double().norm(dim=-1).min().clamp(max=1)
     kept = torch.finfo(dtype)  # the gradient itself is rounded, a GPU's bfloat16 twice
-    assert ((found - gradient).abs() <= allowed + 1.1 * kept.eps * gradient.abs() + kept.smallest_normal).all()
+    assert (
+        (found - gradient).abs() <= allowed + 1.1 * kept.eps * gradient.abs() + kept.smallest_normal
+    ).all()
 
 
 @every
@@ -315,14 +355,18 @@ def test_wrong_types_and_options_are_named() -> None:
         power_spherical_loss(p, z, reduction="sum")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="backend: 'fast' is none of auto, eager"):
         power_spherical_loss(p, z, backend="fast")
-    with pytest.raises(BackendUnavailableError, match="'cuda' cannot run on cpu tensors: it takes CUDA tensors"):
+    with pytest.raises(
+        BackendUnavailableError, match="'cuda' cannot run on cpu tensors: it takes CUDA tensors"
+    ):
         power_spherical_loss(p, z, backend="cuda")
     for scale in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(InputError, match="concentration_scale"):
             power_spherical_loss(p, z, concentration_scale=scale)
     with pytest.raises(InputError, match="concentration_min"):
         power_spherical_loss(p, z, concentration_min=-0.1)
-    with pytest.raises(InputError, match="last dimension 9 must be targets' 8, or that padded to 16 columns$"):
+    with pytest.raises(
+        InputError, match="last dimension 9 must be targets' 8, or that padded to 16 columns$"
+    ):
         cosine_loss(p, z)
 
 

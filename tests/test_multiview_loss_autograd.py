@@ -25,7 +25,9 @@ from vi_simsiam.ops.backends import interpreting
 from vi_simsiam.ops.multiview_loss import LossForm, multiview_loss
 from vi_simsiam.ops.multiview_loss_launch import LossCall, _Tickets
 
-FORMS = pytest.mark.parametrize("form", [LossForm("power_spherical", 3.0, 0.5), QUADRATIC, COSINE], ids=str)
+FORMS = pytest.mark.parametrize(
+    "form", [LossForm("power_spherical", 3.0, 0.5), QUADRATIC, COSINE], ids=str
+)
 
 
 def padded(p: Tensor, width: int, fill: float = math.nan) -> list[Tensor]:
@@ -42,7 +44,9 @@ def padded(p: Tensor, width: int, fill: float = math.nan) -> list[Tensor]:
 @every
 @FORMS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_separate_padded_views_are_the_same_loss(backend: str, form: LossForm, dtype: torch.dtype) -> None:
+def test_separate_padded_views_are_the_same_loss(
+    backend: str, form: LossForm, dtype: torch.dtype
+) -> None:
     """No value of the padding gets in, not even NaN, and its gradient is 0."""
     p, z = (x.to(dtype) for x in draw(form, 3, 2, 5, 20))
     whole = p.clone().requires_grad_()
@@ -75,14 +79,18 @@ def test_strides_that_alias_are_read_as_they_are(backend: str) -> None:
         found = torch.stack(torch.autograd.grad(loss, leaves))
         # Eager's sums over 8 columns may round otherwise in another layout; the fused loss copies what lies otherwise.
         tolerance = 1e-13 if backend == "eager" else 0.0
-        torch.testing.assert_close((loss, found), (expected, gradient), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            (loss, found), (expected, gradient), rtol=tolerance, atol=tolerance
+        )
 
 
 @every
 def test_a_given_concentration_is_softplus_of_the_raw_one(backend: str) -> None:
     p, z = draw(POWER_SPHERICAL, 3, 2, 5, 33, raw=2.0)
     raw = p.clone().requires_grad_()
-    loss = power_spherical_loss(raw, z, concentration_scale=31.0, concentration_min=0.5, backend=backend)
+    loss = power_spherical_loss(
+        raw, z, concentration_scale=31.0, concentration_min=0.5, backend=backend
+    )
     (expected,) = torch.autograd.grad(loss, raw)
     loc = p[..., :33].clone().requires_grad_()
     column = p[..., 33].clone().requires_grad_()
@@ -142,12 +150,17 @@ def test_the_mean_is_the_mean(backend: str, form: LossForm) -> None:
     per_sample = multiview_loss(p, z, form, reduction="none", backend=backend)
     mean = multiview_loss(p, z, form, backend=backend)
     torch.testing.assert_close(mean, per_sample.double().mean().float(), rtol=2e-7, atol=0)
-    (expected,), (gradient,) = torch.autograd.grad(per_sample.mean(), p), torch.autograd.grad(mean, p)
+    (expected,), (gradient,) = (
+        torch.autograd.grad(per_sample.mean(), p),
+        torch.autograd.grad(mean, p),
+    )
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
 
 
 @fused
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 def test_incoming_gradients_of_every_kind(backend: str, dtype: torch.dtype) -> None:
     """1, another number, one a sample, strided, expanded and zero: each the gradient for 1 times the factor."""
     p, z = (x.to(dtype) for x in draw(POWER_SPHERICAL, 2, 2, 6, 17))
@@ -156,16 +169,25 @@ def test_incoming_gradients_of_every_kind(backend: str, dtype: torch.dtype) -> N
     per_sample = power_spherical_loss(p, z, reduction="none", backend=backend)
     (one,) = torch.autograd.grad(per_sample, p, torch.ones(6, dtype=real), retain_graph=True)
     strided = torch.linspace(-2, 3, 12, dtype=real)[::2]
-    for factor in (strided, torch.full((1,), 3.0, dtype=real).expand(6), torch.zeros(6, dtype=real)):
+    for factor in (
+        strided,
+        torch.full((1,), 3.0, dtype=real).expand(6),
+        torch.zeros(6, dtype=real),
+    ):
         (gradient,) = torch.autograd.grad(per_sample, p, factor, retain_graph=True)
         torch.testing.assert_close(
-            gradient.to(real), one.to(real) * factor[:, None], rtol=3 * torch.finfo(dtype).eps, atol=1e-6
+            gradient.to(real),
+            one.to(real) * factor[:, None],
+            rtol=3 * torch.finfo(dtype).eps,
+            atol=1e-6,
         )
     mean = power_spherical_loss(p, z, backend=backend)
     (one,) = torch.autograd.grad(mean, p, retain_graph=True)
     for number in (1.0, -2.5, 0.0):
         (gradient,) = torch.autograd.grad(number * mean, p, retain_graph=True)
-        torch.testing.assert_close(gradient.to(real), number * one.to(real), rtol=3 * torch.finfo(dtype).eps, atol=1e-6)
+        torch.testing.assert_close(
+            gradient.to(real), number * one.to(real), rtol=3 * torch.finfo(dtype).eps, atol=1e-6
+        )
 
 
 @fused
@@ -237,7 +259,9 @@ def test_differentiating_twice_is_an_error(backend: str, path: str) -> None:
     p, z = draw(COSINE, 2, 2, 3, 8)
     p.requires_grad_()
     kappa = torch.rand(2, 3, dtype=p.dtype).requires_grad_()
-    call = LossCall(backend, "power_spherical", p.dtype, 1.0, 0.0, 1.0, "softplus", 1.0, 0.0, False, True)
+    call = LossCall(
+        backend, "power_spherical", p.dtype, 1.0, 0.0, 1.0, "softplus", 1.0, 0.0, False, True
+    )
     if path == "function":
         loss = power_spherical_loss(p, z, concentration=kappa, reduction="none", backend=backend)
     else:
@@ -247,7 +271,9 @@ def test_differentiating_twice_is_an_error(backend: str, path: str) -> None:
     gradients = torch.autograd.grad(loss, (p, kappa), incoming, create_graph=True)
     assert all(torch.equal(a, b) for a, b in zip(gradients, plain, strict=True))
     for gradient, by in itertools.product(gradients, (p, kappa, incoming)):
-        with pytest.raises(RuntimeError, match="cannot be differentiated twice; use backend='eager'"):
+        with pytest.raises(
+            RuntimeError, match="cannot be differentiated twice; use backend='eager'"
+        ):
             torch.autograd.grad(gradient.sum(), by, retain_graph=True)
     penalised = loss.sum() + torch.autograd.grad(loss.sum(), p, create_graph=True)[0].square().sum()
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
@@ -260,7 +286,9 @@ def test_hooks_may_change_gradients_in_place(backend: str) -> None:
     p.requires_grad_()
     (plain,) = torch.autograd.grad(power_spherical_loss(p, z, backend=backend), p)
     p.register_hook(lambda gradient: gradient.mul_(2))
-    (found,) = torch.autograd.grad(power_spherical_loss(p, z, backend=backend), p, create_graph=True)
+    (found,) = torch.autograd.grad(
+        power_spherical_loss(p, z, backend=backend), p, create_graph=True
+    )
     assert torch.equal(found, 2 * plain)
 
 
@@ -282,7 +310,9 @@ def test_targets_of_a_frozen_teacher(backend: str) -> None:
 @fused
 def test_one_view_that_requires_a_gradient(backend: str) -> None:
     p, z = draw(POWER_SPHERICAL, 3, 2, 4, 8)
-    (expected,) = torch.autograd.grad(power_spherical_loss(p.requires_grad_(), z, backend=backend), p)
+    (expected,) = torch.autograd.grad(
+        power_spherical_loss(p.requires_grad_(), z, backend=backend), p
+    )
     views = [p[0].detach(), p[1].detach().requires_grad_(), p[2].detach()]
     (found,) = torch.autograd.grad(power_spherical_loss(views, z, backend=backend), views[1])
     assert torch.equal(found, expected[1])
@@ -305,7 +335,10 @@ def test_checkpointing_recomputes_to_the_same_gradient(backend: str, use_reentra
 
 @fused
 def test_repeats_are_bitwise_equal_for_any_number_of_threads(backend: str) -> None:
-    p, z = (x.float() for x in draw(POWER_SPHERICAL, 3, 2, *((50, 300) if interpreting() else (600, 512))))
+    p, z = (
+        x.float()
+        for x in draw(POWER_SPHERICAL, 3, 2, *((50, 300) if interpreting() else (600, 512)))
+    )
     results, threads = [], torch.get_num_threads()
     try:
         for count in (1, 4, 1, 2):
@@ -315,13 +348,20 @@ def test_repeats_are_bitwise_equal_for_any_number_of_threads(backend: str) -> No
             results.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True))
+    assert all(
+        torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True)
+    )
 
 
 @every
 def test_modules_keep_their_options(backend: str) -> None:
     p, z = draw(POWER_SPHERICAL, 2, 2, 5, 17)
-    options = {"reduction": "none", "concentration_scale": 4.0, "concentration_min": 0.5, "loss_scale": 0.1}
+    options = {
+        "reduction": "none",
+        "concentration_scale": 4.0,
+        "concentration_min": 0.5,
+        "loss_scale": 0.1,
+    }
     options |= {"concentration_link": "quadratic", "concentration_gain": 0.5, "cosine_weight": 2.0}
     module = PowerSphericalLoss(backend=backend, **options)  # type: ignore[arg-type]
     assert torch.equal(module(p, z), power_spherical_loss(p, z, backend=backend, **options))  # type: ignore[arg-type]
@@ -331,9 +371,13 @@ def test_modules_keep_their_options(backend: str) -> None:
     )
     kappa = p[..., 17].abs()
     given = PowerSphericalLoss(backend=backend)(p[..., :17], z, kappa)
-    assert torch.equal(given, power_spherical_loss(p[..., :17], z, concentration=kappa, backend=backend))
+    assert torch.equal(
+        given, power_spherical_loss(p[..., :17], z, concentration=kappa, backend=backend)
+    )
     cosine = CosineLoss(backend=backend, loss_scale=2.0)
-    assert torch.equal(cosine(p[..., :17], z), cosine_loss(p[..., :17], z, backend=backend, loss_scale=2.0))
+    assert torch.equal(
+        cosine(p[..., :17], z), cosine_loss(p[..., :17], z, backend=backend, loss_scale=2.0)
+    )
     assert repr(cosine) == f"CosineLoss(reduction='mean', backend='{backend}', loss_scale=2.0)"
 
 
@@ -355,15 +399,36 @@ def test_the_cosine_stands_beside_a_given_concentration(backend: str) -> None:
     [
         (lambda: PowerSphericalLoss(backend="fast"), "backend: 'fast' is none of auto, eager"),
         (lambda: PowerSphericalLoss(reduction="sum"), "reduction: 'sum'"),  # type: ignore[arg-type]
-        (lambda: PowerSphericalLoss(concentration_scale=0.0), "concentration_scale: 0.0 is not a positive number"),
+        (
+            lambda: PowerSphericalLoss(concentration_scale=0.0),
+            "concentration_scale: 0.0 is not a positive number",
+        ),
         (lambda: PowerSphericalLoss(concentration_min=-1.0), "concentration_min"),
-        (lambda: PowerSphericalLoss(concentration_gain=0.0), "concentration_gain: 0.0 is not a positive number"),
-        (lambda: PowerSphericalLoss(concentration_link="exp"), "concentration_link: 'exp' is none of"),  # type: ignore[arg-type]
-        (lambda: PowerSphericalLoss(cosine_weight=-1.0), "cosine_weight: -1.0 is not a number of at least 0"),
-        (lambda: PowerSphericalLoss(loss_scale=math.inf), "loss_scale: inf is not a positive number"),
+        (
+            lambda: PowerSphericalLoss(concentration_gain=0.0),
+            "concentration_gain: 0.0 is not a positive number",
+        ),
+        (
+            lambda: PowerSphericalLoss(concentration_link="exp"),
+            "concentration_link: 'exp' is none of",
+        ),  # type: ignore[arg-type]
+        (
+            lambda: PowerSphericalLoss(cosine_weight=-1.0),
+            "cosine_weight: -1.0 is not a number of at least 0",
+        ),
+        (
+            lambda: PowerSphericalLoss(loss_scale=math.inf),
+            "loss_scale: inf is not a positive number",
+        ),
         (lambda: CosineLoss(loss_scale=0.0), "loss_scale"),
-        (lambda: CosineLoss(loss_scale=torch.ones(())), r"loss_scale: tensor\(1.\) is not a positive number"),  # type: ignore[arg-type]
-        (lambda: PowerSphericalLoss(concentration_scale="2"), "concentration_scale: '2' is not a positive number"),  # type: ignore[arg-type]
+        (
+            lambda: CosineLoss(loss_scale=torch.ones(())),
+            r"loss_scale: tensor\(1.\) is not a positive number",
+        ),  # type: ignore[arg-type]
+        (
+            lambda: PowerSphericalLoss(concentration_scale="2"),
+            "concentration_scale: '2' is not a positive number",
+        ),  # type: ignore[arg-type]
         (lambda: CosineLoss(backend="gpu"), "backend: 'gpu'"),
     ],
 )
@@ -375,20 +440,45 @@ def test_modules_refuse_wrong_options_at_once(make, message: str) -> None:  # no
 @pytest.mark.parametrize(
     ("concentration", "options", "error", "message"),
     [
-        (torch.ones(2, 4), {}, InputError, r"concentration: shape \(2, 4\) must be \(views, batch\) = \(2, 3\)"),
-        (torch.ones(2, 3, 1), {}, InputError, r"concentration: shape \(2, 3, 1\) must be \(views, batch\)"),
+        (
+            torch.ones(2, 4),
+            {},
+            InputError,
+            r"concentration: shape \(2, 4\) must be \(views, batch\) = \(2, 3\)",
+        ),
+        (
+            torch.ones(2, 3, 1),
+            {},
+            InputError,
+            r"concentration: shape \(2, 3, 1\) must be \(views, batch\)",
+        ),
         ([torch.ones(3)] * 3, {}, InputError, r"concentration: shape \(3, 3\)"),
-        ([torch.ones(3, 1)] * 2, {}, InputError, r"concentration: shape \(3, 1\) must be \(batch,\)"),
+        (
+            [torch.ones(3, 1)] * 2,
+            {},
+            InputError,
+            r"concentration: shape \(3, 1\) must be \(batch,\)",
+        ),
         (torch.ones(2, 3, dtype=torch.int32), {}, TypeError, r"concentration: dtype torch\.int32"),
         (torch.ones(2, 3, device="meta"), {}, InputError, "concentration: on meta"),
-        (torch.ones(2, 3), {"concentration_scale": 2.0}, InputError, "takes no concentration_scale"),
+        (
+            torch.ones(2, 3),
+            {"concentration_scale": 2.0},
+            InputError,
+            "takes no concentration_scale",
+        ),
         (
             torch.ones(2, 3),
             {"concentration_min": 2.0},
             InputError,
             "takes no concentration_scale, _min, _gain or _link",
         ),
-        (torch.ones(2, 3), {"concentration_link": "quadratic"}, InputError, "takes no concentration_scale"),
+        (
+            torch.ones(2, 3),
+            {"concentration_link": "quadratic"},
+            InputError,
+            "takes no concentration_scale",
+        ),
         (torch.ones(2, 3), {"concentration_gain": 0.5}, InputError, "takes no concentration_scale"),
         (5.0, {}, TypeError, "concentration: must be a tensor or a sequence of tensors"),
     ],
@@ -399,7 +489,9 @@ def test_wrong_concentrations_are_named(
     loc, z = torch.rand(2, 3, 8), torch.rand(2, 3, 8)
     with pytest.raises(error, match=message):
         power_spherical_loss(loc, z, concentration=concentration, **options)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=r"last dimension 9 must be targets' 8, or that padded to 16 columns"):
+    with pytest.raises(
+        InputError, match=r"last dimension 9 must be targets' 8, or that padded to 16 columns"
+    ):
         power_spherical_loss(torch.rand(2, 3, 9), z, concentration=torch.ones(2, 3))
 
 
@@ -416,7 +508,9 @@ def test_tensors_that_are_not_dense_are_named(kind: str) -> None:
 def test_a_package_without_its_extension_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """auto goes on with what there is; the backend by name explains what is missing."""
     monkeypatch.setattr(backends, "extension", lambda: None)
-    monkeypatch.setattr(backends, "extension_problem", lambda: "the C++ extension does not load (no such file)")
+    monkeypatch.setattr(
+        backends, "extension_problem", lambda: "the C++ extension does not load (no such file)"
+    )
     p, z = draw(POWER_SPHERICAL, 2, 2, 5, 17)
     assert torch.equal(power_spherical_loss(p, z), power_spherical_loss(p, z, backend="eager"))
     with pytest.raises(BackendUnavailableError, match=r"'cpu' .* does not load \(no such file\)"):
@@ -428,7 +522,9 @@ def test_tickets_set_aside_while_tracing_are_real(monkeypatch: pytest.MonkeyPatc
     made = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(multiview_loss_launch, "_ticket", lambda device: made.append(torch.zeros(3)))
+    monkeypatch.setattr(
+        multiview_loss_launch, "_ticket", lambda device: made.append(torch.zeros(3))
+    )
     with FakeTensorMode():
         multiview_loss_launch.prepare("cuda", None)
     assert [type(x) for x in made] == [Tensor]
@@ -436,11 +532,15 @@ def test_tickets_set_aside_while_tracing_are_real(monkeypatch: pytest.MonkeyPatc
     assert len(made) == 1
 
 
-def test_launches_that_may_overlap_have_tickets_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_that_may_overlap_have_tickets_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """One for each stream, one for each captured launch, never two of the same, and zeros when the store is empty."""
     stream = SimpleNamespace(cuda_stream=1, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-    assert multiview_loss_launch._TICKETS >= 10**6, "the launches that all benchmarks of the loss capture"
+    assert multiview_loss_launch._TICKETS >= 10**6, (
+        "the launches that all benchmarks of the loss capture"
+    )
     monkeypatch.setattr(multiview_loss_launch, "_TICKETS", 4096)
     tickets = _Tickets(torch.device("cpu"))
     first = tickets.take(False)
@@ -457,7 +557,10 @@ def test_tickets_of_several_strips_do_not_overlap(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     tickets = _Tickets(torch.device("cpu"))
     monkeypatch.setattr(tickets, "_memory", tickets._memory[:10])
-    taken = [tickets.take(capturing, count) for capturing, count in ((True, 3), (False, 2), (True, 1), (True, 8))]
+    taken = [
+        tickets.take(capturing, count)
+        for capturing, count in ((True, 3), (False, 2), (True, 1), (True, 8))
+    ]
     assert [len(x) for x in taken] == [3, 2, 1, 8]
     assert tickets.take(False, 2) is taken[1]
     assert tickets.take(False, 1) is not taken[1]
@@ -478,7 +581,10 @@ def test_an_extension_that_does_not_fit_the_gpu_says_so(monkeypatch: pytest.Monk
     backends._cuda_problem.cache_clear()
     assert backends.why_unavailable("cuda", "cuda") == said
     assert backends.choose_backend("auto", "cuda") == "eager"
-    with pytest.raises(BackendUnavailableError, match="'cuda' cannot run on cuda tensors: the extension holds no code"):
+    with pytest.raises(
+        BackendUnavailableError,
+        match="'cuda' cannot run on cuda tensors: the extension holds no code",
+    ):
         backends.choose_backend("cuda", "cuda")
     module.cuda_problem = lambda: None
     backends._cuda_problem.cache_clear()

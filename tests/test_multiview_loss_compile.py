@@ -39,7 +39,9 @@ def test_tensors_without_memory_of_their_own(backend: str) -> None:
 def test_transforms_of_torch_func_are_refused(backend: str) -> None:
     p, z = draw(POWER_SPHERICAL, 2, 2, 3, 8)
     for transformed, given in ((torch.vmap, torch.stack([p, 2 * p])), (torch.func.grad, p)):
-        with pytest.raises(RuntimeError, match=r"does not run under torch\.vmap, .* reduction='none' gives"):
+        with pytest.raises(
+            RuntimeError, match=r"does not run under torch\.vmap, .* reduction='none' gives"
+        ):
             transformed(lambda x: power_spherical_loss(x, z, backend=backend))(given)
 
 
@@ -48,15 +50,31 @@ def test_transforms_of_torch_func_are_refused(backend: str) -> None:
 @pytest.mark.parametrize("given", [False, True])
 def test_opcheck(backend: str, requires_grad: bool, given: bool) -> None:
     """All four utilities: schema, autograd registration, fake tensors, ahead-of-time dispatch."""
-    for dtype, mean in itertools.product((torch.float32, torch.bfloat16, torch.float64), (False, True)):
+    for dtype, mean in itertools.product(
+        (torch.float32, torch.bfloat16, torch.float64), (False, True)
+    ):
         p, z = (x.to(dtype) for x in draw(POWER_SPHERICAL, 3, 2, 4, 17))
         real = torch.float64 if dtype == torch.float64 else torch.float32
         kappa = p[..., 17].to(real).abs().requires_grad_(requires_grad) if given else None
         views = [x.clone().requires_grad_(requires_grad) for x in (p[..., :17] if given else p)]
-        call = LossCall(backend, "power_spherical", real, 2.0, 0.0, 0.5, "quadratic", 0.5, 3.0, mean, requires_grad)
+        call = LossCall(
+            backend,
+            "power_spherical",
+            real,
+            2.0,
+            0.0,
+            0.5,
+            "quadratic",
+            0.5,
+            3.0,
+            mean,
+            requires_grad,
+        )
         if given:
             call = call._replace(scale=1.0)
-        found = torch.library.opcheck(torch.ops.vi_simsiam.multiview_loss, (views, list(z), kappa, *call))
+        found = torch.library.opcheck(
+            torch.ops.vi_simsiam.multiview_loss, (views, list(z), kappa, *call)
+        )
         assert len(found) == 4
         assert set(found.values()) == {"SUCCESS"}
 
@@ -124,7 +142,9 @@ def test_dynamic_shapes_compile_once(backend: str, reduction: str) -> None:
     torch.compiler.reset()
 
     def loss(x: Tensor, z: Tensor) -> Tensor:
-        return power_spherical_loss(x, z, reduction=reduction, backend=backend, loss_scale=0.5).sum()  # type: ignore[arg-type]
+        return power_spherical_loss(
+            x, z, reduction=reduction, backend=backend, loss_scale=0.5
+        ).sum()  # type: ignore[arg-type]
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
     for batch in (3, 5, 7, 11):
@@ -143,10 +163,14 @@ def test_export(backend: str) -> None:
         module = PowerSphericalLoss(backend=backend, reduction=reduction)  # type: ignore[arg-type]
         batch = {1: torch.export.Dim("batch", min=2, max=100)}
         exported = torch.export.export(module, (p, z), dynamic_shapes=(batch, batch))
-        operators = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+        operators = [
+            str(node.target) for node in exported.graph.nodes if node.op == "call_function"
+        ]
         assert "vi_simsiam.multiview_loss.default" in operators
         for rows in (5, 3):
-            assert torch.equal(exported.module()(p[:, :rows], z[:, :rows]), module(p[:, :rows], z[:, :rows]))
+            assert torch.equal(
+                exported.module()(p[:, :rows], z[:, :rows]), module(p[:, :rows], z[:, :rows])
+            )
 
 
 @on_cpu_only

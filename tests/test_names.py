@@ -42,7 +42,20 @@ def folder(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
                 path.rename(path.with_name(f"{path.stem}{CAFE}.png"))
     except OSError:
         pytest.skip("this file system takes no such names: training, results and exports with them")
-    assert main(["train", "--data", str(folder / CAFE), "--out", str(folder / "run"), "--quiet", *SMALL.split()]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--data",
+                str(folder / CAFE),
+                "--out",
+                str(folder / "run"),
+                "--quiet",
+                *SMALL.split(),
+            ]
+        )
+        == 0
+    )
     return folder
 
 
@@ -62,15 +75,34 @@ def test_training(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     packed = open_pack(pack)
     assert packed.classes == ("bright", CAFE)
     assert {os.fsencode(packed.describe(index)) for index in range(40)} <= images_of(folder)
-    assert main(["train", "--data", f"pack:{pack}", "--out", str(folder / "again"), *SMALL.split()]) == 0
-    assert main(["train", "--config", str(run / "config.json"), "--out", str(folder / "copy"), "--quiet"]) == 0
+    assert (
+        main(["train", "--data", f"pack:{pack}", "--out", str(folder / "again"), *SMALL.split()])
+        == 0
+    )
+    assert (
+        main(
+            [
+                "train",
+                "--config",
+                str(run / "config.json"),
+                "--out",
+                str(folder / "copy"),
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     assert read_config(folder / "copy").data == read_config(run).data
 
 
 def test_results_can_be_joined_to_the_files(folder: Path, tmp_path: Path) -> None:
     own = [str(folder / "run"), str(folder / CAFE)]
-    assert main(["embed", *own, "--out", str(tmp_path / f"{CAFE}.parquet"), "--neighbours", "1"]) == 0
-    columns = parquet.read_table(io.BytesIO((tmp_path / f"{CAFE}.parquet").read_bytes())).to_pydict()
+    assert (
+        main(["embed", *own, "--out", str(tmp_path / f"{CAFE}.parquet"), "--neighbours", "1"]) == 0
+    )
+    columns = parquet.read_table(
+        io.BytesIO((tmp_path / f"{CAFE}.parquet").read_bytes())
+    ).to_pydict()
     assert set(columns["path_bytes"]) == images_of(folder)
     assert columns["path"] == [printable(os.fsdecode(path)) for path in columns["path_bytes"]]
     assert {path for paths in columns["neighbours"] for path in paths} <= set(columns["path"])
@@ -90,7 +122,20 @@ def test_pages_and_pictures_show_names_escaped(folder: Path) -> None:
     assert "VI-SimSiam on caf\\udce9" in page
     assert (folder / "run" / "kappa.png").is_file()
     assert shown(f"folder:/a/{CAFE}") == _free_name(f"pack:/a/{CAFE}.pack", set()) == "caf\\udce9"
-    assert main(["views", "--data", str(folder / CAFE), "--out", str(folder / f"{CAFE}.png"), "--images", "2"]) == 0
+    assert (
+        main(
+            [
+                "views",
+                "--data",
+                str(folder / CAFE),
+                "--out",
+                str(folder / f"{CAFE}.png"),
+                "--images",
+                "2",
+            ]
+        )
+        == 0
+    )
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "red\x1b[31m"])
@@ -102,7 +147,10 @@ def test_a_message_stays_one_line(
         (images / f"{name}.png").write_bytes(b"no image")
     except OSError:
         pytest.skip("this file system takes no such names")
-    for refused in (f"pack {images} --out {tmp_path}/pack", f"embed {folder}/run {images} --out {tmp_path}/a.parquet"):
+    for refused in (
+        f"pack {images} --out {tmp_path}/pack",
+        f"embed {folder}/run {images} --out {tmp_path}/a.parquet",
+    ):
         main(refused.split())
         (line,) = [each for each in capsys.readouterr().err.splitlines() if "images" in each]
         assert f"{repr(name)[1:-1]}.png" in line
@@ -111,7 +159,10 @@ def test_a_message_stays_one_line(
 def test_exports(folder: Path) -> None:
     assert main(["export", str(folder / "run"), "--format", "safetensors"]) == 0
     exported = folder / "run" / "export" / "safetensors"
-    loaded, own = load_safetensors(exported).state_dict(), vi_simsiam.load(folder / "run", "cpu").model.state_dict()
+    loaded, own = (
+        load_safetensors(exported).state_dict(),
+        vi_simsiam.load(folder / "run", "cpu").model.state_dict(),
+    )
     assert all((loaded[name] == own[name]).all() for name in loaded)
     assert "caf\\udce9" in (exported / "README.md").read_text(encoding="utf-8")
 
@@ -124,12 +175,19 @@ def test_an_export_that_another_library_reads_by_its_path(folder: Path) -> None:
 
 def test_lines_that_python_prints(folder: Path, tmp_path: Path) -> None:
     printed = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict")
-    cached(open_dataset(str(folder / CAFE)).train, cache_dir=tmp_path, workers=0, console=Console(file=printed))
+    cached(
+        open_dataset(str(folder / CAFE)).train,
+        cache_dir=tmp_path,
+        workers=0,
+        console=Console(file=printed),
+    )
     printed.seek(0)
     assert "caf\\udce9/train: 40 images" in printed.read()
 
 
-@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="Linux: a running seed is found by its folder")
+@pytest.mark.skipif(
+    not Path("/proc/self/cmdline").exists(), reason="Linux: a running seed is found by its folder"
+)
 def test_a_process_is_looked_for_by_its_folder(tmp_path: Path) -> None:
     sleep = [sys.executable, "-c", "input('started')", str(tmp_path / CAFE)]
     with subprocess.Popen(sleep, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:

@@ -29,7 +29,9 @@ def _model() -> VISimSiam:
     return model.to(memory_format=torch.channels_last)
 
 
-def _gradients(network: object, model: VISimSiam, views: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor | None]]:
+def _gradients(
+    network: object, model: VISimSiam, views: Sequence[Tensor]
+) -> tuple[Tensor, dict[str, Tensor | None]]:
     with torch.autocast("cpu", torch.bfloat16):
         loss = model.loss(network(views), "eager")  # type: ignore[operator]
     loss.backward()
@@ -52,7 +54,9 @@ def test_bfloat16_weights_are_those_of_autocast() -> None:
         if gradient is not None:
             assert gradient.dtype == torch.float32
             assert gradient.stride() == weight.stride(), name
-            torch.testing.assert_close(gradient, wanted[name], msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                gradient, wanted[name], msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 def test_layers_of_a_training_network() -> None:
@@ -63,7 +67,9 @@ def test_layers_of_a_training_network() -> None:
     assert (model.shared_passes, model.fused) == (True, True)
     assert training_network(model, kernels=True) is model
     synchronised = torch.nn.SyncBatchNorm.convert_sync_batchnorm(_model())
-    backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Flatten())
+    backbone = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Flatten()
+    )
     for other in (synchronised, VISimSiam(backbone, features=8 * 36, dim=64)):
         assert training_network(other, kernels=True, bf16=True) is other
         assert not other.shared_passes, "its BatchNorm would normalise the views as one batch"
@@ -107,7 +113,9 @@ def test_the_stems_weight_is_rearranged_on_the_device() -> None:
 def test_kernels_that_cannot_be_had(image_folder: Path, tmp_path: Path) -> None:
     """`auto` and `off` go on without them; `on` names the reason before the run folder is touched."""
     settings = {"kernels": "on", "compile": False}
-    with pytest.raises(InputError, match=r"kernels: 'on' cannot be used: .* not cpu; auto and off run here"):
+    with pytest.raises(
+        InputError, match=r"kernels: 'on' cannot be used: .* not cpu; auto and off run here"
+    ):
         Trainer(config(image_folder, **settings), tmp_path / "run", console=Console(quiet=True))
     assert not (tmp_path / "run").exists()
     world = World(torch.device("cpu"))

@@ -74,14 +74,18 @@ def test_a_temporary_folder_with_a_long_path(tmp_path: Path) -> None:
     folder.mkdir()
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_no_hang as t; print(t.training_batches(2))"
     environment = {**os.environ, "TMPDIR": str(folder)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert (done.stdout, done.stderr) == ("2\n", "")
 
 
 def test_a_worker_that_lives_and_gives_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "PATIENCE", 0.5)
     monkeypatch.setattr(decoding, "PATIENCE", 0.5)
-    with pytest.raises(TrainingError, match=r"^workers: no images have come .* --workers 0 works without them$"):
+    with pytest.raises(
+        TrainingError, match=r"^workers: no images have come .* --workers 0 works without them$"
+    ):
         list(eval_loader(Stuck(PIXELS), 8, 4, 1))
     assert not [child for child in multiprocessing.active_children() if child.is_alive()]
 
@@ -116,7 +120,9 @@ def test_a_thread_that_gives_nothing_does_not_keep_the_program() -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.ENOENT])
-def test_no_place_for_semaphores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int) -> None:
+def test_no_place_for_semaphores(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int
+) -> None:
     """Queues between processes need files in /dev/shm, which may be read-only, full or not there."""
 
     def refuse(*arguments: object, **options: object) -> None:
@@ -154,7 +160,10 @@ def test_a_server_that_gives_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
         url = f"http://127.0.0.1:{server.getsockname()[1]}/imagenette.tgz"
         published = dataclasses.replace(datasets._PUBLISHED["imagenette"], url=url)
         monkeypatch.setitem(datasets._PUBLISHED, "imagenette", published)
-        with pytest.raises(InputError, match=r"imagenette\.tgz could not be downloaded \(.*timed out.*\); an unpacked"):
+        with pytest.raises(
+            InputError,
+            match=r"imagenette\.tgz could not be downloaded \(.*timed out.*\); an unpacked",
+        ):
             datasets.open_dataset("imagenette", root=tmp_path)
     assert socket.getdefaulttimeout() is None
     assert list(tmp_path.iterdir()) == []
@@ -166,7 +175,10 @@ def test_threads_close_the_animation_that_they_kept_open(tmp_path: Path) -> None
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     source = FileSource([tmp_path / "a.gif"], decode=DecodeConfig(frames="all"))
     jobs: SimpleQueue[object] = SimpleQueue()
-    for job in ((0, Future[object]()), None):  # the first frame, of which the next is never asked for
+    for job in (
+        (0, Future[object]()),
+        None,
+    ):  # the first frame, of which the next is never asked for
         jobs.put(job)
     images._work(source.image, jobs)  # type: ignore[arg-type]
     assert not [each for each in Path("/proc/self/fd").iterdir() if each.resolve().name == "a.gif"]

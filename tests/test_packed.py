@@ -83,7 +83,9 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
         damaged = bytearray(whole)
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
-        with pytest.raises(InputError, match=r"is damaged|is truncated|is no pack file|has format version"):
+        with pytest.raises(
+            InputError, match=r"is damaged|is truncated|is no pack file|has format version"
+        ):
             open_pack(path)
 
 
@@ -103,7 +105,9 @@ def test_checksums_cover_files_of_many_parts(
 
 
 def test_a_file_that_is_not_there_or_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"none\.pack cannot be read \(No such file or directory\)"):
+    with pytest.raises(
+        InputError, match=r"none\.pack cannot be read \(No such file or directory\)"
+    ):
         open_pack(tmp_path / "none.pack")
     with pytest.raises(InputError, match=r"cannot be read \(Is a directory\)"):
         open_pack(tmp_path)
@@ -134,7 +138,10 @@ def test_images_in_memory_are_pickled_with_their_pixels() -> None:
 
 
 def test_offsets_pass_two_gibibytes(tmp_path: Path) -> None:
-    heights, widths = np.array([20_000, 20_000, 2], np.int32), np.array([20_000, 20_000, 1], np.int32)
+    heights, widths = (
+        np.array([20_000, 20_000, 2], np.int32),
+        np.array([20_000, 20_000, 1], np.int32),
+    )
     total = 2 * 3 * 20_000**2 + 6
     with open(tmp_path / "sparse", "wb") as file:
         file.truncate(total)

@@ -60,11 +60,19 @@ def test_the_home_folder_takes_the_place_of_a_tilde(home: Path) -> None:
         assert user_path("out", literal) == Path(literal)
 
 
-def test_without_a_home_folder(homeless: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_home_folder(
+    homeless: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert user_path("out", "~nosuch/run") == Path("~nosuch/run")
-    with pytest.raises(InputError, match="^out: ~/run: this user has no home folder; set HOME, or .* without ~$"):
+    with pytest.raises(
+        InputError, match="^out: ~/run: this user has no home folder; set HOME, or .* without ~$"
+    ):
         user_path("out", "~/run")
-    for command, name in (("train --out ~/run", "out"), ("views --data ~/x", "data"), ("report ~/run", "run")):
+    for command, name in (
+        ("train --out ~/run", "out"),
+        ("views --data ~/x", "data"),
+        ("report ~/run", "run"),
+    ):
         assert main(command.split()) == 2
         assert capsys.readouterr().err.startswith(f"vi-simsiam: {name}: ~/")
     (tmp_path / "~" / "run").mkdir(parents=True)
@@ -72,7 +80,9 @@ def test_without_a_home_folder(homeless: None, tmp_path: Path, capsys: pytest.Ca
     assert cache_folder() == Path(tempfile.gettempdir(), f"vi-simsiam-{os.getuid()}")
 
 
-def test_a_home_that_cannot_be_written_holds_no_cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_that_cannot_be_written_holds_no_cache(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("VI_SIMSIAM_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert cache_folder() == home / ".cache" / "vi-simsiam"
@@ -91,7 +101,9 @@ def test_names_that_begin_with_a_tilde(homeless: None, image_folder: Path, tmp_p
     assert (tmp_path / "~views.png").is_file()
 
 
-def test_commands_take_a_run_in_the_home_folder(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_take_a_run_in_the_home_folder(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (home / "mine.yaml").write_text("cache_dir: ~/cache\n")
     train = f"train --data ~/photos --config=~/mine.yaml --out=~/run {SMALL}"
     again = "train --out=~/run --resume"
@@ -127,5 +139,10 @@ def test_one_function_expands_paths() -> None:
         PACKAGE / "kernels",
         PACKAGE / "benchmarks",
     )  # two of them may be links, which rglob passes over
-    found = {file for folder in folders for file in folder.rglob("*.py") if "expanduser" in file.read_text()}
+    found = {
+        file
+        for folder in folders
+        for file in folder.rglob("*.py")
+        if "expanduser" in file.read_text()
+    }
     assert found == {PACKAGE / "paths.py"}

@@ -97,7 +97,9 @@ def test_views_are_judged_before_they_are_timed() -> None:
     found = case["providers"]
     assert found["vi-simsiam"]["views_per_second"] == 4 * 4 / 500e-6
     assert found["vi-simsiam"]["time"]["rounds"] == 3
-    reasons = {name: provider["failure"] for name, provider in found.items() if not provider["correct"]}
+    reasons = {
+        name: provider["failure"] for name, provider in found.items() if not provider["correct"]
+    }
     assert reasons == {
         "inaccurate": "inaccurate: with hue 5.0e-04, allowed 1e-04",
         "nan": "wrong: views that are not finite",
@@ -138,11 +140,17 @@ def test_the_augmentation_alone_is_held_to_torchvision_too(packed: PackedImages)
 
 
 @pytest.mark.parametrize("make", [peers.torchvision_transform, peers.lightly_transform])
-@pytest.mark.parametrize("case", [TINY, dataclasses.replace(TINY, local_views=0)], ids=["multicrop", "two"])
-def test_file_peers_make_the_same_kinds_of_views(make: Any, case: ViewCase, paths: list[str]) -> None:
+@pytest.mark.parametrize(
+    "case", [TINY, dataclasses.replace(TINY, local_views=0)], ids=["multicrop", "two"]
+)
+def test_file_peers_make_the_same_kinds_of_views(
+    make: Any, case: ViewCase, paths: list[str]
+) -> None:
     if make is peers.lightly_transform:
         pytest.importorskip("lightly")
-    peer = peers.LoaderPeer(FileSource(paths), make(case.policy), batch=case.batch, device=CPU, workers=0, seconds=1e-9)
+    peer = peers.LoaderPeer(
+        FileSource(paths), make(case.policy), batch=case.batch, device=CPU, workers=0, seconds=1e-9
+    )
     found = augment.judge(case, peer)
     assert found["correct"], found["failure"]
     assert found["error"] is None
@@ -157,7 +165,10 @@ def test_device_peers_make_the_same_kinds_of_views(paths: list[str]) -> None:
     pytest.importorskip("kornia")
     resident = peers.resident_images(paths[:4], TINY.sides, CPU)
     assert [tuple(image.shape) for image in resident] == [(3, 16, 20)] * 4
-    for call in (peers.torchvision_on_device(TINY.policy), peers.kornia_on_device(TINY.policy, CPU)):
+    for call in (
+        peers.torchvision_on_device(TINY.policy),
+        peers.kornia_on_device(TINY.policy, CPU),
+    ):
         peer = peers.DevicePeer(call, resident, CPU)
         found = augment.judge(TINY, peer)
         assert found["correct"], found["failure"]
@@ -199,7 +210,11 @@ def test_images_come_from_folders_too(image_folder: Path, tmp_path: Path) -> Non
     assert len(set(found)) == 40
     few = images.image_files(f"folder:{image_folder}", tmp_path, count=4, sides=(8, 8))
     assert {"bright", "dark"} == {Path(path).parent.name for path in few}
-    for data in ("fashion-mini", "imagenette", "folder:"):  # before anything is opened, or downloaded
+    for data in (
+        "fashion-mini",
+        "imagenette",
+        "folder:",
+    ):  # before anything is opened, or downloaded
         with pytest.raises(InputError, match=f"data: '{data}' must be generated or folder:PATH"):
             images.image_files(data, tmp_path, count=4, sides=(8, 8))
     with pytest.raises(
@@ -215,13 +230,18 @@ def test_images_come_from_folders_too(image_folder: Path, tmp_path: Path) -> Non
     assert mini.val is not None
     assert len(mini.val) == 10
     with pytest.raises(InputError, match="must have labels and validation images"):
-        images.labelled_images(f"folder:{image_folder / 'val' / 'dark'}", tmp_path, tmp_path, images=2, side=0)
+        images.labelled_images(
+            f"folder:{image_folder / 'val' / 'dark'}", tmp_path, tmp_path, images=2, side=0
+        )
 
 
 def test_cases_are_those_of_the_targets() -> None:
     names = [case.name for case in view_cases("cuda", short=False)]
     assert len(set(names)) == len(names) == 8
-    assert [case.name for case in view_cases("cuda", short=True)] == ["2x128 batch 64", "2x224 batch 64"]
+    assert [case.name for case in view_cases("cuda", short=True)] == [
+        "2x128 batch 64",
+        "2x224 batch 64",
+    ]
     assert "2x224+6x96 batch 256" in names
     assert view_cases("cpu", short=True) == (SMALL_IMAGES,)
     assert TINY.views == 16
@@ -237,11 +257,21 @@ def test_short_names_what_it_leaves_out() -> None:
     now = iter([0.0, 0.0, 90.0, 90.0])
     console = Console(file=io.StringIO(), width=300)
     suite = Suite("augment", SuiteOptions(device="cpu", short=True), console)
-    done = [(case.name, used) for case, used in suite.cases(view_cases("cpu", short=False), 100.0, lambda: next(now))]
+    done = [
+        (case.name, used)
+        for case, used in suite.cases(view_cases("cpu", short=False), 100.0, lambda: next(now))
+    ]
     assert done == [("2x32 batch 64", 0.0)]
     assert "left out: 2x128 batch 64; --short has used 90 s" in console.file.getvalue()  # type: ignore[attr-defined]
-    with pytest.raises(InputError, match="no case's name contains '3x'; there are '2x32 batch 64', '2x128 batch 64'$"):
-        list(Suite("augment", SuiteOptions(device="cpu", only="3x")).cases(view_cases("cpu", short=False), 1.0))
+    with pytest.raises(
+        InputError,
+        match="no case's name contains '3x'; there are '2x32 batch 64', '2x128 batch 64'$",
+    ):
+        list(
+            Suite("augment", SuiteOptions(device="cpu", only="3x")).cases(
+                view_cases("cpu", short=False), 1.0
+            )
+        )
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -255,5 +285,8 @@ def test_gpu_views_of_all_providers_are_right(paths: list[str]) -> None:
     found = augment.measure_case(TINY, made, seconds=1, rounds=3)["providers"]
     assert f"{augment.TORCHVISION} on the GPU" in found
     for name, provider in found.items():
-        assert provider["correct"] or "not installed" in provider["failure"], (name, provider["failure"])
+        assert provider["correct"] or "not installed" in provider["failure"], (
+            name,
+            provider["failure"],
+        )
         assert not provider["correct"] or provider["views_per_second"] > 0

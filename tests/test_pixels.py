@@ -19,7 +19,9 @@ from vi_simsiam.errors import InputError
 
 GRAY = np.array([[0, 50], [128, 255]], dtype=np.uint8)
 COLOUR = np.stack([GRAY, GRAY[::-1], GRAY.T], axis=2)
-WEBP = pytest.param("WEBP", marks=pytest.mark.skipif(not features.check("webp"), reason="Pillow without WebP"))
+WEBP = pytest.param(
+    "WEBP", marks=pytest.mark.skipif(not features.check("webp"), reason="Pillow without WebP")
+)
 TALL = np.arange(6, dtype=np.uint8).reshape(3, 2) * 40
 
 
@@ -52,7 +54,9 @@ def test_every_eight_bit_mode_keeps_its_colours(mode: str) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("kind", ["RGBA", "LA", "PA", "palette", "colour key", "gray key", WEBP, "deep key"])
+@pytest.mark.parametrize(
+    "kind", ["RGBA", "LA", "PA", "palette", "colour key", "gray key", WEBP, "deep key"]
+)
 def test_equal_looking_files_give_equal_pixels(kind: str) -> None:
     """What a transparent pixel hides is not seen, half of a half-transparent one is."""
 
@@ -62,7 +66,11 @@ def test_equal_looking_files_give_equal_pixels(kind: str) -> None:
         if kind == "deep key":
             return stored(Image.fromarray(gray.astype(np.uint16) * 257), transparency=hidden * 257)
         if kind.endswith("key"):
-            image = Image.fromarray(gray) if kind == "gray key" else Image.fromarray(np.repeat(gray[..., None], 3, 2))
+            image = (
+                Image.fromarray(gray)
+                if kind == "gray key"
+                else Image.fromarray(np.repeat(gray[..., None], 3, 2))
+            )
             return stored(image, transparency=hidden if kind == "gray key" else (hidden,) * 3)
         if kind in ("palette", "PA"):
             image = Image.fromarray(np.array([[0, 1], [2, 3]], np.uint8))
@@ -93,7 +101,9 @@ def test_neither_a_black_nor_a_white_icon_vanishes() -> None:
 def png(bits: int, row: list[int], key: tuple[int, ...], frames: int = 1) -> bytes:
     """A PNG of a depth that Pillow reads but does not write: a row of gray, in RGB where the transparent colour is."""
     digits = "".join(f"{value:0{bits}b}" for value in np.repeat(row, len(key)))
-    pixels = int(digits.ljust(-(-len(digits) // 8) * 8, "0"), 2).to_bytes(-(-len(digits) // 8), "big")
+    pixels = int(digits.ljust(-(-len(digits) // 8) * 8, "0"), 2).to_bytes(
+        -(-len(digits) // 8), "big"
+    )
     header = struct.pack(">IIBBBBB", len(row), 1, bits, len(key) - 1, 0, 0, 0)
     data = zlib.compress(b"\0" + pixels)
     chunks = [
@@ -103,10 +113,21 @@ def png(bits: int, row: list[int], key: tuple[int, ...], frames: int = 1) -> byt
     ]
     for number in range(frames):
         place = struct.pack(">IIIIIHHBB", max(0, 2 * number - 1), len(row), 1, 0, 0, 1, 1, 0, 0)
-        chunks += [(b"fcTL", place), (b"fdAT", struct.pack(">I", 2 * number) + data) if number else (b"IDAT", data)]
+        chunks += [
+            (b"fcTL", place),
+            (b"fdAT", struct.pack(">I", 2 * number) + data) if number else (b"IDAT", data),
+        ]
     file = b"\x89PNG\r\n\x1a\n"
-    for name, content in (*(chunks if frames > 1 else [chunks[0], chunks[2], chunks[4]]), (b"IEND", b"")):
-        file += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    for name, content in (
+        *(chunks if frames > 1 else [chunks[0], chunks[2], chunks[4]]),
+        (b"IEND", b""),
+    ):
+        file += (
+            struct.pack(">I", len(content))
+            + name
+            + content
+            + struct.pack(">I", zlib.crc32(name + content))
+        )
     return file
 
 
@@ -154,11 +175,17 @@ def test_images_are_turned_upright(tmp_path: Path, orientation: int, kind: str) 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_damaged_exif_data_do_not_cost_the_image() -> None:
-    for exif in (b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03", b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff"):
+    for exif in (
+        b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03",
+        b"Exif\0\0nonsense",
+        b"Exif\0\0II*\0\xff\xff\xff\xff",
+    ):
         assert red(stored(Image.fromarray(GRAY), "PNG", exif=exif)) == GRAY.tolist()
 
 
-@pytest.mark.parametrize(("suffix", "byte_order"), [("png", "<u2"), ("tif", "<u2"), ("tif", ">u2"), ("pgm", "<u2")])
+@pytest.mark.parametrize(
+    ("suffix", "byte_order"), [("png", "<u2"), ("tif", "<u2"), ("tif", ">u2"), ("pgm", "<u2")]
+)
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path, suffix: str, byte_order: str) -> None:
     path = tmp_path / f"deep.{suffix}"
     Image.fromarray((GRAY.astype(np.uint16) * 257).astype(byte_order)).save(path)
@@ -173,7 +200,9 @@ def tiff(values: np.ndarray, photometric: int = 1) -> Image.Image:
             279: values.nbytes, 339: kind}  # fmt: skip
     directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     header = struct.pack("<2sHI", b"II", 42, 8 + values.nbytes)
-    return Image.open(BytesIO(header + values.tobytes() + struct.pack("<H", len(tags)) + directory + bytes(4)))
+    return Image.open(
+        BytesIO(header + values.tobytes() + struct.pack("<H", len(tags)) + directory + bytes(4))
+    )
 
 
 @pytest.mark.parametrize(
@@ -201,11 +230,15 @@ def test_a_value_range_of_ones_own() -> None:
     assert red(tiff(body * 0 + 7), DecodeConfig(value_range="file")) == [[0] * 5]
     twelve = Image.fromarray(np.array([[0, 1000, 4095]], np.uint16))
     assert red(stored(twelve), DecodeConfig(value_range=(0.0, 4095.0))) == [[0, 62, 255]]
-    assert red(Image.fromarray(GRAY), DecodeConfig(value_range=(0.0, 10.0))) == GRAY.tolist()  # 8 bits stay as they are
+    assert (
+        red(Image.fromarray(GRAY), DecodeConfig(value_range=(0.0, 10.0))) == GRAY.tolist()
+    )  # 8 bits stay as they are
 
 
 def test_lost_range_is_reported_once_with_the_option_that_keeps_it() -> None:
-    twelve = [stored(Image.fromarray(np.array([[low, 4095 - low]], np.uint16))) for low in (0, 1, 2)]
+    twelve = [
+        stored(Image.fromarray(np.array([[low, 4095 - low]], np.uint16))) for low in (0, 1, 2)
+    ]
     assert losses(twelve) == [
         "set: values of 3 images range from 0 to 4095 only, and 0 to 65535 become black to white; "
         "train or pack with --value-range 0 4095 to keep them apart"
@@ -216,7 +249,9 @@ def test_lost_range_is_reported_once_with_the_option_that_keeps_it() -> None:
         "set: values of 1 image range from -1024.5 to 3071 and are clipped to 0 to 1; "
         "train or pack with --value-range -1024.5 3071 to keep them apart"
     ]
-    dark, bright = (stored(Image.fromarray(np.array([[0, high]], np.uint16))) for high in (900, 65000))
+    dark, bright = (
+        stored(Image.fromarray(np.array([[0, high]], np.uint16))) for high in (900, 65000)
+    )
     assert losses([dark, bright]) == [
         "set: values of 1 image take up less than an eighth of 0 to 65535, which become black to white; "
         "train or pack with --value-range file to spread them"
@@ -230,14 +265,18 @@ def animation(tmp_path: Path) -> list[Path]:
     frames = [Image.new("L", (4, 4), level) for level in (0, 100, 200)]
     for kind in ("gif", "tif", "png", *(["webp"] if features.check("webp") else [])):
         lossless = {"lossless": True} if kind == "webp" else {}
-        frames[0].save(tmp_path / f"moving.{kind}", save_all=True, append_images=frames[1:], **lossless)
+        frames[0].save(
+            tmp_path / f"moving.{kind}", save_all=True, append_images=frames[1:], **lossless
+        )
     pages = [BytesIO() for _ in frames]
     for frame, page in zip(frames, pages, strict=True):
         frame.save(page, "PCX")
     places = 20 + np.cumsum([0, *(len(page.getvalue()) for page in pages)])
     content = b"".join(page.getvalue() for page in pages)
     (tmp_path / "moving.dcx").write_bytes(struct.pack("<5I", 0x3ADE68B1, *places[:3], 0) + content)
-    content = b"".join(struct.pack("<IHH8xIH", 38, 0xF1FA, 1, 22, 16) + frame.tobytes() for frame in frames)
+    content = b"".join(
+        struct.pack("<IHH8xIH", 38, 0xF1FA, 1, 22, 16) + frame.tobytes() for frame in frames
+    )
     header = struct.pack("<I6HI108x", 128 + len(content), 0xAF11, len(frames), 4, 4, 8, 3, 0)
     (tmp_path / "moving.fli").write_bytes(header + content)
     return sorted(tmp_path.iterdir())
@@ -254,12 +293,21 @@ def test_of_animations_the_first_frame_or_all(animation: list[Path], tmp_path: P
     source = FileSource(animation, labels, names, "set", decode=DecodeConfig(frames="all"))
     assert source.labels is not None
     assert source.labels.tolist() == np.repeat(labels, 3).tolist()
-    assert [source.describe(index) for index in range(3)] == [f"{animation[0]}{end}" for end in ("", "#1", "#2")]
+    assert [source.describe(index) for index in range(3)] == [
+        f"{animation[0]}{end}" for end in ("", "#1", "#2")
+    ]
     images = in_memory(source)
-    assert [images.image(index).getpixel((0, 0))[0] for index in range(len(images))] == [0, 100, 200] * count
+    assert [images.image(index).getpixel((0, 0))[0] for index in range(len(images))] == [
+        0,
+        100,
+        200,
+    ] * count
     assert images.notes == ()
     part = source.take(np.array([2, 7]), "part")
-    assert [part.describe(index) for index in range(2)] == [f"{animation[0]}#2", f"{animation[2]}#1"]
+    assert [part.describe(index) for index in range(2)] == [
+        f"{animation[0]}#2",
+        f"{animation[2]}#1",
+    ]
     assert part.image(1).getpixel((0, 0))[0] == 100
     assert part.fingerprint() != source.take(np.array([1, 7]), "part").fingerprint()
 
@@ -277,10 +325,19 @@ def test_how_files_are_decoded_is_part_of_their_fingerprint(tmp_path: Path) -> N
 
 def test_settings_that_cannot_be_used_are_refused() -> None:
     for settings, message in (
-        ({"background": "grass"}, r"^background: 'grass' is not accepted; it must be an opaque colour"),
+        (
+            {"background": "grass"},
+            r"^background: 'grass' is not accepted; it must be an opaque colour",
+        ),
         ({"background": "#ff000080"}, "^background: '#ff000080' is not accepted"),
-        ({"value_range": "dtyp"}, r"^value_range: 'dtyp' is none of LOW HIGH, dtype, file; did you mean 'dtype'"),
-        ({"value_range": (5.0, 5.0)}, r"^value_range: \(5.0, 5.0\) is not accepted; it must be two finite numbers"),
+        (
+            {"value_range": "dtyp"},
+            r"^value_range: 'dtyp' is none of LOW HIGH, dtype, file; did you mean 'dtype'",
+        ),
+        (
+            {"value_range": (5.0, 5.0)},
+            r"^value_range: \(5.0, 5.0\) is not accepted; it must be two finite numbers",
+        ),
         ({"value_range": (0.0, float("inf"))}, "^value_range: .* two finite numbers"),
         ({"value_range": (0.0, 1.0, 2.0)}, "^value_range: .* two finite numbers"),
         ({"frames": "last"}, "^frames: 'last' is none of first, all"),

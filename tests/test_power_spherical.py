@@ -31,7 +31,12 @@ def exact(kappa: float, cos: float, dim: int) -> tuple[float, float]:
     """F and dF/dkappa at exactly these arguments, from the textbook formula with 60 digits."""
     with mpmath.workdps(60):
         k, c, b = mpmath.mpf(kappa), mpmath.mpf(cos), mpmath.mpf(dim - 1) / 2
-        lgamma = mpmath.loggamma(b + k) - mpmath.loggamma(2 * b + k) - mpmath.loggamma(b) + mpmath.loggamma(2 * b)
+        lgamma = (
+            mpmath.loggamma(b + k)
+            - mpmath.loggamma(2 * b + k)
+            - mpmath.loggamma(b)
+            + mpmath.loggamma(2 * b)
+        )
         value = k * mpmath.log1p(c) - k * mpmath.log(2) - lgamma
         slope = mpmath.log1p(c) - mpmath.log(2) + mpmath.digamma(2 * b + k) - mpmath.digamma(b + k)
         return float(value), float(slope)
@@ -42,7 +47,9 @@ def arguments(dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, np.ndarray,
     chosen = COLUMN["d"] == dim
     kappa = torch.tensor(COLUMN["kappa"][chosen]).to(dtype)
     cos = torch.tensor(COLUMN["cos"][chosen]).to(dtype)
-    value, slope = np.array([exact(k, c, dim) for k, c in zip(kappa.tolist(), cos.tolist(), strict=True)]).T
+    value, slope = np.array(
+        [exact(k, c, dim) for k, c in zip(kappa.tolist(), cos.tolist(), strict=True)]
+    ).T
     return kappa, cos, value, slope
 
 
@@ -61,7 +68,12 @@ def summands(kappa: Tensor, dim: int) -> np.ndarray:
 
     They are b log1p(k / 2b) or less, with b = (D - 1)/2. A log1p is right to an ulp, on the processor at hand.
     """
-    return 1.5 * torch.finfo(kappa.dtype).eps * (dim - 1) * np.log1p(kappa.double().numpy() / (dim - 1))
+    return (
+        1.5
+        * torch.finfo(kappa.dtype).eps
+        * (dim - 1)
+        * np.log1p(kappa.double().numpy() / (dim - 1))
+    )
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -100,7 +112,9 @@ def test_textbook_float32_would_fail() -> None:
 @pytest.mark.parametrize("dim", [2, 3, 16, 17, 33, 2048])
 def test_derivatives_by_gradcheck(dim: int) -> None:
     generator = torch.Generator().manual_seed(dim)
-    kappa = (torch.rand(8, dtype=torch.float64, generator=generator) * 3 * dim + 0.1).requires_grad_()
+    kappa = (
+        torch.rand(8, dtype=torch.float64, generator=generator) * 3 * dim + 0.1
+    ).requires_grad_()
     cos = (torch.rand(8, dtype=torch.float64, generator=generator) * 1.9 - 0.95).requires_grad_()
     assert torch.autograd.gradcheck(lambda k, c: log_density_ratio(k, c, dim), (kappa, cos))
     assert torch.autograd.gradgradcheck(lambda k, c: log_density_ratio(k, c, dim), (kappa, cos))
@@ -110,7 +124,9 @@ def test_gradient_uses_the_analytic_derivatives() -> None:
     kappa = torch.tensor([0.0, 5.0, 1e6], requires_grad=True)
     cos = torch.tensor([0.3, -0.9, 0.999], requires_grad=True)
     log_density_ratio(kappa, cos, 128).sum().backward()
-    torch.testing.assert_close(kappa.grad, concentration_derivative(kappa, cos, 128).detach(), rtol=0, atol=0)
+    torch.testing.assert_close(
+        kappa.grad, concentration_derivative(kappa, cos, 128).detach(), rtol=0, atol=0
+    )
     torch.testing.assert_close(cos.grad, kappa.detach() / (1 + cos.detach()))
 
 
@@ -118,7 +134,10 @@ def test_gradient_uses_the_analytic_derivatives() -> None:
 def test_zero_concentration_is_the_uniform_distribution(dtype: torch.dtype) -> None:
     cos = torch.tensor([-1.0, -0.5, 0.0, 1.0], dtype=dtype)
     for dim in (2, 17, 2048):
-        assert log_density_ratio(torch.zeros_like(cos), cos, dim).abs().max() < 0.1 * torch.finfo(dtype).eps
+        assert (
+            log_density_ratio(torch.zeros_like(cos), cos, dim).abs().max()
+            < 0.1 * torch.finfo(dtype).eps
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -127,10 +146,14 @@ def test_antipode_is_clamped(dtype: torch.dtype) -> None:
     kappa = torch.tensor([10.0, 1e6], dtype=dtype)
     at = log_density_ratio(kappa, torch.full_like(kappa, -1.0), 64)
     beyond = log_density_ratio(kappa, torch.full_like(kappa, -1.0 - 1e-7), 64)
-    expected = torch.tensor([exact(k, ONE_PLUS_COS_MIN - 1, 64)[0] for k in kappa.tolist()], dtype=dtype)
+    expected = torch.tensor(
+        [exact(k, ONE_PLUS_COS_MIN - 1, 64)[0] for k in kappa.tolist()], dtype=dtype
+    )
     torch.testing.assert_close(at, expected, rtol=2e-6, atol=0)
     assert torch.equal(at, beyond)
-    assert torch.equal(cosine_derivative(kappa, torch.full_like(kappa, -1.0)), torch.zeros_like(kappa))
+    assert torch.equal(
+        cosine_derivative(kappa, torch.full_like(kappa, -1.0)), torch.zeros_like(kappa)
+    )
     assert torch.isfinite(concentration_derivative(kappa, torch.full_like(kappa, -1.0), 64)).all()
 
 
@@ -146,7 +169,10 @@ def test_tails_and_uniform_density() -> None:
     x = torch.tensor([16.0, 33.5, 1e4], dtype=torch.float64)
     with mpmath.workdps(60):
         stirling = [
-            float(mpmath.loggamma(v) - ((mpmath.mpf(v) - 0.5) * mpmath.log(v) - v + mpmath.log(2 * mpmath.pi) / 2))
+            float(
+                mpmath.loggamma(v)
+                - ((mpmath.mpf(v) - 0.5) * mpmath.log(v) - v + mpmath.log(2 * mpmath.pi) / 2)
+            )
             for v in x.tolist()
         ]
         digamma = [float(mpmath.digamma(v) - mpmath.log(v)) for v in x.tolist()]

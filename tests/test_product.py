@@ -16,15 +16,24 @@ from vi_simsiam.inference.product import product_of_experts
 
 def unit(*shape: int, seed: int = 0) -> Tensor:
     return torch.nn.functional.normalize(
-        torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float64, device="cpu"),
+        torch.randn(
+            *shape,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            dtype=torch.float64,
+            device="cpu",
+        ),
         dim=-1,
     )
 
 
 def spread(kappa: float, *, count: int = 4, views: int = 3, dim: int = 64) -> tuple[Tensor, Tensor]:
     """Directions of cosine about 0.7 with each other, and concentrations around kappa."""
-    loc = torch.nn.functional.normalize(unit(count, 1, dim, seed=1) * 1.5 + unit(count, views, dim, seed=2), dim=-1)
-    return loc, kappa * torch.linspace(0.5, 2, count * views, dtype=torch.float64, device="cpu").view(count, views)
+    loc = torch.nn.functional.normalize(
+        unit(count, 1, dim, seed=1) * 1.5 + unit(count, views, dim, seed=2), dim=-1
+    )
+    return loc, kappa * torch.linspace(
+        0.5, 2, count * views, dtype=torch.float64, device="cpu"
+    ).view(count, views)
 
 
 def mean_of_two(c: float, kappa: tuple[float, float], dim: int) -> NDArray[np.float64]:
@@ -51,7 +60,9 @@ def test_two_experts_against_quadrature(dim: int, c: float, relative: tuple[floa
     true = mean_of_two(c, kappa, dim)
     mu = torch.zeros(1, 2, dim, dtype=torch.float64, device="cpu")
     mu[0, 0, 0], mu[0, 1, 0], mu[0, 1, 1] = 1, c, math.sqrt(1 - c * c)
-    loc, concentration = product_of_experts(mu, torch.tensor([kappa], dtype=torch.float64, device="cpu"))
+    loc, concentration = product_of_experts(
+        mu, torch.tensor([kappa], dtype=torch.float64, device="cpu")
+    )
     length = (concentration / (concentration + dim - 1)).item()
     assert abs(length - np.linalg.norm(true)) < 0.12 / dim
     angle = math.atan2(loc[0, 1].item(), loc[0, 0].item()) - math.atan2(true[1], true[0])
@@ -71,11 +82,15 @@ def test_opposite_experts_have_the_beta_mean() -> None:
     """(1 + x)^k1 (1 - x)^k2 has E[x] = (k1 - k2)/(D - 1 + k1 + k2); equal ones cancel."""
     direction = unit(1, 1, 30)
     loc = torch.cat([direction, -direction], dim=1)
-    joined, concentration = product_of_experts(loc, torch.tensor([[70.0, 25.0]], dtype=torch.float64, device="cpu"))
+    joined, concentration = product_of_experts(
+        loc, torch.tensor([[70.0, 25.0]], dtype=torch.float64, device="cpu")
+    )
     torch.testing.assert_close(joined[0], direction[0, 0], atol=1e-12, rtol=0)
     mean = concentration / (concentration + 29)
     torch.testing.assert_close(mean.item(), 45 / (29 + 95), rtol=1e-9, atol=0)
-    joined, concentration = product_of_experts(loc, torch.full((1, 2), 50.0, dtype=torch.float64, device="cpu"))
+    joined, concentration = product_of_experts(
+        loc, torch.full((1, 2), 50.0, dtype=torch.float64, device="cpu")
+    )
     assert concentration.item() == 0
     torch.testing.assert_close(joined[0], direction[0, 0])
 
@@ -130,16 +145,30 @@ def test_extremes_stay_finite() -> None:
         assert torch.isfinite(loc).all()
         assert torch.isfinite(concentration).all()
         assert (concentration >= 0).all()
-        torch.testing.assert_close(loc.norm(dim=-1), torch.ones(50, device="cpu"), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            loc.norm(dim=-1), torch.ones(50, device="cpu"), atol=1e-5, rtol=0
+        )
 
 
 @pytest.mark.parametrize(
     ("loc", "kappa", "message"),
     [
-        (torch.ones(2, 3, device="cpu"), torch.ones(2, device="cpu"), r"shapes \(2, 3\), \(2,\) given"),
+        (
+            torch.ones(2, 3, device="cpu"),
+            torch.ones(2, device="cpu"),
+            r"shapes \(2, 3\), \(2,\) given",
+        ),
         (torch.ones(2, 3, 4, device="cpu"), torch.ones(2, 4, device="cpu"), "accepted are"),
-        (torch.ones(2, 3, 4, device="cpu"), -torch.ones(2, 3, device="cpu"), "concentration: a negative"),
-        (torch.ones(2, 3, 4, device="cpu"), torch.full((2, 3), math.nan, device="cpu"), "non-finite"),
+        (
+            torch.ones(2, 3, 4, device="cpu"),
+            -torch.ones(2, 3, device="cpu"),
+            "concentration: a negative",
+        ),
+        (
+            torch.ones(2, 3, 4, device="cpu"),
+            torch.full((2, 3), math.nan, device="cpu"),
+            "non-finite",
+        ),
     ],
 )
 def test_bad_experts_are_refused(loc: Tensor, kappa: Tensor, message: str) -> None:

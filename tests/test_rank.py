@@ -27,7 +27,9 @@ ON_CPU = ["--device", "cpu", "--workers", "1"]
 def table(concentration: list[float] | None) -> Table:
     """Images 0, 2, 4, ... of a source whose image i is gray of value 10 i."""
     count = 6 if concentration is None else len(concentration)
-    levels = np.broadcast_to((10 * np.arange(2 * count, dtype=np.uint8))[:, None, None], (2 * count, 8, 8))
+    levels = np.broadcast_to(
+        (10 * np.arange(2 * count, dtype=np.uint8))[:, None, None], (2 * count, 8, 8)
+    )
     kappa = None if concentration is None else np.array(concentration, np.float32)
     return Table(
         ArraySource(levels.copy(), name="gray"),
@@ -50,8 +52,12 @@ def test_the_least_certain_comes_first(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(("k", "low", "high"), [(1, [1], [2]), (2, [1, 4], [2, 0]), (9, [1, 4, 3], [2, 0])])
-def test_the_picture_shows_both_ends(k: int, low: list[int], high: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("k", "low", "high"), [(1, [1], [2]), (2, [1, 4], [2, 0]), (9, [1, 4, 3], [2, 0])]
+)
+def test_the_picture_shows_both_ends(
+    k: int, low: list[int], high: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The extreme one first, none twice, the images' own pixels, and kappa/(D - 1) in the captions."""
     drawn: list[tuple[str, list[tuple[Image.Image, str]]]] = []
 
@@ -65,7 +71,9 @@ def test_the_picture_shows_both_ends(k: int, low: list[int], high: list[int], mo
     assert [title.split(":")[0] for title, _ in drawn] == ["Least certain", "Most certain"]
     for (_, images), rows in zip(drawn, (low, high), strict=True):
         assert [image.getpixel((0, 0))[0] for image, _ in images] == [20 * row for row in rows]  # type: ignore[index]
-        assert [float(caption) for _, caption in images] == [pytest.approx(kappa[row] / 10, rel=5e-3) for row in rows]
+        assert [float(caption) for _, caption in images] == [
+            pytest.approx(kappa[row] / 10, rel=5e-3) for row in rows
+        ]
     first = contact_sheet._MARGIN + 28
     assert picture.getpixel((contact_sheet._MARGIN + 5, first + 5)) == (20 * low[0],) * 3
 
@@ -95,7 +103,10 @@ def test_thumbnails_take_rows_of_eight() -> None:
 
 
 def test_simsiam_cannot_be_ranked(tmp_path: Path) -> None:
-    for function in (lambda t: write_ranking(t, tmp_path / "r.csv"), lambda t: draw_ranking(t, 11, 2)):
+    for function in (
+        lambda t: write_ranking(t, tmp_path / "r.csv"),
+        lambda t: draw_ranking(t, 11, 2),
+    ):
         with pytest.raises(InputError, match="SimSiam run predicts no concentration"):
             function(table(None))
     assert not list(tmp_path.iterdir())
@@ -116,7 +127,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "skipped: " in said.err
     assert sorted(path.name for path in out.parent.iterdir()) == ["v1.2.csv", "v1.2.png"]
     rows = list(csv.DictReader((out.parent / "v1.2.csv").open()))
-    encoding = vi_simsiam.load(run, "cpu").encode(paths := find_images(tmp_path / "images").paths[:7])
+    encoding = vi_simsiam.load(run, "cpu").encode(
+        paths := find_images(tmp_path / "images").paths[:7]
+    )
     assert encoding.concentration is not None
     places = [paths.index(row["path"]) for row in rows]
     assert sorted(places) == list(range(7))
@@ -135,8 +148,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     (tmp_path / "simsiam").mkdir()
     simsiam = save_run(tmp_path / "simsiam" / "run", "simsiam")
     for arguments, message in (
-        ([str(simsiam), str(tmp_path / "images"), "--out", str(tmp_path / "new")], "is SimSiam, which predicts no"),
-        ([str(run), str(tmp_path / "images"), "--out", str(tmp_path / "new"), "-k", "0"], "k: 0 must be at least 1"),
+        (
+            [str(simsiam), str(tmp_path / "images"), "--out", str(tmp_path / "new")],
+            "is SimSiam, which predicts no",
+        ),
+        (
+            [str(run), str(tmp_path / "images"), "--out", str(tmp_path / "new"), "-k", "0"],
+            "k: 0 must be at least 1",
+        ),
     ):
         capsys.readouterr()
         assert main(["rank", *arguments, *ON_CPU]) == 2

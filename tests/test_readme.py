@@ -45,7 +45,9 @@ def test_python_example_runs() -> None:
 
 def test_links_and_pictures_exist() -> None:
     text = (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
-    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if not link.startswith("http")]
+    links = [
+        link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if not link.startswith("http")
+    ]
     assert len(links) > 5
     assert [link for link in links if not (ROOT / link).exists()] == []
 
@@ -58,7 +60,9 @@ def test_tables_are_those_of_the_result_files() -> None:
     for path in ROOT.glob("benchmarks/results/*/multiview_loss.json"):
         for case in json.loads(path.read_text())["cases"]:
             wrong = [
-                found["failure"] for found in case["providers"].values() if "inaccurate" in (found["failure"] or "")
+                found["failure"]
+                for found in case["providers"].values()
+                if "inaccurate" in (found["failure"] or "")
             ]
             assert case["providers"]["eager"]["correct"], case["name"]
             assert wrong in ([], [case["providers"]["textbook"]["failure"]]), case["name"]

@@ -26,11 +26,23 @@ from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import style
 from vi_simsiam.evaluation.figures import certainty
 from vi_simsiam.evaluation.knn import KnnConfig, evaluate_knn
-from vi_simsiam.evaluation.report import compared, gallery, settings, thumbnail_uri, train_arguments, write_report
+from vi_simsiam.evaluation.report import (
+    compared,
+    gallery,
+    settings,
+    thumbnail_uri,
+    train_arguments,
+    write_report,
+)
 from vi_simsiam.evaluation.uncertainty import comparisons
 
 CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    (
+        path
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (path := shutil.which(name))
+    ),
+    None,
 )
 
 
@@ -117,7 +129,8 @@ def test_the_page_needs_no_other_file(written: Path, page: Page) -> None:
         assert image["alt"]
     assert not page.attributes("script")
     assert all(
-        (link["href"] or "").startswith(("#", "data:")) for link in [*page.attributes("a"), *page.attributes("link")]
+        (link["href"] or "").startswith(("#", "data:"))
+        for link in [*page.attributes("a"), *page.attributes("link")]
     )
     text = written.read_text()
     assert not re.search(r"https?:|url\(|@import|\bon\w+=", re.sub('base64,[^"]*', "", text))
@@ -144,18 +157,26 @@ def test_tables_hold_the_numbers_of_the_files(written: Path, page: Page) -> None
     assert page.tables["accuracies"][1] == ["trained", f"{100 * knn['top1']['trained']:.1f} %"]
     result = json.loads((written.parent / "uncertainty.json").read_text())
     bins = result["calibration"]["bins"]
-    assert page.values["calibration"][1:] == [[each["expected"], each["observed"], each["count"]] for each in bins]
+    assert page.values["calibration"][1:] == [
+        [each["expected"], each["observed"], each["count"]] for each in bins
+    ]
     part = result["misclassification"]
-    expected = [[part["scores"][name][key] for key in ("auroc", "aurc", "augrc")] for name in SCORES]
+    expected = [
+        [part["scores"][name][key] for key in ("auroc", "aurc", "augrc")] for name in SCORES
+    ]
     expected += [[part[name]["aurc"], part[name]["augrc"]] for name in ("oracle", "random")]
     assert page.values["misclassification"][1:] == expected
     assert page.tables["misclassification"][1] == ["κ", *(f"{value:.3f}" for value in expected[0])]
     for number, each in enumerate(result["ood"].values(), start=1):
         found = page.values[f"ood-{number}"][1:]
-        assert found == [[each["scores"][name][key] for key in ("auroc", "aupr", "fpr95")] for name in SCORES]
+        assert found == [
+            [each["scores"][name][key] for key in ("auroc", "aupr", "fpr95")] for name in SCORES
+        ]
     sets = result["retrieval"].values()
     assert page.values["retrieval"][1] == [each["recall_at_1"] for each in sets]
-    assert page.values["retrieval"][2:] == [[each["scores"][name] for each in sets] for name in SCORES]
+    assert page.values["retrieval"][2:] == [
+        [each["scores"][name] for each in sets] for name in SCORES
+    ]
     kinds = [result["corruptions"][kind] for kind in KINDS]
     assert page.values["corruptions-1"][1:] == [kind["median_kappa"] for kind in kinds]
     for number, key in ((2, "spearman"), (3, "monotone")):
@@ -168,7 +189,9 @@ def test_the_headline_counts_what_the_comparisons_say(page: Page) -> None:
     rows = comparisons(result)
     ahead = sum(row.kappa > row.value for row in rows)  # type: ignore[operator]
     assert f"ahead of the best trivial score in {ahead} of {len(rows)} comparisons" in page.text
-    assert [values[:2] for values in page.values["compared"][1:]] == [[row.kappa, row.value] for row in rows]
+    assert [values[:2] for values in page.values["compared"][1:]] == [
+        [row.kappa, row.value] for row in rows
+    ]
     for kappa, value, gap in page.values["compared"][1:]:
         assert gap == pytest.approx(kappa - value)
     for each in result["ood"].values():
@@ -179,7 +202,9 @@ def test_the_headline_counts_what_the_comparisons_say(page: Page) -> None:
 
 
 def test_settings_that_differ_are_marked(written: Path, page: Page) -> None:
-    rows = {row["name"]: row for row in settings(TrainConfig(epochs=7, augment=preset("demo").augment))}
+    rows = {
+        row["name"]: row for row in settings(TrainConfig(epochs=7, augment=preset("demo").augment))
+    }
     assert {name for name, row in rows.items() if row["differs"]} == {
         "epochs",
         "size",
@@ -200,7 +225,9 @@ def test_inferred_settings_are_marked(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").unlink()
     result = evaluate_knn(feature_sets(tmp_path), KnnConfig(k=5))
     result["settings"] = {"epochs": 90, "lr": 1.6, "inferred": ["epochs"]}
-    (tmp_path / "linear.json").write_text(json.dumps({**result, "top5": {"trained": 1.0}, "held_out_top1": None}))
+    (tmp_path / "linear.json").write_text(
+        json.dumps({**result, "top5": {"trained": 1.0}, "held_out_top1": None})
+    )
     rows = Page(write_report(tmp_path)).tables["evaluation-settings"]
     assert ["epochs", "90", "linear", "inferred"] in rows
     assert ["lr", "1.6", "linear", ""] in rows
@@ -211,7 +238,9 @@ def test_the_command_gives_the_same_training(name: str) -> None:
     given = preset(name)
     parsed = tyro.cli(TrainConfig, args=train_arguments(given), config=(tyro.conf.OmitArgPrefixes,))
     same = {key: value for key, value in given.to_dict().items() if key not in PLACE_FIELDS}
-    assert {key: value for key, value in parsed.to_dict().items() if key not in PLACE_FIELDS} == same
+    assert {
+        key: value for key, value in parsed.to_dict().items() if key not in PLACE_FIELDS
+    } == same
 
 
 def test_the_gallery_shows_both_ends_with_class_and_concentration(tmp_path: Path) -> None:
@@ -265,7 +294,10 @@ def test_absent_parts_say_which_command_makes_them(tmp_path: Path) -> None:
     assert "Nothing was logged" in found.text
     assert len(found.attributes("img")) == 1
     (tmp_path / "knn.json").rename(tmp_path / "linear.json")
-    assert f"accuracy by kNN (vi-simsiam knn {tmp_path}), logistic" in Page(write_report(tmp_path)).text
+    assert (
+        f"accuracy by kNN (vi-simsiam knn {tmp_path}), logistic"
+        in Page(write_report(tmp_path)).text
+    )
 
 
 def test_a_report_without_accuracies_names_a_command_for_each(tmp_path: Path) -> None:
@@ -298,19 +330,26 @@ def test_parts_that_are_not_defined_are_dashes(tmp_path: Path) -> None:
     result["ood"]["noise"]["scores"]["energy"]["auroc"] = None
     (tmp_path / "uncertainty.json").write_text(json.dumps(result))
     found = Page(write_report(tmp_path))
-    assert not {"misclassification", "retrieval", "corruptions-1", "calibration"} & set(found.tables)
+    assert not {"misclassification", "retrieval", "corruptions-1", "calibration"} & set(
+        found.tables
+    )
     assert next(row for row in found.tables["ood-2"] if row[0] == "energy")[1] == "–"
 
 
 def test_nothing_to_report_is_refused(tmp_path: Path) -> None:
     make_run(tmp_path)
     (tmp_path / "metrics.jsonl").unlink()
-    with pytest.raises(InputError, match=r"no metrics.jsonl and no result yet; train it, or run vi-simsiam evaluate /"):
+    with pytest.raises(
+        InputError,
+        match=r"no metrics.jsonl and no result yet; train it, or run vi-simsiam evaluate /",
+    ):
         report([str(tmp_path)])
     with pytest.raises(InputError, match="holds no run"):
         report([str(tmp_path / "nowhere")])
     (tmp_path / "knn.json").write_text('{"top1": ')
-    with pytest.raises(InputError, match=r"knn.json cannot be read .*; vi-simsiam knn .* makes it again"):
+    with pytest.raises(
+        InputError, match=r"knn.json cannot be read .*; vi-simsiam knn .* makes it again"
+    ):
         write_report(tmp_path)
     (tmp_path / "knn.json").write_text('{"top1": {}}')
     with pytest.raises(InputError, match=r"lacks what the report shows"):
@@ -318,7 +357,9 @@ def test_nothing_to_report_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "report.html").exists()
 
 
-def test_the_command_reports_a_run_without_its_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_reports_a_run_without_its_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_run(tmp_path)
     assert report([str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines() == [
@@ -329,7 +370,9 @@ def test_the_command_reports_a_run_without_its_weights(tmp_path: Path, capsys: p
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_shows_the_page_without_a_complaint(written: Path, tmp_path: Path, width: int) -> None:
+def test_a_browser_shows_the_page_without_a_complaint(
+    written: Path, tmp_path: Path, width: int
+) -> None:
     # A frame of this width, because a window is never so narrow; does its content fit, and was every image read?
     frame = tmp_path / "frame.html"
     frame.write_text(

@@ -27,7 +27,13 @@ from vi_simsiam.text import brief
 
 def encoding(count: int, *, concentration: bool = True) -> Encoding:
     kappa = torch.full((count,), 6.0) if concentration else None
-    return Encoding(torch.zeros(count, 512), torch.zeros(count, 3), torch.zeros(count, 3), torch.zeros(count), kappa)
+    return Encoding(
+        torch.zeros(count, 512),
+        torch.zeros(count, 3),
+        torch.zeros(count, 3),
+        torch.zeros(count),
+        kappa,
+    )
 
 
 def test_an_encoding_says_how_many_images_and_how_certain() -> None:
@@ -58,8 +64,13 @@ def test_sources_and_loaders_say_what_they_hold() -> None:
     packed = in_memory(gray_source(6, labelled=False))
     assert repr(packed) == "PackedImages('gray', 6 images)"
     loader = MultiViewLoader(packed, AugmentConfig(size=8), 6, workers=0)
-    assert repr(loader) == "MultiViewLoader(PackedImages('gray', 6 images), batch_size=6, 1 batch an epoch)"
-    assert repr(next(iter(loader))) == ("Batch(views=[float32 (6, 3, 8, 8), float32 (6, 3, 8, 8)], index=int64 (6,))")
+    assert (
+        repr(loader)
+        == "MultiViewLoader(PackedImages('gray', 6 images), batch_size=6, 1 batch an epoch)"
+    )
+    assert repr(next(iter(loader))) == (
+        "Batch(views=[float32 (6, 3, 8, 8), float32 (6, 3, 8, 8)], index=int64 (6,))"
+    )
 
 
 def test_what_holds_arrays_prints_their_shapes(tmp_path: Path) -> None:
@@ -80,7 +91,9 @@ def test_what_holds_arrays_prints_their_shapes(tmp_path: Path) -> None:
 def test_experiments_name_their_arms_and_count_their_runs() -> None:
     planned = plan("table1", PlanOptions(data=("fashion-mini",), seeds=1))
     assert repr(planned) == "Plan(table1: simsiam, vi-simsiam; 1 seed each)"
-    found = Experiment({"experiment": "table1", "arms": []}, {"a": [{}], "b": []}, [], {}, ["b with seed 0"])
+    found = Experiment(
+        {"experiment": "table1", "arms": []}, {"a": [{}], "b": []}, [], {}, ["b with seed 0"]
+    )
     assert repr(found) == "Experiment(table1: 2 arms, 1 run, 1 missing)"
 
 

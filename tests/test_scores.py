@@ -24,7 +24,14 @@ from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import scores
 from vi_simsiam.evaluation.figures import concentrations
 from vi_simsiam.evaluation.logistic import LogisticProbe
-from vi_simsiam.evaluation.scores import Network, Reference, disagreement, eval_pixels, image_scores, views_of
+from vi_simsiam.evaluation.scores import (
+    Network,
+    Reference,
+    disagreement,
+    eval_pixels,
+    image_scores,
+    views_of,
+)
 from vi_simsiam.models import SimSiam, VISimSiam
 
 
@@ -40,7 +47,9 @@ def test_pixels_are_those_of_the_evaluation_view() -> None:
     np.testing.assert_array_equal(pixels, np.stack([np.asarray(image) for image in crop]))
     ((views, _),) = eval_loader(source, 12, 100, 0)
     # Either rounds a share of 255, a difference, and a quotient by 0.224 of up to 2.7.
-    torch.testing.assert_close(views_of(pixels), views, rtol=0, atol=12 * torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(
+        views_of(pixels), views, rtol=0, atol=12 * torch.finfo(torch.float32).eps
+    )
 
 
 def test_one_pass_gives_what_the_network_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +65,9 @@ def test_one_pass_gives_what_the_network_says(monkeypatch: pytest.MonkeyPatch) -
     model.eval()
     (views,) = (batch for batch, _ in eval_loader(ArraySource(coloured()), 16, 100, 0))
     with torch.no_grad():
-        inner = model.backbone.maxpool(model.backbone.relu(model.backbone.bn1(model.backbone.conv1(views))))
+        inner = model.backbone.maxpool(
+            model.backbone.relu(model.backbone.bn1(model.backbone.conv1(views)))
+        )
         norms = {}
         for name in ("layer1", "layer2", "layer3", "layer4"):
             inner = getattr(model.backbone, name)(inner)
@@ -70,7 +81,9 @@ def test_one_pass_gives_what_the_network_says(monkeypatch: pytest.MonkeyPatch) -
     expected = {"kappa": -concentration, **{f"{name}_norm": -norm for name, norm in norms.items()}}
     for name, value in expected.items():
         np.testing.assert_allclose(observed.scores[name], value.numpy(), rtol=1e-4, err_msg=name)
-    np.testing.assert_allclose(observed.scores["layer4_norm"], observed.scores["embedding_norm"], rtol=1e-5)
+    np.testing.assert_allclose(
+        observed.scores["layer4_norm"], observed.scores["embedding_norm"], rtol=1e-5
+    )
     assert set(observed.scores) == {*expected, "edge_energy", "contrast", "jpeg_size"}
     assert next(iter(observed.scores)) == "kappa"
     assert observed.scores["kappa"].std() > 0
@@ -84,7 +97,10 @@ def test_the_concentration_is_that_of_the_figures(tmp_path: Path) -> None:
     assert "layer1_norm" not in observed.scores
     simsiam = make_run(tmp_path / "simsiam", method="simsiam")
     assert isinstance(simsiam.model, SimSiam)
-    assert "kappa" not in Network(simsiam.model, CPU).observe(eval_pixels(run.splits.train, 8, 0)).scores
+    assert (
+        "kappa"
+        not in Network(simsiam.model, CPU).observe(eval_pixels(run.splits.train, 8, 0)).scores
+    )
 
 
 def test_damaged_weights_and_no_images_are_refused(tmp_path: Path) -> None:
@@ -98,13 +114,18 @@ def test_damaged_weights_and_no_images_are_refused(tmp_path: Path) -> None:
 
 def test_statistics_of_pixels_in_closed_form() -> None:
     flat = np.full((16, 16, 3), 90, np.uint8)
-    ramp = np.broadcast_to((3 * np.arange(16) + np.zeros((16, 1)))[..., None], (16, 16, 3)).astype(np.uint8)
+    ramp = np.broadcast_to((3 * np.arange(16) + np.zeros((16, 1)))[..., None], (16, 16, 3)).astype(
+        np.uint8
+    )
     slope = (3 * np.arange(16)[:, None] + 4 * np.arange(16))[..., None] + np.zeros(3)
     half = np.where(np.arange(16)[:, None, None] < 8, 0, 200) + np.zeros((16, 16, 3))
     found = image_scores(np.stack([flat, ramp, slope.astype(np.uint8), half.astype(np.uint8)]))
     np.testing.assert_allclose(-found["edge_energy"], [0, 3, 5, 200 / 15], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(
-        -found["contrast"], [0, 3 * np.std(np.arange(16)), slope[..., 0].std(), 100], rtol=1e-5, atol=1e-4
+        -found["contrast"],
+        [0, 3 * np.std(np.arange(16)), slope[..., 0].std(), 100],
+        rtol=1e-5,
+        atol=1e-4,
     )
     red = np.zeros((1, 4, 4, 3), np.uint8)
     red[0, :2, :, 0] = 100
@@ -123,26 +144,40 @@ def test_jpeg_size_is_that_of_pillows_file() -> None:
 def test_disagreement_is_one_minus_the_mean_cosine_of_pairs() -> None:
     torch.manual_seed(0)
     embeddings = torch.randn(4, 6, 10)
-    pairs = [F.cosine_similarity(embeddings[i], embeddings[j], dim=1) for i in range(4) for j in range(i)]
-    np.testing.assert_allclose(disagreement(embeddings), 1 - torch.stack(pairs).double().mean(0).numpy(), atol=1e-6)
+    pairs = [
+        F.cosine_similarity(embeddings[i], embeddings[j], dim=1) for i in range(4) for j in range(i)
+    ]
+    np.testing.assert_allclose(
+        disagreement(embeddings), 1 - torch.stack(pairs).double().mean(0).numpy(), atol=1e-6
+    )
     np.testing.assert_allclose(disagreement(embeddings[:1].expand(3, 6, 10)), 0, atol=1e-12)
 
 
-def reference(labelled: bool = True) -> tuple[Reference, torch.Tensor, NDArray[np.int64], torch.Tensor]:
+def reference(
+    labelled: bool = True,
+) -> tuple[Reference, torch.Tensor, NDArray[np.int64], torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     labels = np.arange(60) % 3
     spread = torch.tensor([3.0, 1, 0.3, 1, 1])
     train = 4 * torch.eye(5)[labels] + spread * torch.randn(60, 5, generator=generator)
     queries = 3 * torch.randn(17, 5, generator=generator)
-    probe = LogisticProbe.fit(train, torch.from_numpy(labels), ("a", "b", "c")) if labelled else None
+    probe = (
+        LogisticProbe.fit(train, torch.from_numpy(labels), ("a", "b", "c")) if labelled else None
+    )
     return Reference(train, labels if labelled else None, probe, CPU), train, labels, queries
 
 
 def test_nearest_neighbours_against_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scores, "_BLOCK", 60 * 4)  # several blocks
     measured, train, _, queries = reference()
-    distances = NearestNeighbors(n_neighbors=20, metric="cosine").fit(train.numpy()).kneighbors(queries.numpy())[0]
-    np.testing.assert_allclose(measured.scores(queries)["knn_distance"], distances.mean(1), atol=1e-5)
+    distances = (
+        NearestNeighbors(n_neighbors=20, metric="cosine")
+        .fit(train.numpy())
+        .kneighbors(queries.numpy())[0]
+    )
+    np.testing.assert_allclose(
+        measured.scores(queries)["knn_distance"], distances.mean(1), atol=1e-5
+    )
     few = Reference(train[:3], None, None, CPU)
     assert np.isfinite(few.scores(queries)["knn_distance"]).all()
 
@@ -156,7 +191,8 @@ def test_mahalanobis_by_its_definition(labelled: bool) -> None:
     centred = points - np.stack(means)[groups]
     covariance = LedoitWolf(assume_centered=True).fit(centred).covariance_
     expected = [
-        min((x - mean) @ np.linalg.solve(covariance, x - mean) for mean in means) for x in queries.double().numpy()
+        min((x - mean) @ np.linalg.solve(covariance, x - mean) for mean in means)
+        for x in queries.double().numpy()
     ]
     np.testing.assert_allclose(measured.scores(queries)["mahalanobis"], expected, rtol=1e-6)
 

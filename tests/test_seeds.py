@@ -70,7 +70,9 @@ def run(command: list[str], tmp_path: Path) -> Callable[..., tuple[int, str]]:
     def call(*arguments: str, seeds: int | None = None, first: int = 0) -> tuple[int, str]:
         said = io.StringIO()
         console = Console(file=said, width=200)
-        code = run_seeds(arguments, seeds, first, tmp_path / "out", command=command, console=console)
+        code = run_seeds(
+            arguments, seeds, first, tmp_path / "out", command=command, console=console
+        )
         return code, said.getvalue()
 
     return call
@@ -89,14 +91,36 @@ def test_every_seed_is_a_run_of_its_own(
 ) -> None:
     monkeypatch.setattr(seeds, "cores", lambda: 9)
     out = tmp_path / "out"
-    code, said = run("--seeds", "2", "--lr", "0.1", "--seed=1", "--out", "elsewhere", "--evaluate", seeds=2, first=1)
+    code, said = run(
+        "--seeds",
+        "2",
+        "--lr",
+        "0.1",
+        "--seed=1",
+        "--out",
+        "elsewhere",
+        "--evaluate",
+        seeds=2,
+        first=1,
+    )
     assert code == 0
     for seed in (1, 2):
-        expected = ["--lr", "0.1", "--evaluate", "--seed", str(seed), "--out", str(out / f"seed-{seed}")]
+        expected = [
+            "--lr",
+            "0.1",
+            "--evaluate",
+            "--seed",
+            str(seed),
+            "--out",
+            str(out / f"seed-{seed}"),
+        ]
         assert calls(out, seed) == [[expected, "4"]], "nine cores for two runs are four each"
         assert (out / f"seed-{seed}.log").read_text() == "starting\ndone\n"
     content = json.loads((out / "seeds.json").read_text())
-    assert [each["top1"] for each in content["runs"]] == [{"kNN": pytest.approx(0.8)}, {"kNN": pytest.approx(0.9)}]
+    assert [each["top1"] for each in content["runs"]] == [
+        {"kNN": pytest.approx(0.8)},
+        {"kNN": pytest.approx(0.9)},
+    ]
     assert [each["metrics"] for each in content["runs"]] == [{"step": 3, "state": "learning"}] * 2
     assert content["runs_per_hour"] == pytest.approx(2 * 3600 / content["seconds"], rel=0.01)
     assert content["seconds"] > max(each["seconds"] for each in content["runs"]) > 0.15
@@ -119,7 +143,9 @@ def test_a_run_that_stopped_learning_is_named(run: Callable[..., tuple[int, str]
         ("not evaluated: no labels", "not evaluated: no labels  dead since step 2"),
     ],
 )
-def test_it_is_named_once_without_an_accuracy(run: Callable[..., tuple[int, str]], last: str, line: str) -> None:
+def test_it_is_named_once_without_an_accuracy(
+    run: Callable[..., tuple[int, str]], last: str, line: str
+) -> None:
     _, said = run("--dead=0", f"--last={last}", seeds=1)
     assert f"seed 0: done in 0 s  {line}\n" in said
 
@@ -130,13 +156,17 @@ def test_runs_are_at_the_same_time(run: Callable[..., tuple[int, str]], tmp_path
     assert content["seconds"] < sum(each["seconds"] for each in content["runs"])
 
 
-def test_a_seed_that_fails_leaves_the_others_alone(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+def test_a_seed_that_fails_leaves_the_others_alone(
+    run: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     code, said = run("--fail=1", "--config", "mine.yaml", "--preset=demo", seeds=3)
     assert code == 1
     assert states(out) == ["done", "failed", "done"]
     assert calls(out, 1)[0][0][:3] == ["--fail=1", "--config", "mine.yaml"]
-    assert "seed 1: failed with exit code 2: vi-simsiam: the loss is not finite at step 2 (see" in said
+    assert (
+        "seed 1: failed with exit code 2: vi-simsiam: the loss is not finite at step 2 (see" in said
+    )
     assert "2 of 3 runs done" in said
     assert "--resume" in said
     assert "mean" not in said, "no mean of those that happened to survive"
@@ -146,7 +176,9 @@ def test_a_seed_that_fails_leaves_the_others_alone(run: Callable[..., tuple[int,
     assert states(out) == ["done"] * 3
     assert len(calls(out, 0)) == 1, "what is finished stays finished"
     resumed = ["--fail=1", "--seed", "1", "--out", str(out / "seed-1"), "--resume"]
-    assert calls(out, 1)[1][0] == resumed, "with the settings that it began with, not those of the file today"
+    assert calls(out, 1)[1][0] == resumed, (
+        "with the settings that it began with, not those of the file today"
+    )
     assert "runs/hour" not in said, "only a part of them was run"
     assert json.loads((out / "seeds.json").read_text())["runs_per_hour"] is None
 
@@ -158,7 +190,10 @@ def test_an_interruption_reaches_all_and_all_go_on(
     out = tmp_path / "out"
 
     def interrupt() -> None:
-        written = out / "seeds.json", out / "seed-2" / "calls"  # in either order: the runs begin before they are noted
+        written = (
+            out / "seeds.json",
+            out / "seed-2" / "calls",
+        )  # in either order: the runs begin before they are noted
         while not (all(file.exists() for file in written) and states(out)[0] == "done"):
             time.sleep(0.05)
         os.kill(os.getpid(), number)
@@ -172,11 +207,15 @@ def test_an_interruption_reaches_all_and_all_go_on(
     assert "seed 1: interrupted  interrupted, saved at step 0" in said
     assert f"vi-simsiam train --out {out} --resume" in said
 
-    (out / "seed-2" / "checkpoint.pt").unlink()  # as if it had been stopped before its first checkpoint
+    (
+        out / "seed-2" / "checkpoint.pt"
+    ).unlink()  # as if it had been stopped before its first checkpoint
     (out / "seed-2" / "calls").write_text("")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(seeds, "cores", lambda: 2)
-        threading.Thread(target=_interrupt_once_started, args=(out / "seed-2" / "calls", number), daemon=True).start()
+        threading.Thread(
+            target=_interrupt_once_started, args=(out / "seed-2" / "calls", number), daemon=True
+        ).start()
         assert run("--resume")[0] == 130
     assert states(out) == ["done", "done", "interrupted"]
     assert calls(out, 1)[-1][0][-1] == "--resume"
@@ -191,7 +230,9 @@ def _interrupt_once_started(file: Path, number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="processes are looked up in /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/cmdline").exists(), reason="processes are looked up in /proc"
+)
 def test_a_killed_parent_knows_what_was_finished_and_what_still_runs(
     run: Callable[..., tuple[int, str]], command: list[str], tmp_path: Path
 ) -> None:
@@ -248,13 +289,17 @@ def test_nothing_runs_on_after_an_error_of_our_own(
     assert "interrupted, saved at step 0" in (out / "seed-1.log").read_text()
 
 
-def test_not_under_torchrun(run: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_not_under_torchrun(
+    run: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(InputError, match="seeds: not under torchrun"):
         run(seeds=2)
 
 
-def test_folders_and_numbers_that_cannot_be_used(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+def test_folders_and_numbers_that_cannot_be_used(
+    run: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     for number in (0, -1):
         with pytest.raises(InputError, match=f"seeds: {number} is not accepted"):

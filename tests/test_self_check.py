@@ -25,7 +25,9 @@ from vi_simsiam.ops.backends import extension
 from vi_simsiam.self_check import run_checks
 from vi_simsiam.self_check_cases import OPERATIONS
 
-needs_extension = pytest.mark.skipif(extension() is None, reason="needs the C++ extension, whose loss is broken here")
+needs_extension = pytest.mark.skipif(
+    extension() is None, reason="needs the C++ extension, whose loss is broken here"
+)
 
 
 def check(capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
@@ -49,9 +51,7 @@ def test_all_pass(capsys: pytest.CaptureFixture[str]) -> None:
     passed = [line for line in checks if " ok " in line]
     skipped = [line for line in checks if " skipped " in line]
     assert last == f"{len(passed)} checks passed" + (f", {len(skipped)} skipped" if skipped else "")
-    shown = (
-        r"\S.*, (float32|bfloat16) +ok +error \S+ \(allowed \S+\)   first call [\d.]+ (s|ms|us), then [\d.]+ (s|ms|us)"
-    )
+    shown = r"\S.*, (float32|bfloat16) +ok +error \S+ \(allowed \S+\)   first call [\d.]+ (s|ms|us), then [\d.]+ (s|ms|us)"
     assert all(re.fullmatch(shown, line) for line in passed)
     names = [re.split(" {2,}", line)[0] for line in passed]
     assert "training step, float32" in names
@@ -60,7 +60,9 @@ def test_all_pass(capsys: pytest.CaptureFixture[str]) -> None:
         found = [re.split(" {2,}", line) for line in skipped]
         reason = "not available: no CUDA device found"
         named = ("triton (7 operations)", "cuda (2 operations)", "captured step, bfloat16")
-        assert [[name, "skipped", reason] for name in named] == [each for each in found if each[0] in named]
+        assert [[name, "skipped", reason] for name in named] == [
+            each for each in found if each[0] in named
+        ]
 
 
 def test_as_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,10 +88,17 @@ def test_a_kernel_that_is_wrong_fails_by_its_name(
     """By one percent, in one dtype of one form of the loss, and all else passes."""
     launch = multiview_loss_autograd.launch_loss
 
-    def broken(p: Any, z: Any, k: Any, loss: Tensor, mean: Any, gradient: Tensor | None, kg: Any, call: Any) -> None:
+    def broken(
+        p: Any, z: Any, k: Any, loss: Tensor, mean: Any, gradient: Tensor | None, kg: Any, call: Any
+    ) -> None:
         launch(p, z, k, loss, mean, gradient, kg, call)
         off = loss if part == "loss" else gradient
-        if call.backend == "cpu" and call.distribution == "cosine" and p[0].dtype == torch.float32 and off is not None:
+        if (
+            call.backend == "cpu"
+            and call.distribution == "cosine"
+            and p[0].dtype == torch.float32
+            and off is not None
+        ):
             off.mul_(1.01)
 
     monkeypatch.setattr(multiview_loss_autograd, "launch_loss", broken)
@@ -97,14 +106,18 @@ def test_a_kernel_that_is_wrong_fails_by_its_name(
     found = failed(lines)
     assert code == 1
     assert list(found) == ["SimSiam loss, cpu, float32"]
-    error = re.match(r"wrong results   error (\S+) \(allowed 1.0e-05\)", found["SimSiam loss, cpu, float32"])
+    error = re.match(
+        r"wrong results   error (\S+) \(allowed 1.0e-05\)", found["SimSiam loss, cpu, float32"]
+    )
     assert error
     assert float(error[1]) == pytest.approx(0.01, rel=0.02)
     assert re.match(r"1 of \d+ checks failed", lines[-1])
 
 
 @needs_extension
-def test_what_is_raised_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_raised_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """And NaN fails; the others go on."""
     operation = OPERATIONS["SimSiam loss"]
 
@@ -119,9 +132,12 @@ def test_what_is_raised_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     found = failed(lines)
     assert code == 1
     assert (
-        found.pop("SimSiam loss, cpu, float32") == "RuntimeError: CUDA error: an illegal memory access was encountered"
+        found.pop("SimSiam loss, cpu, float32")
+        == "RuntimeError: CUDA error: an illegal memory access was encountered"
     )
-    assert found.pop("SimSiam loss, cpu, bfloat16").startswith("results are not finite   first call")
+    assert found.pop("SimSiam loss, cpu, bfloat16").startswith(
+        "results are not finite   first call"
+    )
     assert not found
     assert main(["info", "--check", "--json"]) == 1
     checks = {each["name"]: each for each in json.loads(capsys.readouterr().out)["checks"]}
@@ -174,7 +190,10 @@ def test_the_captured_step_is_held_to_the_step(
 
     def waves(pixels: Tensor, table: Tensor, size: int, *, dtype: torch.dtype) -> Tensor:
         return (
-            (torch.arange(size * size).view(size, size) * table[..., 13:16, None, None] + table[..., :1, None, None])
+            (
+                torch.arange(size * size).view(size, size) * table[..., 13:16, None, None]
+                + table[..., :1, None, None]
+            )
             .sin()
             .to(dtype)
         )
@@ -185,7 +204,9 @@ def test_the_captured_step_is_held_to_the_step(
     errors = []
     for (exact,) in case.expected:
         (losses,) = case.run()
-        errors.append(losses.shape != exact.shape or ((losses - exact).abs().max() / exact.abs().max()).item())
+        errors.append(
+            losses.shape != exact.shape or ((losses - exact).abs().max() / exact.abs().max()).item()
+        )
     assert made[0].captured
     assert (max(errors) <= case.allowed) == fits
 
@@ -201,19 +222,28 @@ raise SystemExit(main(["info", "--check"]))
 """
     pytest.importorskip("triton", reason="Triton is not installed: its kernels are not checked")
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "RuntimeWarning" not in result.stderr
     for name in ("VI-SimSiam loss", "BatchNorm + ReLU", "first convolution"):
         for dtype in ("float32", "bfloat16"):
             assert re.search(
-                rf"^{re.escape(name)}, triton, {dtype} +ok +error .* first call \S+ m?s$", result.stdout, re.M
+                rf"^{re.escape(name)}, triton, {dtype} +ok +error .* first call \S+ m?s$",
+                result.stdout,
+                re.M,
             )
 
 
 def test_what_is_not_available_is_not_run() -> None:
-    backends = {name: {"available": False, "why": f"no {name}"} for name in ("eager", "triton", "cuda", "cpu")}
-    skipped = {finding.name: finding.why for finding in run_checks(backends) if finding.passed is None}
+    backends = {
+        name: {"available": False, "why": f"no {name}"}
+        for name in ("eager", "triton", "cuda", "cpu")
+    }
+    skipped = {
+        finding.name: finding.why for finding in run_checks(backends) if finding.passed is None
+    }
     assert skipped["cuda (2 operations)"] == "not available: no cuda"
     assert skipped["captured step, bfloat16"] == "not available: no triton"
     assert len(skipped) == 5
@@ -227,5 +257,7 @@ def test_an_extension_that_does_not_load_fails() -> None:
     }
     begun: list[str] = []
     findings = list(run_checks(backends, begun.append))
-    assert [finding.name for finding in findings if finding.passed is False] == ["cpu (2 operations)"]
+    assert [finding.name for finding in findings if finding.passed is False] == [
+        "cpu (2 operations)"
+    ]
     assert begun == [finding.name for finding in findings]

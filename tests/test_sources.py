@@ -59,10 +59,14 @@ def damaged(tmp_path: Path) -> dict[str, Path]:
 
 
 def test_array_source_gives_the_stored_pixels() -> None:
-    source = ArraySource(np.stack([GRAY, GRAY // 2]), np.array([1, 0]), ("a", "b"), name="set/train")
+    source = ArraySource(
+        np.stack([GRAY, GRAY // 2]), np.array([1, 0]), ("a", "b"), name="set/train"
+    )
     assert len(source) == 2
     assert source.image(1).mode == "RGB"
-    np.testing.assert_array_equal(np.asarray(source.image(0)), np.repeat(GRAY[:, :, None], 3, axis=2))
+    np.testing.assert_array_equal(
+        np.asarray(source.image(0)), np.repeat(GRAY[:, :, None], 3, axis=2)
+    )
     assert source.describe(1) == "set/train/1"
     assert source.labels is not None
     assert source.labels.dtype == np.int64
@@ -86,7 +90,9 @@ def test_sources_refuse_what_does_not_fit() -> None:
         FileSource(["a.png"], np.array([0]))
 
 
-def test_unreadable_files_are_named_with_a_reason(damaged: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_files_are_named_with_a_reason(
+    damaged: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     huge = save(damaged["text"].with_name("huge.png"), (64, 64))
     good = save(damaged["text"].with_name("good.png"))
     paths = [good, *damaged.values(), huge, good]
@@ -118,7 +124,9 @@ def test_an_unreadable_file_is_named_wherever_it_is_met(damaged: dict[str, Path]
         FileSource([damaged["empty"]]).image(0)
     assert caught.value.entry == Unreadable(str(damaged["empty"]), "an empty file")
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
-    with pytest.raises(UnreadableError, match=r"missing\.jpg: cannot be read as an image \(No such file"):
+    with pytest.raises(
+        UnreadableError, match=r"missing\.jpg: cannot be read as an image \(No such file"
+    ):
         FileSource([damaged["missing"]]).dimensions(0)
 
 
@@ -129,7 +137,9 @@ def test_dimensions_are_height_and_width(tmp_path: Path, monkeypatch: pytest.Mon
     assert source.dimensions(0) == (5, 6)
 
 
-def test_fingerprints_change_with_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fingerprints_change_with_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = save(tmp_path / "a.png"), save(tmp_path / "b.png")
     labels = np.array([0, 1])
     source = FileSource([first, second], labels, ("x", "y"), "set")
@@ -164,8 +174,21 @@ class Items(Dataset):
 def test_a_dataset_gives_images_of_every_kind() -> None:
     chw = torch.from_numpy(COLOUR).permute(2, 0, 1)
     deep = Image.fromarray(GRAY.astype(np.uint16) * 257)
-    colour = [Image.fromarray(COLOUR), COLOUR, chw, (COLOUR, 1), [chw, torch.tensor(3)], COLOUR.copy(order="F")]
-    gray = [Image.fromarray(GRAY), GRAY, GRAY[:, :, None], chw[:1] * 0 + torch.from_numpy(GRAY), (deep,)]
+    colour = [
+        Image.fromarray(COLOUR),
+        COLOUR,
+        chw,
+        (COLOUR, 1),
+        [chw, torch.tensor(3)],
+        COLOUR.copy(order="F"),
+    ]
+    gray = [
+        Image.fromarray(GRAY),
+        GRAY,
+        GRAY[:, :, None],
+        chw[:1] * 0 + torch.from_numpy(GRAY),
+        (deep,),
+    ]
     source = as_source(Items(colour + gray))
     assert isinstance(source, DatasetSource)
     assert (len(source), source.labels, source.classes, source.name) == (11, None, None, "Items")
@@ -191,7 +214,9 @@ def test_a_dataset_gives_images_of_every_kind() -> None:
     ],
 )
 def test_a_dataset_of_something_else_is_refused(item: object, given: str) -> None:
-    with pytest.raises(InputError, match=rf"^Items/1: {given} must be a PIL image, a uint8 numpy array"):
+    with pytest.raises(
+        InputError, match=rf"^Items/1: {given} must be a PIL image, a uint8 numpy array"
+    ):
         as_source(Items([COLOUR, item])).image(1)
 
 
@@ -202,12 +227,16 @@ class Endless(IterableDataset):
 
 def test_what_is_no_map_style_dataset_is_refused() -> None:
     for wrong, name in ((Endless(), "Endless"), ("imagenette", "str"), (3, "int"), ({1, 2}, "set")):
-        with pytest.raises(InputError, match=f"source: {name} must be an ImageSource or a map-style Dataset"):
+        with pytest.raises(
+            InputError, match=f"source: {name} must be an ImageSource or a map-style Dataset"
+        ):
             as_source(wrong)
 
 
 def test_an_exception_of_a_dataset_names_the_item() -> None:
-    with pytest.raises(UnreadableError, match=r"set/2: cannot be read as an image \(IndexError: list index out"):
+    with pytest.raises(
+        UnreadableError, match=r"set/2: cannot be read as an image \(IndexError: list index out"
+    ):
         DatasetSource(Items([COLOUR]), "set").image(2)
 
 
@@ -222,18 +251,29 @@ def test_one_percent_may_be_unreadable() -> None:
     source = ArraySource(np.zeros((200, 2, 2), np.uint8), name="set")
     failures = [Unreadable(f"{index}.png", "an empty file") for index in range(4)]
     check_readable(source, failures[:2])
-    with pytest.raises(InputError, match=r"set: 3 of 200 images cannot be read, .*2\.png \(an empty file\)$"):
+    with pytest.raises(
+        InputError, match=r"set: 3 of 200 images cannot be read, .*2\.png \(an empty file\)$"
+    ):
         check_readable(source, failures[:3])
-    with pytest.raises(InputError, match=r"set: 4 of 200 images.* 2\.png \(an empty file\), \.\.\.$"):
+    with pytest.raises(
+        InputError, match=r"set: 4 of 200 images.* 2\.png \(an empty file\), \.\.\.$"
+    ):
         check_readable(source, failures)
 
 
 def test_sources_survive_pickling(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png")
-    for source in (FileSource([path], np.array([0]), ("x",)), ArraySource(COLOUR[None], np.array([0]), ("x",))):
+    for source in (
+        FileSource([path], np.array([0]), ("x",)),
+        ArraySource(COLOUR[None], np.array([0]), ("x",)),
+    ):
         twin = pickle.loads(pickle.dumps(source))
         np.testing.assert_array_equal(np.asarray(twin.image(0)), np.asarray(source.image(0)))
-        assert (twin.classes, twin.name, twin.describe(0)) == (source.classes, source.name, source.describe(0))
+        assert (twin.classes, twin.name, twin.describe(0)) == (
+            source.classes,
+            source.name,
+            source.describe(0),
+        )
 
 
 @pytest.mark.parametrize("kind", ["gif", "tif", "png"])
@@ -271,19 +311,26 @@ def test_frames_of_a_png_that_are_undone_leave_nothing_behind(tmp_path: Path) ->
 def test_a_long_animation_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, read = FileSource([save_frames(tmp_path / "long.gif", 40)], decode=ALL), []
     seek = GifImageFile._seek
-    monkeypatch.setattr(GifImageFile, "_seek", lambda self, *options: read.append(options) or seek(self, *options))
+    monkeypatch.setattr(
+        GifImageFile, "_seek", lambda self, *options: read.append(options) or seek(self, *options)
+    )
     for index in range(40):
         source.image(index)
     assert len(read) < 3 * 40
 
 
-def test_a_file_whose_frames_cannot_be_counted_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_whose_frames_cannot_be_counted_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = save_frames(tmp_path / "moving.gif", 3)
     with monkeypatch.context() as patch:
         patch.setattr(GifImageFile, "n_frames", property(lambda self: [].pop()))
         source = FileSource([path, save(tmp_path / "one.png")], decode=ALL)
     for part in (source, source.take(np.array([0]), "part"), pickle.loads(pickle.dumps(source))):
-        with pytest.raises(UnreadableError, match=r"moving\.gif: .*its frames cannot be counted: pop from empty list"):
+        with pytest.raises(
+            UnreadableError,
+            match=r"moving\.gif: .*its frames cannot be counted: pop from empty list",
+        ):
             part.image(0)
     with pytest.raises(InputError, match="1 of 2 images cannot be read"):
         in_memory(source, workers=0)

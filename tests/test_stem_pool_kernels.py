@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed: numbers and machine code of its kernels are not checked")
+pytest.importorskip(
+    "triton",
+    reason="Triton is not installed: numbers and machine code of its kernels are not checked",
+)
 
 import torch
 from test_batch_norm_kernels import CAPABILITIES, marked
@@ -18,12 +21,16 @@ from vi_simsiam.kernels import batch_norm
 from vi_simsiam.kernels import stem_pool as kernel
 
 
-def compile_for(capability: int, part: str, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> Binary:
+def compile_for(
+    capability: int, part: str, dtype: torch.dtype, shape: tuple[int, int, int, int]
+) -> Binary:
     """What the launcher would launch there for two groups of such images; needs no such GPU."""
     chosen = kernel.plan(*shape, 2, dtype.itemsize, 132)
     names = ("x_ptr", "y_ptr", "taken_ptr", "gradient_ptr", "x_gradient_ptr")
     types = dict.fromkeys(names, f"*{TYPES[dtype]}")
-    types |= dict.fromkeys(("weight_ptr", "bias_ptr", "statistics_ptr", "sums_ptr"), "*fp32") | {"code_ptr": "*u8"}
+    types |= dict.fromkeys(("weight_ptr", "bias_ptr", "statistics_ptr", "sums_ptr"), "*fp32") | {
+        "code_ptr": "*u8"
+    }
     function = kernel.pool_kernel if part == "pool" else kernel.gradient_kernel
     constants: dict[str, Any] = dict(chosen.pool if part == "pool" else chosen.gradient)
     return _compile(function, capability, constants, types)
@@ -34,7 +41,9 @@ def compile_for(capability: int, part: str, dtype: torch.dtype, shape: tuple[int
     ("capability", "part", "dtype", "size"),
     [
         marked(*shape, every_day=shape[0] == 90 or shape[2:] == (torch.bfloat16, 64))
-        for shape in itertools.product(CAPABILITIES, ("pool", "gradient"), (torch.bfloat16, torch.float32), (64, 63))
+        for shape in itertools.product(
+            CAPABILITIES, ("pool", "gradient"), (torch.bfloat16, torch.float32), (64, 63)
+        )
     ],
 )
 def test_machine_code(capability: int, part: str, dtype: torch.dtype, size: int) -> None:
@@ -49,7 +58,12 @@ def test_machine_code(capability: int, part: str, dtype: torch.dtype, size: int)
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[_NoGPU]:
-    kernels = (kernel.statistics_kernel, kernel.pool_kernel, kernel.sums_kernel, kernel.gradient_kernel)
+    kernels = (
+        kernel.statistics_kernel,
+        kernel.pool_kernel,
+        kernel.sums_kernel,
+        kernel.gradient_kernel,
+    )
     yield from without_gpu(monkeypatch, kernels)
 
 
@@ -58,7 +72,9 @@ def _launch(images: int, channels: int, height: int, width: int, dtype: torch.dt
     groups, layout = 2, torch.channels_last
     x = torch.empty((images, channels, height, width), dtype=dtype).to(memory_format=layout)
     shape = images, channels, kernel.pooled(height), kernel.pooled(width)
-    y, taken, gradient = (torch.empty(shape, dtype=dtype).to(memory_format=layout) for _ in range(3))
+    y, taken, gradient = (
+        torch.empty(shape, dtype=dtype).to(memory_format=layout) for _ in range(3)
+    )
     codes, statistics = torch.empty_like(y, dtype=torch.uint8), torch.empty(3, groups, channels)
     tickets = torch.zeros(16, dtype=torch.int32)
     chosen = kernel.plan(*x.shape, groups, dtype.itemsize, 132)
@@ -75,7 +91,9 @@ def _launch(images: int, channels: int, height: int, width: int, dtype: torch.dt
 @compiles
 def test_machine_code_serves_images_of_other_sizes(no_gpu: _NoGPU) -> None:
     _launch(8, 64, 64, 64, torch.bfloat16)
-    assert len(no_gpu.launches) == len(no_gpu.loaded) == 8  # four kernels, with and without parameters
+    assert (
+        len(no_gpu.launches) == len(no_gpu.loaded) == 8
+    )  # four kernels, with and without parameters
     _launch(12, 64, 64, 64, torch.bfloat16)
     _launch(8, 64, 32, 64, torch.bfloat16)
     assert len(no_gpu.launches) == 24

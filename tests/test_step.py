@@ -25,14 +25,24 @@ RATES = learning_rates(TrainConfig(epochs=3, lr=0.1, warmup_epochs=0.5), 6)
 
 def backbone() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+        nn.Conv2d(3, 8, 3, stride=2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
     )
 
 
 def make_step(kind: type[SimSiam] = VISimSiam, device: str = "cpu", **options: object) -> TrainStep:
     torch.manual_seed(0)
-    model = kind(backbone(), features=32, dim=16, projector_hidden=16, predictor_hidden=8).to(device).train()
-    return TrainStep(model, RATES, **{"momentum": 0.9, "weight_decay": 1e-2, "loss_scale": 0.1} | options)  # type: ignore[arg-type]
+    model = (
+        kind(backbone(), features=32, dim=16, projector_hidden=16, predictor_hidden=8)
+        .to(device)
+        .train()
+    )
+    return TrainStep(
+        model, RATES, **{"momentum": 0.9, "weight_decay": 1e-2, "loss_scale": 0.1} | options
+    )  # type: ignore[arg-type]
 
 
 def views(step: int) -> list[Tensor]:
@@ -44,7 +54,14 @@ def everything(step: TrainStep) -> list[Tensor]:
     """Weights, BatchNorm's buffers, momentum, learning rate, counter, latch and losses."""
     momenta = [step.optimizer.state[p]["momentum_buffer"] for p in step.model.parameters()]
     rates = [group["lr"] for group in step.optimizer.param_groups]
-    kept = [*step.model.state_dict().values(), *momenta, *rates, step.counter, step.failed, step.losses]
+    kept = [
+        *step.model.state_dict().values(),
+        *momenta,
+        *rates,
+        step.counter,
+        step.failed,
+        step.losses,
+    ]
     return [tensor.clone() for tensor in kept]
 
 
@@ -62,7 +79,9 @@ def test_a_step_is_sgd(clip_norm: float | None) -> None:
     """
     step, reference = make_step(clip_norm=clip_norm), make_step()
     model = reference.model
-    plain = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=1e-2, foreach=False)
+    plain = torch.optim.SGD(
+        model.parameters(), lr=1.0, momentum=0.9, weight_decay=1e-2, foreach=False
+    )
     for i in range(6):
         step(views(i))
         plain.param_groups[0]["lr"] = RATES[i].item()
@@ -74,7 +93,9 @@ def test_a_step_is_sgd(clip_norm: float | None) -> None:
         torch.testing.assert_close(step.losses[i], loss.detach())
         torch.testing.assert_close(step.gradient_norm(), norm)
         assert step.optimizer.param_groups[0]["lr"].item() == RATES[i].item()
-        torch.testing.assert_close(step.model.state_dict(), model.state_dict(), rtol=2e-5, atol=1e-6)
+        torch.testing.assert_close(
+            step.model.state_dict(), model.state_dict(), rtol=2e-5, atol=1e-6
+        )
         model.load_state_dict(step.model.state_dict())
     assert step.counter.item() == 6
 
@@ -105,7 +126,9 @@ def test_the_first_step_starts_momentum_as_torch_does() -> None:
     before = [p.detach().clone() for p in step.model.parameters()]
     step(views(0))
     reference.model.loss(reference.model(views(0)), "auto", 0.1).backward()
-    for start, p, q in zip(before, step.model.parameters(), reference.model.parameters(), strict=True):
+    for start, p, q in zip(
+        before, step.model.parameters(), reference.model.parameters(), strict=True
+    ):
         expected = q.grad + 1e-2 * start
         torch.testing.assert_close(step.optimizer.state[p]["momentum_buffer"], expected)
         torch.testing.assert_close(p.detach(), start - RATES[0] * expected)
@@ -150,12 +173,16 @@ def test_another_network_computes_and_the_model_is_trained() -> None:
 
 def test_a_model_in_ddp_is_refused_and_trains_on() -> None:
     """Refused in its forward: broken off in its backward the wrapper would refuse every later step."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     try:
         step = make_step()
         step.network = DistributedDataParallel(step.model, **_OWN_BUFFERS)
         call = with_stand_in(step, step.state, mode="auto")
-        with pytest.warns(UserWarning, match="it runs a model in DistributedDataParallel, which is not captured"):
+        with pytest.warns(
+            UserWarning, match="it runs a model in DistributedDataParallel, which is not captured"
+        ):
             call(views(0))
         call(views(1))
     finally:
@@ -179,7 +206,9 @@ def feed() -> Iterator[Callable[[str], DeviceFeed]]:
     made: list[DeviceFeed] = []
 
     def make(memory: str) -> DeviceFeed:
-        made.append(KernelFeed(IMAGES, POLICY, batch_size=4, seed=3, device="cpu", memory=memory, segment=4))  # type: ignore[arg-type]
+        made.append(
+            KernelFeed(IMAGES, POLICY, batch_size=4, seed=3, device="cpu", memory=memory, segment=4)
+        )  # type: ignore[arg-type]
         return made[-1]
 
     yield make
@@ -235,7 +264,9 @@ def test_a_captured_run_is_resumed(feed: Callable[[str], DeviceFeed]) -> None:
     assert torch.equal(step.losses[7:], expected.losses[7:])
 
 
-@on_gpu("replays make the views of the steps to come on their second stream, and train as single launches do")
+@on_gpu(
+    "replays make the views of the steps to come on their second stream, and train as single launches do"
+)
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_overlapped_replays_on_a_gpu(memory: str) -> None:
     """The host runs far ahead of the device, across epochs, segments of the table and reused slots."""
@@ -244,8 +275,12 @@ def test_overlapped_replays_on_a_gpu(memory: str) -> None:
     losses: list[Tensor] = []
     for mode in ("on", "off"):
         step = make_step(device="cuda")
-        step.rates.div_(100)  # the whole rate amplifies the last bit of a sum to a whole loss in eight steps
-        feed = DeviceFeed(IMAGES, POLICY, batch_size=4, seed=3, device="cuda", memory=memory, segment=4)  # type: ignore[arg-type]
+        step.rates.div_(
+            100
+        )  # the whole rate amplifies the last bit of a sum to a whole loss in eight steps
+        feed = DeviceFeed(
+            IMAGES, POLICY, batch_size=4, seed=3, device="cuda", memory=memory, segment=4
+        )  # type: ignore[arg-type]
         whole = OverlappedStep(step, feed)
         whole.prepare(0)
         call = capture(whole, state=whole.state, mode=mode)
@@ -263,6 +298,8 @@ def test_overlapped_replays_on_a_gpu(memory: str) -> None:
         alone.load(i + 1)
         expected = alone.make(torch.tensor(i + 1, device="cuda")).views
         for found in made:
-            assert all(torch.equal(a, b) for a, b in zip(found[i], expected, strict=True)), f"views of step {i + 1}"
+            assert all(torch.equal(a, b) for a, b in zip(found[i], expected, strict=True)), (
+                f"views of step {i + 1}"
+            )
     alone.close()
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-2, atol=1e-3)

@@ -33,7 +33,9 @@ from vi_simsiam.engine.trainer import Trainer
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> PackedImages:
-    return in_memory(FileSource(images.generate(tmp_path_factory.mktemp("generated"), count=8, sides=TINY.sides)))
+    return in_memory(
+        FileSource(images.generate(tmp_path_factory.mktemp("generated"), count=8, sides=TINY.sides))
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,9 @@ class OperationTimer(WallTimer):
         class Counter(TorchDispatchMode):
             count = 0
 
-            def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            def __torch_dispatch__(
+                self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
                 self.count += 1
                 return operation(*args, **(kwargs or {}))
 
@@ -61,7 +65,9 @@ class OperationTimer(WallTimer):
         return float(counter.count)
 
 
-def test_a_step_is_measured_whole_and_in_parts(packed: PackedImages, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_measured_whole_and_in_parts(
+    packed: PackedImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(step_parts._STEPS, "cpu", 1)
     monkeypatch.setattr(step, "_CHECKED_STEPS", 2)
     monkeypatch.setattr(torch, "compile", mock.Mock(side_effect=RuntimeError("no compiler")))
@@ -92,7 +98,10 @@ def test_launches_are_counted_after_all_times(
 
     def count(call: Callable[[], object], device: torch.device) -> list[dict[str, Any]]:
         timed.append(
-            [case["providers"][step.STEP]["time"] is not None for case in json.loads(path.read_text())["cases"]]
+            [
+                case["providers"][step.STEP]["time"] is not None
+                for case in json.loads(path.read_text())["cases"]
+            ]
         )
         if len(timed) == 2:
             raise RuntimeError("no profiler")
@@ -106,11 +115,16 @@ def test_launches_are_counted_after_all_times(
     monkeypatch.setattr(
         step,
         "step_cases",
-        lambda *_, short: [TinyStep(ViewCase(2, 16), method) for method in ("vi-simsiam", "simsiam")],
+        lambda *_, short: [
+            TinyStep(ViewCase(2, 16), method) for method in ("vi-simsiam", "simsiam")
+        ],
     )
     monkeypatch.setattr(step, "launches_of", count)
     console = Console(file=io.StringIO(), width=200)
-    with pytest.warns(UserWarning, match="launches with the layers 'torch' are not counted: RuntimeError: no profiler"):
+    with pytest.warns(
+        UserWarning,
+        match="launches with the layers 'torch' are not counted: RuntimeError: no profiler",
+    ):
         step.run(step.Options(device="cpu", rounds=3, kernels=True, out=tmp_path), console)
     assert timed == [[True, True]] * 2, "every time is in the file before"
     first, second = json.loads(path.read_text())["cases"]
@@ -134,8 +148,9 @@ def test_a_step_without_memory_is_a_result(packed: PackedImages) -> None:
         assert step.count_launches(TinyStep(TINY, "simsiam"), found, CPU) == {}
     assert set(found["phases"].values()) == {None}
     assert "out of memory" in shown(tables.step_case(found))
-    assert "| simsiam, 2x16+2x8, batch 4 | out of memory | out of memory | - | - | - | - |" in tables.step_markdown(
-        {**scripted_pipeline("step"), "cases": [found]}
+    assert (
+        "| simsiam, 2x16+2x8, batch 4 | out of memory | out of memory | - | - | - | - |"
+        in tables.step_markdown({**scripted_pipeline("step"), "cases": [found]})
     )
 
 
@@ -159,7 +174,9 @@ def test_a_step_that_trains_otherwise_is_refused(packed: PackedImages) -> None:
     whole.step.rates *= 50
     losses = whole.losses(2)
     whole.close()
-    assert losses[0] == pytest.approx(expected[0], abs=1e-5), "the first loss is that of the same weights and views"
+    assert losses[0] == pytest.approx(expected[0], abs=1e-5), (
+        "the first loss is that of the same weights and views"
+    )
     found = step.judge(losses, expected, 1e-4)
     assert found["failure"].startswith("wrong: losses ")
     assert found["losses"] == losses
@@ -182,7 +199,12 @@ def test_a_step_that_trains_otherwise_is_refused(packed: PackedImages) -> None:
     ],
 )  # fmt: skip
 def test_the_tolerance_lies_between_rounding_and_missed_updates(
-    method: Method, rate: float, exact: list[float], rounded: list[float], without_updates: list[float], scale: float
+    method: Method,
+    rate: float,
+    exact: list[float],
+    rounded: list[float],
+    without_updates: list[float],
+    scale: float,
 ) -> None:
     """The first losses, 2x128 views of 64 images: in float32, with bfloat16, and with weights that stay."""
     assert step_parts._LR[method] == rate, "the losses are those of this rate"
@@ -193,7 +215,12 @@ def test_the_tolerance_lies_between_rounding_and_missed_updates(
 
 def test_phases_are_differences() -> None:
     medians = {step.STEP: 110, step.AT_HAND: 100, "augmentation": 30}
-    medians |= {"forward": 30, "forward + loss": 32, "forward + loss + backward": 90, "optimiser": 6}
+    medians |= {
+        "forward": 30,
+        "forward + loss": 32,
+        "forward + loss + backward": 90,
+        "optimiser": 6,
+    }
     found = {name: {"time": {"median_us": value}} for name, value in medians.items()}
     assert step.phases(found) == {
         "augmentation": 30, "exposed augmentation": 10, "forward": 30, "loss": 2, "backward": 58, "optimiser": 6, "gaps": 4,
@@ -218,8 +245,14 @@ def test_gpu_step_is_captured_and_has_all_phases() -> None:
     device = torch.device("cuda")
     case = StepCase(ViewCase(32, 32, 2, 16, sides=(32, 40)), "vi-simsiam")
     made = step._images(case, "cuda")
-    found = step.measure_case(case, made, device, timer_for(device), rounds=3, without_compile="left out")
-    failures = {name: provider["failure"] for name, provider in found["providers"].items() if provider["failure"]}
+    found = step.measure_case(
+        case, made, device, timer_for(device), rounds=3, without_compile="left out"
+    )
+    failures = {
+        name: provider["failure"]
+        for name, provider in found["providers"].items()
+        if provider["failure"]
+    }
     assert failures == dict.fromkeys((step.COMPILED, f"{step.AT_HAND}, torch.compile"), "left out")
     launches = step.count_launches(case, found, device)
     assert launches.keys() == {"torch, view by view", "torch", "kernels"}

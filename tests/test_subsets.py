@@ -26,7 +26,9 @@ def source(counts: tuple[int, ...], name: str = "some") -> ArraySource:
     """Image i is uniformly i; labels are mixed."""
     labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
     labels = labels[np.argsort(np.random.PCG64(0).random_raw(len(labels)))]
-    images = np.broadcast_to(np.arange(len(labels), dtype=np.uint8)[:, None, None], (len(labels), 2, 3)).copy()
+    images = np.broadcast_to(
+        np.arange(len(labels), dtype=np.uint8)[:, None, None], (len(labels), 2, 3)
+    ).copy()
     return ArraySource(images, labels, [f"class {i}" for i in range(len(counts))], name)
 
 
@@ -46,11 +48,17 @@ def chosen(counts: tuple[int, ...], **options: float) -> Splits:
         ((40, 40, 40), 32, [11, 11, 10]),
         ((60, 30, 10), 10, [6, 3, 1]),
         ((57, 33, 10), 10, [6, 3, 1]),  # quotas 5.7, 3.3, 1.0
-        ((50, 26, 24), 7, [3, 2, 2]),  # quotas 3.5, 1.82, 1.68: the larger remainders get the two left over
+        (
+            (50, 26, 24),
+            7,
+            [3, 2, 2],
+        ),  # quotas 3.5, 1.82, 1.68: the larger remainders get the two left over
         ((3, 2, 1), 6, [3, 2, 1]),
     ],
 )
-def test_classes_keep_their_shares(counts: tuple[int, ...], images: int, expected: list[int]) -> None:
+def test_classes_keep_their_shares(
+    counts: tuple[int, ...], images: int, expected: list[int]
+) -> None:
     whole = source(counts)
     train = select(Splits("some", whole, None), images=images).train
     assert train.labels is not None
@@ -64,7 +72,9 @@ def test_classes_keep_their_shares(counts: tuple[int, ...], images: int, expecte
 
 
 def test_a_draw_is_its_seeds_and_a_smaller_one_lies_in_it() -> None:
-    first, again, other = (numbers(chosen((50, 50), images=40, seed=seed).train) for seed in (1, 1, 2))
+    first, again, other = (
+        numbers(chosen((50, 50), images=40, seed=seed).train) for seed in (1, 1, 2)
+    )
     assert first == again
     assert first != other
     assert set(numbers(chosen((50, 50), images=20, seed=1).train)) < set(first)
@@ -101,9 +111,14 @@ def test_without_labels_it_is_a_plain_draw() -> None:
 def test_too_many_images_and_none_held_out_are_named() -> None:
     with pytest.raises(InputError, match="images: 81 is not accepted; some has 80 to train on"):
         chosen((50, 50), images=81, held_out=0.2)
-    with pytest.raises(InputError, match="held_out: 0.001 is not accepted; of 100 images that is none"):
+    with pytest.raises(
+        InputError, match="held_out: 0.001 is not accepted; of 100 images that is none"
+    ):
         chosen((50, 50), held_out=0.001)
-    with pytest.raises(InputError, match="held_out: 0.999 is not accepted; of 100 images it leaves none to train on"):
+    with pytest.raises(
+        InputError,
+        match="held_out: 0.999 is not accepted; of 100 images it leaves none to train on",
+    ):
         chosen((50, 50), held_out=0.999)
 
 
@@ -146,7 +161,10 @@ def test_packed_images_share_the_pixels(tmp_path: Path, on_disk: bool) -> None:
             assert images.labels[i] == index % 2
     policy = AugmentConfig(size=8, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), jitter_prob=0, grayscale_prob=0, blur_prob=0, flip_prob=0)  # fmt: skip
     copied = ArrayPart([whole.image(i) for i in indices])
-    a, b = (next(iter(MultiViewLoader(x, policy, 3, seed=1, workers=0).epoch(0))) for x in (part, copied))
+    a, b = (
+        next(iter(MultiViewLoader(x, policy, 3, seed=1, workers=0).epoch(0)))
+        for x in (part, copied)
+    )
     assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
 
 
@@ -166,7 +184,9 @@ class ArrayPart(ImageSource):
         return f"array/{index}"
 
 
-def test_files_that_both_parts_hold_are_left_out_of_both(image_folder: Path, tmp_path: Path) -> None:
+def test_files_that_both_parts_hold_are_left_out_of_both(
+    image_folder: Path, tmp_path: Path
+) -> None:
     """A copy under another name and class; a file of equal size and other content stays."""
     data = tmp_path / "data"
     shutil.copytree(image_folder, data)

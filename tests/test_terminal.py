@@ -39,9 +39,14 @@ def test_benchmarks_print_paths_whole(tmp_path: Path, monkeypatch: pytest.Monkey
     terminal, folder = Terminal(), tmp_path / ODD.replace("/", "-")
     suite = Suite("augment", SuiteOptions(device="cpu", out=folder), terminal)
     suite.finish([], lambda result, path: [path / "plot.png"])
-    assert terminal.lines == [f"written: {folder}/cpu/augment.json", f"written: {folder}/cpu/plot.png"]
+    assert terminal.lines == [
+        f"written: {folder}/cpu/augment.json",
+        f"written: {folder}/cpu/plot.png",
+    ]
     terminal = Terminal()
-    monkeypatch.setattr(accuracy, "make_providers", lambda form, device: {"cpu": "not available: [/x] is lost"})
+    monkeypatch.setattr(
+        accuracy, "make_providers", lambda form, device: {"cpu": "not available: [/x] is lost"}
+    )
     accuracy.run(accuracy.Options(device="cpu", out=folder), terminal)
     assert terminal.lines[-1] == f"written: {folder}/cpu/accuracy.json"
     assert "[/x]" in terminal.written.getvalue()
@@ -68,10 +73,14 @@ def test_experiments_show_logs_and_data_as_they_are(tmp_path: Path) -> None:
     save_images(images, 4)
     config = tiny_config(f"folder:{images}")
     with pytest.raises(InputError, match="has no labels"):  # before anything is trained
-        _decode([Arm("a", config, "")], Place(cache_dir=tmp_path / "cache"), Terminal(), measured=True)
+        _decode(
+            [Arm("a", config, "")], Place(cache_dir=tmp_path / "cache"), Terminal(), measured=True
+        )
 
     terminal = Terminal()
-    batch = _Batch([Task(Arm("a", config, ""), 0, tmp_path, {})], ["cpu"], Place(), terminal, [], "")
+    batch = _Batch(
+        [Task(Arm("a", config, ""), 0, tmp_path, {})], ["cpu"], Place(), terminal, [], ""
+    )
     (run,) = batch.runs
     run.log.parent.mkdir()
     run.log.write_text("reading [/x] [red]\n")

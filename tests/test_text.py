@@ -22,7 +22,12 @@ from vi_simsiam.text import counted
 
 def test_a_count_agrees_with_its_noun() -> None:
     found = [counted(count, "unreadable image") for count in (0, 1, 2, 8000)]
-    assert found == ["0 unreadable images", "1 unreadable image", "2 unreadable images", "8,000 unreadable images"]
+    assert found == [
+        "0 unreadable images",
+        "1 unreadable image",
+        "2 unreadable images",
+        "8,000 unreadable images",
+    ]
 
 
 def test_an_irregular_plural_can_be_given() -> None:
@@ -37,7 +42,14 @@ def test_messages_about_one_thing_say_so(tmp_path: Path) -> None:
     assert left_out([Unreadable("a.png", "empty")]) == "1 unreadable image left out: a.png (empty)"
     with pytest.raises(InputError, match=r"held_out: 0.2 is not accepted; of 1 image that is none"):
         select(Splits("mine", one, None), held_out=0.2)
-    case = {"views": 1, "targets": 2, "distribution": "cosine", "batch": 3, "dim": 4, "dtype": "float32"}
+    case = {
+        "views": 1,
+        "targets": 2,
+        "distribution": "cosine",
+        "batch": 3,
+        "dim": 4,
+        "dtype": "float32",
+    }
     assert case_label(case) == "3 x 4, 1 view, float32, cosine"
     assert _images({"images": [9, 1], "val_images": [1], "common": {"epochs": 1}}) == (
         "9 or 1 training image, 1 validation image, 1 epoch"

@@ -31,7 +31,9 @@ def quiet() -> Console:
 def test_recorder_stands_still_while_features_are_evaluated() -> None:
     now = iter([100.0, 110.0, 114.0, 124.0, 128.0, 129.0])
     accuracies = iter([0.5, 0.7])
-    recorder = Recorder(CPU, evaluate=lambda _: next(accuracies), every=1, epochs=2, clock=lambda: next(now))
+    recorder = Recorder(
+        CPU, evaluate=lambda _: next(accuracies), every=1, epochs=2, clock=lambda: next(now)
+    )
     recorder.epoch_done(nn.Identity(), torch.ones(()))
     recorder.epoch_done(nn.Identity(), torch.ones(()))
     recorder.finish()
@@ -64,7 +66,9 @@ def test_trainings_are_compared_in_turn_and_failures_recorded(tmp_path: Path) ->
 
         return call
 
-    options = train.Options(device="cpu", rounds=2, images=8, size=8, batch_size=4, epochs=3, workers=0, out=tmp_path)
+    options = train.Options(
+        device="cpu", rounds=2, images=8, size=8, batch_size=4, epochs=3, workers=0, out=tmp_path
+    )
     given = {name: trains(name) for name in ("vi-simsiam", "lightly", "plain PyTorch")}
     result = train.run(options, quiet(), providers=given, clock=lambda: float(next(seconds)))
     assert order == ["lightly", "vi-simsiam", "plain PyTorch", "vi-simsiam", "plain PyTorch"]
@@ -77,15 +81,24 @@ def test_trainings_are_compared_in_turn_and_failures_recorded(tmp_path: Path) ->
     assert 0 <= mine["knn_top1"] <= 1
     assert case["providers"]["lightly"]["failure"] == "ImportError: lightly is not installed"
     again = train.run(
-        dataclasses.replace(options, resume=True), quiet(), providers=given, clock=lambda: float(next(seconds))
+        dataclasses.replace(options, resume=True),
+        quiet(),
+        providers=given,
+        clock=lambda: float(next(seconds)),
     )
     assert len(again["cases"]) == 1, "the same case is measured anew, not twice in the file"
     assert json.loads((tmp_path / "cpu" / "train.json").read_text())["benchmark"] == "train"
     assert (tmp_path / "cpu" / "train.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(InputError, match="no provider's name contains 'x'; there are 'vi-simsiam', 'lightly'"):
+    with pytest.raises(
+        InputError, match="no provider's name contains 'x'; there are 'vi-simsiam', 'lightly'"
+    ):
         train.run(dataclasses.replace(options, only="x"), quiet(), providers=given)
-    with pytest.raises(InputError, match="batch_size: 300 must be at most 256, the number of training images"):
-        train.run(dataclasses.replace(options, images=None, batch_size=300), quiet(), providers=given)
+    with pytest.raises(
+        InputError, match="batch_size: 300 must be at most 256, the number of training images"
+    ):
+        train.run(
+            dataclasses.replace(options, images=None, batch_size=300), quiet(), providers=given
+        )
 
 
 def test_a_benchmark_that_is_stopped_leaves_the_trainings_before(tmp_path: Path) -> None:
@@ -96,7 +109,9 @@ def test_a_benchmark_that_is_stopped_leaves_the_trainings_before(tmp_path: Path)
     def stopped(training: train_peers.Training, recorder: Recorder) -> None:
         raise KeyboardInterrupt
 
-    options = train.Options(device="cpu", images=8, size=8, batch_size=4, epochs=2, workers=0, out=tmp_path)
+    options = train.Options(
+        device="cpu", images=8, size=8, batch_size=4, epochs=2, workers=0, out=tmp_path
+    )
     given = {"vi-simsiam": trains, "plain PyTorch": stopped, "lightly": trains}
     with pytest.raises(KeyboardInterrupt):
         train.run(options, quiet(), providers=given)
@@ -128,18 +143,31 @@ def test_a_training_that_diverged_or_ended_early_has_no_speed(
             recorder.epoch_done(Constant(), torch.tensor(loss))
 
     options = train.Options(device="cpu", images=8, size=8, batch_size=4, epochs=2, workers=0)
-    found = train.run(options, quiet(), providers={"lightly": trains})["cases"][0]["providers"]["lightly"]
+    found = train.run(options, quiet(), providers={"lightly": trains})["cases"][0]["providers"][
+        "lightly"
+    ]
     assert found["failure"] == reason
     assert found["correct"] == (found["time"] is not None) == (reason is None)
 
 
 def test_a_training_that_learnt_much_less_than_lightlys_has_no_speed() -> None:
-    accuracies = {"lightly": 0.6, train_peers.OURS_SIMSIAM: 0.4, train_peers.PLAIN: 0.52, train_peers.OURS: 0.4}
-    found = {name: {"knn_top1": share, "correct": True, "time": {}} for name, share in accuracies.items()}
+    accuracies = {
+        "lightly": 0.6,
+        train_peers.OURS_SIMSIAM: 0.4,
+        train_peers.PLAIN: 0.52,
+        train_peers.OURS: 0.4,
+    }
+    found = {
+        name: {"knn_top1": share, "correct": True, "time": {}} for name, share in accuracies.items()
+    }
     train.refuse_worse(found, images=50)
-    assert all(values["correct"] for values in found.values()), "within four standard errors of so few images"
+    assert all(values["correct"] for values in found.values()), (
+        "within four standard errors of so few images"
+    )
     train.refuse_worse(found, images=1000)
-    assert [name for name, values in found.items() if not values["correct"]] == [train_peers.OURS_SIMSIAM]
+    assert [name for name, values in found.items() if not values["correct"]] == [
+        train_peers.OURS_SIMSIAM
+    ]
     assert found[train_peers.OURS_SIMSIAM]["failure"] == "wrong: kNN top-1 40.0%, lightly's 60.0%"
     assert found[train_peers.OURS_SIMSIAM]["time"] is None
 
@@ -163,7 +191,9 @@ def test_each_training_trains(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     """The whole way with a tiny network: the pace of the clock and the accuracy are there, and the weights moved."""
     if name == train_peers.LIGHTLY:
         pytest.importorskip("lightly")
-    monkeypatch.setattr(Trainer, "_launched", lambda trainer, replay: {"captured": True})  # as on a GPU
+    monkeypatch.setattr(
+        Trainer, "_launched", lambda trainer, replay: {"captured": True}
+    )  # as on a GPU
     small = ModelConfig(dim=16, projector_hidden=8, predictor_hidden=8)
     before: list[float] = []
 
@@ -172,7 +202,9 @@ def test_each_training_trains(name: str, tmp_path: Path, monkeypatch: pytest.Mon
         recorder.epoch_done = _seen(recorder.epoch_done, before)  # type: ignore[method-assign]
         train_peers.PROVIDERS[name](dataclasses.replace(training, config=config), recorder)
 
-    options = train.Options(device="cpu", images=8, size=16, batch_size=4, epochs=2, workers=0, out=tmp_path)
+    options = train.Options(
+        device="cpu", images=8, size=16, batch_size=4, epochs=2, workers=0, out=tmp_path
+    )
     result = train.run(options, quiet(), providers={name: watched})
     found = result["cases"][0]["providers"][name]
     assert found["correct"], found["failure"]
@@ -196,7 +228,9 @@ def test_short_is_long_enough_for_the_device(
 ) -> None:
     given: list[train.Options] = []
     monkeypatch.setattr(train, "resolve_device", torch.device)
-    monkeypatch.setattr(train, "Suite", lambda name, options, *more: given.append(options) or _stop())
+    monkeypatch.setattr(
+        train, "Suite", lambda name, options, *more: given.append(options) or _stop()
+    )
     with pytest.raises(InterruptedError):
         train.run(train.Options(device=device, short=True, epochs=9), quiet())
     assert (given[0].images, given[0].epochs) == extent
@@ -206,7 +240,9 @@ def _stop() -> None:
     raise InterruptedError
 
 
-def _seen(epoch_done: Callable[[nn.Module, Tensor], None], sums: list[float]) -> Callable[[nn.Module, Tensor], None]:
+def _seen(
+    epoch_done: Callable[[nn.Module, Tensor], None], sums: list[float]
+) -> Callable[[nn.Module, Tensor], None]:
     def call(backbone: nn.Module, loss: Tensor) -> None:
         sums.append(sum(parameter.abs().sum().item() for parameter in backbone.parameters()))
         epoch_done(backbone, loss)
@@ -219,7 +255,9 @@ def test_every_training_has_the_same_loss() -> None:
     predictions = [torch.randn(4, 8, generator=generator) for _ in range(3)]
     targets = [torch.randn(4, 8, generator=generator) for _ in range(2)]
     found = train_peers._symmetric_loss(predictions, targets)
-    assert found.item() == pytest.approx(cosine_loss(tuple(predictions), tuple(targets)).item(), abs=1e-6)
+    assert found.item() == pytest.approx(
+        cosine_loss(tuple(predictions), tuple(targets)).item(), abs=1e-6
+    )
 
 
 @pytest.mark.gpu
@@ -227,6 +265,8 @@ def test_every_training_has_the_same_loss() -> None:
 @pytest.mark.parametrize("name", [train_peers.PLAIN, train_peers.LIGHTLY, train_peers.OURS])
 def test_gpu_training_of_each_provider(name: str) -> None:
     options = train.Options(device="cuda", images=64, batch_size=32, epochs=2, workers=1)
-    found = train.run(options, quiet(), providers={name: train_peers.PROVIDERS[name]})["cases"][0]["providers"][name]
+    found = train.run(options, quiet(), providers={name: train_peers.PROVIDERS[name]})["cases"][0][
+        "providers"
+    ][name]
     assert found["correct"] or "not installed" in found["failure"], found["failure"]
     assert not found["correct"] or found["peak_bytes"] > 10**8

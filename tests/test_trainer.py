@@ -71,7 +71,9 @@ def learned(lines: list[dict[str, float]]) -> bool:
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
 class Watched:
@@ -89,7 +91,9 @@ class Watched:
 
 
 @pytest.mark.parametrize("method", ["vi-simsiam", "simsiam"])
-def test_training_lowers_the_loss_and_writes_the_run(image_folder: Path, tmp_path: Path, method: str) -> None:
+def test_training_lowers_the_loss_and_writes_the_run(
+    image_folder: Path, tmp_path: Path, method: str
+) -> None:
     settings = config(image_folder, method=method, epochs=12, lr=0.05)
     trainer = train(settings, tmp_path / "run")
     lines = metrics(tmp_path / "run")
@@ -178,7 +182,9 @@ def test_an_epoch_is_done_before_its_checkpoint(image_folder: Path, tmp_path: Pa
     assert trainer.saved_step == 10
 
 
-def test_resume_drops_metrics_written_after_the_checkpoint(image_folder: Path, tmp_path: Path) -> None:
+def test_resume_drops_metrics_written_after_the_checkpoint(
+    image_folder: Path, tmp_path: Path
+) -> None:
     """A run that was killed has lines that its checkpoint knows nothing of."""
     train(config(image_folder), tmp_path / "run")
     path = tmp_path / "run" / "checkpoint.pt"
@@ -203,7 +209,8 @@ def test_not_a_number_stops_and_keeps_the_last_good_checkpoint(
 
     monkeypatch.setattr(trainer.model, "loss", broken)
     with pytest.raises(
-        TrainingError, match=r"not finite at step 7 \(epoch 2\); the last good checkpoint is .*checkpoint.pt"
+        TrainingError,
+        match=r"not finite at step 7 \(epoch 2\); the last good checkpoint is .*checkpoint.pt",
     ):
         trainer.fit()
     kept = Checkpoint.load(tmp_path / "run" / "checkpoint.pt", torch.device("cpu"))
@@ -221,14 +228,19 @@ def test_weights_that_are_not_finite_are_not_saved(image_folder: Path, tmp_path:
 
 
 def test_clipping_bounds_the_update(image_folder: Path, tmp_path: Path) -> None:
-    trainer = Trainer(config(image_folder, clip_norm=1e-3, weight_decay=0.0), tmp_path / "run", console=QUIET)
+    trainer = Trainer(
+        config(image_folder, clip_norm=1e-3, weight_decay=0.0), tmp_path / "run", console=QUIET
+    )
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     trainer.model.train()
     batch = next(iter(trainer.loader.epoch(0)))
     trainer.train_step(batch.views)
     norm = trainer.train_step.gradient_norm()
     moved = torch.stack(
-        [(new - old).square().sum() for new, old in zip(trainer.model.parameters(), before, strict=True)]
+        [
+            (new - old).square().sum()
+            for new, old in zip(trainer.model.parameters(), before, strict=True)
+        ]
     )
     assert norm > 1e-3
     assert moved.sum().sqrt().item() == pytest.approx(1e-3 * 0.02, rel=1e-3)
@@ -289,7 +301,10 @@ def test_every_run_without_a_name_gets_a_folder_of_its_own(
     names = [Trainer(config(image_folder), console=QUIET).folder.name for _ in range(2)]
     assert names == [f"{image_folder.name}-vi-simsiam-001", f"{image_folder.name}-vi-simsiam-002"]
     assert new_folder(tmp_path / "runs", config(image_folder)).name.endswith("-003")
-    assert new_folder(tmp_path, config(image_folder, data="pack:mine.pack")).name == "mine-vi-simsiam-001"
+    assert (
+        new_folder(tmp_path, config(image_folder, data="pack:mine.pack")).name
+        == "mine-vi-simsiam-001"
+    )
 
 
 def test_a_run_can_be_resumed_before_its_first_epoch_ends(
@@ -326,7 +341,8 @@ def test_resume_notices_that_the_data_changed(image_folder: Path, tmp_path: Path
     train(settings, tmp_path / "run")
     (data / "train" / "dark" / "00.png").unlink()
     with pytest.raises(
-        InputError, match="has changed since the run was trained on it: 39 readable training images, not 40"
+        InputError,
+        match="has changed since the run was trained on it: 39 readable training images, not 40",
     ):
         Trainer(settings, tmp_path / "run", resume=True)
 
@@ -336,14 +352,24 @@ def test_how_a_pack_was_decoded_is_how_its_run_goes_on(image_folder: Path, tmp_p
     pack(white.train, tmp_path / "x.pack", workers=0)
     settings = config(image_folder, data=f"pack:{tmp_path / 'x.pack'}", epochs=1)
     train(settings, tmp_path / "run")
-    assert Trainer(settings, tmp_path / "run", resume=True, console=QUIET).config.decode == white.train.decode
-    with pytest.raises(InputError, match=r"decode.background: white -> gray; leave these options out"):
+    assert (
+        Trainer(settings, tmp_path / "run", resume=True, console=QUIET).config.decode
+        == white.train.decode
+    )
+    with pytest.raises(
+        InputError, match=r"decode.background: white -> gray; leave these options out"
+    ):
         Trainer(config(image_folder, epochs=1), tmp_path / "run", resume=True)
     black = tmp_path / "black.pack"
-    pack(open_dataset(str(image_folder), decode=DecodeConfig(background="black")).train, black, workers=0)
+    pack(
+        open_dataset(str(image_folder), decode=DecodeConfig(background="black")).train,
+        black,
+        workers=0,
+    )
     moved = dataclasses.replace(settings, data=f"pack:{black}")
     with pytest.raises(
-        InputError, match=r"background: white -> black; .*black.pack was decoded so; decode it as the run's"
+        InputError,
+        match=r"background: white -> black; .*black.pack was decoded so; decode it as the run's",
     ):
         Trainer(moved, tmp_path / "run", resume=True)
 
@@ -354,7 +380,9 @@ def test_unreadable_images_are_named_as_they_are(image_folder: Path, tmp_path: P
     for i in range(120):
         shutil.copytree(image_folder / "train" / "dark", data / str(i), dirs_exist_ok=True)
     (data / "0" / "[bold]00[nonsense].png").write_bytes(b"no image")
-    with pytest.warns(ImageWarning, match=r"1 unreadable image left out: .*\[bold\]00\[nonsense\]\.png"):
+    with pytest.warns(
+        ImageWarning, match=r"1 unreadable image left out: .*\[bold\]00\[nonsense\]\.png"
+    ):
         trainer = Trainer(config(data), tmp_path / "run", console=QUIET)
     assert len(trainer.loader.source) == 2400
 
@@ -367,7 +395,9 @@ def test_damaged_runs_are_named(image_folder: Path, tmp_path: Path) -> None:
     whole = checkpoint.read_bytes()
     for damaged in (whole[:1000], b"", b"no checkpoint"):
         checkpoint.write_bytes(damaged)
-        with pytest.raises(InputError, match=r"checkpoint.pt cannot be read: it is damaged or no checkpoint"):
+        with pytest.raises(
+            InputError, match=r"checkpoint.pt cannot be read: it is damaged or no checkpoint"
+        ):
             load_run(tmp_path / "run", device="cpu")
     checkpoint.write_bytes(whole)
     other = config(image_folder, model=ModelConfig(dim=16)).to_dict()
@@ -407,14 +437,23 @@ def test_statistics_of_spread_and_collapsed_representations() -> None:
     assert effective_rank(torch.eye(5)) == pytest.approx(5.0)
 
     probabilistic = VISimSiam(
-        torch.nn.Flatten(), features=64, dim=64, concentration_scale=2.0, concentration_link="softplus"
+        torch.nn.Flatten(),
+        features=64,
+        dim=64,
+        concentration_scale=2.0,
+        concentration_link="softplus",
     )
     raw = torch.cat([spread, torch.zeros(256, 1)], 1)
     found = representation_statistics(probabilistic, Output((raw, raw), (spread, spread)))
     assert found["kappa"] == pytest.approx(2 * 0.693147 / 63, rel=1e-5)
     assert 1e4 < found["kappa_best"] < 1e7, "cosines of 1: large, and finite"
     away = torch.cat([-spread, torch.zeros(256, 1)], 1)
-    assert representation_statistics(probabilistic, Output((away, away), (spread, spread)))["kappa_best"] == 0
+    assert (
+        representation_statistics(probabilistic, Output((away, away), (spread, spread)))[
+            "kappa_best"
+        ]
+        == 0
+    )
 
 
 def test_the_best_kappa_and_the_spread_of_the_projections() -> None:
@@ -439,7 +478,9 @@ def test_collapse_is_announced_once(image_folder: Path, tmp_path: Path) -> None:
     trainer = Trainer(config(image_folder), tmp_path / "run", console=console)
     trainer.model.projector.register_forward_hook(lambda module, inputs, z: z[:1] + 1e-3 * z)
     trainer.fit()
-    assert console.export_text().count("collapsed since step 2: z-std 0.00") == 2  # as a warning, and at the end
+    assert (
+        console.export_text().count("collapsed since step 2: z-std 0.00") == 2
+    )  # as a warning, and at the end
 
 
 def test_unknown_devices_are_named() -> None:
@@ -462,6 +503,9 @@ def test_the_loss_is_logged_without_its_scale(image_folder: Path, tmp_path: Path
 
 def test_loss_scale_divides_by_the_dimension(image_folder: Path, tmp_path: Path) -> None:
     assert Trainer(config(image_folder), tmp_path / "a", console=QUIET).loss_scale == 1 / 31
-    assert Trainer(config(image_folder, method="simsiam"), tmp_path / "b", console=QUIET).loss_scale == 1.0
+    assert (
+        Trainer(config(image_folder, method="simsiam"), tmp_path / "b", console=QUIET).loss_scale
+        == 1.0
+    )
     literal = config(image_folder, loss=LossConfig(concentration_scale=1.0, loss_scale=1.0))
     assert Trainer(literal, tmp_path / "c", console=QUIET).loss_scale == 1.0

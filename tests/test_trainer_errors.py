@@ -19,7 +19,9 @@ from vi_simsiam.errors import InputError, TrainingError
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="signals of POSIX")
-def test_a_dead_worker_costs_no_step(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_worker_costs_no_step(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The run is saved where it was, and resumed it is the run that lost no worker."""
     settings = config(image_folder, workers=1, save_every=3600.0, epochs=4)
     train(settings, tmp_path / "whole")
@@ -34,7 +36,8 @@ def test_a_dead_worker_costs_no_step(image_folder: Path, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(trainer, "train_step", Watched(trainer.train_step, kill_the_worker))
     with pytest.raises(
-        TrainingError, match=r"workers: a process that prepares images has ended .*; saved at step \d+"
+        TrainingError,
+        match=r"workers: a process that prepares images has ended .*; saved at step \d+",
     ) as caught:
         trainer.fit()
     assert "\n" not in str(caught.value)
@@ -57,12 +60,15 @@ def test_a_gpu_that_is_too_small_is_one_readable_error(
     monkeypatch.setattr(trainer, "train_step", Watched(trainer.train_step, exhausted))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 8 * 10**9))
     with pytest.raises(
-        TrainingError, match=r"Tried to allocate 20.00 GiB \(1.0 of 8.0 GB are free\); a smaller --batch-size"
+        TrainingError,
+        match=r"Tried to allocate 20.00 GiB \(1.0 of 8.0 GB are free\); a smaller --batch-size",
     ):
         trainer.fit()
 
 
-def test_a_run_killed_while_its_configuration_was_written_is_started_again(image_folder: Path, tmp_path: Path) -> None:
+def test_a_run_killed_while_its_configuration_was_written_is_started_again(
+    image_folder: Path, tmp_path: Path
+) -> None:
     """The file that was not finished is no other file, and goes; one beside it is, and stays."""
     folder = tmp_path / "run"
     folder.mkdir()
@@ -78,17 +84,31 @@ def test_a_run_killed_while_its_configuration_was_written_is_started_again(image
     assert (folder / "checkpoint.pt").is_file()
 
 
-def test_a_batch_that_is_too_large_is_refused_before_anything_is_decoded(image_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"batch_size: 41 must be at most 40, the images in .*train"):
-        Trainer(config(image_folder, batch_size=41, cache_dir=tmp_path / "cache"), tmp_path / "run", console=QUIET)
+def test_a_batch_that_is_too_large_is_refused_before_anything_is_decoded(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        InputError, match=r"batch_size: 41 must be at most 40, the images in .*train"
+    ):
+        Trainer(
+            config(image_folder, batch_size=41, cache_dir=tmp_path / "cache"),
+            tmp_path / "run",
+            console=QUIET,
+        )
     assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(
     ("offline", "message"),
     [
-        (False, r"pretrained: https://.*/(\S+) could not be downloaded \(no route\); a copy is recognised as HERE/\1$"),
-        (True, r"pretrained: no copy of the weights found \(looked for HERE/\S+\), and downloading is off$"),
+        (
+            False,
+            r"pretrained: https://.*/(\S+) could not be downloaded \(no route\); a copy is recognised as HERE/\1$",
+        ),
+        (
+            True,
+            r"pretrained: no copy of the weights found \(looked for HERE/\S+\), and downloading is off$",
+        ),
     ],
 )
 def test_weights_that_cannot_be_had_are_one_line(
@@ -101,7 +121,11 @@ def test_weights_that_cannot_be_had_are_one_line(
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_route)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     settings = config(image_folder, offline=offline)
-    settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, pretrained=True))
-    with pytest.raises(InputError, match=message.replace("HERE", str(tmp_path / "hub" / "checkpoints"))):
+    settings = dataclasses.replace(
+        settings, model=dataclasses.replace(settings.model, pretrained=True)
+    )
+    with pytest.raises(
+        InputError, match=message.replace("HERE", str(tmp_path / "hub" / "checkpoints"))
+    ):
         Trainer(settings, tmp_path / "run", console=QUIET)
     assert not (tmp_path / "run").exists()

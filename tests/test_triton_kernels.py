@@ -21,7 +21,10 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed: numbers and machine code of its kernels are not checked")
+pytest.importorskip(
+    "triton",
+    reason="Triton is not installed: numbers and machine code of its kernels are not checked",
+)
 
 import torch
 import triton
@@ -34,21 +37,40 @@ from vi_simsiam.kernels import multiview_loss as kernel
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TABLE = Path(__file__).parent / "static" / "triton_registers.json"
-TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+}
 compiles = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 is set: there is no machine code to check"
+    os.environ.get("TRITON_INTERPRET") == "1",
+    reason="TRITON_INTERPRET=1 is set: there is no machine code to check",
 )
 
 
 def _run_cases(interpret: bool, *cases: str, select: str = "") -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
+    }
     environment["TRITON_INTERPRET"] = "1" if interpret else "0"
     paths = [str(Path(__file__).with_name(name)) for name in cases]
     # A GPU's kernels are compiled before they run: up to 200 in a file.
     processes = ["-p", "no:xdist"] if interpret else ["-n", "4"]
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *processes, "--tb=short", *paths]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        *processes,
+        "--tb=short",
+        *paths,
+    ]
     command += ["-k", select] if select else []
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     assert re.search(r"\d+ passed", result.stdout), result.stdout
 
@@ -91,7 +113,10 @@ class Binary:
     instructions: tuple[str, ...]
 
     def count(self, prefix: str, *parts: str) -> int:
-        return sum(name.startswith(prefix) and all(part in name for part in parts) for name in self.instructions)
+        return sum(
+            name.startswith(prefix) and all(part in name for part in parts)
+            for name in self.instructions
+        )
 
 
 def compile_for(
@@ -126,32 +151,52 @@ def compile_for(
         absent |= {} if present else dict.fromkeys(names)
     inputs, sums = f"*{TYPES[dtype]}", "*fp64" if double else "*fp32"
     types = dict.fromkeys(("loss_ptr", "mean_ptr", "kappa_ptr", "kappa_grad_ptr"), sums)
-    types |= {"p_ptrs": (inputs,) * views, "z_ptrs": (inputs,) * globals_, "grad_ptr": inputs, "ticket_ptr": "*i32"}
+    types |= {
+        "p_ptrs": (inputs,) * views,
+        "z_ptrs": (inputs,) * globals_,
+        "grad_ptr": inputs,
+        "ticket_ptr": "*i32",
+    }
     return _compile(kernel.multiview_loss_kernel, capability, constants | absent, types)
 
 
-def compile_scale(capability: int, gradient: torch.dtype, out: torch.dtype, *, per_sample: bool) -> Binary:
+def compile_scale(
+    capability: int, gradient: torch.dtype, out: torch.dtype, *, per_sample: bool
+) -> Binary:
     """The kernel that scales rows of 2064 columns, as the launcher would launch it."""
-    _, constants = scale_gradient._launch_arguments(2, 4096, 2064, in_place=gradient == out, per_sample=per_sample)
+    _, constants = scale_gradient._launch_arguments(
+        2, 4096, 2064, in_place=gradient == out, per_sample=per_sample
+    )
     factor = "*fp64" if gradient == torch.float64 else "*fp32"
     types = {"grad_ptr": f"*{TYPES[gradient]}", "out_ptr": f"*{TYPES[out]}", "factor_ptr": factor}
-    return _compile(scale_gradient.scale_gradient_kernel, capability, constants | {"kappa_grad_ptr": None}, types)
+    return _compile(
+        scale_gradient.scale_gradient_kernel,
+        capability,
+        constants | {"kappa_grad_ptr": None},
+        types,
+    )
 
 
-def _compile(function: Any, capability: int, constants: dict[str, Any], types: dict[str, Any]) -> Binary:
+def _compile(
+    function: Any, capability: int, constants: dict[str, Any], types: dict[str, Any]
+) -> Binary:
     options = {name: constants[name] for name in ("num_warps", "maxnreg") if name in constants}
     constants = {name: value for name, value in constants.items() if name not in options}
     signature: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
     for i, parameter in enumerate(function.params):
         name = parameter.name
-        signature[name] = "constexpr" if name in constants else types.get(name, parameter.annotation_type)
+        signature[name] = (
+            "constexpr" if name in constants else types.get(name, parameter.annotation_type)
+        )
         if isinstance(signature[name], tuple):
             attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(len(signature[name]))}
         elif signature[name] not in ("constexpr", "fp64") and not parameter.do_not_specialize:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constants, attributes)
-    return _assemble(triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options))
+    return _assemble(
+        triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    )
 
 
 def _assemble(compiled: CompiledKernel) -> Binary:
@@ -162,7 +207,9 @@ def _assemble(compiled: CompiledKernel) -> Binary:
         dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = re.search(r"REG:(\d+) STACK:(\d+)", dump)
     assert usage is not None
-    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", dump, re.MULTILINE)
+    names = re.findall(
+        r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", dump, re.MULTILINE
+    )
     return Binary(int(usage[1]), int(usage[2]), compiled.asm["ptx"], tuple(names))
 
 
@@ -217,7 +264,10 @@ EVERY_DAY = {
 @compiles
 @pytest.mark.parametrize(
     "shape",
-    [pytest.param(x, id=_name(*x), marks=[] if x in EVERY_DAY else [pytest.mark.soak]) for x in SHAPES],
+    [
+        pytest.param(x, id=_name(*x), marks=[] if x in EVERY_DAY else [pytest.mark.soak])
+        for x in SHAPES
+    ],
 )
 def test_machine_code(shape: tuple[int, torch.dtype, str, int, int]) -> None:
     capability, dtype, form, dim, views = shape
@@ -231,21 +281,29 @@ def test_machine_code(shape: tuple[int, torch.dtype, str, int, int]) -> None:
 @compiles
 @pytest.mark.parametrize(
     ("capability", "dtype", "dim", "views", "resident"),
-    [(120, torch.float32, 16384, 2, False), (90, torch.float64, 2048, 2, True), (90, torch.float32, 2048, 16, True)],
+    [
+        (120, torch.float32, 16384, 2, False),
+        (90, torch.float64, 2048, 2, True),
+        (90, torch.float32, 2048, 16, True),
+    ],
     ids=str,
 )
 def test_machine_code_of_long_double_and_many_rows(
     capability: int, dtype: torch.dtype, dim: int, views: int, resident: bool
 ) -> None:
     double = dtype == torch.float64
-    arguments = kernel.launch_arguments(dim, views, 2, dtype.itemsize, width=dim, spherical=True, double=double)
+    arguments = kernel.launch_arguments(
+        dim, views, 2, dtype.itemsize, width=dim, spherical=True, double=double
+    )
     assert arguments["RESIDENT"] is resident
     _check_binary(compile_for(capability, dtype=dtype, dim=dim, views=views), dtype)
 
 
 @compiles
 def test_machine_code_without_gradient_and_mean_stores_the_loss_alone() -> None:
-    binary = compile_for(90, dtype=torch.float32, dim=512, views=2, with_grad=False, with_mean=False)
+    binary = compile_for(
+        90, dtype=torch.float32, dim=512, views=2, with_grad=False, with_mean=False
+    )
     assert (binary.count("STG"), binary.count("ATOM"), binary.count("MEMBAR")) == (1, 0, 0)
 
 
@@ -292,7 +350,14 @@ def test_numbers_keep_their_digits() -> None:
         (512, 2, 2, 4, False, (2, 2, 512, True, 1)),
         (2048, 2, 2, 2, False, (2, 2, 2048, True, 4)),
         (2048, 3, 1, 4, False, (4, 1, 2048, True, 8)),
-        (2048, 8, 2, 2, False, (4, 2, 2048, True, 8)),  # all 8 at once would need 80 registers a thread
+        (
+            2048,
+            8,
+            2,
+            2,
+            False,
+            (4, 2, 2048, True, 8),
+        ),  # all 8 at once would need 80 registers a thread
         (8192, 2, 2, 4, False, (2, 2, 8192, True, 16)),
         (8192, 8, 2, 4, False, (1, 2, 8192, True, 16)),
         (8193, 2, 2, 4, False, (2, 2, 4096, False, 8)),
@@ -302,10 +367,22 @@ def test_numbers_keep_their_digits() -> None:
     ],
 )
 def test_launch_arguments(
-    dim: int, views: int, globals_: int, itemsize: int, double: bool, expected: tuple[int | bool, ...]
+    dim: int,
+    views: int,
+    globals_: int,
+    itemsize: int,
+    double: bool,
+    expected: tuple[int | bool, ...],
 ) -> None:
-    arguments = kernel.launch_arguments(dim, views, globals_, itemsize, width=dim, spherical=True, double=double)
-    assert tuple(arguments[name] for name in ("BLOCK_V", "BLOCK_G", "BLOCK_D", "RESIDENT", "num_warps")) == expected
+    arguments = kernel.launch_arguments(
+        dim, views, globals_, itemsize, width=dim, spherical=True, double=double
+    )
+    assert (
+        tuple(
+            arguments[name] for name in ("BLOCK_V", "BLOCK_G", "BLOCK_D", "RESIDENT", "num_warps")
+        )
+        == expected
+    )
 
 
 class _NoGPU:
@@ -354,14 +431,20 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch, kernels: Sequence[Any]) -> Iter
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[_NoGPU]:
-    yield from without_gpu(monkeypatch, (kernel.multiview_loss_kernel, scale_gradient.scale_gradient_kernel))
+    yield from without_gpu(
+        monkeypatch, (kernel.multiview_loss_kernel, scale_gradient.scale_gradient_kernel)
+    )
 
 
-def _launch(dim: int = 16, samples: int = 4, shift: int = 0, stride: int = 32, **changes: Any) -> None:
+def _launch(
+    dim: int = 16, samples: int = 4, shift: int = 0, stride: int = 32, **changes: Any
+) -> None:
     dtype = changes.pop("dtype", torch.float32)
 
     def rows() -> Tensor:
-        return torch.empty(samples * stride + 16, dtype=dtype)[shift:].as_strided((samples, stride), (stride, 1))
+        return torch.empty(samples * stride + 16, dtype=dtype)[shift:].as_strided(
+            (samples, stride), (stride, 1)
+        )
 
     arguments: dict[str, Any] = {
         "predictions": [rows(), rows()],
@@ -373,9 +456,18 @@ def _launch(dim: int = 16, samples: int = 4, shift: int = 0, stride: int = 32, *
         "gradient": torch.empty(2, samples, stride),
         "concentration_gradient": None,
     }
-    numbers = {"scale": 1.0, "minimum": 0.0, "gain": 1.0, "cosine": 0.0, "weight": 1.0, "gradient_weight": 0.5}
+    numbers = {
+        "scale": 1.0,
+        "minimum": 0.0,
+        "gain": 1.0,
+        "cosine": 0.0,
+        "weight": 1.0,
+        "gradient_weight": 0.5,
+    }
     distribution = changes.pop("distribution", "cosine")
-    kernel.multiview_loss(**(arguments | changes), distribution=distribution, link="softplus", **numbers)
+    kernel.multiview_loss(
+        **(arguments | changes), distribution=distribution, link="softplus", **numbers
+    )
 
 
 @compiles
@@ -407,7 +499,9 @@ def test_known_launches_take_what_triton_would(no_gpu: _NoGPU) -> None:
         _launch(**variant)
     assert [launched[4] for launched in no_gpu.launches] == choices * 3
     assert len(no_gpu.loaded) == loaded
-    for known, chosen in zip(no_gpu.launches[len(variants) : 2 * len(variants)], no_gpu.launches, strict=False):
+    for known, chosen in zip(
+        no_gpu.launches[len(variants) : 2 * len(variants)], no_gpu.launches, strict=False
+    ):
         assert (known[:6], len(known)) == (chosen[:6], len(chosen))
         assert all(map(_same_kind, known[9:], chosen[9:]))
 
@@ -420,13 +514,21 @@ def _same_kind(a: Any, b: Any) -> bool:
 
 @compiles
 def test_known_scalings_take_what_triton_would(no_gpu: _NoGPU) -> None:
-    def scale(samples: int = 4, kind: str = "number", dtype: torch.dtype = torch.float32, width: int = 32) -> None:
+    def scale(
+        samples: int = 4, kind: str = "number", dtype: torch.dtype = torch.float32, width: int = 32
+    ) -> None:
         gradient = torch.empty(2, samples, width)
         factor = torch.ones(()) if kind == "number" else torch.ones(samples)
         out = gradient if dtype == torch.float32 else torch.empty(2, samples, width, dtype=dtype)
         scale_gradient.scale_gradient(gradient, factor, out, None)
 
-    variants: list[dict[str, Any]] = [{}, {"samples": 7}, {"kind": "many"}, {"dtype": torch.float16}, {"width": 33}]
+    variants: list[dict[str, Any]] = [
+        {},
+        {"samples": 7},
+        {"kind": "many"},
+        {"dtype": torch.float16},
+        {"width": 33},
+    ]
     for _ in range(2):
         for variant in variants:
             scale(**variant)

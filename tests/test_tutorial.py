@@ -33,11 +33,15 @@ def blocks() -> list[tuple[str, str]]:
 def test_every_block_is_one_that_can_be_run() -> None:
     assert {language for language, _ in blocks()} == {"sh", "python"}
     assert PAGE.count("```") == 2 * len(blocks())
-    commands = [line for language, text in blocks() if language == "sh" for line in text.splitlines()]
+    commands = [
+        line for language, text in blocks() if language == "sh" for line in text.splitlines()
+    ]
     assert all(line.startswith("vi-simsiam ") for line in commands)
 
 
-def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tutorial_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -50,7 +54,14 @@ def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         for line in text.splitlines():
             assert main(shlex.split(line)[1:]) == 0, f"{line}: {capsys.readouterr().err}"
 
-    for name in ("curves.png", "kappa.png", "knn.json", "linear.json", "uncertainty.json", "report.html"):
+    for name in (
+        "curves.png",
+        "kappa.png",
+        "knn.json",
+        "linear.json",
+        "uncertainty.json",
+        "report.html",
+    ):
         assert (tmp_path / "runs" / "first" / name).is_file(), name
     assert (tmp_path / "ranking.csv").is_file()
     assert (tmp_path / "ranking.png").is_file()
@@ -58,9 +69,14 @@ def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert encoding.embedding.shape == (len(images), 512)
     assert names["table"].num_rows == len(images)
     assert names["joined"].concentration.shape == (len(images),)
-    torch.testing.assert_close(names["features"][0].detach(), encoding.embedding[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(
-        names["distribution"].concentration[0].detach(), encoding.concentration[0], rtol=1e-4, atol=1e-5
+        names["features"][0].detach(), encoding.embedding[0], rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(
+        names["distribution"].concentration[0].detach(),
+        encoding.concentration[0],
+        rtol=1e-4,
+        atol=1e-5,
     )
     card = (tmp_path / "exported" / "timm" / "README.md").read_text()
     assert not re.search(r"\| trained \| not measured", card)

@@ -31,7 +31,12 @@ from vi_simsiam.evaluation.corruptions import MAGNITUDES, corrupt
 from vi_simsiam.evaluation.figures import concentrations
 from vi_simsiam.evaluation.foreign import builtin_sets, open_sets
 from vi_simsiam.evaluation.scores import TRIVIAL, Network
-from vi_simsiam.evaluation.uncertainty import Comparison, _retrieval, comparisons, evaluate_uncertainty
+from vi_simsiam.evaluation.uncertainty import (
+    Comparison,
+    _retrieval,
+    comparisons,
+    evaluate_uncertainty,
+)
 from vi_simsiam.models import build_model
 
 TINY_SCORES = {
@@ -40,13 +45,17 @@ TINY_SCORES = {
 }  # fmt: skip
 
 
-def noisy_source(count: int, *, seed: int = 0, labelled: bool = True, name: str = "noisy") -> ArraySource:
+def noisy_source(
+    count: int, *, seed: int = 0, labelled: bool = True, name: str = "noisy"
+) -> ArraySource:
     """Three classes of brightness that overlap, of 10 x 8 pixels."""
     generator = np.random.default_rng(seed)
     labels = np.arange(count) % 3
     levels = 60 + 60 * labels[:, None, None, None] + generator.normal(0, 30, (count, 1, 1, 1))
     images = (levels + generator.normal(0, 15, (count, 10, 8, 3))).clip(0, 255).astype(np.uint8)
-    return ArraySource(images, labels if labelled else None, ["dark", "gray", "bright"] if labelled else None, name)
+    return ArraySource(
+        images, labels if labelled else None, ["dark", "gray", "bright"] if labelled else None, name
+    )
 
 
 def tiny_run(folder: Path, **options: Any) -> Run:
@@ -85,7 +94,9 @@ def saved_run(folder: Path, data: str) -> Path:
     write_json(folder / "config.json", config.to_dict())
     torch.manual_seed(0)
     weights = build_model(config).state_dict()
-    Checkpoint(step=1, seconds=0.0, images=40, model=weights, optimizer={}).save(folder / "checkpoint.pt")
+    Checkpoint(step=1, seconds=0.0, images=40, model=weights, optimizer={}).save(
+        folder / "checkpoint.pt"
+    )
     return folder
 
 
@@ -100,7 +111,12 @@ def test_every_part_is_measured_and_written(tmp_path: Path) -> None:
         "evaluation", "data", "dim", "images", "settings", "scores", "calibration", "misclassification", "retrieval",
         "ood", "corruptions", "versions",
     }  # fmt: skip
-    assert (result["evaluation"], result["data"], result["dim"], result["images"]) == ("uncertainty", "gray", 8, 40)
+    assert (result["evaluation"], result["data"], result["dim"], result["images"]) == (
+        "uncertainty",
+        "gray",
+        8,
+        40,
+    )
     assert set(result["scores"]) == TINY_SCORES
     assert next(iter(result["scores"])) == "kappa"
     assert result["calibration"]["pairs"] == 40 * 12
@@ -119,7 +135,9 @@ def test_every_part_is_measured_and_written(tmp_path: Path) -> None:
         assert part["kind"] == "far"
         assert part["images"] == 40
         assert set(part["scores"]) == TINY_SCORES - {"view_agreement"}
-        assert all(set(figures) == {"auroc", "aupr", "fpr95"} for figures in part["scores"].values())
+        assert all(
+            set(figures) == {"auroc", "aupr", "fpr95"} for figures in part["scores"].values()
+        )
     assert set(result["corruptions"]) == set(MAGNITUDES)
     for part in result["corruptions"].values():
         assert len(part["levels"]) == len(part["median_kappa"]) == 6
@@ -140,7 +158,9 @@ def test_figures_are_those_of_the_concentrations(tmp_path: Path) -> None:
         assert part["median_kappa"][0] == pytest.approx(np.median(kappa), rel=1e-4)
     blank = concentrations(run, ArraySource(np.full((1, 8, 8, 3), 128, np.uint8)))
     assert result["corruptions"]["blank"]["median_kappa"][5] == pytest.approx(blank[0], rel=1e-4)
-    assert result["corruptions"]["blank"]["scores"]["contrast"]["monotone"] == 1, "every level is grayer"
+    assert result["corruptions"]["blank"]["scores"]["contrast"]["monotone"] == 1, (
+        "every level is grayer"
+    )
 
 
 def test_cosines_are_those_with_the_network_that_makes_the_targets(tmp_path: Path) -> None:
@@ -151,10 +171,14 @@ def test_cosines_are_those_with_the_network_that_makes_the_targets(tmp_path: Pat
     run = tiny_run(tmp_path)
     run.model.target = FirstAxis()  # type: ignore[assignment]
     images = run.readable(run.splits.val or run.splits.train)[0]
-    views = augmented_views(images, np.arange(40), run.config.augment, views=4, seed=0, device=torch.device("cpu"))
+    views = augmented_views(
+        images, np.arange(40), run.config.augment, views=4, seed=0, device=torch.device("cpu")
+    )
     network = Network(run.model, torch.device("cpu"))
     expected = float(torch.cat([network(each.flatten(0, 1)).loc[:, 0] for each in views]).mean())
-    assert evaluate(run, corruption_images=0)["calibration"]["observed"] == pytest.approx(expected, abs=1e-5)
+    assert evaluate(run, corruption_images=0)["calibration"]["observed"] == pytest.approx(
+        expected, abs=1e-5
+    )
 
 
 def test_all_choices_hang_on_the_seed_alone(tmp_path: Path) -> None:
@@ -177,11 +201,18 @@ def test_simsiam_is_refused_unless_it_is_to_be_compared_with(tmp_path: Path) -> 
     assert set(result["scores"]) == TINY_SCORES - {"kappa"}
     assert result["calibration"] is None
     assert all(part["median_kappa"] is None for part in result["corruptions"].values())
-    assert all(row.kappa is None and row.ahead is None and row.baseline in TRIVIAL for row in comparisons(result))
+    assert all(
+        row.kappa is None and row.ahead is None and row.baseline in TRIVIAL
+        for row in comparisons(result)
+    )
 
 
 def test_without_labels_the_rest_is_measured(tmp_path: Path) -> None:
-    run = tiny_run(tmp_path, train=noisy_source(60, labelled=False), val=noisy_source(40, seed=1, labelled=False))
+    run = tiny_run(
+        tmp_path,
+        train=noisy_source(60, labelled=False),
+        val=noisy_source(40, seed=1, labelled=False),
+    )
     result = evaluate(run)
     assert result["misclassification"] is None
     assert "validation" not in result["retrieval"]
@@ -203,7 +234,9 @@ def test_without_validation_images_none_is_its_own_neighbour(tmp_path: Path) -> 
 
 def test_other_data_sets_are_detected_by_kind_and_name(tmp_path: Path) -> None:
     bright = ArraySource(
-        np.random.default_rng(2).integers(150, 256, (12, 9, 9, 3), dtype=np.uint8), np.arange(12) % 2, ["x", "bright"]
+        np.random.default_rng(2).integers(150, 256, (12, 9, 9, 3), dtype=np.uint8),
+        np.arange(12) % 2,
+        ["x", "bright"],
     )
     for name in ("a", "b"):
         write_images(tmp_path / name / "digits", bright)
@@ -213,11 +246,23 @@ def test_other_data_sets_are_detected_by_kind_and_name(tmp_path: Path) -> None:
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, data="folder:elsewhere"))
     result = evaluate(run, ood=specs)
     kinds = {name: part["kind"] for name, part in result["ood"].items()}
-    assert kinds == {"digits-2": "near", "other": "far", "fashion-mini": "given", "noise": "far", "digits": "far"}
+    assert kinds == {
+        "digits-2": "near",
+        "other": "far",
+        "fashion-mini": "given",
+        "noise": "far",
+        "digits": "far",
+    }
     assert {name: part["images"] for name, part in result["ood"].items()}["fashion-mini"] == 40
     assert "view_agreement" in result["ood"]["digits-2"]["scores"]
     seen = {name: part["seen_classes"] for name, part in result["retrieval"].items()}
-    assert seen == {"validation": True, "digits-2": True, "other": False, "fashion-mini": False, "digits": False}
+    assert seen == {
+        "validation": True,
+        "digits-2": True,
+        "other": False,
+        "fashion-mini": False,
+        "digits": False,
+    }
     assert result["settings"]["overlapping_classes"] == {"digits-2": ["bright"]}
     assert "digits-2 shares classes with the run's data: bright" in result["settings"]["notes"]
 
@@ -245,31 +290,46 @@ def test_the_runs_own_images_are_no_other_data_set(tmp_path: Path) -> None:
 
 def test_a_data_set_that_shares_some_images_with_the_run_is_said_to(tmp_path: Path) -> None:
     own, other = noisy_source(30), noisy_source(30, seed=5)
-    mixed = ArraySource(np.concatenate([own.images[:8], other.images[:12]]), np.arange(20) % 2, ["x", "y"])
+    mixed = ArraySource(
+        np.concatenate([own.images[:8], other.images[:12]]), np.arange(20) % 2, ["x", "y"]
+    )
     folder = write_images(tmp_path / "mixed", mixed)
-    result = evaluate(tiny_run(tmp_path / "run", train=own), ood=[f"folder:{folder}"], corruption_images=0)
+    result = evaluate(
+        tiny_run(tmp_path / "run", train=own), ood=[f"folder:{folder}"], corruption_images=0
+    )
     assert "8 of 20 images of mixed are the run's own" in result["settings"]["notes"]
-    most = ArraySource(np.concatenate([own.images[:11], other.images[:9]]), np.arange(20) % 2, ["x", "y"])
+    most = ArraySource(
+        np.concatenate([own.images[:11], other.images[:9]]), np.arange(20) % 2, ["x", "y"]
+    )
     folder = write_images(tmp_path / "most", most)
     with pytest.raises(InputError, match="11 of 20 images of most are the run's own"):
         evaluate(tiny_run(tmp_path / "run", train=own), ood=[f"folder:{folder}"])
 
 
-def test_training_images_of_one_class_leave_misclassification_out_and_say_so(tmp_path: Path) -> None:
+def test_training_images_of_one_class_leave_misclassification_out_and_say_so(
+    tmp_path: Path,
+) -> None:
     train = ArraySource(noisy_source(12).images, np.zeros(12, np.int64), ["dark", "gray", "bright"])
     result = evaluate(tiny_run(tmp_path, train=train), corruption_images=0)
     assert result["misclassification"] is None
-    assert "one class among 12 training images: misclassification is not measured" in result["settings"]["notes"]
+    assert (
+        "one class among 12 training images: misclassification is not measured"
+        in result["settings"]["notes"]
+    )
 
 
 def test_retrieval_finds_the_images_whose_neighbour_has_another_class(tmp_path: Path) -> None:
     """Four queries in pairs far apart, one pair of one class: the outer pair of two classes is the uncertain one."""
     embedding = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
-    found = _retrieval(embedding, np.array([0, 0, 0, 1]), {"kappa": np.array([0.0, 0.1, 0.9, 0.8])}, seen=True)
+    found = _retrieval(
+        embedding, np.array([0, 0, 0, 1]), {"kappa": np.array([0.0, 0.1, 0.9, 0.8])}, seen=True
+    )
     assert found == {"seen_classes": True, "recall_at_1": 0.5, "scores": {"kappa": 1.0}}
 
 
-def test_damage_is_done_to_few_images_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damage_is_done_to_few_images_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[str, int, list[int]]] = []
 
     def recorded(images: Any, kind: str, level: int, *, seed: int, numbers: Any) -> Any:
@@ -287,7 +347,9 @@ def test_damage_is_done_to_few_images_at_a_time(tmp_path: Path, monkeypatch: pyt
 def test_folders_named_with_an_equals_sign_are_data_sets(tmp_path: Path) -> None:
     write_images(tmp_path / "a=b", gray_source(6))
     own = Splits("gray", gray_source(4), None)
-    (found,) = open_sets([f"folder:{tmp_path}/a=b"], own, TrainConfig(data="gray", data_root=tmp_path, offline=True))
+    (found,) = open_sets(
+        [f"folder:{tmp_path}/a=b"], own, TrainConfig(data="gray", data_root=tmp_path, offline=True)
+    )
     assert (found.name, found.kind, len(found.source)) == ("a=b", "given", 6)
 
 
@@ -300,7 +362,9 @@ def test_folders_named_with_an_equals_sign_are_data_sets(tmp_path: Path) -> None
         ({"train_images": 1}, "train_images: 1"),
     ],
 )
-def test_numbers_out_of_range_are_refused(tmp_path: Path, options: dict[str, int], message: str) -> None:
+def test_numbers_out_of_range_are_refused(
+    tmp_path: Path, options: dict[str, int], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         evaluate(tiny_run(tmp_path), **options)
 
@@ -320,7 +384,11 @@ def test_no_errors_and_a_constant_concentration_leave_figures_out(tmp_path: Path
     assert result["ood"]["noise"]["scores"]["kappa"] == {"auroc": 0.5, "aupr": 0.5, "fpr95": 1.0}
     assert len(result["calibration"]["bins"]) == 1
     assert result["misclassification"]["accuracy"] == 1
-    assert result["misclassification"]["scores"]["kappa"] == {"auroc": None, "aurc": 0.0, "augrc": 0.0}
+    assert result["misclassification"]["scores"]["kappa"] == {
+        "auroc": None,
+        "aurc": 0.0,
+        "augrc": 0.0,
+    }
     assert no_nan(result)
     rows = {row.part: row for row in comparisons(result)}
     assert rows["misclassification"].ahead is None
@@ -334,18 +402,32 @@ def test_training_images_are_not_all_read_where_fewer_are_asked_for(
 ) -> None:
     seen: list[int] = []
     original = PackedImages.image
-    monkeypatch.setattr(PackedImages, "image", lambda self, i: (seen.append(len(self)), original(self, i))[1])
+    monkeypatch.setattr(
+        PackedImages, "image", lambda self, i: (seen.append(len(self)), original(self, i))[1]
+    )
     evaluate(tiny_run(tmp_path), train_images=10, corruption_images=0)
     assert (seen.count(10), seen.count(60)) == (10, 0)
 
 
 def test_the_best_trivial_score_is_the_one_compared_with() -> None:
-    figures = {"kappa": 0.7, "contrast": 0.6, "layer2_norm": 0.65, "knn_distance": 0.9, "jpeg_size": None}
+    figures = {
+        "kappa": 0.7,
+        "contrast": 0.6,
+        "layer2_norm": 0.65,
+        "knn_distance": 0.9,
+        "jpeg_size": None,
+    }
     result = {
-        "misclassification": {"scores": {name: {"auroc": value} for name, value in figures.items()}},
+        "misclassification": {
+            "scores": {name: {"auroc": value} for name, value in figures.items()}
+        },
         "retrieval": None,
-        "ood": {"x": {"kind": "near", "scores": {"kappa": {"auroc": 0.5}, "contrast": {"auroc": 0.5}}}},
-        "corruptions": {"blur": {"scores": {"kappa": {"spearman": None}, "contrast": {"spearman": 0.2}}}},
+        "ood": {
+            "x": {"kind": "near", "scores": {"kappa": {"auroc": 0.5}, "contrast": {"auroc": 0.5}}}
+        },
+        "corruptions": {
+            "blur": {"scores": {"kappa": {"spearman": None}, "contrast": {"spearman": 0.2}}}
+        },
     }
     assert comparisons(result) == [
         Comparison("misclassification", "AUROC", 0.7, "layer2_norm", 0.65, "knn_distance", 0.9),
@@ -360,7 +442,9 @@ def test_digits_are_the_upscaled_ones_of_scikit_learn() -> None:
     assert (len(noise.source), len(digits.source)) == (500, 500)
     assert isinstance(noise.source, ArraySource)
     assert noise.source.images.std() == pytest.approx(math.sqrt((256**2 - 1) / 12), rel=0.01)
-    small = np.asarray(digits.source.image(0).resize((8, 8), Image.Resampling.BOX), dtype=float)[..., 0]
+    small = np.asarray(digits.source.image(0).resize((8, 8), Image.Resampling.BOX), dtype=float)[
+        ..., 0
+    ]
     assert np.abs(small - load_digits().images[0] * 255 / 16).mean() < 20
     assert np.corrcoef(small.ravel(), load_digits().images[0].ravel())[0, 1] > 0.95
     assert digits.source.labels is not None
@@ -371,7 +455,17 @@ def test_the_command_prints_a_table_and_writes_the_file(
     tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = saved_run(tmp_path / "run", f"folder:{image_folder}")
-    arguments = [str(out), "--workers", "0", "--ood", "near=fashion-mini", "--images", "12", "--corruption-images", "3"]
+    arguments = [
+        str(out),
+        "--workers",
+        "0",
+        "--ood",
+        "near=fashion-mini",
+        "--images",
+        "12",
+        "--corruption-images",
+        "3",
+    ]
     assert main(["uncertainty", *arguments]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     result = json.loads((out / "uncertainty.json").read_text())
@@ -381,7 +475,9 @@ def test_the_command_prints_a_table_and_writes_the_file(
     assert "layer1_norm" in result["scores"]
     ahead = sum(bool(row.ahead) for row in comparisons(result))
     compared = sum(row.ahead is not None for row in comparisons(result))
-    assert f"kappa is ahead of the best trivial score in {ahead} of {compared} comparisons" in printed
+    assert (
+        f"kappa is ahead of the best trivial score in {ahead} of {compared} comparisons" in printed
+    )
     assert "fashion-mini (near)" in printed
     assert main(["uncertainty", str(out), "--ood", "mars"]) == 2
     assert capsys.readouterr().err.startswith("vi-simsiam: data: 'mars' is not there")

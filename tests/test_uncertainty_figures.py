@@ -23,7 +23,12 @@ from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import uncertainty_figures
 from vi_simsiam.evaluation.kappa_figures import CONCENTRATIONS, COSINES, draw_density, surprise
 from vi_simsiam.evaluation.style import STYLE, number, shown
-from vi_simsiam.evaluation.uncertainty_figures import best_others, draw_uncertainty, read_uncertainty, targets
+from vi_simsiam.evaluation.uncertainty_figures import (
+    best_others,
+    draw_uncertainty,
+    read_uncertainty,
+    targets,
+)
 
 
 def written(folder: Path, result: dict[str, Any]) -> Path:
@@ -37,21 +42,30 @@ def panels(draw: Callable[[dict[str, Any]], Figure], result: dict[str, Any]) -> 
 
 
 def curves(axes: Axes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    return {str(line.get_label()): (np.asarray(line.get_xdata()), np.asarray(line.get_ydata())) for line in axes.lines}
+    return {
+        str(line.get_label()): (np.asarray(line.get_xdata()), np.asarray(line.get_ydata()))
+        for line in axes.lines
+    }
 
 
 def points(axes: Axes) -> list[float]:
     """Values of the dots of a dot plot, from the top row down."""
     dots = [line for line in axes.lines if line.get_marker() == "o"]
     return [
-        float(np.ravel(line.get_xdata())[0]) for line in sorted(dots, key=lambda line: np.ravel(line.get_ydata())[0])
+        float(np.ravel(line.get_xdata())[0])
+        for line in sorted(dots, key=lambda line: np.ravel(line.get_ydata())[0])
     ]
 
 
 def test_every_part_has_its_figure(tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
     paths = draw_uncertainty(written(tmp_path, uncertainty_result()))
-    assert [path.name for path in paths] == ["reliability.png", "risk_coverage.png", "corruptions.png", "scores.png"]
+    assert [path.name for path in paths] == [
+        "reliability.png",
+        "risk_coverage.png",
+        "corruptions.png",
+        "scores.png",
+    ]
     assert dict(matplotlib.rcParams) == before
     for path in paths:
         assert Image.open(path).width == 1600
@@ -63,7 +77,9 @@ def test_parts_that_are_absent_are_left_out(tmp_path: Path) -> None:
     result = uncertainty_result()
     for part in ("misclassification", "ood", "corruptions"):
         del result[part]
-    assert [path.name for path in draw_uncertainty(written(tmp_path, result))] == ["reliability.png"]
+    assert [path.name for path in draw_uncertainty(written(tmp_path, result))] == [
+        "reliability.png"
+    ]
 
 
 def test_reliability_shows_the_bins_that_hold_pairs() -> None:
@@ -85,7 +101,9 @@ def test_risk_coverage_shows_kappa_the_best_others_and_both_limits() -> None:
     left, right = panels(uncertainty_figures.risk_coverage, result)
     drawn = curves(left)
     np.testing.assert_array_equal(drawn["κ"][1], part["risk_coverage"]["kappa"]["risk"])
-    ranked = sorted((name for name in SCORES if name != "kappa"), key=lambda name: part["scores"][name]["aurc"])
+    ranked = sorted(
+        (name for name in SCORES if name != "kappa"), key=lambda name: part["scores"][name]["aurc"]
+    )
     assert ranked[0].replace("_", " ") in {label.removesuffix(" *") for label in drawn}
     assert any(label.endswith(" *") for label in drawn)
     assert set(drawn["random"][1]) == {1 - part["accuracy"]}
@@ -93,7 +111,9 @@ def test_risk_coverage_shows_kappa_the_best_others_and_both_limits() -> None:
     wrong = np.array([0] * 149 + [1] * 51)
     risk = np.cumsum(wrong) / np.arange(1, 201)
     np.testing.assert_allclose(drawn["oracle"][1], risk[1::2], atol=1e-12)
-    np.testing.assert_array_equal(points(right), sorted(values["aurc"] for values in part["scores"].values()))
+    np.testing.assert_array_equal(
+        points(right), sorted(values["aurc"] for values in part["scores"].values())
+    )
 
 
 def test_corruptions_show_medians_and_correlations() -> None:
@@ -105,9 +125,12 @@ def test_corruptions_show_medians_and_correlations() -> None:
         )
     shown_scores = curves(right)
     np.testing.assert_array_equal(
-        shown_scores["κ"][0], [result["corruptions"][kind]["scores"]["kappa"]["spearman"] for kind in KINDS]
+        shown_scores["κ"][0],
+        [result["corruptions"][kind]["scores"]["kappa"]["spearman"] for kind in KINDS],
     )
-    assert [label.get_text() for label in right.get_yticklabels()] == [kind.replace("_", " ") for kind in KINDS]
+    assert [label.get_text() for label in right.get_yticklabels()] == [
+        kind.replace("_", " ") for kind in KINDS
+    ]
     assert sum(label.endswith(" *") for label in shown_scores) >= 1
 
 
@@ -120,14 +143,27 @@ def test_scores_show_every_auroc() -> None:
         "misclassified", "held-out (near)", "noise (far)", "mine (given)",
     ]  # fmt: skip
     for panel, values in zip(axes, targets(result).values(), strict=True):
-        np.testing.assert_array_equal(points(panel), [values.get(name, math.nan) for name in SCORES])
+        np.testing.assert_array_equal(
+            points(panel), [values.get(name, math.nan) for name in SCORES]
+        )
     labels = [label.get_text() for label in axes[0].get_yticklabels()]
     assert labels[0] == "κ"
-    assert {label for label in labels if label.endswith("*")} == {"edge energy *", "contrast *", "jpeg size *"}
+    assert {label for label in labels if label.endswith("*")} == {
+        "edge energy *",
+        "contrast *",
+        "jpeg size *",
+    }
 
 
 def test_best_others_always_hold_an_image_statistic() -> None:
-    values = {"kappa": 0.9, "energy": 0.8, "softmax": 0.7, "knn_distance": 0.6, "contrast": 0.5, "jpeg_size": 0.4}
+    values = {
+        "kappa": 0.9,
+        "energy": 0.8,
+        "softmax": 0.7,
+        "knn_distance": 0.6,
+        "contrast": 0.5,
+        "jpeg_size": 0.4,
+    }
     assert best_others(values) == ["energy", "softmax", "contrast"]
     assert best_others({**values, "contrast": 0.75}) == ["energy", "contrast"]
     assert best_others({**values, "energy": math.nan}) == ["softmax", "knn_distance", "contrast"]
@@ -144,14 +180,17 @@ def test_damaged_results_are_refused(tmp_path: Path, text: str) -> None:
 def test_results_that_lack_a_part_are_refused(tmp_path: Path) -> None:
     result = uncertainty_result()
     del result["misclassification"]["oracle"]
-    with pytest.raises(InputError, match=r"lacks what risk_coverage.png shows \(KeyError\('oracle'\)\)"):
+    with pytest.raises(
+        InputError, match=r"lacks what risk_coverage.png shows \(KeyError\('oracle'\)\)"
+    ):
         draw_uncertainty(written(tmp_path, result))
     with pytest.raises(InputError, match="vi-simsiam uncertainty"):
         read_uncertainty(tmp_path / "nowhere")
     result["calibration"]["bins"] = []
     (tmp_path / "uncertainty.json").write_text(json.dumps(result))
     with pytest.raises(
-        InputError, match=rf"lacks what reliability.png shows .*; vi-simsiam uncertainty {tmp_path} makes it"
+        InputError,
+        match=rf"lacks what reliability.png shows .*; vi-simsiam uncertainty {tmp_path} makes it",
     ):
         draw_uncertainty(tmp_path)
 
@@ -164,13 +203,18 @@ def test_surprise_is_minus_the_true_log_density(dim: int) -> None:
     if dim == 3:
         density = (1 + kappa) * (1 + cosine) ** kappa / (4 * np.pi * 2**kappa)
         np.testing.assert_allclose(found, -np.log(density), rtol=1e-12)
-    uniform = -HypersphericalUniform(dim, dtype=torch.float64).log_prob(torch.eye(dim, dtype=torch.float64)[0])
+    uniform = -HypersphericalUniform(dim, dtype=torch.float64).log_prob(
+        torch.eye(dim, dtype=torch.float64)[0]
+    )
     assert found[0] == pytest.approx(float(uniform), rel=1e-12)
 
 
 def test_density_shows_the_runs_dimension(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[Figure] = []
-    monkeypatch.setattr("vi_simsiam.evaluation.kappa_figures.save", lambda figure, path: saved.append(figure) or path)
+    monkeypatch.setattr(
+        "vi_simsiam.evaluation.kappa_figures.save",
+        lambda figure, path: saved.append(figure) or path,
+    )
     assert draw_density(make_run(tmp_path).path) == tmp_path / "density.png"
     assert "−log PS" in saved[0].get_suptitle()
     assert "D = 8 " in saved[0].get_suptitle()
@@ -180,8 +224,13 @@ def test_density_shows_the_runs_dimension(tmp_path: Path, monkeypatch: pytest.Mo
     loc = torch.eye(8, dtype=torch.float64)[0]
     for label, (cosine, values) in drawn.items():
         kappa = 7 * float(label.split()[0])
-        point = cosine[300] * loc + math.sqrt(1 - cosine[300] ** 2) * torch.eye(8, dtype=torch.float64)[1]
-        expected = -float(PowerSpherical(loc, torch.tensor(kappa, dtype=torch.float64)).log_prob(point))
+        point = (
+            cosine[300] * loc
+            + math.sqrt(1 - cosine[300] ** 2) * torch.eye(8, dtype=torch.float64)[1]
+        )
+        expected = -float(
+            PowerSpherical(loc, torch.tensor(kappa, dtype=torch.float64)).log_prob(point)
+        )
         assert values[300] == pytest.approx(expected, rel=1e-9)
     minima = [float(line.get_xdata()[0]) for line in right.lines if line.get_marker() == "o"]
     assert minima == sorted(minima)
@@ -208,4 +257,8 @@ def test_numbers_and_data_sets_are_named_shortly() -> None:
         "2.66",
     ]
     assert number(1234.5, 1000.0) == "1,234"
-    assert [shown(data) for data in ("cifar10", "folder:/a/b", "pack:/a/c.pack")] == ["cifar10", "b", "c.pack"]
+    assert [shown(data) for data in ("cifar10", "folder:/a/b", "pack:/a/c.pack")] == [
+        "cifar10",
+        "b",
+        "c.pack",
+    ]

@@ -25,7 +25,9 @@ from vi_simsiam.evaluation import metrics
 from vi_simsiam.evaluation.calibration import augmented_views, calibration, pair_cosines
 
 
-def drawn(count: int, *, tied: bool = False, seed: int = 0) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+def drawn(
+    count: int, *, tied: bool = False, seed: int = 0
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     generator = np.random.default_rng(seed)
     positive = generator.random(count) < 0.3
     scores = generator.normal(size=count) + positive
@@ -36,7 +38,9 @@ def drawn(count: int, *, tied: bool = False, seed: int = 0) -> tuple[NDArray[np.
 def test_auroc_is_the_share_of_pairs_in_order(tied: bool) -> None:
     scores, positive = drawn(200, tied=tied)
     pairs = scores[positive][:, None] - scores[~positive][None]
-    assert metrics.auroc(scores, positive) == pytest.approx(np.mean(pairs > 0) + np.mean(pairs == 0) / 2, abs=1e-12)
+    assert metrics.auroc(scores, positive) == pytest.approx(
+        np.mean(pairs > 0) + np.mean(pairs == 0) / 2, abs=1e-12
+    )
     peer = binary_auroc(torch.from_numpy(scores).sigmoid(), torch.from_numpy(positive).int())
     assert metrics.auroc(scores, positive) == pytest.approx(float(peer), abs=1e-6)
 
@@ -51,7 +55,9 @@ def test_aupr_is_average_precision(tied: bool) -> None:
         expected += (recall - recall_before) * positive[flagged].mean()
         recall_before = recall
     assert metrics.aupr(scores, positive) == pytest.approx(expected, abs=1e-12)
-    peer = binary_average_precision(torch.from_numpy(scores).sigmoid(), torch.from_numpy(positive).int())
+    peer = binary_average_precision(
+        torch.from_numpy(scores).sigmoid(), torch.from_numpy(positive).int()
+    )
     assert metrics.aupr(scores, positive) == pytest.approx(float(peer), abs=1e-6)
 
 
@@ -69,7 +75,9 @@ def test_aurc_and_augrc_without_ties_by_their_definitions() -> None:
     risks = [sum(wrong[j] for j in order[:k]) / k for k in range(1, 61)]
     assert metrics.aurc(scores, wrong) == pytest.approx(sum(risks) / 60, abs=1e-12)
     generalised = [0.0] + [sum(wrong[j] for j in order[:k]) / 60 for k in range(1, 61)]
-    assert metrics.augrc(scores, wrong) == pytest.approx(np.trapezoid(generalised, np.arange(61) / 60), abs=1e-12)
+    assert metrics.augrc(scores, wrong) == pytest.approx(
+        np.trapezoid(generalised, np.arange(61) / 60), abs=1e-12
+    )
 
 
 def test_tied_images_count_as_the_mean_over_their_orders() -> None:
@@ -96,7 +104,9 @@ def test_oracle_and_chance_in_closed_form() -> None:
     _, wrong = drawn(100)
     errors = int(wrong.sum())
     oracle = metrics.oracle(wrong)
-    assert oracle["aurc"] == pytest.approx(sum(k / (100 - errors + k) for k in range(1, errors + 1)) / 100, abs=1e-12)
+    assert oracle["aurc"] == pytest.approx(
+        sum(k / (100 - errors + k) for k in range(1, errors + 1)) / 100, abs=1e-12
+    )
     assert oracle["augrc"] == pytest.approx((errors / 100) ** 2 / 2, abs=1e-12)
     chance = metrics.at_random(wrong)
     assert metrics.aurc(np.zeros(100), wrong) == pytest.approx(chance["aurc"], abs=1e-12)
@@ -117,18 +127,30 @@ def test_risk_coverage_curve_is_thinned_and_ends_at_the_error_rate() -> None:
     for coverage, risk in zip(curve["coverage"], curve["risk"], strict=True):
         kept = order[: round(coverage * 1234)]
         assert risk == pytest.approx(wrong[kept].mean(), abs=1e-12)
-    assert metrics.risk_coverage(scores[:3], wrong[:3])["coverage"] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert metrics.risk_coverage(scores[:3], wrong[:3])["coverage"] == pytest.approx(
+        [1 / 3, 2 / 3, 1]
+    )
 
 
 def test_figures_that_are_not_defined_are_none() -> None:
     scores, none = np.arange(5.0), np.zeros(5, dtype=bool)
     for flags in (none, ~none):
-        assert metrics.auroc(scores, flags) is metrics.aupr(scores, flags) is metrics.fpr_at_tpr(scores, flags) is None
+        assert (
+            metrics.auroc(scores, flags)
+            is metrics.aupr(scores, flags)
+            is metrics.fpr_at_tpr(scores, flags)
+            is None
+        )
     assert metrics.aurc(scores, none) == metrics.augrc(scores, none) == 0
     assert metrics.aurc(scores, ~none) == 1
     assert metrics.augrc(scores, ~none) == 0.5
     empty, flags = np.zeros(0), np.zeros(0, dtype=bool)
-    assert metrics.aurc(empty, flags) is metrics.augrc(empty, flags) is metrics.auroc(empty, flags) is None
+    assert (
+        metrics.aurc(empty, flags)
+        is metrics.augrc(empty, flags)
+        is metrics.auroc(empty, flags)
+        is None
+    )
     assert metrics.at_random(flags) == metrics.oracle(flags) == {"aurc": None, "augrc": None}
     assert metrics.risk_coverage(empty, flags) == {"coverage": [], "risk": []}
     assert metrics.level_trend(np.ones((3, 4))) == {"spearman": None, "monotone": 0.0}
@@ -164,7 +186,11 @@ def test_retrieval_against_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None
     generator = np.random.default_rng(0)
     labels = np.arange(90) % 3
     points = np.eye(3)[labels] + generator.normal(size=(90, 3))
-    neighbours = NearestNeighbors(n_neighbors=2, metric="cosine", algorithm="brute").fit(points).kneighbors(points)[1]
+    neighbours = (
+        NearestNeighbors(n_neighbors=2, metric="cosine", algorithm="brute")
+        .fit(points)
+        .kneighbors(points)[1]
+    )
     expected = labels[neighbours[:, 1]] == labels
     assert 0.2 < expected.mean() < 0.9
     np.testing.assert_array_equal(metrics.retrieved(torch.from_numpy(points), labels), expected)
@@ -201,7 +227,9 @@ def test_samples_of_the_predicted_distributions_are_calibrated() -> None:
     variance = 4 * a * b / (a + b) ** 2 / (a + b + 1)
     deviation = float((variance.mean() / (count / 15)).sqrt())
     assert found["error"] < 2 * deviation
-    assert found["observed"] == pytest.approx(found["expected"], abs=4 * float((variance.mean() / count).sqrt()))
+    assert found["observed"] == pytest.approx(
+        found["expected"], abs=4 * float((variance.mean() / count).sqrt())
+    )
     assert [row["count"] for row in found["bins"]] == [2000] * 15
     expectations = [row["expected"] for row in found["bins"]]
     assert expectations == sorted(expectations)
@@ -235,7 +263,10 @@ def test_pairs_are_all_ordered_pairs_of_different_views() -> None:
     projection, concentration = 7 * torch.randn(3, 2, 5), 4 * torch.rand(3, 2)
     expected, observed = pair_cosines(loc, concentration, projection)
     by_hand = [
-        (concentration[v, i] / (concentration[v, i] + 4), torch.cosine_similarity(loc[v, i], projection[g, i], dim=0))
+        (
+            concentration[v, i] / (concentration[v, i] + 4),
+            torch.cosine_similarity(loc[v, i], projection[g, i], dim=0),
+        )
         for v in range(3)
         for g in range(3)
         if v != g
@@ -250,13 +281,19 @@ def test_held_out_views_are_those_of_training() -> None:
     images, _ = cached(ArraySource(pixels))
     policy = AugmentConfig(size=8, local_views=3, local_size=8)
     chosen = np.array([1, 4, 5, 8])
-    batches = list(augmented_views(images, chosen, policy, views=4, seed=3, device=torch.device("cpu"), batch_size=3))
+    batches = list(
+        augmented_views(
+            images, chosen, policy, views=4, seed=3, device=torch.device("cpu"), batch_size=3
+        )
+    )
     assert [tuple(batch.shape) for batch in batches] == [(4, 3, 3, 8, 8), (4, 1, 3, 8, 8)]
     views = torch.cat(batches, 1)
     (batch,) = MultiViewLoader(images, policy, 10, seed=3, workers=0).epoch(0)
     rows = [batch.index.tolist().index(number) for number in chosen]
     for view in range(2):
-        torch.testing.assert_close(views[view], batch.views[view][rows], rtol=0, atol=BATCH_ROUNDING)
+        torch.testing.assert_close(
+            views[view], batch.views[view][rows], rtol=0, atol=BATCH_ROUNDING
+        )
     assert (views[2] - views[3]).abs().amax((1, 2, 3)).min() > 0.1
     whole = dataclasses.replace(named_policy("none"), size=8)
     (same,) = augmented_views(images, chosen, whole, views=4, seed=3, device=torch.device("cpu"))

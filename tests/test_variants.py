@@ -44,7 +44,9 @@ VARIANTS = {
     "vi-byol": {"ema": 0.9},
     "local-predictor": {
         "augment": MULTICROP,
-        "model": ModelConfig(dim=32, projector_hidden=32, predictor_hidden=16, local_predictor=True),
+        "model": ModelConfig(
+            dim=32, projector_hidden=32, predictor_hidden=16, local_predictor=True
+        ),
     },
 }
 
@@ -63,7 +65,9 @@ def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_step(kind: type[SimSiam] = VISimSiam, *, ema: float | None = None, shared: bool = False, **options: object) -> TrainStep:  # fmt: skip
     torch.manual_seed(0)
-    model = kind(backbone()[0], features=32, dim=16, projector_hidden=16, predictor_hidden=8, **options)  # type: ignore[arg-type]
+    model = kind(
+        backbone()[0], features=32, dim=16, projector_hidden=16, predictor_hidden=8, **options
+    )  # type: ignore[arg-type]
     model.shared_passes = shared
     if ema is not None:
         model.add_target()
@@ -73,7 +77,14 @@ def make_step(kind: type[SimSiam] = VISimSiam, *, ema: float | None = None, shar
 def everything(step: TrainStep) -> list[Tensor]:
     """Weights and buffers of the model and its target, momentum, learning rate, counter, latch and losses."""
     momenta = [entry["momentum_buffer"] for entry in step.optimizer.state.values()]
-    kept = [*step.model.state_dict().values(), *momenta, step._rate, step.counter, step.failed, step.losses]
+    kept = [
+        *step.model.state_dict().values(),
+        *momenta,
+        step._rate,
+        step.counter,
+        step.failed,
+        step.losses,
+    ]
     return [tensor.clone() for tensor in kept]
 
 
@@ -100,7 +111,9 @@ def test_a_run_is_resumed_bit_for_bit(
     run = load_run(tmp_path / "parts", device="cpu")
     assert run.config == settings.located()
     assert same(run.model.state_dict(), whole.model.state_dict())
-    numbers = [[x for name, x in line.items() if name != "state"] for line in metrics(tmp_path / "whole")]
+    numbers = [
+        [x for name, x in line.items() if name != "state"] for line in metrics(tmp_path / "whole")
+    ]
     assert all(np.isfinite(line).all() for line in numbers)
     if isinstance(run.model, VISimSiam):
         kappa = run.model.distribution(torch.randn(4, 3, 16, 16)).concentration
@@ -144,7 +157,9 @@ def test_the_target_is_a_moving_average(kind: type[SimSiam], shared: bool) -> No
         output = step(views(i))
         for found, wanted in zip(output.targets, by_hand, strict=True):
             torch.testing.assert_close(found, wanted)
-        expected = [0.75 * average + 0.25 * p.detach() for average, p in zip(expected, online, strict=True)]
+        expected = [
+            0.75 * average + 0.25 * p.detach() for average, p in zip(expected, online, strict=True)
+        ]
         torch.testing.assert_close([p.detach() for p in model.target.parameters()], expected)
         with torch.no_grad():
             for p, q in zip(reference.parameters(), expected, strict=True):
@@ -174,7 +189,9 @@ def test_the_latch_keeps_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ranks_average_no_gradient_of_the_target() -> None:
     """DistributedDataParallel leaves the target alone, and the step moves it."""
     plain, wrapped = make_step(ema=0.5), make_step(ema=0.5)
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     try:
         wrapped.network = DistributedDataParallel(wrapped.model, **_OWN_BUFFERS)
         for i in range(3):
@@ -188,11 +205,15 @@ def test_ranks_average_no_gradient_of_the_target() -> None:
 def test_a_model_without_a_target_has_no_new_weights() -> None:
     """Checkpoints written before there were variants fit, and the same random numbers are drawn."""
     torch.manual_seed(0)
-    model = build_model(TrainConfig(model=ModelConfig(dim=32, projector_hidden=16, predictor_hidden=8)))
+    model = build_model(
+        TrainConfig(model=ModelConfig(dim=32, projector_hidden=16, predictor_hidden=8))
+    )
     after = torch.rand(1)
     names = [name for name in model.state_dict() if not name.startswith("backbone.")]
     layers = {"projector": (0, 1, 3, 4, 6, 7), "predictor": (0, 1, 3)}
-    assert {".".join(name.split(".")[:2]) for name in names} == {f"{k}.{i}" for k, each in layers.items() for i in each}
+    assert {".".join(name.split(".")[:2]) for name in names} == {
+        f"{k}.{i}" for k, each in layers.items() for i in each
+    }
     torch.manual_seed(0)
     backbone()
     sizes = [(32, 16, False), (16, 16, False), (16, 32, False), (8, 48, True), (32, 8, False)]
@@ -200,15 +221,22 @@ def test_a_model_without_a_target_has_no_new_weights() -> None:
     assert torch.equal(model.predictor[0].weight, first.weight)
     assert torch.equal(model.predictor[3].weight[:33], last.weight[:33])
     torch.manual_seed(0)
-    variant = build_model(TrainConfig(model=ModelConfig(dim=32, projector_hidden=16, predictor_hidden=8), ema=0.99))
+    variant = build_model(
+        TrainConfig(model=ModelConfig(dim=32, projector_hidden=16, predictor_hidden=8), ema=0.99)
+    )
     assert torch.equal(torch.rand(1), after)
-    assert same(model.state_dict(), {n: v for n, v in variant.state_dict().items() if not n.startswith("target.")})
+    assert same(
+        model.state_dict(),
+        {n: v for n, v in variant.state_dict().items() if not n.startswith("target.")},
+    )
 
 
 def test_a_detached_run_trains_simsiams_network(image_folder: Path, tmp_path: Path) -> None:
     """The same seed gives the same start, and ten steps give the same weights."""
     simsiam = train(config(image_folder, method="simsiam"), tmp_path / "simsiam").model.state_dict()
-    detached = train(config(image_folder, loss=LossConfig(concentration="detached")), tmp_path / "detached").model
+    detached = train(
+        config(image_folder, loss=LossConfig(concentration="detached")), tmp_path / "detached"
+    ).model
     found = {name.replace("3.mean", "3"): value for name, value in detached.state_dict().items()}
     # Layers of other widths may round differently: ten steps with every operation off by eps came to 2e-6.
     for name, value in simsiam.items():
@@ -223,9 +251,13 @@ def test_controls_start_from_simsiams_weights(kind: str, image_folder: Path) -> 
     simsiam = build_model(config(image_folder, method="simsiam")).state_dict()
     value = 1.0 if kind == "constant" else None
     torch.manual_seed(5)
-    control = build_model(config(image_folder, loss=LossConfig(concentration=kind, concentration_value=value)))  # type: ignore[arg-type]
+    control = build_model(
+        config(image_folder, loss=LossConfig(concentration=kind, concentration_value=value))
+    )  # type: ignore[arg-type]
     state = {name.replace("3.mean", "3"): value for name, value in control.state_dict().items()}
-    assert same(simsiam, {name: value for name, value in state.items() if "concentration" not in name})
+    assert same(
+        simsiam, {name: value for name, value in state.items() if "concentration" not in name}
+    )
 
 
 def test_local_views_have_their_own_predictor(image_folder: Path) -> None:
@@ -259,13 +291,19 @@ def test_a_frozen_network_stays_and_its_concentration_fits(
     trainer = Trainer(settings, tmp_path / "frozen", console=QUIET)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.fit()
-    saved = {name.replace("predictor.3", "predictor.3.mean"): v for name, v in weights(tmp_path / "simsiam").items()}
+    saved = {
+        name.replace("predictor.3", "predictor.3.mean"): v
+        for name, v in weights(tmp_path / "simsiam").items()
+    }
     after = trainer.model.state_dict()
     fitted = {name for name in after if "concentration" in name}
     assert same({n: v for n, v in saved.items() if not n.startswith("target.")}, {n: v for n, v in after.items() if n not in fitted})  # fmt: skip
     assert all(not torch.equal(before[name], after[name]) for name in fitted)
     lines = metrics(tmp_path / "frozen")
-    assert np.mean([line["loss"] for line in lines[-5:]]) < np.mean([line["loss"] for line in lines[:5]]) - 0.5
+    assert (
+        np.mean([line["loss"] for line in lines[-5:]])
+        < np.mean([line["loss"] for line in lines[:5]]) - 0.5
+    )
     assert not any(module.training for module in trainer.model.modules())
     run = load_run(tmp_path / "frozen", device="cpu")
     assert same(run.model.state_dict(), after)
@@ -287,10 +325,17 @@ def test_a_frozen_run_is_resumed_without_the_run_it_came_from(
 
 
 def test_what_cannot_be_frozen_is_named(image_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"frozen_run: .*nothing holds no run; it must be the folder of a SimSiam run"):
-        Trainer(config(image_folder, frozen_run=tmp_path / "nothing"), tmp_path / "a", console=QUIET)
+    with pytest.raises(
+        InputError,
+        match=r"frozen_run: .*nothing holds no run; it must be the folder of a SimSiam run",
+    ):
+        Trainer(
+            config(image_folder, frozen_run=tmp_path / "nothing"), tmp_path / "a", console=QUIET
+        )
     train(config(image_folder, epochs=1), tmp_path / "vi")
-    with pytest.raises(InputError, match=r"frozen_run: .*vi is a run of vi-simsiam; it must be one of simsiam"):
+    with pytest.raises(
+        InputError, match=r"frozen_run: .*vi is a run of vi-simsiam; it must be one of simsiam"
+    ):
         Trainer(config(image_folder, frozen_run=tmp_path / "vi"), tmp_path / "a", console=QUIET)
     train(config(image_folder, method="simsiam", epochs=1), tmp_path / "simsiam")
     wider = config(image_folder, frozen_run=tmp_path / "simsiam", model=ModelConfig(dim=48, projector_hidden=32, predictor_hidden=16))  # fmt: skip
@@ -301,7 +346,9 @@ def test_what_cannot_be_frozen_is_named(image_folder: Path, tmp_path: Path) -> N
     short = {name: value for name, value in kept.model.items() if name != "predictor.0.weight"}
     dataclasses.replace(kept, model=short).save(path)
     with pytest.raises(InputError, match=r"frozen_run: .*checkpoint.pt does not fit the model"):
-        Trainer(config(image_folder, frozen_run=tmp_path / "simsiam"), tmp_path / "a", console=QUIET)
+        Trainer(
+            config(image_folder, frozen_run=tmp_path / "simsiam"), tmp_path / "a", console=QUIET
+        )
     assert not (tmp_path / "a").exists()
 
 
@@ -326,7 +373,8 @@ def test_distinct_runs_leave_copies_out(image_folder: Path, tmp_path: Path) -> N
     shutil.copytree(image_folder, data)
     shutil.copy(data / "train" / "dark" / "03.png", data / "val" / "dark" / "zz.png")
     whole, distinct = (
-        train(config(data, distinct=distinct, epochs=1), tmp_path / str(distinct)) for distinct in (False, True)
+        train(config(data, distinct=distinct, epochs=1), tmp_path / str(distinct))
+        for distinct in (False, True)
     )
     assert (len(whole.loader.source), len(distinct.loader.source)) == (40, 39)
     runs = [load_run(tmp_path / str(distinct), device="cpu").splits for distinct in (False, True)]
@@ -344,4 +392,6 @@ def test_runs_from_before_the_variants_are_opened(image_folder: Path, tmp_path: 
         del plain["loss"][name]
     del plain["model"]["local_predictor"]
     path.write_text(json.dumps(plain))
-    assert load_run(tmp_path / "run", device="cpu").config == config(image_folder, epochs=1).located()
+    assert (
+        load_run(tmp_path / "run", device="cpu").config == config(image_folder, epochs=1).located()
+    )

@@ -33,7 +33,11 @@ def health(config: TrainConfig, *lines: dict[str, float]) -> Health:
         ({"cosine": -0.001}, "not learning", "not learning since step 10: cosine 0.00"),
         ({"cosine": 0.07}, "learning", "barely learned: cosine 0.07"),
         ({"z_std": 0.1}, "collapsed", "collapsed since step 10: z-std 0.10"),
-        ({"projection_spread": 0.004, "cosine": 0.99}, "collapsed", "collapsed since step 10: 0.4% of the projections"),
+        (
+            {"projection_spread": 0.004, "cosine": 0.99},
+            "collapsed",
+            "collapsed since step 10: 0.4% of the projections",
+        ),
         ({"kappa": 0.02}, "dead", "dead since step 10: kappa/(D-1) 0.02, where 2.3 would fit"),
     ],
 )
@@ -53,7 +57,9 @@ def test_a_problem_begins_once_and_ends() -> None:
     found = Health(TrainConfig())
     begins = []
     for number in range(12):
-        line = GOOD | ({"kappa": 0.01} if 4 <= number < 8 else {"kappa": 0.25} if number == 10 else {})
+        line = GOOD | (
+            {"kappa": 0.01} if 4 <= number < 8 else {"kappa": 0.25} if number == 10 else {}
+        )
         begins.append(found.update({"step": 100 * number, "epoch": number} | line))
         if number == 7:
             assert (found.state, found.since) == ("dead", 400)
@@ -87,10 +93,15 @@ def test_a_small_kappa_is_judged_by_its_weight_in_the_loss() -> None:
         return found.line.partition(":")[0].partition(" since")[0]
 
     assert state(preset("paper"), small) == "learned"  # 0.003 x 2047 x 1 = 6
-    assert state(preset("paper"), GOOD | {"kappa": 0.003}) == "learned", "its kappa is not meant to follow"
+    assert state(preset("paper"), GOOD | {"kappa": 0.003}) == "learned", (
+        "its kappa is not meant to follow"
+    )
     assert state(TrainConfig(loss=NETWORK), small) == "dead"
     assert state(TrainConfig(), small) == "learned", "SimSiam's loss stands beside it"
-    start = small | {"kappa": 0.04, "cosine": 0.03}  # where softplus(-3) lets it start: not dead, and nothing learned
+    start = small | {
+        "kappa": 0.04,
+        "cosine": 0.03,
+    }  # where softplus(-3) lets it start: not dead, and nothing learned
     assert state(TrainConfig(loss=NETWORK), start) == "barely learned"
     assert state(TrainConfig(loss=dataclasses.replace(NETWORK, loss_scale=1.0)), small) == "learned"
     detached = TrainConfig(loss=dataclasses.replace(NETWORK, concentration="detached"))
@@ -109,16 +120,24 @@ def test_the_advice_is_not_what_was_done() -> None:
     assert "--concentration-link" not in health(TrainConfig(), *dead).line
     assert "--clip-norm 1" in health(TrainConfig(), *dead).line
     assert "--clip-norm" not in health(TrainConfig(clip_norm=1.0), *dead).line
-    assert "--concentration-link quadratic --cosine-weight 1" in health(TrainConfig(loss=NETWORK), *dead).line
+    assert (
+        "--concentration-link quadratic --cosine-weight 1"
+        in health(TrainConfig(loss=NETWORK), *dead).line
+    )
     fitted = TrainConfig(frozen_run=Path("runs/simsiam"), loss=NETWORK)
-    assert health(fitted, *dead).line.endswith("try more --epochs than 100 or a larger --lr than 0.0125")
+    assert health(fitted, *dead).line.endswith(
+        "try more --epochs than 100 or a larger --lr than 0.0125"
+    )
     detached = LossConfig(concentration="detached", cosine_weight=0.0)
     assert health(TrainConfig(loss=detached), *dead).line.endswith(
         "try a smaller --lr than 0.0125, --clip-norm 1 or another --seed"
     )
     constant = dataclasses.replace(NETWORK, concentration="constant", concentration_value=0.01)
     line = health(TrainConfig(loss=constant), *dead).line
-    assert "the loss has 1.0% of the gradient of SimSiam's; try a larger --concentration-value than 0.01" in line
+    assert (
+        "the loss has 1.0% of the gradient of SimSiam's; try a larger --concentration-value than 0.01"
+        in line
+    )
 
 
 def test_a_warm_up_and_an_epoch_are_waited_for() -> None:
@@ -137,7 +156,9 @@ def test_a_kappa_that_had_no_time_is_named_at_the_end() -> None:
 
 
 def test_one_line_of_nearly_equal_directions_is_no_death() -> None:
-    lines = [GOOD | {"kappa": 0.5, "kappa_best": 100.0 if number == 15 else 0.5} for number in range(20)]
+    lines = [
+        GOOD | {"kappa": 0.5, "kappa_best": 100.0 if number == 15 else 0.5} for number in range(20)
+    ]
     found = health(TrainConfig(), *lines[:16])
     assert found.state == "learning"
     assert health(TrainConfig(), *lines).state == "learning"
@@ -159,8 +180,14 @@ def test_a_kappa_at_its_upper_bound_is_not_dead() -> None:
 
 
 def test_a_large_kappa_is_not_dead_however_near_the_cosines_are_to_1() -> None:
-    assert health(TrainConfig(), *[{"kappa": 30.0, "kappa_best": 1e6, "cosine": 1.0}] * 10).state == "learning"
-    assert health(TrainConfig(), *[{"kappa": 0.9, "kappa_best": 1e6, "cosine": 1.0}] * 10).state == "dead"
+    assert (
+        health(TrainConfig(), *[{"kappa": 30.0, "kappa_best": 1e6, "cosine": 1.0}] * 10).state
+        == "learning"
+    )
+    assert (
+        health(TrainConfig(), *[{"kappa": 0.9, "kappa_best": 1e6, "cosine": 1.0}] * 10).state
+        == "dead"
+    )
 
 
 def test_a_scale_of_one_s_own_is_judged_where_it_is_the_default_one() -> None:
@@ -183,7 +210,10 @@ def test_a_log_that_cannot_be_read_has_no_verdict(tmp_path: Path) -> None:
         log.write_text(text)
         assert Health.of_run(tmp_path, TrainConfig()) is None, text
     log.write_text(
-        "".join(json.dumps({"step": step, "epoch": 2} | GOOD | {"z_std": 0.1}) + "\n" for step in (50, 60, 70))
+        "".join(
+            json.dumps({"step": step, "epoch": 2} | GOOD | {"z_std": 0.1}) + "\n"
+            for step in (50, 60, 70)
+        )
         + '{"step": 8'
     )
     found = Health.of_run(tmp_path, TrainConfig())
@@ -193,7 +223,13 @@ def test_a_log_that_cannot_be_read_has_no_verdict(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.2, "about 1 s"), (40, "about 40 s"), (150, "about 2 min"), (3 * 3600, "about 3 h"), (4e5, "about 5 days")],
+    [
+        (0.2, "about 1 s"),
+        (40, "about 40 s"),
+        (150, "about 2 min"),
+        (3 * 3600, "about 3 h"),
+        (4e5, "about 5 days"),
+    ],
 )
 def test_times_are_rounded(seconds: float, text: str) -> None:
     assert duration(seconds) == text
@@ -228,8 +264,12 @@ def test_a_long_run_gets_the_options_of_a_short_one(
     config: TrainConfig, images: int, hours: float, options: str
 ) -> None:
     line = duration_line(config, images, hours * 3600)
-    assert duration_line(config, images, hours * 3600, resumed=True) == line.split(";")[0], "settings are fixed"
-    found = re.fullmatch(rf"about \d+ (h|days) to go on this CPU; ({options}): about (\d+) min", line)
+    assert duration_line(config, images, hours * 3600, resumed=True) == line.split(";")[0], (
+        "settings are fixed"
+    )
+    found = re.fullmatch(
+        rf"about \d+ (h|days) to go on this CPU; ({options}): about (\d+) min", line
+    )
     assert found is not None, line
     assert 1 <= int(found[3]) <= 20
     if epochs := re.search(r"--epochs (\d+)", line):

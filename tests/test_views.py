@@ -35,7 +35,9 @@ RARE = 1e-3
 
 
 def picture(height: int = 40, width: int = 30, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def pixels(view: Tensor) -> Tensor:
@@ -54,7 +56,9 @@ def draw(
 ) -> NDArray[np.int32]:
     numbers = np.arange(samples) if isinstance(samples, int) else np.asarray(samples)
     heights, widths = np.full(len(numbers), height), np.full(len(numbers), width)
-    return draw_table(policy, seed=seed, epoch=epoch, samples=numbers, heights=heights, widths=widths)
+    return draw_table(
+        policy, seed=seed, epoch=epoch, samples=numbers, heights=heights, widths=widths
+    )
 
 
 def strengths(table: NDArray[np.int32], column: Column) -> NDArray[np.float32]:
@@ -77,16 +81,69 @@ def starts(table: NDArray[np.int32]) -> NDArray[np.int64]:
         ),
     ],
 )
-def test_philox_gives_the_known_answers(counter: tuple[int, ...], key: tuple[int, int], words: tuple[int, ...]) -> None:
+def test_philox_gives_the_known_answers(
+    counter: tuple[int, ...], key: tuple[int, int], words: tuple[int, ...]
+) -> None:
     """The vectors published with Random123 for philox4x32 with 10 rounds."""
     counters = np.array([(1, 2, 3, 4), counter], dtype=np.uint32).T
     assert tuple(philox(counters, key)[:, 1].tolist()) == words
 
 
 PINNED = {
-    (0, 0): [2427, 0, 240, 49, 58, 1, 4675, 1, 1060873055, 1058807006, 1063993339, 1034640398, 1059609728, 0, 10, 9],
-    (1, 1): [807, 0, 240, 36, 31, 1, 5170, 0, 1060298368, 1066271129, 1066699907, -1112957018, 0, 1, 3, 29],
-    (2, 2): [5145, 0, 240, 19, 25, 0, 8515, 0, 1068077216, 1062100862, 1068501215, -1114343605, 0, 9468, 21, 35],
+    (0, 0): [
+        2427,
+        0,
+        240,
+        49,
+        58,
+        1,
+        4675,
+        1,
+        1060873055,
+        1058807006,
+        1063993339,
+        1034640398,
+        1059609728,
+        0,
+        10,
+        9,
+    ],
+    (1, 1): [
+        807,
+        0,
+        240,
+        36,
+        31,
+        1,
+        5170,
+        0,
+        1060298368,
+        1066271129,
+        1066699907,
+        -1112957018,
+        0,
+        1,
+        3,
+        29,
+    ],
+    (2, 2): [
+        5145,
+        0,
+        240,
+        19,
+        25,
+        0,
+        8515,
+        0,
+        1068077216,
+        1062100862,
+        1068501215,
+        -1114343605,
+        0,
+        9468,
+        21,
+        35,
+    ],
 }
 """Rows of the table by view and place in the batch."""
 
@@ -105,7 +162,9 @@ def test_a_row_depends_on_its_sample_alone() -> None:
     whole = draw(policy, 200)
     chosen = np.array([199, 3, 70, 71])
     assert np.array_equal(draw(policy, chosen), whole[:, chosen])
-    assert np.array_equal(draw(AugmentConfig(crop_ratio=(0.2, 5.0), crop_scale=(0.5, 1.0)), 200), whole[:2])
+    assert np.array_equal(
+        draw(AugmentConfig(crop_ratio=(0.2, 5.0), crop_scale=(0.5, 1.0)), 200), whole[:2]
+    )
 
 
 def test_seed_epoch_sample_and_view_are_all_of_the_key() -> None:
@@ -121,14 +180,19 @@ def test_seed_epoch_sample_and_view_are_all_of_the_key() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(60, 80), (300, 90), (64, 64)])
 @pytest.mark.parametrize("scale", [(0.2, 1.0), (0.05, 0.14)])
-def test_crops_are_distributed_as_torchvisions(height: int, width: int, scale: tuple[float, float]) -> None:
+def test_crops_are_distributed_as_torchvisions(
+    height: int, width: int, scale: tuple[float, float]
+) -> None:
     ours = draw(AugmentConfig(crop_scale=scale), height=height, width=width)[0][:, CROP]
     torch.manual_seed(1)
     transform = v2.RandomResizedCrop(8, scale)
     image = torch.empty(3, height, width)
     given = [transform.make_params([image]) for _ in range(COUNT)]
     theirs = np.array([[p["top"], p["left"], p["height"], p["width"]] for p in given])
-    for a, b in (*zip(ours.T, theirs.T, strict=True), (ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3])):
+    for a, b in (
+        *zip(ours.T, theirs.T, strict=True),
+        (ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3]),
+    ):
         assert stats.ks_2samp(a, b).pvalue > RARE
 
 
@@ -136,7 +200,9 @@ def test_crops_are_distributed_as_torchvisions(height: int, width: int, scale: t
 def test_every_place_of_a_crop_is_equally_likely(side: str) -> None:
     """Crops of at most 14 % of the area always fit, so none is a central one."""
     rows = draw(AugmentConfig(crop_scale=(0.05, 0.14)))[0]
-    places, extent, length = (Column.TOP, Column.HEIGHT, 60) if side == "height" else (Column.LEFT, Column.WIDTH, 80)
+    places, extent, length = (
+        (Column.TOP, Column.HEIGHT, 60) if side == "height" else (Column.LEFT, Column.WIDTH, 80)
+    )
     between = np.random.default_rng(0).random(COUNT)
     share = (rows[:, places] + between) / (length - rows[:, extent] + 1)
     assert stats.kstest(share, "uniform").pvalue > RARE
@@ -152,13 +218,18 @@ def test_colours_are_distributed_as_torchvisions() -> None:
         theirs = [p[f"{name}_factor"] for p in given]
         assert stats.ks_2samp(strengths(table, Column[name.upper()]), theirs).pvalue > RARE
     counts = Counter(table[:, Column.ORDER].tolist())
-    orders = {sum(c << 4 * i for i, c in enumerate(order)) for order in itertools.permutations((1, 2, 3, 4))}
+    orders = {
+        sum(c << 4 * i for i, c in enumerate(order))
+        for order in itertools.permutations((1, 2, 3, 4))
+    }
     assert counts.keys() == orders
     assert stats.chisquare(list(counts.values())).pvalue > RARE
 
 
 def test_switches_have_their_probabilities_and_are_independent() -> None:
-    policy = AugmentConfig(jitter_prob=0.7, grayscale_prob=0.3, blur_prob=0.4, flip_prob=0.6, blur_sigma=(0.5, 1.5))
+    policy = AugmentConfig(
+        jitter_prob=0.7, grayscale_prob=0.3, blur_prob=0.4, flip_prob=0.6, blur_sigma=(0.5, 1.5)
+    )
     first, second = draw(policy)
     blurred = strengths(first, Column.SIGMA)
     switches = {
@@ -171,7 +242,12 @@ def test_switches_have_their_probabilities_and_are_independent() -> None:
     for on, probability in switches.values():
         assert stats.binomtest(int(on.sum()), COUNT, probability).pvalue > RARE
     for (a, _), (b, _) in itertools.combinations(switches.values(), 2):
-        assert stats.chi2_contingency([[np.sum(a & b), np.sum(a & ~b)], [np.sum(~a & b), np.sum(~a & ~b)]])[1] > RARE
+        assert (
+            stats.chi2_contingency(
+                [[np.sum(a & b), np.sum(a & ~b)], [np.sum(~a & b), np.sum(~a & ~b)]]
+            )[1]
+            > RARE
+        )
     assert stats.kstest(blurred[blurred > 0], stats.uniform(0.5, 1.0).cdf).pvalue > RARE
 
 
@@ -208,8 +284,12 @@ def test_every_policy_on_any_image(name: str, height: int, width: int) -> None:
     assert (table[..., Column.SAMPLE] == np.arange(100)).all()
 
 
-@pytest.mark.parametrize(("height", "width", "crop"), [(300, 7, [145, 0, 9, 7]), (7, 300, [0, 145, 7, 9])])
-def test_images_that_no_crop_fits_are_cropped_in_the_middle(height: int, width: int, crop: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("height", "width", "crop"), [(300, 7, [145, 0, 9, 7]), (7, 300, [0, 145, 7, 9])]
+)
+def test_images_that_no_crop_fits_are_cropped_in_the_middle(
+    height: int, width: int, crop: list[int]
+) -> None:
     """A crop of nearly all the area of a strip does not fit in ten draws; torchvision then takes its centre."""
     table = draw(AugmentConfig(crop_scale=(0.9, 1.0)), 20, height, width)
     params = v2.RandomResizedCrop(8, (0.9, 1.0)).make_params([torch.empty(3, height, width)])
@@ -218,7 +298,9 @@ def test_images_that_no_crop_fits_are_cropped_in_the_middle(height: int, width: 
 
 
 @pytest.mark.parametrize(("ratio", "height", "width"), [((0.1, 0.3), 1, 9), ((4.0, 5.0), 9, 1)])
-def test_a_crop_has_a_pixel_where_no_shape_fits(ratio: tuple[float, float], height: int, width: int) -> None:
+def test_a_crop_has_a_pixel_where_no_shape_fits(
+    ratio: tuple[float, float], height: int, width: int
+) -> None:
     """The central crop of that ratio would be 0.3 pixels wide, or 0.25 high."""
     table = draw(AugmentConfig(crop_ratio=ratio), 2, height, width)
     check_table(table, 3 * height * width)
@@ -259,7 +341,12 @@ def test_numbers_out_of_range() -> None:
         draw(AugmentConfig(), 2, height=0)
     with pytest.raises(InputError, match=r"shapes \(2,\), \(1,\), \(2,\)"):
         draw_table(
-            AugmentConfig(), seed=0, epoch=0, samples=np.arange(2), heights=np.ones(1, int), widths=np.ones(2, int)
+            AugmentConfig(),
+            seed=0,
+            epoch=0,
+            samples=np.arange(2),
+            heights=np.ones(1, int),
+            widths=np.ones(2, int),
         )
 
 
@@ -278,7 +365,9 @@ def test_contact_sheet_shows_images_and_the_views_of_training() -> None:
     sheet = contact_sheet(ArraySource(images), policy, images=2, seed=5, epoch=1)
     assert sheet.size == (3 * 16 + 8 + 3 * 4, 2 * 16 + 4)
     table = draw(policy, [2], 20, 20, seed=5, epoch=1)
-    view = eager_augment(torch.from_numpy(images[2].reshape(-1)), torch.from_numpy(table[:1]), 16)[0, 0]
+    view = eager_augment(torch.from_numpy(images[2].reshape(-1)), torch.from_numpy(table[:1]), 16)[
+        0, 0
+    ]
     levels = pixels(view).mul(255).clamp(0, 255).permute(1, 2, 0).numpy()
     # Rounded to whole levels; the sheet's views are made as a batch, this one alone.
     assert np.abs(np.asarray(sheet)[20:36, 20:36] - levels).max() <= 0.5 + 255 * BATCH_ROUNDING
@@ -298,7 +387,9 @@ def test_contact_sheet_shows_the_next_image_for_a_broken_one(tmp_path: Path) -> 
 
     def shown(images: int) -> tuple[list[int], list[str]]:
         skipped: list[Unreadable] = []
-        sheet = np.asarray(contact_sheet(FileSource(paths), policy, images=images, skipped=skipped.append))
+        sheet = np.asarray(
+            contact_sheet(FileSource(paths), policy, images=images, skipped=skipped.append)
+        )
         return (sheet[8::20, 8, 0] // 30).tolist(), [Path(entry.path).name for entry in skipped]
 
     assert shown(4) == ([0, 2, 4, 6], [])
@@ -308,7 +399,10 @@ def test_contact_sheet_shows_the_next_image_for_a_broken_one(tmp_path: Path) -> 
     assert shown(8) == ([0, 1, 3, 4, 5], ["2.png", "6.png", "7.png"])
     for path in paths:
         path.write_bytes(b"")
-    with pytest.raises(InputError, match=r"files has 8 images, but none that can be read: .*0\.png \(an empty file\)"):
+    with pytest.raises(
+        InputError,
+        match=r"files has 8 images, but none that can be read: .*0\.png \(an empty file\)",
+    ):
         shown(2)
     with pytest.raises(InputError, match="files has 1 image, but none"):
         contact_sheet(FileSource(paths[:1]), policy)
@@ -322,8 +416,26 @@ def test_views_leaves_out_what_train_leaves_out(
     broken = min((source / "train").rglob("*.png"))
     broken.write_bytes(b"")
     out = tmp_path / "views.png"
-    assert main(["views", "--data", f"folder:{source}", "--size", "16", "--images", "2", "--out", str(out)]) == 0
-    assert capsys.readouterr() == (f"{out}\n", f"warning: 1 unreadable image left out: {broken} (an empty file)\n")
+    assert (
+        main(
+            [
+                "views",
+                "--data",
+                f"folder:{source}",
+                "--size",
+                "16",
+                "--images",
+                "2",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
+    assert capsys.readouterr() == (
+        f"{out}\n",
+        f"warning: 1 unreadable image left out: {broken} (an empty file)\n",
+    )
     with Image.open(out) as picture:
         assert picture.height == 7 * (2 * 16 + 4)  # small views are enlarged, to at most 112 pixels
 

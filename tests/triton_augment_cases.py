@@ -45,7 +45,13 @@ def _row(
 ) -> NDArray[np.int32]:
     row = np.zeros(16, np.int32)
     row[:2] = np.array([start], "<i8").view(np.int32)
-    row[2:8] = [3 * image_width, *crop, flip, sum(code << (4 * i) for i, code in enumerate(order)), gray]
+    row[2:8] = [
+        3 * image_width,
+        *crop,
+        flip,
+        sum(code << (4 * i) for i, code in enumerate(order)),
+        gray,
+    ]
     row[8:13] = np.array([*strengths, sigma], np.float32).view(np.int32)
     return row
 
@@ -66,7 +72,9 @@ def _random_rows(count: int) -> NDArray[np.int32]:
     for _ in range(count):
         h, w = int(generator.integers(1, height + 1)), int(generator.integers(1, width + 1))
         top, left = int(generator.integers(height - h + 1)), int(generator.integers(width - w + 1))
-        order = generator.permutation([code if generator.random() < 0.7 else 0 for code in (1, 2, 3, 4)])
+        order = generator.permutation(
+            [code if generator.random() < 0.7 else 0 for code in (1, 2, 3, 4)]
+        )
         start = 3 * ((int(generator.integers(images)) * height + top) * width + left)
         rows.append(
             _row(
@@ -83,7 +91,9 @@ def _random_rows(count: int) -> NDArray[np.int32]:
     return np.stack(rows)
 
 
-def _augment(pixels: Tensor, rows: NDArray[np.int32], size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def _augment(
+    pixels: Tensor, rows: NDArray[np.int32], size: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """(N, size, size, 3) on the CPU; what surrounds the output and the workspace is checked."""
     check_table(rows, len(pixels))
     count = len(rows) * size * size * 3
@@ -115,7 +125,9 @@ def _check(got: Tensor, rows: NDArray[np.int32], pixels: Tensor, size: int) -> N
     ("size", "count", "dtype"),
     [(8, 12, torch.float32), (9, 8, torch.float32), (34, 2, torch.float32), (12, 8, torch.bfloat16)]
     if INTERPRETED
-    else [(s, 128, d) for s in (8, 33, 64, 96, 97, 128, 224) for d in (torch.float32, torch.bfloat16)],
+    else [
+        (s, 128, d) for s in (8, 33, 64, 96, 97, 128, 224) for d in (torch.float32, torch.bfloat16)
+    ],
     ids=str,
 )
 def test_random_rows(size: int, count: int, dtype: torch.dtype) -> None:
@@ -154,8 +166,18 @@ def test_against_torchvision() -> None:
             _row(6, width, (8, 9), gray=True),
             _row(6, width, (8, 9), order=[1], strengths=everything, gray=True, sigma=1.0),
             _row(6, width, (8, 9), sigma=0.3),
-            _row(3 * height * width, width, (13, 19), flip=True, order=[3, 1, 4, 2], strengths=everything, sigma=2.0),
-            _row(len(pixels) - 3 * (3 * width + 3), width, (4, 3), order=[2, 1], gray=True, sigma=1.0),
+            _row(
+                3 * height * width,
+                width,
+                (13, 19),
+                flip=True,
+                order=[3, 1, 4, 2],
+                strengths=everything,
+                sigma=2.0,
+            ),
+            _row(
+                len(pixels) - 3 * (3 * width + 3), width, (4, 3), order=[2, 1], gray=True, sigma=1.0
+            ),
         ]
     )
     got = _augment(pixels, rows, size)
@@ -167,7 +189,9 @@ def test_the_last_byte() -> None:
     """Crops that end with it, of widths that put their last pixel at each place of a group of four."""
     width = 31
     pixels = _images(1, 3, width)
-    rows = np.stack([_row(len(pixels) - 3 * (width + w), width, (2, w)) for w in (9, *range(20, 26))])
+    rows = np.stack(
+        [_row(len(pixels) - 3 * (width + w), width, (2, w)) for w in (9, *range(20, 26))]
+    )
     _check(_augment(pixels, rows, 8), rows, pixels, 8)
 
 
@@ -175,7 +199,9 @@ def test_strong_reduction() -> None:
     """17 taps, in both directions, of a crop that no multiple of four divides."""
     size = 8 if INTERPRETED else 64
     pixels = _images(1, 8 * size + 1, 8 * size + 3)
-    rows = np.stack([_row(0, 8 * size + 3, (8 * size + 1, 8 * size + 3)), _row(3, 8 * size + 3, (8 * size, 2))])
+    rows = np.stack(
+        [_row(0, 8 * size + 3, (8 * size + 1, 8 * size + 3)), _row(3, 8 * size + 3, (8 * size, 2))]
+    )
     _check(_augment(pixels, rows, size), rows, pixels, size)
 
 
@@ -183,7 +209,9 @@ def test_equal_tables_give_equal_bits() -> None:
     pixels = _images(*IMAGES)
     rows = _random_rows(2 if INTERPRETED else 128)
     size = 9 if INTERPRETED else 96
-    assert torch.equal(_augment(pixels, rows, size), _augment(pixels, rows[::-1].copy(), size).flip(0))
+    assert torch.equal(
+        _augment(pixels, rows, size), _augment(pixels, rows[::-1].copy(), size).flip(0)
+    )
 
 
 def test_pixels_at_any_address() -> None:
@@ -199,7 +227,9 @@ def test_no_views() -> None:
     pixels = torch.zeros(12, dtype=torch.uint8, device=DEVICE)
     table = torch.zeros((0, 16), dtype=torch.int32, device=DEVICE)
     assert kernel.workspace_bytes(0, 32) == 0
-    kernel.augment(pixels, table, torch.empty((0, 32, 32, 3), device=DEVICE), torch.empty(0, dtype=torch.uint8))
+    kernel.augment(
+        pixels, table, torch.empty((0, 32, 32, 3), device=DEVICE), torch.empty(0, dtype=torch.uint8)
+    )
 
 
 @triton.jit
@@ -217,7 +247,9 @@ def test_start_has_64_bits(start: int) -> None:
     assert out.item() == start
 
 
-@pytest.mark.skipif(INTERPRETED, reason="needs a GPU: would have captured the launches in a CUDA graph")
+@pytest.mark.skipif(
+    INTERPRETED, reason="needs a GPU: would have captured the launches in a CUDA graph"
+)
 def test_in_a_graph() -> None:
     """A replay reads the table anew."""
     pixels, size = _images(*IMAGES).to(DEVICE), 96

@@ -68,12 +68,17 @@ def _results(
     **options: Any,
 ) -> dict[str, Tensor]:
     """y, the running statistics and all gradients; in `dtype`, if one is given."""
-    given = [None if t is None else t.detach().clone().to(dtype or t.dtype) for t in (x, residual, *parameters)]
+    given = [
+        None if t is None else t.detach().clone().to(dtype or t.dtype)
+        for t in (x, residual, *parameters)
+    ]
     for t in given[:4]:
         if t is not None:
             t.requires_grad_()
     x, residual, weight, bias, running_mean, running_var = given
-    y = batch_norm_act(x, weight, bias, running_mean, running_var, residual=residual, backend=backend, **options)
+    y = batch_norm_act(
+        x, weight, bias, running_mean, running_var, residual=residual, backend=backend, **options
+    )
     y.backward(gradient.to(y.dtype))
     names = ("x", "residual", "weight", "bias")
     gradients = {name: t.grad for name, t in zip(names, given, strict=False) if t is not None}
@@ -82,7 +87,12 @@ def _results(
 
 
 def _separate_passes(
-    x: Tensor, residual: Tensor | None, parameters: list[Tensor | None], gradient: Tensor, groups: int, relu: bool
+    x: Tensor,
+    residual: Tensor | None,
+    parameters: list[Tensor | None],
+    gradient: Tensor,
+    groups: int,
+    relu: bool,
 ) -> dict[str, Tensor]:
     """The reference: each group on its own, in float64, without the operation under test."""
     given = [None if t is None else t.detach().clone().double() for t in (x, residual, *parameters)]
@@ -126,7 +136,9 @@ def test_values_gradients_and_running_statistics(
     residual = _draw(shape, seed=2) if add else None
     parameters = _parameters(shape[1], affine)
     want = _separate_passes(x, residual, parameters, gradient, groups, relu)
-    got = _results(x, residual, parameters, gradient, groups=groups, relu=relu, momentum=0.3, eps=1e-3)
+    got = _results(
+        x, residual, parameters, gradient, groups=groups, relu=relu, momentum=0.3, eps=1e-3
+    )
     assert got.keys() == want.keys()
     for name in want:
         torch.testing.assert_close(
@@ -146,11 +158,14 @@ def test_bfloat16_is_as_exact_as_torch(add: bool) -> None:
     want = _separate_passes(x, residual, parameters, gradient, 2, True)
     options = {"groups": 2, "momentum": 0.3, "eps": 1e-3}
     got, torchs = (
-        _results(x, residual, parameters, gradient, backend=backend, **options) for backend in ("triton", "eager")
+        _results(x, residual, parameters, gradient, backend=backend, **options)
+        for backend in ("triton", "eager")
     )
     for name, exact in want.items():
         assert got[name].dtype == torchs[name].dtype
-        error, known = ((each[name].double() - exact).square().mean().sqrt() for each in (got, torchs))
+        error, known = (
+            (each[name].double() - exact).square().mean().sqrt() for each in (got, torchs)
+        )
         # The interpreter truncates to bfloat16 where a GPU rounds: the root mean square of its errors is twice as large.
         assert error <= (2.2 if INTERPRETED else 1.1) * known + 1e-6, name
 
@@ -178,7 +193,11 @@ def test_the_same_twice_and_tickets_left_at_zero(monkeypatch: pytest.MonkeyPatch
         return tickets[-1]
 
     monkeypatch.setattr(operation, "new_tickets", one_ticket)
-    x, gradient, parameters = _draw((4, 40, 6, 6)), _draw((4, 40, 6, 6), seed=1), _parameters(40, True)
+    x, gradient, parameters = (
+        _draw((4, 40, 6, 6)),
+        _draw((4, 40, 6, 6), seed=1),
+        _parameters(40, True),
+    )
     first, second = (_results(x, None, parameters, gradient, groups=2) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all((t == 0).all() for t in tickets)
@@ -189,7 +208,9 @@ def test_nan_and_infinity_pass_as_in_torch() -> None:
     x = _draw((4, 4, 3, 3))
     x[0, 0, 0, 0], x[3, 1, 2, 2] = torch.nan, torch.inf
     gradient, parameters = _draw((4, 4, 3, 3), seed=1), _parameters(4, True)
-    got, want = (_results(x, None, parameters, gradient, groups=2, backend=b) for b in ("triton", "eager"))
+    got, want = (
+        _results(x, None, parameters, gradient, groups=2, backend=b) for b in ("triton", "eager")
+    )
     for name in ("y", "x", "running_mean", "running_var"):
         assert torch.equal(got[name].isfinite(), want[name].isfinite()), name
     assert torch.equal(got["y"].isnan(), want["y"].isnan())
@@ -222,14 +243,20 @@ def test_frozen_parameters_and_no_grad() -> None:
     y.sum().backward()
     assert x.grad is not None
     with torch.no_grad():
-        assert not batch_norm_act(x, weight, bias, mean, var, groups=2, backend="triton").requires_grad
+        assert not batch_norm_act(
+            x, weight, bias, mean, var, groups=2, backend="triton"
+        ).requires_grad
 
 
 REFUSED: dict[str, dict[str, Any]] = {
     r"takes torch.channels_last, not strides": {"x": torch.ones(4, 6, 4, 4)},
     r"not x in torch.float64": {"x": torch.ones(4, 6, dtype=torch.float64)},
     r"takes contiguous parameters": {"weight": torch.ones(12)[::2]},
-    r"takes training mode alone": {"training": False, "running_mean": torch.zeros(6), "running_var": torch.ones(6)},
+    r"takes training mode alone": {
+        "training": False,
+        "running_mean": torch.zeros(6),
+        "running_var": torch.ones(6),
+    },
     r"weight: shape \(5,\) must be \(6,\)": {"weight": torch.ones(5)},
     r"running_mean, running_var: both must be given or none": {"running_mean": torch.zeros(6)},
 }
@@ -238,16 +265,26 @@ REFUSED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_the_fused_backend_does_not_take(message: str) -> None:
     """It says so where it was named; otherwise eager computes what PyTorch can."""
-    given = {"x": torch.randn(4, 6), "weight": None, "bias": None, "running_mean": None, "running_var": None}
+    given = {
+        "x": torch.randn(4, 6),
+        "weight": None,
+        "bias": None,
+        "running_mean": None,
+        "running_var": None,
+    }
     given |= REFUSED[message]
     for name, value in given.items():
         if isinstance(value, Tensor):  # `to` would make what it moves contiguous
-            empty = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=DEVICE)
+            empty = torch.empty_strided(
+                value.shape, value.stride(), dtype=value.dtype, device=DEVICE
+            )
             given[name] = empty.copy_(value)
     with pytest.raises(InputError, match=message):
         batch_norm_act(**given, backend="triton")
     if "takes" in message or "not x" in message:
-        torch.testing.assert_close(batch_norm_act(**given), batch_norm_act(**given, backend="eager"), rtol=0, atol=0)
+        torch.testing.assert_close(
+            batch_norm_act(**given), batch_norm_act(**given, backend="eager"), rtol=0, atol=0
+        )
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
@@ -275,11 +312,22 @@ def test_in_a_cuda_graph() -> None:
 
 def test_operators_are_registered_rightly() -> None:
     """Shapes, layouts and gradients as torch.compile sees them."""
-    x, residual, (weight, bias, *_) = _draw((4, 6, 4, 4)), _draw((4, 6, 4, 4), seed=1), _parameters(6, True)
+    x, residual, (weight, bias, *_) = (
+        _draw((4, 6, 4, 4)),
+        _draw((4, 6, 4, 4), seed=1),
+        _parameters(6, True),
+    )
     leaves = [t.clone().requires_grad_() for t in (x, residual, weight, bias)]
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    checks = (
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_static",
+    )
     for options in ((2, True, 1e-5), (2, False, 1e-5)):
-        torch.library.opcheck(torch.ops.vi_simsiam.batch_norm_act, (*leaves, *options), test_utils=checks)
+        torch.library.opcheck(
+            torch.ops.vi_simsiam.batch_norm_act, (*leaves, *options), test_utils=checks
+        )
     torch.library.opcheck(
         torch.ops.vi_simsiam.batch_norm_act,
         (leaves[0], None, None, None, 1, True, 1e-5),
@@ -294,17 +342,33 @@ def test_under_compile(add: bool, relu: bool) -> None:
     residual = _draw((4, 6, 4, 4), seed=2) if add else None
     parameters = _parameters(6, True)
     want = _separate_passes(x, residual, parameters, gradient, 2, relu)
-    leaves = [None if t is None else t.clone().requires_grad_() for t in (x, residual, *parameters[:2])]
+    leaves = [
+        None if t is None else t.clone().requires_grad_() for t in (x, residual, *parameters[:2])
+    ]
     running = [t.clone() for t in parameters[2:] if t is not None]
 
     @torch.compile(backend="aot_eager", fullgraph=True)
-    def step(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        options: dict[str, Any] = {"groups": 2, "residual": residual, "relu": relu, "momentum": 0.3, "eps": 1e-3}
+    def step(
+        x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor
+    ) -> Tensor:
+        options: dict[str, Any] = {
+            "groups": 2,
+            "residual": residual,
+            "relu": relu,
+            "momentum": 0.3,
+            "eps": 1e-3,
+        }
         return batch_norm_act(x, weight, bias, mean, var, backend="triton", **options)
 
     y = step(*leaves, *running)
     y.backward(gradient)
-    got = dict(zip(("x", "residual", "weight", "bias"), (None if t is None else t.grad for t in leaves), strict=True))
+    got = dict(
+        zip(
+            ("x", "residual", "weight", "bias"),
+            (None if t is None else t.grad for t in leaves),
+            strict=True,
+        )
+    )
     got |= {"y": y.detach(), "running_mean": running[0], "running_var": running[1]}
     for name in want:
         torch.testing.assert_close(
@@ -327,8 +391,12 @@ def test_gradients_of_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     for model in (apart, together, exact):
         inputs = [view.to(model.projector[0].weight.dtype) for view in views]
         model.loss(model(inputs), "eager").backward()
-    for (name, p), q, r in zip(apart.named_parameters(), together.parameters(), exact.parameters(), strict=True):
+    for (name, p), q, r in zip(
+        apart.named_parameters(), together.parameters(), exact.parameters(), strict=True
+    ):
         known, error = ((x.grad.double() - r.grad).norm() / r.grad.norm() for x in (p, q))
         assert error <= 3 * known + 2e-4, f"{name}: {error}, {known}"
-    for (name, p), q in zip(apart.state_dict().items(), together.state_dict().values(), strict=True):
+    for (name, p), q in zip(
+        apart.state_dict().items(), together.state_dict().values(), strict=True
+    ):
         torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

@@ -29,7 +29,9 @@ from vi_simsiam.ops.multiview_loss import LossForm, eager_loss
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 SPHERICAL = LossForm("power_spherical", scale=1 / 3, minimum=0.1)
-QUADRATIC = LossForm("power_spherical", scale=1 / 3, minimum=0.1, link="quadratic", gain=0.3, cosine=1.5)
+QUADRATIC = LossForm(
+    "power_spherical", scale=1 / 3, minimum=0.1, link="quadratic", gain=0.3, cosine=1.5
+)
 COSINE = LossForm("cosine")
 GIVEN = LossForm("power_spherical")
 """Predictions of this form hold kappa itself in their last column; the kernel gets it in a tensor of its own."""
@@ -38,7 +40,9 @@ GIVEN = LossForm("power_spherical")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 _FORMS = {"raw": SPHERICAL, "quadratic": QUADRATIC, "cosine": COSINE, "given": GIVEN}
 every_form = pytest.mark.parametrize("form", _FORMS.values(), ids=_FORMS)
-forms = pytest.mark.parametrize("form", [QUADRATIC, COSINE, GIVEN], ids=["quadratic", "cosine", "given"])
+forms = pytest.mark.parametrize(
+    "form", [QUADRATIC, COSINE, GIVEN], ids=["quadratic", "cosine", "given"]
+)
 
 
 def _inputs(
@@ -49,10 +53,16 @@ def _inputs(
     width = dim + (form.distribution == "power_spherical")
     image = torch.randn(samples, width, generator=generator, dtype=torch.float64)
     noise = torch.logspace(-2, 0.5, samples, dtype=torch.float64)[:, None]
-    predictions = image + noise * torch.randn(views, samples, width, generator=generator, dtype=torch.float64)
-    targets = image + noise * torch.randn(globals_, samples, width, generator=generator, dtype=torch.float64)
+    predictions = image + noise * torch.randn(
+        views, samples, width, generator=generator, dtype=torch.float64
+    )
+    targets = image + noise * torch.randn(
+        globals_, samples, width, generator=generator, dtype=torch.float64
+    )
     if width > dim:
-        predictions[..., dim] = 8 * torch.randn(views, samples, generator=generator, dtype=torch.float64)
+        predictions[..., dim] = 8 * torch.randn(
+            views, samples, generator=generator, dtype=torch.float64
+        )
     if form is GIVEN:
         predictions[..., dim] = predictions[..., dim].abs()
     return predictions.to(dtype).to(DEVICE), targets[..., :dim].to(dtype).to(DEVICE).contiguous()
@@ -62,7 +72,9 @@ def _apart(views: Tensor, columns: int, offset: int) -> list[Tensor]:
     """The views one by one in rows of `columns` columns, the further ones NaN; view i starts i * offset elements late."""
     rows = []
     for i, view in enumerate(views):
-        memory = torch.full((view.shape[0] * columns + i * offset,), torch.nan, dtype=view.dtype, device=view.device)
+        memory = torch.full(
+            (view.shape[0] * columns + i * offset,), torch.nan, dtype=view.dtype, device=view.device
+        )
         rows.append(memory[i * offset :].view(view.shape[0], columns))
         rows[i][:, : view.shape[1]] = view
     return rows
@@ -84,7 +96,9 @@ def _launch(
     Every output holds NaN before it, the ticket 0 after it; the padding of the gradient is 0, the mean that of the
     losses. For GIVEN the last column of the gradient is the one with respect to the concentration.
     """
-    dtype = torch.promote_types(torch.promote_types(predictions.dtype, targets.dtype), torch.float32)
+    dtype = torch.promote_types(
+        torch.promote_types(predictions.dtype, targets.dtype), torch.float32
+    )
     views, samples, width = predictions.shape
     dim = targets.shape[2]
     used = dim if form is GIVEN else width
@@ -125,7 +139,9 @@ def _launch(
     return loss, torch.cat([grad[..., :used], *columns], -1)
 
 
-def _eager(predictions: Tensor, targets: Tensor, form: LossForm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _eager(
+    predictions: Tensor, targets: Tensor, form: LossForm, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     leaf = predictions.to(dtype).clone().requires_grad_()
     dim = targets.shape[2]
     rows, concentration = (leaf[..., :dim], leaf[..., dim]) if form is GIVEN else (leaf, None)
@@ -144,7 +160,10 @@ def _exact(
     """
     dim = targets.shape[-1]
     with mpmath.workdps(40):
-        p, z = (np.vectorize(mpmath.mpf, otypes=[object])(x.double().cpu().numpy()) for x in (predictions, targets))
+        p, z = (
+            np.vectorize(mpmath.mpf, otypes=[object])(x.double().cpu().numpy())
+            for x in (predictions, targets)
+        )
         weight = mpmath.mpf(2) / (len(z) * (len(p) - 1))
         unit_p, inverse_p = _exact_unit(p[..., :dim])
         unit_z, _ = _exact_unit(z)
@@ -163,10 +182,15 @@ def _exact(
                     kappa = mpmath.mpf(form.scale) * linked + mpmath.mpf(form.minimum)
                     factor = weight * mpmath.mpf(form.scale) * mpmath.mpf(form.gain) * slope
                 value, by_kappa, by_cos = exact_ratio(kappa, cos, dim)
-                value, by_cos = value + mpmath.mpf(form.cosine) * cos, by_cos + mpmath.mpf(form.cosine)
+                value, by_cos = (
+                    value + mpmath.mpf(form.cosine) * cos,
+                    by_cos + mpmath.mpf(form.cosine),
+                )
                 by_kappas[v, b] -= by_kappa
                 grad[v, b, dim] -= factor * by_kappa
-                grad_size[v, b, dim] += factor * (abs(by_kappa) + 1 / max(1 + cos, mpmath.mpf(1e-6)))
+                grad_size[v, b, dim] += factor * (
+                    abs(by_kappa) + 1 / max(1 + cos, mpmath.mpf(1e-6))
+                )
             loss[b] -= weight * value
             loss_size[b] += weight * (abs(value) + by_cos)
             factor = weight * by_cos * inverse_p[v, b]
@@ -188,11 +212,15 @@ def _exact_link(x: mpmath.mpf, link: str) -> tuple[mpmath.mpf, mpmath.mpf]:
 
 def _exact_unit(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     square = (x * x).sum(-1, keepdims=True)
-    inverse = np.vectorize(lambda s: 1 / mpmath.sqrt(s) if s >= 1e-24 else mpmath.mpf(0), otypes=[object])(square)
+    inverse = np.vectorize(
+        lambda s: 1 / mpmath.sqrt(s) if s >= 1e-24 else mpmath.mpf(0), otypes=[object]
+    )(square)
     return x * inverse, inverse
 
 
-def _check(predictions: Tensor, targets: Tensor, form: LossForm, loss: Tensor, grad: Tensor) -> None:
+def _check(
+    predictions: Tensor, targets: Tensor, form: LossForm, loss: Tensor, grad: Tensor
+) -> None:
     (exact_loss, loss_size), (exact_grad, grad_size) = _exact(predictions, targets, form)
     eager_loss_, eager_grad = _eager(predictions, targets, form, loss.dtype)
     dim, eps = targets.shape[-1], torch.finfo(loss.dtype).eps
@@ -202,9 +230,12 @@ def _check(predictions: Tensor, targets: Tensor, form: LossForm, loss: Tensor, g
         (grad, eager_grad, exact_grad, grad_size, slice(dim, None)),
     ):
         error, limit = (
-            float((abs(x.double().cpu().numpy() - want) / size)[..., part].max(initial=0)) for x in (got, reference)
+            float((abs(x.double().cpu().numpy() - want) / size)[..., part].max(initial=0))
+            for x in (got, reference)
         )
-        assert error <= max(2 * limit, 1.5 * eps), f"{part}: error {error:.2e}, of the reference {limit:.2e}"
+        assert error <= max(2 * limit, 1.5 * eps), (
+            f"{part}: error {error:.2e}, of the reference {limit:.2e}"
+        )
 
 
 @every_form
@@ -226,8 +257,12 @@ def _check(predictions: Tensor, targets: Tensor, form: LossForm, loss: Tensor, g
     ],
     ids=str,
 )
-def test_loss_and_gradient(form: LossForm, views: int, globals_: int, dim: int, dtype: torch.dtype) -> None:
-    predictions, targets = _inputs(form, views, globals_, dim, dtype, samples=4 if dim < 1000 else 2)
+def test_loss_and_gradient(
+    form: LossForm, views: int, globals_: int, dim: int, dtype: torch.dtype
+) -> None:
+    predictions, targets = _inputs(
+        form, views, globals_, dim, dtype, samples=4 if dim < 1000 else 2
+    )
     loss, grad = _launch(predictions, targets, form)
     _check(predictions, targets, form, loss, grad)
     if globals_ == 1:
@@ -253,7 +288,9 @@ def _arguments(dim: int, views: int, globals_: int) -> dict[str, int | bool]:
 
 @forms
 @pytest.mark.parametrize(("views", "globals_", "dim"), [(2, 2, 40), (3, 1, 37), (5, 3, 32)])
-def test_rows_in_chunks(form: LossForm, views: int, globals_: int, dim: int, limits: Callable[..., None]) -> None:
+def test_rows_in_chunks(
+    form: LossForm, views: int, globals_: int, dim: int, limits: Callable[..., None]
+) -> None:
     limits(_MOST_PAIRS=0, _WARPS=1, _STREAMED=triton.next_power_of_2(views) // 2)
     arguments = _arguments(dim, views, globals_)
     assert (arguments["RESIDENT"], arguments["BLOCK_D"]) == (False, 16)
@@ -291,7 +328,10 @@ def test_mean_of_many_losses(samples: int, bad: float | None) -> None:
     loss[-1] = torch.nan  # behind the end
     if bad is not None:
         loss[samples // 2] = bad
-    mean, ticket = torch.full((), torch.nan, device=DEVICE), torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    mean, ticket = (
+        torch.full((), torch.nan, device=DEVICE),
+        torch.zeros(1, dtype=torch.int32, device=DEVICE),
+    )
     means = []
     for programs in (1, 3, 3):
         mean.fill_(-7)
@@ -323,7 +363,9 @@ def test_views_anywhere_in_rows_of_any_width(form: LossForm, padding: int, offse
 
 @every_form
 def test_weights_of_loss_and_gradient(form: LossForm) -> None:
-    weight = 1 / 7 if form is QUADRATIC else -1 / 7  # the side of the link's bound is that of a loss to be minimised
+    weight = (
+        1 / 7 if form is QUADRATIC else -1 / 7
+    )  # the side of the link's bound is that of a loss to be minimised
     inputs = _inputs(form, 3, 2, 21, torch.float64)
     want_loss, want_grad = _launch(*inputs, form)
     loss, grad = _launch(*inputs, form, weights=(3.0, weight))
@@ -333,7 +375,11 @@ def test_weights_of_loss_and_gradient(form: LossForm) -> None:
 
 @pytest.mark.parametrize(
     ("predictions_dtype", "targets_dtype"),
-    [(torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.float32, torch.float64)],
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float16),
+        (torch.float32, torch.float64),
+    ],
     ids=str,
 )
 def test_mixed_dtypes(predictions_dtype: torch.dtype, targets_dtype: torch.dtype) -> None:
@@ -366,7 +412,11 @@ def test_what_lies_around_the_outputs_is_left_alone() -> None:
 
 
 def _call(
-    predictions: Sequence[Tensor], targets: Sequence[Tensor], loss: Tensor, grad: Tensor | None, form: LossForm
+    predictions: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    loss: Tensor,
+    grad: Tensor | None,
+    form: LossForm,
 ) -> None:
     """A launch without mean and without anything around it."""
     weight = 2 / (len(targets) * (len(predictions) - 1))
@@ -387,14 +437,21 @@ def test_rows_and_views_further_apart_than_int32(tmp_path: Path) -> None:
     """The third row, and the third view of the gradient, start 2^31 elements on; the file behind them is sparse."""
     stride, dim = 1 << 30, 5
     if INTERPRETED:
-        memory = torch.from_file(str(tmp_path / "rows"), shared=True, size=2 * stride + 64, dtype=torch.float16)
+        memory = torch.from_file(
+            str(tmp_path / "rows"), shared=True, size=2 * stride + 64, dtype=torch.float16
+        )
     else:
         memory = torch.empty(2 * stride + 64, dtype=torch.float16, device=DEVICE)
     predictions, targets = _inputs(COSINE, 3, 3, dim, torch.float16, samples=3)
-    loss, grad = torch.full((3,), torch.nan, device=DEVICE), torch.full((3, 3, dim), torch.nan, device=DEVICE)
+    loss, grad = (
+        torch.full((3,), torch.nan, device=DEVICE),
+        torch.full((3, 3, dim), torch.nan, device=DEVICE),
+    )
     _call(predictions.unbind(), targets.unbind(), loss, grad, COSINE)
     got_loss, got_grad = torch.full_like(loss, torch.nan), torch.full_like(grad, torch.nan)
-    apart = [memory.as_strided((3, dim), (stride, 1), 8 * v).copy_(predictions[v]) for v in range(3)]
+    apart = [
+        memory.as_strided((3, dim), (stride, 1), 8 * v).copy_(predictions[v]) for v in range(3)
+    ]
     _call(apart, targets.unbind(), got_loss, got_grad, COSINE)
     assert torch.equal(got_loss, loss)
     assert torch.equal(got_grad, grad)
@@ -415,7 +472,12 @@ def test_zero_and_opposite_vectors(form: LossForm) -> None:
     predictions[0, 3, :6] = targets[1, 3] = torch.tensor([0, 2.0, 0, 0, 0, 0])
     loss, grad = _launch(predictions, targets, form)
     _check(predictions, targets, form, loss, grad)
-    for v, b in ((0, 0), (1, 1), (0, 2), (0, 3)):  # no direction of the prediction, none of the target, two poles
+    for v, b in (
+        (0, 0),
+        (1, 1),
+        (0, 2),
+        (0, 3),
+    ):  # no direction of the prediction, none of the target, two poles
         assert (grad[v, b, :6] == 0).all()
 
 
@@ -435,14 +497,18 @@ def test_bad_numbers_stay_in_their_sample(form: LossForm) -> None:
     assert grad[2, 4, :11].isnan().all()
     assert torch.equal(loss[good], want_loss[good])
     assert torch.equal(grad[:, good], want_grad[:, good])
-    assert torch.equal(grad[0, 0], want_grad[0, 0])  # another view of the same image does not see it
+    assert torch.equal(
+        grad[0, 0], want_grad[0, 0]
+    )  # another view of the same image does not see it
 
 
 @pytest.mark.parametrize("form", [SPHERICAL, GIVEN], ids=["raw", "given"])
 def test_extreme_concentrations(form: LossForm) -> None:
     predictions, targets = _inputs(form, 2, 2, 7, torch.float32, samples=4)
     given = form is GIVEN
-    predictions[0, :, 7] = torch.tensor([0.0 if given else -torch.inf, 1e6, torch.inf, -1e-30 if given else torch.nan])
+    predictions[0, :, 7] = torch.tensor(
+        [0.0 if given else -torch.inf, 1e6, torch.inf, -1e-30 if given else torch.nan]
+    )
     loss, grad = _launch(predictions, targets, form)
     _check(predictions[:, 1:2], targets[:, 1:2], form, loss[1:2], grad[:, 1:2])
     want, want_grad = _eager(predictions, targets, form, torch.float32)

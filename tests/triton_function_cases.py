@@ -18,7 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vi_simsiam.kernels.power_spherical import exp_nonpositive, log1p, log_density_ratio, log_of_sum, softplus
+from vi_simsiam.kernels.power_spherical import (
+    exp_nonpositive,
+    log1p,
+    log_density_ratio,
+    log_of_sum,
+    softplus,
+)
 from vi_simsiam.ops import power_spherical as eager
 
 Number = float | mpmath.mpf
@@ -30,7 +36,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 @triton.jit
-def _elementary_kernel(x_ptr: tl.tensor, out_ptr: tl.tensor, FUNCTION: tl.constexpr, SIZE: tl.constexpr) -> None:
+def _elementary_kernel(
+    x_ptr: tl.tensor, out_ptr: tl.tensor, FUNCTION: tl.constexpr, SIZE: tl.constexpr
+) -> None:
     i = tl.arange(0, SIZE)
     x = tl.load(x_ptr + i)
     if FUNCTION == "log":
@@ -84,7 +92,9 @@ def exact_ratio(kappa: Number, cos: Number, dim: int) -> tuple[mpmath.mpf, mpmat
         b, k = mpmath.mpf(dim - 1) / 2, mpmath.mpf(kappa)
         one_plus_cos = max(1 + mpmath.mpf(cos), mpmath.mpf(eager.ONE_PLUS_COS_MIN))
         clamped = one_plus_cos == eager.ONE_PLUS_COS_MIN
-        value = k * mpmath.log(one_plus_cos / 2) - mpmath.loggamma(b + k) + mpmath.loggamma(2 * b + k)
+        value = (
+            k * mpmath.log(one_plus_cos / 2) - mpmath.loggamma(b + k) + mpmath.loggamma(2 * b + k)
+        )
         value += mpmath.loggamma(b) - mpmath.loggamma(2 * b)
         by_kappa = mpmath.log(one_plus_cos / 2) - mpmath.psi(0, b + k) + mpmath.psi(0, 2 * b + k)
         return value, by_kappa, mpmath.mpf(0) if clamped else k / one_plus_cos
@@ -129,7 +139,9 @@ def test_elementary_functions_keep_their_ulps(
 @pytest.mark.parametrize("function", ["log1p", "exp", "softplus", "sigmoid"])
 def test_elementary_functions_keep_nan_and_take_limits(function: str) -> None:
     out = _elementary(function, np.array([np.nan, 0.0, -0.0, -np.inf], dtype=np.float32))
-    at_zero = {"log1p": 0.0, "exp": 1.0, "softplus": np.float32(np.log(2)), "sigmoid": 0.5}[function]
+    at_zero = {"log1p": 0.0, "exp": 1.0, "softplus": np.float32(np.log(2)), "sigmoid": 0.5}[
+        function
+    ]
     assert np.isnan(out[0])
     assert (out[1:3] == at_zero).all()
     if function != "log1p":
@@ -147,23 +159,34 @@ def _golden() -> dict[int, tuple[list[float], list[float]]]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shifted", [True, False], ids=["small D", "large D"])
-def test_log_density_ratio_is_as_accurate_as_the_reference(dtype: torch.dtype, shifted: bool) -> None:
+def test_log_density_ratio_is_as_accurate_as_the_reference(
+    dtype: torch.dtype, shifted: bool
+) -> None:
     ours, reference = np.zeros(3), np.zeros(3)
     for dim, (kappas, cosines) in _golden().items():
         if (eager.series_shift(dim, dtype) > 0) is not shifted:
             continue
         kappa, cos = torch.tensor(kappas, dtype=dtype), torch.tensor(cosines, dtype=dtype)
-        exact = np.array([exact_ratio(k, c, dim) for k, c in zip(kappa.tolist(), cos.tolist(), strict=True)]).T
+        exact = np.array(
+            [exact_ratio(k, c, dim) for k, c in zip(kappa.tolist(), cos.tolist(), strict=True)]
+        ).T
         # k c and the normaliser, about k/2 up to k = D and logarithmic from there, are what the value is the sum of.
-        size = abs(exact) + np.stack([np.minimum(kappas, dim) + 1, np.ones(len(kappas)), np.zeros(len(kappas)) + 1e-30])
+        size = abs(exact) + np.stack(
+            [np.minimum(kappas, dim) + 1, np.ones(len(kappas)), np.zeros(len(kappas)) + 1e-30]
+        )
         plain = (
             eager.log_density_ratio(kappa, cos, dim),
             eager.concentration_derivative(kappa, cos, dim),
             eager.cosine_derivative(kappa, cos),
         )
         for worst, got in ((ours, _ratio(kappa, cos, dim)), (reference, torch.stack(plain))):
-            np.maximum(worst, (abs(got.double().numpy() - exact) / size).max(1).astype(float), out=worst)
-    assert (ours <= np.maximum(2 * reference, 1.5 * torch.finfo(dtype).eps)).all(), (ours, reference)
+            np.maximum(
+                worst, (abs(got.double().numpy() - exact) / size).max(1).astype(float), out=worst
+            )
+    assert (ours <= np.maximum(2 * reference, 1.5 * torch.finfo(dtype).eps)).all(), (
+        ours,
+        reference,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -173,6 +196,8 @@ def test_log_density_ratio_at_the_clamp(dtype: torch.dtype, dim: int) -> None:
     cos = torch.tensor([-1.0, -1.0, -1.0, torch.nan, 0.5, 0.5], dtype=dtype)
     value, by_kappa, by_cos = _ratio(kappa, cos, dim)
     torch.testing.assert_close(value, eager.log_density_ratio(kappa, cos, dim), equal_nan=True)
-    torch.testing.assert_close(by_kappa, eager.concentration_derivative(kappa, cos, dim), equal_nan=True)
+    torch.testing.assert_close(
+        by_kappa, eager.concentration_derivative(kappa, cos, dim), equal_nan=True
+    )
     assert by_cos[:3].tolist() == [0, 0, 0]
     assert value[3:].isnan().all()

@@ -59,7 +59,9 @@ def test_in_place(kind: str, dtype: torch.dtype, width: int) -> None:
     want = (gradient * factor.expand(SAMPLES)[:, None]).to(dtype)
     kernel.scale_gradient(gradient, factor, gradient, None)
     # The interpreter truncates to bfloat16 where a GPU rounds.
-    torch.testing.assert_close(gradient, want, rtol=torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0, atol=0)
+    torch.testing.assert_close(
+        gradient, want, rtol=torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0, atol=0
+    )
     assert torch.equal(_around(gradient), around)
 
 

@@ -22,11 +22,16 @@ def _draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Ten
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("size", [(8, 8), (9, 7), (5, 12), (1, 1)], ids=str)
-def test_convolution_and_its_weights_gradient(size: tuple[int, int], layout: torch.memory_format) -> None:
+def test_convolution_and_its_weights_gradient(
+    size: tuple[int, int], layout: torch.memory_format
+) -> None:
     """Against torch's convolution over pixels, for odd and even sizes."""
     images = _draw(2, 3, *size).contiguous(memory_format=layout)
     weight = _draw(5, 3, 7, 7, seed=1).contiguous(memory_format=layout).requires_grad_()
-    found, expected = stem_convolution(images, weight), F.conv2d(images, weight, stride=2, padding=3)
+    found, expected = (
+        stem_convolution(images, weight),
+        F.conv2d(images, weight, stride=2, padding=3),
+    )
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert found.is_contiguous(memory_format=torch.channels_last)
     gradient = _draw(*expected.shape, seed=2)
@@ -67,7 +72,13 @@ def test_other_convolutions_are_left_to_torch() -> None:
     images = _draw(2, 3, 8, 8)
     usual = {"kernel_size": 7, "stride": 2, "padding": 3, "bias": False}
     assert takes(images, nn.Conv2d(3, 4, **usual))
-    for changed in ({"kernel_size": 3}, {"stride": 1}, {"padding": 2}, {"bias": True}, {"dilation": 2}):
+    for changed in (
+        {"kernel_size": 3},
+        {"stride": 1},
+        {"padding": 2},
+        {"bias": True},
+        {"dilation": 2},
+    ):
         assert not takes(images, nn.Conv2d(3, 4, **{**usual, **changed})), changed
     assert not takes(images, nn.Conv2d(4, 4, **usual))
     assert not takes(images.requires_grad_(), nn.Conv2d(3, 4, **usual))

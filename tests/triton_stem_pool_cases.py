@@ -55,7 +55,9 @@ def _forget() -> None:
         plan.cache_clear()
 
 
-def _problem(shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32, offset: float = 0.5) -> Problem:
+def _problem(
+    shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32, offset: float = 0.5
+) -> Problem:
     """Channels of different size and offset, with positive and negative weights; for few of them the ReLU passes all."""
     generator = torch.Generator().manual_seed(sum(shape))
 
@@ -65,16 +67,25 @@ def _problem(shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float3
     images, channels, height, width = shape
     size = torch.logspace(-1, 1, channels, dtype=torch.float64)[:, None, None]
     x = ((random(*shape) + offset) * size).to(dtype)
-    weight, bias, mean, var = random(channels), random(channels), random(channels), random(channels).square()
+    weight, bias, mean, var = (
+        random(channels),
+        random(channels),
+        random(channels),
+        random(channels).square(),
+    )
     gradient = random(images, channels, (height + 1) // 2, (width + 1) // 2).to(dtype)
     parameters = (p.float().to(DEVICE) for p in (weight, bias, mean, var))
     layout = torch.channels_last
-    return Problem(x.to(DEVICE, memory_format=layout), *parameters, gradient.to(DEVICE, memory_format=layout))
+    return Problem(
+        x.to(DEVICE, memory_format=layout), *parameters, gradient.to(DEVICE, memory_format=layout)
+    )
 
 
 def _run(problem: Problem, groups: int, backend: str, **options: float) -> dict[str, Tensor]:
     """y, the gradients and the running statistics; the ones of "eager" in the dtype of the problem."""
-    x, weight, bias, running_mean, running_var, gradient = (part.detach().clone() for part in problem)
+    x, weight, bias, running_mean, running_var, gradient = (
+        part.detach().clone() for part in problem
+    )
     given = [p.requires_grad_() for p in (x, weight, bias)]
     running = running_mean, running_var
     y = batch_norm_relu_max_pool(*given, *running, groups=groups, backend=backend, **options)
@@ -128,7 +139,11 @@ def test_values_gradients_and_running_statistics(
     ids=str,
 )
 def test_the_shape_of_a_launch_changes_no_bit(
-    shape: tuple[int, int, int, int], warps: int, rows: int, last_first: bool, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int, int, int],
+    warps: int,
+    rows: int,
+    last_first: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     problem = _problem(shape, torch.bfloat16)
     want = _run(problem, 2, "triton")
@@ -177,7 +192,9 @@ def test_windows_without_a_positive_value_pass_nothing() -> None:
     for name in NAMES[:4]:
         assert (ours[name] == 0).all(), name
     # Exactly 0 before the ReLU is not positive.
-    level = problem._replace(weight=torch.zeros_like(problem.weight), bias=torch.zeros_like(problem.bias))
+    level = problem._replace(
+        weight=torch.zeros_like(problem.weight), bias=torch.zeros_like(problem.bias)
+    )
     ours = _run(level, 2, "triton")
     for name in NAMES[:4]:
         assert (ours[name] == 0).all(), name
@@ -190,7 +207,10 @@ def test_a_weight_of_zero() -> None:
     """Every x of a window is as good as another; the largest one is taken."""
     problem = _problem((4, 8, 6, 6))
     level = problem._replace(weight=torch.zeros_like(problem.weight), bias=problem.bias.abs())
-    ours, exact = _run(level, 2, "triton"), _exact(level._replace(weight=problem.weight.abs() * 1e-9), 2)
+    ours, exact = (
+        _run(level, 2, "triton"),
+        _exact(level._replace(weight=problem.weight.abs() * 1e-9), 2),
+    )
     torch.testing.assert_close(ours["weight"].double(), exact["weight"], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours["bias"].double(), exact["bias"], rtol=1e-4, atol=1e-4)
     assert (ours["x"] == 0).all()
@@ -202,7 +222,9 @@ def test_groups_are_separate_passes() -> None:
     both = _run(problem, 2, "triton")
     mean, var = problem.running_mean.clone(), problem.running_var.clone()
     for part, want in zip(problem.x.chunk(2), both["y"].chunk(2), strict=True):
-        y = batch_norm_relu_max_pool(part, problem.weight, problem.bias, mean, var, backend="triton")
+        y = batch_norm_relu_max_pool(
+            part, problem.weight, problem.bias, mean, var, backend="triton"
+        )
         torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mean, both["running_mean"])
     torch.testing.assert_close(var, both["running_var"])
@@ -260,7 +282,9 @@ def test_in_a_graph() -> None:
         results = step()
     other = problem._replace(x=(problem.x * 2 + 1).to(problem.x.dtype))
     with torch.no_grad():
-        for part, value in zip((x, mean, var), (other.x, other.running_mean, other.running_var), strict=True):
+        for part, value in zip(
+            (x, mean, var), (other.x, other.running_mean, other.running_var), strict=True
+        ):
             part.copy_(value)
     for _ in range(2):
         mean.copy_(other.running_mean)
@@ -274,7 +298,9 @@ def test_the_reference_is_pytorch() -> None:
     problem = _problem((4, 8, 7, 6))
     ours = _run(problem, 1, "eager")
     mean, var = problem.running_mean.clone(), problem.running_var.clone()
-    y = F.max_pool2d(F.batch_norm(problem.x, mean, var, problem.weight, problem.bias, True).relu(), 3, 2, 1)
+    y = F.max_pool2d(
+        F.batch_norm(problem.x, mean, var, problem.weight, problem.bias, True).relu(), 3, 2, 1
+    )
     assert torch.equal(ours["y"], y)
     assert torch.equal(ours["running_mean"], mean)
 

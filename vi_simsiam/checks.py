@@ -28,7 +28,8 @@ def check_types(config: object) -> None:
             values, accepted, fits = (value,), _KINDS.get(kind, ((), ""))[1], True
         if kind in _KINDS:
             fits = fits and all(
-                isinstance(v, _KINDS[kind][0]) and isinstance(v, bool) == (kind == "bool") for v in values
+                isinstance(v, _KINDS[kind][0]) and isinstance(v, bool) == (kind == "bool")
+                for v in values
             )
             require(each.name, repr(value), fits, accepted)
 

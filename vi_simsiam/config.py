@@ -66,8 +66,13 @@ class DecodeConfig:
             self.colour()
         if isinstance(self.value_range, tuple):
             numbers = [float(value) for value in self.value_range if isinstance(value, int | float)]
-            rising = len(self.value_range) == len(numbers) == 2 and -math.inf < numbers[0] < numbers[1] < math.inf
-            require("value_range", self.value_range, rising, "two finite numbers, the smaller one first")
+            rising = (
+                len(self.value_range) == len(numbers) == 2
+                and -math.inf < numbers[0] < numbers[1] < math.inf
+            )
+            require(
+                "value_range", self.value_range, rising, "two finite numbers, the smaller one first"
+            )
         elif self.value_range not in ("dtype", "file"):
             raise none_of("value_range", self.value_range, ("LOW HIGH", "dtype", "file"))
 
@@ -122,15 +127,34 @@ class AugmentConfig:
         require("local_views", self.local_views, 0 <= self.local_views <= 14, "between 0 and 14")
         for name in ("crop_scale", "local_scale"):
             low, high = getattr(self, name)
-            require(name, (low, high), 0 < low <= high <= 1, "two numbers with 0 < low <= high <= 1")
+            require(
+                name, (low, high), 0 < low <= high <= 1, "two numbers with 0 < low <= high <= 1"
+            )
         low, high = self.crop_ratio
-        require("crop_ratio", (low, high), 0 < low <= high < math.inf, "two numbers with 0 < low <= high")
+        require(
+            "crop_ratio",
+            (low, high),
+            0 < low <= high < math.inf,
+            "two numbers with 0 < low <= high",
+        )
         for name in ("jitter_prob", "grayscale_prob", "blur_prob", "flip_prob"):
-            require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a probability between 0 and 1")
-        jitter_fits = all(math.isfinite(j) and j >= 0 for j in self.jitter) and self.jitter[3] <= 0.5
+            require(
+                name,
+                getattr(self, name),
+                0 <= getattr(self, name) <= 1,
+                "a probability between 0 and 1",
+            )
+        jitter_fits = (
+            all(math.isfinite(j) and j >= 0 for j in self.jitter) and self.jitter[3] <= 0.5
+        )
         require("jitter", self.jitter, jitter_fits, "four numbers of at least 0, hue at most 0.5")
         low, high = self.blur_sigma
-        require("blur_sigma", (low, high), 0 < low <= high < math.inf, "two numbers with 0 < low <= high")
+        require(
+            "blur_sigma",
+            (low, high),
+            0 < low <= high < math.inf,
+            "two numbers with 0 < low <= high",
+        )
 
 
 POLICIES: dict[str, AugmentConfig] = {
@@ -223,15 +247,36 @@ class LossConfig:
             require(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "at least 0")
         _choice("concentration_link", self.concentration_link, get_args(Link))
         _choice("concentration", self.concentration, get_args(Concentration))
-        value, maximum, constant = self.concentration_value, self.concentration_max, self.concentration == "constant"
+        value, maximum, constant = (
+            self.concentration_value,
+            self.concentration_max,
+            self.concentration == "constant",
+        )
         if constant:
-            require("concentration_value", value, value is not None and 0 < value < math.inf, "a positive number")
+            require(
+                "concentration_value",
+                value,
+                value is not None and 0 < value < math.inf,
+                "a positive number",
+            )
         else:
-            require("concentration_value", value, value is None, "None unless concentration is 'constant'")
+            require(
+                "concentration_value",
+                value,
+                value is None,
+                "None unless concentration is 'constant'",
+            )
         if maximum is not None:
             above = self.concentration_min < maximum < math.inf
-            require("concentration_max", maximum, above, f"above concentration_min, {self.concentration_min}")
-            require("concentration_max", maximum, not constant, "None where concentration is 'constant'")
+            require(
+                "concentration_max",
+                maximum,
+                above,
+                f"above concentration_min, {self.concentration_min}",
+            )
+            require(
+                "concentration_max", maximum, not constant, "None where concentration is 'constant'"
+            )
 
 
 @dataclass(frozen=True)
@@ -310,19 +355,43 @@ class TrainConfig:
         _choice("kernels", self.kernels, get_args(Kernels))
         _choice("batch_norm", self.batch_norm, get_args(BatchNormStatistics))
         require("epochs", self.epochs, self.epochs >= 1, "at least 1")
-        require("batch_size", self.batch_size, self.batch_size >= 2, "at least 2 (BatchNorm needs two samples)")
+        require(
+            "batch_size",
+            self.batch_size,
+            self.batch_size >= 2,
+            "at least 2 (BatchNorm needs two samples)",
+        )
         require("lr", self.lr, 0 < self.lr < math.inf, "a positive number")
         require("momentum", self.momentum, 0 <= self.momentum < 1, "at least 0 and below 1")
         require("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "at least 0")
-        require("warmup_epochs", self.warmup_epochs, 0 <= self.warmup_epochs < self.epochs, "at least 0, below epochs")
-        require("clip_norm", self.clip_norm, self.clip_norm is None or 0 < self.clip_norm < math.inf, "positive")
+        require(
+            "warmup_epochs",
+            self.warmup_epochs,
+            0 <= self.warmup_epochs < self.epochs,
+            "at least 0, below epochs",
+        )
+        require(
+            "clip_norm",
+            self.clip_norm,
+            self.clip_norm is None or 0 < self.clip_norm < math.inf,
+            "positive",
+        )
         require("seed", self.seed, 0 <= self.seed < 2**63, "at least 0 and below 2**63")
         require("workers", self.workers, self.workers is None or self.workers >= 0, "at least 0")
-        require("log_every", self.log_every, self.log_every is None or self.log_every >= 1, "at least 1")
+        require(
+            "log_every", self.log_every, self.log_every is None or self.log_every >= 1, "at least 1"
+        )
         require("save_every", self.save_every, 0 <= self.save_every < math.inf, "at least 0")
         require("images", self.images, self.images is None or self.images >= 2, "at least 2")
-        require("held_out", self.held_out, 0 <= self.held_out < 1, "a share of at least 0 and below 1")
-        require("split_seed", self.split_seed, 0 <= self.split_seed < 2**63, "at least 0 and below 2**63")
+        require(
+            "held_out", self.held_out, 0 <= self.held_out < 1, "a share of at least 0 and below 1"
+        )
+        require(
+            "split_seed",
+            self.split_seed,
+            0 <= self.split_seed < 2**63,
+            "at least 0 and below 2**63",
+        )
         require("ema", self.ema, self.ema is None or 0 < self.ema < 1, "above 0 and below 1")
         self._check_variant()
 
@@ -336,11 +405,26 @@ class TrainConfig:
             require("concentration_max", maximum, maximum is None, accepted)
             require("frozen_run", self.frozen_run, not frozen, accepted)
         if frozen:
-            require("concentration", kind, kind in ("sample", "global"), "sample or global with frozen_run")
-            require("ema", self.ema, self.ema is None, "None with frozen_run, whose network does not move")
+            require(
+                "concentration",
+                kind,
+                kind in ("sample", "global"),
+                "sample or global with frozen_run",
+            )
+            require(
+                "ema",
+                self.ema,
+                self.ema is None,
+                "None with frozen_run, whose network does not move",
+            )
         augment, local = self.augment, self.model.local_predictor
         has_local = augment.local_views > 0 and augment.local_size < augment.size
-        require("local_predictor", local, has_local or not local, "False without local views smaller than the others")
+        require(
+            "local_predictor",
+            local,
+            has_local or not local,
+            "False without local views smaller than the others",
+        )
 
     def located(self) -> TrainConfig:
         """The same with absolute paths, so that a run can be opened from anywhere."""
@@ -369,16 +453,24 @@ class TrainConfig:
         Raises:
             InputError: a field is unknown or has a value that is not accepted.
         """
-        nested = {"decode": DecodeConfig, "augment": AugmentConfig, "model": ModelConfig, "loss": LossConfig}
+        nested = {
+            "decode": DecodeConfig,
+            "augment": AugmentConfig,
+            "model": ModelConfig,
+            "loss": LossConfig,
+        }
         try:
             plain = with_former_loss(plain)
             values = {
-                name: nested[name](**_tuples(value)) if name in nested else value for name, value in plain.items()
+                name: nested[name](**_tuples(value)) if name in nested else value
+                for name, value in plain.items()
             }
             paths: dict[str, Any] = {}
             for name, default in (("data_root", "data"), ("cache_dir", None), ("frozen_run", None)):
                 given = plain.get(name, default)
-                require(name, repr(given), isinstance(given, (str, Path)) or given is default, "a path")
+                require(
+                    name, repr(given), isinstance(given, (str, Path)) or given is default, "a path"
+                )
                 paths[name] = None if given is None else Path(given)
             return cls(**{**values, **paths})
         except InputError:
@@ -417,7 +509,9 @@ PRESETS: dict[str, TrainConfig] = {
         batch_size=64,
         lr=1e-3,
         weight_decay=1e-4,
-        augment=AugmentConfig(size=224, crop_scale=(0.14, 1.0), local_views=6, local_size=96, local_scale=(0.05, 0.14)),
+        augment=AugmentConfig(
+            size=224, crop_scale=(0.14, 1.0), local_views=6, local_size=96, local_scale=(0.05, 0.14)
+        ),
         loss=LITERAL,
     ),
 }
@@ -438,9 +532,14 @@ def with_former_loss(plain: dict[str, Any]) -> dict[str, Any]:
     loss = plain.get("loss")
     if plain.get("method") != "vi-simsiam" or "model" not in plain or not isinstance(loss, dict):
         return plain
-    if not {"concentration_scale", "concentration_min", "loss_scale"} <= loss.keys():  # a part, not what a run saves
+    if (
+        not {"concentration_scale", "concentration_min", "loss_scale"} <= loss.keys()
+    ):  # a part, not what a run saves
         return plain
-    former = {"concentration_link": SOFTPLUS.concentration_link, "cosine_weight": SOFTPLUS.cosine_weight}
+    former = {
+        "concentration_link": SOFTPLUS.concentration_link,
+        "cosine_weight": SOFTPLUS.cosine_weight,
+    }
     return plain | {"loss": former | loss}
 
 
@@ -448,7 +547,9 @@ def differing_fields(saved: TrainConfig, given: TrainConfig) -> list[str]:
     """Fields in which two configurations would train differently, as "name: saved -> given"."""
     return [
         f"{name}: {old} -> {new}"
-        for (name, old), (_, new) in zip(_flat(saved.to_dict()), _flat(given.to_dict()), strict=True)
+        for (name, old), (_, new) in zip(
+            _flat(saved.to_dict()), _flat(given.to_dict()), strict=True
+        )
         if old != new and name not in PLACE_FIELDS
     ]
 
@@ -456,9 +557,15 @@ def differing_fields(saved: TrainConfig, given: TrainConfig) -> list[str]:
 def _flat(plain: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     items: list[tuple[str, Any]] = []
     for name, value in plain.items():
-        items += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+        items += (
+            _flat(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else [(prefix + name, value)]
+        )
     return items
 
 
 def _tuples(plain: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()
+    }

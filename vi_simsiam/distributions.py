@@ -40,7 +40,9 @@ class UnitSphere(constraints.Constraint):
 
     def check(self, value: Tensor) -> Tensor:
         """Whether each vector of (..., D) is of unit length, (...) bool."""
-        tolerance = 1e-6 if value.dtype == torch.float64 else max(1e-5, 4 * torch.finfo(value.dtype).eps)
+        tolerance = (
+            1e-6 if value.dtype == torch.float64 else max(1e-5, 4 * torch.finfo(value.dtype).eps)
+        )
         valid: Tensor = (torch.linalg.vector_norm(_widen(value), dim=-1) - 1).abs() <= tolerance
         return valid
 
@@ -107,7 +109,9 @@ class HypersphericalUniform(Distribution):
 
     def entropy(self) -> Tensor:
         """Log area of the sphere in nats, (*batch)."""
-        return torch.full(self.batch_shape, -log_uniform(self.dim), dtype=_wide(self.dtype), device=self.device)
+        return torch.full(
+            self.batch_shape, -log_uniform(self.dim), dtype=_wide(self.dtype), device=self.device
+        )
 
 
 class PowerSpherical(Distribution):
@@ -137,10 +141,14 @@ class PowerSpherical(Distribution):
     support = unit_sphere
     has_rsample = True
 
-    def __init__(self, loc: Tensor, concentration: Tensor | float, validate_args: bool | None = None) -> None:
+    def __init__(
+        self, loc: Tensor, concentration: Tensor | float, validate_args: bool | None = None
+    ) -> None:
         _check_floating("loc", loc)
         if not isinstance(concentration, Tensor):
-            concentration = torch.as_tensor(float(concentration), dtype=loc.dtype, device=loc.device)
+            concentration = torch.as_tensor(
+                float(concentration), dtype=loc.dtype, device=loc.device
+            )
         _check_parameters(loc, concentration)
         batch_shape = loc.shape[:-1]
         self.loc, self.concentration = loc, concentration.expand(batch_shape)
@@ -158,7 +166,10 @@ class PowerSpherical(Distribution):
         """The same distribution with its batch expanded to `batch_shape`; the parameters are not copied."""
         new: PowerSpherical = self._get_checked_instance(PowerSpherical, _instance)  # type: ignore[no-untyped-call]
         shape = torch.Size(batch_shape)
-        new.loc, new.concentration = self.loc.expand(shape + self.event_shape), self.concentration.expand(shape)
+        new.loc, new.concentration = (
+            self.loc.expand(shape + self.event_shape),
+            self.concentration.expand(shape),
+        )
         super(PowerSpherical, new).__init__(shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -236,7 +247,9 @@ class PowerSpherical(Distribution):
         first, rest = loc[..., :1], loc[..., 1:]
         sign = torch.where(first < 0, -1.0, 1.0).to(loc.dtype)
         along = (rest * direction).sum(-1, keepdim=True)
-        tangent = torch.cat((-sign * along, direction - rest * (along / (1 + sign * first))), dim=-1)
+        tangent = torch.cat(
+            (-sign * along, direction - rest * (along / (1 + sign * first))), dim=-1
+        )
         sample = (upper - lower) / total * loc + 2 * upper.sqrt() * lower.sqrt() / total * tangent
         return sample.to(self.loc.dtype)
 
@@ -282,7 +295,9 @@ def _check_parameters(loc: Tensor, concentration: Tensor) -> None:
     if concentration.dtype != loc.dtype:
         raise TypeError(f"concentration: {concentration.dtype} given, must be loc's {loc.dtype}")
     if concentration.device != loc.device:
-        raise InputError(f"concentration: lies on {concentration.device}, must lie on loc's {loc.device}")
+        raise InputError(
+            f"concentration: lies on {concentration.device}, must lie on loc's {loc.device}"
+        )
     if loc.dim() < 1 or loc.shape[-1] < 2:
         raise InputError(f"loc: shape {tuple(loc.shape)} given, must be (*batch, D) with D >= 2")
     if concentration.shape not in (torch.Size(), loc.shape[:-1]):
@@ -306,7 +321,9 @@ def _check_value(distribution: PowerSpherical | HypersphericalUniform, value: Te
     """The shape of log_prob(value)."""
     _check_floating("value", value)
     if value.dim() < 1 or value.shape[-1] != distribution.dim:
-        raise InputError(f"value: shape {tuple(value.shape)} given, its last dimension must be D = {distribution.dim}")
+        raise InputError(
+            f"value: shape {tuple(value.shape)} given, its last dimension must be D = {distribution.dim}"
+        )
     try:
         shape = _broadcast_shape(value.shape[:-1], distribution.batch_shape)
     except RuntimeError:

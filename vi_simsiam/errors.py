@@ -37,8 +37,14 @@ def is_full(error: OSError) -> bool:
 def none_of(name: str, value: object, accepted: Iterable[str]) -> InputError:
     """The error for a value that is not among those accepted, with the most similar of them. A long list is cut."""
     accepted = list(accepted)
-    shown = accepted if len(accepted) <= _SHOWN else [*accepted[:_SHOWN], f"... ({len(accepted)} in all)"]
-    return InputError(f"{name}: {value!r} is none of {', '.join(shown)}{did_you_mean(str(value), accepted)}")
+    shown = (
+        accepted
+        if len(accepted) <= _SHOWN
+        else [*accepted[:_SHOWN], f"... ({len(accepted)} in all)"]
+    )
+    return InputError(
+        f"{name}: {value!r} is none of {', '.join(shown)}{did_you_mean(str(value), accepted)}"
+    )
 
 
 def did_you_mean(given: str, accepted: Iterable[str]) -> str:

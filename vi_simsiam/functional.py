@@ -67,9 +67,21 @@ def power_spherical_loss(
         BackendUnavailableError: a backend named explicitly that cannot run here.
     """
     form = power_spherical_form(
-        concentration_scale, concentration_min, concentration_link, concentration_gain, cosine_weight, loss_scale
+        concentration_scale,
+        concentration_min,
+        concentration_link,
+        concentration_gain,
+        cosine_weight,
+        loss_scale,
     )
-    return multiview_loss(predictions, targets, form, concentration=concentration, reduction=reduction, backend=backend)
+    return multiview_loss(
+        predictions,
+        targets,
+        form,
+        concentration=concentration,
+        reduction=reduction,
+        backend=backend,
+    )
 
 
 def power_spherical_form(

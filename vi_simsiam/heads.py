@@ -63,7 +63,9 @@ class ConcentrationHead:
     ) -> None:
         self.kind, self.dim = kind, dim
         self.scale = float(dim - 1) if scale is None else scale
-        self.link: Link = "softplus" if kind == "constant" else link  # a constant needs no gradient, but may be small
+        self.link: Link = (
+            "softplus" if kind == "constant" else link
+        )  # a constant needs no gradient, but may be small
         self.gain = gain / math.sqrt(hidden) if self.link == "quadratic" else 1.0
         self.initial = self._inverse(_INITIAL_CONCENTRATION) / self.gain if scale is None else None
         self._apart = frozen or kind == "detached"
@@ -79,7 +81,9 @@ class ConcentrationHead:
                 )
             self._shared = _Constant(self._raw(kappa - minimum))
         elif kind == "global":
-            self._shared = _Global(0.0 if self.initial is None else self.initial * self.gain, self.gain)
+            self._shared = _Global(
+                0.0 if self.initial is None else self.initial * self.gain, self.gain
+            )
         self._bound: UpperBound | None = None
         if maximum is not None:
             if maximum <= minimum:
@@ -134,7 +138,9 @@ class SplitHead(nn.Module):
         mean: the linear layer (H, at least D columns); None for a new one.
     """
 
-    def __init__(self, hidden: int, dim: int, concentration: nn.Module, mean: nn.Linear | None = None) -> None:
+    def __init__(
+        self, hidden: int, dim: int, concentration: nn.Module, mean: nn.Linear | None = None
+    ) -> None:
         super().__init__()
         self.dim = dim
         self.mean = padded_linear(hidden, dim) if mean is None else mean
@@ -187,7 +193,9 @@ class UpperBound(nn.Module):
         """The same predictions (..., W) with column D bounded."""
         raw = prediction[..., self.dim : self.dim + 1]
         bounded = self.maximum - softplus(self.maximum - raw.to(_wide(raw.dtype)))
-        return torch.cat((prediction[..., : self.dim], bounded, prediction[..., self.dim + 1 :]), dim=-1)
+        return torch.cat(
+            (prediction[..., : self.dim], bounded, prediction[..., self.dim + 1 :]), dim=-1
+        )
 
 
 def shuffled(prediction: Tensor, dim: int) -> Tensor:

@@ -22,8 +22,21 @@ from vi_simsiam.config import Concentration, Link, LossConfig, ModelConfig, Stem
 from vi_simsiam.distributions import PowerSpherical
 from vi_simsiam.errors import InputError
 from vi_simsiam.functional import cosine_loss
-from vi_simsiam.heads import ConcentrationHead, SplitHead, direction_detached, padded_linear, shuffled
-from vi_simsiam.normalisation import Head, PerView, PerViewBatchNorm1d, PerViewBatchNorm2d, count_batches, make_fusible
+from vi_simsiam.heads import (
+    ConcentrationHead,
+    SplitHead,
+    direction_detached,
+    padded_linear,
+    shuffled,
+)
+from vi_simsiam.normalisation import (
+    Head,
+    PerView,
+    PerViewBatchNorm1d,
+    PerViewBatchNorm2d,
+    count_batches,
+    make_fusible,
+)
 from vi_simsiam.ops.multiview_loss import LossForm, multiview_loss
 from vi_simsiam.pretrained import check_backbone, fetch_weights
 
@@ -102,7 +115,9 @@ class SimSiam(nn.Module):
         last = head or (lambda hidden: [padded_linear(hidden, dim)])
         self.predictor = self._new_predictor(dim, predictor_hidden, last(predictor_hidden))
         self.local_predictor = (
-            self._new_predictor(dim, predictor_hidden, last(predictor_hidden)) if local_predictor else None
+            self._new_predictor(dim, predictor_hidden, last(predictor_hidden))
+            if local_predictor
+            else None
         )
         self.target: nn.Sequential | None = None
         """The backbone and projector that make the targets; None for the model's own. See `add_target`."""
@@ -123,7 +138,9 @@ class SimSiam(nn.Module):
 
         Its BatchNorm layers normalise by the batch in training mode, as BYOL's do, and keep running statistics of their own.
         """
-        self.target = copy.deepcopy(nn.Sequential(self.backbone, self.projector)).requires_grad_(False)
+        self.target = copy.deepcopy(nn.Sequential(self.backbone, self.projector)).requires_grad_(
+            False
+        )
         self._collect_norms()
 
     @torch.no_grad()
@@ -163,7 +180,11 @@ class SimSiam(nn.Module):
         predictions: list[Tensor] = []
         for together in self._passes(views):
             smaller = together[0].shape[-1] < views[0].shape[-1]
-            predictor = self.local_predictor if self.local_predictor is not None and smaller else self.predictor
+            predictor = (
+                self.local_predictor
+                if self.local_predictor is not None and smaller
+                else self.predictor
+            )
             images = together[0] if len(together) == 1 else torch.cat(together)
             with self._normalising(len(together), self.backbone, self.projector, predictor):
                 projection = self.projector(self.backbone(images))
@@ -172,7 +193,9 @@ class SimSiam(nn.Module):
             predictions += prediction.chunk(len(together))
         if self.target is not None:
             projections = self._targets(self.target, views[:targets])
-        return Output(tuple(predictions), tuple(projection.detach() for projection in projections[:targets]))
+        return Output(
+            tuple(predictions), tuple(projection.detach() for projection in projections[:targets])
+        )
 
     def _passes(self, views: Sequence[Tensor]) -> list[list[Tensor]]:
         """The views that go through the network together."""
@@ -202,12 +225,20 @@ class SimSiam(nn.Module):
                 norm.views, norm.fused = 1, False
         if self.fused:
             count_batches(
-                [module for part in parts for module in part.modules() if isinstance(module, PerView)], groups
+                [
+                    module
+                    for part in parts
+                    for module in part.modules()
+                    if isinstance(module, PerView)
+                ],
+                groups,
             )
 
     def loss(self, output: Output, backend: str = "auto", loss_scale: float = 1.0) -> Tensor:
         """The method's loss of an `Output` times `loss_scale`, a scalar."""
-        return cosine_loss(output.predictions, output.targets, backend=backend, loss_scale=loss_scale)
+        return cosine_loss(
+            output.predictions, output.targets, backend=backend, loss_scale=loss_scale
+        )
 
 
 class VISimSiam(SimSiam):
@@ -276,7 +307,9 @@ class VISimSiam(SimSiam):
         )
         self.parametrisation = concentration
         """Where the raw concentration comes from."""
-        self.form = LossForm("power_spherical", head.scale, concentration_min, link=head.link, gain=head.gain)
+        self.form = LossForm(
+            "power_spherical", head.scale, concentration_min, link=head.link, gain=head.gain
+        )
         self.cosine_weight = cosine_weight
         if frozen:
             self.freeze()
@@ -289,7 +322,9 @@ class VISimSiam(SimSiam):
         """
         heads = [module for module in self.modules() if isinstance(module, SplitHead)]
         if not heads:
-            raise InputError("frozen: the concentration has no layer of its own; make the model with frozen=True")
+            raise InputError(
+                "frozen: the concentration has no layer of its own; make the model with frozen=True"
+            )
         self.requires_grad_(False)
         for head in heads:
             head.concentration.requires_grad_(True)
@@ -305,7 +340,9 @@ class VISimSiam(SimSiam):
         """
         predictions, direct = output.predictions, None
         if self.parametrisation == "detached":
-            direct = cosine_loss([x[:, : self.dim] for x in predictions], output.targets, backend=backend)
+            direct = cosine_loss(
+                [x[:, : self.dim] for x in predictions], output.targets, backend=backend
+            )
             predictions = tuple(direction_detached(x, self.dim) for x in predictions)
         elif self.parametrisation == "shuffled" and self.training:
             predictions = tuple(shuffled(x, self.dim) for x in predictions)

@@ -42,7 +42,12 @@ class PowerSphericalLoss(nn.Module):
     ) -> None:
         super().__init__()
         power_spherical_form(
-            concentration_scale, concentration_min, concentration_link, concentration_gain, cosine_weight, loss_scale
+            concentration_scale,
+            concentration_min,
+            concentration_link,
+            concentration_gain,
+            cosine_weight,
+            loss_scale,
         )
         check_reduction(reduction)
         check_backend_name(backend)
@@ -108,7 +113,9 @@ class CosineLoss(nn.Module):
         InputError: an option that is none of these.
     """
 
-    def __init__(self, *, reduction: Reduction = "mean", backend: str = "auto", loss_scale: float = 1.0) -> None:
+    def __init__(
+        self, *, reduction: Reduction = "mean", backend: str = "auto", loss_scale: float = 1.0
+    ) -> None:
         super().__init__()
         LossForm("cosine", factor=loss_scale)
         check_reduction(reduction)
@@ -117,12 +124,20 @@ class CosineLoss(nn.Module):
         self.backend = backend
         self.loss_scale = loss_scale
 
-    def forward(self, predictions: Tensor | Sequence[Tensor], targets: Tensor | Sequence[Tensor]) -> Tensor:
+    def forward(
+        self, predictions: Tensor | Sequence[Tensor], targets: Tensor | Sequence[Tensor]
+    ) -> Tensor:
         """The loss, a scalar or (B,), of predictions (V, B, D) and targets (G, B, D) or as many tensors (B, D)."""
         return cosine_loss(
-            predictions, targets, reduction=self.reduction, backend=self.backend, loss_scale=self.loss_scale
+            predictions,
+            targets,
+            reduction=self.reduction,
+            backend=self.backend,
+            loss_scale=self.loss_scale,
         )
 
     def extra_repr(self) -> str:
         """The options, for repr()."""
-        return f"reduction={self.reduction!r}, backend={self.backend!r}, loss_scale={self.loss_scale}"
+        return (
+            f"reduction={self.reduction!r}, backend={self.backend!r}, loss_scale={self.loss_scale}"
+        )

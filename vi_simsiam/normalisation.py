@@ -81,7 +81,11 @@ class PerViewBatchNorm2d(PerView, nn.BatchNorm2d):
 @torch.no_grad()
 def count_batches(norms: Iterable[PerView], views: int) -> None:
     """Count a batch of `views` views for norms in training mode, by one operation for all of them."""
-    counters = [norm.num_batches_tracked for norm in norms if norm.training and norm.num_batches_tracked is not None]
+    counters = [
+        norm.num_batches_tracked
+        for norm in norms
+        if norm.training and norm.num_batches_tracked is not None
+    ]
     if counters:
         torch._foreach_add_(counters, views)
 
@@ -137,7 +141,14 @@ class _ResNet(resnet.ResNet):  # type: ignore[misc]
 def _is_stem_pool(pool: nn.Module) -> bool:
     if not isinstance(pool, nn.MaxPool2d):
         return False
-    numbers = pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices
+    numbers = (
+        pool.kernel_size,
+        pool.stride,
+        pool.padding,
+        pool.dilation,
+        pool.ceil_mode,
+        pool.return_indices,
+    )
     return numbers == (3, 2, 1, 1, False, False)
 
 
@@ -147,7 +158,11 @@ def make_fusible(network: resnet.ResNet) -> None:
     Its class and those of its blocks are exchanged, since torchvision's functions take no classes of blocks. Hooks of
     modules that are fused with others do not run.
     """
-    exchanged = {resnet.ResNet: _ResNet, resnet.BasicBlock: _BasicBlock, resnet.Bottleneck: _Bottleneck}
+    exchanged = {
+        resnet.ResNet: _ResNet,
+        resnet.BasicBlock: _BasicBlock,
+        resnet.Bottleneck: _Bottleneck,
+    }
     for module in network.modules():
         if type(module) in exchanged:
             module.__class__ = exchanged[type(module)]

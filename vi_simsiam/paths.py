@@ -30,7 +30,9 @@ def user_path(name: str, given: str | os.PathLike[str]) -> Path:
     """
     path = Path(os.path.expanduser(given))
     if path.parts[:1] == ("~",) and not os.path.lexists(path):
-        raise InputError(f"{name}: {given}: this user has no home folder; set HOME, or give the path without ~")
+        raise InputError(
+            f"{name}: {given}: this user has no home folder; set HOME, or give the path without ~"
+        )
     return path
 
 

@@ -14,7 +14,11 @@ from vi_simsiam.errors import InputError, none_of
 
 def check_backbone(name: str) -> None:
     """Raise InputError unless torchvision has a ResNet, ResNeXt or Wide ResNet of that name."""
-    known = [model for model in torchvision.models.list_models(module=torchvision.models) if "resne" in model]
+    known = [
+        model
+        for model in torchvision.models.list_models(module=torchvision.models)
+        if "resne" in model
+    ]
     if name not in known:
         raise none_of("backbone", name, known)
 
@@ -31,7 +35,9 @@ def fetch_weights(name: str, *, download: bool) -> None:
     if file.is_file():
         return
     if not download:
-        raise InputError(f"pretrained: no copy of the weights found (looked for {file}), and downloading is off")
+        raise InputError(
+            f"pretrained: no copy of the weights found (looked for {file}), and downloading is off"
+        )
     try:
         with patience():
             weights.get_state_dict(check_hash=True)

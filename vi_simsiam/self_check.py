@@ -48,7 +48,11 @@ class Finding:
         if self.error is not None:
             parts.append(f"error {self.error:.1e} (allowed {self.allowed:.1e})")
         if self.first_call_seconds is not None:
-            then = "" if self.later_call_seconds is None else f", then {_time(self.later_call_seconds)}"
+            then = (
+                ""
+                if self.later_call_seconds is None
+                else f", then {_time(self.later_call_seconds)}"
+            )
             parts.append(f"first call {_time(self.first_call_seconds)}{then}")
         return f"{word:8} {'   '.join(filter(None, parts))}"
 
@@ -73,7 +77,11 @@ def run_checks(
 
     for backend in BACKENDS:
         why = backends[backend]["why"]
-        operations = {name: operation for name, operation in OPERATIONS.items() if backend in operation.backends}
+        operations = {
+            name: operation
+            for name, operation in OPERATIONS.items()
+            if backend in operation.backends
+        }
         for name, operation in operations.items() if why is None else ():
             for dtype in (torch.float32, torch.bfloat16):
                 prepare = partial(operation.case, backend, torch.device(home(backend)), dtype)
@@ -92,7 +100,9 @@ def run_checks(
 
 def summary(findings: Sequence[Finding]) -> str:
     """The last line."""
-    passed, failed, skipped = ([each.passed for each in findings].count(verdict) for verdict in (True, False, None))
+    passed, failed, skipped = (
+        [each.passed for each in findings].count(verdict) for verdict in (True, False, None)
+    )
     checks = counted(passed + failed, "check")
     result = f"{failed} of {checks} failed" if failed else f"{checks} passed"
     return f"{result}, {skipped} skipped" if skipped else result
@@ -110,25 +120,38 @@ def _perform(name: str, prepare: Callable[[], Case]) -> Finding:
                 if any(result.is_cuda for result in results):
                     torch.cuda.synchronize()
                 times.append(time.perf_counter() - start)
-                if (shapes := [x.shape for x in results]) != (wanted := [x.shape for x in expected]):
+                if (shapes := [x.shape for x in results]) != (
+                    wanted := [x.shape for x in expected]
+                ):
                     raise ValueError(f"results of the shapes {shapes}, not {wanted}")
-                held += [_error(*pair, case.allowed) for pair in zip(results, expected, strict=True)]
+                held += [
+                    _error(*pair, case.allowed) for pair in zip(results, expected, strict=True)
+                ]
     except Exception as problem:  # a card, driver or compiler may raise anything
         first = str(problem).strip().splitlines()[:1]
         return Finding(name, False, ": ".join([type(problem).__name__, *first]))
-    first_call, later = times[0], statistics.median(times[-_LATER:]) if len(times) > _LATER else None
+    first_call, later = (
+        times[0],
+        statistics.median(times[-_LATER:]) if len(times) > _LATER else None,
+    )
     if not all(math.isfinite(error) for error, _ in held):
         return Finding(name, False, "results are not finite", None, None, first_call, later)
     error, allowed = max(held, key=lambda pair: pair[0] / pair[1])
     passed = error <= allowed
-    return Finding(name, passed, None if passed else "wrong results", error, allowed, first_call, later)
+    return Finding(
+        name, passed, None if passed else "wrong results", error, allowed, first_call, later
+    )
 
 
 def _error(result: Tensor, exact: Tensor, allowed: float) -> tuple[float, float]:
     """Largest error relative to the largest value, and what is allowed: rounding to bfloat16 comes on top."""
     error = (result.cpu().double() - exact).abs().max() / exact.abs().max()
     # A gradient is rounded once, and again with its factor; the interpreter truncates, which takes twice as much.
-    rounding = torch.finfo(result.dtype).eps * (1 + interpreting()) if result.dtype == torch.bfloat16 else 0.0
+    rounding = (
+        torch.finfo(result.dtype).eps * (1 + interpreting())
+        if result.dtype == torch.bfloat16
+        else 0.0
+    )
     return error.item(), allowed + rounding
 
 
@@ -138,7 +161,9 @@ def _repeatable() -> Iterator[None]:
     with (
         warnings.catch_warnings(),
         torch.random.fork_rng(devices=[]),
-        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+        torch.backends.cudnn.flags(
+            enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+        ),
     ):
         if interpreting():  # of values in lanes that a kernel discards
             warnings.simplefilter("ignore", RuntimeWarning)

@@ -73,7 +73,9 @@ class Operation(NamedTuple):
         exact = self.call([x.double() if x.is_floating_point() else x for x in inputs], "eager")
         there = [x.to(device) for x in inputs]
         calls = 1 if interpreting() else CALLS  # an interpreter is slow, and equally so each time
-        return Case(partial(self.call, there, backend), [[x.double() for x in exact]] * calls, self.allowed)
+        return Case(
+            partial(self.call, there, backend), [[x.double() for x in exact]] * calls, self.allowed
+        )
 
 
 def _random(*shape: int) -> Tensor:
@@ -94,16 +96,23 @@ def _draw_loss(form: LossForm, dtype: torch.dtype) -> Tensors:
     predictions = torch.zeros(3, 9, padded_width(columns))
     predictions[..., :_DIM] = images + _random(3, 9, _DIM)
     predictions[..., _DIM:columns] = 4 * _random(3, 9, columns - _DIM)
-    return predictions.to(dtype), (images + 0.3 * _random(2, 9, _DIM)).to(dtype), torch.rand(9) + 0.5
+    return (
+        predictions.to(dtype),
+        (images + 0.3 * _random(2, 9, _DIM)).to(dtype),
+        torch.rand(9) + 0.5,
+    )
 
 
 def _loss(form: LossForm, inputs: Tensors, backend: str) -> Tensors:
     """The losses and their mean. A factor on the gradient is a kernel of its own."""
     predictions, targets, factor = inputs
     each, mean = (
-        partial(multiview_loss, targets=targets, form=form, reduction=r, backend=backend) for r in ("none", "mean")
+        partial(multiview_loss, targets=targets, form=form, reduction=r, backend=backend)
+        for r in ("none", "mean")
     )
-    return *_with_gradients(each, [predictions], factor), *_with_gradients(mean, [predictions], factor[0])
+    return *_with_gradients(each, [predictions], factor), *_with_gradients(
+        mean, [predictions], factor[0]
+    )
 
 
 def _draw_views(dtype: torch.dtype) -> Tensors:
@@ -135,7 +144,13 @@ def _draw_norm(shape: tuple[int, ...], dtype: torch.dtype) -> Tensors:
     """The gradient, x and what is added; weight, bias and running statistics stay float32."""
     channels = torch.linspace(-1, 2, shape[1])
     rows = _random(*shape), 2 * _random(*shape) + 1, _random(*shape)
-    return *(x.to(dtype) for x in rows), channels + 0.05, channels.flip(0) / 2, channels, channels.abs() + 1
+    return (
+        *(x.to(dtype) for x in rows),
+        channels + 0.05,
+        channels.flip(0) / 2,
+        channels,
+        channels.abs() + 1,
+    )
 
 
 def _norm(inputs: Tensors, backend: str) -> Tensors:
@@ -145,9 +160,13 @@ def _norm(inputs: Tensors, backend: str) -> Tensors:
 
     def call(x: Tensor, weight: Tensor, bias: Tensor, *added: Tensor) -> Tensor:
         residual = added[0] if added else None
-        return batch_norm_act(x, weight, bias, *running, groups=2, residual=residual, backend=backend)
+        return batch_norm_act(
+            x, weight, bias, *running, groups=2, residual=residual, backend=backend
+        )
 
-    return *_with_gradients(call, [x, weight, bias, *([added] if x.dim() == 4 else [])], gradient), *running
+    return *_with_gradients(
+        call, [x, weight, bias, *([added] if x.dim() == 4 else [])], gradient
+    ), *running
 
 
 def _draw_pool(dtype: torch.dtype) -> Tensors:
@@ -158,7 +177,9 @@ def _draw_pool(dtype: torch.dtype) -> Tensors:
 def _pool(inputs: Tensors, backend: str) -> Tensors:
     gradient, x, weight, bias, *running = inputs
     mean, variance = (statistic.clone() for statistic in running)
-    call = partial(batch_norm_relu_max_pool, running_mean=mean, running_var=variance, groups=2, backend=backend)
+    call = partial(
+        batch_norm_relu_max_pool, running_mean=mean, running_var=variance, groups=2, backend=backend
+    )
     return *_with_gradients(call, [x, weight, bias], gradient), mean, variance
 
 
@@ -172,10 +193,14 @@ def _convolution(inputs: Tensors, backend: str) -> Tensors:
     return _with_gradients(partial(convolve, images), [weight], gradient)
 
 
-_SPHERICAL = LossForm("power_spherical", _DIM - 1, factor=1 / (_DIM - 1), link="quadratic", gain=0.25, cosine=_DIM - 1)
+_SPHERICAL = LossForm(
+    "power_spherical", _DIM - 1, factor=1 / (_DIM - 1), link="quadratic", gain=0.25, cosine=_DIM - 1
+)
 _COSINE = LossForm("cosine")
 OPERATIONS = {
-    "VI-SimSiam loss": Operation(BACKENDS, partial(_draw_loss, _SPHERICAL), partial(_loss, _SPHERICAL)),
+    "VI-SimSiam loss": Operation(
+        BACKENDS, partial(_draw_loss, _SPHERICAL), partial(_loss, _SPHERICAL)
+    ),
     "SimSiam loss": Operation(BACKENDS, partial(_draw_loss, _COSINE), partial(_loss, _COSINE)),
     "augmentation": Operation(("triton",), _draw_views, _views, _COLOURS),
     "BatchNorm + add + ReLU": Operation(("triton",), partial(_draw_norm, (6, 20, 27, 27)), _norm),
@@ -238,12 +263,17 @@ def _small_model() -> SimSiam:
     """The first half of a ResNet-18, and heads."""
     backbone, _ = build_backbone("resnet18")
     backbone.layer3 = backbone.layer4 = nn.Identity()
-    return VISimSiam(backbone, features=128, dim=_DIM, projector_hidden=64, predictor_hidden=64).train()
+    return VISimSiam(
+        backbone, features=128, dim=_DIM, projector_hidden=64, predictor_hidden=64
+    ).train()
 
 
 def _new_step(model: SimSiam, device: torch.device, kernels: bool, dtype: torch.dtype) -> TrainStep:
     """A step of a copy of the model, made as the trainer makes it."""
-    model, bf16 = copy.deepcopy(model).to(device).to(memory_format=torch.channels_last), dtype == torch.bfloat16
+    model, bf16 = (
+        copy.deepcopy(model).to(device).to(memory_format=torch.channels_last),
+        dtype == torch.bfloat16,
+    )
     network = training_network(model, kernels=kernels, bf16=bf16)
     rates = torch.full((CALLS,), _RATE)
     return TrainStep(model, rates, loss_scale=1 / (_DIM - 1), bf16=bf16, network=network)

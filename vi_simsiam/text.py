@@ -22,7 +22,9 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
 
 def one_line(text: str) -> str:
     """Text in one line, with the control characters that names of files in it may hold as in a Python string."""
-    return "".join(repr(each)[1:-1] if unicodedata.category(each) == "Cc" else each for each in text)
+    return "".join(
+        repr(each)[1:-1] if unicodedata.category(each) == "Cc" else each for each in text
+    )
 
 
 def brief(value: Any) -> str:
@@ -32,11 +34,18 @@ def brief(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key!r}: {brief(each)}" for key, each in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return counted(len(value), "item") if len(value) > _SHOWN else f"[{', '.join(map(brief, value))}]"
+        return (
+            counted(len(value), "item")
+            if len(value) > _SHOWN
+            else f"[{', '.join(map(brief, value))}]"
+        )
     return repr(value)
 
 
 def brief_repr(instance: Any) -> str:
     """The `__repr__` of a dataclass that holds arrays: one line in a notebook, not a page of numbers."""
-    fields = (f"{field.name}={brief(getattr(instance, field.name))}" for field in dataclasses.fields(instance))
+    fields = (
+        f"{field.name}={brief(getattr(instance, field.name))}"
+        for field in dataclasses.fields(instance)
+    )
     return f"{type(instance).__name__}({', '.join(fields)})"

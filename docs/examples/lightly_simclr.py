@@ -23,7 +23,9 @@ def main(images: str, epochs: int = 10, size: int = 128, batch_size: int = 64) -
     criterion = NTXentLoss(temperature=0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.06, momentum=0.9)
     dataset = LightlyDataset(images, transform=SimCLRTransform(input_size=size))
-    loader = DataLoader(dataset, batch_size, shuffle=True, drop_last=True, num_workers=os.cpu_count() or 1)
+    loader = DataLoader(
+        dataset, batch_size, shuffle=True, drop_last=True, num_workers=os.cpu_count() or 1
+    )
 
     for epoch in range(epochs):
         began, total = time.perf_counter(), torch.zeros((), device=device)

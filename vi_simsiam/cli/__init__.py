@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and not stream.closed and not _takes_all(stream):
-            stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding cannot print
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # what the terminal's encoding cannot print
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", ImageWarning)
@@ -41,7 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return _BROKEN_PIPE
-        named = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        named = (
+            f"{error.filename}: {error.strerror}"
+            if error.filename and error.strerror
+            else str(error)
+        )
         print(one_line(f"vi-simsiam: {named or type(error).__name__}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -7,12 +7,21 @@ COMMANDS = {
     "linear": ("evaluate", "linear-probe accuracy of a run's frozen features"),
     "logistic": ("evaluate", "logistic-regression accuracy of a run's frozen features"),
     "figures": ("evaluate", "curves, kappa gallery, density and uncertainty of a run as pictures"),
-    "uncertainty": ("uncertainty", "what a run's kappa is worth: calibration, errors, foreign and damaged images"),
+    "uncertainty": (
+        "uncertainty",
+        "what a run's kappa is worth: calibration, errors, foreign and damaged images",
+    ),
     "report": ("report", "all there is to know of a run in one HTML file"),
     "embed": ("use", "embeddings, kappa and neighbours of your images as a Parquet file"),
     "rank": ("use", "your most and least certain images"),
-    "export": ("export", "a run's weights for torchvision, timm, safetensors or ONNX, with a model card"),
-    "experiment": ("experiment", "many runs with their statistics: table1, tuned, controls, stability, ..."),
+    "export": (
+        "export",
+        "a run's weights for torchvision, timm, safetensors or ONNX, with a model card",
+    ),
+    "experiment": (
+        "experiment",
+        "many runs with their statistics: table1, tuned, controls, stability, ...",
+    ),
     "pack": ("data", "decode images once into one file to train on"),
     "views": ("data", "a picture of some images and their random views"),
     "info": ("tools", "versions, devices, and which backends are available"),
@@ -25,7 +34,10 @@ BENCHMARKS = {
     "augment": ("augment", "views a second: ours, torchvision, lightly and kornia"),
     "step": ("step", "the training step by phase, against the network alone"),
     "train": ("train", "whole trainings: ours, plain and tuned PyTorch, lightly"),
-    "compare": ("compare", "two result files case by case; exits 1 if anything became slower beyond the noise"),
+    "compare": (
+        "compare",
+        "two result files case by case; exits 1 if anything became slower beyond the noise",
+    ),
     "accuracy": ("accuracy", "errors of the loss at large concentrations"),
     "report": ("report", "write the tables in Markdown files from the result files they name"),
 }

@@ -34,18 +34,24 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (UnicodeDecodeError, yaml.YAMLError):
         raise _unreadable(path, "it is not text") from None
     if not isinstance(content, dict):
-        raise InputError(f"config: {path} holds no settings; a line is a setting and its value, such as epochs: 20")
+        raise InputError(
+            f"config: {path} holds no settings; a line is a setting and its value, such as epochs: 20"
+        )
     settings: dict[str, Any] = {}
     for name, value in with_former_loss(content).items():
         if name in _PARTS and not isinstance(value, dict):
-            raise InputError(f"config: {name}: {value!r} is not accepted; it must hold settings by name")
+            raise InputError(
+                f"config: {name}: {value!r} is not accepted; it must hold settings by name"
+            )
         inside = value if name in _PARTS else {name: value}
         settings |= {str(key).lstrip("-").replace("-", "_"): each for key, each in inside.items()}
     return settings
 
 
 def _unreadable(path: Path, reason: str) -> InputError:
-    return InputError(f"config: {path} cannot be read ({reason}); it must be a run's config.json or YAML")
+    return InputError(
+        f"config: {path} cannot be read ({reason}); it must be a run's config.json or YAML"
+    )
 
 
 def updated(config: TrainConfig, settings: dict[str, Any]) -> TrainConfig:

@@ -66,7 +66,9 @@ def pack(arguments: list[str]) -> int:
     from vi_simsiam.data.cache import pack
     from vi_simsiam.data.datasets import open_dataset, validation_pack
 
-    splits = open_dataset(options.images, root=options.data_root, download=not options.offline, decode=options.decode)
+    splits = open_dataset(
+        options.images, root=options.data_root, download=not options.offline, decode=options.decode
+    )
     parts = [(splits.train, options.out)]
     if splits.val is not None:
         parts.append((splits.val, validation_pack(options.out)))
@@ -75,7 +77,11 @@ def pack(arguments: list[str]) -> int:
         raise InputError(f"out: {taken} exists; say --overwrite to replace it")
     for source, path in parts:
         unreadable = pack(
-            source, path, workers=options.workers, shorter_side=options.shorter_side, console=Console(soft_wrap=True)
+            source,
+            path,
+            workers=options.workers,
+            shorter_side=options.shorter_side,
+            console=Console(soft_wrap=True),
         )
         for image in unreadable:
             print(one_line(f"left out: {image.path} ({image.reason})"))
@@ -109,11 +115,15 @@ def views(arguments: list[str]) -> int:
     start = sized(start, size) if name else suited(TrainConfig(), source, size=size).augment
     options = parse("views", _Views, arguments, default=_Views(start))
     failures: list[Unreadable] = []
-    sheet = contact_sheet(source, options.augment, images=options.images, seed=options.seed, skipped=failures.append)
+    sheet = contact_sheet(
+        source, options.augment, images=options.images, seed=options.seed, skipped=failures.append
+    )
     for text in (*source.notes, *([left_out(failures)] if failures else [])):
         warnings.warn(text, ImageWarning, stacklevel=2)
     enlarged = max(1, _LEAST_SHOWN // options.augment.size)  # 28 pixels are too few to look at
-    shown = sheet.resize((sheet.width * enlarged, sheet.height * enlarged), Image.Resampling.NEAREST)
+    shown = sheet.resize(
+        (sheet.width * enlarged, sheet.height * enlarged), Image.Resampling.NEAREST
+    )
     kind = Image.registered_extensions()[options.out.suffix.lower()]
     write_atomically(options.out, lambda file: shown.save(file, format=kind))
     print(options.out)

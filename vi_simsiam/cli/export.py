@@ -41,7 +41,9 @@ def export(arguments: list[str]) -> int:
 
     if options.format not in FORMATS:
         raise none_of("format", options.format, FORMATS)
-    folder = export_run(_open(options), options.format, options.out, overwrite=options.overwrite, report=print)
+    folder = export_run(
+        _open(options), options.format, options.out, overwrite=options.overwrite, report=print
+    )
     print(f"written: {folder}")
     return 0
 
@@ -55,7 +57,9 @@ def _open(options: _Export) -> Run:
     try:
         # Never downloaded: a few images are all that is needed.
         root = options.data_root or run.config.data_root
-        splits = open_dataset(options.data or run.config.data, root=root, download=False, decode=run.config.decode)
+        splits = open_dataset(
+            options.data or run.config.data, root=root, download=False, decode=run.config.decode
+        )
     except InputError as reason:
         if options.data is not None:
             raise

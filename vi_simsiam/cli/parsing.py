@@ -77,7 +77,9 @@ def said(arguments: list[str], option: str) -> str | None:
     return value
 
 
-def parse(command: str, kind: type[_Options], arguments: list[str], default: _Options | None = None) -> _Options:
+def parse(
+    command: str, kind: type[_Options], arguments: list[str], default: _Options | None = None
+) -> _Options:
     """`arguments` as an instance of `kind`; tyro's box around an error becomes one line."""
     box = io.StringIO()
     # One line takes a wide terminal: tyro would break a long path in two.
@@ -96,7 +98,9 @@ def parse(command: str, kind: type[_Options], arguments: list[str], default: _Op
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise InputError(f"{_message(command, box.getvalue())} (see vi-simsiam {command} --help)") from None
+        raise InputError(
+            f"{_message(command, box.getvalue())} (see vi-simsiam {command} --help)"
+        ) from None
 
 
 def _with_homes(options: _Options) -> _Options:
@@ -109,7 +113,9 @@ def _with_homes(options: _Options) -> _Options:
         elif isinstance(value, Path):
             changed[field.name] = user_path(field.name, value)
         elif isinstance(value, tuple):
-            changed[field.name] = tuple(user_path(field.name, v) if isinstance(v, Path) else v for v in value)
+            changed[field.name] = tuple(
+                user_path(field.name, v) if isinstance(v, Path) else v for v in value
+            )
     return dataclasses.replace(options, **changed)  # type: ignore[type-var]
 
 
@@ -128,18 +134,26 @@ def _message(command: str, box: str) -> str:
     lines = [line[2:].rstrip(" │") for line in box.splitlines()[1:]]
     lines = lines[1:] if lines and set(lines[0]) == {"-"} else lines
     rule = next((i for i, line in enumerate(lines) if set(line) <= set("─╰╯- ")), len(lines))
-    message = re.sub(r"^Error parsing (\w+: )?", "", " ".join(line.strip() for line in lines[:rule]))
+    message = re.sub(
+        r"^Error parsing (\w+: )?", "", " ".join(line.strip() for line in lines[:rule])
+    )
     if message.startswith("Missing from"):  # names are indented by four spaces, their help by eight
         found = re.findall(r"^ {4}(\S.*)\n {8}(.*)$", "\n".join(lines[:rule]), re.MULTILINE)
         return f"missing: {', '.join(f'{name} ({_phrase(text)})' for name, text in found)}"
-    if choice := re.fullmatch(r"invalid choice '(.*)' for argument '([^']*)'\. Expected one of \((.*)\)\.?", message):
+    if choice := re.fullmatch(
+        r"invalid choice '(.*)' for argument '([^']*)'\. Expected one of \((.*)\)\.?", message
+    ):
         given, option, accepted = choice.groups()
         return str(none_of(option, given, re.findall(r"'([^']*)'", accepted)))
     advice = "\n".join(lines[rule:]).partition("Perhaps you meant:")[2]
     if near := re.findall(r"^ *(--[a-z][\w-]*)", advice, re.MULTILINE):
         message += f"; did you mean {' or '.join(near[:2])}?"
-    elif command in ("train", "views") and (stray := re.match(r"Unrecognized options: ([^-,\s][^,]*)", message)):
-        message += f"; did you mean --data {stray[1]}?" if user_path("data", stray[1]).exists() else ""
+    elif command in ("train", "views") and (
+        stray := re.match(r"Unrecognized options: ([^-,\s][^,]*)", message)
+    ):
+        message += (
+            f"; did you mean --data {stray[1]}?" if user_path("data", stray[1]).exists() else ""
+        )
     for pattern, plain in _PLAIN.items():
         message = re.sub(pattern, plain, message)
     return message

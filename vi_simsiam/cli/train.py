@@ -122,7 +122,9 @@ def train(arguments: list[str]) -> int:
 
     if options.seeds is not None and options.out is None:
         raise InputError("seeds: say where with --out")
-    if options.out is not None and (options.seeds is not None or (options.resume and (options.out / SEEDS).is_file())):
+    if options.out is not None and (
+        options.seeds is not None or (options.resume and (options.out / SEEDS).is_file())
+    ):
         return run_seeds(arguments, options.seeds, options.config.seed, options.out)
 
     with joined(options.config.device) as world:
@@ -172,7 +174,9 @@ def train(arguments: list[str]) -> int:
             return 130
         if options.evaluate:
             try:
-                evaluate_run(load_run(folder, device=str(trainer.device)), world, quiet=options.quiet)
+                evaluate_run(
+                    load_run(folder, device=str(trainer.device)), world, quiet=options.quiet
+                )
             except InputError as error:  # trained all the same
                 if unlabelled is None:
                     report(f"not evaluated: {error}")
@@ -189,10 +193,17 @@ def _starting_point(arguments: list[str]) -> _Start:
     name, out, views = (said(arguments, option) for option in ("--preset", "--out", "--policy"))
     file = said(arguments, "--config")
     saved = None if out is None else user_path("out", out)
-    if "--resume" in arguments and name is None and saved is not None and (saved / CONFIG).is_file():
+    if (
+        "--resume" in arguments
+        and name is None
+        and saved is not None
+        and (saved / CONFIG).is_file()
+    ):
         for option, given in (("config", file), ("policy", views)):
             if given is not None:
-                raise InputError(f"{option}, resume: only one of them can be said; a run goes on with its own settings")
+                raise InputError(
+                    f"{option}, resume: only one of them can be said; a run goes on with its own settings"
+                )
         return _Start(read_config(saved), {}, None, open=False)
     config = preset(name or "default")
     augment = None if views is None else policy(views)
@@ -214,8 +225,14 @@ def _suited(
     from vi_simsiam.engine.run import CONFIG, read_config
 
     if len(splits.train) < 2:
-        raise InputError(f"data: {splits.name} has {counted(len(splits.train), 'image')}; training needs at least 2")
-    fixed = {name for name in FITTED if name in start.settings or said(arguments, _option(name)) is not None}
+        raise InputError(
+            f"data: {splits.name} has {counted(len(splits.train), 'image')}; training needs at least 2"
+        )
+    fixed = {
+        name
+        for name in FITTED
+        if name in start.settings or said(arguments, _option(name)) is not None
+    }
     if start.views is not None:
         fixed |= {"crop_scale", "blur_prob"}
         if start.views.size != AugmentConfig.size:
@@ -223,7 +240,9 @@ def _suited(
     frozen = given.frozen_run
     network = read_config(frozen) if frozen and (frozen / CONFIG).is_file() else None
     if network is not None and "size" not in fixed:
-        given = dataclasses.replace(given, augment=dataclasses.replace(given.augment, size=network.augment.size))
+        given = dataclasses.replace(
+            given, augment=dataclasses.replace(given.augment, size=network.augment.size)
+        )
         fixed |= {"size"}
     config = suited(
         given,
@@ -235,20 +254,32 @@ def _suited(
     )
     if network is not None:  # its weights fit no other model
         views = dataclasses.replace(
-            config.augment, local_views=network.augment.local_views, local_size=network.augment.local_size
+            config.augment,
+            local_views=network.augment.local_views,
+            local_size=network.augment.local_size,
         )
         config = dataclasses.replace(config, model=network.model, augment=views)
         fixed |= {"stem", "dim"}
     options = parse("train", _Train, arguments, default=_Train(updated(config, start.settings)))
     values = dataclasses.asdict(options.config)
     values |= values["augment"] | values["model"]
-    left = [name for name in FITTED if name not in fixed and (name != "local_size" or values["local_views"])]
+    left = [
+        name
+        for name in FITTED
+        if name not in fixed and (name != "local_size" or values["local_views"])
+    ]
     chosen = " ".join(f"{_option(name)} {_words(values[name])}" for name in left)
     side = median_side(splits.train)
-    images = f"{counted(len(splits.train), 'image')} of {side} pixels" if side else counted(len(splits.train), "image")
+    images = (
+        f"{counted(len(splits.train), 'image')} of {side} pixels"
+        if side
+        else counted(len(splits.train), "image")
+    )
     if not left:
         return options.config, ""
-    embedded = "" if said(arguments, "--data") or "data" in start.settings else ", the embedded images"
+    embedded = (
+        "" if said(arguments, "--data") or "data" in start.settings else ", the embedded images"
+    )
     return options.config, f"settings that suit {splits.name}{embedded} ({images}): {chosen}"
 
 

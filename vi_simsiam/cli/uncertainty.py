@@ -44,7 +44,9 @@ def uncertainty(arguments: list[str]) -> int:
             report=lambda phrase: status.update(escape(phrase)),
         )
     print_result(result, console)
-    console.print(f"written to {run.path / UNCERTAINTY}", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"written to {run.path / UNCERTAINTY}", highlight=False, markup=False, soft_wrap=True
+    )
     return 0
 
 

@@ -70,7 +70,9 @@ def embed(arguments: list[str]) -> int:
     """Write what a run makes of images as a Parquet file."""
     options = parse("embed", _Embed, arguments)
     if options.out.suffix.lower() != ".parquet":
-        raise InputError(f"out: {options.out} must end in .parquet (pandas, Polars, DuckDB and R read it)")
+        raise InputError(
+            f"out: {options.out} must end in .parquet (pandas, Polars, DuckDB and R read it)"
+        )
     if options.neighbours < 0:
         raise InputError(f"neighbours: {options.neighbours} must be at least 0")
     _free([options.out], options.overwrite)
@@ -119,7 +121,9 @@ def rank(arguments: list[str]) -> int:
 
     encoder, source = _open(options)
     if not isinstance(encoder.model, VISimSiam):
-        raise InputError(f"run: {options.run} is SimSiam, which predicts no concentration to rank by; vi-simsiam does")
+        raise InputError(
+            f"run: {options.run} is SimSiam, which predicts no concentration to rank by; vi-simsiam does"
+        )
     table = _collect(encoder, source, options, Console(stderr=True), embeddings=False)
     drawn = draw_ranking(table, encoder.model.dim, options.k)
     write_ranking(table, listing)
@@ -154,7 +158,9 @@ def _source(images: str, options: _Images, decode: DecodeConfig, *, train: bool)
     if user_path("images", images).exists():
         return open_images(images, decode)
     try:
-        splits = open_dataset(images, root=options.data_root, download=not options.offline, decode=decode)
+        splits = open_dataset(
+            images, root=options.data_root, download=not options.offline, decode=decode
+        )
     except InputError as error:
         if str(error).startswith("data:"):
             raise InputError(f"images: {images} is not there; give an image, {ACCEPTED}") from None
@@ -163,7 +169,12 @@ def _source(images: str, options: _Images, decode: DecodeConfig, *, train: bool)
 
 
 def _collect(
-    encoder: Encoder, source: ImageSource, options: _Images, console: Console, *, embeddings: bool = True
+    encoder: Encoder,
+    source: ImageSource,
+    options: _Images,
+    console: Console,
+    *,
+    embeddings: bool = True,
 ) -> Table:
     from vi_simsiam.inference.embed import collect
 

@@ -45,7 +45,9 @@ def epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
 def check_batch(batch_size: int, images: ImageSource) -> None:
     """Raise InputError if a batch would hold more images than there are."""
     if batch_size > len(images):
-        raise InputError(f"batch_size: {batch_size} must be at most {len(images)}, the images in {images.name}")
+        raise InputError(
+            f"batch_size: {batch_size} must be at most {len(images)}, the images in {images.name}"
+        )
 
 
 class Schedule:
@@ -83,7 +85,9 @@ class Schedule:
         if world_size < 1:
             raise InputError(f"world_size: {world_size} must be at least 1")
         if not 0 <= rank < world_size:
-            raise InputError(f"rank: {rank} must lie between 0 and {world_size - 1}, for world_size {world_size}")
+            raise InputError(
+                f"rank: {rank} must lie between 0 and {world_size - 1}, for world_size {world_size}"
+            )
         if batch_size % world_size:
             raise InputError(
                 f"batch_size: {batch_size} must be a multiple of {world_size}, the processes that share it"
@@ -100,13 +104,22 @@ class Schedule:
 
     def samples(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
         """The images of steps [start, stop) of an epoch: (stop - start, rows) int64, a row for each step."""
-        batches = self._order(epoch)[: self.steps_per_epoch * self.batch_size].reshape(-1, self.batch_size)
+        batches = self._order(epoch)[: self.steps_per_epoch * self.batch_size].reshape(
+            -1, self.batch_size
+        )
         return batches[start:stop, self._first_row : self._first_row + self.rows]
 
     def table(self, epoch: int, samples: NDArray[np.int64]) -> NDArray[np.int32]:
         """The table rows of images in an epoch: (views, n, 16) int32 for samples (n,), START relative to each image."""
         heights, widths = self.images.heights[samples], self.images.widths[samples]
-        return draw_table(self.policy, seed=self.seed, epoch=epoch, samples=samples, heights=heights, widths=widths)
+        return draw_table(
+            self.policy,
+            seed=self.seed,
+            epoch=epoch,
+            samples=samples,
+            heights=heights,
+            widths=widths,
+        )
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         order = self._orders.get(epoch)

@@ -31,7 +31,14 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vi_simsiam.data.decoding import bytes_per_image, decode
-from vi_simsiam.data.packed import FORMAT_VERSION, Contents, PackedImages, PackError, PackWriter, open_pack
+from vi_simsiam.data.packed import (
+    FORMAT_VERSION,
+    Contents,
+    PackedImages,
+    PackError,
+    PackWriter,
+    open_pack,
+)
 from vi_simsiam.data.pixels import Losses
 from vi_simsiam.data.sources import ArraySource, ImageSource, Unreadable, check_readable
 from vi_simsiam.errors import ImageWarning, InputError, is_full
@@ -47,7 +54,11 @@ _SECONDS_TO_LOCK = 60.0
 
 
 def cached(
-    source: ImageSource, *, cache_dir: Path | None = None, workers: int | None = None, console: Console | None = None
+    source: ImageSource,
+    *,
+    cache_dir: Path | None = None,
+    workers: int | None = None,
+    console: Console | None = None,
 ) -> tuple[PackedImages, list[Unreadable]]:
     """Return the images of a source decoded, and those that were left out because they cannot be read.
 
@@ -115,13 +126,17 @@ def pack(
     if out.is_dir():
         raise InputError(f"out: {out} is a folder; give the name of a file")
     fingerprint = _fingerprint(source, shorter_side) or ""
-    contents = _write(source, out, fingerprint, "out", workers=workers, shorter_side=shorter_side, console=console)
+    contents = _write(
+        source, out, fingerprint, "out", workers=workers, shorter_side=shorter_side, console=console
+    )
     for note in (*source.notes, *contents.notes):
         warnings.warn(note, ImageWarning, stacklevel=2)
     return list(contents.unreadable)
 
 
-def in_memory(source: ImageSource, *, workers: int | None = None, console: Console | None = None) -> PackedImages:
+def in_memory(
+    source: ImageSource, *, workers: int | None = None, console: Console | None = None
+) -> PackedImages:
     """Return the images of a source decoded in memory; RGB arrays are not copied.
 
     Raises:
@@ -132,13 +147,20 @@ def in_memory(source: ImageSource, *, workers: int | None = None, console: Conso
         return source
     if isinstance(source, ArraySource):
         count, height, width = source.images.shape[:3]
-        rgb = source.images if source.images.ndim == 4 else np.repeat(source.images[..., None], 3, axis=3)
+        rgb = (
+            source.images
+            if source.images.ndim == 4
+            else np.repeat(source.images[..., None], 3, axis=3)
+        )
         heights, widths = np.full(count, height, np.int32), np.full(count, width, np.int32)
-        return PackedImages(rgb.reshape(-1), Contents(source.name, heights, widths, source.labels, source.classes))
+        return PackedImages(
+            rgb.reshape(-1), Contents(source.name, heights, widths, source.labels, source.classes)
+        )
     pixels = bytearray()
     mean = bytes_per_image(source)
     _print(
-        console, f"decoding {source.name}: {counted(len(source), 'image')}, about {_size(mean, source)}, into memory"
+        console,
+        f"decoding {source.name}: {counted(len(source), 'image')}, about {_size(mean, source)}, into memory",
     )
     contents = _decode(source, pixels.extend, mean, workers=workers, console=console)
     return PackedImages(np.frombuffer(pixels, np.uint8), contents)
@@ -167,7 +189,9 @@ def _fingerprint(source: ImageSource, shorter_side: int | None) -> str | None:
     own = source.fingerprint()
     if own is None:
         return None
-    return hashlib.blake2b(repr((own, FORMAT_VERSION, shorter_side)).encode(), digest_size=20).hexdigest()
+    return hashlib.blake2b(
+        repr((own, FORMAT_VERSION, shorter_side)).encode(), digest_size=20
+    ).hexdigest()
 
 
 def _file_name(name: str) -> str:
@@ -203,7 +227,14 @@ def _write(
         )
         with _whole_or_not_at_all(path) as file:
             writer = PackWriter(file)
-            contents = _decode(source, writer.append, mean, workers=workers, shorter_side=shorter_side, console=console)
+            contents = _decode(
+                source,
+                writer.append,
+                mean,
+                workers=workers,
+                shorter_side=shorter_side,
+                console=console,
+            )
             writer.finish(contents, fingerprint)
     except OSError as error:
         if is_full(error):
@@ -211,7 +242,9 @@ def _write(
                 f"{option}: {path.parent} is full, the decoded images of {source.name} need about "
                 f"{_size(mean, source)}; {elsewhere}"
             ) from error
-        raise InputError(f"{option}: {path} cannot be written ({error.strerror or error}); {elsewhere}") from error
+        raise InputError(
+            f"{option}: {path} cannot be written ({error.strerror or error}); {elsewhere}"
+        ) from error
     return contents
 
 
@@ -245,7 +278,17 @@ def _decode(
     labels = None if source.labels is None else source.labels[kept]
     places = [source.describe(index) for index in kept]
     notes = losses.lines(source.name)
-    return Contents(source.name, heights, widths, labels, source.classes, places, unreadable, source.decode, notes)
+    return Contents(
+        source.name,
+        heights,
+        widths,
+        labels,
+        source.classes,
+        places,
+        unreadable,
+        source.decode,
+        notes,
+    )
 
 
 @contextlib.contextmanager
@@ -285,7 +328,12 @@ def _progress(source: ImageSource, console: Console | None) -> Iterator[Callable
     if console is None or not console.is_terminal:
         yield lambda images, written: None
         return
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[size]}"), TimeRemainingColumn())
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[size]}"),
+        TimeRemainingColumn(),
+    )
     # Drawn by this thread: workers may be forked while another one runs.
     with Progress(*columns, console=console, auto_refresh=False) as progress:
         task = progress.add_task("", total=len(source), size="")

@@ -127,7 +127,9 @@ def thumbnails(groups: Sequence[tuple[str, Sequence[tuple[Image.Image, str]]]]) 
     Args:
         groups: title, and (image in mode RGB, caption) of every image, at least one in all.
     """
-    title_font, caption_font = (_font(name, size) for name, size in (("DejaVuSans-Bold", 15), ("DejaVuSans", 12)))
+    title_font, caption_font = (
+        _font(name, size) for name, size in (("DejaVuSans-Bold", 15), ("DejaVuSans", 12))
+    )
     title_height, caption_height = 28, 20
     columns = min(_COLUMNS, max(len(images) for _, images in groups))
     step, row_height = _THUMBNAIL + _GAP, _THUMBNAIL + caption_height
@@ -154,7 +156,9 @@ def thumbnails(groups: Sequence[tuple[str, Sequence[tuple[Image.Image, str]]]]) 
 
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     """A font that comes with matplotlib: Pillow's own has no Greek letters."""
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")), size)
+    return ImageFont.truetype(
+        str(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")), size
+    )
 
 
 def _bytes(view: Tensor) -> NDArray[np.uint8]:

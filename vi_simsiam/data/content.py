@@ -28,7 +28,9 @@ def listed(splits: Splits) -> dict[str, Any]:
     return {
         "images": len(splits.train),
         "classes": None if splits.train.classes is None else list(splits.train.classes),
-        "validation": None if val is None else {"images": len(val), "labels": _labels(val), **_left_out(val)},
+        "validation": None
+        if val is None
+        else {"images": len(val), "labels": _labels(val), **_left_out(val)},
     }
 
 
@@ -60,8 +62,16 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     if "classes" in before and before["classes"] != now["classes"]:
         return _classes(before["classes"] or [], now["classes"] or [])
     words = {"labels": "labels", "sizes": "sizes of images", "pixels": "pixels"}
-    other = [words[part] for part in words if part in before and part in now and before[part] != now[part]]
-    if "validation" in before and "validation" in now and not _same_validation(before["validation"], now["validation"]):
+    other = [
+        words[part]
+        for part in words
+        if part in before and part in now and before[part] != now[part]
+    ]
+    if (
+        "validation" in before
+        and "validation" in now
+        and not _same_validation(before["validation"], now["validation"])
+    ):
         other.append("validation images")
     return next((f"other {part}" for part in other), None)
 
@@ -73,7 +83,9 @@ def _same_validation(before: dict[str, Any] | None, now: dict[str, Any] | None) 
         return True
     # Files are not decoded here, so those that a pack left out as unreadable are among them, with their labels.
     left_out = [each.get("left_out", 0) for each in (before, now)]
-    totals = {each["images"] + missing for each, missing in zip((before, now), left_out, strict=True)}
+    totals = {
+        each["images"] + missing for each, missing in zip((before, now), left_out, strict=True)
+    }
     return left_out[0] != left_out[1] and len(totals) == 1
 
 
@@ -85,7 +97,11 @@ def _classes(before: list[str], now: list[str]) -> str:
 
 
 def _left_out(source: ImageSource) -> dict[str, int]:
-    return {"left_out": len(source.unreadable)} if isinstance(source, PackedImages) and source.unreadable else {}
+    return (
+        {"left_out": len(source.unreadable)}
+        if isinstance(source, PackedImages) and source.unreadable
+        else {}
+    )
 
 
 def _labels(source: ImageSource) -> str | None:

@@ -61,7 +61,14 @@ _WORDNET_NAMES = {
 }
 """Class folders of ImageNette and ImageWoof are named by WordNet number."""
 
-_DOWNLOAD_ERRORS = (OSError, RuntimeError, EOFError, http.client.HTTPException, tarfile.TarError, zlib.error)
+_DOWNLOAD_ERRORS = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    http.client.HTTPException,
+    tarfile.TarError,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,11 @@ _PUBLISHED = {
 
 
 def open_dataset(
-    spec: str, *, root: Path = Path("data"), download: bool = True, decode: DecodeConfig | None = None
+    spec: str,
+    *,
+    root: Path = Path("data"),
+    download: bool = True,
+    decode: DecodeConfig | None = None,
 ) -> Splits:
     """Open a data set by name.
 
@@ -153,7 +164,9 @@ def open_dataset(
         return _cifar10(root, download, decode)
     if spec in _PUBLISHED:
         return _imagenet_subset(spec, root, download, decode)
-    raise InputError(f"data: {spec!r} is not there; it must be {ACCEPTED}{did_you_mean(spec, NAMED_DATA)}")
+    raise InputError(
+        f"data: {spec!r} is not there; it must be {ACCEPTED}{did_you_mean(spec, NAMED_DATA)}"
+    )
 
 
 def _words(decode: DecodeConfig) -> str:
@@ -193,17 +206,23 @@ def _folder(path: Path, spec: str, decode: DecodeConfig) -> Splits:
     if val_folder is not None and train.labels is not None:
         read.append(val_folder.name)
     lost = ""
-    if beside := {e.name for e in list_folder(path) if os.path.isdir(e.path) or is_image(e.path)} - set(read):
+    if beside := {
+        e.name for e in list_folder(path) if os.path.isdir(e.path) or is_image(e.path)
+    } - set(read):
         lost = f"only {'/ and '.join(read)}/ {'is' if len(read) == 1 else 'are'} read, not {_names(beside)}"
     if train.labels is None:
         if val_folder is not None:
-            lost += f"; validation needs class folders in {train_folder.name}/ and {val_folder.name}/"
+            lost += (
+                f"; validation needs class folders in {train_folder.name}/ and {val_folder.name}/"
+            )
         return Splits(spec, _unlabelled(train_folder, train.found, decode, lost), None)
     if val_folder is None:
         return Splits(spec, train.source(train_folder, decode, lost), None)
     val = _classes(val_folder)
     if val.labels is None:
-        raise InputError(f"{val_folder}: holds no class folders, {train_folder} does; give it the same ones or none")
+        raise InputError(
+            f"{val_folder}: holds no class folders, {train_folder} does; give it the same ones or none"
+        )
     if val.names != train.names:
         only_train, only_val = set(train.names) - set(val.names), set(val.names) - set(train.names)
         raise InputError(
@@ -215,9 +234,15 @@ def _folder(path: Path, spec: str, decode: DecodeConfig) -> Splits:
 
 def _part(folder: Path, names: tuple[str, ...]) -> Path | None:
     """The folder of that part, by any of its names."""
-    found = [entry.path for entry in list_folder(folder) if entry.name.lower() in names and os.path.isdir(entry.path)]
+    found = [
+        entry.path
+        for entry in list_folder(folder)
+        if entry.name.lower() in names and os.path.isdir(entry.path)
+    ]
     if len(found) > 1:
-        raise InputError(f"{folder}: holds {' and '.join(map(os.path.basename, found))}; only one of them can be meant")
+        raise InputError(
+            f"{folder}: holds {' and '.join(map(os.path.basename, found))}; only one of them can be meant"
+        )
     return Path(found[0]) if found else None
 
 
@@ -237,10 +262,16 @@ class _Classes:
 
     def source(self, folder: Path, decode: DecodeConfig, *more: str) -> FileSource:
         empty = f"no image, and so no class, in {_names(self.empty)}" if self.empty else ""
-        twice = f"in two classes by links, and counted in one: {_names(self.ambiguous)}" if self.ambiguous else ""
+        twice = (
+            f"in two classes by links, and counted in one: {_names(self.ambiguous)}"
+            if self.ambiguous
+            else ""
+        )
         classes = [_WORDNET_NAMES.get(name, name) for name in self.names]
         notes = _notes(folder, self.found, empty, twice, *more)
-        return FileSource(self.found.paths, self.labels, classes, os.fspath(folder), decode=decode, notes=notes)
+        return FileSource(
+            self.found.paths, self.labels, classes, os.fspath(folder), decode=decode, notes=notes
+        )
 
 
 def _classes(folder: Path) -> _Classes:
@@ -258,14 +289,22 @@ def _classes(folder: Path) -> _Classes:
     labels = np.array([numbers[parts[0]] for parts in homes], np.int64) if names else None
     folders = {entry.name for entry in list_folder(folder) if os.path.isdir(entry.path)}
     pairs = [(inside(first), inside(path)) for path, first in found.repeated]
-    ambiguous = {f"{a} (not {b})" for a, b in pairs if len({a.split(os.sep)[0], b.split(os.sep)[0]} & folders) == 2}
+    ambiguous = {
+        f"{a} (not {b})"
+        for a, b in pairs
+        if len({a.split(os.sep)[0], b.split(os.sep)[0]} & folders) == 2
+    }
     return _Classes(found, names, labels, folders - set(names), ambiguous)
 
 
 def _unlabelled(folder: Path, found: Found, decode: DecodeConfig, *more: str) -> FileSource:
     if not found.paths:
-        raise InputError(" ".join(filter(None, (f"{folder}: holds no image that Pillow opens.", found.note()))))
-    return FileSource(found.paths, name=os.fspath(folder), decode=decode, notes=_notes(folder, found, *more))
+        raise InputError(
+            " ".join(filter(None, (f"{folder}: holds no image that Pillow opens.", found.note())))
+        )
+    return FileSource(
+        found.paths, name=os.fspath(folder), decode=decode, notes=_notes(folder, found, *more)
+    )
 
 
 def _notes(folder: Path, found: Found, *more: str) -> list[str]:
@@ -274,7 +313,10 @@ def _notes(folder: Path, found: Found, *more: str) -> list[str]:
 
 def _names(classes: set[str]) -> str:
     listed = sorted(classes)
-    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "") or "none"
+    return (
+        ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
+        or "none"
+    )
 
 
 def _cifar10(root: Path, download: bool, decode: DecodeConfig) -> Splits:
@@ -284,14 +326,20 @@ def _cifar10(root: Path, download: bool, decode: DecodeConfig) -> Splits:
     # torchvision checks every file of an unpacked copy against its MD5 and downloads only if one fails.
     try:
         with patience():
-            parts = [CIFAR10(os.fspath(root), train=train, download=download) for train in (True, False)]
+            parts = [
+                CIFAR10(os.fspath(root), train=train, download=download) for train in (True, False)
+            ]
     except _DOWNLOAD_ERRORS as error:
         folders = f"{original} or {root / 'cifar10'}"
         if not download:
-            raise InputError(f"cifar10: no complete copy in {folders}, and downloading is off") from error
+            raise InputError(
+                f"cifar10: no complete copy in {folders}, and downloading is off"
+            ) from error
         raise _download_failed("cifar10", CIFAR10.url, error, folders) from error
     train, val = (
-        ArraySource(part.data, np.asarray(part.targets, dtype=np.int64), part.classes, f"cifar10/{split}")
+        ArraySource(
+            part.data, np.asarray(part.targets, dtype=np.int64), part.classes, f"cifar10/{split}"
+        )
         for part, split in zip(parts, ("train", "val"), strict=True)
     )
     return Splits("cifar10", train, val)
@@ -310,7 +358,11 @@ def _imagenet_subset(name: str, root: Path, download: bool, decode: DecodeConfig
         # Unpacked aside and moved at the end, so that an interrupted run leaves nothing that looks complete.
         with patience(), tempfile.TemporaryDirectory(prefix=f".{folder}-", dir=root) as aside:
             download_and_extract_archive(
-                published.url, os.fspath(root), extract_root=aside, md5=published.md5, remove_finished=True
+                published.url,
+                os.fspath(root),
+                extract_root=aside,
+                md5=published.md5,
+                remove_finished=True,
             )
             os.rename(Path(aside) / folder, root / folder)
     except _DOWNLOAD_ERRORS as error:

@@ -78,7 +78,11 @@ def fitted(height: int, width: int, shorter_side: int | None) -> tuple[int, int]
 
 
 def decode(
-    source: ImageSource, *, workers: int | None = None, shorter_side: int | None = None, mean_bytes: float = 0.0
+    source: ImageSource,
+    *,
+    workers: int | None = None,
+    shorter_side: int | None = None,
+    mean_bytes: float = 0.0,
 ) -> Generator[Chunk, None, None]:
     """Decode all images in order.
 

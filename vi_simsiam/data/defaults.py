@@ -8,7 +8,18 @@ from vi_simsiam.config import LEAST_SIZE, PRESETS, AugmentConfig, TrainConfig
 from vi_simsiam.data.decoding import median_side
 from vi_simsiam.data.sources import ImageSource
 
-FITTED = ("size", "local_size", "crop_scale", "blur_prob", "stem", "dim", "epochs", "batch_size", "lr", "warmup_epochs")
+FITTED = (
+    "size",
+    "local_size",
+    "crop_scale",
+    "blur_prob",
+    "stem",
+    "dim",
+    "epochs",
+    "batch_size",
+    "lr",
+    "warmup_epochs",
+)
 """The settings that `suited` chooses."""
 
 _LARGEST = 224
@@ -77,7 +88,9 @@ def suited(
         augment=sized(augment, size),
         model=dataclasses.replace(
             config.model,
-            stem="small" if _TINY < size <= _ONE_PIXEL and not config.model.pretrained else "imagenet",
+            stem="small"
+            if _TINY < size <= _ONE_PIXEL and not config.model.pretrained
+            else "imagenet",
             dim=512 if size <= _SMALL else config.model.dim,
         ),
     )

@@ -77,7 +77,9 @@ class DeviceFeed:
         backend: str = "auto",
         segment: int | None = None,
     ) -> None:
-        self.schedule = Schedule(images, policy, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+        self.schedule = Schedule(
+            images, policy, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size
+        )
         self.images, self.policy = images, policy
         self.dtype, self.backend = dtype, backend
         self.steps_per_epoch = self.schedule.steps_per_epoch
@@ -98,9 +100,13 @@ class DeviceFeed:
             self._pixels = self._make_slots()
 
         shape = (self.schedule.views, self.schedule.rows, TABLE_COLUMNS)
-        self._segment_steps = segment or _segment_steps(int(np.prod(shape)) * 4, self.steps_per_epoch)
+        self._segment_steps = segment or _segment_steps(
+            int(np.prod(shape)) * 4, self.steps_per_epoch
+        )
         # Rows that name one pixel, for a counter that is ahead of what was loaded.
-        self._ring = torch.zeros((2 * self._segment_steps, *shape), dtype=torch.int32, device=self.device)
+        self._ring = torch.zeros(
+            (2 * self._segment_steps, *shape), dtype=torch.int32, device=self.device
+        )
         self._ring[..., Column.STRIDE] = 3
         self._ring[..., Column.HEIGHT : Column.WIDTH + 1] = 1
         self._drawn_rows = self._transfers.pinned((2, self._segment_steps, *shape), torch.int32)
@@ -165,7 +171,9 @@ class DeviceFeed:
             self._pool = None
 
     def _augment(self, table: Tensor, size: int) -> list[Tensor]:
-        return list(augment(self._pixels, table, size, dtype=self.dtype, backend=self.backend).unbind(0))
+        return list(
+            augment(self._pixels, table, size, dtype=self.dtype, backend=self.backend).unbind(0)
+        )
 
     def _choose_memory(self, memory: DataMemory) -> DataMemory:
         check_memory(memory)
@@ -208,7 +216,9 @@ class DeviceFeed:
             )
         host = self._transfers.pinned((_SLOTS, capacity), torch.uint8)
         pixels = torch.empty(_SLOTS * capacity, dtype=torch.uint8, device=self.device)
-        self._slots = [_Slot(host[i], pixels[i * capacity : (i + 1) * capacity]) for i in range(_SLOTS)]
+        self._slots = [
+            _Slot(host[i], pixels[i * capacity : (i + 1) * capacity]) for i in range(_SLOTS)
+        ]
         return pixels
 
     def _restart(self, step: int) -> None:
@@ -220,7 +230,9 @@ class DeviceFeed:
         launched = self._transfers.mark()
         for slot in self._slots:
             slot.step, slot.sent, slot.copied, slot.read = -1, False, None, launched
-        self._pool = ThreadPoolExecutor(1 + _GATHER_THREADS if self._slots else 1, thread_name_prefix="vi-simsiam-feed")
+        self._pool = ThreadPoolExecutor(
+            1 + _GATHER_THREADS if self._slots else 1, thread_name_prefix="vi-simsiam-feed"
+        )
         self._segment = -1
         self._drawn = self._pool.submit(self._draw, step // self._segment_steps)
 
@@ -232,7 +244,9 @@ class DeviceFeed:
         assert self._pool is not None
         self._await(self._drawn)
         half, steps = segment % 2, self._segment_steps
-        self._ring[half * steps : (half + 1) * steps].copy_(self._drawn_rows[half], non_blocking=True)
+        self._ring[half * steps : (half + 1) * steps].copy_(
+            self._drawn_rows[half], non_blocking=True
+        )
         before, self._uploaded = self._uploaded, self._transfers.mark()
         # The rows to be drawn next take the place of those that the upload before this one reads.
         self._transfers.settle(before)
@@ -303,7 +317,9 @@ class DeviceFeed:
         samples = self.schedule.samples(epoch, start, start + 1)[0]
         buffer, pixels, count = into.numpy(), self.images.pixels, 0
         for first, size in zip(
-            self.images.offsets[samples].tolist(), _sizes(self.images, samples).tolist(), strict=True
+            self.images.offsets[samples].tolist(),
+            _sizes(self.images, samples).tolist(),
+            strict=True,
         ):
             buffer[count : count + size] = pixels[first : first + size]
             count += size
@@ -384,8 +400,12 @@ def find_device(name: torch.device | str) -> torch.device:
         return device
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
-        raise InputError(f"device: {str(name)!r} is not here ({counted(count, 'CUDA device')} found)")
-    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        raise InputError(
+            f"device: {str(name)!r} is not here ({counted(count, 'CUDA device')} found)"
+        )
+    return torch.device(
+        "cuda", torch.cuda.current_device() if device.index is None else device.index
+    )
 
 
 def check_memory(memory: str) -> None:
@@ -420,7 +440,9 @@ def _finish(job: Future[Any]) -> Any:
     except TimeoutError as error:
         raise no_answer("data", threads=True) from error
     except Exception as error:
-        raise TrainingError(f"data: batches cannot be prepared ({type(error).__name__}: {error})") from error
+        raise TrainingError(
+            f"data: batches cannot be prepared ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _gigabytes(count: int) -> str:

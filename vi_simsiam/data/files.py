@@ -20,7 +20,11 @@ from vi_simsiam.text import counted
 _NEVER = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 _BY_CONTENT = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "AVIF", "JPEG2000", "HEIF")
 """Formats that are recognised by their first bytes, whatever the file is called."""
-_PLUGINS = {"pillow_heif": "pillow-heif", "pillow_avif": "pillow-avif-plugin", "pillow_jxl": "pillow-jxl-plugin"}
+_PLUGINS = {
+    "pillow_heif": "pillow-heif",
+    "pillow_avif": "pillow-avif-plugin",
+    "pillow_jxl": "pillow-jxl-plugin",
+}
 """Modules that make Pillow open further formats, and the packages that they come in."""
 _PLUGIN_OF = {
     ".heic": "pillow-heif", ".heif": "pillow-heif", ".hif": "pillow-heif", ".avif": "pillow-avif-plugin",
@@ -43,12 +47,19 @@ class Found(NamedTuple):
         """One line that says what is passed over; empty where nothing is."""
         parts = []
         if self.passed_over:
-            kinds = [f"{count:,} {_kind(suffix)}" for suffix, count in self.passed_over.most_common(_SHOWN)]
+            kinds = [
+                f"{count:,} {_kind(suffix)}"
+                for suffix, count in self.passed_over.most_common(_SHOWN)
+            ]
             if (more := len(self.passed_over) - _SHOWN) > 0:
                 kinds.append(f"{counted(more, 'other suffix', 'other suffixes')}")
-            parts.append(f"{counted(self.passed_over.total(), 'file')} passed over: {', '.join(kinds)}")
+            parts.append(
+                f"{counted(self.passed_over.total(), 'file')} passed over: {', '.join(kinds)}"
+            )
         if self.repeated:
-            parts.append(f"{counted(len(self.repeated), 'further name')} (links) of images and folders left out")
+            parts.append(
+                f"{counted(len(self.repeated), 'further name')} (links) of images and folders left out"
+            )
         return "; ".join(parts)
 
 
@@ -78,7 +89,9 @@ def find_images(folder: str | os.PathLike[str]) -> Found:
     def take(path: str) -> None:
         try:
             status = os.stat(path)
-        except OSError:  # a link that leads nowhere, or to itself; a file in a folder that may not be entered
+        except (
+            OSError
+        ):  # a link that leads nowhere, or to itself; a file in a folder that may not be entered
             if _suffix(path) in _suffixes():
                 paths.append(path)
             else:
@@ -118,7 +131,10 @@ def find_images(folder: str | os.PathLike[str]) -> Found:
 def list_folder(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
     """Return the entries of a folder that are not hidden, sorted by name. Raises InputError if it cannot be listed."""
     with _listing(folder), os.scandir(os.fspath(folder)) as entries:
-        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+        return sorted(
+            (entry for entry in entries if not entry.name.startswith(".")),
+            key=lambda entry: entry.name,
+        )
 
 
 def is_image(path: str) -> bool:
@@ -145,8 +161,12 @@ def _suffixes() -> dict[str, str]:
             plugin = importlib.import_module(module)
             if register := getattr(plugin, "register_heif_opener", None):
                 register()
-    known = Image.registered_extensions() | {".mpo": "JPEG"}  # which opens a stereo pair's first picture
-    return {suffix: name for suffix, name in known.items() if name in Image.OPEN and name not in _NEVER}
+    known = Image.registered_extensions() | {
+        ".mpo": "JPEG"
+    }  # which opens a stereo pair's first picture
+    return {
+        suffix: name for suffix, name in known.items() if name in Image.OPEN and name not in _NEVER
+    }
 
 
 def _suffix(path: str) -> str:

@@ -29,7 +29,15 @@ from vi_simsiam.config import AugmentConfig, DataMemory
 from vi_simsiam.config import policy as named_policy
 from vi_simsiam.data.batches import Batch, Schedule
 from vi_simsiam.data.cache import cached
-from vi_simsiam.data.decoding import PATIENCE, check_processes, cores, interrupts_blocked, kill, no_answer, no_processes
+from vi_simsiam.data.decoding import (
+    PATIENCE,
+    check_processes,
+    cores,
+    interrupts_blocked,
+    kill,
+    no_answer,
+    no_processes,
+)
 from vi_simsiam.data.device import DeviceFeed, byte_tensor, check_memory, find_device
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource, as_source
@@ -89,7 +97,9 @@ class MultiViewLoader:
         if dtype not in (torch.float32, torch.bfloat16):
             raise InputError(f"dtype: {dtype} is neither torch.float32 nor torch.bfloat16")
         if device.type == "cpu" and backend not in ("auto", "eager"):
-            raise InputError(f"backend: {backend!r} needs a CUDA device; on a CPU it must be auto or eager")
+            raise InputError(
+                f"backend: {backend!r} needs a CUDA device; on a CPU it must be auto or eager"
+            )
         policy = named_policy(policy) if isinstance(policy, str) else policy
         images = _packed(source)
         self.source = images
@@ -112,7 +122,9 @@ class MultiViewLoader:
             )
             schedule = self.feed.schedule
         else:
-            schedule = Schedule(images, policy, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+            schedule = Schedule(
+                images, policy, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size
+            )
         self.steps_per_epoch = schedule.steps_per_epoch
         """Batches in an epoch; the images left over come in other epochs."""
         if workers is None:
@@ -148,13 +160,19 @@ class MultiViewLoader:
         if epoch < 0:
             raise InputError(f"epoch: {epoch} must be at least 0")
         if not 0 <= start <= self.steps_per_epoch:
-            raise InputError(f"start: {start} must lie between 0 and {self.steps_per_epoch}, the steps of an epoch")
+            raise InputError(
+                f"start: {start} must lie between 0 and {self.steps_per_epoch}, the steps of an epoch"
+            )
         return self._run(epoch, start)
 
     def _run(self, epoch: int, start: int) -> Iterator[Batch]:
         self._runs += 1
         run = self._runs
-        batches = self._from_workers(epoch, start) if self.feed is None else self._from_device(epoch, start, self.feed)
+        batches = (
+            self._from_workers(epoch, start)
+            if self.feed is None
+            else self._from_device(epoch, start, self.feed)
+        )
         try:
             for batch in batches:
                 yield batch
@@ -164,15 +182,22 @@ class MultiViewLoader:
             self.close()
             raise
         if run != self._runs:
-            raise RuntimeError("this epoch's iterator ended when another one was started on the same loader")
+            raise RuntimeError(
+                "this epoch's iterator ended when another one was started on the same loader"
+            )
 
     def _from_workers(self, epoch: int, start: int) -> Iterator[Batch]:
         self._steps.epoch, self._steps.start = epoch, start
         if self._loader is None:
             self._loader = _data_loader(self._dataset, self._steps, self.workers, keep=True)
         for views, index in _batches(self._loader):
-            sizes = (torch.from_numpy(x).view(self._dataset.dtype).permute(0, 1, 4, 2, 3) for x in views)
-            yield Batch([view for same_size in sizes for view in same_size.unbind(0)], torch.from_numpy(index))
+            sizes = (
+                torch.from_numpy(x).view(self._dataset.dtype).permute(0, 1, 4, 2, 3) for x in views
+            )
+            yield Batch(
+                [view for same_size in sizes for view in same_size.unbind(0)],
+                torch.from_numpy(index),
+            )
 
     def _from_device(self, epoch: int, start: int, feed: DeviceFeed) -> Iterator[Batch]:
         side = self._side
@@ -253,7 +278,9 @@ class _ViewBatches(Dataset[tuple[list[NDArray[np.uint8]], NDArray[np.int64]]]):
     def __init__(self, schedule: Schedule, dtype: torch.dtype) -> None:
         self.schedule, self.dtype = schedule, dtype
 
-    def __getitem__(self, key: tuple[int, NDArray[np.int64]]) -> tuple[list[NDArray[np.uint8]], NDArray[np.int64]]:
+    def __getitem__(
+        self, key: tuple[int, NDArray[np.int64]]
+    ) -> tuple[list[NDArray[np.uint8]], NDArray[np.int64]]:
         epoch, samples = key
         images, policy = self.schedule.images, self.schedule.policy
         table = self.schedule.table(epoch, samples)
@@ -262,9 +289,13 @@ class _ViewBatches(Dataset[tuple[list[NDArray[np.uint8]], NDArray[np.int64]]]):
         with _one_thread():
             views = [eager_augment(pixels, rows[:GLOBAL_VIEWS], policy.size, self.dtype)]
             if policy.local_views:
-                views.append(eager_augment(pixels, rows[GLOBAL_VIEWS:], policy.local_size, self.dtype))
+                views.append(
+                    eager_augment(pixels, rows[GLOBAL_VIEWS:], policy.local_size, self.dtype)
+                )
         # As bytes, since numpy has no bfloat16, and in the order that they have in memory.
-        return [each.permute(0, 1, 3, 4, 2).view(torch.uint8).numpy() for each in views], samples.copy()
+        return [
+            each.permute(0, 1, 3, 4, 2).view(torch.uint8).numpy() for each in views
+        ], samples.copy()
 
 
 class _OrderedImages(Dataset[tuple[NDArray[np.uint8], NDArray[np.int64]] | _Failure]):
@@ -279,7 +310,9 @@ class _OrderedImages(Dataset[tuple[NDArray[np.uint8], NDArray[np.int64]] | _Fail
         except InputError as error:
             return _Failure(str(error))
         labels = self.source.labels
-        return images, np.full(len(key), -1) if labels is None else labels[key.start : key.stop].copy()
+        return images, np.full(len(key), -1) if labels is None else labels[
+            key.start : key.stop
+        ].copy()
 
 
 class _Ranges(Sampler[range]):
@@ -296,7 +329,9 @@ class _Ranges(Sampler[range]):
             yield range(start, min(start + self.batch_size, self.count))
 
 
-def eval_loader(source: ImageSource, size: int, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+def eval_loader(
+    source: ImageSource, size: int, batch_size: int, workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Return batches of all images in order: images (B, 3, size, size) float32, labels (B,) int64.
 
     The last batch may be smaller; labels are -1 if the source has none. Raises InputError for numbers out of range, and
@@ -306,9 +341,14 @@ def eval_loader(source: ImageSource, size: int, batch_size: int, workers: int) -
     if size < 1:
         raise InputError(f"size: {size} must be at least 1")
     steps = _Ranges(len(source), batch_size)
-    batches = _batches(_data_loader(_OrderedImages(source, eval_square(size)), steps, workers, keep=False))
+    batches = _batches(
+        _data_loader(_OrderedImages(source, eval_square(size)), steps, workers, keep=False)
+    )
     finish = normalised()
-    return ((finish(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()), torch.from_numpy(y)) for x, y in batches)
+    return (
+        (finish(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()), torch.from_numpy(y))
+        for x, y in batches
+    )
 
 
 def _check_sizes(batch_size: int, workers: int) -> None:
@@ -318,7 +358,9 @@ def _check_sizes(batch_size: int, workers: int) -> None:
         raise InputError(f"workers: {workers} must be at least 0")
 
 
-def _data_loader(dataset: Dataset[Any], steps: Sampler[Any], workers: int, keep: bool) -> DataLoader[Any]:
+def _data_loader(
+    dataset: Dataset[Any], steps: Sampler[Any], workers: int, keep: bool
+) -> DataLoader[Any]:
     # The dataset makes whole batches, hence batch_size=None. The generator of its own keeps DataLoader from drawing
     # its base seed from torch's global one.
     return DataLoader(
@@ -372,8 +414,14 @@ class _Deaths:
         self._former: Any = None
 
     def __enter__(self) -> _Deaths:
-        if self._workers and hasattr(signal, "SIGCHLD") and callable(former := signal.getsignal(signal.SIGCHLD)):
-            with contextlib.suppress(ValueError):  # only the main thread sets handlers, and gets signals
+        if (
+            self._workers
+            and hasattr(signal, "SIGCHLD")
+            and callable(former := signal.getsignal(signal.SIGCHLD))
+        ):
+            with contextlib.suppress(
+                ValueError
+            ):  # only the main thread sets handlers, and gets signals
                 self._former = former
                 signal.signal(signal.SIGCHLD, self._handle)
         return self

@@ -43,7 +43,14 @@ _PROLOGUE = struct.Struct("<8sIQQI28xI")
 _PATH_ENCODING = ("utf-8", "surrogateescape")
 _CHECKED_BYTES = 1 << 26
 _READ_BYTES = 1 << 22
-_DTYPES = {"pixels": "u1", "offsets": "<i8", "heights": "<i4", "widths": "<i4", "places": "u1", "labels": "<i8"}
+_DTYPES = {
+    "pixels": "u1",
+    "offsets": "<i8",
+    "heights": "<i4",
+    "widths": "<i4",
+    "places": "u1",
+    "labels": "<i8",
+}
 
 
 class Checksums:
@@ -131,7 +138,9 @@ class PackedImages(ImageSource):
     def __init__(self, pixels: NDArray[np.uint8], contents: Contents) -> None:
         ends = image_ends(contents.heights, contents.widths)
         if len(pixels) != (ends[-1] if len(ends) else 0):
-            raise InputError(f"pixels: {counted(len(pixels), 'byte')} do not fit heights and widths")
+            raise InputError(
+                f"pixels: {counted(len(pixels), 'byte')} do not fit heights and widths"
+            )
         self.pixels = _read_only(pixels)
         """(bytes,) uint8, read-only."""
         self.offsets = _read_only(np.concatenate([np.zeros(1, np.int64), ends])[:-1])
@@ -168,7 +177,11 @@ class PackedImages(ImageSource):
     def image(self, index: int) -> Image.Image:
         """Return image `index` in mode RGB."""
         index = range(len(self))[index]
-        start, height, width = int(self.offsets[index]), int(self.heights[index]), int(self.widths[index])
+        start, height, width = (
+            int(self.offsets[index]),
+            int(self.heights[index]),
+            int(self.widths[index]),
+        )
         pixels = self.pixels[start : start + 3 * height * width].reshape(height, width, 3)
         return Image.fromarray(pixels)
 
@@ -187,7 +200,9 @@ class PackedImages(ImageSource):
 
     def describe(self, index: int) -> str:
         """Return where image `index` came from: a path, or NAME/INDEX."""
-        if isinstance(self._places, np.ndarray):  # a hundred megabytes for a million files, so only when asked for
+        if isinstance(
+            self._places, np.ndarray
+        ):  # a hundred megabytes for a million files, so only when asked for
             content = self._places.tobytes()
             self._places = content.decode(*_PATH_ENCODING).split("\0") if content else ()
         return self._places[index] if self._places else f"{self.name}/{index}"
@@ -200,7 +215,9 @@ def image_ends(heights: NDArray[np.int32], widths: NDArray[np.int32]) -> NDArray
         InputError: heights and widths differ in number, or one is less than 1.
     """
     if heights.shape != widths.shape or heights.ndim != 1:
-        raise InputError(f"heights, widths: shapes {heights.shape} and {widths.shape} must be equal, (N,)")
+        raise InputError(
+            f"heights, widths: shapes {heights.shape} and {widths.shape} must be equal, (N,)"
+        )
     if len(heights) and min(heights.min(), widths.min()) < 1:
         raise InputError("heights, widths: every image must be at least 1 x 1 pixels")
     return np.cumsum(3 * heights.astype(np.int64) * widths.astype(np.int64), dtype=np.int64)
@@ -235,7 +252,9 @@ class PackWriter:
         self._section("offsets", np.concatenate([np.zeros(1, np.int64), ends])[:-1])
         self._section("heights", contents.heights)
         self._section("widths", contents.widths)
-        self._section("places", np.frombuffer("\0".join(contents.places).encode(*_PATH_ENCODING), np.uint8))
+        self._section(
+            "places", np.frombuffer("\0".join(contents.places).encode(*_PATH_ENCODING), np.uint8)
+        )
         if contents.labels is not None:
             self._section("labels", contents.labels)
         self._pad()
@@ -253,7 +272,9 @@ class PackWriter:
         }
         encoded = json.dumps(header).encode()
         self._file.write(encoded)
-        prologue = _PROLOGUE.pack(_MAGIC, FORMAT_VERSION, self.size, len(encoded), zlib.crc32(encoded), 0)[:-4]
+        prologue = _PROLOGUE.pack(
+            _MAGIC, FORMAT_VERSION, self.size, len(encoded), zlib.crc32(encoded), 0
+        )[:-4]
         self.size += len(encoded)
         self._file.seek(0)
         self._file.write(prologue + struct.pack("<I", zlib.crc32(prologue)))
@@ -302,13 +323,17 @@ def _read_header(file: IO[bytes]) -> tuple[dict[str, Any], int]:
     size = os.fstat(file.fileno()).st_size
     prologue = file.read(_PROLOGUE.size)
     if prologue[: len(_MAGIC)] != _MAGIC:
-        raise _Flaw("is an empty file" if size == 0 else "is no pack file (vi-simsiam pack writes them)")
+        raise _Flaw(
+            "is an empty file" if size == 0 else "is no pack file (vi-simsiam pack writes them)"
+        )
     if len(prologue) < _PROLOGUE.size:
         raise _Flaw(f"is truncated: {counted(size, 'byte')} of at least {_PROLOGUE.size}")
     _, version, start, length, checksum, own_checksum = _PROLOGUE.unpack(prologue)
     # Before anything else, which another version may have elsewhere.
     if version != FORMAT_VERSION:
-        raise _Flaw(f"has format version {version}, this release reads {FORMAT_VERSION}: pack the images again")
+        raise _Flaw(
+            f"has format version {version}, this release reads {FORMAT_VERSION}: pack the images again"
+        )
     if zlib.crc32(prologue[:-4]) != own_checksum:
         raise _Flaw("is damaged: the checksum of its first 64 bytes is wrong")
     if size < start + length:
@@ -329,12 +354,16 @@ def _verify(file: IO[bytes], header: dict[str, Any]) -> None:
     def checksum(start: int) -> int:
         # Read, not mapped: where a disk fails, that is an error and not the end of the process.
         total, end = 0, min(start + step, header["start"])
-        while start < end and (part := os.pread(file.fileno(), min(_READ_BYTES, end - start), start)):
+        while start < end and (
+            part := os.pread(file.fileno(), min(_READ_BYTES, end - start), start)
+        ):
             total, start = zlib.crc32(part, total), start + len(part)
         return total
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for start, found, expected in zip(starts, pool.map(checksum, starts), header["checksums"], strict=True):
+        for start, found, expected in zip(
+            starts, pool.map(checksum, starts), header["checksums"], strict=True
+        ):
             if found != expected:
                 raise _Flaw(f"is damaged: the checksum of the bytes from {start:,} on is wrong")
 
@@ -356,7 +385,9 @@ def _from_sections(content: NDArray[np.uint8], header: dict[str, Any]) -> Packed
     )
     images = PackedImages(sections["pixels"], contents)
     images._places = sections["places"]
-    if header["checked_bytes"] == _CHECKED_BYTES:  # the first begins where the pixels do, after the prologue
+    if (
+        header["checked_bytes"] == _CHECKED_BYTES
+    ):  # the first begins where the pixels do, after the prologue
         images._whole_checksums = header["checksums"][: len(images.pixels) // _CHECKED_BYTES]
     if len(images) != header["count"] or not np.array_equal(images.offsets, sections["offsets"]):
         raise _Flaw("contradicts itself")

@@ -76,7 +76,9 @@ class Losses:
         self._framed += framed
         if values is not None:
             narrow = 0 < values.high - values.low < _LEAST_USED * (values.white - values.black)
-            self._note((values.black, values.white), _Range(1, int(narrow), values.low, values.high))
+            self._note(
+                (values.black, values.white), _Range(1, int(narrow), values.low, values.high)
+            )
 
     def merge(self, other: Losses) -> None:
         """Note those of other images of the set, too."""
@@ -93,7 +95,10 @@ class Losses:
                 "train or pack with --frames all to take each as an image"
             )
         for (black, white), (count, narrow, low, high) in self._values.items():
-            ends, own = f"{black:.9g} to {white:.9g}", f"train or pack with --value-range {low:.9g} {high:.9g}"
+            ends, own = (
+                f"{black:.9g} to {white:.9g}",
+                f"train or pack with --value-range {low:.9g} {high:.9g}",
+            )
             if low < black or high > white:
                 found = f"range from {low:.9g} to {high:.9g} and are clipped to {ends}; {own} to keep them apart"
             elif narrow and high - low < _LEAST_USED * (white - black):
@@ -112,7 +117,9 @@ class Losses:
     def _note(self, ends: tuple[float, float], values: _Range) -> None:
         before = self._values.get(ends, _Range(0, 0, values.low, values.high))
         low, high = min(before.low, values.low), max(before.high, values.high)
-        self._values[ends] = _Range(before.images + values.images, before.narrow + values.narrow, low, high)
+        self._values[ends] = _Range(
+            before.images + values.images, before.narrow + values.narrow, low, high
+        )
 
 
 def to_rgb(image: Image.Image, decode: DecodeConfig | None = None) -> Image.Image:
@@ -147,7 +154,10 @@ def to_rgb(image: Image.Image, decode: DecodeConfig | None = None) -> Image.Imag
 def _scale_key(image: Image.Image) -> None:
     """Make the transparent colour of a PNG that is not loaded yet 8 bits, as Pillow makes its pixels alone."""
     # Frames of one file share `info`, and each of them is scaled: from what the file has.
-    key, tiles = image.info.setdefault(_KEY, image.info.get("transparency")), getattr(image, "tile", None)
+    key, tiles = (
+        image.info.setdefault(_KEY, image.info.get("transparency")),
+        getattr(image, "tile", None),
+    )
     kind = tiles[0][3] if tiles else None
     if isinstance(key, tuple) and kind == "RGB;16B":
         image.info["transparency"] = tuple(value >> 8 for value in key)
@@ -163,7 +173,10 @@ def is_animated(image: Image.Image) -> bool:
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Height and width of an opened file once it is turned upright, from its header."""
     turned = 0
-    if image.format not in ("PNG", "TIFF"):  # it may stand behind the pixels; Pillow turns TIFFs itself
+    if image.format not in (
+        "PNG",
+        "TIFF",
+    ):  # it may stand behind the pixels; Pillow turns TIFFs itself
         with contextlib.suppress(Exception):
             turned = image.getexif().get(_ORIENTATION, 0)
     return (image.width, image.height) if turned >= 5 else (image.height, image.width)
@@ -194,7 +207,9 @@ def _stored(image: Image.Image) -> _Stored | None:
     return _Stored(-(2.0**31), 2.0**31 - 1)
 
 
-def _eight_bits(image: Image.Image, stored: _Stored, decode: DecodeConfig) -> tuple[Image.Image, _Values | None]:
+def _eight_bits(
+    image: Image.Image, stored: _Stored, decode: DecodeConfig
+) -> tuple[Image.Image, _Values | None]:
     """Deep gray as 8-bit gray (LA with transparency), and its values; None for them where every file has its own range."""
     pixels = np.asarray(image)
     if stored.high > 2**31:  # Pillow reads unsigned integers as signed ones

@@ -73,7 +73,9 @@ class ImageSource(ABC):
     """What a user should hear of how the images were found: sentences, without a full stop."""
 
     def __repr__(self) -> str:
-        classes = "" if self.classes is None else f", {counted(len(self.classes), 'class', 'classes')}"
+        classes = (
+            "" if self.classes is None else f", {counted(len(self.classes), 'class', 'classes')}"
+        )
         return f"{type(self).__name__}({self.name!r}, {counted(len(self), 'image')}{classes})"
 
     @abstractmethod
@@ -97,14 +99,20 @@ class ImageSource(ABC):
         """Return a digest that changes when the images or labels do; None if that takes reading all of them."""
         return None
 
-    def _label(self, labels: NDArray[np.int64] | None, classes: Sequence[str] | None, count: int) -> None:
+    def _label(
+        self, labels: NDArray[np.int64] | None, classes: Sequence[str] | None, count: int
+    ) -> None:
         if (labels is None) != (classes is None):
             raise InputError("labels and classes: give both or neither")
         if labels is not None and classes is not None:
             if labels.shape != (count,):
-                raise InputError(f"labels: shape {labels.shape} must be ({count},), one for each image")
+                raise InputError(
+                    f"labels: shape {labels.shape} must be ({count},), one for each image"
+                )
             if count and not 0 <= labels.min() <= labels.max() < len(classes):
-                raise InputError(f"labels: values must lie in [0, {len(classes)}), one for each class name")
+                raise InputError(
+                    f"labels: values must lie in [0, {len(classes)}), one for each class name"
+                )
         self.labels = None if labels is None else labels.astype(np.int64)
         self.classes = None if classes is None else tuple(classes)
 
@@ -124,7 +132,10 @@ class ArraySource(ImageSource):
     ) -> None:
         if images.dtype != np.uint8:
             raise TypeError(f"images: dtype {images.dtype} must be uint8")
-        if not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)) or 0 in images.shape[1:]:
+        if (
+            not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3))
+            or 0 in images.shape[1:]
+        ):
             raise InputError(f"images: shape {images.shape} must be (N, H, W) or (N, H, W, 3)")
         self.name = name
         self.images = images
@@ -178,7 +189,9 @@ class FileSource(ImageSource):
         self._uncounted: dict[str, str] = {}  # files whose frames cannot be counted, and why
         if self.decode.frames == "all":
             counts = [self._count_frames(index) for index in range(len(self.paths))]
-            self.paths = tuple(path for path, count in zip(self.paths, counts, strict=True) for _ in range(count))
+            self.paths = tuple(
+                path for path, count in zip(self.paths, counts, strict=True) for _ in range(count)
+            )
             self.frames = tuple(frame for count in counts for frame in range(count))
             self.labels = None if self.labels is None else np.repeat(self.labels, counts)
 
@@ -199,7 +212,14 @@ class FileSource(ImageSource):
         """The images at `indices` (K,), in that order, as a source."""
         labels = None if self.labels is None else self.labels[indices]
         first = dataclasses.replace(self.decode, frames="first")  # they are counted already
-        part = FileSource([self.paths[i] for i in indices], labels, self.classes, name, decode=first, notes=self.notes)
+        part = FileSource(
+            [self.paths[i] for i in indices],
+            labels,
+            self.classes,
+            name,
+            decode=first,
+            notes=self.notes,
+        )
         part.decode, part.frames = self.decode, tuple(self.frames[i] for i in indices)
         part._uncounted = self._uncounted
         return part
@@ -236,7 +256,9 @@ class FileSource(ImageSource):
             with self._opened(index) as image:
                 return image.n_frames if is_animated(image) else 1  # type: ignore[attr-defined]
         except UnreadableError as error:
-            self._uncounted[self.paths[index]] = f"its frames cannot be counted: {error.entry.reason}"
+            self._uncounted[self.paths[index]] = (
+                f"its frames cannot be counted: {error.entry.reason}"
+            )
             return 1  # to be reported when it is read
 
     def fingerprint(self) -> str:
@@ -249,7 +271,9 @@ class FileSource(ImageSource):
             except OSError:
                 facts = (-1, -1)  # to be reported as unreadable
             digest.update(repr((os.path.abspath(path), *facts)).encode())
-        digest.update(repr((self.classes, self.decode, self.frames if any(self.frames) else ())).encode())
+        digest.update(
+            repr((self.classes, self.decode, self.frames if any(self.frames) else ())).encode()
+        )
         digest.update(b"" if self.labels is None else self.labels.tobytes())
         return digest.hexdigest()
 
@@ -269,7 +293,9 @@ class DatasetSource(ImageSource):
         InputError: the data set has no length or no items by number.
     """
 
-    def __init__(self, dataset: Dataset[Any], name: str | None = None, decode: DecodeConfig | None = None) -> None:
+    def __init__(
+        self, dataset: Dataset[Any], name: str | None = None, decode: DecodeConfig | None = None
+    ) -> None:
         self.decode = decode or DecodeConfig()
         self.name = type(dataset).__name__ if name is None else name
         self.labels = self.classes = None
@@ -297,7 +323,9 @@ class DatasetSource(ImageSource):
         try:
             item = self.dataset[index]
         except Exception as error:
-            raise UnreadableError(self.describe(index), f"{type(error).__name__}: {_one_line(error)}") from error
+            raise UnreadableError(
+                self.describe(index), f"{type(error).__name__}: {_one_line(error)}"
+            ) from error
         return _item_to_rgb(item, self.describe(index), self.decode)
 
     def describe(self, index: int) -> str:
@@ -305,7 +333,9 @@ class DatasetSource(ImageSource):
         return f"{self.name}/{index}"
 
 
-def as_source(images: ImageSource | Dataset[Any], decode: DecodeConfig | None = None) -> ImageSource:
+def as_source(
+    images: ImageSource | Dataset[Any], decode: DecodeConfig | None = None
+) -> ImageSource:
     """Return a source as it is, and a map-style torch Dataset as a DatasetSource. Raises InputError for others."""
     return images if isinstance(images, ImageSource) else DatasetSource(images, decode=decode)
 
@@ -353,7 +383,11 @@ def check_readable(source: ImageSource, failures: Sequence[Unreadable]) -> None:
 
 def _reason(path: str, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "an empty file" if os.path.getsize(path) == 0 else f"not a {', '.join(formats(path))} file"
+        return (
+            "an empty file"
+            if os.path.getsize(path) == 0
+            else f"not a {', '.join(formats(path))} file"
+        )
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return _one_line(error) or type(error).__name__

@@ -28,7 +28,12 @@ from vi_simsiam.text import counted
 
 
 def select(
-    splits: Splits, *, images: int | None = None, held_out: float = 0.0, seed: int = 0, distinct: bool = True
+    splits: Splits,
+    *,
+    images: int | None = None,
+    held_out: float = 0.0,
+    seed: int = 0,
+    distinct: bool = True,
 ) -> Splits:
     """Choose the images to train on and to validate on.
 
@@ -50,8 +55,12 @@ def select(
     if distinct:
         train, val = _without_copies(train, val, within=held_out > 0)
     keys = np.random.PCG64(seed).random_raw(len(train))  # numpy keeps this stream in all versions
-    if train.decode.frames == "all":  # the frames of a file are near copies of each other, and go together
-        files: Iterable[str] = (re.sub(r"#\d+$", "", train.describe(index)) for index in range(len(train)))
+    if (
+        train.decode.frames == "all"
+    ):  # the frames of a file are near copies of each other, and go together
+        files: Iterable[str] = (
+            re.sub(r"#\d+$", "", train.describe(index)) for index in range(len(train))
+        )
         if isinstance(train, FileSource):
             files = train.paths
         first: dict[str, int] = {}
@@ -60,7 +69,9 @@ def select(
     if held_out > 0:
         count = round(held_out * len(train))
         if count == 0:
-            raise InputError(f"held_out: {held_out} is not accepted; of {counted(len(train), 'image')} that is none")
+            raise InputError(
+                f"held_out: {held_out} is not accepted; of {counted(len(train), 'image')} that is none"
+            )
         if count == len(train):
             raise InputError(
                 f"held_out: {held_out} is not accepted; of {counted(len(train), 'image')} it leaves none to train on"
@@ -71,7 +82,9 @@ def select(
     available = int(rest.sum())
     if images is not None:
         if images > available:
-            raise InputError(f"images: {images} is not accepted; {splits.name} has {available:,} to train on")
+            raise InputError(
+                f"images: {images} is not accepted; {splits.name} has {available:,} to train on"
+            )
         train = subset(train, _draw(rest, images, keys, train.labels))
     elif available < len(train):
         train = subset(train, np.flatnonzero(rest))
@@ -88,7 +101,14 @@ def duplicates(splits: Splits) -> list[tuple[str, str]]:
         return []
     validation = set(val.paths)
     groups = _copies([*train.paths, *val.paths])
-    pairs = [(a, b) for group in groups for a in group if a not in validation for b in group if b in validation]
+    pairs = [
+        (a, b)
+        for group in groups
+        for a in group
+        if a not in validation
+        for b in group
+        if b in validation
+    ]
     return pairs + [(path, path) for path in train.paths if path in validation]
 
 
@@ -118,7 +138,9 @@ class _Subset(ImageSource):
     def __init__(self, source: ImageSource, indices: NDArray[np.int64], name: str) -> None:
         self.source, self.indices, self.name = source, indices, name
         self.decode, self.notes = source.decode, source.notes
-        self._label(None if source.labels is None else source.labels[indices], source.classes, len(indices))
+        self._label(
+            None if source.labels is None else source.labels[indices], source.classes, len(indices)
+        )
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -163,10 +185,21 @@ class _PackedSubset(PackedImages):
         labels = None if source.labels is None else source.labels[indices]
         heights, widths = source.heights[indices], source.widths[indices]
         contents = Contents(
-            name, heights, widths, labels, source.classes, (), source.unreadable, source.decode, source.notes
+            name,
+            heights,
+            widths,
+            labels,
+            source.classes,
+            (),
+            source.unreadable,
+            source.decode,
+            source.notes,
         )
         # Checked and laid out as images that lie one after the other; their bytes are the whole's.
-        super().__init__(np.broadcast_to(np.uint8(0), int((3 * heights.astype(np.int64) * widths).sum())), contents)
+        super().__init__(
+            np.broadcast_to(np.uint8(0), int((3 * heights.astype(np.int64) * widths).sum())),
+            contents,
+        )
         self.pixels, self.offsets = source.pixels, source.offsets[indices]
         self.path, self.checksum = source.path, source.checksum
         self._source, self._indices = source, indices
@@ -189,7 +222,10 @@ class _PackedSubset(PackedImages):
 
 
 def _draw(
-    candidates: NDArray[np.bool_], count: int, keys: NDArray[np.uint64], labels: NDArray[np.int64] | None
+    candidates: NDArray[np.bool_],
+    count: int,
+    keys: NDArray[np.uint64],
+    labels: NDArray[np.int64] | None,
 ) -> NDArray[np.int64]:
     """`count` of the candidates (N,), each class by its share and with the smallest keys, in rising order."""
     classes = np.zeros(len(candidates), np.int64) if labels is None else labels
@@ -236,7 +272,9 @@ def _copies(paths: Iterable[str]) -> list[list[str]]:
     for group in by_size.values():
         for path in group if len(group) > 1 else ():
             try:
-                by_content[hashlib.blake2b(Path(path).read_bytes(), digest_size=20).digest()].append(path)
+                by_content[
+                    hashlib.blake2b(Path(path).read_bytes(), digest_size=20).digest()
+                ].append(path)
             except OSError:
                 continue
     return [group for group in by_content.values() if len(group) > 1]

@@ -13,7 +13,13 @@ from torchvision.transforms import InterpolationMode, v2
 
 from vi_simsiam.config import AugmentConfig
 from vi_simsiam.errors import InputError
-from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, TABLE_COLUMNS, ColourOperation, Column
+from vi_simsiam.ops.augment import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    TABLE_COLUMNS,
+    ColourOperation,
+    Column,
+)
 
 GLOBAL_VIEWS = 2
 
@@ -109,7 +115,9 @@ def draw_table(
 def place(table: NDArray[np.int32], offsets: NDArray[np.int64]) -> None:
     """Add each image's first byte, (B,) int64, to the START of its rows in a table (V, B, 16), in place."""
     if offsets.shape != table.shape[1:2]:
-        raise InputError(f"offsets: shape {offsets.shape} must be {table.shape[1:2]}, one for each sample of the table")
+        raise InputError(
+            f"offsets: shape {offsets.shape} must be {table.shape[1:2]}, one for each sample of the table"
+        )
     for rows in table:
         _starts(rows)[:] += offsets
 
@@ -127,7 +135,9 @@ def eval_square(size: int) -> v2.Compose:
 
 def normalised() -> v2.Compose:
     """The rest of it: from uint8 (..., 3, h, w) to float32."""
-    return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    return v2.Compose(
+        [v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    )
 
 
 def _without_ends(image: Image.Image) -> Image.Image:
@@ -137,7 +147,11 @@ def _without_ends(image: Image.Image) -> Image.Image:
     if longer <= kept:
         return image
     start = (longer - kept) // 2
-    middle = (start, 0, start + kept, shorter) if image.width == longer else (0, start, shorter, start + kept)
+    middle = (
+        (start, 0, start + kept, shorter)
+        if image.width == longer
+        else (0, start, shorter, start + kept)
+    )
     return image.crop(middle)
 
 
@@ -178,16 +192,22 @@ def _draw_colours(rows: NDArray[np.int32], stream: _Stream, policy: AugmentConfi
     rows[:, Column.FLIP] = _uniform(flip) < policy.flip_prob
     rows[:, Column.GRAY] = _uniform(gray) < policy.grayscale_prob
     floats = rows.view(np.float32)
-    floats[:, Column.SIGMA] = np.where(_uniform(blur[0]) < policy.blur_prob, _uniform(blur[1], *policy.blur_sigma), 0)
+    floats[:, Column.SIGMA] = np.where(
+        _uniform(blur[0]) < policy.blur_prob, _uniform(blur[1], *policy.blur_sigma), 0
+    )
 
     jittered = _uniform(jitter) < policy.jitter_prob
     for code, strength in enumerate(policy.jitter, 1):
         hue = Column.BRIGHTNESS + code - 1 == Column.HUE
         low, high = (-strength, strength) if hue else (max(0.0, 1 - strength), 1 + strength)
         neutral = 0.0 if hue else 1.0
-        floats[:, Column.BRIGHTNESS + code - 1] = np.where(jittered, _uniform(factors[code - 1], low, high), neutral)
+        floats[:, Column.BRIGHTNESS + code - 1] = np.where(
+            jittered, _uniform(factors[code - 1], low, high), neutral
+        )
     # An operation without strength takes no place; the others keep the order in which they were drawn.
-    packed = np.array([_packed(permutation, policy.jitter) for permutation in _ORDERS], dtype=np.int32)
+    packed = np.array(
+        [_packed(permutation, policy.jitter) for permutation in _ORDERS], dtype=np.int32
+    )
     drawn = packed[_below(order, np.full(len(rows), len(packed)))]
     rows[:, Column.ORDER] = np.where(jittered, drawn, 0)
 
@@ -213,7 +233,9 @@ def _draw_crops(
         words = stream.block(_CROP_BLOCK + draw, left)
         area = heights[left] * widths[left] * _uniform(words[0], *scale)
         aspect = np.exp(_uniform(words[1], low, high))
-        width, height = (np.rint(np.sqrt(x)).astype(np.int64) for x in (area * aspect, area / aspect))
+        width, height = (
+            np.rint(np.sqrt(x)).astype(np.int64) for x in (area * aspect, area / aspect)
+        )
         fits = (width > 0) & (width <= widths[left]) & (height > 0) & (height <= heights[left])
         done, width, height = left[fits], width[fits], height[fits]
         rows[done, Column.HEIGHT], rows[done, Column.WIDTH] = height, width

@@ -52,7 +52,9 @@ class Checkpoint:
                 torch.save(content, size)
                 reason += f": it needs {decimal(size.written)}, {decimal(shutil.disk_usage(path.parent).free)} are free"
             kept = "the one before is kept" if path.exists() else "there is none yet"
-            raise TrainingError(f"the checkpoint {path} could not be written ({reason}); {kept}") from error
+            raise TrainingError(
+                f"the checkpoint {path} could not be written ({reason}); {kept}"
+            ) from error
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> Checkpoint:
@@ -70,8 +72,12 @@ class Checkpoint:
             return cls(**content)
         except InputError:
             raise
-        except Exception as error:  # torch.load raises half a dozen unrelated types on damaged files
-            raise InputError(f"run: {path} cannot be read: it is damaged or no checkpoint") from error
+        except (
+            Exception
+        ) as error:  # torch.load raises half a dozen unrelated types on damaged files
+            raise InputError(
+                f"run: {path} cannot be read: it is damaged or no checkpoint"
+            ) from error
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Load the weights into `model`, and the momentum into `optimizer` if there is one.
@@ -84,7 +90,9 @@ class Checkpoint:
             if optimizer is not None:
                 optimizer.load_state_dict(self.optimizer)
         except (RuntimeError, ValueError, KeyError) as error:
-            raise InputError("run: the checkpoint does not fit the model that config.json describes") from error
+            raise InputError(
+                "run: the checkpoint does not fit the model that config.json describes"
+            ) from error
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:

@@ -38,8 +38,12 @@ _NO_LIMIT = 7 * 86400.0
 _LONGEST_PAUSE = 0.2
 _LEAVING_SECONDS = 10.0
 # torch 2.14 gives the option a new name and warns of the old one.
-_NEW_OPTION = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-_OWN_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _NEW_OPTION else "broadcast_buffers": False}
+_NEW_OPTION = (
+    "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+)
+_OWN_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if _NEW_OPTION else "broadcast_buffers": False
+}
 _LOST_CONTACT = ("gloo", "nccl", "timed out", "connection closed", "connection reset")
 
 
@@ -135,8 +139,12 @@ class World:
                 if self._store.check(["failed"]):
                     raise PeerError(self._store.get("failed").decode())
                 if time.monotonic() > deadline:
-                    missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-                    raise TrainingError(f"ranks: no answer from {missing} within {limit:g} s; they stalled or ended")
+                    missing = [
+                        rank for rank, key in enumerate(keys) if not self._store.check([key])
+                    ]
+                    raise TrainingError(
+                        f"ranks: no answer from {missing} within {limit:g} s; they stalled or ended"
+                    )
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
             return [pickle.loads(self._store.get(key)) for key in keys]
@@ -217,7 +225,9 @@ class World:
         """Let the others know; returns whether this rank is the one that reports."""
         if self._store is None or self._reports:
             return True
-        with contextlib.suppress(dist.DistError):  # the store's own rank is gone: nobody else is left to report
+        with contextlib.suppress(
+            dist.DistError
+        ):  # the store's own rank is gone: nobody else is left to report
             if self._store.add("failures", 1) > 1:
                 return False
             self._store.set("failed", f"rank {self.rank}: {_line(error)}")
@@ -255,7 +265,9 @@ class World:
         padded[: mine.numel()] = mine
         parts = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(parts, padded)
-        joined = torch.cat([part[: count * width] for part, count in zip(parts, counts, strict=True)])
+        joined = torch.cat(
+            [part[: count * width] for part, count in zip(parts, counts, strict=True)]
+        )
         return joined.to(rows.device).view(rows.dtype).view(sum(counts), *rows.shape[1:])
 
     def all_mean(self, values: Tensor) -> Tensor:
@@ -303,7 +315,9 @@ def joined(device: str = "auto", *, timeout: float = TIMEOUT) -> Iterator[World]
     try:
         store, _, _ = next(rendezvous("env://", place["rank"], place["size"], timeout=limit))
     except (dist.DistError, RuntimeError, ValueError) as error:
-        raise TrainingError(f"ranks: rank {place['rank']} did not meet the others: {_line(error)}") from error
+        raise TrainingError(
+            f"ranks: rank {place['rank']} did not meet the others: {_line(error)}"
+        ) from error
     world = World("cpu", timeout=timeout, store=PrefixStore("vi-simsiam", store), **place)
     with world.together():
         world.device = _local_device(device, world)
@@ -368,17 +382,30 @@ def sync_batch_norm(model: nn.Module, world: World) -> nn.Module:
 
 def _read_environment() -> dict[str, int]:
     """rank, size, local_rank and local_size as torchrun says them."""
-    names = {"rank": "RANK", "size": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "local_size": "LOCAL_WORLD_SIZE"}
-    missing = [name for name in (*list(names.values())[:3], "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    names = {
+        "rank": "RANK",
+        "size": "WORLD_SIZE",
+        "local_rank": "LOCAL_RANK",
+        "local_size": "LOCAL_WORLD_SIZE",
+    }
+    missing = [
+        name
+        for name in (*list(names.values())[:3], "MASTER_ADDR", "MASTER_PORT")
+        if name not in os.environ
+    ]
     if missing:
-        raise InputError(f"ranks: RANK and WORLD_SIZE are set, {', '.join(missing)} not; start the ranks with torchrun")
+        raise InputError(
+            f"ranks: RANK and WORLD_SIZE are set, {', '.join(missing)} not; start the ranks with torchrun"
+        )
     try:
         place = {key: int(os.environ.get(name, "1")) for key, name in names.items()}
     except ValueError:
         values = ", ".join(f"{name}={os.environ.get(name)}" for name in names.values())
         raise InputError(f"ranks: {values}; they must be integers") from None
     if not 0 <= place["rank"] < place["size"]:
-        raise InputError(f"ranks: RANK {place['rank']} must be at least 0 and below WORLD_SIZE {place['size']}")
+        raise InputError(
+            f"ranks: RANK {place['rank']} must be at least 0 and below WORLD_SIZE {place['size']}"
+        )
     return place
 
 
@@ -388,7 +415,9 @@ def _local_device(name: str, world: World) -> torch.device:
     if device.type == "cpu":
         return device
     if device.index is not None and world.size > 1:
-        raise InputError(f"device: {name!r} is one GPU for {world.size} ranks; say cuda, and each takes its own")
+        raise InputError(
+            f"device: {name!r} is one GPU for {world.size} ranks; say cuda, and each takes its own"
+        )
     index = world.local_rank if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise InputError(
@@ -408,7 +437,9 @@ def _contact() -> Iterator[None]:
     except RuntimeError as error:
         text = str(error).lower()
         if isinstance(error, dist.DistError) or any(word in text for word in _LOST_CONTACT):
-            raise TrainingError(f"ranks: contact with another rank was lost: {_line(error)}") from error
+            raise TrainingError(
+                f"ranks: contact with another rank was lost: {_line(error)}"
+            ) from error
         raise
 
 

@@ -14,7 +14,9 @@ _FIXED = 625
 _STEM: dict[Stem, int] = {"imagenet": 1, "small": 13}
 
 
-def duration_line(config: TrainConfig, images: int, seconds: float, *, resumed: bool = False) -> str:
+def duration_line(
+    config: TrainConfig, images: int, seconds: float, *, resumed: bool = False
+) -> str:
     """How long the rest of a run will take, and for a long one the options of about a quarter of an hour.
 
     Args:
@@ -29,7 +31,9 @@ def duration_line(config: TrainConfig, images: int, seconds: float, *, resumed: 
     augment, model = config.augment, config.model
     size, stem, options = augment.size, model.stem, []
     if augment.local_views:
-        options.append("--local-views 0" + (" --no-local-predictor" if model.local_predictor else ""))
+        options.append(
+            "--local-views 0" + (" --no-local-predictor" if model.local_predictor else "")
+        )
     if size > _SMALLER:
         size = _SMALLER
         options.append(f"--size {size}")
@@ -42,7 +46,10 @@ def duration_line(config: TrainConfig, images: int, seconds: float, *, resumed: 
         fewest = min(_FEWEST_EPOCHS, config.epochs)
         epochs = max(fewest, int(config.epochs * _SHORT / shorter))
         options.append(f"--epochs {epochs}")
-        fitted = config.warmup_epochs in (config.epochs / 20, config.epochs / 8)  # follows --epochs by itself
+        fitted = config.warmup_epochs in (
+            config.epochs / 20,
+            config.epochs / 8,
+        )  # follows --epochs by itself
         if config.warmup_epochs >= epochs and not fitted:
             options.append(f"--warmup-epochs {epochs / 10:g}")
         shorter *= epochs / config.epochs

@@ -20,7 +20,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map
+from torch.utils._pytree import (
+    TreeSpec,
+    keystr,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map,
+)
 
 from vi_simsiam.engine.graph_rules import Rules, check_optimizer_state, check_state, explain
 from vi_simsiam.engine.graph_state import PLAIN, Snapshot, has_state_dict
@@ -31,7 +38,9 @@ GRAPH_PRIORITY = -1
 """Priority of the stream that is recorded. Work of a step on other streams has 0, and waits where both could begin."""
 
 
-def capture(step: Callable[..., Any], *, state: Sequence[Any] = (), mode: str = "auto", warmup: int = 3) -> Captured:
+def capture(
+    step: Callable[..., Any], *, state: Sequence[Any] = (), mode: str = "auto", warmup: int = 3
+) -> Captured:
     """Turn a training step into the replay of a CUDA graph.
 
     The step does forward, `loss.backward()`, `optimizer.step()` and `optimizer.zero_grad(set_to_none=True)` in any usual
@@ -90,9 +99,13 @@ class CudaGraph:
     device_type = "cuda"
 
     def __init__(self, device: torch.device, beside: CudaGraph | None = None) -> None:
-        self._device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        self._device = torch.device(
+            "cuda", torch.cuda.current_device() if device.index is None else device.index
+        )
         self._stream: torch.cuda.Stream = (
-            torch.cuda.Stream(self._device, priority=GRAPH_PRIORITY) if beside is None else beside._stream
+            torch.cuda.Stream(self._device, priority=GRAPH_PRIORITY)
+            if beside is None
+            else beside._stream
         )
         self._pool: Any = torch.cuda.graph_pool_handle() if beside is None else beside._pool
         self._graph = torch.cuda.CUDAGraph()
@@ -118,7 +131,10 @@ class CudaGraph:
             random_state = generator.clone_state()
             try:
                 with torch.cuda.graph(
-                    self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                    self._graph,
+                    pool=self._pool,
+                    stream=self._stream,
+                    capture_error_mode="thread_local",
                 ):
                     return call()
             except BaseException:
@@ -129,7 +145,9 @@ class CudaGraph:
         """See `Graph`. On the current stream, without waiting."""
         self._graph.replay()
 
-    def _clean_up(self, current: torch.cuda.Stream, generator: torch.Generator, random_state: torch.Generator) -> None:
+    def _clean_up(
+        self, current: torch.cuda.Stream, generator: torch.Generator, random_state: torch.Generator
+    ) -> None:
         """A capture that cannot be ended leaves its stream current, its pool in use and the generator recording."""
         torch.cuda.set_stream(current)
         self._graph.reset()
@@ -155,25 +173,47 @@ class Captured:
     """
 
     def __init__(
-        self, step: Callable[..., Any], *, state: Sequence[Any], mode: str, warmup: int, backend: type[Graph] | None
+        self,
+        step: Callable[..., Any],
+        *,
+        state: Sequence[Any],
+        mode: str,
+        warmup: int,
+        backend: type[Graph] | None,
     ) -> None:
         if not callable(step):
-            raise InputError(f"step: {type(step).__name__} given, a function of the step's inputs is accepted")
+            raise InputError(
+                f"step: {type(step).__name__} given, a function of the step's inputs is accepted"
+            )
         if mode not in MODES:
             raise InputError(f"mode: {mode!r} given, {', '.join(MODES)} are accepted")
         if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 1:
-            raise InputError(f"warmup: {warmup!r} given, a whole number of calls, at least 1, is accepted")
+            raise InputError(
+                f"warmup: {warmup!r} given, a whole number of calls, at least 1, is accepted"
+            )
         if mode == "on" and backend is None:
-            raise InputError("capture: 'on' needs a CUDA device and none was found; 'auto' runs without one")
-        if isinstance(state, nn.Module | torch.optim.Optimizer | Tensor) or not isinstance(state, Sequence):
+            raise InputError(
+                "capture: 'on' needs a CUDA device and none was found; 'auto' runs without one"
+            )
+        if isinstance(state, nn.Module | torch.optim.Optimizer | Tensor) or not isinstance(
+            state, Sequence
+        ):
             raise InputError(f"state: {type(state).__name__} given, a list or tuple is accepted")
         for i, item in enumerate(state):
-            if not isinstance(item, Tensor | nn.Module | torch.optim.Optimizer) and not has_state_dict(item):
+            if not isinstance(
+                item, Tensor | nn.Module | torch.optim.Optimizer
+            ) and not has_state_dict(item):
                 raise InputError(
                     f"state[{i}]: {type(item).__name__} given; modules, optimizers, tensors and objects with state_dict "
                     "and load_state_dict are accepted"
                 )
-        self._step, self._state, self._mode, self._warmup, self._backend = step, tuple(state), mode, warmup, backend
+        self._step, self._state, self._mode, self._warmup, self._backend = (
+            step,
+            tuple(state),
+            mode,
+            warmup,
+            backend,
+        )
         self.reset()
 
     @property
@@ -189,7 +229,9 @@ class Captured:
     @property
     def launched(self) -> dict[str, bool | str]:
         """For logs: `captured`, and `not_captured` with the reason if there is one."""
-        return {"captured": self._recorded} | ({} if self._reason is None else {"not_captured": self._reason})
+        return {"captured": self._recorded} | (
+            {} if self._reason is None else {"not_captured": self._reason}
+        )
 
     def reset(self) -> None:
         """Forget the record and its memory: the next call checks and warms up again, with inputs of any shape."""
@@ -197,7 +239,13 @@ class Captured:
         self._inputs: _Inputs | None = None
         self._outputs: Any = None
         self._calls, self._recorded = 0, False
-        self._reason = "capture is off" if self._mode == "off" else "no CUDA device" if self._backend is None else None
+        self._reason = (
+            "capture is off"
+            if self._mode == "off"
+            else "no CUDA device"
+            if self._backend is None
+            else None
+        )
 
     def __call__(self, *inputs: Any) -> Any:
         """One step of the training; see `capture`."""
@@ -227,7 +275,9 @@ class Captured:
             if self._mode == "on":
                 raise
             self._reason = str(error) if isinstance(error, InputError) else explain(error)
-            warnings.warn(f"capture: the step runs without a CUDA graph: {self._reason}", stacklevel=3)
+            warnings.warn(
+                f"capture: the step runs without a CUDA graph: {self._reason}", stacklevel=3
+            )
 
     def _check(self, inputs: tuple[Any, ...]) -> None:
         """Run the step once under the rules, and take back what it did."""
@@ -243,7 +293,10 @@ class Captured:
         snapshot = Snapshot(self._state, device)
         try:
             # Compiled models run as they are here: a compiler that meets the check may give up on their code for good.
-            with torch.compiler.set_stance("force_eager"), Rules(device, (*snapshot.tensors(), *static.tensors())):
+            with (
+                torch.compiler.set_stance("force_eager"),
+                Rules(device, (*snapshot.tensors(), *static.tensors())),
+            ):
                 _warm(graph, partial(self._step, *static.tree()))
             check_optimizer_state(self._state, device)
         finally:
@@ -258,12 +311,16 @@ class Captured:
         try:
             self._outputs = _detached(self._graph.record(partial(self._step, *self._inputs.tree())))
             if replaced := snapshot.replaced():
-                raise InputError(f"state: the step replaces {replaced}, which a replay cannot; write into its tensor")
+                raise InputError(
+                    f"state: the step replaces {replaced}, which a replay cannot; write into its tensor"
+                )
         except Exception as error:
             snapshot.restore()
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"step: it cannot be captured as a CUDA graph: {explain(error)}") from error
+            raise InputError(
+                f"step: it cannot be captured as a CUDA graph: {explain(error)}"
+            ) from error
         self._recorded = True
 
     def _device(self, inputs: tuple[Any, ...], device_type: str) -> torch.device:
@@ -292,14 +349,20 @@ class _Inputs:
         self.device = device
         for name, (_, leaf) in zip(self._names, paths, strict=True):
             if isinstance(leaf, Tensor) and leaf.device.type != device.type:
-                raise InputError(f"{name}: a tensor on {leaf.device} given, on {device} is accepted")
+                raise InputError(
+                    f"{name}: a tensor on {leaf.device} given, on {device} is accepted"
+                )
             if isinstance(leaf, Tensor) and leaf.requires_grad:
-                raise InputError(f"{name}: a tensor that requires a gradient given; detach it, and ask for one in step")
+                raise InputError(
+                    f"{name}: a tensor that requires a gradient given; detach it, and ask for one in step"
+                )
             if not isinstance(leaf, (Tensor, *PLAIN)):
                 raise InputError(
                     f"{name}: {type(leaf).__name__} given; tensors and plain values in lists, tuples and dicts are accepted"
                 )
-        self._leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for _, leaf in paths]
+        self._leaves = [
+            leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for _, leaf in paths
+        ]
 
     def tree(self) -> tuple[Any, ...]:
         """The inputs to call the step with."""
@@ -327,7 +390,11 @@ class _Inputs:
     def fill(self, inputs: tuple[Any, ...]) -> None:
         """Copy `inputs` to where the graph reads them."""
         leaves = self.match(inputs)
-        pairs = [(s, g) for s, g in zip(self._leaves, leaves, strict=True) if isinstance(s, Tensor) and s is not g]
+        pairs = [
+            (s, g)
+            for s, g in zip(self._leaves, leaves, strict=True)
+            if isinstance(s, Tensor) and s is not g
+        ]
         if pairs:
             with torch.no_grad():
                 torch._foreach_copy_([static for static, _ in pairs], [given for _, given in pairs])
@@ -336,7 +403,9 @@ class _Inputs:
 def _warm(graph: Graph, call: Callable[[], Any]) -> Any:
     with warnings.catch_warnings():
         # Adam warns when it is used without a graph though it could be captured.
-        warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
+        warnings.filterwarnings(
+            "ignore", message="This instance was constructed with capturable=True"
+        )
         return graph.warm(call)
 
 
@@ -347,7 +416,11 @@ def _detached(outputs: Any) -> Any:
 def _fits(given: Any, expected: Any) -> bool:
     """Whether an input is what it was in the first call, but for the values in a tensor."""
     if isinstance(given, Tensor) and isinstance(expected, Tensor):
-        return (given.shape, given.dtype, given.device) == (expected.shape, expected.dtype, expected.device)
+        return (given.shape, given.dtype, given.device) == (
+            expected.shape,
+            expected.dtype,
+            expected.device,
+        )
     return type(given) is type(expected) and bool(given == expected)
 
 

@@ -40,7 +40,9 @@ def check_state(state: Sequence[Any], device: torch.device) -> None:
             step count from the host, where a replay does not look.
     """
     for i, item in enumerate(state):
-        if isinstance(item, nn.Module) and any(isinstance(part, DistributedDataParallel) for part in item.modules()):
+        if isinstance(item, nn.Module) and any(
+            isinstance(part, DistributedDataParallel) for part in item.modules()
+        ):
             raise InputError(
                 f"state[{i}]: a step with DistributedDataParallel is not captured; give mode 'off', or the module inside it"
             )
@@ -49,7 +51,9 @@ def check_state(state: Sequence[Any], device: torch.device) -> None:
                 _check_group(f"state[{i}]: {type(item).__name__}", item, group, device)
 
 
-def _check_group(name: str, optimizer: torch.optim.Optimizer, group: dict[str, Any], device: torch.device) -> None:
+def _check_group(
+    name: str, optimizer: torch.optim.Optimizer, group: dict[str, Any], device: torch.device
+) -> None:
     lr = group.get("lr")
     if not isinstance(lr, Tensor):
         raise InputError(
@@ -57,7 +61,9 @@ def _check_group(name: str, optimizer: torch.optim.Optimizer, group: dict[str, A
             f"give lr=torch.tensor({lr}, device='{device}')"
         )
     if lr.device.type != device.type:
-        raise InputError(f"{name} has its lr on {lr.device}, where a graph would read it once; put it on {device}")
+        raise InputError(
+            f"{name} has its lr on {lr.device}, where a graph would read it once; put it on {device}"
+        )
     if group.get("capturable") is False:
         raise InputError(f"{name} counts its steps on the host; give capturable=True")
     if isinstance(optimizer, torch.optim.SGD) and not group["fused"]:
@@ -82,7 +88,11 @@ class Rules(TorchDispatchMode):
         self._writable = {storage for tensor in known for storage in _storages(tensor)}
 
     def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """See `TorchDispatchMode`."""
         kwargs = kwargs or {}
@@ -107,12 +117,22 @@ class Rules(TorchDispatchMode):
             return "it reads a value on the host; keep it in a tensor, return that and read it after the call"
         if func in (_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default):
             indices = [index for index in args[1] if index is not None]
-            one_value = func is not _aten.index.Tensor and args[2].numel() == 1  # is done as masked_fill
-            if on_device and not one_value and any(i.dtype in (torch.bool, torch.uint8) for i in indices):
+            one_value = (
+                func is not _aten.index.Tensor and args[2].numel() == 1
+            )  # is done as masked_fill
+            if (
+                on_device
+                and not one_value
+                and any(i.dtype in (torch.bool, torch.uint8) for i in indices)
+            ):
                 return "indexing with a mask has a shape that depends on values; use torch.where or a product"
             if any(index.device.type != args[0].device.type for index in indices):
                 return "it indexes with a tensor of another device"
-        elif on_device and torch.Tag.dynamic_output_shape in func.tags and kwargs.get("output_size") is None:
+        elif (
+            on_device
+            and torch.Tag.dynamic_output_shape in func.tags
+            and kwargs.get("output_size") is None
+        ):
             return "the shape of its result depends on values"
         if func is _aten.lift_fresh.default and on_device:
             return "it makes a tensor from data of the host; make it once before, or use torch.full, zeros or arange"
@@ -123,7 +143,9 @@ class Rules(TorchDispatchMode):
                 return f"it copies from {source} to {target}; copy before or after the call"
         return self._foreign_write(func, args, kwargs)
 
-    def _foreign_write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    def _foreign_write(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> str | None:
         for tensor in _written(func, args, kwargs):
             if self._here(tensor) and not _storages(tensor) <= self._writable:
                 return (
@@ -199,5 +221,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
     found: list[Any] = []
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            found.append(args[i] if i < len(args) and not argument.kwarg_only else kwargs.get(argument.name))
+            found.append(
+                args[i] if i < len(args) and not argument.kwarg_only else kwargs.get(argument.name)
+            )
     return [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]

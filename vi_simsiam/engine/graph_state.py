@@ -20,15 +20,25 @@ class Snapshot:
 
     def __init__(self, state: Sequence[Any], device: torch.device) -> None:
         self._device = device
-        self._modules = [module for item in state if isinstance(item, nn.Module) for module in item.modules()]
+        self._modules = [
+            module for item in state if isinstance(item, nn.Module) for module in item.modules()
+        ]
         self._optimizers = [item for item in state if isinstance(item, torch.optim.Optimizer)]
-        self._others = [(item, copy.deepcopy(item.state_dict())) for item in state if _is_other(item)]
-        self._aliases = [t for item in state if _is_other(item) for t in tree_leaves(item.state_dict())]
+        self._others = [
+            (item, copy.deepcopy(item.state_dict())) for item in state if _is_other(item)
+        ]
+        self._aliases = [
+            t for item in state if _is_other(item) for t in tree_leaves(item.state_dict())
+        ]
         held = list(self.held(state))
         self._values = [(tensor, tensor.detach().clone()) for tensor in held]
-        self._gradients = [(t, t.grad, None if t.grad is None else t.grad.clone()) for t in held if t.is_leaf]
+        self._gradients = [
+            (t, t.grad, None if t.grad is None else t.grad.clone()) for t in held if t.is_leaf
+        ]
         self._entries = [(*entry, _mark(entry[-1])) for entry in self._named_entries()]
-        self._optimizer_states = [{p: dict(s) for p, s in o.state.items()} for o in self._optimizers]
+        self._optimizer_states = [
+            {p: dict(s) for p, s in o.state.items()} for o in self._optimizers
+        ]
         self._random = torch.get_rng_state()
         self._cuda_random = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
@@ -52,7 +62,11 @@ class Snapshot:
     def tensors(self) -> list[Tensor]:
         """What the step may write to."""
         gradients = [gradient for _, gradient, _ in self._gradients if gradient is not None]
-        return [*(t for t, _ in self._values), *gradients, *(t for t in self._aliases if isinstance(t, Tensor))]
+        return [
+            *(t for t, _ in self._values),
+            *gradients,
+            *(t for t in self._aliases if isinstance(t, Tensor)),
+        ]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -61,7 +75,9 @@ class Snapshot:
             holder[key] = value
         for optimizer, states in zip(self._optimizers, self._optimizer_states, strict=True):
             optimizer.state.clear()
-            optimizer.state.update({parameter: dict(entries) for parameter, entries in states.items()})
+            optimizer.state.update(
+                {parameter: dict(entries) for parameter, entries in states.items()}
+            )
         for tensor, value in self._values:
             tensor.copy_(value)
         for tensor, gradient, content in self._gradients:
@@ -111,7 +127,9 @@ def _plain(value: Any) -> Any:
 
 def has_state_dict(item: Any) -> bool:
     """Whether an object gives and takes its state as modules do."""
-    return callable(getattr(item, "state_dict", None)) and callable(getattr(item, "load_state_dict", None))
+    return callable(getattr(item, "state_dict", None)) and callable(
+        getattr(item, "load_state_dict", None)
+    )
 
 
 def _is_other(item: Any) -> bool:

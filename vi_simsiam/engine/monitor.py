@@ -51,10 +51,17 @@ def representation_statistics(model: SimSiam, output: Output) -> dict[str, float
             (Chen and He, arXiv 2011.10566, section 4.1).
         effective_rank: exp of the entropy of the normalised singular values of the targets (Roy and Vetterli, 2007).
     """
-    directions = [F.normalize(prediction[:, : model.dim].float(), dim=1) for prediction in output.predictions]
+    directions = [
+        F.normalize(prediction[:, : model.dim].float(), dim=1) for prediction in output.predictions
+    ]
     targets = [F.normalize(target.float(), dim=1) for target in output.targets]
-    pairs = [(d * t).sum(1) for v, d in enumerate(directions) for g, t in enumerate(targets) if v != g]
-    statistics = {"cosine": torch.stack(pairs).mean(), "z_std": targets[0].std(0).mean() * math.sqrt(model.dim)}
+    pairs = [
+        (d * t).sum(1) for v, d in enumerate(directions) for g, t in enumerate(targets) if v != g
+    ]
+    statistics = {
+        "cosine": torch.stack(pairs).mean(),
+        "z_std": targets[0].std(0).mean() * math.sqrt(model.dim),
+    }
     if isinstance(model, VISimSiam):
         concentrations = [model.concentration(prediction) for prediction in output.predictions]
         statistics["kappa"] = torch.stack(concentrations).mean() / (model.dim - 1)
@@ -62,11 +69,20 @@ def representation_statistics(model: SimSiam, output: Output) -> dict[str, float
         fit = fit.clamp(0, 1 - 1e-6)
         statistics["kappa_best"] = fit / (1 - fit)
     norm = model.projector[-1]
-    if isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None:
+    if (
+        isinstance(norm, _BatchNorm)
+        and norm.running_mean is not None
+        and norm.running_var is not None
+    ):
         variance = norm.running_var.sum()
         statistics["projection_spread"] = variance / (variance + norm.running_mean.square().sum())
-    values = torch.stack([value.double() for value in statistics.values()]).tolist()  # one wait for the device
-    return {**dict(zip(statistics, values, strict=True)), "effective_rank": effective_rank(targets[0]).item()}
+    values = torch.stack(
+        [value.double() for value in statistics.values()]
+    ).tolist()  # one wait for the device
+    return {
+        **dict(zip(statistics, values, strict=True)),
+        "effective_rank": effective_rank(targets[0]).item(),
+    }
 
 
 def effective_rank(x: Tensor) -> Tensor:
@@ -110,14 +126,18 @@ class Monitor:
     ) -> None:
         self._path = folder / "metrics.jsonl"
         lines = [line for line in self._lines() if _step(line) <= step]
-        write_atomically(self._path, lambda file: file.write("".join(line + "\n" for line in lines).encode()))
+        write_atomically(
+            self._path, lambda file: file.write("".join(line + "\n" for line in lines).encode())
+        )
         self.health = health
         for line in lines:
             health.update(json.loads(line))
         self.last: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
         self._file = self._path.open("a")
         self._place = contextlib.ExitStack()
-        self._tensorboard = SummaryWriter(str(self._place.enter_context(utf8_path(folder))), purge_step=step + 1)
+        self._tensorboard = SummaryWriter(
+            str(self._place.enter_context(utf8_path(folder))), purge_step=step + 1
+        )
         self._steps_per_epoch, self._total = steps_per_epoch, total
         self._epochs = -(-total // steps_per_epoch)
         self._console, self._quiet, self._estimate = console, quiet, estimate
@@ -136,7 +156,9 @@ class Monitor:
             expand=True,
             disable=not self._bar,
         )
-        self._task = self._progress.add_task("train", total=total, completed=step, text="", epoch=self._epoch(step))
+        self._task = self._progress.add_task(
+            "train", total=total, completed=step, text="", epoch=self._epoch(step)
+        )
 
     def advance(self, step: int) -> None:
         """Show that `step` steps are done."""
@@ -183,7 +205,9 @@ class Monitor:
             text += f"{part} "
         return text.rstrip()
 
-    def log(self, metrics: dict[str, float], launched: Mapping[str, bool | str] | None = None) -> None:
+    def log(
+        self, metrics: dict[str, float], launched: Mapping[str, bool | str] | None = None
+    ) -> None:
         """Log one line of metrics; it must have the keys step, loss, cosine, z_std, views_per_s and data_wait.
 
         Args:
@@ -194,7 +218,9 @@ class Monitor:
             TrainingError: it, or one before, could not be written (a full disk, say).
         """
         begins = self.health.update(metrics)
-        state = {"state": self.health.state} | ({} if self.health.since is None else {"since": self.health.since})
+        state = {"state": self.health.state} | (
+            {} if self.health.since is None else {"since": self.health.since}
+        )
         self.last = {**metrics, **(launched or {}), **state}
         try:
             self._file.write(json.dumps(self.last) + "\n")
@@ -230,7 +256,9 @@ class Monitor:
         lines = [self.health.line]
         if "captured" in self.last:
             reason = self.last.get("not_captured", "there were too few steps")
-            how = "as one CUDA graph" if self.last["captured"] else f"without a CUDA graph: {reason}"
+            how = (
+                "as one CUDA graph" if self.last["captured"] else f"without a CUDA graph: {reason}"
+            )
             lines.append(f"steps ran {how}")
         for line in lines:
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -256,11 +284,16 @@ class Monitor:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._progress.stop()
         for file in (self._file, self._tensorboard):
-            with contextlib.suppress(*[OSError] * (error is not None)):  # of a full disk, the first is enough
+            with contextlib.suppress(
+                *[OSError] * (error is not None)
+            ):  # of a full disk, the first is enough
                 file.close()
         self._place.close()
         threading.excepthook = self._hook
@@ -276,7 +309,9 @@ def _step(line: str) -> float:
 
 def _describe(metrics: dict[str, float]) -> str:
     """Metrics as one line."""
-    loss, cosine, kappa, speed = (metrics.get(key, 0.0) for key in ("loss", "cosine", "kappa", "views_per_s"))
+    loss, cosine, kappa, speed = (
+        metrics.get(key, 0.0) for key in ("loss", "cosine", "kappa", "views_per_s")
+    )
     concentration = f"  kappa/(D-1) {kappa:.3g}" if "kappa" in metrics else ""
     return (
         f"loss {loss:.4g}  cos {cosine:.3f}{concentration}  z-std {metrics['z_std']:.2f}  "

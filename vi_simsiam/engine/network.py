@@ -16,7 +16,9 @@ from vi_simsiam.normalisation import PerView
 Network = Callable[[Sequence[Tensor]], Output]
 
 
-def training_network(model: SimSiam, *, kernels: bool, compiled: bool = False, bf16: bool = False) -> Network:
+def training_network(
+    model: SimSiam, *, kernels: bool, compiled: bool = False, bf16: bool = False
+) -> Network:
     """Choose the layers that map views to the model's `Output` in training; all compute the same function.
 
     Args:
@@ -27,7 +29,9 @@ def training_network(model: SimSiam, *, kernels: bool, compiled: bool = False, b
         compiled: whether the network passes through torch.compile.
         bf16: whether the network is called under autocast to bfloat16.
     """
-    model.shared_passes = all(isinstance(norm, PerView) for norm in model.modules() if isinstance(norm, _BatchNorm))
+    model.shared_passes = all(
+        isinstance(norm, PerView) for norm in model.modules() if isinstance(norm, _BatchNorm)
+    )
     model.fused = kernels and model.shared_passes and not compiled
     if compiled:
         return torch.compile(model, dynamic=False)  # type: ignore[no-any-return]
@@ -84,7 +88,9 @@ class _Converted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        used = iter(_all_to([gradient for gradient in gradients if gradient is not None], torch.float32))
+        used = iter(
+            _all_to([gradient for gradient in gradients if gradient is not None], torch.float32)
+        )
         return tuple(None if gradient is None else next(used) for gradient in gradients)
 
 

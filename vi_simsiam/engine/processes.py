@@ -129,7 +129,9 @@ def watch(
     with Live(table(), console=console, transient=True, auto_refresh=False) as live:
         while True:
             # All of them are noted first: what is written about one end must not miss another.
-            for process in [process for process in processes if process.exit is None and process.poll()]:
+            for process in [
+                process for process in processes if process.exit is None and process.poll()
+            ]:
                 ended(process)
             if len(received) > passed:
                 passed = len(received)
@@ -183,6 +185,10 @@ def last_line(path: Path) -> str:
     """The last line of a file that says something; empty without any."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        lines = [
+            line.strip()
+            for line in file.read().decode(errors="replace").splitlines()
+            if line.strip()
+        ]
         return lines[-1] if lines else ""
     return ""

@@ -54,11 +54,15 @@ class Run:
     def __repr__(self) -> str:
         config = self.config
         network = f"{config.model.backbone}, D = {config.model.dim}"
-        return f"Run({str(self.path)!r}: {config.method} on {config.data}, {network}, {self.device})"
+        return (
+            f"Run({str(self.path)!r}: {config.method} on {config.data}, {network}, {self.device})"
+        )
 
     def readable(self, source: ImageSource) -> tuple[PackedImages, list[Unreadable]]:
         """The images of one of the splits decoded, and those that cannot be; an ImageWarning names these, and other losses."""
-        images, unreadable = cached(source, cache_dir=self.config.cache_dir, workers=self.workers, console=None)
+        images, unreadable = cached(
+            source, cache_dir=self.config.cache_dir, workers=self.workers, console=None
+        )
         for text in images.warnings:
             warnings.warn(text, ImageWarning, stacklevel=2)
         return images, unreadable
@@ -91,7 +95,9 @@ def load_run(
     config, model = load_model(path, place)
     if cache_dir is not None:
         config = dataclasses.replace(config, cache_dir=cache_dir)
-    moved = dataclasses.replace(config, data=data or config.data, data_root=data_root or config.data_root)
+    moved = dataclasses.replace(
+        config, data=data or config.data, data_root=data_root or config.data_root
+    )
     splits = open_splits(moved, run=path if data is None else None)
     return Run(path, config, model, splits, place, resolve_workers(workers, place))
 
@@ -105,7 +111,9 @@ def load_model(path: Path, device: torch.device) -> tuple[TrainConfig, SimSiam]:
     config = read_config(path)
     checkpoint = Checkpoint.load(path / CHECKPOINT, device)
     # The checkpoint has the weights: torchvision's need not be downloaded once more.
-    untrained = dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False))
+    untrained = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, pretrained=False)
+    )
     model = build_model(untrained).to(device).eval()
     checkpoint.restore(model)
     return config, model
@@ -122,11 +130,15 @@ def open_splits(config: TrainConfig, *, run: Path | None = None) -> Splits:
         InputError: the data set is not there, or has fewer images than the configuration asks for.
     """
     try:
-        splits = open_dataset(config.data, root=config.data_root, download=not config.offline, decode=config.decode)
+        splits = open_dataset(
+            config.data, root=config.data_root, download=not config.offline, decode=config.decode
+        )
     except InputError as error:
         if run is None:
             raise
-        raise InputError(f"{error}; where the images of {run} have moved, name their new place with --data") from error
+        raise InputError(
+            f"{error}; where the images of {run} have moved, name their new place with --data"
+        ) from error
     if config.images is None and not config.held_out and not config.distinct:
         return splits
     return select(splits, images=config.images, held_out=config.held_out, seed=config.split_seed)
@@ -144,9 +156,13 @@ def load_frozen(model: SimSiam, config: TrainConfig, device: torch.device) -> No
         raise InputError(f"frozen_run: {path} holds no run; it must be the folder of a SimSiam run")
     saved = read_config(path)
     if saved.method != "simsiam":
-        raise InputError(f"frozen_run: {path} is a run of {saved.method}; it must be one of simsiam")
+        raise InputError(
+            f"frozen_run: {path} is a run of {saved.method}; it must be one of simsiam"
+        )
     theirs, given = dataclasses.asdict(saved.model), dataclasses.asdict(config.model)
-    others = [f"{name}: {theirs[name]} -> {given[name]}" for name in given if theirs[name] != given[name]]
+    others = [
+        f"{name}: {theirs[name]} -> {given[name]}" for name in given if theirs[name] != given[name]
+    ]
     others = [text for text in others if not text.startswith("pretrained:")]
     if others:
         raise InputError(f"frozen_run: the model of {path} is another one; {'; '.join(others)}")
@@ -159,7 +175,9 @@ def load_frozen(model: SimSiam, config: TrainConfig, device: torch.device) -> No
     try:
         model.load_state_dict({**own, **weights})
     except RuntimeError as error:
-        raise InputError(f"frozen_run: {path / CHECKPOINT} does not fit the model that {CONFIG} describes") from error
+        raise InputError(
+            f"frozen_run: {path / CHECKPOINT} does not fit the model that {CONFIG} describes"
+        ) from error
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -191,10 +209,14 @@ def check_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
     if resume and not (path / CHECKPOINT).is_file():
         raise InputError(f"resume: {path} holds no {CHECKPOINT} to go on from")
     if holds_run and not (resume or overwrite):
-        raise InputError(f"out: {path} already holds a run; say --resume to go on with it or --overwrite to replace it")
+        raise InputError(
+            f"out: {path} already holds a run; say --resume to go on with it or --overwrite to replace it"
+        )
     if path.is_dir() and not holds_run:
         # A run that was killed while its configuration was written holds that, and is to be started again.
-        others = [file for file in path.iterdir() if not any(file.match(pattern) for pattern in _REMAINS)]
+        others = [
+            file for file in path.iterdir() if not any(file.match(pattern) for pattern in _REMAINS)
+        ]
         if others:
             raise InputError(f"out: {path} holds other files; give an empty or new folder")
 
@@ -220,10 +242,14 @@ def check_config(
     if decoded is not None:
         advice = f"{decoded} was decoded so; decode it as the run's images were"
     if differing := differing_fields(dataclasses.replace(saved, data=config.data), config):
-        raise InputError(f"resume: the configuration differs from {path}'s: {'; '.join(differing)}; {advice}")
+        raise InputError(
+            f"resume: the configuration differs from {path}'s: {'; '.join(differing)}; {advice}"
+        )
 
 
-def check_images(saved: TrainConfig, config: TrainConfig, checkpoint: Checkpoint, now: dict[str, Any]) -> None:
+def check_images(
+    saved: TrainConfig, config: TrainConfig, checkpoint: Checkpoint, now: dict[str, Any]
+) -> None:
     """Refuse to go on with other images than those that a run was trained on; these may have moved.
 
     Args:
@@ -242,7 +268,9 @@ def check_images(saved: TrainConfig, config: TrainConfig, checkpoint: Checkpoint
     if differing and old == new:
         raise InputError(f"resume: {new} has changed since the run was trained on it: {differing}")
     if differing:
-        raise InputError(f"resume: {new} is no copy of {old}, which the run was trained on: {differing}")
+        raise InputError(
+            f"resume: {new} is no copy of {old}, which the run was trained on: {differing}"
+        )
     if saved.data != config.data and not checkpoint.content:
         raise InputError(
             f"resume: {new} cannot be compared with {old}, which the run was trained on: its checkpoint is of an "
@@ -262,7 +290,9 @@ def start_folder(path: Path, config: TrainConfig) -> None:
 def record_place(path: Path, config: TrainConfig) -> None:
     """Save where the images of the run in `path` lie now, if they have moved, so that it is evaluated there."""
     saved = read_config(path)
-    moved = dataclasses.replace(saved, data=config.data, data_root=config.data_root, cache_dir=config.cache_dir)
+    moved = dataclasses.replace(
+        saved, data=config.data, data_root=config.data_root, cache_dir=config.cache_dir
+    )
     if moved != saved:
         write_json(path / CONFIG, moved.to_dict())
 
@@ -295,7 +325,9 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"device: {name!r} is none of auto, cpu, cuda, cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device: {name!r} is not here ({torch.cuda.device_count()} CUDA devices found)")
+        raise InputError(
+            f"device: {name!r} is not here ({torch.cuda.device_count()} CUDA devices found)"
+        )
     return device
 
 

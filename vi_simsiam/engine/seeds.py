@@ -45,7 +45,9 @@ class _Seed(Process):
         self.seed = seed
         self.folder = out / f"seed-{seed}"
 
-    def train(self, command: Sequence[str], arguments: Sequence[str], threads: int, *, resume: bool) -> None:
+    def train(
+        self, command: Sequence[str], arguments: Sequence[str], threads: int, *, resume: bool
+    ) -> None:
         """Start the process; what it prints goes to the log, appended on resume."""
         own = ["--seed", str(self.seed), "--out", str(self.folder)]
         # A run that ended before its first checkpoint may have left a folder, which only --overwrite takes.
@@ -159,7 +161,11 @@ class _Batch:
         """One line for every run: its state and the last thing that it said."""
         table = Table.grid(padding=(0, 2))
         for run in self.runs:
-            table.add_row(f"seed {run.seed}", run.state, last_line(run.log)[: max(20, self.console.width - 24)])
+            table.add_row(
+                f"seed {run.seed}",
+                run.state,
+                last_line(run.log)[: max(20, self.console.width - 24)],
+            )
         return table
 
     def line(self, run: _Seed) -> str:
@@ -200,7 +206,9 @@ class _Batch:
             shares = [100 * each["top1"][name] for each in content["runs"] if name in each["top1"]]
             if len(shares) > 1 and not unfinished:
                 text = f"{name} top-1: mean {statistics.mean(shares):.1f} %, standard deviation {statistics.stdev(shares):.1f} %"
-                self.console.print(f"{text} over {len(shares)} seeds", highlight=False, soft_wrap=True)
+                self.console.print(
+                    f"{text} over {len(shares)} seeds", highlight=False, soft_wrap=True
+                )
         done = f"{len(self.runs) - len(unfinished)} of {len(self.runs)} runs done"
         rate = content["runs_per_hour"]
         pace = f", {rate:.3g} runs/hour ({content['seconds']:.0f} s)" if rate else ""
@@ -211,24 +219,32 @@ class _Batch:
         return 1 if unfinished else 0
 
 
-def _check(out: Path, seeds: int | None, first_seed: int, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+def _check(
+    out: Path, seeds: int | None, first_seed: int, *, resume: bool, overwrite: bool
+) -> dict[str, Any] | None:
     """Refuse what cannot be used; the content of seeds.json on resume."""
     if resume and overwrite:
         raise InputError("resume, overwrite: only one of them can be said")
     if "RANK" in os.environ:
-        raise InputError("seeds: not under torchrun; each run is one process, started with vi-simsiam train")
+        raise InputError(
+            "seeds: not under torchrun; each run is one process, started with vi-simsiam train"
+        )
     if seeds is not None and seeds < 1:
         raise InputError(f"seeds: {seeds} is not accepted; it must be at least 1")
     if not resume and seeds is None:
         raise InputError("seeds: nothing given; it must be at least 1")
     if first_seed < 0 or first_seed + (seeds or 1) > 2**63:
-        raise InputError(f"seed: {first_seed} is not accepted; it must be at least 0, and the last one below 2**63")
+        raise InputError(
+            f"seed: {first_seed} is not accepted; it must be at least 0, and the last one below 2**63"
+        )
     if out.exists() and not out.is_dir():
         raise InputError(f"out: {out} is a file, not a folder")
     file = out / SEEDS
     if not resume:
         if file.is_file() and not overwrite:
-            raise InputError(f"out: {out} already holds runs; say --resume to go on or --overwrite to replace them")
+            raise InputError(
+                f"out: {out} already holds runs; say --resume to go on or --overwrite to replace them"
+            )
         if out.is_dir() and not file.is_file() and any(out.iterdir()):
             raise InputError(f"out: {out} holds other files; give an empty or new folder")
         return None
@@ -245,7 +261,9 @@ def _check(out: Path, seeds: int | None, first_seed: int, *, resume: bool, overw
         raise InputError(f"resume: {file} is damaged")
     for run in before["runs"]:
         if _is_running(run.get("process"), out / f"seed-{run['seed']}"):
-            raise InputError(f"resume: seed {run['seed']} in {out} is still running, as process {run['process']}")
+            raise InputError(
+                f"resume: seed {run['seed']} in {out} is still running, as process {run['process']}"
+            )
     if seeds not in (None, len(numbers)):
         raise InputError(f"seeds: {out} was started with {len(numbers)} seeds, not {seeds}")
     return before

@@ -66,7 +66,12 @@ class TrainStep:
     ) -> None:
         self.model = model
         self.network = model if network is None else network  # a compiled one has no truth value
-        self.loss_scale, self.backend, self.bf16, self.clip_norm = loss_scale, backend, bf16, clip_norm
+        self.loss_scale, self.backend, self.bf16, self.clip_norm = (
+            loss_scale,
+            backend,
+            bf16,
+            clip_norm,
+        )
         self._ema = ema
         self._world = world or World()
         self.device = next(model.parameters()).device
@@ -98,7 +103,9 @@ class TrainStep:
             output = self.network(views)
             loss = self.model.loss(output, self.backend, self.loss_scale)
         loss.backward()
-        loss = self._world.all_mean(loss.detach().float())  # not finite on any rank: not finite on all
+        loss = self._world.all_mean(
+            loss.detach().float()
+        )  # not finite on any rank: not finite on all
         torch.maximum(self.failed, (~torch.isfinite(loss)).float(), out=self.failed)
         if self.clip_norm is not None:
             self._norm.copy_(torch.nn.utils.get_total_norm(self._gradients()))
@@ -112,12 +119,24 @@ class TrainStep:
 
     def gradient_norm(self) -> Tensor:
         """Norm of the last step's gradient before clipping, a scalar."""
-        return self._norm if self.clip_norm is not None else torch.nn.utils.get_total_norm(self._gradients())
+        return (
+            self._norm
+            if self.clip_norm is not None
+            else torch.nn.utils.get_total_norm(self._gradients())
+        )
 
     @property
     def state(self) -> tuple[nn.Module | torch.optim.Optimizer | Tensor, ...]:
         """All that a step changes, for `vi_simsiam.engine.capture`."""
-        return self.model, self.optimizer, self.counter, self.failed, self.losses, self._rate, self._norm
+        return (
+            self.model,
+            self.optimizer,
+            self.counter,
+            self.failed,
+            self.losses,
+            self._rate,
+            self._norm,
+        )
 
     def resume(self, step: int) -> None:
         """Go on after `step` steps, once a checkpoint's weights and momentum were loaded."""

@@ -106,15 +106,21 @@ class Trainer:
                 f"capture: 'on' needs a CUDA device, and this run is on {self.device}; auto and off run here"
             )
         if config.capture == "on" and not self.world.alone:
-            raise InputError("capture: 'on' is for a run without torchrun; the ranks' collectives are not captured")
+            raise InputError(
+                "capture: 'on' is for a run without torchrun; the ranks' collectives are not captured"
+            )
         if config.compile:
             check_compiler(self.device)
         self.backend = choose_backend(config.backend, self.device.type)
         self.log_every = config.log_every or (100 if self.device.type == "cuda" else 10)
-        bf16 = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
+        bf16 = config.precision == "bf16" or (
+            config.precision == "auto" and self.device.type == "cuda"
+        )
 
         # Weights that come from a run need none of torchvision's.
-        model = dataclasses.replace(config.model, pretrained=config.model.pretrained and config.frozen_run is None)
+        model = dataclasses.replace(
+            config.model, pretrained=config.model.pretrained and config.frozen_run is None
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = build_model(dataclasses.replace(config, model=model)).to(self.device)
@@ -124,16 +130,22 @@ class Trainer:
         if config.sync_batch_norm:
             sync_batch_norm(self.model, self.world)
         default_scale = 1 / (config.model.dim - 1) if isinstance(self.model, VISimSiam) else 1.0
-        self.loss_scale = default_scale if config.loss.loss_scale is None else config.loss.loss_scale
+        self.loss_scale = (
+            default_scale if config.loss.loss_scale is None else config.loss.loss_scale
+        )
 
         checkpoint = Checkpoint.load(folder / CHECKPOINT, self.device) if resume else None  # type: ignore[operator]
-        with self.world.main_first():  # it decodes the images if that is to be done, and the others find them
+        with (
+            self.world.main_first()
+        ):  # it decodes the images if that is to be done, and the others find them
             splits = splits or open_splits(config, run=folder if resume else None)
             # What is decoded already was by a rule of its own, and the run's other images are to follow it.
             given = config.decode
             self.config = config = dataclasses.replace(config, decode=splits.train.decode)
             if checkpoint is not None:
-                check_config(saved, config, folder, decoded=splits.name if config.decode != given else None)
+                check_config(
+                    saved, config, folder, decoded=splits.name if config.decode != given else None
+                )
                 check_images(saved, config, checkpoint, listed(splits))
             check_batch(config.batch_size, splits.train)  # known before all are decoded
             images, _ = cached(
@@ -197,7 +209,9 @@ class Trainer:
         """
         steps = self.loader.steps_per_epoch
         with contextlib.ExitStack() as stack:
-            notice = "stopping after this step; the run can be resumed" if self.world.is_main else ""
+            notice = (
+                "stopping after this step; the run can be resumed" if self.world.is_main else ""
+            )
             stop = stack.enter_context(stop_signals(patient=self.world.size > 1, notice=notice))
             if not self.resume:
                 if self.world.is_main:
@@ -244,13 +258,18 @@ class Trainer:
             return None
         whole = OverlappedStep(self.train_step, self.loader.feed)
         whole.prepare(self.step)
-        return capture(whole, state=whole.state, mode=self.config.capture if self.world.alone else "off")
+        return capture(
+            whole, state=whole.state, mode=self.config.capture if self.world.alone else "off"
+        )
 
     def _launched(self, replay: Captured | None) -> dict[str, bool | str]:
         """Form in which a GPU launches the steps, for the log."""
         if replay is None or self.world.alone:
             return {} if replay is None else replay.launched
-        return {"captured": False, "not_captured": "a step with the collectives of torchrun's ranks is not captured"}
+        return {
+            "captured": False,
+            "not_captured": "a step with the collectives of torchrun's ranks is not captured",
+        }
 
     def _train_epoch(
         self, replay: Captured | None, monitor: Monitor | None, stop: list[int]
@@ -284,7 +303,9 @@ class Trainer:
                 break
         return metrics, stopped or bool(stop and self.world.size == 1)
 
-    def _outputs(self, replay: Captured | None, end: int, stop: list[int]) -> Iterator[tuple[Output, float]]:
+    def _outputs(
+        self, replay: Captured | None, end: int, stop: list[int]
+    ) -> Iterator[tuple[Output, float]]:
         """Make the steps before `end` one by one: what the model made of each, and the seconds waited for its data."""
         if replay is not None:
             feed = self.loader.feed
@@ -301,10 +322,14 @@ class Trainer:
                 batch = next(batches)
             except (RuntimeError, OSError, EOFError) as error:
                 time.sleep(0.2)  # the end of a job can reach the workers before this process
-                if not stop and self.world.size == 1 and isinstance(error, TrainingError):  # a worker died
+                if (
+                    not stop and self.world.size == 1 and isinstance(error, TrainingError)
+                ):  # a worker died
                     self._check_losses(self.saved_step)
                     self._save()
-                    raise TrainingError(f"{error}; saved at step {self.step}, to go on from with --resume") from error
+                    raise TrainingError(
+                        f"{error}; saved at step {self.step}, to go on from with --resume"
+                    ) from error
                 if not stop:
                     raise
                 if self.world.size == 1:
@@ -315,7 +340,9 @@ class Trainer:
             waited = time.perf_counter() - asked
             yield self.train_step(batch.views), waited
 
-    def _metrics(self, output: Output, first: int, seconds: float, waited: float) -> dict[str, float]:
+    def _metrics(
+        self, output: Output, first: int, seconds: float, waited: float
+    ) -> dict[str, float]:
         """A line of metrics.jsonl: of the steps from `first` on, which took so many seconds, and of the last one's output."""
         losses = self.train_step.losses[first : self.step].tolist()
         views = len(losses) * self.config.batch_size * len(output.predictions)
@@ -351,9 +378,13 @@ class Trainer:
 
     def _save(self) -> None:
         if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
-            raise TrainingError(f"the weights are not finite at step {self.step}; {self._last_good()}")
+            raise TrainingError(
+                f"the weights are not finite at step {self.step}; {self._last_good()}"
+            )
         model, optimizer = self.model.state_dict(), self.train_step.optimizer.state_dict()
-        state = Checkpoint(self.step, self.seconds, len(self.loader.source), model, optimizer, self.content)
+        state = Checkpoint(
+            self.step, self.seconds, len(self.loader.source), model, optimizer, self.content
+        )
         with self.world.together():
             if self.world.is_main:
                 state.save(self.folder / CHECKPOINT)

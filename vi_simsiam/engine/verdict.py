@@ -100,7 +100,10 @@ class Health:
     def line(self) -> str:
         """The verdict: the state with the figure that it rests on and what to try."""
         config, state = self.config, self.state
-        cosine, z_std = round(self._mean("cosine") or 0, 2) + 0.0, self._mean("z_std") or 0  # no -0.00
+        cosine, z_std = (
+            round(self._mean("cosine") or 0, 2) + 0.0,
+            self._mean("z_std") or 0,
+        )  # no -0.00
         since = "" if self.since is None else f" since step {self.since}"
         fitting = f"kappa/(D-1) {self._mean('kappa') or 0:.2g}, where {self._best() or 0:.2g} would fit the cosines"
         if state == "collapsed":
@@ -113,13 +116,15 @@ class Health:
                 f"{config.lr:g}, a smaller --weight-decay than {config.weight_decay:g} or a longer --warmup-epochs"
             )
         if state == "dead":
-            weak = (
-                f"kappa/(D-1) {self._mean('kappa'):.2g}, the loss has {self._weight():.1%} of the gradient of SimSiam's"
-            )
+            weak = f"kappa/(D-1) {self._mean('kappa'):.2g}, the loss has {self._weight():.1%} of the gradient of SimSiam's"
             return f"dead{since}: {fitting if self._behind() else weak}; try {self._way_back()}"
         if state == "not learning" or (config.frozen_run is None and cosine < LEAST_COSINE):
             what = state if state == "not learning" else "barely learned"
-            milder = "" if config.augment.crop_scale[0] >= 0.5 else ", or --crop-scale 0.5 1 for milder views"
+            milder = (
+                ""
+                if config.augment.crop_scale[0] >= 0.5
+                else ", or --crop-scale 0.5 1 for milder views"
+            )
             return (
                 f"{what}{since}: cosine {cosine:.2f}, two views of an image are predicted hardly better than by "
                 f"chance (0); try more --epochs than {config.epochs}{milder}"
@@ -147,7 +152,9 @@ class Health:
         after, spread = self._mean("z_std"), self._mean("projection_spread")
         frozen = self.config.frozen_run is not None
         if not frozen:
-            if (after is not None and after < COLLAPSE_THRESHOLD) or (spread is not None and spread < LEAST_SPREAD):
+            if (after is not None and after < COLLAPSE_THRESHOLD) or (
+                spread is not None and spread < LEAST_SPREAD
+            ):
                 return "collapsed", True
             if self._weight() < _LEAST_WEIGHT:
                 return "dead", True
@@ -159,7 +166,9 @@ class Health:
 
     def _late(self) -> bool:
         last = self._recent[-1]
-        warm: bool = last.get("epoch", math.inf) >= min(1 + self.config.warmup_epochs, self.config.epochs)
+        warm: bool = last.get("epoch", math.inf) >= min(
+            1 + self.config.warmup_epochs, self.config.epochs
+        )
         return warm and last.get("step", STEPS) >= STEPS
 
     def _best(self) -> float | None:
@@ -183,6 +192,12 @@ class Health:
             return f"more --epochs than {config.epochs} or a larger --lr than {config.lr:g}"
         if loss.concentration == "constant":
             return f"a larger --concentration-value than {loss.concentration_value}"
-        safe = loss.concentration_link == "quadratic" and (loss.cosine_weight > 0 or loss.concentration == "detached")
-        way = f"a smaller --lr than {config.lr:g}" if safe else "--concentration-link quadratic --cosine-weight 1"
+        safe = loss.concentration_link == "quadratic" and (
+            loss.cosine_weight > 0 or loss.concentration == "detached"
+        )
+        way = (
+            f"a smaller --lr than {config.lr:g}"
+            if safe
+            else "--concentration-link quadratic --cosine-weight 1"
+        )
         return f"{way}{'' if config.clip_norm is not None else ', --clip-norm 1'} or another --seed"

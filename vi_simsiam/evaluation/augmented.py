@@ -30,7 +30,9 @@ _KEPT_BYTES = 2**32
 
 def linear_policy(size: int) -> AugmentConfig:
     """The random views of SimSiam's linear evaluation, `size` pixels: crops of 8 to 100 % of the area, and flips."""
-    return AugmentConfig(size=size, crop_scale=(0.08, 1.0), jitter_prob=0.0, grayscale_prob=0.0, blur_prob=0.0)
+    return AugmentConfig(
+        size=size, crop_scale=(0.08, 1.0), jitter_prob=0.0, grayscale_prob=0.0, blur_prob=0.0
+    )
 
 
 def default_passes(epochs: int, device: torch.device) -> int:
@@ -84,7 +86,10 @@ class AugmentedFeatures:
         if epoch not in self._kept:
             views = self._compute(epoch)
             kept = [*self._kept.values(), views]
-            if sum(tensor.nbytes for pair in kept for both in pair for tensor in both) > _KEPT_BYTES:
+            if (
+                sum(tensor.nbytes for pair in kept for both in pair for tensor in both)
+                > _KEPT_BYTES
+            ):
                 self._kept.clear()
             self._kept[epoch] = views
         return self._kept[epoch][view]
@@ -104,9 +109,16 @@ class AugmentedFeatures:
         if self._loader is None:
             batch_size = len(self.images) // math.ceil(len(self.images) / _BATCH)
             self._loader = MultiViewLoader(
-                self.images, self.policy, batch_size, self.device, seed=self.seed, workers=self.workers
+                self.images,
+                self.policy,
+                batch_size,
+                self.device,
+                seed=self.seed,
+                workers=self.workers,
             )
-        self.report(f"features of augmented training images, pass {GLOBAL_VIEWS * epoch + 1} and the next")
+        self.report(
+            f"features of augmented training images, pass {GLOBAL_VIEWS * epoch + 1} and the next"
+        )
         parts: list[list[Tensor]] = [[] for _ in range(GLOBAL_VIEWS)]
         indices = []
         was_training = self.backbone.training
@@ -121,5 +133,7 @@ class AugmentedFeatures:
         index, order = torch.cat(indices).sort()
         features = [torch.cat(part)[order] for part in parts]
         if not all(torch.isfinite(view).all() for view in features):
-            raise InputError(f"features: those of {self.images.name} are not finite; the model's weights are damaged")
+            raise InputError(
+                f"features: those of {self.images.name} are not finite; the model's weights are damaged"
+            )
         return [(view, index) for view in features]

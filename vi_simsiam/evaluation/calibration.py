@@ -56,7 +56,10 @@ def augmented_views(
         raise InputError(f"views: {views} must be between {GLOBAL_VIEWS} and {GLOBAL_VIEWS + 14}")
     # More global views are what the table calls local ones, drawn like the global ones.
     policy = dataclasses.replace(
-        policy, local_views=views - GLOBAL_VIEWS, local_size=policy.size, local_scale=policy.crop_scale
+        policy,
+        local_views=views - GLOBAL_VIEWS,
+        local_size=policy.size,
+        local_scale=policy.crop_scale,
     )
     for start in range(0, len(chosen), batch_size):
         samples = chosen[start : start + batch_size]
@@ -64,10 +67,16 @@ def augmented_views(
         lengths = 3 * heights.astype(np.int64) * widths
         # Only the bytes of these images: the file that the images are mapped from may be larger than the memory.
         firsts = images.offsets[samples]
-        pixels = np.concatenate([images.pixels[a : a + n] for a, n in zip(firsts, lengths, strict=True)])
-        table = draw_table(policy, seed=seed, epoch=0, samples=samples, heights=heights, widths=widths)
+        pixels = np.concatenate(
+            [images.pixels[a : a + n] for a, n in zip(firsts, lengths, strict=True)]
+        )
+        table = draw_table(
+            policy, seed=seed, epoch=0, samples=samples, heights=heights, widths=widths
+        )
         place(table, np.cumsum(lengths) - lengths)
-        yield augment(torch.from_numpy(pixels).to(device), torch.from_numpy(table).to(device), policy.size)
+        yield augment(
+            torch.from_numpy(pixels).to(device), torch.from_numpy(table).to(device), policy.size
+        )
 
 
 def pair_cosines(loc: Tensor, concentration: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +98,9 @@ def pair_cosines(loc: Tensor, concentration: Tensor, projection: Tensor) -> tupl
     return expected[others], cosines[others]
 
 
-def calibration(expected: NDArray[np.float64], observed: NDArray[np.float64], bins: int = BINS) -> dict[str, Any]:
+def calibration(
+    expected: NDArray[np.float64], observed: NDArray[np.float64], bins: int = BINS
+) -> dict[str, Any]:
     """Hold expected cosines against observed ones, in bins of equally many pairs ordered by the expected cosine.
 
     Equal expectations are never parted: a constant concentration has one bin, and the noise of its pairs averages out.
@@ -107,7 +118,9 @@ def calibration(expected: NDArray[np.float64], observed: NDArray[np.float64], bi
         InputError: no pairs, other shapes, or numbers that are not finite.
     """
     if expected.ndim != 1 or expected.shape != observed.shape or not len(expected):
-        raise InputError(f"expected, observed: shapes {expected.shape} and {observed.shape} must be (P,) with P >= 1")
+        raise InputError(
+            f"expected, observed: shapes {expected.shape} and {observed.shape} must be (P,) with P >= 1"
+        )
     if not (np.isfinite(expected).all() and np.isfinite(observed).all()):
         raise InputError("expected, observed: some are not finite; the model's weights are damaged")
     if bins < 1:
@@ -120,7 +133,10 @@ def calibration(expected: NDArray[np.float64], observed: NDArray[np.float64], bi
         "observed": np.bincount(number, weights=observed, minlength=bins),
     }
     rows = [
-        {**{name: float(total[b] / counts[b]) for name, total in totals.items()}, "count": int(counts[b])}
+        {
+            **{name: float(total[b] / counts[b]) for name, total in totals.items()},
+            "count": int(counts[b]),
+        }
         for b in np.flatnonzero(counts)
     ]
     return {

@@ -41,7 +41,12 @@ _LUMA = (0.299, 0.587, 0.114)
 
 
 def corrupt(
-    images: NDArray[np.uint8], kind: str, level: int, *, seed: int = 0, numbers: NDArray[np.int64] | None = None
+    images: NDArray[np.uint8],
+    kind: str,
+    level: int,
+    *,
+    seed: int = 0,
+    numbers: NDArray[np.int64] | None = None,
 ) -> NDArray[np.uint8]:
     """Damage images.
 
@@ -68,11 +73,20 @@ def corrupt(
         raise InputError(f"level: {level} must be between 0 and {LEVELS[-1]}")
     if seed < 0:
         raise InputError(f"seed: {seed} must be at least 0")
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.shape[1] != images.shape[2]:
-        raise InputError(f"images: {images.dtype} of shape {images.shape} must be uint8 of shape (N, side, side, 3)")
+    if (
+        images.dtype != np.uint8
+        or images.ndim != 4
+        or images.shape[3] != 3
+        or images.shape[1] != images.shape[2]
+    ):
+        raise InputError(
+            f"images: {images.dtype} of shape {images.shape} must be uint8 of shape (N, side, side, 3)"
+        )
     numbers = np.arange(len(images)) if numbers is None else numbers
     if numbers.shape != (len(images),):
-        raise InputError(f"numbers: shape {numbers.shape} must be ({len(images)},), one for each image")
+        raise InputError(
+            f"numbers: shape {numbers.shape} must be ({len(images)},), one for each image"
+        )
     if level == 0 or len(images) == 0:
         return images.copy()
     magnitude = MAGNITUDES[kind][level - 1]
@@ -105,23 +119,32 @@ def _blur(images: NDArray[np.uint8], share: float) -> NDArray[np.uint8]:
     return _rounded(gaussian_filter(images.astype(np.float32), (0, sigma, sigma, 0), mode="mirror"))
 
 
-def _noise(images: NDArray[np.uint8], share: float, seed: int, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
+def _noise(
+    images: NDArray[np.uint8], share: float, seed: int, numbers: NDArray[np.int64]
+) -> NDArray[np.uint8]:
     side = images.shape[1]
     cells = min(side, _GRAINS)
     cell = np.arange(side) * cells // side
     fields = np.stack(
-        [_generator(seed, number, 0).standard_normal((cells, cells, 3), dtype=np.float32) for number in numbers]
+        [
+            _generator(seed, number, 0).standard_normal((cells, cells, 3), dtype=np.float32)
+            for number in numbers
+        ]
     )
     return _rounded(images + 255 * share * fields[:, cell][:, :, cell])
 
 
-def _occlude(images: NDArray[np.uint8], share: float, seed: int, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
+def _occlude(
+    images: NDArray[np.uint8], share: float, seed: int, numbers: NDArray[np.int64]
+) -> NDArray[np.uint8]:
     side = images.shape[1]
     square = max(1, round(math.sqrt(share) * side))
     damaged = images.copy()
     for image, number in zip(damaged, numbers, strict=True):
         # The same place relative to what room there is, which makes every square contain the smaller ones.
-        top, left = np.floor(_generator(seed, number, 1).random(2) * (side - square + 1)).astype(int)
+        top, left = np.floor(_generator(seed, number, 1).random(2) * (side - square + 1)).astype(
+            int
+        )
         image[top : top + square, left : left + square] = _GREY
     return damaged
 

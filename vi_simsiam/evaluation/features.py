@@ -63,7 +63,9 @@ class FeatureSets:
     __repr__ = brief_repr
 
 
-def collect(run: Run, *, report: Callable[[str], None] | None = None, world: World | None = None) -> FeatureSets:
+def collect(
+    run: Run, *, report: Callable[[str], None] | None = None, world: World | None = None
+) -> FeatureSets:
     """Compute the features of a run's training and validation images under the three encoders.
 
     Args:
@@ -89,7 +91,9 @@ def collect(run: Run, *, report: Callable[[str], None] | None = None, world: Wor
     for split, source in sources.items():
         for name, backbone in (("trained", run.model.backbone), ("untrained", untrained)):
             say(f"{name} features of {counted(len(source), f'{split} image')}")
-            features[split][name] = extract(backbone, source, size=size, device=device, workers=workers, world=world)
+            features[split][name] = extract(
+                backbone, source, size=size, device=device, workers=workers, world=world
+            )
         say(f"pixels of {counted(len(source), f'{split} image')}")
         features[split]["pixels"] = pixels(source, size, workers=workers)
     return FeatureSets(
@@ -103,7 +107,12 @@ def collect(run: Run, *, report: Callable[[str], None] | None = None, world: Wor
         device=device,
         unreadable=unreadable,
         augmented=AugmentedFeatures(
-            run.model.backbone, sources["train"], size=size, device=device, workers=workers, report=say
+            run.model.backbone,
+            sources["train"],
+            size=size,
+            device=device,
+            workers=workers,
+            report=say,
         ),
     )
 
@@ -130,7 +139,9 @@ def labelled_splits(splits: Splits) -> dict[str, ImageSource]:
     if len(train.classes or ()) < 2:
         raise InputError(f"data: {splits.name} has one class; evaluation needs at least two")
     if train.classes != val.classes:
-        others = ", ".join(sorted(set(train.classes or ()) ^ set(val.classes or ())) or ["their order"])
+        others = ", ".join(
+            sorted(set(train.classes or ()) ^ set(val.classes or ())) or ["their order"]
+        )
         raise InputError(
             f"data: training and validation images of {splits.name} differ in their classes ({others}); both must have "
             "the same ones in the same order"
@@ -171,13 +182,18 @@ def extract(
     if len(source) == 0:
         raise InputError(f"source: {source.name} holds no images")
     shared = world is not None and 1 < world.size <= len(source)
-    mine = subset(source, np.asarray(world.share(len(source)))) if shared and world is not None else source
+    mine = (
+        subset(source, np.asarray(world.share(len(source))))
+        if shared and world is not None
+        else source
+    )
     was_training = backbone.training
     backbone.eval()
     try:
         with torch.no_grad():
             parts = [
-                backbone(images.to(device)).float().cpu() for images, _ in eval_loader(mine, size, batch_size, workers)
+                backbone(images.to(device)).float().cpu()
+                for images, _ in eval_loader(mine, size, batch_size, workers)
             ]
     finally:
         backbone.train(was_training)
@@ -185,11 +201,15 @@ def extract(
     if shared and world is not None:
         features = world.gather_rows(features)
     if not torch.isfinite(features).all():
-        raise InputError(f"features: those of {source.name} are not finite; the model's weights are damaged")
+        raise InputError(
+            f"features: those of {source.name} are not finite; the model's weights are damaged"
+        )
     return features
 
 
-def untrained_backbone(config: TrainConfig, source: ImageSource, *, device: torch.device, workers: int) -> nn.Module:
+def untrained_backbone(
+    config: TrainConfig, source: ImageSource, *, device: torch.device, workers: int
+) -> nn.Module:
     """The run's backbone before training: random weights drawn from `config.seed`, statistics of the run's images.
 
     Two things make it an honest baseline. Its residual branches are not initialised to zero, as they are for training:
@@ -199,9 +219,16 @@ def untrained_backbone(config: TrainConfig, source: ImageSource, *, device: torc
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        backbone, _ = build_backbone(config.model.backbone, stem=config.model.stem, zero_init_residual=False)
+        backbone, _ = build_backbone(
+            config.model.backbone, stem=config.model.stem, zero_init_residual=False
+        )
     return calibrate_batch_norm(
-        backbone.to(device), source, size=config.augment.size, seed=config.seed, device=device, workers=workers
+        backbone.to(device),
+        source,
+        size=config.augment.size,
+        seed=config.seed,
+        device=device,
+        workers=workers,
     )
 
 

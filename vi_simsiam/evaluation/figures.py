@@ -23,7 +23,17 @@ from vi_simsiam.data.sources import ImageSource
 from vi_simsiam.engine.run import METRICS, Run, read_config
 from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.errors import InputError
-from vi_simsiam.evaluation.style import BLUE, GRAY, METHODS, ORANGE, STYLE, figure, number, save, shown
+from vi_simsiam.evaluation.style import (
+    BLUE,
+    GRAY,
+    METHODS,
+    ORANGE,
+    STYLE,
+    figure,
+    number,
+    save,
+    shown,
+)
 from vi_simsiam.models import VISimSiam
 from vi_simsiam.text import brief_repr, counted
 
@@ -45,13 +55,20 @@ def draw_curves(run_folder: Path) -> Path:
     with matplotlib.rc_context(STYLE):
         drawn = figure(f"{METHODS[config.method]} on {shown(config.data)}, {config.model.backbone}")
         loss, cosine, third, spread, rank, gradient = drawn.subplots(2, 3, sharex=True).flat
-        _curve(loss, "loss (0 = no better than chance)" if has_kappa else "loss", epoch, metrics["loss"])
+        _curve(
+            loss,
+            "loss (0 = no better than chance)" if has_kappa else "loss",
+            epoch,
+            metrics["loss"],
+        )
         _curve(cosine, "cosine of prediction and target", epoch, metrics["cosine"])
         if has_kappa:
             _curve(third, "concentration κ / (D − 1)", epoch, metrics["kappa"], label="predicted")
             if "kappa_best" in metrics:
                 best = moving_average(metrics["kappa_best"])
-                third.plot(epoch, best, color=ORANGE, lw=1.1, ls=(0, (3, 2)), label="best for the cosines")
+                third.plot(
+                    epoch, best, color=ORANGE, lw=1.1, ls=(0, (3, 2)), label="best for the cosines"
+                )
             third.set_ylim(top=1.3 * third.get_ylim()[1])  # room for the legend
             third.legend(loc="upper left", ncols=2)
             _learning_rate(gradient.twinx(), epoch, metrics["lr"])
@@ -90,12 +107,22 @@ def read_metrics(path: Path) -> dict[str, NDArray[np.float64]]:
     lines: list[dict[str, float]] = []
     for row, text in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         try:
-            lines.append({name: float(value) for name, value in json.loads(text).items() if name not in _WORDS})
+            lines.append(
+                {
+                    name: float(value)
+                    for name, value in json.loads(text).items()
+                    if name not in _WORDS
+                }
+            )
         except (ValueError, TypeError, AttributeError) as error:
             raise InputError(f"run: {path} line {row} cannot be read ({error})") from error
     if not lines:
         raise InputError(f"run: {path} is empty; nothing was logged yet")
-    return {name: np.array([line.get(name, np.nan) for line in lines]) for line in lines for name in line}
+    return {
+        name: np.array([line.get(name, np.nan) for line in lines])
+        for line in lines
+        for name in line
+    }
 
 
 def moving_average(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -155,8 +182,12 @@ def draw_kappa(run: Run, found: Certainty | None = None) -> Path | None:
         )
         grid = drawn.add_gridspec(2, 2, width_ratios=(0.56, 0.44))
         _histogram(drawn.add_subfigure(grid[:, 0]).subplots(), values)
-        _thumbnails(drawn.add_subfigure(grid[0, 1]), "least certain (lowest κ)", source, lowest, values)
-        _thumbnails(drawn.add_subfigure(grid[1, 1]), "most certain (highest κ)", source, highest, values)
+        _thumbnails(
+            drawn.add_subfigure(grid[0, 1]), "least certain (lowest κ)", source, lowest, values
+        )
+        _thumbnails(
+            drawn.add_subfigure(grid[1, 1]), "most certain (highest κ)", source, highest, values
+        )
         return save(drawn, run.path / "kappa.png", colours=256)
 
 
@@ -171,18 +202,24 @@ def concentrations(run: Run, source: ImageSource) -> NDArray[np.float64]:
     if not isinstance(model, VISimSiam):
         raise InputError("run: SimSiam predicts no concentration; vi-simsiam does")
     parts = [
-        model.concentration(model.predictor(model.projector(model.backbone(images.to(run.device))))).double().cpu()
+        model.concentration(model.predictor(model.projector(model.backbone(images.to(run.device)))))
+        .double()
+        .cpu()
         for images, _ in eval_loader(source, run.config.augment.size, 256, run.workers)
     ]
     if not parts:
         raise InputError(f"source: {source.name} holds no images")
     values: NDArray[np.float64] = torch.cat(parts).numpy() / (model.dim - 1)
     if not np.isfinite(values).all():
-        raise InputError(f"run: {run.path} predicts concentrations that are not finite; its weights are damaged")
+        raise InputError(
+            f"run: {run.path} predicts concentrations that are not finite; its weights are damaged"
+        )
     return values
 
 
-def extremes(values: NDArray[np.float64], count: int = 8) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def extremes(
+    values: NDArray[np.float64], count: int = 8
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Indices of the `count` lowest values, ascending, and of the `count` highest, descending; none is in both."""
     order = np.argsort(values, kind="stable")
     low = min(count, -(-len(values) // 2))
@@ -191,13 +228,25 @@ def extremes(values: NDArray[np.float64], count: int = 8) -> tuple[NDArray[np.in
 
 
 def _curve(
-    axes: Axes, title: str, epoch: NDArray[np.float64], values: NDArray[np.float64], label: str | None = None
+    axes: Axes,
+    title: str,
+    epoch: NDArray[np.float64],
+    values: NDArray[np.float64],
+    label: str | None = None,
 ) -> None:
     axes.set_title(title)
     axes.plot(epoch, values, color=BLUE, lw=0.8, alpha=0.3)
     alone = len(epoch) < 3  # points that no line would show; they may stand on the edge
     marker = "o" if alone else None
-    axes.plot(epoch, moving_average(values), color=BLUE, label=label, marker=marker, ms=3, clip_on=not alone)
+    axes.plot(
+        epoch,
+        moving_average(values),
+        color=BLUE,
+        label=label,
+        marker=marker,
+        ms=3,
+        clip_on=not alone,
+    )
 
 
 def _learning_rate(axes: Axes, epoch: NDArray[np.float64], rate: NDArray[np.float64]) -> None:
@@ -211,7 +260,12 @@ def _learning_rate(axes: Axes, epoch: NDArray[np.float64], rate: NDArray[np.floa
 def _histogram(axes: Axes, values: NDArray[np.float64]) -> None:
     low, high = float(values.min()), float(values.max())
     margin = 0.02 * (high - low) or 0.05 * abs(low) or 0.5
-    axes.hist(values, bins=min(50, max(8, len(values) // 20)), range=(max(0, low - margin), high + margin), color=BLUE)
+    axes.hist(
+        values,
+        bins=min(50, max(8, len(values) // 20)),
+        range=(max(0, low - margin), high + margin),
+        color=BLUE,
+    )
     median = float(np.median(values))
     axes.axvline(median, color=ORANGE, lw=1.2, label=f"median {number(median, high - low)}")
     axes.legend(loc="best")
@@ -222,7 +276,11 @@ def _histogram(axes: Axes, values: NDArray[np.float64]) -> None:
 
 
 def _thumbnails(
-    figure: SubFigure, title: str, source: ImageSource, indices: NDArray[np.int64], values: NDArray[np.float64]
+    figure: SubFigure,
+    title: str,
+    source: ImageSource,
+    indices: NDArray[np.int64],
+    values: NDArray[np.float64],
 ) -> None:
     figure.suptitle(title, x=0.02, ha="left", fontsize=8.5, fontweight="bold")
     cells = figure.subplots(2, 4).flat
@@ -230,7 +288,9 @@ def _thumbnails(
         cell.axis("off")
     for cell, index in zip(figure.axes, indices.tolist(), strict=False):
         image = source.image(index)
-        method = Image.Resampling.NEAREST if min(image.size) < _THUMBNAIL else Image.Resampling.LANCZOS
+        method = (
+            Image.Resampling.NEAREST if min(image.size) < _THUMBNAIL else Image.Resampling.LANCZOS
+        )
         cell.imshow(ImageOps.fit(image, (_THUMBNAIL, _THUMBNAIL), method))
         text = number(float(values[index]), float(np.ptp(values)))
         cell.set_title(text, loc="center", fontsize=7, fontweight="normal", pad=2)

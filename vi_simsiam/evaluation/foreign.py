@@ -64,7 +64,9 @@ def open_sets(specs: Sequence[str], own: Splits, config: TrainConfig) -> list[Fo
         is_own = named in (own.name, config.data)
         splits = own if is_own else open_dataset(named, root=root, download=download, decode=decode)
         if splits is own or _files(splits) & _files(own):
-            raise InputError(f"ood: {named} holds images of the run's own data, {own.name}; give another data set")
+            raise InputError(
+                f"ood: {named} holds images of the run's own data, {own.name}; give another data set"
+            )
         source = splits.val if splits.val is not None and len(splits.val) else splits.train
         name = _free_name(named, taken)
         taken.add(name)
@@ -82,9 +84,15 @@ def builtin_sets(size: int, images: int, seed: int) -> list[Foreign]:
     # Spread over the file, which has runs of one writer.
     chosen = np.linspace(0, len(bunch.images) - 1, min(images, len(bunch.images))).astype(int)
     drawn = np.rint(bunch.images[chosen] * (255 / 16)).astype(np.uint8)
-    enlarged = [np.asarray(Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC)) for digit in drawn]
+    enlarged = [
+        np.asarray(Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC))
+        for digit in drawn
+    ]
     digits = ArraySource(
-        np.stack(enlarged), bunch.target[chosen].astype(np.int64), [f"digit {i}" for i in bunch.target_names], "digits"
+        np.stack(enlarged),
+        bunch.target[chosen].astype(np.int64),
+        [f"digit {i}" for i in bunch.target_names],
+        "digits",
     )
     return [
         Foreign("noise", "far", ArraySource(pixels, name="noise"), builtin=True),
@@ -132,6 +140,8 @@ def _files(splits: Splits) -> set[str]:
 def _free_name(spec: str, taken: set[str]) -> str:
     """A data set's name without the place of its files; numbered where it is taken."""
     kind, colon, path = spec.partition(":")
-    stem = printable(Path(path).name.removesuffix(".pack") if colon and kind in ("folder", "pack") else spec)
+    stem = printable(
+        Path(path).name.removesuffix(".pack") if colon and kind in ("folder", "pack") else spec
+    )
     names = (stem, *(f"{stem}-{number}" for number in range(2, len(taken) + 3)))
     return next(name for name in names if name not in taken)

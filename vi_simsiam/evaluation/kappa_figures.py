@@ -37,14 +37,18 @@ def draw_density(run_folder: Path) -> Path | None:
         return None
     dim = config.model.dim
     with matplotlib.rc_context(STYLE):
-        drawn = figure(f"−log PS(z; μ, κ) in nats, the true density on the sphere in D = {dim:,} dimensions")
+        drawn = figure(
+            f"−log PS(z; μ, κ) in nats, the true density on the sphere in D = {dim:,} dimensions"
+        )
         left, right = drawn.subplots(1, 2, sharey=True, width_ratios=(0.54, 0.46))
         _over_cosine(left, dim)
         _over_concentration(right, dim)
         return save(drawn, run_folder / "density.png")
 
 
-def surprise(concentration: NDArray[np.float64], cosine: NDArray[np.float64], dim: int) -> NDArray[np.float64]:
+def surprise(
+    concentration: NDArray[np.float64], cosine: NDArray[np.float64], dim: int
+) -> NDArray[np.float64]:
     """-log PS(z; mu, kappa) in nats where mu.z is `cosine`, float64 of the two arguments' common shape (N,).
 
     Args:
@@ -58,7 +62,9 @@ def surprise(concentration: NDArray[np.float64], cosine: NDArray[np.float64], di
     point = torch.zeros_like(loc)
     point[:, 0] = torch.from_numpy(angle.copy())
     point[:, 1] = torch.from_numpy(np.sqrt(1 - angle**2))
-    result: NDArray[np.float64] = -power_spherical_log_prob(point, loc, torch.from_numpy(kappa.copy())).numpy()
+    result: NDArray[np.float64] = -power_spherical_log_prob(
+        point, loc, torch.from_numpy(kappa.copy())
+    ).numpy()
     return result
 
 

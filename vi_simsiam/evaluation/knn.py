@@ -67,7 +67,9 @@ def evaluate_knn(features: FeatureSets, config: KnnConfig | None = None) -> dict
 
 
 @torch.inference_mode()
-def classify(train: Tensor, labels: Tensor, queries: Tensor, *, classes: int, config: KnnConfig) -> Tensor:
+def classify(
+    train: Tensor, labels: Tensor, queries: Tensor, *, classes: int, config: KnnConfig
+) -> Tensor:
     """Classes of `queries` by the weighted vote of their k nearest training features.
 
     Args:

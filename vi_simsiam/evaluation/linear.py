@@ -79,7 +79,12 @@ class LinearConfig:
         _require("epochs", self.epochs, self.epochs >= 1, "at least 1")
         _require("min_steps", self.min_steps, self.min_steps >= 0, "at least 0")
         _require("held_out", self.held_out, 0 <= self.held_out < 1, "at least 0 and below 1")
-        _require("augmented", self.augmented, self.augmented is None or self.augmented >= 0, "at least 0, or None")
+        _require(
+            "augmented",
+            self.augmented,
+            self.augmented is None or self.augmented >= 0,
+            "at least 0, or None",
+        )
         _require("seed", self.seed, 0 <= self.seed < 2**63, "at least 0 and below 2**63")
 
 
@@ -124,16 +129,29 @@ def evaluate_linear(features: FeatureSets, config: LinearConfig | None = None) -
         raise InputError(
             f"augmented: {config.augmented} is not accepted; it must be 0 for features that come without their images"
         )
-    passes = default_passes(config.epochs, features.device) if config.augmented is None else config.augmented
+    passes = (
+        default_passes(config.epochs, features.device)
+        if config.augmented is None
+        else config.augmented
+    )
     classes = len(features.classes)
     counted = min(5, classes)
     kept, held_out = hold_out(len(features.train_labels), config.held_out, config.seed)
-    scores: dict[str, dict[str, float]] = {"top1": {}, "top5": {}, "train_top1": {}, "held_out_top1": {}}
+    scores: dict[str, dict[str, float]] = {
+        "top1": {},
+        "top5": {},
+        "train_top1": {},
+        "held_out_top1": {},
+    }
     correct = {}
     for encoder, train in features.train.items():
         views = _views(features, kept, passes) if encoder == "trained" and passes else None
         probe = LinearProbe.fit(
-            train[kept].to(features.device), features.train_labels[kept].to(features.device), classes, config, views
+            train[kept].to(features.device),
+            features.train_labels[kept].to(features.device),
+            classes,
+            config,
+            views,
         )
         logits = probe(features.val[encoder].to(features.device)).cpu()
         scores["top1"][encoder] = accuracy(logits, features.val_labels, 1)
@@ -142,7 +160,9 @@ def evaluate_linear(features: FeatureSets, config: LinearConfig | None = None) -
         fitted = probe(train.to(features.device)).cpu()
         scores["train_top1"][encoder] = accuracy(fitted[kept], features.train_labels[kept], 1)
         if len(held_out):
-            scores["held_out_top1"][encoder] = accuracy(fitted[held_out], features.train_labels[held_out], 1)
+            scores["held_out_top1"][encoder] = accuracy(
+                fitted[held_out], features.train_labels[held_out], 1
+            )
     if features.augmented is not None:
         features.augmented.close()
     body = {
@@ -269,12 +289,16 @@ def accuracy(logits: Tensor, labels: Tensor, counted: int) -> float:
     """Share of rows of logits (N, classes) whose label (N,) is among the `counted` highest."""
     from torchmetrics.functional.classification import multiclass_accuracy
 
-    share = multiclass_accuracy(logits, labels, num_classes=logits.shape[1], top_k=counted, average="micro")
+    share = multiclass_accuracy(
+        logits, labels, num_classes=logits.shape[1], top_k=counted, average="micro"
+    )
     # The float32 share as the fraction it stands for, so that files show 0.853 and not 0.8529999852180481.
     return round(float(share) * len(labels)) / len(labels)
 
 
-def _views(features: FeatureSets, kept: Tensor, passes: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+def _views(
+    features: FeatureSets, kept: Tensor, passes: int
+) -> Callable[[int], tuple[Tensor, Tensor]]:
     """Maps an epoch to the augmented features, and labels, of the images in `kept`: the passes in turn."""
     augmented = features.augmented
     assert augmented is not None

@@ -60,18 +60,30 @@ class LogisticConfig:
     def __post_init__(self) -> None:
         for name, values in (("c", () if self.c is None else (self.c,)), ("grid", self.grid)):
             if not all(0 < value < math.inf for value in values) or (name == "grid" and not values):
-                raise InputError(f"{name}: {getattr(self, name)} is not accepted; C must be a positive number")
+                raise InputError(
+                    f"{name}: {getattr(self, name)} is not accepted; C must be a positive number"
+                )
         if not 0 < self.held_out < 1:
-            raise InputError(f"held_out: {self.held_out} is not accepted; it must be above 0 and below 1")
+            raise InputError(
+                f"held_out: {self.held_out} is not accepted; it must be above 0 and below 1"
+            )
         if not 0 < self.tolerance < math.inf:
-            raise InputError(f"tolerance: {self.tolerance} is not accepted; it must be a positive number")
+            raise InputError(
+                f"tolerance: {self.tolerance} is not accepted; it must be a positive number"
+            )
         if self.max_iterations < 1:
-            raise InputError(f"max_iterations: {self.max_iterations} is not accepted; it must be at least 1")
+            raise InputError(
+                f"max_iterations: {self.max_iterations} is not accepted; it must be at least 1"
+            )
         if not 0 <= self.seed < 2**63:
-            raise InputError(f"seed: {self.seed} is not accepted; it must be at least 0 and below 2**63")
+            raise InputError(
+                f"seed: {self.seed} is not accepted; it must be at least 0 and below 2**63"
+            )
 
 
-def evaluate_logistic(features: FeatureSets, config: LogisticConfig | None = None) -> dict[str, Any]:
+def evaluate_logistic(
+    features: FeatureSets, config: LogisticConfig | None = None
+) -> dict[str, Any]:
     """Fit a logistic regression to the training features of every encoder and measure it on the validation features.
 
     Writes RUN/logistic.json atomically and returns its content. "top1", "top5" and "train_top1" hold fractions for every
@@ -85,7 +97,17 @@ def evaluate_logistic(features: FeatureSets, config: LogisticConfig | None = Non
     """
     config = config or LogisticConfig()
     counted = min(5, len(features.classes))
-    names = ("top1", "top5", "train_top1", "correct", "c", "held_out_loss", "iterations", "converged", "warnings")
+    names = (
+        "top1",
+        "top5",
+        "train_top1",
+        "correct",
+        "c",
+        "held_out_loss",
+        "iterations",
+        "converged",
+        "warnings",
+    )
     body: dict[str, dict[str, Any]] = {name: {} for name in names}
     for encoder, train in features.train.items():
         probe = LogisticProbe.fit(train, features.train_labels, features.classes, config)
@@ -103,9 +125,17 @@ def evaluate_logistic(features: FeatureSets, config: LogisticConfig | None = Non
         }
         for name, value in found.items():
             body[name][encoder] = value
-    settings = {**asdict(config), "solver": "lbfgs", "penalty": "l2", "dtype": "float32", "standardize": True}
+    settings = {
+        **asdict(config),
+        "solver": "lbfgs",
+        "penalty": "l2",
+        "dtype": "float32",
+        "standardize": True,
+    }
     packages = ("torch", "torchvision", "scikit-learn", "torchmetrics", "numpy", "pillow")
-    return write_result("logistic", features, {"settings": settings, "top5_counts": counted, **body}, packages)
+    return write_result(
+        "logistic", features, {"settings": settings, "top5_counts": counted, **body}, packages
+    )
 
 
 @dataclass(frozen=True)
@@ -135,7 +165,11 @@ class LogisticProbe:
 
     @classmethod
     def fit(
-        cls, train: Tensor, labels: Tensor, classes: Sequence[str], config: LogisticConfig | None = None
+        cls,
+        train: Tensor,
+        labels: Tensor,
+        classes: Sequence[str],
+        config: LogisticConfig | None = None,
     ) -> LogisticProbe:
         """Choose C and fit a probe. Deterministic for the same inputs, library versions and number of threads.
 
@@ -154,8 +188,14 @@ class LogisticProbe:
         config = config or LogisticConfig()
         train, labels = train.detach().cpu().float(), labels.cpu()
         _check(train, labels, len(classes))
-        loss, said = ({}, []) if config.c is not None else _choose(train, labels, len(classes), config)
-        c = config.c if config.c is not None else min(loss or config.grid, key=lambda c: (loss.get(c), c))
+        loss, said = (
+            ({}, []) if config.c is not None else _choose(train, labels, len(classes), config)
+        )
+        c = (
+            config.c
+            if config.c is not None
+            else min(loss or config.grid, key=lambda c: (loss.get(c), c))
+        )
         shift, scale = standardization(train)
         regression = _regression(c, config.tolerance, config)
         said += _solve(regression, (train - shift) * scale, labels)
@@ -199,10 +239,14 @@ def _choose(
     return loss, said
 
 
-def _regression(c: float, tolerance: float, config: LogisticConfig, *, warm_start: bool = False) -> LogisticRegression:
+def _regression(
+    c: float, tolerance: float, config: LogisticConfig, *, warm_start: bool = False
+) -> LogisticRegression:
     from sklearn.linear_model import LogisticRegression
 
-    return LogisticRegression(C=c, solver="lbfgs", tol=tolerance, max_iter=config.max_iterations, warm_start=warm_start)
+    return LogisticRegression(
+        C=c, solver="lbfgs", tol=tolerance, max_iter=config.max_iterations, warm_start=warm_start
+    )
 
 
 def _solve(regression: LogisticRegression, inputs: Tensor, labels: Tensor) -> list[str]:
@@ -216,9 +260,15 @@ def _solve(regression: LogisticRegression, inputs: Tensor, labels: Tensor) -> li
 def _solution(regression: LogisticRegression, classes: int) -> tuple[Tensor, Tensor]:
     """Weight (classes, F) and bias (classes,) in float32; a class that was not seen has bias minus infinity."""
     found = torch.from_numpy(regression.classes_)
-    solution = torch.from_numpy(regression.coef_).float(), torch.from_numpy(regression.intercept_).float()
+    solution = (
+        torch.from_numpy(regression.coef_).float(),
+        torch.from_numpy(regression.intercept_).float(),
+    )
     if len(found) == 2:  # scikit-learn gives the log-odds of the second class alone
-        solution = torch.cat([-solution[0] / 2, solution[0] / 2]), torch.cat([-solution[1] / 2, solution[1] / 2])
+        solution = (
+            torch.cat([-solution[0] / 2, solution[0] / 2]),
+            torch.cat([-solution[1] / 2, solution[1] / 2]),
+        )
     weight = torch.zeros(classes, regression.coef_.shape[1])
     bias = torch.full((classes,), -math.inf)
     weight[found], bias[found] = solution
@@ -254,6 +304,8 @@ def _check(train: Tensor, labels: Tensor, classes: int) -> None:
             f"labels: {int(labels.min())} to {int(labels.max())} is not accepted; they must lie in [0, {classes})"
         )
     if len(labels.unique()) < 2:
-        raise InputError("labels: the training images are of fewer than two classes; at least two are accepted")
+        raise InputError(
+            "labels: the training images are of fewer than two classes; at least two are accepted"
+        )
     if not torch.isfinite(train).all():
         raise InputError("train: features are not finite; only finite ones are accepted")

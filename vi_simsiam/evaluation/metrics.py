@@ -119,7 +119,11 @@ def risk_coverage(scores: Scores, wrong: Flags, points: int = 50) -> dict[str, l
     """
     errors = _expected_errors(scores, wrong)
     count = len(errors)
-    kept = np.unique(np.rint(np.linspace(count / points, count, points)).astype(int).clip(1)) if count else np.array([])
+    kept = (
+        np.unique(np.rint(np.linspace(count / points, count, points)).astype(int).clip(1))
+        if count
+        else np.array([])
+    )
     kept = kept.astype(int)
     return {"coverage": (kept / max(count, 1)).tolist(), "risk": (errors[kept - 1] / kept).tolist()}
 
@@ -138,7 +142,9 @@ def retrieved(embedding: Tensor, labels: NDArray[np.int64]) -> Flags:
         InputError: fewer than two images, or shapes that differ.
     """
     if len(embedding) < 2 or len(labels) != len(embedding):
-        raise InputError(f"embedding, labels: {len(embedding)} and {len(labels)} given, must be equal and at least 2")
+        raise InputError(
+            f"embedding, labels: {len(embedding)} and {len(labels)} given, must be equal and at least 2"
+        )
     unit = F.normalize(embedding, dim=1)
     nearest = []
     for rows in torch.arange(len(unit)).split(max(1, _BLOCK // len(unit))):
@@ -165,7 +171,9 @@ def level_trend(scores: Scores) -> dict[str, float | None]:
     from scipy.stats import spearmanr
 
     if scores.ndim != 2 or scores.shape[0] < 2:
-        raise InputError(f"scores: shape {scores.shape} must be (levels, images) with at least two levels")
+        raise InputError(
+            f"scores: shape {scores.shape} must be (levels, images) with at least two levels"
+        )
     if not np.isfinite(scores).all():
         raise InputError("scores: some are not finite")
     if scores.size == 0:
@@ -180,7 +188,11 @@ def level_trend(scores: Scores) -> dict[str, float | None]:
 
 def failure_figures(scores: Scores, wrong: Flags) -> dict[str, Any]:
     """ "auroc", "aurc" and "augrc" of a score for finding errors."""
-    return {"auroc": auroc(scores, wrong), "aurc": aurc(scores, wrong), "augrc": augrc(scores, wrong)}
+    return {
+        "auroc": auroc(scores, wrong),
+        "aurc": aurc(scores, wrong),
+        "augrc": augrc(scores, wrong),
+    }
 
 
 def detection_figures(inside: Scores, outside: Scores) -> dict[str, Any]:
@@ -209,6 +221,8 @@ def _one_kind(positive: Flags) -> bool:
 
 def _check(scores: Scores, flags: Flags) -> None:
     if scores.ndim != 1 or scores.shape != flags.shape:
-        raise InputError(f"scores: shape {scores.shape} must be (N,), and that of the flags {flags.shape} the same")
+        raise InputError(
+            f"scores: shape {scores.shape} must be (N,), and that of the flags {flags.shape} the same"
+        )
     if not np.isfinite(scores).all():
         raise InputError("scores: some are not finite")

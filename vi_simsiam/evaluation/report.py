@@ -25,7 +25,14 @@ from vi_simsiam.engine.checkpoint import write_atomically
 from vi_simsiam.engine.run import METRICS, Run, read_config
 from vi_simsiam.engine.verdict import Health
 from vi_simsiam.errors import InputError
-from vi_simsiam.evaluation.figures import Certainty, certainty, draw_curves, draw_kappa, extremes, logged
+from vi_simsiam.evaluation.figures import (
+    Certainty,
+    certainty,
+    draw_curves,
+    draw_kappa,
+    extremes,
+    logged,
+)
 from vi_simsiam.evaluation.kappa_figures import draw_density
 from vi_simsiam.evaluation.scores import TRIVIAL
 from vi_simsiam.evaluation.style import METHODS, number, shown
@@ -67,12 +74,20 @@ def write_report(folder: Path, run: Run | None = None, problem: str | None = Non
     from jinja2 import Environment, StrictUndefined
 
     config = read_config(folder)
-    results = {name: read_result(folder / f"{name}.json") for name in ACCURACIES if (folder / f"{name}.json").is_file()}
+    results = {
+        name: read_result(folder / f"{name}.json")
+        for name in ACCURACIES
+        if (folder / f"{name}.json").is_file()
+    }
     check_material(folder)
     uncertainty = read_uncertainty(folder) if (folder / UNCERTAINTY).is_file() else None
     found = None if run is None else certainty(run)
     health = Health.of_run(folder, config)
-    figures = [draw_curves(folder) if logged(folder) else None, draw_density(folder), *draw_uncertainty(folder)]
+    figures = [
+        draw_curves(folder) if logged(folder) else None,
+        draw_density(folder),
+        *draw_uncertainty(folder),
+    ]
     if run is not None:
         figures.append(draw_kappa(run, found))
     try:
@@ -104,8 +119,12 @@ def write_report(folder: Path, run: Run | None = None, problem: str | None = Non
     except InputError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise InputError(f"report: a result in {folder} lacks what the report shows ({error!r})") from error
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        raise InputError(
+            f"report: a result in {folder} lacks what the report shows ({error!r})"
+        ) from error
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     template = files("vi_simsiam").joinpath("assets/report.html").read_text(encoding="utf-8")
     page = environment.from_string(template).render(**content)
     write_atomically(folder / REPORT, lambda file: file.write(printable(page).encode()))
@@ -121,7 +140,9 @@ def check_material(folder: Path) -> None:
     results = [folder / name for name in (UNCERTAINTY, *(f"{name}.json" for name in ACCURACIES))]
     if not (logged(folder) or any(path.is_file() for path in results)):
         evaluate = shlex.join(["vi-simsiam", "evaluate", str(folder)])
-        raise InputError(f"report: {folder} has no {METRICS} and no result yet; train it, or run {evaluate}")
+        raise InputError(
+            f"report: {folder} has no {METRICS} and no result yet; train it, or run {evaluate}"
+        )
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -156,11 +177,23 @@ def compared(uncertainty: dict[str, Any]) -> dict[str, Any] | None:
         ahead += bool(row.ahead)
         gap = Number(row.kappa - row.value, f"{row.kappa - row.value:+.3f}".replace("-", "−"))
         rows.append(
-            [_words(row.part), row.measure, _digits(row.kappa), score_label(row.baseline), _digits(row.value), gap]
+            [
+                _words(row.part),
+                row.measure,
+                _digits(row.kappa),
+                score_label(row.baseline),
+                _digits(row.value),
+                gap,
+            ]
         )
         beside = [(f"best trivial score, {score_label(row.baseline)}", _digits(row.value))]
         cards.append(
-            {"title": f"{row.measure} of κ", "number": _digits(row.kappa), "about": row.part, "others": beside}
+            {
+                "title": f"{row.measure} of κ",
+                "number": _digits(row.kappa),
+                "about": row.part,
+                "others": beside,
+            }
         )
     if not rows:
         return None
@@ -182,7 +215,9 @@ def gallery(found: Certainty) -> list[dict[str, Any]]:
         images = []
         for index in indices.tolist():
             label = None if found.source.labels is None else int(found.source.labels[index])
-            name = "" if label is None or found.source.classes is None else found.source.classes[label]
+            name = (
+                "" if label is None or found.source.classes is None else found.source.classes[label]
+            )
             uri, small = thumbnail_uri(found.source.image(index))
             kappa = Number(float(found.values[index]), number(float(found.values[index]), spread))
             images.append({"uri": uri, "small": small, "kappa": kappa, "name": name, "index": index,
@@ -196,14 +231,20 @@ def thumbnail_uri(image: Image.Image) -> tuple[str, bool]:
     side = min(image.size)
     if side <= _SIDE // 2:
         return _data_uri(ImageOps.fit(image, (side, side)), "PNG", optimize=True), True
-    return _data_uri(ImageOps.fit(image, (_SIDE, _SIDE), Image.Resampling.LANCZOS), "JPEG", quality=82), False
+    return _data_uri(
+        ImageOps.fit(image, (_SIDE, _SIDE), Image.Resampling.LANCZOS), "JPEG", quality=82
+    ), False
 
 
 def figure_uri(path: Path) -> dict[str, Any]:
     """A figure as data URI, with a palette: lines and text look the same in a quarter of the bytes; and its size."""
     with Image.open(path) as image:
         reduced = image.convert("RGB").quantize(256 if path.stem == "kappa" else 64)
-    return {"uri": _data_uri(reduced, "PNG", optimize=True), "width": reduced.width, "height": reduced.height}
+    return {
+        "uri": _data_uri(reduced, "PNG", optimize=True),
+        "width": reduced.width,
+        "height": reduced.height,
+    }
 
 
 def settings(config: TrainConfig) -> list[dict[str, Any]]:
@@ -211,7 +252,13 @@ def settings(config: TrainConfig) -> list[dict[str, Any]]:
     defaults = dict(_flat(TrainConfig().to_dict()))
     rows = []
     for name, value in _flat(config.to_dict()):
-        group = "place" if name in PLACE_FIELDS else "training" if "." not in name else name.partition(".")[0]
+        group = (
+            "place"
+            if name in PLACE_FIELDS
+            else "training"
+            if "." not in name
+            else name.partition(".")[0]
+        )
         default = defaults.get(name)
         rows.append({"group": group, "name": name.rpartition(".")[2], "value": _plain(value), "default": _plain(default),
                      "differs": _plain(value) != _plain(default)})  # fmt: skip
@@ -243,10 +290,20 @@ def _commands(folder: Path, config: TrainConfig) -> list[str]:
 
 
 def _facts(config: TrainConfig, results: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
-    facts = [("Method", METHODS[config.method]), ("Data", shown(config.data)), ("Network", config.model.backbone)]
-    facts += [("D", f"{config.model.dim:,}"), ("Epochs", f"{config.epochs:,}"), ("Seed", str(config.seed))]
+    facts = [
+        ("Method", METHODS[config.method]),
+        ("Data", shown(config.data)),
+        ("Network", config.model.backbone),
+    ]
+    facts += [
+        ("D", f"{config.model.dim:,}"),
+        ("Epochs", f"{config.epochs:,}"),
+        ("Seed", str(config.seed)),
+    ]
     for result in list(results.values())[:1]:
-        facts.append(("Images", f"{result['train_images']:,} training, {result['val_images']:,} validation"))
+        facts.append(
+            ("Images", f"{result['train_images']:,} training, {result['val_images']:,} validation")
+        )
     return facts
 
 
@@ -254,9 +311,16 @@ def _accuracy_cards(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     cards = []
     for name, result in results.items():
         top1 = result["top1"]
-        others = [(encoder, _percent(share)) for encoder, share in top1.items() if encoder != "trained"]
+        others = [
+            (encoder, _percent(share)) for encoder, share in top1.items() if encoder != "trained"
+        ]
         cards.append(
-            {"title": f"{ACCURACIES[name]} top-1", "number": _percent(top1["trained"]), "about": "", "others": others}
+            {
+                "title": f"{ACCURACIES[name]} top-1",
+                "number": _percent(top1["trained"]),
+                "about": "",
+                "others": others,
+            }
         )
     return cards
 
@@ -265,8 +329,18 @@ def _calibration_card(uncertainty: dict[str, Any] | None) -> list[dict[str, Any]
     part = (uncertainty or {}).get("calibration")
     if not part:
         return []
-    others = [("expected cosine", _digits(part["expected"])), ("observed", _digits(part["observed"]))]
-    return [{"title": "calibration error", "number": _digits(part["error"]), "about": "", "others": others}]
+    others = [
+        ("expected cosine", _digits(part["expected"])),
+        ("observed", _digits(part["observed"])),
+    ]
+    return [
+        {
+            "title": "calibration error",
+            "number": _digits(part["error"]),
+            "about": "",
+            "others": others,
+        }
+    ]
 
 
 def _accuracy_table(results: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
@@ -274,8 +348,15 @@ def _accuracy_table(results: dict[str, dict[str, Any]]) -> dict[str, Any] | None
     measures = {f"{ACCURACIES[name]} {label}": result[key] for name, result in results.items()
                 for key, label in labels.items() if isinstance(result.get(key), dict)}  # fmt: skip
     encoders = dict.fromkeys(encoder for shares in measures.values() for encoder in shares)
-    rows = [[encoder, *(_percent(shares.get(encoder)) for shares in measures.values())] for encoder in encoders]
-    return _table("Accuracy on the validation images", ["features", *measures], rows) if measures else None
+    rows = [
+        [encoder, *(_percent(shares.get(encoder)) for shares in measures.values())]
+        for encoder in encoders
+    ]
+    return (
+        _table("Accuracy on the validation images", ["features", *measures], rows)
+        if measures
+        else None
+    )
 
 
 def _tables(uncertainty: dict[str, Any]) -> dict[str, Any]:
@@ -285,25 +366,29 @@ def _tables(uncertainty: dict[str, Any]) -> dict[str, Any]:
     if part := uncertainty.get("calibration"):
         rows = [[str(i), _digits(bin_["expected"]), _digits(bin_["observed"]), _count(bin_["count"])]
                 for i, bin_ in enumerate(part["bins"], start=1)]  # fmt: skip
-        tables["calibration"] = _table("Expected and observed cosine", ["bin", "expected", "observed", "pairs"], rows)
-    if part := uncertainty.get("misclassification"):
-        caption = (
-            f"Images that the {part['classifier']} classifier gets wrong (accuracy {100 * part['accuracy']:.1f} %)"
+        tables["calibration"] = _table(
+            "Expected and observed cosine", ["bin", "expected", "observed", "pairs"], rows
         )
+    if part := uncertainty.get("misclassification"):
+        caption = f"Images that the {part['classifier']} classifier gets wrong (accuracy {100 * part['accuracy']:.1f} %)"
         given = {**part["scores"], "oracle": part["oracle"], "random": part["random"]}
         tables["misclassification"] = _score_table(
             caption, given, ("auroc", "aurc", "augrc"), [*names, "oracle", "random"]
         )
     if sets := uncertainty.get("retrieval"):
         columns = {
-            f"{name} ({'seen' if part['seen_classes'] else 'unseen'} classes)": part for name, part in sets.items()
+            f"{name} ({'seen' if part['seen_classes'] else 'unseen'} classes)": part
+            for name, part in sets.items()
         }
         rows = [["recall at 1", *(_digits(part["recall_at_1"]) for part in columns.values())]]
         rows += [
-            [score_label(name), *(_digits(part["scores"].get(name)) for part in columns.values())] for name in names
+            [score_label(name), *(_digits(part["scores"].get(name)) for part in columns.values())]
+            for name in names
         ]
         tables["retrieval"] = _table(
-            "AUROC for queries whose nearest neighbour is of another class", ["score", *columns], rows
+            "AUROC for queries whose nearest neighbour is of another class",
+            ["score", *columns],
+            rows,
         )
     tables["ood"] = [
         _score_table(f"{name}: {counted(part['images'], 'foreign image')} ({part['kind']})", part["scores"], ("auroc", "aupr", "fpr95"), names)
@@ -317,22 +402,39 @@ def _tables(uncertainty: dict[str, Any]) -> dict[str, Any]:
             if part["median_kappa"] is not None
         ]
         header = ["corruption", *(_words(kind) for kind in kinds)]
-        tables["corruptions"] = [_table("Median κ / (D − 1)", ["corruption", *levels], rows)] if rows else []
+        tables["corruptions"] = (
+            [_table("Median κ / (D − 1)", ["corruption", *levels], rows)] if rows else []
+        )
         for key, caption in (
             ("spearman", "Spearman's ρ of score and level"),
             ("monotone", "Share of steps to the next level at which the score of an image rises"),
         ):
             rows = [
-                [score_label(name), *(_digits(part["scores"].get(name, {}).get(key)) for part in kinds.values())]
+                [
+                    score_label(name),
+                    *(_digits(part["scores"].get(name, {}).get(key)) for part in kinds.values()),
+                ]
                 for name in names
             ]
             tables["corruptions"].append(_table(caption, ["score", *header[1:]], rows))
     return tables
 
 
-def _score_table(caption: str, scores: dict[str, Any], keys: Iterable[str], names: list[str]) -> dict[str, Any]:
-    labels = {"auroc": "AUROC ↑", "aurc": "AURC ↓", "augrc": "AUGRC ↓", "aupr": "AUPR ↑", "fpr95": "FPR95 ↓"}
-    rows = [[score_label(name), *(_digits(scores[name].get(key)) for key in keys)] for name in names if name in scores]
+def _score_table(
+    caption: str, scores: dict[str, Any], keys: Iterable[str], names: list[str]
+) -> dict[str, Any]:
+    labels = {
+        "auroc": "AUROC ↑",
+        "aurc": "AURC ↓",
+        "augrc": "AUGRC ↓",
+        "aupr": "AUPR ↑",
+        "fpr95": "FPR95 ↓",
+    }
+    rows = [
+        [score_label(name), *(_digits(scores[name].get(key)) for key in keys)]
+        for name in names
+        if name in scores
+    ]
     return _table(caption, ["score", *(labels[key] for key in keys)], rows)
 
 
@@ -355,27 +457,44 @@ def _evaluation_settings(results: dict[str, dict[str, Any]]) -> list[dict[str, A
 def _versions(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     found = {name: result["versions"] for name, result in results.items() if result.get("versions")}
     packages = dict.fromkeys(package for versions in found.values() for package in versions)
-    rows = [[package, *(versions.get(package) for versions in found.values())] for package in packages]
-    return {"report": __version__, **_table("Versions that made each result", ["package", *found], rows)}
+    rows = [
+        [package, *(versions.get(package) for versions in found.values())] for package in packages
+    ]
+    return {
+        "report": __version__,
+        **_table("Versions that made each result", ["package", *found], rows),
+    }
 
 
 def _flat(plain: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     items: list[tuple[str, Any]] = []
     for name, value in plain.items():
-        items += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+        items += (
+            _flat(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else [(prefix + name, value)]
+        )
     return items
 
 
 def _plain(value: object) -> str:
-    return ", ".join(_plain(each) for each in value) if isinstance(value, list | tuple) else str(value)
+    return (
+        ", ".join(_plain(each) for each in value) if isinstance(value, list | tuple) else str(value)
+    )
 
 
 def _percent(share: float | None) -> Number | None:
-    return None if share is None or not math.isfinite(share) else Number(share, f"{100 * share:.1f} %")
+    return (
+        None if share is None or not math.isfinite(share) else Number(share, f"{100 * share:.1f} %")
+    )
 
 
 def _digits(value: float | None) -> Number | None:
-    return None if value is None or not math.isfinite(value) else Number(value, f"{value:.3f}".replace("-", "−"))
+    return (
+        None
+        if value is None or not math.isfinite(value)
+        else Number(value, f"{value:.3f}".replace("-", "−"))
+    )
 
 
 def _count(value: int) -> Number:
@@ -388,7 +507,8 @@ def _words(name: str) -> str:
 
 def _data_uri(image: Image.Image, kind: str, **options: Any) -> str:
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, kind, **options) if image.mode not in ("RGB", "P") else image.save(
-        buffer, kind, **options
-    )
+    image.convert("RGB").save(buffer, kind, **options) if image.mode not in (
+        "RGB",
+        "P",
+    ) else image.save(buffer, kind, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

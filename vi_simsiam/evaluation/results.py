@@ -19,7 +19,9 @@ from vi_simsiam.evaluation.features import FeatureSets
 from vi_simsiam.text import counted
 
 
-def write_result(name: str, features: FeatureSets, body: dict[str, Any], packages: tuple[str, ...]) -> dict[str, Any]:
+def write_result(
+    name: str, features: FeatureSets, body: dict[str, Any], packages: tuple[str, ...]
+) -> dict[str, Any]:
     """Write what was evaluated, `body`, and the versions of `packages` to RUN/`name`.json; return its content."""
     result = {
         "evaluation": name,
@@ -58,9 +60,13 @@ def unpack_bits(text: str, count: int) -> Tensor:
     try:
         packed = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise InputError(f"correct: {text[:20]!r} is not accepted; it must be base64 ({error})") from None
+        raise InputError(
+            f"correct: {text[:20]!r} is not accepted; it must be base64 ({error})"
+        ) from None
     if len(packed) != -(-count // 8):
         raise InputError(
             f"correct: {counted(len(packed), 'byte')} given for {counted(count, 'value')}; {-(-count // 8)} must be given"
         )
-    return torch.from_numpy(np.unpackbits(np.frombuffer(packed, np.uint8), count=count).astype(bool))
+    return torch.from_numpy(
+        np.unpackbits(np.frombuffer(packed, np.uint8), count=count).astype(bool)
+    )

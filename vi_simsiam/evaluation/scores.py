@@ -107,7 +107,9 @@ class Network:
 
     def __init__(self, model: SimSiam, device: torch.device) -> None:
         # channels_last is a third faster on a CPU.
-        self.model = copy.deepcopy(model).eval().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = (
+            copy.deepcopy(model).eval().to(device=device, memory_format=torch.channels_last)
+        )  # type: ignore[call-overload]
         self.device = device
         self._layers: dict[str, Tensor] = {}
         for name in LAYERS:
@@ -133,7 +135,12 @@ class Network:
         projection = model.projector(embedding)
         prediction = model.predictor(projection)
         mean = prediction[:, : model.dim]
-        vectors = {"embedding": embedding, **self._layers, "projection": projection, "prediction": mean}
+        vectors = {
+            "embedding": embedding,
+            **self._layers,
+            "projection": projection,
+            "prediction": mean,
+        }
         concentration = model.concentration(prediction) if isinstance(model, VISimSiam) else None
         norms = {f"{name}_norm": vector.norm(dim=1) for name, vector in vectors.items()}
         target = model.target(views) if targets and model.target is not None else projection
@@ -159,7 +166,11 @@ class Network:
             parts.append({**found, **image_scores(pixels)})
         if not parts:
             raise InputError("images: there are none to observe")
-        scores = {name: np.concatenate([part[name] for part in parts]) for name in DESCRIPTIONS if name in parts[0]}
+        scores = {
+            name: np.concatenate([part[name] for part in parts])
+            for name in DESCRIPTIONS
+            if name in parts[0]
+        }
         if not all(np.isfinite(values).all() for values in scores.values()):
             raise InputError("run: the network's output is not finite; its weights are damaged")
         return Observed(torch.cat(embeddings), scores)
@@ -194,7 +205,9 @@ def image_scores(pixels: NDArray[np.uint8]) -> dict[str, NDArray[np.float64]]:
     return {
         "edge_energy": -np.hypot(right, below).mean((1, 2)).astype(np.float64),
         "contrast": -gray.std((1, 2), dtype=np.float64),
-        "jpeg_size": -np.array([len(jpeg_bytes(image, JPEG_QUALITY)) for image in pixels], dtype=np.float64),
+        "jpeg_size": -np.array(
+            [len(jpeg_bytes(image, JPEG_QUALITY)) for image in pixels], dtype=np.float64
+        ),
     }
 
 
@@ -230,8 +243,14 @@ class Reference:
         self.probe, self.device = probe, device
         self._unit = F.normalize(embedding, dim=1).to(device)
         members = embedding.double().numpy()
-        groups = np.zeros(len(members), np.int64) if labels is None else np.unique(labels, return_inverse=True)[1]
-        self._means = np.stack([members[groups == group].mean(0) for group in range(groups.max() + 1)])
+        groups = (
+            np.zeros(len(members), np.int64)
+            if labels is None
+            else np.unique(labels, return_inverse=True)[1]
+        )
+        self._means = np.stack(
+            [members[groups == group].mean(0) for group in range(groups.max() + 1)]
+        )
         precision = LedoitWolf(assume_centered=True).fit(members - self._means[groups]).precision_
         # precision = root root^T, also where it is singular because all members are the same.
         values, vectors = np.linalg.eigh(precision)
@@ -249,7 +268,10 @@ class Reference:
     def _knn(self, embedding: Tensor) -> NDArray[np.float64]:
         near = min(NEIGHBOURS, len(self._unit))
         unit = F.normalize(embedding, dim=1).to(self.device)
-        cosines = [(rows @ self._unit.T).topk(near, dim=1).values for rows in unit.split(_BLOCK // len(self._unit) + 1)]
+        cosines = [
+            (rows @ self._unit.T).topk(near, dim=1).values
+            for rows in unit.split(_BLOCK // len(self._unit) + 1)
+        ]
         distance: NDArray[np.float64] = 1 - torch.cat(cosines).double().mean(1).cpu().numpy()
         return distance
 

@@ -83,11 +83,15 @@ def _spell(figure: Figure) -> None:
     """Give text with characters that the figures' font lacks another font or spelling; they would be drawn as boxes."""
     own = _characters(findfont(STYLE["font.family"]))
     for text in figure.findobj(Text):
-        if missing := {character for character in text.get_text() if ord(character) not in own} - {"\n"}:
+        if missing := {character for character in text.get_text() if ord(character) not in own} - {
+            "\n"
+        }:
             if (other := _font_with(frozenset(missing))) is not None:
                 text.set_fontfamily([STYLE["font.family"], other])
             else:
-                text.set_text("".join(_spelt(each) if each in missing else each for each in text.get_text()))
+                text.set_text(
+                    "".join(_spelt(each) if each in missing else each for each in text.get_text())
+                )
 
 
 @functools.cache

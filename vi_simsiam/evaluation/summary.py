@@ -21,7 +21,9 @@ from vi_simsiam.evaluation.linear import evaluate_linear
 _MEASURES = {"top1": "top-1", "top5": "top-5", "held_out_top1": "held-out top-1"}
 
 
-def evaluate_run(run: Run, world: World | None = None, console: Console | None = None, *, quiet: bool = False) -> None:
+def evaluate_run(
+    run: Run, world: World | None = None, console: Console | None = None, *, quiet: bool = False
+) -> None:
     """Draw the figures, evaluate by k nearest neighbours and linear probe, and print the results as the last two lines.
 
     Writes curves.png (where the run has a log), kappa.png and density.png (VI-SimSiam only), knn.json and linear.json to the run
@@ -53,7 +55,13 @@ def evaluate_run(run: Run, world: World | None = None, console: Console | None =
     console.print(summary_table({"kNN": knn, "linear": linear}))
     health = Health.of_run(run.path, run.config)
     if health is not None and health.short:
-        results.print(f"warning: training {health.line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        results.print(
+            f"warning: training {health.line}",
+            style="yellow",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
     for line in (summary_line("kNN", knn), summary_line("linear", linear)):
         results.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -93,6 +101,12 @@ def summary_line(name: str, result: dict[str, Any]) -> str:
         result: as `evaluate_knn`, `evaluate_linear` or `evaluate_logistic` returns it.
     """
     top1 = {encoder: f"{100 * share:.1f} %" for encoder, share in result["top1"].items()}
-    line = f"{name} top-1: {top1['trained']} (untrained {top1['untrained']}, pixels {top1['pixels']})"
+    line = (
+        f"{name} top-1: {top1['trained']} (untrained {top1['untrained']}, pixels {top1['pixels']})"
+    )
     k = result.get("settings", {}).get("k")
-    return line if k is None or k < result["train_images"] else f"{line} with k = {k}, all training images"
+    return (
+        line
+        if k is None or k < result["train_images"]
+        else f"{line} with k = {k}, all training images"
+    )

@@ -135,7 +135,9 @@ def evaluate_uncertainty(
     notes = [*data.notes]
     for each, packed in foreign:
         if own := refuse_own_images(each, packed, [data.train, data.evaluated]):
-            notes.append(f"{own:,} of {counted(len(packed), 'image')} of {each.name} are the run's own")
+            notes.append(
+                f"{own:,} of {counted(len(packed), 'image')} of {each.name} are the run's own"
+            )
 
     measured = _Measured(run, data, seed, say)
     for each in builtin_sets(config.augment.size, len(data.chosen), seed):
@@ -146,7 +148,9 @@ def evaluate_uncertainty(
         )
     retrieval: dict[str, Any] = {}
     if data.labels is not None and len(data.labels) > 1:
-        retrieval["validation"] = _retrieval(measured.embedding, data.labels, measured.scores, seen=True)
+        retrieval["validation"] = _retrieval(
+            measured.embedding, data.labels, measured.scores, seen=True
+        )
     detection: dict[str, Any] = {}
     overlapping: dict[str, list[str]] = {}
     for each, packed in foreign:
@@ -157,12 +161,15 @@ def evaluate_uncertainty(
             "kind": each.kind,
             "images": len(chosen),
             "scores": {
-                name: metrics.detection_figures(measured.scores[name], values) for name, values in scores.items()
+                name: metrics.detection_figures(measured.scores[name], values)
+                for name, values in scores.items()
             },
         }
         if packed.labels is not None and len(chosen) > 1:
             shared = sorted(set(packed.classes or ()) & set(data.train.classes or ()))
-            retrieval[each.name] = _retrieval(embedding, packed.labels[chosen], scores, seen=bool(shared))
+            retrieval[each.name] = _retrieval(
+                embedding, packed.labels[chosen], scores, seen=bool(shared)
+            )
             if shared:
                 overlapping[each.name] = shared
                 notes.append(f"{each.name} shares classes with the run's data: {', '.join(shared)}")
@@ -189,7 +196,9 @@ def evaluate_uncertainty(
         "misclassification": _misclassification(measured, data),
         "retrieval": retrieval or None,
         "ood": detection,
-        "corruptions": _corruptions(run, measured, data, min(corruption_images, len(data.chosen)), seed, say),
+        "corruptions": _corruptions(
+            run, measured, data, min(corruption_images, len(data.chosen)), seed, say
+        ),
         "versions": _versions(),
     }
     write_json(run.path / UNCERTAINTY, result)
@@ -205,7 +214,9 @@ def comparisons(result: dict[str, Any]) -> list[Comparison]:
     """
     rows = []
     if result["misclassification"] is not None:
-        figures = {name: values["auroc"] for name, values in result["misclassification"]["scores"].items()}
+        figures = {
+            name: values["auroc"] for name, values in result["misclassification"]["scores"].items()
+        }
         rows.append(_comparison("misclassification", "AUROC", figures))
     for name, part in (result["retrieval"] or {}).items():
         rows.append(_comparison(f"retrieval: {name}", "R-AUROC", part["scores"]))
@@ -239,15 +250,20 @@ class _Measured:
         if data.reference_labels is not None and len(np.unique(data.reference_labels)) > 1:
             say("the logistic probe")
             labels = torch.from_numpy(data.reference_labels)
-            self.probe = LogisticProbe.fit(training, labels, data.train.classes or (), LogisticConfig(seed=seed))
+            self.probe = LogisticProbe.fit(
+                training, labels, data.train.classes or (), LogisticConfig(seed=seed)
+            )
         self.reference = Reference(training, data.reference_labels, self.probe, run.device)
         say(f"{counted(len(data.chosen), 'image')}, and {VIEWS} views of each")
         self.pairs: list[tuple[Tensor, Tensor]] = []
-        self.embedding, self.scores = self.look(data.evaluated, data.chosen, views=True, pairs=self.pairs)
+        self.embedding, self.scores = self.look(
+            data.evaluated, data.chosen, views=True, pairs=self.pairs
+        )
         self.calibration: dict[str, Any] | None = None
         if self.pairs:
             expected, observed = (
-                torch.cat([pair[side].flatten() for pair in self.pairs]).double().numpy() for side in (0, 1)
+                torch.cat([pair[side].flatten() for pair in self.pairs]).double().numpy()
+                for side in (0, 1)
             )
             self.calibration = calibration(expected, observed)
 
@@ -274,18 +290,28 @@ class _Measured:
 
     def _observe(self, images: PackedImages, chosen: NDArray[np.int64]) -> Observed:
         source = subset(images, chosen)
-        return self.network.observe(eval_pixels(source, self.run.config.augment.size, self.run.workers))
+        return self.network.observe(
+            eval_pixels(source, self.run.config.augment.size, self.run.workers)
+        )
 
     def _views(
-        self, images: PackedImages, chosen: NDArray[np.int64], pairs: list[tuple[Tensor, Tensor]] | None
+        self,
+        images: PackedImages,
+        chosen: NDArray[np.int64],
+        pairs: list[tuple[Tensor, Tensor]] | None,
     ) -> NDArray[np.float64]:
         parts = []
         policy, device = self.run.config.augment, self.run.device
-        for views in augmented_views(images, chosen, policy, views=VIEWS, seed=self.seed, device=device):
+        for views in augmented_views(
+            images, chosen, policy, views=VIEWS, seed=self.seed, device=device
+        ):
             passed = self.network(views.flatten(0, 1), targets=pairs is not None)
             parts.append(disagreement(passed.embedding.unflatten(0, views.shape[:2])))
             if pairs is not None and passed.concentration is not None:
-                shaped = (x.unflatten(0, views.shape[:2]) for x in (passed.loc, passed.concentration, passed.target))
+                shaped = (
+                    x.unflatten(0, views.shape[:2])
+                    for x in (passed.loc, passed.concentration, passed.target)
+                )
                 expected, observed = pair_cosines(*shaped)
                 pairs.append((expected.cpu(), observed.cpu()))
         return np.concatenate(parts)
@@ -298,14 +324,20 @@ def _misclassification(measured: _Measured, data: _Images) -> dict[str, Any] | N
     return {
         "classifier": "logistic",
         "accuracy": 1 - int(wrong.sum()) / len(wrong),
-        "scores": {name: metrics.failure_figures(values, wrong) for name, values in measured.scores.items()},
+        "scores": {
+            name: metrics.failure_figures(values, wrong) for name, values in measured.scores.items()
+        },
         "oracle": metrics.oracle(wrong),
         "random": metrics.at_random(wrong),
-        "risk_coverage": {name: metrics.risk_coverage(values, wrong) for name, values in measured.scores.items()},
+        "risk_coverage": {
+            name: metrics.risk_coverage(values, wrong) for name, values in measured.scores.items()
+        },
     }
 
 
-def _retrieval(embedding: Tensor, labels: NDArray[np.int64], scores: _Scores, *, seen: bool) -> dict[str, Any]:
+def _retrieval(
+    embedding: Tensor, labels: NDArray[np.int64], scores: _Scores, *, seen: bool
+) -> dict[str, Any]:
     same = metrics.retrieved(embedding, labels)
     return {
         "seen_classes": seen,
@@ -330,7 +362,10 @@ def _corruptions(
         say(f"corruption: {kind}")
         levels = [intact]
         for level in LEVELS[1:]:
-            damaged = (corrupt(pixels[each], kind, level, seed=seed, numbers=numbers[each]) for each in batches)
+            damaged = (
+                corrupt(pixels[each], kind, level, seed=seed, numbers=numbers[each])
+                for each in batches
+            )
             levels.append(measured.score_pixels(damaged))
         median = None
         if "kappa" in intact:
@@ -338,16 +373,26 @@ def _corruptions(
         result[kind] = {
             "levels": list(LEVELS),
             "median_kappa": median,
-            "scores": {name: metrics.level_trend(np.stack([level[name] for level in levels])) for name in intact},
+            "scores": {
+                name: metrics.level_trend(np.stack([level[name] for level in levels]))
+                for name in intact
+            },
         }
     return result
 
 
 def _check(
-    run: Run, images: int | None, seed: int, corruption_images: int, train_images: int, require_kappa: bool
+    run: Run,
+    images: int | None,
+    seed: int,
+    corruption_images: int,
+    train_images: int,
+    require_kappa: bool,
 ) -> None:
     if require_kappa and not isinstance(run.model, VISimSiam):
-        raise InputError("run: SimSiam predicts no concentration, whose worth is to be measured; vi-simsiam does")
+        raise InputError(
+            "run: SimSiam predicts no concentration, whose worth is to be measured; vi-simsiam does"
+        )
     if images is not None and images < 2:
         raise InputError(f"images: {images} must be at least 2")
     if not 0 <= seed < 2**63:
@@ -362,7 +407,9 @@ def _choose(run: Run, images: int | None, train_images: int, seed: int) -> _Imag
     """Which images are evaluated and which they are compared with, and with what labels."""
     train, _ = run.readable(run.splits.train)
     if len(train) == 0:
-        raise InputError(f"data: {run.splits.name} has no training images, to which distances are measured")
+        raise InputError(
+            f"data: {run.splits.name} has no training images, to which distances are measured"
+        )
     notes = []
     if run.splits.val is not None and len(run.splits.val):
         evaluated, _ = run.readable(run.splits.val)
@@ -371,19 +418,27 @@ def _choose(run: Run, images: int | None, train_images: int, seed: int) -> _Imag
     else:
         evaluated = train
         if len(train) < 4:
-            raise InputError(f"data: {run.splits.name} has {counted(len(train), 'image')}; at least 4 are needed")
+            raise InputError(
+                f"data: {run.splits.name} has {counted(len(train), 'image')}; at least 4 are needed"
+            )
         order = np.random.default_rng((seed, 1)).permutation(len(train))
         count = min(images or UNSPLIT_IMAGES, len(train) // 2)
         chosen, reference = np.sort(order[:count]), np.sort(order[count : count + train_images])
-        notes.append("no validation images: training images are evaluated, which the network has seen")
+        notes.append(
+            "no validation images: training images are evaluated, which the network has seen"
+        )
     labelled = train.labels is not None and evaluated.labels is not None
     if labelled:
         check_classes(train.classes or (), evaluated.classes or ())
     else:
-        notes.append("no labels: misclassification and the retrieval of the run's own images are not measured")
+        notes.append(
+            "no labels: misclassification and the retrieval of the run's own images are not measured"
+        )
     if labelled and len(train.classes or ()) < 2:
         labelled = False
-        notes.append("one class: misclassification and the retrieval of the run's own images are not measured")
+        notes.append(
+            "one class: misclassification and the retrieval of the run's own images are not measured"
+        )
     return _Images(
         evaluated,
         chosen,

@@ -27,7 +27,18 @@ from vi_simsiam.text import counted
 UNCERTAINTY = "uncertainty.json"
 IMAGE_STATISTICS = ("edge_energy", "contrast", "jpeg_size")
 """Scores without a network."""
-_KINDS = ("#2f6db3", "#e07b39", "#3f9b6c", "#8a5fb0", "#c2507f", "#7a7f3a", "#2a9aa8", "#a5673f", "#5a6472", "#c9a227")
+_KINDS = (
+    "#2f6db3",
+    "#e07b39",
+    "#3f9b6c",
+    "#8a5fb0",
+    "#c2507f",
+    "#7a7f3a",
+    "#2a9aa8",
+    "#a5673f",
+    "#5a6472",
+    "#c9a227",
+)
 _GREENS = ("#3f9b6c", "#8a5fb0")
 
 
@@ -53,7 +64,13 @@ def draw_uncertainty(run_folder: Path) -> list[Path]:
                 continue
             try:
                 drawn.append(save(draw(result), run_folder / f"{name}.png"))
-            except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:  # a part without rows, say
+            except (
+                KeyError,
+                TypeError,
+                AttributeError,
+                ValueError,
+                IndexError,
+            ) as error:  # a part without rows, say
                 raise InputError(
                     f"run: {run_folder / UNCERTAINTY} lacks what {name}.png shows ({error!r}); {_makes(run_folder)} again"
                 ) from error
@@ -72,7 +89,9 @@ def read_uncertainty(run_folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"run: {run_folder} has no {UNCERTAINTY}; {_makes(run_folder)}") from None
     except ValueError as error:  # JSON and Unicode errors alike
-        raise InputError(f"run: {path} cannot be read ({error}); {_makes(run_folder)} again") from error
+        raise InputError(
+            f"run: {path} cannot be read ({error}); {_makes(run_folder)} again"
+        ) from error
     if not isinstance(content, dict):
         raise InputError(f"run: {path} holds no JSON object; {_makes(run_folder)} again")
     return content
@@ -94,13 +113,17 @@ def targets(result: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def figures_of(part: dict[str, Any], key: str) -> dict[str, float]:
     """One figure of every score of a part; NaN where it is not defined."""
-    return {name: math.nan if values[key] is None else values[key] for name, values in part["scores"].items()}
+    return {
+        name: math.nan if values[key] is None else values[key]
+        for name, values in part["scores"].items()
+    }
 
 
 def best_others(values: dict[str, float], count: int = 2) -> list[str]:
     """The `count` highest scores beside "kappa", and the highest image statistic if it is not among them; best first."""
     order = sorted(
-        (name for name in values if name != "kappa" and math.isfinite(values[name])), key=lambda name: -values[name]
+        (name for name in values if name != "kappa" and math.isfinite(values[name])),
+        key=lambda name: -values[name],
     )
     chosen = order[:count]
     trivial = next((name for name in order if name in IMAGE_STATISTICS), None)
@@ -109,14 +132,20 @@ def best_others(values: dict[str, float], count: int = 2) -> list[str]:
 
 def score_label(name: str) -> str:
     """A score as figures and tables name it."""
-    return "κ" if name == "kappa" else name.replace("_", " ") + (" *" if name in IMAGE_STATISTICS else "")
+    return (
+        "κ"
+        if name == "kappa"
+        else name.replace("_", " ") + (" *" if name in IMAGE_STATISTICS else "")
+    )
 
 
 def reliability(result: dict[str, Any]) -> Figure:
     """Observed against expected cosine by bin with the diagonal, and the number of pairs in each bin."""
     part = result["calibration"]
     bins = [each for each in part["bins"] if each["count"]]
-    expected, observed, count = (np.array([each[key] for each in bins]) for key in ("expected", "observed", "count"))
+    expected, observed, count = (
+        np.array([each[key] for each in bins]) for key in ("expected", "observed", "count")
+    )
     drawn = figure(
         f"{shown(result['data'])}: {counted(part['pairs'], 'pair')} of views, mean cosine expected {part['expected']:.3f}, "
         f"observed {part['observed']:.3f}, calibration error {part['error']:.3f}"
@@ -151,7 +180,9 @@ def risk_coverage(result: dict[str, Any]) -> Figure:
     )
     left, right = drawn.subplots(1, 2, width_ratios=(0.54, 0.46))
     others = [
-        name for name in best_others({name: -value for name, value in area.items()}) if name in part["risk_coverage"]
+        name
+        for name in best_others({name: -value for name, value in area.items()})
+        if name in part["risk_coverage"]
     ]
     coverage, risk = np.linspace(0.01, 1, 100), 1 - part["accuracy"]
     for name, colour in zip(["kappa", *others], (BLUE, *_GREENS, ORANGE), strict=False):
@@ -162,16 +193,36 @@ def risk_coverage(result: dict[str, Any]) -> Figure:
             left.plot(curve["coverage"], curve["risk"], color=colour, lw=width, ls=dashes, zorder=order,
                       label=score_label(name))  # fmt: skip
     # Whoever knows the errors drops them first: none is left until the coverage exceeds the accuracy.
-    left.plot(coverage, np.maximum(0, 1 - part["accuracy"] / coverage), color=INK, lw=1, ls=(0, (3, 2)), label="oracle")
+    left.plot(
+        coverage,
+        np.maximum(0, 1 - part["accuracy"] / coverage),
+        color=INK,
+        lw=1,
+        ls=(0, (3, 2)),
+        label="oracle",
+    )
     left.axhline(risk, color=GRAY, lw=1, ls=(0, (1, 2)), label="random")
-    left.set(xlim=(0, 1), title="risk by coverage", xlabel="coverage: share of images kept", ylabel="share of errors")
+    left.set(
+        xlim=(0, 1),
+        title="risk by coverage",
+        xlabel="coverage: share of images kept",
+        ylabel="share of errors",
+    )
     left.set_ylim(0, max(0.01, 1.3 * left.get_ylim()[1]))  # room for the legend
     left.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     left.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     left.legend(loc="upper left", ncols=3)
-    _dots(right, {name: area[name] for name in sorted(area, key=lambda name: (math.isnan(area[name]), area[name]))})
+    _dots(
+        right,
+        {
+            name: area[name]
+            for name in sorted(area, key=lambda name: (math.isnan(area[name]), area[name]))
+        },
+    )
     for name, style in (("oracle", (0, (3, 2))), ("random", (0, (1, 2)))):
-        right.axvline(part[name]["aurc"], color=INK if name == "oracle" else GRAY, lw=1, ls=style, label=name)
+        right.axvline(
+            part[name]["aurc"], color=INK if name == "oracle" else GRAY, lw=1, ls=style, label=name
+        )
     right.set_title("area below (AURC), lower is better")
     right.legend(loc="best")
     return _noted(drawn)
@@ -187,11 +238,15 @@ def corruptions(result: dict[str, Any]) -> Figure:
     medians = {kind: part for kind, part in parts.items() if part["median_kappa"] is not None}
     for (kind, part), colour in zip(medians.items(), itertools.cycle(_KINDS), strict=False):
         label = kind.replace("_", " ")
-        left.plot(part["levels"], part["median_kappa"], "o-", ms=2.5, lw=1.2, color=colour, label=label)
+        left.plot(
+            part["levels"], part["median_kappa"], "o-", ms=2.5, lw=1.2, color=colour, label=label
+        )
     left.set(title="median κ / (D − 1)", xlabel="level of corruption")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     if medians:
-        left.set_ylim(0, (1.1 + 0.08 * -(-len(medians) // 3)) * left.get_ylim()[1])  # room for the legend
+        left.set_ylim(
+            0, (1.1 + 0.08 * -(-len(medians) // 3)) * left.get_ylim()[1]
+        )  # room for the legend
         left.legend(loc="upper left", ncols=3, columnspacing=1.2)
     trends = [figures_of(part, "spearman") for part in parts.values()]
     names = [name for name in result["scores"] if all(name in trend for trend in trends)]
@@ -200,10 +255,14 @@ def corruptions(result: dict[str, Any]) -> Figure:
     others = best_others(mean)
     chosen = ["kappa"] * ("kappa" in mean) + others
     # A little apart, so that equal values hide no score.
-    for name, colour, shift in zip(chosen, (BLUE, *_GREENS, ORANGE), (0.0, -0.14, 0.14, 0.0), strict=False):
+    for name, colour, shift in zip(
+        chosen, (BLUE, *_GREENS, ORANGE), (0.0, -0.14, 0.14, 0.0), strict=False
+    ):
         fill, size = "white" if name in IMAGE_STATISTICS else colour, 6 if name == "kappa" else 4.5
         values = [trend[name] for trend in trends]
-        right.plot(values, rows + shift, "o", color=colour, mfc=fill, ms=size, label=score_label(name))
+        right.plot(
+            values, rows + shift, "o", color=colour, mfc=fill, ms=size, label=score_label(name)
+        )
     right.axvline(0, color=GRAY, lw=0.8)
     right.set_yticks(rows, [kind.replace("_", " ") for kind in parts])
     right.set_xlim(-1.05, 1.05)
@@ -222,7 +281,17 @@ def scores(result: dict[str, Any]) -> Figure:
         f"{shown(result['data'])}: how well each score tells these images from the others (AUROC, 0.5 is chance)",
         (8.0, max(2.4, 1.1 + 0.165 * len(names))),
     )
-    low = min([0.5, *(value for values in panels.values() for value in values.values() if math.isfinite(value))])
+    low = min(
+        [
+            0.5,
+            *(
+                value
+                for values in panels.values()
+                for value in values.values()
+                if math.isfinite(value)
+            ),
+        ]
+    )
     for axes, (target, values) in zip(
         drawn.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
     ):
@@ -250,5 +319,7 @@ def _dots(axes: Axes, values: dict[str, float]) -> None:
 
 
 def _noted(drawn: Figure) -> Figure:
-    drawn.supxlabel("* looks at the image alone, at no network", x=0.99, ha="right", fontsize=7, color="#57606a")
+    drawn.supxlabel(
+        "* looks at the image alone, at no network", x=0.99, ha="right", fontsize=7, color="#57606a"
+    )
     return drawn

@@ -5,10 +5,27 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from vi_simsiam.config import LITERAL, SOFTPLUS, LossConfig, ModelConfig, TrainConfig, policy, preset
+from vi_simsiam.config import (
+    LITERAL,
+    SOFTPLUS,
+    LossConfig,
+    ModelConfig,
+    TrainConfig,
+    policy,
+    preset,
+)
 from vi_simsiam.errors import none_of
 from vi_simsiam.experiments.deaths import deaths
-from vi_simsiam.experiments.plan import METHODS, PRIMARY_MEASURE, Arm, Plan, PlanOptions, finished, scaled, with_data
+from vi_simsiam.experiments.plan import (
+    METHODS,
+    PRIMARY_MEASURE,
+    Arm,
+    Plan,
+    PlanOptions,
+    finished,
+    scaled,
+    with_data,
+)
 from vi_simsiam.experiments.tuning import tuned
 
 _SHORT_EPOCHS = 100
@@ -88,7 +105,11 @@ def _controls(options: PlanOptions) -> Plan:
             changed(concentration="constant", concentration_value=5.0),
             "Power Spherical with kappa/(D-1) = 5 for every image, the best one at a cosine of 5/6",
         ),
-        Arm("ps-global", changed(concentration="global"), "Power Spherical with one learned concentration"),
+        Arm(
+            "ps-global",
+            changed(concentration="global"),
+            "Power Spherical with one learned concentration",
+        ),
         Arm("vi-simsiam", ours, "Power Spherical with a concentration for each image"),
         Arm(
             "vi-softplus",
@@ -106,8 +127,17 @@ def _controls(options: PlanOptions) -> Plan:
             changed(concentration="detached"),
             "a concentration for each image from which the network learns nothing",
         ),
-        Arm("ps-posthoc", ours, "the concentration fitted on the finished SimSiam run of its seed", after="simsiam"),
-        Arm("byol", dataclasses.replace(simsiam, ema=ema), f"SimSiam with a target network of momentum {ema}"),
+        Arm(
+            "ps-posthoc",
+            ours,
+            "the concentration fitted on the finished SimSiam run of its seed",
+            after="simsiam",
+        ),
+        Arm(
+            "byol",
+            dataclasses.replace(simsiam, ema=ema),
+            f"SimSiam with a target network of momentum {ema}",
+        ),
         Arm(
             "vi-byol",
             dataclasses.replace(ours, ema=ema),
@@ -129,15 +159,23 @@ def _stability(options: PlanOptions) -> Plan:
     literal = dataclasses.replace(base, lr=1e-3, loss=LITERAL)
 
     def at(config: TrainConfig, dim: int, **fields: Any) -> TrainConfig:
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, dim=dim), **fields)
+        return dataclasses.replace(
+            config, model=dataclasses.replace(config.model, dim=dim), **fields
+        )
 
     arms = []
     for dim in dims:
         arms += [
             Arm(f"literal-d{dim}", at(literal, dim), f"kappa = softplus(raw), D = {dim}"),
-            Arm(f"scaled-d{dim}", at(base, dim), f"kappa = (D-1) softplus(raw), loss/(D-1), D = {dim}"),
+            Arm(
+                f"scaled-d{dim}",
+                at(base, dim),
+                f"kappa = (D-1) softplus(raw), loss/(D-1), D = {dim}",
+            ),
         ]
-    bounds = dataclasses.replace(literal.loss, concentration_min=0.05 * (one - 1), concentration_max=20.0 * (one - 1))
+    bounds = dataclasses.replace(
+        literal.loss, concentration_min=0.05 * (one - 1), concentration_max=20.0 * (one - 1)
+    )
     crops = dataclasses.replace(
         base.augment,
         crop_scale=(0.14, 1.0),
@@ -146,9 +184,21 @@ def _stability(options: PlanOptions) -> Plan:
     )
     separate = dataclasses.replace(base.model, dim=one, local_predictor=True)
     arms += [
-        Arm(f"literal-bounded-d{one}", at(literal, one, loss=bounds), "literal, kappa/(D-1) between 0.05 and 20"),
-        Arm(f"literal-clipped-d{one}", at(literal, one, clip_norm=1.0), "literal, gradients of norm 1 at most"),
-        Arm(f"multicrop-shared-d{one}", at(base, one, augment=crops), "scaled, multi-crop, one predictor"),
+        Arm(
+            f"literal-bounded-d{one}",
+            at(literal, one, loss=bounds),
+            "literal, kappa/(D-1) between 0.05 and 20",
+        ),
+        Arm(
+            f"literal-clipped-d{one}",
+            at(literal, one, clip_norm=1.0),
+            "literal, gradients of norm 1 at most",
+        ),
+        Arm(
+            f"multicrop-shared-d{one}",
+            at(base, one, augment=crops),
+            "scaled, multi-crop, one predictor",
+        ),
         Arm(
             f"multicrop-separate-d{one}",
             dataclasses.replace(base, augment=crops, model=separate),
@@ -156,7 +206,9 @@ def _stability(options: PlanOptions) -> Plan:
         ),
     ]
     largest = dims[-1]
-    return finished("stability", options, arms, (f"scaled-d{largest}", f"literal-d{largest}", PRIMARY_MEASURE))
+    return finished(
+        "stability", options, arms, (f"scaled-d{largest}", f"literal-d{largest}", PRIMARY_MEASURE)
+    )
 
 
 def _lightly_imagenette(options: PlanOptions) -> Plan:
@@ -183,11 +235,20 @@ def _lightly_imagenette(options: PlanOptions) -> Plan:
     simsiam = scaled(base, options)
     arms = [
         Arm("simsiam", simsiam, "SimSiam with the settings of lightly's ImageNette benchmark"),
-        Arm("vi-simsiam", dataclasses.replace(simsiam, method="vi-simsiam"), "VI-SimSiam with the same settings"),
+        Arm(
+            "vi-simsiam",
+            dataclasses.replace(simsiam, method="vi-simsiam"),
+            "VI-SimSiam with the same settings",
+        ),
     ]
     accuracy = {200: 0.752, 800: 0.872}.get(simsiam.epochs)
     published = {"imagenette": {"simsiam": {"knn200": accuracy}}} if accuracy is not None else {}
     every = max(1, simsiam.epochs // 20)
     return finished(
-        "lightly-imagenette", options, arms, ("vi-simsiam", "simsiam", "knn200"), published, progress_every=every
+        "lightly-imagenette",
+        options,
+        arms,
+        ("vi-simsiam", "simsiam", "knn200"),
+        published,
+        progress_every=every,
     )

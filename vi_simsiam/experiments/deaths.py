@@ -46,7 +46,9 @@ def deaths(options: PlanOptions) -> Plan:
     options = with_data(options, "fashion-mini")
     base = dataclasses.replace(scaled(preset(options.preset), options), log_every=_LOG_EVERY)
     if base.epochs < 2:
-        raise InputError(f"epochs: {base.epochs} is not accepted; kappa is followed from the second epoch on")
+        raise InputError(
+            f"epochs: {base.epochs} is not accepted; kappa is followed from the second epoch on"
+        )
     arms = []
     for dim in DIMS if options.dim is None else (options.dim,):
         for rate in RATES:
@@ -87,8 +89,13 @@ def summarise_deaths(out: Path) -> Path:
 
 
 def _said(options: dict[str, Any]) -> str:
-    given = {name: " ".join(value) if isinstance(value, list) else value for name, value in options.items()}
-    return ", ".join(f"{name} {value}" for name, value in given.items() if value is not None and name != "trials")
+    given = {
+        name: " ".join(value) if isinstance(value, list) else value
+        for name, value in options.items()
+    }
+    return ", ".join(
+        f"{name} {value}" for name, value in given.items() if value is not None and name != "trials"
+    )
 
 
 def _made(results: Sequence[dict[str, Any]]) -> dict[str, str]:
@@ -131,7 +138,10 @@ def _row(path: Path, result: dict[str, Any]) -> dict[str, Any]:
             later = curve["epoch"] > 1
             kappa, best = (_smooth(curve[name][later]) for name in ("kappa", "kappa_best"))
             ratios = kappa / np.maximum(best, 1e-6)
-            row |= {"least_ratio": float(f"{ratios.min():.3g}"), "largest_ratio": float(f"{ratios.max():.3g}")}
+            row |= {
+                "least_ratio": float(f"{ratios.min():.3g}"),
+                "largest_ratio": float(f"{ratios.max():.3g}"),
+            }
         return row
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"out: {path} is damaged ({error})") from error
@@ -142,7 +152,11 @@ def _end(values: np.ndarray) -> float:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    return np.convolve(values, np.ones(_LINES) / _LINES, mode="valid") if len(values) >= _LINES else values
+    return (
+        np.convolve(values, np.ones(_LINES) / _LINES, mode="valid")
+        if len(values) >= _LINES
+        else values
+    )
 
 
 def _judged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -155,14 +169,20 @@ def _judged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     reference: dict[tuple[Any, ...], dict[int, float]] = {}
     for row in rows:
         if row["arm"] == "simsiam":
-            reference.setdefault((row["data"], row["dim"], row["lr"]), {})[row["seed"]] = row["cosine"]
+            reference.setdefault((row["data"], row["dim"], row["lr"]), {})[row["seed"]] = row[
+                "cosine"
+            ]
     judged = []
     for row in rows:
         simsiam = reference.get((row["data"], row["dim"], row["lr"]), {-1: 0.0})
         reasons = []
         if "kappa" in row and row["kappa"] < LEAST_RATIO * row["kappa_best"]:
             reasons.append("kappa")
-        if row["cosine"] < LEAST_COSINE < simsiam.get(row["seed"], statistics.mean(simsiam.values())):
+        if (
+            row["cosine"]
+            < LEAST_COSINE
+            < simsiam.get(row["seed"], statistics.mean(simsiam.values()))
+        ):
             reasons.append("cosine")
         judged.append({"dead": " and ".join(reasons) or None} | row)
     return judged
@@ -175,8 +195,14 @@ def markdown(runs: dict[str, Any]) -> str:
     counts = "; ".join(f"{arm} {_dead(group)}" for (arm,), group in by_arm.items())
     held = ""
     if ours := [row for row in rows if row["arm"] == "vi-simsiam"]:
-        kept = sum("kappa" in row and _LOW <= row["kappa"] / max(row["kappa_best"], 1e-6) <= _HIGH for row in ours)
-        follow = sum("kappa" in row and _LOW <= row["least_ratio"] <= row["largest_ratio"] <= _HIGH for row in ours)
+        kept = sum(
+            "kappa" in row and _LOW <= row["kappa"] / max(row["kappa_best"], 1e-6) <= _HIGH
+            for row in ours
+        )
+        follow = sum(
+            "kappa" in row and _LOW <= row["least_ratio"] <= row["largest_ratio"] <= _HIGH
+            for row in ours
+        )
         held = (
             f" At the end kappa is between {_LOW} and {_HIGH:g} times the best one in {kept} of {len(ours)} runs of vi-simsiam,"
             f" throughout from the second epoch on in {follow}."
@@ -187,7 +213,9 @@ def markdown(runs: dict[str, Any]) -> str:
         "Learning rates": _table(rows, "learning rate", "lr"),
         "Runs": "\n".join(f"- {name}: {value}" for name, value in runs["made"].items()),
     }
-    return "# Experiment deaths\n" + "".join(f"\n## {title}\n\n{text}\n" for title, text in sections.items())
+    return "# Experiment deaths\n" + "".join(
+        f"\n## {title}\n\n{text}\n" for title, text in sections.items()
+    )
 
 
 def _dead(rows: Sequence[dict[str, Any]]) -> str:
@@ -197,7 +225,9 @@ def _dead(rows: Sequence[dict[str, Any]]) -> str:
     return f"{reasons.total()} of {len(rows)}{f' ({named})' if named else ''}"
 
 
-def _groups(rows: Sequence[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+def _groups(
+    rows: Sequence[dict[str, Any]], *names: str
+) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
@@ -214,9 +244,12 @@ def _table(rows: Sequence[dict[str, Any]], title: str, name: str) -> str:
         cosine = f"{statistics.median(row['cosine'] for row in group):.2f}"
         low = sum(row["cosine"] < LEAST_COSINE and row["dead"] != "diverged" for row in group)
         least, largest = (
-            _span(row[ratio] for row in group if ratio in row) for ratio in ("least_ratio", "largest_ratio")
+            _span(row[ratio] for row in group if ratio in row)
+            for ratio in ("least_ratio", "largest_ratio")
         )
-        lines.append(f"| {data} | {arm} | {value:g} | {len(group)} | {dead} | {cosine} | {low} | {least} | {largest} |")
+        lines.append(
+            f"| {data} | {arm} | {value:g} | {len(group)} | {dead} | {cosine} | {low} | {least} | {largest} |"
+        )
     return "\n".join(lines)
 
 

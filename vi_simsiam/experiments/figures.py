@@ -61,12 +61,17 @@ def groups(experiment: Experiment) -> dict[str, dict[str, list[dict[str, Any]]]]
         if len(others) == 1:
             found[others[0]] = {**found.pop(key), **found[others[0]]}
     with_data = len({key[0] for key in found}) > 1
-    return {_title(key, with_data): arms for key, arms in sorted(found.items(), key=lambda item: item[0])}
+    return {
+        _title(key, with_data): arms
+        for key, arms in sorted(found.items(), key=lambda item: item[0])
+    }
 
 
 def _title(key: tuple[str, int, str], with_data: bool) -> str:
     data, dim, parametrisation = key
-    return ", ".join(part for part in (data if with_data else "", f"D = {dim}", parametrisation) if part)
+    return ", ".join(
+        part for part in (data if with_data else "", f"D = {dim}", parametrisation) if part
+    )
 
 
 def _parametrisation(run: dict[str, Any]) -> str:
@@ -77,7 +82,11 @@ def _parametrisation(run: dict[str, Any]) -> str:
     scale, link = loss["concentration_scale"], loss["concentration_link"]
     if link != "softplus":
         return "default loss" if loss["cosine_weight"] else "κ quadratic"
-    return "κ = (D−1) softplus" if scale is None else f"κ = {'' if scale == 1 else f'{scale:g} '}softplus"
+    return (
+        "κ = (D−1) softplus"
+        if scale is None
+        else f"κ = {'' if scale == 1 else f'{scale:g} '}softplus"
+    )
 
 
 def _stability(experiment: Experiment, path: Path) -> Path | None:
@@ -85,20 +94,32 @@ def _stability(experiment: Experiment, path: Path) -> Path | None:
     found = groups(experiment)
     if not found:
         return None
-    names = list(dict.fromkeys(_name(experiment, arm, runs) for arms in found.values() for arm, runs in arms.items()))
+    names = list(
+        dict.fromkeys(
+            _name(experiment, arm, runs) for arms in found.values() for arm, runs in arms.items()
+        )
+    )
     others = [name for name in names if name not in _OWN_COLOURS]
     colour = _OWN_COLOURS | {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(others)}
     size = (max(8.0, 1.2 + 2.2 * len(found)), 6.4)
-    drawn = figure(f"Experiment {experiment.plan['experiment']}: trainings, a line for each run", size)
+    drawn = figure(
+        f"Experiment {experiment.plan['experiment']}: trainings, a line for each run", size
+    )
     grid = drawn.subplots(len(_PANELS), len(found), sharex="col", sharey="row", squeeze=False)
     for column, (title, arms) in zip(grid.T, found.items(), strict=True):
         for axes, name in zip(column, _PANELS, strict=True):
-            _lines(axes, name, {colour[_name(experiment, arm, runs)]: runs for arm, runs in arms.items()})
+            _lines(
+                axes,
+                name,
+                {colour[_name(experiment, arm, runs)]: runs for arm, runs in arms.items()},
+            )
         column[0].set_title(title, fontsize=7.5)
         column[-1].set_xlabel("epoch")
     for axes, (name, label) in zip(grid[:, 0], _PANELS.items(), strict=True):
         axes.set_ylabel(label)
-        if name not in _LOG:  # once all lines are there: a limit ends the fitting of the others in its row
+        if (
+            name not in _LOG
+        ):  # once all lines are there: a limit ends the fitting of the others in its row
             axes.set_ylim(bottom=0)
     handles = [Line2D([], [], color=colour[name], label=arm_label(name)) for name in names]
     drawn.legend(handles=handles, loc="outside lower left", ncols=min(len(names), 5))
@@ -129,13 +150,24 @@ def _lines(axes: Axes, name: str, runs_of: dict[str, list[dict[str, Any]]]) -> N
             if name in curve:
                 axes.plot(curve["epoch"], curve[name], color=colour, lw=1, alpha=0.8)
                 if run.get("diverged"):
-                    axes.plot(curve["epoch"][-1], curve[name][-1], color=colour, marker="x", ms=5, clip_on=False)
+                    axes.plot(
+                        curve["epoch"][-1],
+                        curve[name][-1],
+                        color=colour,
+                        marker="x",
+                        ms=5,
+                        clip_on=False,
+                    )
 
 
 def _accuracy(experiment: Experiment, path: Path) -> Path | None:
     """A panel for each data set and accuracy: a point for each run, the mean, and Student's 95 % interval over seeds."""
     names = measures(_all(experiment), MEASURES)
-    data = [each for each in experiment.data if any(measures(runs, ()) for runs in experiment.on(each).values())]
+    data = [
+        each
+        for each in experiment.data
+        if any(measures(runs, ()) for runs in experiment.on(each).values())
+    ]
     if not names or not data:
         return None
     rows = max(len(experiment.on(each)) for each in data)
@@ -149,7 +181,8 @@ def _accuracy(experiment: Experiment, path: Path) -> Path | None:
             _points(axes, name, arms)
             axes.set_title(MEASURE_NAMES.get(name, name), fontsize=7.5)
             axes.set_yticks(
-                range(len(arms)), [arm_label(arm) for arm in arms] if axes is panels[0] else [""] * len(arms)
+                range(len(arms)),
+                [arm_label(arm) for arm in arms] if axes is panels[0] else [""] * len(arms),
             )
             axes.set_ylim(len(arms) - 0.5, -0.5)
         if len(data) > 1:
@@ -160,7 +193,9 @@ def _accuracy(experiment: Experiment, path: Path) -> Path | None:
 def _points(axes: Axes, name: str, arms: dict[str, list[dict[str, Any]]]) -> None:
     everything: list[float] = []
     for row, (arm, runs) in enumerate(arms.items()):
-        values = [100 * run["accuracy"][name] for run in runs if run["accuracy"].get(name) is not None]
+        values = [
+            100 * run["accuracy"][name] for run in runs if run["accuracy"].get(name) is not None
+        ]
         if not values:
             continue
         everything += values
@@ -170,7 +205,9 @@ def _points(axes: Axes, name: str, arms: dict[str, list[dict[str, Any]]]) -> Non
         axes.plot(found.mean, row, marker="D", ms=4.5, color=colour)
         if (interval := found.interval()) is not None:
             axes.plot(interval, [row, row], color=colour, lw=1.2)
-    if everything:  # the interval of two seeds is often wider than all there is to see, and leaves the panel
+    if (
+        everything
+    ):  # the interval of two seeds is often wider than all there is to see, and leaves the panel
         margin = 0.25 * (max(everything) - min(everything)) + 0.5
         axes.set_xlim(min(everything) - margin, max(everything) + margin)
 

@@ -25,7 +25,14 @@ from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource
 from vi_simsiam.data.subsets import select
 from vi_simsiam.engine.checkpoint import write_atomically
-from vi_simsiam.engine.run import METRICS, Run, load_run, open_splits, resolve_device, resolve_workers
+from vi_simsiam.engine.run import (
+    METRICS,
+    Run,
+    load_run,
+    open_splits,
+    resolve_device,
+    resolve_workers,
+)
 from vi_simsiam.engine.trainer import Trainer
 from vi_simsiam.evaluation.augmented import AugmentedFeatures
 from vi_simsiam.evaluation.features import FeatureSets, extract, labelled_splits
@@ -37,7 +44,16 @@ from vi_simsiam.evaluation.uncertainty import evaluate_uncertainty
 from vi_simsiam.experiments.plan import label
 from vi_simsiam.text import counted
 
-CURVE = ("loss", "cosine", "kappa", "kappa_best", "z_std", "projection_spread", "effective_rank", "grad_norm")
+CURVE = (
+    "loss",
+    "cosine",
+    "kappa",
+    "kappa_best",
+    "z_std",
+    "projection_spread",
+    "effective_rank",
+    "grad_norm",
+)
 CURVE_POINTS = 100
 PROGRESS = "progress.jsonl"
 _DIGITS = 5
@@ -48,7 +64,9 @@ _SECONDS = 30.0
 _PACKAGES = ("torch", "torchvision", "triton", "scikit-learn", "timm", "numpy", "pillow")
 
 
-def measure_run(spec: dict[str, Any], config: TrainConfig, trained: dict[str, Any] | None) -> dict[str, Any]:
+def measure_run(
+    spec: dict[str, Any], config: TrainConfig, trained: dict[str, Any] | None
+) -> dict[str, Any]:
     """The result of a run, the content of results/ARM-seed-N.json.
 
     Args:
@@ -115,7 +133,9 @@ def accuracies(run: Run, measures: Iterable[str]) -> tuple[dict[str, float], dic
 
     The result files of the evaluations are written to RUN/measured/: they lack the encoders that others compare with.
     """
-    sources = {name: run.readable(source)[0] for name, source in labelled_splits(run.splits).items()}
+    sources = {
+        name: run.readable(source)[0] for name, source in labelled_splits(run.splits).items()
+    }
     size, device, workers = run.config.augment.size, run.device, run.workers
     found = {}
     for name, source in sources.items():
@@ -133,7 +153,12 @@ def accuracies(run: Run, measures: Iterable[str]) -> tuple[dict[str, float], dic
         val_labels=torch.from_numpy(sources["val"].labels),
         device=device,
         augmented=AugmentedFeatures(
-            run.model.backbone, sources["train"], size=size, device=device, workers=workers, report=say
+            run.model.backbone,
+            sources["train"],
+            size=size,
+            device=device,
+            workers=workers,
+            report=say,
         ),
     )
     evaluations: dict[str, Callable[[], dict[str, Any]]] = {
@@ -166,11 +191,17 @@ def flat_uncertainty(result: dict[str, Any]) -> dict[str, float | str]:
     if result["calibration"] is not None:
         figures["calibration_error"] = result["calibration"]["error"]
 
-    def add(name: str, parts: list[dict[str, float | None]], best: Callable[..., str] = max) -> None:
+    def add(
+        name: str, parts: list[dict[str, float | None]], best: Callable[..., str] = max
+    ) -> None:
         """`parts`: the figure of every score, for each data set or kind."""
 
         def mean(score: str) -> float | None:
-            values = [value for part in parts if (value := part.get(score)) is not None and math.isfinite(value)]
+            values = [
+                value
+                for part in parts
+                if (value := part.get(score)) is not None and math.isfinite(value)
+            ]
             return statistics.mean(values) if parts and len(values) == len(parts) else None
 
         if (own := mean("kappa")) is not None:
@@ -187,11 +218,20 @@ def flat_uncertainty(result: dict[str, Any]) -> dict[str, float | str]:
         add("aurc", [column(result["misclassification"], "aurc")], min)
         add("augrc", [column(result["misclassification"], "augrc")], min)
     for kind, seen in (("auroc_retrieval", True), ("auroc_retrieval_unseen", False)):
-        add(kind, [part["scores"] for part in (result["retrieval"] or {}).values() if part["seen_classes"] == seen])
+        add(
+            kind,
+            [
+                part["scores"]
+                for part in (result["retrieval"] or {}).values()
+                if part["seen_classes"] == seen
+            ],
+        )
     add("ood_auroc", [column(part, "auroc") for part in result["ood"].values()])
     for name, part in result["ood"].items():
         add(f"ood_auroc_{name}", [column(part, "auroc")])
-    add("spearman_corruption", [column(part, "spearman") for part in result["corruptions"].values()])
+    add(
+        "spearman_corruption", [column(part, "spearman") for part in result["corruptions"].values()]
+    )
     return figures
 
 
@@ -214,7 +254,11 @@ def without_places(config: TrainConfig) -> dict[str, Any]:
     for name in ("data_root", "cache_dir"):
         del plain[name]
     frozen = config.frozen_run
-    return {**plain, "data": label(config.data), "frozen_run": None if frozen is None else frozen.name}
+    return {
+        **plain,
+        "data": label(config.data),
+        "frozen_run": None if frozen is None else frozen.name,
+    }
 
 
 def describe(device: torch.device) -> str:
@@ -292,7 +336,9 @@ class Progress:
             for source in (self.train, self.val)
         )
         labels = torch.from_numpy(self.train.labels).to(device)
-        predicted = classify(train, labels, val, classes=len(self.train.classes or ()), config=KnnConfig(k=200))
+        predicted = classify(
+            train, labels, val, classes=len(self.train.classes or ()), config=KnnConfig(k=200)
+        )
         share = float((predicted.cpu() == torch.from_numpy(self.val.labels)).double().mean())
         self.lines.append(
             dict(zip(_PROGRESS_COLUMNS, (share, epoch, round(trainer.seconds, 3)), strict=True))

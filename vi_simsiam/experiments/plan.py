@@ -59,7 +59,9 @@ class PlanOptions:
             if value is not None and value < 1:
                 raise InputError(f"{name}: {value} is not accepted; it must be at least 1")
         if self.data is not None and (not self.data or len(set(self.data)) < len(self.data)):
-            raise InputError(f"data: {' '.join(self.data) or 'nothing'} is not accepted; each data set is said once")
+            raise InputError(
+                f"data: {' '.join(self.data) or 'nothing'} is not accepted; each data set is said once"
+            )
         if self.arms is not None and not self.arms:
             raise InputError("arms: nothing is not accepted; name at least one")
 
@@ -154,7 +156,9 @@ class Plan:
     def __repr__(self) -> str:
         trials = "" if self.trials is None else f", {counted(len(self.trials.arms), 'trial')}"
         names = ", ".join(arm.name for arm in self.arms)
-        return f"Plan({self.experiment}: {names}; {counted(self.options.seeds, 'seed')} each{trials})"
+        return (
+            f"Plan({self.experiment}: {names}; {counted(self.options.seeds, 'seed')} each{trials})"
+        )
 
     @property
     def seeds(self) -> range:
@@ -176,7 +180,9 @@ class Plan:
                 "seed": trials.seed,
                 "held_out": trials.held_out,
                 "measure": trials.measure,
-                "arms": [{**arm.described(), "settings": settings(arm.config)} for arm in trials.arms],
+                "arms": [
+                    {**arm.described(), "settings": settings(arm.config)} for arm in trials.arms
+                ],
             },
         }
 
@@ -226,10 +232,16 @@ def finished(
     for wanted in options.arms or ():
         if wanted not in names:
             raise none_of("arms", wanted, names)
-    asked = [arm for arm in arms if (not arm.optional if options.arms is None else arm.name in options.arms)]
+    asked = [
+        arm
+        for arm in arms
+        if (not arm.optional if options.arms is None else arm.name in options.arms)
+    ]
     for arm in asked:
         if arm.after is not None and arm.after not in [other.name for other in asked]:
-            raise InputError(f"arms: {arm.name!r} starts from the runs of {arm.after!r}; name that, too")
+            raise InputError(
+                f"arms: {arm.name!r} starts from the runs of {arm.after!r}; name that, too"
+            )
 
     def named(name: str, spec: str) -> str:
         return name if len(data) == 1 else f"{name}-{label(spec).replace(':', '-')}"

@@ -49,9 +49,20 @@ class Experiment:
         plan = _load(out / "plan.json", ("experiment", "arms"))
         names = [arm["name"] for arm in plan["arms"]]
         results, trials = (_results(folder / "results") for folder in (out, out / "trials"))
-        chosen = _load(out / "chosen.json", ("chosen",))["chosen"] if (out / "chosen.json").exists() else {}
-        planned = [(trial["name"], plan["trials"]["seed"]) for trial in (plan.get("trials") or {}).get("arms", [])]
-        planned += [(name, seed) for name in names for seed in range((plan.get("options") or {}).get("seeds") or 0)]
+        chosen = (
+            _load(out / "chosen.json", ("chosen",))["chosen"]
+            if (out / "chosen.json").exists()
+            else {}
+        )
+        planned = [
+            (trial["name"], plan["trials"]["seed"])
+            for trial in (plan.get("trials") or {}).get("arms", [])
+        ]
+        planned += [
+            (name, seed)
+            for name in names
+            for seed in range((plan.get("options") or {}).get("seeds") or 0)
+        ]
         there = {(result["arm"], result["seed"]) for result in (*results, *trials)}
         return cls(
             plan,
@@ -68,7 +79,9 @@ class Experiment:
 
     def on(self, data: str) -> dict[str, list[dict[str, Any]]]:
         """Arms on one data set, also those without a finished run."""
-        return {arm["name"]: self.arms[arm["name"]] for arm in self.plan["arms"] if arm["data"] == data}
+        return {
+            arm["name"]: self.arms[arm["name"]] for arm in self.plan["arms"] if arm["data"] == data
+        }
 
     def short(self, arm: str) -> str:
         """The arm's name without that of its data set, which an experiment on several of them adds."""
@@ -80,7 +93,10 @@ class Experiment:
         primary = self.plan.get("primary")
         if primary is None:
             return None
-        return next((arm for arm in self.on(data) if self.short(arm) == self.short(primary["against"])), None)
+        return next(
+            (arm for arm in self.on(data) if self.short(arm) == self.short(primary["against"])),
+            None,
+        )
 
 
 def collect(experiment: Experiment) -> dict[str, Any]:
@@ -106,7 +122,9 @@ def collect(experiment: Experiment) -> dict[str, Any]:
         "chosen": experiment.chosen,
         "missing": experiment.missing,
         "devices": sorted({run["device"] for run in runs}),
-        "versions": _occurring(f"{name} {value}" for run in runs for name, value in run.get("versions", {}).items()),
+        "versions": _occurring(
+            f"{name} {value}" for run in runs for name, value in run.get("versions", {}).items()
+        ),
         "commits": _occurring(run.get("commit") for run in runs),
         "dates": _range(str(run["date"])[:10] for run in runs if run.get("date")),
     }
@@ -126,7 +144,9 @@ def _data_set(experiment: Experiment, data: str) -> dict[str, Any]:
             "seeds": [run["seed"] for run in runs],
             "diverged": [run["seed"] for run in runs if run.get("diverged")],
             "accuracy": {name: accuracy_of(runs, name) for name in names},
-            "difference": {name: compare(runs, arms[str(reference)], name) for name in names} if compared else {},
+            "difference": {name: compare(runs, arms[str(reference)], name) for name in names}
+            if compared
+            else {},
             "published": experiment.plan.get("published", {}).get(arm, {}),
             "uncertainty": uncertainty_of(runs),
             "stability": stability_of(runs),
@@ -146,7 +166,9 @@ def _data_set(experiment: Experiment, data: str) -> dict[str, Any]:
     }
 
 
-def _times(arms: dict[str, list[dict[str, Any]]], experiment: Experiment, data: str) -> dict[str, Any] | None:
+def _times(
+    arms: dict[str, list[dict[str, Any]]], experiment: Experiment, data: str
+) -> dict[str, Any] | None:
     """Training seconds to the kNN accuracies that all runs reached in the end, and to the published one."""
     with_progress = {arm: [run for run in runs if _progress(run)] for arm, runs in arms.items()}
     last = [_progress(run)[-1][1] for runs in with_progress.values() for run in runs]
@@ -157,7 +179,10 @@ def _times(arms: dict[str, list[dict[str, Any]]], experiment: Experiment, data: 
     for figures in (published[arm] for arm in arms if arm in published):
         if "knn200" in figures:
             levels["published"] = figures["knn200"]
-    rows = {arm: [times_to(runs, level) for level in levels.values()] for arm, runs in with_progress.items()}
+    rows = {
+        arm: [times_to(runs, level) for level in levels.values()]
+        for arm, runs in with_progress.items()
+    }
     return {"common": min(last), "levels": levels, "arms": rows}
 
 
@@ -172,16 +197,25 @@ def _trials(experiment: Experiment) -> dict[str, Any] | None:
             "settings": trial.get("settings", {}),
             "accuracy": runs.get(trial["name"], {}).get("accuracy", {}).get(planned["measure"]),
             "diverged": bool(runs.get(trial["name"], {}).get("diverged")),
-            "chosen_by": [arm for arm, choice in experiment.chosen.items() if choice["trial"] == trial["name"]],
+            "chosen_by": [
+                arm for arm, choice in experiment.chosen.items() if choice["trial"] == trial["name"]
+            ],
         }
         for trial in planned["arms"]
     ]
-    return {"measure": planned["measure"], "seed": planned["seed"], "held_out": planned["held_out"], "rows": rows}
+    return {
+        "measure": planned["measure"],
+        "seed": planned["seed"],
+        "held_out": planned["held_out"],
+        "rows": rows,
+    }
 
 
 def measures(runs: Iterable[dict[str, Any]], order: Sequence[str]) -> list[str]:
     """Accuracies that any run has: those in `order` first, then the others."""
-    found = dict.fromkeys(name for run in runs for name, value in run.get("accuracy", {}).items() if value is not None)
+    found = dict.fromkeys(
+        name for run in runs for name, value in run.get("accuracy", {}).items() if value is not None
+    )
     return [name for name in order if name in found] + [name for name in found if name not in order]
 
 
@@ -203,7 +237,9 @@ def uncertainty_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def compare(first: list[dict[str, Any]], second: list[dict[str, Any]], measure: str) -> dict[str, Any] | None:
+def compare(
+    first: list[dict[str, Any]], second: list[dict[str, Any]], measure: str
+) -> dict[str, Any] | None:
     """The accuracy of one arm minus that of another: with an interval where the runs say which images they got right.
 
     Returns:
@@ -213,7 +249,10 @@ def compare(first: list[dict[str, Any]], second: list[dict[str, Any]], measure: 
     Raises:
         InputError: runs were measured on different numbers of images, or their bits are damaged.
     """
-    arms = [[run for run in arm if run.get("accuracy", {}).get(measure) is not None] for arm in (first, second)]
+    arms = [
+        [run for run in arm if run.get("accuracy", {}).get(measure) is not None]
+        for arm in (first, second)
+    ]
     if not all(arms):
         return None
     if all(measure in run.get("correct", {}) for arm in arms for run in arm):
@@ -223,7 +262,10 @@ def compare(first: list[dict[str, Any]], second: list[dict[str, Any]], measure: 
                 f"results: runs were measured on {' and '.join(map(str, sorted(sizes)))} images; not alike"
             )
         bits = [
-            np.stack([unpack_bits(run["correct"][measure], run["val_images"]).numpy() for run in arm]) for arm in arms
+            np.stack(
+                [unpack_bits(run["correct"][measure], run["val_images"]).numpy() for run in arm]
+            )
+            for arm in arms
         ]
         found: Difference = difference(bits[0], bits[1])
         return found.to_dict()
@@ -263,11 +305,15 @@ def times_to(runs: list[dict[str, Any]], level: float) -> list[float | None]:
     """Training seconds until the kNN accuracy (k = 200) during training first was at least `level`; None where it never was."""
     found: list[float | None] = []
     for run in runs:
-        found.append(min((seconds for seconds, share in _progress(run) if share >= level), default=None))
+        found.append(
+            min((seconds for seconds, share in _progress(run) if share >= level), default=None)
+        )
     return found
 
 
-def settings(arms: dict[str, list[dict[str, Any]]]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+def settings(
+    arms: dict[str, list[dict[str, Any]]],
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Fields of the runs' configurations: those in which arms differ, {field: {arm: value}}, and those that all have.
 
     The seed, and where and how a run happened, are left out. Where the runs of an arm differ, its value is a list of all values.
@@ -304,7 +350,11 @@ def _ending(curve: dict[str, NDArray[np.float64]]) -> dict[str, float]:
         return {}
     last = epoch > epoch[-1] - 1
     shown = {name: curve[name][last] for name in _ENDINGS if name in curve}
-    found = {name: float(np.nanmean(values)) for name, values in shown.items() if np.isfinite(values).any()}
+    found = {
+        name: float(np.nanmean(values))
+        for name, values in shown.items()
+        if np.isfinite(values).any()
+    }
     norm = curve.get("grad_norm", np.empty(0))
     if np.isfinite(norm).any():
         found.update(grad_median=float(np.nanmedian(norm)), grad_max=float(np.nanmax(norm)))
@@ -337,7 +387,11 @@ def _one(values: list[Any]) -> Any:
 def _flat(plain: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     items: list[tuple[str, Any]] = []
     for name, value in plain.items():
-        items += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+        items += (
+            _flat(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else [(prefix + name, value)]
+        )
     return items
 
 
@@ -348,12 +402,16 @@ def _results(folder: Path) -> list[dict[str, Any]]:
 
 def _load(path: Path, needed: tuple[str, ...]) -> dict[str, Any]:
     if not path.is_file():
-        raise InputError(f"out: {path.parent} has no {path.name}; it must be the folder of an experiment")
+        raise InputError(
+            f"out: {path.parent} has no {path.name}; it must be the folder of an experiment"
+        )
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"out: {path} cannot be read ({error})") from error
     lacking = [name for name in needed if not isinstance(content, dict) or name not in content]
     if lacking or not isinstance(content, dict):
-        raise InputError(f"out: {path} lacks {', '.join(lacking) or 'its fields'}; it is no file of an experiment")
+        raise InputError(
+            f"out: {path} lacks {', '.join(lacking) or 'its fields'}; it is no file of an experiment"
+        )
     return content

@@ -71,7 +71,11 @@ class Task:
     @property
     def after(self) -> Path | None:
         """The folder of the run that must be trained first."""
-        return None if self.arm.after is None else self.base / RUNS / run_name(self.arm.after, self.seed)
+        return (
+            None
+            if self.arm.after is None
+            else self.base / RUNS / run_name(self.arm.after, self.seed)
+        )
 
 
 def run_name(arm: str, seed: int) -> str:
@@ -112,7 +116,9 @@ def run_experiment(
     slots = place.slots()
     _check(plan, out)
     trials = (
-        [] if plan.trials is None else _tasks(plan, plan.trials.arms, (plan.trials.seed,), out / TRIALS, trial=True)
+        []
+        if plan.trials is None
+        else _tasks(plan, plan.trials.arms, (plan.trials.seed,), out / TRIALS, trial=True)
     )
     tasks = _tasks(plan, plan.arms, plan.seeds, out)
     if (out / CHOSEN).is_file():
@@ -134,7 +140,9 @@ def run_experiment(
         return _Batch(tasks, slots, place, console, command, again).run()
 
 
-def _tasks(plan: Plan, arms: Sequence[Arm], seeds: Sequence[int], base: Path, *, trial: bool = False) -> list[Task]:
+def _tasks(
+    plan: Plan, arms: Sequence[Arm], seeds: Sequence[int], base: Path, *, trial: bool = False
+) -> list[Task]:
     """The runs of the arms, seed by seed, so that what is there early can be compared."""
     measures = [plan.trials.measure] if trial and plan.trials is not None else list(plan.measures)
     spec = {
@@ -144,7 +152,12 @@ def _tasks(plan: Plan, arms: Sequence[Arm], seeds: Sequence[int], base: Path, *,
         "val_images": plan.options.val_images,
         "progress_every": plan.progress_every,
     }
-    return [Task(arm, seed, base, spec) for seed in seeds for arm in arms if arm.seeds is None or seed < arm.seeds]
+    return [
+        Task(arm, seed, base, spec)
+        for seed in seeds
+        for arm in arms
+        if arm.seeds is None or seed < arm.seeds
+    ]
 
 
 def _choose(plan: Plan, tasks: list[Task], path: Path) -> None:
@@ -153,7 +166,9 @@ def _choose(plan: Plan, tasks: list[Task], path: Path) -> None:
     assert trials is not None
     results = {task.arm.name: json.loads(task.result.read_text()) for task in tasks}
     # A trial whose loss stopped being finite was a trial, too.
-    accuracy = {name: result["accuracy"].get(trials.measure, 0.0) for name, result in results.items()}
+    accuracy = {
+        name: result["accuracy"].get(trials.measure, 0.0) for name, result in results.items()
+    }
     best, arms = trials.choose(accuracy)
     chosen = {arm.name: {"trial": best[arm.name], **settings(arm.config)} for arm in arms}
     write_json(path, {"measure": trials.measure, "accuracy": accuracy, "chosen": chosen})
@@ -169,7 +184,9 @@ class _Run(Process):
         self.folder, self.spec = folder / task.name, folder / f"{task.name}.json"
         self.slot: int | None = None
 
-    def train(self, command: Sequence[str], slot: int, device: str, threads: int, place: Place) -> None:
+    def train(
+        self, command: Sequence[str], slot: int, device: str, threads: int, place: Place
+    ) -> None:
         """Write what the process is to do, and start it."""
         task, workers = self.task, place.workers
         if workers is None and device == "cpu":
@@ -194,7 +211,9 @@ class _Run(Process):
         }
         write_json(self.spec, spec)
         self.slot = slot
-        self.start([*command, str(self.spec), "--parent", str(os.getpid())], threads=threads, append=True)
+        self.start(
+            [*command, str(self.spec), "--parent", str(os.getpid())], threads=threads, append=True
+        )
 
 
 @dataclass
@@ -251,7 +270,9 @@ class _Batch:
             if after is not None and not (after / TRAINED).is_file():
                 before = next((other for other in self.runs if other.folder == after), None)
                 if before is None or before.exit is not None or before.task.name in self.blocked:
-                    self.blocked[run.task.name] = f"not started: {after.name}, which it starts from, is not trained"
+                    self.blocked[run.task.name] = (
+                        f"not started: {after.name}, which it starts from, is not trained"
+                    )
                     self.say(f"{run.task.name}: {self.blocked[run.task.name]}")
                 continue
             taken = {other.slot for other in self.runs if other.running}
@@ -276,7 +297,9 @@ class _Batch:
         finished = sum(task.result.is_file() for task in self.tasks)
         waiting = sum(run.state == "waiting" for run in self.runs)
         failed = sum(run.state == "failed" for run in self.runs)
-        counts = f"{finished} of {len(self.tasks)} done, {waiting} waiting" + (f", {failed} failed" if failed else "")
+        counts = f"{finished} of {len(self.tasks)} done, {waiting} waiting" + (
+            f", {failed} failed" if failed else ""
+        )
         for run in self.runs:
             if run.running:
                 clock = time.strftime("%H:%M:%S", time.gmtime(run.elapsed))
@@ -304,12 +327,20 @@ def _decode(arms: Sequence[Arm], place: Place, console: Console, measured: bool)
     """
     seen = set()
     for config in (arm.config for arm in arms):
-        selection = (config.data, config.images, config.held_out, config.split_seed, config.distinct)
+        selection = (
+            config.data,
+            config.images,
+            config.held_out,
+            config.split_seed,
+            config.distinct,
+        )
         if selection in seen:
             continue
         seen.add(selection)
         with console.status(escape(f"reading {config.data}"), spinner="line"):
-            located = dataclasses.replace(config, data_root=place.data_root, offline=place.offline).located()
+            located = dataclasses.replace(
+                config, data_root=place.data_root, offline=place.offline
+            ).located()
             splits = open_splits(located)
             if measured:
                 labelled_splits(splits)  # known now, not when the first run is trained
@@ -329,7 +360,9 @@ def _check(plan: Plan, out: Path) -> None:
     file, described = out / PLAN, json.loads(json.dumps(plan.described()))
     if not file.is_file():
         # The lock, and what a killed command leaves of an unwritten plan, are no other files.
-        if out.is_dir() and any(not file.name.startswith((".lock", f".{PLAN}.")) for file in out.iterdir()):
+        if out.is_dir() and any(
+            not file.name.startswith((".lock", f".{PLAN}.")) for file in out.iterdir()
+        ):
             raise InputError(f"out: {out} holds other files; give an empty or new folder")
         return
     try:
@@ -370,5 +403,7 @@ def _locked(out: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise InputError(f"out: another command is running the experiment in {out}") from None
+                raise InputError(
+                    f"out: another command is running the experiment in {out}"
+                ) from None
         yield

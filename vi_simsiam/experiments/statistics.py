@@ -75,12 +75,23 @@ def estimate(values: Sequence[float]) -> Estimate:
     """
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
-        raise InputError(f"values: {list(values)} is not accepted; it must hold at least one finite number")
-    return Estimate(float(np.mean(finite)), float(np.std(finite, ddof=1)) if len(finite) > 1 else None, len(finite))
+        raise InputError(
+            f"values: {list(values)} is not accepted; it must hold at least one finite number"
+        )
+    return Estimate(
+        float(np.mean(finite)),
+        float(np.std(finite, ddof=1)) if len(finite) > 1 else None,
+        len(finite),
+    )
 
 
 def difference(
-    first: NDArray[np.bool_], second: NDArray[np.bool_], *, draws: int = DRAWS, seed: int = 0, level: float = LEVEL
+    first: NDArray[np.bool_],
+    second: NDArray[np.bool_],
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+    level: float = LEVEL,
 ) -> Difference:
     """Accuracy of `first` minus that of `second`, with a bootstrap interval over seeds and images.
 
@@ -129,7 +140,9 @@ def difference(
     return Difference(value, low, high, (n1, n2), images, over_seeds)
 
 
-def concentration_ratio(kappa: NDArray[np.float64], cosine: NDArray[np.float64]) -> NDArray[np.float64]:
+def concentration_ratio(
+    kappa: NDArray[np.float64], cosine: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """kappa / kappa*, where kappa* = (D - 1) c / (1 - c) minimises the loss at the cosine c; NaN for c outside (0, 1).
 
     Args:
@@ -141,12 +154,16 @@ def concentration_ratio(kappa: NDArray[np.float64], cosine: NDArray[np.float64])
     return ratio
 
 
-def _deviations(arm: NDArray[np.bool_], draws: int, rng: np.random.Generator) -> NDArray[np.float64]:
+def _deviations(
+    arm: NDArray[np.bool_], draws: int, rng: np.random.Generator
+) -> NDArray[np.float64]:
     """(draws,) mean deviation of resampled seeds from their arm's accuracy, with the variance of a mean of n values."""
     accuracy = arm.mean(1)
     n = len(accuracy)
     chosen = rng.integers(0, n, (draws, n))
-    deviations: NDArray[np.float64] = math.sqrt(n / (n - 1)) * (accuracy - accuracy.mean())[chosen].mean(1)
+    deviations: NDArray[np.float64] = math.sqrt(n / (n - 1)) * (accuracy - accuracy.mean())[
+        chosen
+    ].mean(1)
     return deviations
 
 

@@ -81,7 +81,9 @@ def result_sentence(summary: dict[str, Any]) -> str:
     planned = f"{arm} against {against}, {measure} on {primary['data']}"
     found, means = primary["difference"], primary["means"]
     lost = [
-        f"{name}: {count} diverged" for name, count in zip((arm, against), primary["diverged"], strict=True) if count
+        f"{name}: {count} diverged"
+        for name, count in zip((arm, against), primary["diverged"], strict=True)
+        if count
     ]
     left_out = f" Runs without an accuracy are left out ({'; '.join(lost)})." if lost else ""
     if found is None:
@@ -98,9 +100,15 @@ def result_sentence(summary: dict[str, Any]) -> str:
         }[found["verdict"]]
     else:  # what differs are these runs: another seed might turn it round
         better = {"shown": arm, "the other way": against}.get(found["verdict"])
-        verdict = f"these runs differ in favour of {better}, which does not show that the methods do"
+        verdict = (
+            f"these runs differ in favour of {better}, which does not show that the methods do"
+        )
         verdict = "no difference shown" if better is None else verdict
-    scope = "" if found["over_seeds"] else " The interval is over images only: the spread between seeds is not in it."
+    scope = (
+        ""
+        if found["over_seeds"]
+        else " The interval is over images only: the spread between seeds is not in it."
+    )
     return (
         f"Primary comparison, named before any run: {planned}. {figures}, 95 % interval {_points(found['low'])} to "
         f"{_points(found['high'])}, {counts}, {counted(found['images'], 'image')}: {verdict}.{scope}{left_out}"
@@ -123,7 +131,13 @@ def _accuracy(summary: dict[str, Any]) -> str:
         rows = []
         for row in shown:
             count = str(len(row["seeds"]) - len(row["diverged"]))
-            rows.append((arm_label(row["short"]), count, *(_mean_sd(row["accuracy"][name], 100) for name in names)))
+            rows.append(
+                (
+                    arm_label(row["short"]),
+                    count,
+                    *(_mean_sd(row["accuracy"][name], 100) for name in names),
+                )
+            )
             if row["published"]:
                 figures = (row["published"].get(name) for name in names)
                 cells = ("-" if figure is None else f"{100 * figure:.1f}" for figure in figures)
@@ -134,7 +148,8 @@ def _accuracy(summary: dict[str, Any]) -> str:
         if compared:
             label = arm_label(found["arms"][found["reference"]]["short"])
             rows = [
-                (arm_label(row["short"]), *(_difference(row["difference"][name]) for name in names)) for row in compared
+                (arm_label(row["short"]), *(_difference(row["difference"][name]) for name in names))
+                for row in compared
             ]
             parts.append(markdown_grid((f"points more than {label}, 95 % interval", *heads), rows))
             parts.append(_scope(row["difference"] for row in compared))
@@ -143,7 +158,12 @@ def _accuracy(summary: dict[str, Any]) -> str:
 
 def _scope(differences: Iterable[dict[str, Any]]) -> str:
     """What the intervals are over; said of all, because a reader sees all of them."""
-    found = [each for row in differences for each in row.values() if each is not None and each["low"] is not None]
+    found = [
+        each
+        for row in differences
+        for each in row.values()
+        if each is not None and each["low"] is not None
+    ]
     if not found:
         return "No interval: the results do not say which images were right."
     text = f"Bootstrap intervals of {DRAWS:,} draws, "
@@ -160,7 +180,11 @@ def _scope(differences: Iterable[dict[str, Any]]) -> str:
 def _uncertainty(summary: dict[str, Any]) -> str:
     parts = []
     for data, found in summary["data"].items():
-        rows_of = {arm_label(row["short"]): row["uncertainty"] for row in found["arms"].values() if row["uncertainty"]}
+        rows_of = {
+            arm_label(row["short"]): row["uncertainty"]
+            for row in found["arms"].values()
+            if row["uncertainty"]
+        }
         names = [name for name in _UNCERTAINTY if any(name in row for row in rows_of.values())]
         if not names:
             continue
@@ -181,7 +205,13 @@ def _uncertainty(summary: dict[str, Any]) -> str:
 
 
 def _stability(summary: dict[str, Any]) -> str:
-    heads = ("κ/κ*", "z-std · √D", "effective rank", "gradient norm, median", "gradient norm, largest")
+    heads = (
+        "κ/κ*",
+        "z-std · √D",
+        "effective rank",
+        "gradient norm, median",
+        "gradient norm, largest",
+    )
     keys = ("ratio", "z_std", "effective_rank", "grad_median", "grad_max")
     parts = []
     for data, found in summary["data"].items():
@@ -219,7 +249,9 @@ def _time_table(summary: dict[str, Any]) -> str:
             for arm, cells in times["arms"].items()
             if cells and cells[0]
         ]
-        parts.append(f"**{data}**, {_SECOND}\n\n{markdown_grid(('mean ± sd over seeds', *heads), rows)}")
+        parts.append(
+            f"**{data}**, {_SECOND}\n\n{markdown_grid(('mean ± sd over seeds', *heads), rows)}"
+        )
         parts.append(
             f"All runs reached a kNN accuracy (k = 200) of {_percent(times['common'])} in the end, measured on a part of the images, looked "
             "at every few epochs: a time is that of the first look at which the accuracy was reached."
@@ -238,7 +270,12 @@ def _trial_table(summary: dict[str, Any]) -> str:
         accuracy = missing if row["accuracy"] is None else f"{100 * row['accuracy']:.1f}"
         settings = (_value(row["settings"].get(name)) for name in names)
         rows.append((row["trial"], *settings, accuracy, ", ".join(row["chosen_by"])))
-    head = ("trial", *names, f"{MEASURE_NAMES.get(found['measure'], found['measure'])}, %", "chosen for")
+    head = (
+        "trial",
+        *names,
+        f"{MEASURE_NAMES.get(found['measure'], found['measure'])}, %",
+        "chosen for",
+    )
     text = (
         f"Every method had as many trials, each trained with seed {found['seed']} on {1 - found['held_out']:.0%} of the training "
         f"images and measured on the other {found['held_out']:.0%}; validation images were not used."
@@ -255,15 +292,28 @@ def _settings(summary: dict[str, Any]) -> str:
             continue
         inferred = {item for row in shown.values() for item in row["inferred"]}
         parts.append(f"**{data}**, {_images(found)}")
-        parts.append("\n".join(f"- {arm_label(row['short'])}: {row['note']}" for row in shown.values() if row["note"]))
+        parts.append(
+            "\n".join(
+                f"- {arm_label(row['short'])}: {row['note']}"
+                for row in shown.values()
+                if row["note"]
+            )
+        )
         if found["differing"]:
             rows = [
                 (_marked(field, inferred), *(_value(values.get(arm)) for arm in shown))
                 for field, values in found["differing"].items()
             ]
-            parts.append(markdown_grid(("setting", *(arm_label(row["short"]) for row in shown.values())), rows))
+            parts.append(
+                markdown_grid(
+                    ("setting", *(arm_label(row["short"]) for row in shown.values())), rows
+                )
+            )
         if found["common"]:
-            listed = ", ".join(f"{_marked(name, inferred)} {_value(value)}" for name, value in found["common"].items())
+            listed = ", ".join(
+                f"{_marked(name, inferred)} {_value(value)}"
+                for name, value in found["common"].items()
+            )
             parts.append(f"All arms: {listed}.")
         if inferred:
             fields = {*found["common"], *found["differing"]}
@@ -278,11 +328,17 @@ def _runs(summary: dict[str, Any]) -> str:
     for data, found in summary["data"].items():
         for row in found["arms"].values():
             seeds = ", ".join(map(str, row["seeds"])) or "none"
-            seconds = "" if row["seconds"] is None else f", {_span(row['seconds'])} s of training each"
-            diverged = f"; diverged: {', '.join(map(str, row['diverged']))}" if row["diverged"] else ""
+            seconds = (
+                "" if row["seconds"] is None else f", {_span(row['seconds'])} s of training each"
+            )
+            diverged = (
+                f"; diverged: {', '.join(map(str, row['diverged']))}" if row["diverged"] else ""
+            )
             lines.append(f"- {arm_label(row['short'])} on {data}: seeds {seeds}{seconds}{diverged}")
     if summary["missing"]:
-        lines.append(f"- without a result (not run, interrupted or failed): {'; '.join(summary['missing'])}")
+        lines.append(
+            f"- without a result (not run, interrupted or failed): {'; '.join(summary['missing'])}"
+        )
     else:
         lines.append("- no planned run is missing")
     for name in ("devices", "versions", "commits"):
@@ -308,7 +364,9 @@ def _points(share: float) -> str:
 def _difference(found: dict[str, Any] | None) -> str:
     if found is None:
         return "-"
-    interval = "" if found["low"] is None else f" ({_points(found['low'])} to {_points(found['high'])})"
+    interval = (
+        "" if found["low"] is None else f" ({_points(found['low'])} to {_points(found['high'])})"
+    )
     return _points(found["value"]) + interval
 
 
@@ -339,7 +397,11 @@ def _reached(seconds: Sequence[float | None]) -> str:
     if not there:
         return "not reached"
     found = _mean_sd(vars(estimate(there)), 1, None)
-    return found if len(there) == len(seconds) else f"{found} ({len(there)} of {counted(len(seconds), 'run')})"
+    return (
+        found
+        if len(there) == len(seconds)
+        else f"{found} ({len(there)} of {counted(len(seconds), 'run')})"
+    )
 
 
 def _images(found: dict[str, Any]) -> str:
@@ -349,7 +411,9 @@ def _images(found: dict[str, Any]) -> str:
         ("validation image", found["val_images"]),
     ]
     parts = [
-        " or ".join([*(f"{n:,}" for n in counts[:-1]), counted(counts[-1], what)]) for what, counts in known if counts
+        " or ".join([*(f"{n:,}" for n in counts[:-1]), counted(counts[-1], what)])
+        for what, counts in known
+        if counts
     ]
     if "augment.size" in common:
         parts.append(f"{common['augment.size']} x {common['augment.size']} pixels")

@@ -52,7 +52,11 @@ def tuned(options: PlanOptions) -> Plan:
     options = with_data(options, "imagenette")
     base = scaled(preset(options.preset), options)
     arms = [
-        Arm(method, dataclasses.replace(base, method=method), f"{title} with the settings that its trials chose")
+        Arm(
+            method,
+            dataclasses.replace(base, method=method),
+            f"{title} with the settings that its trials chose",
+        )
         for method, title in METHODS
     ]
     unchosen = finished("tuned", options, arms, ("vi-simsiam", "simsiam", PRIMARY_MEASURE))
@@ -70,15 +74,21 @@ def tuned(options: PlanOptions) -> Plan:
     }
 
     def choose(accuracies: dict[str, float]) -> tuple[dict[str, str], tuple[Arm, ...]]:
-        best = {name: max(own, key=lambda trial: accuracies[trial.name]) for name, own in trials.items()}
+        best = {
+            name: max(own, key=lambda trial: accuracies[trial.name]) for name, own in trials.items()
+        }
         chosen = tuple(
-            dataclasses.replace(arm, config=dataclasses.replace(best[arm.name].config, held_out=0.0, split_seed=0))
+            dataclasses.replace(
+                arm, config=dataclasses.replace(best[arm.name].config, held_out=0.0, split_seed=0)
+            )
             for arm in unchosen.arms
         )
         return {name: trial.name for name, trial in best.items()}, chosen
 
     every = tuple(itertools.chain.from_iterable(trials.values()))
-    return dataclasses.replace(unchosen, trials=Trials(every, _SEED, _HELD_OUT, PRIMARY_MEASURE, choose))
+    return dataclasses.replace(
+        unchosen, trials=Trials(every, _SEED, _HELD_OUT, PRIMARY_MEASURE, choose)
+    )
 
 
 def grid(method: Method, batch_size: int) -> list[list[dict[str, Any]]]:
@@ -106,5 +116,7 @@ def _drawn(method: Method, batch_size: int, trials: int) -> list[dict[str, Any]]
         )
     generator = np.random.default_rng(_SEED)
     orders = [[part[i] for i in generator.permutation(len(part))] for part in parts]
-    in_turn = [point for each in itertools.zip_longest(*orders) for point in each if point is not None]
+    in_turn = [
+        point for each in itertools.zip_longest(*orders) for point in each if point is not None
+    ]
     return in_turn[:trials]

@@ -52,7 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"vi-simsiam: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
-        print(f"interrupted{': ' if interruption.args else ''}{' '.join(interruption.args)}", flush=True)
+        print(
+            f"interrupted{': ' if interruption.args else ''}{' '.join(interruption.args)}",
+            flush=True,
+        )
         return 130
 
 
@@ -73,7 +76,9 @@ def work(spec: dict[str, Any]) -> str:
         if "not finite" not in str(error):
             raise
         # That it cannot be trained so is a result, too: the same seed would end the same way.
-        reason = str(error).partition(";")[0]  # what follows names the checkpoint by a path of this machine
+        reason = str(error).partition(";")[
+            0
+        ]  # what follows names the checkpoint by a path of this machine
         write_json(result, {**measure_run(spec, config, None), "diverged": reason})
         _drop(spec)
         return f"diverged: {reason}"
@@ -91,7 +96,9 @@ def _drop(spec: dict[str, Any]) -> None:
         shutil.rmtree(spec["folder"])
 
 
-def train(config: TrainConfig, folder: Path, *, progress_every: int | None = None) -> dict[str, Any]:
+def train(
+    config: TrainConfig, folder: Path, *, progress_every: int | None = None
+) -> dict[str, Any]:
     """Train, or go on; returns the content of RUN/trained.json: steps, images and seconds of the training.
 
     Raises:
@@ -102,12 +109,16 @@ def train(config: TrainConfig, folder: Path, *, progress_every: int | None = Non
     done = folder / TRAINED
     if done.is_file():
         if differing := differing_fields(read_config(folder), config):
-            raise InputError(f"run: {folder} was trained with another configuration: {'; '.join(differing)}")
+            raise InputError(
+                f"run: {folder} was trained with another configuration: {'; '.join(differing)}"
+            )
         trained: dict[str, Any] = json.loads(done.read_text())
         return trained
     resume = (folder / CHECKPOINT).is_file()
     # A run that was killed before its first checkpoint has left a folder that holds nothing of worth.
-    trainer = Trainer(config, folder, resume=resume, overwrite=not resume, console=Console(soft_wrap=True))
+    trainer = Trainer(
+        config, folder, resume=resume, overwrite=not resume, console=Console(soft_wrap=True)
+    )
     progress = None if progress_every is None else Progress(trainer, progress_every)
     try:
         trainer.fit(epoch_done=progress)

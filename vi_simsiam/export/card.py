@@ -101,7 +101,11 @@ def model_card(run: Run, format: str, *, check: Check, versions: dict[str, str])
     config = run.config
     results = {name: _read(run.path / f"{name}.json") for name in (*_MEASURES, "uncertainty")}
     data, vi = config.data.partition(":")[0], config.method == "vi-simsiam"
-    data = data if data in _HUB_DATA else f"images of one's own ({Path(config.data.partition(':')[2]).name})"
+    data = (
+        data
+        if data in _HUB_DATA
+        else f"images of one's own ({Path(config.data.partition(':')[2]).name})"
+    )
     name = f"{config.model.backbone} by {'VI-SimSiam' if vi else 'SimSiam'}"
     front_matter = ModelCardData(
         library_name=_LIBRARIES[format],
@@ -111,8 +115,12 @@ def model_card(run: Run, format: str, *, check: Check, versions: dict[str, str])
         model_name=name,
         eval_results=_front_results(config.data, results) or None,
     )
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    template = resources.files("vi_simsiam").joinpath("assets/model_card.md").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    )
+    template = (
+        resources.files("vi_simsiam").joinpath("assets/model_card.md").read_text(encoding="utf-8")
+    )
     return environment.from_string(template).render(
         front_matter=front_matter.to_yaml().strip(),
         name=name,
@@ -146,14 +154,20 @@ def _about(run: Run, format: str) -> str:
         else f"`embedding` (batch, {run.model.features})"
     )
     config = run.config
-    return _ABOUT[format].format(architecture=config.model.backbone, size=config.augment.size, outputs=outputs)
+    return _ABOUT[format].format(
+        architecture=config.model.backbone, size=config.augment.size, outputs=outputs
+    )
 
 
 def _loading(run: Run, format: str) -> str:
     """Code that loads the export from the current folder and embeds a batch of two images."""
     model, size, vi = run.config.model, run.config.augment.size, run.config.method == "vi-simsiam"
     batch = f"images = torch.zeros(2, 3, {size}, {size})  # preprocessed images"
-    embed = [batch, "with torch.inference_mode():", f"    features = model(images)  # (2, {run.model.features})"]
+    embed = [
+        batch,
+        "with torch.inference_mode():",
+        f"    features = model(images)  # (2, {run.model.features})",
+    ]
     if format == "torchvision":
         stem = [
             f"model.conv1 = torch.nn.Conv2d(3, {_width(run)}, 3, stride=1, padding=1, bias=False)",
@@ -266,7 +280,9 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _again(path: Path) -> str:
     """How a result file is mended: it has the name of the command that writes it."""
-    return f"remove it, or write it again: {shlex.join(['vi-simsiam', path.stem, str(path.parent)])}"
+    return (
+        f"remove it, or write it again: {shlex.join(['vi-simsiam', path.stem, str(path.parent)])}"
+    )
 
 
 def _shares(results: dict[str, dict[str, Any] | None], encoder: str) -> list[str]:
@@ -313,15 +329,23 @@ def _uncertainty(result: dict[str, Any] | None, path: Path) -> list[tuple[str, s
     if result is not None:
         try:
             if result["calibration"]:
-                rows.append((missing.pop("calibration"), f"{result['calibration']['error']:.4f}", "-", "-"))
+                rows.append(
+                    (missing.pop("calibration"), f"{result['calibration']['error']:.4f}", "-", "-")
+                )
             for row in comparisons(result):
                 beside = (_named(row.baseline, row.value), _named(row.other, row.other_value))
                 rows.append(
-                    (f"{row.part}, {row.measure}", NOT_DEFINED if row.kappa is None else f"{row.kappa:.3f}", *beside)
+                    (
+                        f"{row.part}, {row.measure}",
+                        NOT_DEFINED if row.kappa is None else f"{row.kappa:.3f}",
+                        *beside,
+                    )
                 )
             missing = {part: text for part, text in missing.items() if not result[part]}
         except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"run: {path} lacks what the card shows ({error!r}); {_again(path)}") from error
+            raise InputError(
+                f"run: {path} lacks what the card shows ({error!r}); {_again(path)}"
+            ) from error
     return [*rows, *((text, NOT_MEASURED, "-", "-") for text in missing.values())]
 
 
@@ -336,14 +360,16 @@ def _progress(run: Run) -> str:
         reached, loss = line["epoch"], line["loss"]
     except (OSError, IndexError, KeyError, TypeError, json.JSONDecodeError):
         return f"Set to {counted(run.config.epochs, 'epoch')}; the run has no log that says how far it went."
-    return (
-        f"Set to {counted(run.config.epochs, 'epoch')}; the log ends at epoch {reached:.2f} with a loss of {loss:.4g}."
-    )
+    return f"Set to {counted(run.config.epochs, 'epoch')}; the log ends at epoch {reached:.2f} with a loss of {loss:.4g}."
 
 
 def _flat(plain: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """All settings with their dotted names."""
     rows: list[tuple[str, str]] = []
     for name, value in plain.items():
-        rows += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, json.dumps(value))]
+        rows += (
+            _flat(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else [(prefix + name, json.dumps(value))]
+        )
     return rows

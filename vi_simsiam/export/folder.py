@@ -100,12 +100,18 @@ def export_run(
     try:
         with utf8_path(aside) as folder:
             compute = write(model, run.config, folder)
-            check = Check(len(images), source, None if compute is None else _differences(compute(images), expected))
+            check = Check(
+                len(images),
+                source,
+                None if compute is None else _differences(compute(images), expected),
+            )
         say(check.line(weights))
         versions = _versions(packages)
         # In a timm folder config.json is timm's own.
         settings = TIMM_SETTINGS if format == "timm" else SETTINGS
-        write_json(aside / settings, _settings(run, format, weights, model.features, check, versions))
+        write_json(
+            aside / settings, _settings(run, format, weights, model.features, check, versions)
+        )
         card = model_card(run, format, check=check, versions=versions)
         write_atomically(aside / CARD, lambda file: file.write(printable(card).encode()))
         _move(aside, target)
@@ -193,7 +199,9 @@ def _differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[
 def _versions(packages: tuple[str, ...]) -> dict[str, str]:
     found = {"vi-simsiam": __version__, "python": python_version()}
     for package in ("torch", *packages):
-        with contextlib.suppress(ModuleNotFoundError):  # PackageNotFoundError: onnxruntime, where it is not installed
+        with contextlib.suppress(
+            ModuleNotFoundError
+        ):  # PackageNotFoundError: onnxruntime, where it is not installed
             found[package] = version(package)
     return found
 

@@ -86,7 +86,11 @@ def portable(config: TrainConfig) -> dict[str, Any]:
 
     Folders and files, `folder:/home/me/cats` say, keep their last name; `data_root` and `cache_dir` are left out.
     """
-    plain = {name: value for name, value in config.to_dict().items() if name not in ("data_root", "cache_dir")}
+    plain = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in ("data_root", "cache_dir")
+    }
     kind, colon, path = config.data.partition(":")
     if colon:
         plain["data"] = f"{kind}:{Path(path).name}"
@@ -130,7 +134,9 @@ def write_timm(model: SimSiam, config: TrainConfig, folder: Path) -> Outputs:
             f"format: timm's {name} has no stem {config.model.stem!r}; torchvision, safetensors and onnx take this run"
         )
     if not timm.is_model(name):
-        raise InputError(f"format: timm has no {name}; torchvision, safetensors and onnx take this run")
+        raise InputError(
+            f"format: timm has no {name}; torchvision, safetensors and onnx take this run"
+        )
     content = save(_weights(model.backbone), metadata={"format": "pt"})
     write_atomically(folder / SAFETENSORS_WEIGHTS, lambda file: file.write(content))
     seen = preprocessing(config)
@@ -187,7 +193,9 @@ def write_safetensors(model: SimSiam, config: TrainConfig, folder: Path) -> Outp
         metadata["concentration_link"] = model.form.link
     path = folder / SAFETENSORS_WEIGHTS
     # The moving average that made the targets of training (`TrainConfig.ema`) is of no use afterwards.
-    weights = {name: value for name, value in _weights(model).items() if not name.startswith("target.")}
+    weights = {
+        name: value for name, value in _weights(model).items() if not name.startswith("target.")
+    }
     content = save(weights, metadata=metadata)
     write_atomically(path, lambda file: file.write(content))
     return outputs(load_safetensors(path))
@@ -208,7 +216,9 @@ def load_safetensors(path: str | Path) -> SimSiam | VISimSiam:
     if path.is_dir():
         path = path / SAFETENSORS_WEIGHTS
     if not path.is_file():
-        raise InputError(f"path: {path} is no file; a folder or file of `vi-simsiam export --format safetensors` is")
+        raise InputError(
+            f"path: {path} is no file; a folder or file of `vi-simsiam export --format safetensors` is"
+        )
     try:
         with utf8_path(path) as named, safe_open(named, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -219,7 +229,9 @@ def load_safetensors(path: str | Path) -> SimSiam | VISimSiam:
                 )
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
     except (SafetensorError, OSError) as error:
-        raise InputError(f"path: {path} cannot be read ({error}); it must be a safetensors file") from error
+        raise InputError(
+            f"path: {path} cannot be read ({error}); it must be a safetensors file"
+        ) from error
     try:
         plain = json.loads(metadata["config"])
         # The file has the weights: torchvision's need not be downloaded, and there is no moving average.
@@ -229,7 +241,9 @@ def load_safetensors(path: str | Path) -> SimSiam | VISimSiam:
     except InputError:
         raise
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"path: the weights in {path} do not fit the model that its metadata describe") from error
+        raise InputError(
+            f"path: the weights in {path} do not fit the model that its metadata describe"
+        ) from error
     return model.eval()
 
 

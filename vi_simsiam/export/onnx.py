@@ -47,7 +47,9 @@ def require_exporter() -> None:
     """
     missing = [package for package in _EXPORTER if importlib.util.find_spec(package) is None]
     if missing:
-        raise InputError(f"format: onnx needs {' and '.join(missing)}; install with pip install 'vi-simsiam[onnx]'")
+        raise InputError(
+            f"format: onnx needs {' and '.join(missing)}; install with pip install 'vi-simsiam[onnx]'"
+        )
 
 
 def write_onnx(model: SimSiam, config: TrainConfig, folder: Path) -> Outputs | None:

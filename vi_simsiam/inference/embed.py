@@ -104,7 +104,9 @@ def collect(
                 line = one_line(printable(f"skipped: {entry.path} ({entry.reason})"))
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-        for batch, encoding in encoder.stream(source, views=views, seed=seed, batch_size=batch_size, skipped=skip):
+        for batch, encoding in encoder.stream(
+            source, views=views, seed=seed, batch_size=batch_size, skipped=skip
+        ):
             indices.append(batch.numpy())
             if embeddings:
                 file.write(encoding.embedding.numpy().tobytes())
@@ -119,7 +121,11 @@ def collect(
             )
         file.flush()
         count = sum(len(batch) for batch in indices)
-        kept = np.memmap(file, np.float32, "r", shape=(count, width)) if width else np.empty((count, 0), np.float32)
+        kept = (
+            np.memmap(file, np.float32, "r", shape=(count, width))
+            if width
+            else np.empty((count, 0), np.float32)
+        )
     predicted = bool(concentration)
     return Table(
         source,
@@ -167,7 +173,9 @@ def nearest(
             # Ordered by place first, so that the stable sort by cosine keeps that order among equal ones.
             places, by_place = places.sort(dim=1)
             which = torch.cat([which, places + first], dim=1)
-            best, order = torch.cat([best, values.gather(1, by_place)], dim=1).sort(dim=1, descending=True, stable=True)
+            best, order = torch.cat([best, values.gather(1, by_place)], dim=1).sort(
+                dim=1, descending=True, stable=True
+            )
             which = which.gather(1, order)[:, :count]
             best = best[:, :count]
         yield which.cpu().numpy(), best.cpu().numpy()
@@ -220,7 +228,9 @@ def write_parquet(
 
     def write(file: IO[bytes]) -> None:
         with _progress(console) as progress, parquet.ParquetWriter(file, schema) as writer:
-            task = progress.add_task("neighbours" if neighbours else "writing", total=len(table.indices))
+            task = progress.add_task(
+                "neighbours" if neighbours else "writing", total=len(table.indices)
+            )
             for start in range(0, len(table.indices), _ROWS):
                 rows = slice(start, min(start + _ROWS, len(table.indices)))
                 count = rows.stop - start
@@ -231,13 +241,16 @@ def write_parquet(
                     pa.array(map(os.fsencode, paths), pa.binary()),
                     _lists(pa, table.embedding[rows]),
                     *(
-                        pa.nulls(count, number) if column is None else pa.array(column[rows], number)
+                        pa.nulls(count, number)
+                        if column is None
+                        else pa.array(column[rows], number)
                         for column in (table.concentration, table.uncertainty)
                     ),
                     pa.nulls(count, pa.list_(text))
                     if which is None
                     else pa.array(
-                        [[printable(among.path(row)) for row in near] for near in which.tolist()], pa.list_(text)
+                        [[printable(among.path(row)) for row in near] for near in which.tolist()],
+                        pa.list_(text),
                     ),
                     pa.nulls(count, pa.list_(number)) if cosine is None else _lists(pa, cosine),
                 ]
@@ -275,12 +288,19 @@ def _unit(rows: NDArray[np.float32], device: torch.device) -> Tensor:
 def _lists(pa: Any, rows: NDArray[np.float32]) -> Any:
     """Rows of a matrix as an Arrow array of lists."""
     offsets = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(np.ravel(rows), pa.float32()))
+    return pa.ListArray.from_arrays(
+        pa.array(offsets, pa.int32()), pa.array(np.ravel(rows), pa.float32())
+    )
 
 
 @contextmanager
 def _progress(console: Console | None) -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     shown = console is not None and console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
         yield progress

@@ -55,7 +55,11 @@ class Encoding:
     def __repr__(self) -> str:
         said = "no concentration"
         if self.concentration is not None:
-            said = f"median uncertainty {float(self.uncertainty.median()):.3g}" if len(self) else "no uncertainty"
+            said = (
+                f"median uncertainty {float(self.uncertainty.median()):.3g}"
+                if len(self)
+                else "no uncertainty"
+            )
         return (
             f"Encoding({counted(len(self), 'image')}: embedding {tuple(self.embedding.shape)}, "
             f"projection and loc {tuple(self.loc.shape)}, {said})"
@@ -74,7 +78,9 @@ class Encoding:
             InputError: the run is SimSiam, which predicts no concentration.
         """
         if self.concentration is None:
-            raise InputError("uncertainty: a SimSiam run predicts none; train with --method vi-simsiam")
+            raise InputError(
+                "uncertainty: a SimSiam run predicts none; train with --method vi-simsiam"
+            )
         return (self.dim - 1) / (self.concentration + (self.dim - 1))
 
     @classmethod
@@ -114,7 +120,12 @@ class Encoder:
         return f"Encoder({self.run!r}, views of {self.size} x {self.size} pixels)"
 
     def encode(
-        self, images: Images | Tensor, *, views: int | None = None, seed: int = 0, batch_size: int = 256
+        self,
+        images: Images | Tensor,
+        *,
+        views: int | None = None,
+        seed: int = 0,
+        batch_size: int = 256,
     ) -> Encoding:
         """Encode images, all of them held in memory; `stream` is for more than that.
 
@@ -138,7 +149,10 @@ class Encoder:
                 finite.
         """
         parts = [
-            part for _, part in self.stream(images, views=views, seed=seed, batch_size=batch_size, skipped=_refuse)
+            part
+            for _, part in self.stream(
+                images, views=views, seed=seed, batch_size=batch_size, skipped=_refuse
+            )
         ]
         return Encoding.joined(parts) if parts else self._nothing()
 
@@ -174,7 +188,9 @@ class Encoder:
                 raise InputError(f"{name}: {number!r} must be an integer of at least 1")
         if isinstance(images, Tensor) and images.is_floating_point():
             if views is not None:
-                raise InputError("views: random views are drawn of images; a float tensor holds views already")
+                raise InputError(
+                    "views: random views are drawn of images; a float tensor holds views already"
+                )
             return self._of_views(images, batch_size)
         source = open_images(images, self.config.decode)  # type: ignore[arg-type]
         for note in source.notes:
@@ -215,7 +231,12 @@ class Encoder:
                 yield _indices(chunk.indices), _finite(encoding, _places(source, chunk.indices))
 
     def _of_random_views(
-        self, source: ImageSource, views: int, seed: int, batch_size: int, skipped: Callable[[Unreadable], object]
+        self,
+        source: ImageSource,
+        views: int,
+        seed: int,
+        batch_size: int,
+        skipped: Callable[[Unreadable], object],
     ) -> Iterator[tuple[Tensor, Encoding]]:
         # Whole images are kept until they are cropped, hence fewer at a time.
         step = min(max(1, batch_size // views), _MOST_WHOLE)
@@ -227,13 +248,22 @@ class Encoder:
                 encoding = self._joined_views(drawn, batch_size)
                 yield _indices(chunk.indices), _finite(encoding, _places(source, chunk.indices))
 
-    def _random_views(self, images: list[NDArray[np.uint8]], indices: list[int], views: int, seed: int) -> Tensor:
+    def _random_views(
+        self, images: list[NDArray[np.uint8]], indices: list[int], views: int, seed: int
+    ) -> Tensor:
         """`views` random global views of images, (B, views, 3, size, size) on the device."""
         policy = dataclasses.replace(self.config.augment, local_views=0)
         heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (0, 1))
         # Training draws two global views in an epoch; further ones are those of the epochs after it.
         tables = [
-            draw_table(policy, seed=seed, epoch=epoch, samples=np.array(indices), heights=heights, widths=widths)
+            draw_table(
+                policy,
+                seed=seed,
+                epoch=epoch,
+                samples=np.array(indices),
+                heights=heights,
+                widths=widths,
+            )
             for epoch in range(math.ceil(views / GLOBAL_VIEWS))
         ]
         table = np.concatenate(tables)[:views]
@@ -245,15 +275,22 @@ class Encoder:
     def _joined_views(self, images: Tensor, batch_size: int) -> Encoding:
         """The encoding of (B, V, 3, h, w), the V views of every image joined."""
         count, views = images.shape[:2]
-        each = Encoding.joined([self._forward(part) for part in images.flatten(0, 1).split(batch_size)])
+        each = Encoding.joined(
+            [self._forward(part) for part in images.flatten(0, 1).split(batch_size)]
+        )
         if views == 1:
             return each
         loc = each.loc.unflatten(0, (count, views))
         if each.concentration is None:
             joined, concentration = F.normalize(loc.sum(1), dim=-1), None
         else:
-            joined, concentration = product_of_experts(loc, each.concentration.unflatten(0, (count, views)))
-        means = (x.unflatten(0, (count, views)).mean(1) for x in (each.embedding, each.projection, each.loc_norm))
+            joined, concentration = product_of_experts(
+                loc, each.concentration.unflatten(0, (count, views))
+            )
+        means = (
+            x.unflatten(0, (count, views)).mean(1)
+            for x in (each.embedding, each.projection, each.loc_norm)
+        )
         embedding, projection, loc_norm = means
         return Encoding(embedding, projection, joined, loc_norm, concentration)
 
@@ -269,7 +306,9 @@ class Encoder:
                 projection = model.projector(embedding)
                 prediction = model.predictor(projection)
                 direction = prediction[:, : model.dim].float()
-                concentration = model.concentration(prediction) if isinstance(model, VISimSiam) else None
+                concentration = (
+                    model.concentration(prediction) if isinstance(model, VISimSiam) else None
+                )
         finally:
             model.train(was_training)
         return Encoding(
@@ -283,7 +322,9 @@ class Encoder:
     def _nothing(self) -> Encoding:
         features, dim = self.model.features, self.model.dim
         concentration = torch.empty(0, device="cpu") if isinstance(self.model, VISimSiam) else None
-        embedding, projection, loc = (torch.empty((0, width), device="cpu") for width in (features, dim, dim))
+        embedding, projection, loc = (
+            torch.empty((0, width), device="cpu") for width in (features, dim, dim)
+        )
         return Encoding(embedding, projection, loc, torch.empty(0, device="cpu"), concentration)
 
     @property
@@ -316,7 +357,11 @@ def _finite(encoding: Encoding, place_of: Callable[[int], str]) -> Encoding:
     columns: list[Any] = [getattr(encoding, field.name) for field in dataclasses.fields(encoding)]
     for column in columns:
         if column is not None and not bool(torch.isfinite(column).all()):
-            row = int((~torch.isfinite(column.flatten(1) if column.ndim > 1 else column[:, None])).any(1).nonzero()[0])
+            row = int(
+                (~torch.isfinite(column.flatten(1) if column.ndim > 1 else column[:, None]))
+                .any(1)
+                .nonzero()[0]
+            )
             raise InputError(
                 f"images: the model's outputs for {place_of(row)} are not finite; the image's values or the run's "
                 "weights are damaged"

@@ -88,7 +88,9 @@ def open_images(images: Images, decode: DecodeConfig | None = None) -> ImageSour
         return _Several([images], decode)
     if isinstance(images, np.ndarray):
         if images.dtype != np.uint8:
-            raise InputError(f"images: an array of {images.dtype} given; accepted are uint8 arrays (N, H, W, 3)")
+            raise InputError(
+                f"images: an array of {images.dtype} given; accepted are uint8 arrays (N, H, W, 3)"
+            )
         if images.ndim == 3 and images.shape[2] == 3:
             raise InputError(
                 f"images: an array of shape {images.shape} given, one RGB image or {counted(len(images), 'gray one')} 3 "
@@ -96,7 +98,12 @@ def open_images(images: Images, decode: DecodeConfig | None = None) -> ImageSour
             )
         return ArraySource(images, name="images")
     if isinstance(images, Tensor):
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
+        if (
+            images.dtype != torch.uint8
+            or images.ndim != 4
+            or images.shape[1] != 3
+            or 0 in images.shape[2:]
+        ):
             raise InputError(
                 f"images: a tensor of {images.dtype}, shape {tuple(images.shape)} given; accepted are uint8 "
                 "(N, 3, H, W), float (N, 3, H, W) and float (N, V, 3, H, W)"
@@ -117,7 +124,9 @@ def _open_path(path: Path, decode: DecodeConfig | None) -> ImageSource:
         found = find_images(path)
         note = found.note()
         if not found.paths:
-            raise InputError(" ".join(filter(None, (f"images: {path} holds no image that Pillow opens.", note))))
+            raise InputError(
+                " ".join(filter(None, (f"images: {path} holds no image that Pillow opens.", note)))
+            )
         notes = [f"{path}: {note}"] if note else []
         return FileSource(found.paths, name=os.fspath(path), decode=decode, notes=notes)
     if not path.is_file():
@@ -128,7 +137,9 @@ def _open_path(path: Path, decode: DecodeConfig | None) -> ImageSource:
 class _Several(ImageSource):
     """PIL images and paths, mixed as they come."""
 
-    def __init__(self, images: Sequence[Image.Image | str | Path], decode: DecodeConfig | None) -> None:
+    def __init__(
+        self, images: Sequence[Image.Image | str | Path], decode: DecodeConfig | None
+    ) -> None:
         for number, image in enumerate(images):
             if not isinstance(image, (Image.Image, str, Path)):
                 raise InputError(
@@ -167,7 +178,11 @@ class _Several(ImageSource):
 
 
 def read(
-    source: ImageSource, prepare: Callable[[Image.Image], NDArray[np.uint8]], *, chunk: int, threads: int
+    source: ImageSource,
+    prepare: Callable[[Image.Image], NDArray[np.uint8]],
+    *,
+    chunk: int,
+    threads: int,
 ) -> Iterator[Chunk]:
     """Read all images in order in threads, at most two chunks ahead of the caller.
 
@@ -198,15 +213,23 @@ def read(
             return error.entry
         except InputError:
             raise
-        except (ValueError, OSError, MemoryError) as error:  # a strip of 1 x 100,000 pixels cannot be resized, say
-            return Unreadable(source.describe(index), " ".join(str(error).split()) or type(error).__name__)
+        except (
+            ValueError,
+            OSError,
+            MemoryError,
+        ) as error:  # a strip of 1 x 100,000 pixels cannot be resized, say
+            return Unreadable(
+                source.describe(index), " ".join(str(error).split()) or type(error).__name__
+            )
 
     starts = iter(range(0, len(source), chunk))
     jobs: SimpleQueue[tuple[int, Future[_Read]] | None] = SimpleQueue()
     pending: deque[tuple[range, list[Future[_Read]]]] = deque()
     count = min(threads if isinstance(source, _THREAD_SAFE) else 1, len(source))
     # Those of an executor would be waited for when the program ends, even for ever.
-    readers = [Thread(target=_work, args=(one, jobs), name="images", daemon=True) for _ in range(count)]
+    readers = [
+        Thread(target=_work, args=(one, jobs), name="images", daemon=True) for _ in range(count)
+    ]
     for reader in readers:
         reader.start()
 

@@ -64,13 +64,20 @@ def product_of_experts(loc: Tensor, concentration: Tensor) -> tuple[Tensor, Tens
     Raises:
         InputError: shapes that do not fit, or a concentration that is negative or not finite.
     """
-    if loc.ndim != 3 or loc.shape[1] < 1 or loc.shape[2] < 2 or concentration.shape != loc.shape[:2]:
+    if (
+        loc.ndim != 3
+        or loc.shape[1] < 1
+        or loc.shape[2] < 2
+        or concentration.shape != loc.shape[:2]
+    ):
         raise InputError(
             f"loc, concentration: shapes {tuple(loc.shape)}, {tuple(concentration.shape)} given; accepted are "
             "(N, V, D) and (N, V) with V >= 1 and D >= 2"
         )
     if not bool((torch.isfinite(concentration) & (concentration >= 0)).all()):
-        raise InputError("concentration: a negative or non-finite value given; accepted are numbers of at least 0")
+        raise InputError(
+            "concentration: a negative or non-finite value given; accepted are numbers of at least 0"
+        )
     if loc.shape[1] == 1:
         return loc[:, 0], concentration[:, 0]
     mu, kappa = loc.double(), concentration.double()
@@ -103,7 +110,9 @@ def _solve(gram: Tensor, kappa: Tensor, scale: int) -> Tensor:
         room = (1 - (a * s).sum(-1, keepdim=True)).unsqueeze(-1)
         w = kappa / (1 + s)
         residual = scale / room.squeeze(-1) * a - w
-        curvature = 2 * scale / room.square() * (a.unsqueeze(-1) * a.unsqueeze(-2)) + torch.diag_embed(w / (1 + s))
+        curvature = 2 * scale / room.square() * (
+            a.unsqueeze(-1) * a.unsqueeze(-2)
+        ) + torch.diag_embed(w / (1 + s))
         step = -torch.linalg.solve(scale / room * identity + curvature @ gram, residual)
         # The square of Newton's decrement, in units of the objective.
         decrement = -(step * _times(gram, residual)).sum(-1)
@@ -129,7 +138,9 @@ def _start(gram: Tensor, kappa: Tensor, scale: int) -> Tensor:
     return torch.where(better.unsqueeze(-1), a, agreeing)
 
 
-def _line_search(gram: Tensor, kappa: Tensor, scale: int, a: Tensor, step: Tensor, decrement: Tensor) -> Tensor:
+def _line_search(
+    gram: Tensor, kappa: Tensor, scale: int, a: Tensor, step: Tensor, decrement: Tensor
+) -> Tensor:
     """The longest of the steps 1, 1/2, 1/4, ... that stays in the ball and raises the objective enough.
 
     The objective is self-concordant: near the maximum the full step does both, and rounding would hide it.

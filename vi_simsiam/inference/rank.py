@@ -35,8 +35,12 @@ def write_ranking(table: Table, out: Path) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["rank", "path", "kappa", "uncertainty"])
     for rank, row in enumerate(order(concentration).tolist(), 1):
-        writer.writerow([rank, table.path(row), f"{concentration[row]:.9g}", f"{uncertainty[row]:.9g}"])
-    write_atomically(out, lambda file: file.write(text.getvalue().encode("utf-8", "surrogateescape")))
+        writer.writerow(
+            [rank, table.path(row), f"{concentration[row]:.9g}", f"{uncertainty[row]:.9g}"]
+        )
+    write_atomically(
+        out, lambda file: file.write(text.getvalue().encode("utf-8", "surrogateescape"))
+    )
 
 
 def draw_ranking(table: Table, dim: int, k: int) -> Image.Image:
@@ -59,7 +63,13 @@ def draw_ranking(table: Table, dim: int, k: int) -> Image.Image:
     low = min(k, -(-len(rows) // 2))
     high = min(k, len(rows) - low)
     groups = [
-        (title, [(table.source.image(int(table.indices[row])), shown(float(values[row]))) for row in chosen.tolist()])
+        (
+            title,
+            [
+                (table.source.image(int(table.indices[row])), shown(float(values[row])))
+                for row in chosen.tolist()
+            ],
+        )
         for title, chosen in (
             ("Least certain: lowest κ / (D − 1)", rows[:low]),
             ("Most certain: highest κ / (D − 1)", rows[::-1][:high]),
@@ -85,5 +95,7 @@ def shown(value: float) -> str:
 
 def _predicted(table: Table) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     if table.concentration is None or table.uncertainty is None:
-        raise InputError("rank: a SimSiam run predicts no concentration to rank by; train with --method vi-simsiam")
+        raise InputError(
+            "rank: a SimSiam run predicts no concentration to rank by; train with --method vi-simsiam"
+        )
     return table.concentration, table.uncertainty

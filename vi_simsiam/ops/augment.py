@@ -84,7 +84,12 @@ class ColourOperation(IntEnum):
 
 
 def augment(
-    pixels: Tensor, table: Tensor, size: int, *, dtype: torch.dtype = torch.float32, backend: str = "auto"
+    pixels: Tensor,
+    table: Tensor,
+    size: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
 ) -> Tensor:
     """Make the views that a table describes.
 
@@ -112,12 +117,16 @@ def augment(
     rows = views * batch
     out = torch.empty((rows, size, size, 3), dtype=dtype, device=pixels.device)
     if rows:
-        workspace = torch.empty(kernel.workspace_bytes(rows, size), dtype=torch.uint8, device=pixels.device)
+        workspace = torch.empty(
+            kernel.workspace_bytes(rows, size), dtype=torch.uint8, device=pixels.device
+        )
         kernel.augment(pixels, table.view(rows, TABLE_COLUMNS), out, workspace)
     return out.view(views, batch, size, size, 3).permute(0, 1, 4, 2, 3)
 
 
-def eager_augment(pixels: Tensor, table: Tensor, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def eager_augment(
+    pixels: Tensor, table: Tensor, size: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """The reference in plain PyTorch, on any device; see `augment` for arguments and result.
 
     The parameters are read on the host: on a GPU this waits for the device.
@@ -142,7 +151,9 @@ def check_table(table: Tensor | NDArray[np.int32], nbytes: int) -> None:
     array = table.numpy() if isinstance(table, Tensor) else table
     rows = np.ascontiguousarray(array).reshape(-1, TABLE_COLUMNS)
     start = _starts(rows)
-    stride, height, width = (rows[:, c].astype(np.int64) for c in (Column.STRIDE, Column.HEIGHT, Column.WIDTH))
+    stride, height, width = (
+        rows[:, c].astype(np.int64) for c in (Column.STRIDE, Column.HEIGHT, Column.WIDTH)
+    )
     order = rows[:, Column.ORDER]
     strengths = rows[:, Column.BRIGHTNESS : Column.SIGMA + 1].view(np.float32)
     factors, hue, sigma = strengths[:, :3], strengths[:, 3], strengths[:, 4]
@@ -154,7 +165,9 @@ def check_table(table: Tensor | NDArray[np.int32], nbytes: int) -> None:
         f"the crop must lie in the {nbytes} bytes of pixels": (start < 0)
         | (start + (height - 1) * stride + 3 * width > nbytes),
         "flip and gray must be 0 or 1": (rows[:, [Column.FLIP, Column.GRAY]] & ~1).any(1),
-        "order must hold operations 1 to 4, each at most once": (order >> 16 != 0) | (digits > 4).any(0) | twice,
+        "order must hold operations 1 to 4, each at most once": (order >> 16 != 0)
+        | (digits > 4).any(0)
+        | twice,
         "factors must be finite and at least 0": ~(np.isfinite(factors) & (factors >= 0)).all(1),
         "hue must lie between -0.5 and 0.5": ~(np.abs(hue) <= 0.5),
         "sigma must be finite and at least 0": ~(np.isfinite(sigma) & (sigma >= 0)),
@@ -162,17 +175,25 @@ def check_table(table: Tensor | NDArray[np.int32], nbytes: int) -> None:
     for accepted, wrong in problems.items():
         if wrong.any():
             row = int(np.argmax(wrong))
-            raise InputError(f"table: row {row} of {len(rows)} (sample {rows[row, Column.SAMPLE]}): {accepted}")
+            raise InputError(
+                f"table: row {row} of {len(rows)} (sample {rows[row, Column.SAMPLE]}): {accepted}"
+            )
 
 
 def _choose(backend: str, device_type: str) -> str:
     if backend == "auto":
-        return "triton" if device_type == "cuda" and why_unavailable("triton", device_type) is None else "eager"
+        return (
+            "triton"
+            if device_type == "cuda" and why_unavailable("triton", device_type) is None
+            else "eager"
+        )
     if backend not in AUGMENT_BACKENDS:
         raise none_of("backend", backend, ("auto", *AUGMENT_BACKENDS))
     reason = why_unavailable(backend, device_type)
     if reason is not None:
-        raise BackendUnavailableError(f"backend: {backend!r} cannot run on {device_type} tensors: {reason}")
+        raise BackendUnavailableError(
+            f"backend: {backend!r} cannot run on {device_type} tensors: {reason}"
+        )
     return backend
 
 
@@ -189,10 +210,14 @@ def _check(pixels: Tensor, table: Tensor, size: int, dtype: torch.dtype) -> None
     if pixels.dim() != 1:
         raise InputError(f"pixels: shape {tuple(pixels.shape)} must be (bytes,)")
     if table.dim() != 3 or table.shape[2] != TABLE_COLUMNS:
-        raise InputError(f"table: shape {tuple(table.shape)} must be (views, batch, {TABLE_COLUMNS})")
+        raise InputError(
+            f"table: shape {tuple(table.shape)} must be (views, batch, {TABLE_COLUMNS})"
+        )
     for name, x in (("pixels", pixels), ("table", table)):
         if not x.is_contiguous():
-            raise InputError(f"{name}: strides {x.stride()} are not contiguous; call .contiguous() first")
+            raise InputError(
+                f"{name}: strides {x.stride()} are not contiguous; call .contiguous() first"
+            )
     if table.device != pixels.device:
         raise InputError(f"table: on {table.device}, must be on pixels' device {pixels.device}")
     if size < MIN_SIZE:
@@ -208,7 +233,9 @@ def _augment_rows(pixels: Tensor, rows: NDArray[np.int32], out: Tensor) -> None:
     device = out.device
     x = _resized(pixels, rows, out.shape[1])
     x.mul_(1 / 255)
-    strengths = torch.from_numpy(rows[:, Column.BRIGHTNESS : Column.SIGMA + 1].view(np.float32).copy()).to(device)
+    strengths = torch.from_numpy(
+        rows[:, Column.BRIGHTNESS : Column.SIGMA + 1].view(np.float32).copy()
+    ).to(device)
     _apply(x, rows[:, Column.FLIP] != 0, lambda part, _: part.flip(-1), strengths)
     for shift in (0, 4, 8, 12):
         operation = rows[:, Column.ORDER] >> shift & 15
@@ -216,7 +243,9 @@ def _augment_rows(pixels: Tensor, rows: NDArray[np.int32], out: Tensor) -> None:
             _apply(x, operation == code, function, strengths[:, code - 1, None, None, None])
     _apply(x, rows[:, Column.GRAY] != 0, lambda part, _: _gray(part).expand_as(part), strengths)
     _apply(x, rows[:, Column.SIGMA].view(np.float32) > 0, _blur, strengths[:, 4])
-    mean, std = (torch.tensor(c, device=device).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (
+        torch.tensor(c, device=device).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD)
+    )
     out.copy_(x.sub_(mean).div_(std).permute(0, 2, 3, 1))
 
 
@@ -227,7 +256,12 @@ def _resized(pixels: Tensor, rows: NDArray[np.int32], size: int) -> Tensor:
     small = sides.max(axis=1) <= (size if size <= _SMALL_SIZE else 0)
     first = pixels.storage_offset()
     for view, start, stride, (height, width), fits in zip(
-        x, _starts(rows).tolist(), rows[:, Column.STRIDE].tolist(), sides.tolist(), small.tolist(), strict=True
+        x,
+        _starts(rows).tolist(),
+        rows[:, Column.STRIDE].tolist(),
+        sides.tolist(),
+        small.tolist(),
+        strict=True,
     ):
         # Bytes of an image lie as in channels_last, the layout in which torch resizes fastest.
         crop = pixels.as_strided((1, 3, height, width), (3 * width, 1, stride, 3), first + start)
@@ -236,7 +270,9 @@ def _resized(pixels: Tensor, rows: NDArray[np.int32], size: int) -> Tensor:
         elif (height, width) == (size, size):
             view.copy_(crop[0])
         else:
-            view.copy_(F.interpolate(crop.float(), (size, size), mode="bilinear", antialias=True)[0])
+            view.copy_(
+                F.interpolate(crop.float(), (size, size), mode="bilinear", antialias=True)[0]
+            )
 
     def enlarge(part: Tensor, sides: Tensor) -> Tensor:
         matrices = _enlarging_matrices(size, x.device)
@@ -252,7 +288,9 @@ def _enlarging_matrices(size: int, device: torch.device) -> Tensor:
     matrices = torch.zeros((size + 1, size, size), device=device)
     for n in range(1, size + 1):
         identity = torch.eye(n, device=device)[None, None]
-        matrices[n, :, :n] = F.interpolate(identity, (size, n), mode="bilinear", antialias=True)[0, 0]
+        matrices[n, :, :n] = F.interpolate(identity, (size, n), mode="bilinear", antialias=True)[
+            0, 0
+        ]
     return matrices
 
 
@@ -263,7 +301,10 @@ def _multiply(down: Tensor, x: Tensor, across: Tensor) -> Tensor:
 
 
 def _apply(
-    x: Tensor, chosen: NDArray[np.bool_], function: Callable[[Tensor, Tensor], Tensor], parameters: Tensor
+    x: Tensor,
+    chosen: NDArray[np.bool_],
+    function: Callable[[Tensor, Tensor], Tensor],
+    parameters: Tensor,
 ) -> None:
     """Replace the chosen rows of `x` by `function` of (these rows, which it may change, and their parameters)."""
     if chosen.all():
@@ -307,10 +348,16 @@ def _adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     hue = torch.where(
         value == red,
         (green - blue).div_(divisor),
-        torch.where(value == green, (blue - red).div_(divisor).add_(2), (red - green).div_(divisor).add_(4)),
+        torch.where(
+            value == green, (blue - red).div_(divisor).add_(2), (red - green).div_(divisor).add_(4)
+        ),
     )
     hue.add_(shift[:, 0], alpha=6).remainder_(6)
-    for channel, distance in ((red, 2 - (hue - 3).abs_()), (green, (hue - 2).abs_() - 1), (blue, (hue - 4).abs_() - 1)):
+    for channel, distance in (
+        (red, 2 - (hue - 3).abs_()),
+        (green, (hue - 2).abs_() - 1),
+        (blue, (hue - 4).abs_() - 1),
+    ):
         torch.addcmul(value, chroma, distance.clamp_(0, 1), value=-1, out=channel)
     return x
 

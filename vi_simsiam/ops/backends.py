@@ -32,11 +32,15 @@ def choose_backend(name: str, device_type: str) -> str:
     """
     if name == "auto":
         candidates = _PREFERENCE.get(device_type, ("eager",))
-        return next(candidate for candidate in candidates if why_unavailable(candidate, device_type) is None)
+        return next(
+            candidate for candidate in candidates if why_unavailable(candidate, device_type) is None
+        )
     check_backend_name(name)
     reason = why_unavailable(name, device_type)
     if reason is not None:
-        raise BackendUnavailableError(f"backend: {name!r} cannot run on {device_type} tensors: {reason}")
+        raise BackendUnavailableError(
+            f"backend: {name!r} cannot run on {device_type} tensors: {reason}"
+        )
     return name
 
 

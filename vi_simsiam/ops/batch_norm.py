@@ -73,7 +73,12 @@ def batch_norm_act(
         BackendUnavailableError: the backend was named explicitly and cannot run on this device.
     """
     _check(x, residual, groups, training)
-    parameters = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    parameters = {
+        "weight": weight,
+        "bias": bias,
+        "running_mean": running_mean,
+        "running_var": running_var,
+    }
     check_parameters(x, parameters)
     if choose_fused(backend, x, parameters, training=training) == "eager":
         parts = x.chunk(groups) if training and groups > 1 else (x,)
@@ -87,10 +92,14 @@ def batch_norm_act(
         residual = residual.to(x.dtype).contiguous(memory_format=_layout(x))
     call = _Call(groups, relu, momentum, eps)
     if not torch.compiler.is_compiling():
-        result: Tensor = _BatchNormAct.apply(x, residual, weight, bias, running_mean, running_var, call)
+        result: Tensor = _BatchNormAct.apply(
+            x, residual, weight, bias, running_mean, running_var, call
+        )
         return result
     prepare(x.device.type, x.device.index)
-    result, statistics = torch.ops.vi_simsiam.batch_norm_act(x, residual, weight, bias, groups, relu, eps)
+    result, statistics = torch.ops.vi_simsiam.batch_norm_act(
+        x, residual, weight, bias, groups, relu, eps
+    )
     if running_mean is not None and running_var is not None:
         for group in range(groups):
             running_mean.mul_(1 - momentum).add_(statistics[0, group], alpha=momentum)
@@ -107,7 +116,9 @@ def _check(x: Tensor, residual: Tensor | None, groups: int, training: bool) -> N
     if residual is not None and residual.shape != x.shape:
         raise InputError(f"residual: shape {tuple(residual.shape)} must be that of x, {shape}")
     if training and x.numel() <= groups * x.shape[1]:
-        raise InputError(f"x: shape {shape} in {groups} groups must hold more than one value per channel and group")
+        raise InputError(
+            f"x: shape {shape} in {groups} groups must hold more than one value per channel and group"
+        )
 
 
 def check_parameters(x: Tensor, parameters: Mapping[str, Tensor | None]) -> None:
@@ -116,7 +127,9 @@ def check_parameters(x: Tensor, parameters: Mapping[str, Tensor | None]) -> None
         if parameter is None:
             continue
         if parameter.shape != x.shape[1:2]:
-            raise InputError(f"{name}: shape {tuple(parameter.shape)} must be ({x.shape[1]},), x's channels")
+            raise InputError(
+                f"{name}: shape {tuple(parameter.shape)} must be ({x.shape[1]},), x's channels"
+            )
         if parameter.device != x.device:
             raise InputError(f"{name}: on {parameter.device}, must be on x's device {x.device}")
     if (parameters["running_mean"] is None) != (parameters["running_var"] is None):
@@ -139,7 +152,9 @@ def choose_fused(
     if not training:
         problem = "training mode alone"
     elif x.dtype not in _DTYPES or any(parameter.dtype == torch.float64 for parameter in given):
-        problem = f"float32, bfloat16 and float16, and parameters of at most float32, not x in {x.dtype}"
+        problem = (
+            f"float32, bfloat16 and float16, and parameters of at most float32, not x in {x.dtype}"
+        )
     elif not all(parameter.is_contiguous() for parameter in given):
         problem = "contiguous parameters"
     elif x.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last):
@@ -159,7 +174,9 @@ def _usable(backend: str, device_type: str) -> str:
         return backend
     reason = why_unavailable("triton", device_type)
     if backend == "triton" and reason is not None:
-        raise BackendUnavailableError(f"backend: {backend!r} cannot run on {device_type} tensors: {reason}")
+        raise BackendUnavailableError(
+            f"backend: {backend!r} cannot run on {device_type} tensors: {reason}"
+        )
     return "triton" if reason is None else "eager"
 
 
@@ -183,9 +200,13 @@ def _forward(
     chosen = kernel.plan(*_size(x, call.groups), 1, multiprocessors(x.device))
     y = torch.empty_like(x, memory_format=_layout(x))
     statistics = torch.empty((3, call.groups, channels), dtype=torch.float32, device=x.device)
-    partials, tickets = _workspace(x, kernel.partial_sums(chosen, channels, call.groups), chosen.strips)
+    partials, tickets = _workspace(
+        x, kernel.partial_sums(chosen, channels, call.groups), chosen.strips
+    )
     parameters = (weight, bias, running_mean, running_var)
-    kernel.forward(x, residual, *parameters, y, statistics, partials, tickets, chosen, **call._asdict())
+    kernel.forward(
+        x, residual, *parameters, y, statistics, partials, tickets, chosen, **call._asdict()
+    )
     return y, statistics
 
 
@@ -214,7 +235,9 @@ def _backward(
     sums = None if partials is None else torch.empty_like(statistics[:2])
     given = (gradient, x, y, weight, bias, statistics)
     results = (by_x, by_residual, by_weight, by_bias)
-    batch_norm_backward.backward(*given, *results, sums, partials, tickets, chosen, groups=groups, relu=relu)
+    batch_norm_backward.backward(
+        *given, *results, sums, partials, tickets, chosen, groups=groups, relu=relu
+    )
     return results
 
 
@@ -233,7 +256,11 @@ def _workspace(x: Tensor, floats: int, tickets: int) -> tuple[Tensor | None, Ten
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 2 where Triton's interpreter stands in for one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 2
+    )
 
 
 class _BatchNormAct(torch.autograd.Function):
@@ -252,7 +279,9 @@ class _BatchNormAct(torch.autograd.Function):
     ) -> Tensor:
         y, statistics = _forward(x, residual, weight, bias, running_mean, running_var, call)
         ctx.call, ctx.has_residual = call, residual is not None
-        ctx.save_for_backward(x, y if call.relu and residual is not None else None, weight, bias, statistics)
+        ctx.save_for_backward(
+            x, y if call.relu and residual is not None else None, weight, bias, statistics
+        )
         return y
 
     @staticmethod
@@ -282,14 +311,25 @@ torch.library.define(
 
 @torch.library.impl("vi_simsiam::batch_norm_act", "default")  # type: ignore[misc]
 def _operator(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, relu: bool, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    relu: bool,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     return _forward(x, residual, weight, bias, None, None, _Call(groups, relu, 0.0, eps))
 
 
 @torch.library.register_fake("vi_simsiam::batch_norm_act")  # type: ignore[misc]
 def _shapes(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, *_: Any
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    *_: Any,
 ) -> Any:
     statistics = x.new_empty((3, groups, x.shape[1]), dtype=torch.float32)
     return torch.empty_like(x, memory_format=_layout(x)), statistics
@@ -298,17 +338,28 @@ def _shapes(
 @torch.library.impl("vi_simsiam::batch_norm_act_backward", "default")  # type: ignore[misc]
 def _operator_backward(*arguments: Any) -> tuple[Tensor, ...]:
     x = arguments[1]
-    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in _backward(*arguments))
+    return tuple(
+        x.new_empty(0) if gradient is None else gradient for gradient in _backward(*arguments)
+    )
 
 
 @torch.library.register_fake("vi_simsiam::batch_norm_act_backward")  # type: ignore[misc]
 def _shapes_backward(
-    gradient: Tensor, x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, *_: Any
+    gradient: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *_: Any,
 ) -> tuple[Tensor, ...]:
     like_x = [
-        torch.empty_like(x, memory_format=_layout(x)) if given else x.new_empty(0) for given in (True, y is not None)
+        torch.empty_like(x, memory_format=_layout(x)) if given else x.new_empty(0)
+        for given in (True, y is not None)
     ]
-    return (*like_x, *(x.new_empty(0) if p is None else torch.empty_like(p) for p in (weight, bias)))
+    return (
+        *like_x,
+        *(x.new_empty(0) if p is None else torch.empty_like(p) for p in (weight, bias)),
+    )
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -329,7 +380,15 @@ def _gradients(ctx: Any, gradient: Tensor, _: Any) -> tuple[Any, ...]:
         by_residual = None
     elif y is None:
         by_residual = gradient
-    return by_x, by_residual, None if weight is None else by_weight, None if bias is None else by_bias, None, None, None
+    return (
+        by_x,
+        by_residual,
+        None if weight is None else by_weight,
+        None if bias is None else by_bias,
+        None,
+        None,
+        None,
+    )
 
 
 torch.library.register_autograd("vi_simsiam::batch_norm_act", _gradients, setup_context=_keep)

@@ -50,7 +50,11 @@ class LossForm:
     cosine: float = 0.0
 
     def __post_init__(self) -> None:
-        positive = ("concentration_scale", self.scale), ("concentration_gain", self.gain), ("loss_scale", self.factor)
+        positive = (
+            ("concentration_scale", self.scale),
+            ("concentration_gain", self.gain),
+            ("loss_scale", self.factor),
+        )
         for name, number in positive:
             if not (isinstance(number, (int, float)) and 0 < number < math.inf):
                 raise InputError(f"{name}: {number!r} is not a positive number")
@@ -91,7 +95,9 @@ def multiview_loss(
     _check(p, z, kappa, form)
     check_reduction(reduction)
     if reduction == "mean" and p.shape[0] == 0:
-        raise InputError("predictions: the mean over an empty batch is undefined; use reduction='none'")
+        raise InputError(
+            "predictions: the mean over an empty batch is undefined; use reduction='none'"
+        )
     given = None
     if kappa is not None:
         given = kappa.given if isinstance(kappa.given, Tensor) else torch.stack(tuple(kappa.given))
@@ -115,10 +121,16 @@ def multiview_loss(
             mean=reduction == "mean",
             wants_gradient=torch.is_grad_enabled() and any(x.requires_grad for x in differentiable),
         )
-        constant = z.given.detach().unbind(0) if isinstance(z.given, Tensor) else [x.detach() for x in z.given]
+        constant = (
+            z.given.detach().unbind(0)
+            if isinstance(z.given, Tensor)
+            else [x.detach() for x in z.given]
+        )
         return fused_loss(p.given, constant, given, call)
     except RuntimeError as error:
-        if "functorch" in str(error):  # torch tells what an autograd Function lacks, not what its user can do
+        if "functorch" in str(
+            error
+        ):  # torch tells what an autograd Function lacks, not what its user can do
             raise RuntimeError(TRANSFORMED) from None
         raise
 
@@ -130,7 +142,9 @@ def eager_loss(
     concentration: Tensor | None = None,
 ) -> Tensor:
     """The reference in plain PyTorch, twice differentiable: loss of every sample, (B,)."""
-    inputs = (predictions, targets) if concentration is None else (predictions, targets, concentration)
+    inputs = (
+        (predictions, targets) if concentration is None else (predictions, targets, concentration)
+    )
     dtype = _compute_dtype(*(x[0].dtype for x in inputs))
     dim = targets[0].shape[-1]
     with torch.autocast(predictions[0].device.type, enabled=False):
@@ -226,7 +240,9 @@ def _views(views: Tensor | Sequence[Tensor], name: str, dims: int) -> _Views:
         raise TypeError(f"{name}: must be dense, not {'nested' if one.is_nested else one.layout}")
     if one.dim() != dims:
         axes = ("views", "batch") if name == "concentration" else ("views", "batch", "features")
-        raise InputError(f"{name}: shape {tuple(one.shape)} must be ({', '.join(axes[-dims:])}{',' * (dims == 1)})")
+        raise InputError(
+            f"{name}: shape {tuple(one.shape)} must be ({', '.join(axes[-dims:])}{',' * (dims == 1)})"
+        )
     whole = isinstance(views, Tensor)
     shape = one.shape[1:] if whole else one.shape
     return _Views(views, one.shape[0] if whole else len(views), shape, one.dtype, one.device)
@@ -236,12 +252,16 @@ def _describe(x: Tensor) -> str:
     return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
 
 
-def _check(predictions: _Views, targets: _Views, concentration: _Views | None, form: LossForm) -> None:
+def _check(
+    predictions: _Views, targets: _Views, concentration: _Views | None, form: LossForm
+) -> None:
     views = predictions.views
     if not 2 <= views <= MAX_VIEWS:
         raise InputError(f"predictions: {views} views given, 2 to {MAX_VIEWS} are accepted")
     if not 1 <= targets.views <= views:
-        raise InputError(f"targets: {targets.views} views given, 1 to predictions' {views} are accepted")
+        raise InputError(
+            f"targets: {targets.views} views given, 1 to predictions' {views} are accepted"
+        )
     (batch, width), (rows, dim) = predictions.shape, targets.shape
     device = predictions.device
     for name, x in (("targets", targets), ("concentration", concentration)):
@@ -255,8 +275,14 @@ def _check(predictions: _Views, targets: _Views, concentration: _Views | None, f
     columns = dim + int(raw)  # torch 2.11 adds no bool to a size that changes
     if width not in (columns, padded_width(columns)):
         what = " + 1 (mean direction and raw concentration)" if raw else ""
-        padded = "" if padded_width(columns) == columns else f", or that padded to {padded_width(columns)} columns"
-        raise InputError(f"predictions: last dimension {width} must be targets' {dim}{what}{padded}")
+        padded = (
+            ""
+            if padded_width(columns) == columns
+            else f", or that padded to {padded_width(columns)} columns"
+        )
+        raise InputError(
+            f"predictions: last dimension {width} must be targets' {dim}{what}{padded}"
+        )
     if concentration is not None:
         if form.distribution == "cosine" or (form.scale, form.minimum, form.gain, form.link) != (
             1.0,
@@ -264,7 +290,11 @@ def _check(predictions: _Views, targets: _Views, concentration: _Views | None, f
             1.0,
             "softplus",
         ):
-            raise InputError("concentration: given as it is, it takes no concentration_scale, _min, _gain or _link")
+            raise InputError(
+                "concentration: given as it is, it takes no concentration_scale, _min, _gain or _link"
+            )
         if (concentration.views, *concentration.shape) != (views, batch):
             shape = (concentration.views, *concentration.shape)
-            raise InputError(f"concentration: shape {shape} must be (views, batch) = {(views, batch)}")
+            raise InputError(
+                f"concentration: shape {shape} must be (views, batch) = {(views, batch)}"
+            )

@@ -18,7 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vi_simsiam.ops.multiview_loss_launch import LossCall, launch_loss, launch_scale, new_gradient, prepare
+from vi_simsiam.ops.multiview_loss_launch import (
+    LossCall,
+    launch_loss,
+    launch_scale,
+    new_gradient,
+    prepare,
+)
 
 TRANSFORMED = (
     "the multi-view loss does not run under torch.vmap, the other transforms of torch.func and forward-mode "
@@ -39,7 +45,10 @@ class _Result(NamedTuple):
 
 
 def fused_loss(
-    predictions: Tensor | Sequence[Tensor], targets: Sequence[Tensor], concentration: Tensor | None, call: LossCall
+    predictions: Tensor | Sequence[Tensor],
+    targets: Sequence[Tensor],
+    concentration: Tensor | None,
+    call: LossCall,
 ) -> Tensor:
     """The loss of checked inputs by a fused backend, differentiable once in predictions and concentration.
 
@@ -67,14 +76,19 @@ def fused_loss(
         if compiling:
             prepare(given[0].device.type, given[0].device.index)
         views = list(given[0].unbind(0) if whole else given)
-        result: Tensor = torch.ops.vi_simsiam.multiview_loss(views, list(targets), concentration, *call)[0]
+        result: Tensor = torch.ops.vi_simsiam.multiview_loss(
+            views, list(targets), concentration, *call
+        )[0]
         return result
     loss: Tensor = _FusedLoss.apply(call, whole, len(given), concentration, *given, *targets)
     return loss
 
 
 def _compute(
-    predictions: Sequence[Tensor], targets: Sequence[Tensor], concentration: Tensor | None, call: LossCall
+    predictions: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    concentration: Tensor | None,
+    call: LossCall,
 ) -> _Result:
     first, dtype = predictions[0], call.dtype
     loss = first.new_empty(len(first), dtype=dtype)
@@ -86,7 +100,9 @@ def _compute(
         gradient = new_gradient(predictions, call)
         concentration_gradient = None if concentration is None else torch.empty_like(concentration)
     if len(first):
-        launch_loss(predictions, targets, concentration, loss, mean, gradient, concentration_gradient, call)
+        launch_loss(
+            predictions, targets, concentration, loss, mean, gradient, concentration_gradient, call
+        )
     return _Result(loss if mean is None else mean, gradient, concentration_gradient)
 
 
@@ -98,7 +114,12 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: LossCall, whole: bool, count: int, concentration: Tensor | None, *tensors: Tensor
+        ctx: Any,
+        call: LossCall,
+        whole: bool,
+        count: int,
+        concentration: Tensor | None,
+        *tensors: Tensor,
     ) -> Tensor:
         loss, *kept = _compute(*_split(whole, count, tensors), concentration, call)
         if call.wants_gradient:
@@ -116,11 +137,15 @@ class _FusedLoss(torch.autograd.Function):
             concentration, *tensors = ctx.saved_tensors
             views = _split(ctx.whole, ctx.count, [*tensors, *ctx.frozen])
             _, gradient, by_concentration = _compute(*views, concentration, ctx.call)
-        gradient, by_concentration = launch_scale(gradient, by_concentration, factor.detach(), ctx.call, *ctx.dtypes)
+        gradient, by_concentration = launch_scale(
+            gradient, by_concentration, factor.detach(), ctx.call, *ctx.dtypes
+        )
         inputs: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3)
         inputs[0] = by_concentration
         inputs[1 : 1 + ctx.count] = [gradient] if ctx.whole else gradient.unbind(0)
-        if torch.is_grad_enabled():  # create_graph: without this they would pass for constants, without a word
+        if (
+            torch.is_grad_enabled()
+        ):  # create_graph: without this they would pass for constants, without a word
             inputs = _refuse_second_derivative(inputs, (factor, *ctx.saved_tensors))
         return None, None, None, *inputs
 
@@ -129,7 +154,9 @@ class _FusedLoss(torch.autograd.Function):
         raise RuntimeError(TRANSFORMED)
 
 
-def _split(whole: bool, count: int, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+def _split(
+    whole: bool, count: int, tensors: Sequence[Tensor]
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """The views of predictions and of targets."""
     return tensors[0].unbind(0) if whole else tensors[:count], tensors[count:]
 
@@ -168,7 +195,9 @@ def _multiview_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, gradient (V, B, W) and gradient of the concentration (V, B); empty where there is none."""
     loss, *gradients = _compute(predictions, targets, concentration, LossCall(*call))
-    gradient, by_concentration = (predictions[0].new_empty(0) if x is None else x for x in gradients)
+    gradient, by_concentration = (
+        predictions[0].new_empty(0) if x is None else x for x in gradients
+    )
     return loss, gradient, by_concentration
 
 
@@ -201,10 +230,16 @@ def _scale(ctx: Any, factor: Tensor, *_: Any) -> tuple[Any, ...]:
             "require a gradient"
         )
     dtype, concentration_dtype = ctx.dtypes
-    views: list[Tensor | None] = [*(gradient * (factor if ctx.call.mean else factor[:, None])).to(dtype).unbind(0)]
-    views.append(None if concentration_dtype is None else (by_concentration * factor).to(concentration_dtype))
+    views: list[Tensor | None] = [
+        *(gradient * (factor if ctx.call.mean else factor[:, None])).to(dtype).unbind(0)
+    ]
+    views.append(
+        None if concentration_dtype is None else (by_concentration * factor).to(concentration_dtype)
+    )
     if torch.is_grad_enabled():
-        views = _refuse_second_derivative([None if x is None else x.detach() for x in views], (factor, *inputs))
+        views = _refuse_second_derivative(
+            [None if x is None else x.detach() for x in views], (factor, *inputs)
+        )
     return views[:-1], [None] * ctx.targets, views[-1], *[None] * len(LossCall._fields)
 
 

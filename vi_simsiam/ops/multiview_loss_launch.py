@@ -50,7 +50,9 @@ def new_gradient(predictions: Sequence[Tensor], call: LossCall) -> Tensor:
     first = predictions[0]
     # float16 would lose a gradient divided by a large batch.
     narrow = first.dtype == torch.bfloat16 and call.dtype == torch.float32
-    return _padded_rows(first, (len(predictions), *first.shape), first.dtype if narrow else call.dtype)
+    return _padded_rows(
+        first, (len(predictions), *first.shape), first.dtype if narrow else call.dtype
+    )
 
 
 def _padded_rows(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -100,7 +102,9 @@ def launch_loss(
         )
         return
     p, z = _rows(predictions, call), _rows(targets, call)
-    if call.backend == "cuda" and z[0].dtype != p[0].dtype:  # compiled for equal dtypes, and for float32 targets
+    if (
+        call.backend == "cuda" and z[0].dtype != p[0].dtype
+    ):  # compiled for equal dtypes, and for float32 targets
         z = [x.to(call.dtype, memory_format=torch.contiguous_format) for x in z]
     if call.distribution == "cosine":
         form = "cosine"
@@ -249,7 +253,9 @@ def prepare(device_type: str, index: int | None) -> None:
     """
     if device_type == "cuda" and torch.cuda.is_available():
         with _disable_current_modes():
-            _ticket(torch.device(device_type, torch.cuda.current_device() if index is None else index))
+            _ticket(
+                torch.device(device_type, torch.cuda.current_device() if index is None else index)
+            )
 
 
 def _ticket(device: torch.device) -> Tensor:

@@ -143,7 +143,11 @@ def _value(k: Tensor, cosine: Tensor, dim: int) -> Tensor:
     p, q = 2 * b + n, b + n
     a, s = q + k, p + k
     at_zero = _odd_series(q, _STIRLING) - _odd_series(p, _STIRLING)
-    value = k * _log_slope(k, cosine, b, n) + (q - 0.5) * torch.log1p(-k * b / (a * p)) + b * torch.log1p(k / p)
+    value = (
+        k * _log_slope(k, cosine, b, n)
+        + (q - 0.5) * torch.log1p(-k * b / (a * p))
+        + b * torch.log1p(k / p)
+    )
     value = value + (stirling_tail(s) - stirling_tail(a) + at_zero)
     for i in range(n):
         value = value - torch.log1p(-k * b / ((b + k + i) * (2 * b + i)))
@@ -157,7 +161,9 @@ def _log_slope(k: Tensor, cosine: Tensor, b: float, n: int) -> Tensor:
     clamped_cosine = torch.where(1 + cosine < ONE_PLUS_COS_MIN, ONE_PLUS_COS_MIN - 1, cosine)
     t = (2 * b * clamped_cosine - (n + k) * (1 - clamped_cosine)) / (2 * a)
     far = t < -0.5
-    return torch.where(far, torch.log(one_plus_cosine * s / (2 * a)), torch.log1p(t.masked_fill(far, 0)))
+    return torch.where(
+        far, torch.log(one_plus_cosine * s / (2 * a)), torch.log1p(t.masked_fill(far, 0))
+    )
 
 
 def _log1p_gap(x: Tensor) -> Tensor:

@@ -13,7 +13,12 @@ from vi_simsiam.ops.backends import why_unavailable
 
 def takes(images: Tensor, convolution: nn.Conv2d) -> bool:
     """True if `stem_convolution` computes this convolution of the images on their device."""
-    numbers = convolution.in_channels, convolution.kernel_size, convolution.stride, convolution.padding
+    numbers = (
+        convolution.in_channels,
+        convolution.kernel_size,
+        convolution.stride,
+        convolution.padding,
+    )
     rest = convolution.dilation, convolution.groups, convolution.bias, convolution.padding_mode
     return (
         numbers == (3, (7, 7), (2, 2), (3, 3))
@@ -36,10 +41,14 @@ def stem_convolution(images: Tensor, weight: Tensor) -> Tensor:
     from vi_simsiam.kernels.stem_convolution import BLOCK_CHANNELS, BORDER, blocks_of_pixels
 
     number, _, height, width = images.shape
-    blocks = images.new_empty((number, -(-height // 2) + BORDER, -(-width // 2) + BORDER, BLOCK_CHANNELS))
+    blocks = images.new_empty(
+        (number, -(-height // 2) + BORDER, -(-width // 2) + BORDER, BLOCK_CHANNELS)
+    )
     blocks_of_pixels(images, blocks)
     y = F.conv2d(blocks.permute(0, 3, 1, 2), _OverBlocks.apply(weight.to(images.dtype)))
-    return y.contiguous(memory_format=torch.channels_last)  # float64 comes in another layout from a GPU
+    return y.contiguous(
+        memory_format=torch.channels_last
+    )  # float64 comes in another layout from a GPU
 
 
 class _OverBlocks(torch.autograd.Function):

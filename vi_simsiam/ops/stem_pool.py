@@ -15,7 +15,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from vi_simsiam.errors import InputError
-from vi_simsiam.ops.batch_norm import batch_norm_act, check_parameters, choose_fused, multiprocessors
+from vi_simsiam.ops.batch_norm import (
+    batch_norm_act,
+    check_parameters,
+    choose_fused,
+    multiprocessors,
+)
 from vi_simsiam.ops.multiview_loss_launch import new_tickets
 
 if TYPE_CHECKING:
@@ -65,14 +70,23 @@ def batch_norm_relu_max_pool(
         BackendUnavailableError: the backend was named explicitly and cannot run on this device.
     """
     _check(x, groups)
-    named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    named = {
+        "weight": weight,
+        "bias": bias,
+        "running_mean": running_mean,
+        "running_var": running_var,
+    }
     check_parameters(x, named)
     parameters = weight, bias, running_mean, running_var
     if choose_fused(backend, x, named) == "eager":
         numbers = running_mean, running_var, weight, bias, True, momentum, eps
-        return F.max_pool2d(torch.cat([F.batch_norm(part, *numbers) for part in x.chunk(groups)]).relu(), 3, 2, 1)
+        return F.max_pool2d(
+            torch.cat([F.batch_norm(part, *numbers) for part in x.chunk(groups)]).relu(), 3, 2, 1
+        )
     if torch.compiler.is_compiling():  # what follows is no operator that could be traced
-        normalised = batch_norm_act(x, *parameters, groups=groups, momentum=momentum, eps=eps, backend=backend)
+        normalised = batch_norm_act(
+            x, *parameters, groups=groups, momentum=momentum, eps=eps, backend=backend
+        )
         return F.max_pool2d(normalised, 3, 2, 1)
     y: Tensor = _StemPool.apply(x, *parameters, _Call(groups, momentum, eps))
     return y
@@ -85,7 +99,9 @@ def _check(x: Tensor, groups: int) -> None:
     if groups < 1 or len(x) % groups:
         raise InputError(f"groups: {groups} must divide the batch of {len(x)}")
     if x.numel() <= groups * x.shape[1]:
-        raise InputError(f"x: shape {shape} in {groups} groups must hold more than one value per channel and group")
+        raise InputError(
+            f"x: shape {shape} in {groups} groups must hold more than one value per channel and group"
+        )
 
 
 def _workspace(x: Tensor, chosen: batch_norm.Plan, groups: int) -> tuple[Tensor, Tensor]:
@@ -93,7 +109,9 @@ def _workspace(x: Tensor, chosen: batch_norm.Plan, groups: int) -> tuple[Tensor,
     from vi_simsiam.kernels import batch_norm
 
     floats = batch_norm.partial_sums(chosen, x.shape[1], groups)
-    return torch.empty(floats, dtype=torch.float32, device=x.device), new_tickets(x.device, chosen.strips)
+    return torch.empty(floats, dtype=torch.float32, device=x.device), new_tickets(
+        x.device, chosen.strips
+    )
 
 
 class _StemPool(torch.autograd.Function):
@@ -112,7 +130,10 @@ class _StemPool(torch.autograd.Function):
         images, channels, height, width = x.shape
         chosen = kernel.plan(*x.shape, call.groups, x.element_size(), multiprocessors(x.device))
         shape = images, channels, kernel.pooled(height), kernel.pooled(width)
-        y, taken = (torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_LAYOUT) for _ in range(2))
+        y, taken = (
+            torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_LAYOUT)
+            for _ in range(2)
+        )
         codes = torch.empty_like(y, dtype=torch.uint8, memory_format=_LAYOUT)
         statistics = torch.empty((3, call.groups, channels), dtype=torch.float32, device=x.device)
         workspace = _workspace(x, chosen.statistics, call.groups)
@@ -135,5 +156,7 @@ class _StemPool(torch.autograd.Function):
         sums = torch.empty_like(statistics[:2])
         workspace = _workspace(x, ctx.chosen.sums, ctx.groups)
         given = (gradient, x, taken, codes, weight, bias, statistics)
-        kernel.backward(*given, by_x, by_weight, by_bias, sums, *workspace, ctx.chosen, groups=ctx.groups)
+        kernel.backward(
+            *given, by_x, by_weight, by_bias, sums, *workspace, ctx.chosen, groups=ctx.groups
+        )
         return by_x, by_weight, by_bias, None, None, None
