@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from benchmark_cases import scripted_pipeline, scripted_result, shown, slower
 
-from vi_simsiam.benchmarks import pipeline_tables, pipeline_targets, report, tables
+from vi_simsiam.benchmarks import tables
 from vi_simsiam.benchmarks.compare import compare
-from vi_simsiam.benchmarks.noise import Ratio
-from vi_simsiam.benchmarks.targets import cpu_targets, worst_of
+from vi_simsiam.benchmarks.ratios import Ratio
+from vi_simsiam.benchmarks.targets import Row, targets_of
 from vi_simsiam.cli import main
 
 
@@ -74,17 +74,17 @@ def test_compare_trusts_no_noisy_yardstick() -> None:
 def test_targets_rest_on_no_noisy_time(result: dict[str, Any]) -> None:
     result["cases"][0].update(name="power_spherical 256x2048 2x2 float32")
     noisy = slower(result, 1.0, spread=0.25)
-    eager, compiled, nowhere = cpu_targets(noisy)
+    eager, compiled, nowhere = targets_of(noisy)
     for target in (eager, compiled, nowhere):
         assert (target.met, target.noisy) == (None, True)
     assert eager.figure == "4.00 times"
     assert nowhere.figure == "slower in none of 2 comparisons; 2 more too noisy to tell"
-    assert tables.markdown_targets([eager]).endswith("| 4.00 times | too noisy to tell |")
+    assert tables.targets_markdown([eager]).endswith("| 4.00 times | too noisy to tell |")
     # A quiet comparison that fails decides all the same.
     lost = slower(result, 2.1)
     for case in lost["cases"][:1]:
         case["providers"]["cpu"]["forward"]["time"].update(lower_us=1.0, upper_us=90.0)
-    nowhere = cpu_targets(lost)[2]
+    nowhere = targets_of(lost)[2]
     assert nowhere.met is False
     assert nowhere.figure.startswith("slower in 1 of 3, by 1.05 times at worst")
     assert nowhere.figure.endswith("; 1 more too noisy to tell")
@@ -92,8 +92,8 @@ def test_targets_rest_on_no_noisy_time(result: dict[str, Any]) -> None:
 
 def test_the_worst_quiet_case_is_a_targets_figure() -> None:
     def judged(*ratios: Ratio) -> tuple[str, bool | None, bool]:
-        found = [(each, f"case {number}") for number, each in enumerate(ratios)]
-        made = worst_of("a", "b", found, holds=lambda value: value <= 1.0, shown="{:.1f} times")
+        row = Row("a", "b", 1.0, lambda case: case["ratio"], shown="{:.1f} times")
+        made = row([{"label": f"case {i}", "ratio": each} for i, each in enumerate(ratios)])
         return made.figure, made.met, made.noisy
 
     low, high = Ratio(0.5, False), Ratio(2.0, False)
@@ -111,14 +111,14 @@ def test_the_worst_quiet_case_is_a_targets_figure() -> None:
 
 def test_tables_show_no_ratio_of_noisy_times(result: dict[str, Any]) -> None:
     noisy = slower(result, 1.0, spread=0.25)
-    text = report.markdown_table(noisy)
+    text = tables.loss_markdown(noisy)
     assert "| 64 x 512, float32 | 40.0 | 20.0 | 10.0 | too noisy to tell | 50% |" in text
     assert "lie 20 % of its median or more apart" in text
-    assert "lie 20 % of" not in report.markdown_table(result)
-    assert shown(report.case_table(noisy["cases"][0])).count("too noisy to tell") == 1
+    assert "lie 20 % of" not in tables.loss_markdown(result)
+    assert shown(tables.loss_case(noisy["cases"][0])).count("too noisy to tell") == 1
     made = scripted_pipeline("augment")
     made["cases"][0]["providers"]["lightly"]["time"]["upper_us"] *= 1.3
-    text = pipeline_tables.augment_markdown(made)
+    text = tables.augment_markdown(made)
     assert "| 2x128, batch 64 | 12,000 | 1,000 | ImportError | too noisy to tell |" in text
     assert "4.00 x" in text
 
@@ -133,6 +133,6 @@ def test_pipeline_targets_rest_on_no_noisy_time() -> None:
         for case in made[name]["cases"]:
             for provider in providers & case["providers"].keys():
                 case["providers"][provider]["time"]["upper_us"] *= 1.3
-    found = pipeline_targets.gpu_targets(**made)
+    found = [target for result in made.values() for target in targets_of(result)]
     assert [target.noisy for target in found] == [True] * 7 + [False], "memory is no time"
     assert [target.met for target in found] == [None] * 7 + [True]

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from benchmark_cases import CPU, given, scripted_pipeline, scripted_result, slower
 
-from vi_simsiam.benchmarks import accuracy, pipeline_plots, pipeline_targets, plots, report, tables
+from vi_simsiam.benchmarks import accuracy, plots, report, tables
+from vi_simsiam.benchmarks.baselines import textbook_loss
 from vi_simsiam.benchmarks.cases import Case
 from vi_simsiam.benchmarks.compare import compare
-from vi_simsiam.benchmarks.providers import textbook_loss
-from vi_simsiam.benchmarks.targets import cpu_targets, gpu_targets
+from vi_simsiam.benchmarks.targets import targets_for, targets_of
 from vi_simsiam.cli import main
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.multiview_loss import LossForm
@@ -111,15 +111,16 @@ def test_compare_names_bad_input_in_one_line(
 
 
 def test_targets_are_measured_or_say_so(result: dict[str, Any]) -> None:
-    for target in gpu_targets(None) + cpu_targets(None):
+    unmeasured = [t for kind in ("cuda", "cpu") for t in targets_for("multiview_loss", kind, [])]
+    for target in unmeasured:
         assert (target.figure, target.met) == ("not measured", None)
-    assert "| - |" in tables.markdown_targets(gpu_targets(None))
+    assert "| - |" in tables.targets_markdown(unmeasured)
     result["cases"][0].update(name="power_spherical 256x2048 2x2 float32")
-    eager, compiled, nowhere = cpu_targets(result)
+    eager, compiled, nowhere = targets_of(result)
     assert (eager.figure, eager.met) == ("4.00 times", True)
     assert (compiled.figure, compiled.met) == ("2.00 times", True)
     assert (nowhere.figure, nowhere.met) == ("slower in none of 4 comparisons", True)
-    nowhere = cpu_targets(slower(result, 2.1))[2]
+    nowhere = targets_of(slower(result, 2.1))[2]
     assert nowhere.met is False
     assert nowhere.figure.startswith("slower in 2 of 4, by 1.05 times at worst (64 x 512, float32")
 
@@ -138,10 +139,7 @@ def test_gpu_targets_read_the_right_cases(result: dict[str, Any]) -> None:
         made["providers"]["cuda"]["forward_backward"]["time"]["median_us"] = 12.0
         made["copy"]["forward_backward"]["median_us"] = 9.5
         cases.append(made)
-    found = {
-        target.what: target
-        for target in gpu_targets({**result, "device_type": "cuda", "cases": cases})
-    }
+    found = {target.what: target for target in targets_for("multiview_loss", "cuda", cases)}
     figures = {
         what.removeprefix("loss and gradient "): (target.figure, target.met)
         for what, target in found.items()
@@ -180,7 +178,7 @@ def test_markdown_comes_from_the_file(
     capsys.readouterr()
     text = page.read_text()
     assert "| 64 x 512, float32 | 40.0 | 20.0 | 10.0 | 2.00 x | 50% |" in text
-    assert report.markdown_table(result) in text
+    assert tables.loss_markdown(result) in text
     assert "old" not in text
     assert text.count("Not measured.") == 2
     assert text.startswith("before\n")
@@ -235,7 +233,7 @@ def test_a_wrong_provider_shows_no_figure_in_markdown(result: dict[str, Any]) ->
     result["cases"][0]["providers"]["cpu"].update(
         correct=False, failure="inaccurate: loss error 1.0e-02, allowed 1e-06"
     )
-    text = report.markdown_table(result)
+    text = tables.loss_markdown(result)
     assert "| 64 x 512, float32 | 40.0 | 20.0 | - | - |" in text
     assert "No time for cpu (inaccurate: loss error 1.0e-02, allowed 1e-06)." in text
 
@@ -300,15 +298,13 @@ def test_bench_help_names_every_benchmark(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_pipeline_targets_are_measured_or_say_so() -> None:
-    for target in (
-        *pipeline_targets.gpu_targets(None, None, None),
-        *pipeline_targets.cpu_targets(None),
-    ):
-        assert (target.figure, target.met) == ("not measured", None)
     made = {name: scripted_pipeline(name) for name in ("augment", "step", "train")}
-    figures = {
-        target.what: (target.figure, target.met) for target in pipeline_targets.gpu_targets(**made)
-    }
+    for name in made:
+        for kind in ("cuda", "cpu"):
+            for target in targets_for(name, kind, []):
+                assert (target.figure, target.met) == ("not measured", None)
+    found = [target for result in made.values() for target in targets_of(result)]
+    figures = {target.what: (target.figure, target.met) for target in found}
     assert figures == {
         "views/s at 2x128, batch 64, against lightly's": ("12.0 times", True),
         "views/s at 2x224, batch 64, against lightly's": ("4.0 times", False),
@@ -321,7 +317,7 @@ def test_pipeline_targets_are_measured_or_say_so() -> None:
         "200 epochs of ImageNette-128, 2x128, batch 64: cold start and kNN evaluation": ("50 s", False),
         "200 epochs of ImageNette-128, 2x128, batch 64: peak memory beside the images": ("2.00 GB", True),
     }  # fmt: skip
-    (on_cpu,) = pipeline_targets.pipeline_targets({**made["train"], "device_type": "cpu"})
+    (on_cpu,) = targets_of({**made["train"], "device_type": "cpu"})
     assert (on_cpu.figure, on_cpu.met) == (
         "1.60 times (400 and 250; 200 epochs of 9,469 images)",
         True,
@@ -329,16 +325,13 @@ def test_pipeline_targets_are_measured_or_say_so() -> None:
     shorter = copy.deepcopy(made["train"]["cases"][1]) | {"images": 64}
     shorter["providers"]["lightly"]["time"]["median_us"] /= 10
     made["train"]["cases"].append(shorter)
-    assert pipeline_targets.cpu_targets(made["train"]) == [on_cpu], (
+    assert targets_of({**made["train"], "device_type": "cpu"}) == [on_cpu], (
         "of several trainings the longest counts"
     )
-    assert pipeline_targets.pipeline_targets({**made["step"], "device_type": "cpu"}) == []
-    assert len(pipeline_targets.pipeline_targets(made["step"])) == 3
+    assert targets_of({**made["step"], "device_type": "cpu"}) == []
     for case in made["train"]["cases"]:
         case["images"] = 640
-    assert {target.met for target in pipeline_targets.train_targets(made["train"])} == {None}, (
-        "a part of ImageNette"
-    )
+    assert {target.met for target in targets_of(made["train"])} == {None}, "a part of ImageNette"
 
 
 def test_pipeline_markdown_and_plots_come_from_the_files(
@@ -347,9 +340,9 @@ def test_pipeline_markdown_and_plots_come_from_the_files(
     for name in ("augment", "step", "train"):
         result = scripted_pipeline(name)
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
-        (drawn,) = pipeline_plots.draw(name, result, tmp_path)
+        (drawn,) = plots.draw(result, tmp_path)
         assert drawn.read_bytes().startswith(b"\x89PNG")
-        pipeline_plots.draw(name, {**result, "cases": []}, tmp_path / "empty")
+        plots.draw({**result, "cases": []}, tmp_path / "empty")
     sections = [
         "augment augment.json",
         "step step.json",

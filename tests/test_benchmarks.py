@@ -27,11 +27,12 @@ from benchmark_cases import (
 from rich.console import Console
 from torch import Tensor
 
-from vi_simsiam.benchmarks import multiview_loss, plots, providers, report, timers
+from vi_simsiam.benchmarks import multiview_loss, names, plots, providers, tables, timers
+from vi_simsiam.benchmarks.baselines import textbook_loss
 from vi_simsiam.benchmarks.cases import Case, cases_for
-from vi_simsiam.benchmarks.harness import failure_reason, interleave
-from vi_simsiam.benchmarks.providers import Provider, errors, reference, textbook_loss
+from vi_simsiam.benchmarks.providers import Provider, errors, reference
 from vi_simsiam.benchmarks.step import step_cases
+from vi_simsiam.benchmarks.timers import failure_reason, interleave
 from vi_simsiam.benchmarks.train_peers import PROVIDERS
 from vi_simsiam.benchmarks.view_cases import view_cases
 from vi_simsiam.cli import main
@@ -74,7 +75,7 @@ def test_the_gate_refuses_wrong_results_and_prints_no_time_for_them() -> None:
     json.loads(json.dumps(case, allow_nan=False))
     rows = [
         line
-        for line in shown(report.case_table(case)).splitlines()
+        for line in shown(tables.loss_case(case)).splitlines()
         if line.startswith(("│ ", "wrong"))
     ]
     assert [row.split()[1] for row in rows] == ["eager", "inaccurate:"]
@@ -113,7 +114,7 @@ def test_what_cannot_run_or_lacks_memory_is_a_result() -> None:
     assert case["providers"]["oom"]["failure"] == "out of memory"
     assert case["providers"]["triton"]["failure"] == "not available: it takes CUDA tensors"
     assert case["providers"]["eager"]["forward"]["time"]["median_us"] == 2
-    assert "oom: out of memory" in shown(report.case_table(case))
+    assert "oom: out of memory" in shown(tables.loss_case(case))
 
 
 def test_memory_that_lacks_only_for_timing_is_a_result() -> None:
@@ -124,17 +125,17 @@ def test_memory_that_lacks_only_for_timing_is_a_result() -> None:
     assert case["providers"]["eager"]["forward_backward"] == {"failure": "out of memory"}
     assert case["providers"]["eager"]["correct"]
     assert case["providers"]["cpu"]["forward_backward"]["time"]["median_us"] == 3
-    assert "out of memory" in shown(report.case_table(case))
+    assert "out of memory" in shown(tables.loss_case(case))
     without_copy = measured(ScriptedTimer(MemoryError()))
     assert without_copy["providers"]["eager"]["forward"] == {"failure": "out of memory"}
 
 
 def test_a_busy_machine_is_noted() -> None:
     result = scripted_result()
-    assert "noisy" not in shown(report.case_table(result["cases"][0]))
+    assert "noisy" not in shown(tables.loss_case(result["cases"][0]))
     noisy = slower(result, 1.0, spread=0.5)
     assert "noisy: the quartiles of cpu lie 50% of the median apart" in shown(
-        report.case_table(noisy["cases"][0])
+        tables.loss_case(noisy["cases"][0])
     )
 
 
@@ -330,7 +331,7 @@ def test_providers_that_are_not_here_say_why() -> None:
     ):
         on_gpu = providers.make_providers(TINY.form, torch.device("cuda"))
     assert on_gpu["cuda"] == "not available: the extension was built without nvcc"
-    assert list(on_gpu)[2:4] == list(providers.COMPILED)
+    assert list(on_gpu)[2:4] == list(names.COMPILED)
 
 
 def test_run_writes_file_and_plots_and_resumes(tmp_path: Path) -> None:
@@ -352,7 +353,7 @@ def test_run_writes_file_and_plots_and_resumes(tmp_path: Path) -> None:
     written = json.loads(path.read_text())
     assert [case["name"] for case in written["cases"]] == ["power_spherical 64x512 2x2 float32"]
     assert {"date", "commit", "device", "processor", "driver", "versions"} <= written.keys()
-    for plot in plots.plot_paths(path.parent):
+    for plot in plots.plot_paths("multiview_loss", path.parent):
         assert plot.read_bytes().startswith(b"\x89PNG")
     both = dataclasses.replace(options, only="64x", resume=True, short=True)
     resumed = multiview_loss.run(both, console, providers=some, timer=timer)
@@ -393,7 +394,7 @@ def test_short_keeps_its_time(tmp_path: Path) -> None:
     now = iter([0.0, 0.0, 40.0, 80.0, 80.0, 80.0])
 
     def some(form: LossForm, device: torch.device) -> dict[str, Provider | str]:
-        return {"eager": given(form), providers.COMPILED[1]: given(form)}
+        return {"eager": given(form), names.COMPILED[1]: given(form)}
 
     console = Console(file=io.StringIO(), width=300)
     found = multiview_loss.run(
@@ -403,11 +404,9 @@ def test_short_keeps_its_time(tmp_path: Path) -> None:
         timer=ScriptedTimer(1),
         clock=lambda: next(now),
     )
-    assert [case["providers"][providers.COMPILED[1]]["correct"] for case in found["cases"]] == [
+    assert [case["providers"][names.COMPILED[1]]["correct"] for case in found["cases"]] == [
         True,
         False,
     ]
-    assert (
-        "--short had used 40 s" in found["cases"][1]["providers"][providers.COMPILED[1]]["failure"]
-    )
+    assert "--short had used 40 s" in found["cases"][1]["providers"][names.COMPILED[1]]["failure"]
     assert console.file.getvalue().count("left out: power_spherical") == 3  # type: ignore[attr-defined]

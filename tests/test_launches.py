@@ -13,7 +13,6 @@ from benchmark_cases import CPU, scripted_pipeline
 from torch import nn
 
 from vi_simsiam.benchmarks import launches
-from vi_simsiam.benchmarks import pipeline_tables as tables
 from vi_simsiam.benchmarks.launches import OTHER, by_kind, kind_of, launches_of
 
 
@@ -125,14 +124,14 @@ def test_a_gpu_counts_its_kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_markdown() -> None:
     result = scripted_pipeline("step")
-    assert tables.launches_markdown(result) == "Not measured."
+    assert launches.launches_markdown(result) == "Not measured."
     entries = [("aten::convolution", 40, 1500.0), ("aten::mm", 3, 20.0), ("aten::sum", 2, 0.4)]
     counted = [
         {"kind": kind_of(name), "name": name, "count": count, "us": us}
         for name, count, us in entries
     ]
     result["cases"][0]["launches"] = {"torch": counted, "kernels": counted[:1]}
-    lines = tables.launches_markdown(result).splitlines()
+    lines = launches.launches_markdown(result).splitlines()
     label = result["cases"][0]["label"]
     assert lines[:6] == [
         f"| {label}: microseconds (launches) | torch | kernels |",
@@ -147,4 +146,4 @@ def test_markdown() -> None:
 def test_a_profiler_that_sees_nothing() -> None:
     result = scripted_pipeline("step")
     result["cases"][0]["launches"] = {"kernels": []}
-    assert "| all | 0 (0) |" in tables.launches_markdown(result)
+    assert "| all | 0 (0) |" in launches.launches_markdown(result)

@@ -18,9 +18,8 @@ from rich.console import Console
 from test_pipeline_benchmarks import TINY, needs_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vi_simsiam.benchmarks import images, step, step_parts
-from vi_simsiam.benchmarks import pipeline_tables as tables
-from vi_simsiam.benchmarks.launches import by_kind, launches_of
+from vi_simsiam.benchmarks import images, step, step_parts, tables
+from vi_simsiam.benchmarks.launches import by_kind, launches_case, launches_of
 from vi_simsiam.benchmarks.step_parts import Parts, StepCase, WholeStep
 from vi_simsiam.benchmarks.timers import WallTimer, timer_for
 from vi_simsiam.benchmarks.view_cases import ViewCase
@@ -76,7 +75,7 @@ def test_a_step_is_measured_whole_and_in_parts(
     assert found["name"] == "vi-simsiam 2x16 batch 2"
     providers = found["providers"]
     assert providers[step.STEP]["losses"] == pytest.approx(found["losses"], abs=1e-4)
-    assert providers[step.COMPILED]["failure"] == "RuntimeError: no compiler"
+    assert providers[step.NETWORK_COMPILED]["failure"] == "RuntimeError: no compiler"
     timed = {name for name, provider in providers.items() if provider["time"] is not None}
     assert timed == {step.STEP, step.NETWORK, step.AT_HAND, *step.PIECES}
     network, whole = (providers[name]["time"]["median_us"] for name in (step.NETWORK, step.AT_HAND))
@@ -131,7 +130,7 @@ def test_launches_are_counted_after_all_times(
     assert (first["method"], second["launches"]) == ("vi-simsiam", {})
     counted = by_kind(first["launches"]["torch"])
     assert counted["loss"][0] == counted["SGD"][0] == 1
-    assert f"({counted['convolutions'][0]})" in shown(tables.launches_case(first))
+    assert f"({counted['convolutions'][0]})" in shown(launches_case(first))
     step.run(step.Options(device="cpu", rounds=3, kernels=True, out=tmp_path, resume=True), console)
     assert len(timed) == 3, "--resume counts what is missing alone"
     again = json.loads(path.read_text())["cases"]
@@ -253,7 +252,9 @@ def test_gpu_step_is_captured_and_has_all_phases() -> None:
         for name, provider in found["providers"].items()
         if provider["failure"]
     }
-    assert failures == dict.fromkeys((step.COMPILED, f"{step.AT_HAND}, torch.compile"), "left out")
+    assert failures == dict.fromkeys(
+        (step.NETWORK_COMPILED, f"{step.AT_HAND}, torch.compile"), "left out"
+    )
     launches = step.count_launches(case, found, device)
     assert launches.keys() == {"torch, view by view", "torch", "kernels"}
     ours, theirs = (by_kind(launches[layers]) for layers in ("kernels", "torch, view by view"))

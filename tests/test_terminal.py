@@ -38,10 +38,10 @@ class Terminal(Console):
 def test_benchmarks_print_paths_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal, folder = Terminal(), tmp_path / ODD.replace("/", "-")
     suite = Suite("augment", SuiteOptions(device="cpu", out=folder), terminal)
-    suite.finish([], lambda result, path: [path / "plot.png"])
+    suite.finish()
     assert terminal.lines == [
         f"written: {folder}/cpu/augment.json",
-        f"written: {folder}/cpu/plot.png",
+        f"written: {folder}/cpu/augment.png",
     ]
     terminal = Terminal()
     monkeypatch.setattr(

@@ -9,7 +9,7 @@ import pytest
 from inference_cases import save_images
 from rich.console import Console
 
-from vi_simsiam.benchmarks.targets import case_label
+from vi_simsiam.benchmarks.ratios import case_label
 from vi_simsiam.data.cache import in_memory
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.sources import FileSource, Unreadable, left_out

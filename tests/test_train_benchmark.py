@@ -16,7 +16,7 @@ from rich.console import Console
 from test_trainer import config
 from torch import Tensor, nn
 
-from vi_simsiam.benchmarks import train, train_peers
+from vi_simsiam.benchmarks import names, train, train_peers
 from vi_simsiam.benchmarks.train_peers import Recorder
 from vi_simsiam.config import ModelConfig
 from vi_simsiam.engine.trainer import Trainer
@@ -153,9 +153,9 @@ def test_a_training_that_diverged_or_ended_early_has_no_speed(
 def test_a_training_that_learnt_much_less_than_lightlys_has_no_speed() -> None:
     accuracies = {
         "lightly": 0.6,
-        train_peers.OURS_SIMSIAM: 0.4,
+        names.OURS_SIMSIAM: 0.4,
         train_peers.PLAIN: 0.52,
-        train_peers.OURS: 0.4,
+        names.OURS: 0.4,
     }
     found = {
         name: {"knn_top1": share, "correct": True, "time": {}} for name, share in accuracies.items()
@@ -165,11 +165,9 @@ def test_a_training_that_learnt_much_less_than_lightlys_has_no_speed() -> None:
         "within four standard errors of so few images"
     )
     train.refuse_worse(found, images=1000)
-    assert [name for name, values in found.items() if not values["correct"]] == [
-        train_peers.OURS_SIMSIAM
-    ]
-    assert found[train_peers.OURS_SIMSIAM]["failure"] == "wrong: kNN top-1 40.0%, lightly's 60.0%"
-    assert found[train_peers.OURS_SIMSIAM]["time"] is None
+    assert [name for name, values in found.items() if not values["correct"]] == [names.OURS_SIMSIAM]
+    assert found[names.OURS_SIMSIAM]["failure"] == "wrong: kNN top-1 40.0%, lightly's 60.0%"
+    assert found[names.OURS_SIMSIAM]["time"] is None
 
 
 @pytest.mark.parametrize(
@@ -186,10 +184,10 @@ def test_train_options_that_make_no_sense(changed: dict[str, Any], message: str)
         train.Options(**changed)
 
 
-@pytest.mark.parametrize("name", [train_peers.PLAIN, train_peers.LIGHTLY, train_peers.OURS_SIMSIAM])
+@pytest.mark.parametrize("name", [train_peers.PLAIN, names.LIGHTLY, names.OURS_SIMSIAM])
 def test_each_training_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way with a tiny network: the pace of the clock and the accuracy are there, and the weights moved."""
-    if name == train_peers.LIGHTLY:
+    if name == names.LIGHTLY:
         pytest.importorskip("lightly")
     monkeypatch.setattr(
         Trainer, "_launched", lambda trainer, replay: {"captured": True}
@@ -211,7 +209,7 @@ def test_each_training_trains(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert found["views_per_second"] > 0
     assert 0 <= found["knn_top1"] <= 1
     assert len(set(before)) == 2, "each epoch changed the weights"
-    assert found["captured"] == (True if name == train_peers.OURS_SIMSIAM else None)
+    assert found["captured"] == (True if name == names.OURS_SIMSIAM else None)
 
 
 def test_an_epoch_is_over_before_its_checkpoint(image_folder: Path, tmp_path: Path) -> None:
@@ -262,7 +260,7 @@ def test_every_training_has_the_same_loss() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", [train_peers.PLAIN, train_peers.LIGHTLY, train_peers.OURS])
+@pytest.mark.parametrize("name", [train_peers.PLAIN, names.LIGHTLY, names.OURS])
 def test_gpu_training_of_each_provider(name: str) -> None:
     options = train.Options(device="cuda", images=64, batch_size=32, epochs=2, workers=1)
     found = train.run(options, quiet(), providers={name: train_peers.PROVIDERS[name]})["cases"][0][

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import unicodedata
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 _SHOWN = 8
@@ -25,6 +26,14 @@ def one_line(text: str) -> str:
     return "".join(
         repr(each)[1:-1] if unicodedata.category(each) == "Cc" else each for each in text
     )
+
+
+def markdown_grid(
+    head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True
+) -> str:
+    """A Markdown table; with `numbers` all columns but the first are flush right."""
+    rule = "|---|" + ("---:|" if numbers else "---|") * (len(head) - 1)
+    return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def brief(value: Any) -> str:

@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vi_simsiam.benchmarks.tables import markdown_grid
 from vi_simsiam.engine.checkpoint import write_atomically, write_json
 from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.experiments.records import Experiment, collect
 from vi_simsiam.experiments.statistics import DRAWS, estimate
 from vi_simsiam.paths import printable
-from vi_simsiam.text import counted
+from vi_simsiam.text import counted, markdown_grid
 
 SUMMARY, MARKDOWN = "summary.json", "summary.md"
 MEASURE_NAMES = {
