@@ -11,7 +11,6 @@ checked and that they are finite; mean and deviation are recorded.
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -79,26 +78,15 @@ class Options(SuiteOptions):
             raise InputError(f"workers: {self.workers} must be at least 1")
 
 
-def run(
-    options: Options,
-    console: Console | None = None,
-    *,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Any]:
-    """Measure the cases, print tables, and write the result file after each case.
-
-    Args:
-        options: what to measure.
-        console: where to print.
-        clock: the time in seconds, for the limit on --short.
-    """
+def run(options: Options, console: Console | None = None) -> dict[str, Any]:
+    """Measure the cases, print tables, and write the result file after each case."""
     suite = Suite("augment", options, console, peers.PEER_PACKAGES)
     device, workers = suite.device, options.workers or cores()
     data = "generated" if options.data == "generated" else "folder"
     suite.result.update(workers=workers, data=data)
     timer = timer_for(device)
     cases = view_cases(device.type, short=options.short)
-    for case, _ in suite.cases(cases, _SHORT_SECONDS[device.type], clock):
+    for case, _ in suite.cases(cases, _SHORT_SECONDS[device.type]):
         with tempfile.TemporaryDirectory() as folder:
             count = image_count(case, workers)
             paths = image_files(options.data, Path(folder), count=count, sides=case.sides)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -129,54 +127,52 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
     bytes, otherwise the provider that the case names. Where one of these times is noisy (see
     `ratios`) there is no verdict.
     """
-    times = _loss_times if before["benchmark"] == "multiview_loss" else _pipeline_times
-    cases = {case["name"]: case for case in after["cases"]}
+    found = {case["name"]: case for case in after["cases"]}
+    pairs = [(old, found[old["name"]]) for old in before["cases"] if old["name"] in found]
     return [
         change
-        for old in before["cases"]
-        if (new := cases.get(old["name"])) is not None
+        for old, new in pairs
         for name in old["providers"]
         if name in new["providers"]
-        for was, now in zip(times(old, name), times(new, name), strict=True)
-        if (change := _change(case_label(old), name, was, now)) is not None
+        for timing in _timings(before["benchmark"])
+        if (change := _change(old, new, name, *timing)) is not None
     ]
 
 
-@dataclass(frozen=True)
-class _Time:
-    """A time of a provider, the yardstick's, and the reason where it has none."""
-
-    what: str
-    times: Times | None
-    yardstick: Times | None
-    failure: str
-
-
-def _loss_times(case: Case, name: str) -> Iterator[_Time]:
-    found = case["providers"][name]
-    for mode, metric in itertools.product(MODES, ("time", "host")):
-        what = "loss" if mode == "forward" else "loss + gradient"
-        what += ", host" if metric == "host" else ""
-        failure = found["failure"] or (found[mode] or {}).get("failure") or "no time any more"
-        yardstick = case["copy"][mode] if metric == "time" else None
-        yield _Time(what, times_of(case, name, mode, metric), yardstick, failure)
+def _timings(benchmark: str) -> list[tuple[str, str | None, str]]:
+    """The times of a provider: what each is called, its mode and its metric."""
+    if benchmark != "multiview_loss":
+        return [("time", None, "time")]
+    modes = dict(zip(MODES, ("loss", "loss + gradient"), strict=True))
+    return [
+        (f"{what}, host" if metric == "host" else what, mode, metric)
+        for mode, what in modes.items()
+        for metric in ("time", "host")
+    ]
 
 
-def _pipeline_times(case: Case, name: str) -> Iterator[_Time]:
-    yardstick = None if name == case["yardstick"] else times_of(case, case["yardstick"])
-    failure = case["providers"][name]["failure"] or "no time any more"
-    yield _Time("time", times_of(case, name), yardstick, failure)
+def _yardstick(case: Case, name: str, mode: str | None, metric: str) -> Times | None:
+    if mode is None:
+        return None if name == case["yardstick"] else times_of(case, case["yardstick"])
+    return case["copy"][mode] if metric == "time" else None
 
 
-def _change(case: str, name: str, before: _Time, after: _Time) -> Change | None:
-    if before.times is None:
+def _change(
+    old: Case, new: Case, name: str, what: str, mode: str | None, metric: str
+) -> Change | None:
+    label = case_label(old)
+    was, now = times_of(old, name, mode, metric), times_of(new, name, mode, metric)
+    if was is None:
         return None
-    if after.times is None:
-        return Change(case, name, before.what, None, 1.0, after.failure)
-    noise = max(_LEAST_NOISE, spread(before.times) + spread(after.times))
+    if now is None:
+        entry = new["providers"][name]
+        failure = entry["failure"] or ((mode and entry[mode]) or {}).get("failure")
+        return Change(label, name, what, None, 1.0, failure or "no time any more")
     machine = Ratio(1.0, False)
-    if before.yardstick is not None and after.yardstick is not None:
-        machine = ratio(after.yardstick, before.yardstick)
-    found = ratio(after.times, before.times)
+    stick_was, stick_now = (_yardstick(case, name, mode, metric) for case in (old, new))
+    if stick_was is not None and stick_now is not None:
+        machine = ratio(stick_now, stick_was)
+    found = ratio(now, was)
+    noise = max(_LEAST_NOISE, spread(was) + spread(now))
     allowed = max(1.0, machine.value) * (1 + noise)
-    return Change(case, name, before.what, found.value, allowed, noisy=found.noisy or machine.noisy)
+    return Change(label, name, what, found.value, allowed, noisy=found.noisy or machine.noisy)

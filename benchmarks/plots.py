@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +77,14 @@ def _speed_up(result: dict[str, Any]) -> Figure:
     dims = sorted({case["dim"] for case in cases})
     for panel, (views, targets, dtype) in zip(panels, kinds, strict=True):
         for dim, colour in zip(dims, _shades(len(dims)), strict=True):
-            points = sorted(
-                (case["batch"], faster.value)
-                for case in cases
-                if (case["views"], case["targets"], case["dtype"], case["dim"])
-                == (views, targets, dtype, dim)
-                and (faster := speed_up(case, names.FUSED, names.COMPILED, "forward_backward"))
-                is not None
-            )
+            points = []
+            for case in cases:
+                kind = (case["views"], case["targets"], case["dtype"], case["dim"])
+                faster = speed_up(case, names.FUSED, names.COMPILED, "forward_backward")
+                if kind == (views, targets, dtype, dim) and faster is not None:
+                    points.append((case["batch"], faster.value))
             if points:
+                points.sort()
                 x, y = zip(*points, strict=True)
                 panel.plot(x, y, marker="o", ms=3, color=colour, label=f"D = {dim:,}")
         panel.axhline(1, color="#24292f", lw=0.8, ls=(0, (3, 2)))
@@ -99,9 +98,7 @@ def _speed_up(result: dict[str, Any]) -> Figure:
         panel.set_xticks(batches, [f"{batch:,}" for batch in batches])
         panel.set_xticks([], minor=True)
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        panel.yaxis.set_minor_formatter(
-            lambda value, _: f"{value:g}" if f"{value:g}"[0] in "25" else ""
-        )
+        panel.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:g}"[0] in "25" else "")
         if panel.get_legend_handles_labels()[0]:
             panel.legend(loc="best")
     panels[0].set_ylabel("times faster than the best torch.compile")
@@ -117,33 +114,14 @@ def _bandwidth(result: dict[str, Any]) -> Figure:
     for panel, mode, title in zip(
         panels, ("forward", "forward_backward"), ("loss", "loss and gradient"), strict=True
     ):
-        roof = [
-            (case["least_bytes"][mode], _rate(case, mode, times))
-            for case in result["cases"]
-            if (times := case["copy"][mode]) is not None
-        ]
-        if roof:
-            x, y = zip(*roof, strict=True)
-            panel.scatter(x, y, marker="_", s=70, color="#24292f", label="copy of the same bytes")
+        copies = [(case, case["copy"][mode]) for case in result["cases"]]
+        label = "copy of the same bytes"
+        _scatter_rates(panel, mode, copies, marker="_", s=70, color="#24292f", label=label)
         for name in columns:
-            points = [
-                (case["least_bytes"][mode], _rate(case, mode, times))
-                for case in result["cases"]
-                if (times := times_of(case, name, mode)) is not None
-            ]
-            if points:
-                fused = name in names.FUSED
-                x, y = zip(*points, strict=True)
-                colour = _COLOURS.get(name, "#000000")
-                panel.scatter(
-                    x,
-                    y,
-                    s=16 if fused else 10,
-                    color=colour,
-                    label=name,
-                    zorder=3 if fused else 2,
-                    lw=0,
-                )
+            times = [(case, times_of(case, name, mode)) for case in result["cases"]]
+            size, above = (16, 3) if name in names.FUSED else (10, 2)
+            style = {"color": _COLOURS.get(name, "#000000"), "label": name, "lw": 0}
+            _scatter_rates(panel, mode, times, s=size, zorder=above, **style)
         panel.set(xscale="log", yscale="log", xlabel="bytes that must move", title=title)
     panels[0].set_ylabel("these bytes / time (GB/s)")
     shown = {
@@ -157,8 +135,14 @@ def _bandwidth(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def _rate(case: Case, mode: str, times: Times) -> float:
-    return float(case["least_bytes"][mode]) / times["median_us"] / 1e3
+def _scatter_rates(
+    panel: Axes, mode: str, times: Iterable[tuple[Case, Times | None]], **style: Any
+) -> None:
+    """Bytes that must move and GB/s for each case that has a time."""
+    measured = [(case["least_bytes"][mode], found) for case, found in times if found is not None]
+    if measured:
+        rates = [nbytes / found["median_us"] / 1e3 for nbytes, found in measured]
+        panel.scatter([nbytes for nbytes, _ in measured], rates, **style)
 
 
 def _place(result: dict[str, Any]) -> str:
@@ -214,11 +198,8 @@ def _phases(result: dict[str, Any]) -> Figure:
                 row, width, left=left, color=colour, height=0.6, label=name if row == 0 else None
             )
             left += width
-        for name, style in (
-            (names.NETWORK, "-"),
-            (names.NETWORK_COMPILED, "--"),
-            (names.NETWORK_KERNELS, ":"),
-        ):
+        lines = {names.NETWORK: "-", names.NETWORK_COMPILED: "--", names.NETWORK_KERNELS: ":"}
+        for name, style in lines.items():
             if (alone := times_of(case, name)) is not None:
                 x, y = [alone["median_us"] / 1e3] * 2, [row - 0.4, row + 0.4]
                 label = name if row == 0 else None

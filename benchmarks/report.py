@@ -19,7 +19,7 @@ import tyro
 from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted
 
-from . import accuracy, launches, tables
+from . import accuracy, launches, multiview_loss, tables
 from .plots import plot_paths
 from .results import read_result
 from .targets import targets_for
@@ -168,8 +168,8 @@ def _experiment(paths: list[str], folder: Path) -> str:
 
 
 _KINDS: dict[str, _Section] = {
-    "table": _table("multiview_loss", tables.loss_markdown),
-    "host": _table("multiview_loss", partial(tables.loss_markdown, metric="host")),
+    "table": _table("multiview_loss", multiview_loss.loss_markdown),
+    "host": _table("multiview_loss", partial(multiview_loss.loss_markdown, metric="host")),
     "gpu-targets": _targets("gpu-targets", "cuda", "multiview_loss"),
     "cpu-targets": _targets("cpu-targets", "cpu", "multiview_loss"),
     "accuracy": _table(accuracy.NAME, accuracy.markdown_table),

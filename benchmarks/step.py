@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -106,26 +105,15 @@ def step_cases(device_type: str, *, short: bool) -> tuple[StepCase, ...]:
     return tuple(StepCase(case, method) for method in _METHODS for case in views)
 
 
-def run(
-    options: Options,
-    console: Console | None = None,
-    *,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Any]:
-    """Measure the cases, print tables, and write the result file after each case.
-
-    Args:
-        options: what to measure.
-        console: where to print.
-        clock: the time in seconds, for the limit on --short.
-    """
+def run(options: Options, console: Console | None = None) -> dict[str, Any]:
+    """Measure the cases, print tables, and write the result file after each case."""
     suite = Suite("step", options, console)
     device = suite.device
     suite.result["peak_flops"] = peak_flops(device)
     timer = timer_for(device)
     limit = _SHORT_SECONDS[device.type]
     cases = step_cases(device.type, short=options.short)
-    for case, used in suite.cases(cases, limit, clock):
+    for case, used in suite.cases(cases, limit):
         without = None
         if used > 0.35:
             without = f"left out: it compiles long, and --short had used {used * limit:.0f} s"

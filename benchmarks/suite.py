@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import tyro
 from rich.console import Console
@@ -21,6 +21,7 @@ from .results import provenance, read_result, result_path, write_result
 from .tables import print_line, targets_table
 from .targets import targets_of
 
+_Case = TypeVar("_Case", bound=Any)
 _SAME = ("commit", "device", "driver", "versions")
 """What must not differ between the runs that one result file comes from."""
 
@@ -54,17 +55,6 @@ class SuiteOptions:
             raise InputError(f"rounds: {self.rounds} must be at least {self.least_rounds}")
         if self.resume and self.out is None:
             raise InputError("resume: say where the result file is with --out")
-
-
-class Named(Protocol):
-    """A case as far as the suite is concerned."""
-
-    @property
-    def name(self) -> str:
-        """Name of the case in results; unique."""
-
-
-_Case = TypeVar("_Case", bound=Named)
 
 
 class Suite:
@@ -105,7 +95,7 @@ class Suite:
         """Yield the cases to measure, each with the share of the time limit used before it.
 
         Args:
-            cases: in the order in which they are measured.
+            cases: objects with a unique `name`, in the order in which they are measured.
             seconds: limit of --short; when it is nearly used up, the other cases are left out.
             clock: the time in seconds.
 

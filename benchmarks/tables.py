@@ -1,4 +1,4 @@
-"""Tables of result files, for the terminal and for Markdown."""
+"""Tables for the terminal and for Markdown: common parts, and those of the pipelines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from rich.table import Table
 from vi_simsiam.text import counted, markdown_grid
 
 from . import names
-from .cases import MODES, cases_for
 from .ratios import (
     LEGEND,
     NOT_MEASURED,
@@ -20,12 +19,9 @@ from .ratios import (
     Case,
     Ratio,
     Times,
-    case_label,
     exposed_share,
-    fastest,
     floor_of,
     noisy,
-    ratio,
     speed_up,
     spread,
     times_of,
@@ -67,7 +63,8 @@ def number(value: float) -> str:
     return f"{value:,.{digits}f}"
 
 
-def _optional(value: float | None, form: str) -> str:
+def optional(value: float | None, form: str) -> str:
+    """Format a figure, or a dash for None."""
     return "-" if value is None else form.format(value)
 
 
@@ -76,14 +73,15 @@ def _ms(microseconds: float | None) -> str:
 
 
 def _share(value: float | None) -> str:
-    return _optional(value, "{:.1%}")
+    return optional(value, "{:.1%}")
 
 
-def _times(found: Ratio | None) -> str:
+def shown_ratio(found: Ratio | None) -> str:
+    """Format a ratio, or a dash for None."""
     return "-" if found is None else found.shown()
 
 
-def _brief(reason: str) -> str:
+def brief(reason: str) -> str:
     """The failure's kind, for a cell; the whole reason is given below the table."""
     return reason.split(":")[0]
 
@@ -96,7 +94,7 @@ def where(result: dict[str, Any]) -> str:
     return f"{device}; PyTorch {result['versions']['torch']}; {result['date'][:10]}."
 
 
-def _noise_notes(times: Iterable[tuple[str, Times | None]]) -> list[str]:
+def noise_notes(times: Iterable[tuple[str, Times | None]]) -> list[str]:
     """A note on the noisiest provider, if it is too noisy for a verdict."""
     wide = [(spread(found), name) for name, found in times if found is not None and noisy(found)]
     return [
@@ -105,7 +103,8 @@ def _noise_notes(times: Iterable[tuple[str, Times | None]]) -> list[str]:
     ]
 
 
-def _names(cases: Iterable[Case], key: str = "providers") -> list[str]:
+def keys_of(cases: Iterable[Case], key: str = "providers") -> list[str]:
+    """The keys of an entry of all cases, such as the names of all providers."""
     return list(dict.fromkeys(name for case in cases for name in case[key]))
 
 
@@ -130,92 +129,6 @@ def targets_markdown(targets: Sequence[Target]) -> str:
     return markdown_grid(_TARGET_HEAD, _target_rows(targets), numbers=False)
 
 
-# The loss
-
-
-def loss_case(case: Case) -> Table:
-    """One case of the loss: a row for each provider; no times where the result was wrong."""
-    modes = dict(zip(MODES, ("loss", "loss + gradient"), strict=True))
-    with_host = any(
-        (found[mode] or {}).get("host") for found in case["providers"].values() for mode in modes
-    )
-    metrics = ("time", "host") if with_host else ("time",)
-    timings = [(mode, metric) for mode in modes for metric in metrics]
-    head = ["provider", *(modes[mode] if metric == "time" else metric for mode, metric in timings)]
-    notes = [
-        "times in us; "
-        "share of a copy's speed, speed-up, error and memory are those of loss + gradient"
-    ]
-    copy, baseline = case["copy"][MODES[1]], fastest(case, names.COMPILED, MODES[1])
-    if copy is not None:
-        notes.append(f"copy of the bytes that must move: {number(copy['median_us'])} us")
-    rows = []
-    for name, found in case["providers"].items():
-        if not found["correct"]:
-            notes.append(f"{name}: {found['failure']}")
-            continue
-        both = found[MODES[1]] or {}
-        own, peak = both.get("time"), both.get("peak_bytes")
-        cells = (
-            _optional(both.get("copy_share"), "{:.0%}"),
-            ratio(baseline[1], own).shown() if own and baseline else "-",
-            f"{found['gradient_error']:.1e}",
-            "-" if peak is None else f"{peak / 2**20:,.1f} MiB",
-        )
-        rows.append((name, *(_loss_cell(case, name, *timing) for timing in timings), *cells))
-    notes += _noise_notes(
-        (name, times_of(case, name, mode)) for name in case["providers"] for mode in modes
-    )
-    head += ["of copy", "vs compile", "error", "memory"]
-    return terminal_table(case_label(case), head, rows, notes)
-
-
-def loss_markdown(result: _Result, *, metric: str = "time") -> str:
-    """Medians of loss and gradient, a row for each case; of a GPU's many cases the telling ones.
-
-    Args:
-        result: the content of a result file of `vi-simsiam bench loss`.
-        metric: "time", or "host" (GPU only).
-    """
-    mode, cases = MODES[1], result["cases"]
-    if result["device_type"] == "cuda":
-        telling = {case.name for case in cases_for("cuda", short=True)}
-        cases = [case for case in cases if case["name"] in telling]
-    columns = _names(cases)
-    shown = [name for name in columns if any(times_of(case, name, mode, metric) for case in cases)]
-    rows = []
-    for case in cases:
-        cells = [_loss_cell(case, name, mode, metric) for name in shown]
-        cells.append(_times(speed_up(case, names.FUSED, names.COMPILED, mode, metric)))
-        if metric == "time":
-            ours = fastest(case, names.FUSED, mode)
-            share = case["providers"][ours[0]][mode]["copy_share"] if ours else None
-            cells.append(_optional(share, "{:.0%}"))
-        rows.append((case_label(case), *cells))
-    last = ["faster than torch.compile", *(["of a copy's speed"] if metric == "time" else [])]
-    grid = markdown_grid(("batch x D", *shown, *last), rows)
-    lines = [grid, "", *([LEGEND] if TOO_NOISY in grid else [])]
-    for name in columns:
-        if name not in shown:
-            found = (case["providers"][name] for case in cases if name in case["providers"])
-            lines.append(f"No time for {name} ({next(found)['failure'] or NOT_MEASURED}).")
-    return "\n".join([*lines, f"Medians in us. {where(result)}"])
-
-
-def _loss_cell(case: Case, name: str, mode: str, metric: str) -> str:
-    """A median in microseconds, or why there is none."""
-    times = times_of(case, name, mode, metric)
-    if times is not None:
-        return number(times["median_us"])
-    found = case["providers"].get(name)
-    if found is None:
-        return "-"
-    return _brief(str(found["failure"] or (found[mode] or {}).get("failure") or NOT_MEASURED))
-
-
-# Input pipeline, step and training
-
-
 def augment_case(case: Case) -> Table:
     """One case of the input pipeline: a row for each provider."""
 
@@ -229,7 +142,7 @@ def augment_case(case: Case) -> Table:
             (
                 name,
                 *_if_timed(case, name, cells),
-                _times(speed_up(case, [name], [names.LIGHTLY])),
+                shown_ratio(speed_up(case, [name], [names.LIGHTLY])),
                 "-" if errors is None else ", ".join(f"{e:.0e}" for e in errors.values()),
                 f"{found['mean']:.2f}, {found['std']:.2f}" if "mean" in found else "-",
             )
@@ -241,7 +154,7 @@ def augment_case(case: Case) -> Table:
 
 def augment_markdown(result: _Result) -> str:
     """Views per second: a row for each case, a column for each provider."""
-    columns = _names(result["cases"])
+    columns = keys_of(result["cases"])
 
     def cells(found: _Result) -> _Row:
         return (f"{found['views_per_second']:,.0f}",)
@@ -250,7 +163,7 @@ def augment_markdown(result: _Result) -> str:
         (
             case["label"],
             *(_if_timed(case, name, cells)[0] for name in columns),
-            _times(speed_up(case, [names.OURS], [names.LIGHTLY])),
+            shown_ratio(speed_up(case, [names.OURS], [names.LIGHTLY])),
         )
         for case in result["cases"]
     ]
@@ -274,7 +187,7 @@ def step_case(case: Case) -> Table:
         (
             name,
             *_if_timed(case, name, cells),
-            _times(speed_up(case, [names.NETWORK], [name])),
+            shown_ratio(speed_up(case, [names.NETWORK], [name])),
             _losses(found["losses"]),
         )
         for name, found in case["providers"].items()
@@ -301,7 +214,7 @@ def step_markdown(result: _Result) -> str:
                     _median(case, name)
                     for name in (names.STEP, floor_of(case), names.NETWORK_COMPILED)
                 ),
-                _times(speed_up(case, [floor_of(case)], [names.STEP])),
+                shown_ratio(speed_up(case, [floor_of(case)], [names.STEP])),
                 "-" if exposed is None else exposed.shown("{:.1%}"),
                 _share(case["providers"][names.STEP].get("mfu")),
             )
@@ -333,7 +246,7 @@ def layers_markdown(result: _Result) -> str:
             f"{case['label']}: {layers}",
             _median(case, step),
             _median(case, alone),
-            _times(speed_up(case, [step], [kinds[0][1]])),
+            shown_ratio(speed_up(case, [step], [kinds[0][1]])),
         )
         for case in cases
         for layers, step, alone in kinds
@@ -344,7 +257,7 @@ def layers_markdown(result: _Result) -> str:
 
 def phases_markdown(result: _Result) -> str:
     """Milliseconds of each part of the step, a row for each case."""
-    columns = _names(result["cases"], "phases")
+    columns = keys_of(result["cases"], "phases")
     rows = [
         (case["label"], *(_ms(case["phases"].get(name)) for name in columns))
         for case in result["cases"]
@@ -387,17 +300,17 @@ def _train_rows(case: Case) -> list[_Row]:
         return (
             f"{found['views_per_second']:,.0f}",
             "",
-            *(_optional(found[f"{part}_seconds"], "{:,.1f}") for part in parts),
+            *(optional(found[f"{part}_seconds"], "{:,.1f}") for part in parts),
             _share(found["knn_top1"]),
-            _optional(found["seconds_to_target"], "{:,.1f}"),
-            _optional(peak and peak / GIGABYTE, "{:.2f}"),
+            optional(found["seconds_to_target"], "{:,.1f}"),
+            optional(peak and peak / GIGABYTE, "{:.2f}"),
         )
 
     rows: list[_Row] = []
     for name in case["providers"]:
         row = [name, *_if_timed(case, name, cells)]
         row += ["-"] * (1 + len(_TRAIN_HEAD) - len(row))
-        row[2] = _times(speed_up(case, [name], [names.LIGHTLY]))
+        row[2] = shown_ratio(speed_up(case, [name], [names.LIGHTLY]))
         rows.append(row)
     return rows
 
@@ -412,7 +325,7 @@ def _terminal(case: Case, head: _Row, rows: Iterable[_Row], notes: Sequence[str]
     """A table for the terminal, with failures and noise below it."""
     times = ((name, found.get("time")) for name, found in case["providers"].items())
     return terminal_table(
-        case["label"], head, rows, [*notes, *_failures(case), *_noise_notes(times)]
+        case["label"], head, rows, [*notes, *_failures(case), *noise_notes(times)]
     )
 
 
@@ -438,4 +351,4 @@ def _if_timed(case: Case, name: str, cells: Callable[[_Result], _Row]) -> _Row:
     if times_of(case, name) is not None:
         return cells(case["providers"][name])
     found = case["providers"].get(name)
-    return ("-" if found is None else _brief(str(found["failure"] or "-")),)
+    return ("-" if found is None else brief(str(found["failure"] or "-")),)

@@ -15,12 +15,14 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from vi_simsiam.engine.graph import CudaGraph
 
+_WINDOW = 4e-3
+_MOST_CALLS = 100
 _Key = TypeVar("_Key", bound=Hashable)
 _Set = TypeVar("_Set")
 Measures = dict[str, Callable[[], float]]
@@ -112,10 +114,10 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class Timer(Protocol):
-    """Timing on one kind of device."""
+class Timer:
+    """Timing on one kind of device; on a CPU by the wall clock, for about four milliseconds."""
 
-    distinct_bytes: int
+    distinct_bytes = 0
     """The inputs that the timed calls rotate over must be larger than this together."""
 
     def prepare(
@@ -125,39 +127,19 @@ class Timer(Protocol):
 
         A call moves at least `nbytes`.
         """
-
-    def peak_bytes(self, call: Callable[[], object]) -> int | None:
-        """Peak memory during `call` above that in use before; None where it is not known."""
-
-    def release(self) -> None:
-        """Free the memory of earlier measures, which must not be used any more."""
-
-
-class WallTimer:
-    """Wall time on the CPU, of as many calls as take about four milliseconds."""
-
-    distinct_bytes = 0
-    _WINDOW = 4e-3
-    _MOST_CALLS = 100
-
-    def prepare(
-        self, call: Callable[[_Set], object], sets: Sequence[_Set], nbytes: int
-    ) -> Measures:
-        """See `Timer`."""
         call(sets[0])
         start = time.perf_counter()
         call(sets[0])
-        calls = math.ceil(
-            self._WINDOW / max(time.perf_counter() - start, self._WINDOW / self._MOST_CALLS)
-        )
+        seconds = time.perf_counter() - start
+        calls = math.ceil(_WINDOW / max(seconds, _WINDOW / _MOST_CALLS))
         return {"time": partial(self._time, call, sets, calls)}
 
     def peak_bytes(self, call: Callable[[], object]) -> int | None:
-        """Return None: PyTorch keeps no such count on a CPU."""
+        """Peak memory during `call` above that in use before; None on a CPU."""
         return None
 
     def release(self) -> None:
-        """See `Timer`."""
+        """Free the memory of earlier measures, which must not be used any more."""
         gc.collect()
 
     @staticmethod
@@ -168,7 +150,7 @@ class WallTimer:
         return (time.perf_counter() - start) / calls * 1e6
 
 
-class CudaTimer:
+class CudaTimer(Timer):
     """Kernel time from replays of a captured graph of many calls; host time from eager calls.
 
     All graphs share one memory pool, or the largest cases would need every provider's temporaries
@@ -250,4 +232,4 @@ class CudaTimer:
 
 def timer_for(device: torch.device) -> Timer:
     """The timer of a device."""
-    return CudaTimer(device) if device.type == "cuda" else WallTimer()
+    return CudaTimer(device) if device.type == "cuda" else Timer()

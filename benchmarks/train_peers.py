@@ -163,35 +163,26 @@ def plain(training: Training, recorder: Recorder) -> None:
     def loss_of(views: list[Tensor]) -> Tensor:
         return _symmetric_loss(*model([view.to(device) for view in views]))
 
-    _train_scaled(training, recorder, transform, model, model.backbone, loss_of)
+    _train(training, recorder, transform, model, model.backbone, loss_of)
 
 
 def tuned(training: Training, recorder: Recorder) -> None:
     """The same with common advice: channels_last, bfloat16, torch.compile, asynchronous copies."""
-    device, cuda = training.device, training.device.type == "cuda"
     torch.compiler.reset()
-    model = build_model(dataclasses.replace(training.config, method="simsiam")).to(device)
+    model = build_model(dataclasses.replace(training.config, method="simsiam")).to(training.device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer, scheduler = _sgd(model, training, fused=True)
+    compiled = torch.compile(lambda views: _symmetric_loss(*model(views)), dynamic=False)
 
-    def step_loss(views: list[Tensor]) -> Tensor:
-        return _symmetric_loss(*model(views))
+    def to_device(view: Tensor) -> Tensor:
+        return view.to(training.device, non_blocking=True, memory_format=torch.channels_last)
 
-    compiled = torch.compile(step_loss, dynamic=False)
+    def loss_of(views: list[Tensor]) -> Tensor:
+        loss: Tensor = compiled([to_device(view) for view in views])
+        return loss
+
+    transform = peers.torchvision_transform(training.config.augment)
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
-        for batches in _epochs(training, peers.torchvision_transform(training.config.augment)):
-            for views in batches:
-                on_device = [
-                    view.to(device, non_blocking=True, memory_format=torch.channels_last)
-                    for view in views
-                ]
-                with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-                    loss = compiled(on_device)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                scheduler.step()
-            recorder.epoch_done(model.backbone, loss)
+        _train(training, recorder, transform, model, model.backbone, loss_of, tuned=True)
 
 
 def lightly(training: Training, recorder: Recorder) -> None:
@@ -215,7 +206,7 @@ def lightly(training: Training, recorder: Recorder) -> None:
         return _over_pairs(criterion, predictions, [each.detach() for each in projections[:2]])
 
     transform = peers.lightly_transform(training.config.augment)
-    _train_scaled(training, recorder, transform, model, backbone, loss_of)
+    _train(training, recorder, transform, model, backbone, loss_of)
 
 
 PLAIN, TUNED = "plain PyTorch", "tuned PyTorch"
@@ -228,21 +219,23 @@ PROVIDERS: dict[str, Trains] = {
 }
 
 
-def _train_scaled(
+def _train(
     training: Training,
     recorder: Recorder,
     transform: Callable[[Any], list[Tensor]],
     model: nn.Module,
     backbone: nn.Module,
     loss_of: Callable[[list[Tensor]], Tensor],
+    *,
+    tuned: bool = False,
 ) -> None:
-    """The loop of a simple script, on a GPU with float16 autocast and a GradScaler."""
-    kind = training.device.type
-    optimizer, scheduler = _sgd(model, training)
-    scaler = torch.amp.GradScaler(kind, enabled=kind == "cuda")
+    """The loop of a script: on a GPU with float16 and a GradScaler, or with bfloat16 if `tuned`."""
+    kind, cuda = training.device.type, training.device.type == "cuda"
+    optimizer, scheduler = _sgd(model, training, fused=tuned)
+    scaler = torch.amp.GradScaler(kind, enabled=cuda and not tuned)
     for batches in _epochs(training, transform):
         for views in batches:
-            with torch.autocast(kind, torch.float16, enabled=kind == "cuda"):
+            with torch.autocast(kind, torch.bfloat16 if tuned else torch.float16, enabled=cuda):
                 loss = loss_of(views)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
@@ -291,9 +284,7 @@ def _epochs(
         yield loader
 
 
-def _sgd(
-    model: nn.Module, training: Training, *, fused: bool = False
-) -> tuple[torch.optim.SGD, Any]:
+def _sgd(model: nn.Module, training: Training, *, fused: bool) -> tuple[torch.optim.SGD, Any]:
     """SGD and a cosine to 0 over all steps."""
     config = training.config
     optimizer = torch.optim.SGD(
