@@ -22,7 +22,6 @@ import tyro
 from rich.console import Console
 from torch import Tensor
 
-from vi_simsiam.config import AugmentConfig
 from vi_simsiam.data.cache import in_memory
 from vi_simsiam.data.decoding import cores
 from vi_simsiam.data.sources import FileSource
@@ -110,37 +109,30 @@ def make_providers(
     policy, source = case.policy, FileSource(paths, name="benchmark")
     images = in_memory(source)
 
-    def files(
-        transform: Callable[[AugmentConfig], Callable[[Any], list[Tensor]]],
-    ) -> Callable[[], Provider]:
-        return lambda: peers.file_provider(
-            source,
-            transform(policy),
-            batch=case.batch,
-            device=device,
-            workers=workers,
-            seconds=_MEASURE_SECONDS,
-        )
+    from_files = partial(
+        peers.file_provider,
+        source,
+        batch=case.batch,
+        device=device,
+        workers=workers,
+        seconds=_MEASURE_SECONDS,
+    )
 
-    def resident(
-        transform: Callable[[], Callable[[list[Tensor]], Sequence[Tensor]]],
-    ) -> Callable[[], Provider]:
-        some = paths[: case.batch]
-        return lambda: peers.device_provider(
-            transform(), peers.resident_images(some, case.sides, device), device
-        )
+    def resident(call: Callable[[list[Tensor]], Sequence[Tensor]]) -> Provider:
+        decoded = peers.resident_images(paths[: case.batch], case.sides, device)
+        return peers.device_provider(call, decoded, device)
 
     made: dict[str, Callable[[], Provider]] = {
         names.OURS: lambda: ours.loader_views(images, policy, case.batch, device, workers),
         f"{names.OURS}, augmentation alone": lambda: ours.augmented_bytes(
             images, policy, case.batch, device, timer
         ),
-        TORCHVISION: files(peers.torchvision_transform),
-        names.LIGHTLY: files(peers.lightly_transform),
-        "kornia": resident(partial(peers.kornia_on_device, policy, device)),
+        TORCHVISION: lambda: from_files(peers.torchvision_transform(policy)),
+        names.LIGHTLY: lambda: from_files(peers.lightly_transform(policy)),
+        "kornia": lambda: resident(peers.kornia_on_device(policy, device)),
     }
     if device.type == "cuda":
-        made[f"{TORCHVISION} on the GPU"] = resident(partial(peers.torchvision_on_device, policy))
+        made[f"{TORCHVISION} on the GPU"] = lambda: resident(peers.torchvision_on_device(policy))
     return made
 
 

@@ -134,27 +134,26 @@ def seconds_a_batch(batches: Iterator[Sequence[Tensor]], device: torch.device) -
     return (time.perf_counter() - start) / (count - 1)
 
 
-class MultiView:
-    """Every view's own transform, applied to the same image; worker processes can unpickle it."""
+def _multi_view(
+    policy: AugmentConfig, view: Callable[[int, tuple[float, float]], Callable[[Any], Tensor]]
+) -> Callable[[Any], Views]:
+    """A transform of an image into two global views and the local ones.
 
-    def __init__(self, transforms: Sequence[Callable[[Any], Tensor]]) -> None:
-        self.transforms = list(transforms)
-
-    def __call__(self, image: Any) -> Views:
-        """The views of an image, in order."""
-        return [transform(image) for transform in self.transforms]
-
-
-def _for_each_view(
-    policy: AugmentConfig, view: Callable[[int, tuple[float, float]], Any]
-) -> list[Any]:
-    """Two global views, then the local ones."""
-    makers = [partial(view, policy.size, policy.crop_scale)] * 2
-    makers += [partial(view, policy.local_size, policy.local_scale)] * policy.local_views
-    return [make() for make in makers]
+    It holds one transform for each view, and worker processes can unpickle it.
+    """
+    transforms = [view(policy.size, policy.crop_scale) for _ in range(2)]
+    for _ in range(policy.local_views):
+        transforms.append(view(policy.local_size, policy.local_scale))
+    return partial(_apply_all, transforms)
 
 
-def torchvision_transform(policy: AugmentConfig, *, decoded: bool = False) -> MultiView:
+def _apply_all(transforms: Sequence[Callable[[Any], Tensor]], image: Any) -> Views:
+    return [transform(image) for transform in transforms]
+
+
+def torchvision_transform(
+    policy: AugmentConfig, *, decoded: bool = False
+) -> Callable[[Any], Views]:
     """SimSiam's views with torchvision v2: of PIL images, or of uint8 (3, H, W) if `decoded`."""
     to_float = [*([] if decoded else [v2.PILToTensor()]), v2.ToDtype(torch.float32, scale=True)]
     blur = v2.GaussianBlur(BLUR_TAPS, list(policy.blur_sigma))
@@ -173,7 +172,7 @@ def torchvision_transform(policy: AugmentConfig, *, decoded: bool = False) -> Mu
             ]
         )
 
-    return MultiView(_for_each_view(policy, view))
+    return _multi_view(policy, view)
 
 
 def lightly_transform(policy: AugmentConfig) -> Callable[[Any], Views]:
@@ -244,7 +243,7 @@ def kornia_on_device(
             augmentation.Normalize(torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)),
         ).to(device)
 
-    transform = MultiView(_for_each_view(policy, view))
+    transform = _multi_view(policy, view)
     return lambda images: transform(torch.stack(images).float() / 255)
 
 

@@ -23,7 +23,7 @@ from .targets import targets_of
 
 _Case = TypeVar("_Case", bound=Any)
 _SAME = ("commit", "device", "driver", "versions")
-"""What must not differ between the runs that one result file comes from."""
+"""Entries that all runs behind one result file must share."""
 
 
 @dataclass(frozen=True)
