@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ from vi_simsiam.benchmarks.baselines import textbook_loss
 from vi_simsiam.benchmarks.cases import MODES, Case
 from vi_simsiam.benchmarks.targets import targets_for, targets_of
 from vi_simsiam.cli import main
+from vi_simsiam.cli.commands import BENCHMARKS
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.multiview_loss import LossForm
 
-ROOT = Path(__file__).parents[1]
 PIPELINE = ("augment", "step", "train")
 IMAGENETTE = "200 epochs of ImageNette-128, 2x128, batch 64"
 
@@ -106,10 +105,7 @@ def test_markdown_comes_from_the_file(
     with pytest.raises(InputError, match="section '' is none of"):
         report.fill(sections(""), tmp_path)
     (tmp_path / "r" / "loss.json").write_text(json.dumps({**result, "cases": [{}]}))
-    with pytest.raises(
-        InputError,
-        match=r"bench: r/loss.json lacks what section 'table' shows .*; measure it again",
-    ):
+    with pytest.raises(InputError, match="r/loss.json lacks what section 'table' shows"):
         report.fill(sections("table r/loss.json"), tmp_path)
 
 
@@ -122,30 +118,23 @@ def test_parts_of_an_experiments_summary_are_shown(tmp_path: Path) -> None:
     (tmp_path / "r" / "summary.md").write_text(
         "# E\n\n## Result\n\nA line.\n\n## Time to accuracy\n\n| a |\n|---|\n"
     )
-    assert filled("r/summary.md time-to-accuracy result").splitlines()[1:-1] == [
-        "| a |",
-        "|---|",
-        "",
-        "A line.",
-    ]
+    _, *lines, _ = filled("r/summary.md time-to-accuracy result").splitlines()
+    assert lines == ["| a |", "|---|", "", "A line."]
     assert "Not measured." in filled("r/summary.md figures")
     (tmp_path / "r" / "stability.png").write_bytes(b"")
     assert "\n![stability of the runs](r/stability.png)\n" in filled("r/summary.md figures")
-    with pytest.raises(
-        InputError, match="has no part 'poem'; it has result, time-to-accuracy, figures"
-    ):
+    with pytest.raises(InputError, match="'poem'; it has result, time-to-accuracy, figures"):
         filled("r/summary.md poem")
     with pytest.raises(InputError, match="needs a summary.md and the parts"):
         filled("r/summary.md")
 
 
 def test_a_wrong_provider_shows_no_figure_in_markdown(result: dict[str, Any]) -> None:
-    result["cases"][0]["providers"]["cpu"].update(
-        correct=False, failure="inaccurate: loss error 1.0e-02, allowed 1e-06"
-    )
+    failure = "inaccurate: loss error 1.0e-02, allowed 1e-06"
+    result["cases"][0]["providers"]["cpu"].update(correct=False, failure=failure)
     text = multiview_loss.loss_markdown(result)
     assert "| 64 x 512, float32 | 40.0 | 20.0 | - | - |" in text
-    assert "No time for cpu (inaccurate: loss error 1.0e-02, allowed 1e-06)." in text
+    assert f"No time for cpu ({failure})." in text
 
 
 def test_plots_need_no_times(result: dict[str, Any], tmp_path: Path) -> None:
@@ -155,16 +144,6 @@ def test_plots_need_no_times(result: dict[str, Any], tmp_path: Path) -> None:
         case["copy"] = {"forward": None, "forward_backward": None}
     for path in (*plots.draw(result, tmp_path), *plots.draw({**result, "cases": []}, tmp_path)):
         assert path.stat().st_size > 1000
-
-
-def test_documented_figures_are_those_of_the_result_files() -> None:
-    page = ROOT / "docs" / "loss-kernel.md"
-    text = page.read_text()
-    assert "<!-- bench: accuracy ../benchmarks/results/cpu/accuracy.json -->" in text
-    assert report.fill(text, page.parent) == text
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
-    assert len(links) >= 4
-    assert [link for link in links if not (page.parent / link.partition("#")[0]).exists()] == []
 
 
 def test_accuracy_cosines_are_exact_and_around_the_optimum() -> None:
@@ -191,20 +170,16 @@ def test_accuracy_command_writes_its_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert main(["bench", "accuracy", "--device", "cpu", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "cpu" / "accuracy.json").read_text())
     assert {"textbook", "eager", "cpu"} == result["providers"].keys()
-    text = accuracy.markdown_table(
-        {**result, "providers": {**result["providers"], "cpu": "not available: not built"}}
-    )
+    result["providers"]["cpu"] = "not available: not built"
+    text = accuracy.markdown_table(result)
     assert "| `cpu` | not available: not built |" in text
     assert f"| `eager` | {result['providers']['eager'][0]['value']:.1e}" in text
 
 
 def test_bench_help_names_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--help"]) == 0
-    said = capsys.readouterr().out
-    assert all(
-        f"\n  {name} " in said
-        for name in ("loss", "augment", "step", "train", "compare", "accuracy", "report")
-    )
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name} " in shown for name in BENCHMARKS)
 
 
 def test_pipeline_targets_are_measured_or_say_so() -> None:
@@ -232,16 +207,13 @@ def test_pipeline_targets_are_measured_or_say_so() -> None:
         f"{IMAGENETTE}: peak memory beside the images": ("2.00 GB", True),
     }
     (on_cpu,) = targets_of({**made["train"], "device_type": "cpu"})
-    assert (on_cpu.figure, on_cpu.met) == (
-        "1.60 times (400 and 250; 200 epochs of 9,469 images)",
-        True,
-    )
+    assert on_cpu.met
+    assert on_cpu.figure == "1.60 times (400 and 250; 200 epochs of 9,469 images)"
     shorter = copy.deepcopy(made["train"]["cases"][1]) | {"images": 64}
     shorter["providers"]["lightly"]["time"]["median_us"] /= 10
     made["train"]["cases"].append(shorter)
-    assert targets_of({**made["train"], "device_type": "cpu"}) == [on_cpu], (
-        "of several trainings the longest counts"
-    )
+    longest = targets_of({**made["train"], "device_type": "cpu"})
+    assert longest == [on_cpu], "of several trainings the longest counts"
     assert targets_of({**made["step"], "device_type": "cpu"}) == []
     for case in made["train"]["cases"]:
         case["images"] = 640
@@ -307,15 +279,11 @@ def test_a_section_shows_every_gpu(tmp_path: Path) -> None:
     text = report.fill(page, tmp_path)
     assert text.count("Not measured.") == 1
     assert text.count("| not measured |") == 8
-    for name, found in (
-        ("nvidia-h200", "step"),
-        ("nvidia-h100", "augment"),
-        ("nvidia-h100", "step"),
-    ):
-        (tmp_path / "results" / name).mkdir(exist_ok=True)
-        (tmp_path / "results" / name / f"{found}.json").write_text(
-            json.dumps(scripted_pipeline(found))
-        )
+    for place in ("nvidia-h200/step", "nvidia-h100/augment", "nvidia-h100/step"):
+        name, found = place.split("/")
+        path = tmp_path / "results" / name / f"{found}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(scripted_pipeline(found)))
         text = report.fill(text, tmp_path)
         if name == "nvidia-h200":
             assert "`nvidia-" not in text, "no heading where there is one"
@@ -325,9 +293,7 @@ def test_a_section_shows_every_gpu(tmp_path: Path) -> None:
         assert section.index("`nvidia-h100`") < section.index("`nvidia-h200`")
     assert step.count("| vi-simsiam, 2x128, batch 64 | 1.05 |") == 2
     views = [line for line in targets.splitlines() if line.startswith("| views/s at 2x128")]
-    assert ["not measured" in line for line in views] == [False, True], (
-        "the second has no such result"
-    )
+    assert ["not measured" in line for line in views] == [False, True], "it has no such result"
     within = sections("step GPU/step.json")
     assert "| vi-simsiam, 2x128, batch 64 | 1.05 |" in report.fill(within, tmp_path / "results")
     assert "Not measured." in report.fill(within.replace("GPU", "OTHER_GPU"), tmp_path / "results")
