@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vi_simsiam import SimSiam, VISimSiam
+from vi_simsiam.backbones import build_backbone
 from vi_simsiam.errors import BackendUnavailableError, InputError
-from vi_simsiam.models import build_backbone
 from vi_simsiam.normalisation import PerView
 from vi_simsiam.ops.backends import interpreting
 from vi_simsiam.ops.batch_norm import batch_norm_act

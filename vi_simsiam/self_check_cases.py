@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vi_simsiam.backbones import build_backbone
 from vi_simsiam.config import AugmentConfig
 from vi_simsiam.data.views import draw_table, place
 from vi_simsiam.engine.graph import capture
 from vi_simsiam.engine.network import training_network
 from vi_simsiam.engine.step import TrainStep
-from vi_simsiam.models import SimSiam, VISimSiam, build_backbone
+from vi_simsiam.models import SimSiam, VISimSiam
 from vi_simsiam.ops.augment import augment
 from vi_simsiam.ops.backends import BACKENDS, interpreting
 from vi_simsiam.ops.batch_norm import batch_norm_act

@@ -337,17 +337,23 @@ def eval_loader(
     The last batch may be smaller; labels are -1 if the source has none. Raises InputError for numbers out of range, and
     while iterating if an image cannot be read, naming it.
     """
+    finish = normalised()
+    return (
+        (finish(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()), torch.from_numpy(y))
+        for x, y in eval_pixels(source, size, batch_size, workers)
+    )
+
+
+def eval_pixels(
+    source: ImageSource, size: int, batch_size: int, workers: int
+) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+    """Return the batches of `eval_loader` before normalisation, (B, size, size, 3) uint8, and their labels."""
     _check_sizes(batch_size, workers)
     if size < 1:
         raise InputError(f"size: {size} must be at least 1")
     steps = _Ranges(len(source), batch_size)
-    batches = _batches(
+    return _batches(
         _data_loader(_OrderedImages(source, eval_square(size)), steps, workers, keep=False)
-    )
-    finish = normalised()
-    return (
-        (finish(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()), torch.from_numpy(y))
-        for x, y in batches
     )
 
 

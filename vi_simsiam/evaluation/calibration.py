@@ -7,7 +7,6 @@ claims can be held against the cosines.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,9 +18,9 @@ from torch.nn import functional as F
 
 from vi_simsiam.config import AugmentConfig
 from vi_simsiam.data.packed import PackedImages
-from vi_simsiam.data.views import GLOBAL_VIEWS, draw_table, place
+from vi_simsiam.data.views import GLOBAL_VIEWS
 from vi_simsiam.errors import InputError
-from vi_simsiam.ops.augment import augment
+from vi_simsiam.inference.forward import random_views
 
 BINS = 15
 
@@ -54,28 +53,25 @@ def augmented_views(
     """
     if not GLOBAL_VIEWS <= views <= GLOBAL_VIEWS + 14:
         raise InputError(f"views: {views} must be between {GLOBAL_VIEWS} and {GLOBAL_VIEWS + 14}")
-    # More global views are what the table calls local ones, drawn like the global ones.
-    policy = dataclasses.replace(
-        policy,
-        local_views=views - GLOBAL_VIEWS,
-        local_size=policy.size,
-        local_scale=policy.crop_scale,
-    )
     for start in range(0, len(chosen), batch_size):
         samples = chosen[start : start + batch_size]
         heights, widths = images.heights[samples], images.widths[samples]
-        lengths = 3 * heights.astype(np.int64) * widths
-        # Only the bytes of these images: the file that the images are mapped from may be larger than the memory.
-        firsts = images.offsets[samples]
-        pixels = np.concatenate(
-            [images.pixels[a : a + n] for a, n in zip(firsts, lengths, strict=True)]
-        )
-        table = draw_table(
-            policy, seed=seed, epoch=0, samples=samples, heights=heights, widths=widths
-        )
-        place(table, np.cumsum(lengths) - lengths)
-        yield augment(
-            torch.from_numpy(pixels).to(device), torch.from_numpy(table).to(device), policy.size
+        ends = images.offsets[samples] + 3 * heights.astype(np.int64) * widths
+        # Only the bytes of these images: the mapped file may be larger than the memory.
+        pixels = [
+            images.pixels[first:end]
+            for first, end in zip(images.offsets[samples], ends, strict=True)
+        ]
+        yield random_views(
+            pixels,
+            heights,
+            widths,
+            samples,
+            policy,
+            views=views,
+            seed=seed,
+            device=device,
+            later_epochs=False,
         )
 
 

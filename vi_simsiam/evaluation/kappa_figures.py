@@ -1,4 +1,4 @@
-"""density.png: what the loss says about a concentration, as in figure 3 of Nakamura et al. (arXiv 2203.11437)."""
+"""density.png: the loss over the concentration, as in figure 3 of arXiv 2203.11437."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from vi_simsiam.evaluation.style import GRAY, INK, STYLE, figure, save
 from vi_simsiam.functional import power_spherical_log_prob
 
 CONCENTRATIONS = (0.0, 0.25, 1.0, 4.0, 16.0)
-"""Of the curves over the cosine, kappa/(D - 1); their mean cosines are 0, 0.2, 0.5, 0.8 and 0.94."""
+"""kappa/(D - 1) of the curves over the cosine: mean cosines of 0, 0.2, 0.5, 0.8 and 0.94."""
 COSINES = (0.2, 0.5, 0.8, 0.9)
-"""Of the curves over the concentration."""
+"""Cosines of the curves over the concentration."""
 _SHADES = ("#a9c8ec", "#6ea3dc", "#2f6db3", "#174a86", "#0b2a52")
 
 
 def draw_density(run_folder: Path) -> Path | None:
     """Draw minus the Power Spherical log-density of a run's D as RUN/density.png.
 
-    Left over the cosine for several concentrations, right over the concentration for several cosines with the minimum
-    marked. It is the true density, in nats, as the paper shows it; training's loss is relative to the uniform density,
-    which is kappa = 0 here. Returns the path, or None for SimSiam, whose loss is no density.
+    Left over the cosine for several concentrations, right over the concentration for several
+    cosines with the minimum marked. It is the true density, in nats, as the paper shows it;
+    training's loss is relative to the uniform density, which is kappa = 0 here. Returns the path,
+    or None for SimSiam, whose loss is no density.
 
     Raises:
         InputError: there is no run.
@@ -37,9 +38,8 @@ def draw_density(run_folder: Path) -> Path | None:
         return None
     dim = config.model.dim
     with matplotlib.rc_context(STYLE):
-        drawn = figure(
-            f"−log PS(z; μ, κ) in nats, the true density on the sphere in D = {dim:,} dimensions"
-        )
+        space = f"the sphere in D = {dim:,} dimensions"
+        drawn = figure(f"−log PS(z; μ, κ) in nats, the true density on {space}")
         left, right = drawn.subplots(1, 2, sharey=True, width_ratios=(0.54, 0.46))
         _over_cosine(left, dim)
         _over_concentration(right, dim)
@@ -49,7 +49,7 @@ def draw_density(run_folder: Path) -> Path | None:
 def surprise(
     concentration: NDArray[np.float64], cosine: NDArray[np.float64], dim: int
 ) -> NDArray[np.float64]:
-    """-log PS(z; mu, kappa) in nats where mu.z is `cosine`, float64 of the two arguments' common shape (N,).
+    """-log PS(z; mu, kappa) in nats where mu.z is `cosine`, (N,) float64.
 
     Args:
         concentration: kappa / (D - 1), at least 0, (N,) or (1,).
@@ -60,11 +60,9 @@ def surprise(
     loc = torch.zeros(len(angle), dim, dtype=torch.float64)
     loc[:, 0] = 1
     point = torch.zeros_like(loc)
-    point[:, 0] = torch.from_numpy(angle.copy())
-    point[:, 1] = torch.from_numpy(np.sqrt(1 - angle**2))
-    result: NDArray[np.float64] = -power_spherical_log_prob(
-        point, loc, torch.from_numpy(kappa.copy())
-    ).numpy()
+    point[:, 0] = torch.tensor(angle)
+    point[:, 1] = torch.tensor(np.sqrt(1 - angle**2))
+    result: NDArray[np.float64] = -power_spherical_log_prob(point, loc, torch.tensor(kappa)).numpy()
     return result
 
 

@@ -30,7 +30,6 @@ from vi_simsiam.evaluation.figures import (
     certainty,
     draw_curves,
     draw_kappa,
-    extremes,
     logged,
 )
 from vi_simsiam.evaluation.kappa_figures import draw_density
@@ -43,6 +42,7 @@ from vi_simsiam.evaluation.uncertainty_figures import (
     read_uncertainty,
     score_label,
 )
+from vi_simsiam.inference.rank import extremes
 from vi_simsiam.paths import printable
 from vi_simsiam.text import counted
 

@@ -35,13 +35,14 @@ from vi_simsiam.engine.run import (
 )
 from vi_simsiam.engine.trainer import Trainer
 from vi_simsiam.evaluation.augmented import AugmentedFeatures
-from vi_simsiam.evaluation.features import FeatureSets, extract, labelled_splits
+from vi_simsiam.evaluation.features import FeatureSets, labelled_splits
 from vi_simsiam.evaluation.knn import KnnConfig, classify, evaluate_knn
 from vi_simsiam.evaluation.linear import evaluate_linear, linear_preset
 from vi_simsiam.evaluation.logistic import evaluate_logistic
 from vi_simsiam.evaluation.scores import TRIVIAL
 from vi_simsiam.evaluation.uncertainty import evaluate_uncertainty
 from vi_simsiam.experiments.plan import label
+from vi_simsiam.inference.forward import extract
 from vi_simsiam.text import counted
 
 CURVE = (
