@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vi_simsiam.errors import InputError
+from vi_simsiam.evaluation import knn
 from vi_simsiam.evaluation.knn import KnnConfig, classify, evaluate_knn
 from vi_simsiam.evaluation.results import unpack_bits
 from vi_simsiam.evaluation.summary import summary_line
@@ -96,6 +98,7 @@ def test_lengths_and_blocks_do_not_matter_and_a_small_temperature_means_the_near
     expected = voted(KnnConfig())[sure]
     assert torch.equal(voted(KnnConfig(), train * lengths, 7 * queries)[sure], expected)
     monkeypatch.setattr(neighbours, "_KEYS", 70)
+    monkeypatch.setattr(knn, "nearest", functools.partial(neighbours.nearest, block=60))
     assert torch.equal(voted(KnnConfig())[sure], expected)
     sure = decided(train, labels, queries, KnnConfig(20, 1e-4))
     assert torch.equal(voted(KnnConfig(20, 1e-4))[sure], voted(KnnConfig(1))[sure])

@@ -21,7 +21,7 @@ from report_cases import KINDS, SCORES, uncertainty_result
 from vi_simsiam.distributions import HypersphericalUniform, PowerSpherical
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import uncertainty_figures
-from vi_simsiam.evaluation.kappa_figures import CONCENTRATIONS, COSINES, draw_density, surprise
+from vi_simsiam.evaluation.figures import CONCENTRATIONS, COSINES, draw_density, surprise
 from vi_simsiam.evaluation.style import STYLE, number, shown
 from vi_simsiam.evaluation.uncertainty_figures import (
     best_others,
@@ -212,7 +212,7 @@ def test_surprise_is_minus_the_true_log_density(dim: int) -> None:
 def test_density_shows_the_runs_dimension(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[Figure] = []
     monkeypatch.setattr(
-        "vi_simsiam.evaluation.kappa_figures.save",
+        "vi_simsiam.evaluation.figures.save",
         lambda figure, path: saved.append(figure) or path,
     )
     assert draw_density(make_run(tmp_path).path) == tmp_path / "density.png"

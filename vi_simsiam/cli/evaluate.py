@@ -101,8 +101,7 @@ def figures(arguments: list[str]) -> int:
     """Draw a run's figures, those of its uncertainty if that was measured."""
     options = parse("figures", _Figures, arguments)
 
-    from vi_simsiam.evaluation.figures import draw_curves, draw_kappa, logged
-    from vi_simsiam.evaluation.kappa_figures import draw_density
+    from vi_simsiam.evaluation.figures import draw_curves, draw_density, draw_kappa, logged
     from vi_simsiam.evaluation.uncertainty_figures import draw_uncertainty
 
     with Console().status("drawing figures", spinner="line"):

@@ -29,10 +29,10 @@ from vi_simsiam.evaluation.figures import (
     Certainty,
     certainty,
     draw_curves,
+    draw_density,
     draw_kappa,
     logged,
 )
-from vi_simsiam.evaluation.kappa_figures import draw_density
 from vi_simsiam.evaluation.scores import TRIVIAL
 from vi_simsiam.evaluation.style import METHODS, number, shown
 from vi_simsiam.evaluation.uncertainty import comparisons

@@ -13,8 +13,7 @@ from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.run import Run
 from vi_simsiam.engine.verdict import Health
 from vi_simsiam.evaluation.features import collect
-from vi_simsiam.evaluation.figures import draw_curves, draw_kappa, logged
-from vi_simsiam.evaluation.kappa_figures import draw_density
+from vi_simsiam.evaluation.figures import draw_curves, draw_density, draw_kappa, logged
 from vi_simsiam.evaluation.knn import evaluate_knn
 from vi_simsiam.evaluation.linear import evaluate_linear
 

@@ -114,17 +114,17 @@ def write_timm(model: SimSiam, config: TrainConfig, folder: Path) -> Outputs:
         raise InputError(f"format: timm has no {name}; {others}")
     content = save(_weights(model.backbone), metadata={"format": "pt"})
     write_atomically(folder / SAFETENSORS_WEIGHTS, lambda file: file.write(content))
-    seen = preprocessing(config)
-    size = seen["size"]
+    view = preprocessing(config)
+    size = view["size"]
     pretrained = {
         "tag": config.method.replace("-", "_"),
         "input_size": [3, size, size],
         "fixed_input_size": False,
-        "interpolation": seen["interpolation"],
-        "crop_pct": size / seen["resize"],
-        "crop_mode": seen["crop"],
-        "mean": seen["mean"],
-        "std": seen["std"],
+        "interpolation": view["interpolation"],
+        "crop_pct": size / view["resize"],
+        "crop_mode": view["crop"],
+        "mean": view["mean"],
+        "std": view["std"],
         "num_classes": 0,
         "pool_size": None,
         "first_conv": "conv1",

@@ -216,10 +216,11 @@ class Encoder:
                 pixels = torch.from_numpy(np.stack(chunk.pixels)).permute(0, 3, 1, 2)
                 encoding = self._forward(finish(pixels.to(self.device)))
             else:
-                sizes = np.array([image.shape[:2] for image in chunk.pixels])
+                heights, widths = np.array([image.shape[:2] for image in chunk.pixels]).T
                 drawn = random_views(
                     [image.reshape(-1) for image in chunk.pixels],
-                    *sizes.T,
+                    heights,
+                    widths,
                     np.array(chunk.indices),
                     self.config.augment,
                     views=views,
