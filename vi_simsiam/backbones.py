@@ -56,11 +56,8 @@ def plain_resnet(name: str, stem: Stem, **options: Any) -> tuple[Any, int]:
 
 def check_backbone(name: str) -> None:
     """Raise InputError unless torchvision has a ResNet, ResNeXt or Wide ResNet of that name."""
-    known = [
-        model
-        for model in torchvision.models.list_models(module=torchvision.models)
-        if "resne" in model
-    ]
+    models = torchvision.models.list_models(module=torchvision.models)
+    known = [model for model in models if "resne" in model]
     if name not in known:
         raise none_of("backbone", name, known)
 
