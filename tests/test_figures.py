@@ -98,7 +98,7 @@ def test_damaged_weights_are_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     with torch.no_grad():
         run.model.predictor[-1].bias.fill_(torch.nan)
-    with pytest.raises(InputError, match="not finite"):
+    with pytest.raises(InputError, match="concentrations that are not finite"):
         draw_kappa(run)
     assert not (tmp_path / "kappa.png").exists()
 

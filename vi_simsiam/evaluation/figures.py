@@ -212,6 +212,11 @@ def concentrations(run: Run, source: ImageSource) -> NDArray[np.float64]:
     def kappa(images: Tensor) -> Tensor:
         *_, concentration = model.encode(images)
         assert concentration is not None
+        if not torch.isfinite(concentration).all():
+            raise InputError(
+                f"run: {run.path} predicts concentrations that are not finite; its weights are "
+                "damaged"
+            )
         return concentration
 
     size, device, workers = run.config.augment.size, run.device, run.workers
