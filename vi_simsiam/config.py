@@ -545,24 +545,21 @@ def with_former_loss(plain: dict[str, Any]) -> dict[str, Any]:
 
 def differing_fields(saved: TrainConfig, given: TrainConfig) -> list[str]:
     """Fields in which two configurations would train differently, as "name: saved -> given"."""
+    old, new = flat(saved.to_dict()), flat(given.to_dict())
     return [
-        f"{name}: {old} -> {new}"
-        for (name, old), (_, new) in zip(
-            _flat(saved.to_dict()), _flat(given.to_dict()), strict=True
-        )
-        if old != new and name not in PLACE_FIELDS
+        f"{name}: {value} -> {new[name]}"
+        for name, value in old.items()
+        if value != new[name] and name not in PLACE_FIELDS
     ]
 
 
-def _flat(plain: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    items: list[tuple[str, Any]] = []
+def flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with the names of the inner ones joined by dots."""
+    fields: dict[str, Any] = {}
     for name, value in plain.items():
-        items += (
-            _flat(value, f"{prefix}{name}.")
-            if isinstance(value, dict)
-            else [(prefix + name, value)]
-        )
-    return items
+        inner = isinstance(value, dict)
+        fields |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return fields
 
 
 def _tuples(plain: dict[str, Any]) -> dict[str, Any]:

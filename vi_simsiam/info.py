@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -19,6 +20,7 @@ from vi_simsiam.ops.backends import (
 )
 from vi_simsiam.text import counted
 
+NOT_INSTALLED = "not installed"
 _PACKAGES = ("torch", "torchvision", "triton", "numpy")
 
 
@@ -92,9 +94,19 @@ def describe_extension() -> str:
     return f"{built['compiler']}, SIMD {built['simd']}, {cuda}"
 
 
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of vi-simsiam, Python and those of `packages` that are installed."""
+    found = {package: installed_version(package) for package in packages}
+    return {
+        "vi-simsiam": vi_simsiam.__version__,
+        "python": platform.python_version(),
+        **{package: number for package, number in found.items() if number != NOT_INSTALLED},
+    }
+
+
 def installed_version(package: str) -> str:
-    """The version of an installed distribution, or "not installed"."""
+    """The version of an installed distribution, or `NOT_INSTALLED`."""
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return NOT_INSTALLED

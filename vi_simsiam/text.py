@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import unicodedata
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
+METHODS: dict[Literal["simsiam", "vi-simsiam"], str] = {
+    "simsiam": "SimSiam",
+    "vi-simsiam": "VI-SimSiam",
+}
+"""Titles of the methods."""
 _SHOWN = 8
 
 
@@ -18,6 +24,12 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
         plural: the plural where it is not the noun and an s ("classes").
     """
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def data_label(data: str) -> str:
+    """A data set without the folders above it: folder:NAME for folder:/some/where/NAME."""
+    kind, colon, path = data.partition(":")
+    return f"{kind}:{Path(path).name}" if colon else data
 
 
 def one_line(text: str) -> str:

@@ -26,7 +26,6 @@ from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.style import (
     BLUE,
     GRAY,
-    METHODS,
     ORANGE,
     STYLE,
     figure,
@@ -35,7 +34,7 @@ from vi_simsiam.evaluation.style import (
     shown,
 )
 from vi_simsiam.models import VISimSiam
-from vi_simsiam.text import brief_repr, counted
+from vi_simsiam.text import METHODS, brief_repr, counted
 
 _THUMBNAIL = 112
 _WORDS = {"state", "captured", "not_captured"}

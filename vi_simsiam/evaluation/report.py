@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from vi_simsiam import __version__
-from vi_simsiam.config import PLACE_FIELDS, TrainConfig
+from vi_simsiam.config import PLACE_FIELDS, TrainConfig, flat
 from vi_simsiam.engine.checkpoint import write_atomically
 from vi_simsiam.engine.run import METRICS, Run, read_config
 from vi_simsiam.engine.verdict import Health
@@ -35,7 +35,7 @@ from vi_simsiam.evaluation.figures import (
 )
 from vi_simsiam.evaluation.kappa_figures import draw_density
 from vi_simsiam.evaluation.scores import TRIVIAL
-from vi_simsiam.evaluation.style import METHODS, number, shown
+from vi_simsiam.evaluation.style import number, shown
 from vi_simsiam.evaluation.uncertainty import comparisons
 from vi_simsiam.evaluation.uncertainty_figures import (
     UNCERTAINTY,
@@ -44,7 +44,7 @@ from vi_simsiam.evaluation.uncertainty_figures import (
     score_label,
 )
 from vi_simsiam.paths import printable
-from vi_simsiam.text import counted
+from vi_simsiam.text import METHODS, counted
 
 REPORT = "report.html"
 ACCURACIES = {"knn": "kNN", "linear": "linear", "logistic": "logistic"}
@@ -249,9 +249,9 @@ def figure_uri(path: Path) -> dict[str, Any]:
 
 def settings(config: TrainConfig) -> list[dict[str, Any]]:
     """Every setting of a run: group, name, value, default, and whether the two differ."""
-    defaults = dict(_flat(TrainConfig().to_dict()))
+    defaults = flat(TrainConfig().to_dict())
     rows = []
-    for name, value in _flat(config.to_dict()):
+    for name, value in flat(config.to_dict()).items():
         group = (
             "place"
             if name in PLACE_FIELDS
@@ -268,8 +268,8 @@ def settings(config: TrainConfig) -> list[dict[str, Any]]:
 
 def train_arguments(config: TrainConfig) -> list[str]:
     """Options of `vi-simsiam train` that give this configuration, but for where and how it runs."""
-    defaults, arguments = dict(_flat(TrainConfig().to_dict())), []
-    for name, value in _flat(config.to_dict()):
+    defaults, arguments = flat(TrainConfig().to_dict()), []
+    for name, value in flat(config.to_dict()).items():
         if name in PLACE_FIELDS or _plain(value) == _plain(defaults.get(name)):
             continue
         flag = name.rpartition(".")[2].replace("_", "-")
@@ -464,17 +464,6 @@ def _versions(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "report": __version__,
         **_table("Versions that made each result", ["package", *found], rows),
     }
-
-
-def _flat(plain: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    items: list[tuple[str, Any]] = []
-    for name, value in plain.items():
-        items += (
-            _flat(value, f"{prefix}{name}.")
-            if isinstance(value, dict)
-            else [(prefix + name, value)]
-        )
-    return items
 
 
 def _plain(value: object) -> str:

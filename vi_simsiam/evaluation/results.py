@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import base64
 import binascii
-from importlib.metadata import version
-from platform import python_version
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vi_simsiam import __version__
 from vi_simsiam.engine.checkpoint import write_json
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.features import FeatureSets
+from vi_simsiam.info import versions
 from vi_simsiam.text import counted
 
 
@@ -33,11 +31,7 @@ def write_result(
         "features": {encoder: feature.shape[1] for encoder, feature in features.train.items()},
         "device": features.device.type,
         **body,
-        "versions": {
-            "vi-simsiam": __version__,
-            "python": python_version(),
-            **{package: version(package) for package in packages},
-        },
+        "versions": versions(packages),
     }
     write_json(features.path / f"{name}.json", result)
     return result

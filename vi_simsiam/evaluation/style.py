@@ -26,7 +26,6 @@ from vi_simsiam.errors import ImageWarning
 from vi_simsiam.paths import printable
 
 BLUE, ORANGE, GRAY, INK = "#2f6db3", "#e07b39", "#8a8f98", "#24292f"
-METHODS = {"vi-simsiam": "VI-SimSiam", "simsiam": "SimSiam"}
 _DPI = 200
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from platform import python_version
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vi_simsiam import __version__
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.subsets import subset
 from vi_simsiam.engine.checkpoint import write_json
@@ -44,6 +41,7 @@ from vi_simsiam.evaluation.scores import (
     disagreement,
     eval_pixels,
 )
+from vi_simsiam.info import versions
 from vi_simsiam.models import VISimSiam
 from vi_simsiam.text import counted
 
@@ -54,6 +52,7 @@ TRAIN_IMAGES = 4_000
 """Most training images that the probe and the distances are fitted to."""
 UNSPLIT_IMAGES = 1_000
 """Most training images evaluated where there are no validation images."""
+_PACKAGES = ("torch", "torchvision", "scikit-learn", "scipy", "numpy", "pillow")
 
 _Scores = dict[str, NDArray[np.float64]]
 
@@ -199,7 +198,7 @@ def evaluate_uncertainty(
         "corruptions": _corruptions(
             run, measured, data, min(corruption_images, len(data.chosen)), seed, say
         ),
-        "versions": _versions(),
+        "versions": versions(_PACKAGES),
     }
     write_json(run.path / UNCERTAINTY, result)
     return result
@@ -455,12 +454,3 @@ def _draw(count: int, most: int, seed: int) -> NDArray[np.int64]:
     if most >= count:
         return np.arange(count)
     return np.sort(np.random.default_rng((seed, 0)).permutation(count)[:most])
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "torchvision", "scikit-learn", "scipy", "numpy", "pillow")
-    return {
-        "vi-simsiam": __version__,
-        "python": python_version(),
-        **{package: version(package) for package in packages},
-    }

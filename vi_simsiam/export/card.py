@@ -9,11 +9,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from vi_simsiam.config import flat
 from vi_simsiam.engine.run import METRICS, Run
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.uncertainty import comparisons
 from vi_simsiam.export.formats import portable, preprocessing
-from vi_simsiam.text import counted
+from vi_simsiam.text import METHODS, counted, data_label
 
 NOT_MEASURED = "not measured"
 NOT_DEFINED = "not defined"
@@ -106,7 +107,7 @@ def model_card(run: Run, format: str, *, check: Check, versions: dict[str, str])
         if data in _HUB_DATA
         else f"images of one's own ({Path(config.data.partition(':')[2]).name})"
     )
-    name = f"{config.model.backbone} by {'VI-SimSiam' if vi else 'SimSiam'}"
+    name = f"{config.model.backbone} by {METHODS[config.method]}"
     front_matter = ModelCardData(
         library_name=_LIBRARIES[format],
         pipeline_tag="image-feature-extraction",
@@ -139,7 +140,7 @@ def model_card(run: Run, format: str, *, check: Check, versions: dict[str, str])
         uncertainty_measured=results["uncertainty"] is not None,
         control=config.loss.concentration if config.loss.concentration in _CONTROLS else None,
         progress=_progress(run),
-        settings=_flat(portable(config)),
+        settings=[(key, json.dumps(value)) for key, value in flat(portable(config)).items()],
         versions=", ".join(f"{package} {number}" for package, number in versions.items()),
         citation=_CITATION,
     )
@@ -304,7 +305,7 @@ def _front_results(data: str, results: dict[str, dict[str, Any] | None]) -> list
         for key, heading in columns:
             share = ((results[name] or {}).get(key) or {}).get("trained")
             if share is not None:
-                short = f"{data.partition(':')[0]}:{Path(data).name}" if ":" in data else data
+                short = data_label(data)
                 found.append(
                     EvalResult(
                         task_type="image-classification",
@@ -361,15 +362,3 @@ def _progress(run: Run) -> str:
     except (OSError, IndexError, KeyError, TypeError, json.JSONDecodeError):
         return f"Set to {counted(run.config.epochs, 'epoch')}; the run has no log that says how far it went."
     return f"Set to {counted(run.config.epochs, 'epoch')}; the log ends at epoch {reached:.2f} with a loss of {loss:.4g}."
-
-
-def _flat(plain: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """All settings with their dotted names."""
-    rows: list[tuple[str, str]] = []
-    for name, value in plain.items():
-        rows += (
-            _flat(value, f"{prefix}{name}.")
-            if isinstance(value, dict)
-            else [(prefix + name, json.dumps(value))]
-        )
-    return rows

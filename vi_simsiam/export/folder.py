@@ -8,15 +8,12 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
-from platform import python_version
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vi_simsiam import __version__
 from vi_simsiam.data.sources import ImageSource, UnreadableError
 from vi_simsiam.data.views import eval_view
 from vi_simsiam.engine.checkpoint import write_atomically, write_json
@@ -35,6 +32,7 @@ from vi_simsiam.export.formats import (
     write_torchvision,
 )
 from vi_simsiam.export.onnx import ONNX_WEIGHTS, require_exporter, write_onnx
+from vi_simsiam.info import versions
 from vi_simsiam.paths import printable, user_path, utf8_path
 
 CARD, SETTINGS, TIMM_SETTINGS = "README.md", "config.json", "training.json"
@@ -106,13 +104,11 @@ def export_run(
                 None if compute is None else _differences(compute(images), expected),
             )
         say(check.line(weights))
-        versions = _versions(packages)
+        found = versions(("torch", *packages))
         # In a timm folder config.json is timm's own.
         settings = TIMM_SETTINGS if format == "timm" else SETTINGS
-        write_json(
-            aside / settings, _settings(run, format, weights, model.features, check, versions)
-        )
-        card = model_card(run, format, check=check, versions=versions)
+        write_json(aside / settings, _settings(run, format, weights, model.features, check, found))
+        card = model_card(run, format, check=check, versions=found)
         write_atomically(aside / CARD, lambda file: file.write(printable(card).encode()))
         _move(aside, target)
     except BaseException:
@@ -194,16 +190,6 @@ def _differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[
                 f"largest value, and at most {TOLERANCES[name]:.0e} is rounding; nothing was exported"
             )
     return differences
-
-
-def _versions(packages: tuple[str, ...]) -> dict[str, str]:
-    found = {"vi-simsiam": __version__, "python": python_version()}
-    for package in ("torch", *packages):
-        with contextlib.suppress(
-            ModuleNotFoundError
-        ):  # PackageNotFoundError: onnxruntime, where it is not installed
-            found[package] = version(package)
-    return found
 
 
 def _settings(

@@ -23,6 +23,7 @@ from vi_simsiam.errors import InputError
 from vi_simsiam.models import SimSiam, VISimSiam, build_model
 from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD
 from vi_simsiam.paths import user_path, utf8_path
+from vi_simsiam.text import data_label
 
 FORMATS = ("torchvision", "timm", "safetensors", "onnx")
 """What a run can be exported as."""
@@ -91,9 +92,7 @@ def portable(config: TrainConfig) -> dict[str, Any]:
         for name, value in config.to_dict().items()
         if name not in ("data_root", "cache_dir")
     }
-    kind, colon, path = config.data.partition(":")
-    if colon:
-        plain["data"] = f"{kind}:{Path(path).name}"
+    plain["data"] = data_label(config.data)
     if plain.get("frozen_run") is not None:
         plain["frozen_run"] = Path(plain["frozen_run"]).name
     return plain
