@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import unicodedata
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,21 @@ def data_label(data: str) -> str:
     """A data set without the folders above it: folder:NAME for folder:/some/where/NAME."""
     kind, colon, path = data.partition(":")
     return f"{kind}:{Path(path).name}" if colon else data
+
+
+def fill_template(asset: str, content: dict[str, Any], *, escape: bool) -> str:
+    """The Jinja template `asset` of the package with `content`; with `escape`, made safe for HTML."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=escape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    text = resources.files("vi_simsiam").joinpath("assets", asset).read_text(encoding="utf-8")
+    return environment.from_string(text).render(content)
 
 
 def one_line(text: str) -> str:
