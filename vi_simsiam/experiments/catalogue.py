@@ -17,6 +17,7 @@ from vi_simsiam.config import (
 from vi_simsiam.errors import none_of
 from vi_simsiam.experiments.deaths import deaths
 from vi_simsiam.experiments.plan import (
+    METHODS,
     PRIMARY_MEASURE,
     Arm,
     Plan,
@@ -26,7 +27,6 @@ from vi_simsiam.experiments.plan import (
     with_data,
 )
 from vi_simsiam.experiments.tuning import tuned
-from vi_simsiam.text import METHODS
 
 _SHORT_EPOCHS = 100
 """Below this many epochs an average over 1 / (1 - 0.996) steps and more still holds the untrained network for long."""
@@ -66,7 +66,7 @@ def _table1(options: PlanOptions) -> Plan:
             f"{title} with the paper's settings",
             inferred if method == "vi-simsiam" else inferred[:-1],
         )
-        for method, title in METHODS.items()
+        for method, title in METHODS
     ]
     published = {
         "imagenette": {

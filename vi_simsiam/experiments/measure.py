@@ -9,7 +9,9 @@ import math
 import statistics
 import subprocess
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from pathlib import Path
+from platform import python_version
 from typing import Any
 
 import numpy as np
@@ -39,8 +41,8 @@ from vi_simsiam.evaluation.linear import evaluate_linear, linear_preset
 from vi_simsiam.evaluation.logistic import evaluate_logistic
 from vi_simsiam.evaluation.scores import TRIVIAL
 from vi_simsiam.evaluation.uncertainty import evaluate_uncertainty
-from vi_simsiam.info import versions
-from vi_simsiam.text import counted, data_label
+from vi_simsiam.experiments.plan import label
+from vi_simsiam.text import counted
 
 CURVE = (
     "loss",
@@ -77,7 +79,7 @@ def measure_run(
         "experiment": spec["experiment"],
         "arm": spec["arm"],
         "seed": spec["seed"],
-        "data": data_label(config.data),
+        "data": label(config.data),
         "method": config.method,
         "config": without_places(config),
         "steps": None if trained is None else trained["steps"],
@@ -89,7 +91,8 @@ def measure_run(
         "val_images": None,
         "uncertainty": {},
         "device": describe(resolve_device(config.device)),
-        "versions": versions(_PACKAGES),
+        "versions": {"vi-simsiam": vi_simsiam.__version__, "python": python_version()}
+        | {package: version(package) for package in _PACKAGES},
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -253,7 +256,7 @@ def without_places(config: TrainConfig) -> dict[str, Any]:
     frozen = config.frozen_run
     return {
         **plain,
-        "data": data_label(config.data),
+        "data": label(config.data),
         "frozen_run": None if frozen is None else frozen.name,
     }
 

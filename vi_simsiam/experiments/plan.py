@@ -9,17 +9,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from vi_simsiam.config import TrainConfig
+from vi_simsiam.config import Method, TrainConfig
 from vi_simsiam.errors import InputError, none_of
-from vi_simsiam.text import counted, data_label
+from vi_simsiam.text import counted
 
 MEASURES = ("knn20", "knn200", "logistic", "linear", "linear_top5")
 """Accuracies that every run is measured by, in the order of every table."""
 PRIMARY_MEASURE = "logistic"
 """Of the experiments that reproduce no published figure: a linear classifier that is a function of the features alone, with
 no learning rate or number of steps that could suit one arm, or a large training set, better than another."""
+METHODS: tuple[tuple[Method, str], ...] = (("simsiam", "SimSiam"), ("vi-simsiam", "VI-SimSiam"))
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class PlanOptions:
     def to_dict(self) -> dict[str, Any]:
         """The options as plain JSON types; data sets by their labels, so that a moved folder is the same data."""
         plain = dataclasses.asdict(self)
-        plain["data"] = None if self.data is None else [data_label(spec) for spec in self.data]
+        plain["data"] = None if self.data is None else [label(spec) for spec in self.data]
         plain["arms"] = None if self.arms is None else list(self.arms)
         return plain
 
@@ -96,7 +98,7 @@ class Arm:
             "method": self.config.method,
             "note": self.note,
             "inferred": list(self.inferred),
-            "data": data_label(self.config.data),
+            "data": label(self.config.data),
             "seeds": self.seeds,
             "settings": settings(self.config),
         }
@@ -185,6 +187,12 @@ class Plan:
         }
 
 
+def label(spec: str) -> str:
+    """A data set without the place where it lies: folder:NAME for folder:/some/where/NAME."""
+    kind, colon, path = spec.partition(":")
+    return f"{kind}:{Path(path).name}" if colon else spec
+
+
 def settings(config: TrainConfig) -> dict[str, Any]:
     """What trials vary."""
     return {
@@ -236,7 +244,7 @@ def finished(
             )
 
     def named(name: str, spec: str) -> str:
-        return name if len(data) == 1 else f"{name}-{data_label(spec).replace(':', '-')}"
+        return name if len(data) == 1 else f"{name}-{label(spec).replace(':', '-')}"
 
     every = tuple(
         dataclasses.replace(
@@ -259,7 +267,7 @@ def finished(
         for arm, measures in (published or {}).get(spec, {}).items()
         if named(arm, spec) in found
     }
-    named_primary = Primary(first, second, primary[2], data_label(data[0])) if both else None
+    named_primary = Primary(first, second, primary[2], label(data[0])) if both else None
     return Plan(experiment, options, every, named_primary, figures, **more)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vi_simsiam.config import PLACE_FIELDS, flat
+from vi_simsiam.config import PLACE_FIELDS
 from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.results import unpack_bits
@@ -318,13 +318,13 @@ def settings(
 
     The seed, and where and how a run happened, are left out. Where the runs of an arm differ, its value is a list of all values.
     """
-    found = {arm: [flat(run["config"]) for run in runs] for arm, runs in arms.items() if runs}
+    flat = {arm: [dict(_flat(run["config"])) for run in runs] for arm, runs in arms.items() if runs}
     differing: dict[str, dict[str, Any]] = {}
     common: dict[str, Any] = {}
-    for name in dict.fromkeys(name for runs in found.values() for run in runs for name in run):
+    for name in dict.fromkeys(name for runs in flat.values() for run in runs for name in run):
         if name == "seed" or name in PLACE_FIELDS:
             continue
-        values = {arm: _one([run.get(name) for run in runs]) for arm, runs in found.items()}
+        values = {arm: _one([run.get(name) for run in runs]) for arm, runs in flat.items()}
         first = next(iter(values.values()))
         if all(value == first for value in values.values()):
             common[name] = first
@@ -382,6 +382,17 @@ def _one(values: list[Any]) -> Any:
         if value not in found:
             found.append(value)
     return found[0] if len(found) == 1 else found
+
+
+def _flat(plain: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    items: list[tuple[str, Any]] = []
+    for name, value in plain.items():
+        items += (
+            _flat(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else [(prefix + name, value)]
+        )
+    return items
 
 
 def _results(folder: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.experiments.records import Experiment, collect
 from vi_simsiam.experiments.statistics import DRAWS, estimate
 from vi_simsiam.paths import printable
-from vi_simsiam.text import METHODS, counted
+from vi_simsiam.text import counted
 
 SUMMARY, MARKDOWN = "summary.json", "summary.md"
 MEASURE_NAMES = {
@@ -22,6 +22,7 @@ MEASURE_NAMES = {
     "linear": "linear probe",
     "linear_top5": "linear probe, top-5",
 }
+_METHODS = {"vi-simsiam": "VI-SimSiam", "simsiam": "SimSiam"}
 _BASELINE, _BASELINE_NAME = "_baseline", "_baseline_name"
 _UNCERTAINTY = {
     "calibration_error": "calibration error",
@@ -116,7 +117,7 @@ def result_sentence(summary: dict[str, Any]) -> str:
 
 def arm_label(arm: str) -> str:
     """An arm as tables and figures name it."""
-    return next((title for method, title in METHODS.items() if method == arm), arm)
+    return _METHODS.get(arm, arm)
 
 
 def _accuracy(summary: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ import numpy as np
 from vi_simsiam.config import LITERAL, LossConfig, Method, preset
 from vi_simsiam.errors import InputError
 from vi_simsiam.experiments.plan import (
+    METHODS,
     PRIMARY_MEASURE,
     Arm,
     Plan,
@@ -34,7 +35,7 @@ from vi_simsiam.experiments.plan import (
     scaled,
     with_data,
 )
-from vi_simsiam.text import METHODS, counted
+from vi_simsiam.text import counted
 
 _SEED = 1000
 _HELD_OUT = 0.2
@@ -56,10 +57,10 @@ def tuned(options: PlanOptions) -> Plan:
             dataclasses.replace(base, method=method),
             f"{title} with the settings that its trials chose",
         )
-        for method, title in METHODS.items()
+        for method, title in METHODS
     ]
     unchosen = finished("tuned", options, arms, ("vi-simsiam", "simsiam", PRIMARY_MEASURE))
-    found = {method: _drawn(method, base.batch_size, options.trials) for method in METHODS}
+    found = {method: _drawn(method, base.batch_size, options.trials) for method, _ in METHODS}
     trials: dict[str, list[Arm]] = {
         arm.name: [
             Arm(
