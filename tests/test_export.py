@@ -151,7 +151,7 @@ def test_safetensors_gives_the_same_distribution(
 
 
 def test_safetensors_of_simsiam_is_no_distribution(tmp_path: Path) -> None:
-    """Of a run with a moving average only the network itself is kept."""
+    """The moving average of a run is left out."""
     run = network_run(tmp_path, method="simsiam", ema=0.99)
     model = load_safetensors(export_run(run, "safetensors") / "model.safetensors")
     assert not isinstance(model, VISimSiam)

@@ -142,14 +142,20 @@ def test_damaged_results_are_refused(tmp_path: Path, text: str) -> None:
         draw_uncertainty(tmp_path)
 
 
-def test_results_that_lack_a_part_are_refused(tmp_path: Path) -> None:
-    result = uncertainty_result()
-    del result["misclassification"]["oracle"]
-    again = rf".*; vi-simsiam uncertainty {tmp_path} makes it again"
-    with pytest.raises(InputError, match=rf"shows \(KeyError\('oracle'\)\){again}"):
-        draw_uncertainty(written(tmp_path, result))
-    result["calibration"]["bins"] = []
-    with pytest.raises(InputError, match=rf"lacks what reliability.png shows {again}"):
+@pytest.mark.parametrize(
+    ("part", "lacking", "figure"),
+    [
+        ("misclassification", {"oracle": None}, r"risk_coverage.png shows \(TypeError"),
+        ("calibration", {"bins": []}, r"reliability.png shows \(ValueError"),
+    ],
+)
+def test_results_that_lack_a_part_are_refused(
+    tmp_path: Path, part: str, lacking: dict[str, Any], figure: str
+) -> None:
+    full = uncertainty_result()
+    result = {"data": full["data"], "images": 2000, part: {**full[part], **lacking}}
+    again = f"vi-simsiam uncertainty {tmp_path} makes it again"
+    with pytest.raises(InputError, match=rf"lacks what {figure}.*; {again}"):
         draw_uncertainty(written(tmp_path, result))
 
 

@@ -28,10 +28,10 @@ MAGNITUDES: dict[str, tuple[float, float, float, float, float]] = {
     "jpeg": (40, 20, 10, 5, 1),
     "blank": (0.2, 0.4, 0.6, 0.8, 1.0),
 }
-"""Of levels 1 to 5: the Gaussian blur's standard deviation as a share of the side; the Gaussian
-noise's standard deviation as a share of white; the share of the area under a grey square; the
-factor on the distance from the mean brightness; the JPEG quality; the share of grey in every pixel.
-"""
+"""Strengths at levels 1 to 5: the Gaussian blur's standard deviation as a share of the side; the
+Gaussian noise's standard deviation as a share of white; the share of the area under a grey square;
+the factor on the distance from the mean brightness; the JPEG quality; the share of grey in every
+pixel."""
 
 _GREY = 128
 _GRAINS = 32

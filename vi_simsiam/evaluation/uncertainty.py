@@ -136,9 +136,7 @@ def evaluate_uncertainty(
             damaged weights.
     """
     if require_kappa and not isinstance(run.model, VISimSiam):
-        raise InputError(
-            "run: SimSiam predicts no concentration, whose worth is to be measured; vi-simsiam does"
-        )
+        raise InputError("run: SimSiam predicts no concentration to measure; vi-simsiam does")
     if not 0 <= seed < 2**63:
         raise InputError(f"seed: {seed} must be at least 0 and below 2**63")
     least = {"images": 2, "corruption_images": 0, "train_images": 2}

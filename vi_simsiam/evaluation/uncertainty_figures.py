@@ -203,7 +203,7 @@ def scores(result: dict[str, Any]) -> Figure:
     """AUROC of all scores, a panel for misclassified images and for each set of foreign images."""
     panels = targets(result)
     names = [name for name in result["scores"] if any(name in values for values in panels.values())]
-    title = "how well each score tells these images from the others (AUROC, 0.5 is chance)"
+    title = "separation of these images from the others by each score (AUROC, 0.5 is chance)"
     height = max(2.4, 1.1 + 0.165 * len(names))
     drawn = figure(f"{shown(result['data'])}: {title}", (8.0, height))
     found = [value for values in panels.values() for value in values.values()]
