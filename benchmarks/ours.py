@@ -20,7 +20,7 @@ from vi_simsiam.config import AugmentConfig
 from vi_simsiam.data.device import byte_tensor
 from vi_simsiam.data.loader import MultiViewLoader
 from vi_simsiam.data.packed import PackedImages
-from vi_simsiam.data.views import draw_table, place
+from vi_simsiam.data.views import add_offsets, draw_table
 from vi_simsiam.ops.augment import (
     BLUR_TAPS,
     IMAGENET_MEAN,
@@ -154,7 +154,7 @@ def placed_table(
 ) -> NDArray[np.int32]:
     """The table rows (V, B, 16) of images in epoch 0, for their bytes as they lie in `images`."""
     table = _table(images, policy, samples, epoch=0)
-    place(table, images.offsets[samples])
+    add_offsets(table, images.offsets[samples])
     return table
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from vi_simsiam.config import AugmentConfig
-from vi_simsiam.data.views import draw_table, place
+from vi_simsiam.data.views import add_offsets, draw_table
 from vi_simsiam.errors import BackendUnavailableError, InputError
 from vi_simsiam.ops.augment import (
     _CHUNK_FLOATS,
@@ -52,7 +52,7 @@ def drawn(
     table = draw_table(
         policy, seed=seed, epoch=0, samples=np.arange(len(shapes)), heights=heights, widths=widths
     )
-    place(table, offsets)
+    add_offsets(table, offsets)
     check_table(table, len(pixels))
     return pixels, torch.from_numpy(table)
 

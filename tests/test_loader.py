@@ -24,12 +24,13 @@ from torch.utils.data import Dataset
 from vi_simsiam.config import POLICIES, AugmentConfig
 from vi_simsiam.data import Batch, MultiViewLoader
 from vi_simsiam.data import loader as data_loader
+from vi_simsiam.data import workers as data_workers
 from vi_simsiam.data.batches import epoch_order
 from vi_simsiam.data.cache import in_memory, pack
 from vi_simsiam.data.loader import eval_loader
 from vi_simsiam.data.packed import PackedImages, open_pack
 from vi_simsiam.data.sources import ArraySource, FileSource, ImageSource, Unreadable
-from vi_simsiam.data.views import draw_table, eval_view, place
+from vi_simsiam.data.views import add_offsets, draw_table, eval_view
 from vi_simsiam.errors import InputError, TrainingError
 from vi_simsiam.ops.augment import eager_augment
 
@@ -89,7 +90,7 @@ def test_batches_hold_the_keyed_views(source: ArraySource) -> None:
         heights=images.heights[sample],
         widths=images.widths[sample],
     )
-    place(table, images.offsets[sample])
+    add_offsets(table, images.offsets[sample])
     pixels = torch.from_numpy(images.pixels.copy())
     for number, size in enumerate((12, 12, 8)):
         expected = eager_augment(
@@ -415,13 +416,13 @@ def test_workers_ignore_interrupts(source: ArraySource) -> None:
 def test_an_interrupt_before_a_worker_is_ready_is_harmless(
     source: ArraySource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = data_loader._start_worker
+    start = data_workers._start_worker
 
     def interrupted(worker: int) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         start(worker)
 
-    monkeypatch.setattr(data_loader, "_start_worker", interrupted)
+    monkeypatch.setattr(data_workers, "_start_worker", interrupted)
     assert_same(loader(source, workers=1).epoch(0), loader(source).epoch(0))
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 from vi_simsiam import downloads
 from vi_simsiam.config import AugmentConfig, DecodeConfig
-from vi_simsiam.data import MultiViewLoader, datasets, decoding, loader
+from vi_simsiam.data import MultiViewLoader, datasets, workers
 from vi_simsiam.data.decoding import decode
 from vi_simsiam.data.loader import eval_loader
 from vi_simsiam.data.packed import PackedImages
@@ -59,7 +59,7 @@ def no_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for kind in (torch.Tensor, torch.UntypedStorage):
         monkeypatch.setitem(ForkingPickler._extra_reducers, kind, refuse)
-    monkeypatch.setattr(loader, "PATIENCE", 20.0)
+    monkeypatch.setattr(workers, "PATIENCE", 20.0)
 
 
 @pytest.mark.usefixtures("no_shared_memory")
@@ -81,8 +81,7 @@ def test_a_temporary_folder_with_a_long_path(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_lives_and_gives_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "PATIENCE", 0.5)
-    monkeypatch.setattr(decoding, "PATIENCE", 0.5)
+    monkeypatch.setattr(workers, "PATIENCE", 0.5)
     with pytest.raises(
         TrainingError, match=r"^workers: no images have come .* --workers 0 works without them$"
     ):
@@ -91,7 +90,7 @@ def test_a_worker_that_lives_and_gives_nothing(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_process_that_decodes_and_gives_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "PATIENCE", 1.0)
+    monkeypatch.setattr(workers, "PATIENCE", 1.0)
     with pytest.raises(TrainingError, match="^array: no images have come from the workers for 1 s"):
         list(decode(Stuck(PIXELS), workers=2, mean_bytes=8 << 20))
     assert not multiprocessing.active_children()
@@ -144,8 +143,8 @@ def test_no_place_for_semaphores(
 
 def test_batches_are_the_same_objects_whoever_made_them() -> None:
     """Layout and type, too: channels last in memory, as the network takes them."""
-    for workers in (0, 1):
-        batches = MultiViewLoader(ArraySource(PIXELS), POLICY, 4, workers=workers)
+    for count in (0, 1):
+        batches = MultiViewLoader(ArraySource(PIXELS), POLICY, 4, workers=count)
         assert isinstance(batches.source, PackedImages)
         batch = next(batches.epoch(0))
         assert [view.shape for view in batch.views] == [(4, 3, 8, 8)] * 4

@@ -24,7 +24,7 @@ from vi_simsiam.config import POLICIES, AugmentConfig
 from vi_simsiam.config import policy as named_policy
 from vi_simsiam.data.contact_sheet import contact_sheet
 from vi_simsiam.data.sources import ArraySource, FileSource, Unreadable
-from vi_simsiam.data.views import draw_table, eval_view, philox, place
+from vi_simsiam.data.views import add_offsets, draw_table, eval_view, philox
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, Column, check_table, eager_augment
 
@@ -317,17 +317,17 @@ def test_place_adds_addresses_beyond_32_bits() -> None:
     table = draw(AugmentConfig(), 3)
     before, rest = starts(table).copy(), table[..., 2:].copy()
     offsets = np.array([0, 5, 2**40 + 2**32 - 1])
-    place(table, offsets)
+    add_offsets(table, offsets)
     assert np.array_equal(starts(table), before + offsets)
     assert np.array_equal(table[..., 2:], rest)
     with pytest.raises(InputError, match=r"offsets: shape \(2,\) must be \(3,\)"):
-        place(table, offsets[:2])
+        add_offsets(table, offsets[:2])
 
 
 def test_an_empty_batch_has_an_empty_table() -> None:
     table = draw(AugmentConfig(local_views=1), 0)
     assert table.shape == (3, 0, 16)
-    place(table, np.empty(0, dtype=np.int64))
+    add_offsets(table, np.empty(0, dtype=np.int64))
 
 
 def test_numbers_out_of_range() -> None:

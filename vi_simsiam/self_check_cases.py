@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vi_simsiam.config import AugmentConfig
-from vi_simsiam.data.views import draw_table, place
+from vi_simsiam.data.views import add_offsets, draw_table
 from vi_simsiam.engine.graph import capture
 from vi_simsiam.engine.network import training_network
 from vi_simsiam.engine.step import TrainStep
@@ -130,7 +130,7 @@ def _table(images: int, step: int = 0) -> Tensor:
     sizes = {"heights": np.full(images, _HEIGHT), "widths": np.full(images, _WIDTH)}
     policy = AugmentConfig(size=_SIDE, grayscale_prob=0.5)
     table = draw_table(policy, seed=3, epoch=step, samples=samples, **sizes)
-    place(table, samples * (_HEIGHT * _WIDTH * 3))
+    add_offsets(table, samples * (_HEIGHT * _WIDTH * 3))
     return torch.from_numpy(table)
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from vi_simsiam.config import AugmentConfig, DataMemory
 from vi_simsiam.data.batches import Batch, Schedule
-from vi_simsiam.data.decoding import PATIENCE, no_answer
 from vi_simsiam.data.packed import PackedImages
-from vi_simsiam.data.views import GLOBAL_VIEWS, place
+from vi_simsiam.data.views import GLOBAL_VIEWS, add_offsets
+from vi_simsiam.data.workers import PATIENCE, no_answer
 from vi_simsiam.errors import InputError, TrainingError, UserError, none_of
 from vi_simsiam.ops.augment import TABLE_COLUMNS, Column, augment
 from vi_simsiam.text import counted
@@ -273,7 +273,7 @@ class DeviceFeed:
             stop = min(self.steps_per_epoch, start + end - step)
             samples = self.schedule.samples(epoch, start, stop)
             table = self.schedule.table(epoch, samples.ravel())
-            place(table, self._places(step, samples).ravel())
+            add_offsets(table, self._places(step, samples).ravel())
             by_step = table.reshape(len(table), *samples.shape, TABLE_COLUMNS).swapaxes(0, 1)
             rows[step - first : step - first + len(samples)] = by_step
             step += len(samples)

@@ -80,7 +80,7 @@ def draw_table(
 
     Returns:
         (V, B, 16) int32, see `ops.augment.Column`: the two global views, then the local ones. START counts from the
-        image's first byte; `place` makes it an address among other images.
+        image's first byte; `add_offsets` makes it an address among other images.
 
     Raises:
         InputError: numbers out of range, or shapes that differ.
@@ -112,7 +112,7 @@ def draw_table(
     return table
 
 
-def place(table: NDArray[np.int32], offsets: NDArray[np.int64]) -> None:
+def add_offsets(table: NDArray[np.int32], offsets: NDArray[np.int64]) -> None:
     """Add each image's first byte, (B,) int64, to the START of its rows in a table (V, B, 16), in place."""
     if offsets.shape != table.shape[1:2]:
         raise InputError(

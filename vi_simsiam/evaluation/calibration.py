@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from vi_simsiam.config import AugmentConfig
 from vi_simsiam.data.packed import PackedImages
-from vi_simsiam.data.views import GLOBAL_VIEWS, draw_table, place
+from vi_simsiam.data.views import GLOBAL_VIEWS, add_offsets, draw_table
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.augment import augment
 
@@ -73,7 +73,7 @@ def augmented_views(
         table = draw_table(
             policy, seed=seed, epoch=0, samples=samples, heights=heights, widths=widths
         )
-        place(table, np.cumsum(lengths) - lengths)
+        add_offsets(table, np.cumsum(lengths) - lengths)
         yield augment(
             torch.from_numpy(pixels).to(device), torch.from_numpy(table).to(device), policy.size
         )

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.sources import FileSource, ImageSource, Unreadable, UnreadableError
-from vi_simsiam.data.views import GLOBAL_VIEWS, draw_table, eval_square, normalised, place
+from vi_simsiam.data.views import GLOBAL_VIEWS, add_offsets, draw_table, eval_square, normalised
 from vi_simsiam.engine.run import Run, load_model, resolve_device, resolve_workers
 from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.inference.images import Images, open_images, read
@@ -268,7 +268,7 @@ class Encoder:
         ]
         table = np.concatenate(tables)[:views]
         flat = [image.reshape(-1) for image in images]
-        place(table, np.cumsum([0, *(len(pixels) for pixels in flat[:-1])]))
+        add_offsets(table, np.cumsum([0, *(len(pixels) for pixels in flat[:-1])]))
         pixels = torch.from_numpy(np.concatenate(flat)).to(self.device)
         return augment(pixels, torch.from_numpy(table).to(self.device), self.size).transpose(0, 1)
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vi_simsiam.config import DecodeConfig
-from vi_simsiam.data.decoding import PATIENCE, no_answer
 from vi_simsiam.data.files import find_images
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.pixels import Losses, is_animated
@@ -35,6 +34,7 @@ from vi_simsiam.data.sources import (
     as_source,
     close_kept,
 )
+from vi_simsiam.data.workers import PATIENCE, no_answer
 from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.paths import user_path
 from vi_simsiam.text import counted
