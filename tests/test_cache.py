@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import io
 import multiprocessing
 import os
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from packing_cases import Items, noise, pixels, stored_files
 from PIL import Image
 from rich.console import Console
@@ -197,18 +197,14 @@ def test_who_may_read_a_cached_file_is_the_user_s_choice(
 
 
 def test_only_what_killed_processes_left_is_removed(files: FileSource, tmp_path: Path) -> None:
-    out = tmp_path / "a.pack"
-    left, young, locked, other = (
-        tmp_path / f".{name}.tmp" for name in ("a.pack.1", "a.pack.2", "a.pack.3", "b.pack")
-    )
-    for path in (left, young, locked, other):
-        path.write_bytes(b"half")
-        if path != young:
-            os.utime(path, (0, 0))
-    with open(locked, "rb") as writing:
-        fcntl.flock(writing, fcntl.LOCK_EX)
+    out, kept = tmp_path / "a.pack", {tmp_path / "set", tmp_path / "a.pack"}
+    for name in ("a.pack.1", "a.pack.2", "b.pack.1"):
+        for path in (tmp_path / f".{name}", tmp_path / f".{name}.lock"):
+            path.write_bytes(b"half")
+            kept |= set() if name == "a.pack.1" else {path}
+    with FileLock(tmp_path / ".a.pack.2.lock"):
         pack(files, out, workers=0)
-    assert set(tmp_path.iterdir()) == {young, locked, other, out, tmp_path / "set"}
+    assert set(tmp_path.iterdir()) == kept
 
 
 def test_a_full_disk_is_said_before_decoding(

@@ -1,4 +1,4 @@
-"""Results of worker processes in order: torch's DataLoader, with one-line errors and a clean Ctrl-C.
+"""Results of worker processes: torch's DataLoader with one-line errors and a clean Ctrl-C.
 
 Functions that run in workers return bytes and numpy arrays, which go through a pipe. Tensors would
 need shared memory, of which containers have little, and sockets in the temporary folder, whose path
@@ -115,7 +115,7 @@ class WorkerWatch:
             signal.signal(signal.SIGCHLD, self._former)
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function, with a TrainingError if a worker dies or has died since the last call."""
+        """Call a function; raise TrainingError if a worker dies or has died since the last call."""
         self._hold = False
         try:
             if self._death is not None:
