@@ -138,7 +138,7 @@ def test_views_have_the_dtype_asked_for(make_feed: Callable[..., DeviceFeed]) ->
         assert_same(made, each)
 
 
-class LateTransfers(device._Transfers):
+class LateTransfers(device.Transfers):
     """Makes a copy when the computation waits for it, and takes it for unfinished until the host has waited, too."""
 
     unfinished: ClassVar[list[tuple[Tensor, Tensor, Tensor]]] = []
@@ -168,7 +168,7 @@ class LateTransfers(device._Transfers):
 def test_bytes_stay_until_their_copy_to_the_device_is_made(
     make_feed: Callable[..., DeviceFeed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "_Transfers", LateTransfers)
+    monkeypatch.setattr(device, "Transfers", LateTransfers)
     feed = make_feed(memory="host")
     batches = expected()
     for step in (*range(18), 5, 6, 7, 2, 3):
@@ -179,7 +179,7 @@ def test_bytes_stay_until_their_copy_to_the_device_is_made(
         LateTransfers.check(event)
 
 
-class BusyTransfers(device._Transfers):
+class BusyTransfers(device.Transfers):
     """A device that always has work left: nothing that was queued on it is done yet."""
 
     def mark(self) -> Any:
@@ -194,17 +194,17 @@ class BusyTransfers(device._Transfers):
 
 @pytest.mark.parametrize(
     ("transfers", "least", "most"),
-    [(device._Transfers, 0.05, 5.0), (BusyTransfers, 0.0, 0.0)],
+    [(device.Transfers, 0.05, 5.0), (BusyTransfers, 0.0, 0.0)],
     ids=["idle", "busy"],
 )
 def test_waiting_counts_where_the_device_runs_out_of_work(
     make_feed: Callable[..., DeviceFeed],
     monkeypatch: pytest.MonkeyPatch,
-    transfers: type[device._Transfers],
+    transfers: type[device.Transfers],
     least: float,
     most: float,
 ) -> None:
-    monkeypatch.setattr(device, "_Transfers", transfers)
+    monkeypatch.setattr(device, "Transfers", transfers)
     feed = make_feed(memory="host")
     gather = feed._gather
 
@@ -257,14 +257,14 @@ def test_auto_keeps_images_on_the_device_that_take_half_of_it(
 ) -> None:
     size = len(IMAGES.pixels)
     for free, memory in ((2 * size, "gpu"), (2 * size - 2, "host")):
-        monkeypatch.setattr(device._Transfers, "free_memory", lambda self, free=free: free)
+        monkeypatch.setattr(device.Transfers, "free_memory", lambda self, free=free: free)
         assert make_feed(memory="auto").memory == memory
 
 
 def test_images_that_do_not_fit_name_what_helps(
     make_feed: Callable[..., DeviceFeed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device._Transfers, "free_memory", lambda self: 10_000)
+    monkeypatch.setattr(device.Transfers, "free_memory", lambda self: 10_000)
     with pytest.raises(InputError) as caught:
         make_feed(memory="gpu")
     size = len(IMAGES.pixels) / 1e9

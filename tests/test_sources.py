@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from PIL.GifImagePlugin import GifImageFile
+from PIL.PngImagePlugin import PngImageFile
 from torch.utils.data import Dataset, IterableDataset
 
 from vi_simsiam.config import DecodeConfig
@@ -308,11 +309,15 @@ def test_frames_of_a_png_that_are_undone_leave_nothing_behind(tmp_path: Path) ->
         np.testing.assert_array_equal(green, alone)
 
 
-def test_a_long_animation_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, read = FileSource([save_frames(tmp_path / "long.gif", 40)], decode=ALL), []
-    seek = GifImageFile._seek
+@pytest.mark.parametrize("kind", [GifImageFile, PngImageFile])
+def test_a_long_animation_is_read_once(
+    kind: type[Image.Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_frames(tmp_path / f"long.{kind.format.lower()}", 40)
+    source, read = FileSource([path], decode=ALL), []
+    seek = kind._seek
     monkeypatch.setattr(
-        GifImageFile, "_seek", lambda self, *options: read.append(options) or seek(self, *options)
+        kind, "_seek", lambda self, *options: read.append(options) or seek(self, *options)
     )
     for index in range(40):
         source.image(index)

@@ -24,9 +24,10 @@ from vi_simsiam.config import policy as named_policy
 from vi_simsiam.data.batches import Batch, Schedule
 from vi_simsiam.data.cache import cached
 from vi_simsiam.data.decoding import cores
-from vi_simsiam.data.device import DeviceFeed, byte_tensor, check_memory, find_device
+from vi_simsiam.data.device import DeviceFeed, byte_tensor, check_memory
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource, as_source
+from vi_simsiam.data.transfers import find_device
 from vi_simsiam.data.views import GLOBAL_VIEWS, add_offsets, eval_square, normalised
 from vi_simsiam.data.workers import results, worker_loader
 from vi_simsiam.errors import ImageWarning, InputError
