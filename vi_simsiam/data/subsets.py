@@ -45,7 +45,7 @@ def select(
     Args:
         splits: the data set.
         images: how many to train on; None for all that are left.
-        held_out: share of the training images to hold out first, in [0, 1). They become the validation part.
+        held_out: share in [0, 1) of the training images to hold out first, as validation part.
         seed: of the draw.
         distinct: first leave out files that both parts hold, byte for byte, and with `held_out`
             also second copies within the training part. Arrays and packed images are not compared.
@@ -95,7 +95,7 @@ def duplicates(splits: Splits) -> list[tuple[str, str]]:
     if not (isinstance(train, FileSource) and isinstance(val, FileSource)):
         return []
     validation = set(val.paths)
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     for group in _copies([*train.paths, *val.paths]):
         trained = [path for path in group if path not in validation]
         pairs += itertools.product(trained, [path for path in group if path in validation])
