@@ -1,6 +1,7 @@
-"""Batches made on the device: the same as the workers', from any step, and failures that reach the user in one line.
+"""Batches made on the device: the same as the workers', from any step, and failures as one line.
 
-Without a GPU the feed runs on the CPU, where every copy is made at once; `LateTransfers` makes them as late as a GPU may.
+Without a GPU the feed runs on the CPU, where copies are immediate; `LateTransfers` makes them as
+late as a GPU may.
 """
 
 from __future__ import annotations
@@ -41,16 +42,9 @@ IMAGES = packed()
 def make_feed() -> Iterator[Callable[..., DeviceFeed]]:
     feeds: list[DeviceFeed] = []
 
-    def make(
-        images: PackedImages = IMAGES, policy: AugmentConfig = PLAIN, **options: Any
-    ) -> DeviceFeed:
-        feeds.append(
-            DeviceFeed(
-                images,
-                policy,
-                **{"batch_size": 4, "seed": 3, "device": "cpu", "segment": 8} | options,
-            )
-        )
+    def make(policy: AugmentConfig = PLAIN, **options: Any) -> DeviceFeed:
+        options = {"batch_size": 4, "seed": 3, "device": "cpu", "segment": 8} | options
+        feeds.append(DeviceFeed(IMAGES, policy, **options))
         return feeds[-1]
 
     yield make
@@ -66,7 +60,7 @@ def batch(feed: DeviceFeed, step: int) -> Batch:
 def expected(
     policy: AugmentConfig = PLAIN, batch_size: int = 4, epochs: int = 3, **options: Any
 ) -> list[Batch]:
-    """What a worker makes of the first epochs."""
+    """The batches of a worker in the first epochs."""
     loader = MultiViewLoader(IMAGES, policy, batch_size, seed=3, workers=0, **options)
     return [each for epoch in range(epochs) for each in loader.epoch(epoch)]
 
@@ -78,8 +72,7 @@ def assert_same(left: Batch, right: Batch) -> None:
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize("policy", [PLAIN, MULTICROP], ids=["plain", "multicrop"])
-@pytest.mark.parametrize("batch_size", [1, 4, 26])
+@pytest.mark.parametrize(("policy", "batch_size"), [(PLAIN, 1), (MULTICROP, 4), (PLAIN, 26)])
 def test_batches_are_those_of_the_workers(
     make_feed: Callable[..., DeviceFeed], memory: str, policy: AugmentConfig, batch_size: int
 ) -> None:
@@ -92,7 +85,7 @@ def test_batches_are_those_of_the_workers(
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize("segment", [1, 2, 5, 6, 7])
+@pytest.mark.parametrize("segment", [1, 2, 5, 7])
 def test_where_segments_of_the_table_end_changes_nothing(
     make_feed: Callable[..., DeviceFeed], memory: str, segment: int
 ) -> None:
@@ -111,8 +104,7 @@ def test_steps_may_start_anywhere_and_jump(
         assert_same(batch(feed, step), batches[step])
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize(("memory", "world_size"), [("gpu", 2), ("host", 4)])
 def test_ranks_share_the_batch_of_one(
     make_feed: Callable[..., DeviceFeed], memory: str, world_size: int
 ) -> None:
@@ -129,17 +121,13 @@ def test_ranks_share_the_batch_of_one(
 
 
 def test_views_have_the_dtype_asked_for(make_feed: Callable[..., DeviceFeed]) -> None:
-    for made, each in zip(
-        [batch(make_feed(dtype=torch.bfloat16), 0)],
-        expected(dtype=torch.bfloat16, epochs=1),
-        strict=False,
-    ):
-        assert made.views[0].dtype == torch.bfloat16
-        assert_same(made, each)
+    made = batch(make_feed(dtype=torch.bfloat16), 0)
+    assert made.views[0].dtype == torch.bfloat16
+    assert_same(made, expected(dtype=torch.bfloat16, epochs=1)[0])
 
 
 class LateTransfers(device.Transfers):
-    """Makes a copy when the computation waits for it, and takes it for unfinished until the host has waited, too."""
+    """Makes a copy when the computation waits for it; it is unfinished until the host waits, too."""
 
     unfinished: ClassVar[list[tuple[Tensor, Tensor, Tensor]]] = []
 
@@ -265,17 +253,9 @@ def test_images_that_do_not_fit_name_what_helps(
     make_feed: Callable[..., DeviceFeed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device.Transfers, "free_memory", lambda self: 10_000)
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match="^memory: .* 0.00 GB and cpu has .*--data-memory host"):
         make_feed(memory="gpu")
-    size = len(IMAGES.pixels) / 1e9
-    assert str(caught.value) == (
-        f"memory: the images of ragged take {size:.2f} GB and cpu has 0.00 GB free; "
-        'memory="host" (--data-memory host) streams them'
-    )
-    with pytest.raises(
-        InputError,
-        match="batch_size: streaming the images of ragged in batches of 26 takes .* smaller",
-    ):
+    with pytest.raises(InputError, match="^batch_size: .* in batches of 26 takes .* smaller"):
         make_feed(memory="host", batch_size=26)
 
 
@@ -298,33 +278,22 @@ def test_segments_are_whole_epochs_where_these_are_short() -> None:
 def test_failures_of_the_threads_reach_the_caller(
     make_feed: Callable[..., DeviceFeed], memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    feed = make_feed(memory=memory, segment=3)
-    batches = expected(epochs=1)
-    draw = feed.schedule.table
+    def fail(*arguments: Any) -> Any:
+        raise error
 
-    def fail(epoch: int, samples: Any) -> Any:
-        raise OSError("the disk is gone")
-
+    error: Exception = OSError("the disk is gone")
+    feed, batches = make_feed(memory=memory, segment=3), expected(epochs=1)
     assert_same(batch(feed, 0), batches[0])
-    monkeypatch.setattr(feed.schedule, "table", fail)
-    with pytest.raises(TrainingError) as caught:
-        feed.load(3)
-    assert str(caught.value) == "data: batches cannot be prepared (OSError: the disk is gone)"
-    monkeypatch.setattr(feed.schedule, "table", draw)
+    with monkeypatch.context() as patch:
+        patch.setattr(feed.schedule, "table", fail)
+        with pytest.raises(TrainingError, match=r"^data: .*\(OSError: the disk is gone\)$"):
+            feed.load(3)
     assert_same(batch(feed, 2), batches[2])
-
-
-def test_a_failure_to_read_pixels_reaches_the_caller(
-    make_feed: Callable[..., DeviceFeed], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    feed = make_feed(memory="host")
-
-    def fail(step: int, into: Tensor) -> int:
-        raise InputError("pack: /there/images.pack cannot be read")
-
-    monkeypatch.setattr(feed, "_gather", fail)
-    with pytest.raises(InputError, match=r"pack: /there/images\.pack cannot be read"):
-        feed.load(0)
+    error = InputError("pack: /there/images.pack cannot be read")
+    streaming = make_feed(memory="host")
+    monkeypatch.setattr(streaming, "_gather", fail)
+    with pytest.raises(InputError, match=r"^pack: /there/images\.pack cannot be read$"):
+        streaming.load(0)
 
 
 def feed_threads() -> set[threading.Thread]:
@@ -344,32 +313,27 @@ def test_closing_ends_the_threads(make_feed: Callable[..., DeviceFeed], memory: 
     assert_same(batch(feed, 1), batches[1])
 
 
-def test_numbers_out_of_range_are_named(make_feed: Callable[..., DeviceFeed]) -> None:
-    with pytest.raises(InputError, match="batch_size: 27 must be at most 26, the images in ragged"):
-        make_feed(batch_size=27)
-    with pytest.raises(
-        InputError, match="batch_size: 4 must be a multiple of 3, the processes that share it"
-    ):
-        make_feed(world_size=3)
-    with pytest.raises(InputError, match="rank: 2 must lie between 0 and 1, for world_size 2"):
-        make_feed(world_size=2, rank=2)
-    with pytest.raises(InputError, match="world_size: 0 must be at least 1"):
-        make_feed(world_size=0)
-    with pytest.raises(InputError, match="memory: 'disk' is none of auto, gpu, host"):
-        make_feed(memory="disk")
-    with pytest.raises(InputError, match="step: -1 must be at least 0"):
-        make_feed().load(-1)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 27}, "batch_size: 27 must be at most 26, the images in ragged"),
+        ({"world_size": 3}, "batch_size: 4 must be a multiple of 3"),
+        ({"world_size": 2, "rank": 2}, "rank: 2 must lie between 0 and 1, for world_size 2"),
+        ({"world_size": 0}, "world_size: 0 must be at least 1"),
+        ({"memory": "disk"}, "memory: 'disk' is none of auto, gpu, host"),
+        ({}, "step: -1 must be at least 0"),
+    ],
+)
+def test_numbers_out_of_range_are_named(
+    make_feed: Callable[..., DeviceFeed], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        make_feed(**options).load(-1)
 
 
 def on_gpu(what: str) -> Callable[..., Any]:
-    def mark(test: Callable[..., Any]) -> Callable[..., Any]:
-        return pytest.mark.gpu(
-            pytest.mark.skipif(not torch.cuda.is_available(), reason=f"would check that {what}")(
-                test
-            )
-        )
-
-    return mark
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason=f"would check that {what}")
+    return lambda test: pytest.mark.gpu(skip(test))
 
 
 def assert_near(made: Batch, each: Batch) -> None:
@@ -440,9 +404,7 @@ def test_making_a_batch_never_waits_for_the_device(
     assert all(slot.host.is_pinned() for slot in feed._slots)
 
 
-@on_gpu(
-    "a loader's batches are complete when the caller's stream reads them, and stay whole while it does"
-)
+@on_gpu("a loader's batches are complete before the caller reads them, and stay whole meanwhile")
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_gpu_loader_hands_its_batches_over(memory: str) -> None:
     loader = MultiViewLoader(IMAGES, MULTICROP, 4, "cuda", seed=3, memory=memory)
