@@ -1,4 +1,4 @@
-"""The cache gives exactly what Pillow decodes, decodes it once, and never leaves half a file behind."""
+"""The cache gives Pillow's pixels, decodes them once, and leaves no half-written file behind."""
 
 from __future__ import annotations
 
