@@ -125,7 +125,7 @@ def test_the_nearest_name_is_proposed() -> None:
 
 
 def test_paths_need_no_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder or file that exists is opened, but a known name goes before a folder of that name."""
+    """An existing folder or file is opened, but a known name comes before such a folder."""
     images(tmp_path, "photos/1.png", "photos/2.png", "fashion-mini/1.png")
     monkeypatch.chdir(tmp_path)
     assert len(open_dataset("photos").train) == len(open_dataset("folder:photos").train) == 2

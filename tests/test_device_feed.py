@@ -127,7 +127,7 @@ def test_views_have_the_dtype_asked_for(make_feed: Callable[..., DeviceFeed]) ->
 
 
 class LateTransfers(device.Transfers):
-    """Makes a copy when the computation waits for it; it is unfinished until the host waits, too."""
+    """Makes a copy when the computation waits for it; unfinished until the host waits, too."""
 
     unfinished: ClassVar[list[tuple[Tensor, Tensor, Tensor]]] = []
 
