@@ -132,7 +132,7 @@ def test_files_of_one_number_in_their_folder_are_all_found(
 def test_a_folder_that_may_not_be_entered_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its files are still found, to be reported when they are read; folders above cannot be reached either."""
+    """Its files are still found, to be reported when read; folders above are unreachable, too."""
     for name in ("photos/0.png", "photos/closed/1.png", "photos/closed/2.txt"):
         (save if name.endswith("png") else Path.touch)(tmp_path / name)
     status = os.stat
