@@ -34,20 +34,10 @@ _TRAIN_NAMES = ("train", "training")
 _VAL_NAMES = ("val", "valid", "validation")
 """Folders of the two parts of a data set, in any case."""
 
-_FASHION_CLASSES = tuple(
-    [
-        "T-shirt/top",
-        "Trouser",
-        "Pullover",
-        "Dress",
-        "Coat",
-        "Sandal",
-        "Shirt",
-        "Sneaker",
-        "Bag",
-        "Ankle boot",
-    ]
-)
+_FASHION_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
+    "Ankle boot",
+)  # fmt: skip
 
 _WORDNET_NAMES = {
     "n01440764": "tench",

@@ -330,10 +330,7 @@ class DatasetSource(ImageSource):
 def as_source(
     images: ImageSource | Dataset[Any], decode: DecodeConfig | None = None
 ) -> ImageSource:
-    """Return a map-style torch Dataset as a DatasetSource, a source as it is.
-
-    Raises InputError for anything else.
-    """
+    """Return a source as it is, a map-style Dataset as a DatasetSource; else raise InputError."""
     return images if isinstance(images, ImageSource) else DatasetSource(images, decode=decode)
 
 

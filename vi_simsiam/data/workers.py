@@ -69,12 +69,16 @@ def results(
         yield from map(_raised, loader)
         return
     watch = WorkerWatch(name, verb)
-    check_processes()  # torch prints a traceback of its own if it fails half-way
     try:
-        with interrupts_blocked():
+        multiprocessing.Lock()  # torch prints a traceback of its own if it fails half-way
+        with _interrupts_blocked():
             batches = watch.call(iter, loader)
     except OSError as error:
-        raise no_processes(error) from error
+        reason = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        raise TrainingError(
+            f"workers: processes cannot be started here ({reason}; they need /dev/shm); "
+            "--workers 0 works without them"
+        ) from error
     try:
         with watch:
             try:
@@ -158,23 +162,6 @@ class WorkerWatch:
             self._death = error
 
 
-def check_processes() -> None:
-    """Raise TrainingError if semaphores between processes cannot be created."""
-    try:
-        multiprocessing.Lock()
-    except OSError as error:
-        raise no_processes(error) from error
-
-
-def no_processes(error: OSError) -> TrainingError:
-    """Return the error for a machine without processes or shared memory for their semaphores."""
-    reason = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
-    return TrainingError(
-        f"workers: processes cannot be started here ({reason}; they need /dev/shm); "
-        "--workers 0 works without them"
-    )
-
-
 def no_answer(name: str, *, threads: bool = False) -> TrainingError:
     """Return the error for processes (or threads) that run but deliver nothing."""
     who = "threads" if threads else "workers"
@@ -186,7 +173,7 @@ def no_answer(name: str, *, threads: bool = False) -> TrainingError:
 
 
 @contextlib.contextmanager
-def interrupts_blocked() -> Iterator[None]:
+def _interrupts_blocked() -> Iterator[None]:
     """Keep SIGINT from workers until they ignore it: they inherit this thread's signal mask."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
