@@ -257,7 +257,7 @@ def _decode(
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that replaces `path` once it is complete on the disk, or is removed on an error.
 
-    A lock that ends with this process tells other processes that the file is being written.
+    A lock that ends with this process marks the file as being written.
     """
     for other in path.parent.glob(f".{glob.escape(path.name)}.*.lock"):
         with contextlib.suppress(OSError, Timeout), FileLock(other, timeout=0):

@@ -12,15 +12,13 @@ import zlib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import download_and_extract_archive
 
 from vi_simsiam.config import NAMED_DATA, DecodeConfig, data_spec
-from vi_simsiam.data.files import Found, find_images, is_image, list_folder
+from vi_simsiam.data.files import find_images, is_image, list_folder
 from vi_simsiam.data.packed import open_pack
 from vi_simsiam.data.sources import ArraySource, FileSource, ImageSource
 from vi_simsiam.downloads import patience
@@ -199,37 +197,35 @@ def _folder(path: Path, spec: str, decode: DecodeConfig) -> Splits:
         raise InputError(f"{path}: {problem}; folder:PATH needs a folder of images")
     train_folder, val_folder = _part(path, _TRAIN_NAMES), _part(path, _VAL_NAMES)
     if train_folder is None:
-        return Splits(spec, _unlabelled(path, find_images(path), decode), None)
-    train = _classes(train_folder)
+        return Splits(spec, _images(path, decode, labelled=False), None)
+    train, val = _images(train_folder, decode), None
     read = [train_folder.name]
     if val_folder is not None and train.labels is not None:
+        val = _images(val_folder, decode, required=False)
         read.append(val_folder.name)
-    lost = ""
     inside = {e.name for e in list_folder(path) if os.path.isdir(e.path) or is_image(e.path)}
     if beside := inside - set(read):
-        verb = "is" if len(read) == 1 else "are"
-        lost = f"only {'/ and '.join(read)}/ {verb} read, not {_names(beside)}"
-    if train.labels is None:
-        if val_folder is not None:
-            both = f"{train_folder.name}/ and {val_folder.name}/"
-            lost += f"; validation needs class folders in {both}"
-        return Splits(spec, _unlabelled(train_folder, train.found, decode, lost), None)
-    if val_folder is None:
-        return Splits(spec, train.source(train_folder, decode, lost), None)
-    val = _classes(val_folder)
-    if val.labels is None:
+        verb = "is" if val is None else "are"
+        note = f"only {'/ and '.join(read)}/ {verb} read, not {_names(beside)}"
+        if val_folder is not None and val is None:
+            note += f"; validation needs class folders in {read[0]}/ and {val_folder.name}/"
+        train.notes += (f"{train_folder}: {note}",)
+    if val is not None and val.labels is None:
         raise InputError(
             f"{val_folder}: holds no class folders, {train_folder} does; "
             "give it the same ones or none"
         )
-    if val.names != train.names:
-        only_train, only_val = set(train.names) - set(val.names), set(val.names) - set(train.names)
+    if val is not None and val.classes != train.classes:
+        names, others = set(train.classes or ()), set(val.classes or ())
         raise InputError(
-            f"{path}: classes of {train_folder.name}/ and {val_folder.name}/ must agree; "
-            f"only in {train_folder.name}/: {_names(only_train)}; "
-            f"only in {val_folder.name}/: {_names(only_val)}"
+            f"{path}: classes of {read[0]}/ and {read[1]}/ must agree; "
+            f"only in {read[0]}/: {_names(names - others)}; "
+            f"only in {read[1]}/: {_names(others - names)}"
         )
-    return Splits(spec, train.source(train_folder, decode, lost), val.source(val_folder, decode))
+    for part in filter(None, (train, val)):
+        if part.classes is not None:
+            part.classes = tuple(_WORDNET_NAMES.get(name, name) for name in part.classes)
+    return Splits(spec, train, val)
 
 
 def _part(folder: Path, names: tuple[str, ...]) -> Path | None:
@@ -242,64 +238,46 @@ def _part(folder: Path, names: tuple[str, ...]) -> Path | None:
     return found[0] if found else None
 
 
-@dataclass(frozen=True)
-class _Classes:
-    """The images under a folder, with the classes that its folders are."""
+def _images(
+    folder: Path, decode: DecodeConfig, *, labelled: bool = True, required: bool = True
+) -> FileSource:
+    """All images in a folder, with its class folders as classes if it has any.
 
-    found: Found
-    names: list[str]
-    """Names of folders that hold images, sorted."""
-    labels: NDArray[np.int64] | None
-    """Labels of all images; None if the folder has no class folders."""
-    empty: set[str]
-    """Names of folders without any image."""
-    ambiguous: set[str]
-    """Images and folders in several class folders: the name that counts, and the other."""
-
-    def source(self, folder: Path, decode: DecodeConfig, *more: str) -> FileSource:
-        notes = list(more)
-        if self.ambiguous:
-            names = _names(self.ambiguous)
-            notes.insert(0, f"in two classes by links, and counted in one: {names}")
-        if self.empty:
-            notes.insert(0, f"no image, and so no class, in {_names(self.empty)}")
-        classes = [_WORDNET_NAMES.get(name, name) for name in self.names]
-        return _files(folder, self.found, decode, *notes, labels=self.labels, classes=classes)
-
-
-def _classes(folder: Path) -> _Classes:
-    """Find the class folders of a folder. Raises InputError if it holds images of its own, too."""
+    Raises InputError for images beside class folders, and if `required` for no image at all.
+    """
     found = find_images(folder)
+    if required and not found.paths:
+        raise InputError(f"{folder}: holds no image that Pillow opens. {found.note()}".rstrip())
     inside = functools.partial(os.path.relpath, start=folder)
     homes = [inside(path).split(os.sep) for path in found.paths]
-    names = sorted({parts[0] for parts in homes if len(parts) > 1})
+    names = sorted({parts[0] for parts in homes if len(parts) > 1}) if labelled else []
     if names and any(len(parts) == 1 for parts in homes):
         raise InputError(
             f"{folder}: holds both images and class folders; move the images into class folders, "
             f"or use folder:{folder} to train on all of them without labels"
         )
-    numbers = {name: number for number, name in enumerate(names)}
-    labels = np.array([numbers[parts[0]] for parts in homes], np.int64) if names else None
-    folders = {entry.name for entry in list_folder(folder) if os.path.isdir(entry.path)}
-    ambiguous = set()
-    for other, first in found.repeated:
-        places = inside(first), inside(other)
-        if len({place.split(os.sep)[0] for place in places} & folders) == 2:
-            ambiguous.add(f"{places[0]} (not {places[1]})")
-    return _Classes(found, names, labels, folders - set(names), ambiguous)
-
-
-def _unlabelled(folder: Path, found: Found, decode: DecodeConfig, *more: str) -> FileSource:
-    if not found.paths:
-        raise InputError(f"{folder}: holds no image that Pillow opens. {found.note()}".rstrip())
-    return _files(folder, found, decode, *more)
-
-
-def _files(
-    folder: Path, found: Found, decode: DecodeConfig, *notes: str, **labels: Any
-) -> FileSource:
-    named = [f"{folder}: {note}" for note in (found.note(), *notes) if note]
-    return FileSource(found.paths, name=os.fspath(folder), decode=decode, notes=named, **labels)
+    notes, labels = [found.note()], None
+    if names:
+        numbers = {name: number for number, name in enumerate(names)}
+        labels = np.array([numbers[parts[0]] for parts in homes], np.int64)
+        folders = {entry.name for entry in list_folder(folder) if os.path.isdir(entry.path)}
+        if empty := folders - set(names):
+            notes.append(f"no image, and so no class, in {_names(empty)}")
+        ambiguous = set()
+        for other, first in found.repeated:
+            places = inside(first), inside(other)
+            if len({place.split(os.sep)[0] for place in places} & folders) == 2:
+                ambiguous.add(f"{places[0]} (not {places[1]})")
+        if ambiguous:
+            notes.append(f"in two classes by links, and counted in one: {_names(ambiguous)}")
+    return FileSource(
+        found.paths,
+        labels,
+        names or None,
+        os.fspath(folder),
+        decode=decode,
+        notes=[f"{folder}: {note}" for note in notes if note],
+    )
 
 
 def _names(classes: set[str]) -> str:

@@ -93,9 +93,8 @@ class MultiViewLoader:
         self.source = _packed(source)
         """The images that can be read; `Batch.index` counts these."""
         self.batch_size = batch_size
-        schedule = Schedule(
-            self.source, policy, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size
-        )
+        share = {"batch_size": batch_size, "seed": seed, "rank": rank, "world_size": world_size}
+        schedule = Schedule(self.source, policy, **share)
         self.feed: DeviceFeed | None = None
         """Makes the batches on a CUDA device; None on a CPU."""
         self._side: torch.cuda.Stream | None = None
@@ -103,14 +102,11 @@ class MultiViewLoader:
             self.feed = DeviceFeed(
                 self.source,
                 policy,
-                batch_size=batch_size,
-                seed=seed,
                 device=device,
                 dtype=dtype,
                 memory=memory,
-                rank=rank,
-                world_size=world_size,
                 backend=backend,
+                **share,
             )
             self._side = torch.cuda.Stream(device)
             self.feed.record_stream(self._side)  # an epoch may be left with a batch on its way
@@ -158,13 +154,9 @@ class MultiViewLoader:
     def _run(self, epoch: int, start: int) -> Iterator[Batch]:
         self._runs += 1
         run = self._runs
-        batches = (
-            self._from_workers(epoch, start)
-            if self.feed is None
-            else self._from_device(epoch, start, self.feed)
-        )
+        read = self._from_workers if self.feed is None else self._from_device
         try:
-            for batch in batches:
+            for batch in read(epoch, start):
                 yield batch
                 if run != self._runs:
                     break
@@ -188,8 +180,9 @@ class MultiViewLoader:
                 torch.from_numpy(index),
             )
 
-    def _from_device(self, epoch: int, start: int, feed: DeviceFeed) -> Iterator[Batch]:
-        side = self._side
+    def _from_device(self, epoch: int, start: int) -> Iterator[Batch]:
+        feed, side = self.feed, self._side
+        assert feed is not None
         assert side is not None
         with torch.cuda.stream(side):
             counter = torch.zeros((), dtype=torch.int64, device=feed.device)

@@ -113,11 +113,11 @@ class Contents:
     classes: Sequence[str] | None = None
     """Class names; None without labels."""
     places: Sequence[str] = ()
-    """Where each image came from; empty for NAME/INDEX."""
+    """Origin of each image; empty for NAME/INDEX."""
     unreadable: Sequence[Unreadable] = ()
     """Images of the original source that were left out, and why."""
     decode: DecodeConfig = field(default_factory=DecodeConfig)
-    """How files became pixels."""
+    """Settings by which files became pixels."""
     notes: Sequence[str] = ()
     """Losses in decoding, see `data.pixels.Losses`."""
 

@@ -73,7 +73,7 @@ class ImageSource(ABC):
     classes: tuple[str, ...] | None
     """Class names; None without labels."""
     decode = DecodeConfig()
-    """How files become pixels; the default where there are none."""
+    """Settings by which files become pixels."""
     notes: tuple[str, ...] = ()
     """Remarks for the user on how the images were found: sentences, without a full stop."""
 
@@ -156,7 +156,7 @@ class ArraySource(ImageSource):
 
 
 class FileSource(ImageSource):
-    """Images in files, decoded each time they are asked for.
+    """Images in files, decoded on every access.
 
     Args:
         paths: of the files.
@@ -187,7 +187,7 @@ class FileSource(ImageSource):
         self.paths = tuple(os.fspath(path) for path in paths)
         self._label(labels, classes, len(self.paths))
         self.frames: tuple[int, ...] = (0,) * len(self.paths)
-        """Which frame of its file each image is."""
+        """Number of each image's frame in its file."""
         self._uncounted: dict[str, str] = {}  # files whose frames cannot be counted, and why
         if self.decode.frames == "all":
             counts = [self._count_frames(index) for index in range(len(self.paths))]

@@ -95,7 +95,7 @@ def results(
 
 
 class WorkerWatch:
-    """Holds back the news that a worker died until a result is asked for.
+    """Delays the error for a worker that died until the next result is requested.
 
     torch's handler of SIGCHLD raises an exception wherever the program happens to be: in the
     caller's optimiser, or in the middle of a checkpoint.
