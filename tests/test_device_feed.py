@@ -25,6 +25,7 @@ from vi_simsiam.errors import InputError, TrainingError
 PLAIN = AugmentConfig(size=12)
 MULTICROP = AugmentConfig(size=12, local_views=2, local_size=8)
 MEMORIES = ("gpu", "host")
+MakeFeed = Callable[..., DeviceFeed]
 
 
 def packed(count: int = 26) -> PackedImages:
@@ -39,7 +40,7 @@ IMAGES = packed()
 
 
 @pytest.fixture
-def make_feed() -> Iterator[Callable[..., DeviceFeed]]:
+def make_feed() -> Iterator[MakeFeed]:
     feeds: list[DeviceFeed] = []
 
     def make(policy: AugmentConfig = PLAIN, **options: Any) -> DeviceFeed:
@@ -74,7 +75,7 @@ def assert_same(left: Batch, right: Batch) -> None:
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize(("policy", "batch_size"), [(PLAIN, 1), (MULTICROP, 4), (PLAIN, 26)])
 def test_batches_are_those_of_the_workers(
-    make_feed: Callable[..., DeviceFeed], memory: str, policy: AugmentConfig, batch_size: int
+    make_feed: MakeFeed, memory: str, policy: AugmentConfig, batch_size: int
 ) -> None:
     feed = make_feed(policy=policy, batch_size=batch_size, memory=memory)
     assert feed.memory == memory
@@ -87,7 +88,7 @@ def test_batches_are_those_of_the_workers(
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("segment", [1, 2, 4, 7])
 def test_steps_may_jump_wherever_segments_of_the_table_end(
-    make_feed: Callable[..., DeviceFeed], memory: str, segment: int
+    make_feed: MakeFeed, memory: str, segment: int
 ) -> None:
     batches = expected()
     feed = make_feed(memory=memory, segment=segment)
@@ -96,9 +97,7 @@ def test_steps_may_jump_wherever_segments_of_the_table_end(
 
 
 @pytest.mark.parametrize(("memory", "world_size"), [("gpu", 2), ("host", 4)])
-def test_ranks_share_the_batch_of_one(
-    make_feed: Callable[..., DeviceFeed], memory: str, world_size: int
-) -> None:
+def test_ranks_share_the_batch_of_one(make_feed: MakeFeed, memory: str, world_size: int) -> None:
     ranks = [
         make_feed(policy=MULTICROP, memory=memory, rank=rank, world_size=world_size, segment=4)
         for rank in range(world_size)
@@ -111,7 +110,7 @@ def test_ranks_share_the_batch_of_one(
             torch.testing.assert_close(together, view, rtol=0, atol=BATCH_ROUNDING)
 
 
-def test_views_have_the_dtype_asked_for(make_feed: Callable[..., DeviceFeed]) -> None:
+def test_views_have_the_dtype_asked_for(make_feed: MakeFeed) -> None:
     made = batch(make_feed(dtype=torch.bfloat16), 0)
     assert made.views[0].dtype == torch.bfloat16
     assert_same(made, expected(dtype=torch.bfloat16, epochs=1)[0])
@@ -145,7 +144,7 @@ class LateTransfers(device.Transfers):
 
 
 def test_bytes_stay_until_their_copy_to_the_device_is_made(
-    make_feed: Callable[..., DeviceFeed], monkeypatch: pytest.MonkeyPatch
+    make_feed: MakeFeed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device, "Transfers", LateTransfers)
     feed = make_feed(memory="host")
@@ -174,14 +173,9 @@ class BusyTransfers(device.Transfers):
 @pytest.mark.parametrize(
     ("transfers", "least", "most"),
     [(device.Transfers, 0.05, 5.0), (BusyTransfers, 0.0, 0.0)],
-    ids=["idle", "busy"],
 )
 def test_waiting_counts_where_the_device_runs_out_of_work(
-    make_feed: Callable[..., DeviceFeed],
-    monkeypatch: pytest.MonkeyPatch,
-    transfers: type[device.Transfers],
-    least: float,
-    most: float,
+    make_feed: MakeFeed, monkeypatch: pytest.MonkeyPatch, transfers: type, least: float, most: float
 ) -> None:
     monkeypatch.setattr(device, "Transfers", transfers)
     feed = make_feed(memory="host")
@@ -196,7 +190,7 @@ def test_waiting_counts_where_the_device_runs_out_of_work(
     assert least <= feed.waited <= most
 
 
-def test_streaming_gathers_and_copies_ahead(make_feed: Callable[..., DeviceFeed]) -> None:
+def test_streaming_gathers_and_copies_ahead(make_feed: MakeFeed) -> None:
     feed = make_feed(memory="host", segment=100)
     gathered: list[int] = []
     gather = feed._gather
@@ -207,12 +201,9 @@ def test_streaming_gathers_and_copies_ahead(make_feed: Callable[..., DeviceFeed]
 
     feed._gather = note  # type: ignore[method-assign]
     feed.load(6)
-    deadline = time.monotonic() + 10
-    while len(gathered) < 4 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    for slot in feed._slots:
+        slot.gathered.result(10)
     assert sorted(gathered) == [6, 7, 8, 9]
-    while not all(slot.gathered.done() for slot in feed._slots) and time.monotonic() < deadline:
-        time.sleep(0.01)
     feed.load(7)
     assert all(slot.sent for slot in feed._slots if slot.step in (7, 8, 9))
     assert {slot.step for slot in feed._slots} == {7, 8, 9, 10}
@@ -220,7 +211,7 @@ def test_streaming_gathers_and_copies_ahead(make_feed: Callable[..., DeviceFeed]
 
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_a_step_beyond_those_loaded_reads_only_what_is_there(
-    make_feed: Callable[..., DeviceFeed], memory: str
+    make_feed: MakeFeed, memory: str
 ) -> None:
     """Warming up a captured step runs ahead of the counter that was loaded."""
     feed = make_feed(memory=memory, segment=2)
@@ -232,7 +223,7 @@ def test_a_step_beyond_those_loaded_reads_only_what_is_there(
 
 
 def test_memory_is_chosen_by_the_free_bytes_of_the_device(
-    make_feed: Callable[..., DeviceFeed], monkeypatch: pytest.MonkeyPatch
+    make_feed: MakeFeed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = len(IMAGES.pixels)
     for free, memory in ((2 * size, "gpu"), (2 * size - 2, "host")):
@@ -245,9 +236,7 @@ def test_memory_is_chosen_by_the_free_bytes_of_the_device(
         make_feed(memory="host", batch_size=26)
 
 
-def test_every_byte_is_uploaded(
-    make_feed: Callable[..., DeviceFeed], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_byte_is_uploaded(make_feed: MakeFeed, monkeypatch: pytest.MonkeyPatch) -> None:
     for chunk in (1000, len(IMAGES.pixels) // 2, len(IMAGES.pixels), 2**26):
         monkeypatch.setattr(device, "_UPLOAD_BYTES", chunk)
         assert np.array_equal(make_feed(memory="gpu")._pixels.numpy(), IMAGES.pixels)
@@ -262,7 +251,7 @@ def test_segments_are_whole_epochs_where_these_are_short() -> None:
 
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_failures_of_the_threads_reach_the_caller(
-    make_feed: Callable[..., DeviceFeed], memory: str, monkeypatch: pytest.MonkeyPatch
+    make_feed: MakeFeed, memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: Any) -> Any:
         raise error
@@ -287,7 +276,7 @@ def feed_threads() -> set[threading.Thread]:
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_closing_ends_the_threads(make_feed: Callable[..., DeviceFeed], memory: str) -> None:
+def test_closing_ends_the_threads(make_feed: MakeFeed, memory: str) -> None:
     before = feed_threads()
     feed = make_feed(memory=memory, segment=1)
     batches = expected(epochs=1)
@@ -311,7 +300,7 @@ def test_closing_ends_the_threads(make_feed: Callable[..., DeviceFeed], memory: 
     ],
 )
 def test_numbers_out_of_range_are_named(
-    make_feed: Callable[..., DeviceFeed], options: dict[str, Any], message: str
+    make_feed: MakeFeed, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
         make_feed(**options).load(-1)
@@ -333,9 +322,7 @@ def assert_near(made: Batch, each: Batch) -> None:
 
 @on_gpu("batches made on a GPU are those of the workers, also after jumps")
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_gpu_batches_are_those_of_the_workers(
-    make_feed: Callable[..., DeviceFeed], memory: str
-) -> None:
+def test_gpu_batches_are_those_of_the_workers(make_feed: MakeFeed, memory: str) -> None:
     feed = make_feed(policy=MULTICROP, memory=memory, device="cuda", segment=4)
     batches = expected(MULTICROP)
     for step in (*range(18), 5, 6, 7, 2, 3):
@@ -344,9 +331,7 @@ def test_gpu_batches_are_those_of_the_workers(
 
 @on_gpu("one CUDA graph makes every batch, by its counter")
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_a_replayed_graph_makes_every_batch(
-    make_feed: Callable[..., DeviceFeed], memory: str
-) -> None:
+def test_a_replayed_graph_makes_every_batch(make_feed: MakeFeed, memory: str) -> None:
     feed = make_feed(policy=MULTICROP, memory=memory, device="cuda", segment=4)
     batches = expected(MULTICROP)
     counter = torch.zeros((), dtype=torch.int64, device="cuda")
@@ -371,9 +356,7 @@ def test_a_replayed_graph_makes_every_batch(
 
 @on_gpu("making a batch never waits for the device, and that what is copied is page-locked")
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_making_a_batch_never_waits_for_the_device(
-    make_feed: Callable[..., DeviceFeed], memory: str
-) -> None:
+def test_making_a_batch_never_waits_for_the_device(make_feed: MakeFeed, memory: str) -> None:
     feed = make_feed(policy=MULTICROP, memory=memory, device="cuda", backend="triton")
     counter = torch.zeros((), dtype=torch.int64, device="cuda")
     feed.load(0)

@@ -279,11 +279,6 @@ def test_of_animations_the_first_frame_or_all(animation: list[Path], tmp_path: P
     assert part.fingerprint() != source.take(np.array([1, 7]), "part").fingerprint()
 
 
-def test_a_picture_without_pixels_is_unreadable() -> None:
-    with pytest.raises(ValueError, match="0 x 3 pixels"):
-        to_rgb(Image.new("RGB", (0, 3)))
-
-
 def test_how_files_are_decoded_is_part_of_their_fingerprint(tmp_path: Path) -> None:
     Image.fromarray(GRAY).save(path := tmp_path / "a.png")
     kinds = (DecodeConfig(), DecodeConfig(background="red"), DecodeConfig(value_range="file"))

@@ -272,15 +272,6 @@ def test_numbers_out_of_range(samples: Any, options: dict[str, int], message: st
         draw(AugmentConfig(), samples, **options)
 
 
-def test_global_numbers_are_left_alone() -> None:
-    torch.manual_seed(3)
-    np.random.seed(3)
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[union-attr]
-    draw(AugmentConfig(), 5)
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert np.array_equal(np.random.get_state()[1], before[1])
-
-
 def test_contact_sheet_shows_images_and_the_views_of_training() -> None:
     images = np.stack([np.asarray(picture(20, 20, seed)) for seed in range(4)])
     policy = AugmentConfig(size=16, local_views=1, local_size=8)

@@ -75,11 +75,13 @@ def cached(
         return images, list(images.unreadable)
     folder = cache_folder() if cache_dir is None else user_path("cache_dir", cache_dir)
     path = folder / f"{_file_name(source.name)}-{fingerprint[:12]}.pack"
+    images = None
     try:
         images = open_pack(path, fingerprint=fingerprint)
     except PackError as error:
         if os.path.lexists(path):
             _print(console, f"cache: {path} {error.reason}; decoding the images again")
+    if images is None:
         _write(source, path, fingerprint, "cache_dir", None, workers, console)
         images = open_pack(path, fingerprint=fingerprint, verify=False)
     images.notes = (*source.notes, *images.notes)

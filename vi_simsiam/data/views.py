@@ -176,7 +176,7 @@ def _uniform(words: NDArray[np.uint32], low: float = 0.0, high: float = 1.0) -> 
 
 
 def _below(words: NDArray[np.uint32], limits: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Uniform integers in [0, limits): of 2**32 words, each number gets the same up to one."""
+    """Uniform integers in [0, limits): each comes from equally many words, up to one."""
     return (words.astype(np.uint64) * limits.astype(np.uint64) >> _HALF).astype(np.int64)
 
 
@@ -205,7 +205,7 @@ def _draw_colours(rows: NDArray[np.int32], stream: _Stream, policy: AugmentConfi
             jittered, _uniform(factors[code - 1], low, high), neutral
         )
     # An operation without strength takes no place; the others keep their drawn order.
-    packed = np.array([_packed(order, policy.jitter) for order in _ORDERS], dtype=np.int32)
+    packed = np.array([_packed(each, policy.jitter) for each in _ORDERS], dtype=np.int32)
     drawn = packed[_below(order, np.full(len(rows), len(packed)))]
     rows[:, Column.ORDER] = np.where(jittered, drawn, 0)
 
