@@ -71,11 +71,11 @@ def cached(
     """
     fingerprint = None if isinstance(source, PackedImages) else _fingerprint(source, None)
     if fingerprint is None:
-        images = in_memory(source, workers=workers, console=console)
-        return images, list(images.unreadable)
+        packed = in_memory(source, workers=workers, console=console)
+        return packed, list(packed.unreadable)
     folder = cache_folder() if cache_dir is None else user_path("cache_dir", cache_dir)
     path = folder / f"{_file_name(source.name)}-{fingerprint[:12]}.pack"
-    images = None
+    images: PackedImages | None = None
     try:
         images = open_pack(path, fingerprint=fingerprint)
     except PackError as error:
