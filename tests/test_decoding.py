@@ -41,10 +41,11 @@ class Unpicklable(Items):
         return super().__getitem__(index)
 
 
+@pytest.mark.filterwarnings("error:This DataLoader")
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("kind", [Items, Unpicklable])
 def test_datasets_are_decoded_in_order(kind: type[Items]) -> None:
-    chunks = list(decode(DatasetSource(kind(9), "mine"), workers=2))
+    chunks = list(decode(DatasetSource(kind(9), "mine"), workers=3))
     assert [chunk.kept for chunk in chunks] == [[index] for index in range(9)]
     assert [chunk.sizes for chunk in chunks] == [[(2 + index % 3, 3)] for index in range(9)]
     assert [chunk.pixels for chunk in chunks] == [kind(9)[index][0].tobytes() for index in range(9)]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from vi_simsiam.data.pixels import Losses
 from vi_simsiam.data.sources import FileSource, ImageSource, Unreadable, UnreadableError
-from vi_simsiam.data.workers import results, worker_loader
+from vi_simsiam.data.workers import MANY_WORKERS, results, worker_loader
 from vi_simsiam.errors import InputError
 
 _SAMPLED = 64
@@ -98,9 +98,9 @@ def decode(
     if workers == 1 or not (workers and _can_be_pickled(source)):
         workers = 0
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This DataLoader will create")  # more than cores
+        warnings.filterwarnings("ignore", MANY_WORKERS)
         loader = worker_loader(functools.partial(_decode, source, shorter_side), chunks, workers)
-    return results(loader, source.name, "decodes")
+    return results(loader, source.name, "decodes", quiet=True)
 
 
 def cores() -> int:

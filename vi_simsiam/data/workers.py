@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 import types
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
@@ -23,6 +24,8 @@ from vi_simsiam.errors import InputError, TrainingError
 
 PATIENCE = 600.0
 """Seconds to wait for the next images of a process or thread, however slow the disk."""
+MANY_WORKERS = "This DataLoader will create"
+"""Start of torch's warning of more workers than cores."""
 _SECONDS_TO_END = 5.0
 
 
@@ -52,14 +55,15 @@ def worker_loader(
 
 
 def results(
-    loader: DataLoader[Any], name: str = "workers", verb: str = "prepares"
+    loader: DataLoader[Any], name: str = "workers", verb: str = "prepares", *, quiet: bool = False
 ) -> Generator[Any, None, None]:
     """Yield the results of a `worker_loader`, in order.
 
     Args:
         loader: the loader.
         name: what messages begin with.
-        verb: what the workers do with images, for messages.
+        verb: the workers' task, for messages.
+        quiet: suppress torch's warning of more workers than cores.
 
     Raises:
         InputError: the function raised it.
@@ -71,7 +75,9 @@ def results(
     watch = WorkerWatch(name, verb)
     try:
         multiprocessing.Lock()  # torch prints a traceback of its own if it fails half-way
-        with _interrupts_blocked():
+        with _interrupts_blocked(), warnings.catch_warnings():
+            if quiet:
+                warnings.filterwarnings("ignore", MANY_WORKERS)
             batches = watch.call(iter, loader)
     except OSError as error:
         reason = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
