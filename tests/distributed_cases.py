@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vi_simsiam.config import TrainConfig
-from vi_simsiam.engine import trainer
+from vi_simsiam.engine import train as trainer
 from vi_simsiam.engine.distributed import PeerError, World, joined, sync_batch_norm, wrap
 from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.models import Output, SimSiam, build_model
@@ -45,7 +45,7 @@ def run_ranks(case: Case, size: int, *arguments: object, timeout: float = 30.0) 
     A rank that does not come to an end within a minute fails the test: nothing here may hang.
     """
     context = multiprocessing.get_context("forkserver")  # torch is imported once, not by every rank
-    context.set_forkserver_preload(["torch._dynamo", "vi_simsiam.engine.trainer"])
+    context.set_forkserver_preload(["torch._dynamo", "vi_simsiam.engine.train"])
     outcomes = context.Queue()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

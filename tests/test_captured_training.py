@@ -12,7 +12,7 @@ from rich.console import Console
 from test_step import KernelFeed
 from test_trainer import config, learned, metrics, same, weights
 
-from vi_simsiam.engine import trainer as module
+from vi_simsiam.engine import train as module
 from vi_simsiam.engine.graph import Captured
 from vi_simsiam.engine.trainer import Trainer
 from vi_simsiam.evaluation.figures import read_metrics

@@ -230,7 +230,7 @@ def test_trials_choose_the_settings_once(tmp_path: Path) -> None:
 
 KILLED = """
     import os, signal, sys
-    from vi_simsiam.engine import trainer
+    from vi_simsiam.engine import train as trainer
     from vi_simsiam.experiments import worker
     advance = trainer.Monitor.advance
     def killed(self, step):

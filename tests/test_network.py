@@ -15,9 +15,9 @@ from torch import Tensor
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.graph_rules import Rules
-from vi_simsiam.engine.network import Bfloat16Weights, training_network
+from vi_simsiam.engine.network import Bfloat16Weights, training_network, use_kernels
 from vi_simsiam.engine.step import TrainStep
-from vi_simsiam.engine.trainer import Trainer, _use_kernels
+from vi_simsiam.engine.trainer import Trainer
 from vi_simsiam.errors import InputError
 from vi_simsiam.models import Output, VISimSiam
 from vi_simsiam.ops.stem_convolution import _OverBlocks
@@ -119,18 +119,18 @@ def test_kernels_that_cannot_be_had(image_folder: Path, tmp_path: Path) -> None:
         Trainer(config(image_folder, **settings), tmp_path / "run", console=Console(quiet=True))
     assert not (tmp_path / "run").exists()
     world = World(torch.device("cpu"))
-    assert not _use_kernels(TrainConfig(kernels="auto"), world)
-    assert not _use_kernels(TrainConfig(kernels="off"), world)
+    assert not use_kernels(TrainConfig(kernels="auto"), world)
+    assert not use_kernels(TrainConfig(kernels="off"), world)
     with pytest.raises(InputError, match="kernels: 'fast' is none of auto, on, off"):
         TrainConfig(kernels="fast")  # type: ignore[arg-type]
 
 
 def test_kernels_or_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vi_simsiam.engine.trainer.why_unavailable", lambda name, device_type: None)
+    monkeypatch.setattr("vi_simsiam.engine.network.why_unavailable", lambda name, device_type: None)
     world = World(torch.device("cpu"))
-    assert _use_kernels(TrainConfig(kernels="on"), world)
-    assert not _use_kernels(TrainConfig(kernels="auto", compile=True), world)
+    assert use_kernels(TrainConfig(kernels="on"), world)
+    assert not use_kernels(TrainConfig(kernels="auto", compile=True), world)
     with pytest.raises(InputError, match="kernels: 'on' cannot be used: compile replaces them"):
-        _use_kernels(TrainConfig(kernels="on", compile=True), world)
+        use_kernels(TrainConfig(kernels="on", compile=True), world)
     with pytest.raises(InputError, match="statistics over several GPUs, as sync_batch_norm asks"):
-        _use_kernels(TrainConfig(kernels="on", sync_batch_norm=True), world)
+        use_kernels(TrainConfig(kernels="on", sync_batch_norm=True), world)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vi_simsiam.config import AugmentConfig, LossConfig, ModelConfig, TrainConfig, preset
-from vi_simsiam.engine.duration import duration, duration_line
+from vi_simsiam.engine.monitor import duration, duration_line
 from vi_simsiam.engine.verdict import Health
 
 GOOD = {"cosine": 0.7, "z_std": 0.95, "projection_spread": 0.8, "kappa": 2.3, "kappa_best": 2.33}

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from vi_simsiam.config import TrainConfig
+from vi_simsiam.engine.distributed import World
 from vi_simsiam.errors import InputError
 from vi_simsiam.models import Output, SimSiam
 from vi_simsiam.normalisation import PerView
+from vi_simsiam.ops.backends import why_unavailable
 
 Network = Callable[[Sequence[Tensor]], Output]
 
@@ -19,15 +22,17 @@ Network = Callable[[Sequence[Tensor]], Output]
 def training_network(
     model: SimSiam, *, kernels: bool, compiled: bool = False, bf16: bool = False
 ) -> Network:
-    """Choose the layers that map views to the model's `Output` in training; all compute the same function.
+    """Choose the layers that map views to the model's `Output`; all compute the same function.
 
     Args:
-        model: on the device to train on. Views of one size pass through it together from now on, unless it has a
-            BatchNorm that would see them as one batch: that of an own backbone, or SyncBatchNorm.
-        kernels: whether BatchNorm and what follows it, the first convolution and the conversion of the weights are the
-            project's own operations. Not used with `compiled`, nor where the views do not pass together.
-        compiled: whether the network passes through torch.compile.
-        bf16: whether the network is called under autocast to bfloat16.
+        model: on the device to train on. From now on views of one size pass through it together,
+            unless it has a BatchNorm that would see them as one batch: that of an own backbone, or
+            SyncBatchNorm.
+        kernels: use the project's operations for BatchNorm and its successors, the first
+            convolution and the conversion of weights. Ignored with `compiled`, and where views do
+            not pass together.
+        compiled: pass the network through torch.compile.
+        bf16: the network is called under autocast to bfloat16.
     """
     model.shared_passes = all(
         isinstance(norm, PerView) for norm in model.modules() if isinstance(norm, _BatchNorm)
@@ -38,8 +43,44 @@ def training_network(
     return Bfloat16Weights(model) if model.fused and bf16 else model
 
 
+def use_kernels(config: TrainConfig, world: World) -> bool:
+    """Decide on the project's kernels.
+
+    Raises:
+        InputError: kernels is "on", and they cannot be used.
+    """
+    problem = why_unavailable("triton", world.device.type)
+    if problem is not None:
+        problem = f"Triton cannot run them here: {problem}"
+    elif config.compile:
+        problem = "compile replaces them"
+    elif not world.alone:
+        problem = "they are for a run without torchrun"
+    elif config.sync_batch_norm:
+        problem = "they do not take statistics over several GPUs, as sync_batch_norm asks"
+    if config.kernels == "on" and problem is not None:
+        raise InputError(f"kernels: 'on' cannot be used: {problem}; auto and off run here")
+    wanted = config.kernels == "on" or (config.kernels == "auto" and world.device.type == "cuda")
+    return wanted and problem is None
+
+
+def check_capture(config: TrainConfig, world: World) -> None:
+    """Raise InputError if capture is "on", and the step cannot be captured."""
+    if config.capture != "on":
+        return
+    if world.device.type != "cuda":
+        raise InputError(
+            f"capture: 'on' needs a CUDA device, and this run is on {world.device}; "
+            "auto and off run here"
+        )
+    if not world.alone:
+        raise InputError(
+            "capture: 'on' is for a run without torchrun; the ranks' collectives are not captured"
+        )
+
+
 def check_compiler(device: torch.device) -> None:
-    """Compile a small function, so that a compiler that is missing is found before a run begins.
+    """Compile a small function, so that a missing compiler is found before a run begins.
 
     Raises:
         InputError: torch.compile does not work on this machine.
@@ -49,15 +90,17 @@ def check_compiler(device: torch.device) -> None:
     except Exception as error:  # a missing compiler, header or library each raises its own
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise InputError(
-            f"compile: torch.compile does not work here ({reason}); leave --compile out, or install a C++ compiler such as g++"
+            f"compile: torch.compile does not work here ({reason}); leave --compile out, "
+            "or install a C++ compiler such as g++"
         ) from error
 
 
 class Bfloat16Weights:
-    """A model that computes with bfloat16 copies of its convolutions' and linear layers' weights, as under autocast.
+    """A model that computes with bfloat16 copies of its convolutions' and linear layers' weights.
 
-    Autocast makes the copies layer by layer, and converts every gradient by itself: two launches for each weight. Here
-    all are made by one, and so are the gradients in float32. Call it under autocast, which converts what is left.
+    The result is that of autocast. Autocast copies the weights layer by layer and converts every
+    gradient on its own: two launches for each weight. Here one launch makes all copies, and one all
+    gradients. Call it under autocast, which converts everything else.
 
     Args:
         model: its weights stay float32, and receive float32 gradients.
@@ -74,7 +117,7 @@ class Bfloat16Weights:
         ]
 
     def __call__(self, views: Sequence[Tensor]) -> Output:
-        """As the model."""
+        """The model's output for `views`."""
         weights = [self._model.get_parameter(name) for name in self._names]
         copies = dict(zip(self._names, _Converted.apply(*weights), strict=True))
         return torch.func.functional_call(self._model, copies, (views,))  # type: ignore[no-any-return]
@@ -88,9 +131,7 @@ class _Converted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        used = iter(
-            _all_to([gradient for gradient in gradients if gradient is not None], torch.float32)
-        )
+        used = iter(_all_to([g for g in gradients if g is not None], torch.float32))
         return tuple(None if gradient is None else next(used) for gradient in gradients)
 
 

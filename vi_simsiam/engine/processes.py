@@ -1,4 +1,4 @@
-"""Several processes at once: started, watched, asked to save and end, and never left behind."""
+"""Child processes and signals: start, watch, stop and end other processes, and end on request."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
-
-from vi_simsiam.engine.signals import announce
 
 INTERRUPTED = 130
 """Exit code of a process that was asked to end and can go on later."""
@@ -161,24 +159,48 @@ def end(processes: Iterable[Process]) -> None:
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[list[int]]:
-    """A list that receives every SIGINT and SIGTERM; the first one is answered on standard error at once."""
+def stop_signals(*, patient: bool = False, notice: str = "") -> Iterator[list[int]]:
+    """A list that receives the first SIGINT or SIGTERM; a second one has its usual effect.
+
+    From the first signal on the end of a child process is no error. The end of a job ends the data
+    loader's workers, too, and torch's handler of SIGCHLD would then raise anywhere in the program,
+    for example in the middle of a checkpoint.
+
+    Args:
+        patient: receive all signals: torchrun repeats to its ranks the one of the terminal.
+        notice: printed to standard error at once, since a step can take long.
+    """
     received: list[int] = []
+    previous: dict[int, Any] = {}
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if not received:
-            announce("stopping all runs after their step; once more ends them at once")
+        if notice and not received:
+            # The handler may have interrupted a print, which is not reentrant.
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{notice}\n".encode())
         received.append(number)
+        if not patient:
+            restore()
+        if hasattr(signal, "SIGCHLD") and signal.SIGCHLD not in previous:
+            previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda number, frame: None)
 
-    previous = {}
+    def restore() -> None:
+        while previous:
+            signal.signal(*previous.popitem())
+
     with contextlib.suppress(ValueError):  # signals reach the main thread only
         for number in (signal.SIGINT, signal.SIGTERM):
             previous[number] = signal.signal(number, handle)
     try:
         yield received
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        restore()
+
+
+def signals() -> contextlib.AbstractContextManager[list[int]]:
+    """A list that receives every SIGINT and SIGTERM, for a command that runs other processes."""
+    notice = "stopping all runs after their step; once more ends them at once"
+    return stop_signals(patient=True, notice=notice)
 
 
 def last_line(path: Path) -> str:
