@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.engine import train as trainer
-from vi_simsiam.engine.distributed import PeerError, World, joined, sync_batch_norm, wrap
+from vi_simsiam.engine.distributed import PeerError, World, joined
+from vi_simsiam.engine.network import wrap
 from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.models import Output, SimSiam, build_model
 
@@ -181,10 +182,6 @@ def stalls(world: World, where: str) -> None:
         world.all_mean(torch.zeros(()))
     else:
         world.exchange(None)
-
-
-def synchronised(world: World) -> None:
-    sync_batch_norm(nn.BatchNorm1d(4), world)
 
 
 class Plain(nn.Module):

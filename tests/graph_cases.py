@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from vi_simsiam.engine.graph import Captured
+from vi_simsiam.engine.graph import Captured, CudaGraph
 
 
-class StandIn:
+class StandIn(CudaGraph):
     """Repeats the recorded call. Recording is to do nothing: it does, and the first replay does not."""
 
     device_type = "cpu"

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from vi_simsiam.config import AugmentConfig, ModelConfig, TrainConfig
 from vi_simsiam.engine.checkpoint import Checkpoint
-from vi_simsiam.engine.distributed import World, joined, sync_batch_norm, wrap
+from vi_simsiam.engine.distributed import World, joined
+from vi_simsiam.engine.network import sync_batch_norm, wrap
 from vi_simsiam.errors import InputError
 
 pytestmark = pytest.mark.skipif(

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from vi_simsiam.config import AugmentConfig, TrainConfig
 from vi_simsiam.data import Batch, DeviceFeed, MultiViewLoader
-from vi_simsiam.engine.distributed import _OWN_BUFFERS
 from vi_simsiam.engine.graph import capture
+from vi_simsiam.engine.network import OWN_BUFFERS
 from vi_simsiam.engine.step import OverlappedStep, TrainStep, learning_rates
 from vi_simsiam.models import Output, SimSiam, VISimSiam
 
@@ -178,7 +178,7 @@ def test_a_model_in_ddp_is_refused_and_trains_on() -> None:
     )
     try:
         step = make_step()
-        step.network = DistributedDataParallel(step.model, **_OWN_BUFFERS)
+        step.network = DistributedDataParallel(step.model, **OWN_BUFFERS)
         call = with_stand_in(step, step.state, mode="auto")
         with pytest.warns(
             UserWarning, match="it runs a model in DistributedDataParallel, which is not captured"

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vi_simsiam.config import SOFTPLUS, AugmentConfig, LossConfig, ModelConfig, TrainConfig
 from vi_simsiam.data.subsets import duplicates
 from vi_simsiam.engine.checkpoint import Checkpoint
-from vi_simsiam.engine.distributed import _OWN_BUFFERS
+from vi_simsiam.engine.network import OWN_BUFFERS
 from vi_simsiam.engine.run import load_run
 from vi_simsiam.engine.step import TrainStep
 from vi_simsiam.engine.trainer import Trainer
@@ -193,7 +193,7 @@ def test_ranks_average_no_gradient_of_the_target() -> None:
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
     try:
-        wrapped.network = DistributedDataParallel(wrapped.model, **_OWN_BUFFERS)
+        wrapped.network = DistributedDataParallel(wrapped.model, **OWN_BUFFERS)
         for i in range(3):
             plain(views(i))
             wrapped(views(i))

@@ -16,7 +16,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,28 +71,11 @@ def capture(
     return Captured(step, state=state, mode=mode, warmup=warmup, backend=backend)
 
 
-class Graph(Protocol):
-    """Records a step and repeats it, on the device of the step."""
-
-    device_type: str
-
-    def __init__(self, device: torch.device) -> None: ...
-
-    def warm(self, call: Callable[[], Any]) -> Any:
-        """Run `call` as it is, on the stream that will record it."""
-
-    def record(self, call: Callable[[], Any]) -> Any:
-        """Record `call` without running it; returns its outputs, which every replay fills."""
-
-    def replay(self) -> None:
-        """Run the recorded call."""
-
-
 class CudaGraph:
     """A CUDA graph with its own stream and memory, or those of the graph `beside` it.
 
     Graphs that share memory must be replayed one after another, and must not read what an earlier
-    one left in it. See `Graph`.
+    one left in it.
     """
 
     device_type = "cuda"
@@ -111,7 +94,7 @@ class CudaGraph:
             self._stream, self._pool = beside._stream, beside._pool
 
     def warm(self, call: Callable[[], Any]) -> Any:
-        """See `Graph`. Runs on the recording stream: libraries keep a workspace for each stream."""
+        """Run `call` as it is, on the recording stream: libraries keep a workspace per stream."""
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
@@ -122,7 +105,10 @@ class CudaGraph:
                 current.wait_stream(self._stream)
 
     def record(self, call: Callable[[], Any]) -> Any:
-        """See `Graph`. Other threads may use CUDA meanwhile, as loaders that pin memory do."""
+        """Record `call` without running it; returns its outputs, which every replay fills.
+
+        Other threads may use CUDA meanwhile, as loaders that pin memory do.
+        """
         self._recorded = call  # keeps alive what replays write to: weights, counters
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
@@ -142,7 +128,7 @@ class CudaGraph:
                 raise
 
     def replay(self) -> None:
-        """See `Graph`. On the current stream, without waiting."""
+        """Run the recorded call on the current stream, without waiting."""
         self._graph.replay()
 
     def _clean_up(
@@ -179,7 +165,7 @@ class Captured:
         state: Sequence[Any],
         mode: str,
         warmup: int,
-        backend: type[Graph] | None,
+        backend: type[CudaGraph] | None,
     ) -> None:
         single = isinstance(state, nn.Module | torch.optim.Optimizer | Tensor)
         if not callable(step):
@@ -227,7 +213,7 @@ class Captured:
 
     def reset(self) -> None:
         """Drop the record and its memory: the next call starts again, with inputs of any shape."""
-        self._graph: Graph | None = None
+        self._graph: CudaGraph | None = None
         self._inputs: Inputs | None = None
         self._outputs: Any = None
         self._calls, self._recorded = 0, False
@@ -317,7 +303,7 @@ class Captured:
         return torch.device(device_type)
 
 
-def _warm(graph: Graph, call: Callable[[], Any]) -> Any:
+def _warm(graph: CudaGraph, call: Callable[[], Any]) -> Any:
     with warnings.catch_warnings():
         # Adam warns when it runs without a graph though it could be captured.
         message = "This instance was constructed with capturable=True"

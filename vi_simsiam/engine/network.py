@@ -1,13 +1,15 @@
-"""The network as a training step calls it: with the project's kernels, compiled, or as it is."""
+"""The network as a training step calls it: with the project's kernels, compiled, or in DDP."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.engine.distributed import World
@@ -17,6 +19,15 @@ from vi_simsiam.normalisation import PerView
 from vi_simsiam.ops.backends import why_unavailable
 
 Network = Callable[[Sequence[Tensor]], Output]
+
+# torch 2.14 renames the option and warns of the old name.
+_PARAMETERS = inspect.signature(DistributedDataParallel.__init__).parameters
+_NEW_OPTION = "forward_sync_buffers" in _PARAMETERS
+OWN_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if _NEW_OPTION else "broadcast_buffers": False
+}
+"""Every rank keeps its own BatchNorm statistics, and rank 0's are saved. Training never reads them
+(it normalises by the batch), so DistributedDataParallel need not broadcast them at every step."""
 
 
 def training_network(
@@ -93,6 +104,42 @@ def check_compiler(device: torch.device) -> None:
             f"compile: torch.compile does not work here ({reason}); leave --compile out, "
             "or install a C++ compiler such as g++"
         ) from error
+
+
+def wrap(model: Callable[..., Any], world: World) -> Callable[..., Any]:
+    """`model` with gradients averaged over the ranks; `model` itself alone.
+
+    All ranks start from rank 0's weights and buffers. Call the wrapper with all views of a step at
+    once: it prepares one reduction for one backward. Compute the loss from its output outside, as
+    the mean over the rank's part of the batch: with parts of equal size the averaged gradient is
+    that of the mean over the whole batch. Every parameter must take part in the loss. Save and
+    restore `model`, not the wrapper.
+    """
+    if world.alone:
+        return model
+    assert isinstance(model, nn.Module)
+    return DistributedDataParallel(
+        model,
+        device_ids=[world.device] if world.device.type == "cuda" else None,
+        **OWN_BUFFERS,
+        gradient_as_bucket_view=True,  # saves one copy of all gradients
+    )
+
+
+def sync_batch_norm(model: nn.Module, world: World) -> nn.Module:
+    """`model` with every BatchNorm's statistics over the batch of all ranks.
+
+    The parameters stay the same objects.
+
+    Raises:
+        InputError: on a CPU, where torch has no such layer.
+    """
+    if world.device.type != "cuda":
+        raise InputError("sync_batch_norm: SyncBatchNorm runs on GPUs only; leave it out on a CPU")
+    if world.alone:
+        return model
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return converted
 
 
 class Bfloat16Weights:

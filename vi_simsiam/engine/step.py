@@ -88,7 +88,7 @@ class TrainStep:
         )
         self.optimizer.found_inf = self.failed  # type: ignore[attr-defined]
         if momentum:
-            # SGD's first step is that of a momentum of zero. A graph needs the buffers from the start.
+            # As after SGD's own first step, but in place from the start, as a graph needs them.
             for parameter in self._trained:
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
@@ -138,7 +138,7 @@ class TrainStep:
 
 
 class OverlappedStep:
-    """A step that trains on views while a second stream of the same GPU makes the next step's views.
+    """A step that trains on views while a second stream of the GPU makes the next step's views.
 
     It has no arguments, so that a CUDA graph can hold all of it. A graph reads the same addresses
     at every replay: the finished views are copied to where the next step reads them.

@@ -20,10 +20,17 @@ from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.loader import MultiViewLoader
 from vi_simsiam.engine import run
 from vi_simsiam.engine.checkpoint import Checkpoint
-from vi_simsiam.engine.distributed import World, sync_batch_norm, wrap
+from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.graph import Captured, capture
 from vi_simsiam.engine.monitor import Monitor, duration_line, representation_statistics
-from vi_simsiam.engine.network import check_capture, check_compiler, training_network, use_kernels
+from vi_simsiam.engine.network import (
+    check_capture,
+    check_compiler,
+    sync_batch_norm,
+    training_network,
+    use_kernels,
+    wrap,
+)
 from vi_simsiam.engine.processes import stop_signals
 from vi_simsiam.engine.step import OverlappedStep, TrainStep, learning_rates
 from vi_simsiam.engine.verdict import Health
@@ -190,7 +197,7 @@ class Trainer:
         Raises:
             TrainingError: the loss or the weights are no longer finite, or the GPU's memory is too
                 small; the last good checkpoint is kept.
-            KeyboardInterrupt: SIGINT or SIGTERM arrived; the run can be resumed at the step reached.
+            KeyboardInterrupt: SIGINT or SIGTERM arrived; the run can be resumed where it stopped.
         """
         main = self.world.is_main
         with contextlib.ExitStack() as stack:
