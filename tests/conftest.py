@@ -53,3 +53,17 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 pixels = generator.integers(low, low + 120, (16, 16, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i:02d}.png")
     return root
+
+
+@pytest.fixture
+def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs have one convolution for a backbone: a ResNet's steps and checkpoints take seconds."""
+
+    def backbone(*given: object, **options: object) -> tuple[torch.nn.Module, int]:
+        from vi_simsiam.normalisation import PerViewBatchNorm2d
+
+        layers = [torch.nn.Conv2d(3, 8, 3, stride=2), PerViewBatchNorm2d(8), torch.nn.ReLU()]
+        layers += [torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten()]
+        return torch.nn.Sequential(*layers), 32
+
+    monkeypatch.setattr("vi_simsiam.models.build_backbone", backbone)
