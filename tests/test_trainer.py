@@ -221,7 +221,7 @@ def test_folders_are_never_written_to_by_mistake(image_folder: Path, tmp_path: P
     ):
         with pytest.raises(InputError, match=message):
             Trainer(dataclasses.replace(settings, **changes), tmp_path / folder, **options)
-    with pytest.raises(InputError, match="resume: say which run folder"):
+    with pytest.raises(InputError, match="resume: no folder given"):
         Trainer(settings, resume=True)
     assert same(weights(tmp_path / "run"), kept)
     assert not (tmp_path / "nothing").exists()

@@ -369,13 +369,13 @@ def _local_device(name: str, world: World) -> torch.device:
         return device
     if device.index is not None and world.size > 1:
         raise InputError(
-            f"device: {name!r} is one GPU for {world.size} ranks; say cuda, and each takes its own"
+            f"device: {name!r} is one GPU for {world.size} ranks; with cuda each takes its own"
         )
     index = world.local_rank if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise InputError(
             f"device: local rank {index} has no GPU ({torch.cuda.device_count()} CUDA devices "
-            "found); start as many ranks as there are GPUs, or say cpu"
+            "found); start as many ranks as there are GPUs, or use cpu"
         )
     return torch.device("cuda", index)
 

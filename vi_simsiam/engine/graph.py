@@ -19,9 +19,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from vi_simsiam.checks import choice, require
 from vi_simsiam.engine.graph_rules import Rules, check_optimizer_state, check_state, explain
 from vi_simsiam.engine.graph_state import Inputs, InputsChanged, Snapshot, has_state_dict
 from vi_simsiam.errors import InputError
@@ -167,30 +168,20 @@ class Captured:
         warmup: int,
         backend: type[CudaGraph] | None,
     ) -> None:
-        single = isinstance(state, nn.Module | torch.optim.Optimizer | Tensor)
-        if not callable(step):
-            raise InputError(
-                f"step: {type(step).__name__} given, a function of the step's inputs is accepted"
-            )
-        if mode not in MODES:
-            raise InputError(f"mode: {mode!r} given, {', '.join(MODES)} are accepted")
-        if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 1:
-            raise InputError(
-                f"warmup: {warmup!r} given, a whole number of calls, at least 1, is accepted"
-            )
+        require("step", type(step).__name__, callable(step), "a function of the step's inputs")
+        choice("mode", mode, MODES)
+        whole = isinstance(warmup, int) and not isinstance(warmup, bool) and warmup >= 1
+        require("warmup", repr(warmup), whole, "a whole number of calls, at least 1")
         if mode == "on" and backend is None:
             raise InputError(
                 "capture: 'on' needs a CUDA device and none was found; 'auto' runs without one"
             )
-        if single or not isinstance(state, Sequence):
-            raise InputError(f"state: {type(state).__name__} given, a list or tuple is accepted")
+        listed = isinstance(state, Sequence)
+        require("state", type(state).__name__, listed, "a list or tuple")
+        accepted = "a module, optimizer, tensor or object with state_dict and load_state_dict"
         for i, item in enumerate(state):
-            held = isinstance(item, Tensor | nn.Module | torch.optim.Optimizer)
-            if not held and not has_state_dict(item):
-                raise InputError(
-                    f"state[{i}]: {type(item).__name__} given; modules, optimizers, tensors and "
-                    "objects with state_dict and load_state_dict are accepted"
-                )
+            fits = isinstance(item, Tensor) or has_state_dict(item)
+            require(f"state[{i}]", type(item).__name__, fits, accepted)
         self._step, self._state, self._mode = step, tuple(state), mode
         self._warmup, self._backend = warmup, backend
         self.reset()

@@ -17,6 +17,7 @@ from torch.utils._pytree import (
     tree_leaves,
 )
 
+from vi_simsiam.checks import require
 from vi_simsiam.errors import InputError
 
 _PLAIN = (bool, int, float, str, bytes, Enum, torch.dtype, torch.device, type(None))
@@ -41,18 +42,14 @@ class Inputs:
         self._leaves: list[Any] = []
         self.device = device
         for name, (_, leaf) in zip(self._names, paths, strict=True):
-            if not isinstance(leaf, (Tensor, *_PLAIN)):
-                accepted = "tensors and plain values in lists, tuples and dicts are accepted"
-                raise InputError(f"{name}: {type(leaf).__name__} given; {accepted}")
-            if isinstance(leaf, Tensor) and leaf.device.type != device.type:
-                raise InputError(
-                    f"{name}: a tensor on {leaf.device} given, on {device} is accepted"
-                )
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
-                raise InputError(
-                    f"{name}: a tensor that requires a gradient given; "
-                    "detach it, and ask for one in step"
-                )
+            fits = isinstance(leaf, (Tensor, *_PLAIN))
+            accepted = "a tensor or plain value in lists, tuples and dicts"
+            require(name, type(leaf).__name__, fits, accepted)
+            if isinstance(leaf, Tensor):
+                here = leaf.device.type == device.type
+                require(name, f"a tensor on {leaf.device}", here, f"on {device}")
+                accepted = "detached; step can require a gradient of its own copy"
+                require(name, "a tensor that requires a gradient", not leaf.requires_grad, accepted)
             self._leaves.append(leaf.detach().clone() if isinstance(leaf, Tensor) else leaf)
 
     def tree(self) -> tuple[Any, ...]:

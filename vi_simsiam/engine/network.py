@@ -68,7 +68,7 @@ def use_kernels(config: TrainConfig, world: World) -> bool:
     elif not world.alone:
         problem = "they are for a run without torchrun"
     elif config.sync_batch_norm:
-        problem = "they do not take statistics over several GPUs, as sync_batch_norm asks"
+        problem = "they do not take statistics over several GPUs, as with sync_batch_norm"
     if config.kernels == "on" and problem is not None:
         raise InputError(f"kernels: 'on' cannot be used: {problem}; auto and off run here")
     wanted = config.kernels == "on" or (config.kernels == "auto" and world.device.type == "cuda")

@@ -127,7 +127,7 @@ def open_splits(config: TrainConfig, *, run: Path | None = None) -> Splits:
         run: the run that was trained on them, for the message if they have moved.
 
     Raises:
-        InputError: the data set is not there, or has fewer images than the configuration asks for.
+        InputError: the data set is not there, or has fewer images than the configuration needs.
     """
     try:
         splits = open_dataset(
@@ -198,7 +198,7 @@ def check_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
             else, or there is nothing to resume.
     """
     if resume and overwrite:
-        raise InputError("resume, overwrite: only one of them can be said")
+        raise InputError("resume, overwrite: only one of them can be given")
     if path.exists() and not path.is_dir():
         raise InputError(f"out: {path} is a file, not a folder")
     holds_run = (path / CONFIG).is_file()

@@ -88,7 +88,7 @@ class Trainer:
         if path is not None:
             run.check_folder(path, resume=resume, overwrite=overwrite)
         elif resume:
-            raise InputError("resume: say which run folder to go on with")
+            raise InputError("resume: no folder given; it must be the run folder to go on with")
         resumed = path if resume else None
         saved = config if resumed is None else run.read_config(resumed)
         # The decoding may change until the images are open.
@@ -121,7 +121,7 @@ class Trainer:
                 decoded = None if config.decode == given.decode else splits.name
                 run.check_config(saved, config, path, decoded=decoded)
                 run.check_images(saved, config, checkpoint, listed(splits))
-            check_batch(config.batch_size, splits.train)  # known before the images are decoded
+            check_batch(config.batch_size, splits.train)  # before the images are decoded
             images, _ = cached(
                 splits.train,
                 cache_dir=config.cache_dir,
