@@ -117,9 +117,8 @@ def collectives(world: World) -> dict[str, Any]:
         .isnan()
         .item(),
         "any": [
-            world.any_rank(torch.tensor(world.rank == 2)).item(),
-            world.any_rank(torch.tensor(False)).item(),
-            world.any_rank(torch.tensor([0.0, float(world.rank == 1)])).tolist(),
+            world.any_rank(world.rank == 2),
+            world.any_rank(False),
         ],
         "broadcast": world.broadcast_object({"folder": f"runs/{world.rank}"}),
         "shares": list(world.share(10)),

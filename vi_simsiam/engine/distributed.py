@@ -60,6 +60,8 @@ class World:
     Attributes:
         rank, size: this process's number, and the number of processes.
         local_rank, local_size: the same among the processes of this machine.
+        is_main: True for the rank that writes and prints.
+        alone: True without a process group, when torchrun did not start this process.
         device: where this rank computes.
         timeout: seconds that a rank waits for the others before it gives up.
     """
@@ -77,18 +79,9 @@ class World:
     ) -> None:
         self.device = torch.device(device)
         self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
+        self.is_main, self.alone = rank == 0, store is None
         self.timeout, self._store = timeout, store
         self._rounds, self._reports = 0, False
-
-    @property
-    def is_main(self) -> bool:
-        """True for the rank that writes and prints."""
-        return self.rank == 0
-
-    @property
-    def alone(self) -> bool:
-        """True without a process group, when torchrun did not start this process."""
-        return self._store is None
 
     def console(self, console: Console | None = None) -> Console:
         """`console` (None: standard output) on rank 0, a silent one on the others."""
@@ -274,17 +267,13 @@ class World:
         dist.all_reduce(total)
         return total / self.size
 
-    def any_rank(self, flag: Tensor) -> Tensor:
-        """True where `flag` is set on any rank, without host synchronisation.
-
-        Args:
-            flag: of any shape and dtype, on `device`; the result has the same.
-        """
+    def any_rank(self, flag: bool) -> bool:
+        """True if `flag` is set on any rank."""
         if self.alone:
             return flag
-        raised = (flag != 0).to(torch.float32)
+        raised = torch.tensor(float(flag), device=self.device)
         dist.all_reduce(raised, op=dist.ReduceOp.MAX)
-        return raised.to(flag.dtype)
+        return bool(raised)
 
 
 @contextlib.contextmanager

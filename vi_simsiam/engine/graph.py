@@ -155,6 +155,10 @@ class Captured:
         step: as in `capture`; `state`, `mode` and `warmup` too.
         backend: records and replays; None without a GPU.
 
+    Attributes:
+        captured: True once the step is recorded and calls replay it.
+        reason: why the step will not be captured; None while it is or still may be.
+
     Raises:
         InputError: as in `capture`.
     """
@@ -187,40 +191,30 @@ class Captured:
         self.reset()
 
     @property
-    def captured(self) -> bool:
-        """True if the step has been recorded and calls replay it."""
-        return self._recorded
-
-    @property
-    def reason(self) -> str | None:
-        """The reason why the step will not be captured; None while it is or still may be."""
-        return self._reason
-
-    @property
     def launched(self) -> dict[str, bool | str]:
         """For logs: `captured`, and `not_captured` with the reason if there is one."""
-        reason = {} if self._reason is None else {"not_captured": self._reason}
-        return {"captured": self._recorded, **reason}
+        reason = {} if self.reason is None else {"not_captured": self.reason}
+        return {"captured": self.captured, **reason}
 
     def reset(self) -> None:
         """Drop the record and its memory: the next call starts again, with inputs of any shape."""
         self._graph: CudaGraph | None = None
         self._inputs: Inputs | None = None
         self._outputs: Any = None
-        self._calls, self._recorded = 0, False
-        self._reason = "no CUDA device" if self._backend is None else None
+        self._calls, self.captured = 0, False
+        self.reason: str | None = "no CUDA device" if self._backend is None else None
         if self._mode == "off":
-            self._reason = "capture is off"
+            self.reason = "capture is off"
 
     def __call__(self, *inputs: Any) -> Any:
         """One step of the training; see `capture`."""
-        if self._reason is None and self._inputs is None:
+        if self.reason is None and self._inputs is None:
             self._attempt(partial(self._check, inputs))
-        elif self._reason is None and not self._recorded and self._calls >= self._warmup:
+        elif self.reason is None and not self.captured and self._calls >= self._warmup:
             self._attempt(partial(self._record, inputs))
         if self._graph is None or self._inputs is None:
             return _detached(self._step(*inputs))
-        if not self._recorded:
+        if not self.captured:
             self._inputs.match(inputs)
             outputs = _detached(_warm(self._graph, partial(self._step, *inputs)))
             self._calls += 1
@@ -239,8 +233,8 @@ class Captured:
             self.reset()
             if self._mode == "on":
                 raise
-            self._reason = str(error) if isinstance(error, InputError) else explain(error)
-            text = f"capture: the step runs without a CUDA graph: {self._reason}"
+            self.reason = str(error) if isinstance(error, InputError) else explain(error)
+            text = f"capture: the step runs without a CUDA graph: {self.reason}"
             warnings.warn(text, stacklevel=3)
 
     def _check(self, inputs: tuple[Any, ...]) -> None:
@@ -284,7 +278,7 @@ class Captured:
                 raise
             text = f"step: it cannot be captured as a CUDA graph: {explain(error)}"
             raise InputError(text) from error
-        self._recorded = True
+        self.captured = True
 
     def _device(self, inputs: tuple[Any, ...], device_type: str) -> torch.device:
         """The device of the state, else of the inputs."""

@@ -110,9 +110,9 @@ class Trainer:
         default_scale = 1 / (config.model.dim - 1) if isinstance(self.model, VISimSiam) else 1.0
         self.loss_scale = config.loss.loss_scale or default_scale
 
-        checkpoint = (
-            None if resumed is None else Checkpoint.load(resumed / run.CHECKPOINT, self.device)
-        )
+        checkpoint = None
+        if resumed is not None:
+            checkpoint = Checkpoint.load(resumed / run.CHECKPOINT, self.device)
         with self.world.main_first():  # rank 0 decodes the images, the others read its cache
             splits = splits or run.open_splits(config, run=resumed)
             # Images that are already decoded set the rule for the other images of the run.
@@ -281,7 +281,7 @@ class Trainer:
                 monitor.advance(self.step)
             logging = self.step % self.log_every == 0 or self.step == end
             if logging or (stop and alone):
-                stopped = self._any_rank(bool(stop))
+                stopped = self.world.any_rank(bool(stop))
                 self._check_losses(first)
                 seconds = time.perf_counter() - since
                 self.seconds += seconds
@@ -359,13 +359,10 @@ class Trainer:
                 "a lower learning rate or clip_norm may help"
             )
 
-    def _any_rank(self, flag: bool) -> bool:
-        return bool(self.world.any_rank(torch.tensor(float(flag), device=self.device)))
-
     def _is_due(self) -> bool:
         """True if it is time for another checkpoint, by rank 0's clock."""
         due = time.monotonic() - self.saved_at >= self.config.save_every
-        return self._any_rank(due and self.world.is_main)
+        return self.world.any_rank(due and self.world.is_main)
 
     def _save(self) -> None:
         if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
