@@ -30,7 +30,7 @@ def at_least(smallest: int, accepted: str = "") -> Rule:
 
 
 def limited(default: Any, rule: Rule) -> Any:
-    """A dataclass field whose values must pass `rule`; None passes if its annotation allows None."""
+    """A dataclass field whose values pass `rule`, or are None where the annotation allows it."""
     return dataclasses.field(default=default, metadata={"rule": rule})
 
 
