@@ -13,8 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from vi_simsiam.config import AugmentConfig, ModelConfig, TrainConfig
-from vi_simsiam.experiments.place import Place
-from vi_simsiam.experiments.plan import Arm, Plan, PlanOptions, finished
+from vi_simsiam.experiments.plan import Arm, Place, Plan, PlanOptions, make_plan
 from vi_simsiam.experiments.runner import run_experiment
 
 # Does what it is told by the learning rate: 0.5 fails, 0.25 stays until it is asked to end, all others are done at once.
@@ -69,7 +68,7 @@ def small_plan(
     ]
     names = list(rates)
     options = PlanOptions(seeds=seeds, data=("fashion-mini",))
-    return finished("controls", options, arms, (names[-1], names[0], "logistic"))
+    return make_plan("controls", options, arms, (names[-1], names[0], "logistic"), data=())
 
 
 def tiny_config(data: str, **changes: Any) -> TrainConfig:

@@ -10,9 +10,8 @@ import torch
 
 from vi_simsiam.config import PRESETS, differing_fields
 from vi_simsiam.errors import InputError
-from vi_simsiam.experiments.catalogue import plan
+from vi_simsiam.experiments.catalogue import grid, plan
 from vi_simsiam.experiments.plan import PlanOptions
-from vi_simsiam.experiments.tuning import grid
 
 NAMES = ("table1", "tuned", "controls", "stability", "lightly-imagenette")
 

@@ -22,11 +22,11 @@ from experiment_results import (
 from PIL import Image
 
 from vi_simsiam.errors import InputError
-from vi_simsiam.experiments import records
+from vi_simsiam.experiments import results
 from vi_simsiam.experiments.figures import draw, groups
 from vi_simsiam.experiments.measure import progress_curve
 from vi_simsiam.experiments.plan import Arm, Plan
-from vi_simsiam.experiments.records import Experiment
+from vi_simsiam.experiments.results import Experiment
 from vi_simsiam.experiments.statistics import difference
 from vi_simsiam.experiments.tables import result_sentence, summarise
 
@@ -351,7 +351,7 @@ def test_figures_are_drawn_and_show_the_runs(tmp_path: Path) -> None:
 
 def test_curves_with_gaps_are_read() -> None:
     curve = {"epoch": [1, 2], "kappa": [1.0, None], "cosine": [0.5, 0.5], "grad_norm": [None, 3.0]}
-    found = records.columns({"curve": curve})
+    found = results.columns({"curve": curve})
     assert found["ratio"] == pytest.approx([1.0, np.nan], nan_ok=True)
-    ending = records.stability_of([{"curve": curve}, {"curve": {}}])
+    ending = results.stability_of([{"curve": curve}, {"curve": {}}])
     assert (ending["ratio"], ending["grad_max"]["mean"]) == (None, 3.0)

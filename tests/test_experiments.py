@@ -27,8 +27,7 @@ from vi_simsiam.errors import InputError, TrainingError
 from vi_simsiam.evaluation.results import unpack_bits
 from vi_simsiam.experiments import measure, worker
 from vi_simsiam.experiments.catalogue import plan
-from vi_simsiam.experiments.place import Place
-from vi_simsiam.experiments.plan import Plan, PlanOptions
+from vi_simsiam.experiments.plan import Place, Plan, PlanOptions
 
 
 def test_every_run_is_told_its_arm_its_seed_and_its_place(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from vi_simsiam.evaluation.figures import certainty
 from vi_simsiam.evaluation.logistic import LogisticProbe
 from vi_simsiam.experiments.catalogue import plan
 from vi_simsiam.experiments.plan import PlanOptions
-from vi_simsiam.experiments.records import Experiment
+from vi_simsiam.experiments.results import Experiment
 from vi_simsiam.inference.encoder import Encoding
 from vi_simsiam.text import brief
 

@@ -16,8 +16,7 @@ from vi_simsiam.benchmarks import accuracy
 from vi_simsiam.benchmarks.suite import Suite, SuiteOptions
 from vi_simsiam.cli import uncertainty as command
 from vi_simsiam.errors import InputError
-from vi_simsiam.experiments.place import Place
-from vi_simsiam.experiments.plan import Arm
+from vi_simsiam.experiments.plan import Arm, Place
 from vi_simsiam.experiments.runner import Task, _Batch, _decode
 
 ODD = "a [b] [/c] " + "long-" * 20 + "name"

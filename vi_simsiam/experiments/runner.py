@@ -31,8 +31,7 @@ from vi_simsiam.engine.processes import INTERRUPTED, Process, end, last_line, si
 from vi_simsiam.engine.run import open_splits
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.features import labelled_splits
-from vi_simsiam.experiments.place import Place
-from vi_simsiam.experiments.plan import Arm, Plan, settings
+from vi_simsiam.experiments.plan import Arm, Place, Plan, settings
 from vi_simsiam.text import counted
 
 try:
