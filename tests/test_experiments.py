@@ -134,7 +134,7 @@ def test_another_plan_is_refused_by_the_option_that_differs(tmp_path: Path) -> N
 
     with pytest.raises(
         InputError,
-        match=r"^epochs: 3 is not what .*out was started with, None; say that, or another",
+        match=r"^epochs: 3 is not what .*out was started with, None; use that, or another",
     ):
         run(changed(epochs=3), out, command)
     with pytest.raises(

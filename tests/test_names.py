@@ -20,9 +20,9 @@ from vi_simsiam.data.cache import cached
 from vi_simsiam.data.datasets import open_dataset
 from vi_simsiam.data.packed import open_pack
 from vi_simsiam.engine.run import read_config
-from vi_simsiam.engine.seeds import _is_running
 from vi_simsiam.evaluation.foreign import _free_name
 from vi_simsiam.evaluation.style import shown
+from vi_simsiam.experiments.seeds import _is_running
 from vi_simsiam.export.formats import load_safetensors
 from vi_simsiam.paths import printable, utf8_path
 

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from vi_simsiam.engine import seeds
-from vi_simsiam.engine.seeds import run_seeds
 from vi_simsiam.errors import InputError
+from vi_simsiam.experiments import seeds
+from vi_simsiam.experiments.seeds import run_seeds
 
 # Trains three steps of 50 ms; what it is told and does follows `vi-simsiam train`.
 STAND_IN = """
@@ -43,7 +43,7 @@ STAND_IN = """
         time.sleep(0.05)
         if f"--wait={seed}" not in words or "--resume" in words:
             step += 1
-        checkpoint.write_text(str(step))
+            checkpoint.write_text(str(step))
     if stop:
         print(f"interrupted, saved at step {step}")
         sys.exit(130)
@@ -238,7 +238,7 @@ def test_a_killed_parent_knows_what_was_finished_and_what_still_runs(
 ) -> None:
     """seeds.json is written when a run starts or ends, not only when all have ended."""
     out = tmp_path / "out"
-    program = "from pathlib import Path; from vi_simsiam.engine.seeds import run_seeds; " + (
+    program = "from pathlib import Path; from vi_simsiam.experiments.seeds import run_seeds; " + (
         f"run_seeds(['--wait=1'], 2, 0, Path({str(out)!r}), command={command!r})"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)

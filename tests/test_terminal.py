@@ -17,7 +17,7 @@ from vi_simsiam.benchmarks.suite import Suite, SuiteOptions
 from vi_simsiam.cli import uncertainty as command
 from vi_simsiam.errors import InputError
 from vi_simsiam.experiments.plan import Arm, Place
-from vi_simsiam.experiments.runner import Task, _Batch, _decode
+from vi_simsiam.experiments.runner import Run, _Batch, _decode
 
 ODD = "a [b] [/c] " + "long-" * 20 + "name"
 
@@ -77,10 +77,8 @@ def test_experiments_show_logs_and_data_as_they_are(tmp_path: Path) -> None:
         )
 
     terminal = Terminal()
-    batch = _Batch(
-        [Task(Arm("a", config, ""), 0, tmp_path, {})], ["cpu"], Place(), terminal, [], ""
-    )
-    (run,) = batch.runs
+    run = Run(Arm("a", config, ""), 0, tmp_path, {})
+    batch = _Batch([run], ["cpu"], Place(), terminal, [], "")
     run.log.parent.mkdir()
     run.log.write_text("reading [/x] [red]\n")
     run.start(["sleep", "60"], threads=1, append=True)

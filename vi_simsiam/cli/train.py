@@ -115,10 +115,10 @@ def train(arguments: list[str]) -> int:
 
     from vi_simsiam.engine.distributed import joined
     from vi_simsiam.engine.run import check_folder, load_run, open_splits
-    from vi_simsiam.engine.seeds import SEEDS, run_seeds
     from vi_simsiam.engine.trainer import Trainer
     from vi_simsiam.evaluation.features import labelled_splits
     from vi_simsiam.evaluation.summary import evaluate_run
+    from vi_simsiam.experiments.seeds import SEEDS, run_seeds
 
     if options.seeds is not None and options.out is None:
         raise InputError("seeds: say where with --out")

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from vi_simsiam.config import with_former_loss
 from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.evaluation.style import BLUE, GRAY, ORANGE, STYLE, figure, save
-from vi_simsiam.experiments.results import Arms, Experiment, Run, columns, measures
+from vi_simsiam.experiments.results import Arms, Experiment, Run, all_runs, columns, measures
 from vi_simsiam.experiments.statistics import estimate
 from vi_simsiam.experiments.tables import MEASURE_NAMES, arm_label
 
@@ -145,11 +145,11 @@ def _lines(axes: Axes, quantity: str, runs_of: Arms) -> None:
 def _accuracy(experiment: Experiment, path: Path) -> Path | None:
     """A panel for each data set and accuracy: runs, their mean, and Student's 95 % interval."""
     arms_on = {data: experiment.on(data) for data in experiment.data}
-    measured = {data: measures(sum(arms.values(), [])) for data, arms in arms_on.items()}
+    measured = {data: measures(all_runs(arms)) for data, arms in arms_on.items()}
     data_sets = [data for data, names in measured.items() if names]
     if not data_sets:
         return None
-    names = measures(run for runs in experiment.arms.values() for run in runs)
+    names = measures(all_runs(experiment.arms))
     rows = max(len(arms_on[data]) for data in data_sets)
     size = (max(8.0, 1.6 + 2.0 * len(names)), len(data_sets) * (0.9 + 0.28 * rows) + 0.5)
     title = (

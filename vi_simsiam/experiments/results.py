@@ -98,7 +98,7 @@ class Experiment:
 def collect(experiment: Experiment) -> dict[str, Any]:
     """The numbers of an experiment as plain JSON types; accuracies are shares."""
     plan, primary = experiment.plan, experiment.plan.get("primary")
-    runs = _all(experiment.arms)
+    runs = all_runs(experiment.arms)
     found = None
     if primary is not None:
         pair = (primary["arm"], primary["against"])
@@ -129,7 +129,7 @@ def collect(experiment: Experiment) -> dict[str, Any]:
 
 def _data_set(experiment: Experiment, data: str) -> dict[str, Any]:
     arms, reference = experiment.on(data), experiment.reference(data)
-    every = _all(arms)
+    every = all_runs(arms)
     names = measures(every)
     described = {arm["name"]: arm for arm in experiment.plan["arms"]}
     published = experiment.plan.get("published", {})
@@ -352,7 +352,8 @@ def _estimate(values: Iterable[Any]) -> dict[str, Any] | None:
     return vars(estimate(numbers)) if numbers else None
 
 
-def _all(arms: Arms) -> list[Run]:
+def all_runs(arms: Arms) -> list[Run]:
+    """Runs of all arms."""
     return [run for runs in arms.values() for run in runs]
 
 
