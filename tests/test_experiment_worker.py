@@ -114,11 +114,12 @@ def test_a_trained_run_is_only_measured(
     with pytest.raises(InputError, match="was trained with another configuration: lr: 0.02 -> 0.3"):
         worker.work(other)
 
-    opened = load_run(folder, device="cpu", workers=0)
-    fewer = measure.limited(opened, 6)
-    assert fewer.splits.val is not None
-    assert np.bincount(fewer.splits.val.labels).tolist() == [3, 3], "drawn class by class"
-    assert measure.limited(opened, 16) is opened
+    worker.work({**given, "val_images": 6, "measures": ["knn20"]})
+    assert json.loads(path.read_text())["val_images"] == 6
+    val = load_run(folder, device="cpu", workers=0).splits.val
+    assert val is not None
+    assert np.bincount(measure.at_most(val, 6).labels).tolist() == [3, 3], "drawn class by class"
+    assert measure.at_most(val, 16) is val
 
 
 def test_a_loss_that_is_not_finite_is_a_result(

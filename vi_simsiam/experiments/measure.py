@@ -89,14 +89,16 @@ def measure_run(
     if trained is None or not spec["measures"]:
         return content
     # The images may have moved since the training.
-    opened = load_run(
+    run = load_run(
         folder,
         device=config.device,
         workers=config.workers,
         data_root=config.data_root,
         cache_dir=config.cache_dir,
     )
-    run = limited(opened, spec["val_images"])
+    if (val := run.splits.val) is not None:
+        splits = dataclasses.replace(run.splits, val=at_most(val, spec["val_images"]))
+        run = dataclasses.replace(run, splits=splits)
     content |= _accuracies(run, spec["measures"])
     if spec["uncertainty"] and config.method == "vi-simsiam":
         content["uncertainty"] = flat_uncertainty(evaluate_uncertainty(run, report=_report))
@@ -108,13 +110,11 @@ def _report(phrase: str) -> None:
     print(phrase, flush=True)
 
 
-def limited(run: Run, val_images: int | None) -> Run:
-    """The run with at most so many validation images, drawn class by class, the same for all runs."""
-    val = run.splits.val
-    if val_images is None or val is None or len(val) <= val_images:
-        return run
-    fewer = select(Splits(run.splits.name, val, None), images=val_images, distinct=False).train
-    return dataclasses.replace(run, splits=dataclasses.replace(run.splits, val=fewer))
+def at_most(source: ImageSource, images: int | None) -> ImageSource:
+    """At most so many images, drawn class by class and the same every time; None for all."""
+    if images is None or len(source) <= images:
+        return source
+    return select(Splits(source.name, source, None), images=images, distinct=False).train
 
 
 def _accuracies(run: Run, measures: Iterable[str]) -> dict[str, Any]:
@@ -284,9 +284,7 @@ class Progress:
     def _chosen(self, source: ImageSource, most: int) -> PackedImages:
         cache_dir = self.trainer.config.cache_dir
         whole, _ = cached(source, cache_dir=cache_dir, workers=self.workers, console=None)
-        if len(whole) <= most:
-            return whole
-        chosen = select(Splits(whole.name, whole, None), images=most, distinct=False).train
+        chosen = at_most(whole, most)
         assert isinstance(chosen, PackedImages)
         return chosen
 

@@ -54,12 +54,8 @@ def supervise(
 ) -> bool:
     """Run processes until all have ended, and leave none behind on an error.
 
-    Args:
-        runs: processes that `start_more`, called repeatedly, starts.
-        console: where `table`, the state of all, is shown if it is a terminal.
-        table: see `console`.
-        ended: called once for each process that has ended.
-        start_more: not called after a signal.
+    `start_more` starts them, and is called repeatedly until a signal arrives. `ended` is called
+    once for each, and `table` shows the state of all on a terminal.
 
     Returns:
         True if a signal arrived: the first one makes all runs save and end, the second kills them.
@@ -105,15 +101,10 @@ def holds(out: Path, name: str) -> bool:
 
 @contextlib.contextmanager
 def locked(path: Path, busy: str, *, seconds: float = 0.0) -> Iterator[None]:
-    """Lock the file `path`, at most until the end of this process.
-
-    Args:
-        path: file that other processes lock, too.
-        busy: message of the error if another process holds the lock.
-        seconds: time to wait for the lock.
+    """Lock the file `path` against other processes.
 
     Raises:
-        InputError: another process holds the lock.
+        InputError: another process still holds the lock after `seconds`; the message is `busy`.
     """
     lock = FileLock(path)
     try:
@@ -129,11 +120,8 @@ def locked(path: Path, busy: str, *, seconds: float = 0.0) -> Iterator[None]:
 class Run(Process):
     """One run of an arm, and its process.
 
-    Args:
-        arm: arm of the run.
-        seed: seed of the run.
-        base: folder of runs/ and results/.
-        spec: content of the run's specification beside its configuration.
+    `base` is the folder of runs/ and results/, and `spec` the run's specification, without what
+    follows from the arm and the seed.
     """
 
     def __init__(self, arm: Arm, seed: int, base: Path, spec: dict[str, Any]) -> None:
