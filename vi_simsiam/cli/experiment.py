@@ -18,7 +18,7 @@ class _Experiment(Place, PlanOptions):
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = tyro.MISSING
     """table1, tuned, controls, stability, lightly-imagenette or deaths."""
     out: Path | None = None
-    """Folder of the experiment; None for runs/experiments/NAME. The same command continues there."""
+    """Folder of the experiment; None for runs/experiments/NAME. The same command continues it."""
 
 
 def experiment(arguments: list[str]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +171,10 @@ def _dead(rows: Sequence[Row]) -> str:
 
 
 def _groups(rows: Sequence[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in names), []).append(row)
-    return dict(sorted(groups.items()))
+    def key(row: Row) -> tuple[Any, ...]:
+        return tuple(row[name] for name in names)
+
+    return {value: list(group) for value, group in groupby(sorted(rows, key=key), key)}
 
 
 def _table(rows: Sequence[Row], title: str, name: str) -> str:

@@ -169,19 +169,17 @@ def _accuracy(summary: dict[str, Any]) -> str:
 def _scope(differences: Iterable[dict[str, Any]]) -> str:
     """The scope of the intervals, in a sentence."""
     every = [each for row in differences for each in row.values() if each is not None]
-    over = {each["over_seeds"] for each in every if each["low"] is not None}
-    if not over:
+    over_seeds = sorted({each["over_seeds"] for each in every if each["low"] is not None})
+    if not over_seeds:
         return "No interval: the results do not say which images were right."
-    text = f"Bootstrap intervals of {DRAWS:,} draws, "
-    if over == {True}:
-        text += "over seeds and images."
-    elif over == {False}:
-        text += "over images only: an arm with one seed does not show the spread between seeds."
-    else:
-        text += "over seeds and images, and over images only where an arm has one seed."
+    scope = {
+        (True,): "seeds and images.",
+        (False,): "images only: an arm with one seed does not show the spread between seeds.",
+        (False, True): "seeds and images, and over images only where an arm has one seed.",
+    }[tuple(over_seeds)]
     return (
-        f"{text} Comparisons other than the primary one are exploratory; nothing is corrected for "
-        "their number."
+        f"Bootstrap intervals of {DRAWS:,} draws, over {scope} Comparisons other than the primary "
+        "one are exploratory; nothing is corrected for their number."
     )
 
 
@@ -248,7 +246,7 @@ def _times(summary: dict[str, Any]) -> str:
 
 
 def _reached(seconds: Sequence[float | None]) -> str:
-    """Mean and standard deviation of the times of the runs that reached a level, and their share."""
+    """Mean and standard deviation of the times to a level, and the share of runs that reached it."""
     times = [each for each in seconds if each is not None]
     if not times:
         return "not reached"
