@@ -215,7 +215,7 @@ def _check(
 ) -> dict[str, Any]:
     """Refuse what cannot be used; returns the content of seeds.json, or that of a new one."""
     if resume and overwrite:
-        raise InputError("resume, overwrite: only one of them can be said")
+        raise InputError("resume, overwrite: only one of them can be given")
     if "RANK" in os.environ:
         raise InputError(
             "seeds: not under torchrun; each run is one process, started with vi-simsiam train"

@@ -246,7 +246,7 @@ def _times(summary: dict[str, Any]) -> str:
 
 
 def _reached(seconds: Sequence[float | None]) -> str:
-    """Mean and standard deviation of the times to a level, and the share of runs that reached it."""
+    """Mean and standard deviation of the times to a level, and the number of runs behind it."""
     times = [each for each in seconds if each is not None]
     if not times:
         return "not reached"
