@@ -13,7 +13,6 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +43,12 @@ _EVALUATIONS = {"kNN": "knn.json", "linear": "linear.json"}
 class _Seed(Process):
     """One run, and the process that trains it; `seconds` are those of this session."""
 
-    def __init__(self, seed: int, out: Path) -> None:
-        super().__init__(out / f"seed-{seed}.log")
-        self.seed, self.name, self.folder = seed, f"seed {seed}", out / f"seed-{seed}"
+    def __init__(self, out: Path, before: dict[str, Any]) -> None:
+        self.seed = before["seed"]
+        self.name, self.folder = f"seed {self.seed}", out / f"seed-{self.seed}"
+        super().__init__(out / f"seed-{self.seed}.log")
+        if before["exit"] == 0:  # an earlier session finished it
+            self.exit, self.seconds = 0, before["seconds"]
 
     def train(self, words: Sequence[str], threads: int, *, resume: bool) -> None:
         """Start the process; on resume its output is appended to the log."""
@@ -117,97 +119,63 @@ def run_seeds(
     resume, overwrite = "--resume" in arguments, "--overwrite" in arguments
     before = _check(out, seeds, first_seed, resume=resume, overwrite=overwrite)
     given = [*before["arguments"], *_without(arguments, _OWN_OPTIONS)]
-    runs = []
-    for result in before["runs"]:
-        run = _Seed(result["seed"], out)
-        if result["exit"] == 0:
-            run.exit, run.seconds = 0, result["seconds"]
-        runs.append(run)
-    out.mkdir(parents=True, exist_ok=True)
     words = [*command, *given, *(["--overwrite"] if overwrite else [])]
-    return _Batch(out, given, words, runs, console, resume=resume).run()
+    runs = [_Seed(out, result) for result in before["runs"]]
+    pending = [run for run in runs if run.exit is None]
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
 
-
-@dataclass
-class _Batch:
-    """All runs of one call, what is shown of them and written about them."""
-
-    out: Path
-    arguments: list[str]
-    words: list[str]
-    """Command of every run."""
-    runs: list[_Seed]
-    console: Console
-    resume: bool
-
-    def run(self) -> int:
-        """Train all; returns the exit code."""
-        self.started = time.monotonic()
-        self.pending = [run for run in self.runs if run.exit is None]
-        received = supervise(
-            self.pending,
-            self.console,
-            table=self.table,
-            ended=self.ended,
-            start_more=self.start_all,
-        )
-        return self.report(interrupted=received)
-
-    def start_all(self) -> None:
-        """Start all runs, the first time."""
-        if waiting := [run for run in self.pending if run.state == "waiting"]:
-            threads = max(1, cores() // len(waiting))
-            for run in waiting:
-                run.train(self.words, threads, resume=self.resume)
-            self.write()
-
-    def ended(self, run: _Seed) -> None:
-        """Record and print the end of a run."""
-        self.write()
-        say(self.console, run.line())
-
-    def table(self) -> Table:
-        """A line for every run: its state and the last line of its log."""
-        table = Table.grid(padding=(0, 2))
-        for run in self.runs:
-            line = last_line(run.log)[: max(20, self.console.width - 24)]
-            table.add_row(*map(escape, (run.name, run.state, line)))
-        return table
-
-    def write(self) -> dict[str, Any]:
-        """Write seeds.json, so that even a killed command can be resumed; returns its content.
-
-        Only a whole session that started all runs has a number of runs an hour.
-        """
-        seconds = time.monotonic() - self.started
-        finished = sum(run.exit == 0 for run in self.pending)
-        whole = not self.resume and all(run.exit is not None for run in self.runs)
+    def write() -> dict[str, Any]:
+        """Write seeds.json, so that even a killed command can be resumed; returns its content."""
+        seconds, finished = time.monotonic() - started, sum(run.exit == 0 for run in pending)
+        whole = not resume and all(run.exit is not None for run in runs)
         content = {
-            "arguments": self.arguments,
+            "arguments": given,
             "seconds": round(seconds, 3),
             "runs_per_hour": round(3600 * finished / seconds, 3) if whole else None,
-            "runs": [run.result() for run in self.runs],
+            "runs": [run.result() for run in runs],
         }
-        write_json(self.out / SEEDS, content)
+        write_json(out / SEEDS, content)
         return content
 
-    def report(self, *, interrupted: bool) -> int:
-        """Print the results of all runs together; returns the exit code."""
-        content, total = self.write(), len(self.runs)
-        done = sum(run.exit == 0 for run in self.runs)
-        for name in _EVALUATIONS if done == total else ():
-            shares = [100 * each["top1"][name] for each in content["runs"] if name in each["top1"]]
-            if len(shares) > 1:
-                mean, sd = statistics.mean(shares), statistics.stdev(shares)
-                text = f"{name} top-1: mean {mean:.1f} %, standard deviation {sd:.1f} %"
-                say(self.console, f"{text} over {len(shares)} seeds")
-        rate = content["runs_per_hour"]
-        pace = f", {rate:.3g} runs/hour ({content['seconds']:.0f} s)" if rate else ""
-        again = f"; go on with: vi-simsiam train --out {self.out} --resume" if done < total else ""
-        say(self.console, f"{done} of {total} runs done{pace}{again}")
-        if done == total:
-            return 0
-        return INTERRUPTED if interrupted else 1
+    def start_all() -> None:
+        if waiting := [run for run in pending if run.state == "waiting"]:
+            for run in waiting:
+                run.train(words, max(1, cores() // len(waiting)), resume=resume)
+            write()
+
+    def ended(run: _Seed) -> None:
+        write()
+        say(console, run.line())
+
+    def table() -> Table:
+        """A line for every run: its state and the last line of its log."""
+        grid = Table.grid(padding=(0, 2))
+        for run in runs:
+            line = last_line(run.log)[: max(20, console.width - 24)]
+            grid.add_row(*map(escape, (run.name, run.state, line)))
+        return grid
+
+    interrupted = supervise(pending, console, table=table, ended=ended, start_more=start_all)
+    return _report(out, write(), console, interrupted=interrupted)
+
+
+def _report(out: Path, content: dict[str, Any], console: Console, *, interrupted: bool) -> int:
+    """Print the results of all runs together; returns the exit code."""
+    runs, rate = content["runs"], content["runs_per_hour"]
+    done = sum(run["exit"] == 0 for run in runs)
+    for name in _EVALUATIONS if done == len(runs) else ():
+        shares = [100 * run["top1"][name] for run in runs if name in run["top1"]]
+        if len(shares) > 1:
+            mean, sd = statistics.mean(shares), statistics.stdev(shares)
+            text = f"{name} top-1: mean {mean:.1f} %, standard deviation {sd:.1f} %"
+            say(console, f"{text} over {len(shares)} seeds")
+    pace = f", {rate:.3g} runs/hour ({content['seconds']:.0f} s)" if rate else ""
+    again = f"; go on with: vi-simsiam train --out {out} --resume" if done < len(runs) else ""
+    say(console, f"{done} of {len(runs)} runs done{pace}{again}")
+    if done == len(runs):
+        return 0
+    return INTERRUPTED if interrupted else 1
 
 
 def _check(
