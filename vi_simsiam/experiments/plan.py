@@ -31,11 +31,9 @@ class PlanOptions:
     seeds: int = 3
     """Runs of every arm, with the seeds 0, 1, ..."""
     data: tuple[str, ...] | None = None
-    """Data sets: imagenette, imagewoof, cifar10, fashion-mini, folder:PATH or pack:FILE; None for
-    the experiment's own."""
+    """Data sets: imagenette, imagewoof, cifar10, fashion-mini, folder:PATH or pack:FILE."""
     preset: str = "default"
-    """Settings of `vi-simsiam train` that an experiment other than table1 and lightly-imagenette
-    starts from: default, or demo (28 pixels)."""
+    """Settings to start from: default or demo (28 pixels); not for table1 and lightly-imagenette."""
     epochs: int | None = None
     """Length of a training."""
     size: int | None = None
@@ -53,8 +51,7 @@ class PlanOptions:
     trials: int = 8
     """Trials of every method on a held-out part of the training set (experiment tuned)."""
     ema: float | None = None
-    """Momentum of the target network (arms byol and vi-byol); None for 0.996, or 0.99 below 100
-    epochs."""
+    """Momentum of the target network (byol, vi-byol); None for 0.996, or 0.99 below 100 epochs."""
 
     def __post_init__(self) -> None:
         for name in ("seeds", "epochs", "images", "val_images", "trials"):
@@ -92,8 +89,7 @@ class Place:
     threads: int | None = None
     """Threads of a run's operations; None for the cores shared among the runs, and one on a CPU."""
     workers: int | None = None
-    """Processes that prepare views on a CPU and read images for evaluation; None for a number that
-    suits the device."""
+    """Processes that prepare views on a CPU and read images to measure; None to suit the device."""
 
     def slots(self) -> list[str]:
         """The device of each run that can happen at the same time.
