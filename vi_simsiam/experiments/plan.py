@@ -33,7 +33,7 @@ class PlanOptions:
     data: tuple[str, ...] | None = None
     """Data sets: imagenette, imagewoof, cifar10, fashion-mini, folder:PATH or pack:FILE."""
     preset: str = "default"
-    """Settings to start from: default or demo (28 pixels); not for table1 and lightly-imagenette."""
+    """Settings to start from: default or demo (28 pixels); not for table1, lightly-imagenette."""
     epochs: int | None = None
     """Length of a training."""
     size: int | None = None
