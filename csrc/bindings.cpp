@@ -1,7 +1,8 @@
 // vi_simsiam._C: the compiled backends of the multi-view loss on raw addresses.
 //
-// No torch header is included, so one binary serves every torch release. The Python side validates shapes,
-// dtypes and devices; here addresses are integers (tensor.data_ptr()) and strides count elements.
+// No torch header is included, so one binary serves every torch release. The Python side validates
+// shapes, dtypes and devices; here addresses are integers (tensor.data_ptr()) and strides count
+// elements.
 
 #include "multiview_loss.h"
 #include "power_spherical.cuh"

@@ -35,7 +35,8 @@ inline std::string capability_text(int device) {
   return std::to_string(major) + "." + std::to_string(minor);
 }
 
-// What an error of the runtime means for this extension; the text is valid until the thread's next error.
+// What an error of the runtime means for this extension; the text is valid until the thread's next
+// error.
 inline const char* explain(cudaError_t error) {
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // it is reported here; the next launch starts without it
@@ -81,7 +82,8 @@ inline cudaError_t current_device(Device& device) {
   return error;
 }
 
-// Blocks of that many threads that share a multiprocessor; the runtime is asked once per kernel, device and size.
+// Blocks of that many threads that share a multiprocessor; the runtime is asked once per kernel,
+// device and size.
 template <auto KERNEL>
 cudaError_t resident_blocks(const Device& device, int threads, int& blocks) {
   constexpr int DEVICES = 64, SIZES = 33;
@@ -95,8 +97,8 @@ cudaError_t resident_blocks(const Device& device, int threads, int& blocks) {
   return error;
 }
 
-// Enqueues KERNEL with one block per unit of work, but at most as many as the GPU holds at a time, and at most
-// `limit` on a multiprocessor.
+// Enqueues KERNEL with one block per unit of work, but at most as many as the GPU holds at a time,
+// and at most `limit` on a multiprocessor.
 template <auto KERNEL, typename... Arguments>
 const char* launch(const Device& device, dim3 block, int64_t units, int limit, void* stream,
                    const Arguments&... arguments) {

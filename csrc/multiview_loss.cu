@@ -1,30 +1,34 @@
 // Multi-view loss and its gradient on the GPU, in one launch.
 //
-// For every sample, over the pairs v != g of a prediction and a target of another view, with F of power_spherical.cuh
-// (cosine: F = c) plus cosine times c, w the weight and w' the weight of the gradient:
+// For every sample, over the pairs v != g of a prediction and a target of another view, with F of
+// power_spherical.cuh (cosine: F = c) plus cosine times c, w the weight and w' the weight of the
+// gradient:
 //     c_vg   = p_v.z_g / (|p_v| |z_g|)
 //     loss   = -w sum_vg F(kappa_v, c_vg)
 //     dp_v   = along_v p_v + sum_g toward_vg z_g
 //     toward = -w' dF/dc / (|p_v| |z_g|),   along = w' sum_g dF/dc c_vg / |p_v|^2
 //     draw_v = -w' scale gain link'(gain raw_v) sum_g dF/dkappa,   kappa_v = scale link(gain raw_v) + minimum
 //
-// Traffic. The kernel must read every prediction and target once and write every gradient once, 3 V B D numbers for as
-// many targets as views, and moves no more than that where rows stay in registers: for at most two targets, two views
-// up to 8192 columns, more views, if aligned, up to 4096 (float) or 8192 (16 bits). Others, and float64, are streamed
-// and read a second time for the gradient, from L1 or L2 where the caches hold them.
+// Traffic. The kernel must read every prediction and target once and write every gradient once, 3 V
+// B D numbers for as many targets as views, and moves no more than that where rows stay in
+// registers: for at most two targets, two views up to 8192 columns, more views, if aligned, up to
+// 4096 (float) or 8192 (16 bits). Others, and float64, are streamed and read a second time for the
+// gradient, from L1 or L2 where the caches hold them.
 //
-// Launch shape. A team of whole warps holds the rows of a sample, in 16-byte chunks: one a thread for short rows, four
-// for float, else two. 2048 columns are 128 threads in float and in bfloat16. Two views have all their loads under way
-// before anything waits, then one sum over the warp for all eight products, one barrier, and the pairs' functions of
-// kappa and c in one lane each; what needs kappa alone is done before, while the rows arrive. With more views the
-// targets stay and the next two predictions are fetched while these two are worked on. Memory of 4.8 TB/s that answers
-// after 0.7 us wants 25 KB under way on each of 132 multiprocessors: at 128 registers a thread four blocks of 32 KB fit
-// there (float, 2048 columns), at 96 registers five of 16 KB (bfloat16). There are no more blocks than the GPU holds at
-// a time, and they take sample after sample, so that the tickets below are few. All of this is reckoned from bytes,
-// registers and machine code; no time was measured.
+// Launch shape. A team of whole warps holds the rows of a sample, in 16-byte chunks: one a thread
+// for short rows, four for float, else two. 2048 columns are 128 threads in float and in bfloat16.
+// Two views have all their loads under way before anything waits, then one sum over the warp for
+// all eight products, one barrier, and the pairs' functions of kappa and c in one lane each; what
+// needs kappa alone is done before, while the rows arrive. With more views the targets stay and the
+// next two predictions are fetched while these two are worked on. Memory of 4.8 TB/s that answers
+// after 0.7 us wants 25 KB under way on each of 132 multiprocessors: at 128 registers a thread four
+// blocks of 32 KB fit there (float, 2048 columns), at 96 registers five of 16 KB (bfloat16). There
+// are no more blocks than the GPU holds at a time, and they take sample after sample, so that the
+// tickets below are few. All of this is reckoned from bytes, registers and machine code; no time
+// was measured.
 //
-// The mean is summed by the block that draws the last ticket, over the losses in a fixed order. All sums are taken in
-// a fixed order: the same input gives the same bits.
+// The mean is summed by the block that draws the last ticket, over the losses in a fixed order. All
+// sums are taken in a fixed order: the same input gives the same bits.
 
 #include "cuda_launch.cuh"
 #include "multiview_loss_parts.cuh"
@@ -102,8 +106,8 @@ __global__ void __launch_bounds__(Resident<MODE, Prediction, Target>::THREADS,
   const int team = threadIdx.y, teams = blockDim.y, team_warps = int(blockDim.x) / WARP;
   const int thread = team * int(blockDim.x) + int(threadIdx.x), lane = thread % WARP;
   const int warp = __shfl_sync(ALL_LANES, thread / WARP, 0);  // tells the compiler that it is the same in all lanes
-  // A block of one sample and few warps lets each of them evaluate the pairs for itself, which saves a barrier. In
-  // others the first warp evaluates those of all samples.
+  // A block of one sample and few warps lets each of them evaluate the pairs for itself, which
+  // saves a barrier. In others the first warp evaluates those of all samples.
   const bool everywhere = teams == 1 && team_warps <= SLOTS;
   const bool evaluates = everywhere || warp == 0;
   const int64_t step = int64_t(gridDim.x) * teams;
@@ -197,8 +201,8 @@ __global__ void __launch_bounds__(Resident<MODE, Prediction, Target>::THREADS,
   finish(given, shared, arrived, thread, int(blockDim.x) * teams);
 }
 
-// One sample per block, rows read twice: forwards for the sums, backwards, beginning with what the caches still hold,
-// for the gradient.
+// One sample per block, rows read twice: forwards for the sums, backwards, beginning with what the
+// caches still hold, for the gradient.
 template <typename Prediction, typename Target, bool WIDE>
 __global__ void __launch_bounds__(STREAMED_THREADS, WIDE && std::is_same_v<Prediction, float> ? 3 : 2)
     streamed_kernel(const __grid_constant__ MultiviewProblem given,
@@ -329,8 +333,9 @@ bool is_aligned(const MultiviewProblem& problem, size_t prediction_size, size_t 
 template <typename Prediction, typename Target, bool WIDE>
 const char* launch_kernel(const MultiviewProblem& problem, const Settings<Compute<Prediction>>& settings,
                           const Device& device, void* stream) {
-  // Blocks of at least 128 threads, whose first warp evaluates the pairs of all its samples, once there are more
-  // samples than the GPU needs to be busy; below that the shortest way for each of them.
+  // Blocks of at least 128 threads, whose first warp evaluates the pairs of all its samples, once
+  // there are more samples than the GPU needs to be busy; below that the shortest way for each of
+  // them.
   const bool many_samples = problem.batch >= 16 * int64_t(device.multiprocessors);
   const auto resident = [&](auto mode) {
     constexpr Mode MODE = decltype(mode)::value;
@@ -359,7 +364,8 @@ const char* launch_kernel(const MultiviewProblem& problem, const Settings<Comput
   } else if constexpr (WIDE && !DOUBLES) {
     if (fits(many_views)) return resident(many_views);
   }
-  // No more blocks than let the rows they work on stay in half of L2 between the two times they are read.
+  // No more blocks than let the rows they work on stay in half of L2 between the two times they are
+  // read.
   const int64_t vectors = (problem.dim * int64_t(sizeof(Prediction)) + VECTOR_BYTES - 1) / VECTOR_BYTES;
   const int threads = int(std::min<int64_t>(STREAMED_THREADS, (vectors + WARP - 1) / WARP * WARP));
   const int64_t bytes =

@@ -39,22 +39,23 @@ struct MultiviewProblem {
   double gradient_weight;  // of a pair in the gradient: weight, or weight / batch for the gradient of the mean
 };
 
-// float64 throughout, or float32 and bfloat16 in any combination; the gradient has the predictions' dtype. Returns
-// nullptr, or what is wrong.
+// float64 throughout, or float32 and bfloat16 in any combination; the gradient has the predictions'
+// dtype. Returns nullptr, or what is wrong.
 const char* multiview_loss_cpu(const MultiviewProblem& problem, DType prediction, DType target, int threads);
 
 // Name of the vector instructions the CPU backend uses on this machine.
 const char* cpu_variant();
 
 #if defined(VI_SIMSIAM_CUDA)
-// Enqueues one kernel on the stream of the current device. Targets have the predictions' dtype or float32
-// (float64 goes with float64 only); the compute type is float64 for float64 and float32 otherwise; the gradient
-// has the compute type or the predictions' dtype. ticket, needed with mean: a number that is 0 before the launch
-// and after it. Returns nullptr, or what went wrong.
+// Enqueues one kernel on the stream of the current device. Targets have the predictions' dtype or
+// float32 (float64 goes with float64 only); the compute type is float64 for float64 and float32
+// otherwise; the gradient has the compute type or the predictions' dtype. ticket, needed with mean:
+// a number that is 0 before the launch and after it. Returns nullptr, or what went wrong.
 const char* multiview_loss_cuda(const MultiviewProblem& problem, DType prediction, DType target, DType gradient,
                                 uint32_t* ticket, void* stream);
 
-// A gradient of shape (views, batch, width) to be multiplied, sample by sample, by a factor on the device.
+// A gradient of shape (views, batch, width) to be multiplied, sample by sample, by a factor on the
+// device.
 struct ScaledGradient {
   int64_t views, batch, width;
   const void* gradient;
@@ -66,11 +67,13 @@ struct ScaledGradient {
   int64_t factor_stride;
 };
 
-// Enqueues one kernel; in place it leaves at once where the factor is 1. out has the gradient's dtype (float32,
-// float64, bfloat16), or float16 with a float32 gradient. Returns nullptr, or what went wrong.
+// Enqueues one kernel; in place it leaves at once where the factor is 1. out has the gradient's
+// dtype (float32, float64, bfloat16), or float16 with a float32 gradient. Returns nullptr, or what
+// went wrong.
 const char* scale_gradient_cuda(const ScaledGradient& problem, DType gradient, DType out, void* stream);
 
-// Why the kernels cannot run on the current device: no code for it, or a driver too old. nullptr where they can.
+// Why the kernels cannot run on the current device: no code for it, or a driver too old. nullptr
+// where they can.
 const char* cuda_problem();
 
 // CUDART_VERSION of the toolkit this was built with, e.g. 13000.

@@ -1,15 +1,16 @@
 // Multi-view loss and its gradient on the CPU, in one pass over the samples.
 //
-// For sample i with predictions p_v and targets z_g, over all pairs v != g, w the weight of a pair in the loss and
-// w' in the gradient:
+// For sample i with predictions p_v and targets z_g, over all pairs v != g, w the weight of a pair
+// in the loss and w' in the gradient:
 //     c_vg    = (p_v . z_g) / (|p_v| |z_g|)
 //     loss_i  = -w sum_vg F(kappa_v, c_vg)                                        cosine: F = c
 //     dp_v    = -w' / |p_v| sum_g dF/dc (z_g/|z_g| - c_vg p_v/|p_v|)
 //     dkappa_v = -w' sum_g dF/dkappa,   draw_v = scale gain link'(gain raw_v) dkappa_v,   kappa_v = scale link(gain raw_v) + minimum
 //
-// The rows of a sample (16 to 64 KB at dim 2048) stay in the first two cache levels from the first dot
-// product to the gradient, so memory sees each prediction and target once and each gradient once. A sample is
-// computed by one thread in one fixed order: the result does not depend on the number of threads.
+// The rows of a sample (16 to 64 KB at dim 2048) stay in the first two cache levels from the first
+// dot product to the gradient, so memory sees each prediction and target once and each gradient
+// once. A sample is computed by one thread in one fixed order: the result does not depend on the
+// number of threads.
 
 #include "helpers.h"
 #include "multiview_loss.h"
@@ -64,7 +65,8 @@ inline void from_real(BFloat16& out, float x) {
 inline void from_real(float& out, float x) { out = x; }
 inline void from_real(double& out, double x) { out = x; }
 
-// The loops over the columns of predictions of type P and targets of type Z. Everything else is per pair.
+// The loops over the columns of predictions of type P and targets of type Z. Everything else is per
+// pair.
 template <typename P, typename Z>
 struct RowKernels {
   using Real = Compute<P>;
@@ -77,8 +79,8 @@ struct RowKernels {
 
 #if defined(VI_VECTORS)
 
-// Vectors of the GCC/Clang extension instead of trust in the vectoriser: a sum of floats is not reordered
-// without fast-math, which would break NaN.
+// Vectors of the GCC/Clang extension instead of trust in the vectoriser: a sum of floats is not
+// reordered without fast-math, which would break NaN.
 template <typename Real, int Bytes>
 struct Lanes {
   static constexpr int COUNT = Bytes / int(sizeof(Real));
@@ -302,7 +304,8 @@ class Samples {
 
     P* out = static_cast<P*>(problem_.gradient) + v * problem_.gradient_view_stride + sample * problem_.gradient_stride;
     if (pairs > 0) rows_.combine(out, p, weight_ * inverse_p * inverse_p * radial, paired, toward_target, int(pairs), dim);
-    // A view without a pair, and the columns that stand for nothing; the bits of 0 are 0 in every type.
+    // A view without a pair, and the columns that stand for nothing; the bits of 0 are 0 in every
+    // type.
     std::fill(pairs == 0 ? out : out + dim, out + problem_.width, P{});
     if (problem_.form == Form::raw_concentration && pairs > 0)
       from_real(out[dim], linked.by_raw(-weight_ * d_kappa));
@@ -320,8 +323,8 @@ class Samples {
 template <typename P, typename Z>
 const char* compute_all(const MultiviewProblem& problem, int threads) {
   const Samples<P, Z> samples(problem);
-  // One thread needs about 0.15 ns a column (W in all) and waking a helper keeps it for 5 us, so t threads take about
-  // t * 5 us + W / t, which is least at t = sqrt(W / 5 us).
+  // One thread needs about 0.15 ns a column (W in all) and waking a helper keeps it for 5 us, so t
+  // threads take about t * 5 us + W / t, which is least at t = sqrt(W / 5 us).
   const int64_t written = problem.gradient == nullptr ? 0 : problem.views;
   const int64_t columns = problem.batch * problem.dim * (problem.views + problem.target_views + written);
   const int64_t worthwhile = int64_t(std::sqrt(double(columns) / 33000));

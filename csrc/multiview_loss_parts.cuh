@@ -1,5 +1,5 @@
-// What the kernels of multiview_loss.cu are made of: the products of a tile of rows, the functions of one pair, the
-// gradient's rows, the mean.
+// What the kernels of multiview_loss.cu are made of: the products of a tile of rows, the functions
+// of one pair, the gradient's rows, the mean.
 
 #pragma once
 
@@ -24,7 +24,8 @@ struct Settings {
   bool gradient_is_real;  // false: the gradient has the predictions' dtype
 };
 
-// A parameter of the kernel for use in a loop: hoisted out of the loop, its members would take 40 registers.
+// A parameter of the kernel for use in a loop: hoisted out of the loop, its members would take 40
+// registers.
 template <typename Parameter>
 __device__ __forceinline__ const Parameter& reread(const Parameter& parameter) {
   return (&parameter)[hidden(0)];
@@ -33,7 +34,8 @@ __device__ __forceinline__ const Parameter& reread(const Parameter& parameter) {
 // What the threads of a block tell one another.
 template <typename Real>
 struct Shared {
-  // Sums of every warp. Two sets: while a slow warp still reads one, a fast one may write the next tile's.
+  // Sums of every warp. Two sets: while a slow warp still reads one, a fast one may write the next
+  // tile's.
   Real partial[2][SUMS][MAX_WARPS];
   Real square_p[TILE], square_z[MAX_VIEWS], product[TILE][MAX_VIEWS];  // of a sample whose rows are streamed
   // The gradient of a view is along * p + sum_g toward[g] z_g.
@@ -92,8 +94,8 @@ __device__ __forceinline__ void add_products(Real (&sums)[SUMS], const Chunk (&p
   }
 }
 
-// One pair of a view and a target, evaluated by one lane. TARGETS lanes side by side share a view, LANES a sample,
-// whose results go to a slot of the shared arrays.
+// One pair of a view and a target, evaluated by one lane. TARGETS lanes side by side share a view,
+// LANES a sample, whose results go to a slot of the shared arrays.
 template <int TARGETS, typename Prediction>
 class Pair {
   using Real = Compute<Prediction>;
@@ -108,7 +110,8 @@ class Pair {
   __device__ __forceinline__ int view_in_tile() const { return k_; }
   __device__ __forceinline__ int target() const { return g_; }
 
-  // The raw concentration of the lane's view in the tile that begins with first_view, or the concentration itself.
+  // The raw concentration of the lane's view in the tile that begins with first_view, or the
+  // concentration itself.
   __device__ __forceinline__ Real load(int first_view) const {
     const int v = min(first_view + k_, int(problem_.views) - 1);
     if (problem_.form == Form::raw_concentration)
@@ -135,7 +138,8 @@ class Pair {
     normalizer_ = settings_.density.with_concentration(kappa);
   }
 
-  // Leaves the factors of the gradient in the slot and returns what the sample's pairs of this tile add to the loss.
+  // Leaves the factors of the gradient in the slot and returns what the sample's pairs of this tile
+  // add to the loss.
   __device__ __forceinline__ Real evaluate(Real square_p, Real square_z, Real product, Shared<Real>& shared, int slot,
                                            bool writes) const {
     const Real inverse_p = inverse_norm(square_p), inverse_z = inverse_norm(square_z);
@@ -222,7 +226,8 @@ __device__ __forceinline__ Real tree_sum(const Real (&x)[SIZE]) {
   }
 }
 
-// By the last block of the grid: losses are read from L2, in an order that depends on the size of the block alone.
+// By the last block of the grid: losses are read from L2, in an order that depends on the size of
+// the block alone.
 template <typename Real>
 __device__ __forceinline__ void write_mean(const MultiviewProblem& problem, Real* partial, int thread, int threads) {
   Real sums[MEAN_LOADS] = {};
@@ -242,7 +247,8 @@ __device__ __forceinline__ void write_mean(const MultiviewProblem& problem, Real
   if (thread == 0) *static_cast<Real*>(problem.mean) = total / Real(problem.batch);
 }
 
-// By the warp that stored the block's losses, after its last one: how many blocks came before, in lane 0.
+// By the warp that stored the block's losses, after its last one: how many blocks came before, in
+// lane 0.
 __device__ __forceinline__ uint32_t take_ticket(uint32_t* ticket, int lane) {
   uint32_t arrived = 0;
   __syncwarp();

@@ -1,6 +1,8 @@
-// Log-density of the Power Spherical distribution relative to the uniform one, for one (kappa, cosine) pair.
+// Log-density of the Power Spherical distribution relative to the uniform one, for one (kappa,
+// cosine) pair.
 //
-// With b = (D-1)/2, c = mu.z, k = kappa, n the upward shift of the gamma arguments (0 for large D), and
+// With b = (D-1)/2, c = mu.z, k = kappa, n the upward shift of the gamma arguments (0 for large D),
+// and
 //     p = 2b + n,  q = b + n,  s' = p + k,  a' = q + k,
 //     t = (2bc - (n+k)(1-c)) / (2a')                      which equals (1+c) s'/(2a') - 1 and lies in [-1, 1]
 //     L = log1p(t)                                        log((1+c) s'/(2a')) where t < -1/2
@@ -12,12 +14,13 @@
 //     dF/dk = L + P(s') - P(a') + sum_{i<n} b / ((2b+k+i)(b+k+i))
 //     dF/dc = k / (1+c)
 //
-// The slope of the normaliser is merged with log(1+c) before anything is multiplied by k, so nothing large
-// cancels near the optimum kappa = 2bc/(1-c), where t = 0. The shift makes every argument of S and P large
-// enough for the series: 8 with three terms in float, 16 with seven in double.
+// The slope of the normaliser is merged with log(1+c) before anything is multiplied by k, so
+// nothing large cancels near the optimum kappa = 2bc/(1-c), where t = 0. The shift makes every
+// argument of S and P large enough for the series: 8 with three terms in float, 16 with seven in
+// double.
 //
-// 1 + c is clamped from below at ONE_PLUS_COS_MIN; there dF/dc = 0 and the rest is taken at the clamped
-// cosine. NaN in gives NaN out: comparisons are written so that NaN fails them.
+// 1 + c is clamped from below at ONE_PLUS_COS_MIN; there dF/dc = 0 and the rest is taken at the
+// clamped cosine. NaN in gives NaN out: comparisons are written so that NaN fails them.
 //
 // The same functions are compiled for the CPU backend and for the CUDA kernel.
 
@@ -41,9 +44,9 @@ constexpr double TINY_SQ =
 constexpr double LEAST_ROOT = 0.02;        // least r of the quadratic link
 constexpr double ONE_PLUS_COS_MIN = 1e-6;  // lower clamp of 1 + cosine, in every dtype
 
-// x / y. On the GPU in float for a finite x and y between 2^-126 and 2^126: correctly rounded but for rare ties of the
-// last step, and NaN for an infinite y. The compiler's own division has a branch for the rest, which keeps the
-// divisions of one formula from overlapping.
+// x / y. On the GPU in float for a finite x and y between 2^-126 and 2^126: correctly rounded but
+// for rare ties of the last step, and NaN for an infinite y. The compiler's own division has a
+// branch for the rest, which keeps the divisions of one formula from overlapping.
 template <typename Real>
 VI_HOST_DEVICE Real divide(Real x, Real y) {
 #if defined(__CUDA_ARCH__)
@@ -177,7 +180,8 @@ struct PowerSphericalNormalizer {
   }
 };
 
-// What depends on the dimension alone; made once per call on the host and passed to the kernel by value.
+// What depends on the dimension alone; made once per call on the host and passed to the kernel by
+// value.
 template <typename Real>
 struct PowerSpherical {
   Real b, p, q, b_over_p;

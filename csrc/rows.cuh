@@ -1,9 +1,10 @@
 // Rows of a tensor in the registers of a team of threads: loads, stores and conversions.
 //
-// A team deals the columns of a row out in chunks of COLUMNS, so many that a chunk of the narrowest row has 16 bytes.
-// WIDE: a chunk is COLUMNS columns side by side, moved by 16-byte instructions; addresses and strides are divisible by
-// 16 bytes and the number of columns by COLUMNS. Otherwise a chunk is COLUMNS columns that lie a team apart, moved one
-// by one: neighbouring threads then still touch neighbouring columns. What is read stays as packed as in memory.
+// A team deals the columns of a row out in chunks of COLUMNS, so many that a chunk of the narrowest
+// row has 16 bytes. WIDE: a chunk is COLUMNS columns side by side, moved by 16-byte instructions;
+// addresses and strides are divisible by 16 bytes and the number of columns by COLUMNS. Otherwise a
+// chunk is COLUMNS columns that lie a team apart, moved one by one: neighbouring threads then still
+// touch neighbouring columns. What is read stays as packed as in memory.
 
 #pragma once
 
@@ -33,8 +34,8 @@ __device__ __forceinline__ Word read(const Word* address) {
   }
 }
 
-// The same number, from a source that the compiler cannot see: what follows from it is computed again where it is used,
-// in a few instructions, and is not held in registers that the rows need.
+// The same number, from a source that the compiler cannot see: what follows from it is computed
+// again where it is used, in a few instructions, and is not held in registers that the rows need.
 __device__ __forceinline__ uint32_t hidden(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;

@@ -1,12 +1,14 @@
-// The gradient that the loss kernel left, multiplied by a factor that only the device knows: out = factor * gradient.
+// The gradient that the loss kernel left, multiplied by a factor that only the device knows: out =
+// factor * gradient.
 //
-// In place with one factor of exactly 1, the usual case, every block reads that number and leaves; the grid is bounded,
-// so that this costs the same for any batch. Otherwise a warp takes a row at a time and moves it by 16-byte
-// instructions: one read and one write of the gradient, rounded once. With a factor per sample the rows whose factor
-// is 1 are left alone.
+// In place with one factor of exactly 1, the usual case, every block reads that number and leaves;
+// the grid is bounded, so that this costs the same for any batch. Otherwise a warp takes a row at a
+// time and moves it by 16-byte instructions: one read and one write of the gradient, rounded once.
+// With a factor per sample the rows whose factor is 1 are left alone.
 //
-// Launch shape: two blocks of 512 threads on a multiprocessor, four vectors per thread in flight: 64 KB, twice what
-// 4.8 TB/s times 0.7 us need on each of 132. This is reckoned, no time was measured.
+// Launch shape: two blocks of 512 threads on a multiprocessor, four vectors per thread in flight:
+// 64 KB, twice what 4.8 TB/s times 0.7 us need on each of 132. This is reckoned, no time was
+// measured.
 
 #include "cuda_launch.cuh"
 #include "multiview_loss.h"

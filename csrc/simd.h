@@ -18,8 +18,8 @@ namespace vi_simsiam {
 
 enum class Simd { baseline, avx2, avx512 };
 
-// The widest that the processor has, or what VI_SIMSIAM_SIMD asks for: so one machine can test every path. Throws
-// std::invalid_argument for what does not run here.
+// The widest that the processor has, or what VI_SIMSIAM_SIMD asks for: so one machine can test
+// every path. Throws std::invalid_argument for what does not run here.
 inline Simd choose_simd() {
   Simd widest = Simd::baseline;
 #if defined(VI_DISPATCH)

@@ -1,4 +1,5 @@
-"""Inputs for the CUDA kernels on the emulation: how they lie in memory, the call, and the definition in float64."""
+"""Inputs for the CUDA kernels on the emulation: how they lie in memory, the call, and the
+definition in float64."""
 
 from __future__ import annotations
 
@@ -62,14 +63,16 @@ class ScaleProblem(ctypes.Structure):
 
 
 def rows(count: int, width: int, stride: int, offset: int, dtype: torch.dtype) -> Tensor:
-    """(count, width) of NaN with that row stride, beginning `offset` elements after an address divisible by 64."""
+    """(count, width) of NaN with that row stride, beginning `offset` elements after an address
+    divisible by 64."""
     storage = torch.full((count * stride + offset + 64,), float("nan"), dtype=dtype)
     start = (-storage.data_ptr() % 64) // storage.element_size() + offset
     return storage[start : start + count * stride].view(count, stride)[:, :width]
 
 
 def _bounded(x: Tensor) -> Tensor:
-    """max(x, 0.02), with the gradient 1 everywhere: what it leads down at the bound is to be dropped."""
+    """max(x, 0.02), with the gradient 1 everywhere: what it leads down at the bound is to be
+    dropped."""
     return x + (0.02 - x).clamp(min=0).detach()
 
 
@@ -96,7 +99,8 @@ class Case:
     gain: float = 1.0
     cosine: float = 0.0
     opposed: bool = False
-    """The targets of every second sample point away from its predictions, so that a smaller kappa fits."""
+    """The targets of every second sample point away from its predictions, so that a smaller kappa
+    fits."""
     seed: int = 0
     predictions: list[Tensor] = field(default_factory=list)
     targets_: list[Tensor] = field(default_factory=list)

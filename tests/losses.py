@@ -1,6 +1,8 @@
-"""What the tests of the losses share: random views, the textbook formula, and which backends run on which device.
+"""What the tests of the losses share: random views, the textbook formula, and which backends run on
+which device.
 
-The tests run on the CPU; with VI_SIMSIAM_TEST_DEVICE=cuda the same ones hold the backends of a GPU (test_gpu.py does so).
+The tests run on the CPU; with VI_SIMSIAM_TEST_DEVICE=cuda the same ones hold the backends of a GPU
+(test_gpu.py does so).
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from vi_simsiam.ops.multiview_loss import LossForm, multiview_loss
 DEVICE = os.environ.get("VI_SIMSIAM_TEST_DEVICE", "cpu")
 POWER_SPHERICAL, COSINE = LossForm("power_spherical"), LossForm("cosine")
 QUADRATIC = LossForm("power_spherical", 31.0, 0.5, link="quadratic", gain=0.25, cosine=20.0)
-"""The trainer's own: another link, a factor on the raw concentration, and SimSiam's loss beside the density's."""
+"""The trainer's own: another link, a factor on the raw concentration, and SimSiam's loss beside the
+density's."""
 if DEVICE == "cpu":
-    # Under TRITON_INTERPRET=1 Triton takes CPU tensors, too (test_triton_kernels.py runs the losses' tests so).
+    # Under TRITON_INTERPRET=1 Triton takes CPU tensors, too (test_triton_kernels.py runs the
+    # losses' tests so).
     FUSED = [
         pytest.param(
             "cpu", marks=pytest.mark.skipif(extension() is None, reason="needs the C++ extension")
@@ -51,7 +55,8 @@ def draw(
     near: float = 1.0,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Predictions near their targets (cosine about 1/sqrt(1 + near^2)), raw concentrations around `raw`, float64."""
+    """Predictions near their targets (cosine about 1/sqrt(1 + near^2)), raw concentrations around
+    `raw`, float64."""
     generator = torch.Generator("cpu").manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:

@@ -1,8 +1,9 @@
-"""The kernels that make views: their numbers in the interpreter (or on a GPU), and what they compile to without one.
+"""The kernels that make views: their numbers in the interpreter (or on a GPU), and what they
+compile to without one.
 
-`python tests/test_augment_kernels.py` compiles every kernel that the tests know and writes the registers it takes to
-tests/static/augment_registers.json under the installed Triton's version. A version that is not in there is held to the
-absolute limits alone.
+`python tests/test_augment_kernels.py` compiles every kernel that the tests know and writes the
+registers it takes to tests/static/augment_registers.json under the installed Triton's version. A
+version that is not in there is held to the absolute limits alone.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import triton
 from test_triton_kernels import TYPES, Binary, _compile, _NoGPU, _run_cases, compiles, without_gpu
 
 from vi_simsiam.kernels import augment as kernel
-from vi_simsiam.kernels import colour, launch
+from vi_simsiam.kernels import blur, colour, launch
 from vi_simsiam.ops import augment as reference
 
 CASES = "triton_augment_cases.py"
@@ -61,12 +62,12 @@ def test_the_table_is_the_package_s() -> None:
         assert getattr(colour, name).value == operation[name], name
         # The factors are found by the operation's code.
         assert column[name] - column.BRIGHTNESS == operation[name] - operation.BRIGHTNESS
-    assert (kernel.COLUMNS.value, kernel.BLUR_TAPS.value) == (
+    assert (kernel.COLUMNS.value, blur.BLUR_TAPS.value) == (
         reference.TABLE_COLUMNS,
         reference.BLUR_TAPS,
     )
-    means = (kernel.RED_MEAN, kernel.GREEN_MEAN, kernel.BLUE_MEAN)
-    deviations = (kernel.RED_DEVIATION, kernel.GREEN_DEVIATION, kernel.BLUE_DEVIATION)
+    means = (blur.RED_MEAN, blur.GREEN_MEAN, blur.BLUE_MEAN)
+    deviations = (blur.RED_DEVIATION, blur.GREEN_DEVIATION, blur.BLUE_DEVIATION)
     assert tuple(x.value for x in means) == reference.IMAGENET_MEAN
     assert tuple(x.value for x in deviations) == reference.IMAGENET_STD
 
@@ -123,7 +124,8 @@ def test_machine_code(shape: tuple[int, torch.dtype, str, int]) -> None:
     loads, wide_loads = binary.count("LDG"), binary.count("LDG", "128")
     stores, wide_stores = binary.count("STG"), binary.count("STG", "128")
     if name == "resize":
-        # Eight numbers of the table and a factor, the first words of four rows, and three more for every four pixels.
+        # Eight numbers of the table and a factor, the first words of four rows, and three more for
+        # every four pixels.
         assert loads <= 9 + 4 + 12
         assert stores == 24 + 1  # a row of 32 lanes at a time, and the sum of grey
         # Older releases pass addresses and rows between the lanes through shared memory.

@@ -29,7 +29,8 @@ def compile_for(
     residual: bool = False,
     relu: bool = True,
 ) -> tuple[Binary, dict[str, Any]]:
-    """What the launcher would launch there for two groups of aligned rows, and its compile-time arguments."""
+    """What the launcher would launch there for two groups of aligned rows, and its compile-time
+    arguments."""
     is_forward = part in ("statistics", "normalise", "single")
     tensors = 1 if is_forward else 2 + residual
     chosen = kernel.plan(rows, channels, 2, dtype.itemsize, tensors, 132)

@@ -1,6 +1,8 @@
-"""The CUDA kernels' source, run thread by thread on the CPU (tests/cuda_emulation) and compared with float64.
+"""The CUDA kernels' source, run thread by thread on the CPU (tests/cuda_emulation) and compared
+with float64.
 
-What a GPU adds to this, its machine code and its memory, is in test_cuda_kernels.py and test_gpu.py.
+What a GPU adds to this, its machine code and its memory, is in test_cuda_kernels.py and
+test_gpu.py.
 """
 
 from __future__ import annotations

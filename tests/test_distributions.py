@@ -1,4 +1,5 @@
-"""PowerSpherical and HypersphericalUniform against 60-digit values, another implementation and their own samples."""
+"""PowerSpherical and HypersphericalUniform against 60-digit values, another implementation and
+their own samples."""
 
 from __future__ import annotations
 
@@ -89,7 +90,8 @@ def seed() -> None:
 @pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize("dim", GOLDEN_DIMS)
 def test_log_prob_matches_golden_values(dim: int, dtype: torch.dtype) -> None:
-    """mu = e1 and z = (cos, sin, 0, ...): what remains is rounding of the result, of log C's two parts and of z."""
+    """mu = e1 and z = (cos, sin, 0, ...): what remains is rounding of the result, of log C's two
+    parts and of z."""
     table = golden(dim)
     kappa, cos = table["kappa"], table["cos"]
     value = torch.zeros(len(cos), dim, dtype=torch.float64)
@@ -151,7 +153,8 @@ def test_entropy_and_divergence_match_golden_values(dim: int, dtype: torch.dtype
     assert (
         (divergence.double() - expected_kl).abs() <= 5 * EPS[dtype] * expected_kl + 1e-50
     ).all()  # 0 in 60 digits
-    # In float64 the area's own terms, lgamma(D/2) and (D/2) log pi, are rounded before they are subtracted.
+    # In float64 the area's own terms, lgamma(D/2) and (D/2) log pi, are rounded before they are
+    # subtracted.
     area_terms = (
         abs(math.lgamma(dim / 2)) + dim / 2 * math.log(math.pi) if dtype == torch.float64 else 0.0
     )
@@ -255,7 +258,8 @@ def test_samples_have_the_first_two_moments(dim: int, kappa: float, name: str) -
     covariance = 2 * a / (s * (s + 1)) * (torch.eye(dim) - kappa / s * torch.outer(loc, loc))
     torch.testing.assert_close(p.mean.double(), kappa / s * loc, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(p.variance.double(), covariance.diagonal(), rtol=1e-5, atol=1e-9)
-    # Five standard errors, the empirical fourth moments giving those of the covariance; 1e-7 is float32 rounding.
+    # Five standard errors, the empirical fourth moments giving those of the covariance; 1e-7 is
+    # float32 rounding.
     assert ((x.mean(0) - p.mean).abs() <= 5 * (covariance.diagonal() / count).sqrt() + 1e-7).all()
     centred = x - p.mean
     products = centred.unsqueeze(-1) * centred.unsqueeze(-2)
@@ -272,7 +276,8 @@ def test_the_cosine_of_samples_follows_its_beta_distribution(
     p = PowerSpherical(random_loc(dim, dtype=dtype), torch.tensor(kappa, dtype=dtype))
     x = p.sample((1000,))
     assert x.dtype == dtype
-    # The root of D squares' sum is off by sqrt(D) eps / 12 at random; the most of 1000 is three times that.
+    # The root of D squares' sum is off by sqrt(D) eps / 12 at random; the most of 1000 is three
+    # times that.
     assert ((x.double().norm(dim=-1) - 1).abs() <= (4 + dim**0.5 / 4) * EPS[dtype]).all()
     half_gap = (x.double() - normalize(p.loc.double(), dim=-1)).square().sum(
         -1
@@ -366,7 +371,8 @@ def test_one_concentration_serves_the_whole_batch() -> None:
     for scalar in (torch.tensor(2.5), 2.5):
         p = PowerSpherical(LOC, scalar)
         assert p.concentration.shape == (4,)
-        # Twice what the golden values allow either: operands that are expanded may take other loops. Terms add up to 13.
+        # Twice what the golden values allow either: operands that are expanded may take other
+        # loops. Terms add up to 13.
         torch.testing.assert_close(
             p.log_prob(LOC.flip(0)), expected, rtol=0, atol=8 * EPS[torch.float32] * 13
         )

@@ -26,25 +26,17 @@ def run(simd: str, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("simd", NAMES)
-def test_every_path_passes_the_tests_of_the_extension(simd: str) -> None:
+def test_every_path_passes_the_tests_of_the_cpu_backend(simd: str) -> None:
     chosen = run(simd, "-c", "import vi_simsiam._C as c; print(c.build_info()['simd'])")
     if "does not run here" in chosen.stderr:
         pytest.skip(f"this processor has no {simd}: its path is not checked")
     assert chosen.stdout.strip() in NAMES[simd], chosen.stderr
-    tests = str(Path(__file__).with_name("test_extension.py"))
-    result = run(
-        simd,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "-k",
-        "cpu",
-        "--tb=short",
-        tests,
-    )
+    files = [
+        str(Path(__file__).with_name(name))
+        for name in ("test_extension.py", "test_multiview_loss.py")
+    ]
+    options = ("-p", "no:cacheprovider", "-p", "no:xdist", "-k", "cpu", "--tb=short")
+    result = run(simd, "-m", "pytest", *options, *files)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
 

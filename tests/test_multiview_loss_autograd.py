@@ -20,10 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vi_simsiam.errors import BackendUnavailableError, InputError
 from vi_simsiam.functional import cosine_loss, power_spherical_loss
 from vi_simsiam.nn import CosineLoss, PowerSphericalLoss
-from vi_simsiam.ops import backends, multiview_loss_launch
+from vi_simsiam.ops import backends
+from vi_simsiam.ops import tickets as tickets_module
 from vi_simsiam.ops.backends import interpreting
 from vi_simsiam.ops.multiview_loss import LossForm, multiview_loss
-from vi_simsiam.ops.multiview_loss_launch import LossCall, _Tickets
+from vi_simsiam.ops.multiview_loss_fused import LossCall
+from vi_simsiam.ops.tickets import _Tickets
 
 FORMS = pytest.mark.parametrize(
     "form", [LossForm("power_spherical", 3.0, 0.5), QUADRATIC, COSINE], ids=str
@@ -65,7 +67,8 @@ def test_separate_padded_views_are_the_same_loss(
 
 @every
 def test_strides_that_alias_are_read_as_they_are(backend: str) -> None:
-    """One row for the whole batch, one column for a whole row, views in different layouts: what .contiguous() gives."""
+    """One row for the whole batch, one column for a whole row, views in different layouts: what
+    .contiguous() gives."""
     p, z = draw(POWER_SPHERICAL, 2, 2, 4, 8)
     row = p[:, :1].expand(2, 4, 9)
     flat = torch.rand(2, 4, 1, dtype=torch.float64).expand(2, 4, 9)
@@ -77,7 +80,8 @@ def test_strides_that_alias_are_read_as_they_are(backend: str) -> None:
         loss = power_spherical_loss(leaves, z, backend=backend)
         (gradient,) = torch.autograd.grad(expected, copies)
         found = torch.stack(torch.autograd.grad(loss, leaves))
-        # Eager's sums over 8 columns may round otherwise in another layout; the fused loss copies what lies otherwise.
+        # Eager's sums over 8 columns may round otherwise in another layout; the fused loss copies
+        # what lies otherwise.
         tolerance = 1e-13 if backend == "eager" else 0.0
         torch.testing.assert_close(
             (loss, found), (expected, gradient), rtol=tolerance, atol=tolerance
@@ -133,10 +137,10 @@ def test_extremes_of_a_given_concentration(backend: str) -> None:
 def test_loss_scale_is_a_factor(backend: str, form: LossForm) -> None:
     p, z = draw(form, 3, 2, 5, 20)
     p.requires_grad_()
-    quarter = dataclasses.replace(form, factor=0.25)
+    quarter = dataclasses.replace(form, factor=0.25, cosine=form.cosine / 4)
     for reduction in ("mean", "none"):
-        loss = multiview_loss(p, z, form, reduction=reduction, backend=backend)  # type: ignore[arg-type]
-        scaled = multiview_loss(p, z, quarter, reduction=reduction, backend=backend)  # type: ignore[arg-type]
+        loss = multiview_loss(p, z, form, reduction=reduction, backend=backend)
+        scaled = multiview_loss(p, z, quarter, reduction=reduction, backend=backend)
         torch.testing.assert_close(scaled, loss / 4, rtol=1e-14, atol=1e-14)
         expected, gradient = (torch.autograd.grad(x.sum(), p)[0] for x in (loss / 4, scaled))
         torch.testing.assert_close(gradient, expected, rtol=1e-13, atol=1e-14)
@@ -162,7 +166,8 @@ def test_the_mean_is_the_mean(backend: str, form: LossForm) -> None:
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
 )
 def test_incoming_gradients_of_every_kind(backend: str, dtype: torch.dtype) -> None:
-    """1, another number, one a sample, strided, expanded and zero: each the gradient for 1 times the factor."""
+    """1, another number, one a sample, strided, expanded and zero: each the gradient for 1 times
+    the factor."""
     p, z = (x.to(dtype) for x in draw(POWER_SPHERICAL, 2, 2, 6, 17))
     p.requires_grad_()
     real = torch.float64 if dtype == torch.float64 else torch.float32
@@ -206,7 +211,8 @@ def test_a_small_gradient_survives_float16(backend: str) -> None:
 
 @fused
 def test_backward_uses_the_gradient_up_and_computes_it_anew(backend: str) -> None:
-    """retain_graph, accumulation, and the same loss twice in one graph; without retain_graph torch's own error."""
+    """retain_graph, accumulation, and the same loss twice in one graph; without retain_graph
+    torch's own error."""
     p, z = draw(POWER_SPHERICAL, 2, 2, 3, 8)
     p.requires_grad_()
     loss = power_spherical_loss(p, z, backend=backend)
@@ -243,7 +249,7 @@ def test_the_gradient_is_freed_with_the_graph_and_not_kept_without_one(backend: 
     p.requires_grad_()
     loss = power_spherical_loss(p, z, backend=backend)
     assert loss.grad_fn is not None
-    kept = weakref.ref(loss.grad_fn.kept[0])  # type: ignore[attr-defined]
+    kept = weakref.ref(loss.grad_fn.kept[0])
     assert kept() is not None
     del loss
     gc.collect()
@@ -255,7 +261,8 @@ def test_the_gradient_is_freed_with_the_graph_and_not_kept_without_one(backend: 
 @fused
 @pytest.mark.parametrize("path", ["function", "operator"])
 def test_differentiating_twice_is_an_error(backend: str, path: str) -> None:
-    """create_graph gives the first gradient; its derivative, by any input and the incoming gradient, says what to do."""
+    """create_graph gives the first gradient; its derivative, by any input and the incoming
+    gradient, says what to do."""
     p, z = draw(COSINE, 2, 2, 3, 8)
     p.requires_grad_()
     kappa = torch.rand(2, 3, dtype=p.dtype).requires_grad_()
@@ -294,7 +301,8 @@ def test_hooks_may_change_gradients_in_place(backend: str) -> None:
 
 @every
 def test_targets_of_a_frozen_teacher(backend: str) -> None:
-    """Made under inference_mode they cannot be saved for backward; first and second backward do without."""
+    """Made under inference_mode they cannot be saved for backward; first and second backward do
+    without."""
     p, z = draw(POWER_SPHERICAL, 2, 2, 3, 8)
     p.requires_grad_()
     expected = torch.autograd.grad(power_spherical_loss(p, z, backend=backend), p)[0]
@@ -363,8 +371,8 @@ def test_modules_keep_their_options(backend: str) -> None:
         "loss_scale": 0.1,
     }
     options |= {"concentration_link": "quadratic", "concentration_gain": 0.5, "cosine_weight": 2.0}
-    module = PowerSphericalLoss(backend=backend, **options)  # type: ignore[arg-type]
-    assert torch.equal(module(p, z), power_spherical_loss(p, z, backend=backend, **options))  # type: ignore[arg-type]
+    module = PowerSphericalLoss(backend=backend, **options)
+    assert torch.equal(module(p, z), power_spherical_loss(p, z, backend=backend, **options))
     assert repr(module) == (
         f"PowerSphericalLoss(reduction='none', backend='{backend}', concentration_scale=4.0, "
         "concentration_min=0.5, concentration_link='quadratic', concentration_gain=0.5, cosine_weight=2.0, loss_scale=0.1)"
@@ -387,8 +395,8 @@ def test_the_cosine_stands_beside_a_given_concentration(backend: str) -> None:
     p, z = draw(POWER_SPHERICAL, 3, 2, 5, 17)
     loc, kappa = p[..., :17].requires_grad_(), p[..., 17].abs()
     options = {"concentration": kappa, "loss_scale": 0.25, "backend": backend}
-    found = power_spherical_loss(loc, z, cosine_weight=3.0, **options)  # type: ignore[arg-type]
-    expected = power_spherical_loss(loc, z, **options) + 3 * cosine_loss(loc, z, backend="eager")  # type: ignore[arg-type]
+    found = power_spherical_loss(loc, z, cosine_weight=3.0, **options)
+    expected = power_spherical_loss(loc, z, **options) + 3 * cosine_loss(loc, z, backend="eager")
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     gradients = [torch.autograd.grad(loss, loc)[0] for loss in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-12)
@@ -398,7 +406,7 @@ def test_the_cosine_stands_beside_a_given_concentration(backend: str) -> None:
     ("make", "message"),
     [
         (lambda: PowerSphericalLoss(backend="fast"), "backend: 'fast' is none of auto, eager"),
-        (lambda: PowerSphericalLoss(reduction="sum"), "reduction: 'sum'"),  # type: ignore[arg-type]
+        (lambda: PowerSphericalLoss(reduction="sum"), "reduction: 'sum'"),
         (
             lambda: PowerSphericalLoss(concentration_scale=0.0),
             "concentration_scale: 0.0 is not a positive number",
@@ -411,7 +419,7 @@ def test_the_cosine_stands_beside_a_given_concentration(backend: str) -> None:
         (
             lambda: PowerSphericalLoss(concentration_link="exp"),
             "concentration_link: 'exp' is none of",
-        ),  # type: ignore[arg-type]
+        ),
         (
             lambda: PowerSphericalLoss(cosine_weight=-1.0),
             "cosine_weight: -1.0 is not a number of at least 0",
@@ -424,11 +432,11 @@ def test_the_cosine_stands_beside_a_given_concentration(backend: str) -> None:
         (
             lambda: CosineLoss(loss_scale=torch.ones(())),
             r"loss_scale: tensor\(1.\) is not a positive number",
-        ),  # type: ignore[arg-type]
+        ),
         (
             lambda: PowerSphericalLoss(concentration_scale="2"),
             "concentration_scale: '2' is not a positive number",
-        ),  # type: ignore[arg-type]
+        ),
         (lambda: CosineLoss(backend="gpu"), "backend: 'gpu'"),
     ],
 )
@@ -488,7 +496,7 @@ def test_wrong_concentrations_are_named(
 ) -> None:
     loc, z = torch.rand(2, 3, 8), torch.rand(2, 3, 8)
     with pytest.raises(error, match=message):
-        power_spherical_loss(loc, z, concentration=concentration, **options)  # type: ignore[arg-type]
+        power_spherical_loss(loc, z, concentration=concentration, **options)
     with pytest.raises(
         InputError, match=r"last dimension 9 must be targets' 8, or that padded to 16 columns"
     ):
@@ -518,30 +526,28 @@ def test_a_package_without_its_extension_says_so(monkeypatch: pytest.MonkeyPatch
 
 
 def test_tickets_set_aside_while_tracing_are_real(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.export runs under modes that make every new tensor fake; a ticket of theirs would break all later launches."""
+    """torch.export runs under modes that make every new tensor fake; a ticket of theirs would break
+    all later launches."""
     made = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(
-        multiview_loss_launch, "_ticket", lambda device: made.append(torch.zeros(3))
-    )
+    monkeypatch.setattr(tickets_module, "new_tickets", lambda device: made.append(torch.zeros(3)))
     with FakeTensorMode():
-        multiview_loss_launch.prepare("cuda", None)
+        tickets_module.reserve_tickets("cuda", None)
     assert [type(x) for x in made] == [Tensor]
-    multiview_loss_launch.prepare("cpu", None)
+    tickets_module.reserve_tickets("cpu", None)
     assert len(made) == 1
 
 
 def test_launches_that_may_overlap_have_tickets_of_their_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One for each stream, one for each captured launch, never two of the same, and zeros when the store is empty."""
+    """One for each stream, one for each captured launch, never two of the same, and zeros when the
+    store is empty."""
     stream = SimpleNamespace(cuda_stream=1, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-    assert multiview_loss_launch._TICKETS >= 10**6, (
-        "the launches that all benchmarks of the loss capture"
-    )
-    monkeypatch.setattr(multiview_loss_launch, "_TICKETS", 4096)
+    assert tickets_module._TICKETS >= 10**6, "the launches that all benchmarks of the loss capture"
+    monkeypatch.setattr(tickets_module, "_TICKETS", 4096)
     tickets = _Tickets(torch.device("cpu"))
     first = tickets.take(False)
     assert tickets.take(False) is first

@@ -20,7 +20,7 @@ from vi_simsiam import self_check_cases
 from vi_simsiam.cli import main
 from vi_simsiam.engine.graph import Captured
 from vi_simsiam.info import facts
-from vi_simsiam.ops import multiview_loss_autograd
+from vi_simsiam.ops import multiview_loss_fused
 from vi_simsiam.ops.backends import extension
 from vi_simsiam.self_check import run_checks
 from vi_simsiam.self_check_cases import OPERATIONS
@@ -86,7 +86,7 @@ def test_a_kernel_that_is_wrong_fails_by_its_name(
     part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By one percent, in one dtype of one form of the loss, and all else passes."""
-    launch = multiview_loss_autograd.launch_loss
+    launch = multiview_loss_fused.launch_loss
 
     def broken(
         p: Any, z: Any, k: Any, loss: Tensor, mean: Any, gradient: Tensor | None, kg: Any, call: Any
@@ -101,7 +101,7 @@ def test_a_kernel_that_is_wrong_fails_by_its_name(
         ):
             off.mul_(1.01)
 
-    monkeypatch.setattr(multiview_loss_autograd, "launch_loss", broken)
+    monkeypatch.setattr(multiview_loss_fused, "launch_loss", broken)
     code, lines = check(capsys)
     found = failed(lines)
     assert code == 1
@@ -181,7 +181,8 @@ class _Idle(StandIn):
 def test_the_captured_step_is_held_to_the_step(
     graph: type[StandIn], fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a stand-in for the graph; the views are waves, since those made on a CPU cannot be captured."""
+    """With a stand-in for the graph; the views are waves, since those made on a CPU cannot be
+    captured."""
     made: list[Captured] = []
 
     def capture(step: Callable[..., Any], *, state: Any, mode: str) -> Captured:

@@ -17,7 +17,7 @@ import torch
 from test_batch_norm_kernels import CAPABILITIES, marked
 from test_triton_kernels import TYPES, Binary, _compile, _NoGPU, compiles, without_gpu
 
-from vi_simsiam.kernels import batch_norm
+from vi_simsiam.kernels import batch_norm, stem_pool_backward
 from vi_simsiam.kernels import stem_pool as kernel
 
 
@@ -31,7 +31,7 @@ def compile_for(
     types |= dict.fromkeys(("weight_ptr", "bias_ptr", "statistics_ptr", "sums_ptr"), "*fp32") | {
         "code_ptr": "*u8"
     }
-    function = kernel.pool_kernel if part == "pool" else kernel.gradient_kernel
+    function = kernel.pool_kernel if part == "pool" else stem_pool_backward.gradient_kernel
     constants: dict[str, Any] = dict(chosen.pool if part == "pool" else chosen.gradient)
     return _compile(function, capability, constants, types)
 
@@ -61,8 +61,8 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[_NoGPU]:
     kernels = (
         kernel.statistics_kernel,
         kernel.pool_kernel,
-        kernel.sums_kernel,
-        kernel.gradient_kernel,
+        stem_pool_backward.sums_kernel,
+        stem_pool_backward.gradient_kernel,
     )
     yield from without_gpu(monkeypatch, kernels)
 
@@ -85,7 +85,7 @@ def _launch(images: int, channels: int, height: int, width: int, dtype: torch.dt
         partials = torch.empty(batch_norm.partial_sums(chosen.sums, channels, groups))
         given = (gradient, x, taken, codes, *parameters[:2], statistics)
         results = (torch.empty_like(x), *parameters[:2], statistics[:2], partials, tickets)
-        kernel.backward(*given, *results, chosen, groups=groups)
+        stem_pool_backward.backward(*given, *results, chosen, groups=groups)
 
 
 @compiles

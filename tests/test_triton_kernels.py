@@ -1,8 +1,9 @@
-"""The Triton kernels: their numbers in the interpreter (or on a GPU), and what they compile to without one.
+"""The Triton kernels: their numbers in the interpreter (or on a GPU), and what they compile to
+without one.
 
-`python tests/test_triton_kernels.py` compiles every shape that the tests know and writes the registers it takes to
-tests/static/triton_registers.json under the installed Triton's version. A version that is not in there is held to the
-absolute limits alone.
+`python tests/test_triton_kernels.py` compiles every shape that the tests know and writes the
+registers it takes to tests/static/triton_registers.json under the installed Triton's version. A
+version that is not in there is held to the absolute limits alone.
 """
 
 from __future__ import annotations
@@ -130,7 +131,8 @@ def compile_for(
     with_grad: bool = True,
     with_mean: bool = True,
 ) -> Binary:
-    """What the launcher would launch there for padded rows (strides divisible by 16); needs no such GPU."""
+    """What the launcher would launch there for padded rows (strides divisible by 16); needs no such
+    GPU."""
     double = dtype == torch.float64
     constants: dict[str, Any] = dict(
         kernel.launch_arguments(
@@ -220,14 +222,16 @@ def _check_binary(binary: Binary, dtype: torch.dtype, form: str = "raw") -> None
     assert binary.registers <= (128 if dtype != torch.float64 else 176)
     rows = binary.count("LDG", "128") - binary.count("LDG", "128", "STRONG")
     assert rows >= 2
-    # The losses are loaded past the L1 cache. Of all others only concentrations are not 16 bytes wide; of the stores
-    # theirs and their gradient's, which zeros pad, the loss, the mean and the ticket.
+    # The losses are loaded past the L1 cache. Of all others only concentrations are not 16 bytes
+    # wide; of the stores theirs and their gradient's, which zeros pad, the loss, the mean and the
+    # ticket.
     assert binary.count("LDG") - binary.count("LDG", "STRONG") - rows <= (form != "cosine")
     assert binary.count("LDG", "128", "STRONG") == 16
     assert binary.count("STG", "128") >= 1
     assert binary.count("STG") - binary.count("STG", "128") <= 3 + (form != "cosine")
     assert binary.count("ATOM") == 1
-    # The ticket is taken after the losses have arrived, and what the L1 cache holds is forgotten then.
+    # The ticket is taken after the losses have arrived, and what the L1 cache holds is forgotten
+    # then.
     order = [name.split(".")[0] for name in binary.instructions]
     assert order.index("MEMBAR") < order.index("ATOMG") < order.index("CCTL")
     if dtype != torch.float64:
@@ -472,7 +476,8 @@ def _launch(
 
 @compiles
 def test_known_launches_take_what_triton_would(no_gpu: _NoGPU) -> None:
-    """Each launch is made three times: for Triton to choose, with its choice known, and with nothing known again."""
+    """Each launch is made three times: for Triton to choose, with its choice known, and with
+    nothing known again."""
     concentration = {"distribution": "power_spherical", "concentration": torch.ones(2, 4)}
     variants: list[dict[str, Any]] = [
         {},

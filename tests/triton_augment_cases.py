@@ -1,7 +1,8 @@
-"""Cases of the kernels that make views, in Triton's interpreter or on a GPU (see `triton_cases.py`).
+"""Cases of the kernels that make views, in Triton's interpreter or on a GPU (see
+`triton_cases.py`).
 
-The reference is the eager one, and for a few views torchvision itself. In the interpreter the views are tiny, and
-bfloat16 is truncated where a GPU rounds.
+The reference is the eager one, and for a few views torchvision itself. In the interpreter the views
+are tiny, and bfloat16 is truncated where a GPU rounds.
 """
 
 from __future__ import annotations

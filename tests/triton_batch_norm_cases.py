@@ -1,4 +1,5 @@
-"""Cases of the fused BatchNorm, in Triton's interpreter or on a GPU: values, gradients and running statistics.
+"""Cases of the fused BatchNorm, in Triton's interpreter or on a GPU: values, gradients and running
+statistics.
 
 Everything is held to separate passes of `torch.nn.functional.batch_norm` in float64.
 """
@@ -166,7 +167,8 @@ def test_bfloat16_is_as_exact_as_torch(add: bool) -> None:
         error, known = (
             (each[name].double() - exact).square().mean().sqrt() for each in (got, torchs)
         )
-        # The interpreter truncates to bfloat16 where a GPU rounds: the root mean square of its errors is twice as large.
+        # The interpreter truncates to bfloat16 where a GPU rounds: the root mean square of its
+        # errors is twice as large.
         assert error <= (2.2 if INTERPRETED else 1.1) * known + 1e-6, name
 
 
@@ -377,7 +379,8 @@ def test_under_compile(add: bool, relu: bool) -> None:
 
 
 def test_gradients_of_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fused passes in float32 are near separate passes in float64, as separate passes in float32 are."""
+    """Fused passes in float32 are near separate passes in float64, as separate passes in float32
+    are."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.manual_seed(0)
     network = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], norm_layer=PerViewBatchNorm2d)

@@ -1,11 +1,12 @@
 """Numerical cases of the Triton kernels, on CPU tensors in Triton's interpreter or on a GPU.
 
-Triton decides at import whether it interprets, so `test_triton_kernels.py` runs this file in a process of its own; its
-name keeps pytest from collecting it anywhere else.
+Triton decides at import whether it interprets, so `test_triton_kernels.py` runs this file in a
+process of its own; its name keeps pytest from collecting it anywhere else.
 
-Rule for errors: over a set of samples, the largest error against 40 digits is at most twice that of the eager
-reference in the same dtype, or 1.5 ulp. Each error is divided by what the rounding of a cosine costs there (`_exact`),
-so that the largest one is not the luck of the worst conditioned sample.
+Rule for errors: over a set of samples, the largest error against 40 digits is at most twice that of
+the eager reference in the same dtype, or 1.5 ulp. Each error is divided by what the rounding of a
+cosine costs there (`_exact`), so that the largest one is not the luck of the worst conditioned
+sample.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 from triton_function_cases import exact_ratio
 
 from vi_simsiam.kernels import multiview_loss as kernel
+from vi_simsiam.kernels.multiview_loss_parts import store_mean
 from vi_simsiam.ops.multiview_loss import LossForm, eager_loss
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -34,7 +36,8 @@ QUADRATIC = LossForm(
 )
 COSINE = LossForm("cosine")
 GIVEN = LossForm("power_spherical")
-"""Predictions of this form hold kappa itself in their last column; the kernel gets it in a tensor of its own."""
+"""Predictions of this form hold kappa itself in their last column; the kernel gets it in a tensor
+of its own."""
 
 # The interpreter evaluates 0/0 in lanes that the kernel discards.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -69,7 +72,8 @@ def _inputs(
 
 
 def _apart(views: Tensor, columns: int, offset: int) -> list[Tensor]:
-    """The views one by one in rows of `columns` columns, the further ones NaN; view i starts i * offset elements late."""
+    """The views one by one in rows of `columns` columns, the further ones NaN; view i starts i *
+    offset elements late."""
     rows = []
     for i, view in enumerate(views):
         memory = torch.full(
@@ -91,10 +95,12 @@ def _launch(
     offset: int = 0,
     weights: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[Tensor, Tensor]:
-    """Loss and gradient, in the compute dtype unless told otherwise, of a launch that is itself checked.
+    """Loss and gradient, in the compute dtype unless told otherwise, of a launch that is itself
+    checked.
 
-    Every output holds NaN before it, the ticket 0 after it; the padding of the gradient is 0, the mean that of the
-    losses. For GIVEN the last column of the gradient is the one with respect to the concentration.
+    Every output holds NaN before it, the ticket 0 after it; the padding of the gradient is 0, the
+    mean that of the losses. For GIVEN the last column of the gradient is the one with respect to
+    the concentration.
     """
     dtype = torch.promote_types(
         torch.promote_types(predictions.dtype, targets.dtype), torch.float32
@@ -154,9 +160,11 @@ def _eager(
 def _exact(
     predictions: Tensor, targets: Tensor, form: LossForm
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Loss and gradient in 40 digits, by the formulas at the head of the kernel, and the size of their terms.
+    """Loss and gradient in 40 digits, by the formulas at the head of the kernel, and the size of
+    their terms.
 
-    The size is the sum of the terms' absolute values plus the change that a change of the cosine by 1 would make.
+    The size is the sum of the terms' absolute values plus the change that a change of the cosine by
+    1 would make.
     """
     dim = targets.shape[-1]
     with mpmath.workdps(40):
@@ -318,7 +326,7 @@ def test_several_samples_to_a_program_change_nothing(
 
 @triton.jit(do_not_specialize=["samples"])
 def _mean_kernel(loss_ptr, mean_ptr, ticket_ptr, samples, WIDTH: tl.constexpr):
-    kernel._store_mean(mean_ptr, ticket_ptr, loss_ptr, samples.to(tl.int64), WIDTH)
+    store_mean(mean_ptr, ticket_ptr, loss_ptr, samples.to(tl.int64), WIDTH)
 
 
 @pytest.mark.parametrize("samples", [1, 300, 512, 513, 1536, 1950])
@@ -434,7 +442,8 @@ def _call(
 
 
 def test_rows_and_views_further_apart_than_int32(tmp_path: Path) -> None:
-    """The third row, and the third view of the gradient, start 2^31 elements on; the file behind them is sparse."""
+    """The third row, and the third view of the gradient, start 2^31 elements on; the file behind
+    them is sparse."""
     stride, dim = 1 << 30, 5
     if INTERPRETED:
         memory = torch.from_file(

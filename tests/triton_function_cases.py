@@ -1,6 +1,7 @@
 """Numerical cases of the Triton kernels' scalar functions, in Triton's interpreter or on a GPU.
 
-Run by `test_triton_kernels.py` in a process of its own, like `triton_cases.py`, whose rule for errors holds here, too.
+Run by `test_triton_kernels.py` in a process of its own, like `triton_cases.py`, whose rule for
+errors holds here, too.
 """
 
 from __future__ import annotations
@@ -170,7 +171,8 @@ def test_log_density_ratio_is_as_accurate_as_the_reference(
         exact = np.array(
             [exact_ratio(k, c, dim) for k, c in zip(kappa.tolist(), cos.tolist(), strict=True)]
         ).T
-        # k c and the normaliser, about k/2 up to k = D and logarithmic from there, are what the value is the sum of.
+        # k c and the normaliser, about k/2 up to k = D and logarithmic from there, are what the
+        # value is the sum of.
         size = abs(exact) + np.stack(
             [np.minimum(kappas, dim) + 1, np.ones(len(kappas)), np.zeros(len(kappas)) + 1e-30]
         )

@@ -1,4 +1,5 @@
-"""Cases of the Triton kernel that scales a gradient, in Triton's interpreter or on a GPU (see `triton_cases.py`)."""
+"""Cases of the Triton kernel that scales a gradient, in Triton's interpreter or on a GPU (see
+`triton_cases.py`)."""
 
 from __future__ import annotations
 
@@ -88,7 +89,8 @@ def test_gradient_of_the_concentration(kind: str) -> None:
 
 @pytest.mark.parametrize("shape", [(), (SAMPLES,)])
 def test_a_factor_of_one_touches_nothing(shape: tuple[int, ...]) -> None:
-    """A NaN that is multiplied loses nothing that a test could see, but a signalling one becomes quiet."""
+    """A NaN that is multiplied loses nothing that a test could see, but a signalling one becomes
+    quiet."""
     gradient = _gradient()
     gradient.view(torch.int32)[..., 7] = 0x7F800001
     before = gradient.view(torch.int32).clone()

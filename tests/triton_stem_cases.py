@@ -1,4 +1,5 @@
-"""Cases of the first convolution over blocks of pixels, in Triton's interpreter or on a GPU (see `triton_cases.py`)."""
+"""Cases of the first convolution over blocks of pixels, in Triton's interpreter or on a GPU (see
+`triton_cases.py`)."""
 
 from __future__ import annotations
 

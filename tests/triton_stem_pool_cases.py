@@ -1,8 +1,10 @@
-"""Cases of the kernels that end a stem, in Triton's interpreter or on a GPU (see `triton_cases.py`).
+"""Cases of the kernels that end a stem, in Triton's interpreter or on a GPU (see
+`triton_cases.py`).
 
-Rule for errors: the largest one against float64 is at most twice that of the eager reference in the same dtype, or what
-rounding may do to the largest value: that of the result, and 32 ulp of float32 for what comes before. Most of these are the
-variance's, of differences to the first row whose squares the interpreter adds up one after the other.
+Rule for errors: the largest one against float64 is at most twice that of the eager reference in the
+same dtype, or what rounding may do to the largest value: that of the result, and 32 ulp of float32
+for what comes before. Most of these are the variance's, of differences to the first row whose
+squares the interpreter adds up one after the other.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class Problem(NamedTuple):
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Several programs even for tiny images: in each direction, and with a last one that is not full."""
+    """Several programs even for tiny images: in each direction, and with a last one that is not
+    full."""
     constants = {"POOL_WARPS": 1, "GRADIENT_WARPS": 1, "POOL_ROWS": 2, "GRADIENT_ROWS": 2}
     for name, value in constants.items():
         monkeypatch.setattr(kernel, name, value)
@@ -58,7 +61,8 @@ def _forget() -> None:
 def _problem(
     shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32, offset: float = 0.5
 ) -> Problem:
-    """Channels of different size and offset, with positive and negative weights; for few of them the ReLU passes all."""
+    """Channels of different size and offset, with positive and negative weights; for few of them
+    the ReLU passes all."""
     generator = torch.Generator().manual_seed(sum(shape))
 
     def random(*sizes: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from vi_simsiam.config import Concentration, Link
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.multiview_loss import LEAST_ROOT, softplus
-from vi_simsiam.ops.multiview_loss_launch import padded_width
+from vi_simsiam.ops.multiview_loss_fused import padded_width
 
 # kappa/(D - 1) at the start, near its optimum for the cosines of an untrained network. From softplus(0) = 0.69 the first
 # steps throw the raw concentration so far down that its gradient is gone for an epoch.

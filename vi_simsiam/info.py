@@ -23,7 +23,8 @@ _PACKAGES = ("torch", "torchvision", "triton", "numpy")
 
 
 def facts() -> dict[str, Any]:
-    """The content of `vi-simsiam info` as plain JSON types; `why` is null for a backend that is available."""
+    """The content of `vi-simsiam info` as plain JSON types; `why` is null for a backend that is
+    available."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backends = {}
     for name in BACKENDS:
@@ -61,21 +62,24 @@ def report(found: dict[str, Any] | None = None) -> str:
         f"device       {device['description']}",
         f"extension    {found['extension']}",
         f"loss         {found['loss']} (backend auto on {device['type']})",
-        *(
-            f"  {name:11}{'available' if each['available'] else 'not available: '}{each['why'] or ''}"
-            for name, each in found["backends"].items()
-        ),
     ]
+    for name, each in found["backends"].items():
+        state = "available" if each["available"] else f"not available: {each['why'] or ''}"
+        lines.append(f"  {name:11}{state}")
     return "\n".join(lines)
 
 
 def describe_device(device: torch.device) -> str:
-    """One line about a device: its name, memory, compute capability and driver, or the CPU's cores and threads."""
+    """One line about a device: its name, memory, compute capability and driver, or the CPU's cores
+    and threads."""
     if device.type != "cuda":
-        return f"cpu ({counted(torch.get_num_threads(), 'thread')}, {torch.backends.cpu.get_cpu_capability()}); no CUDA device found"
+        threads = counted(torch.get_num_threads(), "thread")
+        simd = torch.backends.cpu.get_cpu_capability()
+        return f"cpu ({threads}, {simd}); no CUDA device found"
     properties = torch.cuda.get_device_properties(device)
     capability = f"{properties.major}.{properties.minor}"
-    return f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB, compute capability {capability})"
+    memory = f"{properties.total_memory / 2**30:.0f} GiB"
+    return f"{properties.name} ({memory}, compute capability {capability})"
 
 
 def describe_extension() -> str:

@@ -347,7 +347,7 @@ class VISimSiam(SimSiam):
         elif self.parametrisation == "shuffled" and self.training:
             predictions = tuple(shuffled(x, self.dim) for x in predictions)
         weight = 0.0 if direct is not None or self.frozen else self.cosine_weight
-        form = dataclasses.replace(self.form, factor=loss_scale, cosine=weight / loss_scale)
+        form = dataclasses.replace(self.form, factor=loss_scale, cosine=weight)
         loss = multiview_loss(predictions, output.targets, form, backend=backend)
         return loss if direct is None else direct + loss
 

@@ -1,7 +1,8 @@
-"""BatchNorm for batches of several views, and networks that fuse it with the addition and the ReLU that follow.
+"""BatchNorm for batches of several views, and networks that fuse it with the addition and the ReLU
+that follow.
 
-The modules are torch's and torchvision's, with their parameters, buffers and names. They compute what those compute
-until a `SimSiam` with `fused` set passes views through them in training mode.
+The modules are torch's and torchvision's, with their parameters, buffers and names. They compute
+what those compute until a `SimSiam` with `fused` set passes views through them in training mode.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from vi_simsiam.ops.stem_pool import batch_norm_relu_max_pool
 
 
 class PerView(_BatchNorm):
-    """BatchNorm of a batch that holds several views one after the other, each normalised by its own statistics.
+    """BatchNorm of a batch that holds several views one after the other, each normalised by its own
+    statistics.
 
     Running statistics are updated by each view in turn, as if the views had come one by one.
     """
 
     views = 1
     fused = False
-    """Whether the batch is normalised at once in training mode, without counting it: see `count_batches`."""
+    """Whether the batch is normalised at once in training mode, without counting it: see
+    `count_batches`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The normalised batch."""
@@ -80,7 +83,7 @@ class PerViewBatchNorm2d(PerView, nn.BatchNorm2d):
 
 @torch.no_grad()
 def count_batches(norms: Iterable[PerView], views: int) -> None:
-    """Count a batch of `views` views for norms in training mode, by one operation for all of them."""
+    """Count a batch of `views` views in all norms that are in training mode, by one operation."""
     counters = [
         norm.num_batches_tracked
         for norm in norms
@@ -155,8 +158,8 @@ def _is_stem_pool(pool: nn.Module) -> bool:
 def make_fusible(network: resnet.ResNet) -> None:
     """Let a torchvision ResNet made of `PerViewBatchNorm2d` layers fuse them.
 
-    Its class and those of its blocks are exchanged, since torchvision's functions take no classes of blocks. Hooks of
-    modules that are fused with others do not run.
+    Its class and those of its blocks are exchanged, since torchvision's functions take no classes
+    of blocks. Hooks of modules that are fused with others do not run.
     """
     exchanged = {
         resnet.ResNet: _ResNet,

@@ -1,4 +1,5 @@
-"""`vi-simsiam info --check`: the checks of what is available here, one after the other, and a line for each."""
+"""`vi-simsiam info --check`: the checks of what is available here, one after the other, and a line
+for each."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ class Finding:
     why: str | None = None
     """The reason why it failed or cannot run."""
     error: float | None = None
-    """Largest error of the result that came closest to its limit, relative to the result's largest value."""
+    """Largest error of the result that came closest to its limit, relative to the result's largest
+    value."""
     allowed: float | None = None
     """The limit of that result."""
     first_call_seconds: float | None = None
@@ -60,11 +62,13 @@ class Finding:
 def run_checks(
     backends: Mapping[str, Mapping[str, Any]], begin: Callable[[str], object] = lambda name: None
 ) -> Iterator[Finding]:
-    """Run each check of the backends that are available. An extension that does not load is a failure.
+    """Run each check of the backends that are available. An extension that does not load is a
+    failure.
 
     Args:
         backends: as in `info.facts`.
-        begin: called with the name of each check before it, which a broken driver may end with the process.
+        begin: called with the name of each check before it, which a broken driver may end with the
+            process.
     """
 
     def perform(name: str, prepare: Callable[[], Case]) -> Finding:
@@ -144,9 +148,11 @@ def _perform(name: str, prepare: Callable[[], Case]) -> Finding:
 
 
 def _error(result: Tensor, exact: Tensor, allowed: float) -> tuple[float, float]:
-    """Largest error relative to the largest value, and what is allowed: rounding to bfloat16 comes on top."""
+    """Largest error relative to the largest value, and what is allowed: rounding to bfloat16 comes
+    on top."""
     error = (result.cpu().double() - exact).abs().max() / exact.abs().max()
-    # A gradient is rounded once, and again with its factor; the interpreter truncates, which takes twice as much.
+    # A gradient is rounded once, and again with its factor; the interpreter truncates, which takes
+    # twice as much.
     rounding = (
         torch.finfo(result.dtype).eps * (1 + interpreting())
         if result.dtype == torch.bfloat16

@@ -1,10 +1,11 @@
 // Enough of CUDA to run the kernels of csrc/ on the CPU, thread by thread, compiled by g++.
 //
-// A CUDA thread is a fiber that runs until it waits for others: at a barrier of its block or in an operation of its
-// warp. Every warp and every lane of it has a rank, drawn at random, and of the ready fibers the first in rank goes on:
-// some warps run as far ahead of others as the barriers let them, so a missing one shows as a wrong number for some
-// seed. Blocks run in random order on two threads of the CPU. A barrier that not all threads reach, or lanes that meet
-// in different operations, end the process with a message.
+// A CUDA thread is a fiber that runs until it waits for others: at a barrier of its block or in an
+// operation of its warp. Every warp and every lane of it has a rank, drawn at random, and of the
+// ready fibers the first in rank goes on: some warps run as far ahead of others as the barriers let
+// them, so a missing one shows as a wrong number for some seed. Blocks run in random order on two
+// threads of the CPU. A barrier that not all threads reach, or lanes that meet in different
+// operations, end the process with a message.
 
 #pragma once
 

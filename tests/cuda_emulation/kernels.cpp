@@ -1,4 +1,5 @@
-// csrc/'s kernels and launchers on the emulation, for ctypes. VI_TYPES chooses one combination of dtypes.
+// csrc/'s kernels and launchers on the emulation, for ctypes. VI_TYPES chooses one combination of
+// dtypes.
 
 #include "multiview_loss.cu"
 #include "scale_gradient.cu"

@@ -1,8 +1,10 @@
-"""Random views from a table: what a row of the table means, the reference in plain PyTorch, and the fused backend.
+"""Random views from a table: what a row of the table means, the reference in plain PyTorch, and the
+fused backend.
 
-A table has one row of 64 bytes for each view of each sample. It says where the crop lies in the bytes of the images and
-what is done with it: crop, resize (bilinear, antialiased), mirror, colour operations, grayscale, blur, normalise. Each
-step is the one of torchvision.transforms.v2.functional on float32 in [0, 1].
+A table has one row of 64 bytes for each view of each sample. It says where the crop lies in the
+bytes of the images and what is done with it: crop, resize (bilinear, antialiased), mirror, colour
+operations, grayscale, blur, normalise. Each step is the one of torchvision.transforms.v2.functional
+on float32 in [0, 1].
 """
 
 from __future__ import annotations
@@ -31,10 +33,12 @@ MIN_SIZE = 8
 AUGMENT_BACKENDS = ("eager", "triton")
 
 _LUMA = (0.2989, 0.587, 0.114)
-# Rows worked on at a time: few enough for a processor's cache, many enough that calls of torch cost little.
+# Rows worked on at a time: few enough for a processor's cache, many enough that calls of torch cost
+# little.
 _CHUNK_FLOATS = 1 << 19
 _SMALL_SIZE = 64
-"""Views up to this size are resized with matrices, which is faster for crops no larger than them."""
+"""Views up to this size are resized with matrices, which is faster for crops no larger than them.
+"""
 _LEAST_TAP = 1e-12
 """Of a blur. Subnormal numbers, which narrow ones end in, make a processor ten times slower."""
 
@@ -53,7 +57,8 @@ class Column(IntEnum):
     FLIP = 5
     """1: mirrored left-right after resizing."""
     ORDER = 6
-    """`ColourOperation`s in the order they are applied, 4 bits each, lowest bits first; 0 is none."""
+    """`ColourOperation`s in the order they are applied, 4 bits each, lowest bits first; 0 is none.
+    """
     GRAY = 7
     """1: grayscale after the colour operations."""
     BRIGHTNESS = 8
@@ -95,10 +100,13 @@ def augment(
 
     Args:
         pixels: (bytes,) uint8, the RGB pixels of the images.
-        table: (V, B, 16) int32 on the same device, see `Column`. Its values are trusted, see `check_table`.
+        table: (V, B, 16) int32 on the same device, see `Column`. Its values are trusted, see
+            `check_table`.
         size: side of the views in pixels, at least 8.
-        dtype: of the views, float32 or bfloat16; everything is computed in float32 and rounded once.
-        backend: "eager", "triton" (one fused kernel), or "auto": triton for CUDA tensors where it runs.
+        dtype: of the views, float32 or bfloat16; everything is computed in float32 and rounded
+            once.
+        backend: "eager", "triton" (one fused kernel), or "auto": triton for CUDA tensors where it
+            runs.
 
     Returns:
         (V, B, 3, size, size), normalised; every view is contiguous in `torch.channels_last`.
@@ -146,7 +154,8 @@ def check_table(table: Tensor | NDArray[np.int32], nbytes: int) -> None:
     """Check the values of a table in the host's memory against `nbytes` bytes of pixels.
 
     Raises:
-        InputError: a crop that does not lie in the pixels, or a parameter that has no meaning; names the row.
+        InputError: a crop that does not lie in the pixels, or a parameter that has no meaning;
+            names the row.
     """
     array = table.numpy() if isinstance(table, Tensor) else table
     rows = np.ascontiguousarray(array).reshape(-1, TABLE_COLUMNS)
@@ -306,7 +315,8 @@ def _apply(
     function: Callable[[Tensor, Tensor], Tensor],
     parameters: Tensor,
 ) -> None:
-    """Replace the chosen rows of `x` by `function` of (these rows, which it may change, and their parameters)."""
+    """Replace the chosen rows of `x` by `function` of (these rows, which it may change, and their
+    parameters)."""
     if chosen.all():
         x.copy_(function(x, parameters))
     elif chosen.any():
@@ -338,8 +348,9 @@ def _adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
 def _adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     """Shift the hue, in turns.
 
-    With hue h in sixths of a turn, from 0 to 6, value v and chroma c = max - min, an HSV colour is v - c w with
-    w = 2 - |h - 3| for red, |h - 2| - 1 for green and |h - 4| - 1 for blue, clamped to [0, 1].
+    With hue h in sixths of a turn, from 0 to 6, value v and chroma c = max - min, an HSV colour is
+    v - c w with w = 2 - |h - 3| for red, |h - 2| - 1 for green and |h - 4| - 1 for blue, clamped to
+    [0, 1].
     """
     red, green, blue = x.unbind(1)
     value = torch.maximum(red, green).maximum(blue)
@@ -363,12 +374,14 @@ def _adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of (n, 3, s, s) with sigma (n,): multiplied by a matrix from each side, which beats a convolution."""
+    """Gaussian blur of (n, 3, s, s) with sigma (n,): multiplied by a matrix from each side, which
+    beats a convolution."""
     size, reach = x.shape[-1], BLUR_TAPS // 2
     offsets = torch.arange(-reach, reach + 1, device=x.device)
     taps = torch.softmax(-(offsets / sigma[:, None]).square() / 2, dim=1)
     taps.masked_fill_(taps < _LEAST_TAP, 0)
-    # Entry (i, j) says how much pixel j gives to pixel i; pixels beyond the border are reflected at it.
+    # Entry (i, j) says how much pixel j gives to pixel i; pixels beyond the border are reflected at
+    # it.
     source = torch.arange(size, device=x.device)[:, None] + offsets
     source = (size - 1 - (size - 1 - source.abs()).abs()).expand(len(x), -1, -1)
     matrix = x.new_zeros((len(x), size, size))

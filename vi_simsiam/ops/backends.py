@@ -45,13 +45,14 @@ def choose_backend(name: str, device_type: str) -> str:
 
 
 def check_backend_name(name: str) -> None:
-    """Raises InputError for what is neither "auto" nor one of `BACKENDS`, whether it can run here or not."""
+    """Raises InputError for what is neither "auto" nor one of `BACKENDS`, whether it can run here
+    or not."""
     if name != "auto" and name not in BACKENDS:
         raise none_of("backend", name, ("auto", *BACKENDS))
 
 
 def why_unavailable(name: str, device_type: str) -> str | None:
-    """The reason why backend `name` cannot run on tensors of `device_type`, or None where it can."""
+    """The reason why backend `name` cannot run on tensors of `device_type`, or None if it can."""
     return _CHECKS[name](device_type)
 
 
@@ -76,7 +77,10 @@ def extension() -> ModuleType | None:
 def extension_problem() -> str:
     """Why `extension` is None: it was not built, or it is there and does not load."""
     if importlib.util.find_spec("vi_simsiam._C") is None:
-        return "the C++ extension was not built (a C++ compiler and Python's headers at installation add it)"
+        return (
+            "the C++ extension was not built "
+            "(a C++ compiler and Python's headers at installation add it)"
+        )
     try:
         importlib.import_module("vi_simsiam._C")
     except ImportError as error:
@@ -86,7 +90,8 @@ def extension_problem() -> str:
 
 @functools.cache
 def _triton_problem() -> str | None:
-    """Why Triton cannot launch kernels on the GPU: it compiles its launcher and needs a C compiler for that."""
+    """Why Triton cannot launch kernels on the GPU: it compiles its launcher and needs a C compiler
+    for that."""
     try:
         from triton.runtime import driver
 
@@ -128,7 +133,8 @@ def _check_cuda(device_type: str) -> str | None:
 
 @functools.cache
 def _cuda_problem(device: int) -> str | None:
-    """Why the extension's kernels cannot run on a GPU: built for other architectures, or by a newer toolkit than its driver."""
+    """Why the extension's kernels cannot run on a GPU: built for other architectures, or by a newer
+    toolkit than its driver."""
     with torch.cuda.device(device):
         problem: str | None = extension().cuda_problem()  # type: ignore[union-attr]
     return problem
