@@ -14,15 +14,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip(
-    "triton",
-    reason="Triton is not installed: numbers and machine code of its kernels are not checked",
-)
-
 import torch
 import triton
-from test_triton_kernels import TYPES, Binary, _compile, _NoGPU, _run_cases, compiles, without_gpu
+from triton_tools import (
+    CAPABILITIES,
+    TYPES,
+    Binary,
+    NoGPU,
+    compile_kernel,
+    compiles,
+    marked,
+    run_cases,
+    without_gpu,
+)
 
 from vi_simsiam.kernels import augment as kernel
 from vi_simsiam.kernels import blur, colour, launch
@@ -34,29 +38,20 @@ NAMES = ("resize", "colour", "blur_rows", "blur_columns")
 
 
 def test_numbers_in_the_interpreter() -> None:
-    _run_cases(True, CASES)
+    run_cases(True, CASES)
 
 
 @pytest.mark.gpu
 def test_numbers_on_the_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip(f"no CUDA device: would have run {CASES} on it")
-    _run_cases(False, CASES)
+    run_cases(False, CASES)
 
 
 def test_the_table_is_the_package_s() -> None:
     column, operation = reference.Column, reference.ColourOperation
-    for name in (
-        "START",
-        "STRIDE",
-        "HEIGHT",
-        "WIDTH",
-        "FLIP",
-        "ORDER",
-        "GRAY",
-        "BRIGHTNESS",
-        "SIGMA",
-    ):
+    names = ("START", "STRIDE", "HEIGHT", "WIDTH", "FLIP", "ORDER", "GRAY", "BRIGHTNESS", "SIGMA")
+    for name in names:
         assert getattr(kernel, name).value == column[name], name
     for name in ("BRIGHTNESS", "CONTRAST", "SATURATION", "HUE"):
         assert getattr(colour, name).value == operation[name], name
@@ -82,13 +77,13 @@ def compile_for(capability: int, dtype: torch.dtype, name: str, size: int) -> Bi
     function, _, constants = kernel.launches(size)[NAMES.index(name)]
     types = dict.fromkeys(("scratch_ptr", "sums_ptr"), "*fp32")
     types |= {"pixels_ptr": "*u8", "table_ptr": "*i32", "out_ptr": f"*{TYPES[dtype]}"}
-    return _compile(function, capability, constants, types)
+    return compile_kernel(function, capability, constants, types)
 
 
 SHAPES = [
     shape
     for shape in itertools.product(
-        (80, 90, 100, 120), (torch.float32, torch.bfloat16), NAMES, (32, 64, 96, 128, 224)
+        CAPABILITIES, (torch.float32, torch.bfloat16), NAMES, (32, 64, 96, 128, 224)
     )
     # The others know nothing of the output's dtype.
     if shape[1] == torch.float32 or shape[2] in ("colour", "blur_columns")
@@ -110,15 +105,12 @@ def _name(capability: int, dtype: torch.dtype, name: str, size: int) -> str:
 @compiles
 @pytest.mark.parametrize(
     "shape",
-    [
-        pytest.param(x, id=_name(*x), marks=[] if x in EVERY_DAY else [pytest.mark.soak])
-        for x in SHAPES
-    ],
+    [marked(x, every_day=x in EVERY_DAY, name=_name(*x)) for x in SHAPES],
 )
 def test_machine_code(shape: tuple[int, torch.dtype, str, int]) -> None:
     _, dtype, name, _ = shape
     binary = compile_for(*shape)
-    assert binary.stack == binary.count("LDL") == binary.count("STL") == 0  # no spills
+    assert binary.spills == 0
     # Registers of a multiprocessor: 16 programs of one warp, eight of four.
     assert binary.registers <= (128 if name == "resize" else 64)
     loads, wide_loads = binary.count("LDG"), binary.count("LDG", "128")
@@ -148,12 +140,12 @@ def test_machine_code(shape: tuple[int, torch.dtype, str, int]) -> None:
 
 
 @pytest.fixture
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[_NoGPU]:
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[NoGPU]:
     yield from without_gpu(monkeypatch, [each for each, _, _ in kernel.launches(8)])
 
 
 @compiles
-def test_known_launches_take_what_triton_would(no_gpu: _NoGPU) -> None:
+def test_known_launches_take_what_triton_would(no_gpu: NoGPU) -> None:
     """With odd sizes the sums lie at an address that the number of views decides."""
 
     def augment(size: int, views: int, dtype: torch.dtype = torch.float32, shift: int = 0) -> None:

@@ -79,12 +79,9 @@ def run_tests(*arguments: str, wrapper: tuple[str, ...] = (), **variables: str) 
 
 
 def test_the_losses_on_cuda_tensors() -> None:
-    """tests/test_multiview_loss.py, test_multiview_loss_autograd.py and
-    test_multiview_loss_compile.py: golden values, gradcheck, hypothesis, opcheck, compile."""
+    """Golden values, gradcheck, hypothesis, opcheck, compile."""
     run_tests(
-        "tests/test_multiview_loss.py",
-        "tests/test_multiview_loss_autograd.py",
-        "tests/test_multiview_loss_compile.py",
+        *(f"tests/test_multiview_loss{x}.py" for x in ("", "_autograd", "_compile", "_modules"))
     )
 
 

@@ -7,7 +7,6 @@ are tiny, and bfloat16 is truncated where a GPU rounds.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,13 +17,12 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
+from triton_tools import DEVICE, INTERPRETED
 
 from vi_simsiam.kernels import augment as kernel
 from vi_simsiam.kernels.augment import crop_start
 from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, check_table, eager_augment
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 GUARD = 64
 IMAGES = (2, 13, 19) if INTERPRETED else (4, 375, 500)
 """How many, their height and their width."""

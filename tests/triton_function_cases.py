@@ -7,7 +7,6 @@ errors holds here, too.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton_tools import DEVICE
 
 from vi_simsiam.kernels.power_spherical import (
     exp_nonpositive,
@@ -29,7 +29,6 @@ from vi_simsiam.kernels.power_spherical import (
 from vi_simsiam.ops import power_spherical as eager
 
 Number = float | mpmath.mpf
-DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 GOLDEN = Path(__file__).parent / "golden" / "power_spherical.json"
 
 # The interpreter evaluates 0/0 in lanes that the kernel discards.

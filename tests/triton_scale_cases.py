@@ -3,17 +3,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
+from triton_tools import DEVICE
 
 from vi_simsiam.kernels import scale_gradient as kernel
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 VIEWS, SAMPLES, WIDTH = 3, 21, 300
 
 

@@ -9,7 +9,6 @@ squares the interpreter adds up one after the other.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from triton_tools import DEVICE, INTERPRETED
 
 from vi_simsiam.errors import BackendUnavailableError, InputError
 from vi_simsiam.kernels import batch_norm
@@ -24,8 +24,6 @@ from vi_simsiam.kernels import stem_pool as kernel
 from vi_simsiam.ops import stem_pool as operation
 from vi_simsiam.ops.stem_pool import batch_norm_relu_max_pool
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 NAMES = ("y", "x", "weight", "bias", "running_mean", "running_var")
 
 
