@@ -1,8 +1,8 @@
 // Threads that help with one piece of work at a time and sleep in between.
 //
-// They outlive a call: to start a thread takes longer than to wake one. Nobody waits for a helper
-// that has not begun, as one may not for 50 us where its core was asleep, so that a call is never
-// slower for having asked. They run on the cores that the thread of the first call may use.
+// They outlive a call, since starting a thread takes longer than waking one. The caller never
+// waits for a helper that has not started; waking a sleeping core can take 50 us. They run on the
+// cores that the thread of the first call may use.
 
 #pragma once
 

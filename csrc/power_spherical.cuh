@@ -4,7 +4,7 @@
 // With b = (D-1)/2, c = mu.z, k = kappa, n the upward shift of the gamma arguments (0 for large D),
 // and
 //     p = 2b + n,  q = b + n,  s' = p + k,  a' = q + k,
-//     t = (2bc - (n+k)(1-c)) / (2a')                      which equals (1+c) s'/(2a') - 1 and lies in [-1, 1]
+//     t = (2bc - (n+k)(1-c)) / (2a')        equals (1+c) s'/(2a') - 1 and lies in [-1, 1]
 //     L = log1p(t)                                        log((1+c) s'/(2a')) where t < -1/2
 //     S(x) = 1/(12x) - 1/(360x^3) + ...                   Stirling's correction of lgamma
 //     P(x) = psi(x) - log x = -1/(2x) - 1/(12x^2) + 1/(120x^4) - ...
@@ -65,9 +65,10 @@ VI_HOST_DEVICE Real divide(Real x, Real y) {
 template <typename Real>
 VI_HOST_DEVICE Real inverse_norm(Real sum_of_squares) {
 #if defined(__CUDA_ARCH__)
-  if constexpr (sizeof(Real) == 4) {  // one rounding; the difference is NaN for an infinite sum and otherwise 0
-    return sum_of_squares < Real(TINY_SQ) ? Real(0)
-                                          : __frsqrt_rn(sum_of_squares) + (sum_of_squares - sum_of_squares);
+  // One rounding; the difference is NaN for an infinite sum and otherwise 0
+  if constexpr (sizeof(Real) == 4) {
+    const Real inverse = __frsqrt_rn(sum_of_squares) + (sum_of_squares - sum_of_squares);
+    return sum_of_squares < Real(TINY_SQ) ? Real(0) : inverse;
   }
 #endif
   return sum_of_squares < Real(TINY_SQ) ? Real(0) : std::sqrt(sum_of_squares) / sum_of_squares;
@@ -92,7 +93,9 @@ struct Concentration {
   bool at_bound;  // the gradient counts only where a step along it raises kappa
 
   // dloss/draw of dloss/dkappa.
-  VI_HOST_DEVICE Real by_raw(Real by_kappa) const { return at_bound && by_kappa > Real(0) ? Real(0) : slope * by_kappa; }
+  VI_HOST_DEVICE Real by_raw(Real by_kappa) const {
+    return at_bound && by_kappa > Real(0) ? Real(0) : slope * by_kappa;
+  }
 };
 
 // r + r^2/2 with r = max(x, LEAST_ROOT).
@@ -110,8 +113,10 @@ VI_HOST_DEVICE Concentration<Real> softplus_link(Real x) {
 
 // kappa = scale * link(gain * raw) + minimum.
 template <typename Real>
-VI_HOST_DEVICE Concentration<Real> concentration(Link link, Real raw, Real scale, Real minimum, Real gain) {
-  Concentration<Real> out = link == Link::softplus ? softplus_link(gain * raw) : quadratic_link(gain * raw);
+VI_HOST_DEVICE Concentration<Real> concentration(Link link, Real raw, Real scale, Real minimum,
+                                                 Real gain) {
+  const Real x = gain * raw;
+  Concentration<Real> out = link == Link::softplus ? softplus_link(x) : quadratic_link(x);
   out.kappa = scale * out.kappa + minimum;
   out.slope *= scale * gain;
   return out;
@@ -125,7 +130,8 @@ VI_HOST_DEVICE Real stirling_correction(Real x) {
   if constexpr (sizeof(Real) == 4) {
     sum = Real(1. / 1260);
   } else {
-    sum = Real(-1. / 1680) + y * (Real(1. / 1188) + y * (Real(-691. / 360360) + y * Real(1. / 156)));
+    sum = Real(-1. / 1680) +
+        y * (Real(1. / 1188) + y * (Real(-691. / 360360) + y * Real(1. / 156)));
     sum = Real(1. / 1260) + y * sum;
   }
   return i * (Real(1. / 12) + y * (Real(-1. / 360) + y * sum));
@@ -176,7 +182,8 @@ struct PowerSphericalNormalizer {
     }
     const Real t = (twice_b * cosine - shift_plus_kappa * (Real(1) - cosine)) * inverse_twice_a;
     const Real log_ratio = t >= Real(-0.5) ? std::log1p(t) : std::log(one_plus * half_ratio);
-    return {kappa * log_ratio + value, log_ratio + slope, clamped ? Real(0) : divide(kappa, one_plus)};
+    return {kappa * log_ratio + value, log_ratio + slope,
+            clamped ? Real(0) : divide(kappa, one_plus)};
   }
 };
 
@@ -206,7 +213,9 @@ struct PowerSpherical {
     out.shift_plus_kappa = Real(shift) + kappa;
     out.inverse_twice_a = Real(0.5) * inverse_a;
     out.half_ratio = s * out.inverse_twice_a;
-    out.value = (q - Real(0.5)) * std::log1p(-(kappa * inverse_a) * b_over_p) + b * std::log1p(divide(kappa, p));
+    out.value =
+        (q - Real(0.5)) * std::log1p(-(kappa * inverse_a) * b_over_p) +
+        b * std::log1p(divide(kappa, p));
     out.value += (stirling_correction(s) - stirling_correction(a)) + dimension_term;
     out.slope = digamma_minus_log(s) - digamma_minus_log(a);
     for (int i = 0; i < shift; ++i) {

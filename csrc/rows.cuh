@@ -46,7 +46,8 @@ struct Columns {
   int thread, threads, count;
 
   __device__ __forceinline__ int at(int chunk, int i) const {
-    return WIDE ? (chunk * threads + thread) * COLUMNS + i : (chunk * COLUMNS + i) * threads + thread;
+    return WIDE ? (chunk * threads + thread) * COLUMNS + i
+        : (chunk * COLUMNS + i) * threads + thread;
   }
   __device__ __forceinline__ bool exists(int chunk, int i) const { return at(chunk, i) < count; }
 };
@@ -59,7 +60,8 @@ struct Chunk {
 
   // Columns that do not exist are read as 0.
   template <bool CONSTANT = true, bool WIDE>
-  __device__ __forceinline__ void load(const Element* row, const Columns<COLUMNS, WIDE>& columns, int chunk) {
+  __device__ __forceinline__ void load(const Element* row, const Columns<COLUMNS, WIDE>& columns,
+                                       int chunk) {
     if constexpr (WIDE) {
       const bool exists = columns.exists(chunk, 0);
       const uint4* source = reinterpret_cast<const uint4*>(row + columns.at(chunk, 0));
@@ -77,7 +79,8 @@ struct Chunk {
         const bool exists = columns.exists(chunk, i);
         const int column = columns.at(chunk, i);
         if constexpr (sizeof(Element) == 2) {
-          const uint32_t bits = exists ? read<CONSTANT>(reinterpret_cast<const unsigned short*>(row) + column) : 0;
+          const uint32_t bits = exists
+              ? read<CONSTANT>(reinterpret_cast<const unsigned short*>(row) + column) : 0;
           word[i / 2] = i % 2 == 0 ? bits : word[i / 2] | bits << 16;
         } else if constexpr (sizeof(Element) == 4) {
           word[i] = exists ? read<CONSTANT>(reinterpret_cast<const uint32_t*>(row) + column) : 0;
@@ -133,8 +136,8 @@ __device__ __forceinline__ Element rounded(Real x) {
 }
 
 template <bool WIDE, typename Element, int COLUMNS, typename Real>
-__device__ __forceinline__ void store_chunk(Element* row, const Columns<COLUMNS, WIDE>& columns, int chunk,
-                                            const Real (&x)[COLUMNS]) {
+__device__ __forceinline__ void store_chunk(Element* row, const Columns<COLUMNS, WIDE>& columns,
+                                            int chunk, const Real (&x)[COLUMNS]) {
   if constexpr (WIDE) {
     if (!columns.exists(chunk, 0)) return;
     constexpr int IN_VECTOR = VECTOR_BYTES / int(sizeof(Element));

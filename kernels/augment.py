@@ -77,11 +77,11 @@ from .launch import aligned, launch
 
 _TWO_23_BITS = tl.constexpr(0x4B000000)
 _TILE_ROWS, _TILE_COLUMNS, _ROWS_AT_ONCE = 8, 32, 4
-"""Of a program of `resize`: output rows, output columns (one a lane) and source rows."""
+"""A program of `resize`: output rows, output columns (one a lane) and source rows."""
 _MOST_REGISTERS = 128
-"""Of a thread of `resize`, so that 16 of its warps share a multiprocessor."""
+"""Registers of a thread of `resize`, so that 16 of its warps share a multiprocessor."""
 _PIXELS = 512
-"""Of a program of the other kernels, four a thread."""
+"""Pixels of a program of the other kernels, four a thread."""
 
 
 def workspace_bytes(rows: int, size: int) -> int:

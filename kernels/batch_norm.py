@@ -68,7 +68,7 @@ _FINAL_LOADS = 8
 
 
 class Plan(NamedTuple):
-    """How many programs there are and what they take."""
+    """Numbers of programs, and their compile-time arguments."""
 
     single: bool
     strips: int

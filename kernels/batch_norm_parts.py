@@ -36,13 +36,11 @@ def column_of(
 
 @triton.jit
 def is_last(ticket_ptr: tl.tensor) -> tl.tensor:
-    """Whether this program is the last of its strip, once its stores have arrived. The last one
-    resets the ticket."""
+    """True in the last program of a strip, once its stores have arrived; it resets the ticket."""
     tl.debug_barrier()
     ticket = ticket_ptr + tl.program_id(1)
     last = tl.num_programs(0) * tl.num_programs(2) - 1
-    # What a program has stored is visible before its ticket is; after the last ticket no load sees
-    # an old copy.
+    # Stores of a program are visible before its ticket; loads after the last ticket are fresh.
     taken = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
     if taken == last:
         tl.store(ticket, 0)

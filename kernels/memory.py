@@ -8,8 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def load(elements: tl.tensor, used: tl.tensor, FULL: tl.constexpr) -> tl.tensor:
-    """The elements, 0 for those that exist only as padding. FULL says that there is none, and saves
-    the mask."""
+    """The elements, 0 where they are padding. FULL: there is none, and no mask is needed."""
     if FULL:
         return tl.load(elements)
     else:

@@ -72,9 +72,9 @@ some itself, and of the views alone where the targets are streamed."""
 _WARPS, _MOST_WARPS = 8, 16
 """Warps of a program: two of 8 share a multiprocessor, one of 16 is taken for long rows."""
 _MOST_REGISTERS = 128
-"""Of a thread, so that 16 warps share a multiprocessor. The assembler would take up to 157."""
+"""Registers of a thread, so that 16 warps share a multiprocessor; unlimited it takes up to 157."""
 _MOST_WARPS_IN_ALL = 1 << 14
-"""Of all programs together: eight times the 16 of each of 128 multiprocessors."""
+"""Warps of all programs together: eight times the 16 of each of 128 multiprocessors."""
 _BYTES_PER_WARP = 32 * 16
 _MOST_PAIRS = 32
 """Sums that a thread carries beside its data: pairs of a block of views with the targets."""

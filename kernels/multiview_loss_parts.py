@@ -17,10 +17,8 @@ def store_mean(
     samples: tl.tensor,
     WIDTH: tl.constexpr,
 ) -> None:
-    """The mean of the losses, by the program that comes here last; the order of the sum depends on
-    nothing else."""
-    # What a program has stored is visible before its ticket is; after the last ticket no load sees
-    # an old copy.
+    """The mean of the losses, by the last program to arrive and in a fixed order."""
+    # Stores of a program are visible before its ticket; loads after the last ticket are fresh.
     tl.debug_barrier()
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
         # A thread has all of its 16 loads under way before it adds them.

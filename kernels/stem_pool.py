@@ -62,7 +62,7 @@ LAST_FIRST = True  # the images of a group
 
 
 class Plan(NamedTuple):
-    """How many programs there are and what they take."""
+    """Numbers of programs, and their compile-time arguments."""
 
     statistics: batch_norm.Plan
     sums: batch_norm.Plan

@@ -19,47 +19,43 @@ CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
+Fields = list[tuple[str, Any]]
+
+
+def _fields(kind: Any, names: str) -> Fields:
+    return [(name, kind) for name in names.split()]
+
+
 class LossProblem(ctypes.Structure):
     """MultiviewProblem of csrc/multiview_loss.h."""
 
-    _fields_ = [
-        ("form", ctypes.c_int),
-        ("link", ctypes.c_int),
-        *((name, ctypes.c_int64) for name in ("views", "target_views", "batch", "dim", "width")),
-        ("predictions", ctypes.c_void_p * 16),
-        ("targets", ctypes.c_void_p * 16),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("concentration", "loss", "mean", "gradient", "concentration_gradient")
-        ),
-        *(
-            (name, ctypes.c_int64)
-            for name in (
-                "prediction_stride",
-                "target_stride",
-                "gradient_view_stride",
-                "gradient_stride",
-            )
-        ),
-        *(
-            (name, ctypes.c_double)
-            for name in ("scale", "minimum", "gain", "cosine", "weight", "gradient_weight")
-        ),
-    ]
+    _fields_ = (
+        _fields(ctypes.c_int, "form link")
+        + _fields(ctypes.c_int64, "views target_views batch dim width")
+        + _fields(ctypes.c_void_p * 16, "predictions targets")
+        + _fields(ctypes.c_void_p, "concentration loss mean gradient concentration_gradient")
+        + _fields(ctypes.c_int64, "prediction_stride target_stride")
+        + _fields(ctypes.c_int64, "gradient_view_stride gradient_stride")
+        + _fields(ctypes.c_double, "scale minimum gain cosine weight gradient_weight")
+    )
 
 
 class ScaleProblem(ctypes.Structure):
     """ScaledGradient of csrc/multiview_loss.h."""
 
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("views", "batch", "width")),
-        ("gradient", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("gradient_view_stride", "gradient_stride")),
-        ("out", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("out_view_stride", "out_stride")),
-        *((name, ctypes.c_void_p) for name in ("concentration_gradient", "factor")),
-        ("factor_stride", ctypes.c_int64),
-    ]
+    _fields_ = (
+        _fields(ctypes.c_int64, "views batch width")
+        + _fields(ctypes.c_void_p, "gradient")
+        + _fields(ctypes.c_int64, "gradient_view_stride gradient_stride")
+        + _fields(ctypes.c_void_p, "out")
+        + _fields(ctypes.c_int64, "out_view_stride out_stride")
+        + _fields(ctypes.c_void_p, "concentration_gradient factor")
+        + _fields(ctypes.c_int64, "factor_stride")
+    )
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
 
 
 def rows(count: int, width: int, stride: int, offset: int, dtype: torch.dtype) -> Tensor:
@@ -148,20 +144,27 @@ class Case:
             "between": gradient[..., self.width :],
             "concentration_gradient": torch.full((self.views, self.batch), nan, dtype=self.real),
         }
+        wants, given = self.wants_gradient, self.concentration
+        by_given = out["concentration_gradient"] if wants and given is not None else None
         problem = LossProblem(
-            FORMS.index(self.form), get_args(Link).index(self.link), self.views, self.targets, self.batch, self.dim, self.width,
-            concentration=None if self.concentration is None else self.concentration.data_ptr(),
-            loss=out["loss"].data_ptr(),
-            mean=out["mean"].data_ptr() if self.mean else None,
-            gradient=gradient.data_ptr() if self.wants_gradient else None,
-            concentration_gradient=(
-                out["concentration_gradient"].data_ptr() if self.wants_gradient and self.form == "given" else None
-            ),
-            prediction_stride=self.predictions[0].stride(0), target_stride=self.targets_[0].stride(0),
-            gradient_view_stride=gradient.stride(0), gradient_stride=gradient.stride(1),
-            scale=self.scale, minimum=self.minimum, gain=self.gain, cosine=self.cosine, weight=self.weight,
+            *(FORMS.index(self.form), get_args(Link).index(self.link), self.views, self.targets),
+            *(self.batch, self.dim, self.width),
+            concentration=_address(given),
+            loss=_address(out["loss"]),
+            mean=_address(out["mean"] if self.mean else None),
+            gradient=_address(gradient if wants else None),
+            concentration_gradient=_address(by_given),
+            prediction_stride=self.predictions[0].stride(0),
+            target_stride=self.targets_[0].stride(0),
+            gradient_view_stride=gradient.stride(0),
+            gradient_stride=gradient.stride(1),
+            scale=self.scale,
+            minimum=self.minimum,
+            gain=self.gain,
+            cosine=self.cosine,
+            weight=self.weight,
             gradient_weight=self.weight / 7,
-        )  # fmt: skip
+        )
         for field_name, tensors in (("predictions", self.predictions), ("targets", self.targets_)):
             for i, tensor in enumerate(tensors):
                 getattr(problem, field_name)[i] = tensor.data_ptr()
@@ -251,11 +254,17 @@ class Scaling:
             out = rows(self.views * self.batch, self.width, self.stride, 0, self.out_dtype)
         scaled = concentration.clone()
         problem = ScaleProblem(
-            self.views, self.batch, self.width,
-            gradient=gradient.data_ptr(), gradient_view_stride=self.batch * self.stride, gradient_stride=self.stride,
-            out=out.data_ptr(), out_view_stride=self.batch * self.stride, out_stride=self.stride,
-            concentration_gradient=scaled.data_ptr(), factor=factor.data_ptr(), factor_stride=0 if self.expanded else 2,
-        )  # fmt: skip
+            *(self.views, self.batch, self.width),
+            gradient=_address(gradient),
+            gradient_view_stride=self.batch * self.stride,
+            gradient_stride=self.stride,
+            out=_address(out),
+            out_view_stride=self.batch * self.stride,
+            out_stride=self.stride,
+            concentration_gradient=_address(scaled),
+            factor=_address(factor),
+            factor_stride=0 if self.expanded else 2,
+        )
         error = kernels.scale(ctypes.byref(problem), CODES[self.dtype], CODES[out.dtype])
         assert error is None
         factors = factor.expand(self.batch) if self.expanded else factor[::2]

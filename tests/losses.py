@@ -1,5 +1,4 @@
-"""What the tests of the losses share: random views, the textbook formula, and which backends run on
-which device.
+"""Shared by the tests of the losses: random views, the textbook formula, backends of a device.
 
 The tests run on the CPU; with VI_SIMSIAM_TEST_DEVICE=cuda the same ones hold the backends of a GPU
 (test_gpu.py does so).

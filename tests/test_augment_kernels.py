@@ -73,7 +73,7 @@ def test_workspace_holds_the_scratch_and_the_sums() -> None:
 
 
 def compile_for(capability: int, dtype: torch.dtype, name: str, size: int) -> Binary:
-    """What the launcher would launch there; needs no such GPU."""
+    """The machine code of the launcher there, without such a GPU."""
     function, _, constants = kernel.launches(size)[NAMES.index(name)]
     types = dict.fromkeys(("scratch_ptr", "sums_ptr"), "*fp32")
     types |= {"pixels_ptr": "*u8", "table_ptr": "*i32", "out_ptr": f"*{TYPES[dtype]}"}
@@ -85,7 +85,7 @@ SHAPES = [
     for shape in itertools.product(
         CAPABILITIES, (torch.float32, torch.bfloat16), NAMES, (32, 64, 96, 128, 224)
     )
-    # The others know nothing of the output's dtype.
+    # The others do not depend on the output's dtype.
     if shape[1] == torch.float32 or shape[2] in ("colour", "blur_columns")
 ]
 EVERY_DAY = {

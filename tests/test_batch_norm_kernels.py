@@ -23,8 +23,7 @@ def compile_for(
     residual: bool = False,
     relu: bool = True,
 ) -> Binary:
-    """What the launcher would launch there for two groups of aligned rows, and its compile-time
-    arguments."""
+    """The machine code of the launcher there, for two groups of aligned rows; checks registers."""
     is_forward = part in ("statistics", "normalise", "single")
     tensors = 1 if is_forward else 2 + residual
     chosen = kernel.plan(rows, channels, 2, dtype.itemsize, tensors, 132)

@@ -79,7 +79,8 @@ def test_the_compiler_itself(
     """The losses of a network that is compiled to C++, forward and backward, are those of the
     network as it is."""
     small = (
-        f"train --data {image_folder} --size 16 --epochs 1 --batch-size 8 --dim 16 --projector-hidden 16 "
+        f"train --data {image_folder} --size 16 --epochs 1 --batch-size 8 --dim 16 "
+        "--projector-hidden 16 "
         "--predictor-hidden 16 --device cpu --workers 0 --log-every 1 --quiet --lr 0.0001"
     )
     if "FROZEN" in options:

@@ -35,7 +35,8 @@ def _tensors_on_the_cpu() -> Iterator[None]:
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
         pytest.skip(
-            "the emulation needs Linux on x86-64 or 64-bit Arm: the CUDA kernels' numbers are not checked"
+            "the emulation needs Linux on x86-64 or 64-bit Arm: "
+            "the CUDA kernels' numbers are not checked"
         )
     compiler = shutil.which("g++")
     version = subprocess.run(
@@ -234,7 +235,7 @@ def test_no_order_of_threads_and_blocks_changes_a_bit(
 
 @pytest.mark.parametrize("multiprocessors", [1, 3, 64])
 def test_any_grid_gives_the_same_samples(kernels: Any, multiprocessors: int) -> None:
-    """Few blocks that take many samples, teams that share a block, and one block for each sample."""
+    """Few blocks that take many samples, teams that share a block, and one block per sample."""
     case = Case(2, 2, 50, 32)
     kernels.configure(multiprocessors, 1, 1 << 20, 0, 0)
     got = check(kernels, case)
@@ -335,29 +336,26 @@ def test_scaling_into_float16(kernels: Any) -> None:
             Scaling(out_dtype=F16, stride=stride, factor=[factor]).run(kernels)
 
 
-def test_errors_say_what_to_do(kernels: Any) -> None:
-    case = Case(2, 2, 2, 8)
-    for code, words in (
-        (
-            209,
-            "holds no code for this GPU (compute capability 7.5): it was built for 8.0, 9.0 with CUDA 13.0",
-        ),
-        (
-            222,
-            "driver cannot compile its PTX: built with CUDA 13.0, the driver supports CUDA up to 12.4",
-        ),
-        (
-            35,
-            "driver is too old for the extension: built with CUDA 13.0, the driver supports CUDA up to 12.4",
-        ),
+BUILT, DRIVER = "with CUDA 13.0", "built with CUDA 13.0, the driver supports CUDA up to 12.4"
+UNBUILT = "holds no code for this GPU (compute capability 7.5): it was built for 8.0, 9.0"
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (209, f"{UNBUILT} {BUILT}"),
+        (222, f"driver cannot compile its PTX: {DRIVER}"),
+        (35, f"driver is too old for the extension: {DRIVER}"),
         (719, "cudaErrorLaunchFailure: unspecified launch failure"),
-    ):
-        kernels.configure(2, 2, 1 << 20, 0, code)
-        try:
-            with pytest.raises(RuntimeError, match=re.escape(words)):
-                case.run(kernels)
-        finally:
-            kernels.configure(2, 2, 1 << 20, 0, 0)
+    ],
+)
+def test_errors_give_advice(kernels: Any, code: int, words: str) -> None:
+    kernels.configure(2, 2, 1 << 20, 0, code)
+    try:
+        with pytest.raises(RuntimeError, match=re.escape(words)):
+            Case(2, 2, 2, 8).run(kernels)
+    finally:
+        kernels.configure(2, 2, 1 << 20, 0, 0)
 
 
 def test_one_launch(kernels: Any) -> None:

@@ -1,5 +1,4 @@
-"""What nvcc makes of csrc/: no spills, 16-byte loads and stores, and the registers of every kernel
-as recorded.
+"""Machine code of csrc/: no spills, 16-byte loads and stores, and registers as recorded.
 
 Registers belong to a version of nvcc: tests/static/nvcc_<version>.json holds them, and for a
 version without a file only the limits that hold everywhere are tested. `python
@@ -33,7 +32,7 @@ MOST_REGISTERS = 128
 
 @dataclass(frozen=True)
 class Kernel:
-    """What the assembler says about a kernel."""
+    """Resources and instructions of a kernel, by the disassembler."""
 
     registers: int
     stack: int
@@ -129,7 +128,7 @@ def test_machine_code(architecture: int, tmp_path: Path) -> None:
         ["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True
     ).stdout
     if f"sm_{architecture}" not in codes.split():
-        pytest.skip(f"this nvcc does not know sm_{architecture}: {what} there")
+        pytest.skip(f"this nvcc does not support sm_{architecture}: {what} there")
 
     kernels = compile_kernels(architecture, tmp_path)
     assert set(kernels) == expected_kernels()

@@ -1,4 +1,4 @@
-"""PowerSpherical and HypersphericalUniform as torch.distributions: shapes, dtypes, checks, copies."""
+"""PowerSpherical and HypersphericalUniform as torch.distributions: shapes, dtypes, checks."""
 
 from __future__ import annotations
 

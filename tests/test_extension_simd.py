@@ -1,4 +1,5 @@
-"""Every set of vector instructions that the extension can use on this machine, chosen by VI_SIMSIAM_SIMD."""
+"""Every set of vector instructions that the extension can use on this machine, chosen by
+VI_SIMSIAM_SIMD."""
 
 from __future__ import annotations
 

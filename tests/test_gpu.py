@@ -1,5 +1,4 @@
-"""What only a GPU can show: every test of the losses on CUDA tensors, launches, streams, graphs,
-memory, and training."""
+"""Tests that need a GPU: the losses on CUDA tensors, launches, streams, graphs, memory."""
 
 from __future__ import annotations
 
@@ -95,14 +94,14 @@ def test_compute_sanitizer_finds_nothing(backend: str, tool: str) -> None:
         pytest.skip(
             "compute-sanitizer is not installed: memory accesses of the kernels are not checked"
         )
-    # Some calls of CUDA fail in a run in which all is well: torch and Triton ask so what there is.
+    # torch and Triton probe the driver with CUDA calls that may fail without harm.
     wrapper = (sanitizer, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9")
     run_tests(
         "tests/test_multiview_loss_autograd.py",
         "-k",
         f"{backend} and (padded or incoming or mean_is)",
         wrapper=(*wrapper, "--target-processes", "all"),
-        PYTORCH_NO_CUDA_MEMORY_CACHING="1",  # in torch's large blocks a tensor's end is no allocation's end
+        PYTORCH_NO_CUDA_MEMORY_CACHING="1",  # else a tensor ends within a larger allocation
     )
 
 
@@ -329,8 +328,7 @@ def test_captured_and_single_launches_train_alike(
 def test_a_captured_run_equals_the_one_of_single_launches(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where every kernel adds in a fixed order (no max-pool, cuDNN's deterministic ones), bit for
-    bit."""
+    """Bit for bit, as every kernel adds in a fixed order (no max-pool, deterministic cuDNN)."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     model = ModelConfig(stem="small", dim=32, projector_hidden=32, predictor_hidden=16)
     settings = dataclasses.replace(
@@ -351,7 +349,7 @@ def test_a_captured_run_equals_the_one_of_single_launches(
 def test_the_latch_stops_a_captured_run(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A factor that becomes infinite after the capture: the run says at which step, and the last
+    """A factor that becomes infinite after the capture: the error names the step, and the last
     checkpoint is good."""
     settings = dataclasses.replace(
         config(image_folder, epochs=6), device="cuda", capture="on", log_every=30

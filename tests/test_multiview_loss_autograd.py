@@ -253,8 +253,7 @@ def test_the_gradient_is_freed_with_the_graph_and_not_kept_without_one(backend: 
 @fused
 @pytest.mark.parametrize("path", ["function", "operator"])
 def test_differentiating_twice_is_an_error(backend: str, path: str) -> None:
-    """create_graph gives the first gradient; its derivative, by any input and the incoming
-    gradient, says what to do."""
+    """create_graph gives the first gradient; its derivative is an error with advice."""
     p, z = draw(COSINE, 2, 2, 3, 8)
     p.requires_grad_()
     kappa = torch.rand(2, 3, dtype=p.dtype).requires_grad_()

@@ -21,8 +21,8 @@ from vi_simsiam.ops.multiview_loss_fused import LossCall
 
 @fused
 def test_tensors_without_memory_of_their_own(backend: str) -> None:
-    """Fake tensors, wrapper subclasses and traced functions go through the operator; nobody asks
-    them for an address."""
+    """Fake tensors, wrapper subclasses and traced functions go through the operator: they have no
+    address."""
     p, z = (x.float() for x in draw(POWER_SPHERICAL, 2, 2, 4, 8))
     expected = power_spherical_loss(p, z, backend=backend)
     with FakeTensorMode() as mode:
@@ -118,7 +118,7 @@ def test_fullgraph_compile(backend: str, reduction: str) -> None:
 def test_inductor_compiles_the_fused_loss(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The full compiler on a layer and the loss after it: gradients of the layer's weights as
     without it."""
-    # Kept graphs may be of other vector instructions: their key does not tell ATEN_CPU_CAPABILITY.
+    # Kept graphs may be of other vector instructions: their key leaves out ATEN_CPU_CAPABILITY.
     monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     _, z = (x.float() for x in draw(POWER_SPHERICAL, 2, 2, 6, 15))
     torch.manual_seed(0)
@@ -140,7 +140,7 @@ def test_inductor_compiles_the_fused_loss(backend: str, monkeypatch: pytest.Monk
 @every
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_dynamic_shapes_compile_once(backend: str, reduction: str) -> None:
-    """A batch that changes from call to call needs no more than one static and one dynamic graph."""
+    """A batch that changes from call to call needs at most one static and one dynamic graph."""
     _, z = (x.float() for x in draw(POWER_SPHERICAL, 2, 2, 13, 15))
     p = torch.randn(2, 13, 16)
     counter = CompileCounterWithBackend("aot_eager")

@@ -168,7 +168,7 @@ def test_launches_that_may_overlap_have_their_own_tickets(monkeypatch: pytest.Mo
 
 @on_cpu_only
 def test_an_extension_that_does_not_fit_the_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked before the first launch, once for each GPU; auto then takes another backend."""
+    """Checked before the first launch, once for each GPU; auto then takes another backend."""
     said = "the extension holds no code for this GPU (compute capability 7.5)"
     module = SimpleNamespace(multiview_loss_cuda=None, cuda_problem=lambda: said)
     monkeypatch.setattr(backends, "extension", lambda: module)

@@ -26,7 +26,7 @@ from vi_simsiam.kernels import stem_pool as kernel
 def compile_for(
     capability: int, part: str, dtype: torch.dtype, shape: tuple[int, int, int, int]
 ) -> Binary:
-    """What the launcher would launch there for two groups of such images; needs no such GPU."""
+    """The machine code of the launcher there, without such a GPU."""
     chosen = kernel.plan(*shape, 2, dtype.itemsize, 132)
     names = ("x_ptr", "y_ptr", "taken_ptr", "gradient_ptr", "x_gradient_ptr")
     types = dict.fromkeys(names, f"*{TYPES[dtype]}")

@@ -75,8 +75,7 @@ def compile_for(
     with_grad: bool = True,
     with_mean: bool = True,
 ) -> Binary:
-    """What the launcher would launch there for padded rows (strides divisible by 16); needs no such
-    GPU."""
+    """The machine code of the launcher there, without such a GPU."""
     double = dtype == torch.float64
     constants: dict[str, Any] = dict(
         kernel.launch_arguments(

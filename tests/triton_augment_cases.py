@@ -25,7 +25,7 @@ from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, check_table, eag
 
 GUARD = 64
 IMAGES = (2, 13, 19) if INTERPRETED else (4, 375, 500)
-"""How many, their height and their width."""
+"""Number, height and width."""
 
 # The interpreter evaluates weights of 0/0 in rows and columns that the kernel discards.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -185,7 +185,7 @@ def test_against_torchvision() -> None:
 
 
 def test_the_last_byte() -> None:
-    """Crops that end with it, of widths that put their last pixel at each place of a group of four."""
+    """Crops that end with it, their last pixel at each place of a group of four."""
     width = 31
     pixels = _images(1, 3, width)
     rows = np.stack(

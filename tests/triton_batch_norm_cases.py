@@ -261,7 +261,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_the_fused_backend_does_not_take(message: str) -> None:
-    """It says so where it was named; otherwise eager computes what PyTorch can."""
+    """Refused where it was named; otherwise eager computes what PyTorch can."""
     given = dict.fromkeys(("x", "weight", "bias", "running_mean", "running_var"))
     given |= {"x": torch.randn(4, 6)} | REFUSED[message]
     for name, value in given.items():
@@ -302,7 +302,7 @@ def test_in_a_cuda_graph() -> None:
 
 
 def test_operators_are_registered_rightly() -> None:
-    """Shapes, layouts and gradients as torch.compile sees them."""
+    """Shapes, layouts and gradients under torch.compile."""
     x, residual, (weight, bias, *_) = (
         _draw((4, 6, 4, 4)),
         _draw((4, 6, 4, 4), seed=1),

@@ -74,8 +74,7 @@ def launch(
     offset: int = 0,
     weights: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[Tensor, Tensor]:
-    """Loss and gradient, in the compute dtype unless told otherwise, of a launch that is itself
-    checked.
+    """Loss and gradient of a launch that is itself checked, in the compute dtype or `grad_dtype`.
 
     Every output holds NaN before it, the ticket 0 after it; the padding of the gradient is 0, the
     mean that of the losses. For GIVEN the last column of the gradient is the one with respect to

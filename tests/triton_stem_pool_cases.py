@@ -84,7 +84,7 @@ def _problem(
 
 
 def _run(problem: Problem, groups: int, backend: str, **options: float) -> dict[str, Tensor]:
-    """y, the gradients and the running statistics; the ones of "eager" in the dtype of the problem."""
+    """y, the gradients and the running statistics, by a backend."""
     x, weight, bias, running_mean, running_var, gradient = (
         part.detach().clone() for part in problem
     )
@@ -176,7 +176,7 @@ def test_a_large_mean_costs_nothing() -> None:
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 9)], ids=str)
 def test_of_equal_values_the_first_one_is_taken(size: tuple[int, int]) -> None:
-    """Few different values: every window has ties. In float32 PyTorch decides them as float64 does."""
+    """Few values: every window has ties, which PyTorch decides alike in float32 and float64."""
     problem = _problem((4, 8, *size))
     ties = problem._replace(x=problem.x.sign())
     ours, exact = _check(ties, 2), _exact(ties, 2)

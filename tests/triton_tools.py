@@ -28,7 +28,7 @@ from vi_simsiam.kernels import launch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-"""Of the kernels' cases: CPU tensors in the interpreter, else a GPU's."""
+"""Device of the kernels' cases: the CPU in the interpreter, else a GPU."""
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.float64: "fp64", torch.float32: "fp32"}
 TYPES |= {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -157,6 +157,6 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch, kernels: Sequence[Any]) -> Iter
     for each in kernels:
         each.device_caches.clear()
     yield driver
-    launch._compiled.clear()  # a compiled kernel asks its driver to unload it
+    launch._compiled.clear()  # a compiled kernel unloads itself through its driver
     for each in kernels:
         each.device_caches.clear()

@@ -43,7 +43,7 @@ class UnitSphere(constraints.Constraint):
     event_dim = 1
 
     def check(self, value: Tensor) -> Tensor:
-        """Whether each vector of (..., D) is of unit length, (...) bool."""
+        """Return (...) bool, True for each vector of (..., D) that is of unit length."""
         tolerance = (
             1e-6 if value.dtype == torch.float64 else max(1e-5, 4 * torch.finfo(value.dtype).eps)
         )
@@ -160,7 +160,7 @@ class PowerSpherical(Distribution):
         _check_parameters(loc, concentration)
         batch_shape = loc.shape[:-1]
         self.loc, self.concentration = loc, concentration.expand(batch_shape)
-        # The base class would check the same again, with a message that does not say what to do.
+        # The base class would check the same again, with a message that names no remedy.
         super().__init__(batch_shape, loc.shape[-1:], validate_args=False)
         self._validate_args = type(self)._validate_args if validate_args is None else validate_args
         if self._validate_args:

@@ -1,4 +1,4 @@
-"""What runs here: versions, devices, and for every backend whether it is available or why not."""
+"""Versions, devices and backends: the content of `vi-simsiam info`."""
 
 from __future__ import annotations
 

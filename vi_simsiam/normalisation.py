@@ -29,8 +29,7 @@ class PerView(_BatchNorm):
 
     views = 1
     fused = False
-    """Whether the batch is normalised at once in training mode, without counting it: see
-    `count_batches`."""
+    """Normalise all views at once in training mode; `count_batches` then counts the batches."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The normalised batch."""

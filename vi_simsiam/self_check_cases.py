@@ -59,7 +59,7 @@ class Case(NamedTuple):
     run: Callable[[], Tensors]
     """One call on the device; its results."""
     expected: Sequence[Tensors]
-    """Those of every call, float64 on the CPU."""
+    """Results of every call, float64 on the CPU."""
     allowed: float = _SUMS
     """Error relative to the largest value, beside what rounding to a result's dtype takes."""
 

@@ -1,7 +1,7 @@
 """Random views from a table: what a row of the table means, the reference in plain PyTorch, and the
 fused backend.
 
-A table has one row of 64 bytes for each view of each sample. It says where the crop lies in the
+A table has one row of 64 bytes for each view of each sample. It holds where the crop lies in the
 bytes of the images and what is done with it: crop, resize (bilinear, antialiased), mirror, colour
 operations, grayscale, blur, normalise. Each step is the one of torchvision.transforms.v2.functional
 on float32 in [0, 1].
@@ -40,7 +40,7 @@ _SMALL_SIZE = 64
 """Views up to this size are resized with matrices, which is faster for crops no larger than them.
 """
 _LEAST_TAP = 1e-12
-"""Of a blur. Subnormal numbers, which narrow ones end in, make a processor ten times slower."""
+"""Smallest tap of a blur: subnormal numbers make a processor ten times slower."""
 
 
 class Column(IntEnum):
@@ -51,9 +51,9 @@ class Column(IntEnum):
     STRIDE = 2
     """Bytes from one row of the image to the next."""
     HEIGHT = 3
-    """Of the crop, in pixels."""
+    """Height of the crop in pixels."""
     WIDTH = 4
-    """Of the crop, in pixels."""
+    """Width of the crop in pixels."""
     FLIP = 5
     """1: mirrored left-right after resizing."""
     ORDER = 6
@@ -380,7 +380,7 @@ def _blur(x: Tensor, sigma: Tensor) -> Tensor:
     offsets = torch.arange(-reach, reach + 1, device=x.device)
     taps = torch.softmax(-(offsets / sigma[:, None]).square() / 2, dim=1)
     taps.masked_fill_(taps < _LEAST_TAP, 0)
-    # Entry (i, j) says how much pixel j gives to pixel i; pixels beyond the border are reflected at
+    # Entry (i, j) is the weight of pixel j in pixel i; pixels beyond the border are reflected at
     # it.
     source = torch.arange(size, device=x.device)[:, None] + offsets
     source = (size - 1 - (size - 1 - source.abs()).abs()).expand(len(x), -1, -1)

@@ -1,4 +1,4 @@
-"""Which implementations of an operation can run here, and why the others cannot."""
+"""The implementations of an operation that can run here, and reasons why others cannot."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def extension() -> ModuleType | None:
     """The compiled extension `vi_simsiam._C`, or None where the package was installed without it.
 
     Raises:
-        InputError: VI_SIMSIAM_SIMD asks for vector instructions that do not run here.
+        InputError: VI_SIMSIAM_SIMD names vector instructions that do not run here.
     """
     try:
         module = importlib.import_module("vi_simsiam._C")
@@ -75,7 +75,7 @@ def extension() -> ModuleType | None:
 
 
 def extension_problem() -> str:
-    """Why `extension` is None: it was not built, or it is there and does not load."""
+    """The reason why `extension` is None: it was not built, or it does not load."""
     if importlib.util.find_spec("vi_simsiam._C") is None:
         return (
             "the C++ extension was not built "
@@ -90,8 +90,7 @@ def extension_problem() -> str:
 
 @functools.cache
 def _triton_problem() -> str | None:
-    """Why Triton cannot launch kernels on the GPU: it compiles its launcher and needs a C compiler
-    for that."""
+    """The reason why Triton cannot start; it needs a C compiler for its launcher."""
     try:
         from triton.runtime import driver
 
@@ -102,7 +101,7 @@ def _triton_problem() -> str | None:
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
+    """Return True if Triton kernels run in the interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -133,8 +132,7 @@ def _check_cuda(device_type: str) -> str | None:
 
 @functools.cache
 def _cuda_problem(device: int) -> str | None:
-    """Why the extension's kernels cannot run on a GPU: built for other architectures, or by a newer
-    toolkit than its driver."""
+    """The reason why the kernels cannot run on a GPU: its architecture or its driver."""
     with torch.cuda.device(device):
         problem: str | None = extension().cuda_problem()  # type: ignore[union-attr]
     return problem

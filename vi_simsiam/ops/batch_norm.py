@@ -263,11 +263,9 @@ def _workspace(x: Tensor, floats: int, tickets: int) -> tuple[Tensor | None, Ten
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 2 where Triton's interpreter stands in for one."""
-    return (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 2
-    )
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class _BatchNormAct(torch.autograd.Function):
@@ -346,9 +344,7 @@ def _shapes(
 @torch.library.impl("vi_simsiam::batch_norm_act_backward", "default")  # type: ignore[misc]
 def _operator_backward(*arguments: Any) -> tuple[Tensor, ...]:
     x = arguments[1]
-    return tuple(
-        x.new_empty(0) if gradient is None else gradient for gradient in _backward(*arguments)
-    )
+    return tuple(x.new_empty(0) if y is None else y for y in _backward(*arguments))
 
 
 @torch.library.register_fake("vi_simsiam::batch_norm_act_backward")  # type: ignore[misc]

@@ -78,7 +78,7 @@ class _Views(NamedTuple):
     given: Tensor | Sequence[Tensor]
     views: int
     shape: torch.Size
-    """Of one view."""
+    """Shape of one view."""
     dtype: torch.dtype
     device: torch.device
 

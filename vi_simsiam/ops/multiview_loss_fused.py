@@ -40,11 +40,11 @@ class LossCall(NamedTuple):
     backend: str
     distribution: Literal["power_spherical", "cosine"]
     dtype: torch.dtype
-    """Of the arithmetic and the loss: float32 or float64."""
+    """Dtype of the arithmetic and the loss: float32 or float64."""
     scale: float
     minimum: float
     factor: float
-    """On the loss, and so on the gradient."""
+    """Factor on the loss, and so on the gradient."""
     link: str
     gain: float
     cosine: float
@@ -65,19 +65,10 @@ def fused_loss(
     concentration: Tensor | None,
     call: LossCall,
 ) -> Tensor:
-    """The loss of checked inputs, differentiable once in predictions and concentration.
+    """The loss (B,) of checked inputs or its mean, differentiable once (else RuntimeError).
 
-    Args:
-        predictions: (V, B, W), or V tensors (B, W).
-        targets: G tensors (B, D).
-        concentration: (V, B), or None where it is raw, in column D of the predictions.
-        call: backend, form of the loss and reduction.
-
-    Returns:
-        The mean over the batch where `call.mean` is set, else (B,).
-
-    Raises:
-        RuntimeError: on differentiating twice.
+    Predictions are (V, B, W) or V tensors (B, W), targets G tensors (B, D), the concentration
+    (V, B) or None where it is raw, in column D of the predictions.
     """
     whole = isinstance(predictions, Tensor)
     given = (predictions,) if isinstance(predictions, Tensor) else predictions
@@ -145,8 +136,7 @@ def _compute(
 
 
 class _FusedLoss(torch.autograd.Function):
-    """Inputs: the call, whether the predictions are one tensor, their number, the concentration,
-    predictions, targets.
+    """Inputs: the call, True for whole predictions, their number, concentration and tensors.
 
     forward takes the context: with a setup_context of its own apply() costs 40 us more.
     """
@@ -394,8 +384,7 @@ def _rows(views: Sequence[Tensor], call: LossCall | None = None) -> Sequence[Ten
     """The views with one row stride and adjacent columns, in a dtype of the compiled backend."""
     first = views[0]
     if call is not None and first.dtype != call.dtype:
-        half_on_cpu = call.backend == "cpu" and first.dtype == torch.float16
-        if call.dtype == torch.float64 or half_on_cpu:
+        if call.dtype == torch.float64 or (call.backend, first.dtype) == ("cpu", torch.float16):
             return [x.to(call.dtype, memory_format=torch.contiguous_format) for x in views]
     stride = first.stride(0)
     if all(x.stride(0) == stride and x.stride(1) == 1 for x in views):

@@ -66,7 +66,7 @@ def digamma_tail(x: Tensor) -> Tensor:
 
 
 def series_shift(dim: int, dtype: torch.dtype) -> int:
-    """How far the gamma arguments are shifted upwards so that every series is exact in `dtype`."""
+    """Upward shift of the gamma arguments that makes every series exact in `dtype`."""
     return max(0, math.ceil(_SMALLEST_SERIES_ARGUMENT[dtype] - (dim - 1) / 2))
 
 
