@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vi_simsiam.config import Link
-from vi_simsiam.ops.power_spherical import log_density_ratio
+from vi_simsiam.ops.multiview_loss import LossForm, eager_loss
 
 FORMS = ("cosine", "raw", "given")
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -66,12 +66,6 @@ def rows(count: int, width: int, stride: int, offset: int, dtype: torch.dtype) -
     return storage[start : start + count * stride].view(count, stride)[:, :width]
 
 
-def _bounded(x: Tensor) -> Tensor:
-    """max(x, 0.02), with the gradient 1 everywhere: what it leads down at the bound is to be
-    dropped."""
-    return x + (0.02 - x).clamp(min=0).detach()
-
-
 @dataclass
 class Case:
     views: int
@@ -108,28 +102,27 @@ class Case:
         self.used = self.dim + (self.form == "raw")
         self.width = self.used + self.padding
         generator = torch.Generator().manual_seed(self.seed)
-        common = torch.randn(self.batch, self.dim, generator=generator, dtype=F64)
+
+        def randn(columns: int) -> Tensor:
+            return torch.randn(self.batch, columns, generator=generator, dtype=F64)
+
+        common = randn(self.dim)
         stride = -(-self.width // 16) * 16 if self.aligned else self.width | 1
         target_stride = -(-self.dim // 16) * 16 if self.aligned else self.dim
         for _ in range(self.views):
             row = rows(self.batch, self.width, stride, self.offset, self.dtype)
-            row[:, : self.dim] = 3 * (
-                torch.randn(self.batch, self.dim, generator=generator, dtype=F64) + common
-            )
-            row[:, self.dim : self.used] = torch.randn(
-                self.batch, self.used - self.dim, generator=generator, dtype=F64
-            )
+            row[:, : self.dim] = 3 * (randn(self.dim) + common)
+            row[:, self.dim : self.used] = randn(self.used - self.dim)
             self.predictions.append(row)
         for _ in range(self.targets):
             row = rows(self.batch, self.dim, target_stride, self.target_offset, self.target_dtype)
-            row[:] = torch.randn(self.batch, self.dim, generator=generator, dtype=F64) + common
+            row[:] = randn(self.dim) + common
             row[::2] *= -1 if self.opposed else 1
             self.targets_.append(row)
         self.concentration = None
         if self.form == "given":
-            self.concentration = self.scale * torch.rand(
-                self.views, self.batch, generator=generator
-            ).to(self.real)
+            kappa = torch.rand(self.views, self.batch, generator=generator)
+            self.concentration = self.scale * kappa.to(self.real)
         self.weight = 2 / (self.targets * (self.views - 1))
 
     def run(self, kernels: Any) -> dict[str, Tensor]:
@@ -178,55 +171,36 @@ class Case:
         assert ticket == 0
         return out
 
+    @property
+    def loss(self) -> LossForm:
+        if self.form == "raw":
+            options = {"link": self.link, "gain": self.gain, "cosine": self.cosine}
+            return LossForm("power_spherical", self.scale, self.minimum, **options)
+        return LossForm("cosine" if self.form == "cosine" else "power_spherical")
+
     def concentrations(self) -> Tensor:
         if self.concentration is not None:
             return self.concentration.double()
         raw = torch.stack([row[:, self.dim].double() for row in self.predictions])
-        return self._kappa(raw)
-
-    def _kappa(self, raw: Tensor) -> Tensor:
-        x = self.gain * raw
-        if self.link == "softplus":
-            return self.scale * torch.logaddexp(x, torch.zeros_like(x)) + self.minimum
-        r = _bounded(x)
-        return self.scale * (r + r * r / 2) + self.minimum
+        return self.loss.concentration(raw)
 
     def reference(self) -> dict[str, Tensor]:
-        """The definition in float64 on the same rounded inputs, by autograd."""
+        """The eager loss in float64 on the same rounded inputs, and a seventh of its gradients."""
         p = [row.double().clone().requires_grad_() for row in self.predictions]
         z = [row.double() for row in self.targets_]
-        kappa = (
-            None
-            if self.concentration is None
-            else self.concentration.double().clone().requires_grad_()
+        leaves = p
+        kappa = None
+        if self.concentration is not None:
+            kappa = self.concentration.double().clone().requires_grad_()
+            leaves = [*p, kappa]
+        loss = eager_loss(p, z, self.loss, kappa)
+        *gradients, last = torch.autograd.grad(
+            loss.sum() / 7, leaves, allow_unused=True, materialize_grads=True
         )
-        total = torch.zeros(self.batch, dtype=F64)
-        for v in range(self.views):
-            for g in range(self.targets):
-                if v == g:
-                    continue
-                cosine = torch.nn.functional.cosine_similarity(
-                    p[v][:, : self.dim], z[g], dim=-1, eps=0
-                )
-                if self.form == "cosine":
-                    total = total + cosine
-                    continue
-                k = self._kappa(p[v][:, self.dim]) if kappa is None else kappa[v]
-                total = total + log_density_ratio(k, cosine, self.dim) + self.cosine * cosine
-        leaves = p if kappa is None else [*p, kappa]
-        gradients = torch.autograd.grad(total.sum(), leaves, allow_unused=True)
-        filled = [
-            torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)
-        ]
-        gradient = -self.weight / 7 * torch.stack(filled[: self.views])
-        gradient[..., self.used :] = 0
-        if self.form == "raw" and self.link == "quadratic":
-            column = gradient[..., self.dim]
-            column[(self.gain * torch.stack(p)[..., self.dim] < 0.02) & (column > 0)] = 0
         return {
-            "loss": -self.weight * total.detach(),
-            "gradient": gradient,
-            "concentration_gradient": -self.weight / 7 * filled[-1],
+            "loss": loss.detach(),
+            "gradient": torch.stack([*gradients, last][: self.views]),
+            "concentration_gradient": last,
         }
 
 

@@ -46,24 +46,9 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
         pytest.skip("no g++ of version 12 or later: the CUDA kernels' numbers are not checked")
     library = tmp_path_factory.mktemp("cuda_emulation") / "kernels.so"
     folder = ROOT / "tests" / "cuda_emulation"
-    flags = [
-        "-std=c++17",
-        "-O1",
-        "-shared",
-        "-fPIC",
-        "-pthread",
-        "-Wno-unknown-pragmas",
-        "-DVI_SIMSIAM_CUDA",
-    ]
-    command = [
-        compiler,
-        *flags,
-        f"-I{folder}",
-        f"-I{ROOT / 'csrc'}",
-        folder / "kernels.cpp",
-        "-o",
-        library,
-    ]
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas", "-DVI_SIMSIAM_CUDA"]
+    includes = (f"-I{folder}", f"-I{ROOT / 'csrc'}")
+    command = [compiler, *flags, *includes, folder / "kernels.cpp", "-o", library]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr[-4000:]
     loaded = ctypes.CDLL(str(library))
@@ -80,12 +65,9 @@ def check(kernels: Any, case: Case) -> dict[str, Tensor]:
     tolerance = 4 * epsilon * max(1.0, kappa)
     torch.testing.assert_close(got["loss"].double(), want["loss"], rtol=4 * epsilon, atol=tolerance)
     if case.mean:
-        torch.testing.assert_close(
-            got["mean"].double(),
-            got["loss"].double().mean(),
-            rtol=2 * epsilon,
-            atol=epsilon * max(1.0, kappa),
-        )
+        mean = got["loss"].double().mean()
+        atol = epsilon * max(1.0, kappa)
+        torch.testing.assert_close(got["mean"].double(), mean, rtol=2 * epsilon, atol=atol)
     else:
         assert got["mean"].isnan()
     if not case.wants_gradient:
@@ -95,20 +77,17 @@ def check(kernels: Any, case: Case) -> dict[str, Tensor]:
     assert got["between"].isnan().all()  # nothing outside the rows is written
     direction, exact = got["gradient"][..., : case.dim].double(), want["gradient"][..., : case.dim]
     error, size = (direction - exact).abs(), exact.abs().amax(dim=-1, keepdim=True)
-    rounding = (
-        torch.finfo(case.gradient_dtype).eps / 2 * exact.abs()
-        + torch.finfo(case.gradient_dtype).tiny
-    )
+    kept = torch.finfo(case.gradient_dtype)
+    rounding = kept.eps / 2 * exact.abs() + kept.tiny
     assert (error <= 24 * epsilon * size + rounding).all()
     slope = case.scale * 8 * epsilon * 10
     if case.form == "raw":
         exact = want["gradient"][..., case.dim]
-        rounding = torch.finfo(case.gradient_dtype).eps / 2 * exact.abs()
+        rounding = kept.eps / 2 * exact.abs()
         assert ((got["gradient"][..., case.dim].double() - exact).abs() <= slope + rounding).all()
     elif case.form == "given":
-        assert (
-            (got["concentration_gradient"].double() - want["concentration_gradient"]).abs() <= slope
-        ).all()
+        error = got["concentration_gradient"].double() - want["concentration_gradient"]
+        assert (error.abs() <= slope).all()
     assert (got["gradient"][..., case.used :] == 0).all()
     return got
 
@@ -128,13 +107,8 @@ SHAPES = [  # views, targets, batch, dim
 ]
 
 
-TRAINED: dict[str, Any] = {
-    "link": "quadratic",
-    "gain": 0.3,
-    "cosine": 1.5,
-    "scale": 7.0,
-    "opposed": True,
-}
+TRAINED: dict[str, Any] = {"link": "quadratic", "gain": 0.3, "cosine": 1.5}
+TRAINED |= {"scale": 7.0, "opposed": True}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -180,14 +154,9 @@ def test_every_dtype_matches_float64(
     shape: tuple[int, int, int, int],
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
 ) -> None:
+    names = ("dtype", "target_dtype", "gradient_dtype")
     for aligned in (True, False):
-        dtype, target, gradient = dtypes
-        check(
-            kernels,
-            Case(
-                *shape, dtype=dtype, target_dtype=target, gradient_dtype=gradient, aligned=aligned
-            ),
-        )
+        check(kernels, Case(*shape, **dict(zip(names, dtypes, strict=True)), aligned=aligned))
 
 
 @pytest.mark.parametrize(

@@ -59,24 +59,10 @@ def test_opcheck(backend: str, requires_grad: bool, given: bool) -> None:
         real = torch.float64 if dtype == torch.float64 else torch.float32
         kappa = p[..., 17].to(real).abs().requires_grad_(requires_grad) if given else None
         views = [x.clone().requires_grad_(requires_grad) for x in (p[..., :17] if given else p)]
-        call = LossCall(
-            backend,
-            "power_spherical",
-            real,
-            2.0,
-            0.0,
-            0.5,
-            "quadratic",
-            0.5,
-            3.0,
-            mean,
-            requires_grad,
-        )
-        if given:
-            call = call._replace(scale=1.0)
-        found = torch.library.opcheck(
-            torch.ops.vi_simsiam.multiview_loss, (views, list(z), kappa, *call)
-        )
+        form = (1.0 if given else 2.0, 0.0, 0.5, "quadratic", 0.5, 3.0)
+        call = LossCall(backend, "power_spherical", real, *form, mean, requires_grad)
+        arguments = (views, list(z), kappa, *call)
+        found = torch.library.opcheck(torch.ops.vi_simsiam.multiview_loss, arguments)
         assert len(found) == 4
         assert set(found.values()) == {"SUCCESS"}
 

@@ -136,14 +136,6 @@ def test_mean_of_many_losses(samples: int, bad: float | None) -> None:
 
 
 @forms
-def test_repeated_launches_are_bitwise_equal(form: LossForm) -> None:
-    given = inputs(form, 4, 2, 33, torch.float32, samples=3)
-    first = launch(*given, form)
-    assert all(map(torch.equal, first, launch(*given, form)))
-    assert all(map(torch.equal, first, launch(*given, form, padding=0)))
-
-
-@forms
 @pytest.mark.parametrize(("padding", "offset"), [(0, 1), (13, 5), (70, 16)])
 def test_views_anywhere_in_rows_of_any_width(form: LossForm, padding: int, offset: int) -> None:
     given = inputs(form, 5, 3, 16, torch.float32, samples=3)

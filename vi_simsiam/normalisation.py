@@ -8,7 +8,7 @@ what those compute until a `SimSiam` with `fused` set passes views through them 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeGuard, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,34 +42,25 @@ class PerView(_BatchNorm):
 
     def act(self, x: Tensor, residual: Tensor | None = None, *, relu: bool = True) -> Tensor:
         """relu(norm(x) + residual)."""
-        assert self.momentum is not None
         return batch_norm_act(
-            x,
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
-            groups=self.views,
-            residual=residual,
-            relu=relu,
-            momentum=self.momentum,
-            eps=self.eps,
-            training=self.training,
+            x, **self._numbers(), residual=residual, relu=relu, training=self.training
         )
 
     def act_pool(self, x: Tensor) -> Tensor:
         """max_pool(relu(norm(x))) of a batch in training mode: 3x3, stride 2, padding 1."""
+        return batch_norm_relu_max_pool(x, **self._numbers())
+
+    def _numbers(self) -> dict[str, Any]:
         assert self.momentum is not None
-        return batch_norm_relu_max_pool(
-            x,
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
-            groups=self.views,
-            momentum=self.momentum,
-            eps=self.eps,
-        )
+        return {
+            "weight": self.weight,
+            "bias": self.bias,
+            "running_mean": self.running_mean,
+            "running_var": self.running_var,
+            "groups": self.views,
+            "momentum": self.momentum,
+            "eps": self.eps,
+        }
 
 
 class PerViewBatchNorm1d(PerView, nn.BatchNorm1d):
@@ -143,15 +134,8 @@ class _ResNet(resnet.ResNet):  # type: ignore[misc]
 def _is_stem_pool(pool: nn.Module) -> bool:
     if not isinstance(pool, nn.MaxPool2d):
         return False
-    numbers = (
-        pool.kernel_size,
-        pool.stride,
-        pool.padding,
-        pool.dilation,
-        pool.ceil_mode,
-        pool.return_indices,
-    )
-    return numbers == (3, 2, 1, 1, False, False)
+    numbers = pool.kernel_size, pool.stride, pool.padding, pool.dilation
+    return (*numbers, pool.ceil_mode, pool.return_indices) == (3, 2, 1, 1, False, False)
 
 
 def make_fusible(network: resnet.ResNet) -> None:
@@ -160,11 +144,8 @@ def make_fusible(network: resnet.ResNet) -> None:
     Its class and those of its blocks are exchanged, since torchvision's functions take no classes
     of blocks. Hooks of modules that are fused with others do not run.
     """
-    exchanged = {
-        resnet.ResNet: _ResNet,
-        resnet.BasicBlock: _BasicBlock,
-        resnet.Bottleneck: _Bottleneck,
-    }
+    exchanged: dict[type, type] = {resnet.ResNet: _ResNet}
+    exchanged |= {resnet.BasicBlock: _BasicBlock, resnet.Bottleneck: _Bottleneck}
     for module in network.modules():
         if type(module) in exchanged:
             module.__class__ = exchanged[type(module)]

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vi_simsiam.errors import BackendUnavailableError, InputError, none_of
-from vi_simsiam.ops.backends import why_unavailable
+from vi_simsiam.errors import InputError
+from vi_simsiam.ops.backends import choose_backend
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -117,7 +117,9 @@ def augment(
         BackendUnavailableError: the backend was named explicitly and cannot run on this device.
     """
     _check(pixels, table, size, dtype)
-    if _choose(backend, pixels.device.type) == "eager":
+    device_type = pixels.device.type
+    preferred = ("triton", "eager") if device_type == "cuda" else ("eager",)
+    if choose_backend(backend, device_type, AUGMENT_BACKENDS, preferred) == "eager":
         return eager_augment(pixels, table, size, dtype)
     from vi_simsiam.kernels import augment as kernel
 
@@ -187,23 +189,6 @@ def check_table(table: Tensor | NDArray[np.int32], nbytes: int) -> None:
             raise InputError(
                 f"table: row {row} of {len(rows)} (sample {rows[row, Column.SAMPLE]}): {accepted}"
             )
-
-
-def _choose(backend: str, device_type: str) -> str:
-    if backend == "auto":
-        return (
-            "triton"
-            if device_type == "cuda" and why_unavailable("triton", device_type) is None
-            else "eager"
-        )
-    if backend not in AUGMENT_BACKENDS:
-        raise none_of("backend", backend, ("auto", *AUGMENT_BACKENDS))
-    reason = why_unavailable(backend, device_type)
-    if reason is not None:
-        raise BackendUnavailableError(
-            f"backend: {backend!r} cannot run on {device_type} tensors: {reason}"
-        )
-    return backend
 
 
 def _check(pixels: Tensor, table: Tensor, size: int, dtype: torch.dtype) -> None:

@@ -15,27 +15,35 @@ from vi_simsiam.errors import BackendUnavailableError, InputError, none_of
 BACKENDS = ("eager", "triton", "cuda", "cpu")
 """Every backend computes the same function; `eager` is the reference in plain PyTorch."""
 
-_PREFERENCE = {"cuda": ("triton", "cuda", "eager"), "cpu": ("cpu", "eager")}
+_PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cuda": ("triton", "cuda", "eager"),
+    "cpu": ("cpu", "eager"),
+}
 
 
 @torch.compiler.assume_constant_result
-def choose_backend(name: str, device_type: str) -> str:
+def choose_backend(
+    name: str,
+    device_type: str,
+    accepted: tuple[str, ...] = BACKENDS,
+    preferred: tuple[str, ...] | None = None,
+) -> str:
     """The backend to use for tensors on devices of a type.
 
     Args:
-        name: one of `BACKENDS`, or "auto" for the fastest that is available for the device.
-        device_type: where the tensors are: "cuda", "cpu" or another.
+        name: one of `accepted`, or "auto" for the first of `preferred` that is available.
+        device_type: of the tensors: "cuda", "cpu" or another.
+        accepted: backends of the operation.
+        preferred: fastest first, ending with one that is always available; the loss's by default.
 
     Raises:
         InputError: `name` is no backend.
         BackendUnavailableError: the backend was named explicitly and cannot run on this device.
     """
     if name == "auto":
-        candidates = _PREFERENCE.get(device_type, ("eager",))
-        return next(
-            candidate for candidate in candidates if why_unavailable(candidate, device_type) is None
-        )
-    check_backend_name(name)
+        candidates = preferred or _PREFERENCE.get(device_type, ("eager",))
+        return next(each for each in candidates if why_unavailable(each, device_type) is None)
+    check_backend_name(name, accepted)
     reason = why_unavailable(name, device_type)
     if reason is not None:
         raise BackendUnavailableError(
@@ -44,11 +52,10 @@ def choose_backend(name: str, device_type: str) -> str:
     return name
 
 
-def check_backend_name(name: str) -> None:
-    """Raises InputError for what is neither "auto" nor one of `BACKENDS`, whether it can run here
-    or not."""
-    if name != "auto" and name not in BACKENDS:
-        raise none_of("backend", name, ("auto", *BACKENDS))
+def check_backend_name(name: str, accepted: tuple[str, ...] = BACKENDS) -> None:
+    """Raise InputError unless `name` is "auto" or accepted, whether it can run here or not."""
+    if name != "auto" and name not in accepted:
+        raise none_of("backend", name, ("auto", *accepted))
 
 
 def why_unavailable(name: str, device_type: str) -> str | None:

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from vi_simsiam.errors import BackendUnavailableError, InputError, none_of
-from vi_simsiam.ops.backends import why_unavailable
+from vi_simsiam.errors import InputError
+from vi_simsiam.ops.backends import choose_backend
 from vi_simsiam.ops.tickets import new_tickets, reserve_tickets
 
 BATCH_NORM_BACKENDS = ("eager", "triton")
@@ -152,7 +152,8 @@ def choose_fused(
         InputError: no such backend, or "triton" for what it does not take.
         BackendUnavailableError: "triton" cannot run on x's device.
     """
-    if _usable(backend, x.device.type) == "eager":
+    preferred = ("triton", "eager")
+    if choose_backend(backend, x.device.type, BATCH_NORM_BACKENDS, preferred) == "eager":
         return "eager"
     given = [parameter for parameter in parameters.values() if parameter is not None]
     problem = None
@@ -171,20 +172,6 @@ def choose_fused(
     if backend == "triton":
         raise InputError(f"x: the fused backend takes {problem}")
     return "eager"
-
-
-@torch.compiler.assume_constant_result
-def _usable(backend: str, device_type: str) -> str:
-    if backend not in ("auto", *BATCH_NORM_BACKENDS):
-        raise none_of("backend", backend, ("auto", *BATCH_NORM_BACKENDS))
-    if backend == "eager":
-        return backend
-    reason = why_unavailable("triton", device_type)
-    if backend == "triton" and reason is not None:
-        raise BackendUnavailableError(
-            f"backend: {backend!r} cannot run on {device_type} tensors: {reason}"
-        )
-    return "triton" if reason is None else "eager"
 
 
 def _layout(x: Tensor) -> torch.memory_format:

@@ -383,9 +383,11 @@ def launch_scale(
 def _rows(views: Sequence[Tensor], call: LossCall | None = None) -> Sequence[Tensor]:
     """The views with one row stride and adjacent columns, in a dtype of the compiled backend."""
     first = views[0]
-    if call is not None and first.dtype != call.dtype:
-        if call.dtype == torch.float64 or (call.backend, first.dtype) == ("cpu", torch.float16):
-            return [x.to(call.dtype, memory_format=torch.contiguous_format) for x in views]
+    unknown = call is not None and (
+        call.dtype == torch.float64 or (call.backend, first.dtype) == ("cpu", torch.float16)
+    )
+    if call is not None and unknown and first.dtype != call.dtype:
+        return [x.to(call.dtype, memory_format=torch.contiguous_format) for x in views]
     stride = first.stride(0)
     if all(x.stride(0) == stride and x.stride(1) == 1 for x in views):
         return views
