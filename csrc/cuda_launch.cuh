@@ -36,7 +36,7 @@ inline std::string capability_text(int device) {
   return std::to_string(major) + "." + std::to_string(minor);
 }
 
-// What an error of the runtime means for this extension; the text is valid until the thread's next
+// Explains an error of the runtime; the text is valid until the thread's next
 // error.
 inline const char* explain(cudaError_t error) {
   if (error == cudaSuccess) return nullptr;

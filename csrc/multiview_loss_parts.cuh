@@ -1,4 +1,4 @@
-// What the kernels of multiview_loss.cu are made of: the products of a tile of rows, the functions
+// Parts of the kernels of multiview_loss.cu: the products of a tile of rows, the functions
 // of one pair, the gradient's rows, the mean.
 
 #pragma once
@@ -15,7 +15,7 @@ constexpr int SUMS = 2 * TILE + TILE * TILE;  // |p_v|^2, |z_g|^2, p_v.z_g
 constexpr int RESIDENT_TARGETS = TILE;
 constexpr int MEAN_LOADS = 16;  // losses that a thread of the last block has in flight
 
-// What the kernels need in the compute type; made on the host.
+// Numbers of the kernels in the compute type, made on the host.
 template <typename Real>
 struct Settings {
   PowerSpherical<Real> density;
@@ -37,7 +37,7 @@ struct Shared {
   // Sums of every warp. Two sets: while a slow warp still reads one, a fast one may write the next
   // tile's.
   Real partial[2][SUMS][MAX_WARPS];
-  // Of a sample whose rows are streamed
+  // Sums of a sample whose rows are streamed.
   Real square_p[TILE], square_z[MAX_VIEWS], product[TILE][MAX_VIEWS];
   // The gradient of a view is along * p + sum_g toward[g] z_g.
   Real toward[WARP], along[WARP], to_concentration[WARP];
@@ -125,7 +125,7 @@ class Pair {
     return Real(0);
   }
 
-  // What does not depend on the cosine: done while the rows are on their way.
+  // Computes what does not depend on the cosine, while the rows are on their way.
   __device__ __forceinline__ void prepare(int first_view, Real argument) {
     v_ = first_view + k_;
     if (problem_.form == Form::cosine) return;
@@ -182,7 +182,7 @@ class Pair {
   PowerSphericalNormalizer<Real> normalizer_{};
 };
 
-// Where the gradient of one view of one sample goes.
+// The gradient of one view of one sample.
 template <typename Prediction, bool WIDE>
 class GradientRow {
   using Real = Compute<Prediction>;

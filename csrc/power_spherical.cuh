@@ -163,7 +163,7 @@ struct PowerSphericalTerms {
   }
 };
 
-// What depends on the dimension and kappa, but not on the cosine.
+// Terms that depend on the dimension and kappa, but not on the cosine.
 template <typename Real>
 struct PowerSphericalNormalizer {
   Real kappa;
@@ -187,7 +187,7 @@ struct PowerSphericalNormalizer {
   }
 };
 
-// What depends on the dimension alone; made once per call on the host and passed to the kernel by
+// Terms of the dimension alone; made once per call on the host and passed to the kernel by
 // value.
 template <typename Real>
 struct PowerSpherical {

@@ -1,4 +1,4 @@
-// Which vector instructions the CPU backend uses.
+// Vector instructions of the CPU backend.
 
 #pragma once
 

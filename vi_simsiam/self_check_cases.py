@@ -202,7 +202,7 @@ def _convolution(inputs: Tensors, backend: str) -> Tensors:
 
 
 _SPHERICAL = LossForm(
-    "power_spherical", _DIM - 1, factor=1 / (_DIM - 1), link="quadratic", gain=0.25, cosine=_DIM - 1
+    "power_spherical", _DIM - 1, factor=1 / (_DIM - 1), link="quadratic", gain=0.25, cosine=1.0
 )
 _COSINE = LossForm("cosine")
 OPERATIONS = {

@@ -37,11 +37,10 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class LossForm:
-    """Which loss, times `factor`: SimSiam's "cosine", or "power_spherical" with kappa = scale *
-    link(gain * raw) + minimum.
+    """The form of a loss: `factor` times "power_spherical", or times SimSiam's "cosine".
 
-    `cosine` times SimSiam's loss is added to that of "power_spherical". The links are described at
-    `linked`.
+    kappa = scale * link(gain * raw) + minimum; the links are described at `linked`. `cosine` times
+    SimSiam's loss is added to that of "power_spherical".
     """
 
     distribution: DistributionName

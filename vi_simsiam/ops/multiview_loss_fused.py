@@ -163,13 +163,14 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> tuple[Any, ...]:
-        kept: Any
         kept, ctx.kept = ctx.kept, None
         if kept is None:
             concentration, *tensors = ctx.saved_tensors
             views = _split(ctx.whole, ctx.count, [*tensors, *ctx.frozen])
             _, *kept = _compute(*views, concentration, *ctx.call)
-        gradient, by_concentration = launch_scale(*kept, factor.detach(), ctx.call, *ctx.dtypes)
+        gradient, by_concentration = launch_scale(
+            kept[0], kept[1], factor.detach(), ctx.call, *ctx.dtypes
+        )
         inputs: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3)
         inputs[0] = by_concentration
         inputs[1 : 1 + ctx.count] = [gradient] if ctx.whole else gradient.unbind(0)
