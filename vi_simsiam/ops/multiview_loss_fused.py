@@ -120,8 +120,7 @@ def _compute(
     result, gradient, by_concentration = _outputs(predictions, concentration, call)
     if concentration is not None:
         concentration = concentration.to(call.dtype).contiguous()
-    batch = len(predictions[0])
-    if batch:
+    if batch := len(predictions[0]):
         launch_loss(
             predictions,
             targets,
@@ -168,11 +167,9 @@ class _FusedLoss(torch.autograd.Function):
             concentration, *tensors = ctx.saved_tensors
             views = _split(ctx.whole, ctx.count, [*tensors, *ctx.frozen])
             _, *kept = _compute(*views, concentration, *ctx.call)
-        gradient, by_concentration = launch_scale(
-            kept[0], kept[1], factor.detach(), ctx.call, *ctx.dtypes
-        )
         inputs: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3)
-        inputs[0] = by_concentration
+        number = factor.detach()
+        gradient, inputs[0] = launch_scale(kept[0], kept[1], number, ctx.call, *ctx.dtypes)
         inputs[1 : 1 + ctx.count] = [gradient] if ctx.whole else gradient.unbind(0)
         if torch.is_grad_enabled():  # create_graph: without this they would pass for constants
             inputs = _refuse_second_derivative(inputs, (factor, *ctx.saved_tensors))
