@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import os
-import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from losses import COSINE, POWER_SPHERICAL, draw
+from processes import run_tests
 from rich.console import Console
 from test_trainer import config, learned, metrics
 from torch import Tensor
@@ -33,7 +30,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-ROOT = Path(__file__).parents[1]
 _NO_CUDA = why_unavailable("cuda", "cuda")
 fused = pytest.mark.parametrize(
     "backend",
@@ -54,34 +50,10 @@ def on_gpu(
     return [x.clone().requires_grad_() for x in rows], list(z)
 
 
-def run_tests(*arguments: str, wrapper: tuple[str, ...] = (), **variables: str) -> str:
-    """Run pytest in a process of its own with the losses' tests on the GPU; returns what it
-    printed."""
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
-    }
-    environment |= {"VI_SIMSIAM_TEST_DEVICE": "cuda", **variables}
-    command = [
-        *wrapper,
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "--tb=short",
-        *arguments,
-    ]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-3000:]
-    assert re.search(r"\d+ passed", result.stdout), result.stdout
-    return result.stdout
-
-
 def test_the_losses_on_cuda_tensors() -> None:
     """Golden values, gradcheck, hypothesis, opcheck, compile."""
-    run_tests(
-        *(f"tests/test_multiview_loss{x}.py" for x in ("", "_autograd", "_compile", "_modules"))
-    )
+    parts = ("", "_autograd", "_compile", "_modules")
+    run_tests(*(f"tests/test_multiview_loss{x}.py" for x in parts), VI_SIMSIAM_TEST_DEVICE="cuda")
 
 
 @fused
@@ -101,6 +73,7 @@ def test_compute_sanitizer_finds_nothing(backend: str, tool: str) -> None:
         "-k",
         f"{backend} and (padded or incoming or mean_is)",
         wrapper=(*wrapper, "--target-processes", "all"),
+        VI_SIMSIAM_TEST_DEVICE="cuda",
         PYTORCH_NO_CUDA_MEMORY_CACHING="1",  # else a tensor ends within a larger allocation
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import run_tests
 
 pytest.importorskip(
     "triton",
@@ -46,19 +46,11 @@ def marked(*shape: object, every_day: bool, name: str | None = None) -> Any:
 
 
 def run_cases(interpret: bool, *cases: str, select: str = "") -> None:
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
-    }
-    environment["TRITON_INTERPRET"] = "1" if interpret else "0"
-    paths = [str(Path(__file__).with_name(name)) for name in cases]
-    # A GPU's kernels are compiled before they run: up to 200 in a file.
-    processes = ["-p", "no:xdist"] if interpret else ["-n", "4"]
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *processes, "--tb=short"]
-    command += [*paths, *(["-k", select] if select else [])]
-    root = Path(__file__).parents[1]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-    assert re.search(r"\d+ passed", result.stdout), result.stdout
+    """Run files of tests/ in the interpreter, or on a GPU, where a file compiles 200 kernels."""
+    options = ["-p", "no:xdist"] if interpret else ["-n", "4"]
+    options += ["-k", select] if select else []
+    paths = (f"tests/{name}" for name in cases)
+    run_tests(*options, *paths, TRITON_INTERPRET=str(int(interpret)))
 
 
 @dataclass(frozen=True)
