@@ -210,8 +210,8 @@ class GradientRow {
   // The columns after the direction: the raw concentration's, if there is one, then zeros.
   __device__ __forceinline__ void store_rest(const Columns<COLUMNS, WIDE>& columns,
                                              Real to_concentration) const {
-    const int64_t first = columns.count + columns.thread;
-    for (int64_t column = first; column < problem_.width; column += columns.threads) {
+    for (int64_t column = columns.count + columns.thread; column < problem_.width;
+         column += columns.threads) {
       const bool is_raw = column == columns.count && problem_.form == Form::raw_concentration;
       const Real x = is_raw ? to_concentration : Real(0);
       if (is_real_) {

@@ -67,8 +67,9 @@ VI_HOST_DEVICE Real inverse_norm(Real sum_of_squares) {
 #if defined(__CUDA_ARCH__)
   // One rounding; the difference is NaN for an infinite sum and otherwise 0
   if constexpr (sizeof(Real) == 4) {
-    const Real inverse = __frsqrt_rn(sum_of_squares) + (sum_of_squares - sum_of_squares);
-    return sum_of_squares < Real(TINY_SQ) ? Real(0) : inverse;
+    return sum_of_squares < Real(TINY_SQ)
+               ? Real(0)
+               : __frsqrt_rn(sum_of_squares) + (sum_of_squares - sum_of_squares);
   }
 #endif
   return sum_of_squares < Real(TINY_SQ) ? Real(0) : std::sqrt(sum_of_squares) / sum_of_squares;
@@ -115,8 +116,8 @@ VI_HOST_DEVICE Concentration<Real> softplus_link(Real x) {
 template <typename Real>
 VI_HOST_DEVICE Concentration<Real> concentration(Link link, Real raw, Real scale, Real minimum,
                                                  Real gain) {
-  const Real x = gain * raw;
-  Concentration<Real> out = link == Link::softplus ? softplus_link(x) : quadratic_link(x);
+  Concentration<Real> out =
+      link == Link::softplus ? softplus_link(gain * raw) : quadratic_link(gain * raw);
   out.kappa = scale * out.kappa + minimum;
   out.slope *= scale * gain;
   return out;

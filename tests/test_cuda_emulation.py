@@ -46,7 +46,15 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
         pytest.skip("no g++ of version 12 or later: the CUDA kernels' numbers are not checked")
     library = tmp_path_factory.mktemp("cuda_emulation") / "kernels.so"
     folder = ROOT / "tests" / "cuda_emulation"
-    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas", "-DVI_SIMSIAM_CUDA"]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-shared",
+        "-fPIC",
+        "-pthread",
+        "-Wno-unknown-pragmas",
+        "-DVI_SIMSIAM_CUDA",
+    ]
     includes = (f"-I{folder}", f"-I{ROOT / 'csrc'}")
     command = [compiler, *flags, *includes, folder / "kernels.cpp", "-o", library]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
