@@ -309,7 +309,9 @@ def test_errors(message: str, changes: dict[str, object]) -> None:
 
 def test_a_backend_that_cannot_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = _problem((4, 8, 6, 6))
-    monkeypatch.setattr("vi_simsiam.ops.backends.why_unavailable", lambda *_: "no reason")
+    reasons = {"triton": "no reason", "eager": None}
+    target = "vi_simsiam.ops.backends.why_unavailable"
+    monkeypatch.setattr(target, lambda name, _: reasons[name])
     with pytest.raises(BackendUnavailableError, match="no reason"):
         batch_norm_relu_max_pool(*problem[:5], backend="triton")
     assert batch_norm_relu_max_pool(*problem[:5]).shape == (4, 8, 3, 3)
