@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vi_simsiam.cli import main
-from vi_simsiam.cli.export import export
+from vi_simsiam.cli.use import export
 from vi_simsiam.config import LossConfig
 from vi_simsiam.data.datasets import open_dataset
 from vi_simsiam.data.sources import FileSource

@@ -19,7 +19,7 @@ from evaluation_cases import feature_sets, gray_source, make_run
 from PIL import Image
 from report_cases import KINDS, SCORES, uncertainty_result
 
-from vi_simsiam.cli.report import report
+from vi_simsiam.cli.evaluate import report
 from vi_simsiam.config import PLACE_FIELDS, TrainConfig, preset
 from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.errors import InputError

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from vi_simsiam.benchmarks import accuracy
 from vi_simsiam.benchmarks.suite import Suite, SuiteOptions
-from vi_simsiam.cli import uncertainty as command
+from vi_simsiam.cli import evaluate as command
 from vi_simsiam.errors import InputError
 from vi_simsiam.experiments.place import Place
 from vi_simsiam.experiments.plan import Arm

@@ -17,7 +17,7 @@ from rich.console import Console
 from sklearn.datasets import load_digits
 
 from vi_simsiam.cli import main
-from vi_simsiam.cli.uncertainty import print_result
+from vi_simsiam.cli.evaluate import print_result
 from vi_simsiam.config import AugmentConfig, ModelConfig, TrainConfig
 from vi_simsiam.data.datasets import Splits, open_dataset
 from vi_simsiam.data.packed import PackedImages

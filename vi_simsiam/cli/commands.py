@@ -1,4 +1,4 @@
-"""The commands. Their modules are imported when they are asked for."""
+"""The commands and benchmarks; their modules are imported on first use."""
 
 COMMANDS = {
     "train": ("train", "train SimSiam or VI-SimSiam into a run folder"),
@@ -8,14 +8,14 @@ COMMANDS = {
     "logistic": ("evaluate", "logistic-regression accuracy of a run's frozen features"),
     "figures": ("evaluate", "curves, kappa gallery, density and uncertainty of a run as pictures"),
     "uncertainty": (
-        "uncertainty",
-        "what a run's kappa is worth: calibration, errors, foreign and damaged images",
+        "evaluate",
+        "quality of a run's kappa: calibration, errors, foreign and damaged images",
     ),
-    "report": ("report", "all there is to know of a run in one HTML file"),
+    "report": ("evaluate", "all results of a run in one HTML file"),
     "embed": ("use", "embeddings, kappa and neighbours of your images as a Parquet file"),
     "rank": ("use", "your most and least certain images"),
     "export": (
-        "export",
+        "use",
         "a run's weights for torchvision, timm, safetensors or ONNX, with a model card",
     ),
     "experiment": (
@@ -27,7 +27,7 @@ COMMANDS = {
     "info": ("tools", "versions, devices, and which backends are available"),
     "bench": ("tools", "benchmarks: bench loss|augment|step|train|compare|accuracy|report"),
 }
-"""By name: the module in this package that holds the function of that name, and what it does."""
+"""By name: the module in this package with the function of that name, and a description."""
 
 BENCHMARKS = {
     "loss": ("multiview_loss", "time the loss: eager, torch.compile and the fused backends"),
@@ -41,4 +41,4 @@ BENCHMARKS = {
     "accuracy": ("accuracy", "errors of the loss at large concentrations"),
     "report": ("report", "write the tables in Markdown files from the result files they name"),
 }
-"""By name: the module in `vi_simsiam.benchmarks`, and what it does."""
+"""By name: the module in `vi_simsiam.benchmarks`, and a description."""

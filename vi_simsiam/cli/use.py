@@ -1,7 +1,8 @@
-"""`vi-simsiam embed|rank`: a trained run applied to images of one's own."""
+"""`vi-simsiam embed|rank|export`: a trained run on your images, and its weights for other tools."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,24 +10,28 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from rich.console import Console
 
-from vi_simsiam.cli.parsing import parse
-from vi_simsiam.errors import InputError
+from vi_simsiam.cli.parsing import RunPath, parse
+from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.paths import user_path
 from vi_simsiam.text import counted
 
 if TYPE_CHECKING:
     from vi_simsiam.config import DecodeConfig
     from vi_simsiam.data.sources import ImageSource
+    from vi_simsiam.engine.run import Run
     from vi_simsiam.inference.embed import Table
     from vi_simsiam.inference.encoder import Encoder
+
+# Embedded, hence always available: an export is checked on it if the run's own images are gone.
+_STAND_IN = "fashion-mini"
 
 
 @dataclass(frozen=True)
 class _Images:
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    run: RunPath
     """A run folder."""
     images: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
-    """A folder (all images in it and below), an image, or a data set by name: its validation images, if it has any."""
+    """A folder of images (any depth), an image, or a data set (its validation images if any)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     workers: int | None = None
@@ -42,7 +47,7 @@ class _Images:
     offline: bool = False
     """Never download."""
     overwrite: bool = False
-    """Replace files that are there."""
+    """Replace existing files."""
     out: Path = Path()
     """Where to write."""
 
@@ -50,12 +55,12 @@ class _Images:
 @dataclass(frozen=True)
 class _Embed(_Images):
     out: Path = Path("features.parquet")
-    """File to write: path, path_bytes (for names that are not UTF-8), embedding, concentration, uncertainty, neighbours
-    and their similarities of every image."""
+    """File to write: path, path_bytes (if not UTF-8), embedding, concentration, uncertainty,
+    neighbours and their similarities of every image."""
     neighbours: int = 5
     """Nearest neighbours of each image by the cosine of embeddings; 0 for none."""
     reference: str | None = None
-    """Look for neighbours among these images (a folder, or the training images of a data set), not among the images."""
+    """Look for neighbours among these images instead (a folder, or a data set's training images)"""
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,24 @@ class _Rank(_Images):
     """Images at each end of the picture."""
 
 
+@dataclass(frozen=True)
+class _Export:
+    run: RunPath
+    """A run folder."""
+    format: str
+    """torchvision, timm (the backbone), safetensors (the whole model) or onnx (a graph)."""
+    out: Path | None = None
+    """Folder to write; None for RUN/export/FORMAT."""
+    overwrite: bool = False
+    """Replace an earlier export in that folder."""
+    data: str | None = None
+    """The data set, where it has moved since training; a few images check the export."""
+    data_root: Path | None = None
+    """Where downloaded data sets are; None for the run's own."""
+
+
 def embed(arguments: list[str]) -> int:
-    """Write what a run makes of images as a Parquet file."""
+    """Write a run's representations of images as a Parquet file."""
     options = parse("embed", _Embed, arguments)
     if options.out.suffix.lower() != ".parquet":
         raise InputError(
@@ -75,16 +96,14 @@ def embed(arguments: list[str]) -> int:
         )
     if options.neighbours < 0:
         raise InputError(f"neighbours: {options.neighbours} must be at least 0")
-    _free([options.out], options.overwrite)
+    _check_free([options.out], options.overwrite)
 
     from vi_simsiam.inference.embed import describe, write_parquet
 
     encoder, source = _open(options)
-    reference = (
-        None
-        if options.reference is None or options.neighbours == 0
-        else _source(options.reference, options, encoder.config.decode, train=True)
-    )
+    reference = None
+    if options.reference is not None and options.neighbours > 0:
+        reference = _source(options.reference, options, encoder.config.decode, train=True)
     console = Console(stderr=True)
     table = _collect(encoder, source, options, console)
     among = None if reference is None else _collect(encoder, reference, options, console)
@@ -106,7 +125,7 @@ def embed(arguments: list[str]) -> int:
 
 
 def rank(arguments: list[str]) -> int:
-    """Write which images a run is certain of and which not."""
+    """Write the most and the least certain images."""
     options = parse("rank", _Rank, arguments)
     if options.k < 1:
         raise InputError(f"k: {options.k} must be at least 1")
@@ -114,7 +133,7 @@ def rank(arguments: list[str]) -> int:
     if out.suffix.lower() in (".csv", ".png"):
         out = out.with_suffix("")
     listing, picture = out.with_name(f"{out.name}.csv"), out.with_name(f"{out.name}.png")
-    _free([listing, picture], options.overwrite)
+    _check_free([listing, picture], options.overwrite)
 
     from vi_simsiam.inference.rank import draw_ranking, save_picture, write_ranking
     from vi_simsiam.models import VISimSiam
@@ -122,7 +141,8 @@ def rank(arguments: list[str]) -> int:
     encoder, source = _open(options)
     if not isinstance(encoder.model, VISimSiam):
         raise InputError(
-            f"run: {options.run} is SimSiam, which predicts no concentration to rank by; vi-simsiam does"
+            f"run: {options.run} is SimSiam, which predicts no concentration to rank by; "
+            "vi-simsiam does"
         )
     table = _collect(encoder, source, options, Console(stderr=True), embeddings=False)
     drawn = draw_ranking(table, encoder.model.dim, options.k)
@@ -133,7 +153,38 @@ def rank(arguments: list[str]) -> int:
     return 0
 
 
-def _free(paths: list[Path], overwrite: bool) -> None:
+def export(arguments: list[str]) -> int:
+    """Write a run's weights, settings and model card."""
+    options = parse("export", _Export, arguments)
+
+    from vi_simsiam.export import FORMATS, export_run
+
+    if options.format not in FORMATS:
+        raise none_of("format", options.format, FORMATS)
+    run = _run_to_export(options)
+    folder = export_run(run, options.format, options.out, overwrite=options.overwrite, report=print)
+    print(f"written: {folder}")
+    return 0
+
+
+def _run_to_export(options: _Export) -> Run:
+    """Open the run on the CPU, with embedded images if its own are not on this machine."""
+    from vi_simsiam.data.datasets import open_dataset
+    from vi_simsiam.inference.encoder import load
+
+    run = load(options.run, "cpu").run
+    data, root = options.data or run.config.data, options.data_root or run.config.data_root
+    try:  # nothing is downloaded: a few images are enough
+        splits = open_dataset(data, root=root, download=False, decode=run.config.decode)
+    except InputError as reason:
+        if options.data is not None:
+            raise
+        print(f"checked on {_STAND_IN}, not on the run's own images ({reason})")
+        splits = open_dataset(_STAND_IN)
+    return dataclasses.replace(run, splits=splits)
+
+
+def _check_free(paths: list[Path], overwrite: bool) -> None:
     for path in paths:
         if path.is_dir():
             raise InputError(f"out: {path} is a folder, not a file")
@@ -151,7 +202,7 @@ def _open(options: _Images) -> tuple[Encoder, ImageSource]:
 
 
 def _source(images: str, options: _Images, decode: DecodeConfig, *, train: bool) -> ImageSource:
-    """A folder or a file if there is one of that name, else a data set's training or, if it has any, validation images."""
+    """Open a path if it exists, else a data set's training or, if it has any, validation images."""
     from vi_simsiam.data.datasets import ACCEPTED, open_dataset
     from vi_simsiam.inference.images import open_images
 
