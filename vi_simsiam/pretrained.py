@@ -1,4 +1,4 @@
-"""torchvision's networks, and their ImageNet weights on this machine."""
+"""Names of torchvision's ResNets, and downloads of their ImageNet weights."""
 
 from __future__ import annotations
 
@@ -14,20 +14,17 @@ from vi_simsiam.errors import InputError, none_of
 
 def check_backbone(name: str) -> None:
     """Raise InputError unless torchvision has a ResNet, ResNeXt or Wide ResNet of that name."""
-    known = [
-        model
-        for model in torchvision.models.list_models(module=torchvision.models)
-        if "resne" in model
-    ]
+    models = torchvision.models.list_models(module=torchvision.models)
+    known = [model for model in models if "resne" in model]
     if name not in known:
         raise none_of("backbone", name, known)
 
 
 def fetch_weights(name: str, *, download: bool) -> None:
-    """Bring a backbone's default ImageNet weights to where torchvision looks for them.
+    """Download a backbone's default ImageNet weights to torchvision's cache, unless they are there.
 
     Raises:
-        InputError: no such backbone, or weights that are not there and cannot or must not be downloaded.
+        InputError: no such backbone, or missing weights that cannot or must not be downloaded.
     """
     check_backbone(name)
     weights = torchvision.models.get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
@@ -44,5 +41,6 @@ def fetch_weights(name: str, *, download: bool) -> None:
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
         raise InputError(
-            f"pretrained: {weights.url} could not be downloaded ({reason}); a copy is recognised as {file}"
+            f"pretrained: {weights.url} could not be downloaded ({reason}); "
+            f"a copy is recognised as {file}"
         ) from error

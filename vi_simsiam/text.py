@@ -1,4 +1,4 @@
-"""Words that many messages share, and short forms of what holds arrays."""
+"""Counts and single lines for messages, and short reprs of values that hold arrays."""
 
 from __future__ import annotations
 
@@ -10,42 +10,29 @@ _SHOWN = 8
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:
-    """A number with its noun: "1 image", "8,000 images", "0 images".
-
-    Args:
-        count: how many, at least 0.
-        noun: the singular, with its adjectives if it has any ("unreadable image").
-        plural: the plural where it is not the noun and an s ("classes").
-    """
+    """Return a number with its noun: "1 image", "8,000 images"; `plural` if it is not noun + s."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
 def one_line(text: str) -> str:
-    """Text in one line, with the control characters that names of files in it may hold as in a Python string."""
-    return "".join(
-        repr(each)[1:-1] if unicodedata.category(each) == "Cc" else each for each in text
-    )
+    """Return text with control characters, which file names may hold, escaped as in Python."""
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) == "Cc" else c for c in text)
 
 
 def brief(value: Any) -> str:
-    """A value for a repr: arrays and tensors by dtype and shape, long sequences by their length, others as they are."""
+    """Return a short repr: arrays and tensors by dtype and shape, long sequences by length."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key!r}: {brief(each)}" for key, each in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return (
-            counted(len(value), "item")
-            if len(value) > _SHOWN
-            else f"[{', '.join(map(brief, value))}]"
-        )
+        long = len(value) > _SHOWN
+        return counted(len(value), "item") if long else f"[{', '.join(map(brief, value))}]"
     return repr(value)
 
 
 def brief_repr(instance: Any) -> str:
-    """The `__repr__` of a dataclass that holds arrays: one line in a notebook, not a page of numbers."""
-    fields = (
-        f"{field.name}={brief(getattr(instance, field.name))}"
-        for field in dataclasses.fields(instance)
-    )
-    return f"{type(instance).__name__}({', '.join(fields)})"
+    """Return a one-line `__repr__` of a dataclass that holds arrays."""
+    names = [field.name for field in dataclasses.fields(instance)]
+    values = ", ".join(f"{name}={brief(getattr(instance, name))}" for name in names)
+    return f"{type(instance).__name__}({values})"
