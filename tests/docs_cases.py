@@ -70,7 +70,7 @@ def is_accepted(command: str) -> bool:
 
 
 def messages() -> Iterator[re.Pattern[str]]:
-    """Yield patterns for the package's texts with enough fixed characters and any inserted values."""
+    """Yield patterns for texts of the package with enough fixed characters, with any values."""
     for path in (ROOT / "vi_simsiam").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]

@@ -1,4 +1,4 @@
-"""README, CONTRIBUTING and docs/: Python runs, commands and messages are real, tables are current."""
+"""README, CONTRIBUTING and docs/: Python runs, commands and messages exist, tables are current."""
 
 from __future__ import annotations
 
