@@ -11,7 +11,7 @@ import tyro
 from PIL import Image
 from rich.console import Console
 
-from vi_simsiam.cli.parsing import given, parse
+from vi_simsiam.cli.parsing import SourceOptions, given, parse
 from vi_simsiam.config import AugmentConfig, DecodeConfig, TrainConfig, policy
 from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.text import counted, one_line
@@ -20,8 +20,8 @@ _LEAST_SHOWN = 112
 """Smallest side in pixels of a drawn view; smaller views are enlarged to about this."""
 
 
-@dataclass(frozen=True)
-class _Pack:
+@dataclass(frozen=True, kw_only=True)
+class _Pack(SourceOptions):
     images: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
     """A folder of images, or a data set by name."""
     out: Path
@@ -31,16 +31,12 @@ class _Pack:
     decode: Annotated[DecodeConfig, tyro.conf.arg(name="")] = field(default_factory=DecodeConfig)
     workers: int | None = None
     """Processes that decode; None for one a CPU core."""
-    data_root: Path = Path("data")
-    """Where downloaded data sets are kept or looked for."""
-    offline: bool = False
-    """Never download."""
     overwrite: bool = False
     """Replace an existing file."""
 
 
-@dataclass(frozen=True)
-class _Views:
+@dataclass(frozen=True, kw_only=True)
+class _Views(SourceOptions):
     augment: Annotated[AugmentConfig, tyro.conf.arg(name="")]
     data: str = "fashion-mini"
     """A folder of images, a pack file, or fashion-mini, cifar10, imagenette, imagewoof."""
@@ -52,10 +48,6 @@ class _Views:
     images: int = 8
     """Number of images."""
     seed: int = 0
-    data_root: Path = Path("data")
-    """Where downloaded data sets are kept or looked for."""
-    offline: bool = False
-    """Never download."""
 
 
 def pack(arguments: list[str]) -> int:
@@ -63,11 +55,9 @@ def pack(arguments: list[str]) -> int:
     options = parse("pack", _Pack, arguments)
 
     from vi_simsiam.data.cache import pack
-    from vi_simsiam.data.datasets import open_dataset, validation_pack
+    from vi_simsiam.data.datasets import validation_pack
 
-    splits = open_dataset(
-        options.images, root=options.data_root, download=not options.offline, decode=options.decode
-    )
+    splits = options.open(options.images, options.decode)
     parts = [(splits.train, options.out)]
     if splits.val is not None:
         parts.append((splits.val, validation_pack(options.out)))
@@ -93,10 +83,9 @@ def views(arguments: list[str]) -> int:
     """Draw images and their random views."""
     name = given(arguments, "--policy")
     start = policy(name or "simsiam")
-    options = parse("views", _Views, arguments, default=_Views(start))
+    options = parse("views", _Views, arguments, default=_Views(augment=start))
 
     from vi_simsiam.data.contact_sheet import contact_sheet
-    from vi_simsiam.data.datasets import open_dataset
     from vi_simsiam.data.defaults import sized, suited, suited_size
     from vi_simsiam.data.sources import Unreadable, left_out
     from vi_simsiam.engine.checkpoint import write_atomically
@@ -106,13 +95,11 @@ def views(arguments: list[str]) -> int:
     suffix = options.out.suffix.lower()
     if suffix not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"out: {options.out} must end in .png, .jpg, .jpeg or .webp")
-    source = open_dataset(
-        options.data, root=options.data_root, download=not options.offline, decode=options.decode
-    ).train
+    source = options.open(options.data, options.decode).train
     fixed = given(arguments, "--size") is not None or start.size != AugmentConfig.size
     size = options.augment.size if fixed else suited_size(source)
     start = sized(start, size) if name else suited(TrainConfig(), source, size=size).augment
-    options = parse("views", _Views, arguments, default=_Views(start))
+    options = parse("views", _Views, arguments, default=_Views(augment=start))
     failures: list[Unreadable] = []
     sheet = contact_sheet(
         source, options.augment, images=options.images, seed=options.seed, skipped=failures.append

@@ -20,6 +20,8 @@ from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.paths import user_path
 
 if TYPE_CHECKING:
+    from vi_simsiam.config import DecodeConfig
+    from vi_simsiam.data.datasets import Splits
     from vi_simsiam.engine.run import Run
 
 _Options = TypeVar("_Options")
@@ -35,6 +37,22 @@ _PLAIN = {
 }
 
 RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """Places of data sets."""
+
+    data_root: Path = Path("data")
+    """Where downloaded data sets are kept or looked for."""
+    offline: bool = False
+    """Never download."""
+
+    def open(self, data: str, decode: DecodeConfig) -> Splits:
+        """Open a data set by its path or name; download it unless `offline` is set."""
+        from vi_simsiam.data.datasets import open_dataset
+
+        return open_dataset(data, root=self.data_root, download=not self.offline, decode=decode)
 
 
 @dataclass(frozen=True)
@@ -59,14 +77,8 @@ def open_run(options: RunOptions, device: str | None = None) -> Run:
     """Open the run of the options, on `device` if it is given."""
     from vi_simsiam.engine.run import load_run
 
-    return load_run(
-        options.run,
-        device=device or options.device,
-        workers=options.workers,
-        data=options.data,
-        data_root=options.data_root,
-        cache_dir=options.cache_dir,
-    )
+    named = {field.name: getattr(options, field.name) for field in dataclasses.fields(RunOptions)}
+    return load_run(named.pop("run"), **named | ({"device": device} if device else {}))
 
 
 def given(arguments: list[str], option: str) -> str | None:

@@ -61,8 +61,7 @@ class _Train:
     settings: Annotated[Path | None, tyro.conf.arg(name="config")] = None
     """Settings from a run's config.json or a YAML file, between the preset and the options."""
     policy: str | None = None
-    """Augmentation to start from: simsiam, multicrop, lightly-imagenette or none; None for the
-    preset's, or one that suits the images. It goes before --config, except for the sizes."""
+    """simsiam, multicrop, lightly-imagenette or none to start from; sizes stay --config's."""
     out: Path | None = None
     """Run folder; None for runs/DATA-METHOD-NNN, the first number that is free."""
     resume: bool = False

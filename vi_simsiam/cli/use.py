@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
 
-from vi_simsiam.cli.parsing import RunPath, parse
+from vi_simsiam.cli.parsing import RunPath, SourceOptions, parse
 from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.paths import user_path
 from vi_simsiam.text import counted
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
 _STAND_IN = "fashion-mini"
 
 
-@dataclass(frozen=True)
-class _Images:
+@dataclass(frozen=True, kw_only=True)
+class _Images(SourceOptions):
     run: RunPath
     """A run folder."""
     images: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
@@ -42,28 +44,23 @@ class _Images:
     """Of the random views."""
     batch_size: int = 256
     """Images, or views, that the network takes at a time."""
-    data_root: Path = Path("data")
-    """Where downloaded data sets are kept or looked for."""
-    offline: bool = False
-    """Never download."""
     overwrite: bool = False
     """Replace existing files."""
     out: Path = Path()
     """Where to write."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Embed(_Images):
     out: Path = Path("features.parquet")
-    """File to write: path, path_bytes (if not UTF-8), embedding, concentration, uncertainty,
-    neighbours and their similarities of every image."""
+    """File to write: path, embedding, concentration, uncertainty, neighbours of every image."""
     neighbours: int = 5
     """Nearest neighbours of each image by the cosine of embeddings; 0 for none."""
     reference: str | None = None
-    """Look for neighbours among these images instead (a folder, or a data set's training images)"""
+    """Look for neighbours among these images: a folder, or a data set's training images."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Rank(_Images):
     out: Path = Path("ranking")
     """Files to write, without suffix: OUT.csv, all images, and OUT.png, the two ends."""
@@ -100,23 +97,21 @@ def embed(arguments: list[str]) -> int:
 
     from vi_simsiam.inference.embed import describe, write_parquet
 
-    encoder, source = _open(options)
+    encoder, source, collect = _open(options)
     reference = None
     if options.reference is not None and options.neighbours > 0:
         reference = _source(options.reference, options, encoder.config.decode, train=True)
-    console = Console(stderr=True)
-    table = _collect(encoder, source, options, console)
-    among = None if reference is None else _collect(encoder, reference, options, console)
+    table = collect(source)
     about = describe(encoder, source, options.views, options.seed)
     about["neighbours_among"] = source.name if reference is None else reference.name
     write_parquet(
         table,
         options.out,
         neighbours=options.neighbours,
-        reference=among,
+        reference=None if reference is None else collect(reference),
         device=encoder.device,
         metadata=about,
-        console=console,
+        console=Console(stderr=True),
     )
     if table.concentration is None:
         print("concentration and uncertainty are empty: a SimSiam run predicts none")
@@ -138,13 +133,13 @@ def rank(arguments: list[str]) -> int:
     from vi_simsiam.inference.rank import draw_ranking, save_picture, write_ranking
     from vi_simsiam.models import VISimSiam
 
-    encoder, source = _open(options)
+    encoder, source, collect = _open(options)
     if not isinstance(encoder.model, VISimSiam):
         raise InputError(
             f"run: {options.run} is SimSiam, which predicts no concentration to rank by; "
             "vi-simsiam does"
         )
-    table = _collect(encoder, source, options, Console(stderr=True), embeddings=False)
+    table = collect(source, embeddings=False)
     drawn = draw_ranking(table, encoder.model.dim, options.k)
     write_ranking(table, listing)
     save_picture(drawn, picture)
@@ -194,51 +189,32 @@ def _check_free(paths: list[Path], overwrite: bool) -> None:
             raise InputError(f"out: {path} exists; say --overwrite to replace it")
 
 
-def _open(options: _Images) -> tuple[Encoder, ImageSource]:
+def _open(options: _Images) -> tuple[Encoder, ImageSource, Callable[..., Table]]:
+    """Open the run and the images; also return a function that encodes a source."""
+    from vi_simsiam.inference.embed import collect
     from vi_simsiam.inference.encoder import load
 
     encoder = load(options.run, options.device, workers=options.workers)
-    return encoder, _source(options.images, options, encoder.config.decode, train=False)
+    source = _source(options.images, options, encoder.config.decode, train=False)
+    settings = {name: getattr(options, name) for name in ("views", "seed", "batch_size")}
+    folder, console = options.out.parent, Console(stderr=True)
+    return encoder, source, partial(collect, encoder, folder=folder, console=console, **settings)
 
 
 def _source(images: str, options: _Images, decode: DecodeConfig, *, train: bool) -> ImageSource:
     """Open a path if it exists, else a data set's training or, if it has any, validation images."""
-    from vi_simsiam.data.datasets import ACCEPTED, open_dataset
+    from vi_simsiam.data.datasets import ACCEPTED
     from vi_simsiam.inference.images import open_images
 
     if user_path("images", images).exists():
         return open_images(images, decode)
     try:
-        splits = open_dataset(
-            images, root=options.data_root, download=not options.offline, decode=decode
-        )
+        splits = options.open(images, decode)
     except InputError as error:
         if str(error).startswith("data:"):
             raise InputError(f"images: {images} is not there; give an image, {ACCEPTED}") from None
         raise
     return splits.train if train or splits.val is None else splits.val
-
-
-def _collect(
-    encoder: Encoder,
-    source: ImageSource,
-    options: _Images,
-    console: Console,
-    *,
-    embeddings: bool = True,
-) -> Table:
-    from vi_simsiam.inference.embed import collect
-
-    return collect(
-        encoder,
-        source,
-        options.out.parent,
-        views=options.views,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        embeddings=embeddings,
-        console=console,
-    )
 
 
 def _written(path: Path, table: Table) -> str:
