@@ -1,4 +1,4 @@
-"""What is printed on a terminal of 80 columns: paths stay whole, and names with brackets are no styles."""
+"""Output on a terminal of 80 columns: paths stay whole, names with brackets are not styles."""
 
 from __future__ import annotations
 
