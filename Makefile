@@ -1,23 +1,25 @@
 # `make train` and `make test` do all set-up; neither needs a GPU, nvcc or a C++ compiler.
 
 METHOD ?= vi-simsiam
-# What bench train trains on; on a GPU rather --data imagenette --size 128 --epochs 200
+# Training of bench train; on a GPU better --data imagenette --size 128 --epochs 200
 TRAIN ?= --data cifar10 --images 960 --epochs 4
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(if $(shell $(p) -c \
 	'import sys; print(1 if (3, 11) <= sys.version_info < (3, 14) else "")' 2>/dev/null),$(p))))
-# An environment that has the package's dependencies already can be used as it is: make gpu ENV=/path/to/venv INSTALLED=1
+# Use an environment that already has the dependencies: make gpu ENV=/path/to/venv INSTALLED=1
 ENV ?= .venv
 BIN := $(ENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
-# What other processors compute with: the instructions of torch, oneDNN, MKL, OpenBLAS, NumPy and the extension.
+# Instruction sets of other processors, for torch, oneDNN, MKL, OpenBLAS, NumPy and the extension.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Haswell \
 	NPY_DISABLE_CPU_FEATURES="X86_V4 AVX512_ICL AVX512_SPR" VI_SIMSIAM_SIMD=avx2
-BASELINE := ATEN_CPU_CAPABILITY=default DNNL_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem \
-	NPY_DISABLE_CPU_FEATURES="X86_V3 X86_V4 AVX512_ICL AVX512_SPR" VI_SIMSIAM_SIMD=baseline
-# Where another rounding shows first.
-NUMERICS := $(patsubst %,tests/test_%.py,augment batch_norm device_feed distributions embed encoder extension knn linear logistic \
-	multiview_loss multiview_loss_autograd network power_spherical rank scores step uncertainty_metrics)
+BASELINE := ATEN_CPU_CAPABILITY=default DNNL_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE \
+	OPENBLAS_CORETYPE=Nehalem NPY_DISABLE_CPU_FEATURES="X86_V3 X86_V4 AVX512_ICL AVX512_SPR" \
+	VI_SIMSIAM_SIMD=baseline
+# Tests in which another rounding shows first.
+NUMERICS := $(patsubst %,tests/test_%.py,augment batch_norm device_feed distributions embed encoder \
+	extension knn linear logistic multiview_loss multiview_loss_autograd network power_spherical rank \
+	scores step uncertainty_metrics)
 
 .PHONY: train test install lint cpus soak gpu bench clean
 
@@ -33,7 +35,8 @@ $(ENV)/.installed: $(SOURCES)
 	@test -n "$(PYTHON)" || { echo "make: Python 3.11, 3.12 or 3.13 is needed; none was found" >&2; exit 1; }
 	@echo "Setting up $(ENV) with $(PYTHON); the first time this downloads PyTorch."
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(ENV)
-	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --verbose --disable-pip-version-check --editable '.[dev]' \
+	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+		$(BIN)/python -m pip install --verbose --disable-pip-version-check --editable '.[dev]' \
 		>$(ENV)/install.log 2>&1 || { tail -n 30 $(ENV)/install.log; exit 1; }
 	@grep -o 'vi_simsiam: .*' $(ENV)/install.log || true
 	@$(BIN)/vi-simsiam info

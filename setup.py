@@ -1,7 +1,8 @@
-"""Builds vi_simsiam._C (csrc/): the CPU backend always, the CUDA backend where nvcc is found. torch is not needed.
+"""Builds vi_simsiam._C (csrc/): the CPU backend, and the CUDA backend if nvcc is found.
 
-VI_SIMSIAM_NO_EXTENSION=1 and VI_SIMSIAM_NO_CUDA=1 leave them out; TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX" chooses the GPUs.
-What cannot be built is left out with one line that says why, and the package works without it.
+torch is not needed. VI_SIMSIAM_NO_EXTENSION=1 and VI_SIMSIAM_NO_CUDA=1 leave the backends out;
+TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX" chooses the GPUs. A part that cannot be built is left out with
+one line that gives the reason, and the package works without it.
 """
 
 from __future__ import annotations
@@ -20,40 +21,39 @@ from setuptools.errors import BaseError, CCompilerError
 
 _DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0+PTX;10.0;12.0+PTX"
 _LINUX, _WINDOWS = sys.platform == "linux", sys.platform == "win32"
-_CUDART, _HOST = (
-    ("cudart_static.lib", "/MD")
-    if _WINDOWS
-    else ("libcudart_static.a", "-fPIC,-fvisibility=hidden")
-)
+_CUDART = "cudart_static.lib" if _WINDOWS else "libcudart_static.a"
+_HOST = "/MD" if _WINDOWS else "-fPIC,-fvisibility=hidden"
 
 
 def architectures(supported: str, wanted: str = "") -> dict[str, list[str]]:
-    """nvcc's flags for every wanted architecture (TORCH_CUDA_ARCH_LIST) in `supported` (nvcc --list-gpu-code).
+    """Return nvcc's flags for each architecture of TORCH_CUDA_ARCH_LIST that nvcc supports.
 
-    "9.0+PTX" asks for machine code and for PTX, which later GPUs compile. Raises ValueError where nothing is left.
+    Args:
+        supported: the output of nvcc --list-gpu-code.
+        wanted: the value of TORCH_CUDA_ARCH_LIST; "9.0+PTX" adds PTX, which later GPUs compile.
+
+    Raises:
+        ValueError: nvcc supports none of them.
     """
-    flags = {}
-    for name in filter(None, re.split(r"[;,\s]+", wanted or _DEFAULT_ARCHITECTURES)):
+    flags, wanted = {}, wanted or _DEFAULT_ARCHITECTURES
+    for name in filter(None, re.split(r"[;,\s]+", wanted)):
         number = name.removesuffix("+PTX").replace(".", "")
         if f"sm_{number.rstrip('af')}" in supported.split():
             codes = ["sm", "compute"] if name.endswith("+PTX") else ["sm"]
             flags[name] = [f"-gencode=arch=compute_{number},code={code}_{number}" for code in codes]
     if not flags:
-        raise ValueError(
-            f"nvcc has none of {wanted or _DEFAULT_ARCHITECTURES}, only {' '.join(supported.split())}"
-        )
+        raise ValueError(f"nvcc has none of {wanted}, only {' '.join(supported.split())}")
     return flags
 
 
-def _ask(*command: str | Path) -> str:
-    return subprocess.run(
-        command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ).stdout
+def _output(*command: str | Path) -> str:
+    pipe, merged = subprocess.PIPE, subprocess.STDOUT
+    return subprocess.run(command, check=True, text=True, stdout=pipe, stderr=merged).stdout
 
 
 class _BuildExtension(build_ext):  # type: ignore[misc]
     def build_extension(self, ext: Extension) -> None:
-        self.force = True  # neither nvcc nor the switches are files whose date could be compared
+        self.force = True  # nvcc and the switches have no date to compare
         try:
             header = Path(sysconfig.get_paths()["include"], "Python.h")
             compiler = getattr(self.compiler, "compiler_so_cxx", [sys.executable])[0]
@@ -74,59 +74,45 @@ class _BuildExtension(build_ext):  # type: ignore[misc]
             Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
 
     def _add_cuda(self, ext: Extension) -> None:
-        path = (
-            os.path.join(os.environ.get("CUDA_HOME", ""), "bin")
-            + os.pathsep
-            + os.environ.get("PATH", "")
-        )
-        nvcc = shutil.which("nvcc", path=path)
-        if nvcc is None or os.environ.get("VI_SIMSIAM_NO_CUDA") == "1":
-            raise ValueError(
-                "VI_SIMSIAM_NO_CUDA is set" if nvcc else "no nvcc in CUDA_HOME or on PATH"
-            )
+        home = os.path.join(os.environ.get("CUDA_HOME", ""), "bin")
+        nvcc = shutil.which("nvcc", path=home + os.pathsep + os.environ.get("PATH", ""))
+        if nvcc is None:
+            raise ValueError("no nvcc in CUDA_HOME or on PATH")
+        if os.environ.get("VI_SIMSIAM_NO_CUDA") == "1":
+            raise ValueError("VI_SIMSIAM_NO_CUDA is set")
         sources = sorted(Path("csrc").glob("*.cu"))
         self.mkpath(self.build_temp)
-        folders = re.findall(
-            r'"(?:-L|/LIBPATH:)([^"]+)"', _ask(nvcc, "--dryrun", sources[0], "-o", "unused")
-        )
+        dry_run = _output(nvcc, "--dryrun", sources[0], "-o", "unused")
+        folders = re.findall(r'"(?:-L|/LIBPATH:)([^"]+)"', dry_run)
         folder = next((folder for folder in folders if Path(folder, _CUDART).is_file()), None)
         if folder is None:
             raise ValueError(f"{_CUDART} is in none of nvcc's folders: {' '.join(folders)}")
-        flags = architectures(
-            _ask(nvcc, "--list-gpu-code"), os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-        )
-        options = [
-            "-O3",
-            "-std=c++17",
-            "-DVI_SIMSIAM_CUDA",
-            "--threads=0",
-            *(f for fs in flags.values() for f in fs),
-        ]
-        _ask(nvcc, *options, f"-Xcompiler={_HOST}", "-c", *sources, "-odir", self.build_temp)
+        supported = _output(nvcc, "--list-gpu-code")
+        flags = architectures(supported, os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
+        options = ["-O3", "-std=c++17", "-DVI_SIMSIAM_CUDA", "--threads=0"]
+        options += [flag for group in flags.values() for flag in group]
+        _output(nvcc, *options, f"-Xcompiler={_HOST}", "-c", *sources, "-odir", self.build_temp)
         ext.library_dirs.append(folder)
         ext.libraries += ["cudart_static", "dl", "rt", "pthread"] if _LINUX else ["cudart_static"]
-        ext.extra_objects += [
-            str(Path(self.build_temp, x.stem + (".obj" if _WINDOWS else ".o"))) for x in sources
-        ]
+        suffix = ".obj" if _WINDOWS else ".o"
+        ext.extra_objects += [str(Path(self.build_temp, x.stem + suffix)) for x in sources]
         ext.define_macros.append(("VI_SIMSIAM_CUDA", ",".join(flags)))
 
 
 if __name__ == "__main__":
     from pybind11.setup_helpers import Pybind11Extension
 
-    extension = Pybind11Extension(
-        "vi_simsiam._C", ["csrc/bindings.cpp", "csrc/multiview_loss_cpu.cpp"], cxx_std=17
-    )
+    cpu_sources = ["csrc/bindings.cpp", "csrc/multiview_loss_cpu.cpp"]
+    extension = Pybind11Extension("vi_simsiam._C", cpu_sources, cxx_std=17)
     extension.depends = sorted(str(file) for file in Path("csrc").iterdir())
-    extension.extra_compile_args += (
-        ["/O2"] if _WINDOWS else ["-O3", "-ffp-contract=fast", "-pthread"]
-    )
+    optimise = ["/O2"] if _WINDOWS else ["-O3", "-ffp-contract=fast", "-pthread"]
+    extension.extra_compile_args += optimise
     extension.extra_link_args += ["-pthread", "-Wl,--exclude-libs,ALL"] if _LINUX else []
     extension.optional = True
-    rooms = {"vi_simsiam.kernels": "kernels", "vi_simsiam.benchmarks": "benchmarks"}
+    folders = {"vi_simsiam.kernels": "kernels", "vi_simsiam.benchmarks": "benchmarks"}
     setup(
-        packages=[*find_packages(include=["vi_simsiam", "vi_simsiam.*"]), *rooms],
-        package_dir=rooms,
+        packages=[*find_packages(include=["vi_simsiam", "vi_simsiam.*"]), *folders],
+        package_dir=folders,
         ext_modules=[] if os.environ.get("VI_SIMSIAM_NO_EXTENSION") == "1" else [extension],
         cmdclass={"build_ext": _BuildExtension},
     )

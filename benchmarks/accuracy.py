@@ -1,14 +1,16 @@
-"""How many digits every way to compute the Power Spherical loss keeps, where training ends: large concentrations.
+"""Error of every way to compute the Power Spherical loss, at large concentrations.
 
-Predictions are integer vectors whose squared length is 4096^2 and targets the first unit vector, so that the cosine is a
-multiple of 1/4096 that float32 arithmetic finds exactly, whatever the order of its sums; and a raw concentration above
-1e4 is its own softplus. What is left is the error of the function of cosine and concentration. Its reference is float64
-of the merged form, held to 60-digit values by the tests.
+Predictions are integer vectors of squared length 4096^2 and targets the first unit vector, so that
+the cosine is a multiple of 1/4096 that float32 arithmetic finds exactly, whatever the order of its
+sums; and a raw concentration above 1e4 is its own softplus. What is left is the error of the
+function of cosine and concentration. Its reference is the merged form in float64, which the tests
+compare with 60-digit values.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +23,19 @@ from torch import Tensor
 
 from vi_simsiam.engine.run import resolve_device
 from vi_simsiam.ops.multiview_loss import LossForm, eager_loss
+from vi_simsiam.text import markdown_grid
 
-from .harness import failure_reason, provenance, result_path, write_result
-from .providers import COMPILED, make_providers
-from .tables import markdown_grid, say
+from . import names
+from .providers import make_providers
+from .results import provenance, result_path, write_result
+from .tables import print_line
+from .timers import failure_reason
 
 NAME = "accuracy"
 DIM = 2048
 KAPPAS = (1e4, 1e5, 1e6)
 _FACTORS = tuple(2 ** (i / 4) for i in range(-8, 9))
-"""The concentration over the best one for the cosine: a quarter to four, where training moves."""
+"""Concentration over the best one for the cosine: a quarter to four, the range of training."""
 _LENGTH = 4096
 _FORM = LossForm("power_spherical")
 
@@ -46,20 +51,17 @@ class Options:
 
 
 def run(options: Options, console: Console | None = None) -> dict[str, Any]:
-    """Measure the errors of all providers in float32, print them, and write the result file if a folder is given."""
+    """Measure and print the errors of all providers in float32; write a file if a folder is set."""
     console = console or Console()
     device = resolve_device(options.device)
     path = None if options.out is None else result_path(options.out, NAME, device)
     rows: dict[str, Any] = {}
     for name, provider in make_providers(_FORM, device).items():
-        if name in COMPILED:  # the compiled eager form: the same arithmetic
+        if name in names.COMPILED:  # the compiled eager form: the same arithmetic
             continue
         try:
-            rows[name] = (
-                provider
-                if isinstance(provider, str)
-                else [errors(provider, k, device) for k in KAPPAS]
-            )
+            unavailable = isinstance(provider, str)
+            rows[name] = provider if unavailable else [errors(provider, k, device) for k in KAPPAS]
         except Exception as error:
             rows[name] = failure_reason(error)
     result = {
@@ -71,23 +73,22 @@ def run(options: Options, console: Console | None = None) -> dict[str, Any]:
         "providers": rows,
     }
     table = Table(title=f"largest error in float32 at D = {DIM}: value (nats), derivative by kappa")
-    for column in ("", *(f"kappa = {kappa:,.0f}" for kappa in KAPPAS)):
+    for column in ("", *_head(KAPPAS)):
         table.add_column(column, no_wrap=True)
     for name, row in rows.items():
-        table.add_row(
-            name, *([escape(row)] if isinstance(row, str) else (_cell(cell) for cell in row))
-        )
+        table.add_row(name, *([escape(row)] if isinstance(row, str) else map(_cell, row)))
     console.print(table)
     if path is not None:
         write_result(path, result)
-        say(console, f"written: {path}")
+        print_line(console, f"written: {path}")
     return result
 
 
 def errors(provider: Any, kappa: float, device: torch.device) -> dict[str, float]:
-    """Largest absolute error of log-density (nats) and of its derivative by kappa, one cosine at a time.
+    """Largest absolute error of log-density (nats) and of its derivative by kappa.
 
-    Two equal views give twice the negative log-density; the derivative of one of them is its negative, once.
+    Two equal views give twice the negative log-density, and the gradient of one of them its
+    negative derivative.
     """
     worst = {"value": 0.0, "derivative": 0.0}
     for cosine in cosines(kappa):
@@ -103,31 +104,24 @@ def errors(provider: Any, kappa: float, device: torch.device) -> dict[str, float
 
 
 def cosines(kappa: float) -> list[float]:
-    """Multiples of 1/4096 near those for which `kappa` is the best concentration times a factor of a quarter to four."""
+    """Multiples of 1/4096 near those whose best concentration is a quarter to four of `kappa`."""
     numerators = {round(_LENGTH * (kappa / f) / (kappa / f + DIM - 1)) for f in _FACTORS}
     return [n / _LENGTH for n in sorted(numerators)]
 
 
 def markdown_table(result: dict[str, Any]) -> str:
     """The errors as a Markdown table."""
-    names = {
-        "textbook": "textbook (lgamma)",
-        "eager": "`eager`",
-        "cpu": "`cpu`",
-        "triton": "`triton`",
-        "cuda": "`cuda`",
-    }
-    rows = []
+    names = {name: f"`{name}`" for name in ("eager", "cpu", "triton", "cuda")}
+    names["textbook"] = "textbook (lgamma)"
+    kappas, rows = result["kappas"], []
     for name, row in result["providers"].items():
-        cells = (
-            [row] * len(result["kappas"]) if isinstance(row, str) else [_cell(cell) for cell in row]
-        )
+        cells = [row] * len(kappas) if isinstance(row, str) else map(_cell, row)
         rows.append((names.get(name, name), *cells))
-    head = (
-        f"float32, D = {result['dim']}",
-        *(f"kappa = {kappa:,.0f}" for kappa in result["kappas"]),
-    )
-    return markdown_grid(head, rows)
+    return markdown_grid((f"float32, D = {result['dim']}", *_head(kappas)), rows)
+
+
+def _head(kappas: Iterable[float]) -> list[str]:
+    return [f"kappa = {kappa:,.0f}" for kappa in kappas]
 
 
 def _cell(found: dict[str, float]) -> str:
@@ -140,15 +134,12 @@ def _inputs(cosine: float, kappa: float, device: torch.device) -> tuple[list[Ten
     first = round(cosine * _LENGTH)
     view[0, 0] = first
     rest = _LENGTH**2 - first**2
-    for column in range(
-        1, DIM
-    ):  # the largest square that fits, again and again: about eight of them
-        root = math.isqrt(rest)
+    for column in range(1, DIM):
+        root = math.isqrt(rest)  # the largest square that fits: about eight are needed
         view[0, column] = root
         rest -= root**2
     view[0, DIM] = kappa
     target = torch.zeros(1, DIM)
     target[0, 0] = 1
-    return [view.to(device, copy=True).requires_grad_() for _ in range(2)], [
-        target.to(device) for _ in range(2)
-    ]
+    views = [view.to(device, copy=True).requires_grad_() for _ in range(2)]
+    return views, [target.to(device)] * 2

@@ -1,77 +1,69 @@
-"""How many views a second the input pipelines make: ours, torchvision v2, lightly's transforms and kornia.
+"""Views per second of the input pipelines: ours, torchvision v2, lightly's transforms and kornia.
 
-What is compared is what a training loop gets: batches of float32 views on the device, from image files where the peer is
-fed by files, with a DataLoader worker for each core. Our loader starts from decoded images, as it does in training: they
-are decoded once, which the benchmark of training counts. Before ours is timed, its views are held to torchvision's
-functions in float32 with the same parameters; peers draw their own, so theirs are only seen to be finite, of the right
-shape, and of a similar mean and deviation, which are recorded.
+The figures are those of a training loop: batches of float32 views on the device, from image files
+where the peer reads files, with a DataLoader worker for each core. Our loader starts from decoded
+images, as it does in training: they are decoded once, which the benchmark of training counts.
+Before ours is timed, its views are compared with those of torchvision's functions in float32 with
+the same parameters. Peers draw their own parameters, so that of their views only the shapes are
+checked and that they are finite; mean and deviation are recorded.
 """
 
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any
 
 import torch
+import tyro
 from rich.console import Console
 from torch import Tensor
 
-from vi_simsiam.config import AugmentConfig
 from vi_simsiam.data.cache import in_memory
 from vi_simsiam.data.decoding import cores
 from vi_simsiam.data.sources import FileSource
 from vi_simsiam.errors import InputError
 
-from . import ours, peers, pipeline_plots, pipeline_tables
-from .harness import failure_reason, interleave
+from . import names, ours, peers
 from .images import image_files
-from .pipeline_targets import pipeline_targets
+from .peers import Provider
 from .suite import Suite, SuiteOptions
-from .timers import Timer, timer_for
+from .tables import augment_case
+from .timers import Timer, failed, failure_reason, timed_in_turn, timer_for
 from .view_cases import ViewCase, view_cases
 
-NAME = "augment"
-OURS, RESIDENT = "vi-simsiam", "vi-simsiam, augmentation alone"
-TORCHVISION, LIGHTLY = "torchvision v2", "lightly"
+TORCHVISION = "torchvision v2"
 YARDSTICK = TORCHVISION
-"""No code of this project: where it becomes slower from one result to another, the machine did."""
+"""Not code of this project: where it becomes slower between two results, the machine did."""
 
 _SHORT_SECONDS = {"cuda": 100.0, "cpu": 60.0}
 _CASE_SECONDS = {"cuda": 40.0, "cpu": 45.0}
 """No new round of a case begins after this long."""
 _MEASURE_SECONDS = 0.7
-"""About how long a peer with workers is timed for in one round."""
+"""Approximate time of a peer with workers in one round."""
 _BATCHES = {32: 48, 128: 12}
-"""Batches of a CPU's epoch for each worker, by size of view, for about a second."""
+"""Batches of an epoch for each worker on a CPU, by size of view, for about a second."""
+_MISSING = ("error", "time", "views_per_second")
 
 
-class Provider(Protocol):
-    """A way to make batches of views."""
-
-    def sample(self) -> Sequence[Tensor]:
-        """The views of one batch, each (B, 3, size, size)."""
-
-    def measure(self) -> float:
-        """Microseconds a batch."""
-
-    def close(self) -> None:
-        """End processes and give back memory."""
-
-
-Providers = Mapping[str, Callable[[], Provider] | str]
+Providers = Mapping[str, Callable[[], Provider]]
 
 
 @dataclass(frozen=True)
 class Options(SuiteOptions):
     """Options of `vi-simsiam bench augment`."""
 
-    only: str = ""
-    """Only cases whose name contains this, such as 2x128 or "batch 64"; a name is "2x128+6x64 batch 64", views x size, local ones after the +. What no name contains lists all names."""
+    only: Annotated[
+        str,
+        tyro.conf.arg(
+            help='Only cases whose name contains this, such as 2x128 or "batch 64"; a name is '
+            '"2x128+6x64 batch 64", views x size, local ones after the +. What no name contains '
+            "lists all names."
+        ),
+    ] = ""
     rounds: int = 7
     """Measurements of every provider; the median is reported."""
     data: str = "generated"
@@ -85,41 +77,24 @@ class Options(SuiteOptions):
             raise InputError(f"workers: {self.workers} must be at least 1")
 
 
-def run(
-    options: Options,
-    console: Console | None = None,
-    *,
-    providers: Callable[[ViewCase, Sequence[str], torch.device, int, Timer], Providers]
-    | None = None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Any]:
-    """Measure the cases, print tables, and write the result file after each case if a folder is given.
-
-    Args:
-        options: what to measure.
-        console: where to print.
-        providers: makes those of a case from image files, the device, the number of workers and a timer; None for all.
-        clock: the time in seconds, for the limit on --short.
-    """
-    suite = Suite(NAME, options, console, peers.PEER_PACKAGES)
-    workers = options.workers or cores()
-    suite.result.update(
-        workers=workers, data="generated" if options.data == "generated" else "folder"
-    )
-    timer = timer_for(suite.device)
-    cases = view_cases(suite.device.type, short=options.short)
-    for case, _ in suite.cases(cases, _SHORT_SECONDS[suite.device.type], clock):
+def run(options: Options, console: Console | None = None) -> dict[str, Any]:
+    """Measure the cases, print tables, and write the result file after each case."""
+    suite = Suite("augment", options, console, peers.PEER_PACKAGES)
+    device, workers = suite.device, options.workers or cores()
+    data = "generated" if options.data == "generated" else "folder"
+    suite.result.update(workers=workers, data=data)
+    timer = timer_for(device)
+    cases = view_cases(device.type, short=options.short)
+    for case, _ in suite.cases(cases, _SHORT_SECONDS[device.type]):
         with tempfile.TemporaryDirectory() as folder:
-            paths = image_files(
-                options.data, Path(folder), count=image_count(case, workers), sides=case.sides
-            )
-            made = (providers or make_providers)(case, paths, suite.device, workers, timer)
-            found = measure_case(
-                case, made, seconds=_CASE_SECONDS[suite.device.type], rounds=options.rounds
-            )
+            count = image_count(case, workers)
+            paths = image_files(options.data, Path(folder), count=count, sides=case.sides)
+            made = make_providers(case, paths, device, workers, timer)
+            seconds = _CASE_SECONDS[device.type]
+            found = measure_case(case, made, seconds=seconds, rounds=options.rounds)
         timer.release()
-        suite.add(found, pipeline_tables.augment_case(found))
-    return suite.finish(pipeline_targets(suite.result), partial(pipeline_plots.draw, NAME))
+        suite.add(found, augment_case(found))
+    return suite.finish()
 
 
 def image_count(case: ViewCase, workers: int) -> int:
@@ -129,77 +104,65 @@ def image_count(case: ViewCase, workers: int) -> int:
 
 def make_providers(
     case: ViewCase, paths: Sequence[str], device: torch.device, workers: int, timer: Timer
-) -> dict[str, Callable[[], Provider] | str]:
-    """Everything that makes views on `device`; the images of our loader are decoded here, outside all times."""
+) -> dict[str, Callable[[], Provider]]:
+    """All providers on `device`; the images of our loader are decoded here, outside all times."""
     policy, source = case.policy, FileSource(paths, name="benchmark")
     images = in_memory(source)
 
-    def files(
-        transform: Callable[[AugmentConfig], Callable[[Any], list[Tensor]]],
-    ) -> Callable[[], Provider]:
-        return lambda: peers.LoaderPeer(
-            source,
-            transform(policy),
-            batch=case.batch,
-            device=device,
-            workers=workers,
-            seconds=_MEASURE_SECONDS,
-        )
+    from_files = partial(
+        peers.file_provider,
+        source,
+        batch=case.batch,
+        device=device,
+        workers=workers,
+        seconds=_MEASURE_SECONDS,
+    )
 
-    def resident(
-        transform: Callable[[], Callable[[list[Tensor]], Sequence[Tensor]]],
-    ) -> Callable[[], Provider]:
-        some = paths[: case.batch]
-        return lambda: peers.DevicePeer(
-            transform(), peers.resident_images(some, case.sides, device), device
-        )
+    def resident(call: Callable[[list[Tensor]], Sequence[Tensor]]) -> Provider:
+        decoded = peers.resident_images(paths[: case.batch], case.sides, device)
+        return peers.device_provider(call, decoded, device)
 
-    made: dict[str, Callable[[], Provider] | str] = {
-        OURS: lambda: ours.LoaderViews(images, policy, case.batch, device, workers),
-        RESIDENT: lambda: ours.AugmentedBytes(images, policy, case.batch, device, timer),
-        TORCHVISION: files(peers.torchvision_transform),
-        LIGHTLY: files(peers.lightly_transform),
-        "kornia": resident(partial(peers.kornia_on_device, policy, device)),
+    made: dict[str, Callable[[], Provider]] = {
+        names.OURS: lambda: ours.loader_views(images, policy, case.batch, device, workers),
+        f"{names.OURS}, augmentation alone": lambda: ours.augmented_bytes(
+            images, policy, case.batch, device, timer
+        ),
+        TORCHVISION: lambda: from_files(peers.torchvision_transform(policy)),
+        names.LIGHTLY: lambda: from_files(peers.lightly_transform(policy)),
+        "kornia": lambda: resident(peers.kornia_on_device(policy, device)),
     }
     if device.type == "cuda":
-        made[f"{TORCHVISION} on the GPU"] = resident(partial(peers.torchvision_on_device, policy))
+        made[f"{TORCHVISION} on the GPU"] = lambda: resident(peers.torchvision_on_device(policy))
     return made
 
 
 def measure_case(
     case: ViewCase, providers: Providers, *, seconds: float, rounds: int
 ) -> dict[str, Any]:
-    """Check all providers and time those that are right, in turn; whatever fails is recorded with its reason.
+    """Check all providers and time those that are right, in turn; failures are recorded.
 
     Returns:
-        The case, and for every provider `correct`, `failure` (None or a line), `error` against torchvision's functions
-        (ours), `mean` and `std` of the first view, `time` of a batch (quartiles) and `views_per_second`.
+        The case, and for every provider `correct`, `failure` (None or a line), `error` against
+        torchvision's functions (ours), `mean` and `std` of the first view, `time` of a batch
+        (quartiles) and `views_per_second`.
     """
     found: dict[str, dict[str, Any]] = {}
     alive: dict[str, Provider] = {}
     for name, make in providers.items():
         try:
-            if isinstance(make, str):
-                found[name] = failed(make)
-                continue
             alive[name] = make()
             found[name] = judge(case, alive[name])
-        except (
-            Exception
-        ) as error:  # not installed, no memory, a worker that died: a result like any other
-            found[name] = failed(failure_reason(error))
+        except Exception as error:  # not installed, no memory, a worker that died
+            found[name] = failed(failure_reason(error), _MISSING)
     measures = {
         name: provider.measure for name, provider in alive.items() if found[name]["correct"]
     }
-    times, failures = interleave(measures, rounds=rounds, seconds=seconds, least=3)
+    timed_in_turn(found, measures, rounds=rounds, seconds=seconds)
     for provider in alive.values():
         provider.close()
-    for name, reason in failures.items():
-        found[name].update(correct=False, failure=reason)
-    for name, time_found in times.items():
-        found[name].update(
-            time=time_found, views_per_second=case.views / time_found["median_us"] * 1e6
-        )
+    for values in found.values():
+        if values["time"] is not None:
+            values["views_per_second"] = case.views / values["time"]["median_us"] * 1e6
     return {
         "name": case.name,
         "label": f"{case.label}, batch {case.batch}",
@@ -212,35 +175,24 @@ def measure_case(
 
 
 def judge(case: ViewCase, provider: Provider) -> dict[str, Any]:
-    """Look at one batch: its shapes and values, and for ours its error against torchvision's functions."""
-    views = [view.float() for view in provider.sample()]
+    """Check the shapes and values of one batch, and its error where that is known."""
+    sample, error = provider.sample()
+    views = [view.float() for view in sample]
     policy = case.policy
     sizes = [policy.size] * 2 + [policy.local_size] * policy.local_views
     shapes = [tuple(view.shape) for view in views]
     if shapes != [(case.batch, 3, size, size) for size in sizes]:
-        return failed(f"wrong: views of shapes {sorted(set(shapes))}")
+        return failed(f"wrong: views of shapes {sorted(set(shapes))}", _MISSING)
     if not all(torch.isfinite(view).all() for view in views):
-        return failed("wrong: views that are not finite")
-    problem, error = None, None
-    if isinstance(provider, ours.Checked):
-        error = provider.errors(views)
-        wrong = [f"{kind} {error[kind]:.1e}, allowed {limit:.0e}" for kind, limit in ours.ALLOWED.items()
-                 if not error[kind] <= limit]  # fmt: skip
-        problem = f"inaccurate: {'; '.join(wrong)}" if wrong else None
+        return failed("wrong: views that are not finite", _MISSING)
+    wrong = [
+        f"{kind} {error[kind]:.1e}, allowed {limit:.0e}"
+        for kind, limit in ours.ALLOWED.items()
+        if error is not None and not error[kind] <= limit  # a NaN is wrong, too
+    ]
     return {
-        **failed(problem),
+        **failed(f"inaccurate: {'; '.join(wrong)}" if wrong else None, _MISSING),
         "error": error,
         "mean": views[0].mean().item(),
         "std": views[0].std().item(),
-    }
-
-
-def failed(reason: str | None) -> dict[str, Any]:
-    """A provider without times; with None as the reason one that is right."""
-    return {
-        "correct": reason is None,
-        "failure": reason,
-        "error": None,
-        "time": None,
-        "views_per_second": None,
     }

@@ -1,7 +1,8 @@
 """The cases that the loss is measured on, and their random inputs.
 
-Inputs are like those of training: one tensor a view, D + 1 columns (Power Spherical) in rows padded to a multiple of 16.
-The padding is no part of the tensor: a gradient for it would cost the providers that are not fused a copy.
+Inputs are like those of training: one tensor for each view, D + 1 columns (Power Spherical) in rows
+padded to a multiple of 16. The padding is not part of the tensor: a gradient for it would cost the
+providers that are not fused a copy.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: `views` predictions of (batch, dim + 1) (cosine: dim) and `targets` targets of (batch, dim)."""
+    """`views` predictions (batch, dim + 1), cosine: dim, and `targets` targets (batch, dim)."""
 
     batch: int
     dim: int
@@ -34,24 +35,21 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What the case is called in results; unique."""
-        return (
-            f"{self.distribution} {self.batch}x{self.dim} {self.views}x{self.targets} {self.dtype}"
-        )
+        """Name of the case in results; unique."""
+        size, views = f"{self.batch}x{self.dim}", f"{self.views}x{self.targets}"
+        return f"{self.distribution} {size} {views} {self.dtype}"
 
     @property
     def width(self) -> int:
-        """Columns of a prediction that mean something."""
+        """Columns of a prediction without its padding."""
         return self.dim + (self.distribution == "power_spherical")
 
     @property
     def form(self) -> LossForm:
         """The loss, with concentrations as in training: around dim - 1."""
-        return (
-            LossForm("cosine")
-            if self.distribution == "cosine"
-            else LossForm("power_spherical", float(self.dim - 1))
-        )
+        if self.distribution == "cosine":
+            return LossForm("cosine")
+        return LossForm("power_spherical", float(self.dim - 1))
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -59,13 +57,9 @@ class Case:
         return getattr(torch, self.dtype)  # type: ignore[no-any-return]
 
     def least_bytes(self, mode: str) -> int:
-        """Bytes that must move: read predictions and targets, and with gradient write the predictions' gradient."""
-        predictions = self.views * self.batch * self.width
-        elements = (
-            predictions * (2 if mode == "forward_backward" else 1)
-            + self.targets * self.batch * self.dim
-        )
-        return elements * self.torch_dtype.itemsize
+        """Bytes that must move: predictions and targets read, and with gradient, that written."""
+        predictions = self.views * self.width * (2 if mode == "forward_backward" else 1)
+        return (predictions + self.targets * self.dim) * self.batch * self.torch_dtype.itemsize
 
 
 _TELLING = {
@@ -118,14 +112,17 @@ _FULL = {
 
 
 def cases_for(device_type: str, *, short: bool) -> tuple[Case, ...]:
-    """The cases in the order in which they are measured: the telling ones first. On a CPU those that fit its memory."""
+    """The cases in the order in which they are measured, the telling ones first.
+
+    On a CPU they are those that fit its memory.
+    """
     telling = _TELLING[device_type]
     return telling if short else tuple(dict.fromkeys(telling + _FULL[device_type]))
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a provider is called with, and the gradient of its result."""
+    """Arguments of a provider, and the gradient of its result."""
 
     predictions: list[Tensor]
     targets: list[Tensor]
@@ -133,7 +130,7 @@ class Inputs:
 
 
 def draw_inputs(case: Case, device: torch.device, generator: torch.Generator) -> Inputs:
-    """Random views of common directions, cosines around 0.8; the padding is NaN, which nobody may read."""
+    """Random views of common directions, cosines around 0.8; the padding is NaN."""
     dtype = case.torch_dtype
     common = torch.randn(case.batch, case.dim, device=device, generator=generator)
 

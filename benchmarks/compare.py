@@ -1,33 +1,24 @@
-"""Two result files of the same benchmark, case by case: what became faster or slower by more than the recorded noise."""
+"""Comparison of two result files of a benchmark: changes beyond the recorded noise."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted
 
 from .cases import MODES
-from .harness import read_result
-from .noise import TOO_NOISY, Ratio, ratio, spread
-from .pipeline_targets import times_of
-from .tables import say
-from .targets import case_label, time_of
+from .ratios import TOO_NOISY, Case, Ratio, Times, case_label, ratio, spread, times_of
+from .results import read_result
+from .tables import print_line, terminal_table
 
-LOSS = "multiview_loss"
-COMPARED = (LOSS, "augment", "step", "train")
-"""Benchmarks whose result files can be compared."""
 _LEAST_NOISE = 0.02
-"""Differences below 2 % are never called a change: clocks and placement differ from run to run."""
+"""Differences below 2 % are never called a change: clocks and placement differ between runs."""
 
 
 @dataclass(frozen=True)
@@ -42,25 +33,27 @@ class Options:
 
 @dataclass(frozen=True)
 class Change:
-    """One time in both files: new over old, how much of that noise explains, and whether it is a regression."""
+    """One time in both files."""
 
     case: str
     provider: str
     what: str
     ratio: float | None
+    """New over old; None where there is no new time."""
     allowed: float
+    """Ratio that noise explains."""
     note: str = ""
     noisy: bool = False
-    """Whether a time that it rests on is too noisy for a verdict."""
+    """A time that it rests on is too noisy for a verdict."""
 
     @property
     def regression(self) -> bool:
-        """Slower than noise explains, or no result any more."""
+        """Return True if it is slower than noise explains, or has no result any more."""
         return self.ratio is None or (self.ratio > self.allowed and not self.noisy)
 
     @property
     def verdict(self) -> str:
-        """What became of the time, in a word or two; empty where noise explains the difference."""
+        """The change in a word or two; empty where noise explains the difference."""
         if self.note:
             return self.note
         if self.noisy:
@@ -71,121 +64,115 @@ class Change:
 
 
 def run(options: Options, console: Console | None = None) -> int:
-    """Print the ratios; 1 if anything is slower beyond the noise recorded in the files, else 0.
+    """Print the ratios; return 1 if anything is slower beyond the recorded noise, else 0.
 
     Times that are too noisy for a verdict are counted and decide nothing.
 
     Raises:
-        InputError: a file that is missing or no result of this benchmark, or files without a case in common, or with
-            none that is quiet enough to compare.
+        InputError: a missing file, one of another benchmark, or files without a common case or
+            without a time that is quiet enough to compare.
     """
     console = console or Console()
-    before = read_result(options.before, *COMPARED)
+    before = read_result(options.before, "multiview_loss", "augment", "step", "train")
     after = read_result(options.after, before["benchmark"])
+    both = f"{options.before} and {options.after}"
     try:
         changes = compare(before, after)
-        for name in ("device", "processor", "versions"):
-            if before.get(name) != after.get(name):
-                say(console, f"note: different {name}: {before.get(name)} and {after.get(name)}")
     except (KeyError, TypeError) as error:
         raise InputError(
             f"results: a case lacks what is compared ({error}); measure it again"
         ) from error
+    for name in ("device", "processor", "versions"):
+        if before.get(name) != after.get(name):
+            old, new = before.get(name), after.get(name)
+            print_line(console, f"note: different {name}: {old} and {new}")
     if not changes:
-        raise InputError(
-            f"results: {options.before} and {options.after} have no timed case in common"
-        )
-    table = Table()
-    for column in ("case", "provider", "what", "new / old", "noise", ""):
-        table.add_column(column, justify="right" if column in ("new / old", "noise") else "left")
-    for change in changes:
-        shown = "-" if change.ratio is None else f"{change.ratio:.3f}"
-        cells = (
+        raise InputError(f"results: {both} have no timed case in common")
+    rows = [
+        (
             change.case,
             change.provider,
             change.what,
-            shown,
+            "-" if change.ratio is None else f"{change.ratio:.3f}",
             f"{change.allowed - 1:.1%}",
             change.verdict,
         )
-        table.add_row(*map(escape, cells))
-    console.print(table)
-    slower, unclear = (
-        sum(getattr(change, kind) for change in changes) for kind in ("regression", "noisy")
-    )
+        for change in changes
+    ]
+    head = ("case", "provider", "what", "new / old", "noise", "")
+    console.print(terminal_table(None, head, rows, right=("new / old", "noise")))
+    slower = sum(change.regression for change in changes)
+    unclear = sum(change.noisy for change in changes)
     if unclear == len(changes):
         raise InputError(
-            f"results: all {counted(unclear, 'time')} of {options.before} and {options.after} are {TOO_NOISY}; measure "
-            "again on a quiet machine"
+            f"results: all {counted(unclear, 'time')} of {both} are {TOO_NOISY}; "
+            "measure again on a quiet machine"
         )
-    said = f"{counted(len(changes), 'time')} compared; {slower} slower beyond the noise."
+    summary = f"{counted(len(changes), 'time')} compared; {slower} slower beyond the noise."
     if unclear:
-        said += f" {unclear} {TOO_NOISY}: the exit code does not rest on them; measure again on a quiet machine."
-    say(console, said)
+        summary += (
+            f" {unclear} {TOO_NOISY}: the exit code does not rest on them; "
+            "measure again on a quiet machine."
+        )
+    print_line(console, summary)
     return 1 if slower else 0
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
-    """Every time that `before` has, for the cases and providers that both have.
+    """Compare every time of `before`, for the cases and providers that both have.
 
-    The noise of a time is the range between its quartiles over its median, in both files together, at least 2 %. Where
-    something measured beside it that is no code of this project became slower, the machine did, and so much more is
-    allowed: for the loss a copy of the same bytes, otherwise the provider that the case names as its yardstick. Where one
-    of these times is noisy (see `noise`) there is no verdict.
+    The noise of a time is the range between its quartiles over its median, added up for both
+    files, at least 2 %. More is allowed where a yardstick measured beside it, which is no code of
+    this project, became slower: then the machine did. For the loss that is a copy of the same
+    bytes, otherwise the provider that the case names. Where one of these times is noisy (see
+    `ratios`) there is no verdict.
     """
-    times = _loss_times if before["benchmark"] == LOSS else _pipeline_times
-    cases = {case["name"]: case for case in after["cases"]}
+    found = {case["name"]: case for case in after["cases"]}
+    pairs = [(old, found[old["name"]]) for old in before["cases"] if old["name"] in found]
     return [
         change
-        for old in before["cases"]
-        if (new := cases.get(old["name"])) is not None
+        for old, new in pairs
         for name in old["providers"]
         if name in new["providers"]
-        for was, now in zip(times(old, name), times(new, name), strict=True)
-        if (change := _change(name, was, now)) is not None
+        for timing in _timings(before["benchmark"])
+        if (change := _change(old, new, name, *timing)) is not None
     ]
 
 
-@dataclass(frozen=True)
-class _Time:
-    """A time of a provider: of what, its quartiles (None without a result), the yardstick's, and what failed."""
-
-    case: str
-    what: str
-    times: dict[str, float] | None
-    yardstick: dict[str, float] | None
-    failure: str
-
-
-def _loss_times(case: dict[str, Any], name: str) -> Iterator[_Time]:
-    found = case["providers"][name]
-    for mode, metric in itertools.product(MODES, ("time", "host")):
-        what = ("loss" if mode == "forward" else "loss + gradient") + (
-            ", host" if metric == "host" else ""
-        )
-        failure = found["failure"] or (found[mode] or {}).get("failure") or "no time any more"
-        yardstick = case["copy"][mode] if metric == "time" else None
-        yield _Time(case_label(case), what, time_of(case, name, mode, metric), yardstick, failure)
+def _timings(benchmark: str) -> list[tuple[str, str | None, str]]:
+    """The times of a provider: what each is called, its mode and its metric."""
+    if benchmark != "multiview_loss":
+        return [("time", None, "time")]
+    modes = dict(zip(MODES, ("loss", "loss + gradient"), strict=True))
+    return [
+        (f"{what}, host" if metric == "host" else what, mode, metric)
+        for mode, what in modes.items()
+        for metric in ("time", "host")
+    ]
 
 
-def _pipeline_times(case: dict[str, Any], name: str) -> Iterator[_Time]:
-    found = case["providers"][name]
-    times = times_of(case, name)
-    yardstick = None if name == case["yardstick"] else times_of(case, case["yardstick"])
-    yield _Time(case["label"], "time", times, yardstick, found["failure"] or "no time any more")
+def _yardstick(case: Case, name: str, mode: str | None, metric: str) -> Times | None:
+    if mode is None:
+        return None if name == case["yardstick"] else times_of(case, case["yardstick"])
+    return case["copy"][mode] if metric == "time" else None
 
 
-def _change(name: str, before: _Time, after: _Time) -> Change | None:
-    if before.times is None:
+def _change(
+    old: Case, new: Case, name: str, what: str, mode: str | None, metric: str
+) -> Change | None:
+    label = case_label(old)
+    was, now = times_of(old, name, mode, metric), times_of(new, name, mode, metric)
+    if was is None:
         return None
-    if after.times is None:
-        return Change(before.case, name, before.what, None, 1.0, after.failure)
-    noise = max(_LEAST_NOISE, spread(before.times) + spread(after.times))
+    if now is None:
+        entry = new["providers"][name]
+        failure = entry["failure"] or ((mode and entry[mode]) or {}).get("failure")
+        return Change(label, name, what, None, 1.0, failure or "no time any more")
     machine = Ratio(1.0, False)
-    if before.yardstick is not None and after.yardstick is not None:
-        machine = ratio(after.yardstick, before.yardstick)
-    found = ratio(after.times, before.times)
+    stick_was, stick_now = (_yardstick(case, name, mode, metric) for case in (old, new))
+    if stick_was is not None and stick_now is not None:
+        machine = ratio(stick_now, stick_was)
+    found = ratio(now, was)
+    noise = max(_LEAST_NOISE, spread(was) + spread(now))
     allowed = max(1.0, machine.value) * (1 + noise)
-    return Change(
-        before.case, name, before.what, found.value, allowed, noisy=found.noisy or machine.noisy
-    )
+    return Change(label, name, what, found.value, allowed, noisy=found.noisy or machine.noisy)

@@ -1,4 +1,4 @@
-"""The images that pipelines are measured on: files in a folder, or generated ones written as JPEG, as users' images are."""
+"""The images that pipelines are measured on: files in a folder, or generated ones, as JPEG."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from vi_simsiam.data.sources import ArraySource, FileSource, ImageSource
 from vi_simsiam.errors import InputError
 
 _OCTAVES = (3, 6, 12, 24, 48)
-"""Sizes of the random fields a generated image is the sum of, coarse ones the stronger, as in photographs."""
+"""Sizes of the random fields in a generated image; coarse ones are stronger, as in photographs."""
 _QUALITY = 90
 _Tint = tuple[int, int, int]
 _TINTS: tuple[_Tint, ...] = ((40, 0, 0), (0, 40, 0), (0, 0, 40), (0, 0, 0))
-"""Classes of generated images."""
+"""Added to red, green and blue; the classes of generated images."""
 
 
 def image_files(data: str, folder: Path, *, count: int, sides: tuple[int, int]) -> list[str]:
-    """Paths of `count` image files, some of them several times where there are fewer.
+    """Paths of `count` image files, with repeats where there are fewer.
 
     Args:
         data: "generated", or "folder:PATH" for the training images of a data set.
         folder: where generated images are written.
-        count: how many paths.
+        count: number of paths.
         sides: least and greatest side of generated images, in pixels.
 
     Raises:
@@ -41,23 +41,20 @@ def image_files(data: str, folder: Path, *, count: int, sides: tuple[int, int]) 
         source = open_dataset(data).train
         assert isinstance(source, FileSource)  # a folder is
         # Evenly spread: files are listed class by class.
-        paths = [
-            source.describe(i)
-            for i in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
-        ]
+        paths = [source.describe(i) for i in _spread(min(count, len(source)), len(source))]
     return [paths[i % len(paths)] for i in range(count)]
 
 
 def labelled_images(
     data: str, root: Path, folder: Path, *, images: int | None, side: int
 ) -> Splits:
-    """Training and validation images with labels, at most `images` of each, spread evenly over the classes.
+    """Training and validation images with labels, at most `images` of each, evenly spread.
 
     Args:
-        data: "generated", or a data set by name as `vi-simsiam train` takes it.
-        root: where downloaded data sets are.
+        data: "generated", or a data set as in `vi-simsiam train --data`.
+        root: folder of downloaded data sets.
         folder: where generated images are written.
-        images: how many of each; None for all there are, and 256 generated ones.
+        images: number of each; None for all, and for 256 generated ones.
         side: of generated images, in pixels.
 
     Raises:
@@ -81,10 +78,10 @@ def labelled_images(
 
 
 def subset(source: ImageSource, count: int | None) -> ImageSource:
-    """`count` images of a source of files or arrays, evenly spread; all where there are no more."""
+    """`count` evenly spread images of a source of files or arrays; all if there are no more."""
     if count is None or count >= len(source):
         return source
-    chosen = np.linspace(0, len(source) - 1, count).astype(int)
+    chosen = _spread(count, len(source))
     labels = None if source.labels is None else source.labels[chosen]
     if isinstance(source, FileSource):
         return FileSource([source.describe(i) for i in chosen], labels, source.classes, source.name)
@@ -93,19 +90,17 @@ def subset(source: ImageSource, count: int | None) -> ImageSource:
     raise InputError(f"images: {source.name} can only be taken as a whole")
 
 
+def _spread(count: int, length: int) -> NDArray[np.intp]:
+    """Indices of `count` evenly spread ones of `length` images."""
+    return np.linspace(0, length - 1, count).astype(np.intp)
+
+
 def _tinted(folder: Path, count: int, side: int, seed: int) -> FileSource:
-    """Generated images of four classes, each with a tint of its own."""
+    """Generated images of four classes, each with its own tint."""
     labels = np.arange(count) % len(_TINTS)
-    paths = generate(
-        folder,
-        count=count,
-        sides=(side, side),
-        seed=seed,
-        tints=[_TINTS[label] for label in labels],
-    )
-    return FileSource(
-        paths, labels, [f"tint {i}" for i in range(len(_TINTS))], f"generated/{folder.name}"
-    )
+    paths = generate(folder, count=count, sides=(side, side), seed=seed, tints=_TINTS)
+    classes = [f"tint {i}" for i in range(len(_TINTS))]
+    return FileSource(paths, labels, classes, f"generated/{folder.name}")
 
 
 def generate(
@@ -119,11 +114,11 @@ def generate(
     """Write random JPEG images that have structure at every scale, and return their paths.
 
     Args:
-        folder: where to; made if it is not there.
+        folder: created if it does not exist.
         count: number of images.
         sides: shorter and longer side in pixels; every other image is upright.
         seed: of the random numbers.
-        tints: what is added to red, green and blue, image by image in turn.
+        tints: added to red, green and blue, image by image in turn.
     """
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(seed)
@@ -131,9 +126,8 @@ def generate(
     for i in range(count):
         width, height = sides if i % 2 else sides[::-1]
         path = folder / f"{i:05d}.jpg"
-        Image.fromarray(_picture(generator, width, height, tints[i % len(tints)])).save(
-            path, quality=_QUALITY
-        )
+        picture = _picture(generator, width, height, tints[i % len(tints)])
+        Image.fromarray(picture).save(path, quality=_QUALITY)
         paths.append(str(path))
     return paths
 
@@ -142,11 +136,8 @@ def _picture(
     generator: np.random.Generator, width: int, height: int, tint: _Tint
 ) -> NDArray[np.uint8]:
     """One image (height, width, 3)."""
-    total = (
-        generator.normal(0.0, 6.0, (height, width, 3)).astype(np.float32)
-        + 128
-        + np.array(tint, np.float32)
-    )
+    total = generator.normal(0.0, 6.0, (height, width, 3)).astype(np.float32)
+    total = total + 128 + np.array(tint, np.float32)
     for octave in _OCTAVES:
         field = generator.normal(0.0, 130 / octave**0.5, (3, octave, octave)).astype(np.float32)
         for channel in range(3):

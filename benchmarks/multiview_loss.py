@@ -1,10 +1,11 @@
 """The fused loss against eager PyTorch and torch.compile: loss alone, and loss with its gradient.
 
-Before a provider is timed its loss and gradient are held to float64 by the rule of the tests; one that is wrong, cannot run
-or runs out of memory is recorded with the reason and without a time. Timed is the least that training needs: the loss
-under no_grad ("forward"), and the loss with the gradient of every view by torch.autograd.grad ("forward_backward"), for
-a seed gradient made beforehand. Everything is compared with a copy, by PyTorch on the same device and measured in turn
-with the providers, of the bytes that cannot be avoided.
+Before a provider is timed, its loss and gradient are compared with float64 by the rule of the
+tests; one that is wrong, cannot run or runs out of memory is recorded with the reason and without a
+time. The least that training needs is timed: the loss under no_grad ("forward"), and the loss with
+the gradient of every view by torch.autograd.grad ("forward_backward"), for a seed gradient made
+beforehand. Everything is compared with a copy of the bytes that must move, by PyTorch on the same
+device and measured in turn with the providers.
 """
 
 from __future__ import annotations
@@ -12,32 +13,34 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Annotated, Any
 
 import torch
+import tyro
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from vi_simsiam.ops.multiview_loss import LossForm
+from vi_simsiam.text import markdown_grid
 
-from . import plots, report
+from . import names
 from .cases import MODES, Case, Inputs, cases_for, draw_inputs
-from .harness import failure_reason, interleave
-from .providers import (
-    COMPILED,
-    Provider,
-    allowed_errors,
-    check,
-    errors,
-    failed,
-    make_providers,
-    reference,
-)
+from .providers import MISSING, Provider, allowed_errors, check, errors, make_providers, reference
+from .ratios import LEGEND, NOT_MEASURED, TOO_NOISY, case_label, fastest, ratio, speed_up, times_of
 from .suite import Suite, SuiteOptions
-from .targets import targets
-from .timers import Timer, timer_for
-
-NAME = "multiview_loss"
+from .tables import (
+    brief,
+    keys_of,
+    noise_notes,
+    number,
+    optional,
+    shown_ratio,
+    terminal_table,
+    where,
+)
+from .timers import Timer, failed, failure_reason, interleave, timer_for
 
 _SHORT_SECONDS = {"cuda": 170.0, "cpu": 85.0}
 _CASE_SECONDS = {"cuda": 1.5, "cpu": 3.0}
@@ -48,8 +51,14 @@ _CASE_SECONDS = {"cuda": 1.5, "cpu": 3.0}
 class Options(SuiteOptions):
     """Options of `vi-simsiam bench loss`."""
 
-    only: str = ""
-    """Only cases whose name contains this, such as 256x2048, bfloat16 or cosine; a name is "power_spherical 256x2048 2x2 float32", batch x D, then views x targets. What no name contains lists all names."""
+    only: Annotated[
+        str,
+        tyro.conf.arg(
+            help="Only cases whose name contains this, such as 256x2048, bfloat16 or cosine; a "
+            'name is "power_spherical 256x2048 2x2 float32", batch x D, then views x targets. What '
+            "no name contains lists all names."
+        ),
+    ] = ""
 
 
 def run(
@@ -60,28 +69,28 @@ def run(
     timer: Timer | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
-    """Measure the cases, print tables, and write the result file after each case if a folder is given.
+    """Measure the cases, print tables, and write the result file after each case.
 
     Args:
         options: what to measure.
         console: where to print.
-        providers: makes the providers of a case, or for those that cannot run the reason.
-        timer: how to time; None for the device's own.
+        providers: makes the providers of a case, or the reason for those that cannot run.
+        timer: how to time; None for the device's default.
         clock: the time in seconds, for the limit on --short.
     """
-    suite = Suite(NAME, options, console)
+    suite = Suite("multiview_loss", options, console)
     device = suite.device
     timer = timer or timer_for(device)
     limit = _SHORT_SECONDS[device.type]
     for case, used in suite.cases(cases_for(device.type, short=options.short), limit, clock):
         made = providers(case.form, device)
-        if used > 0.35 and COMPILED[1] in made:
-            made[COMPILED[1]] = (
+        if used > 0.35 and names.COMPILED[1] in made:
+            made[names.COMPILED[1]] = (
                 f"left out: it compiles longest, and --short had used {used * limit:.0f} s"
             )
         found = measure_case(case, device, made, timer, rounds=options.rounds)
-        suite.add(found, report.case_table(found))
-    return suite.finish(targets(suite.result), plots.draw)
+        suite.add(found, loss_case(found))
+    return suite.finish()
 
 
 def measure_case(
@@ -95,45 +104,40 @@ def measure_case(
     """Check and time all providers on one case; whatever fails is recorded with its reason.
 
     Returns:
-        The case, the copy's times, and for every provider what `providers.check` says and, in each mode, None where it was not
-        timed, or `failure`, or: `time` and on a GPU `host` (quartiles, see timers.py), `bytes_per_second` of the bytes
-        that cannot be avoided, `copy_share` (the copy's time over this one) and `peak_bytes` above the inputs.
+        The case, the copy's times, and for every provider the entries of `providers.check` and, in
+        each mode, None where it was not timed, or `failure`, or: `time` and on a GPU `host`
+        (quartiles, see timers.py), `bytes_per_second` of the bytes that must move, `copy_share`
+        (the copy's time over this one) and `peak_bytes` above the inputs.
     """
-    copies: dict[str, dict[str, float] | None] = {}
+    copies: dict[str, dict[str, float] | None] = dict.fromkeys(MODES)
     found: dict[str, dict[str, Any]] = {}
     try:
         generator = torch.Generator(device).manual_seed(0)
-        sets = [
-            draw_inputs(case, device, generator)
-            for _ in range(timer.distinct_bytes // case.least_bytes("forward") + 1)
-        ]
+        count = timer.distinct_bytes // case.least_bytes("forward") + 1
+        sets = [draw_inputs(case, device, generator) for _ in range(count)]
         found = _checked(case, providers, sets[0])
         timer.release()
+        correct = {
+            name: provider
+            for name, provider in providers.items()
+            if not isinstance(provider, str) and found[name]["correct"]
+        }
         for mode in MODES:
-            correct = {
-                name: p
-                for name, p in providers.items()
-                if not isinstance(p, str) and found[name]["correct"]
-            }
             try:
                 copies[mode], times = _timed(case, mode, correct, sets, timer, rounds)
             except Exception as error:  # no memory for the copy
-                reason = failure_reason(error)
-                times = {name: {"failure": reason} for name in correct}
+                times = {name: {"failure": failure_reason(error)} for name in correct}
             for name, values in times.items():
                 found[name][mode] = values
             timer.release()
     except Exception as error:  # no memory for inputs or reference
-        found = {name: failed(failure_reason(error)) for name in providers}
+        found = {name: failed(failure_reason(error), MISSING) for name in providers}
     timer.release()
+    fields = ("name", "distribution", "batch", "dim", "views", "targets", "dtype")
     return {
-        "name": case.name,
-        **{
-            field: getattr(case, field)
-            for field in ("distribution", "batch", "dim", "views", "targets", "dtype")
-        },
+        **{field: getattr(case, field) for field in fields},
         "least_bytes": {mode: case.least_bytes(mode) for mode in MODES},
-        "copy": {mode: copies.get(mode) for mode in MODES},
+        "copy": copies,
         "providers": {name: {**dict.fromkeys(MODES), **values} for name, values in found.items()},
     }
 
@@ -141,14 +145,13 @@ def measure_case(
 def _checked(
     case: Case, providers: dict[str, Provider | str], inputs: Inputs
 ) -> dict[str, dict[str, Any]]:
-    """Every provider held to float64, or the reason why it cannot run."""
+    """Compare every provider with float64, or record the reason why it cannot run."""
     given = inputs.predictions, inputs.targets
     exact = reference(*given, case.form, torch.float64)
-    allowed = allowed_errors(
-        errors(reference(*given, case.form, case.torch_dtype), exact), case.torch_dtype
-    )
+    eager = errors(reference(*given, case.form, case.torch_dtype), exact)
+    allowed = allowed_errors(eager, case.torch_dtype)
     return {
-        name: failed(p) if isinstance(p, str) else check(p, *given, exact, allowed)
+        name: failed(p, MISSING) if isinstance(p, str) else check(p, *given, exact, allowed)
         for name, p in providers.items()
     }
 
@@ -168,10 +171,10 @@ def _timed(
     copies = _copy_sets(nbytes, device, timer.distinct_bytes)
     measures["copy", "time"] = timer.prepare(_copy, copies, nbytes)["time"]
     for name, provider in providers.items():
-        call = _forward(provider) if mode == "forward" else _forward_backward(provider)
+        call = partial(_forward if mode == "forward" else _forward_backward, provider)
         try:
             prepared = timer.prepare(call, sets, nbytes)
-            found[name]["peak_bytes"] = timer.peak_bytes(lambda call=call: call(sets[0]))  # type: ignore[misc]
+            found[name]["peak_bytes"] = timer.peak_bytes(partial(call, sets[0]))
         except Exception as error:
             found[name]["failure"] = failure_reason(error)
             continue
@@ -193,22 +196,15 @@ def _timed(
     return copy, found
 
 
-def _forward(provider: Provider) -> Callable[[Inputs], Tensor]:
-    def call(inputs: Inputs) -> Tensor:
-        with torch.no_grad():
-            return provider(inputs.predictions, inputs.targets)
-
-    return call
+def _forward(provider: Provider, inputs: Inputs) -> Tensor:
+    with torch.no_grad():
+        return provider(inputs.predictions, inputs.targets)
 
 
-def _forward_backward(provider: Provider) -> Callable[[Inputs], tuple[Tensor, ...]]:
-    def call(inputs: Inputs) -> tuple[Tensor, ...]:
-        # autograd.grad with a given seed: neither accumulation nor torch's own fill is timed, for any provider.
-        return torch.autograd.grad(
-            provider(inputs.predictions, inputs.targets), inputs.predictions, inputs.seed
-        )
-
-    return call
+def _forward_backward(provider: Provider, inputs: Inputs) -> tuple[Tensor, ...]:
+    # autograd.grad with a given seed times neither the accumulation nor torch's own fill.
+    loss = provider(inputs.predictions, inputs.targets)
+    return torch.autograd.grad(loss, inputs.predictions, inputs.seed)
 
 
 def _copy(pair: tuple[Tensor, Tensor]) -> Tensor:
@@ -218,9 +214,89 @@ def _copy(pair: tuple[Tensor, Tensor]) -> Tensor:
 def _copy_sets(
     nbytes: int, device: torch.device, distinct_bytes: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of which one copy reads and writes `nbytes` together; random, as zeros may move faster."""
+    """Pairs whose copy reads and writes `nbytes` together; random, as zeros may move faster."""
     elements = max(1, nbytes // 8)
     return [
         (torch.rand(elements, device=device), torch.empty(elements, device=device))
         for _ in range(distinct_bytes // nbytes + 1)
     ]
+
+
+def loss_case(case: dict[str, Any]) -> Table:
+    """One case of the loss: a row for each provider; no times where the result was wrong."""
+    modes = dict(zip(MODES, ("loss", "loss + gradient"), strict=True))
+    with_host = any(
+        (found[mode] or {}).get("host") for found in case["providers"].values() for mode in modes
+    )
+    metrics = ("time", "host") if with_host else ("time",)
+    timings = [(mode, metric) for mode in modes for metric in metrics]
+    head = ["provider", *(modes[mode] if metric == "time" else metric for mode, metric in timings)]
+    notes = [
+        "times in us; "
+        "share of a copy's speed, speed-up, error and memory are those of loss + gradient"
+    ]
+    copy, baseline = case["copy"][MODES[1]], fastest(case, names.COMPILED, MODES[1])
+    if copy is not None:
+        notes.append(f"copy of the bytes that must move: {number(copy['median_us'])} us")
+    rows = []
+    for name, found in case["providers"].items():
+        if not found["correct"]:
+            notes.append(f"{name}: {found['failure']}")
+            continue
+        both = found[MODES[1]] or {}
+        own, peak = both.get("time"), both.get("peak_bytes")
+        cells = (
+            optional(both.get("copy_share"), "{:.0%}"),
+            ratio(baseline[1], own).shown() if own and baseline else "-",
+            f"{found['gradient_error']:.1e}",
+            "-" if peak is None else f"{peak / 2**20:,.1f} MiB",
+        )
+        rows.append((name, *(_loss_cell(case, name, *timing) for timing in timings), *cells))
+    notes += noise_notes(
+        (name, times_of(case, name, mode)) for name in case["providers"] for mode in modes
+    )
+    head += ["of copy", "vs compile", "error", "memory"]
+    return terminal_table(case_label(case), head, rows, notes)
+
+
+def loss_markdown(result: dict[str, Any], *, metric: str = "time") -> str:
+    """Medians of loss and gradient, a row for each case; of a GPU's many cases the telling ones.
+
+    Args:
+        result: the content of a result file of `vi-simsiam bench loss`.
+        metric: "time", or "host" (GPU only).
+    """
+    mode, cases = MODES[1], result["cases"]
+    if result["device_type"] == "cuda":
+        telling = {case.name for case in cases_for("cuda", short=True)}
+        cases = [case for case in cases if case["name"] in telling]
+    columns = keys_of(cases)
+    shown = [name for name in columns if any(times_of(case, name, mode, metric) for case in cases)]
+    rows = []
+    for case in cases:
+        cells = [_loss_cell(case, name, mode, metric) for name in shown]
+        cells.append(shown_ratio(speed_up(case, names.FUSED, names.COMPILED, mode, metric)))
+        if metric == "time":
+            ours = fastest(case, names.FUSED, mode)
+            share = case["providers"][ours[0]][mode]["copy_share"] if ours else None
+            cells.append(optional(share, "{:.0%}"))
+        rows.append((case_label(case), *cells))
+    last = ["faster than torch.compile", *(["of a copy's speed"] if metric == "time" else [])]
+    grid = markdown_grid(("batch x D", *shown, *last), rows)
+    lines = [grid, "", *([LEGEND] if TOO_NOISY in grid else [])]
+    for name in columns:
+        if name not in shown:
+            found = (case["providers"][name] for case in cases if name in case["providers"])
+            lines.append(f"No time for {name} ({next(found)['failure'] or NOT_MEASURED}).")
+    return "\n".join([*lines, f"Medians in us. {where(result)}"])
+
+
+def _loss_cell(case: dict[str, Any], name: str, mode: str, metric: str) -> str:
+    """A median in microseconds, or why there is none."""
+    times = times_of(case, name, mode, metric)
+    if times is not None:
+        return number(times["median_us"])
+    found = case["providers"].get(name)
+    if found is None:
+        return "-"
+    return brief(str(found["failure"] or (found[mode] or {}).get("failure") or NOT_MEASURED))

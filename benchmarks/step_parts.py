@@ -1,4 +1,4 @@
-"""The training step of a case, whole and in parts, and the plain loop that its losses are held to."""
+"""The training step of a case, whole and in parts, and the plain loop that it is compared with."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ from vi_simsiam.models import Output, SimSiam, VISimSiam, build_model
 from vi_simsiam.ops.augment import augment
 
 from .ours import placed_table
-from .peers import synchronize
+from .timers import synchronize
 from .view_cases import ViewCase
 
 _LR: dict[Method, float] = {"vi-simsiam": 4e-3, "simsiam": 1.6e-2}
-"""The losses of the checked steps must show the updates, but not rounding that the updates amplify. A cosine moves less than a likelihood."""
+"""Learning rates at which the losses of the checked steps show the updates, but not rounding that
+the updates amplify. A cosine moves less than a likelihood."""
 _MOMENTUM, _WEIGHT_DECAY = 0.9, 1e-4
 _MOST_STEPS = 2**17
-"""Learning rates there are: more steps than are ever measured."""
+"""Length of the learning rate table: more steps than are ever measured."""
 Layers = Literal["torch, view by view", "torch", "torch.compile", "kernels"]
-"""Layers of the network: torch's, view by view or all views of a size in one pass, or others in one pass."""
+"""Layers of the network: torch's, view by view or all views of a size in one pass, or others."""
 _STEPS = {"cuda": 30, "cpu": 8}
 """Steps of one measurement of the whole step."""
 
-# Dense bfloat16 with float32 accumulation, from the makers' data sheets.
+# Dense bfloat16 with float32 accumulation, from the data sheets.
 _PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -58,19 +59,18 @@ class StepCase:
 
     @property
     def name(self) -> str:
-        """What the case is called in results; unique."""
+        """Name of the case in results; unique."""
         return f"{self.method} {self.views.name}"
 
     @property
     def config(self) -> TrainConfig:
-        """The network is the default one."""
-        return TrainConfig(
-            method=self.method, batch_size=self.views.batch, augment=self.views.policy
-        )
+        """The default network, on these views."""
+        views = self.views
+        return TrainConfig(method=self.method, batch_size=views.batch, augment=views.policy)
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Most bfloat16 operations a second that the device can do; None where it is not known."""
+    """Peak bfloat16 operations per second of the device; None where it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -82,13 +82,18 @@ def default_layers(device: torch.device) -> Layers:
     return "kernels" if device.type == "cuda" else "torch"
 
 
-class Parts:
-    """The parts of a step on views at hand, each a function of the views.
+def _dtype(device: torch.device) -> torch.dtype:
+    """The dtype of views in training."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
-    Args:
-        case: what to train.
-        device: where.
-    """
+
+def _loader(images: PackedImages, case: StepCase, device: torch.device) -> MultiViewLoader:
+    views = case.views
+    return MultiViewLoader(images, views.policy, views.batch, device, dtype=_dtype(device))
+
+
+class Parts:
+    """The parts of a step on views at hand, each a function of the views."""
 
     def __init__(self, case: StepCase, device: torch.device) -> None:
         self.case, self.device = case, device
@@ -104,7 +109,7 @@ class Parts:
         self._parameters = list(self.model.parameters())
 
     def train_step(self, layers: Layers | None = None) -> TrainStep:
-        """Our step on a copy of the network, so that every caller begins with the same weights."""
+        """Our step on a copy of the network, so that every caller starts with the same weights."""
         model = copy.deepcopy(self._plain)
         return TrainStep(
             model,
@@ -117,13 +122,13 @@ class Parts:
         )
 
     def losses(self, step: TrainStep, batches: Sequence[list[Tensor]]) -> list[float]:
-        """Losses of the first steps, on these batches; before they are scaled."""
+        """Losses of the first steps on these batches, before they are scaled."""
         for views in batches:
             step(views)
         return (step.losses[: len(batches)] / self.loss_scale).tolist()  # type: ignore[no-any-return]
 
     def plain_losses(self, batches: Sequence[list[Tensor]]) -> list[float]:
-        """Losses of the same training written down plainly, with torch's own SGD; before they are scaled."""
+        """Losses of a plain loop with torch's own SGD, before they are scaled."""
         model = copy.deepcopy(self._plain)
         rate = _LR[self.case.method]
         optimizer = torch.optim.SGD(
@@ -155,7 +160,7 @@ class Parts:
         return torch.autograd.grad(self.forward_loss(views), self._parameters)
 
     def network_alone(self, layers: Layers) -> Callable[[Sequence[Tensor]], object]:
-        """Forward and backward of the network, for a random gradient of its predictions: what no step can do without."""
+        """Forward and backward of the network, for a random gradient of its predictions."""
         model = copy.deepcopy(self._plain)
         network, parameters = self._with(model, layers), list(model.parameters())
         seeds: list[Tensor] = []
@@ -170,14 +175,14 @@ class Parts:
         return call
 
     def optimiser(self) -> Callable[[object], None]:
-        """The update alone, for gradients at hand."""
+        """The update alone, for random gradients."""
         step = self.train_step()
         for parameter in step.model.parameters():
             parameter.grad = torch.randn_like(parameter)
         return lambda _: step.optimizer.step() and None
 
     def flops(self, views: Sequence[Tensor]) -> int:
-        """Floating-point operations of the network's forward and backward, as torch counts them."""
+        """Floating-point operations of forward and backward, counted by torch."""
         with FlopCounterMode(display=False) as counter:
             self.network_alone("torch")(views)
         return int(counter.get_total_flops())
@@ -186,7 +191,7 @@ class Parts:
         """Random tensors like a batch of views."""
         policy = self.case.views.policy
         generator = torch.Generator(self.device).manual_seed(seed)
-        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        dtype = _dtype(self.device)
         sizes = [policy.size] * 2 + [policy.local_size] * policy.local_views
         shapes = [(self.case.views.batch, 3, size, size) for size in sizes]
         views = [torch.randn(shape, device=self.device, generator=generator) for shape in shapes]
@@ -206,23 +211,20 @@ class Parts:
 
 
 class WholeStep:
-    """Our training step with its data: on a GPU overlapped and captured, on a CPU fed by worker processes.
+    """Our training step with its data: overlapped on a GPU, fed by worker processes on a CPU.
 
     Args:
         parts: the network.
-        images: decoded.
-        captured: whether a GPU replays the step as a graph.
-        view_priority: as `OverlappedStep` takes it.
+        images: training images.
+        captured: replay the step as a graph on a GPU.
+        view_priority: see `OverlappedStep`.
     """
 
     def __init__(
         self, parts: Parts, images: PackedImages, *, captured: bool, view_priority: int = 0
     ) -> None:
-        self.device, case = parts.device, parts.case
-        dtype = torch.bfloat16 if parts.bf16 else torch.float32
-        self.loader = MultiViewLoader(
-            images, case.views.policy, case.views.batch, self.device, dtype=dtype
-        )
+        self.device = parts.device
+        self.loader = _loader(images, parts.case, self.device)
         self.step = parts.train_step()
         self._done = 0
         self._replay: Callable[[], Any] | None = None
@@ -232,13 +234,13 @@ class WholeStep:
             self._replay = capture(whole, state=whole.state, mode="on" if captured else "off")
 
     def losses(self, count: int) -> list[float]:
-        """Train `count` steps from the start; the loss of each, before it is scaled."""
+        """Train `count` steps from the start; return the loss of each, before it is scaled."""
         for _ in itertools.islice(self._steps(), count):
             pass
         return (self.step.losses[:count] / self.step.loss_scale).tolist()  # type: ignore[no-any-return]
 
     def measure(self) -> float:
-        """Microseconds a step; the clock begins after one."""
+        """Microseconds a step; the clock starts after one."""
         start = 0.0
         for number, _ in enumerate(itertools.islice(self._steps(), 1 + _STEPS[self.device.type])):
             if number == 0:
@@ -248,7 +250,7 @@ class WholeStep:
         return (perf_counter() - start) / number * 1e6
 
     def close(self) -> None:
-        """End what prepares batches."""
+        """End the loader."""
         self.loader.close()
         self._replay = None
 
@@ -267,7 +269,7 @@ class WholeStep:
 
 
 def image_count(batch: int, device_type: str) -> int:
-    """Images of an epoch: all steps of one measurement on a CPU, where epochs are not made without a pause."""
+    """Images of an epoch: on a CPU, which pauses between epochs, enough for one measurement."""
     return batch * (1 + _STEPS[device_type])
 
 
@@ -275,8 +277,7 @@ def batches(
     images: PackedImages, case: StepCase, device: torch.device, count: int
 ) -> list[list[Tensor]]:
     """The views of the first `count` batches."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    loader = MultiViewLoader(images, case.views.policy, case.views.batch, device, dtype=dtype)
+    loader = _loader(images, case, device)
     try:
         return [batch.views for batch in itertools.islice(loader.epoch(0), count)]
     finally:
@@ -286,11 +287,11 @@ def batches(
 def augmentation(
     images: PackedImages, case: StepCase, device: torch.device
 ) -> tuple[Callable[[Tensor], object], Tensor]:
-    """The augmentation of a batch on the device that trains, and the table to call it with."""
+    """The augmentation of a batch on the training device, and the table to call it with."""
     policy = case.views.policy
     pixels = byte_tensor(images.pixels).to(device)
     table = torch.from_numpy(placed_table(images, policy, np.arange(case.views.batch))).to(device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = _dtype(device)
 
     def call(rows: Tensor) -> object:
         made = [augment(pixels, rows[:2], policy.size, dtype=dtype)]

@@ -1,4 +1,4 @@
-"""What a run of any benchmark does: choose cases, keep the time of --short, and write the result file after each case."""
+"""Common parts of a benchmark run: choice of cases, time limit of --short, resume, result file."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
+import tyro
 from rich.console import Console
 from rich.table import Table
 
 from vi_simsiam.engine.run import resolve_device
 from vi_simsiam.errors import InputError
 
-from .harness import provenance, read_result, result_path, write_result
-from .tables import say, targets_table
-from .targets import Target
+from . import plots
+from .results import provenance, read_result, result_path, write_result
+from .tables import print_line, targets_table
+from .targets import targets_of
 
+_Case = TypeVar("_Case", bound=Any)
 _SAME = ("commit", "device", "driver", "versions")
-"""What must not differ between the runs that one result file comes from."""
+"""Entries that all runs behind one result file must share."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,13 @@ class SuiteOptions:
     """Measurements of every provider; the median is reported."""
     out: Path | None = None
     """Folder for OUT/DEVICE/BENCHMARK.json and its plots; None to print only."""
-    resume: bool = False
-    """Keep the cases that the result file in --out already has from the same commit, device and versions."""
+    resume: Annotated[
+        bool,
+        tyro.conf.arg(
+            help="Keep the cases that the result file in --out already has from the same commit, "
+            "device and versions."
+        ),
+    ] = False
 
     least_rounds: ClassVar[int] = 3
 
@@ -47,17 +55,6 @@ class SuiteOptions:
             raise InputError(f"rounds: {self.rounds} must be at least {self.least_rounds}")
         if self.resume and self.out is None:
             raise InputError("resume: say where the result file is with --out")
-
-
-class Named(Protocol):
-    """A case as far as the suite is concerned."""
-
-    @property
-    def name(self) -> str:
-        """What the case is called in results; unique."""
-
-
-_Case = TypeVar("_Case", bound=Named)
 
 
 class Suite:
@@ -80,9 +77,9 @@ class Suite:
         self.options = options
         self.console = console or Console()
         self.device = resolve_device(options.device)
-        self.path = (
-            None if options.out is None else result_path(options.out, benchmark, self.device)
-        )
+        self.path = None
+        if options.out is not None:
+            self.path = result_path(options.out, benchmark, self.device)
         self.result: dict[str, Any] = {
             "benchmark": benchmark,
             "device_type": self.device.type,
@@ -90,16 +87,16 @@ class Suite:
             "cases": [],
         }
         if options.resume and self.path is not None and self.path.exists():
-            self.result["cases"] = self._kept(self.path)
+            self._resume(self.path)
 
     def cases(
         self, cases: Sequence[_Case], seconds: float, clock: Callable[[], float] = time.perf_counter
     ) -> Iterator[tuple[_Case, float]]:
-        """The cases that are to be measured, and how long those before have taken in shares of the time there is.
+        """Yield the cases to measure, each with the share of the time limit used before it.
 
         Args:
-            cases: in the order in which they are measured.
-            seconds: the time for --short; when it is nearly used, what is left is named and left out.
+            cases: objects with a unique `name`, in the order in which they are measured.
+            seconds: limit of --short; when it is nearly used up, the other cases are left out.
             clock: the time in seconds.
 
         Raises:
@@ -124,11 +121,11 @@ class Suite:
             yield case, used / limit
 
     def say(self, line: str) -> None:
-        """Print a line as it is: no break within a path, and no brackets taken for a style."""
-        say(self.console, line)
+        """Print a line as it is."""
+        print_line(self.console, line)
 
     def add(self, found: dict[str, Any], *tables: Table) -> None:
-        """Keep a case's result, in the place of an earlier one of that name, and show tables of it."""
+        """Add the result of a case, or replace an earlier one of that name, and print tables."""
         cases = {case["name"]: case for case in self.result["cases"]} | {found["name"]: found}
         self.result["cases"] = list(cases.values())
         for table in tables:
@@ -136,23 +133,22 @@ class Suite:
         if self.path is not None:
             write_result(self.path, self.result)
 
-    def finish(
-        self, targets: Sequence[Target], draw: Callable[[dict[str, Any], Path], Sequence[Path]]
-    ) -> dict[str, Any]:
-        """Show the targets, draw the plots beside the result file, and return its content."""
-        if targets:
+    def finish(self) -> dict[str, Any]:
+        """Print the targets, draw the plots beside the result file, and return its content."""
+        if targets := targets_of(self.result):
             self.console.print(targets_table(targets))
         if self.path is not None:
-            for written in (self.path, *draw(self.result, self.path.parent)):
+            for written in (self.path, *plots.draw(self.result, self.path.parent)):
                 self.say(f"written: {written}")
         return self.result
 
-    def _kept(self, path: Path) -> list[dict[str, Any]]:
-        """The cases of the result file at `path`, if it was measured as this run measures."""
+    def _resume(self, path: Path) -> None:
+        """Take over the cases of the result file at `path`, if it was measured in the same way."""
         before = read_result(path, self.result["benchmark"])
         for name in _SAME:
             if before.get(name) != self.result[name]:
                 raise InputError(
-                    f"resume: {path} was measured with {name} {before.get(name)}, now it is {self.result[name]}"
+                    f"resume: {path} was measured with {name} {before.get(name)}, "
+                    f"now it is {self.result[name]}"
                 )
-        return list(before["cases"])
+        self.result["cases"] = list(before["cases"])

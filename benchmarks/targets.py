@@ -1,40 +1,97 @@
-"""The speeds that the fused loss is meant to reach, each with the figure that a result file gives, or "not measured"."""
+"""The speeds that the project aims at, by benchmark and device, each judged on a result file."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vi_simsiam.text import counted
 
+from . import names
 from .cases import MODES, cases_for
-from .noise import TOO_NOISY, Ratio, noisy, ratio
-from .providers import COMPILED, FUSED
+from .ratios import (
+    NOT_MEASURED,
+    TOO_NOISY,
+    Case,
+    Ratio,
+    case_label,
+    exposed_share,
+    fastest,
+    floor_of,
+    noisy,
+    ratio,
+    speed_up,
+    times_of,
+)
 
-_Results = dict[str, Any]
-
-NOT_MEASURED = "not measured"
-BANDWIDTH_BYTES = 2 * 10**8
-"""From here on bandwidth decides: more than three times the largest cache, and launching is a small part of the time."""
+GIGABYTE = 1e9
+_BANDWIDTH_BYTES = 2 * 10**8
+"""From here on bandwidth decides: more than three times the largest cache."""
+_IMAGENETTE = 9_469
+"""Training images of ImageNette: a training on fewer does not count."""
+_BOTH = "forward_backward"
 
 
 @dataclass(frozen=True)
 class Target:
-    """One target: what, the figure wanted, the figure measured, and whether it is met (None where that is not known)."""
+    """One target: what, the figure wanted, the figure measured, and whether it is met."""
 
     what: str
     wanted: str
     figure: str = NOT_MEASURED
     met: bool | None = None
+    """None where that is not known."""
     noisy: bool = False
-    """Whether it was measured, but too noisily to tell."""
+    """Measured, but too noisily to tell."""
 
 
-def of_all(what: str, wanted: str, figure: str, holds: Iterable[tuple[bool, bool]]) -> Target:
+@dataclass(frozen=True)
+class Row:
+    """A target that one figure of every case must reach; the worst quiet figure is shown."""
+
+    what: str
+    wanted: str
+    limit: float
+    figure: Callable[[Case], Ratio | None]
+    """The figure of a case; None where it has none."""
+    applies: Callable[[Case], bool] = lambda case: True
+    at_least: bool = False
+    """The limit is the least figure that is good enough, not the largest."""
+    shown: str = "{:.2f} times"
+
+    def __call__(self, cases: Sequence[Case]) -> Target:
+        """Judge the cases that the target is about."""
+        cases = [case for case in cases if self.applies(case)]
+        found = [
+            (figure, case_label(case))
+            for case in cases
+            if (figure := self.figure(case)) is not None
+        ]
+        if not found:
+            return Target(self.what, self.wanted)
+        quiet = [each for each in found if not each[0].noisy]
+        (value, _), label = (min if self.at_least else max)(quiet or found)
+        text = self.shown.format(value)
+        if len(found) > 1:
+            most = "least" if self.at_least else "most"
+            text += f" ({most} of {counted(len(quiet or found), 'case')}: {label})"
+            if quiet and len(quiet) < len(found):
+                text += f"; {len(found) - len(quiet)} more {TOO_NOISY}"
+        elif len(cases) > 1:
+            text += f" ({label}; no figure for {counted(len(cases) - 1, 'case')} more)"
+        return _judged(self.what, self.wanted, text, [(self._holds(f), f.noisy) for f, _ in found])
+
+    def _holds(self, figure: Ratio) -> bool:
+        return figure.value >= self.limit if self.at_least else figure.value <= self.limit
+
+
+def _judged(what: str, wanted: str, figure: str, holds: Iterable[tuple[bool, bool]]) -> Target:
     """A target that every comparison must hold, each given as (it holds, it is noisy).
 
-    A noisy comparison decides nothing: the target is missed by a quiet one that fails, and met only if all are quiet.
+    A noisy comparison decides nothing: the target is missed by a quiet one that fails, and met
+    only if all are quiet.
     """
     found = list(holds)
     if any(not held for held, noise in found if not noise):
@@ -43,179 +100,70 @@ def of_all(what: str, wanted: str, figure: str, holds: Iterable[tuple[bool, bool
     return Target(what, wanted, figure, None if noise else True, noise)
 
 
-def worst_of(
-    what: str,
-    wanted: str,
-    found: Sequence[tuple[Ratio, str]],
-    *,
-    holds: Callable[[float], bool],
-    shown: str,
-    worst: Callable[..., tuple[Ratio, str]] = max,
-    cases: int = 1,
-) -> Target:
-    """A target for ratios of cases, each given with the case's label: the worst quiet one is its figure.
-
-    Args:
-        what: see `Target`.
-        wanted: see `Target`.
-        found: of every case that was measured.
-        holds: whether a ratio is good enough.
-        shown: format of a ratio.
-        worst: `max` or `min`.
-        cases: how many were measured, those without this ratio among them.
-    """
-    if not found:
-        return Target(what, wanted)
-    quiet = [each for each in found if not each[0].noisy]
-    (value, _), label = worst(quiet or found)
-    figure = shown.format(value)
-    if len(found) > 1:
-        most = "most" if worst is max else "least"
-        figure += f" ({most} of {counted(len(quiet or found), 'case')}: {label})"
-        if quiet and len(quiet) < len(found):
-            figure += f"; {len(found) - len(quiet)} more {TOO_NOISY}"
-    elif cases > 1:
-        figure += f" ({label}; no figure for {counted(cases - 1, 'case')} more)"
-    return of_all(what, wanted, figure, ((holds(each.value), each.noisy) for each, _ in found))
+def _power_spherical(case: Case) -> bool:
+    return bool(case["distribution"] == "power_spherical")
 
 
-def time_of(
-    case: _Results, provider: str, mode: str, metric: str = "time"
-) -> dict[str, float] | None:
-    """Quartiles of a provider on a case; None where it has none, which includes every wrong result."""
-    found = case["providers"].get(provider)
-    if found is None or not found["correct"]:
-        return None
-    times: dict[str, float] | None = (found[mode] or {}).get(metric)
-    return times
+def _up_to(batch: int) -> Callable[[Case], bool]:
+    return lambda case: _power_spherical(case) and case["batch"] <= batch
 
 
-def fastest(
-    case: _Results, providers: Iterable[str], mode: str, metric: str = "time"
-) -> tuple[str, dict[str, float]] | None:
-    """The provider with the smallest median, and its quartiles; None where none has a time."""
-    found = [
-        (name, times)
-        for name in providers
-        if (times := time_of(case, name, mode, metric)) is not None
-    ]
-    return min(found, key=lambda item: item[1]["median_us"]) if found else None
+def _on_cpu(case: Case) -> bool:
+    return bool(case["name"] == "power_spherical 256x2048 2x2 float32")
 
 
-def speed_up(
-    case: _Results, baselines: Iterable[str], mode: str = "forward_backward", metric: str = "time"
-) -> Ratio | None:
-    """How many times faster the fastest fused provider is than the fastest baseline."""
-    ours, theirs = fastest(case, FUSED, mode, metric), fastest(case, baselines, mode, metric)
-    return ratio(theirs[1], ours[1]) if ours and theirs else None
+def _large(case: Case) -> bool:
+    return _power_spherical(case) and case["least_bytes"][_BOTH] >= _BANDWIDTH_BYTES
 
 
-def case_label(case: _Results) -> str:
-    """A case as people read it, such as "256 x 2048, 8 views, bfloat16"."""
-    views = (
-        "" if (case["views"], case["targets"]) == (2, 2) else f", {counted(case['views'], 'view')}"
-    )
-    cosine = ", cosine" if case["distribution"] == "cosine" else ""
-    return f"{case['batch']} x {case['dim']}{views}, {case['dtype']}{cosine}"
-
-
-def targets(result: _Results) -> list[Target]:
-    """The targets for the result's kind of device."""
-    return gpu_targets(result) if result["device_type"] == "cuda" else cpu_targets(result)
-
-
-def gpu_targets(result: _Results | None) -> list[Target]:
-    """Targets for an H200; all "not measured" where there is no result."""
-    cases = _power_spherical(result)
-    large = [case for case in cases if case["least_bytes"]["forward_backward"] >= BANDWIDTH_BYTES]
-    small = [case for case in cases if case["batch"] <= 1024]
-    smallest = [case for case in cases if case["batch"] <= 256]
-    return [
-        *(_share_of_copy(cases, dtype) for dtype in ("bfloat16", "float32")),
-        _least("best torch.compile, from 200 MB of traffic on", 1.4, large, COMPILED),
-        _least("best torch.compile at B <= 1024, kernel time in a CUDA graph", 5, small, COMPILED),
-        _least(
-            "best torch.compile at B <= 1024, host time in eager mode", 5, small, COMPILED, "host"
-        ),
-        _least("eager at B <= 256, kernel time in a CUDA graph", 20, smallest, ("eager",)),
-        _nowhere_slower(result, ("eager", *COMPILED)),
-        _agreement(result),
-    ]
-
-
-def cpu_targets(result: _Results | None) -> list[Target]:
-    """Targets for two CPU cores; all "not measured" where there is no result."""
-    case = [
-        case
-        for case in _power_spherical(result)
-        if case["name"] == "power_spherical 256x2048 2x2 float32"
-    ]
-    return [
-        _least("eager at 256 x 2048, two views, float32", 2, case, ("eager",)),
-        _least("torch.compile at 256 x 2048, two views, float32", 1, case, COMPILED),
-        _nowhere_slower(result, ("eager", *COMPILED)),
-    ]
-
-
-def _power_spherical(result: _Results | None) -> list[_Results]:
-    return (
-        []
-        if result is None
-        else [case for case in result["cases"] if case["distribution"] == "power_spherical"]
-    )
-
-
-def _share_of_copy(cases: Sequence[_Results], dtype: str) -> Target:
-    what = f"loss and gradient at 32768 x 2048, {dtype}, against a copy of the same bytes"
-    wanted = "at most 1.10 times the copy"
-    for case in cases:
-        copy = case["copy"]["forward_backward"]
-        if case["name"] != f"power_spherical 32768x2048 2x2 {dtype}" or copy is None:
-            continue
-        ratios = {
-            name: ratio(times, copy)
-            for name in FUSED
-            if (times := time_of(case, name, "forward_backward")) is not None
-        }
-        if ratios:
-            figure = ", ".join(f"{name} {found.value:.2f}" for name, found in ratios.items())
-            # One backend is enough: a noisy one matters only where no quiet one reaches it.
-            reached = any(found.value <= 1.10 and not found.noisy for found in ratios.values())
-            noise = not reached and any(found.noisy for found in ratios.values())
-            return Target(what, wanted, figure, None if noise else reached, noise)
-    return Target(what, wanted)
-
-
-def _least(
+def _loss_faster(
     what: str,
     factor: float,
-    cases: Sequence[_Results],
-    baselines: Sequence[str],
+    others: Sequence[str],
+    applies: Callable[[Case], bool],
     metric: str = "time",
-) -> Target:
-    what, wanted = (
+) -> Row:
+    return Row(
         f"loss and gradient against {what}",
         f"at least {factor:g} times faster" if factor > 1 else "not slower",
-    )
-    found = [
-        (faster, case_label(case))
-        for case in cases
-        if (faster := speed_up(case, baselines, "forward_backward", metric)) is not None
-    ]
-    return worst_of(
-        what, wanted, found, holds=lambda value: value >= factor, shown="{:.2f} times", worst=min
+        factor,
+        lambda case: speed_up(case, names.FUSED, others, _BOTH, metric),
+        applies,
+        at_least=True,
     )
 
 
-def _nowhere_slower(result: _Results | None, others: Sequence[str]) -> Target:
-    """Slower counts where the quartile ranges do not touch: a difference within the noise is none."""
-    what, wanted = (
-        "fastest fused backend against every other provider, all cases, times and modes",
-        "nowhere slower",
-    )
+def _share_of_copy(dtype: str) -> Callable[[Sequence[Case]], Target]:
+    def judge(cases: Sequence[Case]) -> Target:
+        """One backend is enough: a noisy one matters only where no quiet one reaches the limit."""
+        what = f"loss and gradient at 32768 x 2048, {dtype}, against a copy of the same bytes"
+        target = Target(what, "at most 1.10 times the copy")
+        for case in cases:
+            copy = case["copy"][_BOTH]
+            if case["name"] != f"power_spherical 32768x2048 2x2 {dtype}" or copy is None:
+                continue
+            times = {name: times_of(case, name, _BOTH) for name in names.FUSED}
+            found = {name: ratio(own, copy) for name, own in times.items() if own is not None}
+            if found:
+                figure = ", ".join(f"{name} {each.value:.2f}" for name, each in found.items())
+                met = any(each.value <= 1.10 and not each.noisy for each in found.values())
+                noise = not met and any(each.noisy for each in found.values())
+                return dataclasses.replace(
+                    target, figure=figure, met=None if noise else met, noisy=noise
+                )
+        return target
+
+    return judge
+
+
+def _nowhere_slower(cases: Sequence[Case]) -> Target:
+    """Slower counts where the quartile ranges do not touch: a difference within them is noise."""
+    what = "fastest fused backend against every other provider, all cases, times and modes"
     quiet, loud, slower = 0, 0, []
-    for case, mode, metric in _timings(result):
-        ours, theirs = fastest(case, FUSED, mode, metric), fastest(case, others, mode, metric)
+    timings = ((c, mode, metric) for c in cases for mode in MODES for metric in ("time", "host"))
+    for case, mode, metric in timings:
+        ours = fastest(case, names.FUSED, mode, metric)
+        theirs = fastest(case, ("eager", *names.COMPILED), mode, metric)
         if ours is None or theirs is None:
             continue
         if noisy(ours[1], theirs[1]):
@@ -226,40 +174,158 @@ def _nowhere_slower(result: _Results | None, others: Sequence[str]) -> Target:
             label = f"{case_label(case)}, {mode.replace('_', ' + ')}, {theirs[0]}"
             slower.append((ratio(ours[1], theirs[1]).value, label))
     if not quiet + loud:
-        return Target(what, wanted)
+        return Target(what, "nowhere slower")
     figure = f"slower in none of {counted(quiet, 'comparison')}"
     if slower:
         worst, where = max(slower)
         figure = f"slower in {len(slower)} of {quiet}, by {worst:.2f} times at worst ({where})"
     figure += f"; {loud} more {TOO_NOISY}" if loud else ""
-    holds = (
-        [(False, False)] * len(slower)
-        + [(True, False)] * (quiet - len(slower))
-        + [(True, True)] * loud
-    )
-    return of_all(what, wanted, figure, holds)
+    holds = [(not slower, False)] * bool(quiet) + [(True, True)] * bool(loud)
+    return _judged(what, "nowhere slower", figure, holds)
 
 
-def _agreement(result: _Results | None) -> Target:
+def _agreement(cases: Sequence[Case]) -> Target:
     what, wanted = "Triton against CUDA, loss and gradient at the telling cases", "within 10 %"
     telling = {case.name for case in cases_for("cuda", short=True)}
     found = []
-    for case in result["cases"] if result is not None else []:
-        triton, cuda = (time_of(case, name, "forward_backward") for name in ("triton", "cuda"))
+    for case in cases:
+        triton, cuda = (times_of(case, name, _BOTH) for name in ("triton", "cuda"))
         if case["name"] in telling and triton is not None and cuda is not None:
             apart = ratio(triton, cuda)
-            found.append((apart, f"Triton / CUDA {apart.value:.2f} at {case_label(case)}"))
+            label = f"Triton / CUDA {apart.value:.2f} at {case_label(case)}"
+            found.append((max(apart.value, 1 / apart.value), label, apart.noisy))
     if not found:
         return Target(what, wanted)
-
-    def distance(each: tuple[Ratio, str]) -> tuple[float, str]:
-        return max(each[0].value, 1 / each[0].value), each[1]
-
-    _, where = max([each for each in found if not each[0].noisy] or found, key=distance)
-    holds = ((distance(each)[0] <= 1.10, each[0].noisy) for each in found)
-    return of_all(what, wanted, f"farthest apart: {where}", holds)
+    _, where, _ = max([each for each in found if not each[2]] or found)
+    holds = [(distance <= 1.10, noise) for distance, _, noise in found]
+    return _judged(what, wanted, f"farthest apart: {where}", holds)
 
 
-def _timings(result: _Results | None) -> Iterable[tuple[_Results, str, str]]:
-    cases = [] if result is None else result["cases"]
-    return ((case, mode, metric) for case in cases for mode in MODES for metric in ("time", "host"))
+def _views_faster(size: int, factor: float) -> Row:
+    return Row(
+        f"views/s at 2x{size}, batch 64, against lightly's",
+        f"at least {factor:g} times",
+        factor,
+        lambda case: speed_up(case, [names.OURS], [names.LIGHTLY]),
+        lambda case: bool(case["name"] == f"2x{size} batch 64"),
+        at_least=True,
+        shown="{:.1f} times",
+    )
+
+
+def _on_imagenette(
+    what: str,
+    wanted: str,
+    limit: float,
+    value: Callable[[dict[str, Any]], float | None],
+    shown: str = "{:.0f} s",
+    *,
+    timed: bool = True,
+) -> Row:
+    """A figure of our training of 200 epochs on ImageNette."""
+
+    def figure(case: Case) -> Ratio | None:
+        found = case["providers"].get(names.OURS)
+        number = value(found) if found and found["correct"] else None
+        return None if number is None else Ratio(number, timed and noisy(found["time"]))
+
+    def applies(case: Case) -> bool:
+        extent = (case["view_label"], case["batch"], case["epochs"])
+        large = case["images"] >= _IMAGENETTE
+        return "imagenette" in case["data"] and extent == ("2x128", 64, 200) and large
+
+    where = "200 epochs of ImageNette-128, 2x128, batch 64"
+    return Row(f"{where}: {what}", wanted, limit, figure, applies, shown=shown)
+
+
+def _cold_start_and_evaluation(found: dict[str, Any]) -> float | None:
+    cold, evaluation = found["cold_start_seconds"], found["evaluation_seconds"]
+    return None if cold is None or evaluation is None else float(cold) + float(evaluation)
+
+
+def _whole_trainings(cases: Sequence[Case]) -> Target:
+    """Target of the longest of several trainings."""
+    row = Row(
+        "views/s of whole trainings at CIFAR-10, 2x32, against lightly's",
+        "at least 1.5 times",
+        1.5,
+        lambda case: speed_up(case, [names.OURS_SIMSIAM], [names.LIGHTLY]),
+        lambda case: (case["data"], case["view_label"]) == ("cifar10", "2x32"),
+        at_least=True,
+    )
+    found = [case for case in cases if row.applies(case) and row.figure(case) is not None]
+    if not found:
+        return row([])
+    case = max(found, key=lambda case: case["images"] * case["epochs"])
+    own, other = (
+        f"{case['providers'][name]['views_per_second']:,.0f}"
+        for name in (names.OURS_SIMSIAM, names.LIGHTLY)
+    )
+    extent = f"{counted(case['epochs'], 'epoch')} of {counted(case['images'], 'image')}"
+    target = row([case])
+    return dataclasses.replace(target, figure=f"{target.figure} ({own} and {other}; {extent})")
+
+
+_COMPILE_SMALL, _KERNEL_TIME = "best torch.compile at B <= 1024", "kernel time in a CUDA graph"
+_TARGETS: dict[tuple[str, str], Sequence[Callable[[Sequence[Case]], Target]]] = {
+    ("multiview_loss", "cuda"): (
+        _share_of_copy("bfloat16"),
+        _share_of_copy("float32"),
+        _loss_faster("best torch.compile, from 200 MB of traffic on", 1.4, names.COMPILED, _large),
+        _loss_faster(f"{_COMPILE_SMALL}, {_KERNEL_TIME}", 5, names.COMPILED, _up_to(1024)),
+        _loss_faster(
+            f"{_COMPILE_SMALL}, host time in eager mode", 5, names.COMPILED, _up_to(1024), "host"
+        ),
+        _loss_faster(f"eager at B <= 256, {_KERNEL_TIME}", 20, ["eager"], _up_to(256)),
+        _nowhere_slower,
+        _agreement,
+    ),
+    ("multiview_loss", "cpu"): (
+        _loss_faster("eager at 256 x 2048, two views, float32", 2, ["eager"], _on_cpu),
+        _loss_faster("torch.compile at 256 x 2048, two views, float32", 1, names.COMPILED, _on_cpu),
+        _nowhere_slower,
+    ),
+    ("augment", "cuda"): (_views_faster(128, 10), _views_faster(224, 5)),
+    ("step", "cuda"): (
+        Row(
+            "training step against the same network's forward and backward alone, same kernels",
+            "at most 1.05 times",
+            1.05,
+            lambda case: speed_up(case, [floor_of(case)], [names.STEP]),
+        ),
+        Row(
+            "forward and backward of the network alone, with our kernels, against torch.compile",
+            "at least 1.3 times faster",
+            1.3,
+            lambda case: speed_up(case, [names.NETWORK_KERNELS], [names.NETWORK_COMPILED]),
+            at_least=True,
+        ),
+        Row("exposed augmentation", "at most 2 % of the step", 0.02, exposed_share, shown="{:.1%}"),
+    ),
+    ("train", "cuda"): (
+        _on_imagenette("training", "at most 120 s", 120, lambda found: found["training_seconds"]),
+        _on_imagenette(
+            "cold start and kNN evaluation", "at most 45 s", 45, _cold_start_and_evaluation
+        ),
+        _on_imagenette(
+            "peak memory beside the images",
+            "at most 2.5 GB",
+            2.5,
+            lambda found: found["peak_bytes"] and found["peak_bytes"] / GIGABYTE,
+            "{:.2f} GB",
+            timed=False,
+        ),
+    ),
+    ("train", "cpu"): (_whole_trainings,),
+}
+"""Targets for an H200 and for two CPU cores."""
+
+
+def targets_for(benchmark: str, device_type: str, cases: Sequence[Case]) -> list[Target]:
+    """The targets of a benchmark on a kind of device; there may be none."""
+    return [judge(cases) for judge in _TARGETS.get((benchmark, device_type), ())]
+
+
+def targets_of(result: dict[str, Any]) -> list[Target]:
+    """The targets of the benchmark and device that a result is from."""
+    return targets_for(result["benchmark"], result["device_type"], result["cases"])

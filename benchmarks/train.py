@@ -1,9 +1,10 @@
-"""Whole trainings on one machine, ours and others': seconds, views a second, and the kNN accuracy that they reach.
+"""Whole trainings on one machine, ours and others': seconds, views per second, and kNN accuracy.
 
-Every provider trains the same network on the same images, views, batches and epochs, once in each round and in turn with
-the others. Ours is `vi-simsiam train` itself, with its run folder and checkpoints. What is shown apart: decoding the images
-once (ours only; the others decode again in every epoch), the cold start (everything until the loop has its pace: building,
-starting workers, compiling, capturing), and the evaluation, during which the clock stands.
+Every provider trains the same network on the same images, views, batches and epochs, once in each
+round and in turn with the others. Ours is `vi-simsiam train` itself, with its run folder and
+checkpoints. Shown apart are: decoding the images once (ours only; the others decode again in every
+epoch), the cold start (everything before the loop is at full speed: building, starting workers,
+compiling, capturing), and the evaluation, during which the clock is stopped.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+import tyro
 from rich.console import Console
 from torch import nn
 
@@ -30,38 +32,47 @@ from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.decoding import cores
 from vi_simsiam.engine.run import resolve_device, resolve_workers
 from vi_simsiam.errors import InputError
-from vi_simsiam.evaluation.features import extract
 from vi_simsiam.evaluation.knn import KnnConfig, classify
+from vi_simsiam.inference.forward import extract
 from vi_simsiam.models import build_model
 from vi_simsiam.text import counted
 
-from . import pipeline_plots, pipeline_tables
-from .harness import failure_reason, quartiles
 from .images import labelled_images
+from .names import LIGHTLY, OURS, OURS_SIMSIAM
 from .peers import PEER_PACKAGES
-from .pipeline_targets import pipeline_targets
 from .suite import Suite, SuiteOptions
-from .train_peers import LIGHTLY, OURS, OURS_SIMSIAM, PROVIDERS, Recorder, Training, Trains
+from .tables import train_case
+from .timers import failed, failure_reason, quartiles
+from .train_peers import PROVIDERS, Recorder, Training, Trains
 from .view_cases import ViewCase
 
-NAME = "train"
 YARDSTICK = LIGHTLY
 _ACCURACY_BELOW, _STANDARD_ERRORS = 0.1, 4
-"""By how much of kNN accuracy SimSiam's trainings may fall behind the yardstick's: the larger of the two allowances."""
+"""Allowed distance of SimSiam's kNN accuracy below the yardstick's: the larger of the two."""
 _SHORT = {"cuda": (2560, 6), "cpu": (640, 2)}
-"""Images and epochs of --short. On a GPU an epoch is over in a moment, and the others' workers need batches to be busy."""
+"""Images and epochs of --short; on a GPU more, so that the workers of the others are busy."""
 
 
 @dataclass(frozen=True)
 class Options(SuiteOptions):
     """Options of `vi-simsiam bench train`; a run is one case."""
 
-    only: str = ""
-    """Only providers whose name contains this: vi-simsiam; vi-simsiam, method simsiam; plain PyTorch; tuned PyTorch; lightly."""
+    only: Annotated[
+        str,
+        tyro.conf.arg(
+            help="Only providers whose name contains this: vi-simsiam; vi-simsiam, method simsiam; "
+            "plain PyTorch; tuned PyTorch; lightly."
+        ),
+    ] = ""
     rounds: int = 1
     """Trainings of every provider; the epochs of all of them are pooled."""
-    data: str = "generated"
-    """generated, or a data set with labels and validation images: fashion-mini, folder:PATH, pack:FILE, cifar10, imagenette or imagewoof."""
+    data: Annotated[
+        str,
+        tyro.conf.arg(
+            help="generated, or a data set with labels and validation images: fashion-mini, "
+            "folder:PATH, pack:FILE, cifar10, imagenette or imagewoof."
+        ),
+    ] = "generated"
     data_root: Path = Path("data")
     """Where downloaded data sets are kept or looked for."""
     images: int | None = None
@@ -79,8 +90,13 @@ class Options(SuiteOptions):
     """Peak learning rate, with a cosine decay to 0."""
     workers: int | None = None
     """Worker processes of the others' loaders; None for one a core."""
-    target_accuracy: float | None = None
-    """Report the time until kNN accuracy reaches this, between 0 and 1; it is then measured ten times in a training."""
+    target_accuracy: Annotated[
+        float | None,
+        tyro.conf.arg(
+            help="Report the time until kNN accuracy reaches this, between 0 and 1; it is then "
+            "measured ten times in a training."
+        ),
+    ] = None
 
     least_rounds: ClassVar[int] = 1
 
@@ -96,10 +112,9 @@ class Options(SuiteOptions):
 
     @property
     def views(self) -> ViewCase:
-        """What is seen of each image."""
-        return ViewCase(
-            self.batch_size, self.size, self.local_views, self.local_size, (self.size, self.size)
-        )
+        """The views of each image."""
+        sides = (self.size, self.size)
+        return ViewCase(self.batch_size, self.size, self.local_views, self.local_size, sides)
 
 
 def run(
@@ -109,42 +124,34 @@ def run(
     providers: Mapping[str, Trains] = PROVIDERS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
-    """Train all providers, print the table, and write the result file if a folder is given.
-
-    Args:
-        options: what to train.
-        console: where to print.
-        providers: what is compared.
-        clock: the time in seconds.
-    """
+    """Train all providers, print the table, and write the result file if a folder is given."""
     if options.short:
-        images, epochs = _SHORT[resolve_device(options.device).type]
-        options = dataclasses.replace(
-            options, images=min(options.images or images, images), epochs=epochs
-        )
+        most, epochs = _SHORT[resolve_device(options.device).type]
+        images = min(options.images or most, most)
+        options = dataclasses.replace(options, images=images, epochs=epochs)
     wanted = {name: train for name, train in providers.items() if options.only in name}
     if not wanted:
-        raise InputError(
-            f"only: no provider's name contains {options.only!r}; there are {', '.join(map(repr, providers))}"
-        )
-    suite = Suite(NAME, options, console, PEER_PACKAGES)
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
+        there = ", ".join(map(repr, providers))
+        raise InputError(f"only: no provider's name contains {options.only!r}; there are {there}")
+    suite = Suite("train", options, console, PEER_PACKAGES)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         splits = labelled_images(
             options.data,
             options.data_root,
-            place / "images",
+            folder / "images",
             images=options.images,
             side=options.size,
         )
         if len(splits.train) < options.batch_size:
             raise InputError(
-                f"batch_size: {options.batch_size} must be at most {len(splits.train):,}, the number of training images"
+                f"batch_size: {options.batch_size} must be at most {len(splits.train):,}, "
+                "the number of training images"
             )
-        for found in measure_case(options, splits, suite.device, place, wanted, clock, suite.say):
+        for found in measure_case(options, splits, suite.device, folder, wanted, clock, suite.say):
             suite.add(found)
-    suite.console.print(pipeline_tables.train_case(found))
-    return suite.finish(pipeline_targets(suite.result), partial(pipeline_plots.draw, NAME))
+    suite.console.print(train_case(found))
+    return suite.finish()
 
 
 def measure_case(
@@ -156,17 +163,19 @@ def measure_case(
     clock: Callable[[], float],
     say: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
-    """Train every provider `options.rounds` times, in turn, the yardstick first; one that fails is recorded with its reason.
+    """Train every provider `options.rounds` times, in turn; failures are recorded with the reason.
 
     Yields:
-        After each training of the last round the case so far, and for every provider `correct`, `failure`, `time` (quartiles of a step in epochs after the first),
-        `views_per_second`, `total_seconds` (start to end of training), `cold_start_seconds` (what the first epoch and all
-        before it took longer than an epoch), `training_seconds` (the rest), `caching_seconds` (ours), `evaluation_seconds`,
-        `knn_top1`, `accuracies` (epochs, seconds, accuracy), `seconds_to_target`, `peak_bytes` beside resident images, and
-        whether ours was `captured` on a GPU.
+        After each training of the last round the case so far, and for every provider `correct`,
+        `failure`, `time` (quartiles of a step in epochs after the first), `views_per_second`,
+        `total_seconds` (start to end of training), `cold_start_seconds` (the first epoch and
+        all before it, above the time of an epoch), `training_seconds` (the rest),
+        `caching_seconds` (ours), `evaluation_seconds`, `knn_top1`, `accuracies` (epochs, seconds,
+        accuracy), `seconds_to_target`, `peak_bytes` beside resident images, and `captured` (ours on
+        a GPU).
     """
     train, val = splits.train, splits.val
-    assert val is not None  # labelled_images sees to that
+    assert val is not None  # labelled_images refuses data without
     config = TrainConfig(
         data=splits.name,
         epochs=options.epochs,
@@ -182,25 +191,12 @@ def measure_case(
     training = Training(config, train, folder / "train.pack", device, workers, folder / "run")
     readers = 0 if workers == 0 else resolve_workers(None, device)
     accuracy = partial(knn_top1, splits=splits, size=options.size, device=device, workers=readers)
+    every = None if options.target_accuracy is None else max(1, options.epochs // 10)
     runs: dict[str, list[Recorder]] = {name: [] for name in providers}
     failures: dict[str, str] = {}
-    data = Path(splits.name.removeprefix("folder:")).name
-    epochs, images = counted(options.epochs, "epoch"), counted(len(train), "image")
-    case = {
-        "name": f"{data} {options.views.name}, {epochs} of {images}",
-        "label": f"{data}, {options.views.label}, batch {options.batch_size}, {epochs} of {images}",
-        "batch": options.batch_size,
-        "views": options.views.views,
-        "view_label": options.views.label,
-        "data": data,
-        "images": len(train),
-        "epochs": options.epochs,
-        "workers": workers,
-        "target_accuracy": options.target_accuracy,
-        "yardstick": YARDSTICK,
-    }
+    case = _case(options, splits, workers)
     _warm_up(config, device)
-    # Without the yardstick's accuracy no speed counts.
+    # The yardstick first: without its accuracy no speed counts.
     turn = sorted(providers, key=lambda name: name != YARDSTICK)
     for done, name in itertools.product(range(options.rounds), turn):
         last = done == options.rounds - 1
@@ -209,7 +205,7 @@ def measure_case(
             recorder = Recorder(
                 device,
                 evaluate=accuracy if last else None,
-                every=max(1, options.epochs // 10) if options.target_accuracy is not None else None,
+                every=every,
                 epochs=options.epochs,
                 clock=clock,
             )
@@ -221,25 +217,41 @@ def measure_case(
             except Exception as error:
                 failures[name] = failure_reason(error)
         if last:
-            found: dict[str, dict[str, Any]] = {
-                each: summary(trained, options, len(train) // options.batch_size)
-                if each not in failures and len(trained) == options.rounds
-                else {
-                    "correct": False,
-                    "failure": failures.get(each, "stopped before its last training"),
-                    "time": None,
-                }
-                for each, trained in runs.items()
-            }
-            for each in (OURS, OURS_SIMSIAM):
-                if each in runs and found[each]["correct"]:
+            found: dict[str, dict[str, Any]] = {}
+            for each, trained in runs.items():
+                if each in failures or len(trained) < options.rounds:
+                    reason = failures.get(each, "stopped before its last training")
+                    found[each] = failed(reason, ["time"])
+                    continue
+                found[each] = summary(trained, options, len(train) // options.batch_size)
+                if each in (OURS, OURS_SIMSIAM):
                     found[each]["caching_seconds"] = caching
             refuse_worse(found, len(val))
             yield {**case, "providers": found}
 
 
+def _case(options: Options, splits: Splits, workers: int) -> dict[str, Any]:
+    """The entries of a case beside its providers."""
+    data = Path(splits.name.removeprefix("folder:")).name
+    images = len(splits.train)
+    extent = f"{counted(options.epochs, 'epoch')} of {counted(images, 'image')}"
+    return {
+        "name": f"{data} {options.views.name}, {extent}",
+        "label": f"{data}, {options.views.label}, batch {options.batch_size}, {extent}",
+        "batch": options.batch_size,
+        "views": options.views.views,
+        "view_label": options.views.label,
+        "data": data,
+        "images": images,
+        "epochs": options.epochs,
+        "workers": workers,
+        "target_accuracy": options.target_accuracy,
+        "yardstick": YARDSTICK,
+    }
+
+
 def _warm_up(config: TrainConfig, device: torch.device) -> None:
-    """Train a little: what a process loads once, such as cuDNN, is no part of the first training's cold start."""
+    """Train a little, so that the first cold start does not include loading cuDNN and the like."""
     model, size = build_model(config).to(device), config.augment.size
     for dtype in (torch.float16, torch.bfloat16):
         views = torch.randn(2, 8, 3, size, size, device=device)
@@ -254,10 +266,8 @@ def summary(runs: list[Recorder], options: Options, steps_per_epoch: int) -> dic
     total = statistics.median(run.total_seconds for run in runs)
     cold = statistics.median(run.epoch_ends[0] for run in runs) - statistics.median(later)
     accuracies = runs[-1].accuracies
-    target = options.target_accuracy
-    reached = [
-        seconds for _, seconds, accuracy in accuracies if target is not None and accuracy >= target
-    ]
+    target = math.inf if options.target_accuracy is None else options.target_accuracy
+    reached = (seconds for _, seconds, accuracy in accuracies if accuracy >= target)
     return {
         "correct": True,
         "failure": None,
@@ -270,21 +280,21 @@ def summary(runs: list[Recorder], options: Options, steps_per_epoch: int) -> dic
         "evaluation_seconds": runs[-1].evaluation_seconds,
         "knn_top1": accuracies[-1][2] if accuracies else None,
         "accuracies": accuracies,
-        "seconds_to_target": reached[0] if reached else None,
+        "seconds_to_target": next(reached, None),
         "peak_bytes": runs[-1].peak_bytes,
         "captured": runs[-1].captured,
     }
 
 
 def refuse_worse(found: dict[str, dict[str, Any]], images: int) -> None:
-    """Take the times away from trainings of SimSiam that learnt clearly less than the yardstick's.
+    """Remove the times of trainings of SimSiam that learnt clearly less than the yardstick's.
 
-    What is computed faster must be the same: a training far below the others does something else. VI-SimSiam is another
-    method, so that its accuracy only stands beside the others.
+    A training far below the others computes something else. VI-SimSiam is another method, so its
+    accuracy is shown, but not compared.
 
     Args:
-        found: providers as `measure_case` returns them; changed in place.
-        images: validation images that accuracies are shares of.
+        found: providers as `measure_case` yields them; changed in place.
+        images: number of validation images, for the standard error of accuracies.
     """
     expected = found.get(YARDSTICK, {}).get("knn_top1")
     if expected is None:
@@ -301,18 +311,18 @@ def refuse_worse(found: dict[str, dict[str, Any]], images: int) -> None:
 def knn_top1(
     backbone: nn.Module, *, splits: Splits, size: int, device: torch.device, workers: int
 ) -> float:
-    """Share of the validation images that their 20 nearest training images classify rightly."""
-    features = []
-    parts = [part for part in (splits.train, splits.val) if part is not None]
-    for source in parts:
+    """Share of the validation images that their 20 nearest training images classify correctly."""
+    train, val = splits.train, splits.val
+    assert val is not None  # labelled_images refuses data without
+    features, labels = [], []
+    for source in (train, val):
         features.append(extract(backbone, source, size=size, device=device, workers=workers))
-    labels = [torch.from_numpy(part.labels) for part in parts]
-    settings = KnnConfig(k=min(KnnConfig().k, len(parts[0])))
+        labels.append(torch.from_numpy(source.labels))
     predicted = classify(
         features[0].to(device),
         labels[0].to(device),
         features[1].to(device),
-        classes=len(parts[0].classes or ()),
-        config=settings,
+        classes=len(train.classes or ()),
+        config=KnnConfig(k=min(KnnConfig().k, len(train))),
     )
     return (predicted.cpu() == labels[1]).double().mean().item()

@@ -1,8 +1,9 @@
-"""Whole trainings of the same SimSiam on the same images: ours, a plain script, the same tuned, and lightly's modules.
+"""Trainings of the same SimSiam on the same images: ours, a plain script, a tuned one, and lightly.
 
-All train a ResNet-18 with SimSiam's projector and predictor on the same views, batches and epochs, with the learning rate
-and schedule of `TrainConfig`. lightly's loss is half of ours, which changes the meaning of learning rate and weight decay;
-here its two terms are added, so that all do the same training.
+All train a ResNet-18 with SimSiam's projector and predictor on the same views, batches and epochs,
+with the learning rate and schedule of `TrainConfig`. lightly's loss is half of ours, which changes
+the meaning of learning rate and weight decay; here its two terms are added, so that all do the same
+training.
 """
 
 from __future__ import annotations
@@ -33,17 +34,20 @@ from vi_simsiam.models import build_model
 from vi_simsiam.text import counted
 
 from . import peers
+from .names import LIGHTLY, OURS, OURS_SIMSIAM
+from .timers import synchronize
 
 _Views = Sequence[Tensor]
 
 
 class Recorder:
-    """The clock of one training. It stands while features are evaluated.
+    """The clock of one training. It is stopped while features are evaluated.
 
     Args:
-        device: on which the training runs.
-        evaluate: accuracy of a backbone; None to evaluate never.
+        device: of the training.
+        evaluate: accuracy of a backbone; None to never evaluate.
         every: evaluate after every so many epochs, besides the last.
+        epochs: of the whole training.
         clock: the time in seconds.
     """
 
@@ -56,13 +60,8 @@ class Recorder:
         epochs: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.device, self._evaluate, self._every, self._clock, self._epochs = (
-            device,
-            evaluate,
-            every,
-            clock,
-            epochs,
-        )
+        self.device, self._evaluate, self._clock = device, evaluate, clock
+        self._every, self._epochs = every, epochs
         self._before = _empty_memory(device)
         self._start = clock()
         self.epoch_ends: list[float] = []
@@ -72,17 +71,17 @@ class Recorder:
         self.accuracies: list[tuple[int, float, float]] = []
         """Epochs done, seconds from the start, accuracy."""
         self.evaluation_seconds: float | None = None
-        """How long the last evaluation took."""
+        """Duration of the last evaluation."""
         self.peak_bytes: int | None = None
-        """Most memory of a GPU's tensors in training, above what there was before, without resident images; None on a CPU."""
+        """Peak memory of tensors on a GPU above that in use before, without resident images."""
         self.captured: bool | None = None
-        """True if ours trained with one CUDA graph; None for others and on a CPU."""
+        """Ours trained with one CUDA graph; None for others and on a CPU."""
         self._trained: nn.Module | None = None
         self._losses: list[Tensor] = []
 
     def epoch_done(self, backbone: nn.Module, loss: Tensor) -> None:
-        """To be called after each epoch, with the loss of its last step."""
-        peers.synchronize(self.device)
+        """Record the end of an epoch, with the loss of its last step."""
+        synchronize(self.device)
         self._trained = backbone
         self._losses.append(loss.detach())
         now = self._clock()
@@ -98,17 +97,17 @@ class Recorder:
         self._start += self.evaluation_seconds
 
     def finish(self) -> None:
-        """To be called when the training has returned, its last checkpoint written.
+        """Record the end of the training, its last checkpoint written.
 
         Raises:
-            TrainingError: it was no whole training: epochs are missing, or it diverged. Its time would say nothing.
+            TrainingError: epochs are missing, or the training diverged, so that its time is void.
         """
         self.total_seconds = self._clock() - self._start
         if len(self.epoch_ends) != self._epochs:
             raise TrainingError(
                 f"wrong: {len(self.epoch_ends)} of {counted(self._epochs, 'epoch')} were trained"
             )
-        # A GradScaler leaves out the updates of a loss that is not finite: the weights alone do not tell.
+        # A GradScaler skips the updates of a loss that is not finite, so the weights may be finite.
         values = [*self._losses, *(self._trained.parameters() if self._trained is not None else ())]
         if not all(torch.isfinite(value).all() for value in values):
             raise TrainingError("diverged: losses or weights are not finite")
@@ -116,7 +115,7 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Training:
-    """What every provider is asked to do."""
+    """The task of every provider."""
 
     config: TrainConfig
     source: ImageSource
@@ -127,14 +126,14 @@ class Training:
     workers: int
     """Worker processes of the peers' loaders."""
     folder: Path
-    """Where ours writes its run."""
+    """Run folder of ours."""
 
 
 Trains = Callable[[Training, Recorder], None]
 
 
 def ours(training: Training, recorder: Recorder, *, method: Method) -> None:
-    """`vi-simsiam train`, with its run folder, metrics and checkpoints; on a GPU captured, or not at all."""
+    """`vi-simsiam train`, with run folder, metrics and checkpoints; always captured on a GPU."""
     config = dataclasses.replace(
         training.config,
         method=method,
@@ -148,102 +147,69 @@ def ours(training: Training, recorder: Recorder, *, method: Method) -> None:
             trainer.model.backbone, trainer.train_step.losses[trainer.step - 1]
         )
     )
-    recorder.captured = json.loads(
-        (training.folder / "metrics.jsonl").read_text().splitlines()[-1]
-    ).get("captured")
+    *_, last = (training.folder / "metrics.jsonl").read_text().splitlines()
+    recorder.captured = json.loads(last).get("captured")
     feed = trainer.loader.feed
     if recorder.peak_bytes is not None and feed is not None and feed.memory == "gpu":
         recorder.peak_bytes -= len(trainer.loader.source.pixels)
 
 
 def plain(training: Training, recorder: Recorder) -> None:
-    """A script as users write it: PIL transforms in a DataLoader, autocast and a GradScaler on a GPU."""
-    device, cuda = training.device, training.device.type == "cuda"
+    """A script as users write it: PIL transforms in a DataLoader, autocast and a GradScaler."""
+    device = training.device
     model = build_model(dataclasses.replace(training.config, method="simsiam")).to(device)
-    optimizer, scheduler = _sgd(model, training)
-    scaler = torch.amp.GradScaler(device.type, enabled=cuda)
-    for batches in _epochs(training, peers.torchvision_transform(training.config.augment)):
-        for views in batches:
-            on_device = [view.to(device) for view in views]
-            with torch.autocast(device.type, torch.float16, enabled=cuda):
-                loss = _symmetric_loss(*model(on_device))
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            scheduler.step()
-        recorder.epoch_done(model.backbone, loss)
+    transform = peers.torchvision_transform(training.config.augment)
+
+    def loss_of(views: list[Tensor]) -> Tensor:
+        return _symmetric_loss(*model([view.to(device) for view in views]))
+
+    _train(training, recorder, transform, model, model.backbone, loss_of)
 
 
 def tuned(training: Training, recorder: Recorder) -> None:
-    """The same script with what is commonly advised: channels_last, bfloat16 on a GPU, torch.compile, asynchronous copies."""
-    device, cuda = training.device, training.device.type == "cuda"
+    """The same with common advice: channels_last, bfloat16, torch.compile, asynchronous copies."""
     torch.compiler.reset()
-    model = build_model(dataclasses.replace(training.config, method="simsiam")).to(device)
+    model = build_model(dataclasses.replace(training.config, method="simsiam")).to(training.device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer, scheduler = _sgd(model, training, fused=True)
+    compiled = torch.compile(lambda views: _symmetric_loss(*model(views)), dynamic=False)
 
-    def step_loss(views: list[Tensor]) -> Tensor:
-        return _symmetric_loss(*model(views))
+    def to_device(view: Tensor) -> Tensor:
+        return view.to(training.device, non_blocking=True, memory_format=torch.channels_last)
 
-    compiled = torch.compile(step_loss, dynamic=False)
+    def loss_of(views: list[Tensor]) -> Tensor:
+        loss: Tensor = compiled([to_device(view) for view in views])
+        return loss
+
+    transform = peers.torchvision_transform(training.config.augment)
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
-        for batches in _epochs(training, peers.torchvision_transform(training.config.augment)):
-            for views in batches:
-                on_device = [
-                    view.to(device, non_blocking=True, memory_format=torch.channels_last)
-                    for view in views
-                ]
-                with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-                    loss = compiled(on_device)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                scheduler.step()
-            recorder.epoch_done(model.backbone, loss)
+        _train(training, recorder, transform, model, model.backbone, loss_of, tuned=True)
 
 
 def lightly(training: Training, recorder: Recorder) -> None:
-    """lightly's transform, heads and loss around torchvision's ResNet, as in its example of SimSiam, with autocast on a GPU."""
+    """lightly's transform, heads and loss around torchvision's ResNet, as in its SimSiam example.
+
+    With autocast on a GPU.
+    """
     heads, losses = peers.installed("lightly.models.modules.heads"), peers.installed("lightly.loss")
-    device, cuda, config = training.device, training.device.type == "cuda", training.config.model
+    device, sizes = training.device, training.config.model
     resnet = torchvision.models.resnet18(zero_init_residual=True)
+    features = resnet.fc.in_features
     backbone = nn.Sequential(*list(resnet.children())[:-1], nn.Flatten())
-    model = nn.ModuleDict(
-        {
-            "backbone": backbone,
-            "projector": heads.SimSiamProjectionHead(
-                resnet.fc.in_features, config.projector_hidden, config.dim
-            ),
-            "predictor": heads.SimSiamPredictionHead(
-                config.dim, config.predictor_hidden, config.dim
-            ),
-        }
-    ).to(device)
+    projector = heads.SimSiamProjectionHead(features, sizes.projector_hidden, sizes.dim)
+    predictor = heads.SimSiamPredictionHead(sizes.dim, sizes.predictor_hidden, sizes.dim)
+    model = nn.ModuleList([backbone, projector, predictor]).to(device)
     criterion = losses.NegativeCosineSimilarity()
-    optimizer, scheduler = _sgd(model, training)
-    scaler = torch.amp.GradScaler(device.type, enabled=cuda)
-    for batches in _epochs(training, peers.lightly_transform(training.config.augment)):
-        for views in batches:
-            with torch.autocast(device.type, torch.float16, enabled=cuda):
-                projections = [
-                    model["projector"](model["backbone"](view.to(device))) for view in views
-                ]
-                predictions = [model["predictor"](projection) for projection in projections]
-                loss = _over_pairs(
-                    criterion, predictions, [projection.detach() for projection in projections[:2]]
-                )
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            scheduler.step()
-        recorder.epoch_done(backbone, loss)
+
+    def loss_of(views: list[Tensor]) -> Tensor:
+        projections = [projector(backbone(view.to(device))) for view in views]
+        predictions = [predictor(projection) for projection in projections]
+        return _over_pairs(criterion, predictions, [each.detach() for each in projections[:2]])
+
+    transform = peers.lightly_transform(training.config.augment)
+    _train(training, recorder, transform, model, backbone, loss_of)
 
 
-OURS, OURS_SIMSIAM = "vi-simsiam", "vi-simsiam, method simsiam"
-PLAIN, TUNED, LIGHTLY = "plain PyTorch", "tuned PyTorch", "lightly"
-
+PLAIN, TUNED = "plain PyTorch", "tuned PyTorch"
 PROVIDERS: dict[str, Trains] = {
     OURS: partial(ours, method="vi-simsiam"),
     OURS_SIMSIAM: partial(ours, method="simsiam"),
@@ -253,8 +219,34 @@ PROVIDERS: dict[str, Trains] = {
 }
 
 
+def _train(
+    training: Training,
+    recorder: Recorder,
+    transform: Callable[[Any], list[Tensor]],
+    model: nn.Module,
+    backbone: nn.Module,
+    loss_of: Callable[[list[Tensor]], Tensor],
+    *,
+    tuned: bool = False,
+) -> None:
+    """The loop of a script: on a GPU with float16 and a GradScaler, or with bfloat16 if `tuned`."""
+    kind, cuda = training.device.type, training.device.type == "cuda"
+    optimizer, scheduler = _sgd(model, training, fused=tuned)
+    scaler = torch.amp.GradScaler(kind, enabled=cuda and not tuned)
+    for batches in _epochs(training, transform):
+        for views in batches:
+            with torch.autocast(kind, torch.bfloat16 if tuned else torch.float16, enabled=cuda):
+                loss = loss_of(views)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            scheduler.step()
+        recorder.epoch_done(backbone, loss)
+
+
 def _empty_memory(device: torch.device) -> int:
-    """Give back what earlier trainings held, and count anew; returns the bytes that are still in use on a GPU."""
+    """Free memory of earlier trainings and reset the peak; return the bytes in use on a GPU."""
     gc.collect()
     if device.type != "cuda":
         return 0
@@ -278,7 +270,7 @@ def _over_pairs(
 def _epochs(
     training: Training, transform: Callable[[Any], list[Tensor]]
 ) -> Iterator[DataLoader[Any]]:
-    """The loader, once an epoch; its workers stay for all of them."""
+    """The loader, once an epoch; its workers stay alive."""
     loader: DataLoader[Any] = DataLoader(
         peers.SourceViews(training.source, transform),
         batch_size=training.config.batch_size,
@@ -292,9 +284,7 @@ def _epochs(
         yield loader
 
 
-def _sgd(
-    model: nn.Module, training: Training, *, fused: bool = False
-) -> tuple[torch.optim.SGD, Any]:
+def _sgd(model: nn.Module, training: Training, *, fused: bool) -> tuple[torch.optim.SGD, Any]:
     """SGD and a cosine to 0 over all steps."""
     config = training.config
     optimizer = torch.optim.SGD(

@@ -22,13 +22,13 @@ class ViewCase:
 
     @property
     def label(self) -> str:
-        """The views as people write them, such as "2x128+6x64"."""
+        """Readable name of the views, such as "2x128+6x64"."""
         local = f"+{self.local_views}x{self.local_size}" if self.local_views else ""
         return f"2x{self.size}{local}"
 
     @property
     def name(self) -> str:
-        """What the case is called in results; unique."""
+        """Name of the case in results; unique."""
         return f"{self.label} batch {self.batch}"
 
     @property
@@ -55,13 +55,13 @@ SMALL_IMAGES = ViewCase(64, 32, sides=(32, 32))
 _LARGE = (320, 427)
 _FULL = {
     "cuda": tuple(
-        ViewCase(batch, size, local_views, local_size, sides)
+        case
         for batch in (64, 256)
-        for size, local_views, local_size, sides in (
-            (128, 0, 0, (160, 213)),
-            (224, 0, 0, _LARGE),
-            (128, 6, 64, (160, 213)),
-            (224, 6, 96, _LARGE),
+        for case in (
+            ViewCase(batch, 128),
+            ViewCase(batch, 224, sides=_LARGE),
+            ViewCase(batch, 128, 6, 64),
+            ViewCase(batch, 224, 6, 96, _LARGE),
         )
     ),
     "cpu": (SMALL_IMAGES, ViewCase(64, 128, sides=(128, 128))),
@@ -70,5 +70,5 @@ _TELLING = {"cuda": _FULL["cuda"][:2], "cpu": _FULL["cpu"][:1]}
 
 
 def view_cases(device_type: str, *, short: bool) -> tuple[ViewCase, ...]:
-    """The cases in the order in which they are measured, the telling ones first; on a CPU those that it can bear."""
+    """The cases in the order in which they are measured, the telling ones first."""
     return (_TELLING if short else _FULL)[device_type]

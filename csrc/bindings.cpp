@@ -1,7 +1,8 @@
 // vi_simsiam._C: the compiled backends of the multi-view loss on raw addresses.
 //
-// No torch header is included, so one binary serves every torch release. The Python side validates shapes,
-// dtypes and devices; here addresses are integers (tensor.data_ptr()) and strides count elements.
+// No torch header is included, so one binary serves every torch release. The Python side validates
+// shapes, dtypes and devices; here addresses are integers (tensor.data_ptr()) and strides count
+// elements.
 
 #include "multiview_loss.h"
 #include "power_spherical.cuh"
@@ -38,7 +39,8 @@ Form parse_form(const std::string& name) {
   if (name == "cosine") return Form::cosine;
   if (name == "raw_concentration") return Form::raw_concentration;
   if (name == "given_concentration") return Form::given_concentration;
-  throw std::invalid_argument("form must be cosine, raw_concentration or given_concentration, not " + name);
+  throw std::invalid_argument(
+      "form must be cosine, raw_concentration or given_concentration, not " + name);
 }
 
 Link parse_link(const std::string& name) {
@@ -61,11 +63,12 @@ void copy_addresses(const void** out, const std::vector<uintptr_t>& addresses, c
 // Wraps a backend into a function of Python that takes a problem's fields as keywords.
 template <typename... Extra, typename Run>
 auto with_problem(Run run) {
-  return [run](const std::vector<uintptr_t>& predictions, const std::vector<uintptr_t>& targets, uintptr_t concentration,
-               uintptr_t loss, uintptr_t mean, uintptr_t gradient, uintptr_t concentration_gradient, int64_t batch,
-               int64_t dim, int64_t width, int64_t prediction_stride, int64_t target_stride,
-               const Strides& gradient_strides, const std::string& form, const std::string& link, double scale,
-               double minimum, double gain, double cosine, double weight, double gradient_weight, Extra... extra) {
+  return [run](const std::vector<uintptr_t>& predictions, const std::vector<uintptr_t>& targets,
+               uintptr_t concentration, uintptr_t loss, uintptr_t mean, uintptr_t gradient,
+               uintptr_t concentration_gradient, int64_t batch, int64_t dim, int64_t width,
+               int64_t prediction_stride, int64_t target_stride, const Strides& gradient_strides,
+               const std::string& form, const std::string& link, double scale, double minimum,
+               double gain, double cosine, double weight, double gradient_weight, Extra... extra) {
     MultiviewProblem problem{};
     problem.form = parse_form(form);
     problem.link = parse_link(link);
@@ -96,12 +99,14 @@ auto with_problem(Run run) {
 }
 
 template <typename Function, typename... Extra>
-void define_with_problem(py::module_& m, const char* name, Function function, const char* doc, Extra... extra) {
-  m.def(name, function, py::arg("predictions"), py::arg("targets"), py::arg("concentration"), py::arg("loss"),
-        py::arg("mean"), py::arg("gradient"), py::arg("concentration_gradient"), py::arg("batch"), py::arg("dim"),
-        py::arg("width"), py::arg("prediction_stride"), py::arg("target_stride"), py::arg("gradient_strides"),
-        py::arg("form"), py::arg("link"), py::arg("scale"), py::arg("minimum"), py::arg("gain"), py::arg("cosine"),
-        py::arg("weight"), py::arg("gradient_weight"), extra..., doc);
+void define_with_problem(py::module_& m, const char* name, Function function, const char* doc,
+                         Extra... extra) {
+  m.def(name, function, py::arg("predictions"), py::arg("targets"), py::arg("concentration"),
+        py::arg("loss"), py::arg("mean"), py::arg("gradient"), py::arg("concentration_gradient"),
+        py::arg("batch"), py::arg("dim"), py::arg("width"), py::arg("prediction_stride"),
+        py::arg("target_stride"), py::arg("gradient_strides"), py::arg("form"), py::arg("link"),
+        py::arg("scale"), py::arg("minimum"), py::arg("gain"), py::arg("cosine"), py::arg("weight"),
+        py::arg("gradient_weight"), extra..., doc);
 }
 
 template <typename Error>
@@ -122,17 +127,21 @@ void multiview_loss_cpu(const MultiviewProblem& problem, const std::string& pred
 
 #if defined(VI_SIMSIAM_CUDA)
 void multiview_loss_cuda(const MultiviewProblem& problem, const std::string& prediction_dtype,
-                         const std::string& target_dtype, const std::string& gradient_dtype, uintptr_t ticket,
-                         uintptr_t stream) {
+                         const std::string& target_dtype, const std::string& gradient_dtype,
+                         uintptr_t ticket, uintptr_t stream) {
   throw_if<std::runtime_error>("multiview_loss_cuda",
-           vi_simsiam::multiview_loss_cuda(problem, parse_dtype(prediction_dtype), parse_dtype(target_dtype),
-                                           parse_dtype(gradient_dtype), pointer<uint32_t*>(ticket),
-                                           pointer<void*>(stream)));
+                               vi_simsiam::multiview_loss_cuda(problem,
+                                                               parse_dtype(prediction_dtype),
+                                                               parse_dtype(target_dtype),
+                                                               parse_dtype(gradient_dtype),
+                                                               pointer<uint32_t*>(ticket),
+                                                               pointer<void*>(stream)));
 }
 
-void scale_gradient_cuda(uintptr_t gradient, uintptr_t out, uintptr_t concentration_gradient, uintptr_t factor,
-                         int64_t views, int64_t batch, int64_t width, const Strides& gradient_strides,
-                         const Strides& out_strides, int64_t factor_stride, const std::string& gradient_dtype,
+void scale_gradient_cuda(uintptr_t gradient, uintptr_t out, uintptr_t concentration_gradient,
+                         uintptr_t factor, int64_t views, int64_t batch, int64_t width,
+                         const Strides& gradient_strides, const Strides& out_strides,
+                         int64_t factor_stride, const std::string& gradient_dtype,
                          const std::string& out_dtype, uintptr_t stream) {
   vi_simsiam::ScaledGradient problem{};
   problem.views = views;
@@ -147,8 +156,10 @@ void scale_gradient_cuda(uintptr_t gradient, uintptr_t out, uintptr_t concentrat
   problem.concentration_gradient = pointer<void*>(concentration_gradient);
   problem.factor = pointer<const void*>(factor);
   problem.factor_stride = factor_stride;
-  throw_if<std::runtime_error>("scale_gradient_cuda", vi_simsiam::scale_gradient_cuda(problem, parse_dtype(gradient_dtype),
-                                                                  parse_dtype(out_dtype), pointer<void*>(stream)));
+  throw_if<std::runtime_error>("scale_gradient_cuda",
+                               vi_simsiam::scale_gradient_cuda(problem, parse_dtype(gradient_dtype),
+                                                               parse_dtype(out_dtype),
+                                                               pointer<void*>(stream)));
 }
 #endif
 
@@ -204,31 +215,33 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Compiled backends of the multi-view loss, on raw addresses and strides.";
 
-  define_with_problem(m, "multiview_loss_cpu", with_problem<const std::string&, const std::string&, int>(multiview_loss_cpu),
-                      "Writes the loss (batch,) and what else has an address other than 0, in host memory.",
+  define_with_problem(m, "multiview_loss_cpu",
+                      with_problem<const std::string&, const std::string&, int>(multiview_loss_cpu),
+                      "Writes the loss (batch,) and every output with an address, on the host.",
                       py::arg("prediction_dtype"), py::arg("target_dtype"), py::arg("threads"));
 
 #if defined(VI_SIMSIAM_CUDA)
-  define_with_problem(
-      m, "multiview_loss_cuda",
-      with_problem<const std::string&, const std::string&, const std::string&, uintptr_t, uintptr_t>(multiview_loss_cuda),
-      "Enqueues the same computation on a stream of the current device; raises RuntimeError with the launch error.",
-      py::arg("prediction_dtype"), py::arg("target_dtype"), py::arg("gradient_dtype"), py::arg("ticket"),
-      py::arg("stream"));
+  define_with_problem(m, "multiview_loss_cuda",
+                      with_problem<const std::string&, const std::string&, const std::string&,
+                      uintptr_t, uintptr_t>(multiview_loss_cuda),
+                      "Enqueues the same computation on a stream of the current device.",
+                      py::arg("prediction_dtype"), py::arg("target_dtype"),
+                      py::arg("gradient_dtype"), py::arg("ticket"), py::arg("stream"));
   m.def("scale_gradient_cuda", &scale_gradient_cuda, py::arg("gradient"), py::arg("out"),
-        py::arg("concentration_gradient"), py::arg("factor"), py::arg("views"), py::arg("batch"), py::arg("width"),
-        py::arg("gradient_strides"), py::arg("out_strides"), py::arg("factor_stride"), py::arg("gradient_dtype"),
-        py::arg("out_dtype"), py::arg("stream"),
-        "Enqueues the multiplication of a gradient (views, batch, width) by a factor on the device.");
+        py::arg("concentration_gradient"), py::arg("factor"), py::arg("views"), py::arg("batch"),
+        py::arg("width"), py::arg("gradient_strides"), py::arg("out_strides"),
+        py::arg("factor_stride"), py::arg("gradient_dtype"), py::arg("out_dtype"),
+        py::arg("stream"),
+        "Enqueues the product of a gradient (views, batch, width) and a device factor.");
   m.def("cuda_problem", &vi_simsiam::cuda_problem,
-        "Why the kernels cannot run on the current device, or None: no code for it, or a driver too old.");
+        "The reason why the kernels cannot run on the current device, or None if they can.");
 #endif
 
   m.def("power_spherical_terms", &power_spherical_terms<float>, py::arg("kappa").noconvert(),
         py::arg("cosine").noconvert(), py::arg("dim"),
-        "(F, dF/dkappa, dF/dcosine) of float32 arrays, by the code that the CPU and CUDA backends share.");
+        "(F, dF/dkappa, dF/dcosine) of float32 arrays, by the code of both compiled backends.");
   m.def("power_spherical_terms", &power_spherical_terms<double>, py::arg("kappa").noconvert(),
         py::arg("cosine").noconvert(), py::arg("dim"), "The same of float64 arrays.");
   m.def("build_info", &build_info,
-        "Compiler, vector instructions chosen on this machine, CUDA version (or None), architectures.");
+        "Compiler, vector instructions used here, CUDA version (or None), architectures.");
 }

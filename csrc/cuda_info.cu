@@ -1,4 +1,4 @@
-// What the CUDA part of the extension says of itself.
+// Diagnostics of the CUDA backend.
 
 #include "cuda_launch.cuh"
 #include "multiview_loss.h"
@@ -11,7 +11,7 @@ __global__ void probe() {}
 }  // namespace
 
 const char* cuda_problem() {
-  cudaFuncAttributes attributes;  // to know them, the runtime loads the code for the current device
+  cudaFuncAttributes attributes;  // loads the code for the current device
   return explain(cudaFuncGetAttributes(&attributes, probe));
 }
 

@@ -1,4 +1,4 @@
-// Host side of a launch: a grid that fills the GPU once, and errors that say what to do.
+// Host side of a launch: a grid that fills the GPU once, and errors with advice.
 
 #pragma once
 
@@ -20,7 +20,8 @@ inline std::string built_architectures() {
 #if defined(__CUDA_ARCH_LIST__)
   constexpr int list[] = {__CUDA_ARCH_LIST__};
   std::string text;
-  for (const int architecture : list) text += (text.empty() ? "" : ", ") + version_text(architecture, 100);
+  for (const int architecture : list)
+    text += (text.empty() ? "" : ", ") + version_text(architecture, 100);
   return text;
 #else
   return "other architectures";
@@ -35,7 +36,8 @@ inline std::string capability_text(int device) {
   return std::to_string(major) + "." + std::to_string(minor);
 }
 
-// What an error of the runtime means for this extension; the text is valid until the thread's next error.
+// Explains an error of the runtime; the text is valid until the thread's next
+// error.
 inline const char* explain(cudaError_t error) {
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // it is reported here; the next launch starts without it
@@ -44,17 +46,22 @@ inline const char* explain(cudaError_t error) {
   const bool has_driver = cudaDriverGetVersion(&driver) == cudaSuccess && driver > 0;
   const std::string toolkit = "CUDA " + version_text(CUDART_VERSION, 1000);
   const std::string gpu =
-      "this GPU (compute capability " + (has_device ? capability_text(device) : std::string("unknown")) + ")";
+      "this GPU (compute capability " + (has_device ? capability_text(device)
+                                         : std::string("unknown")) + ")";
   const std::string supports =
-      has_driver ? "the driver supports CUDA up to " + version_text(driver, 1000) : "no driver was found";
+      has_driver ? "the driver supports CUDA up to " + version_text(driver, 1000)
+          : "no driver was found";
   static thread_local std::string text;
   switch (error) {
     case cudaErrorNoKernelImageForDevice:
-      text = "the extension holds no code for " + gpu + ": it was built for " + built_architectures() + " with " +
+      text =
+          "the extension holds no code for " + gpu + ": it was built for " + built_architectures() +
+          " with " +
              toolkit + "; set TORCH_CUDA_ARCH_LIST to the GPU's and install again";
       break;
     case cudaErrorUnsupportedPtxVersion:
-      text = "the extension holds no machine code for " + gpu + ", only for " + built_architectures() +
+      text =
+          "the extension holds no machine code for " + gpu + ", only for " + built_architectures() +
              ", and the driver cannot compile its PTX: built with " + toolkit + ", " + supports +
              "; set TORCH_CUDA_ARCH_LIST to the GPU's and install again, or update the driver";
       break;
@@ -76,12 +83,15 @@ struct Device {
 inline cudaError_t current_device(Device& device) {
   cudaError_t error = cudaGetDevice(&device.number);
   if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, device.number);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&device.l2_bytes, cudaDevAttrL2CacheSize, device.number);
+    error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount,
+                                   device.number);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&device.l2_bytes, cudaDevAttrL2CacheSize, device.number);
   return error;
 }
 
-// Blocks of that many threads that share a multiprocessor; the runtime is asked once per kernel, device and size.
+// Blocks of that many threads that share a multiprocessor; the runtime is queried once per kernel,
+// device and size.
 template <auto KERNEL>
 cudaError_t resident_blocks(const Device& device, int threads, int& blocks) {
   constexpr int DEVICES = 64, SIZES = 33;
@@ -89,14 +99,16 @@ cudaError_t resident_blocks(const Device& device, int threads, int& blocks) {
   const bool remembered = device.number < DEVICES && threads % 32 == 0 && threads / 32 < SIZES;
   if (remembered) blocks = known[device.number][threads / 32].load(std::memory_order_relaxed);
   if (remembered && blocks > 0) return cudaSuccess;
-  const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, KERNEL, threads, 0);
+  const cudaError_t error =
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, KERNEL, threads, 0);
   blocks = std::max(blocks, 1);
-  if (error == cudaSuccess && remembered) known[device.number][threads / 32].store(blocks, std::memory_order_relaxed);
+  if (error == cudaSuccess && remembered)
+    known[device.number][threads / 32].store(blocks, std::memory_order_relaxed);
   return error;
 }
 
-// Enqueues KERNEL with one block per unit of work, but at most as many as the GPU holds at a time, and at most
-// `limit` on a multiprocessor.
+// Enqueues KERNEL with one block per unit of work, but at most as many as the GPU holds at a time,
+// and at most `limit` on a multiprocessor.
 template <auto KERNEL, typename... Arguments>
 const char* launch(const Device& device, dim3 block, int64_t units, int limit, void* stream,
                    const Arguments&... arguments) {

@@ -1,8 +1,8 @@
 // Threads that help with one piece of work at a time and sleep in between.
 //
-// They outlive a call: to start a thread takes longer than to wake one. Nobody waits for a helper that has not begun, as
-// one may not for 50 us where its core was asleep, so that a call is never slower for having asked. They run on the cores
-// that the thread of the first call may use.
+// They outlive a call, since starting a thread takes longer than waking one. The caller never
+// waits for a helper that has not started; waking a sleeping core can take 50 us. They run on the
+// cores that the thread of the first call may use.
 
 #pragma once
 
@@ -25,8 +25,8 @@ namespace vi_simsiam {
 
 class Helpers {
  public:
-  // Those of this process: a forked child has its parent's memory, but none of its threads. Never destroyed, as the
-  // sleepers may not be waited for while a process ends.
+  // Those of this process: a forked child has its parent's memory, but none of its threads. Never
+  // destroyed, as the sleepers may not be waited for while a process ends.
   static Helpers& of_this_process() {
     static std::atomic<Helpers*> helpers{nullptr};
     Helpers* found = helpers.load(std::memory_order_acquire);
@@ -38,8 +38,8 @@ class Helpers {
     return *found;
   }
 
-  // Calls work here and at the same time in up to `count` helpers; returns when all calls that began have ended.
-  // The work must share itself out, and throw nothing.
+  // Calls work here and at the same time in up to `count` helpers; returns when all calls that
+  // began have ended. The work must share itself out, and throw nothing.
   void run(int count, const std::function<void()>& work) {
     std::unique_lock<std::mutex> caller(callers_, std::try_to_lock);
     if (count <= 0 || !caller.owns_lock()) return work();  // another thread's work has the helpers

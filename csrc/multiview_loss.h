@@ -1,4 +1,4 @@
-// What the CPU and the CUDA backend of the multi-view loss are given, and their entry points.
+// The problem that the CPU and the CUDA backend of the multi-view loss solve; their entry points.
 
 #pragma once
 
@@ -13,64 +13,70 @@ constexpr int MAX_VIEWS = 16;
 enum class DType { float32, float64, bfloat16, float16 };
 
 enum class Form {
-  cosine,                // minus the cosine
-  raw_concentration,     // Power Spherical, kappa = scale * link(gain * raw) + minimum, raw in column dim
-  given_concentration,   // Power Spherical, kappa in an array of its own
+  cosine,               // minus the cosine
+  raw_concentration,    // Power Spherical, kappa = scale * link(gain * raw) + minimum, raw in p
+  given_concentration,  // Power Spherical, kappa in an array of its own
 };
 
-// The rows of a view lie `stride` elements apart, their elements beside one another.
+// The rows of a view lie `stride` elements apart, their elements beside one another. Addresses of
+// outputs that are not wanted are nullptr.
 struct MultiviewProblem {
   Form form;
   Link link;
   int64_t views, target_views, batch, dim;
-  int64_t width;                         // columns of a row of the gradient; those that stand for nothing get 0
-  const void* predictions[MAX_VIEWS];    // of each view (batch, dim), or (batch, dim + 1) with the raw concentration
-  const void* targets[MAX_VIEWS];        // of each target view (batch, dim)
-  const void* concentration;             // (views, batch), contiguous, compute type; given_concentration only
-  void* loss;                            // (batch,), compute type
-  void* mean;                            // the mean of loss, compute type; nullptr where it is not wanted
-  void* gradient;                        // (views, batch, width); nullptr where no gradient is wanted
-  void* concentration_gradient;          // like concentration; with given_concentration and a gradient only
+  int64_t width;                       // columns of a row of the gradient; unused ones get 0
+  const void* predictions[MAX_VIEWS];  // (batch, dim), or dim + 1 with the raw concentration
+  const void* targets[MAX_VIEWS];      // (batch, dim)
+  const void* concentration;           // (views, batch), contiguous; given_concentration only
+  void* loss;                          // (batch,), like all but rows in the compute type
+  void* mean;                          // the mean of loss
+  void* gradient;                      // (views, batch, width)
+  void* concentration_gradient;        // (views, batch); given_concentration only
   int64_t prediction_stride, target_stride;
   int64_t gradient_view_stride, gradient_stride;
   double scale, minimum, gain;
   double cosine;           // weight of the cosine, which is added to F; not with Form::cosine
-  double weight;           // of a pair in the loss: the loss is -weight * the sum of F + cosine * c over the pairs
-  double gradient_weight;  // of a pair in the gradient: weight, or weight / batch for the gradient of the mean
+  double weight;           // the loss is -weight * the sum of F + cosine * c over the pairs
+  double gradient_weight;  // weight, or weight / batch for the gradient of the mean
 };
 
-// float64 throughout, or float32 and bfloat16 in any combination; the gradient has the predictions' dtype. Returns
-// nullptr, or what is wrong.
-const char* multiview_loss_cpu(const MultiviewProblem& problem, DType prediction, DType target, int threads);
+// float64 throughout, or float32 and bfloat16 in any combination; the gradient has the predictions'
+// dtype. Returns nullptr, or what is wrong.
+const char* multiview_loss_cpu(const MultiviewProblem& problem, DType prediction, DType target,
+                               int threads);
 
 // Name of the vector instructions the CPU backend uses on this machine.
 const char* cpu_variant();
 
 #if defined(VI_SIMSIAM_CUDA)
-// Enqueues one kernel on the stream of the current device. Targets have the predictions' dtype or float32
-// (float64 goes with float64 only); the compute type is float64 for float64 and float32 otherwise; the gradient
-// has the compute type or the predictions' dtype. ticket, needed with mean: a number that is 0 before the launch
-// and after it. Returns nullptr, or what went wrong.
-const char* multiview_loss_cuda(const MultiviewProblem& problem, DType prediction, DType target, DType gradient,
-                                uint32_t* ticket, void* stream);
+// Enqueues one kernel on the stream of the current device. Targets have the predictions' dtype or
+// float32 (float64 goes with float64 only); the compute type is float64 for float64 and float32
+// otherwise; the gradient has the compute type or the predictions' dtype. ticket, needed with mean:
+// a number that is 0 before the launch and after it. Returns nullptr, or what went wrong.
+const char* multiview_loss_cuda(const MultiviewProblem& problem, DType prediction, DType target,
+                                DType gradient, uint32_t* ticket, void* stream);
 
-// A gradient of shape (views, batch, width) to be multiplied, sample by sample, by a factor on the device.
+// A gradient of shape (views, batch, width) to be multiplied, sample by sample, by a factor on the
+// device.
 struct ScaledGradient {
   int64_t views, batch, width;
   const void* gradient;
   int64_t gradient_view_stride, gradient_stride;
   void* out;  // the gradient itself where it is scaled in place
   int64_t out_view_stride, out_stride;
-  void* concentration_gradient;  // (views, batch), contiguous, compute type, scaled in place; or nullptr
+  void* concentration_gradient;  // (views, batch), compute type, scaled in place; or nullptr
   const void* factor;            // compute type; of sample b: factor[b * factor_stride]
   int64_t factor_stride;
 };
 
-// Enqueues one kernel; in place it leaves at once where the factor is 1. out has the gradient's dtype (float32,
-// float64, bfloat16), or float16 with a float32 gradient. Returns nullptr, or what went wrong.
-const char* scale_gradient_cuda(const ScaledGradient& problem, DType gradient, DType out, void* stream);
+// Enqueues one kernel; in place it leaves at once where the factor is 1. out has the gradient's
+// dtype (float32, float64, bfloat16), or float16 with a float32 gradient. Returns nullptr, or what
+// went wrong.
+const char* scale_gradient_cuda(const ScaledGradient& problem, DType gradient, DType out,
+                                void* stream);
 
-// Why the kernels cannot run on the current device: no code for it, or a driver too old. nullptr where they can.
+// The reason why the kernels cannot run on the current device: no code, or an old driver. nullptr
+// where they can.
 const char* cuda_problem();
 
 // CUDART_VERSION of the toolkit this was built with, e.g. 13000.

@@ -1,15 +1,17 @@
 // Multi-view loss and its gradient on the CPU, in one pass over the samples.
 //
-// For sample i with predictions p_v and targets z_g, over all pairs v != g, w the weight of a pair in the loss and
-// w' in the gradient:
+// For sample i with predictions p_v and targets z_g, over all pairs v != g, w the weight of a pair
+// in the loss and w' in the gradient:
 //     c_vg    = (p_v . z_g) / (|p_v| |z_g|)
 //     loss_i  = -w sum_vg F(kappa_v, c_vg)                                        cosine: F = c
 //     dp_v    = -w' / |p_v| sum_g dF/dc (z_g/|z_g| - c_vg p_v/|p_v|)
-//     dkappa_v = -w' sum_g dF/dkappa,   draw_v = scale gain link'(gain raw_v) dkappa_v,   kappa_v = scale link(gain raw_v) + minimum
+//     dkappa_v = -w' sum_g dF/dkappa,   draw_v = scale gain link'(gain raw_v) dkappa_v
+//     kappa_v = scale link(gain raw_v) + minimum
 //
-// The rows of a sample (16 to 64 KB at dim 2048) stay in the first two cache levels from the first dot
-// product to the gradient, so memory sees each prediction and target once and each gradient once. A sample is
-// computed by one thread in one fixed order: the result does not depend on the number of threads.
+// The rows of a sample (16 to 64 KB at dim 2048) stay in the first two cache levels from the first
+// dot product to the gradient, so memory moves each prediction, target and gradient once. A sample
+// is computed by one thread in one fixed order: the result does not depend on the number of
+// threads.
 
 #include "helpers.h"
 #include "multiview_loss.h"
@@ -64,7 +66,8 @@ inline void from_real(BFloat16& out, float x) {
 inline void from_real(float& out, float x) { out = x; }
 inline void from_real(double& out, double x) { out = x; }
 
-// The loops over the columns of predictions of type P and targets of type Z. Everything else is per pair.
+// The loops over the columns of predictions of type P and targets of type Z. Everything else is per
+// pair.
 template <typename P, typename Z>
 struct RowKernels {
   using Real = Compute<P>;
@@ -72,13 +75,14 @@ struct RowKernels {
   // dots[0] = p . p and dots[1 + k] = p . z[k] for k < terms, reading p once
   void (*dot)(Real* dots, const P* p, const Z* const* z, int terms, int64_t n);
   // out = a p + sum over k < terms of b[k] z[k]
-  void (*combine)(P* out, const P* p, Real a, const Z* const* z, const Real* b, int terms, int64_t n);
+  void (*combine)(P* out, const P* p, Real a, const Z* const* z, const Real* b, int terms,
+                  int64_t n);
 };
 
 #if defined(VI_VECTORS)
 
-// Vectors of the GCC/Clang extension instead of trust in the vectoriser: a sum of floats is not reordered
-// without fast-math, which would break NaN.
+// Vectors of the GCC/Clang extension instead of trust in the vectoriser: a sum of floats is not
+// reordered without fast-math, which would break NaN.
 template <typename Real, int Bytes>
 struct Lanes {
   static constexpr int COUNT = Bytes / int(sizeof(Real));
@@ -89,8 +93,12 @@ struct Lanes {
   typedef Word Bits __attribute__((vector_size(Bytes)));
   typedef HalfWord Half __attribute__((vector_size(Bytes / 2)));
 
-  static VI_ALWAYS_INLINE void load(Vector& out, const Real* address) { std::memcpy(&out, address, Bytes); }
-  static VI_ALWAYS_INLINE void store(Real* address, const Vector& x) { std::memcpy(address, &x, Bytes); }
+  static VI_ALWAYS_INLINE void load(Vector& out, const Real* address) {
+    std::memcpy(&out, address, Bytes);
+  }
+  static VI_ALWAYS_INLINE void store(Real* address, const Vector& x) {
+    std::memcpy(address, &x, Bytes);
+  }
 
   static VI_ALWAYS_INLINE void load(Vector& out, const BFloat16* address) {
     Half half;
@@ -130,7 +138,8 @@ VI_ALWAYS_INLINE void dot_terms(Compute<X>* dots, const X* x, const Y* const* y,
   for (int t = 0; t <= Terms; ++t) {
     u = (sum[t][0] + sum[t][1]) + (sum[t][2] + sum[t][3]);
     Real total = 0;
-    for (int64_t j = i; j < n; ++j) total += to_real(x[j]) * (t == 0 ? to_real(x[j]) : to_real(y[t - 1][j]));
+    for (int64_t j = i; j < n; ++j)
+      total += to_real(x[j]) * (t == 0 ? to_real(x[j]) : to_real(y[t - 1][j]));
     for (int k = 0; k < In::COUNT; ++k) total += u[k];
     dots[t] = total;
   }
@@ -138,8 +147,8 @@ VI_ALWAYS_INLINE void dot_terms(Compute<X>* dots, const X* x, const Y* const* y,
 
 // Terms as a constant, or 0 for any number of `terms`.
 template <int Bytes, int Terms, typename P, typename Z>
-VI_ALWAYS_INLINE void combine_terms(P* out, const P* p, Compute<P> a, const Z* const* z, const Compute<P>* b, int terms,
-                                    int64_t n) {
+VI_ALWAYS_INLINE void combine_terms(P* out, const P* p, Compute<P> a, const Z* const* z,
+                                    const Compute<P>* b, int terms, int64_t n) {
   using In = Lanes<Compute<P>, Bytes>;
   const int count = Terms > 0 ? Terms : terms;
   typename In::Vector u, w;
@@ -169,7 +178,9 @@ void dot_terms(Compute<X>* dots, const X* x, const Y* const* y, int64_t n) {
   constexpr int lanes = 16;
   for (int t = 0; t <= Terms; ++t) {
     Compute<X> sum[lanes] = {}, total = 0;
-    const auto product = [&](int64_t i) { return to_real(x[i]) * (t == 0 ? to_real(x[i]) : to_real(y[t - 1][i])); };
+    const auto product = [&](int64_t i) {
+      return to_real(x[i]) * (t == 0 ? to_real(x[i]) : to_real(y[t - 1][i]));
+    };
     int64_t i = 0;
     for (; i + lanes <= n; i += lanes) {
       for (int k = 0; k < lanes; ++k) sum[k] += product(i + k);
@@ -181,7 +192,8 @@ void dot_terms(Compute<X>* dots, const X* x, const Y* const* y, int64_t n) {
 }
 
 template <int Bytes, int Terms, typename P, typename Z>
-void combine_terms(P* out, const P* p, Compute<P> a, const Z* const* z, const Compute<P>* b, int terms, int64_t n) {
+void combine_terms(P* out, const P* p, Compute<P> a, const Z* const* z, const Compute<P>* b,
+                   int terms, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     Compute<P> total = to_real(p[i]) * a;
     for (int t = 0; t < terms; ++t) total += to_real(z[t][i]) * b[t];
@@ -192,26 +204,26 @@ void combine_terms(P* out, const P* p, Compute<P> a, const Z* const* z, const Co
 #endif
 
 // The functions of one instruction set; Attributes let the compiler use it in them.
-#define VI_ROW_KERNELS(Name, Bytes, Attributes)                                                                   \
-  template <typename P, typename Z>                                                                               \
-  struct Rows_##Name {                                                                                            \
-    using Real = Compute<P>;                                                                                      \
-    Attributes static Real square(const Z* z, int64_t n) {                                                        \
-      Real out;                                                                                                   \
-      dot_terms<Bytes, 0, Z, Z>(&out, z, nullptr, n);                                                             \
-      return out;                                                                                                 \
-    }                                                                                                             \
-    Attributes static void dot(Real* dots, const P* p, const Z* const* z, int terms, int64_t n) {                 \
-      if (terms == 1) return dot_terms<Bytes, 1>(dots, p, z, n);                                                  \
-      dot_terms<Bytes, 2>(dots, p, z, n);                                                                         \
-    }                                                                                                             \
-    Attributes static void combine(P* out, const P* p, Real a, const Z* const* z, const Real* b, int terms,       \
-                                   int64_t n) {                                                                   \
-      if (terms == 1) return combine_terms<Bytes, 1>(out, p, a, z, b, terms, n);                                  \
-      if (terms == 2) return combine_terms<Bytes, 2>(out, p, a, z, b, terms, n);                                  \
-      combine_terms<Bytes, 0>(out, p, a, z, b, terms, n);                                                         \
-    }                                                                                                             \
-    static RowKernels<P, Z> functions() { return {square, dot, combine}; }                                        \
+#define VI_ROW_KERNELS(Name, Bytes, Attributes)                                                   \
+  template <typename P, typename Z>                                                               \
+  struct Rows_##Name {                                                                            \
+    using Real = Compute<P>;                                                                      \
+    Attributes static Real square(const Z* z, int64_t n) {                                        \
+      Real out;                                                                                   \
+      dot_terms<Bytes, 0, Z, Z>(&out, z, nullptr, n);                                             \
+      return out;                                                                                 \
+    }                                                                                             \
+    Attributes static void dot(Real* dots, const P* p, const Z* const* z, int terms, int64_t n) { \
+      if (terms == 1) return dot_terms<Bytes, 1>(dots, p, z, n);                                  \
+      dot_terms<Bytes, 2>(dots, p, z, n);                                                         \
+    }                                                                                             \
+    Attributes static void combine(P* out, const P* p, Real a, const Z* const* z, const Real* b,  \
+                                   int terms, int64_t n) {                                        \
+      if (terms == 1) return combine_terms<Bytes, 1>(out, p, a, z, b, terms, n);                  \
+      if (terms == 2) return combine_terms<Bytes, 2>(out, p, a, z, b, terms, n);                  \
+      combine_terms<Bytes, 0>(out, p, a, z, b, terms, n);                                         \
+    }                                                                                             \
+    static RowKernels<P, Z> functions() { return {square, dot, combine}; }                        \
   };
 
 VI_ROW_KERNELS(plain, 16, )
@@ -262,7 +274,8 @@ class Samples {
   // Writes the gradient of one prediction and returns the sum of F over its targets.
   Real view(int64_t v, int64_t sample, const Real* inverse_target) const {
     const int64_t dim = problem_.dim;
-    const P* p = static_cast<const P*>(problem_.predictions[v]) + sample * problem_.prediction_stride;
+    const P* p =
+        static_cast<const P*>(problem_.predictions[v]) + sample * problem_.prediction_stride;
     const int64_t in_array = v * problem_.batch + sample;
     PowerSphericalNormalizer<Real> normalizer{};
     Concentration<Real> linked{};
@@ -271,7 +284,8 @@ class Samples {
       normalizer = density_.with_concentration(linked.kappa);
     } else if (problem_.form == Form::given_concentration) {
       const Real kappa = static_cast<const Real*>(problem_.concentration)[in_array];
-      normalizer = density_.with_concentration(kappa < 0 ? std::numeric_limits<Real>::quiet_NaN() : kappa);
+      normalizer =
+          density_.with_concentration(kappa < 0 ? std::numeric_limits<Real>::quiet_NaN() : kappa);
     }
 
     const Z* paired[MAX_VIEWS];
@@ -289,9 +303,11 @@ class Samples {
       rows_.dot(dots, p, paired + first, terms, dim);
       inverse_p = inverse_norm(dots[0]);
       for (int k = 0; k < terms; ++k) {
-        const Real inverse_z = inverse_paired[first + k], cosine = dots[1 + k] * inverse_p * inverse_z;
+        const Real inverse_z = inverse_paired[first + k],
+            cosine = dots[1 + k] * inverse_p * inverse_z;
         PowerSphericalTerms<Real> terms_of_pair{cosine, Real(0), Real(1)};
-        if (problem_.form != Form::cosine) terms_of_pair = normalizer.at(cosine).plus(cosine_, cosine);
+        if (problem_.form != Form::cosine)
+          terms_of_pair = normalizer.at(cosine).plus(cosine_, cosine);
         value += terms_of_pair.value;
         d_kappa += terms_of_pair.d_kappa;
         radial += terms_of_pair.d_cos * cosine;
@@ -300,9 +316,14 @@ class Samples {
     }
     if (problem_.gradient == nullptr) return value;
 
-    P* out = static_cast<P*>(problem_.gradient) + v * problem_.gradient_view_stride + sample * problem_.gradient_stride;
-    if (pairs > 0) rows_.combine(out, p, weight_ * inverse_p * inverse_p * radial, paired, toward_target, int(pairs), dim);
-    // A view without a pair, and the columns that stand for nothing; the bits of 0 are 0 in every type.
+    P* out =
+        static_cast<P*>(problem_.gradient) + v * problem_.gradient_view_stride +
+        sample * problem_.gradient_stride;
+    if (pairs > 0)
+      rows_.combine(out, p, weight_ * inverse_p * inverse_p * radial, paired, toward_target,
+                    int(pairs), dim);
+    // A view without a pair, and the columns that stand for nothing; the bits of 0 are 0 in every
+    // type.
     std::fill(pairs == 0 ? out : out + dim, out + problem_.width, P{});
     if (problem_.form == Form::raw_concentration && pairs > 0)
       from_real(out[dim], linked.by_raw(-weight_ * d_kappa));
@@ -320,13 +341,14 @@ class Samples {
 template <typename P, typename Z>
 const char* compute_all(const MultiviewProblem& problem, int threads) {
   const Samples<P, Z> samples(problem);
-  // One thread needs about 0.15 ns a column (W in all) and waking a helper keeps it for 5 us, so t threads take about
-  // t * 5 us + W / t, which is least at t = sqrt(W / 5 us).
+  // One thread needs about 0.15 ns a column (W in all) and waking a helper keeps it for 5 us, so t
+  // threads take about t * 5 us + W / t, which is least at t = sqrt(W / 5 us).
   const int64_t written = problem.gradient == nullptr ? 0 : problem.views;
-  const int64_t columns = problem.batch * problem.dim * (problem.views + problem.target_views + written);
+  const int64_t columns =
+      problem.batch * problem.dim * (problem.views + problem.target_views + written);
   const int64_t worthwhile = int64_t(std::sqrt(double(columns) / 33000));
-  const int64_t useful =
-      std::max<int64_t>(1, std::min<int64_t>({int64_t(threads), problem.batch, worthwhile}));
+  const int64_t most = std::min<int64_t>({int64_t(threads), problem.batch, worthwhile});
+  const int64_t useful = std::max<int64_t>(1, most);
   const int64_t block = std::max<int64_t>(1, problem.batch / (8 * useful));
   std::atomic<int64_t> next{0};
   const auto work = [&] {
@@ -351,25 +373,23 @@ const char* compute_all(const MultiviewProblem& problem, int threads) {
 
 }  // namespace
 
-const char* multiview_loss_cpu(const MultiviewProblem& problem, DType prediction, DType target, int threads) {
-  if (prediction == DType::float64 && target == DType::float64) return compute_all<double, double>(problem, threads);
-  if (prediction == DType::float32 && target == DType::float32) return compute_all<float, float>(problem, threads);
+const char* multiview_loss_cpu(const MultiviewProblem& problem, DType prediction, DType target,
+                               int threads) {
+  const bool same = prediction == target;
+  if (same && target == DType::float64) return compute_all<double, double>(problem, threads);
+  if (same && target == DType::float32) return compute_all<float, float>(problem, threads);
   if (prediction == DType::bfloat16 && target == DType::bfloat16)
     return compute_all<BFloat16, BFloat16>(problem, threads);
-  if (prediction == DType::bfloat16 && target == DType::float32) return compute_all<BFloat16, float>(problem, threads);
-  if (prediction == DType::float32 && target == DType::bfloat16) return compute_all<float, BFloat16>(problem, threads);
+  if (prediction == DType::bfloat16 && target == DType::float32)
+    return compute_all<BFloat16, float>(problem, threads);
+  if (prediction == DType::float32 && target == DType::bfloat16)
+    return compute_all<float, BFloat16>(problem, threads);
   return "dtypes must be float64 for both, or float32 or bfloat16";
 }
 
 const char* cpu_variant() {
-  switch (simd()) {
-    case Simd::avx512:
-      return "avx512";
-    case Simd::avx2:
-      return "avx2";
-    default:
-      break;
-  }
+  if (simd() == Simd::avx512) return "avx512";
+  if (simd() == Simd::avx2) return "avx2";
 #if defined(VI_VECTORS)
   return "128 bit";
 #else

@@ -1,8 +1,10 @@
-// Log-density of the Power Spherical distribution relative to the uniform one, for one (kappa, cosine) pair.
+// Log-density of the Power Spherical distribution relative to the uniform one, for one (kappa,
+// cosine) pair.
 //
-// With b = (D-1)/2, c = mu.z, k = kappa, n the upward shift of the gamma arguments (0 for large D), and
+// With b = (D-1)/2, c = mu.z, k = kappa, n the upward shift of the gamma arguments (0 for large D),
+// and
 //     p = 2b + n,  q = b + n,  s' = p + k,  a' = q + k,
-//     t = (2bc - (n+k)(1-c)) / (2a')                      which equals (1+c) s'/(2a') - 1 and lies in [-1, 1]
+//     t = (2bc - (n+k)(1-c)) / (2a')        equals (1+c) s'/(2a') - 1 and lies in [-1, 1]
 //     L = log1p(t)                                        log((1+c) s'/(2a')) where t < -1/2
 //     S(x) = 1/(12x) - 1/(360x^3) + ...                   Stirling's correction of lgamma
 //     P(x) = psi(x) - log x = -1/(2x) - 1/(12x^2) + 1/(120x^4) - ...
@@ -12,12 +14,13 @@
 //     dF/dk = L + P(s') - P(a') + sum_{i<n} b / ((2b+k+i)(b+k+i))
 //     dF/dc = k / (1+c)
 //
-// The slope of the normaliser is merged with log(1+c) before anything is multiplied by k, so nothing large
-// cancels near the optimum kappa = 2bc/(1-c), where t = 0. The shift makes every argument of S and P large
-// enough for the series: 8 with three terms in float, 16 with seven in double.
+// The slope of the normaliser is merged with log(1+c) before anything is multiplied by k, so
+// nothing large cancels near the optimum kappa = 2bc/(1-c), where t = 0. The shift makes every
+// argument of S and P large enough for the series: 8 with three terms in float, 16 with seven in
+// double.
 //
-// 1 + c is clamped from below at ONE_PLUS_COS_MIN; there dF/dc = 0 and the rest is taken at the clamped
-// cosine. NaN in gives NaN out: comparisons are written so that NaN fails them.
+// 1 + c is clamped from below at ONE_PLUS_COS_MIN; there dF/dc = 0 and the rest is taken at the
+// clamped cosine. NaN in gives NaN out: comparisons are written so that NaN fails them.
 //
 // The same functions are compiled for the CPU backend and for the CUDA kernel.
 
@@ -41,9 +44,9 @@ constexpr double TINY_SQ =
 constexpr double LEAST_ROOT = 0.02;        // least r of the quadratic link
 constexpr double ONE_PLUS_COS_MIN = 1e-6;  // lower clamp of 1 + cosine, in every dtype
 
-// x / y. On the GPU in float for a finite x and y between 2^-126 and 2^126: correctly rounded but for rare ties of the
-// last step, and NaN for an infinite y. The compiler's own division has a branch for the rest, which keeps the
-// divisions of one formula from overlapping.
+// x / y. On the GPU in float for a finite x and y between 2^-126 and 2^126: correctly rounded but
+// for rare ties of the last step, and NaN for an infinite y. The compiler's own division has a
+// branch for the rest, which keeps the divisions of one formula from overlapping.
 template <typename Real>
 VI_HOST_DEVICE Real divide(Real x, Real y) {
 #if defined(__CUDA_ARCH__)
@@ -62,9 +65,11 @@ VI_HOST_DEVICE Real divide(Real x, Real y) {
 template <typename Real>
 VI_HOST_DEVICE Real inverse_norm(Real sum_of_squares) {
 #if defined(__CUDA_ARCH__)
-  if constexpr (sizeof(Real) == 4) {  // one rounding; the difference is NaN for an infinite sum and otherwise 0
-    return sum_of_squares < Real(TINY_SQ) ? Real(0)
-                                          : __frsqrt_rn(sum_of_squares) + (sum_of_squares - sum_of_squares);
+  // One rounding; the difference is NaN for an infinite sum and otherwise 0
+  if constexpr (sizeof(Real) == 4) {
+    return sum_of_squares < Real(TINY_SQ)
+               ? Real(0)
+               : __frsqrt_rn(sum_of_squares) + (sum_of_squares - sum_of_squares);
   }
 #endif
   return sum_of_squares < Real(TINY_SQ) ? Real(0) : std::sqrt(sum_of_squares) / sum_of_squares;
@@ -89,7 +94,9 @@ struct Concentration {
   bool at_bound;  // the gradient counts only where a step along it raises kappa
 
   // dloss/draw of dloss/dkappa.
-  VI_HOST_DEVICE Real by_raw(Real by_kappa) const { return at_bound && by_kappa > Real(0) ? Real(0) : slope * by_kappa; }
+  VI_HOST_DEVICE Real by_raw(Real by_kappa) const {
+    return at_bound && by_kappa > Real(0) ? Real(0) : slope * by_kappa;
+  }
 };
 
 // r + r^2/2 with r = max(x, LEAST_ROOT).
@@ -107,8 +114,10 @@ VI_HOST_DEVICE Concentration<Real> softplus_link(Real x) {
 
 // kappa = scale * link(gain * raw) + minimum.
 template <typename Real>
-VI_HOST_DEVICE Concentration<Real> concentration(Link link, Real raw, Real scale, Real minimum, Real gain) {
-  Concentration<Real> out = link == Link::softplus ? softplus_link(gain * raw) : quadratic_link(gain * raw);
+VI_HOST_DEVICE Concentration<Real> concentration(Link link, Real raw, Real scale, Real minimum,
+                                                 Real gain) {
+  Concentration<Real> out =
+      link == Link::softplus ? softplus_link(gain * raw) : quadratic_link(gain * raw);
   out.kappa = scale * out.kappa + minimum;
   out.slope *= scale * gain;
   return out;
@@ -122,7 +131,8 @@ VI_HOST_DEVICE Real stirling_correction(Real x) {
   if constexpr (sizeof(Real) == 4) {
     sum = Real(1. / 1260);
   } else {
-    sum = Real(-1. / 1680) + y * (Real(1. / 1188) + y * (Real(-691. / 360360) + y * Real(1. / 156)));
+    sum = Real(-1. / 1680) +
+        y * (Real(1. / 1188) + y * (Real(-691. / 360360) + y * Real(1. / 156)));
     sum = Real(1. / 1260) + y * sum;
   }
   return i * (Real(1. / 12) + y * (Real(-1. / 360) + y * sum));
@@ -154,7 +164,7 @@ struct PowerSphericalTerms {
   }
 };
 
-// What depends on the dimension and kappa, but not on the cosine.
+// Terms that depend on the dimension and kappa, but not on the cosine.
 template <typename Real>
 struct PowerSphericalNormalizer {
   Real kappa;
@@ -173,11 +183,13 @@ struct PowerSphericalNormalizer {
     }
     const Real t = (twice_b * cosine - shift_plus_kappa * (Real(1) - cosine)) * inverse_twice_a;
     const Real log_ratio = t >= Real(-0.5) ? std::log1p(t) : std::log(one_plus * half_ratio);
-    return {kappa * log_ratio + value, log_ratio + slope, clamped ? Real(0) : divide(kappa, one_plus)};
+    return {kappa * log_ratio + value, log_ratio + slope,
+            clamped ? Real(0) : divide(kappa, one_plus)};
   }
 };
 
-// What depends on the dimension alone; made once per call on the host and passed to the kernel by value.
+// Terms of the dimension alone; made once per call on the host and passed to the kernel by
+// value.
 template <typename Real>
 struct PowerSpherical {
   Real b, p, q, b_over_p;
@@ -202,7 +214,9 @@ struct PowerSpherical {
     out.shift_plus_kappa = Real(shift) + kappa;
     out.inverse_twice_a = Real(0.5) * inverse_a;
     out.half_ratio = s * out.inverse_twice_a;
-    out.value = (q - Real(0.5)) * std::log1p(-(kappa * inverse_a) * b_over_p) + b * std::log1p(divide(kappa, p));
+    out.value =
+        (q - Real(0.5)) * std::log1p(-(kappa * inverse_a) * b_over_p) +
+        b * std::log1p(divide(kappa, p));
     out.value += (stirling_correction(s) - stirling_correction(a)) + dimension_term;
     out.slope = digamma_minus_log(s) - digamma_minus_log(a);
     for (int i = 0; i < shift; ++i) {

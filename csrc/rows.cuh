@@ -1,9 +1,10 @@
 // Rows of a tensor in the registers of a team of threads: loads, stores and conversions.
 //
-// A team deals the columns of a row out in chunks of COLUMNS, so many that a chunk of the narrowest row has 16 bytes.
-// WIDE: a chunk is COLUMNS columns side by side, moved by 16-byte instructions; addresses and strides are divisible by
-// 16 bytes and the number of columns by COLUMNS. Otherwise a chunk is COLUMNS columns that lie a team apart, moved one
-// by one: neighbouring threads then still touch neighbouring columns. What is read stays as packed as in memory.
+// A team deals the columns of a row out in chunks of COLUMNS, so many that a chunk of the narrowest
+// row has 16 bytes. WIDE: a chunk is COLUMNS columns side by side, moved by 16-byte instructions;
+// addresses and strides are divisible by 16 bytes and the number of columns by COLUMNS. Otherwise a
+// chunk is COLUMNS columns that lie a team apart, moved one by one: neighbouring threads then still
+// touch neighbouring columns. What is read stays as packed as in memory.
 
 #pragma once
 
@@ -33,8 +34,8 @@ __device__ __forceinline__ Word read(const Word* address) {
   }
 }
 
-// The same number, from a source that the compiler cannot see: what follows from it is computed again where it is used,
-// in a few instructions, and is not held in registers that the rows need.
+// The same number, from a source that the compiler cannot see: what follows from it is computed
+// again where it is used, in a few instructions, and is not held in registers that the rows need.
 __device__ __forceinline__ uint32_t hidden(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
@@ -45,7 +46,8 @@ struct Columns {
   int thread, threads, count;
 
   __device__ __forceinline__ int at(int chunk, int i) const {
-    return WIDE ? (chunk * threads + thread) * COLUMNS + i : (chunk * COLUMNS + i) * threads + thread;
+    return WIDE ? (chunk * threads + thread) * COLUMNS + i
+        : (chunk * COLUMNS + i) * threads + thread;
   }
   __device__ __forceinline__ bool exists(int chunk, int i) const { return at(chunk, i) < count; }
 };
@@ -58,7 +60,8 @@ struct Chunk {
 
   // Columns that do not exist are read as 0.
   template <bool CONSTANT = true, bool WIDE>
-  __device__ __forceinline__ void load(const Element* row, const Columns<COLUMNS, WIDE>& columns, int chunk) {
+  __device__ __forceinline__ void load(const Element* row, const Columns<COLUMNS, WIDE>& columns,
+                                       int chunk) {
     if constexpr (WIDE) {
       const bool exists = columns.exists(chunk, 0);
       const uint4* source = reinterpret_cast<const uint4*>(row + columns.at(chunk, 0));
@@ -76,7 +79,8 @@ struct Chunk {
         const bool exists = columns.exists(chunk, i);
         const int column = columns.at(chunk, i);
         if constexpr (sizeof(Element) == 2) {
-          const uint32_t bits = exists ? read<CONSTANT>(reinterpret_cast<const unsigned short*>(row) + column) : 0;
+          const uint32_t bits = exists
+              ? read<CONSTANT>(reinterpret_cast<const unsigned short*>(row) + column) : 0;
           word[i / 2] = i % 2 == 0 ? bits : word[i / 2] | bits << 16;
         } else if constexpr (sizeof(Element) == 4) {
           word[i] = exists ? read<CONSTANT>(reinterpret_cast<const uint32_t*>(row) + column) : 0;
@@ -132,8 +136,8 @@ __device__ __forceinline__ Element rounded(Real x) {
 }
 
 template <bool WIDE, typename Element, int COLUMNS, typename Real>
-__device__ __forceinline__ void store_chunk(Element* row, const Columns<COLUMNS, WIDE>& columns, int chunk,
-                                            const Real (&x)[COLUMNS]) {
+__device__ __forceinline__ void store_chunk(Element* row, const Columns<COLUMNS, WIDE>& columns,
+                                            int chunk, const Real (&x)[COLUMNS]) {
   if constexpr (WIDE) {
     if (!columns.exists(chunk, 0)) return;
     constexpr int IN_VECTOR = VECTOR_BYTES / int(sizeof(Element));

@@ -1,4 +1,4 @@
-// Which vector instructions the CPU backend uses.
+// Vector instructions of the CPU backend.
 
 #pragma once
 
@@ -18,8 +18,8 @@ namespace vi_simsiam {
 
 enum class Simd { baseline, avx2, avx512 };
 
-// The widest that the processor has, or what VI_SIMSIAM_SIMD asks for: so one machine can test every path. Throws
-// std::invalid_argument for what does not run here.
+// The widest that the processor has, or the one named by VI_SIMSIAM_SIMD, which lets one machine
+// test every path. Throws std::invalid_argument for what does not run here.
 inline Simd choose_simd() {
   Simd widest = Simd::baseline;
 #if defined(VI_DISPATCH)
@@ -34,7 +34,8 @@ inline Simd choose_simd() {
     if (names[i] == std::string(asked)) return Simd(i);
     accepted += std::string(i > 0 ? ", " : "") + names[i];
   }
-  throw std::invalid_argument("VI_SIMSIAM_SIMD: '" + std::string(asked) + "' does not run here; accepted: " + accepted);
+  throw std::invalid_argument("VI_SIMSIAM_SIMD: '" + std::string(asked) +
+                              "' does not run here; accepted: " + accepted);
 }
 
 // Chosen once for the process.

@@ -1,5 +1,6 @@
-"""Triton kernels, one file per operation, installed as `vi_simsiam.kernels`.
+"""Triton kernels, a file or two per operation, installed as `vi_simsiam.kernels`.
 
-They know pointers, sizes and strides and nothing of the package that calls them. Importing one needs Triton; a GPU
-is needed only to launch it. With TRITON_INTERPRET=1 set before the first import the same code runs on CPU tensors.
+They take addresses, sizes and strides and import nothing of the package that calls them. Importing
+one needs Triton; a GPU is needed only to launch it. With TRITON_INTERPRET=1 set before the first
+import the same code runs on CPU tensors.
 """

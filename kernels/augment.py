@@ -1,40 +1,52 @@
-"""Views from packed images: crop, antialiased resize, flip, colour, blur and normalisation, one table row per view.
+"""Views from packed images: crop, antialiased resize, flip, colour, blur and normalisation, one
+table row per view.
 
-Resizing is separable. With scale s = in / out, support h = max(s, 1) and centre c_i = s (i + 1/2), output pixel i is
+Resizing is separable. With scale s = in / out, support h = max(s, 1) and centre c_i = s (i + 1/2),
+output pixel i is
 
-    sum_y w_iy x_y / sum_y w_iy,    w_iy = max(0, 1 - |y - c_i + 1/2| / h),    int(c_i - h + 1/2) <= y < int(c_i + h + 1/2)
+    sum_y w_iy x_y / sum_y w_iy,    w_iy = max(0, 1 - |y - c_i + 1/2| / h),
+                                    int(c_i - h + 1/2) <= y < int(c_i + h + 1/2)
 
-vertically and horizontally, y inside the crop: ATen's antialiased bilinear filter. s and c_i are rounded to float32 as
-ATen rounds them, because at c = 500 an ulp of the centre is worth 3e-5 of a weight. The colour operations are in
-colour.py. Gaussian blur has 13 taps exp(-d^2 / (2 sigma^2)), normalised, on the view reflected at its edges.
+vertically and horizontally, y inside the crop: ATen's antialiased bilinear filter. s and c_i are
+rounded to float32 as ATen rounds them, because at c = 500 an ulp of the centre is worth 3e-5 of a
+weight. The colour operations are in colour.py. Gaussian blur has 13 taps exp(-d^2 / (2 sigma^2)),
+normalised, on the view reflected at its edges.
 
-Four launches, whatever the table holds; the programs of views that have no use for one leave after reading it.
+Four launches, whatever the table holds; the programs of views that have no use for one leave after
+reading it.
 
-    resize          crop -> resized, flipped, the operations that precede contrast -> scratch, and per tile the sum of grey
-    colour          scratch -> contrast and what follows, grayscale -> normalised output, or scratch again before blur
+    resize          crop -> resized, flipped, the operations before contrast -> scratch,
+                    and per tile the sum of grey
+    colour          scratch -> contrast and what follows, grayscale -> normalised output,
+                    or scratch again before blur
     blur_rows       scratch -> scratch, views with blur only
     blur_columns    scratch -> normalised output, views with blur only
 
-Contrast needs the mean over the view, and blur its neighbours, hence the passes; all else is done where the pixel is in
-registers. The sums of grey are added in one order, so that equal tables give equal bits.
+Contrast needs the mean over the view, and blur its neighbours, hence the passes; all else is done
+where the pixel is in registers. The sums of grey are added in one order, so that equal tables give
+equal bits.
 
-Traffic of a view of S x S pixels from a crop of H x W: 3 H W bytes read, 12 S^2 (float32) or 6 S^2 (bfloat16) written,
-and 12 S^2 of scratch written by `resize` and read by `colour`. With blur three passes more, of 12 S^2 each: `blur_rows`
-reads and writes the scratch and `blur_columns` reads it, and a fourth where `colour` has to change it before. At
-S = 128 the scratch of 128 views is 25 MB, half the L2 cache of an H200. Eight output rows need about 8 s + 2 h rows of
-the crop, of which the tile below reads 2 h once more.
+Traffic of a view of S x S pixels from a crop of H x W: 3 H W bytes read, 12 S^2 (float32) or 6 S^2
+(bfloat16) written, and 12 S^2 of scratch written by `resize` and read by `colour`. With blur three
+passes more, of 12 S^2 each: `blur_rows` reads and writes the scratch and `blur_columns` reads it,
+and a fourth where `colour` has to change it before. At S = 128 the scratch of 128 views is 25 MB,
+half the L2 cache of an H200. Eight output rows need about 8 s + 2 h rows of the crop, of which the
+tile below reads 2 h once more.
 
-`resize` is bound by instructions, not bytes. A program is one warp with 8 x 32 output pixels. It passes over the rows it
-needs four at a time, every lane resizing them horizontally for its own column, and adds them to its eight output rows
-with their vertical weights: each row is resized horizontally once per tile, not once for every output row that it
-reaches. A lane reads four pixels as three words where byte loads would be twelve. Triton 3.8 compiles this for sm_90 to
-308 instructions for every four pixels of four rows and 354 for every four rows, all in registers; 3.6 passes addresses
-and rows through shared memory and needs 537 for the pixels. Words are aligned to their addresses: up to 3 bytes beside
-the image are read with it, but never a word without a byte of it.
+`resize` is bound by instructions, not bytes. A program is one warp with 8 x 32 output pixels. It
+passes over the rows it needs four at a time, every lane resizing them horizontally for its own
+column, and adds them to its eight output rows with their vertical weights: each row is resized
+horizontally once per tile, not once for every output row that it reaches. A lane reads four pixels
+as three words where byte loads would be twelve. Triton 3.8 compiles this for sm_90 to 308
+instructions for every four pixels of four rows and 354 for every four rows, all in registers; 3.6
+passes addresses and rows through shared memory and needs 537 for the pixels. Words are aligned to
+their addresses: up to 3 bytes beside the image are read with it, but never a word without a byte of
+it.
 
-`blur_rows` works in place: a program owns whole rows, and a barrier parts its loads from its stores. The outputs, three
-interleaved channels, are put in order in shared memory and stored contiguously, in pieces of 16 bytes where 4 divides
-the size. On an H200 a batch of 64 images takes 120 us, in two views of 128 pixels each.
+`blur_rows` works in place: a program owns whole rows, and a barrier parts its loads from its
+stores. The outputs, three interleaved channels, are put in order in shared memory and stored
+contiguously, in pieces of 16 bytes where 4 divides the size. On an H200 a batch of 64 images takes
+120 us, in two views of 128 pixels each.
 """
 
 from __future__ import annotations
@@ -47,50 +59,50 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .augment_table import (
+    BRIGHTNESS,
+    COLUMNS,
+    FLIP,
+    GRAY,
+    HEIGHT,
+    ORDER,
+    SIGMA,
+    START,
+    STRIDE,
+    WIDTH,
+)
+from .blur import blur_columns_kernel, blur_rows_kernel, write
 from .colour import adjust, before_contrast, grey_of, unit_clamp
 from .launch import aligned, launch
 
-COLUMNS = tl.constexpr(16)
-START = tl.constexpr(0)
-STRIDE = tl.constexpr(2)
-HEIGHT = tl.constexpr(3)
-WIDTH = tl.constexpr(4)
-FLIP = tl.constexpr(5)
-ORDER = tl.constexpr(6)
-GRAY = tl.constexpr(7)
-BRIGHTNESS = tl.constexpr(8)
-SIGMA = tl.constexpr(12)
-
-BLUR_TAPS = tl.constexpr(13)
 _TWO_23_BITS = tl.constexpr(0x4B000000)
-# ImageNet's mean and standard deviation of red, green and blue.
-RED_MEAN, RED_DEVIATION = tl.constexpr(0.485), tl.constexpr(0.229)
-GREEN_MEAN, GREEN_DEVIATION = tl.constexpr(0.456), tl.constexpr(0.224)
-BLUE_MEAN, BLUE_DEVIATION = tl.constexpr(0.406), tl.constexpr(0.225)
 _TILE_ROWS, _TILE_COLUMNS, _ROWS_AT_ONCE = 8, 32, 4
-"""Of a program of `resize`: output rows, output columns (one a lane) and source rows."""
+"""A program of `resize`: output rows, output columns (one a lane) and source rows."""
 _MOST_REGISTERS = 128
-"""Of a thread of `resize`, so that 16 of its warps share a multiprocessor."""
+"""Registers of a thread of `resize`, so that 16 of its warps share a multiprocessor."""
 _PIXELS = 512
-"""Of a program of the other kernels, four a thread."""
+"""Pixels of a program of the other kernels, four a thread."""
 
 
 def workspace_bytes(rows: int, size: int) -> int:
-    """Bytes of the workspace for `rows` views of size x size pixels: their scratch and the sums of their tiles."""
+    """Bytes of the workspace for `rows` views of size x size pixels: their scratch and the sums of
+    their tiles."""
     return 4 * rows * (3 * size * size + _tiles(size))
 
 
 def augment(pixels: Tensor, table: Tensor, out: Tensor, workspace: Tensor) -> None:
     """Writes the view that each row of the table describes to `out`.
 
-    The launches go to the current stream of the tensors' device; they neither synchronise nor allocate, and the host
-    does not read the table. Shapes, dtypes, devices and the table's values are the caller's responsibility.
+    The launches go to the current stream of the tensors' device; they neither synchronise nor
+    allocate, and the host does not read the table. Shapes, dtypes, devices and the table's values
+    are the caller's responsibility.
 
     Args:
         pixels: uint8, 1-D, contiguous: RGB pixels, image after image and row after row.
         table: int32 (N, 16), contiguous. Its columns are those of `vi_simsiam.ops.augment`.
         out: (N, S, S, 3), contiguous, float32 or bfloat16, S >= 8. Overwritten.
-        workspace: uint8, `workspace_bytes(N, S)` bytes or more, at an address divisible by 4. Overwritten.
+        workspace: uint8, `workspace_bytes(N, S)` bytes or more, at an address divisible by 4.
+            Overwritten.
     """
     views, size = out.shape[:2]
     if views == 0:
@@ -118,7 +130,8 @@ def _tiles(size: int) -> int:
 
 @lru_cache(maxsize=64)
 def launches(size: int) -> tuple[tuple[Any, int, dict[str, int]], ...]:
-    """The kernels in their order, each with its programs for a view, its compile-time arguments and its options."""
+    """The kernels in their order, each with its programs for a view, its compile-time arguments and
+    its options."""
     blocks = triton.cdiv(size * size, _PIXELS)
     rows = max(1, 2 * _PIXELS // triton.next_power_of_2(size))
     tile = {"TILE_ROWS": _TILE_ROWS, "TILE_COLUMNS": _TILE_COLUMNS, "AT_ONCE": _ROWS_AT_ONCE}
@@ -176,13 +189,14 @@ def _four_bytes(low: tl.tensor, high: tl.tensor, shift: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _byte(word: tl.tensor, PLACE: tl.constexpr) -> tl.tensor:
-    """As a float: the low bits of a number between 2^23 and 2^24. Converting instructions have a fraction of its rate."""
+    """As a float: the low bits of a number between 2^23 and 2^24. Converting instructions have a
+    fraction of its rate."""
     return (((word >> (8 * PLACE)) & 255) | _TWO_23_BITS).to(tl.float32, bitcast=True) - 8388608.0
 
 
 @triton.jit
 def _add_rows(sums: tl.tensor, weights: tl.tensor, rows: tl.tensor) -> tl.tensor:
-    """sums (R, C) + weights (R, K) rows (K, C), in the registers of the lanes that own the columns."""
+    """sums (R, C) + weights (R, K) rows (K, C), in registers of the lanes that own the columns."""
     return sums + tl.sum(weights[:, :, None] * rows[None, :, :], 1)
 
 
@@ -197,7 +211,8 @@ def resize_kernel(
     TILE_COLUMNS: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ) -> None:
-    """Tile `program_id(0)`, counted over the tiles of a view, row after row of them, and then the views."""
+    """Tile `program_id(0)`, counted over the tiles of a view, row after row of them, and then the
+    views."""
     ACROSS: tl.constexpr = triton.cdiv(SIZE, TILE_COLUMNS)
     TILES: tl.constexpr = triton.cdiv(SIZE, TILE_ROWS) * ACROSS
     view = tl.program_id(0) // TILES
@@ -311,29 +326,6 @@ def resize_kernel(
     tl.store(cell_ptrs + 2 * SIZE * SIZE, blue, mask=cells)
 
 
-@triton.jit
-def _write(
-    out_ptr: tl.tensor,
-    first: tl.tensor,
-    r: tl.tensor,
-    g: tl.tensor,
-    b: tl.tensor,
-    SIZE: tl.constexpr,
-) -> None:
-    """Normalises the pixels from `first` on, those of a view that starts at `out_ptr`, and stores them interleaved."""
-    PIXELS: tl.constexpr = r.shape[0]
-    r = (r - RED_MEAN) * (1.0 / RED_DEVIATION)
-    g = (g - GREEN_MEAN) * (1.0 / GREEN_DEVIATION)
-    b = (b - BLUE_MEAN) * (1.0 / BLUE_DEVIATION)
-    # r g b b of each pixel; blue's copy makes four of them, the number of elements has to be a power of two.
-    four = tl.reshape(tl.join(tl.join(r, b), tl.join(g, b)), [4 * PIXELS])
-    element = tl.arange(0, 4 * PIXELS)
-    three = tl.gather(four, tl.minimum(element // 3 * 4 + element % 3, 4 * PIXELS - 1), 0)
-    # Blocks begin at multiples of PIXELS: with 4 | SIZE the comparisons hold for groups of 4 elements alike.
-    used = (element < 3 * PIXELS) & (first * 3 + element < 3 * SIZE * SIZE)
-    tl.store(out_ptr + first * 3 + element, three.to(out_ptr.dtype.element_ty), mask=used)
-
-
 @triton.jit(do_not_specialize=["sums_ptr"])
 def colour_kernel(
     table_ptr: tl.tensor,
@@ -373,94 +365,4 @@ def colour_kernel(
             tl.store(cell_ptrs + SIZE * SIZE, g, mask=used)
             tl.store(cell_ptrs + 2 * SIZE * SIZE, b, mask=used)
         else:
-            _write(out_ptr + view * (3 * SIZE * SIZE), first, r, g, b, SIZE)
-
-
-@triton.jit
-def _tap(distance: int, sigma: tl.tensor) -> tl.tensor:
-    scaled = distance / sigma
-    return tl.exp(-0.5 * scaled * scaled)
-
-
-@triton.jit
-def _reflected(i: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
-    """i within a view, mirrored at the centres of its first and last pixel; 0 for what lies a view beyond it."""
-    i = tl.abs(i)
-    return tl.maximum(tl.where(i < SIZE, i, 2 * SIZE - 2 - i), 0)
-
-
-@triton.jit
-def _blurred(
-    view_ptr: tl.tensor,
-    row: tl.tensor,
-    column: tl.tensor,
-    sigma: tl.tensor,
-    SHAPE: tl.constexpr,
-    SIZE: tl.constexpr,
-    VERTICAL: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Three channels at rows and columns that broadcast to SHAPE, blurred along one direction.
-
-    Every address lies in the view, whatever the row and column: without masks, threads with neighbouring pixels load
-    once what several taps use.
-    """
-    RADIUS: tl.constexpr = BLUR_TAPS // 2
-    r = tl.zeros(SHAPE, tl.float32)
-    g = tl.zeros(SHAPE, tl.float32)
-    b = tl.zeros(SHAPE, tl.float32)
-    total = 0.0
-    for tap in tl.static_range(BLUR_TAPS):
-        weight = _tap(tap - RADIUS, sigma)
-        total += weight
-        if VERTICAL:
-            cell_ptrs = view_ptr + (_reflected(row + (tap - RADIUS), SIZE) * SIZE + column)
-        else:
-            cell_ptrs = view_ptr + (
-                tl.minimum(row, SIZE - 1) * SIZE + _reflected(column + (tap - RADIUS), SIZE)
-            )
-        r += weight * tl.load(cell_ptrs)
-        g += weight * tl.load(cell_ptrs + SIZE * SIZE)
-        b += weight * tl.load(cell_ptrs + 2 * SIZE * SIZE)
-    inverse = 1.0 / total
-    return r * inverse, g * inverse, b * inverse
-
-
-@triton.jit
-def blur_rows_kernel(
-    table_ptr: tl.tensor, scratch_ptr: tl.tensor, SIZE: tl.constexpr, ROWS: tl.constexpr
-) -> None:
-    """Whole rows of a view, counted like the tiles of `resize_kernel`, in place."""
-    BLOCKS: tl.constexpr = triton.cdiv(SIZE, ROWS)
-    view = (tl.program_id(0) // BLOCKS).to(tl.int64)
-    sigma = tl.load(table_ptr + view * COLUMNS + SIGMA).to(tl.float32, bitcast=True)
-    if sigma > 0.0:
-        row = (tl.program_id(0) % BLOCKS * ROWS + tl.arange(0, ROWS))[:, None]
-        column = tl.arange(0, triton.next_power_of_2(SIZE))[None, :]
-        used = (row < SIZE) & (column < SIZE)
-        view_ptr = scratch_ptr + view * (3 * SIZE * SIZE)
-        r, g, b = _blurred(view_ptr, row, column, sigma, used.shape, SIZE, False)
-        tl.debug_barrier()  # every thread has read what its neighbours now overwrite
-        cell_ptrs = view_ptr + (row * SIZE + column)
-        tl.store(cell_ptrs, r, mask=used)
-        tl.store(cell_ptrs + SIZE * SIZE, g, mask=used)
-        tl.store(cell_ptrs + 2 * SIZE * SIZE, b, mask=used)
-
-
-@triton.jit
-def blur_columns_kernel(
-    table_ptr: tl.tensor,
-    scratch_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    SIZE: tl.constexpr,
-    PIXELS: tl.constexpr,
-) -> None:
-    """Pixels of a view, counted like the tiles of `resize_kernel`."""
-    BLOCKS: tl.constexpr = triton.cdiv(SIZE * SIZE, PIXELS)
-    view = (tl.program_id(0) // BLOCKS).to(tl.int64)
-    sigma = tl.load(table_ptr + view * COLUMNS + SIGMA).to(tl.float32, bitcast=True)
-    if sigma > 0.0:
-        first = tl.program_id(0) % BLOCKS * PIXELS
-        pixel = first + tl.arange(0, PIXELS)
-        view_ptr = scratch_ptr + view * (3 * SIZE * SIZE)
-        r, g, b = _blurred(view_ptr, pixel // SIZE, pixel % SIZE, sigma, pixel.shape, SIZE, True)
-        _write(out_ptr + view * (3 * SIZE * SIZE), first, r, g, b, SIZE)
+            write(out_ptr + view * (3 * SIZE * SIZE), first, r, g, b, SIZE)

@@ -1,4 +1,5 @@
-"""BatchNorm of several groups of rows, an addition and a ReLU: statistics and result in two launches, or in one.
+"""BatchNorm of several groups of rows, an addition and a ReLU: statistics and result in two
+launches, or in one.
 
 For rows x_r (R of them in each of G groups, C channels), a residual s and in each group and channel
 
@@ -7,27 +8,30 @@ For rows x_r (R of them in each of G groups, C channels), a residual s and in ea
 
 and for a gradient g of y, where h is what the ReLU takes and g' = g where h > 0, else 0,
 
-    ds    = g',    dbias = sum g',    dweight = sum g' (x - mean) invstd             both added up over the groups
+    ds    = g',    dbias = sum g',    dweight = sum g' (x - mean) invstd    added up over the groups
     dx    = weight invstd (g' - mean(g') - (x - mean) invstd^2 mean(g' (x - mean)))
 
-Sums, statistics and arithmetic are fp32; every result is rounded once. A group is a view: its rows are those of one pass,
-and running statistics take the groups in turn as they would the passes. Images in channels_last are rows of channels.
+Sums, statistics and arithmetic are fp32; every result is rounded once. A group is a view: its rows
+are those of one pass, and running statistics take the groups in turn as they would the passes.
+Images in channels_last are rows of channels.
 
-Traffic. A unit is G R C elements. Forward: x is read for the statistics, and read again to write y: 3 units, 4 with a
-residual. Backward: g and x are read for the sums, and again to write dx: 5 units; whether the ReLU passed follows from
-x, with the arithmetic of forward. With a residual it does not: y is read as well, and g' is written with the sums, since
-it is what the residual receives, and read in the place of g: 7 units. What fits in the L2 cache is read again from there.
+Traffic. A unit is G R C elements. Forward: x is read for the statistics, and read again to write y:
+3 units, 4 with a residual. Backward: g and x are read for the sums, and again to write dx: 5 units;
+whether the ReLU passed follows from x, with the arithmetic of forward. With a residual it does not:
+y is read as well, and g' is written with the sums, since it is what the residual receives, and read
+in the place of g: 7 units. What fits in the L2 cache is read again from there.
 
-Shape of the launches. The statistics' programs take strips of at most 64 channels, each a share of a group's rows in
-turn. A tile is STEPS blocks (BLOCK_R, BLOCK_C), each of them one 16-byte load of every thread, and all under way before
-they are added: a thread has sums of its own, and only the last ones of a program cross threads. Sums of squares are those of x minus
-the group's first row, which all programs subtract: where the mean is large nothing cancels, as long as that row is no
-outlier of tens of deviations. The program
-of a strip that comes last (a ticket that is left at 0) adds up what the others have stored, in a fixed order, and
-updates the running statistics group by group. The second launch has no sums and takes a tile per program.
+Shape of the launches. The statistics' programs take strips of at most 64 channels, each a share of
+a group's rows in turn. A tile is STEPS blocks (BLOCK_R, BLOCK_C), each of them one 16-byte load of
+every thread, and all under way before they are added: a thread has sums of its own, and only the
+last ones of a program cross threads. Sums of squares are those of x minus the group's first row,
+which all programs subtract: where the mean is large nothing cancels, as long as that row is no
+outlier of tens of deviations. The program of a strip that comes last (a ticket that is left at 0)
+adds up what the others have stored, in a fixed order, and updates the running statistics group by
+group. The second launch has no sums and takes a tile per program.
 
-Where all groups' rows of a narrow strip fit into the registers of one program, as in heads, a single launch reads them
-once.
+Where all groups' rows of a narrow strip fit into the registers of one program, as in heads, a
+single launch reads them once.
 """
 
 from __future__ import annotations
@@ -40,37 +44,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch_norm_parts import add_parts, column_of, is_last, load, parameters, store
+from .batch_norm_parts import add_parts, column_of, is_last, parameters
 from .launch import aligned, launch
+from .memory import load, store
 
 COLUMNS = 64
 """Most channels of a strip: 128 bytes of bfloat16 from each row, whole cache lines."""
 REDUCE_WARPS, REDUCE_LOADS, REDUCE_PROGRAMS = 8, 8, 2
-"""A reduction program's warps, the 16-byte loads a thread has under way, and programs per multiprocessor."""
+"""A reduction program's warps, the 16-byte loads a thread has under way, and programs per
+multiprocessor."""
 APPLY_WARPS, APPLY_LOADS = 4, 4
 """An elementwise program's warps, and the 16-byte loads of a thread from each tensor."""
 SINGLE_BYTES, SINGLE_ELEMENTS, SINGLE_PER_THREAD = 32, 1 << 14, 16
-"""A single launch's bytes of a row in a strip, a whole sector (half of one where more would be too much for a program);
-most elements of a program; elements of a thread.
+"""A single launch's bytes of a row in a strip, a whole sector (half of one where more would be too
+much for a program); most elements of a program; elements of a thread.
 
-On an H200 none of 12 other settings of these constants was more than 1 % faster over ResNet-18's shapes for two views of 64
-images of 128 pixels in bfloat16. At the largest, 262,144 rows of 64 channels a view, forward takes 63 us and backward 94 us:
-3.2 and 3.6 TB/s, where a copy moves 4.3. Small ones cost their latency: 8 us each way at 1,024 rows of 512 channels."""
+On an H200 none of 12 other settings of these constants was more than 1 % faster over ResNet-18's
+shapes for two views of 64 images of 128 pixels in bfloat16. At the largest, 262,144 rows of 64
+channels a view, forward takes 63 us and backward 94 us: 3.2 and 3.6 TB/s, where a copy moves 4.3.
+Small ones cost their latency: 8 us each way at 1,024 rows of 512 channels."""
 _MOST_WARPS = 16
 _FINAL_LOADS = 8
 
 
 class Plan(NamedTuple):
-    """How many programs there are and what they take."""
+    """Numbers of programs, and their compile-time arguments."""
 
     single: bool
     strips: int
     parts: int
-    """Programs of a strip and group that sum; each leaves two numbers per channel for the last one."""
+    """Programs of a strip and group that sum; each leaves two numbers per channel for the last one.
+    """
     tiles: int
     """Programs of a strip and group that do not sum."""
     reduce: dict[str, int | bool]
-    """Compile-time arguments and compiler options of the launch that sums, the only one if it is single."""
+    """Compile-time arguments and compiler options of the launch that sums, the only one if it is
+    single."""
     apply: dict[str, int | bool]
 
 
@@ -78,7 +87,8 @@ class Plan(NamedTuple):
 def plan(
     rows: int, channels: int, groups: int, itemsize: int, tensors: int, multiprocessors: int
 ) -> Plan:
-    """The launches for `groups` times `rows` rows; `tensors` is how many of that size are read for the sums."""
+    """The launches for `groups` times `rows` rows; `tensors` is how many of that size are read for
+    the sums."""
     block_g, block_r = triton.next_power_of_2(groups), triton.next_power_of_2(rows)
     narrow = min(triton.next_power_of_2(channels), max(1, SINGLE_BYTES // itemsize))
     if block_g * block_r * narrow > SINGLE_ELEMENTS:
@@ -87,14 +97,8 @@ def plan(
     if elements <= SINGLE_ELEMENTS:
         warps = max(1, min(_MOST_WARPS, elements // (32 * SINGLE_PER_THREAD)))
         full = rows == block_r and groups == block_g and channels % narrow == 0
-        constants = {
-            "C": channels,
-            "GROUPS": groups,
-            "BLOCK_G": block_g,
-            "BLOCK_R": block_r,
-            "BLOCK_C": narrow,
-        }
-        single = constants | {"FULL": full, "num_warps": warps}
+        single = {"C": channels, "GROUPS": groups, "BLOCK_G": block_g, "BLOCK_R": block_r}
+        single |= {"BLOCK_C": narrow, "FULL": full, "num_warps": warps}
         return Plan(True, triton.cdiv(channels, narrow), 1, 1, single, {})
     columns = min(triton.next_power_of_2(channels), COLUMNS)
     strips = triton.cdiv(channels, columns)
@@ -151,14 +155,16 @@ def forward(
     momentum: float,
     eps: float,
 ) -> None:
-    """Writes y and the statistics, and updates the running ones. Does not allocate, synchronise or check anything.
+    """Writes y and the statistics, and updates the running ones. Does not allocate, synchronise or
+    check anything.
 
     Args:
         x, residual, y: G R C elements of one dtype, contiguous as rows of channels.
         weight, bias, running_mean, running_var: (C,), contiguous, or None, the running ones both.
         statistics: (3, G, C) float32: mean, invstd and the unbiased variance. Overwritten.
-        partials: float32, `partial_sums` elements of any content, and tickets: int32, an element per strip, 0 and left
-            0, which no other launch may use at the same time. Both only if the plan is not for a single launch.
+        partials: float32, `partial_sums` elements of any content, and tickets: int32, an element
+            per strip, 0 and left 0, which no other launch may use at the same time. Both only if
+            the plan is not for a single launch.
         chosen: of `plan`, with one tensor.
         groups, relu, momentum, eps: as in the formulas.
     """
@@ -169,58 +175,29 @@ def forward(
     # Does nothing for CPU tensors, which the interpreter takes.
     with torch.cuda.device_of(x):
         if chosen.single:
-            arguments: tuple[Any, ...] = (
-                x,
-                residual,
-                weight,
-                bias,
-                running_mean,
-                running_var,
-                y,
-                statistics,
-                rows,
-                momentum,
-                eps,
-            )
+            arguments: tuple[Any, ...] = (*tensors[:-1], rows, momentum, eps)
             constants = chosen.reduce | {"RELU": relu}
-            launch(
-                single_kernel, key and ("single", *key), (chosen.strips, 1, 1), arguments, constants
-            )
+            grid = (chosen.strips, 1, 1)
+            launch(single_kernel, key and ("single", *key), grid, arguments, constants)
             return
-        arguments = (
-            x,
-            running_mean,
-            running_var,
-            statistics,
-            partials,
-            tickets,
-            rows,
-            momentum,
-            eps,
-        )
+        running = (running_mean, running_var)
+        arguments = (x, *running, statistics, partials, tickets, rows, momentum, eps)
         grid = (chosen.parts, chosen.strips, groups)
         launch(statistics_kernel, key and ("statistics", *key), grid, arguments, chosen.reduce)
         arguments = (x, residual, weight, bias, statistics, y, rows)
         grid = (chosen.tiles, chosen.strips, groups)
-        launch(
-            normalise_kernel,
-            key and ("normalise", *key),
-            grid,
-            arguments,
-            chosen.apply | {"RELU": relu},
-        )
+        constants = chosen.apply | {"RELU": relu}
+        launch(normalise_kernel, key and ("normalise", *key), grid, arguments, constants)
 
 
 def launch_key(tensors: tuple[Tensor | None, ...], rest: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Key of the machine code for launches with these tensors; None where Triton must look at addresses."""
+    """Key of the machine code for launches with these tensors; None where Triton must look at
+    addresses."""
     if not aligned(tensors):
         return None
     dtypes = tuple(None if tensor is None else tensor.dtype for tensor in tensors)
-    return (
-        tensors[0].device,
-        dtypes,
-        *(tuple(x.items()) if isinstance(x, dict) else x for x in rest),
-    )  # type: ignore[union-attr]
+    parts = (tuple(x.items()) if isinstance(x, dict) else x for x in rest)
+    return (tensors[0].device, dtypes, *parts)  # type: ignore[union-attr]
 
 
 @triton.jit(do_not_specialize=["ticket_ptr", "rows"])
@@ -243,7 +220,8 @@ def statistics_kernel(
     FINAL_STEPS: tl.constexpr,
     FINAL_R: tl.constexpr,
 ) -> None:
-    """Tiles `program_id(0)`, + `num_programs(0)`, .. of strip `program_id(1)` of group `program_id(2)`."""
+    """Tiles `program_id(0)`, + `num_programs(0)`, .. of strip `program_id(1)` of group
+    `program_id(2)`."""
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     group = tl.program_id(2).to(tl.int64)
     x_ptr += group * rows * C
@@ -270,12 +248,8 @@ def statistics_kernel(
     if is_last(ticket_ptr):
         share, unbiased_share = 1.0 / rows.to(tl.float32), 1.0 / (rows - 1).to(tl.float32)
         if running_mean_ptr is not None:
-            running_mean = tl.load(running_mean_ptr + column, mask=column < C, other=0.0).to(
-                tl.float32
-            )
-            running_var = tl.load(running_var_ptr + column, mask=column < C, other=0.0).to(
-                tl.float32
-            )
+            running_mean = column_of(running_mean_ptr, column, C, 0.0)
+            running_var = column_of(running_var_ptr, column, C, 0.0)
         for g in tl.static_range(GROUPS):
             first = x_ptr + (g - group) * rows * C + column
             first_row = tl.load(first, mask=column < C, other=0.0).to(tl.float32)
@@ -392,14 +366,12 @@ def single_kernel(
     tl.store(to + GROUPS * C, invstd, mask=is_real)
     tl.store(to + 2 * GROUPS * C, unbiased, mask=is_real)
     if running_mean_ptr is not None:
-        running_mean = tl.load(running_mean_ptr + column, mask=column < C, other=0.0).to(tl.float32)
-        running_var = tl.load(running_var_ptr + column, mask=column < C, other=0.0).to(tl.float32)
+        running_mean = column_of(running_mean_ptr, column, C, 0.0)
+        running_var = column_of(running_var_ptr, column, C, 0.0)
         for i in tl.static_range(GROUPS):
-            running_mean = (1.0 - momentum) * running_mean + momentum * tl.sum(
-                tl.where(g == i, mean, 0.0), axis=0
-            )
-            running_var = (1.0 - momentum) * running_var + momentum * tl.sum(
-                tl.where(g == i, unbiased, 0.0), axis=0
-            )
+            group_mean = tl.sum(tl.where(g == i, mean, 0.0), axis=0)
+            group_var = tl.sum(tl.where(g == i, unbiased, 0.0), axis=0)
+            running_mean = (1.0 - momentum) * running_mean + momentum * group_mean
+            running_var = (1.0 - momentum) * running_var + momentum * group_var
         tl.store(running_mean_ptr + column, running_mean, mask=column < C)
         tl.store(running_var_ptr + column, running_var, mask=column < C)

@@ -1,4 +1,5 @@
-"""The gradients of batch_norm.py, where formulas, traffic and the shape of the launches are described."""
+"""The gradients of batch_norm.py, where formulas, traffic and the shape of the launches are
+described."""
 
 from __future__ import annotations
 
@@ -10,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .batch_norm import Plan, launch_key
-from .batch_norm_parts import add_parts, column_of, is_last, load, parameters, store
+from .batch_norm_parts import add_parts, column_of, is_last, parameters
 from .launch import launch
+from .memory import load, store
 
 
 def backward(
@@ -36,52 +38,30 @@ def backward(
     """Writes the gradients that are given. Does not allocate, synchronise or check anything.
 
     Args:
-        gradient: of y; like x, x_gradient and residual_gradient G R C elements of one dtype, contiguous.
-        y: what forward wrote, and residual_gradient: both for a ReLU with a residual, else None. Without a ReLU the
-            residual's gradient is y's.
+        gradient: of y; like x, x_gradient and residual_gradient G R C elements of one dtype,
+            contiguous.
+        y: what forward wrote, and residual_gradient: both for a ReLU with a residual, else None.
+            Without a ReLU the residual's gradient is y's.
         weight, bias, statistics: as in forward.
         weight_gradient, bias_gradient: (C,), contiguous, or None.
-        sums: (2, G, C) float32 of any content; like partials and tickets, which are as in forward, only if the plan is
-            not for a single launch.
+        sums: (2, G, C) float32 of any content; like partials and tickets, which are as in forward,
+            only if the plan is not for a single launch.
         chosen: of `plan`, with two tensors, three with y.
         groups, relu: as in forward.
     """
     channels = statistics.shape[2]
     rows = x.numel() // (groups * channels)
     by_parameters = (weight_gradient, bias_gradient)
-    tensors = (
-        gradient,
-        x,
-        y,
-        weight,
-        bias,
-        statistics,
-        x_gradient,
-        residual_gradient,
-        *by_parameters,
-        sums,
-        partials,
-    )
-    key = launch_key(tensors, (groups, relu, chosen.reduce, chosen.apply))
     given = (gradient, x, y, weight, bias, statistics)
+    tensors = (*given, x_gradient, residual_gradient, *by_parameters, sums, partials)
+    key = launch_key(tensors, (groups, relu, chosen.reduce, chosen.apply))
     # Does nothing for CPU tensors, which the interpreter takes.
     with torch.cuda.device_of(x):
         if chosen.single:
-            arguments: tuple[Any, ...] = (
-                *given,
-                x_gradient,
-                residual_gradient,
-                *by_parameters,
-                rows,
-            )
+            arguments: tuple[Any, ...] = (*tensors[:-2], rows)
             constants = chosen.reduce | {"RELU": relu}
-            launch(
-                single_kernel,
-                key and ("single gradient", *key),
-                (chosen.strips, 1, 1),
-                arguments,
-                constants,
-            )
+            grid = (chosen.strips, 1, 1)
+            launch(single_kernel, key and ("single gradient", *key), grid, arguments, constants)
             return
         arguments = (*given, residual_gradient, *by_parameters, sums, partials, tickets, rows)
         grid = (chosen.parts, chosen.strips, groups)
@@ -119,7 +99,8 @@ def sums_kernel(
     FINAL_R: tl.constexpr,
     RELU: tl.constexpr,
 ) -> None:
-    """Tiles `program_id(0)`, + `num_programs(0)`, .. of strip `program_id(1)` of group `program_id(2)`.
+    """Tiles `program_id(0)`, + `num_programs(0)`, .. of strip `program_id(1)` of group
+    `program_id(2)`.
 
     Leaves mean(g') and invstd^2 mean(g' (x - mean)) of every group and channel in sums_ptr.
     """

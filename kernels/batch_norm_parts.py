@@ -1,4 +1,5 @@
-"""Pieces that the BatchNorm kernels share: loads and stores of rows, a channel's numbers, and sums over programs."""
+"""Pieces that the BatchNorm kernels share: loads and stores of rows, a channel's numbers, and sums
+over programs."""
 
 from __future__ import annotations
 
@@ -35,11 +36,11 @@ def column_of(
 
 @triton.jit
 def is_last(ticket_ptr: tl.tensor) -> tl.tensor:
-    """Whether this program is the last of its strip, once its stores have arrived. The last one resets the ticket."""
+    """True in the last program of a strip, once its stores have arrived; it resets the ticket."""
     tl.debug_barrier()
     ticket = ticket_ptr + tl.program_id(1)
     last = tl.num_programs(0) * tl.num_programs(2) - 1
-    # What a program has stored is visible before its ticket is; after the last ticket no load sees an old copy.
+    # Stores of a program are visible before its ticket; loads after the last ticket are fresh.
     taken = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
     if taken == last:
         tl.store(ticket, 0)
@@ -73,21 +74,3 @@ def add_parts(
             second += tl.load(elements + C, mask=used, other=0.0, cache_modifier=".cg")
         start += STEPS * BLOCK_R
     return tl.sum(first, axis=0), tl.sum(second, axis=0)
-
-
-@triton.jit
-def load(elements: tl.tensor, used: tl.tensor, FULL: tl.constexpr) -> tl.tensor:
-    """The elements, 0 for those that exist only as padding. FULL says that there is none, and saves the mask."""
-    if FULL:
-        return tl.load(elements)
-    else:
-        return tl.load(elements, mask=used, other=0.0)
-
-
-@triton.jit
-def store(elements: tl.tensor, x: tl.tensor, used: tl.tensor, FULL: tl.constexpr) -> None:
-    """The opposite of `load`, rounded to the elements' type."""
-    if FULL:
-        tl.store(elements, x.to(elements.dtype.element_ty))
-    else:
-        tl.store(elements, x.to(elements.dtype.element_ty), mask=used)

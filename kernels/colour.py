@@ -1,16 +1,21 @@
-"""Device functions of the colour operations: torchvision's, on float32 in [0, 1], for one view at a time.
+"""Colour operations of one view, as device functions: torchvision's, on float32 in [0, 1].
 
-With grey = 0.2989 r + 0.587 g + 0.114 b and the view's factor f, three of the four operations are one blend
+With grey = 0.2989 r + 0.587 g + 0.114 b and the view's factor f, three of the four operations are
+one blend
 
-    x <- clamp(f x + (1 - f) o, 0, 1),    o = 0 (brightness), mean of grey over the view (contrast), grey (saturation)
+    x <- clamp(f x + (1 - f) o, 0, 1)
 
-and hue is a rotation h <- (h + f) mod 1 between a conversion to hue, saturation and value and the one back. With
-v = max, s = (v - min) / v and h6 = 6 h, the channel with n = 5 (red), 3 (green) or 1 (blue) comes back as
+with o = 0 (brightness), the mean of grey over the view (contrast) or grey (saturation),
+
+and hue is a rotation h <- (h + f) mod 1 between a conversion to hue, saturation and value and the
+one back. With v = max, s = (v - min) / v and h6 = 6 h, the channel with n = 5 (red), 3 (green) or 1
+(blue) comes back as
 
     v - v s clamp(min(k, 4 - k), 0, 1),   k = (n + h6) mod 6,
 
-which is what torchvision selects from its four candidates, without the selection. Where all channels are equal s is 0
-and h is of no effect. The branches depend on the view alone, so that a warp computes only what its view asks for.
+which is what torchvision selects from its four candidates, without the selection. Where all
+channels are equal s is 0 and h has no effect. The branches depend on the view alone, so that a
+warp computes only the operations of its view.
 """
 
 from __future__ import annotations
@@ -19,7 +24,8 @@ import triton
 import triton.language as tl
 
 BRIGHTNESS = tl.constexpr(1)
-"""First of the codes in the order of operations; the columns of the factors follow one another in the same order."""
+"""First of the codes in the order of operations; the columns of the factors follow one another in
+the same order."""
 CONTRAST = tl.constexpr(2)
 SATURATION = tl.constexpr(3)
 HUE = tl.constexpr(4)
@@ -52,7 +58,8 @@ def adjust(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Applies `operations`, 4 bits each and the lowest ones first, to tensors of one shape.
 
-    factors_ptr: int32, the bits of the four factors in the order of the codes. mean: of grey where contrast is applied.
+    factors_ptr: int32, the bits of the four factors in the order of the codes. mean: of grey where
+    contrast is applied.
     """
     while operations != 0:
         operation = operations & 15

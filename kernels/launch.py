@@ -1,9 +1,9 @@
-"""A launch that looks its machine code up once instead of letting Triton derive it from every argument again.
+"""Launches by a key of the caller, without Triton's own search for the compiled kernel.
 
-Triton binds the arguments, describes each of them and turns the description into a string to find the compiled kernel,
-at every launch: tens of microseconds on the host, several times what a small batch takes on the GPU. The caller
-knows better what of all this can change and says so with a key; `CompiledKernel` does the rest as ever, with the
-current stream, Triton's hooks and its own launcher.
+At every launch Triton binds the arguments, describes each of them and turns the description into a
+string to find the compiled kernel: tens of microseconds on the host, several times what a small
+batch takes on the GPU. The caller's key holds only what can change; `CompiledKernel` does the rest
+as usual, with the current stream, Triton's hooks and its own launcher.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ def launch(
 
     Args:
         kernel: from `triton.jit`.
-        key: equal for two calls only if Triton would launch the same machine code for both; None where the caller does
-            not know: Triton chooses then.
+        key: equal for two calls only if Triton would launch the same machine code for both; None
+            to let Triton choose.
         grid: number of programs along each axis.
-        arguments: the kernel's run-time arguments, which precede the compile-time ones in its signature.
+        arguments: the kernel's run-time arguments, which precede the compile-time ones in its
+            signature.
         constants: its compile-time arguments and compiler options.
     """
     known = _compiled.get(key)
@@ -41,14 +42,12 @@ def launch(
         return
     compiled = kernel[grid](*arguments, **constants)
     if key is not None and isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
-        _compiled[key] = (
-            compiled,
-            tuple(constants[parameter.name] for parameter in kernel.params[len(arguments) :]),
-        )
+        rest = tuple(constants[parameter.name] for parameter in kernel.params[len(arguments) :])
+        _compiled[key] = compiled, rest
 
 
 def aligned(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether all addresses are divisible by 16, which is what Triton looks at in an address."""
+    """Return True if 16 divides all addresses: all that Triton specialises on in an address."""
     combined = 0
     for tensor in tensors:
         if tensor is not None:
@@ -57,5 +56,5 @@ def aligned(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def kind(stride: int) -> int:
-    """What Triton looks at in a number of fixed type: whether it is divisible by 16, 1, or neither."""
+    """The class of a number that Triton specialises on: divisible by 16, equal to 1, or neither."""
     return min(stride, 2) if stride & 15 else 0

@@ -1,33 +1,38 @@
-"""Device functions: the Power Spherical density against the uniform one, and the elementary functions it stands on.
+"""Device functions: the Power Spherical density against the uniform one, and elementary functions.
 
-With c = mu.z, k the concentration (kappa), b = (D - 1)/2, a = b + k, s = 2b + k and an upward shift n of all four
-gamma arguments (p = 2b + n, q = b + n, a' = q + k, s' = p + k):
+With c = mu.z, k the concentration (kappa), b = (D - 1)/2, a = b + k, s = 2b + k and an upward shift
+n of all four gamma arguments (p = 2b + n, q = b + n, a' = q + k, s' = p + k):
 
     F      = k L + (q - 1/2) log1p(-kb/(a'p)) + b log1p(k/p) + S(s') - S(a') - S(p) + S(q)
              - sum_i log1p(-kb/((a+i)(2b+i)))
-    dF/dk  = L + [psi(s') - log s'] - [psi(a') - log a'] + sum_i b/((s+i)(a+i)),        i = 0 .. n - 1
+    dF/dk  = L + [psi(s') - log s'] - [psi(a') - log a'] + sum_i b/((s+i)(a+i)),   0 <= i < n
     dF/dc  = k/(1 + c)
     L      = log[(1 + c) s'/(2a')] = log1p(t),  t = (2bc - (n + k)(1 - c))/(2a')
 
-S(x) and psi(x) - log x are Stirling's series. `vi_simsiam/ops/power_spherical.py` derives these formulas and is the
-reference for them.
+S(x) and psi(x) - log x are Stirling's series. `vi_simsiam/ops/power_spherical.py` derives these
+formulas and is the reference for them.
 
-Digits. In fp32 Triton compiles `tl.exp` to ex2.approx, whose relative error grows with the argument, `/` to div.full
-(2 ulp) and `tl.sqrt` to sqrt.approx; `tl.log` becomes libdevice's logf (1 ulp, on top of the rounding of 1 + x), in the
-interpreter numpy's. None of them appears where the digits matter: the functions below are sums, products, correctly
-rounded divisions and bit patterns, and give the same digits on every architecture and in the interpreter, up to the
-fusing of a product and a sum. The budget in fp32:
+Digits. In fp32 Triton compiles `tl.exp` to ex2.approx, whose relative error grows with the
+argument, `/` to div.full (2 ulp) and `tl.sqrt` to sqrt.approx; `tl.log` becomes libdevice's logf (1
+ulp, on top of the rounding of 1 + x), in the interpreter numpy's. None of them appears where the
+digits matter: the functions below are sums, products, correctly rounded divisions and bit patterns,
+and give the same digits on every architecture and in the interpreter, up to the fusing of a product
+and a sum. The budget in fp32:
 
-    log, log1p   1 ulp. The argument is m 2^e with m in [sqrt(1/2), sqrt(2)]; log m comes from a series in f/(2 + f),
-                 f = m - 1, cut where the next term is 2e-9 of the result; f + e log 2 is kept without rounding.
-    exp          1 ulp, subnormal results included: a polynomial on |r| <= log(2)/2, cut at 1e-8, times a power of two.
+    log, log1p   1 ulp. The argument is m 2^e with m in [sqrt(1/2), sqrt(2)]; log m is a series in
+                 f/(2 + f), f = m - 1, cut where the next term is 2e-9 of the result; f + e log 2
+                 is kept without rounding.
+    exp          1 ulp, subnormal results included: a polynomial on |r| <= log(2)/2, cut at 1e-8,
+                 times a power of two.
     softplus     2 ulp; sigmoid 2.5 ulp.
     quadratic    2 ulp.
-    S, psi       three terms; what follows is below 3e-10 for arguments from 8 on, which n = 0 meets from D = 17 on.
-    F            k L carries |k L| ulps, the two normalising terms about k/2 ulps where k < D; at the best k, t is 0.
+    S, psi       three terms; the rest is below 3e-10 for arguments from 8 on, which n = 0 meets
+                 from D = 17 on.
+    F            k L carries |k L| ulps, the two normalising terms about k/2 ulps where k < D; at
+                 the best k, t is 0.
 
-In fp64 `tl.log`, `tl.exp`, `/` and `tl.sqrt` are the accurate ones (1 ulp), and seven terms with arguments from 16 on
-leave 2e-17.
+In fp64 `tl.log`, `tl.exp`, `/` and `tl.sqrt` are the accurate ones (1 ulp), and seven terms with
+arguments from 16 on leave 2e-17.
 """
 
 from __future__ import annotations
@@ -38,25 +43,28 @@ import triton.language as tl
 ONE_PLUS_COS_MIN = tl.constexpr(1e-6)
 LEAST_ROOT = tl.constexpr(0.02)
 _LOG2_E = tl.constexpr(1.4426950408889634)
-# log 2 in two parts: the first has 16 significant bits, so that its product with an exponent is exact in fp32.
+# log 2 in two parts: the first has 16 significant bits, so that its product with an exponent is
+# exact in fp32.
 _LN2_HIGH = tl.constexpr(0.693145751953125)
 _LN2_LOW = tl.constexpr(1.4286068203094172e-06)
 _SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
 _MANTISSA_BITS = tl.constexpr(0x007FFFFF)
-# Adding 1.5 * 2^23 rounds an fp32 number to an integer and leaves that integer in the low bits of the sum.
+# Adding 1.5 * 2^23 rounds an fp32 number to an integer and leaves that integer in the low bits of
+# the sum.
 _ROUNDER = tl.constexpr(12582912.0)
 _ROUNDER_BITS = tl.constexpr(0x4B400000)
 
 
 @triton.constexpr_function
 def series_shift(dim: int, double: bool) -> int:
-    """n: steps by which the gamma arguments move up until (D - 1)/2 + n reaches 8 (fp32) or 16 (fp64)."""
+    """n: steps by which the gamma arguments move up until (D - 1)/2 + n reaches 8 (fp32) or 16
+    (fp64)."""
     return max(0, ((34 if double else 18) - dim) // 2)
 
 
 @triton.constexpr_function
 def stirling_at_zero(dim: int, n: int) -> float:
-    """S(q) - S(p), the part of the normaliser's series that does not depend on the concentration."""
+    """S(q) - S(p), the part of the normaliser's series without the concentration."""
     coefficients = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360, 1 / 156)
     p, q = float(dim - 1 + n), (dim - 1) / 2 + n
     return sum(c * (q ** -(2 * j + 1) - p ** -(2 * j + 1)) for j, c in enumerate(coefficients))
@@ -105,7 +113,8 @@ def _power_of_two(n: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def log_of_sum(high: tl.tensor, low: tl.tensor) -> tl.tensor:
-    """log(high + low) for normal high > 0 and |low| <= ulp(high)/2. NaN in `low` is kept, in `high` alone it is not."""
+    """log(high + low) for normal high > 0 and |low| <= ulp(high)/2. NaN in `low` is kept, in `high`
+    alone it is not."""
     if high.dtype == tl.float64:
         return tl.log(high) + low / high
     else:
@@ -118,7 +127,8 @@ def log_of_sum(high: tl.tensor, low: tl.tensor) -> tl.tensor:
         z = s * s
         series = z * (2.0 / 3.0 + z * (2.0 / 5.0 + z * (2.0 / 7.0 + z * (2.0 / 9.0))))
         half_square = 0.5 * f * f
-        # log(1 + f) = f - f^2/2 + s (f^2/2 + series), because s = f/(2 + f) makes f^2/2 (1 - s) = s f.
+        # log(1 + f) = f - f^2/2 + s (f^2/2 + series), because s = f/(2 + f) makes f^2/2 (1 - s) = s
+        # f.
         correction = low - (half_square - s * (half_square + series))
         n = exponent.to(tl.float32)
         leading = n * _LN2_HIGH + f
@@ -184,8 +194,8 @@ def log_density_ratio(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """F(kappa, cos), dF/dkappa and dF/dcos, elementwise, in fp32 or fp64.
 
-    kappa >= 0 and cos have the same dtype and shapes that broadcast. 1 + cos is clamped from below at
-    ONE_PLUS_COS_MIN; where the clamp acts dF/dcos is 0. NaN in, NaN out.
+    kappa >= 0 and cos have the same dtype and shapes that broadcast. 1 + cos is clamped from below
+    at ONE_PLUS_COS_MIN; where the clamp acts dF/dcos is 0. NaN in, NaN out.
     """
     N: tl.constexpr = series_shift(DIM, kappa.dtype == tl.float64)
     B: tl.constexpr = (DIM - 1) / 2
@@ -200,7 +210,8 @@ def log_density_ratio(
     one_plus_cos = tl.where(clamped, ONE_PLUS_COS_MIN, 1.0 + cos)
     cos = tl.where(clamped, ONE_PLUS_COS_MIN - 1.0, cos)
     t = divide((2 * B) * cos - (kappa + N) * (1.0 - cos), 2.0 * a)
-    # Far below the optimum t is close to -1 and has lost the digits that the factors of 1 + t still have.
+    # Far below the optimum t is close to -1 and has lost the digits that the factors of 1 + t still
+    # have.
     far = t < -0.5
     near_one = 1.0 + t
     slope = log_of_sum(

@@ -1,14 +1,14 @@
-"""A gradient times a factor that only the device knows: the backward of a loss whose gradient is there already.
+"""Scales a precomputed gradient by the upstream gradient, read on the device without a host sync.
 
-The factor of a mean is one number, in training 1 unless a loss scaler is at work. In place and with a factor of 1 every
-program leaves after it has read it, so that a backward costs a launch and no traffic. Otherwise the gradient is read
-and written once, multiplied in the factor's precision and rounded once. With a factor for every sample, rows whose
-factor is 1 are neither read nor written.
+The factor of a mean is one number, in training 1 unless a loss scaler is at work. In place and with
+a factor of 1 every program returns after reading it, so that a backward costs a launch and no
+traffic. Otherwise the gradient is read and written once, multiplied in the factor's precision and
+rounded once. With a factor for every sample, rows whose factor is 1 are neither read nor written.
 
-Shape of a launch. Tiles of TILE elements, up to 256 columns wide, that at most 1024 programs share out among
-themselves: enough to fill any GPU, few enough that leaving does not grow with the batch. The views are the grid's
-second axis, which spares the division of a row number into view and sample. Two programs of 4 warps read 32 elements
-a thread each before anything waits. No time was measured on a GPU.
+Shape of a launch. Tiles of TILE elements, up to 256 columns wide, divided among at most 1024
+programs: enough to fill any GPU, few enough that an early return does not grow with the batch. The
+views are the grid's second axis, which saves the division of a row number into view and sample. A
+program of 4 warps reads 32 elements a thread before the first wait. Not timed on a GPU.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ _MOST_PROGRAMS = 1024
 def scale_gradient(
     gradient: Tensor, factor: Tensor, out: Tensor, concentration_gradient: Tensor | None
 ) -> None:
-    """Writes the gradient times the factor to `out`, and scales the concentration's gradient in place.
+    """Writes the gradient times the factor to `out`, and scales the concentration's gradient in
+    place.
 
     Args:
         gradient: (V, B, W), the last stride 1.
         factor: no dimensions or (B,) with any stride, in the compute dtype.
-        out: `gradient` itself, or a tensor of its shape, any strides with the last one 1, any floating dtype.
+        out: `gradient` itself, or a tensor of its shape, any strides with the last one 1, any
+            floating dtype.
         concentration_gradient: (V, B), contiguous, in the compute dtype.
     """
     views, samples, width = gradient.shape

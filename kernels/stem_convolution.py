@@ -1,14 +1,16 @@
-"""Images as blocks of 2x2 pixels, for the first convolution of a ResNet: 7x7, stride 2, padding 3, three channels.
+"""Images as blocks of 2x2 pixels, for the first convolution of a ResNet: 7x7, stride 2, padding 3,
+three channels.
 
-Tensor cores take channels in eights, so that libraries pad three channels to eight and multiply mostly by zeros. A
-convolution of stride 2 over pixels is one of stride 1 over blocks of 2x2 pixels: with one more zero before the seven
-taps, tap k = 2a + b of an axis reads pixel b of block a. The kernel becomes 4x4 over 12 channels (2 rows, 2 columns,
-3 colours), padded here to 16, and the same products are summed:
+Tensor cores take channels in eights, so that libraries pad three channels to eight and multiply
+mostly by zeros. A convolution of stride 2 over pixels is one of stride 1 over blocks of 2x2 pixels:
+with one more zero before the seven taps, tap k = 2a + b of an axis reads pixel b of block a. The
+kernel becomes 4x4 over 12 channels (2 rows, 2 columns, 3 colours), padded here to 16, and the same
+products are summed:
 
     out[i] = sum_k w[k] x[2i + k - 3] = sum_a sum_b w'[2a + b] x[2(i + a - 2) + b],  w' = (0, w)
 
-Bytes: the images are read once; the blocks, 16 channels for 12, are written with the border of zeros that the
-convolution needs (two blocks before, one behind).
+Bytes: the images are read once; the blocks, 16 channels for 12, are written with the border of
+zeros that the convolution needs (two blocks before, one behind).
 """
 
 from __future__ import annotations

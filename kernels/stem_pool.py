@@ -1,31 +1,39 @@
-"""BatchNorm of several groups of images, ReLU and a 3 x 3 max-pool of stride 2: how the stem of a ResNet ends.
+"""BatchNorm of several groups of images, ReLU and a 3 x 3 max-pool of stride 2: how the stem of a
+ResNet ends.
 
-For images x (N, C, H, W), channels_last, in G groups of consecutive images, with the statistics of batch_norm.py:
+For images x (N, C, H, W), channels_last, in G groups of consecutive images, with the statistics of
+batch_norm.py:
 
     z = (x - mean) invstd weight + bias                       of a group and channel
-    y[i, j] = relu(max z[r, s]),   r in {2i - 1, 2i, 2i + 1}, s in {2j - 1, 2j, 2j + 1} as far as they exist
-    dz[r, s] = sum of dy[i, j] over the windows, at most four, that took z[r, s] and where y[i, j] > 0
+    y[i, j] = relu(max z[r, s])       over the existing r, s with |r - 2i| <= 1 and |s - 2j| <= 1
+    dz[r, s] = sum of dy[i, j] over the windows, at most four, that took z[r, s] and where y[i, j] >
+    0
     dbias = sum dz,   dweight = sum dz (x - mean) invstd      both added up over the groups
     dx = weight invstd (dz - mean(dz) - (x - mean) invstd^2 mean(dz (x - mean)))
 
-z rises with x, or falls where the weight is negative: the maximum is taken of x or of -x, and only what is left is
-normalised. Of equal values the first one is taken, as in PyTorch; where the weight is 0, the largest x.
+z rises with x, or falls where the weight is negative: the maximum is taken of x or of -x, and only
+what is left is normalised. Of equal values the first one is taken, as in PyTorch; where the weight
+is 0, the largest x.
 
-Kept for backward: of every window the x that it took, and a code of a byte, 3 (row in the window) + column, or 255 where
-the ReLU let nothing through. Sums over dz need these values alone, a quarter of x.
+Kept for backward: of every window the x that it took, and a code of a byte, 3 (row in the window) +
+column, or 255 where the ReLU let nothing through. Sums over dz need these values alone, a quarter
+of x.
 
-Traffic. A unit is N C H W elements of two bytes. Forward: x is read for the statistics and read again; y, the values and
-codes are written: 2 + 1/4 + 1/4 + 1/8 units. Backward: dy and the values are read for the sums; x, dy and codes are read
-and dx is written: 1/2 + 2 + 1/4 + 1/8 units. Rows that two programs need are read twice, from L2.
+Traffic. A unit is N C H W elements of two bytes. Forward: x is read for the statistics and read
+again; y, the values and codes are written: 2 + 1/4 + 1/4 + 1/8 units. Backward: dy and the values
+are read for the sums; x, dy and codes are read and dx is written: 1/2 + 2 + 1/4 + 1/8 units. Rows
+that two programs need are read twice, from L2.
 
-Shape of the launches. A program has a strip of at most 64 channels and a stretch of a row of windows, one vector of 16
-bytes for each thread, and takes ROWS rows of windows one after the other. Forward: the lowest row of x in a window is the
-highest of the next one; its maxima across three columns stay in registers, and two rows of every window are new.
-Backward: windows that take from the 2 x 2 elements [2i .. 2i + 1, 2j .. 2j + 1] are (i, j), (i, j + 1), (i + 1, j) and
-(i + 1, j + 1), nine comparisons of codes for four elements; those of row i + 1 are kept for the next one.
-Images are taken from the last one of each group to the first: the statistics have just read the last ones, and what the
-L2 cache holds of them is read from there. Sums are those of batch_norm.py and batch_norm_backward.py, in a fixed order.
-On an H200 with (128, 64, 64, 64) in bfloat16 forward takes 60 us and backward 67, 2.9 TB/s; PyTorch's three layers 920 in all.
+Shape of the launches. A program has a strip of at most 64 channels and a stretch of a row of
+windows, one vector of 16 bytes for each thread, and takes ROWS rows of windows one after the other.
+Forward: the lowest row of x in a window is the highest of the next one; its maxima across three
+columns stay in registers, and two rows of every window are new. Backward: windows that take from
+the 2 x 2 elements [2i .. 2i + 1, 2j .. 2j + 1] are (i, j), (i, j + 1), (i + 1, j) and (i + 1, j +
+1), nine comparisons of codes for four elements; those of row i + 1 are kept for the next one.
+Images are taken from the last one of each group to the first: the statistics have just read the
+last ones, and what the L2 cache holds of them is read from there. Sums are those of batch_norm.py
+and batch_norm_backward.py, in a fixed order. On an H200 with (128, 64, 64, 64) in bfloat16 forward
+takes 60 us and backward 67, 2.9 TB/s; PyTorch's three layers 920 in all.
 """
 
 from __future__ import annotations
@@ -40,9 +48,9 @@ from torch import Tensor
 
 from . import batch_norm
 from .batch_norm import launch_key, statistics_kernel
-from .batch_norm_backward import sums_kernel
-from .batch_norm_parts import load, parameters, store
+from .batch_norm_parts import parameters
 from .launch import launch
+from .memory import load, store
 
 COLUMNS = 64
 """Most channels of a program: 128 bytes of bfloat16 from each pixel, a whole cache line."""
@@ -54,7 +62,7 @@ LAST_FIRST = True  # the images of a group
 
 
 class Plan(NamedTuple):
-    """How many programs there are and what they take."""
+    """Numbers of programs, and their compile-time arguments."""
 
     statistics: batch_norm.Plan
     sums: batch_norm.Plan
@@ -75,7 +83,8 @@ def plan(
     itemsize: int,
     multiprocessors: int,
 ) -> Plan:
-    """The launches for images of these sizes. Empty the cache after a change of the constants above."""
+    """The launches for images of these sizes. Empty the cache after a change of the constants
+    above."""
     across, down = pooled(width), pooled(height)
     per_group = images // groups
     sizes = channels, groups, itemsize
@@ -84,13 +93,8 @@ def plan(
     columns = min(triton.next_power_of_2(channels), COLUMNS)
     launches = []
     of_pool = POOL_WARPS, POOL_ROWS, POOL_BYTES, POOL_REGISTERS, True
-    of_gradient = (
-        GRADIENT_WARPS,
-        GRADIENT_ROWS,
-        GRADIENT_BYTES,
-        GRADIENT_REGISTERS,
-        height % 2 == width % 2 == 0,
-    )
+    even_sides = height % 2 == width % 2 == 0
+    of_gradient = GRADIENT_WARPS, GRADIENT_ROWS, GRADIENT_BYTES, GRADIENT_REGISTERS, even_sides
     for warps, rows, nbytes, registers, even in (of_pool, of_gradient):
         # One vector a thread: of more, codes and elements would be laid out differently.
         stretch = max(1, 32 * warps * nbytes // (itemsize * columns))
@@ -98,13 +102,8 @@ def plan(
             warps, stretch = warps // 2, stretch // 2
         full = even and across % stretch == down % rows == channels % columns == 0
         tiles = images * triton.cdiv(down, rows) * triton.cdiv(across, stretch)
-        constants = {
-            "C": channels,
-            "BLOCK_C": columns,
-            "GROUPS": groups,
-            "BLOCK_W": stretch,
-            "ROWS": rows,
-        }
+        constants = {"C": channels, "BLOCK_C": columns, "GROUPS": groups}
+        constants |= {"BLOCK_W": stretch, "ROWS": rows}
         options = {"LAST_FIRST": LAST_FIRST, "FULL": full, "num_warps": warps, "maxnreg": registers}
         launches.append((tiles, constants | options))
     (pool_tiles, pool), (gradient_tiles, gradient) = launches
@@ -114,7 +113,8 @@ def plan(
 
 
 def _reduction(rows: int, *sizes: int) -> batch_norm.Plan:
-    """A launch that only sums; of few rows, which a BatchNorm takes in one launch, by one program a strip."""
+    """A launch that only sums; of few rows, which a BatchNorm takes in one launch, by one program a
+    strip."""
     chosen = batch_norm.plan(rows, *sizes)
     if chosen.single:
         chosen = batch_norm.plan(1 << 24, *sizes)
@@ -145,12 +145,14 @@ def forward(
     momentum: float,
     eps: float,
 ) -> None:
-    """Writes y, what backward needs and the statistics; updates the running ones. Does not allocate or synchronise.
+    """Writes y, what backward needs and the statistics; updates the running ones. Does not allocate
+    or synchronise.
 
     Args:
         x: (N, C, H, W), contiguous in channels_last, N divisible by the groups.
         weight, bias, running_mean, running_var: (C,), contiguous, or None, the running ones both.
-        y, taken, codes: (N, C, pooled(H), pooled(W)) in x's layout; the codes are uint8, y and taken of x's dtype.
+        y, taken, codes: (N, C, pooled(H), pooled(W)) in x's layout; the codes are uint8, y and
+            taken of x's dtype.
         statistics: (3, G, C) float32: mean, invstd and the unbiased variance. Overwritten.
         partials, tickets: as in batch_norm.py, for `chosen.statistics`; `chosen` is of `plan`.
     """
@@ -169,63 +171,6 @@ def forward(
         arguments = (*tensors, images // groups, height, width)
         grid = (chosen.pool_tiles, chosen.strips, 1)
         launch(pool_kernel, key and ("pool", *key), grid, arguments, chosen.pool)
-
-
-def backward(
-    gradient: Tensor,
-    x: Tensor,
-    taken: Tensor,
-    codes: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    statistics: Tensor,
-    x_gradient: Tensor,
-    weight_gradient: Tensor | None,
-    bias_gradient: Tensor | None,
-    sums: Tensor,
-    partials: Tensor,
-    tickets: Tensor,
-    chosen: Plan,
-    *,
-    groups: int,
-) -> None:
-    """Writes the gradients that are given. Does not allocate or synchronise.
-
-    Args:
-        gradient: of y, in y's dtype and layout.
-        x, taken, codes, weight, bias, statistics: as in forward.
-        x_gradient: as x. weight_gradient, bias_gradient: (C,), contiguous, or None.
-        sums: (2, G, C) float32 of any content.
-        partials, tickets: as in batch_norm.py, for `chosen.sums`.
-    """
-    images, channels, height, width = x.shape
-    windows = taken.numel() // (groups * channels)
-    by_parameters = weight_gradient, bias_gradient
-    with torch.cuda.device_of(x):
-        reduce = chosen.sums.reduce | {"RELU": True}
-        tensors: tuple[Any, ...] = (
-            gradient,
-            taken,
-            weight,
-            bias,
-            statistics,
-            *by_parameters,
-            sums,
-            partials,
-        )
-        key = launch_key(tensors, (groups, reduce))
-        given = (gradient, taken, None, weight, bias, statistics, None, *by_parameters)
-        arguments: tuple[Any, ...] = (*given, sums, partials, tickets, windows)
-        grid = (chosen.sums.parts, chosen.sums.strips, groups)
-        launch(sums_kernel, key and ("pooled sums", *key), grid, arguments, reduce)
-        tensors = (gradient, x, codes, weight, bias, statistics, sums, x_gradient)
-        key = launch_key(tensors, (chosen.gradient,))
-        share = (
-            windows * groups * channels / x.numel()
-        )  # the sums were divided by the windows, not by the pixels
-        arguments = (*tensors, share, images // groups, height, width)
-        grid = (chosen.gradient_tiles, chosen.strips, 1)
-        launch(gradient_kernel, key and ("pool gradient", *key), grid, arguments, chosen.gradient)
 
 
 @triton.jit(do_not_specialize=["per_group", "height", "width"])
@@ -250,15 +195,18 @@ def pool_kernel(
 ) -> None:
     """Rows ROWS * i .. of windows, BLOCK_W of each, in the channels of strip `program_id(1)`."""
     down, across = (height + 1) // 2, (width + 1) // 2
-    image, group, first, j = _tile(down, across, per_group, GROUPS, BLOCK_W, ROWS, LAST_FIRST)
+    image, group, first, j = tile_of_program(
+        down, across, per_group, GROUPS, BLOCK_W, ROWS, LAST_FIRST
+    )
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mean, scale, bias = parameters(statistics_ptr, weight_ptr, bias_ptr, group, column, C, GROUPS)
     sign = tl.where(scale < 0.0, -1.0, 1.0)[None, :]
     x_ptr += image * height * width * C + column[None, :]
     to_window = (image * down * across + j)[:, None] * C + column[None, :]
     is_window = (j < across)[:, None] & (column < C)[None, :]
-    # Pixels beyond the border are replaced by their neighbours in the window: those on the right and below come after
-    # them and change nothing; those on the left come before, but get their codes.
+    # Pixels beyond the border are replaced by their neighbours in the window: those on the right
+    # and below come after them and change nothing; those on the left come before, but get their
+    # codes.
     last = width - 1
     left = (tl.minimum(tl.maximum(2 * j - 1, 0), last) * C)[:, None]
     middle = (tl.minimum(2 * j, last) * C)[:, None]
@@ -293,7 +241,7 @@ def pool_kernel(
 
 
 @triton.jit
-def _tile(
+def tile_of_program(
     down: tl.tensor,
     across: tl.tensor,
     per_group: tl.tensor,
@@ -302,7 +250,8 @@ def _tile(
     ROWS: tl.constexpr,
     LAST_FIRST: tl.constexpr,
 ) -> tl.tuple:
-    """Image (int64), its group, the first row of windows and the places in it that this program takes."""
+    """Image (int64), its group, the first row of windows and the places in it that this program
+    takes."""
     tile = tl.program_id(0)
     stretches, blocks = tl.cdiv(across, BLOCK_W), tl.cdiv(down, ROWS)
     j = tile % stretches * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -328,7 +277,8 @@ def _across(
     used: tl.tensor,
     FULL: tl.constexpr,
 ) -> tl.tuple:
-    """The largest of three neighbours times the sign, and which of them it is, the first one of equals."""
+    """The largest of three neighbours times the sign, and which of them it is, the first one of
+    equals."""
     at_left = load(row + left, used, FULL)
     at_middle = load(row + middle, used, FULL)
     at_right = load(row + right, used, FULL)
@@ -339,110 +289,3 @@ def _across(
     other = at_right.to(tl.float32) * sign
     code = tl.where(other > best, 2, code)
     return tl.maximum(other, best), code
-
-
-@triton.jit(do_not_specialize=["per_group", "height", "width"])
-def gradient_kernel(
-    gradient_ptr: tl.tensor,
-    x_ptr: tl.tensor,
-    code_ptr: tl.tensor,
-    weight_ptr: tl.tensor,
-    bias_ptr: tl.tensor,
-    statistics_ptr: tl.tensor,
-    sums_ptr: tl.tensor,
-    x_gradient_ptr: tl.tensor,
-    share: tl.float32,
-    per_group: tl.int32,
-    height: tl.int32,
-    width: tl.int32,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    ROWS: tl.constexpr,
-    LAST_FIRST: tl.constexpr,
-    FULL: tl.constexpr,
-) -> None:
-    """The pixels (2i .. 2i + 1, 2j .. 2j + 1) of windows (i, j) as in forward."""
-    down, across = (height + 1) // 2, (width + 1) // 2
-    image, group, first, j = _tile(down, across, per_group, GROUPS, BLOCK_W, ROWS, LAST_FIRST)
-    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    is_channel = (column < C)[None, :]
-    mean, scale, _ = parameters(statistics_ptr, weight_ptr, bias_ptr, group, column, C, GROUPS)
-    constant = -scale * share * tl.load(sums_ptr + group * C + column, mask=column < C, other=0.0)
-    by_x = (
-        -scale
-        * share
-        * tl.load(sums_ptr + (GROUPS + group) * C + column, mask=column < C, other=0.0)
-    )
-    # In 8 or 11 bits of x deviations are left only while the mean is less than 2^8 or 2^11 of them: it can be
-    # multiplied before it is subtracted, which saves eight registers.
-    if x_ptr.dtype.element_ty.primitive_bitwidth == 16:
-        constant -= by_x * mean
-        mean = None
-    pixels = image * height * width * C + (2 * j)[:, None] * C + column[None, :]
-    windows = image * down * across * C + j[:, None] * C + column[None, :]
-    in_row = (j < across)[:, None] & is_channel
-    next_in_row = (j + 1 < across)[:, None] & is_channel
-    at = windows + first.to(tl.int64) * across * C
-    g, code = _window(gradient_ptr, code_ptr, at, in_row & (first < down))
-    g_right, code_right = _window(gradient_ptr, code_ptr, at + C, next_in_row & (first < down))
-    for step in range(ROWS):
-        i = first + step
-        at = windows + (i + 1).to(tl.int64) * across * C
-        g_below, code_below = _window(gradient_ptr, code_ptr, at, in_row & (i + 1 < down))
-        g_next, code_next = _window(gradient_ptr, code_ptr, at + C, next_in_row & (i + 1 < down))
-        at = pixels + (2 * i).to(tl.int64) * width * C
-        below = at + width.to(tl.int64) * C
-        # Rows 2i of all windows exist, and columns 2j.
-        used = in_row & (i < down)
-        used_right = (2 * j + 1 < width)[:, None] & is_channel & (i < down)
-        used_below, used_next = used & (2 * i + 1 < height), used_right & (2 * i + 1 < height)
-        x = load(x_ptr + at, used, FULL)
-        x_right = load(x_ptr + at + C, used_right, FULL)
-        x_below = load(x_ptr + below, used_below, FULL)
-        x_next = load(x_ptr + below + C, used_next, FULL)
-        dz = _taken(g, code, 4)
-        dx = _gradient(dz, x, mean, scale, by_x, constant)
-        store(x_gradient_ptr + at, dx, used, FULL)
-        dz = _taken(g, code, 5) + _taken(g_right, code_right, 3)
-        dx = _gradient(dz, x_right, mean, scale, by_x, constant)
-        store(x_gradient_ptr + at + C, dx, used_right, FULL)
-        dz = _taken(g, code, 7) + _taken(g_below, code_below, 1)
-        dx = _gradient(dz, x_below, mean, scale, by_x, constant)
-        store(x_gradient_ptr + below, dx, used_below, FULL)
-        dz = _taken(g, code, 8) + _taken(g_right, code_right, 6)
-        dz += _taken(g_below, code_below, 2) + _taken(g_next, code_next, 0)
-        dx = _gradient(dz, x_next, mean, scale, by_x, constant)
-        store(x_gradient_ptr + below + C, dx, used_next, FULL)
-        g, code, g_right, code_right = g_below, code_below, g_next, code_next
-
-
-@triton.jit
-def _window(
-    gradient_ptr: tl.tensor, code_ptr: tl.tensor, at: tl.tensor, used: tl.tensor
-) -> tl.tuple:
-    """A window's gradient and code; windows that do not exist have taken nothing."""
-    return tl.load(gradient_ptr + at, mask=used, other=0.0), tl.load(
-        code_ptr + at, mask=used, other=255
-    )
-
-
-@triton.jit
-def _taken(gradient: tl.tensor, code: tl.tensor, CODE: tl.constexpr) -> tl.tensor:
-    return tl.where(code == CODE, gradient.to(tl.float32), 0.0)
-
-
-@triton.jit
-def _gradient(
-    dz: tl.tensor,
-    x: tl.tensor,
-    mean: tl.tensor,
-    scale: tl.tensor,
-    by_x: tl.tensor,
-    constant: tl.tensor,
-) -> tl.tensor:
-    x = x.to(tl.float32)
-    if mean is not None:
-        x -= mean[None, :]
-    return scale[None, :] * dz + (by_x[None, :] * x + constant[None, :])

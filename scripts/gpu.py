@@ -1,11 +1,11 @@
-"""Tests and benchmarks that need a GPU, in stages, the most useful first; together they take at most 25 minutes.
+"""Tests and benchmarks that need a GPU, in stages, the most useful first, within 25 minutes.
 
-    python scripts/gpu.py                              every stage; one that fails does not keep the next from running
+    python scripts/gpu.py                              all stages, whether or not one fails
     python scripts/gpu.py step loss                    these two
-    python scripts/gpu.py --seconds 540 step loss      together within nine minutes
+    python scripts/gpu.py --seconds 540 step loss      these two, within nine minutes
 
-Benchmarks write benchmarks/results/ as they go, so that one that is stopped leaves what it has measured. A result file holds
-what was measured last, which is less here than what `make bench` measures.
+Benchmarks write benchmarks/results/ after every case, so that a stopped one leaves what it has
+measured. A result file holds what was measured last, which is less here than with `make bench`.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ _SECONDS_TO_END = 10.0
 _LEAST_SECONDS = 1.0
 _STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
-_RESULTS = ("--out", "benchmarks/results")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command with its limit, several times what it takes with kernels that are compiled: the first stages compile them."""
+    """A command with its limit, several times its duration with compiled kernels.
+
+    The first stages compile them.
+    """
 
     seconds: float
     command: Sequence[str]
-    """The words after `python -m`; a * in the path of a test stands for all names that fit."""
+    """The words after `python -m`; a path of tests may be a pattern with *."""
     variables: Mapping[str, str] = field(default_factory=dict)
 
     def arguments(self) -> list[str]:
@@ -61,24 +63,35 @@ def _ours(seconds: float, *arguments: str) -> Stage:
     return Stage(seconds, ("vi_simsiam", *arguments))
 
 
+def _bench(seconds: float, *arguments: str) -> Stage:
+    return _ours(seconds, "bench", *arguments, "--out", "benchmarks/results")
+
+
+_IN_GRAPH_STAGE = ("graph_gpu", "step", "device_feed", "knn", "linear", "augmented")
 _OWN_STAGES = "not losses_on and not sanitizer and not offsets"
+_PAGES = ("README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")))
 STAGES = {
     "info": _ours(180, "info", "--check"),
-    "captured": _ours(150, "train", "--epochs", "1", "--capture", "on", "--out", "runs/gpu-captured", "--overwrite"),
-    "step": _ours(240, "bench", "step", "--short", "--kernels", "--only", "2x128 batch 64", *_RESULTS),
-    "graph": _tests(
-        130, "-m", "gpu", *(f"tests/test_{name}.py" for name in ("graph_gpu", "step", "device_feed", "knn", "linear", "augmented"))
+    "captured": _ours(
+        150,
+        *["train", "--epochs", "1", "--capture", "on", "--out", "runs/gpu-captured", "--overwrite"],
     ),
+    "step": _bench(240, "step", "--short", "--kernels", "--only", "2x128 batch 64"),
+    "graph": _tests(130, "-m", "gpu", *(f"tests/test_{name}.py" for name in _IN_GRAPH_STAGE)),
     "losses": _tests(160, "tests/test_multiview_loss*.py", VI_SIMSIAM_TEST_DEVICE="cuda"),
-    "kernels": _tests(120, "-m", "gpu", "tests/test_triton_kernels.py", "tests/test_augment_kernels.py"),
-    "loss": _ours(180, "bench", "loss", "--short", *_RESULTS),
-    "accuracy": _ours(60, "bench", "accuracy", *_RESULTS),
-    "augment": _ours(120, "bench", "augment", "--short", *_RESULTS),
-    "train": _ours(300, "bench", "train", "--short", "--size", "128", *_RESULTS),
-    "tests": _tests(100, "-m", "gpu", "-k", _OWN_STAGES, "tests/test_gpu.py", "tests/test_*bench*.py"),
+    "kernels": _tests(
+        120, "-m", "gpu", "tests/test_triton_kernels.py", "tests/test_augment_kernels.py"
+    ),
+    "loss": _bench(180, "loss", "--short"),
+    "accuracy": _bench(60, "accuracy"),
+    "augment": _bench(120, "augment", "--short"),
+    "train": _bench(300, "train", "--short", "--size", "128"),
+    "tests": _tests(
+        100, "-m", "gpu", "-k", _OWN_STAGES, "tests/test_gpu.py", "tests/test_*bench*.py"
+    ),
     "sanitizer": _tests(110, "-m", "gpu", "-k", "sanitizer or offsets", "tests/test_gpu.py"),
-    "report": _ours(20, "bench", "report", "README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))),
-}  # fmt: skip
+    "report": _ours(20, "bench", "report", *_PAGES),
+}
 
 
 def main(
@@ -86,35 +99,34 @@ def main(
 ) -> int:
     """Run the stages of these names, or all, within `seconds`.
 
-    Returns 0 if all passed, 1 if one did not, 2 for a name that is none or without a GPU, 130 when interrupted.
+    Returns:
+        0 if all passed, 1 if one did not, 2 for an unknown name or without a GPU, 130 when
+        interrupted.
     """
     if unknown := [name for name in names if name not in stages]:
         print(f"gpu: no stage {unknown[0]!r}; there are {', '.join(stages)}", file=sys.stderr)
         return 2
-    if (
-        not torch.cuda.is_available()
-    ):  # tests would be skipped, and benchmarks replace the figures of the CPU
+    if not torch.cuda.is_available():
+        # Tests would be skipped, and benchmarks would replace the figures of the CPU.
         print("gpu: no CUDA device found", file=sys.stderr)
         return 2
     order = list(names or stages)
     verdicts: list[str] = []
     code, end = 0, time.monotonic() + seconds - _SECONDS_TO_END
-    if "report" in order:  # it shows what the others measured
+    if "report" in order:  # reserve its time: it shows what the others measured
         end -= stages["report"].seconds + _SECONDS_TO_END
     try:
         for name in order:
             start = time.monotonic()
-            limit = (
-                stages[name].seconds if name == "report" else min(stages[name].seconds, end - start)
-            )
+            limit = stages[name].seconds
+            if name != "report":
+                limit = min(limit, end - start)
             if limit < _LEAST_SECONDS:
                 verdicts.append(f"{name:12}NOT RUN: no time left")
                 code = 1
                 continue
-            print(
-                f"\ngpu: {name}, at most {limit:.0f} s: {shlex.join(stages[name].command)}",
-                flush=True,
-            )
+            command = shlex.join(stages[name].command)
+            print(f"\ngpu: {name}, at most {limit:.0f} s: {command}", flush=True)
             verdicts.append(f"{name:12}interrupted")
             problem = _run(stages[name], limit)
             verdicts[-1] = f"{name:12}{problem or 'passed':24}{time.monotonic() - start:6.0f} s"
@@ -126,7 +138,7 @@ def main(
 
 
 def _run(stage: Stage, limit: float) -> str | None:
-    """Run a stage to its end or its limit; what was wrong with it."""
+    """Run a stage to its end or its limit; return the reason if it failed."""
     process = subprocess.Popen(
         stage.arguments(),
         env={**os.environ, **stage.variables},
@@ -143,7 +155,7 @@ def _run(stage: Stage, limit: float) -> str | None:
 
 
 def _end_with_parent() -> None:
-    """Have this process killed when the script is, which cannot end it then: it would share the GPU with what comes next.
+    """Have this process killed when the script is killed, or it would keep the GPU.
 
     The processes of pytest-xdist and of loaders end when the pipes to this one close.
     """
@@ -151,7 +163,7 @@ def _end_with_parent() -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a stage with all its processes, those that it has left, too, before any interruption: they would slow the next one down."""
+    """End a stage and all processes that it left; interruptions wait until that is done."""
     noted: list[int] = []
     former = {
         number: signal.signal(number, lambda number, _: noted.append(number)) for number in _STOP
@@ -171,18 +183,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Tests and benchmarks that need a GPU, in stages.")
-    parser.add_argument(
-        "stages",
-        nargs="*",
-        metavar="STAGE",
-        help=f"{', '.join(STAGES)}; all of them if none is given",
-    )
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=_SECONDS,
-        help="limit of all together (default: %(default)s)",
-    )
+    stages_help = f"{', '.join(STAGES)}; all of them if none is given"
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=stages_help)
+    seconds_help = "limit of all together (default: %(default)s)"
+    parser.add_argument("--seconds", type=float, default=_SECONDS, help=seconds_help)
     given = parser.parse_args()
     os.chdir(ROOT)
     for number in _STOP:  # the stage would live on

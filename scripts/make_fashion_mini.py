@@ -2,10 +2,10 @@
 
     python scripts/make_fashion_mini.py FOLDER
 
-FOLDER holds the four official idx files, gzipped. The first 800 images of each class of the training file and the
-first 200 of each class of the test file are kept, in file order. The arrays are checked against the SHA-256 of the
-files' contents, so a copy that was compressed again is accepted and a changed one is not. The archive carries no
-dates: the same zlib gives the same bytes.
+FOLDER holds the four official idx files, gzipped. The first 800 images of each class of the
+training file and the first 200 of each class of the test file are kept, in file order. The SHA-256
+is that of the unpacked files, so a copy that was compressed again is accepted and a changed one is
+not. The archive has no dates: the same zlib gives the same bytes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-# SHA-256 of the unpacked files. Packed by Zalando they have the MD5 sums that torchvision.datasets.FashionMNIST
-# lists (8d4fb7e6..., 25c81989..., bef4ecab..., bb300cfd...), but those also cover the dates in the gzip headers.
+# SHA-256 of the unpacked files; the MD5 sums of torchvision.datasets.FashionMNIST also cover the
+# dates in the gzip headers.
 CONTENTS = {
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -33,7 +33,11 @@ OUTPUT = Path(__file__).resolve().parent.parent / "vi_simsiam" / "assets" / "fas
 
 
 def read_idx(path: Path, sha256: str) -> NDArray[np.uint8]:
-    """Return the array in a gzipped idx file of unsigned bytes. Raises ValueError if its content is another."""
+    """Return the array in a gzipped idx file of unsigned bytes.
+
+    Raises:
+        ValueError: the content is not the official one.
+    """
     content = gzip.decompress(path.read_bytes())
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
@@ -47,13 +51,12 @@ def read_idx(path: Path, sha256: str) -> NDArray[np.uint8]:
 
 def first_of_each_class(labels: NDArray[np.uint8], count: int) -> NDArray[np.intp]:
     """Return the sorted positions of the first `count` samples of every class."""
-    return np.sort(
-        np.concatenate([np.flatnonzero(labels == label)[:count] for label in np.unique(labels)])
-    )
+    positions = [np.flatnonzero(labels == label)[:count] for label in np.unique(labels)]
+    return np.sort(np.concatenate(positions))
 
 
 def write_npz(path: Path, arrays: dict[str, NDArray[np.uint8]]) -> None:
-    """Write what numpy.load reads, with a fixed date in place of the clock's."""
+    """Write arrays for numpy.load, with a fixed date in place of the current one."""
     with zipfile.ZipFile(path, "w") as archive:
         for name, array in arrays.items():
             member = io.BytesIO()
@@ -64,20 +67,17 @@ def write_npz(path: Path, arrays: dict[str, NDArray[np.uint8]]) -> None:
 
 def main() -> None:
     """Read the files of the folder given on the command line and write the archive."""
-    parser = argparse.ArgumentParser(
-        description="Make the embedded data set from the official Fashion-MNIST files."
-    )
+    about = "Make the embedded data set from the official Fashion-MNIST files."
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("folder", type=Path, help="folder with the four official files, gzipped")
-    parser.add_argument(
-        "--output", type=Path, default=OUTPUT, help="file to write (default: %(default)s)"
-    )
+    help_output = "file to write (default: %(default)s)"
+    parser.add_argument("--output", type=Path, default=OUTPUT, help=help_output)
     arguments = parser.parse_args()
     arrays = {}
     for split, (prefix, count) in SPLITS.items():
         names = (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte")
-        images, labels = (
-            read_idx(arguments.folder / f"{name}.gz", CONTENTS[name]) for name in names
-        )
+        files = (arguments.folder / f"{name}.gz" for name in names)
+        images, labels = (read_idx(file, CONTENTS[file.stem]) for file in files)
         chosen = first_of_each_class(labels, count)
         arrays[f"{split}_images"], arrays[f"{split}_labels"] = images[chosen], labels[chosen]
     write_npz(arguments.output, arrays)

@@ -1,10 +1,13 @@
-"""What the tests of the benchmarks share: providers, a timer that reads a script, and the result of such a run."""
+"""Shared by the tests of the benchmarks: providers, a scripted timer, and results."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import io
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,16 +17,15 @@ from torch import Tensor
 from vi_simsiam.benchmarks import multiview_loss, timers
 from vi_simsiam.benchmarks.cases import Case, draw_inputs
 from vi_simsiam.benchmarks.providers import Provider
+from vi_simsiam.cli import main
 from vi_simsiam.ops.multiview_loss import LossForm, eager_loss
 
 CPU = torch.device("cpu")
 TINY = Case(3, 20)
 
 
-class ScriptedTimer:
-    """Says of every prepared call, in order, how long it takes; the copy of a mode comes first."""
-
-    distinct_bytes = 0
+class ScriptedTimer(timers.Timer):
+    """Gives every prepared call, in order, its time; the copy of a mode comes first."""
 
     def __init__(self, *microseconds: float | Exception) -> None:
         self.script = list(microseconds)
@@ -42,12 +44,9 @@ class ScriptedTimer:
     def peak_bytes(self, call: Callable[[], object]) -> int:
         return 1024
 
-    def release(self) -> None:
-        pass
-
 
 def given(form: LossForm, factor: float = 1.0) -> Provider:
-    """Eager, wrong by a factor."""
+    """Eager times a factor."""
     return lambda predictions, targets: factor * eager_loss(predictions, targets, form).mean()
 
 
@@ -62,14 +61,27 @@ def shown(*tables: object) -> str:
 
 
 def scripted_result() -> dict[str, Any]:
-    """A result file's content, as a run with scripted times writes it: cpu takes 10 us, eager 40, torch.compile 20."""
+    """The result of a run with scripted times: cpu 10 us, eager 40 us, torch.compile 20 us."""
+    return json.loads(_scripted_run())  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _scripted_run() -> str:
     options = multiview_loss.Options(device="cpu", short=True, only="64x512", rounds=5)
 
     def some(form: LossForm, device: torch.device) -> dict[str, Provider | str]:
-        return {"eager": given(form), "torch.compile": given(form), "cpu": given(form)}
+        return dict.fromkeys(("eager", "torch.compile", "cpu"), given(form))
 
-    timer = ScriptedTimer(5, 40, 20, 10)
-    return multiview_loss.run(options, Console(file=io.StringIO()), providers=some, timer=timer)
+    timer, console = ScriptedTimer(5, 40, 20, 10), Console(file=io.StringIO())
+    return json.dumps(multiview_loss.run(options, console, providers=some, timer=timer))
+
+
+def compared(folder: Path, before: dict[str, Any], after: dict[str, Any] | str) -> int:
+    """Exit code of `bench compare` for two results; the second may be any text."""
+    old, new = folder / "before.json", folder / "after.json"
+    old.write_text(json.dumps(before))
+    new.write_text(after if isinstance(after, str) else json.dumps(after))
+    return main(["bench", "compare", str(old), str(new)])
 
 
 def drawn(case: Case) -> tuple[list[Tensor], list[Tensor]]:
@@ -94,18 +106,13 @@ def slower(
 
 
 def timed(microseconds: float, **extra: Any) -> dict[str, Any]:
-    """What a right provider has in the result files of input pipeline, step and training."""
-    times = {
-        "median_us": microseconds,
-        "lower_us": microseconds,
-        "upper_us": microseconds,
-        "rounds": 3,
-    }
+    """Entry of a correct provider of input pipeline, step or training."""
+    times = dict.fromkeys(("median_us", "lower_us", "upper_us"), microseconds) | {"rounds": 3}
     return {"correct": True, "failure": None, "time": times, **extra}
 
 
 def scripted_pipeline(benchmark: str) -> dict[str, Any]:
-    """A result file's content of `bench augment`, `step` or `train`, with round figures as from a GPU."""
+    """A result of `bench augment`, `step` or `train`, with round figures as from a GPU."""
     cases = {"augment": _augment_cases, "step": _step_cases, "train": _train_cases}[benchmark]()
     return {
         "benchmark": benchmark,
@@ -167,26 +174,19 @@ def _step_cases() -> list[dict[str, Any]]:
 
 def _train_cases() -> list[dict[str, Any]]:
     def training(rate: float, **changed: Any) -> dict[str, Any]:
-        given = {
-            "views_per_second": rate, "training_seconds": 200.0, "cold_start_seconds": 20.0, "caching_seconds": None,
-            "evaluation_seconds": 30.0, "knn_top1": 0.79, "seconds_to_target": None, "peak_bytes": None, **changed,
-        }  # fmt: skip
+        missing = dict.fromkeys(("caching_seconds", "seconds_to_target", "peak_bytes"))
+        seconds = {
+            "training_seconds": 200.0,
+            "cold_start_seconds": 20.0,
+            "evaluation_seconds": 30.0,
+        }
+        given = {"views_per_second": rate, "knn_top1": 0.79, **missing, **seconds, **changed}
         return timed(128 / rate * 1e6, **given)
 
-    ours = {
-        "training_seconds": 110.0,
-        "caching_seconds": 3.0,
-        "knn_top1": 0.8,
-        "seconds_to_target": 60.0,
-    }
-    common = {
-        "batch": 64,
-        "images": 9469,
-        "epochs": 200,
-        "workers": 16,
-        "target_accuracy": 0.75,
-        "yardstick": "lightly",
-    }
+    ours = {"training_seconds": 110.0, "caching_seconds": 3.0, "seconds_to_target": 60.0}
+    ours |= {"knn_top1": 0.8, "peak_bytes": 2e9}
+    common = {"batch": 64, "images": 9469, "epochs": 200, "workers": 16}
+    common |= {"target_accuracy": 0.75, "yardstick": "lightly"}
     return [
         {
             **common,
@@ -195,7 +195,7 @@ def _train_cases() -> list[dict[str, Any]]:
             "data": data,
             "view_label": label,
             "providers": {
-                "vi-simsiam": training(400.0, peak_bytes=2e9, **ours),
+                "vi-simsiam": training(400.0, **ours),
                 "vi-simsiam, method simsiam": training(400.0),
                 "lightly": training(250.0),
             },

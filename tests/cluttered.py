@@ -1,6 +1,6 @@
-"""Cluttered colour scenes: an embedded garment, tinted, somewhere on a ground of waves with shapes strewn over it.
+"""Cluttered colour scenes: a tinted garment on a ground of waves and scattered shapes.
 
-A harder set for trainings than the garments alone, made from a seed and from nothing that must be downloaded:
+A harder training set than the embedded garments, made from them without a download:
 `python tests/cluttered.py FOLDER` writes FOLDER/train/CLASS/*.png and FOLDER/val/CLASS/*.png.
 """
 
@@ -53,9 +53,8 @@ def scene(garment: Image.Image, random: np.random.Generator) -> Image.Image:
 def _waves(random: np.random.Generator) -> NDArray[np.uint8]:
     rows, columns = np.mgrid[0:SIDE, 0:SIDE] / SIDE
     frequency, phase = random.uniform(-4, 4, (2, 3)), random.uniform(0, 2 * np.pi, 3)
-    waves = np.sin(
-        2 * np.pi * (rows[..., None] * frequency[0] + columns[..., None] * frequency[1]) + phase
-    )
+    turns = rows[..., None] * frequency[0] + columns[..., None] * frequency[1]
+    waves = np.sin(2 * np.pi * turns + phase)
     return (127.5 + 80 * waves + random.uniform(-40, 40, 3)).clip(0, 255).astype(np.uint8)
 
 

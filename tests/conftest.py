@@ -1,4 +1,4 @@
-"""What several test files share: one thread, a cache folder of their own, and a small folder of labelled images."""
+"""Shared by all tests: one thread, a cache folder of their own, a small folder of images."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-# Test processes run side by side; more threads than cores would slow all of them down. Set before NumPy and torch are
-# imported, which read it, and for the processes that tests start; OMP_NUM_THREADS=2 tests with two.
+# Test processes run side by side; more threads than cores would slow all of them down. Set before
+# NumPy and torch are imported, which read it, and for child processes; OMP_NUM_THREADS=2 tests with
+# two.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A shell starts what it runs in the background with Ctrl-C ignored, and so would every process that a test interrupts.
+# A shell starts background processes with Ctrl-C ignored, which processes started by tests inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -28,7 +29,7 @@ if DEVICE != "cpu":
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Decoded images go to a temporary folder, also those of processes that a test starts."""
+    """Keep decoded images in a temporary folder, those of child processes included."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VI_SIMSIAM_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -36,13 +37,13 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def checks_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Distributions check their values until something is compiled in the process, which switches it off for all."""
+    """Let distributions check their values; compiling anything in the process switches that off."""
     monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
 
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of two classes, dark and bright, 20 training and 8 validation images of 16 x 16 pixels each."""
+    """Two classes, dark and bright: 20 training, 8 validation images of 16 x 16 pixels each."""
     root = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     for split, count in (("train", 20), ("val", 8)):
@@ -53,3 +54,17 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 pixels = generator.integers(low, low + 120, (16, 16, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i:02d}.png")
     return root
+
+
+@pytest.fixture
+def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs have one convolution for a backbone: a ResNet's steps and checkpoints take seconds."""
+
+    def backbone(*given: object, **options: object) -> tuple[torch.nn.Module, int]:
+        from vi_simsiam.normalisation import PerViewBatchNorm2d
+
+        layers = [torch.nn.Conv2d(3, 8, 3, stride=2), PerViewBatchNorm2d(8), torch.nn.ReLU()]
+        layers += [torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten()]
+        return torch.nn.Sequential(*layers), 32
+
+    monkeypatch.setattr("vi_simsiam.models.build_backbone", backbone)

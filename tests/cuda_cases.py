@@ -1,4 +1,5 @@
-"""Inputs for the CUDA kernels on the emulation: how they lie in memory, the call, and the definition in float64."""
+"""Inputs for the CUDA kernels on the emulation: how they lie in memory, the call, and the
+definition in float64."""
 
 from __future__ import annotations
 
@@ -11,66 +12,58 @@ import torch
 from torch import Tensor
 
 from vi_simsiam.config import Link
-from vi_simsiam.ops.power_spherical import log_density_ratio
+from vi_simsiam.ops.multiview_loss import LossForm, eager_loss
 
 FORMS = ("cosine", "raw", "given")
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
+Fields = list[tuple[str, Any]]
+
+
+def _fields(kind: Any, names: str) -> Fields:
+    return [(name, kind) for name in names.split()]
+
+
 class LossProblem(ctypes.Structure):
     """MultiviewProblem of csrc/multiview_loss.h."""
 
-    _fields_ = [
-        ("form", ctypes.c_int),
-        ("link", ctypes.c_int),
-        *((name, ctypes.c_int64) for name in ("views", "target_views", "batch", "dim", "width")),
-        ("predictions", ctypes.c_void_p * 16),
-        ("targets", ctypes.c_void_p * 16),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("concentration", "loss", "mean", "gradient", "concentration_gradient")
-        ),
-        *(
-            (name, ctypes.c_int64)
-            for name in (
-                "prediction_stride",
-                "target_stride",
-                "gradient_view_stride",
-                "gradient_stride",
-            )
-        ),
-        *(
-            (name, ctypes.c_double)
-            for name in ("scale", "minimum", "gain", "cosine", "weight", "gradient_weight")
-        ),
-    ]
+    _fields_ = (
+        _fields(ctypes.c_int, "form link")
+        + _fields(ctypes.c_int64, "views target_views batch dim width")
+        + _fields(ctypes.c_void_p * 16, "predictions targets")
+        + _fields(ctypes.c_void_p, "concentration loss mean gradient concentration_gradient")
+        + _fields(ctypes.c_int64, "prediction_stride target_stride")
+        + _fields(ctypes.c_int64, "gradient_view_stride gradient_stride")
+        + _fields(ctypes.c_double, "scale minimum gain cosine weight gradient_weight")
+    )
 
 
 class ScaleProblem(ctypes.Structure):
     """ScaledGradient of csrc/multiview_loss.h."""
 
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("views", "batch", "width")),
-        ("gradient", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("gradient_view_stride", "gradient_stride")),
-        ("out", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("out_view_stride", "out_stride")),
-        *((name, ctypes.c_void_p) for name in ("concentration_gradient", "factor")),
-        ("factor_stride", ctypes.c_int64),
-    ]
+    _fields_ = (
+        _fields(ctypes.c_int64, "views batch width")
+        + _fields(ctypes.c_void_p, "gradient")
+        + _fields(ctypes.c_int64, "gradient_view_stride gradient_stride")
+        + _fields(ctypes.c_void_p, "out")
+        + _fields(ctypes.c_int64, "out_view_stride out_stride")
+        + _fields(ctypes.c_void_p, "concentration_gradient factor")
+        + _fields(ctypes.c_int64, "factor_stride")
+    )
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
 
 
 def rows(count: int, width: int, stride: int, offset: int, dtype: torch.dtype) -> Tensor:
-    """(count, width) of NaN with that row stride, beginning `offset` elements after an address divisible by 64."""
+    """(count, width) of NaN with that row stride, beginning `offset` elements after an address
+    divisible by 64."""
     storage = torch.full((count * stride + offset + 64,), float("nan"), dtype=dtype)
     start = (-storage.data_ptr() % 64) // storage.element_size() + offset
     return storage[start : start + count * stride].view(count, stride)[:, :width]
-
-
-def _bounded(x: Tensor) -> Tensor:
-    """max(x, 0.02), with the gradient 1 everywhere: what it leads down at the bound is to be dropped."""
-    return x + (0.02 - x).clamp(min=0).detach()
 
 
 @dataclass
@@ -96,7 +89,8 @@ class Case:
     gain: float = 1.0
     cosine: float = 0.0
     opposed: bool = False
-    """The targets of every second sample point away from its predictions, so that a smaller kappa fits."""
+    """The targets of every second sample point away from its predictions, so that a smaller kappa
+    fits."""
     seed: int = 0
     predictions: list[Tensor] = field(default_factory=list)
     targets_: list[Tensor] = field(default_factory=list)
@@ -108,28 +102,27 @@ class Case:
         self.used = self.dim + (self.form == "raw")
         self.width = self.used + self.padding
         generator = torch.Generator().manual_seed(self.seed)
-        common = torch.randn(self.batch, self.dim, generator=generator, dtype=F64)
+
+        def randn(columns: int) -> Tensor:
+            return torch.randn(self.batch, columns, generator=generator, dtype=F64)
+
+        common = randn(self.dim)
         stride = -(-self.width // 16) * 16 if self.aligned else self.width | 1
         target_stride = -(-self.dim // 16) * 16 if self.aligned else self.dim
         for _ in range(self.views):
             row = rows(self.batch, self.width, stride, self.offset, self.dtype)
-            row[:, : self.dim] = 3 * (
-                torch.randn(self.batch, self.dim, generator=generator, dtype=F64) + common
-            )
-            row[:, self.dim : self.used] = torch.randn(
-                self.batch, self.used - self.dim, generator=generator, dtype=F64
-            )
+            row[:, : self.dim] = 3 * (randn(self.dim) + common)
+            row[:, self.dim : self.used] = randn(self.used - self.dim)
             self.predictions.append(row)
         for _ in range(self.targets):
             row = rows(self.batch, self.dim, target_stride, self.target_offset, self.target_dtype)
-            row[:] = torch.randn(self.batch, self.dim, generator=generator, dtype=F64) + common
+            row[:] = randn(self.dim) + common
             row[::2] *= -1 if self.opposed else 1
             self.targets_.append(row)
         self.concentration = None
         if self.form == "given":
-            self.concentration = self.scale * torch.rand(
-                self.views, self.batch, generator=generator
-            ).to(self.real)
+            kappa = torch.rand(self.views, self.batch, generator=generator)
+            self.concentration = self.scale * kappa.to(self.real)
         self.weight = 2 / (self.targets * (self.views - 1))
 
     def run(self, kernels: Any) -> dict[str, Tensor]:
@@ -144,20 +137,27 @@ class Case:
             "between": gradient[..., self.width :],
             "concentration_gradient": torch.full((self.views, self.batch), nan, dtype=self.real),
         }
+        wants, given = self.wants_gradient, self.concentration
+        by_given = out["concentration_gradient"] if wants and given is not None else None
         problem = LossProblem(
-            FORMS.index(self.form), get_args(Link).index(self.link), self.views, self.targets, self.batch, self.dim, self.width,
-            concentration=None if self.concentration is None else self.concentration.data_ptr(),
-            loss=out["loss"].data_ptr(),
-            mean=out["mean"].data_ptr() if self.mean else None,
-            gradient=gradient.data_ptr() if self.wants_gradient else None,
-            concentration_gradient=(
-                out["concentration_gradient"].data_ptr() if self.wants_gradient and self.form == "given" else None
-            ),
-            prediction_stride=self.predictions[0].stride(0), target_stride=self.targets_[0].stride(0),
-            gradient_view_stride=gradient.stride(0), gradient_stride=gradient.stride(1),
-            scale=self.scale, minimum=self.minimum, gain=self.gain, cosine=self.cosine, weight=self.weight,
+            *(FORMS.index(self.form), get_args(Link).index(self.link), self.views, self.targets),
+            *(self.batch, self.dim, self.width),
+            concentration=_address(given),
+            loss=_address(out["loss"]),
+            mean=_address(out["mean"] if self.mean else None),
+            gradient=_address(gradient if wants else None),
+            concentration_gradient=_address(by_given),
+            prediction_stride=self.predictions[0].stride(0),
+            target_stride=self.targets_[0].stride(0),
+            gradient_view_stride=gradient.stride(0),
+            gradient_stride=gradient.stride(1),
+            scale=self.scale,
+            minimum=self.minimum,
+            gain=self.gain,
+            cosine=self.cosine,
+            weight=self.weight,
             gradient_weight=self.weight / 7,
-        )  # fmt: skip
+        )
         for field_name, tensors in (("predictions", self.predictions), ("targets", self.targets_)):
             for i, tensor in enumerate(tensors):
                 getattr(problem, field_name)[i] = tensor.data_ptr()
@@ -171,55 +171,36 @@ class Case:
         assert ticket == 0
         return out
 
+    @property
+    def loss(self) -> LossForm:
+        if self.form == "raw":
+            options = {"link": self.link, "gain": self.gain, "cosine": self.cosine}
+            return LossForm("power_spherical", self.scale, self.minimum, **options)
+        return LossForm("cosine" if self.form == "cosine" else "power_spherical")
+
     def concentrations(self) -> Tensor:
         if self.concentration is not None:
             return self.concentration.double()
         raw = torch.stack([row[:, self.dim].double() for row in self.predictions])
-        return self._kappa(raw)
-
-    def _kappa(self, raw: Tensor) -> Tensor:
-        x = self.gain * raw
-        if self.link == "softplus":
-            return self.scale * torch.logaddexp(x, torch.zeros_like(x)) + self.minimum
-        r = _bounded(x)
-        return self.scale * (r + r * r / 2) + self.minimum
+        return self.loss.concentration(raw)
 
     def reference(self) -> dict[str, Tensor]:
-        """The definition in float64 on the same rounded inputs, by autograd."""
+        """The eager loss in float64 on the same rounded inputs, and a seventh of its gradients."""
         p = [row.double().clone().requires_grad_() for row in self.predictions]
         z = [row.double() for row in self.targets_]
-        kappa = (
-            None
-            if self.concentration is None
-            else self.concentration.double().clone().requires_grad_()
+        leaves = p
+        kappa = None
+        if self.concentration is not None:
+            kappa = self.concentration.double().clone().requires_grad_()
+            leaves = [*p, kappa]
+        loss = eager_loss(p, z, self.loss, kappa)
+        *gradients, last = torch.autograd.grad(
+            loss.sum() / 7, leaves, allow_unused=True, materialize_grads=True
         )
-        total = torch.zeros(self.batch, dtype=F64)
-        for v in range(self.views):
-            for g in range(self.targets):
-                if v == g:
-                    continue
-                cosine = torch.nn.functional.cosine_similarity(
-                    p[v][:, : self.dim], z[g], dim=-1, eps=0
-                )
-                if self.form == "cosine":
-                    total = total + cosine
-                    continue
-                k = self._kappa(p[v][:, self.dim]) if kappa is None else kappa[v]
-                total = total + log_density_ratio(k, cosine, self.dim) + self.cosine * cosine
-        leaves = p if kappa is None else [*p, kappa]
-        gradients = torch.autograd.grad(total.sum(), leaves, allow_unused=True)
-        filled = [
-            torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)
-        ]
-        gradient = -self.weight / 7 * torch.stack(filled[: self.views])
-        gradient[..., self.used :] = 0
-        if self.form == "raw" and self.link == "quadratic":
-            column = gradient[..., self.dim]
-            column[(self.gain * torch.stack(p)[..., self.dim] < 0.02) & (column > 0)] = 0
         return {
-            "loss": -self.weight * total.detach(),
-            "gradient": gradient,
-            "concentration_gradient": -self.weight / 7 * filled[-1],
+            "loss": loss.detach(),
+            "gradient": torch.stack([*gradients, last][: self.views]),
+            "concentration_gradient": last,
         }
 
 
@@ -247,11 +228,17 @@ class Scaling:
             out = rows(self.views * self.batch, self.width, self.stride, 0, self.out_dtype)
         scaled = concentration.clone()
         problem = ScaleProblem(
-            self.views, self.batch, self.width,
-            gradient=gradient.data_ptr(), gradient_view_stride=self.batch * self.stride, gradient_stride=self.stride,
-            out=out.data_ptr(), out_view_stride=self.batch * self.stride, out_stride=self.stride,
-            concentration_gradient=scaled.data_ptr(), factor=factor.data_ptr(), factor_stride=0 if self.expanded else 2,
-        )  # fmt: skip
+            *(self.views, self.batch, self.width),
+            gradient=_address(gradient),
+            gradient_view_stride=self.batch * self.stride,
+            gradient_stride=self.stride,
+            out=_address(out),
+            out_view_stride=self.batch * self.stride,
+            out_stride=self.stride,
+            concentration_gradient=_address(scaled),
+            factor=_address(factor),
+            factor_stride=0 if self.expanded else 2,
+        )
         error = kernels.scale(ctypes.byref(problem), CODES[self.dtype], CODES[out.dtype])
         assert error is None
         factors = factor.expand(self.batch) if self.expanded else factor[::2]

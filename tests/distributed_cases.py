@@ -1,4 +1,4 @@
-"""What the ranks of test_distributed.py do, and how they are started: each function here runs in a process of its own."""
+"""Cases of test_distributed.py, each run by several ranks, and their start."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vi_simsiam.config import TrainConfig
-from vi_simsiam.engine import trainer
-from vi_simsiam.engine.distributed import PeerError, World, joined, sync_batch_norm, wrap
+from vi_simsiam.engine import train
+from vi_simsiam.engine.distributed import PeerError, World, joined
+from vi_simsiam.engine.network import wrap
 from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.models import Output, SimSiam, build_model
 
@@ -30,7 +31,7 @@ Case = Callable[..., Any]
 
 class Outcome(NamedTuple):
     value: Any
-    """What the case returned."""
+    """The result of the case."""
     error: str | None
     """Its error's type, or None."""
     message: str
@@ -40,12 +41,12 @@ class Outcome(NamedTuple):
 
 
 def run_ranks(case: Case, size: int, *arguments: object, timeout: float = 30.0) -> list[Outcome]:
-    """Run `case(world, *arguments)` in `size` joined processes; the outcome of each in rank order.
+    """Run `case(world, *arguments)` in `size` joined processes; returns the outcomes in rank order.
 
-    A rank that does not come to an end within a minute fails the test: nothing here may hang.
+    A rank that does not end within a minute fails the test.
     """
     context = multiprocessing.get_context("forkserver")  # torch is imported once, not by every rank
-    context.set_forkserver_preload(["torch._dynamo", "vi_simsiam.engine.trainer"])
+    context.set_forkserver_preload(["torch._dynamo", "vi_simsiam.engine.train"])
     outcomes = context.Queue()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -64,7 +65,7 @@ def run_ranks(case: Case, size: int, *arguments: object, timeout: float = 30.0) 
             rank, outcome = outcomes.get(timeout=60)
             found[rank] = outcome
     except queue.Empty:
-        raise AssertionError(f"only ranks {sorted(found)} came to an end: {found}") from None
+        raise AssertionError(f"only ranks {sorted(found)} ended: {found}") from None
     finally:
         for process in ranks:
             process.join(5)
@@ -95,12 +96,12 @@ def _rank(
         outcome = Outcome(None, type(error).__name__, message, time.monotonic() - start)
     outcomes.put((rank, outcome))
     if rank == 0 and outcome.error:
-        # Rank 0 has the store here, where no launcher keeps it: the others are to hear of the failure from it.
+        # Without a launcher rank 0 holds the store, where the others read of the failure.
         time.sleep(1)
 
 
 def collectives(world: World) -> dict[str, Any]:
-    """Everything that does not fail, with parts that differ between the ranks."""
+    """All collectives, with parts that differ between the ranks."""
     n = (3, 0, 1)[world.rank]
     with warnings.catch_warnings(record=True) as warned:
         warnings.warn("an image", ImageWarning, stacklevel=1)
@@ -116,11 +117,10 @@ def collectives(world: World) -> dict[str, Any]:
         .isnan()
         .item(),
         "any": [
-            world.any_rank(torch.tensor(world.rank == 2)).item(),
-            world.any_rank(torch.tensor(False)).item(),
-            world.any_rank(torch.tensor([0.0, float(world.rank == 1)])).tolist(),
+            world.any_rank(world.rank == 2),
+            world.any_rank(False),
         ],
-        "said": world.broadcast_object({"folder": f"runs/{world.rank}"}),
+        "broadcast": world.broadcast_object({"folder": f"runs/{world.rank}"}),
         "shares": list(world.share(10)),
         "warned": len(warned),
     }
@@ -183,12 +183,8 @@ def stalls(world: World, where: str) -> None:
         world.exchange(None)
 
 
-def synchronised(world: World) -> None:
-    sync_batch_norm(nn.BatchNorm1d(4), world)
-
-
 class Plain(nn.Module):
-    """A backbone without BatchNorm: features of an image do not depend on the others in the batch."""
+    """A backbone without BatchNorm: an image's features do not depend on the batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -201,7 +197,7 @@ class Plain(nn.Module):
 
 
 def without_batch_norm(module: nn.Module) -> None:
-    """Put GroupNorm or LayerNorm in the place of every BatchNorm."""
+    """Replace every BatchNorm by GroupNorm or LayerNorm."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             setattr(module, name, nn.GroupNorm(8, child.num_features))
@@ -211,24 +207,17 @@ def without_batch_norm(module: nn.Module) -> None:
             without_batch_norm(child)
 
 
-def plain_model(seed: int) -> SimSiam:
-    """A small SimSiam without BatchNorm."""
-    torch.manual_seed(seed)
+def trained(world: World, steps: int, batch_size: int) -> tuple[list[float], dict[str, Any]]:
+    """Loss curve and final weights (as numpy) of SimSiam on random images, from seed `rank`."""
+    torch.manual_seed(world.rank)
     model = SimSiam(Plain(), features=16, dim=32, projector_hidden=16, predictor_hidden=16)
     without_batch_norm(model)
-    return model
-
-
-def trained(world: World, steps: int, batch_size: int) -> tuple[list[float], dict[str, Any]]:
-    """Loss curve and final weights (as numpy) of SimSiam with four views on random images; rank r has seed r at first."""
-    model = plain_model(seed=world.rank)
     model.to(memory_format=torch.channels_last)
     network = wrap(model, world)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     generator = torch.Generator().manual_seed(0)
-    mine = slice(
-        world.rank * world.local_batch(batch_size), (world.rank + 1) * world.local_batch(batch_size)
-    )
+    part = world.share(batch_size)
+    mine = slice(part.start, part.stop)
     curve = []
     for _ in range(steps):
         sizes = (12, 12, 8, 8)
@@ -254,14 +243,14 @@ def running_statistics(world: World) -> list[float]:
 
 
 def real_run(world: World, config: TrainConfig, folder: Path) -> str:
-    """A whole run of the trainer with a network without BatchNorm; what rank 0 printed."""
+    """A whole run with a network without BatchNorm; returns the printed lines."""
 
     def build(config: TrainConfig) -> SimSiam:
         model = build_model(config)
         without_batch_norm(model)
         return model
 
-    said = io.StringIO()
-    with mock.patch.object(trainer, "build_model", build):
-        trainer.Trainer(config, folder, console=Console(file=said, width=200), world=world).fit()
-    return said.getvalue()
+    console = Console(file=io.StringIO(), width=200)
+    with mock.patch.object(train, "build_model", build):
+        train.Trainer(config, folder, console=console, world=world).fit()
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]

@@ -1,4 +1,4 @@
-"""What the pages' tests read: commands and messages in Markdown, and the messages that the source can print."""
+"""Commands and messages in Markdown, and the messages that the source can print."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vi_simsiam.cli.parsing import parse
 
 ROOT = Path(__file__).parents[1]
 # Fewer fixed characters than these would fit nearly any message.
-_LEAST_FIXED = 18
+_LEAST_FIXED = 15
 
 
 class Accepted(Exception):
@@ -26,19 +26,23 @@ class Accepted(Exception):
 
 
 def shell_lines(text: str) -> list[str]:
-    """The lines of every sh block."""
-    blocks: list[str] = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-    return [line for block in blocks for line in block.splitlines()]
+    """Return the lines of every sh block."""
+    return "".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).splitlines()
+
+
+def without_code(text: str) -> str:
+    """Return a page without its blocks of code."""
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
 
 
 def inline_code(text: str) -> list[str]:
-    """What is set in backticks outside of blocks."""
-    found: list[str] = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
-    return found
+    """Return the code in sentences and tables, each piece on one line."""
+    found: list[str] = re.findall(r"`([^`]+)`", without_code(text))
+    return [" ".join(code.split()) for code in found]
 
 
 def commands(lines: list[str]) -> list[str]:
-    """Those of the lines that call vi-simsiam, without comments."""
+    """Return the lines that call vi-simsiam, without comments."""
     calls = [line.split(" # ")[0].strip() for line in lines]
     return [call for call in calls if re.match(r"vi-simsiam( |$)", call)]
 
@@ -55,7 +59,7 @@ def stop_after_options(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def is_accepted(command: str) -> bool:
-    """Whether the real parser takes the command's options, under `stop_after_options`; a command's bare name counts."""
+    """Return True if the parser takes the command's options, or the command is a bare name."""
     words = shlex.split(command)[1:]
     if len(words) == 1 and words[0] in COMMANDS:
         return True
@@ -66,14 +70,11 @@ def is_accepted(command: str) -> bool:
 
 
 def messages() -> Iterator[re.Pattern[str]]:
-    """Every text with enough fixed characters in the package's source, what it fills in being anything."""
+    """Yield patterns for texts of the package with enough fixed characters, with any values."""
     for path in (ROOT / "vi_simsiam").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
             texts = [part.value if isinstance(part, ast.Constant) else None for part in parts]
-            fixed = "".join(text for text in texts if isinstance(text, str))
-            if len(fixed) >= _LEAST_FIXED:
-                yield re.compile(
-                    "".join(".+" if text is None else re.escape(str(text)) for text in texts),
-                    re.DOTALL,
-                )
+            if sum(len(text) for text in texts if isinstance(text, str)) >= _LEAST_FIXED:
+                pattern = "".join(".*" if text is None else re.escape(str(text)) for text in texts)
+                yield re.compile(pattern, re.DOTALL)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vi_simsiam.config import AugmentConfig, LossConfig, Method, ModelConfig, TrainConfig
+from vi_simsiam.config import AugmentConfig, Method, ModelConfig, TrainConfig
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.engine.checkpoint import write_json
@@ -25,7 +25,7 @@ SIZE = 8
 def gray_source(
     count: int, *, classes: int = 2, labelled: bool = True, name: str = "gray", side: int = SIZE
 ) -> ArraySource:
-    """Image i is uniformly gray; brightness rises with i, in `classes` equal steps for the labels."""
+    """Image i is uniformly gray; brightness rises with i, in `classes` equal steps of labels."""
     levels = np.linspace(10, 240, count).astype(np.uint8)
     images = np.broadcast_to(levels[:, None, None, None], (count, side, side, 3)).copy()
     labels = np.arange(count) * classes // count
@@ -34,7 +34,7 @@ def gray_source(
 
 
 class TinyBackbone(nn.Module):
-    """Mean colour through a linear layer, BatchNorm and dropout: differs between eval and training mode."""
+    """Mean colour through a linear layer, BatchNorm and dropout: its modes differ."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,17 +61,11 @@ def make_run(
 ) -> Run:
     """A run of a tiny model on gray images, with config.json and metrics.jsonl in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = TrainConfig(
-        method=method,
-        data="fashion-mini",
-        augment=AugmentConfig(size=SIZE),
-        model=ModelConfig(dim=8),
-        loss=LossConfig(),
-    )
+    config = TrainConfig(method=method, augment=AugmentConfig(size=SIZE), model=ModelConfig(dim=8))
     write_json(folder / "config.json", config.to_dict())
-    with (folder / "metrics.jsonl").open("w") as file:
-        for line in metric_lines(lines, kappa=method == "vi-simsiam"):
-            file.write(json.dumps(line) + "\n")
+    metrics = metric_lines(lines, kappa=method == "vi-simsiam")
+    text = "".join(json.dumps(line) + "\n" for line in metrics)
+    (folder / "metrics.jsonl").write_text(text)
     torch.manual_seed(3)
     kind = VISimSiam if method == "vi-simsiam" else SimSiam
     model = kind(TinyBackbone(), features=4, dim=8, projector_hidden=6, predictor_hidden=6).eval()
@@ -79,7 +73,7 @@ def make_run(
 
 
 def metric_lines(count: int, *, kappa: bool) -> list[dict[str, float]]:
-    """What training logs, with cosines rising to 0.9."""
+    """Metrics of a training with cosines rising to 0.9."""
     lines = []
     for i in range(count):
         share = (i + 1) / count
@@ -110,8 +104,11 @@ def feature_sets(
         return torch.from_numpy(points.astype(np.float32))
 
     labels = {"train": np.arange(train) % classes, "val": np.arange(val) % classes}
-    sets = {split: {"trained": draw(y, noise), "untrained": draw(y, 1.0), "pixels": draw(y, 1.0)}
-            for split, y in labels.items()}  # fmt: skip
+    names = ("trained", "untrained", "pixels")
+    sets = {
+        split: {name: draw(y, noise if name == "trained" else 1.0) for name in names}
+        for split, y in labels.items()
+    }
     return FeatureSets(
         path=path,
         data="clusters",

@@ -1,4 +1,4 @@
-"""Small plans, a stand-in for the process that trains a run, and a watch on real ones."""
+"""Small plans, and a stand-in for the process that trains a run of an experiment."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from typing import Any
 from rich.console import Console
 
 from vi_simsiam.config import AugmentConfig, ModelConfig, TrainConfig
-from vi_simsiam.experiments.place import Place
-from vi_simsiam.experiments.plan import Arm, Plan, PlanOptions, finished
+from vi_simsiam.experiments.plan import Arm, Place, Plan, PlanOptions, make_plan
 from vi_simsiam.experiments.runner import run_experiment
 
-# Does what it is told by the learning rate: 0.5 fails, 0.25 stays until it is asked to end, all others are done at once.
+# The learning rate selects the behaviour: 0.5 fails, 0.25 waits for SIGTERM, others finish at once.
 STAND_IN = """
     import json, os, pathlib, signal, sys, time
     stop = []
@@ -25,11 +24,9 @@ STAND_IN = """
     assert sys.argv[2] == "--parent" and int(sys.argv[3]) == os.getppid()
     spec = json.loads(pathlib.Path(sys.argv[1]).read_text())
     folder, config = pathlib.Path(spec["folder"]), spec["config"]
-    name = folder.name
     folder.mkdir(exist_ok=True)
     with (folder / "calls").open("a") as file:
-        call = {**spec, "threads": os.environ["OMP_NUM_THREADS"], "start": time.monotonic()}
-        file.write(json.dumps(call) + "\\n")
+        file.write(json.dumps({**spec, "threads": os.environ["OMP_NUM_THREADS"]}) + "\\n")
     again = (folder / "checkpoint").exists()
     (folder / "checkpoint").write_text("1")
     print("epoch 1", flush=True)
@@ -45,7 +42,8 @@ STAND_IN = """
         assert (pathlib.Path(config["frozen_run"]) / "trained.json").is_file()
     (folder / "trained.json").write_text("{}")
     result = {key: spec[key] for key in ("experiment", "arm", "seed", "config")}
-    result |= {"data": config["data"], "device": "none", "method": config["method"], "accuracy": {"logistic": round(1 - config["lr"], 6)}}
+    result |= {"data": config["data"], "device": "none", "method": config["method"]}
+    result["accuracy"] = {"logistic": round(1 - config["lr"], 6)}
     pathlib.Path(spec["result"]).write_text(json.dumps(result))
     print("logistic 70.0 %")
 """
@@ -62,14 +60,13 @@ def small_plan(
     rates: dict[str, float], *, seeds: int = 1, after: dict[str, str] | None = None
 ) -> Plan:
     """A plan of arms by their learning rates."""
-    base = tiny_config("fashion-mini")
+    base, names = tiny_config("fashion-mini"), list(rates)
     arms = [
         Arm(name, dataclasses.replace(base, lr=lr), f"arm {name}", after=(after or {}).get(name))
         for name, lr in rates.items()
     ]
-    names = list(rates)
-    options = PlanOptions(seeds=seeds, data=("fashion-mini",))
-    return finished("controls", options, arms, (names[-1], names[0], "logistic"))
+    primary = (names[-1], names[0], "logistic")
+    return make_plan("controls", PlanOptions(seeds=seeds), arms, primary, data=("fashion-mini",))
 
 
 def tiny_config(data: str, **changes: Any) -> TrainConfig:
@@ -90,41 +87,34 @@ def tiny_config(data: str, **changes: Any) -> TrainConfig:
 
 
 def run(
-    plan: Plan, out: Path, command: list[str], place: Place | None = None, again: str = "again"
-) -> tuple[int, str]:
-    """Run a plan with stand-ins; the exit code and what was printed."""
-    said = io.StringIO()
-    code = run_experiment(
-        plan,
-        out,
-        place or Place(devices=("cpu",), parallel=2),
-        again=again,
-        command=command,
-        console=Console(file=said, width=200),
-    )
-    return code, said.getvalue()
+    plan: Plan, out: Path, command: list[str], place: Place | None = None
+) -> tuple[int, list[str]]:
+    """Run a plan with stand-ins; the exit code and the lines printed."""
+    place = place or Place(devices=("cpu",), parallel=2)
+    console = Console(file=io.StringIO(), width=200)
+    code = run_experiment(plan, out, place, again="again", command=command, console=console)
+    return code, console.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
 
 def calls(out: Path, name: str) -> list[dict[str, Any]]:
-    """What the processes of a run were told, one after the other."""
+    """The specifications of a run's processes, in order, with their threads."""
     return [json.loads(line) for line in (out / "runs" / name / "calls").read_text().splitlines()]
 
 
-def spec(config: TrainConfig, out: Path, name: str = "arm", **changes: Any) -> dict[str, Any]:
-    """What a real process is told."""
-    (out / "runs").mkdir(parents=True, exist_ok=True)
-    (out / "results").mkdir(exist_ok=True)
-    run_name = f"{name}-seed-{config.seed}"
+def spec(config: TrainConfig, out: Path, **changes: Any) -> dict[str, Any]:
+    """The specification of a real run."""
+    for name in ("runs", "results"):
+        (out / name).mkdir(parents=True, exist_ok=True)
     return {
         "experiment": "controls",
         "measures": ["knn20", "knn200", "logistic", "linear"],
         "uncertainty": True,
         "val_images": None,
         "progress_every": None,
-        "arm": name,
+        "arm": "arm",
         "seed": config.seed,
         "config": config.to_dict(),
-        "folder": str(out / "runs" / run_name),
-        "result": str(out / "results" / f"{run_name}.json"),
+        "folder": str(out / "runs" / "arm-seed-0"),
+        "result": str(out / "results" / "arm-seed-0.json"),
         **changes,
     }

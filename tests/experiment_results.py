@@ -18,33 +18,34 @@ from vi_simsiam.experiments.plan import Arm, Plan, PlanOptions, settings
 IMAGES = 400
 
 
-def packed(bits: NDArray[np.bool_]) -> str:
-    """Correctness as result files hold it."""
-    return pack_bits(torch.from_numpy(bits))
-
-
 def first_right(count: int, images: int = IMAGES) -> NDArray[np.bool_]:
     """Bits of a run that got the first `count` images right."""
     return np.arange(images) < count
 
 
+def right(count: int, images: int = IMAGES, measure: str = "linear") -> dict[str, Any]:
+    """Changes to a result after which one measure got the first `count` images right."""
+    bits = pack_bits(torch.from_numpy(first_right(count, images)))
+    return {"accuracy": {measure: count / images}, "correct": {measure: bits}, "val_images": images}
+
+
 def result(arm: Arm, experiment: str, seed: int, **changes: Any) -> dict[str, Any]:
     """The result of a run that got the first 200 + 8 seed images right by every measure."""
-    right = first_right(200 + 8 * seed)
-    points = np.linspace(0.1, arm.config.epochs, 20)
+    points = np.linspace(0.1, arm.config.epochs, 20).tolist()
     curve = {
         "epoch": points,
-        "loss": -points,
-        "cosine": np.full(20, 0.8),
-        "z_std": np.full(20, 0.9),
-        "effective_rank": np.full(20, 40.0),
-        "grad_norm": np.linspace(1, 3, 20),
+        "loss": [-point for point in points],
+        "cosine": [0.8] * 20,
+        "z_std": [0.9] * 20,
+        "effective_rank": [40.0] * 20,
+        "grad_norm": np.linspace(1, 3, 20).tolist(),
     }
     uncertainty = {}
     if arm.config.method == "vi-simsiam":
-        curve["kappa"] = np.full(20, 2.0)
+        curve["kappa"] = [2.0] * 20
         uncertainty = {"calibration_error": 0.02 + 0.01 * seed, "aurc": 0.4, "aurc_baseline": 0.3}
     config = without_places(arm.config) | {"seed": seed}
+    knn, linear = (right(200 + 8 * seed, measure=measure) for measure in ("knn20", "linear"))
     return {
         "experiment": experiment,
         "arm": arm.name,
@@ -55,9 +56,9 @@ def result(arm: Arm, experiment: str, seed: int, **changes: Any) -> dict[str, An
         "steps": 100,
         "images": 1_000,
         "seconds": 60.0 + seed,
-        "curve": {name: values.tolist() for name, values in curve.items()},
-        "accuracy": {"knn20": right.mean(), "linear": right.mean(), "linear_top5": 0.9},
-        "correct": {"knn20": packed(right), "linear": packed(right)},
+        "curve": curve,
+        "accuracy": {**knn["accuracy"], **linear["accuracy"], "linear_top5": 0.9},
+        "correct": {**knn["correct"], **linear["correct"]},
         "val_images": IMAGES,
         "uncertainty": uncertainty,
         "device": "cpu (1 thread)",
@@ -69,26 +70,18 @@ def result(arm: Arm, experiment: str, seed: int, **changes: Any) -> dict[str, An
 
 def diverged(arm: Arm, experiment: str, seed: int) -> dict[str, Any]:
     """The result of a run whose loss stopped being finite."""
-    nothing = {"steps": None, "images": None, "seconds": None, "val_images": None}
+    nothing = dict.fromkeys(("steps", "images", "seconds", "val_images"))
     empty: dict[str, Any] = {"accuracy": {}, "correct": {}, "uncertainty": {}}
-    return result(
-        arm, experiment, seed, **nothing, **empty, diverged="step 3: the loss is not finite"
-    )
-
-
-def right(count: int) -> dict[str, Any]:
-    """Changes to a result after which the linear probe got the first `count` images right."""
-    bits = first_right(count)
-    return {"accuracy": {"linear": float(bits.mean())}, "correct": {"linear": packed(bits)}}
+    reason = "step 3: the loss is not finite"
+    return result(arm, experiment, seed, **nothing, **empty, diverged=reason)
 
 
 def write_plan(out: Path, name: str, **options: Any) -> Plan:
     """Write OUT/plan.json of the named experiment."""
     made = plan(name, PlanOptions(**options))
     out.mkdir(parents=True, exist_ok=True)
-    (out / "plan.json").write_text(
-        json.dumps({**made.described(), "created": "2026-01-01T00:00:00+00:00"})
-    )
+    content = {**made.described(), "created": "2026-01-01T00:00:00+00:00"}
+    (out / "plan.json").write_text(json.dumps(content))
     return made
 
 
@@ -100,17 +93,18 @@ def write_result(out: Path, content: dict[str, Any]) -> None:
 
 
 def write_all(out: Path, name: str, **options: Any) -> Plan:
-    """A finished experiment: a result of every arm and seed, and of every trial, the first of which is chosen."""
+    """A finished experiment: a result of every arm and seed, and of every trial.
+
+    The first trial of every arm is chosen.
+    """
     made = write_plan(out, name, **options)
     for arm in made.arms:
         for seed in made.seeds:
             write_result(out, result(arm, name, seed))
-    if made.trials is not None:
-        for trial in made.trials.arms:
-            write_result(out / "trials", result(trial, name, made.trials.seed, **right(100)))
-        accuracy = {trial.name: 0.25 for trial in made.trials.arms}
-        best, arms = made.trials.choose(accuracy)
+    if (trials := made.trials) is not None:
+        for trial in trials.arms:
+            write_result(out / "trials", result(trial, name, trials.seed, **right(100)))
+        best, arms = trials.choose({trial.name: 0.25 for trial in trials.arms})
         chosen = {arm.name: {"trial": best[arm.name], **settings(arm.config)} for arm in arms}
-        text = json.dumps({"measure": made.trials.measure, "accuracy": accuracy, "chosen": chosen})
-        (out / "chosen.json").write_text(text)
+        (out / "chosen.json").write_text(json.dumps({"chosen": chosen}))
     return made

@@ -1,14 +1,14 @@
-"""Runs to export: networks of torchvision's with weights that all count, in memory or as a folder."""
+"""Runs to export: torchvision networks whose weights all matter, in memory or as a folder."""
 
 from __future__ import annotations
 
-import json
 import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vi_simsiam.config import AugmentConfig, LossConfig, Method, ModelConfig, Stem, TrainConfig
@@ -32,8 +32,8 @@ def network_run(
 ) -> Run:
     """A run of a torchvision network on the embedded images, in memory.
 
-    Its BatchNorm has random statistics and factors: fresh ones would hide a layer that was mixed up or left out, and the
-    residual branches of a fresh network give nothing at all.
+    Its BatchNorm has random statistics and factors: fresh ones would hide a layer that was mixed up
+    or left out, and the residual branches of a fresh network give zero.
     """
     config = TrainConfig(
         method=method,
@@ -49,28 +49,28 @@ def network_run(
     model = build_model(config)
     for module in model.modules():
         if isinstance(module, _BatchNorm):
-            parts = [module.running_mean, module.running_var]
-            parts += [module.weight, module.bias] if module.affine else []
-            for part in parts:
-                assert part is not None
-                part.data.uniform_(0.2, 1.0, generator=generator)
+            for values in (module.running_mean, module.running_var, *module.parameters()):
+                values.data.uniform_(0.2, 1.0, generator=generator)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config.to_dict())
-    return Run(folder, config, model.eval(), _images(), CPU, 0)
+    return Run(folder, config, model.eval(), embedded_images(), CPU, 0)
 
 
 @cache
-def _images() -> Splits:
+def embedded_images() -> Splits:
     """The embedded images, unpacked once."""
     return open_dataset("fashion-mini")
+
+
+def largest(found: object, expected: Tensor) -> float:
+    """Largest difference over the largest value."""
+    return float((torch.as_tensor(found) - expected).abs().max() / expected.abs().max())
 
 
 def save(run: Run) -> Path:
     """Write a run's checkpoint and a line of its log; returns the folder."""
     Checkpoint(7, 1.0, 8_000, run.model.state_dict(), {}).save(run.path / "checkpoint.pt")
-    (run.path / "metrics.jsonl").write_text(
-        json.dumps({"step": 7, "epoch": 0.5, "loss": -0.25}) + "\n"
-    )
+    (run.path / "metrics.jsonl").write_text('{"step": 7, "epoch": 0.5, "loss": -0.25}\n')
     return run.path
 
 
@@ -80,7 +80,7 @@ def code_blocks(card: str) -> list[str]:
 
 
 def run_code(code: list[str]) -> dict[str, Any]:
-    """What blocks of code leave behind, run one after the other."""
+    """The names that blocks of code define, run one after the other."""
     names: dict[str, Any] = {}
     for block in code:
         exec(block, names)

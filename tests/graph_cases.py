@@ -1,4 +1,4 @@
-"""A toy training and a graph that repeats calls, for the tests of the captured step."""
+"""A toy training and a stand-in for a CUDA graph, for the tests of the captured step."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from vi_simsiam.engine.graph import Captured
+from vi_simsiam.engine.graph import Captured, CudaGraph
 
 
-class StandIn:
-    """Repeats the recorded call. Recording is to do nothing: it does, and the first replay does not."""
+class StandIn(CudaGraph):
+    """Repeats the recorded call. Recording runs the call, and the first replay does not."""
 
     device_type = "cpu"
 
@@ -50,8 +50,20 @@ class Unrecordable(StandIn):
             raise RuntimeError("operation failed due to a previous error during capture") from error
 
 
+class Reads(torch.autograd.Function):
+    """Reads a value on the host in its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient * gradient.sum().item()
+
+
 class Momentum(torch.optim.Optimizer):
-    """A user's own optimizer, which keeps what it must in place."""
+    """A user's own optimizer, which updates its state in place."""
 
     def __init__(self, parameters: Any, lr: Tensor) -> None:
         super().__init__(parameters, {"lr": lr})
@@ -82,18 +94,10 @@ class Training:
         self, optimizer: str = "sgd", device: str = "cpu", clear_last: bool = False
     ) -> None:
         torch.manual_seed(0)
-        layers = [
-            nn.Conv2d(3, 6, 3),
-            nn.BatchNorm2d(6),
-            nn.ReLU(),
-            nn.Dropout(0.2),
-            nn.Flatten(),
-            nn.Linear(6 * 36, 4),
-        ]
-        self.model = nn.Sequential(*layers).to(device)
-        self.optimizer = OPTIMIZERS[optimizer](
-            self.model.parameters(), torch.tensor(0.02, device=device)
-        )
+        layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.2), nn.Flatten()]
+        self.model = nn.Sequential(*layers, nn.Linear(6 * 36, 4)).to(device)
+        lr = torch.tensor(0.02, device=device)
+        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters(), lr)
         self.seen = torch.zeros((), dtype=torch.int64, device=device)
         self.clear_last = clear_last
         self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.8)
@@ -116,16 +120,10 @@ class Training:
 
     def everything(self) -> list[Tensor]:
         """Weights, buffers, gradients, the optimizer's tensors and the generator."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        optimizer = tree_leaves(self.optimizer.state_dict())
-        found = [
-            *self.model.state_dict().values(),
-            *gradients,
-            *optimizer,
-            self.seen,
-            torch.get_rng_state(),
-        ]
-        return [x.clone() for x in found if isinstance(x, Tensor)]
+        gradients = [parameter.grad for parameter in self.model.parameters()]
+        states = [self.model.state_dict(), self.optimizer.state_dict(), torch.get_rng_state()]
+        leaves = tree_leaves([*states, gradients, self.seen])
+        return [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def batches(count: int, device: str = "cpu") -> list[tuple[Tensor, dict[str, Tensor]]]:

@@ -14,10 +14,11 @@ from vi_simsiam.models import build_model
 
 SIZE = 16
 DIM = 12
+ON_CPU = ["--device", "cpu", "--workers", "1"]
 
 
 def save_run(folder: Path, method: Method = "vi-simsiam") -> Path:
-    """An untrained ResNet-18 with the files of a run, whose training data is not there any more."""
+    """An untrained ResNet-18 with the files of a run, whose training data is missing."""
     folder.mkdir(parents=True)
     config = TrainConfig(
         method=method,
@@ -38,7 +39,7 @@ def save_run(folder: Path, method: Method = "vi-simsiam") -> Path:
 
 
 def save_images(folder: Path, count: int, *, seed: int = 0) -> list[Path]:
-    """`count` random images of several shapes; number 1 is gray, number 2 has an alpha channel. Sorted paths."""
+    """Random images of several shapes, number 1 gray, number 2 with alpha; sorted paths."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(seed)
     paths = []

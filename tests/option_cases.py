@@ -1,50 +1,56 @@
-"""Small runs of the commands that say every option at least once, with a value that is not its default.
+"""Small runs of the commands that give every option another value than its default.
 
-A run is one or more lines, called one after the other in a folder of its own. What follows "=>" is printed, or stands in
-a text file that a line wrote. A new option goes into a line that suits it, or into a new one.
+A run is one or more lines, called one after the other in their own folder. The text after "=>" is
+printed, or is in a text file that a line wrote. Add a new option to a line, or a new line for it.
 
     {images}    a folder of 16 x 16 pixels in two classes, 40 training and 16 validation images
     {others}    a folder of eight other images
     {run}       a trained VI-SimSiam run
-    {moved}     the same, whose images are not where they were: it needs --data
+    {moved}     the same, with images that are no longer at their place: it needs --data
     {simsiam}   a trained SimSiam run
     {settings}  a YAML file of settings
-    {here}      the folder of this run; {out} is in it, and not there yet
+    {here}      the folder of this run; {out} is in it, and does not exist yet
 """
 
 from __future__ import annotations
 
 SMALL = (
-    "--data {images} --epochs 1 --batch-size 8 --dim 16 --projector-hidden 16 --predictor-hidden 16 --size 16 "
-    "--device cpu --workers 0"
+    "--data {images} --epochs 1 --batch-size 8 --dim 16 --projector-hidden 16 "
+    "--predictor-hidden 16 --size 16 --device cpu --workers 0"
 )
 """A training of five steps."""
 _TRAIN = f"train {SMALL} --out {{out}}"
 _MOVED = (
     "{moved} --device cpu --workers 0 --data {images} --data-root {here} --cache-dir {here}/cache"
 )
-_APPLIED = "{run} {images} --device cpu --workers 1 --views 2 --seed 1 --batch-size 4 --data-root {here} --offline"
+_APPLIED = (
+    "{run} {images} --device cpu --workers 1 --views 2 --seed 1 --batch-size 4 "
+    "--data-root {here} --offline"
+)
 _VIEWS = (
-    "--size 16 --crop-scale 0.5 0.9 --crop-ratio 0.8 1.2 --jitter 0.1 0.2 0.3 0.05 --jitter-prob 0.5 --grayscale-prob 0.1 "
-    "--blur-prob 0.3 --blur-sigma 0.2 1 --flip-prob 0.1 --local-views 1 --local-size 8 --local-scale 0.1 0.3"
+    "--size 16 --crop-scale 0.5 0.9 --crop-ratio 0.8 1.2 --jitter 0.1 0.2 0.3 0.05 "
+    "--jitter-prob 0.5 --grayscale-prob 0.1 --blur-prob 0.3 --blur-sigma 0.2 1 --flip-prob 0.1 "
+    "--local-views 1 --local-size 8 --local-scale 0.1 0.3"
 )
 _DECODE = "--background white --value-range 0 4095 --frames all"
 _BENCH = "--device cpu --short --rounds 3 --out {here}"
 
 RUNS = {
     "train simsiam": f"""
-        {_TRAIN} --method simsiam --seed 3 --lr 0.05 --momentum 0.5 --weight-decay 0.001 --warmup-epochs 0.5 --clip-norm 1 \
-            --ema 0.9 --precision bf16 --batch-norm joint --backend eager --loss-scale 2 --log-every 1 --save-every 0 --quiet \
-            => "step": 1,""",
+        {_TRAIN} --method simsiam --seed 3 --lr 0.05 --momentum 0.5 --weight-decay 0.001 \
+            --warmup-epochs 0.5 --clip-norm 1 --ema 0.9 --precision bf16 --batch-norm joint \
+            --backend eager --loss-scale 2 --log-every 1 --save-every 0 --quiet => "step": 1,""",
     "train on a part": f"""
-        {_TRAIN} --images 24 --held-out 0.25 --split-seed 1 --distinct --data-root {{here}} --offline \
-            --cache-dir {{here}}/cache --evaluate => linear top-1""",
+        {_TRAIN} --images 24 --held-out 0.25 --split-seed 1 --distinct --data-root {{here}} \
+            --offline --cache-dir {{here}}/cache --evaluate => linear top-1""",
     "train views": f"""
-        {_TRAIN} {_VIEWS} {_DECODE} --local-predictor --stem small --concentration-link softplus --concentration-scale 5 \
-            --concentration-min 0.1 --concentration-max 100 --cosine-weight 0.5""",
+        {_TRAIN} {_VIEWS} {_DECODE} --local-predictor --stem small --concentration-link softplus \
+            --concentration-scale 5 --concentration-min 0.1 --concentration-max 100 \
+            --cosine-weight 0.5""",
     "train controls": f"""
         {_TRAIN} --concentration constant --concentration-value 5 => kappa/(D-1) 5
-        {_TRAIN} --overwrite --concentration detached --concentration-gain 2 --capture off --kernels off --data-memory host""",
+        {_TRAIN} --overwrite --concentration detached --concentration-gain 2 --capture off \
+            --kernels off --data-memory host""",
     "train compiled": f"""
         {_TRAIN} --compile => cos""",
     "train pretrained": f"""
@@ -52,7 +58,8 @@ RUNS = {
     "train frozen": f"""
         {_TRAIN} --frozen-run {{simsiam}} => kappa fitted""",
     "train settings": f"""
-        {_TRAIN} --preset demo --config {{settings}} --policy multicrop --local-size 8 => "momentum": 0.75""",
+        {_TRAIN} --preset demo --config {{settings}} --policy multicrop --local-size 8 \
+            => "momentum": 0.75""",
     "train again": """
         train --out {run} --resume => nothing is left to train""",
     "train seeds": f"""
@@ -68,7 +75,8 @@ RUNS = {
     "figures": f"""
         figures {_MOVED} => kappa.png""",
     "uncertainty": f"""
-        uncertainty {_MOVED} --ood far={{others}} --images 8 --corruption-images 2 --seed 1 => "corruption_images": 2""",
+        uncertainty {_MOVED} --ood far={{others}} --images 8 --corruption-images 2 --seed 1 \
+            => "corruption_images": 2""",
     "report": f"""
         report {_MOVED} => report.html""",
     "embed": f"""
@@ -78,13 +86,16 @@ RUNS = {
         rank {_APPLIED} -k 2 --out {{out}} => 56 images
         rank {{run}} {{others}} --k 3 --overwrite --out {{out}} => 8 images""",
     "export": """
-        export {moved} --format timm --data {images} --data-root {here} --out {out} => checked on 8 images of images
+        export {moved} --format timm --data {images} --data-root {here} --out {out} \
+            => checked on 8 images of images
         export {moved} --format timm --overwrite --out {out} => checked on fashion-mini""",
     "pack": f"""
-        pack {{images}} --out {{out}}.pack --shorter-side 12 --workers 1 --data-root {{here}} --offline => about 17.3 kB
+        pack {{images}} --out {{out}}.pack --shorter-side 12 --workers 1 --data-root {{here}} \
+            --offline => about 17.3 kB
         pack {{images}} --out {{out}}.pack --overwrite {_DECODE} => about 30.7 kB""",
     "views": f"""
-        views --data {{images}} {_VIEWS} {_DECODE} --policy multicrop --images 2 --seed 1 --data-root {{here}} --offline --out {{out}}.png""",
+        views --data {{images}} {_VIEWS} {_DECODE} --policy multicrop --images 2 --seed 1 \
+            --data-root {{here}} --offline --out {{out}}.png""",
     "info": """
         info --check --json => "name": "training step, float32",""",
     "bench loss": f"""
@@ -97,15 +108,18 @@ RUNS = {
         bench step {_BENCH} --only vi-simsiam --kernels => "method": "vi-simsiam"
         bench step {_BENCH} --only vi-simsiam --resume""",
     "bench train": f"""
-        bench train {_BENCH} --only plain --data {{images}} --data-root {{here}} --images 16 --size 16 --local-views 1 \
-            --local-size 8 --batch-size 8 --epochs 2 --lr 0.02 --workers 0 --target-accuracy 0.1 --resume => 2x16+1x8, batch 8""",
+        bench train {_BENCH} --only plain --data {{images}} --data-root {{here}} --images 16 \
+            --size 16 --local-views 1 --local-size 8 --batch-size 8 --epochs 2 --lr 0.02 --workers \
+            0 --target-accuracy 0.1 --resume => 2x16+1x8, batch 8""",
     "bench accuracy": """
         bench accuracy --device cpu --out {here} => 1,000,000""",
     "experiment": """
-        experiment controls --data {images} --preset demo --seeds 1 --epochs 1 --size 16 --batch-size 8 --dim 16 \
-            --arms byol --ema 0.9 --images 24 --val-images 8 --devices cpu --parallel 2 --threads 1 --workers 1 \
-            --data-root {here} --offline --cache-dir {here}/cache --out {out} => momentum 0.9""",
+        experiment controls --data {images} --preset demo --seeds 1 --epochs 1 --size 16 \
+            --batch-size 8 --dim 16 --arms byol --ema 0.9 --images 24 --val-images 8 --devices cpu \
+            --parallel 2 --threads 1 --workers 1 --data-root {here} --offline --cache-dir \
+            {here}/cache --out {out} => momentum 0.9""",
 }
+
 
 REFUSED = [
     f"{_TRAIN} --device cuda:99 => device: 'cuda:99' is not here",
@@ -117,7 +131,7 @@ REFUSED = [
     f"{_TRAIN} --pretrained --offline => pretrained: no copy of the weights found",
     "evaluate {run} --device cuda:99 => device: 'cuda:99' is not here",
     "bench loss --device cuda:99 => device: 'cuda:99' is not here",
-    "experiment controls --data {images} --devices cuda:99 --out {out} => device: 'cuda:99' is not here",
+    "experiment controls --data {images} --devices cuda:99 --out {out} => 'cuda:99' is not here",
     "experiment tuned --data {images} --trials 99 --out {out} => trials: 99 is not accepted",
 ]
-"""Lines with what cannot be had here, and part of the message; `test_experiments.py` runs trials."""
+"""Lines that are refused here, with part of the message; `test_experiments.py` runs trials."""

@@ -19,7 +19,7 @@ def pixels(source: ImageSource) -> list[list]:
 
 
 def stored_files(folder: Path) -> FileSource:
-    """Seven images of seven sizes in two classes, one for every way of storing pixels, in a new folder."""
+    """Seven images of seven sizes in two classes, stored in seven ways, in a new folder."""
     folder.mkdir(parents=True)
     colour = [Image.fromarray(noise(5 + i, 9 - i, i)) for i in range(7)]
     colour[0].save(folder / "rgb.png")

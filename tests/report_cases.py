@@ -25,7 +25,7 @@ KINDS = ("gaussian_noise", "gaussian_blur", "contrast", "occlusion", "jpeg_compr
 
 
 def uncertainty_result(seed: int = 0, data: str = "fashion-mini") -> dict[str, Any]:
-    """What uncertainty.json holds, of the scores in SCORES, three sets of foreign images and six corruptions."""
+    """An uncertainty.json with all SCORES, three sets of foreign images and six corruptions."""
     draw = np.random.default_rng(seed)
     accuracy, coverage = 0.745, np.linspace(0.02, 1, 50)
 

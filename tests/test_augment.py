@@ -1,4 +1,5 @@
-"""Augmentation from a table: the plain PyTorch reference against torchvision, its layout, and the checks."""
+"""Augmentation from a table: the plain PyTorch reference against torchvision, its layout, and the
+checks."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from vi_simsiam.config import AugmentConfig
-from vi_simsiam.data.views import draw_table, place
+from vi_simsiam.data.views import add_offsets, draw_table
 from vi_simsiam.errors import BackendUnavailableError, InputError
 from vi_simsiam.ops.augment import (
     _CHUNK_FLOATS,
@@ -31,8 +32,9 @@ from vi_simsiam.ops.backends import interpreting
 
 FULL = AugmentConfig(jitter_prob=0.9, grayscale_prob=0.3, blur_prob=0.6)
 BATCH_ROUNDING = 10 * 4 * torch.finfo(torch.float32).eps / min(IMAGENET_STD)
-"""Between a view made alone and in a batch: each of ten steps (resizing and blur, down and across; four colour operations;
-grey; normalisation) may round values up to 1 by a few eps otherwise, which the normalisation divides."""
+"""Between a view made alone and in a batch: each of ten steps (resizing and blur, down and across;
+four colour operations; grey; normalisation) may round values up to 1 by a few eps otherwise, which
+the normalisation divides."""
 ADJUST = {1: tv.adjust_brightness, 2: tv.adjust_contrast, 3: tv.adjust_saturation, 4: tv.adjust_hue}
 
 
@@ -52,7 +54,7 @@ def drawn(
     table = draw_table(
         policy, seed=seed, epoch=0, samples=np.arange(len(shapes)), heights=heights, widths=widths
     )
-    place(table, offsets)
+    add_offsets(table, offsets)
     check_table(table, len(pixels))
     return pixels, torch.from_numpy(table)
 
@@ -104,7 +106,8 @@ def expected(pixels: Tensor, table: Tensor, size: int) -> Tensor:
 
 
 def assert_same(actual: Tensor, wanted: Tensor, table: Tensor) -> None:
-    """Within 1e-5, and 1e-4 where the hue was shifted (it divides by small differences), in units of [0, 1]."""
+    """Within 1e-5, and 1e-4 where the hue was shifted (it divides by small differences), in units
+    of [0, 1]."""
     std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
     error = ((actual - wanted) * std).abs().amax((2, 3, 4))
     order = table[..., Column.ORDER]
@@ -133,7 +136,8 @@ def test_small_crops_of_a_larger_policy_are_torchvisions() -> None:
 
 @pytest.mark.parametrize("size", [64, 65])
 def test_a_view_does_not_depend_on_the_batch(size: int) -> None:
-    """But for the rounding of batched products: ranks that share a batch see its views, whichever way each is resized."""
+    """But for the rounding of batched products: ranks that share a batch see its views, whichever
+    way each is resized."""
     pixels, table = drawn([(64, 64), (150, 130), (20, 300), (3, 5)] * 4)
     views = eager_augment(pixels, table, size)
     assert_same(views, expected(pixels, table, size), table)
@@ -193,7 +197,8 @@ def test_single_steps(columns: dict[str, float], size: int) -> None:
 
 
 def test_gray_and_saturated_pixels_shift_their_hue() -> None:
-    """Pixels with two or three equal channels, black and white, are where a hue is easily got wrong."""
+    """Pixels with two or three equal channels, black and white, are where a hue is easily got
+    wrong."""
     corners = list(itertools.product((0, 128, 255), repeat=3))
     pixels = torch.tensor(corners[:-2] * 64, dtype=torch.uint8).view(-1)[: 3 * 40 * 40]
     table = torch.cat(
@@ -244,11 +249,11 @@ def test_what_is_not_accepted() -> None:
     with pytest.raises(TypeError, match=r"table: dtype torch.int64 must be torch.int32"):
         augment(pixels, table.long(), 16)
     with pytest.raises(TypeError, match=r"table: must be a tensor, not ndarray"):
-        augment(pixels, table.numpy(), 16)  # type: ignore[arg-type]
+        augment(pixels, table.numpy(), 16)
     with pytest.raises(TypeError, match=r"dtype: torch.float16 is neither"):
         augment(pixels, table, 16, dtype=torch.float16)
     with pytest.raises(TypeError, match=r"size: 16.0 must be an integer"):
-        augment(pixels, table, 16.0)  # type: ignore[arg-type]
+        augment(pixels, table, 16.0)
     with pytest.raises(InputError, match=r"pixels: shape \(1, \d+\) must be \(bytes,\)"):
         augment(pixels[None], table, 16)
     with pytest.raises(InputError, match=r"table: shape \(2, 2, 15\) must be \(views, batch, 16\)"):
@@ -303,9 +308,11 @@ def test_a_crop_before_the_pixels_is_caught() -> None:
 
 
 def test_views_are_close_to_those_of_eight_bit_arithmetic() -> None:
-    """PIL cuts each of up to five steps to whole levels, and hue and saturation to 256 steps in between.
+    """PIL cuts each of up to five steps to whole levels, and hue and saturation to 256 steps in
+    between.
 
-    The mean was 1.15 levels of 255 when this was written; five losses of half a level could add up to 2.5.
+    The mean was 1.15 levels of 255 when this was written; five losses of half a level could add up
+    to 2.5.
     """
     heights = widths = 48
     ramp = np.add.outer(np.arange(heights) * 3, np.arange(widths) * 2)

@@ -1,8 +1,9 @@
-"""The kernels that make views: their numbers in the interpreter (or on a GPU), and what they compile to without one.
+"""The kernels that make views: their numbers in the interpreter (or on a GPU), and what they
+compile to without one.
 
-`python tests/test_augment_kernels.py` compiles every kernel that the tests know and writes the registers it takes to
-tests/static/augment_registers.json under the installed Triton's version. A version that is not in there is held to the
-absolute limits alone.
+`python tests/test_augment_kernels.py` compiles every kernel that the tests know and writes the
+registers it takes to tests/static/augment_registers.json under the installed Triton's version. A
+version that is not in there is held to the absolute limits alone.
 """
 
 from __future__ import annotations
@@ -13,18 +14,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip(
-    "triton",
-    reason="Triton is not installed: numbers and machine code of its kernels are not checked",
-)
-
 import torch
 import triton
-from test_triton_kernels import TYPES, Binary, _compile, _NoGPU, _run_cases, compiles, without_gpu
+from triton_tools import (
+    CAPABILITIES,
+    TYPES,
+    Binary,
+    NoGPU,
+    compile_kernel,
+    compiles,
+    marked,
+    run_cases,
+    without_gpu,
+)
 
 from vi_simsiam.kernels import augment as kernel
-from vi_simsiam.kernels import colour, launch
+from vi_simsiam.kernels import blur, colour, launch
 from vi_simsiam.ops import augment as reference
 
 CASES = "triton_augment_cases.py"
@@ -33,40 +38,31 @@ NAMES = ("resize", "colour", "blur_rows", "blur_columns")
 
 
 def test_numbers_in_the_interpreter() -> None:
-    _run_cases(True, CASES)
+    run_cases(True, CASES)
 
 
 @pytest.mark.gpu
 def test_numbers_on_the_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip(f"no CUDA device: would have run {CASES} on it")
-    _run_cases(False, CASES)
+    run_cases(False, CASES)
 
 
 def test_the_table_is_the_package_s() -> None:
     column, operation = reference.Column, reference.ColourOperation
-    for name in (
-        "START",
-        "STRIDE",
-        "HEIGHT",
-        "WIDTH",
-        "FLIP",
-        "ORDER",
-        "GRAY",
-        "BRIGHTNESS",
-        "SIGMA",
-    ):
+    names = ("START", "STRIDE", "HEIGHT", "WIDTH", "FLIP", "ORDER", "GRAY", "BRIGHTNESS", "SIGMA")
+    for name in names:
         assert getattr(kernel, name).value == column[name], name
     for name in ("BRIGHTNESS", "CONTRAST", "SATURATION", "HUE"):
         assert getattr(colour, name).value == operation[name], name
         # The factors are found by the operation's code.
         assert column[name] - column.BRIGHTNESS == operation[name] - operation.BRIGHTNESS
-    assert (kernel.COLUMNS.value, kernel.BLUR_TAPS.value) == (
+    assert (kernel.COLUMNS.value, blur.BLUR_TAPS.value) == (
         reference.TABLE_COLUMNS,
         reference.BLUR_TAPS,
     )
-    means = (kernel.RED_MEAN, kernel.GREEN_MEAN, kernel.BLUE_MEAN)
-    deviations = (kernel.RED_DEVIATION, kernel.GREEN_DEVIATION, kernel.BLUE_DEVIATION)
+    means = (blur.RED_MEAN, blur.GREEN_MEAN, blur.BLUE_MEAN)
+    deviations = (blur.RED_DEVIATION, blur.GREEN_DEVIATION, blur.BLUE_DEVIATION)
     assert tuple(x.value for x in means) == reference.IMAGENET_MEAN
     assert tuple(x.value for x in deviations) == reference.IMAGENET_STD
 
@@ -77,19 +73,19 @@ def test_workspace_holds_the_scratch_and_the_sums() -> None:
 
 
 def compile_for(capability: int, dtype: torch.dtype, name: str, size: int) -> Binary:
-    """What the launcher would launch there; needs no such GPU."""
+    """The machine code of the launcher there, without such a GPU."""
     function, _, constants = kernel.launches(size)[NAMES.index(name)]
     types = dict.fromkeys(("scratch_ptr", "sums_ptr"), "*fp32")
     types |= {"pixels_ptr": "*u8", "table_ptr": "*i32", "out_ptr": f"*{TYPES[dtype]}"}
-    return _compile(function, capability, constants, types)
+    return compile_kernel(function, capability, constants, types)
 
 
 SHAPES = [
     shape
     for shape in itertools.product(
-        (80, 90, 100, 120), (torch.float32, torch.bfloat16), NAMES, (32, 64, 96, 128, 224)
+        CAPABILITIES, (torch.float32, torch.bfloat16), NAMES, (32, 64, 96, 128, 224)
     )
-    # The others know nothing of the output's dtype.
+    # The others do not depend on the output's dtype.
     if shape[1] == torch.float32 or shape[2] in ("colour", "blur_columns")
 ]
 EVERY_DAY = {
@@ -109,21 +105,19 @@ def _name(capability: int, dtype: torch.dtype, name: str, size: int) -> str:
 @compiles
 @pytest.mark.parametrize(
     "shape",
-    [
-        pytest.param(x, id=_name(*x), marks=[] if x in EVERY_DAY else [pytest.mark.soak])
-        for x in SHAPES
-    ],
+    [marked(x, every_day=x in EVERY_DAY, name=_name(*x)) for x in SHAPES],
 )
 def test_machine_code(shape: tuple[int, torch.dtype, str, int]) -> None:
     _, dtype, name, _ = shape
     binary = compile_for(*shape)
-    assert binary.stack == binary.count("LDL") == binary.count("STL") == 0  # no spills
+    assert binary.spills == 0
     # Registers of a multiprocessor: 16 programs of one warp, eight of four.
     assert binary.registers <= (128 if name == "resize" else 64)
     loads, wide_loads = binary.count("LDG"), binary.count("LDG", "128")
     stores, wide_stores = binary.count("STG"), binary.count("STG", "128")
     if name == "resize":
-        # Eight numbers of the table and a factor, the first words of four rows, and three more for every four pixels.
+        # Eight numbers of the table and a factor, the first words of four rows, and three more for
+        # every four pixels.
         assert loads <= 9 + 4 + 12
         assert stores == 24 + 1  # a row of 32 lanes at a time, and the sum of grey
         # Older releases pass addresses and rows between the lanes through shared memory.
@@ -146,12 +140,12 @@ def test_machine_code(shape: tuple[int, torch.dtype, str, int]) -> None:
 
 
 @pytest.fixture
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[_NoGPU]:
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[NoGPU]:
     yield from without_gpu(monkeypatch, [each for each, _, _ in kernel.launches(8)])
 
 
 @compiles
-def test_known_launches_take_what_triton_would(no_gpu: _NoGPU) -> None:
+def test_known_launches_take_what_triton_would(no_gpu: NoGPU) -> None:
     """With odd sizes the sums lie at an address that the number of views decides."""
 
     def augment(size: int, views: int, dtype: torch.dtype = torch.float32, shift: int = 0) -> None:

@@ -31,21 +31,18 @@ def coloured(count: int, side: int = 20) -> PackedImages:
 
 
 def augmented(
-    images: PackedImages, backbone: nn.Module | None = None, seed: int = 0
+    images: PackedImages, backbone: nn.Module | None = None, **options: object
 ) -> AugmentedFeatures:
-    return AugmentedFeatures(
-        backbone or TinyBackbone(), images, size=SIZE, device=CPU, workers=0, seed=seed
-    )
+    backbone = backbone or TinyBackbone()
+    return AugmentedFeatures(backbone, images, size=SIZE, device=CPU, workers=0, **options)  # type: ignore[arg-type]
 
 
 def cropped_and_flipped(images: PackedImages, row: np.ndarray) -> Tensor:
     """The view of a table row by torchvision alone."""
-    pixels = (
-        torch.from_numpy(np.asarray(images.image(int(row[Column.SAMPLE])))).permute(2, 0, 1) / 255
-    )
-    top, left, height, width = (
-        int(row[c]) for c in (Column.TOP, Column.LEFT, Column.HEIGHT, Column.WIDTH)
-    )
+    image = np.asarray(images.image(int(row[Column.SAMPLE])))
+    pixels = torch.from_numpy(image).permute(2, 0, 1) / 255
+    top, left = int(row[Column.TOP]), int(row[Column.LEFT])
+    height, width = int(row[Column.HEIGHT]), int(row[Column.WIDTH])
     view = tv.resized_crop(pixels, top, left, height, width, [SIZE, SIZE], antialias=True)
     view = tv.horizontal_flip(view) if row[Column.FLIP] else view
     return tv.normalize(view, list(IMAGENET_MEAN), list(IMAGENET_STD))
@@ -55,10 +52,10 @@ def cropped_and_flipped(images: PackedImages, row: np.ndarray) -> Tensor:
 def test_features_are_those_of_random_crops_and_flips_in_eval_mode(number: int) -> None:
     images, backbone = coloured(12), TinyBackbone().train()
     found, index = augmented(images, backbone, seed=5).views(number)
-    table = draw_table(
-        linear_policy(SIZE), seed=5, epoch=number // 2, samples=np.arange(12), heights=images.heights,
-        widths=images.widths,
-    )[number % 2]  # fmt: skip
+    sizes = {"heights": images.heights, "widths": images.widths}
+    policy, samples = linear_policy(SIZE), np.arange(12)
+    tables = draw_table(policy, seed=5, epoch=number // 2, samples=samples, **sizes)
+    table = tables[number % 2]
     assert backbone.training
     assert 0 < table[:, Column.FLIP].sum() < 12
     with torch.no_grad():
@@ -69,10 +66,15 @@ def test_features_are_those_of_random_crops_and_flips_in_eval_mode(number: int) 
 
 
 def test_policy_is_that_of_simsiams_linear_evaluation() -> None:
+    sizes = np.full(4000, 400)
     table = draw_table(
-        linear_policy(32), seed=0, epoch=0, samples=np.arange(4000), heights=np.full(4000, 400),
-        widths=np.full(4000, 400),
-    ).reshape(-1, 16)  # fmt: skip
+        linear_policy(32),
+        seed=0,
+        epoch=0,
+        samples=np.arange(4000),
+        heights=sizes,
+        widths=sizes,
+    ).reshape(-1, 16)
     share = table[:, Column.HEIGHT].astype(float) * table[:, Column.WIDTH] / 400**2
     assert 0.075 < share.min() < 0.09
     assert 0.98 < share.max() <= 1
@@ -107,9 +109,7 @@ def test_passes_that_are_not_kept_are_computed_again(
 ) -> None:
     monkeypatch.setattr(augmented_module, "_KEPT_BYTES", limit)
     said: list[str] = []
-    source = AugmentedFeatures(
-        TinyBackbone(), coloured(6), size=SIZE, device=CPU, workers=0, report=said.append
-    )  # fmt: skip
+    source = augmented(coloured(6), report=said.append)
     first = [source.views(number)[0] for number in range(4)]
     again = [source.views(number)[0] for number in range(4)]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -135,7 +135,7 @@ def test_a_pass_for_every_epoch_on_a_gpu_and_few_on_a_cpu() -> None:
 
 
 class Recorded(AugmentedFeatures):
-    """Passes of features that say which image and pass they are of."""
+    """Features that hold the number of their image and pass."""
 
     def __init__(self, count: int, width: int) -> None:
         self.count, self.width, self.asked, self.closed = count, width, [], False
@@ -169,20 +169,14 @@ def test_epochs_take_turns_with_the_passes_and_leave_the_held_out_images_out(
     result = evaluate_linear(replace(sets, **one, augmented=recorded), config)
     assert recorded.asked == [0, 1, 2, 3, 0, 1]
     assert recorded.closed
-    assert [sorted({round(100 * float(x % 1)) for x in batch}) for batch in seen] == [
-        [0],
-        [1],
-        [2],
-        [3],
-        [0],
-        [1],
-    ]
+    assert [{round(100 * float(x % 1)) for x in batch} for batch in seen] == [
+        {0}, {1}, {2}, {3}, {0}, {1}
+    ]  # fmt: skip
     images = [{int(x) for x in batch} for batch in seen]
     assert len(images[0]) == 48
     assert images[0] == images[2] >= images[1] == images[3]
-    assert result["settings"]["augmented"] == 4
-    assert result["settings"]["augmented_encoders"] == ["trained"]
-    assert result["settings"]["steps"] == len(seen) == 6
+    facts = {"augmented": 4, "augmented_encoders": ["trained"], "steps": 6}
+    assert result["settings"] | facts == result["settings"]
 
 
 def test_views_carry_the_labels_of_their_images(tmp_path: Path) -> None:
@@ -210,9 +204,7 @@ def test_paper_preset_trains_on_the_runs_augmented_images(tmp_path: Path) -> Non
 
 
 def test_augmented_passes_need_the_images(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match="augmented: 2 .* 0 for features that come without their images"
-    ):
+    with pytest.raises(InputError, match="augmented: 2 .* features that come without their images"):
         evaluate_linear(feature_sets(tmp_path), LinearConfig(augmented=2))
     assert not (tmp_path / "linear.json").exists()
 

@@ -1,4 +1,5 @@
-"""BatchNorm with the addition and the ReLU after it: the public function, and networks that are made of it."""
+"""BatchNorm with the addition and the ReLU after it: the public function, and networks that are
+made of it."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vi_simsiam import SimSiam, VISimSiam
+from vi_simsiam.backbones import build_backbone
 from vi_simsiam.errors import BackendUnavailableError, InputError
-from vi_simsiam.models import build_backbone
 from vi_simsiam.normalisation import PerView
 from vi_simsiam.ops.backends import interpreting
 from vi_simsiam.ops.batch_norm import batch_norm_act
@@ -61,7 +62,7 @@ def test_wrong_input_is_named(
     shape: tuple[int, ...], options: dict[str, object], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        batch_norm_act(torch.randn(shape), None, None, None, None, **options)  # type: ignore[arg-type]
+        batch_norm_act(torch.randn(shape), None, None, None, None, **options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or interpreting(), reason="Triton can run here")
@@ -136,7 +137,7 @@ def test_training_steps_are_those_of_separate_passes(
         )
     torch.testing.assert_close(together.state_dict(), apart.state_dict(), rtol=1e-4, atol=1e-6)
     assert together.backbone.bn1.num_batches_tracked == 3 * steps
-    assert together.local_predictor[1].num_batches_tracked == steps  # type: ignore[index]
+    assert together.local_predictor[1].num_batches_tracked == steps
 
 
 @pytest.mark.parametrize("joint", [False, True])
@@ -149,7 +150,7 @@ def test_target_networks_and_joint_statistics(joint: bool) -> None:
     first, second = (model(_views(0)) for model in (apart, together))
     torch.testing.assert_close(second, first)
     torch.testing.assert_close(together.state_dict(), apart.state_dict())
-    assert together.target[0].bn1.num_batches_tracked == (1 if joint else 2)  # type: ignore[index,union-attr]
+    assert together.target[0].bn1.num_batches_tracked == (1 if joint else 2)
 
 
 def test_evaluation_does_not_change() -> None:
@@ -174,13 +175,14 @@ def test_a_frozen_backbone_counts_nothing() -> None:
 
 @torch.no_grad()
 def test_layers_with_settings_of_their_own() -> None:
-    """A norm in eval mode within a training block, a first convolution of stride 1 and another pool, in double precision."""
+    """A norm in eval mode within a training block, a first convolution of stride 1 and another
+    pool, in double precision."""
     torch.manual_seed(0)
     model = SimSiam(dim=16, projector_hidden=16, predictor_hidden=8).double().train()
     backbone = model.backbone
-    backbone.layer1[0].bn2.eval()  # type: ignore[union-attr, index]
-    backbone.conv1.stride = (1, 1)  # type: ignore[union-attr, assignment]
-    backbone.maxpool = nn.MaxPool2d(2)  # type: ignore[assignment]
+    backbone.layer1[0].bn2.eval()
+    backbone.conv1.stride = (1, 1)
+    backbone.maxpool = nn.MaxPool2d(2)
     views = [torch.randn(4, 3, 16, 16, dtype=torch.float64) for _ in range(2)]
     expected = copy.deepcopy(model)
     model.fused = True
@@ -214,7 +216,8 @@ def test_names_are_torchvision_s() -> None:
 
 
 def test_compiled_it_is_the_same() -> None:
-    """The reference under torch.compile; the fused operators are traced in the interpreter's and the GPU's cases."""
+    """The reference under torch.compile; the fused operators are traced in the interpreter's and
+    the GPU's cases."""
     apart, together = _pair(SimSiam, "resnet18")
     torch._dynamo.reset()
     compiled = torch.compile(together, backend="aot_eager")

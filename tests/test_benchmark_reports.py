@@ -1,26 +1,30 @@
-"""What is made of result files: comparisons, targets, tables, plots and documents; and how accurate the loss is."""
+"""Targets, tables, plots and documents from result files; and the accuracy of the loss."""
 
 from __future__ import annotations
 
 import copy
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from benchmark_cases import CPU, given, scripted_pipeline, scripted_result, slower
 
-from vi_simsiam.benchmarks import accuracy, pipeline_plots, pipeline_targets, plots, report, tables
-from vi_simsiam.benchmarks.cases import Case
-from vi_simsiam.benchmarks.compare import compare
-from vi_simsiam.benchmarks.providers import textbook_loss
-from vi_simsiam.benchmarks.targets import cpu_targets, gpu_targets
+from vi_simsiam.benchmarks import accuracy, multiview_loss, plots, report, tables
+from vi_simsiam.benchmarks.baselines import textbook_loss
+from vi_simsiam.benchmarks.cases import MODES, Case
+from vi_simsiam.benchmarks.targets import targets_for, targets_of
 from vi_simsiam.cli import main
+from vi_simsiam.cli.commands import BENCHMARKS
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.multiview_loss import LossForm
 
-ROOT = Path(__file__).parents[1]
+PIPELINE = ("augment", "step", "train")
+IMAGENETTE = "200 epochs of ImageNette-128, 2x128, batch 64"
+
+
+def sections(*names: str) -> str:
+    return "\n".join(f"<!-- bench: {name} -->\n<!-- /bench -->" for name in names)
 
 
 @pytest.fixture
@@ -28,143 +32,45 @@ def result() -> dict[str, Any]:
     return scripted_result()
 
 
-@pytest.mark.parametrize(
-    ("change", "code"),
-    [
-        ({"factor": 1.0}, 0),
-        ({"factor": 0.5}, 0),
-        ({"factor": 1.015}, 0),
-        ({"factor": 1.05}, 1),
-        ({"factor": 1.05, "spread": 0.06}, 0),
-        ({"factor": 1.10, "spread": 0.06}, 1),
-        ({"factor": 1.20, "copied": 1.19}, 0),
-        ({"factor": 1.20, "copied": 0.5}, 1),
-    ],
-    ids=str,
-)
-def test_compare_judges_by_the_recorded_noise(
-    result: dict[str, Any],
-    change: dict[str, float],
-    code: int,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    for name, content in (("a", result), ("b", slower(result, **change))):
-        (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    assert main(["bench", "compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == code
-    said = capsys.readouterr().out
-    assert f"{2 * code} slower beyond the noise" in said
-    assert ("slower │" in said) == bool(code)
-
-
-def test_compare_calls_a_lost_result_a_regression(result: dict[str, Any]) -> None:
-    after = copy.deepcopy(result)
-    after["cases"][0]["providers"]["cpu"].update(
-        correct=False, failure="inaccurate: gradient error 1e-2"
-    )
-    changes = [change for change in compare(result, after) if change.regression]
-    assert {(change.provider, change.note) for change in changes} == {
-        ("cpu", "inaccurate: gradient error 1e-2")
-    }
-    assert not any(change.regression for change in compare(after, result)), "a new result is none"
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "cannot be read (No such file or directory)"),
-        ("{", "is no JSON file"),
-        ("[1]", "holds benchmark None, not 'multiview_loss'"),
-        ('{"benchmark": "accuracy"}', "holds benchmark 'accuracy'"),
-        (
-            '{"benchmark": "multiview_loss", "cases": [{"batch": 3}]}',
-            "is of an older version; measure it again",
-        ),
-        (
-            '{"benchmark": "multiview_loss", "device_type": "cpu", "cases": [{"batch": 3}]}',
-            "lacks what is compared ('name')",
-        ),
-        (
-            '{"benchmark": "multiview_loss", "device_type": "cpu", "cases": 3}',
-            "lacks what is compared",
-        ),
-        (
-            '{"benchmark": "multiview_loss", "device_type": "cpu", "cases": []}',
-            "no timed case in common",
-        ),
-    ],
-)
-def test_compare_names_bad_input_in_one_line(
-    result: dict[str, Any],
-    content: str | None,
-    message: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    (tmp_path / "a.json").write_text(json.dumps(result))
-    if content is not None:
-        (tmp_path / "b.json").write_text(content)
-    assert main(["bench", "compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert message in said
-
-
 def test_targets_are_measured_or_say_so(result: dict[str, Any]) -> None:
-    for target in gpu_targets(None) + cpu_targets(None):
+    unmeasured = [t for kind in ("cuda", "cpu") for t in targets_for("multiview_loss", kind, [])]
+    for target in unmeasured:
         assert (target.figure, target.met) == ("not measured", None)
-    assert "| - |" in tables.markdown_targets(gpu_targets(None))
+    assert "| - |" in tables.targets_markdown(unmeasured)
     result["cases"][0].update(name="power_spherical 256x2048 2x2 float32")
-    eager, compiled, nowhere = cpu_targets(result)
+    eager, compiled, nowhere = targets_of(result)
     assert (eager.figure, eager.met) == ("4.00 times", True)
     assert (compiled.figure, compiled.met) == ("2.00 times", True)
     assert (nowhere.figure, nowhere.met) == ("slower in none of 4 comparisons", True)
-    nowhere = cpu_targets(slower(result, 2.1))[2]
+    nowhere = targets_of(slower(result, 2.1))[2]
     assert nowhere.met is False
     assert nowhere.figure.startswith("slower in 2 of 4, by 1.05 times at worst (64 x 512, float32")
 
 
 def test_gpu_targets_read_the_right_cases(result: dict[str, Any]) -> None:
-    """32768 x 2048 against the copy, 200 MB and more against torch.compile, small batches against eager."""
+    """The copy at 32768 x 2048, torch.compile from 200 MB on, eager at small batches."""
     cases = []
     for case in (Case(32768, 2048, dtype="bfloat16"), Case(64, 2048, dtype="bfloat16")):
         made = copy.deepcopy(result["cases"][0])
-        made.update(
-            name=case.name, batch=case.batch, dim=case.dim, dtype=case.dtype,
-            least_bytes={mode: case.least_bytes(mode) for mode in ("forward", "forward_backward")},
-        )  # fmt: skip
+        least_bytes = {mode: case.least_bytes(mode) for mode in MODES}
+        fields = ("name", "batch", "dim", "dtype")
+        made.update({name: getattr(case, name) for name in fields}, least_bytes=least_bytes)
         made["providers"]["triton"] = made["providers"].pop("cpu")
         made["providers"]["cuda"] = copy.deepcopy(made["providers"]["triton"])
         made["providers"]["cuda"]["forward_backward"]["time"]["median_us"] = 12.0
         made["copy"]["forward_backward"]["median_us"] = 9.5
         cases.append(made)
-    found = {
-        target.what: target
-        for target in gpu_targets({**result, "device_type": "cuda", "cases": cases})
-    }
-    figures = {
-        what.removeprefix("loss and gradient "): (target.figure, target.met)
-        for what, target in found.items()
-    }
-    assert figures["at 32768 x 2048, bfloat16, against a copy of the same bytes"] == (
-        "triton 1.05, cuda 1.26",
-        True,
-    )
-    assert figures["at 32768 x 2048, float32, against a copy of the same bytes"] == (
-        "not measured",
-        None,
-    )
-    assert figures["against best torch.compile, from 200 MB of traffic on"] == ("2.00 times", True)
-    assert figures["against best torch.compile at B <= 1024, kernel time in a CUDA graph"] == (
-        "2.00 times",
-        False,
-    )
-    assert figures["against eager at B <= 256, kernel time in a CUDA graph"] == (
-        "4.00 times",
-        False,
-    )
-    agreement = figures["Triton against CUDA, loss and gradient at the telling cases"]
-    assert agreement == ("farthest apart: Triton / CUDA 0.83 at 64 x 2048, bfloat16", False)
+    found = [(each.figure, each.met) for each in targets_for("multiview_loss", "cuda", cases)]
+    assert found == [
+        ("triton 1.05, cuda 1.26", True),
+        ("not measured", None),
+        ("2.00 times", True),
+        ("2.00 times", False),
+        ("2.00 times", False),
+        ("4.00 times", False),
+        ("slower in none of 8 comparisons", True),
+        ("farthest apart: Triton / CUDA 0.83 at 64 x 2048, bfloat16", False),
+    ]
 
 
 def test_markdown_comes_from_the_file(
@@ -174,13 +80,14 @@ def test_markdown_comes_from_the_file(
     (tmp_path / "r" / "loss.json").write_text(json.dumps(result))
     (page := tmp_path / "page.md").write_text(
         "before\n<!-- bench: table r/loss.json -->\nold\n<!-- /bench -->\nbetween\n"
-        "<!-- bench: host r/none.json -->\n<!-- /bench -->\n<!-- bench: plots r/loss.json -->\n<!-- /bench -->\nafter\n"
+        "<!-- bench: host r/none.json -->\n<!-- /bench -->\n"
+        "<!-- bench: plots r/loss.json -->\n<!-- /bench -->\nafter\n"
     )
     assert main(["bench", "report", str(page)]) == 0
     capsys.readouterr()
     text = page.read_text()
     assert "| 64 x 512, float32 | 40.0 | 20.0 | 10.0 | 2.00 x | 50% |" in text
-    assert report.markdown_table(result) in text
+    assert multiview_loss.loss_markdown(result) in text
     assert "old" not in text
     assert text.count("Not measured.") == 2
     assert text.startswith("before\n")
@@ -189,55 +96,45 @@ def test_markdown_comes_from_the_file(
     plots.draw(result, tmp_path / "r")
     assert "![multiview loss speedup](r/multiview_loss_speedup.png)" in report.fill(text, tmp_path)
     assert main(["bench", "report"]) == 2
-    page.write_text("<!-- bench: poem r/loss.json -->\n<!-- /bench -->")
+    page.write_text(sections("poem r/loss.json"))
     assert main(["bench", "report", str(page)]) == 2
     assert "section 'poem' is none of table" in capsys.readouterr().err
     for kind in report._KINDS:
         with pytest.raises(InputError, match=f"bench: section '{kind}' n"):
-            report.fill(f"<!-- bench: {kind} -->\n<!-- /bench -->", tmp_path)
+            report.fill(sections(kind), tmp_path)
     with pytest.raises(InputError, match="section '' is none of"):
-        report.fill("<!-- bench:  -->\n<!-- /bench -->", tmp_path)
+        report.fill(sections(""), tmp_path)
     (tmp_path / "r" / "loss.json").write_text(json.dumps({**result, "cases": [{}]}))
-    with pytest.raises(
-        InputError,
-        match=r"bench: r/loss.json lacks what section 'table' shows .*; measure it again",
-    ):
-        report.fill("<!-- bench: table r/loss.json -->\n<!-- /bench -->", tmp_path)
+    with pytest.raises(InputError, match="r/loss.json lacks what section 'table' shows"):
+        report.fill(sections("table r/loss.json"), tmp_path)
 
 
 def test_parts_of_an_experiments_summary_are_shown(tmp_path: Path) -> None:
     def filled(what: str) -> str:
-        return report.fill(f"<!-- bench: experiment {what} -->\n<!-- /bench -->", tmp_path)
+        return report.fill(sections(f"experiment {what}"), tmp_path)
 
     assert "Not measured." in filled("r/summary.md result")
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "summary.md").write_text(
         "# E\n\n## Result\n\nA line.\n\n## Time to accuracy\n\n| a |\n|---|\n"
     )
-    assert filled("r/summary.md time-to-accuracy result").splitlines()[1:-1] == [
-        "| a |",
-        "|---|",
-        "",
-        "A line.",
-    ]
+    _, *lines, _ = filled("r/summary.md time-to-accuracy result").splitlines()
+    assert lines == ["| a |", "|---|", "", "A line."]
     assert "Not measured." in filled("r/summary.md figures")
     (tmp_path / "r" / "stability.png").write_bytes(b"")
     assert "\n![stability of the runs](r/stability.png)\n" in filled("r/summary.md figures")
-    with pytest.raises(
-        InputError, match="has no part 'poem'; it has result, time-to-accuracy, figures"
-    ):
+    with pytest.raises(InputError, match="'poem'; it has result, time-to-accuracy, figures"):
         filled("r/summary.md poem")
     with pytest.raises(InputError, match="needs a summary.md and the parts"):
         filled("r/summary.md")
 
 
 def test_a_wrong_provider_shows_no_figure_in_markdown(result: dict[str, Any]) -> None:
-    result["cases"][0]["providers"]["cpu"].update(
-        correct=False, failure="inaccurate: loss error 1.0e-02, allowed 1e-06"
-    )
-    text = report.markdown_table(result)
+    failure = "inaccurate: loss error 1.0e-02, allowed 1e-06"
+    result["cases"][0]["providers"]["cpu"].update(correct=False, failure=failure)
+    text = multiview_loss.loss_markdown(result)
     assert "| 64 x 512, float32 | 40.0 | 20.0 | - | - |" in text
-    assert "No time for cpu (inaccurate: loss error 1.0e-02, allowed 1e-06)." in text
+    assert f"No time for cpu ({failure})." in text
 
 
 def test_plots_need_no_times(result: dict[str, Any], tmp_path: Path) -> None:
@@ -247,16 +144,6 @@ def test_plots_need_no_times(result: dict[str, Any], tmp_path: Path) -> None:
         case["copy"] = {"forward": None, "forward_backward": None}
     for path in (*plots.draw(result, tmp_path), *plots.draw({**result, "cases": []}, tmp_path)):
         assert path.stat().st_size > 1000
-
-
-def test_documented_figures_are_those_of_the_result_files() -> None:
-    page = ROOT / "docs" / "loss-kernel.md"
-    text = page.read_text()
-    assert "<!-- bench: accuracy ../benchmarks/results/cpu/accuracy.json -->" in text
-    assert report.fill(text, page.parent) == text
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
-    assert len(links) >= 4
-    assert [link for link in links if not (page.parent / link.partition("#")[0]).exists()] == []
 
 
 def test_accuracy_cosines_are_exact_and_around_the_optimum() -> None:
@@ -283,89 +170,79 @@ def test_accuracy_command_writes_its_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert main(["bench", "accuracy", "--device", "cpu", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "cpu" / "accuracy.json").read_text())
     assert {"textbook", "eager", "cpu"} == result["providers"].keys()
-    text = accuracy.markdown_table(
-        {**result, "providers": {**result["providers"], "cpu": "not available: not built"}}
-    )
+    result["providers"]["cpu"] = "not available: not built"
+    text = accuracy.markdown_table(result)
     assert "| `cpu` | not available: not built |" in text
     assert f"| `eager` | {result['providers']['eager'][0]['value']:.1e}" in text
 
 
 def test_bench_help_names_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--help"]) == 0
-    said = capsys.readouterr().out
-    assert all(
-        f"\n  {name} " in said
-        for name in ("loss", "augment", "step", "train", "compare", "accuracy", "report")
-    )
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name} " in shown for name in BENCHMARKS)
 
 
 def test_pipeline_targets_are_measured_or_say_so() -> None:
-    for target in (
-        *pipeline_targets.gpu_targets(None, None, None),
-        *pipeline_targets.cpu_targets(None),
-    ):
-        assert (target.figure, target.met) == ("not measured", None)
-    made = {name: scripted_pipeline(name) for name in ("augment", "step", "train")}
-    figures = {
-        target.what: (target.figure, target.met) for target in pipeline_targets.gpu_targets(**made)
-    }
+    made = {name: scripted_pipeline(name) for name in PIPELINE}
+    for name in made:
+        for kind in ("cuda", "cpu"):
+            for target in targets_for(name, kind, []):
+                assert (target.figure, target.met) == ("not measured", None)
+    found = [target for result in made.values() for target in targets_of(result)]
+    figures = {target.what: (target.figure, target.met) for target in found}
     assert figures == {
         "views/s at 2x128, batch 64, against lightly's": ("12.0 times", True),
         "views/s at 2x224, batch 64, against lightly's": ("4.0 times", False),
-        "training step against the same network's forward and backward alone, same kernels":
-            ("1.10 times (most of 2 cases: simsiam, 2x224, batch 64)", False),
-        "forward and backward of the network alone, with our kernels, against torch.compile":
-            ("1.25 times (vi-simsiam, 2x128, batch 64; no figure for 1 case more)", False),
+        "training step against the same network's forward and backward alone, same kernels": (
+            "1.10 times (most of 2 cases: simsiam, 2x224, batch 64)",
+            False,
+        ),
+        "forward and backward of the network alone, with our kernels, against torch.compile": (
+            "1.25 times (vi-simsiam, 2x128, batch 64; no figure for 1 case more)",
+            False,
+        ),
         "exposed augmentation": ("1.9% (most of 2 cases: vi-simsiam, 2x128, batch 64)", True),
-        "200 epochs of ImageNette-128, 2x128, batch 64: training": ("110 s", True),
-        "200 epochs of ImageNette-128, 2x128, batch 64: cold start and kNN evaluation": ("50 s", False),
-        "200 epochs of ImageNette-128, 2x128, batch 64: peak memory beside the images": ("2.00 GB", True),
-    }  # fmt: skip
-    (on_cpu,) = pipeline_targets.pipeline_targets({**made["train"], "device_type": "cpu"})
-    assert (on_cpu.figure, on_cpu.met) == (
-        "1.60 times (400 and 250; 200 epochs of 9,469 images)",
-        True,
-    )
+        f"{IMAGENETTE}: training": ("110 s", True),
+        f"{IMAGENETTE}: cold start and kNN evaluation": ("50 s", False),
+        f"{IMAGENETTE}: peak memory beside the images": ("2.00 GB", True),
+    }
+    (on_cpu,) = targets_of({**made["train"], "device_type": "cpu"})
+    assert on_cpu.met
+    assert on_cpu.figure == "1.60 times (400 and 250; 200 epochs of 9,469 images)"
     shorter = copy.deepcopy(made["train"]["cases"][1]) | {"images": 64}
     shorter["providers"]["lightly"]["time"]["median_us"] /= 10
     made["train"]["cases"].append(shorter)
-    assert pipeline_targets.cpu_targets(made["train"]) == [on_cpu], (
-        "of several trainings the longest counts"
-    )
-    assert pipeline_targets.pipeline_targets({**made["step"], "device_type": "cpu"}) == []
-    assert len(pipeline_targets.pipeline_targets(made["step"])) == 3
+    longest = targets_of({**made["train"], "device_type": "cpu"})
+    assert longest == [on_cpu], "of several trainings the longest counts"
+    assert targets_of({**made["step"], "device_type": "cpu"}) == []
     for case in made["train"]["cases"]:
         case["images"] = 640
-    assert {target.met for target in pipeline_targets.train_targets(made["train"])} == {None}, (
-        "a part of ImageNette"
-    )
+    assert {target.met for target in targets_of(made["train"])} == {None}, "a part of ImageNette"
 
 
 def test_pipeline_markdown_and_plots_come_from_the_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("augment", "step", "train"):
+    for name in PIPELINE:
         result = scripted_pipeline(name)
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
-        (drawn,) = pipeline_plots.draw(name, result, tmp_path)
+        (drawn,) = plots.draw(result, tmp_path)
         assert drawn.read_bytes().startswith(b"\x89PNG")
-        pipeline_plots.draw(name, {**result, "cases": []}, tmp_path / "empty")
-    sections = [
-        "augment augment.json",
-        "step step.json",
-        "phases step.json",
-        "train train.json",
-        "plots step.json",
-    ]
-    sections += ["layers step.json"]
-    sections += [
-        "pipeline-gpu-targets augment.json step.json train.json",
-        "pipeline-cpu-targets train.json",
-    ]
-    sections += ["step none.json", "pipeline-cpu-targets none.json"]
+        plots.draw({**result, "cases": []}, tmp_path / "empty")
     page = tmp_path / "page.md"
     page.write_text(
-        "\n".join(f"<!-- bench: {section} -->\n<!-- /bench -->" for section in sections)
+        sections(
+            "augment augment.json",
+            "step step.json",
+            "phases step.json",
+            "train train.json",
+            "plots step.json",
+            "layers step.json",
+            "pipeline-gpu-targets augment.json step.json train.json",
+            "pipeline-cpu-targets train.json",
+            "step none.json",
+            "pipeline-cpu-targets none.json",
+        )
     )
     assert main(["bench", "report", str(page)]) == 0
     capsys.readouterr()
@@ -387,33 +264,26 @@ def test_pipeline_markdown_and_plots_come_from_the_files(
     assert text.count("Not measured.") == 1
     assert "| at least 1.5 times | not measured | - |" in text
     assert report.fill(text, tmp_path) == text
-    page.write_text("<!-- bench: pipeline-gpu-targets step.json -->\n<!-- /bench -->")
+    page.write_text(sections("pipeline-gpu-targets step.json"))
     assert main(["bench", "report", str(page)]) == 2
     assert "needs the result files of augment, step, train" in capsys.readouterr().err
 
 
 def test_a_section_shows_every_gpu(tmp_path: Path) -> None:
-    page = "\n".join(
-        f"<!-- bench: {section} -->\n<!-- /bench -->"
-        for section in (
-            "step GPU/step.json",
-            "pipeline-gpu-targets GPU/augment.json GPU/step.json GPU/train.json",
-        )
-    ).replace("GPU", "results/GPU")
+    page = sections(
+        "step results/GPU/step.json",
+        "pipeline-gpu-targets " + " ".join(f"results/GPU/{name}.json" for name in PIPELINE),
+    )
     (tmp_path / "results" / "cpu").mkdir(parents=True)
     (tmp_path / "results" / "cpu" / "step.json").write_text("{}")
     text = report.fill(page, tmp_path)
     assert text.count("Not measured.") == 1
     assert text.count("| not measured |") == 8
-    for name, found in (
-        ("nvidia-h200", "step"),
-        ("nvidia-h100", "augment"),
-        ("nvidia-h100", "step"),
-    ):
-        (tmp_path / "results" / name).mkdir(exist_ok=True)
-        (tmp_path / "results" / name / f"{found}.json").write_text(
-            json.dumps(scripted_pipeline(found))
-        )
+    for place in ("nvidia-h200/step", "nvidia-h100/augment", "nvidia-h100/step"):
+        name, found = place.split("/")
+        path = tmp_path / "results" / name / f"{found}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(scripted_pipeline(found)))
         text = report.fill(text, tmp_path)
         if name == "nvidia-h200":
             assert "`nvidia-" not in text, "no heading where there is one"
@@ -423,46 +293,7 @@ def test_a_section_shows_every_gpu(tmp_path: Path) -> None:
         assert section.index("`nvidia-h100`") < section.index("`nvidia-h200`")
     assert step.count("| vi-simsiam, 2x128, batch 64 | 1.05 |") == 2
     views = [line for line in targets.splitlines() if line.startswith("| views/s at 2x128")]
-    assert ["not measured" in line for line in views] == [False, True], (
-        "the second has no such result"
-    )
-    within = "<!-- bench: step GPU/step.json -->\n<!-- /bench -->"
+    assert ["not measured" in line for line in views] == [False, True], "it has no such result"
+    within = sections("step GPU/step.json")
     assert "| vi-simsiam, 2x128, batch 64 | 1.05 |" in report.fill(within, tmp_path / "results")
     assert "Not measured." in report.fill(within.replace("GPU", "OTHER_GPU"), tmp_path / "results")
-
-
-@pytest.mark.parametrize(
-    ("factor", "yardstick", "regressions"),
-    [(1.0, 1.0, 0), (1.5, 1.0, 1), (1.5, 1.6, 0), (1.5, 0.5, 1)],
-)
-def test_compare_guards_the_new_files(factor: float, yardstick: float, regressions: int) -> None:
-    before = scripted_pipeline("augment")
-    after = copy.deepcopy(before)
-    providers = after["cases"][0]["providers"]
-    for name, times_slower in (
-        ("vi-simsiam", factor),
-        (before["cases"][0]["yardstick"], yardstick),
-    ):
-        for quartile in ("median_us", "lower_us", "upper_us"):
-            providers[name]["time"][quartile] *= times_slower
-    found = [
-        change
-        for change in compare(before, after)
-        if change.regression and change.provider == "vi-simsiam"
-    ]
-    assert len(found) == regressions
-    providers["vi-simsiam"].update(correct=False, failure="inaccurate: with hue 1e-2")
-    lost = [change.note for change in compare(before, after) if change.ratio is None]
-    assert lost == ["inaccurate: with hue 1e-2"]
-
-
-def test_compare_wants_two_files_of_one_benchmark(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name in ("augment", "step"):
-        (tmp_path / f"{name}.json").write_text(json.dumps(scripted_pipeline(name)))
-    assert main(["bench", "compare", str(tmp_path / "step.json"), str(tmp_path / "step.json")]) == 0
-    assert (
-        main(["bench", "compare", str(tmp_path / "augment.json"), str(tmp_path / "step.json")]) == 2
-    )
-    assert "holds benchmark 'step', not 'augment'" in capsys.readouterr().err

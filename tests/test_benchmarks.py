@@ -1,4 +1,4 @@
-"""The benchmarks judge before they time: what is wrong, missing or too large is a result, and figures come from files."""
+"""The benchmark of the loss: wrong, missing or too large providers, timers, and runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import json
 import weakref
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,11 +28,12 @@ from benchmark_cases import (
 from rich.console import Console
 from torch import Tensor
 
-from vi_simsiam.benchmarks import multiview_loss, plots, providers, report, timers
+from vi_simsiam.benchmarks import multiview_loss, names, plots, providers, timers
+from vi_simsiam.benchmarks.baselines import textbook_loss
 from vi_simsiam.benchmarks.cases import Case, cases_for
-from vi_simsiam.benchmarks.harness import failure_reason, interleave
-from vi_simsiam.benchmarks.providers import Provider, errors, reference, textbook_loss
+from vi_simsiam.benchmarks.providers import Provider, errors, reference
 from vi_simsiam.benchmarks.step import step_cases
+from vi_simsiam.benchmarks.timers import failure_reason, interleave
 from vi_simsiam.benchmarks.train_peers import PROVIDERS
 from vi_simsiam.benchmarks.view_cases import view_cases
 from vi_simsiam.cli import main
@@ -67,21 +69,18 @@ def test_the_gate_refuses_wrong_results_and_prints_no_time_for_them() -> None:
         assert found["failure"].startswith("inaccurate: ")
         assert found["forward"] is found["forward_backward"] is None
     wrong, exact = (case["providers"][name]["gradient_error"] for name in ("wrong", "eager"))
-    # The factor is one in float32, which moves 1e-5 by eps / 2 at most; eager's own error adds to it or takes from it.
+    # In float32 the factor is off by eps / 2 at most; eager's own error adds to that.
     assert wrong == pytest.approx(1e-5, abs=2 * exact + torch.finfo(torch.float32).eps)
     assert f"gradient error {wrong:.1e}, allowed" in case["providers"]["wrong"]["failure"]
     assert case["providers"]["nan"]["gradient_error"] is None
     json.loads(json.dumps(case, allow_nan=False))
-    rows = [
-        line
-        for line in shown(report.case_table(case)).splitlines()
-        if line.startswith(("│ ", "wrong"))
-    ]
-    assert [row.split()[1] for row in rows] == ["eager", "inaccurate:"]
+    lines = shown(multiview_loss.loss_case(case)).splitlines()
+    rows = [line.split()[1] for line in lines if line.startswith(("│ ", "wrong"))]
+    assert rows == ["eager", "inaccurate:"]
 
 
 def test_a_gradient_left_unwritten_is_not_hidden_by_the_memory_of_the_last_result() -> None:
-    """The first call's gradients are overwritten with NaN: what a second call does not write is seen."""
+    """The first call's gradients are overwritten with NaN, which a second call must replace."""
     exact = reference(*drawn(TINY), TINY.form, torch.float64)
     buffers = [torch.zeros(3, 21), torch.zeros(3, 21)]
 
@@ -106,14 +105,16 @@ def test_a_gradient_left_unwritten_is_not_hidden_by_the_memory_of_the_last_resul
     assert found["gradient_error"] is None
 
 
-def test_what_cannot_run_or_lacks_memory_is_a_result() -> None:
+def test_what_cannot_run_or_lacks_memory_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
     case = measured(
         ScriptedTimer(1, 2, 3), oom=out_of_memory, triton="not available: it takes CUDA tensors"
     )
     assert case["providers"]["oom"]["failure"] == "out of memory"
     assert case["providers"]["triton"]["failure"] == "not available: it takes CUDA tensors"
     assert case["providers"]["eager"]["forward"]["time"]["median_us"] == 2
-    assert "oom: out of memory" in shown(report.case_table(case))
+    assert "oom: out of memory" in shown(multiview_loss.loss_case(case))
+    monkeypatch.setattr(multiview_loss, "draw_inputs", lambda *_: out_of_memory([], []))
+    assert measured(ScriptedTimer(1))["providers"]["eager"]["failure"] == "out of memory", "inputs"
 
 
 def test_memory_that_lacks_only_for_timing_is_a_result() -> None:
@@ -124,32 +125,30 @@ def test_memory_that_lacks_only_for_timing_is_a_result() -> None:
     assert case["providers"]["eager"]["forward_backward"] == {"failure": "out of memory"}
     assert case["providers"]["eager"]["correct"]
     assert case["providers"]["cpu"]["forward_backward"]["time"]["median_us"] == 3
-    assert "out of memory" in shown(report.case_table(case))
+    assert "out of memory" in shown(multiview_loss.loss_case(case))
     without_copy = measured(ScriptedTimer(MemoryError()))
     assert without_copy["providers"]["eager"]["forward"] == {"failure": "out of memory"}
 
 
 def test_a_busy_machine_is_noted() -> None:
     result = scripted_result()
-    assert "noisy" not in shown(report.case_table(result["cases"][0]))
+    assert "noisy" not in shown(multiview_loss.loss_case(result["cases"][0]))
     noisy = slower(result, 1.0, spread=0.5)
     assert "noisy: the quartiles of cpu lie 50% of the median apart" in shown(
-        report.case_table(noisy["cases"][0])
+        multiview_loss.loss_case(noisy["cases"][0])
     )
 
 
-def test_inputs_that_do_not_fit_are_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multiview_loss, "draw_inputs", lambda *_: out_of_memory([], []))
-    assert measured(ScriptedTimer(1))["providers"]["eager"]["failure"] == "out of memory"
-
-
-def test_failure_reason_is_one_line() -> None:
-    assert failure_reason(ValueError("\n  no compiler \n at all")) == "ValueError: no compiler"
-    assert failure_reason(KeyError()) == "KeyError"
-    assert (
-        failure_reason(RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"))
-        == "out of memory"
-    )
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ValueError("\n  no compiler \n at all"), "ValueError: no compiler"),
+        (KeyError(), "KeyError"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "out of memory"),
+    ],
+)
+def test_failure_reason_is_one_line(error: Exception, reason: str) -> None:
+    assert failure_reason(error) == reason
 
 
 def test_measures_are_taken_in_turn_until_the_time_is_up() -> None:
@@ -175,9 +174,9 @@ def test_measures_are_taken_in_turn_until_the_time_is_up() -> None:
     assert times["a"]["lower_us"] < times["a"]["median_us"] < times["a"]["upper_us"]
 
 
-def test_wall_timer_repeats_short_calls() -> None:
+def test_timer_repeats_short_calls() -> None:
     calls: list[int] = []
-    measures = timers.WallTimer().prepare(calls.append, [1, 2], 8)
+    measures = timers.Timer().prepare(calls.append, [1, 2], 8)
     assert len(calls) == 2
     assert measures["time"]() > 0
     assert calls[2:5] == [1, 2, 1]
@@ -185,7 +184,7 @@ def test_wall_timer_repeats_short_calls() -> None:
 
 
 def test_cuda_timer_captures_enough_distinct_calls() -> None:
-    """The structure alone, on a stand-in for torch: every set in the graph, warm-up before capture, replay before timing."""
+    """On a fake torch: every set in the graph, warm-up before capture, replay before timing."""
     with mock.patch.object(timers, "torch") as fake, mock.patch.object(graph, "torch", fake):
         fake.cuda.graph_pool_handle.side_effect = ["first pool", "second pool", "third pool"]
         fake.cuda.get_device_properties.return_value.L2_cache_size = 100
@@ -216,22 +215,17 @@ def test_cuda_timer_captures_enough_distinct_calls() -> None:
         timer.prepare(result_of, [0, 1, 2], 10)
         assert counts[3:] == [0, 1, 2] + [3] * 13, "results of one turn lie in different memory"
         assert not alive
-        with pytest.raises(ValueError, match="in warm-up"):
-            timer.prepare(mock.Mock(side_effect=ValueError("in warm-up")), [0], 10**10)
-        with pytest.raises(ValueError, match="in capture"):
-            timer.prepare(
-                mock.Mock(side_effect=[None, None, None, ValueError("in capture")]), [0], 10**10
-            )
+        for done in (0, 3):  # in warm-up, and in the capture
+            with pytest.raises(ValueError, match="broke"):
+                timer.prepare(
+                    mock.Mock(side_effect=[*[None] * done, ValueError("broke")]), [0], 10**10
+                )
         timer.prepare(calls.append, [0], 10**10)
         timer.prepare(calls.append, [0], 10**10)
         pools = [call.kwargs["pool"] for call in fake.cuda.graph.call_args_list]
-        assert pools == ["first pool"] * 4 + ["second pool"] * 2, (
-            "a failed capture's is not used again"
-        )
-        fake.cuda.memory_allocated.return_value, fake.cuda.max_memory_allocated.return_value = (
-            10,
-            35,
-        )
+        assert pools == ["first pool"] * 4 + ["second pool"] * 2, "a failed capture's is dropped"
+        fake.cuda.memory_allocated.return_value = 10
+        fake.cuda.max_memory_allocated.return_value = 35
         assert timer.peak_bytes(lambda: None) == 25
         timer.release()
         timer.prepare(calls.append, [0], 10**10)
@@ -284,22 +278,13 @@ def test_cases_and_inputs_are_those_of_training() -> None:
     assert predictions[0].detach().as_strided((2, 15), (2064, 1), 2049).isnan().all()
     assert not any(x.isnan().any() for x in (*predictions, *targets))
     for device in ("cpu", "cuda"):
-        names = [c.name for c in cases_for(device, short=False)]
-        assert len(set(names)) == len(names)
-        assert names[: len(cases_for(device, short=True))] == [
-            c.name for c in cases_for(device, short=True)
-        ]
-    grid = {
-        (c.batch, c.dim, c.views)
-        for c in cases_for("cuda", short=False)
-        if c.distribution == "power_spherical"
-    }
-    assert grid == {
-        (b, d, v)
-        for b in (64, 256, 1024, 4096, 32768)
-        for d in (128, 512, 2048, 8192)
-        for v in (2, 8)
-    }
+        found = [c.name for c in cases_for(device, short=False)]
+        telling = [c.name for c in cases_for(device, short=True)]
+        assert len(set(found)) == len(found)
+        assert found[: len(telling)] == telling
+    cases = [c for c in cases_for("cuda", short=False) if c.distribution == "power_spherical"]
+    grid = product((64, 256, 1024, 4096, 32768), (128, 512, 2048, 8192), (2, 8))
+    assert {(c.batch, c.dim, c.views) for c in cases} == set(grid)
     assert len(cases_for("cuda", short=True)) == 8
 
 
@@ -325,12 +310,10 @@ def test_reference_in_pieces_and_textbook_are_eager(
 def test_providers_that_are_not_here_say_why() -> None:
     made = providers.make_providers(TINY.form, CPU)
     assert list(made) == ["textbook", "eager", "torch.compile", "cpu"]
-    with mock.patch.object(
-        providers, "why_unavailable", return_value="the extension was built without nvcc"
-    ):
+    with mock.patch.object(providers, "why_unavailable", return_value="built without nvcc"):
         on_gpu = providers.make_providers(TINY.form, torch.device("cuda"))
-    assert on_gpu["cuda"] == "not available: the extension was built without nvcc"
-    assert list(on_gpu)[2:4] == list(providers.COMPILED)
+    assert on_gpu["cuda"] == "not available: built without nvcc"
+    assert list(on_gpu)[2:4] == list(names.COMPILED)
 
 
 def test_run_writes_file_and_plots_and_resumes(tmp_path: Path) -> None:
@@ -338,11 +321,8 @@ def test_run_writes_file_and_plots_and_resumes(tmp_path: Path) -> None:
 
     def some(form: LossForm, device: torch.device) -> dict[str, Provider | str]:
         made.append(str(form))
-        return {
-            "eager": given(form),
-            "torch.compile": given(form),
-            "cpu": "not available: not built",
-        }
+        right = given(form)
+        return {"eager": right, "torch.compile": right, "cpu": "not available: not built"}
 
     options = multiview_loss.Options(device="cpu", only="64x512", rounds=3, out=tmp_path)
     console = Console(file=io.StringIO())
@@ -352,7 +332,7 @@ def test_run_writes_file_and_plots_and_resumes(tmp_path: Path) -> None:
     written = json.loads(path.read_text())
     assert [case["name"] for case in written["cases"]] == ["power_spherical 64x512 2x2 float32"]
     assert {"date", "commit", "device", "processor", "driver", "versions"} <= written.keys()
-    for plot in plots.plot_paths(path.parent):
+    for plot in plots.plot_paths("multiview_loss", path.parent):
         assert plot.read_bytes().startswith(b"\x89PNG")
     both = dataclasses.replace(options, only="64x", resume=True, short=True)
     resumed = multiview_loss.run(both, console, providers=some, timer=timer)
@@ -360,10 +340,7 @@ def test_run_writes_file_and_plots_and_resumes(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace(written["versions"]["torch"], "0.1"))
     with pytest.raises(InputError, match="was measured with versions"):
         multiview_loss.run(both, console, providers=some, timer=timer)
-    with pytest.raises(
-        InputError,
-        match="no case's name contains '65x'; there are .*, 'cosine 256x2048 2x2 float32'$",
-    ):
+    with pytest.raises(InputError, match="'65x'; there are .*, 'cosine 256x2048 2x2 float32'$"):
         multiview_loss.run(dataclasses.replace(options, only="65x"), console)
 
 
@@ -393,7 +370,7 @@ def test_short_keeps_its_time(tmp_path: Path) -> None:
     now = iter([0.0, 0.0, 40.0, 80.0, 80.0, 80.0])
 
     def some(form: LossForm, device: torch.device) -> dict[str, Provider | str]:
-        return {"eager": given(form), providers.COMPILED[1]: given(form)}
+        return {"eager": given(form), names.COMPILED[1]: given(form)}
 
     console = Console(file=io.StringIO(), width=300)
     found = multiview_loss.run(
@@ -403,11 +380,9 @@ def test_short_keeps_its_time(tmp_path: Path) -> None:
         timer=ScriptedTimer(1),
         clock=lambda: next(now),
     )
-    assert [case["providers"][providers.COMPILED[1]]["correct"] for case in found["cases"]] == [
+    assert [case["providers"][names.COMPILED[1]]["correct"] for case in found["cases"]] == [
         True,
         False,
     ]
-    assert (
-        "--short had used 40 s" in found["cases"][1]["providers"][providers.COMPILED[1]]["failure"]
-    )
+    assert "--short had used 40 s" in found["cases"][1]["providers"][names.COMPILED[1]]["failure"]
     assert console.file.getvalue().count("left out: power_spherical") == 3  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The training that a GPU does, on a CPU: batches made by the device's feed, the step recorded by a stand-in for the graph."""
+"""A GPU's training on a CPU: batches from the device's feed, and a stand-in for the graph."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from rich.console import Console
 from test_step import KernelFeed
 from test_trainer import config, learned, metrics, same, weights
 
-from vi_simsiam.engine import trainer as module
+from vi_simsiam.engine import train as module
 from vi_simsiam.engine.graph import Captured
 from vi_simsiam.engine.trainer import Trainer
 from vi_simsiam.evaluation.figures import read_metrics
+
+pytestmark = pytest.mark.usefixtures("small_network")
 
 Train = Callable[..., str]
 
 
 @pytest.fixture
 def train(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
-    """Train in tmp_path/name as on a GPU, which records steps as `backend` does; returns what was printed."""
+    """Train in tmp_path/name as on a GPU, with `backend` for its graph; returns the output."""
 
     def run(name: str, backend: type[StandIn] | None, **changes: object) -> str:
         def capture(

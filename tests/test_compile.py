@@ -1,4 +1,5 @@
-"""Training with --compile: the same run, whoever goes on with it, and one line where nothing can be compiled."""
+"""Training with --compile: the same run, whoever goes on with it, and one line where nothing can be
+compiled."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from test_trainer import QUIET, config, metrics, train, weights
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.engine.trainer import Trainer
 
-# Compiled code sums in another order, which steps at a high learning rate amplify; the compiler's are at a low one.
+# Compiled code sums in another order, which steps at a high learning rate amplify; the compiler's
+# are at a low one.
 _TOLERANCE = 1e-3
 
 
@@ -74,9 +76,11 @@ def test_no_compiler_is_one_line(
 def test_the_compiler_itself(
     options: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The losses of a network that is compiled to C++, forward and backward, are those of the network as it is."""
+    """The losses of a network that is compiled to C++, forward and backward, are those of the
+    network as it is."""
     small = (
-        f"train --data {image_folder} --size 16 --epochs 1 --batch-size 8 --dim 16 --projector-hidden 16 "
+        f"train --data {image_folder} --size 16 --epochs 1 --batch-size 8 --dim 16 "
+        "--projector-hidden 16 "
         "--predictor-hidden 16 --device cpu --workers 0 --log-every 1 --quiet --lr 0.0001"
     )
     if "FROZEN" in options:

@@ -1,4 +1,4 @@
-"""The configuration: a trip through JSON, and every bad value named."""
+"""The configuration: conversion to JSON and back, and a message for every bad value."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vi_simsiam.config import (
     PRESETS,
     SOFTPLUS,
     AugmentConfig,
+    DecodeConfig,
     LossConfig,
     ModelConfig,
     TrainConfig,
@@ -44,116 +45,97 @@ def test_an_older_versions_configuration_keeps_its_loss() -> None:
 
 
 def test_paper_preset_is_the_papers() -> None:
-    """Section 4.1 of arXiv 2203.11437, with the literal softplus concentration and the unscaled loss."""
+    """Section 4.1 of arXiv 2203.11437, with the literal softplus and the unscaled loss."""
     paper = preset("paper")
-    assert (paper.epochs, paper.batch_size, paper.lr, paper.momentum, paper.weight_decay) == (
-        200,
-        64,
-        1e-3,
-        0.9,
-        1e-4,
-    )
-    assert (paper.loss.concentration_scale, paper.loss.loss_scale) == (1.0, 1.0)
-    assert (paper.loss.concentration_link, paper.loss.cosine_weight) == ("softplus", 0.0)
-    assert (paper.model.backbone, paper.model.dim, paper.augment.local_views) == (
-        "resnet18",
-        2048,
-        6,
-    )
+    loss, model = paper.loss, paper.model
+    assert (paper.epochs, paper.batch_size, paper.lr) == (200, 64, 1e-3)
+    assert (paper.momentum, paper.weight_decay, paper.augment.local_views) == (0.9, 1e-4, 6)
+    assert (loss.concentration_scale, loss.loss_scale) == (1.0, 1.0)
+    assert (loss.concentration_link, loss.cosine_weight) == ("softplus", 0.0)
+    assert (model.backbone, model.dim) == ("resnet18", 2048)
 
 
-@pytest.mark.parametrize(
-    ("kind", "values"),
-    [
-        (TrainConfig, {"epochs": 0}),
-        (TrainConfig, {"epochs": -3}),
-        (TrainConfig, {"epochs": 2.5}),
-        (TrainConfig, {"workers": 1.5}),
-        (TrainConfig, {"lr": "fast"}),
-        (TrainConfig, {"lr": True}),
-        (TrainConfig, {"data": 3}),
-        (TrainConfig, {"compile": "yes"}),
-        (AugmentConfig, {"crop_scale": (0.2,)}),
-        (AugmentConfig, {"crop_ratio": 1.0}),
-        (ModelConfig, {"dim": 16.5}),
-        (TrainConfig, {"batch_size": 1}),
-        (TrainConfig, {"lr": 0.0}),
-        (TrainConfig, {"lr": -0.1}),
-        (TrainConfig, {"lr": math.nan}),
-        (TrainConfig, {"lr": math.inf}),
-        (TrainConfig, {"momentum": 1.0}),
-        (TrainConfig, {"weight_decay": math.nan}),
-        (TrainConfig, {"warmup_epochs": 100.0}),
-        (TrainConfig, {"clip_norm": 0.0}),
-        (TrainConfig, {"seed": -1}),
-        (TrainConfig, {"workers": -1}),
-        (TrainConfig, {"log_every": 0}),
-        (TrainConfig, {"method": "byol"}),
-        (TrainConfig, {"precision": "fp16"}),
-        (ModelConfig, {"dim": 1}),
-        (ModelConfig, {"stem": "tiny"}),
-        (ModelConfig, {"projector_hidden": 0}),
-        (ModelConfig, {"predictor_hidden": 0}),
-        (LossConfig, {"concentration_scale": 0.0}),
-        (LossConfig, {"loss_scale": math.nan}),
-        (LossConfig, {"concentration_min": -1.0}),
-        (LossConfig, {"concentration_link": "exp"}),
-        (LossConfig, {"concentration_gain": 0.0}),
-        (LossConfig, {"concentration_gain": math.inf}),
-        (LossConfig, {"cosine_weight": -0.5}),
-        (LossConfig, {"cosine_weight": math.nan}),
-        (LossConfig, {"concentration": "median"}),
-        (LossConfig, {"concentration_value": 1.0}),
-        (LossConfig, {"concentration_max": 0.0}),
-        (LossConfig, {"concentration_max": math.inf}),
-        (TrainConfig, {"images": 1}),
-        (TrainConfig, {"held_out": 1.0}),
-        (TrainConfig, {"held_out": -0.1}),
-        (TrainConfig, {"split_seed": -1}),
-        (TrainConfig, {"ema": 0.0}),
-        (TrainConfig, {"ema": 1.0}),
-        (TrainConfig, {"ema": math.nan}),
-        (AugmentConfig, {"size": 4}),
-        (AugmentConfig, {"local_size": 4}),
-        (AugmentConfig, {"local_views": 15}),
-        (AugmentConfig, {"crop_scale": (0.5, 0.2)}),
-        (AugmentConfig, {"local_scale": (0.0, 1.0)}),
-        (AugmentConfig, {"flip_prob": 1.1}),
-        (AugmentConfig, {"jitter": (0.1, 0.1, 0.1, 0.6)}),
-        (AugmentConfig, {"blur_sigma": (0.0, 1.0)}),
-    ],
-)
-def test_bad_values_are_named(kind: type, values: dict[str, object]) -> None:
-    ((name, value),) = values.items()
-    with pytest.raises(InputError, match=rf"^{name}: .*{re.escape(str(value))}"):
-        kind(**values)
+BAD: dict[type, dict[str, tuple[object, ...]]] = {
+    TrainConfig: {
+        "epochs": (0, -3, 2.5),
+        "workers": (1.5, -1),
+        "lr": ("fast", True, 0.0, -0.1, math.nan, math.inf),
+        "data": (3,),
+        "compile": ("yes",),
+        "batch_size": (1,),
+        "momentum": (1.0,),
+        "weight_decay": (math.nan,),
+        "warmup_epochs": (100.0,),
+        "clip_norm": (0.0,),
+        "seed": (-1, 2**63),
+        "split_seed": (-1,),
+        "log_every": (0,),
+        "save_every": (-1.0, math.inf),
+        "method": ("byol",),
+        "precision": ("fp16",),
+        "kernels": ("fast",),
+        "images": (1,),
+        "held_out": (1.0, -0.1),
+        "ema": (0.0, 1.0, math.nan),
+    },
+    AugmentConfig: {
+        "size": (4,),
+        "local_size": (4,),
+        "local_views": (15,),
+        "crop_scale": ((0.2,), (0.5, 0.2)),
+        "crop_ratio": (1.0, (1.0, math.inf)),
+        "local_scale": ((0.0, 1.0),),
+        "flip_prob": (1.1,),
+        "jitter": ((0.1, 0.1, 0.1, 0.6),),
+        "blur_sigma": ((0.0, 1.0),),
+    },
+    ModelConfig: {
+        "dim": (16.5, 1),
+        "stem": ("tiny",),
+        "projector_hidden": (0,),
+        "predictor_hidden": (0,),
+    },
+    LossConfig: {
+        "concentration_scale": (0.0,),
+        "loss_scale": (math.nan,),
+        "concentration_min": (-1.0,),
+        "concentration_link": ("exp",),
+        "concentration_gain": (0.0, math.inf),
+        "cosine_weight": (-0.5, math.nan),
+        "concentration": ("median",),
+        "concentration_value": (1.0,),
+        "concentration_max": (0.0, math.inf),
+    },
+    DecodeConfig: {
+        "frames": ("last",),
+        "background": ("no colour", "#00000080"),
+        "value_range": ((1.0, 0.0), (0.0, math.inf), (1.0,), "none"),
+    },
+}
 
 
-def test_pretrained_weights_need_their_stem() -> None:
-    with pytest.raises(InputError, match="pretrained: ImageNet weights need stem 'imagenet'"):
-        ModelConfig(stem="small", pretrained=True)
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_values_are_named(kind: type) -> None:
+    for name, values in BAD[kind].items():
+        for value in values:
+            with pytest.raises(InputError, match=rf"^{name}: .*{re.escape(str(value))}"):
+                kind(**{name: value})
 
 
 def test_unknown_fields_and_presets_are_named() -> None:
     with pytest.raises(InputError, match="colour"):
         TrainConfig.from_dict({"colour": "red"})
-    for damaged in (
-        {"augment": {"crop_scale": [0.1]}},
-        {"augment": {"jitter": [0.1, 0.1]}},
-        {"augment": 3},
-    ):
+    for augment in ({"crop_scale": [0.1]}, {"jitter": [0.1, 0.1]}, 3):
         with pytest.raises(InputError):
-            TrainConfig.from_dict(damaged)
+            TrainConfig.from_dict({"augment": augment})
     with pytest.raises(InputError, match="preset: 'fast' is none of default"):
         preset("fast")
 
 
 def test_only_what_changes_the_result_differs() -> None:
     base = TrainConfig()
-    elsewhere = dataclasses.replace(
-        base, workers=3, device="cpu", data_root=Path("/data"), log_every=1
-    )
-    assert differing_fields(base, elsewhere) == []
+    place = {"workers": 3, "device": "cpu", "data_root": Path("/data"), "log_every": 1}
+    assert differing_fields(base, dataclasses.replace(base, **place)) == []
     other = dataclasses.replace(base, seed=4, model=ModelConfig(dim=64))
     assert differing_fields(base, other) == ["seed: 0 -> 4", "model.dim: 2048 -> 64"]
 
@@ -163,37 +145,63 @@ def test_a_run_finds_its_data_from_any_folder(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert (
-        TrainConfig(data=f"{kind}:some/mine.pack").located().data
-        == f"{kind}:{tmp_path / 'some' / 'mine.pack'}"
-    )
-    assert TrainConfig(data=f"{kind}:").located().data == f"{kind}:", (
-        "named as it was given in the error"
-    )
-    assert TrainConfig(data="cifar10").located().data == "cifar10"
     (tmp_path / "photos").mkdir()
-    assert TrainConfig(data="photos").located().data == f"folder:{tmp_path / 'photos'}"
+    for given, located in (
+        (f"{kind}:some/mine.pack", f"{kind}:{tmp_path / 'some' / 'mine.pack'}"),
+        (f"{kind}:", f"{kind}:"),  # the error has it as given
+        ("cifar10", "cifar10"),
+        ("photos", f"folder:{tmp_path / 'photos'}"),
+    ):
+        assert TrainConfig(data=given).located().data == located
 
 
 def test_parts_that_do_not_go_together_are_named() -> None:
     constant = LossConfig(concentration="constant", concentration_value=2.0)
     frozen = Path("runs/simsiam-001")
     local = ModelConfig(local_predictor=True)
-    for message, make in (
-        ("concentration_value: None is not accepted", lambda: LossConfig(concentration="constant")),
-        ("concentration_value: 0.0 is", lambda: LossConfig(concentration="constant", concentration_value=0.0)),
-        ("concentration_max: 3.0 is .* above concentration_min, 4.0", lambda: LossConfig(concentration_max=3.0, concentration_min=4.0)),
-        ("concentration_max: 9.0 is .* None", lambda: dataclasses.replace(constant, concentration_max=9.0)),
-        ("concentration: constant is .* vi-simsiam", lambda: TrainConfig(method="simsiam", loss=constant)),
-        ("concentration_max: 9.0 is .* vi-simsiam", lambda: TrainConfig(method="simsiam", loss=LossConfig(concentration_max=9.0))),
-        ("frozen_run: runs/simsiam-001 is .* vi-simsiam", lambda: TrainConfig(method="simsiam", frozen_run=frozen)),
-        ("ema: 0.9 is .* frozen_run", lambda: TrainConfig(frozen_run=frozen, ema=0.9)),
-        ("concentration: shuffled is .* frozen_run", lambda: TrainConfig(frozen_run=frozen, loss=LossConfig(concentration="shuffled"))),
-        ("local_predictor: True is", lambda: TrainConfig(model=local)),
-        ("local_predictor: True is", lambda: TrainConfig(model=local, augment=AugmentConfig(local_views=2, local_size=224))),
-    ):  # fmt: skip
-        with pytest.raises(InputError, match=rf"^{message}"):
-            make()
+    simsiam = {"method": "simsiam"}
+    shuffled = LossConfig(concentration="shuffled")
+    same_size = AugmentConfig(local_views=2, local_size=224)
+    for kind, values, message in (
+        (LossConfig, {"concentration": "constant"}, "concentration_value: None is not accepted"),
+        (LossConfig, vars(constant) | {"concentration_value": 0.0}, "concentration_value: 0.0 is"),
+        (
+            LossConfig,
+            {"concentration_max": 3.0, "concentration_min": 4.0},
+            "concentration_max: 3.0 .* concentration_min, 4.0",
+        ),
+        (
+            LossConfig,
+            vars(constant) | {"concentration_max": 9.0},
+            "concentration_max: 9.0 is .* None",
+        ),
+        (TrainConfig, simsiam | {"loss": constant}, "concentration: constant is .* vi-simsiam"),
+        (
+            TrainConfig,
+            simsiam | {"loss": LossConfig(concentration_max=9.0)},
+            "concentration_max: 9.0 is .* vi-simsiam",
+        ),
+        (
+            TrainConfig,
+            simsiam | {"frozen_run": frozen},
+            "frozen_run: runs/simsiam-001 is .* vi-simsiam",
+        ),
+        (TrainConfig, {"frozen_run": frozen, "ema": 0.9}, "ema: 0.9 is .* frozen_run"),
+        (
+            TrainConfig,
+            {"frozen_run": frozen, "loss": shuffled},
+            "concentration: shuffled is .* frozen_run",
+        ),
+        (TrainConfig, {"model": local}, "local_predictor: True is"),
+        (TrainConfig, {"model": local, "augment": same_size}, "local_predictor: True is"),
+        (
+            ModelConfig,
+            {"stem": "small", "pretrained": True},
+            "pretrained: ImageNet weights need stem 'imagenet'",
+        ),
+    ):
+        with pytest.raises(InputError, match=f"^{message}"):
+            kind(**values)
     assert TrainConfig(model=local, augment=AugmentConfig(local_views=2)).model.local_predictor
 
 

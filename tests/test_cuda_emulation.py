@@ -1,6 +1,8 @@
-"""The CUDA kernels' source, run thread by thread on the CPU (tests/cuda_emulation) and compared with float64.
+"""The CUDA kernels' source, run thread by thread on the CPU (tests/cuda_emulation) and compared
+with float64.
 
-What a GPU adds to this, its machine code and its memory, is in test_cuda_kernels.py and test_gpu.py.
+What a GPU adds to this, its machine code and its memory, is in test_cuda_kernels.py and
+test_gpu.py.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ def _tensors_on_the_cpu() -> Iterator[None]:
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
         pytest.skip(
-            "the emulation needs Linux on x86-64 or 64-bit Arm: the CUDA kernels' numbers are not checked"
+            "the emulation needs Linux on x86-64 or 64-bit Arm: "
+            "the CUDA kernels' numbers are not checked"
         )
     compiler = shutil.which("g++")
     version = subprocess.run(
@@ -52,15 +55,8 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "-Wno-unknown-pragmas",
         "-DVI_SIMSIAM_CUDA",
     ]
-    command = [
-        compiler,
-        *flags,
-        f"-I{folder}",
-        f"-I{ROOT / 'csrc'}",
-        folder / "kernels.cpp",
-        "-o",
-        library,
-    ]
+    includes = (f"-I{folder}", f"-I{ROOT / 'csrc'}")
+    command = [compiler, *flags, *includes, folder / "kernels.cpp", "-o", library]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr[-4000:]
     loaded = ctypes.CDLL(str(library))
@@ -77,12 +73,9 @@ def check(kernels: Any, case: Case) -> dict[str, Tensor]:
     tolerance = 4 * epsilon * max(1.0, kappa)
     torch.testing.assert_close(got["loss"].double(), want["loss"], rtol=4 * epsilon, atol=tolerance)
     if case.mean:
-        torch.testing.assert_close(
-            got["mean"].double(),
-            got["loss"].double().mean(),
-            rtol=2 * epsilon,
-            atol=epsilon * max(1.0, kappa),
-        )
+        mean = got["loss"].double().mean()
+        atol = epsilon * max(1.0, kappa)
+        torch.testing.assert_close(got["mean"].double(), mean, rtol=2 * epsilon, atol=atol)
     else:
         assert got["mean"].isnan()
     if not case.wants_gradient:
@@ -92,20 +85,17 @@ def check(kernels: Any, case: Case) -> dict[str, Tensor]:
     assert got["between"].isnan().all()  # nothing outside the rows is written
     direction, exact = got["gradient"][..., : case.dim].double(), want["gradient"][..., : case.dim]
     error, size = (direction - exact).abs(), exact.abs().amax(dim=-1, keepdim=True)
-    rounding = (
-        torch.finfo(case.gradient_dtype).eps / 2 * exact.abs()
-        + torch.finfo(case.gradient_dtype).tiny
-    )
+    kept = torch.finfo(case.gradient_dtype)
+    rounding = kept.eps / 2 * exact.abs() + kept.tiny
     assert (error <= 24 * epsilon * size + rounding).all()
     slope = case.scale * 8 * epsilon * 10
     if case.form == "raw":
         exact = want["gradient"][..., case.dim]
-        rounding = torch.finfo(case.gradient_dtype).eps / 2 * exact.abs()
+        rounding = kept.eps / 2 * exact.abs()
         assert ((got["gradient"][..., case.dim].double() - exact).abs() <= slope + rounding).all()
     elif case.form == "given":
-        assert (
-            (got["concentration_gradient"].double() - want["concentration_gradient"]).abs() <= slope
-        ).all()
+        error = got["concentration_gradient"].double() - want["concentration_gradient"]
+        assert (error.abs() <= slope).all()
     assert (got["gradient"][..., case.used :] == 0).all()
     return got
 
@@ -125,13 +115,8 @@ SHAPES = [  # views, targets, batch, dim
 ]
 
 
-TRAINED: dict[str, Any] = {
-    "link": "quadratic",
-    "gain": 0.3,
-    "cosine": 1.5,
-    "scale": 7.0,
-    "opposed": True,
-}
+TRAINED: dict[str, Any] = {"link": "quadratic", "gain": 0.3, "cosine": 1.5}
+TRAINED |= {"scale": 7.0, "opposed": True}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -177,14 +162,9 @@ def test_every_dtype_matches_float64(
     shape: tuple[int, int, int, int],
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
 ) -> None:
+    names = ("dtype", "target_dtype", "gradient_dtype")
     for aligned in (True, False):
-        dtype, target, gradient = dtypes
-        check(
-            kernels,
-            Case(
-                *shape, dtype=dtype, target_dtype=target, gradient_dtype=gradient, aligned=aligned
-            ),
-        )
+        check(kernels, Case(*shape, **dict(zip(names, dtypes, strict=True)), aligned=aligned))
 
 
 @pytest.mark.parametrize(
@@ -232,7 +212,7 @@ def test_no_order_of_threads_and_blocks_changes_a_bit(
 
 @pytest.mark.parametrize("multiprocessors", [1, 3, 64])
 def test_any_grid_gives_the_same_samples(kernels: Any, multiprocessors: int) -> None:
-    """Few blocks that take many samples, teams that share a block, and one block for each sample."""
+    """Few blocks that take many samples, teams that share a block, and one block per sample."""
     case = Case(2, 2, 50, 32)
     kernels.configure(multiprocessors, 1, 1 << 20, 0, 0)
     got = check(kernels, case)
@@ -333,29 +313,26 @@ def test_scaling_into_float16(kernels: Any) -> None:
             Scaling(out_dtype=F16, stride=stride, factor=[factor]).run(kernels)
 
 
-def test_errors_say_what_to_do(kernels: Any) -> None:
-    case = Case(2, 2, 2, 8)
-    for code, words in (
-        (
-            209,
-            "holds no code for this GPU (compute capability 7.5): it was built for 8.0, 9.0 with CUDA 13.0",
-        ),
-        (
-            222,
-            "driver cannot compile its PTX: built with CUDA 13.0, the driver supports CUDA up to 12.4",
-        ),
-        (
-            35,
-            "driver is too old for the extension: built with CUDA 13.0, the driver supports CUDA up to 12.4",
-        ),
+BUILT, DRIVER = "with CUDA 13.0", "built with CUDA 13.0, the driver supports CUDA up to 12.4"
+UNBUILT = "holds no code for this GPU (compute capability 7.5): it was built for 8.0, 9.0"
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (209, f"{UNBUILT} {BUILT}"),
+        (222, f"driver cannot compile its PTX: {DRIVER}"),
+        (35, f"driver is too old for the extension: {DRIVER}"),
         (719, "cudaErrorLaunchFailure: unspecified launch failure"),
-    ):
-        kernels.configure(2, 2, 1 << 20, 0, code)
-        try:
-            with pytest.raises(RuntimeError, match=re.escape(words)):
-                case.run(kernels)
-        finally:
-            kernels.configure(2, 2, 1 << 20, 0, 0)
+    ],
+)
+def test_errors_give_advice(kernels: Any, code: int, words: str) -> None:
+    kernels.configure(2, 2, 1 << 20, 0, code)
+    try:
+        with pytest.raises(RuntimeError, match=re.escape(words)):
+            Case(2, 2, 2, 8).run(kernels)
+    finally:
+        kernels.configure(2, 2, 1 << 20, 0, 0)
 
 
 def test_one_launch(kernels: Any) -> None:

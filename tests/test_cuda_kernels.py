@@ -1,8 +1,9 @@
-"""What nvcc makes of csrc/: no spills, 16-byte loads and stores, and the registers of every kernel as recorded.
+"""Machine code of csrc/: no spills, 16-byte loads and stores, and registers as recorded.
 
-Registers belong to a version of nvcc: tests/static/nvcc_<version>.json holds them, and for a version without a file
-only the limits that hold everywhere are tested. `python tests/test_cuda_kernels.py` compiles everything and writes the
-file of the nvcc at hand. The numbers that the kernels compute are tested in test_cuda_emulation.py.
+Registers belong to a version of nvcc: tests/static/nvcc_<version>.json holds them, and for a
+version without a file only the limits that hold everywhere are tested. `python
+tests/test_cuda_kernels.py` compiles everything and writes the file of the nvcc at hand. The numbers
+that the kernels compute are tested in test_cuda_emulation.py.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ MOST_REGISTERS = 128
 
 @dataclass(frozen=True)
 class Kernel:
-    """What the assembler says about a kernel."""
+    """Resources and instructions of a kernel, by the disassembler."""
 
     registers: int
     stack: int
@@ -48,7 +49,8 @@ class Kernel:
 
 
 def readable(mangled: str) -> str:
-    """resident_kernel<Mode(1), float, float, true> as "resident two_views float float wide", and so on."""
+    """resident_kernel<Mode(1), float, float, true> as "resident two_views float float wide", and so
+    on."""
     found = re.search(r"(resident|streamed|scale_gradient)_kernelI(.*?)EEv", mangled)
     assert found is not None, mangled
     words, types = [found[1]], []
@@ -126,7 +128,7 @@ def test_machine_code(architecture: int, tmp_path: Path) -> None:
         ["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True
     ).stdout
     if f"sm_{architecture}" not in codes.split():
-        pytest.skip(f"this nvcc does not know sm_{architecture}: {what} there")
+        pytest.skip(f"this nvcc does not support sm_{architecture}: {what} there")
 
     kernels = compile_kernels(architecture, tmp_path)
     assert set(kernels) == expected_kernels()
@@ -135,7 +137,8 @@ def test_machine_code(architecture: int, tmp_path: Path) -> None:
         assert kernel.count("LDL") == kernel.count("STL") == 0, name  # no spills
         assert kernel.registers <= (64 if "small" in name else MOST_REGISTERS), name
         if "scale" not in name:
-            # Logarithms are polynomials; an approximate one (2e-7 absolute) would show times the concentration.
+            # Logarithms are polynomials; an approximate one (2e-7 absolute) would show times the
+            # concentration.
             assert kernel.count("MUFU.LG2") == kernel.count("MUFU.SQRT") == 0, name
         if name.endswith("wide"):
             check_widths(name, kernel)
@@ -175,7 +178,8 @@ def check_widths(name: str, kernel: Kernel) -> None:
     )  # float targets of a chunk of eight 16-bit predictions
     assert kernel.count("LDG", "128") >= chunks * (2 + 2 * vectors), name
     assert kernel.count("STG", "128") >= 2 * chunks, name
-    # Else the concentration (STRONG: the losses of the mean), and what follows the directions, the loss, the mean.
+    # Else the concentration (STRONG: the losses of the mean), and what follows the directions, the
+    # loss, the mean.
     assert kernel.count("LDG", without="128") - kernel.count("LDG", "STRONG", without="128") <= 4, (
         name
     )

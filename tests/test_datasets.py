@@ -40,6 +40,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def images(folder: Path, *names: str) -> None:
+    """Save small images under these names."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 3), (len(name), 0, 0)).save(folder / name)
@@ -73,9 +74,8 @@ def test_fashion_mini_is_small_and_carries_its_licence() -> None:
 
 @pytest.fixture(scope="module")
 def maker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "make_fashion_mini", ROOT / "scripts" / "make_fashion_mini.py"
-    )
+    path = ROOT / "scripts" / "make_fashion_mini.py"
+    spec = importlib.util.spec_from_file_location("make_fashion_mini", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -84,12 +84,8 @@ def maker() -> ModuleType:
 
 
 def test_maker_chooses_the_first_of_each_class(maker: ModuleType) -> None:
-    assert maker.first_of_each_class(np.array([1, 0, 1, 1, 0, 0], np.uint8), 2).tolist() == [
-        0,
-        1,
-        2,
-        4,
-    ]
+    labels = np.array([1, 0, 1, 1, 0, 0], np.uint8)
+    assert maker.first_of_each_class(labels, 2).tolist() == [0, 1, 2, 4]
 
 
 def test_maker_checks_contents_not_packing(maker: ModuleType, tmp_path: Path) -> None:
@@ -107,10 +103,7 @@ def test_maker_checks_contents_not_packing(maker: ModuleType, tmp_path: Path) ->
 def test_maker_writes_the_same_bytes_at_any_time(
     maker: ModuleType, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    arrays = {
-        "train_images": np.arange(12, dtype=np.uint8).reshape(3, 2, 2),
-        "train_labels": np.zeros(3, np.uint8),
-    }
+    arrays = {"train_images": np.arange(12, dtype=np.uint8).reshape(3, 2, 2)}
     maker.write_npz(tmp_path / "now.npz", arrays)
     monkeypatch.setattr(time, "time", lambda: 2e9)
     maker.write_npz(tmp_path / "later.npz", arrays)
@@ -121,8 +114,8 @@ def test_maker_writes_the_same_bytes_at_any_time(
 
 @pytest.mark.parametrize("spec", ["mnist", "", "folder:", "Imagenette", "folder"])
 def test_unknown_names_list_the_accepted(spec: str) -> None:
-    accepted = "it must be a folder of images, a pack file, or one of fashion-mini, cifar10, imagenette, imagewoof"
-    with pytest.raises(InputError, match=f"data: '{spec}' is not there; {accepted}"):
+    accepted = "folder of images, a pack file, or one of fashion-mini, cifar10, imagenette"
+    with pytest.raises(InputError, match=f"data: '{spec}' is not there; it must be a {accepted}"):
         open_dataset(spec)
 
 
@@ -132,7 +125,7 @@ def test_the_nearest_name_is_proposed() -> None:
 
 
 def test_paths_need_no_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder or file that exists is one of images or a pack; a name that is known goes before a folder of that name."""
+    """An existing folder or file is opened, but a known name comes before such a folder."""
     images(tmp_path, "photos/1.png", "photos/2.png", "fashion-mini/1.png")
     monkeypatch.chdir(tmp_path)
     assert len(open_dataset("photos").train) == len(open_dataset("folder:photos").train) == 2
@@ -142,34 +135,24 @@ def test_paths_need_no_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_folder_with_classes(tmp_path: Path) -> None:
-    images(
-        tmp_path,
-        "train/b/2.png",
-        "train/b/deep/1.JPEG",
-        "train/a/3.jpg",
-        "val/a/1.png",
-        "val/b/1.png",
-        "stray.png",
-    )
+    images(tmp_path, "train/b/2.png", "train/b/deep/1.JPEG", "train/a/3.jpg", "stray.png")
+    images(tmp_path, "val/a/1.png", "val/b/1.png")
     (tmp_path / "train" / "notes.txt").write_text("")
     (tmp_path / "train" / ".hidden").mkdir()
     splits = open_dataset(f"folder:{tmp_path}")
     assert splits.name == f"folder:{tmp_path}"
     assert splits.train.classes == ("a", "b")
-    assert splits.train.labels is not None
-    assert splits.train.labels.tolist() == [0, 1, 1]
+    np.testing.assert_array_equal(splits.train.labels, [0, 1, 1])
     assert [Path(splits.train.describe(i)).name for i in range(3)] == ["3.jpg", "2.png", "1.JPEG"]
     assert splits.val is not None
-    assert splits.val.labels is not None
-    assert splits.val.labels.tolist() == [0, 1]
+    np.testing.assert_array_equal(splits.val.labels, [0, 1])
     assert splits.train.image(0).size == (4, 3)
 
 
-def test_folder_without_val(tmp_path: Path) -> None:
+def test_folder_without_val_and_with_wordnet_numbers(tmp_path: Path) -> None:
     images(tmp_path, "train/a/1.png", "train/n02086240/1.png")
     splits = open_dataset(f"folder:{tmp_path}")
-    assert splits.val is None
-    assert splits.train.classes == ("a", "Shih-Tzu")
+    assert (splits.val, splits.train.classes) == (None, ("a", "Shih-Tzu"))
 
 
 @pytest.mark.parametrize(
@@ -183,32 +166,27 @@ def test_folder_without_classes(tmp_path: Path, names: tuple[str, str]) -> None:
     assert splits.val is None
 
 
-def test_folder_mistakes_are_named(tmp_path: Path) -> None:
-    def message(path: Path) -> str:
-        with pytest.raises(InputError) as caught:
-            open_dataset(f"folder:{path}")
-        return str(caught.value)
-
-    assert (
-        message(tmp_path / "none")
-        == f"{tmp_path / 'none'}: no such folder; folder:PATH needs a folder of images"
-    )
-    (tmp_path / "file").write_text("")
-    assert "is not a folder" in message(tmp_path / "file")
-    (tmp_path / "empty" / "train").mkdir(parents=True)
-    assert "holds no image that Pillow opens." in message(tmp_path / "empty")
-    images(tmp_path / "split", "train/a/1.png", "train/b/1.png", "val/a/1.png", "val/c/1.png")
-    assert message(tmp_path / "split").endswith("only in train/: b; only in val/: c")
-    images(tmp_path / "mixed", "train/a/1.png", "train/1.png")
-    assert "both images and class folders" in message(tmp_path / "mixed")
-    images(tmp_path / "flatval", "train/a/1.png", "val/1.png")
-    assert "holds no class folders" in message(tmp_path / "flatval")
-
-
-def test_folder_that_links_to_itself(tmp_path: Path) -> None:
-    images(tmp_path, "train/a/1.png")
-    (tmp_path / "train" / "a" / "again").symlink_to(tmp_path / "train", target_is_directory=True)
-    assert len(open_dataset(f"folder:{tmp_path}").train) == 1
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ((), "^{}: no such folder; folder:PATH needs a folder of images$"),
+        (("../data",), "is not a folder"),
+        (("train/.hidden.png",), r"holds no image that Pillow opens\.$"),
+        (
+            ("train/a/1.png", "train/b/1.png", "val/a/1.png", "val/c/1.png"),
+            "only in train/: b; only in val/: c$",
+        ),
+        (("train/a/1.png", "train/1.png"), "both images and class folders"),
+        (("train/a/1.png", "val/1.png"), "holds no class folders"),
+    ],
+)
+def test_folder_mistakes_are_named(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
+    if names == ("../data",):
+        (tmp_path / "data").write_text("")
+    else:
+        images(tmp_path / "data", *names)
+    with pytest.raises(InputError, match=message.format(tmp_path / "data")):
+        open_dataset(f"folder:{tmp_path / 'data'}")
 
 
 @pytest.fixture
@@ -242,14 +220,16 @@ def test_incomplete_copies_are_refused(tmp_path: Path) -> None:
         open_dataset("imagewoof", root=tmp_path)
 
 
-def test_missing_copies_without_download(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"looked for .*imagenette2-320, .*downloading is off"):
-        open_dataset("imagenette", root=tmp_path, download=False)
-    with pytest.raises(
-        InputError,
-        match=r"no complete copy in .*cifar-10-batches-py or .*cifar10, and downloading is off",
-    ):
-        open_dataset("cifar10", root=tmp_path, download=False)
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [
+        ("imagenette", "looked for .*imagenette2-320, "),
+        ("cifar10", "in .*cifar-10-batches-py or .*cifar10, "),
+    ],
+)
+def test_missing_copies_without_download(tmp_path: Path, name: str, places: str) -> None:
+    with pytest.raises(InputError, match=f"^{name}: no .*{places}.*downloading is off"):
+        open_dataset(name, root=tmp_path, download=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -275,14 +255,9 @@ def test_download_is_checksummed_and_moved_when_complete(
 
 
 @pytest.mark.parametrize(
-    "error",
-    [
-        urllib.error.URLError("no route"),
-        RuntimeError("File not found or corrupted."),
-        EOFError("cut short"),
-    ],
+    "error", [urllib.error.URLError("no route"), RuntimeError("corrupted"), EOFError("cut short")]
 )
-def test_failed_download_says_where_a_copy_may_lie(
+def test_a_failed_download_names_the_place_of_a_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def fail(url: str, root: str, *, extract_root: str, **_: Any) -> None:
@@ -290,12 +265,9 @@ def test_failed_download_says_where_a_copy_may_lie(
         raise error
 
     monkeypatch.setattr(datasets, "download_and_extract_archive", fail)
-    with pytest.raises(InputError) as caught:
+    message = rf"^.*{error}.* recognised as {tmp_path / 'imagenette2-320'}.*$"
+    with pytest.raises(InputError, match=message):
         open_dataset("imagenette", root=tmp_path)
-    text = str(caught.value)
-    assert str(error) in text
-    assert f"recognised as {tmp_path / 'imagenette2-320'}" in text
-    assert "\n" not in text
     assert list(tmp_path.iterdir()) == []
 
 
@@ -319,9 +291,8 @@ def fake_cifar(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.mkdir(parents=True)
     listed = []
     for number, (name, _) in enumerate(CIFAR10.train_list + CIFAR10.test_list):
-        content = pickle.dumps(
-            {"data": np.full((2, 3072), number, np.uint8), "labels": [number, 0]}
-        )
+        data = np.full((2, 3072), number, np.uint8)
+        content = pickle.dumps({"data": data, "labels": [number, 0]})
         (folder / name).write_bytes(content)
         listed.append([name, hashlib.md5(content).hexdigest()])
     meta = pickle.dumps({"label_names": [f"class{i}" for i in range(10)]})
@@ -335,8 +306,7 @@ def test_cifar10_original_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     fake_cifar(tmp_path, monkeypatch)
     images(tmp_path / "cifar10", "train/cat/1.jpg")
     splits = open_dataset("cifar10", root=tmp_path)
-    assert splits.train.labels is not None
-    assert splits.train.labels.tolist() == [0, 0, 1, 0, 2, 0, 3, 0, 4, 0]
+    np.testing.assert_array_equal(splits.train.labels, [0, 0, 1, 0, 2, 0, 3, 0, 4, 0])
     assert splits.val is not None
     assert np.asarray(splits.val.image(0)).shape == (32, 32, 3)
     assert np.asarray(splits.val.image(0)).max() == 5
@@ -351,7 +321,6 @@ def test_cifar10_class_folders(tmp_path: Path) -> None:
     images(tmp_path / "cifar10", "train/cat/1.jpg", "train/dog/1.jpg", "val/cat/1.jpg")
     with pytest.raises(InputError, match="only in train/: dog"):
         open_dataset("cifar10", root=tmp_path)
-    (tmp_path / "cifar10" / "train" / "dog" / "1.jpg").rename(
-        tmp_path / "cifar10" / "train" / "cat" / "2.jpg"
-    )
+    train = tmp_path / "cifar10" / "train"
+    (train / "dog" / "1.jpg").rename(train / "cat" / "2.jpg")
     assert open_dataset("cifar10", root=tmp_path).train.classes == ("cat",)

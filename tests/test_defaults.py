@@ -49,7 +49,7 @@ def test_other_images(
 
 
 def test_what_was_asked_for_decides_the_rest() -> None:
-    """A size takes its own stem and blur, a length its own warm-up, pretrained weights their stem, a policy stays."""
+    """A given size, length, policy or pretrained weights decide the settings that depend on it."""
     small = images(8_000, 28)
     large = suited(TrainConfig(), small, size=128, epochs=10)
     assert (large.augment.size, large.model.dim, large.augment.blur_prob) == (128, 2048, 0.5)

@@ -1,6 +1,7 @@
-"""Batches made on the device: the same as the workers', from any step, and failures that reach the user in one line.
+"""Batches made on the device: the same as the workers', from any step, and failures as one line.
 
-Without a GPU the feed runs on the CPU, where every copy is made at once; `LateTransfers` makes them as late as a GPU may.
+Without a GPU the feed runs on the CPU, where copies are immediate; `LateTransfers` makes them as
+late as a GPU may.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from vi_simsiam.errors import InputError, TrainingError
 PLAIN = AugmentConfig(size=12)
 MULTICROP = AugmentConfig(size=12, local_views=2, local_size=8)
 MEMORIES = ("gpu", "host")
+MakeFeed = Callable[..., DeviceFeed]
 
 
 def packed(count: int = 26) -> PackedImages:
@@ -38,19 +40,12 @@ IMAGES = packed()
 
 
 @pytest.fixture
-def make_feed() -> Iterator[Callable[..., DeviceFeed]]:
+def make_feed() -> Iterator[MakeFeed]:
     feeds: list[DeviceFeed] = []
 
-    def make(
-        images: PackedImages = IMAGES, policy: AugmentConfig = PLAIN, **options: Any
-    ) -> DeviceFeed:
-        feeds.append(
-            DeviceFeed(
-                images,
-                policy,
-                **{"batch_size": 4, "seed": 3, "device": "cpu", "segment": 8} | options,
-            )
-        )
+    def make(policy: AugmentConfig = PLAIN, **options: Any) -> DeviceFeed:
+        options = {"batch_size": 4, "seed": 3, "device": "cpu", "segment": 8} | options
+        feeds.append(DeviceFeed(IMAGES, policy, **options))
         return feeds[-1]
 
     yield make
@@ -66,7 +61,7 @@ def batch(feed: DeviceFeed, step: int) -> Batch:
 def expected(
     policy: AugmentConfig = PLAIN, batch_size: int = 4, epochs: int = 3, **options: Any
 ) -> list[Batch]:
-    """What a worker makes of the first epochs."""
+    """The batches of a worker in the first epochs."""
     loader = MultiViewLoader(IMAGES, policy, batch_size, seed=3, workers=0, **options)
     return [each for epoch in range(epochs) for each in loader.epoch(epoch)]
 
@@ -78,10 +73,9 @@ def assert_same(left: Batch, right: Batch) -> None:
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize("policy", [PLAIN, MULTICROP], ids=["plain", "multicrop"])
-@pytest.mark.parametrize("batch_size", [1, 4, 26])
+@pytest.mark.parametrize(("policy", "batch_size"), [(PLAIN, 1), (MULTICROP, 4), (PLAIN, 26)])
 def test_batches_are_those_of_the_workers(
-    make_feed: Callable[..., DeviceFeed], memory: str, policy: AugmentConfig, batch_size: int
+    make_feed: MakeFeed, memory: str, policy: AugmentConfig, batch_size: int
 ) -> None:
     feed = make_feed(policy=policy, batch_size=batch_size, memory=memory)
     assert feed.memory == memory
@@ -92,30 +86,18 @@ def test_batches_are_those_of_the_workers(
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize("segment", [1, 2, 5, 6, 7])
-def test_where_segments_of_the_table_end_changes_nothing(
-    make_feed: Callable[..., DeviceFeed], memory: str, segment: int
-) -> None:
-    feed = make_feed(memory=memory, segment=segment)
-    for step, each in enumerate(expected()):
-        assert_same(batch(feed, step), each)
-
-
-@pytest.mark.parametrize("memory", MEMORIES)
-def test_steps_may_start_anywhere_and_jump(
-    make_feed: Callable[..., DeviceFeed], memory: str
+@pytest.mark.parametrize("segment", [1, 2, 4, 7])
+def test_steps_may_jump_wherever_segments_of_the_table_end(
+    make_feed: MakeFeed, memory: str, segment: int
 ) -> None:
     batches = expected()
-    feed = make_feed(memory=memory, segment=4)
-    for step in (9, 10, 11, 12, 3, 4, 4, 17, 0, 1, 2, 16, 15):
+    feed = make_feed(memory=memory, segment=segment)
+    for step in (*range(18), 9, 10, 11, 12, 3, 4, 4, 17, 0, 1, 2, 16, 15):
         assert_same(batch(feed, step), batches[step])
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_share_the_batch_of_one(
-    make_feed: Callable[..., DeviceFeed], memory: str, world_size: int
-) -> None:
+@pytest.mark.parametrize(("memory", "world_size"), [("gpu", 2), ("host", 4)])
+def test_ranks_share_the_batch_of_one(make_feed: MakeFeed, memory: str, world_size: int) -> None:
     ranks = [
         make_feed(policy=MULTICROP, memory=memory, rank=rank, world_size=world_size, segment=4)
         for rank in range(world_size)
@@ -128,18 +110,14 @@ def test_ranks_share_the_batch_of_one(
             torch.testing.assert_close(together, view, rtol=0, atol=BATCH_ROUNDING)
 
 
-def test_views_have_the_dtype_asked_for(make_feed: Callable[..., DeviceFeed]) -> None:
-    for made, each in zip(
-        [batch(make_feed(dtype=torch.bfloat16), 0)],
-        expected(dtype=torch.bfloat16, epochs=1),
-        strict=False,
-    ):
-        assert made.views[0].dtype == torch.bfloat16
-        assert_same(made, each)
+def test_views_have_the_dtype_asked_for(make_feed: MakeFeed) -> None:
+    made = batch(make_feed(dtype=torch.bfloat16), 0)
+    assert made.views[0].dtype == torch.bfloat16
+    assert_same(made, expected(dtype=torch.bfloat16, epochs=1)[0])
 
 
-class LateTransfers(device._Transfers):
-    """Makes a copy when the computation waits for it, and takes it for unfinished until the host has waited, too."""
+class LateTransfers(device.Transfers):
+    """Makes a copy when the computation waits for it; unfinished until the host waits, too."""
 
     unfinished: ClassVar[list[tuple[Tensor, Tensor, Tensor]]] = []
 
@@ -166,9 +144,9 @@ class LateTransfers(device._Transfers):
 
 
 def test_bytes_stay_until_their_copy_to_the_device_is_made(
-    make_feed: Callable[..., DeviceFeed], monkeypatch: pytest.MonkeyPatch
+    make_feed: MakeFeed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "_Transfers", LateTransfers)
+    monkeypatch.setattr(device, "Transfers", LateTransfers)
     feed = make_feed(memory="host")
     batches = expected()
     for step in (*range(18), 5, 6, 7, 2, 3):
@@ -179,7 +157,7 @@ def test_bytes_stay_until_their_copy_to_the_device_is_made(
         LateTransfers.check(event)
 
 
-class BusyTransfers(device._Transfers):
+class BusyTransfers(device.Transfers):
     """A device that always has work left: nothing that was queued on it is done yet."""
 
     def mark(self) -> Any:
@@ -194,17 +172,12 @@ class BusyTransfers(device._Transfers):
 
 @pytest.mark.parametrize(
     ("transfers", "least", "most"),
-    [(device._Transfers, 0.05, 5.0), (BusyTransfers, 0.0, 0.0)],
-    ids=["idle", "busy"],
+    [(device.Transfers, 0.05, 5.0), (BusyTransfers, 0.0, 0.0)],
 )
 def test_waiting_counts_where_the_device_runs_out_of_work(
-    make_feed: Callable[..., DeviceFeed],
-    monkeypatch: pytest.MonkeyPatch,
-    transfers: type[device._Transfers],
-    least: float,
-    most: float,
+    make_feed: MakeFeed, monkeypatch: pytest.MonkeyPatch, transfers: type, least: float, most: float
 ) -> None:
-    monkeypatch.setattr(device, "_Transfers", transfers)
+    monkeypatch.setattr(device, "Transfers", transfers)
     feed = make_feed(memory="host")
     gather = feed._gather
 
@@ -217,7 +190,7 @@ def test_waiting_counts_where_the_device_runs_out_of_work(
     assert least <= feed.waited <= most
 
 
-def test_streaming_gathers_and_copies_ahead(make_feed: Callable[..., DeviceFeed]) -> None:
+def test_streaming_gathers_and_copies_ahead(make_feed: MakeFeed) -> None:
     feed = make_feed(memory="host", segment=100)
     gathered: list[int] = []
     gather = feed._gather
@@ -228,12 +201,9 @@ def test_streaming_gathers_and_copies_ahead(make_feed: Callable[..., DeviceFeed]
 
     feed._gather = note  # type: ignore[method-assign]
     feed.load(6)
-    deadline = time.monotonic() + 10
-    while len(gathered) < 4 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    for slot in feed._slots:
+        slot.gathered.result(10)
     assert sorted(gathered) == [6, 7, 8, 9]
-    while not all(slot.gathered.done() for slot in feed._slots) and time.monotonic() < deadline:
-        time.sleep(0.01)
     feed.load(7)
     assert all(slot.sent for slot in feed._slots if slot.step in (7, 8, 9))
     assert {slot.step for slot in feed._slots} == {7, 8, 9, 10}
@@ -241,7 +211,7 @@ def test_streaming_gathers_and_copies_ahead(make_feed: Callable[..., DeviceFeed]
 
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_a_step_beyond_those_loaded_reads_only_what_is_there(
-    make_feed: Callable[..., DeviceFeed], memory: str
+    make_feed: MakeFeed, memory: str
 ) -> None:
     """Warming up a captured step runs ahead of the counter that was loaded."""
     feed = make_feed(memory=memory, segment=2)
@@ -252,36 +222,21 @@ def test_a_step_beyond_those_loaded_reads_only_what_is_there(
     assert_same(feed.make(torch.tensor(1)), expected(epochs=1)[1])
 
 
-def test_auto_keeps_images_on_the_device_that_take_half_of_it(
-    make_feed: Callable[..., DeviceFeed], monkeypatch: pytest.MonkeyPatch
+def test_memory_is_chosen_by_the_free_bytes_of_the_device(
+    make_feed: MakeFeed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = len(IMAGES.pixels)
     for free, memory in ((2 * size, "gpu"), (2 * size - 2, "host")):
-        monkeypatch.setattr(device._Transfers, "free_memory", lambda self, free=free: free)
+        monkeypatch.setattr(device.Transfers, "free_memory", lambda self, free=free: free)
         assert make_feed(memory="auto").memory == memory
-
-
-def test_images_that_do_not_fit_name_what_helps(
-    make_feed: Callable[..., DeviceFeed], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(device._Transfers, "free_memory", lambda self: 10_000)
-    with pytest.raises(InputError) as caught:
+    monkeypatch.setattr(device.Transfers, "free_memory", lambda self: 10_000)
+    with pytest.raises(InputError, match="^memory: .* 0.00 GB and cpu has .*--data-memory host"):
         make_feed(memory="gpu")
-    size = len(IMAGES.pixels) / 1e9
-    assert str(caught.value) == (
-        f"memory: the images of ragged take {size:.2f} GB and cpu has 0.00 GB free; "
-        'memory="host" (--data-memory host) streams them'
-    )
-    with pytest.raises(
-        InputError,
-        match="batch_size: streaming the images of ragged in batches of 26 takes .* smaller",
-    ):
+    with pytest.raises(InputError, match="^batch_size: .* in batches of 26 takes .* smaller"):
         make_feed(memory="host", batch_size=26)
 
 
-def test_every_byte_is_uploaded(
-    make_feed: Callable[..., DeviceFeed], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_byte_is_uploaded(make_feed: MakeFeed, monkeypatch: pytest.MonkeyPatch) -> None:
     for chunk in (1000, len(IMAGES.pixels) // 2, len(IMAGES.pixels), 2**26):
         monkeypatch.setattr(device, "_UPLOAD_BYTES", chunk)
         assert np.array_equal(make_feed(memory="gpu")._pixels.numpy(), IMAGES.pixels)
@@ -296,35 +251,24 @@ def test_segments_are_whole_epochs_where_these_are_short() -> None:
 
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_failures_of_the_threads_reach_the_caller(
-    make_feed: Callable[..., DeviceFeed], memory: str, monkeypatch: pytest.MonkeyPatch
+    make_feed: MakeFeed, memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    feed = make_feed(memory=memory, segment=3)
-    batches = expected(epochs=1)
-    draw = feed.schedule.table
+    def fail(*arguments: Any) -> Any:
+        raise error
 
-    def fail(epoch: int, samples: Any) -> Any:
-        raise OSError("the disk is gone")
-
+    error: Exception = OSError("the disk is gone")
+    feed, batches = make_feed(memory=memory, segment=3), expected(epochs=1)
     assert_same(batch(feed, 0), batches[0])
-    monkeypatch.setattr(feed.schedule, "table", fail)
-    with pytest.raises(TrainingError) as caught:
-        feed.load(3)
-    assert str(caught.value) == "data: batches cannot be prepared (OSError: the disk is gone)"
-    monkeypatch.setattr(feed.schedule, "table", draw)
+    with monkeypatch.context() as patch:
+        patch.setattr(feed.schedule, "table", fail)
+        with pytest.raises(TrainingError, match=r"^data: .*\(OSError: the disk is gone\)$"):
+            feed.load(3)
     assert_same(batch(feed, 2), batches[2])
-
-
-def test_a_failure_to_read_pixels_reaches_the_caller(
-    make_feed: Callable[..., DeviceFeed], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    feed = make_feed(memory="host")
-
-    def fail(step: int, into: Tensor) -> int:
-        raise InputError("pack: /there/images.pack cannot be read")
-
-    monkeypatch.setattr(feed, "_gather", fail)
-    with pytest.raises(InputError, match=r"pack: /there/images\.pack cannot be read"):
-        feed.load(0)
+    error = InputError("pack: /there/images.pack cannot be read")
+    streaming = make_feed(memory="host")
+    monkeypatch.setattr(streaming, "_gather", fail)
+    with pytest.raises(InputError, match=r"^pack: /there/images\.pack cannot be read$"):
+        streaming.load(0)
 
 
 def feed_threads() -> set[threading.Thread]:
@@ -332,7 +276,7 @@ def feed_threads() -> set[threading.Thread]:
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_closing_ends_the_threads(make_feed: Callable[..., DeviceFeed], memory: str) -> None:
+def test_closing_ends_the_threads(make_feed: MakeFeed, memory: str) -> None:
     before = feed_threads()
     feed = make_feed(memory=memory, segment=1)
     batches = expected(epochs=1)
@@ -344,32 +288,27 @@ def test_closing_ends_the_threads(make_feed: Callable[..., DeviceFeed], memory: 
     assert_same(batch(feed, 1), batches[1])
 
 
-def test_numbers_out_of_range_are_named(make_feed: Callable[..., DeviceFeed]) -> None:
-    with pytest.raises(InputError, match="batch_size: 27 must be at most 26, the images in ragged"):
-        make_feed(batch_size=27)
-    with pytest.raises(
-        InputError, match="batch_size: 4 must be a multiple of 3, the processes that share it"
-    ):
-        make_feed(world_size=3)
-    with pytest.raises(InputError, match="rank: 2 must lie between 0 and 1, for world_size 2"):
-        make_feed(world_size=2, rank=2)
-    with pytest.raises(InputError, match="world_size: 0 must be at least 1"):
-        make_feed(world_size=0)
-    with pytest.raises(InputError, match="memory: 'disk' is none of auto, gpu, host"):
-        make_feed(memory="disk")
-    with pytest.raises(InputError, match="step: -1 must be at least 0"):
-        make_feed().load(-1)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 27}, "batch_size: 27 must be at most 26, the images in ragged"),
+        ({"world_size": 3}, "batch_size: 4 must be a multiple of 3"),
+        ({"world_size": 2, "rank": 2}, "rank: 2 must lie between 0 and 1, for world_size 2"),
+        ({"world_size": 0}, "world_size: 0 must be at least 1"),
+        ({"memory": "disk"}, "memory: 'disk' is none of auto, gpu, host"),
+        ({}, "step: -1 must be at least 0"),
+    ],
+)
+def test_numbers_out_of_range_are_named(
+    make_feed: MakeFeed, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        make_feed(**options).load(-1)
 
 
 def on_gpu(what: str) -> Callable[..., Any]:
-    def mark(test: Callable[..., Any]) -> Callable[..., Any]:
-        return pytest.mark.gpu(
-            pytest.mark.skipif(not torch.cuda.is_available(), reason=f"would check that {what}")(
-                test
-            )
-        )
-
-    return mark
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason=f"would check that {what}")
+    return lambda test: pytest.mark.gpu(skip(test))
 
 
 def assert_near(made: Batch, each: Batch) -> None:
@@ -383,9 +322,7 @@ def assert_near(made: Batch, each: Batch) -> None:
 
 @on_gpu("batches made on a GPU are those of the workers, also after jumps")
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_gpu_batches_are_those_of_the_workers(
-    make_feed: Callable[..., DeviceFeed], memory: str
-) -> None:
+def test_gpu_batches_are_those_of_the_workers(make_feed: MakeFeed, memory: str) -> None:
     feed = make_feed(policy=MULTICROP, memory=memory, device="cuda", segment=4)
     batches = expected(MULTICROP)
     for step in (*range(18), 5, 6, 7, 2, 3):
@@ -394,9 +331,7 @@ def test_gpu_batches_are_those_of_the_workers(
 
 @on_gpu("one CUDA graph makes every batch, by its counter")
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_a_replayed_graph_makes_every_batch(
-    make_feed: Callable[..., DeviceFeed], memory: str
-) -> None:
+def test_a_replayed_graph_makes_every_batch(make_feed: MakeFeed, memory: str) -> None:
     feed = make_feed(policy=MULTICROP, memory=memory, device="cuda", segment=4)
     batches = expected(MULTICROP)
     counter = torch.zeros((), dtype=torch.int64, device="cuda")
@@ -421,9 +356,7 @@ def test_a_replayed_graph_makes_every_batch(
 
 @on_gpu("making a batch never waits for the device, and that what is copied is page-locked")
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_making_a_batch_never_waits_for_the_device(
-    make_feed: Callable[..., DeviceFeed], memory: str
-) -> None:
+def test_making_a_batch_never_waits_for_the_device(make_feed: MakeFeed, memory: str) -> None:
     feed = make_feed(policy=MULTICROP, memory=memory, device="cuda", backend="triton")
     counter = torch.zeros((), dtype=torch.int64, device="cuda")
     feed.load(0)
@@ -440,9 +373,7 @@ def test_making_a_batch_never_waits_for_the_device(
     assert all(slot.host.is_pinned() for slot in feed._slots)
 
 
-@on_gpu(
-    "a loader's batches are complete when the caller's stream reads them, and stay whole while it does"
-)
+@on_gpu("a loader's batches are complete before the caller reads them, and stay whole meanwhile")
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_gpu_loader_hands_its_batches_over(memory: str) -> None:
     loader = MultiViewLoader(IMAGES, MULTICROP, 4, "cuda", seed=3, memory=memory)

@@ -1,8 +1,7 @@
-"""The encoder: what it computes, from every kind of input, and what it does with images that cannot be read."""
+"""The encoder: its outputs from every kind of input, and images that cannot be read."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_same(given: Encoding, expected: Encoding, atol: float = 1e-5) -> None:
-    for field in dataclasses.fields(Encoding):
-        theirs = getattr(expected, field.name)
-        torch.testing.assert_close(getattr(given, field.name), theirs, atol=atol, rtol=1e-5)
+    torch.testing.assert_close(vars(given), vars(expected), atol=atol, rtol=1e-5)
 
 
 def viewed(folder: Path) -> Tensor:
@@ -49,8 +46,11 @@ def viewed(folder: Path) -> Tensor:
     return torch.stack([eval_view(SIZE)(source.image(i)) for i in range(len(source))])
 
 
-def test_encoding_is_what_the_model_computes(encoder: Encoder, folder: Path) -> None:
-    """Every column against the model's own modules, and the distribution against model.distribution."""
+def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device="cpu")
+
+
+def test_encoding_is_that_of_the_models_modules(encoder: Encoder, folder: Path) -> None:
     model = encoder.model
     assert isinstance(model, VISimSiam)
     views = viewed(folder)
@@ -58,22 +58,21 @@ def test_encoding_is_what_the_model_computes(encoder: Encoder, folder: Path) -> 
     with torch.no_grad():
         embedding = model.backbone(views)
         projection = model.projector(embedding)
-        prediction = model.predictor(projection)[:, :DIM]
+        prediction = model.predictor(projection)
+        kappa = model.concentration(prediction)
         distribution = model.distribution(views)
-    torch.testing.assert_close(encoding.embedding, embedding)
-    torch.testing.assert_close(encoding.projection, projection)
-    torch.testing.assert_close(encoding.loc_norm, prediction.norm(dim=1))
+    mean = prediction[:, :DIM]
+    expected = Encoding(
+        embedding, projection, mean / mean.norm(dim=1)[:, None], mean.norm(dim=1), kappa
+    )
+    assert_same(encoding, expected)
     torch.testing.assert_close(encoding.loc, distribution.loc)
     torch.testing.assert_close(encoding.concentration, distribution.concentration)
     # 1 - E[mu.z]: E[z] is the distribution's mean.
-    torch.testing.assert_close(
-        encoding.uncertainty, 1 - (distribution.mean * distribution.loc).sum(1)
-    )
-    assert encoding.concentration is not None
-    assert encoding.concentration.max() > 1.2 * encoding.concentration.min(), (
-        "the test's images must differ"
-    )
-    assert not any(getattr(encoding, f.name).requires_grad for f in dataclasses.fields(Encoding))
+    uncertainty = 1 - (distribution.mean * distribution.loc).sum(1)
+    torch.testing.assert_close(encoding.uncertainty, uncertainty)
+    assert kappa.max() > 1.2 * kappa.min(), "the test's images must differ"
+    assert not any(column.requires_grad for column in vars(encoding).values())
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 11])
@@ -95,33 +94,30 @@ def test_every_kind_of_image_gives_the_same(encoder: Encoder, folder: Path) -> N
         paths,
         [Path(path) for path in paths],
         opened,
-        tuple([*paths[:5], *opened[5:]]),
+        (*paths[:5], *opened[5:]),
+        FileSource(paths),
+        viewed(folder),
+        viewed(folder).double(),
     ):
         assert_same(encoder.encode(images), expected)
-    assert_same(encoder.encode(FileSource(paths)), expected)
-    assert_same(encoder.encode(viewed(folder)), expected)
-    assert_same(encoder.encode(viewed(folder).double()), expected)
-    first = Encoding(*(getattr(expected, field.name)[:1] for field in dataclasses.fields(Encoding)))
+    first = Encoding(*(column[:1] for column in vars(expected).values()))
     for image in (paths[0], Path(paths[0]), opened[0]):
         assert_same(encoder.encode(image), first)
 
 
 def test_bytes_go_through_the_view_and_floats_do_not(encoder: Encoder) -> None:
     pixels = torch.randint(0, 256, (3, 3, 24, 20), dtype=torch.uint8, device="cpu")
-    views = torch.stack(
-        [eval_view(SIZE)(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in pixels]
-    )
+    arrays = pixels.permute(0, 2, 3, 1).contiguous().numpy()
+    views = torch.stack([eval_view(SIZE)(Image.fromarray(array)) for array in arrays])
     assert_same(encoder.encode(pixels), encoder.encode(views))
-    assert_same(
-        encoder.encode(pixels.permute(0, 2, 3, 1).contiguous().numpy()), encoder.encode(views)
-    )
+    assert_same(encoder.encode(arrays), encoder.encode(views))
     larger = torch.randn(2, 3, 24, 24, device="cpu")
     with torch.no_grad():
         torch.testing.assert_close(encoder.encode(larger).embedding, encoder.model.backbone(larger))
 
 
 def test_several_views_are_joined(encoder: Encoder) -> None:
-    """A product of experts for the distribution, means for the rest; copies of a view add their concentrations up."""
+    """A product of experts, and means for the rest; concentrations of copies of a view add up."""
     views = torch.randn(3, 4, 3, SIZE, SIZE, device="cpu")
     each = [encoder.encode(views[:, v]) for v in range(4)]
     loc, concentration = (
@@ -141,20 +137,15 @@ def test_several_views_are_joined(encoder: Encoder) -> None:
 
 
 def test_random_views_are_those_of_the_policy(encoder: Encoder, folder: Path) -> None:
-    """View v of image i is global view v mod 2 of epoch v // 2 in training with that seed; the seed changes it."""
+    """View v of image i is global view v mod 2 of epoch v // 2 in training with that seed."""
     source = FileSource(find_images(folder).paths)
     drawn = []
     for index in range(len(source)):
         image = np.asarray(source.image(index))
+        samples, heights, widths = (np.array([x]) for x in (index, *image.shape[:2]))
+        sizes = {"samples": samples, "heights": heights, "widths": widths}
         tables = [
-            draw_table(
-                encoder.config.augment,
-                seed=7,
-                epoch=epoch,
-                samples=np.array([index]),
-                heights=np.array([image.shape[0]]),
-                widths=np.array([image.shape[1]]),
-            )[:GLOBAL_VIEWS]
+            draw_table(encoder.config.augment, seed=7, epoch=epoch, **sizes)[:GLOBAL_VIEWS]
             for epoch in (0, 1)
         ]
         table = torch.from_numpy(np.concatenate(tables)[:3])
@@ -165,10 +156,8 @@ def test_random_views_are_those_of_the_policy(encoder: Encoder, folder: Path) ->
     assert (other.loc - given.loc).abs().max() > 1e-3
 
 
-def test_streaming_skips_what_cannot_be_read(
-    encoder: Encoder, folder: Path, tmp_path: Path
-) -> None:
-    """Damaged, empty and missing files are told and skipped; the others come in order, each with its number."""
+def test_streaming_skips_unreadable_files(encoder: Encoder, folder: Path, tmp_path: Path) -> None:
+    """Damaged, empty and missing files are reported; the others keep their order and numbers."""
     paths = find_images(folder).paths
     (tmp_path / "broken.png").write_bytes(Path(paths[0]).read_bytes()[:60])
     (tmp_path / "empty.jpg").touch()
@@ -182,28 +171,21 @@ def test_streaming_skips_what_cannot_be_read(
         assert [entry.path for entry in skipped] == bad
         assert skipped[1].reason == "an empty file"
         assert len(parts) > 2
-    assert_same(
-        Encoding.joined(
-            [part for _, part in encoder.stream(mixed, batch_size=4, skipped=skipped.append)]
-        ),
-        encoder.encode(folder),
-    )
-    with pytest.warns(UserWarning, match=r"skipped: .*empty\.jpg \(an empty file\)"):
+        if views is None:
+            joined = Encoding.joined([part for _, part in parts])
+            assert_same(joined, encoder.encode(folder))
+    with pytest.warns(UserWarning, match=r"skipped: .*empty\.jpg \(an empty file\)") as caught:
         list(encoder.stream(mixed))
+    assert all(warning.filename == __file__ for warning in caught)
     with pytest.raises(InputError, match=r"broken\.png: cannot be read"):
         encoder.encode(mixed)
 
 
 def test_nothing_gives_nothing(encoder: Encoder, tmp_path: Path) -> None:
-    for nothing in (
-        [],
-        torch.empty(0, 3, 8, 8, device="cpu"),
-        torch.empty(0, 2, 3, 8, 8, device="cpu"),
-    ):
+    for nothing in ([], zeros(0, 3, 8, 8), zeros(0, 2, 3, 8, 8)):
         encoding = encoder.encode(nothing)
-        assert [tuple(x.shape) for x in (encoding.embedding, encoding.loc, encoding.uncertainty)] == [
-            (0, 512), (0, DIM), (0,)
-        ]  # fmt: skip
+        columns = (encoding.embedding, encoding.loc, encoding.uncertainty)
+        assert [tuple(x.shape) for x in columns] == [(0, 512), (0, DIM), (0,)]
     with pytest.raises(InputError, match="holds no image"):
         encoder.encode(tmp_path)
 
@@ -212,31 +194,19 @@ def test_nothing_gives_nothing(encoder: Encoder, tmp_path: Path) -> None:
     ("images", "options", "message"),
     [
         ("/nowhere", {}, "images: /nowhere is not there"),
-        (torch.zeros(3, 8, 8, device="cpu"), {}, r"images: shape \(3, 8, 8\) given"),
-        (torch.zeros(2, 1, 8, 8, device="cpu"), {}, "accepted are"),
-        (torch.zeros(2, 3, 8, 8, dtype=torch.int32, device="cpu"), {}, "int32"),
+        (zeros(3, 8, 8), {}, r"images: shape \(3, 8, 8\) given"),
+        (zeros(2, 1, 8, 8), {}, "accepted are"),
+        (zeros(2, 3, 8, 8, dtype=torch.int32), {}, "int32"),
         (np.zeros((2, 8, 8, 3)), {}, "float64"),
-        (
-            np.zeros((8, 8, 3), np.uint8),
-            {},
-            r"shape \(8, 8, 3\) given, one RGB image or 8 gray ones",
-        ),
+        (np.zeros((8, 8, 3), np.uint8), {}, r"\(8, 8, 3\) given, one RGB image or 8 gray ones"),
         (None, {}, "images: NoneType given; accepted are an ImageSource"),
         ((path for path in ["a.png"]), {}, "images: generator given"),
         ([3], {}, "item 0 is a int"),
-        (
-            torch.zeros(2, 3, 8, 8, device="cpu"),
-            {"views": 2},
-            "views: random views are drawn of images",
-        ),
+        (zeros(2, 3, 8, 8), {"views": 2}, "views: random views are drawn of images"),
         ([], {"batch_size": 0}, "batch_size: 0 must be an integer of at least 1"),
         ([], {"views": 2.5}, "views: 2.5 must be an integer of at least 1"),
         ([], {"views": 0}, "views: 0 must be an integer of at least 1"),
-        (
-            torch.full((2, 3, 8, 8), torch.nan, device="cpu"),
-            {},
-            "outputs for image 0 are not finite",
-        ),
+        (zeros(2, 3, 8, 8) / 0, {}, "outputs for image 0 are not finite"),
     ],
 )
 def test_bad_input_is_named(
@@ -278,7 +248,7 @@ def test_simsiam_has_directions_but_no_uncertainty(tmp_path: Path, folder: Path)
     assert joined.concentration is None
 
 
-def test_a_run_that_is_not_there(tmp_path: Path) -> None:
+def test_a_run_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no run"):
         vi_simsiam.load(tmp_path)
     with pytest.raises(InputError, match="device: 'tpu'"):

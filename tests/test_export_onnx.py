@@ -12,8 +12,7 @@ import pytest
 import torch
 from evaluation_cases import SIZE as TINY
 from evaluation_cases import make_run
-from export_cases import SIZE, code_blocks, network_run, run_code
-from torch import Tensor
+from export_cases import SIZE, code_blocks, largest, network_run, run_code
 
 from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError
@@ -31,9 +30,15 @@ def folder(run: Run) -> Path:
     return export_run(run, "onnx")
 
 
-def largest(found: object, expected: Tensor) -> float:
-    """Largest difference over the largest value."""
-    return float((torch.as_tensor(found) - expected).abs().max() / expected.abs().max())
+def session_of(folder: Path) -> onnxruntime.InferenceSession:
+    path = str(folder / "model.onnx")
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def hide(package: str, patch: pytest.MonkeyPatch) -> None:
+    """Make a package look as if it were not installed."""
+    find = importlib.util.find_spec
+    patch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
@@ -41,12 +46,8 @@ def largest(found: object, expected: Tensor) -> float:
 def test_any_batch_gives_embedding_and_distribution(run: Run, folder: Path, batch: int) -> None:
     assert isinstance(run.model, VISimSiam)
     images = torch.randn(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(batch))
-    session = onnxruntime.InferenceSession(
-        str(folder / "model.onnx"), providers=["CPUExecutionProvider"]
-    )
-    embedding, loc, kappa = session.run(
-        ["embedding", "loc", "concentration"], {"images": images.numpy()}
-    )
+    names = ["embedding", "loc", "concentration"]
+    embedding, loc, kappa = session_of(folder).run(names, {"images": images.numpy()})
     expected = run.model.distribution(images)
     assert largest(embedding, run.model.backbone(images)) < 1e-5
     assert largest(loc, expected.loc) < 1e-5
@@ -76,24 +77,15 @@ def test_the_code_of_the_card_runs(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 @torch.no_grad()
 def test_simsiam_gives_the_embedding_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without onnxruntime, too: then the card says that nothing was compared."""
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name)
-    )
+    """Without onnxruntime, too: then nothing is compared, and the card states that."""
+    hide("onnxruntime", monkeypatch)
     run = make_run(tmp_path, method="simsiam")
-    said: list[str] = []
-    folder = export_run(run, "onnx", report=said.append)
-    assert said == [
-        "model.onnx was not checked: onnxruntime is not installed (pip install 'vi-simsiam[onnx]')"
-    ]
-    assert (
-        "was not checked against the run: onnxruntime was not installed"
-        in (folder / "README.md").read_text()
-    )
-    session = onnxruntime.InferenceSession(
-        str(folder / "model.onnx"), providers=["CPUExecutionProvider"]
-    )
+    lines: list[str] = []
+    folder = export_run(run, "onnx", report=lines.append)
+    reason = "onnxruntime is not installed (pip install 'vi-simsiam[onnx]')"
+    assert lines == [f"model.onnx was not checked: {reason}"]
+    assert "was not checked against the run" in (folder / "README.md").read_text()
+    session = session_of(folder)
     assert [output.name for output in session.get_outputs()] == ["embedding"]
     images = torch.randn(3, 3, TINY, TINY)
     (embedding,) = session.run(None, {"images": images.numpy()})
@@ -104,12 +96,8 @@ def test_simsiam_gives_the_embedding_alone(tmp_path: Path, monkeypatch: pytest.M
 def test_missing_packages_are_named_before_anything_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == package else find(name)
-    )
-    with pytest.raises(
-        InputError, match=rf"format: onnx needs {package}; .*pip install 'vi-simsiam\[onnx\]'"
-    ):
+    hide(package, monkeypatch)
+    message = rf"format: onnx needs {package}; .*pip install 'vi-simsiam\[onnx\]'"
+    with pytest.raises(InputError, match=message):
         export_run(make_run(tmp_path), "onnx")
     assert not (tmp_path / "export").exists()

@@ -1,13 +1,13 @@
-"""Every set of vector instructions that the extension can use on this machine, chosen by VI_SIMSIAM_SIMD."""
+"""Every set of vector instructions that the extension can use on this machine, chosen by
+VI_SIMSIAM_SIMD."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from processes import environment, run_tests
 
 from vi_simsiam.ops.backends import extension
 
@@ -16,36 +16,18 @@ NAMES = {"baseline": ("128 bit", "plain loops"), "avx2": ("avx2",), "avx512": ("
 
 
 def run(simd: str, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
-    }
-    environment["VI_SIMSIAM_SIMD"] = simd
-    return subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True
-    )
+    given = environment(VI_SIMSIAM_SIMD=simd)
+    return subprocess.run([sys.executable, *command], env=given, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("simd", NAMES)
-def test_every_path_passes_the_tests_of_the_extension(simd: str) -> None:
+def test_every_path_passes_the_tests_of_the_cpu_backend(simd: str) -> None:
     chosen = run(simd, "-c", "import vi_simsiam._C as c; print(c.build_info()['simd'])")
     if "does not run here" in chosen.stderr:
         pytest.skip(f"this processor has no {simd}: its path is not checked")
     assert chosen.stdout.strip() in NAMES[simd], chosen.stderr
-    tests = str(Path(__file__).with_name("test_extension.py"))
-    result = run(
-        simd,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "-k",
-        "cpu",
-        "--tb=short",
-        tests,
-    )
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    files = ("tests/test_extension.py", "tests/test_multiview_loss.py")
+    run_tests("-p", "no:xdist", "-k", "cpu", *files, VI_SIMSIAM_SIMD=simd)
 
 
 def test_what_does_not_run_here_is_named() -> None:

@@ -1,4 +1,4 @@
-"""Figures: what is read, what is selected, and what the pictures show."""
+"""Figures: the metrics read, the images selected, and the curves drawn."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from vi_simsiam.evaluation.figures import (
     concentrations,
     draw_curves,
     draw_kappa,
-    extremes,
     moving_average,
     read_metrics,
 )
+from vi_simsiam.inference.rank import extremes
 
 
 @pytest.fixture
@@ -82,17 +82,6 @@ def test_moving_average_keeps_short_series_and_straight_lines() -> None:
     np.testing.assert_allclose(moving_average(spike)[244:257], [0] + [1] * 11 + [0], atol=1e-12)
 
 
-def test_extremes_are_ordered_and_disjoint() -> None:
-    values = np.random.default_rng(0).permutation(100).astype(float)
-    low, high = extremes(values, 8)
-    assert values[low].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert values[high].tolist() == [99, 98, 97, 96, 95, 94, 93, 92]
-    low, high = extremes(np.array([3.0, 1.0, 2.0]), 8)
-    assert (low.tolist(), high.tolist()) == ([1, 2], [0])
-    low, high = extremes(np.array([3.0]), 8)
-    assert (low.tolist(), high.tolist()) == ([0], [])
-
-
 def test_concentrations_are_the_models_in_image_order(tmp_path: Path) -> None:
     source = gray_source(9)
     run = make_run(tmp_path)
@@ -109,7 +98,7 @@ def test_damaged_weights_are_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     with torch.no_grad():
         run.model.predictor[-1].bias.fill_(torch.nan)
-    with pytest.raises(InputError, match="not finite"):
+    with pytest.raises(InputError, match="concentrations that are not finite"):
         draw_kappa(run)
     assert not (tmp_path / "kappa.png").exists()
 
@@ -123,25 +112,19 @@ def test_curves_show_the_metrics(tmp_path: Path, drawn: list[Figure], lines: int
     assert path == tmp_path / "curves.png"
     assert Image.open(path).size == (1600, 680)
     assert path.stat().st_size < 300_000
-    panels = {
-        axes.get_title(loc="left"): axes for axes in drawn[0].axes if axes.get_title(loc="left")
-    }
-    logged = {
-        name: [line[name] for line in metric_lines(lines, kappa=True)]
-        for name in ("loss", "cosine", "kappa", "kappa_best")
-    }
-    expected = {
-        "loss": "loss (0 = no better than chance)",
-        "cosine": "cosine of prediction and target",
-    }
-    for name, title in expected.items():
+    panels = {title: axes for axes in drawn[0].axes if (title := axes.get_title(loc="left"))}
+    names = ("loss", "cosine", "kappa", "kappa_best")
+    logged = {name: [line[name] for line in metric_lines(lines, kappa=True)] for name in names}
+    for name, title in (
+        ("loss", "loss (0 = no better than chance)"),
+        ("cosine", "cosine of prediction and target"),
+    ):
         np.testing.assert_allclose(panels[title].lines[0].get_ydata(), logged[name])
     concentration = panels["concentration κ / (D − 1)"]
     np.testing.assert_allclose(concentration.lines[0].get_ydata(), logged["kappa"])
-    best = {line.get_label(): line.get_ydata() for line in concentration.lines}[
-        "best for the cosines"
-    ]
-    np.testing.assert_allclose(best, moving_average(np.array(logged["kappa_best"])))
+    best = {line.get_label(): line.get_ydata() for line in concentration.lines}
+    expected = moving_average(np.array(logged["kappa_best"]))
+    np.testing.assert_allclose(best["best for the cosines"], expected)
     assert len(panels) == 6
 
 
@@ -176,7 +159,7 @@ def test_kappa_shows_the_images_at_both_ends(tmp_path: Path, drawn: list[Figure]
     assert Image.open(path).size == (1600, 680)
     assert path.stat().st_size < 300_000
     values = concentrations(run, val)
-    low, high = extremes(values)
+    low, high = extremes(values, 8)
     shown = thumbnails(drawn[0])
     assert len(shown) == 16
     for (caption, pixels), index in zip(shown, [*low, *high], strict=True):
@@ -190,7 +173,7 @@ def test_kappa_shows_the_images_at_both_ends(tmp_path: Path, drawn: list[Figure]
 def test_kappa_of_photographs_is_a_small_file(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (20, 30, 30, 3), dtype=np.uint8)
     photographs = np.stack(
-        [np.asarray(Image.fromarray(image).resize((128, 96), 3)) for image in noise]
+        [np.asarray(Image.fromarray(each).resize((128, 96), 3)) for each in noise]
     )
     path = draw_kappa(make_run(tmp_path, val=ArraySource(photographs)))
     assert path is not None
@@ -222,6 +205,7 @@ def test_simsiam_has_no_kappa(tmp_path: Path) -> None:
 
 
 def test_figures_replace_older_ones_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(style, "_DPI", 40)
     run = make_run(tmp_path)
     draw_curves(run.path)
     first = (tmp_path / "curves.png").read_bytes()
@@ -237,11 +221,8 @@ def test_figures_replace_older_ones_whole(tmp_path: Path, monkeypatch: pytest.Mo
     assert (tmp_path / "curves.png").read_bytes() == first
     draw_curves(run.path)
     assert (tmp_path / "curves.png").read_bytes() != first
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "config.json",
-        "curves.png",
-        "metrics.jsonl",
-    ]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["config.json", "curves.png", "metrics.jsonl"]
 
 
 @pytest.mark.filterwarnings("error")
@@ -250,16 +231,14 @@ def test_characters_without_a_glyph_get_another_font_or_spelling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
 ) -> None:
     """matplotlib would warn of each, and draw boxes."""
-    other = FontEntry(fname="/fonts/cjk.ttf", name="CJK")
-    own = style._characters
-    monkeypatch.setattr(
-        style.fontManager, "ttflist", [*style.fontManager.ttflist, *([other] if there else [])]
-    )
-    monkeypatch.setattr(
-        style,
-        "_characters",
-        lambda file: {ord("猫"), ord("Ạ")} if "cjk" in file else own(file) - {ord("Ạ"), ord("猫")},
-    )
+    others = [FontEntry(fname="/fonts/cjk.ttf", name="CJK")] if there else []
+    own, missing = style._characters, {ord("猫"), ord("Ạ")}
+
+    def characters(file: str) -> set[int]:
+        return missing if "cjk" in file else own(file) - missing
+
+    monkeypatch.setattr(style.fontManager, "ttflist", [*style.fontManager.ttflist, *others])
+    monkeypatch.setattr(style, "_characters", characters)
     monkeypatch.setattr(style, "_font_with", functools.cache(style._font_with.__wrapped__))
     drawn = [style.figure(f"data {name}") for name in ("猫Ạ", "猫Ạ", "cats")]
     titles = [each._suptitle for each in drawn]

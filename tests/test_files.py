@@ -26,22 +26,18 @@ def save(path: Path, kind: str | None = None) -> Path:
     return path
 
 
+def save_all(folder: Path, *names: str) -> None:
+    for name in names:
+        save(folder / name)
+
+
 def names(folder: Path) -> list[str]:
     return [os.path.relpath(path, folder) for path in find_images(folder).paths]
 
 
 def test_find_images_is_sorted_and_skips_what_is_hidden(tmp_path: Path) -> None:
-    for name in (
-        "b/2.PNG",
-        "b/1.jpeg",
-        "a.JPG",
-        ".hidden.png",
-        ".cache/x.png",
-        "b/._1.jpeg",
-        "c.txt.png",
-        "b/deep/0.tif",
-    ):
-        save(tmp_path / name)
+    save_all(tmp_path, "b/2.PNG", "b/1.jpeg", "a.JPG", "c.txt.png", "b/deep/0.tif")
+    save_all(tmp_path, ".hidden.png", ".cache/x.png", "b/._1.jpeg")
     (tmp_path / "notes.txt").write_text("")
     (tmp_path / "folder.png").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
@@ -49,20 +45,9 @@ def test_find_images_is_sorted_and_skips_what_is_hidden(tmp_path: Path) -> None:
 
 
 def test_formats_are_those_that_pillow_opens(tmp_path: Path) -> None:
-    kinds = {
-        "jfif": "JPEG",
-        "avif": "AVIF",
-        "jp2": "JPEG2000",
-        "tga": "TGA",
-        "ico": "ICO",
-        "mpo": "MPO",
-    }
-    Image.init()
-    kinds = {
-        suffix: kind for suffix, kind in kinds.items() if kind in Image.SAVE
-    }  # AVIF is left out of some builds
-    if not features.check("jpg_2000"):
-        del kinds["jp2"]
+    kinds = {"jfif": "JPEG", "tga": "TGA", "ico": "ICO", "mpo": "MPO"}
+    kinds |= {"avif": "AVIF"} if features.check("avif") else {}
+    kinds |= {"jp2": "JPEG2000"} if features.check("jpg_2000") else {}
     for suffix, kind in kinds.items():
         save(tmp_path / f"image.{suffix}", kind)
     save(tmp_path / "without", "PNG")
@@ -82,8 +67,8 @@ def test_what_is_passed_over_is_counted_by_suffix(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"something")
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     assert find_images(tmp_path).note() == (
-        "8 files passed over: 3 .npy, 2 .heic (pip install pillow-heif to read them), 1 without suffix, 1 .csv, "
-        "1 broken links"
+        "8 files passed over: 3 .npy, 2 .heic (pip install pillow-heif to read them), "
+        "1 without suffix, 1 .csv, 1 broken links"
     )
     assert find_images(save(tmp_path / "only" / "a.png").parent).note() == ""
 
@@ -126,9 +111,7 @@ def test_each_file_counts_once_where_it_lies(tmp_path: Path) -> None:
     found = find_images(tmp_path / "data")
     assert names(tmp_path / "data") == ["b/1.png", "lost.png", "self.png"]
     assert found.note() == "3 further names (links) of images and folders left out"
-    with pytest.raises(
-        InputError, match=r"self\.png: cannot be read as an image \(Too many levels"
-    ):
+    with pytest.raises(InputError, match=r"self\.png: cannot be read .* \(Too many levels"):
         FileSource(found.paths).image(2)
 
 
@@ -136,8 +119,7 @@ def test_files_of_one_number_in_their_folder_are_all_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some network file systems list all entries with the same inode; their status is right."""
-    for name in ("a.png", "b.png"):
-        save(tmp_path / name)
+    save_all(tmp_path, "a.png", "b.png")
     kept = ("name", "path", "is_dir", "is_file", "is_symlink")
     entries = [
         SimpleNamespace(inode=lambda: 1, **{name: getattr(entry, name) for name in kept})
@@ -150,7 +132,7 @@ def test_files_of_one_number_in_their_folder_are_all_found(
 def test_a_folder_that_may_not_be_entered_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its files are still found, to be reported when they are read; folders above cannot be reached either."""
+    """Its files are still found, to be reported when read; folders above are unreachable, too."""
     for name in ("photos/0.png", "photos/closed/1.png", "photos/closed/2.txt"):
         (save if name.endswith("png") else Path.touch)(tmp_path / name)
     status = os.stat
@@ -183,13 +165,12 @@ def test_a_folder_that_may_not_be_entered_is_named(
 def test_what_lies_in_two_classes_is_named(
     tmp_path: Path, link: str, target: str, hard: bool, note: str | None
 ) -> None:
-    for name in ("cat/1.png", "dog/1.png", "dog/all/1.png"):
-        save(tmp_path / "train" / name)
+    save_all(tmp_path / "train", "cat/1.png", "dog/1.png", "dog/all/1.png")
     (os.link if hard else os.symlink)(tmp_path / "train" / target, tmp_path / "train" / link)
     train = open_dataset(str(tmp_path)).train
     assert len(train) == 3
-    said = [line.rpartition("in one: ")[2] for line in train.notes if "two classes" in line]
-    assert said == ([note] if note else [])
+    named = [line.rpartition("in one: ")[2] for line in train.notes if "two classes" in line]
+    assert named == ([note] if note else [])
 
 
 def test_links_to_what_lies_elsewhere_are_followed(tmp_path: Path) -> None:
@@ -201,60 +182,51 @@ def test_links_to_what_lies_elsewhere_are_followed(tmp_path: Path) -> None:
     (data / "dog" / "two.png").symlink_to(tmp_path / "store" / "2.png")
     train = open_dataset(str(tmp_path / "data")).train
     assert train.classes == ("cat", "dog")
-    assert train.labels is not None
-    assert train.labels.tolist() == [0, 1]
+    np.testing.assert_array_equal(train.labels, [0, 1])
 
 
 def test_a_loop_below_a_class_gives_no_image_two_labels(tmp_path: Path) -> None:
-    for name in ("train/cat/1.png", "train/dog/2.png", "val/cat/3.png", "val/dog/4.png"):
-        save(tmp_path / name)
-    (tmp_path / "train" / "cat" / "loop").symlink_to("..", target_is_directory=True)
-    (tmp_path / "train" / "cat" / "further").symlink_to("../..", target_is_directory=True)
-    (tmp_path / "train" / "self").symlink_to("self")
-    train = open_dataset(str(tmp_path)).train
-    assert [train.describe(i) for i in range(len(train))] == [
-        str(tmp_path / "train" / x) for x in ("cat/1.png", "dog/2.png")
-    ]
+    save_all(tmp_path, "train/cat/1.png", "train/dog/2.png", "val/cat/3.png", "val/dog/4.png")
+    train = tmp_path / "train"
+    (train / "cat" / "loop").symlink_to("..", target_is_directory=True)
+    (train / "cat" / "further").symlink_to("../..", target_is_directory=True)
+    (train / "self").symlink_to("self")
+    found = open_dataset(str(tmp_path)).train
+    places = [found.describe(index) for index in range(len(found))]
+    assert places == [str(train / "cat" / "1.png"), str(train / "dog" / "2.png")]
 
 
 @pytest.mark.parametrize(
     ("train", "val"), [("Train", "valid"), ("training", "Validation"), ("TRAIN", "val")]
 )
 def test_the_parts_by_their_usual_names(tmp_path: Path, train: str, val: str) -> None:
-    for name in (
-        f"{train}/a/1.png",
-        f"{train}/b/2.png",
-        f"{val}/a/3.png",
-        f"{val}/b/4.png",
-        "test/a/5.png",
-        "6.png",
-    ):
-        save(tmp_path / name)
+    save_all(tmp_path, f"{train}/a/1.png", f"{train}/b/2.png", "test/a/5.png", "6.png")
+    save_all(tmp_path, f"{val}/a/3.png", f"{val}/b/4.png")
     splits = open_dataset(str(tmp_path))
     assert (len(splits.train), splits.val and len(splits.val)) == (2, 2)
-    assert splits.train.notes == (
-        f"{tmp_path / train}: only {train}/ and {val}/ are read, not 6.png, test",
-    )
+    note = f"{tmp_path / train}: only {train}/ and {val}/ are read, not 6.png, test"
+    assert splits.train.notes == (note,)
 
 
 @pytest.mark.parametrize(
     ("val", "note"),
-    [(None, "not test"), ("1.png", "not test, val; validation needs class folders in train/ and val/"),
-     ("a/1.png", "not test, val; validation needs class folders in train/ and val/")],
-)  # fmt: skip
+    [
+        (None, "not test"),
+        ("1.png", "not test, val; validation needs class folders in train/ and val/"),
+        ("a/1.png", "not test, val; validation needs class folders in train/ and val/"),
+    ],
+)
 def test_photos_without_classes_have_no_validation_part(
     tmp_path: Path, val: str | None, note: str
 ) -> None:
-    for name in ["train/1.png", "test/1.png"] + ([f"val/{val}"] if val else []):
-        save(tmp_path / name)
+    save_all(tmp_path, "train/1.png", "test/1.png", *([f"val/{val}"] if val else []))
     splits = open_dataset(str(tmp_path))
     assert splits.val is None
     assert splits.train.notes == (f"{tmp_path / 'train'}: only train/ is read, {note}",)
 
 
 def test_two_folders_for_one_part_are_refused(tmp_path: Path) -> None:
-    for name in ("train/a/1.png", "val/a/2.png", "valid/a/3.png"):
-        save(tmp_path / name)
+    save_all(tmp_path, "train/a/1.png", "val/a/2.png", "valid/a/3.png")
     with pytest.raises(InputError, match="holds val and valid; only one of them can be meant"):
         open_dataset(str(tmp_path))
 
@@ -268,7 +240,5 @@ def test_a_class_that_vanishes_is_named(tmp_path: Path) -> None:
         f"{tmp_path / 'train'}: no image, and so no class, in dog",
     )
     (tmp_path / "train" / "cat" / "1.png").unlink()
-    with pytest.raises(
-        InputError, match=r"train: holds no image that Pillow opens\. 1 file passed over: 1 \.heic"
-    ):
+    with pytest.raises(InputError, match=r"train: holds no image .* passed over: 1 \.heic"):
         open_dataset(str(tmp_path))

@@ -1,6 +1,6 @@
-"""The first commands that a user types, at full size: each must learn, under any seed, number of threads and SIMD.
+"""First commands of a user, at full size: each must learn under any seed, threads and SIMD.
 
-Minutes each, and so run by `make soak` alone.
+They take minutes each; only `make soak` runs them.
 """
 
 from __future__ import annotations
@@ -21,20 +21,25 @@ _AVX2 = {
     "DNNL_MAX_CPU_ISA": "AVX2",
     "OPENBLAS_CORETYPE": "Haswell",
     "VI_SIMSIAM_SIMD": "avx2",
+    "OMP_NUM_THREADS": "2",
 }
 _BASELINE = {
-    "ATEN_CPU_CAPABILITY": "default", "DNNL_MAX_CPU_ISA": "SSE41", "OPENBLAS_CORETYPE": "Nehalem", "VI_SIMSIAM_SIMD": "baseline",
-}  # fmt: skip
+    "ATEN_CPU_CAPABILITY": "default",
+    "DNNL_MAX_CPU_ISA": "SSE41",
+    "OPENBLAS_CORETYPE": "Nehalem",
+    "VI_SIMSIAM_SIMD": "baseline",
+    "OMP_NUM_THREADS": "1",
+}
 _ENVIRONMENTS = {
     "one thread": {"OMP_NUM_THREADS": "1"},
     "two threads": {"OMP_NUM_THREADS": "2"},
-    "AVX2": _AVX2 | {"OMP_NUM_THREADS": "2"},
-    "baseline": _BASELINE | {"OMP_NUM_THREADS": "1"},
+    "AVX2": _AVX2,
+    "baseline": _BASELINE,
 }
 
 
 def run(command: str, folder: Path, **environment: str) -> None:
-    """Type a command in a folder."""
+    """Run a command in a folder."""
     script = "import sys; from vi_simsiam.cli import main; sys.exit(main(sys.argv[1:]))"
     words = [sys.executable, "-c", script, *command.split()[1:], "--device", "cpu"]
     done = subprocess.run(
@@ -44,7 +49,7 @@ def run(command: str, folder: Path, **environment: str) -> None:
 
 
 def assert_learned(run_folder: Path) -> None:
-    """Every line from the second epoch on has the state "learning", kappa follows the best one, and both probes beat the untrained network."""
+    """Check that each later line is "learning", kappa is near its best, and both probes gained."""
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").open()]
     late = [line for line in lines if line["epoch"] > 1]
     assert {line["state"] for line in late} == {"learning"}

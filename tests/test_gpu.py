@@ -1,14 +1,10 @@
-"""What only a GPU can show: every test of the losses on CUDA tensors, launches, streams, graphs, memory, and training."""
+"""Tests that need a GPU: the losses on CUDA tensors, launches, streams, graphs, memory."""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
-import os
-import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from losses import COSINE, POWER_SPHERICAL, draw
+from processes import run_tests
 from rich.console import Console
 from test_trainer import config, learned, metrics
 from torch import Tensor
@@ -33,7 +30,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-ROOT = Path(__file__).parents[1]
 _NO_CUDA = why_unavailable("cuda", "cuda")
 fused = pytest.mark.parametrize(
     "backend",
@@ -54,54 +50,31 @@ def on_gpu(
     return [x.clone().requires_grad_() for x in rows], list(z)
 
 
-def run_tests(*arguments: str, wrapper: tuple[str, ...] = (), **variables: str) -> str:
-    """Run pytest in a process of its own with the losses' tests on the GPU; returns what it printed."""
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
-    }
-    environment |= {"VI_SIMSIAM_TEST_DEVICE": "cuda", **variables}
-    command = [
-        *wrapper,
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "--tb=short",
-        *arguments,
-    ]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-3000:]
-    assert re.search(r"\d+ passed", result.stdout), result.stdout
-    return result.stdout
-
-
 def test_the_losses_on_cuda_tensors() -> None:
-    """tests/test_multiview_loss.py, test_multiview_loss_autograd.py and test_multiview_loss_compile.py: golden values, gradcheck, hypothesis, opcheck, compile."""
-    run_tests(
-        "tests/test_multiview_loss.py",
-        "tests/test_multiview_loss_autograd.py",
-        "tests/test_multiview_loss_compile.py",
-    )
+    """Golden values, gradcheck, hypothesis, opcheck, compile."""
+    parts = ("", "_autograd", "_compile", "_modules")
+    run_tests(*(f"tests/test_multiview_loss{x}.py" for x in parts), VI_SIMSIAM_TEST_DEVICE="cuda")
 
 
 @fused
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
 def test_compute_sanitizer_finds_nothing(backend: str, tool: str) -> None:
-    """Out-of-bounds, misaligned and uninitialised accesses, and races, over shapes, strides and dtypes."""
+    """Out-of-bounds, misaligned and uninitialised accesses, and races, over shapes, strides and
+    dtypes."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip(
             "compute-sanitizer is not installed: memory accesses of the kernels are not checked"
         )
-    # Some calls of CUDA fail in a run in which all is well: torch and Triton ask so what there is.
+    # torch and Triton probe the driver with CUDA calls that may fail without harm.
     wrapper = (sanitizer, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9")
     run_tests(
         "tests/test_multiview_loss_autograd.py",
         "-k",
         f"{backend} and (padded or incoming or mean_is)",
         wrapper=(*wrapper, "--target-processes", "all"),
-        PYTORCH_NO_CUDA_MEMORY_CACHING="1",  # in torch's large blocks a tensor's end is no allocation's end
+        VI_SIMSIAM_TEST_DEVICE="cuda",
+        PYTORCH_NO_CUDA_MEMORY_CACHING="1",  # else a tensor ends within a larger allocation
     )
 
 
@@ -122,7 +95,8 @@ def kernels_of(call: Callable[[], object]) -> list[str]:
 @fused
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_launches(backend: str, dtype: torch.dtype) -> None:
-    """One for loss, mean and gradient; backward adds one, and autograd its own that makes the incoming 1."""
+    """One for loss, mean and gradient; backward adds one, and autograd its own that makes the
+    incoming 1."""
     views, z = on_gpu(dtype, 64, 2048, 2064)
 
     def forward() -> Tensor:
@@ -139,7 +113,8 @@ def test_launches(backend: str, dtype: torch.dtype) -> None:
 
 @fused
 def test_nothing_is_allocated_but_the_results(backend: str) -> None:
-    """Peak memory of forward and backward: the gradient with its padded rows, the losses, and no copy of an input."""
+    """Peak memory of forward and backward: the gradient with its padded rows, the losses, and no
+    copy of an input."""
     views, z = on_gpu(torch.float32, 4096, 2048, 2064)
     torch.autograd.grad(power_spherical_loss(views, z, backend=backend), views)
     torch.cuda.synchronize()
@@ -177,7 +152,7 @@ def test_cuda_graph_replays_the_loss_and_its_gradient(backend: str, reduction: s
     views, z = on_gpu(torch.float32, 64, 512, 528)
 
     def step() -> tuple[Tensor, ...]:
-        loss = power_spherical_loss(views, z, backend=backend, reduction=reduction).sum()  # type: ignore[arg-type]
+        loss = power_spherical_loss(views, z, backend=backend, reduction=reduction).sum()
         return loss, *torch.autograd.grad(loss, views)
 
     side = torch.cuda.Stream()
@@ -233,7 +208,8 @@ def _memory_back() -> Iterator[None]:
 @pytest.mark.usefixtures("_memory_back")
 @fused
 def test_offsets_beyond_31_bits(backend: str) -> None:
-    """2 views of 1.1 million rows of 2064 columns: the last rows lie behind element 2^31 of each view."""
+    """2 views of 1.1 million rows of 2064 columns: the last rows lie behind element 2^31 of each
+    view."""
     batch, dim = 1_100_000, 2048
     if torch.cuda.mem_get_info()[0] < 40e9:
         pytest.skip("needs 40 GB of free GPU memory")
@@ -302,14 +278,15 @@ def test_training_on_the_gpu(image_folder: Path, tmp_path: Path, method: str) ->
 def test_captured_and_single_launches_train_alike(
     image_folder: Path, tmp_path: Path, capture: str, memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each against a run in float32 on the CPU: the same views, order, learning rate and latch, step by step."""
+    """Each against a run in float32 on the CPU: the same views, order, learning rate and latch,
+    step by step."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     base = config(
         image_folder, epochs=4, lr=1e-5, log_every=1
     )  # low: views differ by 1e-5, which updates amplify
     on_device = dataclasses.replace(
         base, device="cuda", precision="fp32", capture=capture, data_memory=memory
-    )  # type: ignore[arg-type]
+    )
     for settings, name in ((base, "cpu"), (on_device, "gpu")):
         Trainer(settings, tmp_path / name, console=Console(quiet=True)).fit()
     expected, found = metrics(tmp_path / "cpu"), metrics(tmp_path / "gpu")
@@ -324,14 +301,14 @@ def test_captured_and_single_launches_train_alike(
 def test_a_captured_run_equals_the_one_of_single_launches(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where every kernel adds in a fixed order (no max-pool, cuDNN's deterministic ones), bit for bit."""
+    """Bit for bit, as every kernel adds in a fixed order (no max-pool, deterministic cuDNN)."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     model = ModelConfig(stem="small", dim=32, projector_hidden=32, predictor_hidden=16)
     settings = dataclasses.replace(
         config(image_folder, epochs=4, model=model), device="cuda", log_every=1
     )
     for capture in ("on", "off"):
-        each = dataclasses.replace(settings, capture=capture)  # type: ignore[arg-type]
+        each = dataclasses.replace(settings, capture=capture)
         Trainer(each, tmp_path / capture, console=Console(quiet=True)).fit()
     first, second = (
         Checkpoint.load(tmp_path / name / "checkpoint.pt", torch.device("cpu"))
@@ -345,7 +322,8 @@ def test_a_captured_run_equals_the_one_of_single_launches(
 def test_the_latch_stops_a_captured_run(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A factor that becomes infinite after the capture: the run says at which step, and the last checkpoint is good."""
+    """A factor that becomes infinite after the capture: the error names the step, and the last
+    checkpoint is good."""
     settings = dataclasses.replace(
         config(image_folder, epochs=6), device="cuda", capture="on", log_every=30
     )

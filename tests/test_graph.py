@@ -1,4 +1,4 @@
-"""The captured step: everything but CUDA itself, with a stand-in that records a call and repeats it on static tensors."""
+"""The captured step without CUDA: a stand-in records a call and repeats it on static tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vi_simsiam.errors import InputError
 @pytest.mark.parametrize("clear_last", [False, True], ids=["cleared first", "cleared last"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_captured_and_eager_steps_agree(optimizer: str, clear_last: bool) -> None:
-    """Ten steps with a schedule: outputs, weights, buffers, gradients, momentum, counts and random numbers."""
+    """Ten steps with a schedule: outputs, state, gradients and random numbers."""
     eager = Training(optimizer, clear_last=clear_last)
     expected = []
     for batch in batches(10):
@@ -45,10 +45,9 @@ def test_a_run_that_has_momentum_and_gradients_goes_on() -> None:
     for each in (expected, training):
         torch.manual_seed(3)
         each.step(*first)
-    torch.manual_seed(4)
-    expected.step(*second)
-    torch.manual_seed(4)
-    with_stand_in(training.step, training.state)(*second)
+    for step in (expected.step, with_stand_in(training.step, training.state)):
+        torch.manual_seed(4)
+        step(*second)
     assert same(training.everything(), expected.everything())
 
 
@@ -170,9 +169,8 @@ def test_auto_falls_back_with_one_warning() -> None:
     torch.manual_seed(5)
     losses = [expected.step(*batch)["loss"].item() for batch in batches(3)]
     torch.manual_seed(5)
-    with pytest.warns(
-        UserWarning, match="capture: the step runs without a CUDA graph: step: it reads a value"
-    ) as caught:
+    message = "capture: the step runs without a CUDA graph: step: it reads a value"
+    with pytest.warns(UserWarning, match=message) as caught:
         assert [captured(*batch) for batch in batches(3)] == losses
     assert len(caught) == 1
     assert caught[0].filename == __file__
@@ -191,7 +189,7 @@ def test_a_capture_that_fails_changes_nothing(mode: str) -> None:
     torch.manual_seed(5)
     first, second, third = batches(3)
     assert step(*first)["loss"].item() == losses[0]
-    message = f"cannot be captured as a CUDA graph: operation not permitted when stream is capturing .{graph_cases.__file__}:"
+    message = f"as a CUDA graph: operation not permitted .*capturing .{graph_cases.__file__}:"
     if mode == "on":
         before = training.everything()
         with pytest.raises(InputError, match=message):
@@ -205,15 +203,14 @@ def test_a_capture_that_fails_changes_nothing(mode: str) -> None:
         assert same(training.everything(), expected.everything())
 
 
-def test_a_users_own_error_stays_his() -> None:
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mode", ["on", "auto"])
+def test_a_users_own_error_is_raised_unchanged(mode: str) -> None:
     def step(x: Tensor) -> Tensor:
         raise KeyError("no such layer")
 
-    for mode in ("on", "auto"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with pytest.raises(KeyError, match="no such layer"):
-                with_stand_in(step, mode=mode)(torch.ones(1))
+    with pytest.raises(KeyError, match="no such layer"):
+        with_stand_in(step, mode=mode)(torch.ones(1))
 
 
 @pytest.mark.parametrize("mode", ["on", "auto"])
@@ -224,35 +221,41 @@ def test_changed_inputs_are_named(calls: int, mode: str) -> None:
     for _ in range(calls):
         captured(good, 2.0, "a")
     assert captured.captured == (calls == 4)
-    small = {"x": torch.ones(3, 2)}
-    with pytest.raises(
-        InputError,
-        match=r"inputs\[0\]\['x'\]: float32 of shape \(3, 2\) on cpu given, float32 of shape \(4, 2\) on cpu as in the first",
+    small, double = {"x": torch.ones(3, 2)}, {"x": torch.ones(4, 2).double()}
+    for inputs, message in (
+        (
+            (small, 2.0, "a"),
+            r"inputs\[0\]\['x'\]: float32 of shape \(3, 2\) .* \(4, 2\) on cpu as in",
+        ),
+        ((double, 2.0, "a"), r"inputs\[0\]\['x'\]: float64 of shape"),
+        ((good, 3.0, "a"), r"inputs\[1\]: 3.0 given, 2.0 as in the first call"),
+        (({"y": good["x"]}, 2.0, "a"), "inputs: .*'y'.* given, .*'x'.* as in the first call"),
     ):
-        captured(small, 2.0, "a")
-    with pytest.raises(InputError, match=r"inputs\[0\]\['x'\]: float64 of shape"):
-        captured({"x": torch.ones(4, 2).double()}, 2.0, "a")
-    with pytest.raises(InputError, match=r"inputs\[1\]: 3.0 given, 2.0 as in the first call"):
-        captured(good, 3.0, "a")
-    with pytest.raises(InputError, match="inputs: .*'y'.* given, .*'x'.* as in the first call"):
-        captured({"y": torch.ones(4, 2)}, 2.0, "a")
+        with pytest.raises(InputError, match=message):
+            captured(*inputs)
     assert torch.equal(captured(good, 2.0, "a"), torch.full((4, 2), 2.0))
     captured.reset()
     assert not captured.captured
     assert captured(small, 3.0, "b").shape == (3, 2)
 
 
-def test_inputs_that_cannot_be_used() -> None:
-    with pytest.raises(
-        InputError, match=r"inputs\[0\]\[1\]: a tensor on meta given, on cpu is accepted"
-    ):
-        with_stand_in(lambda x: x)([torch.ones(1), torch.ones(1, device="meta")])
-    with pytest.raises(
-        InputError, match=r"inputs\[0\]: a tensor that requires a gradient given; detach it"
-    ):
-        with_stand_in(lambda x: x)(torch.ones(1, requires_grad=True))
-    with pytest.raises(InputError, match=r"inputs\[0\]: ndarray given; tensors and plain values"):
-        with_stand_in(lambda x: x)(torch.ones(1).numpy())
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            [torch.ones(1), torch.ones(1, device="meta")],
+            r"\[1\]: a tensor on meta is not accepted; it must be on cpu",
+        ),
+        (torch.ones(1, requires_grad=True), ": a tensor that requires a gradient .* detached"),
+        (torch.ones(1).numpy(), ": ndarray is not accepted; .* a tensor or plain value"),
+    ],
+)
+def test_inputs_that_cannot_be_used(value: Any, message: str) -> None:
+    with pytest.raises(InputError, match=rf"inputs\[0\]{message}"):
+        with_stand_in(lambda x: x)(value)
+
+
+def test_autocast_around_the_call_is_refused() -> None:
     with (
         torch.autocast("cpu", torch.bfloat16),
         pytest.raises(InputError, match="capture: autocast around the call.*put it into step"),
@@ -263,13 +266,13 @@ def test_inputs_that_cannot_be_used() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"step": 3}, "step: int given, a function"),
-        ({"mode": "always"}, "mode: 'always' given, auto, on, off are accepted"),
-        ({"warmup": 0}, "warmup: 0 given, a whole number of calls, at least 1"),
-        ({"state": nn.Linear(1, 1)}, "state: Linear given, a list or tuple"),
+        ({"step": 3}, "step: int is not accepted; it must be a function"),
+        ({"mode": "always"}, "mode: 'always' is none of auto, on, off"),
+        ({"warmup": 0}, "warmup: 0 .* a whole number of calls, at least 1"),
+        ({"state": nn.Linear(1, 1)}, "state: Linear .* a list or tuple"),
         (
             {"state": [nn.Linear(1, 1), 4]},
-            r"state\[1\]: int given; modules, optimizers, tensors and objects",
+            r"state\[1\]: int .* a module, optimizer, tensor or object",
         ),
     ],
     ids=["step", "mode", "warmup", "module", "number"],

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the captured step: agreement with eager runs, fresh random numbers, and failed captures."""
+"""The captured step on a GPU: agreement with eager runs, random numbers, and failed captures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from graph_cases import OPTIMIZERS, Training, batches
+from graph_cases import OPTIMIZERS, Reads, Training, batches
 from torch import Tensor, nn
 
 from vi_simsiam.engine.graph import capture
@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
         not torch.cuda.is_available(),
-        reason="needs a CUDA device: captured and eager steps are not compared, nor failed captures left behind",
+        reason="needs a CUDA device: captured and eager steps, and failed captures, are not run",
     ),
 ]
 
@@ -27,14 +27,13 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def _repeatable() -> Iterator[None]:
     """The same kernels in eager and captured runs, which add in the same order."""
-    with torch.backends.cudnn.flags(
-        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-    ):
+    options = {"benchmark": False, "deterministic": True, "allow_tf32": False}
+    with torch.backends.cudnn.flags(enabled=True, **options):
         yield
 
 
 def run(training: Training, step: Callable[..., Any], count: int = 10) -> list[list[Tensor]]:
-    """Loss, logits, and everything that the step changes, after each of `count` steps with a falling learning rate."""
+    """Loss, logits and state after each of `count` steps with a falling learning rate."""
     found = []
     for batch in batches(count, "cuda"):
         outputs = step(*batch)
@@ -73,15 +72,15 @@ def compiled(training: Training) -> None:
 def test_captured_and_eager_steps_agree(
     optimizer: str, change: Callable[[Training], None] | None
 ) -> None:
-    """Outputs, weights, BatchNorm buffers, gradients and momentum, step by step, with dropout and a schedule."""
+    """Outputs, weights, buffers, gradients and momentum, with dropout and a schedule."""
     runs = []
     for captured in (False, True):
         training = Training(optimizer, "cuda")
         if change is not None:
             change(training)
-        step = (
-            capture(training.step, state=training.state, mode="on") if captured else training.step
-        )
+        step = training.step
+        if captured:
+            step = capture(step, state=training.state, mode="on")
         runs.append(run(training, step))
         assert not captured or step.captured  # type: ignore[union-attr]
     compare(runs[1], runs[0])
@@ -122,18 +121,8 @@ BROKEN: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 }
 
 
-class _Reads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return gradient * gradient.sum().item()
-
-
 def _backward(x: Tensor) -> None:
-    _Reads.apply(x.requires_grad_()).sum().backward()
+    Reads.apply(x.requires_grad_()).sum().backward()
 
 
 SIDE: list[torch.cuda.Stream] = []
@@ -149,7 +138,7 @@ def _unjoined(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("rule", BROKEN)
 def test_a_step_that_cannot_be_captured_leaves_the_process_usable(rule: str) -> None:
-    """It is refused with the reason; then the same training goes on in eager mode, and another capture succeeds."""
+    """It is refused with the reason; afterwards eager training and another capture succeed."""
     breaks, message = BROKEN[rule]
     expected = run(eager := Training(device="cuda"), eager.step)
     training = Training(device="cuda")
@@ -236,7 +225,7 @@ def test_work_on_another_stream() -> None:
 
 
 def test_a_replay_is_one_launch() -> None:
-    """The host launches the graph and copies the inputs; the step's own kernels are launched by the graph."""
+    """The host launches the graph and the copies of inputs; the graph launches the kernels."""
     training = Training(device="cuda")
     step = capture(training.step, state=training.state, mode="on", warmup=1)
     for batch in batches(3, "cuda"):
@@ -252,7 +241,6 @@ def test_a_replay_is_one_launch() -> None:
 
 
 def test_inputs_on_the_host_are_refused() -> None:
-    with pytest.raises(
-        InputError, match=r"inputs\[0\]: a tensor on cpu given, on cuda.* is accepted"
-    ):
+    message = r"inputs\[0\]: a tensor on cpu is not accepted; it must be on cuda"
+    with pytest.raises(InputError, match=message):
         capture(lambda x: x, state=[torch.ones(1, device="cuda")], mode="on")(torch.ones(1))

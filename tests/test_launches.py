@@ -1,4 +1,4 @@
-"""Launches of a step are counted once each; their names give their purpose."""
+"""Launches of a step: counts, and their purpose by name."""
 
 from __future__ import annotations
 
@@ -13,21 +13,19 @@ from benchmark_cases import CPU, scripted_pipeline
 from torch import nn
 
 from vi_simsiam.benchmarks import launches
-from vi_simsiam.benchmarks import pipeline_tables as tables
 from vi_simsiam.benchmarks.launches import OTHER, by_kind, kind_of, launches_of
+
+NORM, CONV = "BatchNorm, addition, ReLU, max-pool", "convolutions"
+LINEAR, COPY = "linear layers", "conversions and copies"
+ATEN = "void at::native::"
+ELEMENTWISE = f"{ATEN}vectorized_elementwise_kernel<8, at::native::"
 
 
 def test_launches_of_a_step_are_counted_by_what_they_are_for() -> None:
-    """On a CPU every operator that computes, forward and backward; views and allocations do not count."""
-    layers = [
-        nn.Conv2d(3, 4, 3),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Conv2d(4, 4, 1),
-        nn.Flatten(),
-        nn.Linear(16, 2),
-    ]
-    network, x = nn.Sequential(*layers), torch.randn(5, 3, 4, 4)
+    """On a CPU the operators that compute, in both directions; views and allocations do not."""
+    normalised = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    network = nn.Sequential(normalised, nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(16, 2))
+    x = torch.randn(5, 3, 4, 4)
 
     def train() -> None:
         network(x).sum().backward()
@@ -36,16 +34,14 @@ def test_launches_of_a_step_are_counted_by_what_they_are_for() -> None:
     found = by_kind(launches_of(train, CPU))
     assert found["convolutions"][0] == 4
     assert found["linear layers"][0] == 3
-    assert found["BatchNorm, addition, ReLU, max-pool"][0] >= 2 * 2 + 1, (
-        "with the counter of batches"
-    )
+    assert found[NORM][0] >= 2 * 2 + 1, "with the counter of batches"
     assert all(us > 0 for _, us in found.values())
     plain = by_kind(launches_of(lambda: x.view(5, -1).t().detach(), CPU))
     assert plain == {}
 
 
 def test_what_a_step_prepares_when_it_is_first_run_does_not_count() -> None:
-    """A compiled step is compiled anew after `torch.compiler.reset`, and tries kernels then."""
+    """As a step that is compiled, or tries kernels, when it first runs."""
     prepared: list[torch.Tensor] = []
 
     def step() -> None:
@@ -59,31 +55,33 @@ def test_what_a_step_prepares_when_it_is_first_run_does_not_count() -> None:
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x64x64", "convolutions"),
-        ("void cutlass__5x_cudnn::Kernel<cutlass_tensorop_bf16_s16816dgrad_optimized_bf16_128x64>", "convolutions"),
-        ("nvjet_tst_64x64_64x13_4x1_v_bz_splitK_TNN", "linear layers"),
-        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_64x64_32x6_tn_align8>", "linear layers"),
-        ("void at::native::batch_norm_backward_reduce_channels_last_kernel<4, c10::BFloat16>", "BatchNorm, addition, ReLU, max-pool"),
-        ("void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add<c10::BFloat16>>", "BatchNorm, addition, ReLU, max-pool"),
-        ("void at::native::multi_tensor_apply_kernel<at::native::FusedSgdMathFunctor<float, 3>>", "SGD"),
-        ("void at::native::multi_tensor_apply_kernel<at::native::CopyFunctor<float, c10::BFloat16, 2>>", "conversions and copies"),
-        ("void at::native::max_pool_forward_nhwc<c10::BFloat16, int>", "BatchNorm, addition, ReLU, max-pool"),
-        ("void cudnn::bn_fw_tr_1C11_kernel_NCHW<float, float, int, 512, true, 1, true>", "BatchNorm, addition, ReLU, max-pool"),
-        ("void cudnn::batchnorm_fwtr_nhwc_semiPersist<__nv_bfloat16, __nv_bfloat16>", "BatchNorm, addition, ReLU, max-pool"),
-        ("void cudnn::ops::nchwToNhwcKernel<__nv_bfloat16, __nv_bfloat16, float>", "convolutions"),
-        ("Memcpy DtoD (Device -> Device)", "conversions and copies"),
         (
-            "void at::native::vectorized_elementwise_kernel<8, at::native::(anonymous namespace)::launch_clamp_scalar("
-            "at::TensorIteratorBase&, c10::Scalar, c10::Scalar, at::native::detail::ClampLimits)::{lambda()#1}>",
-            "BatchNorm, addition, ReLU, max-pool",
+            "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x64x64",
+            CONV,
         ),
-        ("triton_poi_fused_relu_3", "fused by torch.compile"),
+        (
+            "cutlass__5x_cudnn::Kernel<cutlass_tensorop_bf16_s16816dgrad_optimized_bf16_128x64>",
+            CONV,
+        ),
+        ("void cudnn::ops::nchwToNhwcKernel<__nv_bfloat16, __nv_bfloat16, float>", CONV),
+        ("nvjet_tst_64x64_64x13_4x1_v_bz_splitK_TNN", LINEAR),
+        ("cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_64x64_32x6_tn>", LINEAR),
+        ("aten::mm", LINEAR),
+        (f"{ATEN}batch_norm_backward_reduce_channels_last_kernel<4, c10::BFloat16>", NORM),
+        (f"{ELEMENTWISE}CUDAFunctor_add<c10::BFloat16>>", NORM),
+        (f"{ELEMENTWISE}(anonymous namespace)::launch_clamp_scalar(at::TensorIteratorBase&)", NORM),
+        (f"{ATEN}max_pool_forward_nhwc<c10::BFloat16, int>", NORM),
+        ("void cudnn::bn_fw_tr_1C11_kernel_NCHW<float, float, int, 512, true, 1, true>", NORM),
+        ("void cudnn::batchnorm_fwtr_nhwc_semiPersist<__nv_bfloat16, __nv_bfloat16>", NORM),
+        ("aten::add_.Tensor", NORM),
+        (f"{ATEN}multi_tensor_apply_kernel<at::native::FusedSgdMathFunctor<float, 3>>", "SGD"),
         ("aten::_fused_sgd_.tensor_lr", "SGD"),
-        ("aten::add_.Tensor", "BatchNorm, addition, ReLU, max-pool"),
-        ("aten::mm", "linear layers"),
-        ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>", OTHER),
+        (f"{ATEN}multi_tensor_apply_kernel<at::native::CopyFunctor<float, c10::BFloat16>>", COPY),
+        ("Memcpy DtoD (Device -> Device)", COPY),
+        ("triton_poi_fused_relu_3", "fused by torch.compile"),
+        (f"{ATEN}reduce_kernel<512, 1, at::native::ReduceOp<float>>", OTHER),
     ],
-)  # fmt: skip
+)
 def test_kinds_of_names(name: str, kind: str) -> None:
     assert kind_of(name) == kind
 
@@ -99,7 +97,7 @@ def test_all_kernels_of_the_project_have_a_kind() -> None:
 
 
 def test_a_gpu_counts_its_kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a profiler that stands for that of a GPU: what the host did meanwhile is no launch."""
+    """With a fake profiler: what the host did meanwhile is not a launch."""
 
     def event(name: str, device: str, us: float) -> object:
         span = SimpleNamespace(elapsed_us=lambda: us)
@@ -125,26 +123,21 @@ def test_a_gpu_counts_its_kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_markdown() -> None:
     result = scripted_pipeline("step")
-    assert tables.launches_markdown(result) == "Not measured."
+    case = result["cases"][0]
+    assert launches.launches_markdown(result) == "Not measured."
+    case["launches"] = {"kernels": []}
+    assert "| all | 0 (0) |" in launches.launches_markdown(result), "a profiler that sees nothing"
     entries = [("aten::convolution", 40, 1500.0), ("aten::mm", 3, 20.0), ("aten::sum", 2, 0.4)]
     counted = [
         {"kind": kind_of(name), "name": name, "count": count, "us": us}
         for name, count, us in entries
     ]
-    result["cases"][0]["launches"] = {"torch": counted, "kernels": counted[:1]}
-    lines = tables.launches_markdown(result).splitlines()
-    label = result["cases"][0]["label"]
-    assert lines[:6] == [
-        f"| {label}: microseconds (launches) | torch | kernels |",
+    case["launches"] = {"torch": counted, "kernels": counted[:1]}
+    assert launches.launches_markdown(result).splitlines()[:6] == [
+        f"| {case['label']}: microseconds (launches) | torch | kernels |",
         "|---|---:|---:|",
         "| convolutions | 1,500 (40) | 1,500 (40) |",
         "| linear layers | 20 (3) | - |",
         "| everything else | 0 (2) | - |",
         "| all | 1,520 (45) | 1,500 (40) |",
     ]
-
-
-def test_a_profiler_that_sees_nothing() -> None:
-    result = scripted_pipeline("step")
-    result["cases"][0]["launches"] = {"kernels": []}
-    assert "| all | 0 (0) |" in tables.launches_markdown(result)

@@ -29,28 +29,22 @@ from vi_simsiam.evaluation.linear import (
 from vi_simsiam.evaluation.results import unpack_bits
 
 
-def parameters(probe: LinearProbe) -> list[Tensor]:
-    return [probe.shift, probe.scale, probe.layer.weight.detach(), probe.layer.bias.detach()]
-
-
 def test_separable_features_are_learned_and_noise_is_not(tmp_path: Path) -> None:
+    few = evaluate_linear(feature_sets(tmp_path, train=12))
+    assert few["train_top1"]["trained"] == 1.0
     result = evaluate_linear(feature_sets(tmp_path, train=300, val=90))
-    assert result["top1"]["trained"] == 1.0
-    assert result["train_top1"]["trained"] == 1.0
+    assert result["top1"]["trained"] == result["train_top1"]["trained"] == 1.0
     assert result["top1"]["untrained"] < 0.5
-
-
-def test_converges_on_a_few_images(tmp_path: Path) -> None:
-    assert evaluate_linear(feature_sets(tmp_path, train=12))["train_top1"]["trained"] == 1.0
 
 
 def test_is_as_good_as_logistic_regression() -> None:
     splits = open_dataset("fashion-mini")
-    images = [
-        torch.from_numpy(source.images[:, ::2, ::2].reshape(-1, 196) / 255.0).float()
-        for source in (splits.train, splits.val)
-    ]
-    labels = [torch.from_numpy(source.labels) for source in (splits.train, splits.val)]
+    assert splits.val is not None
+    images, labels = [], []
+    for source in (splits.train, splits.val):
+        pixels = source.images[:, ::2, ::2].reshape(-1, 196) / 255.0
+        images.append(torch.from_numpy(pixels).float())
+        labels.append(torch.from_numpy(source.labels))
     train, train_labels = images[0][::4], labels[0][::4]
     probe = LinearProbe.fit(train, train_labels, 10, LinearConfig())
     found = accuracy(probe(images[1]), labels[1], 1)
@@ -71,10 +65,7 @@ def test_steps_are_scaled_by_the_trust_ratio_at_weight_decay_0(factor: float) ->
     layer.weight.grad, layer.bias.grad = (g.clone() for g in gradients)
     optimizer.step()
     # LARS: w <- w - lr * 0.001 * |w| / |g| * g, so the gradient's length does not matter.
-    for after, before, gradient in (
-        (layer.weight, weight, gradients[0]),
-        (layer.bias, bias, gradients[1]),
-    ):
+    for after, before, gradient in zip(layer.parameters(), (weight, bias), gradients, strict=True):
         step = 1.6 * 0.001 * before.norm() * gradient / gradient.norm()
         torch.testing.assert_close(after.detach(), before - step, rtol=1e-6, atol=1e-7)
 
@@ -86,9 +77,10 @@ def test_learning_rate_follows_a_cosine_to_the_last_step(monkeypatch: pytest.Mon
         def step(self, closure: None = None) -> None:
             rates.append(self.param_groups[0]["lr"])
 
-    monkeypatch.setattr(
-        linear, "build_optimizer", lambda layer, config: Recorder(layer.parameters(), lr=1.0)
-    )
+    def recorder(layer: nn.Module, config: LinearConfig) -> Recorder:
+        return Recorder(layer.parameters(), lr=1.0)
+
+    monkeypatch.setattr(linear, "build_optimizer", recorder)
     sets = feature_sets(Path(), train=25)
     config = LinearConfig(lr=2.0, batch_size=10, epochs=3, min_steps=7)
     LinearProbe.fit(sets.train["trained"], sets.train_labels, 3, config)
@@ -118,23 +110,22 @@ def test_seed_determines_the_probe() -> None:
         LinearProbe.fit(train, labels, 3, LinearConfig(epochs=5, seed=seed)) for seed in (0, 0, 1)
     )
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(a, b) for a, b in zip(parameters(first), parameters(again), strict=True))
+    assert torch.equal(first(train), again(train))
     assert not torch.equal(first.layer.weight, other.layer.weight)
 
 
 def test_standardised_probe_ignores_shift_and_scale_of_features() -> None:
     sets = feature_sets(Path())
     train, queries = sets.train["trained"].double(), sets.val["trained"].double()
-    scale, shift = (
-        torch.logspace(-0.5, 0.5, 8, dtype=torch.float64),
-        torch.linspace(-5, 5, 8, dtype=torch.float64),
-    )
-    config = LinearConfig(epochs=20)
-    plain = LinearProbe.fit(train.float(), sets.train_labels, 3, config)(queries.float())
-    moved = LinearProbe.fit((train * scale + shift).float(), sets.train_labels, 3, config)(
-        (queries * scale + shift).float()
-    )
-    torch.testing.assert_close(moved, plain, rtol=1e-2, atol=1e-2)
+    scale = torch.logspace(-0.5, 0.5, 8, dtype=torch.float64)
+    shift = torch.linspace(-5, 5, 8, dtype=torch.float64)
+
+    def logits(train: Tensor, queries: Tensor) -> Tensor:
+        config = LinearConfig(epochs=20)
+        return LinearProbe.fit(train.float(), sets.train_labels, 3, config)(queries.float())
+
+    moved = logits(train * scale + shift, queries * scale + shift)
+    torch.testing.assert_close(moved, logits(train, queries), rtol=1e-2, atol=1e-2)
 
 
 def test_constant_features_do_no_harm() -> None:
@@ -169,12 +160,11 @@ def test_held_out_images_are_not_trained_on(tmp_path: Path) -> None:
 def test_hold_out_splits_at_random_by_the_seed() -> None:
     kept, held_out = hold_out(50, 0.2, 0)
     assert len(held_out) == 10
-    assert sorted(kept.tolist() + held_out.tolist()) == list(range(50))
-    assert held_out.tolist() != hold_out(50, 0.2, 1)[1].tolist()
-    assert held_out.tolist() == hold_out(50, 0.2, 0)[1].tolist()
+    assert sorted([*kept.tolist(), *held_out.tolist()]) == list(range(50))
+    assert torch.equal(held_out, hold_out(50, 0.2, 0)[1])
+    assert not torch.equal(held_out, hold_out(50, 0.2, 1)[1])
     everything, nothing = hold_out(50, 0.0, 0)
-    assert everything.tolist() == list(range(50))
-    assert nothing.tolist() == []
+    assert (everything.tolist(), nothing.tolist()) == (list(range(50)), [])
 
 
 @pytest.mark.parametrize(("count", "share"), [(2, 0.2), (2, 0.9)])
@@ -186,50 +176,39 @@ def test_hold_out_needs_images_on_both_sides(count: int, share: float) -> None:
 def test_accuracy_counts_labels_among_the_highest() -> None:
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0], [3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 2.0, 3.0]])
     labels = torch.tensor([0, 2, 0])
-    assert [accuracy(logits, labels, counted) for counted in (1, 2, 3, 4)] == [
-        1 / 3,
-        1 / 3,
-        2 / 3,
-        1.0,
-    ]
+    shares = [accuracy(logits, labels, counted) for counted in (1, 2, 3, 4)]
+    assert shares == [1 / 3, 1 / 3, 2 / 3, 1.0]
 
 
 @pytest.mark.parametrize(("classes", "counted"), [(2, 2), (5, 5), (8, 5)])
 def test_top5_counts_no_more_than_there_are_classes(
     tmp_path: Path, classes: int, counted: int
 ) -> None:
-    result = evaluate_linear(
-        feature_sets(tmp_path, classes=classes), LinearConfig(epochs=1, min_steps=0)
-    )
+    sets = feature_sets(tmp_path, classes=classes)
+    result = evaluate_linear(sets, LinearConfig(epochs=1, min_steps=0))
     assert result["top5_counts"] == counted
     assert (result["top5"]["untrained"] == 1.0) == (counted == classes)
     assert result["top5"]["untrained"] >= result["top1"]["untrained"]
 
 
-def test_result_file_says_what_was_done(tmp_path: Path) -> None:
-    result = evaluate_linear(feature_sets(tmp_path), replace(linear_preset("paper"), augmented=0))
+def test_result_file_holds_settings_and_correct_images(tmp_path: Path) -> None:
+    sets, config = feature_sets(tmp_path), replace(linear_preset("paper"), augmented=0)
+    result = evaluate_linear(sets, config)
     assert json.loads((tmp_path / "linear.json").read_text()) == json.loads(json.dumps(result))
     assert [path.name for path in tmp_path.iterdir()] == ["linear.json"]
     settings = result["settings"]
-    assert {
-        "optimizer": "LARS",
-        "schedule": "cosine",
-        "steps": 90,
-        "epochs": 90,
-    }.items() <= settings.items()
+    facts = {"optimizer": "LARS", "schedule": "cosine", "steps": 90, "epochs": 90, "augmented": 0}
+    assert settings | facts == settings
     assert "epochs" in settings["inferred"]
+    assert settings["augmented_encoders"] == []
     assert result["held_out_images"] == 12
     assert set(result["held_out_top1"]) == {"trained", "untrained", "pixels"}
-    assert (settings["augmented"], settings["augmented_encoders"]) == (0, [])
     assert {"timm", "torchmetrics", "torch", "vi-simsiam"} <= set(result["versions"])
-    assert evaluate_linear(feature_sets(tmp_path), LinearConfig(epochs=1))["held_out_top1"] is None
-
-
-def test_result_says_which_images_were_classified_correctly(tmp_path: Path) -> None:
-    sets = feature_sets(tmp_path)
-    result = evaluate_linear(sets, LinearConfig(epochs=5, min_steps=0))
+    config = LinearConfig(epochs=5, min_steps=0)
+    result = evaluate_linear(sets, config)
+    assert result["held_out_top1"] is None
     for encoder, train in sets.train.items():
-        probe = LinearProbe.fit(train, sets.train_labels, 3, LinearConfig(epochs=5, min_steps=0))
+        probe = LinearProbe.fit(train, sets.train_labels, 3, config)
         correct = unpack_bits(result["correct"][encoder], 30)
         assert torch.equal(correct, probe(sets.val[encoder]).argmax(1) == sets.val_labels)
         assert correct.double().mean() == pytest.approx(result["top1"][encoder])
@@ -239,30 +218,29 @@ def test_paper_preset_is_the_papers_protocol() -> None:
     paper = LINEAR_PRESETS["paper"]
     assert (paper.lr, paper.momentum, paper.weight_decay, paper.batch_size) == (1.6, 0.9, 0.0, 512)
     assert (paper.held_out, paper.standardize, paper.augmented) == (0.2, False, None)
-    probe = LinearProbe.fit(
-        torch.full((10, 2), 7.0), torch.arange(10) % 2, 2, replace(paper, epochs=1)
-    )
+    labels = torch.arange(10) % 2
+    probe = LinearProbe.fit(torch.full((10, 2), 7.0), labels, 2, replace(paper, epochs=1))
     assert (probe.shift.tolist(), probe.scale.tolist()) == ([0, 0], [1, 1])
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("name", "value", "accepted"),
     [
-        ({"lr": 0.0}, "lr: 0.0 .* a positive number"),
-        ({"lr": float("nan")}, "lr: nan"),
-        ({"momentum": 1.0}, "momentum: 1.0 .* below 1"),
-        ({"weight_decay": -1e-4}, "weight_decay: -0.0001"),
-        ({"batch_size": 0}, "batch_size: 0 .* at least 1"),
-        ({"epochs": 0}, "epochs: 0 .* at least 1"),
-        ({"min_steps": -1}, "min_steps: -1"),
-        ({"held_out": 1.0}, "held_out: 1.0 .* below 1"),
-        ({"augmented": -1}, "augmented: -1 .* at least 0, or None"),
-        ({"seed": -1}, "seed: -1"),
+        ("lr", 0.0, "a positive number"),
+        ("lr", math.nan, "a positive number"),
+        ("momentum", 1.0, "at least 0 and below 1"),
+        ("weight_decay", -1e-4, "at least 0"),
+        ("batch_size", 0, "at least 1"),
+        ("epochs", 0, "at least 1"),
+        ("min_steps", -1, "at least 0"),
+        ("held_out", 1.0, "at least 0 and below 1"),
+        ("augmented", -1, "at least 0, or None"),
+        ("seed", -1, "at least 0"),
     ],
 )
-def test_settings_are_checked(values: dict[str, float], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        LinearConfig(**values)  # type: ignore[arg-type]
+def test_settings_are_checked(name: str, value: float, accepted: str) -> None:
+    with pytest.raises(InputError, match=f"{name}: {value} .* {accepted}"):
+        LinearConfig(**{name: value})  # type: ignore[arg-type]
 
 
 def test_unknown_presets_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""The networks: shapes, the padded output, what is normalised by what, and what is refused."""
+"""The networks: shapes, the padded output, BatchNorm over views, and refused arguments."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from vi_simsiam import PowerSpherical, SimSiam, VISimSiam
+from vi_simsiam.backbones import build_backbone
 from vi_simsiam.config import LossConfig, ModelConfig, TrainConfig
 from vi_simsiam.errors import InputError
 from vi_simsiam.functional import cosine_loss, power_spherical_loss
-from vi_simsiam.models import build_backbone, build_model
+from vi_simsiam.models import build_model
 
 
 def small(kind: type[SimSiam], dim: int = 20) -> SimSiam:
@@ -29,28 +30,23 @@ def views(count: int = 2) -> list[torch.Tensor]:
 def test_predictions_and_targets(kind: type[SimSiam], width: int) -> None:
     model = small(kind)
     output = model(views(3))
-    assert [tuple(p.shape) for p in output.predictions] == [(6, 32)] * 3, (
-        "rows are a multiple of 16 elements"
-    )
+    # Rows are a multiple of 16 elements.
+    assert [tuple(p.shape) for p in output.predictions] == [(6, 32)] * 3
     assert all((p[:, width:] == 0).all() for p in output.predictions)
     assert [tuple(t.shape) for t in output.targets] == [(6, 20)] * 2
     assert not any(t.requires_grad for t in output.targets)
-    loss = cosine_loss if kind is SimSiam else power_spherical_loss
-    options = {}
-    if kind is VISimSiam:
-        gain = 4 / math.sqrt(8)
-        options = {
-            "concentration_scale": 19.0,
-            "concentration_link": "quadratic",
-            "concentration_gain": gain,
-        }
-    simsiam = (
-        0.0
-        if kind is SimSiam
-        else cosine_loss([p[:, :20] for p in output.predictions], output.targets)
-    )
     used = [p[:, :width] for p in output.predictions]
-    expected = loss(used, output.targets, **options)  # type: ignore[arg-type]
+    if kind is SimSiam:
+        expected, simsiam = cosine_loss(used, output.targets), torch.tensor(0.0)
+    else:
+        expected = power_spherical_loss(
+            used,
+            output.targets,
+            concentration_scale=19.0,
+            concentration_link="quadratic",
+            concentration_gain=4 / math.sqrt(8),
+        )
+        simsiam = cosine_loss([p[:, :20] for p in used], output.targets)
     torch.testing.assert_close(model.loss(output), expected + simsiam)
     torch.testing.assert_close(model.loss(output, loss_scale=0.25), expected / 4 + simsiam)
 
@@ -69,16 +65,14 @@ def test_gradient_reaches_every_weight_except_the_padding() -> None:
 
 
 def test_every_view_is_normalised_by_its_own_statistics() -> None:
-    """A view's prediction does not depend on the other views, and BatchNorm counts one update a view."""
+    """A view's prediction does not depend on other views; BatchNorm counts one update a view."""
     model = small(SimSiam)
     first, second = views()
     alone = model([first, first]).predictions[0]
     together = model([first, 1000 * second]).predictions[0]
     torch.testing.assert_close(alone, together)
-    counters = [
-        m.num_batches_tracked.item() for m in model.modules() if isinstance(m, nn.BatchNorm1d)
-    ]
-    assert counters == [4] * len(counters)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d)]
+    assert {norm.num_batches_tracked.item() for norm in norms} == {4}
 
 
 @pytest.mark.parametrize(("stem", "sides"), [("imagenet", (32, 8)), ("small", (32, 32))])
@@ -86,8 +80,8 @@ def test_stems_of_a_torchvision_backbone(stem: str, sides: tuple[int, int]) -> N
     network, features = build_backbone("resnet18", stem=stem)  # type: ignore[arg-type]
     assert features == 512
     seen = []
-    network.layer1.register_forward_hook(
-        lambda module, inputs, output: seen.append(output.shape[-1])
+    network.layer1.register_forward_pre_hook(
+        lambda module, images: seen.append(images[0].shape[-1])
     )
     assert network(torch.randn(2, 3, sides[0], sides[0])).shape == (2, 512)
     assert seen == [sides[1]]
@@ -99,9 +93,8 @@ def test_residual_branches_start_at_zero_unless_asked() -> None:
 
 
 def test_concentration_and_distribution() -> None:
-    model = VISimSiam(
-        nn.Flatten(), features=48, dim=20, projector_hidden=24, concentration_min=3.0
-    ).eval()
+    own = {"features": 48, "dim": 20, "projector_hidden": 24}
+    model = VISimSiam(nn.Flatten(), concentration_min=3.0, **own).eval()  # type: ignore[arg-type]
     prediction = torch.zeros(4, 21)
     torch.testing.assert_close(model.concentration(prediction), torch.full((4,), 19 * 0.0202 + 3))
     images = views()[0]
@@ -113,13 +106,16 @@ def test_concentration_and_distribution() -> None:
     r = x.clamp(min=0.02)
     torch.testing.assert_close(distribution.concentration, 19 * (r + r * r / 2) + 3)
     literal = VISimSiam(
-        nn.Flatten(), features=48, dim=20, concentration_scale=1.0, concentration_link="softplus"
+        nn.Flatten(),
+        concentration_scale=1.0,
+        concentration_link="softplus",
+        **own,  # type: ignore[arg-type]
     )
     torch.testing.assert_close(literal.concentration(prediction), torch.full((4,), 0.6931472))
 
 
 class _Shapes(nn.Module):
-    """A backbone that remembers what it was given."""
+    """A backbone that records the shapes of its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +128,7 @@ class _Shapes(nn.Module):
 
 
 def test_joint_statistics_are_those_of_all_views_of_a_size() -> None:
-    """Two views of different brightness: each by its own statistics they look alike, jointly they do not."""
+    """Views of different brightness look alike by their own statistics, but not jointly."""
     bright = [torch.rand(8, 3, 10, 10), torch.rand(8, 3, 10, 10) + 5]
     local = [torch.rand(8, 3, 6, 6)] * 3
     apart, together = (SimSiam(_Shapes(), features=3, dim=16) for _ in range(2))
@@ -154,8 +150,8 @@ def test_views_that_pass_together_are_normalised_apart(local_views: int) -> None
     views = [torch.randn(6, 3, 24, 24, dtype=torch.float64) * (i + 1) + i for i in range(2)]
     views += [torch.randn(6, 3, 16, 16, dtype=torch.float64) for _ in range(local_views)]
     torch.manual_seed(0)
-    apart = VISimSiam("resnet18", dim=16, projector_hidden=16, predictor_hidden=8).double()
-    together = VISimSiam("resnet18", dim=16, projector_hidden=16, predictor_hidden=8).double()
+    sizes = {"dim": 16, "projector_hidden": 16, "predictor_hidden": 8}
+    apart, together = (VISimSiam("resnet18", **sizes).double() for _ in range(2))
     together.load_state_dict(apart.state_dict())
     together.shared_passes = True
     calls: list[int] = []
@@ -175,7 +171,7 @@ def test_views_that_pass_together_are_normalised_apart(local_views: int) -> None
 
 
 def test_running_statistics_weigh_the_views_as_documented() -> None:
-    """Global views of mean 0 and local views of mean 1: the running mean is the local views' share."""
+    """Global views have mean 0, local views 1: the running mean is the local views' share."""
     views = [torch.zeros(4, 3, 10, 10)] * 2 + [torch.ones(4, 3, 6, 6)] * 6
     for joint, share in ((False, 0.82), (True, 0.53)):
         model = SimSiam(_Shapes(), features=3, dim=16)
@@ -186,17 +182,11 @@ def test_running_statistics_weigh_the_views_as_documented() -> None:
 
 
 def test_build_model_follows_the_configuration() -> None:
-    config = TrainConfig(
-        model=ModelConfig(
-            backbone="resnet34", stem="small", dim=40, projector_hidden=16, predictor_hidden=12
-        ),
-        loss=LossConfig(
-            concentration_scale=2.0,
-            concentration_min=0.5,
-            concentration_gain=3.0,
-            cosine_weight=0.5,
-        ),
+    network = ModelConfig("resnet34", "small", dim=40, projector_hidden=16, predictor_hidden=12)
+    loss = LossConfig(
+        concentration_scale=2.0, concentration_min=0.5, concentration_gain=3.0, cosine_weight=0.5
     )
+    config = TrainConfig(model=network, loss=loss)
     model = build_model(config)
     assert isinstance(model, VISimSiam)
     assert (model.form.scale, model.form.minimum, model.dim) == (2.0, 0.5, 40)
@@ -209,10 +199,16 @@ def test_build_model_follows_the_configuration() -> None:
     assert build_model(TrainConfig(batch_norm="joint")).joint_statistics
 
 
-def test_wrong_models_are_named() -> None:
-    with pytest.raises(InputError, match="backbone: 'vgg11' is none of .*resnet18"):
-        SimSiam("vgg11")
-    with pytest.raises(InputError, match="features: the width"):
-        SimSiam(nn.Flatten())
-    with pytest.raises(InputError, match="dim: 1"):
-        SimSiam(nn.Flatten(), features=4, dim=1)
+@pytest.mark.parametrize(
+    ("backbone", "options", "message"),
+    [
+        ("vgg11", {}, "backbone: 'vgg11' is none of .*resnet18"),
+        (nn.Flatten(), {}, "features: the width"),
+        (nn.Flatten(), {"features": 4, "dim": 1}, "dim: 1"),
+    ],
+)
+def test_wrong_models_are_named(
+    backbone: str | nn.Module, options: dict[str, int], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        SimSiam(backbone, **options)  # type: ignore[arg-type]

@@ -1,28 +1,32 @@
-"""What is shown while a run trains."""
+"""Statistics of the representations, and the lines and bar of a training."""
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import rich.progress
 import torch
 from rich.console import Console
+from test_trainer import config
 
-from vi_simsiam.config import AugmentConfig, ModelConfig, TrainConfig
+from vi_simsiam.config import TrainConfig
 from vi_simsiam.distributions import PowerSpherical
 from vi_simsiam.engine import monitor as module
-from vi_simsiam.engine.monitor import Monitor, representation_statistics
+from vi_simsiam.engine.monitor import Monitor, effective_rank, representation_statistics
 from vi_simsiam.engine.trainer import Trainer
 from vi_simsiam.engine.verdict import Health
-from vi_simsiam.models import Output, VISimSiam
+from vi_simsiam.models import Output, SimSiam, VISimSiam
 
 METRICS = {
-    "step": 20, "epoch": 0.2, "loss": -391.123456, "cosine": 0.71234, "kappa": 2.34567, "z_std": 0.95,
-    "effective_rank": 21.4, "grad_norm": 0.1, "lr": 0.01, "views_per_s": 12345.6, "data_wait": 0.02, "seconds": 3.0,
+    "step": 20, "epoch": 0.2, "loss": -391.123456, "cosine": 0.71234, "kappa": 2.34567,
+    "z_std": 0.95, "effective_rank": 21.4, "grad_norm": 0.1, "lr": 0.01, "views_per_s": 12345.6,
+    "data_wait": 0.02, "seconds": 3.0,
 }  # fmt: skip
 
 
@@ -32,19 +36,58 @@ def opened(folder: Path, console: Console, **options: object) -> Monitor:
 
 
 def terminal(width: int = 80) -> Console:
-    return Console(
-        file=io.StringIO(),
-        force_terminal=True,
-        width=width,
-        legacy_windows=False,
-        color_system=None,
-    )
+    options = {"force_terminal": True, "legacy_windows": False, "color_system": None}
+    return Console(file=io.StringIO(), width=width, **options)  # type: ignore[arg-type]
 
 
-def last_shown(console: Console) -> str:
-    """The last state of the bar."""
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())  # type: ignore[attr-defined]
-    return plain.replace("\r", "\n").rstrip("\n").splitlines()[-1].rstrip()
+def printed(console: Console) -> list[str]:
+    """The printed lines and states of the bar, without escape codes."""
+    text = re.sub(r"(\x1b\[[0-9;?]*[A-Za-z]|\r)+", "\n", console.file.getvalue())  # type: ignore[attr-defined]
+    return [line.rstrip() for line in text.splitlines() if line.strip()]
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_statistics_of_spread_and_collapsed_representations() -> None:
+    spread = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
+    model = SimSiam(torch.nn.Flatten(), features=64, dim=64)
+    found = representation_statistics(model, Output((spread, spread), (spread, spread)))
+    assert found["cosine"] == pytest.approx(1.0, abs=1e-5)
+    assert found["z_std"] == pytest.approx(1.0, abs=0.05)
+    assert 50 < found["effective_rank"] <= 64
+    point = spread[:1].expand(256, 64)
+    found = representation_statistics(model, Output((point, point), (point, point)))
+    assert found["z_std"] < 1e-5
+    assert found["effective_rank"] == pytest.approx(1.0, abs=1e-3)
+    assert effective_rank(torch.eye(5)) == pytest.approx(5.0)
+
+    options = {"concentration_scale": 2.0, "concentration_link": "softplus"}
+    vi = VISimSiam(torch.nn.Flatten(), features=64, dim=64, **options)  # type: ignore[arg-type]
+    raw, away = (torch.cat([sign * spread, torch.zeros(256, 1)], 1) for sign in (1, -1))
+    found = representation_statistics(vi, Output((raw, raw), (spread, spread)))
+    assert found["kappa"] == pytest.approx(2 * 0.693147 / 63, rel=1e-5)
+    assert 1e4 < found["kappa_best"] < 1e7, "cosines of 1: large, and finite"
+    found = representation_statistics(vi, Output((away, away), (spread, spread)))
+    assert found["kappa_best"] == 0
+
+
+def test_the_best_kappa_and_the_spread_of_the_projections() -> None:
+    """Cosines 0.8 and 0.28: c = sqrt(1.8 x 1.28) - 1, and kappa*/(D - 1) = c/(1 - c)."""
+    model = VISimSiam(torch.nn.Flatten(), features=4, dim=3)
+    target = torch.tensor([[1.0, 0, 0], [0, 1, 0]])
+    predicted = torch.tensor([[0.8, 0.6, 0, 0], [0, 0.28, 0.96, 0]])
+    norm = model.projector[-1]
+    norm.running_mean.copy_(torch.tensor([1.0, 2, 0]))
+    norm.running_var.copy_(torch.tensor([0.5, 0.25, 0.5]))
+    output = Output((predicted, predicted), (target, target))
+    found = representation_statistics(model, output)
+    best = math.sqrt(1.8 * 1.28) - 1
+    assert found["kappa_best"] == pytest.approx(best / (1 - best), rel=1e-5)
+    assert found["projection_spread"] == pytest.approx(1.25 / 6.25, rel=1e-6)
+    model.projector[-1] = torch.nn.Identity()
+    assert "projection_spread" not in representation_statistics(model, output)
 
 
 @pytest.mark.parametrize("cosine", [0.3, 0.9])
@@ -85,10 +128,8 @@ def test_the_bar_keeps_epoch_count_and_time_on_any_terminal(
         monitor.advance(20)
         monitor.show(METRICS)
         monitor._progress.refresh()
-    last = last_shown(console)
-    assert re.fullmatch(rf"epoch 1/200 [━╸╺ ]+ +20/29400 --:--(?: {re.escape(figures)})?", last), (
-        last
-    )
+    last = printed(console)[-1]
+    assert re.fullmatch(rf"epoch 1/200 [━╸╺ ]+ +20/29400 --:--(?: {re.escape(figures)})?", last)
     assert len(last) <= width
 
 
@@ -101,10 +142,8 @@ def test_the_longest_counts_and_times_leave_room_for_the_loss(
         monitor.advance(123_456)
         monitor.show(METRICS)
         monitor._progress.refresh()
-    last = last_shown(console)
-    assert re.fullmatch(
-        r"epoch 101/1001 .* 123456/1234567 100:00:00 loss -391 cos 0.71 κ.*", last
-    ), last
+    expected = r"epoch 101/1001 .* 123456/1234567 100:00:00 loss -391 cos 0.71 κ.*"
+    assert re.fullmatch(expected, printed(console)[-1])
 
 
 def test_the_bar_has_ascii_forms(tmp_path: Path) -> None:
@@ -142,14 +181,12 @@ def test_quiet_leaves_warnings(tmp_path: Path) -> None:
         assert not monitor.due
         for step in range(1, 5):
             monitor.advance(step)
-        for step, z_std in enumerate(
-            (0.1, 0.1, 0.1, 0.9, 0.9, 0.9, 0.1, 0.1, 0.1), 1
-        ):  # it comes back, and is named once
+        # The collapse comes back, and is named once.
+        for step, z_std in enumerate([0.1] * 3 + [0.9] * 3 + [0.1] * 3, 1):
             monitor.log(METRICS | {"step": step, "z_std": z_std})
         monitor.epoch_done(147, METRICS)
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert len(lines) == 1
-    assert "warning: step 1: collapsed since step 1: z-std 0.10" in lines[0]
+    (line,) = printed(console)
+    assert line.startswith("warning: step 1: collapsed since step 1: z-std 0.10")
 
 
 def test_a_problem_is_on_the_bar_in_the_log_and_in_the_line_of_the_epoch(tmp_path: Path) -> None:
@@ -162,21 +199,13 @@ def test_a_problem_is_on_the_bar_in_the_log_and_in_the_line_of_the_epoch(tmp_pat
             monitor.log(dead | {"step": step})
         monitor._progress.refresh()
         monitor.epoch_done(147, dead)
-    shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert re.search(
-        r"epoch 1/200 .*--:-- dead since step 100 cos 0.71 *\n", shown.replace("\r", "\n")
-    )
-    assert (
-        shown.count("warning: step 120: dead since step 100: kappa/(D-1) 0.01, where 2.4 would fit")
-        == 1
-    )
-    assert "waiting for data 2%  dead since step 100\n" in re.sub(
-        r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", shown
-    )
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
-    assert [(line["state"], line.get("since")) for line in lines] == [("learning", None)] * 4 + [
-        ("dead", 100)
-    ]
+    lines = printed(console)
+    assert any(re.fullmatch(r"epoch 1/200 .*--:-- dead since step 100 cos 0.71", x) for x in lines)
+    warning = "warning: step 120: dead since step 100: kappa/(D-1) 0.01, where 2.4 would fit"
+    assert sum(line.startswith(warning) for line in lines) == 1
+    assert any(line.endswith("waiting for data 2%  dead since step 100") for line in lines)
+    states = [(line["state"], line.get("since")) for line in logged(tmp_path)]
+    assert states == [("learning", None)] * 4 + [("dead", 100)]
     with opened(tmp_path, Console(quiet=True), step=120) as monitor:
         assert monitor.health.short == "dead since step 100", "resumed"
 
@@ -187,23 +216,25 @@ def test_a_problem_is_on_the_bar_in_the_log_and_in_the_line_of_the_epoch(tmp_pat
         ({}, None),
         ({"captured": True}, "steps ran as one CUDA graph"),
         ({"captured": False}, "steps ran without a CUDA graph: there were too few steps"),
-        ({"captured": False, "not_captured": "step: it reads a value"}, "steps ran without a CUDA graph: step: it reads a value"),
+        (
+            {"captured": False, "not_captured": "step: it reads a value"},
+            "steps ran without a CUDA graph: step: it reads a value",
+        ),
     ],
-)  # fmt: skip
-def test_how_steps_were_launched_is_logged_and_said_last(
+)
+def test_the_launch_of_steps_is_logged_and_printed_last(
     launched: dict[str, bool | str], line: str | None, tmp_path: Path
 ) -> None:
     console = Console(file=io.StringIO(), width=20)
     with opened(tmp_path, console) as monitor:
         monitor.log(METRICS, launched)
         monitor.finish()
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert lines == [monitor.health.line, *([line] if line else [])]
-    logged = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert {key: value for key, value in logged.items() if "captured" in key} == launched
+    assert printed(console) == [monitor.health.line, *([line] if line else [])]
+    (last,) = logged(tmp_path)
+    assert {key: value for key, value in last.items() if "captured" in key} == launched
 
 
-def test_the_last_metrics_of_an_earlier_session_are_known(tmp_path: Path) -> None:
+def test_the_last_metrics_of_an_earlier_session_are_kept(tmp_path: Path) -> None:
     """Lines after the step that training goes on from are dropped, and one that was cut off."""
     with opened(tmp_path, Console(quiet=True)) as monitor:
         assert monitor.last is None
@@ -214,45 +245,36 @@ def test_the_last_metrics_of_an_earlier_session_are_known(tmp_path: Path) -> Non
         file.write('{"step": 2')
     with opened(tmp_path, Console(quiet=True), step=20) as monitor:
         assert monitor.last == METRICS | {"step": 20, "state": "learning"}
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()] == [10, 20]
+    assert [line["step"] for line in logged(tmp_path)] == [10, 20]
 
 
+@pytest.mark.usefixtures("small_network")
 def test_figures_are_shown_from_the_first_step_and_the_verdict_last(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a terminal: long before the first line is logged. metrics.jsonl is the same with and without a terminal."""
+    """On a terminal before the first line is logged; metrics.jsonl is the same in a file."""
     shown: list[dict[str, float]] = []
-    monkeypatch.setattr(module, "_SECONDS_SHOWN", 0.0)
     show = Monitor.show
-    monkeypatch.setattr(
-        Monitor, "show", lambda monitor, metrics: (shown.append(metrics), show(monitor, metrics))
-    )
-    config = TrainConfig(
-        data=f"folder:{image_folder}", epochs=1, batch_size=8, lr=0.02, workers=0, device="cpu", log_every=100,
-        augment=AugmentConfig(size=16, blur_prob=0.0), model=ModelConfig(dim=32, projector_hidden=32, predictor_hidden=16),
-    )  # fmt: skip
+
+    def recorded(monitor: Monitor, metrics: dict[str, float]) -> None:
+        shown.append(metrics)
+        show(monitor, metrics)
+
+    monkeypatch.setattr(module, "_SECONDS_SHOWN", 0.0)
+    monkeypatch.setattr(Monitor, "show", recorded)
+    settings = config(image_folder, epochs=1, log_every=100)
     consoles = {"terminal": terminal(200), "file": Console(file=io.StringIO(), width=200)}
+    states = ("learned: ", "barely learned: ", "not learning", "dead", "collapsed")
     for name, console in consoles.items():
-        Trainer(config, tmp_path / name, console=console).fit()
-        text = re.sub(r"(\x1b\[[0-9;?]*[A-Za-z]|\r)+", "\n", console.file.getvalue())  # type: ignore[attr-defined]
-        lines = text.splitlines()
-        verdicts = [
-            line
-            for line in lines
-            if line.startswith(
-                ("learned: ", "barely learned: ", "not learning", "dead", "collapsed")
-            )
-        ]
-        assert len(verdicts) == 1
-        assert lines.index(verdicts[0]) > max(
-            i for i, line in enumerate(lines) if line.startswith("epoch 1/1  loss")
-        )
-    assert [metrics["step"] for metrics in shown] == [1, 2, 3, 4, 5, 5], (
-        "every step on the terminal, the end in a file"
-    )
+        Trainer(settings, tmp_path / name, console=console).fit()
+        lines = printed(console)
+        (verdict,) = [i for i, line in enumerate(lines) if line.startswith(states)]
+        assert verdict > max(i for i, line in enumerate(lines) if "epoch 1/1  loss" in line)
+    steps = [metrics["step"] for metrics in shown]
+    assert steps == [1, 2, 3, 4, 5, 5], "every step on the terminal, the end in a file"
     assert {"loss", "cosine", "kappa", "views_per_s"} <= shown[0].keys()
-    kept = [json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in consoles]
+    (terminal_line,), (file_line,) = (logged(tmp_path / name) for name in consoles)
     for timed in ("seconds", "views_per_s", "data_wait"):
-        assert kept[0].pop(timed) is not None
-        kept[1].pop(timed)
-    assert kept[0] == kept[1]
+        assert terminal_line.pop(timed) is not None
+        file_line.pop(timed)
+    assert terminal_line == file_line

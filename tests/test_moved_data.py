@@ -56,16 +56,17 @@ def run(interrupted: Path, photos: Path, tmp_path: Path) -> Path:
 
 
 def _train_one_epoch(arguments: list[str]) -> None:
-    def interrupt() -> None:
-        raise KeyboardInterrupt
+    fit = Trainer.fit
+
+    def fit_one_epoch(trainer: Trainer) -> None:
+        def interrupt() -> None:
+            trainer._save()
+            raise KeyboardInterrupt
+
+        fit(trainer, epoch_done=interrupt)
 
     with pytest.MonkeyPatch.context() as patch:
-        fit = Trainer.fit
-        patch.setattr(
-            Trainer,
-            "fit",
-            lambda trainer: fit(trainer, epoch_done=lambda: (trainer._save(), interrupt())),
-        )
+        patch.setattr(Trainer, "fit", fit_one_epoch)
         assert main(["train", *arguments, *OPTIONS.split()]) == 130
 
 
@@ -106,41 +107,37 @@ def packed_without_the_unreadable(photos: Path, place: Path) -> str:
 
 @pytest.mark.parametrize("copy", [copied, packed_copy, packed_without_the_unreadable])
 def test_a_run_goes_on_with_a_copy_of_its_images(
-    copy: Callable[[Path, Path], str], run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    copy: Callable[[Path, Path], str],
+    run: Path,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(sources, "_TOLERATED_SHARE", 0.1)
     before = step(run)
     place = copy(photos, tmp_path / "scratch")
     shutil.rmtree(photos)
     assert resume(run) == 2
-    assert (
-        f"where the images of {run} have moved, name their new place with --data"
-        in capsys.readouterr().err
-    )
+    assert f"where the images of {run} have moved, name" in capsys.readouterr().err
     assert resume(run, "--data", place, "--cache-dir", str(tmp_path / "cache")) == 0
     assert step(run) == 2 * before
     assert (config(run).data, config(run).cache_dir) == (place, tmp_path / "cache")
-    assert len(load_run(run, device="cpu").splits.train) == 40, (
-        "an evaluation finds them where they are"
-    )
+    assert len(load_run(run, device="cpu").splits.train) == 40
 
 
 def test_the_moved_run_is_the_one_that_stayed(run: Path, photos: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(run, tmp_path / "other"))
     assert resume(run) == 0
     assert resume(other, "--data", packed_copy(photos, tmp_path / "scratch")) == 0
-    stayed, moved = (
-        Checkpoint.load(folder / "checkpoint.pt", CPU).model for folder in (run, other)
-    )
+    stayed, moved = (Checkpoint.load(each / "checkpoint.pt", CPU).model for each in (run, other))
     assert all(torch.equal(stayed[name], moved[name]) for name in stayed)
 
 
 def test_the_held_out_images_move_with_the_others(photos: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    _train_one_epoch(
-        ["--data", str(photos), "--out", str(run), "--held-out", "0.2", "--images", "24"]
-    )
+    share = ["--held-out", "0.2", "--images", "24"]
+    _train_one_epoch(["--data", str(photos), "--out", str(run), *share])
     assert resume(run, "--data", packed_copy(photos, tmp_path / "scratch")) == 0
     (photos / "train" / "dark" / "02.png").unlink()
     assert resume(run, "--data", str(photos)) == 2
@@ -160,10 +157,8 @@ def rename(photos: Path) -> None:
 
 
 def move(photos: Path) -> None:
-    for number in (18, 19):
-        (photos / "train" / "bright" / f"{number}.png").rename(
-            photos / "train" / "dark" / f"-{number}.png"
-        )
+    for name in ("18.png", "19.png"):
+        (photos / "train" / "bright" / name).rename(photos / "train" / "dark" / f"-{name}")
 
 
 def repaint(photos: Path) -> None:
@@ -183,32 +178,35 @@ def lose_validation(photos: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "difference"),
+    ("change", "difference", "moved"),
     [
-        (lose, "39 readable training images, not 40"),
-        (add, "41 readable training images, not 40"),
-        (rename, "other classes (without dark and with night)"),
-        (move, "other labels"),
-        (repaint, "other pixels"),
-        (crop, "other sizes of images"),
-        (lose_validation, "other validation images"),
+        (lose, "39 readable training images, not 40", True),
+        (add, "41 readable training images, not 40", False),
+        (rename, "other classes (without dark and with night)", True),
+        (move, "other labels", False),
+        (repaint, "other pixels", True),
+        (repaint, "other pixels", False),
+        (crop, "other sizes of images", True),
+        (lose_validation, "other validation images", False),
     ],
 )
-@pytest.mark.parametrize("moved", [True, False])
 def test_other_images_are_refused(
-    change: Callable[[Path], None], difference: str, moved: bool, run: Path, photos: Path, tmp_path: Path,
+    change: Callable[[Path], None],
+    difference: str,
+    moved: bool,
+    run: Path,
+    photos: Path,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     place = copied(photos, tmp_path / "scratch") if moved else f"folder:{photos}"
     change(Path(place.removeprefix("folder:")))
     before = files(run)
     assert resume(run, "--data", place) == 2
-    line = (
-        f"resume: {place} is no copy of folder:{photos}, which the run was trained on: {difference}"
-        if moved
-        else f"resume: {place} has changed since the run was trained on it: {difference}"
-    )
-    assert capsys.readouterr().err == f"vi-simsiam: {line}\n"
+    problem = f"is no copy of folder:{photos}" if moved else "has changed since"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"vi-simsiam: resume: {place} {problem}")
+    assert line.endswith(f": {difference}")
     assert files(run) == before
 
 
@@ -243,8 +241,8 @@ def test_named_data_sets_move_with_their_root(tmp_path: Path) -> None:
     moved = dataclasses.replace(saved, data_root=tmp_path / "now")
     checkpoint = Checkpoint(1, 0.0, 3, {}, {}, {"images": 3, "classes": None, "pixels": "a"})
     check_images(saved, moved, checkpoint, {"images": 3, "classes": None, "pixels": "a"})
-    line = f"imagenette under {tmp_path / 'now'} is no copy of imagenette under {tmp_path / 'before'}, .*: other pixels"
-    with pytest.raises(InputError, match=line):
+    places = [f"imagenette under {folder}" for folder in (moved.data_root, saved.data_root)]
+    with pytest.raises(InputError, match=f"{' is no copy of '.join(places)}, .*: other pixels"):
         check_images(saved, moved, checkpoint, {"images": 3, "classes": None, "pixels": "b"})
 
 
@@ -254,11 +252,9 @@ def test_evaluation_of_lost_images_names_the_way_out(
     os.rename(photos, tmp_path / "elsewhere")
     for command in ("evaluate", "knn", "linear", "uncertainty", "figures"):
         assert main([command, str(run), "--device", "cpu"]) == 2
-        said = capsys.readouterr().err
-        assert said.startswith(f"vi-simsiam: {photos}: no such folder")
-        assert said.endswith(
-            f"where the images of {run} have moved, name their new place with --data\n"
-        )
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"vi-simsiam: {photos}: no such folder")
+        assert line.endswith(f"images of {run} have moved, name their new place with --data")
     assert main(["report", str(run), "--device", "cpu"]) == 0
     assert "name their new place with --data" in capsys.readouterr().out
     assert main(["knn", str(run), "--device", "cpu", "--data", str(tmp_path / "elsewhere")]) == 0
@@ -268,7 +264,7 @@ def test_evaluation_of_lost_images_names_the_way_out(
 def test_content_is_that_of_the_pixels_however_they_are_kept(
     piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In memory, in a file, and as a choice from either; of a file, whole pieces are not read again."""
+    """In memory, in a file, or a choice from either; whole pieces of a file are not read again."""
     monkeypatch.setattr(packed, "_CHECKED_BYTES", piece)
     arrays = np.stack([noise(9, 7, seed) for seed in range(11)])
     source = ArraySource(arrays, np.arange(11, dtype=np.int64) % 3, "abc")
@@ -281,9 +277,8 @@ def test_content_is_that_of_the_pixels_however_they_are_kept(
     file.pixels = np.concatenate([np.zeros(known, np.uint8), file.pixels[known:]])
     assert content(splits, file) == whole
 
-    chosen = [
-        select(Splits("x", each, None), images=6, seed=1) for each in (source, in_memory(source))
-    ]
+    both = (Splits("x", each, None) for each in (source, in_memory(source)))
+    chosen = [select(each, images=6, seed=1) for each in both]
     first, second = (content(each, in_memory(each.train)) for each in chosen)
     assert first == second
     other = subset(in_memory(source), np.array([0, 1, 2, 3, 4, 5]))
@@ -295,11 +290,7 @@ def test_content_is_that_of_the_pixels_however_they_are_kept(
     [
         ((16, "a", 0), (15, "b", 1), True),
         ((15, "b", 1), (16, "a", 0), True),
-        (
-            (15, "b", 1),
-            (15, "b", 0),
-            True,
-        ),  # a checkpoint of an older version names none that are left out
+        ((15, "b", 1), (15, "b", 0), True),  # older checkpoints have no number of those left out
         ((15, "b", 1), (15, "c", 1), False),
         ((16, "a", 0), (14, "b", 1), False),
         ((16, "a", 0), (16, "b", 0), False),
@@ -310,20 +301,15 @@ def test_content_is_that_of_the_pixels_however_they_are_kept(
 def test_validation_images_that_a_pack_leaves_out(
     before: tuple[int, str, int] | None, now: tuple[int, str, int] | None, same: bool
 ) -> None:
-    both = [
-        {
-            "images": 1,
-            "validation": part and dict(zip(("images", "labels", "left_out"), part, strict=True)),
-        }
-        for part in (before, now)
-    ]
+    names = ("images", "labels", "left_out")
+    parts = [each and dict(zip(names, each, strict=True)) for each in (before, now)]
+    both = [{"images": 1, "validation": part} for part in parts]
     assert difference(*both) == (None if same else "other validation images")
 
 
 def test_classes_are_named() -> None:
     before = {"images": 1, "classes": ["a", "b"]}
     assert difference(before, before) is None
-    assert (
-        difference(before, {**before, "classes": ["b", "a"]}) == "other classes (in another order)"
-    )
+    turned = {**before, "classes": ["b", "a"]}
+    assert difference(before, turned) == "other classes (in another order)"
     assert difference(before, {**before, "classes": None}) == "other classes (without a, b)"

@@ -1,4 +1,5 @@
-"""The multi-view losses: values and gradients of every backend against float64, and what the public functions refuse."""
+"""The multi-view losses: values and gradients of every backend against float64, and what the public
+functions refuse."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     "form", [POWER_SPHERICAL, COSINE, LossForm("power_spherical", 31.0, 2.5), QUADRATIC], ids=str
 )
 def test_eager_is_algorithm_1(form: LossForm) -> None:
-    """At moderate sizes float64 textbook arithmetic is good enough to check the meaning: pairs, scale, softplus."""
+    """At moderate sizes float64 textbook arithmetic is good enough to check the meaning: pairs,
+    scale, softplus."""
     for views, targets in ((2, 2), (3, 1), (4, 2), (5, 5)):
         p, z = draw(form, views, targets, 4, 33, raw=4.0)
         p.requires_grad_()
@@ -75,7 +77,8 @@ def test_loss_is_minus_log_prob_relative_to_uniform() -> None:
 def test_fused_error_is_at_most_twice_eagers(
     backend: str, form: LossForm, dtype: torch.dtype, dim: int
 ) -> None:
-    """Both against float64 eager on the same rounded inputs, with a floor of a few ulp (float64: agreement to rounding)."""
+    """Both against float64 eager on the same rounded inputs, with a floor of a few ulp (float64:
+    agreement to rounding)."""
     p, z = (x.to(dtype) for x in draw(form, 4, 2, 5, dim, raw=4.0))
     loss, gradient = loss_and_gradient(p.double(), z.double(), form, "eager")
     eager = loss_and_gradient(p, z, form, "eager")
@@ -92,9 +95,11 @@ def test_fused_error_is_at_most_twice_eagers(
 
 @every
 def test_ten_times_better_than_textbook_at_high_concentration(backend: str) -> None:
-    """D = 2048, kappa from 1e4 to 1e6: where training ends and the textbook formula has lost its digits.
+    """D = 2048, kappa from 1e4 to 1e6: where training ends and the textbook formula has lost its
+    digits.
 
-    The cosines are 62/64 and 60/64 without any rounding, which at these kappas would be most of the error.
+    The cosines are 62/64 and 60/64 without any rounding, which at these kappas would be most of the
+    error.
     """
     worst, worst_textbook = 0.0, 0.0
     p, z = torch.zeros(2, 64, 2049), torch.zeros(2, 64, 2048)
@@ -131,7 +136,8 @@ def test_gradcheck(backend: str, form: LossForm, dim: int) -> None:
 def test_at_the_bound_of_the_quadratic_link_only_what_raises_kappa_counts(
     backend: str, dtype: torch.dtype
 ) -> None:
-    """Below the bound: the loss at the bound, the slope there for samples whose cosine wants a larger kappa, else 0."""
+    """Below the bound: the loss at the bound, the slope there for samples whose cosine wants a
+    larger kappa, else 0."""
     dim, bound = 33, 0.02 / QUADRATIC.gain
     p, z = draw(QUADRATIC, 2, 2, 6, dim, near=0.3)
     p, z = p.to(dtype), z.to(dtype)
@@ -154,7 +160,8 @@ def test_at_the_bound_of_the_quadratic_link_only_what_raises_kappa_counts(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", DIMS)
 def test_golden_table_by_vectors(backend: str, dtype: torch.dtype, dim: int) -> None:
-    """Every kappa and cosine of the table as vectors of the plane: loss and kappa's gradient against 60 digits.
+    """Every kappa and cosine of the table as vectors of the plane: loss and kappa's gradient
+    against 60 digits.
 
     The vectors are rounded to `dtype` first, and the exact values are those of the rounded ones.
     """
@@ -180,7 +187,8 @@ def test_golden_table_by_vectors(backend: str, dtype: torch.dtype, dim: int) -> 
         with mpmath.workdps(60):
             one_plus = max(1 + mpmath.mpf(x) / mpmath.hypot(x, y), mpmath.mpf(1e-6))
             value, slope = exact(kappa[0, i].item(), one_plus - 1, dim)
-        # 1 + c keeps a few roundings of c; how far they move the loss and its slope is not the backend's doing.
+        # 1 + c keeps a few roundings of c; how far they move the loss and its slope is not the
+        # backend's doing.
         lost = 4 * eps / float(one_plus)
         assert (
             abs(loss[i].item() / -2 - value)
@@ -210,7 +218,8 @@ def test_any_shape_stride_and_dtype(
     seed: int,
     data: st.DataObject,
 ) -> None:
-    """Padded rows, transposed and separate views, mixed dtypes and per-sample gradients: what contiguous float64 eager gives."""
+    """Padded rows, transposed and separate views, mixed dtypes and per-sample gradients: what
+    contiguous float64 eager gives."""
     form = COSINE if cosine else POWER_SPHERICAL
     targets = data.draw(st.integers(1, views))
     p, z = draw(form, views, targets, batch, dim, seed=seed)
@@ -227,7 +236,7 @@ def test_any_shape_stride_and_dtype(
     ours = multiview_loss(given_views, z, form, reduction="none", backend=backend)
     ours.backward(weights.to(ours))
     gradients = [leaf.grad for leaf in leaves]
-    found = torch.stack(gradients) if separate else gradients[0]  # type: ignore[arg-type]
+    found = torch.stack(gradients) if separate else gradients[0]
     assert ours.dtype == (
         torch.float64 if torch.float64 in (dtype, target_dtype) else torch.float32
     )
@@ -249,20 +258,22 @@ def test_any_shape_stride_and_dtype(
 @every
 @pytest.mark.parametrize("form", [POWER_SPHERICAL, COSINE], ids=str)
 def test_extremes(backend: str, form: LossForm) -> None:
-    """Antipodes, zero vectors, huge and vanishing concentrations are finite; NaN and infinity stay in their sample."""
-    p, z = (x.float() for x in draw(form, 2, 2, 7, 20))
+    """Antipodes, zero vectors, huge and vanishing concentrations are finite; NaN and infinity stay
+    in their sample."""
+    p, z = (x.float() for x in draw(form, 2, 2, 8, 20))
     p[0, 0, :20] = -z[1, 0]
     p[:, 1, :20] = 0
     z[:, 2] = 0
     p[0, 3, 4] = float("nan")
     z[1, 4, 0] = float("inf")
+    p[0, 7, :20] = 1e20  # finite, its squared length is not
     if form.distribution == "power_spherical":
         p[:, 0, 20] = 1e6
         p[:, 1, 20] = -1e6
     leaf = p.clone().requires_grad_()
     loss = multiview_loss(leaf, z, form, reduction="none", backend=backend)
     loss[[0, 1, 2, 5, 6]].sum().backward()
-    assert loss.isnan().tolist() == [False, False, False, True, True, False, False]
+    assert loss.isnan().tolist() == [False, False, False, True, True, False, False, True]
     assert torch.isfinite(loss[[0, 1, 2, 5, 6]]).all()
     assert leaf.grad is not None
     finite = leaf.grad[:, [0, 1, 2, 5, 6]]
@@ -284,15 +295,6 @@ def test_targets_are_constants_and_no_grad_saves_nothing(backend: str) -> None:
 
 
 @every
-def test_backward_twice_with_retain_graph(backend: str) -> None:
-    p, z = draw(POWER_SPHERICAL, 2, 2, 3, 8)
-    loss = power_spherical_loss(p.requires_grad_(), z, backend=backend)
-    (first,) = torch.autograd.grad(loss, p, retain_graph=True)
-    (second,) = torch.autograd.grad(3 * loss, p)
-    torch.testing.assert_close(second, 3 * first)
-
-
-@every
 def test_empty_batch(backend: str) -> None:
     p, z = torch.empty(2, 0, 9, requires_grad=True), torch.empty(2, 0, 8)
     loss = power_spherical_loss(p, z, reduction="none", backend=backend)
@@ -306,7 +308,8 @@ def test_empty_batch(backend: str) -> None:
 
 @every
 def test_sequence_of_views_and_autocast(backend: str) -> None:
-    """A list of per-view tensors is the same loss, and autocast must not lower the arithmetic to bfloat16."""
+    """A list of per-view tensors is the same loss, and autocast must not lower the arithmetic to
+    bfloat16."""
     p, z = (x.float() for x in draw(POWER_SPHERICAL, 3, 2, 4, 64))
     expected = power_spherical_loss(p, z, backend=backend)
     assert torch.equal(power_spherical_loss(list(p), tuple(z), backend=backend), expected)
@@ -350,9 +353,9 @@ def test_wrong_types_and_options_are_named() -> None:
     with pytest.raises(TypeError, match=r"predictions: dtype torch\.int64"):
         power_spherical_loss(p.long(), z)
     with pytest.raises(TypeError, match="must be a tensor or a sequence"):
-        power_spherical_loss("views", z)  # type: ignore[arg-type]
+        power_spherical_loss("views", z)
     with pytest.raises(InputError, match="reduction: 'sum'"):
-        power_spherical_loss(p, z, reduction="sum")  # type: ignore[arg-type]
+        power_spherical_loss(p, z, reduction="sum")
     with pytest.raises(InputError, match="backend: 'fast' is none of auto, eager"):
         power_spherical_loss(p, z, backend="fast")
     with pytest.raises(

@@ -1,4 +1,5 @@
-"""The fused losses under torch.compile, torch.export and tracing: the operator `vi_simsiam::multiview_loss`."""
+"""The fused losses under torch.compile, torch.export and tracing: the operator
+`vi_simsiam::multiview_loss`."""
 
 from __future__ import annotations
 
@@ -15,12 +16,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from vi_simsiam.functional import power_spherical_loss
 from vi_simsiam.nn import PowerSphericalLoss
 from vi_simsiam.ops.multiview_loss import multiview_loss
-from vi_simsiam.ops.multiview_loss_launch import LossCall
+from vi_simsiam.ops.multiview_loss_fused import LossCall
 
 
 @fused
 def test_tensors_without_memory_of_their_own(backend: str) -> None:
-    """Fake tensors, wrapper subclasses and traced functions go through the operator; nobody asks them for an address."""
+    """Fake tensors, wrapper subclasses and traced functions go through the operator: they have no
+    address."""
     p, z = (x.float() for x in draw(POWER_SPHERICAL, 2, 2, 4, 8))
     expected = power_spherical_loss(p, z, backend=backend)
     with FakeTensorMode() as mode:
@@ -57,24 +59,10 @@ def test_opcheck(backend: str, requires_grad: bool, given: bool) -> None:
         real = torch.float64 if dtype == torch.float64 else torch.float32
         kappa = p[..., 17].to(real).abs().requires_grad_(requires_grad) if given else None
         views = [x.clone().requires_grad_(requires_grad) for x in (p[..., :17] if given else p)]
-        call = LossCall(
-            backend,
-            "power_spherical",
-            real,
-            2.0,
-            0.0,
-            0.5,
-            "quadratic",
-            0.5,
-            3.0,
-            mean,
-            requires_grad,
-        )
-        if given:
-            call = call._replace(scale=1.0)
-        found = torch.library.opcheck(
-            torch.ops.vi_simsiam.multiview_loss, (views, list(z), kappa, *call)
-        )
+        form = (1.0 if given else 2.0, 0.0, 0.5, "quadratic", 0.5, 3.0)
+        call = LossCall(backend, "power_spherical", real, *form, mean, requires_grad)
+        arguments = (views, list(z), kappa, *call)
+        found = torch.library.opcheck(torch.ops.vi_simsiam.multiview_loss, arguments)
         assert len(found) == 4
         assert set(found.values()) == {"SUCCESS"}
 
@@ -82,21 +70,23 @@ def test_opcheck(backend: str, requires_grad: bool, given: bool) -> None:
 @every
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_fullgraph_compile(backend: str, reduction: str) -> None:
-    """One graph with what is around the loss, and the same numbers, for whole tensors, views, and a given concentration."""
+    """One graph with what is around the loss, and the same numbers, for whole tensors, views, and a
+    given concentration."""
     p, z = draw(POWER_SPHERICAL, 2, 2, 5, 17)
-    # aot_eager runs the same tracing, fake tensors and joint graph as inductor, without its code generation.
+    # aot_eager runs the same tracing, fake tensors and joint graph as inductor, without its code
+    # generation.
     torch.compiler.reset()
 
     def loss(x: Tensor, z: Tensor) -> Tensor:
-        whole = power_spherical_loss(2 * x, z, backend=backend, reduction=reduction)  # type: ignore[arg-type]
+        whole = power_spherical_loss(2 * x, z, backend=backend, reduction=reduction)
         given = power_spherical_loss(
             [2 * view[:, :17] for view in x],
             list(z),
             concentration=x[..., 17].exp(),
             backend=backend,
-            reduction=reduction,  # type: ignore[arg-type]
+            reduction=reduction,
         )
-        trained = multiview_loss(x, z, QUADRATIC, backend=backend, reduction=reduction)  # type: ignore[arg-type]
+        trained = multiview_loss(x, z, QUADRATIC, backend=backend, reduction=reduction)
         return (whole.sin() + given + trained).sum()
 
     leaf, compiled_leaf = p.clone().requires_grad_(), p.clone().requires_grad_()
@@ -112,8 +102,9 @@ def test_fullgraph_compile(backend: str, reduction: str) -> None:
 
 @fused
 def test_inductor_compiles_the_fused_loss(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The full compiler on a layer and the loss after it: gradients of the layer's weights as without it."""
-    # Kept graphs may be of other vector instructions: their key does not tell ATEN_CPU_CAPABILITY.
+    """The full compiler on a layer and the loss after it: gradients of the layer's weights as
+    without it."""
+    # Kept graphs may be of other vector instructions: their key leaves out ATEN_CPU_CAPABILITY.
     monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     _, z = (x.float() for x in draw(POWER_SPHERICAL, 2, 2, 6, 15))
     torch.manual_seed(0)
@@ -135,7 +126,7 @@ def test_inductor_compiles_the_fused_loss(backend: str, monkeypatch: pytest.Monk
 @every
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_dynamic_shapes_compile_once(backend: str, reduction: str) -> None:
-    """A batch that changes from call to call needs no more than one static and one dynamic graph."""
+    """A batch that changes from call to call needs at most one static and one dynamic graph."""
     _, z = (x.float() for x in draw(POWER_SPHERICAL, 2, 2, 13, 15))
     p = torch.randn(2, 13, 16)
     counter = CompileCounterWithBackend("aot_eager")
@@ -144,7 +135,7 @@ def test_dynamic_shapes_compile_once(backend: str, reduction: str) -> None:
     def loss(x: Tensor, z: Tensor) -> Tensor:
         return power_spherical_loss(
             x, z, reduction=reduction, backend=backend, loss_scale=0.5
-        ).sum()  # type: ignore[arg-type]
+        ).sum()
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
     for batch in (3, 5, 7, 11):
@@ -160,7 +151,7 @@ def test_export(backend: str) -> None:
     """With a batch that may change; the program has the operator, and its numbers."""
     p, z = (x.float() for x in draw(POWER_SPHERICAL, 2, 2, 5, 17))
     for reduction in ("mean", "none"):
-        module = PowerSphericalLoss(backend=backend, reduction=reduction)  # type: ignore[arg-type]
+        module = PowerSphericalLoss(backend=backend, reduction=reduction)
         batch = {1: torch.export.Dim("batch", min=2, max=100)}
         exported = torch.export.export(module, (p, z), dynamic_shapes=(batch, batch))
         operators = [

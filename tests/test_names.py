@@ -20,9 +20,9 @@ from vi_simsiam.data.cache import cached
 from vi_simsiam.data.datasets import open_dataset
 from vi_simsiam.data.packed import open_pack
 from vi_simsiam.engine.run import read_config
-from vi_simsiam.engine.seeds import _is_running
 from vi_simsiam.evaluation.foreign import _free_name
 from vi_simsiam.evaluation.style import shown
+from vi_simsiam.experiments.seeds import _is_running
 from vi_simsiam.export.formats import load_safetensors
 from vi_simsiam.paths import printable, utf8_path
 
@@ -30,9 +30,13 @@ CAFE = os.fsdecode(b"caf\xe9")
 SMALL = "--dim 16 --projector-hidden 16 --predictor-hidden 16 --epochs 1 --device cpu --workers 0"
 
 
+def succeed(*words: object) -> None:
+    assert main([str(word) for word in words]) == 0
+
+
 @pytest.fixture(scope="module")
 def folder(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds images/, with a class and files whose names are not UTF-8, and a run on them."""
+    """A folder with images and a run; names of folder, class and files are not UTF-8."""
     folder = tmp_path_factory.mktemp("names") / CAFE
     try:
         shutil.copytree(image_folder, folder / CAFE)
@@ -42,20 +46,7 @@ def folder(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
                 path.rename(path.with_name(f"{path.stem}{CAFE}.png"))
     except OSError:
         pytest.skip("this file system takes no such names: training, results and exports with them")
-    assert (
-        main(
-            [
-                "train",
-                "--data",
-                str(folder / CAFE),
-                "--out",
-                str(folder / "run"),
-                "--quiet",
-                *SMALL.split(),
-            ]
-        )
-        == 0
-    )
+    succeed("train", "--data", folder / CAFE, "--out", folder / "run", "--quiet", *SMALL.split())
     return folder
 
 
@@ -68,74 +59,39 @@ def test_training(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert read_config(run).data == f"folder:{folder / CAFE}"
     assert list(run.glob("events.out.tfevents.*"))
     assert (run / "metrics.jsonl").stat().st_size
-    assert main(["train", "--out", str(run), "--resume"]) == 0
+    succeed("train", "--out", run, "--resume")
     assert "already at its last step" in capsys.readouterr().out
-    assert main(["pack", str(folder / CAFE), "--out", str(pack)]) == 0
+    succeed("pack", folder / CAFE, "--out", pack)
     assert f"written: {printable(str(pack))} (40 images" in capsys.readouterr().out
     packed = open_pack(pack)
     assert packed.classes == ("bright", CAFE)
     assert {os.fsencode(packed.describe(index)) for index in range(40)} <= images_of(folder)
-    assert (
-        main(["train", "--data", f"pack:{pack}", "--out", str(folder / "again"), *SMALL.split()])
-        == 0
-    )
-    assert (
-        main(
-            [
-                "train",
-                "--config",
-                str(run / "config.json"),
-                "--out",
-                str(folder / "copy"),
-                "--quiet",
-            ]
-        )
-        == 0
-    )
+    succeed("train", "--data", f"pack:{pack}", "--out", folder / "again", *SMALL.split())
+    succeed("train", "--config", run / "config.json", "--out", folder / "copy", "--quiet")
     assert read_config(folder / "copy").data == read_config(run).data
 
 
 def test_results_can_be_joined_to_the_files(folder: Path, tmp_path: Path) -> None:
-    own = [str(folder / "run"), str(folder / CAFE)]
-    assert (
-        main(["embed", *own, "--out", str(tmp_path / f"{CAFE}.parquet"), "--neighbours", "1"]) == 0
-    )
-    columns = parquet.read_table(
-        io.BytesIO((tmp_path / f"{CAFE}.parquet").read_bytes())
-    ).to_pydict()
+    own, out = (folder / "run", folder / CAFE), tmp_path / f"{CAFE}.parquet"
+    succeed("embed", *own, "--out", out, "--neighbours", 1)
+    columns = parquet.read_table(io.BytesIO(out.read_bytes())).to_pydict()
     assert set(columns["path_bytes"]) == images_of(folder)
     assert columns["path"] == [printable(os.fsdecode(path)) for path in columns["path_bytes"]]
     assert {path for paths in columns["neighbours"] for path in paths} <= set(columns["path"])
-    assert main(["rank", *own, "--out", str(tmp_path / CAFE), "-k", "2"]) == 0
+    succeed("rank", *own, "--out", tmp_path / CAFE, "-k", 2)
     with (tmp_path / f"{CAFE}.csv").open(errors="surrogateescape", newline="") as file:
         assert {os.fsencode(row["path"]) for row in csv.DictReader(file)} == images_of(folder)
-    assert {os.fsencode(path.name) for path in tmp_path.iterdir()} == {
-        b"caf\xe9.parquet",
-        b"caf\xe9.csv",
-        b"caf\xe9.png",
-    }
+    names = {b"caf\xe9.parquet", b"caf\xe9.csv", b"caf\xe9.png"}
+    assert {os.fsencode(path.name) for path in tmp_path.iterdir()} == names
 
 
 def test_pages_and_pictures_show_names_escaped(folder: Path) -> None:
-    assert main(["report", str(folder / "run")]) == 0
+    succeed("report", folder / "run")
     page = (folder / "run" / "report.html").read_text(encoding="utf-8")
     assert "VI-SimSiam on caf\\udce9" in page
     assert (folder / "run" / "kappa.png").is_file()
     assert shown(f"folder:/a/{CAFE}") == _free_name(f"pack:/a/{CAFE}.pack", set()) == "caf\\udce9"
-    assert (
-        main(
-            [
-                "views",
-                "--data",
-                str(folder / CAFE),
-                "--out",
-                str(folder / f"{CAFE}.png"),
-                "--images",
-                "2",
-            ]
-        )
-        == 0
-    )
+    succeed("views", "--data", folder / CAFE, "--out", folder / f"{CAFE}.png", "--images", 2)
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "red\x1b[31m"])
@@ -157,30 +113,22 @@ def test_a_message_stays_one_line(
 
 
 def test_exports(folder: Path) -> None:
-    assert main(["export", str(folder / "run"), "--format", "safetensors"]) == 0
-    exported = folder / "run" / "export" / "safetensors"
-    loaded, own = (
-        load_safetensors(exported).state_dict(),
-        vi_simsiam.load(folder / "run", "cpu").model.state_dict(),
-    )
+    """timm reads its folder by a path."""
+    for name in ("safetensors", "timm"):
+        succeed("export", folder / "run", "--format", name)
+    exported = folder / "run" / "export"
+    loaded = load_safetensors(exported / "safetensors").state_dict()
+    own = vi_simsiam.load(folder / "run", "cpu").model.state_dict()
     assert all((loaded[name] == own[name]).all() for name in loaded)
-    assert "caf\\udce9" in (exported / "README.md").read_text(encoding="utf-8")
-
-
-def test_an_export_that_another_library_reads_by_its_path(folder: Path) -> None:
-    pytest.importorskip("timm")
-    assert main(["export", str(folder / "run"), "--format", "timm"]) == 0
-    assert (folder / "run" / "export" / "timm" / "model.safetensors").is_file()
+    card = (exported / "safetensors" / "README.md").read_text(encoding="utf-8")
+    assert "caf\\udce9" in card
+    assert (exported / "timm" / "model.safetensors").is_file()
 
 
 def test_lines_that_python_prints(folder: Path, tmp_path: Path) -> None:
     printed = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict")
-    cached(
-        open_dataset(str(folder / CAFE)).train,
-        cache_dir=tmp_path,
-        workers=0,
-        console=Console(file=printed),
-    )
+    source, console = open_dataset(str(folder / CAFE)).train, Console(file=printed)
+    cached(source, cache_dir=tmp_path, workers=0, console=console)
     printed.seek(0)
     assert "caf\\udce9/train: 40 images" in printed.read()
 
@@ -198,7 +146,7 @@ def test_a_process_is_looked_for_by_its_folder(tmp_path: Path) -> None:
         process.communicate(b"\n")
 
 
-def test_a_link_stands_for_a_path_that_is_not_utf8(tmp_path: Path) -> None:
+def test_a_link_replaces_a_path_that_is_not_utf8(tmp_path: Path) -> None:
     with utf8_path(tmp_path) as same:
         assert same == tmp_path
     place = tmp_path / CAFE

@@ -15,9 +15,9 @@ from torch import Tensor
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.graph_rules import Rules
-from vi_simsiam.engine.network import Bfloat16Weights, training_network
+from vi_simsiam.engine.network import Bfloat16Weights, training_network, use_kernels
 from vi_simsiam.engine.step import TrainStep
-from vi_simsiam.engine.trainer import Trainer, _use_kernels
+from vi_simsiam.engine.trainer import Trainer
 from vi_simsiam.errors import InputError
 from vi_simsiam.models import Output, VISimSiam
 from vi_simsiam.ops.stem_convolution import _OverBlocks
@@ -39,7 +39,7 @@ def _gradients(
 
 
 def test_bfloat16_weights_are_those_of_autocast() -> None:
-    """The same loss and gradients, in float32 and in the weights' layout; unused weights have none."""
+    """Loss and gradients, in float32 and in the weights' layout; unused weights have none."""
     model = _model()
     views = [torch.randn(4, 3, 32, 32).bfloat16() for _ in range(2)]
     plain, converted = copy.deepcopy(model), copy.deepcopy(model)
@@ -54,9 +54,7 @@ def test_bfloat16_weights_are_those_of_autocast() -> None:
         if gradient is not None:
             assert gradient.dtype == torch.float32
             assert gradient.stride() == weight.stride(), name
-            torch.testing.assert_close(
-                gradient, wanted[name], msg=lambda text, name=name: f"{name}: {text}"
-            )
+            torch.testing.assert_close(gradient, wanted[name])
 
 
 def test_layers_of_a_training_network() -> None:
@@ -67,10 +65,9 @@ def test_layers_of_a_training_network() -> None:
     assert (model.shared_passes, model.fused) == (True, True)
     assert training_network(model, kernels=True) is model
     synchronised = torch.nn.SyncBatchNorm.convert_sync_batchnorm(_model())
-    backbone = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Flatten()
-    )
-    for other in (synchronised, VISimSiam(backbone, features=8 * 36, dim=64)):
+    layers = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Flatten()
+    own = VISimSiam(torch.nn.Sequential(*layers), features=8 * 36, dim=64)
+    for other in (synchronised, own):
         assert training_network(other, kernels=True, bf16=True) is other
         assert not other.shared_passes, "its BatchNorm would normalise the views as one batch"
         assert not other.fused
@@ -80,7 +77,7 @@ def test_layers_of_a_training_network() -> None:
 
 
 def test_a_network_without_a_truth_value_is_called() -> None:
-    """torch.compile's modules have no length where the model has none, and `bool` asks for it."""
+    """torch.compile's modules raise on len(), which `bool` calls."""
 
     class Compiled:
         called = 0
@@ -103,34 +100,33 @@ def test_a_network_without_a_truth_value_is_called() -> None:
 
 
 def test_the_stems_weight_is_rearranged_on_the_device() -> None:
-    """A table of places made on the host would be copied in every step, which a CUDA graph cannot."""
+    """A table made on the host would be copied in every step, which a CUDA graph cannot."""
     weight = torch.empty(8, 3, 7, 7, device="meta", requires_grad=True)
     with Rules(torch.device("meta"), (weight,)):
         (gradient,) = torch.autograd.grad(_OverBlocks.apply(weight).sum(), weight)
     assert gradient.shape == weight.shape
 
 
-def test_kernels_that_cannot_be_had(image_folder: Path, tmp_path: Path) -> None:
-    """`auto` and `off` go on without them; `on` names the reason before the run folder is touched."""
-    settings = {"kernels": "on", "compile": False}
-    with pytest.raises(
-        InputError, match=r"kernels: 'on' cannot be used: .* not cpu; auto and off run here"
-    ):
-        Trainer(config(image_folder, **settings), tmp_path / "run", console=Console(quiet=True))
+def test_unavailable_kernels_are_refused_before_the_folder_is_touched(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    settings = config(image_folder, kernels="on")
+    message = "kernels: 'on' cannot be used: .* not cpu; auto and off run here"
+    with pytest.raises(InputError, match=message):
+        Trainer(settings, tmp_path / "run", console=Console(quiet=True))
     assert not (tmp_path / "run").exists()
-    world = World(torch.device("cpu"))
-    assert not _use_kernels(TrainConfig(kernels="auto"), world)
-    assert not _use_kernels(TrainConfig(kernels="off"), world)
-    with pytest.raises(InputError, match="kernels: 'fast' is none of auto, on, off"):
-        TrainConfig(kernels="fast")  # type: ignore[arg-type]
+    for kernels in ("auto", "off"):
+        assert not use_kernels(TrainConfig(kernels=kernels), World("cpu"))  # type: ignore[arg-type]
 
 
 def test_kernels_or_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vi_simsiam.engine.trainer.why_unavailable", lambda name, device_type: None)
-    world = World(torch.device("cpu"))
-    assert _use_kernels(TrainConfig(kernels="on"), world)
-    assert not _use_kernels(TrainConfig(kernels="auto", compile=True), world)
-    with pytest.raises(InputError, match="kernels: 'on' cannot be used: compile replaces them"):
-        _use_kernels(TrainConfig(kernels="on", compile=True), world)
-    with pytest.raises(InputError, match="statistics over several GPUs, as sync_batch_norm asks"):
-        _use_kernels(TrainConfig(kernels="on", sync_batch_norm=True), world)
+    monkeypatch.setattr("vi_simsiam.engine.network.why_unavailable", lambda name, device_type: None)
+    world = World("cpu")
+    assert use_kernels(TrainConfig(kernels="on"), world)
+    assert not use_kernels(TrainConfig(kernels="auto", compile=True), world)
+    for changes, reason in (
+        ({"compile": True}, "compile replaces them"),
+        ({"sync_batch_norm": True}, "statistics over several GPUs, as with sync_batch_norm"),
+    ):
+        with pytest.raises(InputError, match=f"kernels: 'on' cannot be used: .*{reason}"):
+            use_kernels(TrainConfig(kernels="on", **changes), world)  # type: ignore[arg-type]

@@ -7,7 +7,6 @@ import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,43 +25,37 @@ def files(tmp_path: Path) -> FileSource:
     return stored_files(tmp_path / "set" / "train")
 
 
-def flip(place: int) -> Callable[[bytearray], Any]:
-    def damage(content: bytearray) -> None:
-        content[place] ^= 1
+def flip(place: int) -> Callable[[bytes], bytes]:
+    def damage(whole: bytes) -> bytes:
+        content = bytearray(whole)
+        content[place] ^= 1 << place % 8
+        return bytes(content)
 
     return damage
 
 
-def cut(content: bytearray) -> None:
-    del content[-1:]
-
-
-DAMAGES: dict[str, tuple[Callable[[bytearray], Any], str]] = {
-    "empty": (bytearray.clear, "is an empty file"),
-    "foreign": (lambda content: content.__setitem__(slice(0, 4), b"\x89PNG"), "is no pack file"),
-    "start": (lambda content: content.__delitem__(slice(40, None)), "is truncated: 40 bytes"),
-    "cut": (cut, "is truncated: .* bytes of"),
-    "longer": (lambda content: content.append(0), "is damaged: .* bytes, expected"),
-    "version": (
-        lambda content: content.__setitem__(slice(8, 12), b"\1\0\0\0"),
-        "has format version 1, this .* reads 2",
-    ),
+DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "empty": (lambda whole: b"", "is an empty file"),
+    "foreign": (lambda whole: b"\x89PNG" + whole[4:], "is no pack file"),
+    "start": (lambda whole: whole[:40], "is truncated: 40 bytes"),
+    "cut": (lambda whole: whole[:-1], "is truncated: .* bytes of"),
+    "longer": (lambda whole: whole + b"\0", "is damaged: .* bytes, expected"),
+    "version": (lambda whole: whole[:8] + b"\1" + whole[9:], "has format version 1, .* reads 2"),
     "prologue": (flip(20), "is damaged: the checksum of its first 64 bytes"),
     "pixels": (flip(100), "is damaged: the checksum of the bytes from 64 on"),
     "header": (flip(-3), "is damaged: the checksum of its header"),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_refused_or_repaired(files: FileSource, tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(("change", "reason"), DAMAGES.values(), ids=list(DAMAGES))
+def test_damage_is_refused_or_repaired(
+    files: FileSource, tmp_path: Path, change: Callable[[bytes], bytes], reason: str
+) -> None:
     images, _ = cached(files, cache_dir=tmp_path, workers=0)
     path = images.path
     assert path is not None
     whole = path.read_bytes()
-    content = bytearray(whole)
-    change, reason = DAMAGES[damage]
-    change(content)
-    path.write_bytes(content)
+    path.write_bytes(change(whole))
     with pytest.raises(InputError, match=rf"^pack: {path} {reason}"):
         open_pack(path)
     console = Console(file=io.StringIO())
@@ -80,12 +73,8 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
     pack(ArraySource(noise(2, 3)[None], np.array([0]), ("one",)), path)
     whole = path.read_bytes()
     for place in range(len(whole)):
-        damaged = bytearray(whole)
-        damaged[place] ^= 1 << place % 8
-        path.write_bytes(damaged)
-        with pytest.raises(
-            InputError, match=r"is damaged|is truncated|is no pack file|has format version"
-        ):
+        path.write_bytes(flip(place)(whole))
+        with pytest.raises(InputError, match="is damaged|is truncated|is no pack|format version"):
             open_pack(path)
 
 
@@ -97,17 +86,13 @@ def test_checksums_cover_files_of_many_parts(
     path = tmp_path / "a.pack"
     pack(files, path, workers=0)
     assert pixels(open_pack(path)) == pixels(files)
-    content = bytearray(path.read_bytes())
-    flip(64 + 250)(content)
-    path.write_bytes(content)
+    path.write_bytes(flip(64 + 250)(path.read_bytes()))
     with pytest.raises(InputError, match="the checksum of the bytes from 264 on is wrong"):
         open_pack(path)
 
 
 def test_a_file_that_is_not_there_or_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"none\.pack cannot be read \(No such file or directory\)"
-    ):
+    with pytest.raises(InputError, match=r"none\.pack cannot be read \(No such file or direct"):
         open_pack(tmp_path / "none.pack")
     with pytest.raises(InputError, match=r"cannot be read \(Is a directory\)"):
         open_pack(tmp_path)
@@ -138,10 +123,7 @@ def test_images_in_memory_are_pickled_with_their_pixels() -> None:
 
 
 def test_offsets_pass_two_gibibytes(tmp_path: Path) -> None:
-    heights, widths = (
-        np.array([20_000, 20_000, 2], np.int32),
-        np.array([20_000, 20_000, 1], np.int32),
-    )
+    heights, widths = np.array([[20_000, 20_000, 2], [20_000, 20_000, 1]], np.int32)
     total = 2 * 3 * 20_000**2 + 6
     with open(tmp_path / "sparse", "wb") as file:
         file.truncate(total)

@@ -64,15 +64,10 @@ def test_without_a_home_folder(
     homeless: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert user_path("out", "~nosuch/run") == Path("~nosuch/run")
-    with pytest.raises(
-        InputError, match="^out: ~/run: this user has no home folder; set HOME, or .* without ~$"
-    ):
+    with pytest.raises(InputError, match="^out: ~/run: this user has no home folder; set HOME"):
         user_path("out", "~/run")
-    for command, name in (
-        ("train --out ~/run", "out"),
-        ("views --data ~/x", "data"),
-        ("report ~/run", "run"),
-    ):
+    commands = {"out": "train --out ~/run", "data": "views --data ~/x", "run": "report ~/run"}
+    for name, command in commands.items():
         assert main(command.split()) == 2
         assert capsys.readouterr().err.startswith(f"vi-simsiam: {name}: ~/")
     (tmp_path / "~" / "run").mkdir(parents=True)
@@ -105,19 +100,24 @@ def test_commands_take_a_run_in_the_home_folder(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (home / "mine.yaml").write_text("cache_dir: ~/cache\n")
-    train = f"train --data ~/photos --config=~/mine.yaml --out=~/run {SMALL}"
-    again = "train --out=~/run --resume"
-    results = "embed ~/run ~/photos/val/dark --out ~/f.parquet --reference ~/photos/val/dark"
-    for command in (train, again, "figures ~/run", "knn ~/run --data ~/photos", results,
-                    "rank ~/run ~/photos/val --out ~/rank", "views --data ~/photos --out ~/views.png --images 2",
-                    "pack ~/photos --out ~/x.pack", "views --data pack:~/x.pack --out ~/packed.png --images 2",
-                    "export ~/run --format torchvision --out ~/weights --data ~/photos"):  # fmt: skip
+    for command in (
+        f"train --data ~/photos --config=~/mine.yaml --out=~/run {SMALL}",
+        "train --out=~/run --resume",
+        "figures ~/run",
+        "knn ~/run --data ~/photos",
+        "embed ~/run ~/photos/val/dark --out ~/f.parquet --reference ~/photos/val/dark",
+        "rank ~/run ~/photos/val --out ~/rank",
+        "views --data ~/photos --out ~/views.png --images 2",
+        "pack ~/photos --out ~/x.pack",
+        "views --data pack:~/x.pack --out ~/packed.png --images 2",
+        "export ~/run --format torchvision --out ~/weights --data ~/photos",
+    ):
         assert main(command.split()) == 0, (command, capsys.readouterr())
     assert list(Path.cwd().iterdir()) == []
     config = read_config(home / "run")
     assert (config.data, config.cache_dir) == (f"folder:{home / 'photos'}", home / "cache")
-    for name in ("run/kappa.png", "run/knn.json", "f.parquet", "rank.csv", "rank.png", "views.png",
-                 "x.val.pack", "packed.png", "weights/model.pth"):  # fmt: skip
+    written = "run/kappa.png run/knn.json f.parquet rank.csv rank.png views.png x.val.pack"
+    for name in (*written.split(), "packed.png", "weights/model.pth"):
         assert (home / name).is_file(), name
     assert any((home / "cache").iterdir())
 
@@ -134,15 +134,7 @@ def test_python_takes_a_run_in_the_home_folder(home: Path) -> None:
 
 
 def test_one_function_expands_paths() -> None:
-    folders = (
-        PACKAGE,
-        PACKAGE / "kernels",
-        PACKAGE / "benchmarks",
-    )  # two of them may be links, which rglob passes over
-    found = {
-        file
-        for folder in folders
-        for file in folder.rglob("*.py")
-        if "expanduser" in file.read_text()
-    }
-    assert found == {PACKAGE / "paths.py"}
+    # The latter two may be links, which rglob does not follow.
+    folders = (PACKAGE, PACKAGE / "kernels", PACKAGE / "benchmarks")
+    files = {file for folder in folders for file in folder.rglob("*.py")}
+    assert [file for file in files if "expanduser" in file.read_text()] == [PACKAGE / "paths.py"]

@@ -43,7 +43,8 @@ def exact(kappa: float, cos: float, dim: int) -> tuple[float, float]:
 
 
 def arguments(dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
-    """The table's kappa and cos for `dim`, rounded to `dtype`, and the exact values at the rounded arguments."""
+    """The table's kappa and cos for `dim`, rounded to `dtype`, and the exact values at the rounded
+    arguments."""
     chosen = COLUMN["d"] == dim
     kappa = torch.tensor(COLUMN["kappa"][chosen]).to(dtype)
     cos = torch.tensor(COLUMN["cos"][chosen]).to(dtype)
@@ -64,9 +65,11 @@ def test_exact_agrees_with_the_golden_table(dim: int) -> None:
 
 
 def summands(kappa: Tensor, dim: int) -> np.ndarray:
-    """What the two large summands of F, which nearly cancel far below the optimum, cost: 1.5 eps of each at the most.
+    """Error of the two large summands of F, which nearly cancel far below the optimum: 1.5 eps of
+    each.
 
-    They are b log1p(k / 2b) or less, with b = (D - 1)/2. A log1p is right to an ulp, on the processor at hand.
+    They are b log1p(k / 2b) or less, with b = (D - 1)/2. A log1p is right to an ulp, on the
+    processor at hand.
     """
     return (
         1.5
@@ -95,13 +98,13 @@ def test_float64_keeps_its_digits(dim: int) -> None:
 
 
 def test_textbook_float32_would_fail() -> None:
-    """The bound above is one that the textbook formula misses by orders of magnitude where training operates."""
+    """The bound above is one that the textbook formula misses by orders of magnitude where training
+    operates."""
     dim, kappa, cos = 2048, 128961.0, 63 / 64
     b, k, c = (dim - 1) / 2, torch.tensor(kappa), torch.tensor(cos)
-    textbook = k * torch.log1p(c) - (
-        k * np.log(2) + torch.lgamma(b + k) - torch.lgamma(2 * b + k) - torch.lgamma(torch.tensor(b))
-        + torch.lgamma(torch.tensor(2 * b))
-    )  # fmt: skip
+    upper, lower = torch.tensor(2 * b), torch.tensor(b)
+    lgammas = torch.lgamma(b + k) - torch.lgamma(2 * b + k) - torch.lgamma(lower)
+    textbook = k * torch.log1p(c) - (k * np.log(2) + lgammas + torch.lgamma(upper))
     value, slope = exact(kappa, cos, dim)
     ours = abs(log_density_ratio(k, c, dim).item() - value)
     assert abs(textbook.item() - value) > 1e-2

@@ -1,4 +1,4 @@
-"""`vi-simsiam rank`: the order, the picture's two ends, and what is refused."""
+"""`vi-simsiam rank`: the order, the picture's two ends, and refused input."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from inference_cases import DIM, save_images, save_run
+from inference_cases import DIM, ON_CPU, save_images, save_run
 from PIL import Image
 
 import vi_simsiam
@@ -19,25 +19,28 @@ from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.errors import InputError
 from vi_simsiam.inference import rank
 from vi_simsiam.inference.embed import Table
-from vi_simsiam.inference.rank import draw_ranking, shown, write_ranking
-
-ON_CPU = ["--device", "cpu", "--workers", "1"]
+from vi_simsiam.inference.rank import draw_ranking, extremes, write_ranking
 
 
 def table(concentration: list[float] | None) -> Table:
     """Images 0, 2, 4, ... of a source whose image i is gray of value 10 i."""
     count = 6 if concentration is None else len(concentration)
-    levels = np.broadcast_to(
-        (10 * np.arange(2 * count, dtype=np.uint8))[:, None, None], (2 * count, 8, 8)
-    )
+    levels = (10 * np.arange(2 * count, dtype=np.uint8))[:, None, None]
+    images = ArraySource(np.broadcast_to(levels, (2 * count, 8, 8)).copy(), name="gray")
     kappa = None if concentration is None else np.array(concentration, np.float32)
-    return Table(
-        ArraySource(levels.copy(), name="gray"),
-        2 * np.arange(count),
-        np.empty((count, 0), np.float32),
-        kappa,
-        None if kappa is None else 10 / (kappa + 10),
-    )
+    uncertainty = None if kappa is None else 10 / (kappa + 10)
+    nothing = np.empty((count, 0), np.float32)
+    return Table(images, 2 * np.arange(count), nothing, kappa, uncertainty)
+
+
+def test_extremes_are_ordered_and_disjoint() -> None:
+    values = np.random.default_rng(0).permutation(100).astype(float)
+    low, high = extremes(values, 8)
+    assert values[low].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert values[high].tolist() == [99, 98, 97, 96, 95, 94, 93, 92]
+    for few, ends in (([3.0, 1.0, 2.0], ([1, 2], [0])), ([3.0], ([0], []))):
+        low, high = extremes(np.array(few), 8)
+        assert (low.tolist(), high.tolist()) == ends
 
 
 def test_the_least_certain_comes_first(tmp_path: Path) -> None:
@@ -58,7 +61,7 @@ def test_the_least_certain_comes_first(tmp_path: Path) -> None:
 def test_the_picture_shows_both_ends(
     k: int, low: list[int], high: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The extreme one first, none twice, the images' own pixels, and kappa/(D - 1) in the captions."""
+    """The extreme one first, the images' own pixels, and kappa/(D - 1) in the captions."""
     drawn: list[tuple[str, list[tuple[Image.Image, str]]]] = []
 
     def record(groups: list[tuple[str, list[tuple[Image.Image, str]]]]) -> Image.Image:
@@ -66,31 +69,19 @@ def test_the_picture_shows_both_ends(
         return thumbnails(groups)
 
     monkeypatch.setattr(rank, "thumbnails", record)
-    kappa = [5, 0, 7.25, 4, 1.5]
+    kappa = [50, 0, 123456, 4.849, 0.0312]
     picture = draw_ranking(table(kappa), 11, k)
+    captions = ["5", "0", "12,346", "0.485", "0.00312"]
     assert [title.split(":")[0] for title, _ in drawn] == ["Least certain", "Most certain"]
     for (_, images), rows in zip(drawn, (low, high), strict=True):
         assert [image.getpixel((0, 0))[0] for image, _ in images] == [20 * row for row in rows]  # type: ignore[index]
-        assert [float(caption) for _, caption in images] == [
-            pytest.approx(kappa[row] / 10, rel=5e-3) for row in rows
-        ]
+        assert [caption for _, caption in images] == [captions[row] for row in rows]
     first = contact_sheet._MARGIN + 28
     assert picture.getpixel((contact_sheet._MARGIN + 5, first + 5)) == (20 * low[0],) * 3
 
 
 def test_one_image_has_one_end() -> None:
-    picture = draw_ranking(table([3.0]), 11, 4)
-    assert picture.height < 200
-
-
-def test_captions() -> None:
-    assert [shown(value) for value in (0.0, 0.00312, 0.4849, 27.21, 12345.6)] == [
-        "0",
-        "0.00312",
-        "0.485",
-        "27.2",
-        "12,346",
-    ]
+    assert draw_ranking(table([3.0]), 11, 4).height < 200
 
 
 def test_thumbnails_take_rows_of_eight() -> None:
@@ -103,63 +94,54 @@ def test_thumbnails_take_rows_of_eight() -> None:
 
 
 def test_simsiam_cannot_be_ranked(tmp_path: Path) -> None:
-    for function in (
-        lambda t: write_ranking(t, tmp_path / "r.csv"),
-        lambda t: draw_ranking(t, 11, 2),
-    ):
-        with pytest.raises(InputError, match="SimSiam run predicts no concentration"):
-            function(table(None))
+    with pytest.raises(InputError, match="SimSiam run predicts no concentration"):
+        write_ranking(table(None), tmp_path / "r.csv")
+    with pytest.raises(InputError, match="SimSiam run predicts no concentration"):
+        draw_ranking(table(None), 11, 2)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = save_run(tmp_path / "run")
-    save_images(tmp_path / "images", 7)
-    (tmp_path / "images" / "broken.png").write_bytes(b"nothing")
+    images = tmp_path / "images"
+    save_images(images, 7)
+    (images / "broken.png").write_bytes(b"nothing")
     out = tmp_path / "out" / "v1.2"
-    command = ["rank", str(run), str(tmp_path / "images"), "-k", "2", "--out", str(out), *ON_CPU]
-    assert main(command) == 2
-    assert f"out: {out.parent} is no folder" in capsys.readouterr().err
+
+    def fails(*arguments: object) -> str:
+        assert main(["rank", *map(str, arguments), *ON_CPU]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        return said
+
+    command = [run, images, "-k", 2, "--out", out]
+    assert f"out: {out.parent} is no folder" in fails(*command)
     out.parent.mkdir()
-    assert main(command) == 0
+    assert main(["rank", *map(str, command), *ON_CPU]) == 0
     said = capsys.readouterr()
     assert said.out == f"written: {out}.csv (7 images, 1 skipped)\nwritten: {out}.png\n"
     assert "skipped: " in said.err
     assert sorted(path.name for path in out.parent.iterdir()) == ["v1.2.csv", "v1.2.png"]
     rows = list(csv.DictReader((out.parent / "v1.2.csv").open()))
-    encoding = vi_simsiam.load(run, "cpu").encode(
-        paths := find_images(tmp_path / "images").paths[:7]
-    )
+    paths = find_images(images).paths[:7]
+    encoding = vi_simsiam.load(run, "cpu").encode(paths)
     assert encoding.concentration is not None
-    places = [paths.index(row["path"]) for row in rows]
-    assert sorted(places) == list(range(7))
+    order = [paths.index(row["path"]) for row in rows]
+    assert sorted(order) == list(range(7))
     # By the concentrations in the file, which are those of the encoder but for rounding.
     kappas = np.array([float(row["kappa"]) for row in rows])
     assert (np.diff(kappas) >= 0).all()
-    np.testing.assert_allclose(kappas, encoding.concentration[places], rtol=1e-4)
-    for row, kappa in zip(rows, kappas, strict=True):
-        assert float(row["uncertainty"]) == pytest.approx((DIM - 1) / (kappa + DIM - 1), rel=1e-5)
+    np.testing.assert_allclose(kappas, encoding.concentration[order], rtol=1e-4)
+    uncertainties = [float(row["uncertainty"]) for row in rows]
+    np.testing.assert_allclose(uncertainties, (DIM - 1) / (kappas + DIM - 1), rtol=1e-5)
     with Image.open(f"{out}.png") as picture:
         assert picture.format == "PNG"
-    assert main(command) == 2
-    assert "v1.2.csv exists; say --overwrite" in capsys.readouterr().err
-    assert main([*command, "--overwrite"]) == 0
+    assert "v1.2.csv exists; say --overwrite" in fails(*command)
+    assert main(["rank", *map(str, command), "--overwrite", *ON_CPU]) == 0
 
-    (tmp_path / "simsiam").mkdir()
+    capsys.readouterr()
+    new = ["--out", tmp_path / "new"]
     simsiam = save_run(tmp_path / "simsiam" / "run", "simsiam")
-    for arguments, message in (
-        (
-            [str(simsiam), str(tmp_path / "images"), "--out", str(tmp_path / "new")],
-            "is SimSiam, which predicts no",
-        ),
-        (
-            [str(run), str(tmp_path / "images"), "--out", str(tmp_path / "new"), "-k", "0"],
-            "k: 0 must be at least 1",
-        ),
-    ):
-        capsys.readouterr()
-        assert main(["rank", *arguments, *ON_CPU]) == 2
-        said = capsys.readouterr()
-        assert said.err.count("\n") == 1
-        assert message in said.err
+    assert "is SimSiam, which predicts no" in fails(simsiam, images, *new)
+    assert "k: 0 must be at least 1" in fails(run, images, *new, "-k", 0)
     assert not list(tmp_path.glob("new*"))

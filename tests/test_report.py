@@ -1,4 +1,4 @@
-"""The report: one file that holds what the result files say, and asks for nothing else."""
+"""The report: one file with the numbers of the result files, which loads nothing else."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from evaluation_cases import feature_sets, gray_source, make_run
 from PIL import Image
 from report_cases import KINDS, SCORES, uncertainty_result
 
-from vi_simsiam.cli.report import report
-from vi_simsiam.config import PLACE_FIELDS, TrainConfig, preset
+from vi_simsiam.cli.evaluate import report
+from vi_simsiam.config import TrainConfig, differing_fields, preset
 from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import style
@@ -36,18 +36,12 @@ from vi_simsiam.evaluation.report import (
 )
 from vi_simsiam.evaluation.uncertainty import comparisons
 
-CHROMIUM = next(
-    (
-        path
-        for name in ("chromium", "chromium-browser", "google-chrome")
-        if (path := shutil.which(name))
-    ),
-    None,
-)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 class Page(HTMLParser):
-    """What a report holds: elements, headings, tables as cells by row, and images."""
+    """The content of a report: elements, headings, tables as cells by row, and their numbers."""
 
     VOID = frozenset({"meta", "link", "img", "br"})
 
@@ -103,17 +97,14 @@ def coarse() -> Iterator[None]:
         yield
 
 
-def complete(folder: Path, **options: Any) -> Path:
-    """A run with metrics, an accuracy and an uncertainty."""
-    run = make_run(folder, val=gray_source(40), **options)
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory, coarse: None) -> Path:
+    """The report of a run with metrics, an accuracy and an uncertainty."""
+    folder = tmp_path_factory.mktemp("report") / "run"
+    run = make_run(folder, val=gray_source(40))
     evaluate_knn(feature_sets(folder), KnnConfig(k=5))
     (folder / "uncertainty.json").write_text(json.dumps(uncertainty_result()))
     return write_report(folder, run)
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory, coarse: None) -> Path:
-    return complete(tmp_path_factory.mktemp("report") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -128,15 +119,12 @@ def test_the_page_needs_no_other_file(written: Path, page: Page) -> None:
         assert re.match(r"data:image/(png|jpeg);base64,", image["src"] or "")
         assert image["alt"]
     assert not page.attributes("script")
-    assert all(
-        (link["href"] or "").startswith(("#", "data:"))
-        for link in [*page.attributes("a"), *page.attributes("link")]
-    )
-    text = written.read_text()
-    assert not re.search(r"https?:|url\(|@import|\bon\w+=", re.sub('base64,[^"]*', "", text))
+    links = [link["href"] or "" for tag in ("a", "link") for link in page.attributes(tag)]
+    assert all(link.startswith(("#", "data:")) for link in links)
+    text = re.sub('base64,[^"]*', "", written.read_text())
+    assert not re.search(r"https?:|url\(|@import|\bon\w+=", text)
     policy = next(meta["content"] for meta in page.attributes("meta") if meta.get("http-equiv"))
-    assert policy is not None
-    assert "default-src 'none'" in policy
+    assert "default-src 'none'" in str(policy)
     assert written.stat().st_size < 3_000_000
 
 
@@ -152,36 +140,36 @@ def test_headings_are_in_order_and_links_lead_somewhere(page: Page) -> None:
 
 
 def test_tables_hold_the_numbers_of_the_files(written: Path, page: Page) -> None:
-    knn = json.loads((written.parent / "knn.json").read_text())
-    assert page.values["accuracies"][1:] == [[share] for share in knn["top1"].values()]
+    knn, result = (
+        json.loads((written.parent / name).read_text()) for name in ("knn.json", "uncertainty.json")
+    )
+
+    def rows(table: str) -> list[list[float]]:
+        return page.values[table][1:]
+
+    def measures(scores: dict[str, Any], *keys: str) -> list[list[float]]:
+        return [[scores[name][key] for key in keys] for name in SCORES]
+
+    assert rows("accuracies") == [[share] for share in knn["top1"].values()]
     assert page.tables["accuracies"][1] == ["trained", f"{100 * knn['top1']['trained']:.1f} %"]
-    result = json.loads((written.parent / "uncertainty.json").read_text())
     bins = result["calibration"]["bins"]
-    assert page.values["calibration"][1:] == [
-        [each["expected"], each["observed"], each["count"]] for each in bins
-    ]
+    assert rows("calibration") == [[b["expected"], b["observed"], b["count"]] for b in bins]
     part = result["misclassification"]
-    expected = [
-        [part["scores"][name][key] for key in ("auroc", "aurc", "augrc")] for name in SCORES
-    ]
-    expected += [[part[name]["aurc"], part[name]["augrc"]] for name in ("oracle", "random")]
-    assert page.values["misclassification"][1:] == expected
+    expected = measures(part["scores"], "auroc", "aurc", "augrc")
+    limits = [[part[name]["aurc"], part[name]["augrc"]] for name in ("oracle", "random")]
+    assert rows("misclassification") == expected + limits
     assert page.tables["misclassification"][1] == ["κ", *(f"{value:.3f}" for value in expected[0])]
     for number, each in enumerate(result["ood"].values(), start=1):
-        found = page.values[f"ood-{number}"][1:]
-        assert found == [
-            [each["scores"][name][key] for key in ("auroc", "aupr", "fpr95")] for name in SCORES
-        ]
+        assert rows(f"ood-{number}") == measures(each["scores"], "auroc", "aupr", "fpr95")
     sets = result["retrieval"].values()
-    assert page.values["retrieval"][1] == [each["recall_at_1"] for each in sets]
-    assert page.values["retrieval"][2:] == [
-        [each["scores"][name] for each in sets] for name in SCORES
-    ]
+    recalls = [each["recall_at_1"] for each in sets]
+    aurocs = [[each["scores"][name] for each in sets] for name in SCORES]
+    assert rows("retrieval") == [recalls, *aurocs]
     kinds = [result["corruptions"][kind] for kind in KINDS]
-    assert page.values["corruptions-1"][1:] == [kind["median_kappa"] for kind in kinds]
+    assert rows("corruptions-1") == [kind["median_kappa"] for kind in kinds]
     for number, key in ((2, "spearman"), (3, "monotone")):
-        found = page.values[f"corruptions-{number}"][1:]
-        assert found == [[kind["scores"][name][key] for kind in kinds] for name in SCORES]
+        expected = [[kind["scores"][name][key] for kind in kinds] for name in SCORES]
+        assert rows(f"corruptions-{number}") == expected
 
 
 def test_the_headline_counts_what_the_comparisons_say(page: Page) -> None:
@@ -201,17 +189,13 @@ def test_the_headline_counts_what_the_comparisons_say(page: Page) -> None:
     assert len(found["table"]["rows"]) == len(rows) - 3
 
 
-def test_settings_that_differ_are_marked(written: Path, page: Page) -> None:
-    rows = {
-        row["name"]: row for row in settings(TrainConfig(epochs=7, augment=preset("demo").augment))
-    }
-    assert {name for name, row in rows.items() if row["differs"]} == {
-        "epochs",
-        "size",
-        "local_size",
-        "crop_scale",
-        "blur_prob",
-    }
+def test_settings_that_differ_or_are_inferred_are_marked(
+    written: Path, page: Page, tmp_path: Path
+) -> None:
+    config = TrainConfig(epochs=7, augment=preset("demo").augment)
+    rows = {row["name"]: row for row in settings(config)}
+    differing = {"epochs", "size", "local_size", "crop_scale", "blur_prob"}
+    assert {name for name, row in rows.items() if row["differs"]} == differing
     assert (rows["epochs"]["value"], rows["epochs"]["default"]) == ("7", "100")
     assert rows["device"]["group"] == "place"
     assert ["size", "8", "224", "augment"] in page.tables["training-settings"]
@@ -219,28 +203,21 @@ def test_settings_that_differ_are_marked(written: Path, page: Page) -> None:
     knn = json.loads((written.parent / "knn.json").read_text())
     assert ["torch", knn["versions"]["torch"], "2.14.1"] in page.tables["version-table"]
 
-
-def test_inferred_settings_are_marked(tmp_path: Path) -> None:
     make_run(tmp_path, method="simsiam")
     (tmp_path / "metrics.jsonl").unlink()
-    result = evaluate_knn(feature_sets(tmp_path), KnnConfig(k=5))
-    result["settings"] = {"epochs": 90, "lr": 1.6, "inferred": ["epochs"]}
-    (tmp_path / "linear.json").write_text(
-        json.dumps({**result, "top5": {"trained": 1.0}, "held_out_top1": None})
-    )
-    rows = Page(write_report(tmp_path)).tables["evaluation-settings"]
-    assert ["epochs", "90", "linear", "inferred"] in rows
-    assert ["lr", "1.6", "linear", ""] in rows
+    knn["settings"] = {"epochs": 90, "lr": 1.6, "inferred": ["epochs"]}
+    knn |= {"top5": {"trained": 1.0}, "held_out_top1": None}
+    (tmp_path / "linear.json").write_text(json.dumps(knn))
+    table = Page(write_report(tmp_path)).tables["evaluation-settings"]
+    assert ["epochs", "90", "linear", "inferred"] in table
+    assert ["lr", "1.6", "linear", ""] in table
 
 
 @pytest.mark.parametrize("name", ["default", "demo", "paper"])
 def test_the_command_gives_the_same_training(name: str) -> None:
     given = preset(name)
     parsed = tyro.cli(TrainConfig, args=train_arguments(given), config=(tyro.conf.OmitArgPrefixes,))
-    same = {key: value for key, value in given.to_dict().items() if key not in PLACE_FIELDS}
-    assert {
-        key: value for key, value in parsed.to_dict().items() if key not in PLACE_FIELDS
-    } == same
+    assert differing_fields(parsed, given) == []
 
 
 def test_the_gallery_shows_both_ends_with_class_and_concentration(tmp_path: Path) -> None:
@@ -281,30 +258,21 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert attack in found.text
 
 
-def test_absent_parts_say_which_command_makes_them(tmp_path: Path) -> None:
+def test_absent_parts_have_the_command_that_makes_them(tmp_path: Path) -> None:
     make_run(tmp_path)
+    text = Page(write_report(tmp_path)).text
+    assert f"vi-simsiam evaluate {tmp_path} for kNN and linear probe" in text
+    assert f"vi-simsiam logistic {tmp_path} for logistic regression" in text
     (tmp_path / "metrics.jsonl").write_text("")
     evaluate_knn(feature_sets(tmp_path), KnnConfig(k=5))
     found = Page(write_report(tmp_path, None, "run: no checkpoint.pt"))
     # Every command is the one that writes that result: `evaluate` fits no logistic regression.
     commands = f"linear (vi-simsiam linear {tmp_path}), logistic (vi-simsiam logistic {tmp_path})"
-    assert f"Not there yet: accuracy by {commands}." in found.text
+    assert f"Not measured yet: accuracy by {commands}." in found.text
     assert f"vi-simsiam uncertainty {tmp_path}" in found.text
     assert "The images are left out: run: no checkpoint.pt" in found.text
     assert "Nothing was logged" in found.text
     assert len(found.attributes("img")) == 1
-    (tmp_path / "knn.json").rename(tmp_path / "linear.json")
-    assert (
-        f"accuracy by kNN (vi-simsiam knn {tmp_path}), logistic"
-        in Page(write_report(tmp_path)).text
-    )
-
-
-def test_a_report_without_accuracies_names_a_command_for_each(tmp_path: Path) -> None:
-    make_run(tmp_path)
-    text = Page(write_report(tmp_path)).text
-    assert f"vi-simsiam evaluate {tmp_path} makes those by kNN and linear probe" in text
-    assert f"vi-simsiam logistic {tmp_path} that by logistic regression" in text
 
 
 def test_simsiam_has_a_report_without_certainty(tmp_path: Path) -> None:
@@ -319,41 +287,29 @@ def test_simsiam_has_a_report_without_certainty(tmp_path: Path) -> None:
 
 def test_parts_that_are_not_defined_are_dashes(tmp_path: Path) -> None:
     make_run(tmp_path)
-    result = {
-        **uncertainty_result(),
-        "misclassification": None,
-        "retrieval": None,
-        "corruptions": {},
-        "calibration": None,
-    }
-    del result["ood"]["mine"]
+    absent = {"misclassification": None, "retrieval": None, "corruptions": {}, "calibration": None}
+    result = {**uncertainty_result(), **absent}
     result["ood"]["noise"]["scores"]["energy"]["auroc"] = None
     (tmp_path / "uncertainty.json").write_text(json.dumps(result))
-    found = Page(write_report(tmp_path))
-    assert not {"misclassification", "retrieval", "corruptions-1", "calibration"} & set(
-        found.tables
-    )
-    assert next(row for row in found.tables["ood-2"] if row[0] == "energy")[1] == "–"
+    tables = Page(write_report(tmp_path)).tables
+    assert not {"misclassification", "retrieval", "corruptions-1", "calibration"} & set(tables)
+    assert next(row for row in tables["ood-2"] if row[0] == "energy")[1] == "–"
 
 
 def test_nothing_to_report_is_refused(tmp_path: Path) -> None:
     make_run(tmp_path)
     (tmp_path / "metrics.jsonl").unlink()
-    with pytest.raises(
-        InputError,
-        match=r"no metrics.jsonl and no result yet; train it, or run vi-simsiam evaluate /",
-    ):
+    with pytest.raises(InputError, match=r"no metrics.jsonl and no result yet.* evaluate /"):
         report([str(tmp_path)])
     with pytest.raises(InputError, match="holds no run"):
         report([str(tmp_path / "nowhere")])
-    (tmp_path / "knn.json").write_text('{"top1": ')
-    with pytest.raises(
-        InputError, match=r"knn.json cannot be read .*; vi-simsiam knn .* makes it again"
+    for content, message in (
+        ('{"top1": ', r"knn.json cannot be read .*; vi-simsiam knn .* makes it again"),
+        ('{"top1": {}}', "lacks what the report shows"),
     ):
-        write_report(tmp_path)
-    (tmp_path / "knn.json").write_text('{"top1": {}}')
-    with pytest.raises(InputError, match=r"lacks what the report shows"):
-        write_report(tmp_path)
+        (tmp_path / "knn.json").write_text(content)
+        with pytest.raises(InputError, match=message):
+            write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
 
 
@@ -373,23 +329,22 @@ def test_the_command_reports_a_run_without_its_weights(
 def test_a_browser_shows_the_page_without_a_complaint(
     written: Path, tmp_path: Path, width: int
 ) -> None:
-    # A frame of this width, because a window is never so narrow; does its content fit, and was every image read?
-    frame = tmp_path / "frame.html"
+    # A frame of this width, because a window is never so narrow.
+    frame, style = tmp_path / "frame.html", f"width:{width}px;height:900px;border:0"
     frame.write_text(
-        f"<iframe src='{written.as_uri()}' style='width:{width}px;height:900px;border:0'></iframe><script>"
+        f"<iframe src='{written.as_uri()}' style='{style}'></iframe><script>"
         "onload = () => { const d = frames[0].document; document.title = ["
         "d.documentElement.scrollWidth <= d.documentElement.clientWidth,"
-        "[...d.images].every(i => i.complete && i.naturalWidth > 0), d.images.length].join(' ') }</script>"
+        "[...d.images].every(i => i.complete && i.naturalWidth > 0), d.images.length].join(' ') }"
+        "</script>"
     )
-    done = subprocess.run(
-        [
-            str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
-            "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={max(width, 600)},900",
-            "--dump-dom", frame.as_uri(),
-        ],
-        capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
+    options = (
+        "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
+        "disable-component-update disable-sync enable-logging=stderr allow-file-access-from-files "
+        f"user-data-dir={tmp_path / 'profile'} window-size={max(width, 600)},900 dump-dom"
+    )
+    command = [str(CHROMIUM), *(f"--{option}" for option in options.split()), frame.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert "CONSOLE" not in done.stderr
     title = re.search("<title>(.*)</title>", done.stdout)
     assert title is not None

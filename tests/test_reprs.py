@@ -1,4 +1,4 @@
-"""What a notebook prints of public objects: a line or two, whatever they hold."""
+"""Representations of public objects: a line or two in a notebook, whatever they hold."""
 
 from __future__ import annotations
 
@@ -20,23 +20,18 @@ from vi_simsiam.evaluation.figures import certainty
 from vi_simsiam.evaluation.logistic import LogisticProbe
 from vi_simsiam.experiments.catalogue import plan
 from vi_simsiam.experiments.plan import PlanOptions
-from vi_simsiam.experiments.records import Experiment
+from vi_simsiam.experiments.results import Experiment
 from vi_simsiam.inference.encoder import Encoding
 from vi_simsiam.text import brief
 
 
 def encoding(count: int, *, concentration: bool = True) -> Encoding:
     kappa = torch.full((count,), 6.0) if concentration else None
-    return Encoding(
-        torch.zeros(count, 512),
-        torch.zeros(count, 3),
-        torch.zeros(count, 3),
-        torch.zeros(count),
-        kappa,
-    )
+    projection = torch.zeros(count, 3)
+    return Encoding(torch.zeros(count, 512), projection, projection, torch.zeros(count), kappa)
 
 
-def test_an_encoding_says_how_many_images_and_how_certain() -> None:
+def test_an_encoding_has_its_images_and_median_uncertainty() -> None:
     shapes = "embedding (1, 512), projection and loc (1, 3)"
     assert repr(encoding(1)) == f"Encoding(1 image: {shapes}, median uncertainty 0.25)"
     assert str(encoding(1, concentration=False)) == f"Encoding(1 image: {shapes}, no concentration)"
@@ -55,19 +50,18 @@ def test_runs_and_encoders_print_no_module_tree(tmp_path: Path) -> None:
     assert len(repr(encoder).splitlines()) == 1
 
 
-def test_sources_and_loaders_say_what_they_hold() -> None:
+def test_sources_and_loaders_name_their_contents() -> None:
     splits = open_dataset("fashion-mini")
     assert repr(splits) == (
-        "Splits(name='fashion-mini', train=ArraySource('fashion-mini/train', 8,000 images, 10 classes), "
+        "Splits(name='fashion-mini', "
+        "train=ArraySource('fashion-mini/train', 8,000 images, 10 classes), "
         "val=ArraySource('fashion-mini/val', 2,000 images, 10 classes))"
     )
     packed = in_memory(gray_source(6, labelled=False))
     assert repr(packed) == "PackedImages('gray', 6 images)"
     loader = MultiViewLoader(packed, AugmentConfig(size=8), 6, workers=0)
-    assert (
-        repr(loader)
-        == "MultiViewLoader(PackedImages('gray', 6 images), batch_size=6, 1 batch an epoch)"
-    )
+    expected = "MultiViewLoader(PackedImages('gray', 6 images), batch_size=6, 1 batch an epoch)"
+    assert repr(loader) == expected
     assert repr(next(iter(loader))) == (
         "Batch(views=[float32 (6, 3, 8, 8), float32 (6, 3, 8, 8)], index=int64 (6,))"
     )

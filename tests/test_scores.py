@@ -24,15 +24,9 @@ from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import scores
 from vi_simsiam.evaluation.figures import concentrations
 from vi_simsiam.evaluation.logistic import LogisticProbe
-from vi_simsiam.evaluation.scores import (
-    Network,
-    Reference,
-    disagreement,
-    eval_pixels,
-    image_scores,
-    views_of,
-)
-from vi_simsiam.models import SimSiam, VISimSiam
+from vi_simsiam.evaluation.scores import Network, Reference, disagreement, eval_pixels, image_scores
+from vi_simsiam.inference import neighbours
+from vi_simsiam.models import VISimSiam
 
 
 def coloured(count: int = 9, side: int = 20) -> NDArray[np.uint8]:
@@ -47,31 +41,28 @@ def test_pixels_are_those_of_the_evaluation_view() -> None:
     np.testing.assert_array_equal(pixels, np.stack([np.asarray(image) for image in crop]))
     ((views, _),) = eval_loader(source, 12, 100, 0)
     # Either rounds a share of 255, a difference, and a quotient by 0.224 of up to 2.7.
-    torch.testing.assert_close(
-        views_of(pixels), views, rtol=0, atol=12 * torch.finfo(torch.float32).eps
-    )
+    rounding = 12 * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(scores.views_of(pixels), views, rtol=0, atol=rounding)
 
 
-def test_one_pass_gives_what_the_network_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_pass_gives_the_lengths_of_all_features(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scores, "_BATCH", 4)  # several batches
     torch.manual_seed(0)
     model = VISimSiam("resnet18", dim=16, projector_hidden=8, predictor_hidden=8, stem="small")
     model(list(torch.randn(2, 8, 3, 8, 8)))  # running statistics of their own
     model.train()
-    hooks = len(model.backbone.layer1._forward_hooks)
     observed = Network(model, CPU).observe(eval_pixels(ArraySource(coloured()), 16, 0))
     assert model.training
-    assert len(model.backbone.layer1._forward_hooks) == hooks
+    assert not model.backbone.layer1._forward_hooks
     model.eval()
     (views,) = (batch for batch, _ in eval_loader(ArraySource(coloured()), 16, 100, 0))
+    norms = {}
     with torch.no_grad():
-        inner = model.backbone.maxpool(
-            model.backbone.relu(model.backbone.bn1(model.backbone.conv1(views)))
-        )
-        norms = {}
-        for name in ("layer1", "layer2", "layer3", "layer4"):
-            inner = getattr(model.backbone, name)(inner)
-            norms[name] = inner.mean((2, 3)).norm(dim=1)
+        inner = views
+        for name, layer in model.backbone.named_children():
+            inner = layer(inner) if name not in ("avgpool", "fc") else inner
+            if name in scores.LAYERS:
+                norms[name] = inner.mean((2, 3)).norm(dim=1)
         norms["embedding"] = (embedding := model.backbone(views)).norm(dim=1)
         norms["projection"] = (projection := model.projector(embedding)).norm(dim=1)
         prediction = model.predictor(projection)
@@ -95,12 +86,9 @@ def test_the_concentration_is_that_of_the_figures(tmp_path: Path) -> None:
     expected = concentrations(run, run.splits.train) * (run.model.dim - 1)
     np.testing.assert_allclose(-observed.scores["kappa"], expected, rtol=1e-5)
     assert "layer1_norm" not in observed.scores
-    simsiam = make_run(tmp_path / "simsiam", method="simsiam")
-    assert isinstance(simsiam.model, SimSiam)
-    assert (
-        "kappa"
-        not in Network(simsiam.model, CPU).observe(eval_pixels(run.splits.train, 8, 0)).scores
-    )
+    simsiam = make_run(tmp_path / "simsiam", method="simsiam").model
+    observed = Network(simsiam, CPU).observe(eval_pixels(run.splits.train, 8, 0))
+    assert "kappa" not in observed.scores
 
 
 def test_damaged_weights_and_no_images_are_refused(tmp_path: Path) -> None:
@@ -114,19 +102,15 @@ def test_damaged_weights_and_no_images_are_refused(tmp_path: Path) -> None:
 
 def test_statistics_of_pixels_in_closed_form() -> None:
     flat = np.full((16, 16, 3), 90, np.uint8)
-    ramp = np.broadcast_to((3 * np.arange(16) + np.zeros((16, 1)))[..., None], (16, 16, 3)).astype(
-        np.uint8
-    )
-    slope = (3 * np.arange(16)[:, None] + 4 * np.arange(16))[..., None] + np.zeros(3)
-    half = np.where(np.arange(16)[:, None, None] < 8, 0, 200) + np.zeros((16, 16, 3))
-    found = image_scores(np.stack([flat, ramp, slope.astype(np.uint8), half.astype(np.uint8)]))
+    side = np.arange(16.0)
+    channels = np.ones(3)
+    ramp = 3 * side[None, :, None] * np.ones((16, 1, 1)) * channels
+    slope = (3 * side[:, None] + 4 * side)[..., None] * channels
+    half = np.where(side < 8, 0.0, 200.0)[:, None, None] * np.ones((16, 16, 3))
+    found = image_scores(np.stack([flat, ramp, slope, half]).astype(np.uint8))
     np.testing.assert_allclose(-found["edge_energy"], [0, 3, 5, 200 / 15], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(
-        -found["contrast"],
-        [0, 3 * np.std(np.arange(16)), slope[..., 0].std(), 100],
-        rtol=1e-5,
-        atol=1e-4,
-    )
+    contrast = [0, 3 * np.std(side), slope[..., 0].std(), 100]
+    np.testing.assert_allclose(-found["contrast"], contrast, rtol=1e-5, atol=1e-4)
     red = np.zeros((1, 4, 4, 3), np.uint8)
     red[0, :2, :, 0] = 100
     np.testing.assert_allclose(-image_scores(red)["contrast"], 0.299 * 50, rtol=1e-5)
@@ -144,12 +128,9 @@ def test_jpeg_size_is_that_of_pillows_file() -> None:
 def test_disagreement_is_one_minus_the_mean_cosine_of_pairs() -> None:
     torch.manual_seed(0)
     embeddings = torch.randn(4, 6, 10)
-    pairs = [
-        F.cosine_similarity(embeddings[i], embeddings[j], dim=1) for i in range(4) for j in range(i)
-    ]
-    np.testing.assert_allclose(
-        disagreement(embeddings), 1 - torch.stack(pairs).double().mean(0).numpy(), atol=1e-6
-    )
+    first, second = embeddings[torch.combinations(torch.arange(4))].unbind(1)
+    mean = F.cosine_similarity(first, second, dim=2).double().mean(0)
+    np.testing.assert_allclose(disagreement(embeddings), 1 - mean.numpy(), atol=1e-6)
     np.testing.assert_allclose(disagreement(embeddings[:1].expand(3, 6, 10)), 0, atol=1e-12)
 
 
@@ -161,23 +142,19 @@ def reference(
     spread = torch.tensor([3.0, 1, 0.3, 1, 1])
     train = 4 * torch.eye(5)[labels] + spread * torch.randn(60, 5, generator=generator)
     queries = 3 * torch.randn(17, 5, generator=generator)
-    probe = (
-        LogisticProbe.fit(train, torch.from_numpy(labels), ("a", "b", "c")) if labelled else None
-    )
-    return Reference(train, labels if labelled else None, probe, CPU), train, labels, queries
+    if not labelled:
+        return Reference(train, None, None, CPU), train, labels, queries
+    probe = LogisticProbe.fit(train, torch.from_numpy(labels), ("a", "b", "c"))
+    return Reference(train, labels, probe, CPU), train, labels, queries
 
 
 def test_nearest_neighbours_against_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scores, "_BLOCK", 60 * 4)  # several blocks
+    monkeypatch.setattr(neighbours, "_KEYS", 25)  # several blocks
     measured, train, _, queries = reference()
-    distances = (
-        NearestNeighbors(n_neighbors=20, metric="cosine")
-        .fit(train.numpy())
-        .kneighbors(queries.numpy())[0]
-    )
-    np.testing.assert_allclose(
-        measured.scores(queries)["knn_distance"], distances.mean(1), atol=1e-5
-    )
+    search = NearestNeighbors(n_neighbors=20, metric="cosine").fit(train.numpy())
+    distances = search.kneighbors(queries.numpy())[0].mean(1)
+    found = measured.scores(queries)["knn_distance"]
+    np.testing.assert_allclose(found, distances, atol=1e-5)
     few = Reference(train[:3], None, None, CPU)
     assert np.isfinite(few.scores(queries)["knn_distance"]).all()
 
@@ -190,10 +167,9 @@ def test_mahalanobis_by_its_definition(labelled: bool) -> None:
     means = [points[groups == group].mean(0) for group in sorted(set(groups))]
     centred = points - np.stack(means)[groups]
     covariance = LedoitWolf(assume_centered=True).fit(centred).covariance_
-    expected = [
-        min((x - mean) @ np.linalg.solve(covariance, x - mean) for mean in means)
-        for x in queries.double().numpy()
-    ]
+    away = queries.double().numpy()[:, None] - np.stack(means)
+    squares = (away * np.linalg.solve(covariance, away.swapaxes(1, 2)).swapaxes(1, 2)).sum(2)
+    expected = squares.min(1)
     np.testing.assert_allclose(measured.scores(queries)["mahalanobis"], expected, rtol=1e-6)
 
 

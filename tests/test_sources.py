@@ -1,4 +1,4 @@
-"""Sources give 8-bit RGB for every way an image can be stored, and name the files that they cannot read."""
+"""Sources give 8-bit RGB however an image is stored, and name files that they cannot read."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from PIL.GifImagePlugin import GifImageFile
+from PIL.PngImagePlugin import PngImageFile
 from torch.utils.data import Dataset, IterableDataset
 
 from vi_simsiam.config import DecodeConfig
@@ -59,21 +60,16 @@ def damaged(tmp_path: Path) -> dict[str, Path]:
 
 
 def test_array_source_gives_the_stored_pixels() -> None:
-    source = ArraySource(
-        np.stack([GRAY, GRAY // 2]), np.array([1, 0]), ("a", "b"), name="set/train"
-    )
-    assert len(source) == 2
-    assert source.image(1).mode == "RGB"
-    np.testing.assert_array_equal(
-        np.asarray(source.image(0)), np.repeat(GRAY[:, :, None], 3, axis=2)
-    )
+    gray = np.stack([GRAY, GRAY // 2])
+    source = ArraySource(gray, np.array([1, 0]), ("a", "b"), name="set/train")
+    assert (len(source), source.image(1).mode) == (2, "RGB")
+    np.testing.assert_array_equal(source.image(0), np.repeat(GRAY[:, :, None], 3, axis=2))
     assert source.describe(1) == "set/train/1"
     assert source.labels is not None
     assert source.labels.dtype == np.int64
     coloured = ArraySource(COLOUR[None])
-    np.testing.assert_array_equal(np.asarray(coloured.image(0)), COLOUR)
-    assert coloured.labels is None
-    assert coloured.classes is None
+    np.testing.assert_array_equal(coloured.image(0), COLOUR)
+    assert coloured.labels is coloured.classes is None
 
 
 def test_sources_refuse_what_does_not_fit() -> None:
@@ -102,8 +98,10 @@ def test_unreadable_files_are_named_with_a_reason(
         if path == good:
             source.image(index)
             continue
-        with pytest.raises(UnreadableError) as caught:
+        with pytest.raises(UnreadableError, match=rf"{path.name}: cannot be read .+\)$") as caught:
             source.image(index)
+        assert caught.value.entry.path == str(path)
+        assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
         reasons[path.stem] = caught.value.entry.reason
     assert list(reasons) == ["truncated", "empty", "text", "missing", "huge"]
     assert "truncated" in reasons["truncated"]
@@ -111,22 +109,7 @@ def test_unreadable_files_are_named_with_a_reason(
     assert reasons["text"].startswith("not a JPEG")
     assert reasons["missing"] == "No such file or directory"
     assert "exceeds limit of" in reasons["huge"]
-
-
-def test_reading_a_damaged_file_names_it(damaged: dict[str, Path]) -> None:
-    for path in damaged.values():
-        with pytest.raises(InputError, match=rf"{path.name}: cannot be read as an image \(.+\)$"):
-            FileSource([path]).image(0)
-
-
-def test_an_unreadable_file_is_named_wherever_it_is_met(damaged: dict[str, Path]) -> None:
-    with pytest.raises(UnreadableError) as caught:
-        FileSource([damaged["empty"]]).image(0)
-    assert caught.value.entry == Unreadable(str(damaged["empty"]), "an empty file")
-    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
-    with pytest.raises(
-        UnreadableError, match=r"missing\.jpg: cannot be read as an image \(No such file"
-    ):
+    with pytest.raises(UnreadableError, match=r"^.*missing\.jpg: cannot be read .*No such file"):
         FileSource([damaged["missing"]]).dimensions(0)
 
 
@@ -174,21 +157,9 @@ class Items(Dataset):
 def test_a_dataset_gives_images_of_every_kind() -> None:
     chw = torch.from_numpy(COLOUR).permute(2, 0, 1)
     deep = Image.fromarray(GRAY.astype(np.uint16) * 257)
-    colour = [
-        Image.fromarray(COLOUR),
-        COLOUR,
-        chw,
-        (COLOUR, 1),
-        [chw, torch.tensor(3)],
-        COLOUR.copy(order="F"),
-    ]
-    gray = [
-        Image.fromarray(GRAY),
-        GRAY,
-        GRAY[:, :, None],
-        chw[:1] * 0 + torch.from_numpy(GRAY),
-        (deep,),
-    ]
+    pair, fortran = [chw, torch.tensor(3)], COLOUR.copy(order="F")
+    colour = [Image.fromarray(COLOUR), COLOUR, chw, (COLOUR, 1), pair, fortran]
+    gray = [Image.fromarray(GRAY), GRAY, GRAY[:, :, None], torch.from_numpy(GRAY)[None], (deep,)]
     source = as_source(Items(colour + gray))
     assert isinstance(source, DatasetSource)
     assert (len(source), source.labels, source.classes, source.name) == (11, None, None, "Items")
@@ -214,9 +185,7 @@ def test_a_dataset_gives_images_of_every_kind() -> None:
     ],
 )
 def test_a_dataset_of_something_else_is_refused(item: object, given: str) -> None:
-    with pytest.raises(
-        InputError, match=rf"^Items/1: {given} must be a PIL image, a uint8 numpy array"
-    ):
+    with pytest.raises(InputError, match=rf"^Items/1: {given} must be a PIL image, a uint8 numpy"):
         as_source(Items([COLOUR, item])).image(1)
 
 
@@ -227,53 +196,33 @@ class Endless(IterableDataset):
 
 def test_what_is_no_map_style_dataset_is_refused() -> None:
     for wrong, name in ((Endless(), "Endless"), ("imagenette", "str"), (3, "int"), ({1, 2}, "set")):
-        with pytest.raises(
-            InputError, match=f"source: {name} must be an ImageSource or a map-style Dataset"
-        ):
+        with pytest.raises(InputError, match=f"source: {name} must be an ImageSource or a map-st"):
             as_source(wrong)
 
 
 def test_an_exception_of_a_dataset_names_the_item() -> None:
-    with pytest.raises(
-        UnreadableError, match=r"set/2: cannot be read as an image \(IndexError: list index out"
-    ):
+    with pytest.raises(UnreadableError, match=r"set/2: cannot .* \(IndexError: list index out"):
         DatasetSource(Items([COLOUR]), "set").image(2)
-
-
-def test_files_are_not_given_to_decoders_that_run_programs(tmp_path: Path) -> None:
-    path = tmp_path / "script.jpg"
-    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n")
-    with pytest.raises(InputError, match="not a JPEG"):
-        FileSource([path]).image(0)
 
 
 def test_one_percent_may_be_unreadable() -> None:
     source = ArraySource(np.zeros((200, 2, 2), np.uint8), name="set")
     failures = [Unreadable(f"{index}.png", "an empty file") for index in range(4)]
     check_readable(source, failures[:2])
-    with pytest.raises(
-        InputError, match=r"set: 3 of 200 images cannot be read, .*2\.png \(an empty file\)$"
-    ):
+    with pytest.raises(InputError, match=r"set: 3 of 200 images .*2\.png \(an empty file\)$"):
         check_readable(source, failures[:3])
-    with pytest.raises(
-        InputError, match=r"set: 4 of 200 images.* 2\.png \(an empty file\), \.\.\.$"
-    ):
+    with pytest.raises(InputError, match=r"set: 4 of 200 images.* 2\.png \(.*\), \.\.\.$"):
         check_readable(source, failures)
 
 
 def test_sources_survive_pickling(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png")
-    for source in (
-        FileSource([path], np.array([0]), ("x",)),
-        ArraySource(COLOUR[None], np.array([0]), ("x",)),
-    ):
+    for kind, content in ((FileSource, [path]), (ArraySource, COLOUR[None])):
+        source = kind(content, np.array([0]), ("x",))
         twin = pickle.loads(pickle.dumps(source))
-        np.testing.assert_array_equal(np.asarray(twin.image(0)), np.asarray(source.image(0)))
-        assert (twin.classes, twin.name, twin.describe(0)) == (
-            source.classes,
-            source.name,
-            source.describe(0),
-        )
+        np.testing.assert_array_equal(twin.image(0), source.image(0))
+        assert (twin.classes, twin.name) == (source.classes, source.name)
+        assert twin.describe(0) == source.describe(0)
 
 
 @pytest.mark.parametrize("kind", ["gif", "tif", "png"])
@@ -292,7 +241,7 @@ def test_frames_are_the_same_in_any_order(tmp_path: Path, kind: str) -> None:
 
 
 def test_frames_of_a_png_that_are_undone_leave_nothing_behind(tmp_path: Path) -> None:
-    """A sprite that moves over a transparent ground: each frame holds its own place alone, whatever was read before."""
+    """A sprite that moves over a transparent ground: a frame has one sprite, in any order."""
     frames = []
     for place in range(4):
         pixels = np.zeros((4, 16, 4), np.uint8)
@@ -308,11 +257,15 @@ def test_frames_of_a_png_that_are_undone_leave_nothing_behind(tmp_path: Path) ->
         np.testing.assert_array_equal(green, alone)
 
 
-def test_a_long_animation_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, read = FileSource([save_frames(tmp_path / "long.gif", 40)], decode=ALL), []
-    seek = GifImageFile._seek
+@pytest.mark.parametrize("kind", [GifImageFile, PngImageFile])
+def test_a_long_animation_is_read_once(
+    kind: type[Image.Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_frames(tmp_path / f"long.{kind.format.lower()}", 40)
+    source, read = FileSource([path], decode=ALL), []
+    seek = kind._seek
     monkeypatch.setattr(
-        GifImageFile, "_seek", lambda self, *options: read.append(options) or seek(self, *options)
+        kind, "_seek", lambda self, *options: read.append(options) or seek(self, *options)
     )
     for index in range(40):
         source.image(index)
@@ -326,11 +279,9 @@ def test_a_file_whose_frames_cannot_be_counted_is_named(
     with monkeypatch.context() as patch:
         patch.setattr(GifImageFile, "n_frames", property(lambda self: [].pop()))
         source = FileSource([path, save(tmp_path / "one.png")], decode=ALL)
+    message = r"moving\.gif: .*its frames cannot be counted: pop from empty list"
     for part in (source, source.take(np.array([0]), "part"), pickle.loads(pickle.dumps(source))):
-        with pytest.raises(
-            UnreadableError,
-            match=r"moving\.gif: .*its frames cannot be counted: pop from empty list",
-        ):
+        with pytest.raises(UnreadableError, match=message):
             part.image(0)
     with pytest.raises(InputError, match="1 of 2 images cannot be read"):
         in_memory(source, workers=0)
@@ -347,7 +298,6 @@ def test_all_frames_of_files_in_a_list(tmp_path: Path, monkeypatch: pytest.Monke
     images = [np.asarray(source.image(index)) for index in range(len(source))]
     np.testing.assert_array_equal(images[1], images[3])
     assert not np.array_equal(images[1], images[2])
-    assert source.notes == (
-        "images: 1 PIL image with several frames, of which the current one is used; a file's path gives all",
-    )
+    (note,) = source.notes
+    assert note.startswith("images: 1 PIL image with several frames, of which the current one")
     assert open_images([moving]).notes == open_images([Image.open(other)], ALL).notes == ()

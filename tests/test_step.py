@@ -1,7 +1,8 @@
-"""The training step: plain SGD in other words, the latch, and the same numbers eager, overlapped and captured."""
+"""The training step: SGD, the latch, and the same numbers eager, overlapped and captured."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -14,10 +15,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from vi_simsiam.config import AugmentConfig, TrainConfig
 from vi_simsiam.data import Batch, DeviceFeed, MultiViewLoader
-from vi_simsiam.engine.distributed import _OWN_BUFFERS
 from vi_simsiam.engine.graph import capture
+from vi_simsiam.engine.network import OWN_BUFFERS
 from vi_simsiam.engine.step import OverlappedStep, TrainStep, learning_rates
-from vi_simsiam.models import Output, SimSiam, VISimSiam
+from vi_simsiam.models import SimSiam, VISimSiam
 
 POLICY = AugmentConfig(size=12, local_views=1, local_size=8, blur_prob=0.0)
 RATES = learning_rates(TrainConfig(epochs=3, lr=0.1, warmup_epochs=0.5), 6)
@@ -45,23 +46,26 @@ def make_step(kind: type[SimSiam] = VISimSiam, device: str = "cpu", **options: o
     )  # type: ignore[arg-type]
 
 
+@contextlib.contextmanager
+def group_of_one() -> Iterator[None]:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def views(step: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(step)
     return [torch.randn(8, 3, size, size, generator=generator) for size in (12, 12, 8)]
 
 
 def everything(step: TrainStep) -> list[Tensor]:
-    """Weights, BatchNorm's buffers, momentum, learning rate, counter, latch and losses."""
-    momenta = [step.optimizer.state[p]["momentum_buffer"] for p in step.model.parameters()]
-    rates = [group["lr"] for group in step.optimizer.param_groups]
-    kept = [
-        *step.model.state_dict().values(),
-        *momenta,
-        *rates,
-        step.counter,
-        step.failed,
-        step.losses,
-    ]
+    """Weights, buffers, momentum, learning rate, counter, latch and losses."""
+    momenta = [entry["momentum_buffer"] for entry in step.optimizer.state.values()]
+    numbers = [step.optimizer.param_groups[0]["lr"], step.counter, step.failed, step.losses]
+    kept = [*step.model.state_dict().values(), *momenta, *numbers]
     return [tensor.clone() for tensor in kept]
 
 
@@ -73,9 +77,9 @@ def assert_same(first: list[Tensor], second: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("clip_norm", [None, 0.05])
 def test_a_step_is_sgd(clip_norm: float | None) -> None:
-    """Against torch's unfused SGD, with learning rates as Python numbers and clipping by torch's own function.
+    """Torch's unfused SGD, with learning rates as Python numbers and torch's own clipping.
 
-    Every step begins from the same weights: six steps would carry the roundings of the first one far.
+    Every step begins from the same weights: six steps would amplify the rounding of the first one.
     """
     step, reference = make_step(clip_norm=clip_norm), make_step()
     model = reference.model
@@ -104,7 +108,7 @@ def test_the_latch_keeps_what_was_good(monkeypatch: pytest.MonkeyPatch) -> None:
     """The third loss is NaN; later ones are finite again and must change nothing."""
     step = make_step(weight_decay=0.1)
     loss = step.model.loss
-    broken: list[float] = [1.0, 1.0, float("nan"), 1.0, 1.0]
+    broken = [1.0, 1.0, float("nan"), 1.0, 1.0]
     monkeypatch.setattr(step.model, "loss", lambda *given: loss(*given) * broken[int(step.counter)])
     kept: list[Tensor] = []
     for i in range(5):
@@ -122,23 +126,26 @@ def test_the_latch_keeps_what_was_good(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_first_step_starts_momentum_as_torch_does() -> None:
+    """The output carries no graph."""
     step, reference = make_step(), make_step()
     before = [p.detach().clone() for p in step.model.parameters()]
-    step(views(0))
+    output = step(views(0))
+    assert not any(tensor.requires_grad for tensor in (*output.predictions, *output.targets))
+    assert (len(output.predictions), len(output.targets)) == (3, 2)
     reference.model.loss(reference.model(views(0)), "auto", 0.1).backward()
-    for start, p, q in zip(
-        before, step.model.parameters(), reference.model.parameters(), strict=True
-    ):
+    models = step.model.parameters(), reference.model.parameters()
+    for start, p, q in zip(before, *models, strict=True):
         expected = q.grad + 1e-2 * start
         torch.testing.assert_close(step.optimizer.state[p]["momentum_buffer"], expected)
         torch.testing.assert_close(p.detach(), start - RATES[0] * expected)
 
 
-def test_what_a_step_returns_carries_no_graph() -> None:
-    output = make_step()(views(0))
-    assert not any(tensor.requires_grad for tensor in (*output.predictions, *output.targets))
-    assert len(output.predictions) == 3
-    assert len(output.targets) == 2
+def test_learning_rate_warms_up_and_decays() -> None:
+    rates = learning_rates(TrainConfig(epochs=10, warmup_epochs=2.0, lr=0.5), 5).tolist()
+    assert len(rates) == 50
+    assert rates[:10] == pytest.approx([0.05 * (i + 1) for i in range(10)])
+    assert (rates[10], rates[30]) == pytest.approx((0.5, 0.25))
+    assert 0 < rates[-1] < 0.002
 
 
 def test_bfloat16_changes_little() -> None:
@@ -153,40 +160,15 @@ def test_bfloat16_changes_little() -> None:
     assert all(p.dtype == torch.float32 for p in rounded.model.parameters())
 
 
-def test_another_network_computes_and_the_model_is_trained() -> None:
-    """As with a compiled model: what maps views to an output is not what holds the weights."""
-    calls = []
-    step = make_step()
-
-    def network(given: list[Tensor]) -> Output:
-        calls.append(len(given))
-        return step.model(given)  # type: ignore[no-any-return]
-
-    step.network = network
-    plain = make_step()
-    for i in range(2):
-        step(views(i))
-        plain(views(i))
-    assert calls == [3, 3]
-    assert_same(everything(step), everything(plain))
-
-
 def test_a_model_in_ddp_is_refused_and_trains_on() -> None:
-    """Refused in its forward: broken off in its backward the wrapper would refuse every later step."""
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    try:
+    """Refused in its forward: after a failed backward the wrapper would refuse every later step."""
+    with group_of_one():
         step = make_step()
-        step.network = DistributedDataParallel(step.model, **_OWN_BUFFERS)
+        step.network = DistributedDataParallel(step.model, **OWN_BUFFERS)
         call = with_stand_in(step, step.state, mode="auto")
-        with pytest.warns(
-            UserWarning, match="it runs a model in DistributedDataParallel, which is not captured"
-        ):
+        with pytest.warns(UserWarning, match="DistributedDataParallel, which is not captured"):
             call(views(0))
         call(views(1))
-    finally:
-        torch.distributed.destroy_process_group()
     plain = make_step()
     for i in range(2):
         plain(views(i))
@@ -194,7 +176,7 @@ def test_a_model_in_ddp_is_refused_and_trains_on() -> None:
 
 
 class KernelFeed(DeviceFeed):
-    """A feed whose views no dispatcher sees, as those that kernels make on a GPU: the reference reads its table."""
+    """A feed whose views bypass the dispatcher, as those of a GPU's kernels do."""
 
     def make(self, counter: Tensor) -> Batch:
         with _disable_current_modes():
@@ -217,7 +199,7 @@ def feed() -> Iterator[Callable[[str], DeviceFeed]]:
 
 
 def by_loader(kind: type[SimSiam], steps: int) -> TrainStep:
-    """The run that the overlapped ones must equal: batches from the loader, one step after the other."""
+    """The run that the overlapped ones must equal: batches from the loader, step by step."""
     step = make_step(kind)
     loader = MultiViewLoader(IMAGES, POLICY, 4, seed=3, workers=0)
     for i in range(steps):
@@ -231,7 +213,7 @@ def by_loader(kind: type[SimSiam], steps: int) -> TrainStep:
 def test_overlapped_and_captured_steps_train_alike(
     feed: Callable[[str], DeviceFeed], kind: type[SimSiam], captured: bool, memory: str
 ) -> None:
-    """Ten steps across the end of an epoch and of the table's segments, number for number, and metrics of each."""
+    """Ten steps across the end of an epoch and of the table's segments, bit for bit."""
     expected = by_loader(kind, 10)
     step = make_step(kind)
     whole = OverlappedStep(step, feed(memory))
@@ -264,20 +246,16 @@ def test_a_captured_run_is_resumed(feed: Callable[[str], DeviceFeed]) -> None:
     assert torch.equal(step.losses[7:], expected.losses[7:])
 
 
-@on_gpu(
-    "replays make the views of the steps to come on their second stream, and train as single launches do"
-)
+@on_gpu("replays make the views of the next steps on a second stream, and train as single launches")
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_overlapped_replays_on_a_gpu(memory: str) -> None:
-    """The host runs far ahead of the device, across epochs, segments of the table and reused slots."""
+    """The host runs far ahead, across epochs, segments of the table and reused slots."""
     steps = len(RATES) - 1
     made: list[list[list[Tensor]]] = []
     losses: list[Tensor] = []
     for mode in ("on", "off"):
         step = make_step(device="cuda")
-        step.rates.div_(
-            100
-        )  # the whole rate amplifies the last bit of a sum to a whole loss in eight steps
+        step.rates.div_(100)  # the whole rate amplifies rounding to a whole loss in eight steps
         feed = DeviceFeed(
             IMAGES, POLICY, batch_size=4, seed=3, device="cuda", memory=memory, segment=4
         )  # type: ignore[arg-type]

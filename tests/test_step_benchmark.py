@@ -18,11 +18,10 @@ from rich.console import Console
 from test_pipeline_benchmarks import TINY, needs_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vi_simsiam.benchmarks import images, step, step_parts
-from vi_simsiam.benchmarks import pipeline_tables as tables
-from vi_simsiam.benchmarks.launches import by_kind, launches_of
+from vi_simsiam.benchmarks import images, step, step_parts, tables
+from vi_simsiam.benchmarks.launches import by_kind, launches_case, launches_of
 from vi_simsiam.benchmarks.step_parts import Parts, StepCase, WholeStep
-from vi_simsiam.benchmarks.timers import WallTimer, timer_for
+from vi_simsiam.benchmarks.timers import Timer, timer_for
 from vi_simsiam.benchmarks.view_cases import ViewCase
 from vi_simsiam.config import Method, ModelConfig, TrainConfig
 from vi_simsiam.data.cache import in_memory
@@ -46,8 +45,8 @@ class TinyStep(StepCase):
         return dataclasses.replace(super().config, model=small)
 
 
-class OperationTimer(WallTimer):
-    """The number of PyTorch's operations in the place of a time: the same on a busy machine."""
+class OperationTimer(Timer):
+    """Counts PyTorch's operations instead of seconds: the same on a busy machine."""
 
     @staticmethod
     def _time(call: Callable[[Any], object], sets: Sequence[Any], calls: int) -> float:
@@ -65,24 +64,28 @@ class OperationTimer(WallTimer):
         return float(counter.count)
 
 
-def test_a_step_is_measured_whole_and_in_parts(
-    packed: PackedImages, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(step_parts._STEPS, "cpu", 1)
     monkeypatch.setattr(step, "_CHECKED_STEPS", 2)
     monkeypatch.setattr(torch, "compile", mock.Mock(side_effect=RuntimeError("no compiler")))
+
+
+@pytest.mark.usefixtures("short_steps")
+def test_a_step_is_measured_whole_and_in_parts(packed: PackedImages) -> None:
     case = TinyStep(ViewCase(2, 16), "vi-simsiam")
     found = step.measure_case(case, packed, CPU, OperationTimer(), rounds=3)
     assert found["name"] == "vi-simsiam 2x16 batch 2"
     providers = found["providers"]
     assert providers[step.STEP]["losses"] == pytest.approx(found["losses"], abs=1e-4)
-    assert providers[step.COMPILED]["failure"] == "RuntimeError: no compiler"
+    assert providers[step.NETWORK_COMPILED]["failure"] == "RuntimeError: no compiler"
     timed = {name for name, provider in providers.items() if provider["time"] is not None}
     assert timed == {step.STEP, step.NETWORK, step.AT_HAND, *step.PIECES}
     network, whole = (providers[name]["time"]["median_us"] for name in (step.NETWORK, step.AT_HAND))
     assert 100 < network < whole, "the loss and the optimizer come on top"
     assert found["phases"]["backward"] > 0
-    # Backward costs about twice the forward: conv weights alone make more than a million operations a sample.
+    # Backward costs about twice the forward: convolution weights alone need more than a million
+    # operations a sample.
     assert found["flops"] > 3 * 4 * 1e6
     text = shown(tables.step_case(found))
     assert "no compiler" in text
@@ -90,6 +93,7 @@ def test_a_step_is_measured_whole_and_in_parts(
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.usefixtures("short_steps")
 def test_launches_are_counted_after_all_times(
     packed: PackedImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,43 +101,30 @@ def test_launches_are_counted_after_all_times(
     timed: list[list[bool]] = []
 
     def count(call: Callable[[], object], device: torch.device) -> list[dict[str, Any]]:
-        timed.append(
-            [
-                case["providers"][step.STEP]["time"] is not None
-                for case in json.loads(path.read_text())["cases"]
-            ]
-        )
+        cases = json.loads(path.read_text())["cases"]
+        timed.append([case["providers"][step.STEP]["time"] is not None for case in cases])
         if len(timed) == 2:
             raise RuntimeError("no profiler")
         return launches_of(call, device)
 
-    monkeypatch.setitem(step_parts._STEPS, "cpu", 1)
+    cases = [TinyStep(ViewCase(2, 16), method) for method in ("vi-simsiam", "simsiam")]
     monkeypatch.setattr(step, "_CHECKED_STEPS", 1)
     monkeypatch.setattr(step, "_images", lambda *_: packed)
     monkeypatch.setattr(step, "timer_for", lambda device: OperationTimer())
-    monkeypatch.setattr(torch, "compile", mock.Mock(side_effect=RuntimeError("no compiler")))
-    monkeypatch.setattr(
-        step,
-        "step_cases",
-        lambda *_, short: [
-            TinyStep(ViewCase(2, 16), method) for method in ("vi-simsiam", "simsiam")
-        ],
-    )
+    monkeypatch.setattr(step, "step_cases", lambda *_, short: cases)
     monkeypatch.setattr(step, "launches_of", count)
     console = Console(file=io.StringIO(), width=200)
-    with pytest.warns(
-        UserWarning,
-        match="launches with the layers 'torch' are not counted: RuntimeError: no profiler",
-    ):
-        step.run(step.Options(device="cpu", rounds=3, kernels=True, out=tmp_path), console)
+    options = step.Options(device="cpu", rounds=3, kernels=True, out=tmp_path)
+    with pytest.warns(UserWarning, match="layers 'torch' .* RuntimeError: no profiler"):
+        step.run(options, console)
     assert timed == [[True, True]] * 2, "every time is in the file before"
     first, second = json.loads(path.read_text())["cases"]
     assert (first["method"], second["launches"]) == ("vi-simsiam", {})
     counted = by_kind(first["launches"]["torch"])
     assert counted["loss"][0] == counted["SGD"][0] == 1
-    assert f"({counted['convolutions'][0]})" in shown(tables.launches_case(first))
-    step.run(step.Options(device="cpu", rounds=3, kernels=True, out=tmp_path, resume=True), console)
-    assert len(timed) == 3, "--resume counts what is missing alone"
+    assert f"({counted['convolutions'][0]})" in shown(launches_case(first))
+    step.run(dataclasses.replace(options, resume=True), console)
+    assert len(timed) == 3, "--resume counts only what is missing"
     again = json.loads(path.read_text())["cases"]
     assert (again[0], again[1]["providers"]) == (first, second["providers"])
     assert again[1]["launches"].keys() == {"torch"}
@@ -142,7 +133,7 @@ def test_launches_are_counted_after_all_times(
 @pytest.mark.filterwarnings("error")
 def test_a_step_without_memory_is_a_result(packed: PackedImages) -> None:
     with mock.patch.object(Parts, "flops", side_effect=MemoryError()):
-        found = step.measure_case(TinyStep(TINY, "simsiam"), packed, CPU, WallTimer(), rounds=3)
+        found = step.measure_case(TinyStep(TINY, "simsiam"), packed, CPU, Timer(), rounds=3)
     assert {provider["failure"] for provider in found["providers"].values()} == {"out of memory"}
     with mock.patch.object(step, "Parts", side_effect=MemoryError()):
         assert step.count_launches(TinyStep(TINY, "simsiam"), found, CPU) == {}
@@ -174,9 +165,7 @@ def test_a_step_that_trains_otherwise_is_refused(packed: PackedImages) -> None:
     whole.step.rates *= 50
     losses = whole.losses(2)
     whole.close()
-    assert losses[0] == pytest.approx(expected[0], abs=1e-5), (
-        "the first loss is that of the same weights and views"
-    )
+    assert losses[0] == pytest.approx(expected[0], abs=1e-5), "the same weights and views"
     found = step.judge(losses, expected, 1e-4)
     assert found["failure"].startswith("wrong: losses ")
     assert found["losses"] == losses
@@ -186,27 +175,31 @@ def test_a_step_that_trains_otherwise_is_refused(packed: PackedImages) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "rate", "exact", "rounded", "without_updates", "scale"),
+    ("method", "rate", "scale", "exact", "rounded", "without_updates"),
     [
         (
-            "vi-simsiam", 4e-3, [16.29, 27.39, 16.03, 13.81, 15.60, 1.02],
-            [16.40, 27.54, 16.30, 14.07, 15.09, 1.42], [16.29, 29.34, 18.84, 15.63, 21.07, 13.28], 2048 - 1,
+            "vi-simsiam", 4e-3, 2048 - 1,
+            [16.29, 27.39, 16.03, 13.81, 15.60, 1.02],
+            [16.40, 27.54, 16.30, 14.07, 15.09, 1.42],
+            [16.29, 29.34, 18.84, 15.63, 21.07, 13.28],
         ),
         (
-            "simsiam", 1.6e-2, [0.00282, 0.00254, 0.00090, 0.00538, -0.00003, -0.00128],
-            [0.00285, 0.00255, 0.00116, 0.00581, 0.00137, -0.00290], [0.00282, 0.00199, -0.00047, 0.00706, 0.00745, 0.00293], 1,
+            "simsiam", 1.6e-2, 1,
+            [0.00282, 0.00254, 0.00090, 0.00538, -0.00003, -0.00128],
+            [0.00285, 0.00255, 0.00116, 0.00581, 0.00137, -0.00290],
+            [0.00282, 0.00199, -0.00047, 0.00706, 0.00745, 0.00293],
         ),
     ],
 )  # fmt: skip
 def test_the_tolerance_lies_between_rounding_and_missed_updates(
     method: Method,
     rate: float,
+    scale: float,
     exact: list[float],
     rounded: list[float],
     without_updates: list[float],
-    scale: float,
 ) -> None:
-    """The first losses, 2x128 views of 64 images: in float32, with bfloat16, and with weights that stay."""
+    """First losses on 2x128 views of 64 images: float32, bfloat16, and without updates."""
     assert step_parts._LR[method] == rate, "the losses are those of this rate"
     tolerance = step._TOLERANCE["cuda"][method] * scale
     assert step.judge(rounded, exact, tolerance)["correct"]
@@ -214,46 +207,44 @@ def test_the_tolerance_lies_between_rounding_and_missed_updates(
 
 
 def test_phases_are_differences() -> None:
-    medians = {step.STEP: 110, step.AT_HAND: 100, "augmentation": 30}
-    medians |= {
-        "forward": 30,
-        "forward + loss": 32,
-        "forward + loss + backward": 90,
-        "optimiser": 6,
-    }
+    medians = {step.STEP: 110, step.AT_HAND: 100}
+    medians |= dict(zip(step.PIECES, (30, 30, 32, 90, 6), strict=True))
     found = {name: {"time": {"median_us": value}} for name, value in medians.items()}
     assert step.phases(found) == {
-        "augmentation": 30, "exposed augmentation": 10, "forward": 30, "loss": 2, "backward": 58, "optimiser": 6, "gaps": 4,
-    }  # fmt: skip
+        "augmentation": 30,
+        "exposed augmentation": 10,
+        "forward": 30,
+        "loss": 2,
+        "backward": 58,
+        "optimiser": 6,
+        "gaps": 4,
+    }
     found["forward"]["time"] = None  # type: ignore[assignment]
     without = step.phases(found)
     assert (without["forward"], without["loss"], without["backward"]) == (None, None, 58)
 
 
-def test_peak_is_given_only_for_known_gpus() -> None:
-    with mock.patch.object(torch.cuda, "get_device_name", return_value="NVIDIA H200"):
-        assert step_parts.peak_flops(torch.device("cuda")) == 989e12
-    with mock.patch.object(torch.cuda, "get_device_name", return_value="NVIDIA Unheard 1"):
-        assert step_parts.peak_flops(torch.device("cuda")) is None
+@pytest.mark.parametrize(("name", "peak"), [("NVIDIA H200", 989e12), ("NVIDIA Unheard 1", None)])
+def test_peak_is_given_only_for_known_gpus(name: str, peak: float | None) -> None:
+    with mock.patch.object(torch.cuda, "get_device_name", return_value=name):
+        assert step_parts.peak_flops(torch.device("cuda")) == peak
     assert step_parts.peak_flops(CPU) is None
 
 
 @pytest.mark.gpu
 @needs_gpu
 def test_gpu_step_is_captured_and_has_all_phases() -> None:
-    """With the default network: in a tiny one, statistics of few numbers amplify the rounding of bfloat16."""
+    """With the default network: a tiny one amplifies the rounding of bfloat16."""
     device = torch.device("cuda")
     case = StepCase(ViewCase(32, 32, 2, 16, sides=(32, 40)), "vi-simsiam")
     made = step._images(case, "cuda")
     found = step.measure_case(
         case, made, device, timer_for(device), rounds=3, without_compile="left out"
     )
-    failures = {
-        name: provider["failure"]
-        for name, provider in found["providers"].items()
-        if provider["failure"]
-    }
-    assert failures == dict.fromkeys((step.COMPILED, f"{step.AT_HAND}, torch.compile"), "left out")
+    failures = {n: each["failure"] for n, each in found["providers"].items() if each["failure"]}
+    assert failures == dict.fromkeys(
+        (step.NETWORK_COMPILED, f"{step.AT_HAND}, torch.compile"), "left out"
+    )
     launches = step.count_launches(case, found, device)
     assert launches.keys() == {"torch, view by view", "torch", "kernels"}
     ours, theirs = (by_kind(launches[layers]) for layers in ("kernels", "torch, view by view"))

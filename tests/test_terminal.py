@@ -1,4 +1,4 @@
-"""What is printed on a terminal of 80 columns: paths stay whole, and names with brackets are no styles."""
+"""Output on a terminal of 80 columns: paths stay whole, names with brackets are not styles."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from rich.console import Console
 
 from vi_simsiam.benchmarks import accuracy
 from vi_simsiam.benchmarks.suite import Suite, SuiteOptions
-from vi_simsiam.cli import uncertainty as command
+from vi_simsiam.cli import evaluate as command
 from vi_simsiam.errors import InputError
-from vi_simsiam.experiments.place import Place
-from vi_simsiam.experiments.plan import Arm
-from vi_simsiam.experiments.runner import Task, _Batch, _decode
+from vi_simsiam.experiments.plan import Arm, Place
+from vi_simsiam.experiments.runner import Run, _Batch, _decode
 
 ODD = "a [b] [/c] " + "long-" * 20 + "name"
 
@@ -38,10 +37,10 @@ class Terminal(Console):
 def test_benchmarks_print_paths_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal, folder = Terminal(), tmp_path / ODD.replace("/", "-")
     suite = Suite("augment", SuiteOptions(device="cpu", out=folder), terminal)
-    suite.finish([], lambda result, path: [path / "plot.png"])
+    suite.finish()
     assert terminal.lines == [
         f"written: {folder}/cpu/augment.json",
-        f"written: {folder}/cpu/plot.png",
+        f"written: {folder}/cpu/augment.png",
     ]
     terminal = Terminal()
     monkeypatch.setattr(
@@ -78,10 +77,8 @@ def test_experiments_show_logs_and_data_as_they_are(tmp_path: Path) -> None:
         )
 
     terminal = Terminal()
-    batch = _Batch(
-        [Task(Arm("a", config, ""), 0, tmp_path, {})], ["cpu"], Place(), terminal, [], ""
-    )
-    (run,) = batch.runs
+    run = Run(Arm("a", config, ""), 0, tmp_path, {})
+    batch = _Batch([run], ["cpu"], Place(), terminal, [], "")
     run.log.parent.mkdir()
     run.log.write_text("reading [/x] [red]\n")
     run.start(["sleep", "60"], threads=1, append=True)

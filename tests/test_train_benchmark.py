@@ -1,13 +1,14 @@
-"""The benchmark of whole trainings: its clock, the trainings themselves, and how they are compared."""
+"""The benchmark of whole trainings: its clock, the trainings, and their comparison."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
 import json
-from collections.abc import Callable
+import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from rich.console import Console
 from test_trainer import config
 from torch import Tensor, nn
 
-from vi_simsiam.benchmarks import train, train_peers
+from vi_simsiam.benchmarks import names, train, train_peers
 from vi_simsiam.benchmarks.train_peers import Recorder
 from vi_simsiam.config import ModelConfig
 from vi_simsiam.engine.trainer import Trainer
@@ -28,134 +29,128 @@ def quiet() -> Console:
     return Console(file=io.StringIO(), width=300)
 
 
+def options(**changed: Any) -> train.Options:
+    small = {"images": 8, "size": 8, "batch_size": 4, "epochs": 2, "workers": 0}
+    return train.Options(device="cpu", **{**small, **changed})
+
+
+class Constant(nn.Flatten):
+    """Features without training."""
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(weight))
+
+
+def trains(*, epochs: int | None = None, loss: float = 1.0, weight: float = 1.0) -> train.Trains:
+    def call(training: train_peers.Training, recorder: Recorder) -> None:
+        for _ in range(training.config.epochs if epochs is None else epochs):
+            recorder.epoch_done(Constant(weight), torch.tensor(loss))
+
+    return call
+
+
+def raises(error: BaseException) -> train.Trains:
+    def call(training: train_peers.Training, recorder: Recorder) -> None:
+        raise error
+
+    return call
+
+
 def test_recorder_stands_still_while_features_are_evaluated() -> None:
     now = iter([100.0, 110.0, 114.0, 124.0, 128.0, 129.0])
     accuracies = iter([0.5, 0.7])
     recorder = Recorder(
         CPU, evaluate=lambda _: next(accuracies), every=1, epochs=2, clock=lambda: next(now)
     )
-    recorder.epoch_done(nn.Identity(), torch.ones(()))
-    recorder.epoch_done(nn.Identity(), torch.ones(()))
+    trains(epochs=2)(mock.Mock(), recorder)
     recorder.finish()
     assert recorder.epoch_ends == [10.0, 20.0]
     assert recorder.accuracies == [(1, 10.0, 0.5), (2, 20.0, 0.7)]
     assert recorder.evaluation_seconds == 4.0
     assert recorder.total_seconds == 21.0
-    options = train.Options(epochs=2, images=64, target_accuracy=0.6)
-    found = train.summary([recorder], options, steps_per_epoch=5)
+    given = train.Options(epochs=2, images=64, target_accuracy=0.6)
+    found = train.summary([recorder], given, steps_per_epoch=5)
     assert found["time"]["median_us"] == 2e6
     assert (found["cold_start_seconds"], found["training_seconds"]) == (0.0, 21.0)
     assert found["views_per_second"] == 64.0
     assert (found["knn_top1"], found["seconds_to_target"]) == (0.7, 20.0)
-    other = dataclasses.replace(options, target_accuracy=0.9)
+    other = dataclasses.replace(given, target_accuracy=0.9)
     assert train.summary([recorder], other, steps_per_epoch=5)["seconds_to_target"] is None
 
 
 def test_trainings_are_compared_in_turn_and_failures_recorded(tmp_path: Path) -> None:
     order: list[str] = []
     seconds = iter(range(10**6))
+    given = {
+        "vi-simsiam": trains(),
+        "lightly": raises(ImportError("lightly is not installed")),
+        "plain PyTorch": trains(),
+        "short": trains(epochs=1),
+        "empty": trains(epochs=0),
+        "nan": trains(loss=math.nan),
+        "inf": trains(weight=math.inf),
+    }
 
-    def trains(name: str) -> Any:
-        def call(training: train_peers.Training, recorder: Recorder) -> None:
-            order.append(name)
-            if name == "lightly":
-                raise ImportError("lightly is not installed")
-            assert len(training.source) == 8
-            for _ in range(training.config.epochs):
-                recorder.epoch_done(nn.Flatten(), torch.ones(()))
+    def noted(name: str) -> train.Trains:
+        return lambda *arguments: order.append(name) or given[name](*arguments)
 
-        return call
-
-    options = train.Options(
-        device="cpu", rounds=2, images=8, size=8, batch_size=4, epochs=3, workers=0, out=tmp_path
-    )
-    given = {name: trains(name) for name in ("vi-simsiam", "lightly", "plain PyTorch")}
-    result = train.run(options, quiet(), providers=given, clock=lambda: float(next(seconds)))
-    assert order == ["lightly", "vi-simsiam", "plain PyTorch", "vi-simsiam", "plain PyTorch"]
+    providers = {name: noted(name) for name in given}
+    chosen = options(rounds=2, epochs=3, out=tmp_path)
+    result = train.run(chosen, quiet(), providers=providers, clock=lambda: float(next(seconds)))
+    assert order[:7] == ["lightly", *(name for name in given if name != "lightly")]
+    assert order[7:] == ["vi-simsiam", "plain PyTorch"], "what failed is not trained again"
     (case,) = result["cases"]
     assert case["name"] == "generated 2x8 batch 4, 3 epochs of 8 images"
-    mine = case["providers"]["vi-simsiam"]
+    mine, other = case["providers"]["vi-simsiam"], case["providers"]["plain PyTorch"]
+    assert mine["correct"]
     assert mine["time"]["rounds"] == 4, "two later epochs of two trainings"
-    assert mine["caching_seconds"] == 1.0
-    assert case["providers"]["plain PyTorch"]["caching_seconds"] is None
+    assert (mine["caching_seconds"], other["caching_seconds"]) == (1.0, None)
     assert 0 <= mine["knn_top1"] <= 1
-    assert case["providers"]["lightly"]["failure"] == "ImportError: lightly is not installed"
-    again = train.run(
-        dataclasses.replace(options, resume=True),
-        quiet(),
-        providers=given,
-        clock=lambda: float(next(seconds)),
-    )
-    assert len(again["cases"]) == 1, "the same case is measured anew, not twice in the file"
-    assert json.loads((tmp_path / "cpu" / "train.json").read_text())["benchmark"] == "train"
+    failures = {n: each["failure"] for n, each in case["providers"].items() if not each["correct"]}
+    assert failures == {
+        "lightly": "ImportError: lightly is not installed",
+        "short": "TrainingError: wrong: 1 of 3 epochs were trained",
+        "empty": "TrainingError: wrong: 0 of 3 epochs were trained",
+        "nan": "TrainingError: diverged: losses or weights are not finite",
+        "inf": "TrainingError: diverged: losses or weights are not finite",
+    }
+    assert all(case["providers"][name]["time"] is None for name in failures)
+    written = json.loads((tmp_path / "cpu" / "train.json").read_text())
+    assert written["cases"] == json.loads(json.dumps(result["cases"]))
     assert (tmp_path / "cpu" / "train.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(
-        InputError, match="no provider's name contains 'x'; there are 'vi-simsiam', 'lightly'"
+    for changed, message in (
+        ({"only": "x"}, "no provider's name contains 'x'; there are 'vi-simsiam', 'lightly'"),
+        ({"images": None, "batch_size": 300}, "batch_size: 300 must be at most 256"),
     ):
-        train.run(dataclasses.replace(options, only="x"), quiet(), providers=given)
-    with pytest.raises(
-        InputError, match="batch_size: 300 must be at most 256, the number of training images"
-    ):
-        train.run(
-            dataclasses.replace(options, images=None, batch_size=300), quiet(), providers=given
-        )
+        with pytest.raises(InputError, match=message):
+            train.run(dataclasses.replace(chosen, **changed), quiet(), providers=providers)
 
 
 def test_a_benchmark_that_is_stopped_leaves_the_trainings_before(tmp_path: Path) -> None:
-    def trains(training: train_peers.Training, recorder: Recorder) -> None:
-        for _ in range(training.config.epochs):
-            recorder.epoch_done(nn.Flatten(), torch.ones(()))
-
-    def stopped(training: train_peers.Training, recorder: Recorder) -> None:
-        raise KeyboardInterrupt
-
-    options = train.Options(
-        device="cpu", images=8, size=8, batch_size=4, epochs=2, workers=0, out=tmp_path
-    )
-    given = {"vi-simsiam": trains, "plain PyTorch": stopped, "lightly": trains}
+    given = {
+        "vi-simsiam": trains(),
+        "plain PyTorch": raises(KeyboardInterrupt()),
+        "lightly": trains(),
+    }
     with pytest.raises(KeyboardInterrupt):
-        train.run(options, quiet(), providers=given)
-    (case,) = json.loads((tmp_path / "cpu" / "train.json").read_text())["cases"]
+        train.run(options(out=tmp_path), quiet(), providers=given)
+    path = tmp_path / "cpu" / "train.json"
+    (case,) = json.loads(path.read_text())["cases"]
     assert [each["time"] is not None for each in case["providers"].values()] == [True, False, True]
     assert case["providers"]["plain PyTorch"]["failure"] == "stopped before its last training"
-
-
-@pytest.mark.parametrize(
-    ("epochs", "loss", "weight", "reason"),
-    [
-        (2, 1.0, 1.0, None),
-        (1, 1.0, 1.0, "TrainingError: wrong: 1 of 2 epochs were trained"),
-        (0, 1.0, 1.0, "TrainingError: wrong: 0 of 2 epochs were trained"),
-        (2, float("nan"), 1.0, "TrainingError: diverged: losses or weights are not finite"),
-        (2, 1.0, float("inf"), "TrainingError: diverged: losses or weights are not finite"),
-    ],
-)
-def test_a_training_that_diverged_or_ended_early_has_no_speed(
-    epochs: int, loss: float, weight: float, reason: str | None
-) -> None:
-    class Constant(nn.Flatten):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.tensor(weight))
-
-    def trains(training: train_peers.Training, recorder: Recorder) -> None:
-        for _ in range(epochs):
-            recorder.epoch_done(Constant(), torch.tensor(loss))
-
-    options = train.Options(device="cpu", images=8, size=8, batch_size=4, epochs=2, workers=0)
-    found = train.run(options, quiet(), providers={"lightly": trains})["cases"][0]["providers"][
-        "lightly"
-    ]
-    assert found["failure"] == reason
-    assert found["correct"] == (found["time"] is not None) == (reason is None)
+    given["plain PyTorch"] = trains()
+    train.run(options(out=tmp_path, resume=True), quiet(), providers=given)
+    (case,) = json.loads(path.read_text())["cases"]
+    assert case["providers"]["plain PyTorch"]["correct"], "a case is measured anew as a whole"
 
 
 def test_a_training_that_learnt_much_less_than_lightlys_has_no_speed() -> None:
     accuracies = {
         "lightly": 0.6,
-        train_peers.OURS_SIMSIAM: 0.4,
+        names.OURS_SIMSIAM: 0.4,
         train_peers.PLAIN: 0.52,
-        train_peers.OURS: 0.4,
+        names.OURS: 0.4,
     }
     found = {
         name: {"knn_top1": share, "correct": True, "time": {}} for name, share in accuracies.items()
@@ -165,11 +160,9 @@ def test_a_training_that_learnt_much_less_than_lightlys_has_no_speed() -> None:
         "within four standard errors of so few images"
     )
     train.refuse_worse(found, images=1000)
-    assert [name for name, values in found.items() if not values["correct"]] == [
-        train_peers.OURS_SIMSIAM
-    ]
-    assert found[train_peers.OURS_SIMSIAM]["failure"] == "wrong: kNN top-1 40.0%, lightly's 60.0%"
-    assert found[train_peers.OURS_SIMSIAM]["time"] is None
+    assert [name for name, values in found.items() if not values["correct"]] == [names.OURS_SIMSIAM]
+    assert found[names.OURS_SIMSIAM]["failure"] == "wrong: kNN top-1 40.0%, lightly's 60.0%"
+    assert found[names.OURS_SIMSIAM]["time"] is None
 
 
 @pytest.mark.parametrize(
@@ -186,36 +179,36 @@ def test_train_options_that_make_no_sense(changed: dict[str, Any], message: str)
         train.Options(**changed)
 
 
-@pytest.mark.parametrize("name", [train_peers.PLAIN, train_peers.LIGHTLY, train_peers.OURS_SIMSIAM])
+@pytest.mark.parametrize("name", [train_peers.PLAIN, names.LIGHTLY, names.OURS_SIMSIAM])
 def test_each_training_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole way with a tiny network: the pace of the clock and the accuracy are there, and the weights moved."""
-    if name == train_peers.LIGHTLY:
+    """With a tiny network: it has a speed and an accuracy, and the weights moved."""
+    if name == names.LIGHTLY:
         pytest.importorskip("lightly")
-    monkeypatch.setattr(
-        Trainer, "_launched", lambda trainer, replay: {"captured": True}
-    )  # as on a GPU
+    monkeypatch.setattr(Trainer, "_launched", lambda *_: {"captured": True})  # as on a GPU
     small = ModelConfig(dim=16, projector_hidden=8, predictor_hidden=8)
-    before: list[float] = []
+    sums: list[float] = []
+
+    class Watched(Recorder):
+        def epoch_done(self, backbone: nn.Module, loss: Tensor) -> None:
+            sums.append(sum(parameter.abs().sum().item() for parameter in backbone.parameters()))
+            super().epoch_done(backbone, loss)
 
     def watched(training: train_peers.Training, recorder: Recorder) -> None:
         config = dataclasses.replace(training.config, model=small, workers=0)
-        recorder.epoch_done = _seen(recorder.epoch_done, before)  # type: ignore[method-assign]
         train_peers.PROVIDERS[name](dataclasses.replace(training, config=config), recorder)
 
-    options = train.Options(
-        device="cpu", images=8, size=16, batch_size=4, epochs=2, workers=0, out=tmp_path
-    )
-    result = train.run(options, quiet(), providers={name: watched})
+    monkeypatch.setattr(train, "Recorder", Watched)
+    result = train.run(options(size=16, out=tmp_path), quiet(), providers={name: watched})
     found = result["cases"][0]["providers"][name]
     assert found["correct"], found["failure"]
     assert found["views_per_second"] > 0
     assert 0 <= found["knn_top1"] <= 1
-    assert len(set(before)) == 2, "each epoch changed the weights"
-    assert found["captured"] == (True if name == train_peers.OURS_SIMSIAM else None)
+    assert len(set(sums)) == 2, "each epoch changed the weights"
+    assert found["captured"] == (True if name == names.OURS_SIMSIAM else None)
 
 
 def test_an_epoch_is_over_before_its_checkpoint(image_folder: Path, tmp_path: Path) -> None:
-    """Its clock stands before hundreds of megabytes are written."""
+    """The time of an epoch does not include the writing of hundreds of megabytes."""
     trainer = Trainer(config(image_folder), tmp_path / "run", console=quiet())
     unsaved: list[int] = []
     trainer.fit(epoch_done=lambda: unsaved.append(trainer.step - trainer.saved_step))
@@ -226,28 +219,13 @@ def test_an_epoch_is_over_before_its_checkpoint(image_folder: Path, tmp_path: Pa
 def test_short_is_long_enough_for_the_device(
     device: str, extent: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: list[train.Options] = []
+    suite = mock.Mock(side_effect=InterruptedError)
     monkeypatch.setattr(train, "resolve_device", torch.device)
-    monkeypatch.setattr(
-        train, "Suite", lambda name, options, *more: given.append(options) or _stop()
-    )
+    monkeypatch.setattr(train, "Suite", suite)
     with pytest.raises(InterruptedError):
         train.run(train.Options(device=device, short=True, epochs=9), quiet())
-    assert (given[0].images, given[0].epochs) == extent
-
-
-def _stop() -> None:
-    raise InterruptedError
-
-
-def _seen(
-    epoch_done: Callable[[nn.Module, Tensor], None], sums: list[float]
-) -> Callable[[nn.Module, Tensor], None]:
-    def call(backbone: nn.Module, loss: Tensor) -> None:
-        sums.append(sum(parameter.abs().sum().item() for parameter in backbone.parameters()))
-        epoch_done(backbone, loss)
-
-    return call
+    given = suite.call_args.args[1]
+    assert (given.images, given.epochs) == extent
 
 
 def test_every_training_has_the_same_loss() -> None:
@@ -262,11 +240,10 @@ def test_every_training_has_the_same_loss() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", [train_peers.PLAIN, train_peers.LIGHTLY, train_peers.OURS])
+@pytest.mark.parametrize("name", [train_peers.PLAIN, names.LIGHTLY, names.OURS])
 def test_gpu_training_of_each_provider(name: str) -> None:
-    options = train.Options(device="cuda", images=64, batch_size=32, epochs=2, workers=1)
-    found = train.run(options, quiet(), providers={name: train_peers.PROVIDERS[name]})["cases"][0][
-        "providers"
-    ][name]
+    given = train.Options(device="cuda", images=64, batch_size=32, epochs=2, workers=1)
+    result = train.run(given, quiet(), providers={name: train_peers.PROVIDERS[name]})
+    found = result["cases"][0]["providers"][name]
     assert found["correct"] or "not installed" in found["failure"], found["failure"]
     assert not found["correct"] or found["peak_bytes"] > 10**8

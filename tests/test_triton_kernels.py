@@ -1,78 +1,39 @@
-"""The Triton kernels: their numbers in the interpreter (or on a GPU), and what they compile to without one.
+"""The Triton kernels: their numbers in the interpreter (or on a GPU), and what they compile to
+without one.
 
-`python tests/test_triton_kernels.py` compiles every shape that the tests know and writes the registers it takes to
-tests/static/triton_registers.json under the installed Triton's version. A version that is not in there is held to the
-absolute limits alone.
+`python tests/test_triton_kernels.py` compiles every shape that the tests know and writes the
+registers it takes to tests/static/triton_registers.json under the installed Triton's version. A
+version that is not in there is held to the absolute limits alone.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip(
-    "triton",
-    reason="Triton is not installed: numbers and machine code of its kernels are not checked",
-)
-
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
+from triton_tools import (
+    CAPABILITIES,
+    TYPES,
+    Binary,
+    NoGPU,
+    compile_kernel,
+    compiles,
+    marked,
+    run_cases,
+    without_gpu,
+)
 
 from vi_simsiam.kernels import launch, scale_gradient, stem_convolution
 from vi_simsiam.kernels import multiview_loss as kernel
 
-NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TABLE = Path(__file__).parent / "static" / "triton_registers.json"
-TYPES = {
-    torch.float64: "fp64",
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-}
-compiles = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1",
-    reason="TRITON_INTERPRET=1 is set: there is no machine code to check",
-)
-
-
-def _run_cases(interpret: bool, *cases: str, select: str = "") -> None:
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
-    }
-    environment["TRITON_INTERPRET"] = "1" if interpret else "0"
-    paths = [str(Path(__file__).with_name(name)) for name in cases]
-    # A GPU's kernels are compiled before they run: up to 200 in a file.
-    processes = ["-p", "no:xdist"] if interpret else ["-n", "4"]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        *processes,
-        "--tb=short",
-        *paths,
-    ]
-    command += ["-k", select] if select else []
-    result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1]
-    )
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-    assert re.search(r"\d+ passed", result.stdout), result.stdout
 
 
 CASES = {
@@ -85,14 +46,14 @@ CASES = {
 
 @pytest.mark.parametrize("cases", CASES.values(), ids=CASES)
 def test_numbers_in_the_interpreter(cases: tuple[str, ...]) -> None:
-    _run_cases(True, *cases)
+    run_cases(True, *cases)
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("tests", ["test_multiview_loss.py", "test_multiview_loss_autograd.py"])
-def test_public_functions_in_the_interpreter(tests: str) -> None:
+@pytest.mark.parametrize("part", ["", "_autograd", "_modules"])
+def test_public_functions_in_the_interpreter(part: str) -> None:
     """Every test of the public losses once more with backend "triton"."""
-    _run_cases(True, tests, select="triton")
+    run_cases(True, f"test_multiview_loss{part}.py", select="triton")
 
 
 @pytest.mark.gpu
@@ -100,23 +61,7 @@ def test_public_functions_in_the_interpreter(tests: str) -> None:
 def test_numbers_on_the_gpu(cases: tuple[str, ...]) -> None:
     if not torch.cuda.is_available():
         pytest.skip(f"no CUDA device: would have run {', '.join(cases)} on it")
-    _run_cases(False, *cases)
-
-
-@dataclass(frozen=True)
-class Binary:
-    """What the assembler says about a compiled kernel."""
-
-    registers: int
-    stack: int
-    ptx: str
-    instructions: tuple[str, ...]
-
-    def count(self, prefix: str, *parts: str) -> int:
-        return sum(
-            name.startswith(prefix) and all(part in name for part in parts)
-            for name in self.instructions
-        )
+    run_cases(False, *cases)
 
 
 def compile_for(
@@ -130,7 +75,7 @@ def compile_for(
     with_grad: bool = True,
     with_mean: bool = True,
 ) -> Binary:
-    """What the launcher would launch there for padded rows (strides divisible by 16); needs no such GPU."""
+    """The machine code of the launcher there, without such a GPU."""
     double = dtype == torch.float64
     constants: dict[str, Any] = dict(
         kernel.launch_arguments(
@@ -157,7 +102,7 @@ def compile_for(
         "grad_ptr": inputs,
         "ticket_ptr": "*i32",
     }
-    return _compile(kernel.multiview_loss_kernel, capability, constants | absent, types)
+    return compile_kernel(kernel.multiview_loss_kernel, capability, constants | absent, types)
 
 
 def compile_scale(
@@ -169,7 +114,7 @@ def compile_scale(
     )
     factor = "*fp64" if gradient == torch.float64 else "*fp32"
     types = {"grad_ptr": f"*{TYPES[gradient]}", "out_ptr": f"*{TYPES[out]}", "factor_ptr": factor}
-    return _compile(
+    return compile_kernel(
         scale_gradient.scale_gradient_kernel,
         capability,
         constants | {"kappa_grad_ptr": None},
@@ -177,57 +122,22 @@ def compile_scale(
     )
 
 
-def _compile(
-    function: Any, capability: int, constants: dict[str, Any], types: dict[str, Any]
-) -> Binary:
-    options = {name: constants[name] for name in ("num_warps", "maxnreg") if name in constants}
-    constants = {name: value for name, value in constants.items() if name not in options}
-    signature: dict[str, Any] = {}
-    attributes: dict[tuple[int, ...], list[list[object]]] = {}
-    for i, parameter in enumerate(function.params):
-        name = parameter.name
-        signature[name] = (
-            "constexpr" if name in constants else types.get(name, parameter.annotation_type)
-        )
-        if isinstance(signature[name], tuple):
-            attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(len(signature[name]))}
-        elif signature[name] not in ("constexpr", "fp64") and not parameter.do_not_specialize:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(function, signature, constants, attributes)
-    return _assemble(
-        triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    )
-
-
-def _assemble(compiled: CompiledKernel) -> Binary:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [NVIDIA_TOOLS / "cuobjdump", "-res-usage", "-sass", file.name]
-        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", dump)
-    assert usage is not None
-    names = re.findall(
-        r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", dump, re.MULTILINE
-    )
-    return Binary(int(usage[1]), int(usage[2]), compiled.asm["ptx"], tuple(names))
-
-
 def _check_binary(binary: Binary, dtype: torch.dtype, form: str = "raw") -> None:
-    assert binary.stack == 0
-    assert binary.count("LDL") == binary.count("STL") == 0  # no spills
+    assert binary.spills == 0
     # The registers of a multiprocessor hold 16 warps: 16 programs of one warp, two of 8.
     assert binary.registers <= (128 if dtype != torch.float64 else 176)
     rows = binary.count("LDG", "128") - binary.count("LDG", "128", "STRONG")
     assert rows >= 2
-    # The losses are loaded past the L1 cache. Of all others only concentrations are not 16 bytes wide; of the stores
-    # theirs and their gradient's, which zeros pad, the loss, the mean and the ticket.
+    # The losses are loaded past the L1 cache. Of all others only concentrations are not 16 bytes
+    # wide; of the stores theirs and their gradient's, which zeros pad, the loss, the mean and the
+    # ticket.
     assert binary.count("LDG") - binary.count("LDG", "STRONG") - rows <= (form != "cosine")
     assert binary.count("LDG", "128", "STRONG") == 16
     assert binary.count("STG", "128") >= 1
     assert binary.count("STG") - binary.count("STG", "128") <= 3 + (form != "cosine")
     assert binary.count("ATOM") == 1
-    # The ticket is taken after the losses have arrived, and what the L1 cache holds is forgotten then.
+    # The ticket is taken after the losses have arrived, and what the L1 cache holds is forgotten
+    # then.
     order = [name.split(".")[0] for name in binary.instructions]
     assert order.index("MEMBAR") < order.index("ATOMG") < order.index("CCTL")
     if dtype != torch.float64:
@@ -242,7 +152,7 @@ def _name(capability: int, dtype: torch.dtype, form: str, dim: int, views: int) 
 SHAPES = [
     shape
     for shape in itertools.product(
-        (80, 90, 100, 120),
+        CAPABILITIES,
         (torch.float32, torch.bfloat16),
         ("raw", "quadratic", "cosine", "given"),
         (128, 512, 2048, 8192),
@@ -264,10 +174,7 @@ EVERY_DAY = {
 @compiles
 @pytest.mark.parametrize(
     "shape",
-    [
-        pytest.param(x, id=_name(*x), marks=[] if x in EVERY_DAY else [pytest.mark.soak])
-        for x in SHAPES
-    ],
+    [marked(x, every_day=x in EVERY_DAY, name=_name(*x)) for x in SHAPES],
 )
 def test_machine_code(shape: tuple[int, torch.dtype, str, int, int]) -> None:
     capability, dtype, form, dim, views = shape
@@ -318,7 +225,7 @@ def test_machine_code_of_the_scaling(
     capability: int, gradient: torch.dtype, out: torch.dtype, per_sample: bool
 ) -> None:
     binary = compile_scale(capability, gradient, out, per_sample=per_sample)
-    assert binary.stack == binary.count("LDL") == binary.count("STL") == 0
+    assert binary.spills == 0
     assert binary.registers <= 64  # eight programs share a multiprocessor
     # 32 elements of a thread, and of each of its four rows a factor, or one factor.
     assert binary.count("LDG", "128") == 32 * gradient.itemsize // 16
@@ -327,12 +234,12 @@ def test_machine_code_of_the_scaling(
 
 
 @compiles
-@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_machine_code_of_the_blocks_of_pixels(capability: int) -> None:
     types = {"images_ptr": "*bf16", "out_ptr": "*bf16"}
     constants = {"PIXELS": stem_convolution._PIXELS, "num_warps": stem_convolution._WARPS}
-    binary = _compile(stem_convolution.blocks_of_pixels_kernel, capability, constants, types)
-    assert binary.stack == binary.count("LDL") == binary.count("STL") == 0
+    binary = compile_kernel(stem_convolution.blocks_of_pixels_kernel, capability, constants, types)
+    assert binary.spills == 0
     assert binary.registers <= 128
     assert binary.count("STG", "128") == binary.count("STG")
 
@@ -350,14 +257,7 @@ def test_numbers_keep_their_digits() -> None:
         (512, 2, 2, 4, False, (2, 2, 512, True, 1)),
         (2048, 2, 2, 2, False, (2, 2, 2048, True, 4)),
         (2048, 3, 1, 4, False, (4, 1, 2048, True, 8)),
-        (
-            2048,
-            8,
-            2,
-            2,
-            False,
-            (4, 2, 2048, True, 8),
-        ),  # all 8 at once would need 80 registers a thread
+        (2048, 8, 2, 2, False, (4, 2, 2048, True, 8)),  # all 8 at once: 80 registers a thread
         (8192, 2, 2, 4, False, (2, 2, 8192, True, 16)),
         (8192, 8, 2, 4, False, (1, 2, 8192, True, 16)),
         (8193, 2, 2, 4, False, (2, 2, 4096, False, 8)),
@@ -377,60 +277,12 @@ def test_launch_arguments(
     arguments = kernel.launch_arguments(
         dim, views, globals_, itemsize, width=dim, spherical=True, double=double
     )
-    assert (
-        tuple(
-            arguments[name] for name in ("BLOCK_V", "BLOCK_G", "BLOCK_D", "RESIDENT", "num_warps")
-        )
-        == expected
-    )
-
-
-class _NoGPU:
-    """Stands for the driver of a GPU: kernels are compiled, and a launch only recorded."""
-
-    def __init__(self) -> None:
-        self.loaded: list[str] = []
-        self.launches: list[tuple[Any, ...]] = []
-        self.utils = self
-
-    def launcher_cls(self, *_: Any) -> Any:
-        return lambda *arguments: self.launches.append(arguments)
-
-    def load_binary(self, name: str, *_: Any) -> tuple[int, ...]:
-        self.loaded.append(name)
-        return len(self.loaded), len(self.loaded), 0, 0, 1024
-
-    def get_device_properties(self, _: int) -> dict[str, int]:
-        return {"max_shared_mem": 1 << 17}
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, _: int) -> int:
-        return 7
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def unload_module(self, _: int) -> None:
-        pass
-
-
-def without_gpu(monkeypatch: pytest.MonkeyPatch, kernels: Sequence[Any]) -> Iterator[_NoGPU]:
-    """A driver that launches nothing, and `kernels` as if never compiled, before and after."""
-    driver = _NoGPU()
-    monkeypatch.setattr(launch, "_compiled", {})
-    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
-    for each in kernels:
-        each.device_caches.clear()
-    yield driver
-    launch._compiled.clear()  # a compiled kernel asks its driver to unload it
-    for each in kernels:
-        each.device_caches.clear()
+    names = ("BLOCK_V", "BLOCK_G", "BLOCK_D", "RESIDENT", "num_warps")
+    assert tuple(arguments[name] for name in names) == expected
 
 
 @pytest.fixture
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[_NoGPU]:
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[NoGPU]:
     yield from without_gpu(
         monkeypatch, (kernel.multiview_loss_kernel, scale_gradient.scale_gradient_kernel)
     )
@@ -456,23 +308,15 @@ def _launch(
         "gradient": torch.empty(2, samples, stride),
         "concentration_gradient": None,
     }
-    numbers = {
-        "scale": 1.0,
-        "minimum": 0.0,
-        "gain": 1.0,
-        "cosine": 0.0,
-        "weight": 1.0,
-        "gradient_weight": 0.5,
-    }
-    distribution = changes.pop("distribution", "cosine")
-    kernel.multiview_loss(
-        **(arguments | changes), distribution=distribution, link="softplus", **numbers
-    )
+    arguments |= {"distribution": "cosine", "link": "softplus", "scale": 1.0, "minimum": 0.0}
+    arguments |= {"gain": 1.0, "cosine": 0.0, "weight": 1.0, "gradient_weight": 0.5}
+    kernel.multiview_loss(**(arguments | changes))
 
 
 @compiles
-def test_known_launches_take_what_triton_would(no_gpu: _NoGPU) -> None:
-    """Each launch is made three times: for Triton to choose, with its choice known, and with nothing known again."""
+def test_known_launches_take_what_triton_would(no_gpu: NoGPU) -> None:
+    """Each launch is made three times: for Triton to choose, with its choice known, and with
+    nothing known again."""
     concentration = {"distribution": "power_spherical", "concentration": torch.ones(2, 4)}
     variants: list[dict[str, Any]] = [
         {},
@@ -513,7 +357,7 @@ def _same_kind(a: Any, b: Any) -> bool:
 
 
 @compiles
-def test_known_scalings_take_what_triton_would(no_gpu: _NoGPU) -> None:
+def test_known_scalings_take_what_triton_would(no_gpu: NoGPU) -> None:
     def scale(
         samples: int = 4, kind: str = "number", dtype: torch.dtype = torch.float32, width: int = 32
     ) -> None:
@@ -522,13 +366,8 @@ def test_known_scalings_take_what_triton_would(no_gpu: _NoGPU) -> None:
         out = gradient if dtype == torch.float32 else torch.empty(2, samples, width, dtype=dtype)
         scale_gradient.scale_gradient(gradient, factor, out, None)
 
-    variants: list[dict[str, Any]] = [
-        {},
-        {"samples": 7},
-        {"kind": "many"},
-        {"dtype": torch.float16},
-        {"width": 33},
-    ]
+    variants: list[dict[str, Any]] = [{}, {"samples": 7}, {"kind": "many"}]
+    variants += [{"dtype": torch.float16}, {"width": 33}]
     for _ in range(2):
         for variant in variants:
             scale(**variant)

@@ -1,4 +1,4 @@
-"""Whole runs of the control variants: what each trains, and that each can be interrupted and resumed."""
+"""Whole runs of the control variants: each trains its own part, and can be resumed."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ import numpy as np
 import pytest
 import torch
 from graph_cases import with_stand_in
-from rich.console import Console
-from test_step import RATES, assert_same, views
-from test_trainer import Watched, config, metrics, same, train, weights
-from torch import Tensor, nn
+from test_step import RATES, assert_same, everything, group_of_one, views
+from test_trainer import QUIET, Watched, checkpoint, config, metrics, same, train, weights
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from vi_simsiam import models
 from vi_simsiam.config import SOFTPLUS, AugmentConfig, LossConfig, ModelConfig, TrainConfig
 from vi_simsiam.data.subsets import duplicates
-from vi_simsiam.engine.checkpoint import Checkpoint
-from vi_simsiam.engine.distributed import _OWN_BUFFERS
+from vi_simsiam.engine.network import OWN_BUFFERS
 from vi_simsiam.engine.run import load_run
 from vi_simsiam.engine.step import TrainStep
 from vi_simsiam.engine.trainer import Trainer
 from vi_simsiam.errors import InputError
 from vi_simsiam.models import SimSiam, VISimSiam, build_model
-from vi_simsiam.normalisation import PerViewBatchNorm2d
 
-QUIET = Console(quiet=True)
+pytestmark = pytest.mark.usefixtures("small_network")
+
 CONSTANT = LossConfig(concentration="constant", concentration_value=1.0)
 MULTICROP = AugmentConfig(size=16, local_views=2, local_size=8, blur_prob=0.0)
 VARIANTS = {
+    "plain": {},
     "constant": {"loss": CONSTANT},
     "global": {"loss": LossConfig(concentration="global", concentration_max=50.0)},
     "shuffled": {"loss": LossConfig(concentration="shuffled")},
@@ -51,48 +51,28 @@ VARIANTS = {
 }
 
 
-def backbone(*given: object, **options: object) -> tuple[nn.Module, int]:
-    """In the place of a ResNet, whose checkpoints alone would take seconds."""
-    norm = PerViewBatchNorm2d(8)
-    layers = [nn.Conv2d(3, 8, 3, stride=2), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
-    return nn.Sequential(*layers), 32
-
-
-@pytest.fixture(autouse=True)
-def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vi_simsiam.models.build_backbone", backbone)
-
-
-def make_step(kind: type[SimSiam] = VISimSiam, *, ema: float | None = None, shared: bool = False, **options: object) -> TrainStep:  # fmt: skip
+def make_step(
+    kind: type[SimSiam] = VISimSiam,
+    *,
+    ema: float | None = None,
+    shared: bool = False,
+    **options: object,
+) -> TrainStep:
     torch.manual_seed(0)
-    model = kind(
-        backbone()[0], features=32, dim=16, projector_hidden=16, predictor_hidden=8, **options
-    )  # type: ignore[arg-type]
+    backbone, features = models.build_backbone("resnet18")
+    sizes = {"features": features, "dim": 16, "projector_hidden": 16, "predictor_hidden": 8}
+    model = kind(backbone, **sizes, **options)  # type: ignore[arg-type]
     model.shared_passes = shared
     if ema is not None:
         model.add_target()
     return TrainStep(model.train(), RATES, weight_decay=1e-2, loss_scale=0.1, ema=ema)
 
 
-def everything(step: TrainStep) -> list[Tensor]:
-    """Weights and buffers of the model and its target, momentum, learning rate, counter, latch and losses."""
-    momenta = [entry["momentum_buffer"] for entry in step.optimizer.state.values()]
-    kept = [
-        *step.model.state_dict().values(),
-        *momenta,
-        step._rate,
-        step.counter,
-        step.failed,
-        step.losses,
-    ]
-    return [tensor.clone() for tensor in kept]
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_run_is_resumed_bit_for_bit(
     name: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted inside the first epoch; then the finished run is opened, and has what was trained."""
+    """Interrupted at step 3, in the first epoch; then the finished run is opened."""
     settings = config(image_folder, **VARIANTS[name])
     whole = train(settings, tmp_path / "whole")
     trainer = Trainer(settings, tmp_path / "parts", console=QUIET)
@@ -104,17 +84,19 @@ def test_a_run_is_resumed_bit_for_bit(
     monkeypatch.setattr(trainer, "train_step", Watched(trainer.train_step, interrupt_at_3))
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
+    assert trainer.step == checkpoint(tmp_path / "parts").step == 3
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     train(settings, tmp_path / "parts", resume=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
-    assert metrics(tmp_path / "parts")[-1]["loss"] == metrics(tmp_path / "whole")[-1]["loss"]
+    for key in ("step", "loss"):
+        whole_run, parts = (metrics(tmp_path / folder) for folder in ("whole", "parts"))
+        assert [line[key] for line in parts[2:]] == [line[key] for line in whole_run[2:]]
 
     run = load_run(tmp_path / "parts", device="cpu")
     assert run.config == settings.located()
     assert same(run.model.state_dict(), whole.model.state_dict())
-    numbers = [
-        [x for name, x in line.items() if name != "state"] for line in metrics(tmp_path / "whole")
-    ]
-    assert all(np.isfinite(line).all() for line in numbers)
+    for line in metrics(tmp_path / "whole"):
+        assert np.isfinite([x for name, x in line.items() if name != "state"]).all()
     if isinstance(run.model, VISimSiam):
         kappa = run.model.distribution(torch.randn(4, 3, 16, 16)).concentration
         assert (kappa > 0).all()
@@ -128,9 +110,8 @@ def test_variants_are_captured(name: str) -> None:
     """Six captured steps equal six eager ones, number for number."""
     settings = TrainConfig(**VARIANTS[name])  # type: ignore[arg-type]
     kind = SimSiam if settings.method == "simsiam" else VISimSiam
-    loss = settings.loss
-    options = {"concentration": loss.concentration, "concentration_value": loss.concentration_value,
-               "concentration_max": loss.concentration_max} if kind is VISimSiam else {}  # fmt: skip
+    names = ("concentration", "concentration_value", "concentration_max")
+    options = {name: getattr(settings.loss, name) for name in names if kind is VISimSiam}
     eager, captured = (make_step(kind, ema=settings.ema, **options) for _ in range(2))
     call = with_stand_in(captured, captured.state, warmup=2)
     for i in range(6):
@@ -144,7 +125,7 @@ def test_variants_are_captured(name: str) -> None:
 @pytest.mark.parametrize("kind", [SimSiam, VISimSiam])
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_target_is_a_moving_average(kind: type[SimSiam], shared: bool) -> None:
-    """theta' <- m theta' + (1 - m) theta after every step, targets by theta' in training mode, no gradient on it."""
+    """theta' <- m theta' + (1 - m) theta after every step; theta' makes the targets."""
     step = make_step(kind, ema=0.75, shared=shared)
     model = step.model
     assert model.target is not None
@@ -189,25 +170,19 @@ def test_the_latch_keeps_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ranks_average_no_gradient_of_the_target() -> None:
     """DistributedDataParallel leaves the target alone, and the step moves it."""
     plain, wrapped = make_step(ema=0.5), make_step(ema=0.5)
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    try:
-        wrapped.network = DistributedDataParallel(wrapped.model, **_OWN_BUFFERS)
+    with group_of_one():
+        wrapped.network = DistributedDataParallel(wrapped.model, **OWN_BUFFERS)
         for i in range(3):
             plain(views(i))
             wrapped(views(i))
-    finally:
-        torch.distributed.destroy_process_group()
     assert_same(everything(plain), everything(wrapped))
 
 
 def test_a_model_without_a_target_has_no_new_weights() -> None:
     """Checkpoints written before there were variants fit, and the same random numbers are drawn."""
+    settings = TrainConfig(model=ModelConfig(dim=32, projector_hidden=16, predictor_hidden=8))
     torch.manual_seed(0)
-    model = build_model(
-        TrainConfig(model=ModelConfig(dim=32, projector_hidden=16, predictor_hidden=8))
-    )
+    model = build_model(settings)
     after = torch.rand(1)
     names = [name for name in model.state_dict() if not name.startswith("backbone.")]
     layers = {"projector": (0, 1, 3, 4, 6, 7), "predictor": (0, 1, 3)}
@@ -215,20 +190,16 @@ def test_a_model_without_a_target_has_no_new_weights() -> None:
         f"{k}.{i}" for k, each in layers.items() for i in each
     }
     torch.manual_seed(0)
-    backbone()
+    models.build_backbone("resnet18")
     sizes = [(32, 16, False), (16, 16, False), (16, 32, False), (8, 48, True), (32, 8, False)]
     *_, last, first = [nn.Linear(a, b, bias=bias) for a, b, bias in sizes]
     assert torch.equal(model.predictor[0].weight, first.weight)
     assert torch.equal(model.predictor[3].weight[:33], last.weight[:33])
     torch.manual_seed(0)
-    variant = build_model(
-        TrainConfig(model=ModelConfig(dim=32, projector_hidden=16, predictor_hidden=8), ema=0.99)
-    )
+    variant = build_model(dataclasses.replace(settings, ema=0.99)).state_dict()
     assert torch.equal(torch.rand(1), after)
-    assert same(
-        model.state_dict(),
-        {n: v for n, v in variant.state_dict().items() if not n.startswith("target.")},
-    )
+    online = {n: v for n, v in variant.items() if not n.startswith("target.")}
+    assert same(model.state_dict(), online)
 
 
 def test_a_detached_run_trains_simsiams_network(image_folder: Path, tmp_path: Path) -> None:
@@ -238,7 +209,8 @@ def test_a_detached_run_trains_simsiams_network(image_folder: Path, tmp_path: Pa
         config(image_folder, loss=LossConfig(concentration="detached")), tmp_path / "detached"
     ).model
     found = {name.replace("3.mean", "3"): value for name, value in detached.state_dict().items()}
-    # Layers of other widths may round differently: ten steps with every operation off by eps came to 2e-6.
+    # Layers of other widths may round differently; with every operation off by eps, ten steps
+    # differed by 2e-6.
     for name, value in simsiam.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
     fresh = build_model(config(image_folder)).state_dict()["backbone.0.weight"]
@@ -251,13 +223,10 @@ def test_controls_start_from_simsiams_weights(kind: str, image_folder: Path) -> 
     simsiam = build_model(config(image_folder, method="simsiam")).state_dict()
     value = 1.0 if kind == "constant" else None
     torch.manual_seed(5)
-    control = build_model(
-        config(image_folder, loss=LossConfig(concentration=kind, concentration_value=value))
-    )  # type: ignore[arg-type]
-    state = {name.replace("3.mean", "3"): value for name, value in control.state_dict().items()}
-    assert same(
-        simsiam, {name: value for name, value in state.items() if "concentration" not in name}
-    )
+    loss = LossConfig(concentration=kind, concentration_value=value)  # type: ignore[arg-type]
+    control = build_model(config(image_folder, loss=loss)).state_dict()
+    control = {name: value for name, value in control.items() if "concentration" not in name}
+    assert same(simsiam, {name.replace("3.mean", "3"): value for name, value in control.items()})
 
 
 def test_local_views_have_their_own_predictor(image_folder: Path) -> None:
@@ -283,7 +252,7 @@ def test_local_views_have_their_own_predictor(image_folder: Path) -> None:
 def test_a_frozen_network_stays_and_its_concentration_fits(
     image_folder: Path, tmp_path: Path, concentration: str, ema: float | None
 ) -> None:
-    """Not a bit of the weights and running statistics moves, and the negative log-likelihood falls."""
+    """Weights and running statistics stay bit for bit, and the negative log-likelihood falls."""
     train(config(image_folder, method="simsiam", ema=ema), tmp_path / "simsiam")
     # kappa/(D - 1) starts near 3.5, far above what such a short training can use.
     loss = dataclasses.replace(SOFTPLUS, concentration=concentration, concentration_scale=155.0)  # type: ignore[arg-type]
@@ -291,19 +260,15 @@ def test_a_frozen_network_stays_and_its_concentration_fits(
     trainer = Trainer(settings, tmp_path / "frozen", console=QUIET)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.fit()
-    saved = {
-        name.replace("predictor.3", "predictor.3.mean"): v
-        for name, v in weights(tmp_path / "simsiam").items()
-    }
+    before_freezing = weights(tmp_path / "simsiam").items()
+    saved = {n.replace("predictor.3", "predictor.3.mean"): v for n, v in before_freezing}
     after = trainer.model.state_dict()
     fitted = {name for name in after if "concentration" in name}
-    assert same({n: v for n, v in saved.items() if not n.startswith("target.")}, {n: v for n, v in after.items() if n not in fitted})  # fmt: skip
+    network = {name: value for name, value in after.items() if name not in fitted}
+    assert same({n: v for n, v in saved.items() if not n.startswith("target.")}, network)
     assert all(not torch.equal(before[name], after[name]) for name in fitted)
-    lines = metrics(tmp_path / "frozen")
-    assert (
-        np.mean([line["loss"] for line in lines[-5:]])
-        < np.mean([line["loss"] for line in lines[:5]]) - 0.5
-    )
+    losses = [line["loss"] for line in metrics(tmp_path / "frozen")]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.5
     assert not any(module.training for module in trainer.model.modules())
     run = load_run(tmp_path / "frozen", device="cpu")
     assert same(run.model.state_dict(), after)
@@ -325,35 +290,27 @@ def test_a_frozen_run_is_resumed_without_the_run_it_came_from(
 
 
 def test_what_cannot_be_frozen_is_named(image_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError,
-        match=r"frozen_run: .*nothing holds no run; it must be the folder of a SimSiam run",
-    ):
-        Trainer(
-            config(image_folder, frozen_run=tmp_path / "nothing"), tmp_path / "a", console=QUIET
-        )
     train(config(image_folder, epochs=1), tmp_path / "vi")
-    with pytest.raises(
-        InputError, match=r"frozen_run: .*vi is a run of vi-simsiam; it must be one of simsiam"
-    ):
-        Trainer(config(image_folder, frozen_run=tmp_path / "vi"), tmp_path / "a", console=QUIET)
-    train(config(image_folder, method="simsiam", epochs=1), tmp_path / "simsiam")
-    wider = config(image_folder, frozen_run=tmp_path / "simsiam", model=ModelConfig(dim=48, projector_hidden=32, predictor_hidden=16))  # fmt: skip
-    with pytest.raises(InputError, match=r"the model of .*simsiam is another one; dim: 32 -> 48"):
-        Trainer(wider, tmp_path / "a", console=QUIET)
-    path = tmp_path / "simsiam" / "checkpoint.pt"
-    kept = Checkpoint.load(path, torch.device("cpu"))
+    for name in ("simsiam", "short"):
+        train(config(image_folder, method="simsiam", epochs=1), tmp_path / name)
+    kept = checkpoint(tmp_path / "short")
     short = {name: value for name, value in kept.model.items() if name != "predictor.0.weight"}
-    dataclasses.replace(kept, model=short).save(path)
-    with pytest.raises(InputError, match=r"frozen_run: .*checkpoint.pt does not fit the model"):
-        Trainer(
-            config(image_folder, frozen_run=tmp_path / "simsiam"), tmp_path / "a", console=QUIET
-        )
+    dataclasses.replace(kept, model=short).save(tmp_path / "short" / "checkpoint.pt")
+    wider = ModelConfig(dim=48, projector_hidden=32, predictor_hidden=16)
+    for name, changes, message in (
+        ("nothing", {}, "nothing holds no run"),
+        ("vi", {}, "vi is a run of vi-simsiam; it must be one of simsiam"),
+        ("simsiam", {"model": wider}, "the model of .*simsiam is another one; dim: 32 -> 48$"),
+        ("short", {}, "checkpoint.pt does not fit the model"),
+    ):
+        settings = config(image_folder, frozen_run=tmp_path / name, **changes)
+        with pytest.raises(InputError, match=f"frozen_run: .*{message}"):
+            Trainer(settings, tmp_path / "a", console=QUIET)
     assert not (tmp_path / "a").exists()
 
 
 def test_a_run_trains_on_its_selection(image_folder: Path, tmp_path: Path) -> None:
-    """40 images: a quarter is held out, 24 of the others are trained on; the opened run has the same."""
+    """40 images: a quarter is held out, and 24 of the others are trained on."""
     settings = config(image_folder, images=24, held_out=0.25, split_seed=7, epochs=1)
     trainer = train(settings, tmp_path / "run")
     assert len(trainer.loader.source) == 24
@@ -392,6 +349,5 @@ def test_runs_from_before_the_variants_are_opened(image_folder: Path, tmp_path: 
         del plain["loss"][name]
     del plain["model"]["local_predictor"]
     path.write_text(json.dumps(plain))
-    assert (
-        load_run(tmp_path / "run", device="cpu").config == config(image_folder, epochs=1).located()
-    )
+    expected = config(image_folder, epochs=1).located()
+    assert load_run(tmp_path / "run", device="cpu").config == expected

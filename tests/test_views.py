@@ -1,4 +1,4 @@
-"""Random views as a table: its generator and keys, distributions against torchvision's, and the view for evaluation."""
+"""Random views as a table: generator, keys, distributions, and the view for evaluation."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from vi_simsiam.config import POLICIES, AugmentConfig
 from vi_simsiam.config import policy as named_policy
 from vi_simsiam.data.contact_sheet import contact_sheet
 from vi_simsiam.data.sources import ArraySource, FileSource, Unreadable
-from vi_simsiam.data.views import draw_table, eval_view, philox, place
+from vi_simsiam.data.views import add_offsets, draw_table, eval_view, philox
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, Column, check_table, eager_augment
 
 CROP = [Column.TOP, Column.LEFT, Column.HEIGHT, Column.WIDTH]
 COUNT = 4000
 RARE = 1e-3
-"""The seeds are fixed: a correct sampler that came out rarer than this would have been seen when the test was written."""
+"""The seeds are fixed, so a correct sampler never comes out rarer than this."""
 
 
 def picture(height: int = 40, width: int = 30, seed: int = 0) -> Image.Image:
@@ -47,18 +47,12 @@ def pixels(view: Tensor) -> Tensor:
 
 
 def draw(
-    policy: AugmentConfig,
-    samples: Any = COUNT,
-    height: int = 60,
-    width: int = 80,
-    seed: int = 0,
-    epoch: int = 0,
+    policy: AugmentConfig, samples: Any = COUNT, height: int = 60, width: int = 80, **key: int
 ) -> NDArray[np.int32]:
     numbers = np.arange(samples) if isinstance(samples, int) else np.asarray(samples)
     heights, widths = np.full(len(numbers), height), np.full(len(numbers), width)
-    return draw_table(
-        policy, seed=seed, epoch=epoch, samples=numbers, heights=heights, widths=widths
-    )
+    key = {"seed": 0, "epoch": 0} | key
+    return draw_table(policy, samples=numbers, heights=heights, widths=widths, **key)
 
 
 def strengths(table: NDArray[np.int32], column: Column) -> NDArray[np.float32]:
@@ -90,61 +84,13 @@ def test_philox_gives_the_known_answers(
 
 
 PINNED = {
-    (0, 0): [
-        2427,
-        0,
-        240,
-        49,
-        58,
-        1,
-        4675,
-        1,
-        1060873055,
-        1058807006,
-        1063993339,
-        1034640398,
-        1059609728,
-        0,
-        10,
-        9,
-    ],
-    (1, 1): [
-        807,
-        0,
-        240,
-        36,
-        31,
-        1,
-        5170,
-        0,
-        1060298368,
-        1066271129,
-        1066699907,
-        -1112957018,
-        0,
-        1,
-        3,
-        29,
-    ],
-    (2, 2): [
-        5145,
-        0,
-        240,
-        19,
-        25,
-        0,
-        8515,
-        0,
-        1068077216,
-        1062100862,
-        1068501215,
-        -1114343605,
-        0,
-        9468,
-        21,
-        35,
-    ],
-}
+    (0, 0): [2427, 0, 240, 49, 58, 1, 4675, 1,
+             1060873055, 1058807006, 1063993339, 1034640398, 1059609728, 0, 10, 9],
+    (1, 1): [807, 0, 240, 36, 31, 1, 5170, 0,
+             1060298368, 1066271129, 1066699907, -1112957018, 0, 1, 3, 29],
+    (2, 2): [5145, 0, 240, 19, 25, 0, 8515, 0,
+             1068077216, 1062100862, 1068501215, -1114343605, 0, 9468, 21, 35],
+}  # fmt: skip
 """Rows of the table by view and place in the batch."""
 
 
@@ -162,9 +108,7 @@ def test_a_row_depends_on_its_sample_alone() -> None:
     whole = draw(policy, 200)
     chosen = np.array([199, 3, 70, 71])
     assert np.array_equal(draw(policy, chosen), whole[:, chosen])
-    assert np.array_equal(
-        draw(AugmentConfig(crop_ratio=(0.2, 5.0), crop_scale=(0.5, 1.0)), 200), whole[:2]
-    )
+    assert np.array_equal(draw(dataclasses.replace(policy, local_views=0), 200), whole[:2])
 
 
 def test_seed_epoch_sample_and_view_are_all_of_the_key() -> None:
@@ -189,20 +133,20 @@ def test_crops_are_distributed_as_torchvisions(
     image = torch.empty(3, height, width)
     given = [transform.make_params([image]) for _ in range(COUNT)]
     theirs = np.array([[p["top"], p["left"], p["height"], p["width"]] for p in given])
-    for a, b in (
-        *zip(ours.T, theirs.T, strict=True),
-        (ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3]),
-    ):
+    ours, theirs = (np.column_stack([crops, crops[:, 2] * crops[:, 3]]) for crops in (ours, theirs))
+    for a, b in zip(ours.T, theirs.T, strict=True):
         assert stats.ks_2samp(a, b).pvalue > RARE
 
 
-@pytest.mark.parametrize("side", ["height", "width"])
-def test_every_place_of_a_crop_is_equally_likely(side: str) -> None:
+@pytest.mark.parametrize(
+    ("places", "extent", "length"),
+    [(Column.TOP, Column.HEIGHT, 60), (Column.LEFT, Column.WIDTH, 80)],
+)
+def test_every_place_of_a_crop_is_equally_likely(
+    places: Column, extent: Column, length: int
+) -> None:
     """Crops of at most 14 % of the area always fit, so none is a central one."""
     rows = draw(AugmentConfig(crop_scale=(0.05, 0.14)))[0]
-    places, extent, length = (
-        (Column.TOP, Column.HEIGHT, 60) if side == "height" else (Column.LEFT, Column.WIDTH, 80)
-    )
     between = np.random.default_rng(0).random(COUNT)
     share = (rows[:, places] + between) / (length - rows[:, extent] + 1)
     assert stats.kstest(share, "uniform").pvalue > RARE
@@ -218,10 +162,7 @@ def test_colours_are_distributed_as_torchvisions() -> None:
         theirs = [p[f"{name}_factor"] for p in given]
         assert stats.ks_2samp(strengths(table, Column[name.upper()]), theirs).pvalue > RARE
     counts = Counter(table[:, Column.ORDER].tolist())
-    orders = {
-        sum(c << 4 * i for i, c in enumerate(order))
-        for order in itertools.permutations((1, 2, 3, 4))
-    }
+    orders = {int("".join(order), 16) for order in itertools.permutations("1234")}
     assert counts.keys() == orders
     assert stats.chisquare(list(counts.values())).pvalue > RARE
 
@@ -242,12 +183,8 @@ def test_switches_have_their_probabilities_and_are_independent() -> None:
     for on, probability in switches.values():
         assert stats.binomtest(int(on.sum()), COUNT, probability).pvalue > RARE
     for (a, _), (b, _) in itertools.combinations(switches.values(), 2):
-        assert (
-            stats.chi2_contingency(
-                [[np.sum(a & b), np.sum(a & ~b)], [np.sum(~a & b), np.sum(~a & ~b)]]
-            )[1]
-            > RARE
-        )
+        counts = stats.contingency.crosstab(a, b).count
+        assert stats.chi2_contingency(counts).pvalue > RARE
     assert stats.kstest(blurred[blurred > 0], stats.uniform(0.5, 1.0).cdf).pvalue > RARE
 
 
@@ -275,10 +212,8 @@ def test_every_policy_on_any_image(name: str, height: int, width: int) -> None:
     assert table.shape == (2 + policy.local_views, 100, 16)
     check_table(table, 3 * height * width)
     top, left, tall, wide = table[..., CROP].transpose(2, 0, 1)
-    assert (top >= 0).all()
-    assert (left >= 0).all()
-    assert (top + tall <= height).all()
-    assert (left + wide <= width).all()
+    assert ((top >= 0) & (top + tall <= height)).all()
+    assert ((left >= 0) & (left + wide <= width)).all()
     assert np.array_equal(starts(table), (top * width + left) * 3)
     assert (table[..., Column.STRIDE] == 3 * width).all()
     assert (table[..., Column.SAMPLE] == np.arange(100)).all()
@@ -290,7 +225,7 @@ def test_every_policy_on_any_image(name: str, height: int, width: int) -> None:
 def test_images_that_no_crop_fits_are_cropped_in_the_middle(
     height: int, width: int, crop: list[int]
 ) -> None:
-    """A crop of nearly all the area of a strip does not fit in ten draws; torchvision then takes its centre."""
+    """Crops of nearly all of a strip do not fit in ten draws; torchvision then takes its centre."""
     table = draw(AugmentConfig(crop_scale=(0.9, 1.0)), 20, height, width)
     params = v2.RandomResizedCrop(8, (0.9, 1.0)).make_params([torch.empty(3, height, width)])
     assert [params[key] for key in ("top", "left", "height", "width")] == crop
@@ -304,59 +239,37 @@ def test_a_crop_has_a_pixel_where_no_shape_fits(
     """The central crop of that ratio would be 0.3 pixels wide, or 0.25 high."""
     table = draw(AugmentConfig(crop_ratio=ratio), 2, height, width)
     check_table(table, 3 * height * width)
-    middle = [(height - 1) // 2, (width - 1) // 2, 1, 1]
-    assert table[..., CROP].reshape(-1, 4).tolist() == [middle] * 4
+    assert (table[..., CROP] == [(height - 1) // 2, (width - 1) // 2, 1, 1]).all()
+    assert (draw(POLICIES["none"], 5, 40, 30)[..., CROP] == [5, 0, 30, 30]).all()
 
 
-def test_none_takes_the_middle_square() -> None:
-    table = draw(POLICIES["none"], 5, 40, 30)
-    assert (table[..., CROP] == [5, 0, 30, 30]).all()
-
-
-def test_place_adds_addresses_beyond_32_bits() -> None:
+def test_offsets_are_added_beyond_32_bits() -> None:
     table = draw(AugmentConfig(), 3)
     before, rest = starts(table).copy(), table[..., 2:].copy()
     offsets = np.array([0, 5, 2**40 + 2**32 - 1])
-    place(table, offsets)
+    add_offsets(table, offsets)
     assert np.array_equal(starts(table), before + offsets)
     assert np.array_equal(table[..., 2:], rest)
     with pytest.raises(InputError, match=r"offsets: shape \(2,\) must be \(3,\)"):
-        place(table, offsets[:2])
+        add_offsets(table, offsets[:2])
+    empty = draw(AugmentConfig(local_views=1), 0)
+    assert empty.shape == (3, 0, 16)
+    add_offsets(empty, offsets[:0])
 
 
-def test_an_empty_batch_has_an_empty_table() -> None:
-    table = draw(AugmentConfig(local_views=1), 0)
-    assert table.shape == (3, 0, 16)
-    place(table, np.empty(0, dtype=np.int64))
-
-
-def test_numbers_out_of_range() -> None:
-    with pytest.raises(InputError, match="seed: -1"):
-        draw(AugmentConfig(), 2, seed=-1)
-    with pytest.raises(InputError, match="epoch: 4294967296"):
-        draw(AugmentConfig(), 2, epoch=2**32)
-    with pytest.raises(InputError, match="samples: numbers"):
-        draw(AugmentConfig(), [-1])
-    with pytest.raises(InputError, match="at least one pixel"):
-        draw(AugmentConfig(), 2, height=0)
-    with pytest.raises(InputError, match=r"shapes \(2,\), \(1,\), \(2,\)"):
-        draw_table(
-            AugmentConfig(),
-            seed=0,
-            epoch=0,
-            samples=np.arange(2),
-            heights=np.ones(1, int),
-            widths=np.ones(2, int),
-        )
-
-
-def test_global_numbers_are_left_alone() -> None:
-    torch.manual_seed(3)
-    np.random.seed(3)
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[union-attr]
-    draw(AugmentConfig(), 5)
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert np.array_equal(np.random.get_state()[1], before[1])
+@pytest.mark.parametrize(
+    ("samples", "options", "message"),
+    [
+        (2, {"seed": -1}, "seed: -1"),
+        (2, {"epoch": 2**32}, "epoch: 4294967296"),
+        ([-1], {}, "samples: numbers"),
+        (2, {"height": 0}, "at least one pixel"),
+        ([[1, 2]], {}, r"shapes \(1, 2\), \(1,\), \(1,\)"),
+    ],
+)
+def test_numbers_out_of_range(samples: Any, options: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        draw(AugmentConfig(), samples, **options)
 
 
 def test_contact_sheet_shows_images_and_the_views_of_training() -> None:
@@ -365,9 +278,8 @@ def test_contact_sheet_shows_images_and_the_views_of_training() -> None:
     sheet = contact_sheet(ArraySource(images), policy, images=2, seed=5, epoch=1)
     assert sheet.size == (3 * 16 + 8 + 3 * 4, 2 * 16 + 4)
     table = draw(policy, [2], 20, 20, seed=5, epoch=1)
-    view = eager_augment(torch.from_numpy(images[2].reshape(-1)), torch.from_numpy(table[:1]), 16)[
-        0, 0
-    ]
+    content, rows = torch.from_numpy(images[2].reshape(-1)), torch.from_numpy(table[:1])
+    view = eager_augment(content, rows, 16)[0, 0]
     levels = pixels(view).mul(255).clamp(0, 255).permute(1, 2, 0).numpy()
     # Rounded to whole levels; the sheet's views are made as a batch, this one alone.
     assert np.abs(np.asarray(sheet)[20:36, 20:36] - levels).max() <= 0.5 + 255 * BATCH_ROUNDING
@@ -387,10 +299,9 @@ def test_contact_sheet_shows_the_next_image_for_a_broken_one(tmp_path: Path) -> 
 
     def shown(images: int) -> tuple[list[int], list[str]]:
         skipped: list[Unreadable] = []
-        sheet = np.asarray(
-            contact_sheet(FileSource(paths), policy, images=images, skipped=skipped.append)
-        )
-        return (sheet[8::20, 8, 0] // 30).tolist(), [Path(entry.path).name for entry in skipped]
+        sheet = contact_sheet(FileSource(paths), policy, images=images, skipped=skipped.append)
+        levels = np.asarray(sheet)[8::20, 8, 0] // 30
+        return levels.tolist(), [Path(entry.path).name for entry in skipped]
 
     assert shown(4) == ([0, 2, 4, 6], [])
     for number in (2, 6, 7):
@@ -399,13 +310,8 @@ def test_contact_sheet_shows_the_next_image_for_a_broken_one(tmp_path: Path) -> 
     assert shown(8) == ([0, 1, 3, 4, 5], ["2.png", "6.png", "7.png"])
     for path in paths:
         path.write_bytes(b"")
-    with pytest.raises(
-        InputError,
-        match=r"files has 8 images, but none that can be read: .*0\.png \(an empty file\)",
-    ):
+    with pytest.raises(InputError, match=r"8 images, but none .*0\.png \(an empty file\)"):
         shown(2)
-    with pytest.raises(InputError, match="files has 1 image, but none"):
-        contact_sheet(FileSource(paths[:1]), policy)
 
 
 def test_views_leaves_out_what_train_leaves_out(
@@ -416,22 +322,8 @@ def test_views_leaves_out_what_train_leaves_out(
     broken = min((source / "train").rglob("*.png"))
     broken.write_bytes(b"")
     out = tmp_path / "views.png"
-    assert (
-        main(
-            [
-                "views",
-                "--data",
-                f"folder:{source}",
-                "--size",
-                "16",
-                "--images",
-                "2",
-                "--out",
-                str(out),
-            ]
-        )
-        == 0
-    )
+    options = ["--size", "16", "--images", "2", "--out", str(out)]
+    assert main(["views", "--data", f"folder:{source}", *options]) == 0
     assert capsys.readouterr() == (
         f"{out}\n",
         f"warning: 1 unreadable image left out: {broken} (an empty file)\n",

@@ -1,12 +1,12 @@
-"""Cases of the kernels that make views, in Triton's interpreter or on a GPU (see `triton_cases.py`).
+"""Cases of the kernels that make views, in Triton's interpreter or on a GPU (see
+`triton_cases.py`).
 
-The reference is the eager one, and for a few views torchvision itself. In the interpreter the views are tiny, and
-bfloat16 is truncated where a GPU rounds.
+The reference is the eager one, and for a few views torchvision itself. In the interpreter the views
+are tiny, and bfloat16 is truncated where a GPU rounds.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,18 +15,17 @@ import torch
 import triton
 import triton.language as tl
 from numpy.typing import NDArray
+from test_augment import oracle, row
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
+from triton_tools import DEVICE, INTERPRETED
 
 from vi_simsiam.kernels import augment as kernel
 from vi_simsiam.kernels.augment import crop_start
-from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, check_table, eager_augment
+from vi_simsiam.ops.augment import check_table, eager_augment
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 GUARD = 64
 IMAGES = (2, 13, 19) if INTERPRETED else (4, 375, 500)
-"""How many, their height and their width."""
+"""Number, height and width."""
 
 # The interpreter evaluates weights of 0/0 in rows and columns that the kernel discards.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -36,24 +35,15 @@ def _row(
     start: int,
     image_width: int,
     crop: tuple[int, int],
-    *,
-    flip: bool = False,
     order: Sequence[int] = (),
-    gray: bool = False,
     strengths: Sequence[float] = (1, 1, 1, 0),
-    sigma: float = 0.0,
+    **columns: float,
 ) -> NDArray[np.int32]:
-    row = np.zeros(16, np.int32)
-    row[:2] = np.array([start], "<i8").view(np.int32)
-    row[2:8] = [
-        3 * image_width,
-        *crop,
-        flip,
-        sum(code << (4 * i) for i, code in enumerate(order)),
-        gray,
-    ]
-    row[8:13] = np.array([*strengths, sigma], np.float32).view(np.int32)
-    return row
+    columns |= dict(zip(("brightness", "contrast", "saturation", "hue"), strengths, strict=True))
+    columns |= {"stride": 3 * image_width, "order": sum(x << 4 * i for i, x in enumerate(order))}
+    values = row(*crop, **columns).numpy()[0, 0]
+    values[:2] = np.array([start], "<i8").view(np.int32)
+    return values
 
 
 def _images(count: int, height: int, width: int) -> Tensor:
@@ -114,11 +104,9 @@ def _check(got: Tensor, rows: NDArray[np.int32], pixels: Tensor, size: int) -> N
     if got.dtype == torch.bfloat16:
         torch.testing.assert_close(got.float(), want, rtol=2**-7, atol=1e-4)
         return
-    for view, reference, row in zip(got, want, rows, strict=True):
-        hue = any(row[6] >> shift & 15 == 4 for shift in (0, 4, 8, 12))
-        torch.testing.assert_close(
-            view, reference, rtol=0, atol=1e-4 if hue else 1e-5, msg=lambda m, r=row: f"{r}: {m}"
-        )
+    for view, reference, values in zip(got, want, rows, strict=True):
+        tolerance = 1e-4 if any(values[6] >> i & 15 == 4 for i in (0, 4, 8, 12)) else 1e-5  # hue
+        torch.testing.assert_close(view, reference, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -136,57 +124,34 @@ def test_random_rows(size: int, count: int, dtype: torch.dtype) -> None:
     _check(_augment(pixels, rows, size, dtype), rows, pixels, size)
 
 
-def _torchvision(pixels: Tensor, row: NDArray[np.int32], size: int) -> Tensor:
-    stride, height, width, flip, order, gray = row[2:8].tolist()
-    strengths = row[8:13].view(np.float32).tolist()
-    crop = pixels.as_strided((3, height, width), (1, stride, 3), int(row[:2].view("<i8")[0]))
-    x = F.resize(crop.float() / 255, [size, size], antialias=True)
-    x = F.horizontal_flip(x) if flip else x
-    functions = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
-    for shift in (0, 4, 8, 12):
-        code = order >> shift & 15
-        x = functions[code - 1](x, strengths[code - 1]) if code else x
-    x = F.rgb_to_grayscale(x, 3) if gray else x
-    x = F.gaussian_blur(x, [13, 13], strengths[4]) if strengths[4] > 0 else x
-    return F.normalize(x, list(IMAGENET_MEAN), list(IMAGENET_STD)).permute(1, 2, 0)
-
-
 def test_against_torchvision() -> None:
     """One operation to a view, then all of them; the last crop ends with the last byte."""
     size, (height, width) = 11, (13, 19)
     pixels = _images(2, height, width)
-    everything = [1.4, 0.6, 1.3, 0.1]
-    rows = np.stack(
-        [
-            _row(0, width, (13, 19)),
-            _row(3, width, (2, 18), flip=True),
-            _row(3 * (2 * width + 5), width, (1, 1)),
-            *(_row(6, width, (8, 9), order=[code], strengths=everything) for code in (1, 2, 3, 4)),
-            _row(6, width, (8, 9), order=[0, 4], strengths=[1, 1, 1, -0.5]),
-            _row(6, width, (8, 9), gray=True),
-            _row(6, width, (8, 9), order=[1], strengths=everything, gray=True, sigma=1.0),
-            _row(6, width, (8, 9), sigma=0.3),
-            _row(
-                3 * height * width,
-                width,
-                (13, 19),
-                flip=True,
-                order=[3, 1, 4, 2],
-                strengths=everything,
-                sigma=2.0,
-            ),
-            _row(
-                len(pixels) - 3 * (3 * width + 3), width, (4, 3), order=[2, 1], gray=True, sigma=1.0
-            ),
-        ]
-    )
+    every = {"strengths": [1.4, 0.6, 1.3, 0.1]}
+    last = len(pixels) - 3 * (3 * width + 3)
+    rows = [
+        _row(0, width, (13, 19)),
+        _row(3, width, (2, 18), flip=1),
+        _row(3 * (2 * width + 5), width, (1, 1)),
+        *(_row(6, width, (8, 9), order=[code], **every) for code in (1, 2, 3, 4)),
+        _row(6, width, (8, 9), order=[0, 4], strengths=[1, 1, 1, -0.5]),
+        _row(6, width, (8, 9), gray=1),
+        _row(6, width, (8, 9), order=[1], gray=1, sigma=1.0, **every),
+        _row(6, width, (8, 9), sigma=0.3),
+        _row(3 * height * width, width, (13, 19), [3, 1, 4, 2], flip=1, sigma=2.0, **every),
+        _row(last, width, (4, 3), order=[2, 1], gray=1, sigma=1.0),
+    ]
+    rows = np.stack(rows)
     got = _augment(pixels, rows, size)
-    for view, row in zip(got, rows, strict=True):
-        torch.testing.assert_close(view, _torchvision(pixels, row, size), rtol=0, atol=1e-5)
+    for view, values in zip(got, rows, strict=True):
+        torch.testing.assert_close(
+            view, oracle(pixels, values, size).permute(1, 2, 0), rtol=0, atol=1e-5
+        )
 
 
 def test_the_last_byte() -> None:
-    """Crops that end with it, of widths that put their last pixel at each place of a group of four."""
+    """Crops that end with it, their last pixel at each place of a group of four."""
     width = 31
     pixels = _images(1, 3, width)
     rows = np.stack(

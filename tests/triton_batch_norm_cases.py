@@ -1,4 +1,5 @@
-"""Cases of the fused BatchNorm, in Triton's interpreter or on a GPU: values, gradients and running statistics.
+"""Cases of the fused BatchNorm, in Triton's interpreter or on a GPU: values, gradients and running
+statistics.
 
 Everything is held to separate passes of `torch.nn.functional.batch_norm` in float64.
 """
@@ -6,7 +7,6 @@ Everything is held to separate passes of `torch.nn.functional.batch_norm` in flo
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models import resnet
+from triton_tools import DEVICE, INTERPRETED
 
 from vi_simsiam import VISimSiam
 from vi_simsiam.errors import InputError
@@ -23,8 +24,6 @@ from vi_simsiam.normalisation import PerViewBatchNorm2d, make_fusible
 from vi_simsiam.ops import batch_norm as operation
 from vi_simsiam.ops.batch_norm import batch_norm_act
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 SINGLE, MANY = "one launch", "two launches"
 
 
@@ -32,12 +31,9 @@ SINGLE, MANY = "one launch", "two launches"
 def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The same in one launch, and in two with several programs, turns and tiles to each strip."""
     if request.param == MANY:
-        monkeypatch.setattr(kernel, "SINGLE_ELEMENTS", 0)
-        monkeypatch.setattr(kernel, "COLUMNS", 16)
-        monkeypatch.setattr(kernel, "REDUCE_WARPS", 1)
-        monkeypatch.setattr(kernel, "REDUCE_LOADS", 2)
-        monkeypatch.setattr(kernel, "APPLY_WARPS", 1)
-        monkeypatch.setattr(kernel, "APPLY_LOADS", 1)
+        constants = {"SINGLE_ELEMENTS": 0, "COLUMNS": 16, "REDUCE_WARPS": 1, "REDUCE_LOADS": 2}
+        for name, value in (constants | {"APPLY_WARPS": 1, "APPLY_LOADS": 1}).items():
+            monkeypatch.setattr(kernel, name, value)
         monkeypatch.setattr(operation, "multiprocessors", lambda device: 6)
     kernel.plan.cache_clear()
     yield request.param
@@ -166,7 +162,8 @@ def test_bfloat16_is_as_exact_as_torch(add: bool) -> None:
         error, known = (
             (each[name].double() - exact).square().mean().sqrt() for each in (got, torchs)
         )
-        # The interpreter truncates to bfloat16 where a GPU rounds: the root mean square of its errors is twice as large.
+        # The interpreter truncates to bfloat16 where a GPU rounds: the root mean square of its
+        # errors is twice as large.
         assert error <= (2.2 if INTERPRETED else 1.1) * known + 1e-6, name
 
 
@@ -264,15 +261,9 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_the_fused_backend_does_not_take(message: str) -> None:
-    """It says so where it was named; otherwise eager computes what PyTorch can."""
-    given = {
-        "x": torch.randn(4, 6),
-        "weight": None,
-        "bias": None,
-        "running_mean": None,
-        "running_var": None,
-    }
-    given |= REFUSED[message]
+    """Refused where it was named; otherwise eager computes what PyTorch can."""
+    given = dict.fromkeys(("x", "weight", "bias", "running_mean", "running_var"))
+    given |= {"x": torch.randn(4, 6)} | REFUSED[message]
     for name, value in given.items():
         if isinstance(value, Tensor):  # `to` would make what it moves contiguous
             empty = torch.empty_strided(
@@ -311,19 +302,15 @@ def test_in_a_cuda_graph() -> None:
 
 
 def test_operators_are_registered_rightly() -> None:
-    """Shapes, layouts and gradients as torch.compile sees them."""
+    """Shapes, layouts and gradients under torch.compile."""
     x, residual, (weight, bias, *_) = (
         _draw((4, 6, 4, 4)),
         _draw((4, 6, 4, 4), seed=1),
         _parameters(6, True),
     )
     leaves = [t.clone().requires_grad_() for t in (x, residual, weight, bias)]
-    checks = (
-        "test_schema",
-        "test_autograd_registration",
-        "test_faketensor",
-        "test_aot_dispatch_static",
-    )
+    names = ("schema", "autograd_registration", "faketensor", "aot_dispatch_static")
+    checks = tuple(f"test_{name}" for name in names)
     for options in ((2, True, 1e-5), (2, False, 1e-5)):
         torch.library.opcheck(
             torch.ops.vi_simsiam.batch_norm_act, (*leaves, *options), test_utils=checks
@@ -351,24 +338,14 @@ def test_under_compile(add: bool, relu: bool) -> None:
     def step(
         x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor
     ) -> Tensor:
-        options: dict[str, Any] = {
-            "groups": 2,
-            "residual": residual,
-            "relu": relu,
-            "momentum": 0.3,
-            "eps": 1e-3,
-        }
-        return batch_norm_act(x, weight, bias, mean, var, backend="triton", **options)
+        options: dict[str, Any] = {"groups": 2, "relu": relu, "momentum": 0.3, "eps": 1e-3}
+        options |= {"residual": residual, "backend": "triton"}
+        return batch_norm_act(x, weight, bias, mean, var, **options)
 
     y = step(*leaves, *running)
     y.backward(gradient)
-    got = dict(
-        zip(
-            ("x", "residual", "weight", "bias"),
-            (None if t is None else t.grad for t in leaves),
-            strict=True,
-        )
-    )
+    gradients = (None if t is None else t.grad for t in leaves)
+    got = dict(zip(("x", "residual", "weight", "bias"), gradients, strict=True))
     got |= {"y": y.detach(), "running_mean": running[0], "running_var": running[1]}
     for name in want:
         torch.testing.assert_close(
@@ -377,7 +354,8 @@ def test_under_compile(add: bool, relu: bool) -> None:
 
 
 def test_gradients_of_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fused passes in float32 are near separate passes in float64, as separate passes in float32 are."""
+    """Fused passes in float32 are near separate passes in float64, as separate passes in float32
+    are."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.manual_seed(0)
     network = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], norm_layer=PerViewBatchNorm2d)

@@ -1,12 +1,12 @@
 """Numerical cases of the Triton kernels' scalar functions, in Triton's interpreter or on a GPU.
 
-Run by `test_triton_kernels.py` in a process of its own, like `triton_cases.py`, whose rule for errors holds here, too.
+Run by `test_triton_kernels.py` in a process of its own, like `triton_cases.py`, whose rule for
+errors holds here, too.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton_tools import DEVICE
 
 from vi_simsiam.kernels.power_spherical import (
     exp_nonpositive,
@@ -28,7 +29,6 @@ from vi_simsiam.kernels.power_spherical import (
 from vi_simsiam.ops import power_spherical as eager
 
 Number = float | mpmath.mpf
-DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 GOLDEN = Path(__file__).parent / "golden" / "power_spherical.json"
 
 # The interpreter evaluates 0/0 in lanes that the kernel discards.
@@ -170,7 +170,8 @@ def test_log_density_ratio_is_as_accurate_as_the_reference(
         exact = np.array(
             [exact_ratio(k, c, dim) for k, c in zip(kappa.tolist(), cos.tolist(), strict=True)]
         ).T
-        # k c and the normaliser, about k/2 up to k = D and logarithmic from there, are what the value is the sum of.
+        # k c and the normaliser, about k/2 up to k = D and logarithmic from there, are what the
+        # value is the sum of.
         size = abs(exact) + np.stack(
             [np.minimum(kappas, dim) + 1, np.ones(len(kappas)), np.zeros(len(kappas)) + 1e-30]
         )

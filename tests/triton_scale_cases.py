@@ -1,18 +1,17 @@
-"""Cases of the Triton kernel that scales a gradient, in Triton's interpreter or on a GPU (see `triton_cases.py`)."""
+"""Cases of the Triton kernel that scales a gradient, in Triton's interpreter or on a GPU (see
+`triton_cases.py`)."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
+from triton_tools import DEVICE
 
 from vi_simsiam.kernels import scale_gradient as kernel
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 VIEWS, SAMPLES, WIDTH = 3, 21, 300
 
 
@@ -88,7 +87,8 @@ def test_gradient_of_the_concentration(kind: str) -> None:
 
 @pytest.mark.parametrize("shape", [(), (SAMPLES,)])
 def test_a_factor_of_one_touches_nothing(shape: tuple[int, ...]) -> None:
-    """A NaN that is multiplied loses nothing that a test could see, but a signalling one becomes quiet."""
+    """A NaN that is multiplied loses nothing that a test could see, but a signalling one becomes
+    quiet."""
     gradient = _gradient()
     gradient.view(torch.int32)[..., 7] = 0x7F800001
     before = gradient.view(torch.int32).clone()

@@ -1,18 +1,16 @@
-"""Cases of the first convolution over blocks of pixels, in Triton's interpreter or on a GPU (see `triton_cases.py`)."""
+"""Cases of the first convolution over blocks of pixels, in Triton's interpreter or on a GPU (see
+`triton_cases.py`)."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from triton_tools import DEVICE
 
 from vi_simsiam.kernels.stem_convolution import blocks_of_pixels
 from vi_simsiam.ops.stem_convolution import stem_convolution, takes
-
-DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 
 
 def _draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:

@@ -1,6 +1,6 @@
 """VI-SimSiam: uncertainty-aware self-supervised learning with fused Power Spherical loss kernels.
 
-Names are imported when they are first used, so that the package costs nothing until then, not even PyTorch.
+Names are imported on first use; until then nothing is loaded, not even PyTorch.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ if TYPE_CHECKING:
 
 __all__ = ["HypersphericalUniform", "PowerSpherical", "SimSiam", "VISimSiam", "__version__", "load"]
 
-_HOMES = {
+_MODULE_OF = {
     "HypersphericalUniform": "distributions",
     "PowerSpherical": "distributions",
     "SimSiam": "models",
     "VISimSiam": "models",
 }
 _MODULES = (
-    "config", "data", "distributions", "engine", "errors", "export", "functional", "heads", "inference", "models", "nn", "ops",
-)  # fmt: skip
+    *("config", "data", "distributions", "engine", "errors", "export"),
+    *("functional", "heads", "inference", "models", "nn", "ops"),
+)
 
 
 def load(run_folder: str | Path, device: str = "auto") -> Encoder:
-    """Open a trained run to encode images with it: ``vi_simsiam.load(RUN).encode(images).uncertainty``.
+    """Open a trained run to encode images: ``vi_simsiam.load(RUN).encode(images).uncertainty``.
 
     Args:
         run_folder: the folder that training wrote.
@@ -49,8 +50,8 @@ def __getattr__(name: str) -> Any:
     value: Any
     if name == "__version__":
         value = _version()
-    elif name in _HOMES:
-        value = getattr(importlib.import_module(f"vi_simsiam.{_HOMES[name]}"), name)
+    elif name in _MODULE_OF:
+        value = getattr(importlib.import_module(f"vi_simsiam.{_MODULE_OF[name]}"), name)
     elif name in _MODULES:
         value = importlib.import_module(f"vi_simsiam.{name}")
     else:

@@ -1,40 +1,86 @@
-"""Checks of the values in a configuration."""
+"""Checks of a configuration: types and choices come from the annotations, ranges from `limited`."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import InputError, none_of
 
-_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "int": (int, "an integer"),
-    "float": ((int, float), "a number"),
-    "bool": (bool, "true or false"),
-    "str": (str, "text"),
-}
+Rule = tuple[Callable[[Any], bool], str]
+"""A test of a value, and in words what passes it."""
+
+POSITIVE: Rule = (lambda x: 0 < x < math.inf, "a positive number")
+NOT_NEGATIVE: Rule = (lambda x: 0 <= x < math.inf, "at least 0")
+PROBABILITY: Rule = (lambda x: 0 <= x <= 1, "a probability between 0 and 1")
+INTERVAL: Rule = (lambda x: 0 < x[0] <= x[1] < math.inf, "two numbers with 0 < low <= high")
+SHARES: Rule = (lambda x: 0 < x[0] <= x[1] <= 1, "two numbers with 0 < low <= high <= 1")
+SEED: Rule = (lambda x: 0 <= x < 2**63, "at least 0 and below 2**63")
+
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 
 
-def check_types(config: object) -> None:
-    """Refuse 2.5 epochs or "yes" for a flag: values from Python, JSON or YAML come unchecked."""
-    for each in dataclasses.fields(config):  # type: ignore[arg-type]
-        value, kind = getattr(config, each.name), str(each.type).removesuffix(" | None")
-        if value is None and kind != each.type:
+def at_least(smallest: int, accepted: str = "") -> Rule:
+    """The rule for numbers from `smallest` on; `accepted` replaces its wording."""
+    return (lambda x: x >= smallest), accepted or f"at least {smallest}"
+
+
+def limited(default: Any, rule: Rule) -> Any:
+    """A dataclass field whose values pass `rule`, or are None where the annotation allows it."""
+    return dataclasses.field(default=default, metadata={"rule": rule})
+
+
+def check_fields(config: Any) -> None:
+    """Check every field of a dataclass: values from Python, JSON or YAML can be of any type.
+
+    Raises:
+        InputError: the first value of a wrong type, choice or range.
+    """
+    hints = _hints(config.__class__)
+    for field in dataclasses.fields(config):
+        name, value, hint = field.name, getattr(config, field.name), hints[field.name]
+        options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        if value is None and NoneType in options:
             continue
-        if kind.startswith("tuple"):
-            count, kind = kind.count("float"), "float"
-            values, accepted = value, f"{count} numbers"
+        kind, *others = [option for option in options if option is not NoneType]
+        if others:
+            continue  # a union, which its own class checks
+        if get_origin(kind) is Literal:
+            choice(name, value, get_args(kind))
+        elif get_origin(kind) is tuple:
+            count = len(get_args(kind))
             fits = isinstance(value, tuple) and len(value) == count
-        else:
-            values, accepted, fits = (value,), _KINDS.get(kind, ((), ""))[1], True
-        if kind in _KINDS:
-            fits = fits and all(
-                isinstance(v, _KINDS[kind][0]) and isinstance(v, bool) == (kind == "bool")
-                for v in values
-            )
-            require(each.name, repr(value), fits, accepted)
+            fits = fits and all(_is_a(number, float) for number in value)
+            require(name, repr(value), fits, f"{count} numbers")
+        elif kind in _KINDS:
+            require(name, repr(value), _is_a(value, kind), _KINDS[kind])
+        if "rule" in field.metadata:
+            holds, accepted = field.metadata["rule"]
+            require(name, value, holds(value), accepted)
+
+
+def choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
+    """Raise InputError unless `value` is one of `accepted`."""
+    if value not in accepted:
+        raise none_of(name, value, accepted)
 
 
 def require(name: str, value: object, holds: bool, accepted: str) -> None:
-    """Raise InputError unless what is accepted `holds`."""
+    """Raise InputError unless `holds`; the message gives `value`, and `accepted` in its place."""
     if not holds:
         raise InputError(f"{name}: {value} is not accepted; it must be {accepted}")
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _is_a(value: object, kind: type) -> bool:
+    """Like isinstance, but an int is also a float, and a bool is no number."""
+    accepted = (int, float) if kind is float else kind
+    return isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)

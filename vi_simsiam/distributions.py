@@ -1,11 +1,14 @@
 """The Power Spherical and the uniform distribution on the unit sphere, as torch.distributions.
 
-Source: De Cao and Aziz, "The Power Spherical distribution" (2020, arXiv 2006.04437). For x on the sphere in R^D, mean
-direction mu and concentration k (kappa), with b = (D - 1)/2, a = b + k and s = a + b:
+Source: De Cao and Aziz, "The Power Spherical distribution" (2020, arXiv 2006.04437). For x on the
+sphere in R^D, mean direction mu and concentration k (kappa), with b = (D - 1)/2, a = b + k and s =
+a + b:
 
-    PS(x; mu, k) proportional to (1 + mu.x)^k          T = mu.x = 2 Z - 1 with Z ~ Beta(a, b)           eq. 8, theorem 1
+    PS(x; mu, k) proportional to (1 + mu.x)^k                                       eq. 8
+    T = mu.x = 2 Z - 1 with Z ~ Beta(a, b)                                          theorem 1
     E[x] = (k/s) mu          Cov[x] = 2a / (s (s + 1)) (I - (k/s) mu mu^T)
-    KL(PS || uniform) = log C(k) - log C(0) + k [log 2 + psi(a) - psi(s)]          entropy = log area - KL
+    KL(PS || uniform) = log C(k) - log C(0) + k [log 2 + psi(a) - psi(s)]
+    entropy = log area - KL
 
 The moments follow from E[Z] = a/s, E[Z (1 - Z)] = ab / (s (s + 1)) and the symmetry around mu.
 """
@@ -32,14 +35,15 @@ from vi_simsiam.ops.power_spherical import (
 class UnitSphere(constraints.Constraint):
     """Vectors of unit length along the last dimension.
 
-    The length may be off by 1e-6 in float64, 1e-5 in float32 and 4 eps in float16 and bfloat16: rounding, not a vector
-    that was never normalised. float64 admits vectors that were normalised in float32.
+    The length may be off by 1e-6 in float64, 1e-5 in float32 and 4 eps in float16 and bfloat16:
+    rounding, not a vector that was never normalised. float64 admits vectors that were normalised in
+    float32.
     """
 
     event_dim = 1
 
     def check(self, value: Tensor) -> Tensor:
-        """Whether each vector of (..., D) is of unit length, (...) bool."""
+        """Return (...) bool, True for each vector of (..., D) that is of unit length."""
         tolerance = (
             1e-6 if value.dtype == torch.float64 else max(1e-5, 4 * torch.finfo(value.dtype).eps)
         )
@@ -58,7 +62,8 @@ class HypersphericalUniform(Distribution):
         batch_shape: shape of a batch of identical distributions.
         dtype: dtype of the samples. `log_prob` and `entropy` are float32 for float16 and bfloat16.
         device: device of the samples.
-        validate_args: whether `log_prob` checks that its argument lies on the sphere; torch's default.
+        validate_args: whether `log_prob` checks that its argument lies on the sphere; torch's
+            default.
 
     Raises:
         InputError: dim below 2.
@@ -102,7 +107,8 @@ class HypersphericalUniform(Distribution):
         return _random_direction(shape, _wide(self.dtype), self.device).to(self.dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Minus the log area of the sphere, in nats, for value (..., D) that broadcasts with the batch."""
+        """Minus the log area of the sphere, in nats, for value (..., D) that broadcasts with the
+        batch."""
         shape = _check_value(self, value)
         dtype = torch.promote_types(_wide(self.dtype), value.dtype)
         return torch.full(shape, log_uniform(self.dim), dtype=dtype, device=value.device)
@@ -119,18 +125,20 @@ class PowerSpherical(Distribution):
 
     Args:
         loc: (*batch, D) unit vectors, the mean direction mu. Any floating dtype.
-        concentration: (*batch), kappa >= 0 and finite, of loc's dtype and device; or one number or () tensor for the
-            whole batch. Other shapes are not broadcast. 0 is the uniform distribution.
-        validate_args: whether values are checked (which waits for the device); torch's default. Shapes, dtypes and
-            devices always are.
+        concentration: (*batch), kappa >= 0 and finite, of loc's dtype and device; or one number or
+            () tensor for the whole batch. Other shapes are not broadcast. 0 is the uniform
+            distribution.
+        validate_args: whether values are checked (which waits for the device); torch's default.
+            Shapes, dtypes and devices always are.
 
-    Samples and moments have loc's dtype. `log_prob`, `entropy` and the divergence are float32 for float16 and
-    bfloat16 parameters, whose few digits do not hold them. Only the part of a gradient that is tangential to the
-    sphere has a meaning: differentiate through the normalisation of `loc` and `value`.
+    Samples and moments have loc's dtype. `log_prob`, `entropy` and the divergence are float32 for
+    float16 and bfloat16 parameters, whose few digits do not hold them. Only the part of a gradient
+    that is tangential to the sphere has a meaning: differentiate through the normalisation of `loc`
+    and `value`.
 
     Raises:
-        InputError: shapes or devices that do not fit, vectors that are not of unit length, a negative, infinite or
-            NaN concentration.
+        InputError: shapes or devices that do not fit, vectors that are not of unit length, a
+            negative, infinite or NaN concentration.
         TypeError: an argument that is no floating tensor, or dtypes that differ.
     """
 
@@ -152,7 +160,7 @@ class PowerSpherical(Distribution):
         _check_parameters(loc, concentration)
         batch_shape = loc.shape[:-1]
         self.loc, self.concentration = loc, concentration.expand(batch_shape)
-        # The base class would check the same again, with a message that does not say what to do.
+        # The base class would check the same again, with a message that names no remedy.
         super().__init__(batch_shape, loc.shape[-1:], validate_args=False)
         self._validate_args = type(self)._validate_args if validate_args is None else validate_args
         if self._validate_args:
@@ -163,8 +171,11 @@ class PowerSpherical(Distribution):
                 raise InputError(f"concentration: holds {bad}, must be finite and at least 0")
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> PowerSpherical:
-        """The same distribution with its batch expanded to `batch_shape`; the parameters are not copied."""
-        new: PowerSpherical = self._get_checked_instance(PowerSpherical, _instance)  # type: ignore[no-untyped-call]
+        """The same distribution with its batch expanded to `batch_shape`; the parameters are not
+        copied."""
+        new: PowerSpherical = self._get_checked_instance(  # type: ignore[no-untyped-call]
+            PowerSpherical, _instance
+        )
         shape = torch.Size(batch_shape)
         new.loc, new.concentration = (
             self.loc.expand(shape + self.event_shape),
@@ -192,7 +203,8 @@ class PowerSpherical(Distribution):
 
     @property
     def variance(self) -> Tensor:
-        """Variance of each coordinate, the diagonal of Cov[x], (*batch, D); it sums to 1 - |E[x]|^2."""
+        """Variance of each coordinate, the diagonal of Cov[x], (*batch, D); it sums to 1 -
+        |E[x]|^2."""
         k, loc = _widen(self.concentration).unsqueeze(-1), _widen(self.loc)
         b = (self.dim - 1) / 2
         a, s = b + k, 2 * b + k
@@ -209,8 +221,9 @@ class PowerSpherical(Distribution):
         Returns:
             The log-density, of the broadcast shape. 1 + cos is clamped from below at 1e-6.
 
-        The cosine is taken as sign(c) (1 - |value - sign(c) loc|^2 / 2): the rounding of the two lengths enters it in
-        second order only, where the rounded dot product would cost kappa/(1 + c) times 1e-7 in float32.
+        The cosine is taken as sign(c) (1 - |value - sign(c) loc|^2 / 2): the rounding of the two
+        lengths enters it in second order only, where the rounded dot product would cost kappa/(1 +
+        c) times 1e-7 in float32.
         """
         _check_value(self, value)
         dtype = torch.promote_types(_wide(self.loc.dtype), value.dtype)
@@ -225,16 +238,17 @@ class PowerSpherical(Distribution):
         return ratio + log_uniform(self.dim)
 
     def entropy(self) -> Tensor:
-        """Differential entropy in nats, (*batch): log area of the sphere minus KL(self || uniform)."""
+        """Differential entropy in nats, (*batch): log area minus KL(self || uniform)."""
         return -log_uniform(self.dim) - kl_to_uniform(_widen(self.concentration), self.dim)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Samples (*sample_shape, *batch, D), differentiable in loc and concentration (once).
 
-        x = T mu + sqrt(1 - T^2) w, algorithm 1 of the paper. T = 2 Z - 1 with Z = G / (G + G'), G ~ Gamma(a) and
-        G' ~ Gamma(b): both Z and 1 - Z keep their digits, so sqrt(1 - T^2) = 2 sqrt(Z (1 - Z)) does at any kappa. w is
-        uniform among the directions orthogonal to mu: a direction v of R^(D-1), reflected by the Householder
-        transform that maps e1 to -sign(mu_1) mu. That choice of sign never divides by less than 1 + |mu_1|.
+        x = T mu + sqrt(1 - T^2) w, algorithm 1 of the paper. T = 2 Z - 1 with Z = G / (G + G'), G ~
+        Gamma(a) and G' ~ Gamma(b): both Z and 1 - Z keep their digits, so sqrt(1 - T^2) = 2 sqrt(Z
+        (1 - Z)) does at any kappa. w is uniform among the directions orthogonal to mu: a direction
+        v of R^(D-1), reflected by the Householder transform that maps e1 to -sign(mu_1) mu. That
+        choice of sign never divides by less than 1 + |mu_1|.
         """
         shape = self._extended_shape(torch.Size(sample_shape))
         loc, k = _widen(self.loc).expand(shape), _widen(self.concentration).expand(shape[:-1])
@@ -254,7 +268,7 @@ class PowerSpherical(Distribution):
         return sample.to(self.loc.dtype)
 
 
-@register_kl(PowerSpherical, HypersphericalUniform)  # type: ignore[no-untyped-call,untyped-decorator]
+@register_kl(PowerSpherical, HypersphericalUniform)  # type: ignore[no-untyped-call]
 def _kl_power_spherical_uniform(p: PowerSpherical, q: HypersphericalUniform) -> Tensor:
     if p.dim != q.dim:
         raise InputError(f"kl_divergence: dimensions {p.dim} and {q.dim} given, must be equal")
@@ -302,8 +316,9 @@ def _check_parameters(loc: Tensor, concentration: Tensor) -> None:
         raise InputError(f"loc: shape {tuple(loc.shape)} given, must be (*batch, D) with D >= 2")
     if concentration.shape not in (torch.Size(), loc.shape[:-1]):
         raise InputError(
-            f"concentration: shape {tuple(concentration.shape)} given for loc of shape {tuple(loc.shape)}, must be "
-            f"loc's batch shape {tuple(loc.shape[:-1])}, or () for the whole batch; it is not broadcast otherwise"
+            f"concentration: shape {tuple(concentration.shape)} given for loc of shape "
+            f"{tuple(loc.shape)}, must be loc's batch shape {tuple(loc.shape[:-1])}, or () for the "
+            "whole batch; it is not broadcast otherwise"
         )
 
 
@@ -312,8 +327,8 @@ def _check_unit(name: str, x: Tensor) -> None:
     if not bool(valid.all()):
         length = torch.linalg.vector_norm(_widen(x.detach()), dim=-1)[~valid].flatten()[0].item()
         raise InputError(
-            f"{name}: a vector of length {length:.9g} given, must be of length 1 within rounding of {x.dtype}; "
-            f"normalise it with torch.nn.functional.normalize({name}, dim=-1)"
+            f"{name}: a vector of length {length:.9g} given, must be of length 1 within rounding "
+            f"of {x.dtype}; normalise it with torch.nn.functional.normalize({name}, dim=-1)"
         )
 
 
@@ -322,14 +337,15 @@ def _check_value(distribution: PowerSpherical | HypersphericalUniform, value: Te
     _check_floating("value", value)
     if value.dim() < 1 or value.shape[-1] != distribution.dim:
         raise InputError(
-            f"value: shape {tuple(value.shape)} given, its last dimension must be D = {distribution.dim}"
+            f"value: shape {tuple(value.shape)} given, "
+            f"its last dimension must be D = {distribution.dim}"
         )
     try:
         shape = _broadcast_shape(value.shape[:-1], distribution.batch_shape)
     except RuntimeError:
         raise InputError(
-            f"value: shape {tuple(value.shape)} given, its leading dimensions must broadcast with the batch shape "
-            f"{tuple(distribution.batch_shape)}"
+            f"value: shape {tuple(value.shape)} given, its leading dimensions must broadcast with "
+            f"the batch shape {tuple(distribution.batch_shape)}"
         ) from None
     if distribution._validate_args:
         _check_unit("value", value)

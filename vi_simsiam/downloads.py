@@ -1,4 +1,4 @@
-"""What downloads of data sets and weights share."""
+"""Time limit of downloads of data sets and weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SECONDS = 60.0
 
 @contextlib.contextmanager
 def patience() -> Iterator[None]:
-    """Let a server that gives nothing for a minute be an OSError: torchvision waits for ever."""
+    """Raise OSError if a server sends nothing for a minute; torchvision would wait forever."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_SECONDS)
     try:

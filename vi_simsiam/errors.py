@@ -1,4 +1,4 @@
-"""Errors that a user can mend. The command line prints them as one line; other exceptions are bugs."""
+"""Errors that a user can resolve, each printed as one line; other exceptions are bugs."""
 
 from __future__ import annotations
 
@@ -14,41 +14,38 @@ class UserError(Exception):
 
 
 class InputError(UserError, ValueError):
-    """A value cannot be used; the message names the argument, what was given and what is accepted."""
+    """A value cannot be used; the message has the argument, the value and the accepted values."""
 
 
 class BackendUnavailableError(UserError, RuntimeError):
-    """A backend named explicitly cannot run here; the message says why."""
+    """A backend named explicitly cannot run here; the message has the reason."""
 
 
 class TrainingError(UserError, RuntimeError):
-    """Training cannot go on (a non-finite loss, say). What was saved before stays usable."""
+    """Training cannot go on (a non-finite loss, say). Saved files stay usable."""
 
 
 class ImageWarning(UserWarning):
-    """Images were left out, decoded with a loss or labelled otherwise. The command line prints it as one line."""
+    """Images were left out, decoded with a loss or labelled otherwise; printed as one line."""
 
 
 def is_full(error: OSError) -> bool:
-    """Whether a file could not be written for want of room: on the disk, in the user's quota, or below a limit of its size."""
+    """True for a full disk, an exceeded quota or a limit on the file's size."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def none_of(name: str, value: object, accepted: Iterable[str]) -> InputError:
-    """The error for a value that is not among those accepted, with the most similar of them. A long list is cut."""
+    """The error for a value that is not accepted, with the most similar accepted one."""
     accepted = list(accepted)
-    shown = (
-        accepted
-        if len(accepted) <= _SHOWN
-        else [*accepted[:_SHOWN], f"... ({len(accepted)} in all)"]
-    )
-    return InputError(
-        f"{name}: {value!r} is none of {', '.join(shown)}{did_you_mean(str(value), accepted)}"
-    )
+    shown = accepted[:_SHOWN]
+    if len(accepted) > _SHOWN:
+        shown.append(f"... ({len(accepted)} in all)")
+    similar = did_you_mean(str(value), accepted)
+    return InputError(f"{name}: {value!r} is none of {', '.join(shown)}{similar}")
 
 
 def did_you_mean(given: str, accepted: Iterable[str]) -> str:
-    """ "; did you mean 'train'?" where one of `accepted` is similar to what was given, else nothing."""
+    """ "; did you mean 'train'?" if one of `accepted` is similar to `given`, else empty."""
     from difflib import get_close_matches
 
     near = get_close_matches(given.lower(), list(accepted), n=1)

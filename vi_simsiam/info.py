@@ -1,8 +1,9 @@
-"""What runs here: versions, devices, and for every backend whether it is available or why not."""
+"""Versions, devices and backends: the content of `vi-simsiam info`."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -19,11 +20,13 @@ from vi_simsiam.ops.backends import (
 )
 from vi_simsiam.text import counted
 
+NOT_INSTALLED = "not installed"
 _PACKAGES = ("torch", "torchvision", "triton", "numpy")
 
 
 def facts() -> dict[str, Any]:
-    """The content of `vi-simsiam info` as plain JSON types; `why` is null for a backend that is available."""
+    """The content of `vi-simsiam info` as plain JSON types; `why` is null for a backend that is
+    available."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backends = {}
     for name in BACKENDS:
@@ -61,21 +64,24 @@ def report(found: dict[str, Any] | None = None) -> str:
         f"device       {device['description']}",
         f"extension    {found['extension']}",
         f"loss         {found['loss']} (backend auto on {device['type']})",
-        *(
-            f"  {name:11}{'available' if each['available'] else 'not available: '}{each['why'] or ''}"
-            for name, each in found["backends"].items()
-        ),
     ]
+    for name, each in found["backends"].items():
+        state = "available" if each["available"] else f"not available: {each['why'] or ''}"
+        lines.append(f"  {name:11}{state}")
     return "\n".join(lines)
 
 
 def describe_device(device: torch.device) -> str:
-    """One line about a device: its name, memory, compute capability and driver, or the CPU's cores and threads."""
+    """One line about a device: its name, memory, compute capability and driver, or the CPU's cores
+    and threads."""
     if device.type != "cuda":
-        return f"cpu ({counted(torch.get_num_threads(), 'thread')}, {torch.backends.cpu.get_cpu_capability()}); no CUDA device found"
+        threads = counted(torch.get_num_threads(), "thread")
+        simd = torch.backends.cpu.get_cpu_capability()
+        return f"cpu ({threads}, {simd}); no CUDA device found"
     properties = torch.cuda.get_device_properties(device)
     capability = f"{properties.major}.{properties.minor}"
-    return f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB, compute capability {capability})"
+    memory = f"{properties.total_memory / 2**30:.0f} GiB"
+    return f"{properties.name} ({memory}, compute capability {capability})"
 
 
 def describe_extension() -> str:
@@ -92,9 +98,19 @@ def describe_extension() -> str:
     return f"{built['compiler']}, SIMD {built['simd']}, {cuda}"
 
 
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of vi-simsiam, Python and those of `packages` that are installed."""
+    found = {package: installed_version(package) for package in packages}
+    return {
+        "vi-simsiam": vi_simsiam.__version__,
+        "python": platform.python_version(),
+        **{package: number for package, number in found.items() if number != NOT_INSTALLED},
+    }
+
+
 def installed_version(package: str) -> str:
-    """The version of an installed distribution, or "not installed"."""
+    """The version of an installed distribution, or `NOT_INSTALLED`."""
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return NOT_INSTALLED

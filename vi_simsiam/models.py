@@ -1,7 +1,8 @@
 """SimSiam and VI-SimSiam: a backbone, a projector and a predictor.
 
-The networks follow Chen and He (arXiv 2011.10566) and Nakamura et al. (arXiv 2203.11437): a torchvision ResNet, a
-projector of three linear layers with BatchNorm (the last one without affine parameters), a predictor of two.
+The networks follow Chen and He (arXiv 2011.10566) and Nakamura et al. (arXiv 2203.11437): a
+torchvision ResNet, a projector of three linear layers with BatchNorm (the last one without affine
+parameters), a predictor of two.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vi_simsiam.config import Concentration, Link, LossConfig, ModelConfig, Stem, TrainConfig
+from vi_simsiam.backbones import build_backbone, fetch_weights
+from vi_simsiam.config import Concentration, Link, Stem, TrainConfig
 from vi_simsiam.distributions import PowerSpherical
 from vi_simsiam.errors import InputError
 from vi_simsiam.functional import cosine_loss
@@ -33,19 +34,17 @@ from vi_simsiam.normalisation import (
     Head,
     PerView,
     PerViewBatchNorm1d,
-    PerViewBatchNorm2d,
     count_batches,
-    make_fusible,
 )
 from vi_simsiam.ops.multiview_loss import LossForm, multiview_loss
-from vi_simsiam.pretrained import check_backbone, fetch_weights
 
 
 class Output(NamedTuple):
-    """What a model makes of V views, of which the first G are targets."""
+    """Outputs of a model for V views, of which the first G are targets."""
 
     predictions: tuple[Tensor, ...]
-    """V tensors (B, W): D columns, for VI-SimSiam one more with the raw concentration, and zeros up to a multiple of 16."""
+    """V tensors (B, W): D columns, for VI-SimSiam one more with the raw concentration, and zeros up
+    to a multiple of 16."""
     targets: tuple[Tensor, ...]
     """G tensors (B, D), detached."""
 
@@ -54,19 +53,21 @@ class SimSiam(nn.Module):
     """SimSiam (Chen and He, arXiv 2011.10566): each view predicts the representation of the others.
 
     Args:
-        backbone: a torchvision ResNet by name, or a module that maps images to features (B, features).
-        features: width of an own backbone's features; known for a torchvision one.
+        backbone: a torchvision ResNet by name, or a module that maps images to features
+            (B, features).
+        features: width of a custom backbone's features; a torchvision one needs none.
         dim: D, the width of projections and predictions.
         projector_hidden: width of the projector's hidden layers.
         predictor_hidden: width of the predictor's hidden layer.
         stem: first layers of a torchvision backbone, see `build_backbone`.
-        pretrained: whether a torchvision backbone starts from its ImageNet weights.
-        local_predictor: whether views smaller than the first one have a predictor of their own, of the same shape (a
-            shared one is reported to unsettle SimSiam, arXiv 2602.05845).
-        head: makes a predictor's last layers for the width of its hidden one; None for a linear layer of D columns.
+        pretrained: start a torchvision backbone from its ImageNet weights.
+        local_predictor: give views smaller than the first one a predictor of their own, of the same
+            shape (a shared one is reported to destabilise SimSiam, arXiv 2602.05845).
+        head: builds a predictor's last layers from the width of its hidden one; None for a linear
+            layer of D columns.
 
     Raises:
-        InputError: an unknown backbone, or an own one without `features`.
+        InputError: an unknown backbone, or a custom one without `features`.
     """
 
     def __init__(
@@ -92,14 +93,15 @@ class SimSiam(nn.Module):
         self.dim = dim
         self.features = features
         self.joint_statistics = False
-        """Whether BatchNorm normalises consecutive views of one size jointly instead of each by its own statistics."""
+        """Normalise consecutive views of one size jointly instead of each by its own statistics."""
         self.shared_passes = False
-        """Whether views of one size pass together also where each is normalised by its own statistics: the same function,
-        on a CPU faster. For torchvision backbones; the BatchNorm of an own one would see the views as one batch."""
+        """Pass views of one size together also where each is normalised by its own statistics: the
+        same function, on a CPU faster. For torchvision backbones; the BatchNorm of a custom one
+        would see the views as one batch."""
         self.fused = False
-        """Whether in training mode views pass together as with `shared_passes`, and BatchNorm, the addition of a residual
-        and the ReLU after it are one operation: the same function, on a GPU faster. For torchvision backbones, on a GPU
-        in channels_last."""
+        """In training mode, pass views together as with `shared_passes`, and fuse BatchNorm, the
+        addition of a residual and the ReLU after it: the same function, on a GPU faster. For
+        torchvision backbones, on a GPU in channels_last."""
         self.backbone = backbone
         self.projector = Head(
             nn.Linear(features, projector_hidden, bias=False),
@@ -111,43 +113,42 @@ class SimSiam(nn.Module):
             nn.Linear(projector_hidden, dim, bias=False),
             PerViewBatchNorm1d(dim, affine=False),
         )
-        # The last layers draw their weights first, as ever: a seed stands for the same network in all versions.
         last = head or (lambda hidden: [padded_linear(hidden, dim)])
-        self.predictor = self._new_predictor(dim, predictor_hidden, last(predictor_hidden))
-        self.local_predictor = (
-            self._new_predictor(dim, predictor_hidden, last(predictor_hidden))
-            if local_predictor
-            else None
-        )
-        self.target: nn.Sequential | None = None
-        """The backbone and projector that make the targets; None for the model's own. See `add_target`."""
-        self.frozen = False
-        """Whether `train` leaves the model in eval mode. See `VISimSiam.freeze`."""
-        self._collect_norms()
 
-    @staticmethod
-    def _new_predictor(dim: int, hidden: int, last: Sequence[nn.Module]) -> nn.Sequential:
-        first = nn.Linear(dim, hidden, bias=False)
-        return Head(first, PerViewBatchNorm1d(hidden), nn.ReLU(inplace=True), *last)
+        def new_predictor() -> Head:
+            # The last layers draw their weights first, so that a seed gives the same network in
+            # all versions.
+            layers = last(predictor_hidden)
+            first = nn.Linear(dim, predictor_hidden, bias=False)
+            return Head(first, PerViewBatchNorm1d(predictor_hidden), nn.ReLU(inplace=True), *layers)
+
+        self.predictor = new_predictor()
+        self.local_predictor = new_predictor() if local_predictor else None
+        self.target: nn.Sequential | None = None
+        """Backbone and projector for the targets; None for the model's own. See `add_target`."""
+        self.frozen = False
+        """Stay in eval mode, also after `train()`. See `VISimSiam.freeze`."""
+        self._collect_norms()
 
     def _collect_norms(self) -> None:
         self._norms = [module for module in self.modules() if isinstance(module, PerView)]
 
     def add_target(self) -> None:
-        """Let a copy of the backbone and the projector make the targets, which only `update_target` changes.
+        """Compute the targets by a copy of the backbone and projector, see `update_target`.
 
-        Its BatchNorm layers normalise by the batch in training mode, as BYOL's do, and keep running statistics of their own.
+        Its BatchNorm layers normalise by the batch in training mode, as BYOL's do, and keep running
+        statistics of their own.
         """
-        self.target = copy.deepcopy(nn.Sequential(self.backbone, self.projector)).requires_grad_(
-            False
-        )
+        self.target = copy.deepcopy(nn.Sequential(self.backbone, self.projector))
+        self.target.requires_grad_(False)
         self._collect_norms()
 
     @torch.no_grad()
     def update_target(self, rate: Tensor) -> None:
-        """Move the target's weights towards the model's: target + rate (model - target) (Grill et al., arXiv 2006.07733).
+        """Move the target's weights towards the model's: target + rate (model - target).
 
-        Operations on the device only. Buffers are not averaged.
+        Follows Grill et al. (arXiv 2006.07733), by operations on the device only. Buffers are not
+        averaged.
 
         Args:
             rate: 1 minus the momentum, a scalar on the model's device; 0 changes nothing.
@@ -155,22 +156,21 @@ class SimSiam(nn.Module):
         assert self.target is not None
         moving: list[Tensor] = [*self.target.parameters()]
         leading: list[Tensor] = [*self.backbone.parameters(), *self.projector.parameters()]
-        change: list[Tensor] = list(torch._foreach_sub(leading, moving))
+        change = list(torch._foreach_sub(leading, moving))
         torch._foreach_mul_(change, rate)
         torch._foreach_add_(moving, change)
 
     def train(self, mode: bool = True) -> SimSiam:
-        """As in torch; a frozen model stays in eval mode."""
-        super().train(mode and not self.frozen)
-        return self
+        """Set training mode as in torch; a frozen model stays in eval mode."""
+        return super().train(mode and not self.frozen)
 
     def forward(self, views: Sequence[Tensor], targets: int = 2) -> Output:
         """Predictions of all views and projections of the first `targets` ones.
 
-        BatchNorm normalises each view by its own statistics, and with `joint_statistics` all views of one size by common
-        ones. Running statistics, which evaluation uses, are updated by each in the order of the views, and later ones
-        count more: after two global and six local views 82 % of them are the local ones' (momentum 0.1), and 53 % with
-        joint statistics.
+        BatchNorm normalises each view by its own statistics, and with `joint_statistics` all views
+        of one size by common ones. Running statistics, which evaluation uses, are updated by each
+        in the order of the views, and later ones count more: after two global and six local views
+        82 % of them are the local ones' (momentum 0.1), and 53 % with joint statistics.
 
         Args:
             views: V tensors (B, 3, height, width); sizes may differ between views.
@@ -178,43 +178,39 @@ class SimSiam(nn.Module):
         """
         projections: list[Tensor] = []
         predictions: list[Tensor] = []
-        for together in self._passes(views):
-            smaller = together[0].shape[-1] < views[0].shape[-1]
-            predictor = (
-                self.local_predictor
-                if self.local_predictor is not None and smaller
-                else self.predictor
-            )
-            images = together[0] if len(together) == 1 else torch.cat(together)
-            with self._normalising(len(together), self.backbone, self.projector, predictor):
+        for images, count in self._passes(views):
+            predictor = self.predictor
+            if self.local_predictor is not None and images.shape[-1] < views[0].shape[-1]:
+                predictor = self.local_predictor
+            with self._normalising(count, self.backbone, self.projector, predictor):
                 projection = self.projector(self.backbone(images))
                 prediction = predictor(projection)
-            projections += projection.chunk(len(together))
-            predictions += prediction.chunk(len(together))
+            projections += projection.chunk(count)
+            predictions += prediction.chunk(count)
         if self.target is not None:
             projections = self._targets(self.target, views[:targets])
-        return Output(
-            tuple(predictions), tuple(projection.detach() for projection in projections[:targets])
-        )
+        return Output(tuple(predictions), tuple(each.detach() for each in projections[:targets]))
 
-    def _passes(self, views: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The views that go through the network together."""
-        together = self.joint_statistics or self.shared_passes or (self.fused and self.training)
-        return _by_shape(views) if together else [[view] for view in views]
+    def _passes(self, views: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
+        """Batches of views that pass through the network together, and how many each holds."""
+        groups = [[view] for view in views]
+        if self.joint_statistics or self.shared_passes or (self.fused and self.training):
+            by_shape = itertools.groupby(views, key=lambda view: view.shape)
+            groups = [list(group) for _, group in by_shape]
+        return [(group[0] if len(group) == 1 else torch.cat(group), len(group)) for group in groups]
 
     @torch.no_grad()
     def _targets(self, target: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
         """Projections of the views by another network than the one that is trained."""
         projections: list[Tensor] = []
-        for together in self._passes(views):
-            images = together[0] if len(together) == 1 else torch.cat(together)
-            with self._normalising(len(together), target):
-                projections += target(images).chunk(len(together))
+        for images, count in self._passes(views):
+            with self._normalising(count, target):
+                projections += target(images).chunk(count)
         return projections
 
     @contextlib.contextmanager
     def _normalising(self, views: int, *parts: nn.Module) -> Iterator[None]:
-        """Let BatchNorm take its batches for so many views, and count those that pass through the parts fused."""
+        """Set the number of views in BatchNorm's batches, and count those of the fused parts."""
         groups = 1 if self.joint_statistics else views
         for norm in self._norms:
             norm.views, norm.fused = groups, self.fused
@@ -224,41 +220,62 @@ class SimSiam(nn.Module):
             for norm in self._norms:
                 norm.views, norm.fused = 1, False
         if self.fused:
-            count_batches(
-                [
-                    module
-                    for part in parts
-                    for module in part.modules()
-                    if isinstance(module, PerView)
-                ],
-                groups,
-            )
+            modules = itertools.chain(*(part.modules() for part in parts))
+            count_batches([each for each in modules if isinstance(each, PerView)], groups)
+
+    def concentration(self, prediction: Tensor) -> Tensor | None:
+        """None: SimSiam predicts no concentration."""
+        return None
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Outputs for normalised images (B, 3, height, width). Call it in eval mode.
+
+        `inference.encoder.Encoder` reads and normalises images of any kind.
+
+        Returns:
+            Features of the backbone (B, F), projections z (B, D), mean directions mu (B, D) of unit
+            length, their lengths (B,) before normalisation, and kappa (B,), which is None for
+            SimSiam. Of the last three, each is in at least float32.
+        """
+        embedding = self.backbone(images)
+        projection = self.projector(embedding)
+        prediction = self.predictor(projection)
+        mean = prediction[..., : self.dim]
+        mean = mean.to(torch.promote_types(mean.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(mean, dim=-1)
+        return (
+            embedding,
+            projection,
+            F.normalize(mean, dim=-1),
+            norm,
+            self.concentration(prediction),
+        )
 
     def loss(self, output: Output, backend: str = "auto", loss_scale: float = 1.0) -> Tensor:
         """The method's loss of an `Output` times `loss_scale`, a scalar."""
-        return cosine_loss(
-            output.predictions, output.targets, backend=backend, loss_scale=loss_scale
-        )
+        views, targets = output.predictions, output.targets
+        return cosine_loss(views, targets, backend=backend, loss_scale=loss_scale)
 
 
 class VISimSiam(SimSiam):
-    """VI-SimSiam (Nakamura et al., arXiv 2203.11437): predictions are Power Spherical distributions.
+    """VI-SimSiam (Nakamura et al., arXiv 2203.11437), which predicts Power Spherical distributions.
 
-    A prediction has one column more, the raw concentration r; kappa = concentration_scale link(gain r) +
-    concentration_min.
+    A prediction has one more column, the raw concentration r; kappa = concentration_scale
+    link(gain r) + concentration_min.
 
     Args:
         concentration: where the raw concentration comes from, see `LossConfig`.
         concentration_value: kappa/(D - 1) of "constant".
-        concentration_scale: None for D - 1, which makes kappa/(D - 1) a number of order 1; it starts at about 0.05.
+        concentration_scale: None for D - 1, which makes kappa/(D - 1) a number of order 1; it
+            starts at about 0.05.
         concentration_min: lower bound of kappa.
         concentration_max: upper bound of kappa, approached smoothly; None for none.
         concentration_link, concentration_gain, cosine_weight: see `LossConfig`.
-        frozen: whether only the concentration is trained, see `freeze`.
-        others: as `SimSiam`.
+        frozen: train the concentration only, see `freeze`.
+        dim, predictor_hidden, others: as `SimSiam`.
 
     Raises:
-        InputError: as `SimSiam`; numbers of the concentration that do not fit each other.
+        InputError: as `SimSiam`; inconsistent numbers of the concentration.
     """
 
     def __init__(
@@ -274,13 +291,9 @@ class VISimSiam(SimSiam):
         concentration_gain: float = 4.0,
         cosine_weight: float = 1.0,
         frozen: bool = False,
-        features: int | None = None,
         dim: int = 2048,
-        projector_hidden: int = 512,
         predictor_hidden: int = 512,
-        stem: Stem = "imagenet",
-        pretrained: bool = False,
-        local_predictor: bool = False,
+        **others: Any,
     ) -> None:
         head = ConcentrationHead(
             concentration,
@@ -294,17 +307,7 @@ class VISimSiam(SimSiam):
             value=concentration_value,
             frozen=frozen,
         )
-        super().__init__(
-            backbone,
-            features=features,
-            dim=dim,
-            projector_hidden=projector_hidden,
-            predictor_hidden=predictor_hidden,
-            stem=stem,
-            pretrained=pretrained,
-            local_predictor=local_predictor,
-            head=head,
-        )
+        super().__init__(backbone, dim=dim, predictor_hidden=predictor_hidden, head=head, **others)
         self.parametrisation = concentration
         """Where the raw concentration comes from."""
         self.form = LossForm(
@@ -315,7 +318,9 @@ class VISimSiam(SimSiam):
             self.freeze()
 
     def freeze(self) -> None:
-        """Keep all weights and running statistics but those of the concentration, in eval mode for good.
+        """Train the concentration only: other weights and running statistics stay as they are.
+
+        The model is in eval mode from then on.
 
         Raises:
             InputError: the concentration shares a layer with the mean direction.
@@ -332,22 +337,22 @@ class VISimSiam(SimSiam):
         self.eval()
 
     def loss(self, output: Output, backend: str = "auto", loss_scale: float = 1.0) -> Tensor:
-        """`loss_scale` times the likelihood's loss, in nats, plus `cosine_weight` times SimSiam's: a scalar.
+        """`loss_scale` times the likelihood's loss, in nats, plus `cosine_weight` times SimSiam's.
 
-        With a "detached" concentration it is SimSiam's loss, which trains the network, plus `loss_scale` times the
-        likelihood's, which trains the concentration; a frozen model has the likelihood's alone. "shuffled"
-        concentrations are exchanged in training mode. It is to be minimised: with the link "quadratic" do not negate it.
+        With a "detached" concentration it is SimSiam's loss, which trains the network, plus
+        `loss_scale` times the likelihood's, which trains the concentration; a frozen model has the
+        likelihood's alone. "shuffled" concentrations are exchanged in training mode. Minimise this
+        scalar: with the link "quadratic" do not negate it.
         """
         predictions, direct = output.predictions, None
         if self.parametrisation == "detached":
-            direct = cosine_loss(
-                [x[:, : self.dim] for x in predictions], output.targets, backend=backend
-            )
+            means = [x[:, : self.dim] for x in predictions]
+            direct = cosine_loss(means, output.targets, backend=backend)
             predictions = tuple(direction_detached(x, self.dim) for x in predictions)
         elif self.parametrisation == "shuffled" and self.training:
             predictions = tuple(shuffled(x, self.dim) for x in predictions)
         weight = 0.0 if direct is not None or self.frozen else self.cosine_weight
-        form = dataclasses.replace(self.form, factor=loss_scale, cosine=weight / loss_scale)
+        form = dataclasses.replace(self.form, factor=loss_scale, cosine=weight)
         loss = multiview_loss(predictions, output.targets, form, backend=backend)
         return loss if direct is None else direct + loss
 
@@ -358,78 +363,23 @@ class VISimSiam(SimSiam):
         return self.form.concentration(raw)
 
     def distribution(self, images: Tensor) -> PowerSpherical:
-        """The Power Spherical distribution of every image (B, 3, height, width). Call it in eval mode."""
-        prediction = self.predictor(self.projector(self.backbone(images)))
-        concentration = self.concentration(prediction)
-        loc = F.normalize(prediction[..., : self.dim].to(concentration.dtype), dim=-1)
+        """Power Spherical distributions of images (B, 3, height, width). Call it in eval mode."""
+        _, _, loc, _, concentration = self.encode(images)
+        assert concentration is not None
         return PowerSpherical(loc, concentration)
-
-
-def _by_shape(views: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Consecutive views of one shape together."""
-    return [list(group) for _, group in itertools.groupby(views, key=lambda view: view.shape)]
-
-
-def build_backbone(
-    name: str, *, stem: Stem = "imagenet", pretrained: bool = False, zero_init_residual: bool = True
-) -> tuple[nn.Module, int]:
-    """A torchvision ResNet without its classifier, and the width of its pooled features.
-
-    Args:
-        name: a torchvision ResNet, ResNeXt or Wide ResNet.
-        stem: "imagenet" as torchvision builds it; "small" replaces it by a 3x3 convolution of stride 1 without max-pool.
-        pretrained: whether to load torchvision's default ImageNet weights.
-        zero_init_residual: whether every residual branch starts at zero (Goyal et al., arXiv 1706.02677).
-
-    Raises:
-        InputError: no torchvision ResNet of that name.
-    """
-    check_backbone(name)
-    weights = "DEFAULT" if pretrained else None
-    network = torchvision.models.get_model(
-        name, weights=weights, zero_init_residual=zero_init_residual, norm_layer=PerViewBatchNorm2d
-    )
-    features: int = network.fc.in_features
-    network.fc = nn.Identity()
-    make_fusible(network)
-    if stem == "small":
-        network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, stride=1, padding=1, bias=False)
-        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
-        network.maxpool = nn.Identity()
-    return network, features
 
 
 def build_model(config: TrainConfig) -> SimSiam:
     """The model that a configuration describes, with weights drawn from torch's generator."""
-    model: ModelConfig = config.model
-    loss: LossConfig = config.loss
-    if model.pretrained:
-        fetch_weights(model.backbone, download=not config.offline)
-    common = {
-        "dim": model.dim,
-        "projector_hidden": model.projector_hidden,
-        "predictor_hidden": model.predictor_hidden,
-        "stem": model.stem,
-        "pretrained": model.pretrained,
-        "local_predictor": model.local_predictor,
-    }
+    if config.model.pretrained:
+        fetch_weights(config.model.backbone, download=not config.offline)
     network: SimSiam
     if config.method == "simsiam":
-        network = SimSiam(model.backbone, **common)  # type: ignore[arg-type]
+        network = SimSiam(**vars(config.model))
     else:
-        network = VISimSiam(
-            model.backbone,
-            concentration=loss.concentration,
-            concentration_value=loss.concentration_value,
-            concentration_scale=loss.concentration_scale,
-            concentration_min=loss.concentration_min,
-            concentration_max=loss.concentration_max,
-            concentration_link=loss.concentration_link,
-            concentration_gain=loss.concentration_gain,
-            cosine_weight=loss.cosine_weight,
-            frozen=config.frozen_run is not None,
-            **common,  # type: ignore[arg-type]
-        )
+        loss = {name: value for name, value in vars(config.loss).items() if name != "loss_scale"}
+        frozen = config.frozen_run is not None
+        network = VISimSiam(**vars(config.model), **loss, frozen=frozen)
     network.joint_statistics = config.batch_norm == "joint"
     if config.ema is not None:
         network.add_target()

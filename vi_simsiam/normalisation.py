@@ -1,13 +1,14 @@
-"""BatchNorm for batches of several views, and networks that fuse it with the addition and the ReLU that follow.
+"""BatchNorm for batches of several views, and networks that fuse it with the addition and the ReLU
+that follow.
 
-The modules are torch's and torchvision's, with their parameters, buffers and names. They compute what those compute
-until a `SimSiam` with `fused` set passes views through them in training mode.
+The modules are torch's and torchvision's, with their parameters, buffers and names. They compute
+what those compute until a `SimSiam` with `fused` set passes views through them in training mode.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeGuard, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +21,15 @@ from vi_simsiam.ops.stem_pool import batch_norm_relu_max_pool
 
 
 class PerView(_BatchNorm):
-    """BatchNorm of a batch that holds several views one after the other, each normalised by its own statistics.
+    """BatchNorm of a batch that holds several views one after the other, each normalised by its own
+    statistics.
 
     Running statistics are updated by each view in turn, as if the views had come one by one.
     """
 
     views = 1
     fused = False
-    """Whether the batch is normalised at once in training mode, without counting it: see `count_batches`."""
+    """Normalise all views at once in training mode; `count_batches` then counts the batches."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The normalised batch."""
@@ -40,34 +42,25 @@ class PerView(_BatchNorm):
 
     def act(self, x: Tensor, residual: Tensor | None = None, *, relu: bool = True) -> Tensor:
         """relu(norm(x) + residual)."""
-        assert self.momentum is not None
         return batch_norm_act(
-            x,
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
-            groups=self.views,
-            residual=residual,
-            relu=relu,
-            momentum=self.momentum,
-            eps=self.eps,
-            training=self.training,
+            x, **self._numbers(), residual=residual, relu=relu, training=self.training
         )
 
     def act_pool(self, x: Tensor) -> Tensor:
         """max_pool(relu(norm(x))) of a batch in training mode: 3x3, stride 2, padding 1."""
+        return batch_norm_relu_max_pool(x, **self._numbers())
+
+    def _numbers(self) -> dict[str, Any]:
         assert self.momentum is not None
-        return batch_norm_relu_max_pool(
-            x,
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
-            groups=self.views,
-            momentum=self.momentum,
-            eps=self.eps,
-        )
+        return {
+            "weight": self.weight,
+            "bias": self.bias,
+            "running_mean": self.running_mean,
+            "running_var": self.running_var,
+            "groups": self.views,
+            "momentum": self.momentum,
+            "eps": self.eps,
+        }
 
 
 class PerViewBatchNorm1d(PerView, nn.BatchNorm1d):
@@ -80,7 +73,7 @@ class PerViewBatchNorm2d(PerView, nn.BatchNorm2d):
 
 @torch.no_grad()
 def count_batches(norms: Iterable[PerView], views: int) -> None:
-    """Count a batch of `views` views for norms in training mode, by one operation for all of them."""
+    """Count a batch of `views` views in all norms that are in training mode, by one operation."""
     counters = [
         norm.num_batches_tracked
         for norm in norms
@@ -141,28 +134,18 @@ class _ResNet(resnet.ResNet):  # type: ignore[misc]
 def _is_stem_pool(pool: nn.Module) -> bool:
     if not isinstance(pool, nn.MaxPool2d):
         return False
-    numbers = (
-        pool.kernel_size,
-        pool.stride,
-        pool.padding,
-        pool.dilation,
-        pool.ceil_mode,
-        pool.return_indices,
-    )
-    return numbers == (3, 2, 1, 1, False, False)
+    numbers = pool.kernel_size, pool.stride, pool.padding, pool.dilation
+    return (*numbers, pool.ceil_mode, pool.return_indices) == (3, 2, 1, 1, False, False)
 
 
 def make_fusible(network: resnet.ResNet) -> None:
     """Let a torchvision ResNet made of `PerViewBatchNorm2d` layers fuse them.
 
-    Its class and those of its blocks are exchanged, since torchvision's functions take no classes of blocks. Hooks of
-    modules that are fused with others do not run.
+    Its class and those of its blocks are exchanged, since torchvision's functions take no classes
+    of blocks. Hooks of modules that are fused with others do not run.
     """
-    exchanged = {
-        resnet.ResNet: _ResNet,
-        resnet.BasicBlock: _BasicBlock,
-        resnet.Bottleneck: _Bottleneck,
-    }
+    exchanged: dict[type, type] = {resnet.ResNet: _ResNet}
+    exchanged |= {resnet.BasicBlock: _BasicBlock, resnet.Bottleneck: _Bottleneck}
     for module in network.modules():
         if type(module) in exchanged:
             module.__class__ = exchanged[type(module)]

@@ -1,7 +1,9 @@
-"""The checks of `vi-simsiam info --check`: each operation that has kernels with its gradients, and a training step, beside its reference.
+"""The checks of `vi-simsiam info --check`: each operation that has kernels with its gradients, and
+a training step, beside its reference.
 
-A reference is plain PyTorch on the CPU, in float64 but for views and training: a new card, driver or compiler has no part in
-it. Its inputs are those of the check, as they were rounded to the check's dtype. A captured step is held to itself.
+A reference is plain PyTorch on the CPU, in float64 but for views and training: a new card, driver
+or compiler has no part in it. Its inputs are those of the check, as they were rounded to the
+check's dtype. A captured step is held to itself.
 """
 
 from __future__ import annotations
@@ -16,30 +18,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vi_simsiam.backbones import build_backbone
 from vi_simsiam.config import AugmentConfig
-from vi_simsiam.data.views import draw_table, place
+from vi_simsiam.data.views import add_offsets, draw_table
 from vi_simsiam.engine.graph import capture
 from vi_simsiam.engine.network import training_network
 from vi_simsiam.engine.step import TrainStep
-from vi_simsiam.models import SimSiam, VISimSiam, build_backbone
+from vi_simsiam.models import SimSiam, VISimSiam
 from vi_simsiam.ops.augment import augment
 from vi_simsiam.ops.backends import BACKENDS, interpreting
 from vi_simsiam.ops.batch_norm import batch_norm_act
 from vi_simsiam.ops.multiview_loss import LossForm, multiview_loss
-from vi_simsiam.ops.multiview_loss_launch import padded_width
+from vi_simsiam.ops.multiview_loss_fused import padded_width
 from vi_simsiam.ops.stem_convolution import stem_convolution
 from vi_simsiam.ops.stem_pool import batch_norm_relu_max_pool
 
 CALLS = 8
-"""Calls of each check; a captured step is replayed from the fifth on, and an update that it misses shows in the calls after."""
+"""Calls of each check; a captured step is replayed from the fifth on, and an update that it misses
+shows in the calls after."""
 _SUMS = 1e-5
-"""Error allowed for sums of some thousand terms in float32, of which most roundings cancel, and for a GPU's approximate exp and division."""
+"""Error allowed for sums of some thousand terms in float32, of which most roundings cancel, and for
+a GPU's approximate exp and division."""
 _COLOURS = 4e-5
-"""Error allowed for views: a change of hue divides by the difference of channels, and the reference is rounded as they are."""
+"""Error allowed for views: a change of hue divides by the difference of channels, and the reference
+is rounded as they are."""
 _CONVOLUTION = 1e-4
-"""Error allowed for a convolution: cuDNN may take an algorithm with transforms, which are rounded more often."""
+"""Error allowed for a convolution: cuDNN may take an algorithm with transforms, which are rounded
+more often."""
 _STEPS = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
-"""Error allowed for the losses of a few steps: BatchNorm of few samples enlarges roundings, and each step takes over those before."""
+"""Error allowed for the losses of a few steps: BatchNorm of few samples enlarges roundings, and
+each step takes over those before."""
 _BATCH, _RATE = 8, 4e-3
 _DIM, _SIDE, _HEIGHT, _WIDTH = 200, 34, 53, 61
 
@@ -52,7 +60,7 @@ class Case(NamedTuple):
     run: Callable[[], Tensors]
     """One call on the device; its results."""
     expected: Sequence[Tensors]
-    """Those of every call, float64 on the CPU."""
+    """Results of every call, float64 on the CPU."""
     allowed: float = _SUMS
     """Error relative to the largest value, beside what rounding to a result's dtype takes."""
 
@@ -91,7 +99,8 @@ def _with_gradients(call: Callable[..., Tensor], inputs: Tensors, gradient: Tens
 
 
 def _draw_loss(form: LossForm, dtype: torch.dtype) -> Tensors:
-    """Three views and two targets of nine images in rows that are padded, and a factor for the loss of each image."""
+    """Three views and two targets of nine images in rows that are padded, and a factor for the loss
+    of each image."""
     images, columns = _random(9, _DIM), _DIM + (form.distribution == "power_spherical")
     predictions = torch.zeros(3, 9, padded_width(columns))
     predictions[..., :_DIM] = images + _random(3, 9, _DIM)
@@ -130,7 +139,7 @@ def _table(images: int, step: int = 0) -> Tensor:
     sizes = {"heights": np.full(images, _HEIGHT), "widths": np.full(images, _WIDTH)}
     policy = AugmentConfig(size=_SIDE, grayscale_prob=0.5)
     table = draw_table(policy, seed=3, epoch=step, samples=samples, **sizes)
-    place(table, samples * (_HEIGHT * _WIDTH * 3))
+    add_offsets(table, samples * (_HEIGHT * _WIDTH * 3))
     return torch.from_numpy(table)
 
 
@@ -194,7 +203,7 @@ def _convolution(inputs: Tensors, backend: str) -> Tensors:
 
 
 _SPHERICAL = LossForm(
-    "power_spherical", _DIM - 1, factor=1 / (_DIM - 1), link="quadratic", gain=0.25, cosine=_DIM - 1
+    "power_spherical", _DIM - 1, factor=1 / (_DIM - 1), link="quadratic", gain=0.25, cosine=1.0
 )
 _COSINE = LossForm("cosine")
 OPERATIONS = {
@@ -212,7 +221,8 @@ OPERATIONS = {
 
 
 def training_step(device: torch.device, kernels: bool) -> Case:
-    """Steps in float32, held to a plain loop that passes the views one by one and has PyTorch's own SGD."""
+    """Steps in float32, held to a plain loop that passes the views one by one and has PyTorch's own
+    SGD."""
     model, pixels = _small_model(), _draw_pixels(_BATCH)
     batches = [augment(pixels, _table(_BATCH, step), _SIDE).unbind() for step in range(CALLS)]
     step, views = _new_step(model, device, kernels, torch.float32), iter(batches)
@@ -235,7 +245,7 @@ def training_step(device: torch.device, kernels: bool) -> Case:
 
 
 def captured_step(device: torch.device) -> Case:
-    """Views and step in bfloat16 as one CUDA graph, held to the same functions called as they are."""
+    """Views and step in bfloat16 as one CUDA graph, compared with the same functions uncaptured."""
     model, pixels = _small_model(), _draw_pixels(_BATCH).to(device)
     plain, step = (_new_step(model, device, True, torch.bfloat16) for _ in range(2))
     tables = [_table(_BATCH, number).to(device) for number in range(CALLS)]

@@ -1,4 +1,7 @@
-"""SimCLR with lightly, with this package's views: python lightly_simclr_fast.py IMAGES [EPOCHS [SIZE [BATCH_SIZE]]]."""
+"""SimCLR with lightly and views of vi_simsiam.
+
+python lightly_simclr_fast.py IMAGES [EPOCHS [SIZE [BATCH_SIZE]]]
+"""
 
 import sys
 import time

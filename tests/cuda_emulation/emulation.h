@@ -1,10 +1,11 @@
 // Enough of CUDA to run the kernels of csrc/ on the CPU, thread by thread, compiled by g++.
 //
-// A CUDA thread is a fiber that runs until it waits for others: at a barrier of its block or in an operation of its
-// warp. Every warp and every lane of it has a rank, drawn at random, and of the ready fibers the first in rank goes on:
-// some warps run as far ahead of others as the barriers let them, so a missing one shows as a wrong number for some
-// seed. Blocks run in random order on two threads of the CPU. A barrier that not all threads reach, or lanes that meet
-// in different operations, end the process with a message.
+// A CUDA thread is a fiber that runs until it waits for others: at a barrier of its block or in an
+// operation of its warp. Every warp and every lane of it has a rank, drawn at random, and of the
+// ready fibers the first in rank goes on: some warps run as far ahead of others as the barriers let
+// them, so a missing one shows as a wrong number for some seed. Blocks run in random order on two
+// threads of the CPU. A barrier that not all threads reach, or lanes that meet in different
+// operations, end the process with a message.
 
 #pragma once
 
@@ -75,7 +76,8 @@ struct Meeting {
 
 struct Warp {
   Meeting meeting;
-  uint64_t given[2][LANES] = {};  // two sets: a fast lane may give its next number before a slow one has read the last
+  // Two sets: a fast lane may give its next number before a slow one has read the last
+  uint64_t given[2][LANES] = {};
 };
 
 struct Block;
@@ -132,7 +134,8 @@ inline void enter() {
   swapcontext(&self().context, &block->scheduler);
 }
 
-inline void run_block(const std::function<void()>& kernel, dim3 index, dim3 grid, dim3 size, unsigned seed) {
+inline void run_block(const std::function<void()>& kernel, dim3 index, dim3 grid, dim3 size,
+                      unsigned seed) {
   Block here;
   block = &here;
   blockIdx = index;
@@ -220,13 +223,16 @@ inline uint32_t atomicInc(uint32_t* address, uint32_t most) {
   uint32_t old = __atomic_load_n(address, __ATOMIC_SEQ_CST), next;
   do {
     next = old >= most ? 0 : old + 1;
-  } while (!__atomic_compare_exchange_n(address, &old, next, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
+  } while (!__atomic_compare_exchange_n(address, &old, next, false, __ATOMIC_SEQ_CST,
+                                        __ATOMIC_SEQ_CST))
+    ;
   return old;
 }
 
 template <typename T>
 T __ldg(const T* address) {
-  if (reinterpret_cast<uintptr_t>(address) % alignof(T) != 0) emulation::fail("an unaligned vector load");
+  if (reinterpret_cast<uintptr_t>(address) % alignof(T) != 0)
+    emulation::fail("an unaligned vector load");
   return *address;
 }
 template <typename T>
@@ -236,7 +242,8 @@ T __ldcg(const T* address) {
 
 template <typename T>
 void __stwb(T* address, T value) {
-  if (reinterpret_cast<uintptr_t>(address) % alignof(T) != 0) emulation::fail("an unaligned vector store");
+  if (reinterpret_cast<uintptr_t>(address) % alignof(T) != 0)
+    emulation::fail("an unaligned vector store");
   *address = value;
 }
 
@@ -320,10 +327,11 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
   return cudaSuccess;
 }
 template <typename... Parameters, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* configuration, void (*kernel)(Parameters...),
-                               const Arguments&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* configuration,
+                               void (*kernel)(Parameters...), const Arguments&... arguments) {
   if (emulation::settings.error != 0) return cudaError_t(emulation::settings.error);
   ++emulation::settings.launches;
-  emulation::run_grid([&] { kernel(arguments...); }, configuration->gridDim, configuration->blockDim);
+  emulation::run_grid([&] { kernel(arguments...); }, configuration->gridDim,
+                      configuration->blockDim);
   return cudaSuccess;
 }

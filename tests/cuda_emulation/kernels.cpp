@@ -1,4 +1,5 @@
-// csrc/'s kernels and launchers on the emulation, for ctypes. VI_TYPES chooses one combination of dtypes.
+// csrc/'s kernels and launchers on the emulation, for ctypes. VI_TYPES chooses one combination of
+// dtypes.
 
 #include "multiview_loss.cu"
 #include "scale_gradient.cu"
@@ -7,12 +8,15 @@ using namespace vi_simsiam;
 
 extern "C" {
 
-void configure(int multiprocessors, int blocks_per_multiprocessor, int l2_bytes, unsigned seed, int error) {
+void configure(int multiprocessors, int blocks_per_multiprocessor, int l2_bytes, unsigned seed,
+               int error) {
   emulation::settings = {multiprocessors, blocks_per_multiprocessor, l2_bytes, seed, error, 0};
 }
 
-const char* loss(const MultiviewProblem* problem, int prediction, int target, int gradient, uint32_t* ticket) {
-  return multiview_loss_cuda(*problem, DType(prediction), DType(target), DType(gradient), ticket, nullptr);
+const char* loss(const MultiviewProblem* problem, int prediction, int target, int gradient,
+                 uint32_t* ticket) {
+  return multiview_loss_cuda(*problem, DType(prediction), DType(target), DType(gradient), ticket,
+                             nullptr);
 }
 
 const char* scale(const ScaledGradient* problem, int gradient, int out) {

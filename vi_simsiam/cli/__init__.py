@@ -16,23 +16,26 @@ from vi_simsiam.cli.commands import COMMANDS
 from vi_simsiam.errors import ImageWarning, UserError, none_of
 from vi_simsiam.text import one_line
 
-_HELP = ("-h", "--help")
-_BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
+_BROKEN_PIPE = 141  # the exit code of a program that SIGPIPE ends
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 the input cannot be used, 130 interrupted, 141 output that nobody reads."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    """Run one command.
+
+    Returns:
+        The exit code: 0 done, 2 unusable input, 130 interrupted, 141 output without a reader.
+    """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and not stream.closed and not _takes_all(stream):
-            stream.reconfigure(
-                errors="backslashreplace"
-            )  # what the terminal's encoding cannot print
+        if not isinstance(stream, io.TextIOWrapper) or stream.closed:
+            continue
+        # Under the C.UTF-8 locale everything can be printed, names that are not UTF-8 included.
+        if (stream.encoding.lower(), stream.errors) != ("utf-8", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", ImageWarning)
             warnings.showwarning = functools.partial(_show_warning, warnings.showwarning, set())
-            code = _run(given)
+            code = _run(list(sys.argv[1:] if arguments is None else arguments))
         if sys.stdout is not None and not sys.stdout.closed:
             sys.stdout.flush()
         return code
@@ -41,23 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(one_line(f"vi-simsiam: {error}"), file=sys.stderr)
         return 2
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
             return _BROKEN_PIPE
-        named = (
-            f"{error.filename}: {error.strerror}"
-            if error.filename and error.strerror
-            else str(error)
-        )
-        print(one_line(f"vi-simsiam: {named or type(error).__name__}"), file=sys.stderr)
+        reason = str(error) or type(error).__name__
+        if error.filename and error.strerror:
+            reason = f"{error.filename}: {error.strerror}"
+        print(one_line(f"vi-simsiam: {reason}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("vi-simsiam: interrupted", file=sys.stderr)
         return 130
-
-
-def _takes_all(stream: io.TextIOWrapper) -> bool:
-    """Whether it prints every character, and names that are no text byte by byte, as under the C.UTF-8 locale."""
-    return stream.encoding.lower() == "utf-8" and stream.errors == "surrogateescape"
 
 
 def _show_warning(
@@ -68,18 +64,19 @@ def _show_warning(
     *place: Any,
     **more: Any,
 ) -> None:
-    """One line for what concerns a user's images, once for all that reads them; `others` shows other warnings."""
-    if issubclass(category, ImageWarning):
-        # A run has the absolute paths of what was given relative to this folder.
-        if (text := str(message).replace(os.path.join(os.getcwd(), ""), "")) not in shown:
-            print(one_line(f"warning: {message}"), file=sys.stderr)
-        shown.add(text)
-    else:
+    """Print an ImageWarning as one line, once per text; `others` shows all other warnings."""
+    if not issubclass(category, ImageWarning):
         others(message, category, *place, **more)
+        return
+    # A run has absolute paths where the command was given relative ones.
+    text = str(message).replace(os.path.join(os.getcwd(), ""), "")
+    if text not in shown:
+        print(one_line(f"warning: {message}"), file=sys.stderr)
+    shown.add(text)
 
 
-def _nobody_reads() -> bool:
-    """Whether standard output is a pipe whose reader has ended, as `head` does; what is left to print goes nowhere then."""
+def _reader_is_gone() -> bool:
+    """Return True if standard output is a pipe without a reader, and discard further output."""
     if not hasattr(select, "poll"):
         return False
     poll = select.poll()
@@ -90,38 +87,34 @@ def _nobody_reads() -> bool:
     return gone
 
 
-def _run(given: list[str]) -> int:
-    if given[:1] == ["help"]:
-        given = [*given[1:], "--help"]
-    if not given or given[0] in _HELP:
+def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
+    if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
-        return 0 if given else 2
-    if given[0] in ("-V", "--version"):
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name in ("-V", "--version"):
         import vi_simsiam
 
         print(f"vi-simsiam {vi_simsiam.__version__}")
         return 0
-    name, *rest = given
     if name not in COMMANDS:
         raise none_of("command", name, COMMANDS)
+    command = getattr(importlib.import_module(f"vi_simsiam.cli.{COMMANDS[name][0]}"), name)
     try:
-        return _command(name)(rest)
-    except SystemExit as stop:  # after a command's help; Rich ends with 1 where nobody reads
+        return int(command(rest))
+    except SystemExit as stop:  # after a command's help; Rich ends with 1 if nobody reads
         if stop.code not in (0, None, 1):
             raise
         return _BROKEN_PIPE if stop.code else 0
 
 
-def _command(name: str) -> Callable[[list[str]], int]:
-    module = importlib.import_module(f"vi_simsiam.cli.{COMMANDS[name][0]}")
-    function: Callable[[list[str]], int] = getattr(module, name)
-    return function
-
-
 def _usage() -> str:
     commands = "\n".join(f"  {name:12}{about}" for name, (_, about) in COMMANDS.items())
-    return (
-        f"usage: vi-simsiam COMMAND [OPTIONS]\n\n{commands}\n\n"
-        "vi-simsiam help COMMAND lists a command's options; vi-simsiam --version prints the version.\n"
-        "First steps: vi-simsiam train --evaluate trains on embedded images, on a CPU in a few minutes."
-    )
+    return f"""usage: vi-simsiam COMMAND [OPTIONS]
+
+{commands}
+
+vi-simsiam help COMMAND lists a command's options; vi-simsiam --version prints the version.
+First steps: vi-simsiam train --evaluate trains on embedded images, on a CPU in a few minutes."""

@@ -1,4 +1,4 @@
-"""`vi-simsiam pack|views`: images and the views of them."""
+"""`vi-simsiam pack|views`: packed images, and pictures of random views."""
 
 from __future__ import annotations
 
@@ -11,52 +11,43 @@ import tyro
 from PIL import Image
 from rich.console import Console
 
-from vi_simsiam.cli.parsing import parse, said
+from vi_simsiam.cli.parsing import SourceOptions, given, parse
 from vi_simsiam.config import AugmentConfig, DecodeConfig, TrainConfig, policy
 from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.text import counted, one_line
 
 _LEAST_SHOWN = 112
-"""Side in pixels that a view is drawn with at least, or nearly."""
+"""Smallest side in pixels of a drawn view; smaller views are enlarged to about this."""
 
 
-@dataclass(frozen=True)
-class _Pack:
+@dataclass(frozen=True, kw_only=True)
+class _Pack(SourceOptions):
     images: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
     """A folder of images, or a data set by name."""
     out: Path
-    """File to write, such as mine.pack; validation images go to mine.val.pack. Train on it with --data pack:mine.pack."""
+    """File to write, such as mine.pack; validation images go to mine.val.pack."""
     shorter_side: int | None = None
     """Make larger images smaller, to this many pixels on the shorter side."""
     decode: Annotated[DecodeConfig, tyro.conf.arg(name="")] = field(default_factory=DecodeConfig)
     workers: int | None = None
     """Processes that decode; None for one a CPU core."""
-    data_root: Path = Path("data")
-    """Where downloaded data sets are kept or looked for."""
-    offline: bool = False
-    """Never download."""
     overwrite: bool = False
-    """Replace the file where there is one."""
+    """Replace an existing file."""
 
 
-@dataclass(frozen=True)
-class _Views:
+@dataclass(frozen=True, kw_only=True)
+class _Views(SourceOptions):
     augment: Annotated[AugmentConfig, tyro.conf.arg(name="")]
     data: str = "fashion-mini"
-    """A folder of images, a pack file, or fashion-mini (embedded), cifar10, imagenette, imagewoof."""
+    """A folder of images, a pack file, or fashion-mini, cifar10, imagenette, imagewoof."""
     policy: str | None = None
-    """Starting point of the augmentation: simsiam, multicrop, lightly-imagenette or none; None for the views that `train`
-    makes of these images."""
+    """simsiam, multicrop, lightly-imagenette or none to start from; None for those of `train`."""
     decode: Annotated[DecodeConfig, tyro.conf.arg(name="")] = field(default_factory=DecodeConfig)
     out: Path = Path("views.png")
     """Picture to write: a row an image, the image first and then its views."""
     images: int = 8
     """Number of images."""
     seed: int = 0
-    data_root: Path = Path("data")
-    """Where downloaded data sets are kept or looked for."""
-    offline: bool = False
-    """Never download."""
 
 
 def pack(arguments: list[str]) -> int:
@@ -64,17 +55,15 @@ def pack(arguments: list[str]) -> int:
     options = parse("pack", _Pack, arguments)
 
     from vi_simsiam.data.cache import pack
-    from vi_simsiam.data.datasets import open_dataset, validation_pack
+    from vi_simsiam.data.datasets import validation_pack
 
-    splits = open_dataset(
-        options.images, root=options.data_root, download=not options.offline, decode=options.decode
-    )
+    splits = options.open(options.images, options.decode)
     parts = [(splits.train, options.out)]
     if splits.val is not None:
         parts.append((splits.val, validation_pack(options.out)))
-    taken = next((path for _, path in parts if path.exists()), None)
-    if taken is not None and not options.overwrite:
-        raise InputError(f"out: {taken} exists; say --overwrite to replace it")
+    for _, path in parts:
+        if path.exists() and not options.overwrite:
+            raise InputError(f"out: {path} exists; say --overwrite to replace it")
     for source, path in parts:
         unreadable = pack(
             source,
@@ -85,46 +74,41 @@ def pack(arguments: list[str]) -> int:
         )
         for image in unreadable:
             print(one_line(f"left out: {image.path} ({image.reason})"))
-        print(
-            f"written: {path} ({counted(len(source) - len(unreadable), 'image')}, {path.stat().st_size / 1e6:,.1f} MB)"
-        )
+        images = counted(len(source) - len(unreadable), "image")
+        print(f"written: {path} ({images}, {path.stat().st_size / 1e6:,.1f} MB)")
     return 0
 
 
 def views(arguments: list[str]) -> int:
     """Draw images and their random views."""
-    name = said(arguments, "--policy")
+    name = given(arguments, "--policy")
     start = policy(name or "simsiam")
-    options = parse("views", _Views, arguments, default=_Views(start))
+    options = parse("views", _Views, arguments, default=_Views(augment=start))
 
     from vi_simsiam.data.contact_sheet import contact_sheet
-    from vi_simsiam.data.datasets import open_dataset
     from vi_simsiam.data.defaults import sized, suited, suited_size
     from vi_simsiam.data.sources import Unreadable, left_out
     from vi_simsiam.engine.checkpoint import write_atomically
 
     if options.images < 1:
         raise InputError(f"images: {options.images} must be at least 1")
-    if options.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+    suffix = options.out.suffix.lower()
+    if suffix not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"out: {options.out} must end in .png, .jpg, .jpeg or .webp")
-    source = open_dataset(
-        options.data, root=options.data_root, download=not options.offline, decode=options.decode
-    ).train
-    fixed = said(arguments, "--size") is not None or start.size != AugmentConfig.size
+    source = options.open(options.data, options.decode).train
+    fixed = given(arguments, "--size") is not None or start.size != AugmentConfig.size
     size = options.augment.size if fixed else suited_size(source)
     start = sized(start, size) if name else suited(TrainConfig(), source, size=size).augment
-    options = parse("views", _Views, arguments, default=_Views(start))
+    options = parse("views", _Views, arguments, default=_Views(augment=start))
     failures: list[Unreadable] = []
     sheet = contact_sheet(
         source, options.augment, images=options.images, seed=options.seed, skipped=failures.append
     )
     for text in (*source.notes, *([left_out(failures)] if failures else [])):
         warnings.warn(text, ImageWarning, stacklevel=2)
-    enlarged = max(1, _LEAST_SHOWN // options.augment.size)  # 28 pixels are too few to look at
-    shown = sheet.resize(
-        (sheet.width * enlarged, sheet.height * enlarged), Image.Resampling.NEAREST
-    )
-    kind = Image.registered_extensions()[options.out.suffix.lower()]
+    factor = max(1, _LEAST_SHOWN // options.augment.size)
+    shown = sheet.resize((sheet.width * factor, sheet.height * factor), Image.Resampling.NEAREST)
+    kind = Image.registered_extensions()[suffix]
     write_atomically(options.out, lambda file: shown.save(file, format=kind))
     print(options.out)
     return 0

@@ -1,12 +1,22 @@
-"""`vi-simsiam evaluate|knn|linear|logistic|figures`: what a trained run is worth."""
+"""`vi-simsiam evaluate|knn|linear|logistic|figures|uncertainty|report`: results of a run."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
+import tyro
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from vi_simsiam.cli.parsing import RunOptions, open_run, parse
+from vi_simsiam.errors import InputError
+from vi_simsiam.text import counted
+
+if TYPE_CHECKING:
+    from vi_simsiam.evaluation.features import FeatureSets
 
 
 @dataclass(frozen=True)
@@ -26,16 +36,23 @@ class _Linear(RunOptions):
 @dataclass(frozen=True)
 class _Logistic(RunOptions):
     c: float | None = None
-    """Inverse strength of the penalty; None to choose it on a held-out fifth of the training images."""
+    """Inverse strength of the penalty; None to choose it on a fifth of the training images."""
 
 
 @dataclass(frozen=True)
-class _Figures(RunOptions):
-    pass
+class _Uncertainty(RunOptions):
+    ood: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Another data set, as for --data, or near=DATA or far=DATA by its assumed distance."""
+    images: int | None = None
+    """Most validation images that are evaluated; None for all."""
+    corruption_images: int = 200
+    """Most images that are damaged step by step."""
+    seed: int = 0
+    """Seed of every choice of images, of the views and of the damage."""
 
 
 def evaluate(arguments: list[str]) -> int:
-    """All evaluations of a run."""
+    """Run all evaluations of a run."""
     options = parse("evaluate", RunOptions, arguments)
 
     from vi_simsiam.engine.distributed import joined
@@ -50,66 +67,146 @@ def knn(arguments: list[str]) -> int:
     """Classify by nearest neighbours."""
     options = parse("knn", _Knn, arguments)
 
-    from vi_simsiam.evaluation.features import collect
     from vi_simsiam.evaluation.knn import KnnConfig, evaluate_knn
-    from vi_simsiam.evaluation.summary import summary_line
 
     config = KnnConfig(k=options.k, temperature=options.temperature)
-    with Console().status("features", spinner="line") as status:
-        result = evaluate_knn(collect(open_run(options), report=status.update), config)
-    print(summary_line("kNN", result))
-    return 0
+    return _classify(options, "kNN", lambda features: evaluate_knn(features, config), table=False)
 
 
 def linear(arguments: list[str]) -> int:
     """Train a linear probe."""
     options = parse("linear", _Linear, arguments)
 
-    from vi_simsiam.evaluation.features import collect
     from vi_simsiam.evaluation.linear import evaluate_linear, linear_preset
-    from vi_simsiam.evaluation.summary import summary_line, summary_table
 
     config = linear_preset(options.preset)
-    with Console().status("features", spinner="line") as status:
-        features = collect(open_run(options), report=status.update)
-        status.update("linear probes")
-        result = evaluate_linear(features, config)
-    Console().print(summary_table({"linear": result}))
-    print(summary_line("linear", result))
-    return 0
+    return _classify(options, "linear", lambda features: evaluate_linear(features, config))
 
 
 def logistic(arguments: list[str]) -> int:
     """Fit a logistic regression."""
     options = parse("logistic", _Logistic, arguments)
 
-    from vi_simsiam.evaluation.features import collect
     from vi_simsiam.evaluation.logistic import LogisticConfig, evaluate_logistic
-    from vi_simsiam.evaluation.summary import summary_line, summary_table
 
     config = LogisticConfig(c=options.c)
+    return _classify(options, "logistic", lambda features: evaluate_logistic(features, config))
+
+
+def _classify(
+    options: RunOptions, name: str, score: Callable[[FeatureSets], Any], *, table: bool = True
+) -> int:
+    """Print the accuracy of a classifier on a run's features, with a table if `table` is set."""
+    from vi_simsiam.evaluation.features import collect
+    from vi_simsiam.evaluation.summary import summary_line, summary_table
+
     with Console().status("features", spinner="line") as status:
         features = collect(open_run(options), report=status.update)
-        status.update("logistic regressions")
-        result = evaluate_logistic(features, config)
-    Console().print(summary_table({"logistic": result}))
-    print(summary_line("logistic", result))
+        status.update(f"{name} probes")
+        result = score(features)
+    if table:
+        Console().print(summary_table({name: result}))
+    print(summary_line(name, result))
     return 0
 
 
 def figures(arguments: list[str]) -> int:
-    """Draw a run's figures, those of its uncertainty if that was measured."""
-    options = parse("figures", _Figures, arguments)
+    """Draw a run's figures, and those of its uncertainty if it was measured."""
+    options = parse("figures", RunOptions, arguments)
 
-    from vi_simsiam.evaluation.figures import draw_curves, draw_kappa, logged
-    from vi_simsiam.evaluation.kappa_figures import draw_density
+    from vi_simsiam.evaluation.figures import draw_curves, draw_density, draw_kappa, logged
     from vi_simsiam.evaluation.uncertainty_figures import draw_uncertainty
 
     with Console().status("drawing figures", spinner="line"):
         curves = draw_curves(options.run) if logged(options.run) else None
-        known = (curves, draw_density(options.run), *draw_uncertainty(options.run))
-        drawn = (*known, draw_kappa(open_run(options)))
+        logs = (curves, draw_density(options.run), *draw_uncertainty(options.run))
+        drawn = (*logs, draw_kappa(open_run(options)))
     for path in drawn:
         if path is not None:
             print(path)
+    return 0
+
+
+def uncertainty(arguments: list[str]) -> int:
+    """Measure the concentration of a run against simpler scores."""
+    options = parse("uncertainty", _Uncertainty, arguments)
+
+    from vi_simsiam.evaluation.uncertainty import UNCERTAINTY, evaluate_uncertainty
+
+    console = Console()
+    run = open_run(options)
+    with console.status("uncertainty", spinner="line") as status:
+        result = evaluate_uncertainty(
+            run,
+            ood=options.ood,
+            images=options.images,
+            seed=options.seed,
+            corruption_images=options.corruption_images,
+            report=lambda phrase: status.update(escape(phrase)),
+        )
+    print_result(result, console)
+    _print(console, f"written to {run.path / UNCERTAINTY}")
+    return 0
+
+
+def print_result(result: dict[str, Any], console: Console) -> None:
+    """Print the content of an uncertainty.json: calibration, and kappa against trivial scores."""
+    from vi_simsiam.evaluation.uncertainty import comparisons
+
+    if (found := result["calibration"]) is not None:
+        _print(
+            console,
+            f"calibration: mean cosine of two views {found['observed']:.3f}, claimed "
+            f"{found['expected']:.3f}; error {found['error']:.3f} over "
+            f"{counted(len(found['bins']), 'bin')} of {counted(found['pairs'], 'pair')}",
+        )
+    table = Table("", "measure", box=None, pad_edge=False)
+    table.add_column("kappa", justify="right")
+    table.add_column("best trivial score", justify="right")
+    table.add_column("kappa is")
+    rows = comparisons(result)
+    for row in rows:
+        verdict = {None: "-", True: "ahead", False: "not ahead"}[row.ahead]
+        rival = f"{row.baseline or 'none'} {_shown(row.value)}"
+        table.add_row(*map(escape, (row.part, row.measure, _shown(row.kappa), rival, verdict)))
+    console.print(table)
+    compared = [row for row in rows if row.ahead is not None]
+    ahead = sum(bool(row.ahead) for row in compared)
+    _print(
+        console,
+        f"kappa is ahead of the best trivial score in {ahead} of "
+        f"{counted(len(compared), 'comparison')}. That score is the best of lengths of features "
+        "and statistics of the pixels, picked in each row after the fact, which favours it; one "
+        "run does not show the spread between seeds.",
+    )
+    for note in result["settings"]["notes"]:
+        _print(console, f"note: {note}")
+
+
+def _print(console: Console, line: str) -> None:
+    """Print a line as it is: no wraps, no styles."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def report(arguments: list[str]) -> int:
+    """Write RUN/report.html and print its path; without images if they or the weights are gone."""
+    options = parse("report", RunOptions, arguments)
+
+    from vi_simsiam.engine.run import read_config
+    from vi_simsiam.evaluation.report import check_material, write_report
+
+    config = read_config(options.run)
+    check_material(options.run)
+    opened, problem = None, None
+    if config.method == "vi-simsiam":
+        try:
+            opened = open_run(options)
+        except InputError as error:
+            problem = str(error)
+            print(f"images left out: {problem}")
+    print(write_report(options.run, opened, problem))
     return 0

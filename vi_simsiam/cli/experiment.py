@@ -1,8 +1,7 @@
-"""`vi-simsiam experiment`: an experiment's runs, and what they show."""
+"""`vi-simsiam experiment`: the runs of an experiment, and its summary."""
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Annotated
 import tyro
 
 from vi_simsiam.cli.parsing import parse
-from vi_simsiam.experiments.place import Place
-from vi_simsiam.experiments.plan import PlanOptions
+from vi_simsiam.experiments.plan import Place, PlanOptions
 
 
 @dataclass(frozen=True)
@@ -20,11 +18,11 @@ class _Experiment(Place, PlanOptions):
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = tyro.MISSING
     """table1, tuned, controls, stability, lightly-imagenette or deaths."""
     out: Path | None = None
-    """Folder of the experiment; None for runs/experiments/NAME. The same command goes on with what is there."""
+    """Folder of the experiment; None for runs/experiments/NAME. The same command continues it."""
 
 
 def experiment(arguments: list[str]) -> int:
-    """Run the experiment, or go on with it; returns the exit code: 0 all done, 2 a run failed, 130 interrupted."""
+    """Run or continue the experiment; returns 0 all done, 2 a run failed, 130 interrupted."""
     options = parse("experiment", _Experiment, arguments)
 
     from vi_simsiam.experiments.catalogue import plan
@@ -33,14 +31,11 @@ def experiment(arguments: list[str]) -> int:
     from vi_simsiam.experiments.runner import RESULTS, run_experiment
     from vi_simsiam.experiments.tables import MARKDOWN, summarise
 
-    said = {field.name: getattr(options, field.name) for field in dataclasses.fields(PlanOptions)}
-    place = {field.name: getattr(options, field.name) for field in dataclasses.fields(Place)}
-    planned = plan(options.name, PlanOptions(**said))
     out = options.out or Path("runs") / "experiments" / options.name
     again = shlex.join(["vi-simsiam", "experiment", *arguments])
-    code = run_experiment(planned, out, Place(**place), again=again)
+    code = run_experiment(plan(options.name, options), out, options, again=again)
     if any((out / RESULTS).glob("*.json")):
-        if planned.experiment == "deaths":
+        if options.name == "deaths":
             print(summarise_deaths(out))
             return code
         summarise(out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import os
 import re
 from dataclasses import dataclass
@@ -19,15 +20,18 @@ from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.paths import user_path
 
 if TYPE_CHECKING:
+    from vi_simsiam.config import DecodeConfig
+    from vi_simsiam.data.datasets import Splits
     from vi_simsiam.engine.run import Run
 
 _Options = TypeVar("_Options")
 
-# Messages of Python and tyro in the words of our own.
+# Messages of Python and tyro, and their plain forms.
+_REFUSED = "is not accepted; it must be"
 _PLAIN = {
-    r"invalid literal for int\(\) with base 10: ('.*')": r"\1 is not accepted; it must be an integer",
-    r"could not convert string to float: ('.*')": r"\1 is not accepted; it must be a number",
-    r"no type matching (.*) could be instantiated from \[(.*)\]\.": r"\2 is not accepted; it must be \1",
+    r"invalid literal for int\(\) with base 10: ('.*')": rf"\1 {_REFUSED} an integer",
+    r"could not convert string to float: ('.*')": rf"\1 {_REFUSED} a number",
+    r"no type matching (.*) could be instantiated from \[(.*)\]\.": rf"\2 {_REFUSED} \1",
     r"Missing value for argument '([^']*)'\. Expected 1 values?\.": r"\1: a value is missing",
     r"Missing value for argument '([^']*)'\. Expected (\d+) values\.": r"\1: it takes \2 values",
 }
@@ -35,9 +39,25 @@ _PLAIN = {
 RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
 
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """Places of data sets."""
+
+    data_root: Path = Path("data")
+    """Where downloaded data sets are kept or looked for."""
+    offline: bool = False
+    """Never download."""
+
+    def open(self, data: str, decode: DecodeConfig) -> Splits:
+        """Open a data set by its path or name; download it unless `offline` is set."""
+        from vi_simsiam.data.datasets import open_dataset
+
+        return open_dataset(data, root=self.data_root, download=not self.offline, decode=decode)
+
+
 @dataclass(frozen=True)
 class RunOptions:
-    """Which run, and where it is computed."""
+    """A run, its images and its device."""
 
     run: RunPath
     """A run folder."""
@@ -54,39 +74,37 @@ class RunOptions:
 
 
 def open_run(options: RunOptions, device: str | None = None) -> Run:
-    """The run that the options name; `device` goes before theirs."""
+    """Open the run of the options, on `device` if it is given."""
     from vi_simsiam.engine.run import load_run
 
-    return load_run(
-        options.run,
-        device=device or options.device,
-        workers=options.workers,
-        data=options.data,
-        data_root=options.data_root,
-        cache_dir=options.cache_dir,
-    )
+    named = {field.name: getattr(options, field.name) for field in dataclasses.fields(RunOptions)}
+    return load_run(named.pop("run"), **named | ({"device": device} if device else {}))
 
 
-def said(arguments: list[str], option: str) -> str | None:
-    """The value that an option is given, if it is: known before tyro reads all the others."""
+def given(arguments: list[str], option: str) -> str | None:
+    """Return the last value of an option, or None, before all options are parsed."""
     value = None
-    for place, word in enumerate(arguments):
-        given, _, attached = word.partition("=")
-        if given.replace("_", "-") == option:
-            value = attached or (arguments[place + 1] if place + 1 < len(arguments) else None)
+    for word, following in itertools.zip_longest(arguments, arguments[1:]):
+        name, _, attached = word.partition("=")
+        if name.replace("_", "-") == option:
+            value = attached or following
     return value
 
 
 def parse(
     command: str, kind: type[_Options], arguments: list[str], default: _Options | None = None
 ) -> _Options:
-    """`arguments` as an instance of `kind`; tyro's box around an error becomes one line."""
+    """Parse `arguments` as an instance of `kind`.
+
+    Raises:
+        InputError: the arguments are not accepted; tyro's box around the message becomes one line.
+    """
     box = io.StringIO()
-    # One line takes a wide terminal: tyro would break a long path in two.
+    # tyro breaks long lines at the width of the terminal, paths included.
     wide = {} if {"-h", "--help"} & set(arguments) else {"COLUMNS": "10000"}
     try:
         with contextlib.redirect_stderr(box), mock.patch.dict(os.environ, wide):
-            parsed: _Options = tyro.cli(
+            parsed = tyro.cli(
                 kind,
                 prog=f"vi-simsiam {command}",
                 description=_about(command),
@@ -94,72 +112,68 @@ def parse(
                 config=(tyro.conf.OmitArgPrefixes,),
                 default=tyro.MISSING_NONPROP if default is None else default,
             )
-            return _with_homes(parsed)
+            expanded: _Options = _expand_home(parsed)
+            return expanded
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise InputError(
-            f"{_message(command, box.getvalue())} (see vi-simsiam {command} --help)"
-        ) from None
+        message = _message(command, box.getvalue())
+        raise InputError(f"{message} (see vi-simsiam {command} --help)") from None
 
 
-def _with_homes(options: _Options) -> _Options:
-    """Options with the home folder in the place of ~ in every path."""
-    changed: dict[str, Any] = {}
-    for field in dataclasses.fields(options):  # type: ignore[arg-type]
-        value = getattr(options, field.name)
-        if dataclasses.is_dataclass(value):
-            changed[field.name] = _with_homes(value)
-        elif isinstance(value, Path):
-            changed[field.name] = user_path(field.name, value)
-        elif isinstance(value, tuple):
-            changed[field.name] = tuple(
-                user_path(field.name, v) if isinstance(v, Path) else v for v in value
-            )
-    return dataclasses.replace(options, **changed)  # type: ignore[type-var]
+def _expand_home(value: Any, name: str = "") -> Any:
+    """Replace ~ by the home folder in every path of an instance of a dataclass."""
+    if isinstance(value, Path):
+        return user_path(name, value)
+    if isinstance(value, tuple):
+        return tuple(_expand_home(each, name) for each in value)
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    names = (field.name for field in dataclasses.fields(value))
+    return dataclasses.replace(value, **{n: _expand_home(getattr(value, n), n) for n in names})
 
 
 def _about(command: str) -> str:
     name, _, benchmark = command.partition(" ")
     about = BENCHMARKS[benchmark][1] if benchmark else COMMANDS[name][1]
     first = about if about.startswith(("kNN", "k-")) else about[:1].upper() + about[1:]
-    return first if first.endswith(".") else f"{first}."
+    return f"{first.removesuffix('.')}."
 
 
 def _message(command: str, box: str) -> str:
-    """The message in tyro's box of title, message, a rule, and advice, with the options that the advice names.
+    """Return the message in tyro's box of title, message, a rule, and advice.
 
-    Where standard output cannot print lines the box has none, but for rules of hyphens, one of them below the title.
+    Options that the advice names are appended. If standard output cannot print lines the box has
+    none, except for rules of hyphens, one of them below the title.
     """
     lines = [line[2:].rstrip(" │") for line in box.splitlines()[1:]]
     lines = lines[1:] if lines and set(lines[0]) == {"-"} else lines
     rule = next((i for i, line in enumerate(lines) if set(line) <= set("─╰╯- ")), len(lines))
-    message = re.sub(
-        r"^Error parsing (\w+: )?", "", " ".join(line.strip() for line in lines[:rule])
-    )
+    text, advice = "\n".join(lines[:rule]), "\n".join(lines[rule:])
+    message = " ".join(line.strip() for line in lines[:rule])
+    message = re.sub(r"^Error parsing (\w+: )?", "", message)
     if message.startswith("Missing from"):  # names are indented by four spaces, their help by eight
-        found = re.findall(r"^ {4}(\S.*)\n {8}(.*)$", "\n".join(lines[:rule]), re.MULTILINE)
-        return f"missing: {', '.join(f'{name} ({_phrase(text)})' for name, text in found)}"
+        missing = re.findall(r"^ {4}(\S.*)\n {8}(.*)$", text, re.MULTILINE)
+        return f"missing: {', '.join(f'{name} ({_phrase(about)})' for name, about in missing)}"
     if choice := re.fullmatch(
         r"invalid choice '(.*)' for argument '([^']*)'\. Expected one of \((.*)\)\.?", message
     ):
-        given, option, accepted = choice.groups()
-        return str(none_of(option, given, re.findall(r"'([^']*)'", accepted)))
-    advice = "\n".join(lines[rule:]).partition("Perhaps you meant:")[2]
-    if near := re.findall(r"^ *(--[a-z][\w-]*)", advice, re.MULTILINE):
+        value, option, accepted = choice.groups()
+        return str(none_of(option, value, re.findall(r"'([^']*)'", accepted)))
+    near = re.findall(
+        r"^ *(--[a-z][\w-]*)", advice.partition("Perhaps you meant:")[2], re.MULTILINE
+    )
+    stray = re.match(r"Unrecognized options: ([^-,\s][^,]*)", message)
+    if near:
         message += f"; did you mean {' or '.join(near[:2])}?"
-    elif command in ("train", "views") and (
-        stray := re.match(r"Unrecognized options: ([^-,\s][^,]*)", message)
-    ):
-        message += (
-            f"; did you mean --data {stray[1]}?" if user_path("data", stray[1]).exists() else ""
-        )
+    elif command in ("train", "views") and stray and user_path("data", stray[1]).exists():
+        message += f"; did you mean --data {stray[1]}?"
     for pattern, plain in _PLAIN.items():
         message = re.sub(pattern, plain, message)
     return message
 
 
 def _phrase(sentence: str) -> str:
-    """A help text as the inside of brackets."""
+    """Return a help text as the inside of brackets."""
     text = sentence.removesuffix("(required)").strip().rstrip(".")
     return text[:1].lower() + text[1:]

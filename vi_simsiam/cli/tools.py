@@ -1,4 +1,4 @@
-"""`vi-simsiam info|bench`: the installation, and how fast it is."""
+"""`vi-simsiam info|bench`: the installation, and benchmarks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class _Info:
     json: bool = False
     """Print it as JSON, for programs."""
     check: bool = False
-    """Also run each kernel and a training step at a small size against a reference; exit code 1 if one is wrong."""
+    """Also check each kernel and a training step against a reference; exit code 1 on an error."""
 
 
 def info(arguments: list[str]) -> int:
-    """Print what is installed here, and what runs."""
+    """Print versions, devices and backends."""
     options = parse("info", _Info, arguments)
 
     from vi_simsiam.info import facts, report
@@ -48,12 +48,13 @@ def info(arguments: list[str]) -> int:
 
 def bench(arguments: list[str]) -> int:
     """Run a benchmark."""
-    if arguments and arguments[0] in ("-h", "--help"):
+    name, *rest = arguments or [""]
+    if name in ("-h", "--help"):
         print(f"usage: vi-simsiam bench {'|'.join(BENCHMARKS)} [OPTIONS]\n")
         print("\n".join(f"  {name:10}{about}" for name, (_, about) in BENCHMARKS.items()))
         return 0
-    if not arguments or arguments[0] not in BENCHMARKS:
-        raise none_of("bench", " ".join(arguments[:1]) or "nothing", BENCHMARKS)
-    benchmark: Any = importlib.import_module(f"vi_simsiam.benchmarks.{BENCHMARKS[arguments[0]][0]}")
-    outcome = benchmark.run(parse(f"bench {arguments[0]}", benchmark.Options, arguments[1:]))
+    if name not in BENCHMARKS:
+        raise none_of("bench", name or "nothing", BENCHMARKS)
+    benchmark: Any = importlib.import_module(f"vi_simsiam.benchmarks.{BENCHMARKS[name][0]}")
+    outcome = benchmark.run(parse(f"bench {name}", benchmark.Options, rest))
     return outcome if isinstance(outcome, int) else 0

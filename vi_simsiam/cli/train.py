@@ -1,4 +1,4 @@
-"""`vi-simsiam train`."""
+"""`vi-simsiam train`: one run, or several seeds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from vi_simsiam.cli.config_file import read_settings, updated
-from vi_simsiam.cli.parsing import parse, said
+from vi_simsiam.cli.parsing import given, parse
 from vi_simsiam.config import LEAST_SIZE, AugmentConfig, TrainConfig, policy, preset
 from vi_simsiam.errors import InputError
 from vi_simsiam.paths import user_path
@@ -50,7 +50,6 @@ the images wherever you leave them open.
 
 vi-simsiam train --help-all lists all options, with their defaults."""
 
-
 _MANY_EPOCHS = 10**9
 
 
@@ -58,43 +57,42 @@ _MANY_EPOCHS = 10**9
 class _Train:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     preset: str | None = None
-    """Fixed settings to start from: default (SimSiam's at 224 pixels), demo or paper; None for those that suit the images."""
+    """Fixed settings: default (SimSiam's at 224 pixels), demo or paper; None to fit the images."""
     settings: Annotated[Path | None, tyro.conf.arg(name="config")] = None
-    """Settings from a run's config.json or a YAML file; options go before them, and they before the preset."""
+    """Settings from a run's config.json or a YAML file, between the preset and the options."""
     policy: str | None = None
-    """Starting point of the augmentation: simsiam, multicrop, lightly-imagenette or none; None for the preset's, or what
-    suits the images. It goes before --config, but for the sizes."""
+    """simsiam, multicrop, lightly-imagenette or none to start from; sizes stay --config's."""
     out: Path | None = None
     """Run folder; None for runs/DATA-METHOD-NNN, the first number that is free."""
     resume: bool = False
-    """Go on with the run in --out, whose configuration is then the starting point; --data may name a copy of its images."""
+    """Go on with the run in --out and its settings; --data may name a copy of its images."""
     overwrite: bool = False
     """Replace the run in --out."""
     evaluate: bool = False
     """Evaluate the run when it is trained, as `vi-simsiam evaluate` does."""
     seeds: int | None = None
-    """Train this many runs at once, each a process, with --seed and the seeds after it, into OUT/seed-N."""
+    """Train this many runs at once, with --seed and the seeds after it, into OUT/seed-N."""
     quiet: bool = False
     """Print warnings and results only."""
 
 
 @dataclass(frozen=True)
 class _Start:
-    """The starting point that the options change."""
+    """Starting point that the options change."""
 
     config: TrainConfig
     settings: dict[str, Any]
     """Those of --config."""
     views: AugmentConfig | None
     """Those of --policy."""
-    open: bool
-    """Whether what is not said is to suit the images."""
+    fitted: bool
+    """True if settings that are not given are fitted to the images."""
 
     @property
     def default(self) -> _Train:
-        """Defaults for the first reading of the options; with `open`, loose enough that no option contradicts them."""
+        """Defaults before the images are known; if fitted, so loose that no option contradicts."""
         config = self.config
-        if self.open:
+        if self.fitted:
             augment = dataclasses.replace(config.augment, local_size=LEAST_SIZE)
             config = dataclasses.replace(config, epochs=_MANY_EPOCHS, augment=augment)
         return _Train(updated(config, self.settings))
@@ -110,55 +108,54 @@ def train(arguments: list[str]) -> int:
         return 0
     start = _starting_point(arguments)
     options = parse("train", _Train, arguments, default=start.default)
-    if options.resume and options.out is None:
+    out, resume = options.out, options.resume
+    if resume and out is None:
         raise InputError("resume: say which run with --out")
 
     from vi_simsiam.engine.distributed import joined
     from vi_simsiam.engine.run import check_folder, load_run, open_splits
-    from vi_simsiam.engine.seeds import SEEDS, run_seeds
     from vi_simsiam.engine.trainer import Trainer
     from vi_simsiam.evaluation.features import labelled_splits
     from vi_simsiam.evaluation.summary import evaluate_run
+    from vi_simsiam.experiments.seeds import SEEDS, run_seeds
 
-    if options.seeds is not None and options.out is None:
+    if options.seeds is not None and out is None:
         raise InputError("seeds: say where with --out")
-    if options.out is not None and (
-        options.seeds is not None or (options.resume and (options.out / SEEDS).is_file())
-    ):
-        return run_seeds(arguments, options.seeds, options.config.seed, options.out)
+    if out is not None and (options.seeds is not None or (resume and (out / SEEDS).is_file())):
+        return run_seeds(arguments, options.seeds, options.config.seed, out)
 
     with joined(options.config.device) as world:
         report = print if world.is_main and not options.quiet else lambda line: None
-        if options.out is not None:  # known before anything is downloaded
-            check_folder(options.out, resume=options.resume, overwrite=options.overwrite)
-        with world.main_first():  # it downloads the images if that is to be done
-            splits = open_splits(options.config, run=options.out if options.resume else None)
-        chosen = ""
-        if start.open:
-            config, chosen = _suited(arguments, start, options.config, splits, world.size)
-            options = dataclasses.replace(options, config=config)
-        unlabelled = None
+        if out is not None:  # before anything is downloaded
+            check_folder(out, resume=resume, overwrite=options.overwrite)
+        with world.main_first():  # the main process downloads the images
+            splits = open_splits(options.config, run=out if resume else None)
+        config, chosen, unlabelled = options.config, "", ""
+        if start.fitted:
+            config, chosen = _fitted(arguments, start, config, splits, world.size)
         if options.evaluate:
             try:
                 labelled_splits(splits)
             except InputError as error:
                 unlabelled = f"no accuracies at the end: {error}"
         trainer = Trainer(
-            options.config,
-            options.out,
-            resume=options.resume,
+            config,
+            out,
+            resume=resume,
             overwrite=options.overwrite,
             world=world,
             splits=splits,
             quiet=options.quiet,
         )
-        for line in filter(None, (chosen, unlabelled)):  # once nothing is refused any more
+        for line in filter(None, (chosen, unlabelled)):  # after the last possible refusal
             report(line)
         folder = trainer.folder
+        images = counted(len(trainer.loader.source), "image")
         ranks = "" if world.size == 1 else f" on {world.size} ranks"
         report(
-            f"{options.config.method} on {trainer.config.data}: {counted(len(trainer.loader.source), 'image')}, "
-            f"{counted(trainer.total_steps, 'step')}, {trainer.device}{ranks}, loss by {trainer.backend}; run folder {folder}"
+            f"{config.method} on {trainer.config.data}: {images}, "
+            f"{counted(trainer.total_steps, 'step')}, {trainer.device}{ranks}, "
+            f"loss by {trainer.backend}; run folder {folder}"
         )
         if trainer.step == trainer.total_steps:
             report("already at its last step: nothing is left to train")
@@ -174,82 +171,75 @@ def train(arguments: list[str]) -> int:
             return 130
         if options.evaluate:
             try:
-                evaluate_run(
-                    load_run(folder, device=str(trainer.device)), world, quiet=options.quiet
-                )
-            except InputError as error:  # trained all the same
-                if unlabelled is None:
+                run = load_run(folder, device=str(trainer.device))
+                evaluate_run(run, world, quiet=options.quiet)
+            except InputError as error:  # the training itself has succeeded
+                if not unlabelled:
                     report(f"not evaluated: {error}")
     return 0
 
 
 def _starting_point(arguments: list[str]) -> _Start:
-    """The saved configuration on --resume, else the preset's, with --config's settings and over them --policy's.
+    """Read the saved configuration on --resume, else preset, --config and --policy.
 
-    Sizes in the file stay.
+    --policy goes before the settings of --config, except for the sizes.
     """
     from vi_simsiam.engine.run import CONFIG, read_config
 
-    name, out, views = (said(arguments, option) for option in ("--preset", "--out", "--policy"))
-    file = said(arguments, "--config")
-    saved = None if out is None else user_path("out", out)
-    if (
-        "--resume" in arguments
-        and name is None
-        and saved is not None
-        and (saved / CONFIG).is_file()
-    ):
-        for option, given in (("config", file), ("policy", views)):
-            if given is not None:
-                raise InputError(
-                    f"{option}, resume: only one of them can be said; a run goes on with its own settings"
-                )
-        return _Start(read_config(saved), {}, None, open=False)
+    name, out, views, file = (
+        given(arguments, option) for option in ("--preset", "--out", "--policy", "--config")
+    )
+    if "--resume" in arguments and name is None and out is not None:
+        saved = user_path("out", out)
+        if (saved / CONFIG).is_file():
+            for option, value in (("config", file), ("policy", views)):
+                if value is not None:
+                    raise InputError(
+                        f"{option}, resume: only one of them can be given; "
+                        "a run goes on with its own settings"
+                    )
+            return _Start(read_config(saved), {}, None, fitted=False)
     config = preset(name or "default")
-    augment = None if views is None else policy(views)
-    if augment is not None:
-        config = dataclasses.replace(config, augment=augment)
     settings = {} if file is None else read_settings(Path(file))
-    if augment is not None:
-        replaced = {field.name for field in dataclasses.fields(augment)} - {"size", "local_size"}
-        settings = {name: value for name, value in settings.items() if name not in replaced}
-    return _Start(config, settings, augment, open=name is None)
+    if views is None:
+        return _Start(config, settings, None, fitted=name is None)
+    augment = policy(views)
+    replaced = {field.name for field in dataclasses.fields(augment)} - {"size", "local_size"}
+    settings = {key: value for key, value in settings.items() if key not in replaced}
+    config = dataclasses.replace(config, augment=augment)
+    return _Start(config, settings, augment, fitted=name is None)
 
 
-def _suited(
-    arguments: list[str], start: _Start, given: TrainConfig, splits: Splits, ranks: int
+def _fitted(
+    arguments: list[str], start: _Start, config: TrainConfig, splits: Splits, ranks: int
 ) -> tuple[TrainConfig, str]:
-    """The configuration where what is not said suits the images, and a line that names what was chosen, if anything was."""
+    """Fit the settings that are not given to the images; also return a line that names them."""
     from vi_simsiam.data.decoding import median_side
     from vi_simsiam.data.defaults import FITTED, suited
     from vi_simsiam.engine.run import CONFIG, read_config
 
+    images = counted(len(splits.train), "image")
     if len(splits.train) < 2:
-        raise InputError(
-            f"data: {splits.name} has {counted(len(splits.train), 'image')}; training needs at least 2"
-        )
+        raise InputError(f"data: {splits.name} has {images}; training needs at least 2")
     fixed = {
         name
         for name in FITTED
-        if name in start.settings or said(arguments, _option(name)) is not None
+        if name in start.settings or given(arguments, _option(name)) is not None
     }
     if start.views is not None:
         fixed |= {"crop_scale", "blur_prob"}
         if start.views.size != AugmentConfig.size:
-            fixed |= {"size"}
-    frozen = given.frozen_run
+            fixed.add("size")
+    frozen, size = config.frozen_run, config.augment.size if "size" in fixed else None
     network = read_config(frozen) if frozen and (frozen / CONFIG).is_file() else None
-    if network is not None and "size" not in fixed:
-        given = dataclasses.replace(
-            given, augment=dataclasses.replace(given.augment, size=network.augment.size)
-        )
-        fixed |= {"size"}
+    if network is not None:
+        size = size or network.augment.size
     config = suited(
-        given,
+        config,
         splits.train,
         views=start.views,
-        size=given.augment.size if "size" in fixed else None,
-        epochs=given.epochs if "epochs" in fixed else None,
+        size=size,
+        epochs=config.epochs if "epochs" in fixed else None,
         ranks=ranks,
     )
     if network is not None:  # its weights fit no other model
@@ -259,28 +249,21 @@ def _suited(
             local_size=network.augment.local_size,
         )
         config = dataclasses.replace(config, model=network.model, augment=views)
-        fixed |= {"stem", "dim"}
-    options = parse("train", _Train, arguments, default=_Train(updated(config, start.settings)))
-    values = dataclasses.asdict(options.config)
-    values |= values["augment"] | values["model"]
-    left = [
-        name
-        for name in FITTED
-        if name not in fixed and (name != "local_size" or values["local_views"])
-    ]
-    chosen = " ".join(f"{_option(name)} {_words(values[name])}" for name in left)
+        fixed |= {"size", "stem", "dim"}
+    default = _Train(updated(config, start.settings))
+    config = parse("train", _Train, arguments, default=default).config
+    if config.augment.local_views == 0:
+        fixed.add("local_size")
+    values = {**vars(config), **vars(config.augment), **vars(config.model)}
+    chosen = [f"{_option(name)} {_words(values[name])}" for name in FITTED if name not in fixed]
+    if not chosen:
+        return config, ""
     side = median_side(splits.train)
-    images = (
-        f"{counted(len(splits.train), 'image')} of {side} pixels"
-        if side
-        else counted(len(splits.train), "image")
-    )
-    if not left:
-        return options.config, ""
-    embedded = (
-        "" if said(arguments, "--data") or "data" in start.settings else ", the embedded images"
-    )
-    return options.config, f"settings that suit {splits.name}{embedded} ({images}): {chosen}"
+    pixels = f" of {side} pixels" if side else ""
+    named = given(arguments, "--data") or "data" in start.settings
+    embedded = "" if named else ", the embedded images"
+    line = f"settings that suit {splits.name}{embedded} ({images}{pixels}): {' '.join(chosen)}"
+    return config, line
 
 
 def _option(name: str) -> str:

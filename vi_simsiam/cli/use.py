@@ -1,32 +1,39 @@
-"""`vi-simsiam embed|rank`: a trained run applied to images of one's own."""
+"""`vi-simsiam embed|rank|export`: a trained run on your images, and its weights for other tools."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
 
-from vi_simsiam.cli.parsing import parse
-from vi_simsiam.errors import InputError
+from vi_simsiam.cli.parsing import RunPath, SourceOptions, parse
+from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.paths import user_path
 from vi_simsiam.text import counted
 
 if TYPE_CHECKING:
     from vi_simsiam.config import DecodeConfig
     from vi_simsiam.data.sources import ImageSource
+    from vi_simsiam.engine.run import Run
     from vi_simsiam.inference.embed import Table
     from vi_simsiam.inference.encoder import Encoder
 
+# Embedded, hence always available: an export is checked on it if the run's own images are gone.
+_STAND_IN = "fashion-mini"
 
-@dataclass(frozen=True)
-class _Images:
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+
+@dataclass(frozen=True, kw_only=True)
+class _Images(SourceOptions):
+    run: RunPath
     """A run folder."""
     images: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
-    """A folder (all images in it and below), an image, or a data set by name: its validation images, if it has any."""
+    """A folder (all images in it), an image, or a data set (its validation images, if any)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     workers: int | None = None
@@ -34,31 +41,26 @@ class _Images:
     views: int | None = None
     """Join this many random views of each image; None for the one un-augmented view."""
     seed: int = 0
-    """Of the random views."""
+    """Seed of the random views."""
     batch_size: int = 256
     """Images, or views, that the network takes at a time."""
-    data_root: Path = Path("data")
-    """Where downloaded data sets are kept or looked for."""
-    offline: bool = False
-    """Never download."""
     overwrite: bool = False
-    """Replace files that are there."""
+    """Replace existing files."""
     out: Path = Path()
     """Where to write."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Embed(_Images):
     out: Path = Path("features.parquet")
-    """File to write: path, path_bytes (for names that are not UTF-8), embedding, concentration, uncertainty, neighbours
-    and their similarities of every image."""
+    """File to write: path, embedding, concentration, uncertainty, neighbours of every image."""
     neighbours: int = 5
     """Nearest neighbours of each image by the cosine of embeddings; 0 for none."""
     reference: str | None = None
-    """Look for neighbours among these images (a folder, or the training images of a data set), not among the images."""
+    """Look for neighbours among these images: a folder, or a data set's training images."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Rank(_Images):
     out: Path = Path("ranking")
     """Files to write, without suffix: OUT.csv, all images, and OUT.png, the two ends."""
@@ -66,8 +68,24 @@ class _Rank(_Images):
     """Images at each end of the picture."""
 
 
+@dataclass(frozen=True)
+class _Export:
+    run: RunPath
+    """A run folder."""
+    format: str
+    """torchvision, timm (the backbone), safetensors (the whole model) or onnx (a graph)."""
+    out: Path | None = None
+    """Folder to write; None for RUN/export/FORMAT."""
+    overwrite: bool = False
+    """Replace an earlier export in that folder."""
+    data: str | None = None
+    """The data set, where it has moved since training; a few images check the export."""
+    data_root: Path | None = None
+    """Where downloaded data sets are; None for the run's own."""
+
+
 def embed(arguments: list[str]) -> int:
-    """Write what a run makes of images as a Parquet file."""
+    """Write a run's representations of images as a Parquet file."""
     options = parse("embed", _Embed, arguments)
     if options.out.suffix.lower() != ".parquet":
         raise InputError(
@@ -75,29 +93,25 @@ def embed(arguments: list[str]) -> int:
         )
     if options.neighbours < 0:
         raise InputError(f"neighbours: {options.neighbours} must be at least 0")
-    _free([options.out], options.overwrite)
+    _check_free([options.out], options.overwrite)
 
     from vi_simsiam.inference.embed import describe, write_parquet
 
-    encoder, source = _open(options)
-    reference = (
-        None
-        if options.reference is None or options.neighbours == 0
-        else _source(options.reference, options, encoder.config.decode, train=True)
-    )
-    console = Console(stderr=True)
-    table = _collect(encoder, source, options, console)
-    among = None if reference is None else _collect(encoder, reference, options, console)
+    encoder, source, collect = _open(options)
+    reference = None
+    if options.reference is not None and options.neighbours > 0:
+        reference = _source(options.reference, options, encoder.config.decode, train=True)
+    table = collect(source)
     about = describe(encoder, source, options.views, options.seed)
     about["neighbours_among"] = source.name if reference is None else reference.name
     write_parquet(
         table,
         options.out,
         neighbours=options.neighbours,
-        reference=among,
+        reference=None if reference is None else collect(reference),
         device=encoder.device,
         metadata=about,
-        console=console,
+        console=Console(stderr=True),
     )
     if table.concentration is None:
         print("concentration and uncertainty are empty: a SimSiam run predicts none")
@@ -106,7 +120,7 @@ def embed(arguments: list[str]) -> int:
 
 
 def rank(arguments: list[str]) -> int:
-    """Write which images a run is certain of and which not."""
+    """Write the most and the least certain images."""
     options = parse("rank", _Rank, arguments)
     if options.k < 1:
         raise InputError(f"k: {options.k} must be at least 1")
@@ -114,17 +128,18 @@ def rank(arguments: list[str]) -> int:
     if out.suffix.lower() in (".csv", ".png"):
         out = out.with_suffix("")
     listing, picture = out.with_name(f"{out.name}.csv"), out.with_name(f"{out.name}.png")
-    _free([listing, picture], options.overwrite)
+    _check_free([listing, picture], options.overwrite)
 
     from vi_simsiam.inference.rank import draw_ranking, save_picture, write_ranking
     from vi_simsiam.models import VISimSiam
 
-    encoder, source = _open(options)
+    encoder, source, collect = _open(options)
     if not isinstance(encoder.model, VISimSiam):
         raise InputError(
-            f"run: {options.run} is SimSiam, which predicts no concentration to rank by; vi-simsiam does"
+            f"run: {options.run} is SimSiam, which predicts no concentration to rank by; "
+            "vi-simsiam does"
         )
-    table = _collect(encoder, source, options, Console(stderr=True), embeddings=False)
+    table = collect(source, embeddings=False)
     drawn = draw_ranking(table, encoder.model.dim, options.k)
     write_ranking(table, listing)
     save_picture(drawn, picture)
@@ -133,7 +148,38 @@ def rank(arguments: list[str]) -> int:
     return 0
 
 
-def _free(paths: list[Path], overwrite: bool) -> None:
+def export(arguments: list[str]) -> int:
+    """Write a run's weights, settings and model card."""
+    options = parse("export", _Export, arguments)
+
+    from vi_simsiam.export import FORMATS, export_run
+
+    if options.format not in FORMATS:
+        raise none_of("format", options.format, FORMATS)
+    run = _run_to_export(options)
+    folder = export_run(run, options.format, options.out, overwrite=options.overwrite, report=print)
+    print(f"written: {folder}")
+    return 0
+
+
+def _run_to_export(options: _Export) -> Run:
+    """Open the run on the CPU, with embedded images if its own are not on this machine."""
+    from vi_simsiam.data.datasets import open_dataset
+    from vi_simsiam.inference.encoder import load
+
+    run = load(options.run, "cpu").run
+    data, root = options.data or run.config.data, options.data_root or run.config.data_root
+    try:  # nothing is downloaded: a few images are enough
+        splits = open_dataset(data, root=root, download=False, decode=run.config.decode)
+    except InputError as reason:
+        if options.data is not None:
+            raise
+        print(f"checked on {_STAND_IN}, not on the run's own images ({reason})")
+        splits = open_dataset(_STAND_IN)
+    return dataclasses.replace(run, splits=splits)
+
+
+def _check_free(paths: list[Path], overwrite: bool) -> None:
     for path in paths:
         if path.is_dir():
             raise InputError(f"out: {path} is a folder, not a file")
@@ -143,51 +189,32 @@ def _free(paths: list[Path], overwrite: bool) -> None:
             raise InputError(f"out: {path} exists; say --overwrite to replace it")
 
 
-def _open(options: _Images) -> tuple[Encoder, ImageSource]:
+def _open(options: _Images) -> tuple[Encoder, ImageSource, Callable[..., Table]]:
+    """Open the run and the images; also return a function that encodes a source."""
+    from vi_simsiam.inference.embed import collect
     from vi_simsiam.inference.encoder import load
 
     encoder = load(options.run, options.device, workers=options.workers)
-    return encoder, _source(options.images, options, encoder.config.decode, train=False)
+    source = _source(options.images, options, encoder.config.decode, train=False)
+    settings = {name: getattr(options, name) for name in ("views", "seed", "batch_size")}
+    folder, console = options.out.parent, Console(stderr=True)
+    return encoder, source, partial(collect, encoder, folder=folder, console=console, **settings)
 
 
 def _source(images: str, options: _Images, decode: DecodeConfig, *, train: bool) -> ImageSource:
-    """A folder or a file if there is one of that name, else a data set's training or, if it has any, validation images."""
-    from vi_simsiam.data.datasets import ACCEPTED, open_dataset
+    """Open a path if it exists, else a data set's training or, if it has any, validation images."""
+    from vi_simsiam.data.datasets import ACCEPTED
     from vi_simsiam.inference.images import open_images
 
     if user_path("images", images).exists():
         return open_images(images, decode)
     try:
-        splits = open_dataset(
-            images, root=options.data_root, download=not options.offline, decode=decode
-        )
+        splits = options.open(images, decode)
     except InputError as error:
         if str(error).startswith("data:"):
             raise InputError(f"images: {images} is not there; give an image, {ACCEPTED}") from None
         raise
     return splits.train if train or splits.val is None else splits.val
-
-
-def _collect(
-    encoder: Encoder,
-    source: ImageSource,
-    options: _Images,
-    console: Console,
-    *,
-    embeddings: bool = True,
-) -> Table:
-    from vi_simsiam.inference.embed import collect
-
-    return collect(
-        encoder,
-        source,
-        options.out.parent,
-        views=options.views,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        embeddings=embeddings,
-        console=console,
-    )
 
 
 def _written(path: Path, table: Table) -> str:

@@ -1,4 +1,4 @@
-"""Images, the random views made of them, and the loaders that put them into batches."""
+"""Images, random views of them, and loaders that make batches."""
 
 from __future__ import annotations
 

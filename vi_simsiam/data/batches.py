@@ -1,7 +1,8 @@
-"""What every training batch holds: which images, in which order, seen through which views.
+"""Contents of every training batch: which images, in which order, with which views.
 
-A batch is a function of (seed, epoch, step) alone. Whoever prepares it (worker processes, the calling process, a GPU)
-asks here, so where and by how many it is prepared, and where a run was resumed, change nothing.
+A batch is a function of (seed, epoch, step) alone. Worker processes, the calling process and a GPU
+all take it from here, so it does not depend on where it is prepared, by how many processes, or
+where a run was resumed.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ _KEPT_ORDERS = 2
 
 @dataclass(frozen=True)
 class Batch:
-    """Views of a batch of images and the images' places in the source."""
+    """Views of a batch of images, and the images' numbers in the source."""
 
     views: list[Tensor]
-    """Per view (B, 3, h, w) in channels_last, normalised: the two global views, then the local ones."""
+    """Per view (B, 3, h, w) in channels_last, normalised: two global views, then the local ones."""
     index: Tensor
     """(B,) int64."""
 
@@ -36,8 +37,8 @@ class Batch:
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """Return the permutation of range(count) that an epoch goes through, (count,) int64, keyed by (seed, epoch)."""
-    # Sorting raw generator output: numpy promises that to be the same in every release, unlike `permutation`.
+    """Return the order of the images in an epoch: a permutation (count,) keyed by (seed, epoch)."""
+    # Sorted raw output of the generator, which numpy keeps in every release, unlike `permutation`.
     keys = np.random.Philox(np.random.SeedSequence((seed, epoch))).random_raw(count)
     return np.argsort(keys, kind="stable").astype(np.int64)
 
@@ -53,10 +54,11 @@ def check_batch(batch_size: int, images: ImageSource) -> None:
 class Schedule:
     """The batches of a run, or one rank's share of them.
 
-    The batch of a step is the same for every `world_size`; rank r has rows [r * B / N, (r + 1) * B / N) of it.
+    The batch of a step is the same for every `world_size`; rank r has its rows
+    [r * B / N, (r + 1) * B / N).
 
     Args:
-        images: what is trained on.
+        images: the training images.
         policy: the views.
         batch_size: images in the batch of all ranks together.
         seed: key of the order and of every view.
@@ -64,7 +66,8 @@ class Schedule:
         world_size: processes that share a batch.
 
     Raises:
-        InputError: a batch larger than the source or that the ranks cannot share equally, or numbers out of range.
+        InputError: numbers out of range, or a batch that is larger than the source or that the
+            ranks cannot share equally.
     """
 
     def __init__(
@@ -77,20 +80,22 @@ class Schedule:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if batch_size < 1:
-            raise InputError(f"batch_size: {batch_size} must be at least 1")
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("seed", seed, 0),
+            ("world_size", world_size, 1),
+        ):
+            if value < least:
+                raise InputError(f"{name}: {value} must be at least {least}")
         check_batch(batch_size, images)
-        if seed < 0:
-            raise InputError(f"seed: {seed} must be at least 0")
-        if world_size < 1:
-            raise InputError(f"world_size: {world_size} must be at least 1")
         if not 0 <= rank < world_size:
             raise InputError(
                 f"rank: {rank} must lie between 0 and {world_size - 1}, for world_size {world_size}"
             )
         if batch_size % world_size:
             raise InputError(
-                f"batch_size: {batch_size} must be a multiple of {world_size}, the processes that share it"
+                f"batch_size: {batch_size} must be a multiple of {world_size}, "
+                "the processes that share it"
             )
         self.images, self.policy, self.seed = images, policy, seed
         self.batch_size = batch_size
@@ -103,29 +108,27 @@ class Schedule:
         self._orders: dict[int, NDArray[np.int64]] = {}
 
     def samples(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
-        """The images of steps [start, stop) of an epoch: (stop - start, rows) int64, a row for each step."""
-        batches = self._order(epoch)[: self.steps_per_epoch * self.batch_size].reshape(
-            -1, self.batch_size
-        )
+        """Return the images of steps [start, stop) of an epoch: (stop - start, rows) int64."""
+        used = self._order(epoch)[: self.steps_per_epoch * self.batch_size]
+        batches = used.reshape(-1, self.batch_size)
         return batches[start:stop, self._first_row : self._first_row + self.rows]
 
     def table(self, epoch: int, samples: NDArray[np.int64]) -> NDArray[np.int32]:
-        """The table rows of images in an epoch: (views, n, 16) int32 for samples (n,), START relative to each image."""
-        heights, widths = self.images.heights[samples], self.images.widths[samples]
+        """Return the table rows of images (n,) in an epoch: (views, n, 16), see `draw_table`."""
         return draw_table(
             self.policy,
             seed=self.seed,
             epoch=epoch,
             samples=samples,
-            heights=heights,
-            widths=widths,
+            heights=self.images.heights[samples],
+            widths=self.images.widths[samples],
         )
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         order = self._orders.get(epoch)
         if order is None:
             order = epoch_order(self.seed, epoch, len(self.images))
-            # Threads share this: a new dictionary takes the old one's place, so none sees one half changed.
+            # Threads share the dictionary, so it is replaced, never changed.
             kept = dict(list(self._orders.items())[1 - _KEPT_ORDERS :])
             self._orders = {**kept, epoch: order}
         return order

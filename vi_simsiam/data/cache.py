@@ -1,12 +1,12 @@
 """Images decoded once: into a file that is mapped into memory ever after, or into memory.
 
-    cached(source)        what training and evaluation read; files are decoded on first use, into the cache folder
+    cached(source)        what training and evaluation read; decodes on first use, into the cache
     pack(source, path)    the same into a file of the user's choice
     open_pack(path)       such a file
 
-A cached file is named by the fingerprint of its source, so that changed images are decoded again and older files are
-left alone. Files are written aside and moved into place complete: two processes that fill the same cache at once do the
-work twice, and both end well.
+A cached file is named by the fingerprint of its source, so that changed images are decoded again
+and older files are left alone. Files are written aside and moved into place complete: two processes
+that fill the same cache at once do the work twice, and both end well.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import re
 import secrets
 import shutil
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 import numpy as np
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -45,13 +45,6 @@ from vi_simsiam.errors import ImageWarning, InputError, is_full
 from vi_simsiam.paths import printable, user_path
 from vi_simsiam.text import counted
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-_SECONDS_TO_LOCK = 60.0
-
 
 def cached(
     source: ImageSource,
@@ -60,39 +53,37 @@ def cached(
     workers: int | None = None,
     console: Console | None = None,
 ) -> tuple[PackedImages, list[Unreadable]]:
-    """Return the images of a source decoded, and those that were left out because they cannot be read.
+    """Return the images of a source decoded, and those left out because they cannot be read.
 
-    Files go through the cache folder and are decoded on first use; what is in memory already, or gives no fingerprint,
-    is packed in memory. A cached file that is damaged is built again.
+    Files go through the cache folder and are decoded on first use; images that are in memory or
+    have no fingerprint are packed in memory. A damaged cached file is built again.
 
     Args:
         source: the images.
         cache_dir: the cache folder; None for `cache_folder()`.
-        workers: processes that decode; None for one a CPU core.
-        console: where progress and the reason for building again are printed; None for nowhere.
+        workers: processes that decode; None for one per CPU core.
+        console: for progress and the reason for building again; None for no output.
 
     Raises:
-        InputError: more than 1 % of the images cannot be read, or the cache folder cannot be written or has no room.
+        InputError: more than 1 % of the images cannot be read, or the cache folder cannot be
+            written or has no room.
         TrainingError: a process that decodes was killed.
     """
-    if isinstance(source, PackedImages):
-        return source, list(source.unreadable)
-    fingerprint = _fingerprint(source, None)
+    fingerprint = None if isinstance(source, PackedImages) else _fingerprint(source, None)
     if fingerprint is None:
-        images = in_memory(source, workers=workers, console=console)
-        return images, list(images.unreadable)
+        packed = in_memory(source, workers=workers, console=console)
+        return packed, list(packed.unreadable)
     folder = cache_folder() if cache_dir is None else user_path("cache_dir", cache_dir)
     path = folder / f"{_file_name(source.name)}-{fingerprint[:12]}.pack"
+    images: PackedImages | None = None
     try:
         images = open_pack(path, fingerprint=fingerprint)
-        images.notes = (*source.notes, *images.notes)
-        return images, list(images.unreadable)
     except PackError as error:
-        reason = error.reason
-    if os.path.lexists(path):
-        _print(console, f"cache: {path} {reason}; decoding the images again")
-    _write(source, path, fingerprint, "cache_dir", workers=workers, console=console)
-    images = open_pack(path, fingerprint=fingerprint, verify=False)
+        if os.path.lexists(path):
+            _print(console, f"cache: {path} {error.reason}; decoding the images again")
+    if images is None:
+        _write(source, path, fingerprint, "cache_dir", None, workers, console)
+        images = open_pack(path, fingerprint=fingerprint, verify=False)
     images.notes = (*source.notes, *images.notes)
     return images, list(images.unreadable)
 
@@ -105,16 +96,16 @@ def pack(
     shorter_side: int | None = None,
     console: Console | None = None,
 ) -> list[Unreadable]:
-    """Decode the images of a source into a file for `open_pack`, and return those that cannot be read.
+    """Decode the images of a source into a file for `open_pack`; return those that cannot be read.
 
     ImageWarnings name the losses of the others.
 
     Args:
         source: the images.
         out: the file; replaced if it exists.
-        workers: processes that decode; None for one a CPU core.
-        shorter_side: images whose shorter side has more pixels are made that small (bicubic, antialiased).
-        console: where progress is printed; None for nowhere.
+        workers: processes that decode; None for one per CPU core.
+        shorter_side: images with a longer shorter side are scaled to it (bicubic, antialiased).
+        console: for progress; None for no output.
 
     Raises:
         InputError: more than 1 % of the images cannot be read, or the file cannot be written.
@@ -126,9 +117,7 @@ def pack(
     if out.is_dir():
         raise InputError(f"out: {out} is a folder; give the name of a file")
     fingerprint = _fingerprint(source, shorter_side) or ""
-    contents = _write(
-        source, out, fingerprint, "out", workers=workers, shorter_side=shorter_side, console=console
-    )
+    contents = _write(source, out, fingerprint, "out", shorter_side, workers, console)
     for note in (*source.notes, *contents.notes):
         warnings.warn(note, ImageWarning, stacklevel=2)
     return list(contents.unreadable)
@@ -146,30 +135,24 @@ def in_memory(
     if isinstance(source, PackedImages):
         return source
     if isinstance(source, ArraySource):
-        count, height, width = source.images.shape[:3]
-        rgb = (
-            source.images
-            if source.images.ndim == 4
-            else np.repeat(source.images[..., None], 3, axis=3)
-        )
-        heights, widths = np.full(count, height, np.int32), np.full(count, width, np.int32)
+        rgb = source.images
+        if rgb.ndim == 3:
+            rgb = np.repeat(rgb[..., None], 3, axis=3)
+        heights, widths = (np.full(len(rgb), size, np.int32) for size in rgb.shape[1:3])
         return PackedImages(
             rgb.reshape(-1), Contents(source.name, heights, widths, source.labels, source.classes)
         )
     pixels = bytearray()
     mean = bytes_per_image(source)
-    _print(
-        console,
-        f"decoding {source.name}: {counted(len(source), 'image')}, about {_size(mean, source)}, into memory",
-    )
-    contents = _decode(source, pixels.extend, mean, workers=workers, console=console)
+    _print(console, f"{_announcement(source, mean)}, into memory")
+    contents = _decode(source, pixels.extend, mean, None, workers, console)
     return PackedImages(np.frombuffer(pixels, np.uint8), contents)
 
 
 def cache_folder() -> Path:
-    """The folder of cached files: $VI_SIMSIAM_CACHE, else $XDG_CACHE_HOME/vi-simsiam, else ~/.cache/vi-simsiam.
+    """Return $VI_SIMSIAM_CACHE, else $XDG_CACHE_HOME/vi-simsiam, else ~/.cache/vi-simsiam.
 
-    A user without a home folder, or with one that cannot be written, has vi-simsiam-UID in the folder of temporary files:
+    Without a home folder that can be written it is vi-simsiam-UID in the folder of temporary files:
     a container that runs under an arbitrary user needs no settings.
     """
     if own := os.environ.get("VI_SIMSIAM_CACHE"):
@@ -189,13 +172,12 @@ def _fingerprint(source: ImageSource, shorter_side: int | None) -> str | None:
     own = source.fingerprint()
     if own is None:
         return None
-    return hashlib.blake2b(
-        repr((own, FORMAT_VERSION, shorter_side)).encode(), digest_size=20
-    ).hexdigest()
+    key = repr((own, FORMAT_VERSION, shorter_side)).encode()
+    return hashlib.blake2b(key, digest_size=20).hexdigest()
 
 
 def _file_name(name: str) -> str:
-    """The last two parts of a source's name, which may be a path, in characters that every file system takes."""
+    """The last two parts of a source's name or path, in characters of every file system."""
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(Path(name).parts[-2:])).strip("-.")
     return readable[-80:] or "images"
 
@@ -205,43 +187,29 @@ def _write(
     path: Path,
     fingerprint: str,
     option: str,
-    *,
+    shorter_side: int | None,
     workers: int | None,
     console: Console | None,
-    shorter_side: int | None = None,
 ) -> Contents:
-    """Decode into a pack file. `option` is the name of the argument that says where, for messages."""
+    """Decode into a pack file. `option` is the argument that gives the path, for messages."""
     mean = bytes_per_image(source, shorter_side)
+    needed = f"the decoded images of {source.name} need about {_size(source, mean)}"
     elsewhere = f"name another place with --{option.replace('_', '-')}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path.parent).free
         if mean * len(source) > free:
             raise InputError(
-                f"{option}: the decoded images of {source.name} need about {_size(mean, source)}, {path.parent} has "
-                f"{decimal(free)} free; {elsewhere}"
+                f"{option}: {needed}, {path.parent} has {decimal(free)} free; {elsewhere}"
             )
-        _print(
-            console,
-            f"decoding {source.name}: {counted(len(source), 'image')}, about {_size(mean, source)}, into {path}",
-        )
-        with _whole_or_not_at_all(path) as file:
+        _print(console, f"{_announcement(source, mean)}, into {path}")
+        with _replacing(path) as file:
             writer = PackWriter(file)
-            contents = _decode(
-                source,
-                writer.append,
-                mean,
-                workers=workers,
-                shorter_side=shorter_side,
-                console=console,
-            )
+            contents = _decode(source, writer.append, mean, shorter_side, workers, console)
             writer.finish(contents, fingerprint)
     except OSError as error:
         if is_full(error):
-            raise InputError(
-                f"{option}: {path.parent} is full, the decoded images of {source.name} need about "
-                f"{_size(mean, source)}; {elsewhere}"
-            ) from error
+            raise InputError(f"{option}: {path.parent} is full, {needed}; {elsewhere}") from error
         raise InputError(
             f"{option}: {path} cannot be written ({error.strerror or error}); {elsewhere}"
         ) from error
@@ -252,12 +220,11 @@ def _decode(
     source: ImageSource,
     write: Callable[[bytes], object],
     mean_bytes: float,
-    *,
+    shorter_side: int | None,
     workers: int | None,
     console: Console | None,
-    shorter_side: int | None = None,
 ) -> Contents:
-    """Give the pixels of all images to `write`; return what they are."""
+    """Pass the pixels of all images to `write`; return everything else about them."""
     sizes: list[tuple[int, int]] = []
     kept: list[int] = []
     unreadable: list[Unreadable] = []
@@ -275,56 +242,48 @@ def _decode(
             advance(len(chunk.kept) + len(chunk.unreadable), written)
     check_readable(source, unreadable)
     heights, widths = np.array(sizes, np.int32).reshape(-1, 2).T
-    labels = None if source.labels is None else source.labels[kept]
-    places = [source.describe(index) for index in kept]
-    notes = losses.lines(source.name)
     return Contents(
         source.name,
         heights,
         widths,
-        labels,
-        source.classes,
-        places,
-        unreadable,
-        source.decode,
-        notes,
+        labels=None if source.labels is None else source.labels[kept],
+        classes=source.classes,
+        places=[source.describe(index) for index in kept],
+        unreadable=unreadable,
+        decode=source.decode,
+        notes=losses.lines(source.name),
     )
 
 
 @contextlib.contextmanager
-def _whole_or_not_at_all(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` once its bytes are on the disk, and is removed if anything goes wrong."""
-    _remove_left_over(path)
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that replaces `path` once it is complete on the disk, or is removed on an error.
+
+    A lock that ends with this process marks the file as being written.
+    """
+    for other in path.parent.glob(f".{glob.escape(path.name)}.*.lock"):
+        with contextlib.suppress(OSError, Timeout), FileLock(other, timeout=0):
+            other.with_suffix("").unlink(missing_ok=True)  # a killed process left it
+            other.unlink()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    lock = temporary.with_name(f"{temporary.name}.lock")
     try:
-        with open(temporary, "xb") as file:
-            if fcntl is not None:
-                with contextlib.suppress(OSError):  # not every network file system has locks
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # not every network file system has locks
+                stack.enter_context(FileLock(lock))
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
-
-
-def _remove_left_over(path: Path) -> None:
-    """Remove what killed processes left of this file. They are told by their lock, which ends with the process."""
-    if fcntl is None:
-        return
-    for other in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        with contextlib.suppress(OSError), open(other, "rb") as file:
-            # A younger one may be about to be locked.
-            if time.time() - os.fstat(file.fileno()).st_mtime > _SECONDS_TO_LOCK:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                other.unlink()
+        lock.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def _progress(source: ImageSource, console: Console | None) -> Iterator[Callable[[int, int], None]]:
-    """Give a function that takes the number of images just decoded and the bytes so far; a bar on a terminal."""
+    """Give a function of the images just decoded and all bytes so far; a bar on a terminal."""
     if console is None or not console.is_terminal:
         yield lambda images, written: None
         return
@@ -344,8 +303,13 @@ def _progress(source: ImageSource, console: Console | None) -> Iterator[Callable
         yield advance
 
 
-def _size(mean_bytes: float, source: ImageSource) -> str:
+def _size(source: ImageSource, mean_bytes: float) -> str:
     return decimal(round(mean_bytes * len(source)))
+
+
+def _announcement(source: ImageSource, mean_bytes: float) -> str:
+    images = counted(len(source), "image")
+    return f"decoding {source.name}: {images}, about {_size(source, mean_bytes)}"
 
 
 def _print(console: Console | None, line: str) -> None:

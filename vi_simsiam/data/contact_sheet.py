@@ -1,4 +1,4 @@
-"""Pictures of images side by side: with the random views that a policy makes of them, or with captions."""
+"""Pictures of images side by side: with the random views of a policy, or with captions."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ def contact_sheet(
     epoch: int = 0,
     skipped: Callable[[Unreadable], object] | None = None,
 ) -> Image.Image:
-    """Draw one row for each image: the original fitted into a global view's square, then all its views.
+    """Draw one row for each image: the original in a global view's square, then all its views.
 
     Args:
-        source: where the images come from; those shown are spread evenly over it. In place of one that cannot be read the
-            next one is shown.
+        source: the images; those shown are spread evenly over it. In place of an unreadable image
+            the next one is shown.
         policy: the random views, or the name of a policy.
-        images: number of rows, at least 1; no more than the source has images that can be read.
-        seed: of the views; with `epoch` and the image's number it gives the views that training would see, which counts
-            the images that can be read.
+        images: number of rows, at least 1; no more than there are readable images.
+        seed: of the views. With `epoch` and the image's number it gives the views of training,
+            which counts the readable images only.
         epoch: of the views.
-        skipped: called with every image that could not be read, a list's `append`, say.
+        skipped: called with every unreadable image, for example a list's `append`.
 
-    An ImageWarning says what decoding lost of those shown.
+    An ImageWarning names the losses in decoding those shown.
 
     Raises:
         InputError: numbers out of range, an unknown policy, or no image that can be read.
@@ -69,12 +69,11 @@ def contact_sheet(
         losses.add(image)
     for text in losses.lines(source.name):
         warnings.warn(text, ImageWarning, stacklevel=2)
-    count = len(chosen)
     sizes = [policy.size] * GLOBAL_VIEWS + [policy.local_size] * policy.local_views
     cell = policy.size
     width = cell + sum(size + _GAP for size in sizes)
     height = max(sizes)
-    sheet = Image.new("RGB", (width, count * (height + _GAP) - _GAP), _BACKGROUND)
+    sheet = Image.new("RGB", (width, len(chosen) * (height + _GAP) - _GAP), _BACKGROUND)
     for row, (index, image) in enumerate(chosen):
         top, left = row * (height + _GAP), cell + _GAP
         fitted = ImageOps.contain(image, (cell, cell), Image.Resampling.LANCZOS)
@@ -98,7 +97,7 @@ def contact_sheet(
 def _readable(
     source: ImageSource, count: int, skipped: Callable[[Unreadable], object]
 ) -> list[tuple[int, Image.Image]]:
-    """`count` images spread evenly over a source, fewer where not so many can be read, with their numbers in order."""
+    """Up to `count` readable images spread evenly over a source, with their numbers, in order."""
     found: dict[int, Image.Image] = {}
     failed: dict[int, Unreadable] = {}
     for first in np.arange(count) * len(source) // count:
@@ -113,23 +112,23 @@ def _readable(
                 skipped(error.entry)
     if not found:
         path, reason = failed[0]
+        images = counted(len(source), "image")
         raise InputError(
-            f"source: {source.name} has {counted(len(source), 'image')}, but none that can be read: {path} ({reason})"
+            f"source: {source.name} has {images}, but none that can be read: {path} ({reason})"
         )
     return sorted(found.items())
 
 
 def thumbnails(groups: Sequence[tuple[str, Sequence[tuple[Image.Image, str]]]]) -> Image.Image:
-    """Draw groups of images below one another: a title, then rows of eight squares with a caption under each.
+    """Draw groups of images: a title, then rows of eight squares with a caption under each.
 
-    Every image is cut to a square of 112 pixels around its centre; smaller ones are enlarged without smoothing.
+    Every image is cut to a square of 112 pixels around its centre; smaller images are enlarged
+    without smoothing.
 
     Args:
         groups: title, and (image in mode RGB, caption) of every image, at least one in all.
     """
-    title_font, caption_font = (
-        _font(name, size) for name, size in (("DejaVuSans-Bold", 15), ("DejaVuSans", 12))
-    )
+    title_font, caption_font = _font("DejaVuSans-Bold", 15), _font("DejaVuSans", 12)
     title_height, caption_height = 28, 20
     columns = min(_COLUMNS, max(len(images) for _, images in groups))
     step, row_height = _THUMBNAIL + _GAP, _THUMBNAIL + caption_height
@@ -156,9 +155,8 @@ def thumbnails(groups: Sequence[tuple[str, Sequence[tuple[Image.Image, str]]]]) 
 
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     """A font that comes with matplotlib: Pillow's own has no Greek letters."""
-    return ImageFont.truetype(
-        str(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")), size
-    )
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")
+    return ImageFont.truetype(str(path), size)
 
 
 def _bytes(view: Tensor) -> NDArray[np.uint8]:

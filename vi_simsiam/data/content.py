@@ -1,6 +1,6 @@
-"""The images of a run apart from where they lie: saved with its checkpoints, compared when it is resumed.
+"""Digests of a run's images: saved with its checkpoints, and compared when it is resumed.
 
-Pixels count as they are decoded, so a copy elsewhere is the same, whatever its dates, and so is a pack of the files.
+Decoded pixels count, so a copy elsewhere is the same, whatever its dates, and so is a pack.
 """
 
 from __future__ import annotations
@@ -20,26 +20,28 @@ _SHOWN = 3
 
 
 def listed(splits: Splits) -> dict[str, Any]:
-    """The part of `content` that needs no decoding: number of images, classes, and number and labels of validation images.
+    """Return the part of `content` that needs no decoding.
 
-    Of a pack with unreadable validation images their number, "left_out", too.
+    It has the number of images, the classes, and the number and labels of the validation images, in
+    a pack also the number of those that were unreadable, "left_out".
     """
-    val = splits.val
+    val, classes = splits.val, splits.train.classes
+    validation: dict[str, Any] | None = None
+    if val is not None:
+        validation = {"images": len(val), "labels": _labels(val)}
+        if isinstance(val, PackedImages) and val.unreadable:
+            validation["left_out"] = len(val.unreadable)
     return {
         "images": len(splits.train),
-        "classes": None if splits.train.classes is None else list(splits.train.classes),
-        "validation": None
-        if val is None
-        else {"images": len(val), "labels": _labels(val), **_left_out(val)},
+        "classes": None if classes is None else list(classes),
+        "validation": validation,
     }
 
 
 def content(splits: Splits, train: PackedImages) -> dict[str, Any]:
-    """What is trained and evaluated on, in plain values: numbers, classes, digests of labels, sizes and pixels.
+    """Return numbers, classes, and digests of the labels, sizes and pixels of a data set.
 
-    Args:
-        splits: the data set.
-        train: its training images, decoded, without those that cannot be.
+    `train` are its decoded training images, without the unreadable ones.
     """
     return listed(splits) | {
         "images": len(train),
@@ -50,11 +52,12 @@ def content(splits: Splits, train: PackedImages) -> dict[str, Any]:
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """The first thing in which `now` is other than `before`, as a phrase; None if what both hold is the same.
+    """Return the first difference of `now` from `before` as a phrase, None without any.
 
     Args:
-        before: a run's `content`; of a run that kept none, the number of images alone.
-        now: a `content`, or what is `listed` only: then more images are no difference, as some may be unreadable.
+        before: a run's `content`; the number of images alone if it kept none.
+        now: a `content`, or only `listed`: then more images are no difference, as some may be
+            unreadable.
     """
     images = now["images"]
     if images < before["images"] or ("pixels" in now and images != before["images"]):
@@ -62,18 +65,13 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     if "classes" in before and before["classes"] != now["classes"]:
         return _classes(before["classes"] or [], now["classes"] or [])
     words = {"labels": "labels", "sizes": "sizes of images", "pixels": "pixels"}
-    other = [
-        words[part]
-        for part in words
-        if part in before and part in now and before[part] != now[part]
-    ]
-    if (
-        "validation" in before
-        and "validation" in now
-        and not _same_validation(before["validation"], now["validation"])
-    ):
-        other.append("validation images")
-    return next((f"other {part}" for part in other), None)
+    both = before.keys() & now.keys()
+    for part, word in words.items():
+        if part in both and before[part] != now[part]:
+            return f"other {word}"
+    if "validation" in both and not _same_validation(before["validation"], now["validation"]):
+        return "other validation images"
+    return None
 
 
 def _same_validation(before: dict[str, Any] | None, now: dict[str, Any] | None) -> bool:
@@ -81,11 +79,9 @@ def _same_validation(before: dict[str, Any] | None, now: dict[str, Any] | None) 
         return before is now
     if all(before[part] == now[part] for part in ("images", "labels")):
         return True
-    # Files are not decoded here, so those that a pack left out as unreadable are among them, with their labels.
+    # Files are not decoded here, so they include those that a pack left out as unreadable.
     left_out = [each.get("left_out", 0) for each in (before, now)]
-    totals = {
-        each["images"] + missing for each, missing in zip((before, now), left_out, strict=True)
-    }
+    totals = {each["images"] + each.get("left_out", 0) for each in (before, now)}
     return left_out[0] != left_out[1] and len(totals) == 1
 
 
@@ -94,14 +90,6 @@ def _classes(before: list[str], now: list[str]) -> str:
     new = [name for name in now if name not in before][:_SHOWN]
     changes = [f"without {', '.join(gone)}"] * bool(gone) + [f"with {', '.join(new)}"] * bool(new)
     return f"other classes ({' and '.join(changes) or 'in another order'})"
-
-
-def _left_out(source: ImageSource) -> dict[str, int]:
-    return (
-        {"left_out": len(source.unreadable)}
-        if isinstance(source, PackedImages) and source.unreadable
-        else {}
-    )
 
 
 def _labels(source: ImageSource) -> str | None:

@@ -1,4 +1,4 @@
-"""Data sets by name: the embedded Fashion-MNIST subset, image folders, packed files, CIFAR-10, ImageNette, ImageWoof."""
+"""Data sets by name: an embedded Fashion-MNIST subset, folders, packs, and published sets."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import download_and_extract_archive
 
 from vi_simsiam.config import NAMED_DATA, DecodeConfig, data_spec
-from vi_simsiam.data.files import Found, find_images, is_image, list_folder
+from vi_simsiam.data.files import find_images, is_image, list_folder
 from vi_simsiam.data.packed import open_pack
 from vi_simsiam.data.sources import ArraySource, FileSource, ImageSource
 from vi_simsiam.downloads import patience
@@ -27,14 +26,15 @@ from vi_simsiam.errors import InputError, did_you_mean
 from vi_simsiam.paths import user_path
 
 ACCEPTED = f"a folder of images, a pack file, or one of {', '.join(NAMED_DATA)}"
-"""What `open_dataset` takes, for messages."""
+"""The names that `open_dataset` accepts, for messages."""
 
 _TRAIN_NAMES = ("train", "training")
 _VAL_NAMES = ("val", "valid", "validation")
 """Folders of the two parts of a data set, in any case."""
 
 _FASHION_CLASSES = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
+    "Ankle boot",
 )  # fmt: skip
 
 _WORDNET_NAMES = {
@@ -73,7 +73,7 @@ _DOWNLOAD_ERRORS = (
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set: what is trained on, and what is evaluated on (None if it has no such part)."""
+    """A data set: its training images and its validation images, None without such a part."""
 
     name: str
     train: ImageSource
@@ -82,7 +82,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class _Published:
-    """A published data set of class folders: under which names it is recognised, what it holds, where it comes from."""
+    """A published data set of class folders: folder names, numbers of images, and download."""
 
     folders: tuple[str, ...]
     train: int
@@ -91,8 +91,8 @@ class _Published:
     md5: str = ""
 
 
-# The 320-pixel variants: crops of 224 pixels are not enlarged, and decoding costs a fraction of the full size.
-# Version 1 archives have another split, which the numbers of images tell apart.
+# The 320-pixel variants: crops of 224 pixels are not enlarged, and decoding costs a fraction of the
+# full size. Version 1 archives have another split, and so other numbers of images.
 _PUBLISHED = {
     "cifar10": _Published(("cifar10",), 50000, 10000),
     "imagenette": _Published(
@@ -122,24 +122,25 @@ def open_dataset(
     """Open a data set by name.
 
     - ``fashion-mini``: 8,000 + 2,000 Fashion-MNIST images of 28 pixels, embedded in the package.
-    - a folder's path, or ``folder:PATH``: with PATH/train/CLASS/ folders a labelled set, and PATH/val/CLASS/ (or valid/,
-      validation/) its validation part; otherwise every image under PATH/train, or under PATH if there is no such folder,
-      without labels.
-    - a file's path, or ``pack:FILE``: what `vi-simsiam pack` wrote to FILE, and its validation part beside it.
-    - ``cifar10``, ``imagenette``, ``imagewoof``: an unpacked copy under `root`, or else a checksummed download to it.
-      ImageNette and ImageWoof are version 2 at 320 pixels. A copy of either with fewer images is refused.
+    - a folder's path, or ``folder:PATH``: with PATH/train/CLASS/ folders a labelled set, and
+      PATH/val/CLASS/ (or valid/, validation/) its validation part; otherwise every image under
+      PATH/train, or under PATH if there is no such folder, without labels.
+    - a file's path, or ``pack:FILE``: a file of `vi-simsiam pack`, with its validation part.
+    - ``cifar10``, ``imagenette``, ``imagewoof``: an unpacked copy under `root`, or else a
+      checksummed download to it. ImageNette and ImageWoof are version 2 at 320 pixels. A copy of
+      either with fewer images is refused.
 
     Files are listed, not read; `vi_simsiam.data.cache.cached` finds damaged ones.
 
     Args:
         spec: the name.
-        root: where downloaded data sets are kept or looked for.
-        download: whether one may be downloaded.
-        decode: how files become pixels; None for the default, and for how a pack file was decoded.
+        root: folder of downloaded data sets.
+        download: allow a download.
+        decode: how files become pixels; None for the default, or that of a pack file.
 
     Raises:
-        InputError: another name, a folder that does not hold what is described, a download that is not allowed or fails,
-            or a pack file of images that were decoded otherwise.
+        InputError: an unknown name, a folder without the files described, a download that is not
+            allowed or fails, or a pack file of images that were decoded otherwise.
     """
     root, decode = user_path("data_root", root), decode or DecodeConfig()
     path = user_path("data", spec)
@@ -156,8 +157,9 @@ def open_dataset(
         packed = open_pack(path)
         if decode not in (DecodeConfig(), packed.decode):
             raise InputError(
-                f"background, value_range, frames: {path} holds images decoded with {_words(packed.decode)}, and "
-                f"{_words(decode)} is asked for; leave these options out, or pack the images again"
+                f"background, value_range, frames: {path} holds images decoded with "
+                f"{_words(packed.decode)}, and {_words(decode)} is asked for; "
+                "leave these options out, or pack the images again"
             )
         return Splits(spec, packed, open_pack(val) if val.exists() else None)
     if spec == "cifar10":
@@ -174,175 +176,135 @@ def _words(decode: DecodeConfig) -> str:
 
 
 def validation_pack(path: Path) -> Path:
-    """Where the validation part of a packed data set lies: mine.val.pack beside mine.pack."""
+    """Return the path of a pack's validation part: mine.val.pack beside mine.pack."""
     return path.with_name(f"{path.stem}.val{path.suffix}")
 
 
 def _fashion_mini() -> Splits:
     asset = resources.files("vi_simsiam") / "assets" / "fashion_mini.npz"
     with asset.open("rb") as stream, np.load(stream) as arrays:
-        train, val = (
-            ArraySource(
-                arrays[f"{split}_images"],
-                arrays[f"{split}_labels"].astype(np.int64),
-                _FASHION_CLASSES,
-                f"fashion-mini/{split}",
-            )
-            for split in ("train", "val")
-        )
-    return Splits("fashion-mini", train, val)
+        parts = []
+        for part in ("train", "val"):
+            labels = arrays[f"{part}_labels"].astype(np.int64)
+            name = f"fashion-mini/{part}"
+            parts.append(ArraySource(arrays[f"{part}_images"], labels, _FASHION_CLASSES, name))
+    return Splits("fashion-mini", *parts)
 
 
 def _folder(path: Path, spec: str, decode: DecodeConfig) -> Splits:
-    if not path.exists():
-        raise InputError(f"{path}: no such folder; folder:PATH needs a folder of images")
     if not path.is_dir():
-        raise InputError(f"{path}: is not a folder; folder:PATH needs a folder of images")
+        problem = "is not a folder" if path.exists() else "no such folder"
+        raise InputError(f"{path}: {problem}; folder:PATH needs a folder of images")
     train_folder, val_folder = _part(path, _TRAIN_NAMES), _part(path, _VAL_NAMES)
     if train_folder is None:
-        return Splits(spec, _unlabelled(path, find_images(path), decode), None)
-    train = _classes(train_folder)
+        return Splits(spec, _images(path, decode, labelled=False), None)
+    train, val = _images(train_folder, decode), None
     read = [train_folder.name]
     if val_folder is not None and train.labels is not None:
+        val = _images(val_folder, decode, required=False)
         read.append(val_folder.name)
-    lost = ""
-    if beside := {
-        e.name for e in list_folder(path) if os.path.isdir(e.path) or is_image(e.path)
-    } - set(read):
-        lost = f"only {'/ and '.join(read)}/ {'is' if len(read) == 1 else 'are'} read, not {_names(beside)}"
-    if train.labels is None:
-        if val_folder is not None:
-            lost += (
-                f"; validation needs class folders in {train_folder.name}/ and {val_folder.name}/"
-            )
-        return Splits(spec, _unlabelled(train_folder, train.found, decode, lost), None)
-    if val_folder is None:
-        return Splits(spec, train.source(train_folder, decode, lost), None)
-    val = _classes(val_folder)
-    if val.labels is None:
+    inside = {e.name for e in list_folder(path) if os.path.isdir(e.path) or is_image(e.path)}
+    if beside := inside - set(read):
+        verb = "is" if val is None else "are"
+        note = f"only {'/ and '.join(read)}/ {verb} read, not {_names(beside)}"
+        if val_folder is not None and val is None:
+            note += f"; validation needs class folders in {read[0]}/ and {val_folder.name}/"
+        train.notes += (f"{train_folder}: {note}",)
+    if val is not None and val.labels is None:
         raise InputError(
-            f"{val_folder}: holds no class folders, {train_folder} does; give it the same ones or none"
+            f"{val_folder}: holds no class folders, {train_folder} does; "
+            "give it the same ones or none"
         )
-    if val.names != train.names:
-        only_train, only_val = set(train.names) - set(val.names), set(val.names) - set(train.names)
+    if val is not None and val.classes != train.classes:
+        names, others = set(train.classes or ()), set(val.classes or ())
         raise InputError(
-            f"{path}: classes of {train_folder.name}/ and {val_folder.name}/ must agree; only in {train_folder.name}/: "
-            f"{_names(only_train)}; only in {val_folder.name}/: {_names(only_val)}"
+            f"{path}: classes of {read[0]}/ and {read[1]}/ must agree; "
+            f"only in {read[0]}/: {_names(names - others)}; "
+            f"only in {read[1]}/: {_names(others - names)}"
         )
-    return Splits(spec, train.source(train_folder, decode, lost), val.source(val_folder, decode))
+    for part in filter(None, (train, val)):
+        if part.classes is not None:
+            part.classes = tuple(_WORDNET_NAMES.get(name, name) for name in part.classes)
+    return Splits(spec, train, val)
 
 
 def _part(folder: Path, names: tuple[str, ...]) -> Path | None:
-    """The folder of that part, by any of its names."""
-    found = [
-        entry.path
-        for entry in list_folder(folder)
-        if entry.name.lower() in names and os.path.isdir(entry.path)
-    ]
+    """The folder of a part, by any of its names."""
+    entries = [entry for entry in list_folder(folder) if entry.name.lower() in names]
+    found = [Path(entry.path) for entry in entries if os.path.isdir(entry.path)]
     if len(found) > 1:
-        raise InputError(
-            f"{folder}: holds {' and '.join(map(os.path.basename, found))}; only one of them can be meant"
-        )
-    return Path(found[0]) if found else None
+        both = " and ".join(path.name for path in found)
+        raise InputError(f"{folder}: holds {both}; only one of them can be meant")
+    return found[0] if found else None
 
 
-@dataclass(frozen=True)
-class _Classes:
-    """The images under a folder, with the classes that its folders are."""
+def _images(
+    folder: Path, decode: DecodeConfig, *, labelled: bool = True, required: bool = True
+) -> FileSource:
+    """All images in a folder, with its class folders as classes if it has any.
 
-    found: Found
-    names: list[str]
-    """Of folders that hold images, sorted."""
-    labels: NDArray[np.int64] | None
-    """Of all images; None where the folder has no class folders."""
-    empty: set[str]
-    """Names of folders without any image."""
-    ambiguous: set[str]
-    """Images and folders that lie in several class folders: the name that counts, and the one that does not."""
-
-    def source(self, folder: Path, decode: DecodeConfig, *more: str) -> FileSource:
-        empty = f"no image, and so no class, in {_names(self.empty)}" if self.empty else ""
-        twice = (
-            f"in two classes by links, and counted in one: {_names(self.ambiguous)}"
-            if self.ambiguous
-            else ""
-        )
-        classes = [_WORDNET_NAMES.get(name, name) for name in self.names]
-        notes = _notes(folder, self.found, empty, twice, *more)
-        return FileSource(
-            self.found.paths, self.labels, classes, os.fspath(folder), decode=decode, notes=notes
-        )
-
-
-def _classes(folder: Path) -> _Classes:
-    """Find the class folders of a folder. Raises InputError if it holds images of its own besides."""
+    Raises InputError for images beside class folders, and if `required` for no image at all.
+    """
     found = find_images(folder)
+    if required and not found.paths:
+        raise InputError(f"{folder}: holds no image that Pillow opens. {found.note()}".rstrip())
     inside = functools.partial(os.path.relpath, start=folder)
     homes = [inside(path).split(os.sep) for path in found.paths]
-    names = sorted({parts[0] for parts in homes if len(parts) > 1})
+    names = sorted({parts[0] for parts in homes if len(parts) > 1}) if labelled else []
     if names and any(len(parts) == 1 for parts in homes):
         raise InputError(
-            f"{folder}: holds both images and class folders; move the images into class folders, or use "
-            f"folder:{folder} to train on all of them without labels"
+            f"{folder}: holds both images and class folders; move the images into class folders, "
+            f"or use folder:{folder} to train on all of them without labels"
         )
-    numbers = {name: number for number, name in enumerate(names)}
-    labels = np.array([numbers[parts[0]] for parts in homes], np.int64) if names else None
-    folders = {entry.name for entry in list_folder(folder) if os.path.isdir(entry.path)}
-    pairs = [(inside(first), inside(path)) for path, first in found.repeated]
-    ambiguous = {
-        f"{a} (not {b})"
-        for a, b in pairs
-        if len({a.split(os.sep)[0], b.split(os.sep)[0]} & folders) == 2
-    }
-    return _Classes(found, names, labels, folders - set(names), ambiguous)
-
-
-def _unlabelled(folder: Path, found: Found, decode: DecodeConfig, *more: str) -> FileSource:
-    if not found.paths:
-        raise InputError(
-            " ".join(filter(None, (f"{folder}: holds no image that Pillow opens.", found.note())))
-        )
+    notes, labels = [found.note()], None
+    if names:
+        numbers = {name: number for number, name in enumerate(names)}
+        labels = np.array([numbers[parts[0]] for parts in homes], np.int64)
+        folders = {entry.name for entry in list_folder(folder) if os.path.isdir(entry.path)}
+        if empty := folders - set(names):
+            notes.append(f"no image, and so no class, in {_names(empty)}")
+        ambiguous = set()
+        for other, first in found.repeated:
+            places = inside(first), inside(other)
+            if len({place.split(os.sep)[0] for place in places} & folders) == 2:
+                ambiguous.add(f"{places[0]} (not {places[1]})")
+        if ambiguous:
+            notes.append(f"in two classes by links, and counted in one: {_names(ambiguous)}")
     return FileSource(
-        found.paths, name=os.fspath(folder), decode=decode, notes=_notes(folder, found, *more)
+        found.paths,
+        labels,
+        names or None,
+        os.fspath(folder),
+        decode=decode,
+        notes=[f"{folder}: {note}" for note in notes if note],
     )
-
-
-def _notes(folder: Path, found: Found, *more: str) -> list[str]:
-    return [f"{folder}: {note}" for note in (found.note(), *more) if note]
 
 
 def _names(classes: set[str]) -> str:
     listed = sorted(classes)
-    return (
-        ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
-        or "none"
-    )
+    more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
+    return ", ".join(listed[:5]) + more or "none"
 
 
 def _cifar10(root: Path, download: bool, decode: DecodeConfig) -> Splits:
     original = root / CIFAR10.base_folder
     if not original.is_dir() and (found := _unpacked("cifar10", root, decode)) is not None:
         return found
-    # torchvision checks every file of an unpacked copy against its MD5 and downloads only if one fails.
+    # torchvision checks the MD5 of every file of an unpacked copy and downloads only if one fails.
     try:
         with patience():
-            parts = [
-                CIFAR10(os.fspath(root), train=train, download=download) for train in (True, False)
-            ]
+            data = [CIFAR10(os.fspath(root), train, download=download) for train in (True, False)]
     except _DOWNLOAD_ERRORS as error:
         folders = f"{original} or {root / 'cifar10'}"
         if not download:
-            raise InputError(
-                f"cifar10: no complete copy in {folders}, and downloading is off"
-            ) from error
+            message = f"cifar10: no complete copy in {folders}, and downloading is off"
+            raise InputError(message) from error
         raise _download_failed("cifar10", CIFAR10.url, error, folders) from error
-    train, val = (
-        ArraySource(
-            part.data, np.asarray(part.targets, dtype=np.int64), part.classes, f"cifar10/{split}"
-        )
-        for part, split in zip(parts, ("train", "val"), strict=True)
-    )
-    return Splits("cifar10", train, val)
+    parts = []
+    for part, name in zip(data, ("cifar10/train", "cifar10/val"), strict=True):
+        labels = np.asarray(part.targets, dtype=np.int64)
+        parts.append(ArraySource(part.data, labels, part.classes, name))
+    return Splits("cifar10", *parts)
 
 
 def _imagenet_subset(name: str, root: Path, download: bool, decode: DecodeConfig) -> Splits:
@@ -355,7 +317,7 @@ def _imagenet_subset(name: str, root: Path, download: bool, decode: DecodeConfig
     folder = published.folders[0]
     try:
         root.mkdir(parents=True, exist_ok=True)
-        # Unpacked aside and moved at the end, so that an interrupted run leaves nothing that looks complete.
+        # Unpacked aside and moved at the end, so that an interruption leaves no incomplete copy.
         with patience(), tempfile.TemporaryDirectory(prefix=f".{folder}-", dir=root) as aside:
             download_and_extract_archive(
                 published.url,
@@ -371,7 +333,7 @@ def _imagenet_subset(name: str, root: Path, download: bool, decode: DecodeConfig
 
 
 def _unpacked(name: str, root: Path, decode: DecodeConfig) -> Splits | None:
-    """Return the first unpacked copy under `root`, None without any. Raises InputError if it is not complete."""
+    """Return the first unpacked copy under `root`, if any. Raises InputError if incomplete."""
     folders = (root / folder for folder in _PUBLISHED[name].folders)
     return next((_complete(name, folder, decode) for folder in folders if folder.is_dir()), None)
 
@@ -382,8 +344,9 @@ def _complete(name: str, folder: Path, decode: DecodeConfig) -> Splits:
     train, val = len(splits.train), 0 if splits.val is None else len(splits.val)
     if (train, val) != (published.train, published.val):
         raise InputError(
-            f"{folder}: holds {train:,} + {val:,} images in train/ + val/, {name} has {published.train:,} + "
-            f"{published.val:,}; complete it, remove it, or use folder:{folder} to take it as it is"
+            f"{folder}: holds {train:,} + {val:,} images in train/ + val/, "
+            f"{name} has {published.train:,} + {published.val:,}; "
+            f"complete it, remove it, or use folder:{folder} to take it as it is"
         )
     return splits
 
@@ -391,6 +354,6 @@ def _complete(name: str, folder: Path, decode: DecodeConfig) -> Splits:
 def _download_failed(name: str, url: str, error: Exception, folders: str) -> InputError:
     reason = " ".join(str(error).split()) or type(error).__name__
     return InputError(
-        f"{name}: {url} could not be downloaded ({reason}); an unpacked copy is recognised as {folders}, "
-        "and folder:PATH takes any other"
+        f"{name}: {url} could not be downloaded ({reason}); "
+        f"an unpacked copy is recognised as {folders}, and folder:PATH takes any other"
     )

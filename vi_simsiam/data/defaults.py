@@ -23,25 +23,25 @@ FITTED = (
 """The settings that `suited` chooses."""
 
 _LARGEST = 224
-# Up to here the demo's settings are taken, which train on a CPU in minutes.
 _TINY = 28
-# Up to here the ImageNet stem leaves one pixel of an image to the last layers.
+"""Sizes up to this take the demo's settings, which train on a CPU in minutes."""
 _ONE_PIXEL = 32
-# Up to here a blur of 2 pixels wipes out what is to be learned.
+"""Sizes up to this leave one pixel to the last layers of a network with the ImageNet stem."""
 _SMALL = 64
-# 200 epochs of ImageNette's 9,469 images, the length of the published trainings.
+"""In images up to this size a blur of 2 pixels removes the details to learn from."""
 _IMAGES_SEEN = 200 * 9_469
+"""200 epochs of ImageNette's images, the length of the published trainings."""
 _MOST_EPOCHS = 400
 _FEWEST_EPOCHS = 20
 
 
 def suited_size(source: ImageSource) -> int:
-    """The side of the global views in pixels: the median of the images' shorter sides, from 8 to 224."""
+    """Return the side of the global views in pixels: the median shorter side, from 8 to 224."""
     return min(max(median_side(source) or _LARGEST, LEAST_SIZE), _LARGEST)
 
 
 def sized(views: AugmentConfig, size: int) -> AugmentConfig:
-    """`views` with global ones of `size` pixels, and local ones that keep SwAV's share of it, 96 / 224."""
+    """Return `views` with global views of `size` pixels, and local ones of SwAV's 96 / 224."""
     local_size = max(LEAST_SIZE, round(size * AugmentConfig.local_size / AugmentConfig.size))
     return dataclasses.replace(views, size=size, local_size=local_size)
 
@@ -55,19 +55,21 @@ def suited(
     epochs: int | None = None,
     ranks: int = 1,
 ) -> TrainConfig:
-    """`config` with the settings of `FITTED` as they suit the training images.
+    """Return `config` with the settings of `FITTED` chosen for the training images.
 
-    - Views have the images' size, and local ones SwAV's share of it. Up to 28 pixels the rest is the demo's.
-    - Up to 32 pixels the stem is the small one, unless weights are pretrained; up to 64 there is no blur, and D is 512.
-    - The run sees about as many images as 200 epochs of ImageNette have (the demo's number up to 28 pixels), in 20 to 400
-      epochs, of which a twentieth (an eighth) warms up the learning rate.
+    - Views have the images' size, and local ones SwAV's share of it. Up to 28 pixels the rest is
+      the demo's.
+    - Up to 32 pixels the stem is the small one, unless weights are pretrained; up to 64 there is no
+      blur, and D is 512.
+    - The run sees about as many images as 200 epochs of ImageNette have (the demo's number up to 28
+      pixels), in 20 to 400 epochs, of which a twentieth (an eighth) warms up the learning rate.
 
     Args:
-        config: gives all other settings.
+        config: all other settings.
         source: the training images, at least 2; a batch holds no more than all of them.
-        views: the augmentation that was asked for, of which only the sizes are fitted; None for one that is fitted, too.
-        size: the side of the global views, where it was asked for.
-        epochs: the length of the run, where it was asked for.
+        views: a given augmentation, of which only the sizes are fitted; None to fit all of it.
+        size: a given side of the global views.
+        epochs: a given length of the run.
         ranks: processes that share every batch evenly.
     """
     size = size or suited_size(source)
@@ -79,6 +81,7 @@ def suited(
         local_views=config.augment.local_views,
     )
     epochs = epochs or _epochs(len(source), tiny)
+    small_stem = _TINY < size <= _ONE_PIXEL and not config.model.pretrained
     return dataclasses.replace(
         config,
         epochs=epochs,
@@ -88,9 +91,7 @@ def suited(
         augment=sized(augment, size),
         model=dataclasses.replace(
             config.model,
-            stem="small"
-            if _TINY < size <= _ONE_PIXEL and not config.model.pretrained
-            else "imagenet",
+            stem="small" if small_stem else "imagenet",
             dim=512 if size <= _SMALL else config.model.dim,
         ),
     )

@@ -1,15 +1,17 @@
-"""Batches made on the GPU: image bytes and table rows are brought there ahead of the step, and the views made in it.
+"""Batches made on the GPU from image bytes and table rows that arrive ahead of the step.
 
-`load` is the host's part of a step, `make` the device's. `make` reads buffers that keep their addresses and finds its
-row by a counter on the device, so that a CUDA graph of a training step can contain it.
+`load` is the host's part of a step, `make` the device's. `make` reads buffers that keep their
+addresses and finds its row by a counter on the device, so that a CUDA graph of a training step can
+contain it.
 """
 
 from __future__ import annotations
 
-import sys
+import math
 import time
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
@@ -19,42 +21,39 @@ from torch import Tensor
 
 from vi_simsiam.config import AugmentConfig, DataMemory
 from vi_simsiam.data.batches import Batch, Schedule
-from vi_simsiam.data.decoding import PATIENCE, no_answer
 from vi_simsiam.data.packed import PackedImages
-from vi_simsiam.data.views import GLOBAL_VIEWS, place
+from vi_simsiam.data.transfers import Transfers, find_device
+from vi_simsiam.data.views import GLOBAL_VIEWS, add_offsets
+from vi_simsiam.data.workers import PATIENCE, no_answer
 from vi_simsiam.errors import InputError, TrainingError, UserError, none_of
 from vi_simsiam.ops.augment import TABLE_COLUMNS, Column, augment
-from vi_simsiam.text import counted
 
 _SEGMENT_BYTES = 2**21
-"""Table rows drawn at once: enough for numpy to work on long arrays, few enough to delay the first step by little."""
+"""Table rows drawn at once: long arrays for numpy, but a short delay of the first step."""
 _UPLOAD_BYTES = 2**24
 _SLOTS = 4
-"""Steps whose image bytes are on the device or on their way: the present one and three ahead."""
+"""Steps whose image bytes are on the device or on their way: the present step and three ahead."""
 _GATHER_THREADS = 4
 
 
 class DeviceFeed:
-    """The batches of a `Schedule`, made on `device` from images and table rows that are brought there ahead of time.
+    """The batches of a `Schedule`, made on a device from data that is loaded ahead of time.
 
-    Before step `step` (counted through all epochs) is launched, call `load(step)`; the step calls `make(counter)`,
-    whose counter holds the same number on the device. Steps and loads go to one CUDA stream, each step after its load
-    and before the next one's. Steps may start anywhere and jump; only jumps wait for the device.
+    Before step `step` (counted through all epochs) is launched, call `load(step)`; the step calls
+    `make(counter)`, whose counter holds the same number on the device. Steps and loads go to one
+    CUDA stream, each step after its load and before the next one's. Steps may start anywhere and
+    jump; only jumps wait for the device.
 
-    With memory "gpu" all images lie on the device. With "host" the bytes of a step's images are gathered by threads
-    into page-locked memory and copied while earlier steps compute. On a CPU everything works the same way, without
-    streams.
+    With memory "gpu" all images lie on the device. With "host" threads gather the bytes of a step's
+    images in page-locked memory, which are copied while earlier steps compute. On a CPU everything
+    works the same way, without streams.
 
     Args:
-        images: the images.
-        policy: the views.
-        batch_size: images in the batch of all ranks together.
-        seed: key of the order and of every view.
-        device: where the batches are made.
+        images, policy, batch_size, seed, rank, world_size: see `Schedule`.
+        device: device of the batches.
         dtype: of the views: float32 or bfloat16.
-        memory: "gpu", "host", or "auto": "gpu" where the images take at most half of the device's free memory.
-        rank: this process among `world_size`; it gets its share of every batch.
-        world_size: processes that share a batch.
+        memory: "gpu", "host", or "auto": "gpu" if the images take at most half of the device's
+            free memory.
         backend: of `ops.augment.augment`.
         segment: steps whose table rows are drawn at once; None for as many as fit in about 2 MB.
 
@@ -83,33 +82,27 @@ class DeviceFeed:
         self.images, self.policy = images, policy
         self.dtype, self.backend = dtype, backend
         self.steps_per_epoch = self.schedule.steps_per_epoch
-        self._transfers = _Transfers(find_device(device))
+        self._transfers = Transfers(find_device(device))
         self.device = self._transfers.device
         self.memory = self._choose_memory(memory)
-        """Where the images are: "gpu" or "host"."""
+        """Place of the images: "gpu" or "host"."""
         self.waited = 0.0
-        """Seconds in which `load` waited for its threads and the device ran out of work. A GPU that has work left loses
-        nothing by that, nor by `load` waiting for the GPU, which only keeps the host from running too far ahead."""
+        """Seconds in which `load` waited for its threads while the device had run out of work.
+
+        Waiting costs nothing while the GPU has work left, nor when `load` waits for the GPU."""
         self._pool: ThreadPoolExecutor | None = None
         self._next = -1
 
         self._slots: list[_Slot] = []
-        if self.memory == "gpu":
-            self._pixels = self._upload()
-        else:
-            self._pixels = self._make_slots()
-
+        self._pixels = self._upload() if self.memory == "gpu" else self._make_slots()
         shape = (self.schedule.views, self.schedule.rows, TABLE_COLUMNS)
-        self._segment_steps = segment or _segment_steps(
-            int(np.prod(shape)) * 4, self.steps_per_epoch
-        )
+        steps = segment or _segment_steps(4 * math.prod(shape), self.steps_per_epoch)
+        self._segment_steps = steps
         # Rows that name one pixel, for a counter that is ahead of what was loaded.
-        self._ring = torch.zeros(
-            (2 * self._segment_steps, *shape), dtype=torch.int32, device=self.device
-        )
+        self._ring = torch.zeros((2 * steps, *shape), dtype=torch.int32, device=self.device)
         self._ring[..., Column.STRIDE] = 3
         self._ring[..., Column.HEIGHT : Column.WIDTH + 1] = 1
-        self._drawn_rows = self._transfers.pinned((2, self._segment_steps, *shape), torch.int32)
+        self._drawn_rows = self._transfers.pinned((2, steps, *shape), torch.int32)
         self._segment = -1
         self._drawn: Future[None] | None = None
         self._uploaded: Any = None
@@ -119,7 +112,7 @@ class DeviceFeed:
             self.record_stream(self._transfers.stream)
 
     def load(self, step: int) -> None:
-        """Put on their way to the device all data that step `step` needs, in the order of the current stream.
+        """Queue the transfer of all data that step `step` needs, on the current stream.
 
         Raises:
             InputError: a negative step, or an image that cannot be read.
@@ -139,15 +132,10 @@ class DeviceFeed:
         self._next = step + 1
 
     def make(self, counter: Tensor) -> Batch:
-        """Make the batch of a step that was loaded.
+        """Make this rank's share of the batch of a loaded step, on the device.
 
-        Only queues work on the device, and can be captured in a CUDA graph.
-
-        Args:
-            counter: () int64 on the device: the step.
-
-        Returns:
-            views (B, 3, h, w) of the feed's dtype and index (B,), B being this rank's share, on the device.
+        Only queues work on the device, and can be captured in a CUDA graph. `counter` is the step:
+        () int64 on the device.
         """
         table = self._ring.index_select(0, counter.remainder(len(self._ring)).reshape(1))[0]
         views = self._augment(table[:GLOBAL_VIEWS], self.policy.size)
@@ -156,24 +144,23 @@ class DeviceFeed:
         return Batch(views, table[0, :, Column.SAMPLE].long())
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Keep the device memory, once it is let go, until what `stream` was given by then has run.
+        """Keep freed device memory until the work queued on `stream` by then has run.
 
-        For streams on which loads or `make` are queued and whose end nothing else waits for.
+        For streams that run loads or `make` and that nothing else waits for.
         """
-        for tensor in (self._pixels, self._ring):
-            tensor.record_stream(stream)
+        self._pixels.record_stream(stream)
+        self._ring.record_stream(stream)
 
     def close(self) -> None:
-        """End the threads, waiting for what they are doing. Loading another step would start new ones."""
+        """End the threads once their work is done. Loading another step would start new ones."""
         self._next = -1
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
     def _augment(self, table: Tensor, size: int) -> list[Tensor]:
-        return list(
-            augment(self._pixels, table, size, dtype=self.dtype, backend=self.backend).unbind(0)
-        )
+        views = augment(self._pixels, table, size, dtype=self.dtype, backend=self.backend)
+        return list(views.unbind(0))
 
     def _choose_memory(self, memory: DataMemory) -> DataMemory:
         check_memory(memory)
@@ -182,13 +169,14 @@ class DeviceFeed:
             return "gpu" if needed <= free // 2 else "host"
         if memory == "gpu" and needed > free:
             raise InputError(
-                f"memory: the images of {self.images.name} take {_gigabytes(needed)} and {self.device} has "
-                f'{_gigabytes(free)} free; memory="host" (--data-memory host) streams them'
+                f"memory: the images of {self.images.name} take {_gigabytes(needed)} and "
+                f"{self.device} has {_gigabytes(free)} free; "
+                'memory="host" (--data-memory host) streams them'
             )
         return memory
 
     def _upload(self) -> Tensor:
-        """All images' bytes on the device: (bytes,) uint8."""
+        """Copy all images' bytes to the device: (bytes,) uint8."""
         source = byte_tensor(self.images.pixels)
         pixels = torch.empty(len(source), dtype=torch.uint8, device=self.device)
         chunk = min(_UPLOAD_BYTES, max(1, len(source)))
@@ -205,24 +193,23 @@ class DeviceFeed:
         return pixels
 
     def _make_slots(self) -> Tensor:
-        """Room for the images of `_SLOTS` steps, on the host and on the device: (bytes,) uint8."""
+        """Allocate slots for `_SLOTS` steps on the host and on the device: (bytes,) uint8."""
         sizes = np.sort(_sizes(self.images, slice(None)))
         capacity = int(sizes[-self.schedule.rows :].sum())
         free = self._transfers.free_memory()
         if _SLOTS * capacity > free:
             raise InputError(
-                f"batch_size: streaming the images of {self.images.name} in batches of {self.schedule.rows} takes "
-                f"{_gigabytes(_SLOTS * capacity)} and {self.device} has {_gigabytes(free)} free; a smaller batch fits"
+                f"batch_size: streaming the images of {self.images.name} in batches of "
+                f"{self.schedule.rows} takes {_gigabytes(_SLOTS * capacity)} and {self.device} has "
+                f"{_gigabytes(free)} free; a smaller batch fits"
             )
         host = self._transfers.pinned((_SLOTS, capacity), torch.uint8)
         pixels = torch.empty(_SLOTS * capacity, dtype=torch.uint8, device=self.device)
-        self._slots = [
-            _Slot(host[i], pixels[i * capacity : (i + 1) * capacity]) for i in range(_SLOTS)
-        ]
+        self._slots = [_Slot(*pair) for pair in zip(host, pixels.split(capacity), strict=True)]
         return pixels
 
     def _restart(self, step: int) -> None:
-        """Forget what was prepared, and begin with `step`."""
+        """Drop the steps that were prepared, and begin with `step`."""
         self.close()
         # Host memory that threads will write to is read by copies that may not have run yet.
         for event in (self._uploaded, *(slot.copied for slot in self._slots)):
@@ -230,9 +217,8 @@ class DeviceFeed:
         launched = self._transfers.mark()
         for slot in self._slots:
             slot.step, slot.sent, slot.copied, slot.read = -1, False, None, launched
-        self._pool = ThreadPoolExecutor(
-            1 + _GATHER_THREADS if self._slots else 1, thread_name_prefix="vi-simsiam-feed"
-        )
+        threads = 1 + _GATHER_THREADS if self._slots else 1
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="vi-simsiam-feed")
         self._segment = -1
         self._drawn = self._pool.submit(self._draw, step // self._segment_steps)
 
@@ -244,9 +230,8 @@ class DeviceFeed:
         assert self._pool is not None
         self._await(self._drawn)
         half, steps = segment % 2, self._segment_steps
-        self._ring[half * steps : (half + 1) * steps].copy_(
-            self._drawn_rows[half], non_blocking=True
-        )
+        rows = self._ring[half * steps : (half + 1) * steps]
+        rows.copy_(self._drawn_rows[half], non_blocking=True)
         before, self._uploaded = self._uploaded, self._transfers.mark()
         # The rows to be drawn next take the place of those that the upload before this one reads.
         self._transfers.settle(before)
@@ -254,12 +239,20 @@ class DeviceFeed:
         self._drawn = self._pool.submit(self._draw, segment + 1)
 
     def _await(self, job: Future[Any]) -> Any:
-        """The result of a thread's job. The time counts as waited if the device is found to have done all it was given."""
-        if job.done():
-            return _finish(job)
-        launched, since = self._transfers.mark(), time.perf_counter()
-        result = _finish(job)
-        if self._transfers.done(launched):
+        """Return the result of a thread's job, and count the time if the device ran out of work."""
+        waits, since = not job.done(), time.perf_counter()
+        launched = self._transfers.mark() if waits else None
+        try:
+            result = job.result(PATIENCE)
+        except UserError:
+            raise
+        except TimeoutError as error:
+            raise no_answer("data", threads=True) from error
+        except Exception as error:
+            raise TrainingError(
+                f"data: batches cannot be prepared ({type(error).__name__}: {error})"
+            ) from error
+        if waits and self._transfers.done(launched):
             self.waited += time.perf_counter() - since
         return result
 
@@ -273,13 +266,13 @@ class DeviceFeed:
             stop = min(self.steps_per_epoch, start + end - step)
             samples = self.schedule.samples(epoch, start, stop)
             table = self.schedule.table(epoch, samples.ravel())
-            place(table, self._places(step, samples).ravel())
+            add_offsets(table, self._places(step, samples).ravel())
             by_step = table.reshape(len(table), *samples.shape, TABLE_COLUMNS).swapaxes(0, 1)
             rows[step - first : step - first + len(samples)] = by_step
             step += len(samples)
 
     def _places(self, step: int, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-        """First byte of every image in `_pixels`: (steps, rows) int64 for the samples of steps from `step` on."""
+        """First byte in `_pixels` of each image (steps, rows) of the steps from `step` on."""
         if not self._slots:
             return self.images.offsets[samples]
         sizes = _sizes(self.images, samples)
@@ -316,96 +309,28 @@ class DeviceFeed:
         epoch, start = divmod(step, self.steps_per_epoch)
         samples = self.schedule.samples(epoch, start, start + 1)[0]
         buffer, pixels, count = into.numpy(), self.images.pixels, 0
-        for first, size in zip(
-            self.images.offsets[samples].tolist(),
-            _sizes(self.images, samples).tolist(),
-            strict=True,
-        ):
+        sizes = _sizes(self.images, samples).tolist()
+        for first, size in zip(self.images.offsets[samples].tolist(), sizes, strict=True):
             buffer[count : count + size] = pixels[first : first + size]
             count += size
         return count
 
 
+@dataclass
 class _Slot:
-    """Room for the bytes of one step's images, on the host and on the device."""
+    """Memory for the bytes of one step's images, on the host and on the device."""
 
-    def __init__(self, host: Tensor, device: Tensor) -> None:
-        self.host, self.device = host, device
-        self.step = -1
-        """Whose bytes it holds or is being filled with."""
-        self.gathered: Future[int] | None = None
-        self.sent = False
-        """Whether the copy to the device has been queued."""
-        self.copied: Any = None
-        """When the copy to the device has been made."""
-        self.read: Any = None
-        """When the step before that used the slot has read it."""
-
-
-class _Transfers:
-    """Page-locked memory, copies beside the computation, and their order; on a CPU copies are made at once."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.device = device
-        self.stream = torch.cuda.Stream(device) if self.cuda else None
-
-    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Memory on the host that the device can read by itself, not initialised."""
-        return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=self.cuda)
-
-    def free_memory(self) -> int:
-        """Bytes that can be allocated on the device; a CPU's are not counted."""
-        return torch.cuda.mem_get_info(self.device)[0] if self.cuda else sys.maxsize
-
-    def mark(self) -> Any:
-        """An event after everything that the current stream was given so far."""
-        return torch.cuda.current_stream(self.device).record_event() if self.cuda else None
-
-    def copy(self, to: Tensor, given: Tensor, after: Any) -> Any:
-        """Copy beside the current stream, once the event `after` has happened; returns the event of its end."""
-        if self.stream is None:
-            to.copy_(given)
-            return None
-        if after is not None:
-            self.stream.wait_event(after)
-        with torch.cuda.stream(self.stream):
-            to.copy_(given, non_blocking=True)
-        return self.stream.record_event()
-
-    def wait(self, event: Any) -> None:
-        """Let the current stream wait for the event."""
-        if event is not None:
-            torch.cuda.current_stream(self.device).wait_event(event)
-
-    def settle(self, event: Any) -> None:
-        """Wait for the event here."""
-        if event is not None:
-            event.synchronize()
-
-    def done(self, event: Any) -> bool:
-        """Whether the event has happened."""
-        return event is None or bool(event.query())
-
-
-def find_device(name: torch.device | str) -> torch.device:
-    """The CPU or a CUDA device, with its number. Raises InputError if there is no such device here."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device: {str(name)!r} is none of cpu, cuda, cuda:N")
-    if device.type == "cpu":
-        return device
-    count = torch.cuda.device_count()
-    if (device.index or 0) >= count:
-        raise InputError(
-            f"device: {str(name)!r} is not here ({counted(count, 'CUDA device')} found)"
-        )
-    return torch.device(
-        "cuda", torch.cuda.current_device() if device.index is None else device.index
-    )
+    host: Tensor
+    device: Tensor
+    step: int = -1
+    """The step whose bytes it holds or is being filled with."""
+    gathered: Future[int] | None = None
+    sent: bool = False
+    """True once the copy to the device has been queued."""
+    copied: Any = None
+    """Event: the copy to the device is complete."""
+    read: Any = None
+    """Event: the previous step that used the slot has read it."""
 
 
 def check_memory(memory: str) -> None:
@@ -415,7 +340,7 @@ def check_memory(memory: str) -> None:
 
 
 def byte_tensor(pixels: NDArray[np.uint8]) -> Tensor:
-    """The bytes as a tensor that shares their memory and must not be written to: (bytes,) uint8."""
+    """Return the bytes as a tensor (bytes,) uint8 that shares their memory; do not write to it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
         return torch.from_numpy(pixels)
@@ -430,19 +355,6 @@ def _sizes(images: PackedImages, samples: NDArray[np.int64] | slice) -> NDArray[
     """Bytes of images: int64, of the shape of `samples`."""
     sizes: NDArray[np.int64] = images.heights[samples].astype(np.int64) * images.widths[samples] * 3
     return sizes
-
-
-def _finish(job: Future[Any]) -> Any:
-    try:
-        return job.result(PATIENCE)
-    except UserError:
-        raise
-    except TimeoutError as error:
-        raise no_answer("data", threads=True) from error
-    except Exception as error:
-        raise TrainingError(
-            f"data: batches cannot be prepared ({type(error).__name__}: {error})"
-        ) from error
 
 
 def _gigabytes(count: int) -> str:

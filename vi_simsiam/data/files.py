@@ -1,4 +1,4 @@
-"""Which files of a folder are images: those that Pillow opens, each counted once, and what is passed over."""
+"""Images in a folder: files that Pillow opens, each counted once, and what is passed over."""
 
 from __future__ import annotations
 
@@ -16,60 +16,57 @@ from PIL import Image
 from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted
 
-# EPS starts Ghostscript and WMF is drawn by Windows alone; of the others Pillow knows no more than the name.
+# EPS starts Ghostscript, WMF is drawn by Windows alone, and Pillow cannot decode the others.
 _NEVER = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 _BY_CONTENT = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "AVIF", "JPEG2000", "HEIF")
-"""Formats that are recognised by their first bytes, whatever the file is called."""
+"""Formats that are recognised by their first bytes, whatever the file's name."""
 _PLUGINS = {
     "pillow_heif": "pillow-heif",
     "pillow_avif": "pillow-avif-plugin",
     "pillow_jxl": "pillow-jxl-plugin",
 }
-"""Modules that make Pillow open further formats, and the packages that they come in."""
+"""Modules that make Pillow open further formats, and their packages."""
 _PLUGIN_OF = {
-    ".heic": "pillow-heif", ".heif": "pillow-heif", ".hif": "pillow-heif", ".avif": "pillow-avif-plugin",
+    **dict.fromkeys((".heic", ".heif", ".hif"), "pillow-heif"),
+    ".avif": "pillow-avif-plugin",
     ".jxl": "pillow-jxl-plugin",
-}  # fmt: skip
+}
 _SHOWN = 8
 
 
 class Found(NamedTuple):
-    """The images of a folder, and what else is in it."""
+    """The images of a folder, and its other files."""
 
     paths: list[str]
     """Sorted by name, level by level."""
     passed_over: Counter[str]
-    """Files that are no images, by their suffix in lower case, "" without."""
+    """Numbers of files that are no images, by suffix in lower case; "" without one."""
     repeated: list[tuple[str, str]]
-    """Further names (links, symbolic or hard) of images and folders, each with the one that counts."""
+    """Further names (links, symbolic or hard) of images and folders, with the one that counts."""
 
     def note(self) -> str:
-        """One line that says what is passed over; empty where nothing is."""
+        """Return one line on what is passed over; empty if nothing is."""
         parts = []
         if self.passed_over:
-            kinds = [
-                f"{count:,} {_kind(suffix)}"
-                for suffix, count in self.passed_over.most_common(_SHOWN)
-            ]
+            common = self.passed_over.most_common(_SHOWN)
+            kinds = [f"{count:,} {_kind(suffix)}" for suffix, count in common]
             if (more := len(self.passed_over) - _SHOWN) > 0:
-                kinds.append(f"{counted(more, 'other suffix', 'other suffixes')}")
-            parts.append(
-                f"{counted(self.passed_over.total(), 'file')} passed over: {', '.join(kinds)}"
-            )
+                kinds.append(counted(more, "other suffix", "other suffixes"))
+            files = counted(self.passed_over.total(), "file")
+            parts.append(f"{files} passed over: {', '.join(kinds)}")
         if self.repeated:
-            parts.append(
-                f"{counted(len(self.repeated), 'further name')} (links) of images and folders left out"
-            )
+            names = counted(len(self.repeated), "further name")
+            parts.append(f"{names} (links) of images and folders left out")
         return "; ".join(parts)
 
 
 def find_images(folder: str | os.PathLike[str]) -> Found:
     """Find all images in a folder and the folders in it.
 
-    Hidden files and folders are skipped. Links are followed, but every folder is visited and every file counted once:
-    where it lies rather than where a link leads to it, of several places the first, level by level and by name. What
-    looks like an image and cannot be reached is counted, to be reported when it is read. Raises InputError if a folder
-    cannot be listed.
+    Hidden files and folders are skipped. Links are followed, but every folder is visited and every
+    file counted once: under its own name rather than a link's, and of several names under the
+    first, level by level and by name. An image that cannot be reached is counted, to be reported
+    when it is read. Raises InputError if a folder cannot be listed.
     """
     root = os.fspath(folder)
     paths: list[str] = []
@@ -89,9 +86,7 @@ def find_images(folder: str | os.PathLike[str]) -> Found:
     def take(path: str) -> None:
         try:
             status = os.stat(path)
-        except (
-            OSError
-        ):  # a link that leads nowhere, or to itself; a file in a folder that may not be entered
+        except OSError:  # a broken link, or a file in a folder that may not be entered
             if _suffix(path) in _suffixes():
                 paths.append(path)
             else:
@@ -129,26 +124,24 @@ def find_images(folder: str | os.PathLike[str]) -> Found:
 
 
 def list_folder(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
-    """Return the entries of a folder that are not hidden, sorted by name. Raises InputError if it cannot be listed."""
+    """Return the visible entries of a folder by name. Raises InputError if it cannot be listed."""
     with _listing(folder), os.scandir(os.fspath(folder)) as entries:
-        return sorted(
-            (entry for entry in entries if not entry.name.startswith(".")),
-            key=lambda entry: entry.name,
-        )
+        visible = [entry for entry in entries if not entry.name.startswith(".")]
+    return sorted(visible, key=lambda entry: entry.name)
 
 
 def is_image(path: str) -> bool:
-    """Whether Pillow opens a file of this suffix; a file without one is opened to see."""
+    """Return True if Pillow opens files of this suffix, or this file if it has none."""
     if _suffix(path):
         return _suffix(path) in _suffixes()
-    if os.path.isfile(path):  # reading a pipe would wait for ever
+    if os.path.isfile(path):  # reading a pipe would block forever
         with contextlib.suppress(Exception), Image.open(path, formats=formats(path)):
             return True
     return False
 
 
 def formats(path: str) -> list[str]:
-    """Formats that a file may have: those recognised by content, and the one that its suffix stands for."""
+    """Return the formats that a file may have: those recognised by content, and its suffix's."""
     by_suffix = _suffixes().get(_suffix(path), "JPEG")
     return [name for name in dict.fromkeys((*_BY_CONTENT, by_suffix)) if name in Image.OPEN]
 
@@ -161,16 +154,14 @@ def _suffixes() -> dict[str, str]:
             plugin = importlib.import_module(module)
             if register := getattr(plugin, "register_heif_opener", None):
                 register()
-    known = Image.registered_extensions() | {
-        ".mpo": "JPEG"
-    }  # which opens a stereo pair's first picture
-    return {
-        suffix: name for suffix, name in known.items() if name in Image.OPEN and name not in _NEVER
-    }
+    # JPEG opens the first picture of a stereo pair.
+    known = Image.registered_extensions() | {".mpo": "JPEG"}
+    opened = Image.OPEN.keys() - _NEVER
+    return {suffix: name for suffix, name in known.items() if name in opened}
 
 
 def _suffix(path: str) -> str:
-    """The suffix in lower case; numbers, as in the names of scanners, are none."""
+    """The suffix in lower case; a number, as in names that scanners give, is none."""
     suffix = os.path.splitext(path)[1].lower()
     return "" if suffix[1:].isdigit() else suffix
 
@@ -185,7 +176,7 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 
 def _above(folder: str) -> Iterator[tuple[int, int]]:
-    """The folders that hold a folder, as far as they can be reached."""
+    """Identities of the folders above a folder, as far as they can be reached."""
     while (parent := os.path.dirname(folder)) != folder:
         with contextlib.suppress(OSError):
             yield _identity(os.stat(parent))

@@ -1,13 +1,15 @@
-"""Decoded images one after the other in one block of bytes, and the file that such a block is kept in.
+"""Decoded images one after the other in one block of bytes, and the file that holds such a block.
 
 A pack file, little-endian, every section at a multiple of 64 bytes:
 
-    prologue   64 bytes: magic, format version, where the header lies, its checksum, and a checksum of the prologue
-    sections   pixels, offsets, heights, widths, places (where each image came from), labels if there are any
-    header     JSON: number of images, name, classes, fingerprint, sections, files left out, checksums of the sections
+    prologue   64 bytes: magic, format version, place and checksum of the header, own checksum
+    sections   pixels, offsets, heights, widths, places (where images came from), perhaps labels
+    header     JSON: number of images, name, classes, fingerprint, sections and their checksums,
+               files left out
 
-The header comes last because the checksums are known only then. Between them the three checksums cover every byte. They
-are CRC-32, which finds damage but not forgery: one x86-64 core was measured at 2.1 GB/s, with blake2b at 0.47 GB/s.
+The header comes last because the checksums are known only then. Together the checksums cover every
+byte. They are CRC-32, which finds damage but not forgery: one x86-64 core was measured at 2.1 GB/s,
+with blake2b at 0.47 GB/s.
 """
 
 from __future__ import annotations
@@ -34,11 +36,11 @@ from vi_simsiam.errors import InputError
 from vi_simsiam.text import brief_repr, counted
 
 FORMAT_VERSION = 2
-"""Raised whenever the layout, or what is decoded to which pixels, changes."""
+"""Raised whenever the layout, or the pixels that images are decoded to, change."""
 
 _MAGIC = b"VISIMPCK"
 _ALIGNMENT = 64
-# Magic, version, offset and length of the header, its checksum, and (after zeros) the checksum of all before.
+# Magic, version, offset, length and checksum of the header, zeros, checksum of all before.
 _PROLOGUE = struct.Struct("<8sIQQI28xI")
 _PATH_ENCODING = ("utf-8", "surrogateescape")
 _CHECKED_BYTES = 1 << 26
@@ -54,10 +56,10 @@ _DTYPES = {
 
 
 class Checksums:
-    """CRC-32 of every 64 MiB of the bytes given one after the other, and of what is left over.
+    """CRC-32 of every 64 MiB of the bytes appended, and of the rest.
 
     Args:
-        whole: of the first pieces of 64 MiB, where they are known already.
+        whole: checksums of the first pieces of 64 MiB, where they are known already.
     """
 
     def __init__(self, whole: Sequence[int] = ()) -> None:
@@ -82,7 +84,7 @@ class Checksums:
 
 
 class PackError(InputError):
-    """A file cannot be used as a pack: `reason` says why, in words that follow the file's path."""
+    """A file cannot be used as a pack; `reason` is worded to follow the file's path."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(path, reason)
@@ -98,7 +100,7 @@ class _Flaw(Exception):
 
 @dataclass(frozen=True)
 class Contents:
-    """What there is to know of N packed images besides their pixels."""
+    """Everything about N packed images except their pixels."""
 
     name: str
     """Short name, such as "fashion-mini/train"."""
@@ -111,13 +113,13 @@ class Contents:
     classes: Sequence[str] | None = None
     """Class names; None without labels."""
     places: Sequence[str] = ()
-    """Where each image came from; empty for NAME/INDEX."""
+    """Origin of each image; empty for NAME/INDEX."""
     unreadable: Sequence[Unreadable] = ()
     """Images of the original source that were left out, and why."""
     decode: DecodeConfig = field(default_factory=DecodeConfig)
-    """How files became pixels."""
+    """Settings by which files became pixels."""
     notes: Sequence[str] = ()
-    """What that lost, see `data.pixels.Losses`."""
+    """Losses in decoding, see `data.pixels.Losses`."""
 
     __repr__ = brief_repr
 
@@ -125,7 +127,8 @@ class Contents:
 class PackedImages(ImageSource):
     """N decoded images: 8-bit RGB, of any sizes, one after the other.
 
-    Backed by a memory-mapped file it is pickled as the file's path, so that giving it to a worker process costs nothing.
+    Images in a memory-mapped file are pickled as its path, which makes sending them to worker
+    processes cheap.
 
     Args:
         pixels: (bytes,) uint8, image after image, each (height, width, 3).
@@ -136,14 +139,14 @@ class PackedImages(ImageSource):
     """
 
     def __init__(self, pixels: NDArray[np.uint8], contents: Contents) -> None:
-        ends = image_ends(contents.heights, contents.widths)
-        if len(pixels) != (ends[-1] if len(ends) else 0):
+        bounds = _bounds(contents.heights, contents.widths)
+        if len(pixels) != bounds[-1]:
             raise InputError(
                 f"pixels: {counted(len(pixels), 'byte')} do not fit heights and widths"
             )
         self.pixels = _read_only(pixels)
         """(bytes,) uint8, read-only."""
-        self.offsets = _read_only(np.concatenate([np.zeros(1, np.int64), ends])[:-1])
+        self.offsets = _read_only(bounds[:-1])
         """(N,) int64: first byte of each image."""
         self.heights = _read_only(np.ascontiguousarray(contents.heights, np.int32))
         """(N,) int32, in pixels."""
@@ -156,7 +159,7 @@ class PackedImages(ImageSource):
         self.path: Path | None = None
         """The file that holds the pixels; None in memory."""
         self.checksum = 0
-        """Of the file's header, which holds those of all its bytes; 0 in memory."""
+        """Checksum of the file's header, which holds the others; 0 in memory."""
         self._whole_checksums: Sequence[int] = ()
         self._places: Sequence[str] | NDArray[np.uint8] = contents.places
         self._label(contents.labels, contents.classes, len(self))
@@ -171,17 +174,13 @@ class PackedImages(ImageSource):
 
     @property
     def warnings(self) -> list[str]:
-        """Sentences that name the images left out and whatever else was lost, for a user to hear."""
+        """Sentences for the user that name the images left out and other losses."""
         return [*([left_out(self.unreadable)] if self.unreadable else []), *self.notes]
 
     def image(self, index: int) -> Image.Image:
         """Return image `index` in mode RGB."""
         index = range(len(self))[index]
-        start, height, width = (
-            int(self.offsets[index]),
-            int(self.heights[index]),
-            int(self.widths[index]),
-        )
+        start, (height, width) = int(self.offsets[index]), self.dimensions(index)
         pixels = self.pixels[start : start + 3 * height * width].reshape(height, width, 3)
         return Image.fromarray(pixels)
 
@@ -190,7 +189,7 @@ class PackedImages(ImageSource):
         return int(self.heights[index]), int(self.widths[index])
 
     def pixel_checksums(self) -> list[int]:
-        """Return CRC-32 of every 64 MiB of all images' pixels in a row: the same wherever and however they are kept.
+        """Return CRC-32 of every 64 MiB of all pixels in a row, wherever they are kept.
 
         Most of a file's are read from its header, others are computed from the pixels.
         """
@@ -200,63 +199,63 @@ class PackedImages(ImageSource):
 
     def describe(self, index: int) -> str:
         """Return where image `index` came from: a path, or NAME/INDEX."""
-        if isinstance(
-            self._places, np.ndarray
-        ):  # a hundred megabytes for a million files, so only when asked for
+        # Read on first use: a hundred megabytes for a million files.
+        if isinstance(self._places, np.ndarray):
             content = self._places.tobytes()
             self._places = content.decode(*_PATH_ENCODING).split("\0") if content else ()
         return self._places[index] if self._places else f"{self.name}/{index}"
 
 
-def image_ends(heights: NDArray[np.int32], widths: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Return the byte after the last of each image, (N,) int64: these pass 2**31 long before memory is full.
-
-    Raises:
-        InputError: heights and widths differ in number, or one is less than 1.
-    """
+def _bounds(heights: NDArray[np.int32], widths: NDArray[np.int32]) -> NDArray[np.int64]:
+    """First byte of each image, and the end of the last: (N + 1,) int64."""
     if heights.shape != widths.shape or heights.ndim != 1:
         raise InputError(
             f"heights, widths: shapes {heights.shape} and {widths.shape} must be equal, (N,)"
         )
     if len(heights) and min(heights.min(), widths.min()) < 1:
         raise InputError("heights, widths: every image must be at least 1 x 1 pixels")
-    return np.cumsum(3 * heights.astype(np.int64) * widths.astype(np.int64), dtype=np.int64)
+    sizes = 3 * heights.astype(np.int64) * widths
+    return np.concatenate([[0], np.cumsum(sizes)])
 
 
 class PackWriter:
-    """Writes a pack file front to back: first all pixels with `append`, then everything else with `finish`.
+    """Writes a pack file front to back: all pixels with `append`, then the rest with `finish`.
 
     Args:
-        file: empty, binary, and can be sought in.
+        file: empty, binary and seekable.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._sections: dict[str, list[int]] = {}
         self._checksums = Checksums()
-        self.size = _PROLOGUE.size
+        self.size = file.write(bytes(_PROLOGUE.size))
         """Bytes written so far."""
-        file.write(bytes(_PROLOGUE.size))
 
     def append(self, data: bytes | bytearray | memoryview) -> None:
-        """Write bytes of the section at hand."""
+        """Write bytes of the present section."""
         view = memoryview(data).cast("B")
         self._file.write(view)
         self.size += len(view)
         self._checksums.append(view)
 
     def finish(self, contents: Contents, fingerprint: str) -> None:
-        """Write all but the pixels, which have been appended. `fingerprint` is "" where the source has none."""
+        """Write all but the pixels. `fingerprint` is "" if the source has none."""
         self._sections["pixels"] = [_PROLOGUE.size, self.size - _PROLOGUE.size]
-        ends = image_ends(contents.heights, contents.widths)
-        self._section("offsets", np.concatenate([np.zeros(1, np.int64), ends])[:-1])
-        self._section("heights", contents.heights)
-        self._section("widths", contents.widths)
-        self._section(
-            "places", np.frombuffer("\0".join(contents.places).encode(*_PATH_ENCODING), np.uint8)
-        )
-        if contents.labels is not None:
-            self._section("labels", contents.labels)
+        places = "\0".join(contents.places).encode(*_PATH_ENCODING)
+        sections = {
+            "offsets": _bounds(contents.heights, contents.widths)[:-1],
+            "heights": contents.heights,
+            "widths": contents.widths,
+            "places": np.frombuffer(places, np.uint8),
+            "labels": contents.labels,
+        }
+        for name, values in sections.items():
+            if values is not None:
+                self._pad()
+                content = np.ascontiguousarray(values, dtype=_DTYPES[name])
+                self._sections[name] = [self.size, content.nbytes]
+                self.append(content.tobytes())
         self._pad()
         header = {
             "count": len(contents.heights),
@@ -279,12 +278,6 @@ class PackWriter:
         self._file.seek(0)
         self._file.write(prologue + struct.pack("<I", zlib.crc32(prologue)))
 
-    def _section(self, name: str, values: NDArray[Any]) -> None:
-        self._pad()
-        content = np.ascontiguousarray(values, dtype=_DTYPES[name])
-        self._sections[name] = [self.size, content.nbytes]
-        self.append(content.tobytes())
-
     def _pad(self) -> None:
         self.append(bytes(-self.size % _ALIGNMENT))
 
@@ -294,11 +287,12 @@ def open_pack(path: Path, *, fingerprint: str | None = None, verify: bool = True
 
     Args:
         path: the file.
-        fingerprint: what it must hold; None for whatever it does.
-        verify: whether to read all of it and compare the checksums; the header's are always compared.
+        fingerprint: the expected fingerprint; None for any.
+        verify: compare the checksums of all bytes; the header's are always compared.
 
     Raises:
-        PackError: it is missing, no pack file, truncated, damaged, of another format version or other images.
+        PackError: the file is missing, no pack file, truncated, damaged, of another format version
+            or of other images.
     """
     try:
         with open(path, "rb") as file:
@@ -322,17 +316,18 @@ def open_pack(path: Path, *, fingerprint: str | None = None, verify: bool = True
 def _read_header(file: IO[bytes]) -> tuple[dict[str, Any], int]:
     size = os.fstat(file.fileno()).st_size
     prologue = file.read(_PROLOGUE.size)
-    if prologue[: len(_MAGIC)] != _MAGIC:
-        raise _Flaw(
-            "is an empty file" if size == 0 else "is no pack file (vi-simsiam pack writes them)"
-        )
+    if size == 0:
+        raise _Flaw("is an empty file")
+    if not prologue.startswith(_MAGIC):
+        raise _Flaw("is no pack file (vi-simsiam pack writes them)")
     if len(prologue) < _PROLOGUE.size:
         raise _Flaw(f"is truncated: {counted(size, 'byte')} of at least {_PROLOGUE.size}")
     _, version, start, length, checksum, own_checksum = _PROLOGUE.unpack(prologue)
     # Before anything else, which another version may have elsewhere.
     if version != FORMAT_VERSION:
         raise _Flaw(
-            f"has format version {version}, this release reads {FORMAT_VERSION}: pack the images again"
+            f"has format version {version}, this release reads {FORMAT_VERSION}: "
+            "pack the images again"
         )
     if zlib.crc32(prologue[:-4]) != own_checksum:
         raise _Flaw("is damaged: the checksum of its first 64 bytes is wrong")
@@ -348,23 +343,20 @@ def _read_header(file: IO[bytes]) -> tuple[dict[str, Any], int]:
 
 
 def _verify(file: IO[bytes], header: dict[str, Any]) -> None:
-    step = int(header["checked_bytes"])
-    starts = range(_PROLOGUE.size, header["start"], step)
+    step, stop = int(header["checked_bytes"]), int(header["start"])
+    starts = range(_PROLOGUE.size, stop, step)
 
     def checksum(start: int) -> int:
         # Read, not mapped: where a disk fails, that is an error and not the end of the process.
-        total, end = 0, min(start + step, header["start"])
-        while start < end and (
-            part := os.pread(file.fileno(), min(_READ_BYTES, end - start), start)
-        ):
+        total, end = 0, min(start + step, stop)
+        while part := os.pread(file.fileno(), min(_READ_BYTES, end - start), start):
             total, start = zlib.crc32(part, total), start + len(part)
         return total
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for start, found, expected in zip(
-            starts, pool.map(checksum, starts), header["checksums"], strict=True
-        ):
-            if found != expected:
+        found = pool.map(checksum, starts)
+        for start, actual, expected in zip(starts, found, header["checksums"], strict=True):
+            if actual != expected:
                 raise _Flaw(f"is damaged: the checksum of the bytes from {start:,} on is wrong")
 
 
@@ -385,9 +377,7 @@ def _from_sections(content: NDArray[np.uint8], header: dict[str, Any]) -> Packed
     )
     images = PackedImages(sections["pixels"], contents)
     images._places = sections["places"]
-    if (
-        header["checked_bytes"] == _CHECKED_BYTES
-    ):  # the first begins where the pixels do, after the prologue
+    if header["checked_bytes"] == _CHECKED_BYTES:  # the first begins where the pixels do
         images._whole_checksums = header["checksums"][: len(images.pixels) // _CHECKED_BYTES]
     if len(images) != header["count"] or not np.array_equal(images.offsets, sections["offsets"]):
         raise _Flaw("contradicts itself")

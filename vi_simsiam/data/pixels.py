@@ -1,13 +1,14 @@
-"""One rule by which every image becomes 8-bit RGB, and a record of what that lost.
+"""One rule that turns every image into 8-bit RGB, and a record of what that loses.
 
-    stored                                       becomes
-    8 bits or fewer, gray, palette or colour     as it is, converted to RGB
-    with transparency                            composited on the background, medium gray by default
-    with an EXIF orientation                     turned upright
-    gray of 9 to 32 bits                         0 and 255 at the two ends of the value range, by default the stored type's
-    floating-point gray                          the same, by default 0 and 1; NaN is the lower end
-    colour of 16 bits a channel                  the upper 8 bits, of a transparent colour, too
-    an animation, or several pages               its first frame, or every frame as an image of its own
+    stored                           becomes
+    up to 8 bits, of any colour      as it is, converted to RGB
+    with transparency                composited on the background, medium gray by default
+    with an EXIF orientation         turned upright
+    gray of 9 to 32 bits             0 and 255 at the two ends of the value range, by default the
+                                     stored type's
+    floating-point gray              the same, by default 0 and 1; NaN is the lower end
+    colour of 16 bits a channel      the upper 8 bits, of a transparent colour, too
+    an animation, or several pages   its first frame, or every frame as an image of its own
 
 Values beyond the range are clipped to it.
 """
@@ -25,25 +26,25 @@ from vi_simsiam.config import DecodeConfig
 from vi_simsiam.text import counted
 
 _ANIMATED = ("GIF", "WEBP", "TIFF", "PNG", "AVIF", "FLI", "DCX")
-"""Formats whose frames are images in their own right. The further ones of an MPO file are previews and depth maps."""
+"""Formats whose frames are images in their own right; those of MPO files are previews."""
 _LOST = "vi_simsiam_lost"
 _KEY = "vi_simsiam_key"
 _LEAST_USED = 1 / 8
-"""Share of the range below which it is called lost: fewer than 32 of 256 gray values."""
+"""Share of the range below which it counts as lost: fewer than 32 of 256 gray values."""
 _LARGEST = {"1": 1, "L;2": 3, "L;4": 15}
-"""Largest gray value of PNGs of fewer than 8 bits, by what Pillow calls them."""
+"""Largest gray value of PNGs of fewer than 8 bits, by Pillow's name of the format."""
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 _WHITE_IS_ZERO, _SIGNED = 0, 2
 _ORIENTATION = 0x0112
 
-# A panorama of 100 megapixels is decoded like any other photo, twice Pillow's limit is still an error, and damaged EXIF
-# data are passed over.
+# A panorama of 100 megapixels is decoded like any other photo (twice Pillow's limit is still an
+# error), and damaged EXIF data are ignored.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", "Corrupt EXIF data", module=r"PIL\.")
 
 
 class _Values(NamedTuple):
-    """Gray values deeper than 8 bits: the smallest and largest, and the range that was mapped to 0 to 255."""
+    """Range of an image's deep gray values, and the range that was mapped to 0 to 255."""
 
     low: float
     high: float
@@ -52,7 +53,7 @@ class _Values(NamedTuple):
 
 
 class _Range(NamedTuple):
-    """Those of several images, and how many of them take up little of the range."""
+    """Range of the values of several images, and the number with little of the mapped range."""
 
     images: int
     narrow: int
@@ -61,7 +62,7 @@ class _Range(NamedTuple):
 
 
 class Losses:
-    """What the decoding of a set of images lost: frames that were passed over, and values out of range.
+    """Losses in decoding a set of images: frames that were passed over, and values out of range.
 
     Gathered image by image, merged across processes, and reported once.
     """
@@ -71,55 +72,50 @@ class Losses:
         self._values: dict[tuple[float, float], _Range] = {}
 
     def add(self, image: Image.Image) -> None:
-        """Note what `to_rgb` lost when it made this image."""
+        """Add the losses of an image that `to_rgb` made."""
         framed, values = image.info.get(_LOST, (False, None))
         self._framed += framed
         if values is not None:
-            narrow = 0 < values.high - values.low < _LEAST_USED * (values.white - values.black)
-            self._note(
-                (values.black, values.white), _Range(1, int(narrow), values.low, values.high)
-            )
+            low, high, black, white = values
+            narrow = 0 < high - low < _LEAST_USED * (white - black)
+            self._note((black, white), _Range(1, int(narrow), low, high))
 
     def merge(self, other: Losses) -> None:
-        """Note those of other images of the set, too."""
+        """Add those of other images of the set."""
         self._framed += other._framed
         for ends, entry in other._values.items():
             self._note(ends, entry)
 
     def lines(self, name: str) -> list[str]:
-        """One sentence for each kind of loss, with the option that avoids it; `name` is the set's."""
+        """Return a sentence for each kind of loss, with the option that avoids it."""
         lines = []
         if self._framed:
             lines.append(
-                f"{name}: {counted(self._framed, 'image')} with several frames, of which the first is used; "
-                "train or pack with --frames all to take each as an image"
+                f"{name}: {counted(self._framed, 'image')} with several frames, of which the first "
+                "is used; train or pack with --frames all to take each as an image"
             )
         for (black, white), (count, narrow, low, high) in self._values.items():
-            ends, own = (
-                f"{black:.9g} to {white:.9g}",
-                f"train or pack with --value-range {low:.9g} {high:.9g}",
-            )
+            ends, found = f"{black:.9g} to {white:.9g}", f"range from {low:.9g} to {high:.9g}"
+            remedy = f"--value-range {low:.9g} {high:.9g} to keep them apart"
             if low < black or high > white:
-                found = f"range from {low:.9g} to {high:.9g} and are clipped to {ends}; {own} to keep them apart"
+                found += f" and are clipped to {ends}"
             elif narrow and high - low < _LEAST_USED * (white - black):
-                found = f"range from {low:.9g} to {high:.9g} only, and {ends} become black to white; {own} to keep them apart"
+                found += f" only, and {ends} become black to white"
             elif narrow:
-                found = (
-                    f"take up less than an eighth of {ends}, which become black to white; "
-                    "train or pack with --value-range file to spread them"
-                )
+                found = f"take up less than an eighth of {ends}, which become black to white"
+                remedy = "--value-range file to spread them"
                 count = narrow
             else:
                 continue
-            lines.append(f"{name}: values of {counted(count, 'image')} {found}")
+            images = counted(count, "image")
+            lines.append(f"{name}: values of {images} {found}; train or pack with {remedy}")
         return lines
 
     def _note(self, ends: tuple[float, float], values: _Range) -> None:
         before = self._values.get(ends, _Range(0, 0, values.low, values.high))
         low, high = min(before.low, values.low), max(before.high, values.high)
-        self._values[ends] = _Range(
-            before.images + values.images, before.narrow + values.narrow, low, high
-        )
+        images, narrow = before.images + values.images, before.narrow + values.narrow
+        self._values[ends] = _Range(images, narrow, low, high)
 
 
 def to_rgb(image: Image.Image, decode: DecodeConfig | None = None) -> Image.Image:
@@ -152,12 +148,10 @@ def to_rgb(image: Image.Image, decode: DecodeConfig | None = None) -> Image.Imag
 
 
 def _scale_key(image: Image.Image) -> None:
-    """Make the transparent colour of a PNG that is not loaded yet 8 bits, as Pillow makes its pixels alone."""
-    # Frames of one file share `info`, and each of them is scaled: from what the file has.
-    key, tiles = (
-        image.info.setdefault(_KEY, image.info.get("transparency")),
-        getattr(image, "tile", None),
-    )
+    """Scale the transparent colour of a PNG that is not loaded to 8 bits; Pillow does not."""
+    # Frames of one file share `info`, and each of them is scaled from the file's value.
+    key = image.info.setdefault(_KEY, image.info.get("transparency"))
+    tiles = getattr(image, "tile", None)
     kind = tiles[0][3] if tiles else None
     if isinstance(key, tuple) and kind == "RGB;16B":
         image.info["transparency"] = tuple(value >> 8 for value in key)
@@ -166,32 +160,31 @@ def _scale_key(image: Image.Image) -> None:
 
 
 def is_animated(image: Image.Image) -> bool:
-    """Whether an opened file has more than one frame."""
+    """Return True if an opened file has more than one frame."""
     return image.format in _ANIMATED and getattr(image, "is_animated", False)
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Height and width of an opened file once it is turned upright, from its header."""
+    """Return height and width of an opened file once turned upright, from its header."""
     turned = 0
-    if image.format not in (
-        "PNG",
-        "TIFF",
-    ):  # it may stand behind the pixels; Pillow turns TIFFs itself
+    # A PNG may have its EXIF data behind the pixels, and Pillow turns TIFFs itself.
+    if image.format not in ("PNG", "TIFF"):
         with contextlib.suppress(Exception):
             turned = image.getexif().get(_ORIENTATION, 0)
     return (image.width, image.height) if turned >= 5 else (image.height, image.width)
 
 
 class _Stored(NamedTuple):
-    """How deep gray is stored: the smallest and largest value of its type (0 and 1 for floats), and which end is black."""
+    """Storage of deep gray: smallest and largest value of its type, 0 and 1 for floats."""
 
     low: float
     high: float
     inverted: bool = False
+    """True if the largest value is black."""
 
 
 def _stored(image: Image.Image) -> _Stored | None:
-    """How an opened file stores gray deeper than 8 bits; None for other images."""
+    """Storage of gray deeper than 8 bits in an opened file; None for other images."""
     if image.mode == "F":
         return _Stored(0.0, 1.0)
     if not image.mode.startswith("I"):
@@ -210,7 +203,7 @@ def _stored(image: Image.Image) -> _Stored | None:
 def _eight_bits(
     image: Image.Image, stored: _Stored, decode: DecodeConfig
 ) -> tuple[Image.Image, _Values | None]:
-    """Deep gray as 8-bit gray (LA with transparency), and its values; None for them where every file has its own range."""
+    """Deep gray as 8-bit gray (LA with transparency), and its values if the range is shared."""
     pixels = np.asarray(image)
     if stored.high > 2**31:  # Pillow reads unsigned integers as signed ones
         pixels = pixels.view(np.uint32)

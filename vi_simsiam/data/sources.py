@@ -1,12 +1,12 @@
-"""Where images come from: arrays in memory, or files that are decoded when asked for.
+"""Sources of images: arrays in memory, data sets, or files that are decoded on demand.
 
-A source gives every image as 8-bit RGB, whatever it is stored as, so nothing after it knows about file formats.
+A source gives every image as 8-bit RGB, so nothing after it depends on file formats.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import copy
 import hashlib
 import os
 import stat
@@ -31,13 +31,18 @@ from vi_simsiam.text import counted
 
 _TOLERATED_SHARE = 0.01
 _kept = threading.local()
-"""The file that a thread reads frame by frame, open: a frame is reached through all before it."""
+"""The open file that a thread reads frame by frame: a frame is reached through all before it."""
 
 
 def close_kept() -> None:
     """Close the file that this thread has kept open, if any."""
-    _, files, _ = _kept.__dict__.pop("file", (None, contextlib.ExitStack(), None))
-    files.close()
+    _take_kept()[1].close()
+
+
+def _take_kept() -> tuple[Any, contextlib.ExitStack, Any]:
+    """Key, resources and image of the file that was kept open; it is kept no longer."""
+    kept = _kept.__dict__.pop("file", None)
+    return kept or (None, contextlib.ExitStack(), None)
 
 
 class Unreadable(NamedTuple):
@@ -48,7 +53,7 @@ class Unreadable(NamedTuple):
 
 
 class UnreadableError(InputError):
-    """An image cannot be decoded: where it is, and why."""
+    """An image cannot be decoded; `entry` holds its path and the reason."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)
@@ -68,15 +73,15 @@ class ImageSource(ABC):
     classes: tuple[str, ...] | None
     """Class names; None without labels."""
     decode = DecodeConfig()
-    """How files become pixels; the default where there are none."""
+    """Settings by which files become pixels."""
     notes: tuple[str, ...] = ()
-    """What a user should hear of how the images were found: sentences, without a full stop."""
+    """Remarks for the user on how the images were found: sentences, without a full stop."""
 
     def __repr__(self) -> str:
-        classes = (
-            "" if self.classes is None else f", {counted(len(self.classes), 'class', 'classes')}"
-        )
-        return f"{type(self).__name__}({self.name!r}, {counted(len(self), 'image')}{classes})"
+        parts = [repr(self.name), counted(len(self), "image")]
+        if self.classes is not None:
+            parts.append(counted(len(self.classes), "class", "classes"))
+        return f"{type(self).__name__}({', '.join(parts)})"
 
     @abstractmethod
     def __len__(self) -> int:
@@ -84,19 +89,19 @@ class ImageSource(ABC):
 
     @abstractmethod
     def image(self, index: int) -> Image.Image:
-        """Return image `index` in mode RGB. Raises UnreadableError, naming the file, if it cannot be read."""
+        """Return image `index` in mode RGB. Raises UnreadableError if it cannot be read."""
 
     @abstractmethod
     def describe(self, index: int) -> str:
-        """Return where image `index` is to be found: a path, or a name such as "fashion-mini/train/17"."""
+        """Return the place of image `index`: a path, or a name like "fashion-mini/train/17"."""
 
     def dimensions(self, index: int) -> tuple[int, int]:
-        """Return height and width of image `index` in pixels. Raises UnreadableError if it cannot be read."""
+        """Return height and width of image `index`. Raises UnreadableError if it is unreadable."""
         width, height = self.image(index).size
         return height, width
 
     def fingerprint(self) -> str | None:
-        """Return a digest that changes when the images or labels do; None if that takes reading all of them."""
+        """Return a digest of images and labels; None if that takes reading all of them."""
         return None
 
     def _label(
@@ -132,13 +137,10 @@ class ArraySource(ImageSource):
     ) -> None:
         if images.dtype != np.uint8:
             raise TypeError(f"images: dtype {images.dtype} must be uint8")
-        if (
-            not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3))
-            or 0 in images.shape[1:]
-        ):
-            raise InputError(f"images: shape {images.shape} must be (N, H, W) or (N, H, W, 3)")
-        self.name = name
-        self.images = images
+        shape = images.shape
+        if not (len(shape) == 3 or shape[3:] == (3,)) or 0 in shape[1:]:
+            raise InputError(f"images: shape {shape} must be (N, H, W) or (N, H, W, 3)")
+        self.name, self.images = name, images
         self._label(labels, classes, len(images))
 
     def __len__(self) -> int:
@@ -154,15 +156,15 @@ class ArraySource(ImageSource):
 
 
 class FileSource(ImageSource):
-    """Images in files, decoded each time they are asked for.
+    """Images in files, decoded on every access.
 
     Args:
         paths: of the files.
         labels: class of every image, see `ImageSource`.
         classes: class names.
         name: short name.
-        decode: how files become pixels, see `data.pixels`. With all frames every frame of a file is an image; the files
-            are opened to count them.
+        decode: how files become pixels, see `data.pixels`. With all frames every frame of a file is
+            an image; the files are opened to count them.
         notes: see `ImageSource`.
 
     Raises:
@@ -185,13 +187,12 @@ class FileSource(ImageSource):
         self.paths = tuple(os.fspath(path) for path in paths)
         self._label(labels, classes, len(self.paths))
         self.frames: tuple[int, ...] = (0,) * len(self.paths)
-        """Which frame of its file each image is."""
+        """Number of each image's frame in its file."""
         self._uncounted: dict[str, str] = {}  # files whose frames cannot be counted, and why
         if self.decode.frames == "all":
             counts = [self._count_frames(index) for index in range(len(self.paths))]
-            self.paths = tuple(
-                path for path, count in zip(self.paths, counts, strict=True) for _ in range(count)
-            )
+            files = np.repeat(np.arange(len(self.paths)), counts)
+            self.paths = tuple(self.paths[file] for file in files)
             self.frames = tuple(frame for count in counts for frame in range(count))
             self.labels = None if self.labels is None else np.repeat(self.labels, counts)
 
@@ -199,54 +200,48 @@ class FileSource(ImageSource):
         return len(self.paths)
 
     def image(self, index: int) -> Image.Image:
-        """Decode image `index`. Raises UnreadableError, naming the file, if that fails."""
+        """Decode image `index`. Raises UnreadableError if that fails."""
         with self._opened(index, self.frames[index]) as image:
             return to_rgb(image, self.decode)
 
     def dimensions(self, index: int) -> tuple[int, int]:
-        """Return height and width of image `index` from its header. Raises UnreadableError if that cannot be read."""
+        """Return height and width of image `index`, from its header."""
         with self._opened(index) as image:
             return upright_size(image)
 
     def take(self, indices: NDArray[np.int64], name: str) -> FileSource:
-        """The images at `indices` (K,), in that order, as a source."""
-        labels = None if self.labels is None else self.labels[indices]
-        first = dataclasses.replace(self.decode, frames="first")  # they are counted already
-        part = FileSource(
-            [self.paths[i] for i in indices],
-            labels,
-            self.classes,
-            name,
-            decode=first,
-            notes=self.notes,
-        )
-        part.decode, part.frames = self.decode, tuple(self.frames[i] for i in indices)
-        part._uncounted = self._uncounted
+        """Return the images at `indices` (K,), in that order, as a source."""
+        part = copy.copy(self)  # frames are counted already
+        part.name = name
+        part.paths = tuple(self.paths[i] for i in indices)
+        part.frames = tuple(self.frames[i] for i in indices)
+        part.labels = None if self.labels is None else self.labels[indices]
         return part
 
     @contextlib.contextmanager
     def _opened(self, index: int, frame: int = 0) -> Iterator[Image.Image]:
         path = self.paths[index]
-        # Damaged files make Pillow's decoders raise almost any exception, SyntaxError and struct.error among them.
+        # For damaged files Pillow raises almost any exception, such as SyntaxError or struct.error.
         try:
             status = os.stat(path)
-            if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, for ever
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe would block forever
                 raise ValueError("no regular file")
             if path in self._uncounted:
                 raise ValueError(self._uncounted[path])
-            # A process that was forked shares its parent's place in an open file.
+            # A forked process shares its parent's position in an open file.
             key = (os.getpid(), path, status.st_ino, status.st_size, status.st_mtime_ns)
-            kept, files, image = _kept.__dict__.pop("file", (None, contextlib.ExitStack(), None))
+            kept, files, image = _take_kept()
             with files:
-                if kept != key or image.tell() > frame:  # Pillow does not find every way back
+                if kept != key or image.tell() > frame:  # Pillow cannot always seek backwards
                     files.close()
-                    # Given the path, Pillow maps an uncompressed TIFF and reads turned ones in rows of the wrong length.
+                    # Given the path, Pillow maps a TIFF, and misreads the rows of a turned one.
                     file = files.enter_context(open(path, "rb"))  # noqa: SIM115
                     image = files.enter_context(Image.open(file, formats=formats(path)))
                 image.seek(frame)
                 yield image
-                # Its next frame. Once loaded, a frame of a PNG that is to be undone is left in those after it by Pillow.
-                if image.format != "PNG" and self.paths[index + 1 : index + 2] == (path,):
+                # Once loaded, a frame of a PNG with a disposal leaves traces in those after it.
+                disposed = image.format == "PNG" and image.info.get("disposal")
+                if not disposed and self.paths[index + 1 : index + 2] == (path,):
                     _kept.file = key, files.pop_all(), image
         except Exception as error:
             raise UnreadableError(self.describe(index), _reason(path, error)) from error
@@ -256,13 +251,12 @@ class FileSource(ImageSource):
             with self._opened(index) as image:
                 return image.n_frames if is_animated(image) else 1  # type: ignore[attr-defined]
         except UnreadableError as error:
-            self._uncounted[self.paths[index]] = (
-                f"its frames cannot be counted: {error.entry.reason}"
-            )
+            reason = f"its frames cannot be counted: {error.entry.reason}"
+            self._uncounted[self.paths[index]] = reason
             return 1  # to be reported when it is read
 
     def fingerprint(self) -> str:
-        """Return a digest of every path, file size and time of change, of the labels and classes, and how they are decoded."""
+        """Return a digest of all paths, file sizes, modification times, labels and settings."""
         digest = hashlib.blake2b(digest_size=20)
         for path in self.paths:
             try:
@@ -271,9 +265,8 @@ class FileSource(ImageSource):
             except OSError:
                 facts = (-1, -1)  # to be reported as unreadable
             digest.update(repr((os.path.abspath(path), *facts)).encode())
-        digest.update(
-            repr((self.classes, self.decode, self.frames if any(self.frames) else ())).encode()
-        )
+        frames = self.frames if any(self.frames) else ()
+        digest.update(repr((self.classes, self.decode, frames)).encode())
         digest.update(b"" if self.labels is None else self.labels.tobytes())
         return digest.hexdigest()
 
@@ -284,10 +277,11 @@ class FileSource(ImageSource):
 
 
 class DatasetSource(ImageSource):
-    """The images of any map-style torch Dataset; labels are not taken over.
+    """The images of any map-style torch Dataset, without labels.
 
-    An item is an image or a tuple or list that begins with one, and an image is a PIL image, uint8 (H, W), (H, W, 1) or
-    (H, W, 3) in a numpy array, or uint8 (1, H, W) or (3, H, W) in a torch tensor. Random transforms belong after this.
+    An item is an image or a tuple or list that begins with one. An image is a PIL image, a uint8
+    numpy array (H, W), (H, W, 1) or (H, W, 3), or a uint8 torch tensor (1, H, W) or (3, H, W).
+    Random transforms belong after this.
 
     Raises:
         InputError: the data set has no length or no items by number.
@@ -306,8 +300,9 @@ class DatasetSource(ImageSource):
             self._count = len(dataset)  # type: ignore[arg-type]
         except TypeError as error:
             raise InputError(
-                f"source: {type(dataset).__name__} must be an ImageSource or a map-style Dataset, with a length and "
-                "items by number (vi_simsiam.data.datasets.open_dataset opens data sets by name)"
+                f"source: {type(dataset).__name__} must be an ImageSource or a map-style Dataset, "
+                "with a length and items by number "
+                "(vi_simsiam.data.datasets.open_dataset opens data sets by name)"
             ) from error
 
     def __len__(self) -> int:
@@ -323,9 +318,8 @@ class DatasetSource(ImageSource):
         try:
             item = self.dataset[index]
         except Exception as error:
-            raise UnreadableError(
-                self.describe(index), f"{type(error).__name__}: {_one_line(error)}"
-            ) from error
+            reason = f"{type(error).__name__}: {_one_line(error)}"
+            raise UnreadableError(self.describe(index), reason) from error
         return _item_to_rgb(item, self.describe(index), self.decode)
 
     def describe(self, index: int) -> str:
@@ -336,7 +330,7 @@ class DatasetSource(ImageSource):
 def as_source(
     images: ImageSource | Dataset[Any], decode: DecodeConfig | None = None
 ) -> ImageSource:
-    """Return a source as it is, and a map-style torch Dataset as a DatasetSource. Raises InputError for others."""
+    """Return a source as it is, a map-style Dataset as a DatasetSource; else raise InputError."""
     return images if isinstance(images, ImageSource) else DatasetSource(images, decode=decode)
 
 
@@ -357,15 +351,15 @@ def _item_to_rgb(item: Any, place: str, decode: DecodeConfig) -> Image.Image:
         if isinstance(image, (Tensor, np.ndarray)):
             given += f" of {image.dtype}, shape {tuple(image.shape)}"
         raise InputError(
-            f"{place}: {given} must be a PIL image, a uint8 numpy array (H, W) or (H, W, 3), a uint8 torch tensor "
-            "(3, H, W), or a tuple that begins with one of these"
+            f"{place}: {given} must be a PIL image, a uint8 numpy array (H, W) or (H, W, 3), "
+            "a uint8 torch tensor (3, H, W), or a tuple that begins with one of these"
         )
     pixels = pixels[:, :, 0] if pixels.shape[2] == 1 else pixels
     return Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
 
 
 def left_out(failures: Sequence[Unreadable]) -> str:
-    """One line that names every image left out and why, at least one."""
+    """Return one line that names every image left out and why, at least one."""
     names = ", ".join(f"{failure.path} ({failure.reason})" for failure in failures)
     return f"{counted(len(failures), 'unreadable image')} left out: {names}"
 
@@ -376,18 +370,15 @@ def check_readable(source: ImageSource, failures: Sequence[Unreadable]) -> None:
         first = "; ".join(f"{failure.path} ({failure.reason})" for failure in failures[:3])
         more = ", ..." if len(failures) > 3 else ""
         raise InputError(
-            f"{source.name}: {len(failures):,} of {counted(len(source), 'image')} cannot be read, at most 1 % may be: "
-            f"{first}{more}"
+            f"{source.name}: {len(failures):,} of {counted(len(source), 'image')} cannot be read, "
+            f"at most 1 % may be: {first}{more}"
         )
 
 
 def _reason(path: str, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return (
-            "an empty file"
-            if os.path.getsize(path) == 0
-            else f"not a {', '.join(formats(path))} file"
-        )
+        empty = os.path.getsize(path) == 0
+        return "an empty file" if empty else f"not a {', '.join(formats(path))} file"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return _one_line(error) or type(error).__name__

@@ -1,13 +1,14 @@
-"""A part of a data set to train on, and a part that is kept from training.
+"""A part of a data set to train on, and a part that is held out.
 
-What is drawn depends on the seed and the labels alone: every image has a random key, and of every class those with the
-smallest keys are taken. So the images of a smaller draw are, class by class, among those of a larger one, and the images
-held out are the same however many are trained on.
+A draw depends on the seed and the labels alone: every image has a random key, and of every class
+the images with the smallest keys are taken. So a smaller draw lies within a larger one, class by
+class, and the images held out are the same however many are trained on.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 from collections import defaultdict
@@ -37,44 +38,38 @@ def select(
 ) -> Splits:
     """Choose the images to train on and to validate on.
 
-    Classes keep their shares: each gets the whole part of its quota, and the classes with the largest remainders one image
-    more until the number is reached (Hamilton's method). Without labels it is a plain draw. Images keep their order.
+    Classes keep their shares: each gets the whole part of its quota, and the classes with the
+    largest remainders get one image more until the number is reached (Hamilton's method). Without
+    labels it is a plain draw. Images keep their order.
 
     Args:
         splits: the data set.
         images: how many to train on; None for all that are left.
-        held_out: share of the training images to hold out first, in [0, 1). They become the validation part.
-        seed: which images.
-        distinct: whether files that both parts hold, byte for byte, are left out of both first, and with `held_out` second
-            copies within the training part, too. Arrays and packed images are not compared.
+        held_out: share in [0, 1) of the training images to hold out first, as validation part.
+        seed: of the draw.
+        distinct: first leave out files that both parts hold, byte for byte, and with `held_out`
+            also second copies within the training part. Arrays and packed images are not compared.
 
     Raises:
-        InputError: there are fewer images than asked for, or none would be held out or be left to train on.
+        InputError: `images` is more than there are, or none would be held out or left to train on.
     """
     train, val = splits.train, splits.val
     if distinct:
         train, val = _without_copies(train, val, within=held_out > 0)
     keys = np.random.PCG64(seed).random_raw(len(train))  # numpy keeps this stream in all versions
-    if (
-        train.decode.frames == "all"
-    ):  # the frames of a file are near copies of each other, and go together
-        files: Iterable[str] = (
-            re.sub(r"#\d+$", "", train.describe(index)) for index in range(len(train))
-        )
+    if train.decode.frames == "all":  # frames of one file are near copies, and go together
+        files = [re.sub(r"#\d+$", "", train.describe(index)) for index in range(len(train))]
         if isinstance(train, FileSource):
-            files = train.paths
+            files = list(train.paths)
         first: dict[str, int] = {}
         keys = keys[[first.setdefault(path, index) for index, path in enumerate(files)]]
     rest = np.ones(len(train), dtype=bool)
     if held_out > 0:
         count = round(held_out * len(train))
-        if count == 0:
+        if count in (0, len(train)):
+            effect = "it leaves none to train on" if count else "that is none"
             raise InputError(
-                f"held_out: {held_out} is not accepted; of {counted(len(train), 'image')} that is none"
-            )
-        if count == len(train):
-            raise InputError(
-                f"held_out: {held_out} is not accepted; of {counted(len(train), 'image')} it leaves none to train on"
+                f"held_out: {held_out} is not accepted; of {counted(len(train), 'image')} {effect}"
             )
         chosen = _draw(rest, count, keys, train.labels)
         rest[chosen] = False
@@ -92,35 +87,26 @@ def select(
 
 
 def duplicates(splits: Splits) -> list[tuple[str, str]]:
-    """Files of the training part and of the validation part that are equal byte for byte, as (training, validation).
+    """Return pairs of a training file and a validation file that are equal byte for byte.
 
-    Files are read only where their sizes agree. Without a validation part, or where one is not of files, there are none.
+    Files are read only if their sizes agree. There are no pairs unless both parts are files.
     """
     train, val = splits.train, splits.val
     if not (isinstance(train, FileSource) and isinstance(val, FileSource)):
         return []
     validation = set(val.paths)
-    groups = _copies([*train.paths, *val.paths])
-    pairs = [
-        (a, b)
-        for group in groups
-        for a in group
-        if a not in validation
-        for b in group
-        if b in validation
-    ]
+    pairs: list[tuple[str, str]] = []
+    for group in _copies([*train.paths, *val.paths]):
+        trained = [path for path in group if path not in validation]
+        pairs += itertools.product(trained, [path for path in group if path in validation])
     return pairs + [(path, path) for path in train.paths if path in validation]
 
 
 def subset(source: ImageSource, indices: NDArray[np.int64], name: str | None = None) -> ImageSource:
-    """The images at `indices` (K,) of a source, in that order, as a source of the same kind where that is of use.
+    """Return the images at `indices`, (K,) int64, of a source, in that order.
 
-    Files stay files, so that the decoded ones are cached; arrays are copied; packed images share the pixels of the whole.
-
-    Args:
-        source: the images.
-        indices: (K,) int64, in [0, N).
-        name: of the new source; None for the old one's.
+    Files stay files, so that the decoded ones are cached; arrays are copied; packed images share
+    the pixels of the whole. `name` is that of the new source, None for the old one's.
     """
     name = source.name if name is None else name
     if isinstance(source, PackedImages):
@@ -138,9 +124,7 @@ class _Subset(ImageSource):
     def __init__(self, source: ImageSource, indices: NDArray[np.int64], name: str) -> None:
         self.source, self.indices, self.name = source, indices, name
         self.decode, self.notes = source.decode, source.notes
-        self._label(
-            None if source.labels is None else source.labels[indices], source.classes, len(indices)
-        )
+        self._label(_labels(source, indices), source.classes, len(indices))
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -150,7 +134,7 @@ class _Subset(ImageSource):
         return self.source.image(int(self.indices[index]))
 
     def describe(self, index: int) -> str:
-        """Where the image is to be found in the whole source."""
+        """Return the place of the image in the whole source."""
         return self.source.describe(int(self.indices[index]))
 
     def dimensions(self, index: int) -> tuple[int, int]:
@@ -158,7 +142,7 @@ class _Subset(ImageSource):
         return self.source.dimensions(int(self.indices[index]))
 
     def fingerprint(self) -> str | None:
-        """A digest of the source's and the choice; None if the source has none."""
+        """Return a digest of the source's fingerprint and the choice; None without the former."""
         whole = self.source.fingerprint()
         if whole is None:
             return None
@@ -169,37 +153,34 @@ class _ArraySubset(ArraySource):
     """Some images of an array, described by their places in the whole."""
 
     def __init__(self, source: ArraySource, indices: NDArray[np.int64], name: str) -> None:
-        labels = None if source.labels is None else source.labels[indices]
-        super().__init__(source.images[indices], labels, source.classes, name)
+        super().__init__(source.images[indices], _labels(source, indices), source.classes, name)
         self._places = [source.describe(int(index)) for index in indices]
 
     def describe(self, index: int) -> str:
-        """Where the image is to be found in the whole source."""
+        """Return the place of the image in the whole source."""
         return self._places[index]
 
 
 class _PackedSubset(PackedImages):
-    """Some packed images: all pixels, and where the chosen ones lie in them. Pickled as path and choice, if there is a file."""
+    """Some packed images: all pixels, and the offsets of the chosen ones.
+
+    Pickled as path and choice, if there is a file.
+    """
 
     def __init__(self, source: PackedImages, indices: NDArray[np.int64], name: str) -> None:
-        labels = None if source.labels is None else source.labels[indices]
-        heights, widths = source.heights[indices], source.widths[indices]
         contents = Contents(
             name,
-            heights,
-            widths,
-            labels,
-            source.classes,
-            (),
-            source.unreadable,
-            source.decode,
-            source.notes,
+            source.heights[indices],
+            source.widths[indices],
+            labels=_labels(source, indices),
+            classes=source.classes,
+            unreadable=source.unreadable,
+            decode=source.decode,
+            notes=source.notes,
         )
-        # Checked and laid out as images that lie one after the other; their bytes are the whole's.
-        super().__init__(
-            np.broadcast_to(np.uint8(0), int((3 * heights.astype(np.int64) * widths).sum())),
-            contents,
-        )
+        # Checked as images that lie one after the other; their bytes are the whole's.
+        size = int((3 * contents.heights.astype(np.int64) * contents.widths).sum())
+        super().__init__(np.broadcast_to(np.uint8(0), size), contents)
         self.pixels, self.offsets = source.pixels, source.offsets[indices]
         self.path, self.checksum = source.path, source.checksum
         self._source, self._indices = source, indices
@@ -208,17 +189,20 @@ class _PackedSubset(PackedImages):
         return _PackedSubset, (self._source, self._indices, self.name)
 
     def pixel_checksums(self) -> list[int]:
-        """As of packed images that are these only; the pixels are read."""
+        """Return the checksums of these images' pixels in a row; the pixels are read."""
         checksums = Checksums()
-        for start, height, width in zip(
-            self.offsets.tolist(), self.heights.tolist(), self.widths.tolist(), strict=True
-        ):
+        for index, start in enumerate(self.offsets.tolist()):
+            height, width = self.dimensions(index)
             checksums.append(self.pixels[start : start + 3 * height * width].data)
         return checksums.values
 
     def describe(self, index: int) -> str:
-        """Where the image is to be found in the whole source."""
+        """Return the place of the image in the whole source."""
         return self._source.describe(int(self._indices[index]))
+
+
+def _labels(source: ImageSource, indices: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    return None if source.labels is None else source.labels[indices]
 
 
 def _draw(
@@ -227,7 +211,7 @@ def _draw(
     keys: NDArray[np.uint64],
     labels: NDArray[np.int64] | None,
 ) -> NDArray[np.int64]:
-    """`count` of the candidates (N,), each class by its share and with the smallest keys, in rising order."""
+    """Draw `count` of the candidates (N,): each class by its share, the smallest keys; sorted."""
     classes = np.zeros(len(candidates), np.int64) if labels is None else labels
     sizes = np.bincount(classes[candidates])
     # Whole numbers, so that equal remainders are equal; ties go to the first classes.
@@ -243,7 +227,7 @@ def _draw(
 def _without_copies(
     train: ImageSource, val: ImageSource | None, *, within: bool
 ) -> tuple[ImageSource, ImageSource | None]:
-    """Both parts without the files that both hold; with `within` only the first of equal training files stays."""
+    """Drop files that both parts hold; with `within` keep the first of equal training files."""
     if not isinstance(train, FileSource):
         return train, val
     left_out: set[str] = set()
@@ -261,7 +245,7 @@ def _keep(source: FileSource, left_out: set[str]) -> ImageSource:
 
 
 def _copies(paths: Iterable[str]) -> list[list[str]]:
-    """Groups of two or more different paths whose files hold the same bytes; what cannot be read is equal to nothing."""
+    """Groups of two or more paths whose files hold the same bytes, without unreadable files."""
     by_size: dict[int, list[str]] = defaultdict(list)
     for path in dict.fromkeys(paths):
         try:
@@ -272,9 +256,8 @@ def _copies(paths: Iterable[str]) -> list[list[str]]:
     for group in by_size.values():
         for path in group if len(group) > 1 else ():
             try:
-                by_content[
-                    hashlib.blake2b(Path(path).read_bytes(), digest_size=20).digest()
-                ].append(path)
+                content = Path(path).read_bytes()
             except OSError:
                 continue
+            by_content[hashlib.blake2b(content, digest_size=20).digest()].append(path)
     return [group for group in by_content.values() if len(group) > 1]

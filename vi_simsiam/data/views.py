@@ -1,4 +1,4 @@
-"""Random views of images as a table of parameters (the augmentation policy), and the fixed view that evaluation uses."""
+"""Random views of images as a table of parameters, and the fixed view for evaluation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ GLOBAL_VIEWS = 2
 _LONGEST = 4
 """Aspect ratio to which a strip is cut before it is resized."""
 _CROP_DRAWS = 10
-# A view has blocks of four random words: three for switches, colours and blur, then one for each draw of a crop.
+# A view has blocks of four random words: three for switches, colours and blur, then one for each
+# draw of a crop.
 _CROP_BLOCK = 3
 
 _ORDERS = tuple(itertools.permutations(ColourOperation))
@@ -67,8 +68,8 @@ def draw_table(
 ) -> NDArray[np.int32]:
     """Draw the parameters of all views of a batch.
 
-    A view's row is a function of the policy, the seed, the epoch, the image's number and size, and the view's number:
-    neither the rest of the batch nor the place where a run was resumed matters.
+    A view's row is a function of the policy, the seed, the epoch, the image's number and size, and
+    the view's number alone.
 
     Args:
         policy: the random views.
@@ -79,8 +80,8 @@ def draw_table(
         widths: (B,) of the images, in pixels.
 
     Returns:
-        (V, B, 16) int32, see `ops.augment.Column`: the two global views, then the local ones. START counts from the
-        image's first byte; `place` makes it an address among other images.
+        (V, B, 16) int32, see `ops.augment.Column`: the two global views, then the local ones. START
+        counts from the image's first byte until `add_offsets`.
 
     Raises:
         InputError: numbers out of range, or shapes that differ.
@@ -88,7 +89,8 @@ def draw_table(
     tall, wide = heights.astype(np.int64), widths.astype(np.int64)
     if samples.ndim != 1 or not samples.shape == heights.shape == widths.shape:
         raise InputError(
-            f"samples, heights, widths: shapes {samples.shape}, {heights.shape}, {widths.shape} must be (B,)"
+            f"samples, heights, widths: shapes {samples.shape}, {heights.shape}, {widths.shape} "
+            "must be (B,)"
         )
     for name, number, limit in (("seed", seed, 2**64), ("epoch", epoch, 2**32)):
         if not 0 <= number < limit:
@@ -97,7 +99,7 @@ def draw_table(
         raise InputError("samples: numbers of images must be at least 0 and below 2**31")
     if len(samples) and min(heights.min(), widths.min()) < 1:
         raise InputError("heights, widths: an image must have at least one pixel")
-    # A seed above 32 bits has a second word; after the epoch it cannot be taken for another epoch.
+    # The epoch comes first: it is one word, while a seed above 32 bits has two.
     low, high = (int(x) for x in np.random.SeedSequence((epoch, seed)).generate_state(2, np.uint32))
     views = GLOBAL_VIEWS + policy.local_views
     table = np.zeros((views, len(samples), TABLE_COLUMNS), dtype=np.int32)
@@ -112,47 +114,45 @@ def draw_table(
     return table
 
 
-def place(table: NDArray[np.int32], offsets: NDArray[np.int64]) -> None:
-    """Add each image's first byte, (B,) int64, to the START of its rows in a table (V, B, 16), in place."""
+def add_offsets(table: NDArray[np.int32], offsets: NDArray[np.int64]) -> None:
+    """Add each image's first byte (B,) to the START of its rows in a table (V, B, 16), in place."""
     if offsets.shape != table.shape[1:2]:
         raise InputError(
-            f"offsets: shape {offsets.shape} must be {table.shape[1:2]}, one for each sample of the table"
+            f"offsets: shape {offsets.shape} must be {table.shape[1:2]}, "
+            "one for each sample of the table"
         )
     for rows in table:
         _starts(rows)[:] += offsets
 
 
 def eval_view(size: int) -> v2.Compose:
-    """The view for evaluation: the shorter side resized to `size` (bicubic), the centre cropped, normalised."""
+    """Return the view for evaluation: shorter side resized (bicubic), centre crop, normalised."""
     return v2.Compose([eval_square(size), v2.PILToTensor(), normalised()])
 
 
 def eval_square(size: int) -> v2.Compose:
-    """The part of `eval_view` that Pillow does: from an RGB image to one of size x size pixels."""
+    """Return the part of `eval_view` done by Pillow: from an RGB image to size x size pixels."""
     resize = v2.Resize(size, InterpolationMode.BICUBIC)
     return v2.Compose([v2.Lambda(_without_ends), resize, v2.CenterCrop(size)])
 
 
 def normalised() -> v2.Compose:
-    """The rest of it: from uint8 (..., 3, h, w) to float32."""
+    """Return the rest of it: from uint8 (..., 3, h, w) to float32."""
     return v2.Compose(
         [v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
     )
 
 
 def _without_ends(image: Image.Image) -> Image.Image:
-    """The middle of a strip: its ends lie outside the centre, and enlarged with it they would take gigabytes."""
+    """Cut a strip to its middle: enlarged with it, ends outside the centre may take gigabytes."""
     shorter, longer = sorted(image.size)
     kept = _LONGEST * shorter + (longer - _LONGEST * shorter) % 2  # so that the centre is the same
     if longer <= kept:
         return image
     start = (longer - kept) // 2
-    middle = (
-        (start, 0, start + kept, shorter)
-        if image.width == longer
-        else (0, start, shorter, start + kept)
-    )
-    return image.crop(middle)
+    if image.width == longer:
+        return image.crop((start, 0, start + kept, shorter))
+    return image.crop((0, start, shorter, start + kept))
 
 
 class _Stream:
@@ -162,7 +162,7 @@ class _Stream:
         self.key, self.samples, self.view = key, samples, view
 
     def block(self, number: int, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint32]:
-        """Block `number` of four words, (4, n) uint32, for all samples or those of `rows`."""
+        """Return block `number` of words, (4, n) uint32, of all samples or those of `rows`."""
         samples = self.samples if rows is None else self.samples[rows]
         counter = np.empty((4, len(samples)), dtype=np.uint32)
         counter[0], counter[1] = samples & 0xFFFFFFFF, samples >> 32
@@ -176,7 +176,7 @@ def _uniform(words: NDArray[np.uint32], low: float = 0.0, high: float = 1.0) -> 
 
 
 def _below(words: NDArray[np.uint32], limits: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Uniform integers in [0, limits): of 2**32 words, each number gets the same up to one."""
+    """Uniform integers in [0, limits): each comes from equally many words, up to one."""
     return (words.astype(np.uint64) * limits.astype(np.uint64) >> _HALF).astype(np.int64)
 
 
@@ -204,16 +204,14 @@ def _draw_colours(rows: NDArray[np.int32], stream: _Stream, policy: AugmentConfi
         floats[:, Column.BRIGHTNESS + code - 1] = np.where(
             jittered, _uniform(factors[code - 1], low, high), neutral
         )
-    # An operation without strength takes no place; the others keep the order in which they were drawn.
-    packed = np.array(
-        [_packed(permutation, policy.jitter) for permutation in _ORDERS], dtype=np.int32
-    )
+    # An operation without strength takes no place; the others keep their drawn order.
+    packed = np.array([_packed(each, policy.jitter) for each in _ORDERS], dtype=np.int32)
     drawn = packed[_below(order, np.full(len(rows), len(packed)))]
     rows[:, Column.ORDER] = np.where(jittered, drawn, 0)
 
 
 def _packed(permutation: tuple[int, ...], jitter: tuple[float, float, float, float]) -> int:
-    """The operations of a permutation that have a strength, 4 bits each, the first in the lowest bits."""
+    """Operations of a permutation with a strength, 4 bits each, the first in the lowest bits."""
     codes = [code for code in permutation if jitter[code - 1] > 0]
     return sum(code << 4 * position for position, code in enumerate(codes))
 
@@ -226,7 +224,7 @@ def _draw_crops(
     heights: NDArray[np.int64],
     widths: NDArray[np.int64],
 ) -> None:
-    """Fill in the crops of torchvision's RandomResizedCrop: ten draws of a shape that fits, then the central one."""
+    """Fill in the crops of torchvision's RandomResizedCrop: ten draws, then the central crop."""
     low, high = math.log(ratio[0]), math.log(ratio[1])
     left = np.arange(len(rows))
     for draw in range(_CROP_DRAWS):

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without executing anything."""
+"""Checkpoints and other files, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state after `step` optimiser steps; random numbers are keyed by position and need no state."""
+    """The state after `step` optimiser steps; random numbers depend on the step alone."""
 
     step: int
     seconds: float
     """Training time so far."""
     images: int
-    """Number of training images: with another number a step stands for another place in the data."""
+    """Number of training images: with another number, a step means another position in the data."""
     model: dict[str, Any]
     optimizer: dict[str, Any]
     content: dict[str, Any] = field(default_factory=dict)
-    """The images, see `data.content`; empty in a checkpoint of an older version."""
+    """Description of the images, see `data.content`; empty in checkpoints of older versions."""
 
     def save(self, path: Path) -> None:
-        """Write to `path` so that an interruption at any moment leaves the previous checkpoint or this one.
+        """Write to `path`; an interruption leaves the previous checkpoint or this one.
 
         Raises:
-            TrainingError: it could not be written (a full disk, say); what was there is still there.
+            TrainingError: it could not be written (a full disk, say); the previous one is kept.
         """
         content = {"format": _FORMAT, **vars(self)}
         try:
@@ -50,11 +50,11 @@ class Checkpoint:
             if isinstance(error, OSError) and is_full(error):
                 size = _Size()
                 torch.save(content, size)
-                reason += f": it needs {decimal(size.written)}, {decimal(shutil.disk_usage(path.parent).free)} are free"
+                free = shutil.disk_usage(path.parent).free
+                reason += f": it needs {decimal(size.written)}, {decimal(free)} are free"
             kept = "the one before is kept" if path.exists() else "there is none yet"
-            raise TrainingError(
-                f"the checkpoint {path} could not be written ({reason}); {kept}"
-            ) from error
+            text = f"the checkpoint {path} could not be written ({reason}); {kept}"
+            raise TrainingError(text) from error
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> Checkpoint:
@@ -72,12 +72,9 @@ class Checkpoint:
             return cls(**content)
         except InputError:
             raise
-        except (
-            Exception
-        ) as error:  # torch.load raises half a dozen unrelated types on damaged files
-            raise InputError(
-                f"run: {path} cannot be read: it is damaged or no checkpoint"
-            ) from error
+        except Exception as error:  # torch.load raises many unrelated types on damaged files
+            text = f"run: {path} cannot be read: it is damaged or no checkpoint"
+            raise InputError(text) from error
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Load the weights into `model`, and the momentum into `optimizer` if there is one.
@@ -90,16 +87,15 @@ class Checkpoint:
             if optimizer is not None:
                 optimizer.load_state_dict(self.optimizer)
         except (RuntimeError, ValueError, KeyError) as error:
-            raise InputError(
-                "run: the checkpoint does not fit the model that config.json describes"
-            ) from error
+            text = "run: the checkpoint does not fit the model that config.json describes"
+            raise InputError(text) from error
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Call `write` on a temporary file beside `path`, then move it there once its bytes are on the disk.
+    """Call `write` on a temporary file, and move that to `path` once it is on the disk.
 
     Raises:
-        OSError: that failed; names `path`, also where `write` raises another error for it.
+        OSError: with `path`; also where `write` raises another error because of it.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     with naming(path, aside=temporary):
@@ -116,9 +112,9 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path, *, aside: Path | None = None) -> Iterator[None]:
-    """Let an OSError that names no file (a full disk's, say), or the one `aside`, name `path`.
+    """Give `path` to an OSError without a file (a full disk's, say), or with the file `aside`.
 
-    torch.save hides it behind a RuntimeError, which is replaced, too.
+    A RuntimeError of torch.save that hides such an error is replaced, too.
     """
     try:
         yield
@@ -132,7 +128,7 @@ def naming(path: Path, *, aside: Path | None = None) -> Iterator[None]:
 
 
 class _Size(io.BytesIO):
-    """A file that only counts what is written to it."""
+    """A file that only counts the bytes written to it."""
 
     written = 0
 

@@ -1,8 +1,9 @@
-"""What a CUDA graph cannot hold, found by running a step once and looking at its operations.
+"""Rules of a CUDA graph, checked on the operations of one run of a step.
 
-A graph repeats kernels with fixed addresses and fixed launch parameters. So a step must not wait for a value on the
-host, must not have shapes that depend on values, must not take data from the host, and must keep its state where it is.
-The check sees operations of PyTorch. Kernels that are launched past its dispatcher are seen by CUDA at capture only.
+A graph repeats kernels with fixed addresses and fixed launch parameters. So a step must not wait
+for a value on the host, have shapes that depend on values, take data from the host, or move its
+state. The check sees operations of PyTorch. CUDA finds kernels launched past PyTorch's dispatcher
+only at capture.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
-from types import FrameType, TracebackType
+from collections.abc import Iterable, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -25,60 +26,78 @@ from vi_simsiam.errors import InputError
 
 _aten = torch.ops.aten
 _TORCH, _PYTHON = os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.__file__) + os.sep
-_OURS = {os.path.join(os.path.dirname(__file__), name) for name in ("graph.py", "graph_rules.py")}
+_OWN_FILES = {
+    os.path.join(os.path.dirname(__file__), name) for name in ("graph.py", "graph_rules.py")
+}
 
 
 def check_state(state: Sequence[Any], device: torch.device) -> None:
-    """Refuse what can be seen without running the step.
+    """Check what can be seen without running the step.
 
     Args:
-        state: what the step changes.
+        state: everything that the step changes.
         device: where the step runs.
 
     Raises:
-        InputError: a module is wrapped in DistributedDataParallel, or an optimizer would take its learning rate or its
-            step count from the host, where a replay does not look.
+        InputError: a module is wrapped in DistributedDataParallel, or an optimizer takes its
+            learning rate or its step count from the host, which a replay does not read.
     """
     for i, item in enumerate(state):
-        if isinstance(item, nn.Module) and any(
-            isinstance(part, DistributedDataParallel) for part in item.modules()
-        ):
+        parts = item.modules() if isinstance(item, nn.Module) else ()
+        if any(isinstance(part, DistributedDataParallel) for part in parts):
             raise InputError(
-                f"state[{i}]: a step with DistributedDataParallel is not captured; give mode 'off', or the module inside it"
+                f"state[{i}]: a step with DistributedDataParallel is not captured; "
+                "give mode 'off', or the module inside it"
             )
         if isinstance(item, torch.optim.Optimizer):
             for group in item.param_groups:
-                _check_group(f"state[{i}]: {type(item).__name__}", item, group, device)
+                if problem := _group_problem(item, group, device):
+                    raise InputError(f"state[{i}]: {type(item).__name__} {problem}")
 
 
-def _check_group(
-    name: str, optimizer: torch.optim.Optimizer, group: dict[str, Any], device: torch.device
-) -> None:
+def _group_problem(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], device: torch.device
+) -> str | None:
     lr = group.get("lr")
     if not isinstance(lr, Tensor):
-        raise InputError(
-            f"{name} has the number lr={lr}, which a graph would repeat whatever a scheduler says; "
+        return (
+            f"has the number lr={lr}, which a graph would repeat whatever a scheduler does; "
             f"give lr=torch.tensor({lr}, device='{device}')"
         )
     if lr.device.type != device.type:
-        raise InputError(
-            f"{name} has its lr on {lr.device}, where a graph would read it once; put it on {device}"
-        )
+        return f"has its lr on {lr.device}, where a graph would read it once; put it on {device}"
     if group.get("capturable") is False:
-        raise InputError(f"{name} counts its steps on the host; give capturable=True")
+        return "counts its steps on the host; give capturable=True"
     if isinstance(optimizer, torch.optim.SGD) and not group["fused"]:
-        raise InputError(f"{name} reads its lr on the host; give fused=True")
+        return "reads its lr on the host; give fused=True"
+    return None
+
+
+def check_optimizer_state(state: Sequence[Any], device: torch.device) -> None:
+    """Check that no optimizer made tensors on the host, which a replay does not update.
+
+    Raises:
+        InputError: an optimizer did, as Adagrad does for its step count.
+    """
+    for i, item in enumerate(state):
+        held = item.state.values() if isinstance(item, torch.optim.Optimizer) else ()
+        for key, value in (entry for entries in held for entry in entries.items()):
+            if isinstance(value, Tensor) and value.device.type != device.type:
+                raise InputError(
+                    f"state[{i}]: {type(item).__name__} keeps '{key}' on {value.device}, where a "
+                    "replay does not count; use an optimizer that has capturable=True"
+                )
 
 
 class Rules(TorchDispatchMode):
-    """Runs operations, and refuses the first one that a graph cannot hold.
+    """Runs operations, and stops at the first one that a graph cannot hold.
 
     Args:
         device: where the step runs.
         known: the tensors that the step may change: its state, and its own copies of the inputs.
 
     Raises:
-        InputError: from within the step; names the operation and the user's line.
+        InputError: from within the step; with the operation and the user's line.
     """
 
     def __init__(self, device: torch.device, known: Iterable[Tensor]) -> None:
@@ -101,51 +120,50 @@ class Rules(TorchDispatchMode):
         given = {storage for leaf in tree_leaves((args, kwargs)) for storage in _storages(leaf)}
         result = func(*args, **kwargs)
         made = {storage for leaf in tree_leaves(result) for storage in _storages(leaf)}
-        # lift_fresh is how a tensor from host data enters: it was made past the dispatcher.
+        # A tensor from host data enters by lift_fresh: it was made past the dispatcher.
         self._writable |= made if func is _aten.lift_fresh.default else made - given
         return result
 
     def _broken_rule(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        on_device = any(self._here(tensor) for tensor in tensors)
+        leaves, sized = tree_leaves((args, kwargs)), kwargs.get("output_size") is not None
+        on_device = any(self._here(leaf) for leaf in leaves if isinstance(leaf, Tensor))
         if DistributedDataParallel._get_active_ddp_module() is not None:
-            # Refused before backward: the wrapper is of no use any more once that has been broken off.
-            return "it runs a model in DistributedDataParallel, which is not captured; use the module inside it"
+            # Refused in the forward: a wrapper whose backward was broken off cannot be used again.
+            return (
+                "it runs a model in DistributedDataParallel, which is not captured; "
+                "use the module inside it"
+            )
         if func.namespace in ("c10d", "_c10d_functional"):
             return "collective operations are not captured"
         if on_device and torch.Tag.data_dependent_output in func.tags:
-            return "it reads a value on the host; keep it in a tensor, return that and read it after the call"
+            return (
+                "it reads a value on the host; "
+                "keep it in a tensor, return that and read it after the call"
+            )
         if func in (_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default):
             indices = [index for index in args[1] if index is not None]
-            one_value = (
-                func is not _aten.index.Tensor and args[2].numel() == 1
-            )  # is done as masked_fill
-            if (
-                on_device
-                and not one_value
-                and any(i.dtype in (torch.bool, torch.uint8) for i in indices)
-            ):
-                return "indexing with a mask has a shape that depends on values; use torch.where or a product"
+            # A write of one value is done as masked_fill.
+            one_value = func is not _aten.index.Tensor and args[2].numel() == 1
+            masked = any(index.dtype in (torch.bool, torch.uint8) for index in indices)
+            if on_device and masked and not one_value:
+                return (
+                    "indexing with a mask has a shape that depends on values; "
+                    "use torch.where or a product"
+                )
             if any(index.device.type != args[0].device.type for index in indices):
                 return "it indexes with a tensor of another device"
-        elif (
-            on_device
-            and torch.Tag.dynamic_output_shape in func.tags
-            and kwargs.get("output_size") is None
-        ):
+        elif on_device and torch.Tag.dynamic_output_shape in func.tags and not sized:
             return "the shape of its result depends on values"
         if func is _aten.lift_fresh.default and on_device:
-            return "it makes a tensor from data of the host; make it once before, or use torch.full, zeros or arange"
+            return (
+                "it makes a tensor from data of the host; "
+                "make it once before, or use torch.full, zeros or arange"
+            )
         if func in (_aten._to_copy.default, _aten.copy_.default):
             target = kwargs.get("device") or args[0].device
             source = args[1].device if func is _aten.copy_.default else args[0].device
             if source.type != target.type and self._device.type in (source.type, target.type):
                 return f"it copies from {source} to {target}; copy before or after the call"
-        return self._foreign_write(func, args, kwargs)
-
-    def _foreign_write(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> str | None:
         for tensor in _written(func, args, kwargs):
             if self._here(tensor) and not _storages(tensor) <= self._writable:
                 return (
@@ -158,7 +176,7 @@ class Rules(TorchDispatchMode):
         return tensor.device.type == self._device.type
 
     def _line(self) -> str:
-        """The user's line that is being run: backward runs in a thread of its own on a GPU."""
+        """The user's line that is running; on a GPU backward has its own thread."""
         return (
             user_line(traceback.walk_stack(sys._getframe()))
             or user_line(traceback.walk_stack(sys._current_frames().get(self._thread)))
@@ -166,62 +184,40 @@ class Rules(TorchDispatchMode):
         )
 
 
-def check_optimizer_state(state: Sequence[Any], device: torch.device) -> None:
-    """Refuse optimizers whose step has made tensors on the host, such as Adagrad's step count: a replay leaves them.
-
-    Raises:
-        InputError: names the optimizer and the entry of its state.
-    """
-    for i, item in enumerate(state):
-        if isinstance(item, torch.optim.Optimizer):
-            for entries in item.state.values():
-                for key, value in entries.items():
-                    if isinstance(value, Tensor) and value.device.type != device.type:
-                        raise InputError(
-                            f"state[{i}]: {type(item).__name__} keeps '{key}' on {value.device}, where a replay does not "
-                            "count; use an optimizer that has capturable=True"
-                        )
-
-
 def user_line(frames: Iterable[tuple[FrameType, int]]) -> str | None:
-    """The first of these places that is neither in PyTorch, in Python's library nor in the capture, as file:line."""
+    """The first frame outside PyTorch, Python's library and the capture, as file:line."""
     for frame, line in frames:
         file = frame.f_code.co_filename
         of_python = file.startswith(("<", _PYTHON)) and "site-packages" not in file
-        if not (of_python or file.startswith(_TORCH) or file in _OURS):
+        if not (of_python or file.startswith(_TORCH) or file in _OWN_FILES):
             return f"{file}:{line}"
     return None
 
 
 def explain(error: BaseException) -> str:
-    """The first line of the error that came first, and the user's line where it arose.
+    """The first line of the original error, and the user's line that raised it.
 
-    A capture that went wrong raises again where it is ended; the cause is the context of that error.
+    A capture that went wrong raises again where it ends; its cause is the context of that error.
     """
     while error.__context__ is not None:
         error = error.__context__
     text = (str(error).splitlines() or [""])[0] or type(error).__name__
-    line = user_line(_innermost_first(error.__traceback__))
+    line = user_line(reversed(list(traceback.walk_tb(error.__traceback__))))
     return f"{text} ({line})" if line else text
 
 
-def _innermost_first(trace: TracebackType | None) -> Iterator[tuple[FrameType, int]]:
-    return reversed(list(traceback.walk_tb(trace)))
-
-
 def _storages(value: Any) -> set[int]:
-    """The identity of the memory under a tensor; none for values that have no single one."""
+    """The identity of a tensor's memory; empty for values that have no single one."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return set()
     return {value.untyped_storage()._cdata}
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that an operation says it writes to."""
+    """The tensors that an operation writes to, by its schema."""
     found: list[Any] = []
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            found.append(
-                args[i] if i < len(args) and not argument.kwarg_only else kwargs.get(argument.name)
-            )
+            positional = i < len(args) and not argument.kwarg_only
+            found.append(args[i] if positional else kwargs.get(argument.name))
     return [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]

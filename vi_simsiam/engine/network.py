@@ -1,33 +1,49 @@
-"""The network as a training step calls it: with the project's kernels, compiled, or as it is."""
+"""The network as a training step calls it: with the project's kernels, compiled, or in DDP."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
+from vi_simsiam.config import TrainConfig
+from vi_simsiam.engine.distributed import World
 from vi_simsiam.errors import InputError
 from vi_simsiam.models import Output, SimSiam
 from vi_simsiam.normalisation import PerView
+from vi_simsiam.ops.backends import why_unavailable
 
 Network = Callable[[Sequence[Tensor]], Output]
+
+# torch 2.14 renames the option and warns of the old name.
+_PARAMETERS = inspect.signature(DistributedDataParallel.__init__).parameters
+_NEW_OPTION = "forward_sync_buffers" in _PARAMETERS
+OWN_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if _NEW_OPTION else "broadcast_buffers": False
+}
+"""Every rank keeps its own BatchNorm statistics, and rank 0's are saved. Training never reads them
+(it normalises by the batch), so DistributedDataParallel need not broadcast them at every step."""
 
 
 def training_network(
     model: SimSiam, *, kernels: bool, compiled: bool = False, bf16: bool = False
 ) -> Network:
-    """Choose the layers that map views to the model's `Output` in training; all compute the same function.
+    """Choose the layers that map views to the model's `Output`; all compute the same function.
 
     Args:
-        model: on the device to train on. Views of one size pass through it together from now on, unless it has a
-            BatchNorm that would see them as one batch: that of an own backbone, or SyncBatchNorm.
-        kernels: whether BatchNorm and what follows it, the first convolution and the conversion of the weights are the
-            project's own operations. Not used with `compiled`, nor where the views do not pass together.
-        compiled: whether the network passes through torch.compile.
-        bf16: whether the network is called under autocast to bfloat16.
+        model: on the device to train on. From now on views of one size pass through it together,
+            unless it has a BatchNorm that would see them as one batch: that of an own backbone, or
+            SyncBatchNorm.
+        kernels: use the project's operations for BatchNorm and its successors, the first
+            convolution and the conversion of weights. Ignored with `compiled`, and where views do
+            not pass together.
+        compiled: pass the network through torch.compile.
+        bf16: the network is called under autocast to bfloat16.
     """
     model.shared_passes = all(
         isinstance(norm, PerView) for norm in model.modules() if isinstance(norm, _BatchNorm)
@@ -38,8 +54,44 @@ def training_network(
     return Bfloat16Weights(model) if model.fused and bf16 else model
 
 
+def use_kernels(config: TrainConfig, world: World) -> bool:
+    """Decide on the project's kernels.
+
+    Raises:
+        InputError: kernels is "on", and they cannot be used.
+    """
+    problem = why_unavailable("triton", world.device.type)
+    if problem is not None:
+        problem = f"Triton cannot run them here: {problem}"
+    elif config.compile:
+        problem = "compile replaces them"
+    elif not world.alone:
+        problem = "they are for a run without torchrun"
+    elif config.sync_batch_norm:
+        problem = "they do not take statistics over several GPUs, as with sync_batch_norm"
+    if config.kernels == "on" and problem is not None:
+        raise InputError(f"kernels: 'on' cannot be used: {problem}; auto and off run here")
+    wanted = config.kernels == "on" or (config.kernels == "auto" and world.device.type == "cuda")
+    return wanted and problem is None
+
+
+def check_capture(config: TrainConfig, world: World) -> None:
+    """Raise InputError if capture is "on", and the step cannot be captured."""
+    if config.capture != "on":
+        return
+    if world.device.type != "cuda":
+        raise InputError(
+            f"capture: 'on' needs a CUDA device, and this run is on {world.device}; "
+            "auto and off run here"
+        )
+    if not world.alone:
+        raise InputError(
+            "capture: 'on' is for a run without torchrun; the ranks' collectives are not captured"
+        )
+
+
 def check_compiler(device: torch.device) -> None:
-    """Compile a small function, so that a compiler that is missing is found before a run begins.
+    """Compile a small function, so that a missing compiler is found before a run begins.
 
     Raises:
         InputError: torch.compile does not work on this machine.
@@ -49,15 +101,53 @@ def check_compiler(device: torch.device) -> None:
     except Exception as error:  # a missing compiler, header or library each raises its own
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise InputError(
-            f"compile: torch.compile does not work here ({reason}); leave --compile out, or install a C++ compiler such as g++"
+            f"compile: torch.compile does not work here ({reason}); leave --compile out, "
+            "or install a C++ compiler such as g++"
         ) from error
 
 
-class Bfloat16Weights:
-    """A model that computes with bfloat16 copies of its convolutions' and linear layers' weights, as under autocast.
+def wrap(model: Callable[..., Any], world: World) -> Callable[..., Any]:
+    """`model` with gradients averaged over the ranks; `model` itself alone.
 
-    Autocast makes the copies layer by layer, and converts every gradient by itself: two launches for each weight. Here
-    all are made by one, and so are the gradients in float32. Call it under autocast, which converts what is left.
+    All ranks start from rank 0's weights and buffers. Call the wrapper with all views of a step at
+    once: it prepares one reduction for one backward. Compute the loss from its output outside, as
+    the mean over the rank's part of the batch: with parts of equal size the averaged gradient is
+    that of the mean over the whole batch. Every parameter must take part in the loss. Save and
+    restore `model`, not the wrapper.
+    """
+    if world.alone:
+        return model
+    assert isinstance(model, nn.Module)
+    return DistributedDataParallel(
+        model,
+        device_ids=[world.device] if world.device.type == "cuda" else None,
+        **OWN_BUFFERS,
+        gradient_as_bucket_view=True,  # saves one copy of all gradients
+    )
+
+
+def sync_batch_norm(model: nn.Module, world: World) -> nn.Module:
+    """`model` with every BatchNorm's statistics over the batch of all ranks.
+
+    The parameters stay the same objects.
+
+    Raises:
+        InputError: on a CPU, where torch has no such layer.
+    """
+    if world.device.type != "cuda":
+        raise InputError("sync_batch_norm: SyncBatchNorm runs on GPUs only; leave it out on a CPU")
+    if world.alone:
+        return model
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return converted
+
+
+class Bfloat16Weights:
+    """A model that computes with bfloat16 copies of its convolutions' and linear layers' weights.
+
+    The result is that of autocast. Autocast copies the weights layer by layer and converts every
+    gradient on its own: two launches for each weight. Here one launch makes all copies, and one all
+    gradients. Call it under autocast, which converts everything else.
 
     Args:
         model: its weights stay float32, and receive float32 gradients.
@@ -74,7 +164,7 @@ class Bfloat16Weights:
         ]
 
     def __call__(self, views: Sequence[Tensor]) -> Output:
-        """As the model."""
+        """The model's output for `views`."""
         weights = [self._model.get_parameter(name) for name in self._names]
         copies = dict(zip(self._names, _Converted.apply(*weights), strict=True))
         return torch.func.functional_call(self._model, copies, (views,))  # type: ignore[no-any-return]
@@ -88,9 +178,7 @@ class _Converted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        used = iter(
-            _all_to([gradient for gradient in gradients if gradient is not None], torch.float32)
-        )
+        used = iter(_all_to([g for g in gradients if g is not None], torch.float32))
         return tuple(None if gradient is None else next(used) for gradient in gradients)
 
 

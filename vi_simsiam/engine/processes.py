@@ -1,4 +1,4 @@
-"""Several processes at once: started, watched, asked to save and end, and never left behind."""
+"""Child processes and signals: start, watch and stop other processes, and end on request."""
 
 from __future__ import annotations
 
@@ -10,26 +10,24 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from vi_simsiam.engine.signals import announce
-
 INTERRUPTED = 130
-"""Exit code of a process that was asked to end and can go on later."""
+"""Exit code of a process that was interrupted and can go on later."""
 _POLL_SECONDS = 0.2
 _SAVING_SECONDS = 60.0
 _Process = TypeVar("_Process", bound="Process")
 
 
 class Process:
-    """A process of its own process group whose output goes to a file.
+    """A process in its own process group, with its output in a file.
 
     Attributes:
-        log: where its output goes.
+        log: the file of its output.
         exit: its exit code, None until it has ended.
         seconds: from its start to its end.
     """
@@ -43,13 +41,13 @@ class Process:
 
     @property
     def running(self) -> bool:
-        """Whether it was started and has not ended."""
+        """True from its start to its end."""
         return self._process is not None and self.exit is None
 
     @property
     def pid(self) -> int | None:
         """Its number while it runs."""
-        return self._process.pid if self._process is not None and self.exit is None else None
+        return self._process.pid if self._process and self.exit is None else None
 
     @property
     def state(self) -> str:
@@ -60,11 +58,17 @@ class Process:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since its start; all that it took once it has ended."""
+        """Seconds since its start, or from its start to its end."""
         return time.monotonic() - self._started if self.running else self.seconds
 
     def start(self, command: Sequence[str], *, threads: int, append: bool) -> None:
-        """Start it with so many threads for PyTorch's operations; `append` to an earlier session's log."""
+        """Start `command`.
+
+        Args:
+            command: program and arguments.
+            threads: number of threads for PyTorch's operations.
+            append: keep the log of an earlier session.
+        """
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         with self.log.open("ab" if append else "wb") as log:
             self._process = subprocess.Popen(
@@ -73,32 +77,33 @@ class Process:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                # A terminal's Ctrl-C would reach the process beside our signal, and the second one ends it at once.
+                # A terminal's Ctrl-C would reach the process in addition to the signal of `watch`,
+                # and a second signal ends it at once.
                 start_new_session=True,
             )
         self._started = time.monotonic()
 
     def poll(self) -> bool:
-        """Whether it has ended; notes how."""
+        """True if it has ended; sets `exit` and `seconds`."""
         if self.exit is None and self._process is not None and self._process.poll() is not None:
             self.seconds = time.monotonic() - self._started
             code = self._process.returncode
-            # Before the trainer handles signals they end the process.
+            # A signal ends a process whose trainer does not handle it yet.
             self.exit = INTERRUPTED if code in (-signal.SIGINT, -signal.SIGTERM) else code
         return self.exit is not None
 
     def stop(self) -> None:
-        """Ask it to save what it has and to end."""
+        """Send the signal to save and end."""
         if self._process is not None:
             self._process.terminate()
 
     def kill(self) -> None:
-        """End it at once, with the processes that it started."""
+        """End it and its own child processes at once."""
         if self._process is not None and self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def wait(self, seconds: float) -> None:
-        """Wait at most so long for its end."""
+        """Wait for its end, for at most `seconds`."""
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(max(0.0, seconds))
@@ -113,25 +118,24 @@ def watch(
     ended: Callable[[_Process], object],
     start_more: Callable[[], object] | None = None,
 ) -> None:
-    """Wait until all processes that were started have ended; pass signals on.
+    """Wait until all started processes have ended; pass signals on.
 
-    The first signal asks every process to save and end, and nothing is started any more; the second one kills.
+    After the first signal every process saves and ends, and no more are started; the second one
+    kills.
 
     Args:
         processes: those that are or will be started.
-        received: what `signals` receives.
-        console: where `table` is shown while they run, if it is a terminal.
+        received: the list of `signals`.
+        console: shows `table` while they run, if it is a terminal.
         table: the state of all.
         ended: called once for each process that has ended.
-        start_more: called after every look at the processes, to start what waits.
+        start_more: called in every round, to start waiting processes.
     """
     passed = 0
     with Live(table(), console=console, transient=True, auto_refresh=False) as live:
         while True:
-            # All of them are noted first: what is written about one end must not miss another.
-            for process in [
-                process for process in processes if process.exit is None and process.poll()
-            ]:
+            # All are polled first, so that `ended` sees the state of all of them.
+            for process in [each for each in processes if each.exit is None and each.poll()]:
                 ended(process)
             if len(received) > passed:
                 passed = len(received)
@@ -150,7 +154,7 @@ def watch(
 
 
 def end(processes: Iterable[Process]) -> None:
-    """Leave no process behind: where something went wrong here, they still get the time to save."""
+    """Stop all processes, with time to save, and kill those that are left."""
     processes = list(processes)
     deadline = time.monotonic() + _SAVING_SECONDS
     for process in processes:
@@ -161,34 +165,54 @@ def end(processes: Iterable[Process]) -> None:
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[list[int]]:
-    """A list that receives every SIGINT and SIGTERM; the first one is answered on standard error at once."""
+def stop_signals(*, patient: bool = False, notice: str = "") -> Iterator[list[int]]:
+    """A list that receives the first SIGINT or SIGTERM; a second one has its usual effect.
+
+    From the first signal on the end of a child process is no error. The end of a job ends the data
+    loader's workers, too, and torch's handler of SIGCHLD would then raise anywhere in the program,
+    for example in the middle of a checkpoint.
+
+    Args:
+        patient: receive all signals: torchrun repeats to its ranks the one of the terminal.
+        notice: printed to standard error at once, since a step can take long.
+    """
     received: list[int] = []
+    previous: dict[int, Any] = {}
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if not received:
-            announce("stopping all runs after their step; once more ends them at once")
+        if notice and not received:
+            # The handler may have interrupted a print, which is not reentrant.
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{notice}\n".encode())
         received.append(number)
+        if not patient:
+            restore()
+        if hasattr(signal, "SIGCHLD") and signal.SIGCHLD not in previous:
+            previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda number, frame: None)
 
-    previous = {}
+    def restore() -> None:
+        while previous:
+            signal.signal(*previous.popitem())
+
     with contextlib.suppress(ValueError):  # signals reach the main thread only
         for number in (signal.SIGINT, signal.SIGTERM):
             previous[number] = signal.signal(number, handle)
     try:
         yield received
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        restore()
+
+
+def signals() -> contextlib.AbstractContextManager[list[int]]:
+    """A list that receives every SIGINT and SIGTERM, for a command that runs other processes."""
+    notice = "stopping all runs after their step; once more ends them at once"
+    return stop_signals(patient=True, notice=notice)
 
 
 def last_line(path: Path) -> str:
-    """The last line of a file that says something; empty without any."""
+    """The last line of a file that is not blank; empty without one."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-        lines = [
-            line.strip()
-            for line in file.read().decode(errors="replace").splitlines()
-            if line.strip()
-        ]
-        return lines[-1] if lines else ""
+        lines = file.read().decode(errors="replace").strip().splitlines()
+        return lines[-1].strip() if lines else ""
     return ""

@@ -1,4 +1,4 @@
-"""The run folder: where it lies, what it holds, and how a finished run is opened again."""
+"""The run folder: its files, the checks before training, and opening a finished run."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ from vi_simsiam.models import SimSiam, build_model
 from vi_simsiam.paths import user_path
 
 CONFIG, CHECKPOINT, METRICS = "config.json", "checkpoint.pt", "metrics.jsonl"
-# The last layer of SimSiam's predictors, which is a part of the layer in its place where the concentration is apart.
+# The last layer of SimSiam's predictors, a part of that layer where the concentration is separate.
 _APART = re.compile(r"^((?:local_)?predictor\.3)\.(weight|bias)$")
-# What an interrupted write leaves, see `write_atomically`.
+# Files that an interrupted write leaves, see `write_atomically`.
 _REMAINS = (f".{CONFIG}.*", f".{CHECKPOINT}.*")
 _RESULTS = (
-    *_REMAINS, CHECKPOINT, METRICS, "events.out.tfevents.*", "knn.json", "linear.json", "logistic.json", "uncertainty.json", "curves.png",
-    "kappa.png", "density.png", "reliability.png", "risk_coverage.png", "corruptions.png", "scores.png", "report.html",
+    *_REMAINS, CHECKPOINT, METRICS, "events.out.tfevents.*", "knn.json", "linear.json",
+    "logistic.json", "uncertainty.json", "curves.png", "kappa.png", "density.png",
+    "reliability.png", "risk_coverage.png", "corruptions.png", "scores.png", "report.html",
 )  # fmt: skip
 
 
@@ -47,19 +48,20 @@ class Run:
     model: SimSiam
     """The last checkpoint's weights, in eval mode, on `device`."""
     splits: Splits
-    """What was trained on, and what to evaluate on: a selection, where the configuration asks for one."""
+    """The images of training and evaluation, as the configuration selects them."""
     device: torch.device
     workers: int
 
     def __repr__(self) -> str:
-        config = self.config
-        network = f"{config.model.backbone}, D = {config.model.dim}"
-        return (
-            f"Run({str(self.path)!r}: {config.method} on {config.data}, {network}, {self.device})"
-        )
+        method, data, model = self.config.method, self.config.data, self.config.model
+        network = f"{model.backbone}, D = {model.dim}, {self.device}"
+        return f"Run({str(self.path)!r}: {method} on {data}, {network})"
 
     def readable(self, source: ImageSource) -> tuple[PackedImages, list[Unreadable]]:
-        """The images of one of the splits decoded, and those that cannot be; an ImageWarning names these, and other losses."""
+        """The decoded images of a split, and those that cannot be read.
+
+        An ImageWarning names the latter, and other losses.
+        """
         images, unreadable = cached(
             source, cache_dir=self.config.cache_dir, workers=self.workers, console=None
         )
@@ -81,14 +83,14 @@ def load_run(
 
     Args:
         path: the folder that training wrote.
-        data: the data set, where it has moved; None for the one that the run was trained on.
-        data_root: where downloaded data sets are; None for the run's own.
-        cache_dir: where decoded images are kept; None for the run's own place.
+        data: the data set, if it has moved; None for the run's own.
+        data_root: folder of downloaded data sets; None for the run's own.
+        cache_dir: folder of decoded images; None for the run's own.
         device: "auto", "cpu", "cuda" or "cuda:N".
         workers: processes that read images; None for a number that suits the device.
 
     Raises:
-        InputError: no run there, a damaged file, or a data set that is gone.
+        InputError: no run there, a damaged file, or a missing data set.
     """
     path = user_path("run", path)
     place = resolve_device(device)
@@ -103,18 +105,16 @@ def load_run(
 
 
 def load_model(path: Path, device: torch.device) -> tuple[TrainConfig, SimSiam]:
-    """The configuration of a run folder, and the last checkpoint's weights in eval mode on `device`.
+    """The configuration of a run, and its last checkpoint's weights in eval mode on `device`.
 
     Raises:
         InputError: no run there, or a damaged file.
     """
     config = read_config(path)
     checkpoint = Checkpoint.load(path / CHECKPOINT, device)
-    # The checkpoint has the weights: torchvision's need not be downloaded once more.
-    untrained = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, pretrained=False)
-    )
-    model = build_model(untrained).to(device).eval()
+    # The checkpoint has the weights: torchvision's need not be downloaded again.
+    parts = dataclasses.replace(config.model, pretrained=False)
+    model = build_model(dataclasses.replace(config, model=parts)).to(device).eval()
     checkpoint.restore(model)
     return config, model
 
@@ -124,10 +124,10 @@ def open_splits(config: TrainConfig, *, run: Path | None = None) -> Splits:
 
     Args:
         config: the configuration.
-        run: the run that was trained on them, if one was; they may have moved since.
+        run: the run that was trained on them, for the message if they have moved.
 
     Raises:
-        InputError: the data set is not there, or has fewer images than the configuration asks for.
+        InputError: the data set is not there, or has fewer images than the configuration needs.
     """
     try:
         splits = open_dataset(
@@ -145,10 +145,10 @@ def open_splits(config: TrainConfig, *, run: Path | None = None) -> Splits:
 
 
 def load_frozen(model: SimSiam, config: TrainConfig, device: torch.device) -> None:
-    """Give a frozen `model`, built for `config`, the weights of the SimSiam run `config.frozen_run`.
+    """Load the weights of the SimSiam run `config.frozen_run` into `model`, built for `config`.
 
     Raises:
-        InputError: no run there, one of another method or of another model, or a damaged file.
+        InputError: no run there, a run of another method or model, or a damaged file.
     """
     path = config.frozen_run
     assert path is not None
@@ -156,32 +156,28 @@ def load_frozen(model: SimSiam, config: TrainConfig, device: torch.device) -> No
         raise InputError(f"frozen_run: {path} holds no run; it must be the folder of a SimSiam run")
     saved = read_config(path)
     if saved.method != "simsiam":
-        raise InputError(
-            f"frozen_run: {path} is a run of {saved.method}; it must be one of simsiam"
-        )
+        text = f"{path} is a run of {saved.method}; it must be one of simsiam"
+        raise InputError(f"frozen_run: {text}")
     theirs, given = dataclasses.asdict(saved.model), dataclasses.asdict(config.model)
-    others = [
-        f"{name}: {theirs[name]} -> {given[name]}" for name in given if theirs[name] != given[name]
-    ]
-    others = [text for text in others if not text.startswith("pretrained:")]
+    others = [name for name in given if name != "pretrained" and theirs[name] != given[name]]
     if others:
-        raise InputError(f"frozen_run: the model of {path} is another one; {'; '.join(others)}")
+        changes = "; ".join(f"{name}: {theirs[name]} -> {given[name]}" for name in others)
+        raise InputError(f"frozen_run: the model of {path} is another one; {changes}")
     weights = {
         _APART.sub(r"\1.mean.\2", name): value
         for name, value in Checkpoint.load(path / CHECKPOINT, device).model.items()
-        if not name.startswith("target.")  # of a run with ema: the network itself is kept
+        if not name.startswith("target.")  # the moving average of a run with ema
     }
     own = {name: value for name, value in model.state_dict().items() if ".concentration." in name}
     try:
         model.load_state_dict({**own, **weights})
     except RuntimeError as error:
-        raise InputError(
-            f"frozen_run: {path / CHECKPOINT} does not fit the model that {CONFIG} describes"
-        ) from error
+        text = f"{path / CHECKPOINT} does not fit the model that {CONFIG} describes"
+        raise InputError(f"frozen_run: {text}") from error
 
 
 def read_config(path: Path) -> TrainConfig:
-    """The configuration that a run was started with.
+    """The configuration of a run.
 
     Raises:
         InputError: `path` holds no run, or its configuration cannot be read.
@@ -195,14 +191,14 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def check_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder that training must not write to, before anything is done.
+    """Check that training may write to a folder.
 
     Raises:
-        InputError: it holds a run and neither `resume` nor `overwrite` was said, it holds something else, or there is
-            nothing to resume.
+        InputError: it holds a run and neither `resume` nor `overwrite` is set, it holds something
+            else, or there is nothing to resume.
     """
     if resume and overwrite:
-        raise InputError("resume, overwrite: only one of them can be said")
+        raise InputError("resume, overwrite: only one of them can be given")
     if path.exists() and not path.is_dir():
         raise InputError(f"out: {path} is a file, not a folder")
     holds_run = (path / CONFIG).is_file()
@@ -210,30 +206,25 @@ def check_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
         raise InputError(f"resume: {path} holds no {CHECKPOINT} to go on from")
     if holds_run and not (resume or overwrite):
         raise InputError(
-            f"out: {path} already holds a run; say --resume to go on with it or --overwrite to replace it"
+            f"out: {path} already holds a run; "
+            "say --resume to go on with it or --overwrite to replace it"
         )
-    if path.is_dir() and not holds_run:
-        # A run that was killed while its configuration was written holds that, and is to be started again.
-        others = [
-            file for file in path.iterdir() if not any(file.match(pattern) for pattern in _REMAINS)
-        ]
-        if others:
-            raise InputError(f"out: {path} holds other files; give an empty or new folder")
+    # A run that was killed while its configuration was written can be started again.
+    files = [] if holds_run or not path.exists() else path.iterdir()
+    if not all(any(file.match(pattern) for pattern in _REMAINS) for file in files):
+        raise InputError(f"out: {path} holds other files; give an empty or new folder")
 
 
 def check_config(
-    saved: TrainConfig,
-    config: TrainConfig,
-    path: Path | None,
-    decoded: str | None = None,
+    saved: TrainConfig, config: TrainConfig, path: Path | None, decoded: str | None = None
 ) -> None:
-    """Refuse to go on with other settings than those that the run in `path` was started with; its images may have moved.
+    """Check that a run goes on with its own settings; its images may have moved.
 
     Args:
-        saved: the run's.
-        config: those to go on with.
+        saved: the settings of the run.
+        config: the settings to go on with.
         path: the run folder.
-        decoded: the name of images that were decoded already, by their own settings; None for those of `config`.
+        decoded: name of images that are decoded already, by their own settings; None otherwise.
 
     Raises:
         InputError: they differ.
@@ -250,16 +241,16 @@ def check_config(
 def check_images(
     saved: TrainConfig, config: TrainConfig, checkpoint: Checkpoint, now: dict[str, Any]
 ) -> None:
-    """Refuse to go on with other images than those that a run was trained on; these may have moved.
+    """Check that a run goes on with the images it was trained on, which may have moved.
 
     Args:
-        saved: the run's configuration.
-        config: the one to go on with.
-        checkpoint: the run's.
-        now: of the images that `config` names, `data.content.content` or what is listed of it.
+        saved: the configuration of the run.
+        config: the configuration to go on with.
+        checkpoint: of the run.
+        now: `data.content.content` of the images of `config`, or `listed` without the pixels.
 
     Raises:
-        InputError: they differ, or have moved and the checkpoint has nothing to compare them with.
+        InputError: they differ, or have moved and the checkpoint has no description of them.
     """
     old, new = saved.data, config.data
     if old == new and saved.data_root != config.data_root:
@@ -273,8 +264,8 @@ def check_images(
         )
     if saved.data != config.data and not checkpoint.content:
         raise InputError(
-            f"resume: {new} cannot be compared with {old}, which the run was trained on: its checkpoint is of an "
-            "older version; bring the images back there to go on"
+            f"resume: {new} cannot be compared with {old}, which the run was trained on: its "
+            "checkpoint is of an older version; bring the images back there to go on"
         )
 
 
@@ -288,19 +279,18 @@ def start_folder(path: Path, config: TrainConfig) -> None:
 
 
 def record_place(path: Path, config: TrainConfig) -> None:
-    """Save where the images of the run in `path` lie now, if they have moved, so that it is evaluated there."""
+    """Save the new place of a run's images if they have moved, for its evaluation."""
     saved = read_config(path)
-    moved = dataclasses.replace(
-        saved, data=config.data, data_root=config.data_root, cache_dir=config.cache_dir
-    )
+    place = {name: getattr(config, name) for name in ("data", "data_root", "cache_dir")}
+    moved = dataclasses.replace(saved, **place)
     if moved != saved:
         write_json(path / CONFIG, moved.to_dict())
 
 
 def new_folder(parent: Path, config: TrainConfig) -> Path:
-    """Make the first folder of the form parent/DATA-METHOD-NNN that is not there yet; no two processes get the same."""
-    place = Path(config.data.removeprefix("folder:").removeprefix("pack:"))
-    stem = f"{place.name.removesuffix('.pack') or 'data'}-{config.method}"
+    """Make the first free folder parent/DATA-METHOD-NNN; two processes never get the same one."""
+    data = Path(config.data.removeprefix("folder:").removeprefix("pack:"))
+    stem = f"{data.name.removesuffix('.pack') or 'data'}-{config.method}"
     parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         path = parent / f"{stem}-{number:03d}"
@@ -311,37 +301,36 @@ def new_folder(parent: Path, config: TrainConfig) -> Path:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the GPU where there is one.
+    """The device of that name; "auto" is the GPU if there is one.
 
     Raises:
         InputError: no such device here.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    device = None
+    with contextlib.suppress(RuntimeError):
         device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"device: {name!r} is none of auto, cpu, cuda, cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
+    if device is None or device.type not in ("cpu", "cuda"):
         raise InputError(f"device: {name!r} is none of auto, cpu, cuda, cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device: {name!r} is not here ({torch.cuda.device_count()} CUDA devices found)"
-        )
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise InputError(f"device: {name!r} is not here ({count} CUDA devices found)")
     return device
 
 
 def resolve_workers(workers: int | None, device: torch.device) -> int:
-    """`workers`, or the number that reads images for evaluation: with a GPU one for every CPU core, at most 16.
+    """The number of processes that read images for evaluation: `workers`, or one that suits.
 
-    Without a GPU a quarter of the cores, at least 1: the cores compute the network, and a thread that waits at one of its
-    barriers for another that a loader has displaced spins.
+    With a GPU that is one for every CPU core, at most 16. Without one it is a quarter of the cores,
+    at least 1: the cores compute the network, and its threads spin at their barriers while a loader
+    occupies the core of one of them.
 
     Raises:
         InputError: a negative number.
     """
-    if workers is not None:
-        if workers < 0:
-            raise InputError(f"workers: {workers} must be at least 0")
-        return workers
-    return min(cores(), 16) if device.type == "cuda" else max(1, cores() // 4)
+    if workers is None:
+        return min(cores(), 16) if device.type == "cuda" else max(1, cores() // 4)
+    if workers < 0:
+        raise InputError(f"workers: {workers} must be at least 0")
+    return workers

@@ -1,4 +1,4 @@
-"""The state of a training, from its metrics: learning, collapsed, dead or not learning, since when, and what to try."""
+"""The state of a training: learning, collapsed, dead or not learning, since when, and a remedy."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from vi_simsiam.engine.run import METRICS
 State = Literal["learning", "collapsed", "dead", "not learning"]
 
 COLLAPSE_THRESHOLD = 0.3
-"""z-std * sqrt(D) is 1 for directions spread evenly over the sphere and 0 when all images map to one point."""
+"""Lower bound of z-std, which is 1 for directions spread evenly over the sphere and 0 if all images
+map to one point."""
 LEAST_SPREAD = 0.01
-"""Below this part the projections before the last BatchNorm are nearly the same; z-std after it does not show that."""
+"""Below it the projections before the last BatchNorm are nearly equal; z-std does not show that."""
 LEAST_RATIO = 0.1
-"""Below this multiple of the concentration that fits the cosines best a concentration is dead."""
+"""A concentration below this multiple of the one that fits the cosines best is dead."""
 LEAST_COSINE = 0.1
-"""Below this predictions and targets are nearly at right angles."""
+"""Below it predictions and targets are nearly at right angles."""
 NO_COSINE = 0.05
-"""Below this they are: nothing has been learned yet."""
+"""Below it they are at right angles: nothing has been learned yet."""
 _LEAST_WEIGHT = 0.02  # gradient of a cosine, as a share of SimSiam's
 _LEAST_BEST = 0.02  # a smaller best concentration is that of no cosine at all
 LARGEST_BEST = 10.0
-"""The best kappa/(D - 1) has no bound as cosines approach 1; one that large learns in any case."""
+"""Bound of the best kappa/(D - 1), which grows without limit as cosines approach 1."""
 STEPS = 100
-"""In the first steps cosine and concentration may still be what they were at the start."""
+"""In the first steps cosine and concentration can still have their initial values."""
 _LINES = 3
-"""Lines of metrics that are averaged: each is of one batch."""
+"""Number of lines of metrics that are averaged: each describes one batch."""
 
 
 def problem(metrics: dict[str, Any]) -> str:
-    """The problem that a line of metrics names, in a few words; nothing while the training learns."""
+    """The problem in a line of metrics, in a few words; empty while the training learns."""
     state = metrics.get("state", "learning")
     return "" if state == "learning" else f"{state} since step {metrics.get('since', '?')}"
 
@@ -43,18 +44,19 @@ def problem(metrics: dict[str, Any]) -> str:
 class Health:
     """The state of a training after the lines of metrics seen so far.
 
-    - collapsed: all images are mapped to nearly one point, seen after the last BatchNorm (z_std) or before it (spread).
-    - dead: kappa is far below the one that would fit the cosines best; or it is so small that the loss hardly has a
-      gradient, that of -kappa log(1 + c) being kappa / (1 + c).
+    - collapsed: all images map to nearly one point, after the last BatchNorm (z_std) or before it
+      (spread).
+    - dead: kappa is far below the value that fits the cosines best, or so small that the loss
+      hardly has a gradient; that of -kappa log(1 + c) is kappa / (1 + c).
     - not learning: predictions and targets are still at right angles.
-    - learning: none of these. What the features are worth is for `vi-simsiam evaluate` to measure.
+    - learning: none of these. `vi-simsiam evaluate` measures the quality of the features.
 
-    A kappa may be far from its best value, and a cosine low, until 100 steps, and the warm-up and one more epoch (or the
-    whole training), are over.
+    Until 100 steps, and the warm-up and one more epoch (or the whole training), are over, kappa may
+    be far from its best value, and the cosine low.
 
     Attributes:
         state: the state.
-        since: step at which what it rests on began, the first line's of the averaged ones; None for learning.
+        since: step at which the problem began, that of the first averaged line; None for learning.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -62,12 +64,12 @@ class Health:
         self.state: State = "learning"
         self.since: int | None = None
         self._recent: deque[dict[str, Any]] = deque(maxlen=_LINES)
-        self._seen: State = "learning"  # whether or not it is too early to say so
+        self._seen: State = "learning"  # the state by the metrics alone, however early
         self._began = 0
 
     @classmethod
     def of_run(cls, folder: Path, config: TrainConfig) -> Health | None:
-        """The state at the end of a run's metrics.jsonl; None where nothing was logged, or what cannot be read."""
+        """The state at the end of a run's metrics.jsonl; None if nothing in it can be read."""
         health = cls(config)
         try:
             for line in (folder / METRICS).read_text(errors="replace").splitlines():
@@ -78,13 +80,17 @@ class Health:
             return None
 
     def update(self, metrics: dict[str, Any]) -> bool:
-        """Take one more line of metrics; returns whether another problem begins with it.
+        """Add one line of metrics.
 
         Args:
-            metrics: the keys cosine and z_std are read; step, epoch, kappa, kappa_best and projection_spread where they are there.
+            metrics: with the keys cosine and z_std; step, epoch, kappa, kappa_best and
+                projection_spread are optional.
+
+        Returns:
+            True if another problem begins with this line.
         """
         self._recent.append(metrics)
-        seen, at_once = self._look()
+        seen, at_once = self._score()
         if seen != self._seen:
             self._seen, self._began = seen, int(self._recent[0].get("step", 0))
         before, self.state = self.state, seen if at_once or self._late() else "learning"
@@ -93,47 +99,52 @@ class Health:
 
     @property
     def short(self) -> str:
-        """A problem in a few words, nothing while the training learns."""
+        """A problem in a few words, empty while the training learns."""
         return problem({"state": self.state, "since": self.since})
 
     @property
     def line(self) -> str:
-        """The verdict: the state with the figure that it rests on and what to try."""
+        """The verdict: the state, the number behind it, and a remedy."""
         config, state = self.config, self.state
-        cosine, z_std = (
-            round(self._mean("cosine") or 0, 2) + 0.0,
-            self._mean("z_std") or 0,
-        )  # no -0.00
+        cosine = round(self._mean("cosine") or 0, 2) + 0.0  # no -0.00
+        z_std, kappa = self._mean("z_std") or 0, self._mean("kappa") or 0
         since = "" if self.since is None else f" since step {self.since}"
-        fitting = f"kappa/(D-1) {self._mean('kappa') or 0:.2g}, where {self._best() or 0:.2g} would fit the cosines"
+        best = self._best() or 0
+        fitting = f"kappa/(D-1) {kappa:.2g}, where {best:.2g} would fit the cosines"
+        longer = f"more --epochs than {config.epochs}"
         if state == "collapsed":
-            varying = self._mean("projection_spread")
+            spread = self._mean("projection_spread")
             figure = f"z-std {z_std:.2f}"
-            if varying is not None and varying < LEAST_SPREAD:
-                figure = f"{varying:.1%} of the projections before the last BatchNorm differs between images"
+            if spread is not None and spread < LEAST_SPREAD:
+                figure = (
+                    f"{spread:.1%} of the projections before the last BatchNorm differs "
+                    "between images"
+                )
             return (
-                f"collapsed{since}: {figure}, all images are mapped to nearly one point; try a smaller --lr than "
-                f"{config.lr:g}, a smaller --weight-decay than {config.weight_decay:g} or a longer --warmup-epochs"
+                f"collapsed{since}: {figure}, all images are mapped to nearly one point; "
+                f"try a smaller --lr than {config.lr:g}, a smaller --weight-decay than "
+                f"{config.weight_decay:g} or a longer --warmup-epochs"
             )
         if state == "dead":
-            weak = f"kappa/(D-1) {self._mean('kappa'):.2g}, the loss has {self._weight():.1%} of the gradient of SimSiam's"
-            return f"dead{since}: {fitting if self._behind() else weak}; try {self._way_back()}"
+            share = f"{self._weight():.1%} of the gradient of SimSiam's"
+            weak = f"kappa/(D-1) {kappa:.2g}, the loss has {share}"
+            return f"dead{since}: {fitting if self._behind() else weak}; try {self._remedy()}"
         if state == "not learning" or (config.frozen_run is None and cosine < LEAST_COSINE):
-            what = state if state == "not learning" else "barely learned"
-            milder = (
-                ""
-                if config.augment.crop_scale[0] >= 0.5
-                else ", or --crop-scale 0.5 1 for milder views"
-            )
+            name = state if state == "not learning" else "barely learned"
+            strong = config.augment.crop_scale[0] < 0.5
+            milder = ", or --crop-scale 0.5 1 for milder views" if strong else ""
             return (
-                f"{what}{since}: cosine {cosine:.2f}, two views of an image are predicted hardly better than by "
-                f"chance (0); try more --epochs than {config.epochs}{milder}"
+                f"{name}{since}: cosine {cosine:.2f}, two views of an image are predicted hardly "
+                f"better than by chance (0); try {longer}{milder}"
             )
         if self._behind():
-            return f"kappa not fitted yet: {fitting}; try more --epochs than {config.epochs}"
+            return f"kappa not fitted yet: {fitting}; try {longer}"
         if config.frozen_run is not None:
-            return f"kappa fitted: kappa/(D-1) {self._mean('kappa'):.3g} at a mean cosine of {cosine:.2f}"
-        return f"learned: cosine {cosine:.2f} between the views of an image, z-std {z_std:.2f} (1: spread evenly, 0: collapsed)"
+            return f"kappa fitted: kappa/(D-1) {kappa:.3g} at a mean cosine of {cosine:.2f}"
+        return (
+            f"learned: cosine {cosine:.2f} between the views of an image, z-std {z_std:.2f} "
+            "(1: spread evenly, 0: collapsed)"
+        )
 
     def _mean(self, name: str, most: float = math.inf) -> float | None:
         values = [min(line[name], most) for line in self._recent if line.get(name) is not None]
@@ -147,14 +158,14 @@ class Health:
         scale = 1 / (dim - 1) if loss.loss_scale is None else loss.loss_scale
         return loss.cosine_weight + kappa * (dim - 1) * scale
 
-    def _look(self) -> tuple[State, bool]:
-        """The state that the recent lines look like, and whether that is wrong at any time of a training."""
-        after, spread = self._mean("z_std"), self._mean("projection_spread")
+    def _score(self) -> tuple[State, bool]:
+        """The state by the recent lines, and True if it is a problem at any time of a training."""
+        z_std, spread = self._mean("z_std"), self._mean("projection_spread")
         frozen = self.config.frozen_run is not None
         if not frozen:
-            if (after is not None and after < COLLAPSE_THRESHOLD) or (
-                spread is not None and spread < LEAST_SPREAD
-            ):
+            if z_std is not None and z_std < COLLAPSE_THRESHOLD:
+                return "collapsed", True
+            if spread is not None and spread < LEAST_SPREAD:
                 return "collapsed", True
             if self._weight() < _LEAST_WEIGHT:
                 return "dead", True
@@ -165,10 +176,8 @@ class Health:
         return "learning", False
 
     def _late(self) -> bool:
-        last = self._recent[-1]
-        warm: bool = last.get("epoch", math.inf) >= min(
-            1 + self.config.warmup_epochs, self.config.epochs
-        )
+        last, config = self._recent[-1], self.config
+        warm: bool = last.get("epoch", math.inf) >= min(1 + config.warmup_epochs, config.epochs)
         return warm and last.get("step", STEPS) >= STEPS
 
     def _best(self) -> float | None:
@@ -178,7 +187,7 @@ class Health:
         return self._mean("kappa_best", most=min(LARGEST_BEST, reachable))
 
     def _behind(self) -> bool:
-        """True where kappa is far below the best one and meant to follow it: with the scale D - 1."""
+        """True if kappa is far below the best one, and should follow it: with the scale D - 1."""
         loss, kappa, best = self.config.loss, self._mean("kappa"), self._best()
         if kappa is None or best is None or loss.concentration == "constant":
             return False
@@ -186,18 +195,15 @@ class Health:
             return False
         return best > _LEAST_BEST and kappa < LEAST_RATIO * best
 
-    def _way_back(self) -> str:
+    def _remedy(self) -> str:
         config, loss = self.config, self.config.loss
+        slower = f"a smaller --lr than {config.lr:g}"
         if config.frozen_run is not None:
             return f"more --epochs than {config.epochs} or a larger --lr than {config.lr:g}"
         if loss.concentration == "constant":
             return f"a larger --concentration-value than {loss.concentration_value}"
-        safe = loss.concentration_link == "quadratic" and (
-            loss.cosine_weight > 0 or loss.concentration == "detached"
-        )
-        way = (
-            f"a smaller --lr than {config.lr:g}"
-            if safe
-            else "--concentration-link quadratic --cosine-weight 1"
-        )
-        return f"{way}{'' if config.clip_norm is not None else ', --clip-norm 1'} or another --seed"
+        with_cosine = loss.cosine_weight > 0 or loss.concentration == "detached"
+        safe = loss.concentration_link == "quadratic" and with_cosine
+        remedy = slower if safe else "--concentration-link quadratic --cosine-weight 1"
+        clip = "" if config.clip_norm is not None else ", --clip-norm 1"
+        return f"{remedy}{clip} or another --seed"

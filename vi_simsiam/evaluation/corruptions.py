@@ -1,12 +1,12 @@
-"""Images damaged step by step: six kinds, five levels each, the same for an image whenever it is asked for.
+"""Images damaged by degrees: six kinds, five levels each, reproducible for every image.
 
-Lengths are shares of the image's side, so that images of 28 and of 224 pixels lose about as much of what they show:
-the blur's deviation and the occluding square grow with the side, and the grain of the noise is at least a 32nd of it
-(noise of single pixels would average out over a large object). Only the blocks of JPEG are 8 pixels at every size:
-the same quality damages a small image more.
+Lengths are shares of the image's side, so that images of 28 and of 224 pixels lose about as much
+content: the blur's deviation and the occluding square grow with the side, and the grain of the
+noise is at least a 32nd of it (noise of single pixels would average out over a large object). Only
+the blocks of JPEG are 8 pixels at every size: the same quality damages a small image more.
 
-The kinds are those of ImageNet-C (Hendrycks and Dietterich, arXiv 1903.12261) that need no files, with occlusion and a
-fade to uniform grey added, after which there is nothing left to be certain of.
+The kinds are those of ImageNet-C (Hendrycks and Dietterich, arXiv 1903.12261) that need no files,
+with occlusion and a fade to uniform grey added, at whose end nothing is left to be certain of.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vi_simsiam.errors import InputError
-
 LEVELS = (0, 1, 2, 3, 4, 5)
 """0 is the image as it is."""
 MAGNITUDES: dict[str, tuple[float, float, float, float, float]] = {
@@ -30,9 +28,10 @@ MAGNITUDES: dict[str, tuple[float, float, float, float, float]] = {
     "jpeg": (40, 20, 10, 5, 1),
     "blank": (0.2, 0.4, 0.6, 0.8, 1.0),
 }
-"""Of levels 1 to 5: the Gaussian blur's standard deviation as a share of the side; the Gaussian noise's standard deviation
-as a share of white; the share of the area under a grey square; the factor on the distance from the mean brightness; the
-JPEG quality; and how far every pixel has gone to grey."""
+"""Strengths at levels 1 to 5: the Gaussian blur's standard deviation as a share of the side; the
+Gaussian noise's standard deviation as a share of white; the share of the area under a grey square;
+the factor on the distance from the mean brightness; the JPEG quality; the share of grey in every
+pixel."""
 
 _GREY = 128
 _GRAINS = 32
@@ -50,58 +49,40 @@ def corrupt(
 ) -> NDArray[np.uint8]:
     """Damage images.
 
-    What happens to an image is a function of its pixels, the kind, the level, the seed and the image's number, whatever
-    other images are given with it. The levels of one image share their randomness: the noise is the same field made
-    stronger, and a square contains the smaller ones.
+    The result is a function of the image's pixels, the kind, the level, the seed and the image's
+    number; other images of the batch do not matter. The levels of one image share their randomness:
+    the noise is the same field made stronger, and a square contains the smaller ones.
 
     Args:
         images: (N, side, side, 3) uint8.
         kind: one of `MAGNITUDES`.
         level: 0 (a copy) to 5.
         seed: at least 0.
-        numbers: (N,) what tells the images apart; None for 0 to N - 1.
+        numbers: (N,) a number of each image, to draw by; None for 0 to N - 1.
 
     Returns:
         (N, side, side, 3) uint8.
-
-    Raises:
-        InputError: an unknown kind or level, a negative seed, or arrays of other shapes or dtypes.
     """
-    if kind not in MAGNITUDES:
-        raise InputError(f"kind: {kind!r} is none of {', '.join(MAGNITUDES)}")
-    if level not in LEVELS:
-        raise InputError(f"level: {level} must be between 0 and {LEVELS[-1]}")
-    if seed < 0:
-        raise InputError(f"seed: {seed} must be at least 0")
-    if (
-        images.dtype != np.uint8
-        or images.ndim != 4
-        or images.shape[3] != 3
-        or images.shape[1] != images.shape[2]
-    ):
-        raise InputError(
-            f"images: {images.dtype} of shape {images.shape} must be uint8 of shape (N, side, side, 3)"
-        )
-    numbers = np.arange(len(images)) if numbers is None else numbers
-    if numbers.shape != (len(images),):
-        raise InputError(
-            f"numbers: shape {numbers.shape} must be ({len(images)},), one for each image"
-        )
-    if level == 0 or len(images) == 0:
+    if level == 0:
         return images.copy()
-    magnitude = MAGNITUDES[kind][level - 1]
+    magnitude, side = MAGNITUDES[kind][level - 1], images.shape[1]
+    seeds = [(seed, int(each)) for each in (range(len(images)) if numbers is None else numbers)]
     if kind == "blur":
-        return _blur(images, magnitude)
+        from scipy.ndimage import gaussian_filter
+
+        sigma = (0, magnitude * side, magnitude * side, 0)
+        return _rounded(gaussian_filter(images.astype(np.float32), sigma, mode="mirror"))
     if kind == "noise":
-        return _noise(images, magnitude, seed, numbers)
+        return _rounded(images + 255 * magnitude * _grain(side, seeds))
     if kind == "occlusion":
-        return _occlude(images, magnitude, seed, numbers)
+        return _occlude(images, magnitude, seeds)
     if kind == "contrast":
         # One brightness for the whole image, not one for each channel: colours fade, too.
         mean = (images @ np.array(_LUMA)).mean((1, 2))[:, None, None, None]
         return _rounded(mean + magnitude * (images - mean))
     if kind == "jpeg":
-        return np.stack([_jpeg(image, int(magnitude)) for image in images])
+        files = [io.BytesIO(jpeg_bytes(image, int(magnitude))) for image in images]
+        return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
     return _rounded((1 - magnitude) * images.astype(np.float64) + magnitude * _GREY)
 
 
@@ -112,50 +93,27 @@ def jpeg_bytes(image: NDArray[np.uint8], quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def _blur(images: NDArray[np.uint8], share: float) -> NDArray[np.uint8]:
-    from scipy.ndimage import gaussian_filter
-
-    sigma = share * images.shape[1]
-    return _rounded(gaussian_filter(images.astype(np.float32), (0, sigma, sigma, 0), mode="mirror"))
-
-
-def _noise(
-    images: NDArray[np.uint8], share: float, seed: int, numbers: NDArray[np.int64]
-) -> NDArray[np.uint8]:
-    side = images.shape[1]
+def _grain(side: int, seeds: list[tuple[int, int]]) -> NDArray[np.float32]:
+    """Fields of standard normal noise, (N, side, side, 3)."""
     cells = min(side, _GRAINS)
     cell = np.arange(side) * cells // side
-    fields = np.stack(
-        [
-            _generator(seed, number, 0).standard_normal((cells, cells, 3), dtype=np.float32)
-            for number in numbers
-        ]
-    )
-    return _rounded(images + 255 * share * fields[:, cell][:, :, cell])
+    draws = [np.random.default_rng((*each, 0)) for each in seeds]
+    fields = [draw.standard_normal((cells, cells, 3), dtype=np.float32) for draw in draws]
+    return np.stack(fields)[:, cell][:, :, cell]
 
 
 def _occlude(
-    images: NDArray[np.uint8], share: float, seed: int, numbers: NDArray[np.int64]
+    images: NDArray[np.uint8], share: float, seeds: list[tuple[int, int]]
 ) -> NDArray[np.uint8]:
     side = images.shape[1]
     square = max(1, round(math.sqrt(share) * side))
     damaged = images.copy()
-    for image, number in zip(damaged, numbers, strict=True):
-        # The same place relative to what room there is, which makes every square contain the smaller ones.
-        top, left = np.floor(_generator(seed, number, 1).random(2) * (side - square + 1)).astype(
-            int
-        )
+    for image, each in zip(damaged, seeds, strict=True):
+        # In proportion to the free space: every square contains the smaller ones.
+        position = np.random.default_rng((*each, 1)).random(2) * (side - square + 1)
+        top, left = np.floor(position).astype(int)
         image[top : top + square, left : left + square] = _GREY
     return damaged
-
-
-def _jpeg(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
-    with Image.open(io.BytesIO(jpeg_bytes(image, quality))) as decoded:
-        return np.asarray(decoded.convert("RGB"))
-
-
-def _generator(seed: int, number: int, purpose: int) -> np.random.Generator:
-    return np.random.default_rng((seed, int(number), purpose))
 
 
 def _rounded(values: NDArray[np.floating]) -> NDArray[np.uint8]:

@@ -1,7 +1,7 @@
 """Frozen features of a run's images, computed once for every evaluation.
 
-Three encoders are compared on the same images: the trained backbone, the same backbone before training, and the pixels
-themselves. An accuracy means little until it is seen beside those two.
+Three encoders are compared on the same images: the trained backbone, the same backbone before
+training, and the pixels themselves. An accuracy means little without those two beside it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from vi_simsiam.backbones import build_backbone
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.loader import eval_loader
@@ -25,15 +26,15 @@ from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.augmented import AugmentedFeatures
-from vi_simsiam.models import build_backbone
+from vi_simsiam.inference.forward import extract
 from vi_simsiam.text import brief_repr, counted
 
 ENCODERS = ("trained", "untrained", "pixels")
-"""What is compared, in the order of every result."""
+"""In the order of every result."""
 CALIBRATION_IMAGES = 10_000
-"""Most training images that an untrained backbone's BatchNorm statistics are taken from."""
+"""Most training images for the BatchNorm statistics of an untrained backbone."""
 PIXELS_SIZE = 32
-"""Largest side of the image that the pixel features are read from."""
+"""Largest side of the images behind the pixel features."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,11 @@ class FeatureSets:
     val_labels: Tensor
     """(M,) int64."""
     device: torch.device
-    """Where evaluations compute."""
+    """Device of the evaluations."""
     unreadable: int = 0
     """Images left out because they cannot be read."""
     augmented: AugmentedFeatures | None = None
-    """The trained encoder's features of random views of the training images, computed when asked for."""
+    """The trained encoder's features of random views of the training images, computed lazily."""
 
     __repr__ = brief_repr
 
@@ -74,161 +75,97 @@ def collect(
         world: ranks that share the work, all of which must call; None for this process alone.
 
     Raises:
-        InputError: the data has no labels or no validation images, or too many files cannot be read.
+        InputError: the data has no labels or no validation images, or too many files cannot be
+            read.
     """
-    say = report or (lambda phrase: None)
+    report = report or (lambda phrase: None)
     sources: dict[str, PackedImages] = {}
     unreadable = 0
     for split, source in labelled_splits(run.splits).items():
-        say(f"reading the {split} images")
+        report(f"reading the {split} images")
         sources[split], failures = run.readable(source)
         unreadable += len(failures)
     size, device, workers = run.config.augment.size, run.device, run.workers
 
-    say("calibrating the untrained encoder")
-    untrained = untrained_backbone(run.config, sources["train"], device=device, workers=workers)
+    report("calibrating the untrained encoder")
+    train, trained = sources["train"], run.model.backbone
+    untrained = untrained_backbone(run.config, train, device=device, workers=workers)
     features: dict[str, dict[str, Tensor]] = {split: {} for split in sources}
     for split, source in sources.items():
-        for name, backbone in (("trained", run.model.backbone), ("untrained", untrained)):
-            say(f"{name} features of {counted(len(source), f'{split} image')}")
+        images = counted(len(source), f"{split} image")
+        for name, backbone in (("trained", trained), ("untrained", untrained)):
+            report(f"{name} features of {images}")
             features[split][name] = extract(
                 backbone, source, size=size, device=device, workers=workers, world=world
             )
-        say(f"pixels of {counted(len(source), f'{split} image')}")
+        report(f"pixels of {images}")
         features[split]["pixels"] = pixels(source, size, workers=workers)
     return FeatureSets(
         path=run.path,
         data=run.splits.name,
-        classes=sources["train"].classes or (),
+        classes=train.classes or (),
         train=features["train"],
-        train_labels=torch.from_numpy(sources["train"].labels),
+        train_labels=torch.from_numpy(train.labels),
         val=features["val"],
         val_labels=torch.from_numpy(sources["val"].labels),
         device=device,
         unreadable=unreadable,
         augmented=AugmentedFeatures(
-            run.model.backbone,
-            sources["train"],
-            size=size,
-            device=device,
-            workers=workers,
-            report=say,
+            trained, train, size=size, device=device, workers=workers, report=report
         ),
     )
 
 
 def labelled_splits(splits: Splits) -> dict[str, ImageSource]:
-    """The sources "train" and "val" of a data set that runs can be evaluated on.
+    """The sources "train" and "val" of a data set, on which runs can be evaluated.
 
     Raises:
-        InputError: one of them is missing, empty or has no labels, there are fewer than two classes, or the two parts
-            have other classes.
+        InputError: one of them is missing, empty or has no labels, there are fewer than two
+            classes, or the two parts have other classes.
     """
-    train, val = splits.train, splits.val
+    name, train, val = splits.name, splits.train, splits.val
     needs = "evaluation needs class folders under train/ and val/ (figures and training do not)"
     if train.labels is None:
-        raise InputError(f"data: {splits.name} has no labels; {needs}")
+        raise InputError(f"data: {name} has no labels; {needs}")
     if len(train) == 0:
-        raise InputError(f"data: {splits.name} has no training images; {needs}")
+        raise InputError(f"data: {name} has no training images; {needs}")
     if val is None or len(val) == 0:
         raise InputError(
-            f"data: {splits.name} has no validation images; {needs}; training with --held-out 0.2 sets a fifth apart"
+            f"data: {name} has no validation images; {needs}; training with --held-out 0.2 sets a "
+            "fifth apart"
         )
     if val.labels is None:
-        raise InputError(f"data: the validation images of {splits.name} have no labels; {needs}")
+        raise InputError(f"data: the validation images of {name} have no labels; {needs}")
     if len(train.classes or ()) < 2:
-        raise InputError(f"data: {splits.name} has one class; evaluation needs at least two")
+        raise InputError(f"data: {name} has one class; evaluation needs at least two")
     if train.classes != val.classes:
-        others = ", ".join(
-            sorted(set(train.classes or ()) ^ set(val.classes or ())) or ["their order"]
-        )
+        others = sorted(set(train.classes or ()) ^ set(val.classes or ())) or ["their order"]
         raise InputError(
-            f"data: training and validation images of {splits.name} differ in their classes ({others}); both must have "
-            "the same ones in the same order"
+            f"data: training and validation images of {name} differ in their classes "
+            f"({', '.join(others)}); both must have the same ones in the same order"
         )
     return {"train": train, "val": val}
-
-
-def extract(
-    backbone: nn.Module,
-    source: ImageSource,
-    *,
-    size: int,
-    device: torch.device,
-    workers: int,
-    batch_size: int = 256,
-    world: World | None = None,
-) -> Tensor:
-    """Features of all images in order, computed in eval mode and float32 on the un-augmented view.
-
-    Never under autocast: bfloat16 features would make accuracies depend on the device. The backbone's training mode is
-    restored.
-
-    Args:
-        backbone: on `device`; maps images (B, 3, size, size) to features (B, F).
-        source: N images.
-        size: side of the view in pixels (shorter side resized to it, centre crop).
-        device: where to compute.
-        workers: processes that read images.
-        batch_size: images at a time; it does not change the result beyond rounding.
-        world: ranks that compute a part each, and all of which get the whole; None for this process alone.
-
-    Returns:
-        (N, F) float32 on the CPU.
-
-    Raises:
-        InputError: an image cannot be read, there is none, or features are not finite.
-    """
-    if len(source) == 0:
-        raise InputError(f"source: {source.name} holds no images")
-    shared = world is not None and 1 < world.size <= len(source)
-    mine = (
-        subset(source, np.asarray(world.share(len(source))))
-        if shared and world is not None
-        else source
-    )
-    was_training = backbone.training
-    backbone.eval()
-    try:
-        with torch.no_grad():
-            parts = [
-                backbone(images.to(device)).float().cpu()
-                for images, _ in eval_loader(mine, size, batch_size, workers)
-            ]
-    finally:
-        backbone.train(was_training)
-    features = torch.cat(parts)
-    if shared and world is not None:
-        features = world.gather_rows(features)
-    if not torch.isfinite(features).all():
-        raise InputError(
-            f"features: those of {source.name} are not finite; the model's weights are damaged"
-        )
-    return features
 
 
 def untrained_backbone(
     config: TrainConfig, source: ImageSource, *, device: torch.device, workers: int
 ) -> nn.Module:
-    """The run's backbone before training: random weights drawn from `config.seed`, statistics of the run's images.
+    """The run's backbone before training: random weights drawn from `config.seed`.
 
-    Two things make it an honest baseline. Its residual branches are not initialised to zero, as they are for training:
-    they would add nothing and leave a shallow network. And its BatchNorm statistics are those of the training images
-    (see `calibrate_batch_norm`): the initial ones (mean 0, variance 1) do not normalise anything. Weights are random
-    also where the run started from pretrained ones.
+    Two things make it a fair baseline. Its residual branches do not start at zero, as they do in
+    training, which would leave a shallow network. And its BatchNorm statistics are those of the
+    training images (see `calibrate_batch_norm`), since the initial ones do not normalise anything.
+    Weights are random also where the run started from pretrained ones.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         backbone, _ = build_backbone(
             config.model.backbone, stem=config.model.stem, zero_init_residual=False
         )
+    size, seed = config.augment.size, config.seed
+    backbone.to(device)
     return calibrate_batch_norm(
-        backbone.to(device),
-        source,
-        size=config.augment.size,
-        seed=config.seed,
-        device=device,
-        workers=workers,
+        backbone, source, size=size, seed=seed, device=device, workers=workers
     )
 
 
@@ -244,10 +181,10 @@ def calibrate_batch_norm(
 ) -> nn.Module:
     """Replace the running statistics of every BatchNorm by averages over the images of `source`.
 
-    One pass in training mode over at most `CALIBRATION_IMAGES` un-augmented images, drawn and shuffled by `seed` so
-    that every batch is a mixture of classes. Mean and variance are the cumulative averages of the batches' (momentum
-    None), and batches are of equal size, so that none counts more than another: the few images that this leaves over
-    are not used. Returns the backbone in eval mode.
+    One pass in training mode over at most `CALIBRATION_IMAGES` un-augmented images, drawn and
+    shuffled by `seed` to mix the classes. Mean and variance are the cumulative averages of the
+    batches' (momentum None). Batches are of equal size, so that all count the same; the few images
+    left over are not used. Returns the backbone in eval mode.
     """
     shuffled = np.random.default_rng(seed).permutation(len(source))[:CALIBRATION_IMAGES]
     batches = -(-len(shuffled) // batch_size)
@@ -268,6 +205,6 @@ def calibrate_batch_norm(
 
 
 def pixels(source: ImageSource, size: int, *, workers: int) -> Tensor:
-    """The un-augmented views at `size` pixels, at most 32 x 32, flattened: (N, 3 * side * side) float32."""
+    """Un-augmented views of at most 32 x 32 pixels, flattened: (N, 3 * side * side) float32."""
     side = min(size, PIXELS_SIZE)
     return extract(nn.Flatten(), source, size=side, device=torch.device("cpu"), workers=workers)

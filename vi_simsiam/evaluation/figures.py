@@ -1,6 +1,7 @@
-"""Figures of a run: curves.png, what training did, and kappa.png, what the model is certain of.
+"""Figures of a run: curves.png, the course of training; kappa.png, the model's certainty; and
+density.png, the loss over the concentration.
 
-Both are 1600 x 680 pixels, meant to be shown at half that size.
+All are 1600 x 680 pixels, meant to be shown at half that size.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from torch import Tensor
 
-from vi_simsiam.data.loader import eval_loader
 from vi_simsiam.data.sources import ImageSource
 from vi_simsiam.engine.run import METRICS, Run, read_config
 from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
@@ -26,7 +27,7 @@ from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.style import (
     BLUE,
     GRAY,
-    METHODS,
+    INK,
     ORANGE,
     STYLE,
     figure,
@@ -34,12 +35,21 @@ from vi_simsiam.evaluation.style import (
     save,
     shown,
 )
+from vi_simsiam.functional import power_spherical_log_prob
+from vi_simsiam.inference.forward import extract
+from vi_simsiam.inference.rank import extremes
 from vi_simsiam.models import VISimSiam
-from vi_simsiam.text import brief_repr, counted
+from vi_simsiam.text import METHODS, brief_repr, counted
 
 _THUMBNAIL = 112
 _WORDS = {"state", "captured", "not_captured"}
 """Fields of metrics.jsonl that are no figures."""
+
+CONCENTRATIONS = (0.0, 0.25, 1.0, 4.0, 16.0)
+"""kappa/(D - 1) of the curves over the cosine: mean cosines of 0, 0.2, 0.5, 0.8 and 0.94."""
+COSINES = (0.2, 0.5, 0.8, 0.9)
+"""Cosines of the curves over the concentration."""
+_SHADES = ("#a9c8ec", "#6ea3dc", "#2f6db3", "#174a86", "#0b2a52")
 
 
 def draw_curves(run_folder: Path) -> Path:
@@ -55,20 +65,15 @@ def draw_curves(run_folder: Path) -> Path:
     with matplotlib.rc_context(STYLE):
         drawn = figure(f"{METHODS[config.method]} on {shown(config.data)}, {config.model.backbone}")
         loss, cosine, third, spread, rank, gradient = drawn.subplots(2, 3, sharex=True).flat
-        _curve(
-            loss,
-            "loss (0 = no better than chance)" if has_kappa else "loss",
-            epoch,
-            metrics["loss"],
-        )
+        title = "loss (0 = no better than chance)" if has_kappa else "loss"
+        _curve(loss, title, epoch, metrics["loss"])
         _curve(cosine, "cosine of prediction and target", epoch, metrics["cosine"])
         if has_kappa:
             _curve(third, "concentration κ / (D − 1)", epoch, metrics["kappa"], label="predicted")
             if "kappa_best" in metrics:
                 best = moving_average(metrics["kappa_best"])
-                third.plot(
-                    epoch, best, color=ORANGE, lw=1.1, ls=(0, (3, 2)), label="best for the cosines"
-                )
+                label = "best for the cosines"
+                third.plot(epoch, best, color=ORANGE, lw=1.1, ls=(0, (3, 2)), label=label)
             third.set_ylim(top=1.3 * third.get_ylim()[1])  # room for the legend
             third.legend(loc="upper left", ncols=2)
             _learning_rate(gradient.twinx(), epoch, metrics["lr"])
@@ -77,8 +82,16 @@ def draw_curves(run_folder: Path) -> Path:
         _curve(spread, "spread (z-std · √D, 1 = even)", epoch, metrics["z_std"])
         spread.axhline(1, color=GRAY, lw=0.8, ls=(0, (1, 2)))
         spread.axhspan(0, COLLAPSE_THRESHOLD, color="#fbe3d6", lw=0, zorder=0)
-        spread.text(0.98, COLLAPSE_THRESHOLD / 2, "collapse", ha="right", va="center", color="#b3592a", fontsize=7,
-                    transform=spread.get_yaxis_transform())  # fmt: skip
+        spread.text(
+            0.98,
+            COLLAPSE_THRESHOLD / 2,
+            "collapse",
+            ha="right",
+            va="center",
+            color="#b3592a",
+            fontsize=7,
+            transform=spread.get_yaxis_transform(),
+        )
         spread.set_ylim(0, max(1.1, 1.05 * float(np.nanmax(metrics["z_std"]))))
         _curve(rank, "effective rank of a batch", epoch, metrics["effective_rank"])
         _curve(gradient, "gradient norm", epoch, metrics["grad_norm"])
@@ -91,52 +104,45 @@ def draw_curves(run_folder: Path) -> Path:
 
 
 def logged(run_folder: Path) -> bool:
-    """Whether a run has a metrics.jsonl to draw: a copy of its weights and configuration alone has none."""
+    """Return True if a run has metrics to draw: a copy of its weights alone has none."""
     path = run_folder / METRICS
     return path.is_file() and path.stat().st_size > 0
 
 
 def read_metrics(path: Path) -> dict[str, NDArray[np.float64]]:
-    """Columns of a metrics.jsonl but for its words, float64 over its lines; NaN where a line lacks a value.
+    """Numeric columns of a metrics.jsonl, float64 over its lines; NaN where a line lacks a value.
 
     Raises:
-        InputError: there is no such file, it is empty, or a line is not a JSON object of numbers and those words.
+        InputError: there is no such file, it is empty, or a line is not a JSON object of numbers
+            and the known words.
     """
     if not path.is_file():
         raise InputError(f"run: {path.parent} has no {path.name}")
     lines: list[dict[str, float]] = []
     for row, text in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         try:
-            lines.append(
-                {
-                    name: float(value)
-                    for name, value in json.loads(text).items()
-                    if name not in _WORDS
-                }
-            )
+            items = json.loads(text).items()
+            lines.append({name: float(value) for name, value in items if name not in _WORDS})
         except (ValueError, TypeError, AttributeError) as error:
             raise InputError(f"run: {path} line {row} cannot be read ({error})") from error
     if not lines:
         raise InputError(f"run: {path} is empty; nothing was logged yet")
-    return {
-        name: np.array([line.get(name, np.nan) for line in lines])
-        for line in lines
-        for name in line
-    }
+    names = dict.fromkeys(name for line in lines for name in line)
+    return {name: np.array([line.get(name, np.nan) for line in lines]) for name in names}
 
 
 def moving_average(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Centred mean over a fiftieth of the values, over fewer at both ends; unchanged below 100 values."""
+    """Centred mean over a fiftieth of the values, fewer at both ends; the values if below 100."""
     window = np.ones(2 * (len(values) // 100) + 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
 @dataclass(frozen=True)
 class Certainty:
-    """How concentrated a run's predictions are on the un-augmented images of one of its splits."""
+    """Concentrations of a run's predictions on the un-augmented images of one of its splits."""
 
     kind: str
-    """Which split: "validation", or "training" where there are no validation images."""
+    """The split: "validation", or "training" where there are no validation images."""
     source: ImageSource
     values: NDArray[np.float64]
     """kappa / (D - 1) of every image, (N,)."""
@@ -145,7 +151,9 @@ class Certainty:
 
 
 def certainty(run: Run) -> Certainty | None:
-    """The concentrations of a run's validation images, or of its training images if it has none; None for SimSiam.
+    """Concentrations of a run's validation images, or of its training images if it has none.
+
+    Returns None for SimSiam.
 
     Raises:
         InputError: an image cannot be read, or the weights are damaged.
@@ -159,14 +167,15 @@ def certainty(run: Run) -> Certainty | None:
 
 
 def draw_kappa(run: Run, found: Certainty | None = None) -> Path | None:
-    """Draw how concentrated a run's predictions are as RUN/kappa.png: a histogram, and the images at its two ends.
+    """Draw the concentrations as RUN/kappa.png: a histogram, and the images at its two ends.
 
-    Figure 4 of Nakamura et al. (arXiv 2203.11437) is such a histogram. Un-augmented validation images are used, or
-    training images if there are none. Returns the path, or None for SimSiam, which predicts no concentration.
+    Figure 4 of Nakamura et al. (arXiv 2203.11437) is such a histogram. Un-augmented validation
+    images are used, or training images if there are none. Returns the path, or None for SimSiam,
+    which predicts no concentration.
 
     Args:
         run: the run.
-        found: what `certainty` returned, where it is known already; None to compute it.
+        found: the result of `certainty`; None to compute it.
 
     Raises:
         InputError: an image cannot be read, or the weights are damaged.
@@ -175,25 +184,22 @@ def draw_kappa(run: Run, found: Certainty | None = None) -> Path | None:
     if found is None:
         return None
     source, values = found.source, found.values
-    lowest, highest = extremes(values)
+    images = counted(len(values), f"{found.kind} image")
+    titles = ("least certain (lowest κ)", "most certain (highest κ)")
     with matplotlib.rc_context(STYLE):
-        drawn = figure(
-            f"VI-SimSiam on {shown(run.config.data)}: {counted(len(values), f'{found.kind} image')}, un-augmented"
-        )
+        drawn = figure(f"VI-SimSiam on {shown(run.config.data)}: {images}, un-augmented")
         grid = drawn.add_gridspec(2, 2, width_ratios=(0.56, 0.44))
         _histogram(drawn.add_subfigure(grid[:, 0]).subplots(), values)
-        _thumbnails(
-            drawn.add_subfigure(grid[0, 1]), "least certain (lowest κ)", source, lowest, values
-        )
-        _thumbnails(
-            drawn.add_subfigure(grid[1, 1]), "most certain (highest κ)", source, highest, values
-        )
+        for row, (title, indices) in enumerate(zip(titles, extremes(values, 8), strict=True)):
+            _thumbnails(drawn.add_subfigure(grid[row, 1]), title, source, indices, values)
         return save(drawn, run.path / "kappa.png", colours=256)
 
 
-@torch.no_grad()
 def concentrations(run: Run, source: ImageSource) -> NDArray[np.float64]:
-    """kappa / (D - 1) that a run's VI-SimSiam predicts for the un-augmented images of `source`, (N,) float64, in order.
+    """kappa / (D - 1) of a VI-SimSiam run for the un-augmented images of `source`, in order.
+
+    Returns:
+        (N,) float64.
 
     Raises:
         InputError: an image cannot be read, there is none, or a concentration is not finite.
@@ -201,30 +207,65 @@ def concentrations(run: Run, source: ImageSource) -> NDArray[np.float64]:
     model = run.model
     if not isinstance(model, VISimSiam):
         raise InputError("run: SimSiam predicts no concentration; vi-simsiam does")
-    parts = [
-        model.concentration(model.predictor(model.projector(model.backbone(images.to(run.device)))))
-        .double()
-        .cpu()
-        for images, _ in eval_loader(source, run.config.augment.size, 256, run.workers)
-    ]
-    if not parts:
-        raise InputError(f"source: {source.name} holds no images")
-    values: NDArray[np.float64] = torch.cat(parts).numpy() / (model.dim - 1)
-    if not np.isfinite(values).all():
-        raise InputError(
-            f"run: {run.path} predicts concentrations that are not finite; its weights are damaged"
-        )
+
+    def kappa(images: Tensor) -> Tensor:
+        *_, concentration = model.encode(images)
+        assert concentration is not None
+        if not torch.isfinite(concentration).all():
+            raise InputError(
+                f"run: {run.path} predicts concentrations that are not finite; its weights are "
+                "damaged"
+            )
+        return concentration
+
+    size, device, workers = run.config.augment.size, run.device, run.workers
+    found = extract(model, source, size=size, device=device, workers=workers, output=kappa)
+    values: NDArray[np.float64] = found.double().numpy() / (model.dim - 1)
     return values
 
 
-def extremes(
-    values: NDArray[np.float64], count: int = 8
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indices of the `count` lowest values, ascending, and of the `count` highest, descending; none is in both."""
-    order = np.argsort(values, kind="stable")
-    low = min(count, -(-len(values) // 2))
-    high = min(count, len(values) - low)
-    return order[:low], order[::-1][:high]
+def draw_density(run_folder: Path) -> Path | None:
+    """Draw minus the Power Spherical log-density of a run's D as RUN/density.png.
+
+    Left over the cosine for several concentrations, right over the concentration for several
+    cosines with the minimum marked. It is the true density, in nats, as the paper shows it;
+    training's loss is relative to the uniform density, which is kappa = 0 here. Returns the path,
+    or None for SimSiam, whose loss is no density.
+
+    Raises:
+        InputError: there is no run.
+    """
+    config = read_config(run_folder)
+    if config.method == "simsiam":
+        return None
+    dim = config.model.dim
+    with matplotlib.rc_context(STYLE):
+        space = f"the sphere in D = {dim:,} dimensions"
+        drawn = figure(f"−log PS(z; μ, κ) in nats, the true density on {space}")
+        left, right = drawn.subplots(1, 2, sharey=True, width_ratios=(0.54, 0.46))
+        _over_cosine(left, dim)
+        _over_concentration(right, dim)
+        return save(drawn, run_folder / "density.png")
+
+
+def surprise(
+    concentration: NDArray[np.float64], cosine: NDArray[np.float64], dim: int
+) -> NDArray[np.float64]:
+    """-log PS(z; mu, kappa) in nats where mu.z is `cosine`, (N,) float64.
+
+    Args:
+        concentration: kappa / (D - 1), at least 0, (N,) or (1,).
+        cosine: between -1 and 1, (N,) or (1,).
+        dim: D, at least 2.
+    """
+    kappa, angle = np.broadcast_arrays(concentration * (dim - 1), cosine)
+    loc = torch.zeros(len(angle), dim, dtype=torch.float64)
+    loc[:, 0] = 1
+    point = torch.zeros_like(loc)
+    point[:, 0] = torch.tensor(angle)
+    point[:, 1] = torch.tensor(np.sqrt(1 - angle**2))
+    result: NDArray[np.float64] = -power_spherical_log_prob(point, loc, torch.tensor(kappa)).numpy()
+    return result
 
 
 def _curve(
@@ -236,17 +277,10 @@ def _curve(
 ) -> None:
     axes.set_title(title)
     axes.plot(epoch, values, color=BLUE, lw=0.8, alpha=0.3)
-    alone = len(epoch) < 3  # points that no line would show; they may stand on the edge
+    mean, alone = moving_average(values), len(epoch) < 3
+    # A line would not show so few points; they may lie on the edge.
     marker = "o" if alone else None
-    axes.plot(
-        epoch,
-        moving_average(values),
-        color=BLUE,
-        label=label,
-        marker=marker,
-        ms=3,
-        clip_on=not alone,
-    )
+    axes.plot(epoch, mean, color=BLUE, label=label, marker=marker, ms=3, clip_on=not alone)
 
 
 def _learning_rate(axes: Axes, epoch: NDArray[np.float64], rate: NDArray[np.float64]) -> None:
@@ -260,12 +294,8 @@ def _learning_rate(axes: Axes, epoch: NDArray[np.float64], rate: NDArray[np.floa
 def _histogram(axes: Axes, values: NDArray[np.float64]) -> None:
     low, high = float(values.min()), float(values.max())
     margin = 0.02 * (high - low) or 0.05 * abs(low) or 0.5
-    axes.hist(
-        values,
-        bins=min(50, max(8, len(values) // 20)),
-        range=(max(0, low - margin), high + margin),
-        color=BLUE,
-    )
+    bins = min(50, max(8, len(values) // 20))
+    axes.hist(values, bins, range=(max(0, low - margin), high + margin), color=BLUE)
     median = float(np.median(values))
     axes.axvline(median, color=ORANGE, lw=1.2, label=f"median {number(median, high - low)}")
     axes.legend(loc="best")
@@ -288,9 +318,39 @@ def _thumbnails(
         cell.axis("off")
     for cell, index in zip(figure.axes, indices.tolist(), strict=False):
         image = source.image(index)
-        method = (
-            Image.Resampling.NEAREST if min(image.size) < _THUMBNAIL else Image.Resampling.LANCZOS
-        )
+        small = min(image.size) < _THUMBNAIL
+        method = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
         cell.imshow(ImageOps.fit(image, (_THUMBNAIL, _THUMBNAIL), method))
         text = number(float(values[index]), float(np.ptp(values)))
         cell.set_title(text, loc="center", fontsize=7, fontweight="normal", pad=2)
+
+
+def _over_cosine(axes: Axes, dim: int) -> None:
+    cosine = np.linspace(-1, 1, 401)
+    curves = {value: surprise(np.array([value]), cosine, dim) for value in CONCENTRATIONS}
+    for (value, curve), shade in zip(curves.items(), _SHADES, strict=True):
+        dashes = (0, (3, 2)) if value == 0 else "solid"
+        label = "0 (uniform)" if value == 0 else f"{value:g}"
+        axes.plot(cosine, curve, color=GRAY if value == 0 else shade, ls=dashes, label=label)
+    level, lowest = curves[0.0][0], min(float(curve.min()) for curve in curves.values())
+    axes.set_ylim(lowest - 0.05 * (level - lowest), level + 0.8 * (level - lowest))
+    axes.set_xlim(-1, 1)
+    axes.set_title("over the cosine")
+    axes.set_xlabel("cosine μ·z")
+    axes.set_ylabel("−log PS (nats)")
+    axes.legend(title="κ / (D − 1)", loc="lower left", title_fontsize=7)
+
+
+def _over_concentration(axes: Axes, dim: int) -> None:
+    concentration = np.geomspace(0.01, 100, 401)
+    for value, shade in zip(COSINES, _SHADES[1:], strict=True):
+        curve = surprise(concentration, np.array([value]), dim)
+        best = int(curve.argmin())
+        axes.plot(concentration, curve, color=shade, label=f"{value:g}")
+        axes.plot(concentration[best], curve[best], "o", color=shade, ms=3.5)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlim(concentration[0], concentration[-1])
+    axes.set_title("over the concentration, minimum marked")
+    axes.set_xlabel("κ / (D − 1)")
+    axes.legend(title="cosine", loc="upper left", title_fontsize=7, labelcolor=INK)

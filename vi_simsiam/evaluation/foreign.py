@@ -1,11 +1,11 @@
-"""Images that a run was not trained on: other data sets, and two that are always there.
+"""Images that a run was not trained on: other data sets, and two built-in ones.
 
     SPEC            any data set of `open_dataset`, of kind "given"
-    near=SPEC       the same, held to be near the run's own data (other breeds of dog)
-    far=SPEC        the same, held to be far from it
+    near=SPEC       the same, of kind "near": like the run's own data (other breeds of dog)
+    far=SPEC        the same, of kind "far": unlike it
 
-Built in, and "far" from anything one trains on: `noise`, uniform random pixels, and `digits`, the 8 x 8 handwritten
-digits that come with scikit-learn, enlarged.
+Built in, and "far" from any training data: `noise`, uniform random pixels, and `digits`, the 8 x 8
+handwritten digits that come with scikit-learn, enlarged.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SAMPLED_BYTES = 1024
 
 @dataclass(frozen=True)
 class Foreign:
-    """A set of images to be told from the run's own."""
+    """A set of images to compare with the run's own."""
 
     name: str
     kind: str
@@ -44,18 +44,23 @@ class Foreign:
 
 
 def open_sets(specs: Sequence[str], own: Splits, config: TrainConfig) -> list[Foreign]:
-    """Open the data sets that a user names. Their validation images count, or else their training images.
+    """Open the data sets that a user names: their validation images, or else training images.
 
     Args:
         specs: see the head of this module.
         own: the run's data.
-        config: the run's, which says how its data are called, where downloaded ones are, and how files are decoded.
+        config: the run's, with the name of its data, the folder of downloads, and how files are
+            decoded.
 
     Raises:
-        InputError: a data set that cannot be opened, is given twice, or is the run's own, by name or by its files.
+        InputError: a data set that cannot be opened, is given twice, or is the run's own, by name
+            or by its files.
     """
     root, download, decode = config.data_root, not config.offline, config.decode
-    given = [_kind_and_name(spec) for spec in specs]
+    given = []
+    for spec in specs:
+        kind, equals, named = spec.partition("=")
+        given.append((kind, named) if equals and kind in _KINDS else ("given", spec))
     if len({named for _, named in given}) != len(given):
         raise InputError(f"ood: {', '.join(specs)} names a data set twice; give each one once")
     taken = {"noise", "digits", "validation"}
@@ -65,7 +70,8 @@ def open_sets(specs: Sequence[str], own: Splits, config: TrainConfig) -> list[Fo
         splits = own if is_own else open_dataset(named, root=root, download=download, decode=decode)
         if splits is own or _files(splits) & _files(own):
             raise InputError(
-                f"ood: {named} holds images of the run's own data, {own.name}; give another data set"
+                f"ood: {named} holds images of the run's own data, {own.name}; give another data "
+                "set"
             )
         source = splits.val if splits.val is not None and len(splits.val) else splits.train
         name = _free_name(named, taken)
@@ -83,17 +89,12 @@ def builtin_sets(size: int, images: int, seed: int) -> list[Foreign]:
     bunch = load_digits()
     # Spread over the file, which has runs of one writer.
     chosen = np.linspace(0, len(bunch.images) - 1, min(images, len(bunch.images))).astype(int)
-    drawn = np.rint(bunch.images[chosen] * (255 / 16)).astype(np.uint8)
-    enlarged = [
-        np.asarray(Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC))
-        for digit in drawn
+    drawn = [
+        Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC)
+        for digit in np.rint(bunch.images[chosen] * (255 / 16)).astype(np.uint8)
     ]
-    digits = ArraySource(
-        np.stack(enlarged),
-        bunch.target[chosen].astype(np.int64),
-        [f"digit {i}" for i in bunch.target_names],
-        "digits",
-    )
+    labels, classes = bunch.target[chosen].astype(np.int64), [f"digit {i}" for i in range(10)]
+    digits = ArraySource(np.stack([*map(np.asarray, drawn)]), labels, classes, "digits")
     return [
         Foreign("noise", "far", ArraySource(pixels, name="noise"), builtin=True),
         Foreign("digits", "far", digits, builtin=True),
@@ -103,7 +104,8 @@ def builtin_sets(size: int, images: int, seed: int) -> list[Foreign]:
 def refuse_own_images(foreign: Foreign, images: PackedImages, own: Sequence[PackedImages]) -> int:
     """Refuse a set that holds the run's own images under another name.
 
-    Images are compared by their size and a thousand of their bytes. Returns how many are among `own`, at most half.
+    Images are compared by their size and a thousand of their bytes. Returns the number of images
+    that are among `own`, at most half.
 
     Raises:
         InputError: more than half of the images are among `own`.
@@ -112,15 +114,10 @@ def refuse_own_images(foreign: Foreign, images: PackedImages, own: Sequence[Pack
     found = sum(digest in known for digest in _digests(images))
     if found > len(images) / 2:
         raise InputError(
-            f"ood: {found:,} of {counted(len(images), 'image')} of {foreign.name} are the run's own, pixel by pixel; "
-            "give another data set"
+            f"ood: {found:,} of {counted(len(images), 'image')} of {foreign.name} are the run's "
+            "own, pixel by pixel; give another data set"
         )
     return found
-
-
-def _kind_and_name(spec: str) -> tuple[str, str]:
-    kind, equals, named = spec.partition("=")
-    return (kind, named) if equals and kind in _KINDS else ("given", spec)
 
 
 def _digests(images: PackedImages) -> list[tuple[int, int, bytes]]:
@@ -138,7 +135,7 @@ def _files(splits: Splits) -> set[str]:
 
 
 def _free_name(spec: str, taken: set[str]) -> str:
-    """A data set's name without the place of its files; numbered where it is taken."""
+    """A data set's name without the folder of its files; numbered where it is taken."""
     kind, colon, path = spec.partition(":")
     stem = printable(
         Path(path).name.removesuffix(".pack") if colon and kind in ("folder", "pack") else spec

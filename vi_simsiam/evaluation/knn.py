@@ -1,7 +1,8 @@
-"""Weighted k-nearest-neighbour classification of frozen features (Wu et al., arXiv 1805.01978, section 3.4).
+"""Weighted k-nearest-neighbour classification of frozen features.
 
-The k training images of highest cosine similarity s vote for their class with weight exp(s / T). Nothing is trained, so
-the accuracy depends on the features alone.
+Wu et al. (arXiv 1805.01978, section 3.4): the k training images of highest cosine similarity s vote
+for their class with weight exp(s / T). Nothing is trained, so the accuracy depends on the features
+alone.
 """
 
 from __future__ import annotations
@@ -12,14 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.features import FeatureSets
 from vi_simsiam.evaluation.results import pack_bits, write_result
-
-# Similarities held at a time: 128 MiB.
-_BLOCK = 2**25
+from vi_simsiam.inference.neighbours import nearest
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,8 @@ class KnnConfig:
     """Settings of the k-nearest-neighbour classifier."""
 
     k: int = 20
-    """Number of neighbours, or all training images where they are fewer; Wu et al. use 200 for data sets of ImageNet's size."""
+    """Number of neighbours, or all training images where they are fewer; Wu et al. use 200 for data
+    sets of ImageNet's size."""
     temperature: float = 0.1
     """T: neighbours are weighted by exp(cosine / T). Wu et al. use 0.07."""
 
@@ -37,29 +36,22 @@ class KnnConfig:
         if not 0 < self.temperature < inf:
             raise InputError(f"temperature: {self.temperature} must be a positive number")
 
-    def among(self, images: int) -> KnnConfig:
-        """The same with at most so many neighbours as there are images."""
-        return replace(self, k=min(self.k, images))
-
 
 def evaluate_knn(features: FeatureSets, config: KnnConfig | None = None) -> dict[str, Any]:
-    """Classify the validation images by their neighbours among the training images, under every encoder.
+    """Classify the validation images by their neighbours among the training images.
 
-    Writes RUN/knn.json atomically and returns its content; "top1" holds a fraction for every encoder, and
-    "correct" which validation images were classified correctly (`results.unpack_bits`). "settings" holds the k that was
-    used: fewer training images than k are all neighbours.
+    Writes RUN/knn.json atomically and returns its content. For every encoder "top1" holds a
+    fraction, and "correct" which validation images were classified correctly
+    (`results.unpack_bits`). "settings" holds the k that was used: fewer training images than k are
+    all neighbours.
     """
-    labels = features.train_labels.to(features.device)
-    config = (config or KnnConfig()).among(len(labels))
+    device, labels = features.device, features.train_labels.to(features.device)
+    config = config or KnnConfig()
+    config = replace(config, k=min(config.k, len(labels)))
     top1, correct = {}, {}
     for encoder, train in features.train.items():
-        predicted = classify(
-            train.to(features.device),
-            labels,
-            features.val[encoder].to(features.device),
-            classes=len(features.classes),
-            config=config,
-        )
+        val, classes = features.val[encoder].to(device), len(features.classes)
+        predicted = classify(train.to(device), labels, val, classes=classes, config=config)
         hits = predicted.cpu() == features.val_labels
         top1[encoder], correct[encoder] = hits.double().mean().item(), pack_bits(hits)
     body = {"settings": asdict(config), "top1": top1, "correct": correct}
@@ -82,13 +74,11 @@ def classify(
     Returns:
         (M,) int64, on the device of `train`.
     """
-    k = config.among(len(train)).k
-    train = F.normalize(train, dim=1)
     predicted = []
-    for block in F.normalize(queries, dim=1).split(max(1, _BLOCK // len(train))):
-        similarity, neighbours = (block @ train.T).topk(k, dim=1)
-        # Relative to the nearest neighbour: the vote is the same, and a small temperature does not overflow.
+    for neighbours, similarity in nearest(queries, train, config.k, device=train.device):
+        # Relative to the nearest neighbour: the vote is the same, and a small temperature does not
+        # overflow.
         weights = ((similarity - similarity[:, :1]) / config.temperature).exp()
-        votes = weights.new_zeros(len(block), classes).scatter_add_(1, labels[neighbours], weights)
-        predicted.append(votes.argmax(1))
+        votes = weights.new_zeros(len(weights), classes)
+        predicted.append(votes.scatter_add_(1, labels[neighbours], weights).argmax(1))
     return torch.cat(predicted)

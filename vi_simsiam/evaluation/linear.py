@@ -1,24 +1,23 @@
 """Linear probe: a linear classifier trained on frozen features.
 
-LARS (You et al., arXiv 1708.03888) with a cosine schedule, as in the linear evaluation of SimSiam (Chen and He, arXiv
-2011.10566). Validation features are those of the un-augmented view: shorter side resized, centre cropped.
+LARS (You et al., arXiv 1708.03888) with a cosine schedule, as in the linear evaluation of SimSiam
+(Chen and He, arXiv 2011.10566). Accuracies are those of un-augmented views.
 
-Preset "default" computes the training features once, from the un-augmented view, too. SimSiam trains the classifier on
-random crops, so the figures compare encoders with each other rather than with published ones. It treats all encoders alike. Every feature is standardised with the training set's mean and deviation, so
-that no encoder gains or loses by the scale of its features; all training images are used; and at least 500 steps are
-made, without which LARS, whose weights grow by a bounded share a step, does not converge on small data sets. It was
-checked with pixels and random networks only, on 8,000 Fashion-MNIST images: longer or shorter training gains nothing on
-a held-out fifth, and the validation accuracy is within one point of the best of scikit-learn's LogisticRegression over
-C = 1, 0.1 and 0.01.
+Preset "default" trains on features of the un-augmented view, computed once, and treats all encoders
+alike, so its figures compare encoders with each other rather than with published ones. Every
+feature is standardised, so that its scale does not matter; all training images are used; and at
+least 500 steps are made, without which LARS, whose weights grow by a bounded share a step, does not
+converge on small data sets. Checked with pixels and random networks only, on 8,000 Fashion-MNIST
+images: longer or shorter training gains nothing on a held-out fifth, and the validation accuracy is
+within one point of the best of scikit-learn's LogisticRegression over C = 1, 0.1 and 0.01.
 
-Preset "paper" is the protocol of Nakamura et al. (arXiv 2203.11437, section 4.1): LARS with learning rate 1.6, weight
-decay 0, momentum 0.9 and batch 512, on the features as they are; a random fifth of the training set is held out, and
-its accuracy reported beside the validation set's. The trained encoder's classifier sees SimSiam's augmentations, read as
-those of SimSiam's linear evaluation: random crops and flips (see `augmented`). SimSiam draws them anew in every epoch,
-and so does this on a GPU; on a CPU, where the frozen network takes most of the time, 4 passes over the images are
-computed and the epochs take turns with them, which is ours and not the paper's. The result file says how many there were.
-The untrained network and the pixels, which the paper does not have, are trained on un-augmented features. The paper does
-not state the number of epochs or the schedule: 90 and the cosine are SimSiam's.
+Preset "paper" is the protocol of Nakamura et al. (arXiv 2203.11437, section 4.1): LARS with
+learning rate 1.6, weight decay 0, momentum 0.9 and batch 512, on the features as they are, and a
+random fifth of the training set held out. The trained encoder's classifier is trained on random
+crops and flips (see `augmented`), drawn anew in every epoch on a GPU; on a CPU the epochs take
+turns with 4 passes, which is ours and not the paper's. Untrained network and pixels, which the
+paper does not have, are trained on un-augmented features. The paper does not state the number of
+epochs or the schedule: 90 and the cosine are SimSiam's.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vi_simsiam.checks import require
 from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.evaluation.augmented import default_passes
 from vi_simsiam.evaluation.features import FeatureSets
@@ -39,11 +39,6 @@ from vi_simsiam.evaluation.results import pack_bits, write_result
 from vi_simsiam.text import counted
 
 _SMALLEST_SHARE = 0.01
-
-
-def _require(name: str, value: object, holds: bool, accepted: str) -> None:
-    if not holds:
-        raise InputError(f"{name}: {value} is not accepted; it must be {accepted}")
 
 
 @dataclass(frozen=True)
@@ -58,34 +53,34 @@ class LinearConfig:
     """At most; never more than the training images."""
     epochs: int = 100
     min_steps: int = 500
-    """Optimiser steps at least, with more epochs if need be."""
+    """Least number of optimiser steps, with more epochs if need be."""
     held_out: float = 0.0
     """Share of the training images that is not trained on and reported apart."""
     standardize: bool = True
-    """Whether every feature is shifted and scaled to mean 0 and deviation 1 over the images trained on."""
+    """Shift and scale every feature to mean 0 and deviation 1 over the images trained on."""
     augmented: int | None = 0
-    """Passes of random views of the training images, whose features the epochs take turns with; 0 for the un-augmented
-    features, None for as many passes as epochs on a GPU and at most 4 on a CPU. For the trained encoder only."""
+    """Passes of random views of the training images, whose features the epochs take turns with; 0
+    for the un-augmented features, None for as many passes as epochs on a GPU and at most 4 on a
+    CPU. For the trained encoder only."""
     seed: int = 0
-    """Of the initial weights, the order of images, and the choice of those held out."""
+    """Key of the initial weights, the order of images, and the choice of those held out."""
     inferred: tuple[str, ...] = ()
     """Settings that the protocol's source does not state."""
 
     def __post_init__(self) -> None:
-        _require("lr", self.lr, 0 < self.lr < math.inf, "a positive number")
-        _require("momentum", self.momentum, 0 <= self.momentum < 1, "at least 0 and below 1")
-        _require("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "at least 0")
-        _require("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
-        _require("epochs", self.epochs, self.epochs >= 1, "at least 1")
-        _require("min_steps", self.min_steps, self.min_steps >= 0, "at least 0")
-        _require("held_out", self.held_out, 0 <= self.held_out < 1, "at least 0 and below 1")
-        _require(
-            "augmented",
-            self.augmented,
-            self.augmented is None or self.augmented >= 0,
-            "at least 0, or None",
-        )
-        _require("seed", self.seed, 0 <= self.seed < 2**63, "at least 0 and below 2**63")
+        passes = 0 if self.augmented is None else self.augmented
+        for name, holds, accepted in (
+            ("lr", 0 < self.lr < math.inf, "a positive number"),
+            ("momentum", 0 <= self.momentum < 1, "at least 0 and below 1"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("min_steps", self.min_steps >= 0, "at least 0"),
+            ("held_out", 0 <= self.held_out < 1, "at least 0 and below 1"),
+            ("augmented", passes >= 0, "at least 0, or None"),
+            ("seed", 0 <= self.seed < 2**63, "at least 0 and below 2**63"),
+        ):
+            require(name, getattr(self, name), holds, accepted)
 
 
 LINEAR_PRESETS = {
@@ -102,67 +97,53 @@ LINEAR_PRESETS = {
 
 
 def linear_preset(name: str) -> LinearConfig:
-    """The named preset.
-
-    Raises:
-        InputError: there is no such preset.
-    """
+    """The named preset; InputError if there is none."""
     if name not in LINEAR_PRESETS:
         raise none_of("preset", name, LINEAR_PRESETS)
     return LINEAR_PRESETS[name]
 
 
 def evaluate_linear(features: FeatureSets, config: LinearConfig | None = None) -> dict[str, Any]:
-    """Train a probe on the training features of every encoder and measure it on the validation features.
+    """Train a probe on the training features of every encoder, and measure its accuracy.
 
-    Writes RUN/linear.json atomically and returns its content. "top1" and "top5" hold fractions for every encoder, as do
-    "train_top1" (on the images trained on) and "held_out_top1" (None if none are held out). With fewer than
-    five classes "top5" counts as many as there are; "top5_counts" says how many. "correct" holds which validation images
-    were classified correctly (`results.unpack_bits`). All accuracies are those of un-augmented images.
+    Writes RUN/linear.json atomically and returns its content. "top1" and "top5" hold fractions for
+    every encoder, as do "train_top1" (on the images trained on) and "held_out_top1" (None if none
+    are held out). With fewer than five classes "top5" counts as many as there are, given by
+    "top5_counts". "correct" holds which validation images were classified correctly
+    (`results.unpack_bits`). All accuracies are those of un-augmented images.
 
     Raises:
-        InputError: too few training images to hold any out, or passes of augmented images asked for of features that
-            come without the images.
+        InputError: too few training images to hold any out, or passes of augmented images for
+            features that come without the images.
     """
-    config = config or LinearConfig()
+    config, device, labels = config or LinearConfig(), features.device, features.train_labels
     if config.augmented != 0 and features.augmented is None:
         raise InputError(
-            f"augmented: {config.augmented} is not accepted; it must be 0 for features that come without their images"
+            f"augmented: {config.augmented} is not accepted; it must be 0 for features that come "
+            "without their images"
         )
-    passes = (
-        default_passes(config.epochs, features.device)
-        if config.augmented is None
-        else config.augmented
-    )
+    passes = config.augmented
+    if passes is None:
+        passes = default_passes(config.epochs, device)
     classes = len(features.classes)
     counted = min(5, classes)
-    kept, held_out = hold_out(len(features.train_labels), config.held_out, config.seed)
+    kept, held_out = hold_out(len(labels), config.held_out, config.seed)
     scores: dict[str, dict[str, float]] = {
-        "top1": {},
-        "top5": {},
-        "train_top1": {},
-        "held_out_top1": {},
+        name: {} for name in ("top1", "top5", "train_top1", "held_out_top1")
     }
     correct = {}
     for encoder, train in features.train.items():
         views = _views(features, kept, passes) if encoder == "trained" and passes else None
-        probe = LinearProbe.fit(
-            train[kept].to(features.device),
-            features.train_labels[kept].to(features.device),
-            classes,
-            config,
-            views,
-        )
-        logits = probe(features.val[encoder].to(features.device)).cpu()
+        train, known = train.to(device), labels[kept].to(device)
+        probe = LinearProbe.fit(train[kept.to(device)], known, classes, config, views)
+        logits = probe(features.val[encoder].to(device)).cpu()
         scores["top1"][encoder] = accuracy(logits, features.val_labels, 1)
         scores["top5"][encoder] = accuracy(logits, features.val_labels, counted)
         correct[encoder] = pack_bits(logits.argmax(1) == features.val_labels)
-        fitted = probe(train.to(features.device)).cpu()
-        scores["train_top1"][encoder] = accuracy(fitted[kept], features.train_labels[kept], 1)
+        fitted = probe(train).cpu()
+        scores["train_top1"][encoder] = accuracy(fitted[kept], labels[kept], 1)
         if len(held_out):
-            scores["held_out_top1"][encoder] = accuracy(
-                fitted[held_out], features.train_labels[held_out], 1
-            )
+            scores["held_out_top1"][encoder] = accuracy(fitted[held_out], labels[held_out], 1)
     if features.augmented is not None:
         features.augmented.close()
     body = {
@@ -184,16 +165,15 @@ def evaluate_linear(features: FeatureSets, config: LinearConfig | None = None) -
     return write_result("linear", features, body, packages)
 
 
+@dataclass(frozen=True)
 class LinearProbe:
-    """A linear classifier, and the standardisation of the features it was trained on.
+    """A linear classifier, and the standardisation of the features it was trained on."""
 
-    Attributes:
-        shift, scale: (F,) float32; features enter as (x - shift) * scale.
-        layer: the classifier.
-    """
-
-    def __init__(self, shift: Tensor, scale: Tensor, layer: nn.Linear) -> None:
-        self.shift, self.scale, self.layer = shift, scale, layer
+    shift: Tensor
+    """(F,) float32; features enter as (x - shift) * scale."""
+    scale: Tensor
+    """(F,) float32."""
+    layer: nn.Linear
 
     @classmethod
     def fit(
@@ -211,14 +191,14 @@ class LinearProbe:
             labels: (N,) int64 in [0, classes), on the same device.
             classes: number of classes.
             config: how to train.
-            views: maps an epoch to the features (n, F) and labels (n,) that it trains on; None for `features` in every
-                epoch. Standardisation and number of steps are always those of `features`.
+            views: maps an epoch to its features (n, F) and labels (n,); None for `features` in
+                every epoch, which always give the standardisation and the number of steps.
         """
         count, width = features.shape
         shift, scale = features.new_zeros(width), features.new_ones(width)
         if config.standardize:
             shift, scale = standardization(features)
-        # Drawn on the CPU, so that every device starts from the same weights and sees the same batches.
+        # Drawn on the CPU: every device starts from the same weights and takes the same batches.
         generator = torch.Generator().manual_seed(config.seed)
         layer = nn.Linear(width, classes, device="meta").to_empty(device=features.device)
         with torch.no_grad():
@@ -253,16 +233,13 @@ class LinearProbe:
 
 
 def build_optimizer(layer: nn.Module, config: LinearConfig) -> torch.optim.Optimizer:
-    """LARS over the layer's parameters.
-
-    `always_adapt` keeps the layer-wise adaptation at weight decay 0, where timm would otherwise fall back to SGD.
-    """
+    """LARS over the layer's parameters, with layer-wise adaptation also at weight decay 0."""
     from timm.optim import Lars  # type: ignore[attr-defined]
 
     optimizer: torch.optim.Optimizer = Lars(
         layer.parameters(),
-        lr=config.lr,
-        momentum=config.momentum,
+        config.lr,
+        config.momentum,
         weight_decay=config.weight_decay,
         always_adapt=True,
     )
@@ -270,7 +247,9 @@ def build_optimizer(layer: nn.Module, config: LinearConfig) -> torch.optim.Optim
 
 
 def hold_out(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split range(count) at random: what to train on, and a share of round(share * count) held out; int64, sorted.
+    """Split range(count) at random: indices to train on, and round(share * count) held out.
+
+    Both are int64 and sorted.
 
     Raises:
         InputError: a positive share of so few images is no image, or all.
@@ -278,8 +257,8 @@ def hold_out(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     held = round(share * count)
     if share > 0 and not 0 < held < count:
         raise InputError(
-            f"held_out: {share} of {counted(count, 'training image')} is {held}; it must be at least 1, and not all: give "
-            "more images, or use a preset that holds none out"
+            f"held_out: {share} of {counted(count, 'training image')} is {held}; it must be at "
+            "least 1, and not all: give more images, or use a preset that holds none out"
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order[held:].sort().values, order[:held].sort().values
@@ -292,14 +271,14 @@ def accuracy(logits: Tensor, labels: Tensor, counted: int) -> float:
     share = multiclass_accuracy(
         logits, labels, num_classes=logits.shape[1], top_k=counted, average="micro"
     )
-    # The float32 share as the fraction it stands for, so that files show 0.853 and not 0.8529999852180481.
+    # The exact fraction instead of its float32: files hold 0.853, not 0.8529999852180481.
     return round(float(share) * len(labels)) / len(labels)
 
 
 def _views(
     features: FeatureSets, kept: Tensor, passes: int
 ) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """Maps an epoch to the augmented features, and labels, of the images in `kept`: the passes in turn."""
+    """Map an epoch to augmented features and labels of the images in `kept`: the passes in turn."""
     augmented = features.augmented
     assert augmented is not None
     is_kept = torch.zeros(len(features.train_labels), dtype=torch.bool)
@@ -320,8 +299,8 @@ def _steps(config: LinearConfig, count: int) -> int:
 def standardization(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and reciprocal deviation of every feature: (F,) each, of features (N, F).
 
-    A deviation below a hundredth of the largest counts as that, so that a feature that hardly varies (a corner pixel) is
-    not blown up to the size of the others.
+    A deviation below a hundredth of the largest is raised to that, so that a feature that hardly
+    varies (a corner pixel) is not scaled up to the size of the others.
     """
     deviation = features.std(0, correction=0)
     smallest = (_SMALLEST_SHARE * deviation.max()).clamp_min(torch.finfo(deviation.dtype).tiny)

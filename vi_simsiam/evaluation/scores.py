@@ -1,13 +1,14 @@
-"""Uncertainty scores of images: the concentration, and everything cheaper that it must be compared with.
+"""Uncertainty scores of images: the concentration, and everything cheaper to compare it with.
 
-Every score rises with uncertainty. One pass of the network over a set of images gives all of them (`Network.observe`),
-but for the agreement of augmented views, which takes one pass for every view.
+Every score rises with uncertainty. One pass of the network over a set of images gives all of them
+(`Network.observe`), except the agreement of augmented views, which takes one pass for every view.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
 
-from vi_simsiam.data.loader import eval_loader
+from vi_simsiam.data import loader
 from vi_simsiam.data.sources import ImageSource
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.corruptions import jpeg_bytes
 from vi_simsiam.evaluation.logistic import LogisticProbe
-from vi_simsiam.models import SimSiam, VISimSiam
+from vi_simsiam.inference.encoder import Encoding
+from vi_simsiam.inference.forward import evaluating
+from vi_simsiam.inference.neighbours import nearest
+from vi_simsiam.models import SimSiam
 from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD
 from vi_simsiam.text import brief_repr
 
@@ -40,14 +44,15 @@ DESCRIPTIONS = {
     "prediction_norm": "minus the length of the predicted mean direction before it is normalised",
     "view_agreement": "1 minus the mean cosine between the embeddings of augmented views",
     "knn_distance": f"1 minus the mean cosine to the {NEIGHBOURS} nearest training embeddings",
-    "mahalanobis": "squared Mahalanobis distance to the nearest class mean, shared shrunk covariance",
+    "mahalanobis": "squared Mahalanobis distance to the nearest class mean, "
+    "shared shrunk covariance",
     "softmax": "1 minus the largest class probability of the logistic probe",
     "energy": "minus the log-sum-exp of the logistic probe's logits",
     "edge_energy": "minus the mean gradient of the brightness of the pixels",
     "contrast": "minus the standard deviation of the brightness of the pixels",
     "jpeg_size": f"minus the size of the image as a JPEG file of quality {JPEG_QUALITY}",
 }
-"""What each score is, in the order of every result. In a torchvision ResNet layer4_norm is embedding_norm."""
+"""In the order of every result. In a torchvision ResNet layer4_norm is embedding_norm."""
 
 TRIVIAL = (
     "embedding_norm",
@@ -58,27 +63,18 @@ TRIVIAL = (
     "contrast",
     "jpeg_size",
 )
-"""Scores that need neither labels nor training images nor a second pass: lengths of vectors, and pixels alone."""
+"""Scores that need no labels, training images or second pass: lengths of vectors, and pixels."""
 
 _LUMA = np.array((0.299, 0.587, 0.114), dtype=np.float32)
 _BATCH = 128
-_BLOCK = 2**25
 
 
-@dataclass(frozen=True)
-class Passed:
-    """What the network makes of a batch; float32 on its device."""
+@dataclass(frozen=True, repr=False)
+class Passed(Encoding):
+    """Outputs of the network for a batch; float32 on its device."""
 
-    embedding: Tensor
-    """(B, F)."""
-    projection: Tensor
-    """(B, D), of any length."""
     target: Tensor
-    """(B, D), what other views predict: the projection, or that of the network that makes the targets (`TrainConfig.ema`)."""
-    loc: Tensor
-    """(B, D) unit mean directions."""
-    concentration: Tensor | None
-    """(B,) kappa; None for SimSiam."""
+    """(B, D) prediction target of other views: the projection, or that of `TrainConfig.ema`."""
     norms: dict[str, Tensor]
     """(B,) lengths by the name of their score."""
 
@@ -87,7 +83,7 @@ class Passed:
 
 @dataclass(frozen=True)
 class Observed:
-    """What one pass over N images finds; on the CPU."""
+    """Results of one pass over N images; on the CPU."""
 
     embedding: Tensor
     """(N, F) float32."""
@@ -107,44 +103,34 @@ class Network:
 
     def __init__(self, model: SimSiam, device: torch.device) -> None:
         # channels_last is a third faster on a CPU.
-        self.model = (
-            copy.deepcopy(model).eval().to(device=device, memory_format=torch.channels_last)
-        )  # type: ignore[call-overload]
+        self.model = copy.deepcopy(model).eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.device = device
         self._layers: dict[str, Tensor] = {}
         for name in LAYERS:
             layer = getattr(self.model.backbone, name, None)
             if isinstance(layer, torch.nn.Module):
-                layer.register_forward_hook(self._keep(name))
+                layer.register_forward_hook(functools.partial(self._keep, name))
 
-    def _keep(self, name: str) -> Callable[[torch.nn.Module, tuple[Any, ...], Tensor], None]:
-        def hook(module: torch.nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            self._layers[name] = output.mean((2, 3)) if output.ndim == 4 else output
+    def _keep(self, name: str, module: torch.nn.Module, inputs: Any, output: Tensor) -> None:
+        self._layers[name] = output.mean((2, 3)) if output.ndim == 4 else output
 
-        return hook
-
-    @torch.inference_mode()
     def __call__(self, views: Tensor, *, targets: bool = False) -> Passed:
         """Pass normalised views (B, 3, height, width) float32 through the network.
 
-        Without `targets`, `Passed.target` is the projection also where another network makes the targets.
+        Without `targets`, `Passed.target` is the projection also where another network makes the
+        targets.
         """
-        model = self.model
         views = views.to(self.device).contiguous(memory_format=torch.channels_last)
-        embedding = model.backbone(views)
-        projection = model.projector(embedding)
-        prediction = model.predictor(projection)
-        mean = prediction[:, : model.dim]
-        vectors = {
-            "embedding": embedding,
-            **self._layers,
-            "projection": projection,
-            "prediction": mean,
-        }
-        concentration = model.concentration(prediction) if isinstance(model, VISimSiam) else None
+        with evaluating(self.model, self.device):
+            found = Encoding(*self.model.encode(views))
+            target = found.projection
+            if targets and self.model.target is not None:
+                target = self.model.target(views)
+        vectors = {"embedding": found.embedding, **self._layers, "projection": found.projection}
         norms = {f"{name}_norm": vector.norm(dim=1) for name, vector in vectors.items()}
-        target = model.target(views) if targets and model.target is not None else projection
-        return Passed(embedding, projection, target, F.normalize(mean, dim=1), concentration, norms)
+        return Passed(
+            **vars(found), target=target, norms=norms | {"prediction_norm": found.loc_norm}
+        )
 
     def observe(self, batches: Iterable[NDArray[np.uint8]]) -> Observed:
         """Embeddings and scores of images.
@@ -166,63 +152,57 @@ class Network:
             parts.append({**found, **image_scores(pixels)})
         if not parts:
             raise InputError("images: there are none to observe")
-        scores = {
-            name: np.concatenate([part[name] for part in parts])
-            for name in DESCRIPTIONS
-            if name in parts[0]
-        }
+        names = [name for name in DESCRIPTIONS if name in parts[0]]
+        scores = {name: np.concatenate([part[name] for part in parts]) for name in names}
         if not all(np.isfinite(values).all() for values in scores.values()):
             raise InputError("run: the network's output is not finite; its weights are damaged")
         return Observed(torch.cat(embeddings), scores)
 
 
 def eval_pixels(source: ImageSource, size: int, workers: int) -> Iterator[NDArray[np.uint8]]:
-    """Yield the un-augmented views of a source's images in order as pixels, (B, size, size, 3) uint8."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    for views, _ in eval_loader(source, size, _BATCH, workers):
-        # The normalisation undone; what it had rounded is far below half a grey level.
-        yield ((views * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    """Yield the un-augmented views of a source's images in order, (B, size, size, 3) uint8."""
+    return (pixels for pixels, _ in loader.eval_pixels(source, size, _BATCH, workers))
 
 
 def views_of(pixels: NDArray[np.uint8]) -> Tensor:
     """Pixels (B, side, side, 3) uint8 as normalised views (B, 3, side, side) float32."""
+    # `data.views.normalised` multiplies by 1/255, which rounds otherwise: it would change results.
     floats = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 255
     views: Tensor = V.normalize(floats, list(IMAGENET_MEAN), list(IMAGENET_STD))
     return views
 
 
 def image_scores(pixels: NDArray[np.uint8]) -> dict[str, NDArray[np.float64]]:
-    """What the pixels say without any network, (B,) float64 each: "edge_energy", "contrast" and "jpeg_size".
+    """Scores of the pixels without any network: "edge_energy", "contrast" and "jpeg_size".
 
-    Brightness is 0.299 R + 0.587 G + 0.114 B in 0..255, the gradient the length of its differences to the right and
-    below.
+    (B,) float64 each. Brightness is 0.299 R + 0.587 G + 0.114 B in 0..255, the gradient the length
+    of its differences to the right and below.
 
     Args:
         pixels: (B, side, side, 3) uint8.
     """
     gray = pixels.astype(np.float32) @ _LUMA
     right, below = np.diff(gray, axis=2)[:, :-1], np.diff(gray, axis=1)[:, :, :-1]
+    sizes = [len(jpeg_bytes(image, JPEG_QUALITY)) for image in pixels]
     return {
         "edge_energy": -np.hypot(right, below).mean((1, 2)).astype(np.float64),
         "contrast": -gray.std((1, 2), dtype=np.float64),
-        "jpeg_size": -np.array(
-            [len(jpeg_bytes(image, JPEG_QUALITY)) for image in pixels], dtype=np.float64
-        ),
+        "jpeg_size": -np.array(sizes, dtype=np.float64),
     }
 
 
 def disagreement(embeddings: Tensor) -> NDArray[np.float64]:
-    """The score "view_agreement" of the embeddings (V, B, F) of V >= 2 views of every image: (B,) float64."""
+    """The score "view_agreement", (B,) float64, of embeddings (V, B, F) of V >= 2 views."""
     unit = F.normalize(embeddings.double(), dim=-1)
     count = len(unit)
-    # The sum over all ordered pairs of different views is |sum of the vectors|^2 less one square for each.
+    # The sum over all ordered pairs of different views is |sum of the vectors|^2 less the squares.
     pairs = unit.sum(0).square().sum(-1) - unit.square().sum(-1).sum(0)
     score: NDArray[np.float64] = (1 - pairs / (count * (count - 1))).cpu().numpy()
     return score
 
 
 class Reference:
-    """The training images' embeddings, which the distances of others are measured to.
+    """Embeddings of the training images, to which the distances of others are measured.
 
     Args:
         embedding: (N, F) float32.
@@ -240,43 +220,30 @@ class Reference:
     ) -> None:
         from sklearn.covariance import LedoitWolf
 
-        self.probe, self.device = probe, device
-        self._unit = F.normalize(embedding, dim=1).to(device)
+        self.probe, self.device, self.embedding = probe, device, embedding.to(device)
         members = embedding.double().numpy()
-        groups = (
-            np.zeros(len(members), np.int64)
-            if labels is None
-            else np.unique(labels, return_inverse=True)[1]
-        )
-        self._means = np.stack(
-            [members[groups == group].mean(0) for group in range(groups.max() + 1)]
-        )
+        groups = np.zeros(len(members), np.int64)
+        if labels is not None:
+            groups = np.unique(labels, return_inverse=True)[1]
+        means = [members[groups == group].mean(0) for group in range(groups.max() + 1)]
+        self._means = np.stack(means)
         precision = LedoitWolf(assume_centered=True).fit(members - self._means[groups]).precision_
         # precision = root root^T, also where it is singular because all members are the same.
         values, vectors = np.linalg.eigh(precision)
         self._root = vectors * np.sqrt(values.clip(0))
 
     def scores(self, embedding: Tensor) -> dict[str, NDArray[np.float64]]:
-        """Scores of embeddings (M, F), (M,) float64 each: "knn_distance", "mahalanobis" and those of the probe."""
-        found = {"knn_distance": self._knn(embedding), "mahalanobis": self._mahalanobis(embedding)}
+        """Scores of embeddings (M, F): "knn_distance", "mahalanobis" and those of the probe.
+
+        (M,) float64 each.
+        """
+        near = nearest(embedding, self.embedding, NEIGHBOURS, device=self.device)
+        cosines = torch.cat([values.double().mean(1).cpu() for _, values in near]).numpy()
+        points, means = embedding.double().numpy() @ self._root, self._means @ self._root
+        squares = np.stack([np.square(points - mean).sum(1) for mean in means])
+        found = {"knn_distance": 1 - cosines, "mahalanobis": squares.min(0)}
         if self.probe is not None:
             logits = self.probe.logits(embedding).double()
             found["softmax"] = 1 - logits.softmax(1).amax(1).numpy()
             found["energy"] = -logits.logsumexp(1).numpy()
         return found
-
-    def _knn(self, embedding: Tensor) -> NDArray[np.float64]:
-        near = min(NEIGHBOURS, len(self._unit))
-        unit = F.normalize(embedding, dim=1).to(self.device)
-        cosines = [
-            (rows @ self._unit.T).topk(near, dim=1).values
-            for rows in unit.split(_BLOCK // len(self._unit) + 1)
-        ]
-        distance: NDArray[np.float64] = 1 - torch.cat(cosines).double().mean(1).cpu().numpy()
-        return distance
-
-    def _mahalanobis(self, embedding: Tensor) -> NDArray[np.float64]:
-        points, means = embedding.double().numpy() @ self._root, self._means @ self._root
-        squares = np.stack([np.square(points - mean).sum(1) for mean in means])
-        nearest: NDArray[np.float64] = squares.min(0)
-        return nearest

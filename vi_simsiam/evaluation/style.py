@@ -1,6 +1,7 @@
-"""How every figure looks: colours, type and grid, and how a figure is begun and written.
+"""Common style of the figures: colours, type and grid; how a figure is created and written.
 
-A figure is drawn within `matplotlib.rc_context(STYLE)` and shown at half its size: 200 dots an inch, type of 7 to 9 points.
+A figure is drawn within `matplotlib.rc_context(STYLE)` and shown at half its size: 200 dots an
+inch, type of 7 to 9 points.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from vi_simsiam.errors import ImageWarning
 from vi_simsiam.paths import printable
 
 BLUE, ORANGE, GRAY, INK = "#2f6db3", "#e07b39", "#8a8f98", "#24292f"
-METHODS = {"vi-simsiam": "VI-SimSiam", "simsiam": "SimSiam"}
 _DPI = 200
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -60,7 +60,7 @@ STYLE: dict[Any, Any] = {
 
 
 def figure(title: str, size: tuple[float, float] = (8.0, 3.4)) -> Figure:
-    """An empty figure with a heading, `size` inches; 1600 x 680 pixels where nothing else is said."""
+    """An empty figure with a heading, `size` inches; 1600 x 680 pixels by default."""
     drawn = Figure(figsize=size, dpi=_DPI, layout="constrained")
     FigureCanvasAgg(drawn)
     drawn.suptitle(title, x=0.01, ha="left", fontsize=8.5, color="#57606a")
@@ -68,7 +68,7 @@ def figure(title: str, size: tuple[float, float] = (8.0, 3.4)) -> Figure:
 
 
 def save(figure: Figure, path: Path, colours: int | None = None) -> Path:
-    """Write a figure as PNG, atomically; with a palette of so many colours where photographs would make it large."""
+    """Write a figure as PNG, atomically; `colours` of a palette keep photographs small."""
     _spell(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
@@ -80,32 +80,35 @@ def save(figure: Figure, path: Path, colours: int | None = None) -> Path:
 
 
 def _spell(figure: Figure) -> None:
-    """Give text with characters that the figures' font lacks another font or spelling; they would be drawn as boxes."""
+    """Change text with characters that the font lacks: they would be drawn as boxes.
+
+    It gets another font, or another spelling where no font has them.
+    """
     own = _characters(findfont(STYLE["font.family"]))
     for text in figure.findobj(Text):
-        if missing := {character for character in text.get_text() if ord(character) not in own} - {
-            "\n"
-        }:
-            if (other := _font_with(frozenset(missing))) is not None:
-                text.set_fontfamily([STYLE["font.family"], other])
-            else:
-                text.set_text(
-                    "".join(_spelt(each) if each in missing else each for each in text.get_text())
-                )
+        content = text.get_text()
+        missing = {character for character in content if ord(character) not in own} - {"\n"}
+        if not missing:
+            continue
+        if (other := _font_with(frozenset(missing))) is not None:
+            text.set_fontfamily([STYLE["font.family"], other])
+        else:
+            spelt = {ord(character): _spelt(character) for character in missing}
+            text.set_text(content.translate(spelt))
 
 
 @functools.cache
 def _font_with(characters: frozenset[str]) -> str | None:
     """A font of the system that has these characters; a warning if there is none."""
     for font in fontManager.ttflist:
-        # Those that come with matplotlib are for formulas, or draw every character as a box.
+        # Matplotlib's own fonts are for formulas, or draw every character as a box.
         if not font.fname.startswith(get_data_path()) and all(
             ord(each) in _characters(font.fname) for each in characters
         ):
             return font.name
     warnings.warn(
-        "figures: no font here has all characters of the names; some are spelt otherwise. A font such as Noto Sans CJK "
-        "has more",
+        "figures: no font here has all characters of the names; some are spelt otherwise. A font "
+        "such as Noto Sans CJK has more",
         ImageWarning,
         stacklevel=2,
     )
@@ -128,13 +131,13 @@ def _spelt(character: str) -> str:
 
 
 def shown(data: str) -> str:
-    """A data set as figures name it: the last part of a folder's or a packed file's path."""
-    kind, _, place = data.partition(":")
-    return printable(Path(place).name if kind in ("folder", "pack") and place else data)
+    """The name of a data set in figures: the last part of a folder's or a packed file's path."""
+    kind, _, path = data.partition(":")
+    return printable(Path(path).name if kind in ("folder", "pack") and path else data)
 
 
 def number(value: float, spread: float) -> str:
-    """A value with as many decimals as tell it apart from others within `spread`; one digit of it if that leaves none."""
+    """A value with enough decimals to differ from others within `spread`; at least one digit."""
     decimals = min(max(2 - math.floor(math.log10(spread)), 0), 8) if spread > 0 else 3
     vanishes = value != 0 and abs(value) < 0.5 * 10**-decimals
     return f"{value:.1g}" if vanishes else f"{value:,.{decimals}f}"

@@ -1,20 +1,20 @@
-"""What a run's concentration is worth as a measure of uncertainty, beside every simpler score: uncertainty.json.
+"""Evaluate a run's concentration as a measure of uncertainty, beside every simpler score.
 
-    calibration         whether views come as near to each other as the concentrations claim
-    misclassification   whether uncertain images are those that a logistic probe gets wrong
-    retrieval           whether uncertain images are those whose nearest neighbour has another class
-    ood                 whether images of other data sets are more uncertain than the validation images
-    corruptions         whether damage makes images more uncertain
+The result is uncertainty.json, with these parts:
 
-Nothing is fitted to the images that are evaluated, and no score's sign is chosen by how well it does.
+    calibration         cosines of views against those that the concentrations predict
+    misclassification   detection of the images that a logistic probe gets wrong
+    retrieval           detection of the images whose nearest neighbour has another class
+    ood                 detection of images of other data sets
+    corruptions         change of the scores with the level of damage
+
+Nothing is fitted to the images that are evaluated, and no score's sign is chosen by its results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from platform import python_version
 from typing import Any
 
 import numpy as np
@@ -22,16 +22,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vi_simsiam import __version__
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.subsets import subset
 from vi_simsiam.engine.checkpoint import write_json
 from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import metrics
-from vi_simsiam.evaluation.calibration import BINS, augmented_views, calibration, pair_cosines
+from vi_simsiam.evaluation.calibration import BINS, VIEWS, agreement
 from vi_simsiam.evaluation.corruptions import LEVELS, MAGNITUDES, corrupt
-from vi_simsiam.evaluation.foreign import builtin_sets, open_sets, refuse_own_images
+from vi_simsiam.evaluation.foreign import Foreign, builtin_sets, open_sets, refuse_own_images
 from vi_simsiam.evaluation.logistic import LogisticConfig, LogisticProbe, check_classes
 from vi_simsiam.evaluation.scores import (
     DESCRIPTIONS,
@@ -39,58 +38,65 @@ from vi_simsiam.evaluation.scores import (
     NEIGHBOURS,
     TRIVIAL,
     Network,
-    Observed,
     Reference,
-    disagreement,
     eval_pixels,
 )
+from vi_simsiam.info import versions
 from vi_simsiam.models import VISimSiam
 from vi_simsiam.text import counted
 
 UNCERTAINTY = "uncertainty.json"
-VIEWS = 4
-"""Augmented views of every image: 12 ordered pairs to calibrate on."""
 TRAIN_IMAGES = 4_000
 """Most training images that the probe and the distances are fitted to."""
 UNSPLIT_IMAGES = 1_000
 """Most training images evaluated where there are no validation images."""
+_BATCH = 128
+"""Images corrupted at a time, which takes several float arrays of their size."""
+_PACKAGES = ("torch", "torchvision", "scikit-learn", "scipy", "numpy", "pillow")
 
+_Figures = dict[str, float | None]
+_Numbers = NDArray[np.int64]
 _Scores = dict[str, NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One figure of the concentration and of the best scores of two kinds, a higher one being better."""
+    """One measure of the concentration and of the best scores of two kinds; higher is better."""
 
     part: str
     measure: str
     kappa: float | None
     baseline: str | None
-    """The score that does best of `TRIVIAL`."""
+    """The best score of `TRIVIAL`."""
     value: float | None
-    """Its figure."""
+    """Its measure."""
     other: str | None = None
-    """The score that does best of those that need labels, training images or more passes."""
+    """The best of the scores that need labels, training images or more passes."""
     other_value: float | None = None
-    """Its figure."""
+    """Its measure."""
+
+    @property
+    def gap(self) -> float | None:
+        """Lead of the concentration over the baseline; None if one of them is not defined."""
+        return None if self.kappa is None or self.value is None else self.kappa - self.value
 
     @property
     def ahead(self) -> bool | None:
-        """Whether the concentration does better than the baseline; None if one of them has no figure."""
-        return None if self.kappa is None or self.value is None else self.kappa > self.value
+        """True if the concentration does better; None if it or the baseline is not defined."""
+        return None if self.gap is None else self.gap > 0
 
 
 @dataclass(frozen=True)
 class _Images:
-    """The images that are evaluated, and those they are compared with."""
+    """The images that are evaluated, and the training images they are compared with."""
 
     evaluated: PackedImages
-    chosen: NDArray[np.int64]
+    chosen: _Numbers
     train: PackedImages
-    reference: NDArray[np.int64]
-    labels: NDArray[np.int64] | None
-    """Of `chosen`; None without labels of known training classes."""
-    reference_labels: NDArray[np.int64] | None
+    reference: _Numbers
+    labels: _Numbers | None
+    """Labels of `chosen`; None without labels of known training classes."""
+    reference_labels: _Numbers | None
     notes: list[str]
 
 
@@ -105,11 +111,12 @@ def evaluate_uncertainty(
     require_kappa: bool = True,
     report: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure a run's concentration and the scores it competes with; write RUN/uncertainty.json and return its content.
+    """Measure a run's concentration and its rivals; write RUN/uncertainty.json, return its content.
 
-    Without labels "misclassification" is None and "retrieval" lacks the run's own images; "notes" among the settings
-    says what is missing and why. Without validation images, training images are evaluated, others than those that
-    the distances are measured to. A figure that is not defined is None.
+    Without labels "misclassification" is None and "retrieval" lacks the run's own images; "notes"
+    among the settings lists what is missing and why. Without validation images, training images
+    are evaluated, others than those that the distances are measured to. A measure that is not
+    defined is None.
 
     Args:
         run: the run.
@@ -117,63 +124,41 @@ def evaluate_uncertainty(
         images: most validation images, drawn by `seed`; None for all.
         seed: of every choice of images, of the views and of the damage.
         corruption_images: most images that are damaged, each in 30 ways; 0 for none.
-        train_images: most training images that the probe and the distances are fitted to, drawn by `seed`.
-        require_kappa: whether a run that predicts no concentration is refused. If it is not, everything but the
+        train_images: most training images that the probe and the distances are fitted to, drawn by
+            `seed`.
+        require_kappa: refuse a run that predicts no concentration. If False, everything but the
             concentration is measured, to compare with.
         report: called with a short phrase at the start of every stage.
 
     Raises:
-        InputError: the run predicts no concentration, numbers out of range, a data set that cannot be opened or is the
-            run's own, validation classes that are not the training classes, or damaged weights.
+        InputError: the run predicts no concentration, numbers out of range, a data set that cannot
+            be opened or is the run's own, validation classes that are not the training classes, or
+            damaged weights.
     """
-    _check(run, images, seed, corruption_images, train_images, require_kappa)
-    config, say = run.config, report or (lambda phrase: None)
-    say("opening the data sets")
-    found = open_sets(ood, run.splits, config)
+    if require_kappa and not isinstance(run.model, VISimSiam):
+        raise InputError("run: SimSiam predicts no concentration to measure; vi-simsiam does")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed: {seed} must be at least 0 and below 2**63")
+    least = {"images": 2, "corruption_images": 0, "train_images": 2}
+    given = {"images": images, "corruption_images": corruption_images, "train_images": train_images}
+    for name, number in given.items():
+        if number is not None and number < least[name]:
+            raise InputError(f"{name}: {number} must be at least {least[name]}")
+
+    report = report or (lambda phrase: None)
+    report("opening the data sets")
+    sets = open_sets(ood, run.splits, run.config)
     data = _choose(run, images, train_images, seed)
-    foreign = [(each, run.readable(each.source)[0]) for each in found]
-    notes = [*data.notes]
+    foreign = [(each, run.readable(each.source)[0]) for each in sets]
     for each, packed in foreign:
         if own := refuse_own_images(each, packed, [data.train, data.evaluated]):
-            notes.append(
-                f"{own:,} of {counted(len(packed), 'image')} of {each.name} are the run's own"
-            )
-
-    measured = _Measured(run, data, seed, say)
-    for each in builtin_sets(config.augment.size, len(data.chosen), seed):
-        foreign.append((each, run.readable(each.source)[0]))
-    if data.labels is not None and measured.probe is None:
-        notes.append(
-            f"one class among {counted(len(data.reference), 'training image')}: misclassification is not measured"
-        )
-    retrieval: dict[str, Any] = {}
-    if data.labels is not None and len(data.labels) > 1:
-        retrieval["validation"] = _retrieval(
-            measured.embedding, data.labels, measured.scores, seen=True
-        )
-    detection: dict[str, Any] = {}
-    overlapping: dict[str, list[str]] = {}
-    for each, packed in foreign:
-        say(f"images of {each.name}")
-        chosen = _draw(len(packed), len(data.chosen), seed)
-        embedding, scores = measured.look(packed, chosen, views=not each.builtin)
-        detection[each.name] = {
-            "kind": each.kind,
-            "images": len(chosen),
-            "scores": {
-                name: metrics.detection_figures(measured.scores[name], values)
-                for name, values in scores.items()
-            },
-        }
-        if packed.labels is not None and len(chosen) > 1:
-            shared = sorted(set(packed.classes or ()) & set(data.train.classes or ()))
-            retrieval[each.name] = _retrieval(
-                embedding, packed.labels[chosen], scores, seen=bool(shared)
-            )
-            if shared:
-                overlapping[each.name] = shared
-                notes.append(f"{each.name} shares classes with the run's data: {', '.join(shared)}")
-
+            total = counted(len(packed), "image")
+            data.notes.append(f"{own:,} of {total} of {each.name} are the run's own")
+    measured = _Measured(run, data, seed, report)
+    builtin = builtin_sets(run.config.augment.size, len(data.chosen), seed)
+    foreign += [(each, run.readable(each.source)[0]) for each in builtin]
+    detection, retrieval, overlapping = _foreign(measured, data, foreign)
+    count = min(corruption_images, len(data.chosen))
     result = {
         "evaluation": "uncertainty",
         "data": run.splits.name,
@@ -182,229 +167,195 @@ def evaluate_uncertainty(
         "settings": {
             "seed": seed,
             "train_images": len(data.reference),
-            "corruption_images": min(corruption_images, len(data.chosen)),
+            "corruption_images": count,
             "views": VIEWS,
             "bins": BINS,
             "neighbours": min(NEIGHBOURS, len(data.reference)),
             "jpeg_quality": JPEG_QUALITY,
-            "fpr95": "share of the validation images flagged where 95 % of the other data set's are",
+            "fpr95": "share of the validation images flagged where 95 % of the other data set's "
+            "are",
             "overlapping_classes": overlapping,
-            "notes": notes,
+            "notes": data.notes,
         },
         "scores": {name: text for name, text in DESCRIPTIONS.items() if name in measured.scores},
         "calibration": measured.calibration,
         "misclassification": _misclassification(measured, data),
         "retrieval": retrieval or None,
         "ood": detection,
-        "corruptions": _corruptions(
-            run, measured, data, min(corruption_images, len(data.chosen)), seed, say
-        ),
-        "versions": _versions(),
+        "corruptions": _corruptions(measured, data, count),
+        "versions": versions(_PACKAGES),
     }
     write_json(run.path / UNCERTAINTY, result)
     return result
 
 
 def comparisons(result: dict[str, Any]) -> list[Comparison]:
-    """What an uncertainty.json says of the concentration, and of the scores that do best in the same place.
+    """Rows of an uncertainty.json: the concentration and the scores that do best in the same part.
 
-    Trivial scores and those that need more than the concentration does stand apart. The best of several scores on the
-    very images that they are compared on has the advantage of the choice. Where none is defined, its name and value are
-    None, as is "kappa" for a run without concentrations.
+    Trivial scores are kept apart from those that need more than the concentration does. The best of
+    several scores on the very images that they are compared on has the advantage of the choice.
+    Where none is defined, its name and value are None, as is "kappa" for a run without
+    concentrations.
     """
-    rows = []
+    parts: list[tuple[str, str, _Figures]] = []
     if result["misclassification"] is not None:
-        figures = {
-            name: values["auroc"] for name, values in result["misclassification"]["scores"].items()
-        }
-        rows.append(_comparison("misclassification", "AUROC", figures))
+        parts.append(("misclassification", "AUROC", _figures(result["misclassification"], "auroc")))
     for name, part in (result["retrieval"] or {}).items():
-        rows.append(_comparison(f"retrieval: {name}", "R-AUROC", part["scores"]))
+        parts.append((f"retrieval: {name}", "R-AUROC", part["scores"]))
     for name, part in result["ood"].items():
-        figures = {score: values["auroc"] for score, values in part["scores"].items()}
-        rows.append(_comparison(f"{name} ({part['kind']})", "AUROC", figures))
+        parts.append((f"{name} ({part['kind']})", "AUROC", _figures(part, "auroc")))
     for kind, part in result["corruptions"].items():
-        figures = {score: values["spearman"] for score, values in part["scores"].items()}
-        rows.append(_comparison(f"corruption: {kind}", "Spearman", figures))
+        parts.append((f"corruption: {kind}", "Spearman", _figures(part, "spearman")))
+    rows = []
+    for name, measure, figures in parts:
+        others = [score for score in figures if score != "kappa" and score not in TRIVIAL]
+        best = (*_best(figures, TRIVIAL), *_best(figures, others))
+        rows.append(Comparison(name, measure, figures.get("kappa"), *best))
     return rows
 
 
-def _comparison(part: str, measure: str, figures: dict[str, float | None]) -> Comparison:
-    def best(names: Iterable[str]) -> tuple[str, float] | tuple[None, None]:
-        defined = [(name, value) for name in names if (value := figures.get(name)) is not None]
-        return max(defined, key=lambda pair: pair[1]) if defined else (None, None)
+def _figures(part: dict[str, Any], key: str) -> _Figures:
+    return {score: values[key] for score, values in part["scores"].items()}
 
-    others = [name for name in figures if name != "kappa" and name not in TRIVIAL]
-    return Comparison(part, measure, figures.get("kappa"), *best(TRIVIAL), *best(others))
+
+def _best(figures: _Figures, names: Iterable[str]) -> tuple[str, float] | tuple[None, None]:
+    defined = [(name, value) for name in names if (value := figures.get(name)) is not None]
+    return max(defined, key=lambda pair: pair[1]) if defined else (None, None)
 
 
 class _Measured:
-    """What the network makes of the evaluated images, and of others by the same standard."""
+    """Scores of the evaluated images, and of others by the same standard."""
 
-    def __init__(self, run: Run, data: _Images, seed: int, say: Callable[[str], None]) -> None:
-        self.run, self.seed = run, seed
+    def __init__(self, run: Run, data: _Images, seed: int, report: Callable[[str], None]) -> None:
+        self.run, self.seed, self.report = run, seed, report
         self.network = Network(run.model, run.device)
-        say(counted(len(data.reference), "training image"))
-        training = self._observe(data.train, data.reference).embedding
+        report(counted(len(data.reference), "training image"))
+        training = self.network.observe(self.pixels(data.train, data.reference)).embedding
         self.probe: LogisticProbe | None = None
         if data.reference_labels is not None and len(np.unique(data.reference_labels)) > 1:
-            say("the logistic probe")
+            report("the logistic probe")
             labels = torch.from_numpy(data.reference_labels)
-            self.probe = LogisticProbe.fit(
-                training, labels, data.train.classes or (), LogisticConfig(seed=seed)
-            )
+            config, classes = LogisticConfig(seed=seed), data.train.classes or ()
+            self.probe = LogisticProbe.fit(training, labels, classes, config)
         self.reference = Reference(training, data.reference_labels, self.probe, run.device)
-        say(f"{counted(len(data.chosen), 'image')}, and {VIEWS} views of each")
-        self.pairs: list[tuple[Tensor, Tensor]] = []
-        self.embedding, self.scores = self.look(
-            data.evaluated, data.chosen, views=True, pairs=self.pairs
-        )
+        report(f"{counted(len(data.chosen), 'image')}, and {VIEWS} views of each")
         self.calibration: dict[str, Any] | None = None
-        if self.pairs:
-            expected, observed = (
-                torch.cat([pair[side].flatten() for pair in self.pairs]).double().numpy()
-                for side in (0, 1)
-            )
-            self.calibration = calibration(expected, observed)
+        self.embedding, self.scores = self.score(data.evaluated, data.chosen, calibrate=True)
 
-    def look(
-        self,
-        images: PackedImages,
-        chosen: NDArray[np.int64],
-        *,
-        views: bool,
-        pairs: list[tuple[Tensor, Tensor]] | None = None,
+    def score(
+        self, images: PackedImages, chosen: _Numbers, *, views: bool = True, calibrate: bool = False
     ) -> tuple[Tensor, _Scores]:
-        """Embeddings and scores of some images; with their views' agreement if `views`, whose cosines go to `pairs`."""
-        observed = self._observe(images, chosen)
-        scores = {**observed.scores, **self.reference.scores(observed.embedding)}
+        """Embeddings and scores of images; with `views` also the agreement of augmented views.
+
+        With `calibrate` the views are also kept as `calibration`.
+        """
+        more = {}
         if views:
-            scores["view_agreement"] = self._views(images, chosen, pairs)
-        return observed.embedding, {name: scores[name] for name in DESCRIPTIONS if name in scores}
+            policy = self.run.config.augment
+            more["view_agreement"], found = agreement(
+                self.network, images, chosen, policy, seed=self.seed, calibrate=calibrate
+            )
+            self.calibration = found or self.calibration
+        return self.score_pixels(self.pixels(images, chosen), more)
 
-    def score_pixels(self, batches: Iterable[NDArray[np.uint8]]) -> _Scores:
-        """Scores of images as they are, (B, side, side, 3) uint8 a batch."""
-        observed = self.network.observe(batches)
-        scores = {**observed.scores, **self.reference.scores(observed.embedding)}
-        return {name: scores[name] for name in DESCRIPTIONS if name in scores}
+    def score_pixels(
+        self, batches: Iterable[NDArray[np.uint8]], more: _Scores | None = None
+    ) -> tuple[Tensor, _Scores]:
+        """Embeddings and scores of batches of pixels, (B, side, side, 3) uint8, with `more`."""
+        seen = self.network.observe(batches)
+        scores = {**seen.scores, **self.reference.scores(seen.embedding), **(more or {})}
+        return seen.embedding, {name: scores[name] for name in DESCRIPTIONS if name in scores}
 
-    def _observe(self, images: PackedImages, chosen: NDArray[np.int64]) -> Observed:
-        source = subset(images, chosen)
-        return self.network.observe(
-            eval_pixels(source, self.run.config.augment.size, self.run.workers)
+    def pixels(self, images: PackedImages, chosen: _Numbers) -> Iterator[NDArray[np.uint8]]:
+        """Un-augmented views of images as pixels, (B, side, side, 3) uint8."""
+        size = self.run.config.augment.size
+        return eval_pixels(subset(images, chosen), size, self.run.workers)
+
+
+def _foreign(
+    measured: _Measured, data: _Images, sets: list[tuple[Foreign, PackedImages]]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, list[str]]]:
+    """Detection of foreign images, retrieval in every labelled set, and classes that sets share.
+
+    Adds to the notes of `data`.
+    """
+    detection, retrieval, overlapping = {}, {}, {}
+    if data.labels is not None and measured.probe is None:
+        data.notes.append(
+            f"one class among {counted(len(data.reference), 'training image')}: "
+            "misclassification is not measured"
         )
-
-    def _views(
-        self,
-        images: PackedImages,
-        chosen: NDArray[np.int64],
-        pairs: list[tuple[Tensor, Tensor]] | None,
-    ) -> NDArray[np.float64]:
-        parts = []
-        policy, device = self.run.config.augment, self.run.device
-        for views in augmented_views(
-            images, chosen, policy, views=VIEWS, seed=self.seed, device=device
-        ):
-            passed = self.network(views.flatten(0, 1), targets=pairs is not None)
-            parts.append(disagreement(passed.embedding.unflatten(0, views.shape[:2])))
-            if pairs is not None and passed.concentration is not None:
-                shaped = (
-                    x.unflatten(0, views.shape[:2])
-                    for x in (passed.loc, passed.concentration, passed.target)
+    embedding, labels, scores = measured.embedding, data.labels, measured.scores
+    if labels is not None and len(labels) > 1:
+        found = metrics.retrieval_figures(embedding, labels, scores)
+        retrieval["validation"] = {"seen_classes": True, **found}
+    for each, packed in sets:
+        measured.report(f"images of {each.name}")
+        chosen = _draw(len(packed), len(data.chosen), measured.seed)
+        embedding, scores = measured.score(packed, chosen, views=not each.builtin)
+        figures = {
+            name: metrics.detection_figures(measured.scores[name], values)
+            for name, values in scores.items()
+        }
+        detection[each.name] = {"kind": each.kind, "images": len(chosen), "scores": figures}
+        if packed.labels is not None and len(chosen) > 1:
+            shared = sorted(set(packed.classes or ()) & set(data.train.classes or ()))
+            found = metrics.retrieval_figures(embedding, packed.labels[chosen], scores)
+            retrieval[each.name] = {"seen_classes": bool(shared), **found}
+            if shared:
+                overlapping[each.name] = shared
+                data.notes.append(
+                    f"{each.name} shares classes with the run's data: {', '.join(shared)}"
                 )
-                expected, observed = pair_cosines(*shaped)
-                pairs.append((expected.cpu(), observed.cpu()))
-        return np.concatenate(parts)
+    return detection, retrieval, overlapping
 
 
 def _misclassification(measured: _Measured, data: _Images) -> dict[str, Any] | None:
     if measured.probe is None or data.labels is None:
         return None
     wrong = measured.probe.logits(measured.embedding).argmax(1).numpy() != data.labels
+    scores = measured.scores.items()
     return {
         "classifier": "logistic",
         "accuracy": 1 - int(wrong.sum()) / len(wrong),
-        "scores": {
-            name: metrics.failure_figures(values, wrong) for name, values in measured.scores.items()
-        },
+        "scores": {name: metrics.failure_figures(values, wrong) for name, values in scores},
         "oracle": metrics.oracle(wrong),
         "random": metrics.at_random(wrong),
-        "risk_coverage": {
-            name: metrics.risk_coverage(values, wrong) for name, values in measured.scores.items()
-        },
+        "risk_coverage": {name: metrics.risk_coverage(values, wrong) for name, values in scores},
     }
 
 
-def _retrieval(
-    embedding: Tensor, labels: NDArray[np.int64], scores: _Scores, *, seen: bool
-) -> dict[str, Any]:
-    same = metrics.retrieved(embedding, labels)
-    return {
-        "seen_classes": seen,
-        "recall_at_1": int(same.sum()) / len(same),
-        "scores": {name: metrics.auroc(values, ~same) for name, values in scores.items()},
-    }
-
-
-def _corruptions(
-    run: Run, measured: _Measured, data: _Images, count: int, seed: int, say: Callable[[str], None]
-) -> dict[str, Any]:
+def _corruptions(measured: _Measured, data: _Images, count: int) -> dict[str, Any]:
     if count == 0:
         return {}
+    seed, scale = measured.seed, measured.run.model.dim - 1
     numbers = data.chosen[_draw(len(data.chosen), count, seed)]
-    source = subset(data.evaluated, numbers)
-    pixels = np.concatenate(list(eval_pixels(source, run.config.augment.size, run.workers)))
-    # Damage takes several float arrays of what is damaged: of a batch, that is little however many images there are.
-    batches = [slice(start, start + 128) for start in range(0, count, 128)]
-    intact = measured.score_pixels(pixels[batch] for batch in batches)
+    pixels = np.concatenate(list(measured.pixels(data.evaluated, numbers)))
+    batches = [slice(start, start + _BATCH) for start in range(0, count, _BATCH)]
+    _, intact = measured.score_pixels(pixels[batch] for batch in batches)
     result = {}
     for kind in MAGNITUDES:
-        say(f"corruption: {kind}")
+        measured.report(f"corruption: {kind}")
         levels = [intact]
         for level in LEVELS[1:]:
             damaged = (
                 corrupt(pixels[each], kind, level, seed=seed, numbers=numbers[each])
                 for each in batches
             )
-            levels.append(measured.score_pixels(damaged))
+            levels.append(measured.score_pixels(damaged)[1])
         median = None
         if "kappa" in intact:
-            median = [float(np.median(-level["kappa"])) / (run.model.dim - 1) for level in levels]
-        result[kind] = {
-            "levels": list(LEVELS),
-            "median_kappa": median,
-            "scores": {
-                name: metrics.level_trend(np.stack([level[name] for level in levels]))
-                for name in intact
-            },
+            median = [float(np.median(-level["kappa"])) / scale for level in levels]
+        trends = {
+            name: metrics.level_trend(np.stack([level[name] for level in levels]))
+            for name in intact
         }
+        result[kind] = {"levels": list(LEVELS), "median_kappa": median, "scores": trends}
     return result
 
 
-def _check(
-    run: Run,
-    images: int | None,
-    seed: int,
-    corruption_images: int,
-    train_images: int,
-    require_kappa: bool,
-) -> None:
-    if require_kappa and not isinstance(run.model, VISimSiam):
-        raise InputError(
-            "run: SimSiam predicts no concentration, whose worth is to be measured; vi-simsiam does"
-        )
-    if images is not None and images < 2:
-        raise InputError(f"images: {images} must be at least 2")
-    if not 0 <= seed < 2**63:
-        raise InputError(f"seed: {seed} must be at least 0 and below 2**63")
-    if corruption_images < 0:
-        raise InputError(f"corruption_images: {corruption_images} must be at least 0")
-    if train_images < 2:
-        raise InputError(f"train_images: {train_images} must be at least 2")
-
-
 def _choose(run: Run, images: int | None, train_images: int, seed: int) -> _Images:
-    """Which images are evaluated and which they are compared with, and with what labels."""
+    """Choose the images that are evaluated and those they are compared with."""
     train, _ = run.readable(run.splits.train)
     if len(train) == 0:
         raise InputError(
@@ -427,40 +378,21 @@ def _choose(run: Run, images: int | None, train_images: int, seed: int) -> _Imag
         notes.append(
             "no validation images: training images are evaluated, which the network has seen"
         )
-    labelled = train.labels is not None and evaluated.labels is not None
-    if labelled:
-        check_classes(train.classes or (), evaluated.classes or ())
+    labels = reference_labels = None
+    unmeasured = "misclassification and the retrieval of the run's own images are not measured"
+    if train.labels is None or evaluated.labels is None:
+        notes.append(f"no labels: {unmeasured}")
     else:
-        notes.append(
-            "no labels: misclassification and the retrieval of the run's own images are not measured"
-        )
-    if labelled and len(train.classes or ()) < 2:
-        labelled = False
-        notes.append(
-            "one class: misclassification and the retrieval of the run's own images are not measured"
-        )
-    return _Images(
-        evaluated,
-        chosen,
-        train,
-        reference,
-        evaluated.labels[chosen] if labelled and evaluated.labels is not None else None,
-        train.labels[reference] if labelled and train.labels is not None else None,
-        notes,
-    )
+        check_classes(train.classes or (), evaluated.classes or ())
+        if len(train.classes or ()) < 2:
+            notes.append(f"one class: {unmeasured}")
+        else:
+            labels, reference_labels = evaluated.labels[chosen], train.labels[reference]
+    return _Images(evaluated, chosen, train, reference, labels, reference_labels, notes)
 
 
-def _draw(count: int, most: int, seed: int) -> NDArray[np.int64]:
+def _draw(count: int, most: int, seed: int) -> _Numbers:
     """At most `most` of range(count), drawn by `seed`, in order."""
     if most >= count:
         return np.arange(count)
     return np.sort(np.random.default_rng((seed, 0)).permutation(count)[:most])
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "torchvision", "scikit-learn", "scipy", "numpy", "pillow")
-    return {
-        "vi-simsiam": __version__,
-        "python": python_version(),
-        **{package: version(package) for package in packages},
-    }

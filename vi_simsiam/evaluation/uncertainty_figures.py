@@ -1,15 +1,13 @@
 """Figures of uncertainty.json: reliability.png, risk_coverage.png, corruptions.png and scores.png.
 
-Every score is higher for what is less certain; "kappa" is minus the concentration. Scores that look at the image alone,
-and at no network, are marked: a learned score is worth something where it is above them.
+Every score is higher for less certain images; "kappa" is minus the concentration. Scores computed
+from the image alone, without a network, are marked: a learned score should be above them.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,37 +18,31 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
 
-from vi_simsiam.errors import InputError
+from vi_simsiam.evaluation.results import read_result, unusable
 from vi_simsiam.evaluation.style import BLUE, GRAY, INK, ORANGE, STYLE, figure, save, shown
 from vi_simsiam.text import counted
 
-UNCERTAINTY = "uncertainty.json"
 IMAGE_STATISTICS = ("edge_energy", "contrast", "jpeg_size")
 """Scores without a network."""
-_KINDS = (
-    "#2f6db3",
-    "#e07b39",
-    "#3f9b6c",
-    "#8a5fb0",
-    "#c2507f",
-    "#7a7f3a",
-    "#2a9aa8",
-    "#a5673f",
-    "#5a6472",
-    "#c9a227",
-)
 _GREENS = ("#3f9b6c", "#8a5fb0")
+_CHOSEN = (BLUE, *_GREENS, ORANGE)
+_KINDS = (
+    BLUE, ORANGE, *_GREENS, "#c2507f", "#7a7f3a", "#2a9aa8", "#a5673f", "#5a6472", "#c9a227",
+)  # fmt: skip
 
 
 def draw_uncertainty(run_folder: Path) -> list[Path]:
-    """Draw every figure that RUN/uncertainty.json has the data of, and return their paths; none without that file.
+    """Draw every figure that RUN/uncertainty.json has the data of; none without that file.
+
+    Returns:
+        The paths of the figures.
 
     Raises:
         InputError: the file cannot be read, or lacks what its parts need.
     """
-    if not (run_folder / UNCERTAINTY).is_file():
+    result = read_result(run_folder, "uncertainty")
+    if result is None:
         return []
-    result = read_uncertainty(run_folder)
     figures: dict[str, tuple[object, Callable[[dict[str, Any]], Figure]]] = {
         "reliability": (result.get("calibration"), reliability),
         "risk_coverage": (result.get("misclassification"), risk_coverage),
@@ -64,55 +56,22 @@ def draw_uncertainty(run_folder: Path) -> list[Path]:
                 continue
             try:
                 drawn.append(save(draw(result), run_folder / f"{name}.png"))
-            except (
-                KeyError,
-                TypeError,
-                AttributeError,
-                ValueError,
-                IndexError,
-            ) as error:  # a part without rows, say
-                raise InputError(
-                    f"run: {run_folder / UNCERTAINTY} lacks what {name}.png shows ({error!r}); {_makes(run_folder)} again"
-                ) from error
+            except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+                problem = f"lacks what {name}.png shows ({error!r})"
+                raise unusable(run_folder / "uncertainty.json", problem) from error
     return drawn
 
 
-def read_uncertainty(run_folder: Path) -> dict[str, Any]:
-    """The content of RUN/uncertainty.json.
-
-    Raises:
-        InputError: there is none, or it holds no JSON object.
-    """
-    path = run_folder / UNCERTAINTY
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"run: {run_folder} has no {UNCERTAINTY}; {_makes(run_folder)}") from None
-    except ValueError as error:  # JSON and Unicode errors alike
-        raise InputError(
-            f"run: {path} cannot be read ({error}); {_makes(run_folder)} again"
-        ) from error
-    if not isinstance(content, dict):
-        raise InputError(f"run: {path} holds no JSON object; {_makes(run_folder)} again")
-    return content
-
-
-def _makes(run_folder: Path) -> str:
-    return f"{shlex.join(['vi-simsiam', 'uncertainty', str(run_folder)])} makes it"
-
-
 def targets(result: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """AUROC of every score by what it is to tell apart: misclassified images, and each set of foreign images."""
-    found: dict[str, dict[str, float]] = {}
+    """AUROC of every score by the images to detect: misclassified ones, and each foreign set."""
+    parts = {f"{name} ({part['kind']})": part for name, part in (result.get("ood") or {}).items()}
     if result.get("misclassification"):
-        found["misclassified"] = figures_of(result["misclassification"], "auroc")
-    for name, part in (result.get("ood") or {}).items():
-        found[f"{name} ({part['kind']})"] = figures_of(part, "auroc")
-    return found
+        parts = {"misclassified": result["misclassification"], **parts}
+    return {name: figures_of(part, "auroc") for name, part in parts.items()}
 
 
 def figures_of(part: dict[str, Any], key: str) -> dict[str, float]:
-    """One figure of every score of a part; NaN where it is not defined."""
+    """One measure of every score of a part; NaN where it is not defined."""
     return {
         name: math.nan if values[key] is None else values[key]
         for name, values in part["scores"].items()
@@ -120,50 +79,45 @@ def figures_of(part: dict[str, Any], key: str) -> dict[str, float]:
 
 
 def best_others(values: dict[str, float], count: int = 2) -> list[str]:
-    """The `count` highest scores beside "kappa", and the highest image statistic if it is not among them; best first."""
-    order = sorted(
-        (name for name in values if name != "kappa" and math.isfinite(values[name])),
-        key=lambda name: -values[name],
-    )
-    chosen = order[:count]
-    trivial = next((name for name in order if name in IMAGE_STATISTICS), None)
-    return chosen if trivial is None or trivial in chosen else [*chosen, trivial]
+    """The `count` highest scores other than "kappa", best first.
+
+    The highest image statistic is added at the end if it is not among them.
+    """
+    finite = [name for name in values if name != "kappa" and math.isfinite(values[name])]
+    order = sorted(finite, key=lambda name: -values[name])
+    statistics = [name for name in order if name in IMAGE_STATISTICS]
+    return list(dict.fromkeys([*order[:count], *statistics[:1]]))
 
 
 def score_label(name: str) -> str:
-    """A score as figures and tables name it."""
-    return (
-        "κ"
-        if name == "kappa"
-        else name.replace("_", " ") + (" *" if name in IMAGE_STATISTICS else "")
-    )
+    """The label of a score in figures and tables."""
+    if name == "kappa":
+        return "κ"
+    return name.replace("_", " ") + (" *" if name in IMAGE_STATISTICS else "")
 
 
 def reliability(result: dict[str, Any]) -> Figure:
-    """Observed against expected cosine by bin with the diagonal, and the number of pairs in each bin."""
+    """Observed against expected cosine by bin with the diagonal, and the pairs in each bin."""
     part = result["calibration"]
     bins = [each for each in part["bins"] if each["count"]]
     expected, observed, count = (
         np.array([each[key] for each in bins]) for key in ("expected", "observed", "count")
     )
-    drawn = figure(
-        f"{shown(result['data'])}: {counted(part['pairs'], 'pair')} of views, mean cosine expected {part['expected']:.3f}, "
-        f"observed {part['observed']:.3f}, calibration error {part['error']:.3f}"
+    drawn, left, right = _panels(
+        result,
+        f"{counted(part['pairs'], 'pair')} of views, mean cosine expected {part['expected']:.3f}, "
+        f"observed {part['observed']:.3f}, calibration error {part['error']:.3f}",
     )
-    left, right = drawn.subplots(1, 2, width_ratios=(0.54, 0.46))
     low, high = min(expected.min(), observed.min()), max(expected.max(), observed.max())
     margin = 0.06 * (high - low) or 0.05
     limits = (low - margin, high + margin)
     left.plot(limits, limits, color=GRAY, lw=1, ls=(0, (3, 2)), label="expected = observed")
     left.plot(expected, observed, "o-", color=BLUE, ms=4, label="bin of pairs")
-    left.set(xlim=limits, ylim=limits, aspect="equal")
-    left.set_title("cosine of prediction and target")
-    left.set_xlabel("expected, κ / (κ + D − 1)")
-    left.set_ylabel("observed")
+    left.set(xlim=limits, ylim=limits, aspect="equal", title="cosine of prediction and target")
+    left.set(xlabel="expected, κ / (κ + D − 1)", ylabel="observed")
     left.legend(loc="upper left")
     right.bar(range(1, len(bins) + 1), count, color=BLUE, width=0.7)
-    right.set_title("pairs in each bin")
-    right.set_xlabel("bin, least certain first")
+    right.set(title="pairs in each bin", xlabel="bin, least certain first")
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.yaxis.set_major_locator(MaxNLocator(integer=True))
     right.grid(axis="x", visible=False)
@@ -171,100 +125,72 @@ def reliability(result: dict[str, Any]) -> Figure:
 
 
 def risk_coverage(result: dict[str, Any]) -> Figure:
-    """Errors among the images kept, least uncertain first, and the area below that curve for every score."""
+    """Errors among the images kept, most certain first, and the area below for every score."""
     part = result["misclassification"]
-    area = figures_of(part, "aurc")
-    drawn = figure(
-        f"{shown(result['data'])}: {counted(result['images'], 'image')}, {part['classifier']} classifier, "
-        f"accuracy {100 * part['accuracy']:.1f} %"
+    area, curves = figures_of(part, "aurc"), part["risk_coverage"]
+    drawn, left, right = _panels(
+        result,
+        f"{counted(result['images'], 'image')}, {part['classifier']} classifier, "
+        f"accuracy {100 * part['accuracy']:.1f} %",
     )
-    left, right = drawn.subplots(1, 2, width_ratios=(0.54, 0.46))
-    others = [
-        name
-        for name in best_others({name: -value for name, value in area.items()})
-        if name in part["risk_coverage"]
-    ]
-    coverage, risk = np.linspace(0.01, 1, 100), 1 - part["accuracy"]
-    for name, colour in zip(["kappa", *others], (BLUE, *_GREENS, ORANGE), strict=False):
-        if name in part["risk_coverage"]:
+    best = best_others({name: -value for name, value in area.items()})
+    others = [name for name in best if name in curves]
+    for name, colour in zip(["kappa", *others], _CHOSEN, strict=False):
+        if name in curves:
             dashes: Any = (0, (3, 1.5)) if name in IMAGE_STATISTICS else "solid"
             width, order = (2.0, 4) if name == "kappa" else (1.1, 3)
-            curve = part["risk_coverage"][name]
-            left.plot(curve["coverage"], curve["risk"], color=colour, lw=width, ls=dashes, zorder=order,
-                      label=score_label(name))  # fmt: skip
-    # Whoever knows the errors drops them first: none is left until the coverage exceeds the accuracy.
-    left.plot(
-        coverage,
-        np.maximum(0, 1 - part["accuracy"] / coverage),
-        color=INK,
-        lw=1,
-        ls=(0, (3, 2)),
-        label="oracle",
-    )
-    left.axhline(risk, color=GRAY, lw=1, ls=(0, (1, 2)), label="random")
-    left.set(
-        xlim=(0, 1),
-        title="risk by coverage",
-        xlabel="coverage: share of images kept",
-        ylabel="share of errors",
-    )
+            x, y, label = curves[name]["coverage"], curves[name]["risk"], score_label(name)
+            left.plot(x, y, color=colour, lw=width, ls=dashes, zorder=order, label=label)
+    # An oracle drops the errors first: none is left until the coverage exceeds the accuracy.
+    coverage = np.linspace(0.01, 1, 100)
+    oracle = np.maximum(0, 1 - part["accuracy"] / coverage)
+    dashed, dotted = (0, (3, 2)), (0, (1, 2))
+    left.plot(coverage, oracle, color=INK, lw=1, ls=dashed, label="oracle")
+    left.axhline(1 - part["accuracy"], color=GRAY, lw=1, ls=dotted, label="random")
+    left.set(title="risk by coverage", xlabel="coverage: share of images kept")
+    left.set(xlim=(0, 1), ylabel="share of errors")
     left.set_ylim(0, max(0.01, 1.3 * left.get_ylim()[1]))  # room for the legend
     left.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     left.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     left.legend(loc="upper left", ncols=3)
-    _dots(
-        right,
-        {
-            name: area[name]
-            for name in sorted(area, key=lambda name: (math.isnan(area[name]), area[name]))
-        },
-    )
-    for name, style in (("oracle", (0, (3, 2))), ("random", (0, (1, 2)))):
-        right.axvline(
-            part[name]["aurc"], color=INK if name == "oracle" else GRAY, lw=1, ls=style, label=name
-        )
+    order_by_area = sorted(area, key=lambda name: (math.isnan(area[name]), area[name]))
+    _dots(right, {name: area[name] for name in order_by_area})
+    for name, colour, dashes in (("oracle", INK, dashed), ("random", GRAY, dotted)):
+        right.axvline(part[name]["aurc"], color=colour, lw=1, ls=dashes, label=name)
     right.set_title("area below (AURC), lower is better")
     right.legend(loc="best")
     return _noted(drawn)
 
 
 def corruptions(result: dict[str, Any]) -> Figure:
-    """Median concentration by level of corruption, and how well each score follows the level."""
+    """Median concentration by level of corruption, and each score's correlation with the level."""
     parts: dict[str, Any] = result["corruptions"]
-    drawn = figure(
-        f"{shown(result['data'])}: images corrupted in {counted(len(parts), 'way')}, level 0 is the image itself"
+    drawn, left, right = _panels(
+        result, f"images corrupted in {counted(len(parts), 'way')}, level 0 is the image itself"
     )
-    left, right = drawn.subplots(1, 2, width_ratios=(0.54, 0.46))
+    labels = {kind: kind.replace("_", " ") for kind in parts}
     medians = {kind: part for kind, part in parts.items() if part["median_kappa"] is not None}
     for (kind, part), colour in zip(medians.items(), itertools.cycle(_KINDS), strict=False):
-        label = kind.replace("_", " ")
-        left.plot(
-            part["levels"], part["median_kappa"], "o-", ms=2.5, lw=1.2, color=colour, label=label
-        )
+        x, y = part["levels"], part["median_kappa"]
+        left.plot(x, y, "o-", ms=2.5, lw=1.2, color=colour, label=labels[kind])
     left.set(title="median κ / (D − 1)", xlabel="level of corruption")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     if medians:
-        left.set_ylim(
-            0, (1.1 + 0.08 * -(-len(medians) // 3)) * left.get_ylim()[1]
-        )  # room for the legend
+        rows_of_legend = -(-len(medians) // 3)
+        left.set_ylim(0, (1.1 + 0.08 * rows_of_legend) * left.get_ylim()[1])
         left.legend(loc="upper left", ncols=3, columnspacing=1.2)
     trends = [figures_of(part, "spearman") for part in parts.values()]
     names = [name for name in result["scores"] if all(name in trend for trend in trends)]
     mean = {name: float(np.mean([trend[name] for trend in trends])) for name in names}
     rows = np.arange(len(parts))
-    others = best_others(mean)
-    chosen = ["kappa"] * ("kappa" in mean) + others
+    chosen = [*(["kappa"] if "kappa" in mean else []), *best_others(mean)]
     # A little apart, so that equal values hide no score.
-    for name, colour, shift in zip(
-        chosen, (BLUE, *_GREENS, ORANGE), (0.0, -0.14, 0.14, 0.0), strict=False
-    ):
-        fill, size = "white" if name in IMAGE_STATISTICS else colour, 6 if name == "kappa" else 4.5
-        values = [trend[name] for trend in trends]
-        right.plot(
-            values, rows + shift, "o", color=colour, mfc=fill, ms=size, label=score_label(name)
-        )
+    shifts = (0.0, -0.14, 0.14, 0.0)
+    for name, colour, shift in zip(chosen, _CHOSEN, shifts, strict=False):
+        values, label = [trend[name] for trend in trends], score_label(name)
+        right.plot(values, rows + shift, "o", **_marker(name, colour), label=label)
     right.axvline(0, color=GRAY, lw=0.8)
-    right.set_yticks(rows, [kind.replace("_", " ") for kind in parts])
+    right.set_yticks(rows, list(labels.values()))
     right.set_xlim(-1.05, 1.05)
     right.set_ylim(len(parts) - 0.5, -0.5 - 0.16 * len(parts))  # room for the legend
     right.set_title("rank correlation of score and level")
@@ -277,24 +203,13 @@ def scores(result: dict[str, Any]) -> Figure:
     """AUROC of all scores, a panel for misclassified images and for each set of foreign images."""
     panels = targets(result)
     names = [name for name in result["scores"] if any(name in values for values in panels.values())]
-    drawn = figure(
-        f"{shown(result['data'])}: how well each score tells these images from the others (AUROC, 0.5 is chance)",
-        (8.0, max(2.4, 1.1 + 0.165 * len(names))),
-    )
-    low = min(
-        [
-            0.5,
-            *(
-                value
-                for values in panels.values()
-                for value in values.values()
-                if math.isfinite(value)
-            ),
-        ]
-    )
-    for axes, (target, values) in zip(
-        drawn.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
-    ):
+    title = "separation of these images from the others by each score (AUROC, 0.5 is chance)"
+    height = max(2.4, 1.1 + 0.165 * len(names))
+    drawn = figure(f"{shown(result['data'])}: {title}", (8.0, height))
+    found = [value for values in panels.values() for value in values.values()]
+    low = min([0.5, *filter(math.isfinite, found)])
+    grid = drawn.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (target, values) in zip(grid, panels.items(), strict=True):
         axes.axvline(0.5, color=GRAY, lw=0.8, ls=(0, (3, 2)))
         if "kappa" in values:
             axes.axvline(values["kappa"], color=BLUE, lw=0.8, alpha=0.5)
@@ -305,12 +220,23 @@ def scores(result: dict[str, Any]) -> Figure:
     return _noted(drawn)
 
 
+def _panels(result: dict[str, Any], title: str) -> tuple[Figure, Axes, Axes]:
+    drawn = figure(f"{shown(result['data'])}: {title}")
+    left, right = drawn.subplots(1, 2, width_ratios=(0.54, 0.46))
+    return drawn, left, right
+
+
+def _marker(name: str, colour: str) -> dict[str, Any]:
+    """Style of a score's dots: the concentration larger, image statistics hollow."""
+    fill = "white" if name in IMAGE_STATISTICS else colour
+    return {"color": colour, "mfc": fill, "ms": 6 if name == "kappa" else 4.5}
+
+
 def _dots(axes: Axes, values: dict[str, float]) -> None:
-    """A row a score, the first on top: the concentration in blue, image statistics hollow."""
+    """A row per score, the first on top: the concentration in blue, image statistics orange."""
     for row, (name, value) in enumerate(values.items()):
         colour = BLUE if name == "kappa" else ORANGE if name in IMAGE_STATISTICS else INK
-        axes.plot(value, row, "o", color=colour, ms=6 if name == "kappa" else 4.5,
-                  mfc="white" if name in IMAGE_STATISTICS else colour)  # fmt: skip
+        axes.plot(value, row, "o", **_marker(name, colour))
     axes.set_yticks(range(len(values)), [score_label(name) for name in values])
     for label, name in zip(axes.get_yticklabels(), values, strict=False):
         label.set_color(BLUE if name == "kappa" else INK)
@@ -319,7 +245,6 @@ def _dots(axes: Axes, values: dict[str, float]) -> None:
 
 
 def _noted(drawn: Figure) -> Figure:
-    drawn.supxlabel(
-        "* looks at the image alone, at no network", x=0.99, ha="right", fontsize=7, color="#57606a"
-    )
+    note = "* uses the image alone, without a network"
+    drawn.supxlabel(note, x=0.99, ha="right", fontsize=7, color="#57606a")
     return drawn

@@ -2,49 +2,75 @@
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from vi_simsiam.config import (
     LITERAL,
     SOFTPLUS,
     LossConfig,
+    Method,
     ModelConfig,
     TrainConfig,
     policy,
     preset,
 )
-from vi_simsiam.errors import none_of
-from vi_simsiam.experiments.deaths import deaths
+from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.experiments.plan import (
-    METHODS,
     PRIMARY_MEASURE,
     Arm,
     Plan,
     PlanOptions,
-    finished,
+    Trials,
+    make_plan,
     scaled,
-    with_data,
 )
-from vi_simsiam.experiments.tuning import tuned
+from vi_simsiam.text import METHODS, counted
 
+_METHODS_PRIMARY = ("vi-simsiam", "simsiam", PRIMARY_MEASURE)
+_OWN_DATA = ("imagenette",)
 _SHORT_EPOCHS = 100
-"""Below this many epochs an average over 1 / (1 - 0.996) steps and more still holds the untrained network for long."""
+"""In fewer epochs, a target network with momentum 0.996 stays close to the untrained network."""
+_CONTROLS = {
+    "simsiam": "von Mises-Fisher with a constant concentration, which is SimSiam",
+    "vmf-constant": "the same with twice the concentration: twice SimSiam's gradient",
+    "ps-constant": "Power Spherical with kappa/(D-1) = 5 for every image, "
+    "the best one at a cosine of 5/6",
+    "ps-global": "Power Spherical with one learned concentration",
+    "vi-simsiam": "Power Spherical with a concentration for each image",
+    "vi-softplus": "the likelihood alone, with kappa = (D-1) softplus(raw)",
+    "ps-shuffled": "every image with the concentration of another in the batch",
+    "ps-detached": "a concentration for each image from which the network learns nothing",
+    "ps-posthoc": "the concentration fitted on the finished SimSiam run of its seed",
+    "byol": "SimSiam with a target network of momentum {ema}",
+    "vi-byol": "VI-SimSiam with a target network of momentum {ema}",
+}
+_TRIAL_SEED = 1000
+_HELD_OUT = 0.2
+_GRID_BATCH = 64
+_WEIGHT_DECAYS = (1e-4, 3e-4, 1e-3)
+_DEATH_DIMS, _DEATH_RATES = (128, 256, 512, 2048), (0.0125, 0.03, 0.06, 0.1)
+_REFERENCE_SEEDS = 4
+"""Runs of SimSiam in the experiment "deaths", the reference for the others."""
 
 
 def plan(name: str, options: PlanOptions) -> Plan:
     """The plan of the named experiment.
 
     Raises:
-        InputError: no such experiment or arm, or a setting that is not accepted.
+        InputError: an unknown experiment or arm, or a setting that is not accepted.
     """
     makers = {
         "table1": _table1,
-        "tuned": tuned,
+        "tuned": _tuned,
         "controls": _controls,
         "stability": _stability,
         "lightly-imagenette": _lightly_imagenette,
-        "deaths": deaths,
+        "deaths": _deaths,
     }
     if name not in makers:
         raise none_of("experiment", name, makers)
@@ -53,20 +79,19 @@ def plan(name: str, options: PlanOptions) -> Plan:
 
 def _table1(options: PlanOptions) -> Plan:
     """Nakamura et al., arXiv 2203.11437, Table 1: linear evaluation on ImageNette and ImageWoof."""
-    options = with_data(options, "imagenette", "imagewoof")
     inferred = (
-        "augment.size", "augment.local_size", "augment.crop_scale", "augment.local_scale", "augment.local_views",
-        "model.dim", "initial concentration",
+        "augment.size", "augment.local_size", "augment.crop_scale", "augment.local_scale",
+        "augment.local_views", "model.dim", "initial concentration",
     )  # fmt: skip
     base = scaled(preset("paper"), options)
     arms = [
         Arm(
             method,
-            dataclasses.replace(base, method=method),
+            replace(base, method=method),
             f"{title} with the paper's settings",
             inferred if method == "vi-simsiam" else inferred[:-1],
         )
-        for method, title in METHODS
+        for method, title in METHODS.items()
     ]
     published = {
         "imagenette": {
@@ -78,149 +103,188 @@ def _table1(options: PlanOptions) -> Plan:
             "vi-simsiam": {"linear": 0.78468, "linear_top5": 0.98066},
         },
     }
-    return finished("table1", options, arms, ("vi-simsiam", "simsiam", "linear"), published)
+    primary = ("vi-simsiam", "simsiam", "linear")
+    data = ("imagenette", "imagewoof")
+    return make_plan("table1", options, arms, primary, data=data, published=published)
+
+
+def _tuned(options: PlanOptions) -> Plan:
+    """Every method with the best settings found by the same number of trials.
+
+    Trials train on four fifths of the training images, with a seed of their own, and are measured
+    on the last fifth. The best trial's settings are then frozen and run with new seeds on the whole
+    training set.
+    """
+    base = scaled(preset(options.preset), options)
+    arms = [
+        Arm(
+            method,
+            replace(base, method=method),
+            f"{title} with the settings that its trials chose",
+        )
+        for method, title in METHODS.items()
+    ]
+    unchosen = make_plan("tuned", options, arms, _METHODS_PRIMARY, data=_OWN_DATA)
+    drawn = {method: _drawn(method, base.batch_size, options.trials) for method in METHODS}
+    trials: dict[str, list[Arm]] = {
+        arm.name: [
+            Arm(
+                f"trial-{arm.name}-{number:02d}",
+                replace(arm.config, held_out=_HELD_OUT, split_seed=_TRIAL_SEED, **settings),
+                f"trial of {arm.name}",
+            )
+            for number, settings in enumerate(drawn[arm.config.method], start=1)
+        ]
+        for arm in unchosen.arms
+    }
+
+    def choose(accuracies: dict[str, float]) -> tuple[dict[str, str], tuple[Arm, ...]]:
+        best = {
+            arm: max(own, key=lambda trial: accuracies[trial.name]) for arm, own in trials.items()
+        }
+        chosen = (
+            replace(arm, config=replace(best[arm.name].config, held_out=0.0, split_seed=0))
+            for arm in unchosen.arms
+        )
+        return {arm: trial.name for arm, trial in best.items()}, tuple(chosen)
+
+    every = tuple(itertools.chain.from_iterable(trials.values()))
+    return replace(unchosen, trials=Trials(every, _TRIAL_SEED, _HELD_OUT, PRIMARY_MEASURE, choose))
+
+
+def grid(method: Method, batch_size: int) -> list[list[dict[str, Any]]]:
+    """The settings that a method may get in "tuned", with one list for each form of its loss.
+
+    Learning rates are in proportion to the batch. At a batch of 64:
+
+        simsiam             12 learning rates of 0.006 to 0.1 x 3 weight decays
+        vi-simsiam default   6 learning rates of 0.006 to 0.1 x 3 weight decays
+        vi-simsiam literal   6 learning rates of 1e-4 to 3e-3 x 3 weight decays
+
+    Both methods have 36 points. The gradients of the literal loss, the paper's, are D - 1 times as
+    large.
+    """
+
+    def points(low: float, high: float, count: int, loss: LossConfig) -> list[dict[str, Any]]:
+        rates = np.geomspace(low, high, count) * batch_size / _GRID_BATCH
+        return [
+            {"lr": float(f"{rate:.4g}"), "weight_decay": decay, "loss": loss}
+            for rate in rates
+            for decay in _WEIGHT_DECAYS
+        ]
+
+    if method == "simsiam":
+        return [points(6e-3, 0.1, 12, LossConfig())]
+    return [points(6e-3, 0.1, 6, LossConfig()), points(1e-4, 3e-3, 6, LITERAL)]
+
+
+def _drawn(method: Method, batch_size: int, trials: int) -> list[dict[str, Any]]:
+    """Draw points of a method's grid without repetition, in turn from the forms of its loss."""
+    parts = grid(method, batch_size)
+    size = sum(map(len, parts))
+    if trials > size:
+        raise InputError(
+            f"trials: {trials} is not accepted; the grid of {method} has {counted(size, 'point')}"
+        )
+    generator = np.random.default_rng(_TRIAL_SEED)
+    orders = [[part[i] for i in generator.permutation(len(part))] for part in parts]
+    in_turn = itertools.chain.from_iterable(zip(*orders, strict=True))  # the parts are equally long
+    return list(in_turn)[:trials]
 
 
 def _controls(options: PlanOptions) -> Plan:
-    """What of VI-SimSiam does it: its loss, a concentration at all, or one for each image?"""
-    options = with_data(options, "imagenette")
+    """Parts of VI-SimSiam one by one: its loss, a concentration at all, one for each image."""
     ours = scaled(preset(options.preset), options)
-    simsiam = dataclasses.replace(ours, method="simsiam")
+    simsiam = replace(ours, method="simsiam")
     ema = options.ema
     if ema is None:
         ema = 0.99 if simsiam.epochs < _SHORT_EPOCHS else 0.996
 
     def changed(**fields: Any) -> TrainConfig:
-        return dataclasses.replace(ours, loss=LossConfig(**fields))
+        return replace(ours, loss=LossConfig(**fields))
 
+    configs = {
+        "simsiam": simsiam,
+        "vmf-constant": replace(simsiam, loss=LossConfig(loss_scale=2.0)),
+        "ps-constant": changed(concentration="constant", concentration_value=5.0),
+        "ps-global": changed(concentration="global"),
+        "vi-simsiam": ours,
+        "vi-softplus": replace(ours, loss=SOFTPLUS),
+        "ps-shuffled": changed(concentration="shuffled"),
+        "ps-detached": changed(concentration="detached"),
+        "ps-posthoc": ours,
+        "byol": replace(simsiam, ema=ema),
+        "vi-byol": replace(ours, ema=ema),
+    }
     arms = [
-        Arm("simsiam", simsiam, "von Mises-Fisher with a constant concentration, which is SimSiam"),
         Arm(
-            "vmf-constant",
-            dataclasses.replace(simsiam, loss=LossConfig(loss_scale=2.0)),
-            "the same with twice the concentration: twice SimSiam's gradient",
-        ),
-        Arm(
-            "ps-constant",
-            changed(concentration="constant", concentration_value=5.0),
-            "Power Spherical with kappa/(D-1) = 5 for every image, the best one at a cosine of 5/6",
-        ),
-        Arm(
-            "ps-global",
-            changed(concentration="global"),
-            "Power Spherical with one learned concentration",
-        ),
-        Arm("vi-simsiam", ours, "Power Spherical with a concentration for each image"),
-        Arm(
-            "vi-softplus",
-            dataclasses.replace(ours, loss=SOFTPLUS),
-            "the likelihood alone, with kappa = (D-1) softplus(raw)",
-            optional=True,
-        ),
-        Arm(
-            "ps-shuffled",
-            changed(concentration="shuffled"),
-            "every image with the concentration of another in the batch",
-        ),
-        Arm(
-            "ps-detached",
-            changed(concentration="detached"),
-            "a concentration for each image from which the network learns nothing",
-        ),
-        Arm(
-            "ps-posthoc",
-            ours,
-            "the concentration fitted on the finished SimSiam run of its seed",
-            after="simsiam",
-        ),
-        Arm(
-            "byol",
-            dataclasses.replace(simsiam, ema=ema),
-            f"SimSiam with a target network of momentum {ema}",
-        ),
-        Arm(
-            "vi-byol",
-            dataclasses.replace(ours, ema=ema),
-            f"VI-SimSiam with a target network of momentum {ema}",
-            optional=True,
-        ),
+            name,
+            config,
+            _CONTROLS[name].format(ema=ema),
+            after="simsiam" if name == "ps-posthoc" else None,
+            optional=name in ("vi-softplus", "vi-byol"),
+        )
+        for name, config in configs.items()
     ]
-    return finished("controls", options, arms, ("vi-simsiam", "simsiam", PRIMARY_MEASURE))
+    return make_plan("controls", options, arms, _METHODS_PRIMARY, data=_OWN_DATA)
 
 
 def _stability(options: PlanOptions) -> Plan:
-    """Which parametrisation of the concentration trains, at which dimension, and what helps the other one."""
-    options = with_data(options, "imagenette")
+    """Parametrisations of the concentration over dimensions, and remedies for the literal one."""
     dims = (128, 512, 2048) if options.dim is None else (options.dim,)
     one = options.dim or 512
-    base = scaled(preset(options.preset), options)
-    base = dataclasses.replace(base, loss=SOFTPLUS)
+    base = replace(scaled(preset(options.preset), options), loss=SOFTPLUS)
     # As the paper gives it; the gradient is D - 1 times that of the scaled loss.
-    literal = dataclasses.replace(base, lr=1e-3, loss=LITERAL)
+    literal = replace(base, lr=1e-3, loss=LITERAL)
 
     def at(config: TrainConfig, dim: int, **fields: Any) -> TrainConfig:
-        return dataclasses.replace(
-            config, model=dataclasses.replace(config.model, dim=dim), **fields
-        )
+        return replace(config, model=replace(config.model, dim=dim), **fields)
 
     arms = []
     for dim in dims:
+        note = f"kappa = (D-1) softplus(raw), loss/(D-1), D = {dim}"
         arms += [
             Arm(f"literal-d{dim}", at(literal, dim), f"kappa = softplus(raw), D = {dim}"),
-            Arm(
-                f"scaled-d{dim}",
-                at(base, dim),
-                f"kappa = (D-1) softplus(raw), loss/(D-1), D = {dim}",
-            ),
+            Arm(f"scaled-d{dim}", at(base, dim), note),
         ]
-    bounds = dataclasses.replace(
+    bounds = replace(
         literal.loss, concentration_min=0.05 * (one - 1), concentration_max=20.0 * (one - 1)
     )
-    crops = dataclasses.replace(
-        base.augment,
-        crop_scale=(0.14, 1.0),
-        local_views=6,
-        local_size=max(8, round(base.augment.size * 3 / 7 / 8) * 8),
-    )
-    separate = dataclasses.replace(base.model, dim=one, local_predictor=True)
-    arms += [
-        Arm(
-            f"literal-bounded-d{one}",
+    local_size = max(8, round(base.augment.size * 3 / 7 / 8) * 8)
+    crops = replace(base.augment, crop_scale=(0.14, 1.0), local_views=6, local_size=local_size)
+    shared = at(base, one, augment=crops)
+    separate = replace(shared, model=replace(shared.model, local_predictor=True))
+    remedies = {
+        "literal-bounded": (
             at(literal, one, loss=bounds),
             "literal, kappa/(D-1) between 0.05 and 20",
         ),
-        Arm(
-            f"literal-clipped-d{one}",
+        "literal-clipped": (
             at(literal, one, clip_norm=1.0),
             "literal, gradients of norm 1 at most",
         ),
-        Arm(
-            f"multicrop-shared-d{one}",
-            at(base, one, augment=crops),
-            "scaled, multi-crop, one predictor",
-        ),
-        Arm(
-            f"multicrop-separate-d{one}",
-            dataclasses.replace(base, augment=crops, model=separate),
+        "multicrop-shared": (shared, "scaled, multi-crop, one predictor"),
+        "multicrop-separate": (
+            separate,
             "scaled, multi-crop, a second predictor for the local views",
         ),
-    ]
-    largest = dims[-1]
-    return finished(
-        "stability", options, arms, (f"scaled-d{largest}", f"literal-d{largest}", PRIMARY_MEASURE)
-    )
+    }
+    arms += [Arm(f"{name}-d{one}", *content) for name, content in remedies.items()]
+    primary = (f"scaled-d{dims[-1]}", f"literal-d{dims[-1]}", PRIMARY_MEASURE)
+    return make_plan("stability", options, arms, primary, data=_OWN_DATA)
 
 
 def _lightly_imagenette(options: PlanOptions) -> Plan:
-    """SimSiam as in lightly's ImageNette benchmark (docs/source/getting_started/benchmarks/imagenette_benchmark.py).
+    """SimSiam as in lightly's ImageNette benchmark.
 
-    Batch 256, SGD with learning rate 0.06, momentum 0.9 and weight decay 5e-4, a cosine schedule, ResNet-18, a projector
-    512-2048-2048-2048 and a predictor 2048-512-2048, two views of 128 pixels, kNN with k = 200 and T = 0.1. Its loss is
-    half of ours, so its learning rate L and weight decay w are L/2 and 2w here. What differs from it: residual branches
-    start at zero here, the schedule falls after every step instead of every epoch, its images are the copies of 160
-    pixels, and its accuracy is the best of all epochs where ours is the last one's.
+    Source: docs/source/getting_started/benchmarks/imagenette_benchmark.py. Batch 256, SGD with
+    learning rate 0.06, momentum 0.9 and weight decay 5e-4, a cosine schedule, ResNet-18, a
+    projector 512-2048-2048-2048 and a predictor 2048-512-2048, two views of 128 pixels, kNN with
+    k = 200 and T = 0.1. Its loss is half of ours, so its learning rate L and weight decay w are L/2
+    and 2w here. Differences: residual branches start at zero here, the schedule falls after every
+    step instead of every epoch, its images are the copies of 160 pixels, and its accuracy is the
+    best of all epochs where ours is that of the last one.
     """
-    options = with_data(options, "imagenette")
     base = TrainConfig(
         method="simsiam",
         data="imagenette",
@@ -233,22 +297,48 @@ def _lightly_imagenette(options: PlanOptions) -> Plan:
         model=ModelConfig(dim=2048, projector_hidden=2048, predictor_hidden=512),
     )
     simsiam = scaled(base, options)
+    ours = replace(simsiam, method="vi-simsiam")
     arms = [
         Arm("simsiam", simsiam, "SimSiam with the settings of lightly's ImageNette benchmark"),
-        Arm(
-            "vi-simsiam",
-            dataclasses.replace(simsiam, method="vi-simsiam"),
-            "VI-SimSiam with the same settings",
-        ),
+        Arm("vi-simsiam", ours, "VI-SimSiam with the same settings"),
     ]
     accuracy = {200: 0.752, 800: 0.872}.get(simsiam.epochs)
-    published = {"imagenette": {"simsiam": {"knn200": accuracy}}} if accuracy is not None else {}
-    every = max(1, simsiam.epochs // 20)
-    return finished(
+    return make_plan(
         "lightly-imagenette",
         options,
         arms,
         ("vi-simsiam", "simsiam", "knn200"),
-        published,
-        progress_every=every,
+        data=_OWN_DATA,
+        published=None if accuracy is None else {"imagenette": {"simsiam": {"knn200": accuracy}}},
+        progress_every=max(1, simsiam.epochs // 20),
     )
+
+
+def _deaths(options: PlanOptions) -> Plan:
+    """Many short trainings, to count those that stop learning.
+
+    At every D and learning rate: `seeds` runs of the default loss, a quarter as many of softplus,
+    and at most four of SimSiam. Nothing is measured but the training itself.
+    """
+    base = replace(scaled(preset(options.preset), options), log_every=5, loss=LossConfig())
+    if base.epochs < 2:
+        raise InputError(
+            f"epochs: {base.epochs} is not accepted; kappa is followed from the second epoch on"
+        )
+
+    def arms(dim: int, lr: float) -> Iterator[Arm]:
+        at = f"d{dim}-lr{lr:g}"
+        config = replace(base, lr=lr, model=replace(base.model, dim=dim))
+        yield Arm(f"vi-simsiam-{at}", config, "the default loss")
+        softplus = replace(config, loss=SOFTPLUS)
+        note = "the likelihood alone, kappa = (D-1) softplus(raw)"
+        yield Arm(f"softplus-{at}", softplus, note, seeds=-(-options.seeds // 4))
+        simsiam = replace(config, method="simsiam")
+        seeds = min(options.seeds, _REFERENCE_SEEDS)
+        yield Arm(f"simsiam-{at}", simsiam, "SimSiam", seeds=seeds)
+
+    dims = _DEATH_DIMS if options.dim is None else (options.dim,)
+    every = [arm for dim in dims for lr in _DEATH_RATES for arm in arms(dim, lr)]
+    primary = (every[0].name, every[1].name, "")
+    made = make_plan("deaths", options, every, primary, data=("fashion-mini",), measures=())
+    return replace(made, primary=None)  # the experiment counts; it does not compare arms

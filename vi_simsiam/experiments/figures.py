@@ -1,13 +1,10 @@
-"""Figures of an experiment: stability.png, how its trainings went, and accuracy.png, what they came to."""
+"""Figures of an experiment: its trainings in stability.png, and accuracies in accuracy.png."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -15,8 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from vi_simsiam.config import with_former_loss
 from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.evaluation.style import BLUE, GRAY, ORANGE, STYLE, figure, save
-from vi_simsiam.experiments.plan import MEASURES
-from vi_simsiam.experiments.records import Experiment, columns, measures
+from vi_simsiam.experiments.results import Arms, Experiment, Run, all_runs, columns, measures
 from vi_simsiam.experiments.statistics import estimate
 from vi_simsiam.experiments.tables import MEASURE_NAMES, arm_label
 
@@ -30,10 +26,15 @@ _PANELS = {
     "effective_rank": "effective rank",
 }
 _LOG = ("ratio", "grad_norm")
+_WITH_ONE = ("ratio", "z_std")
+"""Quantities whose panel marks the value 1."""
 
 
 def draw(out: Path) -> list[Path]:
-    """Draw OUT/stability.png and OUT/accuracy.png of the runs that are there; returns the paths of what was drawn.
+    """Draw OUT/stability.png and OUT/accuracy.png of the runs that have a result.
+
+    Returns:
+        The paths of the figures drawn.
 
     Raises:
         InputError: there is no plan, or a file is damaged.
@@ -44,173 +45,146 @@ def draw(out: Path) -> list[Path]:
     return [path for path in drawn if path is not None]
 
 
-def groups(experiment: Experiment) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Runs with a curve as the columns of stability.png: by title, {arm: runs}.
+def groups(experiment: Experiment) -> dict[str, Arms]:
+    """Runs with a curve by column of stability.png: {title: {arm: runs}}.
 
-    A column has one data set, one D and one parametrisation of the concentration. SimSiam has none and stands in a column of
-    its own, unless its D has only one other column on this data: then it stands there.
+    A column has one data set, one D and one parametrisation of the concentration. SimSiam has no
+    concentration. It joins the other column of its data set and D if there is only one, and has a
+    column of its own otherwise.
     """
-    found: dict[tuple[str, int, str], dict[str, list[dict[str, Any]]]] = {}
+    found: dict[tuple[str, int, str], Arms] = {}
     for arm, runs in experiment.arms.items():
         for run in runs:
-            if columns(run).get("epoch", np.empty(0)).size:
+            if "epoch" in (curve := columns(run)) and len(curve["epoch"]):
                 key = (run["data"], run["config"]["model"]["dim"], _parametrisation(run))
                 found.setdefault(key, {}).setdefault(arm, []).append(run)
     for key in [key for key in found if not key[2]]:
         others = [other for other in found if other[:2] == key[:2] and other[2]]
         if len(others) == 1:
             found[others[0]] = {**found.pop(key), **found[others[0]]}
-    with_data = len({key[0] for key in found}) > 1
-    return {
-        _title(key, with_data): arms
-        for key, arms in sorted(found.items(), key=lambda item: item[0])
-    }
+    several = len({data for data, _, _ in found}) > 1
+    titles = {}
+    for (data, dim, parametrisation), arms in sorted(found.items(), key=lambda item: item[0]):
+        parts = (data if several else "", f"D = {dim}", parametrisation)
+        titles[", ".join(filter(None, parts))] = arms
+    return titles
 
 
-def _title(key: tuple[str, int, str], with_data: bool) -> str:
-    data, dim, parametrisation = key
-    return ", ".join(
-        part for part in (data if with_data else "", f"D = {dim}", parametrisation) if part
-    )
-
-
-def _parametrisation(run: dict[str, Any]) -> str:
-    """How the concentration follows from the predictor's output; empty for SimSiam."""
+def _parametrisation(run: Run) -> str:
+    """The link from the predictor's output to the concentration; empty for SimSiam."""
     if run["method"] != "vi-simsiam":
         return ""
     loss = with_former_loss(run["config"])["loss"]
-    scale, link = loss["concentration_scale"], loss["concentration_link"]
-    if link != "softplus":
+    scale = loss["concentration_scale"]
+    if loss["concentration_link"] != "softplus":
         return "default loss" if loss["cosine_weight"] else "κ quadratic"
-    return (
-        "κ = (D−1) softplus"
-        if scale is None
-        else f"κ = {'' if scale == 1 else f'{scale:g} '}softplus"
-    )
+    if scale is None:
+        return "κ = (D−1) softplus"
+    return f"κ = {'' if scale == 1 else f'{scale:g} '}softplus"
 
 
 def _stability(experiment: Experiment, path: Path) -> Path | None:
-    """Small multiples over training: a column for each D and parametrisation, a row for each quantity, a line for each run."""
-    found = groups(experiment)
+    """Small multiples over training: columns as in `groups`, rows of quantities, a line a run."""
+    found = {title: _named(experiment, arms) for title, arms in groups(experiment).items()}
     if not found:
         return None
-    names = list(
-        dict.fromkeys(
-            _name(experiment, arm, runs) for arms in found.values() for arm, runs in arms.items()
-        )
-    )
+    names = list(dict.fromkeys(name for arms in found.values() for name in arms))
     others = [name for name in names if name not in _OWN_COLOURS]
-    colour = _OWN_COLOURS | {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(others)}
+    colours = _OWN_COLOURS | {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(others)}
     size = (max(8.0, 1.2 + 2.2 * len(found)), 6.4)
-    drawn = figure(
-        f"Experiment {experiment.plan['experiment']}: trainings, a line for each run", size
-    )
+    title = f"Experiment {experiment.plan['experiment']}: trainings, a line for each run"
+    drawn = figure(title, size)
     grid = drawn.subplots(len(_PANELS), len(found), sharex="col", sharey="row", squeeze=False)
     for column, (title, arms) in zip(grid.T, found.items(), strict=True):
-        for axes, name in zip(column, _PANELS, strict=True):
-            _lines(
-                axes,
-                name,
-                {colour[_name(experiment, arm, runs)]: runs for arm, runs in arms.items()},
-            )
+        for axes, quantity in zip(column, _PANELS, strict=True):
+            _lines(axes, quantity, {colours[name]: runs for name, runs in arms.items()})
         column[0].set_title(title, fontsize=7.5)
         column[-1].set_xlabel("epoch")
-    for axes, (name, label) in zip(grid[:, 0], _PANELS.items(), strict=True):
+    for axes, (quantity, label) in zip(grid[:, 0], _PANELS.items(), strict=True):
         axes.set_ylabel(label)
-        if (
-            name not in _LOG
-        ):  # once all lines are there: a limit ends the fitting of the others in its row
+        # After all lines, because a fixed limit stops autoscaling for the whole row.
+        if quantity not in _LOG:
             axes.set_ylim(bottom=0)
-    handles = [Line2D([], [], color=colour[name], label=arm_label(name)) for name in names]
+    handles = [Line2D([], [], color=colours[name], label=arm_label(name)) for name in names]
     drawn.legend(handles=handles, loc="outside lower left", ncols=min(len(names), 5))
     return save(drawn, path)
 
 
-def _name(experiment: Experiment, arm: str, runs: list[dict[str, Any]]) -> str:
-    """The arm without data set and D, which the column says: one colour for the same thing at every D."""
-    return experiment.short(arm).removesuffix(f"-d{runs[0]['config']['model']['dim']}")
+def _named(experiment: Experiment, arms: Arms) -> Arms:
+    """Arms by name without data set and D, so that an arm has the same colour at every D."""
+    named = {}
+    for arm, runs in arms.items():
+        dim = runs[0]["config"]["model"]["dim"]
+        named[experiment.short(arm).removesuffix(f"-d{dim}")] = runs
+    return named
 
 
-def _lines(axes: Axes, name: str, runs_of: dict[str, list[dict[str, Any]]]) -> None:
-    """One quantity of the runs of every arm, by the arm's colour."""
-    if name in _LOG:
+def _lines(axes: Axes, quantity: str, runs_of: Arms) -> None:
+    """Draw one quantity of the runs, given by colour."""
+    if quantity in _LOG:
         axes.set_yscale("log")
         # The default formatter writes mathtext, which figures do not parse.
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    if name == "ratio":
+    if quantity in _WITH_ONE:
         axes.axhline(1, color=GRAY, lw=0.8, ls=(0, (1, 2)))
-    if name == "z_std":
-        axes.axhline(1, color=GRAY, lw=0.8, ls=(0, (1, 2)))
+    if quantity == "z_std":
         axes.axhspan(0, COLLAPSE_THRESHOLD, color="#fbe3d6", lw=0, zorder=0)
     for colour, runs in runs_of.items():
         for run in runs:
             curve = columns(run)
-            if name in curve:
-                axes.plot(curve["epoch"], curve[name], color=colour, lw=1, alpha=0.8)
-                if run.get("diverged"):
-                    axes.plot(
-                        curve["epoch"][-1],
-                        curve[name][-1],
-                        color=colour,
-                        marker="x",
-                        ms=5,
-                        clip_on=False,
-                    )
+            if quantity not in curve:
+                continue
+            x, y = curve["epoch"], curve[quantity]
+            axes.plot(x, y, color=colour, lw=1, alpha=0.8)
+            if run.get("diverged"):
+                axes.plot(x[-1], y[-1], color=colour, marker="x", ms=5, clip_on=False)
 
 
 def _accuracy(experiment: Experiment, path: Path) -> Path | None:
-    """A panel for each data set and accuracy: a point for each run, the mean, and Student's 95 % interval over seeds."""
-    names = measures(_all(experiment), MEASURES)
-    data = [
-        each
-        for each in experiment.data
-        if any(measures(runs, ()) for runs in experiment.on(each).values())
-    ]
-    if not names or not data:
+    """A panel for each data set and accuracy: runs, their mean, and Student's 95 % interval."""
+    arms_on = {data: experiment.on(data) for data in experiment.data}
+    measured = {data: measures(all_runs(arms)) for data, arms in arms_on.items()}
+    data_sets = [data for data, names in measured.items() if names]
+    if not data_sets:
         return None
-    rows = max(len(experiment.on(each)) for each in data)
-    size = (max(8.0, 1.6 + 2.0 * len(names)), len(data) * (0.9 + 0.28 * rows) + 0.5)
-    title = f"Experiment {experiment.plan['experiment']}: accuracy, %; small: runs, large: means, lines: 95 % interval over seeds"
+    names = measures(all_runs(experiment.arms))
+    rows = max(len(arms_on[data]) for data in data_sets)
+    size = (max(8.0, 1.6 + 2.0 * len(names)), len(data_sets) * (0.9 + 0.28 * rows) + 0.5)
+    title = (
+        f"Experiment {experiment.plan['experiment']}: accuracy, %; small: runs, large: means, "
+        "lines: 95 % interval over seeds"
+    )
     drawn = figure(title, size)
-    grid = drawn.subplots(len(data), len(names), sharex="col", squeeze=False)
-    for panels, each in zip(grid, data, strict=True):
-        arms = {experiment.short(arm): runs for arm, runs in experiment.on(each).items()}
+    grid = drawn.subplots(len(data_sets), len(names), sharex="col", squeeze=False)
+    for panels, data in zip(grid, data_sets, strict=True):
+        arms = {experiment.short(arm): runs for arm, runs in arms_on[data].items()}
         for axes, name in zip(panels, names, strict=True):
             _points(axes, name, arms)
             axes.set_title(MEASURE_NAMES.get(name, name), fontsize=7.5)
-            axes.set_yticks(
-                range(len(arms)),
-                [arm_label(arm) for arm in arms] if axes is panels[0] else [""] * len(arms),
-            )
+            axes.set_yticks(range(len(arms)), [""] * len(arms))
             axes.set_ylim(len(arms) - 0.5, -0.5)
-        if len(data) > 1:
-            panels[0].set_ylabel(each)
+        panels[0].set_yticks(range(len(arms)), [arm_label(arm) for arm in arms])
+        if len(data_sets) > 1:
+            panels[0].set_ylabel(data)
     return save(drawn, path)
 
 
-def _points(axes: Axes, name: str, arms: dict[str, list[dict[str, Any]]]) -> None:
-    everything: list[float] = []
+def _points(axes: Axes, name: str, arms: Arms) -> None:
+    every: list[float] = []
     for row, (arm, runs) in enumerate(arms.items()):
-        values = [
-            100 * run["accuracy"][name] for run in runs if run["accuracy"].get(name) is not None
-        ]
+        shares = [run["accuracy"].get(name) for run in runs]
+        values = [100 * share for share in shares if share is not None]
         if not values:
             continue
-        everything += values
+        every += values
         colour = _OWN_COLOURS.get(arm, GRAY)
         found = estimate(values)
         axes.plot(values, [row] * len(values), ls="", marker="o", ms=3, color=colour, alpha=0.5)
         axes.plot(found.mean, row, marker="D", ms=4.5, color=colour)
         if (interval := found.interval()) is not None:
             axes.plot(interval, [row, row], color=colour, lw=1.2)
-    if (
-        everything
-    ):  # the interval of two seeds is often wider than all there is to see, and leaves the panel
-        margin = 0.25 * (max(everything) - min(everything)) + 0.5
-        axes.set_xlim(min(everything) - margin, max(everything) + margin)
-
-
-def _all(experiment: Experiment) -> Iterable[dict[str, Any]]:
-    return (run for runs in experiment.arms.values() for run in runs)
+    if every:  # an interval of two seeds is often much wider than the points, and is cut off
+        margin = 0.25 * (max(every) - min(every)) + 0.5
+        axes.set_xlim(min(every) - margin, max(every) + margin)

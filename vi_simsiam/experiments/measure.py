@@ -1,4 +1,4 @@
-"""What is measured of a run: accuracies, the worth of its concentrations, and how its training went."""
+"""The measurements of a run: accuracies, the quality of its concentrations, and its training."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import math
 import statistics
 import subprocess
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
 from pathlib import Path
-from platform import python_version
 from typing import Any
 
 import numpy as np
@@ -35,130 +33,117 @@ from vi_simsiam.engine.run import (
 )
 from vi_simsiam.engine.trainer import Trainer
 from vi_simsiam.evaluation.augmented import AugmentedFeatures
-from vi_simsiam.evaluation.features import FeatureSets, extract, labelled_splits
+from vi_simsiam.evaluation.features import FeatureSets, labelled_splits
 from vi_simsiam.evaluation.knn import KnnConfig, classify, evaluate_knn
 from vi_simsiam.evaluation.linear import evaluate_linear, linear_preset
 from vi_simsiam.evaluation.logistic import evaluate_logistic
 from vi_simsiam.evaluation.scores import TRIVIAL
 from vi_simsiam.evaluation.uncertainty import evaluate_uncertainty
-from vi_simsiam.experiments.plan import label
-from vi_simsiam.text import counted
+from vi_simsiam.inference.forward import extract
+from vi_simsiam.info import versions
+from vi_simsiam.text import counted, data_label
 
 CURVE = (
-    "loss",
-    "cosine",
-    "kappa",
-    "kappa_best",
-    "z_std",
-    "projection_spread",
-    "effective_rank",
+    "loss", "cosine", "kappa", "kappa_best", "z_std", "projection_spread", "effective_rank",
     "grad_norm",
-)
+)  # fmt: skip
 CURVE_POINTS = 100
 PROGRESS = "progress.jsonl"
-_DIGITS = 5
 _PROGRESS_COLUMNS = ("knn200", "knn200_epoch", "knn200_seconds")
 _PROGRESS_TRAIN, _PROGRESS_VAL = 4_000, 1_000
-_SECONDS = 30.0
-"""That git may take, on a disk that is slow to answer."""
+_GIT_SECONDS = 30.0
+"""Time limit for git, which can be slow on a busy disk."""
 _PACKAGES = ("torch", "torchvision", "triton", "scikit-learn", "timm", "numpy", "pillow")
 
 
 def measure_run(
     spec: dict[str, Any], config: TrainConfig, trained: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """The result of a run, the content of results/ARM-seed-N.json.
+    """Measure a run; returns the content of results/ARM-seed-N.json.
 
     Args:
-        spec: what the run's process was told, see `runner`.
-        config: what was trained.
-        trained: how long and on what; None for a run that did not reach its end, of which nothing is measured.
+        spec: the run's specification, see `runner`.
+        config: the run's configuration.
+        trained: content of trained.json; None for a run that did not reach its end, which is not
+            measured.
     """
     folder = Path(spec["folder"])
     content = {
-        "experiment": spec["experiment"],
-        "arm": spec["arm"],
-        "seed": spec["seed"],
-        "data": label(config.data),
+        **{name: spec[name] for name in ("experiment", "arm", "seed")},
+        "data": data_label(config.data),
         "method": config.method,
         "config": without_places(config),
-        "steps": None if trained is None else trained["steps"],
-        "images": None if trained is None else trained["images"],
-        "seconds": None if trained is None else trained["seconds"],
+        **{name: (trained or {}).get(name) for name in ("steps", "images", "seconds")},
         "curve": {**curve(folder / METRICS), **progress_curve(folder / PROGRESS)},
         "accuracy": {},
         "correct": {},
         "val_images": None,
         "uncertainty": {},
-        "device": describe(resolve_device(config.device)),
-        "versions": {"vi-simsiam": vi_simsiam.__version__, "python": python_version()}
-        | {package: version(package) for package in _PACKAGES},
-        "commit": commit(),
+        "device": _device_name(resolve_device(config.device)),
+        "versions": versions(_PACKAGES),
+        "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     if trained is None or not spec["measures"]:
         return content
-    # The run may have been trained from another place than the images lie in now.
-    opened = load_run(
+    # The images may have moved since the training.
+    run = load_run(
         folder,
         device=config.device,
         workers=config.workers,
         data_root=config.data_root,
         cache_dir=config.cache_dir,
     )
-    run = limited(opened, spec["val_images"])
-    accuracy, correct, val_images = accuracies(run, spec["measures"])
-    content |= {"accuracy": accuracy, "correct": correct, "val_images": val_images}
+    if (val := run.splits.val) is not None:
+        splits = dataclasses.replace(run.splits, val=at_most(val, spec["val_images"]))
+        run = dataclasses.replace(run, splits=splits)
+    content |= _accuracies(run, spec["measures"])
     if spec["uncertainty"] and config.method == "vi-simsiam":
-        content["uncertainty"] = flat_uncertainty(evaluate_uncertainty(run, report=say))
+        content["uncertainty"] = flat_uncertainty(evaluate_uncertainty(run, report=_report))
     return content
 
 
-def say(phrase: str) -> None:
-    """Print what is being done: the last line of a log is shown while its run is at work."""
+def _report(phrase: str) -> None:
+    """Print the current action: the last line of the log is shown while the run is running."""
     print(phrase, flush=True)
 
 
-def limited(run: Run, val_images: int | None) -> Run:
-    """The run with at most so many validation images, drawn class by class, the same for every run."""
-    val = run.splits.val
-    if val_images is None or val is None or len(val) <= val_images:
-        return run
-    fewer = select(Splits(run.splits.name, val, None), images=val_images, distinct=False).train
-    return dataclasses.replace(run, splits=dataclasses.replace(run.splits, val=fewer))
+def at_most(source: ImageSource, images: int | None) -> ImageSource:
+    """At most so many images, drawn class by class and the same every time; None for all."""
+    if images is None or len(source) <= images:
+        return source
+    return select(Splits(source.name, source, None), images=images, distinct=False).train
 
 
-def accuracies(run: Run, measures: Iterable[str]) -> tuple[dict[str, float], dict[str, str], int]:
-    """Accuracies of the trained backbone's features by measure, which images were right (base64), and the number of images.
+def _accuracies(run: Run, measures: Iterable[str]) -> dict[str, Any]:
+    """Measure the features of the trained backbone.
 
-    The result files of the evaluations are written to RUN/measured/: they lack the encoders that others compare with.
+    The result files of the evaluations go to RUN/measured/: they lack the encoders that the run's
+    own result files compare with.
+
+    Returns:
+        "accuracy" by measure, "correct": the images that were right (base64), and "val_images".
     """
-    sources = {
-        name: run.readable(source)[0] for name, source in labelled_splits(run.splits).items()
-    }
+    readable = {name: run.readable(part)[0] for name, part in labelled_splits(run.splits).items()}
     size, device, workers = run.config.augment.size, run.device, run.workers
     found = {}
-    for name, source in sources.items():
-        say(f"features of {counted(len(source), f'{name} image')}")
+    for name, source in readable.items():
+        _report(f"features of {counted(len(source), f'{name} image')}")
         found[name] = extract(run.model.backbone, source, size=size, device=device, workers=workers)
+    train, val = readable["train"], readable["val"]
     path = run.path / "measured"
     path.mkdir(exist_ok=True)
     features = FeatureSets(
         path=path,
         data=run.splits.name,
-        classes=sources["train"].classes or (),
+        classes=train.classes or (),
         train={"trained": found["train"]},
-        train_labels=torch.from_numpy(sources["train"].labels),
+        train_labels=torch.from_numpy(train.labels),
         val={"trained": found["val"]},
-        val_labels=torch.from_numpy(sources["val"].labels),
+        val_labels=torch.from_numpy(val.labels),
         device=device,
         augmented=AugmentedFeatures(
-            run.model.backbone,
-            sources["train"],
-            size=size,
-            device=device,
-            workers=workers,
-            report=say,
+            run.model.backbone, train, size=size, device=device, workers=workers, report=_report
         ),
     )
     evaluations: dict[str, Callable[[], dict[str, Any]]] = {
@@ -167,85 +152,72 @@ def accuracies(run: Run, measures: Iterable[str]) -> tuple[dict[str, float], dic
         "logistic": lambda: evaluate_logistic(features),
         "linear": lambda: evaluate_linear(features, linear_preset("paper")),
     }
-    accuracy: dict[str, float] = {}
-    correct: dict[str, str] = {}
-    wanted = tuple(measures)
-    for name, evaluate in evaluations.items():
-        if name not in wanted:
-            continue
-        say(name)
-        result = evaluate()
+    accuracy, correct = {}, {}
+    for name in [name for name in evaluations if name in measures]:
+        _report(name)
+        result = evaluations[name]()
         accuracy[name], correct[name] = result["top1"]["trained"], result["correct"]["trained"]
         if name == "linear":
             accuracy["linear_top5"] = result["top5"]["trained"]
-    return accuracy, correct, len(features.val_labels)
+    return {"accuracy": accuracy, "correct": correct, "val_images": len(features.val_labels)}
 
 
 def flat_uncertainty(result: dict[str, Any]) -> dict[str, float | str]:
-    """The figures of an uncertainty.json by name: of the concentration, and with "_baseline" of the best trivial score,
-    whose name is that of "_baseline_name".
+    """The figures of an uncertainty.json by name.
 
-    Several data sets or kinds of damage count by their mean; the best score is the best in that mean.
+    A figure of the concentration stands under its own name, the one of the best trivial score under
+    NAME_baseline, and that score's name under NAME_baseline_name. Several data sets or corruptions
+    count by their mean, and the best score is the best in that mean.
     """
     figures: dict[str, float | str] = {}
     if result["calibration"] is not None:
         figures["calibration_error"] = result["calibration"]["error"]
 
-    def add(
-        name: str, parts: list[dict[str, float | None]], best: Callable[..., str] = max
-    ) -> None:
-        """`parts`: the figure of every score, for each data set or kind."""
-
-        def mean(score: str) -> float | None:
-            values = [
-                value
-                for part in parts
-                if (value := part.get(score)) is not None and math.isfinite(value)
-            ]
-            return statistics.mean(values) if parts and len(values) == len(parts) else None
-
-        if (own := mean("kappa")) is not None:
-            figures[name] = own
-        if baselines := {score: value for score in TRIVIAL if (value := mean(score)) is not None}:
-            which = best(baselines, key=baselines.__getitem__)
-            figures.update({f"{name}_baseline": baselines[which], f"{name}_baseline_name": which})
-
-    def column(part: dict[str, Any], name: str) -> dict[str, float | None]:
-        return {score: values[name] for score, values in part["scores"].items()}
+    def add(name: str, parts: list[dict[str, Any]], key: str, best: Callable[..., str]) -> None:
+        """Add a figure from the scores of each data set or corruption."""
+        means = {}
+        for score in ("kappa", *TRIVIAL):
+            values = [part["scores"].get(score, {}).get(key) for part in parts]
+            finite = [value for value in values if value is not None and math.isfinite(value)]
+            if parts and len(finite) == len(parts):
+                means[score] = statistics.mean(finite)
+        if "kappa" in means:
+            figures[name] = means.pop("kappa")
+        if means:
+            score = best(means, key=means.__getitem__)
+            figures.update({f"{name}_baseline": means[score], f"{name}_baseline_name": score})
 
     if result["misclassification"] is not None:
-        add("auroc_misclassification", [column(result["misclassification"], "auroc")])
-        add("aurc", [column(result["misclassification"], "aurc")], min)
-        add("augrc", [column(result["misclassification"], "augrc")], min)
-    for kind, seen in (("auroc_retrieval", True), ("auroc_retrieval_unseen", False)):
-        add(
-            kind,
-            [
-                part["scores"]
-                for part in (result["retrieval"] or {}).values()
-                if part["seen_classes"] == seen
-            ],
-        )
-    add("ood_auroc", [column(part, "auroc") for part in result["ood"].values()])
+        parts = [result["misclassification"]]
+        add("auroc_misclassification", parts, "auroc", max)
+        add("aurc", parts, "aurc", min)
+        add("augrc", parts, "augrc", min)
+    for name, seen in (("auroc_retrieval", True), ("auroc_retrieval_unseen", False)):
+        parts = [
+            {"scores": {score: {"auroc": value} for score, value in part["scores"].items()}}
+            for part in (result["retrieval"] or {}).values()
+            if part["seen_classes"] == seen
+        ]
+        add(name, parts, "auroc", max)
+    add("ood_auroc", list(result["ood"].values()), "auroc", max)
     for name, part in result["ood"].items():
-        add(f"ood_auroc_{name}", [column(part, "auroc")])
-    add(
-        "spearman_corruption", [column(part, "spearman") for part in result["corruptions"].values()]
-    )
+        add(f"ood_auroc_{name}", [part], "auroc", max)
+    add("spearman_corruption", list(result["corruptions"].values()), "spearman", max)
     return figures
 
 
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON Lines file; none if it is missing."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
 def curve(path: Path) -> dict[str, list[float]]:
-    """Epochs and metrics of a metrics.jsonl, at most `CURVE_POINTS` lines evenly apart and the last one."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """Epochs and metrics of a metrics.jsonl, at most `CURVE_POINTS` evenly spaced lines."""
+    lines = _lines(path)
     if len(lines) > CURVE_POINTS:
         lines = [lines[i] for i in np.linspace(0, len(lines) - 1, CURVE_POINTS).round().astype(int)]
     names = [name for name in ("epoch", *CURVE) if lines and all(name in line for line in lines)]
-    return {name: [_rounded(line[name]) for line in lines] for name in names}
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.{_DIGITS}g}")
+    return {name: [float(f"{line[name]:.5g}") for line in lines] for name in names}
 
 
 def without_places(config: TrainConfig) -> dict[str, Any]:
@@ -256,99 +228,86 @@ def without_places(config: TrainConfig) -> dict[str, Any]:
     frozen = config.frozen_run
     return {
         **plain,
-        "data": label(config.data),
+        "data": data_label(config.data),
         "frozen_run": None if frozen is None else frozen.name,
     }
 
 
-def describe(device: torch.device) -> str:
-    """A device's name."""
+def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({counted(torch.get_num_threads(), 'thread')})"
 
 
-def commit() -> str | None:
-    """The commit of the package's source tree; None where it is no git checkout."""
+def _commit() -> str | None:
+    """The commit of the package's source tree; None if it is no git checkout."""
     root = Path(vi_simsiam.__file__).resolve().parents[1]
     if not (root / ".git").exists():  # an installed package may lie in another project's checkout
         return None
+    command = ["git", "rev-parse", "--short", "HEAD"]
     try:
-        said = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=_SECONDS,
-        )
+        return subprocess.run(
+            command, cwd=root, capture_output=True, text=True, check=True, timeout=_GIT_SECONDS
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return said.stdout.strip()
 
 
 class Progress:
-    """Called after every epoch of a training: every so many epochs, kNN accuracy (k = 200, T = 0.1) against training time.
+    """A callback after every epoch that records kNN accuracy (k = 200, T = 0.1) over training time.
 
-    On at most 4,000 training and 1,000 validation images, drawn class by class. Its own time is not counted: the
-    trainer's clock stands still between epochs. Lines go to RUN/progress.jsonl; those beyond the step that a resumed run
-    starts from are dropped.
+    It uses at most 4,000 training and 1,000 validation images, drawn class by class. Its own time
+    is not counted: the trainer's clock stands still between epochs. Lines go to RUN/progress.jsonl;
+    those beyond the step that a resumed run starts from are dropped.
 
     Args:
-        trainer: of the run, before it starts.
-        every: epochs between two of them; the last epoch has one always.
+        trainer: trainer of the run, before it starts.
+        every: epochs between two measurements; the last epoch always has one.
     """
 
     def __init__(self, trainer: Trainer, every: int) -> None:
         self.trainer, self.every = trainer, every
-        config = trainer.config
-        splits = open_splits(config)
+        splits = open_splits(trainer.config)
         assert splits.val is not None
-        self.workers = resolve_workers(config.workers, trainer.device)
+        self.workers = resolve_workers(trainer.config.workers, trainer.device)
         self.train = self._chosen(splits.train, _PROGRESS_TRAIN)
         self.val = self._chosen(splits.val, _PROGRESS_VAL)
         self.path = trainer.folder / PROGRESS
-        lines = self.path.read_text().splitlines() if trainer.resume and self.path.is_file() else []
-        self.lines = [line for line in map(json.loads, lines) if line["step"] <= trainer.step]
+        lines = _lines(self.path) if trainer.resume else []
+        self.lines = [line for line in lines if line["step"] <= trainer.step]
         ended = trainer.step > 0 and trainer.step % trainer.loader.steps_per_epoch == 0
         if ended and all(line["step"] != trainer.step for line in self.lines):
-            self()  # the run was ended by a signal in the epoch's last step, which leaves its accuracy out
+            self()  # the run was stopped in the last step of an epoch, before its accuracy
 
     def _chosen(self, source: ImageSource, most: int) -> PackedImages:
-        config = self.trainer.config
-        whole, _ = cached(source, cache_dir=config.cache_dir, workers=self.workers, console=None)
-        if len(whole) <= most:
-            return whole
-        chosen = select(Splits(whole.name, whole, None), images=most, distinct=False).train
+        cache_dir = self.trainer.config.cache_dir
+        whole, _ = cached(source, cache_dir=cache_dir, workers=self.workers, console=None)
+        chosen = at_most(whole, most)
         assert isinstance(chosen, PackedImages)
         return chosen
 
     def __call__(self) -> None:
-        """Note the accuracy, if it is time."""
+        """Record the accuracy if it is due."""
         trainer = self.trainer
         epoch = trainer.step // trainer.loader.steps_per_epoch
         if epoch % self.every and epoch < trainer.config.epochs:
             return
-        size, device = trainer.config.augment.size, trainer.device
-        backbone = trainer.model.backbone
+        size, device, backbone = trainer.config.augment.size, trainer.device, trainer.model.backbone
         train, val = (
             extract(backbone, source, size=size, device=device, workers=self.workers).to(device)
             for source in (self.train, self.val)
         )
-        labels = torch.from_numpy(self.train.labels).to(device)
-        predicted = classify(
-            train, labels, val, classes=len(self.train.classes or ()), config=KnnConfig(k=200)
-        )
+        labels, classes = torch.from_numpy(self.train.labels).to(device), self.train.classes or ()
+        predicted = classify(train, labels, val, classes=len(classes), config=KnnConfig(k=200))
         share = float((predicted.cpu() == torch.from_numpy(self.val.labels)).double().mean())
-        self.lines.append(
-            dict(zip(_PROGRESS_COLUMNS, (share, epoch, round(trainer.seconds, 3)), strict=True))
-            | {"step": trainer.step}
-        )
+        values = (share, epoch, round(trainer.seconds, 3))
+        line = dict(zip(_PROGRESS_COLUMNS, values, strict=True)) | {"step": trainer.step}
+        self.lines.append(line)
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
         write_atomically(self.path, lambda file: file.write(text.encode()))
 
 
 def progress_curve(path: Path) -> dict[str, list[float]]:
-    """The columns of a progress.jsonl, shorter than those of the metrics: knn200, knn200_epoch and knn200_seconds."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The columns of a progress.jsonl: knn200, knn200_epoch and knn200_seconds."""
+    lines = _lines(path)
     return {name: [line[name] for line in lines] for name in _PROGRESS_COLUMNS if lines}

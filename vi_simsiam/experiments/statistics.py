@@ -1,10 +1,11 @@
 """Statistics of runs over seeds and images: means, and intervals of the difference of two arms.
 
-An accuracy has two sources of chance: the seed of the training run and the images it is tested on. Both are crossed: every
-run of both arms is tested on the same images. So an image that is hard is hard for all runs, and drawing images separately for
-each run would count as noise what cancels in the difference. `difference` therefore draws images once for all runs of both
-arms, and seeds for each arm by itself: two arms with the same seed share initial weights and views, which is an accident of
-the random numbers and no pair.
+An accuracy has two sources of chance: the seed of the training run and the test images. Both are
+crossed, since every run of both arms is tested on the same images. A hard image is hard for all
+runs, so drawing images separately for each run would count noise that cancels in the difference.
+`difference` therefore draws images once for all runs of both arms. It draws seeds for each arm
+separately: two arms with the same seed share initial weights and views, but only by accident of the
+random numbers, so they are no pair.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtri, stdtrit
 
 from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted
@@ -35,10 +37,10 @@ class Estimate:
     n: int
 
     def interval(self, level: float = LEVEL) -> tuple[float, float] | None:
-        """Student's interval of the mean over seeds; None for a single seed, which says nothing of their spread."""
+        """Student's interval of the mean over seeds; None for a single seed."""
         if self.sd is None:
             return None
-        half = _student(level, self.n - 1) * self.sd / math.sqrt(self.n)
+        half = float(stdtrit(self.n - 1, (1 + level) / 2)) * self.sd / math.sqrt(self.n)
         return self.mean - half, self.mean + half
 
 
@@ -53,11 +55,11 @@ class Difference:
     """Number of seeds of the two arms."""
     images: int
     over_seeds: bool
-    """Whether the interval covers the spread between seeds; an arm with one seed does not show any."""
+    """True if the interval covers the spread between seeds, which one seed cannot show."""
 
     @property
     def verdict(self) -> Verdict:
-        """What the interval says of "the first arm is better"."""
+        """The interval's verdict on "the first arm is better"."""
         if self.low > 0:
             return "shown"
         return "the other way" if self.high < 0 else "not shown"
@@ -78,11 +80,8 @@ def estimate(values: Sequence[float]) -> Estimate:
         raise InputError(
             f"values: {list(values)} is not accepted; it must hold at least one finite number"
         )
-    return Estimate(
-        float(np.mean(finite)),
-        float(np.std(finite, ddof=1)) if len(finite) > 1 else None,
-        len(finite),
-    )
+    sd = float(np.std(finite, ddof=1)) if len(finite) > 1 else None
+    return Estimate(float(np.mean(finite)), sd, len(finite))
 
 
 def difference(
@@ -95,23 +94,26 @@ def difference(
 ) -> Difference:
     """Accuracy of `first` minus that of `second`, with a bootstrap interval over seeds and images.
 
-    Every draw takes as many images as there are, with replacement and the same for all runs, and as many seeds of each arm as
-    it has. Each image enters by its mean over the seeds; the seeds enter by the deviations of their accuracies from their
-    arm's. A bootstrap of n = 3 values has 2/3 of the variance that it should have, and its percentiles are those of a normal
-    distribution where Student's are due: plain percentiles over 3 + 3 seeds cover the truth in 81 % of all experiments, not 95 %.
-    The deviations are therefore widened by sqrt(n / (n - 1)) and by the ratio of Student's quantile, of n_1 + n_2 - 2 degrees
-    of freedom, to the normal one (the expanded percentile interval of Hesterberg, "What teachers should know about the
-    bootstrap", arXiv 1411.5279, here for two samples and for the part of the seeds). A run's luck with single images is in
-    the images' part and in its deviation: where seeds differ by no more than that, the interval is too wide, never too narrow.
+    Every draw takes as many images as there are, with replacement and the same for all runs, and as
+    many seeds of each arm as it has. Each image enters by its mean over the seeds; the seeds enter
+    by the deviations of their accuracies from their arm's. A bootstrap of n = 3 values has 2/3 of
+    the variance that it should have, and its percentiles are normal where Student's are due: plain
+    percentiles over 3 + 3 seeds cover the truth in 81 % of all experiments, not 95 %. The
+    deviations are therefore widened by sqrt(n / (n - 1)) and by the ratio of Student's quantile, of
+    n_1 + n_2 - 2 degrees of freedom, to the normal one (the expanded percentile interval of
+    Hesterberg, "What teachers should know about the bootstrap", arXiv 1411.5279, here for two
+    samples and for the part of the seeds). A run's luck with single images is in the images' part
+    and in its deviation: where seeds differ by no more than that, the interval is too wide, never
+    too narrow.
 
-    With one seed in either arm, only images are drawn, and the result says so (`over_seeds`).
+    With one seed in either arm, only images are drawn, and `over_seeds` is False.
 
     Args:
-        first: (S1, N) bool, which of the N images each of S1 runs got right.
+        first: (S1, N) bool, the images that each of S1 runs got right.
         second: (S2, N) bool, the same of another arm on the same images in the same order.
         draws: number of bootstrap draws.
-        seed: of the draws; the same seed gives the same interval.
-        level: probability that the interval is to cover.
+        seed: seed of the draws; the same seed gives the same interval.
+        level: probability that the interval covers the truth.
 
     Raises:
         InputError: the arms have no runs, no images, or different numbers of images.
@@ -119,61 +121,53 @@ def difference(
     for name, arm in (("first", first), ("second", second)):
         if arm.ndim != 2 or 0 in arm.shape:
             raise InputError(
-                f"{name}: shape {arm.shape} is not accepted; it must be seeds x images, at least one of each"
+                f"{name}: shape {arm.shape} is not accepted; it must be seeds x images, at least "
+                "one of each"
             )
     if first.shape[1] != second.shape[1]:
         raise InputError(
-            f"second: {counted(second.shape[1], 'image')} cannot stand for the {first.shape[1]} of first; give the same images"
+            f"second: {counted(second.shape[1], 'image')} cannot stand for the {first.shape[1]} of "
+            "first; give the same images"
         )
     (n1, images), n2 = first.shape, len(second)
     rng = np.random.default_rng(seed)
-    # An image is right in a of n1 and b of n2 runs: few values n2 a - n1 b occur, and N draws of them are one multinomial draw.
+    # An image is right in a of n1 and b of n2 runs. Few values n2 a - n1 b occur, so N draws of
+    # images are one multinomial draw of these values.
     gains = n2 * first.sum(0, dtype=np.int64) - n1 * second.sum(0, dtype=np.int64)
     kinds, counts = np.unique(gains, return_counts=True)
     drawn = rng.multinomial(images, counts / images, size=draws) @ kinds / (n1 * n2 * images)
     over_seeds = min(n1, n2) > 1
     if over_seeds:
-        student = _student(level, n1 + n2 - 2) / _normal(level)
+        student = stdtrit(n1 + n2 - 2, (1 + level) / 2) / ndtri((1 + level) / 2)
         drawn = drawn + student * (_deviations(first, draws, rng) - _deviations(second, draws, rng))
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]).tolist()
     value = int(gains.sum()) / (n1 * n2 * images)
     return Difference(value, low, high, (n1, n2), images, over_seeds)
 
 
+def _deviations(
+    arm: NDArray[np.bool_], draws: int, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """(draws,) mean deviation of resampled seeds, with the variance of a mean of n values."""
+    accuracy = arm.mean(1)
+    n = len(accuracy)
+    chosen = rng.integers(0, n, (draws, n))
+    deviations: NDArray[np.float64] = (accuracy - accuracy.mean())[chosen].mean(1)
+    return math.sqrt(n / (n - 1)) * deviations
+
+
 def concentration_ratio(
     kappa: NDArray[np.float64], cosine: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """kappa / kappa*, where kappa* = (D - 1) c / (1 - c) minimises the loss at the cosine c; NaN for c outside (0, 1).
+    """kappa / kappa*, where kappa* = (D - 1) c / (1 - c) minimises the loss at the cosine c.
 
     Args:
         kappa: (N,) kappa / (D - 1).
         cosine: (N,) mean cosine of prediction and target.
+
+    Returns:
+        (N,) ratio, NaN for c outside (0, 1).
     """
     inside = np.where((cosine > 0) & (cosine < 1), cosine, np.nan)
     ratio: NDArray[np.float64] = kappa * (1 - inside) / inside
     return ratio
-
-
-def _deviations(
-    arm: NDArray[np.bool_], draws: int, rng: np.random.Generator
-) -> NDArray[np.float64]:
-    """(draws,) mean deviation of resampled seeds from their arm's accuracy, with the variance of a mean of n values."""
-    accuracy = arm.mean(1)
-    n = len(accuracy)
-    chosen = rng.integers(0, n, (draws, n))
-    deviations: NDArray[np.float64] = math.sqrt(n / (n - 1)) * (accuracy - accuracy.mean())[
-        chosen
-    ].mean(1)
-    return deviations
-
-
-def _student(level: float, freedom: int) -> float:
-    from scipy import stats
-
-    return float(stats.t.ppf((1 + level) / 2, freedom))
-
-
-def _normal(level: float) -> float:
-    from scipy import stats
-
-    return float(stats.norm.ppf((1 + level) / 2))

@@ -1,4 +1,4 @@
-"""The tables of an experiment: OUT/summary.json, its numbers, and OUT/summary.md, the same to read."""
+"""The tables of an experiment: its numbers in OUT/summary.json, and the same as OUT/summary.md."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vi_simsiam.benchmarks.tables import markdown_grid
 from vi_simsiam.engine.checkpoint import write_atomically, write_json
 from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
-from vi_simsiam.experiments.records import Experiment, collect
+from vi_simsiam.experiments.results import Experiment, collect
 from vi_simsiam.experiments.statistics import DRAWS, estimate
 from vi_simsiam.paths import printable
-from vi_simsiam.text import counted
+from vi_simsiam.text import METHODS, counted, markdown_grid
 
 SUMMARY, MARKDOWN = "summary.json", "summary.md"
 MEASURE_NAMES = {
@@ -22,8 +21,6 @@ MEASURE_NAMES = {
     "linear": "linear probe",
     "linear_top5": "linear probe, top-5",
 }
-_METHODS = {"vi-simsiam": "VI-SimSiam", "simsiam": "SimSiam"}
-_BASELINE, _BASELINE_NAME = "_baseline", "_baseline_name"
 _UNCERTAINTY = {
     "calibration_error": "calibration error",
     "auroc_misclassification": "misclassification AUROC",
@@ -33,91 +30,106 @@ _UNCERTAINTY = {
     "spearman_corruption": "corruption Spearman",
     "ood_auroc": "out-of-distribution AUROC",
 }
-_SECOND = "seconds of training, evaluation not counted"
+_UNCERTAINTY_NOTE = (
+    "Lower is better for the calibration error and AURC, higher for the others; an AUROC of 0.5 is "
+    "chance. The best trivial score is chosen afterwards for each figure among lengths of features "
+    "and statistics of the pixels, which favours it."
+)
+_STABILITY = {
+    "ratio": "κ/κ*",
+    "z_std": "z-std · √D",
+    "effective_rank": "effective rank",
+    "grad_median": "gradient norm, median",
+    "grad_max": "gradient norm, largest",
+}
+_STABILITY_NOTE = (
+    "κ/κ*, z-std and rank are those of the last epoch, κ* = (D − 1) c / (1 − c) with the mean "
+    "cosine c; gradient norms are of the whole training, as far as it was logged and before any "
+    f"clipping. A run counts as collapsed where z-std · √D ends below {COLLAPSE_THRESHOLD}, and as "
+    "diverged where its loss stopped being finite."
+)
+_OVER_SEEDS = "mean ± sd over seeds"
 
 
 def summarise(out: Path) -> dict[str, Any]:
-    """Write OUT/summary.json and OUT/summary.md from OUT/plan.json and OUT/results/*.json, whatever runs are there.
+    """Write OUT/summary.json and OUT/summary.md from the plan and the results that exist.
 
     Returns:
         The content of summary.json.
 
     Raises:
-        InputError: there is no plan, a file is damaged, or runs that are compared were measured on different images.
+        InputError: there is no plan, a file is damaged, or runs that are compared were measured on
+            different images.
     """
     summary = collect(Experiment.read(out))
     write_json(out / SUMMARY, summary)
-    text = markdown(summary)
-    write_atomically(out / MARKDOWN, lambda file: file.write(printable(text).encode()))
+    text = printable(_markdown(summary))
+    write_atomically(out / MARKDOWN, lambda file: file.write(text.encode()))
     return summary
 
 
-def markdown(summary: dict[str, Any]) -> str:
-    """summary.md: a section for each question, under a heading of second level; parts without content are left out."""
+def _markdown(summary: dict[str, Any]) -> str:
+    """summary.md: a section for each question; sections without content are left out."""
     sections: dict[str, Callable[[dict[str, Any]], str]] = {
         "Result": result_sentence,
         "Accuracy": _accuracy,
         "Uncertainty": _uncertainty,
         "Stability": _stability,
-        "Time to accuracy": _time_table,
-        "Trials": _trial_table,
+        "Time to accuracy": _times,
+        "Trials": _trials,
         "Settings": _settings,
         "Runs": _runs,
     }
-    parts = [f"# Experiment {summary['experiment']}"]
-    for title, render in sections.items():
-        if text := render(summary):
-            parts.append(f"## {title}\n\n{text}")
-    return "\n\n".join(parts) + "\n"
+    texts = {title: render(summary) for title, render in sections.items()}
+    parts = [f"## {title}\n\n{text}" for title, text in texts.items() if text]
+    return "\n\n".join([f"# Experiment {summary['experiment']}", *parts]) + "\n"
 
 
 def result_sentence(summary: dict[str, Any]) -> str:
-    """The primary comparison and what its interval says, in one line."""
+    """The primary comparison and the verdict of its interval, in one line."""
     primary = summary["primary"]
     if primary is None:
         return "The arms that were asked for leave no primary comparison."
     arm, against = map(arm_label, primary["short"])
     measure = MEASURE_NAMES.get(primary["measure"], primary["measure"])
-    planned = f"{arm} against {against}, {measure} on {primary['data']}"
-    found, means = primary["difference"], primary["means"]
-    lost = [
-        f"{name}: {count} diverged"
-        for name, count in zip((arm, against), primary["diverged"], strict=True)
-        if count
-    ]
-    left_out = f" Runs without an accuracy are left out ({'; '.join(lost)})." if lost else ""
+    planned = (
+        f"Primary comparison, named before any run: {arm} against {against}, {measure} on "
+        f"{primary['data']}."
+    )
+    counts = zip((arm, against), primary["diverged"], strict=True)
+    lost = "; ".join(f"{name}: {count} diverged" for name, count in counts if count)
+    left_out = f" Runs without an accuracy are left out ({lost})." if lost else ""
+    found = primary["difference"]
     if found is None:
-        return f"Primary comparison, named before any run: {planned}. Not measured.{left_out}"
-    figures = f"{arm} {_percent(means[0]['mean'])} against {against} {_percent(means[1]['mean'])}: {_points(found['value'])} points"
-    counts = " and ".join(dict.fromkeys(counted(n, "seed") for n in found["seeds"]))
+        return f"{planned} Not measured.{left_out}"
+    ours, theirs = (_percent(each["mean"]) for each in primary["means"])
+    seeds = " and ".join(dict.fromkeys(counted(n, "seed") for n in found["seeds"]))
+    figures = f"{planned} {arm} {ours} against {against} {theirs}: {_points(found['value'])} points"
     if found["low"] is None:
-        return f"Primary comparison, named before any run: {planned}. {figures}, {counts}; no interval.{left_out}"
+        return f"{figures}, {seeds}; no interval.{left_out}"
+    scope = ""
     if found["over_seeds"]:
         verdict = {
             "shown": f"a difference in favour of {arm} is shown",
             "the other way": f"a difference the other way, in favour of {against}, is shown",
             "not shown": "no difference shown",
         }[found["verdict"]]
-    else:  # what differs are these runs: another seed might turn it round
+    else:  # only these runs are known to differ: another seed might reverse it
+        scope = " The interval is over images only: the spread between seeds is not in it."
         better = {"shown": arm, "the other way": against}.get(found["verdict"])
-        verdict = (
-            f"these runs differ in favour of {better}, which does not show that the methods do"
-        )
-        verdict = "no difference shown" if better is None else verdict
-    scope = (
-        ""
-        if found["over_seeds"]
-        else " The interval is over images only: the spread between seeds is not in it."
-    )
-    return (
-        f"Primary comparison, named before any run: {planned}. {figures}, 95 % interval {_points(found['low'])} to "
-        f"{_points(found['high'])}, {counts}, {counted(found['images'], 'image')}: {verdict}.{scope}{left_out}"
-    )
+        verdict = "no difference shown"
+        if better is not None:
+            verdict = (
+                f"these runs differ in favour of {better}, which does not show that the methods do"
+            )
+    interval = f"{_points(found['low'])} to {_points(found['high'])}"
+    images = counted(found["images"], "image")
+    return f"{figures}, 95 % interval {interval}, {seeds}, {images}: {verdict}.{scope}{left_out}"
 
 
 def arm_label(arm: str) -> str:
-    """An arm as tables and figures name it."""
-    return _METHODS.get(arm, arm)
+    """The name of an arm in tables and figures."""
+    return next((title for method, title in METHODS.items() if method == arm), arm)
 
 
 def _accuracy(summary: dict[str, Any]) -> str:
@@ -127,161 +139,140 @@ def _accuracy(summary: dict[str, Any]) -> str:
         if not names:
             continue
         heads = [MEASURE_NAMES.get(name, name) for name in names]
-        shown = [row for row in found["arms"].values() if row["seeds"]]
-        rows = []
-        for row in shown:
+        rows, differences = [], []
+        for row in found["arms"].values():
+            label = arm_label(row["short"])
+            if not row["seeds"]:
+                continue
             count = str(len(row["seeds"]) - len(row["diverged"]))
-            rows.append(
-                (
-                    arm_label(row["short"]),
-                    count,
-                    *(_mean_sd(row["accuracy"][name], 100) for name in names),
-                )
-            )
+            rows.append((label, count, *(_mean_sd(row["accuracy"][name], 100) for name in names)))
             if row["published"]:
                 figures = (row["published"].get(name) for name in names)
                 cells = ("-" if figure is None else f"{100 * figure:.1f}" for figure in figures)
-                rows.append((f"{arm_label(row['short'])}, published", "-", *cells))
-        head = ("%, mean ± sd over seeds", "seeds", *heads)
+                rows.append((f"{label}, published", "-", *cells))
+            if any(row["difference"].values()):
+                cells = (_difference(row["difference"][name]) for name in names)
+                differences.append((label, *cells))
+        head = (f"%, {_OVER_SEEDS}", "seeds", *heads)
         parts.append(f"**{data}**, {_images(found)}\n\n{markdown_grid(head, rows)}")
-        compared = [row for row in shown if any(row["difference"].values())]
-        if compared:
+        if differences:
             label = arm_label(found["arms"][found["reference"]]["short"])
-            rows = [
-                (arm_label(row["short"]), *(_difference(row["difference"][name]) for name in names))
-                for row in compared
-            ]
-            parts.append(markdown_grid((f"points more than {label}, 95 % interval", *heads), rows))
-            parts.append(_scope(row["difference"] for row in compared))
+            head = (f"points more than {label}, 95 % interval", *heads)
+            parts.append(markdown_grid(head, differences))
+            parts.append(_scope(row["difference"] for row in found["arms"].values()))
     return "\n\n".join(parts)
 
 
 def _scope(differences: Iterable[dict[str, Any]]) -> str:
-    """What the intervals are over; said of all, because a reader sees all of them."""
-    found = [
-        each
-        for row in differences
-        for each in row.values()
-        if each is not None and each["low"] is not None
-    ]
-    if not found:
+    """The scope of the intervals, in a sentence."""
+    every = [each for row in differences for each in row.values() if each is not None]
+    over_seeds = sorted({each["over_seeds"] for each in every if each["low"] is not None})
+    if not over_seeds:
         return "No interval: the results do not say which images were right."
-    text = f"Bootstrap intervals of {DRAWS:,} draws, "
-    over = {each["over_seeds"] for each in found}
-    if over == {True}:
-        text += "over seeds and images."
-    elif over == {False}:
-        text += "over images only: an arm with one seed does not show the spread between seeds."
-    else:
-        text += "over seeds and images, and over images only where an arm has one seed."
-    return f"{text} Comparisons other than the primary one are exploratory; nothing is corrected for their number."
+    scope = {
+        (True,): "seeds and images.",
+        (False,): "images only: an arm with one seed does not show the spread between seeds.",
+        (False, True): "seeds and images, and over images only where an arm has one seed.",
+    }[tuple(over_seeds)]
+    return (
+        f"Bootstrap intervals of {DRAWS:,} draws, over {scope} Comparisons other than the primary "
+        "one are exploratory; nothing is corrected for their number."
+    )
 
 
 def _uncertainty(summary: dict[str, Any]) -> str:
     parts = []
     for data, found in summary["data"].items():
-        rows_of = {
-            arm_label(row["short"]): row["uncertainty"]
-            for row in found["arms"].values()
-            if row["uncertainty"]
-        }
+        rows_of = {arm_label(row["short"]): row["uncertainty"] for row in found["arms"].values()}
         names = [name for name in _UNCERTAINTY if any(name in row for row in rows_of.values())]
-        if not names:
-            continue
         rows = []
         for label, row in rows_of.items():
-            rows.append((label, "κ", *(_mean_sd(row.get(name), 1, 3) for name in names)))
+            if row and names:
+                rows.append((label, "κ", *(_mean_sd(row.get(name), 1, 3) for name in names)))
             best = [_with_name(row, name) for name in names]
             if any(cell != "-" for cell in best):
                 rows.append((label, "best trivial", *best))
-        head = ("mean ± sd over seeds", "score", *(_UNCERTAINTY[name] for name in names))
-        parts.append(f"**{data}**\n\n{markdown_grid(head, rows)}")
-    if parts:
-        parts.append(
-            "Lower is better for the calibration error and AURC, higher for the others; an AUROC of 0.5 is chance. The best "
-            "trivial score is chosen afterwards for each figure among lengths of features and statistics of the pixels, which favours it."
-        )
-    return "\n\n".join(parts)
+        if rows:
+            head = (_OVER_SEEDS, "score", *(_UNCERTAINTY[name] for name in names))
+            parts.append(f"**{data}**\n\n{markdown_grid(head, rows)}")
+    return "\n\n".join([*parts, _UNCERTAINTY_NOTE] if parts else [])
+
+
+def _with_name(row: dict[str, Any], name: str) -> str:
+    """The best trivial score of a figure, with its name in brackets."""
+    value, names = _mean_sd(row.get(f"{name}_baseline"), 1, 3), row.get(f"{name}_baseline_name")
+    return f"{value} ({', '.join(names)})" if names and value != "-" else value
 
 
 def _stability(summary: dict[str, Any]) -> str:
-    heads = (
-        "κ/κ*",
-        "z-std · √D",
-        "effective rank",
-        "gradient norm, median",
-        "gradient norm, largest",
-    )
-    keys = ("ratio", "z_std", "effective_rank", "grad_median", "grad_max")
+    head = (_OVER_SEEDS, *_STABILITY.values(), "collapsed", "diverged")
     parts = []
     for data, found in summary["data"].items():
-        rows = [
-            (
-                arm_label(row["short"]),
-                *(_mean_sd(row["stability"][key], 1, None) for key in keys),
-                f"{row['stability']['collapsed']} of {row['stability']['runs']}",
-                f"{row['stability']['diverged']} of {len(row['seeds'])}",
-            )
-            for row in found["arms"].values()
-            if row["stability"]["runs"] or row["diverged"]
-        ]
+        rows = []
+        for row in found["arms"].values():
+            ending = row["stability"]
+            if ending["runs"] or row["diverged"]:
+                figures = (_mean_sd(ending[key], 1, None) for key in _STABILITY)
+                collapsed = f"{ending['collapsed']} of {ending['runs']}"
+                diverged = f"{ending['diverged']} of {len(row['seeds'])}"
+                rows.append((arm_label(row["short"]), *figures, collapsed, diverged))
         if rows:
-            head = ("mean ± sd over seeds", *heads, "collapsed", "diverged")
             parts.append(f"**{data}**\n\n{markdown_grid(head, rows)}")
-    if parts:
-        parts.append(
-            "κ/κ*, z-std and rank are those of the last epoch, κ* = (D − 1) c / (1 − c) with the mean cosine c; gradient norms "
-            "are of the whole training, as far as it was logged and before any clipping. A run counts as collapsed where z-std "
-            f"· √D ends below {COLLAPSE_THRESHOLD}, and as diverged where its loss stopped being finite."
-        )
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, _STABILITY_NOTE] if parts else [])
 
 
-def _time_table(summary: dict[str, Any]) -> str:
+def _times(summary: dict[str, Any]) -> str:
     parts = []
     for data, found in summary["data"].items():
-        if found["times"] is None:
+        if (times := found["times"]) is None:
             continue
-        times = found["times"]
-        heads = [f"to {_percent(level)}, {name}" for name, level in times["levels"].items()]
+        heads = (f"to {_percent(level)}, {name}" for name, level in times["levels"].items())
         rows = [
             (arm_label(found["arms"][arm]["short"]), *map(_reached, cells))
             for arm, cells in times["arms"].items()
             if cells and cells[0]
         ]
+        grid = markdown_grid((_OVER_SEEDS, *heads), rows)
+        parts.append(f"**{data}**, seconds of training, evaluation not counted\n\n{grid}")
         parts.append(
-            f"**{data}**, {_SECOND}\n\n{markdown_grid(('mean ± sd over seeds', *heads), rows)}"
-        )
-        parts.append(
-            f"All runs reached a kNN accuracy (k = 200) of {_percent(times['common'])} in the end, measured on a part of the images, looked "
-            "at every few epochs: a time is that of the first look at which the accuracy was reached."
+            f"All runs reached a kNN accuracy (k = 200) of {_percent(times['common'])} in the end, "
+            "measured on a part of the images, looked at every few epochs: a time is that of the "
+            "first look at which the accuracy was reached."
         )
     return "\n\n".join(parts)
 
 
-def _trial_table(summary: dict[str, Any]) -> str:
+def _reached(seconds: Sequence[float | None]) -> str:
+    """Mean and standard deviation of the times to a level, and the number of runs behind it."""
+    times = [each for each in seconds if each is not None]
+    if not times:
+        return "not reached"
+    found = _mean_sd(vars(estimate(times)), 1, None)
+    if len(times) == len(seconds):
+        return found
+    return f"{found} ({len(times)} of {counted(len(seconds), 'run')})"
+
+
+def _trials(summary: dict[str, Any]) -> str:
     found = summary["trials"]
     if found is None:
         return ""
     names = list(dict.fromkeys(name for row in found["rows"] for name in row["settings"]))
     rows = []
     for row in found["rows"]:
-        missing = "diverged" if row["diverged"] else "-"
-        accuracy = missing if row["accuracy"] is None else f"{100 * row['accuracy']:.1f}"
+        accuracy = "diverged" if row["diverged"] else "-"
+        if row["accuracy"] is not None:
+            accuracy = f"{100 * row['accuracy']:.1f}"
         settings = (_value(row["settings"].get(name)) for name in names)
         rows.append((row["trial"], *settings, accuracy, ", ".join(row["chosen_by"])))
-    head = (
-        "trial",
-        *names,
-        f"{MEASURE_NAMES.get(found['measure'], found['measure'])}, %",
-        "chosen for",
-    )
-    text = (
-        f"Every method had as many trials, each trained with seed {found['seed']} on {1 - found['held_out']:.0%} of the training "
-        f"images and measured on the other {found['held_out']:.0%}; validation images were not used."
-    )
+    measure = MEASURE_NAMES.get(found["measure"], found["measure"])
+    grid = markdown_grid(("trial", *names, f"{measure}, %", "chosen for"), rows)
     none = "" if summary["chosen"] else "\n\nNothing is chosen yet."
-    return f"{text}\n\n{markdown_grid(head, rows)}{none}"
+    return (
+        f"Every method had as many trials, each trained with seed {found['seed']} on "
+        f"{1 - found['held_out']:.0%} of the training images and measured on the other "
+        f"{found['held_out']:.0%}; validation images were not used.\n\n{grid}{none}"
+    )
 
 
 def _settings(summary: dict[str, Any]) -> str:
@@ -290,131 +281,38 @@ def _settings(summary: dict[str, Any]) -> str:
         shown = {arm: row for arm, row in found["arms"].items() if row["seeds"]}
         if not shown:
             continue
+        labels = {arm: arm_label(row["short"]) for arm, row in shown.items()}
         inferred = {item for row in shown.values() for item in row["inferred"]}
-        parts.append(f"**{data}**, {_images(found)}")
-        parts.append(
-            "\n".join(
-                f"- {arm_label(row['short'])}: {row['note']}"
-                for row in shown.values()
-                if row["note"]
-            )
-        )
+        marked = {
+            name: f"`{name}`" + ("\\*" if name in inferred else "")
+            for name in (*found["common"], *found["differing"])
+        }
+        notes = (f"- {labels[arm]}: {row['note']}" for arm, row in shown.items() if row["note"])
+        parts += [f"**{data}**, {_images(found)}", "\n".join(notes)]
         if found["differing"]:
             rows = [
-                (_marked(field, inferred), *(_value(values.get(arm)) for arm in shown))
-                for field, values in found["differing"].items()
+                (marked[name], *(_value(values.get(arm)) for arm in shown))
+                for name, values in found["differing"].items()
             ]
-            parts.append(
-                markdown_grid(
-                    ("setting", *(arm_label(row["short"]) for row in shown.values())), rows
-                )
-            )
+            parts.append(markdown_grid(("setting", *labels.values()), rows))
         if found["common"]:
-            listed = ", ".join(
-                f"{_marked(name, inferred)} {_value(value)}"
-                for name, value in found["common"].items()
-            )
-            parts.append(f"All arms: {listed}.")
+            common = (f"{marked[name]} {_value(value)}" for name, value in found["common"].items())
+            parts.append(f"All arms: {', '.join(common)}.")
         if inferred:
-            fields = {*found["common"], *found["differing"]}
-            others = [item for item in sorted(inferred) if item not in fields]
-            also = f" Inferred as well: {', '.join(others)}." if others else ""
+            others = ", ".join(sorted(inferred - marked.keys()))
+            also = f" Inferred as well: {others}." if others else ""
             parts.append(f"\\* inferred: the source does not state it.{also}")
     return "\n\n".join(part for part in parts if part)
 
 
-def _runs(summary: dict[str, Any]) -> str:
-    lines = []
-    for data, found in summary["data"].items():
-        for row in found["arms"].values():
-            seeds = ", ".join(map(str, row["seeds"])) or "none"
-            seconds = (
-                "" if row["seconds"] is None else f", {_span(row['seconds'])} s of training each"
-            )
-            diverged = (
-                f"; diverged: {', '.join(map(str, row['diverged']))}" if row["diverged"] else ""
-            )
-            lines.append(f"- {arm_label(row['short'])} on {data}: seeds {seeds}{seconds}{diverged}")
-    if summary["missing"]:
-        lines.append(
-            f"- without a result (not run, interrupted or failed): {'; '.join(summary['missing'])}"
-        )
-    else:
-        lines.append("- no planned run is missing")
-    for name in ("devices", "versions", "commits"):
-        if summary[name]:
-            lines.append(f"- {name}: {', '.join(map(str, summary[name]))}")
-    if summary["dates"]:
-        lines.append(
-            f"- measured {' to '.join(dict.fromkeys(summary['dates']))}; planned {str(summary['created'])[:10]}"
-        )
-    return "\n".join(lines)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def _points(share: float) -> str:
-    """A difference in percentage points with its sign; what rounds to nothing has none."""
-    text = f"{100 * share:+.1f}"
-    return "0.0" if float(text) == 0 else text.replace("-", "−")
-
-
-def _difference(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return "-"
-    interval = (
-        "" if found["low"] is None else f" ({_points(found['low'])} to {_points(found['high'])})"
-    )
-    return _points(found["value"]) + interval
-
-
-def _mean_sd(found: Any, factor: float, digits: int | None = 1) -> str:
-    """ "41.2 ± 0.4", without a deviation for one seed, "-" where nothing was measured; three significant digits for None."""
-    if not isinstance(found, dict):
-        return "-"
-
-    def shown(value: float) -> str:
-        return _significant(value) if digits is None else f"{factor * value:.{digits}f}"
-
-    return shown(found["mean"]) + ("" if found["sd"] is None else f" ± {shown(found['sd'])}")
-
-
-def _significant(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def _with_name(row: dict[str, Any], name: str) -> str:
-    value = _mean_sd(row.get(name + _BASELINE), 1, 3)
-    which = row.get(name + _BASELINE_NAME)
-    return f"{value} ({', '.join(which)})" if which and value != "-" else value
-
-
-def _reached(seconds: Sequence[float | None]) -> str:
-    """Mean and standard deviation of the times of those runs that got there, and how many did not."""
-    there = [each for each in seconds if each is not None]
-    if not there:
-        return "not reached"
-    found = _mean_sd(vars(estimate(there)), 1, None)
-    return (
-        found
-        if len(there) == len(seconds)
-        else f"{found} ({len(there)} of {counted(len(seconds), 'run')})"
-    )
-
-
 def _images(found: dict[str, Any]) -> str:
+    """Numbers of images, pixels and epochs, where all runs share them."""
     common = found["common"]
-    known = [
-        ("training image", found["images"]),
-        ("validation image", found["val_images"]),
-    ]
-    parts = [
-        " or ".join([*(f"{n:,}" for n in counts[:-1]), counted(counts[-1], what)])
-        for what, counts in known
-        if counts
-    ]
+    parts = []
+    for noun, counts in (("training", found["images"]), ("validation", found["val_images"])):
+        if counts:
+            last = counted(counts[-1], f"{noun} image")
+            parts.append(" or ".join([*(f"{count:,}" for count in counts[:-1]), last]))
     if "augment.size" in common:
         parts.append(f"{common['augment.size']} x {common['augment.size']} pixels")
     if "epochs" in common:
@@ -422,17 +320,75 @@ def _images(found: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _marked(field: str, inferred: set[str]) -> str:
-    return f"`{field}`" + ("\\*" if field in inferred else "")
+def _runs(summary: dict[str, Any]) -> str:
+    lines = []
+    for data, found in summary["data"].items():
+        for row in found["arms"].values():
+            line = f"- {arm_label(row['short'])} on {data}: seeds {_listed(row['seeds']) or 'none'}"
+            if row["seconds"] is not None:
+                ends = dict.fromkeys(f"{end:,.0f}" for end in row["seconds"])
+                line += f", {' to '.join(ends)} s of training each"
+            if row["diverged"]:
+                line += f"; diverged: {_listed(row['diverged'])}"
+            lines.append(line)
+    missing = "; ".join(summary["missing"])
+    lines.append(
+        f"- without a result (not run, interrupted or failed): {missing}"
+        if missing
+        else "- no planned run is missing"
+    )
+    lines += [
+        f"- {name}: {_listed(summary[name])}"
+        for name in ("devices", "versions", "commits")
+        if summary[name]
+    ]
+    if summary["dates"]:
+        days, planned = dict.fromkeys(summary["dates"]), str(summary["created"])[:10]
+        lines.append(f"- measured {' to '.join(days)}; planned {planned}")
+    return "\n".join(lines)
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _points(share: float) -> str:
+    """A difference in percentage points with its sign; a difference that rounds to 0 has none."""
+    text = f"{100 * share:+.1f}"
+    return "0.0" if float(text) == 0 else text.replace("-", "−")
+
+
+def _difference(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    value = _points(found["value"])
+    if found["low"] is None:
+        return value
+    return f"{value} ({_points(found['low'])} to {_points(found['high'])})"
+
+
+def _mean_sd(found: Any, factor: float, digits: int | None = 1) -> str:
+    """Mean and standard deviation, "41.2 ± 0.4".
+
+    Without a deviation for one seed, and "-" if nothing was measured; `digits` None stands for
+    three significant digits.
+    """
+    if not isinstance(found, dict):
+        return "-"
+
+    def shown(value: float) -> str:
+        if digits is not None:
+            return f"{factor * value:.{digits}f}"
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+    return shown(found["mean"]) + ("" if found["sd"] is None else f" ± {shown(found['sd'])}")
 
 
 def _value(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(_value, value))
-    if value is None:
-        return "-"
-    return str(value).replace("|", "\\|")
-
-
-def _span(ends: Sequence[float]) -> str:
-    return " to ".join(dict.fromkeys(f"{end:,.0f}" for end in ends))
+    return "-" if value is None else str(value).replace("|", "\\|")

@@ -1,4 +1,4 @@
-"""A trained run as a folder for others: torchvision, timm, safetensors or ONNX weights, checked, with a model card."""
+"""Exports of a trained run: torchvision, timm, safetensors or ONNX weights, with a model card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder that an export writes: made beside its place, checked against the run, then moved there whole."""
+"""The folder that an export writes: made beside its target, checked, then renamed to it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
-from platform import python_version
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vi_simsiam import __version__
 from vi_simsiam.data.sources import ImageSource, UnreadableError
 from vi_simsiam.data.views import eval_view
 from vi_simsiam.engine.checkpoint import write_atomically, write_json
@@ -35,13 +32,14 @@ from vi_simsiam.export.formats import (
     write_torchvision,
 )
 from vi_simsiam.export.onnx import ONNX_WEIGHTS, require_exporter, write_onnx
+from vi_simsiam.info import versions
 from vi_simsiam.paths import printable, user_path, utf8_path
 
 CARD, SETTINGS, TIMM_SETTINGS = "README.md", "config.json", "training.json"
 CHECK_IMAGES = 8
 """Images on which a written file is compared with the run."""
-# Largest difference over largest value. Libraries sum float32 in orders of their own; kappa = scale * link(raw) carries
-# the absolute error of raw, which may be ten times as large as kappa's own rounding.
+# Largest difference over largest value. Libraries sum float32 in different orders;
+# kappa = scale * link(raw) carries the absolute error of raw, up to ten times its own rounding.
 TOLERANCES = {"embedding": 1e-5, "loc": 1e-5, "concentration": 1e-4}
 
 _WRITERS = {
@@ -62,23 +60,23 @@ def export_run(
 ) -> Path:
     """Write a run's weights, its settings and a model card to a folder that others can use.
 
-    What the written file computes is compared with the run on a few of its images; the card states the difference.
+    The outputs of the written file are compared with the run's on a few of its images; the card
+    states the difference.
 
     Args:
         run: a trained run.
         format: one of `FORMATS`.
         out: folder to write; None for RUN/export/FORMAT.
         overwrite: replace an earlier export in that folder.
-        report: called with a short phrase for what is done, and with what could not be.
+        report: called with the result of the comparison, one line.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: an unknown format, one that cannot hold this run or whose packages are missing, a folder that must
-            not be written to, weights that are not finite, or no image that can be read.
+        InputError: an unknown format, one that cannot hold this run or whose packages are missing,
+            a folder that must not be written to, weights that are not finite, or no readable image.
     """
-    say = report or (lambda phrase: None)
     if format not in FORMATS:
         raise none_of("format", format, FORMATS)
     if format == "onnx":
@@ -86,7 +84,7 @@ def export_run(
     target = (run.path / "export" / format if out is None else user_path("out", out)).absolute()
     _check_target(target, overwrite)
 
-    # In float32 on the CPU, whatever the run was opened on: the reference of the comparison, and what is written.
+    # In float32 on the CPU, on whatever device the run was opened.
     model = copy.deepcopy(run.model).cpu().float().eval()
     images, source = _check_images(run)
     expected = outputs(model)(images)
@@ -95,25 +93,33 @@ def export_run(
 
     write, weights, packages = _WRITERS[format]
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    aside = _beside(target)
     aside.mkdir()
     try:
         with utf8_path(aside) as folder:
             compute = write(model, run.config, folder)
-            check = Check(
-                len(images),
-                source,
-                None if compute is None else _differences(compute(images), expected),
-            )
-        say(check.line(weights))
-        versions = _versions(packages)
+            found = None if compute is None else _differences(compute(images), expected)
+        check = Check(len(images), source, found)
+        if report is not None:
+            report(check.line(weights))
+        installed = versions(("torch", *packages))
+        settings = {
+            "format": format,
+            "weights": weights,
+            "method": run.config.method,
+            "architecture": run.config.model.backbone,
+            "stem": run.config.model.stem,
+            "num_features": model.features,
+            "dim": run.config.model.dim,
+            "preprocessing": preprocessing(run.config),
+            "training": portable(run.config),
+            "check": vars(check),
+            "versions": installed,
+        }
         # In a timm folder config.json is timm's own.
-        settings = TIMM_SETTINGS if format == "timm" else SETTINGS
-        write_json(
-            aside / settings, _settings(run, format, weights, model.features, check, versions)
-        )
-        card = model_card(run, format, check=check, versions=versions)
-        write_atomically(aside / CARD, lambda file: file.write(printable(card).encode()))
+        write_json(aside / (TIMM_SETTINGS if format == "timm" else SETTINGS), settings)
+        card = printable(model_card(run, format, check=check, versions=installed))
+        write_atomically(aside / CARD, lambda file: file.write(card.encode()))
         _move(aside, target)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -121,22 +127,18 @@ def export_run(
     return target
 
 
+def _beside(target: Path) -> Path:
+    """A new hidden name in the folder of `target`."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+
+
 def _check_target(target: Path, overwrite: bool) -> None:
     """Refuse a folder that must not be written to, before anything is computed."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise InputError(f"out: {target} is a file or a link, not a folder")
-    if not target.is_dir():
-        return
-    names = {entry.name for entry in target.iterdir()}
-    known = {
-        CARD,
-        SETTINGS,
-        TIMM_SETTINGS,
-        TORCHVISION_WEIGHTS,
-        SAFETENSORS_WEIGHTS,
-        ONNX_WEIGHTS,
-        f"{ONNX_WEIGHTS}.data",
-    }
+    names = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
+    known = {CARD, SETTINGS, TIMM_SETTINGS, f"{ONNX_WEIGHTS}.data"}
+    known.update(weights for _, weights, _ in _WRITERS.values())
     if names and (CARD not in names or names - known):
         raise InputError(f"out: {target} holds other files; give an empty or new folder")
     if names and not overwrite:
@@ -144,10 +146,10 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 
 def _move(aside: Path, target: Path) -> None:
-    """Put a finished folder in its place; an earlier one is removed only when the new one is there."""
+    """Rename a finished folder to `target`; an earlier one is removed once the new one is there."""
     earlier = None
     if target.is_dir():
-        earlier = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+        earlier = _beside(target)
         os.rename(target, earlier)
     try:
         os.rename(aside, target)
@@ -161,15 +163,14 @@ def _move(aside: Path, target: Path) -> None:
 
 
 def _check_images(run: Run) -> tuple[Tensor, str]:
-    """A few un-augmented images (N, 3, S, S) from all over the validation or training images, and where they are from."""
-    source: ImageSource = run.splits.train if not run.splits.val else run.splits.val
+    """A few un-augmented validation or training images (N, 3, S, S), and their origin."""
+    source: ImageSource = run.splits.val or run.splits.train
     view = eval_view(run.config.augment.size)
-    # Candidates in the order of a coarse grid first, so that unreadable files are made up for by others.
+    # A coarse grid comes first; other images stand in for unreadable ones.
     grid = np.linspace(0, len(source) - 1, min(len(source), CHECK_IMAGES), dtype=np.int64).tolist()
-    candidates = [*grid, *(index for index in range(min(len(source), 100)) if index not in grid)]
     images: list[Tensor] = []
     reason: UnreadableError | None = None
-    for index in candidates:
+    for index in dict.fromkeys([*grid, *range(min(len(source), 100))]):
         if len(images) == CHECK_IMAGES:
             break
         try:
@@ -178,48 +179,20 @@ def _check_images(run: Run) -> tuple[Tensor, str]:
             reason = error
     if not images:
         raise InputError(f"data: {source.name} holds no image to check the export with") from reason
-    # A source is named by its path: the last two parts say which images without saying whose machine.
+    # The last two parts of a path name the images without the machine's own folders.
     return torch.stack(images), "/".join(Path(source.name).parts[-2:])
 
 
 def _differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Largest difference over largest value, by output. Raises RuntimeError where a file is not the run."""
+    """Largest difference over largest value, by output. Raises RuntimeError beyond rounding."""
     differences = {}
     for name, value in found.items():
         scale = expected[name].abs().max().clamp_min(torch.finfo(torch.float32).tiny)
         differences[name] = float((value - expected[name]).abs().max() / scale)
         if not differences[name] <= TOLERANCES[name]:
             raise RuntimeError(
-                f"the written file gives another {name} than the run: they differ by {differences[name]:.2g} of the "
-                f"largest value, and at most {TOLERANCES[name]:.0e} is rounding; nothing was exported"
+                f"the written file gives another {name} than the run: they differ by "
+                f"{differences[name]:.2g} of the largest value, and at most "
+                f"{TOLERANCES[name]:.0e} is rounding; nothing was exported"
             )
     return differences
-
-
-def _versions(packages: tuple[str, ...]) -> dict[str, str]:
-    found = {"vi-simsiam": __version__, "python": python_version()}
-    for package in ("torch", *packages):
-        with contextlib.suppress(
-            ModuleNotFoundError
-        ):  # PackageNotFoundError: onnxruntime, where it is not installed
-            found[package] = version(package)
-    return found
-
-
-def _settings(
-    run: Run, format: str, weights: str, features: int, check: Check, versions: dict[str, str]
-) -> dict[str, object]:
-    """What config.json says."""
-    return {
-        "format": format,
-        "weights": weights,
-        "method": run.config.method,
-        "architecture": run.config.model.backbone,
-        "stem": run.config.model.stem,
-        "num_features": features,
-        "dim": run.config.model.dim,
-        "preprocessing": preprocessing(run.config),
-        "training": portable(run.config),
-        "check": {"images": check.images, "source": check.source, "differences": check.differences},
-        "versions": versions,
-    }

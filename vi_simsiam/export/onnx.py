@@ -1,7 +1,8 @@
-"""A trained model as an ONNX graph, run by onnxruntime to see that it computes the same.
+"""A trained model as an ONNX graph, checked with onnxruntime.
 
-The graph maps normalised images (batch, 3, S, S) to "embedding" (batch, F), and for VI-SimSiam also to "loc" (batch, D), the
-unit mean direction, and "concentration" (batch,), kappa. The batch is of any size; S is the size of the training views.
+The graph maps normalised images (batch, 3, S, S) to "embedding" (batch, F), and for VI-SimSiam also
+to "loc" (batch, D), the unit mean direction, and "concentration" (batch,), kappa. The batch is of
+any size; S is the size of the training views.
 """
 
 from __future__ import annotations
@@ -25,11 +26,10 @@ from vi_simsiam.models import SimSiam
 
 ONNX_WEIGHTS = "model.onnx"
 INPUT = "images"
-_EXPORTER = ("onnx", "onnxscript")
 
 
 class _Graph(nn.Module):
-    """The outputs as a tuple: what the exporter traces."""
+    """The outputs as a tuple, as the exporter needs them."""
 
     def __init__(self, model: SimSiam) -> None:
         super().__init__()
@@ -40,15 +40,12 @@ class _Graph(nn.Module):
 
 
 def require_exporter() -> None:
-    """Say what is missing, before any work is done.
-
-    Raises:
-        InputError: onnx or onnxscript is not installed.
-    """
-    missing = [package for package in _EXPORTER if importlib.util.find_spec(package) is None]
+    """Raise an InputError if onnx or onnxscript is not installed."""
+    missing = [each for each in ("onnx", "onnxscript") if importlib.util.find_spec(each) is None]
     if missing:
         raise InputError(
-            f"format: onnx needs {' and '.join(missing)}; install with pip install 'vi-simsiam[onnx]'"
+            f"format: onnx needs {' and '.join(missing)}; "
+            "install with pip install 'vi-simsiam[onnx]'"
         )
 
 
@@ -56,7 +53,7 @@ def write_onnx(model: SimSiam, config: TrainConfig, folder: Path) -> Outputs | N
     """Write the model to FOLDER/model.onnx by PyTorch's exporter.
 
     Returns:
-        The file's outputs as onnxruntime computes them on the CPU; None where onnxruntime is not installed.
+        The file's outputs as onnxruntime computes them on the CPU; None if it is not installed.
 
     Raises:
         InputError: the exporter's packages are not installed.
@@ -100,7 +97,7 @@ def _runtime(path: Path) -> Outputs:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's progress and its warnings about operators that are not used here."""
+    """Suppress the exporter's progress and its warnings about operators that are not used here."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

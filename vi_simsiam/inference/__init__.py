@@ -1,1 +1,1 @@
-"""What a trained run makes of images: representations, their distributions, tables and rankings of whole folders."""
+"""Representations, distributions, tables and rankings of images by a trained run."""

@@ -1,4 +1,4 @@
-"""All images of a folder as a table: embedding, concentration, uncertainty and nearest neighbours, in a Parquet file."""
+"""Embeddings, concentrations and nearest neighbours of all images of a folder, as Parquet file."""
 
 from __future__ import annotations
 
@@ -17,31 +17,28 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
-from torch.nn import functional as F
 
 from vi_simsiam import __version__
 from vi_simsiam.data.sources import ImageSource, Unreadable
 from vi_simsiam.engine.checkpoint import naming, write_atomically
 from vi_simsiam.errors import InputError
 from vi_simsiam.inference.encoder import Encoder
+from vi_simsiam.inference.neighbours import nearest
 from vi_simsiam.models import VISimSiam
 from vi_simsiam.paths import printable
 from vi_simsiam.text import brief_repr, counted, one_line
 
 _ROWS = 4096
-"""Rows of a row group of the file, and images whose neighbours are looked for at a time."""
-_KEYS = 16384
-"""Images among which neighbours are looked for at a time."""
+"""Rows in a row group of the file."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """N images as a run encodes them, in the order of their source."""
+    """Encodings of N images by a run, in the order of their source."""
 
     source: ImageSource
     indices: NDArray[np.int64]
-    """(N,), which images of the source these are."""
+    """(N,) numbers of the images in the source."""
     embedding: NDArray[np.float32]
     """(N, F); `collect` keeps it in a temporary file, mapped into memory."""
     concentration: NDArray[np.float32] | None
@@ -54,7 +51,7 @@ class Table:
     __repr__ = brief_repr
 
     def path(self, row: int) -> str:
-        """Where the image of a row is to be found, as `os.fsdecode` has it."""
+        """The path of a row's image, as returned by `os.fsdecode`."""
         return self.source.describe(int(self.indices[row]))
 
 
@@ -71,29 +68,25 @@ def collect(
 ) -> Table:
     """Encode all images that can be read.
 
-    Memory is bounded, but for 16 bytes an image: embeddings (4 F bytes an image, 2 kB for a ResNet-18) go to a file without
-    a name in `folder`, which vanishes with the table.
+    Memory is bounded, but for 16 bytes an image: embeddings (4 F bytes an image, 2 kB for a
+    ResNet-18) go to a file without a name in `folder`, which vanishes with the table.
 
     Args:
         encoder: the run.
         source: N images.
         folder: where the temporary file is made.
-        views: see `Encoder.encode`.
-        seed: see `Encoder.encode`.
-        batch_size: see `Encoder.encode`.
-        embeddings: whether to keep them; the table's are (N, 0) without.
-        console: where progress and skipped images ("skipped: PATH (reason)") are shown; None for nowhere.
+        views, seed, batch_size: see `Encoder.encode`.
+        embeddings: keep them; if False, the table's are (N, 0).
+        console: shows progress and skipped images ("skipped: PATH (reason)"); None for no output.
 
     Raises:
         InputError: the source is empty, none of its images can be read, or outputs are not finite.
     """
     if len(source) == 0:
         raise InputError(f"images: {source.name} holds no images")
-    width = encoder.model.features if embeddings else 0
     skipped: list[Unreadable] = []
     indices: list[NDArray[np.int64]] = []
-    concentration: list[NDArray[np.float32]] = []
-    uncertainty: list[NDArray[np.float32]] = []
+    predicted: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
     with _progress(console) as progress, naming(folder), tempfile.TemporaryFile(dir=folder) as file:
         task = progress.add_task("encoding", total=len(source))
 
@@ -111,74 +104,22 @@ def collect(
             if embeddings:
                 file.write(encoding.embedding.numpy().tobytes())
             if encoding.concentration is not None:
-                concentration.append(encoding.concentration.numpy())
-                uncertainty.append(encoding.uncertainty.numpy())
+                predicted.append((encoding.concentration.numpy(), encoding.uncertainty.numpy()))
             progress.advance(task, len(batch))
         if not indices:
-            first = f"{skipped[0].path} ({skipped[0].reason})"
             raise InputError(
-                f"images: {source.name} has {counted(len(source), 'image')}, but none that can be read: {first}"
+                f"images: {source.name} has {counted(len(source), 'image')}, but none that can be "
+                f"read: {skipped[0].path} ({skipped[0].reason})"
             )
-        file.flush()
-        count = sum(len(batch) for batch in indices)
-        kept = (
-            np.memmap(file, np.float32, "r", shape=(count, width))
-            if width
-            else np.empty((count, 0), np.float32)
-        )
-    predicted = bool(concentration)
-    return Table(
-        source,
-        np.concatenate(indices),
-        kept,
-        np.concatenate(concentration) if predicted else None,
-        np.concatenate(uncertainty) if predicted else None,
-        skipped,
-    )
-
-
-def nearest(
-    queries: NDArray[np.float32],
-    keys: NDArray[np.float32] | None,
-    count: int,
-    *,
-    device: torch.device,
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    """The keys of largest cosine to every query, found block by block; exact, in N x K x F operations.
-
-    Args:
-        queries: (N, F), on the disk or in memory; a row of zeros has cosine 0 to everything.
-        keys: (K, F); None for the queries themselves, of which none is its own neighbour.
-        count: of neighbours; there are fewer where there are fewer keys.
-        device: where to compute.
-
-    Yields:
-        For each block of 4,096 queries (the last may be smaller): which keys, (B, count) int64, and the cosines, (B, count)
-        float32, falling; equal ones in the order of the keys.
-    """
-    own = keys is None
-    keys = queries if keys is None else keys
-    count = min(count, len(keys) - own)
-    for start in range(0, len(queries), _ROWS):
-        rows = _unit(queries[start : start + _ROWS], device)
-        best = rows.new_empty((len(rows), 0))
-        which = torch.empty((len(rows), 0), dtype=torch.int64, device=device)
-        for first in range(0, len(keys), _KEYS):
-            cosine = rows @ _unit(keys[first : first + _KEYS], device).mT
-            if own:
-                mine = torch.arange(start, start + len(rows), device=device)
-                inside = (mine >= first) & (mine < first + cosine.shape[1])
-                cosine[inside.nonzero().squeeze(1), mine[inside] - first] = -torch.inf
-            values, places = cosine.topk(min(count, cosine.shape[1]), dim=1)
-            # Ordered by place first, so that the stable sort by cosine keeps that order among equal ones.
-            places, by_place = places.sort(dim=1)
-            which = torch.cat([which, places + first], dim=1)
-            best, order = torch.cat([best, values.gather(1, by_place)], dim=1).sort(
-                dim=1, descending=True, stable=True
-            )
-            which = which.gather(1, order)[:, :count]
-            best = best[:, :count]
-        yield which.cpu().numpy(), best.cpu().numpy()
+        numbers = np.concatenate(indices)
+        kept = np.empty((len(numbers), 0), np.float32)
+        if embeddings:
+            file.flush()
+            kept = np.memmap(file, np.float32, "r", shape=(len(numbers), encoder.model.features))
+    if not predicted:
+        return Table(source, numbers, kept, None, None, skipped)
+    concentration, uncertainty = map(np.concatenate, zip(*predicted, strict=True))
+    return Table(source, numbers, kept, concentration, uncertainty, skipped)
 
 
 def write_parquet(
@@ -191,20 +132,21 @@ def write_parquet(
     metadata: dict[str, Any],
     console: Console | None = None,
 ) -> None:
-    """Write a table with the neighbours of its images, whole or not at all, 4,096 rows in a group.
+    """Write a table with the neighbours of its images, atomically, 4,096 rows in a group.
 
-    Columns: path (string), path_bytes (binary, the path as the file system has it), embedding (list of float32),
-    concentration and uncertainty (float32, null for SimSiam), neighbours (list of strings, their paths) and similarities
-    (list of float32, their cosines; both null for 0 neighbours). Strings must be UTF-8: other bytes of a path are escaped.
+    Columns: path (string), path_bytes (binary, the path's bytes in the file system), embedding
+    (list of float32), concentration and uncertainty (float32, null for SimSiam), neighbours (list
+    of strings, their paths) and similarities (list of float32, their cosines; both null for 0
+    neighbours). Strings must be UTF-8: other bytes of a path are escaped.
 
     Args:
         table: the images.
         out: the file.
         neighbours: of every image; 0 for none, which saves N^2 F operations.
-        reference: among which images; None for the table's own.
+        reference: images to search; None for the table's own.
         device: where neighbours are computed.
         metadata: kept as JSON in the schema's metadata, under the key "vi_simsiam".
-        console: where progress is shown; None for nowhere.
+        console: shows progress; None for no output.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -224,47 +166,60 @@ def write_parquet(
     )
     among = table if reference is None else reference
     keys = None if reference is None else reference.embedding
-    found = nearest(table.embedding, keys, neighbours, device=device) if neighbours else None
+    found = None
+    if neighbours:
+        found = nearest(table.embedding, keys, neighbours, device=device, block=_ROWS)
+    total = len(table.indices)
+
+    def lists(rows: NDArray[np.float32]) -> Any:
+        offsets = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
+        return pa.ListArray.from_arrays(offsets, np.ravel(rows))
+
+    def group(start: int) -> dict[str, Any]:
+        """Columns of the rows from `start` on; those left out are null."""
+        rows = slice(start, min(start + _ROWS, total))
+        paths = [table.path(row) for row in range(start, rows.stop)]
+        columns: dict[str, Any] = {
+            "path": list(map(printable, paths)),
+            "path_bytes": list(map(os.fsencode, paths)),
+            "embedding": lists(table.embedding[rows]),
+        }
+        if table.concentration is not None and table.uncertainty is not None:
+            columns["concentration"] = table.concentration[rows]
+            columns["uncertainty"] = table.uncertainty[rows]
+        if found is not None:
+            which, cosines = (each.cpu().numpy() for each in next(found))
+            columns["neighbours"] = [[printable(among.path(row)) for row in near] for near in which]
+            columns["similarities"] = lists(cosines)
+        return columns
 
     def write(file: IO[bytes]) -> None:
         with _progress(console) as progress, parquet.ParquetWriter(file, schema) as writer:
-            task = progress.add_task(
-                "neighbours" if neighbours else "writing", total=len(table.indices)
-            )
-            for start in range(0, len(table.indices), _ROWS):
-                rows = slice(start, min(start + _ROWS, len(table.indices)))
-                count = rows.stop - start
-                which, cosine = (None, None) if found is None else next(found)
-                paths = [table.path(row) for row in range(start, rows.stop)]
-                columns = [
-                    pa.array(map(printable, paths), text),
-                    pa.array(map(os.fsencode, paths), pa.binary()),
-                    _lists(pa, table.embedding[rows]),
-                    *(
-                        pa.nulls(count, number)
-                        if column is None
-                        else pa.array(column[rows], number)
-                        for column in (table.concentration, table.uncertainty)
-                    ),
-                    pa.nulls(count, pa.list_(text))
-                    if which is None
-                    else pa.array(
-                        [[printable(among.path(row)) for row in near] for near in which.tolist()],
-                        pa.list_(text),
-                    ),
-                    pa.nulls(count, pa.list_(number)) if cosine is None else _lists(pa, cosine),
+            task = progress.add_task("neighbours" if neighbours else "writing", total=total)
+            for start in range(0, total, _ROWS):
+                columns = group(start)
+                count = len(columns["path"])
+                arrays = [
+                    pa.array(columns[column.name], column.type)
+                    if column.name in columns
+                    else pa.nulls(count, column.type)
+                    for column in schema
                 ]
-                writer.write_table(pa.table(columns, schema=schema), row_group_size=_ROWS)
+                writer.write_table(pa.table(arrays, schema=schema), row_group_size=_ROWS)
                 progress.advance(task, count)
 
     write_atomically(out, write)
 
 
 def describe(encoder: Encoder, source: ImageSource, views: int | None, seed: int) -> dict[str, Any]:
-    """What a table was made with: the run, its method and dimensions, the view, and versions."""
+    """The metadata of a table: the run, its method and dimensions, the view, and versions."""
     size = encoder.size
-    fixed = f"shorter side resized to {size} pixels (bicubic), centre crop"
-    drawn = f"{counted(views or 0, 'random global view')} of {size} pixels by the run's policy (seed {seed}), product of experts"
+    view = f"shorter side resized to {size} pixels (bicubic), centre crop"
+    if views is not None:
+        view = (
+            f"{counted(views, 'random global view')} of {size} pixels by the run's policy "
+            f"(seed {seed}), product of experts"
+        )
     return {
         "run": str(encoder.run.path.absolute()),
         "method": encoder.config.method,
@@ -273,7 +228,7 @@ def describe(encoder: Encoder, source: ImageSource, views: int | None, seed: int
         "dim": encoder.model.dim,
         "features": encoder.model.features,
         "predicts_concentration": isinstance(encoder.model, VISimSiam),
-        "view": fixed if views is None else drawn,
+        "view": view,
         "versions": {
             "vi-simsiam": __version__,
             **{name: version(name) for name in ("torch", "torchvision", "pillow", "pyarrow")},
@@ -281,26 +236,16 @@ def describe(encoder: Encoder, source: ImageSource, views: int | None, seed: int
     }
 
 
-def _unit(rows: NDArray[np.float32], device: torch.device) -> Tensor:
-    return F.normalize(torch.from_numpy(np.array(rows)).to(device), dim=1)
-
-
-def _lists(pa: Any, rows: NDArray[np.float32]) -> Any:
-    """Rows of a matrix as an Arrow array of lists."""
-    offsets = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
-    return pa.ListArray.from_arrays(
-        pa.array(offsets, pa.int32()), pa.array(np.ravel(rows), pa.float32())
-    )
-
-
 @contextmanager
 def _progress(console: Console | None) -> Iterator[Progress]:
-    columns = (
+    shown = console is not None and console.is_terminal
+    with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-    )
-    shown = console is not None and console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
+        console=console,
+        transient=True,
+        disable=not shown,
+    ) as progress:
         yield progress

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,26 +15,24 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from vi_simsiam.config import TrainConfig
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.sources import FileSource, ImageSource, Unreadable, UnreadableError
-from vi_simsiam.data.views import GLOBAL_VIEWS, draw_table, eval_square, normalised, place
+from vi_simsiam.data.views import eval_square, normalised
 from vi_simsiam.engine.run import Run, load_model, resolve_device, resolve_workers
 from vi_simsiam.errors import ImageWarning, InputError
+from vi_simsiam.inference.forward import evaluating, random_views
 from vi_simsiam.inference.images import Images, open_images, read
 from vi_simsiam.inference.product import product_of_experts
-from vi_simsiam.models import SimSiam, VISimSiam
-from vi_simsiam.ops.augment import augment
 from vi_simsiam.paths import user_path
 from vi_simsiam.text import counted
 
 _MOST_WHOLE = 64
-"""Whole images held at a time, where random crops are made of them."""
+"""Whole images in memory at a time, to make random crops of."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """What a model makes of N images; float32 tensors on the CPU."""
+    """Outputs of a model for N images; float32 tensors, an encoder's are on the CPU."""
 
     embedding: Tensor
     """(N, F) features of the backbone."""
@@ -53,26 +49,24 @@ class Encoding:
         return len(self.embedding)
 
     def __repr__(self) -> str:
-        said = "no concentration"
+        certainty = "no concentration"
         if self.concentration is not None:
-            said = (
-                f"median uncertainty {float(self.uncertainty.median()):.3g}"
-                if len(self)
-                else "no uncertainty"
-            )
+            certainty = "no uncertainty"
+            if len(self):
+                certainty = f"median uncertainty {float(self.uncertainty.median()):.3g}"
         return (
             f"Encoding({counted(len(self), 'image')}: embedding {tuple(self.embedding.shape)}, "
-            f"projection and loc {tuple(self.loc.shape)}, {said})"
+            f"projection and loc {tuple(self.loc.shape)}, {certainty})"
         )
 
     @property
     def dim(self) -> int:
-        """D, the dimension of the space the mean directions lie in."""
+        """D, the dimension of the space of the mean directions."""
         return self.loc.shape[1]
 
     @property
     def uncertainty(self) -> Tensor:
-        """1 - E[mu.z] = (D - 1)/(kappa + D - 1), (N,) in (0, 1]: 1 where nothing is known, near 0 where z is.
+        """1 - E[mu.z] = (D - 1)/(kappa + D - 1), (N,) in (0, 1]: near 0 for a certain z.
 
         Raises:
             InputError: the run is SimSiam, which predicts no concentration.
@@ -85,34 +79,27 @@ class Encoding:
 
     @classmethod
     def joined(cls, parts: Sequence[Encoding]) -> Encoding:
-        """The images of several encodings (at least one) of the same model, one after the other."""
-        concentration = [part.concentration for part in parts if part.concentration is not None]
-        return cls(
-            torch.cat([part.embedding for part in parts]),
-            torch.cat([part.projection for part in parts]),
-            torch.cat([part.loc for part in parts]),
-            torch.cat([part.loc_norm for part in parts]),
-            torch.cat(concentration) if concentration else None,
-        )
+        """Concatenate several encodings (at least one) by the same model."""
+        columns = zip(*(vars(part).values() for part in parts), strict=True)
+        joined: list[Any] = [None if each[0] is None else torch.cat(each) for each in columns]
+        return cls(*joined)
 
 
 class Encoder:
     """A trained run as a function of images.
 
-    Images are seen un-augmented, as in evaluation: the shorter side resized to `size` (bicubic), the centre cropped,
-    normalised. The network computes in eval mode and float32, without gradient and never under autocast; the batch
-    size changes nothing beyond rounding. A GPU's convolutions round their factors to TF32, 10 bits of
-    mantissa, where `torch.backends.cudnn.allow_tf32` lets them, which is PyTorch's default.
+    Images are seen un-augmented, as in evaluation: the shorter side resized to `size` (bicubic),
+    the centre cropped, normalised. The network computes in eval mode and float32, without gradient
+    and never under autocast; the batch size changes nothing beyond rounding. A GPU's convolutions
+    round their factors to TF32, 10 bits of mantissa, where `torch.backends.cudnn.allow_tf32` is
+    set, which is PyTorch's default.
 
     Args:
         run: a run, as `engine.run.load_run` opens it; `load` opens one without its data set.
     """
 
     def __init__(self, run: Run) -> None:
-        self.run = run
-        self.model: SimSiam = run.model
-        self.config: TrainConfig = run.config
-        self.device = run.device
+        self.run, self.model, self.config, self.device = run, run.model, run.config, run.device
         self.size = run.config.augment.size
         """Side of the view in pixels."""
 
@@ -127,17 +114,18 @@ class Encoder:
         seed: int = 0,
         batch_size: int = 256,
     ) -> Encoding:
-        """Encode images, all of them held in memory; `stream` is for more than that.
+        """Encode images; the result is held in memory. `stream` is for larger sets.
 
         Args:
-            images: everything that `inference.images.open_images` takes: an ImageSource, a Dataset, a folder, a file,
-                PIL images and paths, uint8 (N, 3, H, W). A float tensor (N, 3, H, W) is taken for views that are
-                normalised already (ImageNet mean and standard deviation), of any size, and (N, V, 3, h, w) for V views
-                of each image, which are joined as with `views`.
-            views: None for the un-augmented view; M to draw M random global views of each image by the run's own
-                policy and join them. The distribution is their product of experts (see `product_of_experts`; for
-                SimSiam, whose concentration is one constant, the normalised sum); embedding, projection and loc_norm
-                are means over the views.
+            images: everything that `inference.images.open_images` takes: an ImageSource, a Dataset,
+                a folder, a file, PIL images and paths, uint8 (N, 3, H, W). A float tensor
+                (N, 3, H, W) holds views that are normalised already (ImageNet mean and standard
+                deviation), of any size, and (N, V, 3, h, w) V views of each image, which are joined
+                as with `views`.
+            views: None for the un-augmented view; M to join M random global views of each image by
+                the run's own policy. The distribution is their `product_of_experts` (for SimSiam,
+                whose concentration is one constant, the normalised sum); embedding, projection and
+                loc_norm are means over the views.
             seed: of the views: those of image i are a function of seed, i and its size.
             batch_size: images at a time, at least 1; with several views, views at a time.
 
@@ -145,16 +133,11 @@ class Encoder:
             The encoding of every image in order; of no image, if none is given.
 
         Raises:
-            InputError: an image cannot be read, numbers out of range, tensors of another kind, or outputs that are not
-                finite.
+            InputError: an image cannot be read, numbers out of range, tensors of another kind, or
+                outputs that are not finite.
         """
-        parts = [
-            part
-            for _, part in self.stream(
-                images, views=views, seed=seed, batch_size=batch_size, skipped=_refuse
-            )
-        ]
-        return Encoding.joined(parts) if parts else self._nothing()
+        found = self.stream(images, views=views, seed=seed, batch_size=batch_size, skipped=_refuse)
+        return Encoding.joined([self._of_nothing(), *(part for _, part in found)])
 
     def stream(
         self,
@@ -165,20 +148,18 @@ class Encoder:
         batch_size: int = 256,
         skipped: Callable[[Unreadable], object] | None = None,
     ) -> Iterator[tuple[Tensor, Encoding]]:
-        """Encode images batch by batch: for folders that do not fit into memory.
+        """Encode images batch by batch, for folders that do not fit into memory.
 
-        Files are decoded in threads while the network computes, three batches of views being held at most (with `views`
-        three times 64 whole images), and nothing is kept on disk. Images that cannot be read are left out.
+        Files are decoded in threads while the network computes. At most three batches of views
+        (with `views` three times 64 whole images) are in memory, and nothing is kept on disk.
 
         Args:
-            images: as for `encode`.
-            views: as for `encode`.
-            seed: as for `encode`.
-            batch_size: as for `encode`.
-            skipped: called with every image that cannot be read, a list's `append`, say; None to warn of it.
+            images, views, seed, batch_size: as for `encode`.
+            skipped: called with every image that cannot be read and is left out, a list's `append`,
+                say; None to warn of it.
 
         Yields:
-            (B,) int64, which images these are, ascending, and their encoding.
+            (B,) int64, the numbers of these images, ascending, and their encoding.
 
         Raises:
             InputError: as for `encode`, but for images that cannot be read.
@@ -195,147 +176,101 @@ class Encoder:
         source = open_images(images, self.config.decode)  # type: ignore[arg-type]
         for note in source.notes:
             warnings.warn(note, ImageWarning, stacklevel=2)
-        told = _warn if skipped is None else skipped
-        if views is None:
-            return self._of_images(source, batch_size, told)
-        return self._of_random_views(source, views, seed, batch_size, told)
+        return self._of_images(source, views, seed, batch_size, skipped or _warn)
 
     def _of_views(self, images: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Encoding]]:
         if images.ndim not in (4, 5) or images.shape[-3] != 3 or 0 in images.shape[1:]:
             raise InputError(
-                f"images: shape {tuple(images.shape)} given; accepted are (N, 3, H, W) and (N, V, 3, h, w) of "
-                "normalised views, or uint8 (N, 3, H, W)"
+                f"images: shape {tuple(images.shape)} given; accepted are (N, 3, H, W) and "
+                "(N, V, 3, h, w) of normalised views, or uint8 (N, 3, H, W)"
             )
         several = images if images.ndim == 5 else images.unsqueeze(1)
         step = max(1, batch_size // several.shape[1])
         for start in range(0, len(several), step):
-            indices = torch.arange(start, min(start + step, len(several)), device="cpu")
             encoding = self._joined_views(several[start : start + step], batch_size)
-            yield indices, _finite(encoding, [f"image {i}" for i in indices.tolist()].__getitem__)
+            indices = range(start, start + len(encoding))
+            yield _numbered(encoding, indices, "image {}".format)
 
     def _of_images(
-        self, source: ImageSource, batch_size: int, skipped: Callable[[Unreadable], object]
-    ) -> Iterator[tuple[Tensor, Encoding]]:
-        # Threads do what Pillow does; the arithmetic on floats is done for a batch at once, on the device.
-        square, finish = eval_square(self.size), normalised()
-
-        def prepare(image: Image.Image) -> NDArray[np.uint8]:
-            return np.asarray(square(image))
-
-        for chunk in read(source, prepare, chunk=batch_size, threads=self._threads):
-            for entry in chunk.unreadable:
-                skipped(entry)
-            if chunk.indices:
-                pixels = torch.from_numpy(np.stack(chunk.pixels)).permute(0, 3, 1, 2)
-                encoding = self._forward(finish(pixels.to(self.device)))
-                yield _indices(chunk.indices), _finite(encoding, _places(source, chunk.indices))
-
-    def _of_random_views(
         self,
         source: ImageSource,
-        views: int,
+        views: int | None,
         seed: int,
         batch_size: int,
         skipped: Callable[[Unreadable], object],
     ) -> Iterator[tuple[Tensor, Encoding]]:
-        # Whole images are kept until they are cropped, hence fewer at a time.
-        step = min(max(1, batch_size // views), _MOST_WHOLE)
-        for chunk in read(source, np.asarray, chunk=step, threads=self._threads):
+        # Threads run Pillow's part of the view; the device normalises a whole batch. Whole images
+        # are kept until they are cropped, hence fewer at a time.
+        square, finish = eval_square(self.size), normalised()
+        step = batch_size if views is None else min(max(1, batch_size // views), _MOST_WHOLE)
+
+        def prepare(image: Image.Image) -> NDArray[np.uint8]:
+            return np.asarray(square(image) if views is None else image)
+
+        for chunk in read(source, prepare, chunk=step, threads=max(1, self.run.workers)):
             for entry in chunk.unreadable:
                 skipped(entry)
-            if chunk.indices:
-                drawn = self._random_views(chunk.pixels, chunk.indices, views, seed)
-                encoding = self._joined_views(drawn, batch_size)
-                yield _indices(chunk.indices), _finite(encoding, _places(source, chunk.indices))
-
-    def _random_views(
-        self, images: list[NDArray[np.uint8]], indices: list[int], views: int, seed: int
-    ) -> Tensor:
-        """`views` random global views of images, (B, views, 3, size, size) on the device."""
-        policy = dataclasses.replace(self.config.augment, local_views=0)
-        heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (0, 1))
-        # Training draws two global views in an epoch; further ones are those of the epochs after it.
-        tables = [
-            draw_table(
-                policy,
-                seed=seed,
-                epoch=epoch,
-                samples=np.array(indices),
-                heights=heights,
-                widths=widths,
-            )
-            for epoch in range(math.ceil(views / GLOBAL_VIEWS))
-        ]
-        table = np.concatenate(tables)[:views]
-        flat = [image.reshape(-1) for image in images]
-        place(table, np.cumsum([0, *(len(pixels) for pixels in flat[:-1])]))
-        pixels = torch.from_numpy(np.concatenate(flat)).to(self.device)
-        return augment(pixels, torch.from_numpy(table).to(self.device), self.size).transpose(0, 1)
+            if not chunk.indices:
+                continue
+            if views is None:
+                pixels = torch.from_numpy(np.stack(chunk.pixels)).permute(0, 3, 1, 2)
+                encoding = self._forward(finish(pixels.to(self.device)))
+            else:
+                heights, widths = np.array([image.shape[:2] for image in chunk.pixels]).T
+                drawn = random_views(
+                    [image.reshape(-1) for image in chunk.pixels],
+                    heights,
+                    widths,
+                    np.array(chunk.indices),
+                    self.config.augment,
+                    views=views,
+                    seed=seed,
+                    device=self.device,
+                    later_epochs=True,
+                )
+                encoding = self._joined_views(drawn.transpose(0, 1), batch_size)
+            yield _numbered(encoding, chunk.indices, source.describe)
 
     def _joined_views(self, images: Tensor, batch_size: int) -> Encoding:
         """The encoding of (B, V, 3, h, w), the V views of every image joined."""
         count, views = images.shape[:2]
-        each = Encoding.joined(
-            [self._forward(part) for part in images.flatten(0, 1).split(batch_size)]
-        )
+        parts = images.flatten(0, 1).split(batch_size)
+        each = Encoding.joined([self._forward(part) for part in parts])
         if views == 1:
             return each
-        loc = each.loc.unflatten(0, (count, views))
+        shape = (count, views)
+        embedding, projection, loc_norm = (
+            column.unflatten(0, shape).mean(1)
+            for column in (each.embedding, each.projection, each.loc_norm)
+        )
+        loc = each.loc.unflatten(0, shape)
         if each.concentration is None:
             joined, concentration = F.normalize(loc.sum(1), dim=-1), None
         else:
-            joined, concentration = product_of_experts(
-                loc, each.concentration.unflatten(0, (count, views))
-            )
-        means = (
-            x.unflatten(0, (count, views)).mean(1)
-            for x in (each.embedding, each.projection, each.loc_norm)
-        )
-        embedding, projection, loc_norm = means
+            joined, concentration = product_of_experts(loc, each.concentration.unflatten(0, shape))
         return Encoding(embedding, projection, joined, loc_norm, concentration)
 
-    @torch.no_grad()
     def _forward(self, views: Tensor) -> Encoding:
         """The encoding of normalised views (B, 3, h, w)."""
-        model = self.model
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.autocast(self.device.type, enabled=False):
-                embedding = model.backbone(views.to(self.device, torch.float32))
-                projection = model.projector(embedding)
-                prediction = model.predictor(projection)
-                direction = prediction[:, : model.dim].float()
-                concentration = (
-                    model.concentration(prediction) if isinstance(model, VISimSiam) else None
-                )
-        finally:
-            model.train(was_training)
-        return Encoding(
-            embedding.float().cpu(),
-            projection.float().cpu(),
-            F.normalize(direction, dim=-1).cpu(),
-            torch.linalg.vector_norm(direction, dim=-1).cpu(),
-            None if concentration is None else concentration.float().cpu(),
-        )
+        with evaluating(self.model, self.device):
+            columns = self.model.encode(views.to(self.device, torch.float32))
+        found: list[Any] = [None if each is None else each.float().cpu() for each in columns]
+        return Encoding(*found)
 
-    def _nothing(self) -> Encoding:
+    def _of_nothing(self) -> Encoding:
+        """The encoding of no image."""
         features, dim = self.model.features, self.model.dim
-        concentration = torch.empty(0, device="cpu") if isinstance(self.model, VISimSiam) else None
-        embedding, projection, loc = (
-            torch.empty((0, width), device="cpu") for width in (features, dim, dim)
+        embedding, projection, prediction = (
+            torch.empty((0, width), device="cpu") for width in (features, dim, dim + 1)
         )
-        return Encoding(embedding, projection, loc, torch.empty(0, device="cpu"), concentration)
-
-    @property
-    def _threads(self) -> int:
-        return max(1, self.run.workers)
+        concentration = self.model.concentration(prediction)
+        return Encoding(embedding, projection, projection, prediction[:, 0], concentration)
 
 
 def load(run_folder: str | Path, device: str = "auto", *, workers: int | None = None) -> Encoder:
     """Open a trained run to encode images with it.
 
-    The data set that it was trained on is not opened and may be gone: `run.splits` holds no images.
+    The data set that it was trained on is not opened and may be gone: `run.splits` has no images.
 
     Args:
         run_folder: the folder that training wrote.
@@ -346,35 +281,24 @@ def load(run_folder: str | Path, device: str = "auto", *, workers: int | None = 
         InputError: no run there, a damaged file, or no such device.
     """
     path = user_path("run_folder", run_folder)
-    place_ = resolve_device(device)
-    config, model = load_model(path, place_)
+    chosen = resolve_device(device)
+    config, model = load_model(path, chosen)
     splits = Splits(config.data, FileSource((), name=config.data), None)
-    return Encoder(Run(path, config, model, splits, place_, resolve_workers(workers, place_)))
+    return Encoder(Run(path, config, model, splits, chosen, resolve_workers(workers, chosen)))
 
 
-def _finite(encoding: Encoding, place_of: Callable[[int], str]) -> Encoding:
-    """The encoding, if all of it is finite."""
-    columns: list[Any] = [getattr(encoding, field.name) for field in dataclasses.fields(encoding)]
-    for column in columns:
-        if column is not None and not bool(torch.isfinite(column).all()):
-            row = int(
-                (~torch.isfinite(column.flatten(1) if column.ndim > 1 else column[:, None]))
-                .any(1)
-                .nonzero()[0]
-            )
+def _numbered(
+    encoding: Encoding, indices: Sequence[int], describe: Callable[[int], str]
+) -> tuple[Tensor, Encoding]:
+    """The numbers of images (B,) int64, and their encoding, if all of it is finite."""
+    for column in vars(encoding).values():
+        if column is not None and not torch.isfinite(column).all():
+            row = int((~torch.isfinite(column.reshape(len(column), -1))).any(1).nonzero()[0])
             raise InputError(
-                f"images: the model's outputs for {place_of(row)} are not finite; the image's values or the run's "
-                "weights are damaged"
+                f"images: the model's outputs for {describe(indices[row])} are not finite; the "
+                "image's values or the run's weights are damaged"
             )
-    return encoding
-
-
-def _places(source: ImageSource, indices: list[int]) -> Callable[[int], str]:
-    return lambda row: source.describe(indices[row])
-
-
-def _indices(indices: list[int]) -> Tensor:
-    return torch.tensor(indices, dtype=torch.int64, device="cpu")
+    return torch.tensor(indices, dtype=torch.int64, device="cpu"), encoding
 
 
 def _refuse(entry: Unreadable) -> NoReturn:
@@ -382,4 +306,4 @@ def _refuse(entry: Unreadable) -> NoReturn:
 
 
 def _warn(entry: Unreadable) -> None:
-    warnings.warn(f"skipped: {entry.path} ({entry.reason})", ImageWarning, stacklevel=4)
+    warnings.warn(f"skipped: {entry.path} ({entry.reason})", ImageWarning, stacklevel=3)

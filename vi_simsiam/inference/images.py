@@ -1,4 +1,4 @@
-"""Images of any kind as a source, and reading them a bounded number at a time, ahead of the network."""
+"""Images of any kind as a source, read a bounded number at a time, ahead of the network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vi_simsiam.config import DecodeConfig
-from vi_simsiam.data.decoding import PATIENCE, no_answer
 from vi_simsiam.data.files import find_images
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.pixels import Losses, is_animated
@@ -35,21 +34,14 @@ from vi_simsiam.data.sources import (
     as_source,
     close_kept,
 )
+from vi_simsiam.data.workers import PATIENCE, no_answer
 from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.paths import user_path
 from vi_simsiam.text import counted
 
-Images = (
-    ImageSource
-    | Dataset[Any]
-    | Tensor
-    | NDArray[np.uint8]
-    | Image.Image
-    | str
-    | Path
-    | Sequence[Image.Image | str | Path]
-)
-"""What can be encoded, see `open_images`; float tensors are views already and need no reading."""
+_One = Image.Image | str | Path
+Images = ImageSource | Dataset[Any] | Tensor | NDArray[np.uint8] | _One | Sequence[_One]
+"""Accepted by `Encoder.encode`, see `open_images`; float tensors are views and are not read."""
 
 _Read = tuple[NDArray[np.uint8], Losses] | Unreadable
 _CHUNKS_AHEAD = 2
@@ -60,22 +52,24 @@ class Chunk(NamedTuple):
     """Consecutive images of a source."""
 
     indices: list[int]
-    """Which images of the source these are."""
+    """Numbers of the images in the source."""
     pixels: list[NDArray[np.uint8]]
-    """What `prepare` made of each of them."""
+    """Result of `prepare` for each of them."""
     unreadable: list[Unreadable]
-    """Those of the chunk that could not be read."""
+    """Images of the chunk that could not be read."""
 
 
 def open_images(images: Images, decode: DecodeConfig | None = None) -> ImageSource:
     """Return images of any kind as a source; files are listed, not read.
 
     Args:
-        images: an ImageSource, a map-style Dataset, a folder (every image in it and in the folders in it, sorted by
-            name) or a single file, a PIL image, a sequence of PIL images and paths, a uint8 tensor (N, 3, H, W), or a
-            uint8 array (N, H, W) or (N, H, W, 3); (N, H, 3) could be one image and is refused.
-        decode: how files and PIL images become pixels, see `data.pixels`; None for the default. An ImageSource has its own.
-            A PIL image is its current frame, also where all frames of files are taken.
+        images: an ImageSource, a map-style Dataset, a folder (every image in it and in the folders
+            in it, sorted by name) or a single file, a PIL image, a sequence of PIL images and
+            paths, a uint8 tensor (N, 3, H, W), or a uint8 array (N, H, W) or (N, H, W, 3);
+            (N, H, 3) could be one image and is refused.
+        decode: how files and PIL images become pixels, see `data.pixels`; None for the default. An
+            ImageSource has its own. Of a PIL image the current frame is used, also where all frames
+            of files are.
 
     Raises:
         InputError: none of these, no such file, or a folder without images.
@@ -93,76 +87,71 @@ def open_images(images: Images, decode: DecodeConfig | None = None) -> ImageSour
             )
         if images.ndim == 3 and images.shape[2] == 3:
             raise InputError(
-                f"images: an array of shape {images.shape} given, one RGB image or {counted(len(images), 'gray one')} 3 "
-                "pixels wide; accepted are uint8 arrays (N, H, W, 3): image[None] is that of one image"
+                f"images: an array of shape {images.shape} given, one RGB image or "
+                f"{counted(len(images), 'gray one')} 3 pixels wide; accepted are uint8 arrays "
+                "(N, H, W, 3): image[None] is that of one image"
             )
         return ArraySource(images, name="images")
     if isinstance(images, Tensor):
-        if (
-            images.dtype != torch.uint8
-            or images.ndim != 4
-            or images.shape[1] != 3
-            or 0 in images.shape[2:]
-        ):
+        fits = images.ndim == 4 and images.shape[1] == 3 and 0 not in images.shape[2:]
+        if images.dtype != torch.uint8 or not fits:
             raise InputError(
-                f"images: a tensor of {images.dtype}, shape {tuple(images.shape)} given; accepted are uint8 "
-                "(N, 3, H, W), float (N, 3, H, W) and float (N, V, 3, H, W)"
+                f"images: a tensor of {images.dtype}, shape {tuple(images.shape)} given; accepted "
+                "are uint8 (N, 3, H, W), float (N, 3, H, W) and float (N, V, 3, H, W)"
             )
         return DatasetSource(images, name="images")  # type: ignore[arg-type]
     if isinstance(images, (list, tuple)):
         return _Several(images, decode)
     if not hasattr(images, "__len__") or not hasattr(images, "__getitem__"):
         raise InputError(
-            f"images: {type(images).__name__} given; accepted are an ImageSource, a map-style Dataset, a folder, a file, "
-            "PIL images and paths (one or a list), and uint8 arrays and tensors"
+            f"images: {type(images).__name__} given; accepted are an ImageSource, a map-style "
+            "Dataset, a folder, a file, PIL images and paths (one or a list), and uint8 arrays and "
+            "tensors"
         )
     return as_source(images, decode)  # type: ignore[arg-type]
 
 
 def _open_path(path: Path, decode: DecodeConfig | None) -> ImageSource:
-    if path.is_dir():
-        found = find_images(path)
-        note = found.note()
-        if not found.paths:
-            raise InputError(
-                " ".join(filter(None, (f"images: {path} holds no image that Pillow opens.", note)))
-            )
-        notes = [f"{path}: {note}"] if note else []
-        return FileSource(found.paths, name=os.fspath(path), decode=decode, notes=notes)
-    if not path.is_file():
+    name = os.fspath(path)
+    if path.is_file():
+        return FileSource([path], name=name, decode=decode)
+    if not path.is_dir():
         raise InputError(f"images: {path} is not there; give a folder of images or an image")
-    return FileSource([path], name=os.fspath(path), decode=decode)
+    found = find_images(path)
+    note = found.note()
+    if not found.paths:
+        message = f"images: {path} holds no image that Pillow opens."
+        raise InputError(f"{message} {note}" if note else message)
+    notes = [f"{path}: {note}"] if note else []
+    return FileSource(found.paths, name=name, decode=decode, notes=notes)
 
 
 class _Several(ImageSource):
-    """PIL images and paths, mixed as they come."""
+    """PIL images and paths, in any mixture."""
 
-    def __init__(
-        self, images: Sequence[Image.Image | str | Path], decode: DecodeConfig | None
-    ) -> None:
-        for number, image in enumerate(images):
-            if not isinstance(image, (Image.Image, str, Path)):
-                raise InputError(
-                    f"images: item {number} is a {type(image).__name__}; accepted are PIL images and paths"
-                )
+    def __init__(self, images: Sequence[_One], decode: DecodeConfig | None) -> None:
         self.name, self.labels, self.classes = "images", None, None
         self.decode = decode or DecodeConfig()
         memory = DatasetSource(images, "images", decode)  # type: ignore[arg-type]
         self._places: list[tuple[ImageSource, int]] = []
         animated = 0
         for number, image in enumerate(images):
-            if not isinstance(image, Image.Image):
+            if isinstance(image, (str, Path)):
                 file = FileSource([user_path("images", image)], decode=self.decode)
                 self._places += [(file, frame) for frame in range(len(file))]
-                continue
-            self._places.append((memory, number))
-            if self.decode.frames == "all":
-                with contextlib.suppress(Exception):  # a damaged one is named when it is read
-                    animated += is_animated(image)
+            elif isinstance(image, Image.Image):
+                self._places.append((memory, number))
+                with contextlib.suppress(Exception):  # reading a damaged one names it
+                    animated += self.decode.frames == "all" and is_animated(image)
+            else:
+                raise InputError(
+                    f"images: item {number} is a {type(image).__name__}; accepted are PIL images "
+                    "and paths"
+                )
         if animated:
             self.notes = (
-                f"images: {counted(animated, 'PIL image')} with several frames, of which the current one is used; a file's "
-                "path gives all",
+                f"images: {counted(animated, 'PIL image')} with several frames, of which the "
+                "current one is used; a file's path gives all",
             )
 
     def __len__(self) -> int:
@@ -186,19 +175,19 @@ def read(
 ) -> Iterator[Chunk]:
     """Read all images in order in threads, at most two chunks ahead of the caller.
 
-    Threads suffice because Pillow decodes and resizes without holding Python's lock, and unlike processes they need no
-    copy of the source. Images of a source whose own code may not be safe for several threads are read by one.
+    Threads suffice because Pillow decodes and resizes without holding Python's lock, and unlike
+    processes they need no copy of the source. A source whose own code may not be safe for several
+    threads is read by one. An ImageWarning reports losses in decoding, once all images are read.
 
     Args:
         source: the images.
-        prepare: called with each image in mode RGB; returns what is kept of it.
+        prepare: called with each image in mode RGB; returns the array that is kept of it.
         chunk: images given at a time, at least 1.
-        threads: that read, at least 1.
-
-    An ImageWarning says what decoding lost, once all images are read.
+        threads: number of reading threads, at least 1.
 
     Raises:
-        InputError: an item of a Dataset is no image. Images that cannot be read are listed in their chunk instead.
+        InputError: an item of a Dataset is no image. Images that cannot be read are listed in their
+            chunk instead.
         TrainingError: a thread does not answer.
     """
     losses = Losses()
@@ -213,20 +202,15 @@ def read(
             return error.entry
         except InputError:
             raise
-        except (
-            ValueError,
-            OSError,
-            MemoryError,
-        ) as error:  # a strip of 1 x 100,000 pixels cannot be resized, say
-            return Unreadable(
-                source.describe(index), " ".join(str(error).split()) or type(error).__name__
-            )
+        except (ValueError, OSError, MemoryError) as error:  # 1 x 100,000 pixels, say
+            reason = " ".join(str(error).split()) or type(error).__name__
+            return Unreadable(source.describe(index), reason)
 
     starts = iter(range(0, len(source), chunk))
     jobs: SimpleQueue[tuple[int, Future[_Read]] | None] = SimpleQueue()
     pending: deque[tuple[range, list[Future[_Read]]]] = deque()
     count = min(threads if isinstance(source, _THREAD_SAFE) else 1, len(source))
-    # Those of an executor would be waited for when the program ends, even for ever.
+    # The program would wait for an executor's threads when it ends, even for ever.
     readers = [
         Thread(target=_work, args=(one, jobs), name="images", daemon=True) for _ in range(count)
     ]
@@ -248,14 +232,15 @@ def read(
             indices, futures = pending.popleft()
             results = [future.result(PATIENCE) for future in futures]
             submit()
-            failed = [entry for entry in results if isinstance(entry, Unreadable)]
-            kept, decoded = [], []
+            found = Chunk([], [], [])
             for index, result in zip(indices, results, strict=True):
-                if not isinstance(result, Unreadable):
-                    kept.append(index)
-                    decoded.append(result[0])
+                if isinstance(result, Unreadable):
+                    found.unreadable.append(result)
+                else:
+                    found.indices.append(index)
+                    found.pixels.append(result[0])
                     losses.merge(result[1])
-            yield Chunk(kept, decoded, failed)
+            yield found
         for line in losses.lines(source.name):
             warnings.warn(line, ImageWarning, stacklevel=2)
     except TimeoutError as error:
@@ -275,6 +260,6 @@ def _work(one: Callable[[int], _Read], jobs: SimpleQueue[tuple[int, Future[_Read
     for index, future in iter(jobs.get, None):
         try:
             future.set_result(one(index))
-        except BaseException as error:  # raised where the result is asked for
+        except BaseException as error:  # raised by `Future.result`
             future.set_exception(error)
     close_kept()

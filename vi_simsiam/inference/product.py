@@ -1,4 +1,4 @@
-"""The product of several Power Spherical distributions: what several views of one image say together."""
+"""The product of several Power Spherical distributions, which joins the views of an image."""
 
 from __future__ import annotations
 
@@ -17,66 +17,67 @@ _NEAR = 1 / 16
 
 
 def product_of_experts(loc: Tensor, concentration: Tensor) -> tuple[Tensor, Tensor]:
-    """The Power Spherical distribution with (nearly) the mean of a product of Power Spherical densities.
+    """The Power Spherical distribution with (nearly) the mean of a product of several.
 
-    The posterior of several views is a product of experts (Nakamura et al., arXiv 2203.11437, eq. 6 and 10): the density
-    proportional to prod_i PS(z; mu_i, kappa_i), that is to prod_i (1 + mu_i.z)^kappa_i. It is Power Spherical itself only
-    where all directions agree (the concentrations add); otherwise this is its mean-field approximation in many dimensions.
+    The posterior of several views is a product of experts (Nakamura et al., arXiv 2203.11437,
+    eq. 6 and 10): the density proportional to prod_i PS(z; mu_i, kappa_i), that is to
+    prod_i (1 + mu_i.z)^kappa_i. It is Power Spherical itself only where all directions agree (the
+    concentrations add); otherwise this is its mean-field approximation in many dimensions.
 
-    Write z = t m + sqrt(1 - t^2) u with a unit vector m and u uniform among the directions orthogonal to m, of which each
-    has a component of order 1/sqrt(D) only along mu_i. So mu_i.z is about t c_i with c_i = m.mu_i, and the log-density of
-    t is sum_i kappa_i log(1 + t c_i) + (D - 3)/2 log(1 - t^2). With y = t m in the unit ball, the estimate of E[z] is the
-    maximum of
+    Write z = t m + sqrt(1 - t^2) u with a unit vector m and u uniform among the directions
+    orthogonal to m, of which each has a component of order 1/sqrt(D) only along mu_i. So mu_i.z is
+    about t c_i with c_i = m.mu_i, and the log-density of t is
+    sum_i kappa_i log(1 + t c_i) + (D - 3)/2 log(1 - t^2). With y = t m in the unit ball, the
+    estimate of E[z] is the maximum of
 
         sum_i kappa_i log(1 + mu_i.y) + (D - 1)/2 log(1 - |y|^2)
 
-    which is concave, so there is one. D - 1 in place of D - 3 makes the mean of t of its mode, exactly so for directions
-    that agree and for two that are opposite. Setting the gradient to 0, with w_i = kappa_i / (1 + t c_i),
+    which is concave, so there is one. D - 1 in place of D - 3 makes the mean of t of its mode,
+    exactly so for directions that agree and for two that are opposite. Setting the gradient to 0,
+    with w_i = kappa_i / (1 + t c_i),
 
-        m proportional to sum_i w_i mu_i,    kappa = (1 + t) sum_i w_i c_i,    t = kappa / (kappa + D - 1)
+        m proportional to sum_i w_i mu_i,  kappa = (1 + t) sum_i w_i c_i,  t = kappa/(kappa + D - 1)
 
     and the result is PS(m, kappa), whose mean is y.
 
-    Measured against importance sampling of the true product (2, 4 and 8 experts, kappa_i/(D - 1) from 0.05 to 20 drawn
-    log-uniformly, directions from close together to independent of each other, 30 products a case), the largest errors,
-    noise of the sampling included:
+    Largest errors against importance sampling of the true product, noise of the sampling included
+    (2, 4 and 8 experts, kappa_i/(D - 1) from 0.05 to 20 drawn log-uniformly, directions from close
+    together to independent of each other, 30 products a case):
 
         D       mean length    kappa     median of kappa in the worst case    direction
         16      0.012          11 %      5.9 %                                0.6 degrees
         64      0.003          1.9 %     1.2 %                                0.3 degrees
         512     0.0003         0.3 %     0.2 %                                0.1 degrees
 
-    Two experts, integrated by quadrature (cosine from -0.4 to 0.9, kappa_i/(D - 1) from 0.1 to 15, D of 16, 64 and 512):
-    errors of at most 0.1/D in mean length and 2/D degrees.
+    Two experts, integrated by quadrature (cosine from -0.4 to 0.9, kappa_i/(D - 1) from 0.1 to 15,
+    D of 16, 64 and 512): errors of at most 0.1/D in mean length and 2/D degrees.
 
-    A product takes the experts for independent. Views of one image are not: M views multiply kappa by about M, and the
-    result is comparable among images seen through the same number of views, not with that of one view.
+    A product assumes independent experts. Views of one image are not: M views multiply kappa by
+    about M, and the result is comparable among images seen through the same number of views, not
+    with that of one view.
 
     Args:
         loc: (N, V, D) unit vectors mu_i, D >= 2, float32 or float64.
         concentration: (N, V), kappa_i >= 0.
 
     Returns:
-        loc (N, D) of unit length and concentration (N,), in the dtype of `loc`. One expert is returned as it is. Where
-        the experts say nothing together (all kappa_i = 0, or equally certain opposite directions), the concentration is
-        0 and loc is the direction of the most certain expert.
+        loc (N, D) of unit length and concentration (N,), in the dtype of `loc`. One expert is
+        returned as it is. Where the experts cancel (all kappa_i = 0, or equally certain opposite
+        directions), the concentration is 0 and loc is the direction of the most certain expert.
 
     Raises:
         InputError: shapes that do not fit, or a concentration that is negative or not finite.
     """
-    if (
-        loc.ndim != 3
-        or loc.shape[1] < 1
-        or loc.shape[2] < 2
-        or concentration.shape != loc.shape[:2]
-    ):
+    sizes = loc.shape
+    if len(sizes) != 3 or sizes[1] < 1 or sizes[2] < 2 or concentration.shape != sizes[:2]:
         raise InputError(
-            f"loc, concentration: shapes {tuple(loc.shape)}, {tuple(concentration.shape)} given; accepted are "
-            "(N, V, D) and (N, V) with V >= 1 and D >= 2"
+            f"loc, concentration: shapes {tuple(sizes)}, {tuple(concentration.shape)} given; "
+            "accepted are (N, V, D) and (N, V) with V >= 1 and D >= 2"
         )
     if not bool((torch.isfinite(concentration) & (concentration >= 0)).all()):
         raise InputError(
-            "concentration: a negative or non-finite value given; accepted are numbers of at least 0"
+            "concentration: a negative or non-finite value given; accepted are numbers of at "
+            "least 0"
         )
     if loc.shape[1] == 1:
         return loc[:, 0], concentration[:, 0]
@@ -94,25 +95,24 @@ def product_of_experts(loc: Tensor, concentration: Tensor) -> tuple[Tensor, Tens
 
 
 def _solve(gram: Tensor, kappa: Tensor, scale: int) -> Tensor:
-    """Coefficients a (N, V) of the maximum y = sum_i a_i mu_i, by Newton's method with halved steps.
+    """Coefficients a (N, V) of the maximum y = sum_i a_i mu_i, by Newton's method.
 
-    With s = G a, q = |y|^2 = a.s and w = kappa/(1 + s), the root of g(a) = scale a/(1 - q) - w. Its Jacobian
-    scale/(1 - q) I + (2 scale/(1 - q)^2 a a^T + diag(w/(1 + s))) G is invertible also where G is singular, and the step
-    is Newton's for the objective in y. Every step raises the objective; two to ten are enough but where huge concentrations
-    contradict each other in few dimensions (D <= 16, kappa > 100 (D - 1)), where `_MOST_STEPS` of them may end short of it.
+    With s = G a, q = |y|^2 = a.s and w = kappa/(1 + s), the root of g(a) = scale a/(1 - q) - w. Its
+    Jacobian scale/(1 - q) I + (2 scale/(1 - q)^2 a a^T + diag(w/(1 + s))) G is invertible also
+    where G is singular, and the step is Newton's for the objective in y. Every step raises the
+    objective; two to ten are enough, except where huge concentrations contradict each other in few
+    dimensions (D <= 16, kappa > 100 (D - 1)), where `_MOST_STEPS` may be too few.
     """
-    views = kappa.shape[1]
     total = kappa.sum(-1, keepdim=True)
     a: Tensor = _start(gram, kappa, scale)
-    identity = torch.eye(views, dtype=kappa.dtype, device=kappa.device)
+    identity = torch.eye(kappa.shape[1], dtype=kappa.dtype, device=kappa.device)
     for _ in range(_MOST_STEPS):
         s = _times(gram, a)
         room = (1 - (a * s).sum(-1, keepdim=True)).unsqueeze(-1)
         w = kappa / (1 + s)
         residual = scale / room.squeeze(-1) * a - w
-        curvature = 2 * scale / room.square() * (
-            a.unsqueeze(-1) * a.unsqueeze(-2)
-        ) + torch.diag_embed(w / (1 + s))
+        outer = a.unsqueeze(-1) * a.unsqueeze(-2)
+        curvature = 2 * scale / room.square() * outer + torch.diag_embed(w / (1 + s))
         step = -torch.linalg.solve(scale / room * identity + curvature @ gram, residual)
         # The square of Newton's decrement, in units of the objective.
         decrement = -(step * _times(gram, residual)).sum(-1)
@@ -123,10 +123,11 @@ def _solve(gram: Tensor, kappa: Tensor, scale: int) -> Tensor:
 
 
 def _start(gram: Tensor, kappa: Tensor, scale: int) -> Tensor:
-    """Coefficients near the maximum: the solution for experts that agree or are opposite, or a fixed point if it is better.
+    """Coefficients near the maximum: those for agreeing or opposite experts, or a fixed point.
 
-    The fixed point takes the weights w as given, which leaves r = |sum_i w_i mu_i| = scale t/(1 - t^2). Newton's method
-    alone would be slow for concentrations so large that the maximum lies close to the sphere.
+    The fixed point, used where it is better, takes the weights w as given, which leaves
+    r = |sum_i w_i mu_i| = scale t/(1 - t^2). Newton's method alone would be slow for concentrations
+    so large that the maximum lies close to the sphere.
     """
     agreeing = kappa / (kappa.sum(-1, keepdim=True) + scale)
     a = agreeing
@@ -141,9 +142,10 @@ def _start(gram: Tensor, kappa: Tensor, scale: int) -> Tensor:
 def _line_search(
     gram: Tensor, kappa: Tensor, scale: int, a: Tensor, step: Tensor, decrement: Tensor
 ) -> Tensor:
-    """The longest of the steps 1, 1/2, 1/4, ... that stays in the ball and raises the objective enough.
+    """The longest of the steps 1, 1/2, 1/4, ... that stays in the ball and raises the objective.
 
-    The objective is self-concordant: near the maximum the full step does both, and rounding would hide it.
+    The objective is self-concordant: near the maximum the full step does both, and rounding would
+    hide it.
     """
     before = _objective(gram, kappa, scale, a)
     length = torch.ones_like(before)
@@ -157,7 +159,7 @@ def _line_search(
 
 
 def _objective(gram: Tensor, kappa: Tensor, scale: int, a: Tensor) -> Tensor:
-    """sum_i kappa_i log(1 + mu_i.y) + scale/2 log(1 - |y|^2), (N,); minus infinity outside the ball."""
+    """sum_i kappa_i log(1 + mu_i.y) + scale/2 log(1 - |y|^2), (N,); -inf outside the ball."""
     s = _times(gram, a)
     q = (a * s).sum(-1)
     inside = (q < 1) & (s > -1).all(-1)

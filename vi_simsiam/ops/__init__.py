@@ -1,1 +1,2 @@
-"""Operations: for each a plain-PyTorch reference, the dispatch to a backend, and the autograd wrapper."""
+"""Operations: for each a plain-PyTorch reference, the dispatch to a backend, and the autograd
+wrapper."""

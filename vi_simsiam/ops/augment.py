@@ -1,8 +1,10 @@
-"""Random views from a table: what a row of the table means, the reference in plain PyTorch, and the fused backend.
+"""Random views from a table: what a row of the table means, the reference in plain PyTorch, and the
+fused backend.
 
-A table has one row of 64 bytes for each view of each sample. It says where the crop lies in the bytes of the images and
-what is done with it: crop, resize (bilinear, antialiased), mirror, colour operations, grayscale, blur, normalise. Each
-step is the one of torchvision.transforms.v2.functional on float32 in [0, 1].
+A table has one row of 64 bytes for each view of each sample. It holds where the crop lies in the
+bytes of the images and what is done with it: crop, resize (bilinear, antialiased), mirror, colour
+operations, grayscale, blur, normalise. Each step is the one of torchvision.transforms.v2.functional
+on float32 in [0, 1].
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vi_simsiam.errors import BackendUnavailableError, InputError, none_of
-from vi_simsiam.ops.backends import why_unavailable
+from vi_simsiam.errors import InputError
+from vi_simsiam.ops.backends import choose_backend
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -31,12 +33,14 @@ MIN_SIZE = 8
 AUGMENT_BACKENDS = ("eager", "triton")
 
 _LUMA = (0.2989, 0.587, 0.114)
-# Rows worked on at a time: few enough for a processor's cache, many enough that calls of torch cost little.
+# Rows worked on at a time: few enough for a processor's cache, many enough that calls of torch cost
+# little.
 _CHUNK_FLOATS = 1 << 19
 _SMALL_SIZE = 64
-"""Views up to this size are resized with matrices, which is faster for crops no larger than them."""
+"""Views up to this size are resized with matrices, which is faster for crops no larger than them.
+"""
 _LEAST_TAP = 1e-12
-"""Of a blur. Subnormal numbers, which narrow ones end in, make a processor ten times slower."""
+"""Smallest tap of a blur: subnormal numbers make a processor ten times slower."""
 
 
 class Column(IntEnum):
@@ -47,13 +51,14 @@ class Column(IntEnum):
     STRIDE = 2
     """Bytes from one row of the image to the next."""
     HEIGHT = 3
-    """Of the crop, in pixels."""
+    """Height of the crop in pixels."""
     WIDTH = 4
-    """Of the crop, in pixels."""
+    """Width of the crop in pixels."""
     FLIP = 5
     """1: mirrored left-right after resizing."""
     ORDER = 6
-    """`ColourOperation`s in the order they are applied, 4 bits each, lowest bits first; 0 is none."""
+    """`ColourOperation`s in the order they are applied, 4 bits each, lowest bits first; 0 is none.
+    """
     GRAY = 7
     """1: grayscale after the colour operations."""
     BRIGHTNESS = 8
@@ -95,10 +100,13 @@ def augment(
 
     Args:
         pixels: (bytes,) uint8, the RGB pixels of the images.
-        table: (V, B, 16) int32 on the same device, see `Column`. Its values are trusted, see `check_table`.
+        table: (V, B, 16) int32 on the same device, see `Column`. Its values are trusted, see
+            `check_table`.
         size: side of the views in pixels, at least 8.
-        dtype: of the views, float32 or bfloat16; everything is computed in float32 and rounded once.
-        backend: "eager", "triton" (one fused kernel), or "auto": triton for CUDA tensors where it runs.
+        dtype: of the views, float32 or bfloat16; everything is computed in float32 and rounded
+            once.
+        backend: "eager", "triton" (one fused kernel), or "auto": triton for CUDA tensors where it
+            runs.
 
     Returns:
         (V, B, 3, size, size), normalised; every view is contiguous in `torch.channels_last`.
@@ -109,7 +117,9 @@ def augment(
         BackendUnavailableError: the backend was named explicitly and cannot run on this device.
     """
     _check(pixels, table, size, dtype)
-    if _choose(backend, pixels.device.type) == "eager":
+    device_type = pixels.device.type
+    preferred = ("triton", "eager") if device_type == "cuda" else ("eager",)
+    if choose_backend(backend, device_type, AUGMENT_BACKENDS, preferred) == "eager":
         return eager_augment(pixels, table, size, dtype)
     from vi_simsiam.kernels import augment as kernel
 
@@ -146,7 +156,8 @@ def check_table(table: Tensor | NDArray[np.int32], nbytes: int) -> None:
     """Check the values of a table in the host's memory against `nbytes` bytes of pixels.
 
     Raises:
-        InputError: a crop that does not lie in the pixels, or a parameter that has no meaning; names the row.
+        InputError: a crop that does not lie in the pixels, or a parameter that has no meaning;
+            names the row.
     """
     array = table.numpy() if isinstance(table, Tensor) else table
     rows = np.ascontiguousarray(array).reshape(-1, TABLE_COLUMNS)
@@ -178,23 +189,6 @@ def check_table(table: Tensor | NDArray[np.int32], nbytes: int) -> None:
             raise InputError(
                 f"table: row {row} of {len(rows)} (sample {rows[row, Column.SAMPLE]}): {accepted}"
             )
-
-
-def _choose(backend: str, device_type: str) -> str:
-    if backend == "auto":
-        return (
-            "triton"
-            if device_type == "cuda" and why_unavailable("triton", device_type) is None
-            else "eager"
-        )
-    if backend not in AUGMENT_BACKENDS:
-        raise none_of("backend", backend, ("auto", *AUGMENT_BACKENDS))
-    reason = why_unavailable(backend, device_type)
-    if reason is not None:
-        raise BackendUnavailableError(
-            f"backend: {backend!r} cannot run on {device_type} tensors: {reason}"
-        )
-    return backend
 
 
 def _check(pixels: Tensor, table: Tensor, size: int, dtype: torch.dtype) -> None:
@@ -306,7 +300,8 @@ def _apply(
     function: Callable[[Tensor, Tensor], Tensor],
     parameters: Tensor,
 ) -> None:
-    """Replace the chosen rows of `x` by `function` of (these rows, which it may change, and their parameters)."""
+    """Replace the chosen rows of `x` by `function` of (these rows, which it may change, and their
+    parameters)."""
     if chosen.all():
         x.copy_(function(x, parameters))
     elif chosen.any():
@@ -338,8 +333,9 @@ def _adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
 def _adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     """Shift the hue, in turns.
 
-    With hue h in sixths of a turn, from 0 to 6, value v and chroma c = max - min, an HSV colour is v - c w with
-    w = 2 - |h - 3| for red, |h - 2| - 1 for green and |h - 4| - 1 for blue, clamped to [0, 1].
+    With hue h in sixths of a turn, from 0 to 6, value v and chroma c = max - min, an HSV colour is
+    v - c w with w = 2 - |h - 3| for red, |h - 2| - 1 for green and |h - 4| - 1 for blue, clamped to
+    [0, 1].
     """
     red, green, blue = x.unbind(1)
     value = torch.maximum(red, green).maximum(blue)
@@ -363,12 +359,14 @@ def _adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of (n, 3, s, s) with sigma (n,): multiplied by a matrix from each side, which beats a convolution."""
+    """Gaussian blur of (n, 3, s, s) with sigma (n,): multiplied by a matrix from each side, which
+    beats a convolution."""
     size, reach = x.shape[-1], BLUR_TAPS // 2
     offsets = torch.arange(-reach, reach + 1, device=x.device)
     taps = torch.softmax(-(offsets / sigma[:, None]).square() / 2, dim=1)
     taps.masked_fill_(taps < _LEAST_TAP, 0)
-    # Entry (i, j) says how much pixel j gives to pixel i; pixels beyond the border are reflected at it.
+    # Entry (i, j) is the weight of pixel j in pixel i; pixels beyond the border are reflected at
+    # it.
     source = torch.arange(size, device=x.device)[:, None] + offsets
     source = (size - 1 - (size - 1 - source.abs()).abs()).expand(len(x), -1, -1)
     matrix = x.new_zeros((len(x), size, size))

@@ -1,4 +1,4 @@
-"""Which implementations of an operation can run here, and why the others cannot."""
+"""The implementations of an operation that can run here, and reasons why others cannot."""
 
 from __future__ import annotations
 
@@ -15,27 +15,35 @@ from vi_simsiam.errors import BackendUnavailableError, InputError, none_of
 BACKENDS = ("eager", "triton", "cuda", "cpu")
 """Every backend computes the same function; `eager` is the reference in plain PyTorch."""
 
-_PREFERENCE = {"cuda": ("triton", "cuda", "eager"), "cpu": ("cpu", "eager")}
+_PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cuda": ("triton", "cuda", "eager"),
+    "cpu": ("cpu", "eager"),
+}
 
 
 @torch.compiler.assume_constant_result
-def choose_backend(name: str, device_type: str) -> str:
+def choose_backend(
+    name: str,
+    device_type: str,
+    accepted: tuple[str, ...] = BACKENDS,
+    preferred: tuple[str, ...] | None = None,
+) -> str:
     """The backend to use for tensors on devices of a type.
 
     Args:
-        name: one of `BACKENDS`, or "auto" for the fastest that is available for the device.
-        device_type: where the tensors are: "cuda", "cpu" or another.
+        name: one of `accepted`, or "auto" for the first of `preferred` that is available.
+        device_type: of the tensors: "cuda", "cpu" or another.
+        accepted: backends of the operation.
+        preferred: fastest first, ending with one that is always available; the loss's by default.
 
     Raises:
         InputError: `name` is no backend.
         BackendUnavailableError: the backend was named explicitly and cannot run on this device.
     """
     if name == "auto":
-        candidates = _PREFERENCE.get(device_type, ("eager",))
-        return next(
-            candidate for candidate in candidates if why_unavailable(candidate, device_type) is None
-        )
-    check_backend_name(name)
+        candidates = preferred or _PREFERENCE.get(device_type, ("eager",))
+        return next(each for each in candidates if why_unavailable(each, device_type) is None)
+    check_backend_name(name, accepted)
     reason = why_unavailable(name, device_type)
     if reason is not None:
         raise BackendUnavailableError(
@@ -44,14 +52,14 @@ def choose_backend(name: str, device_type: str) -> str:
     return name
 
 
-def check_backend_name(name: str) -> None:
-    """Raises InputError for what is neither "auto" nor one of `BACKENDS`, whether it can run here or not."""
-    if name != "auto" and name not in BACKENDS:
-        raise none_of("backend", name, ("auto", *BACKENDS))
+def check_backend_name(name: str, accepted: tuple[str, ...] = BACKENDS) -> None:
+    """Raise InputError unless `name` is "auto" or accepted, whether it can run here or not."""
+    if name != "auto" and name not in accepted:
+        raise none_of("backend", name, ("auto", *accepted))
 
 
 def why_unavailable(name: str, device_type: str) -> str | None:
-    """The reason why backend `name` cannot run on tensors of `device_type`, or None where it can."""
+    """The reason why backend `name` cannot run on tensors of `device_type`, or None if it can."""
     return _CHECKS[name](device_type)
 
 
@@ -60,7 +68,7 @@ def extension() -> ModuleType | None:
     """The compiled extension `vi_simsiam._C`, or None where the package was installed without it.
 
     Raises:
-        InputError: VI_SIMSIAM_SIMD asks for vector instructions that do not run here.
+        InputError: VI_SIMSIAM_SIMD names vector instructions that do not run here.
     """
     try:
         module = importlib.import_module("vi_simsiam._C")
@@ -74,9 +82,12 @@ def extension() -> ModuleType | None:
 
 
 def extension_problem() -> str:
-    """Why `extension` is None: it was not built, or it is there and does not load."""
+    """The reason why `extension` is None: it was not built, or it does not load."""
     if importlib.util.find_spec("vi_simsiam._C") is None:
-        return "the C++ extension was not built (a C++ compiler and Python's headers at installation add it)"
+        return (
+            "the C++ extension was not built "
+            "(a C++ compiler and Python's headers at installation add it)"
+        )
     try:
         importlib.import_module("vi_simsiam._C")
     except ImportError as error:
@@ -86,7 +97,7 @@ def extension_problem() -> str:
 
 @functools.cache
 def _triton_problem() -> str | None:
-    """Why Triton cannot launch kernels on the GPU: it compiles its launcher and needs a C compiler for that."""
+    """The reason why Triton cannot start; it needs a C compiler for its launcher."""
     try:
         from triton.runtime import driver
 
@@ -97,7 +108,7 @@ def _triton_problem() -> str | None:
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
+    """Return True if Triton kernels run in the interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -128,7 +139,7 @@ def _check_cuda(device_type: str) -> str | None:
 
 @functools.cache
 def _cuda_problem(device: int) -> str | None:
-    """Why the extension's kernels cannot run on a GPU: built for other architectures, or by a newer toolkit than its driver."""
+    """The reason why the kernels cannot run on a GPU: its architecture or its driver."""
     with torch.cuda.device(device):
         problem: str | None = extension().cuda_problem()  # type: ignore[union-attr]
     return problem

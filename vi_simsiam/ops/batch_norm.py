@@ -1,12 +1,14 @@
-"""BatchNorm of several views, an addition and a ReLU in one: the reference, the choice of a backend, and its gradients.
+"""BatchNorm of several views, an addition and a ReLU in one: the reference, the choice of a
+backend, and its gradients.
 
-A batch holds `groups` views one after the other. Each is normalised by its own statistics, and running statistics are
-updated by the views in turn, as if they had come one by one. What the fused kernels compute and move is described in
-kernels/batch_norm.py: forward is two launches or one, and so is backward.
+A batch holds `groups` views one after the other. Each is normalised by its own statistics, and
+running statistics are updated by the views in turn, as if they had come one by one. What the fused
+kernels compute and move is described in kernels/batch_norm.py: forward is two launches or one, and
+so is backward.
 
-In eager PyTorch an autograd Function calls the kernels directly. Under torch.compile the same launches are the operators
-`vi_simsiam::batch_norm_act` and `vi_simsiam::batch_norm_act_backward`, which change nothing in place: running statistics
-are updated beside them.
+In eager PyTorch an autograd Function calls the kernels directly. Under torch.compile the same
+launches are the operators `vi_simsiam::batch_norm_act` and `vi_simsiam::batch_norm_act_backward`,
+which change nothing in place: running statistics are updated beside them.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from vi_simsiam.errors import BackendUnavailableError, InputError, none_of
-from vi_simsiam.ops.backends import why_unavailable
-from vi_simsiam.ops.multiview_loss_launch import new_tickets, prepare
+from vi_simsiam.errors import InputError
+from vi_simsiam.ops.backends import choose_backend
+from vi_simsiam.ops.tickets import new_tickets, reserve_tickets
 
 BATCH_NORM_BACKENDS = ("eager", "triton")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,20 +52,22 @@ def batch_norm_act(
     training: bool = True,
     backend: str = "auto",
 ) -> Tensor:
-    """relu(batch_norm(x) + residual), every group of consecutive samples normalised by its own statistics.
+    """relu(batch_norm(x) + residual), every group of consecutive samples normalised by its own
+    statistics.
 
     Args:
         x: (N, C, height, width), for the fused backend in channels_last, or (N, C).
         weight, bias: (C,), or None for 1 and 0.
-        running_mean, running_var: (C,), updated in training mode by each group in turn; both or none.
+        running_mean, running_var: (C,), updated in training mode by each group in turn; both or
+            none.
         groups: how many views of equally many samples x holds.
         residual: shaped as x; None for nothing to add.
         relu: whether what is negative becomes 0.
         momentum: weight of a group's statistics in the running ones.
         eps: added to the variance.
         training: whether the batch's statistics normalise, not the running ones.
-        backend: "eager", "triton" (fused, once differentiable, training mode only), or "auto": triton for CUDA tensors
-            where it runs and takes x, and under TRITON_INTERPRET=1.
+        backend: "eager", "triton" (fused, once differentiable, training mode only), or "auto":
+            triton for CUDA tensors where it runs and takes x, and under TRITON_INTERPRET=1.
 
     Returns:
         Shaped as x, in its dtype and layout.
@@ -96,7 +100,7 @@ def batch_norm_act(
             x, residual, weight, bias, running_mean, running_var, call
         )
         return result
-    prepare(x.device.type, x.device.index)
+    reserve_tickets(x.device.type, x.device.index)
     result, statistics = torch.ops.vi_simsiam.batch_norm_act(
         x, residual, weight, bias, groups, relu, eps
     )
@@ -117,12 +121,14 @@ def _check(x: Tensor, residual: Tensor | None, groups: int, training: bool) -> N
         raise InputError(f"residual: shape {tuple(residual.shape)} must be that of x, {shape}")
     if training and x.numel() <= groups * x.shape[1]:
         raise InputError(
-            f"x: shape {shape} in {groups} groups must hold more than one value per channel and group"
+            f"x: shape {shape} in {groups} groups must hold more than one value "
+            "per channel and group"
         )
 
 
 def check_parameters(x: Tensor, parameters: Mapping[str, Tensor | None]) -> None:
-    """Raise InputError unless weight, bias, running_mean and running_var, as far as given, fit x's channels and device."""
+    """Raise InputError unless weight, bias, running_mean and running_var, as far as given, fit x's
+    channels and device."""
     for name, parameter in parameters.items():
         if parameter is None:
             continue
@@ -139,13 +145,15 @@ def check_parameters(x: Tensor, parameters: Mapping[str, Tensor | None]) -> None
 def choose_fused(
     backend: str, x: Tensor, parameters: Mapping[str, Tensor | None], *, training: bool = True
 ) -> Literal["eager", "triton"]:
-    """The backend for x: what the fused one does not take is left to eager, unless it was named explicitly.
+    """The backend for x: what the fused one does not take is left to eager, unless it was named
+    explicitly.
 
     Raises:
         InputError: no such backend, or "triton" for what it does not take.
         BackendUnavailableError: "triton" cannot run on x's device.
     """
-    if _usable(backend, x.device.type) == "eager":
+    preferred = ("triton", "eager")
+    if choose_backend(backend, x.device.type, BATCH_NORM_BACKENDS, preferred) == "eager":
         return "eager"
     given = [parameter for parameter in parameters.values() if parameter is not None]
     problem = None
@@ -164,20 +172,6 @@ def choose_fused(
     if backend == "triton":
         raise InputError(f"x: the fused backend takes {problem}")
     return "eager"
-
-
-@torch.compiler.assume_constant_result
-def _usable(backend: str, device_type: str) -> str:
-    if backend not in ("auto", *BATCH_NORM_BACKENDS):
-        raise none_of("backend", backend, ("auto", *BATCH_NORM_BACKENDS))
-    if backend == "eager":
-        return backend
-    reason = why_unavailable("triton", device_type)
-    if backend == "triton" and reason is not None:
-        raise BackendUnavailableError(
-            f"backend: {backend!r} cannot run on {device_type} tensors: {reason}"
-        )
-    return "triton" if reason is None else "eager"
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -256,11 +250,9 @@ def _workspace(x: Tensor, floats: int, tickets: int) -> tuple[Tensor | None, Ten
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 2 where Triton's interpreter stands in for one."""
-    return (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 2
-    )
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class _BatchNormAct(torch.autograd.Function):
@@ -298,13 +290,14 @@ class _BatchNormAct(torch.autograd.Function):
 
 torch.library.define(
     "vi_simsiam::batch_norm_act",
-    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, int groups, bool relu, float eps) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, int groups, bool relu, float eps) "
+    "-> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
     "vi_simsiam::batch_norm_act_backward",
-    "(Tensor gradient, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor statistics, int groups, bool relu) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor gradient, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor statistics, "
+    "int groups, bool relu) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -338,9 +331,7 @@ def _shapes(
 @torch.library.impl("vi_simsiam::batch_norm_act_backward", "default")  # type: ignore[misc]
 def _operator_backward(*arguments: Any) -> tuple[Tensor, ...]:
     x = arguments[1]
-    return tuple(
-        x.new_empty(0) if gradient is None else gradient for gradient in _backward(*arguments)
-    )
+    return tuple(x.new_empty(0) if y is None else y for y in _backward(*arguments))
 
 
 @torch.library.register_fake("vi_simsiam::batch_norm_act_backward")  # type: ignore[misc]

@@ -1,7 +1,9 @@
-"""The multi-view loss: its meaning, the checks, and the reference in plain PyTorch beside the fused backends.
+"""The multi-view loss: its meaning, the checks, and the reference in plain PyTorch beside the fused
+backends.
 
-Every ordered pair (v, g) of a prediction v and a target g of another view counts; the loss of a sample is twice the
-mean over these pairs, so that two views give L = l(1, 2) + l(2, 1), Algorithm 1 of Nakamura et al. (arXiv 2203.11437).
+Every ordered pair (v, g) of a prediction v and a target g of another view counts; the loss of a
+sample is twice the mean over these pairs, so that two views give L = l(1, 2) + l(2, 1), Algorithm 1
+of Nakamura et al. (arXiv 2203.11437).
 """
 
 from __future__ import annotations
@@ -17,8 +19,7 @@ from torch import Tensor
 from vi_simsiam.config import Link
 from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.ops.backends import choose_backend
-from vi_simsiam.ops.multiview_loss_autograd import TRANSFORMED, fused_loss
-from vi_simsiam.ops.multiview_loss_launch import LossCall, padded_width
+from vi_simsiam.ops.multiview_loss_fused import TRANSFORMED, LossCall, fused_loss, padded_width
 from vi_simsiam.ops.power_spherical import log_density_ratio
 
 DistributionName = Literal["power_spherical", "cosine"]
@@ -36,9 +37,10 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class LossForm:
-    """Which loss, times `factor`: SimSiam's "cosine", or "power_spherical" with kappa = scale * link(gain * raw) + minimum.
+    """The form of a loss: `factor` times "power_spherical", or times SimSiam's "cosine".
 
-    `cosine` times SimSiam's loss is added to that of "power_spherical". The links are described at `linked`.
+    kappa = scale * link(gain * raw) + minimum; the links are described at `linked`. `cosine` times
+    SimSiam's loss is added to that of "power_spherical".
     """
 
     distribution: DistributionName
@@ -75,7 +77,7 @@ class _Views(NamedTuple):
     given: Tensor | Sequence[Tensor]
     views: int
     shape: torch.Size
-    """Of one view."""
+    """Shape of one view."""
     dtype: torch.dtype
     device: torch.device
 
@@ -89,7 +91,8 @@ def multiview_loss(
     reduction: Reduction = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """The loss of `vi_simsiam.functional`, for either form; see there for shapes, dtypes and errors."""
+    """The loss of `vi_simsiam.functional`, for either form; see there for shapes, dtypes and
+    errors."""
     p, z = _views(predictions, "predictions", 2), _views(targets, "targets", 2)
     kappa = None if concentration is None else _views(concentration, "concentration", 1)
     _check(p, z, kappa, form)
@@ -117,7 +120,7 @@ def multiview_loss(
             factor=form.factor,
             link=form.link,
             gain=form.gain,
-            cosine=form.cosine,
+            cosine=form.cosine / form.factor,
             mean=reduction == "mean",
             wants_gradient=torch.is_grad_enabled() and any(x.requires_grad for x in differentiable),
         )
@@ -128,9 +131,8 @@ def multiview_loss(
         )
         return fused_loss(p.given, constant, given, call)
     except RuntimeError as error:
-        if "functorch" in str(
-            error
-        ):  # torch tells what an autograd Function lacks, not what its user can do
+        # torch names what an autograd Function lacks, not what its user can do.
+        if "functorch" in str(error):
             raise RuntimeError(TRANSFORMED) from None
         raise
 
@@ -159,12 +161,13 @@ def eager_loss(
                 kappa = list(concentration.to(dtype).masked_fill(concentration < 0, math.nan))
             gain = log_density_ratio(torch.stack([kappa[v] for v, _ in pairs]), cosine, dim)
             if form.cosine:
-                gain = gain + form.cosine * cosine
+                gain = gain + form.cosine / form.factor * cosine
         return -2 / len(pairs) * form.factor * gain.sum(0)
 
 
 def softplus(raw: Tensor) -> Tensor:
-    """log(1 + exp(raw)) without the linear cut-off at 20 of torch's softplus, which costs float64 its digits."""
+    """log(1 + exp(raw)) without the linear cut-off at 20 of torch's softplus, which costs float64
+    its digits."""
     return torch.logaddexp(raw, torch.zeros_like(raw))
 
 
@@ -172,9 +175,11 @@ def linked(x: Tensor, link: Link) -> Tensor:
     """A positive number for one of any size, in x's dtype.
 
     - "softplus": log(1 + exp(x)). Its slope falls exponentially below 0, and with it all gradients.
-    - "quadratic": r + r^2/2 with r = max(x, 0.02). With k = kappa/(D - 1) the likelihood's curvature in k is
-      1/((1 + k)(1 + 2k)) for large D, and so 1/(1 + k) in r, since dk/dr = sqrt(1 + 2k): at most 1, and it falls
-      no faster than r^-2. At the bound x has the gradient of r where a step along it raises r.
+    - "quadratic": r + r^2/2 with r = max(x, 0.02). With k = kappa/(D - 1) the likelihood's
+    curvature in k is
+      1/((1 + k)(1 + 2k)) for large D, and so 1/(1 + k) in r, since dk/dr = sqrt(1 + 2k): at most 1,
+      and it falls no faster than r^-2. At the bound x has the gradient of r where a step along it
+      raises r.
     """
     if link == "softplus":
         return softplus(x)
@@ -204,7 +209,8 @@ def check_reduction(reduction: str) -> None:
 
 
 def _compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """float64 where any input is, float32 otherwise: a bfloat16 cosine would cost nats at large concentrations."""
+    """float64 where any input is, float32 otherwise: a bfloat16 cosine would cost nats at large
+    concentrations."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
@@ -217,13 +223,14 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _views(views: Tensor | Sequence[Tensor], name: str, dims: int) -> _Views:
-    """What is given as one tensor of views, or as a sequence of them with `dims` dimensions each."""
+    """The views of one tensor, or of a sequence of tensors with `dims` dimensions each."""
     if isinstance(views, Tensor):
         one, dims = views, dims + 1
     else:
         if not isinstance(views, Sequence) or not all(isinstance(view, Tensor) for view in views):
             raise TypeError(
-                f"{name}: must be a tensor or a sequence of tensors, one a view, not {type(views).__name__}"
+                f"{name}: must be a tensor or a sequence of tensors, one a view, "
+                f"not {type(views).__name__}"
             )
         if not views:
             raise InputError(f"{name}: the sequence of views is empty")
@@ -231,8 +238,8 @@ def _views(views: Tensor | Sequence[Tensor], name: str, dims: int) -> _Views:
         for i, view in enumerate(views[1:], 1):
             if view.shape != one.shape or view.dtype != one.dtype or view.device != one.device:
                 raise InputError(
-                    f"{name}: every view needs the shape, dtype and device of the first: {_describe(one)}; "
-                    f"view {i} has {_describe(view)}"
+                    f"{name}: every view needs the shape, dtype and device of the first: "
+                    f"{_describe(one)}; view {i} has {_describe(view)}"
                 )
     if one.dtype not in _DTYPES:
         raise TypeError(f"{name}: dtype {one.dtype} is none of float16, bfloat16, float32, float64")
@@ -240,9 +247,8 @@ def _views(views: Tensor | Sequence[Tensor], name: str, dims: int) -> _Views:
         raise TypeError(f"{name}: must be dense, not {'nested' if one.is_nested else one.layout}")
     if one.dim() != dims:
         axes = ("views", "batch") if name == "concentration" else ("views", "batch", "features")
-        raise InputError(
-            f"{name}: shape {tuple(one.shape)} must be ({', '.join(axes[-dims:])}{',' * (dims == 1)})"
-        )
+        wanted = f"({', '.join(axes[-dims:])}{',' * (dims == 1)})"
+        raise InputError(f"{name}: shape {tuple(one.shape)} must be {wanted}")
     whole = isinstance(views, Tensor)
     shape = one.shape[1:] if whole else one.shape
     return _Views(views, one.shape[0] if whole else len(views), shape, one.dtype, one.device)
@@ -291,7 +297,8 @@ def _check(
             "softplus",
         ):
             raise InputError(
-                "concentration: given as it is, it takes no concentration_scale, _min, _gain or _link"
+                "concentration: given as it is, "
+                "it takes no concentration_scale, _min, _gain or _link"
             )
         if (concentration.views, *concentration.shape) != (views, batch):
             shape = (concentration.views, *concentration.shape)

@@ -1,23 +1,30 @@
-"""Power Spherical density against the uniform one, in plain PyTorch: the reference every kernel is held to.
+"""Power Spherical density against the uniform one, in plain PyTorch: the reference every kernel is
+held to.
 
-With c = mu.z the cosine, k the concentration (kappa), b = (D - 1)/2, a = b + k and s = 2b + k, De Cao and Aziz (2020,
-arXiv 2006.04437, eq. 8) give
+With c = mu.z the cosine, k the concentration (kappa), b = (D - 1)/2, a = b + k and s = 2b + k, De
+Cao and Aziz (2020, arXiv 2006.04437, eq. 8) give
 
-    log PS(z; mu, k) = log C(k) + k log(1 + c),    log C(k) = -[s log 2 + lgamma(a) - lgamma(s) + b log pi]
+    log PS(z; mu, k) = log C(k) + k log(1 + c)
+    log C(k) = -[s log 2 + lgamma(a) - lgamma(s) + b log pi]
 
-Evaluated as printed this subtracts lgammas of about 1e4 and keeps three digits in fp32. Stirling's formula applied
-to every lgamma, and log(1 + c) merged with the normaliser's slope before it is multiplied by k, leave
+Evaluated as printed this subtracts lgammas of about 1e4 and keeps three digits in fp32. Stirling's
+formula applied to every lgamma, and log(1 + c) merged with the normaliser's slope before it is
+multiplied by k, leave
 
-    F = log PS - log uniform = k log1p(t) + (b - 1/2) log1p(-k/(2a)) + b log1p(k/(2b)) + S(s) - S(a) - S(2b) + S(b)
-    t = (2bc - k(1 - c)) / (2a) = (1 + c) s/(2a) - 1          exactly 0 at the best concentration k* = 2bc/(1 - c)
+    F = log PS - log uniform = k log1p(t) + (b - 1/2) log1p(-k/(2a)) + b log1p(k/(2b)) + S(s) - S(a)
+    - S(2b) + S(b)
+    t = (2bc - k(1 - c)) / (2a) = (1 + c) s/(2a) - 1        exactly 0 at the best k* = 2bc/(1 - c)
     S(x) = 1/(12x) - 1/(360x^3) + 1/(1260x^5) - ...           the tail of Stirling's series
 
-The series needs arguments of at least 8 (fp32) or 16 (fp64). For small D all four gamma arguments are shifted upwards
-by an integer n, lgamma(x) = lgamma(x + n) - sum log(x + i), and the logarithms combine pairwise:
+The series needs arguments of at least 8 (fp32) or 16 (fp64). For small D all four gamma arguments
+are shifted upwards by an integer n, lgamma(x) = lgamma(x + n) - sum log(x + i), and the logarithms
+combine pairwise:
 
-    F = k log1p(t) + (q - 1/2) log1p(-kb/(a'p)) + b log1p(k/p) + S(s') - S(a') - S(p) + S(q) - sum_i log1p(-kb/((a+i)(2b+i)))
+    F = k log1p(t) + (q - 1/2) log1p(-kb/(a'p)) + b log1p(k/p) + S(s') - S(a') - S(p) + S(q) - sum_i
+    log1p(-kb/((a+i)(2b+i)))
     p = 2b + n,  q = b + n,  a' = q + k,  s' = p + k,  t = (2bc - (n + k)(1 - c)) / (2a')
-    dF/dk = log1p(t) + [psi(s') - log s'] - [psi(a') - log a'] + sum_i b/((s+i)(a+i)),      dF/dc = k/(1 + c)
+    dF/dk = log1p(t) + [psi(s') - log s'] - [psi(a') - log a'] + sum_i b/((s+i)(a+i))
+    dF/dc = k/(1 + c)
 
 which is the formula above at n = 0 (D >= 17 in fp32, D >= 33 in fp64).
 """
@@ -25,11 +32,10 @@ which is the formula above at n = 0 (D >= 17 in fp32, D >= 33 in fp64).
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 ONE_PLUS_COS_MIN = 1e-6
 """1 + cos is clamped from below here: the density is 0 at the antipode, its logarithm -inf."""
@@ -42,12 +48,14 @@ _SMALLEST_SERIES_ARGUMENT = {torch.float32: 8.0, torch.float64: 16.0}
 
 
 def log_uniform(dim: int) -> float:
-    """Log-density of the uniform distribution on the unit sphere in R^dim: log Gamma(dim/2) - log 2 - (dim/2) log pi."""
+    """Log-density of the uniform distribution on the unit sphere in R^dim: log Gamma(dim/2) - log 2
+    - (dim/2) log pi."""
     return math.lgamma(dim / 2) - math.log(2.0) - dim / 2 * math.log(math.pi)
 
 
 def stirling_tail(x: Tensor) -> Tensor:
-    """S(x) = lgamma(x) - [(x - 1/2) log x - x + log(2 pi)/2], for x >= 8 in float32 and x >= 16 in float64."""
+    """S(x) = lgamma(x) - [(x - 1/2) log x - x + log(2 pi)/2], for x >= 8 in float32 and x >= 16 in
+    float64."""
     return _odd_series(x, _STIRLING[: _TERMS[x.dtype]])
 
 
@@ -58,29 +66,32 @@ def digamma_tail(x: Tensor) -> Tensor:
 
 
 def series_shift(dim: int, dtype: torch.dtype) -> int:
-    """How far the gamma arguments are shifted upwards so that every series is exact in `dtype`."""
+    """Upward shift of the gamma arguments that makes every series exact in `dtype`."""
     return max(0, math.ceil(_SMALLEST_SERIES_ARGUMENT[dtype] - (dim - 1) / 2))
 
 
 def log_density_ratio(concentration: Tensor, cosine: Tensor, dim: int) -> Tensor:
-    """Log-density of the Power Spherical distribution relative to the uniform one, elementwise, in nats.
+    """Log-density of the Power Spherical distribution relative to the uniform one, elementwise, in
+    nats.
 
     Args:
         concentration: kappa >= 0, any shape, float32 or float64.
-        cosine: mu.z, same dtype, a shape that broadcasts with `concentration`. 1 + cos is clamped from below at
-            `ONE_PLUS_COS_MIN`; where the clamp acts the derivative with respect to the cosine is 0.
+        cosine: mu.z, same dtype, a shape that broadcasts with `concentration`. 1 + cos is clamped
+            from below at `ONE_PLUS_COS_MIN`; where the clamp acts the derivative with respect to
+            the cosine is 0.
         dim: D, the dimension of the space the sphere lies in, at least 2.
 
     Returns:
         F(kappa, cos) of the broadcast shape; differentiable twice in both arguments.
     """
-    concentration, cosine = torch.broadcast_tensors(concentration, cosine)  # type: ignore[no-untyped-call]
-    value: Tensor = _LogDensityRatio.apply(concentration, cosine, dim)
+    broadcast: Any = torch.broadcast_tensors
+    value: Tensor = _LogDensityRatio.apply(*broadcast(concentration, cosine), dim)
     return value
 
 
 def concentration_derivative(concentration: Tensor, cosine: Tensor, dim: int) -> Tensor:
-    """dF/dkappa of `log_density_ratio`, with the same arguments. It is 0 where kappa is optimal for the cosine."""
+    """dF/dkappa of `log_density_ratio`, with the same arguments. It is 0 where kappa is optimal for
+    the cosine."""
     b = (dim - 1) / 2
     n = series_shift(dim, concentration.dtype)
     a, s = b + concentration, 2 * b + concentration
@@ -99,12 +110,13 @@ def cosine_derivative(concentration: Tensor, cosine: Tensor) -> Tensor:
 def kl_to_uniform(k: Tensor, dim: int) -> Tensor:
     """KL(PS || uniform) in nats, elementwise in the concentration k (float32 or float64).
 
-    It is F - k dF/dk of ops.power_spherical, at any cosine, with that module's p, q, a', s' and shift n. Its terms of
-    first order in k cancel; struck out by hand, they leave terms that are all of second order, as KL itself is near
-    0. With g(x) = x - log1p(x), x = kb/(a'p), x_i = kb/((a+i)(2b+i)) and S's divergence B from
-    q to q + k and from p to p + k (`_tail_divergence`):
+    It is F - k dF/dk of ops.power_spherical, at any cosine, with that module's p, q, a', s' and
+    shift n. Its terms of first order in k cancel; struck out by hand, they leave terms that are all
+    of second order, as KL itself is near 0. With g(x) = x - log1p(x), x = kb/(a'p), x_i =
+    kb/((a+i)(2b+i)) and S's divergence B from q to q + k and from p to p + k (`_tail_divergence`):
 
-        KL = b log1p(q k^2/(p (a'p + kn))) - b g(kn/(a'p)) - (n - 1/2) g(-x) + k x/(2s') + B(q) - B(p)
+        KL = b log1p(q k^2/(p (a'p + kn))) - b g(kn/(a'p)) - (n - 1/2) g(-x) + k x/(2s') + B(q) -
+        B(p)
              + sum_{i<n} [g(-x_i) + k x_i/(s+i)]
     """
     b = (dim - 1) / 2
@@ -122,18 +134,19 @@ def kl_to_uniform(k: Tensor, dim: int) -> Tensor:
 
 
 class _LogDensityRatio(torch.autograd.Function):
-    """The value with its analytic derivatives: autograd of the value would subtract terms of size k/(1 + c)."""
+    """The value with its analytic derivatives: autograd of the value would subtract terms of size
+    k/(1 + c)."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, concentration: Tensor, cosine: Tensor, dim: int) -> Tensor:
+    def forward(ctx: Any, concentration: Tensor, cosine: Tensor, dim: int) -> Tensor:
         ctx.save_for_backward(concentration, cosine)
-        ctx.dim = dim  # type: ignore[attr-defined]
+        ctx.dim = dim
         return _value(concentration, cosine, dim)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        concentration, cosine = ctx.saved_tensors  # type: ignore[attr-defined]
-        to_concentration = grad * concentration_derivative(concentration, cosine, ctx.dim)  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        concentration, cosine = ctx.saved_tensors
+        to_concentration = grad * concentration_derivative(concentration, cosine, ctx.dim)
         return to_concentration, grad * cosine_derivative(concentration, cosine), None
 
 
@@ -155,7 +168,8 @@ def _value(k: Tensor, cosine: Tensor, dim: int) -> Tensor:
 
 
 def _log_slope(k: Tensor, cosine: Tensor, b: float, n: int) -> Tensor:
-    """log[(1 + c) s'/(2a')], as log1p(t) where t is small and from its factors far below the optimum."""
+    """log[(1 + c) s'/(2a')], as log1p(t) where t is small and from its factors far below the
+    optimum."""
     a, s = b + n + k, 2 * b + n + k
     one_plus_cosine = (1 + cosine).clamp(min=ONE_PLUS_COS_MIN)
     clamped_cosine = torch.where(1 + cosine < ONE_PLUS_COS_MIN, ONE_PLUS_COS_MIN - 1, cosine)
@@ -167,7 +181,8 @@ def _log_slope(k: Tensor, cosine: Tensor, b: float, n: int) -> Tensor:
 
 
 def _log1p_gap(x: Tensor) -> Tensor:
-    """x - log1p(x) for -1/2 <= x <= 1 without cancellation: log1p(x) = 2 atanh(r), r = x/(2 + x), x - 2r = xr."""
+    """x - log1p(x) for -1/2 <= x <= 1 without cancellation: log1p(x) = 2 atanh(r), r = x/(2 + x), x
+    - 2r = xr."""
     r = x / (2 + x)
     square = r * r
     tail = torch.zeros_like(x)
@@ -177,7 +192,8 @@ def _log1p_gap(x: Tensor) -> Tensor:
 
 
 def _tail_divergence(x: float, k: Tensor) -> Tensor:
-    """S(x) - S(y) + k S'(y) at y = x + k, for Stirling's tail S(x) = sum_m c_m / x^m over odd m; without cancellation.
+    """S(x) - S(y) + k S'(y) at y = x + k, for Stirling's tail S(x) = sum_m c_m / x^m over odd m;
+    without cancellation.
 
     With u = 1/x and v = 1/y the term of order m is c_m u (k v)^2 sum_{j<m} (j + 1) u^(m-1-j) v^j.
     """

@@ -1,4 +1,5 @@
-"""The first convolution of a ResNet over blocks of 2x2 pixels, see `vi_simsiam.kernels.stem_convolution`."""
+"""The first convolution of a ResNet over blocks of 2x2 pixels, see
+`vi_simsiam.kernels.stem_convolution`."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ def stem_convolution(images: Tensor, weight: Tensor) -> Tensor:
 
 
 class _OverBlocks(torch.autograd.Function):
-    """The weight of the convolution over pixels (C, 3, 7, 7) as one over blocks, (C, 16, 4, 4), channels last."""
+    """The weight of the convolution over pixels (C, 3, 7, 7) as one over blocks, (C, 16, 4, 4),
+    channels last."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
-"""BatchNorm of several views, ReLU and max-pool in one, as they follow the first convolution of a ResNet.
+"""BatchNorm of several views, ReLU and max-pool in one, as they follow the first convolution of a
+ResNet.
 
-The meaning of the groups is that of `batch_norm_act`: each is a view, normalised by its own statistics, and running
-statistics are updated by the views in turn. The pool is that of a ResNet: 3 x 3, stride 2, padding 1. What the fused kernels
-compute and move is described in kernels/stem_pool.py: forward is two launches, and so is backward.
+The meaning of the groups is that of `batch_norm_act`: each is a view, normalised by its own
+statistics, and running statistics are updated by the views in turn. The pool is that of a ResNet: 3
+x 3, stride 2, padding 1. What the fused kernels compute and move is described in
+kernels/stem_pool.py: forward is two launches, and so is backward.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from vi_simsiam.ops.batch_norm import (
     choose_fused,
     multiprocessors,
 )
-from vi_simsiam.ops.multiview_loss_launch import new_tickets
+from vi_simsiam.ops.tickets import new_tickets
 
 if TYPE_CHECKING:
     from vi_simsiam.kernels import batch_norm
@@ -47,10 +49,12 @@ def batch_norm_relu_max_pool(
     eps: float = 1e-5,
     backend: str = "auto",
 ) -> Tensor:
-    """max_pool2d(relu(batch_norm(x)), 3, stride=2, padding=1) in training mode, each group normalised by its own statistics.
+    """max_pool2d(relu(batch_norm(x)), 3, stride=2, padding=1) in training mode, each group
+    normalised by its own statistics.
 
-    Where values of a window are equal, the first one gets the gradient. The fused backend compares before it rounds;
-    channels whose weight is 0 pass the gradient, which reaches the weight and the bias alone, to the largest x.
+    Where values of a window are equal, the first one gets the gradient. The fused backend compares
+    before it rounds; channels whose weight is 0 pass the gradient, which reaches the weight and the
+    bias alone, to the largest x.
 
     Args:
         x: (N, C, height, width), for the fused backend in channels_last.
@@ -59,11 +63,12 @@ def batch_norm_relu_max_pool(
         groups: how many views of equally many images x holds, one after the other.
         momentum: weight of a group's statistics in the running ones.
         eps: added to the variance.
-        backend: "eager", "triton" (fused, once differentiable), or "auto": triton for CUDA tensors where it runs, and
-            under TRITON_INTERPRET=1. Compiled code takes the pool from PyTorch.
+        backend: "eager", "triton" (fused, once differentiable), or "auto": triton for CUDA tensors
+            where it runs, and under TRITON_INTERPRET=1. Compiled code takes the pool from PyTorch.
 
     Returns:
-        (N, C, (height + 1) // 2, (width + 1) // 2) in x's dtype; of the fused backend in channels_last.
+        (N, C, (height + 1) // 2, (width + 1) // 2) in x's dtype; of the fused backend in
+        channels_last.
 
     Raises:
         InputError: a shape, layout, number of groups or backend that is not accepted.
@@ -100,7 +105,8 @@ def _check(x: Tensor, groups: int) -> None:
         raise InputError(f"groups: {groups} must divide the batch of {len(x)}")
     if x.numel() <= groups * x.shape[1]:
         raise InputError(
-            f"x: shape {shape} in {groups} groups must hold more than one value per channel and group"
+            f"x: shape {shape} in {groups} groups must hold more than one value "
+            "per channel and group"
         )
 
 
@@ -146,7 +152,7 @@ class _StemPool(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        from vi_simsiam.kernels import stem_pool as kernel
+        from vi_simsiam.kernels import stem_pool_backward as kernel
 
         x, taken, codes, weight, bias, statistics = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=_LAYOUT)

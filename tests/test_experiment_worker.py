@@ -1,0 +1,223 @@
+"""The process of a run: it trains and measures, and continues where an earlier one ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from experiment_cases import spec, tiny_config
+
+from vi_simsiam.engine.run import load_run
+from vi_simsiam.errors import InputError, TrainingError
+from vi_simsiam.evaluation.results import unpack_bits
+from vi_simsiam.experiments import measure, worker
+
+KILLED = """
+    import os, signal, sys
+    from vi_simsiam.engine.monitor import Monitor
+    from vi_simsiam.experiments import worker
+    advance = Monitor.advance
+    def killed(self, step):
+        advance(self, step)
+        if step == 7:  # two steps after the checkpoint of the first epoch
+            os.kill(os.getpid(), signal.SIGKILL)
+    Monitor.advance = killed
+    worker.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_continues_to_the_result_of_an_uninterrupted_one(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(f"folder:{image_folder}", method="simsiam")
+    results = {}
+    for name in ("whole", "killed"):
+        given = spec(config, tmp_path / name, progress_every=1, measures=["knn200", "linear"])
+        folder, path = Path(given["folder"]), tmp_path / f"{name}.json"
+        path.write_text(json.dumps(given))
+        if name == "killed":
+            command = [sys.executable, "-c", textwrap.dedent(KILLED), str(path)]
+            assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+            assert (folder / "checkpoint.pt").is_file()
+            assert not (folder / "trained.json").exists()
+        assert worker.main([str(path)]) == 0
+        printed = capsys.readouterr().out
+        assert ("epoch 1/2" in printed, "epoch 2/2" in printed) == (name == "whole", True)
+        text = Path(given["result"]).read_text()
+        assert str(tmp_path) not in text
+        assert str(image_folder.parent) not in text
+        results[name] = json.loads(text)
+        assert results[name]["curve"].pop("knn200_seconds")[0] < results[name].pop("seconds")
+        results[name].pop("date")
+    assert results["whole"] == results["killed"]
+
+    found = results["whole"]
+    assert (found["steps"], found["images"], found["val_images"]) == (10, 40, 16)
+    assert found["data"] == f"folder:{image_folder.name}"
+    assert list(found["accuracy"]) == ["knn200", "linear", "linear_top5"]
+    assert list(found["correct"]) == ["knn200", "linear"]
+    for name, bits in found["correct"].items():
+        assert unpack_bits(bits, 16).double().mean() == found["accuracy"][name]
+    assert found["curve"]["epoch"][-1] == 2
+    assert found["curve"]["knn200_epoch"] == [1, 2]
+    assert found["curve"]["knn200"][-1] == found["accuracy"]["knn200"], "both use all images"
+
+    # As if killed once more, between the last checkpoint and the accuracy after it.
+    lines = (folder / "progress.jsonl").read_text().splitlines(keepends=True)
+    (folder / "progress.jsonl").write_text(lines[0])
+    (folder / "trained.json").unlink()
+    assert worker.train(config, folder, progress_every=1)["steps"] == 10
+    assert measure.progress_curve(folder / "progress.jsonl")["knn200"] == found["curve"]["knn200"]
+
+
+def _fail(*arguments: Any, **options: Any) -> Any:
+    raise RuntimeError("not to be called")
+
+
+def test_a_trained_run_is_only_measured(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(f"folder:{image_folder}", epochs=1)
+    given = spec(config, tmp_path, measures=["knn20", "logistic"])
+    folder, path = Path(given["folder"]), Path(given["result"])
+    monkeypatch.setattr(measure, "evaluate_uncertainty", lambda run, report: UNCERTAINTY)
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "measure_run", _fail)
+        with pytest.raises(RuntimeError, match="not to be called"):
+            worker.work(given)
+    assert not path.exists()
+    written = (folder / "checkpoint.pt").stat().st_mtime_ns
+    moved = dataclasses.replace(config, cache_dir=tmp_path / "elsewhere").to_dict()
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "Trainer", _fail)
+        line = worker.work({**given, "config": moved})
+        assert worker.work(given) == "measured before"
+    assert len(list((tmp_path / "elsewhere").glob("*.pack"))) == 2, (
+        "images are found where they are"
+    )
+    assert (folder / "checkpoint.pt").stat().st_mtime_ns == written
+    result = json.loads(path.read_text())
+    shares = {name: f"{100 * share:.1f} %" for name, share in result["accuracy"].items()}
+    assert line == f"knn20 {shares['knn20']}  logistic {shares['logistic']}"
+    assert result["uncertainty"]["calibration_error"] == 0.25
+    path.unlink()
+    other = {**given, "config": dataclasses.replace(config, lr=0.3).to_dict()}
+    with pytest.raises(InputError, match="was trained with another configuration: lr: 0.02 -> 0.3"):
+        worker.work(other)
+
+    worker.work({**given, "val_images": 6, "measures": ["knn20"]})
+    assert json.loads(path.read_text())["val_images"] == 6
+    val = load_run(folder, device="cpu", workers=0).splits.val
+    assert val is not None
+    assert np.bincount(measure.at_most(val, 6).labels).tolist() == [3, 3], "drawn class by class"
+    assert measure.at_most(val, 16) is val
+
+
+def test_a_loss_that_is_not_finite_is_a_result(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = spec(tiny_config(f"folder:{image_folder}", lr=1e30), tmp_path)
+    line = worker.work(given)
+    assert re.fullmatch(r"diverged: the loss is not finite at step \d+ \(epoch 1\)", line)
+    text = Path(given["result"]).read_text()
+    assert str(tmp_path) not in text
+    result = json.loads(text)
+    assert (f"diverged: {result['diverged']}", result["accuracy"]) == (line, {})
+    Path(given["result"]).unlink()
+
+    def fail(*arguments: object) -> None:
+        raise TrainingError("a worker died")
+
+    monkeypatch.setattr(worker, "train", fail)
+    with pytest.raises(TrainingError, match="a worker died"):
+        worker.work(given)
+    assert not Path(given["result"]).exists()
+
+
+def test_a_run_ends_with_the_command_that_started_it(image_folder: Path, tmp_path: Path) -> None:
+    given = spec(tiny_config(f"folder:{image_folder}", epochs=100_000), tmp_path)
+    path = tmp_path / "spec.json"
+    path.write_text(json.dumps(given))
+    gone = 2**22 + 1  # above the largest number of a process
+    # The signal may arrive before the trainer handles it, and would then end the tests.
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        assert worker.main([str(path), "--parent", str(gone)]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def scores(key: str, **values: float) -> dict[str, Any]:
+    """A part of an uncertainty.json with one figure of every score."""
+    return {"scores": {score: {key: value} for score, value in values.items()}}
+
+
+UNCERTAINTY: dict[str, Any] = {
+    "calibration": {"error": 0.25},
+    "misclassification": {
+        "scores": {
+            "kappa": {"auroc": 0.7, "aurc": 0.2, "augrc": 0.1},
+            "contrast": {"auroc": 0.6, "aurc": 0.3, "augrc": 0.05},
+            "jpeg_size": {"auroc": 0.5, "aurc": 0.4, "augrc": 0.2},
+            "softmax": {"auroc": 0.99, "aurc": 0.01, "augrc": 0.01},
+        }
+    },
+    "retrieval": {
+        "validation": {"seen_classes": True, "scores": {"kappa": 0.6, "contrast": None}},
+        "digits": {
+            "seen_classes": False,
+            "scores": {"kappa": 0.4, "contrast": 0.3, "jpeg_size": 0.2},
+        },
+    },
+    "ood": {
+        "cats": scores("auroc", kappa=0.9, contrast=0.5, jpeg_size=0.8),
+        "dogs": scores("auroc", kappa=0.5, contrast=1.0, jpeg_size=0.5),
+    },
+    "corruptions": {
+        "blur": scores("spearman", kappa=0.5, contrast=-0.5),
+        "noise": scores("spearman", kappa=1.0, contrast=0.0),
+    },
+}
+
+
+def test_uncertainty_is_flattened_beside_the_best_trivial_score() -> None:
+    wanted: dict[str, tuple[float, float, str]] = {
+        "auroc_misclassification": (0.7, 0.6, "contrast"),
+        "aurc": (0.2, 0.3, "contrast"),
+        "augrc": (0.1, 0.05, "contrast"),
+        "auroc_retrieval_unseen": (0.4, 0.3, "contrast"),
+        "ood_auroc": (0.7, 0.75, "contrast"),
+        "ood_auroc_cats": (0.9, 0.8, "jpeg_size"),
+        "ood_auroc_dogs": (0.5, 1.0, "contrast"),
+        "spearman_corruption": (0.75, -0.25, "contrast"),
+    }
+    found = measure.flat_uncertainty(UNCERTAINTY)
+    assert (found.pop("calibration_error"), found.pop("auroc_retrieval")) == (0.25, 0.6)
+    for name, (own, baseline, score) in wanted.items():
+        values = [found.pop(name), found.pop(f"{name}_baseline")]
+        assert values == pytest.approx([own, baseline])
+        assert found.pop(f"{name}_baseline_name") == score
+    assert not found
+
+
+def test_a_curve_keeps_its_ends_and_five_digits(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": i, "epoch": i / 10, "loss": 1 / 3 + i, "lr": 0.1} for i in range(1001)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = measure.curve(path)
+    assert list(found) == ["epoch", "loss"]
+    assert len(found["epoch"]) == measure.CURVE_POINTS
+    assert (found["epoch"][0], found["epoch"][-1]) == (0.0, 100.0)
+    gaps = np.diff(found["epoch"])
+    assert gaps.max() - gaps.min() < 0.11, "evenly apart, up to a line"
+    assert (found["loss"][0], found["loss"][-1]) == (0.33333, 1000.3)
+    assert measure.curve(tmp_path / "none.jsonl") == {}

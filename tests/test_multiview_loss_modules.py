@@ -1,0 +1,187 @@
+"""The losses as modules, options and backends that are refused, and the tickets of launches."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from losses import POWER_SPHERICAL, draw, every, on_cpu_only
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vi_simsiam.errors import BackendUnavailableError, InputError
+from vi_simsiam.functional import cosine_loss, power_spherical_loss
+from vi_simsiam.nn import CosineLoss, PowerSphericalLoss
+from vi_simsiam.ops import backends
+from vi_simsiam.ops import tickets as tickets_module
+from vi_simsiam.ops.tickets import _Tickets
+
+
+@every
+def test_modules_keep_their_options(backend: str) -> None:
+    p, z = draw(POWER_SPHERICAL, 2, 2, 5, 17)
+    options = {"concentration_scale": 4.0, "concentration_min": 0.5, "reduction": "none"}
+    options |= {"concentration_link": "quadratic", "concentration_gain": 0.5, "cosine_weight": 2.0}
+    options |= {"loss_scale": 0.1}
+    module = PowerSphericalLoss(backend=backend, **options)
+    assert torch.equal(module(p, z), power_spherical_loss(p, z, backend=backend, **options))
+    assert repr(module) == (
+        f"PowerSphericalLoss(reduction='none', backend='{backend}', concentration_scale=4.0, "
+        "concentration_min=0.5, concentration_link='quadratic', concentration_gain=0.5, "
+        "cosine_weight=2.0, loss_scale=0.1)"
+    )
+    kappa = p[..., 17].abs()
+    given = PowerSphericalLoss(backend=backend)(p[..., :17], z, kappa)
+    assert torch.equal(
+        given, power_spherical_loss(p[..., :17], z, concentration=kappa, backend=backend)
+    )
+    cosine = CosineLoss(backend=backend, loss_scale=2.0)
+    assert torch.equal(
+        cosine(p[..., :17], z), cosine_loss(p[..., :17], z, backend=backend, loss_scale=2.0)
+    )
+    assert repr(cosine) == f"CosineLoss(reduction='mean', backend='{backend}', loss_scale=2.0)"
+
+
+POSITIVE, AT_LEAST_0 = "is not a positive number", "is not a number of at least 0"
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value", "message"),
+    [
+        (PowerSphericalLoss, "backend", "fast", "'fast' is none of auto, eager"),
+        (PowerSphericalLoss, "reduction", "sum", "'sum'"),
+        (PowerSphericalLoss, "concentration_scale", 0.0, f"0.0 {POSITIVE}"),
+        (PowerSphericalLoss, "concentration_scale", "2", f"'2' {POSITIVE}"),
+        (PowerSphericalLoss, "concentration_min", -1.0, f"-1.0 {AT_LEAST_0}"),
+        (PowerSphericalLoss, "concentration_gain", 0.0, f"0.0 {POSITIVE}"),
+        (PowerSphericalLoss, "concentration_link", "exp", "'exp' is none of"),
+        (PowerSphericalLoss, "cosine_weight", -1.0, f"-1.0 {AT_LEAST_0}"),
+        (PowerSphericalLoss, "loss_scale", math.inf, f"inf {POSITIVE}"),
+        (CosineLoss, "loss_scale", 0.0, f"0.0 {POSITIVE}"),
+        (CosineLoss, "loss_scale", torch.ones(()), rf"tensor\(1.\) {POSITIVE}"),
+        (CosineLoss, "backend", "gpu", "'gpu'"),
+    ],
+)
+def test_modules_refuse_wrong_options_at_once(
+    module: type, name: str, value: object, message: str
+) -> None:
+    with pytest.raises(InputError, match=f"{name}: {message}"):
+        module(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("concentration", "message"),
+    [
+        (torch.ones(2, 4), r"shape \(2, 4\) must be \(views, batch\) = \(2, 3\)"),
+        (torch.ones(2, 3, 1), r"shape \(2, 3, 1\) must be \(views, batch\)"),
+        ([torch.ones(3)] * 3, r"shape \(3, 3\)"),
+        ([torch.ones(3, 1)] * 2, r"shape \(3, 1\) must be \(batch,\)"),
+        (torch.ones(2, 3, device="meta"), "on meta"),
+    ],
+)
+def test_wrong_concentrations_are_named(concentration: object, message: str) -> None:
+    loc, z = torch.rand(2, 3, 8), torch.rand(2, 3, 8)
+    with pytest.raises(InputError, match=f"concentration: {message}"):
+        power_spherical_loss(loc, z, concentration=concentration)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"concentration_scale": 2.0},
+        {"concentration_min": 2.0},
+        {"concentration_link": "quadratic"},
+        {"concentration_gain": 0.5},
+    ],
+    ids=str,
+)
+def test_a_given_concentration_takes_no_options(option: dict[str, object]) -> None:
+    loc, z = torch.rand(2, 3, 8), torch.rand(2, 3, 8)
+    with pytest.raises(InputError, match="takes no concentration_scale, _min, _gain or _link"):
+        power_spherical_loss(loc, z, concentration=torch.ones(2, 3), **option)
+
+
+def test_types_of_concentrations_and_the_width_beside_them() -> None:
+    loc, z = torch.rand(2, 3, 8), torch.rand(2, 3, 8)
+    with pytest.raises(TypeError, match=r"concentration: dtype torch\.int32"):
+        power_spherical_loss(loc, z, concentration=torch.ones(2, 3, dtype=torch.int32))
+    with pytest.raises(TypeError, match="concentration: must be a tensor or a sequence"):
+        power_spherical_loss(loc, z, concentration=5.0)
+    with pytest.raises(InputError, match=r"last dimension 9 .* 8, or that padded to 16 columns"):
+        power_spherical_loss(torch.rand(2, 3, 9), z, concentration=torch.ones(2, 3))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("kind", ["sparse", "nested"])
+def test_tensors_that_are_not_dense_are_named(kind: str) -> None:
+    p, z = (x.float() for x in draw(POWER_SPHERICAL, 2, 2, 5, 17))
+    given = p.to_sparse() if kind == "sparse" else torch.nested.nested_tensor(list(p))
+    with pytest.raises(TypeError, match=f"predictions: must be dense, not .*{kind}"):
+        power_spherical_loss(given, z)
+
+
+@on_cpu_only
+def test_a_package_without_its_extension_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """auto goes on with what there is; the backend by name explains what is missing."""
+    monkeypatch.setattr(backends, "extension", lambda: None)
+    monkeypatch.setattr(
+        backends, "extension_problem", lambda: "the C++ extension does not load (no such file)"
+    )
+    p, z = draw(POWER_SPHERICAL, 2, 2, 5, 17)
+    assert torch.equal(power_spherical_loss(p, z), power_spherical_loss(p, z, backend="eager"))
+    with pytest.raises(BackendUnavailableError, match=r"'cpu' .* does not load \(no such file\)"):
+        power_spherical_loss(p, z, backend="cpu")
+
+
+def test_tickets_reserved_while_tracing_are_real(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.export runs under modes that make new tensors fake, which no later launch could use."""
+    made = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tickets_module, "new_tickets", lambda device: made.append(torch.zeros(3)))
+    with FakeTensorMode():
+        tickets_module.reserve_tickets("cuda", None)
+    assert [type(x) for x in made] == [Tensor]
+    tickets_module.reserve_tickets("cpu", None)
+    assert len(made) == 1
+
+
+def test_launches_that_may_overlap_have_their_own_tickets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for each stream and number, one for each captured launch, and always zeros."""
+    stream = SimpleNamespace(cuda_stream=1, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(tickets_module, "_TICKETS", 20)
+    tickets = _Tickets(torch.device("cpu"))
+    taken = [tickets.take(capturing, count) for capturing in (False, True) for count in (1, 2, 3)]
+    assert [len(x) for x in taken] == [1, 2, 3] * 2
+    assert tickets.take(False, 2) is taken[1]
+    captured = [tickets.take(True) for _ in range(30)]
+    stream.cuda_stream = 2
+    every = [*taken, *captured, tickets.take(False)]
+    assert all((x == 0).all() for x in every)
+    addresses = [x[i].data_ptr() for x in every for i in range(len(x))]
+    assert len(set(addresses)) == len(addresses) == 12 + 30 + 1
+
+
+@on_cpu_only
+def test_an_extension_that_does_not_fit_the_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checked before the first launch, once for each GPU; auto then takes another backend."""
+    said = "the extension holds no code for this GPU (compute capability 7.5)"
+    module = SimpleNamespace(multiview_loss_cuda=None, cuda_problem=lambda: said)
+    monkeypatch.setattr(backends, "extension", lambda: module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(backends, "_triton_problem", lambda: "Triton does not start")
+    backends._cuda_problem.cache_clear()
+    assert backends.why_unavailable("cuda", "cuda") == said
+    assert backends.choose_backend("auto", "cuda") == "eager"
+    with pytest.raises(BackendUnavailableError, match="'cuda' cannot run .* holds no code"):
+        backends.choose_backend("cuda", "cuda")
+    module.cuda_problem = lambda: None
+    backends._cuda_problem.cache_clear()
+    assert backends.choose_backend("auto", "cuda") == "cuda"
+    backends._cuda_problem.cache_clear()

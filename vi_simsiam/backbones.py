@@ -1,0 +1,88 @@
+"""torchvision's ResNets as backbones, and their ImageNet weights on this machine."""
+
+from __future__ import annotations
+
+import http.client
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+
+from vi_simsiam.config import Stem
+from vi_simsiam.downloads import patience
+from vi_simsiam.errors import InputError, none_of
+from vi_simsiam.normalisation import PerViewBatchNorm2d, make_fusible
+
+
+def build_backbone(
+    name: str, *, stem: Stem = "imagenet", pretrained: bool = False, zero_init_residual: bool = True
+) -> tuple[nn.Module, int]:
+    """A torchvision ResNet without its classifier, and the width of its pooled features.
+
+    Args:
+        name: a torchvision ResNet, ResNeXt or Wide ResNet.
+        stem: "imagenet" as in torchvision; "small" is a 3x3 convolution of stride 1, no max-pool.
+        pretrained: load torchvision's default ImageNet weights.
+        zero_init_residual: start every residual branch at zero (Goyal et al., arXiv 1706.02677).
+
+    Raises:
+        InputError: no torchvision ResNet of that name.
+    """
+    check_backbone(name)
+    network, features = plain_resnet(
+        name,
+        stem,
+        weights="DEFAULT" if pretrained else None,
+        zero_init_residual=zero_init_residual,
+        norm_layer=PerViewBatchNorm2d,
+    )
+    make_fusible(network)
+    return network, features
+
+
+def plain_resnet(name: str, stem: Stem, **options: Any) -> tuple[Any, int]:
+    """`build_backbone` without this package's layers; `options` go to torchvision."""
+    network = torchvision.models.get_model(name, **options)
+    features: int = network.fc.in_features
+    network.fc = nn.Identity()
+    if stem == "small":
+        network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        network.maxpool = nn.Identity()
+    return network, features
+
+
+def check_backbone(name: str) -> None:
+    """Raise InputError unless torchvision has a ResNet, ResNeXt or Wide ResNet of that name."""
+    models = torchvision.models.list_models(module=torchvision.models)
+    known = [model for model in models if "resne" in model]
+    if name not in known:
+        raise none_of("backbone", name, known)
+
+
+def fetch_weights(name: str, *, download: bool) -> None:
+    """Download a backbone's default ImageNet weights to torchvision's cache, if they are missing.
+
+    Raises:
+        InputError: no such backbone, or missing weights that cannot or must not be downloaded.
+    """
+    check_backbone(name)
+    weights = torchvision.models.get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    if file.is_file():
+        return
+    if not download:
+        raise InputError(
+            f"pretrained: no copy of the weights found (looked for {file}), and downloading is off"
+        )
+    try:
+        with patience():
+            weights.get_state_dict(check_hash=True)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
+        raise InputError(
+            f"pretrained: {weights.url} could not be downloaded ({reason}); "
+            f"a copy is recognised as {file}"
+        ) from error

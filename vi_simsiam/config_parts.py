@@ -1,0 +1,219 @@
+"""The parts of a training run's configuration: decoding, augmentation, model and loss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vi_simsiam.checks import (
+    INTERVAL,
+    NOT_NEGATIVE,
+    POSITIVE,
+    PROBABILITY,
+    SHARES,
+    at_least,
+    check_fields,
+    choice,
+    limited,
+    require,
+)
+from vi_simsiam.errors import InputError, none_of
+
+LEAST_SIZE = 8
+"""Smallest side of a view, in pixels."""
+
+Stem = Literal["imagenet", "small"]
+Link = Literal["softplus", "quadratic"]
+Concentration = Literal["sample", "constant", "global", "shuffled", "detached"]
+Frames = Literal["first", "all"]
+ValueRange = Literal["dtype", "file"] | tuple[float, float]
+
+_PIXELS = at_least(LEAST_SIZE, f"a number of pixels of at least {LEAST_SIZE}")
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Conversion of image files to 8-bit RGB, see `data.pixels`."""
+
+    background: str = "gray"
+    """Colour behind transparent pixels: a name (gray, white, black), #rrggbb or
+    rgb(128, 128, 128)."""
+    value_range: ValueRange = "dtype"
+    """Values of images deeper than 8 bits that become black and white: two numbers, dtype (the
+    whole range of the stored type; 0 and 1 for floats) or file (the smallest and largest value of
+    each image)."""
+    frames: Frames = "first"
+    """Frames of animations and multi-page TIFFs: the first one, or all, each as an image."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.background != "gray":
+            self.colour()
+        if isinstance(self.value_range, tuple):
+            numbers = [x for x in self.value_range if isinstance(x, int | float)]
+            rising = len(self.value_range) == len(numbers) == 2
+            rising = rising and -math.inf < numbers[0] < numbers[1] < math.inf
+            accepted = "two finite numbers, the smaller one first"
+            require("value_range", self.value_range, rising, accepted)
+        elif self.value_range not in ("dtype", "file"):
+            raise none_of("value_range", self.value_range, ("LOW HIGH", "dtype", "file"))
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> DecodeConfig:
+        """The inverse of `dataclasses.asdict`, also after conversion to JSON and back."""
+        return cls(**tuples(plain))
+
+    def colour(self) -> tuple[int, int, int]:
+        """Red, green and blue of the background, from 0 to 255.
+
+        Raises:
+            InputError: `background` is not an opaque colour.
+        """
+        from PIL import ImageColor
+
+        try:
+            red, green, blue, *alpha = ImageColor.getrgb(self.background)
+        except ValueError:
+            alpha = [0]
+        accepted = "an opaque colour such as gray, white, #ff8000 or rgb(255, 128, 0)"
+        require("background", repr(self.background), alpha in ([], [255]), accepted)
+        return red, green, blue
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random views of an image; the defaults are SimSiam's (arXiv 2011.10566, section 3)."""
+
+    size: int = limited(224, _PIXELS)
+    """Side of the two global views, in pixels."""
+    crop_scale: tuple[float, float] = limited((0.2, 1.0), SHARES)
+    """Share of the image's area that a global view covers."""
+    crop_ratio: tuple[float, float] = limited((3 / 4, 4 / 3), INTERVAL)
+    """Aspect ratio of a crop, width over height."""
+    local_views: int = limited(0, (lambda n: 0 <= n <= 14, "between 0 and 14"))
+    """Number of additional small views (multi-crop); they predict the global views, and are not
+    predicted themselves."""
+    local_size: int = limited(96, _PIXELS)
+    """Side of the local views, in pixels."""
+    local_scale: tuple[float, float] = limited((0.05, 0.14), SHARES)
+    """Share of the image's area that a local view covers."""
+    jitter: tuple[float, float, float, float] = limited(
+        (0.4, 0.4, 0.4, 0.1),
+        (
+            lambda x: all(0 <= strength < math.inf for strength in x) and x[3] <= 0.5,
+            "four numbers of at least 0, hue at most 0.5",
+        ),
+    )
+    """Strength of brightness, contrast, saturation and hue jitter."""
+    jitter_prob: float = limited(0.8, PROBABILITY)
+    grayscale_prob: float = limited(0.2, PROBABILITY)
+    blur_prob: float = limited(0.5, PROBABILITY)
+    blur_sigma: tuple[float, float] = limited((0.1, 2.0), INTERVAL)
+    """Range of the Gaussian blur's standard deviation, in pixels."""
+    flip_prob: float = limited(0.5, PROBABILITY)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+POLICIES: dict[str, AugmentConfig] = {
+    "simsiam": AugmentConfig(),
+    # Caron et al., arXiv 2006.09882: two global and six local crops.
+    "multicrop": AugmentConfig(crop_scale=(0.14, 1.0), local_views=6),
+    # SimSiam's views at 128 pixels, as in lightly's ImageNette benchmark.
+    "lightly-imagenette": AugmentConfig(size=128),
+    # The middle of the image, the same in both views.
+    "none": AugmentConfig(
+        crop_scale=(1.0, 1.0),
+        crop_ratio=(1.0, 1.0),
+        jitter_prob=0.0,
+        grayscale_prob=0.0,
+        blur_prob=0.0,
+        flip_prob=0.0,
+    ),
+}
+
+
+def policy(name: str) -> AugmentConfig:
+    """The named augmentation policy. Raises InputError for an unknown name."""
+    choice("policy", name, tuple(POLICIES))
+    return POLICIES[name]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Backbone, projector and predictor."""
+
+    backbone: str = "resnet18"
+    """Any torchvision ResNet by name."""
+    stem: Stem = "imagenet"
+    """First layers: "imagenet" (7x7 stride 2, max-pool), or "small" (3x3 stride 1) for images of
+    28 to 64 pixels."""
+    pretrained: bool = False
+    """Start from torchvision's ImageNet weights."""
+    dim: int = limited(2048, at_least(2))
+    """D: dimension of the space the representations live in."""
+    projector_hidden: int = limited(512, at_least(1))
+    predictor_hidden: int = limited(512, at_least(1))
+    local_predictor: bool = False
+    """A second predictor, for views that are smaller than the first one (multi-crop)."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.pretrained and self.stem != "imagenet":
+            raise InputError("pretrained: ImageNet weights need stem 'imagenet'")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The concentration kappa and the scale of the loss; SimSiam uses only `loss_scale`."""
+
+    concentration: Concentration = "sample"
+    """Source of kappa. "sample": predicted for every sample (VI-SimSiam). Controls: "constant"
+    (concentration-value), "global" (one learned number), "shuffled" (in training every sample gets
+    the kappa of another one), "detached" (SimSiam's loss with factor 1 trains the network, and the
+    likelihood with factor loss-scale trains kappa on top of it; clip-norm counts both
+    gradients)."""
+    concentration_value: float | None = None
+    """kappa/(D - 1) where the concentration is "constant"."""
+    concentration_max: float | None = None
+    """Upper bound of kappa, approached smoothly; None for none."""
+    concentration_scale: float | None = limited(None, POSITIVE)
+    """Factor on the link; None for D - 1."""
+    concentration_min: float = limited(0.0, NOT_NEGATIVE)
+    """Lower bound of the concentration kappa."""
+    concentration_link: Link = "quadratic"
+    """Function from the last layer's output to kappa: quadratic, with a gradient that does not
+    vanish, or softplus."""
+    concentration_gain: float = limited(4.0, POSITIVE)
+    """Factor on the quadratic link's input, over sqrt(predictor-hidden); with a larger one kappa
+    differs between images sooner, and swings more."""
+    cosine_weight: float = limited(1.0, NOT_NEGATIVE)
+    """Weight of SimSiam's loss beside the likelihood's; 0 for the paper's loss. No effect with
+    frozen-run or "detached"."""
+    loss_scale: float | None = limited(None, POSITIVE)
+    """Factor on the likelihood's loss, or on SimSiam's; None for 1/(D - 1) with vi-simsiam and 1
+    with simsiam."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        value, maximum = self.concentration_value, self.concentration_max
+        constant = self.concentration == "constant"
+        if constant:
+            fits = value is not None and 0 < value < math.inf
+            require("concentration_value", value, fits, "a positive number")
+        else:
+            accepted = "None unless concentration is 'constant'"
+            require("concentration_value", value, value is None, accepted)
+        if maximum is not None:
+            above = self.concentration_min < maximum < math.inf
+            accepted = f"above concentration_min, {self.concentration_min}"
+            require("concentration_max", maximum, above, accepted)
+            accepted = "None where concentration is 'constant'"
+            require("concentration_max", maximum, not constant, accepted)
+
+
+def tuples(plain: dict[str, Any]) -> dict[str, Any]:
+    """`plain` with tuples for the lists that JSON makes of them."""
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in plain.items()}

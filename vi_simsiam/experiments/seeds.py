@@ -1,0 +1,264 @@
+"""Several runs that differ in their seed, at the same time on one device, each in a process.
+
+A small network leaves most of a GPU idle, so runs that share it finish sooner than one after the
+other. Each run is the same as `vi-simsiam train --seed N` alone, in a folder of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vi_simsiam.data.decoding import cores
+from vi_simsiam.engine.checkpoint import write_json
+from vi_simsiam.engine.processes import INTERRUPTED, Process, last_line
+from vi_simsiam.engine.run import CHECKPOINT, METRICS
+from vi_simsiam.engine.verdict import problem
+from vi_simsiam.errors import InputError
+from vi_simsiam.experiments.runner import holds, outcome, say, supervise
+
+SEEDS = "seeds.json"
+_TRAIN = (sys.executable, "-m", "vi_simsiam", "train")
+# Options that every run gets anew, and those that a resumed run has from its config.json; the value
+# is True if an argument follows the option.
+_OWN_OPTIONS = {
+    "--seeds": True, "--seed": True, "--out": True, "--resume": False, "--no-resume": False,
+    "--overwrite": False, "--no-overwrite": False,
+}  # fmt: skip
+_FIRST_OPTIONS = {"--config": True, "--preset": True, "--policy": True}
+_EVALUATIONS = {"kNN": "knn.json", "linear": "linear.json"}
+
+
+class _Seed(Process):
+    """One run, and the process that trains it; `seconds` are those of this session."""
+
+    def __init__(self, out: Path, before: dict[str, Any]) -> None:
+        self.seed = before["seed"]
+        self.name, self.folder = f"seed {self.seed}", out / f"seed-{self.seed}"
+        super().__init__(out / f"seed-{self.seed}.log")
+        if before["exit"] == 0:  # an earlier session finished it
+            self.exit, self.seconds = 0, before["seconds"]
+
+    def train(self, words: Sequence[str], threads: int, *, resume: bool) -> None:
+        """Start the process; on resume its output is appended to the log."""
+        words = [*words, "--seed", str(self.seed), "--out", str(self.folder)]
+        if resume and (self.folder / CHECKPOINT).is_file():
+            words = [*_without(words, _FIRST_OPTIONS), "--resume"]
+        elif resume:  # the run may have left a folder without a checkpoint
+            words = [*words, "--overwrite"]
+        self.start(words, threads=threads, append=resume)
+
+    def result(self) -> dict[str, Any]:
+        """The run's entry in seeds.json."""
+        top1 = {name: _top1(self.folder / file) for name, file in _EVALUATIONS.items()}
+        return {
+            "seed": self.seed,
+            "folder": self.folder.name,
+            "state": self.state,
+            "exit": self.exit,
+            "process": self.pid,
+            "seconds": round(self.seconds, 3),
+            "metrics": _last_metrics(self.folder / METRICS),
+            "top1": {name: share for name, share in top1.items() if share is not None},
+        }
+
+    def line(self) -> str:
+        """The outcome of the run."""
+        if self.exit != 0:
+            return outcome(self.name, self, None)
+        result, last = self.result(), last_line(self.log)
+        top1 = [f"{name} top-1 {100 * share:.1f} %" for name, share in result["top1"].items()]
+        done, trouble = "  ".join(top1) or last, problem(result["metrics"] or {})
+        if trouble not in done:  # the last line of a log may be the verdict
+            done += f"  {trouble}"
+        return outcome(self.name, self, done)
+
+
+def run_seeds(
+    arguments: Sequence[str],
+    seeds: int | None,
+    first_seed: int,
+    out: Path,
+    *,
+    command: Sequence[str] = _TRAIN,
+    console: Console | None = None,
+) -> int:
+    """Train several seeds at the same time, each in OUT/seed-N with its output in OUT/seed-N.log.
+
+    Prints the state of every run, its result at the end, and the number of runs an hour;
+    OUT/seeds.json holds the same. A run that fails does not affect the others. SIGINT and SIGTERM
+    are passed on to all runs, which save a checkpoint; `--resume` continues the unfinished ones.
+
+    Args:
+        arguments: those of `vi-simsiam train`. On --resume they are added to those that the runs
+            were started with.
+        seeds: number of runs; None on --resume for the same number as before.
+        first_seed: seed of the first run; ignored on --resume.
+        out: folder of all runs.
+        command: started for each run.
+        console: where to print; None for standard output.
+
+    Returns:
+        The exit code: 0 all done, 1 a run failed, 130 interrupted.
+
+    Raises:
+        InputError: a number or folder that cannot be used.
+    """
+    console, out = console or Console(), out.absolute()
+    resume, overwrite = "--resume" in arguments, "--overwrite" in arguments
+    before = _check(out, seeds, first_seed, resume=resume, overwrite=overwrite)
+    given = [*before["arguments"], *_without(arguments, _OWN_OPTIONS)]
+    words = [*command, *given, *(["--overwrite"] if overwrite else [])]
+    runs = [_Seed(out, result) for result in before["runs"]]
+    pending = [run for run in runs if run.exit is None]
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+
+    def write() -> dict[str, Any]:
+        """Write seeds.json, so that even a killed command can be resumed; returns its content."""
+        seconds, finished = time.monotonic() - started, sum(run.exit == 0 for run in pending)
+        whole = not resume and all(run.exit is not None for run in runs)
+        content = {
+            "arguments": given,
+            "seconds": round(seconds, 3),
+            "runs_per_hour": round(3600 * finished / seconds, 3) if whole else None,
+            "runs": [run.result() for run in runs],
+        }
+        write_json(out / SEEDS, content)
+        return content
+
+    def start_all() -> None:
+        if waiting := [run for run in pending if run.state == "waiting"]:
+            for run in waiting:
+                run.train(words, max(1, cores() // len(waiting)), resume=resume)
+            write()
+
+    def ended(run: _Seed) -> None:
+        write()
+        say(console, run.line())
+
+    def table() -> Table:
+        """A line for every run: its state and the last line of its log."""
+        grid = Table.grid(padding=(0, 2))
+        for run in runs:
+            line = last_line(run.log)[: max(20, console.width - 24)]
+            grid.add_row(*map(escape, (run.name, run.state, line)))
+        return grid
+
+    interrupted = supervise(pending, console, table=table, ended=ended, start_more=start_all)
+    return _report(out, write(), console, interrupted=interrupted)
+
+
+def _report(out: Path, content: dict[str, Any], console: Console, *, interrupted: bool) -> int:
+    """Print the results of all runs together; returns the exit code."""
+    runs, rate = content["runs"], content["runs_per_hour"]
+    done = sum(run["exit"] == 0 for run in runs)
+    for name in _EVALUATIONS if done == len(runs) else ():
+        shares = [100 * run["top1"][name] for run in runs if name in run["top1"]]
+        if len(shares) > 1:
+            mean, sd = statistics.mean(shares), statistics.stdev(shares)
+            text = f"{name} top-1: mean {mean:.1f} %, standard deviation {sd:.1f} %"
+            say(console, f"{text} over {len(shares)} seeds")
+    pace = f", {rate:.3g} runs/hour ({content['seconds']:.0f} s)" if rate else ""
+    again = f"; go on with: vi-simsiam train --out {out} --resume" if done < len(runs) else ""
+    say(console, f"{done} of {len(runs)} runs done{pace}{again}")
+    if done == len(runs):
+        return 0
+    return INTERRUPTED if interrupted else 1
+
+
+def _check(
+    out: Path, seeds: int | None, first_seed: int, *, resume: bool, overwrite: bool
+) -> dict[str, Any]:
+    """Refuse what cannot be used; returns the content of seeds.json, or that of a new one."""
+    if resume and overwrite:
+        raise InputError("resume, overwrite: only one of them can be given")
+    if "RANK" in os.environ:
+        raise InputError(
+            "seeds: not under torchrun; each run is one process, started with vi-simsiam train"
+        )
+    if seeds is not None and seeds < 1:
+        raise InputError(f"seeds: {seeds} is not accepted; it must be at least 1")
+    if not resume and seeds is None:
+        raise InputError("seeds: nothing given; it must be at least 1")
+    if first_seed < 0 or first_seed + (seeds or 1) > 2**63:
+        raise InputError(
+            f"seed: {first_seed} is not accepted; it must be at least 0, and the last one below "
+            "2**63"
+        )
+    file = out / SEEDS
+    if seeds is not None and not resume:
+        if holds(out, SEEDS) and not overwrite:
+            raise InputError(
+                f"out: {out} already holds runs; say --resume to go on or --overwrite to replace "
+                "them"
+            )
+        runs = [{"seed": first_seed + i, "exit": None} for i in range(seeds)]
+        return {"arguments": [], "runs": runs}
+    if not file.is_file():
+        raise InputError(f"resume: {out} holds no {SEEDS} to go on from")
+    try:
+        before: dict[str, Any] = json.loads(file.read_text())
+        intact = bool(before["runs"]) and all(isinstance(word, str) for word in before["arguments"])
+        intact = intact and all({"exit", "seconds"} <= run.keys() for run in before["runs"])
+        intact = intact and all(isinstance(run["seed"], int) for run in before["runs"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        intact = False
+    if not intact:
+        raise InputError(f"resume: {file} is damaged")
+    for run in before["runs"]:
+        if _is_running(run.get("process"), out / f"seed-{run['seed']}"):
+            raise InputError(
+                f"resume: seed {run['seed']} in {out} is still running, as process {run['process']}"
+            )
+    if seeds not in (None, len(before["runs"])):
+        raise InputError(f"seeds: {out} was started with {len(before['runs'])} seeds, not {seeds}")
+    return before
+
+
+def _is_running(process: object, folder: Path) -> bool:
+    """Return True if this process trains into `folder`; its number may be another program's."""
+    try:
+        return os.fsencode(folder) in Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+    except OSError:  # it has ended, or this is no Linux
+        return False
+
+
+def _without(arguments: Sequence[str], options: dict[str, bool]) -> list[str]:
+    """`arguments` without `options` and, where the option's value is True, what follows them."""
+    kept, skip = [], False
+    for word in arguments:
+        name, equals, _ = word.partition("=")
+        if skip:
+            skip = False
+        elif name in options:
+            skip = options[name] and not equals
+        else:
+            kept.append(word)
+    return kept
+
+
+def _last_metrics(path: Path) -> dict[str, Any] | None:
+    """The last line of metrics.jsonl if it is complete."""
+    with contextlib.suppress(ValueError):
+        metrics = json.loads(last_line(path))
+        return metrics if isinstance(metrics, dict) else None
+    return None
+
+
+def _top1(path: Path) -> float | None:
+    """The trained encoder's accuracy in a result file."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return float(json.loads(path.read_text())["top1"]["trained"])
+    return None
