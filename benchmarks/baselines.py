@@ -30,7 +30,7 @@ def textbook_loss(
     """Algorithm 1 as printed, from lgamma and log(1 + cos): the loss of every sample, (B,).
 
     It computes in the dtype of the predictions, but at least in float32. The merged form of the
-    library is meant to be more accurate.
+    library is meant to be more accurate. `form` must have a loss scale of 1.
     """
     dtype = torch.promote_types(predictions[0].dtype, torch.float32)
     dim = targets[0].shape[-1]

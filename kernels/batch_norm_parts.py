@@ -1,5 +1,4 @@
-"""Pieces that the BatchNorm kernels share: loads and stores of rows, a channel's numbers, and sums
-over programs."""
+"""Pieces that the BatchNorm kernels share: a channel's numbers, and sums over programs."""
 
 from __future__ import annotations
 

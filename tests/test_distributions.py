@@ -163,6 +163,20 @@ def test_divergence_and_its_gradient_keep_relative_accuracy(dim: int, dtype: tor
         assert slope == pytest.approx(exact_slope, rel=5 * EPS[dtype], abs=0)
 
 
+@pytest.mark.parametrize("kappa", [0.5, 20.0, 300.0])
+@pytest.mark.parametrize("dim", [2, 3, 16, 64])
+def test_agrees_with_the_power_spherical_package(dim: int, kappa: float) -> None:
+    other = pytest.importorskip("power_spherical")
+    p = PowerSpherical(random_loc(5, dim), kappa)
+    q = other.PowerSpherical(p.loc, p.concentration, validate_args=False)
+    value = random_loc(7, 5, dim, seed=1)
+    torch.testing.assert_close(p.log_prob(value), q.log_prob(value), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(p.entropy(), q.entropy(), rtol=1e-11, atol=1e-11)
+    # The package's mean has no batches.
+    single = other.PowerSpherical(p.loc[0], p.concentration[0], validate_args=False)
+    torch.testing.assert_close(p.mean[0], single.mean)
+
+
 @pytest.mark.parametrize("dim", [2, 5, 40])
 def test_gradients_match_finite_differences(dim: int) -> None:
     raw = (3 * random_loc(3, dim)).requires_grad_()

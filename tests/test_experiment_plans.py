@@ -11,7 +11,7 @@ import torch
 
 from vi_simsiam.config import PRESETS, SOFTPLUS, LossConfig, differing_fields
 from vi_simsiam.errors import InputError
-from vi_simsiam.experiments.catalogue import plan
+from vi_simsiam.experiments.catalogue import grid, plan
 from vi_simsiam.experiments.plan import Arm, PlanOptions
 
 NUMBERS = (
@@ -93,6 +93,7 @@ def test_both_methods_get_the_same_number_of_different_trials(trials: int) -> No
 
 
 def test_more_trials_than_settings_are_refused() -> None:
+    assert [sum(map(len, grid(method, 64))) for method in ("simsiam", "vi-simsiam")] == [36, 36]
     with pytest.raises(InputError, match=r"trials: 37 is not accepted; .* simsiam has 36 points"):
         plan("tuned", PlanOptions(trials=37))
 

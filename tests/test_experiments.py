@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -143,6 +144,16 @@ def test_two_commands_do_not_run_one_experiment(tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="another command is running the experiment"):
             run(planned, tmp_path, [])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks with fcntl")
+def test_a_disk_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(InputError, match=r"^out: .*\.lock cannot be locked"):
+        run(small_plan({"a": 0.1}), tmp_path / "out", [])
 
 
 def test_a_command_killed_before_its_plan_was_written_starts_again(

@@ -270,6 +270,7 @@ def test_extremes(backend: str, form: LossForm) -> None:
     if form.distribution == "power_spherical":
         p[:, 0, 20] = 1e6
         p[:, 1, 20] = -1e6
+        p[:, 5, 20] = -math.inf  # the least concentration
     leaf = p.clone().requires_grad_()
     loss = multiview_loss(leaf, z, form, reduction="none", backend=backend)
     loss[[0, 1, 2, 5, 6]].sum().backward()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -16,12 +16,16 @@ from vi_simsiam.ops.multiview_loss import LossForm, Reduction, check_reduction
 class _Loss(nn.Module):
     """Keeps the options of a loss function as attributes of these names."""
 
+    _names: ClassVar[tuple[str, ...]] = ("reduction", "backend", "loss_scale")
+    reduction: Reduction
+    backend: str
+    loss_scale: float
+
     def __init__(self, *, reduction: Reduction, backend: str, **options: Any) -> None:
         super().__init__()
         check_reduction(reduction)
         check_backend_name(backend)
-        self._names = ("reduction", "backend", *options)
-        for name, value in zip(self._names, (reduction, backend, *options.values()), strict=True):
+        for name, value in {"reduction": reduction, "backend": backend, **options}.items():
             setattr(self, name, value)
 
     def _options(self) -> dict[str, Any]:
@@ -29,7 +33,8 @@ class _Loss(nn.Module):
 
     def extra_repr(self) -> str:
         """The options, for repr()."""
-        return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+        options = self._options().items()
+        return ", ".join(f"{k}={v!r}" if isinstance(v, str) else f"{k}={v}" for k, v in options)
 
 
 class PowerSphericalLoss(_Loss):
@@ -47,6 +52,16 @@ class PowerSphericalLoss(_Loss):
     Raises:
         InputError: an option that is not accepted.
     """
+
+    _names = (
+        *("reduction", "backend", "concentration_scale", "concentration_min"),
+        *("concentration_link", "concentration_gain", "cosine_weight", "loss_scale"),
+    )
+    concentration_scale: float
+    concentration_min: float
+    concentration_link: Link
+    concentration_gain: float
+    cosine_weight: float
 
     def __init__(
         self,

@@ -11,8 +11,14 @@ COMMANDS = {
     "report": ("evaluate", "all results of a run in one HTML file"),
     "embed": ("use", "embeddings, kappa and neighbours of your images as a Parquet file"),
     "rank": ("use", "your most and least certain images"),
-    "export": ("use", "a run's weights for torchvision, timm, safetensors or ONNX"),
-    "experiment": ("experiment", "many runs with their statistics: table1, tuned, controls, ..."),
+    "export": (
+        "use",
+        "a run's weights for torchvision, timm, safetensors or ONNX, with a model card",
+    ),
+    "experiment": (
+        "experiment",
+        "many runs with their statistics: table1, tuned, controls, stability, ...",
+    ),
     "pack": ("data", "decode images once into one file to train on"),
     "views": ("data", "a picture of some images and their random views"),
     "info": ("tools", "versions, devices, and which backends are available"),

@@ -39,7 +39,7 @@ class _Pack(SourceOptions):
 class _Views(SourceOptions):
     augment: Annotated[AugmentConfig, tyro.conf.arg(name="")]
     data: str = "fashion-mini"
-    """A folder of images, a pack file, or fashion-mini, cifar10, imagenette, imagewoof."""
+    """A folder, a pack file, or fashion-mini (embedded), cifar10, imagenette, imagewoof."""
     policy: str | None = None
     """simsiam, multicrop, lightly-imagenette or none to start from; None for those of `train`."""
     decode: Annotated[DecodeConfig, tyro.conf.arg(name="")] = field(default_factory=DecodeConfig)

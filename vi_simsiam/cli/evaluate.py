@@ -36,7 +36,7 @@ class _Linear(RunOptions):
 @dataclass(frozen=True)
 class _Logistic(RunOptions):
     c: float | None = None
-    """Inverse strength of the penalty; None to choose it on a fifth of the training images."""
+    """Inverse strength of the penalty; None to choose it on a held-out fifth of the training."""
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,9 @@ class _Train:
     preset: str | None = None
     """Fixed settings: default (SimSiam's at 224 pixels), demo or paper; None to fit the images."""
     settings: Annotated[Path | None, tyro.conf.arg(name="config")] = None
-    """Settings from a run's config.json or a YAML file, between the preset and the options."""
+    """Settings from a run's config.json or YAML; they override the preset, options them."""
     policy: str | None = None
-    """simsiam, multicrop, lightly-imagenette or none to start from; sizes stay --config's."""
+    """simsiam, multicrop, lightly-imagenette or none; overrides --config, except for sizes."""
     out: Path | None = None
     """Run folder; None for runs/DATA-METHOD-NNN, the first number that is free."""
     resume: bool = False

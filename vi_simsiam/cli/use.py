@@ -33,7 +33,7 @@ class _Images(SourceOptions):
     run: RunPath
     """A run folder."""
     images: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
-    """A folder (all images in it), an image, or a data set (its validation images, if any)."""
+    """A folder (at any depth), an image, or a data set (its validation images, if any)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     workers: int | None = None

@@ -3,7 +3,7 @@
 Two channels join the ranks. Tensors go over the process group (NCCL between GPUs, gloo between
 CPUs). Everything on the host's side (configurations, failures, waiting for rank 0 to prepare the
 data) goes over the rendezvous store: a rank that waits there is released as soon as another one
-fails, wherever in the program that is. A collective such as `all_gather_object` would hang instead.
+fails, wherever in the program that is. A collective of a failing rank would hang instead.
 """
 
 from __future__ import annotations

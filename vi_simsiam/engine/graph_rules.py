@@ -26,9 +26,8 @@ from vi_simsiam.errors import InputError
 
 _aten = torch.ops.aten
 _TORCH, _PYTHON = os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.__file__) + os.sep
-_OWN_FILES = {
-    os.path.join(os.path.dirname(__file__), name) for name in ("graph.py", "graph_rules.py")
-}
+_OWN_NAMES = ("graph.py", "graph_rules.py", "graph_state.py")
+_OWN_FILES = {os.path.join(os.path.dirname(__file__), name) for name in _OWN_NAMES}
 
 
 def check_state(state: Sequence[Any], device: torch.device) -> None:

@@ -313,8 +313,7 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     if device is None or device.type not in ("cpu", "cuda"):
         raise InputError(f"device: {name!r} is none of auto, cpu, cuda, cuda:N")
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
         raise InputError(f"device: {name!r} is not here ({count} CUDA devices found)")
     return device
 

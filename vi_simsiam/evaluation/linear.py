@@ -134,13 +134,13 @@ def evaluate_linear(features: FeatureSets, config: LinearConfig | None = None) -
     correct = {}
     for encoder, train in features.train.items():
         views = _views(features, kept, passes) if encoder == "trained" and passes else None
-        train, known = train.to(device), labels[kept].to(device)
-        probe = LinearProbe.fit(train[kept.to(device)], known, classes, config, views)
+        known = labels[kept].to(device)
+        probe = LinearProbe.fit(train[kept].to(device), known, classes, config, views)
         logits = probe(features.val[encoder].to(device)).cpu()
         scores["top1"][encoder] = accuracy(logits, features.val_labels, 1)
         scores["top5"][encoder] = accuracy(logits, features.val_labels, counted)
         correct[encoder] = pack_bits(logits.argmax(1) == features.val_labels)
-        fitted = probe(train).cpu()
+        fitted = probe(train.to(device)).cpu()
         scores["train_top1"][encoder] = accuracy(fitted[kept], labels[kept], 1)
         if len(held_out):
             scores["held_out_top1"][encoder] = accuracy(fitted[held_out], labels[held_out], 1)

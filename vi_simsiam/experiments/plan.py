@@ -64,7 +64,7 @@ class PlanOptions:
             raise InputError("arms: nothing is not accepted; name at least one")
 
     def to_dict(self) -> dict[str, Any]:
-        """The options as plain JSON types, with data sets by label (see `label`)."""
+        """The options as plain JSON types, with data sets by label (see `data_label`)."""
         plain = {item.name: getattr(self, item.name) for item in dataclasses.fields(PlanOptions)}
         plain["data"] = None if self.data is None else [data_label(spec) for spec in self.data]
         plain["arms"] = None if self.arms is None else list(self.arms)

@@ -93,8 +93,8 @@ def holds(out: Path, name: str) -> bool:
     if (out / name).is_file():
         return True
     # A killed command may leave its lock and a temporary file of `name`.
-    left = (".lock", f".{name}.")
-    if out.is_dir() and any(not path.name.startswith(left) for path in out.iterdir()):
+    names = [path.name for path in out.iterdir()] if out.is_dir() else []
+    if any(left != ".lock" and not left.startswith(f".{name}.") for left in names):
         raise InputError(f"out: {out} holds other files; give an empty or new folder")
     return False
 
@@ -111,6 +111,8 @@ def locked(path: Path, busy: str, *, seconds: float = 0.0) -> Iterator[None]:
         lock.acquire(timeout=seconds, poll_interval=0.2)
     except Timeout:
         raise InputError(busy) from None
+    except (OSError, NotImplementedError) as error:
+        raise InputError(f"out: {path} cannot be locked ({error})") from error
     try:
         yield
     finally:

@@ -176,7 +176,8 @@ class Encoder:
         source = open_images(images, self.config.decode)  # type: ignore[arg-type]
         for note in source.notes:
             warnings.warn(note, ImageWarning, stacklevel=2)
-        return self._of_images(source, views, seed, batch_size, skipped or _warn)
+        report = _warn if skipped is None else skipped
+        return self._of_images(source, views, seed, batch_size, report)
 
     def _of_views(self, images: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Encoding]]:
         if images.ndim not in (4, 5) or images.shape[-3] != 3 or 0 in images.shape[1:]:
