@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import multiprocessing
 import os
@@ -187,6 +188,33 @@ def test_only_what_killed_processes_left_is_removed(files: FileSource, tmp_path:
     with FileLock(tmp_path / ".a.pack.2.lock"):
         pack(files, out, workers=0)
     assert set(tmp_path.iterdir()) == kept
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EWOULDBLOCK]
+)
+def test_a_file_system_without_locks(
+    files: FileSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(file: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    folder = tmp_path / "packs"
+    folder.mkdir()
+    left = {folder / ".a.pack.1", folder / ".a.pack.1.lock"}  # perhaps being written
+    for path in left:
+        path.write_bytes(b"half")
+    pack(files, folder / "a.pack", workers=0)
+    assert set(folder.iterdir()) == {folder / "a.pack", *left}
+    assert pixels(open_pack(folder / "a.pack")) == pixels(files)
+
+
+def test_a_name_that_leaves_no_room_for_that_of_a_lock(files: FileSource, tmp_path: Path) -> None:
+    out = tmp_path / ("a" * 235)
+    pack(files, out, workers=0)
+    assert set(tmp_path.iterdir()) == {out, tmp_path / "set"}
 
 
 def test_a_full_disk_is_reported_before_decoding(

@@ -288,7 +288,7 @@ def test_threads_and_global_generators_are_left_alone(source: ArraySource) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 23}, "batch_size: 23 must be at most 22, the images in array"),
+        ({"batch_size": 23, "seed": -1}, "batch_size: 23 must be at most 22, the images in array"),
         ({"batch_size": 0}, "batch_size: 0 must be at least 1"),
         ({"workers": -1}, "workers: -1"),
         ({"seed": -3}, "seed: -3"),

@@ -92,18 +92,22 @@ def test_equal_looking_files_give_equal_pixels(kind: str) -> None:
     assert red_behind.getpixel((0, 0)) == (255, 0, 0)
 
 
-def png(bits: int, row: list[int], key: tuple[int, ...], frames: int = 1) -> bytes:
-    """A PNG of a depth that Pillow does not write: a row of gray, in RGB if `key` is."""
-    digits = "".join(f"{value:0{bits}b}" for value in np.repeat(row, len(key)))
-    size = -(-len(digits) // 8)
-    data = zlib.compress(b"\0" + int(digits.ljust(8 * size, "0"), 2).to_bytes(size, "big"))
-    chunks = [b"IHDR" + struct.pack(">IIBBBBB", len(row), 1, bits, len(key) - 1, 0, 0, 0)]
+def png(bits: int, rows: list[list[int]], key: tuple[int, ...]) -> bytes:
+    """A PNG of a depth that Pillow does not write: a row of gray, in RGB if `key` is, per frame.
+
+    Frames are laid over those before them.
+    """
+    frames, width = len(rows), len(rows[0])
+    chunks = [b"IHDR" + struct.pack(">IIBBBBB", width, 1, bits, len(key) - 1, 0, 0, 0)]
     chunks += [b"tRNS" + struct.pack(f">{len(key)}H", *key)]
     if frames > 1:
         chunks += [b"acTL" + struct.pack(">II", frames, 0)]
-    for number in range(frames):
+    for number, row in enumerate(rows):
+        digits = "".join(f"{value:0{bits}b}" for value in np.repeat(row, len(key)))
+        size = -(-len(digits) // 8)
+        data = zlib.compress(b"\0" + int(digits.ljust(8 * size, "0"), 2).to_bytes(size, "big"))
         if frames > 1:
-            area = (len(row), 1, 0, 0, 1, 1, 0, 0)
+            area = (width, 1, 0, 0, 1, 1, 0, 1)
             chunks += [b"fcTL" + struct.pack(">IIIIIHHBB", max(0, 2 * number - 1), *area)]
         chunks += [b"fdAT" + struct.pack(">I", 2 * number) + data if number else b"IDAT" + data]
     file = b"\x89PNG\r\n\x1a\n"
@@ -116,7 +120,7 @@ def png(bits: int, row: list[int], key: tuple[int, ...], frames: int = 1) -> byt
 def test_the_transparent_colour_of_a_png_is_as_deep_as_its_pixels(bits: int, level: int) -> None:
     for key, expected in ((level, [0, 128]), (0, [128, round(level * 255 / (2**bits - 1))])):
         for channels in (1, 3) if bits >= 8 else (1,):
-            image = Image.open(BytesIO(png(bits, [0, level], (key,) * channels)))
+            image = Image.open(BytesIO(png(bits, [[0, level]], (key,) * channels)))
             assert [red(image), red(image)] == [[expected], [expected]]  # again once it is loaded
 
 
@@ -124,9 +128,18 @@ def test_the_transparent_colour_of_a_png_is_as_deep_as_its_pixels(bits: int, lev
 def test_frames_of_a_deep_png_have_their_transparent_colour_in_any_order(
     order: tuple[int, ...], tmp_path: Path
 ) -> None:
-    (tmp_path / "a.png").write_bytes(png(16, [0, 0x4D21], (0x4D21,) * 3, frames=3))
+    (tmp_path / "a.png").write_bytes(png(16, [[0, 0x4D21]] * 3, (0x4D21,) * 3))
     source = FileSource([tmp_path / "a.png"], decode=DecodeConfig(frames="all"))
     assert [red(source.image(index)) for index in order] == [[[0, 128]]] * 3
+
+
+def test_frames_of_a_deep_png_are_composed_alike_in_any_order(tmp_path: Path) -> None:
+    """Decoding scales the colour, by which Pillow goes on composing if the file is kept open."""
+    rows = [[0xC8C8] * 3, [0x4D21, 0x2121, 0], [0x4D21, 0, 0x2121]]
+    (tmp_path / "a.png").write_bytes(png(16, rows, (0x4D21,) * 3))
+    source = FileSource([tmp_path / "a.png"], decode=DecodeConfig(frames="all"))
+    alone = [red(FileSource(source.paths, decode=source.decode).image(index)) for index in range(3)]
+    assert [red(source.image(index)) for index in range(3)] == alone
 
 
 def test_gray_with_premultiplied_alpha() -> None:

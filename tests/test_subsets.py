@@ -174,6 +174,7 @@ def test_files_that_both_parts_hold_are_left_out_of_both(
     assert str(data / "train" / "dark" / "near.png") in kept.train.paths
     assert duplicates(kept) == []
     assert select(splits, distinct=False) == splits
+    assert select(kept) == kept, "nothing asked for and nothing to drop"
     # With a held-out part a second copy within the training images could lie on the other side.
     assert str(data / "train" / "dark" / "zz.png") in kept.train.paths
     held = select(splits, held_out=0.5, seed=3)

@@ -80,14 +80,13 @@ class Schedule:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("seed", seed, 0),
-            ("world_size", world_size, 1),
-        ):
-            if value < least:
-                raise InputError(f"{name}: {value} must be at least {least}")
+        if batch_size < 1:
+            raise InputError(f"batch_size: {batch_size} must be at least 1")
         check_batch(batch_size, images)
+        if seed < 0:
+            raise InputError(f"seed: {seed} must be at least 0")
+        if world_size < 1:
+            raise InputError(f"world_size: {world_size} must be at least 1")
         if not 0 <= rank < world_size:
             raise InputError(
                 f"rank: {rank} must lie between 0 and {world_size - 1}, for world_size {world_size}"

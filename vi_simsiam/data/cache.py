@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -262,23 +262,33 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
     A lock that ends with this process marks the file as being written.
     """
     for other in path.parent.glob(f".{glob.escape(path.name)}.*.lock"):
-        with contextlib.suppress(OSError, Timeout), FileLock(other, timeout=0):
+        with _without_locks(), FileLock(other, timeout=0):
             other.with_suffix("").unlink(missing_ok=True)  # a killed process left it
             other.unlink()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     lock = temporary.with_name(f"{temporary.name}.lock")
     try:
         with contextlib.ExitStack() as stack:
-            with contextlib.suppress(OSError):  # not every network file system has locks
-                stack.enter_context(FileLock(lock))
+            with _without_locks():
+                stack.enter_context(FileLock(lock, timeout=0))
             with open(temporary, "xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
-        lock.unlink(missing_ok=True)
+        for each in (temporary, lock):
+            with contextlib.suppress(OSError):  # it would hide another error
+                each.unlink()
+
+
+@contextlib.contextmanager
+def _without_locks() -> Iterator[None]:
+    """Go on where a lock is held, refused or not implemented, as in some network file systems."""
+    # filelock warns, older releases raise NotImplementedError; its Timeout is an OSError.
+    with contextlib.suppress(OSError, NotImplementedError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextlib.contextmanager

@@ -239,9 +239,12 @@ class FileSource(ImageSource):
                     image = files.enter_context(Image.open(file, formats=formats(path)))
                 image.seek(frame)
                 yield image
-                # Once loaded, a frame of a PNG with a disposal leaves traces in those after it.
-                disposed = image.format == "PNG" and image.info.get("disposal")
-                if not disposed and self.paths[index + 1 : index + 2] == (path,):
+                # A PNG's frame leaves traces in those after it: by its disposal once it is loaded,
+                # and by its transparent colour, which decoding changes.
+                traces = image.format == "PNG" and (
+                    image.info.get("disposal") or "transparency" in image.info
+                )
+                if not traces and self.paths[index + 1 : index + 2] == (path,):
                     _kept.file = key, files.pop_all(), image
         except Exception as error:
             raise UnreadableError(self.describe(index), _reason(path, error)) from error

@@ -10,15 +10,20 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
+import time
+import traceback
 import types
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch._C import _remove_worker_pids
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from vi_simsiam.errors import InputError, TrainingError
 
@@ -27,6 +32,8 @@ PATIENCE = 600.0
 MANY_WORKERS = "This DataLoader will create"
 """Start of torch's warning of more workers than cores."""
 _SECONDS_TO_END = 5.0
+_SECONDS_BETWEEN_CHECKS = 5.0
+"""A dead worker is noticed this late where no signal tells of it, as outside the main thread."""
 
 
 def worker_loader(
@@ -49,7 +56,7 @@ def worker_loader(
         collate_fn=_unchanged,
         worker_init_fn=_start_worker,
         generator=torch.Generator(),
-        timeout=PATIENCE if workers else 0,
+        timeout=min(PATIENCE, _SECONDS_BETWEEN_CHECKS) if workers else 0,
         persistent_workers=keep and workers > 0,
     )
 
@@ -66,11 +73,11 @@ def results(
         quiet: suppress torch's warning of more workers than cores.
 
     Raises:
-        InputError: the function raised it.
+        Exception: the function's own, of the same type in a process as without one.
         TrainingError: processes cannot be started, or one died or does not answer.
     """
     if not loader.num_workers:
-        yield from map(_raised, loader)
+        yield from loader
         return
     watch = WorkerWatch(name, verb)
     try:
@@ -80,6 +87,7 @@ def results(
                 warnings.filterwarnings("ignore", MANY_WORKERS)
             batches = watch.call(iter, loader)
     except OSError as error:
+        _let_started_ones_end(error)
         reason = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
         raise TrainingError(
             f"workers: processes cannot be started here ({reason}; they need /dev/shm); "
@@ -88,11 +96,13 @@ def results(
     try:
         with watch:
             try:
-                while (batch := watch.call(next, batches, None)) is not None:
-                    yield _raised(batch)
+                while (batch := watch.call(_next, batches)) is not None:
+                    if isinstance(batch, _Failure):
+                        raise batch.error
+                    yield batch
             except BaseException as error:
                 if not (loader.persistent_workers and isinstance(error, GeneratorExit)):
-                    watch.kill(batches)
+                    _kill(batches)
                 raise
     finally:
         # A traceback keeps this frame. Workers end at once when the last reference goes. If that
@@ -148,17 +158,6 @@ class WorkerWatch:
             "it may have run out of memory, and fewer workers need less"
         )
 
-    def kill(self, batches: Any) -> None:
-        """End the workers at once; torch alone waits 5 seconds for each that does not answer."""
-        if not _is_main_thread():  # torch's handler would raise an exception in the main thread
-            return
-        self._hold = True
-        for process in batches._workers:
-            process.kill()
-        for process in batches._workers:
-            process.join(_SECONDS_TO_END)
-        batches._workers_done_event = threading.Event()  # a dead worker may hold the shared lock
-
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         try:
             self._former(number, frame)
@@ -166,6 +165,36 @@ class WorkerWatch:
             if not self._hold:
                 raise
             self._death = error
+
+
+def _let_started_ones_end(error: OSError) -> None:
+    """Give torch's iterator, which failed half-way, what it needs to end without a traceback."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if isinstance(begun := frame.f_locals.get("self"), _MultiProcessingDataLoaderIter):
+            begun._workers_status = [True] * len(begun._workers)
+
+
+def _next(batches: Iterator[Any]) -> Any:
+    """Return the next result, or None after the last. torch looks for deaths at its time-outs."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return next(batches, None)
+        except RuntimeError as error:
+            if "timed out" not in str(error) or time.monotonic() >= deadline:
+                raise
+
+
+def _kill(batches: Any) -> None:
+    """End the workers at once; torch alone waits 5 seconds for each that does not answer."""
+    if batches._worker_pids_set:  # else torch would report these deaths, also to an outer loop
+        _remove_worker_pids(id(batches))
+        batches._worker_pids_set = False
+    for process in batches._workers:
+        process.kill()
+    for process in batches._workers:
+        process.join(_SECONDS_TO_END)
+    batches._workers_done_event = threading.Event()  # a dead worker may hold the shared lock
 
 
 def no_answer(name: str, *, threads: bool = False) -> TrainingError:
@@ -191,8 +220,14 @@ def _interrupts_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+class _Failure(NamedTuple):
+    """An exception as a result: raised in a worker, it would lose its type and message."""
+
+    error: Exception
+
+
 class _Calls(Dataset[Any]):
-    """Maps a key to a result, or to an InputError: raised in a worker, it would lose its type."""
+    """Maps a key to a result; in a worker, to a `_Failure` if the function fails."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self.function = function
@@ -200,14 +235,21 @@ class _Calls(Dataset[Any]):
     def __getitem__(self, key: Any) -> Any:
         try:
             return self.function(key)
-        except InputError as error:
-            return error
+        except Exception as error:
+            if get_worker_info() is None:
+                raise
+            return _Failure(error if isinstance(error, InputError) else _portable(error))
 
 
-def _raised(result: Any) -> Any:
-    if isinstance(result, InputError):
-        raise result
-    return result
+def _portable(error: Exception) -> Exception:
+    """Return an exception that can be sent, of the same type if possible, with its traceback."""
+    place = traceback.format_exc()
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # pickling runs the class's own code
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(place)
+    return error
 
 
 def _unchanged(batch: Any) -> Any:

@@ -1,0 +1,158 @@
+"""Worker processes: nested loaders, the function's own errors, deaths and failures to start."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from packing_cases import pixels, stored_files
+
+from vi_simsiam.config import AugmentConfig
+from vi_simsiam.data import MultiViewLoader, decoding, workers
+from vi_simsiam.data.cache import pack
+from vi_simsiam.data.loader import eval_loader
+from vi_simsiam.data.packed import open_pack
+from vi_simsiam.data.sources import ArraySource
+from vi_simsiam.data.workers import results, worker_loader
+from vi_simsiam.errors import InputError, TrainingError
+
+SOURCE = ArraySource(np.zeros((16, 10, 10, 3), np.uint8))
+
+
+class Peculiar(Exception):
+    """Can be pickled and not be restored."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(first + second)
+
+
+def fail(error: Exception) -> None:
+    raise error
+
+
+def fail_peculiarly(key: int) -> None:
+    raise Peculiar("a", "b")
+
+
+def deadly(number: int) -> int:
+    """Key 2 and those after it end their process a little later."""
+    if number > 1:
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_leaving_an_inner_loader_early_leaves_the_outer_one_alone() -> None:
+    for _ in range(5):
+        batches = MultiViewLoader(SOURCE, AugmentConfig(size=8), 4, workers=1)
+        steps = 0
+        for _ in batches.epoch(0):
+            steps += 1
+            next(eval_loader(SOURCE, 8, 4, 1))
+            with pytest.raises(InputError):
+                list(results(worker_loader(fail, [InputError("no")], 1)))
+        assert steps == 4
+        batches.close()
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), KeyError("a"), OSError(errno.EIO, "broken", "a"), ValueError("a\nb")]
+)
+def test_errors_in_workers_keep_their_type_and_message(
+    error: Exception, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for count in (0, 1):
+        with pytest.raises(type(error)) as caught:
+            list(results(worker_loader(fail, [error], count)))
+        assert (caught.value.args, str(caught.value)) == (error.args, str(error))
+    assert "in fail" in caught.value.__notes__[0], "the place in the worker"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_error_that_cannot_be_sent_is_described() -> None:
+    with pytest.raises(RuntimeError, match="^Peculiar: ab"):
+        list(results(worker_loader(fail_peculiarly, [0], 1)))
+
+
+@pytest.mark.parametrize("in_main_thread", [True, False])
+def test_a_death_ends_the_wait_for_a_batch(
+    in_main_thread: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outside the main thread no signal tells of it."""
+    monkeypatch.setattr(workers, "_SECONDS_BETWEEN_CHECKS", 0.5)
+    caught: list[Any] = []
+
+    def read() -> None:
+        try:
+            list(results(worker_loader(deadly, range(8), 2)))
+        except TrainingError as error:
+            caught.append(str(error))
+
+    start = time.monotonic()
+    if in_main_thread:
+        read()
+    else:
+        thread = threading.Thread(target=read, daemon=True)
+        thread.start()
+        thread.join(60)
+    assert time.monotonic() - start < 60  # of 600 s
+    assert [text.split(" (")[0] for text in caught] == [
+        "workers: a process that prepares images has ended"
+    ]
+    assert not multiprocessing.active_children()
+
+
+_FAILED_FORK = """
+import errno, os
+from vi_simsiam.data.workers import results, worker_loader
+fork, calls = os.fork, []
+def second_fails():
+    calls.append(0)
+    if len(calls) > 1:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+    return fork()
+os.fork = second_fails
+try:
+    list(results(worker_loader(str, range(8), 2)))
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_a_process_that_cannot_be_started_is_one_line() -> None:
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", _FAILED_FORK],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(root)}, timeout=120,
+    )  # fmt: skip
+    assert done.stdout.startswith("TrainingError workers: processes cannot be started here (Res")
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_both_ways_of_starting_processes_pack_alike(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = stored_files(tmp_path / "set")
+    monkeypatch.setattr(decoding, "_CHUNK_BYTES", 1)
+    # One process that imports torch takes long enough.
+    monkeypatch.setattr(
+        decoding, "worker_loader", lambda function, keys, _: worker_loader(function, keys, 1)
+    )
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(method, force=True)
+    try:
+        pack(files, tmp_path / "a.pack", workers=2)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert pixels(open_pack(tmp_path / "a.pack")) == pixels(files)
