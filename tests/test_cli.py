@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -219,7 +220,7 @@ def test_output_without_a_reader_is_no_error(
 
 
 def test_a_closed_standard_output_is_no_error() -> None:
-    command = f"{' '.join(PROGRAM)} --version >&-"
+    command = f"{shlex.join(PROGRAM)} --version >&-"
     process = subprocess.run(command, shell=True, capture_output=True, check=False)
     assert (process.returncode, process.stderr) == (0, b"")
 

@@ -180,7 +180,7 @@ def test_simsiam_is_embedded_without_uncertainty(
         ("RUN EMPTY --out OUT.parquet", "images: EMPTY holds no image"),
         ("RUN IMAGES --out OUT.parquet --reference EMPTY", "EMPTY holds no image"),
         ("IMAGES IMAGES --out OUT.parquet", "run: IMAGES holds no run"),
-        ("RUN --out OUT.parquet", "(a folder (all images in it"),
+        ("RUN --out OUT.parquet", "(a folder (at any depth)"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(

@@ -185,3 +185,8 @@ def test_an_extension_that_does_not_fit_the_gpu_says_so(monkeypatch: pytest.Monk
     backends._cuda_problem.cache_clear()
     assert backends.choose_backend("auto", "cuda") == "cuda"
     backends._cuda_problem.cache_clear()
+
+
+def test_a_cosine_weight_that_overflows_beside_the_loss_scale_is_refused() -> None:
+    with pytest.raises(InputError, match="cosine_weight: 1.0 is too large for the loss_scale"):
+        PowerSphericalLoss(cosine_weight=1.0, loss_scale=1e-309)

@@ -63,7 +63,7 @@ class LossForm:
         for name, number in (("concentration_min", self.minimum), ("cosine_weight", self.cosine)):
             if not (isinstance(number, (int, float)) and 0 <= number < math.inf):
                 raise InputError(f"{name}: {number!r} is not a number of at least 0")
-        if math.isinf(self.cosine / self.factor):  # the kernels' weight beside the density
+        if not self.cosine / self.factor < math.inf:  # the kernels' weight beside the density
             raise InputError(f"cosine_weight: {self.cosine!r} is too large for the loss_scale")
         if self.link not in get_args(Link):
             raise none_of("concentration_link", self.link, get_args(Link))
