@@ -23,12 +23,11 @@ from torch import Tensor
 
 from vi_simsiam.engine.run import resolve_device
 from vi_simsiam.ops.multiview_loss import LossForm, eager_loss
-from vi_simsiam.text import markdown_grid
+from vi_simsiam.text import markdown_grid, print_line
 
 from . import names
 from .providers import make_providers
 from .results import provenance, result_path, write_result
-from .tables import print_line
 from .timers import failure_reason
 
 NAME = "accuracy"

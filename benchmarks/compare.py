@@ -10,12 +10,12 @@ import tyro
 from rich.console import Console
 
 from vi_simsiam.errors import InputError
-from vi_simsiam.text import counted
+from vi_simsiam.text import counted, print_line
 
 from .cases import MODES
 from .ratios import TOO_NOISY, Case, Ratio, Times, case_label, ratio, spread, times_of
 from .results import read_result
-from .tables import print_line, terminal_table
+from .tables import terminal_table
 
 _LEAST_NOISE = 0.02
 """Differences below 2 % are never called a change: clocks and placement differ between runs."""

@@ -15,10 +15,11 @@ from rich.table import Table
 
 from vi_simsiam.engine.run import resolve_device
 from vi_simsiam.errors import InputError
+from vi_simsiam.text import print_line
 
 from . import plots
 from .results import provenance, read_result, result_path, write_result
-from .tables import print_line, targets_table
+from .tables import targets_table
 from .targets import targets_of
 
 _Case = TypeVar("_Case", bound=Any)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -31,11 +30,6 @@ from .targets import GIGABYTE, Target
 NOTHING = f"{NOT_MEASURED.capitalize()}."
 _Result = dict[str, Any]
 _Row = Sequence[str]
-
-
-def print_line(console: Console, line: str) -> None:
-    """Print a line as it is: no break within a path, and no brackets taken for a style."""
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def terminal_table(

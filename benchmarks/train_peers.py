@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from vi_simsiam.config import Method, TrainConfig
 from vi_simsiam.data.sources import ImageSource
-from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import TrainingError
 from vi_simsiam.models import build_model
 from vi_simsiam.text import counted

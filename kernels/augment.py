@@ -176,7 +176,7 @@ def _end(centre: tl.tensor, support: tl.tensor, size: tl.tensor) -> tl.tensor:
 def _weight(
     pixel: tl.tensor, centre: tl.tensor, inverse_support: tl.tensor, size: tl.tensor
 ) -> tl.tensor:
-    """0 outside the crop, whose pixels are all closer to a centre than 1e9."""
+    """Weight of a pixel in the resize; 0 outside the crop, whose pixels are closer than 1e9."""
     place = tl.where(pixel < size, pixel.to(tl.float32) + 0.5, 1e9)
     return unit_clamp(1.0 - tl.abs((place - centre) * inverse_support))
 
@@ -189,8 +189,8 @@ def _four_bytes(low: tl.tensor, high: tl.tensor, shift: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _byte(word: tl.tensor, PLACE: tl.constexpr) -> tl.tensor:
-    """As a float: the low bits of a number between 2^23 and 2^24. Converting instructions have a
-    fraction of its rate."""
+    """Byte `PLACE` of a word as a float, set into the bits of 2^23, which is then subtracted:
+    conversions have a fraction of that rate."""
     return (((word >> (8 * PLACE)) & 255) | _TWO_23_BITS).to(tl.float32, bitcast=True) - 8388608.0
 
 

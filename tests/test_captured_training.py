@@ -14,7 +14,7 @@ from test_trainer import config, learned, metrics, same, weights
 
 from vi_simsiam.engine import train as module
 from vi_simsiam.engine.graph import Captured
-from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.engine.train import Trainer
 from vi_simsiam.evaluation.figures import read_metrics
 
 pytestmark = pytest.mark.usefixtures("small_network")

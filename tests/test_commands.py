@@ -20,7 +20,7 @@ from vi_simsiam.data import contact_sheet
 from vi_simsiam.data.datasets import open_dataset
 from vi_simsiam.data.defaults import suited
 from vi_simsiam.engine.run import read_config
-from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.engine.train import Trainer
 
 COMMANDS = [[name] for name in BY_NAME if name != "bench"] + [
     ["bench", name] for name in BENCHMARKS

@@ -15,7 +15,7 @@ from test_commands import refused, run
 from test_trainer import QUIET, config, metrics, train, weights
 
 from vi_simsiam.config import TrainConfig
-from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.engine.train import Trainer
 
 # Compiled code sums in another order, which steps at a high learning rate amplify; the compiler's
 # are at a low one.

@@ -172,9 +172,22 @@ def test_agrees_with_the_power_spherical_package(dim: int, kappa: float) -> None
     value = random_loc(7, 5, dim, seed=1)
     torch.testing.assert_close(p.log_prob(value), q.log_prob(value), rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(p.entropy(), q.entropy(), rtol=1e-11, atol=1e-11)
+    # The package has the area of the sphere in float32.
+    area = math.log(2) + dim / 2 * math.log(math.pi) - math.lgamma(dim / 2)
+    divergence = kl_divergence(p, HypersphericalUniform(dim, dtype=torch.float64))
+    torch.testing.assert_close(divergence, area - q.entropy(), rtol=1e-11, atol=1e-11)
     # The package's mean has no batches.
     single = other.PowerSpherical(p.loc[0], p.concentration[0], validate_args=False)
     torch.testing.assert_close(p.mean[0], single.mean)
+
+
+def test_density_integrates_to_one_on_the_circle() -> None:
+    angle = torch.arange(4000, dtype=torch.float64) * (2 * math.pi / 4000)
+    circle = torch.stack((angle.cos(), angle.sin()), dim=-1)
+    loc = torch.tensor([0.6, -0.8], dtype=torch.float64)
+    for kappa in (0.0, 2.5, 900.0):
+        density = PowerSpherical(loc, kappa).log_prob(circle).exp()
+        assert (density.sum() * (2 * math.pi / 4000)).item() == pytest.approx(1, abs=1e-10)
 
 
 @pytest.mark.parametrize("dim", [2, 5, 40])

@@ -22,7 +22,7 @@ from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.data.views import eval_view
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.run import load_run
-from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import features as features_module
 from vi_simsiam.evaluation import style

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import multiprocessing
 import sys
 from pathlib import Path
@@ -16,7 +17,19 @@ import pytest
 import torch
 from test_power_spherical import COLUMN, exact
 
+from vi_simsiam.benchmarks.baselines import textbook_loss
+from vi_simsiam.ops.multiview_loss import LossForm, multiview_loss
+
 ROOT = Path(__file__).resolve().parent.parent
+SHAPES = [  # views, target views, batch, dim
+    (2, 2, 1, 2),
+    (2, 1, 3, 3),
+    (3, 3, 3, 17),
+    (8, 2, 1, 33),
+    (8, 8, 3, 17),
+    (4, 3, 3, 257),
+    (2, 2, 3, 2049),
+]
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +76,17 @@ def run(
     return loss
 
 
-def inputs(views: int, targets: int, batch: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs(
+    views: int, targets: int, batch: int, dim: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Predictions and targets that point in similar directions, with lengths far from 1."""
     generator = torch.Generator().manual_seed(0)
-    common = torch.randn(batch, dim, generator=generator)
-    p = torch.randn(views, batch, dim + 1, generator=generator)
+    double = {"generator": generator, "dtype": torch.float64}
+    common = torch.randn(batch, dim, **double)
+    p = torch.randn(views, batch, dim + 1, **double)
+    z = torch.randn(targets, batch, dim, **double) + common
     p[..., :dim] = 3 * (p[..., :dim] + common)
-    return p, torch.randn(targets, batch, dim, generator=generator) + common
+    return p.to(dtype), z.to(dtype)
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +179,59 @@ def test_scalar_math_refuses_what_it_would_read_past(extension: ModuleType) -> N
         extension.power_spherical_terms(np.zeros(3), np.zeros(2), 8)
     with pytest.raises(TypeError):
         extension.power_spherical_terms(np.zeros(3, np.float32), np.zeros(3), 8)
+
+
+@pytest.mark.parametrize("form", ["scale 1", "scale D-1", "cosine"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_cpu_matches_the_definition(
+    extension: ModuleType, shape: tuple[int, int, int, int], dtype: torch.dtype, form: str
+) -> None:
+    """Loss and gradient against the textbook formula in float64, row by row."""
+    dim, epsilon = shape[3], torch.finfo(dtype).eps
+    scale, minimum = dim - 1.0 if form == "scale D-1" else 1.0, 0.25
+    spherical = LossForm("power_spherical", scale, minimum)
+    chosen = LossForm("cosine") if form == "cosine" else spherical
+    p, z = inputs(*shape, dtype)
+    p = p[..., :dim].contiguous() if form == "cosine" else p
+    ours, exact = p.clone().requires_grad_(), p.double().requires_grad_()
+    loss = multiview_loss(ours, z, chosen, reduction="none", backend="cpu")
+    expected = textbook_loss(exact.unbind(0), z.double().unbind(0), chosen)
+    (gradient,) = torch.autograd.grad(loss.sum(), ours)
+    (want,) = torch.autograd.grad(expected.sum(), exact)
+
+    # One rounding of the cosine costs kappa/(1+c) of it in the value; the lgammas and digammas of
+    # the textbook are rounded, too.
+    kappa = 1.0 if form == "cosine" else scale * 4 + minimum
+    tolerance = 4 * epsilon * max(1.0, kappa) + 1e-15 * math.lgamma(dim + kappa)
+    torch.testing.assert_close(loss.double(), expected, rtol=2 * epsilon, atol=tolerance)
+    error = (gradient.double() - want).abs()
+    size = want[..., :dim].abs().amax(dim=-1, keepdim=True)
+    assert (error[..., :dim] <= 16 * epsilon * size).all()
+    # The concentration has a unit of its own.
+    assert (error[..., dim:] <= 8 * epsilon * scale * max(1.0, math.log(dim + kappa))).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_cpu_follows_strides_and_writes_nothing_else(
+    extension: ModuleType, dtype: torch.dtype
+) -> None:
+    views, targets, batch, dim = 4, 2, 3, 37
+    p, z = inputs(views, targets, batch, dim, dtype)
+    dense = torch.empty_like(p)
+    loss = run(extension, p, z, gradient=dense)
+
+    padded = torch.full((batch, views, dim + 6), float("nan"), dtype=dtype).transpose(0, 1)
+    padded[..., 2 : dim + 3] = p
+    spaced = torch.full((targets, 2 * batch, dim), float("nan"), dtype=dtype)
+    spaced[:, ::2] = z
+    buffer = torch.full((views, batch + 1, dim + 9), float("nan"), dtype=dtype)
+    view = buffer[:, 1:, 4 : dim + 5]
+    found = run(extension, padded[..., 2 : dim + 3], spaced[:, ::2], gradient=view)
+    assert torch.equal(found, loss)
+    assert torch.equal(view, dense)
+    view.fill_(float("nan"))
+    assert buffer.isnan().all()
 
 
 def test_cpu_writes_zeros_for_a_view_without_a_pair(extension: ModuleType) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vi_simsiam.config import ModelConfig
 from vi_simsiam.engine.checkpoint import Checkpoint
-from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import TrainingError
 from vi_simsiam.functional import power_spherical_loss
 from vi_simsiam.models import VISimSiam

@@ -193,7 +193,7 @@ def test_the_commands_are_right(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("vi_simsiam.info.facts", reached)
-    monkeypatch.setattr("vi_simsiam.engine.trainer.Trainer", reached)
+    monkeypatch.setattr("vi_simsiam.engine.train.Trainer", reached)
     for name, _ in BENCHMARKS.values():
         monkeypatch.setattr(f"vi_simsiam.benchmarks.{name}.run", reached)
     seen: set[str] = set()

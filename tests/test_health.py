@@ -13,7 +13,7 @@ from test_trainer import config, metrics
 
 from vi_simsiam.config import SOFTPLUS, AugmentConfig, ModelConfig
 from vi_simsiam.engine.run import load_run
-from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.engine.train import Trainer
 from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.evaluation.report import write_report
 from vi_simsiam.evaluation.summary import evaluate_run

@@ -19,7 +19,7 @@ from vi_simsiam.config import TrainConfig
 from vi_simsiam.distributions import PowerSpherical
 from vi_simsiam.engine import monitor as module
 from vi_simsiam.engine.monitor import Monitor, effective_rank, representation_statistics
-from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.engine.train import Trainer
 from vi_simsiam.engine.verdict import Health
 from vi_simsiam.models import Output, SimSiam, VISimSiam
 

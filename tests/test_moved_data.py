@@ -26,7 +26,7 @@ from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.data.subsets import select, subset
 from vi_simsiam.engine.checkpoint import Checkpoint
 from vi_simsiam.engine.run import check_images, load_run
-from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import InputError
 
 OPTIONS = "--epochs 2 --batch-size 8 --size 8 --workers 0 --device cpu --quiet"

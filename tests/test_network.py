@@ -17,7 +17,7 @@ from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.graph_rules import Rules
 from vi_simsiam.engine.network import Bfloat16Weights, training_network, use_kernels
 from vi_simsiam.engine.step import TrainStep
-from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import InputError
 from vi_simsiam.models import Output, VISimSiam
 from vi_simsiam.ops.stem_convolution import _OverBlocks

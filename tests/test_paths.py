@@ -17,7 +17,7 @@ from vi_simsiam.config import data_spec
 from vi_simsiam.data.cache import cache_folder
 from vi_simsiam.data.datasets import open_dataset
 from vi_simsiam.engine.run import load_run, read_config
-from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import InputError
 from vi_simsiam.inference.images import open_images
 from vi_simsiam.paths import user_path

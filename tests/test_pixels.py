@@ -279,7 +279,10 @@ def test_of_animations_the_first_frame_or_all(animation: list[Path], tmp_path: P
     images = in_memory(FileSource(animation, labels, names, "set"), workers=0)
     assert levels(images) == [0] * count
     (note,) = images.notes
-    assert re.match(f"set: {count} images with several frames, .* --frames all ", note)
+    assert re.match(
+        f"set: {count} images with several frames, of which the first is used; .* --frames all ",
+        note,
+    )
     source = FileSource(animation, labels, names, "set", decode=DecodeConfig(frames="all"))
     np.testing.assert_array_equal(source.labels, np.repeat(labels, 3))
     first = str(animation[0])

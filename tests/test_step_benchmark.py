@@ -27,7 +27,7 @@ from vi_simsiam.config import Method, ModelConfig, TrainConfig
 from vi_simsiam.data.cache import in_memory
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import FileSource
-from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.engine.train import Trainer
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vi_simsiam.benchmarks import names, train, train_peers
 from vi_simsiam.benchmarks.train_peers import Recorder
 from vi_simsiam.config import ModelConfig
-from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import InputError
 from vi_simsiam.functional import cosine_loss
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from vi_simsiam.data.datasets import open_dataset
 from vi_simsiam.engine.checkpoint import Checkpoint
 from vi_simsiam.engine.run import load_run, new_folder, resolve_device
 from vi_simsiam.engine.step import TrainStep
-from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import ImageWarning, InputError, TrainingError
 from vi_simsiam.models import Output
 
@@ -111,6 +112,10 @@ def test_training_lowers_the_loss_and_writes_the_run(
     assert run.config == settings.located()
     assert not run.model.training
     assert same(run.model.state_dict(), trainer.model.state_dict())
+
+
+def test_the_former_module_has_the_same_class() -> None:
+    assert importlib.import_module("vi_simsiam.engine.trainer").Trainer is Trainer
 
 
 def test_the_same_configuration_gives_the_same_run(image_folder: Path, tmp_path: Path) -> None:

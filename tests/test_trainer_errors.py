@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_trainer import QUIET, Watched, checkpoint, config, same, train, weights
 
-from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import InputError, TrainingError
 
 

@@ -19,13 +19,13 @@ from test_trainer import QUIET, Watched, checkpoint, config, metrics, same, trai
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vi_simsiam import models
+from vi_simsiam import backbones, models
 from vi_simsiam.config import SOFTPLUS, AugmentConfig, LossConfig, ModelConfig, TrainConfig
 from vi_simsiam.data.subsets import duplicates
 from vi_simsiam.engine.network import OWN_BUFFERS
 from vi_simsiam.engine.run import load_run
 from vi_simsiam.engine.step import TrainStep
-from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import InputError
 from vi_simsiam.models import SimSiam, VISimSiam, build_model
 
@@ -74,7 +74,7 @@ def test_a_run_is_resumed_bit_for_bit(
 ) -> None:
     """Interrupted at step 3, in the first epoch; then the finished run is opened."""
     if name == "plain":
-        monkeypatch.undo()  # a whole ResNet-18
+        monkeypatch.setattr(models, "build_backbone", backbones.build_backbone)  # a whole ResNet-18
     settings = config(image_folder, **VARIANTS[name])
     whole = train(settings, tmp_path / "whole")
     trainer = Trainer(settings, tmp_path / "parts", console=QUIET)

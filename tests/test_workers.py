@@ -52,6 +52,11 @@ def deadly(number: int) -> int:
     return number
 
 
+def slow(number: int) -> int:
+    time.sleep(1)
+    return number
+
+
 def test_leaving_an_inner_loader_early_leaves_the_outer_one_alone() -> None:
     for _ in range(5):
         batches = MultiViewLoader(SOURCE, AugmentConfig(size=8), 4, workers=1)
@@ -156,3 +161,14 @@ def test_both_ways_of_starting_processes_pack_alike(
     finally:
         multiprocessing.set_start_method(before, force=True)
     assert pixels(open_pack(tmp_path / "a.pack")) == pixels(files)
+
+
+def test_another_epoch_waits_for_workers_that_are_still_busy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(workers, "_SECONDS_BETWEEN_CHECKS", 0.2)
+    loader = worker_loader(slow, range(4), 1, keep=True)
+    for _ in range(2):
+        part = results(loader)
+        assert next(part) == 0
+        part.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -16,10 +17,13 @@ from vi_simsiam.ops.multiview_loss import LossForm, Reduction, check_reduction
 class _Loss(nn.Module):
     """Keeps the options of a loss function as attributes of these names."""
 
-    _names: ClassVar[tuple[str, ...]] = ("reduction", "backend", "loss_scale")
+    _names: ClassVar[tuple[str, ...]]
     reduction: Reduction
     backend: str
     loss_scale: float
+
+    def __init_subclass__(cls) -> None:
+        cls._names = tuple(inspect.signature(cls).parameters)
 
     def __init__(self, *, reduction: Reduction, backend: str, **options: Any) -> None:
         super().__init__()
@@ -53,10 +57,6 @@ class PowerSphericalLoss(_Loss):
         InputError: an option that is not accepted.
     """
 
-    _names = (
-        *("reduction", "backend", "concentration_scale", "concentration_min"),
-        *("concentration_link", "concentration_gain", "cosine_weight", "loss_scale"),
-    )
     concentration_scale: float
     concentration_min: float
     concentration_link: Link

@@ -7,7 +7,10 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 METHODS: dict[Literal["simsiam", "vi-simsiam"], str] = {
     "simsiam": "SimSiam",
@@ -41,6 +44,11 @@ def fill_template(asset: str, content: dict[str, Any], *, escape: bool) -> str:
     )
     text = resources.files("vi_simsiam").joinpath("assets", asset).read_text(encoding="utf-8")
     return environment.from_string(text).render(content)
+
+
+def print_line(console: Console, line: str, style: str | None = None) -> None:
+    """Print a line as it is: no break within a path, and no brackets taken for a style."""
+    console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def one_line(text: str) -> str:

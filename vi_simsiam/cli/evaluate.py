@@ -13,7 +13,7 @@ from rich.table import Table
 
 from vi_simsiam.cli.parsing import RunOptions, open_run, parse
 from vi_simsiam.errors import InputError
-from vi_simsiam.text import counted
+from vi_simsiam.text import counted, print_line
 
 if TYPE_CHECKING:
     from vi_simsiam.evaluation.features import FeatureSets
@@ -36,7 +36,7 @@ class _Linear(RunOptions):
 @dataclass(frozen=True)
 class _Logistic(RunOptions):
     c: float | None = None
-    """Inverse strength of the penalty; None to choose it on a held-out fifth of the training."""
+    """Inverse strength of the penalty; None to choose it on a fifth of the images, held out."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def uncertainty(arguments: list[str]) -> int:
             report=lambda phrase: status.update(escape(phrase)),
         )
     print_result(result, console)
-    _print(console, f"written to {run.path / UNCERTAINTY}")
+    print_line(console, f"written to {run.path / UNCERTAINTY}")
     return 0
 
 
@@ -154,7 +154,7 @@ def print_result(result: dict[str, Any], console: Console) -> None:
     from vi_simsiam.evaluation.uncertainty import comparisons
 
     if (found := result["calibration"]) is not None:
-        _print(
+        print_line(
             console,
             f"calibration: mean cosine of two views {found['observed']:.3f}, claimed "
             f"{found['expected']:.3f}; error {found['error']:.3f} over "
@@ -172,7 +172,7 @@ def print_result(result: dict[str, Any], console: Console) -> None:
     console.print(table)
     compared = [row for row in rows if row.ahead is not None]
     ahead = sum(bool(row.ahead) for row in compared)
-    _print(
+    print_line(
         console,
         f"kappa is ahead of the best trivial score in {ahead} of "
         f"{counted(len(compared), 'comparison')}. That score is the best of lengths of features "
@@ -180,12 +180,7 @@ def print_result(result: dict[str, Any], console: Console) -> None:
         "run does not show the spread between seeds.",
     )
     for note in result["settings"]["notes"]:
-        _print(console, f"note: {note}")
-
-
-def _print(console: Console, line: str) -> None:
-    """Print a line as it is: no wraps, no styles."""
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_line(console, f"note: {note}")
 
 
 def _shown(value: float | None) -> str:

@@ -59,7 +59,7 @@ class _Train:
     preset: str | None = None
     """Fixed settings: default (SimSiam's at 224 pixels), demo or paper; None to fit the images."""
     settings: Annotated[Path | None, tyro.conf.arg(name="config")] = None
-    """Settings from a run's config.json or YAML; they override the preset, options them."""
+    """Settings from a run's config.json or YAML; above the preset, below the options."""
     policy: str | None = None
     """simsiam, multicrop, lightly-imagenette or none; overrides --config, except for sizes."""
     out: Path | None = None
@@ -71,7 +71,7 @@ class _Train:
     evaluate: bool = False
     """Evaluate the run when it is trained, as `vi-simsiam evaluate` does."""
     seeds: int | None = None
-    """Train this many runs at once, with --seed and the seeds after it, into OUT/seed-N."""
+    """Train this many runs at once, each a process, from --seed on, into OUT/seed-N."""
     quiet: bool = False
     """Print warnings and results only."""
 
@@ -114,7 +114,7 @@ def train(arguments: list[str]) -> int:
 
     from vi_simsiam.engine.distributed import joined
     from vi_simsiam.engine.run import check_folder, load_run, open_splits
-    from vi_simsiam.engine.trainer import Trainer
+    from vi_simsiam.engine.train import Trainer
     from vi_simsiam.evaluation.features import labelled_splits
     from vi_simsiam.evaluation.summary import evaluate_run
     from vi_simsiam.experiments.seeds import SEEDS, run_seeds

@@ -43,7 +43,7 @@ from vi_simsiam.data.pixels import Losses
 from vi_simsiam.data.sources import ArraySource, ImageSource, Unreadable, check_readable
 from vi_simsiam.errors import ImageWarning, InputError, is_full
 from vi_simsiam.paths import printable, user_path
-from vi_simsiam.text import counted
+from vi_simsiam.text import counted, print_line
 
 
 def cached(
@@ -324,4 +324,4 @@ def _announcement(source: ImageSource, mean_bytes: float) -> str:
 
 def _print(console: Console | None, line: str) -> None:
     if console is not None:
-        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+        print_line(console, printable(line))

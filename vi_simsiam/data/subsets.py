@@ -130,7 +130,7 @@ class _Subset(ImageSource):
         return len(self.indices)
 
     def image(self, index: int) -> Image.Image:
-        """As `ImageSource`."""
+        """Return the image, as `ImageSource.image` does."""
         return self.source.image(int(self.indices[index]))
 
     def describe(self, index: int) -> str:
@@ -138,7 +138,7 @@ class _Subset(ImageSource):
         return self.source.describe(int(self.indices[index]))
 
     def dimensions(self, index: int) -> tuple[int, int]:
-        """As `ImageSource`."""
+        """Return height and width, as `ImageSource.dimensions` does."""
         return self.source.dimensions(int(self.indices[index]))
 
     def fingerprint(self) -> str | None:

@@ -56,7 +56,7 @@ def worker_loader(
         collate_fn=_unchanged,
         worker_init_fn=_start_worker,
         generator=torch.Generator(),
-        timeout=min(PATIENCE, _SECONDS_BETWEEN_CHECKS) if workers else 0,
+        timeout=PATIENCE if workers else 0,
         persistent_workers=keep and workers > 0,
     )
 
@@ -174,15 +174,19 @@ def _let_started_ones_end(error: OSError) -> None:
             begun._workers_status = [True] * len(begun._workers)
 
 
-def _next(batches: Iterator[Any]) -> Any:
+def _next(batches: Any) -> Any:
     """Return the next result, or None after the last. torch looks for deaths at its time-outs."""
     deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            return next(batches, None)
-        except RuntimeError as error:
-            if "timed out" not in str(error) or time.monotonic() >= deadline:
-                raise
+    batches._timeout = min(PATIENCE, _SECONDS_BETWEEN_CHECKS)
+    try:
+        while True:
+            try:
+                return next(batches, None)
+            except RuntimeError as error:
+                if "timed out" not in str(error) or time.monotonic() >= deadline:
+                    raise
+    finally:
+        batches._timeout = PATIENCE  # kept workers first finish what they are at in the next epoch
 
 
 def _kill(batches: Any) -> None:

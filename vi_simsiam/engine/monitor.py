@@ -28,6 +28,7 @@ from vi_simsiam.errors import TrainingError
 from vi_simsiam.models import Output, SimSiam, VISimSiam
 from vi_simsiam.ops.power_spherical import ONE_PLUS_COS_MIN
 from vi_simsiam.paths import utf8_path
+from vi_simsiam.text import print_line
 
 _SECONDS_SHOWN = 1.0
 _SECONDS_TIMED = 3.0
@@ -269,7 +270,7 @@ class Monitor:
             self._print(f"steps ran {'as one CUDA graph' if self.last['captured'] else single}")
 
     def _print(self, line: str, style: str | None = None) -> None:
-        self._console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+        print_line(self._console, line, style)
 
     def _epoch(self, step: int) -> str:
         return f"{min(step // self._steps_per_epoch + 1, self._epochs)}/{self._epochs}"

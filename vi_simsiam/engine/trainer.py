@@ -1,4 +1,4 @@
-"""`Trainer` under its documented name."""
+"""The former name of `engine.train`, for scripts that import it."""
 
 from vi_simsiam.engine.train import Trainer
 

@@ -31,7 +31,7 @@ from vi_simsiam.engine.run import (
     resolve_device,
     resolve_workers,
 )
-from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.engine.train import Trainer
 from vi_simsiam.evaluation.augmented import AugmentedFeatures
 from vi_simsiam.evaluation.features import FeatureSets, labelled_splits
 from vi_simsiam.evaluation.knn import KnnConfig, classify, evaluate_knn

@@ -34,7 +34,7 @@ from vi_simsiam.engine.run import open_splits
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.features import labelled_splits
 from vi_simsiam.experiments.plan import Arm, Place, Plan, Trials, settings
-from vi_simsiam.text import counted
+from vi_simsiam.text import counted, print_line
 
 PLAN, CHOSEN, RUNS, RESULTS, TRIALS = "plan.json", "chosen.json", "runs", "results", "trials"
 TRAINED = "trained.json"
@@ -75,11 +75,6 @@ def outcome(name: str, run: Process, done: str | None) -> str:
     if run.state == "interrupted":
         return f"{name}: interrupted  {last_line(run.log)}"
     return f"{name}: failed with exit code {run.exit}: {last_line(run.log)} (see {run.log})"
-
-
-def say(console: Console, text: str) -> None:
-    """Print a line as it is."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def holds(out: Path, name: str) -> bool:
@@ -278,7 +273,7 @@ class _Batch:
         """Run all; returns the exit code."""
         total = counted(len(self.runs), "run")
         if kept := self._finished():
-            say(self.console, f"{kept} of {total} finished and kept")
+            print_line(self.console, f"{kept} of {total} finished and kept")
         received = supervise(
             self.runs,
             self.console,
@@ -287,11 +282,11 @@ class _Batch:
             start_more=self.start_more,
         )
         done = self._finished()
-        say(self.console, f"{done} of {total} done")
+        print_line(self.console, f"{done} of {total} done")
         if done == len(self.runs):
             return 0
         if self.again:
-            say(self.console, f"go on with: {self.again}")
+            print_line(self.console, f"go on with: {self.again}")
         return INTERRUPTED if received else _FAILED
 
     def start_more(self) -> None:
@@ -304,7 +299,7 @@ class _Batch:
                 if before is None or not (before.running or before.waiting):
                     run.blocked = True
                     reason = f"not started: {run.after.name}, which it starts from, is not trained"
-                    say(self.console, f"{run.name}: {reason}")
+                    print_line(self.console, f"{run.name}: {reason}")
                 continue
             taken = {other.slot for other in self.runs if other.running}
             free = next((slot for slot in range(len(self.slots)) if slot not in taken), None)
@@ -318,7 +313,7 @@ class _Batch:
     def ended(self, run: Run) -> None:
         """Print the outcome of a run."""
         done = last_line(run.log) if run.exit == 0 and run.finished else None
-        say(self.console, outcome(run.name, run, done))
+        print_line(self.console, outcome(run.name, run, done))
 
     def table(self) -> Table:
         """A line for every running run, and the number of all others."""

@@ -26,7 +26,8 @@ from vi_simsiam.engine.processes import INTERRUPTED, Process, last_line
 from vi_simsiam.engine.run import CHECKPOINT, METRICS
 from vi_simsiam.engine.verdict import problem
 from vi_simsiam.errors import InputError
-from vi_simsiam.experiments.runner import holds, outcome, say, supervise
+from vi_simsiam.experiments.runner import holds, outcome, supervise
+from vi_simsiam.text import print_line
 
 SEEDS = "seeds.json"
 _TRAIN = (sys.executable, "-m", "vi_simsiam", "train")
@@ -146,7 +147,7 @@ def run_seeds(
 
     def ended(run: _Seed) -> None:
         write()
-        say(console, run.line())
+        print_line(console, run.line())
 
     def table() -> Table:
         """A line for every run: its state and the last line of its log."""
@@ -169,10 +170,10 @@ def _report(out: Path, content: dict[str, Any], console: Console, *, interrupted
         if len(shares) > 1:
             mean, sd = statistics.mean(shares), statistics.stdev(shares)
             text = f"{name} top-1: mean {mean:.1f} %, standard deviation {sd:.1f} %"
-            say(console, f"{text} over {len(shares)} seeds")
+            print_line(console, f"{text} over {len(shares)} seeds")
     pace = f", {rate:.3g} runs/hour ({content['seconds']:.0f} s)" if rate else ""
     again = f"; go on with: vi-simsiam train --out {out} --resume" if done < len(runs) else ""
-    say(console, f"{done} of {len(runs)} runs done{pace}{again}")
+    print_line(console, f"{done} of {len(runs)} runs done{pace}{again}")
     if done == len(runs):
         return 0
     return INTERRUPTED if interrupted else 1

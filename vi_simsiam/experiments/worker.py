@@ -22,7 +22,7 @@ from rich.console import Console
 from vi_simsiam.config import TrainConfig, differing_fields
 from vi_simsiam.engine.checkpoint import write_json
 from vi_simsiam.engine.run import CHECKPOINT, read_config
-from vi_simsiam.engine.trainer import Trainer
+from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import InputError, TrainingError, UserError
 from vi_simsiam.experiments.measure import Progress, measure_run
 from vi_simsiam.experiments.runner import TRAINED, locked

@@ -26,7 +26,7 @@ from vi_simsiam.inference.encoder import Encoder
 from vi_simsiam.inference.neighbours import nearest
 from vi_simsiam.models import VISimSiam
 from vi_simsiam.paths import printable
-from vi_simsiam.text import brief_repr, counted, one_line
+from vi_simsiam.text import brief_repr, counted, one_line, print_line
 
 _ROWS = 4096
 """Rows in a row group of the file."""
@@ -95,7 +95,7 @@ def collect(
             progress.advance(task)
             if console is not None:
                 line = one_line(printable(f"skipped: {entry.path} ({entry.reason})"))
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
+                print_line(console, line)
 
         for batch, encoding in encoder.stream(
             source, views=views, seed=seed, batch_size=batch_size, skipped=skip

@@ -178,10 +178,9 @@ def linked(x: Tensor, link: Link) -> Tensor:
 
     - "softplus": log(1 + exp(x)). Its slope falls exponentially below 0, and with it all gradients.
     - "quadratic": r + r^2/2 with r = max(x, 0.02). With k = kappa/(D - 1) the likelihood's
-    curvature in k is
-      1/((1 + k)(1 + 2k)) for large D, and so 1/(1 + k) in r, since dk/dr = sqrt(1 + 2k): at most 1,
-      and it falls no faster than r^-2. At the bound x has the gradient of r where a step along it
-      raises r.
+      curvature in k is 1/((1 + k)(1 + 2k)) for large D, and so 1/(1 + k) in r, since dk/dr =
+      sqrt(1 + 2k): at most 1, and it falls no faster than r^-2. At the bound x has the gradient of
+      r where a step along it raises r.
     """
     if link == "softplus":
         return softplus(x)
