@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tyro
 from evaluation_cases import feature_sets, gray_source, make_run
+from matplotlib.figure import Figure
 from PIL import Image
 from report_cases import KINDS, SCORES, uncertainty_result
 
@@ -23,7 +24,7 @@ from vi_simsiam.cli.evaluate import report
 from vi_simsiam.config import TrainConfig, differing_fields, preset
 from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.errors import InputError
-from vi_simsiam.evaluation import style
+from vi_simsiam.evaluation import figures, uncertainty_figures
 from vi_simsiam.evaluation.figures import certainty
 from vi_simsiam.evaluation.knn import KnnConfig, evaluate_knn
 from vi_simsiam.evaluation.report import (
@@ -90,15 +91,21 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def coarse() -> Iterator[None]:
-    """Figures of few pixels: what is on them is tested elsewhere."""
+def blank_figures() -> Iterator[None]:
+    """Figures are not rendered: what is on them is tested elsewhere."""
+
+    def save(figure: Figure, path: Path, colours: int | None = None) -> Path:
+        Image.new("RGB", (16, 7)).save(path)
+        return path
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(style, "_DPI", 40)
+        for module in (figures, uncertainty_figures):
+            patch.setattr(module, "save", save)
         yield
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory, coarse: None) -> Path:
+def written(tmp_path_factory: pytest.TempPathFactory, blank_figures: None) -> Path:
     """The report of a run with metrics, an accuracy and an uncertainty."""
     folder = tmp_path_factory.mktemp("report") / "run"
     run = make_run(folder, val=gray_source(40))
@@ -125,18 +132,15 @@ def test_the_page_needs_no_other_file(written: Path, page: Page) -> None:
     assert not re.search(r"https?:|url\(|@import|\bon\w+=", text)
     policy = next(meta["content"] for meta in page.attributes("meta") if meta.get("http-equiv"))
     assert "default-src 'none'" in str(policy)
-    assert written.stat().st_size < 3_000_000
-
-
-def test_headings_are_in_order_and_links_lead_somewhere(page: Page) -> None:
     levels = [level for level, _ in page.headings]
-    assert levels[0] == 1
-    assert levels.count(1) == 1
+    assert (levels[0], levels.count(1)) == (1, 1)
     assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+def test_links_lead_somewhere(page: Page) -> None:
     identifiers = [given["id"] for _, given in page.tags if given.get("id")]
     assert len(identifiers) == len(set(identifiers))
     assert {(link["href"] or "")[1:] for link in page.attributes("a")} <= set(identifiers)
-    assert all(len(page.attributes(tag)) == 1 for tag in ("main", "header", "footer", "title"))
 
 
 def test_tables_hold_the_numbers_of_the_files(written: Path, page: Page) -> None:
@@ -180,13 +184,9 @@ def test_the_headline_counts_what_the_comparisons_say(page: Page) -> None:
     assert [values[:2] for values in page.values["compared"][1:]] == [
         [row.kappa, row.value] for row in rows
     ]
-    for kappa, value, gap in page.values["compared"][1:]:
-        assert gap == pytest.approx(kappa - value)
     for each in result["ood"].values():
         each["scores"]["kappa"]["auroc"] = None
-    found = compared(result)
-    assert found is not None
-    assert len(found["table"]["rows"]) == len(rows) - 3
+    assert len((compared(result) or {})["table"]["rows"]) == len(rows) - 3
 
 
 def test_settings_that_differ_or_are_inferred_are_marked(
@@ -197,12 +197,10 @@ def test_settings_that_differ_or_are_inferred_are_marked(
     differing = {"epochs", "size", "local_size", "crop_scale", "blur_prob"}
     assert {name for name, row in rows.items() if row["differs"]} == differing
     assert (rows["epochs"]["value"], rows["epochs"]["default"]) == ("7", "100")
-    assert rows["device"]["group"] == "place"
     assert ["size", "8", "224", "augment"] in page.tables["training-settings"]
     assert ["k", "5", "knn", ""] in page.tables["evaluation-settings"]
     knn = json.loads((written.parent / "knn.json").read_text())
     assert ["torch", knn["versions"]["torch"], "2.14.1"] in page.tables["version-table"]
-
     make_run(tmp_path, method="simsiam")
     (tmp_path / "metrics.jsonl").unlink()
     knn["settings"] = {"epochs": 90, "lr": 1.6, "inferred": ["epochs"]}
@@ -242,35 +240,47 @@ def test_thumbnails_are_small_and_show_small_images_as_they_are() -> None:
     assert small
 
 
-def test_hostile_names_stay_text(tmp_path: Path) -> None:
+def test_hostile_names_stay_text_and_what_is_not_defined_is_a_dash(tmp_path: Path) -> None:
     attack = '$^{"><script>alert(1)</script><img src="http://a.example/x.png" onerror=alert(1)>'
     gray = gray_source(6)
     run = make_run(tmp_path, val=ArraySource(gray.images, gray.labels, [attack, "b"], attack))
     result = uncertainty_result(data=attack)
     result["scores"] = {**SCORES, attack: attack}
     result["ood"] = {attack: result["ood"]["mine"]}
-    result |= {"misclassification": None, "retrieval": None, "corruptions": {}}
-    (tmp_path / "uncertainty.json").write_text(json.dumps(result))
+    result["ood"][attack]["scores"]["energy"]["auroc"] = None
+    absent = {"misclassification": None, "retrieval": None, "corruptions": {}, "calibration": None}
+    (tmp_path / "uncertainty.json").write_text(json.dumps(result | absent))
     found = Page(write_report(tmp_path, run, attack))
+    assert not {"misclassification", "retrieval", "corruptions-1", "calibration"} & set(
+        found.tables
+    )
+    assert next(row for row in found.tables["ood-1"] if row[0] == "energy")[1] == "–"
     assert not found.attributes("script")
     assert all((image["src"] or "").startswith("data:") for image in found.attributes("img"))
     assert not any("onerror" in given for _, given in found.tags)
     assert attack in found.text
 
 
-def test_absent_parts_have_the_command_that_makes_them(tmp_path: Path) -> None:
+def test_absent_parts_have_the_command_that_makes_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_run(tmp_path)
     text = Page(write_report(tmp_path)).text
     assert f"vi-simsiam evaluate {tmp_path} for kNN and linear probe" in text
     assert f"vi-simsiam logistic {tmp_path} for logistic regression" in text
     (tmp_path / "metrics.jsonl").write_text("")
     evaluate_knn(feature_sets(tmp_path), KnnConfig(k=5))
-    found = Page(write_report(tmp_path, None, "run: no checkpoint.pt"))
+    assert report([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"images left out: run: {tmp_path} has no checkpoint.pt",
+        str(tmp_path / "report.html"),
+    ]
+    found = Page(tmp_path / "report.html")
     # Every command is the one that writes that result: `evaluate` fits no logistic regression.
     commands = f"linear (vi-simsiam linear {tmp_path}), logistic (vi-simsiam logistic {tmp_path})"
     assert f"Not measured yet: accuracy by {commands}." in found.text
     assert f"vi-simsiam uncertainty {tmp_path}" in found.text
-    assert "The images are left out: run: no checkpoint.pt" in found.text
+    assert f"The images are left out: run: {tmp_path} has no checkpoint.pt" in found.text
     assert "Nothing was logged" in found.text
     assert len(found.attributes("img")) == 1
 
@@ -283,17 +293,6 @@ def test_simsiam_has_a_report_without_certainty(tmp_path: Path) -> None:
     # `uncertainty` refuses such a run, so the page must not send anybody there.
     assert "vi-simsiam uncertainty" not in found.text
     assert "SimSiam predicts no concentration" in found.text
-
-
-def test_parts_that_are_not_defined_are_dashes(tmp_path: Path) -> None:
-    make_run(tmp_path)
-    absent = {"misclassification": None, "retrieval": None, "corruptions": {}, "calibration": None}
-    result = {**uncertainty_result(), **absent}
-    result["ood"]["noise"]["scores"]["energy"]["auroc"] = None
-    (tmp_path / "uncertainty.json").write_text(json.dumps(result))
-    tables = Page(write_report(tmp_path)).tables
-    assert not {"misclassification", "retrieval", "corruptions-1", "calibration"} & set(tables)
-    assert next(row for row in tables["ood-2"] if row[0] == "energy")[1] == "–"
 
 
 def test_nothing_to_report_is_refused(tmp_path: Path) -> None:
@@ -311,17 +310,6 @@ def test_nothing_to_report_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
-
-
-def test_the_command_reports_a_run_without_its_weights(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make_run(tmp_path)
-    assert report([str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        f"images left out: run: {tmp_path} has no checkpoint.pt",
-        str(tmp_path / "report.html"),
-    ]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
