@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from vi_simsiam.config import AugmentConfig, Method, ModelConfig, TrainConfig
@@ -15,6 +18,7 @@ from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.engine.checkpoint import write_json
 from vi_simsiam.engine.run import Run
+from vi_simsiam.evaluation import figures, uncertainty_figures
 from vi_simsiam.evaluation.features import FeatureSets
 from vi_simsiam.models import SimSiam, VISimSiam
 
@@ -70,6 +74,17 @@ def make_run(
     kind = VISimSiam if method == "vi-simsiam" else SimSiam
     model = kind(TinyBackbone(), features=4, dim=8, projector_hidden=6, predictor_hidden=6).eval()
     return Run(folder, config, model, Splits("gray", train or gray_source(24), val), CPU, 0)
+
+
+def skip_rendering(patch: pytest.MonkeyPatch) -> None:
+    """Write blank images for figures: rendering takes the most time, and has its own tests."""
+
+    def save(figure: Figure, path: Path, colours: int | None = None) -> Path:
+        Image.new("RGB", (16, 7)).save(path)
+        return path
+
+    for module in (figures, uncertainty_figures):
+        patch.setattr(module, "save", save)
 
 
 def metric_lines(count: int, *, kappa: bool) -> list[dict[str, float]]:

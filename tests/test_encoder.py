@@ -32,7 +32,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("folder")
-    save_images(path, 11)
+    save_images(path, 7)
     return path
 
 
@@ -66,8 +66,6 @@ def test_encoding_is_that_of_the_models_modules(encoder: Encoder, folder: Path) 
         embedding, projection, mean / mean.norm(dim=1)[:, None], mean.norm(dim=1), kappa
     )
     assert_same(encoding, expected)
-    torch.testing.assert_close(encoding.loc, distribution.loc)
-    torch.testing.assert_close(encoding.concentration, distribution.concentration)
     # 1 - E[mu.z]: E[z] is the distribution's mean.
     uncertainty = 1 - (distribution.mean * distribution.loc).sum(1)
     torch.testing.assert_close(encoding.uncertainty, uncertainty)
@@ -75,13 +73,12 @@ def test_encoding_is_that_of_the_models_modules(encoder: Encoder, folder: Path) 
     assert not any(column.requires_grad for column in vars(encoding).values())
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 11])
-@pytest.mark.parametrize("views", [None, 3])
+@pytest.mark.parametrize(("batch_size", "views"), [(1, None), (4, None), (4, 3)])
 def test_the_batch_size_changes_nothing(
     encoder: Encoder, folder: Path, batch_size: int, views: int | None
 ) -> None:
     whole = encoder.encode(folder, views=views)
-    assert len(whole) == 11
+    assert len(whole) == 7
     assert_same(encoder.encode(folder, views=views, batch_size=batch_size), whole)
 
 
@@ -92,16 +89,13 @@ def test_every_kind_of_image_gives_the_same(encoder: Encoder, folder: Path) -> N
     for images in (
         str(folder),
         paths,
-        [Path(path) for path in paths],
-        opened,
-        (*paths[:5], *opened[5:]),
+        (*map(Path, paths[:5]), *opened[5:]),
         FileSource(paths),
-        viewed(folder),
         viewed(folder).double(),
     ):
         assert_same(encoder.encode(images), expected)
     first = Encoding(*(column[:1] for column in vars(expected).values()))
-    for image in (paths[0], Path(paths[0]), opened[0]):
+    for image in (paths[0], opened[0]):
         assert_same(encoder.encode(image), first)
 
 
@@ -181,21 +175,11 @@ def test_streaming_skips_unreadable_files(encoder: Encoder, folder: Path, tmp_pa
         encoder.encode(mixed)
 
 
-def test_nothing_gives_nothing(encoder: Encoder, tmp_path: Path) -> None:
-    for nothing in ([], zeros(0, 3, 8, 8), zeros(0, 2, 3, 8, 8)):
-        encoding = encoder.encode(nothing)
-        columns = (encoding.embedding, encoding.loc, encoding.uncertainty)
-        assert [tuple(x.shape) for x in columns] == [(0, 512), (0, DIM), (0,)]
-    with pytest.raises(InputError, match="holds no image"):
-        encoder.encode(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("images", "options", "message"),
     [
         ("/nowhere", {}, "images: /nowhere is not there"),
         (zeros(3, 8, 8), {}, r"images: shape \(3, 8, 8\) given"),
-        (zeros(2, 1, 8, 8), {}, "accepted are"),
         (zeros(2, 3, 8, 8, dtype=torch.int32), {}, "int32"),
         (np.zeros((2, 8, 8, 3)), {}, "float64"),
         (np.zeros((8, 8, 3), np.uint8), {}, r"\(8, 8, 3\) given, one RGB image or 8 gray ones"),
@@ -205,7 +189,6 @@ def test_nothing_gives_nothing(encoder: Encoder, tmp_path: Path) -> None:
         (zeros(2, 3, 8, 8), {"views": 2}, "views: random views are drawn of images"),
         ([], {"batch_size": 0}, "batch_size: 0 must be an integer of at least 1"),
         ([], {"views": 2.5}, "views: 2.5 must be an integer of at least 1"),
-        ([], {"views": 0}, "views: 0 must be an integer of at least 1"),
         (zeros(2, 3, 8, 8) / 0, {}, "outputs for image 0 are not finite"),
     ],
 )
@@ -216,22 +199,18 @@ def test_bad_input_is_named(
         encoder.encode(images, **options)  # type: ignore[arg-type]
 
 
-def test_damaged_weights_are_named(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    with torch.no_grad():
-        run.model.backbone.linear.weight[0, 0] = torch.inf
-    with pytest.raises(InputError, match="outputs for gray/0 are not finite"):
-        Encoder(run).encode(gray_source(3))
-
-
 def test_training_mode_does_not_matter_and_is_kept(tmp_path: Path) -> None:
-    """The tiny model has dropout and BatchNorm."""
+    """The tiny model has dropout and BatchNorm; damaged weights are named."""
     run = make_run(tmp_path)
     expected = Encoder(run).encode(gray_source(6))
     run.model.train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_same(Encoder(run).encode(gray_source(6)), expected, atol=0)
     assert run.model.training
+    with torch.no_grad():
+        run.model.backbone.linear.weight[0, 0] = torch.inf
+    with pytest.raises(InputError, match="outputs for gray/0 are not finite"):
+        Encoder(run).encode(gray_source(3))
 
 
 def test_simsiam_has_directions_but_no_uncertainty(tmp_path: Path, folder: Path) -> None:
@@ -240,7 +219,7 @@ def test_simsiam_has_directions_but_no_uncertainty(tmp_path: Path, folder: Path)
     assert encoding.concentration is None
     with pytest.raises(InputError, match="uncertainty: a SimSiam run predicts none"):
         _ = encoding.uncertainty
-    torch.testing.assert_close(encoding.loc.norm(dim=1), torch.ones(11, device="cpu"))
+    torch.testing.assert_close(encoding.loc.norm(dim=1), torch.ones(7, device="cpu"))
     views = torch.randn(2, 3, 3, SIZE, SIZE, device="cpu")
     total = sum(encoder.encode(views[:, v]).loc for v in range(3))
     joined = encoder.encode(views)
@@ -248,7 +227,13 @@ def test_simsiam_has_directions_but_no_uncertainty(tmp_path: Path, folder: Path)
     assert joined.concentration is None
 
 
-def test_a_run_that_is_missing(tmp_path: Path) -> None:
+def test_nothing_gives_nothing_but_a_run_must_be_there(encoder: Encoder, tmp_path: Path) -> None:
+    for nothing in ([], zeros(0, 3, 8, 8), zeros(0, 2, 3, 8, 8)):
+        encoding = encoder.encode(nothing)
+        columns = (encoding.embedding, encoding.loc, encoding.uncertainty)
+        assert [tuple(x.shape) for x in columns] == [(0, 512), (0, DIM), (0,)]
+    with pytest.raises(InputError, match="holds no image"):
+        encoder.encode(tmp_path)
     with pytest.raises(InputError, match="holds no run"):
         vi_simsiam.load(tmp_path)
     with pytest.raises(InputError, match="device: 'tpu'"):

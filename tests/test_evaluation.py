@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluation_cases import CPU, SIZE, TinyBackbone, gray_source, make_run
+from evaluation_cases import CPU, SIZE, TinyBackbone, gray_source, make_run, skip_rendering
 from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from vi_simsiam.engine.run import load_run
 from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import features as features_module
-from vi_simsiam.evaluation import style
+from vi_simsiam.evaluation import summary
 from vi_simsiam.evaluation.features import (
     ENCODERS,
     calibrate_batch_norm,
@@ -34,14 +35,18 @@ from vi_simsiam.evaluation.features import (
     pixels,
     untrained_backbone,
 )
+from vi_simsiam.evaluation.linear import LinearConfig, evaluate_linear
 from vi_simsiam.evaluation.results import pack_bits, unpack_bits
 from vi_simsiam.evaluation.summary import evaluate_run, summary_line
 from vi_simsiam.inference.forward import extract
 
 
-@pytest.fixture(autouse=True)
-def small_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(style, "_DPI", 40)
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blank figures, and a linear probe of a few steps."""
+    skip_rendering(monkeypatch)
+    probe = functools.partial(evaluate_linear, config=LinearConfig(epochs=1, min_steps=5))
+    monkeypatch.setattr(summary, "evaluate_linear", probe)
 
 
 def stacked(source: ArraySource, size: int = SIZE) -> Tensor:
@@ -74,10 +79,10 @@ def test_ranks_compute_a_part_of_the_features_each(images: int) -> None:
     torch.testing.assert_close(parts[0] if images == 1 else torch.cat(parts), whole)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 11])
-def test_features_are_those_of_eval_mode_in_image_order(batch_size: int) -> None:
+@pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (4, 1)])
+def test_features_are_those_of_eval_mode_in_image_order(batch_size: int, workers: int) -> None:
     source, backbone = gray_source(11), TinyBackbone()
-    found = features_of(backbone, source, batch_size=batch_size)
+    found = features_of(backbone, source, batch_size=batch_size, workers=workers)
     with torch.no_grad():
         expected = backbone.eval()(stacked(source))
     assert found.dtype == torch.float32
@@ -85,18 +90,11 @@ def test_features_are_those_of_eval_mode_in_image_order(batch_size: int) -> None
     torch.testing.assert_close(found, expected)
 
 
-def test_features_do_not_depend_on_the_workers() -> None:
-    source, backbone = gray_source(9), TinyBackbone()
-    alone = features_of(backbone, source, batch_size=4)
-    assert torch.equal(alone, features_of(backbone, source, batch_size=4, workers=2))
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_extraction_leaves_the_backbone_as_it_was(training: bool) -> None:
-    backbone = TinyBackbone().train(training)
+def test_extraction_leaves_the_backbone_as_it_was() -> None:
+    backbone = TinyBackbone().train()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     features_of(backbone, gray_source(5))
-    assert backbone.training is training
+    assert backbone.training
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 
 
@@ -111,38 +109,24 @@ def test_damaged_weights_and_empty_sources_are_refused() -> None:
         features_of(TinyBackbone(), nothing)
 
 
-def test_calibrated_statistics_are_those_of_the_data() -> None:
-    source, backbone = gray_source(20), nn.Sequential(nn.BatchNorm2d(3))
-    calibrate_batch_norm(backbone, source, size=SIZE, seed=0, device=CPU, workers=0)
-    images = stacked(source)
-    torch.testing.assert_close(backbone[0].running_mean, images.mean((0, 2, 3)))
-    torch.testing.assert_close(backbone[0].running_var, images.var((0, 2, 3)))
-    assert not backbone.training
-    assert backbone[0].momentum == 0.1
-
-
-def test_calibration_averages_shuffled_batches_of_equal_size() -> None:
-    source, norm = gray_source(20), nn.BatchNorm2d(3)
+def test_calibration_averages_shuffled_batches_of_equal_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(features_module, "CALIBRATION_IMAGES", 20)
+    source, norm = gray_source(24), nn.BatchNorm2d(3)
     norm.running_mean.fill_(100)
     norm.num_batches_tracked.fill_(50)
     calibrate_batch_norm(
         nn.Sequential(norm).eval(), source, size=SIZE, seed=5, device=CPU, workers=0, batch_size=8
     )
-    # Three batches of six; two images of twenty are left over.
-    order = np.random.default_rng(5).permutation(20)[:18]
+    # Three batches of six; two images of the first twenty are left over.
+    order = np.random.default_rng(5).permutation(24)[:18]
     batches = stacked(source)[order].reshape(3, 6, 3, SIZE, SIZE)
     assert norm.num_batches_tracked == 3
     torch.testing.assert_close(norm.running_mean, batches.mean((0, 1, 3, 4)))
     variances = torch.stack([b.var((0, 2, 3)) for b in batches])
     torch.testing.assert_close(norm.running_var, variances.mean(0))
-
-
-def test_calibration_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features_module, "CALIBRATION_IMAGES", 6)
-    seen, network = [], nn.Sequential(nn.BatchNorm2d(3))
-    network.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    calibrate_batch_norm(network, gray_source(20), size=SIZE, seed=0, device=CPU, workers=0)
-    assert sum(seen) == 6
+    assert (norm.training, norm.momentum) == (False, 0.1)
 
 
 def test_untrained_backbone_is_drawn_from_the_seed_and_complete(tmp_path: Path) -> None:
@@ -161,7 +145,7 @@ def test_untrained_backbone_is_drawn_from_the_seed_and_complete(tmp_path: Path) 
     torch.testing.assert_close(first.bn1.running_var, inside.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("size", "side"), [(8, 8), (32, 32), (64, 32)])
+@pytest.mark.parametrize(("size", "side"), [(8, 8), (64, 32)])
 def test_pixels_are_the_view_at_no_more_than_32(size: int, side: int) -> None:
     source = gray_source(3, side=40)
     torch.testing.assert_close(pixels(source, size, workers=0), stacked(source, side).flatten(1))
@@ -189,11 +173,9 @@ def test_collect_gives_every_encoder_of_both_splits(tmp_path: Path) -> None:
 def test_summary_line_has_one_decimal() -> None:
     result = {"top1": {"trained": 0.71249, "untrained": 0.55, "pixels": 0.75}}
     assert summary_line("kNN", result) == "kNN top-1: 71.2 % (untrained 55.0 %, pixels 75.0 %)"
-    perfect = {"top1": dict.fromkeys(ENCODERS, 1.0)}
-    assert summary_line("kNN", perfect) == "kNN top-1: 100.0 % (untrained 100.0 %, pixels 100.0 %)"
 
 
-@pytest.mark.parametrize("count", [0, 1, 8, 9, 100])
+@pytest.mark.parametrize("count", [0, 8, 9])
 def test_bits_are_packed_in_base64_and_come_back(count: int) -> None:
     bits = torch.rand(count, generator=torch.Generator().manual_seed(count)) < 0.5
     text = pack_bits(bits)
@@ -205,9 +187,7 @@ def test_bits_are_packed_in_base64_and_come_back(count: int) -> None:
     ("text", "count", "message"),
     [
         ("gYA=", 8, "2 bytes given for 8 values; 1 must be given"),
-        ("gYA=", 17, "for 17 values; 3 must be given"),
         ("g-A=", 9, "'g-A=' .* base64"),
-        ("gY", 9, "base64"),
     ],
 )
 def test_bits_of_another_number_or_kind_are_refused(text: str, count: int, message: str) -> None:
@@ -215,6 +195,7 @@ def test_bits_of_another_number_or_kind_are_refused(text: str, count: int, messa
         unpack_bits(text, count)
 
 
+@pytest.mark.usefixtures("quick")
 def test_evaluating_a_run_writes_everything_and_ends_with_the_summary(tmp_path: Path) -> None:
     run, out = make_run(tmp_path / "run [red]", val=gray_source(10)), io.StringIO()
     evaluate_run(run, console=Console(file=out))
@@ -225,8 +206,6 @@ def test_evaluating_a_run_writes_everything_and_ends_with_the_summary(tmp_path: 
     ]
     assert lines[:3] == [f"figure {run.path / name}.png" for name in ("curves", "density", "kappa")]
     assert results[0]["settings"]["k"] == 20
-    # Brightness alone tells the two classes apart.
-    assert results[1]["top1"]["pixels"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -249,6 +228,7 @@ def test_data_that_cannot_be_evaluated_on_is_named(
     assert "class" in str(error.value)
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_run_without_a_log_and_with_few_images_is_evaluated(tmp_path: Path) -> None:
     """No curves are drawn, and all training images are neighbours."""
     run, out = make_run(tmp_path, train=gray_source(6), val=gray_source(4)), io.StringIO()
@@ -256,16 +236,15 @@ def test_a_run_without_a_log_and_with_few_images_is_evaluated(tmp_path: Path) ->
     evaluate_run(run, console=Console(file=out))
     assert out.getvalue().startswith(f"figure {tmp_path / 'density.png'}")
     assert (tmp_path / "linear.json").is_file()
-    assert json.loads((tmp_path / "knn.json").read_text())["settings"]["k"] == 6
-
-
-def test_figures_are_drawn_for_data_that_cannot_be_evaluated(tmp_path: Path) -> None:
-    run = make_run(tmp_path, train=gray_source(24, labelled=False))
+    assert "with k = 6, all training images" in out.getvalue()
+    # Figures are drawn before the labels are needed.
+    run = make_run(tmp_path / "other", train=gray_source(24, labelled=False))
     with pytest.raises(InputError, match="class folders"):
-        evaluate_run(run, console=Console(file=io.StringIO()))
-    assert {"curves.png", "kappa.png"} <= {path.name for path in tmp_path.iterdir()}
+        evaluate_run(run, console=Console(file=out))
+    assert {"curves.png", "kappa.png"} <= {path.name for path in run.path.iterdir()}
 
 
+@pytest.mark.usefixtures("small_network")
 def test_a_run_is_opened_where_its_cache_folder_is_not(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for i in range(4):

@@ -47,9 +47,9 @@ def mean_of_two(c: float, kappa: tuple[float, float], dim: int) -> NDArray[np.fl
     return np.array([(weight * x).sum(), (weight * y).sum()]) / weight.sum()
 
 
-@pytest.mark.parametrize("dim", [16, 64, 512])
-@pytest.mark.parametrize("c", [0.9, 0.5, 0.0, -0.4])
-@pytest.mark.parametrize("relative", [(0.1, 0.2), (1.0, 1.0), (3.0, 8.0), (0.2, 15.0)])
+@pytest.mark.parametrize("dim", [16, 512])
+@pytest.mark.parametrize("c", [0.9, 0.0, -0.4])
+@pytest.mark.parametrize("relative", [(0.1, 0.2), (3.0, 8.0), (0.2, 15.0)])
 def test_two_experts_against_quadrature(dim: int, c: float, relative: tuple[float, float]) -> None:
     """Errors as in the docstring, a fifth more allowed: they fall as 1/D."""
     kappa = ((dim - 1) * relative[0], (dim - 1) * relative[1])

@@ -8,15 +8,13 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tyro
-from evaluation_cases import feature_sets, gray_source, make_run
-from matplotlib.figure import Figure
+from evaluation_cases import feature_sets, gray_source, make_run, skip_rendering
 from PIL import Image
 from report_cases import KINDS, SCORES, uncertainty_result
 
@@ -24,7 +22,6 @@ from vi_simsiam.cli.evaluate import report
 from vi_simsiam.config import TrainConfig, differing_fields, preset
 from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.errors import InputError
-from vi_simsiam.evaluation import figures, uncertainty_figures
 from vi_simsiam.evaluation.figures import certainty
 from vi_simsiam.evaluation.knn import KnnConfig, evaluate_knn
 from vi_simsiam.evaluation.report import (
@@ -42,14 +39,13 @@ CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 class Page(HTMLParser):
-    """The content of a report: elements, headings, tables as cells by row, and their numbers."""
+    """The content of a report: elements, text, tables as cells by row, and their numbers."""
 
     VOID = frozenset({"meta", "link", "img", "br"})
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.headings: list[tuple[int, str]] = []
         self.tables: dict[str, list[list[str]]] = {}
         self.values: dict[str, list[list[float]]] = {}
         self.open: list[str] = []
@@ -72,8 +68,6 @@ class Page(HTMLParser):
             self.tables[self.table][-1].append("")
         elif tag == "data" and "table" in self.open:
             self.values[self.table][-1].append(float(given["value"] or "nan"))
-        elif re.fullmatch("h[1-6]", tag):
-            self.headings.append((int(tag[1]), ""))
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -82,9 +76,6 @@ class Page(HTMLParser):
         self.text += data
         if {"th", "td"} & set(self.open):
             self.tables[self.table][-1][-1] += data
-        if self.open and re.fullmatch("h[1-6]", self.open[-1]):
-            level, text = self.headings[-1]
-            self.headings[-1] = (level, text + data)
 
     def attributes(self, tag: str) -> list[dict[str, str | None]]:
         return [given for name, given in self.tags if name == tag]
@@ -92,15 +83,8 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module", autouse=True)
 def blank_figures() -> Iterator[None]:
-    """Figures are not rendered: what is on them is tested elsewhere."""
-
-    def save(figure: Figure, path: Path, colours: int | None = None) -> Path:
-        Image.new("RGB", (16, 7)).save(path)
-        return path
-
     with pytest.MonkeyPatch.context() as patch:
-        for module in (figures, uncertainty_figures):
-            patch.setattr(module, "save", save)
+        skip_rendering(patch)
         yield
 
 
@@ -119,7 +103,9 @@ def page(written: Path) -> Page:
     return Page(written)
 
 
-def test_the_page_needs_no_other_file(written: Path, page: Page) -> None:
+def test_the_page_needs_no_other_file_and_its_links_lead_somewhere(
+    written: Path, page: Page
+) -> None:
     images = page.attributes("img")
     assert len(images) == 7 + 2 * 20
     for image in images:
@@ -132,12 +118,6 @@ def test_the_page_needs_no_other_file(written: Path, page: Page) -> None:
     assert not re.search(r"https?:|url\(|@import|\bon\w+=", text)
     policy = next(meta["content"] for meta in page.attributes("meta") if meta.get("http-equiv"))
     assert "default-src 'none'" in str(policy)
-    levels = [level for level, _ in page.headings]
-    assert (levels[0], levels.count(1)) == (1, 1)
-    assert all(after <= before + 1 for before, after in pairwise(levels))
-
-
-def test_links_lead_somewhere(page: Page) -> None:
     identifiers = [given["id"] for _, given in page.tags if given.get("id")]
     assert len(identifiers) == len(set(identifiers))
     assert {(link["href"] or "")[1:] for link in page.attributes("a")} <= set(identifiers)
@@ -218,19 +198,14 @@ def test_the_command_gives_the_same_training(name: str) -> None:
     assert differing_fields(parsed, given) == []
 
 
-def test_the_gallery_shows_both_ends_with_class_and_concentration(tmp_path: Path) -> None:
-    run = make_run(tmp_path, val=gray_source(40))
-    found = certainty(run)
+def test_the_gallery_shows_both_ends_as_small_images(tmp_path: Path) -> None:
+    found = certainty(make_run(tmp_path, val=gray_source(40)))
     assert found is not None
     least, most = gallery(found)
     order = np.argsort(found.values, kind="stable")
     assert [image["index"] for image in least["images"]] == order[:20].tolist()
-    assert [image["kappa"].value for image in least["images"]] == sorted(found.values)[:20]
     assert [image["kappa"].value for image in most["images"]] == sorted(found.values)[::-1][:20]
     assert all(image["name"] == f"class {image['index'] // 20}" for image in least["images"])
-
-
-def test_thumbnails_are_small_and_show_small_images_as_they_are() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
     uri, small = thumbnail_uri(Image.fromarray(noise))
     assert uri.startswith("data:image/jpeg")
@@ -313,12 +288,9 @@ def test_nothing_to_report_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-@pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_shows_the_page_without_a_complaint(
-    written: Path, tmp_path: Path, width: int
-) -> None:
+def test_a_narrow_browser_shows_the_page_without_a_complaint(written: Path, tmp_path: Path) -> None:
     # A frame of this width, because a window is never so narrow.
-    frame, style = tmp_path / "frame.html", f"width:{width}px;height:900px;border:0"
+    frame, style = tmp_path / "frame.html", "width:390px;height:900px;border:0"
     frame.write_text(
         f"<iframe src='{written.as_uri()}' style='{style}'></iframe><script>"
         "onload = () => { const d = frames[0].document; document.title = ["
@@ -329,7 +301,7 @@ def test_a_browser_shows_the_page_without_a_complaint(
     options = (
         "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
         "disable-component-update disable-sync enable-logging=stderr allow-file-access-from-files "
-        f"user-data-dir={tmp_path / 'profile'} window-size={max(width, 600)},900 dump-dom"
+        f"user-data-dir={tmp_path / 'profile'} window-size=600,900 dump-dom"
     )
     command = [str(CHROMIUM), *(f"--{option}" for option in options.split()), frame.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)

@@ -25,10 +25,11 @@ from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import uncertainty
 from vi_simsiam.evaluation.calibration import augmented_views
-from vi_simsiam.evaluation.corruptions import MAGNITUDES
+from vi_simsiam.evaluation.corruptions import MAGNITUDES, corrupt
 from vi_simsiam.evaluation.figures import concentrations
 from vi_simsiam.evaluation.foreign import builtin_sets
-from vi_simsiam.evaluation.scores import TRIVIAL, Network
+from vi_simsiam.evaluation.metrics import level_trend
+from vi_simsiam.evaluation.scores import TRIVIAL, Network, eval_pixels, image_scores
 from vi_simsiam.evaluation.uncertainty import Comparison, comparisons, evaluate_uncertainty
 
 TINY_SCORES = {
@@ -74,8 +75,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def result(run: Run) -> dict[str, Any]:
-    """Every validation image is damaged."""
-    return evaluate(run, corruption_images=40)
+    """Every validation image is damaged, seven at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uncertainty, "_BATCH", 7)
+        return evaluate(run, corruption_images=40)
 
 
 def test_every_part_is_measured_and_written(run: Run, result: dict[str, Any]) -> None:
@@ -121,15 +124,10 @@ def test_figures_are_those_of_the_concentrations(run: Run, result: dict[str, Any
     blank = result["corruptions"]["blank"]
     assert blank["median_kappa"][5] == pytest.approx(gray[0], rel=1e-4)
     assert blank["scores"]["contrast"]["monotone"] == 1, "every level is grayer"
-
-
-def test_the_images_damaged_at_a_time_do_not_matter(
-    run: Run, result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(uncertainty, "_BATCH", 7)
-    found = evaluate(dataclasses.replace(run, path=tmp_path), corruption_images=40)["corruptions"]
-    for kind, part in result["corruptions"].items():
-        assert found[kind]["scores"]["jpeg_size"] == part["scores"]["jpeg_size"]
+    (pixels,) = eval_pixels(run.splits.val, 8, 0)
+    damaged = [corrupt(pixels, "noise", level, numbers=np.arange(40)) for level in range(6)]
+    trend = level_trend(np.stack([image_scores(images)["jpeg_size"] for images in damaged]))
+    assert result["corruptions"]["noise"]["scores"]["jpeg_size"] == trend
 
 
 def test_cosines_are_those_with_the_network_that_makes_the_targets(tmp_path: Path) -> None:

@@ -38,31 +38,10 @@ def drawn(
 
 
 @tied_or_not
-def test_auroc_is_the_share_of_pairs_in_order(tied: bool) -> None:
+def test_fpr_at_the_highest_threshold_that_enough_positives_reach(tied: bool) -> None:
     scores, positive = drawn(200, tied=tied)
-    pairs = scores[positive][:, None] - scores[~positive][None]
-    expected = np.mean(pairs > 0) + np.mean(pairs == 0) / 2
-    assert metrics.auroc(scores, positive) == approx(expected, abs=1e-12)
-
-
-@tied_or_not
-def test_aupr_is_average_precision(tied: bool) -> None:
-    scores, positive = drawn(200, tied=tied)
-    expected, recall_before = 0.0, 0.0
-    for threshold in sorted(set(scores), reverse=True):
-        flagged = scores >= threshold
-        recall = positive[flagged].sum() / positive.sum()
-        expected += (recall - recall_before) * positive[flagged].mean()
-        recall_before = recall
-    assert metrics.aupr(scores, positive) == approx(expected, abs=1e-12)
-
-
-@tied_or_not
-@pytest.mark.parametrize("tpr", [0.5, 0.95, 1.0])
-def test_fpr_at_the_highest_threshold_that_enough_positives_reach(tied: bool, tpr: float) -> None:
-    scores, positive = drawn(200, tied=tied)
-    reached = [t for t in set(scores) if np.mean(scores[positive] >= t) >= tpr]
-    assert metrics.fpr_at_tpr(scores, positive, tpr) == np.mean(scores[~positive] >= max(reached))
+    reached = [t for t in set(scores) if np.mean(scores[positive] >= t) >= 0.95]
+    assert metrics.fpr_at_tpr(scores, positive) == np.mean(scores[~positive] >= max(reached))
 
 
 def test_aurc_and_augrc_without_ties_by_their_definitions() -> None:
@@ -99,9 +78,6 @@ def test_oracle_and_chance_in_closed_form() -> None:
     chance = metrics.at_random(wrong)
     assert metrics.aurc(np.zeros(100), wrong) == approx(chance["aurc"], abs=1e-12)
     assert metrics.augrc(np.zeros(100), wrong) == approx(chance["augrc"], abs=1e-12)
-    generator = np.random.default_rng(1)
-    shuffled = [metrics.aurc(generator.random(100), wrong) for _ in range(400)]
-    assert chance["aurc"] == approx(np.mean(shuffled), abs=4 * float(np.std(shuffled)) / 20)
 
 
 def test_risk_coverage_curve_is_thinned_and_ends_at_the_error_rate() -> None:
@@ -126,8 +102,10 @@ def test_measures_that_are_not_defined_are_none() -> None:
 
 
 def test_detection_takes_the_foreign_images_as_positive() -> None:
-    figures = metrics.detection_figures(np.array([0.0, 1, 2, 3]), np.array([2.5, 4, 5]))
-    assert (figures["auroc"], figures["fpr95"]) == (approx(11 / 12), 0.25)
+    figures = metrics.detection_figures(np.array([0.0, 1, 2, 3]), np.array([2.0, 4, 5]))
+    # 10 of 12 pairs are in order and one is tied; at the threshold 2, precision is 3/5.
+    expected = {"auroc": 10.5 / 12, "aupr": 2 / 3 + 3 / 5 / 3, "fpr95": 0.5}
+    assert figures == approx(expected, abs=1e-12)
     constant = metrics.detection_figures(np.ones(30), np.ones(20))
     assert constant == {"auroc": 0.5, "aupr": approx(0.4, abs=1e-12), "fpr95": 1}
 
