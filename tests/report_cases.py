@@ -6,22 +6,10 @@ from typing import Any
 
 import numpy as np
 
-SCORES = {
-    "kappa": "minus the predicted concentration",
-    "embedding_norm": "minus the length of the embedding",
-    "layer4_norm": "minus the length of the last layer's features",
-    "projection_norm": "minus the length of the projection",
-    "prediction_norm": "minus the length of the prediction",
-    "view_agreement": "one minus the cosine between views",
-    "knn_distance": "distance to the nearest training images",
-    "mahalanobis": "Mahalanobis distance to the nearest class",
-    "softmax": "minus the highest probability",
-    "energy": "minus the log-sum-exp of the logits",
-    "edge_energy": "minus the mean squared gradient of the image",
-    "contrast": "minus the standard deviation of the grey values",
-    "jpeg_size": "size of the image as JPEG",
-}
-KINDS = ("gaussian_noise", "gaussian_blur", "contrast", "occlusion", "jpeg_compression", "rotation")
+from vi_simsiam.evaluation.corruptions import MAGNITUDES
+from vi_simsiam.evaluation.scores import DESCRIPTIONS
+
+SCORES, KINDS = DESCRIPTIONS, tuple(MAGNITUDES)
 
 
 def uncertainty_result(seed: int = 0, data: str = "fashion-mini") -> dict[str, Any]:
@@ -32,6 +20,10 @@ def uncertainty_result(seed: int = 0, data: str = "fashion-mini") -> dict[str, A
     def auroc() -> dict[str, float]:
         return {name: float(draw.uniform(0.35, 0.95)) for name in SCORES}
 
+    def trend() -> dict[str, float]:
+        return {"spearman": float(draw.uniform(-0.6, 1)), "monotone": float(draw.uniform(0, 1))}
+
+    held_out, noise, mine = ("held-out", "near", 400), ("noise", "far", 500), ("mine", "given", 73)
     misclassification = auroc()
     curves = {
         name: {
@@ -66,8 +58,8 @@ def uncertainty_result(seed: int = 0, data: str = "fashion-mini") -> dict[str, A
             "scores": {
                 name: {
                     "auroc": value,
-                    "aurc": float(np.mean(curves[name]["risk"])),
-                    "augrc": 0.3 * (1 - value),
+                    "aurc": np.mean(curves[name]["risk"]),
+                    "augrc": 0.3 - value / 4,
                 }
                 for name, value in misclassification.items()
             },
@@ -88,11 +80,7 @@ def uncertainty_result(seed: int = 0, data: str = "fashion-mini") -> dict[str, A
                     for score, value in auroc().items()
                 },
             }
-            for name, kind, images in (
-                ("held-out", "near", 400),
-                ("noise", "far", 500),
-                ("mine", "given", 73),
-            )
+            for name, kind, images in (held_out, noise, mine)
         },
         "corruptions": {
             kind: {
@@ -100,20 +88,9 @@ def uncertainty_result(seed: int = 0, data: str = "fashion-mini") -> dict[str, A
                 "median_kappa": (
                     draw.uniform(0.4, 1.0) * np.exp(-draw.uniform(0, 0.4) * np.arange(6))
                 ).tolist(),
-                "scores": {
-                    name: {
-                        "spearman": float(draw.uniform(-0.6, 1)),
-                        "monotone": float(draw.uniform(0, 1)),
-                    }
-                    for name in SCORES
-                },
+                "scores": {name: trend() for name in SCORES},
             }
             for kind in KINDS
         },
-        "versions": {
-            "vi-simsiam": "0.1.0",
-            "python": "3.11.9",
-            "torch": "2.14.1",
-            "scikit-learn": "1.9.0",
-        },
+        "versions": {"vi-simsiam": "0.1.0", "torch": "2.14.1", "scikit-learn": "1.9.0"},
     }

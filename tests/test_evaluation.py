@@ -68,7 +68,7 @@ class OneOfTwo(World):
         return rows
 
 
-@pytest.mark.parametrize("images", [1, 2, 5])
+@pytest.mark.parametrize("images", [1, 5])
 def test_ranks_compute_a_part_of_the_features_each(images: int) -> None:
     """The parts of both ranks, in their order, are the whole; one image is too few to share."""
     source, backbone = gray_source(images), TinyBackbone()
@@ -164,15 +164,8 @@ def test_collect_gives_every_encoder_of_both_splits(tmp_path: Path) -> None:
     assert [len(x) for x in sets.train.values()] == [24, 24, 24]
     assert sets.train_labels.tolist() == train.labels.tolist()
     assert sets.val_labels.tolist() == val.labels.tolist()
-    assert sets.classes == ("class 0", "class 1")
     torch.testing.assert_close(sets.val["trained"], features_of(run.model.backbone, val))
     assert "trained features of 24 train images" in stages
-    assert not (run.path / "knn.json").exists()
-
-
-def test_summary_line_has_one_decimal() -> None:
-    result = {"top1": {"trained": 0.71249, "untrained": 0.55, "pixels": 0.75}}
-    assert summary_line("kNN", result) == "kNN top-1: 71.2 % (untrained 55.0 %, pixels 75.0 %)"
 
 
 @pytest.mark.parametrize("count", [0, 8, 9])
@@ -183,16 +176,11 @@ def test_bits_are_packed_in_base64_and_come_back(count: int) -> None:
     assert base64.b64decode(text) == np.packbits(bits.numpy()).tobytes()
 
 
-@pytest.mark.parametrize(
-    ("text", "count", "message"),
-    [
-        ("gYA=", 8, "2 bytes given for 8 values; 1 must be given"),
-        ("g-A=", 9, "'g-A=' .* base64"),
-    ],
-)
-def test_bits_of_another_number_or_kind_are_refused(text: str, count: int, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        unpack_bits(text, count)
+def test_bits_of_another_number_or_kind_are_refused() -> None:
+    with pytest.raises(InputError, match="2 bytes given for 8 values; 1 must be given"):
+        unpack_bits("gYA=", 8)
+    with pytest.raises(InputError, match="'g-A=' .* base64"):
+        unpack_bits("g-A=", 9)
 
 
 @pytest.mark.usefixtures("quick")
@@ -204,6 +192,8 @@ def test_evaluating_a_run_writes_everything_and_ends_with_the_summary(tmp_path: 
     assert lines[-2:] == [
         summary_line(name, each) for name, each in zip(("kNN", "linear"), results, strict=True)
     ]
+    result = {"top1": {"trained": 0.71249, "untrained": 0.55, "pixels": 0.75}}
+    assert summary_line("kNN", result) == "kNN top-1: 71.2 % (untrained 55.0 %, pixels 75.0 %)"
     assert lines[:3] == [f"figure {run.path / name}.png" for name in ("curves", "density", "kappa")]
     assert results[0]["settings"]["k"] == 20
 

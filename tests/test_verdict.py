@@ -80,9 +80,7 @@ ODD = [{"kappa": 0.5, "kappa_best": 100.0 if number == 15 else 0.5} for number i
         (SLOW, [DEAD | {"cosine": 0.02}] * 43, "learning"),
         (SLOW, [DEAD | {"cosine": 0.02}] * 44, "dead"),
         (TrainConfig(epochs=10), [DEAD] * 9, "learning"),
-        # One line of nearly equal directions is no death.
-        (TrainConfig(), ODD[:16], "learning"),
-        (TrainConfig(), ODD, "learning"),
+        (TrainConfig(), ODD, "learning"),  # one line of nearly equal directions is no death
         # The best kappa that can be reached is at most 0.8.
         (BOUNDED, [{"kappa": 0.79, "kappa_best": 9.0}] * 10, "learning"),
         (BOUNDED, [{"kappa": 0.07, "kappa_best": 9.0}] * 10, "dead"),
