@@ -1,30 +1,43 @@
-"""Figures of a run: the metrics read, the images selected, and the curves drawn."""
+"""Figures: the metrics read, the images selected, and the numbers of uncertainty.json drawn."""
 
 from __future__ import annotations
 
 import functools
+import json
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
 from evaluation_cases import SIZE, gray_source, make_run
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontEntry
 from PIL import Image
+from report_cases import KINDS, SCORES, uncertainty_result
 
 from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.data.views import eval_view
+from vi_simsiam.distributions import HypersphericalUniform
 from vi_simsiam.errors import ImageWarning, InputError
-from vi_simsiam.evaluation import figures, style
+from vi_simsiam.evaluation import figures, style, uncertainty_figures
 from vi_simsiam.evaluation.figures import (
+    CONCENTRATIONS,
+    COSINES,
     concentrations,
     draw_curves,
+    draw_density,
     draw_kappa,
     moving_average,
     read_metrics,
+    surprise,
 )
+from vi_simsiam.evaluation.style import STYLE, number, shown
+from vi_simsiam.evaluation.uncertainty_figures import best_others, draw_uncertainty, targets
 from vi_simsiam.inference.rank import extremes
 
 
@@ -46,9 +59,9 @@ def test_figures_are_small_files_of_one_size(tmp_path: Path) -> None:
     photographs = [Image.fromarray(each).resize((128, 96), 3) for each in noise]
     run = make_run(tmp_path, val=ArraySource(np.stack([*map(np.asarray, photographs)])), lines=400)
     before = dict(matplotlib.rcParams)
-    paths = [draw_curves(tmp_path), draw_kappa(run)]
+    paths = [draw_curves(tmp_path), draw_kappa(run), draw_density(tmp_path)]
     assert dict(matplotlib.rcParams) == before
-    assert paths == [tmp_path / "curves.png", tmp_path / "kappa.png"]
+    assert paths == [tmp_path / f"{name}.png" for name in ("curves", "kappa", "density")]
     for path in paths:
         assert path is not None
         assert Image.open(path).size == (1600, 680)
@@ -204,7 +217,182 @@ def test_characters_without_a_glyph_get_another_font_or_spelling(
         return
     with pytest.warns(ImageWarning, match="no font here has all characters of the names") as said:
         list(map(style._spell, drawn))
-    for number, each in enumerate(drawn):
-        style.save(each, tmp_path / f"{number}.png")
+    for place, each in enumerate(drawn):
+        style.save(each, tmp_path / f"{place}.png")
     assert len(said) == 1
     assert [title.get_text() for title in titles] == ["data \\u732bA", "data \\u732bA", "data cats"]
+
+
+def written(folder: Path, result: dict[str, Any]) -> Path:
+    (folder / "uncertainty.json").write_text(json.dumps(result))
+    return folder
+
+
+@pytest.fixture
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(style, "_DPI", 40)
+
+
+def panels(draw: Callable[[dict[str, Any]], Figure], result: dict[str, Any]) -> list[Axes]:
+    with matplotlib.rc_context(STYLE):
+        return draw(result).axes
+
+
+def curves(axes: Axes) -> dict[str, tuple[list[float], list[float]]]:
+    return {
+        str(line.get_label()): (np.ravel(line.get_xdata()).tolist(), list(line.get_ydata()))
+        for line in axes.lines
+    }
+
+
+def points(axes: Axes) -> list[float]:
+    """Values of the dots of a dot plot, from the top row down."""
+    dots = [line for line in axes.lines if line.get_marker() == "o"]
+    dots.sort(key=lambda line: np.ravel(line.get_ydata())[0])
+    return [float(np.ravel(line.get_xdata())[0]) for line in dots]
+
+
+@pytest.mark.usefixtures("coarse")
+def test_every_part_that_is_there_has_its_figure(tmp_path: Path) -> None:
+    assert draw_uncertainty(tmp_path) == []
+    result = uncertainty_result()
+    paths = draw_uncertainty(written(tmp_path, result))
+    names = ["reliability.png", "risk_coverage.png", "corruptions.png", "scores.png"]
+    assert [path.name for path in paths] == names
+    assert [Image.open(path).width for path in paths] == [320] * 4
+    for part in ("misclassification", "ood", "corruptions"):
+        del result[part]
+    paths = draw_uncertainty(written(tmp_path, result))
+    assert [path.name for path in paths] == ["reliability.png"]
+
+
+def test_reliability_shows_the_bins_that_hold_pairs() -> None:
+    result = uncertainty_result()
+    bins = result["calibration"]["bins"]
+    result["calibration"]["bins"] = [{"expected": None, "observed": None, "count": 0}, *bins]
+    left, right = panels(uncertainty_figures.reliability, result)
+    expected, observed = ([each[key] for each in bins] for key in ("expected", "observed"))
+    assert curves(left)["bin of pairs"] == (expected, observed)
+    diagonal = curves(left)["expected = observed"]
+    assert diagonal[0] == diagonal[1]
+    assert [bar.get_height() for bar in right.patches] == [each["count"] for each in bins]
+
+
+def test_risk_coverage_shows_kappa_the_best_others_and_both_limits() -> None:
+    result = uncertainty_result()
+    part = result["misclassification"]
+    left, right = panels(uncertainty_figures.risk_coverage, result)
+    drawn = curves(left)
+    assert drawn["κ"][1] == part["risk_coverage"]["kappa"]["risk"]
+    area = {name: values["aurc"] for name, values in part["scores"].items()}
+    best = min((name for name in SCORES if name != "kappa"), key=lambda name: area[name])
+    assert best.replace("_", " ") in {label.removesuffix(" *") for label in drawn}
+    assert any(label.endswith(" *") for label in drawn)
+    assert set(drawn["random"][1]) == {1 - part["accuracy"]}
+    # Of 200 images 149 are right: the share of errors among the first n when the errors come last.
+    wrong = np.array([0] * 149 + [1] * 51)
+    risk = np.cumsum(wrong) / np.arange(1, 201)
+    np.testing.assert_allclose(drawn["oracle"][1], risk[1::2], atol=1e-12)
+    assert points(right) == sorted(area.values())
+
+
+def test_corruptions_show_medians_and_correlations() -> None:
+    result = uncertainty_result()
+    left, right = panels(uncertainty_figures.corruptions, result)
+    labels = [kind.replace("_", " ") for kind in KINDS]
+    parts = [result["corruptions"][kind] for kind in KINDS]
+    assert [curves(left)[label][1] for label in labels] == [part["median_kappa"] for part in parts]
+    trends = [part["scores"]["kappa"]["spearman"] for part in parts]
+    assert curves(right)["κ"][0] == trends
+    assert [label.get_text() for label in right.get_yticklabels()] == labels
+    assert any(label.endswith(" *") for label in curves(right))
+
+
+def test_scores_show_every_auroc() -> None:
+    result = uncertainty_result()
+    del result["ood"]["noise"]["scores"]["softmax"]
+    result["misclassification"]["scores"]["energy"]["auroc"] = None
+    axes = panels(uncertainty_figures.scores, result)
+    titles = ["misclassified", "held-out (near)", "noise (far)", "mine (given)"]
+    assert [each.get_title(loc="left") for each in axes] == titles
+    for panel, values in zip(axes, targets(result).values(), strict=True):
+        expected = [values.get(name, math.nan) for name in SCORES]
+        np.testing.assert_array_equal(points(panel), expected)
+    labels = [label.get_text() for label in axes[0].get_yticklabels()]
+    assert labels[0] == "κ"
+    marked = {label for label in labels if label.endswith("*")}
+    assert marked == {"edge energy *", "contrast *", "jpeg size *"}
+
+
+def test_best_others_always_hold_an_image_statistic() -> None:
+    values = {"kappa": 0.9, "energy": 0.8, "softmax": 0.7, "knn_distance": 0.6, "contrast": 0.5}
+    values["jpeg_size"] = 0.4
+    assert best_others(values) == ["energy", "softmax", "contrast"]
+    assert best_others({**values, "contrast": 0.75}) == ["energy", "contrast"]
+    assert best_others({**values, "energy": math.nan}) == ["softmax", "knn_distance", "contrast"]
+    assert best_others({"kappa": 0.9}) == []
+
+
+@pytest.mark.parametrize("text", ['{"data": ', "[1]", "\udcff"])
+def test_damaged_results_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "uncertainty.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(InputError, match=r"json cannot be read .*; vi-simsiam uncertainty /"):
+        draw_uncertainty(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "lacking", "figure"),
+    [
+        ("misclassification", {"oracle": None}, "risk_coverage.png"),
+        ("calibration", {"bins": []}, "reliability.png"),
+    ],
+)
+def test_results_that_lack_a_part_are_refused(
+    tmp_path: Path, part: str, lacking: dict[str, Any], figure: str
+) -> None:
+    full = uncertainty_result()
+    result = {"data": full["data"], "images": 2000, part: {**full[part], **lacking}}
+    again = f"vi-simsiam uncertainty {tmp_path} makes it again"
+    with pytest.raises(InputError, match=rf"lacks what {figure} shows.*; {again}"):
+        draw_uncertainty(written(tmp_path, result))
+
+
+@pytest.mark.parametrize("dim", [3, 128])
+def test_surprise_is_minus_the_true_log_density(dim: int) -> None:
+    # D = 3 in closed form: PS = (1 + kappa) (1 + c)^kappa / (4 pi 2^kappa).
+    cosine, kappa = np.array([-0.5, 0.0, 0.7]), np.array([0.0, 2.0, 5.0])
+    found = surprise(kappa / (dim - 1), cosine, dim)
+    if dim == 3:
+        density = (1 + kappa) * (1 + cosine) ** kappa / (4 * np.pi * 2**kappa)
+        np.testing.assert_allclose(found, -np.log(density), rtol=1e-12)
+    uniform = -HypersphericalUniform(dim, dtype=torch.float64).log_prob(
+        torch.eye(dim, dtype=torch.float64)[0]
+    )
+    assert found[0] == pytest.approx(float(uniform), rel=1e-12)
+
+
+def test_density_shows_the_runs_dimension(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[Figure] = []
+    target = "vi_simsiam.evaluation.figures.save"
+    monkeypatch.setattr(target, lambda figure, path: saved.append(figure) or path)
+    assert draw_density(make_run(tmp_path / "simsiam", method="simsiam").path) is None
+    assert draw_density(make_run(tmp_path).path) == tmp_path / "density.png"
+    assert "−log PS" in saved[0].get_suptitle()
+    assert "D = 8 " in saved[0].get_suptitle()
+    left, right = saved[0].axes
+    drawn = curves(left)
+    assert len(drawn) == len(CONCENTRATIONS)
+    cosine, values = drawn["4"]
+    expected = surprise(np.array([4.0]), np.array(cosine), 8)
+    np.testing.assert_allclose(values, expected, rtol=1e-12)
+    minima = [float(line.get_xdata()[0]) for line in right.lines if line.get_marker() == "o"]
+    assert minima == sorted(minima)
+    assert len(minima) == len(COSINES)
+
+
+def test_numbers_and_data_sets_have_short_names() -> None:
+    found = [number(value, 2.5) for value in (0.0, 0.0002, 0.004, 0.1234, 2.6612)]
+    assert found == ["0.00", "0.0002", "0.004", "0.12", "2.66"]
+    assert number(1234.5, 1000.0) == "1,234"
+    names = [shown(data) for data in ("cifar10", "folder:/a/b", "pack:/a/c.pack")]
+    assert names == ["cifar10", "b", "c.pack"]

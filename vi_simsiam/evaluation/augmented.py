@@ -1,10 +1,9 @@
 """Features of randomly augmented training images, for SimSiam's way of linear evaluation.
 
-SimSiam's linear evaluation (Chen and He, arXiv 2011.10566, and their published code) trains the
-classifier on a random resized crop of 8 to 100 % of every training image, flipped half of the time,
-drawn anew in every epoch. Here the frozen network maps such views to features, pass after pass,
-before the classifier is trained: with as many passes as epochs that is the same computation, with
-fewer of them the epochs take turns with the passes.
+SimSiam's linear evaluation (Chen and He, arXiv 2011.10566) trains the classifier on a random
+resized crop of 8 to 100 % of every training image, flipped half of the time, drawn anew in every
+epoch. Here the frozen network maps such views to features, pass after pass: with as many passes as
+epochs that is the same computation, with fewer of them the epochs take turns with the passes.
 """
 
 from __future__ import annotations

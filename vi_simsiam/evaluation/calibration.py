@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from vi_simsiam.config import AugmentConfig
 from vi_simsiam.data.packed import PackedImages
-from vi_simsiam.data.views import GLOBAL_VIEWS
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.scores import Network, disagreement
 from vi_simsiam.inference.forward import random_views
@@ -50,25 +49,11 @@ def augmented_views(
         seed: key of the views.
         device: where they are computed.
         batch_size: images at a time.
-
-    Raises:
-        InputError: the number of views is out of range.
     """
-    if not GLOBAL_VIEWS <= views <= GLOBAL_VIEWS + 14:
-        raise InputError(f"views: {views} must be between {GLOBAL_VIEWS} and {GLOBAL_VIEWS + 14}")
     for start in range(0, len(chosen), batch_size):
         samples = chosen[start : start + batch_size]
-        heights, widths = images.heights[samples], images.widths[samples]
-        ends = images.offsets[samples] + 3 * heights.astype(np.int64) * widths
-        # Only the bytes of these images: the mapped file may be larger than the memory.
-        pixels = [
-            images.pixels[first:end]
-            for first, end in zip(images.offsets[samples], ends, strict=True)
-        ]
         yield random_views(
-            pixels,
-            heights,
-            widths,
+            [np.asarray(images.image(number)) for number in samples.tolist()],
             samples,
             policy,
             views=views,
@@ -99,15 +84,11 @@ def agreement(
         parts.append(disagreement(passed.embedding.unflatten(0, views.shape[:2])))
         if calibrate and passed.concentration is not None:
             outputs = (passed.loc, passed.concentration, passed.target)
-            pairs.append(
-                pair_cosines(*(output.unflatten(0, views.shape[:2]) for output in outputs))
-            )
+            each = [output.unflatten(0, views.shape[:2]) for output in outputs]
+            pairs.append([cosines.cpu().flatten() for cosines in pair_cosines(*each)])
     if not pairs:
         return np.concatenate(parts), None
-    expected, observed = (
-        torch.cat([pair[side].cpu().flatten() for pair in pairs]).double().numpy()
-        for side in (0, 1)
-    )
+    expected, observed = (torch.cat(each).double().numpy() for each in zip(*pairs, strict=True))
     return np.concatenate(parts), calibration(expected, observed)
 
 

@@ -1,9 +1,8 @@
 """Images damaged by degrees: six kinds, five levels each, reproducible for every image.
 
-Lengths are shares of the image's side, so that images of 28 and of 224 pixels lose about as much
-content: the blur's deviation and the occluding square grow with the side, and the grain of the
-noise is at least a 32nd of it (noise of single pixels would average out over a large object). Only
-the blocks of JPEG are 8 pixels at every size: the same quality damages a small image more.
+Lengths are shares of the image's side, and the grain of the noise is at least a 32nd of it, so that
+images of 28 and of 224 pixels lose about as much content. Only the blocks of JPEG are 8 pixels at
+every size.
 
 The kinds are those of ImageNet-C (Hendrycks and Dietterich, arXiv 1903.12261) that need no files,
 with occlusion and a fade to uniform grey added, at whose end nothing is left to be certain of.

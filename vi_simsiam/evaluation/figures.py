@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -41,6 +42,7 @@ from vi_simsiam.inference.rank import extremes
 from vi_simsiam.models import VISimSiam
 from vi_simsiam.text import METHODS, brief_repr, counted
 
+_Values = NDArray[np.float64]
 _THUMBNAIL = 112
 _WORDS = {"state", "captured", "not_captured"}
 """Fields of metrics.jsonl that are no figures."""
@@ -82,16 +84,9 @@ def draw_curves(run_folder: Path) -> Path:
         _curve(spread, "spread (z-std · √D, 1 = even)", epoch, metrics["z_std"])
         spread.axhline(1, color=GRAY, lw=0.8, ls=(0, (1, 2)))
         spread.axhspan(0, COLLAPSE_THRESHOLD, color="#fbe3d6", lw=0, zorder=0)
-        spread.text(
-            0.98,
-            COLLAPSE_THRESHOLD / 2,
-            "collapse",
-            ha="right",
-            va="center",
-            color="#b3592a",
-            fontsize=7,
-            transform=spread.get_yaxis_transform(),
-        )
+        style: dict[str, Any] = {"ha": "right", "va": "center", "color": "#b3592a", "fontsize": 7}
+        place = (0.98, COLLAPSE_THRESHOLD / 2)
+        spread.text(*place, "collapse", transform=spread.get_yaxis_transform(), **style)
         spread.set_ylim(0, max(1.1, 1.05 * float(np.nanmax(metrics["z_std"]))))
         _curve(rank, "effective rank of a batch", epoch, metrics["effective_rank"])
         _curve(gradient, "gradient norm", epoch, metrics["grad_norm"])
@@ -109,7 +104,7 @@ def logged(run_folder: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
-def read_metrics(path: Path) -> dict[str, NDArray[np.float64]]:
+def read_metrics(path: Path) -> dict[str, _Values]:
     """Numeric columns of a metrics.jsonl, float64 over its lines; NaN where a line lacks a value.
 
     Raises:
@@ -131,7 +126,7 @@ def read_metrics(path: Path) -> dict[str, NDArray[np.float64]]:
     return {name: np.array([line.get(name, np.nan) for line in lines]) for name in names}
 
 
-def moving_average(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def moving_average(values: _Values) -> _Values:
     """Centred mean over a fiftieth of the values, fewer at both ends; the values if below 100."""
     window = np.ones(2 * (len(values) // 100) + 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
@@ -144,7 +139,7 @@ class Certainty:
     kind: str
     """The split: "validation", or "training" where there are no validation images."""
     source: ImageSource
-    values: NDArray[np.float64]
+    values: _Values
     """kappa / (D - 1) of every image, (N,)."""
 
     __repr__ = brief_repr
@@ -195,7 +190,7 @@ def draw_kappa(run: Run, found: Certainty | None = None) -> Path | None:
         return save(drawn, run.path / "kappa.png", colours=256)
 
 
-def concentrations(run: Run, source: ImageSource) -> NDArray[np.float64]:
+def concentrations(run: Run, source: ImageSource) -> _Values:
     """kappa / (D - 1) of a VI-SimSiam run for the un-augmented images of `source`, in order.
 
     Returns:
@@ -220,7 +215,7 @@ def concentrations(run: Run, source: ImageSource) -> NDArray[np.float64]:
 
     size, device, workers = run.config.augment.size, run.device, run.workers
     found = extract(model, source, size=size, device=device, workers=workers, output=kappa)
-    values: NDArray[np.float64] = found.double().numpy() / (model.dim - 1)
+    values: _Values = found.double().numpy() / (model.dim - 1)
     return values
 
 
@@ -248,9 +243,7 @@ def draw_density(run_folder: Path) -> Path | None:
         return save(drawn, run_folder / "density.png")
 
 
-def surprise(
-    concentration: NDArray[np.float64], cosine: NDArray[np.float64], dim: int
-) -> NDArray[np.float64]:
+def surprise(concentration: _Values, cosine: _Values, dim: int) -> _Values:
     """-log PS(z; mu, kappa) in nats where mu.z is `cosine`, (N,) float64.
 
     Args:
@@ -264,16 +257,12 @@ def surprise(
     point = torch.zeros_like(loc)
     point[:, 0] = torch.tensor(angle)
     point[:, 1] = torch.tensor(np.sqrt(1 - angle**2))
-    result: NDArray[np.float64] = -power_spherical_log_prob(point, loc, torch.tensor(kappa)).numpy()
+    result: _Values = -power_spherical_log_prob(point, loc, torch.tensor(kappa)).numpy()
     return result
 
 
 def _curve(
-    axes: Axes,
-    title: str,
-    epoch: NDArray[np.float64],
-    values: NDArray[np.float64],
-    label: str | None = None,
+    axes: Axes, title: str, epoch: _Values, values: _Values, label: str | None = None
 ) -> None:
     axes.set_title(title)
     axes.plot(epoch, values, color=BLUE, lw=0.8, alpha=0.3)
@@ -283,7 +272,7 @@ def _curve(
     axes.plot(epoch, mean, color=BLUE, label=label, marker=marker, ms=3, clip_on=not alone)
 
 
-def _learning_rate(axes: Axes, epoch: NDArray[np.float64], rate: NDArray[np.float64]) -> None:
+def _learning_rate(axes: Axes, epoch: _Values, rate: _Values) -> None:
     axes.plot(epoch, rate, color=GRAY, lw=1, ls=(0, (3, 2)))
     axes.set_ylim(bottom=0)
     axes.set_ylabel("learning rate (dashed)", color=GRAY, fontsize=7)
@@ -291,7 +280,7 @@ def _learning_rate(axes: Axes, epoch: NDArray[np.float64], rate: NDArray[np.floa
     axes.grid(False)
 
 
-def _histogram(axes: Axes, values: NDArray[np.float64]) -> None:
+def _histogram(axes: Axes, values: _Values) -> None:
     low, high = float(values.min()), float(values.max())
     margin = 0.02 * (high - low) or 0.05 * abs(low) or 0.5
     bins = min(50, max(8, len(values) // 20))
@@ -310,7 +299,7 @@ def _thumbnails(
     title: str,
     source: ImageSource,
     indices: NDArray[np.int64],
-    values: NDArray[np.float64],
+    values: _Values,
 ) -> None:
     figure.suptitle(title, x=0.02, ha="left", fontsize=8.5, fontweight="bold")
     cells = figure.subplots(2, 4).flat

@@ -192,10 +192,8 @@ def evaluate_uncertainty(
 def comparisons(result: dict[str, Any]) -> list[Comparison]:
     """Rows of an uncertainty.json: the concentration and the scores that do best in the same part.
 
-    Trivial scores are kept apart from those that need more than the concentration does. The best of
-    several scores on the very images that they are compared on has the advantage of the choice.
-    Where none is defined, its name and value are None, as is "kappa" for a run without
-    concentrations.
+    The best of several scores on the images that they are compared on has the advantage of the
+    choice. Where none is defined, its name and value are None.
     """
     parts: list[tuple[str, str, _Figures]] = []
     if result["misclassification"] is not None:

@@ -74,11 +74,8 @@ def portable(config: TrainConfig) -> dict[str, Any]:
     Folders and files, `folder:/home/me/cats` say, keep their last name; `data_root` and `cache_dir`
     are left out.
     """
-    plain = {
-        name: value
-        for name, value in config.to_dict().items()
-        if name not in ("data_root", "cache_dir")
-    }
+    plain = config.to_dict()
+    del plain["data_root"], plain["cache_dir"]
     plain["data"] = data_label(config.data)
     if plain.get("frozen_run") is not None:
         plain["frozen_run"] = Path(plain["frozen_run"]).name
@@ -117,13 +114,12 @@ def write_timm(model: SimSiam, config: TrainConfig, folder: Path) -> Outputs:
     content = save(_weights(model.backbone), metadata={"format": "pt"})
     write_atomically(folder / SAFETENSORS_WEIGHTS, lambda file: file.write(content))
     view = preprocessing(config)
-    size = view["size"]
     pretrained = {
         "tag": config.method.replace("-", "_"),
-        "input_size": [3, size, size],
+        "input_size": [3, view["size"], view["size"]],
         "fixed_input_size": False,
         "interpolation": view["interpolation"],
-        "crop_pct": size / view["resize"],
+        "crop_pct": 1.0,
         "crop_mode": view["crop"],
         "mean": view["mean"],
         "std": view["std"],

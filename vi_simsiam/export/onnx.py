@@ -54,11 +54,7 @@ def write_onnx(model: SimSiam, config: TrainConfig, folder: Path) -> Outputs | N
 
     Returns:
         The file's outputs as onnxruntime computes them on the CPU; None if it is not installed.
-
-    Raises:
-        InputError: the exporter's packages are not installed.
     """
-    require_exporter()
     size = config.augment.size
     # Two images: the exporter takes a batch of one for a constant.
     example = torch.zeros(2, 3, size, size)
@@ -79,14 +75,10 @@ def write_onnx(model: SimSiam, config: TrainConfig, folder: Path) -> Outputs | N
         program.save(str(folder / ONNX_WEIGHTS))
     if importlib.util.find_spec("onnxruntime") is None:
         return None
-    return _runtime(folder / ONNX_WEIGHTS)
-
-
-def _runtime(path: Path) -> Outputs:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
+    path, providers = str(folder / ONNX_WEIGHTS), ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(path, providers=providers)
 
     def compute(images: Tensor) -> dict[str, Tensor]:
         arrays = session.run(names, {INPUT: images.numpy()})

@@ -217,11 +217,8 @@ class Encoder:
                 pixels = torch.from_numpy(np.stack(chunk.pixels)).permute(0, 3, 1, 2)
                 encoding = self._forward(finish(pixels.to(self.device)))
             else:
-                heights, widths = np.array([image.shape[:2] for image in chunk.pixels]).T
                 drawn = random_views(
-                    [image.reshape(-1) for image in chunk.pixels],
-                    heights,
-                    widths,
+                    chunk.pixels,
                     np.array(chunk.indices),
                     self.config.augment,
                     views=views,

@@ -90,8 +90,6 @@ def finite(features: Tensor, source: ImageSource) -> Tensor:
 
 def random_views(
     images: Sequence[NDArray[np.uint8]],
-    heights: NDArray[np.integer],
-    widths: NDArray[np.integer],
     samples: NDArray[np.int64],
     policy: AugmentConfig,
     *,
@@ -105,9 +103,7 @@ def random_views(
     A view is a function of the seed, the view's number, and the image's number and size.
 
     Args:
-        images: pixels of each, uint8 (height * width * 3,).
-        heights: (B,) in pixels.
-        widths: (B,) in pixels.
+        images: pixels of each, uint8 (height, width, 3).
         samples: (B,) numbers of the images in their source.
         policy: the random views; its local ones are not drawn.
         views: how many of each image, at least 1.
@@ -123,12 +119,13 @@ def random_views(
     policy = dataclasses.replace(
         policy, local_views=further, local_size=policy.size, local_scale=policy.crop_scale
     )
+    heights, widths = np.array([image.shape[:2] for image in images]).T
     tables = [
         draw_table(policy, seed=seed, epoch=epoch, samples=samples, heights=heights, widths=widths)
         for epoch in epochs
     ]
     table = np.concatenate(tables)[:views]
-    lengths = np.array([len(pixels) for pixels in images])
+    lengths = 3 * heights * widths
     add_offsets(table, np.cumsum(lengths) - lengths)
-    pixels = torch.from_numpy(np.concatenate(images)).to(device)
+    pixels = torch.from_numpy(np.concatenate([image.reshape(-1) for image in images])).to(device)
     return augment(pixels, torch.from_numpy(table).to(device), policy.size)

@@ -40,14 +40,9 @@ def product_of_experts(loc: Tensor, concentration: Tensor) -> tuple[Tensor, Tens
 
     and the result is PS(m, kappa), whose mean is y.
 
-    Largest errors against importance sampling of the true product, noise of the sampling included
-    (2, 4 and 8 experts, kappa_i/(D - 1) from 0.05 to 20 drawn log-uniformly, directions from close
-    together to independent of each other, 30 products a case):
-
-        D       mean length    kappa     median of kappa in the worst case    direction
-        16      0.012          11 %      5.9 %                                0.6 degrees
-        64      0.003          1.9 %     1.2 %                                0.3 degrees
-        512     0.0003         0.3 %     0.2 %                                0.1 degrees
+    Against importance sampling of the true product (2 to 8 experts, kappa_i/(D - 1) from 0.05 to
+    20, directions from close together to independent) kappa is off by at most 11 % for D = 16,
+    1.9 % for D = 64 and 0.3 % for D = 512, and the direction by 0.6, 0.3 and 0.1 degrees.
 
     Two experts, integrated by quadrature (cosine from -0.4 to 0.9, kappa_i/(D - 1) from 0.1 to 15,
     D of 16, 64 and 512): errors of at most 0.1/D in mean length and 2/D degrees.
