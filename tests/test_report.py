@@ -156,7 +156,7 @@ def test_tables_hold_the_numbers_of_the_files(written: Path, page: Page) -> None
         assert rows(f"corruptions-{number}") == expected
 
 
-def test_the_headline_counts_what_the_comparisons_say(page: Page) -> None:
+def test_the_headline_counts_the_comparisons(page: Page) -> None:
     result = uncertainty_result()
     rows = comparisons(result)
     ahead = sum(row.kappa > row.value for row in rows)  # type: ignore[operator]

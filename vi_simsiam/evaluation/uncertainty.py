@@ -237,31 +237,17 @@ class _Measured:
             self.probe = LogisticProbe.fit(training, labels, classes, config)
         self.reference = Reference(training, data.reference_labels, self.probe, run.device)
         report(f"{counted(len(data.chosen), 'image')}, and {VIEWS} views of each")
-        self.calibration: dict[str, Any] | None = None
-        self.embedding, self.scores = self.score(data.evaluated, data.chosen, calibrate=True)
+        given = (self.network, data.evaluated, data.chosen, run.config.augment)
+        agreeing, self.calibration = agreement(*given, seed=seed, calibrate=True)
+        pixels = self.pixels(data.evaluated, data.chosen)
+        self.embedding, self.scores = self.score(pixels, view_agreement=agreeing)
 
     def score(
-        self, images: PackedImages, chosen: _Numbers, *, views: bool = True, calibrate: bool = False
-    ) -> tuple[Tensor, _Scores]:
-        """Embeddings and scores of images; with `views` also the agreement of augmented views.
-
-        With `calibrate` the views are also kept as `calibration`.
-        """
-        more = {}
-        if views:
-            policy = self.run.config.augment
-            more["view_agreement"], found = agreement(
-                self.network, images, chosen, policy, seed=self.seed, calibrate=calibrate
-            )
-            self.calibration = found or self.calibration
-        return self.score_pixels(self.pixels(images, chosen), more)
-
-    def score_pixels(
-        self, batches: Iterable[NDArray[np.uint8]], more: _Scores | None = None
+        self, batches: Iterable[NDArray[np.uint8]], **more: NDArray[np.float64]
     ) -> tuple[Tensor, _Scores]:
         """Embeddings and scores of batches of pixels, (B, side, side, 3) uint8, with `more`."""
         seen = self.network.observe(batches)
-        scores = {**seen.scores, **self.reference.scores(seen.embedding), **(more or {})}
+        scores = {**seen.scores, **self.reference.scores(seen.embedding), **more}
         return seen.embedding, {name: scores[name] for name in DESCRIPTIONS if name in scores}
 
     def pixels(self, images: PackedImages, chosen: _Numbers) -> Iterator[NDArray[np.uint8]]:
@@ -290,7 +276,11 @@ def _foreign(
     for each, packed in sets:
         measured.report(f"images of {each.name}")
         chosen = _draw(len(packed), len(data.chosen), measured.seed)
-        embedding, scores = measured.score(packed, chosen, views=not each.builtin)
+        more = {}
+        if not each.builtin:
+            given = (measured.network, packed, chosen, measured.run.config.augment)
+            more["view_agreement"], _ = agreement(*given, seed=measured.seed)
+        embedding, scores = measured.score(measured.pixels(packed, chosen), **more)
         figures = {
             name: metrics.detection_figures(measured.scores[name], values)
             for name, values in scores.items()
@@ -330,7 +320,7 @@ def _corruptions(measured: _Measured, data: _Images, count: int) -> dict[str, An
     numbers = data.chosen[_draw(len(data.chosen), count, seed)]
     pixels = np.concatenate(list(measured.pixels(data.evaluated, numbers)))
     batches = [slice(start, start + _BATCH) for start in range(0, count, _BATCH)]
-    _, intact = measured.score_pixels(pixels[batch] for batch in batches)
+    _, intact = measured.score(pixels[batch] for batch in batches)
     result = {}
     for kind in MAGNITUDES:
         measured.report(f"corruption: {kind}")
@@ -340,7 +330,7 @@ def _corruptions(measured: _Measured, data: _Images, count: int) -> dict[str, An
                 corrupt(pixels[each], kind, level, seed=seed, numbers=numbers[each])
                 for each in batches
             )
-            levels.append(measured.score_pixels(damaged)[1])
+            levels.append(measured.score(damaged)[1])
         median = None
         if "kappa" in intact:
             median = [float(np.median(-level["kappa"])) / scale for level in levels]
