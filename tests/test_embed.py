@@ -110,6 +110,7 @@ def test_the_file_holds_encodings_and_neighbours(
         zip(columns["neighbours"], columns["similarities"], strict=True)
     ):
         best = -np.sort(-similar[row])[:3]
+        assert len({paths[row], *near}) == 4
         # Rounding may exchange two that are as near; both are nearest all the same.
         places = [paths.index(path) for path in near]
         np.testing.assert_allclose(similar[row][places], best, atol=1e-5)
@@ -121,8 +122,10 @@ def test_the_file_holds_encodings_and_neighbours(
     assert "resized to 16 pixels" in about["view"]
     assert about["versions"]["vi-simsiam"] == vi_simsiam.__version__
 
+    before = out.read_bytes()
     assert embedded(run, folder, *options, out=out) == 2
     assert f"out: {out} exists; say --overwrite" in capsys.readouterr().err
+    assert out.read_bytes() == before
     options = ["--overwrite", "--views", 2, "--neighbours", 0]
     assert embedded(run, folder, *options, out=out) == 0
     again = parquet.read_table(out)
