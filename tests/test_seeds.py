@@ -126,18 +126,15 @@ def test_every_seed_is_a_run_of_its_own(
     assert f"2 of 2 runs done, {content['runs_per_hour']:.3g} runs/hour" in text
 
 
-@pytest.mark.parametrize(
-    ("last", "line"),
-    [
-        ([], "kNN top-1 70.0 %  dead since step 2"),
+def test_a_run_that_stopped_learning_is_named_once(run: Runs) -> None:
+    for last, line in (
         (["--last=dead since step 2: kappa is small"], "dead since step 2: kappa is small"),
         (["--last=not evaluated: no labels"], "not evaluated: no labels  dead since step 2"),
-    ],
-)
-def test_a_run_that_stopped_learning_is_named_once(run: Runs, last: list[str], line: str) -> None:
-    code, text = run("--dead=0", *last, seeds=1)
-    assert code == 0
-    assert re.search(rf"^seed 0: done in \d s  {line}$", text, re.MULTILINE)
+        ([], "kNN top-1 70.0 %  dead since step 2"),
+    ):
+        code, text = run("--dead=0", *last, "--overwrite", seeds=1)
+        assert code == 0
+        assert re.search(rf"^seed 0: done in \d s  {line}$", text, re.MULTILINE)
 
 
 def test_a_failed_seed_does_not_affect_the_others(run: Runs, out: Path) -> None:

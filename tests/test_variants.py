@@ -68,7 +68,9 @@ def make_step(
     return TrainStep(model.train(), RATES, weight_decay=1e-2, loss_scale=0.1, ema=ema)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", ["plain", "constant", "global", "shuffled", "vi-byol", "local-predictor"]
+)
 def test_a_run_is_resumed_bit_for_bit(
     name: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,8 +97,6 @@ def test_a_run_is_resumed_bit_for_bit(
     run = load_run(tmp_path / "parts", device="cpu")
     assert run.config == settings.located()
     assert same(run.model.state_dict(), whole.model.state_dict())
-    for line in metrics(tmp_path / "whole"):
-        assert np.isfinite([x for name, x in line.items() if name != "state"]).all()
     if isinstance(run.model, VISimSiam):
         kappa = run.model.distribution(torch.randn(4, 3, 16, 16)).concentration
         assert (kappa > 0).all()
@@ -250,7 +250,7 @@ def test_a_frozen_network_stays_and_its_concentration_fits(
     train(config(image_folder, method="simsiam", ema=ema), tmp_path / "simsiam")
     # kappa/(D - 1) starts near 3.5, far above what such a short training can use.
     loss = dataclasses.replace(SOFTPLUS, concentration=concentration, concentration_scale=155.0)  # type: ignore[arg-type]
-    settings = config(image_folder, frozen_run=tmp_path / "simsiam", loss=loss, epochs=8, lr=0.1)
+    settings = config(image_folder, frozen_run=tmp_path / "simsiam", loss=loss, epochs=5, lr=0.1)
     trainer = Trainer(settings, tmp_path / "frozen", console=QUIET)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.fit()
@@ -323,25 +323,18 @@ def test_distinct_runs_leave_copies_out(image_folder: Path, tmp_path: Path) -> N
     data = tmp_path / "data"
     shutil.copytree(image_folder, data)
     shutil.copy(data / "train" / "dark" / "03.png", data / "val" / "dark" / "zz.png")
-    whole, distinct = (
-        train(config(data, distinct=distinct, epochs=1), tmp_path / str(distinct))
-        for distinct in (False, True)
-    )
-    assert (len(whole.loader.source), len(distinct.loader.source)) == (40, 39)
-    runs = [load_run(tmp_path / str(distinct), device="cpu").splits for distinct in (False, True)]
-    assert [len(run.val) for run in runs] == [17, 16]  # type: ignore[arg-type]
-    assert [len(duplicates(run)) for run in runs] == [1, 0]
+    trainer = train(config(data, distinct=True, epochs=1), tmp_path / "run")
+    splits = load_run(tmp_path / "run", device="cpu").splits
+    assert splits.val is not None
+    assert (len(trainer.loader.source), len(splits.val), len(duplicates(splits))) == (39, 16, 0)
 
 
-def test_runs_from_before_the_variants_are_opened(image_folder: Path, tmp_path: Path) -> None:
-    train(config(image_folder, epochs=1), tmp_path / "run")
-    path = tmp_path / "run" / "config.json"
-    plain = json.loads(path.read_text())
+def test_runs_from_before_the_variants_are_opened(image_folder: Path) -> None:
+    settings = config(image_folder)
+    saved = json.loads(json.dumps(settings.to_dict()))
     for name in ("ema", "frozen_run", "images", "held_out", "split_seed", "distinct"):
-        del plain[name]
+        del saved[name]
     for name in ("concentration", "concentration_value", "concentration_max"):
-        del plain["loss"][name]
-    del plain["model"]["local_predictor"]
-    path.write_text(json.dumps(plain))
-    expected = config(image_folder, epochs=1).located()
-    assert load_run(tmp_path / "run", device="cpu").config == expected
+        del saved["loss"][name]
+    del saved["model"]["local_predictor"]
+    assert TrainConfig.from_dict(saved) == settings
