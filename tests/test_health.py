@@ -72,7 +72,8 @@ def test_a_concentration_that_dies_is_named_by_training_evaluation_and_report(
     monkeypatch.setattr(summary, "_figures", lambda run: [])
     summary.evaluate_run(run, console=console, quiet=True)
     assert f"warning: training {dead}" in console.file.getvalue()  # type: ignore[attr-defined]
-    monkeypatch.setattr(report, "draw_curves", lambda folder: None)
+    for name in ("draw_curves", "draw_density"):
+        monkeypatch.setattr(report, name, lambda folder: None)
     page = report.write_report(tmp_path).read_text()
     assert f"<strong>Training:</strong> {dead}" in page.partition("<main>")[0]
 
