@@ -15,16 +15,17 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
+from vi_simsiam import models
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.engine import train
 from vi_simsiam.engine.distributed import PeerError, World, joined
 from vi_simsiam.engine.network import wrap
 from vi_simsiam.errors import ImageWarning, InputError
-from vi_simsiam.models import Output, SimSiam, build_model
+from vi_simsiam.models import SimSiam, build_model
 
 Case = Callable[..., Any]
 
@@ -47,13 +48,15 @@ def run_ranks(case: Case, size: int, *arguments: object, timeout: float = 30.0) 
     """
     context = multiprocessing.get_context("forkserver")  # torch is imported once, not by every rank
     context.set_forkserver_preload(["torch._dynamo", "vi_simsiam.engine.train"])
-    outcomes = context.Queue()
+    outcomes, all_ended = context.Queue(), context.Event()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = [
         context.Process(
-            target=_rank, args=(case, rank, size, port, timeout, arguments, outcomes), daemon=True
+            target=_rank,
+            args=(case, rank, size, port, timeout, arguments, outcomes, all_ended),
+            daemon=True,
         )
         for rank in range(size)
     ]
@@ -67,6 +70,7 @@ def run_ranks(case: Case, size: int, *arguments: object, timeout: float = 30.0) 
     except queue.Empty:
         raise AssertionError(f"only ranks {sorted(found)} ended: {found}") from None
     finally:
+        all_ended.set()
         for process in ranks:
             process.join(5)
             process.kill()
@@ -81,6 +85,7 @@ def _rank(
     timeout: float,
     arguments: tuple[object, ...],
     outcomes: Any,
+    all_ended: Any,
 ) -> None:
     torch.set_num_threads(1)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
@@ -97,10 +102,10 @@ def _rank(
     outcomes.put((rank, outcome))
     if rank == 0 and outcome.error:
         # Without a launcher rank 0 holds the store, where the others read of the failure.
-        time.sleep(1)
+        all_ended.wait(5)
 
 
-def collectives(world: World) -> dict[str, Any]:
+def collectives(world: World, file: Path) -> dict[str, Any]:
     """All collectives, with parts that differ between the ranks."""
     n = (3, 0, 1)[world.rank]
     with warnings.catch_warnings(record=True) as warned:
@@ -116,22 +121,25 @@ def collectives(world: World) -> dict[str, Any]:
         "infected": world.all_mean(torch.tensor(float("nan") if world.rank == 1 else 1.0))
         .isnan()
         .item(),
-        "any": [
-            world.any_rank(world.rank == 2),
-            world.any_rank(False),
-        ],
+        "any": [world.any_rank(world.rank == 2), world.any_rank(False)],
         "broadcast": world.broadcast_object({"folder": f"runs/{world.rank}"}),
         "shares": list(world.share(10)),
         "warned": len(warned),
+        "running statistics": running_statistics(world),
+        "prepared": rank_0_prepares(world, file),
     }
 
 
-def agreeing(world: World, values: list[dict[str, Any]], ignore: tuple[str, ...] = ()) -> str:
-    try:
-        world.agree("configuration", values[world.rank], ignore=ignore)
-    except InputError as error:
-        return str(error)
-    return "agreed"
+def agreeing(world: World, pairs: list[list[Any]]) -> list[str]:
+    """The error for each pair of values of the two ranks, or "agreed"; "workers" may differ."""
+    found = []
+    for values in pairs:
+        try:
+            world.agree("configuration", values[world.rank], ignore=("workers",))
+            found.append("agreed")
+        except InputError as error:
+            found.append(str(error))
+    return found
 
 
 def uneven_rows(world: World) -> None:
@@ -176,24 +184,11 @@ def stalls(world: World, where: str) -> None:
     """Rank 1 does not come to a collective within the time."""
     world.all_mean(torch.zeros(()))
     if world.rank == 1:
-        time.sleep(4)
+        time.sleep(3)
     if where == "collective":
         world.all_mean(torch.zeros(()))
     else:
         world.exchange(None)
-
-
-class Plain(nn.Module):
-    """A backbone without BatchNorm: an image's features do not depend on the batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convolution = nn.Conv2d(3, 8, 3, stride=2)
-        self.norm = nn.GroupNorm(2, 8)
-        self.linear = nn.Linear(8, 16)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.linear(F.relu(self.norm(self.convolution(images))).mean((2, 3)))
 
 
 def without_batch_norm(module: nn.Module) -> None:
@@ -207,32 +202,6 @@ def without_batch_norm(module: nn.Module) -> None:
             without_batch_norm(child)
 
 
-def trained(world: World, steps: int, batch_size: int) -> tuple[list[float], dict[str, Any]]:
-    """Loss curve and final weights (as numpy) of SimSiam on random images, from seed `rank`."""
-    torch.manual_seed(world.rank)
-    model = SimSiam(Plain(), features=16, dim=32, projector_hidden=16, predictor_hidden=16)
-    without_batch_norm(model)
-    model.to(memory_format=torch.channels_last)
-    network = wrap(model, world)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-    generator = torch.Generator().manual_seed(0)
-    part = world.share(batch_size)
-    mine = slice(part.start, part.stop)
-    curve = []
-    for _ in range(steps):
-        sizes = (12, 12, 8, 8)
-        views = [torch.rand(batch_size, 3, size, size, generator=generator)[mine] for size in sizes]
-        output = network([view.contiguous(memory_format=torch.channels_last) for view in views])
-        assert isinstance(output, Output)
-        loss = model.loss(output, "eager")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-        curve.append(world.all_mean(loss).item())
-    return curve, {name: value.numpy() for name, value in model.state_dict().items()}
-
-
 def running_statistics(world: World) -> list[float]:
     """BatchNorm's running mean after a step on images that differ between the ranks."""
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
@@ -242,15 +211,31 @@ def running_statistics(world: World) -> list[float]:
     return model[1].running_mean.tolist()
 
 
-def real_run(world: World, config: TrainConfig, folder: Path) -> str:
-    """A whole run with a network without BatchNorm; returns the printed lines."""
+def real_run(
+    world: World, config: TrainConfig, folder: Path
+) -> tuple[str, dict[str, NDArray[Any]]]:
+    """A whole run with a network without BatchNorm; returns the printed lines and the weights.
+
+    Rank 1 begins with other weights, which rank 0's replace.
+    """
 
     def build(config: TrainConfig) -> SimSiam:
         model = build_model(config)
         without_batch_norm(model)
+        with torch.no_grad():
+            for weights in model.parameters():
+                weights += world.rank
         return model
 
+    def backbone(*given: object, **options: object) -> tuple[nn.Module, int]:
+        convolution = nn.Conv2d(3, 8, 3, stride=2)
+        pool = nn.AdaptiveAvgPool2d(1)
+        return nn.Sequential(convolution, nn.GroupNorm(2, 8), nn.ReLU(), pool, nn.Flatten()), 8
+
     console = Console(file=io.StringIO(), width=200)
-    with mock.patch.object(train, "build_model", build):
-        train.Trainer(config, folder, console=console, world=world).fit()
-    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+    plain = mock.patch.object(models, "build_backbone", backbone)
+    with plain, mock.patch.object(train, "build_model", build):
+        trainer = train.Trainer(config, folder, console=console, world=world)
+        trainer.fit()
+    weights = {name: value.numpy() for name, value in trainer.model.state_dict().items()}
+    return console.file.getvalue(), weights  # type: ignore[attr-defined]

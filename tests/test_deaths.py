@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from experiment_results import diverged, result, write_result
 
 from vi_simsiam.cli import main
 from vi_simsiam.errors import InputError
+from vi_simsiam.experiments import runner, worker
 from vi_simsiam.experiments.catalogue import plan
 from vi_simsiam.experiments.deaths import summarise_deaths
 from vi_simsiam.experiments.plan import PlanOptions
@@ -99,10 +101,14 @@ def test_a_damaged_result_is_named(tmp_path: Path) -> None:
             written(tmp_path / str(number), result(arm, "deaths", 0, **damaged))
 
 
+@pytest.mark.usefixtures("small_network")
 def test_a_run_leaves_its_curve_and_no_weights(
-    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    image_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On images without labels: nothing is measured."""
+    """On images without labels: nothing is measured. The run is done in this process."""
     out, flat = tmp_path / "out", tmp_path / "flat"
     flat.mkdir()
     for number, path in enumerate(sorted((image_folder / "train").rglob("*.png"))):
@@ -110,10 +116,13 @@ def test_a_run_leaves_its_curve_and_no_weights(
     sizes = "--preset demo --size 8 --batch-size 8 --dim 16 --epochs 2 --seeds 1 --devices cpu"
     arm = "vi-simsiam-d16-lr0.06"
     given = f"experiment deaths --data {flat} --out {out} --arms {arm} {sizes}".split()
+    monkeypatch.setattr(runner, "_WORKER", (sys.executable, "-S", "-c", "raise SystemExit(1)"))
+    assert main(given) == 2
+    assert worker.main([str(out / "runs" / f"{arm}-seed-0.json")]) == 0
+    assert not (out / "runs" / f"{arm}-seed-0").exists()
     assert main(given) == 0
-    assert capsys.readouterr().out.endswith(f"{out / 'summary.md'}\n")
+    printed = capsys.readouterr().out
+    assert "1 of 1 run finished and kept" in printed
+    assert printed.endswith(f"{out / 'summary.md'}\n")
     (row,) = json.loads((out / "runs.json").read_text())["runs"]
     assert (row["arm"], row["dim"], row["lr"], row["steps"]) == ("vi-simsiam", 16, 0.06, 10)
-    assert not (out / "runs" / "vi-simsiam-d16-lr0.06-seed-0").exists()
-    assert main(given) == 0
-    assert "1 of 1 run finished and kept" in capsys.readouterr().out

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Iterator
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ from vi_simsiam.errors import InputError, TrainingError
 from vi_simsiam.ops.augment import eager_augment
 
 POLICY = AugmentConfig(size=12, local_views=1, local_size=8)
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -109,44 +108,32 @@ def test_every_position_is_equally_likely() -> None:
     assert np.abs(counts - 100).max() <= 5 * np.sqrt(1000 * 0.1 * 0.9)
 
 
-def test_workers_change_nothing(source: ArraySource) -> None:
+def test_workers_and_a_start_within_the_epoch_change_nothing(source: ArraySource) -> None:
     alone, helped = loader(source), loader(source, workers=2)
     for epoch in (3, 0):
         assert_same(alone.epoch(epoch), helped.epoch(epoch))
-    assert_same(alone.epoch(1, start=3), helped.epoch(1, start=3))
-
-
-def test_spawned_workers_change_nothing(source: ArraySource) -> None:
-    before = multiprocessing.get_start_method()
-    multiprocessing.set_start_method("spawn", force=True)
-    try:
-        assert_same(loader(source).epoch(4, start=3), loader(source, workers=1).epoch(4, start=3))
-    finally:
-        multiprocessing.set_start_method(before, force=True)
-
-
-def test_start_skips_batches(source: ArraySource) -> None:
-    whole = list(loader(source).epoch(6))
-    assert_same(loader(source).epoch(6, start=2), iter(whole[2:]))
-    assert list(loader(source).epoch(6, start=5)) == []
-
-
-def test_an_abandoned_epoch_leaves_no_trace(source: ArraySource) -> None:
-    helped = loader(source, workers=2)
-    abandoned = helped.epoch(0)
-    next(abandoned)
-    assert_same(helped.epoch(1), loader(source).epoch(1))
-    with pytest.raises(RuntimeError, match="another one was started"):
-        next(abandoned)
+    whole = list(alone.epoch(1))
+    for each in (alone, helped):
+        assert_same(each.epoch(1, start=3), iter(whole[3:]))
+        assert list(each.epoch(1, start=5)) == []
 
 
 def test_workers_are_kept_between_epochs_and_end_when_closed(source: ArraySource) -> None:
     began = set(multiprocessing.active_children())
     helped = loader(source, workers=2)
-    list(helped.epoch(0))
+    list(helped.epoch(0))  # torch sets a handler of SIGCHLD, once
+    handler = signal.getsignal(signal.SIGCHLD)
     first = set(multiprocessing.active_children())
     assert len(first - began) == 2
-    list(helped.epoch(1))
+    abandoned = helped.epoch(0)
+    next(abandoned)
+    assert_same(helped.epoch(1), loader(source).epoch(1))
+    with pytest.raises(RuntimeError, match="another one was started"):
+        next(abandoned)
+    left = helped.epoch(2)
+    next(left)
+    left.close()
+    assert signal.getsignal(signal.SIGCHLD) == handler
     assert set(multiprocessing.active_children()) == first
     helped.close()
     assert not set(multiprocessing.active_children()) - began
@@ -156,11 +143,11 @@ def test_workers_are_kept_between_epochs_and_end_when_closed(source: ArraySource
 def test_iterating_gives_one_epoch_after_the_other(source: ArraySource) -> None:
     loaded = loader(source)
     assert len(loaded) == loaded.steps_per_epoch == 5
-    for epoch in range(3):
+    for epoch in range(2):
         assert_same(iter(loaded), loader(source).epoch(epoch))
 
 
-@pytest.mark.parametrize(("workers", "world_size"), [(0, 2), (0, 4), (1, 2)])
+@pytest.mark.parametrize(("workers", "world_size"), [(0, 4), (1, 2)])
 def test_ranks_share_the_batch_of_one(source: ArraySource, workers: int, world_size: int) -> None:
     epochs = [
         loader(source, workers, rank=rank, world_size=world_size).epoch(1)
@@ -222,9 +209,8 @@ def test_a_policy_can_be_given_by_name(source: ArraySource) -> None:
         MultiViewLoader(source, "strong", 2)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_views_have_the_dtype_asked_for(source: ArraySource, workers: int) -> None:
-    low = loader(source, workers, dtype=torch.bfloat16).epoch(0)
+def test_views_have_the_dtype_asked_for(source: ArraySource) -> None:
+    low = loader(source, workers=1, dtype=torch.bfloat16).epoch(0)
     for made, full in zip(low, loader(source).epoch(0), strict=True):
         for view, reference in zip(made.views, full.views, strict=True):
             assert view.dtype == torch.bfloat16
@@ -248,17 +234,6 @@ def test_a_worker_that_dies_ends_the_epoch_in_one_line(source: ArraySource) -> N
     assert not set(multiprocessing.active_children()) - before
     assert_same(helped.epoch(1), loader(source).epoch(1))
     helped.close()  # what `caught` holds ends in a garbage collection, for which workers are slow
-
-
-def test_handlers_of_signals_are_as_they_were(source: ArraySource) -> None:
-    helped = loader(source, workers=1)
-    list(helped.epoch(0))  # torch sets its own, once
-    before = signal.getsignal(signal.SIGCHLD)
-    list(helped.epoch(1))
-    abandoned = helped.epoch(2)
-    next(abandoned)
-    abandoned.close()
-    assert signal.getsignal(signal.SIGCHLD) == before
 
 
 def test_workers_by_default_are_one_for_four_cores(
@@ -289,10 +264,10 @@ def test_threads_and_global_generators_are_left_alone(source: ArraySource) -> No
     ("options", "message"),
     [
         ({"batch_size": 23, "seed": -1}, "batch_size: 23 must be at most 22, the images in array"),
-        ({"batch_size": 0}, "batch_size: 0 must be at least 1"),
+        ({"batch_size": 0}, "batch_size: 0 .* at least 1"),
         ({"workers": -1}, "workers: -1"),
         ({"seed": -3}, "seed: -3"),
-        ({"rank": 4, "world_size": 4}, "rank: 4 must lie between 0 and 3, for world_size 4"),
+        ({"rank": 4, "world_size": 4}, "rank: 4 .* between 0 and 3, for world_size 4"),
         ({"dtype": torch.float16}, r"dtype: torch\.float16 is neither"),
         ({"device": "meta"}, "device: 'meta' is none of cpu, cuda"),
         ({"device": "gpu"}, "device: 'gpu' is none of cpu, cuda"),
@@ -311,7 +286,7 @@ def test_options_that_cannot_be_used_are_named(
 def test_numbers_out_of_range_are_named(source: ArraySource) -> None:
     with pytest.raises(InputError, match="epoch: -1"):
         loader(source).epoch(-1)
-    with pytest.raises(InputError, match="start: 6 must lie between 0 and 5"):
+    with pytest.raises(InputError, match="start: 6 .* between 0 and 5"):
         loader(source).epoch(0, start=6)
     with pytest.raises(InputError, match="size: 0"):
         eval_loader(source, 0, 4, 0)
@@ -359,37 +334,31 @@ def test_workers_ignore_interrupts_also_before_they_are_ready(
     assert_same(helped.epoch(1), loader(source).epoch(1))
 
 
-@pytest.mark.skipif(os.name != "posix", reason="a terminal's Ctrl-C is sent to a process group")
-def test_ctrl_c_prints_no_traceback_of_a_worker() -> None:
-    program = textwrap.dedent(
-        """
-        import itertools, numpy as np
-        from vi_simsiam.config import AugmentConfig
-        from vi_simsiam.data import MultiViewLoader
-        from vi_simsiam.data.sources import ArraySource
+def train_until_interrupted(source: ArraySource, begun: Event) -> None:
+    os.setsid()
+    helped = loader(source, workers=2)
+    try:
+        for epoch in itertools.count():
+            for _ in helped.epoch(epoch):
+                begun.set()
+    except KeyboardInterrupt:
+        sys.exit(7)
 
-        source = ArraySource(np.zeros((64, 14, 14), np.uint8))
-        loader = MultiViewLoader(source, AugmentConfig(size=12), 4, workers=2)
-        try:
-            for epoch in itertools.count():
-                for batch in loader.epoch(epoch):
-                    print("batch", flush=True)
-        except KeyboardInterrupt:
-            print("stopped", flush=True)
-        """
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    ) as process:  # fmt: skip
-        assert process.stdout is not None
-        try:
-            assert process.stdout.readline() == "batch\n"
-            os.killpg(process.pid, signal.SIGINT)
-            output, errors = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    assert output.endswith("stopped\n")
-    assert "Traceback" not in errors
-    assert process.returncode == 0
+
+@pytest.mark.skipif(os.name != "posix", reason="a terminal's Ctrl-C is sent to a process group")
+def test_ctrl_c_prints_no_traceback_of_a_worker(
+    source: ArraySource, capfd: pytest.CaptureFixture[str]
+) -> None:
+    context = multiprocessing.get_context("fork")
+    begun = context.Event()
+    process = context.Process(target=train_until_interrupted, args=(source, begun))
+    process.start()
+    try:
+        assert begun.wait(60)
+        assert process.pid is not None
+        os.killpg(process.pid, signal.SIGINT)
+        process.join(60)
+    finally:
+        process.kill()
+    assert process.exitcode == 7
+    assert "Traceback" not in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""Output on a terminal of 80 columns: paths stay whole, names with brackets are not styles."""
+"""Names with brackets are printed as they are, not as styles."""
 
 from __future__ import annotations
 
@@ -12,14 +12,10 @@ from inference_cases import save_images
 from report_cases import uncertainty_result
 from rich.console import Console
 
-from vi_simsiam.benchmarks import accuracy
-from vi_simsiam.benchmarks.suite import Suite, SuiteOptions
 from vi_simsiam.cli import evaluate as command
 from vi_simsiam.errors import InputError
 from vi_simsiam.experiments.plan import Arm, Place
 from vi_simsiam.experiments.runner import Run, _Batch, _decode
-
-ODD = "a [b] [/c] " + "long-" * 20 + "name"
 
 
 class Terminal(Console):
@@ -28,27 +24,6 @@ class Terminal(Console):
     def __init__(self) -> None:
         self.written = io.StringIO()
         super().__init__(file=self.written, width=80)
-
-    @property
-    def lines(self) -> list[str]:
-        return self.written.getvalue().splitlines()
-
-
-def test_benchmarks_print_paths_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal, folder = Terminal(), tmp_path / ODD.replace("/", "-")
-    suite = Suite("augment", SuiteOptions(device="cpu", out=folder), terminal)
-    suite.finish()
-    assert terminal.lines == [
-        f"written: {folder}/cpu/augment.json",
-        f"written: {folder}/cpu/augment.png",
-    ]
-    terminal = Terminal()
-    monkeypatch.setattr(
-        accuracy, "make_providers", lambda form, device: {"cpu": "not available: [/x] is lost"}
-    )
-    accuracy.run(accuracy.Options(device="cpu", out=folder), terminal)
-    assert terminal.lines[-1] == f"written: {folder}/cpu/accuracy.json"
-    assert "[/x]" in terminal.written.getvalue()
 
 
 def test_names_of_data_are_no_styles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from test_trainer import QUIET, Watched, checkpoint, config, metrics, same, trai
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vi_simsiam import backbones, models
+from vi_simsiam import models
 from vi_simsiam.config import SOFTPLUS, AugmentConfig, LossConfig, ModelConfig, TrainConfig
 from vi_simsiam.data.subsets import duplicates
 from vi_simsiam.engine.network import OWN_BUFFERS
@@ -68,13 +68,13 @@ def make_step(
     return TrainStep(model.train(), RATES, weight_decay=1e-2, loss_scale=0.1, ema=ema)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", ["plain", "constant", "global", "shuffled", "vi-byol", "local-predictor"]
+)
 def test_a_run_is_resumed_bit_for_bit(
     name: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted at step 3, in the first epoch; then the finished run is opened."""
-    if name == "plain":
-        monkeypatch.setattr(models, "build_backbone", backbones.build_backbone)  # a whole ResNet-18
     settings = config(image_folder, **VARIANTS[name])
     whole = train(settings, tmp_path / "whole")
     trainer = Trainer(settings, tmp_path / "parts", console=QUIET)
@@ -97,8 +97,6 @@ def test_a_run_is_resumed_bit_for_bit(
     run = load_run(tmp_path / "parts", device="cpu")
     assert run.config == settings.located()
     assert same(run.model.state_dict(), whole.model.state_dict())
-    for line in metrics(tmp_path / "whole"):
-        assert np.isfinite([x for name, x in line.items() if name != "state"]).all()
     if isinstance(run.model, VISimSiam):
         kappa = run.model.distribution(torch.randn(4, 3, 16, 16)).concentration
         assert (kappa > 0).all()
@@ -124,8 +122,7 @@ def test_variants_are_captured(name: str) -> None:
     assert torch.isfinite(eager.losses).all()
 
 
-@pytest.mark.parametrize("kind", [SimSiam, VISimSiam])
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("kind", "shared"), [(SimSiam, False), (VISimSiam, True)])
 def test_the_target_is_a_moving_average(kind: type[SimSiam], shared: bool) -> None:
     """theta' <- m theta' + (1 - m) theta after every step; theta' makes the targets."""
     step = make_step(kind, ema=0.75, shared=shared)
@@ -205,30 +202,26 @@ def test_a_model_without_a_target_has_no_new_weights() -> None:
 
 
 def test_a_detached_run_trains_simsiams_network(image_folder: Path, tmp_path: Path) -> None:
-    """The same seed gives the same start, and ten steps give the same weights."""
-    simsiam = train(config(image_folder, method="simsiam"), tmp_path / "simsiam").model.state_dict()
-    detached = train(
-        config(image_folder, loss=LossConfig(concentration="detached")), tmp_path / "detached"
-    ).model
-    found = {name.replace("3.mean", "3"): value for name, value in detached.state_dict().items()}
+    """The controls start from SimSiam's weights, and ten steps of "detached" are SimSiam's."""
+
+    def by_simsiams_names(model: SimSiam) -> dict[str, torch.Tensor]:
+        state = {name.replace("3.mean", "3"): value for name, value in model.state_dict().items()}
+        return {name: value for name, value in state.items() if "concentration" not in name}
+
+    settings = config(image_folder, method="simsiam")
+    torch.manual_seed(5)
+    start = build_model(settings).state_dict()
+    for kind in ("constant", "global", "detached"):
+        value = 1.0 if kind == "constant" else None
+        loss = LossConfig(concentration=kind, concentration_value=value)  # type: ignore[arg-type]
+        torch.manual_seed(5)
+        assert same(start, by_simsiams_names(build_model(config(image_folder, loss=loss))))
+    simsiam = train(settings, tmp_path / "simsiam").model.state_dict()
+    detached = train(config(image_folder, loss=loss), tmp_path / "detached").model
     # Layers of other widths may round differently; with every operation off by eps, ten steps
     # differed by 2e-6.
-    for name, value in simsiam.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
-    fresh = build_model(config(image_folder)).state_dict()["backbone.0.weight"]
-    assert not torch.allclose(simsiam["backbone.0.weight"], fresh)
-
-
-@pytest.mark.parametrize("kind", ["constant", "global", "detached"])
-def test_controls_start_from_simsiams_weights(kind: str, image_folder: Path) -> None:
-    torch.manual_seed(5)
-    simsiam = build_model(config(image_folder, method="simsiam")).state_dict()
-    value = 1.0 if kind == "constant" else None
-    torch.manual_seed(5)
-    loss = LossConfig(concentration=kind, concentration_value=value)  # type: ignore[arg-type]
-    control = build_model(config(image_folder, loss=loss)).state_dict()
-    control = {name: value for name, value in control.items() if "concentration" not in name}
-    assert same(simsiam, {name.replace("3.mean", "3"): value for name, value in control.items()})
+    torch.testing.assert_close(by_simsiams_names(detached), simsiam, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(simsiam["backbone.0.weight"], start["backbone.0.weight"])
 
 
 def test_local_views_have_their_own_predictor(image_folder: Path) -> None:
@@ -249,8 +242,7 @@ def test_local_views_have_their_own_predictor(image_folder: Path) -> None:
         assert all(p.grad is None for p in model.predictor.parameters())
 
 
-@pytest.mark.parametrize("concentration", ["sample", "global"])
-@pytest.mark.parametrize("ema", [None, 0.9])
+@pytest.mark.parametrize(("concentration", "ema"), [("sample", None), ("global", 0.9)])
 def test_a_frozen_network_stays_and_its_concentration_fits(
     image_folder: Path, tmp_path: Path, concentration: str, ema: float | None
 ) -> None:
@@ -258,7 +250,7 @@ def test_a_frozen_network_stays_and_its_concentration_fits(
     train(config(image_folder, method="simsiam", ema=ema), tmp_path / "simsiam")
     # kappa/(D - 1) starts near 3.5, far above what such a short training can use.
     loss = dataclasses.replace(SOFTPLUS, concentration=concentration, concentration_scale=155.0)  # type: ignore[arg-type]
-    settings = config(image_folder, frozen_run=tmp_path / "simsiam", loss=loss, epochs=8, lr=0.1)
+    settings = config(image_folder, frozen_run=tmp_path / "simsiam", loss=loss, epochs=5, lr=0.1)
     trainer = Trainer(settings, tmp_path / "frozen", console=QUIET)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.fit()
@@ -331,25 +323,18 @@ def test_distinct_runs_leave_copies_out(image_folder: Path, tmp_path: Path) -> N
     data = tmp_path / "data"
     shutil.copytree(image_folder, data)
     shutil.copy(data / "train" / "dark" / "03.png", data / "val" / "dark" / "zz.png")
-    whole, distinct = (
-        train(config(data, distinct=distinct, epochs=1), tmp_path / str(distinct))
-        for distinct in (False, True)
-    )
-    assert (len(whole.loader.source), len(distinct.loader.source)) == (40, 39)
-    runs = [load_run(tmp_path / str(distinct), device="cpu").splits for distinct in (False, True)]
-    assert [len(run.val) for run in runs] == [17, 16]  # type: ignore[arg-type]
-    assert [len(duplicates(run)) for run in runs] == [1, 0]
+    trainer = train(config(data, distinct=True, epochs=1), tmp_path / "run")
+    splits = load_run(tmp_path / "run", device="cpu").splits
+    assert splits.val is not None
+    assert (len(trainer.loader.source), len(splits.val), len(duplicates(splits))) == (39, 16, 0)
 
 
-def test_runs_from_before_the_variants_are_opened(image_folder: Path, tmp_path: Path) -> None:
-    train(config(image_folder, epochs=1), tmp_path / "run")
-    path = tmp_path / "run" / "config.json"
-    plain = json.loads(path.read_text())
+def test_runs_from_before_the_variants_are_opened(image_folder: Path) -> None:
+    settings = config(image_folder)
+    saved = json.loads(json.dumps(settings.to_dict()))
     for name in ("ema", "frozen_run", "images", "held_out", "split_seed", "distinct"):
-        del plain[name]
+        del saved[name]
     for name in ("concentration", "concentration_value", "concentration_max"):
-        del plain["loss"][name]
-    del plain["model"]["local_predictor"]
-    path.write_text(json.dumps(plain))
-    expected = config(image_folder, epochs=1).located()
-    assert load_run(tmp_path / "run", device="cpu").config == expected
+        del saved["loss"][name]
+    del saved["model"]["local_predictor"]
+    assert TrainConfig.from_dict(saved) == settings

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gc
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from packing_cases import pixels, stored_files
 
 from vi_simsiam.config import AugmentConfig
@@ -26,7 +27,7 @@ from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.data.workers import results, worker_loader
 from vi_simsiam.errors import InputError, TrainingError
 
-SOURCE = ArraySource(np.zeros((16, 10, 10, 3), np.uint8))
+SOURCE = ArraySource(np.arange(4800, dtype=np.uint8).reshape(16, 10, 10, 3))
 
 
 class Peculiar(Exception):
@@ -47,26 +48,26 @@ def fail_peculiarly(key: int) -> None:
 def deadly(number: int) -> int:
     """Key 2 and those after it end their process a little later."""
     if number > 1:
-        time.sleep(0.3)
+        time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGKILL)
     return number
 
 
 def slow(number: int) -> int:
-    time.sleep(1)
+    time.sleep(0.5)
     return number
 
 
 def test_leaving_an_inner_loader_early_leaves_the_outer_one_alone() -> None:
-    for _ in range(5):
-        batches = MultiViewLoader(SOURCE, AugmentConfig(size=8), 4, workers=1)
+    for _ in range(2):
+        batches = MultiViewLoader(SOURCE, AugmentConfig(size=8), 8, workers=1)
         steps = 0
         for _ in batches.epoch(0):
             steps += 1
             next(eval_loader(SOURCE, 8, 4, 1))
             with pytest.raises(InputError):
                 list(results(worker_loader(fail, [InputError("no")], 1)))
-        assert steps == 4
+        assert steps == 2
         batches.close()
 
 
@@ -117,47 +118,53 @@ def test_a_death_ends_the_wait_for_a_batch(
     assert not multiprocessing.active_children()
 
 
-_FAILED_FORK = """
-import errno, os
-from vi_simsiam.data.workers import results, worker_loader
-fork, calls = os.fork, []
-def second_fails():
-    calls.append(0)
-    if len(calls) > 1:
-        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
-    return fork()
-os.fork = second_fails
-try:
-    list(results(worker_loader(str, range(8), 2)))
-except Exception as error:
-    print(type(error).__name__, error)
-"""
+def print_the_error_of_a_second_process() -> None:
+    sys.unraisablehook, threading.excepthook = sys.__unraisablehook__, threading.__excepthook__
+    fork, calls = os.fork, []
+
+    def second_fails() -> int:
+        calls.append(0)
+        if len(calls) > 1:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return fork()
+
+    os.fork = second_fails
+    try:
+        list(results(worker_loader(str, range(8), 2)))
+    except TrainingError as error:
+        print(error)
+    gc.collect()
 
 
-def test_a_process_that_cannot_be_started_is_one_line() -> None:
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(
-        [sys.executable, "-c", _FAILED_FORK],
-        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(root)}, timeout=120,
-    )  # fmt: skip
-    assert done.stdout.startswith("TrainingError workers: processes cannot be started here (Res")
-    assert done.stderr == ""
+def test_a_process_that_cannot_be_started_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    program = multiprocessing.get_context("fork").Process(
+        target=print_the_error_of_a_second_process
+    )
+    program.start()
+    program.join(60)
+    assert program.exitcode == 0
+    printed, errors = capfd.readouterr()
+    assert printed.startswith("workers: processes cannot be started here (Resource temporarily")
+    assert errors == ""
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_both_ways_of_starting_processes_pack_alike(
-    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+def test_processes_that_inherit_nothing_do_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """As on macOS and Windows, where functions and images are pickled."""
     files = stored_files(tmp_path / "set")
     monkeypatch.setattr(decoding, "_CHUNK_BYTES", 1)
-    # One process that imports torch takes long enough.
-    monkeypatch.setattr(
-        decoding, "worker_loader", lambda function, keys, _: worker_loader(function, keys, 1)
-    )
+    expected = list(MultiViewLoader(SOURCE, AugmentConfig(size=8), 4, workers=0).epoch(0))
     before = multiprocessing.get_start_method()
-    multiprocessing.set_start_method(method, force=True)
+    multiprocessing.set_forkserver_preload(["vi_simsiam.data"])
+    multiprocessing.set_start_method("forkserver", force=True)
     try:
         pack(files, tmp_path / "a.pack", workers=2)
+        loader = MultiViewLoader(SOURCE, AugmentConfig(size=8), 4, workers=1)
+        for made, each in zip(loader.epoch(0), expected, strict=True):
+            assert torch.equal(made.index, each.index)
+            assert all(torch.equal(a, b) for a, b in zip(made.views, each.views, strict=True))
+        loader.close()
     finally:
         multiprocessing.set_start_method(before, force=True)
     assert pixels(open_pack(tmp_path / "a.pack")) == pixels(files)

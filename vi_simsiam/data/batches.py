@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vi_simsiam.checks import require
 from vi_simsiam.config import AugmentConfig
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource
@@ -80,22 +81,14 @@ class Schedule:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if batch_size < 1:
-            raise InputError(f"batch_size: {batch_size} must be at least 1")
+        require("batch_size", batch_size, batch_size >= 1, "at least 1")
         check_batch(batch_size, images)
-        if seed < 0:
-            raise InputError(f"seed: {seed} must be at least 0")
-        if world_size < 1:
-            raise InputError(f"world_size: {world_size} must be at least 1")
-        if not 0 <= rank < world_size:
-            raise InputError(
-                f"rank: {rank} must lie between 0 and {world_size - 1}, for world_size {world_size}"
-            )
-        if batch_size % world_size:
-            raise InputError(
-                f"batch_size: {batch_size} must be a multiple of {world_size}, "
-                "the processes that share it"
-            )
+        require("seed", seed, seed >= 0, "at least 0")
+        require("world_size", world_size, world_size >= 1, "at least 1")
+        ranks = f"between 0 and {world_size - 1}, for world_size {world_size}"
+        require("rank", rank, 0 <= rank < world_size, ranks)
+        shared = f"a multiple of {world_size}, the processes that share it"
+        require("batch_size", batch_size, batch_size % world_size == 0, shared)
         self.images, self.policy, self.seed = images, policy, seed
         self.batch_size = batch_size
         self.rows = batch_size // world_size
@@ -124,10 +117,10 @@ class Schedule:
         )
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
-        order = self._orders.get(epoch)
-        if order is None:
+        orders = self._orders
+        if epoch not in orders:
             order = epoch_order(self.seed, epoch, len(self.images))
             # Threads share the dictionary, so it is replaced, never changed.
-            kept = dict(list(self._orders.items())[1 - _KEPT_ORDERS :])
-            self._orders = {**kept, epoch: order}
-        return order
+            orders = dict([*orders.items(), (epoch, order)][-_KEPT_ORDERS:])
+            self._orders = orders
+        return orders[epoch]

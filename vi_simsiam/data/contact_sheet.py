@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from vi_simsiam import config
+from vi_simsiam.checks import require
 from vi_simsiam.config import AugmentConfig
 from vi_simsiam.data.pixels import Losses
 from vi_simsiam.data.sources import ImageSource, Unreadable, UnreadableError
@@ -59,8 +60,7 @@ def contact_sheet(
     """
     if isinstance(policy, str):
         policy = config.policy(policy)
-    if images < 1:
-        raise InputError(f"images: {images} must be at least 1")
+    require("images", images, images >= 1, "at least 1")
     if not len(source):
         raise InputError(f"source: {source.name} has no images")
     chosen = _readable(source, min(images, len(source)), skipped or (lambda entry: None))

@@ -19,13 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vi_simsiam.checks import choice, require
 from vi_simsiam.config import AugmentConfig, DataMemory
 from vi_simsiam.data.batches import Batch, Schedule
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.transfers import Transfers, find_device
 from vi_simsiam.data.views import GLOBAL_VIEWS, add_offsets
 from vi_simsiam.data.workers import PATIENCE, no_answer
-from vi_simsiam.errors import InputError, TrainingError, UserError, none_of
+from vi_simsiam.errors import InputError, TrainingError, UserError
 from vi_simsiam.ops.augment import TABLE_COLUMNS, Column, augment
 
 _SEGMENT_BYTES = 2**21
@@ -118,8 +119,7 @@ class DeviceFeed:
             InputError: a negative step, or an image that cannot be read.
             TrainingError: the data could not be prepared for another reason.
         """
-        if step < 0:
-            raise InputError(f"step: {step} must be at least 0")
+        require("step", step, step >= 0, "at least 0")
         try:
             if step != self._next:
                 self._restart(step)
@@ -335,8 +335,7 @@ class _Slot:
 
 def check_memory(memory: str) -> None:
     """Raise InputError unless `memory` is one of `config.DataMemory`."""
-    if memory not in get_args(DataMemory):
-        raise none_of("memory", memory, get_args(DataMemory))
+    choice("memory", memory, get_args(DataMemory))
 
 
 def byte_tensor(pixels: NDArray[np.uint8]) -> Tensor:

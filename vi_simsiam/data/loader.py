@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
+from vi_simsiam.checks import require
 from vi_simsiam.config import AugmentConfig, DataMemory
 from vi_simsiam.config import policy as named_policy
 from vi_simsiam.data.batches import Batch, Schedule
@@ -142,13 +143,11 @@ class MultiViewLoader:
             InputError: numbers out of range.
             TrainingError: while iterating, if a worker process died.
         """
-        if epoch < 0:
-            raise InputError(f"epoch: {epoch} must be at least 0")
-        if not 0 <= start <= self.steps_per_epoch:
-            raise InputError(
-                f"start: {start} must lie between 0 and {self.steps_per_epoch}, "
-                "the steps of an epoch"
-            )
+        require("epoch", epoch, epoch >= 0, "at least 0")
+        steps = self.steps_per_epoch
+        require(
+            "start", start, 0 <= start <= steps, f"between 0 and {steps}, the steps of an epoch"
+        )
         return self._run(epoch, start)
 
     def _run(self, epoch: int, start: int) -> Iterator[Batch]:
@@ -175,10 +174,7 @@ class MultiViewLoader:
             self._loader = worker_loader(make, self._steps, self.workers, keep=True)
         for views, index in results(self._loader):
             sizes = (torch.from_numpy(x).view(self._dtype).permute(0, 1, 4, 2, 3) for x in views)
-            yield Batch(
-                [view for same_size in sizes for view in same_size.unbind(0)],
-                torch.from_numpy(index),
-            )
+            yield Batch([view for each in sizes for view in each], torch.from_numpy(index))
 
     def _from_device(self, epoch: int, start: int) -> Iterator[Batch]:
         feed, side = self.feed, self._side
@@ -245,8 +241,7 @@ def eval_pixels(
 ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
     """Batches of `eval_loader` before normalisation, (B, size, size, 3) uint8, and their labels."""
     _check_sizes(batch_size, workers)
-    if size < 1:
-        raise InputError(f"size: {size} must be at least 1")
+    require("size", size, size >= 1, "at least 1")
     count = len(source)
     ranges = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     read = functools.partial(_read_squares, source, eval_square(size))
@@ -263,10 +258,8 @@ def _packed(source: ImageSource | Dataset[Any]) -> PackedImages:
 
 
 def _check_sizes(batch_size: int, workers: int) -> None:
-    if batch_size < 1:
-        raise InputError(f"batch_size: {batch_size} must be at least 1")
-    if workers < 0:
-        raise InputError(f"workers: {workers} must be at least 0")
+    require("batch_size", batch_size, batch_size >= 1, "at least 1")
+    require("workers", workers, workers >= 0, "at least 0")
 
 
 class _EpochSteps(Sampler[tuple[int, NDArray[np.int64]]]):

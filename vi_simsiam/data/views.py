@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
+from vi_simsiam.checks import require
 from vi_simsiam.config import AugmentConfig
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.augment import (
@@ -33,6 +36,7 @@ _CROP_BLOCK = 3
 _ORDERS = tuple(itertools.permutations(ColourOperation))
 """The 24 orders of the colour operations."""
 
+_Words = Callable[[int, NDArray[np.int32]], NDArray[np.uint32]]
 _WORD = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 
@@ -93,8 +97,7 @@ def draw_table(
             "must be (B,)"
         )
     for name, number, limit in (("seed", seed, 2**64), ("epoch", epoch, 2**32)):
-        if not 0 <= number < limit:
-            raise InputError(f"{name}: {number} must be at least 0 and below {limit}")
+        require(name, number, 0 <= number < limit, f"at least 0 and below {limit}")
     if len(samples) and (samples.min() < 0 or samples.max() >= 2**31):
         raise InputError("samples: numbers of images must be at least 0 and below 2**31")
     if len(samples) and min(heights.min(), widths.min()) < 1:
@@ -105,10 +108,10 @@ def draw_table(
     table = np.zeros((views, len(samples), TABLE_COLUMNS), dtype=np.int32)
     for number, rows in enumerate(table):
         scale = policy.crop_scale if number < GLOBAL_VIEWS else policy.local_scale
-        stream = _Stream((low, high), samples, number)
-        _draw_colours(rows, stream, policy)
-        _draw_crops(rows, stream, scale, policy.crop_ratio, tall, wide)
         rows[:, Column.SAMPLE] = samples
+        words = functools.partial(_words, (low, high), number)
+        _draw_colours(rows, words, policy)
+        _draw_crops(rows, words, scale, policy.crop_ratio, tall, wide)
         rows[:, Column.STRIDE] = 3 * wide
         _starts(rows)[:] = (rows[:, Column.TOP] * wide + rows[:, Column.LEFT]) * 3
     return table
@@ -155,19 +158,13 @@ def _without_ends(image: Image.Image) -> Image.Image:
     return image.crop((0, start, shorter, start + kept))
 
 
-class _Stream:
-    """The random words of one view of each sample."""
-
-    def __init__(self, key: tuple[int, int], samples: NDArray[np.int64], view: int) -> None:
-        self.key, self.samples, self.view = key, samples, view
-
-    def block(self, number: int, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint32]:
-        """Return block `number` of words, (4, n) uint32, of all samples or those of `rows`."""
-        samples = self.samples if rows is None else self.samples[rows]
-        counter = np.empty((4, len(samples)), dtype=np.uint32)
-        counter[0], counter[1] = samples & 0xFFFFFFFF, samples >> 32
-        counter[2], counter[3] = self.view, number
-        return philox(counter, self.key)
+def _words(
+    key: tuple[int, int], view: int, block: int, samples: NDArray[np.int32]
+) -> NDArray[np.uint32]:
+    """A block of the random words of one view of each sample: (4, n) uint32."""
+    counter = np.zeros((4, len(samples)), dtype=np.uint32)
+    counter[0], counter[2], counter[3] = samples, view, block
+    return philox(counter, key)
 
 
 def _uniform(words: NDArray[np.uint32], low: float = 0.0, high: float = 1.0) -> NDArray[np.float64]:
@@ -186,9 +183,10 @@ def _starts(rows: NDArray[np.int32]) -> NDArray[np.int64]:
     return starts
 
 
-def _draw_colours(rows: NDArray[np.int32], stream: _Stream, policy: AugmentConfig) -> None:
-    jitter, order, gray, flip = stream.block(0)
-    factors, blur = stream.block(1), stream.block(2)
+def _draw_colours(rows: NDArray[np.int32], words: _Words, policy: AugmentConfig) -> None:
+    (jitter, order, gray, flip), factors, blur = (
+        words(block, rows[:, Column.SAMPLE]) for block in range(_CROP_BLOCK)
+    )
     rows[:, Column.FLIP] = _uniform(flip) < policy.flip_prob
     rows[:, Column.GRAY] = _uniform(gray) < policy.grayscale_prob
     floats = rows.view(np.float32)
@@ -218,7 +216,7 @@ def _packed(permutation: tuple[int, ...], jitter: tuple[float, float, float, flo
 
 def _draw_crops(
     rows: NDArray[np.int32],
-    stream: _Stream,
+    words: _Words,
     scale: tuple[float, float],
     ratio: tuple[float, float],
     heights: NDArray[np.int64],
@@ -228,17 +226,17 @@ def _draw_crops(
     low, high = math.log(ratio[0]), math.log(ratio[1])
     left = np.arange(len(rows))
     for draw in range(_CROP_DRAWS):
-        words = stream.block(_CROP_BLOCK + draw, left)
-        area = heights[left] * widths[left] * _uniform(words[0], *scale)
-        aspect = np.exp(_uniform(words[1], low, high))
+        random = words(_CROP_BLOCK + draw, rows[left, Column.SAMPLE])
+        area = heights[left] * widths[left] * _uniform(random[0], *scale)
+        aspect = np.exp(_uniform(random[1], low, high))
         width, height = (
             np.rint(np.sqrt(x)).astype(np.int64) for x in (area * aspect, area / aspect)
         )
         fits = (width > 0) & (width <= widths[left]) & (height > 0) & (height <= heights[left])
         done, width, height = left[fits], width[fits], height[fits]
         rows[done, Column.HEIGHT], rows[done, Column.WIDTH] = height, width
-        rows[done, Column.TOP] = _below(words[2, fits], heights[done] - height + 1)
-        rows[done, Column.LEFT] = _below(words[3, fits], widths[done] - width + 1)
+        rows[done, Column.TOP] = _below(random[2, fits], heights[done] - height + 1)
+        rows[done, Column.LEFT] = _below(random[3, fits], widths[done] - width + 1)
         left = left[~fits]
         if not len(left):
             return

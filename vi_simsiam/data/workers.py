@@ -125,7 +125,7 @@ class WorkerWatch:
 
     def __enter__(self) -> None:
         former = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-        if callable(former) and _is_main_thread():
+        if callable(former) and threading.current_thread() is threading.main_thread():
             self._former = former
             signal.signal(signal.SIGCHLD, self._handle)
 
@@ -271,7 +271,3 @@ def _end_with_parent() -> None:
     if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
         os._exit(1)
-
-
-def _is_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()

@@ -117,11 +117,11 @@ def _judged(rows: Sequence[Row]) -> list[Row]:
     rate, do not. The reference is SimSiam's run with the same seed, which has the same batches in
     the same order, or the mean of its seeds where that run is missing.
     """
-    reference: dict[tuple[Any, ...], dict[int, float]] = {}
-    for row in rows:
-        if row["arm"] == "simsiam":
-            key = (row["data"], row["dim"], row["lr"])
-            reference.setdefault(key, {})[row["seed"]] = row["cosine"]
+    simsiam_rows = [row for row in rows if row["arm"] == "simsiam"]
+    reference = {
+        key: {row["seed"]: row["cosine"] for row in group}
+        for key, group in _groups(simsiam_rows, "data", "dim", "lr").items()
+    }
     judged = []
     for row in rows:
         simsiam = reference.get((row["data"], row["dim"], row["lr"]), {-1: 0.0})

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vi_simsiam.checks import require
 from vi_simsiam.data.decoding import cores
 from vi_simsiam.engine.checkpoint import write_json
 from vi_simsiam.engine.processes import INTERRUPTED, Process, last_line
@@ -189,15 +190,11 @@ def _check(
         raise InputError(
             "seeds: not under torchrun; each run is one process, started with vi-simsiam train"
         )
-    if seeds is not None and seeds < 1:
-        raise InputError(f"seeds: {seeds} is not accepted; it must be at least 1")
     if not resume and seeds is None:
         raise InputError("seeds: nothing given; it must be at least 1")
-    if first_seed < 0 or first_seed + (seeds or 1) > 2**63:
-        raise InputError(
-            f"seed: {first_seed} is not accepted; it must be at least 0, and the last one below "
-            "2**63"
-        )
+    require("seeds", seeds, seeds is None or seeds >= 1, "at least 1")
+    possible = first_seed >= 0 and first_seed + (seeds or 1) <= 2**63
+    require("seed", first_seed, possible, "at least 0, and the last one below 2**63")
     file = out / SEEDS
     if seeds is not None and not resume:
         if holds(out, SEEDS) and not overwrite:
