@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
+import os
 import re
 import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,26 @@ import numpy as np
 import pytest
 from experiment_cases import spec, tiny_config
 
+from vi_simsiam.engine.monitor import Monitor
 from vi_simsiam.engine.run import load_run
 from vi_simsiam.errors import InputError, TrainingError
 from vi_simsiam.evaluation.results import unpack_bits
 from vi_simsiam.experiments import measure, worker
 
-KILLED = """
-    import os, signal, sys
-    from vi_simsiam.engine.monitor import Monitor
-    from vi_simsiam.experiments import worker
+pytestmark = pytest.mark.usefixtures("small_network")
+
+
+def _killed(path: Path) -> None:
+    """Do a run up to two steps after the checkpoint of its first epoch."""
     advance = Monitor.advance
-    def killed(self, step):
+
+    def killed(self: Monitor, step: int) -> None:
         advance(self, step)
-        if step == 7:  # two steps after the checkpoint of the first epoch
+        if step == 7:
             os.kill(os.getpid(), signal.SIGKILL)
-    Monitor.advance = killed
-    worker.main(sys.argv[1:])
-"""
+
+    Monitor.advance = killed  # type: ignore[method-assign]
+    worker.main([str(path)])
 
 
 def test_a_killed_run_continues_to_the_result_of_an_uninterrupted_one(
@@ -40,13 +42,15 @@ def test_a_killed_run_continues_to_the_result_of_an_uninterrupted_one(
 ) -> None:
     config = tiny_config(f"folder:{image_folder}", method="simsiam")
     results = {}
-    for name in ("whole", "killed"):
+    for name in ("killed", "whole"):
         given = spec(config, tmp_path / name, progress_every=1, measures=["knn200", "linear"])
         folder, path = Path(given["folder"]), tmp_path / f"{name}.json"
         path.write_text(json.dumps(given))
         if name == "killed":
-            command = [sys.executable, "-c", textwrap.dedent(KILLED), str(path)]
-            assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+            process = multiprocessing.get_context("fork").Process(target=_killed, args=(path,))
+            process.start()
+            process.join(60)
+            assert process.exitcode == -signal.SIGKILL
             assert (folder / "checkpoint.pt").is_file()
             assert not (folder / "trained.json").exists()
         assert worker.main([str(path)]) == 0
