@@ -239,7 +239,7 @@ def make_plan(
     arms: Sequence[Arm],
     primary: tuple[str, str, str],
     *,
-    data: tuple[str, ...],
+    data: tuple[str, ...] = ("imagenette",),
     published: dict[str, Any] | None = None,
     **more: Any,
 ) -> Plan:
