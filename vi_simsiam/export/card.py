@@ -9,6 +9,7 @@ from typing import Any
 
 from vi_simsiam.config import flat
 from vi_simsiam.engine.run import METRICS, Run
+from vi_simsiam.evaluation.features import ENCODERS
 from vi_simsiam.evaluation.results import read_result, unusable
 from vi_simsiam.evaluation.uncertainty import comparisons
 from vi_simsiam.export.formats import portable, preprocessing
@@ -35,7 +36,6 @@ _COLUMNS = (
 )
 # Concentrations that are the same for every image, or another image's.
 _CONTROLS = ("constant", "global", "shuffled")
-_ENCODERS = ("trained", "untrained", "pixels")
 # Parts of uncertainty.json, and the measure that is missing without one.
 _PARTS = {
     "calibration": "calibration error of E[mu.z] (0 is best)",
@@ -100,7 +100,7 @@ def model_card(run: Run, format: str, *, check: Check, versions: dict[str, str])
     )
     rows = [
         (encoder, [_percent(shares.get(encoder)) for shares in columns.values()])
-        for encoder in _ENCODERS
+        for encoder in ENCODERS
     ]
     conv1 = run.model.state_dict().get("backbone.conv1.weight")
     uncertainty = read_result(run.path, "uncertainty")
