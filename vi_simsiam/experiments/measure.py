@@ -217,9 +217,9 @@ def without_places(config: TrainConfig) -> dict[str, Any]:
     plain = config.to_dict()
     for name in ("data_root", "cache_dir"):
         del plain[name]
-    if config.frozen_run is not None:
-        plain["frozen_run"] = config.frozen_run.name
-    return {**plain, "data": data_label(config.data)}
+    frozen = config.frozen_run
+    places = {"data": data_label(config.data), "frozen_run": frozen and frozen.name}
+    return {**plain, **places}
 
 
 def _device_name(device: torch.device) -> str:
