@@ -7,7 +7,7 @@ OUT/summary.md      the counts
 from __future__ import annotations
 
 import statistics
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -112,10 +112,11 @@ def _judged(rows: Sequence[Row]) -> list[Row]:
     rate, do not. The reference is SimSiam's run with the same seed, which has the same batches in
     the same order, or the mean of its seeds where that run is missing.
     """
-    reference: dict[tuple[Any, ...], dict[int, float]] = defaultdict(dict)
+    reference: dict[tuple[Any, ...], dict[int, float]] = {}
     for row in rows:
         if row["arm"] == "simsiam":
-            reference[row["data"], row["dim"], row["lr"]][row["seed"]] = row["cosine"]
+            key = (row["data"], row["dim"], row["lr"])
+            reference.setdefault(key, {})[row["seed"]] = row["cosine"]
     judged = []
     for row in rows:
         simsiam = reference.get((row["data"], row["dim"], row["lr"]), {-1: 0.0})
