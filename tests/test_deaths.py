@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from experiment_results import diverged, result, write_result
+from experiment_cases import diverged, result, write_result
 
 from vi_simsiam.cli import main
 from vi_simsiam.errors import InputError

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import defaultdict
 
 import pytest
 import torch
 
 from vi_simsiam.config import PRESETS, SOFTPLUS, LossConfig, differing_fields
 from vi_simsiam.errors import InputError
-from vi_simsiam.experiments.catalogue import grid, plan
-from vi_simsiam.experiments.plan import Arm, PlanOptions
+from vi_simsiam.experiments.catalogue import plan
+from vi_simsiam.experiments.plan import PlanOptions
 
 NUMBERS = (
     "seeds", "epochs", "images", "val_images", "trials", "batch_size", "ema", "dim", "size",
@@ -24,14 +23,14 @@ def test_every_plan_names_its_comparison_and_its_arms(name: str) -> None:
     planned = plan(name, PlanOptions(seeds=2))
     content = json.loads(json.dumps(planned.described()))
     assert content["experiment"] == name
-    names = [arm["name"] for arm in content["arms"]]
-    assert len(set(names)) == len(names)
-    primary = content["primary"]
-    assert {primary["arm"], primary["against"]} <= set(names)
-    assert primary["arm"] != primary["against"]
+    names = {arm["name"] for arm in content["arms"]}
+    assert len(names) == len(content["arms"])
+    pair = {content["primary"]["arm"], content["primary"]["against"]}
+    assert len(pair) == 2
+    assert pair <= names
     for arm in content["arms"]:
         assert all(arm[field] for field in ("note", "data", "method"))
-    assert set(content["published"]) <= set(names)
+    assert set(content["published"]) <= names
     assert all(arm.config.distinct for arm in planned.arms), "no image is in both parts"
     assert list(planned.seeds) == [0, 1]
 
@@ -73,10 +72,11 @@ def test_lightlys_settings_make_the_same_steps_as_its_halved_loss() -> None:
     assert plan("lightly-imagenette", PlanOptions(epochs=100)).published == {}
 
 
-@pytest.mark.parametrize("trials", [1, 8, 36])
+@pytest.mark.parametrize("trials", [1, 36])
 def test_both_methods_get_the_same_number_of_different_trials(trials: int) -> None:
     options = PlanOptions(trials=trials, batch_size=128)
     planned = plan("tuned", options)
+    assert plan("tuned", options).described() == planned.described()
     assert planned.trials is not None
     assert planned.trials.seed not in planned.seeds
     literal = 0
@@ -89,11 +89,6 @@ def test_both_methods_get_the_same_number_of_different_trials(trials: int) -> No
         assert all(2e-4 <= lr <= 6e-3 for lr in rates), "in proportion to the batch"
         literal += len(rates)
     assert literal == trials // 2, "both parametrisations get equally many trials"
-    assert plan("tuned", options).described() == planned.described()
-
-
-def test_more_trials_than_settings_are_refused() -> None:
-    assert [sum(map(len, grid(method, 64))) for method in ("simsiam", "vi-simsiam")] == [36, 36]
     with pytest.raises(InputError, match=r"trials: 37 is not accepted; .* simsiam has 36 points"):
         plan("tuned", PlanOptions(trials=37))
 
@@ -102,18 +97,14 @@ def test_deaths_runs_every_loss_at_every_dimension_and_learning_rate() -> None:
     made = plan("deaths", PlanOptions(seeds=9, preset="demo"))
     assert len(made.arms) == 3 * 4 * 4
     assert (made.measures, made.primary) == ((), None)
-    arms_of: dict[str, list[Arm]] = defaultdict(list)
-    for arm in made.arms:
-        arms_of[arm.name.partition("-d")[0]].append(arm)
     for name, seeds, method, loss in (
         ("vi-simsiam", None, "vi-simsiam", LossConfig()),
         ("softplus", 3, "vi-simsiam", SOFTPLUS),
         ("simsiam", 4, "simsiam", LossConfig()),
     ):
-        arms = arms_of[name]
-        assert {(arm.seeds, arm.config.method, arm.config.loss) for arm in arms} == {
-            (seeds, method, loss)
-        }
+        arms = [arm for arm in made.arms if arm.name.partition("-d")[0] == name]
+        assert all((arm.seeds, arm.config.method) == (seeds, method) for arm in arms)
+        assert all(arm.config.loss == loss for arm in arms)
         assert {arm.config.model.dim for arm in arms} == {128, 256, 512, 2048}
         assert {arm.config.lr for arm in arms} == {0.0125, 0.03, 0.06, 0.1}
     paper = plan("deaths", PlanOptions(preset="paper", dim=64))
@@ -164,8 +155,3 @@ def test_arms_are_chosen_by_name() -> None:
 def test_options_that_cannot_be_used_are_named(options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         plan("controls", PlanOptions(**options))  # type: ignore[arg-type]
-
-
-def test_an_unknown_experiment_is_named() -> None:
-    with pytest.raises(InputError, match="experiment: 'table2' is none of table1, "):
-        plan("table2", PlanOptions())

@@ -18,6 +18,7 @@ from rich.filesize import decimal
 from torch import nn
 
 from vi_simsiam.errors import InputError, TrainingError, UserError, is_full
+from vi_simsiam.paths import printable
 
 _FORMAT = 1
 
@@ -140,4 +141,9 @@ class _Size(io.BytesIO):
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` to `path` atomically, indented."""
-    write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` atomically, as `printable` UTF-8."""
+    write_atomically(path, lambda file: file.write(printable(text).encode()))

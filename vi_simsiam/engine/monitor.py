@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.tensorboard import SummaryWriter
 
 from vi_simsiam.config import Stem, TrainConfig
-from vi_simsiam.engine.checkpoint import write_atomically
+from vi_simsiam.engine.checkpoint import write_text
 from vi_simsiam.engine.verdict import Health
 from vi_simsiam.errors import TrainingError
 from vi_simsiam.models import Output, SimSiam, VISimSiam
@@ -136,7 +136,7 @@ class Monitor:
         path = folder / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         lines = [line for line in lines if _step(line) <= step]
-        write_atomically(path, lambda file: file.write("".join(f"{x}\n" for x in lines).encode()))
+        write_text(path, "".join(f"{line}\n" for line in lines))
         self.folder, self.health = folder, health
         self.last: dict[str, Any] | None = None
         for line in lines:

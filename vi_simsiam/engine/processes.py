@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -109,59 +109,59 @@ class Process:
                 self._process.wait(max(0.0, seconds))
 
 
-def watch(
+def supervise(
     processes: Sequence[_Process],
-    received: Sequence[int],
-    *,
     console: Console,
+    *,
     table: Callable[[], Table],
     ended: Callable[[_Process], object],
-    start_more: Callable[[], object] | None = None,
-) -> None:
-    """Wait until all started processes have ended; pass signals on.
+    start_more: Callable[[], object],
+) -> bool:
+    """Run processes until all have ended, and leave none behind on an error.
 
-    After the first signal every process saves and ends, and no more are started; the second one
-    kills.
+    After the first SIGINT or SIGTERM every process saves and ends, and no more are started; the
+    second one kills.
 
     Args:
         processes: those that are or will be started.
-        received: the list of `signals`.
         console: shows `table` while they run, if it is a terminal.
         table: the state of all.
         ended: called once for each process that has ended.
         start_more: called in every round, to start waiting processes.
+
+    Returns:
+        True if a signal arrived.
     """
     passed = 0
-    with Live(table(), console=console, transient=True, auto_refresh=False) as live:
-        while True:
-            # All are polled first, so that `ended` sees the state of all of them.
-            for process in [each for each in processes if each.exit is None and each.poll()]:
-                ended(process)
-            if len(received) > passed:
-                passed = len(received)
-                for process in processes:
-                    if passed == 1:
-                        process.stop()
-                    else:
-                        process.kill()
-            if start_more is not None and not received:
-                start_more()
-            if not any(process.running for process in processes):
-                return
-            if console.is_terminal:
-                live.update(table(), refresh=True)
-            time.sleep(_POLL_SECONDS)
-
-
-def end(processes: Iterable[Process]) -> None:
-    """Stop all processes, with time to save, and kill those that are left."""
-    processes = list(processes)
-    deadline = time.monotonic() + _SAVING_SECONDS
-    for process in processes:
-        process.stop()
-    for process in processes:
-        process.wait(deadline - time.monotonic())
-        process.kill()
+    notice = "stopping all runs after their step; once more ends them at once"
+    with stop_signals(patient=True, notice=notice) as received:
+        try:
+            with Live(table(), console=console, transient=True, auto_refresh=False) as live:
+                while True:
+                    # All are polled first, so that `ended` sees the state of all of them.
+                    for process in [run for run in processes if run.exit is None and run.poll()]:
+                        ended(process)
+                    if len(received) > passed:
+                        passed = len(received)
+                        for process in processes:
+                            if passed == 1:
+                                process.stop()
+                            else:
+                                process.kill()
+                    if not received:
+                        start_more()
+                    if not any(process.running for process in processes):
+                        return bool(received)
+                    if console.is_terminal:
+                        live.update(table(), refresh=True)
+                    time.sleep(_POLL_SECONDS)
+        finally:
+            deadline = time.monotonic() + _SAVING_SECONDS
+            for process in processes:
+                process.stop()
+            for process in processes:
+                process.wait(deadline - time.monotonic())
+                process.kill()
 
 
 @contextlib.contextmanager
@@ -201,12 +201,6 @@ def stop_signals(*, patient: bool = False, notice: str = "") -> Iterator[list[in
         yield received
     finally:
         restore()
-
-
-def signals() -> contextlib.AbstractContextManager[list[int]]:
-    """A list that receives every SIGINT and SIGTERM, for a command that runs other processes."""
-    notice = "stopping all runs after their step; once more ends them at once"
-    return stop_signals(patient=True, notice=notice)
 
 
 def last_line(path: Path) -> str:

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 from vi_simsiam import __version__
 from vi_simsiam.config import PLACE_FIELDS, TrainConfig, flat
-from vi_simsiam.engine.checkpoint import write_atomically
+from vi_simsiam.engine.checkpoint import write_text
 from vi_simsiam.engine.run import METRICS, Run, read_config
 from vi_simsiam.engine.verdict import Health
 from vi_simsiam.errors import InputError
@@ -38,7 +38,6 @@ from vi_simsiam.evaluation.style import number, shown
 from vi_simsiam.evaluation.uncertainty import comparisons
 from vi_simsiam.evaluation.uncertainty_figures import draw_uncertainty, score_label
 from vi_simsiam.inference.rank import extremes
-from vi_simsiam.paths import printable
 from vi_simsiam.text import METHODS, counted, fill_template
 
 REPORT = "report.html"
@@ -116,7 +115,7 @@ def write_report(folder: Path, run: Run | None = None, problem: str | None = Non
             f"report: a result in {folder} lacks what the report shows ({error!r})"
         ) from error
     page = fill_template("report.html", content, escape=True)
-    write_atomically(folder / REPORT, lambda file: file.write(printable(page).encode()))
+    write_text(folder / REPORT, page)
     return folder / REPORT
 
 

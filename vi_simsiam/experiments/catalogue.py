@@ -32,23 +32,8 @@ from vi_simsiam.experiments.plan import (
 from vi_simsiam.text import METHODS, counted
 
 _METHODS_PRIMARY = ("vi-simsiam", "simsiam", PRIMARY_MEASURE)
-_OWN_DATA = ("imagenette",)
 _SHORT_EPOCHS = 100
 """In fewer epochs, a target network with momentum 0.996 stays close to the untrained network."""
-_CONTROLS = {
-    "simsiam": "von Mises-Fisher with a constant concentration, which is SimSiam",
-    "vmf-constant": "the same with twice the concentration: twice SimSiam's gradient",
-    "ps-constant": "Power Spherical with kappa/(D-1) = 5 for every image, "
-    "the best one at a cosine of 5/6",
-    "ps-global": "Power Spherical with one learned concentration",
-    "vi-simsiam": "Power Spherical with a concentration for each image",
-    "vi-softplus": "the likelihood alone, with kappa = (D-1) softplus(raw)",
-    "ps-shuffled": "every image with the concentration of another in the batch",
-    "ps-detached": "a concentration for each image from which the network learns nothing",
-    "ps-posthoc": "the concentration fitted on the finished SimSiam run of its seed",
-    "byol": "SimSiam with a target network of momentum {ema}",
-    "vi-byol": "VI-SimSiam with a target network of momentum {ema}",
-}
 _TRIAL_SEED = 1000
 _HELD_OUT = 0.2
 _GRID_BATCH = 64
@@ -81,18 +66,13 @@ def _table1(options: PlanOptions) -> Plan:
     """Nakamura et al., arXiv 2203.11437, Table 1: linear evaluation on ImageNette and ImageWoof."""
     inferred = (
         "augment.size", "augment.local_size", "augment.crop_scale", "augment.local_scale",
-        "augment.local_views", "model.dim", "initial concentration",
+        "augment.local_views", "model.dim",
     )  # fmt: skip
-    base = scaled(preset("paper"), options)
-    arms = [
-        Arm(
-            method,
-            replace(base, method=method),
-            f"{title} with the paper's settings",
-            inferred if method == "vi-simsiam" else inferred[:-1],
-        )
-        for method, title in METHODS.items()
-    ]
+    simsiam, ours = _both(scaled(preset("paper"), options), "the paper's settings")
+    arms = (
+        replace(simsiam, inferred=inferred),
+        replace(ours, inferred=(*inferred, "initial concentration")),
+    )
     published = {
         "imagenette": {
             "simsiam": {"linear": 0.88223, "linear_top5": 0.98236},
@@ -108,6 +88,14 @@ def _table1(options: PlanOptions) -> Plan:
     return make_plan("table1", options, arms, primary, data=data, published=published)
 
 
+def _both(base: TrainConfig, described: str) -> list[Arm]:
+    """An arm of each method with the settings of `base`."""
+    return [
+        Arm(method, replace(base, method=method), f"{title} with {described}")
+        for method, title in METHODS.items()
+    ]
+
+
 def _tuned(options: PlanOptions) -> Plan:
     """Every method with the best settings found by the same number of trials.
 
@@ -116,17 +104,10 @@ def _tuned(options: PlanOptions) -> Plan:
     training set.
     """
     base = scaled(preset(options.preset), options)
-    arms = [
-        Arm(
-            method,
-            replace(base, method=method),
-            f"{title} with the settings that its trials chose",
-        )
-        for method, title in METHODS.items()
-    ]
-    unchosen = make_plan("tuned", options, arms, _METHODS_PRIMARY, data=_OWN_DATA)
+    arms = _both(base, "the settings that its trials chose")
+    unchosen = make_plan("tuned", options, arms, _METHODS_PRIMARY)
     drawn = {method: _drawn(method, base.batch_size, options.trials) for method in METHODS}
-    trials: dict[str, list[Arm]] = {
+    trials = {
         arm.name: [
             Arm(
                 f"trial-{arm.name}-{number:02d}",
@@ -152,8 +133,8 @@ def _tuned(options: PlanOptions) -> Plan:
     return replace(unchosen, trials=Trials(every, _TRIAL_SEED, _HELD_OUT, PRIMARY_MEASURE, choose))
 
 
-def grid(method: Method, batch_size: int) -> list[list[dict[str, Any]]]:
-    """The settings that a method may get in "tuned", with one list for each form of its loss.
+def _drawn(method: Method, batch_size: int, trials: int) -> list[dict[str, Any]]:
+    """Draw settings of a method for "tuned" without repetition, in turn from its loss's forms.
 
     Learning rates are in proportion to the batch. At a batch of 64:
 
@@ -164,69 +145,82 @@ def grid(method: Method, batch_size: int) -> list[list[dict[str, Any]]]:
     Both methods have 36 points. The gradients of the literal loss, the paper's, are D - 1 times as
     large.
     """
+    generator = np.random.default_rng(_TRIAL_SEED)
 
-    def points(low: float, high: float, count: int, loss: LossConfig) -> list[dict[str, Any]]:
+    def shuffled(low: float, high: float, count: int, loss: LossConfig) -> list[dict[str, Any]]:
         rates = np.geomspace(low, high, count) * batch_size / _GRID_BATCH
-        return [
+        points = [
             {"lr": float(f"{rate:.4g}"), "weight_decay": decay, "loss": loss}
             for rate in rates
             for decay in _WEIGHT_DECAYS
         ]
+        return [points[i] for i in generator.permutation(len(points))]
 
     if method == "simsiam":
-        return [points(6e-3, 0.1, 12, LossConfig())]
-    return [points(6e-3, 0.1, 6, LossConfig()), points(1e-4, 3e-3, 6, LITERAL)]
-
-
-def _drawn(method: Method, batch_size: int, trials: int) -> list[dict[str, Any]]:
-    """Draw points of a method's grid without repetition, in turn from the forms of its loss."""
-    parts = grid(method, batch_size)
-    size = sum(map(len, parts))
-    if trials > size:
-        raise InputError(
-            f"trials: {trials} is not accepted; the grid of {method} has {counted(size, 'point')}"
-        )
-    generator = np.random.default_rng(_TRIAL_SEED)
-    orders = [[part[i] for i in generator.permutation(len(part))] for part in parts]
-    in_turn = itertools.chain.from_iterable(zip(*orders, strict=True))  # the parts are equally long
-    return list(in_turn)[:trials]
+        points = shuffled(6e-3, 0.1, 12, LossConfig())
+    else:
+        forms = shuffled(6e-3, 0.1, 6, LossConfig()), shuffled(1e-4, 3e-3, 6, LITERAL)
+        points = [point for both in zip(*forms, strict=True) for point in both]
+    if trials > len(points):
+        size = counted(len(points), "point")
+        raise InputError(f"trials: {trials} is not accepted; the grid of {method} has {size}")
+    return points[:trials]
 
 
 def _controls(options: PlanOptions) -> Plan:
     """Parts of VI-SimSiam one by one: its loss, a concentration at all, one for each image."""
     ours = scaled(preset(options.preset), options)
     simsiam = replace(ours, method="simsiam")
-    ema = options.ema
-    if ema is None:
-        ema = 0.99 if simsiam.epochs < _SHORT_EPOCHS else 0.996
+    usual = 0.99 if simsiam.epochs < _SHORT_EPOCHS else 0.996
+    ema = usual if options.ema is None else options.ema
 
     def changed(**fields: Any) -> TrainConfig:
         return replace(ours, loss=LossConfig(**fields))
 
     configs = {
-        "simsiam": simsiam,
-        "vmf-constant": replace(simsiam, loss=LossConfig(loss_scale=2.0)),
-        "ps-constant": changed(concentration="constant", concentration_value=5.0),
-        "ps-global": changed(concentration="global"),
-        "vi-simsiam": ours,
-        "vi-softplus": replace(ours, loss=SOFTPLUS),
-        "ps-shuffled": changed(concentration="shuffled"),
-        "ps-detached": changed(concentration="detached"),
-        "ps-posthoc": ours,
-        "byol": replace(simsiam, ema=ema),
-        "vi-byol": replace(ours, ema=ema),
+        "simsiam": (
+            simsiam,
+            "von Mises-Fisher with a constant concentration, which is SimSiam",
+        ),
+        "vmf-constant": (
+            replace(simsiam, loss=LossConfig(loss_scale=2.0)),
+            "the same with twice the concentration: twice SimSiam's gradient",
+        ),
+        "ps-constant": (
+            changed(concentration="constant", concentration_value=5.0),
+            "Power Spherical with kappa/(D-1) = 5 for every image, the best one at a cosine of 5/6",
+        ),
+        "ps-global": (
+            changed(concentration="global"),
+            "Power Spherical with one learned concentration",
+        ),
+        "vi-simsiam": (ours, "Power Spherical with a concentration for each image"),
+        "vi-softplus": (
+            replace(ours, loss=SOFTPLUS),
+            "the likelihood alone, with kappa = (D-1) softplus(raw)",
+        ),
+        "ps-shuffled": (
+            changed(concentration="shuffled"),
+            "every image with the concentration of another in the batch",
+        ),
+        "ps-detached": (
+            changed(concentration="detached"),
+            "a concentration for each image from which the network learns nothing",
+        ),
+        "ps-posthoc": (ours, "the concentration fitted on the finished SimSiam run of its seed"),
+        "byol": (replace(simsiam, ema=ema), f"SimSiam with a target network of momentum {ema}"),
+        "vi-byol": (replace(ours, ema=ema), f"VI-SimSiam with a target network of momentum {ema}"),
     }
     arms = [
         Arm(
             name,
-            config,
-            _CONTROLS[name].format(ema=ema),
+            *content,
             after="simsiam" if name == "ps-posthoc" else None,
             optional=name in ("vi-softplus", "vi-byol"),
         )
-        for name, config in configs.items()
+        for name, content in configs.items()
     ]
-    return make_plan("controls", options, arms, _METHODS_PRIMARY, data=_OWN_DATA)
+    return make_plan("controls", options, arms, _METHODS_PRIMARY)
 
 
 def _stability(options: PlanOptions) -> Plan:
@@ -271,7 +265,7 @@ def _stability(options: PlanOptions) -> Plan:
     }
     arms += [Arm(f"{name}-d{one}", *content) for name, content in remedies.items()]
     primary = (f"scaled-d{dims[-1]}", f"literal-d{dims[-1]}", PRIMARY_MEASURE)
-    return make_plan("stability", options, arms, primary, data=_OWN_DATA)
+    return make_plan("stability", options, arms, primary)
 
 
 def _lightly_imagenette(options: PlanOptions) -> Plan:
@@ -308,7 +302,6 @@ def _lightly_imagenette(options: PlanOptions) -> Plan:
         options,
         arms,
         ("vi-simsiam", "simsiam", "knn200"),
-        data=_OWN_DATA,
         published=None if accuracy is None else {"imagenette": {"simsiam": {"knn200": accuracy}}},
         progress_every=max(1, simsiam.epochs // 20),
     )

@@ -17,11 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vi_simsiam.config import TrainConfig
-from vi_simsiam.engine.checkpoint import write_atomically, write_json
+from vi_simsiam.engine.checkpoint import write_json, write_text
 from vi_simsiam.engine.verdict import LEAST_COSINE, LEAST_RATIO
 from vi_simsiam.errors import InputError
 from vi_simsiam.experiments.results import load
-from vi_simsiam.paths import printable
 
 _LINES = 5
 """Lines of metrics that are averaged, since the concentration of one batch is noisy."""
@@ -47,10 +46,16 @@ def summarise_deaths(out: Path) -> Path:
     paths = sorted((out / "results").glob("*.json"))
     results = [load(path) for path in paths]
     rows = _judged([_row(path, result) for path, result in zip(paths, results, strict=True)])
+    given = load(out / "plan.json", ("options",))["options"]
+    options = (
+        f"{name} {' '.join(value) if isinstance(value, list) else value}"
+        for name, value in given.items()
+        if value is not None and name != "trials"
+    )
     runs = {
         "runs": rows,
         "made": {
-            "options": _options(load(out / "plan.json", ("options",))["options"]),
+            "options": ", ".join(options),
             "devices": ", ".join(sorted({result["device"] for result in results})),
             "versions": ", ".join(f"{name} {of}" for name, of in results[0]["versions"].items()),
             "commits": ", ".join(sorted({str(result["commit"]) for result in results})),
@@ -58,18 +63,8 @@ def summarise_deaths(out: Path) -> Path:
         },
     }
     write_json(out / "runs.json", runs)
-    text = printable(deaths_markdown(runs))
-    write_atomically(out / "summary.md", lambda file: file.write(text.encode()))
+    write_text(out / "summary.md", deaths_markdown(runs))
     return out / "summary.md"
-
-
-def _options(options: dict[str, Any]) -> str:
-    given = {
-        name: " ".join(value) if isinstance(value, list) else value
-        for name, value in options.items()
-        if value is not None and name != "trials"
-    }
-    return ", ".join(f"{name} {value}" for name, value in given.items())
 
 
 def _row(path: Path, result: dict[str, Any]) -> Row:

@@ -22,7 +22,7 @@ from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource
 from vi_simsiam.data.subsets import select
-from vi_simsiam.engine.checkpoint import write_atomically
+from vi_simsiam.engine.checkpoint import write_text
 from vi_simsiam.engine.run import (
     METRICS,
     Run,
@@ -51,8 +51,6 @@ CURVE_POINTS = 100
 PROGRESS = "progress.jsonl"
 _PROGRESS_COLUMNS = ("knn200", "knn200_epoch", "knn200_seconds")
 _PROGRESS_TRAIN, _PROGRESS_VAL = 4_000, 1_000
-_GIT_SECONDS = 30.0
-"""Time limit for git, which can be slow on a busy disk."""
 _PACKAGES = ("torch", "torchvision", "triton", "scikit-learn", "timm", "numpy", "pillow")
 
 
@@ -86,14 +84,8 @@ def measure_run(
     }
     if trained is None or not spec["measures"]:
         return content
-    # The images may have moved since the training.
-    run = load_run(
-        folder,
-        device=config.device,
-        workers=config.workers,
-        data_root=config.data_root,
-        cache_dir=config.cache_dir,
-    )
+    here = {name: getattr(config, name) for name in ("device", "workers", "data_root", "cache_dir")}
+    run = load_run(folder, **here)  # the images may have moved since the training
     if (val := run.splits.val) is not None:
         splits = dataclasses.replace(run.splits, val=at_most(val, spec["val_images"]))
         run = dataclasses.replace(run, splits=splits)
@@ -226,11 +218,8 @@ def without_places(config: TrainConfig) -> dict[str, Any]:
     for name in ("data_root", "cache_dir"):
         del plain[name]
     frozen = config.frozen_run
-    return {
-        **plain,
-        "data": data_label(config.data),
-        "frozen_run": None if frozen is None else frozen.name,
-    }
+    places = {"data": data_label(config.data), "frozen_run": frozen and frozen.name}
+    return {**plain, **places}
 
 
 def _device_name(device: torch.device) -> str:
@@ -244,12 +233,12 @@ def _commit() -> str | None:
     root = Path(vi_simsiam.__file__).resolve().parents[1]
     if not (root / ".git").exists():  # an installed package may lie in another project's checkout
         return None
-    command = ["git", "rev-parse", "--short", "HEAD"]
+    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
     try:
-        return subprocess.run(
-            command, cwd=root, capture_output=True, text=True, check=True, timeout=_GIT_SECONDS
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
+        return subprocess.check_output(
+            command, stderr=subprocess.PIPE, text=True, timeout=30
+        ).strip()
+    except (OSError, subprocess.SubprocessError):  # git can be slow on a busy disk
         return None
 
 
@@ -273,8 +262,8 @@ class Progress:
         self.train = self._chosen(splits.train, _PROGRESS_TRAIN)
         self.val = self._chosen(splits.val, _PROGRESS_VAL)
         self.path = trainer.folder / PROGRESS
-        lines = _lines(self.path) if trainer.resume else []
-        self.lines = [line for line in lines if line["step"] <= trainer.step]
+        before = _lines(self.path) if trainer.resume else []
+        self.lines = [line for line in before if line["step"] <= trainer.step]
         ended = trainer.step > 0 and trainer.step % trainer.loader.steps_per_epoch == 0
         if ended and all(line["step"] != trainer.step for line in self.lines):
             self()  # the run was stopped in the last step of an epoch, before its accuracy
@@ -300,11 +289,9 @@ class Progress:
         labels, classes = torch.from_numpy(self.train.labels).to(device), self.train.classes or ()
         predicted = classify(train, labels, val, classes=len(classes), config=KnnConfig(k=200))
         share = float((predicted.cpu() == torch.from_numpy(self.val.labels)).double().mean())
-        values = (share, epoch, round(trainer.seconds, 3))
-        line = dict(zip(_PROGRESS_COLUMNS, values, strict=True)) | {"step": trainer.step}
-        self.lines.append(line)
-        text = "".join(json.dumps(line) + "\n" for line in self.lines)
-        write_atomically(self.path, lambda file: file.write(text.encode()))
+        values = (share, epoch, round(trainer.seconds, 3), trainer.step)
+        self.lines.append(dict(zip((*_PROGRESS_COLUMNS, "step"), values, strict=True)))
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
 
 def progress_curve(path: Path) -> dict[str, list[float]]:

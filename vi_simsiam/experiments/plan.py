@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from vi_simsiam.checks import require
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.text import counted, data_label
@@ -55,8 +56,7 @@ class PlanOptions:
     def __post_init__(self) -> None:
         for name in ("seeds", "epochs", "images", "val_images", "trials"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name}: {value} is not accepted; it must be at least 1")
+            require(name, value, value is None or value >= 1, "at least 1")
         if self.data is not None and (not self.data or len(set(self.data)) < len(self.data)):
             given = " ".join(self.data) or "nothing"
             raise InputError(f"data: {given} is not accepted; name each data set once")
@@ -103,8 +103,7 @@ class Place:
 
         for name, least in (("parallel", 1), ("threads", 1), ("workers", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{name}: {value} is not accepted; it must be at least {least}")
+            require(name, value, value is None or value >= least, f"at least {least}")
         gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
         devices = list(self.devices) or gpus or ["cpu"]
         for device in devices:
@@ -239,7 +238,7 @@ def make_plan(
     arms: Sequence[Arm],
     primary: tuple[str, str, str],
     *,
-    data: tuple[str, ...],
+    data: tuple[str, ...] = ("imagenette",),
     published: dict[str, Any] | None = None,
     **more: Any,
 ) -> Plan:

@@ -54,22 +54,18 @@ class Experiment:
             InputError: there is no plan, or a file is damaged.
         """
         plan = load(out / "plan.json", ("experiment", "arms"))
-        names = [arm["name"] for arm in plan["arms"]]
         results, trials = (_results(folder / "results") for folder in (out, out / "trials"))
         file = out / "chosen.json"
         chosen = load(file, ("chosen",))["chosen"] if file.exists() else {}
-        planned_trials = plan.get("trials") or {"arms": []}
-        planned = [(trial["name"], planned_trials["seed"]) for trial in planned_trials["arms"]]
+        tried = plan.get("trials") or {"arms": []}
         seeds = (plan.get("options") or {}).get("seeds") or 0
+        names = [arm["name"] for arm in plan["arms"]]
+        planned = [(trial["name"], tried["seed"]) for trial in tried["arms"]]
         planned += [(name, seed) for name in names for seed in range(seeds)]
         found = {(result["arm"], result["seed"]) for result in (*results, *trials)}
-        return cls(
-            plan,
-            {name: [result for result in results if result["arm"] == name] for name in names},
-            trials,
-            chosen,
-            [f"{arm} with seed {seed}" for arm, seed in planned if (arm, seed) not in found],
-        )
+        arms = {name: [result for result in results if result["arm"] == name] for name in names}
+        missing = [f"{arm} with seed {seed}" for arm, seed in planned if (arm, seed) not in found]
+        return cls(plan, arms, trials, chosen, missing)
 
     @property
     def data(self) -> list[str]:
@@ -164,7 +160,15 @@ def _data_set(experiment: Experiment, data: str) -> dict[str, Any]:
 
 def _times(arms: Arms, published: dict[str, Any]) -> dict[str, Any] | None:
     """Training seconds to the kNN accuracies that all runs reached, and to the published one."""
-    progress = {arm: [each for each in map(_progress, runs) if each] for arm, runs in arms.items()}
+    progress = {
+        # Training seconds and kNN accuracy (k = 200) of every measurement during training.
+        arm: [
+            list(zip(curve["knn200_seconds"], curve["knn200"], strict=True))
+            for curve in (run.get("curve") or {} for run in runs)
+            if curve.get("knn200")
+        ]
+        for arm, runs in arms.items()
+    }
     last = [each[-1][1] for runs in progress.values() for each in runs]
     if not last:
         return None
@@ -172,22 +176,15 @@ def _times(arms: Arms, published: dict[str, Any]) -> dict[str, Any] | None:
     for arm in arms:
         if "knn200" in published.get(arm, {}):
             levels["published"] = published[arm]["knn200"]
+
+    def first_time(run: list[tuple[float, float]], level: float) -> float | None:
+        return min((seconds for seconds, share in run if share >= level), default=None)
+
     rows = {
-        arm: [[_first_time(each, level) for each in runs] for level in levels.values()]
+        arm: [[first_time(run, level) for run in runs] for level in levels.values()]
         for arm, runs in progress.items()
     }
     return {"common": min(last), "levels": levels, "arms": rows}
-
-
-def _progress(run: Run) -> list[tuple[float, float]]:
-    """Training seconds and kNN accuracy (k = 200) of every measurement during training."""
-    curve = run.get("curve") or {}
-    return list(zip(curve.get("knn200_seconds", ()), curve.get("knn200", ()), strict=True))
-
-
-def _first_time(progress: list[tuple[float, float]], level: float) -> float | None:
-    """Seconds until the accuracy first was at least `level`; None if it never was."""
-    return min((seconds for seconds, share in progress if share >= level), default=None)
 
 
 def _trials(experiment: Experiment) -> dict[str, Any] | None:
@@ -195,19 +192,18 @@ def _trials(experiment: Experiment) -> dict[str, Any] | None:
     if not planned:
         return None
     runs = {run["arm"]: run for run in experiment.trials}
-    rows = []
-    for trial in planned["arms"]:
-        name, run = trial["name"], runs.get(trial["name"], {})
-        chosen = experiment.chosen.items()
-        rows.append(
-            {
-                "trial": name,
-                "settings": trial.get("settings", {}),
-                "accuracy": run.get("accuracy", {}).get(planned["measure"]),
-                "diverged": bool(run.get("diverged")),
-                "chosen_by": [arm for arm, choice in chosen if choice["trial"] == name],
-            }
-        )
+    rows = [
+        {
+            "trial": trial["name"],
+            "settings": trial.get("settings", {}),
+            "accuracy": runs.get(trial["name"], {}).get("accuracy", {}).get(planned["measure"]),
+            "diverged": bool(runs.get(trial["name"], {}).get("diverged")),
+            "chosen_by": [
+                arm for arm, own in experiment.chosen.items() if own["trial"] == trial["name"]
+            ],
+        }
+        for trial in planned["arms"]
+    ]
     return {**{name: planned[name] for name in ("measure", "seed", "held_out")}, "rows": rows}
 
 

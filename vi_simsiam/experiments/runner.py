@@ -15,10 +15,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -29,7 +29,7 @@ from vi_simsiam.config import TrainConfig
 from vi_simsiam.data.cache import cached
 from vi_simsiam.data.decoding import cores
 from vi_simsiam.engine.checkpoint import write_json
-from vi_simsiam.engine.processes import INTERRUPTED, Process, end, last_line, signals, watch
+from vi_simsiam.engine.processes import INTERRUPTED, Process, last_line, supervise
 from vi_simsiam.engine.run import open_splits
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.features import labelled_splits
@@ -41,31 +41,6 @@ TRAINED = "trained.json"
 """File in a run folder whose training is finished; only the measurements may be missing."""
 _WORKER = (sys.executable, "-m", "vi_simsiam.experiments.worker")
 _FAILED = 2
-_Process = TypeVar("_Process", bound=Process)
-
-
-def supervise(
-    runs: Sequence[_Process],
-    console: Console,
-    *,
-    table: Callable[[], Table],
-    ended: Callable[[_Process], object],
-    start_more: Callable[[], object],
-) -> bool:
-    """Run processes until all have ended, and leave none behind on an error.
-
-    `start_more` starts them, and is called repeatedly until a signal arrives. `ended` is called
-    once for each, and `table` shows the state of all on a terminal.
-
-    Returns:
-        True if a signal arrived: the first one makes all runs save and end, the second kills them.
-    """
-    with signals() as received:
-        try:
-            watch(runs, received, console=console, table=table, ended=ended, start_more=start_more)
-        finally:
-            end(runs)
-    return bool(received)
 
 
 def outcome(name: str, run: Process, done: str | None) -> str:
@@ -142,9 +117,8 @@ class Run(Process):
 
     def launch(self, command: Sequence[str], device: str, threads: int, place: Place) -> None:
         """Write the specification and start the process."""
-        workers = place.workers
-        if workers is None and device == "cpu":
-            workers = 0  # a run has one core, and prepares its views between steps
+        # On a CPU a run has one core, and prepares its views between steps.
+        workers = 0 if place.workers is None and device == "cpu" else place.workers
         config = dataclasses.replace(
             self.arm.config,
             seed=self.seed,

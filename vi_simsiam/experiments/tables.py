@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vi_simsiam.engine.checkpoint import write_atomically, write_json
+from vi_simsiam.engine.checkpoint import write_json, write_text
 from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.experiments.results import Experiment, collect
 from vi_simsiam.experiments.statistics import DRAWS, estimate
-from vi_simsiam.paths import printable
 from vi_simsiam.text import METHODS, counted, markdown_grid
 
 SUMMARY, MARKDOWN = "summary.json", "summary.md"
@@ -63,8 +62,7 @@ def summarise(out: Path) -> dict[str, Any]:
     """
     summary = collect(Experiment.read(out))
     write_json(out / SUMMARY, summary)
-    text = printable(_markdown(summary))
-    write_atomically(out / MARKDOWN, lambda file: file.write(text.encode()))
+    write_text(out / MARKDOWN, _markdown(summary))
     return summary
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vi_simsiam.data.sources import ImageSource, UnreadableError
 from vi_simsiam.data.views import eval_view
-from vi_simsiam.engine.checkpoint import write_atomically, write_json
+from vi_simsiam.engine.checkpoint import write_json, write_text
 from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.export.card import Check, model_card
@@ -33,7 +33,7 @@ from vi_simsiam.export.formats import (
 )
 from vi_simsiam.export.onnx import ONNX_WEIGHTS, require_exporter, write_onnx
 from vi_simsiam.info import versions
-from vi_simsiam.paths import printable, user_path, utf8_path
+from vi_simsiam.paths import user_path, utf8_path
 
 CARD, SETTINGS, TIMM_SETTINGS = "README.md", "config.json", "training.json"
 CHECK_IMAGES = 8
@@ -118,8 +118,7 @@ def export_run(
         }
         # In a timm folder config.json is timm's own.
         write_json(aside / (TIMM_SETTINGS if format == "timm" else SETTINGS), settings)
-        card = printable(model_card(run, format, check=check, versions=installed))
-        write_atomically(aside / CARD, lambda file: file.write(card.encode()))
+        write_text(aside / CARD, model_card(run, format, check=check, versions=installed))
         _move(aside, target)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
