@@ -31,6 +31,7 @@ from vi_simsiam.errors import InputError
 
 OPTIONS = "--epochs 2 --batch-size 8 --size 8 --workers 0 --device cpu --quiet"
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("small_network")
 
 
 @pytest.fixture
@@ -39,16 +40,16 @@ def photos(image_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def interrupted(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two epochs that was interrupted after the first."""
-    out = tmp_path_factory.mktemp("interrupted") / "run"
-    _train_one_epoch(["--data", str(image_folder), "--out", str(out)])
-    return out
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that the first test trains, with the small network of that test."""
+    return tmp_path_factory.mktemp("interrupted") / "run"
 
 
 @pytest.fixture
-def run(interrupted: Path, photos: Path, tmp_path: Path) -> Path:
-    """The same with `photos` in its configuration."""
+def run(image_folder: Path, interrupted: Path, photos: Path, tmp_path: Path) -> Path:
+    """A run of two epochs on `photos` that was interrupted after the first."""
+    if not interrupted.exists():
+        _train_one_epoch(["--data", str(image_folder), "--out", str(interrupted)])
     out = Path(shutil.copytree(interrupted, tmp_path / "run"))
     settings = dataclasses.replace(config(out), data=f"folder:{photos}")
     (out / "config.json").write_text(json.dumps(settings.to_dict()))
@@ -105,7 +106,7 @@ def packed_without_the_unreadable(photos: Path, place: Path) -> str:
     return packed_copy(photos, place)
 
 
-@pytest.mark.parametrize("copy", [copied, packed_copy, packed_without_the_unreadable])
+@pytest.mark.parametrize("copy", [copied, packed_without_the_unreadable])
 def test_a_run_goes_on_with_a_copy_of_its_images(
     copy: Callable[[Path, Path], str],
     run: Path,
@@ -143,55 +144,49 @@ def test_the_held_out_images_move_with_the_others(photos: Path, tmp_path: Path) 
     assert resume(run, "--data", str(photos)) == 2
 
 
-def lose(photos: Path) -> None:
-    (photos / "train" / "dark" / "00.png").unlink()
-
-
-def add(photos: Path) -> None:
-    Image.fromarray(noise(16, 16)).save(photos / "train" / "dark" / "more.png")
-
-
-def rename(photos: Path) -> None:
+def rename(dark: Path) -> None:
     for part in ("train", "val"):
-        (photos / part / "dark").rename(photos / part / "night")
+        (dark.parents[1] / part / "dark").rename(dark.parents[1] / part / "night")
 
 
-def move(photos: Path) -> None:
+def move(dark: Path) -> None:
     for name in ("18.png", "19.png"):
-        (photos / "train" / "bright" / name).rename(photos / "train" / "dark" / f"-{name}")
+        (dark.with_name("bright") / name).rename(dark / f"-{name}")
 
 
-def repaint(photos: Path) -> None:
-    path = photos / "train" / "dark" / "00.png"
-    values = np.asarray(Image.open(path)).copy()
+def repaint(dark: Path) -> None:
+    values = np.asarray(Image.open(dark / "00.png")).copy()
     values[0, 0, 0] ^= 1
-    Image.fromarray(values).save(path)
+    Image.fromarray(values).save(dark / "00.png")
 
 
-def crop(photos: Path) -> None:
-    path = photos / "train" / "dark" / "00.png"
-    Image.open(path).crop((0, 0, 12, 16)).save(path)
-
-
-def lose_validation(photos: Path) -> None:
-    (photos / "val" / "dark" / "00.png").unlink()
+def crop(dark: Path) -> None:
+    Image.open(dark / "00.png").crop((0, 0, 12, 16)).save(dark / "00.png")
 
 
 @pytest.mark.parametrize(
     ("change", "difference", "moved"),
     [
-        (lose, "39 readable training images, not 40", True),
-        (add, "41 readable training images, not 40", False),
+        (lambda dark: (dark / "00.png").unlink(), "39 readable training images, not 40", True),
+        (
+            lambda dark: shutil.copy(dark / "00.png", dark / "more.png"),
+            "41 readable training images, not 40",
+            False,
+        ),
         (rename, "other classes (without dark and with night)", True),
         (move, "other labels", False),
         (repaint, "other pixels", True),
         (repaint, "other pixels", False),
         (crop, "other sizes of images", True),
-        (lose_validation, "other validation images", False),
+        (
+            lambda dark: (dark.parents[1] / "val" / "dark" / "00.png").unlink(),
+            "other validation images",
+            False,
+        ),
     ],
 )
 def test_other_images_are_refused(
-    change: Callable[[Path], None],
+    change: Callable[[Path], object],
     difference: str,
     moved: bool,
     run: Path,
@@ -200,7 +195,7 @@ def test_other_images_are_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     place = copied(photos, tmp_path / "scratch") if moved else f"folder:{photos}"
-    change(Path(place.removeprefix("folder:")))
+    change(Path(place.removeprefix("folder:"), "train", "dark"))
     before = files(run)
     assert resume(run, "--data", place) == 2
     problem = f"is no copy of folder:{photos}" if moved else "has changed since"
@@ -210,16 +205,14 @@ def test_other_images_are_refused(
     assert files(run) == before
 
 
-def test_too_few_images_are_no_question_of_the_batch(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_is_refused_whatever_the_images_are(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Fewer images than a batch, and other settings."""
     (tmp_path / "few").mkdir()
     Image.fromarray(noise(9, 9)).save(tmp_path / "few" / "one.png")
     assert resume(run, "--data", str(tmp_path / "few")) == 2
     assert "1 readable training image, not 40" in capsys.readouterr().err
-
-
-def test_settings_still_may_not_change(run: Path, photos: Path, tmp_path: Path) -> None:
     assert resume(run, "--data", copied(photos, tmp_path / "scratch"), "--lr", "0.5") == 2
     assert config(run).data == f"folder:{photos}"
 
@@ -250,7 +243,7 @@ def test_evaluation_of_lost_images_names_the_way_out(
     run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     os.rename(photos, tmp_path / "elsewhere")
-    for command in ("evaluate", "knn", "linear", "uncertainty", "figures"):
+    for command in ("evaluate", "figures"):
         assert main([command, str(run), "--device", "cpu"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"vi-simsiam: {photos}: no such folder")
@@ -289,11 +282,9 @@ def test_content_is_that_of_the_pixels_however_they_are_kept(
     ("before", "now", "same"),
     [
         ((16, "a", 0), (15, "b", 1), True),
-        ((15, "b", 1), (16, "a", 0), True),
         ((15, "b", 1), (15, "b", 0), True),  # older checkpoints have no number of those left out
         ((15, "b", 1), (15, "c", 1), False),
         ((16, "a", 0), (14, "b", 1), False),
-        ((16, "a", 0), (16, "b", 0), False),
         ((16, "a", 0), None, False),
         (None, None, True),
     ],
@@ -304,12 +295,12 @@ def test_validation_images_that_a_pack_leaves_out(
     names = ("images", "labels", "left_out")
     parts = [each and dict(zip(names, each, strict=True)) for each in (before, now)]
     both = [{"images": 1, "validation": part} for part in parts]
-    assert difference(*both) == (None if same else "other validation images")
+    expected = None if same else "other validation images"
+    assert difference(*both) == difference(*both[::-1]) == expected
 
 
 def test_classes_are_named() -> None:
     before = {"images": 1, "classes": ["a", "b"]}
     assert difference(before, before) is None
-    turned = {**before, "classes": ["b", "a"]}
-    assert difference(before, turned) == "other classes (in another order)"
-    assert difference(before, {**before, "classes": None}) == "other classes (without a, b)"
+    for classes, words in ((["b", "a"], "in another order"), (None, "without a, b")):
+        assert difference(before, {"images": 1, "classes": classes}) == f"other classes ({words})"
