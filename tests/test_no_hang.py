@@ -8,9 +8,10 @@ import multiprocessing
 import multiprocessing.synchronize
 import os
 import socket
-import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -52,12 +53,20 @@ def training_batches(workers: int) -> int:
         batches.close()
 
 
-def in_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a Python process of its own, with this module as `t`."""
-    path = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})"
-    command = [sys.executable, "-c", f"{path}; import test_no_hang as t; {code}"]
-    environment = {**os.environ, **environment}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+def forked(function: Callable[[], object], errors: Path) -> int | None:
+    """Exit code of a process that calls a function; its standard error goes to `errors`."""
+
+    def call() -> None:
+        sys.stderr = errors.open("w", buffering=1)
+        os.dup2(sys.stderr.fileno(), 2)
+        function()
+
+    process = multiprocessing.get_context("fork").Process(target=call)
+    process.start()
+    process.join(120)
+    if process.is_alive():
+        process.kill()
+    return process.exitcode
 
 
 @pytest.fixture
@@ -76,12 +85,16 @@ def test_batches_need_no_shared_memory() -> None:
     assert len(list(eval_loader(ArraySource(PIXELS), 8, 4, 1))) == 2
 
 
-def test_a_temporary_folder_with_a_long_path(tmp_path: Path) -> None:
+def test_a_temporary_folder_with_a_long_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Unix sockets take 107 bytes."""
     folder = tmp_path / ("long" * 30)
     folder.mkdir()
-    done = in_process("print(t.training_batches(2))", TMPDIR=str(folder))
-    assert (done.stdout, done.stderr) == ("2\n", "")
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    # multiprocessing notes the folder that it used before.
+    monkeypatch.delitem(multiprocessing.current_process()._config, "tempdir", raising=False)  # type: ignore[attr-defined]
+    assert training_batches(2) == 2
 
 
 def test_a_worker_that_lives_and_gives_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,18 +106,14 @@ def test_a_worker_that_lives_and_gives_nothing(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_process_that_decodes_and_gives_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "PATIENCE", 1.0)
-    with pytest.raises(TrainingError, match="^array: no images have come from the workers for 1 s"):
-        list(decode(Stuck(PIXELS), workers=2, mean_bytes=8 << 20))
-    assert not multiprocessing.active_children()
-
-
-def test_leaving_early_does_not_wait() -> None:
     chunks = decode(Stuck(PIXELS), workers=2, mean_bytes=8 << 20)
     assert next(chunks).kept == [0]
     start = time.monotonic()
     chunks.close()
     assert time.monotonic() - start < 60  # of an hour
+    monkeypatch.setattr(workers, "PATIENCE", 1.0)
+    with pytest.raises(TrainingError, match="^array: no images have come from the workers for 1 s"):
+        list(decode(Stuck(PIXELS), workers=2, mean_bytes=8 << 20))
     assert not multiprocessing.active_children()
 
 
@@ -113,18 +122,17 @@ def read_stuck() -> None:
     list(images.read(Stuck(PIXELS), np.asarray, chunk=2, threads=2))
 
 
-def test_a_thread_that_gives_nothing_does_not_keep_the_program() -> None:
-    done = in_process("t.read_stuck()")
-    assert done.returncode == 1
+def test_a_thread_that_gives_nothing_does_not_keep_the_program(tmp_path: Path) -> None:
+    assert forked(read_stuck, tmp_path / "errors") == 1
     message = "array: no images have come from the threads for 600 s; a disk may not answer\n"
-    assert done.stderr.endswith(message)
+    assert (tmp_path / "errors").read_text().endswith(message)
 
 
-@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.ENOENT])
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOENT])
 def test_no_place_for_semaphores(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int
 ) -> None:
-    """Queues between processes need files in /dev/shm, which may be read-only, full or absent."""
+    """Queues between processes need files in /dev/shm, which may be read-only or absent."""
 
     def refuse(*arguments: object, **options: object) -> None:
         raise OSError(number, os.strerror(number))
