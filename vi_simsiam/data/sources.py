@@ -91,9 +91,9 @@ class ImageSource(ABC):
     def image(self, index: int) -> Image.Image:
         """Return image `index` in mode RGB. Raises UnreadableError if it cannot be read."""
 
-    @abstractmethod
     def describe(self, index: int) -> str:
-        """Return the place of image `index`: a path, or a name like "fashion-mini/train/17"."""
+        """Return the place of image `index`: a path, or NAME/INDEX, as "fashion-mini/train/17"."""
+        return f"{self.name}/{index}"
 
     def dimensions(self, index: int) -> tuple[int, int]:
         """Return height and width of image `index`. Raises UnreadableError if it is unreadable."""
@@ -107,19 +107,18 @@ class ImageSource(ABC):
     def _label(
         self, labels: NDArray[np.int64] | None, classes: Sequence[str] | None, count: int
     ) -> None:
-        if (labels is None) != (classes is None):
+        self.labels = self.classes = None
+        if labels is None and classes is None:
+            return
+        if labels is None or classes is None:
             raise InputError("labels and classes: give both or neither")
-        if labels is not None and classes is not None:
-            if labels.shape != (count,):
-                raise InputError(
-                    f"labels: shape {labels.shape} must be ({count},), one for each image"
-                )
-            if count and not 0 <= labels.min() <= labels.max() < len(classes):
-                raise InputError(
-                    f"labels: values must lie in [0, {len(classes)}), one for each class name"
-                )
-        self.labels = None if labels is None else labels.astype(np.int64)
-        self.classes = None if classes is None else tuple(classes)
+        if labels.shape != (count,):
+            raise InputError(f"labels: shape {labels.shape} must be ({count},), one for each image")
+        if count and not 0 <= labels.min() <= labels.max() < len(classes):
+            raise InputError(
+                f"labels: values must lie in [0, {len(classes)}), one for each class name"
+            )
+        self.labels, self.classes = labels.astype(np.int64), tuple(classes)
 
 
 class ArraySource(ImageSource):
@@ -149,10 +148,6 @@ class ArraySource(ImageSource):
     def image(self, index: int) -> Image.Image:
         """Return image `index` in mode RGB."""
         return Image.fromarray(self.images[index]).convert("RGB")
-
-    def describe(self, index: int) -> str:
-        """Return "NAME/INDEX"."""
-        return f"{self.name}/{index}"
 
 
 class FileSource(ImageSource):
@@ -324,10 +319,6 @@ class DatasetSource(ImageSource):
             reason = f"{type(error).__name__}: {_one_line(error)}"
             raise UnreadableError(self.describe(index), reason) from error
         return _item_to_rgb(item, self.describe(index), self.decode)
-
-    def describe(self, index: int) -> str:
-        """Return "NAME/INDEX"."""
-        return f"{self.name}/{index}"
 
 
 def as_source(
