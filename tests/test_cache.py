@@ -24,7 +24,7 @@ from vi_simsiam.data import cache, decoding, packed
 from vi_simsiam.data.cache import cached, in_memory, pack
 from vi_simsiam.data.decoding import bytes_per_image
 from vi_simsiam.data.packed import open_pack
-from vi_simsiam.data.sources import ArraySource, DatasetSource, FileSource, ImageSource, Unreadable
+from vi_simsiam.data.sources import ArraySource, DatasetSource, FileSource, Unreadable
 from vi_simsiam.errors import InputError
 
 
@@ -86,16 +86,13 @@ def test_nothing_is_decoded_twice(
     source = FileSource(paths, labels, ("a", "b", "c"), "set")
     first, unreadable = cached(source, cache_dir=tmp_path, workers=0)
     assert unreadable == [Unreadable(str(bad), unreadable[0].reason)]
-    assert unreadable[0].reason.startswith("not a JPEG")
     monkeypatch.setattr(cache, "decode", None)
     second, again = cached(source, cache_dir=tmp_path)
     assert again == unreadable
     for images in (first, second):
-        assert len(images) == 99
-        assert images.labels is not None
-        assert images.labels.tolist() == [0, *labels[2:].tolist()]
+        np.testing.assert_array_equal(images.labels, [0, *labels[2:]])
         assert images.describe(1) == files.paths[1]
-    assert pixels(second)[:2] == [np.asarray(files.image(index)).tolist() for index in (0, 1)]
+        assert pixels(images) == [pixels(files)[0], *[pixels(files)[1]] * 98]
 
 
 def test_changed_images_get_another_file(
@@ -133,20 +130,18 @@ def test_an_interrupted_build_leaves_what_was_there(files: FileSource, tmp_path:
     assert out.read_bytes() == before
 
 
-@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
-def test_who_may_read_a_cached_file_is_the_user_s_choice(
-    files: FileSource, tmp_path: Path, mask: int, mode: int
-) -> None:
-    before = os.umask(mask)
-    try:
-        images, _ = cached(files, cache_dir=tmp_path / "cache", workers=0)
-    finally:
-        os.umask(before)
-    assert images.path is not None
-    assert images.path.stat().st_mode & 0o777 == mode
+def test_who_may_read_a_cached_file_is_the_user_s_choice(files: FileSource, tmp_path: Path) -> None:
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600)):
+        before = os.umask(mask)
+        try:
+            pack(files, tmp_path / "a.pack", workers=0)
+        finally:
+            os.umask(before)
+        assert (tmp_path / "a.pack").stat().st_mode & 0o777 == mode
 
 
 def test_only_what_killed_processes_left_is_removed(files: FileSource, tmp_path: Path) -> None:
+    """Also where the name leaves no room for that of a lock."""
     out, kept = tmp_path / "a.pack", {tmp_path / "set", tmp_path / "a.pack"}
     for name in ("a.pack.1", "a.pack.2", "b.pack.1"):
         for path in (tmp_path / f".{name}", tmp_path / f".{name}.lock"):
@@ -155,6 +150,8 @@ def test_only_what_killed_processes_left_is_removed(files: FileSource, tmp_path:
     with FileLock(tmp_path / ".a.pack.2.lock"):
         pack(files, out, workers=0)
     assert set(tmp_path.iterdir()) == kept
+    pack(files, tmp_path / ("a" * 235), workers=0)
+    assert set(tmp_path.iterdir()) == {*kept, tmp_path / ("a" * 235)}
 
 
 @pytest.mark.filterwarnings("error")
@@ -172,12 +169,6 @@ def test_a_file_system_without_locks(
     pack(files, folder / "a.pack", workers=0)
     assert set(folder.iterdir()) == {folder / "a.pack", *left}
     assert pixels(open_pack(folder / "a.pack")) == pixels(files)
-
-
-def test_a_name_that_leaves_no_room_for_that_of_a_lock(files: FileSource, tmp_path: Path) -> None:
-    out = tmp_path / ("a" * 235)
-    pack(files, out, workers=0)
-    assert set(tmp_path.iterdir()) == {out, tmp_path / "set"}
 
 
 def test_a_full_disk_is_reported_before_decoding(
@@ -228,18 +219,14 @@ def test_two_processes_fill_the_same_cache_at_once(files: FileSource, tmp_path: 
     assert len(list(folder.iterdir())) == 1
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"), [((40, 20), (16, 8)), ((20, 41), (8, 16)), ((9, 6), (9, 6))]
-)
+@pytest.mark.parametrize(("size", "expected"), [((20, 41), (8, 16)), ((9, 6), (9, 6))])
 def test_shorter_side(tmp_path: Path, size: tuple[int, int], expected: tuple[int, int]) -> None:
     image = Image.fromarray(noise(size[1], size[0]))
     image.save(tmp_path / "a.png")
     source = FileSource([tmp_path / "a.png"])
     assert pack(source, tmp_path / "a.pack", shorter_side=8) == []
-    packed_image = open_pack(tmp_path / "a.pack").image(0)
-    assert packed_image.size == expected
     wanted = image if size == expected else image.resize(expected, Image.Resampling.BICUBIC)
-    assert np.array_equal(packed_image, wanted)
+    assert np.array_equal(open_pack(tmp_path / "a.pack").image(0), wanted)
     assert bytes_per_image(source, 8) == 3 * expected[0] * expected[1]
     with pytest.raises(InputError, match="shorter_side: 0 must be at least 1"):
         pack(source, tmp_path / "a.pack", shorter_side=0)
@@ -274,16 +261,14 @@ def test_a_dataset_is_packed_in_memory(console: Console) -> None:
     assert re.fullmatch(r"decoding mine: 120 images, about .* kB, into memory\n", printed(console))
 
 
-@pytest.mark.parametrize("to_file", [True, False])
-def test_no_images_at_all(tmp_path: Path, to_file: bool) -> None:
-    source: ImageSource = (
-        FileSource([], np.zeros(0, np.int64), ("a",)) if to_file else DatasetSource([])
-    )  # type: ignore[arg-type]
-    images, _ = cached(source, cache_dir=tmp_path)
-    assert (len(images), images.pixels.size, images.offsets.shape) == (0, 0, (0,))
-    assert (images.path is not None) == to_file
-    again, _ = cached(source, cache_dir=tmp_path)
-    assert again.classes == source.classes
+def test_no_images_at_all(tmp_path: Path) -> None:
+    labelled = FileSource([], np.zeros(0, np.int64), ("a",))
+    for source, to_file in ((labelled, True), (DatasetSource([]), False)):  # type: ignore[arg-type]
+        for _ in range(2):
+            images, _ = cached(source, cache_dir=tmp_path)
+            assert (len(images), images.pixels.size, images.offsets.shape) == (0, 0, (0,))
+            assert (images.path is not None) == to_file
+            assert images.classes == source.classes
 
 
 def test_progress_is_a_bar_on_a_terminal_and_a_line_elsewhere(

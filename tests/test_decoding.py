@@ -34,11 +34,6 @@ from vi_simsiam.errors import ImageWarning, InputError, TrainingError
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> FileSource:
-    return stored_files(tmp_path / "set" / "train")
-
-
-@pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of one image, so that a few images keep several processes busy."""
     monkeypatch.setattr(decoding, "_CHUNK_BYTES", 1)
@@ -126,11 +121,9 @@ def build(source: FileSource, folder: Path, errors: Path) -> None:
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_the_end_of_a_build_ends_all_processes(
-    files: FileSource, tmp_path: Path, number: int
-) -> None:
+def test_the_end_of_a_build_ends_all_processes(tmp_path: Path, number: int) -> None:
     folder = tmp_path / "cache"
-    source, errors = Slow(files.paths * 100), tmp_path / "errors"
+    source, errors = Slow(stored_files(tmp_path / "set").paths * 100), tmp_path / "errors"
     context = multiprocessing.get_context("fork")
     process = context.Process(target=build, args=(source, folder, errors))
     process.start()
@@ -214,16 +207,13 @@ def test_a_run_and_all_that_follows_it_share_the_rule(
     table = str(tmp_path / "x.parquet")
     assert main(["embed", str(run), str(icons), "--out", table, "--device", "cpu"]) == 0
     assert capfd.readouterr().err.count(f"warning: {icons}: {RANGE}\n") == 1
+    with pytest.warns(ImageWarning, match=RANGE):
+        contact_sheet(open_dataset(str(icons)).train, "none", images=8)
     with pytest.raises(InputError, match=r"icons\.pack .* background white, .* background red"):
         open_dataset(str(packed), decode=DecodeConfig(background="red"))
     resume = ["--out", str(run), "--resume", "--background", "red"]
     assert main(["train", "--data", str(packed), *resume]) == 2
     assert "holds images decoded with background white" in capfd.readouterr().err
-
-
-def test_the_sheet_of_views_names_what_is_lost(icons: Path) -> None:
-    with pytest.warns(ImageWarning, match=RANGE):
-        contact_sheet(open_dataset(str(icons)).train, "none", images=8)
 
 
 def test_options_that_cannot_be_used(capfd: pytest.CaptureFixture[str]) -> None:
@@ -236,23 +226,25 @@ def test_options_that_cannot_be_used(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_strip_is_cut_before_it_is_enlarged(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-    resize = Image.Image.resize
-
-    def note(self: Image.Image, size: tuple[int, int], *options: Any, **more: Any) -> Image.Image:
-        sizes.append(max(size))
-        return resize(self, size, *options, **more)
-
-    monkeypatch.setattr(Image.Image, "resize", note)
     plain = v2.Compose([*eval_square(32).transforms[1:], v2.PILToTensor(), normalised()])
     noise = np.random.default_rng(0).integers(0, 256, (1, 12_001, 3), dtype=np.uint8)
-    for width in (301, 300, 7):
-        for pixels in (noise[:, :width], noise[:, :width].transpose(1, 0, 2)):
-            image = Image.fromarray(np.ascontiguousarray(pixels))
-            np.testing.assert_allclose(eval_view(32)(image), plain(image), atol=0.02)
-    square = Image.fromarray(np.ascontiguousarray(noise[0, :12_000].reshape(100, 120, 3)))
+
+    def strips(width: int) -> list[Image.Image]:
+        pixels = noise[:, :width]
+        return [Image.fromarray(pixels.copy()), Image.fromarray(pixels.reshape(width, 1, 3))]
+
+    for image in (*strips(301), *strips(300), *strips(7)):
+        np.testing.assert_allclose(eval_view(32)(image), plain(image), atol=0.02)
+    square = Image.fromarray(noise[0, :12_000].reshape(100, 120, 3))
     np.testing.assert_array_equal(eval_view(32)(square), plain(square))
-    sizes.clear()
-    for pixels in (noise, noise.transpose(1, 0, 2)):
-        eval_view(32)(Image.fromarray(np.ascontiguousarray(pixels)))
-    assert max(sizes) <= 32 * 5
+
+    resize, sizes = Image.Image.resize, []
+
+    def note(image: Image.Image, size: tuple[int, int], *options: Any, **more: Any) -> Image.Image:
+        sizes.append(max(size))
+        return resize(image, size, *options, **more)
+
+    monkeypatch.setattr(Image.Image, "resize", note)
+    for image in strips(12_001):
+        eval_view(32)(image)
+    assert 0 < max(sizes) <= 32 * 5

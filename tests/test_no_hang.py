@@ -11,11 +11,11 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from queue import SimpleQueue
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -27,7 +27,6 @@ from vi_simsiam.config import AugmentConfig, DecodeConfig
 from vi_simsiam.data import MultiViewLoader, datasets, workers
 from vi_simsiam.data.decoding import decode
 from vi_simsiam.data.loader import eval_loader
-from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ArraySource, FileSource
 from vi_simsiam.errors import InputError, TrainingError
 from vi_simsiam.inference import images
@@ -53,27 +52,9 @@ def training_batches(workers: int) -> int:
         batches.close()
 
 
-def forked(function: Callable[[], object], errors: Path) -> int | None:
-    """Exit code of a process that calls a function; its standard error goes to `errors`."""
-
-    def call() -> None:
-        sys.stderr = errors.open("w", buffering=1)
-        os.dup2(sys.stderr.fileno(), 2)
-        function()
-
-    process = multiprocessing.get_context("fork").Process(target=call)
-    process.start()
-    process.join(120)
-    if process.is_alive():
-        process.kill()
-    return process.exitcode
-
-
 @pytest.fixture
 def no_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(tensor: torch.Tensor) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+    refuse = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     for kind in (torch.Tensor, torch.UntypedStorage):
         monkeypatch.setitem(ForkingPickler._extra_reducers, kind, refuse)
     monkeypatch.setattr(workers, "PATIENCE", 20.0)
@@ -117,15 +98,21 @@ def test_a_process_that_decodes_and_gives_nothing(monkeypatch: pytest.MonkeyPatc
     assert not multiprocessing.active_children()
 
 
-def read_stuck() -> None:
+def read_stuck(errors: Path) -> None:
+    sys.stderr = errors.open("w", buffering=1)
     images.PATIENCE = 0.2
     list(images.read(Stuck(PIXELS), np.asarray, chunk=2, threads=2))
 
 
 def test_a_thread_that_gives_nothing_does_not_keep_the_program(tmp_path: Path) -> None:
-    assert forked(read_stuck, tmp_path / "errors") == 1
+    errors = tmp_path / "errors"
+    process = multiprocessing.get_context("fork").Process(target=read_stuck, args=(errors,))
+    process.start()
+    process.join(60)
+    process.kill()
+    assert process.exitcode == 1
     message = "array: no images have come from the threads for 600 s; a disk may not answer\n"
-    assert (tmp_path / "errors").read_text().endswith(message)
+    assert errors.read_text().endswith(message)
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.ENOENT])
@@ -134,9 +121,7 @@ def test_no_place_for_semaphores(
 ) -> None:
     """Queues between processes need files in /dev/shm, which may be read-only or absent."""
 
-    def refuse(*arguments: object, **options: object) -> None:
-        raise OSError(number, os.strerror(number))
-
+    refuse = mock.Mock(side_effect=OSError(number, os.strerror(number)))
     monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", refuse)
     Image.fromarray(PIXELS[0]).save(tmp_path / "a.png")
     source = FileSource([tmp_path / "a.png"] * 3)
@@ -150,18 +135,6 @@ def test_no_place_for_semaphores(
             start()
     assert len(list(decode(source, workers=0, mean_bytes=8 << 20))) == 3
     assert training_batches(workers=0) == 2
-
-
-def test_batches_do_not_depend_on_the_workers() -> None:
-    """Types, and channels last in memory, as the network takes them."""
-    for count in (0, 1):
-        batches = MultiViewLoader(ArraySource(PIXELS), POLICY, 4, workers=count)
-        assert isinstance(batches.source, PackedImages)
-        batch = next(batches.epoch(0))
-        assert [view.shape for view in batch.views] == [(4, 3, 8, 8)] * 4
-        assert all(view.is_contiguous(memory_format=torch.channels_last) for view in batch.views)
-        assert batch.index.dtype == torch.int64
-        batches.close()
 
 
 def test_a_server_that_gives_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

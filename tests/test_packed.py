@@ -63,9 +63,8 @@ def test_damage_is_refused_or_repaired(
     assert pixels(images) == pixels(files)
     assert path.read_bytes() == whole
     assert isinstance(console.file, io.StringIO)
-    first, second = console.file.getvalue().splitlines()
+    first = console.file.getvalue().splitlines()[0]
     assert re.fullmatch(rf"cache: {path} {reason}.*; decoding the images again", first)
-    assert second.startswith("decoding ")
 
 
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
@@ -106,6 +105,9 @@ def test_pickled_as_a_path(files: FileSource, tmp_path: Path) -> None:
     images = open_pack(tmp_path / "a.pack")
     message = pickle.dumps(images)
     assert len(message) < 1000
+    in_memory_twin = pickle.loads(pickle.dumps(in_memory(files, workers=0)))
+    assert pixels(in_memory_twin) == pixels(files)
+    assert in_memory_twin.describe(6) == files.paths[6]
     twin = pickle.loads(message)
     assert pixels(twin)[-7:] == pixels(files)
     assert twin.describe(139) == files.paths[6]
@@ -113,13 +115,6 @@ def test_pickled_as_a_path(files: FileSource, tmp_path: Path) -> None:
     assert pixels(images)[:7] == pixels(files)  # what is mapped stays
     with pytest.raises(InputError, match=r"a\.pack was replaced by another file while in use"):
         pickle.loads(message)
-
-
-def test_images_in_memory_are_pickled_with_their_pixels() -> None:
-    images = in_memory(ArraySource(noise(3, 4)[None], np.array([0]), ("one",), "set"))
-    twin = pickle.loads(pickle.dumps(images))
-    assert pixels(twin) == pixels(images)
-    assert (twin.classes, twin.describe(0)) == (("one",), "set/0")
 
 
 def test_offsets_pass_two_gibibytes(tmp_path: Path) -> None:
