@@ -25,7 +25,7 @@ from vi_simsiam.config import data_spec
 from vi_simsiam.data.cache import cache_folder, cached
 from vi_simsiam.data.datasets import open_dataset
 from vi_simsiam.data.packed import open_pack
-from vi_simsiam.engine.run import load_run, read_config
+from vi_simsiam.engine.run import read_config
 from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.foreign import _free_name
@@ -109,13 +109,12 @@ def test_the_cache_folder(
     assert cache_folder() == temporary / f"vi-simsiam-{os.getuid()}"
 
 
-def test_names_that_begin_with_a_tilde(homeless: None, image_folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(image_folder, tmp_path / "~photos")
-    shutil.copy(image_folder / "val" / "dark" / "00.png", tmp_path / "~lock.png")
-    assert len(open_dataset("~photos").train) == 40
+def test_names_that_begin_with_a_tilde(homeless: None, image_folder: Path) -> None:
+    shutil.copytree(image_folder, "~photos")
+    shutil.copy(image_folder / "val" / "dark" / "00.png", "~lock.png")
     assert len(open_images("~lock.png")) == len(open_images(["~lock.png"])) == 1
     succeed("views", "--data", "~photos", "--images", 2, "--out", "~views.png")
-    assert (tmp_path / "~views.png").is_file()
+    assert Path("~views.png").is_file()
 
 
 @pytest.mark.usefixtures("small_network")
@@ -143,12 +142,10 @@ def test_a_run_in_the_home_folder(home: Path) -> None:
     assert any((home / "cache").iterdir())
 
     assert vi_simsiam.load("~/run").run.path == home / "run"
-    assert load_run("~/run", data="~/photos").path == home / "run"
     assert Trainer(config, "~/run", resume=True).folder == home / "run"
     assert data_spec("~/photos") == data_spec("folder:~/photos") == f"folder:{home / 'photos'}"
     with Image.open(home / "photos" / "val" / "dark" / "00.png") as image:
         assert len(open_images(["~/photos/val/dark/00.png", image])) == 2
-        assert open_images(["~/photos/val/dark/00.png"]).image(0).tobytes() == image.tobytes()
 
 
 def test_one_function_expands_paths() -> None:
@@ -184,16 +181,15 @@ def test_names_that_are_not_utf8(
     assert read_config(run).data == f"folder:{data}"
     assert list(run.glob("events.out.tfevents.*"))
     assert (run / "metrics.jsonl").stat().st_size
-    succeed("train", "--out", run, "--resume")
-    assert "already at its last step" in capsys.readouterr().out
+    capsys.readouterr()
     succeed("pack", data, "--out", pack)
     assert f"written: {printable(str(pack))} (40 images" in capsys.readouterr().out
     packed = open_pack(pack)
     assert packed.classes == ("bright", CAFE)
     assert {os.fsencode(packed.describe(index)) for index in range(40)} <= images
-    succeed("train", "--data", f"pack:{pack}", "--out", folder / "again", *SMALL.split())
-    succeed("train", "--config", run / "config.json", "--out", folder / "copy", "--quiet")
-    assert read_config(folder / "copy").data == read_config(run).data
+    config = ("--config", run / "config.json", "--out", folder / "copy", "--quiet")
+    succeed("train", "--data", f"pack:{pack}", *config)
+    assert read_config(folder / "copy").data == f"pack:{pack}"
 
     out = tmp_path / "results"
     out.mkdir()
@@ -223,8 +219,10 @@ def test_names_that_are_not_utf8(
     assert "caf\\udce9/train: 40 images" in printed.read()
 
 
-def test_exports_with_names_that_are_not_utf8(folder: Path) -> None:
-    """timm reads its folder by a path."""
+def test_exports_and_refusals_with_such_names(
+    folder: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """timm reads its folder by a path, and a message stays one line."""
     run = save_run(folder / "run")
     config = read_config(run).to_dict() | {"data": f"folder:{folder / CAFE}"}
     (run / "config.json").write_text(json.dumps(config))
@@ -237,23 +235,16 @@ def test_exports_with_names_that_are_not_utf8(folder: Path) -> None:
     assert "caf\\udce9" in (exported / "safetensors" / "README.md").read_text(encoding="utf-8")
     assert (exported / "timm" / "model.safetensors").is_file()
 
-
-def test_a_message_stays_one_line(
-    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    name, run = "two\nlines\x1b[31m", save_run(tmp_path / "run")
     images = shutil.copytree(image_folder / "val", tmp_path / "images")
-    try:
-        (images / f"{name}.png").write_bytes(b"no image")
-    except OSError:
-        pytest.skip("this file system takes no such names")
-    for refused in (
-        f"pack {images} --out {tmp_path}/pack",
-        f"embed {run} {images} --out {tmp_path}/a.parquet",
+    (images / "two\nlines\x1b[31m.png").write_bytes(b"no image")
+    capsys.readouterr()
+    for words in (
+        ["pack", images, "--out", tmp_path / "pack"],
+        ["embed", run, images, "--out", tmp_path / "a.parquet"],
     ):
-        main(refused.split())
+        main([str(word) for word in words])
         (line,) = [each for each in capsys.readouterr().err.splitlines() if "images" in each]
-        assert f"{repr(name)[1:-1]}.png" in line
+        assert r"two\nlines\x1b[31m.png" in line
 
 
 @pytest.mark.skipif(

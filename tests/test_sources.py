@@ -7,6 +7,7 @@ import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -46,8 +47,8 @@ def save(path: Path, size: tuple[int, int] = (6, 5), colour: int = 0) -> Path:
 def save_frames(path: Path, count: int, seed: int = 0) -> Path:
     """Every frame is other noise."""
     noise = np.random.default_rng(seed).integers(0, 256, (count, 6, 5), dtype=np.uint8)
-    frames = [Image.fromarray(frame) for frame in noise]
-    frames[0].save(path, save_all=True, append_images=frames[1:])
+    first, *others = map(Image.fromarray, noise)
+    first.save(path, save_all=True, append_images=others)
     return path
 
 
@@ -59,6 +60,8 @@ def test_array_source_gives_the_stored_pixels() -> None:
     assert source.describe(1) == "set/train/1"
     assert source.labels is not None
     assert source.labels.dtype == np.int64
+    twin = pickle.loads(pickle.dumps(source))
+    assert (twin.image(1), twin.classes) == (source.image(1), ("a", "b"))
     coloured = ArraySource(COLOUR[None])
     np.testing.assert_array_equal(coloured.image(0), COLOUR)
     assert coloured.labels is coloured.classes is None
@@ -104,16 +107,12 @@ def test_unreadable_files_are_named_with_a_reason(
         assert caught.value.entry.path == str(tmp_path / name)
         assert re.search(reason, caught.value.entry.reason)
         assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
-    for index in (0, len(paths) - 1):
-        assert source.image(index).size == (6, 5)
-    with pytest.raises(UnreadableError, match=r"^.*missing\.jpg: cannot be read .*No such file"):
-        source.dimensions(4)
-
-
-def test_dimensions_are_height_and_width(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert source.image(0).size == source.image(len(paths) - 1).size == (6, 5)
     assert ArraySource(COLOUR[None, :1]).dimensions(0) == (1, 2)
     monkeypatch.setattr(FileSource, "image", None)  # a file's header is enough
-    assert FileSource([save(tmp_path / "a.png")]).dimensions(0) == (5, 6)
+    assert source.dimensions(0) == (5, 6)
+    with pytest.raises(UnreadableError, match=r"^.*missing\.jpg: cannot be read .*No such file"):
+        source.dimensions(4)
 
 
 def test_fingerprints_change_with_the_files(
@@ -158,22 +157,18 @@ def test_a_dataset_gives_images_of_every_kind() -> None:
     assert as_source(source) is source
 
 
-@pytest.mark.parametrize(
-    ("item", "given"),
-    [
+def test_a_dataset_of_something_else_is_refused() -> None:
+    for item, given in (
         ("a.png", "str"),
         ((), "tuple"),
-        ({"image": COLOUR}, "dict"),
-        (COLOUR.astype(np.float32), r"ndarray of float32, shape \(2, 2, 3\)"),
+        (np.float32(COLOUR), r"ndarray of float32, shape \(2, 2, 3\)"),
         (np.zeros((2, 2, 4), np.uint8), r"ndarray of uint8, shape \(2, 2, 4\)"),
         (np.zeros((0, 2), np.uint8), r"ndarray of uint8, shape \(0, 2\)"),
         (torch.zeros(3, 2, 2), r"Tensor of torch.float32, shape \(3, 2, 2\)"),
         (torch.zeros(2, 2, dtype=torch.uint8), r"Tensor of torch.uint8, shape \(2, 2\)"),
-    ],
-)
-def test_a_dataset_of_something_else_is_refused(item: object, given: str) -> None:
-    with pytest.raises(InputError, match=rf"^list/1: {given} must be a PIL image, a uint8 numpy"):
-        as_source([COLOUR, item]).image(1)  # type: ignore[arg-type]
+    ):
+        with pytest.raises(InputError, match=rf"^list/1: {given} must be a PIL image, a uint8 num"):
+            as_source([COLOUR, item]).image(1)  # type: ignore[arg-type]
 
 
 class Endless(IterableDataset):
@@ -200,16 +195,6 @@ def test_one_percent_may_be_unreadable() -> None:
     with pytest.raises(InputError, match=r"set: 4 of 200 images.* 2\.png \(.*\), \.\.\.$"):
         check_readable(source, failures)
     assert left_out(failures[:1]) == "1 unreadable image left out: 0.png (an empty file)"
-
-
-def test_sources_survive_pickling(tmp_path: Path) -> None:
-    path = save(tmp_path / "a.png")
-    for kind, content in ((FileSource, [path]), (ArraySource, COLOUR[None])):
-        source = kind(content, np.array([0]), ("x",))
-        twin = pickle.loads(pickle.dumps(source))
-        np.testing.assert_array_equal(twin.image(0), source.image(0))
-        assert (twin.classes, twin.name) == (source.classes, source.name)
-        assert twin.describe(0) == source.describe(0)
 
 
 @pytest.mark.parametrize("kind", ["gif", "tif", "png"])
@@ -249,14 +234,12 @@ def test_a_long_animation_is_read_once(
     kind: type[Image.Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = save_frames(tmp_path / f"long.{kind.format.lower()}", 40)
-    source, read = FileSource([path], decode=ALL), []
-    seek = kind._seek
-    monkeypatch.setattr(
-        kind, "_seek", lambda self, *options: read.append(options) or seek(self, *options)
-    )
+    source = FileSource([path], decode=ALL)
+    seek = mock.Mock(side_effect=kind._seek)
+    monkeypatch.setattr(kind, "_seek", lambda *arguments: seek(*arguments))
     for index in range(40):
         source.image(index)
-    assert len(read) < 3 * 40
+    assert 40 <= seek.call_count < 3 * 40
 
 
 def test_a_file_whose_frames_cannot_be_counted_is_named(
