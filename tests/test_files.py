@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -114,20 +113,6 @@ def test_each_file_counts_once_where_it_lies(tmp_path: Path) -> None:
     assert found.note() == "3 further names (links) of images and folders left out"
     with pytest.raises(InputError, match=r"self\.png: cannot be read .* \(Too many levels"):
         FileSource(found.paths).image(2)
-
-
-def test_files_of_one_number_in_their_folder_are_all_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Some network file systems list all entries with the same inode; their status is right."""
-    save_all(tmp_path, "a.png", "b.png")
-    kept = ("name", "path", "is_dir", "is_file", "is_symlink")
-    entries = [
-        SimpleNamespace(inode=lambda: 1, **{name: getattr(entry, name) for name in kept})
-        for entry in os.scandir(tmp_path)
-    ]
-    monkeypatch.setattr(os, "scandir", lambda folder: contextlib.nullcontext(entries))
-    assert names(tmp_path) == ["a.png", "b.png"]
 
 
 def test_a_folder_that_may_not_be_entered_is_named(

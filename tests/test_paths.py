@@ -8,8 +8,6 @@ import json
 import os
 import pwd
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -30,12 +28,10 @@ from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.foreign import _free_name
 from vi_simsiam.evaluation.style import shown
-from vi_simsiam.experiments.seeds import _is_running
 from vi_simsiam.export.formats import load_safetensors
 from vi_simsiam.inference.images import open_images
-from vi_simsiam.paths import printable, user_path, utf8_path
+from vi_simsiam.paths import printable, user_path
 
-PACKAGE = Path(vi_simsiam.__file__).parent
 SMALL = "--dim 8 --size 8 --epochs 1 --device cpu --workers 0 --quiet"
 CAFE = os.fsdecode(b"caf\xe9")
 
@@ -148,13 +144,6 @@ def test_a_run_in_the_home_folder(home: Path) -> None:
         assert len(open_images(["~/photos/val/dark/00.png", image])) == 2
 
 
-def test_one_function_expands_paths() -> None:
-    # The latter two may be links, which rglob does not follow.
-    folders = (PACKAGE, PACKAGE / "kernels", PACKAGE / "benchmarks")
-    files = {file for folder in folders for file in folder.rglob("*.py")}
-    assert [file for file in files if "expanduser" in file.read_text()] == [PACKAGE / "paths.py"]
-
-
 @pytest.fixture
 def folder(image_folder: Path, tmp_path: Path) -> Path:
     """A folder that holds images; its name and those of a class and its files are not UTF-8."""
@@ -245,28 +234,3 @@ def test_exports_and_refusals_with_such_names(
         main([str(word) for word in words])
         (line,) = [each for each in capsys.readouterr().err.splitlines() if "images" in each]
         assert r"two\nlines\x1b[31m.png" in line
-
-
-@pytest.mark.skipif(
-    not Path("/proc/self/cmdline").exists(), reason="Linux: a running seed is found by its folder"
-)
-def test_a_process_is_looked_for_by_its_folder(tmp_path: Path) -> None:
-    sleep = [sys.executable, "-c", "input('started')", str(tmp_path / CAFE)]
-    with subprocess.Popen(sleep, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stdout.read(7) == b"started"
-        assert _is_running(process.pid, tmp_path / CAFE)
-        assert not _is_running(process.pid, tmp_path / "caf")
-        process.communicate(b"\n")
-
-
-def test_a_link_replaces_a_path_that_is_not_utf8(tmp_path: Path) -> None:
-    with utf8_path(tmp_path) as same:
-        assert same == tmp_path
-    place = tmp_path / CAFE
-    place.mkdir()
-    with utf8_path(place) as link:
-        (link / "x").write_text("")
-        assert str(link).isascii()
-    assert (place / "x").is_file()
-    assert not link.parent.exists()

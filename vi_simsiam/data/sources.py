@@ -124,6 +124,7 @@ class ImageSource(ABC):
 class ArraySource(ImageSource):
     """Images in memory: uint8, (N, H, W) gray or (N, H, W, 3) RGB.
 
+    `places` are the origins of the images, empty for NAME/INDEX.
     Raises TypeError for another dtype and InputError for another shape or labels that do not fit.
     """
 
@@ -133,13 +134,14 @@ class ArraySource(ImageSource):
         labels: NDArray[np.int64] | None = None,
         classes: Sequence[str] | None = None,
         name: str = "array",
+        places: Sequence[str] = (),
     ) -> None:
         if images.dtype != np.uint8:
             raise TypeError(f"images: dtype {images.dtype} must be uint8")
         shape = images.shape
         if not (len(shape) == 3 or shape[3:] == (3,)) or 0 in shape[1:]:
             raise InputError(f"images: shape {shape} must be (N, H, W) or (N, H, W, 3)")
-        self.name, self.images = name, images
+        self.name, self.images, self._places = name, images, places
         self._label(labels, classes, len(images))
 
     def __len__(self) -> int:
@@ -148,6 +150,10 @@ class ArraySource(ImageSource):
     def image(self, index: int) -> Image.Image:
         """Return image `index` in mode RGB."""
         return Image.fromarray(self.images[index]).convert("RGB")
+
+    def describe(self, index: int) -> str:
+        """Return the place of image `index`."""
+        return self._places[index] if self._places else super().describe(index)
 
 
 class FileSource(ImageSource):

@@ -115,7 +115,9 @@ def subset(source: ImageSource, indices: NDArray[np.int64], name: str | None = N
     if isinstance(source, FileSource):
         return source.take(indices, name)
     if isinstance(source, ArraySource):
-        return _ArraySubset(source, indices, name)
+        places = [source.describe(index) for index in indices.tolist()]
+        labels = _labels(source, indices)
+        return ArraySource(source.images[indices], labels, source.classes, name, places)
     return _Subset(source, indices, name)
 
 
@@ -144,17 +146,6 @@ class _Subset(ImageSource):
         if whole is None:
             return None
         return hashlib.blake2b(whole.encode() + self.indices.tobytes(), digest_size=20).hexdigest()
-
-
-class _ArraySubset(ArraySource):
-    """Some images of an array, described by their places in the whole."""
-
-    def __init__(self, source: ArraySource, indices: NDArray[np.int64], name: str) -> None:
-        super().__init__(source.images[indices], _labels(source, indices), source.classes, name)
-        self._places = [source.describe(int(index)) for index in indices]
-
-    def describe(self, index: int) -> str:
-        return self._places[index]
 
 
 class _PackedSubset(PackedImages):
