@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,7 +118,9 @@ def test_a_run_goes_on_with_a_copy_of_its_images(
     place = copy(photos, tmp_path / "scratch")
     shutil.rmtree(photos)
     assert resume(run) == main(["knn", str(run), "--device", "cpu"]) == 2
-    for line in capsys.readouterr().err.splitlines():
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    for line in lines:
         assert line.startswith(f"vi-simsiam: {photos}: no such folder")
         assert f"images of {run} have moved, name their new place with --data" in line
     assert resume(run, "--data", place, "--cache-dir", str(tmp_path / "cache")) == 0
@@ -137,48 +140,22 @@ def test_the_held_out_images_move_with_the_others(photos: Path, tmp_path: Path) 
     assert resume(run, "--data", str(photos)) == 2
 
 
-def rename(dark: Path) -> None:
-    for part in ("train", "val"):
-        (dark.parents[1] / part / "dark").rename(dark.parents[1] / part / "night")
-
-
-def move(dark: Path) -> None:
-    for name in ("18.png", "19.png"):
-        (dark.with_name("bright") / name).rename(dark / f"-{name}")
-
-
 def repaint(dark: Path) -> None:
     values = np.asarray(Image.open(dark / "00.png")).copy()
     values[0, 0, 0] ^= 1
     Image.fromarray(values).save(dark / "00.png")
 
 
-def crop(dark: Path) -> None:
-    Image.open(dark / "00.png").crop((0, 0, 12, 16)).save(dark / "00.png")
-
-
 @pytest.mark.parametrize(
-    ("change", "difference", "moved"),
+    ("part", "change", "difference", "moved"),
     [
-        (lambda dark: (dark / "00.png").unlink(), "39 readable training images, not 40", True),
-        (
-            lambda dark: shutil.copy(dark / "00.png", dark / "more.png"),
-            "41 readable training images, not 40",
-            False,
-        ),
-        (rename, "other classes (without dark and with night)", True),
-        (move, "other labels", False),
-        (repaint, "other pixels", True),
-        (repaint, "other pixels", False),
-        (crop, "other sizes of images", True),
-        (
-            lambda dark: (dark.parents[1] / "val" / "dark" / "00.png").unlink(),
-            "other validation images",
-            False,
-        ),
+        ("train", lambda dark: (dark / "00.png").unlink(), "39 readable training images", True),
+        ("train", repaint, "other pixels", False),
+        ("val", lambda dark: (dark / "00.png").unlink(), "other validation images", False),
     ],
 )
 def test_other_images_are_refused(
+    part: str,
     change: Callable[[Path], object],
     difference: str,
     moved: bool,
@@ -188,13 +165,13 @@ def test_other_images_are_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     place = copied(photos, tmp_path / "scratch") if moved else f"folder:{photos}"
-    change(Path(place.removeprefix("folder:"), "train", "dark"))
+    change(Path(place.removeprefix("folder:"), part, "dark"))
     before = files(run)
     assert resume(run, "--data", place) == 2
     problem = f"is no copy of folder:{photos}" if moved else "has changed since"
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"vi-simsiam: resume: {place} {problem}")
-    assert line.endswith(f": {difference}")
+    assert f": {difference}" in line
     assert files(run) == before
 
 
@@ -278,8 +255,23 @@ def test_validation_images_that_a_pack_leaves_out(
     assert difference(*both) == difference(*both[::-1]) == expected
 
 
-def test_classes_are_named() -> None:
-    before = {"images": 1, "classes": ["a", "b"]}
+def test_the_first_difference_is_named() -> None:
+    images, labels = np.stack([noise(9, 7, seed) for seed in range(4)]), np.array([0, 1, 0, 1])
+
+    def contents(images: np.ndarray, labels: np.ndarray, classes: str = "ab") -> dict[str, Any]:
+        source = ArraySource(images, labels, classes)
+        return content(Splits("x", source, None), in_memory(source))
+
+    before, more = contents(images, labels), [0, 1, 2, 3, 3]
     assert difference(before, before) is None
-    for classes, words in ((["b", "a"], "in another order"), (None, "without a, b")):
-        assert difference(before, {"images": 1, "classes": classes}) == f"other classes ({words})"
+    for now, words in (
+        (contents(images[:3], labels[:3]), "3 readable training images, not 4"),
+        (contents(images[more], labels[more]), "5 readable training images, not 4"),
+        (contents(images, labels, "ba"), "other classes (in another order)"),
+        (contents(images, labels, "ac"), "other classes (without b and with c)"),
+        (before | {"classes": None}, "other classes (without a, b)"),
+        (contents(images, 1 - labels), "other labels"),
+        (contents(images.reshape(4, 7, 9, 3), labels), "other sizes of images"),
+        (contents(images ^ 1, labels), "other pixels"),
+    ):
+        assert difference(before, now) == words
