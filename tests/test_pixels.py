@@ -131,6 +131,10 @@ def test_frames_of_a_deep_png_are_the_same_in_any_order(
     path.write_bytes(png(16, [[0, 0x4D21]] * 3, (0x4D21,) * 3))
     source = FileSource([path], decode=decode)
     assert [red(source.image(index)) for index in order] == [[[0, 128]]] * 3
+    opened = Image.open(path)
+    for frame in range(3):
+        opened.seek(frame)
+        assert red(opened) == [[0, 128]]
     rows = [[0xC8C8] * 3, [0x4D21, 0x2121, 0], [0x4D21, 0, 0x2121]]
     path.write_bytes(png(16, rows, (0x4D21,) * 3))
     source = FileSource([path], decode=decode)

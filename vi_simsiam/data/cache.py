@@ -69,7 +69,7 @@ def cached(
             written or has no room.
         TrainingError: a process that decodes was killed.
     """
-    fingerprint = None if isinstance(source, PackedImages) else _fingerprint(source, None)
+    fingerprint = _fingerprint(source, None)
     if fingerprint is None:
         packed = in_memory(source, workers=workers, console=console)
         return packed, list(packed.unreadable)
