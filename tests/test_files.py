@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -113,6 +115,19 @@ def test_each_file_counts_once_where_it_lies(tmp_path: Path) -> None:
     assert found.note() == "3 further names (links) of images and folders left out"
     with pytest.raises(InputError, match=r"self\.png: cannot be read .* \(Too many levels"):
         FileSource(found.paths).image(2)
+
+
+def test_files_of_one_number_in_their_folder_are_all_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some network file systems list all entries with the same inode; their status is right."""
+    save_all(tmp_path, "a.png", "b.png")
+    entries = [mock.Mock(wraps=entry, path=entry.path) for entry in os.scandir(tmp_path)]
+    for entry in entries:
+        entry.name = os.path.basename(entry.path)
+        entry.inode.return_value = 1
+    monkeypatch.setattr(os, "scandir", lambda folder: contextlib.nullcontext(entries))
+    assert names(tmp_path) == ["a.png", "b.png"]
 
 
 def test_a_folder_that_may_not_be_entered_is_named(
