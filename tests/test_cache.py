@@ -7,9 +7,11 @@ import fcntl
 import io
 import multiprocessing
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,10 +21,10 @@ from PIL import Image
 from rich.console import Console
 
 from vi_simsiam.data import cache, decoding, packed
-from vi_simsiam.data.cache import cache_folder, cached, in_memory, pack
+from vi_simsiam.data.cache import cached, in_memory, pack
 from vi_simsiam.data.decoding import bytes_per_image
 from vi_simsiam.data.packed import open_pack
-from vi_simsiam.data.sources import ArraySource, DatasetSource, FileSource, ImageSource, Unreadable
+from vi_simsiam.data.sources import ArraySource, DatasetSource, FileSource, Unreadable
 from vi_simsiam.errors import InputError
 
 
@@ -84,102 +86,62 @@ def test_nothing_is_decoded_twice(
     source = FileSource(paths, labels, ("a", "b", "c"), "set")
     first, unreadable = cached(source, cache_dir=tmp_path, workers=0)
     assert unreadable == [Unreadable(str(bad), unreadable[0].reason)]
-    assert unreadable[0].reason.startswith("not a JPEG")
     monkeypatch.setattr(cache, "decode", None)
     second, again = cached(source, cache_dir=tmp_path)
     assert again == unreadable
     for images in (first, second):
-        assert len(images) == 99
-        assert images.labels is not None
-        assert images.labels.tolist() == [0, *labels[2:].tolist()]
+        np.testing.assert_array_equal(images.labels, [0, *labels[2:]])
         assert images.describe(1) == files.paths[1]
-    assert pixels(second)[:2] == [np.asarray(files.image(index)).tolist() for index in (0, 1)]
+        assert pixels(images) == [pixels(files)[0], *[pixels(files)[1]] * 98]
 
 
-def test_more_than_one_percent_unreadable_is_refused(files: FileSource, tmp_path: Path) -> None:
-    source = FileSource(["gone.png", "lost.png", *([files.paths[0]] * 98)], name="set")
-    message = r"set: 2 of 100 images cannot be read.*gone\.png \(No such file.*lost\.png"
-    with pytest.raises(InputError, match=message):
-        cached(source, cache_dir=tmp_path / "cache", workers=0)
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-@pytest.mark.parametrize("change", ["content", "time", "labels", "classes", "path"])
-def test_changed_images_get_another_file(files: FileSource, tmp_path: Path, change: str) -> None:
-    first, _ = cached(files, cache_dir=tmp_path / "cache", workers=0)
-    paths, labels, classes = list(files.paths), files.labels, files.classes
-    assert labels is not None
-    assert classes is not None
-    if change == "content":
-        Image.fromarray(noise(3, 3)).save(paths[0])
-    elif change == "time":
-        os.utime(paths[0], ns=(0, 0))
-    elif change == "labels":
-        labels = 1 - labels
-    elif change == "classes":
-        classes = classes[::-1]
-    else:
-        paths[0] = os.rename(paths[0], paths[0] + ".png") or paths[0] + ".png"
-    changed = FileSource(paths, labels, classes, files.name)
-    second, _ = cached(changed, cache_dir=tmp_path / "cache", workers=0)
-    assert pixels(second) == pixels(changed)
-    assert second.path != first.path
-    assert len(list((tmp_path / "cache").iterdir())) == 2
-
-
-def test_other_images_under_the_same_name_are_replaced(
+def test_changed_images_get_another_file(
     files: FileSource, tmp_path: Path, console: Console
 ) -> None:
-    images, _ = cached(files, cache_dir=tmp_path, workers=0)
-    assert images.path is not None
-    pack(files, images.path, workers=0, shorter_side=4)
-    images, _ = cached(files, cache_dir=tmp_path, workers=0, console=console)
-    assert pixels(images) == pixels(files)
+    """And what another program wrote under the name of a file is replaced."""
+    first, _ = cached(files, cache_dir=tmp_path / "cache", workers=0)
+    Image.fromarray(noise(3, 3)).save(files.paths[0])
+    second, _ = cached(files, cache_dir=tmp_path / "cache", workers=0)
+    assert pixels(second) == pixels(files)
+    assert second.path is not None
+    assert set((tmp_path / "cache").iterdir()) == {first.path, second.path}
+    pack(files, second.path, workers=0, shorter_side=4)
+    third, _ = cached(files, cache_dir=tmp_path / "cache", workers=0, console=console)
+    assert pixels(third) == pixels(files)
     assert "holds other images; decoding the images again" in printed(console)
 
 
-class Failing(FileSource):
-    """Raises its `error` at the third image."""
-
-    error: BaseException = KeyboardInterrupt()
-
+class Interrupted(FileSource):
     def image(self, index: int) -> Image.Image:
         if index == 2:
-            raise self.error
+            raise KeyboardInterrupt
         return super().image(index)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()])
-def test_an_interrupted_build_leaves_what_was_there(
-    files: FileSource, tmp_path: Path, error: BaseException
-) -> None:
+def test_an_interrupted_build_leaves_what_was_there(files: FileSource, tmp_path: Path) -> None:
     out = tmp_path / "packs" / "a.pack"
     pack(files, out, workers=0)
-    before = out.read_bytes()
-    source = Failing(files.paths)
-    source.error = error
-    with pytest.raises(type(error)):
+    before, source = out.read_bytes(), Interrupted(files.paths)
+    with pytest.raises(KeyboardInterrupt):
         pack(source, out, workers=0)
-    with pytest.raises(type(error)):
+    with pytest.raises(KeyboardInterrupt):
         cached(source, cache_dir=out.parent, workers=0)
     assert list(out.parent.iterdir()) == [out]
     assert out.read_bytes() == before
 
 
-@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
-def test_who_may_read_a_cached_file_is_the_user_s_choice(
-    files: FileSource, tmp_path: Path, mask: int, mode: int
-) -> None:
-    before = os.umask(mask)
-    try:
-        images, _ = cached(files, cache_dir=tmp_path / "cache", workers=0)
-    finally:
-        os.umask(before)
-    assert images.path is not None
-    assert images.path.stat().st_mode & 0o777 == mode
+def test_who_may_read_a_cached_file_is_the_user_s_choice(files: FileSource, tmp_path: Path) -> None:
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600)):
+        before = os.umask(mask)
+        try:
+            pack(files, tmp_path / "a.pack", workers=0)
+        finally:
+            os.umask(before)
+        assert (tmp_path / "a.pack").stat().st_mode & 0o777 == mode
 
 
 def test_only_what_killed_processes_left_is_removed(files: FileSource, tmp_path: Path) -> None:
+    """Also where the name leaves no room for that of a lock."""
     out, kept = tmp_path / "a.pack", {tmp_path / "set", tmp_path / "a.pack"}
     for name in ("a.pack.1", "a.pack.2", "b.pack.1"):
         for path in (tmp_path / f".{name}", tmp_path / f".{name}.lock"):
@@ -188,18 +150,16 @@ def test_only_what_killed_processes_left_is_removed(files: FileSource, tmp_path:
     with FileLock(tmp_path / ".a.pack.2.lock"):
         pack(files, out, workers=0)
     assert set(tmp_path.iterdir()) == kept
+    pack(files, tmp_path / ("a" * 235), workers=0)
+    assert set(tmp_path.iterdir()) == {*kept, tmp_path / ("a" * 235)}
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(
-    "number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EWOULDBLOCK]
-)
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EWOULDBLOCK])
 def test_a_file_system_without_locks(
     files: FileSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    def refuse(file: int, operation: int) -> None:
-        raise OSError(number, os.strerror(number))
-
+    refuse = mock.Mock(side_effect=OSError(number, os.strerror(number)))
     monkeypatch.setattr(fcntl, "flock", refuse)
     folder = tmp_path / "packs"
     folder.mkdir()
@@ -209,12 +169,6 @@ def test_a_file_system_without_locks(
     pack(files, folder / "a.pack", workers=0)
     assert set(folder.iterdir()) == {folder / "a.pack", *left}
     assert pixels(open_pack(folder / "a.pack")) == pixels(files)
-
-
-def test_a_name_that_leaves_no_room_for_that_of_a_lock(files: FileSource, tmp_path: Path) -> None:
-    out = tmp_path / ("a" * 235)
-    pack(files, out, workers=0)
-    assert set(tmp_path.iterdir()) == {out, tmp_path / "set"}
 
 
 def test_a_full_disk_is_reported_before_decoding(
@@ -231,77 +185,48 @@ def test_a_full_disk_is_reported_before_decoding(
         pack(files, tmp_path / "cache" / "a.pack")
 
 
-@pytest.mark.parametrize(
-    ("number", "words"),
-    [(errno.ENOSPC, "is full, .* need about 924 bytes"), (errno.EIO, "written")],
-)
-def test_a_disk_that_fails_while_writing(
-    files: FileSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
+def test_a_disk_that_cannot_be_written(
+    files: FileSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(writer: packed.PackWriter, data: bytes) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(packed.PackWriter, "append", fail)
-    with pytest.raises(InputError, match=rf"cache_dir: {tmp_path}.* {words}.*--cache-dir"):
-        cached(files, cache_dir=tmp_path / "cache", workers=0)
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_a_cache_folder_that_cannot_be_written(files: FileSource) -> None:
     message = r"cache_dir: .* cannot be written \(Not a directory\); .* --cache-dir"
     with pytest.raises(InputError, match=message):
         cached(files, cache_dir=Path(files.paths[0]) / "cache")
+    for number, words in (
+        (errno.ENOSPC, "is full, .* need about 924 bytes"),
+        (errno.EIO, "cannot be written"),
+    ):
+        failing = mock.Mock(side_effect=OSError(number, os.strerror(number)))
+        monkeypatch.setattr(packed.PackWriter, "append", failing)
+        with pytest.raises(InputError, match=rf"cache_dir: {tmp_path}.* {words}.*--cache-dir"):
+            cached(files, cache_dir=tmp_path / "cache", workers=0)
+        assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_the_default_folder(
-    files: FileSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("VI_SIMSIAM_CACHE", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache_folder() == tmp_path / ".cache" / "vi-simsiam"
-    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert cache_folder() == Path("/x/vi-simsiam")
-    monkeypatch.setenv("VI_SIMSIAM_CACHE", "~/own")
-    assert cache_folder() == tmp_path / "own"
-    images, _ = cached(files, workers=0)
-    assert images.path is not None
-    assert images.path.parent == tmp_path / "own"
-
-
-def _cached_lengths(files: FileSource, folder: Path, barrier: Any, results: Any) -> None:
+def fill(files: FileSource, folder: Path, barrier: Any, results: Any) -> None:
     barrier.wait()
-    images, _ = cached(files, cache_dir=folder, workers=0)
-    results.put(pixels(images) == pixels(files))
+    results.put(pixels(cached(files, cache_dir=folder, workers=0)[0]))
 
 
 def test_two_processes_fill_the_same_cache_at_once(files: FileSource, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(2), context.Queue()
-    both = [
-        context.Process(target=_cached_lengths, args=(files, tmp_path / "cache", barrier, results))
-        for _ in range(2)
-    ]
+    context, folder = multiprocessing.get_context("fork"), tmp_path / "cache"
+    given = (files, folder, context.Barrier(2), context.Queue())
+    both = [context.Process(target=fill, args=given) for _ in range(2)]
     for process in both:
         process.start()
-    assert [results.get(timeout=30) for _ in both] == [True, True]
+    assert [given[3].get(timeout=30) for _ in both] == [pixels(files)] * 2
     for process in both:
         process.join(30)
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(list(folder.iterdir())) == 1
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"), [((40, 20), (16, 8)), ((20, 41), (8, 16)), ((9, 6), (9, 6))]
-)
+@pytest.mark.parametrize(("size", "expected"), [((20, 41), (8, 16)), ((9, 6), (9, 6))])
 def test_shorter_side(tmp_path: Path, size: tuple[int, int], expected: tuple[int, int]) -> None:
     image = Image.fromarray(noise(size[1], size[0]))
     image.save(tmp_path / "a.png")
     source = FileSource([tmp_path / "a.png"])
     assert pack(source, tmp_path / "a.pack", shorter_side=8) == []
-    packed_image = open_pack(tmp_path / "a.pack").image(0)
-    assert packed_image.size == expected
     wanted = image if size == expected else image.resize(expected, Image.Resampling.BICUBIC)
-    assert np.array_equal(packed_image, wanted)
+    assert np.array_equal(open_pack(tmp_path / "a.pack").image(0), wanted)
     assert bytes_per_image(source, 8) == 3 * expected[0] * expected[1]
     with pytest.raises(InputError, match="shorter_side: 0 must be at least 1"):
         pack(source, tmp_path / "a.pack", shorter_side=0)
@@ -326,33 +251,24 @@ def test_arrays_are_packed_without_a_copy() -> None:
 
 @pytest.mark.usefixtures("small_chunks")
 def test_a_dataset_is_packed_in_memory(console: Console) -> None:
-    source = DatasetSource(Items(5), "mine")  # type: ignore[arg-type]
-    images, _ = cached(source, workers=2, console=console)
-    assert images.path is None
-    assert pixels(images) == [noise(2 + index % 3, 3, index).tolist() for index in range(5)]
-    assert images.labels is None
-    assert printed(console) == "decoding mine: 5 images, about 126 bytes, into memory\n"
-
-
-def test_a_dataset_that_fails_or_holds_something_else() -> None:
     source = DatasetSource(Items(120, lost=7), "mine")  # type: ignore[arg-type]
-    images, unreadable = cached(source, workers=0)
+    images, unreadable = cached(source, workers=2, console=console)
+    assert (images.path, images.labels) == (None, None)
+    kept = [index for index in range(120) if index != 7]
+    assert pixels(images) == [noise(2 + index % 3, 3, index).tolist() for index in kept]
     assert unreadable == [Unreadable("mine/7", "FileNotFoundError: it is gone")]
     assert images.describe(7) == "mine/8"
-    with pytest.raises(InputError, match=r"list/1: str must be a PIL image"):
-        in_memory(DatasetSource([noise(2, 2), "text"]), workers=0)  # type: ignore[arg-type]
+    assert re.fullmatch(r"decoding mine: 120 images, about .* kB, into memory\n", printed(console))
 
 
-@pytest.mark.parametrize("to_file", [True, False])
-def test_no_images_at_all(tmp_path: Path, to_file: bool) -> None:
-    source: ImageSource = (
-        FileSource([], np.zeros(0, np.int64), ("a",)) if to_file else DatasetSource([])
-    )  # type: ignore[arg-type]
-    images, _ = cached(source, cache_dir=tmp_path)
-    assert (len(images), images.pixels.size, images.offsets.shape) == (0, 0, (0,))
-    assert (images.path is not None) == to_file
-    again, _ = cached(source, cache_dir=tmp_path)
-    assert again.classes == source.classes
+def test_no_images_at_all(tmp_path: Path) -> None:
+    labelled = FileSource([], np.zeros(0, np.int64), ("a",))
+    for source, to_file in ((labelled, True), (DatasetSource([]), False)):  # type: ignore[arg-type]
+        for _ in range(2):
+            images, _ = cached(source, cache_dir=tmp_path)
+            assert (len(images), images.pixels.size, images.offsets.shape) == (0, 0, (0,))
+            assert (images.path is not None) == to_file
+            assert images.classes == source.classes
 
 
 def test_progress_is_a_bar_on_a_terminal_and_a_line_elsewhere(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import importlib.util
 import pickle
+import runpy
 import time
 import urllib.error
 from importlib import resources
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -32,9 +32,7 @@ PIXELS = {
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("a test reached for the network")
-
+    refuse = mock.Mock(side_effect=AssertionError("a test reached for the network"))
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     monkeypatch.setattr("socket.socket.connect", refuse)
 
@@ -50,76 +48,42 @@ def test_fashion_mini_is_the_official_subset() -> None:
     started = time.process_time()
     splits = open_dataset("fashion-mini")
     assert time.process_time() - started < 0.5
-    assert splits.val is not None
     for source, name, per_class in ((splits.train, "train", 800), (splits.val, "val", 200)):
         assert isinstance(source, datasets.ArraySource)
         assert source.images.shape == (10 * per_class, 28, 28)
         assert hashlib.sha256(source.images.tobytes()).hexdigest() == PIXELS[name]
-        assert source.labels is not None
-        assert np.bincount(source.labels).tolist() == [per_class] * 10
+        assert np.bincount(source.labels).tolist() == [per_class] * 10  # type: ignore[arg-type]
         assert source.describe(17) == f"fashion-mini/{name}/17"
-        assert source.image(0).mode == "RGB"
     assert splits.train.classes is not None
     assert splits.train.classes[9] == "Ankle boot"
-    assert splits.train.labels is not None
-    assert splits.train.labels[:4].tolist() == [9, 0, 0, 3]
-
-
-def test_fashion_mini_is_small_and_carries_its_licence() -> None:
-    assets = ROOT / "vi_simsiam" / "assets"
-    assert (assets / "fashion_mini.npz").stat().st_size < 5_000_000
-    licence = (resources.files("vi_simsiam") / "assets" / "FASHION_MNIST_LICENSE").read_text()
+    np.testing.assert_array_equal(splits.train.labels[:4], [9, 0, 0, 3])  # type: ignore[index]
+    assets = resources.files("vi_simsiam") / "assets"
+    assert len((assets / "fashion_mini.npz").read_bytes()) < 5_000_000
+    licence = (assets / "FASHION_MNIST_LICENSE").read_text()
     assert "Copyright (c) 2017 Zalando SE, https://tech.zalando.com" in licence
 
 
-@pytest.fixture(scope="module")
-def maker() -> ModuleType:
-    path = ROOT / "scripts" / "make_fashion_mini.py"
-    spec = importlib.util.spec_from_file_location("make_fashion_mini", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_maker_chooses_the_first_of_each_class(maker: ModuleType) -> None:
-    labels = np.array([1, 0, 1, 1, 0, 0], np.uint8)
-    assert maker.first_of_each_class(labels, 2).tolist() == [0, 1, 2, 4]
-
-
-def test_maker_checks_contents_not_packing(maker: ModuleType, tmp_path: Path) -> None:
+def test_maker_checks_contents_not_packing(tmp_path: Path) -> None:
+    maker = runpy.run_path(str(ROOT / "scripts" / "make_fashion_mini.py"))
+    assert maker["first_of_each_class"](np.array([1, 0, 1, 1, 0, 0]), 2).tolist() == [0, 1, 2, 4]
     content = bytes([0, 0, 8, 3]) + np.array([2, 3, 4], ">u4").tobytes() + bytes(range(24))
     digest = hashlib.sha256(content).hexdigest()
     for level in (1, 9):
         (tmp_path / "a.gz").write_bytes(gzip.compress(content, level))
         expected = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
-        np.testing.assert_array_equal(maker.read_idx(tmp_path / "a.gz", digest), expected)
+        np.testing.assert_array_equal(maker["read_idx"](tmp_path / "a.gz", digest), expected)
     (tmp_path / "a.gz").write_bytes(gzip.compress(content[:-1] + b"x"))
     with pytest.raises(ValueError, match="the official file has"):
-        maker.read_idx(tmp_path / "a.gz", digest)
+        maker["read_idx"](tmp_path / "a.gz", digest)
 
 
-def test_maker_writes_the_same_bytes_at_any_time(
-    maker: ModuleType, tmp_path: Path, monkeypatch: Any
-) -> None:
-    arrays = {"train_images": np.arange(12, dtype=np.uint8).reshape(3, 2, 2)}
-    maker.write_npz(tmp_path / "now.npz", arrays)
-    monkeypatch.setattr(time, "time", lambda: 2e9)
-    maker.write_npz(tmp_path / "later.npz", arrays)
-    assert (tmp_path / "now.npz").read_bytes() == (tmp_path / "later.npz").read_bytes()
-    with np.load(tmp_path / "now.npz") as stored:
-        np.testing.assert_array_equal(stored["train_images"], arrays["train_images"])
-
-
-@pytest.mark.parametrize("spec", ["mnist", "", "folder:", "Imagenette", "folder"])
-def test_unknown_names_list_the_accepted(spec: str) -> None:
+def test_unknown_names_list_the_accepted() -> None:
     accepted = "folder of images, a pack file, or one of fashion-mini, cifar10, imagenette"
-    with pytest.raises(InputError, match=f"data: '{spec}' is not there; it must be a {accepted}"):
-        open_dataset(spec)
-
-
-def test_the_nearest_name_is_proposed() -> None:
+    for spec in ("mnist", "", "folder:", "pack:", "Imagenette", "folder"):
+        with pytest.raises(
+            InputError, match=f"data: '{spec}' is not there; it must be a {accepted}"
+        ):
+            open_dataset(spec)
     with pytest.raises(InputError, match=r"did you mean 'imagenette'\?"):
         open_dataset("imagenet")
 
@@ -135,35 +99,28 @@ def test_paths_need_no_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_folder_with_classes(tmp_path: Path) -> None:
-    images(tmp_path, "train/b/2.png", "train/b/deep/1.JPEG", "train/a/3.jpg", "stray.png")
-    images(tmp_path, "val/a/1.png", "val/b/1.png")
+    images(tmp_path, "train/n02086240/2.png", "train/n02086240/deep/1.JPEG", "train/a/3.jpg")
     (tmp_path / "train" / "notes.txt").write_text("")
     (tmp_path / "train" / ".hidden").mkdir()
     splits = open_dataset(f"folder:{tmp_path}")
     assert splits.name == f"folder:{tmp_path}"
-    assert splits.train.classes == ("a", "b")
+    assert (splits.val, splits.train.classes) == (None, ("a", "Shih-Tzu"))
     np.testing.assert_array_equal(splits.train.labels, [0, 1, 1])
     assert [Path(splits.train.describe(i)).name for i in range(3)] == ["3.jpg", "2.png", "1.JPEG"]
-    assert splits.val is not None
-    np.testing.assert_array_equal(splits.val.labels, [0, 1])
     assert splits.train.image(0).size == (4, 3)
+    images(tmp_path, "val/a/1.png", "val/n02086240/1.png")
+    val = open_dataset(f"folder:{tmp_path}").val
+    assert val is not None
+    assert val.classes == splits.train.classes
+    np.testing.assert_array_equal(val.labels, [0, 1])
 
 
-def test_folder_without_val_and_with_wordnet_numbers(tmp_path: Path) -> None:
-    images(tmp_path, "train/a/1.png", "train/n02086240/1.png")
-    splits = open_dataset(f"folder:{tmp_path}")
-    assert (splits.val, splits.train.classes) == (None, ("a", "Shih-Tzu"))
-
-
-@pytest.mark.parametrize(
-    "names", [("1.png", "2.png"), ("x/1.png", "x/y/2.JPG"), ("train/1.png", "train/2.png")]
-)
+@pytest.mark.parametrize("names", [("x/1.png", "x/y/2.JPG"), ("train/1.png", "train/2.png")])
 def test_folder_without_classes(tmp_path: Path, names: tuple[str, str]) -> None:
     images(tmp_path, *names)
     splits = open_dataset(f"folder:{tmp_path}")
     assert [splits.train.describe(i) for i in range(2)] == [str(tmp_path / name) for name in names]
-    assert splits.train.labels is None
-    assert splits.val is None
+    assert splits.train.labels is splits.val is None
 
 
 @pytest.mark.parametrize(
@@ -202,34 +159,26 @@ def unpack(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_imagenette")
-@pytest.mark.parametrize(
-    "folder", ["imagenette2-320", "imagenette2-160", "imagenette2", "imagenette"]
-)
-def test_unpacked_copies_are_recognised(tmp_path: Path, folder: str) -> None:
-    unpack(tmp_path / folder)
-    splits = open_dataset("imagenette", root=tmp_path)
-    assert splits.name == "imagenette"
-    assert splits.train.classes == ("tench",)
-    assert splits.val is not None
-    assert splits.val.describe(0).startswith(str(tmp_path / folder / "val"))
+def test_unpacked_copies_are_recognised(tmp_path: Path) -> None:
+    """The first of these in the order of preference, if it is complete."""
+    for folder in ("imagenette", "imagenette2-160", "imagenette2", "imagenette2-320"):
+        unpack(tmp_path / folder)
+        splits = open_dataset("imagenette", root=tmp_path)
+        assert (splits.name, splits.train.classes) == ("imagenette", ("tench",))
+        assert splits.val is not None
+        assert splits.val.describe(0).startswith(str(tmp_path / folder / "val"))
+    images(tmp_path, "imagenette2-320/val/n01440764/2.JPEG")
+    with pytest.raises(InputError, match=r"holds 2 \+ 2 images .* imagenette has 2 \+ 1"):
+        open_dataset("imagenette", root=tmp_path)
 
 
-def test_incomplete_copies_are_refused(tmp_path: Path) -> None:
-    unpack(tmp_path / "imagewoof2-320")
-    with pytest.raises(InputError, match=r"holds 2 \+ 1 images .* imagewoof has 9,025 \+ 3,929"):
-        open_dataset("imagewoof", root=tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "places"),
-    [
+def test_missing_copies_without_download(tmp_path: Path) -> None:
+    for name, places in (
         ("imagenette", "looked for .*imagenette2-320, "),
         ("cifar10", "in .*cifar-10-batches-py or .*cifar10, "),
-    ],
-)
-def test_missing_copies_without_download(tmp_path: Path, name: str, places: str) -> None:
-    with pytest.raises(InputError, match=f"^{name}: no .*{places}.*downloading is off"):
-        open_dataset(name, root=tmp_path, download=False)
+    ):
+        with pytest.raises(InputError, match=f"^{name}: no .*{places}.*downloading is off"):
+            open_dataset(name, root=tmp_path, download=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -254,9 +203,7 @@ def test_download_is_checksummed_and_moved_when_complete(
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["imagewoof2-320"]
 
 
-@pytest.mark.parametrize(
-    "error", [urllib.error.URLError("no route"), RuntimeError("corrupted"), EOFError("cut short")]
-)
+@pytest.mark.parametrize("error", [urllib.error.URLError("no route"), EOFError("cut short")])
 def test_a_failed_download_names_the_place_of_a_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
@@ -269,20 +216,6 @@ def test_a_failed_download_names_the_place_of_a_copy(
     with pytest.raises(InputError, match=message):
         open_dataset("imagenette", root=tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_partial_archive_is_not_taken_for_complete(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "imagenette2-320.tgz").write_bytes(b"first part")
-    fetched = []
-    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, max_hops: url)
-    monkeypatch.setattr(
-        "torchvision.datasets.utils._urlretrieve", lambda url, path: fetched.append(url)
-    )
-    with pytest.raises(InputError, match="corrupted"):
-        open_dataset("imagenette", root=tmp_path)
-    assert len(fetched) == 1
 
 
 def fake_cifar(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,29 +1,36 @@
-"""Processes that decode give the images in order, hold few of them, and end when they should."""
+"""Processes that decode give the images in order, hold few of them, and end when they should.
+
+Training, evaluation, packing and encoding share the pixels of a file, and warn in one line.
+"""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from packing_cases import Items, stored_files
 from PIL import Image
+from torchvision.transforms import v2
 
+import vi_simsiam
+from vi_simsiam.cli import main
+from vi_simsiam.config import DecodeConfig
 from vi_simsiam.data import decoding
-from vi_simsiam.data.cache import in_memory
+from vi_simsiam.data.cache import cached, in_memory
+from vi_simsiam.data.contact_sheet import contact_sheet
+from vi_simsiam.data.datasets import open_dataset
 from vi_simsiam.data.decoding import decode
 from vi_simsiam.data.sources import DatasetSource, FileSource, Unreadable
-from vi_simsiam.errors import InputError, TrainingError
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> FileSource:
-    return stored_files(tmp_path / "set" / "train")
+from vi_simsiam.data.views import eval_square, eval_view, normalised
+from vi_simsiam.errors import ImageWarning, InputError, TrainingError
 
 
 @pytest.fixture
@@ -98,48 +105,44 @@ def test_failures_of_workers_are_one_line() -> None:
         in_memory(DatasetSource(Items(4)), workers=-1)
 
 
-_BUILD = """
-import sys, time
-from pathlib import Path
-from vi_simsiam.data import decoding
-from vi_simsiam.data.cache import cached
-from vi_simsiam.data.sources import FileSource
 class Slow(FileSource):
-    def image(self, index):
-        time.sleep(0.2)
+    def image(self, index: int) -> Image.Image:
+        time.sleep(0.1)
         return super().image(index)
-decoding._CHUNK_BYTES = 1
-print("ready", flush=True)
-cached(Slow(sys.argv[2:] * 100), cache_dir=Path(sys.argv[1]), workers=2)
-"""
 
 
+def build(source: FileSource, folder: Path, errors: Path) -> None:
+    """Fill a cache in a process with a group and standard error of its own."""
+    os.setsid()
+    sys.stderr = errors.open("w", buffering=1)
+    os.dup2(sys.stderr.fileno(), 2)
+    cached(source, cache_dir=folder, workers=2)
+
+
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_the_end_of_a_build_ends_all_processes(
-    files: FileSource, tmp_path: Path, number: int
-) -> None:
+def test_the_end_of_a_build_ends_all_processes(tmp_path: Path, number: int) -> None:
     folder = tmp_path / "cache"
-    process = subprocess.Popen(
-        [sys.executable, "-c", _BUILD, str(folder), *files.paths],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    deadline = time.monotonic() + 30
+    source, errors = Slow(stored_files(tmp_path / "set").paths * 100), tmp_path / "errors"
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=build, args=(source, folder, errors))
+    process.start()
+    group, deadline = process.pid, time.monotonic() + 60
+    assert group is not None
     while not (folder.is_dir() and any(folder.iterdir())) and time.monotonic() < deadline:
-        time.sleep(0.05)
+        time.sleep(0.01)
     time.sleep(0.3)  # workers are decoding
     unfinished = set(folder.iterdir())
     assert unfinished
     # Ctrl-C reaches all processes of a terminal; a process is killed alone.
-    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
-    _, errors = process.communicate(timeout=30)
-    while _group_exists(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not _group_exists(process.pid)
+    (os.killpg if number == signal.SIGINT else os.kill)(group, number)
+    process.join(30)
+    while _group_exists(group) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not _group_exists(group)
     if number == signal.SIGINT:
-        assert errors.count("Traceback") == 1
-        assert errors.endswith("KeyboardInterrupt\n")
+        assert errors.read_text().count("Traceback") == 1
+        assert errors.read_text().endswith("KeyboardInterrupt\n")
     assert set(folder.iterdir()) == (set() if number == signal.SIGINT else unfinished)
 
 
@@ -149,3 +152,99 @@ def _group_exists(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+@pytest.fixture
+def icons(tmp_path: Path) -> Path:
+    """Eight transparent icons whose hidden pixels are noise, one of them deep and one turned."""
+    folder = tmp_path / "icons"
+    folder.mkdir()
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(0, 256, (16, 20, 4), dtype=np.uint8)
+        pixels[..., 3] = 255 * np.tri(16, 20, number, dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    Image.fromarray(np.arange(320, dtype=np.uint16).reshape(16, 20) * 12).save(folder / "6.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = Image.fromarray(np.arange(320, dtype=np.uint32).reshape(16, 20).astype(np.uint8))
+    turned.save(folder / "7.png", exif=exif)
+    return folder
+
+
+RANGE = (
+    "values of 1 image range from 0 to 3828 only, and 0 to 65535 become black to white; "
+    "train or pack with --value-range 0 3828 to keep them apart"
+)
+
+
+@pytest.mark.usefixtures("small_network")
+def test_a_run_and_all_that_follows_it_share_the_rule(
+    icons: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VI_SIMSIAM_CACHE", str(tmp_path / "cache"))
+    packed, run = tmp_path / "icons.pack", tmp_path / "run"
+    small = ["--size", "16", "--epochs", "1", "--dim", "8", "--device", "cpu", "--workers", "0"]
+    assert main(["pack", str(icons), "--out", str(packed), "--background", "white"]) == 0
+    assert f"warning: {icons}: {RANGE}\n" in capfd.readouterr().err
+    assert main(["train", "--data", str(packed), "--out", str(run), *small]) == 0
+    assert RANGE in capfd.readouterr().err
+    assert json.loads((run / "config.json").read_text())["decode"]["background"] == "white"
+
+    direct = FileSource(sorted(icons.iterdir()), decode=DecodeConfig(background="white"))
+    train = open_dataset(str(packed)).train
+    for index in range(len(direct)):
+        np.testing.assert_array_equal(train.image(index), direct.image(index))
+
+    encoder = vi_simsiam.load(run, "cpu")
+    expected = encoder.encode(train).embedding
+    with pytest.warns(ImageWarning, match=RANGE):
+        found = encoder.encode(icons).embedding
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    opened = [Image.open(path) for path in direct.paths]
+    with pytest.warns(ImageWarning, match=RANGE):
+        np.testing.assert_allclose(encoder.encode(opened).embedding, expected, rtol=1e-4, atol=1e-5)
+
+    table = str(tmp_path / "x.parquet")
+    assert main(["embed", str(run), str(icons), "--out", table, "--device", "cpu"]) == 0
+    assert capfd.readouterr().err.count(f"warning: {icons}: {RANGE}\n") == 1
+    with pytest.warns(ImageWarning, match=RANGE):
+        contact_sheet(open_dataset(str(icons)).train, "none", images=8)
+    with pytest.raises(InputError, match=r"icons\.pack .* background white, .* background red"):
+        open_dataset(str(packed), decode=DecodeConfig(background="red"))
+    resume = ["--out", str(run), "--resume", "--background", "red"]
+    assert main(["train", "--data", str(packed), *resume]) == 2
+    assert "holds images decoded with background white" in capfd.readouterr().err
+
+
+def test_options_that_cannot_be_used(capfd: pytest.CaptureFixture[str]) -> None:
+    for options in ("--value-range 0", "--value-range 5 1", "--background grass"):
+        assert main(["views", *options.split()]) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        name, value, *_ = options.removeprefix("--").split()
+        assert name.replace("-", "_") in line.replace("-", "_")
+        assert value in line
+
+
+def test_a_strip_is_cut_before_it_is_enlarged(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = v2.Compose([*eval_square(32).transforms[1:], v2.PILToTensor(), normalised()])
+    noise = np.random.default_rng(0).integers(0, 256, (1, 12_001, 3), dtype=np.uint8)
+
+    def strips(width: int) -> list[Image.Image]:
+        pixels = noise[:, :width]
+        return [Image.fromarray(pixels.copy()), Image.fromarray(pixels.reshape(width, 1, 3))]
+
+    for image in (*strips(301), *strips(300), *strips(7)):
+        np.testing.assert_allclose(eval_view(32)(image), plain(image), atol=0.02)
+    square = Image.fromarray(noise[0, :12_000].reshape(100, 120, 3))
+    np.testing.assert_array_equal(eval_view(32)(square), plain(square))
+
+    resize, sizes = Image.Image.resize, []
+
+    def note(image: Image.Image, size: tuple[int, int], *options: Any, **more: Any) -> Image.Image:
+        sizes.append(max(size))
+        return resize(image, size, *options, **more)
+
+    monkeypatch.setattr(Image.Image, "resize", note)
+    for image in strips(12_001):
+        eval_view(32)(image)
+    assert 0 < max(sizes) <= 32 * 5

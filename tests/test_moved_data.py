@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +31,7 @@ from vi_simsiam.errors import InputError
 
 OPTIONS = "--epochs 2 --batch-size 8 --size 8 --workers 0 --device cpu --quiet"
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("small_network")
 
 
 @pytest.fixture
@@ -39,16 +40,16 @@ def photos(image_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def interrupted(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two epochs that was interrupted after the first."""
-    out = tmp_path_factory.mktemp("interrupted") / "run"
-    _train_one_epoch(["--data", str(image_folder), "--out", str(out)])
-    return out
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that the first test trains, with the small network of that test."""
+    return tmp_path_factory.mktemp("interrupted") / "run"
 
 
 @pytest.fixture
-def run(interrupted: Path, photos: Path, tmp_path: Path) -> Path:
-    """The same with `photos` in its configuration."""
+def run(image_folder: Path, interrupted: Path, photos: Path, tmp_path: Path) -> Path:
+    """A run of two epochs on `photos` that was interrupted after the first."""
+    if not interrupted.exists():
+        _train_one_epoch(["--data", str(image_folder), "--out", str(interrupted)])
     out = Path(shutil.copytree(interrupted, tmp_path / "run"))
     settings = dataclasses.replace(config(out), data=f"folder:{photos}")
     (out / "config.json").write_text(json.dumps(settings.to_dict()))
@@ -78,10 +79,6 @@ def config(run: Path) -> TrainConfig:
     return TrainConfig.from_dict(json.loads((run / "config.json").read_text()))
 
 
-def step(run: Path) -> int:
-    return Checkpoint.load(run / "checkpoint.pt", CPU).step
-
-
 def files(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in run.iterdir()}
 
@@ -105,7 +102,7 @@ def packed_without_the_unreadable(photos: Path, place: Path) -> str:
     return packed_copy(photos, place)
 
 
-@pytest.mark.parametrize("copy", [copied, packed_copy, packed_without_the_unreadable])
+@pytest.mark.parametrize("copy", [copied, packed_without_the_unreadable])
 def test_a_run_goes_on_with_a_copy_of_its_images(
     copy: Callable[[Path, Path], str],
     run: Path,
@@ -114,24 +111,24 @@ def test_a_run_goes_on_with_a_copy_of_its_images(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """It ends with the weights of the run that stayed."""
     monkeypatch.setattr(sources, "_TOLERATED_SHARE", 0.1)
-    before = step(run)
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    assert resume(other) == 0
     place = copy(photos, tmp_path / "scratch")
     shutil.rmtree(photos)
-    assert resume(run) == 2
-    assert f"where the images of {run} have moved, name" in capsys.readouterr().err
+    assert resume(run) == main(["knn", str(run), "--device", "cpu"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert line.startswith(f"vi-simsiam: {photos}: no such folder")
+        assert f"images of {run} have moved, name their new place with --data" in line
     assert resume(run, "--data", place, "--cache-dir", str(tmp_path / "cache")) == 0
-    assert step(run) == 2 * before
     assert (config(run).data, config(run).cache_dir) == (place, tmp_path / "cache")
+    stayed, moved = (Checkpoint.load(each / "checkpoint.pt", CPU) for each in (other, run))
+    assert stayed.step == moved.step == 10
+    assert all(torch.equal(stayed.model[name], moved.model[name]) for name in stayed.model)
     assert len(load_run(run, device="cpu").splits.train) == 40
-
-
-def test_the_moved_run_is_the_one_that_stayed(run: Path, photos: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(run, tmp_path / "other"))
-    assert resume(run) == 0
-    assert resume(other, "--data", packed_copy(photos, tmp_path / "scratch")) == 0
-    stayed, moved = (Checkpoint.load(each / "checkpoint.pt", CPU).model for each in (run, other))
-    assert all(torch.equal(stayed[name], moved[name]) for name in stayed)
 
 
 def test_the_held_out_images_move_with_the_others(photos: Path, tmp_path: Path) -> None:
@@ -143,55 +140,23 @@ def test_the_held_out_images_move_with_the_others(photos: Path, tmp_path: Path) 
     assert resume(run, "--data", str(photos)) == 2
 
 
-def lose(photos: Path) -> None:
-    (photos / "train" / "dark" / "00.png").unlink()
-
-
-def add(photos: Path) -> None:
-    Image.fromarray(noise(16, 16)).save(photos / "train" / "dark" / "more.png")
-
-
-def rename(photos: Path) -> None:
-    for part in ("train", "val"):
-        (photos / part / "dark").rename(photos / part / "night")
-
-
-def move(photos: Path) -> None:
-    for name in ("18.png", "19.png"):
-        (photos / "train" / "bright" / name).rename(photos / "train" / "dark" / f"-{name}")
-
-
-def repaint(photos: Path) -> None:
-    path = photos / "train" / "dark" / "00.png"
-    values = np.asarray(Image.open(path)).copy()
+def repaint(dark: Path) -> None:
+    values = np.asarray(Image.open(dark / "00.png")).copy()
     values[0, 0, 0] ^= 1
-    Image.fromarray(values).save(path)
-
-
-def crop(photos: Path) -> None:
-    path = photos / "train" / "dark" / "00.png"
-    Image.open(path).crop((0, 0, 12, 16)).save(path)
-
-
-def lose_validation(photos: Path) -> None:
-    (photos / "val" / "dark" / "00.png").unlink()
+    Image.fromarray(values).save(dark / "00.png")
 
 
 @pytest.mark.parametrize(
-    ("change", "difference", "moved"),
+    ("part", "change", "difference", "moved"),
     [
-        (lose, "39 readable training images, not 40", True),
-        (add, "41 readable training images, not 40", False),
-        (rename, "other classes (without dark and with night)", True),
-        (move, "other labels", False),
-        (repaint, "other pixels", True),
-        (repaint, "other pixels", False),
-        (crop, "other sizes of images", True),
-        (lose_validation, "other validation images", False),
+        ("train", lambda dark: (dark / "00.png").unlink(), "39 readable training images", True),
+        ("train", repaint, "other pixels", False),
+        ("val", lambda dark: (dark / "00.png").unlink(), "other validation images", False),
     ],
 )
 def test_other_images_are_refused(
-    change: Callable[[Path], None],
+    part: str,
+    change: Callable[[Path], object],
     difference: str,
     moved: bool,
     run: Path,
@@ -200,26 +165,24 @@ def test_other_images_are_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     place = copied(photos, tmp_path / "scratch") if moved else f"folder:{photos}"
-    change(Path(place.removeprefix("folder:")))
+    change(Path(place.removeprefix("folder:"), part, "dark"))
     before = files(run)
     assert resume(run, "--data", place) == 2
     problem = f"is no copy of folder:{photos}" if moved else "has changed since"
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"vi-simsiam: resume: {place} {problem}")
-    assert line.endswith(f": {difference}")
+    assert f": {difference}" in line
     assert files(run) == before
 
 
-def test_too_few_images_are_no_question_of_the_batch(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_is_refused_whatever_the_images_are(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Fewer images than a batch, and other settings."""
     (tmp_path / "few").mkdir()
     Image.fromarray(noise(9, 9)).save(tmp_path / "few" / "one.png")
     assert resume(run, "--data", str(tmp_path / "few")) == 2
     assert "1 readable training image, not 40" in capsys.readouterr().err
-
-
-def test_settings_still_may_not_change(run: Path, photos: Path, tmp_path: Path) -> None:
     assert resume(run, "--data", copied(photos, tmp_path / "scratch"), "--lr", "0.5") == 2
     assert config(run).data == f"folder:{photos}"
 
@@ -246,21 +209,7 @@ def test_named_data_sets_move_with_their_root(tmp_path: Path) -> None:
         check_images(saved, moved, checkpoint, {"images": 3, "classes": None, "pixels": "b"})
 
 
-def test_evaluation_of_lost_images_names_the_way_out(
-    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    os.rename(photos, tmp_path / "elsewhere")
-    for command in ("evaluate", "knn", "linear", "uncertainty", "figures"):
-        assert main([command, str(run), "--device", "cpu"]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"vi-simsiam: {photos}: no such folder")
-        assert line.endswith(f"images of {run} have moved, name their new place with --data")
-    assert main(["report", str(run), "--device", "cpu"]) == 0
-    assert "name their new place with --data" in capsys.readouterr().out
-    assert main(["knn", str(run), "--device", "cpu", "--data", str(tmp_path / "elsewhere")]) == 0
-
-
-@pytest.mark.parametrize("piece", [1000, 693, 5000])
+@pytest.mark.parametrize("piece", [693, 1000, 5000])
 def test_content_is_that_of_the_pixels_however_they_are_kept(
     piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,11 +238,9 @@ def test_content_is_that_of_the_pixels_however_they_are_kept(
     ("before", "now", "same"),
     [
         ((16, "a", 0), (15, "b", 1), True),
-        ((15, "b", 1), (16, "a", 0), True),
         ((15, "b", 1), (15, "b", 0), True),  # older checkpoints have no number of those left out
         ((15, "b", 1), (15, "c", 1), False),
         ((16, "a", 0), (14, "b", 1), False),
-        ((16, "a", 0), (16, "b", 0), False),
         ((16, "a", 0), None, False),
         (None, None, True),
     ],
@@ -304,12 +251,27 @@ def test_validation_images_that_a_pack_leaves_out(
     names = ("images", "labels", "left_out")
     parts = [each and dict(zip(names, each, strict=True)) for each in (before, now)]
     both = [{"images": 1, "validation": part} for part in parts]
-    assert difference(*both) == (None if same else "other validation images")
+    expected = None if same else "other validation images"
+    assert difference(*both) == difference(*both[::-1]) == expected
 
 
-def test_classes_are_named() -> None:
-    before = {"images": 1, "classes": ["a", "b"]}
+def test_the_first_difference_is_named() -> None:
+    images, labels = np.stack([noise(9, 7, seed) for seed in range(4)]), np.array([0, 1, 0, 1])
+
+    def contents(images: np.ndarray, labels: np.ndarray, classes: str = "ab") -> dict[str, Any]:
+        source = ArraySource(images, labels, classes)
+        return content(Splits("x", source, None), in_memory(source))
+
+    before, more = contents(images, labels), [0, 1, 2, 3, 3]
     assert difference(before, before) is None
-    turned = {**before, "classes": ["b", "a"]}
-    assert difference(before, turned) == "other classes (in another order)"
-    assert difference(before, {**before, "classes": None}) == "other classes (without a, b)"
+    for now, words in (
+        (contents(images[:3], labels[:3]), "3 readable training images, not 4"),
+        (contents(images[more], labels[more]), "5 readable training images, not 4"),
+        (contents(images, labels, "ba"), "other classes (in another order)"),
+        (contents(images, labels, "ac"), "other classes (without b and with c)"),
+        (before | {"classes": None}, "other classes (without a, b)"),
+        (contents(images, 1 - labels), "other labels"),
+        (contents(images.reshape(4, 7, 9, 3), labels), "other sizes of images"),
+        (contents(images ^ 1, labels), "other pixels"),
+    ):
+        assert difference(before, now) == words

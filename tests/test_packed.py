@@ -63,9 +63,8 @@ def test_damage_is_refused_or_repaired(
     assert pixels(images) == pixels(files)
     assert path.read_bytes() == whole
     assert isinstance(console.file, io.StringIO)
-    first, second = console.file.getvalue().splitlines()
+    first = console.file.getvalue().splitlines()[0]
     assert re.fullmatch(rf"cache: {path} {reason}.*; decoding the images again", first)
-    assert second.startswith("decoding ")
 
 
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
@@ -101,25 +100,21 @@ def test_a_file_that_is_not_there_or_a_folder(tmp_path: Path) -> None:
 
 
 def test_pickled_as_a_path(files: FileSource, tmp_path: Path) -> None:
-    big = FileSource(files.paths * 100, name="set")
+    big = FileSource(files.paths * 20, name="set")
     pack(big, tmp_path / "a.pack", workers=0)
     images = open_pack(tmp_path / "a.pack")
     message = pickle.dumps(images)
     assert len(message) < 1000
+    in_memory_twin = pickle.loads(pickle.dumps(in_memory(files, workers=0)))
+    assert pixels(in_memory_twin) == pixels(files)
+    assert in_memory_twin.describe(6) == files.paths[6]
     twin = pickle.loads(message)
     assert pixels(twin)[-7:] == pixels(files)
-    assert twin.describe(699) == files.paths[6]
+    assert twin.describe(139) == files.paths[6]
     pack(files, tmp_path / "a.pack", workers=0)
     assert pixels(images)[:7] == pixels(files)  # what is mapped stays
     with pytest.raises(InputError, match=r"a\.pack was replaced by another file while in use"):
         pickle.loads(message)
-
-
-def test_images_in_memory_are_pickled_with_their_pixels() -> None:
-    images = in_memory(ArraySource(noise(3, 4)[None], np.array([0]), ("one",), "set"))
-    twin = pickle.loads(pickle.dumps(images))
-    assert pixels(twin) == pixels(images)
-    assert (twin.classes, twin.describe(0)) == (("one",), "set/0")
 
 
 def test_offsets_pass_two_gibibytes(tmp_path: Path) -> None:

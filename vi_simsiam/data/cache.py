@@ -69,7 +69,7 @@ def cached(
             written or has no room.
         TrainingError: a process that decodes was killed.
     """
-    fingerprint = None if isinstance(source, PackedImages) else _fingerprint(source, None)
+    fingerprint = _fingerprint(source, None)
     if fingerprint is None:
         packed = in_memory(source, workers=workers, console=console)
         return packed, list(packed.unreadable)
@@ -297,20 +297,14 @@ def _progress(source: ImageSource, console: Console | None) -> Iterator[Callable
     if console is None or not console.is_terminal:
         yield lambda images, written: None
         return
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[size]}"),
-        TimeRemainingColumn(),
-    )
+    size = TextColumn("{task.fields[size]}")
+    columns = (BarColumn(), MofNCompleteColumn(), size, TimeRemainingColumn())
     # Drawn by this thread: workers may be forked while another one runs.
     with Progress(*columns, console=console, auto_refresh=False) as progress:
         task = progress.add_task("", total=len(source), size="")
-
-        def advance(images: int, written: int) -> None:
-            progress.update(task, advance=images, size=decimal(written), refresh=True)
-
-        yield advance
+        yield lambda images, written: progress.update(
+            task, advance=images, size=decimal(written), refresh=True
+        )
 
 
 def _size(source: ImageSource, mean_bytes: float) -> str:

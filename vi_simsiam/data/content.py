@@ -64,11 +64,10 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
         return f"{counted(images, 'readable training image')}, not {before['images']:,}"
     if "classes" in before and before["classes"] != now["classes"]:
         return _classes(before["classes"] or [], now["classes"] or [])
-    words = {"labels": "labels", "sizes": "sizes of images", "pixels": "pixels"}
     both = before.keys() & now.keys()
-    for part, word in words.items():
+    for part, words in (("labels", "labels"), ("sizes", "sizes of images"), ("pixels", "pixels")):
         if part in both and before[part] != now[part]:
-            return f"other {word}"
+            return f"other {words}"
     if "validation" in both and not _same_validation(before["validation"], now["validation"]):
         return "other validation images"
     return None
@@ -80,9 +79,9 @@ def _same_validation(before: dict[str, Any] | None, now: dict[str, Any] | None) 
     if all(before[part] == now[part] for part in ("images", "labels")):
         return True
     # Files are not decoded here, so they include those that a pack left out as unreadable.
-    left_out = [each.get("left_out", 0) for each in (before, now)]
-    totals = {each["images"] + each.get("left_out", 0) for each in (before, now)}
-    return left_out[0] != left_out[1] and len(totals) == 1
+    left_out, others = before.get("left_out", 0), now.get("left_out", 0)
+    totals = {before["images"] + left_out, now["images"] + others}
+    return left_out != others and len(totals) == 1
 
 
 def _classes(before: list[str], now: list[str]) -> str:

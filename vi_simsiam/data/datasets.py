@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import http.client
 import os
 import tarfile
 import tempfile
 import zlib
 from dataclasses import dataclass
+from http.client import HTTPException
 from importlib import resources
 from pathlib import Path
 
@@ -38,37 +38,17 @@ _FASHION_CLASSES = (
 )  # fmt: skip
 
 _WORDNET_NAMES = {
-    "n01440764": "tench",
-    "n02102040": "English springer",
-    "n02979186": "cassette player",
-    "n03000684": "chain saw",
-    "n03028079": "church",
-    "n03394916": "French horn",
-    "n03417042": "garbage truck",
-    "n03425413": "gas pump",
-    "n03445777": "golf ball",
-    "n03888257": "parachute",
-    "n02086240": "Shih-Tzu",
-    "n02087394": "Rhodesian ridgeback",
-    "n02088364": "beagle",
-    "n02089973": "English foxhound",
-    "n02093754": "Border terrier",
-    "n02096294": "Australian terrier",
-    "n02099601": "golden retriever",
-    "n02105641": "Old English sheepdog",
-    "n02111889": "Samoyed",
-    "n02115641": "dingo",
-}
+    "n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player",
+    "n03000684": "chain saw", "n03028079": "church", "n03394916": "French horn",
+    "n03417042": "garbage truck", "n03425413": "gas pump", "n03445777": "golf ball",
+    "n03888257": "parachute", "n02086240": "Shih-Tzu", "n02087394": "Rhodesian ridgeback",
+    "n02088364": "beagle", "n02089973": "English foxhound", "n02093754": "Border terrier",
+    "n02096294": "Australian terrier", "n02099601": "golden retriever",
+    "n02105641": "Old English sheepdog", "n02111889": "Samoyed", "n02115641": "dingo",
+}  # fmt: skip
 """Class folders of ImageNette and ImageWoof are named by WordNet number."""
 
-_DOWNLOAD_ERRORS = (
-    OSError,
-    RuntimeError,
-    EOFError,
-    http.client.HTTPException,
-    tarfile.TarError,
-    zlib.error,
-)
+_DOWNLOAD_ERRORS = (OSError, RuntimeError, EOFError, HTTPException, tarfile.TarError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -329,17 +309,15 @@ def _imagenet_subset(name: str, root: Path, download: bool, decode: DecodeConfig
             os.rename(Path(aside) / folder, root / folder)
     except _DOWNLOAD_ERRORS as error:
         raise _download_failed(name, published.url, error, os.fspath(root / folder)) from error
-    return _complete(name, root / folder, decode)
+    return _imagenet_subset(name, root, False, decode)
 
 
 def _unpacked(name: str, root: Path, decode: DecodeConfig) -> Splits | None:
     """Return the first unpacked copy under `root`, if any. Raises InputError if incomplete."""
-    folders = (root / folder for folder in _PUBLISHED[name].folders)
-    return next((_complete(name, folder, decode) for folder in folders if folder.is_dir()), None)
-
-
-def _complete(name: str, folder: Path, decode: DecodeConfig) -> Splits:
     published = _PUBLISHED[name]
+    folder = next((root / each for each in published.folders if (root / each).is_dir()), None)
+    if folder is None:
+        return None
     splits = _folder(folder, name, decode)
     train, val = len(splits.train), 0 if splits.val is None else len(splits.val)
     if (train, val) != (published.train, published.val):

@@ -9,17 +9,9 @@ from vi_simsiam.data.decoding import median_side
 from vi_simsiam.data.sources import ImageSource
 
 FITTED = (
-    "size",
-    "local_size",
-    "crop_scale",
-    "blur_prob",
-    "stem",
-    "dim",
-    "epochs",
-    "batch_size",
-    "lr",
+    "size", "local_size", "crop_scale", "blur_prob", "stem", "dim", "epochs", "batch_size", "lr",
     "warmup_epochs",
-)
+)  # fmt: skip
 """The settings that `suited` chooses."""
 
 _LARGEST = 224

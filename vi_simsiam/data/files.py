@@ -20,12 +20,8 @@ from vi_simsiam.text import counted
 _NEVER = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 _BY_CONTENT = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "AVIF", "JPEG2000", "HEIF")
 """Formats that are recognised by their first bytes, whatever the file's name."""
-_PLUGINS = {
-    "pillow_heif": "pillow-heif",
-    "pillow_avif": "pillow-avif-plugin",
-    "pillow_jxl": "pillow-jxl-plugin",
-}
-"""Modules that make Pillow open further formats, and their packages."""
+_PLUGINS = ("pillow_heif", "pillow_avif", "pillow_jxl")
+"""Modules that make Pillow open further formats."""
 _PLUGIN_OF = {
     **dict.fromkeys((".heic", ".heif", ".hif"), "pillow-heif"),
     ".avif": "pillow-avif-plugin",

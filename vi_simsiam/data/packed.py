@@ -45,14 +45,7 @@ _PROLOGUE = struct.Struct("<8sIQQI28xI")
 _PATH_ENCODING = ("utf-8", "surrogateescape")
 _CHECKED_BYTES = 1 << 26
 _READ_BYTES = 1 << 22
-_DTYPES = {
-    "pixels": "u1",
-    "offsets": "<i8",
-    "heights": "<i4",
-    "widths": "<i4",
-    "places": "u1",
-    "labels": "<i8",
-}
+_DTYPES = dict(pixels="u1", offsets="<i8", heights="<i4", widths="<i4", places="u1", labels="<i8")
 
 
 class Checksums:

@@ -43,22 +43,18 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", "Corrupt EXIF data", module=r"PIL\.")
 
 
-class _Values(NamedTuple):
-    """Range of an image's deep gray values, and the range that was mapped to 0 to 255."""
-
-    low: float
-    high: float
-    black: float
-    white: float
-
-
 class _Range(NamedTuple):
-    """Range of the values of several images, and the number with little of the mapped range."""
+    """Range of the deep gray values of several images."""
 
     images: int
     narrow: int
+    """Number of images with little of the range that is mapped to 0 to 255."""
     low: float
     high: float
+
+
+_Values = tuple[tuple[float, float], _Range]
+"""The range that is mapped to 0 to 255, and that of the values."""
 
 
 class Losses:
@@ -76,9 +72,7 @@ class Losses:
         framed, values = image.info.get(_LOST, (False, None))
         self._framed += framed
         if values is not None:
-            low, high, black, white = values
-            narrow = 0 < high - low < _LEAST_USED * (white - black)
-            self._note((black, white), _Range(1, int(narrow), low, high))
+            self._note(*values)
 
     def merge(self, other: Losses) -> None:
         """Add those of other images of the set."""
@@ -112,10 +106,9 @@ class Losses:
         return lines
 
     def _note(self, ends: tuple[float, float], values: _Range) -> None:
-        before = self._values.get(ends, _Range(0, 0, values.low, values.high))
-        low, high = min(before.low, values.low), max(before.high, values.high)
-        images, narrow = before.images + values.images, before.narrow + values.narrow
-        self._values[ends] = _Range(images, narrow, low, high)
+        images, narrow, low, high = self._values.get(ends, (0, 0, values.low, values.high))
+        low, high = min(low, values.low), max(high, values.high)
+        self._values[ends] = _Range(images + values.images, narrow + values.narrow, low, high)
 
 
 def to_rgb(image: Image.Image, decode: DecodeConfig | None = None) -> Image.Image:
@@ -221,4 +214,7 @@ def _eight_bits(
     gray = Image.fromarray(255 - levels if stored.inverted else levels)
     if isinstance(transparent := image.info.get("transparency"), int):
         gray.putalpha(Image.fromarray(np.where(pixels == transparent, 0, 255).astype(np.uint8)))
-    return gray, None if decode.value_range == "file" else _Values(low, high, black, white)
+    if decode.value_range == "file":
+        return gray, None
+    narrow = 0 < high - low < _LEAST_USED * (white - black)
+    return gray, ((black, white), _Range(1, int(narrow), low, high))

@@ -91,9 +91,9 @@ class ImageSource(ABC):
     def image(self, index: int) -> Image.Image:
         """Return image `index` in mode RGB. Raises UnreadableError if it cannot be read."""
 
-    @abstractmethod
     def describe(self, index: int) -> str:
-        """Return the place of image `index`: a path, or a name like "fashion-mini/train/17"."""
+        """Return the place of image `index`: a path, or NAME/INDEX, as "fashion-mini/train/17"."""
+        return f"{self.name}/{index}"
 
     def dimensions(self, index: int) -> tuple[int, int]:
         """Return height and width of image `index`. Raises UnreadableError if it is unreadable."""
@@ -107,24 +107,24 @@ class ImageSource(ABC):
     def _label(
         self, labels: NDArray[np.int64] | None, classes: Sequence[str] | None, count: int
     ) -> None:
-        if (labels is None) != (classes is None):
+        self.labels = self.classes = None
+        if labels is None and classes is None:
+            return
+        if labels is None or classes is None:
             raise InputError("labels and classes: give both or neither")
-        if labels is not None and classes is not None:
-            if labels.shape != (count,):
-                raise InputError(
-                    f"labels: shape {labels.shape} must be ({count},), one for each image"
-                )
-            if count and not 0 <= labels.min() <= labels.max() < len(classes):
-                raise InputError(
-                    f"labels: values must lie in [0, {len(classes)}), one for each class name"
-                )
-        self.labels = None if labels is None else labels.astype(np.int64)
-        self.classes = None if classes is None else tuple(classes)
+        if labels.shape != (count,):
+            raise InputError(f"labels: shape {labels.shape} must be ({count},), one for each image")
+        if count and not 0 <= labels.min() <= labels.max() < len(classes):
+            raise InputError(
+                f"labels: values must lie in [0, {len(classes)}), one for each class name"
+            )
+        self.labels, self.classes = labels.astype(np.int64), tuple(classes)
 
 
 class ArraySource(ImageSource):
     """Images in memory: uint8, (N, H, W) gray or (N, H, W, 3) RGB.
 
+    `places` are the origins of the images, empty for NAME/INDEX.
     Raises TypeError for another dtype and InputError for another shape or labels that do not fit.
     """
 
@@ -134,13 +134,14 @@ class ArraySource(ImageSource):
         labels: NDArray[np.int64] | None = None,
         classes: Sequence[str] | None = None,
         name: str = "array",
+        places: Sequence[str] = (),
     ) -> None:
         if images.dtype != np.uint8:
             raise TypeError(f"images: dtype {images.dtype} must be uint8")
         shape = images.shape
         if not (len(shape) == 3 or shape[3:] == (3,)) or 0 in shape[1:]:
             raise InputError(f"images: shape {shape} must be (N, H, W) or (N, H, W, 3)")
-        self.name, self.images = name, images
+        self.name, self.images, self._places = name, images, places
         self._label(labels, classes, len(images))
 
     def __len__(self) -> int:
@@ -151,8 +152,8 @@ class ArraySource(ImageSource):
         return Image.fromarray(self.images[index]).convert("RGB")
 
     def describe(self, index: int) -> str:
-        """Return "NAME/INDEX"."""
-        return f"{self.name}/{index}"
+        """Return the place of image `index`."""
+        return self._places[index] if self._places else super().describe(index)
 
 
 class FileSource(ImageSource):
@@ -324,10 +325,6 @@ class DatasetSource(ImageSource):
             reason = f"{type(error).__name__}: {_one_line(error)}"
             raise UnreadableError(self.describe(index), reason) from error
         return _item_to_rgb(item, self.describe(index), self.decode)
-
-    def describe(self, index: int) -> str:
-        """Return "NAME/INDEX"."""
-        return f"{self.name}/{index}"
 
 
 def as_source(

@@ -7,12 +7,13 @@ class, and the images held out are the same however many are trained on.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -114,7 +115,9 @@ def subset(source: ImageSource, indices: NDArray[np.int64], name: str | None = N
     if isinstance(source, FileSource):
         return source.take(indices, name)
     if isinstance(source, ArraySource):
-        return _ArraySubset(source, indices, name)
+        places = [source.describe(index) for index in indices.tolist()]
+        labels = _labels(source, indices)
+        return ArraySource(source.images[indices], labels, source.classes, name, places)
     return _Subset(source, indices, name)
 
 
@@ -130,35 +133,19 @@ class _Subset(ImageSource):
         return len(self.indices)
 
     def image(self, index: int) -> Image.Image:
-        """Return the image, as `ImageSource.image` does."""
         return self.source.image(int(self.indices[index]))
 
     def describe(self, index: int) -> str:
-        """Return the place of the image in the whole source."""
         return self.source.describe(int(self.indices[index]))
 
     def dimensions(self, index: int) -> tuple[int, int]:
-        """Return height and width, as `ImageSource.dimensions` does."""
         return self.source.dimensions(int(self.indices[index]))
 
     def fingerprint(self) -> str | None:
-        """Return a digest of the source's fingerprint and the choice; None without the former."""
         whole = self.source.fingerprint()
         if whole is None:
             return None
         return hashlib.blake2b(whole.encode() + self.indices.tobytes(), digest_size=20).hexdigest()
-
-
-class _ArraySubset(ArraySource):
-    """Some images of an array, described by their places in the whole."""
-
-    def __init__(self, source: ArraySource, indices: NDArray[np.int64], name: str) -> None:
-        super().__init__(source.images[indices], _labels(source, indices), source.classes, name)
-        self._places = [source.describe(int(index)) for index in indices]
-
-    def describe(self, index: int) -> str:
-        """Return the place of the image in the whole source."""
-        return self._places[index]
 
 
 class _PackedSubset(PackedImages):
@@ -189,7 +176,6 @@ class _PackedSubset(PackedImages):
         return _PackedSubset, (self._source, self._indices, self.name)
 
     def pixel_checksums(self) -> list[int]:
-        """Return the checksums of these images' pixels in a row; the pixels are read."""
         checksums = Checksums()
         for index, start in enumerate(self.offsets.tolist()):
             height, width = self.dimensions(index)
@@ -197,7 +183,6 @@ class _PackedSubset(PackedImages):
         return checksums.values
 
     def describe(self, index: int) -> str:
-        """Return the place of the image in the whole source."""
         return self._source.describe(int(self._indices[index]))
 
 
@@ -246,18 +231,18 @@ def _keep(source: FileSource, left_out: set[str]) -> ImageSource:
 
 def _copies(paths: Iterable[str]) -> list[list[str]]:
     """Groups of two or more paths whose files hold the same bytes, without unreadable files."""
-    by_size: dict[int, list[str]] = defaultdict(list)
-    for path in dict.fromkeys(paths):
-        try:
-            by_size[os.stat(path).st_size].append(path)
-        except OSError:
-            continue  # to be reported as unreadable
-    by_content: dict[bytes, list[str]] = defaultdict(list)
-    for group in by_size.values():
-        for path in group if len(group) > 1 else ():
-            try:
-                content = Path(path).read_bytes()
-            except OSError:
-                continue
-            by_content[hashlib.blake2b(content, digest_size=20).digest()].append(path)
-    return [group for group in by_content.values() if len(group) > 1]
+
+    def content(path: str) -> bytes:
+        return hashlib.blake2b(Path(path).read_bytes(), digest_size=20).digest()
+
+    sizes = _groups(dict.fromkeys(paths), os.path.getsize)
+    return [copies for paths in sizes for copies in _groups(paths, content)]
+
+
+def _groups(paths: Iterable[str], key: Callable[[str], Hashable]) -> list[list[str]]:
+    """Groups of two or more paths with an equal key."""
+    groups: dict[Hashable, list[str]] = defaultdict(list)
+    for path in paths:
+        with contextlib.suppress(OSError):  # to be reported as unreadable
+            groups[key(path)].append(path)
+    return [group for group in groups.values() if len(group) > 1]
