@@ -19,27 +19,15 @@ from typing import Annotated, Any
 import torch
 import tyro
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from vi_simsiam.ops.multiview_loss import LossForm
-from vi_simsiam.text import markdown_grid
 
 from . import names
 from .cases import MODES, Case, Inputs, cases_for, draw_inputs
 from .providers import MISSING, Provider, allowed_errors, check, errors, make_providers, reference
-from .ratios import LEGEND, NOT_MEASURED, TOO_NOISY, case_label, fastest, ratio, speed_up, times_of
 from .suite import Suite, SuiteOptions
-from .tables import (
-    brief,
-    keys_of,
-    noise_notes,
-    number,
-    optional,
-    shown_ratio,
-    terminal_table,
-    where,
-)
+from .tables import loss_case
 from .timers import Timer, failed, failure_reason, interleave, timer_for
 
 _SHORT_SECONDS = {"cuda": 170.0, "cpu": 85.0}
@@ -220,83 +208,3 @@ def _copy_sets(
         (torch.rand(elements, device=device), torch.empty(elements, device=device))
         for _ in range(distinct_bytes // nbytes + 1)
     ]
-
-
-def loss_case(case: dict[str, Any]) -> Table:
-    """One case of the loss: a row for each provider; no times where the result was wrong."""
-    modes = dict(zip(MODES, ("loss", "loss + gradient"), strict=True))
-    with_host = any(
-        (found[mode] or {}).get("host") for found in case["providers"].values() for mode in modes
-    )
-    metrics = ("time", "host") if with_host else ("time",)
-    timings = [(mode, metric) for mode in modes for metric in metrics]
-    head = ["provider", *(modes[mode] if metric == "time" else metric for mode, metric in timings)]
-    notes = [
-        "times in us; "
-        "share of a copy's speed, speed-up, error and memory are those of loss + gradient"
-    ]
-    copy, baseline = case["copy"][MODES[1]], fastest(case, names.COMPILED, MODES[1])
-    if copy is not None:
-        notes.append(f"copy of the bytes that must move: {number(copy['median_us'])} us")
-    rows = []
-    for name, found in case["providers"].items():
-        if not found["correct"]:
-            notes.append(f"{name}: {found['failure']}")
-            continue
-        both = found[MODES[1]] or {}
-        own, peak = both.get("time"), both.get("peak_bytes")
-        cells = (
-            optional(both.get("copy_share"), "{:.0%}"),
-            ratio(baseline[1], own).shown() if own and baseline else "-",
-            f"{found['gradient_error']:.1e}",
-            "-" if peak is None else f"{peak / 2**20:,.1f} MiB",
-        )
-        rows.append((name, *(_loss_cell(case, name, *timing) for timing in timings), *cells))
-    notes += noise_notes(
-        (name, times_of(case, name, mode)) for name in case["providers"] for mode in modes
-    )
-    head += ["of copy", "vs compile", "error", "memory"]
-    return terminal_table(case_label(case), head, rows, notes)
-
-
-def loss_markdown(result: dict[str, Any], *, metric: str = "time") -> str:
-    """Medians of loss and gradient, a row for each case; of a GPU's many cases the telling ones.
-
-    Args:
-        result: the content of a result file of `vi-simsiam bench loss`.
-        metric: "time", or "host" (GPU only).
-    """
-    mode, cases = MODES[1], result["cases"]
-    if result["device_type"] == "cuda":
-        telling = {case.name for case in cases_for("cuda", short=True)}
-        cases = [case for case in cases if case["name"] in telling]
-    columns = keys_of(cases)
-    shown = [name for name in columns if any(times_of(case, name, mode, metric) for case in cases)]
-    rows = []
-    for case in cases:
-        cells = [_loss_cell(case, name, mode, metric) for name in shown]
-        cells.append(shown_ratio(speed_up(case, names.FUSED, names.COMPILED, mode, metric)))
-        if metric == "time":
-            ours = fastest(case, names.FUSED, mode)
-            share = case["providers"][ours[0]][mode]["copy_share"] if ours else None
-            cells.append(optional(share, "{:.0%}"))
-        rows.append((case_label(case), *cells))
-    last = ["faster than torch.compile", *(["of a copy's speed"] if metric == "time" else [])]
-    grid = markdown_grid(("batch x D", *shown, *last), rows)
-    lines = [grid, "", *([LEGEND] if TOO_NOISY in grid else [])]
-    for name in columns:
-        if name not in shown:
-            found = (case["providers"][name] for case in cases if name in case["providers"])
-            lines.append(f"No time for {name} ({next(found)['failure'] or NOT_MEASURED}).")
-    return "\n".join([*lines, f"Medians in us. {where(result)}"])
-
-
-def _loss_cell(case: dict[str, Any], name: str, mode: str, metric: str) -> str:
-    """A median in microseconds, or why there is none."""
-    times = times_of(case, name, mode, metric)
-    if times is not None:
-        return number(times["median_us"])
-    found = case["providers"].get(name)
-    if found is None:
-        return "-"
-    return brief(str(found["failure"] or (found[mode] or {}).get("failure") or NOT_MEASURED))

@@ -19,10 +19,10 @@ import tyro
 from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted
 
-from . import accuracy, launches, multiview_loss, tables
+from . import accuracy, launches, tables
 from .plots import plot_paths
 from .results import read_result
-from .targets import targets_for
+from .targets import targets_for, targets_markdown
 
 _SECTION = re.compile(r"(<!-- bench: (.*?) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 _ANY_GPU = re.compile(r"(?<![^/])GPU(?=/)")
@@ -118,7 +118,7 @@ def _targets(name: str, device_type: str, *benchmarks: str) -> _Section:
             file = folder / path
             cases = read_result(file, benchmark)["cases"] if file.exists() else []
             targets += targets_for(benchmark, device_type, cases)
-        return tables.targets_markdown(targets)
+        return targets_markdown(targets)
 
     return section
 
@@ -168,8 +168,8 @@ def _experiment(paths: list[str], folder: Path) -> str:
 
 
 _KINDS: dict[str, _Section] = {
-    "table": _table("multiview_loss", multiview_loss.loss_markdown),
-    "host": _table("multiview_loss", partial(multiview_loss.loss_markdown, metric="host")),
+    "table": _table("multiview_loss", tables.loss_markdown),
+    "host": _table("multiview_loss", partial(tables.loss_markdown, metric="host")),
     "gpu-targets": _targets("gpu-targets", "cuda", "multiview_loss"),
     "cpu-targets": _targets("cpu-targets", "cpu", "multiview_loss"),
     "accuracy": _table(accuracy.NAME, accuracy.markdown_table),

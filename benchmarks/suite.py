@@ -19,8 +19,7 @@ from vi_simsiam.text import print_line
 
 from . import plots
 from .results import provenance, read_result, result_path, write_result
-from .tables import targets_table
-from .targets import targets_of
+from .targets import targets_for, targets_table
 
 _Case = TypeVar("_Case", bound=Any)
 _SAME = ("commit", "device", "driver", "versions")
@@ -136,7 +135,8 @@ class Suite:
 
     def finish(self) -> dict[str, Any]:
         """Print the targets, draw the plots beside the result file, and return its content."""
-        if targets := targets_of(self.result):
+        result = self.result
+        if targets := targets_for(result["benchmark"], result["device_type"], result["cases"]):
             self.console.print(targets_table(targets))
         if self.path is not None:
             for written in (self.path, *plots.draw(self.result, self.path.parent)):
