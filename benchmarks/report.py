@@ -80,19 +80,16 @@ def fill(text: str, folder: Path) -> str:
 
 def _for_every_gpu(kind: _Section, paths: list[str], folder: Path) -> str:
     """The section, once for each GPU that has a result; with headings where there are several."""
-    found = sorted({gpu for path in paths for gpu in _gpu_folders(path, folder)})
-    contents = {gpu: kind([_ANY_GPU.sub(gpu, path) for path in paths], folder) for gpu in found}
+    found = set()
+    for before, after in (_ANY_GPU.split(path) for path in paths if _ANY_GPU.search(path)):
+        results = (folder / before).glob(f"*{after}")
+        found |= {file.relative_to(folder / before).parts[0] for file in results} - {"cpu"}
+    contents = [
+        (gpu, kind([_ANY_GPU.sub(gpu, path) for path in paths], folder)) for gpu in sorted(found)
+    ]
     if len(contents) > 1:
-        return "\n\n".join(f"`{gpu}`\n\n{content}" for gpu, content in contents.items())
-    return next(iter(contents.values())) if contents else kind(paths, folder)
-
-
-def _gpu_folders(path: str, folder: Path) -> list[str]:
-    if (match := _ANY_GPU.search(path)) is None:
-        return []
-    before, after = path[: match.start()], path[match.end() :].lstrip("/")
-    folders = [each for each in (folder / before).glob("*") if each.name != "cpu"]
-    return [each.name for each in folders if (each / after).exists()]
+        return "\n\n".join(f"`{gpu}`\n\n{content}" for gpu, content in contents)
+    return contents[0][1] if contents else kind(paths, folder)
 
 
 def _table(benchmark: str, render: Callable[[dict[str, Any]], str]) -> _Section:
@@ -126,8 +123,7 @@ def _targets(name: str, device_type: str, *benchmarks: str) -> _Section:
 def _plots(paths: list[str], folder: Path) -> str:
     """Links to the plots beside a result file, where they were drawn."""
     path = Path(paths[0])
-    benchmark = path.stem if path.stem in ("augment", "step", "train") else "multiview_loss"
-    return _pictures(plot_paths(benchmark, path.parent), "", folder)
+    return _pictures(plot_paths(path.stem, path.parent), "", folder)
 
 
 def _pictures(paths: list[Path], suffix: str, folder: Path) -> str:

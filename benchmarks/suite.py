@@ -22,8 +22,6 @@ from .results import provenance, read_result, result_path, write_result
 from .targets import targets_for, targets_table
 
 _Case = TypeVar("_Case", bound=Any)
-_SAME = ("commit", "device", "driver", "versions")
-"""Entries that all runs behind one result file must share."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,14 @@ class Suite:
             "cases": [],
         }
         if options.resume and self.path is not None and self.path.exists():
-            self._resume(self.path)
+            before = read_result(self.path, benchmark)
+            for name in ("commit", "device", "driver", "versions"):
+                old, new = before.get(name), self.result[name]
+                if old != new:
+                    raise InputError(
+                        f"resume: {self.path} was measured with {name} {old}, now it is {new}"
+                    )
+            self.result["cases"] = list(before["cases"])
 
     def cases(
         self, cases: Sequence[_Case], seconds: float, clock: Callable[[], float] = time.perf_counter
@@ -142,14 +147,3 @@ class Suite:
             for written in (self.path, *plots.draw(self.result, self.path.parent)):
                 self.say(f"written: {written}")
         return self.result
-
-    def _resume(self, path: Path) -> None:
-        """Take over the cases of the result file at `path`, if it was measured in the same way."""
-        before = read_result(path, self.result["benchmark"])
-        for name in _SAME:
-            if before.get(name) != self.result[name]:
-                raise InputError(
-                    f"resume: {path} was measured with {name} {before.get(name)}, "
-                    f"now it is {self.result[name]}"
-                )
-        self.result["cases"] = list(before["cases"])
