@@ -26,7 +26,7 @@ from vi_simsiam.ops.multiview_loss import LossForm, eager_loss
 from vi_simsiam.text import markdown_grid, print_line
 
 from . import names
-from .providers import make_providers
+from .multiview_loss import make_providers
 from .results import provenance, result_path, write_result
 from .timers import failure_reason
 

@@ -93,7 +93,7 @@ def _launches(case: Case) -> tuple[str, list[str], list[Sequence[str]]]:
     def cell(found: dict[str, tuple[int, float]], kind: str) -> str:
         return f"{found[kind][1]:,.0f} ({found[kind][0]})" if kind in found else "-"
 
-    rows = [
+    rows: list[Sequence[str]] = [
         (kind, *(cell(found, kind) for found in columns.values()))
         for kind in (*KINDS, OTHER, "all")
         if any(kind in found for found in columns.values())

@@ -120,7 +120,12 @@ def _bandwidth(cases: _Cases) -> Figure:
     shown: dict[str, Any] = {}
     for panel, mode, title in zip(panels, MODES, ("loss", "loss and gradient"), strict=True):
         for name in ("copy of the same bytes", *columns):
-            style = {"s": 10, "zorder": 2, "color": _COLOURS.get(name, "#000000"), "lw": 0}
+            style: dict[str, Any] = {
+                "s": 10,
+                "zorder": 2,
+                "color": _COLOURS.get(name, "#000000"),
+                "lw": 0,
+            }
             if name in names.FUSED:
                 style |= {"s": 16, "zorder": 3}
             elif name not in columns:

@@ -55,6 +55,14 @@ class SuiteOptions:
             raise InputError("resume: say where the result file is with --out")
 
 
+def only_cases(examples: str, name: str) -> Any:
+    """The help of an `--only` that chooses cases by their names."""
+    return tyro.conf.arg(
+        help=f"Only cases whose name contains this, such as {examples}; a name is {name}. "
+        "What no name contains lists all names."
+    )
+
+
 class Suite:
     """One run of a benchmark.
 

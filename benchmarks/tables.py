@@ -368,7 +368,7 @@ _TRAIN_HEAD = ("views/s", "vs lightly", *_TRAINING)
 
 
 def _train_rows(case: Case) -> list[_Row]:
-    rows = []
+    rows: list[_Row] = []
     for name in case["providers"]:
         speed, *more = _figures(case, name, _views_a_second, *_TRAINING.values())
         rows.append((name, speed, _ratio(speed_up(case, [name], [names.LIGHTLY])), *more))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vi_simsiam.benchmarks import multiview_loss, timers
 from vi_simsiam.benchmarks.cases import Case, draw_inputs
-from vi_simsiam.benchmarks.providers import Provider
+from vi_simsiam.benchmarks.multiview_loss import Provider
 from vi_simsiam.ops.multiview_loss import LossForm, eager_loss
 
 CPU = torch.device("cpu")

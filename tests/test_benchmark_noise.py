@@ -40,7 +40,6 @@ def compared(folder: Path, before: dict[str, Any], after: dict[str, Any] | str) 
 @pytest.mark.parametrize(
     ("change", "code"),
     [
-        ({"factor": 0.5}, 0),
         ({"factor": 1.015}, 0),
         ({"factor": 1.05}, 1),
         ({"factor": 1.05, "spread": 0.06}, 0),
@@ -86,17 +85,16 @@ def test_compare_allows_what_a_quiet_yardstick_lost(
     assert (found.verdict, found.regression) == (verdict, regression)
 
 
-@pytest.mark.parametrize(
-    ("benchmark", "provider"), [("multiview_loss", "cpu"), ("augment", "vi-simsiam")]
-)
-def test_compare_calls_a_lost_result_a_regression(
-    result: dict[str, Any], benchmark: str, provider: str
-) -> None:
+@pytest.mark.parametrize("benchmark", ["multiview_loss", "augment"])
+def test_compare_calls_a_lost_result_a_regression(result: dict[str, Any], benchmark: str) -> None:
     before = result if benchmark == "multiview_loss" else scripted_pipeline(benchmark)
     after = copy.deepcopy(before)
-    after["cases"][0]["providers"][provider].update(correct=False, failure="inaccurate: 1e-2")
-    lost = {(each.provider, each.verdict) for each in compare(before, after) if each.regression}
-    assert lost == {(provider, "inaccurate: 1e-2")}
+    after["cases"][0]["providers"]["lightly" if benchmark == "augment" else "cpu"].update(
+        correct=False, failure="inaccurate: 1e-2"
+    )
+    assert {each.verdict for each in compare(before, after) if each.regression} == {
+        "inaccurate: 1e-2"
+    }
     assert not any(change.regression for change in compare(after, before)), "a new result is none"
 
 
@@ -126,8 +124,6 @@ def test_compare_names_bad_input_in_one_line(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert message in error
-    assert main(["bench", "compare", str(tmp_path / "before.json"), str(tmp_path / "none")]) == 2
-    assert "cannot be read (No such file or directory)" in capsys.readouterr().err
 
 
 def test_compare_gives_noisy_times_no_verdict(

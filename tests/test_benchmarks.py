@@ -24,15 +24,16 @@ from benchmark_cases import (
 )
 from torch import Tensor
 
-from vi_simsiam.benchmarks import multiview_loss, names, plots, providers, tables, timers
+from vi_simsiam.benchmarks import multiview_loss, names, plots, tables, timers
 from vi_simsiam.benchmarks.baselines import textbook_loss
 from vi_simsiam.benchmarks.cases import Case, cases_for
-from vi_simsiam.benchmarks.providers import Provider, errors, reference
+from vi_simsiam.benchmarks.multiview_loss import Provider, errors, reference
 from vi_simsiam.benchmarks.step import step_cases
 from vi_simsiam.benchmarks.timers import failure_reason, interleave
 from vi_simsiam.benchmarks.train_peers import PROVIDERS
 from vi_simsiam.benchmarks.view_cases import view_cases
 from vi_simsiam.cli import main
+from vi_simsiam.cli.commands import BENCHMARKS
 from vi_simsiam.engine import graph
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.multiview_loss import LossForm, eager_loss
@@ -89,7 +90,7 @@ def test_a_gradient_left_unwritten_is_not_hidden_by_the_memory_of_the_last_resul
             Lazy.calls += 1
             return tuple(buffers)
 
-    found = providers.check(lambda p, z: Lazy.apply(*p), *drawn(TINY), exact, (1e-6, 1e-6))
+    found = multiview_loss.check(lambda p, z: Lazy.apply(*p), *drawn(TINY), exact, (1e-6, 1e-6))
     assert Lazy.calls == 2
     assert not found["correct"]
     assert found["gradient_error"] is None
@@ -122,16 +123,11 @@ def test_what_cannot_run_or_lacks_memory_is_a_result(monkeypatch: pytest.MonkeyP
     assert measured(ScriptedTimer(1))["providers"]["eager"]["failure"] == "out of memory", "inputs"
 
 
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (ValueError("\n  no compiler \n at all"), "ValueError: no compiler"),
-        (KeyError(), "KeyError"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "out of memory"),
-    ],
-)
-def test_failure_reason_is_one_line(error: Exception, reason: str) -> None:
-    assert failure_reason(error) == reason
+def test_failure_reason_is_one_line() -> None:
+    assert failure_reason(ValueError("\n  no compiler \n at all")) == "ValueError: no compiler"
+    assert failure_reason(KeyError()) == "KeyError"
+    no_memory = RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")
+    assert failure_reason(no_memory) == "out of memory"
 
 
 def test_measures_are_taken_in_turn_until_the_time_is_up() -> None:
@@ -225,7 +221,7 @@ def test_results_of_one_turn_lie_in_different_memory() -> None:
 def test_gpu_case_has_all_figures() -> None:
     device = torch.device("cuda")
     timer = timers.timer_for(device)
-    made = providers.make_providers(TINY.form, device)
+    made = multiview_loss.make_providers(TINY.form, device)
     made = {name: provider for name, provider in made.items() if "compile" not in name}
     case = multiview_loss.measure_case(Case(1024, 512), device, made, timer, rounds=5)
     for name in ("eager", "triton"):
@@ -256,18 +252,15 @@ def test_cases_and_inputs_are_those_of_training() -> None:
     assert case.least_bytes("forward") == (8 * 64 * 2049 + 2 * 64 * 2048) * 2
     assert case.least_bytes("forward_backward") == (2 * 8 * 64 * 2049 + 2 * 64 * 2048) * 2
     predictions, targets = drawn(dataclasses.replace(case, batch=2, views=3))
-    assert [p.shape for p in predictions] == [(2, 2049)] * 3
-    assert all(p.stride() == (2064, 1) and p.is_leaf and p.requires_grad for p in predictions)
+    assert all(p.shape == (2, 2049) and p.stride() == (2064, 1) for p in predictions)
+    assert all(p.is_leaf and p.requires_grad for p in predictions)
     assert [z.shape for z in targets] == [(2, 2048)] * 2
     assert predictions[0].detach().as_strided((2, 15), (2064, 1), 2049).isnan().all()
     assert not any(x.isnan().any() for x in (*predictions, *targets))
-    for device in ("cpu", "cuda"):
+    for device, count, few in (("cpu", 15, 5), ("cuda", 5 * 4 * 2 * 2 + 3, 8)):
         found = [c.name for c in cases_for(device, short=False)]
-        telling = [c.name for c in cases_for(device, short=True)]
-        assert len(set(found)) == len(found)
-        assert found[: len(telling)] == telling
-    assert len(cases_for("cuda", short=False)) == 5 * 4 * 2 * 2 + 3
-    assert len(cases_for("cuda", short=True)) == 8
+        assert len(set(found)) == len(found) == count
+        assert found[:few] == [c.name for c in cases_for(device, short=True)]
 
 
 @pytest.mark.parametrize("form", [LossForm("power_spherical", 19.0), LossForm("cosine")], ids=str)
@@ -277,20 +270,20 @@ def test_reference_in_pieces_and_textbook_are_eager(
     predictions, targets = drawn(Case(7, 20, 3, 2, distribution=form.distribution))
     doubles = [p.double() for p in predictions], [z.double() for z in targets]
     loss = eager_loss(*doubles, form).mean()
-    whole = providers.Outcome(loss.item(), torch.autograd.grad(loss, predictions))
-    monkeypatch.setattr(providers, "_CHUNK_ELEMENTS", 130)
+    whole = multiview_loss.Outcome(loss.item(), torch.autograd.grad(loss, predictions))
+    monkeypatch.setattr(multiview_loss, "_CHUNK_ELEMENTS", 130)
     pieces = reference(predictions, targets, form, torch.float64)
     assert pieces.loss == pytest.approx(whole.loss, rel=1e-14)
     assert max(errors(pieces, whole)) < 1e-7
     assert textbook_loss(*doubles, form).mean().item() == pytest.approx(whole.loss, rel=1e-11)
-    assert errors(providers.Outcome(float("nan"), whole.gradients), whole)[0] != 0
+    assert errors(multiview_loss.Outcome(float("nan"), whole.gradients), whole)[0] != 0
 
 
 def test_providers_that_are_not_here_give_the_reason() -> None:
-    made = providers.make_providers(TINY.form, CPU)
+    made = multiview_loss.make_providers(TINY.form, CPU)
     assert list(made) == ["textbook", "eager", "torch.compile", "cpu"]
-    with mock.patch.object(providers, "why_unavailable", return_value="built without nvcc"):
-        on_gpu = providers.make_providers(TINY.form, torch.device("cuda"))
+    with mock.patch.object(multiview_loss, "why_unavailable", return_value="built without nvcc"):
+        on_gpu = multiview_loss.make_providers(TINY.form, torch.device("cuda"))
     assert on_gpu["cuda"] == "not available: built without nvcc"
     assert list(on_gpu)[2:4] == list(names.COMPILED)
 
@@ -364,3 +357,6 @@ def test_the_help_shows_what_only_accepts(
         assert main(["bench", benchmark, "--help"]) == 0
         (line,) = [line for line in capsys.readouterr().out.splitlines() if "--only" in line]
         assert [name for name in accepted if name not in line] == []
+    assert main(["bench", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n  {name} " in text for name in BENCHMARKS)

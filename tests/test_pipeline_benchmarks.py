@@ -18,10 +18,10 @@ from benchmark_cases import CPU, needs_gpu, shown
 from PIL import Image
 from torch import Tensor
 
-from vi_simsiam.benchmarks import augment, images, ours, peers, step, tables
+from vi_simsiam.benchmarks import augment, peers, step, tables, view_cases
 from vi_simsiam.benchmarks.peers import Provider
 from vi_simsiam.benchmarks.timers import Timer, timer_for
-from vi_simsiam.benchmarks.view_cases import SMALL_IMAGES, ViewCase, view_cases
+from vi_simsiam.benchmarks.view_cases import SMALL_IMAGES, ViewCase
 from vi_simsiam.data.cache import in_memory
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import FileSource
@@ -32,7 +32,7 @@ TINY = ViewCase(4, 16, 2, 8, sides=(16, 20))
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return images.generate(tmp_path_factory.mktemp("generated"), count=8, sides=TINY.sides)
+    return view_cases.generate(tmp_path_factory.mktemp("generated"), count=8, sides=TINY.sides)
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +88,8 @@ def test_views_are_judged_before_they_are_timed() -> None:
 
 def test_our_views_are_compared_with_torchvisions(packed: PackedImages) -> None:
     threads = torch.get_num_threads()
-    alone = ours.augmented_bytes(packed, TINY.policy, TINY.batch, CPU, Timer())
-    loader = ours.loader_views(packed, TINY.policy, TINY.batch, CPU, workers=0)
+    alone = augment.augmented_bytes(packed, TINY.policy, TINY.batch, CPU, Timer())
+    loader = augment.loader_views(packed, TINY.policy, TINY.batch, CPU, workers=0)
     for made in (alone, loader):
         found = augment.judge(TINY, made)
         assert found["correct"], found["failure"]
@@ -99,7 +99,7 @@ def test_our_views_are_compared_with_torchvisions(packed: PackedImages) -> None:
     assert torch.get_num_threads() == threads
     views = [view.clone() for view in alone.sample()[0]]
     views[3][2, 0, 4, 4] += 1e-3 / 0.229
-    changed = ours.errors(views, packed, TINY.policy, np.arange(TINY.batch))
+    changed = augment.errors(views, packed, TINY.policy, np.arange(TINY.batch))
     assert max(changed.values()) == pytest.approx(1e-3, rel=0.05)
 
 
@@ -163,16 +163,16 @@ def test_generated_images_have_structure_and_differ(paths: list[str]) -> None:
 
 def test_images_come_from_folders_too(image_folder: Path, tmp_path: Path) -> None:
     data = f"folder:{image_folder}"
-    found = images.image_files(data, tmp_path, count=45, sides=(8, 8))
+    found = view_cases.image_files(data, tmp_path, count=45, sides=(8, 8))
     assert (len(found), len(set(found))) == (45, 40)
-    few = images.image_files(data, tmp_path, count=4, sides=(8, 8))
+    few = view_cases.image_files(data, tmp_path, count=4, sides=(8, 8))
     assert {"bright", "dark"} == {Path(path).parent.name for path in few}
     for other in ("fashion-mini", "imagenette", "folder:"):  # before anything is opened
         with pytest.raises(InputError, match=f"data: '{other}' must be generated or folder:PATH"):
-            images.image_files(other, tmp_path, count=4, sides=(8, 8))
+            view_cases.image_files(other, tmp_path, count=4, sides=(8, 8))
 
     def labelled(data: str, count: int | None) -> Any:
-        return images.labelled_images(data, tmp_path, tmp_path, images=count, side=8)
+        return view_cases.labelled_images(data, tmp_path, tmp_path, images=count, side=8)
 
     with pytest.raises(InputError, match="data: 'x' must be generated, .* one of fashion-mini"):
         labelled("x", None)
@@ -183,12 +183,12 @@ def test_images_come_from_folders_too(image_folder: Path, tmp_path: Path) -> Non
 
 
 def test_cases_are_those_of_the_targets() -> None:
-    names = [case.name for case in view_cases("cuda", short=False)]
+    names = [case.name for case in view_cases.view_cases("cuda", short=False)]
     assert len(set(names)) == len(names) == 8
-    telling = [case.name for case in view_cases("cuda", short=True)]
+    telling = [case.name for case in view_cases.view_cases("cuda", short=True)]
     assert telling == ["2x128 batch 64", "2x224 batch 64"]
     assert "2x224+6x96 batch 256" in names
-    assert view_cases("cpu", short=True) == (SMALL_IMAGES,)
+    assert view_cases.view_cases("cpu", short=True) == (SMALL_IMAGES,)
     assert TINY.views == 16
     assert TINY.policy.local_views == 2
     assert ViewCase(64, 128).policy.crop_scale == (0.2, 1.0)

@@ -17,7 +17,7 @@ from benchmark_cases import CPU, needs_gpu, quiet, scripted_pipeline, shown
 from test_pipeline_benchmarks import TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vi_simsiam.benchmarks import images, plots, step, step_parts, tables
+from vi_simsiam.benchmarks import plots, step, step_parts, tables, view_cases
 from vi_simsiam.benchmarks.launches import by_kind, launches_case, launches_of
 from vi_simsiam.benchmarks.step_parts import Parts, StepCase, WholeStep
 from vi_simsiam.benchmarks.timers import Timer, timer_for
@@ -33,7 +33,7 @@ from vi_simsiam.engine.train import Trainer
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> PackedImages:
     folder = tmp_path_factory.mktemp("generated")
-    return in_memory(FileSource(images.generate(folder, count=8, sides=TINY.sides)))
+    return in_memory(FileSource(view_cases.generate(folder, count=8, sides=TINY.sides)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,6 +55,7 @@ def raises(error: BaseException) -> train.Trains:
     return mock.Mock(side_effect=error)
 
 
+@pytest.mark.usefixtures("no_warm_up")
 def test_recorder_stands_still_while_features_are_evaluated() -> None:
     now = iter([100.0, 110.0, 114.0, 124.0, 128.0, 129.0])
     accuracies = iter([0.5, 0.7])
@@ -161,18 +162,11 @@ def test_a_training_that_learnt_much_less_than_lightlys_has_no_speed() -> None:
     assert found[names.OURS_SIMSIAM]["time"] is None
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"epochs": 1}, "epochs: 1 must be at least 2"),
-        ({"images": 3}, "images: 3 must be at least 64"),
-        ({"target_accuracy": 60.0}, "target_accuracy: 60.0 must lie between 0 and 1"),
-        ({"rounds": 0}, "rounds: 0 must be at least 1"),
-    ],
-)
-def test_train_options_that_make_no_sense(changed: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        train.Options(**changed)
+def test_train_options_that_make_no_sense() -> None:
+    with pytest.raises(InputError, match="images: 3 must be at least 64"):
+        train.Options(images=3)
+    with pytest.raises(InputError, match="target_accuracy: 60.0 must lie between 0 and 1"):
+        train.Options(target_accuracy=60.0)
 
 
 @pytest.mark.usefixtures("small_network", "no_warm_up")
@@ -218,17 +212,13 @@ def test_an_epoch_is_over_before_its_checkpoint(image_folder: Path, tmp_path: Pa
     assert unsaved == [5, 5]
 
 
-@pytest.mark.parametrize(("device", "extent"), [("cuda", (2560, 6)), ("cpu", (640, 2))])
-def test_short_is_long_enough_for_the_device(
-    device: str, extent: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_short_is_long_enough_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     suite = mock.Mock(side_effect=InterruptedError)
     monkeypatch.setattr(train, "resolve_device", torch.device)
     monkeypatch.setattr(train, "Suite", suite)
     with pytest.raises(InterruptedError):
-        train.run(train.Options(device=device, short=True, epochs=9), quiet())
-    given = suite.call_args.args[1]
-    assert (given.images, given.epochs) == extent
+        train.run(train.Options(device="cuda", short=True, epochs=9), quiet())
+    assert (suite.call_args.args[1].images, suite.call_args.args[1].epochs) == (2560, 6)
 
 
 def test_every_training_has_the_same_loss() -> None:
