@@ -79,7 +79,9 @@ def test_recorder_stands_still_while_features_are_evaluated() -> None:
 
 
 @pytest.mark.usefixtures("no_warm_up")
-def test_trainings_are_compared_in_turn_and_failures_recorded(tmp_path: Path) -> None:
+def test_trainings_are_compared_in_turn_and_failures_recorded(
+    image_folder: Path, tmp_path: Path
+) -> None:
     order: list[str] = []
     seconds = iter(range(10**6))
     given = {
@@ -121,7 +123,10 @@ def test_trainings_are_compared_in_turn_and_failures_recorded(tmp_path: Path) ->
     assert (tmp_path / "cpu" / "train.png").read_bytes().startswith(b"\x89PNG")
     for changed, message in (
         ({"only": "x"}, "no provider's name contains 'x'; there are 'vi-simsiam', 'lightly'"),
-        ({"images": None, "batch_size": 300}, "batch_size: 300 must be at most 256"),
+        (
+            {"data": f"folder:{image_folder}", "images": None, "batch_size": 300},
+            "batch_size: 300 must be at most 40",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             train.run(dataclasses.replace(chosen, **changed), quiet(), providers=providers)
