@@ -186,12 +186,7 @@ def run(
 ) -> dict[str, Any]:
     """Measure the cases, print tables, and write the result file after each case.
 
-    Args:
-        options: what to measure.
-        console: where to print.
-        providers: makes the providers of a case, or the reason for those that cannot run.
-        timer: how to time; None for the device's default.
-        clock: the time in seconds, for the limit on --short.
+    `timer` is None for the device's default; `clock` gives seconds, for the limit on --short.
     """
     suite = Suite("multiview_loss", options, console)
     device = suite.device

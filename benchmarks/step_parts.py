@@ -216,11 +216,7 @@ class Parts:
 class WholeStep:
     """Our training step with its data: overlapped on a GPU, fed by worker processes on a CPU.
 
-    Args:
-        parts: the network.
-        images: training images.
-        captured: replay the step as a graph on a GPU.
-        view_priority: see `OverlappedStep`.
+    If `captured`, it is replayed as a graph on a GPU; for `view_priority` see `OverlappedStep`.
     """
 
     def __init__(

@@ -64,14 +64,7 @@ def only_cases(examples: str, name: str) -> Any:
 
 
 class Suite:
-    """One run of a benchmark.
-
-    Args:
-        benchmark: its name, which is that of its result file.
-        options: what to measure.
-        console: where to print; None for standard output.
-        packages: peers whose versions the result file names.
-    """
+    """One run of the benchmark of that name; the result file names the versions of `packages`."""
 
     def __init__(
         self,
@@ -107,10 +100,7 @@ class Suite:
     ) -> Iterator[tuple[_Case, float]]:
         """Yield the cases to measure, each with the share of the time limit used before it.
 
-        Args:
-            cases: objects with a unique `name`, in the order in which they are measured.
-            seconds: limit of --short; when it is nearly used up, the other cases are left out.
-            clock: the time in seconds.
+        When the limit of --short, `seconds`, is nearly used up, the other cases are left out.
 
         Raises:
             InputError: --only fits none of them.

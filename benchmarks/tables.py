@@ -196,9 +196,7 @@ def loss_case(case: Case) -> Table:
 def loss_markdown(result: _Result, *, metric: str = "time") -> str:
     """Medians of loss and gradient, a row for each case; of a GPU's many cases the telling ones.
 
-    Args:
-        result: the content of a result file of `vi-simsiam bench loss`.
-        metric: "time", or "host" (GPU only).
+    `metric` is "time", or "host" on a GPU.
     """
     mode, cases = MODES[1], result["cases"]
     if result["device_type"] == "cuda":

@@ -283,11 +283,8 @@ def refuse_worse(found: dict[str, dict[str, Any]], images: int) -> None:
     """Remove the times of trainings of SimSiam that learnt clearly less than the yardstick's.
 
     A training far below the others computes something else. VI-SimSiam is another method, so its
-    accuracy is shown, but not compared.
-
-    Args:
-        found: providers as `measure_case` yields them; changed in place.
-        images: number of validation images, for the standard error of accuracies.
+    accuracy is shown, but not compared. `images`, the number of validation images, gives the
+    standard error of accuracies.
     """
     expected = found.get(YARDSTICK, {}).get("knn_top1")
     if expected is None:

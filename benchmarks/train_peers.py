@@ -43,12 +43,7 @@ _Views = Sequence[Tensor]
 class Recorder:
     """The clock of one training. It is stopped while features are evaluated.
 
-    Args:
-        device: of the training.
-        evaluate: accuracy of a backbone; None to never evaluate.
-        every: evaluate after every so many epochs, besides the last.
-        epochs: of the whole training.
-        clock: the time in seconds.
+    `evaluate` gives the accuracy of a backbone after the last epoch, and after `every` so many.
     """
 
     def __init__(

@@ -17,7 +17,8 @@ from PIL import Image
 from vi_simsiam.config import AugmentConfig
 from vi_simsiam.config import policy as named_policy
 from vi_simsiam.data.datasets import ACCEPTED, Splits, open_dataset
-from vi_simsiam.data.sources import ArraySource, FileSource, ImageSource
+from vi_simsiam.data.sources import FileSource, ImageSource
+from vi_simsiam.data.subsets import subset
 from vi_simsiam.errors import InputError
 
 _OCTAVES = (3, 6, 12, 24, 48)
@@ -103,11 +104,8 @@ def view_cases(device_type: str, *, short: bool) -> tuple[ViewCase, ...]:
 def image_files(data: str, folder: Path, *, count: int, sides: tuple[int, int]) -> list[str]:
     """Paths of `count` image files, with repeats where there are fewer.
 
-    Args:
-        data: "generated", or "folder:PATH" for the training images of a data set.
-        folder: where generated images are written.
-        count: number of paths.
-        sides: least and greatest side of generated images, in pixels.
+    They are those of "folder:PATH", or "generated" ones of these `sides` in pixels, written into
+    `folder`.
 
     Raises:
         InputError: other data, no such folder, or one without images.
@@ -118,9 +116,8 @@ def image_files(data: str, folder: Path, *, count: int, sides: tuple[int, int]) 
         paths = generate(folder, count=min(count, 256), sides=sides)
     else:
         source = open_dataset(data).train
-        assert isinstance(source, FileSource)  # a folder is
-        # Evenly spread: files are listed class by class.
-        paths = [source.describe(i) for i in _spread(min(count, len(source)), len(source))]
+        chosen = _evenly(source, count)  # files are listed class by class
+        paths = [chosen.describe(i) for i in range(len(chosen))]
     return [paths[i % len(paths)] for i in range(count)]
 
 
@@ -129,12 +126,8 @@ def labelled_images(
 ) -> Splits:
     """Training and validation images with labels, at most `images` of each, evenly spread.
 
-    Args:
-        data: "generated", or a data set as in `vi-simsiam train --data`.
-        root: folder of downloaded data sets.
-        folder: where generated images are written.
-        images: number of each; None for all, and for 256 generated ones.
-        side: of generated images, in pixels.
+    `data` is as in `vi-simsiam train --data`, downloaded to `root`, or "generated": 256 images of
+    `side` pixels, or `images`, written into `folder`.
 
     Raises:
         InputError: no such data set, or one without labels or validation images.
@@ -156,25 +149,14 @@ def labelled_images(
         raise InputError(f"data: {data!r} must be generated, {ACCEPTED}") from None
     if found.val is None or found.train.labels is None or found.val.labels is None:
         raise InputError(f"data: {data!r} must have labels and validation images")
-    return Splits(found.name, subset(found.train, images), subset(found.val, images))
+    return Splits(found.name, _evenly(found.train, images), _evenly(found.val, images))
 
 
-def subset(source: ImageSource, count: int | None) -> ImageSource:
-    """`count` evenly spread images of a source of files or arrays; all if there are no more."""
+def _evenly(source: ImageSource, count: int | None) -> ImageSource:
+    """`count` evenly spread images; all for None, and if there are no more."""
     if count is None or count >= len(source):
         return source
-    chosen = _spread(count, len(source))
-    labels = None if source.labels is None else source.labels[chosen]
-    if isinstance(source, FileSource):
-        return FileSource([source.describe(i) for i in chosen], labels, source.classes, source.name)
-    if isinstance(source, ArraySource):
-        return ArraySource(source.images[chosen], labels, source.classes, source.name)
-    raise InputError(f"images: {source.name} can only be taken as a whole")
-
-
-def _spread(count: int, length: int) -> NDArray[np.intp]:
-    """Indices of `count` evenly spread ones of `length` images."""
-    return np.linspace(0, length - 1, count).astype(np.intp)
+    return subset(source, np.linspace(0, len(source) - 1, count).astype(np.int64))
 
 
 def generate(
@@ -187,12 +169,8 @@ def generate(
 ) -> list[str]:
     """Write random JPEG images that have structure at every scale, and return their paths.
 
-    Args:
-        folder: created if it does not exist.
-        count: number of images.
-        sides: shorter and longer side in pixels; every other image is upright.
-        seed: of the random numbers.
-        tints: added to red, green and blue, image by image in turn.
+    `sides` are the shorter and longer side in pixels; every other image is upright. `tints` are
+    added to red, green and blue, image by image in turn.
     """
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(seed)
