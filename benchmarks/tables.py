@@ -93,7 +93,7 @@ def _ratio(found: Ratio | None) -> str:
 
 
 def _reason(case: Case, name: str, mode: str | None = None) -> str:
-    """Why a provider has no time, in a word; the whole reason is given below the table."""
+    """The reason for a missing time, in a word; the whole one is given below the table."""
     found = case["providers"].get(name)
     if found is None:
         return "-"
