@@ -284,11 +284,12 @@ def _timed(
             found[name]["failure"] = failure_reason(error)
     times, failures = interleave(measures, rounds=rounds, seconds=_CASE_SECONDS[device.type])
     copy = times.pop(("copy", "time"), None)
-    for (name, metric), measured in times.items():
-        found[name][metric] = measured
-    for name, metric in failures:
+    for (name, _), reason in failures.items():
         if name in found:
-            found[name] = {"failure": failures[name, metric]}
+            found[name]["failure"] = reason
+    for (name, metric), measured in times.items():
+        if "failure" not in found[name]:
+            found[name][metric] = measured
     for values in found.values():
         if "time" in values:
             median = values["time"]["median_us"]
