@@ -214,7 +214,7 @@ def measure_case(
     """Check and time all providers on one case; whatever fails is recorded with its reason.
 
     Returns:
-        The case, the copy's times, and for every provider the entries of `providers.check` and, in
+        The case, the copy's times, and for every provider the entries of `check` and, in
         each mode, None where it was not timed, or `failure`, or: `time` and on a GPU `host`
         (quartiles, see timers.py), `bytes_per_second` of the bytes that must move, `copy_share`
         (the copy's time over this one) and `peak_bytes` above the inputs.
