@@ -26,7 +26,7 @@ from vi_simsiam.ops.multiview_loss import LossForm, eager_loss
 from vi_simsiam.text import markdown_grid, print_line
 
 from . import names
-from .providers import make_providers
+from .multiview_loss import make_providers
 from .results import provenance, result_path, write_result
 from .timers import failure_reason
 
@@ -132,11 +132,11 @@ def _inputs(cosine: float, kappa: float, device: torch.device) -> tuple[list[Ten
     view = torch.zeros(1, DIM + 1)
     first = round(cosine * _LENGTH)
     view[0, 0] = first
-    rest = _LENGTH**2 - first**2
-    for column in range(1, DIM):
+    rest, column = _LENGTH**2 - first**2, 1
+    while rest:
         root = math.isqrt(rest)  # the largest square that fits: about eight are needed
         view[0, column] = root
-        rest -= root**2
+        rest, column = rest - root**2, column + 1
     view[0, DIM] = kappa
     target = torch.zeros(1, DIM)
     target[0, 0] = 1

@@ -10,30 +10,38 @@ checked and that they are finite; mean and deviation are recorded.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
-import tyro
+from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
+from vi_simsiam.config import AugmentConfig
 from vi_simsiam.data.cache import in_memory
 from vi_simsiam.data.decoding import cores
+from vi_simsiam.data.device import byte_tensor
+from vi_simsiam.data.loader import MultiViewLoader
+from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import FileSource
+from vi_simsiam.data.views import add_offsets, draw_table
 from vi_simsiam.errors import InputError
+from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, ColourOperation, augment
 
-from . import names, ours, peers
-from .images import image_files
+from . import names, peers
+from .baselines import colour_operations, torchvision_view
 from .peers import Provider
-from .suite import Suite, SuiteOptions
+from .suite import Suite, SuiteOptions, only_cases
 from .tables import augment_case
 from .timers import Timer, failed, failure_reason, timed_in_turn, timer_for
-from .view_cases import ViewCase, view_cases
+from .view_cases import ViewCase, image_files, view_cases
 
 TORCHVISION = "torchvision v2"
 YARDSTICK = TORCHVISION
@@ -47,6 +55,13 @@ _MEASURE_SECONDS = 0.7
 _BATCHES = {32: 48, 128: 12}
 """Batches of an epoch for each worker on a CPU, by size of view, for about a second."""
 _MISSING = ("error", "time", "views_per_second")
+_ALLOWED = {"without hue": 1e-5, "with hue": 1e-4}
+"""Largest allowed error of a view, in pixel values from 0 to 1."""
+_CHECKED = 8
+"""Samples of a batch that are compared."""
+_SEED = 0
+_SETS = 8
+"""Number of batches that the augmentation alone is timed on, in turn."""
 
 
 Providers = Mapping[str, Callable[[], Provider]]
@@ -58,10 +73,9 @@ class Options(SuiteOptions):
 
     only: Annotated[
         str,
-        tyro.conf.arg(
-            help='Only cases whose name contains this, such as 2x128 or "batch 64"; a name is '
-            '"2x128+6x64 batch 64", views x size, local ones after the +. What no name contains '
-            "lists all names."
+        only_cases(
+            '2x128 or "batch 64"',
+            '"2x128+6x64 batch 64", views x size, local ones after the +',
         ),
     ] = ""
     rounds: int = 7
@@ -123,8 +137,8 @@ def make_providers(
         return peers.device_provider(call, decoded, device)
 
     made: dict[str, Callable[[], Provider]] = {
-        names.OURS: lambda: ours.loader_views(images, policy, case.batch, device, workers),
-        f"{names.OURS}, augmentation alone": lambda: ours.augmented_bytes(
+        names.OURS: lambda: loader_views(images, policy, case.batch, device, workers),
+        f"{names.OURS}, augmentation alone": lambda: augmented_bytes(
             images, policy, case.batch, device, timer
         ),
         TORCHVISION: lambda: from_files(peers.torchvision_transform(policy)),
@@ -178,16 +192,14 @@ def judge(case: ViewCase, provider: Provider) -> dict[str, Any]:
     """Check the shapes and values of one batch, and its error where that is known."""
     sample, error = provider.sample()
     views = [view.float() for view in sample]
-    policy = case.policy
-    sizes = [policy.size] * 2 + [policy.local_size] * policy.local_views
     shapes = [tuple(view.shape) for view in views]
-    if shapes != [(case.batch, 3, size, size) for size in sizes]:
+    if shapes != case.shapes:
         return failed(f"wrong: views of shapes {sorted(set(shapes))}", _MISSING)
     if not all(torch.isfinite(view).all() for view in views):
         return failed("wrong: views that are not finite", _MISSING)
     wrong = [
         f"{kind} {error[kind]:.1e}, allowed {limit:.0e}"
-        for kind, limit in ours.ALLOWED.items()
+        for kind, limit in _ALLOWED.items()
         if error is not None and not error[kind] <= limit  # a NaN is wrong, too
     ]
     return {
@@ -196,3 +208,109 @@ def judge(case: ViewCase, provider: Provider) -> dict[str, Any]:
         "mean": views[0].mean().item(),
         "std": views[0].std().item(),
     }
+
+
+def loader_views(
+    images: PackedImages, policy: AugmentConfig, batch: int, device: torch.device, workers: int
+) -> Provider:
+    """Batches from `MultiViewLoader`, one epoch after another; `workers` processes on a CPU."""
+    loader = MultiViewLoader(images, policy, batch, device, seed=_SEED, workers=workers)
+
+    def sample() -> tuple[Sequence[Tensor], dict[str, float]]:
+        batches = loader.epoch(0)
+        first = next(batches)
+        error = errors(first.views, images, policy, first.index.cpu().numpy())
+        for _ in batches:  # the rest of the epoch warms up
+            pass
+        return first.views, error
+
+    def measure() -> float:
+        return peers.seconds_a_batch((batch.views for batch in loader), device) * 1e6
+
+    return Provider(sample, measure, loader.close)
+
+
+def augmented_bytes(
+    images: PackedImages, policy: AugmentConfig, batch: int, device: torch.device, timer: Timer
+) -> Provider:
+    """The augmentation alone, on bytes and table rows that are on the device.
+
+    On a CPU it has one thread, as in a worker of a loader.
+    """
+    pixels = byte_tensor(images.pixels).to(device)
+    samples = [(np.arange(batch) + i * batch) % len(images) for i in range(_SETS)]
+    tables = [torch.from_numpy(placed_table(images, policy, each)).to(device) for each in samples]
+    out_bytes = batch * 12 * (2 * policy.size**2 + policy.local_views * policy.local_size**2)
+
+    views = partial(augmented, pixels, policy)
+    with _one_thread(device):
+        timed = timer.prepare(views, tables, out_bytes)["time"]
+
+    def sample() -> tuple[Sequence[Tensor], dict[str, float]]:
+        made = views(tables[0])
+        return made, errors(made, images, policy, samples[0])
+
+    def measure() -> float:
+        with _one_thread(device):
+            return timed()
+
+    return Provider(sample, measure)
+
+
+def augmented(
+    pixels: Tensor, policy: AugmentConfig, table: Tensor, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """The views of the rows of a table: the global ones and, if there are any, the local ones."""
+    made = list(augment(pixels, table[:2], policy.size, dtype=dtype))
+    if policy.local_views:
+        made += augment(pixels, table[2:], policy.local_size, dtype=dtype)
+    return made
+
+
+def placed_table(
+    images: PackedImages, policy: AugmentConfig, samples: NDArray[np.int64]
+) -> NDArray[np.int32]:
+    """Table rows (V, B, 16) of images in epoch 0, with their offsets in `images`."""
+    table = _table(images, policy, samples)
+    add_offsets(table, images.offsets[samples])
+    return table
+
+
+def errors(
+    views: Sequence[Tensor], images: PackedImages, policy: AugmentConfig, samples: NDArray[np.int64]
+) -> dict[str, float]:
+    """Largest error of the first views of a batch of epoch 0 against torchvision's functions.
+
+    Returns:
+        The errors of the views without and with hue shifts, in pixel values from 0 to 1.
+    """
+    samples = samples[:_CHECKED]
+    table = _table(images, policy, samples)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    worst = dict.fromkeys(_ALLOWED, 0.0)
+    for rows, batch in zip(table, views, strict=True):
+        for row, sample, view in zip(rows, samples, batch.float().cpu(), strict=False):
+            exact = torchvision_view(images.image(int(sample)), row, view.shape[-1])
+            error = (view * std + mean - exact).abs().max().item()
+            kind = "with hue" if ColourOperation.HUE in colour_operations(row) else "without hue"
+            worst[kind] = max(worst[kind], error) if error == error else error
+    return worst
+
+
+@contextlib.contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """Limit torch to one thread on a CPU."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _table(
+    images: PackedImages, policy: AugmentConfig, samples: NDArray[np.int64]
+) -> NDArray[np.int32]:
+    heights, widths = images.heights[samples], images.widths[samples]
+    return draw_table(policy, seed=_SEED, epoch=0, samples=samples, heights=heights, widths=widths)

@@ -62,50 +62,39 @@ class Case:
         return (predictions + self.targets * self.dim) * self.batch * self.torch_dtype.itemsize
 
 
+_LARGE_BATCH, _BF16 = 32768, "bfloat16"
 _TELLING = {
     "cuda": (
-        Case(64, 2048, dtype="bfloat16"),
-        Case(32768, 2048, dtype="bfloat16"),
-        Case(32768, 2048),
+        Case(64, 2048, dtype=_BF16),
+        Case(_LARGE_BATCH, 2048, dtype=_BF16),
+        Case(_LARGE_BATCH, 2048),
         Case(256, 2048),
-        Case(1024, 2048, dtype="bfloat16"),
-        Case(256, 2048, 8, 2, dtype="bfloat16"),
-        Case(4096, 2048, 8, 2, dtype="bfloat16"),
+        Case(1024, 2048, dtype=_BF16),
+        Case(256, 2048, 8, dtype=_BF16),
+        Case(4096, 2048, 8, dtype=_BF16),
         Case(4096, 8192),
     ),
     "cpu": (
-        Case(256, 2048),
-        Case(64, 2048),
-        Case(1024, 2048),
-        Case(64, 512),
-        Case(256, 2048, dtype="bfloat16"),
+        *(Case(batch, dim) for batch, dim in ((256, 2048), (64, 2048), (1024, 2048), (64, 512))),
+        Case(256, 2048, dtype=_BF16),
     ),
 }
+_GRID = itertools.product(
+    (_BF16, "float32"), (2, 8), (2048, 512, 128, 8192), (64, 256, 1024, 4096, _LARGE_BATCH)
+)
+_SMALL = ((64, 128), (256, 512), (1024, 512), (4096, 512), (64, 8192), (256, 8192))
 _FULL = {
     "cuda": (
-        *(
-            Case(batch, dim, views, 2, dtype)
-            for dtype, views, dim, batch in itertools.product(
-                ("bfloat16", "float32"),
-                (2, 8),
-                (2048, 512, 128, 8192),
-                (64, 256, 1024, 4096, 32768),
-            )
-        ),
-        Case(256, 2048, dtype="bfloat16", distribution="cosine"),
-        Case(32768, 2048, dtype="bfloat16", distribution="cosine"),
-        Case(32768, 2048, distribution="cosine"),
+        *(Case(batch, dim, views, dtype=dtype) for dtype, views, dim, batch in _GRID),
+        Case(256, 2048, dtype=_BF16, distribution="cosine"),
+        Case(_LARGE_BATCH, 2048, dtype=_BF16, distribution="cosine"),
+        Case(_LARGE_BATCH, 2048, distribution="cosine"),
     ),
     "cpu": (
-        Case(64, 128),
-        Case(256, 512),
-        Case(1024, 512),
-        Case(4096, 512),
-        Case(64, 8192),
-        Case(256, 8192),
-        Case(64, 2048, 8, 2),
-        Case(256, 2048, 8, 2),
-        Case(64, 2048, dtype="bfloat16"),
+        *(Case(batch, dim) for batch, dim in _SMALL),
+        Case(64, 2048, 8),
+        Case(256, 2048, 8),
+        Case(64, 2048, dtype=_BF16),
         Case(256, 2048, distribution="cosine"),
     ),
 }

@@ -54,13 +54,9 @@ class Change:
     @property
     def verdict(self) -> str:
         """The change in a word or two; empty where noise explains the difference."""
-        if self.note:
-            return self.note
-        if self.noisy:
-            return TOO_NOISY
-        if self.regression:
-            return "slower"
-        return "faster" if self.ratio is not None and self.ratio < 1 / self.allowed else ""
+        if self.ratio is None or self.noisy:
+            return self.note or TOO_NOISY
+        return "slower" if self.regression else "faster" if self.ratio < 1 / self.allowed else ""
 
 
 def run(options: Options, console: Console | None = None) -> int:
@@ -83,8 +79,8 @@ def run(options: Options, console: Console | None = None) -> int:
             f"results: a case lacks what is compared ({error}); measure it again"
         ) from error
     for name in ("device", "processor", "versions"):
-        if before.get(name) != after.get(name):
-            old, new = before.get(name), after.get(name)
+        old, new = before.get(name), after.get(name)
+        if old != new:
             print_line(console, f"note: different {name}: {old} and {new}")
     if not changes:
         raise InputError(f"results: {both} have no timed case in common")
@@ -127,28 +123,24 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
     bytes, otherwise the provider that the case names. Where one of these times is noisy (see
     `ratios`) there is no verdict.
     """
+    timings: list[tuple[str, str | None, str]] = [("time", None, "time")]
+    if before["benchmark"] == "multiview_loss":
+        titles = zip(MODES, ("loss", "loss + gradient"), strict=True)
+        timings = [
+            (f"{what}{more}", mode, metric)
+            for mode, what in titles
+            for metric, more in (("time", ""), ("host", ", host"))
+        ]
     found = {case["name"]: case for case in after["cases"]}
-    pairs = [(old, found[old["name"]]) for old in before["cases"] if old["name"] in found]
-    return [
-        change
-        for old, new in pairs
+    changes = [
+        _change(old, found[old["name"]], name, *timing)
+        for old in before["cases"]
+        if old["name"] in found
         for name in old["providers"]
-        if name in new["providers"]
-        for timing in _timings(before["benchmark"])
-        if (change := _change(old, new, name, *timing)) is not None
+        if name in found[old["name"]]["providers"]
+        for timing in timings
     ]
-
-
-def _timings(benchmark: str) -> list[tuple[str, str | None, str]]:
-    """The times of a provider: what each is called, its mode and its metric."""
-    if benchmark != "multiview_loss":
-        return [("time", None, "time")]
-    modes = dict(zip(MODES, ("loss", "loss + gradient"), strict=True))
-    return [
-        (f"{what}, host" if metric == "host" else what, mode, metric)
-        for mode, what in modes.items()
-        for metric in ("time", "host")
-    ]
+    return [change for change in changes if change is not None]
 
 
 def _yardstick(case: Case, name: str, mode: str | None, metric: str) -> Times | None:

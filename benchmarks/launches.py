@@ -6,8 +6,7 @@ Operators are those below autograd.
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -48,29 +47,24 @@ KINDS = {
 def launches_of(step: Callable[[], object], device: torch.device) -> Launches:
     """Run a step twice, and count what the second launches: the first may compile."""
     step()
-    if device.type != "cuda":
+    if device.type == "cuda":
+        synchronize(device)
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            step()
+            synchronize(device)
+        kernels = (event for event in profiler.events() if event.device_type.name == "CUDA")
+        launched = [(event.name, event.time_range.elapsed_us()) for event in kernels]
+    else:
         with _Operators() as operators:
             step()
-        return _added_up(operators.found)
-    synchronize(device)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        step()
-        synchronize(device)
-    kernels = (event for event in profiler.events() if event.device_type.name == "CUDA")
-    return _added_up((event.name, event.time_range.elapsed_us()) for event in kernels)
-
-
-def _added_up(events: Iterable[tuple[str, float]]) -> Launches:
-    """Names and microseconds of single launches, added up."""
-    counts, times = Counter[str](), defaultdict[str, float](float)
-    for name, microseconds in events:
-        counts[name] += 1
-        times[name] += microseconds
-    longest = sorted(times.items(), key=lambda item: -item[1])
-    return [
-        {"kind": kind_of(name), "name": name, "count": counts[name], "us": us}
-        for name, us in longest
-    ]
+        launched = operators.found
+    totals: dict[str, dict[str, Any]] = {}
+    for name, microseconds in launched:
+        entry = {"kind": kind_of(name), "name": name, "count": 0, "us": 0.0}
+        entry = totals.setdefault(name, entry)
+        entry["count"] += 1
+        entry["us"] += microseconds
+    return sorted(totals.values(), key=lambda entry: -entry["us"])
 
 
 def kind_of(name: str) -> str:
@@ -88,42 +82,36 @@ def by_kind(found: Launches) -> dict[str, tuple[int, float]]:
     return totals
 
 
+def _launches(case: Case) -> tuple[str, list[str], list[Sequence[str]]]:
+    """Title, kinds of layers, and a row for each kind of launch and for the sum."""
+    columns: dict[str, dict[str, tuple[int, float]]] = {
+        layers: by_kind(found) for layers, found in case["launches"].items()
+    }
+    for found in columns.values():
+        found["all"] = (sum(n for n, _ in found.values()), sum(us for _, us in found.values()))
+
+    def cell(found: dict[str, tuple[int, float]], kind: str) -> str:
+        return f"{found[kind][1]:,.0f} ({found[kind][0]})" if kind in found else "-"
+
+    rows: list[Sequence[str]] = [
+        (kind, *(cell(found, kind) for found in columns.values()))
+        for kind in (*KINDS, OTHER, "all")
+        if any(kind in found for found in columns.values())
+    ]
+    return f"{case['label']}: microseconds (launches)", list(columns), rows
+
+
 def launches_case(case: Case) -> Table:
     """Launches of a step for the terminal."""
-    head, *rows = _launch_rows(case)
-    return terminal_table(f"{case['label']}: {_COUNTED}", head, rows)
+    title, layers, rows = _launches(case)
+    return terminal_table(title, ["", *layers], rows)
 
 
 def launches_markdown(result: dict[str, Any]) -> str:
     """Launches of a step on views at hand, by purpose: a table for each case with counts."""
-    tables = []
-    for case in result["cases"]:
-        if case.get("launches"):
-            (_, *layers), *rows = _launch_rows(case)
-            tables.append(markdown_grid((f"{case['label']}: {_COUNTED}", *layers), rows))
+    counts = [_launches(case) for case in result["cases"] if case.get("launches")]
+    tables = [markdown_grid((title, *layers), rows) for title, layers, rows in counts]
     return "\n\n".join([*tables, where(result)]) if tables else NOTHING
-
-
-_COUNTED = "microseconds (launches)"
-
-
-def _launch_rows(case: Case) -> list[Sequence[str]]:
-    """The head, a row for each kind of launch, and the sum; a column for each kind of layers."""
-    columns = {layers: by_kind(found) for layers, found in case["launches"].items()}
-    for found in columns.values():
-        found["all"] = (sum(n for n, _ in found.values()), sum(us for _, us in found.values()))
-    rows = [
-        (
-            kind,
-            *(
-                f"{found[kind][1]:,.0f} ({found[kind][0]})" if kind in found else "-"
-                for found in columns.values()
-            ),
-        )
-        for kind in (*KINDS, OTHER, "all")
-        if any(kind in found for found in columns.values())
-    ]
-    return [("", *columns), *rows]
 
 
 class _Operators(TorchDispatchMode):

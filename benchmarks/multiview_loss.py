@@ -1,47 +1,42 @@
 """The fused loss against eager PyTorch and torch.compile: loss alone, and loss with its gradient.
 
-Before a provider is timed, its loss and gradient are compared with float64 by the rule of the
-tests; one that is wrong, cannot run or runs out of memory is recorded with the reason and without a
-time. The least that training needs is timed: the loss under no_grad ("forward"), and the loss with
-the gradient of every view by torch.autograd.grad ("forward_backward"), for a seed gradient made
-beforehand. Everything is compared with a copy of the bytes that must move, by PyTorch on the same
-device and measured in turn with the providers.
+A provider takes V predictions (B, W) and G targets (B, D) and returns the mean loss. Before it is
+timed, its loss and gradient are compared with float64 by the rule of the tests; one that is wrong,
+cannot run or runs out of memory is recorded with the reason and without a time. The least that
+training needs is timed: the loss under no_grad ("forward"), and the loss with the gradient of every
+view by torch.autograd.grad ("forward_backward"), for a seed gradient made beforehand. Everything is
+compared with a copy of the bytes that must move, by PyTorch on the same device and measured in turn
+with the providers.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
 import torch
-import tyro
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from vi_simsiam.ops.multiview_loss import LossForm
-from vi_simsiam.text import markdown_grid
+from vi_simsiam.ops.backends import why_unavailable
+from vi_simsiam.ops.multiview_loss import LossForm, eager_loss, multiview_loss
 
 from . import names
+from .baselines import textbook_loss
 from .cases import MODES, Case, Inputs, cases_for, draw_inputs
-from .providers import MISSING, Provider, allowed_errors, check, errors, make_providers, reference
-from .ratios import LEGEND, NOT_MEASURED, TOO_NOISY, case_label, fastest, ratio, speed_up, times_of
-from .suite import Suite, SuiteOptions
-from .tables import (
-    brief,
-    keys_of,
-    noise_notes,
-    number,
-    optional,
-    shown_ratio,
-    terminal_table,
-    where,
-)
+from .suite import Suite, SuiteOptions, only_cases
+from .tables import loss_case
 from .timers import Timer, failed, failure_reason, interleave, timer_for
 
+Provider = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+
+_MISSING = ("loss_error", "gradient_error", "first_call_seconds")
+"""Figures that a provider without a result lacks."""
+_CHUNK_ELEMENTS = 2**24
 _SHORT_SECONDS = {"cuda": 170.0, "cpu": 85.0}
 _CASE_SECONDS = {"cuda": 1.5, "cpu": 3.0}
 """No new round of a case begins after this long in one mode; compiling comes on top."""
@@ -53,12 +48,132 @@ class Options(SuiteOptions):
 
     only: Annotated[
         str,
-        tyro.conf.arg(
-            help="Only cases whose name contains this, such as 256x2048, bfloat16 or cosine; a "
-            'name is "power_spherical 256x2048 2x2 float32", batch x D, then views x targets. What '
-            "no name contains lists all names."
+        only_cases(
+            "256x2048, bfloat16 or cosine",
+            '"power_spherical 256x2048 2x2 float32", batch x D, then views x targets',
         ),
     ] = ""
+
+
+def make_providers(form: LossForm, device: torch.device) -> dict[str, Provider | str]:
+    """All providers on `device`, or the reason for those that cannot run; resets torch.compile."""
+    torch.compiler.reset()
+
+    def eager(predictions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        return eager_loss(predictions, targets, form).mean()
+
+    providers: dict[str, Provider | str] = {
+        "textbook": lambda predictions, targets: textbook_loss(predictions, targets, form).mean(),
+        "eager": eager,
+        names.COMPILED[0]: torch.compile(eager, fullgraph=True, dynamic=False),
+    }
+    if device.type == "cuda":
+        # Another function, as two compiled forms of one would share its cache; and without CUDA
+        # graphs by Inductor, as the benchmark captures every provider in the same way.
+        providers[names.COMPILED[1]] = torch.compile(
+            lambda predictions, targets: eager_loss(predictions, targets, form).mean(),
+            fullgraph=True,
+            dynamic=False,
+            mode="max-autotune-no-cudagraphs",
+        )
+    for name in ("triton", "cuda") if device.type == "cuda" else ("cpu",):
+        reason = why_unavailable(name, device.type)
+        fused = partial(multiview_loss, form=form, backend=name)
+        providers[name] = fused if reason is None else f"not available: {reason}"
+    return providers
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A mean loss, and its gradient for every view (B, W)."""
+
+    loss: float
+    gradients: Sequence[Tensor]
+
+
+def reference(
+    predictions: Sequence[Tensor], targets: Sequence[Tensor], form: LossForm, dtype: torch.dtype
+) -> Outcome:
+    """Eager loss and gradient in `dtype`, in pieces of the batch to save memory in float64."""
+    batch = len(targets[0])
+    rows = max(1, _CHUNK_ELEMENTS // (len(predictions) * targets[0].shape[1]))
+    gradients = [torch.empty(p.shape, dtype=dtype, device=p.device) for p in predictions]
+    total = 0.0
+    for piece in (slice(start, start + rows) for start in range(0, batch, rows)):
+        leaves = [p[piece].detach().to(dtype).requires_grad_() for p in predictions]
+        loss = eager_loss(leaves, [z[piece].to(dtype) for z in targets], form).sum()
+        found = torch.autograd.grad(loss / batch, leaves)
+        for gradient, part in zip(gradients, found, strict=True):
+            gradient[piece] = part
+        total += loss.item()
+    return Outcome(total / batch, gradients)
+
+
+def errors(found: Outcome, exact: Outcome) -> tuple[float, float]:
+    """Errors of loss and gradient, relative to the largest exact value; they keep a NaN."""
+    difference = largest = torch.zeros((), dtype=torch.float64)
+    for ours, theirs in zip(found.gradients, exact.gradients, strict=True):
+        rows = max(1, _CHUNK_ELEMENTS // ours.shape[1])
+        for a, b in zip(ours.split(rows), theirs.split(rows), strict=True):
+            worst = (a.double() - b).abs().max().cpu()
+            difference = torch.maximum(difference, worst)  # keeps a NaN
+            largest = torch.maximum(largest, b.abs().max().cpu())
+    loss = abs(found.loss - exact.loss) / max(abs(exact.loss), 1e-30)
+    return loss, (difference / largest).item()
+
+
+def allowed_errors(eager: tuple[float, float], dtype: torch.dtype) -> tuple[float, float]:
+    """The repository's rule: twice the error of eager in the same dtype, plus a few roundings.
+
+    The loss is float32 for every input dtype; the gradient is rounded once to `dtype`.
+    """
+    few = 4 * torch.finfo(torch.float32).eps
+    return 2 * eager[0] + few, 2 * eager[1] + max(few, torch.finfo(dtype).eps)
+
+
+def check(
+    provider: Provider,
+    predictions: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    exact: Outcome,
+    allowed: tuple[float, float],
+) -> dict[str, Any]:
+    """Run a provider and compare its result with `exact`.
+
+    Returns:
+        `correct`, `failure` (None or a line), `loss_error`, `gradient_error` (None where they are
+        not finite) and `first_call_seconds`, for torch.compile with the compilation.
+    """
+    try:
+        start = time.perf_counter()
+        loss, gradients = _loss_and_gradients(provider, predictions, targets)
+        seconds = time.perf_counter() - start
+        # The second result will most likely reuse this memory: what it leaves unwritten is NaN.
+        while gradients:
+            gradients.pop().fill_(math.nan)
+        loss, gradients = _loss_and_gradients(provider, predictions, targets)
+        loss_error, gradient_error = errors(Outcome(loss, gradients), exact)
+    except Exception as error:  # no compiler, no memory, a broken kernel: a result like any other
+        return failed(failure_reason(error), _MISSING)
+    found = {"loss_error": loss_error, "gradient_error": gradient_error}
+    wrong = [
+        f"{name.replace('_', ' ')} {value:.1e}, allowed {limit:.1e}"
+        for (name, value), limit in zip(found.items(), allowed, strict=True)
+        if not value <= limit  # NaN is wrong, too
+    ]
+    return {
+        "correct": not wrong,
+        "failure": f"inaccurate: {'; '.join(wrong)}" if wrong else None,
+        **{name: value if math.isfinite(value) else None for name, value in found.items()},
+        "first_call_seconds": seconds,
+    }
+
+
+def _loss_and_gradients(
+    provider: Provider, predictions: Sequence[Tensor], targets: Sequence[Tensor]
+) -> tuple[float, list[Tensor]]:
+    loss = provider(predictions, targets)
+    return loss.item(), list(torch.autograd.grad(loss, list(predictions)))
 
 
 def run(
@@ -71,12 +186,7 @@ def run(
 ) -> dict[str, Any]:
     """Measure the cases, print tables, and write the result file after each case.
 
-    Args:
-        options: what to measure.
-        console: where to print.
-        providers: makes the providers of a case, or the reason for those that cannot run.
-        timer: how to time; None for the device's default.
-        clock: the time in seconds, for the limit on --short.
+    `timer` is None for the device's default; `clock` gives seconds, for the limit on --short.
     """
     suite = Suite("multiview_loss", options, console)
     device = suite.device
@@ -104,7 +214,7 @@ def measure_case(
     """Check and time all providers on one case; whatever fails is recorded with its reason.
 
     Returns:
-        The case, the copy's times, and for every provider the entries of `providers.check` and, in
+        The case, the copy's times, and for every provider the entries of `check` and, in
         each mode, None where it was not timed, or `failure`, or: `time` and on a GPU `host`
         (quartiles, see timers.py), `bytes_per_second` of the bytes that must move, `copy_share`
         (the copy's time over this one) and `peak_bytes` above the inputs.
@@ -116,22 +226,17 @@ def measure_case(
         count = timer.distinct_bytes // case.least_bytes("forward") + 1
         sets = [draw_inputs(case, device, generator) for _ in range(count)]
         found = _checked(case, providers, sets[0])
-        timer.release()
-        correct = {
-            name: provider
-            for name, provider in providers.items()
-            if not isinstance(provider, str) and found[name]["correct"]
-        }
+        correct = {name: p for name, p in providers.items() if found[name]["correct"]}
         for mode in MODES:
+            timer.release()
             try:
                 copies[mode], times = _timed(case, mode, correct, sets, timer, rounds)
             except Exception as error:  # no memory for the copy
                 times = {name: {"failure": failure_reason(error)} for name in correct}
             for name, values in times.items():
                 found[name][mode] = values
-            timer.release()
     except Exception as error:  # no memory for inputs or reference
-        found = {name: failed(failure_reason(error), MISSING) for name in providers}
+        found = {name: failed(failure_reason(error), _MISSING) for name in providers}
     timer.release()
     fields = ("name", "distribution", "batch", "dim", "views", "targets", "dtype")
     return {
@@ -151,7 +256,7 @@ def _checked(
     eager = errors(reference(*given, case.form, case.torch_dtype), exact)
     allowed = allowed_errors(eager, case.torch_dtype)
     return {
-        name: failed(p, MISSING) if isinstance(p, str) else check(p, *given, exact, allowed)
+        name: failed(p, _MISSING) if isinstance(p, str) else check(p, *given, exact, allowed)
         for name, p in providers.items()
     }
 
@@ -159,7 +264,7 @@ def _checked(
 def _timed(
     case: Case,
     mode: str,
-    providers: dict[str, Provider],
+    providers: dict[str, Any],
     sets: list[Inputs],
     timer: Timer,
     rounds: int,
@@ -167,32 +272,29 @@ def _timed(
     """Times of the copy and of every provider in one mode, all measured in turn."""
     nbytes, device = case.least_bytes(mode), sets[0].seed.device
     found: dict[str, dict[str, Any]] = {name: {} for name in providers}
-    measures: dict[tuple[str, str], Callable[[], float]] = {}
     copies = _copy_sets(nbytes, device, timer.distinct_bytes)
-    measures["copy", "time"] = timer.prepare(_copy, copies, nbytes)["time"]
+    measures = {("copy", "time"): timer.prepare(_copy, copies, nbytes)["time"]}
     for name, provider in providers.items():
         call = partial(_forward if mode == "forward" else _forward_backward, provider)
         try:
             prepared = timer.prepare(call, sets, nbytes)
             found[name]["peak_bytes"] = timer.peak_bytes(partial(call, sets[0]))
+            measures |= {(name, metric): measure for metric, measure in prepared.items()}
         except Exception as error:
             found[name]["failure"] = failure_reason(error)
-            continue
-        measures.update({(name, metric): measure for metric, measure in prepared.items()})
     times, failures = interleave(measures, rounds=rounds, seconds=_CASE_SECONDS[device.type])
+    copy = times.pop(("copy", "time"), None)
     for (name, _), reason in failures.items():
         if name in found:
             found[name]["failure"] = reason
-    copy = times.get(("copy", "time"))
-    for name, values in found.items():
-        if "failure" in values:
-            continue
-        values.update(
-            {metric: times[name, metric] for metric in ("time", "host") if (name, metric) in times}
-        )
-        median = values["time"]["median_us"]
-        values["bytes_per_second"] = nbytes / median * 1e6
-        values["copy_share"] = copy["median_us"] / median if copy is not None else None
+    for (name, metric), measured in times.items():
+        if "failure" not in found[name]:
+            found[name][metric] = measured
+    for values in found.values():
+        if "time" in values:
+            median = values["time"]["median_us"]
+            values["bytes_per_second"] = nbytes / median * 1e6
+            values["copy_share"] = copy["median_us"] / median if copy is not None else None
     return copy, found
 
 
@@ -215,88 +317,7 @@ def _copy_sets(
     nbytes: int, device: torch.device, distinct_bytes: int
 ) -> list[tuple[Tensor, Tensor]]:
     """Pairs whose copy reads and writes `nbytes` together; random, as zeros may move faster."""
-    elements = max(1, nbytes // 8)
+    size, count = max(1, nbytes // 8), distinct_bytes // nbytes + 1
     return [
-        (torch.rand(elements, device=device), torch.empty(elements, device=device))
-        for _ in range(distinct_bytes // nbytes + 1)
+        (torch.rand(size, device=device), torch.empty(size, device=device)) for _ in range(count)
     ]
-
-
-def loss_case(case: dict[str, Any]) -> Table:
-    """One case of the loss: a row for each provider; no times where the result was wrong."""
-    modes = dict(zip(MODES, ("loss", "loss + gradient"), strict=True))
-    with_host = any(
-        (found[mode] or {}).get("host") for found in case["providers"].values() for mode in modes
-    )
-    metrics = ("time", "host") if with_host else ("time",)
-    timings = [(mode, metric) for mode in modes for metric in metrics]
-    head = ["provider", *(modes[mode] if metric == "time" else metric for mode, metric in timings)]
-    notes = [
-        "times in us; "
-        "share of a copy's speed, speed-up, error and memory are those of loss + gradient"
-    ]
-    copy, baseline = case["copy"][MODES[1]], fastest(case, names.COMPILED, MODES[1])
-    if copy is not None:
-        notes.append(f"copy of the bytes that must move: {number(copy['median_us'])} us")
-    rows = []
-    for name, found in case["providers"].items():
-        if not found["correct"]:
-            notes.append(f"{name}: {found['failure']}")
-            continue
-        both = found[MODES[1]] or {}
-        own, peak = both.get("time"), both.get("peak_bytes")
-        cells = (
-            optional(both.get("copy_share"), "{:.0%}"),
-            ratio(baseline[1], own).shown() if own and baseline else "-",
-            f"{found['gradient_error']:.1e}",
-            "-" if peak is None else f"{peak / 2**20:,.1f} MiB",
-        )
-        rows.append((name, *(_loss_cell(case, name, *timing) for timing in timings), *cells))
-    notes += noise_notes(
-        (name, times_of(case, name, mode)) for name in case["providers"] for mode in modes
-    )
-    head += ["of copy", "vs compile", "error", "memory"]
-    return terminal_table(case_label(case), head, rows, notes)
-
-
-def loss_markdown(result: dict[str, Any], *, metric: str = "time") -> str:
-    """Medians of loss and gradient, a row for each case; of a GPU's many cases the telling ones.
-
-    Args:
-        result: the content of a result file of `vi-simsiam bench loss`.
-        metric: "time", or "host" (GPU only).
-    """
-    mode, cases = MODES[1], result["cases"]
-    if result["device_type"] == "cuda":
-        telling = {case.name for case in cases_for("cuda", short=True)}
-        cases = [case for case in cases if case["name"] in telling]
-    columns = keys_of(cases)
-    shown = [name for name in columns if any(times_of(case, name, mode, metric) for case in cases)]
-    rows = []
-    for case in cases:
-        cells = [_loss_cell(case, name, mode, metric) for name in shown]
-        cells.append(shown_ratio(speed_up(case, names.FUSED, names.COMPILED, mode, metric)))
-        if metric == "time":
-            ours = fastest(case, names.FUSED, mode)
-            share = case["providers"][ours[0]][mode]["copy_share"] if ours else None
-            cells.append(optional(share, "{:.0%}"))
-        rows.append((case_label(case), *cells))
-    last = ["faster than torch.compile", *(["of a copy's speed"] if metric == "time" else [])]
-    grid = markdown_grid(("batch x D", *shown, *last), rows)
-    lines = [grid, "", *([LEGEND] if TOO_NOISY in grid else [])]
-    for name in columns:
-        if name not in shown:
-            found = (case["providers"][name] for case in cases if name in case["providers"])
-            lines.append(f"No time for {name} ({next(found)['failure'] or NOT_MEASURED}).")
-    return "\n".join([*lines, f"Medians in us. {where(result)}"])
-
-
-def _loss_cell(case: dict[str, Any], name: str, mode: str, metric: str) -> str:
-    """A median in microseconds, or why there is none."""
-    times = times_of(case, name, mode, metric)
-    if times is not None:
-        return number(times["median_us"])
-    found = case["providers"].get(name)
-    if found is None:
-        return "-"
-    return brief(str(found["failure"] or (found[mode] or {}).get("failure") or NOT_MEASURED))

@@ -56,15 +56,8 @@ def file_provider(
     """Image files decoded and augmented by DataLoader workers.
 
     Every measurement is a whole epoch, so that the workers of one peer rest while another is
-    measured. Each worker makes the same number of batches between the first and the last.
-
-    Args:
-        source: images; files are decoded every time.
-        transform: a PIL image in, its views out.
-        batch: images of a batch.
-        device: to which the views are copied.
-        workers: processes; 0 to work in this one.
-        seconds: approximate length of a measurement.
+    measured. Each worker makes the same number of batches between the first and the last. A
+    measurement takes about `seconds`.
     """
     turns = max(workers, 1)
     steps: list[list[int]] = []

@@ -17,6 +17,7 @@ from . import names
 Case = dict[str, Any]
 Times = dict[str, float]
 
+GIGABYTE = 1e9
 NOT_MEASURED = "not measured"
 TOO_NOISY = "too noisy to tell"
 _NOISY = 0.2

@@ -19,10 +19,10 @@ import tyro
 from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted
 
-from . import accuracy, launches, multiview_loss, tables
+from . import accuracy, launches, tables
 from .plots import plot_paths
 from .results import read_result
-from .targets import targets_for
+from .targets import targets_for, targets_markdown
 
 _SECTION = re.compile(r"(<!-- bench: (.*?) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 _ANY_GPU = re.compile(r"(?<![^/])GPU(?=/)")
@@ -80,19 +80,16 @@ def fill(text: str, folder: Path) -> str:
 
 def _for_every_gpu(kind: _Section, paths: list[str], folder: Path) -> str:
     """The section, once for each GPU that has a result; with headings where there are several."""
-    found = sorted({gpu for path in paths for gpu in _gpu_folders(path, folder)})
-    contents = {gpu: kind([_ANY_GPU.sub(gpu, path) for path in paths], folder) for gpu in found}
+    found = set()
+    for before, after in (_ANY_GPU.split(path) for path in paths if _ANY_GPU.search(path)):
+        results = (folder / before).glob(f"*{after}")
+        found |= {file.relative_to(folder / before).parts[0] for file in results} - {"cpu"}
+    contents = [
+        (gpu, kind([_ANY_GPU.sub(gpu, path) for path in paths], folder)) for gpu in sorted(found)
+    ]
     if len(contents) > 1:
-        return "\n\n".join(f"`{gpu}`\n\n{content}" for gpu, content in contents.items())
-    return next(iter(contents.values())) if contents else kind(paths, folder)
-
-
-def _gpu_folders(path: str, folder: Path) -> list[str]:
-    if (match := _ANY_GPU.search(path)) is None:
-        return []
-    before, after = path[: match.start()], path[match.end() :].lstrip("/")
-    folders = [each for each in (folder / before).glob("*") if each.name != "cpu"]
-    return [each.name for each in folders if (each / after).exists()]
+        return "\n\n".join(f"`{gpu}`\n\n{content}" for gpu, content in contents)
+    return contents[0][1] if contents else kind(paths, folder)
 
 
 def _table(benchmark: str, render: Callable[[dict[str, Any]], str]) -> _Section:
@@ -118,7 +115,7 @@ def _targets(name: str, device_type: str, *benchmarks: str) -> _Section:
             file = folder / path
             cases = read_result(file, benchmark)["cases"] if file.exists() else []
             targets += targets_for(benchmark, device_type, cases)
-        return tables.targets_markdown(targets)
+        return targets_markdown(targets)
 
     return section
 
@@ -126,8 +123,7 @@ def _targets(name: str, device_type: str, *benchmarks: str) -> _Section:
 def _plots(paths: list[str], folder: Path) -> str:
     """Links to the plots beside a result file, where they were drawn."""
     path = Path(paths[0])
-    benchmark = path.stem if path.stem in ("augment", "step", "train") else "multiview_loss"
-    return _pictures(plot_paths(benchmark, path.parent), "", folder)
+    return _pictures(plot_paths(path.stem, path.parent), "", folder)
 
 
 def _pictures(paths: list[Path], suffix: str, folder: Path) -> str:
@@ -168,8 +164,8 @@ def _experiment(paths: list[str], folder: Path) -> str:
 
 
 _KINDS: dict[str, _Section] = {
-    "table": _table("multiview_loss", multiview_loss.loss_markdown),
-    "host": _table("multiview_loss", partial(multiview_loss.loss_markdown, metric="host")),
+    "table": _table("multiview_loss", tables.loss_markdown),
+    "host": _table("multiview_loss", partial(tables.loss_markdown, metric="host")),
     "gpu-targets": _targets("gpu-targets", "cuda", "multiview_loss"),
     "cpu-targets": _targets("cpu-targets", "cpu", "multiview_loss"),
     "accuracy": _table(accuracy.NAME, accuracy.markdown_table),

@@ -94,6 +94,6 @@ def _output(*command: str) -> str | None:
 def _processor() -> str:
     try:
         models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        models = []
-    return f"{models[0]}, {counted(len(models), 'core')}" if models else platform.processor()
+        return f"{models[0]}, {counted(len(models), 'core')}"
+    except (OSError, IndexError):
+        return platform.processor()

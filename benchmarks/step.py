@@ -29,7 +29,6 @@ from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import FileSource
 from vi_simsiam.engine.graph import GRAPH_PRIORITY
 
-from .images import image_files
 from .launches import Launches, launches_case, launches_of
 from .names import AT_HAND, NETWORK, NETWORK_COMPILED, NETWORK_KERNELS, STEP
 from .step_parts import (
@@ -43,10 +42,10 @@ from .step_parts import (
     image_count,
     peak_flops,
 )
-from .suite import Suite, SuiteOptions
+from .suite import Suite, SuiteOptions, only_cases
 from .tables import step_case
 from .timers import Timer, failed, failure_reason, timed_in_turn, timer_for
-from .view_cases import SMALL_IMAGES, ViewCase, view_cases
+from .view_cases import SMALL_IMAGES, image_files, view_cases
 
 NOT_CAPTURED = "step, not captured"
 EQUAL_PRIORITIES = "step, views as urgent as the network"
@@ -80,10 +79,9 @@ class Options(SuiteOptions):
 
     only: Annotated[
         str,
-        tyro.conf.arg(
-            help='Only cases whose name contains this, such as 2x128 or "batch 64"; a name is '
-            '"vi-simsiam 2x128+6x64 batch 64", views x size, local ones after the +. What no name '
-            "contains lists all names."
+        only_cases(
+            '2x128 or "batch 64"',
+            '"vi-simsiam 2x128+6x64 batch 64", views x size, local ones after the +',
         ),
     ] = ""
     rounds: int = 9
@@ -99,9 +97,8 @@ class Options(SuiteOptions):
 
 def step_cases(device_type: str, *, short: bool) -> tuple[StepCase, ...]:
     """The cases in the order in which they are measured, the telling ones first."""
-    views: Sequence[ViewCase] = (SMALL_IMAGES,)
-    if device_type == "cuda":
-        views = view_cases("cuda", short=short)
+    on_gpu = device_type == "cuda"
+    views = view_cases("cuda", short=short) if on_gpu else (SMALL_IMAGES,)
     return tuple(StepCase(case, method) for method in _METHODS for case in views)
 
 
@@ -117,14 +114,8 @@ def run(options: Options, console: Console | None = None) -> dict[str, Any]:
         without = None
         if used > 0.35:
             without = f"left out: it compiles long, and --short had used {used * limit:.0f} s"
-        found = measure_case(
-            case,
-            _images(case, device.type),
-            device,
-            timer,
-            rounds=options.rounds,
-            without_compile=without,
-        )
+        images, rounds = _images(case, device.type), options.rounds
+        found = measure_case(case, images, device, timer, rounds=rounds, without_compile=without)
         timer.release()
         suite.add(found, step_case(found))
     if options.kernels:  # after all times: a profiler may slow down what follows
@@ -148,13 +139,7 @@ def measure_case(
 ) -> dict[str, Any]:
     """Check the step and measure it, its pieces and the network alone, in turn.
 
-    Args:
-        case: the views and the method.
-        images: training images.
-        device: where to train.
-        timer: how pieces are timed.
-        rounds: measurements of everything.
-        without_compile: why the network is not compiled; None to compile it.
+    Where `without_compile` is a reason, the network is not compiled.
 
     Returns:
         The case, `flops` of the network's forward and backward, the losses of the plain loop, and
@@ -204,12 +189,13 @@ def _measured(
 ) -> dict[str, dict[str, Any]]:
     """Times of steps that train as the plain loop does, of their pieces and of the network."""
     device = parts.device
+    cuda = device.type == "cuda"
     tolerance = _TOLERANCE[device.type][parts.case.method] / parts.loss_scale
     whole: list[WholeStep] = []
     views = [parts.random_views(seed) for seed in range(2)]
 
-    def timed(call: Callable[[Any], object], sets: Sequence[Any]) -> Callable[[], float]:
-        return timer.prepare(call, sets, _GRAPH_BYTES)["time"]
+    def timed(call: Callable[[Any], object], sets: Sequence[Any] = views) -> _Prepared:
+        return None, lambda: timer.prepare(call, sets, _GRAPH_BYTES)["time"]
 
     def whole_step(name: str) -> _Prepared:
         priority = GRAPH_PRIORITY if name == EQUAL_PRIORITIES else 0
@@ -220,34 +206,27 @@ def _measured(
 
     def at_hand(layers: Layers) -> _Prepared:
         step = parts.train_step(layers)
-        return parts.losses(step, checked), lambda: timed(step, views)
+        return parts.losses(step, checked), timed(step)[1]
 
     def network_alone(layers: Layers) -> _Prepared:
-        return None, lambda: timed(parts.network_alone(layers), views)
+        return timed(parts.network_alone(layers))
 
-    def piece(call: Callable[[Any], object]) -> _Prepared:
-        return None, lambda: timed(call, views)
-
-    def augmenting() -> _Prepared:
-        call, table = augmentation(images, parts.case, device)
-        return None, lambda: timed(call, [table])
-
-    steps = [STEP] if device.type == "cpu" else [STEP, NOT_CAPTURED]
-    if device.type == "cuda" and parts.case.views.batch <= _SMALL_BATCH:
+    steps = [STEP, NOT_CAPTURED] if cuda else [STEP]
+    if cuda and parts.case.views.batch <= _SMALL_BATCH:
         steps.append(EQUAL_PRIORITIES)
+    alone: dict[str, Layers] = {NETWORK: "torch", NETWORK_COMPILED: "torch.compile"}
+    if parts.default == "kernels":
+        alone[NETWORK_KERNELS] = "kernels"
     prepare: dict[str, Callable[[], _Prepared]] = {
         **{name: partial(whole_step, name) for name in steps},
         **{_at_hand(layers, device): partial(at_hand, layers) for layers in _layers(device)},
-        NETWORK: partial(network_alone, "torch"),
-        NETWORK_COMPILED: partial(network_alone, "torch.compile"),
+        **{name: partial(network_alone, layers) for name, layers in alone.items()},
+        PIECES[0]: lambda: timed(*augmentation(images, parts.case, device)),
+        PIECES[1]: lambda: timed(parts.forward),
+        PIECES[2]: lambda: timed(parts.forward_loss),
+        PIECES[3]: lambda: timed(parts.forward_loss_backward),
+        PIECES[4]: lambda: timed(parts.optimiser()),
     }
-    if parts.default == "kernels":
-        prepare[NETWORK_KERNELS] = partial(network_alone, "kernels")
-    pieces = (parts.forward, parts.forward_loss, parts.forward_loss_backward)
-    prepare[PIECES[0]] = augmenting
-    prepare |= {n: partial(piece, call) for n, call in zip(PIECES[1:4], pieces, strict=True)}
-    prepare[PIECES[4]] = lambda: piece(parts.optimiser())
-
     found: dict[str, dict[str, Any]] = {}
     measures: dict[str, Callable[[], float]] = {}
     for name, make in prepare.items():
@@ -319,7 +298,7 @@ def phases(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
         times = found.get(name, {}).get("time")
         return math.nan if times is None else float(times["median_us"])
 
-    made, forward, with_loss, with_backward, optimiser = (median(piece) for piece in PIECES)
+    made, forward, with_loss, with_backward, optimiser = map(median, PIECES)
     at_hand = median(AT_HAND)
     parts = {
         "augmentation": made,

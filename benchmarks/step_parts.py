@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any, Literal
 
@@ -22,9 +23,8 @@ from vi_simsiam.engine.graph import capture
 from vi_simsiam.engine.network import Network, training_network
 from vi_simsiam.engine.step import OverlappedStep, TrainStep
 from vi_simsiam.models import Output, SimSiam, VISimSiam, build_model
-from vi_simsiam.ops.augment import augment
 
-from .ours import placed_table
+from .augment import augmented, placed_table
 from .timers import synchronize
 from .view_cases import ViewCase
 
@@ -92,6 +92,11 @@ def _loader(images: PackedImages, case: StepCase, device: torch.device) -> Multi
     return MultiViewLoader(images, views.policy, views.batch, device, dtype=_dtype(device))
 
 
+def unscaled_losses(step: TrainStep, count: int) -> list[float]:
+    """Losses of the first `count` steps, before they are scaled."""
+    return (step.losses[:count] / step.loss_scale).tolist()  # type: ignore[no-any-return]
+
+
 class Parts:
     """The parts of a step on views at hand, each a function of the views."""
 
@@ -125,7 +130,7 @@ class Parts:
         """Losses of the first steps on these batches, before they are scaled."""
         for views in batches:
             step(views)
-        return (step.losses[: len(batches)] / self.loss_scale).tolist()  # type: ignore[no-any-return]
+        return unscaled_losses(step, len(batches))
 
     def plain_losses(self, batches: Sequence[list[Tensor]]) -> list[float]:
         """Losses of a plain loop with torch's own SGD, before they are scaled."""
@@ -189,13 +194,11 @@ class Parts:
 
     def random_views(self, seed: int) -> list[Tensor]:
         """Random tensors like a batch of views."""
-        policy = self.case.views.policy
         generator = torch.Generator(self.device).manual_seed(seed)
-        dtype = _dtype(self.device)
-        sizes = [policy.size] * 2 + [policy.local_size] * policy.local_views
-        shapes = [(self.case.views.batch, 3, size, size) for size in sizes]
+        shapes = self.case.views.shapes
         views = [torch.randn(shape, device=self.device, generator=generator) for shape in shapes]
-        return [view.to(dtype).contiguous(memory_format=torch.channels_last) for view in views]
+        dtype, layout = _dtype(self.device), torch.channels_last
+        return [view.to(dtype).contiguous(memory_format=layout) for view in views]
 
     def _with(self, model: SimSiam, layers: Layers) -> Network:
         if layers == "torch, view by view":
@@ -213,11 +216,7 @@ class Parts:
 class WholeStep:
     """Our training step with its data: overlapped on a GPU, fed by worker processes on a CPU.
 
-    Args:
-        parts: the network.
-        images: training images.
-        captured: replay the step as a graph on a GPU.
-        view_priority: see `OverlappedStep`.
+    If `captured`, it is replayed as a graph on a GPU; for `view_priority` see `OverlappedStep`.
     """
 
     def __init__(
@@ -237,7 +236,7 @@ class WholeStep:
         """Train `count` steps from the start; return the loss of each, before it is scaled."""
         for _ in itertools.islice(self._steps(), count):
             pass
-        return (self.step.losses[:count] / self.step.loss_scale).tolist()  # type: ignore[no-any-return]
+        return unscaled_losses(self.step, count)
 
     def measure(self) -> float:
         """Microseconds a step; the clock starts after one."""
@@ -286,17 +285,9 @@ def batches(
 
 def augmentation(
     images: PackedImages, case: StepCase, device: torch.device
-) -> tuple[Callable[[Tensor], object], Tensor]:
-    """The augmentation of a batch on the training device, and the table to call it with."""
-    policy = case.views.policy
+) -> tuple[Callable[[Tensor], object], list[Tensor]]:
+    """The augmentation of a batch on the training device, and the tables to call it with."""
+    policy, dtype = case.views.policy, _dtype(device)
     pixels = byte_tensor(images.pixels).to(device)
     table = torch.from_numpy(placed_table(images, policy, np.arange(case.views.batch))).to(device)
-    dtype = _dtype(device)
-
-    def call(rows: Tensor) -> object:
-        made = [augment(pixels, rows[:2], policy.size, dtype=dtype)]
-        if policy.local_views:
-            made.append(augment(pixels, rows[2:], policy.local_size, dtype=dtype))
-        return made
-
-    return call, table
+    return partial(augmented, pixels, policy, dtype=dtype), [table]

@@ -19,12 +19,9 @@ from vi_simsiam.text import print_line
 
 from . import plots
 from .results import provenance, read_result, result_path, write_result
-from .tables import targets_table
-from .targets import targets_of
+from .targets import targets_for, targets_table
 
 _Case = TypeVar("_Case", bound=Any)
-_SAME = ("commit", "device", "driver", "versions")
-"""Entries that all runs behind one result file must share."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +55,16 @@ class SuiteOptions:
             raise InputError("resume: say where the result file is with --out")
 
 
-class Suite:
-    """One run of a benchmark.
+def only_cases(examples: str, name: str) -> Any:
+    """The help of an `--only` that chooses cases by their names."""
+    return tyro.conf.arg(
+        help=f"Only cases whose name contains this, such as {examples}; a name is {name}. "
+        "What no name contains lists all names."
+    )
 
-    Args:
-        benchmark: its name, which is that of its result file.
-        options: what to measure.
-        console: where to print; None for standard output.
-        packages: peers whose versions the result file names.
-    """
+
+class Suite:
+    """One run of the benchmark of that name; the result file names the versions of `packages`."""
 
     def __init__(
         self,
@@ -88,17 +86,21 @@ class Suite:
             "cases": [],
         }
         if options.resume and self.path is not None and self.path.exists():
-            self._resume(self.path)
+            before = read_result(self.path, benchmark)
+            for name in ("commit", "device", "driver", "versions"):
+                old, new = before.get(name), self.result[name]
+                if old != new:
+                    raise InputError(
+                        f"resume: {self.path} was measured with {name} {old}, now it is {new}"
+                    )
+            self.result["cases"] = list(before["cases"])
 
     def cases(
         self, cases: Sequence[_Case], seconds: float, clock: Callable[[], float] = time.perf_counter
     ) -> Iterator[tuple[_Case, float]]:
         """Yield the cases to measure, each with the share of the time limit used before it.
 
-        Args:
-            cases: objects with a unique `name`, in the order in which they are measured.
-            seconds: limit of --short; when it is nearly used up, the other cases are left out.
-            clock: the time in seconds.
+        When the limit of --short, `seconds`, is nearly used up, the other cases are left out.
 
         Raises:
             InputError: --only fits none of them.
@@ -136,20 +138,10 @@ class Suite:
 
     def finish(self) -> dict[str, Any]:
         """Print the targets, draw the plots beside the result file, and return its content."""
-        if targets := targets_of(self.result):
+        result = self.result
+        if targets := targets_for(result["benchmark"], result["device_type"], result["cases"]):
             self.console.print(targets_table(targets))
         if self.path is not None:
             for written in (self.path, *plots.draw(self.result, self.path.parent)):
                 self.say(f"written: {written}")
         return self.result
-
-    def _resume(self, path: Path) -> None:
-        """Take over the cases of the result file at `path`, if it was measured in the same way."""
-        before = read_result(path, self.result["benchmark"])
-        for name in _SAME:
-            if before.get(name) != self.result[name]:
-                raise InputError(
-                    f"resume: {path} was measured with {name} {before.get(name)}, "
-                    f"now it is {self.result[name]}"
-                )
-        self.result["cases"] = list(before["cases"])

@@ -1,8 +1,8 @@
-"""Tables for the terminal and for Markdown: common parts, and those of the pipelines."""
+"""Tables of result files, for the terminal (`..._case`) and for Markdown (`..._markdown`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
@@ -11,21 +11,24 @@ from rich.table import Table
 from vi_simsiam.text import counted, markdown_grid
 
 from . import names
+from .cases import MODES, cases_for
 from .ratios import (
+    GIGABYTE,
     LEGEND,
     NOT_MEASURED,
     TOO_NOISY,
     Case,
     Ratio,
     Times,
+    case_label,
     exposed_share,
+    fastest,
     floor_of,
     noisy,
     speed_up,
     spread,
     times_of,
 )
-from .targets import GIGABYTE, Target
 
 NOTHING = f"{NOT_MEASURED.capitalize()}."
 _Result = dict[str, Any]
@@ -51,14 +54,29 @@ def terminal_table(
     return table
 
 
-def number(value: float) -> str:
-    """Format a figure with three significant digits."""
+def _terminal(case: Case, head: _Row, rows: Iterable[_Row], notes: _Row) -> Table:
+    """A table of a case for the terminal, with failures and noise below it."""
+    times = ((name, found.get("time")) for name, found in case["providers"].items())
+    below = [*notes, *_failures(case), *_noise_notes(times)]
+    return terminal_table(case["label"], head, rows, below)
+
+
+def _markdown(result: _Result, head: _Row, rows: Iterable[_Row], note: str = "") -> str:
+    """A Markdown table, with failures and the device of the measurement below it."""
+    failures = dict.fromkeys(line for case in result["cases"] for line in _failures(case))
+    grid = markdown_grid(head, rows)
+    below = [*([note] if note else []), *(f"No figure for {line}." for line in failures)]
+    below += [LEGEND] if TOO_NOISY in grid else []
+    return "\n".join([grid, "", *below, f"Medians. {where(result)}"])
+
+
+def _number(value: float) -> str:
+    """A figure with three significant digits."""
     digits = 0 if value >= 100 else 1 if value >= 10 else 2
     return f"{value:,.{digits}f}"
 
 
-def optional(value: float | None, form: str) -> str:
-    """Format a figure, or a dash for None."""
+def _optional(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
@@ -67,20 +85,40 @@ def _ms(microseconds: float | None) -> str:
 
 
 def _share(value: float | None) -> str:
-    return optional(value, "{:.1%}")
+    return _optional(value, "{:.1%}")
 
 
-def shown_ratio(found: Ratio | None) -> str:
-    """Format a ratio, or a dash for None."""
+def _ratio(found: Ratio | None) -> str:
     return "-" if found is None else found.shown()
 
 
-def brief(reason: str) -> str:
-    """The failure's kind, for a cell; the whole reason is given below the table."""
-    return reason.split(":")[0]
+def _reason(case: Case, name: str, mode: str | None = None) -> str:
+    """The reason for a missing time, in a word; the whole one is given below the table."""
+    found = case["providers"].get(name)
+    if found is None:
+        return "-"
+    if mode is None:
+        return str(found["failure"] or "-").split(":")[0]
+    failure = found["failure"] or (found[mode] or {}).get("failure")
+    return str(failure or NOT_MEASURED).split(":")[0]
 
 
-def where(result: dict[str, Any]) -> str:
+def _figures(case: Case, name: str, *forms: Callable[[_Result], str]) -> list[str]:
+    """Cells of a provider that has a time; of another, the reason and dashes."""
+    if times_of(case, name) is None:
+        return [_reason(case, name), *["-"] * (len(forms) - 1)]
+    return [form(case["providers"][name]) for form in forms]
+
+
+def _views_a_second(found: _Result) -> str:
+    return f"{found['views_per_second']:,.0f}"
+
+
+def _median_ms(found: _Result) -> str:
+    return _ms(found["time"]["median_us"])
+
+
+def where(result: _Result) -> str:
     """Device, versions and date of a measurement."""
     device = result["processor"]
     if result["device_type"] != "cpu":
@@ -88,7 +126,12 @@ def where(result: dict[str, Any]) -> str:
     return f"{device}; PyTorch {result['versions']['torch']}; {result['date'][:10]}."
 
 
-def noise_notes(times: Iterable[tuple[str, Times | None]]) -> list[str]:
+def _failures(case: Case) -> list[str]:
+    found = case["providers"].items()
+    return [f"{name} ({each['failure']})" for name, each in found if each["failure"]]
+
+
+def _noise_notes(times: Iterable[tuple[str, Times | None]]) -> list[str]:
     """A note on the noisiest provider, if it is too noisy for a verdict."""
     wide = [(spread(found), name) for name, found in times if found is not None and noisy(found)]
     return [
@@ -97,46 +140,103 @@ def noise_notes(times: Iterable[tuple[str, Times | None]]) -> list[str]:
     ]
 
 
-def keys_of(cases: Iterable[Case], key: str = "providers") -> list[str]:
+def _keys_of(cases: Iterable[Case], key: str = "providers") -> list[str]:
     """The keys of an entry of all cases, such as the names of all providers."""
     return list(dict.fromkeys(name for case in cases for name in case[key]))
 
 
-_TARGET_HEAD = ("what", "target", "measured", "met")
+def _loss_cell(case: Case, name: str, mode: str, metric: str) -> str:
+    """A median in microseconds, or why there is none."""
+    times = times_of(case, name, mode, metric)
+    return _reason(case, name, mode) if times is None else _number(times["median_us"])
 
 
-def _target_rows(targets: Iterable[Target]) -> list[_Row]:
-    words = {True: "yes", False: "no", None: "-"}
-    return [
-        (each.what, each.wanted, each.figure, TOO_NOISY if each.noisy else words[each.met])
-        for each in targets
+def loss_case(case: Case) -> Table:
+    """One case of the loss: a row for each provider; no times where the result was wrong."""
+    modes = dict(zip(MODES, ("loss", "loss + gradient"), strict=True))
+    both = MODES[1]
+    providers = case["providers"]
+    with_host = any(
+        (found[mode] or {}).get("host") for found in providers.values() for mode in modes
+    )
+    metrics = ("time", "host") if with_host else ("time",)
+    timings = [(mode, metric) for mode in modes for metric in metrics]
+    notes = [
+        "times in us; "
+        "share of a copy's speed, speed-up, error and memory are those of loss + gradient"
     ]
+    if case["copy"][both] is not None:
+        copied = _number(case["copy"][both]["median_us"])
+        notes.append(f"copy of the bytes that must move: {copied} us")
+    rows = []
+    for name, found in providers.items():
+        if not found["correct"]:
+            notes.append(f"{name}: {found['failure']}")
+            continue
+        figures = found[both] or {}
+        peak = figures.get("peak_bytes")
+        rows.append(
+            (
+                name,
+                *(_loss_cell(case, name, *timing) for timing in timings),
+                _optional(figures.get("copy_share"), "{:.0%}"),
+                _ratio(speed_up(case, [name], names.COMPILED, both)),
+                f"{found['gradient_error']:.1e}",
+                _optional(peak and peak / 2**20, "{:,.1f} MiB"),
+            )
+        )
+    notes += _noise_notes(
+        (name, times_of(case, name, mode)) for name in providers for mode in modes
+    )
+    head = ["provider", *(modes[mode] if metric == "time" else metric for mode, metric in timings)]
+    head += ["of copy", "vs compile", "error", "memory"]
+    return terminal_table(case_label(case), head, rows, notes)
 
 
-def targets_table(targets: Sequence[Target]) -> Table:
-    """Targets for the terminal."""
-    return terminal_table("targets", _TARGET_HEAD, _target_rows(targets), right=())
+def loss_markdown(result: _Result, *, metric: str = "time") -> str:
+    """Medians of loss and gradient, a row for each case; of a GPU's many cases the telling ones.
 
-
-def targets_markdown(targets: Sequence[Target]) -> str:
-    """Targets as a Markdown table."""
-    return markdown_grid(_TARGET_HEAD, _target_rows(targets), numbers=False)
+    `metric` is "time", or "host" on a GPU.
+    """
+    mode, cases = MODES[1], result["cases"]
+    if result["device_type"] == "cuda":
+        telling = {case.name for case in cases_for("cuda", short=True)}
+        cases = [case for case in cases if case["name"] in telling]
+    columns = _keys_of(cases)
+    shown = [name for name in columns if any(times_of(case, name, mode, metric) for case in cases)]
+    rows = []
+    for case in cases:
+        cells = [_loss_cell(case, name, mode, metric) for name in shown]
+        cells.append(_ratio(speed_up(case, names.FUSED, names.COMPILED, mode, metric)))
+        if metric == "time":
+            ours = fastest(case, names.FUSED, mode)
+            share = case["providers"][ours[0]][mode]["copy_share"] if ours else None
+            cells.append(_optional(share, "{:.0%}"))
+        rows.append((case_label(case), *cells))
+    last = ["faster than torch.compile", *(["of a copy's speed"] if metric == "time" else [])]
+    grid = markdown_grid(("batch x D", *shown, *last), rows)
+    lines = [grid, "", *([LEGEND] if TOO_NOISY in grid else [])]
+    for name in (name for name in columns if name not in shown):
+        found = next(case["providers"][name] for case in cases if name in case["providers"])
+        lines.append(f"No time for {name} ({found['failure'] or NOT_MEASURED}).")
+    return "\n".join([*lines, f"Medians in us. {where(result)}"])
 
 
 def augment_case(case: Case) -> Table:
     """One case of the input pipeline: a row for each provider."""
-
-    def cells(found: _Result) -> _Row:
-        return f"{found['views_per_second']:,.0f}", number(found["time"]["median_us"] / 1e3)
-
     rows = []
     for name, found in case["providers"].items():
         errors = found.get("error")
         rows.append(
             (
                 name,
-                *_if_timed(case, name, cells),
-                shown_ratio(speed_up(case, [name], [names.LIGHTLY])),
+                *_figures(
+                    case,
+                    name,
+                    _views_a_second,
+                    lambda timed: _number(timed["time"]["median_us"] / 1e3),
+                ),
+                _ratio(speed_up(case, [name], [names.LIGHTLY])),
                 "-" if errors is None else ", ".join(f"{e:.0e}" for e in errors.values()),
                 f"{found['mean']:.2f}, {found['std']:.2f}" if "mean" in found else "-",
             )
@@ -148,16 +248,12 @@ def augment_case(case: Case) -> Table:
 
 def augment_markdown(result: _Result) -> str:
     """Views per second: a row for each case, a column for each provider."""
-    columns = keys_of(result["cases"])
-
-    def cells(found: _Result) -> _Row:
-        return (f"{found['views_per_second']:,.0f}",)
-
+    columns = _keys_of(result["cases"])
     rows = [
         (
             case["label"],
-            *(_if_timed(case, name, cells)[0] for name in columns),
-            shown_ratio(speed_up(case, [names.OURS], [names.LIGHTLY])),
+            *(_figures(case, name, _views_a_second)[0] for name in columns),
+            _ratio(speed_up(case, [names.OURS], [names.LIGHTLY])),
         )
         for case in result["cases"]
     ]
@@ -173,15 +269,11 @@ def _losses(losses: Sequence[float] | None) -> str:
 
 def step_case(case: Case) -> Table:
     """One case of the step: a row for each thing measured, and the phases below."""
-
-    def cells(found: _Result) -> _Row:
-        return _ms(found["time"]["median_us"]), _share(found["mfu"])
-
     rows = [
         (
             name,
-            *_if_timed(case, name, cells),
-            shown_ratio(speed_up(case, [names.NETWORK], [name])),
+            *_figures(case, name, _median_ms, lambda timed: _share(timed["mfu"])),
+            _ratio(speed_up(case, [names.NETWORK], [name])),
             _losses(found["losses"]),
         )
         for name, found in case["providers"].items()
@@ -191,24 +283,17 @@ def step_case(case: Case) -> Table:
     return _terminal(case, ("measured", "ms", "of peak", "of network alone", "losses"), rows, notes)
 
 
-def _median(case: Case, name: str) -> str:
-    """Milliseconds of a provider of the step, or why there are none."""
-    return _if_timed(case, name, lambda found: (_ms(found["time"]["median_us"]),))[0]
-
-
 def step_markdown(result: _Result) -> str:
     """Milliseconds of the step and of the network alone, a row for each case."""
     rows = []
     for case in result["cases"]:
-        exposed = exposed_share(case)
+        floor, exposed = floor_of(case), exposed_share(case)
+        timed = (names.STEP, floor, names.NETWORK_COMPILED)
         rows.append(
             (
                 case["label"],
-                *(
-                    _median(case, name)
-                    for name in (names.STEP, floor_of(case), names.NETWORK_COMPILED)
-                ),
-                shown_ratio(speed_up(case, [floor_of(case)], [names.STEP])),
+                *(_figures(case, name, _median_ms)[0] for name in timed),
+                _ratio(speed_up(case, [floor], [names.STEP])),
                 "-" if exposed is None else exposed.shown("{:.1%}"),
                 _share(case["providers"][names.STEP].get("mfu")),
             )
@@ -218,32 +303,34 @@ def step_markdown(result: _Result) -> str:
     return _markdown(result, (*head, *more), rows)
 
 
+_BY_LAYERS = (
+    ("PyTorch's, view by view", f"{names.AT_HAND}, torch, view by view", "-"),
+    ("PyTorch's, all views in one pass", f"{names.AT_HAND}, torch", names.NETWORK),
+    (
+        "torch.compile, all views in one pass",
+        f"{names.AT_HAND}, torch.compile",
+        names.NETWORK_COMPILED,
+    ),
+    ("our kernels, all views in one pass", names.AT_HAND, names.NETWORK_KERNELS),
+)
+"""Kinds of layers; the names of the step on views at hand and of the network alone with them."""
+
+
 def layers_markdown(result: _Result) -> str:
     """Milliseconds of the captured step on views at hand and of the network alone, by layers."""
-    kinds = (
-        ("PyTorch's, view by view", f"{names.AT_HAND}, torch, view by view", "-"),
-        ("PyTorch's, all views in one pass", f"{names.AT_HAND}, torch", names.NETWORK),
-        (
-            "torch.compile, all views in one pass",
-            f"{names.AT_HAND}, torch.compile",
-            names.NETWORK_COMPILED,
-        ),
-        ("our kernels, all views in one pass", names.AT_HAND, names.NETWORK_KERNELS),
-    )
-    shown = {name for _, *columns in kinds for name in columns}
-    cases = [
-        {**case, "providers": {n: each for n, each in case["providers"].items() if n in shown}}
-        for case in result["cases"]
-    ]
+    shown = {name for _, *columns in _BY_LAYERS for name in columns}
+    cases = []
+    for case in result["cases"]:
+        providers = {n: each for n, each in case["providers"].items() if n in shown}
+        cases.append({**case, "providers": providers})
     rows = [
         (
             f"{case['label']}: {layers}",
-            _median(case, step),
-            _median(case, alone),
-            shown_ratio(speed_up(case, [step], [kinds[0][1]])),
+            *(_figures(case, name, _median_ms)[0] for name in (step, alone)),
+            _ratio(speed_up(case, [step], [_BY_LAYERS[0][1]])),
         )
         for case in cases
-        for layers, step, alone in kinds
+        for layers, step, alone in _BY_LAYERS
     ]
     head = ("layers, ms", names.AT_HAND, names.NETWORK, "step against the first row")
     return _markdown({**result, "cases": cases}, head, rows)
@@ -251,7 +338,7 @@ def layers_markdown(result: _Result) -> str:
 
 def phases_markdown(result: _Result) -> str:
     """Milliseconds of each part of the step, a row for each case."""
-    columns = keys_of(result["cases"], "phases")
+    columns = _keys_of(result["cases"], "phases")
     rows = [
         (case["label"], *(_ms(case["phases"].get(name)) for name in columns))
         for case in result["cases"]
@@ -259,53 +346,30 @@ def phases_markdown(result: _Result) -> str:
     return _markdown(result, ("ms", *columns), rows)
 
 
-_TRAIN_HEAD = (
-    "views/s",
-    "vs lightly",
-    "training s",
-    "cold start s",
-    "caching s",
-    "evaluation s",
-    "kNN top-1",
-    "s to target",
-    "peak GB",
-)
+def _seconds(part: str) -> Callable[[_Result], str]:
+    return lambda found: _optional(found[part], "{:,.1f}")
 
 
-def train_case(case: Case) -> Table:
-    """A training for the terminal: a column for each provider."""
-    providers, *columns = zip(*_train_rows(case), strict=True)
-    rows = [(head, *column) for head, column in zip(_TRAIN_HEAD, columns, strict=True)]
-    return _terminal(case, ("", *providers), rows, [_train_note(case)])
-
-
-def train_markdown(result: _Result) -> str:
-    """A table for each training, a row for each provider."""
-    return "\n\n".join(
-        _markdown(result, (case["label"], *_TRAIN_HEAD), _train_rows(case), _train_note(case))
-        for case in result["cases"]
-    )
+_TRAINING: Mapping[str, Callable[[_Result], str]] = {
+    "training s": _seconds("training_seconds"),
+    "cold start s": _seconds("cold_start_seconds"),
+    "caching s": _seconds("caching_seconds"),
+    "evaluation s": _seconds("evaluation_seconds"),
+    "kNN top-1": lambda found: _share(found["knn_top1"]),
+    "s to target": _seconds("seconds_to_target"),
+    "peak GB": lambda found: _optional(
+        found["peak_bytes"] and found["peak_bytes"] / GIGABYTE, "{:.2f}"
+    ),
+}
+"""Columns of a training after its speed, with the cell of a provider."""
+_TRAIN_HEAD = ("views/s", "vs lightly", *_TRAINING)
 
 
 def _train_rows(case: Case) -> list[_Row]:
-    def cells(found: _Result) -> _Row:
-        parts = ("training", "cold_start", "caching", "evaluation")
-        peak = found["peak_bytes"]
-        return (
-            f"{found['views_per_second']:,.0f}",
-            "",
-            *(optional(found[f"{part}_seconds"], "{:,.1f}") for part in parts),
-            _share(found["knn_top1"]),
-            optional(found["seconds_to_target"], "{:,.1f}"),
-            optional(peak and peak / GIGABYTE, "{:.2f}"),
-        )
-
     rows: list[_Row] = []
     for name in case["providers"]:
-        row = [name, *_if_timed(case, name, cells)]
-        row += ["-"] * (1 + len(_TRAIN_HEAD) - len(row))
-        row[2] = shown_ratio(speed_up(case, [name], [names.LIGHTLY]))
-        rows.append(row)
+        speed, *more = _figures(case, name, _views_a_second, *_TRAINING.values())
+        rows.append((name, speed, _ratio(speed_up(case, [name], [names.LIGHTLY])), *more))
     return rows
 
 
@@ -315,34 +379,15 @@ def _train_note(case: Case) -> str:
     return note if target is None else f"{note} The target is a kNN accuracy of {target:.1%}."
 
 
-def _terminal(case: Case, head: _Row, rows: Iterable[_Row], notes: Sequence[str]) -> Table:
-    """A table for the terminal, with failures and noise below it."""
-    times = ((name, found.get("time")) for name, found in case["providers"].items())
-    return terminal_table(
-        case["label"], head, rows, [*notes, *_failures(case), *noise_notes(times)]
+def train_case(case: Case) -> Table:
+    """A training for the terminal: a column for each provider."""
+    head, *rows = zip(("", *_TRAIN_HEAD), *_train_rows(case), strict=True)
+    return _terminal(case, head, rows, [_train_note(case)])
+
+
+def train_markdown(result: _Result) -> str:
+    """A table for each training, a row for each provider."""
+    return "\n\n".join(
+        _markdown(result, (case["label"], *_TRAIN_HEAD), _train_rows(case), _train_note(case))
+        for case in result["cases"]
     )
-
-
-def _markdown(result: _Result, head: _Row, rows: Iterable[_Row], note: str = "") -> str:
-    """A Markdown table, with failures and the device of the measurement below it."""
-    failures = dict.fromkeys(line for case in result["cases"] for line in _failures(case))
-    grid = markdown_grid(head, rows)
-    below = [*([note] if note else []), *(f"No figure for {line}." for line in failures)]
-    below += [LEGEND] if TOO_NOISY in grid else []
-    return "\n".join([grid, "", *below, f"Medians. {where(result)}"])
-
-
-def _failures(case: Case) -> list[str]:
-    return [
-        f"{name} ({found['failure']})"
-        for name, found in case["providers"].items()
-        if found["failure"]
-    ]
-
-
-def _if_timed(case: Case, name: str, cells: Callable[[_Result], _Row]) -> _Row:
-    """Cells of a provider that has a time, or why it has none."""
-    if times_of(case, name) is not None:
-        return cells(case["providers"][name])
-    found = case["providers"].get(name)
-    return ("-" if found is None else brief(str(found["failure"] or "-")),)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from vi_simsiam.text import counted
+from rich.table import Table
+
+from vi_simsiam.text import counted, markdown_grid
 
 from . import names
 from .cases import MODES, cases_for
 from .ratios import (
+    GIGABYTE,
     NOT_MEASURED,
     TOO_NOISY,
     Case,
@@ -25,13 +29,13 @@ from .ratios import (
     speed_up,
     times_of,
 )
+from .tables import terminal_table
 
-GIGABYTE = 1e9
 _BANDWIDTH_BYTES = 2 * 10**8
 """From here on bandwidth decides: more than three times the largest cache."""
 _IMAGENETTE = 9_469
 """Training images of ImageNette: a training on fewer does not count."""
-_BOTH = "forward_backward"
+_BOTH = MODES[1]
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,19 @@ class Target:
     """None where that is not known."""
     noisy: bool = False
     """Measured, but too noisily to tell."""
+
+    def judged(self, figure: str, holds: Iterable[tuple[bool, bool]]) -> Target:
+        """Enter the figure of comparisons that must all hold, each given as (it holds, noisy).
+
+        A noisy comparison decides nothing: the target is missed by a quiet one that fails, and met
+        only if all are quiet.
+        """
+        found = list(holds)
+        missed = any(not held for held, noise in found if not noise)
+        noise = not missed and any(noise for _, noise in found)
+        return dataclasses.replace(
+            self, figure=figure, met=None if noise else not missed, noisy=noise
+        )
 
 
 @dataclass(frozen=True)
@@ -64,11 +81,8 @@ class Row:
     def __call__(self, cases: Sequence[Case]) -> Target:
         """Judge the cases that the target is about."""
         cases = [case for case in cases if self.applies(case)]
-        found = [
-            (figure, case_label(case))
-            for case in cases
-            if (figure := self.figure(case)) is not None
-        ]
+        figures = [(self.figure(case), case_label(case)) for case in cases]
+        found = [(figure, label) for figure, label in figures if figure is not None]
         if not found:
             return Target(self.what, self.wanted)
         quiet = [each for each in found if not each[0].noisy]
@@ -81,39 +95,22 @@ class Row:
                 text += f"; {len(found) - len(quiet)} more {TOO_NOISY}"
         elif len(cases) > 1:
             text += f" ({label}; no figure for {counted(len(cases) - 1, 'case')} more)"
-        return _judged(self.what, self.wanted, text, [(self._holds(f), f.noisy) for f, _ in found])
-
-    def _holds(self, figure: Ratio) -> bool:
-        return figure.value >= self.limit if self.at_least else figure.value <= self.limit
-
-
-def _judged(what: str, wanted: str, figure: str, holds: Iterable[tuple[bool, bool]]) -> Target:
-    """A target that every comparison must hold, each given as (it holds, it is noisy).
-
-    A noisy comparison decides nothing: the target is missed by a quiet one that fails, and met
-    only if all are quiet.
-    """
-    found = list(holds)
-    if any(not held for held, noise in found if not noise):
-        return Target(what, wanted, figure, False)
-    noise = any(noise for _, noise in found)
-    return Target(what, wanted, figure, None if noise else True, noise)
+        sign = 1 if self.at_least else -1
+        holds = [(sign * each.value >= sign * self.limit, each.noisy) for each, _ in found]
+        return Target(self.what, self.wanted).judged(text, holds)
 
 
-def _power_spherical(case: Case) -> bool:
-    return bool(case["distribution"] == "power_spherical")
-
-
-def _up_to(batch: int) -> Callable[[Case], bool]:
-    return lambda case: _power_spherical(case) and case["batch"] <= batch
-
-
-def _on_cpu(case: Case) -> bool:
-    return bool(case["name"] == "power_spherical 256x2048 2x2 float32")
+def _small(case: Case, batch: int) -> bool:
+    return bool(case["distribution"] == "power_spherical" and case["batch"] <= batch)
 
 
 def _large(case: Case) -> bool:
-    return _power_spherical(case) and case["least_bytes"][_BOTH] >= _BANDWIDTH_BYTES
+    power_spherical = case["distribution"] == "power_spherical"
+    return bool(power_spherical and case["least_bytes"][_BOTH] >= _BANDWIDTH_BYTES)
+
+
+def _named(name: str) -> Callable[[Case], bool]:
+    return lambda case: bool(case["name"] == name)
 
 
 def _loss_faster(
@@ -133,32 +130,30 @@ def _loss_faster(
     )
 
 
-def _share_of_copy(dtype: str) -> Callable[[Sequence[Case]], Target]:
-    def judge(cases: Sequence[Case]) -> Target:
-        """One backend is enough: a noisy one matters only where no quiet one reaches the limit."""
-        what = f"loss and gradient at 32768 x 2048, {dtype}, against a copy of the same bytes"
-        target = Target(what, "at most 1.10 times the copy")
-        for case in cases:
-            copy = case["copy"][_BOTH]
-            if case["name"] != f"power_spherical 32768x2048 2x2 {dtype}" or copy is None:
-                continue
-            times = {name: times_of(case, name, _BOTH) for name in names.FUSED}
-            found = {name: ratio(own, copy) for name, own in times.items() if own is not None}
-            if found:
-                figure = ", ".join(f"{name} {each.value:.2f}" for name, each in found.items())
-                met = any(each.value <= 1.10 and not each.noisy for each in found.values())
-                noise = not met and any(each.noisy for each in found.values())
-                return dataclasses.replace(
-                    target, figure=figure, met=None if noise else met, noisy=noise
-                )
-        return target
-
-    return judge
+def _share_of_copy(cases: Sequence[Case], dtype: str) -> Target:
+    """One backend is enough: a noisy one matters only where no quiet one reaches the limit."""
+    what = f"loss and gradient at 32768 x 2048, {dtype}, against a copy of the same bytes"
+    target = Target(what, "at most 1.10 times the copy")
+    for case in cases:
+        copy = case["copy"][_BOTH]
+        if case["name"] != f"power_spherical 32768x2048 2x2 {dtype}" or copy is None:
+            continue
+        times = {name: times_of(case, name, _BOTH) for name in names.FUSED}
+        found = {name: ratio(own, copy) for name, own in times.items() if own is not None}
+        if found:
+            figure = ", ".join(f"{name} {each.value:.2f}" for name, each in found.items())
+            met = any(each.value <= 1.10 and not each.noisy for each in found.values())
+            noise = not met and any(each.noisy for each in found.values())
+            return dataclasses.replace(
+                target, figure=figure, met=None if noise else met, noisy=noise
+            )
+    return target
 
 
 def _nowhere_slower(cases: Sequence[Case]) -> Target:
     """Slower counts where the quartile ranges do not touch: a difference within them is noise."""
     what = "fastest fused backend against every other provider, all cases, times and modes"
+    target = Target(what, "nowhere slower")
     quiet, loud, slower = 0, 0, []
     timings = ((c, mode, metric) for c in cases for mode in MODES for metric in ("time", "host"))
     for case, mode, metric in timings:
@@ -174,18 +169,17 @@ def _nowhere_slower(cases: Sequence[Case]) -> Target:
             label = f"{case_label(case)}, {mode.replace('_', ' + ')}, {theirs[0]}"
             slower.append((ratio(ours[1], theirs[1]).value, label))
     if not quiet + loud:
-        return Target(what, "nowhere slower")
+        return target
     figure = f"slower in none of {counted(quiet, 'comparison')}"
     if slower:
         worst, where = max(slower)
         figure = f"slower in {len(slower)} of {quiet}, by {worst:.2f} times at worst ({where})"
     figure += f"; {loud} more {TOO_NOISY}" if loud else ""
-    holds = [(not slower, False)] * bool(quiet) + [(True, True)] * bool(loud)
-    return _judged(what, "nowhere slower", figure, holds)
+    return target.judged(figure, [(not slower, False), (True, loud > 0)])
 
 
 def _agreement(cases: Sequence[Case]) -> Target:
-    what, wanted = "Triton against CUDA, loss and gradient at the telling cases", "within 10 %"
+    target = Target("Triton against CUDA, loss and gradient at the telling cases", "within 10 %")
     telling = {case.name for case in cases_for("cuda", short=True)}
     found = []
     for case in cases:
@@ -195,10 +189,10 @@ def _agreement(cases: Sequence[Case]) -> Target:
             label = f"Triton / CUDA {apart.value:.2f} at {case_label(case)}"
             found.append((max(apart.value, 1 / apart.value), label, apart.noisy))
     if not found:
-        return Target(what, wanted)
+        return target
     _, where, _ = max([each for each in found if not each[2]] or found)
     holds = [(distance <= 1.10, noise) for distance, _, noise in found]
-    return _judged(what, wanted, f"farthest apart: {where}", holds)
+    return target.judged(f"farthest apart: {where}", holds)
 
 
 def _views_faster(size: int, factor: float) -> Row:
@@ -207,7 +201,7 @@ def _views_faster(size: int, factor: float) -> Row:
         f"at least {factor:g} times",
         factor,
         lambda case: speed_up(case, [names.OURS], [names.LIGHTLY]),
-        lambda case: bool(case["name"] == f"2x{size} batch 64"),
+        _named(f"2x{size} batch 64"),
         at_least=True,
         shown="{:.1f} times",
     )
@@ -238,11 +232,6 @@ def _on_imagenette(
     return Row(f"{where}: {what}", wanted, limit, figure, applies, shown=shown)
 
 
-def _cold_start_and_evaluation(found: dict[str, Any]) -> float | None:
-    cold, evaluation = found["cold_start_seconds"], found["evaluation_seconds"]
-    return None if cold is None or evaluation is None else float(cold) + float(evaluation)
-
-
 def _whole_trainings(cases: Sequence[Case]) -> Target:
     """Target of the longest of several trainings."""
     row = Row(
@@ -254,35 +243,36 @@ def _whole_trainings(cases: Sequence[Case]) -> Target:
         at_least=True,
     )
     found = [case for case in cases if row.applies(case) and row.figure(case) is not None]
-    if not found:
-        return row([])
-    case = max(found, key=lambda case: case["images"] * case["epochs"])
-    own, other = (
-        f"{case['providers'][name]['views_per_second']:,.0f}"
-        for name in (names.OURS_SIMSIAM, names.LIGHTLY)
-    )
-    extent = f"{counted(case['epochs'], 'epoch')} of {counted(case['images'], 'image')}"
-    target = row([case])
-    return dataclasses.replace(target, figure=f"{target.figure} ({own} and {other}; {extent})")
+    longest = sorted(found, key=lambda case: case["images"] * case["epochs"])[-1:]
+    target = row(longest)
+    for case in longest:
+        own, other = (
+            f"{case['providers'][name]['views_per_second']:,.0f}"
+            for name in (names.OURS_SIMSIAM, names.LIGHTLY)
+        )
+        extent = f"{counted(case['epochs'], 'epoch')} of {counted(case['images'], 'image')}"
+        figure = f"{target.figure} ({own} and {other}; {extent})"
+        target = dataclasses.replace(target, figure=figure)
+    return target
 
 
-_COMPILE_SMALL, _KERNEL_TIME = "best torch.compile at B <= 1024", "kernel time in a CUDA graph"
+_SMALL, _IN_GRAPH = "best torch.compile at B <= 1024", "kernel time in a CUDA graph"
+_UP_TO_1024, _UP_TO_256 = partial(_small, batch=1024), partial(_small, batch=256)
+_ON_CPU = _named("power_spherical 256x2048 2x2 float32")
 _TARGETS: dict[tuple[str, str], Sequence[Callable[[Sequence[Case]], Target]]] = {
     ("multiview_loss", "cuda"): (
-        _share_of_copy("bfloat16"),
-        _share_of_copy("float32"),
+        partial(_share_of_copy, dtype="bfloat16"),
+        partial(_share_of_copy, dtype="float32"),
         _loss_faster("best torch.compile, from 200 MB of traffic on", 1.4, names.COMPILED, _large),
-        _loss_faster(f"{_COMPILE_SMALL}, {_KERNEL_TIME}", 5, names.COMPILED, _up_to(1024)),
-        _loss_faster(
-            f"{_COMPILE_SMALL}, host time in eager mode", 5, names.COMPILED, _up_to(1024), "host"
-        ),
-        _loss_faster(f"eager at B <= 256, {_KERNEL_TIME}", 20, ["eager"], _up_to(256)),
+        _loss_faster(f"{_SMALL}, {_IN_GRAPH}", 5, names.COMPILED, _UP_TO_1024),
+        _loss_faster(f"{_SMALL}, host time in eager mode", 5, names.COMPILED, _UP_TO_1024, "host"),
+        _loss_faster(f"eager at B <= 256, {_IN_GRAPH}", 20, ["eager"], _UP_TO_256),
         _nowhere_slower,
         _agreement,
     ),
     ("multiview_loss", "cpu"): (
-        _loss_faster("eager at 256 x 2048, two views, float32", 2, ["eager"], _on_cpu),
-        _loss_faster("torch.compile at 256 x 2048, two views, float32", 1, names.COMPILED, _on_cpu),
+        _loss_faster("eager at 256 x 2048, two views, float32", 2, ["eager"], _ON_CPU),
+        _loss_faster("torch.compile at 256 x 2048, two views, float32", 1, names.COMPILED, _ON_CPU),
         _nowhere_slower,
     ),
     ("augment", "cuda"): (_views_faster(128, 10), _views_faster(224, 5)),
@@ -305,7 +295,10 @@ _TARGETS: dict[tuple[str, str], Sequence[Callable[[Sequence[Case]], Target]]] = 
     ("train", "cuda"): (
         _on_imagenette("training", "at most 120 s", 120, lambda found: found["training_seconds"]),
         _on_imagenette(
-            "cold start and kNN evaluation", "at most 45 s", 45, _cold_start_and_evaluation
+            "cold start and kNN evaluation",
+            "at most 45 s",
+            45,
+            lambda found: found["cold_start_seconds"] + found["evaluation_seconds"],
         ),
         _on_imagenette(
             "peak memory beside the images",
@@ -326,6 +319,22 @@ def targets_for(benchmark: str, device_type: str, cases: Sequence[Case]) -> list
     return [judge(cases) for judge in _TARGETS.get((benchmark, device_type), ())]
 
 
-def targets_of(result: dict[str, Any]) -> list[Target]:
-    """The targets of the benchmark and device that a result is from."""
-    return targets_for(result["benchmark"], result["device_type"], result["cases"])
+_HEAD = ("what", "target", "measured", "met")
+
+
+def _rows(targets: Iterable[Target]) -> list[Sequence[str]]:
+    words = {True: "yes", False: "no", None: "-"}
+    return [
+        (each.what, each.wanted, each.figure, TOO_NOISY if each.noisy else words[each.met])
+        for each in targets
+    ]
+
+
+def targets_table(targets: Sequence[Target]) -> Table:
+    """Targets for the terminal."""
+    return terminal_table("targets", _HEAD, _rows(targets), right=())
+
+
+def targets_markdown(targets: Sequence[Target]) -> str:
+    """Targets as a Markdown table."""
+    return markdown_grid(_HEAD, _rows(targets), numbers=False)

@@ -38,12 +38,7 @@ def interleave(
 ) -> tuple[dict[_Key, dict[str, float]], dict[_Key, str]]:
     """Take every measure once a round, in turn, so that all see the same machine.
 
-    Args:
-        measures: functions that measure once and return microseconds.
-        rounds: measurements of each.
-        seconds: no new round begins after this long.
-        least: at least this many rounds (or `rounds`, if that is fewer).
-        clock: the time in seconds.
+    Measures return microseconds. No new round begins after `seconds`, but `least` are made.
 
     Returns:
         For each measure the quartiles; and for each that raised, the reason. A measure that raised

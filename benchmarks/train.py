@@ -37,14 +37,13 @@ from vi_simsiam.inference.forward import extract
 from vi_simsiam.models import build_model
 from vi_simsiam.text import counted
 
-from .images import labelled_images
 from .names import LIGHTLY, OURS, OURS_SIMSIAM
 from .peers import PEER_PACKAGES
 from .suite import Suite, SuiteOptions
 from .tables import train_case
 from .timers import failed, failure_reason, quartiles
 from .train_peers import PROVIDERS, Recorder, Training, Trains
-from .view_cases import ViewCase
+from .view_cases import ViewCase, labelled_images
 
 YARDSTICK = LIGHTLY
 _ACCURACY_BELOW, _STANDARD_ERRORS = 0.1, 4
@@ -136,12 +135,9 @@ def run(
     suite = Suite("train", options, console, PEER_PACKAGES)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        given, generated = options.data, folder / "images"
         splits = labelled_images(
-            options.data,
-            options.data_root,
-            folder / "images",
-            images=options.images,
-            side=options.size,
+            given, options.data_root, generated, images=options.images, side=options.size
         )
         if len(splits.train) < options.batch_size:
             raise InputError(
@@ -193,35 +189,32 @@ def measure_case(
     accuracy = partial(knn_top1, splits=splits, size=options.size, device=device, workers=readers)
     every = None if options.target_accuracy is None else max(1, options.epochs // 10)
     runs: dict[str, list[Recorder]] = {name: [] for name in providers}
-    failures: dict[str, str] = {}
+    failures = dict.fromkeys(providers, "stopped before its last training")
     case = _case(options, splits, workers)
     _warm_up(config, device)
     # The yardstick first: without its accuracy no speed counts.
     turn = sorted(providers, key=lambda name: name != YARDSTICK)
-    for done, name in itertools.product(range(options.rounds), turn):
-        last = done == options.rounds - 1
-        if name not in failures:
-            torch.manual_seed(config.seed)
-            recorder = Recorder(
-                device,
-                evaluate=accuracy if last else None,
-                every=every,
-                epochs=options.epochs,
-                clock=clock,
-            )
-            try:
-                providers[name](training, recorder)
-                recorder.finish()
-                runs[name].append(recorder)
-                say(f"round {done + 1}: {name} trained in {recorder.total_seconds:.1f} s")
-            except Exception as error:
-                failures[name] = failure_reason(error)
-        if last:
+    for done in range(1, options.rounds + 1):
+        evaluate = accuracy if done == options.rounds else None
+        for name in turn:
+            if len(runs[name]) == done - 1:  # none of its trainings failed
+                torch.manual_seed(config.seed)
+                recorder = Recorder(
+                    device, evaluate=evaluate, every=every, epochs=options.epochs, clock=clock
+                )
+                try:
+                    providers[name](training, recorder)
+                    recorder.finish()
+                    runs[name].append(recorder)
+                    say(f"round {done}: {name} trained in {recorder.total_seconds:.1f} s")
+                except Exception as error:
+                    failures[name] = failure_reason(error)
+            if evaluate is None:
+                continue
             found: dict[str, dict[str, Any]] = {}
             for each, trained in runs.items():
-                if each in failures or len(trained) < options.rounds:
-                    reason = failures.get(each, "stopped before its last training")
-                    found[each] = failed(reason, ["time"])
+                if len(trained) < options.rounds:
+                    found[each] = failed(failures[each], ["time"])
                     continue
                 found[each] = summary(trained, options, len(train) // options.batch_size)
                 if each in (OURS, OURS_SIMSIAM):
@@ -290,11 +283,8 @@ def refuse_worse(found: dict[str, dict[str, Any]], images: int) -> None:
     """Remove the times of trainings of SimSiam that learnt clearly less than the yardstick's.
 
     A training far below the others computes something else. VI-SimSiam is another method, so its
-    accuracy is shown, but not compared.
-
-    Args:
-        found: providers as `measure_case` yields them; changed in place.
-        images: number of validation images, for the standard error of accuracies.
+    accuracy is shown, but not compared. `images`, the number of validation images, gives the
+    standard error of accuracies.
     """
     expected = found.get(YARDSTICK, {}).get("knn_top1")
     if expected is None:

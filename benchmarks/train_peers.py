@@ -13,7 +13,7 @@ import gc
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,12 +43,7 @@ _Views = Sequence[Tensor]
 class Recorder:
     """The clock of one training. It is stopped while features are evaluated.
 
-    Args:
-        device: of the training.
-        evaluate: accuracy of a backbone; None to never evaluate.
-        every: evaluate after every so many epochs, besides the last.
-        epochs: of the whole training.
-        clock: the time in seconds.
+    `evaluate` gives the accuracy of a backbone after the last epoch, and after `every` so many.
     """
 
     def __init__(
@@ -158,11 +153,11 @@ def plain(training: Training, recorder: Recorder) -> None:
     """A script as users write it: PIL transforms in a DataLoader, autocast and a GradScaler."""
     device = training.device
     model = build_model(dataclasses.replace(training.config, method="simsiam")).to(device)
-    transform = peers.torchvision_transform(training.config.augment)
 
     def loss_of(views: list[Tensor]) -> Tensor:
         return _symmetric_loss(*model([view.to(device) for view in views]))
 
+    transform = peers.torchvision_transform(training.config.augment)
     _train(training, recorder, transform, model, model.backbone, loss_of)
 
 
@@ -230,11 +225,31 @@ def _train(
     tuned: bool = False,
 ) -> None:
     """The loop of a script: on a GPU with float16 and a GradScaler, or with bfloat16 if `tuned`."""
-    kind, cuda = training.device.type, training.device.type == "cuda"
-    optimizer, scheduler = _sgd(model, training, fused=tuned)
+    config, kind = training.config, training.device.type
+    cuda = kind == "cuda"
+    loader: DataLoader[Any] = DataLoader(
+        peers.SourceViews(training.source, transform),
+        batch_size=config.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=training.workers,
+        persistent_workers=training.workers > 0,
+        pin_memory=cuda,
+    )
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        fused=tuned,
+    )
+    total = config.epochs * (len(training.source) // config.batch_size)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / total, 1)))
+    )
     scaler = torch.amp.GradScaler(kind, enabled=cuda and not tuned)
-    for batches in _epochs(training, transform):
-        for views in batches:
+    for _ in range(config.epochs):
+        for views in loader:
             with torch.autocast(kind, torch.bfloat16 if tuned else torch.float16, enabled=cuda):
                 loss = loss_of(views)
             optimizer.zero_grad()
@@ -265,36 +280,3 @@ def _over_pairs(
     """Twice the mean of `term` over all pairs of a view's prediction and another view's target."""
     pairs = [(p, z) for v, p in enumerate(predictions) for g, z in enumerate(targets) if v != g]
     return 2 * torch.stack([term(p, z) for p, z in pairs]).mean()
-
-
-def _epochs(
-    training: Training, transform: Callable[[Any], list[Tensor]]
-) -> Iterator[DataLoader[Any]]:
-    """The loader, once an epoch; its workers stay alive."""
-    loader: DataLoader[Any] = DataLoader(
-        peers.SourceViews(training.source, transform),
-        batch_size=training.config.batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=training.workers,
-        persistent_workers=training.workers > 0,
-        pin_memory=training.device.type == "cuda",
-    )
-    for _ in range(training.config.epochs):
-        yield loader
-
-
-def _sgd(model: nn.Module, training: Training, *, fused: bool) -> tuple[torch.optim.SGD, Any]:
-    """SGD and a cosine to 0 over all steps."""
-    config = training.config
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        fused=fused,
-    )
-    total = config.epochs * (len(training.source) // config.batch_size)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / total, 1)))
-    )

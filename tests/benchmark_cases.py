@@ -7,27 +7,31 @@ import functools
 import io
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from vi_simsiam.benchmarks import multiview_loss, timers
 from vi_simsiam.benchmarks.cases import Case, draw_inputs
-from vi_simsiam.benchmarks.providers import Provider
-from vi_simsiam.cli import main
+from vi_simsiam.benchmarks.multiview_loss import Provider
 from vi_simsiam.ops.multiview_loss import LossForm, eager_loss
 
 CPU = torch.device("cpu")
 TINY = Case(3, 20)
+MODES = ("forward", "forward_backward")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 class ScriptedTimer(timers.Timer):
-    """Gives every prepared call, in order, its time; the copy of a mode comes first."""
+    """Gives every prepared call, in order, its time; the copy of a mode comes first.
 
-    def __init__(self, *microseconds: float | Exception) -> None:
+    An exception is raised by the preparation, and a function takes the time.
+    """
+
+    def __init__(self, *microseconds: float | Exception | Callable[[], float]) -> None:
         self.script = list(microseconds)
         self.prepared = 0
 
@@ -39,10 +43,29 @@ class ScriptedTimer(timers.Timer):
         self.prepared += 1
         if isinstance(value, Exception):
             raise value
+        if callable(value):
+            return {"time": value}
         return {"time": lambda: value, "host": lambda: value / 2}
 
     def peak_bytes(self, call: Callable[[], object]) -> int:
         return 1024
+
+    def release(self) -> None:
+        """Keep it: the collector takes longer than a case."""
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=300)
+
+
+def printed(console: Console) -> str:
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def shown(*tables: object) -> str:
+    console = quiet()
+    console.print(*tables)
+    return printed(console)
 
 
 def given(form: LossForm, factor: float = 1.0) -> Provider:
@@ -50,43 +73,38 @@ def given(form: LossForm, factor: float = 1.0) -> Provider:
     return lambda predictions, targets: factor * eager_loss(predictions, targets, form).mean()
 
 
-def out_of_memory(predictions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
-
-
-def shown(*tables: object) -> str:
-    console = Console(file=io.StringIO(), width=200)
-    console.print(*tables)
-    return console.file.getvalue()  # type: ignore[attr-defined]
-
-
-def scripted_result() -> dict[str, Any]:
-    """The result of a run with scripted times: cpu 10 us, eager 40 us, torch.compile 20 us."""
-    return json.loads(_scripted_run())  # type: ignore[no-any-return]
-
-
-@functools.cache
-def _scripted_run() -> str:
-    options = multiview_loss.Options(device="cpu", short=True, only="64x512", rounds=5)
-
-    def some(form: LossForm, device: torch.device) -> dict[str, Provider | str]:
-        return dict.fromkeys(("eager", "torch.compile", "cpu"), given(form))
-
-    timer, console = ScriptedTimer(5, 40, 20, 10), Console(file=io.StringIO())
-    return json.dumps(multiview_loss.run(options, console, providers=some, timer=timer))
-
-
-def compared(folder: Path, before: dict[str, Any], after: dict[str, Any] | str) -> int:
-    """Exit code of `bench compare` for two results; the second may be any text."""
-    old, new = folder / "before.json", folder / "after.json"
-    old.write_text(json.dumps(before))
-    new.write_text(after if isinstance(after, str) else json.dumps(after))
-    return main(["bench", "compare", str(old), str(new)])
-
-
 def drawn(case: Case) -> tuple[list[Tensor], list[Tensor]]:
     inputs = draw_inputs(case, CPU, torch.Generator().manual_seed(0))
     return inputs.predictions, inputs.targets
+
+
+def scripted_result() -> dict[str, Any]:
+    """A result of `bench loss`: cpu 10 us, eager 40 us, torch.compile 20 us, the copy 5 us."""
+    return json.loads(_scripted_loss())  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _scripted_loss() -> str:
+    case = Case(64, 512)
+    providers = dict.fromkeys(("eager", "torch.compile", "cpu"), given(case.form))
+    timer = ScriptedTimer(5, 40, 20, 10)
+    found = multiview_loss.measure_case(case, CPU, providers, timer, rounds=5)
+    return json.dumps(_result("multiview_loss", "cpu", [found]))
+
+
+def _result(benchmark: str, device_type: str, cases: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "benchmark": benchmark,
+        "device_type": device_type,
+        "device": "NVIDIA H200 (139 GiB, compute capability 9.0)",
+        "driver": "1",
+        "processor": "some, 2 cores",
+        "date": "2026-01-01T00:00:00+00:00",
+        "versions": {"torch": "2"},
+        "workers": 16,
+        "data": "generated",
+        "cases": cases,
+    }
 
 
 def slower(
@@ -95,7 +113,7 @@ def slower(
     """The same result where cpu needs `factor` times as long, and the copy `copied` times."""
     changed = copy.deepcopy(result)
     for case in changed["cases"]:
-        for mode in ("forward", "forward_backward"):
+        for mode in MODES:
             times = case["providers"]["cpu"][mode]["time"]
             times["median_us"] *= factor
             times["lower_us"], times["upper_us"] = (
@@ -103,6 +121,11 @@ def slower(
             )
             case["copy"][mode]["median_us"] *= copied
     return changed
+
+
+def scale(times: dict[str, float], factor: float) -> None:
+    for quartile in ("median_us", "lower_us", "upper_us"):
+        times[quartile] *= factor
 
 
 def timed(microseconds: float, **extra: Any) -> dict[str, Any]:
@@ -114,18 +137,7 @@ def timed(microseconds: float, **extra: Any) -> dict[str, Any]:
 def scripted_pipeline(benchmark: str) -> dict[str, Any]:
     """A result of `bench augment`, `step` or `train`, with round figures as from a GPU."""
     cases = {"augment": _augment_cases, "step": _step_cases, "train": _train_cases}[benchmark]()
-    return {
-        "benchmark": benchmark,
-        "device_type": "cuda",
-        "device": "NVIDIA H200 (139 GiB, compute capability 9.0)",
-        "driver": "1",
-        "processor": "some, 2 cores",
-        "date": "2026-01-01T00:00:00+00:00",
-        "versions": {"torch": "2"},
-        "workers": 16,
-        "data": "generated",
-        "cases": cases,
-    }
+    return _result(benchmark, "cuda", cases)
 
 
 def _augment_cases() -> list[dict[str, Any]]:
@@ -173,15 +185,12 @@ def _step_cases() -> list[dict[str, Any]]:
 
 
 def _train_cases() -> list[dict[str, Any]]:
+    missing = dict.fromkeys(("caching_seconds", "seconds_to_target", "peak_bytes"))
+    seconds = {"training_seconds": 200.0, "cold_start_seconds": 20.0, "evaluation_seconds": 30.0}
+
     def training(rate: float, **changed: Any) -> dict[str, Any]:
-        missing = dict.fromkeys(("caching_seconds", "seconds_to_target", "peak_bytes"))
-        seconds = {
-            "training_seconds": 200.0,
-            "cold_start_seconds": 20.0,
-            "evaluation_seconds": 30.0,
-        }
-        given = {"views_per_second": rate, "knn_top1": 0.79, **missing, **seconds, **changed}
-        return timed(128 / rate * 1e6, **given)
+        figures = {"views_per_second": rate, "knn_top1": 0.79, **missing, **seconds, **changed}
+        return timed(128 / rate * 1e6, **figures)
 
     ours = {"training_seconds": 110.0, "caching_seconds": 3.0, "seconds_to_target": 60.0}
     ours |= {"knn_top1": 0.8, "peak_bytes": 2e9}

@@ -1,19 +1,22 @@
-"""Comparisons of result files, and noisy times, which get no verdict anywhere."""
+"""Comparisons and targets of result files; noisy times get no verdict."""
 
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmark_cases import compared, scripted_pipeline, scripted_result, shown, slower
+from benchmark_cases import MODES, scale, scripted_pipeline, scripted_result, slower
 
-from vi_simsiam.benchmarks import multiview_loss, tables
+from vi_simsiam.benchmarks.cases import Case
 from vi_simsiam.benchmarks.compare import compare
 from vi_simsiam.benchmarks.ratios import Ratio
-from vi_simsiam.benchmarks.targets import Row, targets_of
+from vi_simsiam.benchmarks.targets import Row, Target, targets_for, targets_markdown
 from vi_simsiam.cli import main
+
+IMAGENETTE = "200 epochs of ImageNette-128, 2x128, batch 64"
 
 
 @pytest.fixture
@@ -21,11 +24,22 @@ def result() -> dict[str, Any]:
     return scripted_result()
 
 
+def targets_of(result: dict[str, Any], device_type: str | None = None) -> list[Target]:
+    kind = device_type or result["device_type"]
+    return targets_for(result["benchmark"], kind, result["cases"])
+
+
+def compared(folder: Path, before: dict[str, Any], after: dict[str, Any] | str) -> int:
+    """Exit code of `bench compare` for two results; the second may be any text."""
+    old, new = folder / "before.json", folder / "after.json"
+    old.write_text(json.dumps(before))
+    new.write_text(after if isinstance(after, str) else json.dumps(after))
+    return main(["bench", "compare", str(old), str(new)])
+
+
 @pytest.mark.parametrize(
     ("change", "code"),
     [
-        ({"factor": 1.0}, 0),
-        ({"factor": 0.5}, 0),
         ({"factor": 1.015}, 0),
         ({"factor": 1.05}, 1),
         ({"factor": 1.05, "spread": 0.06}, 0),
@@ -49,34 +63,37 @@ def test_compare_judges_by_the_recorded_noise(
 
 
 @pytest.mark.parametrize(
-    ("factor", "yardstick", "regressions"),
-    [(1.0, 1.0, 0), (1.5, 1.0, 1), (1.5, 1.6, 0), (1.5, 0.5, 1)],
+    ("factor", "yardstick", "upper", "verdict", "regression"),
+    [
+        (1.5, 1.0, 1.0, "slower", True),
+        (1.5, 1.6, 1.0, "", False),
+        (1.5, 0.5, 1.0, "slower", True),
+        (0.5, 1.0, 1.0, "faster", False),
+        (1.5, 1.0, 1.3, "too noisy to tell", False),
+    ],
 )
-def test_compare_allows_what_the_yardstick_lost(
-    factor: float, yardstick: float, regressions: int
+def test_compare_allows_what_a_quiet_yardstick_lost(
+    factor: float, yardstick: float, upper: float, verdict: str, regression: bool
 ) -> None:
     before = scripted_pipeline("augment")
     after = copy.deepcopy(before)
-    case = after["cases"][0]
-    for name, times in (("vi-simsiam", factor), (case["yardstick"], yardstick)):
-        for quartile in ("median_us", "lower_us", "upper_us"):
-            case["providers"][name]["time"][quartile] *= times
-    found = [change for change in compare(before, after) if change.provider == "vi-simsiam"]
-    assert sum(change.regression for change in found) == regressions
+    providers = after["cases"][0]["providers"]
+    scale(providers["vi-simsiam"]["time"], factor)
+    scale(providers["lightly"]["time"], yardstick)
+    providers["lightly"]["time"]["upper_us"] *= upper
+    found = next(each for each in compare(before, after) if each.provider == "vi-simsiam")
+    assert (found.verdict, found.regression) == (verdict, regression)
 
 
-@pytest.mark.parametrize(
-    ("benchmark", "provider"), [("multiview_loss", "cpu"), ("augment", "vi-simsiam")]
-)
-def test_compare_calls_a_lost_result_a_regression(
-    result: dict[str, Any], benchmark: str, provider: str
-) -> None:
+@pytest.mark.parametrize("benchmark", ["multiview_loss", "augment"])
+def test_compare_calls_a_lost_result_a_regression(result: dict[str, Any], benchmark: str) -> None:
     before = result if benchmark == "multiview_loss" else scripted_pipeline(benchmark)
     after = copy.deepcopy(before)
-    after["cases"][0]["providers"][provider].update(correct=False, failure="inaccurate: 1e-2")
-    changes = [change for change in compare(before, after) if change.regression]
-    assert {(change.provider, change.verdict) for change in changes} == {
-        (provider, "inaccurate: 1e-2")
+    after["cases"][0]["providers"]["lightly" if benchmark == "augment" else "cpu"].update(
+        correct=False, failure="inaccurate: 1e-2"
+    )
+    assert {each.verdict for each in compare(before, after) if each.regression} == {
+        "inaccurate: 1e-2"
     }
     assert not any(change.regression for change in compare(after, before)), "a new result is none"
 
@@ -89,7 +106,7 @@ _HEAD = '{"benchmark": "multiview_loss", "device_type": "cpu", "cases": '
     [
         ("{", "is no JSON file"),
         ("[1]", "holds benchmark None, not 'multiview_loss'"),
-        ('{"benchmark": "accuracy"}', "holds benchmark 'accuracy'"),
+        ('{"benchmark": "step"}', "holds benchmark 'step', not 'multiview_loss'"),
         ('{"benchmark": "multiview_loss", "cases": [{"batch": 3}]}', "is of an older version"),
         (_HEAD + '[{"batch": 3}]}', "lacks what is compared ('name')"),
         (_HEAD + "3}", "lacks what is compared"),
@@ -109,34 +126,22 @@ def test_compare_names_bad_input_in_one_line(
     assert message in error
 
 
-def test_compare_needs_two_files_of_one_benchmark(
-    result: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    step = scripted_pipeline("step")
-    assert compared(tmp_path, step, step) == 0
-    assert compared(tmp_path, scripted_pipeline("augment"), step) == 2
-    assert "holds benchmark 'step', not 'augment'" in capsys.readouterr().err
-    assert main(["bench", "compare", str(tmp_path / "before.json"), str(tmp_path / "none")]) == 2
-    assert "cannot be read (No such file or directory)" in capsys.readouterr().err
-
-
 def test_compare_gives_noisy_times_no_verdict(
     result: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Three times as slow, but on a busy machine: counted, but not part of the exit code."""
     busy = slower(result, 3.0, spread=0.25)
+    busy["device"] = "another"
     assert compared(tmp_path, result, busy) == 0
     printed = capsys.readouterr().out
     assert "12 times compared; 0 slower beyond the noise. 2 too noisy to tell" in printed
-    noisy = [change.verdict for change in compare(result, busy) if change.noisy]
-    assert noisy == ["too noisy to tell"] * 2
+    assert f"different device: {result['device']} and another" in printed
     providers = busy["cases"][0]["providers"]
-    slow = dict.fromkeys(("median_us", "lower_us", "upper_us"), 400.0)
-    providers["eager"]["forward"]["time"].update(slow)
+    scale(providers["eager"]["forward"]["time"], 10)
     assert compared(tmp_path, result, busy) == 1
     assert "1 slower beyond the noise. 2 too noisy to tell" in capsys.readouterr().out
     for found in providers.values():
-        for mode in ("forward", "forward_backward"):
+        for mode in MODES:
             for metric in ("time", "host"):
                 found[mode][metric].update(lower_us=1.0, upper_us=500.0)
     assert compared(tmp_path, result, busy) == 2
@@ -145,35 +150,59 @@ def test_compare_gives_noisy_times_no_verdict(
     assert "results: all 12 times of" in error
 
 
-def test_compare_trusts_no_noisy_yardstick() -> None:
-    """A slower yardstick explains a slower time only where it was measured well."""
-    before = scripted_pipeline("augment")
-    after = copy.deepcopy(before)
-    providers = after["cases"][0]["providers"]
-    slow = dict.fromkeys(("median_us", "lower_us", "upper_us"), 1e6)
-    providers["vi-simsiam"]["time"].update(slow)
-    providers["lightly"]["time"]["upper_us"] *= 1.3
-    (ours,) = (each for each in compare(before, after)[:2] if each.provider == "vi-simsiam")
-    assert (ours.verdict, ours.regression) == ("too noisy to tell", False)
-
-
-def test_targets_rest_on_no_noisy_time(result: dict[str, Any]) -> None:
+def test_targets_of_the_loss(result: dict[str, Any]) -> None:
+    """Measured or not, met or not; a noisy time decides nothing, a quiet one that fails does."""
+    unmeasured = [t for kind in ("cuda", "cpu") for t in targets_for("multiview_loss", kind, [])]
+    assert {(each.figure, each.met) for each in unmeasured} == {("not measured", None)}
+    assert "| - |" in targets_markdown(unmeasured)
     result["cases"][0].update(name="power_spherical 256x2048 2x2 float32")
-    noisy = slower(result, 1.0, spread=0.25)
-    eager, compiled, nowhere = targets_of(noisy)
-    for target in (eager, compiled, nowhere):
-        assert (target.met, target.noisy) == (None, True)
-    assert eager.figure == "4.00 times"
-    assert nowhere.figure == "slower in none of 2 comparisons; 2 more too noisy to tell"
-    assert tables.targets_markdown([eager]).endswith("| 4.00 times | too noisy to tell |")
-    # A quiet comparison that fails decides all the same.
+    assert [(each.figure, each.met) for each in targets_of(result)] == [
+        ("4.00 times", True),
+        ("2.00 times", True),
+        ("slower in none of 4 comparisons", True),
+    ]
+    nowhere = targets_of(slower(result, 2.1))[2]
+    assert nowhere.met is False
+    assert nowhere.figure.startswith("slower in 2 of 4, by 1.05 times at worst (64 x 512, float32")
+    noisy = targets_of(slower(result, 1.0, spread=0.25))
+    assert [(target.met, target.noisy) for target in noisy] == [(None, True)] * 3
+    assert noisy[2].figure == "slower in none of 2 comparisons; 2 more too noisy to tell"
+    assert targets_markdown(noisy[:1]).endswith("| 4.00 times | too noisy to tell |")
     lost = slower(result, 2.1)
-    for case in lost["cases"][:1]:
-        case["providers"]["cpu"]["forward"]["time"].update(lower_us=1.0, upper_us=90.0)
+    lost["cases"][0]["providers"]["cpu"]["forward"]["time"].update(lower_us=1.0, upper_us=90.0)
     nowhere = targets_of(lost)[2]
     assert nowhere.met is False
     assert nowhere.figure.startswith("slower in 1 of 3, by 1.05 times at worst")
     assert nowhere.figure.endswith("; 1 more too noisy to tell")
+
+
+def test_gpu_targets_read_the_right_cases(result: dict[str, Any]) -> None:
+    """The copy at 32768 x 2048, torch.compile from 200 MB on, eager at small batches."""
+    cases = []
+    for case in (Case(32768, 2048, dtype="bfloat16"), Case(64, 2048, dtype="bfloat16")):
+        made = copy.deepcopy(result["cases"][0])
+        least_bytes = {mode: case.least_bytes(mode) for mode in MODES}
+        fields = ("name", "batch", "dim", "dtype")
+        made.update({name: getattr(case, name) for name in fields}, least_bytes=least_bytes)
+        made["providers"]["triton"] = made["providers"].pop("cpu")
+        made["providers"]["cuda"] = copy.deepcopy(made["providers"]["triton"])
+        made["providers"]["cuda"]["forward_backward"]["time"]["median_us"] = 12.0
+        made["copy"]["forward_backward"]["median_us"] = 9.5
+        cases.append(made)
+    found = [(each.figure, each.met) for each in targets_for("multiview_loss", "cuda", cases)]
+    assert found == [
+        ("triton 1.05, cuda 1.26", True),
+        ("not measured", None),
+        ("2.00 times", True),
+        ("2.00 times", False),
+        ("2.00 times", False),
+        ("4.00 times", False),
+        ("slower in none of 8 comparisons", True),
+        ("farthest apart: Triton / CUDA 0.83 at 64 x 2048, bfloat16", False),
+    ]
+    cases[0]["copy"]["forward_backward"].update(lower_us=1.0, upper_us=100.0)
+    noisy = targets_for("multiview_loss", "cuda", cases)[0]
+    assert (noisy.met, noisy.noisy) == (None, True)
 
 
 def test_the_worst_quiet_case_is_a_targets_figure() -> None:
@@ -182,43 +211,56 @@ def test_the_worst_quiet_case_is_a_targets_figure() -> None:
         made = row([{"label": f"case {i}", "ratio": each} for i, each in enumerate(ratios)])
         return made.figure, made.met, made.noisy
 
-    low, high = Ratio(0.5, False), Ratio(2.0, False)
-    loud = Ratio(3.0, True)
+    low, high, loud = Ratio(0.5, False), Ratio(2.0, False), Ratio(3.0, True)
     assert judged() == ("not measured", None, False)
     assert judged(low, high) == ("2.0 times (most of 2 cases: case 1)", False, False)
-    assert judged(low, loud) == (
-        "0.5 times (most of 1 case: case 0); 1 more too noisy to tell",
-        None,
-        True,
-    )
+    one_quiet = "0.5 times (most of 1 case: case 0); 1 more too noisy to tell"
+    assert judged(low, loud) == (one_quiet, None, True)
     assert judged(high, loud)[1:] == (False, False)
     assert judged(loud) == ("3.0 times", None, True)
 
 
-def test_tables_show_no_ratio_of_noisy_times(result: dict[str, Any]) -> None:
-    noisy = slower(result, 1.0, spread=0.25)
-    text = multiview_loss.loss_markdown(noisy)
-    assert "| 64 x 512, float32 | 40.0 | 20.0 | 10.0 | too noisy to tell | 50% |" in text
-    assert "lie 20 % of its median or more apart" in text
-    assert "lie 20 % of" not in multiview_loss.loss_markdown(result)
-    assert shown(multiview_loss.loss_case(noisy["cases"][0])).count("too noisy to tell") == 1
-    made = scripted_pipeline("augment")
-    made["cases"][0]["providers"]["lightly"]["time"]["upper_us"] *= 1.3
-    text = tables.augment_markdown(made)
-    assert "| 2x128, batch 64 | 12,000 | 1,000 | ImportError | too noisy to tell |" in text
-    assert "4.00 x" in text
-
-
-def test_pipeline_targets_rest_on_no_noisy_time() -> None:
+def test_targets_of_the_pipelines() -> None:
     made = {name: scripted_pipeline(name) for name in ("augment", "step", "train")}
-    for name, providers in (
-        ("augment", {"lightly"}),
-        ("step", {"step", "network alone, kernels"}),
-        ("train", {"vi-simsiam"}),
-    ):
-        for case in made[name]["cases"]:
-            for provider in providers & case["providers"].keys():
-                case["providers"][provider]["time"]["upper_us"] *= 1.3
+    for name in made:
+        for kind in ("cuda", "cpu"):
+            for target in targets_for(name, kind, []):
+                assert (target.figure, target.met) == ("not measured", None)
+    found = [target for result in made.values() for target in targets_of(result)]
+    assert {target.what: (target.figure, target.met) for target in found} == {
+        "views/s at 2x128, batch 64, against lightly's": ("12.0 times", True),
+        "views/s at 2x224, batch 64, against lightly's": ("4.0 times", False),
+        "training step against the same network's forward and backward alone, same kernels": (
+            "1.10 times (most of 2 cases: simsiam, 2x224, batch 64)",
+            False,
+        ),
+        "forward and backward of the network alone, with our kernels, against torch.compile": (
+            "1.25 times (vi-simsiam, 2x128, batch 64; no figure for 1 case more)",
+            False,
+        ),
+        "exposed augmentation": ("1.9% (most of 2 cases: vi-simsiam, 2x128, batch 64)", True),
+        f"{IMAGENETTE}: training": ("110 s", True),
+        f"{IMAGENETTE}: cold start and kNN evaluation": ("50 s", False),
+        f"{IMAGENETTE}: peak memory beside the images": ("2.00 GB", True),
+    }
+    (on_cpu,) = targets_of(made["train"], "cpu")
+    assert on_cpu.met
+    assert on_cpu.figure == "1.60 times (400 and 250; 200 epochs of 9,469 images)"
+    shorter = copy.deepcopy(made["train"]["cases"][1]) | {"images": 64}
+    shorter["providers"]["lightly"]["time"]["median_us"] /= 10
+    made["train"]["cases"].append(shorter)
+    assert targets_of(made["train"], "cpu") == [on_cpu], "of several trainings the longest counts"
+    assert targets_of(made["step"], "cpu") == []
+    for result in made.values():
+        for case in result["cases"]:
+            for name in ("lightly", "step", "network alone, kernels", "vi-simsiam"):
+                if result["benchmark"] != "augment" or name == "lightly":
+                    case["providers"].get(name, {"time": {"upper_us": 1}})["time"]["upper_us"] *= (
+                        1.3
+                    )
     found = [target for result in made.values() for target in targets_of(result)]
     assert [target.noisy for target in found] == [True] * 7 + [False], "memory is no time"
     assert [target.met for target in found] == [None] * 7 + [True]
+    for case in made["train"]["cases"]:
+        case["images"] = 640
+    assert {target.met for target in targets_of(made["train"])} == {None}, "a part of ImageNette"

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-import weakref
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,47 +17,41 @@ from benchmark_cases import (
     ScriptedTimer,
     drawn,
     given,
-    out_of_memory,
-    scripted_result,
+    needs_gpu,
+    printed,
+    quiet,
     shown,
-    slower,
 )
-from rich.console import Console
 from torch import Tensor
 
-from vi_simsiam.benchmarks import multiview_loss, names, plots, providers, timers
+from vi_simsiam.benchmarks import multiview_loss, names, plots, tables, timers
 from vi_simsiam.benchmarks.baselines import textbook_loss
 from vi_simsiam.benchmarks.cases import Case, cases_for
-from vi_simsiam.benchmarks.providers import Provider, errors, reference
+from vi_simsiam.benchmarks.multiview_loss import Provider, errors, reference
 from vi_simsiam.benchmarks.step import step_cases
 from vi_simsiam.benchmarks.timers import failure_reason, interleave
 from vi_simsiam.benchmarks.train_peers import PROVIDERS
 from vi_simsiam.benchmarks.view_cases import view_cases
 from vi_simsiam.cli import main
+from vi_simsiam.cli.commands import BENCHMARKS
 from vi_simsiam.engine import graph
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.multiview_loss import LossForm, eager_loss
 
 
 def measured(timer: timers.Timer, **extra: Provider | str) -> dict[str, Any]:
-    return multiview_loss.measure_case(
-        TINY, CPU, {"eager": given(TINY.form), **extra}, timer, rounds=3
-    )
+    made = {"eager": given(TINY.form), **extra}
+    return multiview_loss.measure_case(TINY, CPU, made, timer, rounds=3)
 
 
 def test_the_gate_refuses_wrong_results_and_prints_no_time_for_them() -> None:
-    def unwritten(predictions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-        return (
-            eager_loss([predictions[0], predictions[1].detach()], targets, TINY.form).mean()
-            + predictions[1].sum() * 0
-        )
+    def without_gradient(predictions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        views = [predictions[0], predictions[1].detach()]
+        return eager_loss(views, targets, TINY.form).mean() + predictions[1].sum() * 0
 
-    case = measured(
-        ScriptedTimer(1, 2),
-        wrong=given(TINY.form, 1 + 1e-5),
-        half=unwritten,
-        nan=given(TINY.form, float("nan")),
-    )
+    factors = {"wrong": 1 + 1e-5, "nan": float("nan")}
+    made = {name: given(TINY.form, factor) for name, factor in factors.items()}
+    case = measured(ScriptedTimer(1, 2), half=without_gradient, **made)
     assert case["providers"]["eager"]["correct"]
     assert case["providers"]["eager"]["forward_backward"]["copy_share"] == 0.5
     for name in ("wrong", "half", "nan"):
@@ -74,7 +65,7 @@ def test_the_gate_refuses_wrong_results_and_prints_no_time_for_them() -> None:
     assert f"gradient error {wrong:.1e}, allowed" in case["providers"]["wrong"]["failure"]
     assert case["providers"]["nan"]["gradient_error"] is None
     json.loads(json.dumps(case, allow_nan=False))
-    lines = shown(multiview_loss.loss_case(case)).splitlines()
+    lines = shown(tables.loss_case(case)).splitlines()
     rows = [line.split()[1] for line in lines if line.startswith(("│ ", "wrong"))]
     assert rows == ["eager", "inaccurate:"]
 
@@ -99,56 +90,47 @@ def test_a_gradient_left_unwritten_is_not_hidden_by_the_memory_of_the_last_resul
             Lazy.calls += 1
             return tuple(buffers)
 
-    found = providers.check(lambda p, z: Lazy.apply(*p), *drawn(TINY), exact, (1e-6, 1e-6))
+    found = multiview_loss.check(lambda p, z: Lazy.apply(*p), *drawn(TINY), exact, (1e-6, 1e-6))
     assert Lazy.calls == 2
     assert not found["correct"]
     assert found["gradient_error"] is None
 
 
 def test_what_cannot_run_or_lacks_memory_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under graph capture the allocator's error is the context of the capture's own."""
+
+    def out_of_memory(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    in_capture = RuntimeError("operation failed due to a previous error during capture")
+    in_capture.__context__ = torch.OutOfMemoryError("CUDA out of memory")
+    missing = "not available: it takes CUDA tensors"
     case = measured(
-        ScriptedTimer(1, 2, 3), oom=out_of_memory, triton="not available: it takes CUDA tensors"
+        ScriptedTimer(1, in_capture, 3), cpu=given(TINY.form), oom=out_of_memory, triton=missing
     )
-    assert case["providers"]["oom"]["failure"] == "out of memory"
-    assert case["providers"]["triton"]["failure"] == "not available: it takes CUDA tensors"
-    assert case["providers"]["eager"]["forward"]["time"]["median_us"] == 2
-    assert "oom: out of memory" in shown(multiview_loss.loss_case(case))
-    monkeypatch.setattr(multiview_loss, "draw_inputs", lambda *_: out_of_memory([], []))
+    found = case["providers"]
+    assert found["oom"]["failure"] == "out of memory"
+    assert found["triton"]["failure"] == missing
+    assert found["eager"]["forward_backward"] == {"failure": "out of memory"}
+    assert found["eager"]["correct"]
+    assert found["cpu"]["forward_backward"]["time"]["median_us"] == 3
+    text = shown(tables.loss_case(case))
+    assert "oom: out of memory" in text
+    assert any("eager" in line and "out of memory" in line for line in text.splitlines())
+    broken = measured(ScriptedTimer(1, mock.Mock(side_effect=ValueError("broke"))))
+    both = broken["providers"]["eager"]["forward_backward"]
+    assert both == {"peak_bytes": 1024, "failure": "ValueError: broke"}
+    without_copy = measured(ScriptedTimer(MemoryError()))
+    assert without_copy["providers"]["eager"]["forward"] == {"failure": "out of memory"}
+    monkeypatch.setattr(multiview_loss, "draw_inputs", out_of_memory)
     assert measured(ScriptedTimer(1))["providers"]["eager"]["failure"] == "out of memory", "inputs"
 
 
-def test_memory_that_lacks_only_for_timing_is_a_result() -> None:
-    """Under graph capture the allocator's error is the context of the capture's own."""
-    error = RuntimeError("operation failed due to a previous error during capture")
-    error.__context__ = torch.OutOfMemoryError("CUDA out of memory")
-    case = measured(ScriptedTimer(1, error, 3), cpu=given(TINY.form))
-    assert case["providers"]["eager"]["forward_backward"] == {"failure": "out of memory"}
-    assert case["providers"]["eager"]["correct"]
-    assert case["providers"]["cpu"]["forward_backward"]["time"]["median_us"] == 3
-    assert "out of memory" in shown(multiview_loss.loss_case(case))
-    without_copy = measured(ScriptedTimer(MemoryError()))
-    assert without_copy["providers"]["eager"]["forward"] == {"failure": "out of memory"}
-
-
-def test_a_busy_machine_is_noted() -> None:
-    result = scripted_result()
-    assert "noisy" not in shown(multiview_loss.loss_case(result["cases"][0]))
-    noisy = slower(result, 1.0, spread=0.5)
-    assert "noisy: the quartiles of cpu lie 50% of the median apart" in shown(
-        multiview_loss.loss_case(noisy["cases"][0])
-    )
-
-
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (ValueError("\n  no compiler \n at all"), "ValueError: no compiler"),
-        (KeyError(), "KeyError"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "out of memory"),
-    ],
-)
-def test_failure_reason_is_one_line(error: Exception, reason: str) -> None:
-    assert failure_reason(error) == reason
+def test_failure_reason_is_one_line() -> None:
+    assert failure_reason(ValueError("\n  no compiler \n at all")) == "ValueError: no compiler"
+    assert failure_reason(KeyError()) == "KeyError"
+    no_memory = RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")
+    assert failure_reason(no_memory) == "out of memory"
 
 
 def test_measures_are_taken_in_turn_until_the_time_is_up() -> None:
@@ -204,26 +186,14 @@ def test_cuda_timer_captures_enough_distinct_calls() -> None:
         assert calls == [0, 1, 0, 0, 1, 0, 1]
         assert few["time"]() == 2000
         assert few["host"]() >= 0
-        alive: weakref.WeakSet[Any] = weakref.WeakSet()
-        counts: list[int] = []
-
-        def result_of(number: int) -> object:
-            counts.append(len(alive))
-            alive.add(made := type("Result", (), {})())
-            return made
-
-        timer.prepare(result_of, [0, 1, 2], 10)
-        assert counts[3:] == [0, 1, 2] + [3] * 13, "results of one turn lie in different memory"
-        assert not alive
         for done in (0, 3):  # in warm-up, and in the capture
+            broken = mock.Mock(side_effect=[*[None] * done, ValueError("broke")])
             with pytest.raises(ValueError, match="broke"):
-                timer.prepare(
-                    mock.Mock(side_effect=[*[None] * done, ValueError("broke")]), [0], 10**10
-                )
+                timer.prepare(broken, [0], 10**10)
         timer.prepare(calls.append, [0], 10**10)
         timer.prepare(calls.append, [0], 10**10)
         pools = [call.kwargs["pool"] for call in fake.cuda.graph.call_args_list]
-        assert pools == ["first pool"] * 4 + ["second pool"] * 2, "a failed capture's is dropped"
+        assert pools == ["first pool"] * 3 + ["second pool"] * 2, "a failed capture's is dropped"
         fake.cuda.memory_allocated.return_value = 10
         fake.cuda.max_memory_allocated.return_value = 35
         assert timer.peak_bytes(lambda: None) == 25
@@ -232,16 +202,30 @@ def test_cuda_timer_captures_enough_distinct_calls() -> None:
         assert fake.cuda.graph.call_args.kwargs["pool"] == "third pool"
 
 
+def test_results_of_one_turn_lie_in_different_memory() -> None:
+    alive: list[int] = []
+    most: list[int] = []
+
+    class Result:
+        def __init__(self) -> None:
+            alive.append(1)
+            most.append(len(alive))
+
+        def __del__(self) -> None:
+            alive.pop()
+
+    timers.CudaTimer._calls(lambda _: Result(), [0, 1, 2], 9)
+    assert most == [1, 2, 3, *[4] * 6], "those of the last three calls, and the new one"
+    assert not alive
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_gpu
 def test_gpu_case_has_all_figures() -> None:
     device = torch.device("cuda")
     timer = timers.timer_for(device)
-    made = {
-        name: p
-        for name, p in providers.make_providers(TINY.form, device).items()
-        if "compile" not in name
-    }
+    made = multiview_loss.make_providers(TINY.form, device)
+    made = {name: provider for name, provider in made.items() if "compile" not in name}
     case = multiview_loss.measure_case(Case(1024, 512), device, made, timer, rounds=5)
     for name in ("eager", "triton"):
         both = case["providers"][name]["forward_backward"]
@@ -252,7 +236,7 @@ def test_gpu_case_has_all_figures() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_gpu
 def test_gpu_timer_goes_on_after_a_failed_capture() -> None:
     timer, stream = timers.timer_for(torch.device("cuda")), torch.cuda.current_stream()
     sets = [torch.ones(1000, device="cuda")]
@@ -270,52 +254,50 @@ def test_cases_and_inputs_are_those_of_training() -> None:
     case = Case(64, 2048, 8, 2, "bfloat16")
     assert case.least_bytes("forward") == (8 * 64 * 2049 + 2 * 64 * 2048) * 2
     assert case.least_bytes("forward_backward") == (2 * 8 * 64 * 2049 + 2 * 64 * 2048) * 2
-    small = dataclasses.replace(case, batch=2, views=3)
-    predictions, targets = drawn(small)
-    assert [p.shape for p in predictions] == [(2, 2049)] * 3
-    assert all(p.stride() == (2064, 1) and p.is_leaf and p.requires_grad for p in predictions)
+    predictions, targets = drawn(dataclasses.replace(case, batch=2, views=3))
+    assert all(p.shape == (2, 2049) and p.stride() == (2064, 1) for p in predictions)
+    assert all(p.is_leaf and p.requires_grad for p in predictions)
     assert [z.shape for z in targets] == [(2, 2048)] * 2
     assert predictions[0].detach().as_strided((2, 15), (2064, 1), 2049).isnan().all()
     assert not any(x.isnan().any() for x in (*predictions, *targets))
-    for device in ("cpu", "cuda"):
+    for device, count, few in (("cpu", 15, 5), ("cuda", 5 * 4 * 2 * 2 + 3, 8)):
         found = [c.name for c in cases_for(device, short=False)]
-        telling = [c.name for c in cases_for(device, short=True)]
-        assert len(set(found)) == len(found)
-        assert found[: len(telling)] == telling
-    cases = [c for c in cases_for("cuda", short=False) if c.distribution == "power_spherical"]
-    grid = product((64, 256, 1024, 4096, 32768), (128, 512, 2048, 8192), (2, 8))
-    assert {(c.batch, c.dim, c.views) for c in cases} == set(grid)
-    assert len(cases_for("cuda", short=True)) == 8
+        assert len(set(found)) == len(found) == count
+        assert found[:few] == [c.name for c in cases_for(device, short=True)]
 
 
 @pytest.mark.parametrize("form", [LossForm("power_spherical", 19.0), LossForm("cosine")], ids=str)
 def test_reference_in_pieces_and_textbook_are_eager(
     form: LossForm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = Case(7, 20, 3, 2, distribution=form.distribution)
-    predictions, targets = drawn(case)
-    loss = eager_loss([p.double() for p in predictions], [z.double() for z in targets], form).mean()
-    whole = providers.Outcome(loss.item(), torch.autograd.grad(loss, predictions))
-    monkeypatch.setattr(providers, "_CHUNK_ELEMENTS", 130)
+    predictions, targets = drawn(Case(7, 20, 3, 2, distribution=form.distribution))
+    doubles = [p.double() for p in predictions], [z.double() for z in targets]
+    loss = eager_loss(*doubles, form).mean()
+    whole = multiview_loss.Outcome(loss.item(), torch.autograd.grad(loss, predictions))
+    monkeypatch.setattr(multiview_loss, "_CHUNK_ELEMENTS", 130)
     pieces = reference(predictions, targets, form, torch.float64)
     assert pieces.loss == pytest.approx(whole.loss, rel=1e-14)
     assert max(errors(pieces, whole)) < 1e-7
-    book = textbook_loss(
-        [p.double() for p in predictions], [z.double() for z in targets], form
-    ).mean()
-    assert book.item() == pytest.approx(whole.loss, rel=1e-11)
-    assert errors(providers.Outcome(float("nan"), whole.gradients), whole)[0] != 0
+    assert textbook_loss(*doubles, form).mean().item() == pytest.approx(whole.loss, rel=1e-11)
+    assert errors(multiview_loss.Outcome(float("nan"), whole.gradients), whole)[0] != 0
 
 
-def test_providers_that_are_not_here_say_why() -> None:
-    made = providers.make_providers(TINY.form, CPU)
+def test_providers_that_are_not_here_give_the_reason() -> None:
+    made = multiview_loss.make_providers(TINY.form, CPU)
     assert list(made) == ["textbook", "eager", "torch.compile", "cpu"]
-    with mock.patch.object(providers, "why_unavailable", return_value="built without nvcc"):
-        on_gpu = providers.make_providers(TINY.form, torch.device("cuda"))
+    with mock.patch.object(multiview_loss, "why_unavailable", return_value="built without nvcc"):
+        on_gpu = multiview_loss.make_providers(TINY.form, torch.device("cuda"))
     assert on_gpu["cuda"] == "not available: built without nvcc"
     assert list(on_gpu)[2:4] == list(names.COMPILED)
 
 
+@pytest.fixture
+def tiny_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = tuple(Case(batch, 20) for batch in (3, 4, 5, 6))
+    monkeypatch.setattr(multiview_loss, "cases_for", lambda _, short: cases)
+
+
+@pytest.mark.usefixtures("tiny_cases")
 def test_run_writes_file_and_plots_and_resumes(tmp_path: Path) -> None:
     made: list[str] = []
 
@@ -324,65 +306,60 @@ def test_run_writes_file_and_plots_and_resumes(tmp_path: Path) -> None:
         right = given(form)
         return {"eager": right, "torch.compile": right, "cpu": "not available: not built"}
 
-    options = multiview_loss.Options(device="cpu", only="64x512", rounds=3, out=tmp_path)
-    console = Console(file=io.StringIO())
+    options = multiview_loss.Options(device="cpu", only=" 3x20", rounds=3, out=tmp_path)
     timer = ScriptedTimer(5, 40, 20)
-    multiview_loss.run(options, console, providers=some, timer=timer)
+    multiview_loss.run(options, quiet(), providers=some, timer=timer)
     path = tmp_path / "cpu" / "multiview_loss.json"
     written = json.loads(path.read_text())
-    assert [case["name"] for case in written["cases"]] == ["power_spherical 64x512 2x2 float32"]
+    assert [case["name"] for case in written["cases"]] == ["power_spherical 3x20 2x2 float32"]
     assert {"date", "commit", "device", "processor", "driver", "versions"} <= written.keys()
     for plot in plots.plot_paths("multiview_loss", path.parent):
         assert plot.read_bytes().startswith(b"\x89PNG")
-    both = dataclasses.replace(options, only="64x", resume=True, short=True)
-    resumed = multiview_loss.run(both, console, providers=some, timer=timer)
-    assert len(made) == len(resumed["cases"]) == 2, "the case that was there is not measured again"
+    both = dataclasses.replace(options, only="2x2", resume=True)
+    with mock.patch.object(plots, "draw", return_value=[]):
+        resumed = multiview_loss.run(both, quiet(), providers=some, timer=timer)
+    assert len(made) == len(resumed["cases"]) == 4, "the case that was there is not measured again"
     path.write_text(path.read_text().replace(written["versions"]["torch"], "0.1"))
     with pytest.raises(InputError, match="was measured with versions"):
-        multiview_loss.run(both, console, providers=some, timer=timer)
-    with pytest.raises(InputError, match="'65x'; there are .*, 'cosine 256x2048 2x2 float32'$"):
-        multiview_loss.run(dataclasses.replace(options, only="65x"), console)
+        multiview_loss.run(both, quiet(), providers=some, timer=timer)
+    with pytest.raises(InputError, match="'65x'; there are .*, 'power_spherical 6x20 2x2 float32'"):
+        multiview_loss.run(dataclasses.replace(options, only="65x"), quiet())
 
 
-@pytest.mark.parametrize(
-    ("benchmark", "accepted"),
-    [
-        ("loss", [cases_for("cpu", short=False)[0].name]),
-        ("augment", [view_cases("cuda", short=False)[2].name]),
-        ("step", [step_cases("cuda", short=False)[2].name]),
-        ("train", list(PROVIDERS)),
-    ],
-)
-def test_the_help_says_what_only_accepts(
-    benchmark: str,
-    accepted: list[str],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("COLUMNS", "500")
-    assert main(["bench", benchmark, "--help"]) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "--only" in line]
-    assert [name for name in accepted if name not in line] == []
-
-
-def test_short_keeps_its_time(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("tiny_cases")
+def test_short_keeps_its_time() -> None:
     """First the provider that compiles longest is left out, then whole cases."""
-    now = iter([0.0, 0.0, 40.0, 80.0, 80.0, 80.0])
+    now = iter([0.0, 0.0, 40.0, 80.0, 80.0])
 
     def some(form: LossForm, device: torch.device) -> dict[str, Provider | str]:
         return {"eager": given(form), names.COMPILED[1]: given(form)}
 
-    console = Console(file=io.StringIO(), width=300)
+    console = quiet()
+    options = multiview_loss.Options(device="cpu", short=True, rounds=3)
     found = multiview_loss.run(
-        multiview_loss.Options(device="cpu", short=True, rounds=3),
-        console,
-        providers=some,
-        timer=ScriptedTimer(1),
-        clock=lambda: next(now),
+        options, console, providers=some, timer=ScriptedTimer(1), clock=lambda: next(now)
     )
-    assert [case["providers"][names.COMPILED[1]]["correct"] for case in found["cases"]] == [
-        True,
-        False,
-    ]
-    assert "--short had used 40 s" in found["cases"][1]["providers"][names.COMPILED[1]]["failure"]
-    assert console.file.getvalue().count("left out: power_spherical") == 3  # type: ignore[attr-defined]
+    first, second = (case["providers"][names.COMPILED[1]] for case in found["cases"])
+    assert (first["correct"], second["correct"]) == (True, False)
+    assert "--short had used 40 s" in second["failure"]
+    for batch in (5, 6):
+        left = f"left out: power_spherical {batch}x20 2x2 float32; --short has used 80 s"
+        assert left in printed(console)
+
+
+def test_the_help_shows_what_only_accepts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
+    for benchmark, accepted in {
+        "loss": [cases_for("cpu", short=False)[0].name],
+        "augment": [view_cases("cuda", short=False)[2].name],
+        "step": [step_cases("cuda", short=False)[2].name],
+        "train": list(PROVIDERS),
+    }.items():
+        assert main(["bench", benchmark, "--help"]) == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "--only" in line]
+        assert [name for name in accepted if name not in line] == []
+    assert main(["bench", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n  {name} " in text for name in BENCHMARKS)

@@ -50,12 +50,6 @@ def on_gpu(
     return [x.clone().requires_grad_() for x in rows], list(z)
 
 
-def test_the_losses_on_cuda_tensors() -> None:
-    """Golden values, gradcheck, hypothesis, opcheck, compile."""
-    parts = ("", "_autograd", "_compile", "_modules")
-    run_tests(*(f"tests/test_multiview_loss{x}.py" for x in parts), VI_SIMSIAM_TEST_DEVICE="cuda")
-
-
 @fused
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
 def test_compute_sanitizer_finds_nothing(backend: str, tool: str) -> None:

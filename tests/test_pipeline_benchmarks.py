@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -15,16 +14,14 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from benchmark_cases import CPU, shown
+from benchmark_cases import CPU, needs_gpu, shown
 from PIL import Image
-from rich.console import Console
 from torch import Tensor
 
-from vi_simsiam.benchmarks import augment, images, ours, peers, step, tables
+from vi_simsiam.benchmarks import augment, peers, step, tables, view_cases
 from vi_simsiam.benchmarks.peers import Provider
-from vi_simsiam.benchmarks.suite import Suite, SuiteOptions
 from vi_simsiam.benchmarks.timers import Timer, timer_for
-from vi_simsiam.benchmarks.view_cases import SMALL_IMAGES, ViewCase, view_cases
+from vi_simsiam.benchmarks.view_cases import SMALL_IMAGES, ViewCase
 from vi_simsiam.data.cache import in_memory
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import FileSource
@@ -35,7 +32,7 @@ TINY = ViewCase(4, 16, 2, 8, sides=(16, 20))
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return images.generate(tmp_path_factory.mktemp("generated"), count=8, sides=TINY.sides)
+    return view_cases.generate(tmp_path_factory.mktemp("generated"), count=8, sides=TINY.sides)
 
 
 @pytest.fixture(scope="module")
@@ -48,31 +45,26 @@ def provider(
 ) -> Provider:
     """A provider that gives `views`, with a known error if one is given."""
     error = None if hue_error is None else {"without hue": 1e-6, "with hue": hue_error}
-    return Provider(
-        lambda: (views, error), mock.Mock(side_effect=repeat(microseconds)), mock.Mock()
-    )
-
-
-def random_views(case: ViewCase = TINY) -> list[Tensor]:
-    sizes = [case.size] * 2 + [case.local_size] * case.local_views
-    return [torch.randn(case.batch, 3, size, size) for size in sizes]
+    measure = mock.Mock(side_effect=repeat(microseconds))
+    return Provider(lambda: (views, error), measure, mock.Mock())
 
 
 def test_views_are_judged_before_they_are_timed() -> None:
     def missing() -> Provider:
         raise ImportError("kornia is not installed (pip install 'vi-simsiam[bench]')")
 
-    nan = [view.clone() for view in random_views()]
+    views = [torch.randn(4, 3, size, size) for size in (16, 16, 8, 8)]
+    nan = [view.clone() for view in views]
     nan[1][0, 0, 0, 0] = math.nan
-    right = provider(random_views(), 500, hue_error=5e-5)
+    right = provider(views, 500, hue_error=5e-5)
     made: dict[str, Callable[[], Provider]] = {
         "vi-simsiam": lambda: right,
-        "inaccurate": lambda: provider(random_views(), 500, hue_error=5e-4),
+        "inaccurate": lambda: provider(views, 500, hue_error=5e-4),
         "nan": lambda: provider(nan, 1),
-        "small": lambda: provider(random_views()[:2], 1),
-        "dies": lambda: provider(random_views(), RuntimeError("a worker died")),
+        "small": lambda: provider(views[:2], 1),
+        "dies": lambda: provider(views, RuntimeError("a worker died")),
         "kornia": missing,
-        "lightly": lambda: provider(random_views(), 2000),
+        "lightly": lambda: provider(views, 2000),
     }
     case = augment.measure_case(TINY, made, seconds=9, rounds=3)
     found = case["providers"]
@@ -96,8 +88,8 @@ def test_views_are_judged_before_they_are_timed() -> None:
 
 def test_our_views_are_compared_with_torchvisions(packed: PackedImages) -> None:
     threads = torch.get_num_threads()
-    alone = ours.augmented_bytes(packed, TINY.policy, TINY.batch, CPU, Timer())
-    loader = ours.loader_views(packed, TINY.policy, TINY.batch, CPU, workers=0)
+    alone = augment.augmented_bytes(packed, TINY.policy, TINY.batch, CPU, Timer())
+    loader = augment.loader_views(packed, TINY.policy, TINY.batch, CPU, workers=0)
     for made in (alone, loader):
         found = augment.judge(TINY, made)
         assert found["correct"], found["failure"]
@@ -107,7 +99,7 @@ def test_our_views_are_compared_with_torchvisions(packed: PackedImages) -> None:
     assert torch.get_num_threads() == threads
     views = [view.clone() for view in alone.sample()[0]]
     views[3][2, 0, 4, 4] += 1e-3 / 0.229
-    changed = ours.errors(views, packed, TINY.policy, np.arange(TINY.batch))
+    changed = augment.errors(views, packed, TINY.policy, np.arange(TINY.batch))
     assert max(changed.values()) == pytest.approx(1e-3, rel=0.05)
 
 
@@ -140,21 +132,14 @@ def test_device_peers_make_the_same_kinds_of_views(paths: list[str]) -> None:
     pytest.importorskip("kornia")
     resident = peers.resident_images(paths[:4], TINY.sides, CPU)
     assert [tuple(image.shape) for image in resident] == [(3, 16, 20)] * 4
-    for call in (
-        peers.torchvision_on_device(TINY.policy),
-        peers.kornia_on_device(TINY.policy, CPU),
-    ):
+    kornia = peers.kornia_on_device(TINY.policy, CPU)
+    for call in (peers.torchvision_on_device(TINY.policy), kornia):
         peer = peers.device_provider(call, resident, CPU)
         found = augment.judge(TINY, peer)
         assert found["correct"], found["failure"]
         assert peer.measure() > 0
-
-
-def test_kornia_draws_for_every_sample(paths: list[str]) -> None:
-    pytest.importorskip("kornia")
-    one = peers.resident_images(paths[:1], TINY.sides, CPU)
-    views = peers.kornia_on_device(TINY.policy, CPU)(one * 8)
-    assert len({view.sum().item() for view in views[0]}) > 4
+    views = kornia(resident[:1] * 8)
+    assert len({view.sum().item() for view in views[0]}) > 4, "its own parameters for every sample"
 
 
 def test_a_package_that_is_not_there_is_named() -> None:
@@ -177,35 +162,33 @@ def test_generated_images_have_structure_and_differ(paths: list[str]) -> None:
 
 
 def test_images_come_from_folders_too(image_folder: Path, tmp_path: Path) -> None:
-    found = images.image_files(f"folder:{image_folder}", tmp_path, count=45, sides=(8, 8))
-    assert len(found) == 45
-    assert len(set(found)) == 40
-    few = images.image_files(f"folder:{image_folder}", tmp_path, count=4, sides=(8, 8))
+    data = f"folder:{image_folder}"
+    found = view_cases.image_files(data, tmp_path, count=45, sides=(8, 8))
+    assert (len(found), len(set(found))) == (45, 40)
+    few = view_cases.image_files(data, tmp_path, count=4, sides=(8, 8))
     assert {"bright", "dark"} == {Path(path).parent.name for path in few}
-    for data in ("fashion-mini", "imagenette", "folder:"):  # before anything is opened
-        with pytest.raises(InputError, match=f"data: '{data}' must be generated or folder:PATH"):
-            images.image_files(data, tmp_path, count=4, sides=(8, 8))
+    for other in ("fashion-mini", "imagenette", "folder:"):  # before anything is opened
+        with pytest.raises(InputError, match=f"data: '{other}' must be generated or folder:PATH"):
+            view_cases.image_files(other, tmp_path, count=4, sides=(8, 8))
+
+    def labelled(data: str, count: int | None) -> Any:
+        return view_cases.labelled_images(data, tmp_path, tmp_path, images=count, side=8)
+
     with pytest.raises(InputError, match="data: 'x' must be generated, .* one of fashion-mini"):
-        images.labelled_images("x", tmp_path, tmp_path, images=None, side=8)
-    splits = images.labelled_images(f"folder:{image_folder}", tmp_path, tmp_path, images=6, side=0)
-    assert len(splits.train) == 6
-    assert splits.train.labels is not None
-    assert splits.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    mini = images.labelled_images("fashion-mini", tmp_path, tmp_path, images=10, side=0)
-    assert mini.val is not None
-    assert len(mini.val) == 10
-    unlabelled = f"folder:{image_folder / 'val' / 'dark'}"
+        labelled("x", None)
     with pytest.raises(InputError, match="must have labels and validation images"):
-        images.labelled_images(unlabelled, tmp_path, tmp_path, images=2, side=0)
+        labelled(f"folder:{image_folder / 'val' / 'dark'}", 2)
+    assert labelled(data, 6).train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert len(labelled("fashion-mini", 10).val) == 10
 
 
 def test_cases_are_those_of_the_targets() -> None:
-    names = [case.name for case in view_cases("cuda", short=False)]
+    names = [case.name for case in view_cases.view_cases("cuda", short=False)]
     assert len(set(names)) == len(names) == 8
-    telling = [case.name for case in view_cases("cuda", short=True)]
+    telling = [case.name for case in view_cases.view_cases("cuda", short=True)]
     assert telling == ["2x128 batch 64", "2x224 batch 64"]
     assert "2x224+6x96 batch 256" in names
-    assert view_cases("cpu", short=True) == (SMALL_IMAGES,)
+    assert view_cases.view_cases("cpu", short=True) == (SMALL_IMAGES,)
     assert TINY.views == 16
     assert TINY.policy.local_views == 2
     assert ViewCase(64, 128).policy.crop_scale == (0.2, 1.0)
@@ -213,22 +196,6 @@ def test_cases_are_those_of_the_targets() -> None:
     for device in ("cuda", "cpu"):
         methods = {case.method for case in step.step_cases(device, short=True)}
         assert methods == {"simsiam", "vi-simsiam"}
-
-
-def test_short_names_what_it_leaves_out() -> None:
-    now = iter([0.0, 0.0, 90.0, 90.0])
-    console = Console(file=io.StringIO(), width=300)
-    suite = Suite("augment", SuiteOptions(device="cpu", short=True), console)
-    cases = view_cases("cpu", short=False)
-    done = [(case.name, used) for case, used in suite.cases(cases, 100.0, lambda: next(now))]
-    assert done == [("2x32 batch 64", 0.0)]
-    assert "left out: 2x128 batch 64; --short has used 90 s" in console.file.getvalue()  # type: ignore[attr-defined]
-    suite = Suite("augment", SuiteOptions(device="cpu", only="3x"))
-    with pytest.raises(InputError, match="'3x'; there are '2x32 batch 64', '2x128 batch 64'$"):
-        list(suite.cases(cases, 1.0))
-
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.mark.gpu
