@@ -80,14 +80,12 @@ def check_capture(config: TrainConfig, world: World) -> None:
     if config.capture != "on":
         return
     if world.device.type != "cuda":
-        raise InputError(
-            f"capture: 'on' needs a CUDA device, and this run is on {world.device}; "
-            "auto and off run here"
-        )
-    if not world.alone:
-        raise InputError(
-            "capture: 'on' is for a run without torchrun; the ranks' collectives are not captured"
-        )
+        problem = f"needs a CUDA device, and this run is on {world.device}; auto and off run here"
+    elif not world.alone:
+        problem = "is for a run without torchrun; the ranks' collectives are not captured"
+    else:
+        return
+    raise InputError(f"capture: 'on' {problem}")
 
 
 def check_compiler(device: torch.device) -> None:
