@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._inductor.config
 from losses import POWER_SPHERICAL, QUADRATIC, draw, every, fused, on_cpu_only
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -103,15 +104,18 @@ def test_fullgraph_compile(backend: str) -> None:
 
 
 @fused
-def test_inductor_compiles_the_fused_loss(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._inductor.config.patch(
+    {
+        # Kept graphs may be of other instructions: their key leaves out ATEN_CPU_CAPABILITY.
+        "force_disable_caches": True,
+        # One small kernel is generated: what is made for more of them would take most of the time.
+        "cpp_cache_precompile_headers": False,
+        "compile_threads": 1,
+        "cpp.vec_isa_ok": False,
+    }
+)
+def test_inductor_compiles_the_fused_loss(backend: str) -> None:
     """The full compiler on layers and the loss after them: the weights' gradients as without it."""
-    config = torch._inductor.config
-    # Kept graphs may be of other instructions: their key leaves out ATEN_CPU_CAPABILITY.
-    monkeypatch.setattr(config, "force_disable_caches", True)
-    # One small kernel is generated: what is made for more of them would take most of the time.
-    monkeypatch.setattr(config, "cpp_cache_precompile_headers", False)
-    monkeypatch.setattr(config, "compile_threads", 1)
-    monkeypatch.setattr(config.cpp, "vec_isa_ok", False)
     _, z = (x.float() for x in draw(POWER_SPHERICAL, 2, 2, 6, 15))
     torch.manual_seed(0)
     x = torch.randn(2, 6, 8)
