@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models import resnet
 
 from vi_simsiam import SimSiam, VISimSiam
 from vi_simsiam.backbones import build_backbone
@@ -32,14 +33,9 @@ def test_the_reference_is_separate_passes() -> None:
     evaluated = batch_norm_act(x, weight, bias, mean, var, groups=3, relu=False, training=False)
     torch.testing.assert_close(evaluated, F.batch_norm(x, mean, var, weight, bias))
     torch.testing.assert_close((mean, var), (want_mean, want_var))
-
-
-def test_the_result_has_the_dtype_of_its_input() -> None:
-    x = torch.randn(4, 3, dtype=torch.bfloat16)
-    assert (
-        batch_norm_act(x, None, None, None, None, residual=torch.randn(4, 3), backend="eager").dtype
-        == x.dtype
-    )
+    narrow = x[..., 0, 0].bfloat16(), residual[..., 0, 0].float()
+    result = batch_norm_act(narrow[0], *[None] * 4, residual=narrow[1], backend="eager")
+    assert result.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -72,47 +68,54 @@ def test_a_backend_that_cannot_run_is_refused() -> None:
 
 
 def _pair(
-    kind: type[SimSiam], backbone: str, dtype: torch.dtype = torch.float64
+    kind: type[SimSiam], name: str = "resnet18", way: str = "fused"
 ) -> tuple[SimSiam, SimSiam]:
-    """The same network twice, the second one fused."""
+    """The same network of two blocks twice; the second one passes views of one size together."""
     torch.manual_seed(0)
+    backbone, _ = build_backbone(name, stem="small")
+    backbone.layer1, backbone.layer2 = backbone.layer1[:1], backbone.layer2[:1]
+    backbone.layer3 = backbone.layer4 = nn.Identity()
     apart = kind(
         backbone,
+        features=128 if name == "resnet18" else 512,
         dim=16,
         projector_hidden=16,
         predictor_hidden=8,
         local_predictor=True,
-        stem="small",
     )
     # Residual branches start at zero, and with them the gradients of what they hold.
     for module in apart.modules():
         if isinstance(module, PerView) and module.weight is not None:
             nn.init.uniform_(module.weight, 0.5, 1.5)
-    apart.to(dtype).to(memory_format=torch.channels_last)
+    apart.double().to(memory_format=torch.channels_last)
     together = copy.deepcopy(apart)
-    together.fused = True
+    setattr(together, way, True)
     return apart, together
 
 
-def _views(step: int, dtype: torch.dtype = torch.float64, local: int = 1) -> list[Tensor]:
+def _views(step: int) -> list[Tensor]:
+    """Two global views and a local one."""
     generator = torch.Generator().manual_seed(step)
-    sizes = [8] * 2 + [4] * local
     views = [
         torch.randn(6, 3, size, size, generator=generator, dtype=torch.float64) * (i + 1) + i
-        for i, size in enumerate(sizes)
+        for i, size in enumerate((8, 8, 4))
     ]
-    return [view.to(dtype).contiguous(memory_format=torch.channels_last) for view in views]
+    return [view.contiguous(memory_format=torch.channels_last) for view in views]
 
 
 @pytest.mark.parametrize(
-    ("kind", "backbone", "steps"),
-    [(VISimSiam, "resnet18", 10), (SimSiam, "resnet50", 1)],
-    ids=["basic", "bottleneck"],
+    ("kind", "backbone", "way", "steps"),
+    [
+        (VISimSiam, "resnet18", "fused", 4),
+        (SimSiam, "resnet50", "fused", 1),
+        (VISimSiam, "resnet18", "shared_passes", 2),
+    ],
+    ids=["basic", "bottleneck", "not fused"],
 )
 def test_training_steps_are_those_of_separate_passes(
-    kind: type[SimSiam], backbone: str, steps: int
+    kind: type[SimSiam], backbone: str, way: str, steps: int
 ) -> None:
-    models = _pair(kind, backbone)
+    models = _pair(kind, backbone, way)
     optimisers = [torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9) for model in models]
     passes: list[int] = []
     models[1].backbone.register_forward_pre_hook(
@@ -131,18 +134,17 @@ def test_training_steps_are_those_of_separate_passes(
     apart, together = models
     for (name, p), q in zip(apart.named_parameters(), together.parameters(), strict=True):
         assert p.grad is not None, name
-        # Ten steps make much of the last digit: a ReLU passes what another does not.
         torch.testing.assert_close(
-            q.grad, p.grad, msg=lambda m, n=name: f"{n}: {m}", rtol=1e-3, atol=1e-5
+            q.grad, p.grad, msg=lambda m, n=name: f"{n}: {m}", rtol=1e-6, atol=1e-8
         )
-    torch.testing.assert_close(together.state_dict(), apart.state_dict(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(together.state_dict(), apart.state_dict(), rtol=1e-6, atol=1e-8)
     assert together.backbone.bn1.num_batches_tracked == 3 * steps
     assert together.local_predictor[1].num_batches_tracked == steps
 
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_target_networks_and_joint_statistics(joint: bool) -> None:
-    apart, together = _pair(SimSiam, "resnet18")
+    apart, together = _pair(SimSiam)
     for model in (apart, together):
         model.add_target()
         model.joint_statistics = joint
@@ -154,7 +156,8 @@ def test_target_networks_and_joint_statistics(joint: bool) -> None:
 
 
 def test_evaluation_does_not_change() -> None:
-    apart, together = _pair(VISimSiam, "resnet18")
+    """That of the whole network, and of a part of one that trains, which counts no batch."""
+    apart, together = _pair(VISimSiam)
     apart(_views(0))
     together.load_state_dict(apart.state_dict())
     before = copy.deepcopy(together.state_dict())
@@ -163,37 +166,29 @@ def test_evaluation_does_not_change() -> None:
         torch.equal(x, y) for x, y in zip(first.predictions, second.predictions, strict=True)
     )
     torch.testing.assert_close(together.state_dict(), before, rtol=0, atol=0)
-
-
-def test_a_frozen_backbone_counts_nothing() -> None:
-    _, together = _pair(VISimSiam, "resnet18")
-    together.backbone.eval()
+    together.train().backbone.eval()
     together(_views(0))
-    assert together.backbone.bn1.num_batches_tracked == 0
-    assert together.projector[1].num_batches_tracked == 3
+    assert together.backbone.bn1.num_batches_tracked == 3
+    assert together.projector[1].num_batches_tracked == 6
 
 
 @torch.no_grad()
 def test_layers_with_settings_of_their_own() -> None:
     """A norm in eval mode within a training block, a first convolution of stride 1 and another
-    pool, in double precision."""
-    torch.manual_seed(0)
-    model = SimSiam(dim=16, projector_hidden=16, predictor_hidden=8).double().train()
-    backbone = model.backbone
-    backbone.layer1[0].bn2.eval()
-    backbone.conv1.stride = (1, 1)
-    backbone.maxpool = nn.MaxPool2d(2)
-    views = [torch.randn(4, 3, 16, 16, dtype=torch.float64) for _ in range(2)]
-    expected = copy.deepcopy(model)
-    model.fused = True
-    wanted, found = expected(views), model(views)
+    pool."""
+    apart, together = _pair(SimSiam)
+    for model in (apart, together):
+        model.backbone.layer1[0].bn2.eval()
+        model.backbone.conv1.stride = (1, 1)
+        model.backbone.maxpool = nn.MaxPool2d(2)
+    wanted, found = apart(_views(0)), together(_views(0))
     torch.testing.assert_close(found.predictions, wanted.predictions)
-    torch.testing.assert_close(dict(model.named_buffers()), dict(expected.named_buffers()))
+    torch.testing.assert_close(dict(together.named_buffers()), dict(apart.named_buffers()))
 
 
 def test_outside_of_a_step_modules_are_torch_s() -> None:
     """In training mode, too: one batch, counted."""
-    _, together = _pair(VISimSiam, "resnet18")
+    _, together = _pair(VISimSiam)
     plain = copy.deepcopy(together)
     plain.fused = False
     images = _views(0)[0]
@@ -207,19 +202,19 @@ def test_outside_of_a_step_modules_are_torch_s() -> None:
 
 
 def test_names_are_torchvision_s() -> None:
-    import torchvision
-
     network, _ = build_backbone("resnet50")
-    known = torchvision.models.resnet50().state_dict()
+    known = resnet.resnet50().state_dict()
     assert [name for name in known if not name.startswith("fc.")] == list(network.state_dict())
-    assert isinstance(network, torchvision.models.ResNet)
+    assert isinstance(network, resnet.ResNet)
 
 
+@torch.no_grad()
 def test_compiled_it_is_the_same() -> None:
     """The reference under torch.compile; the fused operators are traced in the interpreter's and
     the GPU's cases."""
-    apart, together = _pair(SimSiam, "resnet18")
+    apart, together = _pair(SimSiam)
     torch._dynamo.reset()
     compiled = torch.compile(together, backend="aot_eager")
-    torch.testing.assert_close(compiled(_views(0)), apart(_views(0)))
+    views = _views(0)[:2]
+    torch.testing.assert_close(compiled(views), apart(views))
     torch.testing.assert_close(together.state_dict(), apart.state_dict())

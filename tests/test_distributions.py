@@ -69,9 +69,6 @@ def random_loc(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -
     )
 
 
-LOC = random_loc(4, 3, dtype=torch.float32)
-
-
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(20)
@@ -102,8 +99,8 @@ def test_log_prob_matches_golden_values(dim: int, dtype: torch.dtype) -> None:
     assert ((log_prob.double() - expected).abs() <= tolerance).all()
 
 
-@pytest.mark.parametrize("kappa", [1.0, 100.0, 1e4, 1e6])
-@pytest.mark.parametrize("dim", [2, 3, 17, 129, 2048])
+@pytest.mark.parametrize("kappa", [1.0, 1e4, 1e6])
+@pytest.mark.parametrize("dim", [2, 17, 2048])
 def test_log_prob_of_float32_samples_keeps_its_digits(dim: int, kappa: float) -> None:
     p = PowerSpherical(random_loc(32, dim, dtype=torch.float32), torch.tensor(kappa))
     value = p.sample()
@@ -163,8 +160,8 @@ def test_divergence_and_its_gradient_keep_relative_accuracy(dim: int, dtype: tor
         assert slope == pytest.approx(exact_slope, rel=5 * EPS[dtype], abs=0)
 
 
-@pytest.mark.parametrize("kappa", [0.5, 20.0, 300.0])
-@pytest.mark.parametrize("dim", [2, 3, 16, 64])
+@pytest.mark.parametrize("kappa", [0.5, 300.0])
+@pytest.mark.parametrize("dim", [2, 64])
 def test_agrees_with_the_power_spherical_package(dim: int, kappa: float) -> None:
     other = pytest.importorskip("power_spherical")
     p = PowerSpherical(random_loc(5, dim), kappa)
@@ -181,20 +178,11 @@ def test_agrees_with_the_power_spherical_package(dim: int, kappa: float) -> None
     torch.testing.assert_close(p.mean[0], single.mean)
 
 
-def test_density_integrates_to_one_on_the_circle() -> None:
-    angle = torch.arange(4000, dtype=torch.float64) * (2 * math.pi / 4000)
-    circle = torch.stack((angle.cos(), angle.sin()), dim=-1)
-    loc = torch.tensor([0.6, -0.8], dtype=torch.float64)
-    for kappa in (0.0, 2.5, 900.0):
-        density = PowerSpherical(loc, kappa).log_prob(circle).exp()
-        assert (density.sum() * (2 * math.pi / 4000)).item() == pytest.approx(1, abs=1e-10)
-
-
-@pytest.mark.parametrize("dim", [2, 5, 40])
-def test_gradients_match_finite_differences(dim: int) -> None:
-    raw = (3 * random_loc(3, dim)).requires_grad_()
-    raw_value = (2 * random_loc(3, dim, seed=1)).requires_grad_()
-    kappa = torch.tensor([0.7, 5.0, 80.0], dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize(("dim", "kappas"), [(2, [0.7, 5.0, 80.0]), (33, [5.0])])
+def test_gradients_match_finite_differences(dim: int, kappas: list[float]) -> None:
+    raw = (3 * random_loc(len(kappas), dim)).requires_grad_()
+    raw_value = (2 * random_loc(len(kappas), dim, seed=1)).requires_grad_()
+    kappa = torch.tensor(kappas, dtype=torch.float64, requires_grad=True)
 
     def log_prob(raw: Tensor, kappa: Tensor, raw_value: Tensor) -> Tensor:
         return PowerSpherical(normalize(raw, dim=-1), kappa).log_prob(normalize(raw_value, dim=-1))
@@ -218,7 +206,7 @@ LOCS: dict[str, Callable[[int], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", LOCS)
-@pytest.mark.parametrize(("dim", "kappa"), [(2, 0.0), (2, 3.0), (3, 50.0), (6, 2.0), (6, 1e4)])
+@pytest.mark.parametrize(("dim", "kappa"), [(2, 3.0), (6, 0.0), (6, 1e4)])
 def test_samples_have_the_first_two_moments(dim: int, kappa: float, name: str) -> None:
     count = 40_000
     p = PowerSpherical(LOCS[name](dim), torch.tensor(kappa))

@@ -16,8 +16,9 @@ from vi_simsiam.engine.graph import Captured, capture
 from vi_simsiam.errors import InputError
 
 
-@pytest.mark.parametrize("clear_last", [False, True], ids=["cleared first", "cleared last"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("optimizer", "clear_last"), [*((name, False) for name in OPTIMIZERS), ("sgd", True)]
+)
 def test_captured_and_eager_steps_agree(optimizer: str, clear_last: bool) -> None:
     """Ten steps with a schedule: outputs, state, gradients and random numbers."""
     eager = Training(optimizer, clear_last=clear_last)
@@ -37,18 +38,6 @@ def test_captured_and_eager_steps_agree(optimizer: str, clear_last: bool) -> Non
         assert outputs["more"][1][1] == "a word"
         training.scheduler.step()
     assert not same(expected[0], expected[9])
-
-
-def test_a_run_that_has_momentum_and_gradients_goes_on() -> None:
-    expected, training = Training(), Training()
-    first, second, *_ = batches(2)
-    for each in (expected, training):
-        torch.manual_seed(3)
-        each.step(*first)
-    for step in (expected.step, with_stand_in(training.step, training.state)):
-        torch.manual_seed(4)
-        step(*second)
-    assert same(training.everything(), expected.everything())
 
 
 def test_gradients_that_are_never_cleared_add_up() -> None:

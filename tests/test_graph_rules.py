@@ -24,17 +24,8 @@ def copy_to_another_device(x: Tensor) -> Any:
 
 BROKEN: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "item": (lambda x: x.sum().item(), "reads a value on the host.*aten._local_scalar_dense"),
-    "bool": (
-        lambda x: 1 if x.sum() > 0 else 0,
-        "reads a value on the host.*aten._local_scalar_dense",
-    ),
     "equal": (lambda x: torch.equal(x, x), "reads a value on the host.*aten.equal"),
     "nonzero": (lambda x: x.nonzero(), "shape of its result depends on values.*aten.nonzero"),
-    "masked_select": (
-        lambda x: x.masked_select(x > 0),
-        "shape of its result depends on values.*aten.masked_select",
-    ),
-    "unique": (lambda x: x.unique(), "shape of its result depends on values.*aten._unique2"),
     "mask": (lambda x: x[x > 0], "indexing with a mask.*aten.index.Tensor"),
     "masked write": (
         lambda x: x.clone().index_put_((x > 0,), x[0]),

@@ -83,17 +83,7 @@ def assert_gradients(network: nn.Module, found: Tensor, expected: Tensor) -> dic
     return first
 
 
-@pytest.mark.parametrize("y", [1e-12, 1e-3, 0.0202, 0.05, 1.0, 20.0, 1e3, 1e6])
-def test_the_inverses_of_the_links_keep_their_digits(y: float) -> None:
-    raw = torch.tensor(inverse_softplus(y), dtype=torch.float64)
-    assert torch.logaddexp(raw, torch.zeros_like(raw)).item() == pytest.approx(y, rel=1e-10)
-    if y > 0.02:  # the least value of the link
-        raw = torch.tensor(inverse_quadratic(y), dtype=torch.float64)
-        assert linked(raw).item() == pytest.approx(y, rel=1e-10)
-
-
-@pytest.mark.parametrize("value", [0.01, 1.0, 50.0])
-@pytest.mark.parametrize("scale", [None, 1.0])
+@pytest.mark.parametrize(("value", "scale"), [(1e-9, None), (0.01, 1.0), (1e3, None)])
 def test_a_constant_concentration(value: float, scale: float | None) -> None:
     """The loss of a fixed kappa, with a gradient on mu of kappa/(1 + c) times the cosine's."""
     network = model(concentration="constant", concentration_value=value, concentration_scale=scale)
@@ -172,8 +162,10 @@ def test_a_detached_concentration_leaves_the_network_to_simsiam() -> None:
         torch.testing.assert_close(ours, gradient, msg=name)
 
 
-@pytest.mark.parametrize("link", ["softplus", "quadratic"])
-@pytest.mark.parametrize("kind", ["sample", "shuffled", "global", "detached"])
+@pytest.mark.parametrize(
+    ("kind", "link"),
+    [("sample", "softplus"), *((k, "quadratic") for k in ("sample", "global", "detached"))],
+)
 def test_the_upper_bound_holds_and_is_smooth(kind: str, link: str) -> None:
     """kappa stays below the bound for any raw, nearly reaches it, and is itself far below it."""
     network = model(

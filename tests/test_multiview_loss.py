@@ -1,10 +1,8 @@
-"""The multi-view losses: values and gradients of every backend against float64, and what the public
-functions refuse."""
+"""The multi-view losses: values and gradients of every backend against float64."""
 
 from __future__ import annotations
 
 import math
-import pickle
 
 import mpmath
 import pytest
@@ -26,10 +24,10 @@ from test_power_spherical import COLUMN, DIMS, exact
 from torch import Tensor
 from torch.nn import functional as F
 
-from vi_simsiam.errors import BackendUnavailableError, InputError
-from vi_simsiam.functional import cosine_loss, power_spherical_log_prob, power_spherical_loss
+from vi_simsiam.errors import InputError
+from vi_simsiam.functional import power_spherical_log_prob, power_spherical_loss
 from vi_simsiam.ops.backends import choose_backend, why_unavailable
-from vi_simsiam.ops.multiview_loss import LossForm, eager_loss, multiview_loss
+from vi_simsiam.ops.multiview_loss import LossForm, multiview_loss
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,13 +46,6 @@ def test_eager_is_algorithm_1(form: LossForm) -> None:
         loss, gradient = loss_and_gradient(p, z, form, "eager")
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-11, atol=1e-11)
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-8, atol=1e-11)
-
-
-def test_two_views_are_the_sum_of_both_directions() -> None:
-    p, z = draw(COSINE, 2, 2, 6, 10)
-    expected = -F.cosine_similarity(p[0], z[1]) - F.cosine_similarity(p[1], z[0])
-    torch.testing.assert_close(cosine_loss(p, z, reduction="none"), expected)
-    torch.testing.assert_close(cosine_loss(p, z), expected.mean())
 
 
 def test_loss_is_minus_log_prob_relative_to_uniform() -> None:
@@ -117,11 +108,16 @@ def test_ten_times_better_than_textbook_at_high_concentration(backend: str) -> N
 
 @every
 @pytest.mark.parametrize(
-    "form", [LossForm("power_spherical", 3.0, 0.5), QUADRATIC, COSINE], ids=str
+    ("form", "batch", "dim"),
+    [
+        *((form, 2, 2) for form in (LossForm("power_spherical", 3.0, 0.5), QUADRATIC, COSINE)),
+        *((form, 1, 33) for form in (LossForm("power_spherical", 3.0, 0.5), QUADRATIC)),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("dim", [2, 5, 40])
-def test_gradcheck(backend: str, form: LossForm, dim: int) -> None:
-    p, z = draw(form, 3, 2, 2, dim, raw=4.0)
+def test_gradcheck(backend: str, form: LossForm, batch: int, dim: int) -> None:
+    """Narrow and wide enough for the series as they are, from 33 columns on."""
+    p, z = draw(form, batch + 1, 2, batch, dim, raw=4.0)
 
     def loss(x: Tensor) -> Tensor:
         return multiview_loss(x, z, form, reduction="none", backend=backend)
@@ -322,59 +318,3 @@ def test_sequence_of_views_and_autocast(backend: str) -> None:
 def test_auto_takes_the_fastest_that_is_here() -> None:
     assert choose_backend("auto", "cpu") == ("eager" if why_unavailable("cpu", "cpu") else "cpu")
     assert choose_backend("auto", "meta") == "eager"
-
-
-def ok() -> tuple[Tensor, Tensor]:
-    return torch.zeros(2, 3, 9), torch.zeros(2, 3, 8)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda p, z: (p[..., :8], z), "last dimension 8 must be targets' 8 \\+ 1"),
-        (lambda p, z: (p, z[:, :2]), "targets: batch of 2 must be predictions' 3"),
-        (lambda p, z: (p[:1], z[:1]), "1 views given, 2 to 16"),
-        (lambda p, z: (p.repeat(9, 1, 1), z), "18 views given"),
-        (lambda p, z: (p, z.repeat(2, 1, 1)), "targets: 4 views given, 1 to predictions' 2"),
-        (lambda p, z: (p[0], z), "must be \\(views, batch, features\\)"),
-        (lambda p, z: (p[..., :2], z[..., :1]), "last dimension 1 must be at least 2"),
-        (lambda p, z: (p, z.to("meta")), "targets: on meta"),
-        (lambda p, z: ([p[0], p[1, :2]], z), "view 1 has \\(2, 9\\)"),
-        (lambda p, z: ([], z), "empty"),
-    ],
-)
-def test_wrong_shapes_are_named(change, message: str) -> None:  # noqa: ANN001
-    with pytest.raises(InputError, match=message):
-        power_spherical_loss(*change(*ok()))
-
-
-@on_cpu_only
-def test_wrong_types_and_options_are_named() -> None:
-    p, z = ok()
-    with pytest.raises(TypeError, match=r"predictions: dtype torch\.int64"):
-        power_spherical_loss(p.long(), z)
-    with pytest.raises(TypeError, match="must be a tensor or a sequence"):
-        power_spherical_loss("views", z)
-    with pytest.raises(InputError, match="reduction: 'sum'"):
-        power_spherical_loss(p, z, reduction="sum")
-    with pytest.raises(InputError, match="backend: 'fast' is none of auto, eager"):
-        power_spherical_loss(p, z, backend="fast")
-    with pytest.raises(
-        BackendUnavailableError, match="'cuda' cannot run on cpu tensors: it takes CUDA tensors"
-    ):
-        power_spherical_loss(p, z, backend="cuda")
-    for scale in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(InputError, match="concentration_scale"):
-            power_spherical_loss(p, z, concentration_scale=scale)
-    with pytest.raises(InputError, match="concentration_min"):
-        power_spherical_loss(p, z, concentration_min=-0.1)
-    with pytest.raises(
-        InputError, match="last dimension 9 must be targets' 8, or that padded to 16 columns$"
-    ):
-        cosine_loss(p, z)
-
-
-def test_loss_form_is_a_value() -> None:
-    assert pickle.loads(pickle.dumps(POWER_SPHERICAL)) == POWER_SPHERICAL
-    p, z = draw(POWER_SPHERICAL, 2, 1, 3, 8)
-    assert eager_loss(p, z, POWER_SPHERICAL).shape == (3,)

@@ -72,6 +72,36 @@ def test_modules_refuse_wrong_options_at_once(
         module(**{name: value})
 
 
+def test_a_cosine_weight_that_overflows_beside_the_loss_scale_is_refused() -> None:
+    with pytest.raises(InputError, match="cosine_weight: 1.0 is too large for the loss_scale"):
+        PowerSphericalLoss(cosine_weight=1.0, loss_scale=1e-309)
+
+
+P, LOC, Z = torch.zeros(2, 3, 9), torch.rand(2, 3, 8), torch.zeros(2, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("predictions", "targets", "message"),
+    [
+        (P[..., :8], Z, "last dimension 8 must be targets' 8 \\+ 1"),
+        (P, Z[:, :2], "targets: batch of 2 must be predictions' 3"),
+        (P[:1], Z[:1], "1 views given, 2 to 16"),
+        (P.repeat(9, 1, 1), Z, "18 views given"),
+        (P, Z.repeat(2, 1, 1), "targets: 4 views given, 1 to predictions' 2"),
+        (P[0], Z, "must be \\(views, batch, features\\)"),
+        (P[..., :2], Z[..., :1], "last dimension 1 must be at least 2"),
+        (P, Z.to("meta"), "targets: on meta"),
+        ([P[0], P[1, :2]], Z, "view 1 has \\(2, 9\\)"),
+        ([], Z, "empty"),
+    ],
+)
+def test_wrong_shapes_are_named(
+    predictions: Tensor | list[Tensor], targets: Tensor, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        power_spherical_loss(predictions, targets)
+
+
 @pytest.mark.parametrize(
     ("concentration", "message"),
     [
@@ -82,36 +112,41 @@ def test_modules_refuse_wrong_options_at_once(
         (torch.ones(2, 3, device="meta"), "on meta"),
     ],
 )
-def test_wrong_concentrations_are_named(concentration: object, message: str) -> None:
-    loc, z = torch.rand(2, 3, 8), torch.rand(2, 3, 8)
+def test_wrong_concentrations_are_named(concentration: Tensor | list[Tensor], message: str) -> None:
     with pytest.raises(InputError, match=f"concentration: {message}"):
-        power_spherical_loss(loc, z, concentration=concentration)
+        power_spherical_loss(LOC, Z, concentration=concentration)
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
+@on_cpu_only
+def test_wrong_types_and_options_are_named() -> None:
+    kappa = torch.ones(2, 3)
+    for predictions, options, message in (
+        (P.long(), {}, r"predictions: dtype torch\.int64"),
+        ("views", {}, "predictions: must be a tensor or a sequence"),
+        (LOC, {"concentration": kappa.int()}, r"concentration: dtype torch\.int32"),
+        (LOC, {"concentration": 5.0}, "concentration: must be a tensor or a sequence"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            power_spherical_loss(predictions, Z, **options)
+    for option in (
         {"concentration_scale": 2.0},
         {"concentration_min": 2.0},
         {"concentration_link": "quadratic"},
         {"concentration_gain": 0.5},
-    ],
-    ids=str,
-)
-def test_a_given_concentration_takes_no_options(option: dict[str, object]) -> None:
-    loc, z = torch.rand(2, 3, 8), torch.rand(2, 3, 8)
-    with pytest.raises(InputError, match="takes no concentration_scale, _min, _gain or _link"):
-        power_spherical_loss(loc, z, concentration=torch.ones(2, 3), **option)
-
-
-def test_types_of_concentrations_and_the_width_beside_them() -> None:
-    loc, z = torch.rand(2, 3, 8), torch.rand(2, 3, 8)
-    with pytest.raises(TypeError, match=r"concentration: dtype torch\.int32"):
-        power_spherical_loss(loc, z, concentration=torch.ones(2, 3, dtype=torch.int32))
-    with pytest.raises(TypeError, match="concentration: must be a tensor or a sequence"):
-        power_spherical_loss(loc, z, concentration=5.0)
-    with pytest.raises(InputError, match=r"last dimension 9 .* 8, or that padded to 16 columns"):
-        power_spherical_loss(torch.rand(2, 3, 9), z, concentration=torch.ones(2, 3))
+    ):
+        with pytest.raises(InputError, match="takes no concentration_scale, _min, _gain or _link"):
+            power_spherical_loss(LOC, Z, concentration=kappa, **option)
+    with pytest.raises(InputError, match="concentration_scale: nan"):
+        power_spherical_loss(P, Z, concentration_scale=math.nan)
+    with pytest.raises(
+        BackendUnavailableError, match="'cuda' cannot run .*: it takes CUDA tensors"
+    ):
+        power_spherical_loss(P, Z, backend="cuda")
+    padded = "last dimension 9 must be targets' 8, or that padded to 16 columns$"
+    with pytest.raises(InputError, match=padded):
+        cosine_loss(P, Z)
+    with pytest.raises(InputError, match=padded):
+        power_spherical_loss(P, Z, concentration=kappa)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -185,8 +220,3 @@ def test_an_extension_that_does_not_fit_the_gpu_says_so(monkeypatch: pytest.Monk
     backends._cuda_problem.cache_clear()
     assert backends.choose_backend("auto", "cuda") == "cuda"
     backends._cuda_problem.cache_clear()
-
-
-def test_a_cosine_weight_that_overflows_beside_the_loss_scale_is_refused() -> None:
-    with pytest.raises(InputError, match="cosine_weight: 1.0 is too large for the loss_scale"):
-        PowerSphericalLoss(cosine_weight=1.0, loss_scale=1e-309)

@@ -15,10 +15,8 @@ from vi_simsiam.ops.power_spherical import (
     ONE_PLUS_COS_MIN,
     concentration_derivative,
     cosine_derivative,
-    digamma_tail,
     log_density_ratio,
     log_uniform,
-    stirling_tail,
 )
 
 TABLE = json.loads((Path(__file__).parent / "golden" / "power_spherical.json").read_text())
@@ -79,40 +77,19 @@ def summands(kappa: Tensor, dim: int) -> np.ndarray:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dim", DIMS)
-def test_float32_keeps_its_digits(dim: int) -> None:
-    kappa, cos, value, slope = arguments(dim, torch.float32)
+def test_values_and_slopes_keep_their_digits(dim: int, dtype: torch.dtype) -> None:
+    kappa, cos, value, slope = arguments(dim, dtype)
+    single = dtype == torch.float32
     error = np.abs(log_density_ratio(kappa, cos, dim).double().numpy() - value)
-    assert np.all(error <= np.maximum(4e-6 * np.maximum(1, np.abs(value)), summands(kappa, dim)))
+    allowed = (4e-6 if single else 1e-14) * np.maximum(1, np.abs(value))
+    assert np.all(error <= np.maximum(allowed, summands(kappa, dim)))
     error = np.abs(concentration_derivative(kappa, cos, dim).double().numpy() - slope)
-    assert np.all((error <= 7e-7) | (error <= 2e-5 * np.abs(slope)))
+    assert np.all(error <= (np.maximum(7e-7, 2e-5 * np.abs(slope)) if single else 1e-14))
 
 
-@pytest.mark.parametrize("dim", DIMS)
-def test_float64_keeps_its_digits(dim: int) -> None:
-    kappa, cos, value, slope = arguments(dim, torch.float64)
-    error = np.abs(log_density_ratio(kappa, cos, dim).numpy() - value)
-    assert np.all(error <= np.maximum(1e-14 * np.maximum(1, np.abs(value)), summands(kappa, dim)))
-    error = np.abs(concentration_derivative(kappa, cos, dim).numpy() - slope)
-    assert np.all(error <= 1e-14)
-
-
-def test_textbook_float32_would_fail() -> None:
-    """The bound above is one that the textbook formula misses by orders of magnitude where training
-    operates."""
-    dim, kappa, cos = 2048, 128961.0, 63 / 64
-    b, k, c = (dim - 1) / 2, torch.tensor(kappa), torch.tensor(cos)
-    upper, lower = torch.tensor(2 * b), torch.tensor(b)
-    lgammas = torch.lgamma(b + k) - torch.lgamma(2 * b + k) - torch.lgamma(lower)
-    textbook = k * torch.log1p(c) - (k * np.log(2) + lgammas + torch.lgamma(upper))
-    value, slope = exact(kappa, cos, dim)
-    ours = abs(log_density_ratio(k, c, dim).item() - value)
-    assert abs(textbook.item() - value) > 1e-2
-    assert ours < 2e-4
-    assert abs(concentration_derivative(k, c, dim).item() - slope) < 1e-11
-
-
-@pytest.mark.parametrize("dim", [2, 3, 16, 17, 33, 2048])
+@pytest.mark.parametrize("dim", [2, 17, 33, 2048])
 def test_derivatives_by_gradcheck(dim: int) -> None:
     generator = torch.Generator().manual_seed(dim)
     kappa = (
@@ -121,26 +98,6 @@ def test_derivatives_by_gradcheck(dim: int) -> None:
     cos = (torch.rand(8, dtype=torch.float64, generator=generator) * 1.9 - 0.95).requires_grad_()
     assert torch.autograd.gradcheck(lambda k, c: log_density_ratio(k, c, dim), (kappa, cos))
     assert torch.autograd.gradgradcheck(lambda k, c: log_density_ratio(k, c, dim), (kappa, cos))
-
-
-def test_gradient_uses_the_analytic_derivatives() -> None:
-    kappa = torch.tensor([0.0, 5.0, 1e6], requires_grad=True)
-    cos = torch.tensor([0.3, -0.9, 0.999], requires_grad=True)
-    log_density_ratio(kappa, cos, 128).sum().backward()
-    torch.testing.assert_close(
-        kappa.grad, concentration_derivative(kappa, cos, 128).detach(), rtol=0, atol=0
-    )
-    torch.testing.assert_close(cos.grad, kappa.detach() / (1 + cos.detach()))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_zero_concentration_is_the_uniform_distribution(dtype: torch.dtype) -> None:
-    cos = torch.tensor([-1.0, -0.5, 0.0, 1.0], dtype=dtype)
-    for dim in (2, 17, 2048):
-        assert (
-            log_density_ratio(torch.zeros_like(cos), cos, dim).abs().max()
-            < 0.1 * torch.finfo(dtype).eps
-        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -158,28 +115,3 @@ def test_antipode_is_clamped(dtype: torch.dtype) -> None:
         cosine_derivative(kappa, torch.full_like(kappa, -1.0)), torch.zeros_like(kappa)
     )
     assert torch.isfinite(concentration_derivative(kappa, torch.full_like(kappa, -1.0), 64)).all()
-
-
-def test_nan_goes_through() -> None:
-    nan = torch.tensor(float("nan"))
-    one = torch.tensor(1.0)
-    assert log_density_ratio(nan, one, 32).isnan()
-    assert log_density_ratio(one, nan, 32).isnan()
-    assert cosine_derivative(one, nan).isnan()
-
-
-def test_tails_and_uniform_density() -> None:
-    x = torch.tensor([16.0, 33.5, 1e4], dtype=torch.float64)
-    with mpmath.workdps(60):
-        stirling = [
-            float(
-                mpmath.loggamma(v)
-                - ((mpmath.mpf(v) - 0.5) * mpmath.log(v) - v + mpmath.log(2 * mpmath.pi) / 2)
-            )
-            for v in x.tolist()
-        ]
-        digamma = [float(mpmath.digamma(v) - mpmath.log(v)) for v in x.tolist()]
-    np.testing.assert_allclose(stirling_tail(x).numpy(), stirling, rtol=1e-14)
-    np.testing.assert_allclose(digamma_tail(x).numpy(), digamma, rtol=1e-14)
-    assert log_uniform(2) == pytest.approx(-np.log(2 * np.pi), rel=1e-15)
-    assert log_uniform(3) == pytest.approx(-np.log(4 * np.pi), rel=1e-15)

@@ -15,6 +15,7 @@ The moments follow from E[Z] = a/s, E[Z (1 - Z)] = ab / (s (s + 1)) and the symm
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -47,7 +48,7 @@ class UnitSphere(constraints.Constraint):
         tolerance = (
             1e-6 if value.dtype == torch.float64 else max(1e-5, 4 * torch.finfo(value.dtype).eps)
         )
-        valid: Tensor = (torch.linalg.vector_norm(_widen(value), dim=-1) - 1).abs() <= tolerance
+        valid: Tensor = (torch.linalg.vector_norm(widen(value), dim=-1) - 1).abs() <= tolerance
         return valid
 
 
@@ -91,32 +92,28 @@ class HypersphericalUniform(Distribution):
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> HypersphericalUniform:
         """The same distribution with its batch expanded to `batch_shape`."""
+        new = copy.copy(self)
         # torch's own error where the batch cannot be expanded to this shape.
-        shape = torch.empty(self.batch_shape, device="meta").expand(torch.Size(batch_shape)).shape
-        new: HypersphericalUniform = self._get_checked_instance(  # type: ignore[no-untyped-call]
-            HypersphericalUniform, _instance
-        )
-        new.dim, new.dtype, new.device = self.dim, self.dtype, self.device
-        super(HypersphericalUniform, new).__init__(shape, self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
+        whole = torch.empty(self.batch_shape, device="meta")
+        new._batch_shape = whole.expand(torch.Size(batch_shape)).shape
         return new
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """(*sample_shape, *batch, D) unit vectors."""
         shape = self._extended_shape(torch.Size(sample_shape))
-        return _random_direction(shape, _wide(self.dtype), self.device).to(self.dtype)
+        return _random_direction(shape, wide(self.dtype), self.device).to(self.dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Minus the log area of the sphere, in nats, for value (..., D) that broadcasts with the
         batch."""
         shape = _check_value(self, value)
-        dtype = torch.promote_types(_wide(self.dtype), value.dtype)
+        dtype = torch.promote_types(wide(self.dtype), value.dtype)
         return torch.full(shape, log_uniform(self.dim), dtype=dtype, device=value.device)
 
     def entropy(self) -> Tensor:
         """Log area of the sphere in nats, (*batch)."""
         return torch.full(
-            self.batch_shape, -log_uniform(self.dim), dtype=_wide(self.dtype), device=self.device
+            self.batch_shape, -log_uniform(self.dim), dtype=wide(self.dtype), device=self.device
         )
 
 
@@ -154,9 +151,7 @@ class PowerSpherical(Distribution):
     ) -> None:
         _check_floating("loc", loc)
         if not isinstance(concentration, Tensor):
-            concentration = torch.as_tensor(
-                float(concentration), dtype=loc.dtype, device=loc.device
-            )
+            concentration = loc.new_tensor(float(concentration))
         _check_parameters(loc, concentration)
         batch_shape = loc.shape[:-1]
         self.loc, self.concentration = loc, concentration.expand(batch_shape)
@@ -173,16 +168,10 @@ class PowerSpherical(Distribution):
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> PowerSpherical:
         """The same distribution with its batch expanded to `batch_shape`; the parameters are not
         copied."""
-        new: PowerSpherical = self._get_checked_instance(  # type: ignore[no-untyped-call]
-            PowerSpherical, _instance
-        )
-        shape = torch.Size(batch_shape)
-        new.loc, new.concentration = (
-            self.loc.expand(shape + self.event_shape),
-            self.concentration.expand(shape),
-        )
-        super(PowerSpherical, new).__init__(shape, self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
+        new = copy.copy(self)
+        new.loc = self.loc.expand(*batch_shape, self.dim)
+        new._batch_shape = new.loc.shape[:-1]
+        new.concentration = self.concentration.expand(new._batch_shape)
         return new
 
     @property
@@ -193,8 +182,8 @@ class PowerSpherical(Distribution):
     @property
     def mean(self) -> Tensor:
         """E[x] = kappa / (kappa + D - 1) loc, (*batch, D); shorter than 1."""
-        k = _widen(self.concentration).unsqueeze(-1)
-        return (k / (k + (self.dim - 1)) * _widen(self.loc)).to(self.loc.dtype)
+        k = widen(self.concentration).unsqueeze(-1)
+        return (k / (k + (self.dim - 1)) * widen(self.loc)).to(self.loc.dtype)
 
     @property
     def mode(self) -> Tensor:
@@ -205,7 +194,7 @@ class PowerSpherical(Distribution):
     def variance(self) -> Tensor:
         """Variance of each coordinate, the diagonal of Cov[x], (*batch, D); it sums to 1 -
         |E[x]|^2."""
-        k, loc = _widen(self.concentration).unsqueeze(-1), _widen(self.loc)
+        k, loc = widen(self.concentration).unsqueeze(-1), widen(self.loc)
         b = (self.dim - 1) / 2
         a, s = b + k, 2 * b + k
         # 1 - (k/s) loc^2, without the cancellation at loc = +-e_i.
@@ -226,7 +215,7 @@ class PowerSpherical(Distribution):
         c) times 1e-7 in float32.
         """
         _check_value(self, value)
-        dtype = torch.promote_types(_wide(self.loc.dtype), value.dtype)
+        dtype = torch.promote_types(wide(self.loc.dtype), value.dtype)
         loc, k, value = self.loc.to(dtype), self.concentration.to(dtype), value.to(dtype)
         with torch.no_grad():
             sign = torch.where((value * loc).sum(-1) < 0, -1.0, 1.0).to(dtype)
@@ -239,7 +228,7 @@ class PowerSpherical(Distribution):
 
     def entropy(self) -> Tensor:
         """Differential entropy in nats, (*batch): log area minus KL(self || uniform)."""
-        return -log_uniform(self.dim) - kl_to_uniform(_widen(self.concentration), self.dim)
+        return -log_uniform(self.dim) - kl_to_uniform(widen(self.concentration), self.dim)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Samples (*sample_shape, *batch, D), differentiable in loc and concentration (once).
@@ -251,7 +240,7 @@ class PowerSpherical(Distribution):
         choice of sign never divides by less than 1 + |mu_1|.
         """
         shape = self._extended_shape(torch.Size(sample_shape))
-        loc, k = _widen(self.loc).expand(shape), _widen(self.concentration).expand(shape[:-1])
+        loc, k = widen(self.loc).expand(shape), widen(self.concentration).expand(shape[:-1])
         b = torch.full_like(k, (self.dim - 1) / 2, requires_grad=False)
         rate = torch.ones_like(b)
         upper = Gamma(b + k, rate, validate_args=False).rsample().unsqueeze(-1)
@@ -273,7 +262,7 @@ def _kl_power_spherical_uniform(p: PowerSpherical, q: HypersphericalUniform) -> 
     if p.dim != q.dim:
         raise InputError(f"kl_divergence: dimensions {p.dim} and {q.dim} given, must be equal")
     shape = _broadcast_shape(p.batch_shape, q.batch_shape)
-    return kl_to_uniform(_widen(p.concentration), p.dim).expand(shape)
+    return kl_to_uniform(widen(p.concentration), p.dim).expand(shape)
 
 
 def _random_direction(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -285,13 +274,14 @@ def _random_direction(shape: Sequence[int], dtype: torch.dtype, device: torch.de
     return normal / length
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype to compute in: float32 for the half precisions."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def _widen(x: Tensor) -> Tensor:
-    return x.to(_wide(x.dtype))
+def widen(x: Tensor) -> Tensor:
+    """A tensor in the dtype to compute in."""
+    return x.to(wide(x.dtype))
 
 
 def _broadcast_shape(first: torch.Size, second: torch.Size) -> torch.Size:
@@ -325,7 +315,7 @@ def _check_parameters(loc: Tensor, concentration: Tensor) -> None:
 def _check_unit(name: str, x: Tensor) -> None:
     valid = unit_sphere.check(x)
     if not bool(valid.all()):
-        length = torch.linalg.vector_norm(_widen(x.detach()), dim=-1)[~valid].flatten()[0].item()
+        length = torch.linalg.vector_norm(widen(x.detach()), dim=-1)[~valid].flatten()[0].item()
         raise InputError(
             f"{name}: a vector of length {length:.9g} given, must be of length 1 within rounding "
             f"of {x.dtype}; normalise it with torch.nn.functional.normalize({name}, dim=-1)"

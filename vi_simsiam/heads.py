@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vi_simsiam.config import Concentration, Link
+from vi_simsiam.distributions import wide, widen
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.multiview_loss import LEAST_ROOT, softplus
 from vi_simsiam.ops.multiview_loss_fused import padded_width
@@ -161,7 +162,7 @@ class _Constant(nn.Module):
         self.raw = raw
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return hidden.new_full((*hidden.shape[:-1], 1), self.raw, dtype=_wide(hidden.dtype))
+        return hidden.new_full((*hidden.shape[:-1], 1), self.raw, dtype=wide(hidden.dtype))
 
 
 class _Global(nn.Module):
@@ -193,7 +194,7 @@ class UpperBound(nn.Module):
     def forward(self, prediction: Tensor) -> Tensor:
         """The same predictions (..., W) with column D bounded."""
         mean, raw, rest = prediction.tensor_split((self.dim, self.dim + 1), dim=-1)
-        bounded = self.maximum - softplus(self.maximum - raw.to(_wide(raw.dtype)))
+        bounded = self.maximum - softplus(self.maximum - widen(raw))
         return torch.cat((mean, bounded, rest), dim=-1)
 
 
@@ -234,7 +235,3 @@ def padded_linear(in_features: int, out_features: int) -> nn.Linear:
         linear.weight[out_features:].zero_()
         linear.bias[out_features:].zero_()
     return linear
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from vi_simsiam.backbones import build_backbone, fetch_weights
 from vi_simsiam.config import Concentration, Link, Stem, TrainConfig
-from vi_simsiam.distributions import PowerSpherical
+from vi_simsiam.distributions import PowerSpherical, widen
 from vi_simsiam.errors import InputError
 from vi_simsiam.functional import cosine_loss
 from vi_simsiam.heads import (
@@ -30,12 +30,7 @@ from vi_simsiam.heads import (
     padded_linear,
     shuffled,
 )
-from vi_simsiam.normalisation import (
-    Head,
-    PerView,
-    PerViewBatchNorm1d,
-    count_batches,
-)
+from vi_simsiam.normalisation import Head, PerView, PerViewBatchNorm1d, count_batches
 from vi_simsiam.ops.multiview_loss import LossForm, multiview_loss
 
 
@@ -240,16 +235,10 @@ class SimSiam(nn.Module):
         embedding = self.backbone(images)
         projection = self.projector(embedding)
         prediction = self.predictor(projection)
-        mean = prediction[..., : self.dim]
-        mean = mean.to(torch.promote_types(mean.dtype, torch.float32))
+        mean = widen(prediction[..., : self.dim])
         norm = torch.linalg.vector_norm(mean, dim=-1)
-        return (
-            embedding,
-            projection,
-            F.normalize(mean, dim=-1),
-            norm,
-            self.concentration(prediction),
-        )
+        direction = F.normalize(mean, dim=-1)
+        return embedding, projection, direction, norm, self.concentration(prediction)
 
     def loss(self, output: Output, backend: str = "auto", loss_scale: float = 1.0) -> Tensor:
         """The method's loss of an `Output` times `loss_scale`, a scalar."""
@@ -358,9 +347,7 @@ class VISimSiam(SimSiam):
 
     def concentration(self, prediction: Tensor) -> Tensor:
         """kappa of predictions (..., W), shape (...), in at least float32."""
-        raw = prediction[..., self.dim]
-        raw = raw if raw.dtype == torch.float64 else raw.float()
-        return self.form.concentration(raw)
+        return self.form.concentration(widen(prediction[..., self.dim]))
 
     def distribution(self, images: Tensor) -> PowerSpherical:
         """Power Spherical distributions of images (B, 3, height, width). Call it in eval mode."""

@@ -102,23 +102,23 @@ class Head(nn.Sequential):
         return x
 
 
+def _fused_block(block: Any, x: Tensor) -> Tensor:
+    identity = x if block.downsample is None else block.downsample(x)
+    x = block.bn1.act(block.conv1(x))
+    if isinstance(block, resnet.BasicBlock):
+        return cast(Tensor, block.bn2.act(block.conv2(x), identity))
+    x = block.bn2.act(block.conv2(x))
+    return cast(Tensor, block.bn3.act(block.conv3(x), identity))
+
+
 class _BasicBlock(resnet.BasicBlock):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
-        if not is_fused(self.bn1):
-            return cast(Tensor, super().forward(x))
-        identity = x if self.downsample is None else self.downsample(x)
-        x = self.bn1.act(self.conv1(x))
-        return cast(Tensor, self.bn2.act(self.conv2(x), identity))
+        return _fused_block(self, x) if is_fused(self.bn1) else cast(Tensor, super().forward(x))
 
 
 class _Bottleneck(resnet.Bottleneck):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
-        if not is_fused(self.bn1):
-            return cast(Tensor, super().forward(x))
-        identity = x if self.downsample is None else self.downsample(x)
-        x = self.bn1.act(self.conv1(x))
-        x = self.bn2.act(self.conv2(x))
-        return cast(Tensor, self.bn3.act(self.conv3(x), identity))
+        return _fused_block(self, x) if is_fused(self.bn1) else cast(Tensor, super().forward(x))
 
 
 class _ResNet(resnet.ResNet):  # type: ignore[misc]

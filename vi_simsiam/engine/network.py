@@ -80,14 +80,12 @@ def check_capture(config: TrainConfig, world: World) -> None:
     if config.capture != "on":
         return
     if world.device.type != "cuda":
-        raise InputError(
-            f"capture: 'on' needs a CUDA device, and this run is on {world.device}; "
-            "auto and off run here"
-        )
-    if not world.alone:
-        raise InputError(
-            "capture: 'on' is for a run without torchrun; the ranks' collectives are not captured"
-        )
+        problem = f"needs a CUDA device, and this run is on {world.device}; auto and off run here"
+    elif not world.alone:
+        problem = "is for a run without torchrun; the ranks' collectives are not captured"
+    else:
+        return
+    raise InputError(f"capture: 'on' {problem}")
 
 
 def check_compiler(device: torch.device) -> None:
@@ -99,7 +97,8 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(torch.sin, dynamic=False)(torch.ones(8, device=device))
     except Exception as error:  # a missing compiler, header or library each raises its own
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        lines = str(error).partition(" raised:\n")[2] or str(error)
+        reason = (lines.splitlines() or [""])[0] or type(error).__name__
         raise InputError(
             f"compile: torch.compile does not work here ({reason}); leave --compile out, "
             "or install a C++ compiler such as g++"
