@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -29,6 +30,19 @@ from vi_simsiam.kernels import launch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 """Device of the kernels' cases: the CPU in the interpreter, else a GPU."""
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def _rewritten(function: Any) -> Any:
+        interpreter._patch_lang(function.fn)
+        return function.rewrite()
+
+    # Triton patches its language anew at every call of a device function, `tl.sum` among them, and
+    # spends half of the time on it. Once for each function gives the same.
+    interpreter.InterpretedFunction.__call__ = lambda self, *arguments, **options: _rewritten(self)(
+        *arguments, **options
+    )
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.float64: "fp64", torch.float32: "fp32"}
 TYPES |= {torch.float16: "fp16", torch.bfloat16: "bf16"}
