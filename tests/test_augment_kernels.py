@@ -1,5 +1,4 @@
-"""The kernels that make views: their numbers in the interpreter (or on a GPU), and what they
-compile to without one.
+"""The kernels that make views: what they compile to without a GPU.
 
 `python tests/test_augment_kernels.py` compiles every kernel that the tests know and writes the
 registers it takes to tests/static/augment_registers.json under the installed Triton's version. A
@@ -24,7 +23,6 @@ from triton_tools import (
     compile_kernel,
     compiles,
     marked,
-    run_cases,
     without_gpu,
 )
 
@@ -32,20 +30,8 @@ from vi_simsiam.kernels import augment as kernel
 from vi_simsiam.kernels import blur, colour, launch
 from vi_simsiam.ops import augment as reference
 
-CASES = "triton_augment_cases.py"
 TABLE = Path(__file__).parent / "static" / "augment_registers.json"
 NAMES = ("resize", "colour", "blur_rows", "blur_columns")
-
-
-def test_numbers_in_the_interpreter() -> None:
-    run_cases(True, CASES)
-
-
-@pytest.mark.gpu
-def test_numbers_on_the_gpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip(f"no CUDA device: would have run {CASES} on it")
-    run_cases(False, CASES)
 
 
 def test_the_table_is_the_package_s() -> None:

@@ -42,7 +42,7 @@ def compile_for(
 @pytest.mark.parametrize(
     ("capability", "part", "dtype", "size"),
     [
-        marked(*shape, every_day=shape[0] == 90 or shape[2:] == (torch.bfloat16, 64))
+        marked(*shape, every_day=shape[2:] == (torch.bfloat16, 64) or shape[::3] == (90, 63))
         for shape in itertools.product(
             CAPABILITIES, ("pool", "gradient"), (torch.bfloat16, torch.float32), (64, 63)
         )
@@ -93,9 +93,8 @@ def _launch(images: int, channels: int, height: int, width: int, dtype: torch.dt
 @compiles
 def test_machine_code_serves_images_of_other_sizes(no_gpu: NoGPU) -> None:
     _launch(8, 64, 64, 64, torch.bfloat16)
-    assert (
-        len(no_gpu.launches) == len(no_gpu.loaded) == 8
-    )  # four kernels, with and without parameters
+    # Four kernels, with and without parameters.
+    assert len(no_gpu.launches) == len(no_gpu.loaded) == 8
     _launch(12, 64, 64, 64, torch.bfloat16)
     _launch(8, 64, 32, 64, torch.bfloat16)
     assert len(no_gpu.launches) == 24
