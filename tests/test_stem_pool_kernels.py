@@ -19,8 +19,8 @@ from triton_tools import (
     without_gpu,
 )
 
-from vi_simsiam.kernels import batch_norm, stem_pool_backward
 from vi_simsiam.kernels import stem_pool as kernel
+from vi_simsiam.kernels import stem_pool_backward
 
 
 def compile_for(
@@ -81,10 +81,10 @@ def _launch(images: int, channels: int, height: int, width: int, dtype: torch.dt
     tickets = torch.zeros(16, dtype=torch.int32)
     chosen = kernel.plan(*x.shape, groups, dtype.itemsize, 132)
     for parameters in ([None] * 4, [torch.empty(channels) for _ in range(4)]):
-        partials = torch.empty(batch_norm.partial_sums(chosen.statistics, channels, groups))
+        partials = torch.empty(2, groups, chosen.statistics.parts, channels)
         results = (y, taken, codes, statistics, partials, tickets)
         kernel.forward(x, *parameters, *results, chosen, groups=groups, momentum=0.1, eps=1e-5)
-        partials = torch.empty(batch_norm.partial_sums(chosen.sums, channels, groups))
+        partials = torch.empty(2, groups, chosen.sums.parts, channels)
         given = (gradient, x, taken, codes, *parameters[:2], statistics)
         results = (torch.empty_like(x), *parameters[:2], statistics[:2], partials, tickets)
         stem_pool_backward.backward(*given, *results, chosen, groups=groups)

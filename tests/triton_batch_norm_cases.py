@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models import resnet
-from triton_tools import DEVICE, INTERPRETED
+from triton_tools import DEVICE, INTERPRETED, captured
 
 from vi_simsiam import VISimSiam
 from vi_simsiam.errors import InputError
@@ -238,20 +239,16 @@ def test_frozen_parameters_and_no_grad() -> None:
     y.sum().backward()
     assert x.grad is not None
     with torch.no_grad():
-        assert not batch_norm_act(
-            x, weight, bias, mean, var, groups=2, backend="triton"
-        ).requires_grad
+        y = batch_norm_act(x, weight, bias, mean, var, groups=2, backend="triton")
+    assert not y.requires_grad
 
 
+RUNNING = {"running_mean": torch.zeros(6), "running_var": torch.ones(6)}
 REFUSED: dict[str, dict[str, Any]] = {
     r"takes torch.channels_last, not strides": {"x": torch.ones(4, 6, 4, 4)},
     r"not x in torch.float64": {"x": torch.ones(4, 6, dtype=torch.float64)},
     r"takes contiguous parameters": {"weight": torch.ones(12)[::2]},
-    r"takes training mode alone": {
-        "training": False,
-        "running_mean": torch.zeros(6),
-        "running_var": torch.ones(6),
-    },
+    r"takes training mode alone": {"training": False, **RUNNING},
     r"weight: shape \(5,\) must be \(6,\)": {"weight": torch.ones(5)},
     r"running_mean, running_var: both must be given or none": {"running_mean": torch.zeros(6)},
 }
@@ -264,36 +261,20 @@ def test_what_the_fused_backend_does_not_take(message: str) -> None:
     given |= {"x": torch.randn(4, 6)} | REFUSED[message]
     for name, value in given.items():
         if isinstance(value, Tensor):  # `to` would make what it moves contiguous
-            empty = torch.empty_strided(
-                value.shape, value.stride(), dtype=value.dtype, device=DEVICE
-            )
-            given[name] = empty.copy_(value)
+            there = {"dtype": value.dtype, "device": DEVICE}
+            given[name] = torch.empty_strided(value.shape, value.stride(), **there).copy_(value)
     with pytest.raises(InputError, match=message):
         batch_norm_act(**given, backend="triton")
     if "takes" in message or "not x" in message:
-        torch.testing.assert_close(
-            batch_norm_act(**given), batch_norm_act(**given, backend="eager"), rtol=0, atol=0
-        )
+        assert torch.equal(batch_norm_act(**given), batch_norm_act(**given, backend="eager"))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
 def test_in_a_cuda_graph() -> None:
-    x, residual, parameters = (
-        _draw((8, 64, 16, 16), torch.bfloat16),
-        _draw((8, 64, 16, 16), torch.bfloat16, 1),
-        _parameters(64, True),
-    )
-    gradient = _draw((8, 64, 16, 16), torch.bfloat16, 2)
-    options: dict[str, Any] = {"groups": 2}
-    want = _results(x, residual, parameters, gradient, **options)
-    graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        _results(x, residual, parameters, gradient, **options)
-    torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph):
-        got = _results(x, residual, parameters, gradient, **options)
+    x, residual, gradient = (_draw((8, 64, 16, 16), torch.bfloat16, seed) for seed in range(3))
+    step = partial(_results, x, residual, _parameters(64, True), gradient, groups=2)
+    want = step()
+    graph, got = captured(step)
     for _ in range(3):
         graph.replay()
     assert all(torch.equal(got[name], want[name]) for name in want)
@@ -301,23 +282,14 @@ def test_in_a_cuda_graph() -> None:
 
 def test_operators_are_registered_rightly() -> None:
     """Shapes, layouts and gradients under torch.compile."""
-    x, residual, (weight, bias, *_) = (
-        _draw((4, 6, 4, 4)),
-        _draw((4, 6, 4, 4), seed=1),
-        _parameters(6, True),
-    )
-    leaves = [t.clone().requires_grad_() for t in (x, residual, weight, bias)]
+    x, residual = (_draw((4, 6, 4, 4), seed=seed) for seed in range(2))
+    given = (x, residual, *_parameters(6, True)[:2])
+    leaves = [t.clone().requires_grad_() for t in given if t is not None]
     names = ("schema", "autograd_registration", "faketensor", "aot_dispatch_static")
     checks = tuple(f"test_{name}" for name in names)
-    for options in ((2, True, 1e-5), (2, False, 1e-5)):
-        torch.library.opcheck(
-            torch.ops.vi_simsiam.batch_norm_act, (*leaves, *options), test_utils=checks
-        )
-    torch.library.opcheck(
-        torch.ops.vi_simsiam.batch_norm_act,
-        (leaves[0], None, None, None, 1, True, 1e-5),
-        test_utils=checks,
-    )
+    absent = (leaves[0], None, None, None, 1, True, 1e-5)
+    for arguments in ((*leaves, 2, True, 1e-5), (*leaves, 2, False, 1e-5), absent):
+        torch.library.opcheck(torch.ops.vi_simsiam.batch_norm_act, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize(("add", "relu"), [(True, True), (True, False), (False, True)])

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from triton_tools import DEVICE, INTERPRETED
+from triton_tools import DEVICE, INTERPRETED, captured
 
-from vi_simsiam.errors import BackendUnavailableError, InputError
+from vi_simsiam.errors import InputError
 from vi_simsiam.kernels import batch_norm
 from vi_simsiam.kernels import stem_pool as kernel
 from vi_simsiam.ops import stem_pool as operation
@@ -233,20 +233,10 @@ def test_in_a_graph() -> None:
         y = batch_norm_relu_max_pool(*given, mean, var, groups=2, backend="triton")
         return y, *torch.autograd.grad(y, given, gradient)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
+    graph, results = captured(step)
     other = problem._replace(x=(problem.x * 2 + 1).to(problem.x.dtype))
     with torch.no_grad():
-        for part, value in zip(
-            (x, mean, var), (other.x, other.running_mean, other.running_var), strict=True
-        ):
-            part.copy_(value)
+        x.copy_(other.x)
     for _ in range(2):
         mean.copy_(other.running_mean)
         var.copy_(other.running_var)
@@ -261,13 +251,9 @@ def test_in_a_graph() -> None:
         (r"x: shape \(4, 8\)", {"x": torch.ones(4, 8)}),
         (r"x: shape \(0, 8, 6, 6\)", {"x": torch.ones(0, 8, 6, 6)}),
         (r"groups: 3 must divide the batch of 2", {"groups": 3}),
-        (r"groups: 0", {"groups": 0}),
-        (r"more than one value", {"x": torch.ones(2, 8, 1, 1), "groups": 2}),
-        (r"weight: shape \(7,\) must be \(8,\)", {"weight": torch.ones(7)}),
         (r"both must be given", {"running_var": None}),
         (r"channels_last", {"x": torch.ones(4, 8, 6, 6)}),
         (r"backend: 'tritn'.*did you mean 'triton'", {"backend": "tritn"}),
-        (r"float64", {"x": torch.ones(4, 8, 6, 6, dtype=torch.float64)}),
     ],
 )
 def test_errors(message: str, changes: dict[str, object]) -> None:
@@ -278,13 +264,3 @@ def test_errors(message: str, changes: dict[str, object]) -> None:
     given = [part.to(DEVICE) if isinstance(part, Tensor) else part for part in given]
     with pytest.raises(InputError, match=message):
         batch_norm_relu_max_pool(*given, **arguments)
-
-
-def test_a_backend_that_cannot_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = _problem(SMALL)
-    reasons = {"triton": "no reason", "eager": None}
-    target = "vi_simsiam.ops.backends.why_unavailable"
-    monkeypatch.setattr(target, lambda name, _: reasons[name])
-    with pytest.raises(BackendUnavailableError, match="no reason"):
-        batch_norm_relu_max_pool(*problem[:5], backend="triton")
-    assert batch_norm_relu_max_pool(*problem[:5]).shape == (2, 8, 3, 3)
