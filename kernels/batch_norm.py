@@ -132,11 +132,6 @@ def plan(
     return Plan(False, strips, parts, triton.cdiv(rows, tile), reduce, apply)
 
 
-def partial_sums(chosen: Plan, channels: int, groups: int) -> int:
-    """Floats that the launch leaves for its last programs."""
-    return 0 if chosen.single else 2 * groups * chosen.parts * channels
-
-
 def forward(
     x: Tensor,
     residual: Tensor | None,
@@ -162,7 +157,7 @@ def forward(
         x, residual, y: G R C elements of one dtype, contiguous as rows of channels.
         weight, bias, running_mean, running_var: (C,), contiguous, or None, the running ones both.
         statistics: (3, G, C) float32: mean, invstd and the unbiased variance. Overwritten.
-        partials: float32, `partial_sums` elements of any content, and tickets: int32, an element
+        partials: float32, (G, parts, 2, C) elements of any content, and tickets: int32, an element
             per strip, 0 and left 0, which no other launch may use at the same time. Both only if
             the plan is not for a single launch.
         chosen: of `plan`, with one tensor.

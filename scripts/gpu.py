@@ -77,9 +77,7 @@ STAGES = {
     "step": _bench(240, "step", "--short", "--kernels", "--only", "2x128 batch 64"),
     "graph": _tests(130, "-m", "gpu", *(f"tests/test_{name}.py" for name in _IN_GRAPH_STAGE)),
     "losses": _tests(160, "tests/test_multiview_loss*.py", VI_SIMSIAM_TEST_DEVICE="cuda"),
-    "kernels": _tests(
-        120, "-m", "gpu", "tests/test_triton_kernels.py", "tests/test_augment_kernels.py"
-    ),
+    "kernels": _tests(120, "-m", "gpu", "tests/test_triton_kernels.py"),
     "loss": _bench(180, "loss", "--short"),
     "accuracy": _bench(60, "accuracy"),
     "augment": _bench(120, "augment", "--short"),

@@ -17,8 +17,6 @@ from vi_simsiam.ops.multiview_loss import LossForm, eager_loss
 FORMS = ("cosine", "raw", "given")
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-
-
 Fields = list[tuple[str, Any]]
 
 
@@ -245,8 +243,5 @@ class Scaling:
         by_row = factors.repeat(self.views)[:, None]
         assert torch.equal(out, (before.to(real) * by_row).to(out.dtype))
         assert torch.equal(scaled, concentration * factors)
-        assert (
-            out.as_strided((len(out) - 1, self.stride - self.width), (self.stride, 1), self.width)
-            .isnan()
-            .all()
-        )
+        between = (len(out) - 1, self.stride - self.width)
+        assert out.as_strided(between, (self.stride, 1), self.width).isnan().all()

@@ -21,7 +21,6 @@ def compile_for(
     rows: int = 65536,
     channels: int = 64,
     residual: bool = False,
-    relu: bool = True,
 ) -> Binary:
     """The machine code of the launcher there, for two groups of aligned rows; checks registers."""
     is_forward = part in ("statistics", "normalise", "single")
@@ -31,28 +30,16 @@ def compile_for(
     elements = f"*{TYPES[dtype]}"
     types = dict.fromkeys(("x_ptr", "residual_ptr", "y_ptr", "gradient_ptr"), elements)
     types |= dict.fromkeys(("x_gradient_ptr", "residual_gradient_ptr"), elements)
-    numbers = (
-        "weight_ptr",
-        "bias_ptr",
-        "running_mean_ptr",
-        "running_var_ptr",
-        "statistics_ptr",
-        "partials_ptr",
-    )
-    types |= dict.fromkeys(
-        (*numbers, "sums_ptr", "weight_gradient_ptr", "bias_gradient_ptr"), "*fp32"
-    )
+    numbers = "weight bias running_mean running_var statistics partials sums weight_gradient"
+    types |= {f"{name}_ptr": "*fp32" for name in (*numbers.split(), "bias_gradient")}
     types["ticket_ptr"] = "*i32"
-    constants: dict[str, Any] = dict(
-        chosen.apply if part in ("normalise", "gradient") else chosen.reduce
-    )
-    through_y = relu and residual
+    applies = part in ("normalise", "gradient")
+    constants: dict[str, Any] = dict(chosen.apply if applies else chosen.reduce)
     if part != "statistics":
-        constants["RELU"] = relu and not (part == "gradient" and residual)
+        constants["RELU"] = not (part == "gradient" and residual)
     if not residual:
-        constants["residual_ptr"] = None
-    if not through_y:
-        constants |= {"y_ptr": None, "residual_gradient_ptr": None}
+        constants |= {"residual_ptr": None, "residual_gradient_ptr": None}
+        constants |= {} if is_forward else {"y_ptr": None}
     function = {
         "statistics": kernel.statistics_kernel,
         "normalise": kernel.normalise_kernel,
@@ -62,10 +49,6 @@ def compile_for(
         "single gradient": batch_norm_backward.single_kernel,
     }[part]
     known = {parameter.name for parameter in function.params} | {"num_warps"}
-    if is_forward:
-        constants = {
-            name: value for name, value in constants.items() if name != "y_ptr" or value is not None
-        }
     constants = {name: value for name, value in constants.items() if name in known}
     binary = compile_kernel(function, capability, constants, types)
     assert binary.spills == 0
@@ -77,16 +60,11 @@ def compile_for(
 PARTS = ("statistics", "normalise", "sums", "gradient")
 
 
-def _every_day(capability: int, residual: bool, dtype: torch.dtype = torch.bfloat16) -> bool:
-    """One of them in full, the others where most is moved."""
-    return capability == 90 or (residual and dtype == torch.bfloat16)
-
-
 @compiles
 @pytest.mark.parametrize(
     ("capability", "part", "dtype", "residual"),
     [
-        marked(*shape, every_day=_every_day(shape[0], shape[3], shape[2]))
+        marked(*shape, every_day=shape[2:] == (torch.bfloat16, True) or shape[::3] == (90, False))
         for shape in itertools.product(
             CAPABILITIES, PARTS, (torch.bfloat16, torch.float32), (False, True)
         )
@@ -104,7 +82,11 @@ def test_machine_code(capability: int, part: str, dtype: torch.dtype, residual: 
 @pytest.mark.parametrize(
     ("capability", "part", "rows", "channels", "residual"),
     [
-        marked(capability, part, *shape, residual, every_day=_every_day(capability, residual))
+        marked(
+            *(capability, part, *shape, residual),
+            every_day=(shape[0], residual) == (1024, True)
+            or (capability, shape[0], residual) == (90, 64, False),
+        )
         for capability, part, shape, residual in itertools.product(
             CAPABILITIES, ("single", "single gradient"), ((64, 2048), (1024, 512)), (False, True)
         )

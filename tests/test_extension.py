@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import math
 import multiprocessing
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -15,21 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import environment
 from test_power_spherical import COLUMN, exact
 
 from vi_simsiam.benchmarks.baselines import textbook_loss
 from vi_simsiam.ops.multiview_loss import LossForm, multiview_loss
 
 ROOT = Path(__file__).resolve().parent.parent
-SHAPES = [  # views, target views, batch, dim
-    (2, 2, 1, 2),
-    (2, 1, 3, 3),
-    (3, 3, 3, 17),
-    (8, 2, 1, 33),
-    (8, 8, 3, 17),
-    (4, 3, 3, 257),
-    (2, 2, 3, 2049),
-]
+# Views, target views, batch, dim.
+SHAPES = [(2, 2, 1, 2), (2, 1, 3, 3), (3, 3, 3, 17), (8, 8, 1, 33), (4, 3, 3, 257), (2, 2, 3, 2049)]
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +109,8 @@ def test_scalar_math_in_float64_matches_the_golden_table(
         value, d_kappa, d_cos = terms(extension, rows["kappa"], rows["cos"], dim)
         # A few roundings of the largest summand, which is at most a few times the value, and of a
         # logarithm below 7.
-        assert np.all(
-            np.abs(value - rows["ratio"]) <= 1e-14 * np.maximum(1, np.abs(rows["ratio"]))
-        ), dim
+        limit = 1e-14 * np.maximum(1, np.abs(rows["ratio"]))
+        assert np.all(np.abs(value - rows["ratio"]) <= limit), dim
         slope = rows["dlogp_dkappa"]
         assert np.all(np.abs(d_kappa - slope) <= 2e-15 * np.maximum(1, np.abs(slope))), dim
         np.testing.assert_allclose(d_cos, rows["dlogp_dcos"], rtol=5e-16, err_msg=f"dim {dim}")
@@ -134,10 +128,8 @@ def test_scalar_math_in_float32_keeps_its_digits(
             extension, kappa.astype(np.float64), cosine.astype(np.float64), dim
         )
         exact = (kappa == rows["kappa"]) & (cosine == rows["cos"])
-        ratio, slope = (
-            np.where(exact, rows["ratio"], ratio),
-            np.where(exact, rows["dlogp_dkappa"], slope),
-        )
+        ratio = np.where(exact, rows["ratio"], ratio)
+        slope = np.where(exact, rows["dlogp_dkappa"], slope)
         value, d_kappa, d_cos = terms(extension, kappa, cosine, dim)
         # Below 17 the summands are smaller than the value or than 10, each rounded once (6e-8).
         # Above, two may nearly cancel: b log1p(k / 2b) or less, b = (D - 1)/2, of which the C
@@ -261,20 +253,13 @@ def test_cpu_runs_in_a_forked_process_after_threads_ran_here(extension: ModuleTy
     assert child.exitcode == 0
 
 
-def test_cpu_refuses_what_it_would_read_past(extension: ModuleType) -> None:
+def test_cpu_names_what_it_takes(extension: ModuleType) -> None:
     with pytest.raises(ValueError, match="predictions: 1 to 16 views"):
         run(extension, torch.zeros(17, 1, 9), torch.zeros(2, 1, 8))
-
-
-def test_cpu_names_the_dtypes_it_takes(extension: ModuleType) -> None:
-    for dtypes in (
-        (torch.float16, torch.float16),
-        (torch.float64, torch.float32),
-        (torch.bfloat16, torch.float16),
-    ):
-        p, z = torch.zeros(2, 1, 9, dtype=dtypes[0]), torch.zeros(2, 1, 8, dtype=dtypes[1])
+    p, z = torch.zeros(2, 1, 9), torch.zeros(2, 1, 8)
+    for pair in ((p.half(), z.half()), (p.double(), z), (p.bfloat16(), z.half())):
         with pytest.raises(ValueError, match="float64 for both, or float32 or bfloat16"):
-            run(extension, p, z)
+            run(extension, *pair)
 
 
 def test_cpu_rounds_bfloat16_as_torch_does(extension: ModuleType) -> None:
@@ -295,12 +280,36 @@ def test_cpu_rounds_bfloat16_as_torch_does(extension: ModuleType) -> None:
 def test_build_info_agrees_with_what_is_there(extension: ModuleType) -> None:
     info = extension.build_info()
     assert set(info) == {"compiler", "simd", "cuda", "architectures"}
-    assert info["simd"] in ("avx512", "avx2", "128 bit", "plain loops")
-    assert (
-        hasattr(extension, "multiview_loss_cuda")
-        == (info["cuda"] is not None)
-        == bool(info["architectures"])
-    )
+    has_cuda = hasattr(extension, "multiview_loss_cuda")
+    assert has_cuda == (info["cuda"] is not None) == bool(info["architectures"])
+
+
+def with_simd(name: str, *command: str) -> subprocess.CompletedProcess[str]:
+    given = environment(VI_SIMSIAM_SIMD=name)
+    return subprocess.run([sys.executable, *command], env=given, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "simd"),
+    [("baseline", ("128 bit", "plain loops")), ("avx2", ("avx2",)), ("avx512", ("avx512",))],
+)
+def test_vector_instructions_by_name(
+    extension: ModuleType, name: str, simd: tuple[str, ...]
+) -> None:
+    """`make cpus` runs this file and the losses' with each of them."""
+    script = "import vi_simsiam._C as c; print(c.build_info()['simd'])"
+    chosen = with_simd(name, "-c", script)
+    if "does not run here" in chosen.stderr:
+        pytest.skip(f"this processor has no {name}")
+    assert chosen.stdout.strip() in simd, chosen.stderr
+
+
+def test_vector_instructions_that_do_not_run_here_are_named(extension: ModuleType) -> None:
+    result = with_simd("avx9", "-m", "vi_simsiam", "info")
+    assert result.returncode == 2
+    message = "vi-simsiam: VI_SIMSIAM_SIMD: 'avx9' does not run here; accepted: baseline"
+    assert result.stderr.startswith(message)
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.fixture(scope="module")
@@ -321,35 +330,19 @@ CUDA_11 = "sm_70\nsm_75\nsm_80\nsm_86\nsm_89\nsm_90\n"
 
 
 def test_setup_builds_the_default_architectures_that_nvcc_knows(setup_py: ModuleType) -> None:
-    assert list(setup_py.architectures(CUDA_13)) == [
-        "8.0",
-        "8.6",
-        "8.9",
-        "9.0+PTX",
-        "10.0",
-        "12.0+PTX",
-    ]
-    assert list(setup_py.architectures(CUDA_11)) == ["8.0", "8.6", "8.9", "9.0+PTX"]
+    known = ["8.0", "8.6", "8.9", "9.0+PTX"]
+    assert list(setup_py.architectures(CUDA_11)) == known
+    assert list(setup_py.architectures(CUDA_13)) == [*known, "10.0", "12.0+PTX"]
 
 
 def test_setup_turns_architectures_into_flags(setup_py: ModuleType) -> None:
-    assert setup_py.architectures(CUDA_13, "8.0;12.0+PTX") == {
-        "8.0": ["-gencode=arch=compute_80,code=sm_80"],
-        "12.0+PTX": [
-            "-gencode=arch=compute_120,code=sm_120",
-            "-gencode=arch=compute_120,code=compute_120",
-        ],
+    flag = "-gencode=arch=compute_{},code={}"
+    assert setup_py.architectures(CUDA_13, "8.0;12.0+PTX;9.0a") == {
+        "8.0": [flag.format("80", "sm_80")],
+        "12.0+PTX": [flag.format("120", "sm_120"), flag.format("120", "compute_120")],
+        "9.0a": [flag.format("90a", "sm_90a")],
     }
-    assert setup_py.architectures(CUDA_13, "9.0a") == {
-        "9.0a": ["-gencode=arch=compute_90a,code=sm_90a"]
-    }
-
-
-@pytest.mark.parametrize("wanted", ["8.0 9.0", "8.0,9.0", " 8.0; 9.0;", "7.0;8.0;9.0"])
-def test_setup_reads_any_separator_and_drops_the_unknown(setup_py: ModuleType, wanted: str) -> None:
-    assert list(setup_py.architectures(CUDA_13, wanted)) == ["8.0", "9.0"]
-
-
-def test_setup_refuses_a_list_without_a_known_architecture(setup_py: ModuleType) -> None:
+    for wanted in ("8.0 9.0", "8.0,9.0", " 8.0; 9.0;", "7.0;8.0;9.0"):
+        assert list(setup_py.architectures(CUDA_13, wanted)) == ["8.0", "9.0"]
     with pytest.raises(ValueError, match=r"none of 3\.5;5\.0, only sm_75 sm_80"):
         setup_py.architectures(CUDA_13, "3.5;5.0")

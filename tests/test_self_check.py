@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -44,6 +45,15 @@ def failed(lines: list[str]) -> dict[str, str]:
     return {match[1]: match[2] for match in found if match}
 
 
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check of a training step takes as long as all others; here it computes nothing."""
+    one = [torch.ones(1, dtype=torch.float64)]
+    case = self_check_cases.Case(lambda: one, [one] * 3)
+    monkeypatch.setattr("vi_simsiam.self_check.training_step", lambda *_: case)
+
+
+@pytest.mark.usefixtures("no_training")
 def test_all_pass(capsys: pytest.CaptureFixture[str]) -> None:
     code, lines = check(capsys)
     assert code == 0
@@ -84,6 +94,7 @@ def test_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @needs_extension
+@pytest.mark.usefixtures("no_training")
 @pytest.mark.parametrize("part", ["loss", "gradient"])
 def test_a_kernel_that_is_wrong_fails_by_its_name(
     part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -109,15 +120,15 @@ def test_a_kernel_that_is_wrong_fails_by_its_name(
     found = failed(lines)
     assert code == 1
     assert list(found) == ["SimSiam loss, cpu, float32"]
-    error = re.match(
-        r"wrong results   error (\S+) \(allowed 1.0e-05\)", found["SimSiam loss, cpu, float32"]
-    )
+    line = found["SimSiam loss, cpu, float32"]
+    error = re.match(r"wrong results   error (\S+) \(allowed 1.0e-05\)", line)
     assert error
     assert float(error[1]) == pytest.approx(0.01, rel=0.02)
     assert re.match(r"1 of \d+ checks failed", lines[-1])
 
 
 @needs_extension
+@pytest.mark.usefixtures("no_training")
 def test_what_is_raised_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,14 +145,10 @@ def test_what_is_raised_is_one_line(
     code, lines = check(capsys)
     found = failed(lines)
     assert code == 1
-    assert (
-        found.pop("SimSiam loss, cpu, float32")
-        == "RuntimeError: CUDA error: an illegal memory access was encountered"
-    )
-    assert found.pop("SimSiam loss, cpu, bfloat16").startswith(
-        "results are not finite   first call"
-    )
-    assert not found
+    assert list(found) == ["SimSiam loss, cpu, float32", "SimSiam loss, cpu, bfloat16"]
+    raised, not_finite = found.values()
+    assert raised == "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert not_finite.startswith("results are not finite   first call")
     assert main(["info", "--check", "--json"]) == 1
     checks = {each["name"]: each for each in json.loads(capsys.readouterr().out)["checks"]}
     assert checks["SimSiam loss, cpu, float32"]["why"].startswith("RuntimeError: CUDA error")
@@ -193,15 +200,11 @@ def test_the_captured_step_is_held_to_the_step(
         return made[0]
 
     def waves(pixels: Tensor, table: Tensor, size: int, *, dtype: torch.dtype) -> Tensor:
-        return (
-            (
-                torch.arange(size * size).view(size, size) * table[..., 13:16, None, None]
-                + table[..., :1, None, None]
-            )
-            .sin()
-            .to(dtype)
-        )
+        places = torch.arange(size * size).view(size, size)
+        phases = places * table[..., 13:16, None, None] + table[..., :1, None, None]
+        return phases.sin().to(dtype)
 
+    monkeypatch.setattr(self_check_cases, "_SIDE", 18)
     monkeypatch.setattr(self_check_cases, "capture", capture)
     monkeypatch.setattr(self_check_cases, "augment", waves)
     case = self_check_cases.captured_step(torch.device("cpu"))
@@ -226,10 +229,10 @@ del OPERATIONS["SimSiam loss"], OPERATIONS["augmentation"]
 raise SystemExit(main(["info", "--check"]))
 """
     pytest.importorskip("triton", reason="Triton is not installed: its kernels are not checked")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
-    )
+    # In the folder of triton_tools, which makes the interpreter faster.
+    options = {"cwd": Path(__file__).parent, "env": os.environ | {"TRITON_INTERPRET": "1"}}
+    command = [sys.executable, "-c", "import triton_tools" + script]
+    result = subprocess.run(command, **options, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "RuntimeWarning" not in result.stderr
     for name in ("VI-SimSiam loss", "BatchNorm + ReLU", "first convolution"):
@@ -241,28 +244,18 @@ raise SystemExit(main(["info", "--check"]))
             )
 
 
-def test_what_is_not_available_is_not_run() -> None:
-    backends = {
-        name: {"available": False, "why": f"no {name}"}
-        for name in ("eager", "triton", "cuda", "cpu")
-    }
-    skipped = {
-        finding.name: finding.why for finding in run_checks(backends) if finding.passed is None
-    }
+@pytest.mark.usefixtures("no_training")
+def test_what_is_not_available_is_not_run_and_an_extension_that_does_not_load_fails() -> None:
+    why = {name: f"no {name}" for name in ("eager", "triton", "cuda")}
+    why["cpu"] = "the C++ extension does not load (file too short)"
+    backends = {name: {"available": False, "why": reason} for name, reason in why.items()}
+    begun: list[str] = []
+    findings = {each.name: each for each in run_checks(backends, begun.append)}
+    assert begun == list(findings)
+    skipped = {name: each.why for name, each in findings.items() if each.passed is None}
     assert skipped["cuda (2 operations)"] == "not available: no cuda"
     assert skipped["captured step, bfloat16"] == "not available: no triton"
-    assert len(skipped) == 5
-
-
-def test_an_extension_that_does_not_load_fails() -> None:
-    why = "the C++ extension does not load (file too short)"
-    backends = {
-        name: {"available": False, "why": why if name == "cpu" else "none"}
-        for name in ("eager", "triton", "cuda", "cpu")
-    }
-    begun: list[str] = []
-    findings = list(run_checks(backends, begun.append))
-    assert [finding.name for finding in findings if finding.passed is False] == [
+    assert len(skipped) == 4
+    assert [name for name, each in findings.items() if each.passed is False] == [
         "cpu (2 operations)"
     ]
-    assert begun == [finding.name for finding in findings]

@@ -19,8 +19,8 @@ from triton_tools import (
     without_gpu,
 )
 
-from vi_simsiam.kernels import batch_norm, stem_pool_backward
 from vi_simsiam.kernels import stem_pool as kernel
+from vi_simsiam.kernels import stem_pool_backward
 
 
 def compile_for(
@@ -42,7 +42,7 @@ def compile_for(
 @pytest.mark.parametrize(
     ("capability", "part", "dtype", "size"),
     [
-        marked(*shape, every_day=shape[0] == 90 or shape[2:] == (torch.bfloat16, 64))
+        marked(*shape, every_day=shape[2:] == (torch.bfloat16, 64) or shape[::3] == (90, 63))
         for shape in itertools.product(
             CAPABILITIES, ("pool", "gradient"), (torch.bfloat16, torch.float32), (64, 63)
         )
@@ -81,10 +81,10 @@ def _launch(images: int, channels: int, height: int, width: int, dtype: torch.dt
     tickets = torch.zeros(16, dtype=torch.int32)
     chosen = kernel.plan(*x.shape, groups, dtype.itemsize, 132)
     for parameters in ([None] * 4, [torch.empty(channels) for _ in range(4)]):
-        partials = torch.empty(batch_norm.partial_sums(chosen.statistics, channels, groups))
+        partials = torch.empty(2, groups, chosen.statistics.parts, channels)
         results = (y, taken, codes, statistics, partials, tickets)
         kernel.forward(x, *parameters, *results, chosen, groups=groups, momentum=0.1, eps=1e-5)
-        partials = torch.empty(batch_norm.partial_sums(chosen.sums, channels, groups))
+        partials = torch.empty(2, groups, chosen.sums.parts, channels)
         given = (gradient, x, taken, codes, *parameters[:2], statistics)
         results = (torch.empty_like(x), *parameters[:2], statistics[:2], partials, tickets)
         stem_pool_backward.backward(*given, *results, chosen, groups=groups)
@@ -93,9 +93,8 @@ def _launch(images: int, channels: int, height: int, width: int, dtype: torch.dt
 @compiles
 def test_machine_code_serves_images_of_other_sizes(no_gpu: NoGPU) -> None:
     _launch(8, 64, 64, 64, torch.bfloat16)
-    assert (
-        len(no_gpu.launches) == len(no_gpu.loaded) == 8
-    )  # four kernels, with and without parameters
+    # Four kernels, with and without parameters.
+    assert len(no_gpu.launches) == len(no_gpu.loaded) == 8
     _launch(12, 64, 64, 64, torch.bfloat16)
     _launch(8, 64, 32, 64, torch.bfloat16)
     assert len(no_gpu.launches) == 24

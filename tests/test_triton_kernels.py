@@ -2,27 +2,24 @@
 without one.
 
 `python tests/test_triton_kernels.py` compiles every shape that the tests know and writes the
-registers it takes to tests/static/triton_registers.json under the installed Triton's version. A
-version that is not in there is held to the absolute limits alone.
+registers it takes to tests/static/triton_registers.json.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import triton
 from torch import Tensor
 from triton_tools import (
     CAPABILITIES,
     TYPES,
     Binary,
     NoGPU,
+    Registers,
     compile_kernel,
     compiles,
     marked,
@@ -30,17 +27,14 @@ from triton_tools import (
     without_gpu,
 )
 
-from vi_simsiam.kernels import launch, scale_gradient, stem_convolution
 from vi_simsiam.kernels import multiview_loss as kernel
+from vi_simsiam.kernels import scale_gradient, stem_convolution
 
-TABLE = Path(__file__).parent / "static" / "triton_registers.json"
-
-
+REGISTERS = Registers("triton_registers.json")
 CASES = {
-    "loss": ("triton_cases.py",),
+    "loss": ("triton_cases.py", "triton_scale_cases.py", "triton_function_cases.py"),
     "batch norm": ("triton_batch_norm_cases.py",),
-    "stem": ("triton_stem_pool_cases.py", "triton_stem_cases.py"),
-    "others": ("triton_scale_cases.py", "triton_function_cases.py"),
+    "images": ("triton_stem_pool_cases.py", "triton_stem_cases.py", "triton_augment_cases.py"),
 }
 
 
@@ -149,6 +143,7 @@ def _name(capability: int, dtype: torch.dtype, form: str, dim: int, views: int) 
     return f"sm_{capability} {TYPES[dtype]} {form} D={dim} V={views}"
 
 
+AXES = ("dtype", "form", "dim", "views")
 SHAPES = [
     shape
     for shape in itertools.product(
@@ -177,12 +172,10 @@ EVERY_DAY = {
     [marked(x, every_day=x in EVERY_DAY, name=_name(*x)) for x in SHAPES],
 )
 def test_machine_code(shape: tuple[int, torch.dtype, str, int, int]) -> None:
-    capability, dtype, form, dim, views = shape
-    binary = compile_for(capability, dtype=dtype, form=form, dim=dim, views=views)
+    capability, dtype, form, *_ = shape
+    binary = compile_for(capability, **dict(zip(AXES, shape[1:], strict=True)))
     _check_binary(binary, dtype, form)
-    known = json.loads(TABLE.read_text()).get(triton.__version__)
-    if known is not None:
-        assert binary.registers <= known[_name(*shape)]
+    REGISTERS.check(_name(*shape), binary)
 
 
 @compiles
@@ -215,10 +208,14 @@ def test_machine_code_without_gradient_and_mean_stores_the_loss_alone() -> None:
 
 
 @compiles
-@pytest.mark.parametrize("capability", [80, 120])
 @pytest.mark.parametrize(
-    ("gradient", "out", "per_sample"),
-    [(torch.bfloat16, torch.bfloat16, False), (torch.float32, torch.float16, True)],
+    ("capability", "gradient", "out", "per_sample"),
+    [
+        (80, torch.bfloat16, torch.bfloat16, False),
+        (90, torch.float32, torch.float16, True),
+        (100, torch.bfloat16, torch.bfloat16, False),
+        (120, torch.float32, torch.float16, True),
+    ],
     ids=str,
 )
 def test_machine_code_of_the_scaling(
@@ -248,37 +245,6 @@ def test_machine_code_of_the_blocks_of_pixels(capability: int) -> None:
 def test_numbers_keep_their_digits() -> None:
     binary = compile_for(90, dtype=torch.float64, dim=2, views=2)
     assert binary.ptx.count(".param .f64") == 6
-
-
-@pytest.mark.parametrize(
-    ("dim", "views", "globals_", "itemsize", "double", "expected"),
-    [
-        (2, 2, 2, 4, False, (2, 2, 2, True, 1)),
-        (512, 2, 2, 4, False, (2, 2, 512, True, 1)),
-        (2048, 2, 2, 2, False, (2, 2, 2048, True, 4)),
-        (2048, 3, 1, 4, False, (4, 1, 2048, True, 8)),
-        (2048, 8, 2, 2, False, (4, 2, 2048, True, 8)),  # all 8 at once: 80 registers a thread
-        (8192, 2, 2, 4, False, (2, 2, 8192, True, 16)),
-        (8192, 8, 2, 4, False, (1, 2, 8192, True, 16)),
-        (8193, 2, 2, 4, False, (2, 2, 4096, False, 8)),
-        (8192, 2, 2, 8, True, (2, 2, 2048, False, 8)),
-        (64, 16, 16, 4, False, (2, 16, 64, True, 1)),
-        (2048, 16, 16, 4, False, (16, 16, 512, False, 8)),
-    ],
-)
-def test_launch_arguments(
-    dim: int,
-    views: int,
-    globals_: int,
-    itemsize: int,
-    double: bool,
-    expected: tuple[int | bool, ...],
-) -> None:
-    arguments = kernel.launch_arguments(
-        dim, views, globals_, itemsize, width=dim, spherical=True, double=double
-    )
-    names = ("BLOCK_V", "BLOCK_G", "BLOCK_D", "RESIDENT", "num_warps")
-    assert tuple(arguments[name] for name in names) == expected
 
 
 @pytest.fixture
@@ -315,8 +281,6 @@ def _launch(
 
 @compiles
 def test_known_launches_take_what_triton_would(no_gpu: NoGPU) -> None:
-    """Each launch is made three times: for Triton to choose, with its choice known, and with
-    nothing known again."""
     concentration = {"distribution": "power_spherical", "concentration": torch.ones(2, 4)}
     variants: list[dict[str, Any]] = [
         {},
@@ -330,64 +294,27 @@ def test_known_launches_take_what_triton_would(no_gpu: NoGPU) -> None:
         {"mean": None, "ticket": None},
         concentration | {"concentration_gradient": torch.empty(2, 4)},
     ]
-    for variant in variants:
-        _launch(**variant)
-    choices = [launched[4] for launched in no_gpu.launches]
-    loaded = len(no_gpu.loaded)
     # Samples may differ, and one sample's strides are those of any row.
-    assert loaded == len(set(choices)) == len(variants) - 2
-    for variant in variants:
-        _launch(**variant)
-    launch._compiled.clear()
-    for variant in variants:
-        _launch(**variant)
-    assert [launched[4] for launched in no_gpu.launches] == choices * 3
-    assert len(no_gpu.loaded) == loaded
-    for known, chosen in zip(
-        no_gpu.launches[len(variants) : 2 * len(variants)], no_gpu.launches, strict=False
-    ):
-        assert (known[:6], len(known)) == (chosen[:6], len(chosen))
-        assert all(map(_same_kind, known[9:], chosen[9:]))
-
-
-def _same_kind(a: Any, b: Any) -> bool:
-    if isinstance(a, tuple):
-        return len(a) == len(b) and all(map(_same_kind, a, b))
-    return (a.shape, a.dtype) == (b.shape, b.dtype) if isinstance(a, Tensor) else a == b
+    assert len(set(no_gpu.choices(_launch, variants))) == len(variants) - 2
 
 
 @compiles
 def test_known_scalings_take_what_triton_would(no_gpu: NoGPU) -> None:
     def scale(
-        samples: int = 4, kind: str = "number", dtype: torch.dtype = torch.float32, width: int = 32
+        samples: int = 4, number: bool = True, dtype: torch.dtype = torch.float32, stride: int = 32
     ) -> None:
-        gradient = torch.empty(2, samples, width)
-        factor = torch.ones(()) if kind == "number" else torch.ones(samples)
-        out = gradient if dtype == torch.float32 else torch.empty(2, samples, width, dtype=dtype)
+        gradient = torch.empty(2, samples, stride)[..., :17]
+        factor = torch.ones(()) if number else torch.ones(samples)
+        out = gradient if dtype == torch.float32 else gradient.to(dtype)
         scale_gradient.scale_gradient(gradient, factor, out, None)
 
-    variants: list[dict[str, Any]] = [{}, {"samples": 7}, {"kind": "many"}]
-    variants += [{"dtype": torch.float16}, {"width": 33}]
-    for _ in range(2):
-        for variant in variants:
-            scale(**variant)
-    launch._compiled.clear()
-    for variant in variants:
-        scale(**variant)
-    choices = [launched[4] for launched in no_gpu.launches]
-    assert choices == choices[:5] * 3
-    assert len(set(choices)) == len(no_gpu.loaded) == 4
-
-
-def _write_table() -> None:
-    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-    registers = {}
-    for capability, dtype, form, dim, views in SHAPES:
-        binary = compile_for(capability, dtype=dtype, form=form, dim=dim, views=views)
-        registers[_name(capability, dtype, form, dim, views)] = binary.registers
-    table[triton.__version__] = registers
-    TABLE.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n")
+    variants: list[dict[str, Any]] = [{}, {"samples": 7}, {"number": False}]
+    variants += [{"dtype": torch.float16}, {"stride": 33}]
+    assert len(set(no_gpu.choices(scale, variants))) == 4
 
 
 if __name__ == "__main__":
-    _write_table()
+    REGISTERS.write(
+        (_name(*shape), compile_for(shape[0], **dict(zip(AXES, shape[1:], strict=True))))
+        for shape in SHAPES
+    )

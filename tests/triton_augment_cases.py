@@ -111,7 +111,7 @@ def _check(got: Tensor, rows: NDArray[np.int32], pixels: Tensor, size: int) -> N
 
 @pytest.mark.parametrize(
     ("size", "count", "dtype"),
-    [(8, 12, torch.float32), (9, 8, torch.float32), (34, 2, torch.float32), (12, 8, torch.bfloat16)]
+    [(8, 8, torch.float32), (9, 4, torch.float32), (34, 1, torch.float32), (9, 4, torch.bfloat16)]
     if INTERPRETED
     else [
         (s, 128, d) for s in (8, 33, 64, 96, 97, 128, 224) for d in (torch.float32, torch.bfloat16)
@@ -161,12 +161,11 @@ def test_the_last_byte() -> None:
 
 
 def test_strong_reduction() -> None:
-    """17 taps, in both directions, of a crop that no multiple of four divides."""
+    """17 taps, in each direction, of crops that no multiple of four divides."""
     size = 8 if INTERPRETED else 64
-    pixels = _images(1, 8 * size + 1, 8 * size + 3)
-    rows = np.stack(
-        [_row(0, 8 * size + 3, (8 * size + 1, 8 * size + 3)), _row(3, 8 * size + 3, (8 * size, 2))]
-    )
+    height, width = 8 * size + 1, 8 * size + 3
+    pixels = _images(1, height, width)
+    rows = np.stack([_row(0, width, (2 * size + 1, width)), _row(3, width, (height - 2, 2))])
     _check(_augment(pixels, rows, size), rows, pixels, size)
 
 
@@ -174,14 +173,13 @@ def test_equal_tables_give_equal_bits() -> None:
     pixels = _images(*IMAGES)
     rows = _random_rows(2 if INTERPRETED else 128)
     size = 9 if INTERPRETED else 96
-    assert torch.equal(
-        _augment(pixels, rows, size), _augment(pixels, rows[::-1].copy(), size).flip(0)
-    )
+    turned = _augment(pixels, rows[::-1].copy(), size).flip(0)
+    assert torch.equal(_augment(pixels, rows, size), turned)
 
 
 def test_pixels_at_any_address() -> None:
     pixels = _images(1, 6, 7)
-    rows = np.stack([_row(3 * i, 7, (5, 4)) for i in range(3)])
+    rows = np.stack([_row(3 * i, 7, (5, 4)) for i in range(2)])
     want = _augment(pixels, rows, 8)
     for shift in (1, 2, 3):
         memory = torch.cat([torch.full((shift,), 255, dtype=torch.uint8), pixels])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ pytest.importorskip(
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
@@ -29,6 +32,19 @@ from vi_simsiam.kernels import launch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 """Device of the kernels' cases: the CPU in the interpreter, else a GPU."""
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def _rewritten(function: Any) -> Any:
+        interpreter._patch_lang(function.fn)
+        return function.rewrite()
+
+    # Triton patches its language anew at every call of a device function, `tl.sum` among them, and
+    # spends half of the time on it. Once for each function gives the same.
+    interpreter.InterpretedFunction.__call__ = lambda self, *arguments, **options: _rewritten(self)(
+        *arguments, **options
+    )
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.float64: "fp64", torch.float32: "fp32"}
 TYPES |= {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -110,6 +126,40 @@ def _assemble(compiled: CompiledKernel) -> Binary:
     return Binary(int(usage[1]), int(usage[2]), compiled.asm["ptx"], tuple(names))
 
 
+def captured(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of the step, which ran once before, and the results that a replay overwrites."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
+
+
+class Registers:
+    """Registers that kernels take, in a table of tests/static/ under the version of Triton.
+
+    A version that is not in there is held to the absolute limits alone.
+    """
+
+    def __init__(self, table: str) -> None:
+        self.path = Path(__file__).parent / "static" / table
+
+    def check(self, name: str, binary: Binary) -> None:
+        """At most as many as in the table."""
+        known = json.loads(self.path.read_text()).get(triton.__version__)
+        assert known is None or binary.registers <= known[name], name
+
+    def write(self, binaries: Iterable[tuple[str, Binary]]) -> None:
+        """Replace what the table holds of this version."""
+        table = json.loads(self.path.read_text())
+        table[triton.__version__] = {name: binary.registers for name, binary in binaries}
+        self.path.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n")
+
+
 class NoGPU:
     """Stands for the driver of a GPU: kernels are compiled, and a launch only recorded."""
 
@@ -125,6 +175,27 @@ class NoGPU:
         self.loaded.append(name)
         return len(self.loaded), len(self.loaded), 0, 0, 1024
 
+    def choices(self, run: Callable[..., None], variants: Iterable[dict[str, Any]]) -> list[int]:
+        """The machine code of each launch of the variants.
+
+        They are run three times: for Triton to choose, with its choice known, and with nothing
+        known again. All three launch the same with the same arguments.
+        """
+        for again in (False, False, True):
+            if again:
+                launch._compiled.clear()
+            for variant in variants:
+                run(**variant)
+        count = len(self.launches) // 3
+        chosen, known = self.launches[:count], self.launches[count : 2 * count]
+        codes: list[int] = [launched[4] for launched in chosen]
+        assert [launched[4] for launched in self.launches] == codes * 3
+        assert len(self.loaded) == len(set(codes))
+        for first, second in zip(chosen, known, strict=True):
+            assert (second[:6], len(second)) == (first[:6], len(first))
+            assert all(map(_same_kind, second[9:], first[9:]))
+        return codes
+
     def get_device_properties(self, _: int) -> dict[str, int]:
         return {"max_shared_mem": 1 << 17}
 
@@ -139,6 +210,12 @@ class NoGPU:
 
     def unload_module(self, _: int) -> None:
         pass
+
+
+def _same_kind(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(_same_kind, a, b))
+    return (a.shape, a.dtype) == (b.shape, b.dtype) if isinstance(a, Tensor) else a == b
 
 
 def without_gpu(monkeypatch: pytest.MonkeyPatch, kernels: Sequence[Any]) -> Iterator[NoGPU]:

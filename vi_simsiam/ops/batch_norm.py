@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from torch.nn import functional as F
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.backends import choose_backend
 from vi_simsiam.ops.tickets import new_tickets, reserve_tickets
+
+if TYPE_CHECKING:
+    from vi_simsiam.kernels.batch_norm import Plan
 
 BATCH_NORM_BACKENDS = ("eager", "triton")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,13 +79,14 @@ def batch_norm_act(
         InputError: a shape, layout, number of groups or backend that is not accepted.
         BackendUnavailableError: the backend was named explicitly and cannot run on this device.
     """
-    _check(x, residual, groups, training)
-    parameters = {
-        "weight": weight,
-        "bias": bias,
-        "running_mean": running_mean,
-        "running_var": running_var,
-    }
+    if x.dim() not in (2, 4):
+        raise InputError(f"x: shape {tuple(x.shape)} must be (N, C, height, width) or (N, C)")
+    if residual is not None and residual.shape != x.shape:
+        raise InputError(
+            f"residual: shape {tuple(residual.shape)} must be that of x, {tuple(x.shape)}"
+        )
+    check_groups(x, groups, training=training)
+    parameters = dict(weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     check_parameters(x, parameters)
     if choose_fused(backend, x, parameters, training=training) == "eager":
         parts = x.chunk(groups) if training and groups > 1 else (x,)
@@ -111,17 +115,13 @@ def batch_norm_act(
     return result
 
 
-def _check(x: Tensor, residual: Tensor | None, groups: int, training: bool) -> None:
-    shape = tuple(x.shape)
-    if x.dim() not in (2, 4):
-        raise InputError(f"x: shape {shape} must be (N, C, height, width) or (N, C)")
+def check_groups(x: Tensor, groups: int, *, training: bool = True) -> None:
+    """Raise InputError unless the groups divide x's batch and have a variance to train with."""
     if groups < 1 or len(x) % groups:
         raise InputError(f"groups: {groups} must divide the batch of {len(x)}")
-    if residual is not None and residual.shape != x.shape:
-        raise InputError(f"residual: shape {tuple(residual.shape)} must be that of x, {shape}")
     if training and x.numel() <= groups * x.shape[1]:
         raise InputError(
-            f"x: shape {shape} in {groups} groups must hold more than one value "
+            f"x: shape {tuple(x.shape)} in {groups} groups must hold more than one value "
             "per channel and group"
         )
 
@@ -190,17 +190,15 @@ def _forward(
     """y, and the statistics (3, groups, C): mean, invstd, unbiased variance."""
     from vi_simsiam.kernels import batch_norm as kernel
 
-    channels = x.shape[1]
     chosen = kernel.plan(*_size(x, call.groups), 1, multiprocessors(x.device))
     y = torch.empty_like(x, memory_format=_layout(x))
-    statistics = torch.empty((3, call.groups, channels), dtype=torch.float32, device=x.device)
-    partials, tickets = _workspace(
-        x, kernel.partial_sums(chosen, channels, call.groups), chosen.strips
-    )
+    shape = (3, call.groups, x.shape[1])
+    statistics = torch.empty(shape, dtype=torch.float32, device=x.device)
+    sums: tuple[Tensor | None, Tensor | None] = (None, None)
+    if not chosen.single:
+        sums = workspace(x, chosen, call.groups)
     parameters = (weight, bias, running_mean, running_var)
-    kernel.forward(
-        x, residual, *parameters, y, statistics, partials, tickets, chosen, **call._asdict()
-    )
+    kernel.forward(x, residual, *parameters, y, statistics, *sums, chosen, **call._asdict())
     return y, statistics
 
 
@@ -218,20 +216,18 @@ def _backward(
     from vi_simsiam.kernels import batch_norm as kernel
     from vi_simsiam.kernels import batch_norm_backward
 
-    channels = x.shape[1]
     chosen = kernel.plan(*_size(x, groups), 2 if y is None else 3, multiprocessors(x.device))
     gradient = gradient.contiguous(memory_format=_layout(x))
     by_x = torch.empty_like(x, memory_format=_layout(x))
     by_residual = None if y is None else torch.empty_like(by_x)
     by_weight = None if weight is None else torch.empty_like(weight)
     by_bias = None if bias is None else torch.empty_like(bias)
-    partials, tickets = _workspace(x, kernel.partial_sums(chosen, channels, groups), chosen.strips)
-    sums = None if partials is None else torch.empty_like(statistics[:2])
+    sums: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    if not chosen.single:
+        sums = (torch.empty_like(statistics[:2]), *workspace(x, chosen, groups))
     given = (gradient, x, y, weight, bias, statistics)
     results = (by_x, by_residual, by_weight, by_bias)
-    batch_norm_backward.backward(
-        *given, *results, sums, partials, tickets, chosen, groups=groups, relu=relu
-    )
+    batch_norm_backward.backward(*given, *results, *sums, chosen, groups=groups, relu=relu)
     return results
 
 
@@ -241,10 +237,11 @@ def _size(x: Tensor, groups: int) -> tuple[int, int, int, int]:
     return x.numel() // (groups * channels), channels, groups, x.element_size()
 
 
-def _workspace(x: Tensor, floats: int, tickets: int) -> tuple[Tensor | None, Tensor | None]:
-    if floats == 0:
-        return None, None
-    return torch.empty(floats, dtype=torch.float32, device=x.device), new_tickets(x.device, tickets)
+def workspace(x: Tensor, chosen: Plan, groups: int) -> tuple[Tensor, Tensor]:
+    """Partial sums and tickets of a launch that sums."""
+    floats = 2 * groups * chosen.parts * x.shape[1]
+    partials = torch.empty(floats, dtype=torch.float32, device=x.device)
+    return partials, new_tickets(x.device, chosen.strips)
 
 
 @lru_cache

@@ -9,7 +9,7 @@ kernels/stem_pool.py: forward is two launches, and so is backward.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,14 +19,12 @@ from torch.nn import functional as F
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.batch_norm import (
     batch_norm_act,
+    check_groups,
     check_parameters,
     choose_fused,
     multiprocessors,
+    workspace,
 )
-from vi_simsiam.ops.tickets import new_tickets
-
-if TYPE_CHECKING:
-    from vi_simsiam.kernels import batch_norm
 
 _LAYOUT = torch.channels_last
 
@@ -74,13 +72,11 @@ def batch_norm_relu_max_pool(
         InputError: a shape, layout, number of groups or backend that is not accepted.
         BackendUnavailableError: the backend was named explicitly and cannot run on this device.
     """
-    _check(x, groups)
-    named = {
-        "weight": weight,
-        "bias": bias,
-        "running_mean": running_mean,
-        "running_var": running_var,
-    }
+    if x.dim() != 4 or 0 in x.shape:
+        shape = tuple(x.shape)
+        raise InputError(f"x: shape {shape} must be (N, C, height, width), each at least 1")
+    check_groups(x, groups)
+    named = dict(weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     check_parameters(x, named)
     parameters = weight, bias, running_mean, running_var
     if choose_fused(backend, x, named) == "eager":
@@ -95,29 +91,6 @@ def batch_norm_relu_max_pool(
         return F.max_pool2d(normalised, 3, 2, 1)
     y: Tensor = _StemPool.apply(x, *parameters, _Call(groups, momentum, eps))
     return y
-
-
-def _check(x: Tensor, groups: int) -> None:
-    shape = tuple(x.shape)
-    if x.dim() != 4 or 0 in shape:
-        raise InputError(f"x: shape {shape} must be (N, C, height, width), each at least 1")
-    if groups < 1 or len(x) % groups:
-        raise InputError(f"groups: {groups} must divide the batch of {len(x)}")
-    if x.numel() <= groups * x.shape[1]:
-        raise InputError(
-            f"x: shape {shape} in {groups} groups must hold more than one value "
-            "per channel and group"
-        )
-
-
-def _workspace(x: Tensor, chosen: batch_norm.Plan, groups: int) -> tuple[Tensor, Tensor]:
-    """Partial sums and tickets of a launch that sums."""
-    from vi_simsiam.kernels import batch_norm
-
-    floats = batch_norm.partial_sums(chosen, x.shape[1], groups)
-    return torch.empty(floats, dtype=torch.float32, device=x.device), new_tickets(
-        x.device, chosen.strips
-    )
 
 
 class _StemPool(torch.autograd.Function):
@@ -142,9 +115,9 @@ class _StemPool(torch.autograd.Function):
         )
         codes = torch.empty_like(y, dtype=torch.uint8, memory_format=_LAYOUT)
         statistics = torch.empty((3, call.groups, channels), dtype=torch.float32, device=x.device)
-        workspace = _workspace(x, chosen.statistics, call.groups)
+        sums = workspace(x, chosen.statistics, call.groups)
         given = (x, weight, bias, running_mean, running_var)
-        kernel.forward(*given, y, taken, codes, statistics, *workspace, chosen, **call._asdict())
+        kernel.forward(*given, y, taken, codes, statistics, *sums, chosen, **call._asdict())
         ctx.groups, ctx.chosen = call.groups, chosen
         ctx.save_for_backward(x, taken, codes, weight, bias, statistics)
         return y
@@ -159,10 +132,8 @@ class _StemPool(torch.autograd.Function):
         by_x = torch.empty_like(x, memory_format=_LAYOUT)
         by_weight = None if weight is None else torch.empty_like(weight)
         by_bias = None if bias is None else torch.empty_like(bias)
-        sums = torch.empty_like(statistics[:2])
-        workspace = _workspace(x, ctx.chosen.sums, ctx.groups)
+        sums = (torch.empty_like(statistics[:2]), *workspace(x, ctx.chosen.sums, ctx.groups))
         given = (gradient, x, taken, codes, weight, bias, statistics)
-        kernel.backward(
-            *given, by_x, by_weight, by_bias, sums, *workspace, ctx.chosen, groups=ctx.groups
-        )
+        results = (by_x, by_weight, by_bias)
+        kernel.backward(*given, *results, *sums, ctx.chosen, groups=ctx.groups)
         return by_x, by_weight, by_bias, None, None, None
