@@ -8,6 +8,7 @@ printed, or is in a text file that a line wrote. Add a new option to a line, or 
     {run}       a trained VI-SimSiam run
     {moved}     the same, with images that are no longer at their place: it needs --data
     {simsiam}   a trained SimSiam run
+    {resnet}    an untrained run with a ResNet, whose images are not there
     {settings}  a YAML file of settings
     {here}      the folder of this run; {out} is in it, and does not exist yet
 """
@@ -86,9 +87,9 @@ RUNS = {
         rank {_APPLIED} -k 2 --out {{out}} => 56 images
         rank {{run}} {{others}} --k 3 --overwrite --out {{out}} => 8 images""",
     "export": """
-        export {moved} --format timm --data {images} --data-root {here} --out {out} \
+        export {resnet} --format timm --data {images} --data-root {here} --out {out} \
             => checked on 8 images of images
-        export {moved} --format timm --overwrite --out {out} => checked on fashion-mini""",
+        export {resnet} --format timm --overwrite --out {out} => checked on fashion-mini""",
     "pack": f"""
         pack {{images}} --out {{out}}.pack --shorter-side 12 --workers 1 --data-root {{here}} \
             --offline => about 17.3 kB
