@@ -15,8 +15,8 @@ from vi_simsiam.cli import main
 PAGE = (Path(__file__).parents[1] / "docs" / "tutorial.md").read_text()
 # Text of the page, and its replacement.
 SMALLER = {
-    "--images 4000 --epochs 4 --held-out 0.2": "--images 160 --epochs 1 --held-out 0.01",
-    "--images 400 --corruption-images 50": "--images 32 --corruption-images 4",
+    "--images 4000 --epochs 4 --held-out 0.2": "--images 64 --epochs 1 --held-out 0.008",
+    "--images 400 --corruption-images 50": "--images 24 --corruption-images 2",
     "len(source), 20)": "len(source), 125)",
 }
 
@@ -30,13 +30,13 @@ def blocks() -> list[tuple[str, str]]:
     return re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)
 
 
+@pytest.mark.usefixtures("short_probes")
 def test_the_tutorial_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr("vi_simsiam.evaluation.style._DPI", 40)
     names: dict[str, Any] = {}
     assert PAGE.count("```") == 2 * len(blocks())
     for language, text in blocks():
