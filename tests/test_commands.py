@@ -79,6 +79,7 @@ train --backend tritn => did you mean 'triton'?
 train --backend cuda --device cpu --out OUT => backend: 'cuda' cannot run on cpu
 train --backbone resnet81 => did you mean 'resnet18'?
 train --device tpu --out OUT => device: 'tpu'
+train --device meta --out OUT => device: 'meta'
 train --capture perhaps --out OUT => --capture
 train --resume => resume: say which run with --out
 train --resume --out OUT => OUT
