@@ -120,19 +120,3 @@ RUNS = {
             --parallel 2 --threads 1 --workers 1 --data-root {here} --offline --cache-dir \
             {here}/cache --out {out} => momentum 0.9""",
 }
-
-
-REFUSED = [
-    f"{_TRAIN} --device cuda:99 => device: 'cuda:99' is not here",
-    f"{_TRAIN} --backend triton => backend: 'triton' cannot run on cpu tensors",
-    f"{_TRAIN} --capture on => capture: 'on' needs a CUDA device",
-    f"{_TRAIN} --kernels on => kernels: 'on' cannot be used",
-    f"{_TRAIN} --sync-batch-norm => sync_batch_norm: SyncBatchNorm runs on GPUs only",
-    f"{_TRAIN} --data cifar10 --offline --data-root {{here}} => cifar10: no complete copy",
-    f"{_TRAIN} --pretrained --offline => pretrained: no copy of the weights found",
-    "evaluate {run} --device cuda:99 => device: 'cuda:99' is not here",
-    "bench loss --device cuda:99 => device: 'cuda:99' is not here",
-    "experiment controls --data {images} --devices cuda:99 --out {out} => 'cuda:99' is not here",
-    "experiment tuned --data {images} --trials 99 --out {out} => trials: 99 is not accepted",
-]
-"""Lines that are refused here, with part of the message; `test_experiments.py` runs trials."""
