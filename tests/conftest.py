@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # Test processes run side by side; more threads than cores would slow all of them down. Set before
 # NumPy and torch are imported, which read it, and for child processes; OMP_NUM_THREADS=2 tests with
@@ -21,6 +23,9 @@ import pytest
 import torch
 from losses import DEVICE
 from PIL import Image
+
+if TYPE_CHECKING:
+    from vi_simsiam.evaluation.features import FeatureSets
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 if DEVICE != "cpu":
@@ -56,15 +61,41 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def small_backbone(*given: object, **options: object) -> tuple[torch.nn.Module, int]:
+    """One convolution in place of a ResNet, whose steps and checkpoints take seconds."""
+    from vi_simsiam.normalisation import PerViewBatchNorm2d
+
+    layers = [torch.nn.Conv2d(3, 8, 3, stride=2), PerViewBatchNorm2d(8), torch.nn.ReLU()]
+    layers += [torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten()]
+    return torch.nn.Sequential(*layers), 32
+
+
 @pytest.fixture
 def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs have one convolution for a backbone: a ResNet's steps and checkpoints take seconds."""
+    """Runs have a small backbone."""
+    monkeypatch.setattr("vi_simsiam.models.build_backbone", small_backbone)
 
-    def backbone(*given: object, **options: object) -> tuple[torch.nn.Module, int]:
-        from vi_simsiam.normalisation import PerViewBatchNorm2d
 
-        layers = [torch.nn.Conv2d(3, 8, 3, stride=2), PerViewBatchNorm2d(8), torch.nn.ReLU()]
-        layers += [torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten()]
-        return torch.nn.Sequential(*layers), 32
+@pytest.fixture(scope="module")
+def short_probes() -> Iterator[None]:
+    """Evaluations of a file have short probes and coarse figures."""
+    from vi_simsiam.evaluation.linear import LINEAR_PRESETS, LinearConfig, evaluate_linear
 
-    monkeypatch.setattr("vi_simsiam.models.build_backbone", backbone)
+    def short(features: FeatureSets) -> dict[str, Any]:
+        return evaluate_linear(features, LinearConfig(min_steps=100))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vi_simsiam.evaluation.summary.evaluate_linear", short)
+        paper = dataclasses.replace(LINEAR_PRESETS["paper"], epochs=8)
+        patch.setitem(LINEAR_PRESETS, "paper", paper)
+        patch.setattr("vi_simsiam.evaluation.style._DPI", 40)
+        yield
+
+
+@pytest.fixture(scope="module")
+def small_runs(short_probes: None) -> Iterator[None]:
+    """All runs of a file have a small backbone, and short evaluations."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vi_simsiam.models.build_backbone", small_backbone)
+        patch.setattr("vi_simsiam.evaluation.features.build_backbone", small_backbone)
+        yield

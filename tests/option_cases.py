@@ -8,6 +8,7 @@ printed, or is in a text file that a line wrote. Add a new option to a line, or 
     {run}       a trained VI-SimSiam run
     {moved}     the same, with images that are no longer at their place: it needs --data
     {simsiam}   a trained SimSiam run
+    {resnet}    an untrained run with a ResNet, whose images are not there
     {settings}  a YAML file of settings
     {here}      the folder of this run; {out} is in it, and does not exist yet
 """
@@ -86,9 +87,9 @@ RUNS = {
         rank {_APPLIED} -k 2 --out {{out}} => 56 images
         rank {{run}} {{others}} --k 3 --overwrite --out {{out}} => 8 images""",
     "export": """
-        export {moved} --format timm --data {images} --data-root {here} --out {out} \
+        export {resnet} --format timm --data {images} --data-root {here} --out {out} \
             => checked on 8 images of images
-        export {moved} --format timm --overwrite --out {out} => checked on fashion-mini""",
+        export {resnet} --format timm --overwrite --out {out} => checked on fashion-mini""",
     "pack": f"""
         pack {{images}} --out {{out}}.pack --shorter-side 12 --workers 1 --data-root {{here}} \
             --offline => about 17.3 kB
@@ -119,19 +120,3 @@ RUNS = {
             --parallel 2 --threads 1 --workers 1 --data-root {here} --offline --cache-dir \
             {here}/cache --out {out} => momentum 0.9""",
 }
-
-
-REFUSED = [
-    f"{_TRAIN} --device cuda:99 => device: 'cuda:99' is not here",
-    f"{_TRAIN} --backend triton => backend: 'triton' cannot run on cpu tensors",
-    f"{_TRAIN} --capture on => capture: 'on' needs a CUDA device",
-    f"{_TRAIN} --kernels on => kernels: 'on' cannot be used",
-    f"{_TRAIN} --sync-batch-norm => sync_batch_norm: SyncBatchNorm runs on GPUs only",
-    f"{_TRAIN} --data cifar10 --offline --data-root {{here}} => cifar10: no complete copy",
-    f"{_TRAIN} --pretrained --offline => pretrained: no copy of the weights found",
-    "evaluate {run} --device cuda:99 => device: 'cuda:99' is not here",
-    "bench loss --device cuda:99 => device: 'cuda:99' is not here",
-    "experiment controls --data {images} --devices cuda:99 --out {out} => 'cuda:99' is not here",
-    "experiment tuned --data {images} --trials 99 --out {out} => trials: 99 is not accepted",
-]
-"""Lines that are refused here, with part of the message; `test_experiments.py` runs trials."""

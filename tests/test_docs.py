@@ -1,11 +1,13 @@
-"""README, CONTRIBUTING and docs/: Python runs, commands and messages exist, tables are current."""
+"""Pages: their Python and commands run, tables are current; and rules of the repository."""
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib.util
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -260,3 +262,112 @@ def test_the_lightly_example_runs(
     assert found is not None
     assert 1.5 < float(found[1]) < 4
     assert int(found[2]) > 0
+
+
+# Text of the page, and its replacement.
+SMALLER = {
+    "--images 4000 --epochs 4 --held-out 0.2": "--images 64 --epochs 1 --held-out 0.008",
+    "--images 400 --corruption-images 50": "--images 24 --corruption-images 2",
+    "len(source), 20)": "len(source), 125)",
+}
+
+
+def tutorial_blocks() -> list[tuple[str, str]]:
+    """Return language and text of every fenced block, made smaller."""
+    text = TEXTS["tutorial"]
+    for original, smaller in SMALLER.items():
+        assert text.count(original) == 1, original
+        text = text.replace(original, smaller)
+    return re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.usefixtures("short_probes")
+def test_the_tutorial_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    names: dict[str, Any] = {}
+    assert TEXTS["tutorial"].count("```") == 2 * len(tutorial_blocks())
+    for language, text in tutorial_blocks():
+        if language == "python":
+            exec(text, names)
+            continue
+        assert language == "sh"
+        for line in text.splitlines():
+            assert main(shlex.split(line)[1:]) == 0, f"{line}: {capsys.readouterr().err}"
+    table = next(line for line in capsys.readouterr().out.splitlines() if "linear top-5" in line)
+    assert "kNN top-1" in table
+
+    results = ("curves.png", "kappa.png", "knn.json", "linear.json", "uncertainty.json")
+    for name in (*(f"runs/first/{result}" for result in results), "ranking.csv", "ranking.png"):
+        assert (tmp_path / name).is_file(), name
+    assert (tmp_path / "runs" / "first" / "report.html").is_file()
+    images, encoding = names["images"], names["encoding"]
+    assert encoding.embedding.shape == (len(images), 512)
+    assert names["table"].num_rows == len(images)
+    assert names["joined"].concentration.shape == (len(images),)
+    for found, expected in (
+        (names["features"][0], encoding.embedding[0]),
+        (names["distribution"].concentration[0], encoding.concentration[0]),
+    ):
+        torch.testing.assert_close(found.detach(), expected, rtol=1e-4, atol=1e-5)
+    card = (tmp_path / "exported" / "timm" / "README.md").read_text()
+    assert not re.search(r"\| trained \| not measured", card)
+
+
+# From high to low: a folder imports from its own layer and from those below.
+LAYERS = (
+    ("vi_simsiam/cli",),
+    ("vi_simsiam/experiments", "benchmarks"),
+    ("vi_simsiam/evaluation", "vi_simsiam/export"),
+    ("vi_simsiam/inference",),
+    ("vi_simsiam/engine",),
+    ("vi_simsiam/data",),
+    ("vi_simsiam/ops",),
+    ("kernels",),
+)
+
+
+def test_imports_go_down() -> None:
+    folders = [(layer, folder) for layer, names in enumerate(LAYERS) for folder in names]
+    layer_of = {folder.split("/")[-1]: layer for layer, folder in folders}
+    for layer, folder in folders:
+        files = list((ROOT / folder).rglob("*.py"))
+        assert files, folder
+        for path in files:
+            pattern = r"^\s*(?:from|import) vi_simsiam\.(\w+)"
+            for module in re.findall(pattern, path.read_text(), re.MULTILINE):
+                assert layer_of.get(module, layer) >= layer, f"{path} imports {module}"
+
+
+def test_files_are_short_and_docstrings_plain() -> None:
+    """No file has more than 400 lines; no docstring begins like a question or with "Of"."""
+    folders = ("vi_simsiam", "kernels", "benchmarks", "scripts", "tests")
+    for path in sorted(path for name in folders for path in (ROOT / name).rglob("*.py")):
+        text = path.read_text()
+        assert text.count("\n") <= 400, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                first = (ast.get_docstring(node) or "").partition("\n")[0]
+                assert not re.match(r"(Of|What|Whether|How|Why)\b", first), f"{path}: {first}"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
+
+
+def test_prose_fits_100_columns() -> None:
+    """Tables, pictures, code and generated sections may be wider."""
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        text = re.sub(r"<!-- bench: .*?<!-- /bench -->", "", path.read_text(), flags=re.DOTALL)
+        for line in without_code(text).splitlines():
+            prose = not line.startswith(("|", "!", "    "))
+            assert len(line) <= 100 or not prose, f"{path.name}: {line}"
+
+
+def test_make_cpus_names_existing_tests() -> None:
+    (names,) = re.findall(r"test_%\.py,(.*?)\)", (ROOT / "Makefile").read_text(), re.DOTALL)
+    for name in names.replace("\\", " ").split():
+        assert (ROOT / "tests" / f"test_{name}.py").exists(), name

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import os
 import re
 import shlex
 import shutil
+import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import IO, Any
 
 import pytest
 import torch
 import torchvision
 import tyro
-from inference_cases import save_images
-from option_cases import REFUSED, RUNS, SMALL
-from test_commands import COMMANDS, refused, run
+from inference_cases import save_images, save_run
+from option_cases import RUNS, SMALL
+from test_commands import COMMANDS, run
 
+from vi_simsiam.backbones import build_backbone
 from vi_simsiam.benchmarks import augment, step, step_parts, view_cases
 from vi_simsiam.cli import main
+from vi_simsiam.engine import processes
 from vi_simsiam.engine.run import CONFIG, read_config
+from vi_simsiam.experiments import worker
 
 _TEXTS = (".csv", ".json", ".jsonl", ".md")
 _FIELDS = {"--config": "settings"}
 """Fields with another name than their option."""
+_REFUSED = {"--sync-batch-norm", "--trials"}
+"""Options that `test_commands.py` sees refused; `test_experiments.py` runs trials."""
+_WITH_RESNETS = ("train pretrained", "export")
+_RESNET = torchvision.models.resnet._resnet
 
 
 def lines(script: str) -> list[tuple[str, str]]:
@@ -40,9 +49,26 @@ def options_in(line: str) -> set[str]:
     return {word for word in line.split() if re.match("--?[a-z]", word)}
 
 
+def shallow(block: Any, layers: list[int], *more: Any, **named: Any) -> torchvision.models.ResNet:
+    """A ResNet of fewer layers in place of torchvision's."""
+    return _RESNET(block, [1, 1, 1, 1], *more, **named)
+
+
+def called(command: list[str], *, stdout: IO[bytes], **options: Any) -> SimpleNamespace:
+    """In place of a process of `train` or of an experiment's worker: the call of its function."""
+    _, _, module, *words = command
+    with open(stdout.name, "a") as log, contextlib.redirect_stdout(log):
+        code = main(words) if module == "vi_simsiam" else worker.main(words[:1])
+    return SimpleNamespace(
+        pid=0, returncode=code, poll=lambda: code, terminate=bool, wait=lambda seconds: code
+    )
+
+
 @pytest.fixture(scope="module")
-def places(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folders and files of the lines, and torchvision's weights as if downloaded."""
+def places(
+    image_folder: Path, tmp_path_factory: pytest.TempPathFactory, small_runs: None
+) -> dict[str, Path]:
+    """The folders and files of the lines, and weights of `shallow` as if downloaded."""
     root = tmp_path_factory.mktemp("places")
     save_images(root / "others", 8)
     (root / "settings.yaml").write_text("momentum: 0.75\n")
@@ -54,8 +80,12 @@ def places(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     weights = torchvision.models.get_model_weights("resnet34").DEFAULT
     folder = root / "torch" / "hub" / "checkpoints"
     folder.mkdir(parents=True)
-    torch.save(torchvision.models.resnet34().state_dict(), folder / Path(weights.url).name)
-    return {**found, "torch": root / "torch"}
+    network = shallow(torchvision.models.resnet.BasicBlock, [], None, False)
+    torch.save(network.state_dict(), folder / Path(weights.url).name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vi_simsiam.models.build_backbone", build_backbone)
+        save_run(root / "resnet")
+    return {**found, "resnet": root / "resnet", "torch": root / "torch"}
 
 
 @pytest.fixture
@@ -63,17 +93,16 @@ def filled(
     places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str], list[str]]:
     """Turns a line into arguments. Runs are copies; measurements and compilations are small."""
-
-    def copied(source: str, target: str) -> None:
-        (os.link if source.endswith(".pt") else shutil.copy2)(source, target)
-
     here = {**places, "here": tmp_path}
-    here |= {name: tmp_path / name for name in ("out", "run", "moved")}
-    for name in ("run", "moved"):
-        shutil.copytree(places["run"], here[name], copy_function=copied)
+    here |= {name: tmp_path / name for name in ("out", "run", "moved", "resnet")}
+    for name, source in (("run", "run"), ("moved", "run"), ("resnet", "resnet")):
+        shutil.copytree(places[source], here[name])
     config = here["moved"] / CONFIG
     config.write_text(config.read_text().replace(str(places["images"]), "/gone/images"))
     monkeypatch.setenv("TORCH_HOME", str(places["torch"]))
+    in_process = SimpleNamespace(**vars(subprocess) | {"Popen": called})
+    monkeypatch.setattr(processes, "subprocess", in_process)
+    monkeypatch.setattr(processes, "_POLL_SECONDS", 0.0)
     # Other backends take up to a minute.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     tiny = view_cases.ViewCase(8, 16, sides=(16, 16))
@@ -107,9 +136,11 @@ def test_the_table_has_every_option(
     rows = "\n".join(re.findall(r"^[│ ] (-.*?)(?:  |$)", shown, re.MULTILINE))
     found = re.findall(r"(?<![\w-])--?[a-z][\w-]*", rows)
     there = {option for option in found if not option.startswith("--no-")} - {"-h", "--help"}
-    listed = [line for script in (*RUNS.values(), *REFUSED) for line, _ in lines(script)]
+    listed = [line for script in RUNS.values() for line, _ in lines(script)]
     own = [line for line in listed if line.startswith(f"{' '.join(command)} ")]
-    assert set().union(*map(options_in, own)) == there, "option_cases.py must have every option"
+    assert set().union(*map(options_in, own)) == there - _REFUSED, (
+        "option_cases.py must have every option"
+    )
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -118,14 +149,19 @@ def test_a_run(
     filled: Callable[[str], list[str]],
     parsed: list[Any],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    if name in _WITH_RESNETS:
+        monkeypatch.setattr("vi_simsiam.models.build_backbone", build_backbone)
+    if name == "train pretrained":
+        monkeypatch.setattr(torchvision.models.resnet, "_resnet", shallow)
     for line, shown in lines(RUNS[name]):
         parsed.clear()
         arguments = filled(line)
-        code, out, _ = run(arguments, capsys)
-        assert code == 0
-        options = parsed[-1]
+        code, out, err = run(arguments, capsys)
+        assert code == 0, err
+        options = parsed[0] if "--seeds" in line else parsed[-1]
         values = _values(options)
         for option in options_in(line):
             value, default = values[_FIELDS.get(option, option.lstrip("-").replace("-", "_"))]
@@ -134,7 +170,7 @@ def test_a_run(
             assert read_config(options.out) == options.config.located()
         written = "".join(path.read_text() for path in tmp_path.rglob("*") if path.suffix in _TEXTS)
         assert shown.replace("{here}", str(tmp_path)) in out + written
-    shutil.rmtree(tmp_path)  # weights of some hundred megabytes
+    shutil.rmtree(tmp_path)
 
 
 def _values(options: Any) -> dict[str, tuple[Any, Any]]:
@@ -147,17 +183,3 @@ def _values(options: Any) -> dict[str, tuple[Any, Any]]:
         else:
             found[each.name] = value, each.default
     return found
-
-
-@pytest.mark.parametrize("line", REFUSED, ids=lambda line: line.partition("=> ")[2])
-def test_what_cannot_be_had_is_refused(
-    line: str,
-    filled: Callable[[str], list[str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    [(line, message)] = lines(line)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    assert message in refused(filled(line), capsys)
-    assert not (tmp_path / "out").exists()

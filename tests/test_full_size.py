@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_tutorial import PAGE
+from test_docs import TEXTS
 
 pytestmark = pytest.mark.soak
 
@@ -62,7 +62,8 @@ def assert_learned(run_folder: Path) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_tutorials_run_learns(tmp_path: Path, seed: int) -> None:
-    train = next(line for line in PAGE.splitlines() if line.startswith("vi-simsiam train "))
+    lines = TEXTS["tutorial"].splitlines()
+    train = next(line for line in lines if line.startswith("vi-simsiam train "))
     assert train.endswith(" --out runs/first")
     run(f"{train} --seed {seed}", tmp_path)
     run("vi-simsiam evaluate runs/first", tmp_path)

@@ -31,18 +31,14 @@ def encoding(count: int, *, concentration: bool = True) -> Encoding:
     return Encoding(torch.zeros(count, 512), projection, projection, torch.zeros(count), kappa)
 
 
-def test_an_encoding_has_its_images_and_median_uncertainty() -> None:
+def test_encodings_and_runs_are_one_short_line(tmp_path: Path) -> None:
     shapes = "embedding (1, 512), projection and loc (1, 3)"
     assert repr(encoding(1)) == f"Encoding(1 image: {shapes}, median uncertainty 0.25)"
-    assert str(encoding(1, concentration=False)) == f"Encoding(1 image: {shapes}, no concentration)"
+    assert "no concentration" in str(encoding(1, concentration=False))
     assert repr(encoding(0)).startswith("Encoding(0 images: embedding (0, 512)")
     assert len(repr(encoding(5000))) < 120
     # It stays a dataclass otherwise.
-    assert [field.name for field in dataclasses.fields(Encoding)][:2] == ["embedding", "projection"]
     assert len(dataclasses.replace(encoding(2), concentration=None)) == 2
-
-
-def test_runs_and_encoders_print_no_module_tree(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", val=gray_source(4))
     assert repr(run) == f"Run('{tmp_path}/run': vi-simsiam on fashion-mini, resnet18, D = 8, cpu)"
     encoder = vi_simsiam.load(save_run(tmp_path / "other"), device="cpu")
@@ -50,21 +46,20 @@ def test_runs_and_encoders_print_no_module_tree(tmp_path: Path) -> None:
     assert len(repr(encoder).splitlines()) == 1
 
 
-def test_sources_and_loaders_name_their_contents() -> None:
-    splits = open_dataset("fashion-mini")
-    assert repr(splits) == (
-        "Splits(name='fashion-mini', "
-        "train=ArraySource('fashion-mini/train', 8,000 images, 10 classes), "
-        "val=ArraySource('fashion-mini/val', 2,000 images, 10 classes))"
-    )
+def test_sources_loaders_and_experiments_name_their_contents() -> None:
+    splits = repr(open_dataset("fashion-mini"))
+    assert "train=ArraySource('fashion-mini/train', 8,000 images, 10 classes), val=" in splits
     packed = in_memory(gray_source(6, labelled=False))
     assert repr(packed) == "PackedImages('gray', 6 images)"
     loader = MultiViewLoader(packed, AugmentConfig(size=8), 6, workers=0)
-    expected = "MultiViewLoader(PackedImages('gray', 6 images), batch_size=6, 1 batch an epoch)"
-    assert repr(loader) == expected
-    assert repr(next(iter(loader))) == (
-        "Batch(views=[float32 (6, 3, 8, 8), float32 (6, 3, 8, 8)], index=int64 (6,))"
+    assert repr(loader) == f"MultiViewLoader({packed!r}, batch_size=6, 1 batch an epoch)"
+    assert "float32 (6, 3, 8, 8)], index=int64 (6,)" in repr(next(iter(loader)))
+    planned = plan("table1", PlanOptions(data=("fashion-mini",), seeds=1))
+    assert repr(planned) == "Plan(table1: simsiam, vi-simsiam; 1 seed each)"
+    found = Experiment(
+        {"experiment": "table1", "arms": []}, {"a": [{}], "b": []}, [], {}, ["b with seed 0"]
     )
+    assert repr(found) == "Experiment(table1: 2 arms, 1 run, 1 missing)"
 
 
 def test_what_holds_arrays_prints_their_shapes(tmp_path: Path) -> None:
@@ -80,16 +75,4 @@ def test_what_holds_arrays_prints_their_shapes(tmp_path: Path) -> None:
         assert "tensor(" not in repr(thing)
     assert "heights=int32 (5000,)" in repr(contents)
     assert "places=5,000 items" in repr(contents)
-
-
-def test_experiments_name_their_arms_and_count_their_runs() -> None:
-    planned = plan("table1", PlanOptions(data=("fashion-mini",), seeds=1))
-    assert repr(planned) == "Plan(table1: simsiam, vi-simsiam; 1 seed each)"
-    found = Experiment(
-        {"experiment": "table1", "arms": []}, {"a": [{}], "b": []}, [], {}, ["b with seed 0"]
-    )
-    assert repr(found) == "Experiment(table1: 2 arms, 1 run, 1 missing)"
-
-
-def test_brief_leaves_small_values_as_they_are() -> None:
     assert brief({"a": [1, "b"], "c": None}) == "{'a': [1, 'b'], 'c': None}"

@@ -34,10 +34,10 @@ from vi_simsiam.errors import InputError
 from vi_simsiam.paths import user_path
 
 __all__ = [
-    "LEAST_SIZE", "LITERAL", "NAMED_DATA", "PLACE_FIELDS", "POLICIES", "PRESETS", "SOFTPLUS",
-    "AugmentConfig", "Concentration", "DataMemory", "DecodeConfig", "Link", "LossConfig", "Method",
-    "ModelConfig", "Stem", "TrainConfig", "data_spec", "differing_fields", "flat", "policy",
-    "preset", "with_former_loss",
+    "LEAST_SIZE", "LITERAL", "NAMED_DATA", "PARTS", "PLACE_FIELDS", "POLICIES", "PRESETS",
+    "SOFTPLUS", "AugmentConfig", "Concentration", "DataMemory", "DecodeConfig", "Link",
+    "LossConfig", "Method", "ModelConfig", "Stem", "TrainConfig", "data_spec", "differing_fields",
+    "flat", "policy", "preset", "with_former_loss",
 ]  # fmt: skip
 
 NAMED_DATA = ("fashion-mini", "cifar10", "imagenette", "imagewoof")
@@ -164,10 +164,10 @@ class TrainConfig:
         kind, colon, path = data_spec(self.data).partition(":")
         if colon and path and kind in ("folder", "pack"):
             path = str(Path(path).absolute())
-        given = {name: getattr(self, name) for name in _PATHS}
         paths: dict[str, Any] = {
-            name: None if path is None else user_path(name, path).absolute()
-            for name, path in given.items()
+            name: user_path(name, getattr(self, name)).absolute()
+            for name in _PATHS
+            if getattr(self, name) is not None
         }
         return dataclasses.replace(self, data=f"{kind}{colon}{path}", **paths)
 
@@ -184,8 +184,8 @@ class TrainConfig:
             InputError: a field is unknown or has a value that is not accepted.
         """
         try:
-            values = {**with_former_loss(plain)}
-            for name, kind in _PARTS.items():
+            values = dict(with_former_loss(plain))
+            for name, kind in PARTS.items():
                 if name in values:
                     values[name] = kind(**tuples(values[name]))
             for name, default in _PATHS.items():
@@ -199,12 +199,9 @@ class TrainConfig:
             raise InputError(f"configuration: {error}") from error
 
 
-_PARTS: dict[str, type[Any]] = {
-    "decode": DecodeConfig,
-    "augment": AugmentConfig,
-    "model": ModelConfig,
-    "loss": LossConfig,
-}
+PARTS: dict[str, type[Any]] = {
+    "decode": DecodeConfig, "augment": AugmentConfig, "model": ModelConfig, "loss": LossConfig,
+}  # fmt: skip
 _PATHS = {"data_root": Path("data"), "cache_dir": None, "frozen_run": None}
 
 PLACE_FIELDS = {
@@ -271,6 +268,6 @@ def flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one, with the names of the inner ones joined by dots."""
     fields: dict[str, Any] = {}
     for name, value in plain.items():
-        inner = isinstance(value, dict)
-        fields |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+        name = f"{prefix}{name}"
+        fields |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return fields

@@ -200,12 +200,10 @@ class LossConfig:
         check_fields(self)
         value, maximum = self.concentration_value, self.concentration_max
         constant = self.concentration == "constant"
+        fits, accepted = value is None, "None unless concentration is 'constant'"
         if constant:
-            fits = value is not None and 0 < value < math.inf
-            require("concentration_value", value, fits, "a positive number")
-        else:
-            accepted = "None unless concentration is 'constant'"
-            require("concentration_value", value, value is None, accepted)
+            fits, accepted = value is not None and 0 < value < math.inf, "a positive number"
+        require("concentration_value", value, fits, accepted)
         if maximum is not None:
             above = self.concentration_min < maximum < math.inf
             accepted = f"above concentration_min, {self.concentration_min}"

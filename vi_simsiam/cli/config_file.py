@@ -6,11 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from vi_simsiam.config import TrainConfig, with_former_loss
+from vi_simsiam.config import PARTS, TrainConfig, with_former_loss
 from vi_simsiam.errors import InputError, did_you_mean
 from vi_simsiam.paths import user_path
-
-_PARTS = ("decode", "augment", "model", "loss")
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -43,11 +41,11 @@ def read_settings(path: Path) -> dict[str, Any]:
         )
     settings: dict[str, Any] = {}
     for name, value in with_former_loss(content).items():
-        if name in _PARTS and not isinstance(value, dict):
+        if name in PARTS and not isinstance(value, dict):
             raise InputError(
                 f"config: {name}: {value!r} is not accepted; it must hold settings by name"
             )
-        inside = value if name in _PARTS else {name: value}
+        inside = value if name in PARTS else {name: value}
         settings |= {str(key).lstrip("-").replace("-", "_"): each for key, each in inside.items()}
     return settings
 
@@ -61,8 +59,8 @@ def updated(config: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
     plain = config.to_dict()
     owners: dict[str, dict[str, Any]] = {}  # by setting: the part of `plain` that holds it
     numbers: set[str] = set()
-    for part, values in ((config, plain), *((getattr(config, p), plain[p]) for p in _PARTS)):
-        fields = [field for field in dataclasses.fields(part) if field.name not in _PARTS]
+    for part, values in ((config, plain), *((getattr(config, p), plain[p]) for p in PARTS)):
+        fields = [field for field in dataclasses.fields(part) if field.name not in PARTS]
         owners |= {field.name: values for field in fields}
         numbers |= {field.name for field in fields if "float" in str(field.type)}
     for name, value in settings.items():

@@ -156,8 +156,9 @@ def load_frozen(model: SimSiam, config: TrainConfig, device: torch.device) -> No
         raise InputError(f"frozen_run: {path} holds no run; it must be the folder of a SimSiam run")
     saved = read_config(path)
     if saved.method != "simsiam":
-        text = f"{path} is a run of {saved.method}; it must be one of simsiam"
-        raise InputError(f"frozen_run: {text}")
+        raise InputError(
+            f"frozen_run: {path} is a run of {saved.method}; it must be one of simsiam"
+        )
     theirs, given = dataclasses.asdict(saved.model), dataclasses.asdict(config.model)
     others = [name for name in given if name != "pretrained" and theirs[name] != given[name]]
     if others:
@@ -170,7 +171,7 @@ def load_frozen(model: SimSiam, config: TrainConfig, device: torch.device) -> No
     }
     own = {name: value for name, value in model.state_dict().items() if ".concentration." in name}
     try:
-        model.load_state_dict({**own, **weights})
+        model.load_state_dict(own | weights)
     except RuntimeError as error:
         text = f"{path / CHECKPOINT} does not fit the model that {CONFIG} describes"
         raise InputError(f"frozen_run: {text}") from error
@@ -218,16 +219,10 @@ def check_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
 def check_config(
     saved: TrainConfig, config: TrainConfig, path: Path | None, decoded: str | None = None
 ) -> None:
-    """Check that a run goes on with its own settings; its images may have moved.
+    """Raise InputError unless the run in `path` goes on with its own settings.
 
-    Args:
-        saved: the settings of the run.
-        config: the settings to go on with.
-        path: the run folder.
-        decoded: name of images that are decoded already, by their own settings; None otherwise.
-
-    Raises:
-        InputError: they differ.
+    Its images may have moved. `decoded` is the name of images that are decoded already, by their
+    own settings; None otherwise.
     """
     advice = "leave these options out, or give another --out"
     if decoded is not None:
@@ -241,16 +236,10 @@ def check_config(
 def check_images(
     saved: TrainConfig, config: TrainConfig, checkpoint: Checkpoint, now: dict[str, Any]
 ) -> None:
-    """Check that a run goes on with the images it was trained on, which may have moved.
+    """Raise InputError unless a run goes on with the images it was trained on.
 
-    Args:
-        saved: the configuration of the run.
-        config: the configuration to go on with.
-        checkpoint: of the run.
-        now: `data.content.content` of the images of `config`, or `listed` without the pixels.
-
-    Raises:
-        InputError: they differ, or have moved and the checkpoint has no description of them.
+    They may have moved if the checkpoint describes them. `now` is `data.content.content` of the
+    images of `config`, or `listed` without the pixels.
     """
     old, new = saved.data, config.data
     if old == new and saved.data_root != config.data_root:
