@@ -22,7 +22,7 @@ from vi_simsiam.models import VISimSiam
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Of four residual blocks."""
+    """Four residual blocks."""
     found = network_run(tmp_path_factory.mktemp("run"), stem="small")
     for name in ("layer1", "layer2", "layer3", "layer4"):
         layer = getattr(found.model.backbone, name)
