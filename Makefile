@@ -8,6 +8,7 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(if 
 # Use an environment that already has the dependencies: make gpu ENV=/path/to/venv INSTALLED=1
 ENV ?= .venv
 BIN := $(ENV)/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
 # Instruction sets of other processors, for torch, oneDNN, MKL, OpenBLAS, NumPy and the extension.
@@ -27,7 +28,7 @@ train: install
 	$(BIN)/vi-simsiam train --method $(METHOD) --evaluate
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(PYTEST)
 
 install: $(if $(INSTALLED),,$(ENV)/.installed)
 
@@ -48,17 +49,17 @@ lint: install
 	$(BIN)/mypy
 
 cpus: install
-	env $(AVX2) $(BIN)/python -m pytest -n 2 --dist worksteal $(NUMERICS)
-	env $(BASELINE) $(BIN)/python -m pytest -n 2 --dist worksteal $(NUMERICS)
+	env $(AVX2) $(PYTEST) $(NUMERICS)
+	env $(BASELINE) $(PYTEST) $(NUMERICS)
 
 soak: install
 	@status=0; run() { what=$$1; shift; echo "soak: $$what"; env "$$@" && verdict=passed || { verdict=FAILED; status=1; }; \
 		summary="$$summary$$verdict: $$what\n"; }; \
 	run 'long tests' $(BIN)/python -m pytest -m soak; \
-	run 'all tests, this processor, one thread' $(BIN)/python -m pytest -n 2; \
-	run 'all tests, this processor, two threads' OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n 2; \
-	run 'all tests, AVX2, two threads' $(AVX2) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n 2; \
-	run 'all tests, baseline, one thread' $(BASELINE) $(BIN)/python -m pytest -n 2; \
+	run 'all tests, this processor, one thread' $(PYTEST); \
+	run 'all tests, this processor, two threads' OMP_NUM_THREADS=2 $(PYTEST); \
+	run 'all tests, AVX2, two threads' $(AVX2) OMP_NUM_THREADS=2 $(PYTEST); \
+	run 'all tests, baseline, one thread' $(BASELINE) $(PYTEST); \
 	printf "\n$$summary"; exit $$status
 
 gpu: install
