@@ -123,7 +123,8 @@ def _targets(name: str, device_type: str, *benchmarks: str) -> _Section:
 def _plots(paths: list[str], folder: Path) -> str:
     """Links to the plots beside a result file, where they were drawn."""
     path = Path(paths[0])
-    return _pictures(plot_paths(path.stem, path.parent), "", folder)
+    benchmark = path.stem if path.stem in ("augment", "step", "train") else "multiview_loss"
+    return _pictures(plot_paths(benchmark, path.parent), "", folder)
 
 
 def _pictures(paths: list[Path], suffix: str, folder: Path) -> str:

@@ -216,9 +216,10 @@ def loss_markdown(result: _Result, *, metric: str = "time") -> str:
     last = ["faster than torch.compile", *(["of a copy's speed"] if metric == "time" else [])]
     grid = markdown_grid(("batch x D", *shown, *last), rows)
     lines = [grid, "", *([LEGEND] if TOO_NOISY in grid else [])]
-    for name in (name for name in columns if name not in shown):
-        found = next(case["providers"][name] for case in cases if name in case["providers"])
-        lines.append(f"No time for {name} ({found['failure'] or NOT_MEASURED}).")
+    for name in columns:
+        if name not in shown:
+            found = next(case["providers"][name] for case in cases if name in case["providers"])
+            lines.append(f"No time for {name} ({found['failure'] or NOT_MEASURED}).")
     return "\n".join([*lines, f"Medians in us. {where(result)}"])
 
 

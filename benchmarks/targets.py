@@ -256,7 +256,7 @@ def _whole_trainings(cases: Sequence[Case]) -> Target:
     return target
 
 
-_SMALL, _IN_GRAPH = "best torch.compile at B <= 1024", "kernel time in a CUDA graph"
+_COMPILE_SMALL, _IN_GRAPH = "best torch.compile at B <= 1024", "kernel time in a CUDA graph"
 _UP_TO_1024, _UP_TO_256 = partial(_small, batch=1024), partial(_small, batch=256)
 _ON_CPU = _named("power_spherical 256x2048 2x2 float32")
 _TARGETS: dict[tuple[str, str], Sequence[Callable[[Sequence[Case]], Target]]] = {
@@ -264,8 +264,10 @@ _TARGETS: dict[tuple[str, str], Sequence[Callable[[Sequence[Case]], Target]]] = 
         partial(_share_of_copy, dtype="bfloat16"),
         partial(_share_of_copy, dtype="float32"),
         _loss_faster("best torch.compile, from 200 MB of traffic on", 1.4, names.COMPILED, _large),
-        _loss_faster(f"{_SMALL}, {_IN_GRAPH}", 5, names.COMPILED, _UP_TO_1024),
-        _loss_faster(f"{_SMALL}, host time in eager mode", 5, names.COMPILED, _UP_TO_1024, "host"),
+        _loss_faster(f"{_COMPILE_SMALL}, {_IN_GRAPH}", 5, names.COMPILED, _UP_TO_1024),
+        _loss_faster(
+            f"{_COMPILE_SMALL}, host time in eager mode", 5, names.COMPILED, _UP_TO_1024, "host"
+        ),
         _loss_faster(f"eager at B <= 256, {_IN_GRAPH}", 20, ["eager"], _UP_TO_256),
         _nowhere_slower,
         _agreement,

@@ -184,7 +184,7 @@ def stalls(world: World, where: str) -> None:
     """Rank 1 does not come to a collective within the time."""
     world.all_mean(torch.zeros(()))
     if world.rank == 1:
-        time.sleep(3)
+        time.sleep(4)
     if where == "collective":
         world.all_mean(torch.zeros(()))
     else:

@@ -61,12 +61,12 @@ def test_a_page_is_written_from_the_files_that_it_names(
     result: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "r").mkdir()
-    path = tmp_path / "r" / "multiview_loss.json"
+    path = tmp_path / "r" / "loss.json"
     path.write_text(json.dumps(result))
     page = tmp_path / "page.md"
     page.write_text(
-        "before\n<!-- bench: table r/multiview_loss.json -->\nold\n<!-- /bench -->\nbetween\n"
-        + sections("host r/none.json", "plots r/multiview_loss.json", "launches r/none.json")
+        "before\n<!-- bench: table r/loss.json -->\nold\n<!-- /bench -->\nbetween\n"
+        + sections("host r/none.json", "plots r/loss.json", "launches r/none.json")
         + "\nafter\n"
     )
     assert main(["bench", "report", str(page)]) == 0
@@ -89,8 +89,8 @@ def test_a_page_is_written_from_the_files_that_it_names(
         with pytest.raises(InputError, match=f"section '{kind}' {problem}"):
             report.fill(sections(kind), tmp_path)
     path.write_text(json.dumps({**result, "cases": [{}]}))
-    with pytest.raises(InputError, match="multiview_loss.json lacks what section 'table' shows"):
-        report.fill(sections("table r/multiview_loss.json"), tmp_path)
+    with pytest.raises(InputError, match="loss.json lacks what section 'table' shows"):
+        report.fill(sections("table r/loss.json"), tmp_path)
 
 
 def test_tables_and_plots_of_the_pipelines(tmp_path: Path) -> None:

@@ -8,24 +8,29 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import small_backbone
 from experiment_cases import spec, tiny_config
 
+from vi_simsiam import models
 from vi_simsiam.engine.monitor import Monitor
 from vi_simsiam.engine.run import load_run
 from vi_simsiam.errors import InputError, TrainingError
 from vi_simsiam.evaluation.results import unpack_bits
-from vi_simsiam.experiments import measure, worker
+from vi_simsiam.experiments import measure, runner, worker
 
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
 def _killed(path: Path) -> None:
     """Do a run up to two steps after the checkpoint of its first epoch."""
+    # In a new interpreter; a forked one would wait for OpenMP threads that it does not have.
+    models.build_backbone = small_backbone  # type: ignore[assignment]
     advance = Monitor.advance
 
     def killed(self: Monitor, step: int) -> None:
@@ -47,9 +52,11 @@ def test_a_killed_run_continues_to_the_result_of_an_uninterrupted_one(
         folder, path = Path(given["folder"]), tmp_path / f"{name}.json"
         path.write_text(json.dumps(given))
         if name == "killed":
-            process = multiprocessing.get_context("fork").Process(target=_killed, args=(path,))
+            process = multiprocessing.get_context("spawn").Process(target=_killed, args=(path,))
             process.start()
             process.join(60)
+            if process.exitcode is None:
+                process.kill()
             assert process.exitcode == -signal.SIGKILL
             assert (folder / "checkpoint.pt").is_file()
             assert not (folder / "trained.json").exists()
@@ -81,6 +88,17 @@ def test_a_killed_run_continues_to_the_result_of_an_uninterrupted_one(
     (folder / "trained.json").unlink()
     assert worker.train(config, folder, progress_every=1)["steps"] == 10
     assert measure.progress_curve(folder / "progress.jsonl")["knn200"] == found["curve"]["knn200"]
+
+
+def test_the_command_of_a_run_is_a_program(tmp_path: Path) -> None:
+    given = spec(tiny_config("fashion-mini"), tmp_path)
+    path, result = tmp_path / "spec.json", Path(given["result"])
+    path.write_text(json.dumps(given))
+    result.parent.mkdir(parents=True, exist_ok=True)
+    result.write_text("{}")
+    command = [*runner._WORKER, str(path), "--parent", str(os.getpid())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "measured before\n")
 
 
 def _fail(*arguments: Any, **options: Any) -> Any:

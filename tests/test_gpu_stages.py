@@ -121,7 +121,7 @@ spec = importlib.util.spec_from_file_location("gpu_stages", {str(SCRIPT)!r})
 gpu = sys.modules["gpu_stages"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(gpu)
 gpu._gpu_found = lambda: True
-gpu._SECONDS_TO_END = 2.0
+gpu._SECONDS_TO_END = 4.0
 for number in gpu._STOP:
     signal.signal(number, signal.default_int_handler)
 limit = float(sys.argv[1])
@@ -148,7 +148,7 @@ def test_a_stage_ends_with_a_script_that_is_killed() -> None:
 
 
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize(("limit", "signals"), [(300, 2), (1, 1)])
+@pytest.mark.parametrize(("limit", "signals"), [(300, 2), (4, 1)])
 def test_every_process_of_a_stage_ends_however_often_the_script_is_interrupted(
     limit: float, signals: int
 ) -> None:

@@ -78,7 +78,8 @@ def test_every_view_is_normalised_by_its_own_statistics() -> None:
 @pytest.mark.parametrize(("stem", "side"), [("imagenet", 8), ("small", 32)])
 def test_stems_of_a_torchvision_backbone(stem: Stem, side: int) -> None:
     """Residual branches start at zero unless asked otherwise."""
-    network, features = build_backbone("resnet18", stem=stem, zero_init_residual=stem == "small")
+    options = {} if stem == "small" else {"zero_init_residual": False}
+    network, features = build_backbone("resnet18", stem=stem, **options)
     seen = []
     network.layer1.register_forward_pre_hook(
         lambda module, images: seen.append(images[0].shape[-1])

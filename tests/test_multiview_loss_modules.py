@@ -136,6 +136,8 @@ def test_wrong_types_and_options_are_named() -> None:
     ):
         with pytest.raises(InputError, match="takes no concentration_scale, _min, _gain or _link"):
             power_spherical_loss(LOC, Z, concentration=kappa, **option)
+    with pytest.raises(InputError, match="reduction: 'sum'"):
+        power_spherical_loss(P, Z, reduction="sum")
     with pytest.raises(InputError, match="concentration_scale: nan"):
         power_spherical_loss(P, Z, concentration_scale=math.nan)
     with pytest.raises(

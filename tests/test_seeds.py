@@ -208,6 +208,8 @@ def test_after_a_killed_command_finished_and_running_seeds_are_known(
     assert states(out) == ["done", "running"]
     left = json.loads((out / "seeds.json").read_text())["runs"][1]["process"]
     try:
+        assert not seeds._is_running(left, out / "seed-0"), "another folder's process"
+        assert not seeds._is_running(os.getpid(), out / os.fsdecode(b"caf\xe9"))
         with pytest.raises(InputError, match=f"seed 1 in .* is still running, as process {left}"):
             run("--resume")
     finally:

@@ -170,6 +170,8 @@ def test_a_training_that_learnt_much_less_than_lightlys_has_no_speed() -> None:
 def test_train_options_that_make_no_sense() -> None:
     with pytest.raises(InputError, match="images: 3 must be at least 64"):
         train.Options(images=3)
+    with pytest.raises(InputError, match="epochs: 1 must be at least 2"):
+        train.Options(epochs=1)
     with pytest.raises(InputError, match="target_accuracy: 60.0 must lie between 0 and 1"):
         train.Options(target_accuracy=60.0)
 

@@ -97,8 +97,8 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(torch.sin, dynamic=False)(torch.ones(8, device=device))
     except Exception as error:  # a missing compiler, header or library each raises its own
-        lines = str(error).partition(" raised:\n")[2] or str(error)
-        reason = (lines.splitlines() or [""])[0] or type(error).__name__
+        text = str(error).partition(" raised:\n")[2] or str(error)
+        reason = (text.splitlines() or [""])[0] or type(error).__name__
         raise InputError(
             f"compile: torch.compile does not work here ({reason}); leave --compile out, "
             "or install a C++ compiler such as g++"

@@ -77,8 +77,8 @@ class Process:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                # A terminal's Ctrl-C would reach the process in addition to the signal of `watch`,
-                # and a second signal ends it at once.
+                # A terminal's Ctrl-C would reach the process in addition to that of
+                # `supervise`, and a second signal ends it at once.
                 start_new_session=True,
             )
         self._started = time.monotonic()
