@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -26,6 +25,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton_interpreter import make_faster
 
 from vi_simsiam.kernels import launch
 
@@ -33,30 +33,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 """Device of the kernels' cases: the CPU in the interpreter, else a GPU."""
 
-
-
-def _patch_once(interpreter: Any) -> None:
-    """Have Triton's interpreter patch its language once for each device function.
-
-    It does so anew at every call of one, `tl.sum` among them, and spends half of the time on it. A
-    version that has other parts stays as it is.
-    """
-    function = getattr(interpreter, "InterpretedFunction", None)
-    if not (hasattr(interpreter, "_patch_lang") and hasattr(function, "rewrite")):
-        return
-
-    @functools.cache
-    def rewritten(function: Any) -> Any:
-        interpreter._patch_lang(function.fn)
-        return function.rewrite()
-
-    function.__call__ = lambda self, *arguments, **options: rewritten(self)(*arguments, **options)
-
-
 if INTERPRETED:
     from triton.runtime import interpreter
 
-    _patch_once(interpreter)
+    make_faster(interpreter)
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.float64: "fp64", torch.float32: "fp32"}
 TYPES |= {torch.float16: "fp16", torch.bfloat16: "bf16"}
