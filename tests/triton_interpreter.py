@@ -18,7 +18,8 @@ def make_faster(interpreter: Any) -> None:
         _patch_once(interpreter, function)
     builder = getattr(interpreter, "interpreter_builder", None)
     options = getattr(builder, "options", None)
-    if hasattr(options, "sanitize_overflow") and getattr(options, "debug", None) is False:
+    reports = getattr(options, "debug", True) or not dataclasses.is_dataclass(options)
+    if hasattr(options, "sanitize_overflow") and not reports:
         # Overflows are computed, and reported with `debug` alone.
         builder.options = dataclasses.replace(options, sanitize_overflow=False)
     kinds = [getattr(language, name, None) for name in ("block_type", "pointer_type")]
@@ -46,10 +47,10 @@ def _remember_types(interpreter: Any, block_type: Any, pointer_type: Any) -> Non
     convert = interpreter._get_np_dtype
     known = functools.cache(convert)
 
-    def init(self: Any, element_ty: Any, shape: Any) -> None:
-        key = id(element_ty), tuple(shape)
+    def init(self: Any, element_ty: Any, shape: Any, *more: Any) -> None:
+        key = id(element_ty), tuple(shape), more
         if key not in blocks:
-            build(self, element_ty, shape)
+            build(self, element_ty, shape, *more)
             blocks[key] = dict(self.__dict__)  # which keeps the element's type, and so its id
         else:
             self.__dict__.update(blocks[key])

@@ -32,7 +32,6 @@ from vi_simsiam.kernels import launch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 """Device of the kernels' cases: the CPU in the interpreter, else a GPU."""
-
 if INTERPRETED:
     from triton.runtime import interpreter
 
