@@ -70,7 +70,6 @@ SHAPES = [
 ]
 EVERY_DAY = {
     (80, torch.float32, "resize", 96),
-    (90, torch.float32, "resize", 128),
     (90, torch.float32, "colour", 128),
     (100, torch.bfloat16, "colour", 64),
     (120, torch.float32, "blur_rows", 224),

@@ -58,13 +58,24 @@ def compile_for(
 
 
 PARTS = ("statistics", "normalise", "sums", "gradient")
+EVERY_DAY = {
+    (90, "statistics", torch.bfloat16, True),
+    *((90, part, torch.bfloat16, add) for part in PARTS[1:] for add in (False, True)),
+    *((80, part, torch.float32, True) for part in ("normalise", "sums")),
+    *((100, part, torch.bfloat16, True) for part in ("statistics", "gradient")),
+    *((120, part, torch.float32, True) for part in ("statistics", "gradient")),
+}
+SINGLE_EVERY_DAY = {
+    *((90, part, rows, rows > 64) for part in ("single", "single gradient") for rows in (64, 1024)),
+    *((capability, "single gradient", 1024, True) for capability in (80, 100, 120)),
+}
 
 
 @compiles
 @pytest.mark.parametrize(
     ("capability", "part", "dtype", "residual"),
     [
-        marked(*shape, every_day=shape[2:] == (torch.bfloat16, True) or shape[::3] == (90, False))
+        marked(*shape, every_day=shape in EVERY_DAY)
         for shape in itertools.product(
             CAPABILITIES, PARTS, (torch.bfloat16, torch.float32), (False, True)
         )
@@ -84,8 +95,7 @@ def test_machine_code(capability: int, part: str, dtype: torch.dtype, residual: 
     [
         marked(
             *(capability, part, *shape, residual),
-            every_day=(shape[0], residual) == (1024, True)
-            or (capability, shape[0], residual) == (90, 64, False),
+            every_day=(capability, part, shape[0], residual) in SINGLE_EVERY_DAY,
         )
         for capability, part, shape, residual in itertools.product(
             CAPABILITIES, ("single", "single gradient"), ((64, 2048), (1024, 512)), (False, True)

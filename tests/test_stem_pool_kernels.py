@@ -38,11 +38,20 @@ def compile_for(
     return compile_kernel(function, capability, constants, types)
 
 
+EVERY_DAY = {
+    *((capability, "gradient", torch.bfloat16, 64) for capability in CAPABILITIES),
+    *((capability, "pool", torch.bfloat16, 64) for capability in (90, 120)),
+    (80, "pool", torch.float32, 63),
+    (90, "gradient", torch.float32, 63),
+    (100, "pool", torch.bfloat16, 63),
+}
+
+
 @compiles
 @pytest.mark.parametrize(
     ("capability", "part", "dtype", "size"),
     [
-        marked(*shape, every_day=shape[2:] == (torch.bfloat16, 64) or shape[::3] == (90, 63))
+        marked(*shape, every_day=shape in EVERY_DAY)
         for shape in itertools.product(
             CAPABILITIES, ("pool", "gradient"), (torch.bfloat16, torch.float32), (64, 63)
         )

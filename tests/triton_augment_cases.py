@@ -111,7 +111,7 @@ def _check(got: Tensor, rows: NDArray[np.int32], pixels: Tensor, size: int) -> N
 
 @pytest.mark.parametrize(
     ("size", "count", "dtype"),
-    [(8, 8, torch.float32), (9, 4, torch.float32), (34, 1, torch.float32), (9, 4, torch.bfloat16)]
+    [(8, 6, torch.float32), (9, 3, torch.float32), (34, 1, torch.float32), (9, 2, torch.bfloat16)]
     if INTERPRETED
     else [
         (s, 128, d) for s in (8, 33, 64, 96, 97, 128, 224) for d in (torch.float32, torch.bfloat16)
@@ -126,7 +126,7 @@ def test_random_rows(size: int, count: int, dtype: torch.dtype) -> None:
 
 def test_against_torchvision() -> None:
     """One operation to a view, then all of them; the last crop ends with the last byte."""
-    size, (height, width) = 11, (13, 19)
+    size, (height, width) = 8 if INTERPRETED else 11, (13, 19)
     pixels = _images(2, height, width)
     every = {"strengths": [1.4, 0.6, 1.3, 0.1]}
     last = len(pixels) - 3 * (3 * width + 3)
@@ -172,14 +172,14 @@ def test_strong_reduction() -> None:
 def test_equal_tables_give_equal_bits() -> None:
     pixels = _images(*IMAGES)
     rows = _random_rows(2 if INTERPRETED else 128)
-    size = 9 if INTERPRETED else 96
+    size = 8 if INTERPRETED else 96
     turned = _augment(pixels, rows[::-1].copy(), size).flip(0)
     assert torch.equal(_augment(pixels, rows, size), turned)
 
 
 def test_pixels_at_any_address() -> None:
     pixels = _images(1, 6, 7)
-    rows = np.stack([_row(3 * i, 7, (5, 4)) for i in range(2)])
+    rows = np.stack([_row(3, 7, (5, 4))])
     want = _augment(pixels, rows, 8)
     for shift in (1, 2, 3):
         memory = torch.cat([torch.full((shift,), 255, dtype=torch.uint8), pixels])

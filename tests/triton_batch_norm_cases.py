@@ -124,9 +124,9 @@ def _close(
     ("shape", "groups", "add", "relu", "affine"),
     [
         ((6, 20, 3, 7), 3, True, True, True),
-        ((6, 20, 3, 7), 3, False, True, True),
-        ((6, 20, 3, 7), 3, True, False, True),
-        ((6, 20, 3, 7), 3, False, False, False),
+        ((6, 20, 3, 3), 3, False, True, True),
+        ((6, 20, 3, 3), 3, True, False, True),
+        ((6, 20, 3, 3), 3, False, False, False),
         ((4, 5, 3, 3), 2, True, True, True),
         ((6, 33), 2, False, True, True),
         ((4, 32, 4, 4), 2, True, True, True),  # no padding anywhere
@@ -153,7 +153,7 @@ def test_values_gradients_and_running_statistics(
 @pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize("add", [True, False], ids=["residual", "alone"])
 def test_bfloat16_is_as_exact_as_torch(add: bool) -> None:
-    shape = (6, 24, 4, 5)
+    shape = (4, 24, 3, 7)
     x, gradient = _draw(shape, torch.bfloat16), _draw(shape, torch.bfloat16, seed=1)
     residual = _draw(shape, torch.bfloat16, seed=2) if add else None
     parameters = _parameters(shape[1], True)
@@ -193,8 +193,8 @@ def test_the_same_twice_and_tickets_left_at_zero(monkeypatch: pytest.MonkeyPatch
         return tickets[-1]
 
     monkeypatch.setattr(operation, "new_tickets", one_ticket)
-    shape = (4, 40, 3, 3)
-    x, gradient, parameters = _draw(shape), _draw(shape, seed=1), _parameters(40, True)
+    shape = (4, 20, 3, 3)
+    x, gradient, parameters = _draw(shape), _draw(shape, seed=1), _parameters(20, True)
     first, second = (_results(x, None, parameters, gradient, groups=2) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all((t == 0).all() for t in tickets)
@@ -287,8 +287,8 @@ def test_operators_are_registered_rightly() -> None:
     leaves = [t.clone().requires_grad_() for t in given if t is not None]
     names = ("schema", "autograd_registration", "faketensor", "aot_dispatch_static")
     checks = tuple(f"test_{name}" for name in names)
-    absent = (leaves[0], None, None, None, 1, True, 1e-5)
-    for arguments in ((*leaves, 2, True, 1e-5), (*leaves, 2, False, 1e-5), absent):
+    absent = (leaves[0], None, None, None, 1, False, 1e-5)
+    for arguments in ((*leaves, 2, True, 1e-5), absent):
         torch.library.opcheck(torch.ops.vi_simsiam.batch_norm_act, arguments, test_utils=checks)
 
 

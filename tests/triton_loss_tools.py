@@ -214,7 +214,11 @@ def check(predictions: Tensor, targets: Tensor, form: LossForm, loss: Tensor, gr
         (grad, eager_grad, exact_grad, grad_size, slice(dim, None)),
     ):
         error, limit = (
-            float((abs(x.double().cpu().numpy() - want) / size)[..., part].max(initial=0))
+            float(
+                (abs(x.double().cpu().numpy()[..., part] - want[..., part]) / size[..., part]).max(
+                    initial=0
+                )
+            )
             for x in (got, reference)
         )
         assert error <= max(2 * limit, 1.5 * eps), (

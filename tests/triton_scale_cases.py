@@ -13,6 +13,9 @@ from triton_tools import DEVICE
 from vi_simsiam.kernels import scale_gradient as kernel
 
 VIEWS, SAMPLES, WIDTH = 2, 19, 300
+KINDS = ("number", "expanded", "per sample", "strided")
+BRIEF = ("number", "strided")
+"""One of those that the kernel reads as a number, one of those that it reads for each row."""
 
 
 @pytest.fixture(autouse=True, params=["one tile to a program", "all tiles to one program"])
@@ -45,12 +48,15 @@ def _around(x: Tensor) -> Tensor:
     return x.as_strided((VIEWS, SAMPLES, 16), x.stride(), x.shape[2])
 
 
-factors = pytest.mark.parametrize("kind", ["number", "expanded", "per sample", "strided"])
-
-
-@factors
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("width", [5, WIDTH])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "width"),
+    [
+        *((kind, torch.float32, WIDTH) for kind in KINDS),
+        *((kind, dtype, WIDTH) for kind in BRIEF for dtype in (torch.float64, torch.bfloat16)),
+        *((kind, torch.float32, 5) for kind in BRIEF),
+    ],
+    ids=str,
+)
 def test_in_place(kind: str, dtype: torch.dtype, width: int) -> None:
     gradient = _gradient(dtype, width)
     around = _around(gradient).clone()
@@ -64,7 +70,7 @@ def test_in_place(kind: str, dtype: torch.dtype, width: int) -> None:
     assert torch.equal(_around(gradient), around)
 
 
-@factors
+@pytest.mark.parametrize("kind", BRIEF)
 def test_into_float16(kind: str) -> None:
     gradient, factor = _gradient() * 1e-4, _factor(kind)
     before = gradient.clone()
@@ -76,7 +82,7 @@ def test_into_float16(kind: str) -> None:
     assert torch.equal(gradient, before)
 
 
-@factors
+@pytest.mark.parametrize("kind", BRIEF)
 def test_gradient_of_the_concentration(kind: str) -> None:
     gradient, factor = _gradient(), _factor(kind)
     concentration = torch.rand(VIEWS, SAMPLES, device=DEVICE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -26,6 +25,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton_interpreter import make_faster
 
 from vi_simsiam.kernels import launch
 
@@ -35,16 +35,7 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 if INTERPRETED:
     from triton.runtime import interpreter
 
-    @functools.cache
-    def _rewritten(function: Any) -> Any:
-        interpreter._patch_lang(function.fn)
-        return function.rewrite()
-
-    # Triton patches its language anew at every call of a device function, `tl.sum` among them, and
-    # spends half of the time on it. Once for each function gives the same.
-    interpreter.InterpretedFunction.__call__ = lambda self, *arguments, **options: _rewritten(self)(
-        *arguments, **options
-    )
+    make_faster(interpreter)
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.float64: "fp64", torch.float32: "fp32"}
 TYPES |= {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -63,10 +54,12 @@ def marked(*shape: object, every_day: bool, name: str | None = None) -> Any:
 
 def run_cases(interpret: bool, *cases: str, select: str = "") -> None:
     """Run files of tests/ in the interpreter, or on a GPU, where a file compiles 200 kernels."""
-    options = ["-p", "no:xdist"] if interpret else ["-n", "4"]
-    options += ["-k", select] if select else []
-    paths = (f"tests/{name}" for name in cases)
-    run_tests(*options, *paths, TRITON_INTERPRET=str(int(interpret)))
+    options = ["-k", select] if select else []
+    options += [f"tests/{name}" for name in cases]
+    if interpret:  # pytest takes seconds to load the plugins that it finds
+        run_tests(*options, TRITON_INTERPRET="1", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    else:
+        run_tests("-n", "4", *options, TRITON_INTERPRET="0")
 
 
 @dataclass(frozen=True)
