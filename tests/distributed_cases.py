@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import queue
 import socket
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -46,8 +47,8 @@ def run_ranks(case: Case, size: int, *arguments: object, timeout: float = 30.0) 
 
     A rank that does not end within a minute fails the test.
     """
-    context = multiprocessing.get_context("forkserver")  # torch is imported once, not by every rank
-    context.set_forkserver_preload(["torch._dynamo", "vi_simsiam.engine.train"])
+    # A forked rank has imported torch already.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     outcomes, all_ended = context.Queue(), context.Event()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -164,25 +165,35 @@ def test_views_draws_a_row_for_each_image(
     assert pixels[:, -28:].std() > 10
 
 
+def program(arguments: list[str], out: Path, err: Path) -> None:
+    """The command in a forked process, which has imported torch already."""
+    os.setsid()
+    for number, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+    sys.exit(main(arguments))
+
+
 def test_a_stopped_run_can_be_resumed(image_folder: Path, tmp_path: Path) -> None:
     """With loader workers: exit code 130, one line that names the next command, no traceback."""
     run_folder = tmp_path / "run"
     words = f"train --data folder:{image_folder} --out {run_folder} {TINY} --epochs 200 --workers 1"
-    process = subprocess.Popen(
-        [*PROGRAM, *words.split(), "--log-every", "2"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    arguments = f"{words} --log-every 2".split()
+    files = [tmp_path / name for name in ("out", "err")]
+    process = multiprocessing.get_context("fork").Process(target=program, args=(arguments, *files))
+    process.start()
     metrics = run_folder / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None:
-        assert time.monotonic() < deadline, "no step within two minutes"
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: workers get it, too
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    deadline = time.monotonic() + 60
+    try:
+        while not (metrics.exists() and metrics.stat().st_size) and process.is_alive():
+            assert time.monotonic() < deadline, "no step within a minute"
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: workers get it, too
+        process.join(60)
+    finally:
+        process.kill()
+    out, err = (file.read_text() for file in files)
+    assert process.exitcode == 130, err
     assert "go on with: vi-simsiam train --out" in err
     assert err.count("stopping after this step; the run can be resumed") == 1
     assert "Traceback" not in out + err

@@ -20,6 +20,8 @@ from processes import environment
 from test_power_spherical import COLUMN, exact
 
 from vi_simsiam.benchmarks.baselines import textbook_loss
+from vi_simsiam.cli import main
+from vi_simsiam.ops import backends
 from vi_simsiam.ops.multiview_loss import LossForm, multiview_loss
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -304,12 +306,24 @@ def test_vector_instructions_by_name(
     assert chosen.stdout.strip() in simd, chosen.stderr
 
 
-def test_vector_instructions_that_do_not_run_here_are_named(extension: ModuleType) -> None:
-    result = with_simd("avx9", "-m", "vi_simsiam", "info")
-    assert result.returncode == 2
-    message = "vi-simsiam: VI_SIMSIAM_SIMD: 'avx9' does not run here; accepted: baseline"
-    assert result.stderr.startswith(message)
-    assert result.stderr.count("\n") == 1
+def test_vector_instructions_that_do_not_run_here_are_named(
+    extension: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = with_simd("avx9", "-c", "import vi_simsiam._C as c; c.build_info()")
+    message = "VI_SIMSIAM_SIMD: 'avx9' does not run here; accepted: baseline"
+    *_, line = result.stderr.splitlines()
+    assert line.startswith(f"ValueError: {message}")
+
+    def refuse() -> None:
+        raise ValueError(message)
+
+    monkeypatch.setattr(extension, "build_info", refuse)
+    backends.extension.cache_clear()
+    try:
+        assert main(["info"]) == 2
+    finally:
+        backends.extension.cache_clear()
+    assert capsys.readouterr().err == f"vi-simsiam: {message}\n"
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ SCRIPT = ROOT / "scripts" / "gpu.py"
 # A process that only SIGKILL ends, with a child: both live on after the seconds of a stage.
 STUBBORN = """
 import os, pathlib, signal, subprocess, sys, time
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, lambda *_: pathlib.Path("asked").touch())
 child = subprocess.Popen(["sleep", "120"])
 pathlib.Path("new").write_text(f"{os.getpid()} {child.pid}")
 pathlib.Path("new").rename("stage")
@@ -79,7 +79,7 @@ def test_a_failure_and_a_limit_keep_no_stage_from_running(
     stages = {
         "first": gpu.Stage(20, ["fails"]),
         "second": gpu.Stage(20, ["variable"], {"WHICH": "this"}),
-        "third": gpu.Stage(2, ["stubborn", "120"]),
+        "third": gpu.Stage(1, ["stubborn", "120"]),
         "report": gpu.Stage(20, ["works"]),
         "last": gpu.Stage(60, ["works"]),
     }
@@ -121,7 +121,7 @@ spec = importlib.util.spec_from_file_location("gpu_stages", {str(SCRIPT)!r})
 gpu = sys.modules["gpu_stages"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(gpu)
 gpu._gpu_found = lambda: True
-gpu._SECONDS_TO_END = 2.0
+gpu._SECONDS_TO_END = 1.0
 for number in gpu._STOP:
     signal.signal(number, signal.default_int_handler)
 limit = float(sys.argv[1])
@@ -156,10 +156,10 @@ def test_every_process_of_a_stage_ends_however_often_the_script_is_interrupted(
     script = _script(limit)
     processes = _processes()
     if signals == 1:
-        time.sleep(limit)
+        _until(Path("asked").exists)
     for _ in range(signals):
         script.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
+        _until(Path("asked").exists)
     printed, _ = script.communicate(timeout=60)
     assert script.returncode == 130
     assert "second" not in printed
