@@ -23,8 +23,9 @@ SCRIPT = ROOT / "scripts" / "gpu.py"
 # A process that only SIGKILL ends, with a child: both live on after the seconds of a stage.
 STUBBORN = """
 import os, pathlib, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen(["sleep", "120"])  # ignores it, too
 signal.signal(signal.SIGTERM, lambda *_: pathlib.Path("asked").touch())
-child = subprocess.Popen(["sleep", "120"])
 pathlib.Path("new").write_text(f"{os.getpid()} {child.pid}")
 pathlib.Path("new").rename("stage")
 time.sleep(float(sys.argv[1]))
