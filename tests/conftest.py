@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -18,18 +19,31 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-import numpy as np
 import pytest
-import torch
-from losses import DEVICE
-from PIL import Image
 
 if TYPE_CHECKING:
+    import torch
+
     from vi_simsiam.evaluation.features import FeatureSets
 
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-if DEVICE != "cpu":
-    torch.set_default_device(DEVICE)
+
+def pytest_collection() -> None:
+    """Import torch; not above, as the process of pytest-xdist that runs no tests reads this, too.
+
+    What is imported for the tests stays, so no garbage is searched for among it, now or later.
+    """
+    gc.disable()
+    import torch
+    from losses import DEVICE
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if DEVICE != "cpu":
+        torch.set_default_device(DEVICE)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,12 +57,17 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def checks_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let distributions check their values; compiling anything in the process switches that off."""
+    import torch
+
     monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
 
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two classes, dark and bright: 20 training, 8 validation images of 16 x 16 pixels each."""
+    import numpy as np
+    from PIL import Image
+
     root = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     for split, count in (("train", 20), ("val", 8)):
@@ -63,6 +82,8 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def small_backbone(*given: object, **options: object) -> tuple[torch.nn.Module, int]:
     """One convolution in place of a ResNet, whose steps and checkpoints take seconds."""
+    import torch
+
     from vi_simsiam.normalisation import PerViewBatchNorm2d
 
     layers = [torch.nn.Conv2d(3, 8, 3, stride=2), PerViewBatchNorm2d(8), torch.nn.ReLU()]
@@ -78,7 +99,9 @@ def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def short_probes() -> Iterator[None]:
-    """Evaluations of a file have short probes and coarse figures."""
+    """Evaluations of a file have short probes and blank figures."""
+    from evaluation_cases import skip_rendering
+
     from vi_simsiam.evaluation.linear import LINEAR_PRESETS, LinearConfig, evaluate_linear
 
     def short(features: FeatureSets) -> dict[str, Any]:
@@ -88,7 +111,7 @@ def short_probes() -> Iterator[None]:
         patch.setattr("vi_simsiam.evaluation.summary.evaluate_linear", short)
         paper = dataclasses.replace(LINEAR_PRESETS["paper"], epochs=8)
         patch.setitem(LINEAR_PRESETS, "paper", paper)
-        patch.setattr("vi_simsiam.evaluation.style._DPI", 40)
+        skip_rendering(patch)
         yield
 
 

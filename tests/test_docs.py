@@ -266,9 +266,9 @@ def test_the_lightly_example_runs(
 
 # Text of the page, and its replacement.
 SMALLER = {
-    "--images 4000 --epochs 4 --held-out 0.2": "--images 64 --epochs 1 --held-out 0.008",
-    "--images 400 --corruption-images 50": "--images 24 --corruption-images 2",
-    "len(source), 20)": "len(source), 125)",
+    "--images 4000 --epochs 4 --held-out 0.2": "--images 32 --epochs 1 --held-out 0.004",
+    "--images 400 --corruption-images 50": "--images 12 --corruption-images 1",
+    "len(source), 20)": "len(source), 250)",
 }
 
 

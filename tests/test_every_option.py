@@ -19,7 +19,9 @@ import torch
 import torchvision
 import tyro
 from inference_cases import save_images, save_run
+from matplotlib.figure import Figure
 from option_cases import RUNS, SMALL
+from PIL import Image
 from test_commands import COMMANDS, run
 
 from vi_simsiam.backbones import build_backbone
@@ -103,6 +105,11 @@ def filled(
     in_process = SimpleNamespace(**vars(subprocess) | {"Popen": called})
     monkeypatch.setattr(processes, "subprocess", in_process)
     monkeypatch.setattr(processes, "_POLL_SECONDS", 0.0)
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda figure, file, **options: Image.new("RGB", (16, 7)).save(file, "PNG"),
+    )
     # Other backends take up to a minute.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     tiny = view_cases.ViewCase(8, 16, sides=(16, 16))

@@ -24,7 +24,8 @@ SCRIPT = ROOT / "scripts" / "gpu.py"
 STUBBORN = """
 import os, pathlib, signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-child = subprocess.Popen(["sleep", "120"])
+child = subprocess.Popen(["sleep", "120"])  # ignores it, too
+signal.signal(signal.SIGTERM, lambda *_: pathlib.Path("asked").touch())
 pathlib.Path("new").write_text(f"{os.getpid()} {child.pid}")
 pathlib.Path("new").rename("stage")
 time.sleep(float(sys.argv[1]))
@@ -156,10 +157,10 @@ def test_every_process_of_a_stage_ends_however_often_the_script_is_interrupted(
     script = _script(limit)
     processes = _processes()
     if signals == 1:
-        time.sleep(limit)
+        _until(Path("asked").exists)
     for _ in range(signals):
         script.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
+        _until(Path("asked").exists)
     printed, _ = script.communicate(timeout=60)
     assert script.returncode == 130
     assert "second" not in printed

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from evaluation_cases import skip_rendering
 from inference_cases import save_run
 from PIL import Image
 from pyarrow import parquet
@@ -26,6 +27,7 @@ from vi_simsiam.data.packed import open_pack
 from vi_simsiam.engine.run import read_config
 from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import InputError
+from vi_simsiam.evaluation import style
 from vi_simsiam.evaluation.foreign import _free_name
 from vi_simsiam.evaluation.style import shown
 from vi_simsiam.export.formats import load_safetensors
@@ -114,8 +116,9 @@ def test_names_that_begin_with_a_tilde(homeless: None, image_folder: Path) -> No
 
 
 @pytest.mark.usefixtures("small_network")
-def test_a_run_in_the_home_folder(home: Path) -> None:
+def test_a_run_in_the_home_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In commands and in Python."""
+    skip_rendering(monkeypatch)
     (home / "mine.yaml").write_text("cache_dir: ~/cache\n")
     for command in (
         f"train --data ~/photos --config=~/mine.yaml --out=~/run {SMALL}",
@@ -161,9 +164,13 @@ def folder(image_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.usefixtures("small_network")
 def test_names_that_are_not_utf8(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """From training to results: files hold the bytes, pages and pictures show them escaped."""
+    monkeypatch.setattr(style, "_DPI", 40)
     run, pack, data = folder / "run", folder / f"{CAFE}.pack", folder / CAFE
     images = {os.fsencode(path) for path in data.rglob("*.png")}
     succeed("train", "--data", data, "--out", run, *SMALL.split())
