@@ -108,7 +108,7 @@ def short_probes() -> Iterator[None]:
         return evaluate_linear(features, LinearConfig(min_steps=100))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vi_simsiam.evaluation.summary.evaluate_linear", short)
+        patch.setattr("vi_simsiam.evaluation.linear.evaluate_linear", short)
         paper = dataclasses.replace(LINEAR_PRESETS["paper"], epochs=8)
         patch.setitem(LINEAR_PRESETS, "paper", paper)
         skip_rendering(patch)

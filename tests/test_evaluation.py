@@ -1,52 +1,69 @@
-"""Features of the three encoders, and the summary of a run."""
+"""Features of the three encoders and of random views, result files, and the summary of a run."""
 
 from __future__ import annotations
 
 import base64
-import functools
 import io
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from evaluation_cases import CPU, SIZE, TinyBackbone, gray_source, make_run, skip_rendering
+from evaluation_cases import (
+    CPU,
+    SIZE,
+    TinyBackbone,
+    feature_sets,
+    gray_source,
+    make_run,
+    skip_rendering,
+)
 from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as tv
 
+from vi_simsiam.cli.evaluate import evaluate_run
 from vi_simsiam.config import AugmentConfig, ModelConfig, TrainConfig
+from vi_simsiam.data.cache import cached
 from vi_simsiam.data.datasets import Splits
+from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ArraySource
-from vi_simsiam.data.views import eval_view
+from vi_simsiam.data.views import draw_table, eval_view
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.run import load_run
 from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import features as features_module
-from vi_simsiam.evaluation import summary
 from vi_simsiam.evaluation.features import (
     ENCODERS,
-    calibrate_batch_norm,
+    FeatureSets,
     collect,
     labelled_splits,
     pixels,
+    random_features,
     untrained_backbone,
 )
+from vi_simsiam.evaluation.knn import evaluate_knn
 from vi_simsiam.evaluation.linear import LinearConfig, evaluate_linear
-from vi_simsiam.evaluation.results import pack_bits, unpack_bits
-from vi_simsiam.evaluation.summary import evaluate_run, summary_line
+from vi_simsiam.evaluation.logistic import evaluate_logistic
+from vi_simsiam.evaluation.results import pack_bits, summary_line, unpack_bits
 from vi_simsiam.inference.forward import extract
+from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, Column
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blank figures, and a linear probe of a few steps."""
     skip_rendering(monkeypatch)
-    probe = functools.partial(evaluate_linear, config=LinearConfig(epochs=1, min_steps=5))
-    monkeypatch.setattr(summary, "evaluate_linear", probe)
+    short = LinearConfig(epochs=1, min_steps=5)
+    monkeypatch.setattr(
+        "vi_simsiam.evaluation.linear.evaluate_linear", lambda sets: evaluate_linear(sets, short)
+    )
 
 
 def stacked(source: ArraySource, size: int = SIZE) -> Tensor:
@@ -101,40 +118,34 @@ def test_damaged_weights_and_empty_sources_are_refused() -> None:
         features_of(TinyBackbone(), nothing)
 
 
-def test_calibration_averages_shuffled_batches_of_equal_size(
-    monkeypatch: pytest.MonkeyPatch,
+def test_untrained_statistics_are_averages_of_shuffled_batches_of_equal_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    norm = nn.BatchNorm2d(3)
     monkeypatch.setattr(features_module, "CALIBRATION_IMAGES", 20)
-    source, norm = gray_source(24), nn.BatchNorm2d(3)
-    norm.running_mean.fill_(100)
-    norm.num_batches_tracked.fill_(50)
-    calibrate_batch_norm(
-        nn.Sequential(norm).eval(), source, size=SIZE, seed=5, device=CPU, workers=0, batch_size=8
-    )
+    monkeypatch.setattr(features_module, "_BATCH", 8)
+    monkeypatch.setattr(features_module, "build_backbone", lambda *_, **__: (norm, 3))
+    source, config = gray_source(24), replace(make_run(tmp_path).config, seed=5)
+    assert not untrained_backbone(config, source, device=CPU, workers=0).training
     # Three batches of six; two images of the first twenty are left over.
     order = np.random.default_rng(5).permutation(24)[:18]
     batches = stacked(source)[order].reshape(3, 6, 3, SIZE, SIZE)
-    assert norm.num_batches_tracked == 3
     torch.testing.assert_close(norm.running_mean, batches.mean((0, 1, 3, 4)))
     variances = torch.stack([b.var((0, 2, 3)) for b in batches])
     torch.testing.assert_close(norm.running_var, variances.mean(0))
-    assert (norm.training, norm.momentum) == (False, 0.1)
 
 
 def test_untrained_backbone_is_drawn_from_the_seed_and_complete(tmp_path: Path) -> None:
     config, source = make_run(tmp_path).config, gray_source(16)
     state = torch.get_rng_state()
-    first = untrained_backbone(config, source, device=CPU, workers=0)
-    again = untrained_backbone(config, source, device=CPU, workers=0)
-    other = untrained_backbone(replace(config, seed=1), source, device=CPU, workers=0)
+    first, again, other = (
+        untrained_backbone(replace(config, seed=seed), source, device=CPU, workers=0)
+        for seed in (0, 0, 1)
+    )
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first.conv1.weight, again.conv1.weight)
     assert not torch.equal(first.conv1.weight, other.conv1.weight)
     assert (first.layer1[0].bn2.weight == 1).all(), "a residual branch starts at zero"
-    with torch.no_grad():
-        inside = first.conv1(stacked(source))
-    torch.testing.assert_close(first.bn1.running_mean, inside.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(first.bn1.running_var, inside.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("size", "side"), [(8, 8), (64, 32)])
@@ -160,25 +171,106 @@ def test_collect_gives_every_encoder_of_both_splits(tmp_path: Path) -> None:
     assert "trained features of 24 train images" in stages
 
 
-@pytest.mark.parametrize("count", [0, 8, 9])
-def test_bits_are_packed_in_base64_and_come_back(count: int) -> None:
-    bits = torch.rand(count, generator=torch.Generator().manual_seed(count)) < 0.5
+def coloured(count: int) -> PackedImages:
+    shape = (count, 20, 20, 3)
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    return cached(ArraySource(images, np.arange(count) % 2, ["a", "b"], "coloured"))[0]
+
+
+def passes(
+    count: int, images: PackedImages, backbone: nn.Module, device: torch.device = CPU
+) -> list[tuple[Tensor, Tensor]]:
+    """The first passes of random views."""
+    found = random_features(backbone, images, size=SIZE, device=device, workers=0)
+    return [next(found) for _ in range(count)]
+
+
+def cropped_and_flipped(images: PackedImages, row: np.ndarray) -> Tensor:
+    """The view of a table row by torchvision alone."""
+    image = np.asarray(images.image(int(row[Column.SAMPLE])))
+    pixels = torch.from_numpy(image).permute(2, 0, 1) / 255
+    top, left = int(row[Column.TOP]), int(row[Column.LEFT])
+    height, width = int(row[Column.HEIGHT]), int(row[Column.WIDTH])
+    view = tv.resized_crop(pixels, top, left, height, width, [SIZE, SIZE], antialias=True)
+    view = tv.horizontal_flip(view) if row[Column.FLIP] else view
+    return tv.normalize(view, list(IMAGENET_MEAN), list(IMAGENET_STD))
+
+
+def test_random_features_are_those_of_crops_and_flips_in_eval_mode() -> None:
+    images, backbone = coloured(12), TinyBackbone().train()
+    found = passes(6, images, backbone)
+    assert backbone.training
+    backbone.eval()
+    off = {"jitter_prob": 0.0, "grayscale_prob": 0.0, "blur_prob": 0.0}
+    policy = AugmentConfig(size=SIZE, crop_scale=(0.08, 1.0), **off)
+    sizes = {"heights": images.heights, "widths": images.widths, "samples": np.arange(12)}
+    tables = [draw_table(policy, seed=0, epoch=epoch, **sizes) for epoch in range(3)]
+    for (features, index), table in zip(found, np.concatenate(tables), strict=True):
+        assert index.tolist() == list(range(12))
+        views = torch.stack([cropped_and_flipped(images, row) for row in table])
+        with torch.no_grad():
+            torch.testing.assert_close(features, backbone(views), rtol=1e-4, atol=1e-4)
+
+
+def test_few_images_are_left_over_and_others_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features_module, "_BATCH", 4)
+    indices = [index for _, index in passes(6, coloured(11), TinyBackbone())]
+    assert [len(index.unique()) for index in indices] == [9] * 6  # three batches of three
+    assert set(torch.cat(indices).tolist()) == set(range(11))
+
+
+@pytest.mark.gpu
+def test_cuda_gives_the_random_features_of_the_cpu() -> None:
+    images, cuda = coloured(12), torch.device("cuda")
+    _, (expected, index) = passes(2, images, TinyBackbone())
+    _, (found, found_index) = passes(2, images, TinyBackbone().to(cuda), cuda)
+    assert torch.equal(found_index, index)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "evaluate", "package"),
+    [
+        ("knn", evaluate_knn, "torch"),
+        ("linear", evaluate_linear, "timm"),
+        ("logistic", evaluate_logistic, "scikit-learn"),
+    ],
+)
+def test_result_files_have_the_accuracies_and_correct_images(
+    tmp_path: Path, name: str, evaluate: Callable[[FeatureSets], dict[str, Any]], package: str
+) -> None:
+    (tmp_path / f"{name}.json").write_text("an older result")
+    result = evaluate(feature_sets(tmp_path, val=27))
+    assert json.loads((tmp_path / f"{name}.json").read_text()) == json.loads(json.dumps(result))
+    assert [path.name for path in tmp_path.iterdir()] == [f"{name}.json"]
+    assert result["evaluation"] == name
+    assert (result["train_images"], result["val_images"], result["classes"]) == (60, 27, 3)
+    assert result["features"] == dict.fromkeys(ENCODERS, 8)
+    assert {"vi-simsiam", "torch", package} <= set(result["versions"])
+    assert result["top1"]["trained"] == 1.0
+    assert 0 < result["top1"]["untrained"] < 0.7
+    for encoder, share in result["top1"].items():
+        correct = unpack_bits(result["correct"][encoder], 27)
+        assert correct.double().mean() == pytest.approx(share)
+    if name != "knn":
+        assert result["top5_counts"] == 3
+        assert set(result["top5"].values()) == {1.0}
+
+
+def test_bits_are_packed_in_base64_and_come_back() -> None:
+    bits = torch.rand(9, generator=torch.Generator().manual_seed(0)) < 0.5
     text = pack_bits(bits)
-    assert torch.equal(unpack_bits(text, count), bits)
+    assert torch.equal(unpack_bits(text, 9), bits)
     assert base64.b64decode(text) == np.packbits(bits.numpy()).tobytes()
-
-
-def test_bits_of_another_number_or_kind_are_refused() -> None:
-    with pytest.raises(InputError, match="2 bytes given for 8 values; 1 must be given"):
-        unpack_bits("gYA=", 8)
-    with pytest.raises(InputError, match="'g-A=' .* base64"):
-        unpack_bits("g-A=", 9)
+    for damaged in ("gYA=", "g-A="):
+        with pytest.raises(InputError, match=f"correct: '{damaged}' is not 8 values in base64"):
+            unpack_bits(damaged, 8)
 
 
 @pytest.mark.usefixtures("quick")
 def test_evaluating_a_run_writes_everything_and_ends_with_the_summary(tmp_path: Path) -> None:
     run, out = make_run(tmp_path / "run [red]", val=gray_source(10)), io.StringIO()
-    evaluate_run(run, console=Console(file=out))
+    evaluate_run(run, World(CPU), Console(file=out))
     results = [json.loads((run.path / f"{name}.json").read_text()) for name in ("knn", "linear")]
     lines = out.getvalue().splitlines()
     assert lines[-2:] == [
@@ -215,14 +307,14 @@ def test_a_run_without_a_log_and_with_few_images_is_evaluated(tmp_path: Path) ->
     """No curves are drawn, and all training images are neighbours."""
     run, out = make_run(tmp_path, train=gray_source(6), val=gray_source(4)), io.StringIO()
     (tmp_path / "metrics.jsonl").unlink()
-    evaluate_run(run, console=Console(file=out))
+    evaluate_run(run, World(CPU), Console(file=out))
     assert out.getvalue().startswith(f"figure {tmp_path / 'density.png'}")
     assert (tmp_path / "linear.json").is_file()
     assert "with k = 6, all training images" in out.getvalue()
     # Figures are drawn before the labels are needed.
     run = make_run(tmp_path / "other", train=gray_source(24, labelled=False))
     with pytest.raises(InputError, match="class folders"):
-        evaluate_run(run, console=Console(file=out))
+        evaluate_run(run, World(CPU), Console(file=out))
     assert {"curves.png", "kappa.png"} <= {path.name for path in run.path.iterdir()}
 
 

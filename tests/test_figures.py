@@ -28,7 +28,7 @@ from vi_simsiam.evaluation import figures, style, uncertainty_figures
 from vi_simsiam.evaluation.figures import (
     CONCENTRATIONS,
     COSINES,
-    concentrations,
+    certainty,
     draw_curves,
     draw_density,
     draw_kappa,
@@ -61,13 +61,13 @@ def test_figures_are_small_files_of_one_size(
     photographs = [Image.fromarray(each).resize((128, 96), 3) for each in noise]
     run = make_run(tmp_path, val=ArraySource(np.stack([*map(np.asarray, photographs)])), lines=400)
     before = dict(matplotlib.rcParams)
-    assert draw_kappa(run) == tmp_path / "kappa.png"
+    assert draw_kappa(run) == [tmp_path / "kappa.png"]
     assert Image.open(tmp_path / "kappa.png").size == (1600, 680)
     assert (tmp_path / "kappa.png").stat().st_size < 300_000
     monkeypatch.setattr(style, "_DPI", 40)
-    paths = [draw_curves(tmp_path), draw_density(tmp_path)]
+    paths = [*draw_curves(tmp_path), *draw_density(tmp_path)]
     assert paths == [tmp_path / "curves.png", tmp_path / "density.png"]
-    assert [Image.open(path).size for path in paths if path] == [(320, 136)] * 2
+    assert [Image.open(path).size for path in paths] == [(320, 136)] * 2
     assert dict(matplotlib.rcParams) == before
 
 
@@ -81,20 +81,12 @@ def test_metrics_are_read_as_columns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "has no metrics.jsonl"),
-        ("", "is empty"),
-        ('{"step": 1}\n{"step": 2, "lo', "line 2 cannot be read"),
-        ('{"step": "one"}\n', "line 1 cannot be read"),
-        ("[1, 2]\n", "line 1 cannot be read"),
-    ],
+    ("text", "line"), [('{"step": 1}\n{"step": 2, "lo', 2), ('{"step": "one"}\n', 1), ("[1]\n", 1)]
 )
-def test_damaged_metrics_are_refused(tmp_path: Path, text: str | None, message: str) -> None:
+def test_damaged_metrics_are_refused(tmp_path: Path, text: str, line: int) -> None:
     path = tmp_path / "metrics.jsonl"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(InputError, match=message):
+    path.write_text(text)
+    with pytest.raises(InputError, match=f"line {line} cannot be read"):
         read_metrics(path)
     with pytest.raises(InputError, match="holds no run"):
         draw_curves(tmp_path)
@@ -113,16 +105,17 @@ def test_moving_average_keeps_short_series_and_straight_lines() -> None:
 
 def test_concentrations_are_the_models_in_image_order(tmp_path: Path) -> None:
     source = gray_source(9)
-    run = make_run(tmp_path)
+    run = make_run(tmp_path, val=source)
     images = torch.stack([eval_view(SIZE)(source.image(i)) for i in range(9)])
     with torch.no_grad():
         expected = run.model.distribution(images).concentration / 7
-    found = concentrations(run, source)
-    assert len(set(found)) == 9
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    found = certainty(run)
+    assert found is not None
+    assert len(set(found.values)) == 9
+    np.testing.assert_allclose(found.values, expected, rtol=1e-5)
     with torch.no_grad():
         run.model.predictor[-1].bias.fill_(torch.nan)
-    with pytest.raises(InputError, match="concentrations that are not finite"):
+    with pytest.raises(InputError, match="not finite; the model's weights are damaged"):
         draw_kappa(run)
     assert not (tmp_path / "kappa.png").exists()
 
@@ -163,7 +156,9 @@ def test_kappa_shows_the_images_at_both_ends(tmp_path: Path, drawn: list[Figure]
     val = gray_source(40)
     run = make_run(tmp_path, val=val)
     draw_kappa(run)
-    values = concentrations(run, val)
+    found = certainty(run)
+    assert found is not None
+    values = found.values
     low, high = extremes(values, 8)
     shown = thumbnails(drawn[0])
     assert len(shown) == 16
@@ -185,14 +180,6 @@ def test_kappa_falls_back_to_the_training_images(
     assert "5 training images" in drawn[0].get_suptitle()
     assert len(thumbnails(drawn[0])) == 5
     assert sum(bar.get_height() for bar in drawn[0].subfigs[0].axes[0].patches) == 5
-
-
-def test_simsiam_has_no_kappa(tmp_path: Path) -> None:
-    run = make_run(tmp_path, method="simsiam")
-    assert draw_kappa(run) is None
-    assert not (tmp_path / "kappa.png").exists()
-    with pytest.raises(InputError, match="SimSiam predicts no concentration"):
-        concentrations(run, run.splits.train)
 
 
 @pytest.mark.filterwarnings("error")
@@ -261,16 +248,14 @@ def test_every_part_that_is_there_has_its_figure(
     assert [path.name for path in paths] == names
     assert [Image.open(path).width for path in paths] == [320] * 4
     skip_rendering(monkeypatch)
-    for part in ("misclassification", "ood", "corruptions"):
-        del result[part]
+    result |= {"misclassification": None, "ood": {}, "corruptions": {}}
     paths = draw_uncertainty(written(tmp_path, result))
     assert [path.name for path in paths] == ["reliability.png"]
 
 
-def test_reliability_shows_the_bins_that_hold_pairs() -> None:
+def test_reliability_shows_the_bins() -> None:
     result = uncertainty_result()
     bins = result["calibration"]["bins"]
-    result["calibration"]["bins"] = [{"expected": None, "observed": None, "count": 0}, *bins]
     left, right = panels(uncertainty_figures.reliability, result)
     expected, observed = ([each[key] for each in bins] for key in ("expected", "observed"))
     assert curves(left)["bin of pairs"] == (expected, observed)
@@ -334,28 +319,19 @@ def test_best_others_always_hold_an_image_statistic() -> None:
     assert best_others({"kappa": 0.9}) == []
 
 
-@pytest.mark.parametrize("text", ['{"data": ', "[1]", "\udcff"])
-def test_damaged_results_are_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "uncertainty.json").write_text(text, errors="surrogateescape")
-    with pytest.raises(InputError, match=r"json cannot be read .*; vi-simsiam uncertainty /"):
-        draw_uncertainty(tmp_path)
-
-
 @pytest.mark.parametrize(
-    ("part", "lacking", "figure"),
+    ("text", "problem"),
     [
-        ("misclassification", {"oracle": None}, "risk_coverage.png"),
-        ("calibration", {"bins": []}, "reliability.png"),
+        ('{"data": ', "cannot be read"),
+        ("[1]", "cannot be read"),
+        ("\udcff", "cannot be read"),
+        ('{"ood": {}, "calibration": {}}', "lacks misclassification, retrieval, corruptions"),
     ],
 )
-def test_results_that_lack_a_part_are_refused(
-    tmp_path: Path, part: str, lacking: dict[str, Any], figure: str
-) -> None:
-    full = uncertainty_result()
-    result = {"data": full["data"], "images": 2000, part: {**full[part], **lacking}}
-    again = f"vi-simsiam uncertainty {tmp_path} makes it again"
-    with pytest.raises(InputError, match=rf"lacks what {figure} shows.*; {again}"):
-        draw_uncertainty(written(tmp_path, result))
+def test_damaged_results_are_refused(tmp_path: Path, text: str, problem: str) -> None:
+    (tmp_path / "uncertainty.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(InputError, match=rf"json {problem}.*; vi-simsiam uncertainty /"):
+        draw_uncertainty(tmp_path)
 
 
 @pytest.mark.parametrize("dim", [3, 128])
@@ -376,8 +352,9 @@ def test_density_shows_the_runs_dimension(tmp_path: Path, monkeypatch: pytest.Mo
     saved: list[Figure] = []
     target = "vi_simsiam.evaluation.figures.save"
     monkeypatch.setattr(target, lambda figure, path: saved.append(figure) or path)
-    assert draw_density(make_run(tmp_path / "simsiam", method="simsiam").path) is None
-    assert draw_density(make_run(tmp_path).path) == tmp_path / "density.png"
+    simsiam = make_run(tmp_path / "simsiam", method="simsiam")
+    assert draw_density(simsiam.path) == draw_kappa(simsiam) == []
+    assert draw_density(make_run(tmp_path).path) == [tmp_path / "density.png"]
     assert "−log PS" in saved[0].get_suptitle()
     assert "D = 8 " in saved[0].get_suptitle()
     left, right = saved[0].axes

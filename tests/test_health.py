@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from evaluation_cases import skip_rendering
 from rich.console import Console
 from test_trainer import Watched, config, metrics
 
+from vi_simsiam.cli.evaluate import evaluate_run
 from vi_simsiam.config import SOFTPLUS, AugmentConfig, ModelConfig
 from vi_simsiam.engine import verdict
+from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.run import load_run
 from vi_simsiam.engine.train import Trainer
-from vi_simsiam.evaluation import report, summary
+from vi_simsiam.evaluation import report
 from vi_simsiam.evaluation.linear import LinearConfig, evaluate_linear
 
 pytestmark = pytest.mark.usefixtures("small_network")
@@ -68,12 +71,10 @@ def test_a_concentration_that_dies_is_named_by_training_evaluation_and_report(
     run = load_run(tmp_path, device="cpu", workers=0)
     console = Console(file=io.StringIO(), width=400)
     brief = functools.partial(evaluate_linear, config=LinearConfig(epochs=1, min_steps=0))
-    monkeypatch.setattr(summary, "evaluate_linear", brief)
-    monkeypatch.setattr(summary, "_figures", lambda run: [])
-    summary.evaluate_run(run, console=console, quiet=True)
+    monkeypatch.setattr("vi_simsiam.evaluation.linear.evaluate_linear", brief)
+    skip_rendering(monkeypatch)
+    evaluate_run(run, World(run.device), console, quiet=True)
     assert f"warning: training {dead}" in console.file.getvalue()  # type: ignore[attr-defined]
-    for name in ("draw_curves", "draw_density"):
-        monkeypatch.setattr(report, name, lambda folder: None)
     page = report.write_report(tmp_path).read_text()
     assert f"<strong>Training:</strong> {dead}" in page.partition("<main>")[0]
 

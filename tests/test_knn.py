@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,7 @@ from torch.nn import functional as F
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import knn
 from vi_simsiam.evaluation.knn import KnnConfig, classify, evaluate_knn
-from vi_simsiam.evaluation.results import unpack_bits
-from vi_simsiam.evaluation.summary import summary_line
+from vi_simsiam.evaluation.results import summary_line
 from vi_simsiam.inference import neighbours
 
 
@@ -92,28 +90,6 @@ def test_lengths_and_blocks_do_not_matter_and_a_small_temperature_means_the_near
     sure = decided(train, labels, queries, KnnConfig(20, 1e-4))
     assert torch.equal(voted(KnnConfig(20, 1e-4))[sure], voted(KnnConfig(1))[sure])
     assert torch.equal(voted(KnnConfig(10_000)), voted(KnnConfig(300)))
-
-
-def test_result_file_has_the_accuracies_and_correct_images(tmp_path: Path) -> None:
-    (tmp_path / "knn.json").write_text("an older result")
-    sets = feature_sets(tmp_path, val=27)
-    config = KnnConfig(k=5, temperature=0.2)
-    result = evaluate_knn(sets, config)
-    assert json.loads((tmp_path / "knn.json").read_text()) == result
-    assert [path.name for path in tmp_path.iterdir()] == ["knn.json"]
-    assert result["evaluation"] == "knn"
-    assert result["settings"] == {"k": 5, "temperature": 0.2}
-    assert (result["train_images"], result["val_images"], result["classes"]) == (60, 27, 3)
-    assert result["features"] == {"trained": 8, "untrained": 8, "pixels": 8}
-    assert result["versions"]["torch"] == torch.__version__.split("+")[0]
-    assert result["top1"]["trained"] == 1.0
-    assert 0 < result["top1"]["untrained"] < 0.7
-    for encoder, train in sets.train.items():
-        val = sets.val[encoder]
-        predicted = classify(train, sets.train_labels, val, classes=3, config=config)
-        correct = unpack_bits(result["correct"][encoder], 27)
-        assert torch.equal(correct, predicted == sets.val_labels)
-        assert correct.double().mean() == pytest.approx(result["top1"][encoder])
 
 
 def test_of_fewer_images_than_neighbours_all_vote(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_simsiam_has_no_kappa_and_a_constant_one_is_called_a_control(run: Run) -
     ("name", "content", "problem"),
     [
         ("linear", "{", "cannot be read"),
-        ("uncertainty", '{"calibration": null}', "lacks what the card shows"),
+        ("uncertainty", '{"calibration": null}', "lacks misclassification,"),
     ],
 )
 def test_an_unusable_result_is_named(run: Run, name: str, content: str, problem: str) -> None:

@@ -65,7 +65,7 @@ def test_sources_loaders_and_experiments_name_their_contents() -> None:
 def test_what_holds_arrays_prints_their_shapes(tmp_path: Path) -> None:
     features = feature_sets(tmp_path, train=6000)
     assert "train={'trained': float32 (6000, 8)," in repr(features)
-    probe = LogisticProbe.fit(features.val["trained"], features.val_labels, features.classes)
+    probe = LogisticProbe.fit(features.val["trained"], features.val_labels, 3)
     found = certainty(make_run(tmp_path / "run", val=gray_source(40)))
     sizes = np.full(5000, 8, np.int32)
     contents = Contents("mine", sizes, sizes, places=[f"a/{number}.png" for number in range(5000)])

@@ -12,25 +12,25 @@ import pytest
 import torch
 from evaluation_cases import gray_source, make_run
 from inference_cases import save_run
-from PIL import Image
+from numpy.typing import NDArray
 from rich.console import Console
 from sklearn.datasets import load_digits
 
 from vi_simsiam.cli import main
 from vi_simsiam.cli.evaluate import print_result
-from vi_simsiam.data.datasets import open_dataset
-from vi_simsiam.data.packed import PackedImages
+from vi_simsiam.data.datasets import Splits, open_dataset
+from vi_simsiam.data.loader import eval_pixels
 from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import uncertainty
-from vi_simsiam.evaluation.calibration import augmented_views
 from vi_simsiam.evaluation.corruptions import MAGNITUDES, corrupt
-from vi_simsiam.evaluation.figures import concentrations
+from vi_simsiam.evaluation.figures import certainty
 from vi_simsiam.evaluation.foreign import builtin_sets
 from vi_simsiam.evaluation.metrics import level_trend
-from vi_simsiam.evaluation.scores import TRIVIAL, Network, eval_pixels, image_scores
+from vi_simsiam.evaluation.scores import image_scores
 from vi_simsiam.evaluation.uncertainty import comparisons, evaluate_uncertainty
+from vi_simsiam.inference.forward import random_views
 
 TINY_SCORES = {
     "kappa", "embedding_norm", "projection_norm", "prediction_norm", "view_agreement",
@@ -109,7 +109,12 @@ def test_every_part_is_measured_and_written(run: Run, result: dict[str, Any]) ->
 
 
 def test_figures_are_those_of_the_concentrations(run: Run, result: dict[str, Any]) -> None:
-    assert run.splits.val is not None
+    def concentrations(run: Run, source: ArraySource) -> NDArray[np.float64]:
+        found = certainty(dataclasses.replace(run, splits=Splits("", source, None)))
+        assert found is not None
+        return found.values
+
+    assert isinstance(run.splits.val, ArraySource)
     kappa = concentrations(run, run.splits.val)
     noise_source, digits = (each.source for each in builtin_sets(8, 40, 0))
     digit = np.rint(load_digits().images[0] * 255 / 16)
@@ -124,7 +129,7 @@ def test_figures_are_those_of_the_concentrations(run: Run, result: dict[str, Any
     blank = result["corruptions"]["blank"]
     assert blank["median_kappa"][5] == pytest.approx(gray[0], rel=1e-4)
     assert blank["scores"]["contrast"]["monotone"] == 1, "every level is grayer"
-    (pixels,) = eval_pixels(run.splits.val, 8, 0)
+    ((pixels, _),) = eval_pixels(run.splits.val, 8, 100, 0)
     damaged = [corrupt(pixels, "noise", level, numbers=np.arange(40)) for level in range(6)]
     trend = level_trend(np.stack([image_scores(images)["jpeg_size"] for images in damaged]))
     assert result["corruptions"]["noise"]["scores"]["jpeg_size"] == trend
@@ -138,28 +143,19 @@ def test_cosines_are_those_with_the_network_that_makes_the_targets(tmp_path: Pat
     run = tiny_run(tmp_path)
     run.model.target = FirstAxis()  # type: ignore[assignment]
     images = run.readable(run.splits.val or run.splits.train)[0]
-    policy, cpu = run.config.augment, torch.device("cpu")
-    views = augmented_views(images, np.arange(40), policy, views=4, seed=0, device=cpu)
-    network = Network(run.model, cpu)
-    expected = float(torch.cat([network(each.flatten(0, 1)).loc[:, 0] for each in views]).mean())
+    pixels, numbers = [np.asarray(images.image(i)) for i in range(40)], np.arange(40)
+    options = {"views": 4, "seed": 0, "device": run.device, "later_epochs": False}
+    views = random_views(pixels, numbers, run.config.augment, **options)
+    with torch.no_grad():
+        expected = float(run.model.distribution(views.flatten(0, 1)).loc[:, 0].mean())
     found = evaluate(run)["calibration"]["observed"]
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_choices_depend_on_the_seed_alone_and_read_no_other_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[int] = []
-    original = PackedImages.image
-
-    def image(self: PackedImages, index: int) -> Image.Image:
-        seen.append(len(self))
-        return original(self, index)
-
-    monkeypatch.setattr(PackedImages, "image", image)
-    run, few = tiny_run(tmp_path), {"images": 20, "train_images": 30, "corruption_images": 2}
+def test_choices_depend_on_the_seed_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uncertainty, "TRAIN_IMAGES", 30)
+    run, few = tiny_run(tmp_path), {"images": 20, "corruption_images": 2}
     first = evaluate(run, **few)
-    assert (seen.count(30), seen.count(60)) == (30, 0)
     torch.rand(3)
     assert evaluate(run, **few) == first
     assert (first["images"], first["settings"]["train_images"]) == (20, 30)
@@ -168,28 +164,14 @@ def test_choices_depend_on_the_seed_alone_and_read_no_other_images(
         assert other[part] != first[part]
 
 
-def test_simsiam_is_refused_unless_it_is_to_be_compared_with(tmp_path: Path) -> None:
-    run = tiny_run(tmp_path, method="simsiam")
-    with pytest.raises(InputError, match="predicts no concentration"):
-        evaluate(run)
-    assert not (tmp_path / "uncertainty.json").exists()
-    result = evaluate(run, require_kappa=False, corruption_images=2)
-    assert set(result["scores"]) == TINY_SCORES - {"kappa"}
-    assert result["calibration"] is None
-    assert all(part["median_kappa"] is None for part in result["corruptions"].values())
-    for row in comparisons(result):
-        assert row.kappa is row.ahead is None
-        assert row.baseline in TRIVIAL
-
-
 def test_without_labels_the_rest_is_measured(tmp_path: Path) -> None:
     train, val = (noisy_source(count, labelled=False) for count in (60, 40))
-    result = evaluate(tiny_run(tmp_path, train=train, val=val), corruption_images=2)
+    result = evaluate(tiny_run(tmp_path, train=train, val=val))
     assert result["misclassification"] is None
     assert "validation" not in result["retrieval"]
     assert any("no labels" in note for note in result["settings"]["notes"])
     assert result["calibration"]["pairs"] == 480
-    for part in (*result["ood"].values(), *result["corruptions"].values()):
+    for part in result["ood"].values():
         assert {"kappa", "mahalanobis", "knn_distance"} <= set(part["scores"])
         assert "softmax" not in part["scores"]
 
@@ -250,18 +232,20 @@ def test_the_runs_own_images_are_at_most_half_of_another_data_set(tmp_path: Path
 
 
 def test_bad_input_is_refused(run: Run, tmp_path: Path) -> None:
-    for options, message in (
-        ({"images": 1}, "images: 1"),
-        ({"seed": -1}, "seed: -1"),
-        ({"corruption_images": -1}, "corruption_images: -1"),
-        ({"train_images": 1}, "train_images: 1"),
+    simsiam = tiny_run(tmp_path / "simsiam", method="simsiam")
+    other_classes = tiny_run(tmp_path / "other", val=gray_source(12))
+    few = tiny_run(tmp_path / "few", train=noisy_source(3), val=None)
+    for each, options, message in (
+        (run, {"images": 1}, "images: 1 .* at least 2"),
+        (run, {"seed": -1}, "seed: -1"),
+        (run, {"corruption_images": -1}, "corruption_images: -1"),
+        (simsiam, {}, "predicts no concentration"),
+        (other_classes, {}, "differ in their classes"),
+        (few, {}, "at least 4"),
     ):
         with pytest.raises(InputError, match=message):
-            evaluate(run, **options)
-    with pytest.raises(InputError, match="classes: the data has 2 classes"):
-        evaluate(tiny_run(tmp_path, val=gray_source(12)))
-    with pytest.raises(InputError, match="at least 4"):
-        evaluate(tiny_run(tmp_path, train=noisy_source(3), val=None))
+            evaluate(each, **options)
+    assert not (simsiam.path / "uncertainty.json").exists()
 
 
 def test_no_errors_and_a_constant_concentration_leave_figures_out(tmp_path: Path) -> None:

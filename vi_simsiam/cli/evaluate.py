@@ -12,10 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from vi_simsiam.cli.parsing import RunOptions, open_run, parse
-from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted, print_line
 
 if TYPE_CHECKING:
+    from vi_simsiam.engine.distributed import World
+    from vi_simsiam.engine.run import Run
     from vi_simsiam.evaluation.features import FeatureSets
 
 
@@ -56,11 +57,56 @@ def evaluate(arguments: list[str]) -> int:
     options = parse("evaluate", RunOptions, arguments)
 
     from vi_simsiam.engine.distributed import joined
-    from vi_simsiam.evaluation.summary import evaluate_run
 
     with joined(options.device) as world:
         evaluate_run(open_run(options, str(world.device)), world)
     return 0
+
+
+def evaluate_run(
+    run: Run, world: World, console: Console | None = None, *, quiet: bool = False
+) -> None:
+    """Draw the figures, evaluate by k nearest neighbours and linear probe, and print the results.
+
+    The results are the last two lines. Writes curves.png (where the run has a log), kappa.png and
+    density.png (VI-SimSiam only), knn.json and linear.json to the run folder; the features are
+    computed once.
+
+    Args:
+        run: the run.
+        world: ranks that share the computing of features; rank 0 does the rest.
+        console: where to print; None for standard output.
+        quiet: print the accuracies only.
+
+    Raises:
+        InputError: the data has no labels or no validation images; the figures are drawn before.
+    """
+    from vi_simsiam.engine.verdict import Health
+    from vi_simsiam.evaluation.features import collect
+    from vi_simsiam.evaluation.figures import draw_curves, draw_density, draw_kappa
+    from vi_simsiam.evaluation.knn import evaluate_knn
+    from vi_simsiam.evaluation.linear import evaluate_linear
+    from vi_simsiam.evaluation.results import summary_line, summary_table
+
+    output = world.console(console)
+    console = Console(quiet=True) if quiet else output
+    with console.status("drawing figures", spinner="line") as status:
+        if world.is_main:
+            for figure in (*draw_curves(run.path), *draw_density(run.path), *draw_kappa(run)):
+                print_line(console, f"figure {figure}")
+        features = collect(run, report=status.update, world=world)
+        if not world.is_main:
+            return
+        status.update("nearest neighbours")
+        measured = {"kNN": evaluate_knn(features)}
+        status.update("linear probes")
+        measured["linear"] = evaluate_linear(features)
+    console.print(summary_table(measured))
+    health = Health.of_run(run.path, run.config)
+    if health is not None and health.short:
+        print_line(output, f"warning: training {health.line}", style="yellow")
+    for title, result in measured.items():
+        print_line(output, summary_line(title, result))
 
 
 def knn(arguments: list[str]) -> int:
@@ -98,7 +144,7 @@ def _classify(
 ) -> int:
     """Print the accuracy of a classifier on a run's features, with a table if `table` is set."""
     from vi_simsiam.evaluation.features import collect
-    from vi_simsiam.evaluation.summary import summary_line, summary_table
+    from vi_simsiam.evaluation.results import summary_line, summary_table
 
     with Console().status("features", spinner="line") as status:
         features = collect(open_run(options), report=status.update)
@@ -114,16 +160,15 @@ def figures(arguments: list[str]) -> int:
     """Draw a run's figures, and those of its uncertainty if it was measured."""
     options = parse("figures", RunOptions, arguments)
 
-    from vi_simsiam.evaluation.figures import draw_curves, draw_density, draw_kappa, logged
+    from vi_simsiam.evaluation.figures import draw_curves, draw_density, draw_kappa
     from vi_simsiam.evaluation.uncertainty_figures import draw_uncertainty
 
+    folder = options.run
     with Console().status("drawing figures", spinner="line"):
-        curves = draw_curves(options.run) if logged(options.run) else None
-        logs = (curves, draw_density(options.run), *draw_uncertainty(options.run))
-        drawn = (*logs, draw_kappa(open_run(options)))
+        logs = [*draw_curves(folder), *draw_density(folder), *draw_uncertainty(folder)]
+        drawn = [*logs, *draw_kappa(open_run(options))]
     for path in drawn:
-        if path is not None:
-            print(path)
+        print(path)
     return 0
 
 
@@ -191,17 +236,7 @@ def report(arguments: list[str]) -> int:
     """Write RUN/report.html and print its path; without images if they or the weights are gone."""
     options = parse("report", RunOptions, arguments)
 
-    from vi_simsiam.engine.run import read_config
-    from vi_simsiam.evaluation.report import check_material, write_report
+    from vi_simsiam.evaluation.report import write_report
 
-    config = read_config(options.run)
-    check_material(options.run)
-    opened, problem = None, None
-    if config.method == "vi-simsiam":
-        try:
-            opened = open_run(options)
-        except InputError as error:
-            problem = str(error)
-            print(f"images left out: {problem}")
-    print(write_report(options.run, opened, problem))
+    print(write_report(options.run, lambda: open_run(options)))
     return 0

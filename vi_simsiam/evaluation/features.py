@@ -6,27 +6,33 @@ training, and the pixels themselves. An accuracy means little without those two 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
 
 from vi_simsiam.backbones import build_backbone
-from vi_simsiam.config import TrainConfig
+from vi_simsiam.config import AugmentConfig, TrainConfig
 from vi_simsiam.data.datasets import Splits
-from vi_simsiam.data.loader import eval_loader
+from vi_simsiam.data.loader import MultiViewLoader, eval_loader
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource
 from vi_simsiam.data.subsets import subset
+from vi_simsiam.data.views import GLOBAL_VIEWS
+from vi_simsiam.engine.checkpoint import write_json
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError
-from vi_simsiam.evaluation.augmented import AugmentedFeatures
-from vi_simsiam.inference.forward import extract
+from vi_simsiam.inference.forward import evaluating, extract, finite
+from vi_simsiam.info import versions
 from vi_simsiam.text import brief_repr, counted
 
 ENCODERS = ("trained", "untrained", "pixels")
@@ -35,6 +41,7 @@ CALIBRATION_IMAGES = 10_000
 """Most training images for the BatchNorm statistics of an untrained backbone."""
 PIXELS_SIZE = 32
 """Largest side of the images behind the pixel features."""
+_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -58,10 +65,30 @@ class FeatureSets:
     """Device of the evaluations."""
     unreadable: int = 0
     """Images left out because they cannot be read."""
-    augmented: AugmentedFeatures | None = None
-    """The trained encoder's features of random views of the training images, computed lazily."""
+    augmented: Callable[[], Iterator[tuple[Tensor, Tensor]]] | None = None
+    """Starts `random_features` of the trained encoder on the training images."""
 
     __repr__ = brief_repr
+
+    def write(self, name: str, body: dict[str, Any], packages: tuple[str, ...]) -> dict[str, Any]:
+        """Write RUN/`name`.json atomically: `body`, what it was measured on, and versions.
+
+        Returns the content.
+        """
+        result = {
+            "evaluation": name,
+            "data": self.data,
+            "classes": len(self.classes),
+            "train_images": len(self.train_labels),
+            "val_images": len(self.val_labels),
+            "unreadable_images": self.unreadable,
+            "features": {encoder: feature.shape[1] for encoder, feature in self.train.items()},
+            "device": self.device.type,
+            **body,
+            "versions": versions(packages),
+        }
+        write_json(self.path / f"{name}.json", result)
+        return result
 
 
 def collect(
@@ -110,7 +137,7 @@ def collect(
         val_labels=torch.from_numpy(sources["val"].labels),
         device=device,
         unreadable=unreadable,
-        augmented=AugmentedFeatures(
+        augmented=lambda: random_features(
             trained, train, size=size, device=device, workers=workers, report=report
         ),
     )
@@ -138,69 +165,42 @@ def labelled_splits(splits: Splits) -> dict[str, ImageSource]:
         raise InputError(f"data: the validation images of {name} have no labels; {needs}")
     if len(train.classes or ()) < 2:
         raise InputError(f"data: {name} has one class; evaluation needs at least two")
+    check_classes(name, train, val)
+    return {"train": train, "val": val}
+
+
+def check_classes(name: str, train: ImageSource, val: ImageSource) -> None:
+    """Raise InputError unless the parts of the data set `name` have the same classes in order."""
     if train.classes != val.classes:
         others = sorted(set(train.classes or ()) ^ set(val.classes or ())) or ["their order"]
         raise InputError(
             f"data: training and validation images of {name} differ in their classes "
             f"({', '.join(others)}); both must have the same ones in the same order"
         )
-    return {"train": train, "val": val}
 
 
 def untrained_backbone(
     config: TrainConfig, source: ImageSource, *, device: torch.device, workers: int
 ) -> nn.Module:
-    """The run's backbone before training: random weights drawn from `config.seed`.
+    """The run's backbone before training, in eval mode: random weights drawn from `config.seed`.
 
     Two things make it a fair baseline. Its residual branches do not start at zero, as they do in
     training, which would leave a shallow network. And its BatchNorm statistics are those of the
-    training images (see `calibrate_batch_norm`), since the initial ones do not normalise anything.
-    Weights are random also where the run started from pretrained ones.
+    training images, since the initial ones do not normalise anything: the cumulative averages over
+    equal batches of at most `CALIBRATION_IMAGES` un-augmented images, drawn and shuffled by the
+    seed to mix the classes. Weights are random also where the run started from pretrained ones.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         backbone, _ = build_backbone(
             config.model.backbone, stem=config.model.stem, zero_init_residual=False
         )
-    size, seed = config.augment.size, config.seed
-    backbone.to(device)
-    return calibrate_batch_norm(
-        backbone, source, size=size, seed=seed, device=device, workers=workers
-    )
-
-
-def calibrate_batch_norm(
-    backbone: nn.Module,
-    source: ImageSource,
-    *,
-    size: int,
-    seed: int,
-    device: torch.device,
-    workers: int,
-    batch_size: int = 256,
-) -> nn.Module:
-    """Replace the running statistics of every BatchNorm by averages over the images of `source`.
-
-    One pass in training mode over at most `CALIBRATION_IMAGES` un-augmented images, drawn and
-    shuffled by `seed` to mix the classes. Mean and variance are the cumulative averages of the
-    batches' (momentum None). Batches are of equal size, so that all count the same; the few images
-    left over are not used. Returns the backbone in eval mode.
-    """
-    shuffled = np.random.default_rng(seed).permutation(len(source))[:CALIBRATION_IMAGES]
-    batches = -(-len(shuffled) // batch_size)
+    shuffled = np.random.default_rng(config.seed).permutation(len(source))[:CALIBRATION_IMAGES]
+    batches = math.ceil(len(shuffled) / _BATCH)
     batch_size = len(shuffled) // batches
     used = subset(source, shuffled[: batches * batch_size])
-    norms = [module for module in backbone.modules() if isinstance(module, _BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    backbone.train()
-    with torch.no_grad():
-        for images, _ in eval_loader(used, size, batch_size, workers):
-            backbone(images.to(device))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    backbone.to(device)
+    update_bn(eval_loader(used, config.augment.size, batch_size, workers), backbone, device)
     return backbone.eval()
 
 
@@ -208,3 +208,53 @@ def pixels(source: ImageSource, size: int, *, workers: int) -> Tensor:
     """Un-augmented views of at most 32 x 32 pixels, flattened: (N, 3 * side * side) float32."""
     side = min(size, PIXELS_SIZE)
     return extract(nn.Flatten(), source, size=side, device=torch.device("cpu"), workers=workers)
+
+
+def random_features(
+    backbone: nn.Module,
+    images: PackedImages,
+    *,
+    size: int,
+    device: torch.device,
+    workers: int,
+    report: Callable[[str], None] = lambda phrase: None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield features of random views of all images, pass after pass and without end.
+
+    The views are those of SimSiam's linear evaluation (Chen and He, arXiv 2011.10566): crops of 8
+    to 100 % of the area, flipped half of the time. Pass p holds view p mod 2 of the two that the
+    loader makes of an image in its epoch p // 2.
+
+    Args:
+        backbone: on `device`; maps images (B, 3, size, size) to features (B, F), as in `extract`.
+        images: N >= 1 training images.
+        size: side of the views in pixels.
+        device: where to compute.
+        workers: processes that prepare views on a CPU, until the iterator is closed.
+        report: called with a short phrase before every pair of passes.
+
+    Yields:
+        Features (n, F) float32 and their images (n,) int64, ascending; on the CPU. Batches are of
+        equal size; the few images left over, fewer than there are batches, are missing in both
+        passes of a loader's epoch, and other ones in the next.
+
+    Raises:
+        InputError: features are not finite.
+    """
+    policy = AugmentConfig(
+        size=size, crop_scale=(0.08, 1.0), jitter_prob=0.0, grayscale_prob=0.0, blur_prob=0.0
+    )
+    batch_size = len(images) // math.ceil(len(images) / _BATCH)
+    loader = MultiViewLoader(images, policy, batch_size, device, workers=workers)
+    with contextlib.closing(loader):
+        for epoch in itertools.count():
+            number = GLOBAL_VIEWS * epoch + 1
+            report(f"features of augmented training images, pass {number} and the next")
+            parts, indices = [], []
+            with evaluating(backbone, device):
+                for batch in loader.epoch(epoch):
+                    parts.append([backbone(view).float().cpu() for view in batch.views])
+                    indices.append(batch.index.cpu())
+            index, order = torch.cat(indices).sort()
+            for views in zip(*parts, strict=True):
+                yield finite(torch.cat(views)[order], images), index

@@ -54,13 +54,18 @@ COSINES = (0.2, 0.5, 0.8, 0.9)
 _SHADES = ("#a9c8ec", "#6ea3dc", "#2f6db3", "#174a86", "#0b2a52")
 
 
-def draw_curves(run_folder: Path) -> Path:
-    """Draw metrics.jsonl of a run as RUN/curves.png and return its path.
+def draw_curves(run_folder: Path) -> list[Path]:
+    """Draw metrics.jsonl of a run as RUN/curves.png; nothing where nothing was logged.
+
+    Returns:
+        The paths of the figures, as every function that draws.
 
     Raises:
-        InputError: there is no run, no metrics yet, or a line of metrics that cannot be read.
+        InputError: there is no run, or a line of metrics that cannot be read.
     """
     config = read_config(run_folder)
+    if not logged(run_folder):
+        return []
     metrics = read_metrics(run_folder / METRICS)
     epoch = metrics["epoch"]
     has_kappa = "kappa" in metrics
@@ -95,7 +100,7 @@ def draw_curves(run_folder: Path) -> Path:
         for panel in (spread, rank, gradient):
             panel.set_xlabel("epoch")
             panel.set_xlim(0, epoch[-1])
-        return save(drawn, run_folder / "curves.png")
+        return [save(drawn, run_folder / "curves.png")]
 
 
 def logged(run_folder: Path) -> bool:
@@ -108,20 +113,15 @@ def read_metrics(path: Path) -> dict[str, _Values]:
     """Numeric columns of a metrics.jsonl, float64 over its lines; NaN where a line lacks a value.
 
     Raises:
-        InputError: there is no such file, it is empty, or a line is not a JSON object of numbers
-            and the known words.
+        InputError: a line cannot be read.
     """
-    if not path.is_file():
-        raise InputError(f"run: {path.parent} has no {path.name}")
-    lines: list[dict[str, float]] = []
+    lines = []
     for row, text in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         try:
             items = json.loads(text).items()
             lines.append({name: float(value) for name, value in items if name not in _WORDS})
         except (ValueError, TypeError, AttributeError) as error:
             raise InputError(f"run: {path} line {row} cannot be read ({error})") from error
-    if not lines:
-        raise InputError(f"run: {path} is empty; nothing was logged yet")
     names = dict.fromkeys(name for line in lines for name in line)
     return {name: np.array([line.get(name, np.nan) for line in lines]) for name in names}
 
@@ -153,20 +153,29 @@ def certainty(run: Run) -> Certainty | None:
     Raises:
         InputError: an image cannot be read, or the weights are damaged.
     """
-    if not isinstance(run.model, VISimSiam):
+    model = run.model
+    if not isinstance(model, VISimSiam):
         return None
     train, val = run.splits.train, run.splits.val
     kind, chosen = ("training", train) if val is None or len(val) == 0 else ("validation", val)
     source, _ = run.readable(chosen)
-    return Certainty(kind, source, concentrations(run, source))
+
+    def kappa(images: Tensor) -> Tensor:
+        concentration = model.encode(images)[-1]
+        assert concentration is not None
+        return concentration
+
+    size, device, workers = run.config.augment.size, run.device, run.workers
+    found = extract(model, source, size=size, device=device, workers=workers, output=kappa)
+    return Certainty(kind, source, found.double().numpy() / (model.dim - 1))
 
 
-def draw_kappa(run: Run, found: Certainty | None = None) -> Path | None:
+def draw_kappa(run: Run, found: Certainty | None = None) -> list[Path]:
     """Draw the concentrations as RUN/kappa.png: a histogram, and the images at its two ends.
 
     Figure 4 of Nakamura et al. (arXiv 2203.11437) is such a histogram. Un-augmented validation
-    images are used, or training images if there are none. Returns the path, or None for SimSiam,
-    which predicts no concentration.
+    images are used, or training images if there are none. Nothing is drawn for SimSiam, which
+    predicts no concentration.
 
     Args:
         run: the run.
@@ -177,7 +186,7 @@ def draw_kappa(run: Run, found: Certainty | None = None) -> Path | None:
     """
     found = found or certainty(run)
     if found is None:
-        return None
+        return []
     source, values = found.source, found.values
     images = counted(len(values), f"{found.kind} image")
     titles = ("least certain (lowest κ)", "most certain (highest κ)")
@@ -187,52 +196,23 @@ def draw_kappa(run: Run, found: Certainty | None = None) -> Path | None:
         _histogram(drawn.add_subfigure(grid[:, 0]).subplots(), values)
         for row, (title, indices) in enumerate(zip(titles, extremes(values, 8), strict=True)):
             _thumbnails(drawn.add_subfigure(grid[row, 1]), title, source, indices, values)
-        return save(drawn, run.path / "kappa.png", colours=256)
+        return [save(drawn, run.path / "kappa.png", colours=256)]
 
 
-def concentrations(run: Run, source: ImageSource) -> _Values:
-    """kappa / (D - 1) of a VI-SimSiam run for the un-augmented images of `source`, in order.
-
-    Returns:
-        (N,) float64.
-
-    Raises:
-        InputError: an image cannot be read, there is none, or a concentration is not finite.
-    """
-    model = run.model
-    if not isinstance(model, VISimSiam):
-        raise InputError("run: SimSiam predicts no concentration; vi-simsiam does")
-
-    def kappa(images: Tensor) -> Tensor:
-        *_, concentration = model.encode(images)
-        assert concentration is not None
-        if not torch.isfinite(concentration).all():
-            raise InputError(
-                f"run: {run.path} predicts concentrations that are not finite; its weights are "
-                "damaged"
-            )
-        return concentration
-
-    size, device, workers = run.config.augment.size, run.device, run.workers
-    found = extract(model, source, size=size, device=device, workers=workers, output=kappa)
-    values: _Values = found.double().numpy() / (model.dim - 1)
-    return values
-
-
-def draw_density(run_folder: Path) -> Path | None:
+def draw_density(run_folder: Path) -> list[Path]:
     """Draw minus the Power Spherical log-density of a run's D as RUN/density.png.
 
     Left over the cosine for several concentrations, right over the concentration for several
     cosines with the minimum marked. It is the true density, in nats, as the paper shows it;
-    training's loss is relative to the uniform density, which is kappa = 0 here. Returns the path,
-    or None for SimSiam, whose loss is no density.
+    training's loss is relative to the uniform density, which is kappa = 0 here. Nothing is drawn
+    for SimSiam, whose loss is no density.
 
     Raises:
         InputError: there is no run.
     """
     config = read_config(run_folder)
     if config.method == "simsiam":
-        return None
+        return []
     dim = config.model.dim
     with matplotlib.rc_context(STYLE):
         space = f"the sphere in D = {dim:,} dimensions"
@@ -240,7 +220,7 @@ def draw_density(run_folder: Path) -> Path | None:
         left, right = drawn.subplots(1, 2, sharey=True, width_ratios=(0.54, 0.46))
         _over_cosine(left, dim)
         _over_concentration(right, dim)
-        return save(drawn, run_folder / "density.png")
+        return [save(drawn, run_folder / "density.png")]
 
 
 def surprise(concentration: _Values, cosine: _Values, dim: int) -> _Values:

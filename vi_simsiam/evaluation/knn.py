@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.features import FeatureSets
-from vi_simsiam.evaluation.results import pack_bits, write_result
+from vi_simsiam.evaluation.results import pack_bits
 from vi_simsiam.inference.neighbours import nearest
 
 
@@ -55,7 +55,7 @@ def evaluate_knn(features: FeatureSets, config: KnnConfig | None = None) -> dict
         hits = predicted.cpu() == features.val_labels
         top1[encoder], correct[encoder] = hits.double().mean().item(), pack_bits(hits)
     body = {"settings": asdict(config), "top1": top1, "correct": correct}
-    return write_result("knn", features, body, ("torch", "torchvision", "numpy", "pillow"))
+    return features.write("knn", body, ("torch", "torchvision", "numpy", "pillow"))
 
 
 @torch.inference_mode()

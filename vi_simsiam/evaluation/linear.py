@@ -12,14 +12,15 @@ within one point of the best of scikit-learn's LogisticRegression over C = 1, 0.
 Preset "paper" is the protocol of Nakamura et al. (arXiv 2203.11437, section 4.1): LARS with
 learning rate 1.6, weight decay 0, momentum 0.9 and batch 512, on the features as they are, and a
 random fifth of the training set held out. The trained encoder's classifier is trained on random
-crops and flips (see `augmented`), drawn anew in every epoch on a GPU; the 4 passes on a CPU are
-ours. It does not state the number of epochs or the schedule: 90 and the cosine are SimSiam's.
+crops and flips (see `random_features`), drawn anew in every epoch on a GPU; the 4 passes on a CPU
+are ours. It does not state the number of epochs or the schedule: 90 and the cosine are SimSiam's.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,13 +28,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vi_simsiam.checks import require
 from vi_simsiam.errors import InputError, none_of
-from vi_simsiam.evaluation.augmented import default_passes
 from vi_simsiam.evaluation.features import FeatureSets
-from vi_simsiam.evaluation.results import pack_bits, write_result
+from vi_simsiam.evaluation.results import pack_bits
 from vi_simsiam.text import counted
 
+CPU_PASSES = 4
+"""Most passes of random views on a CPU, where the network takes most of the time."""
 _SMALLEST_SHARE = 0.01
 
 
@@ -62,21 +63,6 @@ class LinearConfig:
     """Key of the initial weights, the order of images, and the choice of those held out."""
     inferred: tuple[str, ...] = ()
     """Settings that the protocol's source does not state."""
-
-    def __post_init__(self) -> None:
-        passes = 0 if self.augmented is None else self.augmented
-        for name, holds, accepted in (
-            ("lr", 0 < self.lr < math.inf, "a positive number"),
-            ("momentum", 0 <= self.momentum < 1, "at least 0 and below 1"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("epochs", self.epochs >= 1, "at least 1"),
-            ("min_steps", self.min_steps >= 0, "at least 0"),
-            ("held_out", 0 <= self.held_out < 1, "at least 0 and below 1"),
-            ("augmented", passes >= 0, "at least 0, or None"),
-            ("seed", 0 <= self.seed < 2**63, "at least 0 and below 2**63"),
-        ):
-            require(name, getattr(self, name), holds, accepted)
 
 
 LINEAR_PRESETS = {
@@ -109,39 +95,25 @@ def evaluate_linear(features: FeatureSets, config: LinearConfig | None = None) -
     (`results.unpack_bits`). All accuracies are those of un-augmented images.
 
     Raises:
-        InputError: too few training images to hold any out, or passes of augmented images for
-            features that come without the images.
+        InputError: too few training images to hold any out.
     """
     config, device, labels = config or LinearConfig(), features.device, features.train_labels
-    if config.augmented != 0 and features.augmented is None:
-        raise InputError(
-            f"augmented: {config.augmented} is not accepted; it must be 0 for features that come "
-            "without their images"
-        )
     passes = config.augmented
     if passes is None:
-        passes = default_passes(config.epochs, device)
-    classes = len(features.classes)
-    counted = min(5, classes)
+        passes = config.epochs if device.type == "cuda" else min(config.epochs, CPU_PASSES)
     kept, held_out = hold_out(len(labels), config.held_out, config.seed)
-    scores: dict[str, dict[str, float]] = {
-        name: {} for name in ("top1", "top5", "train_top1", "held_out_top1")
-    }
-    correct = {}
+    known, classes = labels[kept].to(device), len(features.classes)
+    found: dict[str, dict[str, Any]] = {}
     for encoder, train in features.train.items():
         views = _views(features, kept, passes) if encoder == "trained" and passes else None
-        known = labels[kept].to(device)
         probe = LinearProbe.fit(train[kept].to(device), known, classes, config, views)
-        logits = probe(features.val[encoder].to(device)).cpu()
-        scores["top1"][encoder] = accuracy(logits, features.val_labels, 1)
-        scores["top5"][encoder] = accuracy(logits, features.val_labels, counted)
-        correct[encoder] = pack_bits(logits.argmax(1) == features.val_labels)
         fitted = probe(train.to(device)).cpu()
-        scores["train_top1"][encoder] = accuracy(fitted[kept], labels[kept], 1)
+        found[encoder] = {
+            **validated(probe(features.val[encoder].to(device)).cpu(), features.val_labels),
+            "train_top1": accuracy(fitted[kept], labels[kept], 1),
+        }
         if len(held_out):
-            scores["held_out_top1"][encoder] = accuracy(fitted[held_out], labels[held_out], 1)
-    if features.augmented is not None:
-        features.augmented.close()
+            found[encoder]["held_out_top1"] = accuracy(fitted[held_out], labels[held_out], 1)
     body = {
         "settings": {
             **asdict(config),
@@ -152,13 +124,12 @@ def evaluate_linear(features: FeatureSets, config: LinearConfig | None = None) -
             "steps": _steps(config, len(kept)),
         },
         "held_out_images": len(held_out),
-        "top5_counts": counted,
-        **scores,
-        "held_out_top1": scores["held_out_top1"] or None,
-        "correct": correct,
+        "top5_counts": min(5, classes),
+        "held_out_top1": None,
+        **by_measure(found),
     }
     packages = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "pillow")
-    return write_result("linear", features, body, packages)
+    return features.write("linear", body, packages)
 
 
 @dataclass(frozen=True)
@@ -178,7 +149,7 @@ class LinearProbe:
         labels: Tensor,
         classes: int,
         config: LinearConfig,
-        views: Callable[[int], tuple[Tensor, Tensor]] | None = None,
+        views: Iterator[tuple[Tensor, Tensor]] | None = None,
     ) -> LinearProbe:
         """Train a probe. The same inputs and seed give the same probe, bit for bit on a CPU.
 
@@ -187,9 +158,11 @@ class LinearProbe:
             labels: (N,) int64 in [0, classes), on the same device.
             classes: number of classes.
             config: how to train.
-            views: maps an epoch to its features (n, F) and labels (n,); None for `features` in
+            views: gives the features (n, F) and labels (n,) of each epoch; None for `features` in
                 every epoch, which always give the standardisation and the number of steps.
         """
+        from timm.optim import Lars  # type: ignore[attr-defined]
+
         count, width = features.shape
         shift, scale = features.new_zeros(width), features.new_ones(width)
         if config.standardize:
@@ -200,12 +173,19 @@ class LinearProbe:
         with torch.no_grad():
             layer.weight.copy_(0.01 * torch.randn(classes, width, generator=generator))
             layer.bias.zero_()
-        optimizer = build_optimizer(layer, config)
+        # With layer-wise adaptation also at weight decay 0.
+        optimizer = Lars(
+            layer.parameters(),
+            config.lr,
+            config.momentum,
+            weight_decay=config.weight_decay,
+            always_adapt=True,
+        )
         inputs = (features - shift) * scale
-        total, step, epoch = _steps(config, count), 0, 0
+        total, step = _steps(config, count), 0
         while step < total:
             if views is not None:
-                drawn, labels = (tensor.to(features.device) for tensor in views(epoch))
+                drawn, labels = (tensor.to(features.device) for tensor in next(views))
                 inputs = (drawn - shift) * scale
             batch = min(config.batch_size, len(inputs))
             order = torch.randperm(len(inputs), generator=generator).to(features.device)
@@ -218,7 +198,6 @@ class LinearProbe:
                 loss.backward()
                 optimizer.step()
                 step += 1
-            epoch += 1
         return cls(shift, scale, layer)
 
     @torch.no_grad()
@@ -226,20 +205,6 @@ class LinearProbe:
         """Logits (N, classes) of features (N, F)."""
         logits: Tensor = self.layer((features - self.shift) * self.scale)
         return logits
-
-
-def build_optimizer(layer: nn.Module, config: LinearConfig) -> torch.optim.Optimizer:
-    """LARS over the layer's parameters, with layer-wise adaptation also at weight decay 0."""
-    from timm.optim import Lars  # type: ignore[attr-defined]
-
-    optimizer: torch.optim.Optimizer = Lars(
-        layer.parameters(),
-        config.lr,
-        config.momentum,
-        weight_decay=config.weight_decay,
-        always_adapt=True,
-    )
-    return optimizer
 
 
 def hold_out(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -271,21 +236,37 @@ def accuracy(logits: Tensor, labels: Tensor, counted: int) -> float:
     return round(float(share) * len(labels)) / len(labels)
 
 
-def _views(
-    features: FeatureSets, kept: Tensor, passes: int
-) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """Map an epoch to augmented features and labels of the images in `kept`: the passes in turn."""
-    augmented = features.augmented
-    assert augmented is not None
-    is_kept = torch.zeros(len(features.train_labels), dtype=torch.bool)
+def validated(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    """ "top1", "top5" and "correct" of a result file, of logits (N, classes) and labels (N,)."""
+    return {
+        "top1": accuracy(logits, labels, 1),
+        "top5": accuracy(logits, labels, min(5, logits.shape[1])),
+        "correct": pack_bits(logits.argmax(1) == labels),
+    }
+
+
+def by_measure(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{measure: {encoder: value}} of {encoder: {measure: value}}."""
+    measures = next(iter(found.values()))
+    return {name: {encoder: each[name] for encoder, each in found.items()} for name in measures}
+
+
+def _views(features: FeatureSets, kept: Tensor, passes: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield augmented features and labels of the images in `kept`: the first passes in turn."""
+    assert features.augmented is not None
+    start, labels = features.augmented, features.train_labels
+    is_kept = torch.zeros(len(labels), dtype=torch.bool)
     is_kept[kept] = True
 
-    def views(epoch: int) -> tuple[Tensor, Tensor]:
-        drawn, index = augmented.views(epoch % passes)
-        chosen = is_kept[index]
-        return drawn[chosen], features.train_labels[index[chosen]]
+    def once() -> Iterator[tuple[Tensor, Tensor]]:
+        for drawn, index in itertools.islice(start(), passes):
+            chosen = is_kept[index]
+            yield drawn[chosen], labels[index[chosen]]
 
-    return views
+    # `cycle` keeps every pass in memory, which is too much where there is one for each epoch.
+    if passes <= CPU_PASSES:
+        return itertools.cycle(once())
+    return itertools.chain.from_iterable(once() for _ in itertools.count())
 
 
 def _steps(config: LinearConfig, count: int) -> int:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +28,14 @@ from torch.nn import functional as F
 from vi_simsiam.checks import require
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.features import FeatureSets
-from vi_simsiam.evaluation.linear import accuracy, hold_out, standardization
-from vi_simsiam.evaluation.results import pack_bits, write_result
-from vi_simsiam.text import brief_repr, counted
+from vi_simsiam.evaluation.linear import (
+    accuracy,
+    by_measure,
+    hold_out,
+    standardization,
+    validated,
+)
+from vi_simsiam.text import brief_repr
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
@@ -57,17 +61,7 @@ class LogisticConfig:
     """Key of the draw of the held-out images."""
 
     def __post_init__(self) -> None:
-        positive = self.c is None or 0 < self.c < math.inf
-        grid = len(self.grid) > 0 and all(0 < c < math.inf for c in self.grid)
-        for name, holds, accepted in (
-            ("c", positive, "a positive number"),
-            ("grid", grid, "one positive number or more"),
-            ("held_out", 0 < self.held_out < 1, "above 0 and below 1"),
-            ("tolerance", 0 < self.tolerance < math.inf, "a positive number"),
-            ("max_iterations", self.max_iterations >= 1, "at least 1"),
-            ("seed", 0 <= self.seed < 2**63, "at least 0 and below 2**63"),
-        ):
-            require(name, getattr(self, name), holds, accepted)
+        require("c", self.c, self.c is None or 0 < self.c < math.inf, "a positive number")
 
 
 def evaluate_logistic(
@@ -85,17 +79,13 @@ def evaluate_logistic(
     Raises:
         InputError: too few training images or classes.
     """
-    config, val_labels = config or LogisticConfig(), features.val_labels
-    counted = min(5, len(features.classes))
+    config, classes = config or LogisticConfig(), len(features.classes)
     found: dict[str, dict[str, Any]] = {}
     for encoder, train in features.train.items():
-        probe = LogisticProbe.fit(train, features.train_labels, features.classes, config)
-        logits = probe.logits(features.val[encoder])
+        probe = LogisticProbe.fit(train, features.train_labels, classes, config)
         found[encoder] = {
-            "top1": accuracy(logits, val_labels, 1),
-            "top5": accuracy(logits, val_labels, counted),
+            **validated(probe.logits(features.val[encoder]), features.val_labels),
             "train_top1": accuracy(probe.logits(train), features.train_labels, 1),
-            "correct": pack_bits(logits.argmax(1) == val_labels),
             "c": probe.c,
             "held_out_loss": {str(c): loss for c, loss in probe.held_out_loss.items()},
             "iterations": probe.iterations,
@@ -103,19 +93,19 @@ def evaluate_logistic(
             "warnings": list(probe.warnings),
         }
     solver = {"solver": "lbfgs", "penalty": "l2", "dtype": "float32", "standardize": True}
-    body: dict[str, Any] = {"settings": {**asdict(config), **solver}, "top5_counts": counted}
-    for name in next(iter(found.values())):
-        body[name] = {encoder: figures[name] for encoder, figures in found.items()}
+    body = {
+        "settings": {**asdict(config), **solver},
+        "top5_counts": min(5, classes),
+        **by_measure(found),
+    }
     packages = ("torch", "torchvision", "scikit-learn", "torchmetrics", "numpy", "pillow")
-    return write_result("logistic", features, body, packages)
+    return features.write("logistic", body, packages)
 
 
 @dataclass(frozen=True)
 class LogisticProbe:
     """A fitted logistic regression with the standardisation of its features; tensors on the CPU."""
 
-    classes: tuple[str, ...]
-    """Class names, in the order of the columns."""
     shift: Tensor
     """(F,) float32; features enter as (x - shift) * scale."""
     scale: Tensor
@@ -140,7 +130,7 @@ class LogisticProbe:
         cls,
         train: Tensor,
         labels: Tensor,
-        classes: Sequence[str],
+        classes: int,
         config: LogisticConfig | None = None,
     ) -> LogisticProbe:
         """Choose C and fit a probe; the smallest C of the grid where no image can be held out.
@@ -150,43 +140,45 @@ class LogisticProbe:
 
         Args:
             train: (N, F) floating point, on any device.
-            labels: (N,) int64 in [0, len(classes)).
-            classes: class names.
+            labels: (N,) int64 in [0, classes).
+            classes: number of classes.
             config: how to fit.
 
         Raises:
-            InputError: shapes or labels that do not fit, features that are not finite, or images of
-                fewer than two classes.
+            InputError: images of fewer than two classes.
         """
+        from sklearn.linear_model import LogisticRegression
+
         config = config or LogisticConfig()
         train, labels = train.detach().cpu().float(), labels.cpu()
-        _check(train, labels, len(classes))
+        if len(labels.unique()) < 2:
+            raise InputError(
+                "labels: the training images are of one class; at least two are accepted"
+            )
         c = config.c
         loss: dict[float, float] = {}
         caught: list[str] = []
         if c is None:
-            loss, caught = _choose(train, labels, len(classes), config)
+            loss, caught = _choose(train, labels, classes, config)
             c = min(loss or config.grid, key=lambda c: (loss.get(c), c))
         shift, scale = standardization(train)
-        regression = _regression(c, config.tolerance, config)
-        weight, bias = _solve(regression, (train - shift) * scale, labels, len(classes), caught)
+        regression = LogisticRegression(C=c, tol=config.tolerance, max_iter=config.max_iterations)
+        weight, bias = _solve(regression, (train - shift) * scale, labels, classes, caught)
         iterations = int(regression.n_iter_.max())
-        return cls(tuple(classes), shift, scale, weight, bias, c, loss, iterations, tuple(caught))
+        return cls(shift, scale, weight, bias, c, loss, iterations, tuple(caught))
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """Logits of features (N, F), floating point on any device: (N, classes) float32, CPU."""
         return F.linear((x.cpu().float() - self.shift) * self.scale, self.weight, self.bias)
 
-    def probabilities(self, x: Tensor) -> Tensor:
-        """Class probabilities of features (N, F), as `logits`."""
-        return self.logits(x).softmax(1)
-
 
 def _choose(
     train: Tensor, labels: Tensor, classes: int, config: LogisticConfig
 ) -> tuple[dict[float, float], list[str]]:
     """Mean cross-entropy on the held-out images by C, and warnings of the solver."""
+    from sklearn.linear_model import LogisticRegression
+
     loss: dict[float, float] = {}
     caught: list[str] = []
     if not 0 < round(config.held_out * len(labels)) < len(labels):
@@ -197,25 +189,15 @@ def _choose(
         return loss, caught
     shift, scale = standardization(train[kept])
     inputs, held_out_inputs = (train[kept] - shift) * scale, (train[held_out] - shift) * scale
-    grid = sorted(config.grid)
-    regression = _regression(grid[0], _CHOICE_TOLERANCE * config.tolerance, config, warm_start=True)
-    for c in grid:
+    tolerance = _CHOICE_TOLERANCE * config.tolerance
+    regression = LogisticRegression(tol=tolerance, max_iter=config.max_iterations, warm_start=True)
+    for c in sorted(config.grid):
         regression.set_params(C=c)
         solution = _solve(regression, inputs, labels[kept], classes, caught)
         loss[c] = float(F.cross_entropy(F.linear(held_out_inputs, *solution), labels[held_out]))
         if loss[c] > min(loss.values()):
             break
     return loss, caught
-
-
-def _regression(
-    c: float, tolerance: float, config: LogisticConfig, *, warm_start: bool = False
-) -> LogisticRegression:
-    from sklearn.linear_model import LogisticRegression
-
-    return LogisticRegression(
-        C=c, solver="lbfgs", tol=tolerance, max_iter=config.max_iterations, warm_start=warm_start
-    )
 
 
 def _solve(
@@ -240,36 +222,3 @@ def _solve(
     seen = torch.from_numpy(regression.classes_)
     weight[seen], bias[seen] = coefficients, intercepts
     return weight, bias
-
-
-def check_classes(probe_classes: Sequence[str], data_classes: Sequence[str]) -> None:
-    """Raise InputError unless a probe's classes are those of the data, in the same order."""
-    if tuple(probe_classes) != tuple(data_classes):
-        raise InputError(
-            f"classes: the data has {_listed(data_classes)}; the probe was trained on "
-            f"{_listed(probe_classes)}, and only the same classes in the same order are accepted"
-        )
-
-
-def _listed(classes: Sequence[str]) -> str:
-    shown = ", ".join([*classes[:10], *(["..."] if len(classes) > 10 else [])])
-    return f"{counted(len(classes), 'class', 'classes')} ({shown})"
-
-
-def _check(train: Tensor, labels: Tensor, classes: int) -> None:
-    if train.ndim != 2 or labels.shape != train.shape[:1]:
-        raise InputError(
-            f"train, labels: shapes {tuple(train.shape)} and {tuple(labels.shape)} are not "
-            "accepted; they must be (N, F) and (N,)"
-        )
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise InputError(
-            f"labels: {int(labels.min())} to {int(labels.max())} is not accepted; they must lie in "
-            f"[0, {classes})"
-        )
-    if len(labels.unique()) < 2:
-        raise InputError(
-            "labels: the training images are of fewer than two classes; at least two are accepted"
-        )
-    if not torch.isfinite(train).all():
-        raise InputError("train: features are not finite; only finite ones are accepted")

@@ -1,8 +1,8 @@
 """Measures of an uncertainty score: detection of errors, other data sets and damaged images.
 
-Scores rise with uncertainty. A measure that is not defined (an AUROC with one kind of image only)
-is None, never NaN. Images with equal scores have no order: every measure is the mean over all
-orders of the tied images.
+Scores rise with uncertainty and are finite. A measure that is not defined (an AUROC with one kind
+of image only) is None, never NaN. Images with equal scores have no order: every measure is the mean
+over all orders of the tied images.
 """
 
 from __future__ import annotations
@@ -14,44 +14,39 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
-from vi_simsiam.errors import InputError
+from vi_simsiam.inference.neighbours import nearest
 
 Scores = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
-_BLOCK = 2**25
-"""Similarities held at a time: 128 MiB."""
+BINS = 15
 
 
 def auroc(scores: Scores, positive: Flags) -> float | None:
     """Probability that a positive image has a higher score than a negative one, ties counting half.
 
     Args:
-        scores: (N,) finite.
+        scores: (N,).
         positive: (N,) bool: errors, or images of another data set.
 
     Returns:
         A number in [0, 1], or None if there are only positives or only negatives.
-
-    Raises:
-        InputError: shapes that differ, or scores that are not finite.
     """
     from sklearn.metrics import roc_auc_score
 
-    return float(roc_auc_score(positive, scores)) if _both_kinds(scores, positive) else None
+    return float(roc_auc_score(positive, scores)) if _both_kinds(positive) else None
 
 
 def aupr(scores: Scores, positive: Flags) -> float | None:
     """Average precision of finding the positives: area under the precision-recall curve.
 
-    There is no interpolation; a constant score gives the share of positives. Arguments, result and
-    errors as `auroc`.
+    There is no interpolation; a constant score gives the share of positives. Arguments and result
+    as `auroc`.
     """
     from sklearn.metrics import average_precision_score
 
-    if not _both_kinds(scores, positive):
+    if not _both_kinds(positive):
         return None
     return float(average_precision_score(positive, scores))
 
@@ -62,11 +57,11 @@ def fpr_at_tpr(scores: Scores, positive: Flags, tpr: float = 0.95) -> float | No
     The positives are the images of the other data set, so this is the share of validation images
     flagged when 95 % of the others are: the convention of OpenOOD (Zhang et al., arXiv 2306.09301).
     Other authors exchange the roles. Images at the threshold are flagged, so a constant score gives
-    1. Arguments, result and errors as `auroc`.
+    1. Arguments and result as `auroc`.
     """
     from sklearn.metrics import roc_curve
 
-    if not _both_kinds(scores, positive):
+    if not _both_kinds(positive):
         return None
     false, true, _ = roc_curve(positive, scores, drop_intermediate=False)
     return float(false[np.argmax(true >= tpr)])
@@ -78,11 +73,8 @@ def aurc(scores: Scores, wrong: Flags) -> float:
     The mean over k = 1..N of the share of errors among the k most certain images.
 
     Args:
-        scores: (N,) finite, N >= 1.
+        scores: (N,), N >= 1.
         wrong: (N,) bool, True for misclassified images.
-
-    Raises:
-        InputError: shapes that differ, or scores that are not finite.
     """
     errors = _expected_errors(scores, wrong)
     return float(np.mean(errors / np.arange(1, len(errors) + 1)))
@@ -94,7 +86,7 @@ def augrc(scores: Scores, wrong: Flags) -> float:
     The generalised risk at coverage k/N is the number of errors among the k most certain images
     over N, not over k. The area is that under straight lines between its values, from 0 at coverage
     0 on; with accuracy a it is (1 - AUROC) a (1 - a) + (1 - a)^2 / 2 exactly, as the paper derives.
-    Arguments, result and errors as `aurc`.
+    Arguments and result as `aurc`.
     """
     errors = _expected_errors(scores, wrong)
     return float((errors.sum() - errors[-1] / 2) / len(errors) ** 2)
@@ -136,13 +128,9 @@ def retrieved(embedding: Tensor, labels: NDArray[np.int64]) -> Flags:
         embedding: (N, F) floating, N >= 2.
         labels: (N,) classes.
     """
-    unit = F.normalize(embedding, dim=1)
-    nearest = []
-    for rows in torch.arange(len(unit)).split(max(1, _BLOCK // len(unit))):
-        similarity = unit[rows] @ unit.T
-        similarity[torch.arange(len(rows)), rows] = -torch.inf
-        nearest.append(similarity.argmax(1).cpu())
-    same: Flags = labels == labels[torch.cat(nearest).numpy()]
+    found = nearest(embedding, None, 1, device=embedding.device)
+    neighbours = torch.cat([numbers[:, 0].cpu() for numbers, _ in found]).numpy()
+    same: Flags = labels == labels[neighbours]
     return same
 
 
@@ -150,24 +138,53 @@ def level_trend(scores: Scores) -> dict[str, float | None]:
     """Dependence of a score on the level of damage.
 
     Args:
-        scores: (levels, N), the finite score of every image at every level, in ascending order.
+        scores: (levels, N), the score of every image at every level, in ascending order.
 
     Returns:
         "spearman", the rank correlation of level and score over all images and levels, None if the
         score is constant; "monotone", the share of steps from a level to the next, within an image,
         at which the score rises.
-
-    Raises:
-        InputError: scores that are not finite.
     """
     from scipy.stats import spearmanr
 
-    _check(scores)
     levels = np.repeat(np.arange(len(scores)), scores.shape[1])
     constant = float(np.ptp(scores)) == 0
     return {
         "spearman": None if constant else float(spearmanr(levels, scores.ravel()).statistic),
         "monotone": float(np.mean(np.diff(scores, axis=0) > 0)),
+    }
+
+
+def calibration(expected: NDArray[np.float64], observed: NDArray[np.float64]) -> dict[str, Any]:
+    """Compare expected with observed cosines, in bins of equally many pairs by the expected one.
+
+    There are `BINS`. Equal expectations share one: a constant concentration has a single bin, and
+    the noise of its pairs averages out.
+
+    Args:
+        expected: (P,) float64, P >= 1.
+        observed: (P,) float64.
+
+    Returns:
+        "pairs"; the means "expected" and "observed"; "error", the mean over all pairs of the
+        distance between the two means of the pair's bin; and "bins", a dictionary "expected",
+        "observed", "count" for each.
+    """
+    first = np.searchsorted(np.sort(expected), expected, side="left")
+    number = first * BINS // len(expected)
+    counts = np.bincount(number, minlength=BINS)
+    sums = [np.bincount(number, weights=each, minlength=BINS) for each in (expected, observed)]
+    rows = [
+        {"expected": float(e / count), "observed": float(o / count), "count": int(count)}
+        for e, o, count in zip(*sums, counts, strict=True)
+        if count
+    ]
+    return {
+        "pairs": len(expected),
+        "expected": float(expected.mean()),
+        "observed": float(observed.mean()),
+        "error": float(np.abs(sums[1] - sums[0]).sum() / len(expected)),
+        "bins": rows,
     }
 
 
@@ -197,21 +214,11 @@ def retrieval_figures(
 
 def _expected_errors(scores: Scores, wrong: Flags) -> Scores:
     """Mean number of errors among the k most certain images, k = 1..N, over all orders of ties."""
-    _check(scores, wrong)
     order = np.argsort(scores, kind="stable")
     _, group, sizes = np.unique(scores[order], return_inverse=True, return_counts=True)
     shares = np.bincount(group, weights=wrong[order], minlength=len(sizes)) / sizes
     return np.cumsum(shares[group])
 
 
-def _both_kinds(scores: Scores, positive: Flags) -> bool:
-    """Return True if there are positives and negatives, after checking the arrays."""
-    _check(scores, positive)
+def _both_kinds(positive: Flags) -> bool:
     return bool(positive.any() and not positive.all())
-
-
-def _check(scores: Scores, flags: Flags | None = None) -> None:
-    if flags is not None and scores.shape != flags.shape:
-        raise InputError(f"scores: shape {scores.shape} must be that of the flags, {flags.shape}")
-    if not np.isfinite(scores).all():
-        raise InputError("scores: some are not finite")

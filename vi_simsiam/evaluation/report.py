@@ -11,7 +11,7 @@ import base64
 import io
 import math
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from vi_simsiam.engine.checkpoint import write_text
 from vi_simsiam.engine.run import METRICS, Run, read_config
 from vi_simsiam.engine.verdict import Health
 from vi_simsiam.errors import InputError
+from vi_simsiam.evaluation.corruptions import LEVELS
 from vi_simsiam.evaluation.figures import (
     Certainty,
     certainty,
@@ -64,13 +65,13 @@ class Number:
     text: str
 
 
-def write_report(folder: Path, run: Run | None = None, problem: str | None = None) -> Path:
+def write_report(folder: Path, open_run: Callable[[], Run] | None = None) -> Path:
     """Write RUN/report.html and return its path; the figures are drawn anew from the run's files.
 
     Args:
         folder: a run folder.
-        run: the run, for its most and least certain images; None to leave them out.
-        problem: the reason why there is no `run`, to show on the page.
+        open_run: opens the run of VI-SimSiam for its most and least certain images; None to leave
+            them out, as where it raises InputError, whose message is printed and on the page.
 
     Raises:
         InputError: no run there, nothing was logged or evaluated yet, or a file cannot be read.
@@ -78,58 +79,45 @@ def write_report(folder: Path, run: Run | None = None, problem: str | None = Non
     config = read_config(folder)
     files = {name: read_result(folder, name) for name in _RESULTS}
     results = {name: result for name, result in files.items() if result is not None}
-    check_material(folder)
-    found = None if run is None else certainty(run)
-    health = Health.of_run(folder, config)
-    figures = [
-        draw_curves(folder) if logged(folder) else None,
-        draw_density(folder),
-        *draw_uncertainty(folder),
-    ]
-    if run is not None:
-        figures.append(draw_kappa(run, found))
-    try:
-        content = {
-            "title": f"{METHODS[config.method]} on {shown(config.data)}",
-            "figures": {path.stem: figure_uri(path) for path in figures if path is not None},
-            "gallery": None if found is None else gallery(found),
-            "problem": problem,
-            "unwell": health.line if health is not None and health.short else None,
-            "simsiam": config.method == "simsiam",
-            **_results(results),
-            "facts": _facts(config, results),
-            "makes": {
-                command: shlex.join(["vi-simsiam", command, str(folder)])
-                for command in ("evaluate", *_RESULTS)
-            },
-            "settings": settings(config),
-            "evaluations": _evaluation_settings(results),
-            "versions": _versions(results),
-            "report_version": __version__,
-            "commands": _commands(folder, config),
-        }
-    except InputError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+    makes = {
+        command: shlex.join(["vi-simsiam", command, str(folder)])
+        for command in ("evaluate", *_RESULTS)
+    }
+    if not results and not logged(folder):
         raise InputError(
-            f"report: a result in {folder} lacks what the report shows ({error!r})"
-        ) from error
-    page = fill_template("report.html", content, escape=True)
-    write_text(folder / REPORT, page)
-    return folder / REPORT
-
-
-def check_material(folder: Path) -> None:
-    """Check that there is something to report, before anything is computed.
-
-    Raises:
-        InputError: nothing was logged or evaluated yet.
-    """
-    if not (logged(folder) or any((folder / f"{name}.json").is_file() for name in _RESULTS)):
-        evaluate = shlex.join(["vi-simsiam", "evaluate", str(folder)])
-        raise InputError(
-            f"report: {folder} has no {METRICS} and no result yet; train it, or run {evaluate}"
+            f"report: {folder} has no {METRICS} and no result yet; train it, or run "
+            f"{makes['evaluate']}"
         )
+    run, problem = None, None
+    if open_run is not None and config.method == "vi-simsiam":
+        try:
+            run = open_run()
+        except InputError as error:
+            problem = str(error)
+            print(f"images left out: {problem}")
+    found = None if run is None else certainty(run)
+    figures = [*draw_curves(folder), *draw_density(folder), *draw_uncertainty(folder)]
+    if run is not None:
+        figures += draw_kappa(run, found)
+    health = Health.of_run(folder, config)
+    content = {
+        "title": f"{METHODS[config.method]} on {shown(config.data)}",
+        "figures": {path.stem: figure_uri(path) for path in figures},
+        "gallery": None if found is None else gallery(found),
+        "problem": problem,
+        "unwell": health.line if health is not None and health.short else None,
+        "simsiam": config.method == "simsiam",
+        **_results(results),
+        "facts": _facts(config, results),
+        "makes": makes,
+        "settings": settings(config),
+        "evaluations": _evaluation_settings(results),
+        "versions": _versions(results),
+        "report_version": __version__,
+        "commands": _commands(folder, config),
+    }
+    write_text(folder / REPORT, fill_template("report.html", content, escape=True))
+    return folder / REPORT
 
 
 def compared(uncertainty: dict[str, Any]) -> dict[str, Any] | None:
@@ -144,20 +132,22 @@ def compared(uncertainty: dict[str, Any]) -> dict[str, Any] | None:
     found = [row for row in comparisons(uncertainty) if row.gap is not None]
     if not found:
         return None
-    rows = []
-    for row in found:
-        kappa, value, gap = _number(row.kappa), _number(row.value), _number(row.gap, "+.3f")
-        baseline = score_label(str(row.baseline))
-        rows.append([_words(row.part), row.measure, kappa, baseline, value, gap])
+    trivial = {row.part: score_label(str(row.baseline)) for row in found}
+    columns: dict[str, dict[str, Any]] = {
+        "measure": {row.part: row.measure for row in found},
+        "κ": {row.part: row.kappa for row in found},
+        "best trivial score": trivial,
+        "its figure": {row.part: row.value for row in found},
+        "κ minus it": {row.part: _number(row.gap, "+.3f") for row in found},
+    }
     first, ahead = found[0], sum(bool(row.ahead) for row in found)
-    beside = (f"best trivial score, {score_label(str(first.baseline))}", _number(first.value))
-    header = ["part", "measure", "κ", "best trivial score", "its figure", "κ minus it"]
+    beside = {f"best trivial score, {trivial[first.part]}": first.value}
     return {
-        "table": _table("κ beside the best trivial score", header, rows),
+        "table": _table("κ beside the best trivial score", "part", columns),
         "sentence": f"κ is ahead of the best trivial score in {ahead} of "
-        f"{counted(len(rows), 'comparison')}.",
+        f"{counted(len(found), 'comparison')}.",
         "trivial": [score_label(name) for name in TRIVIAL if name in uncertainty["scores"]],
-        "card": _card(f"{first.measure} of κ", _number(first.kappa), [beside], first.part),
+        "card": _card(f"{first.measure} of κ", first.kappa, beside, about=first.part),
     }
 
 
@@ -254,21 +244,15 @@ def _results(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     measured = {title: results[name] for name, title in ACCURACIES.items() if name in results}
     cards = []
     for title, result in measured.items():
-        shares = {encoder: _number(share, ".1%") for encoder, share in result["top1"].items()}
-        trained = shares.pop("trained")
-        cards.append(_card(f"{title} top-1", trained, list(shares.items())))
+        others = dict(result["top1"])
+        cards.append(_card(f"{title} top-1", others.pop("trained"), others, form=".1%"))
     measures = accuracies(measured)
-    encoders = dict.fromkeys(encoder for shares in measures.values() for encoder in shares)
-    rows = [
-        [encoder, *(_number(shares.get(encoder), ".1%") for shares in measures.values())]
-        for encoder in encoders
-    ]
-    table = _table("Accuracy on the validation images", ["features", *measures], rows)
+    table = _table("Accuracy on the validation images", "features", measures, form=".1%")
     uncertainty = results.get("uncertainty")
-    if uncertainty is not None and (part := uncertainty.get("calibration")):
-        cosines = [("expected cosine", part["expected"]), ("observed", part["observed"])]
-        others = [(name, _number(value)) for name, value in cosines]
-        cards.append(_card("calibration error", _number(part["error"]), others))
+    if uncertainty is not None:
+        part = uncertainty["calibration"]
+        others = {"expected cosine": part["expected"], "observed": part["observed"]}
+        cards.append(_card("calibration error", part["error"], others))
     return {
         "cards": cards,
         "compared": None if uncertainty is None else compared(uncertainty),
@@ -285,78 +269,92 @@ def _tables(uncertainty: dict[str, Any]) -> dict[str, Any]:
         "remarks": uncertainty["settings"].get("notes", []),
         "notes": uncertainty["scores"],
     }
-    if part := uncertainty.get("calibration"):
-        rows = [
-            [str(i), _number(row["expected"]), _number(row["observed"]), _number(row["count"], ",")]
-            for i, row in enumerate(part["bins"], start=1)
-        ]
-        header = ["bin", "expected", "observed", "pairs"]
-        tables["calibration"] = _table("Expected and observed cosine", header, rows)
-    if part := uncertainty.get("misclassification"):
+    part = uncertainty["calibration"]
+    keys = {"expected": "expected", "observed": "observed", "pairs": "count"}
+    columns: dict[str, dict[str, Any]] = {
+        heading: {str(i): row[key] for i, row in enumerate(part["bins"], start=1)}
+        for heading, key in keys.items()
+    }
+    tables["calibration"] = _table("Expected and observed cosine", "bin", columns)
+    if part := uncertainty["misclassification"]:
         caption = (
             f"Images that the {part['classifier']} classifier gets wrong "
             f"(accuracy {100 * part['accuracy']:.1f} %)"
         )
         scores = {**part["scores"], "oracle": part["oracle"], "random": part["random"]}
-        shown_names = [name for name in (*names, "oracle", "random") if name in scores]
-        columns = _columns(scores, ("auroc", "aurc", "augrc"))
-        tables["misclassification"] = _score_table(caption, columns, shown_names)
-    if sets := uncertainty.get("retrieval"):
+        tables["misclassification"] = _measures(caption, scores, ("auroc", "aurc", "augrc"))
+    if sets := uncertainty["retrieval"]:
         columns = {
-            f"{name} ({'seen' if part['seen_classes'] else 'unseen'} classes)": part["scores"]
+            f"{name} ({'seen' if part['seen_classes'] else 'unseen'} classes)": {
+                "recall at 1": part["recall_at_1"],
+                **part["scores"],
+            }
             for name, part in sets.items()
         }
-        recall = ["recall at 1", *(_number(part["recall_at_1"]) for part in sets.values())]
         caption = "AUROC for queries whose nearest neighbour is of another class"
-        tables["retrieval"] = _score_table(caption, columns, names)
-        tables["retrieval"]["rows"].insert(0, recall)
+        tables["retrieval"] = _table(caption, "score", columns, ("recall at 1", *names))
     tables["ood"] = []
-    for name, part in (uncertainty.get("ood") or {}).items():
+    for name, part in uncertainty["ood"].items():
         caption = f"{name}: {counted(part['images'], 'foreign image')} ({part['kind']})"
-        shown_names = [score for score in names if score in part["scores"]]
-        columns = _columns(part["scores"], ("auroc", "aupr", "fpr95"))
-        tables["ood"].append(_score_table(caption, columns, shown_names))
-    if kinds := uncertainty.get("corruptions"):
-        levels = [f"level {level}" for level in next(iter(kinds.values()))["levels"]]
-        rows = [
-            [_words(kind), *(_number(value) for value in part["median_kappa"])]
-            for kind, part in kinds.items()
-            if part["median_kappa"] is not None
-        ]
-        medians = _table("Median κ / (D − 1)", ["corruption", *levels], rows)
-        tables["corruptions"] = [medians] if rows else []
+        tables["ood"].append(_measures(caption, part["scores"], ("auroc", "aupr", "fpr95")))
+    if kinds := uncertainty["corruptions"]:
+        columns = {
+            f"level {level}": {kind: part["median_kappa"][level] for kind, part in kinds.items()}
+            for level in LEVELS
+        }
+        tables["corruptions"] = [_table("Median κ / (D − 1)", "corruption", columns)]
         for key, caption in _TRENDS.items():
             columns = {
-                _words(kind): {name: row.get(key) for name, row in part["scores"].items()}
+                kind: {name: row[key] for name, row in part["scores"].items()}
                 for kind, part in kinds.items()
             }
-            tables["corruptions"].append(_score_table(caption, columns, names))
+            tables["corruptions"].append(_table(caption, "score", columns, names))
     return tables
 
 
-def _columns(scores: dict[str, Any], keys: Iterable[str]) -> dict[str, dict[str, float | None]]:
-    """Measures of scores as columns of a table, by heading."""
-    return {_LABELS[key]: {name: row.get(key) for name, row in scores.items()} for key in keys}
+def _measures(caption: str, scores: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """A table of measures of scores."""
+    columns = {
+        _LABELS[key]: {name: values.get(key) for name, values in scores.items()} for key in keys
+    }
+    return _table(caption, "score", columns)
 
 
-def _score_table(
-    caption: str, columns: Mapping[str, Mapping[str, float | None]], names: Iterable[str]
+def _table(
+    caption: str,
+    corner: str,
+    columns: Mapping[str, Mapping[str, Any]],
+    names: Iterable[str] | None = None,
+    form: str = ".3f",
 ) -> dict[str, Any]:
-    rows = [
-        [score_label(name), *(_number(column.get(name)) for column in columns.values())]
-        for name in names
-    ]
-    return _table(caption, ["score", *columns], rows)
+    """A table of {heading: {row: cell}}; `names` of rows, where not every one is in a column.
+
+    Numbers are shown in the format `form`, whole ones as counts.
+    """
+    names = names or dict.fromkeys(name for column in columns.values() for name in column)
+    rows = []
+    for name in names:
+        label = score_label(name) if corner == "score" else name.replace("_", " ")
+        rows.append([label, *(_cell(column.get(name), form) for column in columns.values())])
+    return {"caption": caption, "header": [corner, *columns], "rows": rows}
 
 
-def _table(caption: str, header: list[str], rows: list[list[Any]]) -> dict[str, Any]:
-    return {"caption": caption, "header": header, "rows": rows}
+def _cell(value: str | float | Number | None, form: str) -> str | Number | None:
+    if isinstance(value, int | float):
+        return _number(value, "," if isinstance(value, int) else form)
+    return value
 
 
 def _card(
-    title: str, number: Number | None, others: list[tuple[str, Number | None]], about: str = ""
+    title: str,
+    number: float | None,
+    others: Mapping[str, float | None],
+    *,
+    about: str = "",
+    form: str = ".3f",
 ) -> dict[str, Any]:
-    return {"title": title, "number": number, "others": others, "about": about}
+    beside = {name: _number(value, form) for name, value in others.items()}
+    return {"title": title, "number": _number(number, form), "others": beside, "about": about}
 
 
 def _evaluation_settings(results: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, bool]]:
@@ -373,9 +371,7 @@ def _evaluation_settings(results: dict[str, dict[str, Any]]) -> list[tuple[str, 
 
 def _versions(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     found = {name: result["versions"] for name, result in results.items() if result.get("versions")}
-    packages = dict.fromkeys(package for versions in found.values() for package in versions)
-    rows = [[package, *(each.get(package) for each in found.values())] for package in packages]
-    return _table("Versions that made each result", ["package", *found], rows)
+    return _table("Versions that made each result", "package", found)
 
 
 def _plain(value: object) -> str:
@@ -386,10 +382,6 @@ def _number(value: float | None, form: str = ".3f") -> Number | None:
     if value is None or not math.isfinite(value):
         return None
     return Number(value, f"{value:{form}}".replace("%", " %").replace("-", "−"))
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def _data_uri(image: Image.Image, kind: str, **options: Any) -> str:

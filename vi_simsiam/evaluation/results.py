@@ -1,9 +1,8 @@
-"""Result files of a run: how they are written and read, and their accuracies by measure."""
+"""Result files of a run: how they are read, and their accuracies as a table and as lines."""
 
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import shlex
 from collections.abc import Mapping
@@ -12,44 +11,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.table import Table
 from torch import Tensor
 
-from vi_simsiam.engine.checkpoint import write_json
 from vi_simsiam.errors import InputError
-from vi_simsiam.evaluation.features import FeatureSets
-from vi_simsiam.info import versions
 from vi_simsiam.text import counted
 
 ACCURACIES = {"knn": "kNN", "linear": "linear", "logistic": "logistic"}
 """Result files with accuracies, each named like the command that writes it, and their titles."""
+_PARTS = ("calibration", "misclassification", "retrieval", "ood", "corruptions")
+"""Parts of uncertainty.json."""
 _MEASURES = {"top1": "top-1", "top5": "top-5", "held_out_top1": "held-out top-1"}
-
-
-def write_result(
-    name: str, features: FeatureSets, body: dict[str, Any], packages: tuple[str, ...]
-) -> dict[str, Any]:
-    """Write `body`, what it was measured on and versions to RUN/`name`.json; return the content."""
-    result = {
-        "evaluation": name,
-        "data": features.data,
-        "classes": len(features.classes),
-        "train_images": len(features.train_labels),
-        "val_images": len(features.val_labels),
-        "unreadable_images": features.unreadable,
-        "features": {encoder: feature.shape[1] for encoder, feature in features.train.items()},
-        "device": features.device.type,
-        **body,
-        "versions": versions(packages),
-    }
-    write_json(features.path / f"{name}.json", result)
-    return result
 
 
 def read_result(run_folder: Path, name: str) -> dict[str, Any] | None:
     """The content of RUN/`name`.json, None without that file.
 
     Raises:
-        InputError: it holds no JSON object.
+        InputError: it holds no JSON object, or lacks a part.
     """
     path = run_folder / f"{name}.json"
     if not path.is_file():
@@ -60,6 +39,9 @@ def read_result(run_folder: Path, name: str) -> dict[str, Any] | None:
             raise ValueError("it holds no JSON object")
     except ValueError as error:  # JSON and Unicode errors alike
         raise unusable(path, f"cannot be read ({error})") from error
+    parts = _PARTS if name == "uncertainty" else ("top1",)
+    if missing := [part for part in parts if part not in content]:
+        raise unusable(path, f"lacks {', '.join(missing)}")
     return content
 
 
@@ -79,6 +61,30 @@ def accuracies(results: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, flo
     }
 
 
+def summary_table(results: dict[str, dict[str, Any]]) -> Table:
+    """Every accuracy of results by title in per cent: a row per encoder, a column per measure."""
+    measures = accuracies(results)
+    table = Table("encoder")
+    for measure in measures:
+        table.add_column(measure, justify="right")
+    for encoder in next(iter(measures.values())):
+        table.add_row(encoder, *(f"{100 * shares[encoder]:.1f}" for shares in measures.values()))
+    return table
+
+
+def summary_line(title: str, result: dict[str, Any]) -> str:
+    """One line for a result: "kNN top-1: 71.2 % (untrained 55.0 %, pixels 75.0 %)".
+
+    It ends with k if all training images vote.
+    """
+    top1 = {encoder: f"{100 * share:.1f} %" for encoder, share in result["top1"].items()}
+    others = ", ".join(f"{encoder} {top1[encoder]}" for encoder in ("untrained", "pixels"))
+    line = f"{title} top-1: {top1['trained']} ({others})"
+    k = result.get("settings", {}).get("k")
+    everyone = k is not None and k >= result["train_images"]
+    return f"{line} with k = {k}, all training images" if everyone else line
+
+
 def pack_bits(bits: Tensor) -> str:
     """Booleans (N,) as base64 of their bytes: eight to a byte, the first in the highest bit.
 
@@ -95,16 +101,11 @@ def unpack_bits(text: str, count: int) -> Tensor:
         InputError: `text` is not base64, or holds another number of values.
     """
     try:
-        packed = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
+        packed = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
+        if len(packed) != -(-count // 8):
+            raise ValueError(f"{counted(len(packed), 'byte')}, a bit for each is needed")
+    except ValueError as error:  # that of base64 is one
         raise InputError(
-            f"correct: {text[:20]!r} is not accepted; it must be base64 ({error})"
+            f"correct: {text[:20]!r} is not {counted(count, 'value')} in base64 ({error})"
         ) from None
-    needed = -(-count // 8)
-    if len(packed) != needed:
-        raise InputError(
-            f"correct: {counted(len(packed), 'byte')} given for {counted(count, 'value')}; "
-            f"{needed} must be given"
-        )
-    bits = np.unpackbits(np.frombuffer(packed, np.uint8), count=count)
-    return torch.from_numpy(bits.astype(bool))
+    return torch.from_numpy(np.unpackbits(packed, count=count).astype(bool))

@@ -1,15 +1,14 @@
 """Uncertainty scores of images: the concentration, and everything cheaper to compare it with.
 
 Every score rises with uncertainty. One pass of the network over a set of images gives all of them
-(`Network.observe`), except the agreement of augmented views, which takes one pass for every view.
+(`Network.observe`), except `agreement`, which takes one pass for every view.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -19,22 +18,24 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
 
-from vi_simsiam.data import loader
-from vi_simsiam.data.sources import ImageSource
+from vi_simsiam.config import AugmentConfig
+from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.corruptions import jpeg_bytes
 from vi_simsiam.evaluation.logistic import LogisticProbe
+from vi_simsiam.evaluation.metrics import calibration
 from vi_simsiam.inference.encoder import Encoding
-from vi_simsiam.inference.forward import evaluating
+from vi_simsiam.inference.forward import evaluating, random_views
 from vi_simsiam.inference.neighbours import nearest
 from vi_simsiam.models import SimSiam
 from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD
-from vi_simsiam.text import brief_repr
 
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
 """Stages of a torchvision ResNet."""
 NEIGHBOURS = 20
 JPEG_QUALITY = 75
+VIEWS = 4
+"""Augmented views of every image: 12 ordered pairs to calibrate on."""
 
 DESCRIPTIONS = {
     "kappa": "minus the predicted concentration",
@@ -66,31 +67,7 @@ TRIVIAL = (
 """Scores that need no labels, training images or second pass: lengths of vectors, and pixels."""
 
 _LUMA = np.array((0.299, 0.587, 0.114), dtype=np.float32)
-_BATCH = 128
-
-
-@dataclass(frozen=True, repr=False)
-class Passed(Encoding):
-    """Outputs of the network for a batch; float32 on its device."""
-
-    target: Tensor
-    """(B, D) prediction target of other views: the projection, or that of `TrainConfig.ema`."""
-    norms: dict[str, Tensor]
-    """(B,) lengths by the name of their score."""
-
-    __repr__ = brief_repr
-
-
-@dataclass(frozen=True)
-class Observed:
-    """Results of one pass over N images; on the CPU."""
-
-    embedding: Tensor
-    """(N, F) float32."""
-    scores: dict[str, NDArray[np.float64]]
-    """(N,) by name: those that need the image alone."""
-
-    __repr__ = brief_repr
+_BATCH = 64
 
 
 class Network:
@@ -114,54 +91,40 @@ class Network:
     def _keep(self, name: str, module: torch.nn.Module, inputs: Any, output: Tensor) -> None:
         self._layers[name] = output.mean((2, 3)) if output.ndim == 4 else output
 
-    def __call__(self, views: Tensor, *, targets: bool = False) -> Passed:
-        """Pass normalised views (B, 3, height, width) float32 through the network.
-
-        Without `targets`, `Passed.target` is the projection also where another network makes the
-        targets.
-        """
+    def __call__(self, views: Tensor) -> Encoding:
+        """Pass normalised views (B, 3, height, width) float32 through the network."""
         views = views.to(self.device).contiguous(memory_format=torch.channels_last)
         with evaluating(self.model, self.device):
-            found = Encoding(*self.model.encode(views))
-            target = found.projection
-            if targets and self.model.target is not None:
-                target = self.model.target(views)
-        vectors = {"embedding": found.embedding, **self._layers, "projection": found.projection}
-        norms = {f"{name}_norm": vector.norm(dim=1) for name, vector in vectors.items()}
-        return Passed(
-            **vars(found), target=target, norms=norms | {"prediction_norm": found.loc_norm}
-        )
+            return Encoding(*self.model.encode(views))
 
-    def observe(self, batches: Iterable[NDArray[np.uint8]]) -> Observed:
-        """Embeddings and scores of images.
+    def observe(
+        self, batches: Iterable[NDArray[np.uint8]]
+    ) -> tuple[Tensor, dict[str, NDArray[np.float64]]]:
+        """Embeddings (N, F) float32 of images, and (N,) scores by name that need them alone.
 
         Args:
-            batches: (B, side, side, 3) uint8 each, see `eval_pixels`.
+            batches: un-augmented views as pixels, (B, side, side, 3) uint8 each, one at least.
 
         Raises:
-            InputError: there is no image, or the network's output is not finite.
+            InputError: the network's output is not finite.
         """
         embeddings: list[Tensor] = []
         parts: list[dict[str, NDArray[np.float64]]] = []
         for pixels in batches:
-            passed = self(views_of(pixels))
-            embeddings.append(passed.embedding.cpu())
-            found = {name: -norm.double().cpu().numpy() for name, norm in passed.norms.items()}
-            if passed.concentration is not None:
-                found["kappa"] = -passed.concentration.double().cpu().numpy()
-            parts.append({**found, **image_scores(pixels)})
-        if not parts:
-            raise InputError("images: there are none to observe")
+            found = self(views_of(pixels))
+            embeddings.append(found.embedding.cpu())
+            vectors = {"embedding": found.embedding, **self._layers, "projection": found.projection}
+            values = {f"{name}_norm": vector.norm(dim=1) for name, vector in vectors.items()}
+            values["prediction_norm"] = found.loc_norm
+            if found.concentration is not None:
+                values["kappa"] = found.concentration
+            scores = {name: -value.double().cpu().numpy() for name, value in values.items()}
+            parts.append({**scores, **image_scores(pixels)})
         names = [name for name in DESCRIPTIONS if name in parts[0]]
         scores = {name: np.concatenate([part[name] for part in parts]) for name in names}
         if not all(np.isfinite(values).all() for values in scores.values()):
             raise InputError("run: the network's output is not finite; its weights are damaged")
-        return Observed(torch.cat(embeddings), scores)
-
-
-def eval_pixels(source: ImageSource, size: int, workers: int) -> Iterator[NDArray[np.uint8]]:
-    """Yield the un-augmented views of a source's images in order, (B, size, size, 3) uint8."""
-    return (pixels for pixels, _ in loader.eval_pixels(source, size, _BATCH, workers))
+        return torch.cat(embeddings), scores
 
 
 def views_of(pixels: NDArray[np.uint8]) -> Tensor:
@@ -191,6 +154,51 @@ def image_scores(pixels: NDArray[np.uint8]) -> dict[str, NDArray[np.float64]]:
     }
 
 
+def agreement(
+    network: Network,
+    images: PackedImages,
+    chosen: NDArray[np.int64],
+    policy: AugmentConfig,
+    *,
+    seed: int,
+    calibrate: bool = False,
+) -> tuple[NDArray[np.float64], dict[str, Any]]:
+    """The score "view_agreement" of the images `chosen`, (N,) float64, by `VIEWS` views of each.
+
+    The views are random global ones of `policy`, each a function of the seed, the image's number
+    and its own. With `calibrate` also the calibration of the concentrations, else {}.
+    """
+    parts, pairs = [], []
+    for start in range(0, len(chosen), _BATCH):
+        samples = chosen[start : start + _BATCH]
+        views = random_views(
+            [np.asarray(images.image(number)) for number in samples.tolist()],
+            samples,
+            policy,
+            views=VIEWS,
+            seed=seed,
+            device=network.device,
+            later_epochs=False,
+        )
+        shape = views.shape[:2]
+        views = views.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        found = network(views)
+        parts.append(disagreement(found.embedding.unflatten(0, shape)))
+        if calibrate:
+            assert found.concentration is not None
+            target = found.projection
+            if network.model.target is not None:
+                with evaluating(network.model, network.device):
+                    target = network.model.target(views)
+            outputs = (found.loc, found.concentration, target)
+            each = [output.unflatten(0, shape) for output in outputs]
+            pairs.append([cosines.cpu().flatten() for cosines in pair_cosines(*each)])
+    if not calibrate:
+        return np.concatenate(parts), {}
+    expected, observed = (torch.cat(each).double().numpy() for each in zip(*pairs, strict=True))
+    return np.concatenate(parts), calibration(expected, observed)
+
+
 def disagreement(embeddings: Tensor) -> NDArray[np.float64]:
     """The score "view_agreement", (B,) float64, of embeddings (V, B, F) of V >= 2 views."""
     unit = F.normalize(embeddings.double(), dim=-1)
@@ -199,6 +207,28 @@ def disagreement(embeddings: Tensor) -> NDArray[np.float64]:
     pairs = unit.sum(0).square().sum(-1) - unit.square().sum(-1).sum(0)
     score: NDArray[np.float64] = (1 - pairs / (count * (count - 1))).cpu().numpy()
     return score
+
+
+def pair_cosines(loc: Tensor, concentration: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
+    """Expected and observed cosines of V views, for every ordered pair v != g.
+
+    For a Power Spherical distribution E[mu.z] = kappa / (kappa + D - 1) (De Cao and Aziz, arXiv
+    2006.04437): the prediction of view v implies the mean of its cosine with the representation of
+    another view g.
+
+    Args:
+        loc: (V, B, D) mean directions mu, unit vectors.
+        concentration: (V, B) kappa.
+        projection: (V, B, D) projections z of the same views, of any length.
+
+    Returns:
+        kappa_v / (kappa_v + D - 1) and mu_v.z_g / |z_g|, two tensors (V (V - 1), B).
+    """
+    count, dim = len(loc), loc.shape[-1]
+    cosines = torch.einsum("vbd,gbd->vgb", loc, F.normalize(projection, dim=-1))
+    expected = (concentration / (concentration + dim - 1)).unsqueeze(1).expand_as(cosines)
+    others = ~torch.eye(count, dtype=torch.bool, device=loc.device)
+    return expected[others], cosines[others]
 
 
 class Reference:

@@ -22,24 +22,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vi_simsiam.checks import require
+from vi_simsiam.data.loader import eval_pixels
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.subsets import subset
 from vi_simsiam.engine.checkpoint import write_json
 from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import metrics
-from vi_simsiam.evaluation.calibration import BINS, VIEWS, agreement
 from vi_simsiam.evaluation.corruptions import LEVELS, MAGNITUDES, corrupt
+from vi_simsiam.evaluation.features import check_classes
 from vi_simsiam.evaluation.foreign import Foreign, builtin_sets, open_sets, refuse_own_images
-from vi_simsiam.evaluation.logistic import LogisticConfig, LogisticProbe, check_classes
+from vi_simsiam.evaluation.logistic import LogisticConfig, LogisticProbe
 from vi_simsiam.evaluation.scores import (
     DESCRIPTIONS,
     JPEG_QUALITY,
     NEIGHBOURS,
     TRIVIAL,
+    VIEWS,
     Network,
     Reference,
-    eval_pixels,
+    agreement,
 )
 from vi_simsiam.info import versions
 from vi_simsiam.models import VISimSiam
@@ -51,7 +54,7 @@ TRAIN_IMAGES = 4_000
 UNSPLIT_IMAGES = 1_000
 """Most training images evaluated where there are no validation images."""
 _BATCH = 128
-"""Images corrupted at a time, which takes several float arrays of their size."""
+"""Images passed through the network, or corrupted, at a time."""
 _PACKAGES = ("torch", "torchvision", "scikit-learn", "scipy", "numpy", "pillow")
 
 _Figures = dict[str, float | None]
@@ -107,9 +110,7 @@ def evaluate_uncertainty(
     images: int | None = None,
     seed: int = 0,
     corruption_images: int = 200,
-    train_images: int = TRAIN_IMAGES,
-    require_kappa: bool = True,
-    report: Callable[[str], None] | None = None,
+    report: Callable[[str], None] = lambda phrase: None,
 ) -> dict[str, Any]:
     """Measure a run's concentration and its rivals; write RUN/uncertainty.json, return its content.
 
@@ -124,10 +125,6 @@ def evaluate_uncertainty(
         images: most validation images, drawn by `seed`; None for all.
         seed: of every choice of images, of the views and of the damage.
         corruption_images: most images that are damaged, each in 30 ways; 0 for none.
-        train_images: most training images that the probe and the distances are fitted to, drawn by
-            `seed`.
-        require_kappa: refuse a run that predicts no concentration. If False, everything but the
-            concentration is measured, to compare with.
         report: called with a short phrase at the start of every stage.
 
     Raises:
@@ -135,20 +132,15 @@ def evaluate_uncertainty(
             be opened or is the run's own, validation classes that are not the training classes, or
             damaged weights.
     """
-    if require_kappa and not isinstance(run.model, VISimSiam):
+    if not isinstance(run.model, VISimSiam):
         raise InputError("run: SimSiam predicts no concentration to measure; vi-simsiam does")
-    if not 0 <= seed < 2**63:
-        raise InputError(f"seed: {seed} must be at least 0 and below 2**63")
-    least = {"images": 2, "corruption_images": 0, "train_images": 2}
-    given = {"images": images, "corruption_images": corruption_images, "train_images": train_images}
-    for name, number in given.items():
-        if number is not None and number < least[name]:
-            raise InputError(f"{name}: {number} must be at least {least[name]}")
+    require("seed", seed, 0 <= seed < 2**63, "at least 0 and below 2**63")
+    require("images", images, images is None or images >= 2, "at least 2")
+    require("corruption_images", corruption_images, corruption_images >= 0, "at least 0")
 
-    report = report or (lambda phrase: None)
     report("opening the data sets")
     sets = open_sets(ood, run.splits, run.config)
-    data = _choose(run, images, train_images, seed)
+    data = _choose(run, images, seed)
     foreign = [(each, run.readable(each.source)[0]) for each in sets]
     for each, packed in foreign:
         if own := refuse_own_images(each, packed, [data.train, data.evaluated]):
@@ -169,7 +161,7 @@ def evaluate_uncertainty(
             "train_images": len(data.reference),
             "corruption_images": count,
             "views": VIEWS,
-            "bins": BINS,
+            "bins": metrics.BINS,
             "neighbours": min(NEIGHBOURS, len(data.reference)),
             "jpeg_quality": JPEG_QUALITY,
             "fpr95": "share of the validation images flagged where 95 % of the other data set's "
@@ -228,12 +220,12 @@ class _Measured:
         self.run, self.seed, self.report = run, seed, report
         self.network = Network(run.model, run.device)
         report(counted(len(data.reference), "training image"))
-        training = self.network.observe(self.pixels(data.train, data.reference)).embedding
+        training, _ = self.network.observe(self.pixels(data.train, data.reference))
         self.probe: LogisticProbe | None = None
         if data.reference_labels is not None and len(np.unique(data.reference_labels)) > 1:
             report("the logistic probe")
             labels = torch.from_numpy(data.reference_labels)
-            config, classes = LogisticConfig(seed=seed), data.train.classes or ()
+            config, classes = LogisticConfig(seed=seed), len(data.train.classes or ())
             self.probe = LogisticProbe.fit(training, labels, classes, config)
         self.reference = Reference(training, data.reference_labels, self.probe, run.device)
         report(f"{counted(len(data.chosen), 'image')}, and {VIEWS} views of each")
@@ -246,14 +238,14 @@ class _Measured:
         self, batches: Iterable[NDArray[np.uint8]], **more: NDArray[np.float64]
     ) -> tuple[Tensor, _Scores]:
         """Embeddings and scores of batches of pixels, (B, side, side, 3) uint8, with `more`."""
-        seen = self.network.observe(batches)
-        scores = {**seen.scores, **self.reference.scores(seen.embedding), **more}
-        return seen.embedding, {name: scores[name] for name in DESCRIPTIONS if name in scores}
+        embedding, scores = self.network.observe(batches)
+        scores = {**scores, **self.reference.scores(embedding), **more}
+        return embedding, {name: scores[name] for name in DESCRIPTIONS if name in scores}
 
     def pixels(self, images: PackedImages, chosen: _Numbers) -> Iterator[NDArray[np.uint8]]:
         """Un-augmented views of images as pixels, (B, side, side, 3) uint8."""
-        size = self.run.config.augment.size
-        return eval_pixels(subset(images, chosen), size, self.run.workers)
+        size, workers = self.run.config.augment.size, self.run.workers
+        return (pixels for pixels, _ in eval_pixels(subset(images, chosen), size, _BATCH, workers))
 
 
 def _foreign(
@@ -331,9 +323,7 @@ def _corruptions(measured: _Measured, data: _Images, count: int) -> dict[str, An
                 for each in batches
             )
             levels.append(measured.score(damaged)[1])
-        median = None
-        if "kappa" in intact:
-            median = [float(np.median(-level["kappa"])) / scale for level in levels]
+        median = [float(np.median(-level["kappa"])) / scale for level in levels]
         trends = {
             name: metrics.level_trend(np.stack([level[name] for level in levels]))
             for name in intact
@@ -342,7 +332,7 @@ def _corruptions(measured: _Measured, data: _Images, count: int) -> dict[str, An
     return result
 
 
-def _choose(run: Run, images: int | None, train_images: int, seed: int) -> _Images:
+def _choose(run: Run, images: int | None, seed: int) -> _Images:
     """Choose the images that are evaluated and those they are compared with."""
     train, _ = run.readable(run.splits.train)
     if len(train) == 0:
@@ -353,7 +343,7 @@ def _choose(run: Run, images: int | None, train_images: int, seed: int) -> _Imag
     if run.splits.val is not None and len(run.splits.val):
         evaluated, _ = run.readable(run.splits.val)
         chosen = _draw(len(evaluated), images or len(evaluated), seed)
-        reference = _draw(len(train), train_images, seed)
+        reference = _draw(len(train), TRAIN_IMAGES, seed)
     else:
         evaluated = train
         if len(train) < 4:
@@ -362,7 +352,7 @@ def _choose(run: Run, images: int | None, train_images: int, seed: int) -> _Imag
             )
         order = np.random.default_rng((seed, 1)).permutation(len(train))
         count = min(images or UNSPLIT_IMAGES, len(train) // 2)
-        chosen, reference = np.sort(order[:count]), np.sort(order[count : count + train_images])
+        chosen, reference = np.sort(order[:count]), np.sort(order[count : count + TRAIN_IMAGES])
         notes.append(
             "no validation images: training images are evaluated, which the network has seen"
         )
@@ -371,7 +361,7 @@ def _choose(run: Run, images: int | None, train_images: int, seed: int) -> _Imag
     if train.labels is None or evaluated.labels is None:
         notes.append(f"no labels: {unmeasured}")
     else:
-        check_classes(train.classes or (), evaluated.classes or ())
+        check_classes(run.splits.name, train, evaluated)
         if len(train.classes or ()) < 2:
             notes.append(f"one class: {unmeasured}")
         else:

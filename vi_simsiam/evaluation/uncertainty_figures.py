@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
 
-from vi_simsiam.evaluation.results import read_result, unusable
+from vi_simsiam.evaluation.results import read_result
 from vi_simsiam.evaluation.style import BLUE, GRAY, INK, ORANGE, STYLE, figure, save, shown
 from vi_simsiam.text import counted
 
@@ -38,34 +37,29 @@ def draw_uncertainty(run_folder: Path) -> list[Path]:
         The paths of the figures.
 
     Raises:
-        InputError: the file cannot be read, or lacks what its parts need.
+        InputError: the file cannot be read.
     """
     result = read_result(run_folder, "uncertainty")
     if result is None:
         return []
-    figures: dict[str, tuple[object, Callable[[dict[str, Any]], Figure]]] = {
-        "reliability": (result.get("calibration"), reliability),
-        "risk_coverage": (result.get("misclassification"), risk_coverage),
-        "corruptions": (result.get("corruptions"), corruptions),
-        "scores": (result.get("misclassification") or result.get("ood"), scores),
+    figures = {
+        "reliability": (result["calibration"], reliability),
+        "risk_coverage": (result["misclassification"], risk_coverage),
+        "corruptions": (result["corruptions"], corruptions),
+        "scores": (result["misclassification"] or result["ood"], scores),
     }
-    drawn = []
     with matplotlib.rc_context(STYLE):
-        for name, (part, draw) in figures.items():
-            if not part:
-                continue
-            try:
-                drawn.append(save(draw(result), run_folder / f"{name}.png"))
-            except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-                problem = f"lacks what {name}.png shows ({error!r})"
-                raise unusable(run_folder / "uncertainty.json", problem) from error
-    return drawn
+        return [
+            save(draw(result), run_folder / f"{name}.png")
+            for name, (part, draw) in figures.items()
+            if part
+        ]
 
 
 def targets(result: dict[str, Any]) -> dict[str, dict[str, float]]:
     """AUROC of every score by the images to detect: misclassified ones, and each foreign set."""
-    parts = {f"{name} ({part['kind']})": part for name, part in (result.get("ood") or {}).items()}
-    if result.get("misclassification"):
+    parts = {f"{name} ({part['kind']})": part for name, part in result["ood"].items()}
+    if result["misclassification"]:
         parts = {"misclassified": result["misclassification"], **parts}
     return {name: figures_of(part, "auroc") for name, part in parts.items()}
 
@@ -99,9 +93,8 @@ def score_label(name: str) -> str:
 def reliability(result: dict[str, Any]) -> Figure:
     """Observed against expected cosine by bin with the diagonal, and the pairs in each bin."""
     part = result["calibration"]
-    bins = [each for each in part["bins"] if each["count"]]
     expected, observed, count = (
-        np.array([each[key] for each in bins]) for key in ("expected", "observed", "count")
+        np.array([each[key] for each in part["bins"]]) for key in ("expected", "observed", "count")
     )
     drawn, left, right = _panels(
         result,
@@ -116,7 +109,7 @@ def reliability(result: dict[str, Any]) -> Figure:
     left.set(xlim=limits, ylim=limits, aspect="equal", title="cosine of prediction and target")
     left.set(xlabel="expected, κ / (κ + D − 1)", ylabel="observed")
     left.legend(loc="upper left")
-    right.bar(range(1, len(bins) + 1), count, color=BLUE, width=0.7)
+    right.bar(range(1, len(count) + 1), count, color=BLUE, width=0.7)
     right.set(title="pairs in each bin", xlabel="bin, least certain first")
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -134,13 +127,11 @@ def risk_coverage(result: dict[str, Any]) -> Figure:
         f"accuracy {100 * part['accuracy']:.1f} %",
     )
     best = best_others({name: -value for name, value in area.items()})
-    others = [name for name in best if name in curves]
-    for name, colour in zip(["kappa", *others], _CHOSEN, strict=False):
-        if name in curves:
-            dashes: Any = (0, (3, 1.5)) if name in IMAGE_STATISTICS else "solid"
-            width, order = (2.0, 4) if name == "kappa" else (1.1, 3)
-            x, y, label = curves[name]["coverage"], curves[name]["risk"], score_label(name)
-            left.plot(x, y, color=colour, lw=width, ls=dashes, zorder=order, label=label)
+    for name, colour in zip(["kappa", *best], _CHOSEN, strict=False):
+        dashes: Any = (0, (3, 1.5)) if name in IMAGE_STATISTICS else "solid"
+        width, order = (2.0, 4) if name == "kappa" else (1.1, 3)
+        x, y, label = curves[name]["coverage"], curves[name]["risk"], score_label(name)
+        left.plot(x, y, color=colour, lw=width, ls=dashes, zorder=order, label=label)
     # An oracle drops the errors first: none is left until the coverage exceeds the accuracy.
     coverage = np.linspace(0.01, 1, 100)
     oracle = np.maximum(0, 1 - part["accuracy"] / coverage)
@@ -153,8 +144,7 @@ def risk_coverage(result: dict[str, Any]) -> Figure:
     left.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     left.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     left.legend(loc="upper left", ncols=3)
-    order_by_area = sorted(area, key=lambda name: (math.isnan(area[name]), area[name]))
-    _dots(right, {name: area[name] for name in order_by_area})
+    _dots(right, dict(sorted(area.items(), key=lambda item: item[1])))
     for name, colour, dashes in (("oracle", INK, dashed), ("random", GRAY, dotted)):
         right.axvline(part[name]["aurc"], color=colour, lw=1, ls=dashes, label=name)
     right.set_title("area below (AURC), lower is better")
@@ -168,29 +158,25 @@ def corruptions(result: dict[str, Any]) -> Figure:
     drawn, left, right = _panels(
         result, f"images corrupted in {counted(len(parts), 'way')}, level 0 is the image itself"
     )
-    labels = {kind: kind.replace("_", " ") for kind in parts}
-    medians = {kind: part for kind, part in parts.items() if part["median_kappa"] is not None}
-    for (kind, part), colour in zip(medians.items(), itertools.cycle(_KINDS), strict=False):
+    for (kind, part), colour in zip(parts.items(), itertools.cycle(_KINDS), strict=False):
         x, y = part["levels"], part["median_kappa"]
-        left.plot(x, y, "o-", ms=2.5, lw=1.2, color=colour, label=labels[kind])
+        left.plot(x, y, "o-", ms=2.5, lw=1.2, color=colour, label=kind)
     left.set(title="median κ / (D − 1)", xlabel="level of corruption")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if medians:
-        rows_of_legend = -(-len(medians) // 3)
-        left.set_ylim(0, (1.1 + 0.08 * rows_of_legend) * left.get_ylim()[1])
-        left.legend(loc="upper left", ncols=3, columnspacing=1.2)
+    left.set_ylim(0, (1.1 + 0.08 * math.ceil(len(parts) / 3)) * left.get_ylim()[1])
+    left.legend(loc="upper left", ncols=3, columnspacing=1.2)
     trends = [figures_of(part, "spearman") for part in parts.values()]
-    names = [name for name in result["scores"] if all(name in trend for trend in trends)]
+    names = [name for name in result["scores"] if name in trends[0]]
     mean = {name: float(np.mean([trend[name] for trend in trends])) for name in names}
     rows = np.arange(len(parts))
-    chosen = [*(["kappa"] if "kappa" in mean else []), *best_others(mean)]
+    chosen = ["kappa", *best_others(mean)]
     # A little apart, so that equal values hide no score.
     shifts = (0.0, -0.14, 0.14, 0.0)
     for name, colour, shift in zip(chosen, _CHOSEN, shifts, strict=False):
         values, label = [trend[name] for trend in trends], score_label(name)
         right.plot(values, rows + shift, "o", **_marker(name, colour), label=label)
     right.axvline(0, color=GRAY, lw=0.8)
-    right.set_yticks(rows, list(labels.values()))
+    right.set_yticks(rows, list(parts))
     right.set_xlim(-1.05, 1.05)
     right.set_ylim(len(parts) - 0.5, -0.5 - 0.16 * len(parts))  # room for the legend
     right.set_title("rank correlation of score and level")
@@ -202,7 +188,7 @@ def corruptions(result: dict[str, Any]) -> Figure:
 def scores(result: dict[str, Any]) -> Figure:
     """AUROC of all scores, a panel for misclassified images and for each set of foreign images."""
     panels = targets(result)
-    names = [name for name in result["scores"] if any(name in values for values in panels.values())]
+    names = list(result["scores"])
     title = "separation of these images from the others by each score (AUROC, 0.5 is chance)"
     height = max(2.4, 1.1 + 0.165 * len(names))
     drawn = figure(f"{shown(result['data'])}: {title}", (8.0, height))
@@ -211,8 +197,7 @@ def scores(result: dict[str, Any]) -> Figure:
     grid = drawn.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (target, values) in zip(grid, panels.items(), strict=True):
         axes.axvline(0.5, color=GRAY, lw=0.8, ls=(0, (3, 2)))
-        if "kappa" in values:
-            axes.axvline(values["kappa"], color=BLUE, lw=0.8, alpha=0.5)
+        axes.axvline(values["kappa"], color=BLUE, lw=0.8, alpha=0.5)
         _dots(axes, {name: values.get(name, math.nan) for name in names})
         axes.set_xlim(math.floor(10 * low - 0.2) / 10, 1.03)
         axes.set_title(target, fontsize=8.5 if len(panels) < 4 else 7.5)

@@ -32,8 +32,7 @@ from vi_simsiam.engine.run import (
     resolve_workers,
 )
 from vi_simsiam.engine.train import Trainer
-from vi_simsiam.evaluation.augmented import AugmentedFeatures
-from vi_simsiam.evaluation.features import FeatureSets, labelled_splits
+from vi_simsiam.evaluation.features import FeatureSets, labelled_splits, random_features
 from vi_simsiam.evaluation.knn import KnnConfig, classify, evaluate_knn
 from vi_simsiam.evaluation.linear import evaluate_linear, linear_preset
 from vi_simsiam.evaluation.logistic import evaluate_logistic
@@ -134,7 +133,7 @@ def _accuracies(run: Run, measures: Iterable[str]) -> dict[str, Any]:
         val={"trained": found["val"]},
         val_labels=torch.from_numpy(val.labels),
         device=device,
-        augmented=AugmentedFeatures(
+        augmented=lambda: random_features(
             run.model.backbone, train, size=size, device=device, workers=workers, report=_report
         ),
     )
