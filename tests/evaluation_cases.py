@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.engine.checkpoint import write_json
 from vi_simsiam.engine.run import Run
 from vi_simsiam.evaluation import figures, uncertainty_figures
+from vi_simsiam.evaluation.corruptions import MAGNITUDES
 from vi_simsiam.evaluation.features import FeatureSets
+from vi_simsiam.evaluation.scores import DESCRIPTIONS
 from vi_simsiam.models import SimSiam, VISimSiam
 
 CPU = torch.device("cpu")
@@ -92,17 +95,12 @@ def metric_lines(count: int, *, kappa: bool) -> list[dict[str, float]]:
     lines = []
     for i in range(count):
         share = (i + 1) / count
-        line = {
-            "step": 10 * (i + 1),
-            "epoch": 2 * share,
-            "loss": -share,
-            "cosine": 0.9 * share,
+        line = {"step": 10 * (i + 1), "epoch": 2 * share, "loss": -share, "cosine": 0.9 * share}
+        line |= {
             "z_std": 0.9,
             "effective_rank": 5 * share,
             "grad_norm": 1.0,
-            "lr": 0.01 * (1 - share),
-            "views_per_s": 100.0,
-            "data_wait": 0.1,
+            "lr": 0.01 - share / 100,
         }
         lines.append({**line, "kappa": share, "kappa_best": 1.1 * share} if kappa else line)
     return lines
@@ -134,3 +132,61 @@ def feature_sets(
         val_labels=torch.from_numpy(labels["val"]),
         device=CPU,
     )
+
+
+def uncertainty_result(data: str = "fashion-mini") -> dict[str, Any]:
+    """An uncertainty.json with every part, of numbers that are made up."""
+    draw = np.random.default_rng(0)
+
+    def drawn(*keys: str) -> dict[str, dict[str, float]]:
+        return {name: {key: float(draw.random()) for key in keys} for name in DESCRIPTIONS}
+
+    def retrieval(seen: bool) -> dict[str, Any]:
+        aurocs = {name: float(draw.random()) for name in DESCRIPTIONS}
+        return {"seen_classes": seen, "recall_at_1": 0.31, "scores": aurocs}
+
+    coverage, cosines = np.linspace(0.02, 1, 50), (np.arange(10) / 10).tolist()
+    sets = (("held-out", "near", 400), ("noise", "far", 500), ("mine", "given", 73))
+    return {
+        "evaluation": "uncertainty",
+        "data": data,
+        "dim": 512,
+        "images": 2000,
+        "settings": {"seed": 0, "corruption_images": 200},
+        "scores": DESCRIPTIONS,
+        "calibration": {
+            "pairs": 3450,
+            "expected": 0.45,
+            "observed": 0.5,
+            "error": 0.03,
+            "bins": [
+                {"expected": cosine, "observed": cosine**2, "count": 300 + i}
+                for i, cosine in enumerate(cosines)
+            ],
+        },
+        "misclassification": {
+            "classifier": "logistic",
+            "accuracy": 0.745,
+            "scores": drawn("auroc", "aurc", "augrc"),
+            "oracle": {"aurc": 0.036, "augrc": 0.0325},
+            "random": {"aurc": 0.255, "augrc": 0.1275},
+            "risk_coverage": {
+                name: {"coverage": coverage.tolist(), "risk": (draw.random() * coverage).tolist()}
+                for name in DESCRIPTIONS
+            },
+        },
+        "retrieval": {"validation": retrieval(True), "cifar10": retrieval(False)},
+        "ood": {
+            name: {"kind": kind, "images": images, "scores": drawn("auroc", "aupr", "fpr95")}
+            for name, kind, images in sets
+        },
+        "corruptions": {
+            kind: {
+                "levels": list(range(6)),
+                "median_kappa": draw.random(6).tolist(),
+                "scores": drawn("spearman", "monotone"),
+            }
+            for kind in MAGNITUDES
+        },
+        "versions": {"vi-simsiam": "0.1.0", "torch": "2.14.1", "scikit-learn": "1.9.0"},
+    }

@@ -22,13 +22,13 @@ from evaluation_cases import (
     make_run,
     skip_rendering,
 )
-from PIL import Image
+from inference_cases import save_run
 from rich.console import Console
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tv
 
 from vi_simsiam.cli.evaluate import evaluate_run
-from vi_simsiam.config import AugmentConfig, ModelConfig, TrainConfig
+from vi_simsiam.config import AugmentConfig
 from vi_simsiam.data.cache import cached
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.packed import PackedImages
@@ -36,7 +36,6 @@ from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.data.views import draw_table, eval_view
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.run import load_run
-from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import features as features_module
 from vi_simsiam.evaluation.features import (
@@ -319,27 +318,14 @@ def test_a_run_without_a_log_and_with_few_images_is_evaluated(tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("small_network")
-def test_a_run_is_opened_where_its_cache_folder_is_not(tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    for i in range(4):
-        Image.new("RGB", (8, 8), (60 * i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
-    config = TrainConfig(
-        data=f"folder:{tmp_path / 'images'}",
-        batch_size=2,
-        epochs=1,
-        workers=0,
-        device="cpu",
-        cache_dir=tmp_path / "cache",
-        augment=AugmentConfig(size=8),
-        model=ModelConfig(dim=8, projector_hidden=8, predictor_hidden=8),
-    )
-    Trainer(config, tmp_path / "run", console=Console(quiet=True)).fit()
-    (tmp_path / "cache").rename(tmp_path / "moved")
+def test_a_run_is_opened_where_its_cache_folder_is_not(tmp_path: Path, image_folder: Path) -> None:
+    folder, data = save_run(tmp_path / "run"), f"folder:{image_folder}"
     (tmp_path / "cache").touch()
-    run = load_run(tmp_path / "run", device="cpu", workers=0)
+    options = {"device": "cpu", "workers": 0, "data": data}
+    run = load_run(folder, **options, cache_dir=tmp_path / "cache")
     with pytest.raises(InputError, match="cache_dir: .* name another place"):
         run.readable(run.splits.train)
-    run = load_run(tmp_path / "run", device="cpu", workers=0, cache_dir=tmp_path / "moved")
+    run = load_run(folder, **options, cache_dir=tmp_path / "moved")
     images, _ = run.readable(run.splits.train)
     assert images.path is not None
     assert images.path.parent == tmp_path / "moved"

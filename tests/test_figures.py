@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,18 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from evaluation_cases import SIZE, gray_source, make_run, skip_rendering
+from evaluation_cases import SIZE, gray_source, make_run, skip_rendering, uncertainty_result
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontEntry
 from PIL import Image
-from report_cases import KINDS, SCORES, uncertainty_result
 
 from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.data.views import eval_view
 from vi_simsiam.distributions import HypersphericalUniform
 from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.evaluation import figures, style, uncertainty_figures
+from vi_simsiam.evaluation.corruptions import MAGNITUDES
 from vi_simsiam.evaluation.figures import (
     CONCENTRATIONS,
     COSINES,
@@ -36,8 +35,9 @@ from vi_simsiam.evaluation.figures import (
     read_metrics,
     surprise,
 )
-from vi_simsiam.evaluation.style import STYLE, number, shown
-from vi_simsiam.evaluation.uncertainty_figures import best_others, draw_uncertainty, targets
+from vi_simsiam.evaluation.scores import DESCRIPTIONS
+from vi_simsiam.evaluation.style import STYLE
+from vi_simsiam.evaluation.uncertainty_figures import draw_uncertainty
 from vi_simsiam.inference.rank import extremes
 
 
@@ -271,7 +271,7 @@ def test_risk_coverage_shows_kappa_the_best_others_and_both_limits() -> None:
     drawn = curves(left)
     assert drawn["κ"][1] == part["risk_coverage"]["kappa"]["risk"]
     area = {name: values["aurc"] for name, values in part["scores"].items()}
-    best = min((name for name in SCORES if name != "kappa"), key=lambda name: area[name])
+    best = min((name for name in DESCRIPTIONS if name != "kappa"), key=lambda name: area[name])
     assert best.replace("_", " ") in {label.removesuffix(" *") for label in drawn}
     assert any(label.endswith(" *") for label in drawn)
     assert set(drawn["random"][1]) == {1 - part["accuracy"]}
@@ -285,8 +285,8 @@ def test_risk_coverage_shows_kappa_the_best_others_and_both_limits() -> None:
 def test_corruptions_show_medians_and_correlations() -> None:
     result = uncertainty_result()
     left, right = panels(uncertainty_figures.corruptions, result)
-    labels = [kind.replace("_", " ") for kind in KINDS]
-    parts = [result["corruptions"][kind] for kind in KINDS]
+    labels = [kind.replace("_", " ") for kind in MAGNITUDES]
+    parts = [result["corruptions"][kind] for kind in MAGNITUDES]
     assert [curves(left)[label][1] for label in labels] == [part["median_kappa"] for part in parts]
     trends = [part["scores"]["kappa"]["spearman"] for part in parts]
     assert curves(right)["κ"][0] == trends
@@ -301,22 +301,14 @@ def test_scores_show_every_auroc() -> None:
     axes = panels(uncertainty_figures.scores, result)
     titles = ["misclassified", "held-out (near)", "noise (far)", "mine (given)"]
     assert [each.get_title(loc="left") for each in axes] == titles
-    for panel, values in zip(axes, targets(result).values(), strict=True):
-        expected = [values.get(name, math.nan) for name in SCORES]
-        np.testing.assert_array_equal(points(panel), expected)
+    parts = [result["misclassification"], *result["ood"].values()]
+    for panel, part in zip(axes, parts, strict=True):
+        expected = [part["scores"].get(name, {}).get("auroc") for name in DESCRIPTIONS]
+        np.testing.assert_array_equal(points(panel), np.array(expected, dtype=float))
     labels = [label.get_text() for label in axes[0].get_yticklabels()]
     assert labels[0] == "κ"
     marked = {label for label in labels if label.endswith("*")}
     assert marked == {"edge energy *", "contrast *", "jpeg size *"}
-
-
-def test_best_others_always_hold_an_image_statistic() -> None:
-    values = {"kappa": 0.9, "energy": 0.8, "softmax": 0.7, "knn_distance": 0.6, "contrast": 0.5}
-    values["jpeg_size"] = 0.4
-    assert best_others(values) == ["energy", "softmax", "contrast"]
-    assert best_others({**values, "contrast": 0.75}) == ["energy", "contrast"]
-    assert best_others({**values, "energy": math.nan}) == ["softmax", "knn_distance", "contrast"]
-    assert best_others({"kappa": 0.9}) == []
 
 
 @pytest.mark.parametrize(
@@ -366,11 +358,3 @@ def test_density_shows_the_runs_dimension(tmp_path: Path, monkeypatch: pytest.Mo
     minima = [float(line.get_xdata()[0]) for line in right.lines if line.get_marker() == "o"]
     assert minima == sorted(minima)
     assert len(minima) == len(COSINES)
-
-
-def test_numbers_and_data_sets_have_short_names() -> None:
-    found = [number(value, 2.5) for value in (0.0, 0.0002, 0.004, 0.1234, 2.6612)]
-    assert found == ["0.00", "0.0002", "0.004", "0.12", "2.66"]
-    assert number(1234.5, 1000.0) == "1,234"
-    names = [shown(data) for data in ("cifar10", "folder:/a/b", "pack:/a/c.pack")]
-    assert names == ["cifar10", "b", "c.pack"]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tyro
-from evaluation_cases import feature_sets, gray_source, make_run, skip_rendering
+from evaluation_cases import feature_sets, gray_source, make_run, skip_rendering, uncertainty_result
 from PIL import Image
-from report_cases import KINDS, SCORES, uncertainty_result
 
 from vi_simsiam.cli.evaluate import report
 from vi_simsiam.config import TrainConfig, differing_fields, preset
 from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.errors import InputError
+from vi_simsiam.evaluation.corruptions import MAGNITUDES
 from vi_simsiam.evaluation.figures import certainty
 from vi_simsiam.evaluation.knn import KnnConfig, evaluate_knn
 from vi_simsiam.evaluation.report import (
@@ -32,10 +30,8 @@ from vi_simsiam.evaluation.report import (
     train_arguments,
     write_report,
 )
+from vi_simsiam.evaluation.scores import DESCRIPTIONS
 from vi_simsiam.evaluation.uncertainty import comparisons
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 class Page(HTMLParser):
@@ -132,7 +128,7 @@ def test_tables_hold_the_numbers_of_the_files(written: Path, page: Page) -> None
         return page.values[table][1:]
 
     def measures(scores: dict[str, Any], *keys: str) -> list[list[float]]:
-        return [[scores[name][key] for key in keys] for name in SCORES]
+        return [[scores[name][key] for key in keys] for name in DESCRIPTIONS]
 
     assert rows("accuracies") == [[share] for share in knn["top1"].values()]
     assert page.tables["accuracies"][1] == ["trained", f"{100 * knn['top1']['trained']:.1f} %"]
@@ -147,12 +143,12 @@ def test_tables_hold_the_numbers_of_the_files(written: Path, page: Page) -> None
         assert rows(f"ood-{number}") == measures(each["scores"], "auroc", "aupr", "fpr95")
     sets = result["retrieval"].values()
     recalls = [each["recall_at_1"] for each in sets]
-    aurocs = [[each["scores"][name] for each in sets] for name in SCORES]
+    aurocs = [[each["scores"][name] for each in sets] for name in DESCRIPTIONS]
     assert rows("retrieval") == [recalls, *aurocs]
-    kinds = [result["corruptions"][kind] for kind in KINDS]
+    kinds = [result["corruptions"][kind] for kind in MAGNITUDES]
     assert rows("corruptions-1") == [kind["median_kappa"] for kind in kinds]
     for number, key in ((2, "spearman"), (3, "monotone")):
-        expected = [[kind["scores"][name][key] for kind in kinds] for name in SCORES]
+        expected = [[kind["scores"][name][key] for kind in kinds] for name in DESCRIPTIONS]
         assert rows(f"corruptions-{number}") == expected
 
 
@@ -206,12 +202,10 @@ def test_the_gallery_shows_both_ends_as_small_images(tmp_path: Path) -> None:
     assert [image["kappa"].value for image in most["images"]] == sorted(found.values)[::-1][:20]
     assert all(image["name"] == f"class {image['index'] // 20}" for image in least["images"])
     noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
-    uri, small = thumbnail_uri(Image.fromarray(noise))
-    assert uri.startswith("data:image/jpeg")
-    assert (len(uri) < 30_000, small) == (True, False)
-    uri, small = thumbnail_uri(Image.fromarray(noise[:28, :28]))
-    assert uri.startswith("data:image/png")
-    assert small
+    for pixels, kind, small in ((noise, "jpeg", False), (noise[:28, :28], "png", True)):
+        uri, found_small = thumbnail_uri(Image.fromarray(pixels))
+        assert uri.startswith(f"data:image/{kind}")
+        assert (len(uri) < 30_000, found_small) == (True, small)
 
 
 def test_hostile_names_stay_text_and_what_is_not_defined_is_a_dash(tmp_path: Path) -> None:
@@ -219,7 +213,7 @@ def test_hostile_names_stay_text_and_what_is_not_defined_is_a_dash(tmp_path: Pat
     gray = gray_source(6)
     run = make_run(tmp_path, val=ArraySource(gray.images, gray.labels, [attack, "b"], attack))
     result = uncertainty_result(data=attack)
-    result["scores"] = {**SCORES, attack: attack}
+    result["scores"] = {**DESCRIPTIONS, attack: attack}
     result["ood"] = {attack: result["ood"]["mine"]}
     result["ood"][attack]["scores"]["energy"]["auroc"] = None
     absent = {"misclassification": None, "retrieval": None, "corruptions": {}}
@@ -280,27 +274,3 @@ def test_nothing_to_report_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=rf"knn.json {message}.*; {again}"):
             report([str(tmp_path)])
     assert not (tmp_path / "report.html").exists()
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_a_narrow_browser_shows_the_page_without_a_complaint(written: Path, tmp_path: Path) -> None:
-    # A frame of this width, because a window is never so narrow.
-    frame, style = tmp_path / "frame.html", "width:390px;height:900px;border:0"
-    frame.write_text(
-        f"<iframe src='{written.as_uri()}' style='{style}'></iframe><script>"
-        "onload = () => { const d = frames[0].document; document.title = ["
-        "d.documentElement.scrollWidth <= d.documentElement.clientWidth,"
-        "[...d.images].every(i => i.complete && i.naturalWidth > 0), d.images.length].join(' ') }"
-        "</script>"
-    )
-    options = (
-        "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
-        "disable-component-update disable-sync enable-logging=stderr allow-file-access-from-files "
-        f"user-data-dir={tmp_path / 'profile'} window-size=600,900 dump-dom"
-    )
-    command = [str(CHROMIUM), *(f"--{option}" for option in options.split()), frame.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert "CONSOLE" not in done.stderr
-    title = re.search("<title>(.*)</title>", done.stdout)
-    assert title is not None
-    assert title[1] == "true true 47"

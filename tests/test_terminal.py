@@ -7,9 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from evaluation_cases import uncertainty_result
 from experiment_cases import tiny_config
 from inference_cases import save_images
-from report_cases import uncertainty_result
 from rich.console import Console
 
 from vi_simsiam.cli import evaluate as command

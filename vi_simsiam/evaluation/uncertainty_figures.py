@@ -56,14 +56,6 @@ def draw_uncertainty(run_folder: Path) -> list[Path]:
         ]
 
 
-def targets(result: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """AUROC of every score by the images to detect: misclassified ones, and each foreign set."""
-    parts = {f"{name} ({part['kind']})": part for name, part in result["ood"].items()}
-    if result["misclassification"]:
-        parts = {"misclassified": result["misclassification"], **parts}
-    return {name: figures_of(part, "auroc") for name, part in parts.items()}
-
-
 def figures_of(part: dict[str, Any], key: str) -> dict[str, float]:
     """One measure of every score of a part; NaN where it is not defined."""
     return {
@@ -187,7 +179,10 @@ def corruptions(result: dict[str, Any]) -> Figure:
 
 def scores(result: dict[str, Any]) -> Figure:
     """AUROC of all scores, a panel for misclassified images and for each set of foreign images."""
-    panels = targets(result)
+    parts = {f"{name} ({part['kind']})": part for name, part in result["ood"].items()}
+    if result["misclassification"]:
+        parts = {"misclassified": result["misclassification"], **parts}
+    panels = {name: figures_of(part, "auroc") for name, part in parts.items()}
     names = list(result["scores"])
     title = "separation of these images from the others by each score (AUROC, 0.5 is chance)"
     height = max(2.4, 1.1 + 0.165 * len(names))
