@@ -18,9 +18,9 @@ BASELINE := ATEN_CPU_CAPABILITY=default DNNL_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIB
 	OPENBLAS_CORETYPE=Nehalem NPY_DISABLE_CPU_FEATURES="X86_V3 X86_V4 AVX512_ICL AVX512_SPR" \
 	VI_SIMSIAM_SIMD=baseline
 # Tests in which another rounding shows first.
-NUMERICS := $(patsubst %,tests/test_%.py,augment batch_norm device_feed distributions embed encoder \
-	extension knn linear logistic multiview_loss multiview_loss_autograd network power_spherical rank \
-	scores step)
+NUMERICS := $(patsubst %,tests/test_%.py,augment batch_norm classifiers device_feed distributions \
+	embed encoder extension linear multiview_loss multiview_loss_autograd network power_spherical \
+	rank scores step)
 
 .PHONY: train test install lint cpus soak gpu bench clean
 

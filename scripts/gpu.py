@@ -65,7 +65,7 @@ def _bench(seconds: float, *arguments: str) -> Stage:
     return _ours(seconds, "bench", *arguments, "--out", "benchmarks/results")
 
 
-_IN_GRAPH_STAGE = ("graph_gpu", "step", "device_feed", "knn", "linear", "augmented")
+_IN_GRAPH_STAGE = ("graph_gpu", "step", "device_feed", "classifiers", "linear", "evaluation")
 _OWN_STAGES = "not sanitizer and not offsets"
 _PAGES = ("README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")))
 STAGES = {

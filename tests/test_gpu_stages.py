@@ -211,5 +211,5 @@ def test_the_commands_are_right(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
     mark = re.compile(r"^(@pytest\.mark\.gpu|@on_gpu\(|    pytest\.mark\.gpu,)", re.MULTILINE)
     tests = Path("tests").glob("test_*.py")
     marked = {str(path) for path in tests if mark.search(path.read_text())}
-    assert {"tests/test_step.py", "tests/test_gpu.py", "tests/test_knn.py"} <= marked
+    assert {"tests/test_step.py", "tests/test_gpu.py", "tests/test_linear.py"} <= marked
     assert marked <= named

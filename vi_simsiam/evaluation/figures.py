@@ -83,7 +83,12 @@ def draw_curves(run_folder: Path) -> list[Path]:
                 third.plot(epoch, best, color=ORANGE, lw=1.1, ls=(0, (3, 2)), label=label)
             third.set_ylim(top=1.3 * third.get_ylim()[1])  # room for the legend
             third.legend(loc="upper left", ncols=2)
-            _learning_rate(gradient.twinx(), epoch, metrics["lr"])
+            rate = gradient.twinx()
+            rate.plot(epoch, metrics["lr"], color=GRAY, lw=1, ls=(0, (3, 2)))
+            rate.set_ylim(bottom=0)
+            rate.set_ylabel("learning rate (dashed)", color=GRAY, fontsize=7)
+            rate.tick_params(colors=GRAY)
+            rate.grid(False)
         else:
             _curve(third, "learning rate", epoch, metrics["lr"])
         _curve(spread, "spread (z-std · √D, 1 = even)", epoch, metrics["z_std"])
@@ -250,14 +255,6 @@ def _curve(
     # A line would not show so few points; they may lie on the edge.
     marker = "o" if alone else None
     axes.plot(epoch, mean, color=BLUE, label=label, marker=marker, ms=3, clip_on=not alone)
-
-
-def _learning_rate(axes: Axes, epoch: _Values, rate: _Values) -> None:
-    axes.plot(epoch, rate, color=GRAY, lw=1, ls=(0, (3, 2)))
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel("learning rate (dashed)", color=GRAY, fontsize=7)
-    axes.tick_params(colors=GRAY)
-    axes.grid(False)
 
 
 def _histogram(axes: Axes, values: _Values) -> None:

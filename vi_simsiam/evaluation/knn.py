@@ -8,13 +8,12 @@ alone.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vi_simsiam.errors import InputError
+from vi_simsiam.checks import POSITIVE, at_least, check_fields, limited
 from vi_simsiam.evaluation.features import FeatureSets
 from vi_simsiam.evaluation.results import pack_bits
 from vi_simsiam.inference.neighbours import nearest
@@ -24,17 +23,14 @@ from vi_simsiam.inference.neighbours import nearest
 class KnnConfig:
     """Settings of the k-nearest-neighbour classifier."""
 
-    k: int = 20
+    k: int = limited(20, at_least(1))
     """Number of neighbours, or all training images where they are fewer; Wu et al. use 200 for data
     sets of ImageNet's size."""
-    temperature: float = 0.1
+    temperature: float = limited(0.1, POSITIVE)
     """T: neighbours are weighted by exp(cosine / T). Wu et al. use 0.07."""
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise InputError(f"k: {self.k} must be at least 1")
-        if not 0 < self.temperature < inf:
-            raise InputError(f"temperature: {self.temperature} must be a positive number")
+        check_fields(self)
 
 
 def evaluate_knn(features: FeatureSets, config: KnnConfig | None = None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from vi_simsiam.inference.neighbours import nearest
 Scores = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
-BINS = 15
+BINS, POINTS = 15, 50
 
 
 def auroc(scores: Scores, positive: Flags) -> float | None:
@@ -51,8 +51,8 @@ def aupr(scores: Scores, positive: Flags) -> float | None:
     return float(average_precision_score(positive, scores))
 
 
-def fpr_at_tpr(scores: Scores, positive: Flags, tpr: float = 0.95) -> float | None:
-    """Share of negatives above the highest threshold that at least `tpr` of the positives reach.
+def fpr95(scores: Scores, positive: Flags) -> float | None:
+    """Share of negatives above the highest threshold that at least 95 % of the positives reach.
 
     The positives are the images of the other data set, so this is the share of validation images
     flagged when 95 % of the others are: the convention of OpenOOD (Zhang et al., arXiv 2306.09301).
@@ -64,7 +64,7 @@ def fpr_at_tpr(scores: Scores, positive: Flags, tpr: float = 0.95) -> float | No
     if not _both_kinds(positive):
         return None
     false, true, _ = roc_curve(positive, scores, drop_intermediate=False)
-    return float(false[np.argmax(true >= tpr)])
+    return float(false[np.argmax(true >= 0.95)])
 
 
 def aurc(scores: Scores, wrong: Flags) -> float:
@@ -98,14 +98,8 @@ def oracle(wrong: Flags) -> dict[str, float]:
     return {"aurc": aurc(scores, wrong), "augrc": augrc(scores, wrong)}
 
 
-def at_random(wrong: Flags) -> dict[str, float]:
-    """The mean "aurc" and "augrc" of all orders: with a share r of errors, r and r / 2."""
-    share = float(np.mean(wrong))
-    return {"aurc": share, "augrc": share / 2}
-
-
-def risk_coverage(scores: Scores, wrong: Flags, points: int = 50) -> dict[str, list[float]]:
-    """The risk-coverage curve at up to `points` evenly spaced coverages, the last of which is 1.
+def risk_coverage(scores: Scores, wrong: Flags) -> dict[str, list[float]]:
+    """The risk-coverage curve at up to `POINTS` evenly spaced coverages, the last of which is 1.
 
     Returns:
         "coverage", shares of the images, and "risk", the share of errors among that many of the
@@ -113,7 +107,7 @@ def risk_coverage(scores: Scores, wrong: Flags, points: int = 50) -> dict[str, l
     """
     errors = _expected_errors(scores, wrong)
     count = len(errors)
-    spaced = np.rint(np.linspace(count / points, count, points)).astype(int)
+    spaced = np.rint(np.linspace(count / POINTS, count, POINTS)).astype(int)
     kept = np.unique(spaced.clip(1))
     return {"coverage": (kept / count).tolist(), "risk": (errors[kept - 1] / kept).tolist()}
 
@@ -188,17 +182,11 @@ def calibration(expected: NDArray[np.float64], observed: NDArray[np.float64]) ->
     }
 
 
-def failure_figures(scores: Scores, wrong: Flags) -> dict[str, Any]:
-    """ "auroc", "aurc" and "augrc" of a score for finding errors."""
-    return {measure.__name__: measure(scores, wrong) for measure in (auroc, aurc, augrc)}
-
-
 def detection_figures(inside: Scores, outside: Scores) -> dict[str, Any]:
     """ "auroc", "aupr" and "fpr95" of a score for detecting images of another data set."""
     scores = np.concatenate([inside, outside])
     positive = np.arange(len(scores)) >= len(inside)
-    measures = {"auroc": auroc, "aupr": aupr, "fpr95": fpr_at_tpr}
-    return {name: measure(scores, positive) for name, measure in measures.items()}
+    return {each.__name__: each(scores, positive) for each in (auroc, aupr, fpr95)}
 
 
 def retrieval_figures(

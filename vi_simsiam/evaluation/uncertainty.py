@@ -294,13 +294,17 @@ def _misclassification(measured: _Measured, data: _Images) -> dict[str, Any] | N
     if measured.probe is None or data.labels is None:
         return None
     wrong = measured.probe.logits(measured.embedding).argmax(1).numpy() != data.labels
-    scores = measured.scores.items()
+    scores, share = measured.scores.items(), float(np.mean(wrong))
+    measures = (metrics.auroc, metrics.aurc, metrics.augrc)
     return {
         "classifier": "logistic",
         "accuracy": 1 - int(wrong.sum()) / len(wrong),
-        "scores": {name: metrics.failure_figures(values, wrong) for name, values in scores},
+        "scores": {
+            name: {each.__name__: each(values, wrong) for each in measures}
+            for name, values in scores
+        },
         "oracle": metrics.oracle(wrong),
-        "random": metrics.at_random(wrong),
+        "random": {"aurc": share, "augrc": share / 2},  # the means of all orders
         "risk_coverage": {name: metrics.risk_coverage(values, wrong) for name, values in scores},
     }
 
