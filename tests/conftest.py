@@ -104,8 +104,8 @@ def short_probes() -> Iterator[None]:
 
     from vi_simsiam.evaluation.linear import LINEAR_PRESETS, LinearConfig, evaluate_linear
 
-    def short(features: FeatureSets) -> dict[str, Any]:
-        return evaluate_linear(features, LinearConfig(min_steps=100))
+    def short(features: FeatureSets, config: LinearConfig | None = None) -> dict[str, Any]:
+        return evaluate_linear(features, config or LinearConfig(min_steps=100))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vi_simsiam.evaluation.linear.evaluate_linear", short)
