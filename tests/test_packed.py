@@ -35,11 +35,11 @@ def flip(place: int) -> Callable[[bytes], bytes]:
 
 
 DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "empty": (lambda whole: b"", "is an empty file"),
+    "empty": (lambda whole: b"", "is no pack file"),
     "foreign": (lambda whole: b"\x89PNG" + whole[4:], "is no pack file"),
     "start": (lambda whole: whole[:40], "is truncated: 40 bytes"),
     "cut": (lambda whole: whole[:-1], "is truncated: .* bytes of"),
-    "longer": (lambda whole: whole + b"\0", "is damaged: .* bytes, expected"),
+    "longer": (lambda whole: whole + b"\0", "is damaged: .* bytes of"),
     "version": (lambda whole: whole[:8] + b"\1" + whole[9:], "has format version 1, .* reads 2"),
     "prologue": (flip(20), "is damaged: the checksum of its first 64 bytes"),
     "pixels": (flip(100), "is damaged: the checksum of the bytes from 64 on"),

@@ -35,7 +35,6 @@ from vi_simsiam.data.packed import (
     FORMAT_VERSION,
     Contents,
     PackedImages,
-    PackError,
     PackWriter,
     open_pack,
 )
@@ -78,9 +77,10 @@ def cached(
     images: PackedImages | None = None
     try:
         images = open_pack(path, fingerprint=fingerprint)
-    except PackError as error:
+    except InputError as error:
         if os.path.lexists(path):
-            _print(console, f"cache: {path} {error.reason}; decoding the images again")
+            reason = str(error).removeprefix("pack: ")
+            _print(console, f"cache: {reason}; decoding the images again")
     if images is None:
         _write(source, path, fingerprint, "cache_dir", None, workers, console)
         images = open_pack(path, fingerprint=fingerprint, verify=False)

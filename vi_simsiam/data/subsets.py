@@ -16,14 +16,13 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from vi_simsiam.data.datasets import Splits
-from vi_simsiam.data.packed import Checksums, Contents, PackedImages
+from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ArraySource, FileSource, ImageSource
 from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted
@@ -110,9 +109,7 @@ def subset(source: ImageSource, indices: NDArray[np.int64], name: str | None = N
     the pixels of the whole. `name` is that of the new source, None for the old one's.
     """
     name = source.name if name is None else name
-    if isinstance(source, PackedImages):
-        return _PackedSubset(source, indices, name)
-    if isinstance(source, FileSource):
+    if isinstance(source, (FileSource, PackedImages)):
         return source.take(indices, name)
     if isinstance(source, ArraySource):
         places = [source.describe(index) for index in indices.tolist()]
@@ -140,50 +137,6 @@ class _Subset(ImageSource):
 
     def dimensions(self, index: int) -> tuple[int, int]:
         return self.source.dimensions(int(self.indices[index]))
-
-    def fingerprint(self) -> str | None:
-        whole = self.source.fingerprint()
-        if whole is None:
-            return None
-        return hashlib.blake2b(whole.encode() + self.indices.tobytes(), digest_size=20).hexdigest()
-
-
-class _PackedSubset(PackedImages):
-    """Some packed images: all pixels, and the offsets of the chosen ones.
-
-    Pickled as path and choice, if there is a file.
-    """
-
-    def __init__(self, source: PackedImages, indices: NDArray[np.int64], name: str) -> None:
-        contents = Contents(
-            name,
-            source.heights[indices],
-            source.widths[indices],
-            labels=_labels(source, indices),
-            classes=source.classes,
-            unreadable=source.unreadable,
-            decode=source.decode,
-            notes=source.notes,
-        )
-        # Checked as images that lie one after the other; their bytes are the whole's.
-        size = int((3 * contents.heights.astype(np.int64) * contents.widths).sum())
-        super().__init__(np.broadcast_to(np.uint8(0), size), contents)
-        self.pixels, self.offsets = source.pixels, source.offsets[indices]
-        self.path, self.checksum = source.path, source.checksum
-        self._source, self._indices = source, indices
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
-        return _PackedSubset, (self._source, self._indices, self.name)
-
-    def pixel_checksums(self) -> list[int]:
-        checksums = Checksums()
-        for index, start in enumerate(self.offsets.tolist()):
-            height, width = self.dimensions(index)
-            checksums.append(self.pixels[start : start + 3 * height * width].data)
-        return checksums.values
-
-    def describe(self, index: int) -> str:
-        return self._source.describe(int(self._indices[index]))
 
 
 def _labels(source: ImageSource, indices: NDArray[np.int64]) -> NDArray[np.int64] | None:
