@@ -14,7 +14,7 @@ from PIL import Image, features
 
 from vi_simsiam.config import DecodeConfig
 from vi_simsiam.data.cache import in_memory
-from vi_simsiam.data.pixels import Losses, to_rgb
+from vi_simsiam.data.pixels import loss_lines, losses, to_rgb
 from vi_simsiam.data.sources import FileSource, ImageSource
 from vi_simsiam.errors import InputError
 
@@ -39,12 +39,9 @@ def red(image: Image.Image, decode: DecodeConfig | None = None) -> list[list[int
     return np.asarray(converted)[..., 0].tolist()
 
 
-def losses(images: list[Image.Image], decode: DecodeConfig | None = None) -> list[str]:
-    parts = [Losses(), Losses()]
-    for number, image in enumerate(images):
-        parts[number % 2].add(to_rgb(image, decode))
-    parts[0].merge(parts[1])
-    return parts[0].lines("set")
+def lines(images: list[Image.Image], decode: DecodeConfig | None = None) -> list[str]:
+    lost = [loss for image in images for loss in losses(to_rgb(image, decode))]
+    return loss_lines("set", lost)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV"])
@@ -237,11 +234,11 @@ def test_lost_range_is_reported_once_with_the_option_that_keeps_it() -> None:
         ([clipped], "1 image .* -1024.5 to 3071 and .* to 0 to 1; .* --value-range -1024.5 3071 "),
         ([dark, bright], "1 image .* less than an eighth of 0 to 65535, .* --value-range file "),
     ):
-        (line,) = losses(images)
+        (line,) = lines(images)
         assert re.match(f"set: values of {facts}", line)
-    assert losses([bright, bright]) == []
+    assert lines([bright, bright]) == []
     for value_range in ((0.0, 4095.0), "file"):
-        assert losses(twelve, DecodeConfig(value_range=value_range)) == []
+        assert lines(twelve, DecodeConfig(value_range=value_range)) == []
 
 
 @pytest.fixture

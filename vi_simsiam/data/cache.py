@@ -38,7 +38,7 @@ from vi_simsiam.data.packed import (
     PackWriter,
     open_pack,
 )
-from vi_simsiam.data.pixels import Losses
+from vi_simsiam.data.pixels import Loss, loss_lines
 from vi_simsiam.data.sources import ArraySource, ImageSource, Unreadable, check_readable
 from vi_simsiam.errors import ImageWarning, InputError, is_full
 from vi_simsiam.paths import printable, user_path
@@ -228,7 +228,7 @@ def _decode(
     sizes: list[tuple[int, int]] = []
     kept: list[int] = []
     unreadable: list[Unreadable] = []
-    losses = Losses()
+    losses: list[Loss] = []
     written = 0
     chunks = decode(source, workers=workers, shorter_side=shorter_side, mean_bytes=mean_bytes)
     with contextlib.closing(chunks), _progress(source, console) as advance:
@@ -238,7 +238,7 @@ def _decode(
             sizes += chunk.sizes
             kept += chunk.kept
             unreadable += chunk.unreadable
-            losses.merge(chunk.losses)
+            losses += chunk.losses
             advance(len(chunk.kept) + len(chunk.unreadable), written)
     check_readable(source, unreadable)
     heights, widths = np.array(sizes, np.int32).reshape(-1, 2).T
@@ -251,7 +251,7 @@ def _decode(
         places=[source.describe(index) for index in kept],
         unreadable=unreadable,
         decode=source.decode,
-        notes=losses.lines(source.name),
+        notes=loss_lines(source.name, losses),
     )
 
 

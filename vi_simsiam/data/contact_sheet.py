@@ -16,7 +16,7 @@ from torch import Tensor
 from vi_simsiam import config
 from vi_simsiam.checks import require
 from vi_simsiam.config import AugmentConfig
-from vi_simsiam.data.pixels import Losses
+from vi_simsiam.data.pixels import loss_lines, losses
 from vi_simsiam.data.sources import ImageSource, Unreadable, UnreadableError
 from vi_simsiam.data.views import GLOBAL_VIEWS, draw_table
 from vi_simsiam.errors import ImageWarning, InputError
@@ -64,10 +64,8 @@ def contact_sheet(
     if not len(source):
         raise InputError(f"source: {source.name} has no images")
     chosen = _readable(source, min(images, len(source)), skipped or (lambda entry: None))
-    losses = Losses()
-    for _, image in chosen:
-        losses.add(image)
-    for text in losses.lines(source.name):
+    lost = [loss for _, image in chosen for loss in losses(image)]
+    for text in loss_lines(source.name, lost):
         warnings.warn(text, ImageWarning, stacklevel=2)
     sizes = [policy.size] * GLOBAL_VIEWS + [policy.local_size] * policy.local_views
     cell = policy.size

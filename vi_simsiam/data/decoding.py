@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from vi_simsiam.data.pixels import Losses
+from vi_simsiam.data.pixels import Loss, losses
 from vi_simsiam.data.sources import FileSource, ImageSource, Unreadable, UnreadableError
 from vi_simsiam.data.workers import MANY_WORKERS, results, worker_loader
 from vi_simsiam.errors import InputError
@@ -36,7 +36,7 @@ class Chunk(NamedTuple):
     """Numbers of these images in the source."""
     unreadable: list[Unreadable]
     """Images that could not be decoded."""
-    losses: Losses
+    losses: list[Loss]
     """Losses in decoding the others."""
 
 
@@ -109,7 +109,7 @@ def cores() -> int:
 
 
 def _decode(source: ImageSource, shorter_side: int | None, chunk: range) -> Chunk:
-    parts, sizes, kept, unreadable, losses = [], [], [], [], Losses()
+    parts, sizes, kept, unreadable, lost = [], [], [], [], list[Loss]()
     for index in chunk:
         try:
             image = source.image(index)
@@ -119,13 +119,13 @@ def _decode(source: ImageSource, shorter_side: int | None, chunk: range) -> Chun
         except UnreadableError as error:
             unreadable.append(error.entry)
             continue
-        losses.add(image)
+        lost += losses(image)
         if (width, height) != image.size:
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         parts.append(image.tobytes())
         sizes.append((height, width))
         kept.append(index)
-    return Chunk(b"".join(parts), sizes, kept, unreadable, losses)
+    return Chunk(b"".join(parts), sizes, kept, unreadable, lost)
 
 
 def _can_be_pickled(source: ImageSource) -> bool:

@@ -97,7 +97,7 @@ class Contents:
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     """Settings by which files became pixels."""
     notes: Sequence[str] = ()
-    """Losses in decoding, see `data.pixels.Losses`."""
+    """Losses in decoding, see `data.pixels.loss_lines`."""
 
     __repr__ = brief_repr
 

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from vi_simsiam.config import DecodeConfig
 from vi_simsiam.data.files import find_images
 from vi_simsiam.data.packed import PackedImages
-from vi_simsiam.data.pixels import Losses, is_animated
+from vi_simsiam.data.pixels import Loss, is_animated, loss_lines, losses
 from vi_simsiam.data.sources import (
     ArraySource,
     DatasetSource,
@@ -43,7 +43,7 @@ _One = Image.Image | str | Path
 Images = ImageSource | Dataset[Any] | Tensor | NDArray[np.uint8] | _One | Sequence[_One]
 """Accepted by `Encoder.encode`, see `open_images`; float tensors are views and are not read."""
 
-_Read = tuple[NDArray[np.uint8], Losses] | Unreadable
+_Read = tuple[NDArray[np.uint8], list[Loss]] | Unreadable
 _CHUNKS_AHEAD = 2
 _THREAD_SAFE = (FileSource, ArraySource, PackedImages)
 
@@ -190,14 +190,12 @@ def read(
             chunk instead.
         TrainingError: a thread does not answer.
     """
-    losses = Losses()
+    lost: list[Loss] = []
 
     def one(index: int) -> _Read:
         try:
             image = source.image(index)
-            lost = Losses()
-            lost.add(image)
-            return prepare(image), lost
+            return prepare(image), losses(image)
         except UnreadableError as error:
             return error.entry
         except InputError:
@@ -239,9 +237,9 @@ def read(
                 else:
                     found.indices.append(index)
                     found.pixels.append(result[0])
-                    losses.merge(result[1])
+                    lost += result[1]
             yield found
-        for line in losses.lines(source.name):
+        for line in loss_lines(source.name, lost):
             warnings.warn(line, ImageWarning, stacklevel=2)
     except TimeoutError as error:
         answering = False
