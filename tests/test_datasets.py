@@ -212,7 +212,7 @@ def test_a_failed_download_names_the_place_of_a_copy(
         raise error
 
     monkeypatch.setattr(datasets, "download_and_extract_archive", fail)
-    message = rf"^.*{error}.* recognised as {tmp_path / 'imagenette2-320'}.*$"
+    message = rf"^.*(no route|cut short).* recognised as {tmp_path / 'imagenette2-320'}.*$"
     with pytest.raises(InputError, match=message):
         open_dataset("imagenette", root=tmp_path)
     assert list(tmp_path.iterdir()) == []

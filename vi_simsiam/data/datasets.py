@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import tarfile
 import tempfile
-import zlib
 from dataclasses import dataclass
-from http.client import HTTPException
 from importlib import resources
 from pathlib import Path
 
@@ -21,7 +18,7 @@ from vi_simsiam.config import NAMED_DATA, DecodeConfig, data_spec
 from vi_simsiam.data.files import find_images, is_image, list_folder
 from vi_simsiam.data.packed import open_pack
 from vi_simsiam.data.sources import ArraySource, FileSource, ImageSource
-from vi_simsiam.downloads import patience
+from vi_simsiam.downloads import downloading
 from vi_simsiam.errors import InputError, did_you_mean
 from vi_simsiam.paths import user_path
 
@@ -48,7 +45,7 @@ _WORDNET_NAMES = {
 }  # fmt: skip
 """Class folders of ImageNette and ImageWoof are named by WordNet number."""
 
-_DOWNLOAD_ERRORS = (OSError, RuntimeError, EOFError, HTTPException, tarfile.TarError, zlib.error)
+_RECOGNISED = "an unpacked copy is recognised as {}, and folder:PATH takes any other"
 
 
 @dataclass(frozen=True)
@@ -270,16 +267,16 @@ def _cifar10(root: Path, download: bool, decode: DecodeConfig) -> Splits:
     original = root / CIFAR10.base_folder
     if not original.is_dir() and (found := _unpacked("cifar10", root, decode)) is not None:
         return found
-    # torchvision checks the MD5 of every file of an unpacked copy and downloads only if one fails.
-    try:
-        with patience():
-            data = [CIFAR10(os.fspath(root), train, download=download) for train in (True, False)]
-    except _DOWNLOAD_ERRORS as error:
-        folders = f"{original} or {root / 'cifar10'}"
+    read = functools.partial(CIFAR10, os.fspath(root))
+    copies = f"{original} or {root / 'cifar10'}"
+    try:  # torchvision checks the MD5 of every file
+        data = [read(train) for train in (True, False)]
+    except RuntimeError as error:
         if not download:
-            message = f"cifar10: no complete copy in {folders}, and downloading is off"
+            message = f"cifar10: no complete copy in {copies}, and downloading is off"
             raise InputError(message) from error
-        raise _download_failed("cifar10", CIFAR10.url, error, folders) from error
+        with downloading("cifar10", CIFAR10.url, _RECOGNISED.format(copies)):
+            data = [read(train, download=True) for train in (True, False)]
     parts = []
     for part, name in zip(data, ("cifar10/train", "cifar10/val"), strict=True):
         labels = np.asarray(part.targets, dtype=np.int64)
@@ -295,20 +292,20 @@ def _imagenet_subset(name: str, root: Path, download: bool, decode: DecodeConfig
         places = ", ".join(os.fspath(root / folder) for folder in published.folders)
         raise InputError(f"{name}: no copy found (looked for {places}), and downloading is off")
     folder = published.folders[0]
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        # Unpacked aside and moved at the end, so that an interruption leaves no incomplete copy.
-        with patience(), tempfile.TemporaryDirectory(prefix=f".{folder}-", dir=root) as aside:
-            download_and_extract_archive(
-                published.url,
-                os.fspath(root),
-                extract_root=aside,
-                md5=published.md5,
-                remove_finished=True,
-            )
-            os.rename(Path(aside) / folder, root / folder)
-    except _DOWNLOAD_ERRORS as error:
-        raise _download_failed(name, published.url, error, os.fspath(root / folder)) from error
+    root.mkdir(parents=True, exist_ok=True)
+    # Unpacked aside and moved at the end, so that an interruption leaves no incomplete copy.
+    with (
+        downloading(name, published.url, _RECOGNISED.format(root / folder)),
+        tempfile.TemporaryDirectory(prefix=f".{folder}-", dir=root) as aside,
+    ):
+        download_and_extract_archive(
+            published.url,
+            os.fspath(root),
+            extract_root=aside,
+            md5=published.md5,
+            remove_finished=True,
+        )
+        os.rename(Path(aside) / folder, root / folder)
     return _imagenet_subset(name, root, False, decode)
 
 
@@ -327,11 +324,3 @@ def _unpacked(name: str, root: Path, decode: DecodeConfig) -> Splits | None:
             f"complete it, remove it, or use folder:{folder} to take it as it is"
         )
     return splits
-
-
-def _download_failed(name: str, url: str, error: Exception, folders: str) -> InputError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return InputError(
-        f"{name}: {url} could not be downloaded ({reason}); "
-        f"an unpacked copy is recognised as {folders}, and folder:PATH takes any other"
-    )
