@@ -144,8 +144,7 @@ def in_memory(
         )
     pixels = bytearray()
     mean = bytes_per_image(source)
-    _print(console, f"{_announcement(source, mean)}, into memory")
-    contents = _decode(source, pixels.extend, mean, None, workers, console)
+    contents = _decode(source, pixels.extend, "memory", mean, None, workers, console)
     return PackedImages(np.frombuffer(pixels, np.uint8), contents)
 
 
@@ -193,19 +192,21 @@ def _write(
 ) -> Contents:
     """Decode into a pack file. `option` is the argument that gives the path, for messages."""
     mean = bytes_per_image(source, shorter_side)
-    needed = f"the decoded images of {source.name} need about {_size(source, mean)}"
+    size = round(mean * len(source))
+    needed = f"the decoded images of {source.name} need about {decimal(size)}"
     elsewhere = f"name another place with --{option.replace('_', '-')}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path.parent).free
-        if mean * len(source) > free:
+        if size > free:
             raise InputError(
                 f"{option}: {needed}, {path.parent} has {decimal(free)} free; {elsewhere}"
             )
-        _print(console, f"{_announcement(source, mean)}, into {path}")
         with _replacing(path) as file:
             writer = PackWriter(file)
-            contents = _decode(source, writer.append, mean, shorter_side, workers, console)
+            contents = _decode(
+                source, writer.append, str(path), mean, shorter_side, workers, console
+            )
             writer.finish(contents, fingerprint)
     except OSError as error:
         if is_full(error):
@@ -219,6 +220,7 @@ def _write(
 def _decode(
     source: ImageSource,
     write: Callable[[bytes], object],
+    place: str,
     mean_bytes: float,
     shorter_side: int | None,
     workers: int | None,
@@ -230,8 +232,22 @@ def _decode(
     unreadable: list[Unreadable] = []
     losses: list[Loss] = []
     written = 0
+    images, size = counted(len(source), "image"), decimal(round(mean_bytes * len(source)))
+    _print(console, f"decoding {source.name}: {images}, about {size}, into {place}")
     chunks = decode(source, workers=workers, shorter_side=shorter_side, mean_bytes=mean_bytes)
-    with contextlib.closing(chunks), _progress(source, console) as advance:
+    terminal = console if console is not None and console.is_terminal else Console(quiet=True)
+    # Drawn by this thread: workers may be forked while another one runs.
+    bar = Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+        console=terminal,
+        auto_refresh=False,
+        disable=terminal.quiet,
+    )
+    with contextlib.closing(chunks), bar:
+        task = bar.add_task("", total=len(source))
         for chunk in chunks:
             write(chunk.pixels)
             written += len(chunk.pixels)
@@ -239,7 +255,8 @@ def _decode(
             kept += chunk.kept
             unreadable += chunk.unreadable
             losses += chunk.losses
-            advance(len(chunk.kept) + len(chunk.unreadable), written)
+            done = len(kept) + len(unreadable)
+            bar.update(task, completed=done, description=decimal(written), refresh=True)
     check_readable(source, unreadable)
     heights, widths = np.array(sizes, np.int32).reshape(-1, 2).T
     return Contents(
@@ -289,31 +306,6 @@ def _without_locks() -> Iterator[None]:
     with contextlib.suppress(OSError, NotImplementedError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-@contextlib.contextmanager
-def _progress(source: ImageSource, console: Console | None) -> Iterator[Callable[[int, int], None]]:
-    """Give a function of the images just decoded and all bytes so far; a bar on a terminal."""
-    if console is None or not console.is_terminal:
-        yield lambda images, written: None
-        return
-    size = TextColumn("{task.fields[size]}")
-    columns = (BarColumn(), MofNCompleteColumn(), size, TimeRemainingColumn())
-    # Drawn by this thread: workers may be forked while another one runs.
-    with Progress(*columns, console=console, auto_refresh=False) as progress:
-        task = progress.add_task("", total=len(source), size="")
-        yield lambda images, written: progress.update(
-            task, advance=images, size=decimal(written), refresh=True
-        )
-
-
-def _size(source: ImageSource, mean_bytes: float) -> str:
-    return decimal(round(mean_bytes * len(source)))
-
-
-def _announcement(source: ImageSource, mean_bytes: float) -> str:
-    images = counted(len(source), "image")
-    return f"decoding {source.name}: {images}, about {_size(source, mean_bytes)}"
 
 
 def _print(console: Console | None, line: str) -> None:
