@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 
 import vi_simsiam
 from vi_simsiam.cli import main
-from vi_simsiam.config import DecodeConfig
+from vi_simsiam.config import DecodeConfig, policy
 from vi_simsiam.data import decoding
 from vi_simsiam.data.cache import cached, in_memory
 from vi_simsiam.data.contact_sheet import contact_sheet
@@ -208,7 +208,7 @@ def test_a_run_and_all_that_follows_it_share_the_rule(
     assert main(["embed", str(run), str(icons), "--out", table, "--device", "cpu"]) == 0
     assert capfd.readouterr().err.count(f"warning: {icons}: {RANGE}\n") == 1
     with pytest.warns(ImageWarning, match=RANGE):
-        contact_sheet(open_dataset(str(icons)).train, "none", images=8)
+        contact_sheet(open_dataset(str(icons)).train, policy("none"), images=8)
     with pytest.raises(InputError, match=r"icons\.pack .* background white, .* background red"):
         open_dataset(str(packed), decode=DecodeConfig(background="red"))
     resume = ["--out", str(run), "--resume", "--background", "red"]

@@ -23,9 +23,9 @@ from vi_simsiam.cli import main
 from vi_simsiam.config import POLICIES, AugmentConfig
 from vi_simsiam.config import policy as named_policy
 from vi_simsiam.data.contact_sheet import contact_sheet
-from vi_simsiam.data.sources import ArraySource, FileSource, Unreadable
+from vi_simsiam.data.sources import ArraySource, FileSource
 from vi_simsiam.data.views import add_offsets, draw_table, eval_view, philox
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, Column, check_table, eager_augment
 
 CROP = [Column.TOP, Column.LEFT, Column.HEIGHT, Column.WIDTH]
@@ -250,19 +250,19 @@ def test_numbers_out_of_range() -> None:
 def test_contact_sheet_shows_images_and_the_views_of_training() -> None:
     images = np.stack([np.asarray(picture(20, 20, seed)) for seed in range(4)])
     policy = AugmentConfig(size=16, local_views=1, local_size=8)
-    sheet = contact_sheet(ArraySource(images), policy, images=2, seed=5, epoch=1)
+    sheet = contact_sheet(ArraySource(images), policy, images=2, seed=5)
     assert sheet.size == (3 * 16 + 8 + 3 * 4, 2 * 16 + 4)
-    table = draw(policy, [2], 20, 20, seed=5, epoch=1)
+    table = draw(policy, [2], 20, 20, seed=5)
     content, rows = torch.from_numpy(images[2].reshape(-1)), torch.from_numpy(table[:1])
     view = eager_augment(content, rows, 16)[0, 0]
     levels = pixels(view).mul(255).clamp(0, 255).permute(1, 2, 0).numpy()
     # Rounded to whole levels; the sheet's views are made as a batch, this one alone.
     assert np.abs(np.asarray(sheet)[20:36, 20:36] - levels).max() <= 0.5 + 255 * BATCH_ROUNDING
     assert (np.asarray(sheet)[16:20] == 255).all()
-    assert contact_sheet(ArraySource(images), "none", images=9).size[1] == 4 * 224 + 3 * 4
+    assert contact_sheet(ArraySource(images), policy, images=9).size[1] == 4 * 16 + 3 * 4
     with pytest.raises(InputError, match="images: 0"):
         contact_sheet(ArraySource(images), policy, images=0)
-    with pytest.raises(InputError, match="has no images"):
+    with pytest.raises(InputError, match="has 0 images, but none that can be read$"):
         contact_sheet(ArraySource(images[:0]), policy)
 
 
@@ -272,17 +272,18 @@ def test_contact_sheet_shows_the_next_image_for_a_broken_one(tmp_path: Path) -> 
         Image.new("RGB", (16, 16), (30 * number, 0, 0)).save(path)
     policy = dataclasses.replace(named_policy("none"), size=16)
 
-    def shown(images: int) -> tuple[list[int], list[str]]:
-        skipped: list[Unreadable] = []
-        sheet = contact_sheet(FileSource(paths), policy, images=images, skipped=skipped.append)
-        levels = np.asarray(sheet)[8::20, 8, 0] // 30
-        return levels.tolist(), [Path(entry.path).name for entry in skipped]
+    def shown(images: int) -> list[int]:
+        sheet = contact_sheet(FileSource(paths), policy, images=images)
+        levels: list[int] = (np.asarray(sheet)[8::20, 8, 0] // 30).tolist()
+        return levels
 
-    assert shown(4) == ([0, 2, 4, 6], [])
+    assert shown(4) == [0, 2, 4, 6]
     for number in (2, 6, 7):
         paths[number].write_bytes(b"")
-    assert shown(4) == ([0, 1, 3, 4], ["2.png", "6.png", "7.png"])
-    assert shown(8) == ([0, 1, 3, 4, 5], ["2.png", "6.png", "7.png"])
+    for images, expected in ((4, [0, 1, 3, 4]), (8, [0, 1, 3, 4, 5])):
+        message = r"3 unreadable images left out: .*2\.png .*6\.png .*7\.png"
+        with pytest.warns(ImageWarning, match=message):
+            assert shown(images) == expected
     for path in paths:
         path.write_bytes(b"")
     with pytest.raises(InputError, match=r"8 images, but none .*0\.png \(an empty file\)"):
