@@ -187,11 +187,6 @@ def _folder(path: Path, spec: str, decode: DecodeConfig) -> Splits:
         if val_folder is not None and val is None:
             note += f"; validation needs class folders in {read[0]}/ and {val_folder.name}/"
         train.notes += (f"{train_folder}: {note}",)
-    if val is not None and val.labels is None:
-        raise InputError(
-            f"{val_folder}: holds no class folders, {train_folder} does; "
-            "give it the same ones or none"
-        )
     if val is not None and val.classes != train.classes:
         names, others = set(train.classes or ()), set(val.classes or ())
         raise InputError(
