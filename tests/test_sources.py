@@ -249,7 +249,7 @@ def test_a_file_whose_frames_cannot_be_counted_is_named(
     with monkeypatch.context() as patch:
         patch.setattr(GifImageFile, "n_frames", property(lambda self: [].pop()))
         source = FileSource([path, save(tmp_path / "one.png")], decode=ALL)
-    message = r"moving\.gif: .*its frames cannot be counted: pop from empty list"
+    message = r"moving\.gif: .*\(its frames cannot be counted\)"
     for part in (source, source.take(np.array([0]), "part"), pickle.loads(pickle.dumps(source))):
         with pytest.raises(UnreadableError, match=message):
             part.image(0)

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from filelock import FileLock
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -43,6 +42,11 @@ from vi_simsiam.data.sources import ArraySource, ImageSource, Unreadable, check_
 from vi_simsiam.errors import ImageWarning, InputError, is_full
 from vi_simsiam.paths import printable, user_path
 from vi_simsiam.text import counted, print_line
+
+try:
+    import fcntl
+except ImportError:  # Windows removes no file that another process has open
+    fcntl = None  # type: ignore[assignment]
 
 
 def cached(
@@ -276,36 +280,32 @@ def _decode(
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that replaces `path` once it is complete on the disk, or is removed on an error.
 
-    A lock that ends with this process marks the file as being written.
+    A lock that ends with this process marks the file as being written. Where locks are refused or
+    not implemented, as in some network file systems, what killed processes left stays.
     """
-    for other in path.parent.glob(f".{glob.escape(path.name)}.*.lock"):
-        with _without_locks(), FileLock(other, timeout=0):
-            other.with_suffix("").unlink(missing_ok=True)  # a killed process left it
-            other.unlink()
+    for other in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        with contextlib.suppress(OSError), open(other, "rb+") as file:
+            _lock(file)
+            if other.stat().st_size:  # else it is new, and may have no lock yet
+                other.unlink()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    lock = temporary.with_name(f"{temporary.name}.lock")
     try:
-        with contextlib.ExitStack() as stack:
-            with _without_locks():
-                stack.enter_context(FileLock(lock, timeout=0))
-            with open(temporary, "xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+        with open(temporary, "xb") as file:
+            with contextlib.suppress(OSError):
+                _lock(file)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
     finally:
-        for each in (temporary, lock):
-            with contextlib.suppress(OSError):  # it would hide another error
-                each.unlink()
+        with contextlib.suppress(OSError):  # it would hide another error
+            temporary.unlink()
 
 
-@contextlib.contextmanager
-def _without_locks() -> Iterator[None]:
-    """Go on where a lock is held, refused or not implemented, as in some network file systems."""
-    # filelock warns, older releases raise NotImplementedError; its Timeout is an OSError.
-    with contextlib.suppress(OSError, NotImplementedError), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _lock(file: IO[bytes]) -> None:
+    """Lock an open file until it is closed. Raises OSError if another process has."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _print(console: Console | None, line: str) -> None:

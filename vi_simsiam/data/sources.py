@@ -193,14 +193,13 @@ class FileSource(ImageSource):
         self.paths = tuple(os.fspath(path) for path in paths)
         self._label(labels, classes, len(self.paths))
         self.frames: tuple[int, ...] = (0,) * len(self.paths)
-        """Number of each image's frame in its file."""
-        self._uncounted: dict[str, str] = {}  # files whose frames cannot be counted, and why
+        """Number of each image's frame in its file; -1 for a file whose frames are uncountable."""
         if self.decode.frames == "all":
             counts = [self._count_frames(index) for index in range(len(self.paths))]
-            files = np.repeat(np.arange(len(self.paths)), counts)
+            files = np.repeat(np.arange(len(counts)), [max(1, count) for count in counts])
             self.paths = tuple(self.paths[file] for file in files)
-            self.frames = tuple(frame for count in counts for frame in range(count))
-            self.labels = None if self.labels is None else np.repeat(self.labels, counts)
+            self.frames = tuple(frame for count in counts for frame in range(count) or (-1,))
+            self.labels = None if self.labels is None else self.labels[files]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -232,8 +231,8 @@ class FileSource(ImageSource):
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):  # reading a pipe would block forever
                 raise ValueError("no regular file")
-            if path in self._uncounted:
-                raise ValueError(self._uncounted[path])
+            if frame < 0:
+                raise ValueError("its frames cannot be counted")
             # A forked process shares its parent's position in an open file.
             key = (os.getpid(), path, status.st_ino, status.st_size, status.st_mtime_ns)
             if _kept.key != key or _kept.image.tell() > frame:  # not all formats seek backwards
@@ -260,10 +259,8 @@ class FileSource(ImageSource):
         try:
             with self._opened(index) as image:
                 return image.n_frames if is_animated(image) else 1  # type: ignore[attr-defined]
-        except UnreadableError as error:
-            reason = f"its frames cannot be counted: {error.entry.reason}"
-            self._uncounted[self.paths[index]] = reason
-            return 1  # to be reported when it is read
+        except UnreadableError:
+            return 0  # to be reported when it is read
 
     def fingerprint(self) -> str:
         """Return a digest of all paths, file sizes, modification times, labels and settings."""
@@ -283,7 +280,7 @@ class FileSource(ImageSource):
     def describe(self, index: int) -> str:
         """Return the file's path, and # and the number of the frame after the first."""
         frame = self.frames[index]
-        return f"{self.paths[index]}#{frame}" if frame else self.paths[index]
+        return f"{self.paths[index]}#{frame}" if frame > 0 else self.paths[index]
 
 
 class DatasetSource(ImageSource):
