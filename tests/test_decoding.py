@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -156,18 +157,18 @@ def _group_exists(group: int) -> bool:
 
 @pytest.fixture
 def icons(tmp_path: Path) -> Path:
-    """Eight transparent icons whose hidden pixels are noise, one of them deep and one turned."""
+    """Transparent icons whose hidden pixels are noise, a deep image and a turned one."""
     folder = tmp_path / "icons"
     folder.mkdir()
     for number in range(6):
         pixels = np.random.default_rng(number).integers(0, 256, (16, 20, 4), dtype=np.uint8)
         pixels[..., 3] = 255 * np.tri(16, 20, number, dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
-    Image.fromarray(np.arange(320, dtype=np.uint16).reshape(16, 20) * 12).save(folder / "6.png")
+    ramp = np.arange(320, dtype=np.uint16).reshape(16, 20)
+    Image.fromarray(ramp * 12).save(folder / "6.png")
     exif = Image.Exif()
     exif[0x0112] = 6
-    turned = Image.fromarray(np.arange(320, dtype=np.uint32).reshape(16, 20).astype(np.uint8))
-    turned.save(folder / "7.png", exif=exif)
+    Image.fromarray(ramp.astype(np.uint8)).save(folder / "7.png", exif=exif)
     return folder
 
 
@@ -197,32 +198,17 @@ def test_a_run_and_all_that_follows_it_share_the_rule(
 
     encoder = vi_simsiam.load(run, "cpu")
     expected = encoder.encode(train).embedding
-    with pytest.warns(ImageWarning, match=RANGE):
-        found = encoder.encode(icons).embedding
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-    opened = [Image.open(path) for path in direct.paths]
-    with pytest.warns(ImageWarning, match=RANGE):
-        np.testing.assert_allclose(encoder.encode(opened).embedding, expected, rtol=1e-4, atol=1e-5)
+    for images in (icons, [Image.open(path) for path in direct.paths]):
+        with pytest.warns(ImageWarning, match=RANGE):
+            found = encoder.encode(images).embedding
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
-    table = str(tmp_path / "x.parquet")
-    assert main(["embed", str(run), str(icons), "--out", table, "--device", "cpu"]) == 0
-    assert capfd.readouterr().err.count(f"warning: {icons}: {RANGE}\n") == 1
     with pytest.warns(ImageWarning, match=RANGE):
         contact_sheet(open_dataset(str(icons)).train, policy("none"), images=8)
-    with pytest.raises(InputError, match=r"icons\.pack .* background white, .* background red"):
-        open_dataset(str(packed), decode=DecodeConfig(background="red"))
     resume = ["--out", str(run), "--resume", "--background", "red"]
     assert main(["train", "--data", str(packed), *resume]) == 2
-    assert "holds images decoded with background white" in capfd.readouterr().err
-
-
-def test_options_that_cannot_be_used(capfd: pytest.CaptureFixture[str]) -> None:
-    for options in ("--value-range 0", "--value-range 5 1", "--background grass"):
-        assert main(["views", *options.split()]) == 2
-        (line,) = capfd.readouterr().err.splitlines()
-        name, value, *_ = options.removeprefix("--").split()
-        assert name.replace("-", "_") in line.replace("-", "_")
-        assert value in line
+    line = capfd.readouterr().err
+    assert re.search(r"icons\.pack holds images .* background white, .* background red", line)
 
 
 def test_a_strip_is_cut_before_it_is_enlarged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from inference_cases import save_run
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.filesize import decimal
 
@@ -23,7 +22,6 @@ from vi_simsiam.config import AugmentConfig, ModelConfig, TrainConfig
 from vi_simsiam.engine.checkpoint import write_atomically
 from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import TrainingError
-from vi_simsiam.evaluation import style
 
 resource = pytest.importorskip("resource")
 
@@ -146,10 +144,3 @@ def test_a_command_ends_in_one_line(
         line = capsys.readouterr().err.splitlines()[-1]
         assert re.fullmatch(f"vi-simsiam: {out}{named}: File too large", line)
         assert list(out.iterdir()) == []
-
-
-def test_figures_replace_older_ones_whole(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"old")
-    with room(100), pytest.raises(OSError, match="File too large"):
-        style.save(Figure(), tmp_path / "a.png")
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]

@@ -125,18 +125,13 @@ def test_frames_of_a_deep_png_are_the_same_in_any_order(
 ) -> None:
     """Decoding scales the colour, by which Pillow goes on composing if the file is kept open."""
     decode, path = DecodeConfig(frames="all"), tmp_path / "a.png"
-    path.write_bytes(png(16, [[0, 0x4D21]] * 3, (0x4D21,) * 3))
-    source = FileSource([path], decode=decode)
-    assert [red(source.image(index)) for index in order] == [[[0, 128]]] * 3
-    opened = Image.open(path)
-    for frame in range(3):
-        opened.seek(frame)
-        assert red(opened) == [[0, 128]]
-    rows = [[0xC8C8] * 3, [0x4D21, 0x2121, 0], [0x4D21, 0, 0x2121]]
-    path.write_bytes(png(16, rows, (0x4D21,) * 3))
-    source = FileSource([path], decode=decode)
-    alone = [red(FileSource(source.paths, decode=decode).image(index)) for index in order]
-    assert [red(source.image(index)) for index in order] == alone
+    equal = [[0, 0x4D21]] * 3
+    for rows in (equal, [[0xC8C8] * 3, [0x4D21, 0x2121, 0], [0x4D21, 0, 0x2121]]):
+        path.write_bytes(png(16, rows, (0x4D21,) * 3))
+        source = FileSource([path], decode=decode)
+        alone = [red(FileSource(source.paths, decode=decode).image(index)) for index in order]
+        assert [red(source.image(index)) for index in order] == alone
+        assert rows is not equal or alone == [[[0, 128]]] * 3
 
 
 def test_gray_with_premultiplied_alpha() -> None:
@@ -150,19 +145,17 @@ def test_images_are_turned_upright(tmp_path: Path, orientation: int, kind: str) 
     """Each file is written as by a camera held that way, hence all look alike."""
     turned = (TALL, TALL[:, ::-1], TALL[::-1, ::-1], TALL[::-1])
     turned += (TALL.T, np.rot90(TALL, 1), TALL[::-1, ::-1].T, np.rot90(TALL, -1))
-    back = turned[orientation - 1]
-    pixels = np.kron(back, np.ones((16, 16), np.uint8))
+    pixels = np.kron(turned[orientation - 1], np.ones((16, 16), np.uint8))
     image = Image.fromarray(pixels.astype(np.uint16) * 257 if kind.startswith("deep") else pixels)
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / "image"
     image.save(path, kind.split()[-1], exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
     source = FileSource([path])
-    np.testing.assert_allclose(np.asarray(source.image(0))[8::16, 8::16, 0], TALL, atol=3)
+    upright = source.image(0)
+    np.testing.assert_allclose(np.asarray(upright)[8::16, 8::16, 0], TALL, atol=3)
     assert source.dimensions(0) == (48, 32) or kind.endswith("PNG")
-    with path.open("rb") as file, Image.open(file) as opened:
-        twice = to_rgb(to_rgb(opened))
-    np.testing.assert_array_equal(twice, source.image(0))
+    np.testing.assert_array_equal(to_rgb(upright), upright)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
@@ -263,29 +256,26 @@ def animation(tmp_path: Path) -> list[Path]:
     return sorted(tmp_path.iterdir())
 
 
-def test_of_animations_the_first_frame_or_all(animation: list[Path], tmp_path: Path) -> None:
+def test_of_animations_the_first_frame_or_all(animation: list[Path]) -> None:
     def levels(source: ImageSource) -> list[int]:
         return [source.image(index).getpixel((0, 0))[0] for index in range(len(source))]
 
     count = len(animation)
-    labels, names = np.arange(count, dtype=np.int64), tuple("abcdef"[:count])
+    labels, names = np.arange(count, dtype=np.int64), "abcdef"[:count]
     images = in_memory(FileSource(animation, labels, names, "set"), workers=0)
     assert levels(images) == [0] * count
     (note,) = images.notes
-    assert re.match(
-        f"set: {count} images with several frames, of which the first is used; .* --frames all ",
-        note,
-    )
+    found = f"set: {count} images with several frames, of which the first is used; .* --frames all "
+    assert re.match(found, note)
     source = FileSource(animation, labels, names, "set", decode=DecodeConfig(frames="all"))
     np.testing.assert_array_equal(source.labels, np.repeat(labels, 3))
-    first = str(animation[0])
-    assert [source.describe(index) for index in range(3)] == [first, f"{first}#1", f"{first}#2"]
     images = in_memory(source, workers=0)
     assert (levels(images), images.notes) == ([0, 100, 200] * count, ())
-    part = source.take(np.array([2, 7]), "part")
-    assert [part.describe(index) for index in range(2)] == [f"{first}#2", f"{animation[2]}#1"]
-    assert levels(part) == [200, 100]
-    assert part.fingerprint() != source.take(np.array([1, 7]), "part").fingerprint()
+    part = source.take(np.array([2, 6, 7]), "part")
+    places = [f"{animation[0]}#2", f"{animation[2]}", f"{animation[2]}#1"]
+    assert [part.describe(index) for index in range(3)] == places
+    assert levels(part) == [200, 0, 100]
+    assert part.fingerprint() != source.take(np.array([1, 6, 7]), "part").fingerprint()
 
 
 def test_settings_that_cannot_be_used_are_refused() -> None:
@@ -295,7 +285,6 @@ def test_settings_that_cannot_be_used_are_refused() -> None:
         ("value_range", "dtyp", "value_range: 'dtyp' is none of .* did you mean 'dtype'"),
         ("value_range", (5.0, 5.0), r"value_range: \(5.0, 5.0\) is not .* two finite numbers"),
         ("value_range", (0.0, float("inf")), "value_range: .* two finite numbers"),
-        ("value_range", (0.0, 1.0, 2.0), "value_range: .* two finite numbers"),
         ("frames", "last", "frames: 'last' is none of first, all"),
     ):
         with pytest.raises(InputError, match=f"^{message}"):
