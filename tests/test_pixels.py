@@ -16,7 +16,6 @@ from vi_simsiam.config import DecodeConfig
 from vi_simsiam.data.cache import in_memory
 from vi_simsiam.data.pixels import loss_lines, losses, to_rgb
 from vi_simsiam.data.sources import FileSource, ImageSource
-from vi_simsiam.errors import InputError
 
 GRAY = np.array([[0, 50], [128, 255]], dtype=np.uint8)
 COLOUR = np.stack([GRAY, GRAY[::-1], GRAY.T], axis=2)
@@ -276,16 +275,3 @@ def test_of_animations_the_first_frame_or_all(animation: list[Path]) -> None:
     assert [part.describe(index) for index in range(3)] == places
     assert levels(part) == [200, 0, 100]
     assert part.fingerprint() != source.take(np.array([1, 6, 7]), "part").fingerprint()
-
-
-def test_settings_that_cannot_be_used_are_refused() -> None:
-    for name, value, message in (
-        ("background", "grass", "background: 'grass' is not .* an opaque colour"),
-        ("background", "#ff000080", "background: '#ff000080' is not accepted"),
-        ("value_range", "dtyp", "value_range: 'dtyp' is none of .* did you mean 'dtype'"),
-        ("value_range", (5.0, 5.0), r"value_range: \(5.0, 5.0\) is not .* two finite numbers"),
-        ("value_range", (0.0, float("inf")), "value_range: .* two finite numbers"),
-        ("frames", "last", "frames: 'last' is none of first, all"),
-    ):
-        with pytest.raises(InputError, match=f"^{message}"):
-            DecodeConfig(**{name: value})  # type: ignore[arg-type]
