@@ -19,11 +19,10 @@ from vi_simsiam.cli import main
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.data import packed, sources
 from vi_simsiam.data.cache import in_memory, pack
-from vi_simsiam.data.content import content, difference
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.packed import open_pack
 from vi_simsiam.data.sources import ArraySource
-from vi_simsiam.data.subsets import select, subset
+from vi_simsiam.data.subsets import content, difference, select, subset
 from vi_simsiam.engine.checkpoint import Checkpoint
 from vi_simsiam.engine.run import check_images, load_run
 from vi_simsiam.engine.train import Trainer

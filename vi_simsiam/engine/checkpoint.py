@@ -35,7 +35,7 @@ class Checkpoint:
     model: dict[str, Any]
     optimizer: dict[str, Any]
     content: dict[str, Any] = field(default_factory=dict)
-    """Description of the images, see `data.content`; empty in checkpoints of older versions."""
+    """Description of the images, see `data.subsets`; empty in checkpoints of older versions."""
 
     def save(self, path: Path) -> None:
         """Write to `path`; an interruption leaves the previous checkpoint or this one.

@@ -16,12 +16,11 @@ import torch
 
 from vi_simsiam.config import TrainConfig, differing_fields
 from vi_simsiam.data.cache import cached
-from vi_simsiam.data.content import difference
 from vi_simsiam.data.datasets import Splits, open_dataset
 from vi_simsiam.data.decoding import cores
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource, Unreadable
-from vi_simsiam.data.subsets import select
+from vi_simsiam.data.subsets import difference, select
 from vi_simsiam.engine.checkpoint import Checkpoint, write_json
 from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.models import SimSiam, build_model
@@ -238,7 +237,7 @@ def check_images(
 ) -> None:
     """Raise InputError unless a run goes on with the images it was trained on.
 
-    They may have moved if the checkpoint describes them. `now` is `data.content.content` of the
+    They may have moved if the checkpoint describes them. `now` is `data.subsets.content` of the
     images of `config`, or `listed` without the pixels.
     """
     old, new = saved.data, config.data
