@@ -73,7 +73,7 @@ def pack(arguments: list[str]) -> int:
             console=Console(soft_wrap=True),
         )
         for image in unreadable:
-            print(one_line(f"left out: {image.path} ({image.reason})"))
+            print(one_line(f"left out: {image}"))
         images = counted(len(source) - len(unreadable), "image")
         print(f"written: {path} ({images}, {path.stat().st_size / 1e6:,.1f} MB)")
     return 0

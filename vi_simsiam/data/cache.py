@@ -130,12 +130,7 @@ def pack(
 def in_memory(
     source: ImageSource, *, workers: int | None = None, console: Console | None = None
 ) -> PackedImages:
-    """Return the images of a source decoded in memory; RGB arrays are not copied.
-
-    Raises:
-        InputError: more than 1 % of the images cannot be read.
-        TrainingError: a process that decodes was killed.
-    """
+    """Return the images of a source decoded in memory, see `cached`; RGB arrays are not copied."""
     if isinstance(source, PackedImages):
         return source
     if isinstance(source, ArraySource):
@@ -203,28 +198,24 @@ def _write(
         path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path.parent).free
         if size > free:
-            raise InputError(
-                f"{option}: {needed}, {path.parent} has {decimal(free)} free; {elsewhere}"
-            )
+            room = f"{path.parent} has {decimal(free)} free"
+            raise InputError(f"{option}: {needed}, {room}; {elsewhere}")
         with _replacing(path) as file:
             writer = PackWriter(file)
-            contents = _decode(
-                source, writer.append, str(path), mean, shorter_side, workers, console
-            )
+            contents = _decode(source, writer.append, path, mean, shorter_side, workers, console)
             writer.finish(contents, fingerprint)
     except OSError as error:
+        problem = f"{path} cannot be written ({error.strerror or error})"
         if is_full(error):
-            raise InputError(f"{option}: {path.parent} is full, {needed}; {elsewhere}") from error
-        raise InputError(
-            f"{option}: {path} cannot be written ({error.strerror or error}); {elsewhere}"
-        ) from error
+            problem = f"{path.parent} is full, {needed}"
+        raise InputError(f"{option}: {problem}; {elsewhere}") from error
     return contents
 
 
 def _decode(
     source: ImageSource,
     write: Callable[[bytes], object],
-    place: str,
+    place: Path | str,
     mean_bytes: float,
     shorter_side: int | None,
     workers: int | None,

@@ -52,7 +52,7 @@ def contact_sheet(
     require("images", images, images >= 1, "at least 1")
     chosen, failed = _readable(source, min(images, len(source)))
     if not chosen:
-        reason = ": {} ({})".format(*failed[0]) if failed else ""
+        reason = f": {failed[0]}" if failed else ""
         raise InputError(
             f"source: {source.name} has {counted(len(source), 'image')}, but none that can be "
             f"read{reason}"

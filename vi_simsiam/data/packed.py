@@ -48,12 +48,8 @@ _READ_BYTES = 1 << 22
 _DTYPES = dict(pixels="u1", offsets="<i8", heights="<i4", widths="<i4", places="u1", labels="<i8")
 
 
-class Checksums:
-    """CRC-32 of every 64 MiB of the bytes appended, and of the rest.
-
-    Args:
-        whole: checksums of the first pieces of 64 MiB, where they are known already.
-    """
+class _Checksums:
+    """CRC-32 of every 64 MiB of the bytes appended, and of the rest; `whole` are known already."""
 
     def __init__(self, whole: Sequence[int] = ()) -> None:
         self._whole = list(whole)
@@ -61,11 +57,9 @@ class Checksums:
 
     @property
     def values(self) -> list[int]:
-        """One for each piece; the last may be shorter than 64 MiB."""
         return [*self._whole, self._last] if self._filled else list(self._whole)
 
     def append(self, view: memoryview) -> None:
-        """Add bytes."""
         while len(view):
             part = view[: _CHECKED_BYTES - self._filled]
             self._last = zlib.crc32(part, self._last)
@@ -181,7 +175,7 @@ class PackedImages(ImageSource):
 
         Most of a file's are read from its header, others are computed from the pixels.
         """
-        checksums = Checksums(() if self._indices is not None else self._whole_checksums)
+        checksums = _Checksums(self._whole_checksums if self._indices is None else ())
         if self._indices is None:
             checksums.append(self.pixels[len(self._whole_checksums) * _CHECKED_BYTES :].data)
         else:
@@ -201,7 +195,7 @@ class PackedImages(ImageSource):
 
 
 def _bounds(heights: NDArray[np.int32], widths: NDArray[np.int32]) -> NDArray[np.int64]:
-    """First byte of each image, and the end of the last: (N + 1,) int64."""
+    """First byte of each image, and the end of the last."""
     if heights.shape != widths.shape or heights.ndim != 1:
         raise InputError(
             f"heights, widths: shapes {heights.shape} and {widths.shape} must be equal, (N,)"
@@ -213,25 +207,20 @@ def _bounds(heights: NDArray[np.int32], widths: NDArray[np.int32]) -> NDArray[np
 
 
 class PackWriter:
-    """Writes a pack file front to back: all pixels with `append`, then the rest with `finish`.
-
-    Args:
-        file: empty, binary and seekable.
-    """
+    """Writes an empty file front to back: all pixels with `append`, then the rest with `finish`."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._sections: dict[str, list[int]] = {}
-        self._checksums = Checksums()
+        self._checksums = _Checksums()
         self.size = file.write(bytes(_PROLOGUE.size))
         """Bytes written so far."""
 
-    def append(self, data: bytes | bytearray | memoryview) -> None:
+    def append(self, data: bytes) -> None:
         """Write bytes of the present section."""
-        view = memoryview(data).cast("B")
-        self._file.write(view)
-        self.size += len(view)
-        self._checksums.append(view)
+        self._file.write(data)
+        self.size += len(data)
+        self._checksums.append(memoryview(data))
 
     def finish(self, contents: Contents, fingerprint: str) -> None:
         """Write all but the pixels. `fingerprint` is "" if the source has none."""

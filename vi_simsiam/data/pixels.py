@@ -58,7 +58,8 @@ class Loss(NamedTuple):
 
 def losses(image: Image.Image) -> list[Loss]:
     """Return the loss in an image that `to_rgb` made, if there may be one."""
-    return image.info.get(_LOST, [])
+    found: list[Loss] = image.info.get(_LOST, [])
+    return found
 
 
 def loss_lines(name: str, losses: Sequence[Loss]) -> list[str]:

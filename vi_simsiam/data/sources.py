@@ -56,6 +56,9 @@ class Unreadable(NamedTuple):
     path: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.path} ({self.reason})"
+
 
 class UnreadableError(InputError):
     """An image cannot be decoded; `entry` holds its path and the reason."""
@@ -357,15 +360,14 @@ def as_source(
 
 def left_out(failures: Sequence[Unreadable]) -> str:
     """Return one line that names every image left out and why, at least one."""
-    names = ", ".join(f"{failure.path} ({failure.reason})" for failure in failures)
+    names = ", ".join(map(str, failures))
     return f"{counted(len(failures), 'unreadable image')} left out: {names}"
 
 
 def check_readable(source: ImageSource, failures: Sequence[Unreadable]) -> None:
     """Raise InputError if more than 1 % of a source's images are unreadable, naming the first."""
     if len(failures) > _TOLERATED_SHARE * len(source):
-        first = "; ".join(f"{failure.path} ({failure.reason})" for failure in failures[:3])
-        more = ", ..." if len(failures) > 3 else ""
+        first, more = "; ".join(map(str, failures[:3])), ", ..." if len(failures) > 3 else ""
         raise InputError(
             f"{source.name}: {len(failures):,} of {counted(len(source), 'image')} cannot be read, "
             f"at most 1 % may be: {first}{more}"
