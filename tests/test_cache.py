@@ -1,4 +1,7 @@
-"""The cache gives Pillow's pixels, decodes them once, and leaves no half-written file behind."""
+"""The cache gives Pillow's pixels, decodes them once, and leaves no half-written file behind.
+
+A pack file is read back exactly, any damage to it is found, and pickling it costs nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,10 @@ import fcntl
 import io
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,7 +27,7 @@ from rich.console import Console
 from vi_simsiam.data import cache, decoding, packed
 from vi_simsiam.data.cache import cached, in_memory, pack
 from vi_simsiam.data.decoding import bytes_per_image
-from vi_simsiam.data.packed import open_pack
+from vi_simsiam.data.packed import Contents, PackedImages, open_pack
 from vi_simsiam.data.sources import ArraySource, DatasetSource, FileSource, Unreadable
 from vi_simsiam.errors import InputError
 
@@ -168,7 +173,7 @@ def test_a_disk_that_cannot_be_written(
     with pytest.raises(InputError, match=message):
         cached(files, cache_dir=Path(files.paths[0]) / "cache")
     for number, words in (
-        (errno.ENOSPC, "is full, .* need about 924 bytes"),
+        (errno.ENOSPC, "is full, .* 924 bytes"),
         (errno.EIO, "cannot be written"),
     ):
         failing = mock.Mock(side_effect=OSError(number, os.strerror(number)))
@@ -256,3 +261,120 @@ def test_progress_is_a_bar_on_a_terminal_and_a_line_elsewhere(
     line = f"decoding {files.name}: 7 images, about 924 bytes, into memory\n"
     assert printed(console) == line
     assert re.match(rf"{line}.*7/7.* 924 bytes", printed(terminal), re.DOTALL)
+
+
+def flip(place: int) -> Callable[[bytes], bytes]:
+    def damage(whole: bytes) -> bytes:
+        content = bytearray(whole)
+        content[place] ^= 1 << place % 8
+        return bytes(content)
+
+    return damage
+
+
+DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "empty": (lambda whole: b"", "is no pack file"),
+    "foreign": (lambda whole: b"\x89PNG" + whole[4:], "is no pack file"),
+    "start": (lambda whole: whole[:40], "is truncated: 40 bytes"),
+    "cut": (lambda whole: whole[:-1], "is truncated: .* bytes of"),
+    "longer": (lambda whole: whole + b"\0", "is damaged: .* bytes of"),
+    "version": (lambda whole: whole[:8] + b"\1" + whole[9:], "has format version 1, .* reads 2"),
+    "prologue": (flip(20), "is damaged: the checksum of its first 64 bytes"),
+    "pixels": (flip(100), "is damaged: the checksum of the bytes from 64 on"),
+    "header": (flip(-3), "is damaged: the checksum of its header"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), DAMAGES.values(), ids=list(DAMAGES))
+def test_damage_is_refused_or_repaired(
+    files: FileSource,
+    tmp_path: Path,
+    console: Console,
+    change: Callable[[bytes], bytes],
+    reason: str,
+) -> None:
+    path = cached(files, cache_dir=tmp_path, workers=0)[0].path
+    assert path is not None
+    whole = path.read_bytes()
+    path.write_bytes(change(whole))
+    with pytest.raises(InputError, match=rf"^pack: {path} {reason}"):
+        open_pack(path)
+    images, _ = cached(files, cache_dir=tmp_path, workers=0, console=console)
+    assert pixels(images) == pixels(files)
+    assert path.read_bytes() == whole
+    first = printed(console).splitlines()[0]
+    assert re.fullmatch(rf"cache: {path} {reason}.*; decoding the images again", first)
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "a.pack"
+    pack(ArraySource(noise(2, 3)[None], np.array([0]), ("one",)), path)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(flip(place)(whole))
+        with pytest.raises(InputError, match="is damaged|is truncated|is no pack|format version"):
+            open_pack(path)
+
+
+def test_checksums_cover_files_of_many_parts(
+    files: FileSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "_CHECKED_BYTES", 100)
+    monkeypatch.setattr(packed, "_READ_BYTES", 7)
+    path = tmp_path / "a.pack"
+    pack(files, path, workers=0)
+    assert pixels(open_pack(path)) == pixels(files)
+    path.write_bytes(flip(64 + 250)(path.read_bytes()))
+    with pytest.raises(InputError, match="the checksum of the bytes from 264 on is wrong"):
+        open_pack(path)
+
+
+def test_a_file_that_is_not_there_or_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.pack cannot be read \(No such file or direct"):
+        open_pack(tmp_path / "none.pack")
+    with pytest.raises(InputError, match=r"cannot be read \(Is a directory\)"):
+        open_pack(tmp_path)
+    with pytest.raises(InputError, match=r"out: .* is a folder"):
+        pack(ArraySource(noise(2, 2)[None]), tmp_path)
+
+
+def test_pickled_as_a_path(files: FileSource, tmp_path: Path) -> None:
+    big = FileSource(files.paths * 20, name="set")
+    pack(big, tmp_path / "a.pack", workers=0)
+    images = open_pack(tmp_path / "a.pack")
+    message = pickle.dumps(images)
+    assert len(message) < 1000
+    in_memory_twin = pickle.loads(pickle.dumps(in_memory(files, workers=0)))
+    assert pixels(in_memory_twin) == pixels(files)
+    assert in_memory_twin.describe(6) == files.paths[6]
+    twin = pickle.loads(message)
+    assert pixels(twin)[-7:] == pixels(files)
+    assert twin.describe(139) == files.paths[6]
+    pack(files, tmp_path / "a.pack", workers=0)
+    assert pixels(images)[:7] == pixels(files)  # what is mapped stays
+    with pytest.raises(InputError, match=r"a\.pack was replaced by another file while in use"):
+        pickle.loads(message)
+
+
+def test_offsets_pass_two_gibibytes(tmp_path: Path) -> None:
+    heights, widths = np.array([[20_000, 20_000, 2], [20_000, 20_000, 1]], np.int32)
+    total = 2 * 3 * 20_000**2 + 6
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(total)
+        file.seek(total - 6)
+        file.write(bytes(range(6)))
+    content = np.memmap(tmp_path / "sparse", np.uint8, "r")
+    images = PackedImages(content, Contents("sparse", heights, widths))
+    assert images.offsets.tolist() == [0, 1_200_000_000, 2_400_000_000]
+    assert np.asarray(images.image(2)).ravel().tolist() == list(range(6))
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    for size, heights, widths, message in (
+        (4, [1], [1], "pixels: 4 bytes do not fit"),
+        (0, [1], [0], "at least 1 x 1"),
+        (3, [1], [1, 1], r"\(1,\) and \(2,\)"),
+    ):
+        contents = Contents("a", np.array(heights, np.int32), np.array(widths, np.int32))
+        with pytest.raises(InputError, match=message):
+            PackedImages(np.zeros(size, np.uint8), contents)

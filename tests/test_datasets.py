@@ -90,14 +90,6 @@ def test_folder_with_classes(tmp_path: Path) -> None:
     np.testing.assert_array_equal(val.labels, [0, 1])
 
 
-@pytest.mark.parametrize("names", [("x/1.png", "x/y/2.JPG"), ("train/1.png", "train/2.png")])
-def test_folder_without_classes(tmp_path: Path, names: tuple[str, str]) -> None:
-    images(tmp_path, *names)
-    splits = open_dataset(f"folder:{tmp_path}")
-    assert [splits.train.describe(i) for i in range(2)] == [str(tmp_path / name) for name in names]
-    assert splits.train.labels is splits.val is None
-
-
 @pytest.mark.parametrize(
     ("names", "message"),
     [

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import re
 import threading
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,7 +35,8 @@ def room(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def new_trainer(image_folder: Path, run: Path) -> Trainer:
+@pytest.fixture
+def trainer(small_network: None, image_folder: Path, tmp_path: Path) -> Trainer:
     """Two epochs with a line in the log for every step, and one checkpoint before the first."""
     config = TrainConfig(
         data=f"folder:{image_folder}",
@@ -50,12 +49,7 @@ def new_trainer(image_folder: Path, run: Path) -> Trainer:
         augment=AugmentConfig(size=8, blur_prob=0.0),
         model=ModelConfig(dim=8, projector_hidden=8, predictor_hidden=8),
     )
-    return Trainer(config, run, console=Console(quiet=True))
-
-
-@pytest.fixture
-def trainer(small_network: None, image_folder: Path, tmp_path: Path) -> Trainer:
-    return new_trainer(image_folder, tmp_path / "run")
+    return Trainer(config, tmp_path / "run", console=Console(quiet=True))
 
 
 def test_a_checkpoint_names_the_room_that_it_needs(trainer: Trainer) -> None:
@@ -99,19 +93,6 @@ def test_a_log_that_cannot_be_written_ends_the_training(
     again = Trainer(trainer.config, trainer.folder, resume=True, console=Console(quiet=True))
     again.fit()
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 11))
-
-
-@pytest.mark.usefixtures("small_network")
-def test_a_thread_of_the_training_does_not_keep_it(image_folder: Path, tmp_path: Path) -> None:
-    """A thread that ends late would free the tensors while the interpreter ends."""
-    trainer = new_trainer(image_folder, tmp_path / "run")
-    hooks: list[object] = []
-    trainer.fit(epoch_done=lambda: hooks.append(threading.excepthook))
-    model = weakref.ref(trainer.model)
-    del trainer
-    gc.collect()
-    assert len(hooks) == 2
-    assert model() is None
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
