@@ -7,7 +7,6 @@ import pickle
 import urllib.error
 from importlib import resources
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -151,37 +150,31 @@ def test_missing_copies_without_download(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_imagenette")
+@pytest.mark.parametrize("error", [urllib.error.URLError("no route"), EOFError("no route"), None])
 def test_download_is_checksummed_and_moved_when_complete(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None
 ) -> None:
     calls = []
 
     def fake(url: str, root: str, *, extract_root: str, md5: str, remove_finished: bool) -> None:
         calls.append((url, root, md5))
-        unpack(Path(extract_root) / "imagewoof2-320")
-        assert not (tmp_path / "imagewoof2-320").exists()
+        unpack(Path(extract_root) / folder.name)
+        assert not folder.exists()
+        if error:
+            raise error
 
+    folder = tmp_path / "imagewoof2-320"
     monkeypatch.setattr(datasets, "download_and_extract_archive", fake)
+    if error:
+        with pytest.raises(InputError, match=rf"^.*\(no route\).* recognised as {folder}.*$"):
+            open_dataset("imagewoof", root=tmp_path)
+        assert list(tmp_path.iterdir()) == []
+        return
     for _ in range(2):
         assert len(open_dataset("imagewoof", root=tmp_path).train) == 2
     url = "https://s3.amazonaws.com/fast-ai-imageclas/imagewoof2-320.tgz"
     assert calls == [(url, str(tmp_path), "0f46d997ec2264e97609196c95897a44")]
-    assert [path.name for path in tmp_path.iterdir()] == ["imagewoof2-320"]
-
-
-@pytest.mark.parametrize("error", [urllib.error.URLError("no route"), EOFError("cut short")])
-def test_a_failed_download_names_the_place_of_a_copy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    def fail(url: str, root: str, *, extract_root: str, **_: Any) -> None:
-        images(Path(extract_root), "imagenette2-320/train/n01440764/1.JPEG")
-        raise error
-
-    monkeypatch.setattr(datasets, "download_and_extract_archive", fail)
-    message = rf"^.*(no route|cut short).* recognised as {tmp_path / 'imagenette2-320'}.*$"
-    with pytest.raises(InputError, match=message):
-        open_dataset("imagenette", root=tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_cifar10_original_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

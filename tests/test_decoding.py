@@ -66,29 +66,6 @@ def test_an_image_too_large_for_the_format_is_left_out(monkeypatch: pytest.Monke
     assert chunk.unreadable == [Unreadable("mine/2", "3 x 4 pixels")]
 
 
-class Counted(Items):
-    """Counts the images read in any process."""
-
-    read = multiprocessing.Value("i")
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        with self.read.get_lock():
-            self.read.value += 1
-        return super().__getitem__(index)
-
-
-@pytest.mark.usefixtures("small_chunks")
-def test_few_chunks_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "_can_be_pickled", lambda source: True)
-    chunks = decode(DatasetSource(Counted(30)), workers=2)
-    for taken in range(1, 4):
-        assert next(chunks).kept == [taken - 1]
-        time.sleep(0.1)
-        assert Counted.read.value <= taken + 2 * 2
-    chunks.close()
-    assert not multiprocessing.active_children()
-
-
 class Deadly(Items):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         if multiprocessing.parent_process() is not None:

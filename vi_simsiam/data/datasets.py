@@ -124,14 +124,14 @@ def open_dataset(
     if path.is_file() and is_image(os.fspath(path)):
         raise InputError(f"data: {spec} is an image; give the folder that it lies in")
     spec = data_spec(spec)
+    kind, _, place = spec.partition(":")
     if spec == "fashion-mini":
         return _fashion_mini()
-    if spec.startswith("folder:") and spec != "folder:":
-        return _folder(Path(spec.removeprefix("folder:")), spec, decode)
-    if spec.startswith("pack:") and spec != "pack:":
-        path = Path(spec.removeprefix("pack:"))
-        val = validation_pack(path)
-        packed = open_pack(path)
+    if kind == "folder" and place:
+        return _folder(Path(place), spec, decode)
+    if kind == "pack" and place:
+        path = Path(place)
+        val, packed = validation_pack(path), open_pack(path)
         if decode not in (DecodeConfig(), packed.decode):
             raise InputError(
                 f"background, value_range, frames: {path} holds images decoded with "
@@ -178,7 +178,7 @@ def _folder(path: Path, spec: str, decode: DecodeConfig) -> Splits:
     train, val = _images(train_folder, decode), None
     read = [train_folder.name]
     if val_folder is not None and train.labels is not None:
-        val = _images(val_folder, decode, required=False)
+        val = _images(val_folder, decode)
         read.append(val_folder.name)
     inside = {e.name for e in list_folder(path) if os.path.isdir(e.path) or is_image(e.path)}
     if beside := inside - set(read):
@@ -210,15 +210,10 @@ def _part(folder: Path, names: tuple[str, ...]) -> Path | None:
     return found[0] if found else None
 
 
-def _images(
-    folder: Path, decode: DecodeConfig, *, labelled: bool = True, required: bool = True
-) -> FileSource:
-    """All images in a folder, with its class folders as classes if it has any.
-
-    Raises InputError for images beside class folders, and if `required` for no image at all.
-    """
+def _images(folder: Path, decode: DecodeConfig, *, labelled: bool = True) -> FileSource:
+    """All images in a folder, with its class folders as classes if it has any."""
     found = find_images(folder)
-    if required and not found.paths:
+    if not found.paths:
         raise InputError(f"{folder}: holds no image that Pillow opens. {found.note()}".rstrip())
     inside = functools.partial(os.path.relpath, start=folder)
     homes = [inside(path).split(os.sep) for path in found.paths]
@@ -305,7 +300,7 @@ def _imagenet_subset(name: str, root: Path, download: bool, decode: DecodeConfig
 
 
 def _unpacked(name: str, root: Path, decode: DecodeConfig) -> Splits | None:
-    """Return the first unpacked copy under `root`, if any. Raises InputError if incomplete."""
+    """The first unpacked copy under `root`, if any. Raises InputError if it is incomplete."""
     published = _PUBLISHED[name]
     folder = next((root / each for each in published.folders if (root / each).is_dir()), None)
     if folder is None:

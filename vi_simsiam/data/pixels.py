@@ -84,10 +84,8 @@ def loss_lines(name: str, losses: Sequence[Loss]) -> list[str]:
         elif narrow and high - low < least:
             found += f" only, and {shown} become black to white"
         elif narrow:
-            count, found = (
-                narrow,
-                f"take up less than an eighth of {shown}, which become black to white",
-            )
+            found = f"take up less than an eighth of {shown}, which become black to white"
+            count = narrow
             remedy = "--value-range file to spread them"
         else:
             continue
