@@ -9,9 +9,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import Tensor
 
 from vi_simsiam.checks import require
 from vi_simsiam.config import AugmentConfig
@@ -36,18 +34,18 @@ def contact_sheet(
 ) -> Image.Image:
     """Draw one row for each image: the original in a global view's square, then all its views.
 
-    ImageWarnings name unreadable images that were come across, and losses in decoding the others.
+    Images are spread evenly over the source; in place of an unreadable one the next is shown.
+    ImageWarnings name unreadable images, and losses in decoding those shown.
 
     Args:
-        source: the images; those shown are spread evenly over it. In place of an unreadable image
-            the next one is shown.
+        source: the images.
         policy: the random views.
         images: number of rows, at least 1; no more than there are readable images.
         seed: of the views. With the image's number it gives the views of the first epoch of
             training, which counts the readable images only.
 
     Raises:
-        InputError: numbers out of range, or no image that can be read.
+        InputError: `images` is below 1, or no image can be read.
     """
     require("images", images, images >= 1, "at least 1")
     chosen, failed = _readable(source, min(images, len(source)))
@@ -80,7 +78,10 @@ def contact_sheet(
         )
         for size, parameters in zip(sizes, table, strict=True):
             view = eager_augment(pixels, torch.from_numpy(parameters[None]), size)[0, 0]
-            sheet.paste(Image.fromarray(_bytes(view)), (left, top))
+            colours = view.permute(1, 2, 0) * torch.tensor(IMAGENET_STD)
+            colours = colours + torch.tensor(IMAGENET_MEAN)
+            levels = colours.mul(255).round().clamp(0, 255).to(torch.uint8)
+            sheet.paste(Image.fromarray(levels.numpy()), (left, top))
             left += size + _GAP
     return sheet
 
@@ -104,13 +105,10 @@ def _readable(
 
 
 def thumbnails(groups: Sequence[tuple[str, Sequence[tuple[Image.Image, str]]]]) -> Image.Image:
-    """Draw groups of images: a title, then rows of eight squares with a caption under each.
+    """Draw groups of images, each a title and (image in mode RGB, caption) of every image.
 
     Every image is cut to a square of 112 pixels around its centre; smaller images are enlarged
-    without smoothing.
-
-    Args:
-        groups: title, and (image in mode RGB, caption) of every image, at least one in all.
+    without smoothing. There are eight in a row.
     """
     title_font, caption_font = _font("DejaVuSans-Bold", 15), _font("DejaVuSans", 12)
     title_height, caption_height = 28, 20
@@ -141,10 +139,3 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     """A font that comes with matplotlib: Pillow's own has no Greek letters."""
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")
     return ImageFont.truetype(str(path), size)
-
-
-def _bytes(view: Tensor) -> NDArray[np.uint8]:
-    """A normalised view (3, s, s) as (s, s, 3) uint8."""
-    colours = view.permute(1, 2, 0) * torch.tensor(IMAGENET_STD) + torch.tensor(IMAGENET_MEAN)
-    array: NDArray[np.uint8] = colours.mul(255).round().clamp(0, 255).to(torch.uint8).numpy()
-    return array

@@ -33,11 +33,9 @@ class Chunk(NamedTuple):
     sizes: list[tuple[int, int]]
     """Height and width of each image."""
     kept: list[int]
-    """Numbers of these images in the source."""
+    """Numbers of these images in the source; the others are `unreadable`."""
     unreadable: list[Unreadable]
-    """Images that could not be decoded."""
     losses: list[Loss]
-    """Losses in decoding the others."""
 
 
 def bytes_per_image(source: ImageSource, shorter_side: int | None = None) -> float:
@@ -76,14 +74,12 @@ def decode(
     shorter_side: int | None = None,
     mean_bytes: float = 0.0,
 ) -> Generator[Chunk, None, None]:
-    """Decode all images in order.
-
-    About 16 MiB for each worker are held at once, whatever the number of images.
+    """Decode all images in order; about 16 MiB for each worker are held at once.
 
     Args:
         source: the images. A source that cannot be pickled is decoded in this process.
         workers: processes; None for one per available CPU core. 0 and 1 decode in this process.
-        shorter_side: see `fitted`; None for images as they are.
+        shorter_side: see `fitted`.
         mean_bytes: about the bytes of one image, from `bytes_per_image`.
 
     Raises:

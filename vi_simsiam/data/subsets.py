@@ -195,13 +195,12 @@ def _groups(paths: Iterable[str], key: Callable[[str], Hashable]) -> list[list[s
 def listed(splits: Splits) -> dict[str, Any]:
     """Return the part of `content` that needs no decoding.
 
-    It has the number of images, the classes, and the number and labels of the validation images, in
-    a pack also the number of those that were unreadable, "left_out".
+    In a pack the validation images include the number of those that were unreadable, "left_out".
     """
     val, classes = splits.val, splits.train.classes
     validation: dict[str, Any] | None = None
     if val is not None:
-        validation = {"images": len(val), "labels": _label_digest(val)}
+        validation = {"images": len(val), "labels": _digest(val.labels)}
         if isinstance(val, PackedImages) and val.unreadable:
             validation["left_out"] = len(val.unreadable)
     return {
@@ -218,7 +217,7 @@ def content(splits: Splits, train: PackedImages) -> dict[str, Any]:
     """
     return listed(splits) | {
         "images": len(train),
-        "labels": _label_digest(train),
+        "labels": _digest(train.labels),
         "sizes": _digest(train.heights, train.widths),
         "pixels": _digest(np.array(train.pixel_checksums(), np.uint32)),
     }
@@ -253,8 +252,7 @@ def _same_validation(before: dict[str, Any] | None, now: dict[str, Any] | None) 
         return True
     # Files are not decoded here, so they include those that a pack left out as unreadable.
     left_out, others = before.get("left_out", 0), now.get("left_out", 0)
-    totals = {before["images"] + left_out, now["images"] + others}
-    return left_out != others and len(totals) == 1
+    return left_out != others and before["images"] + left_out == now["images"] + others
 
 
 def _classes(before: list[str], now: list[str]) -> str:
@@ -264,12 +262,10 @@ def _classes(before: list[str], now: list[str]) -> str:
     return f"other classes ({' and '.join(changes) or 'in another order'})"
 
 
-def _label_digest(source: ImageSource) -> str | None:
-    return None if source.labels is None else _digest(source.labels)
-
-
-def _digest(*arrays: NDArray[Any]) -> str:
+def _digest(*arrays: NDArray[Any] | None) -> str | None:
     digest = hashlib.blake2b(digest_size=20)
     for array in arrays:
+        if array is None:
+            return None
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
