@@ -17,7 +17,7 @@ from PIL import Image
 
 from vi_simsiam.cli import main
 from vi_simsiam.config import TrainConfig
-from vi_simsiam.data import packed, sources
+from vi_simsiam.data import cache, packed
 from vi_simsiam.data.cache import in_memory, pack
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.packed import open_pack
@@ -98,7 +98,7 @@ def test_a_run_goes_on_with_a_copy_of_its_images(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It ends with the weights of the run that stayed; a pack has no unreadable images."""
-    monkeypatch.setattr(sources, "_TOLERATED_SHARE", 0.1)
+    monkeypatch.setattr(cache, "_TOLERATED_SHARE", 0.1)
     other = Path(shutil.copytree(run, tmp_path / "other"))
     assert resume(other) == 0
     (photos / "val" / "dark" / "00.png").write_bytes(b"")

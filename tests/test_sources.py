@@ -22,11 +22,8 @@ from vi_simsiam.data.sources import (
     ArraySource,
     DatasetSource,
     FileSource,
-    Unreadable,
     UnreadableError,
     as_source,
-    check_readable,
-    left_out,
 )
 from vi_simsiam.errors import InputError
 from vi_simsiam.inference.images import open_images
@@ -170,15 +167,18 @@ def test_data_sets_that_cannot_be_read() -> None:
             as_source(wrong)  # type: ignore[arg-type]
 
 
-def test_one_percent_may_be_unreadable() -> None:
-    source = ArraySource(np.zeros((200, 2, 2), np.uint8), name="set")
-    failures = [Unreadable(f"{index}.png", "an empty file") for index in range(4)]
-    check_readable(source, failures[:2])
-    with pytest.raises(InputError, match=r"set: 3 of 200 images .*2\.png \(an empty file\)$"):
-        check_readable(source, failures[:3])
-    with pytest.raises(InputError, match=r"set: 4 of 200 images.* 2\.png \(.*\), \.\.\.$"):
-        check_readable(source, failures)
-    assert left_out(failures[:1]) == "1 unreadable image left out: 0.png (an empty file)"
+def test_one_percent_may_be_unreadable(tmp_path: Path) -> None:
+    good = save(tmp_path / "good.png")
+    for bad, more in ((2, None), (3, ""), (4, ", ...")):
+        source = FileSource([*(f"{number}.png" for number in range(bad)), *[good] * (200 - bad)])
+        if more is None:
+            assert len(in_memory(source, workers=0)) == 198
+            continue
+        message = (
+            rf"files: {bad} of 200 images cannot .* 2\.png \(No such file or directory\){more}$"
+        )
+        with pytest.raises(InputError, match=message):
+            in_memory(source, workers=0)
 
 
 @pytest.mark.parametrize("kind", ["gif", "tif", "png"])

@@ -38,7 +38,7 @@ from vi_simsiam.data.packed import (
     open_pack,
 )
 from vi_simsiam.data.pixels import Loss, loss_lines
-from vi_simsiam.data.sources import ArraySource, ImageSource, Unreadable, check_readable
+from vi_simsiam.data.sources import ArraySource, ImageSource, Unreadable
 from vi_simsiam.errors import ImageWarning, InputError, is_full
 from vi_simsiam.paths import printable, user_path
 from vi_simsiam.text import counted, print_line
@@ -47,6 +47,8 @@ try:
     import fcntl
 except ImportError:  # Windows removes no file that another process has open
     fcntl = None  # type: ignore[assignment]
+
+_TOLERATED_SHARE = 0.01
 
 
 def cached(
@@ -77,7 +79,9 @@ def cached(
         packed = in_memory(source, workers=workers, console=console)
         return packed, list(packed.unreadable)
     folder = cache_folder() if cache_dir is None else user_path("cache_dir", cache_dir)
-    path = folder / f"{_file_name(source.name)}-{fingerprint[:12]}.pack"
+    # The last two parts of a name or path, in characters of every file system.
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(Path(source.name).parts[-2:])).strip("-.")
+    path = folder / f"{readable[-80:] or 'images'}-{fingerprint[:12]}.pack"
     images: PackedImages | None = None
     try:
         images = open_pack(path, fingerprint=fingerprint)
@@ -174,12 +178,6 @@ def _fingerprint(source: ImageSource, shorter_side: int | None) -> str | None:
     return hashlib.blake2b(key, digest_size=20).hexdigest()
 
 
-def _file_name(name: str) -> str:
-    """The last two parts of a source's name or path, in characters of every file system."""
-    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(Path(name).parts[-2:])).strip("-.")
-    return readable[-80:] or "images"
-
-
 def _write(
     source: ImageSource,
     path: Path,
@@ -252,7 +250,12 @@ def _decode(
             losses += chunk.losses
             done = len(kept) + len(unreadable)
             bar.update(task, completed=done, description=decimal(written), refresh=True)
-    check_readable(source, unreadable)
+    if len(unreadable) > _TOLERATED_SHARE * len(source):
+        first = "; ".join(map(str, unreadable[:3])) + ", ..." * (len(unreadable) > 3)
+        raise InputError(
+            f"{source.name}: {len(unreadable):,} of {images} cannot be read, at most 1 % may be: "
+            f"{first}"
+        )
     heights, widths = np.array(sizes, np.int32).reshape(-1, 2).T
     return Contents(
         source.name,

@@ -133,10 +133,13 @@ def open_dataset(
         path = Path(place)
         val, packed = validation_pack(path), open_pack(path)
         if decode not in (DecodeConfig(), packed.decode):
+            held, asked = (
+                ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(each).items())
+                for each in (packed.decode, decode)
+            )
             raise InputError(
-                f"background, value_range, frames: {path} holds images decoded with "
-                f"{_words(packed.decode)}, and {_words(decode)} is asked for; "
-                "leave these options out, or pack the images again"
+                f"background, value_range, frames: {path} holds images decoded with {held}, and "
+                f"{asked} is asked for; leave these options out, or pack the images again"
             )
         return Splits(spec, packed, open_pack(val) if val.exists() else None)
     if spec == "cifar10":
@@ -146,10 +149,6 @@ def open_dataset(
     raise InputError(
         f"data: {spec!r} is not there; it must be {ACCEPTED}{did_you_mean(spec, NAMED_DATA)}"
     )
-
-
-def _words(decode: DecodeConfig) -> str:
-    return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(decode).items())
 
 
 def validation_pack(path: Path) -> Path:

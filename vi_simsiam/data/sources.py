@@ -29,8 +29,6 @@ from vi_simsiam.data.pixels import is_animated, to_rgb, upright_size
 from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted
 
-_TOLERATED_SHARE = 0.01
-
 
 class _Kept(threading.local):
     """The open file that a thread reads frame by frame: a frame is reached through all before."""
@@ -362,16 +360,6 @@ def left_out(failures: Sequence[Unreadable]) -> str:
     """Return one line that names every image left out and why, at least one."""
     names = ", ".join(map(str, failures))
     return f"{counted(len(failures), 'unreadable image')} left out: {names}"
-
-
-def check_readable(source: ImageSource, failures: Sequence[Unreadable]) -> None:
-    """Raise InputError if more than 1 % of a source's images are unreadable, naming the first."""
-    if len(failures) > _TOLERATED_SHARE * len(source):
-        first, more = "; ".join(map(str, failures[:3])), ", ..." if len(failures) > 3 else ""
-        raise InputError(
-            f"{source.name}: {len(failures):,} of {counted(len(source), 'image')} cannot be read, "
-            f"at most 1 % may be: {first}{more}"
-        )
 
 
 def _reason(path: str, error: Exception) -> str:
