@@ -48,14 +48,14 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(image_folder: Path, interrupted: Path, photos: Path, tmp_path: Path) -> Path:
     """A run of two epochs on `photos` that was interrupted after the first."""
     if not interrupted.exists():
-        _train_one_epoch(["--data", str(image_folder), "--out", str(interrupted)])
+        _train_one_epoch("--data", image_folder, "--out", interrupted)
     out = Path(shutil.copytree(interrupted, tmp_path / "run"))
     settings = dataclasses.replace(config(out), data=f"folder:{photos}")
     (out / "config.json").write_text(json.dumps(settings.to_dict()))
     return out
 
 
-def _train_one_epoch(arguments: list[str]) -> None:
+def _train_one_epoch(*arguments: object) -> None:
     fit = Trainer.fit
 
     def fit_one_epoch(trainer: Trainer) -> None:
@@ -67,7 +67,7 @@ def _train_one_epoch(arguments: list[str]) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "fit", fit_one_epoch)
-        assert main(["train", *arguments, *OPTIONS.split()]) == 130
+        assert main(["train", *map(str, arguments), *OPTIONS.split()]) == 130
 
 
 def resume(run: Path, *arguments: str) -> int:
@@ -120,8 +120,7 @@ def test_a_run_goes_on_with_a_copy_of_its_images(
 
 def test_the_held_out_images_move_with_the_others(photos: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    share = ["--held-out", "0.2", "--images", "24"]
-    _train_one_epoch(["--data", str(photos), "--out", str(run), *share])
+    _train_one_epoch("--data", photos, "--out", run, "--held-out", 0.2, "--images", 24)
     assert resume(run, "--data", packed_copy(photos, tmp_path / "scratch")) == 0
     (photos / "train" / "dark" / "02.png").unlink()
     assert resume(run, "--data", str(photos)) == 2

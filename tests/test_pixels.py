@@ -62,11 +62,10 @@ def test_equal_looking_files_give_equal_pixels(kind: str) -> None:
         alpha = np.array([[0, 128], [255, 255]], np.uint8)
         if kind == "deep key":
             return stored(Image.fromarray(gray.astype(np.uint16) * 257), transparency=hidden * 257)
-        if kind.endswith("key"):
-            if kind == "gray key":
-                return stored(Image.fromarray(gray), transparency=hidden)
-            image = Image.fromarray(np.repeat(gray[..., None], 3, 2))
-            return stored(image, transparency=(hidden,) * 3)
+        if kind == "gray key":
+            return stored(Image.fromarray(gray), transparency=hidden)
+        if kind == "colour key":
+            return stored(Image.fromarray(np.dstack([gray] * 3)), transparency=(hidden,) * 3)
         if kind in ("palette", "PA"):
             image = Image.fromarray(np.array([[0, 1], [2, 3]], np.uint8))
             image.putpalette([value for value in (hidden, 200, 200, 0) for _ in range(3)])
@@ -81,7 +80,6 @@ def test_equal_looking_files_give_equal_pixels(kind: str) -> None:
     assert seen == red(picture(7))
     half = 200 if kind.endswith("key") else 200 * 128 / 255 + 128 * 127 / 255
     np.testing.assert_allclose(seen, [[128, half], [200, 0]], atol=1)
-    assert red(picture(77), DecodeConfig(background="white"))[0][0] == 255
     red_behind = to_rgb(picture(77), DecodeConfig(background="#ff0000"))
     assert red_behind.getpixel((0, 0)) == (255, 0, 0)
 
@@ -237,17 +235,17 @@ def test_lost_range_is_reported_once_with_the_option_that_keeps_it() -> None:
 def animation(tmp_path: Path) -> list[Path]:
     """Files of three frames each, with the levels 0, 100 and 200."""
     frames = [Image.new("L", (4, 4), level) for level in (0, 100, 200)]
-    options = {"save_all": True, "append_images": frames[1:]}
-    for kind in ("gif", "tif", "png"):
-        frames[0].save(tmp_path / f"moving.{kind}", **options)
-    if features.check("webp"):
-        frames[0].save(tmp_path / "moving.webp", lossless=True, **options)
+    for kind in ("gif", "tif", "png", "webp"):
+        if kind != "webp" or features.check("webp"):
+            options = {"lossless": True} if kind == "webp" else {}
+            path = tmp_path / f"moving.{kind}"
+            frames[0].save(path, save_all=True, append_images=frames[1:], **options)
     pages = [BytesIO() for _ in frames]
     for frame, page in zip(frames, pages, strict=True):
         frame.save(page, "PCX")
-    places = 20 + np.cumsum([0, *(len(page.getvalue()) for page in pages)])
     content = b"".join(page.getvalue() for page in pages)
-    (tmp_path / "moving.dcx").write_bytes(struct.pack("<5I", 0x3ADE68B1, *places[:3], 0) + content)
+    starts = [20, 20 + len(pages[0].getvalue()), 20 + len(content) - len(pages[2].getvalue())]
+    (tmp_path / "moving.dcx").write_bytes(struct.pack("<5I", 0x3ADE68B1, *starts, 0) + content)
     prefix = struct.pack("<IHH8xIH", 38, 0xF1FA, 1, 22, 16)
     content = b"".join(prefix + frame.tobytes() for frame in frames)
     header = struct.pack("<I6HI108x", 128 + len(content), 0xAF11, len(frames), 4, 4, 8, 3, 0)
