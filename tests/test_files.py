@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -132,8 +133,9 @@ def test_a_folder_that_may_not_be_entered_is_named(
     found = find_images(tmp_path)
     assert [Path(path).name for path in found.paths] == ["0.png", "1.png"]
     assert found.passed_over == {".txt": 1}
-    (tmp_path / "closed" / "inner").mkdir()
-    with pytest.raises(PermissionError, match="Permission denied.*closed/inner"):
+    closed = PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(os, "scandir", mock.Mock(side_effect=closed))
+    with pytest.raises(InputError, match=rf"{tmp_path}: cannot be listed \(Permission denied\)"):
         find_images(tmp_path)
 
 

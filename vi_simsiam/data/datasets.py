@@ -281,20 +281,18 @@ def _imagenet_subset(name: str, root: Path, download: bool, decode: DecodeConfig
         places = ", ".join(os.fspath(root / folder) for folder in published.folders)
         raise InputError(f"{name}: no copy found (looked for {places}), and downloading is off")
     folder = published.folders[0]
-    root.mkdir(parents=True, exist_ok=True)
-    # Unpacked aside and moved at the end, so that an interruption leaves no incomplete copy.
-    with (
-        downloading(name, published.url, _RECOGNISED.format(root / folder)),
-        tempfile.TemporaryDirectory(prefix=f".{folder}-", dir=root) as aside,
-    ):
-        download_and_extract_archive(
-            published.url,
-            os.fspath(root),
-            extract_root=aside,
-            md5=published.md5,
-            remove_finished=True,
-        )
-        os.rename(Path(aside) / folder, root / folder)
+    with downloading(name, published.url, _RECOGNISED.format(root / folder)):
+        root.mkdir(parents=True, exist_ok=True)
+        # Unpacked aside and moved at the end, so that an interruption leaves no incomplete copy.
+        with tempfile.TemporaryDirectory(prefix=f".{folder}-", dir=root) as aside:
+            download_and_extract_archive(
+                published.url,
+                os.fspath(root),
+                extract_root=aside,
+                md5=published.md5,
+                remove_finished=True,
+            )
+            os.rename(Path(aside) / folder, root / folder)
     return _imagenet_subset(name, root, False, decode)
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted
 
 # EPS starts Ghostscript, WMF is drawn by Windows alone, and Pillow cannot decode the others.
@@ -60,7 +61,7 @@ def find_images(folder: str | os.PathLike[str]) -> Found:
     Hidden files and folders are skipped. Links are followed, but every folder is visited and every
     file counted once: under its own name rather than a link's, and of several names under the
     first, level by level and by name. An image that cannot be reached is counted, to be reported
-    when it is read. Raises OSError if a folder cannot be listed.
+    when it is read. Raises InputError if a folder cannot be listed.
     """
     root = os.fspath(folder)
     real_root = os.path.realpath(root)
@@ -102,7 +103,8 @@ def find_images(folder: str | os.PathLike[str]) -> Found:
                 folders.append(path)
             continue
         place = folders.popleft()
-        for entry in list_folder(place) if is_new(place, os.stat(place)) else ():
+        entries = list_folder(place)
+        for entry in entries if is_new(place, os.stat(place)) else ():
             if entry.is_symlink():
                 links.append(entry.path)
             elif entry.is_dir(follow_symlinks=False):
@@ -114,9 +116,12 @@ def find_images(folder: str | os.PathLike[str]) -> Found:
 
 
 def list_folder(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
-    """Return the visible entries of a folder by name."""
-    with os.scandir(os.fspath(folder)) as entries:
-        visible = [entry for entry in entries if not entry.name.startswith(".")]
+    """Return the visible entries of a folder by name. Raises InputError if it cannot be listed."""
+    try:
+        with os.scandir(os.fspath(folder)) as entries:
+            visible = [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be listed ({error.strerror})") from error
     return sorted(visible, key=lambda entry: entry.name)
 
 

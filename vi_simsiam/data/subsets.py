@@ -252,7 +252,8 @@ def _same_validation(before: dict[str, Any] | None, now: dict[str, Any] | None) 
         return True
     # Files are not decoded here, so they include those that a pack left out as unreadable.
     left_out, others = before.get("left_out", 0), now.get("left_out", 0)
-    return left_out != others and before["images"] + left_out == now["images"] + others
+    same: bool = left_out != others and before["images"] + left_out == now["images"] + others
+    return same
 
 
 def _classes(before: list[str], now: list[str]) -> str:
