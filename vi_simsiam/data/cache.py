@@ -196,8 +196,9 @@ def _write(
         path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path.parent).free
         if size > free:
-            room = f"{path.parent} has {decimal(free)} free"
-            raise InputError(f"{option}: {needed}, {room}; {elsewhere}")
+            raise InputError(
+                f"{option}: {needed}, {path.parent} has {decimal(free)} free; {elsewhere}"
+            )
         with _replacing(path) as file:
             writer = PackWriter(file)
             contents = _decode(source, writer.append, path, mean, shorter_side, workers, console)

@@ -45,7 +45,7 @@ warnings.filterwarnings("ignore", "Corrupt EXIF data", module=r"PIL\.")
 
 
 class Loss(NamedTuple):
-    """What was lost when one image was decoded."""
+    """The loss in decoding one image."""
 
     framed: bool
     """True if frames were passed over."""
