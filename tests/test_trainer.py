@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import multiprocessing
 import os
@@ -114,10 +113,6 @@ def test_training_lowers_the_loss_and_writes_the_run(
     assert run.config == settings.located()
     assert not run.model.training
     assert same(run.model.state_dict(), trainer.model.state_dict())
-
-
-def test_the_former_module_has_the_same_class() -> None:
-    assert importlib.import_module("vi_simsiam.engine.trainer").Trainer is Trainer
 
 
 def test_the_same_configuration_gives_the_same_run(image_folder: Path, tmp_path: Path) -> None:

@@ -32,14 +32,7 @@ from vi_simsiam.errors import ImageWarning, InputError, TrainingError, UserError
 TIMEOUT = 600.0
 """Seconds that a rank waits for the others before it gives up."""
 _LONGEST_PAUSE = 0.2
-_LEAVING_SECONDS = 10.0
 _LOST_CONTACT = ("gloo", "nccl", "timed out", "connection closed", "connection reset")
-_VARIABLES = {
-    "rank": "RANK",
-    "size": "WORLD_SIZE",
-    "local_rank": "LOCAL_RANK",
-    "local_size": "LOCAL_WORLD_SIZE",
-}
 
 
 class PeerError(UserError):
@@ -59,7 +52,7 @@ class World:
 
     Attributes:
         rank, size: this process's number, and the number of processes.
-        local_rank, local_size: the same among the processes of this machine.
+        local_rank: this process's number on its machine.
         is_main: True for the rank that writes and prints.
         alone: True without a process group, when torchrun did not start this process.
         device: where this rank computes.
@@ -73,12 +66,11 @@ class World:
         rank: int = 0,
         size: int = 1,
         local_rank: int = 0,
-        local_size: int = 1,
         timeout: float = TIMEOUT,
         store: Store | None = None,
     ) -> None:
         self.device = torch.device(device)
-        self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
+        self.rank, self.size, self.local_rank = rank, size, local_rank
         self.is_main, self.alone = rank == 0, store is None
         self.timeout, self._store = timeout, store
         self._rounds, self._reports = 0, False
@@ -190,16 +182,6 @@ class World:
             if self.is_main:
                 self.exchange(None, timeout=math.inf)
 
-    def leave_last(self) -> None:
-        """Keep rank 0, which may hold the store, until the other ranks no longer need it."""
-        assert self._store is not None
-        deadline = time.monotonic() + _LEAVING_SECONDS
-        with contextlib.suppress(dist.DistError):
-            self._store.set(f"left/{self.rank}", "yes")
-            keys = [f"left/{rank}" for rank in range(self.size)]
-            while self.is_main and not self._store.check(keys) and time.monotonic() < deadline:
-                time.sleep(0.01)
-
     @contextlib.contextmanager
     def _one_reports(self) -> Iterator[None]:
         """Publish an error of the block; raise it on the first rank that fails, else PeerError."""
@@ -235,20 +217,9 @@ class World:
 
         Returns:
             (sum of n, ...) on every rank, on the device of `rows`.
-
-        Raises:
-            InputError: other dimensions or dtypes differ.
         """
         if self.alone:
             return rows
-        shapes = self.exchange((tuple(rows.shape), str(rows.dtype)))
-        expected, dtype = shapes[0]
-        for rank, (shape, kind) in enumerate(shapes):
-            if (shape[1:], kind) != (expected[1:], dtype):
-                raise InputError(
-                    f"rows: {dtype} {expected} on rank 0 and {kind} {shape} on rank {rank}; "
-                    "only the first dimension may differ"
-                )
         parts: list[Any] = [None] * self.size
         dist.all_gather_object(parts, rows.detach().cpu().clone())
         return torch.cat(parts).to(rows.device)
@@ -297,14 +268,19 @@ def joined(device: str = "auto", *, timeout: float = TIMEOUT) -> Iterator[World]
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield World(resolve_device(device), timeout=timeout)
         return
-    numbers = _read_environment()
-    rank, size, limit = numbers["rank"], numbers["size"], timedelta(seconds=timeout)
+    (rank, size, local_rank), limit = _numbers(), timedelta(seconds=timeout)
     try:
         store, _, _ = next(rendezvous("env://", rank, size, timeout=limit))
     except (dist.DistError, RuntimeError, ValueError) as error:
         text = f"ranks: rank {rank} did not meet the others: {_line(error)}"
         raise TrainingError(text) from error
-    world = World("cpu", timeout=timeout, store=PrefixStore("vi-simsiam", store), **numbers)
+    world = World(
+        rank=rank,
+        size=size,
+        local_rank=local_rank,
+        timeout=timeout,
+        store=PrefixStore("vi-simsiam", store),
+    )
     with world.together():
         world.device = _local_device(device, world)
     on_gpu = world.device.type == "cuda"
@@ -328,27 +304,21 @@ def joined(device: str = "auto", *, timeout: float = TIMEOUT) -> Iterator[World]
         if not on_gpu:
             dist.destroy_process_group()
         raise
+    dist.barrier()  # rank 0 may hold the store, which the others have read by now
     dist.destroy_process_group()
-    world.leave_last()
 
 
-def _read_environment() -> dict[str, int]:
-    """rank, size, local_rank and local_size from torchrun's variables."""
-    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    if missing := [name for name in needed if name not in os.environ]:
-        raise InputError(
-            f"ranks: RANK and WORLD_SIZE are set, {', '.join(missing)} not; "
-            "start the ranks with torchrun"
-        )
-    try:
-        numbers = {key: int(os.environ.get(name, "1")) for key, name in _VARIABLES.items()}
-    except ValueError:
-        values = ", ".join(f"{name}={os.environ.get(name)}" for name in _VARIABLES.values())
-        raise InputError(f"ranks: {values}; they must be integers") from None
-    rank, size = numbers["rank"], numbers["size"]
-    if not 0 <= rank < size:
-        raise InputError(f"ranks: RANK {rank} must be at least 0 and below WORLD_SIZE {size}")
-    return numbers
+def _numbers() -> tuple[int, int, int]:
+    """Rank, number of ranks and rank on this machine, from torchrun's variables."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    with contextlib.suppress(KeyError, ValueError):
+        rank, size, local_rank = (int(os.environ[name]) for name in names)
+        if 0 <= rank < size:
+            return rank, size, local_rank
+    given = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
+    raise InputError(
+        f"ranks: {given}; they must be numbers, RANK below WORLD_SIZE; start with torchrun"
+    )
 
 
 def _local_device(name: str, world: World) -> torch.device:

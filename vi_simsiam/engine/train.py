@@ -23,16 +23,18 @@ from vi_simsiam.engine.checkpoint import Checkpoint
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.graph import Captured, capture
 from vi_simsiam.engine.monitor import Monitor, duration_line, representation_statistics
-from vi_simsiam.engine.network import (
+from vi_simsiam.engine.processes import stop_signals
+from vi_simsiam.engine.step import (
+    OverlappedStep,
+    TrainStep,
     check_capture,
     check_compiler,
+    learning_rates,
     sync_batch_norm,
     training_network,
     use_kernels,
     wrap,
 )
-from vi_simsiam.engine.processes import stop_signals
-from vi_simsiam.engine.step import OverlappedStep, TrainStep, learning_rates
 from vi_simsiam.engine.verdict import Health
 from vi_simsiam.errors import ImageWarning, InputError, TrainingError
 from vi_simsiam.models import Output, SimSiam, VISimSiam, build_model
