@@ -20,7 +20,6 @@ from vi_simsiam.distributions import PowerSpherical
 from vi_simsiam.engine import monitor as module
 from vi_simsiam.engine.monitor import Monitor, effective_rank, representation_statistics
 from vi_simsiam.engine.train import Trainer
-from vi_simsiam.engine.verdict import Health
 from vi_simsiam.models import Output, SimSiam, VISimSiam
 
 METRICS = {
@@ -30,9 +29,9 @@ METRICS = {
 }  # fmt: skip
 
 
-def opened(folder: Path, console: Console, **options: object) -> Monitor:
-    values = {"step": 0, "total": 29_400, "steps_per_epoch": 147} | options
-    return Monitor(folder, console=console, health=Health(TrainConfig()), **values)  # type: ignore[arg-type]
+def opened(folder: Path, console: Console, *, epochs: int = 200, **options: object) -> Monitor:
+    values = {"step": 0, "steps_per_epoch": 147} | options
+    return Monitor(folder, TrainConfig(epochs=epochs), console=console, **values)  # type: ignore[arg-type]
 
 
 def terminal(width: int = 80) -> Console:
@@ -139,9 +138,9 @@ def test_the_longest_counts_leave_room_for_the_loss_and_ascii_has_its_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rich.progress.Task, "time_remaining", property(lambda task: 100 * 3600.0))
-    sizes = {"step": 123_455, "total": 1_234_567, "steps_per_epoch": 1_234}
+    sizes = {"step": 123_455, "epochs": 1001, "steps_per_epoch": 1_234}
     shown(tmp_path, console := terminal(), 123_456, **sizes)
-    expected = r"epoch 101/1001 .* 123456/1234567 100:00:00 loss -391 cos 0.71 κ.*"
+    expected = r"epoch 101/1001 .* 123456/1235234 100:00:00 loss -391 cos 0.71 κ.*"
     assert any(re.fullmatch(expected, line) for line in printed(console))
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     shown(tmp_path, Console(file=file, force_terminal=True, width=100, color_system=None))
@@ -153,22 +152,25 @@ def test_the_time_is_printed_once_from_steps_after_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first step takes longer and does not count; three seconds and steps are waited for."""
+
+    def line(config: TrainConfig, images: int, seconds: float, *, resumed: bool) -> str:
+        return f"rest of {images}: {seconds:.1f} {'x' * 60}"
+
     now = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(module, "duration_line", line)
     console = Console(file=io.StringIO(), width=40)
-    with opened(
-        tmp_path, console, total=103, estimate=lambda seconds: f"rest: {seconds:.1f} {'x' * 60}"
-    ) as monitor:
+    with opened(tmp_path, console, epochs=1, steps_per_epoch=103, images=40) as monitor:
         for step, at in enumerate([50.0, 51.0, 52.0, 53.5, 60.0], 1):
             now[0] = at
             monitor.advance(step)
     # Three steps from second 50.0 to 53.5, 99 more to go.
-    assert console.file.getvalue().splitlines() == [f"rest: {3.5 / 3 * 99:.1f} {'x' * 60}"]  # type: ignore[attr-defined]
+    assert console.file.getvalue().splitlines() == [f"rest of 40: {3.5 / 3 * 99:.1f} {'x' * 60}"]  # type: ignore[attr-defined]
 
 
 def test_quiet_leaves_warnings(tmp_path: Path) -> None:
     console = terminal()
-    with opened(tmp_path, console, quiet=True, estimate=lambda seconds: "time") as monitor:
+    with opened(tmp_path, console, quiet=True, images=40) as monitor:
         assert not monitor.due
         for step in range(1, 5):
             monitor.advance(step)

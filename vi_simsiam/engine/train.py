@@ -22,7 +22,7 @@ from vi_simsiam.engine import run
 from vi_simsiam.engine.checkpoint import Checkpoint
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.graph import Captured, capture
-from vi_simsiam.engine.monitor import Monitor, duration_line, representation_statistics
+from vi_simsiam.engine.monitor import Monitor, representation_statistics
 from vi_simsiam.engine.processes import stop_signals
 from vi_simsiam.engine.step import (
     OverlappedStep,
@@ -35,7 +35,6 @@ from vi_simsiam.engine.step import (
     use_kernels,
     wrap,
 )
-from vi_simsiam.engine.verdict import Health
 from vi_simsiam.errors import ImageWarning, InputError, TrainingError
 from vi_simsiam.models import Output, SimSiam, VISimSiam, build_model
 from vi_simsiam.ops.backends import choose_backend
@@ -212,7 +211,19 @@ class Trainer:
             elif main:
                 run.record_place(self.folder, self.config)
             stack.enter_context(contextlib.closing(self.loader))
-            monitor = stack.enter_context(self._monitor()) if main else None
+            monitor = None
+            if main:
+                monitor = Monitor(
+                    self.folder,
+                    self.config,
+                    step=self.step,
+                    steps_per_epoch=self.loader.steps_per_epoch,
+                    console=self.console,
+                    images=len(self.loader.source) if self.device.type == "cpu" else None,
+                    resumed=self.resume,
+                    quiet=self.quiet,
+                )
+                stack.enter_context(monitor)
             stack.enter_context(_memory_errors(self.device))
             self.model.train()
             replay = self._replay()
@@ -229,22 +240,6 @@ class Trainer:
             if monitor is not None:
                 monitor.finish()
 
-    def _monitor(self) -> Monitor:
-        def estimate(seconds: float) -> str:
-            images = len(self.loader.source)
-            return duration_line(self.config, images, seconds, resumed=self.resume)
-
-        return Monitor(
-            self.folder,
-            step=self.step,
-            total=self.total_steps,
-            steps_per_epoch=self.loader.steps_per_epoch,
-            console=self.console,
-            health=Health(self.config),
-            estimate=estimate if self.device.type == "cpu" else None,
-            quiet=self.quiet,
-        )
-
     def _replay(self) -> Captured | None:
         """On a GPU the whole step; None where batches come from the loader."""
         if self.loader.feed is None:
@@ -252,14 +247,10 @@ class Trainer:
         whole = OverlappedStep(self.train_step, self.loader.feed)
         whole.prepare(self.step)
         mode = self.config.capture if self.world.alone else "off"
-        return capture(whole, state=whole.state, mode=mode)
-
-    def _launched(self, replay: Captured | None) -> dict[str, bool | str]:
-        """For the log: whether a GPU replays a graph, and if not, the reason."""
-        if replay is None or self.world.alone:
-            return {} if replay is None else replay.launched
-        reason = "a step with the collectives of torchrun's ranks is not captured"
-        return {"captured": False, "not_captured": reason}
+        replay = capture(whole, state=whole.state, mode=mode)
+        if not self.world.alone:
+            replay.reason = "a step with the collectives of torchrun's ranks is not captured"
+        return replay
 
     def _train_epoch(
         self, replay: Captured | None, monitor: Monitor | None, stop: list[int]
@@ -289,7 +280,7 @@ class Trainer:
                 self.seconds += seconds
                 metrics = self._metrics(output, first, seconds, waited)
                 if logging and monitor is not None:
-                    monitor.log(metrics, self._launched(replay))
+                    monitor.log(metrics, replay.launched if replay is not None else {})
                 waited, since, first = 0.0, time.perf_counter(), self.step
             elif monitor is not None and monitor.due:
                 monitor.show(self._metrics(output, first, time.perf_counter() - since, waited))
