@@ -3,6 +3,7 @@ overlapped and captured."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -62,6 +63,16 @@ def make_step(kind: type[SimSiam] = VISimSiam, device: str = "cpu", **options: o
     return TrainStep(
         model, RATES, **{"momentum": 0.9, "weight_decay": 1e-2, "loss_scale": 0.1} | options
     )  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def group_of_one() -> Iterator[None]:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def views(step: int) -> list[Tensor]:
@@ -157,17 +168,13 @@ def test_bfloat16_changes_little() -> None:
 
 def test_a_model_in_ddp_is_refused_and_trains_on() -> None:
     """Refused in its forward: after a failed backward the wrapper would refuse every later step."""
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
+    with group_of_one():
         step = make_step()
         step.network = DistributedDataParallel(step.model, **OWN_BUFFERS)
         call = with_stand_in(step, step.state, mode="auto")
         with pytest.warns(UserWarning, match="DistributedDataParallel, which is not captured"):
             call(views(0))
         call(views(1))
-    finally:
-        torch.distributed.destroy_process_group()
     plain = make_step()
     for i in range(2):
         plain(views(i))
