@@ -69,15 +69,12 @@ class Health:
 
     @classmethod
     def of_run(cls, folder: Path, config: TrainConfig) -> Health | None:
-        """The state at the end of a run's metrics.jsonl; None if nothing in it can be read."""
-        health = cls(config)
-        try:
-            for line in (folder / METRICS).read_text(errors="replace").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # the last one may be cut off
-                    health.update(json.loads(line))
-            return health if health._recent and health.line else None
-        except (OSError, ValueError, TypeError, AttributeError):
-            return None
+        """The state at the end of a run's metrics.jsonl; None if there is no line in it."""
+        health, file = cls(config), folder / METRICS
+        for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
+            with contextlib.suppress(json.JSONDecodeError):  # the last one may be cut off
+                health.update(json.loads(line))
+        return health if health._recent else None
 
     def update(self, metrics: dict[str, Any]) -> bool:
         """Add one line of metrics.
