@@ -190,22 +190,16 @@ class World:
         except PeerError:
             raise
         except BaseException as error:
-            first = self._publish(error)
-            # Every rank ends on an interruption; publishing it releases those that wait.
-            if isinstance(error, Exception) and not first:
-                raise PeerError("another rank failed before") from error
+            if self._store is None or self._reports:
+                raise
+            with contextlib.suppress(dist.DistError):  # without a store nobody else reports
+                # Every rank ends on an interruption; publishing it releases those that wait.
+                if self._store.add("failures", 1) == 1:
+                    self._store.set("failed", f"rank {self.rank}: {_line(error)}")
+                elif isinstance(error, Exception):
+                    raise PeerError("another rank failed before") from error
+            self._reports = True
             raise
-
-    def _publish(self, error: BaseException) -> bool:
-        """Release the other ranks; returns True on the rank that reports."""
-        if self._store is None or self._reports:
-            return True
-        with contextlib.suppress(dist.DistError):  # without a store nobody else is left to report
-            if self._store.add("failures", 1) > 1:
-                return False
-            self._store.set("failed", f"rank {self.rank}: {_line(error)}")
-        self._reports = True
-        return True
 
     # Device side, over the process group.
 

@@ -28,7 +28,6 @@ from vi_simsiam.engine.graph_rules import (
     InputsChanged,
     Rules,
     Snapshot,
-    check_optimizer_state,
     check_state,
     explain,
     held,
@@ -257,7 +256,7 @@ class Captured:
             # A compiler that meets the check could give up on a model's code for good.
             with torch.compiler.set_stance("force_eager"), rules:
                 _warm(graph, partial(self._step, *static.tree()))
-            check_optimizer_state(self._state, device)
+            check_state(self._state, device)
         finally:
             snapshot.restore()
         self._inputs, self._graph = static, graph

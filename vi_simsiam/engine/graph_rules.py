@@ -198,7 +198,7 @@ def _kind(leaf: Any) -> str:
 
 
 def check_state(state: Sequence[Any], device: torch.device) -> None:
-    """Check what can be seen without running the step.
+    """Check what can be seen without running the step, and what a first run leaves.
 
     Args:
         state: everything that the step changes.
@@ -209,50 +209,44 @@ def check_state(state: Sequence[Any], device: torch.device) -> None:
             learning rate or its step count from the host, which a replay does not read.
     """
     for i, item in enumerate(state):
-        parts = item.modules() if isinstance(item, nn.Module) else ()
+        problem, parts = None, item.modules() if isinstance(item, nn.Module) else ()
         if any(isinstance(part, DistributedDataParallel) for part in parts):
-            raise InputError(
-                f"state[{i}]: a step with DistributedDataParallel is not captured; "
+            problem = (
+                "a step with DistributedDataParallel is not captured; "
                 "give mode 'off', or the module inside it"
             )
-        if isinstance(item, torch.optim.Optimizer):
-            for group in item.param_groups:
-                if problem := _group_problem(item, group, device):
-                    raise InputError(f"state[{i}]: {type(item).__name__} {problem}")
+        elif isinstance(item, torch.optim.Optimizer):
+            problem = _optimizer_problem(item, device)
+        if problem is not None:
+            raise InputError(f"state[{i}]: {problem}")
 
 
-def _group_problem(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], device: torch.device
-) -> str | None:
-    lr = group.get("lr")
-    if not isinstance(lr, Tensor):
-        return (
-            f"has the number lr={lr}, which a graph would repeat whatever a scheduler does; "
-            f"give lr=torch.tensor({lr}, device='{device}')"
-        )
-    if lr.device.type != device.type:
-        return f"has its lr on {lr.device}, where a graph would read it once; put it on {device}"
-    if group.get("capturable") is False:
-        return "counts its steps on the host; give capturable=True"
-    if isinstance(optimizer, torch.optim.SGD) and not group["fused"]:
-        return "reads its lr on the host; give fused=True"
-    return None
-
-
-def check_optimizer_state(state: Sequence[Any], device: torch.device) -> None:
-    """Check that no optimizer made tensors on the host, which a replay does not update.
-
-    Raises:
-        InputError: an optimizer did, as Adagrad does for its step count.
-    """
-    for i, item in enumerate(state):
-        held = item.state.values() if isinstance(item, torch.optim.Optimizer) else ()
-        for key, value in (entry for entries in held for entry in entries.items()):
+def _optimizer_problem(optimizer: torch.optim.Optimizer, device: torch.device) -> str | None:
+    name = type(optimizer).__name__
+    for group in optimizer.param_groups:
+        lr = group.get("lr")
+        if not isinstance(lr, Tensor):
+            return (
+                f"{name} has the number lr={lr}, which a graph would repeat whatever a scheduler "
+                f"does; give lr=torch.tensor({lr}, device='{device}')"
+            )
+        if lr.device.type != device.type:
+            return (
+                f"{name} has its lr on {lr.device}, where a graph would read it once; "
+                f"put it on {device}"
+            )
+        if group.get("capturable") is False:
+            return f"{name} counts its steps on the host; give capturable=True"
+        if isinstance(optimizer, torch.optim.SGD) and not group["fused"]:
+            return f"{name} reads its lr on the host; give fused=True"
+    for entries in optimizer.state.values():
+        for key, value in entries.items():
             if isinstance(value, Tensor) and value.device.type != device.type:
-                raise InputError(
-                    f"state[{i}]: {type(item).__name__} keeps '{key}' on {value.device}, where a "
-                    "replay does not count; use an optimizer that has capturable=True"
+                return (
+                    f"{name} keeps '{key}' on {value.device}, where a replay does not count; "
+                    "use an optimizer that has capturable=True"
                 )
+    return None
 
 
 class Rules(TorchDispatchMode):
