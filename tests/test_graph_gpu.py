@@ -153,24 +153,6 @@ def test_a_step_that_cannot_be_captured_leaves_the_process_usable(rule: str) -> 
     assert step.captured
 
 
-@pytest.mark.parametrize("rule", ["item", "synchronize"])
-def test_auto_runs_such_a_step_as_it_is(rule: str) -> None:
-    expected = run(eager := Training(device="cuda"), eager.step)
-    training = Training(device="cuda")
-
-    def broken(images: Tensor, labels: dict[str, Tensor]) -> Any:
-        outputs = training.step(images, labels)
-        BROKEN[rule][0](images)
-        return outputs
-
-    step = capture(broken, state=training.state)
-    with pytest.warns(UserWarning, match="the step runs without a CUDA graph"):
-        found = run(training, step)
-    compare(found, expected)
-    assert not step.captured
-    assert step.reason is not None
-
-
 def test_a_failed_capture_gives_its_memory_back() -> None:
     """256 MB that the capture took before it failed can be allocated by others."""
 
@@ -185,7 +167,7 @@ def test_a_failed_capture_gives_its_memory_back() -> None:
     x = torch.ones(1, device="cuda")
     captured(x)
     with pytest.warns(UserWarning, match="the step runs without a CUDA graph"):
-        captured(x)
+        assert captured(x).item() == 2
     gc.collect()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() - before < 2**27

@@ -149,18 +149,11 @@ class CudaGraph:
 
 
 class Captured:
-    """A step that is recorded and replayed; made by `capture`.
-
-    Args:
-        step: as in `capture`; `state`, `mode` and `warmup` too.
-        backend: records and replays; None without a GPU.
+    """A step that is recorded and replayed; made by `capture`, with the same arguments.
 
     Attributes:
         captured: True once the step is recorded and calls replay it.
         reason: why the step will not be captured; None while it is or still may be.
-
-    Raises:
-        InputError: as in `capture`.
     """
 
     def __init__(

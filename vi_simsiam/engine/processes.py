@@ -45,7 +45,7 @@ class Process:
     @property
     def pid(self) -> int | None:
         """Its number while it runs."""
-        return self._process.pid if self._process and self.exit is None else None
+        return self._process.pid if self._process is not None and self.exit is None else None
 
     @property
     def state(self) -> str:
@@ -60,13 +60,7 @@ class Process:
         return time.monotonic() - self._started if self.running else self.seconds
 
     def start(self, command: Sequence[str], *, threads: int, append: bool) -> None:
-        """Start `command`.
-
-        Args:
-            command: program and arguments.
-            threads: number of threads for PyTorch's operations.
-            append: keep the log of an earlier session.
-        """
+        """Start `command` with a number of threads for PyTorch; `append` keeps an earlier log."""
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         with self.log.open("ab" if append else "wb") as log:
             self._process = subprocess.Popen(

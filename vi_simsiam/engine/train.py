@@ -255,13 +255,8 @@ class Trainer:
     def _train_epoch(
         self, replay: Captured | None, monitor: Monitor | None, stop: list[int]
     ) -> tuple[dict[str, float], bool]:
-        """Train to the end of the epoch, or until a signal arrived.
-
-        Several ranks must stop after the same step: they react to signals where metrics are due.
-
-        Returns:
-            The last metrics, and True if a signal arrived.
-        """
+        """Train to the end of the epoch; returns the last metrics, and True if a signal arrived."""
+        # Several ranks must stop after the same step: they react to signals where metrics are due.
         alone = self.world.size == 1
         end = (self.step // self.loader.steps_per_epoch + 1) * self.loader.steps_per_epoch
         metrics: dict[str, float] = {}
@@ -308,18 +303,14 @@ class Trainer:
             except (RuntimeError, OSError, EOFError) as error:
                 time.sleep(0.2)  # the end of a job can reach the workers before this process
                 alone = self.world.size == 1
-                if not stop and alone and isinstance(error, TrainingError):  # a worker died
-                    self._check_losses(self.saved_step)
-                    self._save()
-                    text = f"{error}; saved at step {self.step}, to go on from with --resume"
-                    raise TrainingError(text) from error
-                if not stop:
-                    raise
-                if alone:
+                if stop and alone:
                     return
-                # The other ranks need this one up to the step where all stop.
-                batches = self.loader.epoch(*divmod(self.step, self.loader.steps_per_epoch))
-                continue
+                if not alone or not isinstance(error, TrainingError):
+                    raise
+                self._check_losses(self.saved_step)  # a worker died
+                self._save()
+                text = f"{error}; saved at step {self.step}, to go on from with --resume"
+                raise TrainingError(text) from error
             waited = time.perf_counter() - start
             yield self.train_step(batch.views), waited
 
