@@ -161,16 +161,6 @@ def test_a_capture_that_fails_changes_nothing(mode: str) -> None:
         assert same(training.everything(), expected.everything())
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("mode", ["on", "auto"])
-def test_a_users_own_error_is_raised_unchanged(mode: str) -> None:
-    def step(x: Tensor) -> Tensor:
-        raise KeyError("no such layer")
-
-    with pytest.raises(KeyError, match="no such layer"):
-        with_stand_in(step, mode=mode)(torch.ones(1))
-
-
 @pytest.mark.parametrize("mode", ["on", "auto"])
 @pytest.mark.parametrize("calls", [1, 4], ids=["warming up", "captured"])
 def test_changed_inputs_are_named(calls: int, mode: str) -> None:

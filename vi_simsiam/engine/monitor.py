@@ -201,9 +201,8 @@ class Monitor:
         if "kappa" in metrics:
             parts.append(f"{kappa}/(D-1) {metrics['kappa']:.2g}")
         parts.append(f"{metrics['views_per_s']:.0f} views/s")
-        if self.health.short:
-            state, since, step = self.health.short.partition(" since ")
-            parts = [state, f"{since.strip()} {step}".strip(), parts[1]]
+        if self.health.since is not None:
+            parts = [self.health.state, f"since step {self.health.since}", parts[1]]
         counts = f"epoch {self._epochs}/{self._epochs} {self._total}/{self._total} "
         free = self._console.width - len(counts) - _OTHER_COLUMNS
         text = ""
@@ -289,7 +288,8 @@ class Monitor:
                 former(failure)
 
         # TensorBoard's thread would print the traceback of a full disk; `log` raises that error.
-        self._hook, threading.excepthook = former, show
+        threading.excepthook = show
+        self._stack.callback(setattr, threading, "excepthook", former)
         self._progress.start()
         return self
 
@@ -300,7 +300,6 @@ class Monitor:
             with contextlib.suppress(*ignored):
                 file.close()
         self._stack.close()
-        threading.excepthook = self._hook
 
 
 def _step(line: str) -> float:
