@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -189,9 +189,19 @@ class KernelFeed(DeviceFeed):
             return super().make(counter)
 
 
-def make_feed(memory: str) -> contextlib.closing[DeviceFeed]:
-    options = {"batch_size": 4, "seed": 3, "device": "cpu", "segment": 4}
-    return contextlib.closing(KernelFeed(IMAGES, POLICY, memory=memory, **options))  # type: ignore[arg-type]
+@pytest.fixture
+def feed() -> Iterator[Callable[[str], DeviceFeed]]:
+    made: list[DeviceFeed] = []
+
+    def make(memory: str) -> DeviceFeed:
+        made.append(
+            KernelFeed(IMAGES, POLICY, batch_size=4, seed=3, device="cpu", memory=memory, segment=4)
+        )  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
 
 
 @functools.cache
@@ -212,37 +222,35 @@ def by_loader(kind: type[SimSiam], steps: int) -> TrainStep:
     ],
 )
 def test_overlapped_and_captured_steps_train_alike(
-    kind: type[SimSiam], captured: bool, memory: str
+    feed: Callable[[str], DeviceFeed], kind: type[SimSiam], captured: bool, memory: str
 ) -> None:
     """Ten steps across the end of an epoch and of the table's segments, bit for bit."""
     step = make_step(kind)
-    with make_feed(memory) as feed:
-        whole = OverlappedStep(step, feed)
-        whole.prepare(0)
-        call = with_stand_in(whole, whole.state, warmup=2) if captured else whole
-        for i in range(10):
-            feed.load(i + 1)
-            output = call()
-            assert output.predictions[0].shape[0] == 4
-            assert step.counter.item() == i + 1
+    whole = OverlappedStep(step, feed(memory))
+    whole.prepare(0)
+    call = with_stand_in(whole, whole.state, warmup=2) if captured else whole
+    for i in range(10):
+        whole.feed.load(i + 1)
+        output = call()
+        assert output.predictions[0].shape[0] == 4
+        assert step.counter.item() == i + 1
     assert_same(everything(step), everything(by_loader(kind, 10)))
     assert not captured or call.captured  # type: ignore[union-attr]
 
 
-def test_a_captured_run_is_resumed() -> None:
+def test_a_captured_run_is_resumed(feed: Callable[[str], DeviceFeed]) -> None:
     """Seven steps, a checkpoint, and three steps of another process."""
     expected, first = by_loader(VISimSiam, 10), by_loader(VISimSiam, 7)
     step = make_step()
     step.model.load_state_dict(first.model.state_dict())
     step.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
     step.resume(7)
-    with make_feed("host") as feed:
-        whole = OverlappedStep(step, feed)
-        whole.prepare(7)
-        call = with_stand_in(whole, whole.state)
-        for i in range(7, 10):
-            feed.load(i + 1)
-            call()
+    whole = OverlappedStep(step, feed("host"))
+    whole.prepare(7)
+    call = with_stand_in(whole, whole.state)
+    for i in range(7, 10):
+        whole.feed.load(i + 1)
+        call()
     assert_same(everything(step)[:-1], everything(expected)[:-1])
     assert torch.equal(step.losses[7:], expected.losses[7:])
 

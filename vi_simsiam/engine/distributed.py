@@ -52,7 +52,6 @@ class World:
 
     Attributes:
         rank, size: this process's number, and the number of processes.
-        local_rank: this process's number on its machine.
         is_main: True for the rank that writes and prints.
         alone: True without a process group, when torchrun did not start this process.
         device: where this rank computes.
@@ -65,12 +64,11 @@ class World:
         *,
         rank: int = 0,
         size: int = 1,
-        local_rank: int = 0,
         timeout: float = TIMEOUT,
         store: Store | None = None,
     ) -> None:
         self.device = torch.device(device)
-        self.rank, self.size, self.local_rank = rank, size, local_rank
+        self.rank, self.size = rank, size
         self.is_main, self.alone = rank == 0, store is None
         self.timeout, self._store = timeout, store
         self._rounds, self._reports = 0, False
@@ -268,15 +266,10 @@ def joined(device: str = "auto", *, timeout: float = TIMEOUT) -> Iterator[World]
     except (dist.DistError, RuntimeError, ValueError) as error:
         text = f"ranks: rank {rank} did not meet the others: {_line(error)}"
         raise TrainingError(text) from error
-    world = World(
-        rank=rank,
-        size=size,
-        local_rank=local_rank,
-        timeout=timeout,
-        store=PrefixStore("vi-simsiam", store),
-    )
+    own_keys = PrefixStore("vi-simsiam", store)
+    world = World(rank=rank, size=size, timeout=timeout, store=own_keys)
     with world.together():
-        world.device = _local_device(device, world)
+        world.device = _local_device(device, size, local_rank)
     on_gpu = world.device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(world.device)
@@ -315,22 +308,16 @@ def _numbers() -> tuple[int, int, int]:
     )
 
 
-def _local_device(name: str, world: World) -> torch.device:
+def _local_device(name: str, size: int, local_rank: int) -> torch.device:
     """The device of a rank: every rank of a machine has its own GPU."""
     device = resolve_device(name)
-    if device.type == "cpu":
-        return device
-    if device.index is not None and world.size > 1:
+    if device.index is not None and device.type == "cuda" and size > 1:
         raise InputError(
-            f"device: {name!r} is one GPU for {world.size} ranks; with cuda each takes its own"
+            f"device: {name!r} is one GPU for {size} ranks; with cuda each takes its own"
         )
-    index = world.local_rank if device.index is None else device.index
-    if index >= torch.cuda.device_count():
-        raise InputError(
-            f"device: local rank {index} has no GPU ({torch.cuda.device_count()} CUDA devices "
-            "found); start as many ranks as there are GPUs, or use cpu"
-        )
-    return torch.device("cuda", index)
+    if device.type == "cuda" and device.index is None:
+        return resolve_device(f"cuda:{local_rank}")
+    return device
 
 
 @contextlib.contextmanager

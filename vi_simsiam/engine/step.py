@@ -251,15 +251,13 @@ def use_kernels(config: TrainConfig, world: World) -> bool:
 
 def check_capture(config: TrainConfig, world: World) -> None:
     """Raise InputError if capture is "on", and the step cannot be captured."""
-    if config.capture != "on":
-        return
+    problem = None
     if world.device.type != "cuda":
         problem = f"needs a CUDA device, and this run is on {world.device}; auto and off run here"
     elif not world.alone:
         problem = "is for a run without torchrun; the ranks' collectives are not captured"
-    else:
-        return
-    raise InputError(f"capture: 'on' {problem}")
+    if config.capture == "on" and problem is not None:
+        raise InputError(f"capture: 'on' {problem}")
 
 
 def check_compiler(device: torch.device) -> None:
