@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vi_simsiam.cli.config_file import read_settings, updated
 from vi_simsiam.config import (
     POLICIES,
     PRESETS,
@@ -24,6 +23,8 @@ from vi_simsiam.config import (
     ModelConfig,
     TrainConfig,
     preset,
+    read_settings,
+    updated,
 )
 from vi_simsiam.data.datasets import open_dataset
 from vi_simsiam.data.decoding import median_side
