@@ -30,7 +30,8 @@ from vi_simsiam.engine.run import resolve_device
 from vi_simsiam.errors import ImageWarning, InputError, TrainingError, UserError
 
 TIMEOUT = 600.0
-"""Seconds that a rank waits for the others before it gives up."""
+"""Seconds that a rank waits for the others, in a collective too, before it gives up. With gloo that
+is an error in the program; NCCL's watchdog ends the process."""
 _LONGEST_PAUSE = 0.2
 _LOST_CONTACT = ("gloo", "nccl", "timed out", "connection closed", "connection reset")
 
@@ -55,7 +56,6 @@ class World:
         is_main: True for the rank that writes and prints.
         alone: True without a process group, when torchrun did not start this process.
         device: where this rank computes.
-        timeout: seconds that a rank waits for the others before it gives up.
     """
 
     def __init__(
@@ -64,14 +64,12 @@ class World:
         *,
         rank: int = 0,
         size: int = 1,
-        timeout: float = TIMEOUT,
         store: Store | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.rank, self.size = rank, size
         self.is_main, self.alone = rank == 0, store is None
-        self.timeout, self._store = timeout, store
-        self._rounds, self._reports = 0, False
+        self._store, self._rounds, self._reports = store, 0, False
 
     def console(self, console: Console | None = None) -> Console:
         """`console` (None: standard output) on rank 0, a silent one on the others."""
@@ -97,12 +95,12 @@ class World:
 
     # Host side, over the store.
 
-    def exchange(self, value: object, *, timeout: float | None = None) -> list[Any]:
+    def exchange(self, value: object, *, limit: float | None = None) -> list[Any]:
         """Every rank's `value`, in rank order.
 
         Args:
             value: this rank's; anything that pickles.
-            timeout: seconds; None for the world's.
+            limit: seconds; None for TIMEOUT.
 
         Raises:
             PeerError: another rank failed.
@@ -112,7 +110,7 @@ class World:
             return [value]
         self._rounds += 1
         keys = [f"round-{self._rounds}/{rank}" for rank in range(self.size)]
-        limit = self.timeout if timeout is None else timeout
+        limit = TIMEOUT if limit is None else limit
         deadline, pause = time.monotonic() + limit, 0.001
         try:
             self._store.set(keys[self.rank], pickle.dumps(value))  # type: ignore[arg-type]  # takes bytes
@@ -168,17 +166,17 @@ class World:
         """
         with self._one_reports():
             yield
-            self.exchange(None, timeout=math.inf)
+            self.exchange(None, limit=math.inf)
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
         """Rank 0 runs this block before the others, which wait without limit (for a download)."""
         with self._one_reports():
             if not self.is_main:
-                self.exchange(None, timeout=math.inf)
+                self.exchange(None, limit=math.inf)
             yield
             if self.is_main:
-                self.exchange(None, timeout=math.inf)
+                self.exchange(None, limit=math.inf)
 
     @contextlib.contextmanager
     def _one_reports(self) -> Iterator[None]:
@@ -240,7 +238,7 @@ class World:
 
 
 @contextlib.contextmanager
-def joined(device: str = "auto", *, timeout: float = TIMEOUT) -> Iterator[World]:
+def joined(device: str = "auto") -> Iterator[World]:
     """The world of this process: torchrun's, or one of size 1 without torchrun.
 
     Leaving the block waits for the other ranks without limit: rank 0 may have more to do at the
@@ -249,8 +247,6 @@ def joined(device: str = "auto", *, timeout: float = TIMEOUT) -> Iterator[World]
 
     Args:
         device: "auto", "cpu" or "cuda" (the GPU of the local rank); "cuda:N" only alone.
-        timeout: seconds that a rank waits in a collective before it gives up. With gloo that is an
-            error in the program; NCCL's watchdog ends the process.
 
     Raises:
         InputError: torchrun's environment is incomplete, or there is no such device.
@@ -258,16 +254,15 @@ def joined(device: str = "auto", *, timeout: float = TIMEOUT) -> Iterator[World]
         TrainingError: contact with another rank was lost.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        yield World(resolve_device(device), timeout=timeout)
+        yield World(resolve_device(device))
         return
-    (rank, size, local_rank), limit = _numbers(), timedelta(seconds=timeout)
+    (rank, size, local_rank), limit = _numbers(), timedelta(seconds=TIMEOUT)
     try:
         store, _, _ = next(rendezvous("env://", rank, size, timeout=limit))
     except (dist.DistError, RuntimeError, ValueError) as error:
         text = f"ranks: rank {rank} did not meet the others: {_line(error)}"
         raise TrainingError(text) from error
-    own_keys = PrefixStore("vi-simsiam", store)
-    world = World(rank=rank, size=size, timeout=timeout, store=own_keys)
+    world = World(rank=rank, size=size, store=PrefixStore("vi-simsiam", store))
     with world.together():
         world.device = _local_device(device, size, local_rank)
     on_gpu = world.device.type == "cuda"

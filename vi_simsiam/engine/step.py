@@ -249,25 +249,27 @@ def use_kernels(config: TrainConfig, world: World) -> bool:
     return wanted and problem is None
 
 
-def check_capture(config: TrainConfig, world: World) -> None:
-    """Raise InputError if capture is "on", and the step cannot be captured."""
-    problem = None
-    if world.device.type != "cuda":
-        problem = f"needs a CUDA device, and this run is on {world.device}; auto and off run here"
-    elif not world.alone:
-        problem = "is for a run without torchrun; the ranks' collectives are not captured"
-    if config.capture == "on" and problem is not None:
-        raise InputError(f"capture: 'on' {problem}")
-
-
-def check_compiler(device: torch.device) -> None:
-    """Compile a small function, so that a missing compiler is found before a run begins.
+def check_step(config: TrainConfig, world: World) -> None:
+    """Check, before a run begins, what a step needs.
 
     Raises:
-        InputError: torch.compile does not work on this machine.
+        InputError: capture "on", torch.compile or SyncBatchNorm cannot be used here.
     """
+    on_gpu = world.device.type == "cuda"
+    if config.capture == "on" and not on_gpu:
+        raise InputError(
+            f"capture: 'on' needs a CUDA device, and this run is on {world.device}; "
+            "auto and off run here"
+        )
+    if config.capture == "on" and not world.alone:
+        raise InputError(
+            "capture: 'on' is for a run without torchrun; the ranks' collectives are not captured"
+        )
+    if config.sync_batch_norm and not on_gpu:
+        raise InputError("sync_batch_norm: SyncBatchNorm runs on GPUs only; leave it out on a CPU")
     try:
-        torch.compile(torch.sin, dynamic=False)(torch.ones(8, device=device))
+        if config.compile:
+            torch.compile(torch.sin, dynamic=False)(torch.ones(8, device=world.device))
     except Exception as error:  # a missing compiler, header or library each raises its own
         text = str(error).partition(" raised:\n")[2] or str(error)
         reason = (text.splitlines() or [""])[0] or type(error).__name__
@@ -295,22 +297,6 @@ def wrap(model: Callable[..., Any], world: World) -> Callable[..., Any]:
         **OWN_BUFFERS,
         gradient_as_bucket_view=True,  # saves one copy of all gradients
     )
-
-
-def sync_batch_norm(model: nn.Module, world: World) -> nn.Module:
-    """`model` with every BatchNorm's statistics over the batch of all ranks.
-
-    The parameters stay the same objects.
-
-    Raises:
-        InputError: on a CPU, where torch has no such layer.
-    """
-    if world.device.type != "cuda":
-        raise InputError("sync_batch_norm: SyncBatchNorm runs on GPUs only; leave it out on a CPU")
-    if world.alone:
-        return model
-    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return converted
 
 
 class Bfloat16Weights:

@@ -27,10 +27,8 @@ from vi_simsiam.engine.processes import stop_signals
 from vi_simsiam.engine.step import (
     OverlappedStep,
     TrainStep,
-    check_capture,
-    check_compiler,
+    check_step,
     learning_rates,
-    sync_batch_norm,
     training_network,
     use_kernels,
     wrap,
@@ -100,9 +98,7 @@ class Trainer:
         self.world.local_batch(config.batch_size)
         self.console, self.device = self.world.console(console), self.world.device
         on_gpu = self.device.type == "cuda"
-        check_capture(config, self.world)
-        if config.compile:
-            check_compiler(self.device)
+        check_step(config, self.world)
         self.backend = choose_backend(config.backend, self.device.type)
         self.log_every = config.log_every or (100 if on_gpu else 10)
         bf16 = config.precision == "bf16" or (config.precision == "auto" and on_gpu)
@@ -185,8 +181,8 @@ class Trainer:
         if config.frozen_run is not None and load_frozen:
             run.load_frozen(model, config, self.device)
         model.to(memory_format=torch.channels_last)
-        if config.sync_batch_norm:
-            sync_batch_norm(model, self.world)
+        if config.sync_batch_norm and not self.world.alone:
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
         return model
 
     def fit(self, *, epoch_done: Callable[[], object] | None = None) -> None:
