@@ -135,7 +135,7 @@ def collectives(world: World, file: Path) -> dict[str, Any]:
         "mean": world.all_mean(torch.tensor([1.0, 10.0]) * world.rank).tolist(),
         "infected": world.all_mean(infected).isnan().item(),
         "any": [world.any_rank(world.rank == 2), world.any_rank(False)],
-        "broadcast": world.broadcast_object({"folder": f"runs/{world.rank}"}),
+        "exchanged": world.exchange({"rank": world.rank}),
         "shares": list(world.share(10)),
         "warned": len(warned),
         "running statistics": model[1].running_mean.tolist(),
@@ -160,7 +160,7 @@ def test_everything_that_ranks_exchange(tmp_path: Path) -> None:
             "mean": [1.0, 10.0],
             "infected": True,
             "any": [True, False],
-            "broadcast": {"folder": "runs/0"},
+            "exchanged": [{"rank": 0}, {"rank": 1}, {"rank": 2}],
             "prepared": "the cache",
         }
     assert not np.allclose(statistics[0], statistics[1]), "each rank's own"

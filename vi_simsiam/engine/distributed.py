@@ -130,10 +130,6 @@ class World:
         except dist.DistError as error:  # without a launcher the store is a part of rank 0
             raise PeerError("rank 0 ended") from error
 
-    def broadcast_object(self, value: object) -> Any:
-        """Rank 0's `value`, on every rank. Raises the errors of `exchange`."""
-        return self.exchange(value if self.is_main else None)[0]
-
     def agree(self, name: str, value: object, *, ignore: Collection[str] = ()) -> None:
         """Check that all ranks have the same `value`.
 

@@ -161,9 +161,10 @@ class Trainer:
             world=self.world,
         )
         self.step, self.seconds = 0, 0.0
-        self.folder: Path = path or self.world.broadcast_object(
-            run.new_folder(Path("runs"), config) if self.world.is_main else None
-        )
+        if path is None:
+            made = run.new_folder(Path("runs"), config) if self.world.is_main else None
+            path = self.world.exchange(made)[0]
+        self.folder: Path = path
         if checkpoint is not None:
             checkpoint.restore(self.model, self.train_step.optimizer)
             self.train_step.resume(checkpoint.step)
