@@ -19,6 +19,7 @@ from rich.table import Table
 INTERRUPTED = 130
 """Exit code of a process that was interrupted and can go on later."""
 _POLL_SECONDS = 0.2
+_SAVING_SECONDS = 60.0
 
 
 class Process:
@@ -94,6 +95,12 @@ class Process:
         if self._process is not None and self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
 
+    def wait(self, seconds: float) -> None:
+        """Wait for its end, for at most `seconds`."""
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(max(0.0, seconds))
+
 
 def supervise(
     processes: Sequence[Process],
@@ -103,7 +110,7 @@ def supervise(
     ended: Callable[[Any], object],
     start_more: Callable[[], object],
 ) -> bool:
-    """Run processes until all have ended; an error kills them.
+    """Run processes until all have ended, and leave none behind on an error.
 
     After the first SIGINT or SIGTERM every process saves and ends, and no more are started; the
     second one kills.
@@ -142,7 +149,11 @@ def supervise(
                         live.update(table(), refresh=True)
                     time.sleep(_POLL_SECONDS)
         finally:
+            deadline = time.monotonic() + _SAVING_SECONDS
             for process in processes:
+                process.stop()
+            for process in processes:
+                process.wait(deadline - time.monotonic())
                 process.kill()
 
 

@@ -249,6 +249,10 @@ class Trainer:
             replay.reason = "a step with the collectives of torchrun's ranks is not captured"
         return replay
 
+    def _launched(self, replay: Captured | None) -> dict[str, bool | str]:
+        """For the log: whether a GPU replays a graph, and if not, the reason."""
+        return {} if replay is None else replay.launched
+
     def _train_epoch(
         self, replay: Captured | None, monitor: Monitor | None, stop: list[int]
     ) -> tuple[dict[str, float], bool]:
@@ -272,7 +276,7 @@ class Trainer:
                 self.seconds += seconds
                 metrics = self._metrics(output, first, seconds, waited)
                 if logging and monitor is not None:
-                    monitor.log(metrics, replay.launched if replay is not None else {})
+                    monitor.log(metrics, self._launched(replay))
                 waited, since, first = 0.0, time.perf_counter(), self.step
             elif monitor is not None and monitor.due:
                 monitor.show(self._metrics(output, first, time.perf_counter() - since, waited))
