@@ -1,29 +1,18 @@
-"""The state of a training, its verdict where it is shown, and the estimate of its time."""
+"""The state of a training, its verdict, and the estimate of its time."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import io
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from rich.console import Console
-from test_trainer import Watched, config, metrics
 
 from vi_simsiam.config import SOFTPLUS, AugmentConfig, LossConfig, ModelConfig, TrainConfig, preset
-from vi_simsiam.engine import verdict
 from vi_simsiam.engine.monitor import duration, duration_line
-from vi_simsiam.engine.run import load_run
-from vi_simsiam.engine.train import Trainer
 from vi_simsiam.engine.verdict import Health
-from vi_simsiam.evaluation import report, summary
-from vi_simsiam.evaluation.linear import LinearConfig, evaluate_linear
 
 GOOD = {"cosine": 0.7, "z_std": 0.95, "projection_spread": 0.8, "kappa": 2.3, "kappa_best": 2.33}
 
@@ -219,87 +208,3 @@ def test_estimates_are_rounded_and_follow_the_measured_steps() -> None:
     assert abs(int(found[1]) - 0.65 * 1000 / 60) <= 2
     # There are no more than 70 images to propose.
     assert "--images" not in duration_line(TrainConfig(epochs=4), 70, 1e7)
-
-
-def trained(
-    images: Path,
-    folder: Path,
-    damage: Callable[[Trainer], object] = lambda trainer: None,
-    **changes: Any,
-) -> tuple[list[str], list[dict[str, Any]]]:
-    """Train on 40 images, 5 steps an epoch, with `damage` to the trainer before every step.
-
-    Returns the printed and the logged lines.
-    """
-    settings = config(
-        images,
-        **{"epochs": 4, "lr": 0.05, "log_every": 1} | changes,
-        augment=AugmentConfig(size=8, blur_prob=0.0),
-        model=ModelConfig(dim=32, projector_hidden=32, predictor_hidden=64),
-    )
-    console = Console(file=io.StringIO(), width=400)
-    trainer = Trainer(settings, folder, console=console)
-    trainer.train_step = Watched(trainer.train_step, lambda: damage(trainer))  # type: ignore[assignment]
-    trainer.fit()
-    return console.file.getvalue().splitlines(), metrics(folder)  # type: ignore[attr-defined]
-
-
-@pytest.mark.usefixtures("small_network")
-def test_a_concentration_that_dies_is_named_by_training_evaluation_and_report(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The likelihood alone, whose raw concentration falls far down before the eighth step."""
-
-    def lower(trainer: Trainer) -> None:
-        if trainer.step == 7:
-            torch.nn.init.constant_(trainer.model.predictor[-1].bias[32:33], -20.0)
-
-    lines, logged = trained(image_folder, tmp_path, lower, loss=SOFTPLUS)
-    last = logged[-1]
-    assert last["state"] == "dead"
-    # The first of three lines without a concentration is the first after three that have one.
-    assert 6 <= last["since"] <= 8
-    dead = f"dead since step {last['since']}"
-    assert lines[-1].startswith(f"{dead}: kappa/(D-1) ")
-    assert "try --concentration-link quadratic --cosine-weight 1" in lines[-1]
-    assert any(line.startswith("warning: step ") and "dead since step" in line for line in lines)
-    run = load_run(tmp_path, device="cpu", workers=0)
-    console = Console(file=io.StringIO(), width=400)
-    brief = functools.partial(evaluate_linear, config=LinearConfig(epochs=1, min_steps=0))
-    monkeypatch.setattr(summary, "evaluate_linear", brief)
-    monkeypatch.setattr(summary, "_figures", lambda run: [])
-    summary.evaluate_run(run, console=console, quiet=True)
-    assert f"warning: training {dead}" in console.file.getvalue()  # type: ignore[attr-defined]
-    for name in ("draw_curves", "draw_density"):
-        monkeypatch.setattr(report, name, lambda folder: None)
-    page = report.write_report(tmp_path).read_text()
-    assert f"<strong>Training:</strong> {dead}" in page.partition("<main>")[0]
-
-
-@pytest.mark.usefixtures("small_network")
-def test_projections_that_collapse_before_batch_norm_are_named(
-    image_folder: Path, tmp_path: Path
-) -> None:
-    """All images at nearly one point, which the last BatchNorm stretches to an even spread."""
-
-    def collapse(trainer: Trainer) -> None:
-        if trainer.step == 0:
-            hidden = trainer.model.projector[-2]
-            hidden.register_forward_hook(lambda module, inputs, z: z[:1] + 1e-3 * z)
-
-    lines, logged = trained(image_folder, tmp_path, collapse, epochs=8)
-    last = logged[-1]
-    assert last["state"] == "collapsed"
-    assert last["z_std"] > 2 * verdict.COLLAPSE_THRESHOLD, "the BatchNorm hides it"
-    assert lines[-1].startswith(f"collapsed since step {last['since']}: 0.")
-    assert "of the projections before the last BatchNorm differs between images" in lines[-1]
-
-
-@pytest.mark.usefixtures("small_network")
-def test_the_default_loss_learns_and_kappa_follows(image_folder: Path, tmp_path: Path) -> None:
-    lines, logged = trained(image_folder, tmp_path, lr=0.1, epochs=8)
-    assert {line["state"] for line in logged} == {"learning"}
-    assert lines[-1].startswith("learned: ")
-    late = logged[len(logged) // 2 :]
-    ratio = sum(line["kappa"] for line in late) / sum(line["kappa_best"] for line in late)
-    assert 0.3 < ratio < 3
