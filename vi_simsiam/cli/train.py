@@ -10,9 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from vi_simsiam.cli.config_file import read_settings, updated
 from vi_simsiam.cli.parsing import given, parse
-from vi_simsiam.config import LEAST_SIZE, AugmentConfig, TrainConfig, policy, preset
+from vi_simsiam.config import (
+    LEAST_SIZE,
+    AugmentConfig,
+    TrainConfig,
+    policy,
+    preset,
+    read_settings,
+    updated,
+)
 from vi_simsiam.errors import InputError
 from vi_simsiam.paths import user_path
 from vi_simsiam.text import counted

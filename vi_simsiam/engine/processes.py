@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -20,7 +20,6 @@ INTERRUPTED = 130
 """Exit code of a process that was interrupted and can go on later."""
 _POLL_SECONDS = 0.2
 _SAVING_SECONDS = 60.0
-_Process = TypeVar("_Process", bound="Process")
 
 
 class Process:
@@ -47,7 +46,7 @@ class Process:
     @property
     def pid(self) -> int | None:
         """Its number while it runs."""
-        return self._process.pid if self._process and self.exit is None else None
+        return self._process.pid if self._process is not None and self.exit is None else None
 
     @property
     def state(self) -> str:
@@ -62,13 +61,7 @@ class Process:
         return time.monotonic() - self._started if self.running else self.seconds
 
     def start(self, command: Sequence[str], *, threads: int, append: bool) -> None:
-        """Start `command`.
-
-        Args:
-            command: program and arguments.
-            threads: number of threads for PyTorch's operations.
-            append: keep the log of an earlier session.
-        """
+        """Start `command` with a number of threads for PyTorch; `append` keeps an earlier log."""
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         with self.log.open("ab" if append else "wb") as log:
             self._process = subprocess.Popen(
@@ -110,11 +103,11 @@ class Process:
 
 
 def supervise(
-    processes: Sequence[_Process],
+    processes: Sequence[Process],
     console: Console,
     *,
     table: Callable[[], Table],
-    ended: Callable[[_Process], object],
+    ended: Callable[[Any], object],
     start_more: Callable[[], object],
 ) -> bool:
     """Run processes until all have ended, and leave none behind on an error.

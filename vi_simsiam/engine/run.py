@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import re
 import warnings
@@ -29,12 +28,12 @@ from vi_simsiam.paths import user_path
 CONFIG, CHECKPOINT, METRICS = "config.json", "checkpoint.pt", "metrics.jsonl"
 # The last layer of SimSiam's predictors, a part of that layer where the concentration is separate.
 _APART = re.compile(r"^((?:local_)?predictor\.3)\.(weight|bias)$")
-# Files that an interrupted write leaves, see `write_atomically`.
-_REMAINS = (f".{CONFIG}.*", f".{CHECKPOINT}.*")
+# Results of an earlier run, and files that an interrupted write leaves, see `write_atomically`.
 _RESULTS = (
-    *_REMAINS, CHECKPOINT, METRICS, "events.out.tfevents.*", "knn.json", "linear.json",
-    "logistic.json", "uncertainty.json", "curves.png", "kappa.png", "density.png",
-    "reliability.png", "risk_coverage.png", "corruptions.png", "scores.png", "report.html",
+    f".{CONFIG}.*", f".{CHECKPOINT}.*", CHECKPOINT, METRICS, "events.out.tfevents.*", "knn.json",
+    "linear.json", "logistic.json", "uncertainty.json", "curves.png", "kappa.png",
+    "density.png", "reliability.png", "risk_coverage.png", "corruptions.png", "scores.png",
+    "report.html",
 )  # fmt: skip
 
 
@@ -209,9 +208,7 @@ def check_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
             f"out: {path} already holds a run; "
             "say --resume to go on with it or --overwrite to replace it"
         )
-    # A run that was killed while its configuration was written can be started again.
-    files = [] if holds_run or not path.exists() else path.iterdir()
-    if not all(any(file.match(pattern) for pattern in _REMAINS) for file in files):
+    if not holds_run and path.exists() and any(path.iterdir()):
         raise InputError(f"out: {path} holds other files; give an empty or new folder")
 
 
@@ -276,16 +273,15 @@ def record_place(path: Path, config: TrainConfig) -> None:
 
 
 def new_folder(parent: Path, config: TrainConfig) -> Path:
-    """Make the first free folder parent/DATA-METHOD-NNN; two processes never get the same one."""
+    """Make the first free folder parent/DATA-METHOD-NNN."""
     data = Path(config.data.removeprefix("folder:").removeprefix("pack:"))
     stem = f"{data.name.removesuffix('.pack') or 'data'}-{config.method}"
     parent.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(1):
-        path = parent / f"{stem}-{number:03d}"
-        with contextlib.suppress(FileExistsError):
-            path.mkdir()
-            return path
-    raise AssertionError("count ends")
+    number = 1
+    while (path := parent / f"{stem}-{number:03d}").exists():
+        number += 1
+    path.mkdir()
+    return path
 
 
 def resolve_device(name: str) -> torch.device:
