@@ -342,6 +342,29 @@ def test_a_gpu_that_is_too_small_is_one_readable_error(
         trainer.fit()
 
 
+def test_a_run_killed_while_its_configuration_was_written_is_started_again(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    """The unfinished file does not count as another file, and is removed."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    remains = folder / ".config.json.0123456789abcdef"
+    remains.write_text("{")
+    train(config(image_folder, epochs=1), folder, overwrite=True)
+    assert not remains.exists()
+    assert (folder / "checkpoint.pt").is_file()
+
+
+def test_a_batch_that_is_too_large_is_refused_before_anything_is_decoded(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    settings = config(image_folder, batch_size=41, cache_dir=tmp_path / "cache")
+    message = r"batch_size: 41 must be at most 40, the images in .*train"
+    with pytest.raises(InputError, match=message):
+        Trainer(settings, tmp_path / "run", console=QUIET)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_missing_weights_are_one_line(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

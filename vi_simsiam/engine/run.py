@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import re
 import warnings
@@ -208,7 +209,9 @@ def check_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
             f"out: {path} already holds a run; "
             "say --resume to go on with it or --overwrite to replace it"
         )
-    if not holds_run and path.exists() and any(path.iterdir()):
+    # A run that was killed while its configuration was written can be started again.
+    files = [] if holds_run or not path.exists() else path.iterdir()
+    if not all(file.match(f".{CONFIG}.*") for file in files):
         raise InputError(f"out: {path} holds other files; give an empty or new folder")
 
 
@@ -273,15 +276,16 @@ def record_place(path: Path, config: TrainConfig) -> None:
 
 
 def new_folder(parent: Path, config: TrainConfig) -> Path:
-    """Make the first free folder parent/DATA-METHOD-NNN."""
+    """Make the first free folder parent/DATA-METHOD-NNN; two processes never get the same one."""
     data = Path(config.data.removeprefix("folder:").removeprefix("pack:"))
     stem = f"{data.name.removesuffix('.pack') or 'data'}-{config.method}"
     parent.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while (path := parent / f"{stem}-{number:03d}").exists():
-        number += 1
-    path.mkdir()
-    return path
+    for number in itertools.count(1):
+        path = parent / f"{stem}-{number:03d}"
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            return path
+    raise AssertionError("count ends")
 
 
 def resolve_device(name: str) -> torch.device:

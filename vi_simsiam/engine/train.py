@@ -306,6 +306,9 @@ class Trainer:
                 alone = self.world.size == 1
                 if stop and alone:
                     return
+                if stop:  # the other ranks need this one up to the step where all stop
+                    batches = self.loader.epoch(*divmod(self.step, self.loader.steps_per_epoch))
+                    continue
                 if not alone or not isinstance(error, TrainingError):
                     raise
                 self._check_losses(self.saved_step)  # a worker died
