@@ -291,7 +291,10 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            if fcntl is not None:  # still locked, so that no other build removes it
+                os.replace(temporary, path)
+        if fcntl is None:
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):  # it would hide another error
             temporary.unlink()
