@@ -35,13 +35,22 @@ from vi_simsiam.data.views import add_offsets, draw_table
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, ColourOperation, augment
 
-from . import names, peers
-from .baselines import colour_operations, torchvision_view
-from .peers import Provider
-from .suite import Suite, SuiteOptions, only_cases
+from . import peers
+from .cases import ViewCase, image_files, view_cases
+from .harness import (
+    Prepared,
+    Suite,
+    SuiteOptions,
+    Timer,
+    failed,
+    judged,
+    only_cases,
+    timed_in_turn,
+    timer_for,
+)
+from .peers import Provider, colour_operations, torchvision_view
+from .results import LIGHTLY, OURS
 from .tables import augment_case
-from .timers import Timer, failed, failure_reason, timed_in_turn, timer_for
-from .view_cases import ViewCase, image_files, view_cases
 
 TORCHVISION = "torchvision v2"
 YARDSTICK = TORCHVISION
@@ -54,7 +63,7 @@ _MEASURE_SECONDS = 0.7
 """Approximate time of a peer with workers in one round."""
 _BATCHES = {32: 48, 128: 12}
 """Batches of an epoch for each worker on a CPU, by size of view, for about a second."""
-_MISSING = ("error", "time", "views_per_second")
+_FIGURES = ("error", "views_per_second")
 _ALLOWED = {"without hue": 1e-5, "with hue": 1e-4}
 """Largest allowed error of a view, in pixel values from 0 to 1."""
 _CHECKED = 8
@@ -62,9 +71,6 @@ _CHECKED = 8
 _SEED = 0
 _SETS = 8
 """Number of batches that the augmentation alone is timed on, in turn."""
-
-
-Providers = Mapping[str, Callable[[], Provider]]
 
 
 @dataclass(frozen=True)
@@ -99,21 +105,17 @@ def run(options: Options, console: Console | None = None) -> dict[str, Any]:
     suite.result.update(workers=workers, data=data)
     timer = timer_for(device)
     cases = view_cases(device.type, short=options.short)
+    seconds = _CASE_SECONDS[device.type]
     for case, _ in suite.cases(cases, _SHORT_SECONDS[device.type]):
+        # Each worker makes the same number of batches of an epoch after the first one.
+        count = case.batch * (1 + workers * _BATCHES.get(case.size, 4))
         with tempfile.TemporaryDirectory() as folder:
-            count = image_count(case, workers)
             paths = image_files(options.data, Path(folder), count=count, sides=case.sides)
             made = make_providers(case, paths, device, workers, timer)
-            seconds = _CASE_SECONDS[device.type]
             found = measure_case(case, made, seconds=seconds, rounds=options.rounds)
         timer.release()
         suite.add(found, augment_case(found))
     return suite.finish()
-
-
-def image_count(case: ViewCase, workers: int) -> int:
-    """Images of an epoch: each worker makes the same number of batches after the first one."""
-    return case.batch * (1 + workers * _BATCHES.get(case.size, 4))
 
 
 def make_providers(
@@ -137,12 +139,12 @@ def make_providers(
         return peers.device_provider(call, decoded, device)
 
     made: dict[str, Callable[[], Provider]] = {
-        names.OURS: lambda: loader_views(images, policy, case.batch, device, workers),
-        f"{names.OURS}, augmentation alone": lambda: augmented_bytes(
+        OURS: lambda: loader_views(images, policy, case.batch, device, workers),
+        f"{OURS}, augmentation alone": lambda: augmented_bytes(
             images, policy, case.batch, device, timer
         ),
         TORCHVISION: lambda: from_files(peers.torchvision_transform(policy)),
-        names.LIGHTLY: lambda: from_files(peers.lightly_transform(policy)),
+        LIGHTLY: lambda: from_files(peers.lightly_transform(policy)),
         "kornia": lambda: resident(peers.kornia_on_device(policy, device)),
     }
     if device.type == "cuda":
@@ -151,7 +153,7 @@ def make_providers(
 
 
 def measure_case(
-    case: ViewCase, providers: Providers, *, seconds: float, rounds: int
+    case: ViewCase, providers: Mapping[str, Callable[[], Provider]], *, seconds: float, rounds: int
 ) -> dict[str, Any]:
     """Check all providers and time those that are right, in turn; failures are recorded.
 
@@ -160,20 +162,15 @@ def measure_case(
         torchvision's functions (ours), `mean` and `std` of the first view, `time` of a batch
         (quartiles) and `views_per_second`.
     """
-    found: dict[str, dict[str, Any]] = {}
-    alive: dict[str, Provider] = {}
-    for name, make in providers.items():
-        try:
-            alive[name] = make()
-            found[name] = judge(case, alive[name])
-        except Exception as error:  # not installed, no memory, a worker that died
-            found[name] = failed(failure_reason(error), _MISSING)
-    measures = {
-        name: provider.measure for name, provider in alive.items() if found[name]["correct"]
-    }
-    timed_in_turn(found, measures, rounds=rounds, seconds=seconds)
-    for provider in alive.values():
-        provider.close()
+    with contextlib.ExitStack() as stack:
+
+        def prepared(make: Callable[[], Provider]) -> Prepared:
+            provider = make()
+            stack.callback(provider.close)
+            return judge(case, provider), provider.measure
+
+        prepare = {name: partial(prepared, make) for name, make in providers.items()}
+        found = timed_in_turn(prepare, _FIGURES, rounds=rounds, seconds=seconds)
     for values in found.values():
         if values["time"] is not None:
             values["views_per_second"] = case.views / values["time"]["median_us"] * 1e6
@@ -194,16 +191,11 @@ def judge(case: ViewCase, provider: Provider) -> dict[str, Any]:
     views = [view.float() for view in sample]
     shapes = [tuple(view.shape) for view in views]
     if shapes != case.shapes:
-        return failed(f"wrong: views of shapes {sorted(set(shapes))}", _MISSING)
+        return failed(f"wrong: views of shapes {sorted(set(shapes))}")
     if not all(torch.isfinite(view).all() for view in views):
-        return failed("wrong: views that are not finite", _MISSING)
-    wrong = [
-        f"{kind} {error[kind]:.1e}, allowed {limit:.0e}"
-        for kind, limit in _ALLOWED.items()
-        if error is not None and not error[kind] <= limit  # a NaN is wrong, too
-    ]
+        return failed("wrong: views that are not finite")
     return {
-        **failed(f"inaccurate: {'; '.join(wrong)}" if wrong else None, _MISSING),
+        **(failed(None) if error is None else judged(error, _ALLOWED)),
         "error": error,
         "mean": views[0].mean().item(),
         "std": views[0].std().item(),

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from vi_simsiam.benchmarks import multiview_loss, timers
+from vi_simsiam.benchmarks import harness, multiview_loss
 from vi_simsiam.benchmarks.cases import Case, draw_inputs
 from vi_simsiam.benchmarks.multiview_loss import Provider
 from vi_simsiam.ops.multiview_loss import LossForm, eager_loss
@@ -25,7 +25,7 @@ MODES = ("forward", "forward_backward")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-class ScriptedTimer(timers.Timer):
+class ScriptedTimer(harness.Timer):
     """Gives every prepared call, in order, its time; the copy of a mode comes first.
 
     An exception is raised by the preparation, and a function takes the time.
@@ -37,7 +37,7 @@ class ScriptedTimer(timers.Timer):
 
     def prepare(
         self, call: Callable[[Any], object], sets: Sequence[Any], nbytes: int
-    ) -> timers.Measures:
+    ) -> harness.Measures:
         call(sets[0])
         value = self.script[self.prepared % len(self.script)]
         self.prepared += 1

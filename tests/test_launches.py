@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
 from benchmark_cases import CPU, scripted_pipeline
-from torch import nn
+from torch import Tensor, nn
 
-from vi_simsiam.benchmarks import launches
-from vi_simsiam.benchmarks.launches import OTHER, by_kind, kind_of, launches_of
+from vi_simsiam.benchmarks.step_parts import (
+    OTHER,
+    by_kind,
+    kind_of,
+    launches_markdown,
+    launches_of,
+)
 
 NORM, CONV = "BatchNorm, addition, ReLU, max-pool", "convolutions"
 LINEAR, COPY = "linear layers", "conversions and copies"
@@ -22,27 +25,20 @@ ELEMENTWISE = f"{ATEN}vectorized_elementwise_kernel<8, at::native::"
 
 
 def test_launches_of_a_step_are_counted_by_what_they_are_for() -> None:
-    """On a CPU the operators that compute, in both directions; views and allocations do not."""
+    """On a CPU the operators that compute, in both directions; views and allocations do not.
+
+    What a step prepares when it is first run does not count.
+    """
     normalised = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     network = nn.Sequential(normalised, nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(16, 2))
     x = torch.randn(5, 3, 4, 4)
-
-    def train() -> None:
-        network(x).sum().backward()
-
-    train()
-    found = by_kind(launches_of(train, CPU))
+    found = by_kind(launches_of(lambda: network(x).sum().backward(), CPU))
     assert found["convolutions"][0] == 4
     assert found["linear layers"][0] == 3
     assert found[NORM][0] >= 2 * 2 + 1, "with the counter of batches"
     assert all(us > 0 for _, us in found.values())
-    plain = by_kind(launches_of(lambda: x.view(5, -1).t().detach(), CPU))
-    assert plain == {}
-
-
-def test_what_a_step_prepares_when_it_is_first_run_does_not_count() -> None:
-    """As a step that is compiled, or tries kernels, when it first runs."""
-    prepared: list[torch.Tensor] = []
+    assert launches_of(lambda: x.view(5, -1).t().detach(), CPU) == []
+    prepared: list[Tensor] = []
 
     def step() -> None:
         if not prepared:
@@ -88,40 +84,19 @@ def test_all_kernels_of_the_project_have_a_kind() -> None:
     assert {name: kind_of(name) for name in names if kind_of(name) == OTHER} == {}
 
 
-def test_a_gpu_counts_its_kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a fake profiler: what the host did meanwhile is not a launch."""
-
-    def event(name: str, device: str, us: float) -> object:
-        span = SimpleNamespace(elapsed_us=lambda: us)
-        return SimpleNamespace(name=name, device_type=SimpleNamespace(name=device), time_range=span)
-
-    recorded = [("sgd", "CUDA", 2.0), ("aten::mm", "CPU", 9.0)]
-    events = [event(*each) for each in (*recorded, ("gemm", "CUDA", 3.0), ("sgd", "CUDA", 2.5))]
-    monkeypatch.setattr(launches, "profile", mock.MagicMock())
-    launches.profile.return_value.__enter__.return_value.events.return_value = events  # type: ignore[attr-defined]
-    monkeypatch.setattr(launches, "synchronize", lambda device: None)
-    done: list[int] = []
-    found = launches_of(lambda: done.append(1), torch.device("cuda"))
-    assert done == [1, 1]
-    assert found == [
-        {"kind": "SGD", "name": "sgd", "count": 2, "us": 4.5},
-        {"kind": "linear layers", "name": "gemm", "count": 1, "us": 3.0},
-    ]
-
-
-def test_markdown() -> None:
+def test_launches_in_markdown() -> None:
     result = scripted_pipeline("step")
     case = result["cases"][0]
-    assert launches.launches_markdown(result) == "Not measured."
+    assert launches_markdown(result) == "Not measured."
     case["launches"] = {"kernels": []}
-    assert "| all | 0 (0) |" in launches.launches_markdown(result), "a profiler that sees nothing"
+    assert "| all | 0 (0) |" in launches_markdown(result), "a profiler that sees nothing"
     entries = [("aten::convolution", 40, 1500.0), ("aten::mm", 3, 20.0), ("aten::sum", 2, 0.4)]
     counted = [
         {"kind": kind_of(name), "name": name, "count": count, "us": us}
         for name, count, us in entries
     ]
     case["launches"] = {"torch": counted, "kernels": counted[:1]}
-    assert launches.launches_markdown(result).splitlines()[:6] == [
+    assert launches_markdown(result).splitlines()[:6] == [
         f"| {case['label']}: microseconds (launches) | torch | kernels |",
         "|---|---:|---:|",
         "| convolutions | 1,500 (40) | 1,500 (40) |",
