@@ -121,13 +121,8 @@ def cases_for(device_type: str, *, short: bool) -> tuple[Case, ...]:
     return telling if short else tuple(dict.fromkeys(telling + _FULL[device_type]))
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Arguments of a provider, and the gradient of its result."""
-
-    predictions: list[Tensor]
-    targets: list[Tensor]
-    seed: Tensor
+Inputs = tuple[list[Tensor], list[Tensor]]
+"""Predictions and targets, the arguments of a provider."""
 
 
 def draw_inputs(case: Case, device: torch.device, generator: torch.Generator) -> Inputs:
@@ -146,8 +141,7 @@ def draw_inputs(case: Case, device: torch.device, generator: torch.Generator) ->
         if case.width > case.dim:
             padded[:, case.dim] = torch.randn(case.batch, device=device, generator=generator)
         predictions.append(padded[:, : case.width].detach().requires_grad_())
-    targets = [view().to(dtype) for _ in range(case.targets)]
-    return Inputs(predictions, targets, torch.ones((), device=device))
+    return predictions, [view().to(dtype) for _ in range(case.targets)]
 
 
 _OCTAVES = (3, 6, 12, 24, 48)

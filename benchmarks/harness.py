@@ -16,10 +16,9 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -55,13 +54,9 @@ class SuiteOptions:
     """Measurements of every provider; the median is reported."""
     out: Path | None = None
     """Folder for OUT/DEVICE/BENCHMARK.json and its plots; None to print only."""
-    resume: Annotated[
-        bool,
-        tyro.conf.arg(
-            help="Keep the cases that the result file in --out already has from the same commit, "
-            "device and versions."
-        ),
-    ] = False
+    resume: bool = False
+    """Keep the cases that the result file in --out already has from the same commit, device and
+    versions."""
 
     least_rounds: ClassVar[int] = 3
 
@@ -70,14 +65,6 @@ class SuiteOptions:
             raise InputError(f"rounds: {self.rounds} must be at least {self.least_rounds}")
         if self.resume and self.out is None:
             raise InputError("resume: say where the result file is with --out")
-
-
-def only_cases(examples: str, name: str) -> Any:
-    """The help of an `--only` that chooses cases by their names."""
-    return tyro.conf.arg(
-        help=f"Only cases whose name contains this, such as {examples}; a name is {name}. "
-        "What no name contains lists all names."
-    )
 
 
 class Suite:

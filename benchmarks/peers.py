@@ -1,4 +1,4 @@
-"""What the project is compared with: references, and the same views by others.
+"""References that the project is compared with, and the same views by others.
 
 The others, torchvision v2, lightly and kornia, are used as their users use them. All draw crops,
 flips, colour jitter, grayscale and blur from the same policy. Peers on the CPU decode the image

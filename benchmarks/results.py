@@ -33,7 +33,6 @@ NETWORK_COMPILED, NETWORK_KERNELS = f"{NETWORK}, torch.compile", f"{NETWORK}, ke
 Case = dict[str, Any]
 Times = dict[str, float]
 
-GIGABYTE = 1e9
 NOT_MEASURED = "not measured"
 TOO_NOISY = "too noisy to tell"
 _NOISY = 0.2

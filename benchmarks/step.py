@@ -16,10 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
 from torch import Tensor
 
@@ -37,7 +36,6 @@ from .harness import (
     Timer,
     failed,
     failure_reason,
-    only_cases,
     timed_in_turn,
     timer_for,
 )
@@ -97,22 +95,15 @@ _GRAPH_BYTES = 10**9
 class Options(SuiteOptions):
     """Options of `vi-simsiam bench step`."""
 
-    only: Annotated[
-        str,
-        only_cases(
-            '2x128 or "batch 64"',
-            '"vi-simsiam 2x128+6x64 batch 64", views x size, local ones after the +',
-        ),
-    ] = ""
+    only: str = ""
+    """Only cases whose name contains this, such as 2x128 or "batch 64"; a name is
+    "vi-simsiam 2x128+6x64 batch 64", views x size, local ones after the +. What no name contains
+    lists all names."""
     rounds: int = 9
     """Measurements of everything; the median is reported."""
-    kernels: Annotated[
-        bool,
-        tyro.conf.arg(
-            help="Count what a step launches with each kind of layers, by what it is for: "
-            "a GPU's kernels, a CPU's operators."
-        ),
-    ] = False
+    kernels: bool = False
+    """Count what a step launches with each kind of layers, by what it is for: a GPU's kernels, a
+    CPU's operators."""
 
 
 def step_cases(device_type: str, *, short: bool) -> tuple[StepCase, ...]:

@@ -223,10 +223,7 @@ class Parts:
 
 
 class WholeStep:
-    """Our training step with its data: overlapped on a GPU, fed by worker processes on a CPU.
-
-    If `captured`, it is replayed as a graph on a GPU; for `view_priority` see `OverlappedStep`.
-    """
+    """Our training step with its data: overlapped on a GPU, fed by worker processes on a CPU."""
 
     def __init__(
         self, parts: Parts, images: PackedImages, *, captured: bool, view_priority: int = 0
@@ -334,19 +331,18 @@ def kind_of(name: str) -> str:
 
 
 def by_kind(found: Launches) -> dict[str, tuple[int, float]]:
-    """Launches and microseconds of each kind that occurs."""
-    totals: dict[str, tuple[int, float]] = {}
+    """Launches and microseconds of each kind that occurs, and of all."""
+    totals = {"all": (0, 0.0)}
     for each in found:
-        count, us = totals.get(each["kind"], (0, 0.0))
-        totals[each["kind"]] = count + each["count"], us + each["us"]
+        for kind in (each["kind"], "all"):
+            count, us = totals.get(kind, (0, 0.0))
+            totals[kind] = count + each["count"], us + each["us"]
     return totals
 
 
 def _launches(case: Case) -> tuple[Sequence[str], list[Sequence[str]]]:
     """The head, with the kinds of layers, and a row for each kind of launch and for the sum."""
     columns = {layers: by_kind(found) for layers, found in case["launches"].items()}
-    for found in columns.values():
-        found["all"] = (sum(n for n, _ in found.values()), sum(us for _, us in found.values()))
 
     def cell(found: dict[str, tuple[int, float]], kind: str) -> str:
         return f"{found[kind][1]:,.0f} ({found[kind][0]})" if kind in found else "-"

@@ -16,7 +16,6 @@ from .results import (
     AT_HAND,
     COMPILED,
     FUSED,
-    GIGABYTE,
     LEGEND,
     LIGHTLY,
     NETWORK,
@@ -349,7 +348,7 @@ _TRAIN: _Columns = {
     "kNN top-1": _timed(lambda found: _optional(found["knn_top1"], "{:.1%}")),
     "s to target": _seconds("seconds_to_target"),
     "peak GB": _timed(
-        lambda found: _optional(found["peak_bytes"] and found["peak_bytes"] / GIGABYTE, "{:.2f}")
+        lambda found: _optional(found["peak_bytes"] and found["peak_bytes"] / 1e9, "{:.2f}")
     ),
 }
 

@@ -13,7 +13,6 @@ from .cases import BOTH, MODES, cases_for
 from .results import (
     COMPILED,
     FUSED,
-    GIGABYTE,
     LIGHTLY,
     NETWORK_COMPILED,
     NETWORK_KERNELS,
@@ -302,7 +301,7 @@ _TARGETS: dict[tuple[str, str], Sequence[Callable[[Sequence[Case]], Target]]] = 
             "peak memory beside the images",
             "at most 2.5 GB",
             2.5,
-            lambda found: found["peak_bytes"] and found["peak_bytes"] / GIGABYTE,
+            lambda found: found["peak_bytes"] and found["peak_bytes"] / 1e9,
             "{:.2f} GB",
             timed=False,
         ),

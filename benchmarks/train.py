@@ -19,10 +19,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-import tyro
 from rich.console import Console
 from torch import nn
 
@@ -55,22 +54,14 @@ _SHORT = {"cuda": (2560, 6), "cpu": (640, 2)}
 class Options(SuiteOptions):
     """Options of `vi-simsiam bench train`; a run is one case."""
 
-    only: Annotated[
-        str,
-        tyro.conf.arg(
-            help="Only providers whose name contains this: vi-simsiam; vi-simsiam, method simsiam; "
-            "plain PyTorch; tuned PyTorch; lightly."
-        ),
-    ] = ""
+    only: str = ""
+    """Only providers whose name contains this: vi-simsiam; vi-simsiam, method simsiam; plain
+    PyTorch; tuned PyTorch; lightly."""
     rounds: int = 1
     """Trainings of every provider; the epochs of all of them are pooled."""
-    data: Annotated[
-        str,
-        tyro.conf.arg(
-            help="generated, or a data set with labels and validation images: fashion-mini, "
-            "folder:PATH, pack:FILE, cifar10, imagenette or imagewoof."
-        ),
-    ] = "generated"
+    data: str = "generated"
+    """generated, or a data set with labels and validation images: fashion-mini, folder:PATH,
+    pack:FILE, cifar10, imagenette or imagewoof."""
     data_root: Path = Path("data")
     """Where downloaded data sets are kept or looked for."""
     images: int | None = None
@@ -88,13 +79,9 @@ class Options(SuiteOptions):
     """Peak learning rate, with a cosine decay to 0."""
     workers: int | None = None
     """Worker processes of the others' loaders; None for one a core."""
-    target_accuracy: Annotated[
-        float | None,
-        tyro.conf.arg(
-            help="Report the time until kNN accuracy reaches this, between 0 and 1; it is then "
-            "measured ten times in a training."
-        ),
-    ] = None
+    target_accuracy: float | None = None
+    """Report the time until kNN accuracy reaches this, between 0 and 1; it is then measured ten
+    times in a training."""
 
     least_rounds: ClassVar[int] = 1
 
@@ -185,7 +172,22 @@ def measure_case(
     runs: dict[str, list[Recorder]] = {name: [] for name in providers}
     stopped = {**failed("stopped before its last training"), "time": None}
     found = {name: dict(stopped) for name in providers}
-    case = {**_case(options, splits, workers), "providers": found}
+    data = Path(splits.name.removeprefix("folder:")).name
+    extent = f"{counted(options.epochs, 'epoch')} of {counted(len(train), 'image')}"
+    case = {
+        "name": f"{data} {options.views.name}, {extent}",
+        "label": f"{data}, {options.views.label}, batch {options.batch_size}, {extent}",
+        "batch": options.batch_size,
+        "views": options.views.views,
+        "view_label": options.views.label,
+        "data": data,
+        "images": len(train),
+        "epochs": options.epochs,
+        "workers": workers,
+        "target_accuracy": options.target_accuracy,
+        "yardstick": YARDSTICK,
+        "providers": found,
+    }
     _warm_up(config, device)
     # The yardstick first: without its accuracy no speed counts.
     turn = sorted(providers, key=lambda name: name != YARDSTICK)
@@ -210,26 +212,6 @@ def measure_case(
             if last:
                 suite.add(case)
     return case
-
-
-def _case(options: Options, splits: Splits, workers: int) -> dict[str, Any]:
-    """The entries of a case beside its providers."""
-    data = Path(splits.name.removeprefix("folder:")).name
-    images = len(splits.train)
-    extent = f"{counted(options.epochs, 'epoch')} of {counted(images, 'image')}"
-    return {
-        "name": f"{data} {options.views.name}, {extent}",
-        "label": f"{data}, {options.views.label}, batch {options.batch_size}, {extent}",
-        "batch": options.batch_size,
-        "views": options.views.views,
-        "view_label": options.views.label,
-        "data": data,
-        "images": images,
-        "epochs": options.epochs,
-        "workers": workers,
-        "target_accuracy": options.target_accuracy,
-        "yardstick": YARDSTICK,
-    }
 
 
 def _warm_up(config: TrainConfig, device: torch.device) -> None:

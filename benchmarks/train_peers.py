@@ -146,35 +146,36 @@ def ours(training: Training, recorder: Recorder, *, method: Method) -> None:
         recorder.peak_bytes -= len(trainer.loader.source.pixels)
 
 
-def plain(training: Training, recorder: Recorder) -> None:
-    """A script as users write it: PIL transforms in a DataLoader, autocast and a GradScaler."""
-    device = training.device
-    model = build_model(dataclasses.replace(training.config, method="simsiam")).to(device)
+def script(training: Training, recorder: Recorder, *, tuned: bool) -> None:
+    """A script as users write it: PIL transforms in a DataLoader, autocast and a GradScaler.
+
+    If `tuned`, with common advice: channels_last, bfloat16, torch.compile, asynchronous copies.
+    """
+    layout = torch.channels_last if tuned else torch.preserve_format
+    model = build_model(dataclasses.replace(training.config, method="simsiam")).to(training.device)
+    model.to(memory_format=layout)  # type: ignore[call-overload]
 
     def loss_of(views: list[Tensor]) -> Tensor:
-        return _symmetric_loss(*model([view.to(device) for view in views]))
+        return _over_pairs(_half_loss, *model(views))
 
-    transform = peers.torchvision_transform(training.config.augment)
-    _train(training, recorder, transform, model, model.backbone, loss_of)
-
-
-def tuned(training: Training, recorder: Recorder) -> None:
-    """The same with common advice: channels_last, bfloat16, torch.compile, asynchronous copies."""
-    torch.compiler.reset()
-    model = build_model(dataclasses.replace(training.config, method="simsiam")).to(training.device)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    compiled = torch.compile(lambda views: _symmetric_loss(*model(views)), dynamic=False)
+    if tuned:
+        torch.compiler.reset()
+        loss_of = torch.compile(loss_of, dynamic=False)
 
     def to_device(view: Tensor) -> Tensor:
-        return view.to(training.device, non_blocking=True, memory_format=torch.channels_last)
-
-    def loss_of(views: list[Tensor]) -> Tensor:
-        loss: Tensor = compiled([to_device(view) for view in views])
-        return loss
+        return view.to(training.device, non_blocking=tuned, memory_format=layout)
 
     transform = peers.torchvision_transform(training.config.augment)
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
-        _train(training, recorder, transform, model, model.backbone, loss_of, tuned=True)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=tuned, allow_tf32=True):
+        _train(
+            training,
+            recorder,
+            transform,
+            model,
+            model.backbone,
+            lambda views: loss_of([to_device(view) for view in views]),
+            tuned=tuned,
+        )
 
 
 def lightly(training: Training, recorder: Recorder) -> None:
@@ -205,8 +206,8 @@ PLAIN, TUNED = "plain PyTorch", "tuned PyTorch"
 PROVIDERS: dict[str, Trains] = {
     OURS: partial(ours, method="vi-simsiam"),
     OURS_SIMSIAM: partial(ours, method="simsiam"),
-    PLAIN: plain,
-    TUNED: tuned,
+    PLAIN: partial(script, tuned=False),
+    TUNED: partial(script, tuned=True),
     LIGHTLY: lightly,
 }
 
@@ -257,8 +258,8 @@ def _train(
         recorder.epoch_done(backbone, loss)
 
 
-def _symmetric_loss(predictions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    return _over_pairs(lambda p, z: -F.cosine_similarity(p, z, dim=-1).mean(), predictions, targets)
+def _half_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    return -F.cosine_similarity(prediction, target, dim=-1).mean()
 
 
 def _over_pairs(

@@ -74,8 +74,7 @@ def given(form: LossForm, factor: float = 1.0) -> Provider:
 
 
 def drawn(case: Case) -> tuple[list[Tensor], list[Tensor]]:
-    inputs = draw_inputs(case, CPU, torch.Generator().manual_seed(0))
-    return inputs.predictions, inputs.targets
+    return draw_inputs(case, CPU, torch.Generator().manual_seed(0))
 
 
 def scripted_result() -> dict[str, Any]:

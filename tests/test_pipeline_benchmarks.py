@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 import torch
 from benchmark_cases import CPU, needs_gpu, shown
-from PIL import Image
 from torch import Tensor
 
 from vi_simsiam.benchmarks import augment, cases, peers, step, tables
-from vi_simsiam.benchmarks.cases import SMALL_IMAGES, ViewCase
+from vi_simsiam.benchmarks.cases import ViewCase
 from vi_simsiam.benchmarks.harness import Timer, timer_for
 from vi_simsiam.benchmarks.peers import Provider
 from vi_simsiam.data.cache import in_memory
@@ -142,23 +141,9 @@ def test_device_peers_make_the_same_kinds_of_views(paths: list[str]) -> None:
     assert len({view.sum().item() for view in views[0]}) > 4, "its own parameters for every sample"
 
 
-def test_a_package_that_is_not_there_is_named() -> None:
-    with pytest.raises(ImportError, match="nowhere is not installed"):
-        peers.installed("nowhere.at.all")
-
-
 def test_batches_are_timed_between_the_first_and_the_last() -> None:
     with mock.patch.object(peers.time, "perf_counter", side_effect=[10.0, 16.0]):
         assert peers.seconds_a_batch(iter([[torch.ones(1)]] * 4), CPU) == 2.0
-
-
-def test_generated_images_have_structure_and_differ(paths: list[str]) -> None:
-    pixels = [np.asarray(Image.open(path)).astype(float) for path in paths]
-    assert [picture.shape for picture in pixels[:2]] == [(16, 20, 3), (20, 16, 3)]
-    assert all(picture.std() > 20 for picture in pixels)
-    neighbours = np.abs(np.diff(pixels[1], axis=1)).mean()
-    assert neighbours < np.abs(pixels[1] - pixels[1][:, ::-1]).mean(), "near pixels are alike"
-    assert not np.array_equal(pixels[0], pixels[2])
 
 
 def test_images_come_from_folders_too(image_folder: Path, tmp_path: Path) -> None:
@@ -185,16 +170,14 @@ def test_images_come_from_folders_too(image_folder: Path, tmp_path: Path) -> Non
 def test_cases_are_those_of_the_targets() -> None:
     names = [case.name for case in cases.view_cases("cuda", short=False)]
     assert len(set(names)) == len(names) == 8
-    telling = [case.name for case in cases.view_cases("cuda", short=True)]
-    assert telling == ["2x128 batch 64", "2x224 batch 64"]
     assert "2x224+6x96 batch 256" in names
-    assert cases.view_cases("cpu", short=True) == (SMALL_IMAGES,)
+    assert names[:2] == ["2x128 batch 64", "2x224 batch 64"]
+    assert [case.name for case in cases.view_cases("cuda", short=True)] == names[:2]
     assert TINY.views == 16
     assert TINY.policy.local_views == 2
     assert ViewCase(64, 128).policy.crop_scale == (0.2, 1.0)
-    for device in ("cuda", "cpu"):
-        methods = {case.method for case in step.step_cases(device, short=True)}
-        assert methods == {"simsiam", "vi-simsiam"}
+    methods = [case.method for case in step.step_cases("cpu", short=True)]
+    assert methods == ["vi-simsiam", "simsiam"]
 
 
 @pytest.mark.gpu
