@@ -46,9 +46,9 @@ class Options:
     """Folder for OUT/DEVICE/accuracy.json; None to print only."""
 
 
-def run(options: Options, console: Console | None = None) -> dict[str, Any]:
+def run(options: Options) -> dict[str, Any]:
     """Measure and print the errors of all providers in float32; write a file if a folder is set."""
-    console = console or Console()
+    console = Console()
     device = resolve_device(options.device)
     path = None if options.out is None else result_path(options.out, NAME, device)
     rows: dict[str, Any] = {}

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from torch import Tensor
 
 from vi_simsiam.config import AugmentConfig
@@ -35,18 +34,9 @@ from vi_simsiam.data.views import add_offsets, draw_table
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, ColourOperation, augment
 
-from . import peers
+from . import harness, peers
 from .cases import ViewCase, image_files, view_cases
-from .harness import (
-    Prepared,
-    Suite,
-    SuiteOptions,
-    Timer,
-    failed,
-    judged,
-    timed_in_turn,
-    timer_for,
-)
+from .harness import Prepared, Suite, SuiteOptions, Timer
 from .peers import Provider, colour_operations, torchvision_view
 from .results import LIGHTLY, OURS
 from .tables import augment_case
@@ -93,13 +83,13 @@ class Options(SuiteOptions):
             raise InputError(f"workers: {self.workers} must be at least 1")
 
 
-def run(options: Options, console: Console | None = None) -> dict[str, Any]:
+def run(options: Options) -> dict[str, Any]:
     """Measure the cases, print tables, and write the result file after each case."""
-    suite = Suite("augment", options, console, peers.PEER_PACKAGES)
+    suite = Suite("augment", options, peers.PEER_PACKAGES)
     device, workers = suite.device, options.workers or cores()
     data = "generated" if options.data == "generated" else "folder"
     suite.result.update(workers=workers, data=data)
-    timer = timer_for(device)
+    timer = harness.timer_for(device)
     cases = view_cases(device.type, short=options.short)
     seconds = _CASE_SECONDS[device.type]
     for case, _ in suite.cases(cases, _SHORT_SECONDS[device.type]):
@@ -166,7 +156,7 @@ def measure_case(
             return judge(case, provider), provider.measure
 
         prepare = {name: partial(prepared, make) for name, make in providers.items()}
-        found = timed_in_turn(prepare, _FIGURES, rounds=rounds, seconds=seconds)
+        found = harness.timed_in_turn(prepare, _FIGURES, rounds=rounds, seconds=seconds)
     for values in found.values():
         if values["time"] is not None:
             values["views_per_second"] = case.views / values["time"]["median_us"] * 1e6
@@ -187,11 +177,11 @@ def judge(case: ViewCase, provider: Provider) -> dict[str, Any]:
     views = [view.float() for view in sample]
     shapes = [tuple(view.shape) for view in views]
     if shapes != case.shapes:
-        return failed(f"wrong: views of shapes {sorted(set(shapes))}")
+        return harness.failed(f"wrong: views of shapes {sorted(set(shapes))}")
     if not all(torch.isfinite(view).all() for view in views):
-        return failed("wrong: views that are not finite")
+        return harness.failed("wrong: views that are not finite")
     return {
-        **(failed(None) if error is None else judged(error, _ALLOWED)),
+        **(harness.failed(None) if error is None else harness.judged(error, _ALLOWED)),
         "error": error,
         "mean": views[0].mean().item(),
         "std": views[0].std().item(),

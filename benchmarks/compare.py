@@ -62,7 +62,7 @@ class Change(NamedTuple):
 _HEAD = ("case", "provider", "what", "new / old", "noise", "")
 
 
-def run(options: Options, console: Console | None = None) -> int:
+def run(options: Options) -> int:
     """Print the ratios; return 1 if anything is slower beyond the recorded noise, else 0.
 
     Times that are too noisy for a verdict are counted and decide nothing.
@@ -71,7 +71,7 @@ def run(options: Options, console: Console | None = None) -> int:
         InputError: a missing file, one of another benchmark, or files without a common case or
             without a time that is quiet enough to compare.
     """
-    console = console or Console()
+    console = Console()
     before = read_result(options.before, "multiview_loss", "augment", "step", "train")
     after = read_result(options.after, before["benchmark"])
     both = f"{options.before} and {options.after}"

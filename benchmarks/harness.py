@@ -74,11 +74,10 @@ class Suite:
         self,
         benchmark: str,
         options: SuiteOptions,
-        console: Console | None = None,
         packages: Iterable[str] = (),
     ) -> None:
         self.options = options
-        self.console = console or Console()
+        self.console = Console()
         self.device = resolve_device(options.device)
         self.path = options.out and result_path(options.out, benchmark, self.device)
         self.result: dict[str, Any] = {

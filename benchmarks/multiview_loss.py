@@ -19,23 +19,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from vi_simsiam.ops.backends import why_unavailable
 from vi_simsiam.ops.multiview_loss import LossForm, eager_loss, multiview_loss
 
+from . import harness
 from .cases import BOTH, FORWARD, MODES, Case, Inputs, cases_for, draw_inputs
-from .harness import (
-    Suite,
-    SuiteOptions,
-    Timer,
-    failed,
-    failure_reason,
-    interleave,
-    judged,
-    timer_for,
-)
+from .harness import Suite, SuiteOptions, Timer
 from .peers import textbook_loss
 from .results import COMPILED
 from .tables import loss_case
@@ -144,9 +135,9 @@ def check(
         loss, gradients = _loss_and_gradients(provider, predictions, targets)
         found = errors((loss, gradients), exact)
     except Exception as error:  # no compiler, no memory, a broken kernel: a result like any other
-        return failed(failure_reason(error))
+        return harness.failed(harness.failure_reason(error))
     return {
-        **judged(found, allowed),
+        **harness.judged(found, allowed),
         **{
             name.replace(" ", "_"): value if math.isfinite(value) else None
             for name, value in found.items()
@@ -162,11 +153,11 @@ def _loss_and_gradients(
     return loss.item(), list(torch.autograd.grad(loss, list(predictions)))
 
 
-def run(options: Options, console: Console | None = None) -> dict[str, Any]:
+def run(options: Options) -> dict[str, Any]:
     """Measure the cases, print tables, and write the result file after each case."""
-    suite = Suite("multiview_loss", options, console)
+    suite = Suite("multiview_loss", options)
     device = suite.device
-    timer = timer_for(device)
+    timer = harness.timer_for(device)
     cases = cases_for(device.type, short=options.short)
     for case, left_out in suite.cases(cases, _SHORT_SECONDS[device.type]):
         made = make_providers(case.form, device)
@@ -209,7 +200,7 @@ def measure_case(
             for (name, value), more in zip(eager.items(), roundings, strict=True)
         }
         found = {
-            name: failed(p) if isinstance(p, str) else check(p, *sets[0], exact, allowed)
+            name: harness.failed(p) if isinstance(p, str) else check(p, *sets[0], exact, allowed)
             for name, p in providers.items()
         }
         correct = {name: p for name, p in providers.items() if found[name]["correct"]}
@@ -220,7 +211,7 @@ def measure_case(
             for name, values in times.items():
                 found[name][mode] = values
     except Exception as error:  # no memory for inputs, copies or reference
-        found = {name: failed(failure_reason(error)) for name in providers}
+        found = {name: harness.failed(harness.failure_reason(error)) for name in providers}
     timer.release()
     fields = ("name", "distribution", "batch", "dim", "views", "targets", "dtype")
     return {
@@ -256,8 +247,10 @@ def _timed(
             found[name] = {"peak_bytes": timer.peak_bytes(partial(call, sets[0]))}
             measures |= {(name, metric): measure for metric, measure in prepared.items()}
         except Exception as error:
-            found[name] = {"failure": failure_reason(error)}
-    times, failures = interleave(measures, rounds=rounds, seconds=_CASE_SECONDS[device.type])
+            found[name] = {"failure": harness.failure_reason(error)}
+    times, failures = harness.interleave(
+        measures, rounds=rounds, seconds=_CASE_SECONDS[device.type]
+    )
     for (name, metric), measured in times.items():
         found[name][metric] = measured
     for (name, _), reason in failures.items():

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from vi_simsiam.config import Method
@@ -28,17 +27,9 @@ from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import FileSource
 from vi_simsiam.engine.graph import GRAPH_PRIORITY
 
+from . import harness
 from .cases import SMALL_IMAGES, image_files, view_cases
-from .harness import (
-    Prepared,
-    Suite,
-    SuiteOptions,
-    Timer,
-    failed,
-    failure_reason,
-    timed_in_turn,
-    timer_for,
-)
+from .harness import Prepared, Suite, SuiteOptions, Timer
 from .results import AT_HAND, NETWORK, NETWORK_COMPILED, NETWORK_KERNELS, STEP
 from .step_parts import (
     STEPS,
@@ -113,12 +104,12 @@ def step_cases(device_type: str, *, short: bool) -> tuple[StepCase, ...]:
     return tuple(StepCase(case, method) for method in _METHODS for case in views)
 
 
-def run(options: Options, console: Console | None = None) -> dict[str, Any]:
+def run(options: Options) -> dict[str, Any]:
     """Measure the cases, print tables, and write the result file after each case."""
-    suite = Suite("step", options, console)
+    suite = Suite("step", options)
     device = suite.device
     suite.result["peak_flops"] = peak_flops(device)
-    timer = timer_for(device)
+    timer = harness.timer_for(device)
     cases = step_cases(device.type, short=options.short)
     for case, left_out in suite.cases(cases, _SHORT_SECONDS[device.type]):
         images = _images(case, device.type)
@@ -163,12 +154,14 @@ def measure_case(
             prepare = _providers(parts, images, checked, expected, timer, stack)
             for name in prepare if without_compile else ():
                 if "torch.compile" in name:
-                    prepare[name] = lambda: (failed(without_compile), float)
+                    prepare[name] = lambda: (harness.failed(without_compile), float)
             seconds = _CASE_SECONDS[device.type]
-            found = timed_in_turn(prepare, _FIGURES, rounds=rounds, seconds=seconds)
+            found = harness.timed_in_turn(prepare, _FIGURES, rounds=rounds, seconds=seconds)
     except Exception as error:  # no memory for the network or its views
         none = dict.fromkeys((*_FIGURES, "time"))
-        found = {name: none | failed(failure_reason(error)) for name in (STEP, NETWORK)}
+        found = {
+            name: none | harness.failed(harness.failure_reason(error)) for name in (STEP, NETWORK)
+        }
     peak = peak_flops(device)
     for name, values in found.items():
         if flops and peak and values["time"] is not None and name not in PIECES:
@@ -201,7 +194,7 @@ def _providers(
     views = [parts.random_views(seed) for seed in range(2)]
 
     def timed(call: Callable[[Any], object], sets: Sequence[Any] = views) -> Prepared:
-        return failed(None), timer.prepare(call, sets, _GRAPH_BYTES)["time"]
+        return harness.failed(None), timer.prepare(call, sets, _GRAPH_BYTES)["time"]
 
     def whole_step(name: str) -> Prepared:
         priority = GRAPH_PRIORITY if name == EQUAL_PRIORITIES else 0
@@ -254,7 +247,7 @@ def judge(losses: list[float], expected: list[float], tolerance: float) -> dict[
     reason = None
     if not all(difference <= tolerance for difference in apart):  # a NaN is wrong, too
         reason = f"wrong: losses {max(apart):.1e} from the plain loop's, allowed {tolerance:.1e}"
-    return {**failed(reason), "losses": losses}
+    return {**harness.failed(reason), "losses": losses}
 
 
 def phases(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:

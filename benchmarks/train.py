@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from vi_simsiam.config import TrainConfig
@@ -102,7 +101,7 @@ class Options(SuiteOptions):
         return ViewCase(self.batch_size, self.size, self.local_views, self.local_size, sides)
 
 
-def run(options: Options, console: Console | None = None) -> dict[str, Any]:
+def run(options: Options) -> dict[str, Any]:
     """Train all providers, print the table, and write the result file if a folder is given."""
     if options.short:
         most, epochs = _SHORT[resolve_device(options.device).type]
@@ -112,7 +111,7 @@ def run(options: Options, console: Console | None = None) -> dict[str, Any]:
     if not wanted:
         there = ", ".join(map(repr, PROVIDERS))
         raise InputError(f"only: no provider's name contains {options.only!r}; there are {there}")
-    suite = Suite("train", options, console, PEER_PACKAGES)
+    suite = Suite("train", options, PEER_PACKAGES)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         splits = labelled_images(

@@ -54,18 +54,10 @@ class ScriptedTimer(harness.Timer):
         """Keep it: the collector takes longer than a case."""
 
 
-def quiet() -> Console:
-    return Console(file=io.StringIO(), width=300)
-
-
-def printed(console: Console) -> str:
-    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
-
-
 def shown(*tables: object) -> str:
-    console = quiet()
-    console.print(*tables)
-    return printed(console)
+    file = io.StringIO()
+    Console(file=file, width=300).print(*tables)
+    return file.getvalue()
 
 
 def given(form: LossForm, factor: float = 1.0) -> Provider:

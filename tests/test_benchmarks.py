@@ -19,8 +19,6 @@ from benchmark_cases import (
     drawn,
     given,
     needs_gpu,
-    printed,
-    quiet,
     shown,
 )
 from torch import Tensor
@@ -288,13 +286,13 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[LossForm]:
 
     monkeypatch.setattr(multiview_loss, "cases_for", lambda _, short: cases)
     monkeypatch.setattr(multiview_loss, "make_providers", some)
-    monkeypatch.setattr(multiview_loss, "timer_for", lambda device: ScriptedTimer(5, 40, 20))
+    monkeypatch.setattr(harness, "timer_for", lambda device: ScriptedTimer(5, 40, 20))
     return measured
 
 
 def test_run_writes_file_and_plots_and_resumes(tmp_path: Path, made: list[LossForm]) -> None:
     options = multiview_loss.Options(device="cpu", only=" 3x20", rounds=3, out=tmp_path)
-    multiview_loss.run(options, quiet())
+    multiview_loss.run(options)
     path = tmp_path / "cpu" / "multiview_loss.json"
     written = json.loads(path.read_text())
     assert [case["name"] for case in written["cases"]] == ["power_spherical 3x20 2x2 float32"]
@@ -303,21 +301,22 @@ def test_run_writes_file_and_plots_and_resumes(tmp_path: Path, made: list[LossFo
         assert plot.read_bytes().startswith(b"\x89PNG")
     both = dataclasses.replace(options, only="2x2", resume=True)
     with mock.patch.object(plots, "draw", return_value=[]):
-        resumed = multiview_loss.run(both, quiet())
+        resumed = multiview_loss.run(both)
     assert len(made) == len(resumed["cases"]) == 4, "the case that was there is not measured again"
     path.write_text(path.read_text().replace(written["versions"]["torch"], "0.1"))
     with pytest.raises(InputError, match="was measured with versions"):
-        multiview_loss.run(both, quiet())
+        multiview_loss.run(both)
     with pytest.raises(InputError, match="'65x'; there are .*, 'power_spherical 6x20 2x2 float32'"):
-        multiview_loss.run(dataclasses.replace(options, only="65x"), quiet())
+        multiview_loss.run(dataclasses.replace(options, only="65x"))
 
 
 @pytest.mark.usefixtures("made")
-def test_short_keeps_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_keeps_its_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """First the provider that compiles longest is left out, then whole cases."""
-    console = quiet()
     options = multiview_loss.Options(device="cpu", short=True, rounds=3)
-    suite = harness.Suite("multiview_loss", options, console)
+    suite = harness.Suite("multiview_loss", options)
     with monkeypatch.context() as patch:
         clock = mock.Mock(side_effect=[0.0, 0.0, 40.0, 90.0])
         patch.setattr(harness.time, "perf_counter", clock)
@@ -325,9 +324,9 @@ def test_short_keeps_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = "left out: it compiles longest, and --short had used 40 s"
     assert found == [(Case(3, 20), None), (Case(4, 20), reason)]
     left = "left out: power_spherical 5x20 2x2 float32; --short has used 90 s"
-    assert left in printed(console)
+    assert left in capsys.readouterr().out
     monkeypatch.setattr(harness.Suite, "cases", lambda *_: found)
-    first, second = (case["providers"] for case in multiview_loss.run(options, quiet())["cases"])
+    first, second = (case["providers"] for case in multiview_loss.run(options)["cases"])
     assert first[COMPILED[1]]["correct"]
     assert second[COMPILED[1]]["failure"] == reason
 

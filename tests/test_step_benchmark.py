@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-from benchmark_cases import CPU, needs_gpu, quiet, scripted_pipeline, shown
+from benchmark_cases import CPU, needs_gpu, scripted_pipeline, shown
 from test_pipeline_benchmarks import TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -117,12 +117,12 @@ def test_launches_are_counted_after_all_times(
     both = [TinyStep(ViewCase(2, 16), method) for method in ("vi-simsiam", "simsiam")]
     monkeypatch.setattr(step, "_CHECKED_STEPS", 1)
     monkeypatch.setattr(step, "_images", lambda *_: packed)
-    monkeypatch.setattr(step, "timer_for", lambda device: OperationTimer())
+    monkeypatch.setattr(step.harness, "timer_for", lambda device: OperationTimer())
     monkeypatch.setattr(step, "step_cases", lambda *_, short: both)
     monkeypatch.setattr(step, "launches_of", count)
     monkeypatch.setattr(plots, "draw", lambda *_: [])
     options = step.Options(device="cpu", rounds=3, kernels=True, out=tmp_path)
-    step.run(options, quiet())
+    step.run(options)
     assert timed == [[True, True]] * 2, "every time is in the file before"
     first, _ = json.loads(path.read_text())["cases"]
     assert first["method"] == "vi-simsiam"
@@ -130,7 +130,7 @@ def test_launches_are_counted_after_all_times(
     assert counted["loss"][0] == counted["SGD"][0] == 1
     assert f"({counted['convolutions'][0]})" in shown(step_parts.launches_case(first))
     path.write_text(path.read_text().replace('"launches": ', '"other": ', 1))
-    step.run(dataclasses.replace(options, resume=True), quiet())
+    step.run(dataclasses.replace(options, resume=True))
     assert len(timed) == 3, "--resume counts only what is missing"
 
 

@@ -11,7 +11,8 @@ from unittest import mock
 
 import pytest
 import torch
-from benchmark_cases import CPU, needs_gpu, quiet
+from benchmark_cases import CPU, needs_gpu
+from rich.console import Console
 from test_trainer import config
 from torch import Tensor, nn
 
@@ -107,7 +108,7 @@ def test_trainings_are_compared_in_turn_and_failures_recorded(
 
     providers |= {name: noted(name) for name in given}
     chosen = options(rounds=2, epochs=3, out=tmp_path)
-    result = train.run(chosen, quiet())
+    result = train.run(chosen)
     assert order[:7] == ["lightly", *(name for name in given if name != "lightly")]
     assert order[7:] == ["vi-simsiam", "plain PyTorch"], "what failed is not trained again"
     (case,) = result["cases"]
@@ -138,7 +139,7 @@ def test_trainings_are_compared_in_turn_and_failures_recorded(
         ),
     ):
         with pytest.raises(InputError, match=message):
-            train.run(dataclasses.replace(chosen, **changed), quiet())
+            train.run(dataclasses.replace(chosen, **changed))
 
 
 @pytest.mark.usefixtures("no_warm_up")
@@ -152,13 +153,13 @@ def test_a_benchmark_that_is_stopped_leaves_the_trainings_before(
         "lightly": trains(),
     }
     with pytest.raises(KeyboardInterrupt):
-        train.run(options(out=tmp_path), quiet())
+        train.run(options(out=tmp_path))
     path = tmp_path / "cpu" / "train.json"
     (case,) = json.loads(path.read_text())["cases"]
     assert [each["time"] is not None for each in case["providers"].values()] == [True, False, True]
     assert case["providers"]["plain PyTorch"]["failure"] == "stopped before its last training"
     providers["plain PyTorch"] = trains()
-    train.run(options(out=tmp_path, resume=True), quiet())
+    train.run(options(out=tmp_path, resume=True))
     (case,) = json.loads(path.read_text())["cases"]
     assert case["providers"]["plain PyTorch"]["correct"], "a case is measured anew as a whole"
 
@@ -214,7 +215,7 @@ def test_each_training_trains(
 
     monkeypatch.setattr(train, "Recorder", Watched)
     providers[name] = watched
-    result = train.run(options(size=16, out=tmp_path), quiet())
+    result = train.run(options(size=16, out=tmp_path))
     found = result["cases"][0]["providers"][name]
     assert found["correct"], found["failure"]
     assert found["views_per_second"] > 0
@@ -226,7 +227,7 @@ def test_each_training_trains(
 @pytest.mark.usefixtures("small_network")
 def test_an_epoch_is_over_before_its_checkpoint(image_folder: Path, tmp_path: Path) -> None:
     """The time of an epoch does not include the writing of hundreds of megabytes."""
-    trainer = Trainer(config(image_folder), tmp_path / "run", console=quiet())
+    trainer = Trainer(config(image_folder), tmp_path / "run", console=Console(quiet=True))
     unsaved: list[int] = []
     trainer.fit(epoch_done=lambda: unsaved.append(trainer.step - trainer.saved_step))
     assert unsaved == [5, 5]
@@ -247,7 +248,7 @@ def test_every_training_has_the_same_loss() -> None:
 def test_gpu_training_of_each_provider(name: str, providers: dict[str, train.Trains]) -> None:
     given = train.Options(device="cuda", images=64, batch_size=32, epochs=2, workers=1)
     providers[name] = train_peers.PROVIDERS[name]
-    result = train.run(given, quiet())
+    result = train.run(given)
     found = result["cases"][0]["providers"][name]
     assert found["correct"] or "not installed" in found["failure"], found["failure"]
     assert not found["correct"] or found["peak_bytes"] > 10**8
