@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -220,19 +220,20 @@ def augmented_bytes(
     tables = [torch.from_numpy(placed_table(images, policy, each)).to(device) for each in samples]
     out_bytes = batch * 12 * (2 * policy.size**2 + policy.local_views * policy.local_size**2)
 
-    views = partial(augmented, pixels, policy)
-    with _one_thread(device):
-        timed = timer.prepare(views, tables, out_bytes)["time"]
+    def views(table: Tensor) -> list[Tensor]:
+        before = torch.get_num_threads()
+        if device.type == "cpu":
+            torch.set_num_threads(1)
+        try:
+            return augmented(pixels, policy, table)
+        finally:
+            torch.set_num_threads(before)
 
     def sample() -> tuple[Sequence[Tensor], dict[str, float]]:
         made = views(tables[0])
         return made, errors(made, images, policy, samples[0])
 
-    def measure() -> float:
-        with _one_thread(device):
-            return timed()
-
-    return Provider(sample, measure)
+    return Provider(sample, timer.prepare(views, tables, out_bytes)["time"])
 
 
 def augmented(
@@ -249,7 +250,8 @@ def placed_table(
     images: PackedImages, policy: AugmentConfig, samples: NDArray[np.int64]
 ) -> NDArray[np.int32]:
     """Table rows (V, B, 16) of images in epoch 0, with their offsets in `images`."""
-    table = _table(images, policy, samples)
+    sides = {"heights": images.heights[samples], "widths": images.widths[samples]}
+    table = draw_table(policy, seed=_SEED, epoch=0, samples=samples, **sides)
     add_offsets(table, images.offsets[samples])
     return table
 
@@ -263,7 +265,7 @@ def errors(
         The errors of the views without and with hue shifts, in pixel values from 0 to 1.
     """
     samples = samples[:_CHECKED]
-    table = _table(images, policy, samples)
+    table = placed_table(images, policy, samples)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     worst = dict.fromkeys(_ALLOWED, 0.0)
     for rows, batch in zip(table, views, strict=True):
@@ -273,22 +275,3 @@ def errors(
             kind = "with hue" if ColourOperation.HUE in colour_operations(row) else "without hue"
             worst[kind] = max(worst[kind], error) if error == error else error
     return worst
-
-
-@contextlib.contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
-    """Limit torch to one thread on a CPU."""
-    before = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _table(
-    images: PackedImages, policy: AugmentConfig, samples: NDArray[np.int64]
-) -> NDArray[np.int32]:
-    heights, widths = images.heights[samples], images.widths[samples]
-    return draw_table(policy, seed=_SEED, epoch=0, samples=samples, heights=heights, widths=widths)

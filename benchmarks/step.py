@@ -200,7 +200,7 @@ def _providers(
         priority = GRAPH_PRIORITY if name == EQUAL_PRIORITIES else 0
         captured = name != NOT_CAPTURED
         step = WholeStep(parts, images, captured=captured, view_priority=priority)
-        stack.callback(step.close)
+        stack.callback(step.loader.close)
         return judge(step.losses(_CHECKED_STEPS), expected, tolerance), step.measure
 
     def at_hand(layers: Layers) -> Prepared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import re
@@ -39,7 +40,7 @@ _LR: dict[Method, float] = {"vi-simsiam": 4e-3, "simsiam": 1.6e-2}
 """Learning rates at which the losses of the checked steps show the updates, but not rounding that
 the updates amplify. A cosine moves less than a likelihood."""
 _MOMENTUM, _WEIGHT_DECAY = 0.9, 1e-4
-_MOSTSTEPS = 2**17
+_MOST_STEPS = 2**17
 """Length of the learning rate table: more steps than are ever measured."""
 Layers = Literal["torch, view by view", "torch", "torch.compile", "kernels"]
 """Layers of the network: torch's, view by view or all views of a size in one pass, or others."""
@@ -106,7 +107,7 @@ class Parts:
         model = copy.deepcopy(self._plain)
         return TrainStep(
             model,
-            torch.full((_MOSTSTEPS,), _LR[self.case.method]),
+            torch.full((_MOST_STEPS,), _LR[self.case.method]),
             momentum=_MOMENTUM,
             weight_decay=_WEIGHT_DECAY,
             loss_scale=self.loss_scale,
@@ -195,11 +196,8 @@ class Parts:
 
     def batches(self, images: PackedImages, count: int) -> list[list[Tensor]]:
         """The views of the first `count` batches."""
-        loader = self.loader(images)
-        try:
+        with contextlib.closing(self.loader(images)) as loader:
             return [batch.views for batch in itertools.islice(loader.epoch(0), count)]
-        finally:
-            loader.close()
 
     def augmentation(self, images: PackedImages) -> tuple[Callable[[Tensor], object], list[Tensor]]:
         """The augmentation of a batch on the training device, and the tables to call it with."""
@@ -254,20 +252,12 @@ class WholeStep:
         synchronize(self.device)
         return (perf_counter() - start) / number * 1e6
 
-    def close(self) -> None:
-        """End the loader."""
-        self.loader.close()
-        self._replay = None
-
     def _steps(self) -> Iterator[None]:
-        feed = self.loader.feed
-        if feed is not None:
-            assert self._replay is not None
-            while True:
-                feed.load(self._done + 1)
-                self._replay()
-                self._done += 1
-                yield
+        while self.loader.feed is not None and self._replay is not None:
+            self.loader.feed.load(self._done + 1)
+            self._replay()
+            self._done += 1
+            yield
         for batch in self.loader:
             self.step(batch.views)
             yield

@@ -168,7 +168,7 @@ def test_a_step_that_trains_otherwise_is_refused(packed: PackedImages) -> None:
     whole = WholeStep(parts, packed, captured=True)
     whole.step.rates *= 50
     losses = whole.losses(2)
-    whole.close()
+    whole.loader.close()
     assert losses[0] == pytest.approx(expected[0], abs=1e-5), "the same weights and views"
     found = step.judge(losses, expected, 1e-4)
     assert found["failure"].startswith("wrong: losses ")
@@ -218,6 +218,6 @@ def test_gpu_step_is_captured_and_has_all_phases() -> None:
     whole = WholeStep(Parts(case, device), made, captured=True)
     whole.step.rates.zero_()
     losses = whole.losses(step._CHECKED_STEPS)
-    whole.close()
+    whole.loader.close()
     tolerance = step._TOLERANCE["cuda"][case.method] / whole.step.loss_scale
     assert not step.judge(losses, found["losses"], tolerance)["correct"], "updates are missed"
