@@ -46,7 +46,6 @@ from .tables import step_case
 
 NOT_CAPTURED = "step, not captured"
 EQUAL_PRIORITIES = "step, views as urgent as the network"
-YARDSTICK = NETWORK
 PIECES = ("augmentation", "forward", "forward + loss", "forward + loss + backward", "optimiser")
 _AT_HAND: dict[str, dict[str, Layers]] = {
     "cuda": {
@@ -174,7 +173,7 @@ def measure_case(
         "method": case.method,
         "flops": flops,
         "losses": expected,
-        "yardstick": YARDSTICK,
+        "yardstick": NETWORK,
         "providers": found,
         "phases": phases(found),
     }

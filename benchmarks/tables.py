@@ -112,23 +112,45 @@ def _ratio(found: Ratio | None, form: str = "{:.2f} x") -> str:
     return "-" if found is None else found.shown(form)
 
 
-def _timed(form: Callable[[_Result], str], missing: str | None = "-") -> Callable[[Case, str], str]:
-    """The cell of a provider that has a time; of another `missing`, with None the reason.
+def _median(
+    case: Case,
+    name: str,
+    mode: str | None = None,
+    metric: str = "time",
+    form: Callable[[float], str] = _number,
+) -> str:
+    """A median, or in a word why there is none; the whole reason stands below the table."""
+    times = times_of(case, name, mode, metric)
+    if times is not None:
+        return form(times["median_us"])
+    found = case["providers"].get(name)
+    if found is None:
+        return "-"
+    failure = found["failure"] or ((mode and found[mode]) or {}).get("failure")
+    return str(failure or NOT_MEASURED).split(":")[0]
 
-    The reason is given in a word; the whole one stands below the table.
-    """
+
+_median_ms = partial(_median, form=_ms)
+
+
+def _views_a_second(case: Case, name: str) -> str:
+    timed = times_of(case, name) is not None
+    return _figure("views_per_second", "{:,.0f}")(case, name) if timed else _median(case, name)
+
+
+def _figure(
+    key: str, form: str, unit: float = 1.0, mode: str | None = None
+) -> Callable[[Case, str], str]:
+    """The cell of a figure of a provider that has a time."""
 
     def cell(case: Case, name: str) -> str:
-        found = case["providers"].get(name)
-        if times_of(case, name) is not None:
-            return form(found)
-        return missing or str((found and found["failure"]) or "-").split(":")[0]
+        if times_of(case, name, mode) is None:
+            return "-"
+        found = case["providers"][name]
+        value = (found if mode is None else found[mode]).get(key)
+        return "-" if value is None else form.format(value / unit)
 
     return cell
-
-
-_views_a_second = _timed(lambda found: f"{found['views_per_second']:,.0f}", None)
-_median_ms = _timed(lambda found: _ms(found["time"]["median_us"]), None)
 
 
 def _against_lightly(case: Case, name: str) -> str:
@@ -140,18 +162,6 @@ def _keys_of(cases: Iterable[Case], key: str = "providers") -> list[str]:
     return list(dict.fromkeys(name for case in cases for name in case[key]))
 
 
-def _loss_cell(case: Case, name: str, mode: str, metric: str) -> str:
-    """A median in microseconds, or why there is none."""
-    times = times_of(case, name, mode, metric)
-    if times is not None:
-        return _number(times["median_us"])
-    found = case["providers"].get(name)
-    if found is None:
-        return "-"
-    failure = found["failure"] or (found[mode] or {}).get("failure")
-    return str(failure or NOT_MEASURED).split(":")[0]
-
-
 def loss_case(case: Case) -> Table:
     """One case of the loss: a row for each provider; no times where the result was wrong."""
     entries = case["providers"].values()
@@ -160,20 +170,13 @@ def loss_case(case: Case) -> Table:
     for mode, title in MODES.items():
         for metric in ("time", "host") if with_host else ("time",):
             heading = title if metric == "time" else f"{title}, host"
-            columns[heading] = partial(_loss_cell, mode=mode, metric=metric)
-
-    def figure(name: str, key: str) -> float | None:
-        return (case["providers"][name][BOTH] or {}).get(key)
-
-    def memory(name: str) -> str:
-        peak = figure(name, "peak_bytes")
-        return _optional(peak and peak / 2**20, "{:,.1f} MiB")
+            columns[heading] = partial(_median, mode=mode, metric=metric)
 
     columns |= {
-        "of copy": lambda _, name: _optional(figure(name, "copy_share"), "{:.0%}"),
+        "of copy": _figure("copy_share", "{:.0%}", mode=BOTH),
         "vs compile": lambda _, name: _ratio(speed_up(case, [name], COMPILED, BOTH)),
         "error": lambda _, name: _optional(case["providers"][name]["gradient_error"], "{:.1e}"),
-        "memory": lambda _, name: memory(name),
+        "memory": _figure("peak_bytes", "{:,.1f} MiB", 2**20, BOTH),
     }
     notes = [
         "times in us; "
@@ -198,7 +201,7 @@ def loss_markdown(result: _Result, *, metric: str = "time") -> str:
     shown = [n for n in columns if any(times_of(case, n, BOTH, metric) for case in cases)]
     rows = []
     for case in cases:
-        cells = [_loss_cell(case, name, BOTH, metric) for name in shown]
+        cells = [_median(case, name, BOTH, metric) for name in shown]
         cells.append(_ratio(speed_up(case, FUSED, COMPILED, BOTH, metric)))
         if metric == "time":
             ours = fastest(case, FUSED, BOTH)
@@ -227,7 +230,7 @@ def _mean_and_deviation(case: Case, name: str) -> str:
 
 _AUGMENT: _Columns = {
     "views/s": _views_a_second,
-    "ms a batch": _timed(lambda found: _number(found["time"]["median_us"] / 1e3)),
+    "ms a batch": partial(_median, form=lambda microseconds: _number(microseconds / 1e3)),
     "vs lightly": _against_lightly,
     "error": _views_error,
     "mean, std": _mean_and_deviation,
@@ -263,7 +266,7 @@ def _losses(losses: Sequence[float] | None) -> str:
 
 _STEP: _Columns = {
     "ms": _median_ms,
-    "of peak": _timed(lambda found: _optional(found["mfu"], "{:.1%}")),
+    "of peak": _figure("mfu", "{:.1%}"),
     "of network alone": lambda case, name: _ratio(speed_up(case, [NETWORK], [name])),
     "losses": lambda case, name: _losses(case["providers"][name]["losses"]),
 }
@@ -334,22 +337,16 @@ def phases_markdown(result: _Result) -> str:
     return _markdown(result, ("ms", *columns), rows)
 
 
-def _seconds(part: str) -> Callable[[Case, str], str]:
-    return _timed(lambda found: _optional(found[part], "{:,.1f}"))
-
-
 _TRAIN: _Columns = {
     "views/s": _views_a_second,
     "vs lightly": _against_lightly,
-    "training s": _seconds("training_seconds"),
-    "cold start s": _seconds("cold_start_seconds"),
-    "caching s": _seconds("caching_seconds"),
-    "evaluation s": _seconds("evaluation_seconds"),
-    "kNN top-1": _timed(lambda found: _optional(found["knn_top1"], "{:.1%}")),
-    "s to target": _seconds("seconds_to_target"),
-    "peak GB": _timed(
-        lambda found: _optional(found["peak_bytes"] and found["peak_bytes"] / 1e9, "{:.2f}")
-    ),
+    "training s": _figure("training_seconds", "{:,.1f}"),
+    "cold start s": _figure("cold_start_seconds", "{:,.1f}"),
+    "caching s": _figure("caching_seconds", "{:,.1f}"),
+    "evaluation s": _figure("evaluation_seconds", "{:,.1f}"),
+    "kNN top-1": _figure("knn_top1", "{:.1%}"),
+    "s to target": _figure("seconds_to_target", "{:,.1f}"),
+    "peak GB": _figure("peak_bytes", "{:.2f}", 1e9),
 }
 
 
