@@ -46,10 +46,9 @@ TORCHVISION = "torchvision v2"
 _SHORT_SECONDS = {"cuda": 100.0, "cpu": 60.0}
 _CASE_SECONDS = {"cuda": 40.0, "cpu": 45.0}
 """No new round of a case begins after this long."""
-_MEASURE_SECONDS = 0.7
-"""Approximate time of a peer with workers in one round."""
 _BATCHES = {32: 48, 128: 12}
-"""Batches of an epoch for each worker on a CPU, by size of view, for about a second."""
+"""Batches of our epoch for each worker on a CPU, by size of view, for about a second. Peers with
+workers, which are slower, make an eighth of them."""
 _FIGURES = ("error", "views_per_second")
 _ALLOWED = {"without hue": 1e-5, "with hue": 1e-4}
 """Largest allowed error of a view, in pixel values from 0 to 1."""
@@ -92,7 +91,7 @@ def run(options: Options) -> dict[str, Any]:
     seconds = _CASE_SECONDS[device.type]
     for case, _ in suite.cases(cases, _SHORT_SECONDS[device.type]):
         # Each worker makes the same number of batches of an epoch after the first one.
-        count = case.batch * (1 + workers * _BATCHES.get(case.size, 4))
+        count = case.batch * (1 + workers * _batches(case))
         with tempfile.TemporaryDirectory() as folder:
             paths = image_files(options.data, Path(folder), count=count, sides=case.sides)
             made = make_providers(case, paths, device, workers, timer)
@@ -100,6 +99,10 @@ def run(options: Options) -> dict[str, Any]:
         timer.release()
         suite.add(found, augment_case(found))
     return suite.finish()
+
+
+def _batches(case: ViewCase) -> int:
+    return _BATCHES.get(case.size, 4)
 
 
 def make_providers(
@@ -115,7 +118,7 @@ def make_providers(
         batch=case.batch,
         device=device,
         workers=workers,
-        seconds=_MEASURE_SECONDS,
+        turns=max(1, _batches(case) // 8),
     )
 
     def resident(call: Callable[[list[Tensor]], Sequence[Tensor]]) -> Provider:

@@ -143,22 +143,16 @@ def file_provider(
     batch: int,
     device: torch.device,
     workers: int,
-    seconds: float,
+    turns: int,
 ) -> Provider:
     """Image files decoded and augmented by DataLoader workers.
 
     Every measurement is a whole epoch, so that the workers of one peer rest while another is
-    measured. Each worker makes the same number of batches between the first and the last. A
-    measurement takes about `seconds`.
+    measured. Each worker makes `turns` batches between the first and the last.
     """
-    turns = max(workers, 1)
-    steps: list[list[int]] = []
-
-    def add_batches(count: int) -> None:
-        for start in range(len(steps) * batch, (len(steps) + count) * batch, batch):
-            steps.append([i % len(source) for i in range(start, start + batch)])
-
-    add_batches(1 + turns)
+    count = batch * (1 + turns * max(workers, 1))
+    order = [i % len(source) for i in range(count)]
+    steps = [order[start : start + batch] for start in range(0, count, batch)]
     loader: DataLoader[Any] = DataLoader(
         SourceViews(source, transform),
         batch_sampler=steps,
@@ -166,7 +160,6 @@ def file_provider(
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
     )
-    calibrated = False
 
     def sample() -> tuple[Views, None]:
         batches = iter(loader)
@@ -175,15 +168,7 @@ def file_provider(
             pass
         return views, None
 
-    def measure() -> float:
-        nonlocal calibrated
-        if not calibrated:
-            once = seconds_a_batch(iter(loader), device)
-            add_batches(turns * (max(1, round(seconds / (once * turns))) - 1))
-            calibrated = True
-        return seconds_a_batch(iter(loader), device) * 1e6
-
-    return Provider(sample, measure)
+    return Provider(sample, lambda: seconds_a_batch(iter(loader), device) * 1e6)
 
 
 def device_provider(

@@ -25,7 +25,7 @@ from PIL import Image
 from test_commands import COMMANDS, run
 
 from vi_simsiam.backbones import build_backbone
-from vi_simsiam.benchmarks import augment, cases, step, step_parts
+from vi_simsiam.benchmarks import cases, step, step_parts
 from vi_simsiam.cli import main
 from vi_simsiam.engine import processes
 from vi_simsiam.engine.run import CONFIG, read_config
@@ -116,7 +116,6 @@ def filled(
     monkeypatch.setattr(step, "SMALL_IMAGES", tiny)
     monkeypatch.setitem(cases._TELLING_VIEWS, "cpu", (tiny,))
     monkeypatch.setitem(step_parts.STEPS, "cpu", 1)
-    monkeypatch.setattr(augment, "_MEASURE_SECONDS", 1e-3)
     return lambda line: [word.format_map(here) for word in shlex.split(line)]
 
 
