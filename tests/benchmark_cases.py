@@ -26,9 +26,12 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 
 class ScriptedTimer(harness.Timer):
-    """Gives every prepared call, in order, its time or exception; a mode's copy comes first."""
+    """Gives every prepared call, in order, its time; the copy of a mode comes first.
 
-    def __init__(self, *microseconds: float | Exception) -> None:
+    An exception is raised by the preparation, and a function takes the time.
+    """
+
+    def __init__(self, *microseconds: float | Exception | Callable[[], float]) -> None:
         self.script = list(microseconds)
         self.prepared = 0
 
@@ -40,6 +43,8 @@ class ScriptedTimer(harness.Timer):
         self.prepared += 1
         if isinstance(value, Exception):
             raise value
+        if callable(value):
+            return {"time": value}
         return {"time": lambda: value, "host": lambda: value / 2}
 
     def peak_bytes(self, call: Callable[[], object]) -> int:

@@ -117,6 +117,9 @@ def test_what_cannot_run_or_lacks_memory_is_a_result(monkeypatch: pytest.MonkeyP
     text = shown(tables.loss_case(case))
     assert "oom (out of memory)" in text
     assert any("eager" in line and "out of memory" in line for line in text.splitlines())
+    broken = measured(ScriptedTimer(1, mock.Mock(side_effect=ValueError("broke"))))
+    both = broken["providers"]["eager"]["forward_backward"]
+    assert both == {"failure": "ValueError: broke"}
     without_copy = measured(ScriptedTimer(MemoryError()))
     assert without_copy["providers"]["eager"]["failure"] == "out of memory"
     monkeypatch.setattr(multiview_loss, "draw_inputs", out_of_memory)
