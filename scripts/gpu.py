@@ -148,11 +148,12 @@ def _run(stage: Stage, limit: float) -> int:
     """
     ending = ["setpriv", "--pdeathsig", "TERM", "timeout", f"--kill-after={_SECONDS_TO_END}"]
     command = [*ending, str(limit), *stage.arguments()]
-    with subprocess.Popen(command, env={**os.environ, **stage.variables}) as process:
-        try:
-            return process.wait()
-        finally:
-            process.terminate()
+    process = subprocess.Popen(command, env={**os.environ, **stage.variables})
+    try:
+        return process.wait()
+    finally:
+        process.terminate()
+        process.wait()
 
 
 if __name__ == "__main__":
