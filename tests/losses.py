@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vi_simsiam.benchmarks.baselines import textbook_loss
+from vi_simsiam.benchmarks.peers import textbook_loss
 from vi_simsiam.ops.backends import extension, interpreting, why_unavailable
 from vi_simsiam.ops.multiview_loss import LossForm, multiview_loss
 

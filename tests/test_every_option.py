@@ -24,7 +24,7 @@ from PIL import Image
 from test_commands import COMMANDS, run
 
 from vi_simsiam.backbones import build_backbone
-from vi_simsiam.benchmarks import augment, step, step_parts, view_cases
+from vi_simsiam.benchmarks import cases, step, step_parts
 from vi_simsiam.cli import main
 from vi_simsiam.engine import processes
 from vi_simsiam.engine.run import CONFIG, read_config
@@ -109,11 +109,10 @@ def filled(
     )
     # Other backends take up to a minute.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    tiny = view_cases.ViewCase(8, 16, sides=(16, 16))
+    tiny = cases.ViewCase(8, 16, sides=(16, 16))
     monkeypatch.setattr(step, "SMALL_IMAGES", tiny)
-    monkeypatch.setitem(view_cases._TELLING, "cpu", (tiny,))
-    monkeypatch.setitem(step_parts._STEPS, "cpu", 1)
-    monkeypatch.setattr(augment, "_MEASURE_SECONDS", 1e-3)
+    monkeypatch.setitem(cases._TELLING_VIEWS, "cpu", (tiny,))
+    monkeypatch.setitem(step_parts.STEPS, "cpu", 1)
     return lambda line: [word.format_map(here) for word in shlex.split(line)]
 
 

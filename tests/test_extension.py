@@ -19,7 +19,7 @@ import torch
 from processes import environment
 from test_power_spherical import COLUMN, exact
 
-from vi_simsiam.benchmarks.baselines import textbook_loss
+from vi_simsiam.benchmarks.peers import textbook_loss
 from vi_simsiam.ops.multiview_loss import LossForm, multiview_loss
 
 ROOT = Path(__file__).resolve().parent.parent
