@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vi_simsiam.config import AugmentConfig, LossConfig, Method, ModelConfig, Stem, TrainConfig
-from vi_simsiam.data.datasets import Splits, open_dataset
-from vi_simsiam.engine.checkpoint import Checkpoint, write_json
+from vi_simsiam.data.datasets import open_dataset
+from vi_simsiam.engine.checkpoint import write_json
 from vi_simsiam.engine.run import Run
 from vi_simsiam.models import build_model
 
 SIZE = 16
 CPU = torch.device("cpu")
+_embedded_images = cache(partial(open_dataset, "fashion-mini"))
 
 
 def network_run(
@@ -53,25 +54,12 @@ def network_run(
                 values.data.uniform_(0.2, 1.0, generator=generator)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config.to_dict())
-    return Run(folder, config, model.eval(), embedded_images(), CPU, 0)
-
-
-@cache
-def embedded_images() -> Splits:
-    """The embedded images, unpacked once."""
-    return open_dataset("fashion-mini")
+    return Run(folder, config, model.eval(), _embedded_images(), CPU, 0)
 
 
 def largest(found: object, expected: Tensor) -> float:
     """Largest difference over the largest value."""
     return float((torch.as_tensor(found) - expected).abs().max() / expected.abs().max())
-
-
-def save(run: Run) -> Path:
-    """Write a run's checkpoint and a line of its log; returns the folder."""
-    Checkpoint(7, 1.0, 8_000, run.model.state_dict(), {}).save(run.path / "checkpoint.pt")
-    (run.path / "metrics.jsonl").write_text('{"step": 7, "epoch": 0.5, "loss": -0.25}\n')
-    return run.path
 
 
 def code_blocks(card: str) -> list[str]:
