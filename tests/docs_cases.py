@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from vi_simsiam.cli import main
-from vi_simsiam.cli.commands import COMMANDS
+from vi_simsiam.cli import COMMANDS, main
 from vi_simsiam.cli.parsing import parse
 
 ROOT = Path(__file__).parents[1]

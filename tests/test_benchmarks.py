@@ -32,8 +32,7 @@ from vi_simsiam.benchmarks.step import step_cases
 from vi_simsiam.benchmarks.timers import failure_reason, interleave
 from vi_simsiam.benchmarks.train_peers import PROVIDERS
 from vi_simsiam.benchmarks.view_cases import view_cases
-from vi_simsiam.cli import main
-from vi_simsiam.cli.commands import BENCHMARKS
+from vi_simsiam.cli import BENCHMARKS, main
 from vi_simsiam.engine import graph
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.multiview_loss import LossForm, eager_loss

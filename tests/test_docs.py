@@ -31,8 +31,7 @@ from inference_cases import save_images, save_run
 from PIL import Image
 
 from vi_simsiam.benchmarks.report import fill
-from vi_simsiam.cli import main
-from vi_simsiam.cli.commands import COMMANDS
+from vi_simsiam.cli import COMMANDS, main
 from vi_simsiam.config import LossConfig, TrainConfig
 from vi_simsiam.data.defaults import suited
 from vi_simsiam.data.sources import ArraySource

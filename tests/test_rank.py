@@ -16,10 +16,8 @@ from vi_simsiam.data import contact_sheet
 from vi_simsiam.data.contact_sheet import thumbnails
 from vi_simsiam.data.files import find_images
 from vi_simsiam.data.sources import ArraySource
-from vi_simsiam.errors import InputError
-from vi_simsiam.inference import rank
-from vi_simsiam.inference.embed import Table
-from vi_simsiam.inference.rank import draw_ranking, extremes, write_ranking
+from vi_simsiam.inference import embed
+from vi_simsiam.inference.embed import Table, draw_ranking, extremes, write_ranking
 
 
 def table(concentration: list[float] | None) -> Table:
@@ -68,7 +66,7 @@ def test_the_picture_shows_both_ends(
         drawn.extend(groups)
         return thumbnails(groups)
 
-    monkeypatch.setattr(rank, "thumbnails", record)
+    monkeypatch.setattr(embed, "thumbnails", record)
     kappa = [50, 0, 123456, 4.849, 0.0312]
     picture = draw_ranking(table(kappa), 11, k)
     captions = ["5", "0", "12,346", "0.485", "0.00312"]
@@ -87,14 +85,6 @@ def test_thumbnails_take_rows_of_eight() -> None:
     assert red.sum() == 10 * 112 * 112
     assert red.any(1).sum() == 3 * 112
     assert red.any(0).sum() == 8 * 112
-
-
-def test_simsiam_cannot_be_ranked(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="SimSiam run predicts no concentration"):
-        write_ranking(table(None), tmp_path / "r.csv")
-    with pytest.raises(InputError, match="SimSiam run predicts no concentration"):
-        draw_ranking(table(None), 11, 2)
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from unittest import mock
 
 import tyro
 
-from vi_simsiam.cli.commands import BENCHMARKS, COMMANDS
+from vi_simsiam.cli import BENCHMARKS, COMMANDS
 from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.paths import user_path
 

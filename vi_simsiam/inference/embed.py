@@ -1,7 +1,9 @@
-"""Embeddings, concentrations and nearest neighbours of all images of a folder, as Parquet file."""
+"""Encodings of all images of a folder: a Parquet file with neighbours, or a ranking by kappa."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import tempfile
@@ -15,10 +17,12 @@ from typing import IO, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vi_simsiam import __version__
+from vi_simsiam.data.contact_sheet import thumbnails
 from vi_simsiam.data.sources import ImageSource, Unreadable
 from vi_simsiam.engine.checkpoint import naming, write_atomically
 from vi_simsiam.errors import InputError
@@ -234,6 +238,60 @@ def describe(encoder: Encoder, source: ImageSource, views: int | None, seed: int
             **{name: version(name) for name in ("torch", "torchvision", "pillow", "pyarrow")},
         },
     }
+
+
+def extremes(values: NDArray[Any], count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices of the `count` lowest values, ascending, and of the `count` highest, descending.
+
+    Equal values keep their order. No index is in both: of fewer than 2 `count` values the lower
+    half is in the first.
+    """
+    order = np.argsort(values, kind="stable")
+    low = min(count, -(-len(values) // 2))
+    high = min(count, len(values) - low)
+    return order[:low], order[::-1][:high]
+
+
+def write_ranking(table: Table, out: Path) -> None:
+    """Write the images of a VI-SimSiam run as CSV: rank (1 is the least certain), path, kappa,
+    uncertainty.
+
+    Paths are written as bytes of the file system, which Python reads with
+    errors="surrogateescape".
+    """
+    assert table.concentration is not None
+    assert table.uncertainty is not None
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["rank", "path", "kappa", "uncertainty"])
+    for rank, row in enumerate(np.argsort(table.concentration, kind="stable").tolist(), 1):
+        kappa, uncertainty = f"{table.concentration[row]:.9g}", f"{table.uncertainty[row]:.9g}"
+        writer.writerow([rank, table.path(row), kappa, uncertainty])
+    content = text.getvalue().encode("utf-8", "surrogateescape")
+    write_atomically(out, lambda file: file.write(content))
+
+
+def draw_ranking(table: Table, dim: int, k: int) -> Image.Image:
+    """Draw the k >= 1 least and most certain images of a VI-SimSiam run, see `extremes`.
+
+    kappa/(D - 1) is under each, with D = `dim`.
+
+    Raises:
+        InputError: an image can no longer be read.
+    """
+    assert table.concentration is not None
+    values = table.concentration.astype(np.float64) / (dim - 1)
+    titles = ("Least certain: lowest κ / (D − 1)", "Most certain: highest κ / (D − 1)")
+    groups = []
+    for title, rows in zip(titles, extremes(values, k), strict=True):
+        images = [table.source.image(int(index)) for index in table.indices[rows]]
+        if images:
+            groups.append((title, list(zip(images, map(_shown, values[rows]), strict=True))))
+    return thumbnails(groups)
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 @contextmanager
