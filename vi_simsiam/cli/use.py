@@ -249,16 +249,17 @@ def info(arguments: list[str]) -> int:
     show(report(found))
     checks = []
     if options.check:
-        from vi_simsiam.self_check import run_checks, summary
+        from vi_simsiam.self_check import check, planned, summary
 
-        for check in run_checks(found["backends"], begin=lambda name: show(f"{name:46} ", end="")):
-            checks.append(check)
-            show(check.verdict())
+        for name, prepare in planned(found["backends"]):
+            show(f"{name:46} ", end="")
+            checks.append(check(name, prepare))
+            show(checks[-1].verdict())
         show(summary(checks))
-        found["checks"] = [asdict(check) for check in checks]
+        found["checks"] = [asdict(finding) for finding in checks]
     if options.json:
         print(json.dumps(found, indent=2))
-    return int(any(check.passed is False for check in checks))
+    return int(any(finding.passed is False for finding in checks))
 
 
 def bench(arguments: list[str]) -> int:
