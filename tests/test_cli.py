@@ -51,7 +51,7 @@ def test_info_names_every_backend_and_why_not(
     if not torch.cuda.is_available():
         assert found["backends"]["triton"]["why"] == "no CUDA device found"
     monkeypatch.setattr(info, "extension", lambda: None)
-    assert "extension    none: " in info.report()
+    assert "extension    none: " in info.report(info.facts())
 
 
 def test_train_evaluate_and_resume(

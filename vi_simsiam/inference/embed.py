@@ -7,8 +7,6 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -156,61 +154,47 @@ def write_parquet(
     from pyarrow import parquet
 
     text, number = pa.string(), pa.float32()
-    schema = pa.schema(
-        [
-            ("path", text),
-            ("path_bytes", pa.binary()),
-            ("embedding", pa.list_(number)),
-            ("concentration", number),
-            ("uncertainty", number),
-            ("neighbours", pa.list_(text)),
-            ("similarities", pa.list_(number)),
-        ],
-        metadata={"vi_simsiam": json.dumps(metadata)},
-    )
+    columns = {
+        "path": text,
+        "path_bytes": pa.binary(),
+        "embedding": pa.list_(number),
+        "concentration": number,
+        "uncertainty": number,
+        "neighbours": pa.list_(text),
+        "similarities": pa.list_(number),
+    }
+    schema = pa.schema(columns, metadata={"vi_simsiam": json.dumps(metadata)})
     among = table if reference is None else reference
     keys = None if reference is None else reference.embedding
-    found = None
-    if neighbours:
-        found = nearest(table.embedding, keys, neighbours, device=device, block=_ROWS)
+    found = nearest(table.embedding, keys, neighbours, device=device, block=_ROWS)
     total = len(table.indices)
 
     def lists(rows: NDArray[np.float32]) -> Any:
         offsets = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
         return pa.ListArray.from_arrays(offsets, np.ravel(rows))
 
-    def group(start: int) -> dict[str, Any]:
-        """Columns of the rows from `start` on; those left out are null."""
-        rows = slice(start, min(start + _ROWS, total))
-        paths = [table.path(row) for row in range(start, rows.stop)]
-        columns: dict[str, Any] = {
-            "path": list(map(printable, paths)),
-            "path_bytes": list(map(os.fsencode, paths)),
-            "embedding": lists(table.embedding[rows]),
-        }
+    def group(rows: range) -> dict[str, Any]:
+        values: dict[str, Any] = {name: pa.nulls(len(rows), kind) for name, kind in columns.items()}
+        paths = [table.path(row) for row in rows]
+        values["path"] = list(map(printable, paths))
+        values["path_bytes"] = list(map(os.fsencode, paths))
+        values["embedding"] = lists(table.embedding[rows.start : rows.stop])
         if table.concentration is not None and table.uncertainty is not None:
-            columns["concentration"] = table.concentration[rows]
-            columns["uncertainty"] = table.uncertainty[rows]
-        if found is not None:
+            values["concentration"] = table.concentration[rows.start : rows.stop]
+            values["uncertainty"] = table.uncertainty[rows.start : rows.stop]
+        if neighbours:
             which, cosines = (each.cpu().numpy() for each in next(found))
-            columns["neighbours"] = [[printable(among.path(row)) for row in near] for near in which]
-            columns["similarities"] = lists(cosines)
-        return columns
+            values["neighbours"] = [[printable(among.path(row)) for row in near] for near in which]
+            values["similarities"] = lists(cosines)
+        return values
 
     def write(file: IO[bytes]) -> None:
         with _progress(console) as progress, parquet.ParquetWriter(file, schema) as writer:
             task = progress.add_task("neighbours" if neighbours else "writing", total=total)
             for start in range(0, total, _ROWS):
-                columns = group(start)
-                count = len(columns["path"])
-                arrays = [
-                    pa.array(columns[column.name], column.type)
-                    if column.name in columns
-                    else pa.nulls(count, column.type)
-                    for column in schema
-                ]
-                writer.write_table(pa.table(arrays, schema=schema), row_group_size=_ROWS)
-                progress.advance(task, count)
+                rows = range(start, min(start + _ROWS, total))
+                writer.write_table(pa.table(group(rows), schema=schema), row_group_size=_ROWS)
+                progress.advance(task, len(rows))
 
     write_atomically(out, write)
 
@@ -294,16 +278,13 @@ def _shown(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-@contextmanager
-def _progress(console: Console | None) -> Iterator[Progress]:
-    shown = console is not None and console.is_terminal
-    with Progress(
+def _progress(console: Console | None) -> Progress:
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not shown,
-    ) as progress:
-        yield progress
+        disable=console is None or not console.is_terminal,
+    )
