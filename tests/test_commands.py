@@ -7,10 +7,13 @@ import importlib
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from report_cases import uncertainty_result
 
 import vi_simsiam
 from vi_simsiam.cli import BENCHMARKS, main
@@ -113,6 +116,7 @@ rank /nowhere photos => nowhere
 export /nowhere --format timm => nowhere
 experiment control => did you mean 'controls'?
 experiment controls --data folder:/nowhere --out OUT => nowhere
+experiment table1 --data IMAGES/train/dark --out OUT => has no labels
 experiment controls --data IMAGES --devices cuda:99 --out OUT => 'cuda:99' is not here
 experiment tuned --data IMAGES --trials 99 --out OUT => trials: 99 is not accepted
 """
@@ -325,3 +329,22 @@ def test_views_are_those_of_train(
     assert (large.size, large.blur_prob) == (96, 0.5)
     assert (policy.size, policy.blur_prob, policy.crop_scale) == (16, 0.5, (0.2, 1.0))
     assert still == dataclasses.replace(fitted, flip_prob=0.0)
+
+
+def test_names_with_brackets_are_no_styles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = uncertainty_result()
+    result["ood"] = {"[/x] [red]": result["ood"]["mine"]}
+    result["settings"]["notes"] = []
+
+    def evaluate(run: object, *, report: Callable[[str], object], **options: object) -> Any:
+        report("images of [/x]")
+        return result
+
+    monkeypatch.setattr("vi_simsiam.evaluation.uncertainty.evaluate_uncertainty", evaluate)
+    opened = SimpleNamespace(path=tmp_path)
+    monkeypatch.setattr("vi_simsiam.cli.evaluate.open_run", lambda options: opened)
+    code, out, _ = run(["uncertainty", str(tmp_path)], capsys)
+    assert code == 0
+    assert "[/x] [red] (" in out

@@ -236,3 +236,6 @@ def test_nothing_gives_nothing_but_a_run_must_be_there(encoder: Encoder, tmp_pat
         vi_simsiam.load(save_run(tmp_path / "run"), "tpu")
     with pytest.raises(InputError, match="workers: -1 must be at least 0"):
         encoder_module.load(tmp_path / "run", "cpu", workers=-1)
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"PK and then nothing")
+    with pytest.raises(InputError, match="it is damaged or no checkpoint"):
+        vi_simsiam.load(tmp_path / "run", "cpu")

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from export_cases import SIZE, largest, network_run
-from inference_cases import DIM, save_run
+from inference_cases import DIM, SIZE, largest, network_run, save_run
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file

@@ -12,7 +12,7 @@ import pytest
 import torch
 from evaluation_cases import SIZE as TINY
 from evaluation_cases import make_run
-from export_cases import SIZE, code_blocks, largest, network_run, run_code
+from inference_cases import SIZE, code_blocks, largest, network_run, run_code
 
 from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError

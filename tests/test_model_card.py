@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from export_cases import SIZE, code_blocks, network_run, run_code
 from huggingface_hub import ModelCardData
+from inference_cases import SIZE, code_blocks, network_run, run_code
 from PIL import Image
 
 from vi_simsiam.config import LossConfig, Stem, flat
