@@ -16,7 +16,7 @@ from vi_simsiam.data.contact_sheet import thumbnails
 from vi_simsiam.data.files import find_images
 from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.inference import embed
-from vi_simsiam.inference.embed import Table, draw_ranking, extremes, write_ranking
+from vi_simsiam.inference.embed import Table, draw_ranking, write_ranking
 
 
 def table(concentration: list[float] | None) -> Table:
@@ -28,16 +28,6 @@ def table(concentration: list[float] | None) -> Table:
     uncertainty = None if kappa is None else 10 / (kappa + 10)
     nothing = np.empty((count, 0), np.float32)
     return Table(images, 2 * np.arange(count), nothing, kappa, uncertainty)
-
-
-def test_extremes_are_ordered_and_disjoint() -> None:
-    values = np.random.default_rng(0).permutation(100).astype(float)
-    low, high = extremes(values, 8)
-    assert values[low].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert values[high].tolist() == [99, 98, 97, 96, 95, 94, 93, 92]
-    for few, ends in (([3.0, 1.0, 2.0], ([1, 2], [0])), ([3.0], ([0], []))):
-        low, high = extremes(np.array(few), 8)
-        assert (low.tolist(), high.tolist()) == ends
 
 
 def test_the_least_certain_comes_first(tmp_path: Path) -> None:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -181,27 +177,13 @@ def test_the_captured_step_is_held_to_the_step(
     assert (found.passed, found.why) == (fits, None if fits else "wrong results")
 
 
-def test_kernels_in_the_interpreter() -> None:
-    """The loss of two images and BatchNorm, in a process of its own; the others take longer."""
-    script = """
-import torch, triton_tools
-from vi_simsiam.self_check import OPERATIONS, check
-loss = OPERATIONS["VI-SimSiam loss"]
-def two_images(dtype):
-    predictions, targets, factor = loss.draw(dtype)
-    return predictions[:, :2], targets[:, :2], factor[:2]
-for operation in (loss._replace(draw=two_images), OPERATIONS["BatchNorm + ReLU"]):
-    for dtype in (torch.float32, torch.bfloat16):
-        found = check("", lambda: operation.case("triton", torch.device("cpu"), dtype))
-        assert found.passed and found.later_call_seconds is None, found
-"""
-    pytest.importorskip("triton", reason="Triton is not installed: its kernels are not checked")
-    # In the folder of triton_tools, which makes the interpreter faster.
-    options = {"cwd": Path(__file__).parent, "env": os.environ | {"TRITON_INTERPRET": "1"}}
-    command = [sys.executable, "-c", script]
-    result = subprocess.run(command, **options, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "RuntimeWarning" not in result.stderr
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_reference_passes_its_own_check(name: str) -> None:
+    """In float32, also that of kernels for which there is no device."""
+    found = self_check.check(
+        name, lambda: OPERATIONS[name].case("eager", torch.device("cpu"), torch.float32)
+    )
+    assert found.passed, found
 
 
 def test_what_is_not_available_is_not_run_and_an_extension_that_does_not_load_fails() -> None:

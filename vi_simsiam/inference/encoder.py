@@ -249,10 +249,17 @@ class Encoder:
 
 
 def load(run_folder: str | Path, device: str = "auto", *, workers: int | None = None) -> Encoder:
-    """Open a trained run to encode images with it.
+    """Open a trained run to encode images: ``vi_simsiam.load(RUN).encode(images).uncertainty``.
 
     The data set that it was trained on is not opened and may be gone: `run.splits` has no images.
-    `workers` is a number of threads that read images; see `vi_simsiam.load` for the rest.
+
+    Args:
+        run_folder: the folder that training wrote.
+        device: "auto" (the GPU where there is one), "cpu", "cuda" or "cuda:N".
+        workers: threads that read images; None for a number that suits the device.
+
+    Raises:
+        InputError: no run there, a damaged file, or no such device.
     """
     path = user_path("run_folder", run_folder)
     chosen = resolve_device(device)
