@@ -1,17 +1,22 @@
-"""Exports to torchvision, timm and safetensors: other libraries compute the run's features."""
+"""Exports to torchvision, timm, safetensors and ONNX: other libraries compute the run's outputs."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import timm
 import torch
-from inference_cases import DIM, SIZE, largest, network_run, save_run
+from evaluation_cases import SIZE as TINY
+from evaluation_cases import make_run
+from inference_cases import DIM, SIZE, code_blocks, largest, network_run, run_code, save_run
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -234,3 +239,89 @@ def test_unreadable_images_are_passed_over_and_damaged_weights_refused(
     with pytest.raises(InputError, match=r"are not finite; its weights are damaged"):
         export_run(damaged, "torchvision", tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Four residual blocks, which are exported to ONNX sooner."""
+    found = network_run(tmp_path_factory.mktemp("run"), stem="small")
+    for name in ("layer1", "layer2", "layer3", "layer4"):
+        layer = getattr(found.model.backbone, name)
+        setattr(found.model.backbone, name, layer[:1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def onnx_folder(small: Run) -> Path:
+    return export_run(small, "onnx")
+
+
+def session_of(folder: Path) -> onnxruntime.InferenceSession:
+    path = str(folder / "model.onnx")
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def hide(package: str, patch: pytest.MonkeyPatch) -> None:
+    """Make a package look as if it were not installed."""
+    find = importlib.util.find_spec
+    patch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+
+
+@torch.no_grad()
+def test_any_batch_gives_embedding_and_distribution(small: Run, onnx_folder: Path) -> None:
+    assert isinstance(small.model, VISimSiam)
+    onnx.checker.check_model(onnx.load(onnx_folder / "model.onnx"))
+    session = session_of(onnx_folder)
+    assert [(end.name, end.shape[1:]) for end in session.get_inputs()] == [
+        ("images", [3, SIZE, SIZE])
+    ]
+    names = ["embedding", "loc", "concentration"]
+    assert [end.name for end in session.get_outputs()] == names
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(batch))
+        embedding, loc, kappa = session.run(names, {"images": images.numpy()})
+        expected = small.model.distribution(images)
+        assert largest(embedding, small.model.backbone(images)) < 1e-5
+        assert largest(loc, expected.loc) < 1e-5
+        assert kappa.shape == (batch,)
+        assert largest(kappa, expected.concentration) < 1e-5
+    settings = json.loads((onnx_folder / "config.json").read_text())
+    assert set(settings["check"]["differences"]) == set(names)
+
+
+def test_the_card_of_a_graph_runs(onnx_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(onnx_folder)
+    names = run_code(code_blocks(Path("README.md").read_text())[:1])
+    assert names["features"].shape == (2, 512)
+    assert names["loc"].shape == (2, 8)
+    assert names["kappa"].shape == (2,)
+
+
+@torch.no_grad()
+def test_the_graph_of_simsiam_gives_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without onnxruntime, too: then nothing is compared, and the card states that."""
+    hide("onnxruntime", monkeypatch)
+    run = make_run(tmp_path, method="simsiam")
+    lines: list[str] = []
+    folder = export_run(run, "onnx", report=lines.append)
+    reason = "onnxruntime is not installed (pip install 'vi-simsiam[onnx]')"
+    assert lines == [f"model.onnx was not checked: {reason}"]
+    assert "was not checked against the run" in (folder / "README.md").read_text()
+    session = session_of(folder)
+    assert [output.name for output in session.get_outputs()] == ["embedding"]
+    images = torch.randn(3, 3, TINY, TINY)
+    (embedding,) = session.run(None, {"images": images.numpy()})
+    assert largest(embedding, run.model.backbone(images)) < 1e-5
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_missing_packages_are_named_before_anything_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    hide(package, monkeypatch)
+    message = rf"format: onnx needs {package}; .*pip install 'vi-simsiam\[onnx\]'"
+    with pytest.raises(InputError, match=message):
+        export_run(make_run(tmp_path), "onnx")
+    assert not (tmp_path / "export").exists()
