@@ -18,9 +18,9 @@ from vi_simsiam.cli import main
 from vi_simsiam.data.contact_sheet import thumbnails
 from vi_simsiam.data.files import find_images
 from vi_simsiam.data.sources import ArraySource
-from vi_simsiam.inference import embed, neighbours
+from vi_simsiam.inference import embed, forward
 from vi_simsiam.inference.embed import Table, draw_ranking, write_ranking
-from vi_simsiam.inference.neighbours import nearest
+from vi_simsiam.inference.forward import nearest
 
 CPU = torch.device("cpu")
 
@@ -55,7 +55,7 @@ def cosines(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("own", [True, False])
 def test_neighbours_are_those_of_brute_force(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over several blocks of queries and keys, with a row of zeros."""
-    monkeypatch.setattr(neighbours, "_KEYS", 5)
+    monkeypatch.setattr(forward, "_KEYS", 5)
     generator = np.random.default_rng(0)
     queries = generator.normal(size=(23, 6)).astype(np.float32)
     queries[4] = 0

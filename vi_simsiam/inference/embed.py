@@ -25,7 +25,7 @@ from vi_simsiam.data.sources import ImageSource, Unreadable
 from vi_simsiam.engine.checkpoint import naming, write_atomically
 from vi_simsiam.errors import InputError
 from vi_simsiam.inference.encoder import Encoder
-from vi_simsiam.inference.neighbours import nearest
+from vi_simsiam.inference.forward import nearest
 from vi_simsiam.models import VISimSiam
 from vi_simsiam.paths import printable
 from vi_simsiam.text import brief_repr, counted, one_line, print_line
