@@ -188,11 +188,14 @@ def test_a_folder_of_other_files_is_never_replaced(tmp_path: Path, tiny: Run) ->
         export_run(tiny, "torchvision", tmp_path / "notes.txt", overwrite=True)
 
 
-def test_timm_refuses_a_stem_that_it_has_not(tmp_path: Path, tiny: Run) -> None:
+def test_another_format_or_stem_is_refused(tmp_path: Path, tiny: Run) -> None:
     model = dataclasses.replace(tiny.config.model, stem="small")
     small = dataclasses.replace(tiny, config=dataclasses.replace(tiny.config, model=model))
     with pytest.raises(InputError, match="resnet18 has no stem 'small'"):
         export_run(small, "timm", tmp_path / "timm")
+    accepted = "format: 'keras' is none of torchvision, timm, safetensors, onnx"
+    with pytest.raises(InputError, match=accepted):
+        export_run(tiny, "keras", tmp_path / "keras")
     assert not list(tmp_path.iterdir())
 
 
