@@ -31,8 +31,7 @@ from vi_simsiam.benchmarks.peers import textbook_loss
 from vi_simsiam.benchmarks.results import COMPILED
 from vi_simsiam.benchmarks.step import step_cases
 from vi_simsiam.benchmarks.train_peers import PROVIDERS
-from vi_simsiam.cli import main
-from vi_simsiam.cli.commands import BENCHMARKS
+from vi_simsiam.cli import BENCHMARKS, main
 from vi_simsiam.engine import graph
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.multiview_loss import LossForm, eager_loss

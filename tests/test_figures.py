@@ -38,7 +38,7 @@ from vi_simsiam.evaluation.figures import (
 )
 from vi_simsiam.evaluation.style import STYLE, number, shown
 from vi_simsiam.evaluation.uncertainty_figures import best_others, draw_uncertainty, targets
-from vi_simsiam.inference.rank import extremes
+from vi_simsiam.inference.embed import extremes
 
 
 @pytest.fixture

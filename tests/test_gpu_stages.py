@@ -14,8 +14,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from vi_simsiam.cli import main
-from vi_simsiam.cli.commands import BENCHMARKS
+from vi_simsiam.cli import BENCHMARKS, main
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "gpu.py"

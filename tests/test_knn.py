@@ -19,7 +19,7 @@ from vi_simsiam.evaluation import knn
 from vi_simsiam.evaluation.knn import KnnConfig, classify, evaluate_knn
 from vi_simsiam.evaluation.results import unpack_bits
 from vi_simsiam.evaluation.summary import summary_line
-from vi_simsiam.inference import neighbours
+from vi_simsiam.inference import forward
 
 
 def random_problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,8 +86,8 @@ def test_lengths_and_blocks_do_not_matter_and_a_small_temperature_means_the_near
     sure = decided(train, labels, queries, KnnConfig())
     expected = voted(KnnConfig())[sure]
     assert torch.equal(voted(KnnConfig(), train * lengths, 7 * queries)[sure], expected)
-    monkeypatch.setattr(neighbours, "_KEYS", 70)
-    monkeypatch.setattr(knn, "nearest", functools.partial(neighbours.nearest, block=60))
+    monkeypatch.setattr(forward, "_KEYS", 70)
+    monkeypatch.setattr(knn, "nearest", functools.partial(forward.nearest, block=60))
     assert torch.equal(voted(KnnConfig())[sure], expected)
     sure = decided(train, labels, queries, KnnConfig(20, 1e-4))
     assert torch.equal(voted(KnnConfig(20, 1e-4))[sure], voted(KnnConfig(1))[sure])

@@ -32,7 +32,7 @@ from vi_simsiam.evaluation import metrics, scores
 from vi_simsiam.evaluation.calibration import augmented_views, calibration, pair_cosines
 from vi_simsiam.evaluation.logistic import LogisticProbe
 from vi_simsiam.evaluation.scores import Network, Reference, disagreement, eval_pixels, image_scores
-from vi_simsiam.inference import neighbours
+from vi_simsiam.inference import forward
 from vi_simsiam.models import VISimSiam
 
 
@@ -137,7 +137,7 @@ def reference(
 
 
 def test_nearest_neighbours_against_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "_KEYS", 25)  # several blocks
+    monkeypatch.setattr(forward, "_KEYS", 25)  # several blocks
     measured, train, _, queries = reference()
     search = NearestNeighbors(n_neighbors=20, metric="cosine").fit(train.numpy())
     distances = search.kneighbors(queries.numpy())[0].mean(1)

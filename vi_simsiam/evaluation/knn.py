@@ -17,7 +17,7 @@ from torch import Tensor
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.features import FeatureSets
 from vi_simsiam.evaluation.results import pack_bits, write_result
-from vi_simsiam.inference.neighbours import nearest
+from vi_simsiam.inference.forward import nearest
 
 
 @dataclass(frozen=True)

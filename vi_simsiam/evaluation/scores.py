@@ -25,8 +25,7 @@ from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.corruptions import jpeg_bytes
 from vi_simsiam.evaluation.logistic import LogisticProbe
 from vi_simsiam.inference.encoder import Encoding
-from vi_simsiam.inference.forward import evaluating
-from vi_simsiam.inference.neighbours import nearest
+from vi_simsiam.inference.forward import evaluating, nearest
 from vi_simsiam.models import SimSiam
 from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD
 from vi_simsiam.text import brief_repr
