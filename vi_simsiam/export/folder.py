@@ -167,9 +167,15 @@ def export_run(
         # In a timm folder config.json is timm's own.
         write_json(aside / (TIMM_SETTINGS if format == "timm" else SETTINGS), settings)
         write_text(aside / CARD, model_card(run, format, check=check, versions=installed))
+        earlier = Path(place, "earlier")
         if target.is_dir():
-            target.rename(Path(place, "earlier"))
-        aside.rename(target)
+            target.rename(earlier)
+        try:
+            aside.rename(target)
+        except BaseException:
+            if earlier.exists():
+                earlier.rename(target)
+            raise
     return target
 
 
