@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -11,15 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 
 from vi_simsiam.config import AugmentConfig, ModelConfig, TrainConfig
 from vi_simsiam.evaluation.results import pack_bits
 from vi_simsiam.experiments.catalogue import plan
 from vi_simsiam.experiments.measure import without_places
-from vi_simsiam.experiments.plan import Arm, Place, Plan, PlanOptions, make_plan, settings
+from vi_simsiam.experiments.plan import (
+    TRIAL_SEED,
+    Arm,
+    Place,
+    Plan,
+    PlanOptions,
+    make_plan,
+    settings,
+)
 from vi_simsiam.experiments.runner import run_experiment
 
 IMAGES = 400
@@ -28,7 +37,7 @@ STAND_IN = """
     import json, os, pathlib, signal, sys, time
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-    assert sys.argv[2] == "--parent" and int(sys.argv[3]) == os.getppid()
+    assert int(sys.argv[2]) == os.getppid()
     spec = json.loads(pathlib.Path(sys.argv[1]).read_text())
     folder, config = pathlib.Path(spec["folder"]), spec["config"]
     folder.mkdir(exist_ok=True)
@@ -50,6 +59,8 @@ STAND_IN = """
     (folder / "trained.json").write_text("{}")
     result = {key: spec[key] for key in ("experiment", "arm", "seed", "config")}
     result |= {"data": config["data"], "device": "none", "method": config["method"]}
+    result |= {name: {} for name in ("curve", "correct", "uncertainty", "versions")}
+    result |= dict.fromkeys(("images", "val_images", "seconds", "commit")) | {"date": "today"}
     result["accuracy"] = {"logistic": round(1 - config["lr"], 6)}
     pathlib.Path(spec["result"]).write_text(json.dumps(result))
     print("logistic 70.0 %")
@@ -98,8 +109,9 @@ def run(
 ) -> tuple[int, list[str]]:
     """Run a plan with stand-ins; the exit code and the lines printed."""
     place, printed = place or Place(devices=("cpu",), parallel=2), io.StringIO()
-    console = Console(file=printed, width=200)
-    code = run_experiment(plan, out, place, again="again", command=command, console=console)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr("vi_simsiam.experiments.runner._WORKER", command)
+        code = run_experiment(plan, out, place, "again")
     return code, printed.getvalue().splitlines()
 
 
@@ -206,12 +218,12 @@ def write_all(out: Path, name: str, **options: Any) -> Plan:
     """
     made = write_plan(out, name, **options)
     for arm in made.arms:
-        for seed in made.seeds:
+        for seed in range(made.options.seeds):
             write_result(out, result(arm, name, seed))
-    if (trials := made.trials) is not None:
-        for trial in trials.arms:
-            write_result(out / "trials", result(trial, name, trials.seed, **right(100)))
-        best, arms = trials.choose({trial.name: 0.25 for trial in trials.arms})
-        chosen = {arm.name: {"trial": best[arm.name], **settings(arm.config)} for arm in arms}
+    if made.trials:
+        for trial in made.trials:
+            write_result(out / "trials", result(trial, name, TRIAL_SEED, **right(100)))
+        arms = made.tuned({trial.name: 0.25 for trial in made.trials})
+        chosen = {arm.name: {"trial": trial, **settings(arm.config)} for trial, arm in arms.items()}
         (out / "chosen.json").write_text(json.dumps({"chosen": chosen}))
     return made

@@ -32,7 +32,6 @@ def test_every_plan_names_its_comparison_and_its_arms(name: str) -> None:
         assert all(arm[field] for field in ("note", "data", "method"))
     assert set(content["published"]) <= names
     assert all(arm.config.distinct for arm in planned.arms), "no image is in both parts"
-    assert list(planned.seeds) == [0, 1]
 
 
 def test_table1_is_the_preset_and_marks_what_the_paper_does_not_state() -> None:
@@ -49,7 +48,7 @@ def test_table1_is_the_preset_and_marks_what_the_paper_does_not_state() -> None:
         assert set(arm.inferred) == unstated | concentration
     assert planned.published["vi-simsiam-imagewoof"] == {"linear": 0.78468, "linear_top5": 0.98066}
     assert planned.primary is not None
-    assert planned.primary.measure == "linear"
+    assert planned.primary["measure"] == "linear"
 
 
 def test_lightlys_settings_make_the_same_steps_as_its_halved_loss() -> None:
@@ -77,11 +76,9 @@ def test_both_methods_get_the_same_number_of_different_trials(trials: int) -> No
     options = PlanOptions(trials=trials, batch_size=128)
     planned = plan("tuned", options)
     assert plan("tuned", options).described() == planned.described()
-    assert planned.trials is not None
-    assert planned.trials.seed not in planned.seeds
     literal = 0
     for method in ("simsiam", "vi-simsiam"):
-        configs = [arm.config for arm in planned.trials.arms if arm.config.method == method]
+        configs = [arm.config for arm in planned.trials if arm.config.method == method]
         points = {(config.lr, config.weight_decay, config.loss) for config in configs}
         assert len(points) == len(configs) == trials
         assert {config.held_out for config in configs} == {0.2}
@@ -89,7 +86,7 @@ def test_both_methods_get_the_same_number_of_different_trials(trials: int) -> No
         assert all(2e-4 <= lr <= 6e-3 for lr in rates), "in proportion to the batch"
         literal += len(rates)
     assert literal == trials // 2, "both parametrisations get equally many trials"
-    with pytest.raises(InputError, match=r"trials: 37 is not accepted; .* simsiam has 36 points"):
+    with pytest.raises(InputError, match="trials: 37 is not accepted; it must be at most 36"):
         plan("tuned", PlanOptions(trials=37))
 
 

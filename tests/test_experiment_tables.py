@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vi_simsiam.errors import InputError
-from vi_simsiam.experiments import figures, results
+from vi_simsiam.experiments import figures
 from vi_simsiam.experiments.measure import progress_curve
-from vi_simsiam.experiments.plan import Arm, Plan
+from vi_simsiam.experiments.plan import TRIAL_SEED, Arm, Plan
 from vi_simsiam.experiments.results import Experiment
 from vi_simsiam.experiments.statistics import difference
 from vi_simsiam.experiments.tables import result_sentence, summarise
@@ -70,8 +70,8 @@ def test_the_interval_decides_the_verdict(
     assert f"VI-SimSiam {means[0]} against SimSiam {means[1]}: " in sentence
     bits = [np.stack([first_right(count) for count in counts]) for counts in (ours, theirs)]
     found = difference(*bits)
-    assert f"95 % interval {ends((found.low, found.high))}, {seeds}, 400 images" in sentence
-    assert summary["primary"]["difference"] == found.to_dict()
+    assert f"95 % interval {ends((found['low'], found['high']))}, {seeds}, 400 images" in sentence
+    assert summary["primary"]["difference"] == found
     alone = min(len(ours), len(theirs)) == 1
     assert ("interval is over images only" in sentence) == alone
     assert ("over images only: an arm with one seed" in text) == alone
@@ -144,6 +144,7 @@ def test_stability_shows_how_runs_ended(tmp_path: Path) -> None:
     literal, scaled = arms(plan)["literal-d128"], arms(plan)["scaled-d128"]
     collapsing = result(literal, "stability", 0)
     collapsing["curve"]["z_std"][-1] = 0.1
+    collapsing["curve"]["cosine"][0] = -0.1  # no kappa is the best one there
     for content in (collapsing, diverged(literal, "stability", 1), result(scaled, "stability", 0)):
         write_result(tmp_path, content)
     summary, text = summarised(tmp_path)
@@ -186,9 +187,8 @@ def test_settings_that_differ_and_inferred_ones_are_marked(tmp_path: Path) -> No
 
 def test_trials_and_their_choice(tmp_path: Path) -> None:
     plan = write_all(tmp_path, "tuned", seeds=1, trials=2)
-    assert plan.trials is not None
-    first, lost, _, last = plan.trials.arms
-    seed, folder = plan.trials.seed, tmp_path / "trials"
+    first, lost, _, last = plan.trials
+    seed, folder = TRIAL_SEED, tmp_path / "trials"
     (folder / "results" / f"{lost.name}-seed-{seed}.json").unlink()
     write_result(folder, diverged(last, "tuned", seed))
     summary, text = summarised(tmp_path)
@@ -244,14 +244,8 @@ def test_folders_that_cannot_be_summarised_are_named(tmp_path: Path) -> None:
     ):
         write_result(tmp_path, result(plan.arms[1], "table1", 0, **changes))
         refused(message)
-    damaged = tmp_path / "results" / "x.json"
-    damaged.write_text("[]")
-    refused("x.json lacks arm, seed")
-    for content, message in (("{", "cannot be read"), ("{}", "lacks experiment, arms")):
-        (tmp_path / "plan.json").write_text(content)
-        refused(f"plan.json {message}")
-    (tmp_path / "plan.json").unlink()
-    refused("has no plan.json; it must be the folder of an experiment")
+    (tmp_path / "plan.json").write_text("{")
+    refused(r"plan\.json cannot be read")
 
 
 def test_stability_figure_has_a_column_for_each_dimension_and_parametrisation(
@@ -290,11 +284,3 @@ def test_figures_show_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [line.get_marker() for line in norms.lines].count("x") == 1, "the diverged run"
     runs = [line.get_xdata() for line in accuracy.axes[0].lines if line.get_marker() == "o"]
     assert [list(shares) for shares in runs] == [[50.0], [50.0, 52.0]]
-
-
-def test_curves_with_gaps_are_read() -> None:
-    curve = {"epoch": [1, 2], "kappa": [1.0, None], "cosine": [0.5, 0.5], "grad_norm": [None, 3.0]}
-    found = results.columns({"curve": curve})
-    assert found["ratio"] == pytest.approx([1.0, np.nan], nan_ok=True)
-    ending = results.stability_of([{"curve": curve}, {"curve": {}}])
-    assert (ending["ratio"], ending["grad_max"]["mean"]) == (None, 3.0)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import os
 import re
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -126,59 +124,39 @@ def test_another_plan_is_refused_by_the_option_that_differs(out: Path, command: 
     refused("^experiment: tuned is not what .* controls;", experiment="tuned")
     refused("planned by another version of vi-simsiam, with other primary", primary=None)
     (out / "plan.json").write_text("{")
-    refused(r"plan\.json is damaged")
+    refused(r"plan\.json cannot be read")
     (out / "plan.json").unlink()
     refused("holds other files")
     refused("is a file, not a folder", out / "results" / "a-seed-0.json")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="locks with fcntl")
-def test_one_command_at_a_time_runs_an_experiment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def flock(*_: object) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
+def test_one_command_at_a_time_runs_an_experiment(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(ONE.described()))
     with (
         FileLock(tmp_path / ".lock"),
         pytest.raises(InputError, match="another command is running the experiment"),
     ):
         run(ONE, tmp_path, [])
-    monkeypatch.setattr("fcntl.flock", flock)
-    with pytest.raises(InputError, match=r"^out: .*\.lock cannot be locked"):
-        run(ONE, tmp_path, [])
 
 
 def test_a_command_killed_before_its_plan_was_written_starts_again(
-    out: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
+    out: Path, command: list[str]
 ) -> None:
     out.mkdir()
     for name in (".lock", ".plan.json.0123456789abcdef"):
         (out / name).write_text("")
-
-    def start_another(*given: object, **options: object) -> None:
-        (out / "plan.json").write_text(json.dumps(small_plan({"a": 0.1}, seeds=2).described()))
-
-    with monkeypatch.context() as patch:
-        patch.setattr("vi_simsiam.experiments.runner._decode", start_another)
-        with pytest.raises(InputError, match=r"^seeds: 1 is not what .* was started with, 2;"):
-            run(ONE, out, command)
-    assert not (out / "runs").exists()
-    (out / "plan.json").unlink()
     assert run(ONE, out, command)[0] == 0
 
 
 def test_trials_choose_the_settings_once(out: Path, command: list[str]) -> None:
     """The stand-in's accuracy is 1 - lr: every method's lowest rate must win, and stay chosen."""
     planned = plan("tuned", PlanOptions(trials=2, seeds=1, data=("fashion-mini",), images=100))
-    assert planned.trials is not None
     code, lines = run(planned, out, command)
     assert code == 0
     assert {"4 of 4 runs done", "2 of 2 runs done"} <= set(lines)
     chosen = json.loads((out / "chosen.json").read_text())
     for method in ("simsiam", "vi-simsiam"):
-        trials = [arm for arm in planned.trials.arms if arm.config.method == method]
+        trials = [arm for arm in planned.trials if arm.config.method == method]
         best = min(trials, key=lambda arm: arm.config.lr)
         assert chosen["chosen"][method]["trial"] == best.name
         (call,) = calls(out, f"{method}-seed-0")

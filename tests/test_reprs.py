@@ -18,9 +18,6 @@ from vi_simsiam.data.datasets import open_dataset
 from vi_simsiam.data.packed import Contents
 from vi_simsiam.evaluation.figures import certainty
 from vi_simsiam.evaluation.logistic import LogisticProbe
-from vi_simsiam.experiments.catalogue import plan
-from vi_simsiam.experiments.plan import PlanOptions
-from vi_simsiam.experiments.results import Experiment
 from vi_simsiam.inference.encoder import Encoding
 from vi_simsiam.text import brief
 
@@ -46,7 +43,7 @@ def test_encodings_and_runs_are_one_short_line(tmp_path: Path) -> None:
     assert len(repr(encoder).splitlines()) == 1
 
 
-def test_sources_loaders_and_experiments_name_their_contents() -> None:
+def test_sources_and_loaders_name_their_contents() -> None:
     splits = repr(open_dataset("fashion-mini"))
     assert "train=ArraySource('fashion-mini/train', 8,000 images, 10 classes), val=" in splits
     packed = in_memory(gray_source(6, labelled=False))
@@ -54,12 +51,6 @@ def test_sources_loaders_and_experiments_name_their_contents() -> None:
     loader = MultiViewLoader(packed, AugmentConfig(size=8), 6, workers=0)
     assert repr(loader) == f"MultiViewLoader({packed!r}, batch_size=6, 1 batch an epoch)"
     assert "float32 (6, 3, 8, 8)], index=int64 (6,)" in repr(next(iter(loader)))
-    planned = plan("table1", PlanOptions(data=("fashion-mini",), seeds=1))
-    assert repr(planned) == "Plan(table1: simsiam, vi-simsiam; 1 seed each)"
-    found = Experiment(
-        {"experiment": "table1", "arms": []}, {"a": [{}], "b": []}, [], {}, ["b with seed 0"]
-    )
-    assert repr(found) == "Experiment(table1: 2 arms, 1 run, 1 missing)"
 
 
 def test_what_holds_arrays_prints_their_shapes(tmp_path: Path) -> None:

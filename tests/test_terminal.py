@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from experiment_cases import tiny_config
+from experiment_cases import small_plan, tiny_config
 from inference_cases import save_images
 from report_cases import uncertainty_result
 from rich.console import Console
@@ -15,7 +15,7 @@ from rich.console import Console
 from vi_simsiam.cli import evaluate as command
 from vi_simsiam.errors import InputError
 from vi_simsiam.experiments.plan import Arm, Place
-from vi_simsiam.experiments.runner import Run, _Batch, _decode
+from vi_simsiam.experiments.runner import Run, _decode, _table
 
 
 class Terminal(Console):
@@ -45,20 +45,18 @@ def test_names_of_data_are_no_styles(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_experiments_show_logs_and_data_as_they_are(tmp_path: Path) -> None:
     images = tmp_path / "images" / "a [b]" / "[" / "c]"
     save_images(images, 4)
-    config = tiny_config(f"folder:{images}")
-    with pytest.raises(InputError, match="has no labels"):  # before anything is trained
-        _decode(
-            [Arm("a", config, "")], Place(cache_dir=tmp_path / "cache"), Terminal(), measured=True
-        )
-
+    plan = small_plan({"a": 0.1})
+    arm = Arm("a", tiny_config(f"folder:{images}"), "")
     terminal = Terminal()
-    run = Run(Arm("a", config, ""), 0, tmp_path, {})
-    batch = _Batch([run], ["cpu"], Place(), terminal, [], "")
+    with pytest.raises(InputError, match="has no labels"):  # before anything is trained
+        _decode([arm], plan, Place(cache_dir=tmp_path / "cache"), terminal)
+
+    run = Run(plan, arm, 0, tmp_path)
     run.log.parent.mkdir()
     run.log.write_text("reading [/x] [red]\n")
     run.start(["sleep", "60"], threads=1, append=True)
     try:
-        terminal.print(batch.table())
+        terminal.print(_table([run], terminal.width))
     finally:
         run.kill()
         run.wait(5)

@@ -33,7 +33,7 @@ def experiment(arguments: list[str]) -> int:
 
     out = options.out or Path("runs") / "experiments" / options.name
     again = shlex.join(["vi-simsiam", "experiment", *arguments])
-    code = run_experiment(plan(options.name, options), out, options, again=again)
+    code = run_experiment(plan(options.name, options), out, options, again)
     if any((out / RESULTS).glob("*.json")):
         if options.name == "deaths":
             print(summarise_deaths(out))

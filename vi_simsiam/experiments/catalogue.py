@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from vi_simsiam.checks import choice, require
 from vi_simsiam.config import (
     LITERAL,
     SOFTPLUS,
@@ -19,23 +19,21 @@ from vi_simsiam.config import (
     policy,
     preset,
 )
-from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.experiments.plan import (
+    HELD_OUT,
     PRIMARY_MEASURE,
+    TRIAL_SEED,
     Arm,
     Plan,
     PlanOptions,
-    Trials,
     make_plan,
     scaled,
 )
-from vi_simsiam.text import METHODS, counted
+from vi_simsiam.text import METHODS
 
 _METHODS_PRIMARY = ("vi-simsiam", "simsiam", PRIMARY_MEASURE)
 _SHORT_EPOCHS = 100
 """In fewer epochs, a target network with momentum 0.996 stays close to the untrained network."""
-_TRIAL_SEED = 1000
-_HELD_OUT = 0.2
 _GRID_BATCH = 64
 _WEIGHT_DECAYS = (1e-4, 3e-4, 1e-3)
 _DEATH_DIMS, _DEATH_RATES = (128, 256, 512, 2048), (0.0125, 0.03, 0.06, 0.1)
@@ -57,8 +55,7 @@ def plan(name: str, options: PlanOptions) -> Plan:
         "lightly-imagenette": _lightly_imagenette,
         "deaths": _deaths,
     }
-    if name not in makers:
-        raise none_of("experiment", name, makers)
+    choice("experiment", name, tuple(makers))
     return makers[name](options)
 
 
@@ -105,32 +102,19 @@ def _tuned(options: PlanOptions) -> Plan:
     """
     base = scaled(preset(options.preset), options)
     arms = _both(base, "the settings that its trials chose")
-    unchosen = make_plan("tuned", options, arms, _METHODS_PRIMARY)
+    made = make_plan("tuned", options, arms, _METHODS_PRIMARY)
     drawn = {method: _drawn(method, base.batch_size, options.trials) for method in METHODS}
-    trials = {
-        arm.name: [
-            Arm(
-                f"trial-{arm.name}-{number:02d}",
-                replace(arm.config, held_out=_HELD_OUT, split_seed=_TRIAL_SEED, **settings),
-                f"trial of {arm.name}",
-            )
-            for number, settings in enumerate(drawn[arm.config.method], start=1)
-        ]
-        for arm in unchosen.arms
-    }
-
-    def choose(accuracies: dict[str, float]) -> tuple[dict[str, str], tuple[Arm, ...]]:
-        best = {
-            arm: max(own, key=lambda trial: accuracies[trial.name]) for arm, own in trials.items()
-        }
-        chosen = (
-            replace(arm, config=replace(best[arm.name].config, held_out=0.0, split_seed=0))
-            for arm in unchosen.arms
+    trials = tuple(
+        Arm(
+            f"trial-{arm.name}-{number:02d}",
+            replace(arm.config, held_out=HELD_OUT, split_seed=TRIAL_SEED, **settings),
+            f"trial of {arm.name}",
+            trial_of=arm.name,
         )
-        return {arm: trial.name for arm, trial in best.items()}, tuple(chosen)
-
-    every = tuple(itertools.chain.from_iterable(trials.values()))
-    return replace(unchosen, trials=Trials(every, _TRIAL_SEED, _HELD_OUT, PRIMARY_MEASURE, choose))
+        for arm in made.arms
+        for number, settings in enumerate(drawn[arm.config.method], start=1)
+    )
+    return replace(made, trials=trials)
 
 
 def _drawn(method: Method, batch_size: int, trials: int) -> list[dict[str, Any]]:
@@ -145,7 +129,7 @@ def _drawn(method: Method, batch_size: int, trials: int) -> list[dict[str, Any]]
     Both methods have 36 points. The gradients of the literal loss, the paper's, are D - 1 times as
     large.
     """
-    generator = np.random.default_rng(_TRIAL_SEED)
+    generator = np.random.default_rng(TRIAL_SEED)
 
     def shuffled(low: float, high: float, count: int, loss: LossConfig) -> list[dict[str, Any]]:
         rates = np.geomspace(low, high, count) * batch_size / _GRID_BATCH
@@ -161,9 +145,7 @@ def _drawn(method: Method, batch_size: int, trials: int) -> list[dict[str, Any]]
     else:
         forms = shuffled(6e-3, 0.1, 6, LossConfig()), shuffled(1e-4, 3e-3, 6, LITERAL)
         points = [point for both in zip(*forms, strict=True) for point in both]
-    if trials > len(points):
-        size = counted(len(points), "point")
-        raise InputError(f"trials: {trials} is not accepted; the grid of {method} has {size}")
+    require("trials", trials, trials <= len(points), f"at most {len(points)}, the points of a grid")
     return points[:trials]
 
 
@@ -290,20 +272,19 @@ def _lightly_imagenette(options: PlanOptions) -> Plan:
         augment=policy("lightly-imagenette"),
         model=ModelConfig(dim=2048, projector_hidden=2048, predictor_hidden=512),
     )
-    simsiam = scaled(base, options)
-    ours = replace(simsiam, method="vi-simsiam")
+    base = scaled(base, options)
     arms = [
-        Arm("simsiam", simsiam, "SimSiam with the settings of lightly's ImageNette benchmark"),
-        Arm("vi-simsiam", ours, "VI-SimSiam with the same settings"),
+        Arm("simsiam", base, "SimSiam with the settings of lightly's ImageNette benchmark"),
+        Arm("vi-simsiam", replace(base, method="vi-simsiam"), "VI-SimSiam with the same settings"),
     ]
-    accuracy = {200: 0.752, 800: 0.872}.get(simsiam.epochs)
+    accuracy = {200: 0.752, 800: 0.872}.get(base.epochs)
     return make_plan(
         "lightly-imagenette",
         options,
         arms,
         ("vi-simsiam", "simsiam", "knn200"),
         published=None if accuracy is None else {"imagenette": {"simsiam": {"knn200": accuracy}}},
-        progress_every=max(1, simsiam.epochs // 20),
+        progress_every=max(1, base.epochs // 20),
     )
 
 
@@ -314,10 +295,9 @@ def _deaths(options: PlanOptions) -> Plan:
     and at most four of SimSiam. Nothing is measured but the training itself.
     """
     base = replace(scaled(preset(options.preset), options), log_every=5, loss=LossConfig())
-    if base.epochs < 2:
-        raise InputError(
-            f"epochs: {base.epochs} is not accepted; kappa is followed from the second epoch on"
-        )
+    require(
+        "epochs", base.epochs, base.epochs >= 2, "at least 2: kappa is followed after the first"
+    )
 
     def arms(dim: int, lr: float) -> Iterator[Arm]:
         at = f"d{dim}-lr{lr:g}"
@@ -332,6 +312,4 @@ def _deaths(options: PlanOptions) -> Plan:
 
     dims = _DEATH_DIMS if options.dim is None else (options.dim,)
     every = [arm for dim in dims for lr in _DEATH_RATES for arm in arms(dim, lr)]
-    primary = (every[0].name, every[1].name, "")
-    made = make_plan("deaths", options, every, primary, data=("fashion-mini",), measures=())
-    return replace(made, primary=None)  # the experiment counts; it does not compare arms
+    return make_plan("deaths", options, every, None, data=("fashion-mini",), measures=())

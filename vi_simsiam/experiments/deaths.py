@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.engine.checkpoint import write_json, write_text
 from vi_simsiam.engine.verdict import LEAST_COSINE, LEAST_RATIO
-from vi_simsiam.errors import InputError
-from vi_simsiam.experiments.results import load
+from vi_simsiam.experiments.runner import PLAN, RESULTS, load
 
 _LINES = 5
 """Lines of metrics that are averaged, since the concentration of one batch is noisy."""
@@ -39,14 +38,10 @@ def summarise_deaths(out: Path) -> Path:
 
     Returns:
         Path of summary.md.
-
-    Raises:
-        InputError: a result is damaged.
     """
-    paths = sorted((out / "results").glob("*.json"))
-    results = [load(path) for path in paths]
-    rows = _judged([_row(path, result) for path, result in zip(paths, results, strict=True)])
-    given = load(out / "plan.json", ("options",))["options"]
+    results = [load(path) for path in sorted((out / RESULTS).glob("*.json"))]
+    rows = _judged([_row(result) for result in results])
+    given = load(out / PLAN)["options"]
     options = (
         f"{name} {' '.join(value) if isinstance(value, list) else value}"
         for name, value in given.items()
@@ -67,31 +62,28 @@ def summarise_deaths(out: Path) -> Path:
     return out / "summary.md"
 
 
-def _row(path: Path, result: dict[str, Any]) -> Row:
-    try:
-        config = TrainConfig.from_dict({**result["config"], "data_root": "data", "cache_dir": None})
-        curve = {name: np.array(values) for name, values in result["curve"].items()}
-        row = {
-            "arm": result["arm"].partition("-d")[0] if config.method == "vi-simsiam" else "simsiam",
-            "data": result["data"],
-            "dim": config.model.dim,
-            "lr": config.lr,
-            "seed": result["seed"],
-            "steps": result["steps"],
-        }
-        if "diverged" in result:
-            return {**row, "cosine": 0.0, "dead": "diverged"}
-        row["cosine"] = _end(curve["cosine"])
-        if config.method == "vi-simsiam":
-            row |= {"kappa": _end(curve["kappa"]), "kappa_best": _end(curve["kappa_best"])}
-            later = curve["epoch"] > 1
-            kappa, best = (_smooth(curve[name][later]) for name in ("kappa", "kappa_best"))
-            ratios = kappa / np.maximum(best, _LEAST_BEST)
-            row["least_ratio"] = float(f"{ratios.min():.3g}")
-            row["largest_ratio"] = float(f"{ratios.max():.3g}")
-        return row
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"out: {path} is damaged ({error})") from error
+def _row(result: dict[str, Any]) -> Row:
+    config = TrainConfig.from_dict({**result["config"], "data_root": "data", "cache_dir": None})
+    curve = {name: np.array(values) for name, values in result["curve"].items()}
+    row = {
+        "arm": result["arm"].partition("-d")[0] if config.method == "vi-simsiam" else "simsiam",
+        "data": result["data"],
+        "dim": config.model.dim,
+        "lr": config.lr,
+        "seed": result["seed"],
+        "steps": result["steps"],
+    }
+    if "diverged" in result:
+        return {**row, "cosine": 0.0, "dead": "diverged"}
+    row["cosine"] = _end(curve["cosine"])
+    if config.method == "vi-simsiam":
+        row |= {"kappa": _end(curve["kappa"]), "kappa_best": _end(curve["kappa_best"])}
+        later = curve["epoch"] > 1
+        kappa, best = (_smooth(curve[name][later]) for name in ("kappa", "kappa_best"))
+        ratios = kappa / np.maximum(best, _LEAST_BEST)
+        row["least_ratio"] = float(f"{ratios.min():.3g}")
+        row["largest_ratio"] = float(f"{ratios.max():.3g}")
+    return row
 
 
 def _end(values: NDArray[np.float64]) -> float:

@@ -1,11 +1,10 @@
-"""One run of an experiment, as a process: `python -m vi_simsiam.experiments.worker SPEC.json`.
+"""One run of an experiment: `python -m vi_simsiam.experiments.worker SPEC.json PARENT-PROCESS`.
 
 Trains, then measures, and skips what is done already: a killed run continues where it was.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -13,41 +12,32 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from vi_simsiam.config import TrainConfig, differing_fields
+from vi_simsiam.config import TrainConfig
 from vi_simsiam.engine.checkpoint import write_json
-from vi_simsiam.engine.run import CHECKPOINT, read_config
+from vi_simsiam.engine.run import CHECKPOINT, check_config, read_config
 from vi_simsiam.engine.train import Trainer
-from vi_simsiam.errors import InputError, TrainingError, UserError
+from vi_simsiam.errors import TrainingError, UserError
 from vi_simsiam.experiments.measure import Progress, measure_run
 from vi_simsiam.experiments.runner import TRAINED, locked
 
 _SECONDS_TO_LOCK = 90.0
 """Time to wait for an earlier process of the same run, which may still be saving."""
-_PARENT_SECONDS = 1.0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Do one run.
+def main(path: Path) -> int:
+    """Do the run of the specification in `path`.
 
     Returns:
         The exit code: 0 done, 2 failed for a reason that is printed, 130 interrupted.
     """
-    parser = argparse.ArgumentParser(prog="worker", description=__doc__)
-    parser.add_argument("spec", type=Path)
-    parser.add_argument("--parent", type=int, help="process whose end ends this one")
-    given = parser.parse_args(arguments)
     try:
-        if given.parent is not None:
-            _end_with(given.parent)
-        spec = json.loads(given.spec.read_text())
+        spec = json.loads(path.read_text())
         folder = Path(spec["folder"])
-        folder.parent.mkdir(parents=True, exist_ok=True)
         lock, busy = folder.with_name(f".{folder.name}.lock"), f"run: another process uses {folder}"
         with locked(lock, busy, seconds=_SECONDS_TO_LOCK):
             print(work(spec), flush=True)
@@ -61,15 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def work(spec: dict[str, Any]) -> str:
-    """Do the run of a specification and write its result file.
-
-    Returns:
-        A line on the result.
-
-    Raises:
-        UserError: the run cannot be done.
-        KeyboardInterrupt: a signal arrived; the run can be continued.
-    """
+    """Do the run of a specification and write its result file; returns a line on the result."""
     result, folder = Path(spec["result"]), Path(spec["folder"])
     config = TrainConfig.from_dict(spec["config"])
     if result.is_file():
@@ -108,10 +90,7 @@ def train(config: TrainConfig, folder: Path, progress_every: int | None = None) 
     """
     done = folder / TRAINED
     if done.is_file():
-        if differing := differing_fields(read_config(folder), config):
-            raise InputError(
-                f"run: {folder} was trained with another configuration: {'; '.join(differing)}"
-            )
+        check_config(read_config(folder), config, folder)
         before: dict[str, Any] = json.loads(done.read_text())
         return before
     # Without a checkpoint, the folder of a killed run holds nothing to keep.
@@ -135,14 +114,11 @@ def train(config: TrainConfig, folder: Path, progress_every: int | None = None) 
 
 def _end_with(parent: int) -> None:
     """Save and end when the process that started this one has ended, in whatever way."""
-
-    def wait() -> None:
-        while os.getppid() == parent:
-            time.sleep(_PARENT_SECONDS)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=wait, daemon=True).start()
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    threading.Thread(target=_end_with, args=(int(sys.argv[2]),), daemon=True).start()
+    sys.exit(main(Path(sys.argv[1])))
