@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from vi_simsiam.config import AugmentConfig, ModelConfig, TrainConfig
 from vi_simsiam.evaluation.results import pack_bits
 from vi_simsiam.experiments.catalogue import plan
-from vi_simsiam.experiments.measure import without_places
 from vi_simsiam.experiments.plan import (
     TRIAL_SEED,
     Arm,
@@ -30,6 +29,7 @@ from vi_simsiam.experiments.plan import (
     settings,
 )
 from vi_simsiam.experiments.runner import run_experiment
+from vi_simsiam.experiments.worker import without_places
 
 IMAGES = 400
 # The learning rate selects the behaviour: 0.5 fails, 0.25 waits for SIGTERM, others finish at once.
@@ -37,7 +37,6 @@ STAND_IN = """
     import json, os, pathlib, signal, sys, time
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-    assert int(sys.argv[2]) == os.getppid()
     spec = json.loads(pathlib.Path(sys.argv[1]).read_text())
     folder, config = pathlib.Path(spec["folder"]), spec["config"]
     folder.mkdir(exist_ok=True)

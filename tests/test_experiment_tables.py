@@ -22,11 +22,11 @@ from PIL import Image
 
 from vi_simsiam.errors import InputError
 from vi_simsiam.experiments import figures
-from vi_simsiam.experiments.measure import progress_curve
 from vi_simsiam.experiments.plan import TRIAL_SEED, Arm, Plan
 from vi_simsiam.experiments.results import Experiment
 from vi_simsiam.experiments.statistics import difference
 from vi_simsiam.experiments.tables import result_sentence, summarise
+from vi_simsiam.experiments.worker import progress_curve
 
 
 def arms(plan: Plan) -> dict[str, Arm]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -20,11 +21,18 @@ INTERRUPTED = 130
 """Exit code of a process that was interrupted and can go on later."""
 _POLL_SECONDS = 0.2
 _SAVING_SECONDS = 60.0
+_PR_SET_PDEATHSIG = 1
 _Process = TypeVar("_Process", bound="Process")
 
 
+def _end_with_parent() -> None:
+    """Let this process receive SIGTERM when its parent has ended, in whatever way (on Linux)."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 class Process:
-    """A process in its own process group, with its output in a file.
+    """A process in its own process group, which ends with this one; its output is in a file.
 
     Attributes:
         log: the file of its output.
@@ -80,6 +88,7 @@ class Process:
                 # A terminal's Ctrl-C would reach the process in addition to that of
                 # `supervise`, and a second signal ends it at once.
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         self._started = time.monotonic()
 

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import datetime
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -68,18 +67,17 @@ def outcome(name: str, run: Process, done: str | None) -> str:
 def holds(out: Path, name: str) -> bool:
     """Return True if the folder `out` holds the file `name`, and False if it is new or empty.
 
+    Hidden files do not count: a killed command may leave its lock and a temporary file.
+
     Raises:
         InputError: `out` is a file, or holds other files.
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"out: {out} is a file, not a folder")
-    if (out / name).is_file():
-        return True
-    # A killed command may leave its lock and a temporary file of `name`.
     names = [path.name for path in out.iterdir()] if out.is_dir() else []
-    if any(left != ".lock" and not left.startswith(f".{name}.") for left in names):
+    if name not in names and not all(other.startswith(".") for other in names):
         raise InputError(f"out: {out} holds other files; give an empty or new folder")
-    return False
+    return name in names
 
 
 @contextlib.contextmanager
@@ -149,8 +147,7 @@ class Run(Process):
             path.parent.mkdir(parents=True, exist_ok=True)
         spec = self.folder.with_name(f"{self.name}.json")
         write_json(spec, content)
-        command = [*_WORKER, str(spec), str(os.getpid())]
-        self.start(command, threads=threads, append=True)
+        self.start([*_WORKER, str(spec)], threads=threads, append=True)
 
 
 def run_experiment(plan: Plan, out: Path, place: Place, again: str) -> int:
@@ -180,7 +177,6 @@ def run_experiment(plan: Plan, out: Path, place: Place, again: str) -> int:
     _decode([run.arm for run in (*trials, *runs) if not run.finished], plan, place, console)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / ".lock", f"out: another command is running the experiment in {out}"):
-        _check(plan, out)  # another command may have started here while images were decoded
         if not (out / PLAN).is_file():
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             write_json(out / PLAN, {**plan.described(), "created": now})
