@@ -7,7 +7,7 @@ OUT/summary.md      the counts
 from __future__ import annotations
 
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.engine.checkpoint import write_json, write_text
 from vi_simsiam.engine.verdict import LEAST_COSINE, LEAST_RATIO
-from vi_simsiam.experiments.runner import PLAN, RESULTS, load
+from vi_simsiam.experiments.runner import MARKDOWN, PLAN, RESULTS, load
 
 _LINES = 5
 """Lines of metrics that are averaged, since the concentration of one batch is noisy."""
@@ -34,11 +34,7 @@ Row = dict[str, Any]
 
 
 def summarise_deaths(out: Path) -> Path:
-    """Write OUT/runs.json and OUT/summary.md from the results in OUT/results/.
-
-    Returns:
-        Path of summary.md.
-    """
+    """Write OUT/runs.json and OUT/summary.md from the results; returns the path of summary.md."""
     results = [load(path) for path in sorted((out / RESULTS).glob("*.json"))]
     rows = _judged([_row(result) for result in results])
     given = load(out / PLAN)["options"]
@@ -57,9 +53,10 @@ def summarise_deaths(out: Path) -> Path:
             "measured": max(result["date"] for result in results).partition("T")[0],
         },
     }
+    path = out / MARKDOWN
     write_json(out / "runs.json", runs)
-    write_text(out / "summary.md", deaths_markdown(runs))
-    return out / "summary.md"
+    write_text(path, deaths_markdown(runs))
+    return path
 
 
 def _row(result: dict[str, Any]) -> Row:
@@ -101,18 +98,17 @@ def _judged(rows: Sequence[Row]) -> list[Row]:
 
     A concentration is dead below a tenth of the best one. A network is dead if predictions and
     targets end at right angles while SimSiam's, on the same images and with the same D and learning
-    rate, do not. The reference is SimSiam's run with the same seed, which has the same batches in
-    the same order, or the mean of its seeds where that run is missing.
+    rate, do not: SimSiam's run with the same seed, which has the same batches in the same order, or
+    the mean of its seeds where that run is missing.
     """
-    simsiam_rows = [row for row in rows if row["arm"] == "simsiam"]
-    reference = {
-        key: {row["seed"]: row["cosine"] for row in group}
-        for key, group in _groups(simsiam_rows, "data", "dim", "lr").items()
-    }
+    reference: dict[tuple[Any, ...], dict[int, float]] = defaultdict(dict)
+    for row in rows:
+        if row["arm"] == "simsiam":
+            reference[row["data"], row["dim"], row["lr"]][row["seed"]] = row["cosine"]
     judged = []
     for row in rows:
-        simsiam = reference.get((row["data"], row["dim"], row["lr"]), {-1: 0.0})
-        cosine = simsiam.get(row["seed"], statistics.mean(simsiam.values()))
+        simsiam = reference[row["data"], row["dim"], row["lr"]]
+        cosine = simsiam.get(row["seed"], statistics.mean(simsiam.values() or [0.0]))
         reasons = []
         if "kappa" in row and row["kappa"] < LEAST_RATIO * row["kappa_best"]:
             reasons.append("kappa")

@@ -35,9 +35,6 @@ def draw(out: Path) -> list[Path]:
 
     Returns:
         The paths of the figures drawn.
-
-    Raises:
-        InputError: there is no plan, or a file is damaged.
     """
     experiment = Experiment.read(out)
     with matplotlib.rc_context(STYLE):
@@ -55,7 +52,7 @@ def groups(experiment: Experiment) -> dict[str, Arms]:
     found: dict[tuple[str, int, str], Arms] = {}
     for arm, runs in experiment.arms.items():
         for run in runs:
-            if "epoch" in (curve := columns(run)) and len(curve["epoch"]):
+            if run["curve"]:
                 key = (run["data"], run["config"]["model"]["dim"], _parametrisation(run))
                 found.setdefault(key, {}).setdefault(arm, []).append(run)
     for key in [key for key in found if not key[2]]:

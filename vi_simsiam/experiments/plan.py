@@ -215,7 +215,7 @@ def make_plan(
     published: dict[str, Any] | None = None,
     **more: Any,
 ) -> Plan:
-    """Make a plan of the requested arms on every data set.
+    """Make a plan of the requested arms on every data set of `options`, else of `data`.
 
     Args:
         experiment: name.

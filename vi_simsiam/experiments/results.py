@@ -132,7 +132,7 @@ def _data_set(experiment: Experiment, data: str) -> dict[str, Any]:
             "difference": {name: _compare(runs, other, name) for name, other in against.items()},
             "published": published.get(arm, {}),
             "uncertainty": _uncertainty(runs),
-            "stability": stability_of(runs),
+            "stability": _stability(runs),
             "seconds": _range(run["seconds"] for run in runs if run["seconds"] is not None),
         }
     differing, common = _settings(arms)
@@ -262,32 +262,23 @@ def columns(run: Run) -> dict[str, NDArray[np.float64]]:
     return found
 
 
-def stability_of(runs: list[Run]) -> dict[str, Any]:
-    """The state at the end of an arm's trainings, as means over seeds.
-
-    Returns:
-        {"ratio", "z_std", "effective_rank", "grad_median", "grad_max": estimate or None,
-        "collapsed" and "diverged": number of runs, "runs": number of runs with a curve}.
-    """
-    rows = [_ending(columns(run)) for run in runs]
-    spread = [row["z_std"] for row in rows if "z_std" in row]
+def _stability(runs: list[Run]) -> dict[str, Any]:
+    """The state at the end of an arm's trainings, as means over seeds, and numbers of runs."""
+    endings = [_ending(columns(run)) for run in runs if run["curve"]]
     return {
-        **{name: estimate(row.get(name) for row in rows) for name in _ENDINGS},
-        "collapsed": sum(value < COLLAPSE_THRESHOLD for value in spread),
+        **{name: estimate(ending.get(name) for ending in endings) for name in _ENDINGS},
+        "collapsed": sum(ending["z_std"] < COLLAPSE_THRESHOLD for ending in endings),
         "diverged": len(_diverged(runs)),
-        "runs": len(spread),
+        "runs": len(endings),
     }
 
 
 def _ending(curve: dict[str, NDArray[np.float64]]) -> dict[str, float]:
     """Means of the last epoch, and median and maximum of the gradient norm over the training."""
-    epoch = curve.get("epoch", np.empty(0))
-    if not len(epoch):
-        return {}
-    last = epoch > epoch[-1] - 1
+    last = curve["epoch"] > curve["epoch"][-1] - 1
     shown = {name: curve[name][last] for name in _ENDINGS if name in curve}
     found = {name: np.nanmean(part) for name, part in shown.items() if np.isfinite(part).any()}
-    norm = curve.get("grad_norm", np.empty(0))
+    norm = curve["grad_norm"]
     if np.isfinite(norm).any():
         found |= {"grad_median": np.nanmedian(norm), "grad_max": np.nanmax(norm)}
     return {name: float(value) for name, value in found.items()}
@@ -306,8 +297,8 @@ def _settings(arms: Arms) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         if name == "seed" or name in PLACE_FIELDS:
             continue
         values = {arm: _one([run.get(name) for run in runs]) for arm, runs in found.items()}
-        first = next(iter(values.values()))
-        if all(value == first for value in values.values()):
+        first, *others = values.values()
+        if all(value == first for value in others):
             common[name] = first
         else:
             differing[name] = values

@@ -16,6 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vi_simsiam.config import TrainConfig
 from vi_simsiam.data.cache import cached
 from vi_simsiam.data.decoding import cores
 from vi_simsiam.engine.checkpoint import write_json
@@ -36,6 +36,7 @@ from vi_simsiam.experiments.plan import PRIMARY_MEASURE, TRIAL_SEED, Arm, Place,
 from vi_simsiam.text import counted, print_line
 
 PLAN, CHOSEN, RUNS, RESULTS, TRIALS = "plan.json", "chosen.json", "runs", "results", "trials"
+MARKDOWN = "summary.md"
 TRAINED = "trained.json"
 """File in a run folder whose training is finished; only the measurements may be missing."""
 _WORKER = (sys.executable, "-m", "vi_simsiam.experiments.worker")
@@ -272,11 +273,8 @@ def _decode(arms: Sequence[Arm], plan: Plan, place: Place, console: Console) -> 
     Raises:
         InputError: a data set that is not available, has too few images, or cannot be evaluated on.
     """
-    fields = ("data", "images", "held_out", "split_seed", "distinct")
-    selections: dict[tuple[Any, ...], TrainConfig] = {}
-    for arm in arms:
-        selections.setdefault(tuple(getattr(arm.config, name) for name in fields), arm.config)
-    for config in selections.values():
+    fields = attrgetter("data", "images", "held_out", "split_seed", "distinct")
+    for config in {fields(arm.config): arm.config for arm in arms}.values():
         with console.status(escape(f"reading {config.data}"), spinner="line"):
             here = dataclasses.replace(config, data_root=place.data_root, offline=place.offline)
             splits = open_splits(here.located())

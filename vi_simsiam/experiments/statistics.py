@@ -1,10 +1,8 @@
 """Statistics of runs over seeds and images: means, and intervals of the difference of two arms.
 
-An accuracy has two sources of chance, the seed of the training run and the test images, and both
-are crossed: every run of both arms is tested on the same images. A hard image is hard for all runs,
-so `difference` draws images once for all of them; separate draws would count noise that cancels in
-the difference. It draws seeds for each arm separately: two arms with the same seed share initial
-weights and views only by accident of the random numbers, so they are no pair.
+Every run of both arms is tested on the same images, and a hard image is hard for all of them: so
+images are drawn once for all runs. Seeds are drawn for each arm separately: two arms with the same
+seed share initial weights and views by accident of the random numbers, so they are no pair.
 """
 
 from __future__ import annotations
@@ -51,16 +49,12 @@ def difference(
 
     Every draw takes as many images as there are, with replacement and the same for all runs, and as
     many seeds of each arm as it has. Each image enters by its mean over the seeds, the seeds by the
-    deviations of their accuracies from their arm's. A bootstrap of n = 3 values has 2/3 of the
-    variance that it should have and normal percentiles where Student's are due: over 3 + 3 seeds
-    plain percentiles cover the truth in 81 % of all experiments, not 95 %. The deviations are
+    deviations of their accuracies from their arm's. A bootstrap of n values has (n - 1) / n of the
+    variance that it should have and normal percentiles where Student's are due. The deviations are
     therefore widened by sqrt(n / (n - 1)) and by the ratio of Student's quantile, of n_1 + n_2 - 2
     degrees of freedom, to the normal one (the expanded percentile interval of Hesterberg, "What
     teachers should know about the bootstrap", arXiv 1411.5279, for two samples and the part of the
-    seeds). Where seeds differ by no more than their luck with single images, which both parts
-    count, the interval is too wide, never too narrow.
-
-    With one seed in either arm, only images are drawn.
+    seeds). With one seed in either arm, only images are drawn.
 
     Args:
         first: (S1, N) bool, the images that each of S1 runs got right.

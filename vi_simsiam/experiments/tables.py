@@ -9,10 +9,10 @@ from typing import Any
 from vi_simsiam.engine.checkpoint import write_json, write_text
 from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.experiments.results import Experiment, collect
+from vi_simsiam.experiments.runner import MARKDOWN
 from vi_simsiam.experiments.statistics import DRAWS, estimate
 from vi_simsiam.text import METHODS, counted, markdown_grid
 
-SUMMARY, MARKDOWN = "summary.json", "summary.md"
 MEASURE_NAMES = {
     "knn20": "kNN, k = 20",
     "knn200": "kNN, k = 200",
@@ -61,7 +61,7 @@ def summarise(out: Path) -> dict[str, Any]:
             different images.
     """
     summary = collect(Experiment.read(out))
-    write_json(out / SUMMARY, summary)
+    write_json(out / "summary.json", summary)
     write_text(out / MARKDOWN, _markdown(summary))
     return summary
 

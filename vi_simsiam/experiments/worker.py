@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -64,7 +64,6 @@ CURVE = (
 CURVE_POINTS = 100
 PROGRESS = "progress.jsonl"
 _PROGRESS_COLUMNS = ("knn200", "knn200_epoch", "knn200_seconds")
-_PROGRESS_TRAIN, _PROGRESS_VAL = 4_000, 1_000
 _PACKAGES = ("torch", "torchvision", "triton", "scikit-learn", "timm", "numpy", "pillow")
 
 
@@ -339,8 +338,8 @@ class Progress:
         splits = open_splits(trainer.config)
         assert splits.val is not None
         self.workers = resolve_workers(trainer.config.workers, trainer.device)
-        self.train = self._chosen(splits.train, _PROGRESS_TRAIN)
-        self.val = self._chosen(splits.val, _PROGRESS_VAL)
+        self.train = self._chosen(splits.train, 4_000)
+        self.val = self._chosen(splits.val, 1_000)
         self.path = trainer.folder / PROGRESS
         before = _lines(self.path) if trainer.resume else []
         self.lines = [line for line in before if line["step"] <= trainer.step]
@@ -351,9 +350,7 @@ class Progress:
     def _chosen(self, source: ImageSource, most: int) -> PackedImages:
         cache_dir = self.trainer.config.cache_dir
         whole, _ = cached(source, cache_dir=cache_dir, workers=self.workers, console=None)
-        chosen = at_most(whole, most)
-        assert isinstance(chosen, PackedImages)
-        return chosen
+        return cast(PackedImages, at_most(whole, most))
 
     def __call__(self) -> None:
         """Record the accuracy if it is due."""
