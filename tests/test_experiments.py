@@ -53,10 +53,7 @@ def test_every_run_gets_its_arm_its_seed_and_its_place(
         assert (call["arm"], call["seed"], call["threads"]) == (arm, seed, "3")
         assert (config.seed, config.lr, config.device) == (seed, lr, "cpu")
         assert (config.workers, config.cache_dir) == (0, tmp_path)
-    saved = json.loads((out / "plan.json").read_text())
-    primary = {"arm": "b", "against": "a", "measure": "logistic", "data": "fashion-mini"}
-    assert saved["primary"] == primary
-    assert saved["created"]
+    assert json.loads((out / "plan.json").read_text())["created"]
 
     (out / "results" / "b-seed-1.json").unlink()
     assert run(planned, out, command)[1][0] == "3 of 4 runs finished and kept"
@@ -68,8 +65,6 @@ def test_runs_go_round_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Place(parallel=2).slots() == ["cuda:0", "cuda:1"] * 2
     monkeypatch.setattr("vi_simsiam.data.decoding.cores", lambda: 3)
     assert Place(devices=("cpu",)).slots() == ["cpu"] * 3
-    with pytest.raises(InputError, match="device: 'cuda:2' is not here"):
-        Place(devices=("cuda:2",)).slots()
     for name, value in (("parallel", 0), ("threads", 0), ("workers", -1)):
         with pytest.raises(InputError, match=f"{name}: {value} is not accepted"):
             Place(**{name: value}).slots()
@@ -111,11 +106,14 @@ def test_an_interruption_ends_all_runs_and_starts_no_more(out: Path, command: li
     assert [len(calls(out, f"{name}-seed-0")) for name in ("quick", "slow")] == [1, 2]
 
 
-def test_another_plan_is_refused_by_the_option_that_differs(out: Path, command: list[str]) -> None:
+def test_a_folder_that_cannot_be_used_is_named(out: Path, command: list[str]) -> None:
     def refused(message: str, folder: Path = out, **changes: Any) -> None:
         with pytest.raises(InputError, match=message):
             run(dataclasses.replace(ONE, **changes), folder, command)
 
+    out.mkdir()
+    for name in (".lock", ".plan.json.0123456789abcdef"):  # left by a killed command
+        (out / name).write_text("")
     assert run(ONE, out, command)[0] == 0
     longer = dataclasses.replace(ONE.options, epochs=3)
     refused("^epochs: 3 is not what .* with, None; use that, or another --out", options=longer)
@@ -123,29 +121,13 @@ def test_another_plan_is_refused_by_the_option_that_differs(out: Path, command: 
     refused("^data: cifar10 x is not what .* with, fashion-mini;", options=elsewhere)
     refused("^experiment: tuned is not what .* controls;", experiment="tuned")
     refused("planned by another version of vi-simsiam, with other primary", primary=None)
+    with FileLock(out / ".lock"):
+        refused("another command is running the experiment")
     (out / "plan.json").write_text("{")
     refused(r"plan\.json cannot be read")
     (out / "plan.json").unlink()
     refused("holds other files")
     refused("is a file, not a folder", out / "results" / "a-seed-0.json")
-
-
-def test_one_command_at_a_time_runs_an_experiment(tmp_path: Path) -> None:
-    (tmp_path / "plan.json").write_text(json.dumps(ONE.described()))
-    with (
-        FileLock(tmp_path / ".lock"),
-        pytest.raises(InputError, match="another command is running the experiment"),
-    ):
-        run(ONE, tmp_path, [])
-
-
-def test_a_command_killed_before_its_plan_was_written_starts_again(
-    out: Path, command: list[str]
-) -> None:
-    out.mkdir()
-    for name in (".lock", ".plan.json.0123456789abcdef"):
-        (out / name).write_text("")
-    assert run(ONE, out, command)[0] == 0
 
 
 def test_trials_choose_the_settings_once(out: Path, command: list[str]) -> None:
@@ -172,25 +154,6 @@ def test_trials_choose_the_settings_once(out: Path, command: list[str]) -> None:
         result.write_text(json.dumps({**json.loads(result.read_text()), "accuracy": {}}))
     assert run(planned, out, command)[0] == 0
     assert json.loads((out / "chosen.json").read_text()) == chosen
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("table2", "experiment: 'table2' is none of table1, "),
-        ("deaths --arms vi-simsim", r"0.0125, .*, \.\.\. \(48 in all\); did you mean 'vi-simsiam-"),
-        ("controls --devices tpu", "device: 'tpu' is none of"),
-        ("controls --data cifar10 --offline", "cifar10: no complete copy"),
-    ],
-)
-def test_a_command_that_cannot_start_plans_nothing(
-    arguments: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=message) as refused:
-        experiment(arguments.split())
-    assert "\n" not in str(refused.value)
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_prints_what_it_wrote(

@@ -209,23 +209,6 @@ def test_the_seeds_of_a_killed_command_end_and_can_continue(run: Runs, out: Path
     assert [len(calls(out, seed)) for seed in (0, 1)] == [1, 2]
 
 
-def test_no_run_outlives_an_error_of_the_command(
-    run: Runs, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write, written = seeds.write_json, []
-
-    def fail_when_the_first_run_ends(path: Path, content: dict[str, Any]) -> None:
-        write(path, content)
-        written.append(content)
-        if len(written) == 2:
-            raise OSError("no space left")
-
-    monkeypatch.setattr(seeds, "write_json", fail_when_the_first_run_ends)
-    with pytest.raises(OSError, match="no space left"):
-        run("--wait=1", seeds=2)
-    assert "interrupted, saved at step 0" in (out / "seed-1.log").read_text()
-
-
 def test_folders_and_numbers_that_cannot_be_used(
     run: Runs, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
