@@ -31,6 +31,7 @@ from vi_simsiam.experiments.plan import (
 from vi_simsiam.experiments.runner import run_experiment
 from vi_simsiam.experiments.worker import without_places
 
+COMMITTED = Path(__file__).parents[1] / "benchmarks" / "results" / "cpu" / "experiments"
 IMAGES = 400
 # The learning rate selects the behaviour: 0.5 fails, 0.25 waits for SIGTERM, others finish at once.
 STAND_IN = """

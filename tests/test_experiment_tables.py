@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from experiment_cases import (
+    COMMITTED,
     diverged,
     first_right,
     result,
@@ -28,8 +29,6 @@ from vi_simsiam.experiments.plan import TRIAL_SEED, Arm, Plan
 from vi_simsiam.experiments.results import Experiment
 from vi_simsiam.experiments.statistics import difference
 from vi_simsiam.experiments.tables import result_sentence, summarise
-
-COMMITTED = Path(__file__).parents[1] / "benchmarks" / "results" / "cpu" / "experiments"
 
 
 def arms(plan: Plan) -> dict[str, Arm]:
