@@ -87,7 +87,7 @@ def test_a_killed_run_continues_to_the_result_of_an_uninterrupted_one(
     (folder / "progress.jsonl").write_text(lines[0])
     (folder / "trained.json").unlink()
     assert worker.train(config, folder, progress_every=1)["steps"] == 10
-    assert worker.progress_curve(folder / "progress.jsonl")["knn200"] == found["curve"]["knn200"]
+    assert worker.curve(folder)["knn200"] == found["curve"]["knn200"]
 
 
 def _fail(*arguments: Any, **options: Any) -> Any:
@@ -203,14 +203,13 @@ def test_uncertainty_is_flattened_beside_the_best_trivial_score() -> None:
 
 
 def test_a_curve_keeps_its_ends_and_five_digits(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
+    assert worker.curve(tmp_path) == {}
     lines = [{"step": i, "epoch": i / 10, "loss": 1 / 3 + i, "lr": 0.1} for i in range(1001)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = worker.curve(path)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = worker.curve(tmp_path)
     assert list(found) == ["epoch", "loss"]
     assert len(found["epoch"]) == worker.CURVE_POINTS
     assert (found["epoch"][0], found["epoch"][-1]) == (0.0, 100.0)
     gaps = np.diff(found["epoch"])
     assert gaps.max() - gaps.min() < 0.11, "evenly apart, up to a line"
     assert (found["loss"][0], found["loss"][-1]) == (0.33333, 1000.3)
-    assert worker.curve(tmp_path / "none.jsonl") == {}

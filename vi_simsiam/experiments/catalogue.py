@@ -96,9 +96,8 @@ def _both(base: TrainConfig, described: str) -> list[Arm]:
 def _tuned(options: PlanOptions) -> Plan:
     """Every method with the best settings found by the same number of trials.
 
-    Trials train on four fifths of the training images, with a seed of their own, and are measured
-    on the last fifth. The best trial's settings are then frozen and run with new seeds on the whole
-    training set.
+    Trials have a seed of their own and are measured on a held-out part of the training images. The
+    best settings are then run with new seeds on the whole training set.
     """
     base = scaled(preset(options.preset), options)
     arms = _both(base, "the settings that its trials chose")
@@ -120,14 +119,8 @@ def _tuned(options: PlanOptions) -> Plan:
 def _drawn(method: Method, batch_size: int, trials: int) -> list[dict[str, Any]]:
     """Draw settings of a method for "tuned" without repetition, in turn from its loss's forms.
 
-    Learning rates are in proportion to the batch. At a batch of 64:
-
-        simsiam             12 learning rates of 0.006 to 0.1 x 3 weight decays
-        vi-simsiam default   6 learning rates of 0.006 to 0.1 x 3 weight decays
-        vi-simsiam literal   6 learning rates of 1e-4 to 3e-3 x 3 weight decays
-
-    Both methods have 36 points. The gradients of the literal loss, the paper's, are D - 1 times as
-    large.
+    Learning rates are in proportion to the batch; these are for a batch of 64. Both methods have 36
+    points. The gradients of the literal loss, the paper's, are D - 1 times as large.
     """
     generator = np.random.default_rng(TRIAL_SEED)
 
@@ -159,13 +152,12 @@ def _controls(options: PlanOptions) -> Plan:
     def changed(**fields: Any) -> TrainConfig:
         return replace(ours, loss=LossConfig(**fields))
 
+    twice = replace(simsiam, loss=LossConfig(loss_scale=2.0))
+    softplus = replace(ours, loss=SOFTPLUS)
     configs = {
-        "simsiam": (
-            simsiam,
-            "von Mises-Fisher with a constant concentration, which is SimSiam",
-        ),
+        "simsiam": (simsiam, "von Mises-Fisher with a constant concentration, which is SimSiam"),
         "vmf-constant": (
-            replace(simsiam, loss=LossConfig(loss_scale=2.0)),
+            twice,
             "the same with twice the concentration: twice SimSiam's gradient",
         ),
         "ps-constant": (
@@ -177,10 +169,7 @@ def _controls(options: PlanOptions) -> Plan:
             "Power Spherical with one learned concentration",
         ),
         "vi-simsiam": (ours, "Power Spherical with a concentration for each image"),
-        "vi-softplus": (
-            replace(ours, loss=SOFTPLUS),
-            "the likelihood alone, with kappa = (D-1) softplus(raw)",
-        ),
+        "vi-softplus": (softplus, "the likelihood alone, with kappa = (D-1) softplus(raw)"),
         "ps-shuffled": (
             changed(concentration="shuffled"),
             "every image with the concentration of another in the batch",
@@ -193,16 +182,11 @@ def _controls(options: PlanOptions) -> Plan:
         "byol": (replace(simsiam, ema=ema), f"SimSiam with a target network of momentum {ema}"),
         "vi-byol": (replace(ours, ema=ema), f"VI-SimSiam with a target network of momentum {ema}"),
     }
-    arms = [
-        Arm(
-            name,
-            *content,
-            after="simsiam" if name == "ps-posthoc" else None,
-            optional=name in ("vi-softplus", "vi-byol"),
-        )
-        for name, content in configs.items()
-    ]
-    return make_plan("controls", options, arms, _METHODS_PRIMARY)
+    arms = {name: Arm(name, *content) for name, content in configs.items()}
+    arms["ps-posthoc"] = replace(arms["ps-posthoc"], after="simsiam")
+    for name in ("vi-softplus", "vi-byol"):
+        arms[name] = replace(arms[name], optional=True)
+    return make_plan("controls", options, list(arms.values()), _METHODS_PRIMARY)
 
 
 def _stability(options: PlanOptions) -> Plan:
@@ -223,29 +207,23 @@ def _stability(options: PlanOptions) -> Plan:
             Arm(f"literal-d{dim}", at(literal, dim), f"kappa = softplus(raw), D = {dim}"),
             Arm(f"scaled-d{dim}", at(base, dim), note),
         ]
-    bounds = replace(
-        literal.loss, concentration_min=0.05 * (one - 1), concentration_max=20.0 * (one - 1)
-    )
+    bounds = {"concentration_min": 0.05 * (one - 1), "concentration_max": 20.0 * (one - 1)}
+    bounded = at(literal, one, loss=replace(literal.loss, **bounds))
+    clipped = at(literal, one, clip_norm=1.0)
     local_size = max(8, round(base.augment.size * 3 / 7 / 8) * 8)
     crops = replace(base.augment, crop_scale=(0.14, 1.0), local_views=6, local_size=local_size)
     shared = at(base, one, augment=crops)
     separate = replace(shared, model=replace(shared.model, local_predictor=True))
-    remedies = {
-        "literal-bounded": (
-            at(literal, one, loss=bounds),
-            "literal, kappa/(D-1) between 0.05 and 20",
-        ),
-        "literal-clipped": (
-            at(literal, one, clip_norm=1.0),
-            "literal, gradients of norm 1 at most",
-        ),
-        "multicrop-shared": (shared, "scaled, multi-crop, one predictor"),
-        "multicrop-separate": (
+    arms += [
+        Arm(f"literal-bounded-d{one}", bounded, "literal, kappa/(D-1) between 0.05 and 20"),
+        Arm(f"literal-clipped-d{one}", clipped, "literal, gradients of norm 1 at most"),
+        Arm(f"multicrop-shared-d{one}", shared, "scaled, multi-crop, one predictor"),
+        Arm(
+            f"multicrop-separate-d{one}",
             separate,
             "scaled, multi-crop, a second predictor for the local views",
         ),
-    }
-    arms += [Arm(f"{name}-d{one}", *content) for name, content in remedies.items()]
+    ]
     primary = (f"scaled-d{dims[-1]}", f"literal-d{dims[-1]}", PRIMARY_MEASURE)
     return make_plan("stability", options, arms, primary)
 
@@ -253,13 +231,9 @@ def _stability(options: PlanOptions) -> Plan:
 def _lightly_imagenette(options: PlanOptions) -> Plan:
     """SimSiam as in lightly's ImageNette benchmark.
 
-    Source: docs/source/getting_started/benchmarks/imagenette_benchmark.py. Batch 256, SGD with
-    learning rate 0.06, momentum 0.9 and weight decay 5e-4, a cosine schedule, ResNet-18, a
-    projector 512-2048-2048-2048 and a predictor 2048-512-2048, two views of 128 pixels, kNN with
-    k = 200 and T = 0.1. Its loss is half of ours, so its learning rate L and weight decay w are L/2
-    and 2w here. Differences: residual branches start at zero here, the schedule falls after every
-    step instead of every epoch, its images are the copies of 160 pixels, and its accuracy is the
-    best of all epochs where ours is that of the last one.
+    Source: docs/source/getting_started/benchmarks/imagenette_benchmark.py. Its loss is half of
+    ours, so its learning rate L and weight decay w are L/2 and 2w here. docs/experiments.md has the
+    differences that remain.
     """
     base = TrainConfig(
         method="simsiam",
@@ -295,9 +269,8 @@ def _deaths(options: PlanOptions) -> Plan:
     and at most four of SimSiam. Nothing is measured but the training itself.
     """
     base = replace(scaled(preset(options.preset), options), log_every=5, loss=LossConfig())
-    require(
-        "epochs", base.epochs, base.epochs >= 2, "at least 2: kappa is followed after the first"
-    )
+    accepted = "at least 2: kappa is followed after the first"
+    require("epochs", base.epochs, base.epochs >= 2, accepted)
 
     def arms(dim: int, lr: float) -> Iterator[Arm]:
         at = f"d{dim}-lr{lr:g}"

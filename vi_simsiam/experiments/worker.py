@@ -165,7 +165,7 @@ def measure_run(
         "method": config.method,
         "config": without_places(config),
         **{name: trained.get(name) for name in ("steps", "images", "seconds")},
-        "curve": {**curve(folder / METRICS), **progress_curve(folder / PROGRESS)},
+        "curve": curve(folder),
         "accuracy": {},
         "correct": {},
         "val_images": None,
@@ -291,13 +291,16 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def curve(path: Path) -> dict[str, list[float]]:
-    """Epochs and metrics of a metrics.jsonl, at most `CURVE_POINTS` evenly spaced lines."""
-    lines = _lines(path)
+def curve(folder: Path) -> dict[str, list[float]]:
+    """Epochs and metrics of a run, at most `CURVE_POINTS` evenly spaced lines, and its progress."""
+    lines, progress = _lines(folder / METRICS), _lines(folder / PROGRESS)
     if len(lines) > CURVE_POINTS:
         lines = [lines[i] for i in np.linspace(0, len(lines) - 1, CURVE_POINTS).round().astype(int)]
     names = [name for name in ("epoch", *CURVE) if lines and all(name in line for line in lines)]
-    return {name: [float(f"{line[name]:.5g}") for line in lines] for name in names}
+    return {
+        **{name: [float(f"{line[name]:.5g}") for line in lines] for name in names},
+        **{name: [line[name] for line in progress] for name in _PROGRESS_COLUMNS if progress},
+    }
 
 
 def without_places(config: TrainConfig) -> dict[str, Any]:
@@ -369,12 +372,6 @@ class Progress:
         values = (share, epoch, round(trainer.seconds, 3), trainer.step)
         self.lines.append(dict(zip((*_PROGRESS_COLUMNS, "step"), values, strict=True)))
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
-
-
-def progress_curve(path: Path) -> dict[str, list[float]]:
-    """The columns of a progress.jsonl: knn200, knn200_epoch and knn200_seconds."""
-    lines = _lines(path)
-    return {name: [line[name] for line in lines] for name in _PROGRESS_COLUMNS if lines}
 
 
 if __name__ == "__main__":
