@@ -59,5 +59,4 @@ def test_experiments_show_logs_and_data_as_they_are(tmp_path: Path) -> None:
         terminal.print(_table([run], terminal.width))
     finally:
         run.kill()
-        run.wait(5)
     assert "reading [/x] [red]" in terminal.written.getvalue()

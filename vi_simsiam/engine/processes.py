@@ -21,18 +21,11 @@ INTERRUPTED = 130
 """Exit code of a process that was interrupted and can go on later."""
 _POLL_SECONDS = 0.2
 _SAVING_SECONDS = 60.0
-_PR_SET_PDEATHSIG = 1
 _Process = TypeVar("_Process", bound="Process")
 
 
-def _end_with_parent() -> None:
-    """Let this process receive SIGTERM when its parent has ended, in whatever way (on Linux)."""
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 class Process:
-    """A process in its own process group, which ends with this one; its output is in a file.
+    """A process in its own process group, with its output in a file.
 
     Attributes:
         log: the file of its output.
@@ -219,3 +212,10 @@ def last_line(path: Path) -> str:
         lines = file.read().decode(errors="replace").strip().splitlines()
         return lines[-1].strip() if lines else ""
     return ""
+
+
+def _end_with_parent() -> None:
+    """Let this process receive SIGTERM when its parent has ended, in whatever way (on Linux)."""
+    set_death_signal = 1  # PR_SET_PDEATHSIG
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)

@@ -207,7 +207,10 @@ def _stability(options: PlanOptions) -> Plan:
             Arm(f"literal-d{dim}", at(literal, dim), f"kappa = softplus(raw), D = {dim}"),
             Arm(f"scaled-d{dim}", at(base, dim), note),
         ]
-    bounds = {"concentration_min": 0.05 * (one - 1), "concentration_max": 20.0 * (one - 1)}
+    bounds: dict[str, Any] = {
+        "concentration_min": 0.05 * (one - 1),
+        "concentration_max": 20.0 * (one - 1),
+    }
     bounded = at(literal, one, loss=replace(literal.loss, **bounds))
     clipped = at(literal, one, clip_norm=1.0)
     local_size = max(8, round(base.augment.size * 3 / 7 / 8) * 8)

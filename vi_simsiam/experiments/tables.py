@@ -112,21 +112,17 @@ def result_sentence(summary: dict[str, Any]) -> str:
     figures = f"{planned} {arm} {ours} against {against} {theirs}: {_points(found['value'])} points"
     if found["low"] is None:
         return f"{figures}, {seeds}; no interval.{left_out}"
-    scope = ""
+    # With one seed only these runs are known to differ: another seed might reverse it.
+    alone = "which does not show that the methods do"
+    verdict = {
+        ("shown", True): f"a difference in favour of {arm} is shown",
+        ("the other way", True): f"a difference the other way, in favour of {against}, is shown",
+        ("shown", False): f"these runs differ in favour of {arm}, {alone}",
+        ("the other way", False): f"these runs differ in favour of {against}, {alone}",
+    }.get((found["verdict"], found["over_seeds"]), "no difference shown")
+    scope = " The interval is over images only: the spread between seeds is not in it."
     if found["over_seeds"]:
-        verdict = {
-            "shown": f"a difference in favour of {arm} is shown",
-            "the other way": f"a difference the other way, in favour of {against}, is shown",
-            "not shown": "no difference shown",
-        }[found["verdict"]]
-    else:  # only these runs are known to differ: another seed might reverse it
-        scope = " The interval is over images only: the spread between seeds is not in it."
-        better = {"shown": arm, "the other way": against}.get(found["verdict"])
-        verdict = "no difference shown"
-        if better is not None:
-            verdict = (
-                f"these runs differ in favour of {better}, which does not show that the methods do"
-            )
+        scope = ""
     interval = f"{_points(found['low'])} to {_points(found['high'])}"
     images = counted(found["images"], "image")
     return f"{figures}, 95 % interval {interval}, {seeds}, {images}: {verdict}.{scope}{left_out}"
