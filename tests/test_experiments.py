@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -16,12 +17,14 @@ import pytest
 import torch
 from experiment_cases import calls, run, small_plan, stand_in
 from filelock import FileLock
+from rich.console import Console
 
 from vi_simsiam.cli.experiment import experiment
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.errors import InputError
 from vi_simsiam.experiments.catalogue import plan
 from vi_simsiam.experiments.plan import Place, PlanOptions
+from vi_simsiam.experiments.runner import Run, _table
 
 ONE = small_plan({"a": 0.1})
 
@@ -154,6 +157,19 @@ def test_trials_choose_the_settings_once(out: Path, command: list[str]) -> None:
         result.write_text(json.dumps({**json.loads(result.read_text()), "accuracy": {}}))
     assert run(planned, out, command)[0] == 0
     assert json.loads((out / "chosen.json").read_text()) == chosen
+
+
+def test_a_log_is_shown_as_it_is(tmp_path: Path) -> None:
+    run = Run(ONE, ONE.arms[0], 0, tmp_path)
+    run.log.parent.mkdir()
+    run.log.write_text("reading [/x] [red]\n")
+    run.start(["sleep", "60"], threads=1, append=True)
+    console = Console(file=io.StringIO(), width=80)
+    try:
+        console.print(_table([run], 80))
+    finally:
+        run.kill()
+    assert "reading [/x] [red]" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_the_command_prints_what_it_wrote(
