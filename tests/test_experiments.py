@@ -24,7 +24,7 @@ from vi_simsiam.config import TrainConfig
 from vi_simsiam.errors import InputError
 from vi_simsiam.experiments.catalogue import plan
 from vi_simsiam.experiments.plan import Place, PlanOptions
-from vi_simsiam.experiments.runner import Run, _table
+from vi_simsiam.experiments.runner import Run, _slots, _table
 
 ONE = small_plan({"a": 0.1})
 
@@ -65,12 +65,12 @@ def test_every_run_gets_its_arm_its_seed_and_its_place(
 
 def test_runs_go_round_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert Place(parallel=2).slots() == ["cuda:0", "cuda:1"] * 2
-    monkeypatch.setattr("vi_simsiam.data.decoding.cores", lambda: 3)
-    assert Place(devices=("cpu",)).slots() == ["cpu"] * 3
+    assert _slots(Place(parallel=2)) == ["cuda:0", "cuda:1"] * 2
+    monkeypatch.setattr("vi_simsiam.experiments.runner.cores", lambda: 3)
+    assert _slots(Place(devices=("cpu",))) == ["cpu"] * 3
     for name, value in (("parallel", 0), ("threads", 0), ("workers", -1)):
         with pytest.raises(InputError, match=f"{name}: {value} is not accepted"):
-            Place(**{name: value}).slots()
+            _slots(Place(**{name: value}))
 
 
 def test_a_failed_run_does_not_affect_others_and_is_tried_again(

@@ -6,9 +6,8 @@ runs again. The primary comparison is part of the plan and is written down befor
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +63,6 @@ class PlanOptions:
         for name in ("data", "arms"):
             require(name, "nothing", getattr(self, name) != (), "at least one")
 
-    def to_dict(self) -> dict[str, Any]:
-        """The options as plain JSON types, with data sets by label (see `data_label`)."""
-        plain = {item.name: getattr(self, item.name) for item in dataclasses.fields(PlanOptions)}
-        return plain | {"data": self.data and [data_label(spec) for spec in self.data]}
-
 
 @dataclass(frozen=True)
 class Place:
@@ -88,27 +82,6 @@ class Place:
     """Threads of a run's operations; None for the cores shared among the runs, and one on a CPU."""
     workers: int | None = None
     """Processes that prepare views on a CPU and read images to measure; None to suit the device."""
-
-    def slots(self) -> list[str]:
-        """The device of each run that can happen at the same time.
-
-        Raises:
-            InputError: a device is not available, or a number is not accepted.
-        """
-        import torch
-
-        from vi_simsiam.data.decoding import cores
-        from vi_simsiam.engine.run import resolve_device
-
-        for name, least in (("parallel", 1), ("threads", 1), ("workers", 0)):
-            value = getattr(self, name)
-            require(name, value, value is None or value >= least, f"at least {least}")
-        gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-        devices = list(self.devices) or gpus or ["cpu"]
-        for device in devices:
-            resolve_device(device)
-        on_cpu = all(device == "cpu" for device in devices)
-        return devices * (self.parallel or (cores() if on_cpu else 1))
 
 
 @dataclass(frozen=True)
@@ -182,6 +155,8 @@ class Plan:
 
     def described(self) -> dict[str, Any]:
         """The content of plan.json, without its date."""
+        options = {item.name: getattr(self.options, item.name) for item in fields(PlanOptions)}
+        options["data"] = [data_label(spec) for spec in self.options.data or ()]
         trials = {
             "seed": TRIAL_SEED,
             "held_out": HELD_OUT,
@@ -193,7 +168,7 @@ class Plan:
             "primary": self.primary,
             "arms": [arm.described() for arm in self.arms],
             "published": self.published,
-            "options": self.options.to_dict(),
+            "options": options,
             "trials": trials if self.trials else None,
         }
 

@@ -20,16 +20,18 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vi_simsiam.checks import require
 from vi_simsiam.data.cache import cached
 from vi_simsiam.data.decoding import cores
 from vi_simsiam.engine.checkpoint import write_json
 from vi_simsiam.engine.processes import INTERRUPTED, Process, last_line, supervise
-from vi_simsiam.engine.run import open_splits
+from vi_simsiam.engine.run import open_splits, resolve_device
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.features import labelled_splits
 from vi_simsiam.experiments.plan import PRIMARY_MEASURE, TRIAL_SEED, Arm, Place, Plan, settings
@@ -155,13 +157,8 @@ def run_experiment(plan: Plan, out: Path, place: Place, again: str) -> int:
     """Run the unfinished runs of a plan in `out`, trials first.
 
     A run that fails does not affect the others, and is tried again the next time. A run whose loss
-    stops being finite has a result without an accuracy.
-
-    Args:
-        plan: what to run.
-        out: folder of the whole experiment.
-        place: devices and folders.
-        again: command that continues, printed if something is left to do.
+    stops being finite has a result without an accuracy. `again` is the command that continues,
+    printed if something is left to do.
 
     Returns:
         The exit code: 0 all done, 2 a run failed, 130 interrupted.
@@ -170,7 +167,7 @@ def run_experiment(plan: Plan, out: Path, place: Place, again: str) -> int:
         InputError: a folder with other content or of other options, or a device or data that is not
             available.
     """
-    console, out, slots = Console(), out.absolute(), place.slots()
+    console, out, slots = Console(), out.absolute(), _slots(place)
     _check(plan, out)
     runs, trials = _runs(plan, plan.arms, out), []
     if not (out / CHOSEN).is_file():
@@ -188,6 +185,19 @@ def run_experiment(plan: Plan, out: Path, place: Place, again: str) -> int:
         if plan.trials:
             runs = _runs(plan, plan.tuned(load(out / CHOSEN)["accuracy"]).values(), out)
         return _run_all(runs, slots, place, console, again)
+
+
+def _slots(place: Place) -> list[str]:
+    """The device of each run that can happen at the same time."""
+    for name, least in (("parallel", 1), ("threads", 1), ("workers", 0)):
+        value = getattr(place, name)
+        require(name, value, value is None or value >= least, f"at least {least}")
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    devices = list(place.devices) or gpus or ["cpu"]
+    for device in devices:
+        resolve_device(device)
+    on_cpu = all(device == "cpu" for device in devices)
+    return devices * (place.parallel or (cores() if on_cpu else 1))
 
 
 def _runs(plan: Plan, arms: Iterable[Arm], out: Path) -> list[Run]:

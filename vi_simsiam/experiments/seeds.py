@@ -101,8 +101,7 @@ def run_seeds(arguments: Sequence[str], seeds: int | None, first_seed: int, out:
     are passed on to all runs, which save a checkpoint; `--resume` continues the unfinished ones.
 
     Args:
-        arguments: those of `vi-simsiam train`. On --resume they are added to those that the runs
-            were started with.
+        arguments: those of `vi-simsiam train`; on --resume they are added to the earlier ones.
         seeds: number of runs; None on --resume for the same number as before.
         first_seed: seed of the first run; ignored on --resume.
         out: folder of all runs.
