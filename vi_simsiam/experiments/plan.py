@@ -141,11 +141,7 @@ class Plan:
     """Accuracies of every run; if empty, only the training counts and no weights are kept."""
 
     def tuned(self, accuracy: dict[str, float]) -> dict[str, Arm]:
-        """The arms with the settings of their best trial, by the name of that trial.
-
-        Args:
-            accuracy: accuracy of every trial by its name.
-        """
+        """The arms with the settings of their best trial, by its name; `accuracy` is by trial."""
         found = {}
         for arm in self.arms:
             own = [trial for trial in self.trials if trial.trial_of == arm.name]

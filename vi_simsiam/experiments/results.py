@@ -41,11 +41,7 @@ class Experiment:
 
     @classmethod
     def read(cls, out: Path) -> Experiment:
-        """Read plan.json and results/*.json of the folder, and its trials if it has any.
-
-        Raises:
-            InputError: there is no plan, or a file is damaged.
-        """
+        """Read plan.json and results/*.json of the folder, and its trials if it has any."""
         plan = load(out / PLAN)
         results, trials = (_results(folder / RESULTS) for folder in (out, out / TRIALS))
         chosen = load(out / CHOSEN)["chosen"] if (out / CHOSEN).exists() else {}
@@ -220,14 +216,10 @@ def _uncertainty(runs: list[Run]) -> dict[str, Any]:
 
 
 def _compare(first: list[Run], second: list[Run], measure: str) -> dict[str, Any] | None:
-    """The accuracy of one arm minus that of another.
+    """The `difference` of two arms' accuracies; None if one of them was not measured.
 
-    Returns:
-        That of `difference`; with None for the interval and what follows from it if a run has no
-        bits that show which images it got right; None if an arm was not measured.
-
-    Raises:
-        InputError: runs were measured on different numbers of images, or their bits are damaged.
+    Without an interval if a run has no bits that show which images it got right. Raises InputError
+    if runs were measured on different numbers of images, or their bits are damaged.
     """
     arms = [[run for run in arm if measure in run["accuracy"]] for arm in (first, second)]
     if not all(arms):

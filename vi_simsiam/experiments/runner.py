@@ -46,11 +46,7 @@ _FAILED = 2
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a JSON file of an experiment.
-
-    Raises:
-        InputError: the file is missing or damaged.
-    """
+    """Read a JSON file. Raises InputError if it is missing or damaged."""
     try:
         content: dict[str, Any] = json.loads(path.read_text())
         return content
@@ -68,12 +64,10 @@ def outcome(name: str, run: Process, done: str | None) -> str:
 
 
 def holds(out: Path, name: str) -> bool:
-    """Return True if the folder `out` holds the file `name`, and False if it is new or empty.
+    """Return True if `out` holds the file `name`, and False if it is a new or empty folder.
 
-    Hidden files do not count: a killed command may leave its lock and a temporary file.
-
-    Raises:
-        InputError: `out` is a file, or holds other files.
+    Hidden files do not count: a killed command may leave its lock and a temporary file. Raises
+    InputError if `out` is a file or holds other files.
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"out: {out} is a file, not a folder")
@@ -85,11 +79,7 @@ def holds(out: Path, name: str) -> bool:
 
 @contextlib.contextmanager
 def locked(path: Path, busy: str, *, seconds: float = 0.0) -> Iterator[None]:
-    """Lock the file `path` against other processes.
-
-    Raises:
-        InputError: another process still holds the lock after `seconds`; the message is `busy`.
-    """
+    """Lock the file `path`. Raises InputError(busy) if another process still holds it."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=seconds)
@@ -278,11 +268,7 @@ def _table(runs: Sequence[Run], width: int) -> Table:
 
 
 def _decode(arms: Sequence[Arm], plan: Plan, place: Place, console: Console) -> None:
-    """Open every data set and decode its images once, before several runs do at the same time.
-
-    Raises:
-        InputError: a data set that is not available, has too few images, or cannot be evaluated on.
-    """
+    """Open every data set and decode its images once, before several runs do at the same time."""
     fields = attrgetter("data", "images", "held_out", "split_seed", "distinct")
     for config in {fields(arm.config): arm.config for arm in arms}.values():
         with console.status(escape(f"reading {config.data}"), spinner="line"):

@@ -53,12 +53,8 @@ _OVER_SEEDS = "mean ± sd over seeds"
 def summarise(out: Path) -> dict[str, Any]:
     """Write OUT/summary.json and OUT/summary.md from the plan and the results that exist.
 
-    Returns:
-        The content of summary.json.
-
-    Raises:
-        InputError: there is no plan, a file is damaged, or runs that are compared were measured on
-            different images.
+    Returns the content of summary.json. Raises InputError if a file is missing or damaged, or runs
+    that are compared were measured on different images.
     """
     summary = collect(Experiment.read(out))
     write_json(out / "summary.json", summary)
@@ -231,13 +227,11 @@ def _times(data: str, found: dict[str, Any]) -> list[str]:
 
 def _reached(seconds: Sequence[float | None]) -> str:
     """Mean and standard deviation of the times to a level, and the number of runs behind it."""
-    times = [each for each in seconds if each is not None]
-    if not times:
+    found, runs = estimate(seconds), counted(len(seconds), "run")
+    if found is None:
         return "not reached"
-    found = _mean_sd(estimate(times), 1, None)
-    if len(times) == len(seconds):
-        return found
-    return f"{found} ({len(times)} of {counted(len(seconds), 'run')})"
+    partly = "" if found["n"] == len(seconds) else f" ({found['n']} of {runs})"
+    return _mean_sd(found, 1, None) + partly
 
 
 def _trials(summary: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -64,6 +65,8 @@ CURVE = (
 CURVE_POINTS = 100
 PROGRESS = "progress.jsonl"
 _PROGRESS_COLUMNS = ("knn200", "knn200_epoch", "knn200_seconds")
+_report = partial(print, flush=True)
+"""Prints the current action: the last line of the log is shown while the run is running."""
 _PACKAGES = ("torch", "torchvision", "triton", "scikit-learn", "timm", "numpy", "pillow")
 
 
@@ -117,10 +120,7 @@ def work(spec: dict[str, Any]) -> str:
 def train(config: TrainConfig, folder: Path, progress_every: int | None = None) -> dict[str, Any]:
     """Train a run or continue it; returns the content of RUN/trained.json.
 
-    Raises:
-        InputError: the folder holds a run with another configuration, or data is missing.
-        TrainingError: the training cannot continue.
-        KeyboardInterrupt: a signal arrived; the message names the step that was saved.
+    After a signal the message of the KeyboardInterrupt names the step that was saved.
     """
     done = folder / TRAINED
     if done.is_file():
@@ -151,11 +151,8 @@ def measure_run(
 ) -> dict[str, Any]:
     """Measure a run; returns the content of results/ARM-seed-N.json.
 
-    Args:
-        spec: the run's specification, see `runner`.
-        config: the run's configuration.
-        trained: content of trained.json; empty for a run that did not reach its end, which is not
-            measured.
+    `trained` is the content of trained.json, empty for a run that did not reach its end, which is
+    not measured.
     """
     folder, device = Path(spec["folder"]), resolve_device(config.device)
     on_cpu = f"cpu ({counted(torch.get_num_threads(), 'thread')})"
@@ -186,11 +183,6 @@ def measure_run(
     if spec["uncertainty"] and config.method == "vi-simsiam":
         content["uncertainty"] = flat_uncertainty(evaluate_uncertainty(run, report=_report))
     return content
-
-
-def _report(phrase: str) -> None:
-    """Print the current action: the last line of the log is shown while the run is running."""
-    print(phrase, flush=True)
 
 
 def at_most(source: ImageSource, images: int | None) -> ImageSource:
@@ -341,19 +333,19 @@ class Progress:
         splits = open_splits(trainer.config)
         assert splits.val is not None
         self.workers = resolve_workers(trainer.config.workers, trainer.device)
-        self.train = self._chosen(splits.train, 4_000)
-        self.val = self._chosen(splits.val, 1_000)
+
+        def chosen(source: ImageSource, most: int) -> PackedImages:
+            cache_dir = trainer.config.cache_dir
+            whole, _ = cached(source, cache_dir=cache_dir, workers=self.workers, console=None)
+            return cast(PackedImages, at_most(whole, most))
+
+        self.train, self.val = chosen(splits.train, 4_000), chosen(splits.val, 1_000)
         self.path = trainer.folder / PROGRESS
         before = _lines(self.path) if trainer.resume else []
         self.lines = [line for line in before if line["step"] <= trainer.step]
         ended = trainer.step > 0 and trainer.step % trainer.loader.steps_per_epoch == 0
         if ended and all(line["step"] != trainer.step for line in self.lines):
             self()  # the run was stopped in the last step of an epoch, before its accuracy
-
-    def _chosen(self, source: ImageSource, most: int) -> PackedImages:
-        cache_dir = self.trainer.config.cache_dir
-        whole, _ = cached(source, cache_dir=cache_dir, workers=self.workers, console=None)
-        return cast(PackedImages, at_most(whole, most))
 
     def __call__(self) -> None:
         """Record the accuracy if it is due."""
