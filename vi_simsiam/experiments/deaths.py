@@ -9,7 +9,6 @@ from __future__ import annotations
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -154,10 +153,10 @@ def _dead(rows: Sequence[Row]) -> str:
 
 
 def _groups(rows: Sequence[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
-    def key(row: Row) -> tuple[Any, ...]:
-        return tuple(row[name] for name in names)
-
-    return {value: list(group) for value, group in groupby(sorted(rows, key=key), key)}
+    found: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        found[tuple(row[name] for name in names)].append(row)
+    return dict(sorted(found.items()))
 
 
 def _table(rows: Sequence[Row], title: str, name: str) -> str:
