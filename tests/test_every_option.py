@@ -57,7 +57,7 @@ def called(command: list[str], *, stdout: IO[bytes], **options: Any) -> SimpleNa
     """In place of a process of `train` or of an experiment's worker: the call of its function."""
     _, _, module, *words = command
     with open(stdout.name, "a") as log, contextlib.redirect_stdout(log):
-        code = main(words) if module == "vi_simsiam" else worker.main(words[:1])
+        code = main(words) if module == "vi_simsiam" else worker.main(Path(words[0]))
     return SimpleNamespace(
         pid=0, returncode=code, poll=lambda: code, terminate=bool, wait=lambda seconds: code
     )

@@ -17,9 +17,6 @@ from vi_simsiam.data.datasets import open_dataset
 from vi_simsiam.data.packed import Contents
 from vi_simsiam.evaluation.figures import certainty
 from vi_simsiam.evaluation.logistic import LogisticProbe
-from vi_simsiam.experiments.catalogue import plan
-from vi_simsiam.experiments.plan import PlanOptions
-from vi_simsiam.experiments.results import Experiment
 from vi_simsiam.inference.encoder import Encoding
 from vi_simsiam.text import brief
 
@@ -36,11 +33,6 @@ def test_what_has_a_name_gives_it_and_its_counts(tmp_path: Path) -> None:
     name = "PackedImages('gray', 6 images)"
     assert repr(loader) == f"MultiViewLoader({name}, batch_size=6, 1 batch an epoch)"
     assert "float32 (6, 3, 8, 8)], index=int64 (6,)" in repr(next(iter(loader)))
-    planned = plan("table1", PlanOptions(data=("fashion-mini",), seeds=1))
-    assert repr(planned) == "Plan(table1: simsiam, vi-simsiam; 1 seed each)"
-    about = {"experiment": "table1", "arms": []}
-    found = Experiment(about, {"a": [{}], "b": []}, [], {}, ["b with seed 0"])
-    assert repr(found) == "Experiment(table1: 2 arms, 1 run, 1 missing)"
 
 
 def test_what_holds_arrays_prints_their_shapes(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import os
 import signal
 import subprocess
@@ -18,6 +20,13 @@ from rich.table import Table
 
 INTERRUPTED = 130
 """Exit code of a process that was interrupted and can go on later."""
+_END_WITH_PARENT: Callable[[], int] | None = None
+"""Lets a new process receive SIGTERM when its parent has ended, in whatever way (on Linux)."""
+with contextlib.suppress(AttributeError, TypeError):  # looked up now: no lock may be held in a fork
+    _SET_DEATH_SIGNAL = 1
+    _END_WITH_PARENT = functools.partial(
+        ctypes.CDLL(None).prctl, _SET_DEATH_SIGNAL, int(signal.SIGTERM)
+    )
 _POLL_SECONDS = 0.2
 _SAVING_SECONDS = 60.0
 
@@ -73,6 +82,7 @@ class Process:
                 # A terminal's Ctrl-C would reach the process in addition to that of
                 # `supervise`, and a second signal ends it at once.
                 start_new_session=True,
+                preexec_fn=_END_WITH_PARENT,
             )
         self._started = time.monotonic()
 
