@@ -24,7 +24,6 @@ from torch.utils.data import Dataset
 from vi_simsiam.config import POLICIES, AugmentConfig
 from vi_simsiam.data import Batch, MultiViewLoader
 from vi_simsiam.data import loader as data_loader
-from vi_simsiam.data import workers as data_workers
 from vi_simsiam.data.batches import epoch_order
 from vi_simsiam.data.cache import in_memory, pack
 from vi_simsiam.data.loader import eval_loader
@@ -121,8 +120,7 @@ def test_workers_and_a_start_within_the_epoch_change_nothing(source: ArraySource
 def test_workers_are_kept_between_epochs_and_end_when_closed(source: ArraySource) -> None:
     began = set(multiprocessing.active_children())
     helped = loader(source, workers=2)
-    list(helped.epoch(0))  # torch sets a handler of SIGCHLD, once
-    handler = signal.getsignal(signal.SIGCHLD)
+    list(helped.epoch(0))
     first = set(multiprocessing.active_children())
     assert len(first - began) == 2
     abandoned = helped.epoch(0)
@@ -133,7 +131,6 @@ def test_workers_are_kept_between_epochs_and_end_when_closed(source: ArraySource
     left = helped.epoch(2)
     next(left)
     left.close()
-    assert signal.getsignal(signal.SIGCHLD) == handler
     assert set(multiprocessing.active_children()) == first
     helped.close()
     assert not set(multiprocessing.active_children()) - began
@@ -227,13 +224,11 @@ def test_a_worker_that_dies_ends_the_epoch_in_one_line(source: ArraySource) -> N
     time.sleep(0.3)
     with pytest.raises(TrainingError) as caught:
         list(batches)
-    message = str(caught.value)
-    assert message.startswith("workers: a process that prepares images has ended (DataLoader worke")
-    assert "Killed" in message or "exited unexpectedly" in message  # torch notices in two ways
-    assert "\n" not in message
+    message = "workers: a process that prepares images has ended (killed by signal: Killed); it may"
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
     assert not set(multiprocessing.active_children()) - before
     assert_same(helped.epoch(1), loader(source).epoch(1))
-    helped.close()  # what `caught` holds ends in a garbage collection, for which workers are slow
 
 
 def test_workers_by_default_are_one_for_four_cores(
@@ -313,25 +308,6 @@ def test_eval_batches_are_in_order_and_complete(source: ArraySource, workers: in
     unlabelled = list(eval_loader(ArraySource(source.images), 10, 22, workers))
     assert unlabelled[0][1].tolist() == [-1] * 22
     assert unlabelled[0][1].dtype == torch.int64
-
-
-def test_workers_ignore_interrupts_also_before_they_are_ready(
-    source: ArraySource, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    start = data_workers._start_worker
-
-    def interrupted(worker: int) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        start(worker)
-
-    monkeypatch.setattr(data_workers, "_start_worker", interrupted)
-    helped = loader(source, workers=1)
-    next(helped.epoch(0))
-    for process in multiprocessing.active_children():
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGINT)
-    time.sleep(0.1)
-    assert_same(helped.epoch(1), loader(source).epoch(1))
 
 
 def train_until_interrupted(source: ArraySource, begun: Event) -> None:

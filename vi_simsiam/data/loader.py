@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from vi_simsiam.checks import require
@@ -30,7 +30,7 @@ from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource, as_source
 from vi_simsiam.data.transfers import find_device
 from vi_simsiam.data.views import GLOBAL_VIEWS, add_offsets, eval_square, normalised
-from vi_simsiam.data.workers import results, worker_loader
+from vi_simsiam.data.workers import Workers, results
 from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.ops.augment import eager_augment
 from vi_simsiam.text import counted
@@ -95,7 +95,7 @@ class MultiViewLoader:
         """The images that can be read; `Batch.index` counts these."""
         self.batch_size = batch_size
         share = {"batch_size": batch_size, "seed": seed, "rank": rank, "world_size": world_size}
-        schedule = Schedule(self.source, policy, **share)
+        self._schedule = Schedule(self.source, policy, **share)
         self.feed: DeviceFeed | None = None
         """Makes the batches on a CUDA device; None on a CPU."""
         self._side: torch.cuda.Stream | None = None
@@ -111,14 +111,13 @@ class MultiViewLoader:
             )
             self._side = torch.cuda.Stream(device)
             self.feed.record_stream(self._side)  # an epoch may be left with a batch on its way
-        self.steps_per_epoch = schedule.steps_per_epoch
+        self.steps_per_epoch = self._schedule.steps_per_epoch
         """Batches in an epoch; the images left over come in other epochs."""
         if workers is None:
             workers = 0 if self.feed else default_workers()
         self.workers = workers
-        self._steps = _EpochSteps(schedule)
         self._dtype = dtype
-        self._loader: DataLoader[Any] | None = None
+        self._workers: Workers | None = None
         self._next_epoch = 0
         self._runs = 0
 
@@ -168,11 +167,11 @@ class MultiViewLoader:
             )
 
     def _from_workers(self, epoch: int, start: int) -> Iterator[Batch]:
-        self._steps.epoch, self._steps.start = epoch, start
-        if self._loader is None:
-            make = functools.partial(_make_views, self._steps.schedule, self._dtype)
-            self._loader = worker_loader(make, self._steps, self.workers, keep=True)
-        for views, index in results(self._loader):
+        if self._workers is None:
+            make = functools.partial(_make_views, self._schedule, self._dtype)
+            self._workers = Workers(make, self.workers)
+        steps = ((epoch, step) for step in range(start, self.steps_per_epoch))
+        for views, index in self._workers.results(steps):
             sizes = (torch.from_numpy(x).view(self._dtype).permute(0, 1, 4, 2, 3) for x in views)
             yield Batch([view for each in sizes for view in each], torch.from_numpy(index))
 
@@ -205,7 +204,9 @@ class MultiViewLoader:
 
     def close(self) -> None:
         """End the workers and threads. Another epoch would start new ones."""
-        self._loader = None
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
         if self.feed is not None:
             self.feed.close()
 
@@ -245,7 +246,7 @@ def eval_pixels(
     count = len(source)
     ranges = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     read = functools.partial(_read_squares, source, eval_square(size))
-    return results(worker_loader(read, ranges, workers))
+    return results(read, ranges, workers)
 
 
 def _packed(source: ImageSource | Dataset[Any]) -> PackedImages:
@@ -262,23 +263,12 @@ def _check_sizes(batch_size: int, workers: int) -> None:
     require("workers", workers, workers >= 0, "at least 0")
 
 
-class _EpochSteps(Sampler[tuple[int, NDArray[np.int64]]]):
-    """The steps of the present epoch as (epoch, images of the batch), for persistent workers."""
-
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
-        self.epoch, self.start = 0, 0
-
-    def __iter__(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        for samples in self.schedule.samples(self.epoch, self.start, self.schedule.steps_per_epoch):
-            yield self.epoch, samples
-
-
 def _make_views(
-    schedule: Schedule, dtype: torch.dtype, key: tuple[int, NDArray[np.int64]]
+    schedule: Schedule, dtype: torch.dtype, epoch_and_step: tuple[int, int]
 ) -> tuple[list[NDArray[np.uint8]], NDArray[np.int64]]:
     """Bytes of the global views (2, B, h, w, 3), of the local ones if any, and the images (B,)."""
-    epoch, samples = key
+    epoch, step = epoch_and_step
+    samples = schedule.samples(epoch, step, step + 1)[0]
     images, policy = schedule.images, schedule.policy
     table = schedule.table(epoch, samples)
     add_offsets(table, images.offsets[samples])
