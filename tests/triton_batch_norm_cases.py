@@ -280,43 +280,11 @@ def test_in_a_cuda_graph() -> None:
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
-def test_operators_are_registered_rightly() -> None:
-    """Shapes, layouts and gradients under torch.compile."""
-    x, residual = (_draw((4, 6, 4, 4), seed=seed) for seed in range(2))
-    given = (x, residual, *_parameters(6, True)[:2])
-    leaves = [t.clone().requires_grad_() for t in given if t is not None]
-    names = ("schema", "autograd_registration", "faketensor", "aot_dispatch_static")
-    checks = tuple(f"test_{name}" for name in names)
-    absent = (leaves[0], None, None, None, 1, False, 1e-5)
-    for arguments in ((*leaves, 2, True, 1e-5), absent):
-        torch.library.opcheck(torch.ops.vi_simsiam.batch_norm_act, arguments, test_utils=checks)
-
-
-@pytest.mark.parametrize(("add", "relu"), [(True, True), (True, False), (False, True)])
-def test_under_compile(add: bool, relu: bool) -> None:
-    x, gradient = _draw((4, 6, 4, 4)), _draw((4, 6, 4, 4), seed=1)
-    residual = _draw((4, 6, 4, 4), seed=2) if add else None
-    parameters = _parameters(6, True)
-    want = _separate_passes(x, residual, parameters, gradient, 2, relu)
-    leaves = [
-        None if t is None else t.clone().requires_grad_() for t in (x, residual, *parameters[:2])
-    ]
-    running = [t.clone() for t in parameters[2:] if t is not None]
-
-    @torch.compile(backend="aot_eager", fullgraph=True)
-    def step(
-        x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor
-    ) -> Tensor:
-        options: dict[str, Any] = {"groups": 2, "relu": relu, "momentum": 0.3, "eps": 1e-3}
-        options |= {"residual": residual, "backend": "triton"}
-        return batch_norm_act(x, weight, bias, mean, var, **options)
-
-    y = step(*leaves, *running)
-    y.backward(gradient)
-    gradients = (None if t is None else t.grad for t in leaves)
-    got = dict(zip(("x", "residual", "weight", "bias"), gradients, strict=True))
-    got |= {"y": y.detach(), "running_mean": running[0], "running_var": running[1]}
-    _close(got, want)
+def test_under_compile_eager_is_taken() -> None:
+    x, parameters = _draw((4, 6, 4, 4)), _parameters(6, True)
+    compiled = torch.compile(batch_norm_act, backend="eager", fullgraph=True)
+    wanted = batch_norm_act(x, *parameters[:2], None, None, groups=2, backend="eager")
+    torch.testing.assert_close(compiled(x, *parameters[:2], None, None, groups=2), wanted)
 
 
 def test_gradients_of_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
