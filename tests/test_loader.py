@@ -24,12 +24,11 @@ from torch.utils.data import Dataset
 from vi_simsiam.config import POLICIES, AugmentConfig
 from vi_simsiam.data import Batch, MultiViewLoader
 from vi_simsiam.data import loader as data_loader
-from vi_simsiam.data.batches import epoch_order
 from vi_simsiam.data.cache import in_memory, pack
 from vi_simsiam.data.loader import eval_loader
 from vi_simsiam.data.packed import PackedImages, open_pack
 from vi_simsiam.data.sources import ArraySource, FileSource, ImageSource, Unreadable
-from vi_simsiam.data.views import add_offsets, draw_table, eval_view
+from vi_simsiam.data.views import add_offsets, draw_table, epoch_order, eval_view
 from vi_simsiam.errors import InputError, TrainingError
 from vi_simsiam.ops.augment import eager_augment
 
@@ -101,12 +100,6 @@ def test_epochs_and_seeds_differ(source: ArraySource) -> None:
     assert not any(torch.equal(first[i], again[i]) for i in common)
 
 
-def test_every_position_is_equally_likely() -> None:
-    places = np.array([epoch_order(0, epoch, 10) for epoch in range(1000)])
-    counts = np.array([np.bincount(places[:, place], minlength=10) for place in range(10)])
-    assert np.abs(counts - 100).max() <= 5 * np.sqrt(1000 * 0.1 * 0.9)
-
-
 def test_workers_and_a_start_within_the_epoch_change_nothing(source: ArraySource) -> None:
     alone, helped = loader(source), loader(source, workers=2)
     for epoch in (3, 0):
@@ -144,14 +137,10 @@ def test_iterating_gives_one_epoch_after_the_other(source: ArraySource) -> None:
         assert_same(iter(loaded), loader(source).epoch(epoch))
 
 
-@pytest.mark.parametrize(("workers", "world_size"), [(0, 4), (1, 2)])
-def test_ranks_share_the_batch_of_one(source: ArraySource, workers: int, world_size: int) -> None:
-    epochs = [
-        loader(source, workers, rank=rank, world_size=world_size).epoch(1)
-        for rank in range(world_size)
-    ]
+def test_ranks_share_the_batch_of_one(source: ArraySource) -> None:
+    epochs = [loader(source, rank % 2, rank=rank, world_size=4).epoch(1) for rank in range(4)]
     for whole, *shares in zip(loader(source).epoch(1), *epochs, strict=True):
-        assert [len(share.index) for share in shares] == [4 // world_size] * world_size
+        assert [len(share.index) for share in shares] == [1] * 4
         assert torch.equal(torch.cat([share.index for share in shares]), whole.index)
         for number, view in enumerate(whole.views):
             together = torch.cat([share.views[number] for share in shares])
@@ -204,14 +193,6 @@ def test_a_policy_can_be_given_by_name(source: ArraySource) -> None:
     assert_same(named.epoch(0, start=9), given.epoch(0, start=9))
     with pytest.raises(InputError, match="policy: 'strong' is none of"):
         MultiViewLoader(source, "strong", 2)
-
-
-def test_views_have_the_dtype_asked_for(source: ArraySource) -> None:
-    low = loader(source, workers=1, dtype=torch.bfloat16).epoch(0)
-    for made, full in zip(low, loader(source).epoch(0), strict=True):
-        for view, reference in zip(made.views, full.views, strict=True):
-            assert view.dtype == torch.bfloat16
-            torch.testing.assert_close(view.float(), reference, rtol=2**-8, atol=0)
 
 
 def test_a_worker_that_dies_ends_the_epoch_in_one_line(source: ArraySource) -> None:

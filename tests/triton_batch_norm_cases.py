@@ -1,7 +1,8 @@
 """Cases of the fused BatchNorm, in Triton's interpreter or on a GPU: values, gradients and running
 statistics.
 
-Everything is held to separate passes of `torch.nn.functional.batch_norm` in float64.
+Everything is held to the eager reference in float64, which `test_batch_norm.py` holds to separate
+passes of `torch.nn.functional.batch_norm`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torchvision.models import resnet
 from triton_tools import DEVICE, INTERPRETED, captured
 
@@ -83,30 +83,10 @@ def _results(
     return {"y": y.detach(), "running_mean": running_mean, "running_var": running_var, **gradients}
 
 
-def _separate_passes(
-    x: Tensor,
-    residual: Tensor | None,
-    parameters: list[Tensor | None],
-    gradient: Tensor,
-    groups: int,
-    relu: bool,
-) -> dict[str, Tensor]:
-    """The reference: each group on its own, in float64, without the operation under test."""
-    given = [None if t is None else t.detach().clone().double() for t in (x, residual, *parameters)]
-    for t in given[:4]:
-        if t is not None:
-            t.requires_grad_()
-    rows, added, weight, bias, mean, var = given
-    outputs = []
-    for i in range(groups):
-        part = slice(i * len(x) // groups, (i + 1) * len(x) // groups)
-        y = F.batch_norm(rows[part], mean, var, weight, bias, training=True, momentum=0.3, eps=1e-3)
-        y = y if added is None else y + added[part]
-        outputs.append(F.relu(y) if relu else y)
-        outputs[-1].backward(gradient[part].double())
-    names = ("x", "residual", "weight", "bias")
-    gradients = {name: t.grad for name, t in zip(names, given, strict=False) if t is not None}
-    return {"y": torch.cat(outputs).detach(), "running_mean": mean, "running_var": var, **gradients}
+def _exact(*given: Any, groups: int, relu: bool) -> dict[str, Tensor]:
+    """The eager reference in float64."""
+    options = {"groups": groups, "relu": relu, "momentum": 0.3, "eps": 1e-3}
+    return _results(*given, dtype=torch.float64, backend="eager", **options)
 
 
 def _close(
@@ -140,7 +120,7 @@ def test_values_gradients_and_running_statistics(
     x, gradient = _draw(shape) * 2 + 1, _draw(shape, seed=1)
     residual = _draw(shape, seed=2) if add else None
     parameters = _parameters(shape[1], affine)
-    want = _separate_passes(x, residual, parameters, gradient, groups, relu)
+    want = _exact(x, residual, parameters, gradient, groups=groups, relu=relu)
     got = _results(
         x, residual, parameters, gradient, groups=groups, relu=relu, momentum=0.3, eps=1e-3
     )
@@ -157,7 +137,7 @@ def test_bfloat16_is_as_exact_as_torch(add: bool) -> None:
     x, gradient = _draw(shape, torch.bfloat16), _draw(shape, torch.bfloat16, seed=1)
     residual = _draw(shape, torch.bfloat16, seed=2) if add else None
     parameters = _parameters(shape[1], True)
-    want = _separate_passes(x, residual, parameters, gradient, 2, True)
+    want = _exact(x, residual, parameters, gradient, groups=2, relu=True)
     options = {"groups": 2, "momentum": 0.3, "eps": 1e-3}
     got, torchs = (
         _results(x, residual, parameters, gradient, backend=backend, **options)
@@ -178,7 +158,7 @@ def test_a_mean_of_a_thousand_deviations() -> None:
     shape = (4, 8, 5, 5)
     x, gradient = _draw(shape) + 1000, _draw(shape, seed=1)
     parameters = _parameters(shape[1], True)
-    want = _separate_passes(x, None, parameters, gradient, 2, False)
+    want = _exact(x, None, parameters, gradient, groups=2, relu=False)
     got = _results(x, None, parameters, gradient, groups=2, relu=False, momentum=0.3, eps=1e-3)
     _close(got, want, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(got["running_var"].double(), want["running_var"], rtol=1e-5, atol=0)
@@ -227,7 +207,7 @@ def test_without_running_statistics_and_other_gradients() -> None:
     x, parameters = _draw((4, 6, 4, 4)), _parameters(6, True)
     residual = torch.randn(4, 6, 4, 4, dtype=torch.float64, device=DEVICE).to(torch.bfloat16)
     gradient = torch.randn(4, 6, 1, 1, device=DEVICE).expand(4, 6, 4, 4)
-    want = _separate_passes(x, residual, parameters, gradient, 2, True)
+    want = _exact(x, residual, parameters, gradient, groups=2, relu=True)
     got = _results(x, residual, [*parameters[:2], None, None], gradient, groups=2, eps=1e-3)
     _close(got, {name: want[name] for name in ("y", "x", "weight", "bias")})
     assert got["residual"].dtype == torch.bfloat16

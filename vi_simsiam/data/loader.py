@@ -1,7 +1,7 @@
 """Batches of random views for training, and batches in order for evaluation.
 
 On a CPU worker processes prepare the views, on a GPU the device itself does (see `data.device`);
-either way a batch is the same function of (seed, epoch, step), see `data.batches`.
+either way a batch is the same function of (seed, epoch, step), see `data.views`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -19,17 +19,22 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from vi_simsiam.checks import require
+from vi_simsiam.checks import choice, require
 from vi_simsiam.config import AugmentConfig, DataMemory
 from vi_simsiam.config import policy as named_policy
-from vi_simsiam.data.batches import Batch, Schedule
 from vi_simsiam.data.cache import cached
 from vi_simsiam.data.decoding import cores
-from vi_simsiam.data.device import DeviceFeed, byte_tensor, check_memory
+from vi_simsiam.data.device import DeviceFeed, byte_tensor, find_device
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource, as_source
-from vi_simsiam.data.transfers import find_device
-from vi_simsiam.data.views import GLOBAL_VIEWS, add_offsets, eval_square, normalised
+from vi_simsiam.data.views import (
+    GLOBAL_VIEWS,
+    Batch,
+    Schedule,
+    add_offsets,
+    eval_square,
+    normalised,
+)
 from vi_simsiam.data.workers import Workers, results
 from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.ops.augment import eager_augment
@@ -82,8 +87,10 @@ class MultiViewLoader:
         backend: str = "auto",
     ) -> None:
         device = find_device(device)
-        check_memory(memory)
-        _check_sizes(batch_size, 0 if workers is None else workers)
+        choice("memory", memory, get_args(DataMemory))
+        if workers is None:
+            workers = 0 if device.type == "cuda" else default_workers()
+        _check_sizes(batch_size, workers)
         if dtype not in (torch.float32, torch.bfloat16):
             raise InputError(f"dtype: {dtype} is neither torch.float32 nor torch.bfloat16")
         if device.type == "cpu" and backend not in ("auto", "eager"):
@@ -94,27 +101,25 @@ class MultiViewLoader:
         self.source = _packed(source)
         """The images that can be read; `Batch.index` counts these."""
         self.batch_size = batch_size
-        share = {"batch_size": batch_size, "seed": seed, "rank": rank, "world_size": world_size}
-        self._schedule = Schedule(self.source, policy, **share)
+        self._schedule = Schedule(
+            self.source,
+            policy,
+            batch_size=batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+        )
         self.feed: DeviceFeed | None = None
         """Makes the batches on a CUDA device; None on a CPU."""
         self._side: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self.feed = DeviceFeed(
-                self.source,
-                policy,
-                device=device,
-                dtype=dtype,
-                memory=memory,
-                backend=backend,
-                **share,
+                self._schedule, device, dtype=dtype, memory=memory, backend=backend
             )
             self._side = torch.cuda.Stream(device)
             self.feed.record_stream(self._side)  # an epoch may be left with a batch on its way
         self.steps_per_epoch = self._schedule.steps_per_epoch
         """Batches in an epoch; the images left over come in other epochs."""
-        if workers is None:
-            workers = 0 if self.feed else default_workers()
         self.workers = workers
         self._dtype = dtype
         self._workers: Workers | None = None
