@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from vi_simsiam.data.cache import pack
 from vi_simsiam.data.loader import eval_loader
 from vi_simsiam.data.packed import open_pack
 from vi_simsiam.data.sources import ArraySource
-from vi_simsiam.data.workers import results
+from vi_simsiam.data.workers import Workers, results
 from vi_simsiam.errors import InputError, TrainingError
 
 SOURCE = ArraySource(np.arange(4800, dtype=np.uint8).reshape(16, 10, 10, 3))
@@ -82,6 +83,25 @@ def test_a_process_that_cannot_be_started_is_one_line(monkeypatch: pytest.Monkey
     with pytest.raises(TrainingError, match=message):
         list(results(str, range(8), 2))
     assert not multiprocessing.active_children()
+
+
+KEPT: list[Workers] = []
+
+
+def leave_workers() -> None:
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    started = Workers(str, 2)
+    next(started.results(range(8)))
+    KEPT.append(started)
+
+
+def test_a_program_that_handles_sigterm_ends_although_workers_run() -> None:
+    program = multiprocessing.get_context("fork").Process(target=leave_workers)
+    program.start()
+    program.join(60)
+    ended = program.exitcode
+    program.kill()
+    assert ended == 0
 
 
 def test_processes_that_inherit_nothing_do_the_same(

@@ -162,6 +162,7 @@ def _serve(function: Callable[[Any], Any], connection: Connection, other_end: Co
     other_end.close()
     # Ctrl-C reaches every process of a terminal; the main process decides what follows.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # sent at the end of the program
     torch.set_num_threads(1)
     with ThreadPoolExecutor(1) as sender:  # the next result is computed while one is sent
         while True:
