@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from packing_cases import pixels, stored_files
+from test_loader import assert_same
 
 from vi_simsiam.config import AugmentConfig
 from vi_simsiam.data import MultiViewLoader, decoding
@@ -117,9 +117,7 @@ def test_processes_that_inherit_nothing_do_the_same(
     try:
         pack(files, tmp_path / "a.pack", workers=2)
         loader = MultiViewLoader(SOURCE, AugmentConfig(size=8), 4, workers=1)
-        for made, each in zip(loader.epoch(0), expected, strict=True):
-            assert torch.equal(made.index, each.index)
-            assert all(torch.equal(a, b) for a, b in zip(made.views, each.views, strict=True))
+        assert_same(loader.epoch(0), iter(expected))
         loader.close()
     finally:
         multiprocessing.set_start_method(before, force=True)

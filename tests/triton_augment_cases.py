@@ -18,7 +18,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from test_augment import FULL, drawn, oracle, row
 from torch import Tensor
-from triton_tools import DEVICE, INTERPRETED
+from triton_tools import DEVICE, INTERPRETED, captured
 
 from vi_simsiam.kernels import augment as kernel
 from vi_simsiam.kernels.augment import crop_start
@@ -164,15 +164,6 @@ def test_pixels_at_any_address() -> None:
         assert torch.equal(_augment(memory.to(DEVICE)[shift:], rows, 8), want)
 
 
-def test_no_views() -> None:
-    pixels = torch.zeros(12, dtype=torch.uint8, device=DEVICE)
-    table = torch.zeros((0, 16), dtype=torch.int32, device=DEVICE)
-    assert kernel.workspace_bytes(0, 32) == 0
-    kernel.augment(
-        pixels, table, torch.empty((0, 32, 32, 3), device=DEVICE), torch.empty(0, dtype=torch.uint8)
-    )
-
-
 @triton.jit
 def _start_kernel(row_ptr: tl.tensor, out_ptr: tl.tensor) -> None:
     tl.store(out_ptr, crop_start(row_ptr))
@@ -198,10 +189,7 @@ def test_in_a_graph() -> None:
     table = torch.from_numpy(rows).to(DEVICE)
     out = torch.empty((32, size, size, 3), device=DEVICE)
     workspace = torch.empty(kernel.workspace_bytes(32, size), dtype=torch.uint8, device=DEVICE)
-    kernel.augment(pixels, table, out, workspace)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kernel.augment(pixels, table, out, workspace)
+    graph, _ = captured(lambda: kernel.augment(pixels, table, out, workspace))
     table.copy_(torch.from_numpy(rows[::-1].copy()))
     out.fill_(torch.nan)
     graph.replay()

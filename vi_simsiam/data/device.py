@@ -20,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vi_simsiam.checks import require
 from vi_simsiam.config import DataMemory
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.views import GLOBAL_VIEWS, Batch, Schedule, add_offsets
@@ -108,10 +107,8 @@ class DeviceFeed:
         """Queue the transfer of all data that step `step` needs, on the current stream.
 
         Raises:
-            InputError: a negative step.
             TrainingError: a disk does not answer.
         """
-        require("step", step, step >= 0, "at least 0")
         try:
             if step != self._next:
                 self._restart(step)

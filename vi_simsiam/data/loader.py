@@ -6,7 +6,6 @@ either way a batch is the same function of (seed, epoch, step), see `data.views`
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import warnings
 from collections.abc import Iterator
@@ -59,7 +58,8 @@ class MultiViewLoader:
         batch_size: images in the batch of all ranks together.
         device: device of the batches: "cpu", "cuda" or "cuda:N".
         seed: key of the order and of every view.
-        workers: processes that prepare views on a CPU; None for `default_workers`, 0 with a GPU.
+        workers: processes that prepare views on a CPU; None for cores // 4, at most
+            16, and 0 with a GPU.
         dtype: of the views: float32 or bfloat16.
         memory: place of the images with a GPU: "gpu", "host", or "auto": "gpu" if they fit well.
         rank: this process among `world_size`; its rows are [rank * B / N, (rank + 1) * B / N).
@@ -89,7 +89,9 @@ class MultiViewLoader:
         device = find_device(device)
         choice("memory", memory, get_args(DataMemory))
         if workers is None:
-            workers = 0 if device.type == "cuda" else default_workers()
+            # They share the cores with the network's threads, and a thread that waits at a barrier
+            # for one that a worker has displaced spins: workers pay only where cores are idle.
+            workers = 0 if device.type == "cuda" else min(cores() // 4, 16)
         _check_sizes(batch_size, workers)
         if dtype not in (torch.float32, torch.bfloat16):
             raise InputError(f"dtype: {dtype} is neither torch.float32 nor torch.bfloat16")
@@ -216,15 +218,6 @@ class MultiViewLoader:
             self.feed.close()
 
 
-def default_workers() -> int:
-    """Return the number of processes that prepare views on a CPU: cores // 4, at most 16.
-
-    They share the cores with the network's threads, and a thread that waits at a barrier for one
-    that a worker has displaced spins: workers pay only where the network leaves cores idle.
-    """
-    return min(cores() // 4, 16)
-
-
 def eval_loader(
     source: ImageSource, size: int, batch_size: int, workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -278,10 +271,14 @@ def _make_views(
     table = schedule.table(epoch, samples)
     add_offsets(table, images.offsets[samples])
     pixels, rows = byte_tensor(images.pixels), torch.from_numpy(table)
-    with _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # operations on single views are too short to share
+    try:
         views = [eager_augment(pixels, rows[:GLOBAL_VIEWS], policy.size, dtype)]
         if policy.local_views:
             views.append(eager_augment(pixels, rows[GLOBAL_VIEWS:], policy.local_size, dtype))
+    finally:
+        torch.set_num_threads(threads)
     # As bytes, since numpy has no bfloat16, and in the order that they have in memory.
     content = [each.permute(0, 1, 3, 4, 2).view(torch.uint8).numpy() for each in views]
     return content, samples.copy()
@@ -295,14 +292,3 @@ def _read_squares(
     if source.labels is None:
         return images, np.full(len(indices), -1)
     return images, source.labels[indices.start : indices.stop].copy()
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep torch to one thread, since operations on single views are too short to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

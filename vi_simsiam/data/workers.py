@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import multiprocessing
-import os
 import pickle
 import signal
 import traceback
@@ -17,6 +16,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
@@ -51,8 +51,10 @@ class Workers:
         verb: str = "prepares",
     ) -> None:
         self._function, self._name, self._verb = function, name, verb
-        self._owner = os.getpid()
         self._processes: dict[Connection, BaseProcess] = {}
+        # Also called when this object goes and at the end of the program, but in no forked process.
+        self.close = Finalize(self, _end, (self._processes,), exitpriority=0)
+        """End the processes at once, whatever they are at."""
         self._given = 0
         try:
             for _ in range(count):
@@ -89,17 +91,6 @@ class Workers:
             number += 1
             self._give(itertools.islice(left, 1))
             yield result
-
-    def close(self) -> None:
-        """End the processes at once, whatever they are at."""
-        if os.getpid() == self._owner:  # not in a forked process, which has a copy of this object
-            for process in self._processes.values():
-                process.kill()
-            for process in self._processes.values():
-                process.join(_SECONDS_TO_END)
-            self._processes = {}
-
-    __del__ = close
 
     def _start(self) -> None:
         ours, theirs = multiprocessing.Pipe()
@@ -157,12 +148,19 @@ def no_answer(name: str, *, threads: bool = False) -> TrainingError:
     )
 
 
+def _end(processes: dict[Connection, BaseProcess]) -> None:
+    for process in processes.values():
+        process.kill()
+    for process in processes.values():
+        process.join(_SECONDS_TO_END)
+    processes.clear()
+
+
 def _serve(function: Callable[[Any], Any], connection: Connection, other_end: Connection) -> None:
     """Answer the keys that come through a pipe until its other end is closed."""
     other_end.close()
     # Ctrl-C reaches every process of a terminal; the main process decides what follows.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # sent at the end of the program
     torch.set_num_threads(1)
     with ThreadPoolExecutor(1) as sender:  # the next result is computed while one is sent
         while True:
