@@ -222,9 +222,11 @@ def test_a_thread_that_gives_nothing(make_feed: MakeFeed, monkeypatch: pytest.Mo
     feed, goes_on = make_feed(memory="host"), threading.Event()
     monkeypatch.setattr(device, "PATIENCE", 0.1)
     monkeypatch.setattr(feed, "_gather", lambda step, into: goes_on.wait(60))
+    since = time.monotonic()
     with pytest.raises(TrainingError, match="^data: no images have come from the threads for"):
         feed.load(0)
     goes_on.set()
+    assert time.monotonic() - since < 30  # of 60
 
 
 def feed_threads() -> set[threading.Thread]:
