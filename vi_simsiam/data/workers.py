@@ -111,12 +111,12 @@ class Workers:
         ready = wait(list(self._processes), PATIENCE)
         if not ready:
             raise no_answer(self._name)
-        for connection in ready:
-            assert isinstance(connection, Connection)
+        for connection, process in self._processes.items():
+            if connection not in ready:
+                continue
             try:
                 yield connection.recv()
             except (EOFError, OSError) as error:
-                process = self._processes[connection]
                 process.join(_SECONDS_TO_END)
                 code = process.exitcode or 0
                 how = f"killed by signal: {signal.strsignal(-code)}" if code < 0 else f"exit {code}"
