@@ -49,7 +49,6 @@ class Unpicklable(Items):
         return super().__getitem__(index)
 
 
-@pytest.mark.filterwarnings("error:This DataLoader")
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("kind", [Items, Unpicklable])
 def test_datasets_are_decoded_in_order(kind: type[Items]) -> None:

@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from vi_simsiam.backbones import build_backbone
 from vi_simsiam.config import AugmentConfig, TrainConfig
-from vi_simsiam.data import Batch, DeviceFeed, MultiViewLoader
+from vi_simsiam.data import Batch, DeviceFeed, MultiViewLoader, device
+from vi_simsiam.data.views import Schedule
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.graph import capture
 from vi_simsiam.engine.graph_rules import Rules
@@ -181,6 +182,10 @@ def test_a_model_in_ddp_is_refused_and_trains_on() -> None:
     assert_same(everything(step), everything(plain))
 
 
+def schedule() -> Schedule:
+    return Schedule(IMAGES, POLICY, batch_size=4, seed=3)
+
+
 class KernelFeed(DeviceFeed):
     """A feed whose views bypass the dispatcher, as those of a GPU's kernels do."""
 
@@ -190,13 +195,12 @@ class KernelFeed(DeviceFeed):
 
 
 @pytest.fixture
-def feed() -> Iterator[Callable[[str], DeviceFeed]]:
+def feed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], DeviceFeed]]:
+    monkeypatch.setattr(device, "_SEGMENT_BYTES", 4096)
     made: list[DeviceFeed] = []
 
     def make(memory: str) -> DeviceFeed:
-        made.append(
-            KernelFeed(IMAGES, POLICY, batch_size=4, seed=3, device="cpu", memory=memory, segment=4)
-        )  # type: ignore[arg-type]
+        made.append(KernelFeed(schedule(), torch.device("cpu"), memory=memory))  # type: ignore[arg-type]
         return made[-1]
 
     yield make
@@ -257,17 +261,16 @@ def test_a_captured_run_is_resumed(feed: Callable[[str], DeviceFeed]) -> None:
 
 @on_gpu("replays make the views of the next steps on a second stream, and train as single launches")
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_overlapped_replays_on_a_gpu(memory: str) -> None:
+def test_overlapped_replays_on_a_gpu(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The host runs far ahead, across epochs, segments of the table and reused slots."""
+    monkeypatch.setattr(device, "_SEGMENT_BYTES", 4096)
     steps = len(RATES) - 1
     made: list[list[list[Tensor]]] = []
     losses: list[Tensor] = []
     for mode in ("on", "off"):
         step = make_step(device="cuda")
         step.rates.div_(100)  # the whole rate amplifies rounding to a whole loss in eight steps
-        feed = DeviceFeed(
-            IMAGES, POLICY, batch_size=4, seed=3, device="cuda", memory=memory, segment=4
-        )  # type: ignore[arg-type]
+        feed = DeviceFeed(schedule(), torch.device("cuda", 0), memory=memory)  # type: ignore[arg-type]
         whole = OverlappedStep(step, feed)
         whole.prepare(0)
         call = capture(whole, state=whole.state, mode=mode)
@@ -280,7 +283,7 @@ def test_overlapped_replays_on_a_gpu(memory: str) -> None:
         assert call.captured == (mode == "on")
         losses.append(step.losses[:8].clone())  # later ones amplify rounding
         feed.close()
-    alone = DeviceFeed(IMAGES, POLICY, batch_size=4, seed=3, device="cuda", memory="gpu")
+    alone = DeviceFeed(schedule(), torch.device("cuda", 0), memory="gpu")
     for i in range(steps):
         alone.load(i + 1)
         expected = alone.make(torch.tensor(i + 1, device="cuda")).views

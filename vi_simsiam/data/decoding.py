@@ -6,7 +6,6 @@ import contextlib
 import functools
 import os
 import pickle
-import warnings
 from collections.abc import Generator
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from PIL import Image
 
 from vi_simsiam.data.pixels import Loss, losses
 from vi_simsiam.data.sources import FileSource, ImageSource, Unreadable, UnreadableError
-from vi_simsiam.data.workers import MANY_WORKERS, results, worker_loader
+from vi_simsiam.data.workers import results
 from vi_simsiam.errors import InputError
 
 _SAMPLED = 64
@@ -93,10 +92,8 @@ def decode(
     workers = min(cores() if workers is None else workers, len(chunks))
     if workers == 1 or not (workers and _can_be_pickled(source)):
         workers = 0
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", MANY_WORKERS)
-        loader = worker_loader(functools.partial(_decode, source, shorter_side), chunks, workers)
-    return results(loader, source.name, "decodes", quiet=True)
+    read = functools.partial(_decode, source, shorter_side)
+    return results(read, chunks, workers, source.name, "decodes")
 
 
 def cores() -> int:

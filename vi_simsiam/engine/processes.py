@@ -171,10 +171,6 @@ def supervise(
 def stop_signals(*, patient: bool = False, notice: str = "") -> Iterator[list[int]]:
     """A list that receives the first SIGINT or SIGTERM; a second one has its usual effect.
 
-    From the first signal on the end of a child process is no error. The end of a job ends the data
-    loader's workers, too, and torch's handler of SIGCHLD would then raise anywhere in the program,
-    for example in the middle of a checkpoint.
-
     Args:
         patient: receive all signals: torchrun repeats to its ranks the one of the terminal.
         notice: printed to standard error at once, since a step can take long.
@@ -190,8 +186,6 @@ def stop_signals(*, patient: bool = False, notice: str = "") -> Iterator[list[in
         received.append(number)
         if not patient:
             restore()
-        if hasattr(signal, "SIGCHLD") and signal.SIGCHLD not in previous:
-            previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda number, frame: None)
 
     def restore() -> None:
         while previous:

@@ -13,11 +13,11 @@ import torch
 from rich.console import Console
 
 from vi_simsiam.config import PLACE_FIELDS, TrainConfig
-from vi_simsiam.data.batches import check_batch
 from vi_simsiam.data.cache import cached
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.loader import MultiViewLoader
 from vi_simsiam.data.subsets import content, listed
+from vi_simsiam.data.views import check_batch
 from vi_simsiam.engine import run
 from vi_simsiam.engine.checkpoint import Checkpoint
 from vi_simsiam.engine.distributed import World
