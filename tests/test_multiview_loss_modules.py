@@ -108,7 +108,7 @@ def test_wrong_shapes_are_named(
         (torch.ones(2, 4), r"shape \(2, 4\) must be \(views, batch\) = \(2, 3\)"),
         (torch.ones(2, 3, 1), r"shape \(2, 3, 1\) must be \(views, batch\)"),
         ([torch.ones(3)] * 3, r"shape \(3, 3\)"),
-        ([torch.ones(3, 1)] * 2, r"shape \(3, 1\) must be \(batch,\)"),
+        ([torch.ones(3, 1)] * 2, r"shape \(2, 3, 1\) must be \(views, batch\)"),
         (torch.ones(2, 3, device="meta"), "on meta"),
     ],
 )
