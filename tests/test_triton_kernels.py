@@ -43,6 +43,12 @@ def test_numbers_in_the_interpreter(cases: tuple[str, ...]) -> None:
     run_cases(True, *cases)
 
 
+@pytest.mark.parametrize("part", ["", "_autograd"])
+def test_public_edge_cases_in_the_interpreter(part: str) -> None:
+    select = "triton and (extremes or raises_kappa or given or padded) and not gradcheck"
+    run_cases(True, f"test_multiview_loss{part}.py", select=select)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("part", ["", "_autograd", "_modules"])
 def test_public_functions_in_the_interpreter(part: str) -> None:
