@@ -99,8 +99,11 @@ def multiview_loss(
             return per_sample.mean() if mean else per_sample
         differentiable = [predictions] if isinstance(predictions, Tensor) else [*predictions]
         differentiable += [] if concentration is None else [concentration]
-        whole = isinstance(targets, Tensor)
-        constant = targets.detach().unbind(0) if whole else [x.detach() for x in targets]
+        constant = (
+            targets.detach().unbind(0)
+            if isinstance(targets, Tensor)
+            else [x.detach() for x in targets]
+        )
         call = LossCall(
             backend=name,
             distribution=form.distribution,
@@ -210,8 +213,10 @@ def _shape(
     views: Tensor | Sequence[Tensor], name: str, axes: tuple[str, ...], device: torch.device | None
 ) -> tuple[int, ...]:
     """The shape of one tensor, or of the views of a sequence stacked."""
-    one: Any = views
-    if not isinstance(views, Tensor):
+    if isinstance(views, Tensor):
+        one = views
+        shape: tuple[int, ...] = ()
+    else:
         if not isinstance(views, Sequence) or not all(isinstance(view, Tensor) for view in views):
             raise TypeError(
                 f"{name}: must be a tensor or a sequence of tensors, one a view, "
@@ -219,7 +224,7 @@ def _shape(
             )
         if not views:
             raise InputError(f"{name}: the sequence of views is empty")
-        one = views[0]
+        one, shape = views[0], (len(views),)
         for i, view in enumerate(views[1:], 1):
             if view.shape != one.shape or view.dtype != one.dtype or view.device != one.device:
                 raise InputError(
@@ -230,7 +235,7 @@ def _shape(
         raise TypeError(f"{name}: dtype {one.dtype} is none of float16, bfloat16, float32, float64")
     if one.layout is not torch.strided or one.is_nested:
         raise TypeError(f"{name}: must be dense, not {'nested' if one.is_nested else one.layout}")
-    shape = (*one.shape,) if one is views else (len(views), *one.shape)
+    shape = (*shape, *one.shape)
     if len(shape) != len(axes):
         raise InputError(f"{name}: shape {shape} must be ({', '.join(axes)})")
     if device is not None and one.device != device:
