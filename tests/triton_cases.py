@@ -20,6 +20,7 @@ from torch import Tensor
 from triton_tools import DEVICE, INTERPRETED
 
 from vi_simsiam.kernels import multiview_loss as kernel
+from vi_simsiam.kernels import scale_gradient
 from vi_simsiam.kernels.multiview_loss_parts import store_mean
 from vi_simsiam.ops.multiview_loss import LossForm
 from vi_simsiam.ops.multiview_loss_fused import LossCall, launch_loss
@@ -173,3 +174,67 @@ def test_rows_and_views_further_apart_than_int32(tmp_path: Path) -> None:
     run(predictions, apart(targets), got_loss.fill_(torch.nan), wide)
     assert torch.equal(got_loss, loss)
     torch.testing.assert_close(wide.float(), grad, rtol=2e-3, atol=1e-6)
+
+
+@pytest.fixture(params=["one tile to a program", "all tiles to one program"])
+def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if request.param.startswith("all"):
+        monkeypatch.setattr(scale_gradient, "_MOST_PROGRAMS", 1)
+    scale_gradient._launch_arguments.cache_clear()
+    yield
+    scale_gradient._launch_arguments.cache_clear()
+
+
+def _gradient(width: int, dtype: torch.dtype = F32) -> Tensor:
+    """(2, 19, width) with rows 16 elements wider than its own."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 19, width + 16, generator=generator, dtype=F64)
+    return rows.to(dtype).to(DEVICE)[..., :width]
+
+
+def _factor(kind: str, dtype: torch.dtype) -> Tensor:
+    factors = torch.linspace(-3, 3, 38, dtype=dtype, device=DEVICE)
+    factors[::8] = 1
+    numbers = {"number": factors[1], "expanded": factors[1].expand(19)}
+    return (numbers | {"per sample": factors[:19], "strided": factors[::2]})[kind]
+
+
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize("kind", ["number", "expanded", "per sample", "strided"])
+@pytest.mark.parametrize(("dtype", "width"), [(F32, 300), (F32, 5), (F64, 300), (BF16, 300)])
+def test_scaling_in_place(kind: str, dtype: torch.dtype, width: int) -> None:
+    gradient, factor = _gradient(width, dtype), _factor(kind, torch.promote_types(dtype, F32))
+    concentration = torch.rand(2, 19, dtype=factor.dtype, device=DEVICE)
+    around = gradient.as_strided((2, 19, 16), gradient.stride(), width)
+    before, want_concentration = around.clone(), concentration * factor
+    want = (gradient * factor.expand(19)[:, None]).to(dtype)
+    scale_gradient.scale_gradient(gradient, factor, gradient, concentration)
+    # The interpreter truncates to bfloat16 where a GPU rounds.
+    rounding = torch.finfo(dtype).eps if dtype == BF16 else 0
+    torch.testing.assert_close(gradient, want, rtol=rounding, atol=0)
+    assert torch.equal(concentration, want_concentration)
+    assert torch.equal(around, before)
+
+
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize("kind", ["number", "strided"])
+def test_scaling_into_float16(kind: str) -> None:
+    gradient, factor = _gradient(300) * 1e-4, _factor(kind, F32)
+    before = gradient.clone()
+    out = torch.full((2, 19, 307), torch.nan, dtype=F16, device=DEVICE)
+    scale_gradient.scale_gradient(gradient, factor, out[..., :300], None)
+    want = (gradient * factor.expand(19)[:, None]).half()
+    torch.testing.assert_close(out[..., :300], want, rtol=1e-3, atol=6e-8)
+    assert out[..., 300:].isnan().all()
+    assert torch.equal(gradient, before)
+
+
+@pytest.mark.parametrize("shape", [(), (19,)])
+def test_a_factor_of_one_touches_nothing(shape: tuple[int, ...]) -> None:
+    """A NaN that is multiplied loses nothing that a test could see, but a signalling one becomes
+    quiet."""
+    gradient = _gradient(300)
+    gradient.view(torch.int32)[..., 7] = 0x7F800001
+    before = gradient.view(torch.int32).clone()
+    scale_gradient.scale_gradient(gradient, torch.ones(shape, device=DEVICE), gradient, None)
+    assert torch.equal(gradient.view(torch.int32), before)

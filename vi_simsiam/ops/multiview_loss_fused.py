@@ -67,8 +67,7 @@ def fused_loss(
 ) -> Tensor:
     """The loss (B,) of checked inputs or its mean, differentiable once (else RuntimeError).
 
-    Predictions are (V, B, W) or V tensors (B, W), targets G tensors (B, D), the concentration
-    (V, B) or None where it is raw, in column D of the predictions.
+    `concentration` is None where it is raw, in column D of the predictions.
     """
     whole = isinstance(predictions, Tensor)
     given = (predictions,) if isinstance(predictions, Tensor) else predictions
@@ -79,11 +78,10 @@ def fused_loss(
         if compiling:
             reserve_tickets(given[0].device.type, given[0].device.index)
         views = list(given[0].unbind(0) if whole else given)
-        result: Tensor = torch.ops.vi_simsiam.multiview_loss(
-            views, list(targets), concentration, *call
-        )[0]
-        return result
-    loss: Tensor = _FusedLoss.apply(call, whole, len(given), concentration, *given, *targets)
+        operator = torch.ops.vi_simsiam.multiview_loss
+        loss: Tensor = operator(views, list(targets), concentration, *call)[0]
+    else:
+        loss = _FusedLoss.apply(call, whole, len(given), concentration, *given, *targets)
     return loss
 
 
@@ -172,7 +170,7 @@ class _FusedLoss(torch.autograd.Function):
         gradient, inputs[0] = launch_scale(kept[0], kept[1], number, ctx.call, *ctx.dtypes)
         inputs[1 : 1 + ctx.count] = [gradient] if ctx.whole else gradient.unbind(0)
         if torch.is_grad_enabled():  # create_graph: without this they would pass for constants
-            inputs = _refuse_second_derivative(inputs, (factor, *ctx.saved_tensors))
+            inputs = list(_Refusal.apply(len(inputs), *inputs, factor, *ctx.saved_tensors))
         return None, None, None, *inputs
 
     @staticmethod
@@ -188,25 +186,17 @@ def _split(
 
 
 class _Refusal(torch.autograd.Function):
-    """Returns the first `count` tensors; their derivative by any of the others is an error."""
+    """Returns the first `count` gradients; their derivative by any of the others is an error."""
 
     @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.detach() for x in tensors[:count])
+    def forward(ctx: Any, count: int, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if x is None else x.detach() for x in given[:count])
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
         raise RuntimeError(
             "the fused multi-view loss cannot be differentiated twice; use backend='eager' for that"
         )
-
-
-def _refuse_second_derivative(
-    gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    there = [x for x in gradients if x is not None]
-    refusing = iter(_Refusal.apply(len(there), *there, *(x for x in inputs if x is not None)))
-    return [None if x is None else next(refusing) for x in gradients]
 
 
 torch.library.define(
@@ -247,8 +237,7 @@ def _scale(ctx: Any, factor: Tensor, *_: Any) -> tuple[Any, ...]:
     given = concentration_dtype is not None
     views.append((by_concentration * factor).to(concentration_dtype) if given else None)
     if torch.is_grad_enabled():
-        detached = [None if x is None else x.detach() for x in views]
-        views = _refuse_second_derivative(detached, (factor, *inputs))
+        views = list(_Refusal.apply(len(views), *views, factor, *inputs))
     return views[:-1], [None] * ctx.targets, views[-1], *[None] * len(ctx.call)
 
 
@@ -294,10 +283,7 @@ def launch_loss(
     if call.backend == "cuda" and z[0].dtype != p[0].dtype:
         # Compiled for equal dtypes, and for float32 targets.
         z = [x.to(call.dtype, memory_format=torch.contiguous_format) for x in z]
-    if call.distribution == "cosine":
-        form = "cosine"
-    else:
-        form = "raw_concentration" if concentration is None else "given_concentration"
+    spherical = "raw_concentration" if concentration is None else "given_concentration"
     problem: dict[str, Any] = {
         "predictions": [x.data_ptr() for x in p],
         "targets": [x.data_ptr() for x in z],
@@ -312,7 +298,7 @@ def launch_loss(
         "prediction_stride": p[0].stride(0),
         "target_stride": z[0].stride(0),
         "gradient_strides": (0, 0) if gradient is None else gradient.stride()[:2],
-        "form": form,
+        "form": "cosine" if call.distribution == "cosine" else spherical,
         "prediction_dtype": _name(p[0].dtype),
         "target_dtype": _name(z[0].dtype),
         **numbers,
