@@ -86,13 +86,12 @@ def concentration_head(
         if shared is not None:
             last = SplitHead(hidden, dim, shared)
         elif frozen or kind == "detached":
-            mean = padded_linear(hidden, dim)
             # Without a random number, so that the layers made after it are SimSiam's; it learns
             # from zero as well.
             concentration = nn.utils.skip_init(nn.Linear, hidden, 1)
             nn.init.zeros_(concentration.weight)
             nn.init.constant_(concentration.bias, initial)
-            last = SplitHead(hidden, dim, concentration, mean)
+            last = SplitHead(hidden, dim, concentration)
         else:
             last = padded_linear(hidden, dim + 1)
             if start:
@@ -110,15 +109,12 @@ class SplitHead(nn.Module):
         hidden: H.
         dim: D.
         concentration: maps (..., H), detached, to (..., 1).
-        mean: the linear layer (H, at least D columns); None for a new one.
     """
 
-    def __init__(
-        self, hidden: int, dim: int, concentration: nn.Module, mean: nn.Linear | None = None
-    ) -> None:
+    def __init__(self, hidden: int, dim: int, concentration: nn.Module) -> None:
         super().__init__()
         self.dim = dim
-        self.mean = padded_linear(hidden, dim) if mean is None else mean
+        self.mean = padded_linear(hidden, dim)
         self.concentration = concentration
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -69,7 +69,6 @@ def fused_loss(
 
     `concentration` is None where it is raw, in column D of the predictions.
     """
-    whole = isinstance(predictions, Tensor)
     given = (predictions,) if isinstance(predictions, Tensor) else predictions
     compiling = torch.compiler.is_compiling()
     tensors = (*given, *targets, concentration)
@@ -77,11 +76,11 @@ def fused_loss(
         # Fake tensors, other subclasses and tracing modes have no memory of their own.
         if compiling:
             reserve_tickets(given[0].device.type, given[0].device.index)
-        views = list(given[0].unbind(0) if whole else given)
+        views = list(given[0].unbind(0) if len(given) == 1 else given)
         operator = torch.ops.vi_simsiam.multiview_loss
         loss: Tensor = operator(views, list(targets), concentration, *call)[0]
     else:
-        loss = _FusedLoss.apply(call, whole, len(given), concentration, *given, *targets)
+        loss = _FusedLoss.apply(call, len(given), concentration, *given, *targets)
     return loss
 
 
@@ -133,7 +132,7 @@ def _compute(
 
 
 class _FusedLoss(torch.autograd.Function):
-    """Inputs: the call, True for whole predictions, their number, concentration and tensors.
+    """Inputs: the call, the number of predictions (1 for whole ones), concentration and tensors.
 
     forward takes the context: with a setup_context of its own apply() costs 40 us more.
     """
@@ -142,15 +141,14 @@ class _FusedLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         call: LossCall,
-        whole: bool,
         count: int,
         concentration: Tensor | None,
         *tensors: Tensor,
     ) -> Tensor:
         loss: Tensor
-        loss, *kept = _compute(*_split(whole, count, tensors), concentration, *call)
+        loss, *kept = _compute(*_split(count, tensors), concentration, *call)
         if call.wants_gradient:
-            ctx.call, ctx.whole, ctx.count, ctx.kept = call, whole, count, kept
+            ctx.call, ctx.count, ctx.kept = call, count, kept
             ctx.dtypes = tensors[0].dtype, getattr(concentration, "dtype", None)
             # Targets made under inference_mode, by a frozen teacher, cannot be saved; nothing
             # changes them.
@@ -163,26 +161,24 @@ class _FusedLoss(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, None
         if kept is None:
             concentration, *tensors = ctx.saved_tensors
-            views = _split(ctx.whole, ctx.count, [*tensors, *ctx.frozen])
+            views = _split(ctx.count, [*tensors, *ctx.frozen])
             _, *kept = _compute(*views, concentration, *ctx.call)
-        inputs: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3)
+        inputs: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 2)
         number = factor.detach()
         gradient, inputs[0] = launch_scale(kept[0], kept[1], number, ctx.call, *ctx.dtypes)
-        inputs[1 : 1 + ctx.count] = [gradient] if ctx.whole else gradient.unbind(0)
+        inputs[1 : 1 + ctx.count] = [gradient] if ctx.count == 1 else gradient.unbind(0)
         if torch.is_grad_enabled():  # create_graph: without this they would pass for constants
             inputs = list(_Refusal.apply(len(inputs), *inputs, factor, *ctx.saved_tensors))
-        return None, None, None, *inputs
+        return None, None, *inputs
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:
         raise RuntimeError(TRANSFORMED)
 
 
-def _split(
-    whole: bool, count: int, tensors: Sequence[Tensor]
-) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """The views of predictions and of targets."""
-    return tensors[0].unbind(0) if whole else tensors[:count], tensors[count:]
+def _split(count: int, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The views of predictions, of which a single tensor holds all, and of targets."""
+    return tensors[0].unbind(0) if count == 1 else tensors[:count], tensors[count:]
 
 
 class _Refusal(torch.autograd.Function):
