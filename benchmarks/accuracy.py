@@ -10,25 +10,22 @@ compare with 60-digit values.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 
 from vi_simsiam.engine.run import resolve_device
 from vi_simsiam.ops.multiview_loss import LossForm, eager_loss
 from vi_simsiam.text import markdown_grid, print_line
 
-from . import names
+from .harness import failure_reason
 from .multiview_loss import make_providers
-from .results import provenance, result_path, write_result
-from .timers import failure_reason
+from .results import COMPILED, provenance, result_path, write_result
+from .tables import terminal_table
 
 NAME = "accuracy"
 DIM = 2048
@@ -49,18 +46,20 @@ class Options:
     """Folder for OUT/DEVICE/accuracy.json; None to print only."""
 
 
-def run(options: Options, console: Console | None = None) -> dict[str, Any]:
+def run(options: Options) -> dict[str, Any]:
     """Measure and print the errors of all providers in float32; write a file if a folder is set."""
-    console = console or Console()
+    console = Console()
     device = resolve_device(options.device)
     path = None if options.out is None else result_path(options.out, NAME, device)
     rows: dict[str, Any] = {}
     for name, provider in make_providers(_FORM, device).items():
-        if name in names.COMPILED:  # the compiled eager form: the same arithmetic
+        if name in COMPILED:  # the compiled eager form: the same arithmetic
+            continue
+        if isinstance(provider, str):
+            rows[name] = provider
             continue
         try:
-            unavailable = isinstance(provider, str)
-            rows[name] = provider if unavailable else [errors(provider, k, device) for k in KAPPAS]
+            rows[name] = [errors(provider, kappa, device) for kappa in KAPPAS]
         except Exception as error:
             rows[name] = failure_reason(error)
     result = {
@@ -71,12 +70,8 @@ def run(options: Options, console: Console | None = None) -> dict[str, Any]:
         "kappas": KAPPAS,
         "providers": rows,
     }
-    table = Table(title=f"largest error in float32 at D = {DIM}: value (nats), derivative by kappa")
-    for column in ("", *_head(KAPPAS)):
-        table.add_column(column, no_wrap=True)
-    for name, row in rows.items():
-        table.add_row(name, *([escape(row)] if isinstance(row, str) else map(_cell, row)))
-    console.print(table)
+    title = f"largest error in float32 at D = {DIM}: value (nats), derivative by kappa"
+    console.print(terminal_table(title, *_table("", result)))
     if path is not None:
         write_result(path, result)
         print_line(console, f"written: {path}")
@@ -110,21 +105,23 @@ def cosines(kappa: float) -> list[float]:
 
 def markdown_table(result: dict[str, Any]) -> str:
     """The errors as a Markdown table."""
-    names = {name: f"`{name}`" for name in ("eager", "cpu", "triton", "cuda")}
-    names["textbook"] = "textbook (lgamma)"
+    providers = {
+        "textbook (lgamma)" if name == "textbook" else f"`{name}`": row
+        for name, row in result["providers"].items()
+    }
+    title = f"float32, D = {result['dim']}"
+    return markdown_grid(*_table(title, {**result, "providers": providers}))
+
+
+def _table(title: str, result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: the errors of each provider, or the reason why there are none."""
     kappas, rows = result["kappas"], []
     for name, row in result["providers"].items():
-        cells = [row] * len(kappas) if isinstance(row, str) else map(_cell, row)
-        rows.append((names.get(name, name), *cells))
-    return markdown_grid((f"float32, D = {result['dim']}", *_head(kappas)), rows)
-
-
-def _head(kappas: Iterable[float]) -> list[str]:
-    return [f"kappa = {kappa:,.0f}" for kappa in kappas]
-
-
-def _cell(found: dict[str, float]) -> str:
-    return f"{found['value']:.1e}, {found['derivative']:.1e}"
+        cells = [row] * len(kappas)
+        if not isinstance(row, str):
+            cells = [f"{each['value']:.1e}, {each['derivative']:.1e}" for each in row]
+        rows.append([name, *cells])
+    return [title, *(f"kappa = {kappa:,.0f}" for kappa in kappas)], rows
 
 
 def _inputs(cosine: float, kappa: float, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:

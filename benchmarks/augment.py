@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from torch import Tensor
 
 from vi_simsiam.config import AugmentConfig
@@ -35,26 +34,22 @@ from vi_simsiam.data.views import add_offsets, draw_table
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, ColourOperation, augment
 
-from . import names, peers
-from .baselines import colour_operations, torchvision_view
-from .peers import Provider
-from .suite import Suite, SuiteOptions, only_cases
+from . import harness, peers
+from .cases import ViewCase, image_files, view_cases
+from .harness import Prepared, Suite, SuiteOptions, Timer
+from .peers import Provider, colour_operations, torchvision_view
+from .results import LIGHTLY, OURS
 from .tables import augment_case
-from .timers import Timer, failed, failure_reason, timed_in_turn, timer_for
-from .view_cases import ViewCase, image_files, view_cases
 
 TORCHVISION = "torchvision v2"
-YARDSTICK = TORCHVISION
-"""Not code of this project: where it becomes slower between two results, the machine did."""
 
 _SHORT_SECONDS = {"cuda": 100.0, "cpu": 60.0}
 _CASE_SECONDS = {"cuda": 40.0, "cpu": 45.0}
 """No new round of a case begins after this long."""
-_MEASURE_SECONDS = 0.7
-"""Approximate time of a peer with workers in one round."""
 _BATCHES = {32: 48, 128: 12}
-"""Batches of an epoch for each worker on a CPU, by size of view, for about a second."""
-_MISSING = ("error", "time", "views_per_second")
+"""Batches of our epoch for each worker on a CPU, by size of view, for about a second. Peers with
+workers, which are slower, make an eighth of them."""
+_FIGURES = ("error", "views_per_second")
 _ALLOWED = {"without hue": 1e-5, "with hue": 1e-4}
 """Largest allowed error of a view, in pixel values from 0 to 1."""
 _CHECKED = 8
@@ -64,20 +59,14 @@ _SETS = 8
 """Number of batches that the augmentation alone is timed on, in turn."""
 
 
-Providers = Mapping[str, Callable[[], Provider]]
-
-
 @dataclass(frozen=True)
 class Options(SuiteOptions):
     """Options of `vi-simsiam bench augment`."""
 
-    only: Annotated[
-        str,
-        only_cases(
-            '2x128 or "batch 64"',
-            '"2x128+6x64 batch 64", views x size, local ones after the +',
-        ),
-    ] = ""
+    only: str = ""
+    """Only cases whose name contains this, such as 2x128 or "batch 64"; a name is
+    "2x128+6x64 batch 64", views x size, local ones after the +. What no name contains lists all
+    names."""
     rounds: int = 7
     """Measurements of every provider; the median is reported."""
     data: str = "generated"
@@ -91,29 +80,29 @@ class Options(SuiteOptions):
             raise InputError(f"workers: {self.workers} must be at least 1")
 
 
-def run(options: Options, console: Console | None = None) -> dict[str, Any]:
+def run(options: Options) -> dict[str, Any]:
     """Measure the cases, print tables, and write the result file after each case."""
-    suite = Suite("augment", options, console, peers.PEER_PACKAGES)
+    suite = Suite("augment", options, peers.PEER_PACKAGES)
     device, workers = suite.device, options.workers or cores()
     data = "generated" if options.data == "generated" else "folder"
     suite.result.update(workers=workers, data=data)
-    timer = timer_for(device)
+    timer = harness.timer_for(device)
     cases = view_cases(device.type, short=options.short)
+    seconds = _CASE_SECONDS[device.type]
     for case, _ in suite.cases(cases, _SHORT_SECONDS[device.type]):
+        # Each worker makes the same number of batches of an epoch after the first one.
+        count = case.batch * (1 + workers * _batches(case))
         with tempfile.TemporaryDirectory() as folder:
-            count = image_count(case, workers)
             paths = image_files(options.data, Path(folder), count=count, sides=case.sides)
             made = make_providers(case, paths, device, workers, timer)
-            seconds = _CASE_SECONDS[device.type]
             found = measure_case(case, made, seconds=seconds, rounds=options.rounds)
         timer.release()
         suite.add(found, augment_case(found))
     return suite.finish()
 
 
-def image_count(case: ViewCase, workers: int) -> int:
-    """Images of an epoch: each worker makes the same number of batches after the first one."""
-    return case.batch * (1 + workers * _BATCHES.get(case.size, 4))
+def _batches(case: ViewCase) -> int:
+    return _BATCHES.get(case.size, 4)
 
 
 def make_providers(
@@ -129,7 +118,7 @@ def make_providers(
         batch=case.batch,
         device=device,
         workers=workers,
-        seconds=_MEASURE_SECONDS,
+        turns=max(1, _batches(case) // 8),
     )
 
     def resident(call: Callable[[list[Tensor]], Sequence[Tensor]]) -> Provider:
@@ -137,12 +126,12 @@ def make_providers(
         return peers.device_provider(call, decoded, device)
 
     made: dict[str, Callable[[], Provider]] = {
-        names.OURS: lambda: loader_views(images, policy, case.batch, device, workers),
-        f"{names.OURS}, augmentation alone": lambda: augmented_bytes(
+        OURS: lambda: loader_views(images, policy, case.batch, device, workers),
+        f"{OURS}, augmentation alone": lambda: augmented_bytes(
             images, policy, case.batch, device, timer
         ),
         TORCHVISION: lambda: from_files(peers.torchvision_transform(policy)),
-        names.LIGHTLY: lambda: from_files(peers.lightly_transform(policy)),
+        LIGHTLY: lambda: from_files(peers.lightly_transform(policy)),
         "kornia": lambda: resident(peers.kornia_on_device(policy, device)),
     }
     if device.type == "cuda":
@@ -151,7 +140,7 @@ def make_providers(
 
 
 def measure_case(
-    case: ViewCase, providers: Providers, *, seconds: float, rounds: int
+    case: ViewCase, providers: Mapping[str, Callable[[], Provider]], *, seconds: float, rounds: int
 ) -> dict[str, Any]:
     """Check all providers and time those that are right, in turn; failures are recorded.
 
@@ -160,20 +149,15 @@ def measure_case(
         torchvision's functions (ours), `mean` and `std` of the first view, `time` of a batch
         (quartiles) and `views_per_second`.
     """
-    found: dict[str, dict[str, Any]] = {}
-    alive: dict[str, Provider] = {}
-    for name, make in providers.items():
-        try:
-            alive[name] = make()
-            found[name] = judge(case, alive[name])
-        except Exception as error:  # not installed, no memory, a worker that died
-            found[name] = failed(failure_reason(error), _MISSING)
-    measures = {
-        name: provider.measure for name, provider in alive.items() if found[name]["correct"]
-    }
-    timed_in_turn(found, measures, rounds=rounds, seconds=seconds)
-    for provider in alive.values():
-        provider.close()
+    with contextlib.ExitStack() as stack:
+
+        def prepared(make: Callable[[], Provider]) -> Prepared:
+            provider = make()
+            stack.callback(provider.close)
+            return judge(case, provider), provider.measure
+
+        prepare = {name: partial(prepared, make) for name, make in providers.items()}
+        found = harness.timed_in_turn(prepare, _FIGURES, rounds=rounds, seconds=seconds)
     for values in found.values():
         if values["time"] is not None:
             values["views_per_second"] = case.views / values["time"]["median_us"] * 1e6
@@ -183,7 +167,7 @@ def measure_case(
         "batch": case.batch,
         "views": case.views,
         "sides": case.sides,
-        "yardstick": YARDSTICK,
+        "yardstick": TORCHVISION,
         "providers": found,
     }
 
@@ -194,16 +178,11 @@ def judge(case: ViewCase, provider: Provider) -> dict[str, Any]:
     views = [view.float() for view in sample]
     shapes = [tuple(view.shape) for view in views]
     if shapes != case.shapes:
-        return failed(f"wrong: views of shapes {sorted(set(shapes))}", _MISSING)
+        return harness.failed(f"wrong: views of shapes {sorted(set(shapes))}")
     if not all(torch.isfinite(view).all() for view in views):
-        return failed("wrong: views that are not finite", _MISSING)
-    wrong = [
-        f"{kind} {error[kind]:.1e}, allowed {limit:.0e}"
-        for kind, limit in _ALLOWED.items()
-        if error is not None and not error[kind] <= limit  # a NaN is wrong, too
-    ]
+        return harness.failed("wrong: views that are not finite")
     return {
-        **failed(f"inaccurate: {'; '.join(wrong)}" if wrong else None, _MISSING),
+        **(harness.failed(None) if error is None else harness.judged(error, _ALLOWED)),
         "error": error,
         "mean": views[0].mean().item(),
         "std": views[0].std().item(),
@@ -242,19 +221,20 @@ def augmented_bytes(
     tables = [torch.from_numpy(placed_table(images, policy, each)).to(device) for each in samples]
     out_bytes = batch * 12 * (2 * policy.size**2 + policy.local_views * policy.local_size**2)
 
-    views = partial(augmented, pixels, policy)
-    with _one_thread(device):
-        timed = timer.prepare(views, tables, out_bytes)["time"]
+    def views(table: Tensor) -> list[Tensor]:
+        before = torch.get_num_threads()
+        if device.type == "cpu":
+            torch.set_num_threads(1)
+        try:
+            return augmented(pixels, policy, table)
+        finally:
+            torch.set_num_threads(before)
 
     def sample() -> tuple[Sequence[Tensor], dict[str, float]]:
         made = views(tables[0])
         return made, errors(made, images, policy, samples[0])
 
-    def measure() -> float:
-        with _one_thread(device):
-            return timed()
-
-    return Provider(sample, measure)
+    return Provider(sample, timer.prepare(views, tables, out_bytes)["time"])
 
 
 def augmented(
@@ -271,7 +251,8 @@ def placed_table(
     images: PackedImages, policy: AugmentConfig, samples: NDArray[np.int64]
 ) -> NDArray[np.int32]:
     """Table rows (V, B, 16) of images in epoch 0, with their offsets in `images`."""
-    table = _table(images, policy, samples)
+    sides = {"heights": images.heights[samples], "widths": images.widths[samples]}
+    table = draw_table(policy, seed=_SEED, epoch=0, samples=samples, **sides)
     add_offsets(table, images.offsets[samples])
     return table
 
@@ -285,7 +266,7 @@ def errors(
         The errors of the views without and with hue shifts, in pixel values from 0 to 1.
     """
     samples = samples[:_CHECKED]
-    table = _table(images, policy, samples)
+    table = placed_table(images, policy, samples)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     worst = dict.fromkeys(_ALLOWED, 0.0)
     for rows, batch in zip(table, views, strict=True):
@@ -295,22 +276,3 @@ def errors(
             kind = "with hue" if ColourOperation.HUE in colour_operations(row) else "without hue"
             worst[kind] = max(worst[kind], error) if error == error else error
     return worst
-
-
-@contextlib.contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
-    """Limit torch to one thread on a CPU."""
-    before = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _table(
-    images: PackedImages, policy: AugmentConfig, samples: NDArray[np.int64]
-) -> NDArray[np.int32]:
-    heights, widths = images.heights[samples], images.widths[samples]
-    return draw_table(policy, seed=_SEED, epoch=0, samples=samples, heights=heights, widths=widths)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 from rich.console import Console
@@ -13,8 +13,17 @@ from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted, print_line
 
 from .cases import MODES
-from .ratios import TOO_NOISY, Case, Ratio, Times, case_label, ratio, spread, times_of
-from .results import read_result
+from .results import (
+    TOO_NOISY,
+    Case,
+    Ratio,
+    Times,
+    case_label,
+    ratio,
+    read_result,
+    spread,
+    times_of,
+)
 from .tables import terminal_table
 
 _LEAST_NOISE = 0.02
@@ -31,35 +40,29 @@ class Options:
     """Result file that must not be slower."""
 
 
-@dataclass(frozen=True)
-class Change:
-    """One time in both files."""
+class Change(NamedTuple):
+    """One time in both files: a row of the table."""
 
     case: str
     provider: str
     what: str
-    ratio: float | None
-    """New over old; None where there is no new time."""
-    allowed: float
-    """Ratio that noise explains."""
-    note: str = ""
-    noisy: bool = False
-    """A time that it rests on is too noisy for a verdict."""
+    ratio: str
+    """New over old."""
+    noise: str
+    """Share that noise explains."""
+    verdict: str
+    """slower, faster, too noisy to tell, the failure of a lost result, or empty for noise."""
 
     @property
     def regression(self) -> bool:
         """Return True if it is slower than noise explains, or has no result any more."""
-        return self.ratio is None or (self.ratio > self.allowed and not self.noisy)
-
-    @property
-    def verdict(self) -> str:
-        """The change in a word or two; empty where noise explains the difference."""
-        if self.ratio is None or self.noisy:
-            return self.note or TOO_NOISY
-        return "slower" if self.regression else "faster" if self.ratio < 1 / self.allowed else ""
+        return self.verdict not in ("", "faster", TOO_NOISY)
 
 
-def run(options: Options, console: Console | None = None) -> int:
+_HEAD = ("case", "provider", "what", "new / old", "noise", "")
+
+
+def run(options: Options) -> int:
     """Print the ratios; return 1 if anything is slower beyond the recorded noise, else 0.
 
     Times that are too noisy for a verdict are counted and decide nothing.
@@ -68,7 +71,7 @@ def run(options: Options, console: Console | None = None) -> int:
         InputError: a missing file, one of another benchmark, or files without a common case or
             without a time that is quiet enough to compare.
     """
-    console = console or Console()
+    console = Console()
     before = read_result(options.before, "multiview_loss", "augment", "step", "train")
     after = read_result(options.after, before["benchmark"])
     both = f"{options.before} and {options.after}"
@@ -84,21 +87,9 @@ def run(options: Options, console: Console | None = None) -> int:
             print_line(console, f"note: different {name}: {old} and {new}")
     if not changes:
         raise InputError(f"results: {both} have no timed case in common")
-    rows = [
-        (
-            change.case,
-            change.provider,
-            change.what,
-            "-" if change.ratio is None else f"{change.ratio:.3f}",
-            f"{change.allowed - 1:.1%}",
-            change.verdict,
-        )
-        for change in changes
-    ]
-    head = ("case", "provider", "what", "new / old", "noise", "")
-    console.print(terminal_table(None, head, rows, right=("new / old", "noise")))
+    console.print(terminal_table(None, _HEAD, changes, numbers=False))
     slower = sum(change.regression for change in changes)
-    unclear = sum(change.noisy for change in changes)
+    unclear = sum(change.verdict == TOO_NOISY for change in changes)
     if unclear == len(changes):
         raise InputError(
             f"results: all {counted(unclear, 'time')} of {both} are {TOO_NOISY}; "
@@ -121,50 +112,55 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
     files, at least 2 %. More is allowed where a yardstick measured beside it, which is no code of
     this project, became slower: then the machine did. For the loss that is a copy of the same
     bytes, otherwise the provider that the case names. Where one of these times is noisy (see
-    `ratios`) there is no verdict.
+    `results`) there is no verdict.
     """
-    timings: list[tuple[str, str | None, str]] = [("time", None, "time")]
-    if before["benchmark"] == "multiview_loss":
-        titles = zip(MODES, ("loss", "loss + gradient"), strict=True)
-        timings = [
-            (f"{what}{more}", mode, metric)
-            for mode, what in titles
-            for metric, more in (("time", ""), ("host", ", host"))
-        ]
     found = {case["name"]: case for case in after["cases"]}
-    changes = [
-        _change(old, found[old["name"]], name, *timing)
-        for old in before["cases"]
-        if old["name"] in found
-        for name in old["providers"]
-        if name in found[old["name"]]["providers"]
-        for timing in timings
-    ]
-    return [change for change in changes if change is not None]
+    changes = []
+    for old in before["cases"]:
+        new = found.get(old["name"], {"providers": {}})
+        was, now = _times(old), _times(new)
+        for (name, what), times in was.items():
+            if times is None or name not in new["providers"]:
+                continue
+            judged = "-", "0.0%", _failure(new["providers"][name])
+            if (new_times := now[name, what]) is not None:
+                stick = new.get("yardstick", "copy")
+                sticks = [each.get((stick, what)) for each in (was, now) if stick != name]
+                judged = _judged(times, new_times, *filter(None, sticks))
+            changes.append(Change(case_label(old), name, what, *judged))
+    return changes
 
 
-def _yardstick(case: Case, name: str, mode: str | None, metric: str) -> Times | None:
-    if mode is None:
-        return None if name == case["yardstick"] else times_of(case, case["yardstick"])
-    return case["copy"][mode] if metric == "time" else None
+def _times(case: Case) -> dict[tuple[str, str], Times | None]:
+    """Times by provider and by what was timed; for the loss also those of the copy."""
+    found: dict[tuple[str, str], Times | None] = {}
+    for name in case["providers"]:
+        if "copy" not in case:
+            found[name, "time"] = times_of(case, name)
+            continue
+        for mode, title in MODES.items():
+            found[name, title] = times_of(case, name, mode)
+            found[name, f"{title}, host"] = times_of(case, name, mode, "host")
+            found["copy", title] = case["copy"][mode]
+    return found
 
 
-def _change(
-    old: Case, new: Case, name: str, what: str, mode: str | None, metric: str
-) -> Change | None:
-    label = case_label(old)
-    was, now = times_of(old, name, mode, metric), times_of(new, name, mode, metric)
-    if was is None:
-        return None
-    if now is None:
-        entry = new["providers"][name]
-        failure = entry["failure"] or ((mode and entry[mode]) or {}).get("failure")
-        return Change(label, name, what, None, 1.0, failure or "no time any more")
-    machine = Ratio(1.0, False)
-    stick_was, stick_now = (_yardstick(case, name, mode, metric) for case in (old, new))
-    if stick_was is not None and stick_now is not None:
-        machine = ratio(stick_now, stick_was)
+def _failure(entry: dict[str, Any]) -> str:
+    reasons = [entry["failure"], *((entry.get(mode) or {}).get("failure") for mode in MODES)]
+    return next(filter(None, reasons), "no time any more")
+
+
+def _judged(was: Times, now: Times, *sticks: Times) -> tuple[str, str, str]:
+    """New over old, the share that noise explains, and the verdict."""
     found = ratio(now, was)
+    machine = ratio(sticks[1], sticks[0]) if len(sticks) == 2 else Ratio(1.0, False)
     noise = max(_LEAST_NOISE, spread(was) + spread(now))
     allowed = max(1.0, machine.value) * (1 + noise)
-    return Change(label, name, what, found.value, allowed, noisy=found.noisy or machine.noisy)
+    verdict = ""
+    if found.noisy or machine.noisy:
+        verdict = TOO_NOISY
+    elif found.value > allowed:
+        verdict = "slower"
+    elif found.value < 1 / allowed:
+        verdict = "faster"
+    return f"{found.value:.3f}", f"{allowed - 1:.1%}", verdict

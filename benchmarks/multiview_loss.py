@@ -13,29 +13,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from vi_simsiam.ops.backends import why_unavailable
 from vi_simsiam.ops.multiview_loss import LossForm, eager_loss, multiview_loss
 
-from . import names
-from .baselines import textbook_loss
-from .cases import MODES, Case, Inputs, cases_for, draw_inputs
-from .suite import Suite, SuiteOptions, only_cases
+from . import harness
+from .cases import BOTH, FORWARD, MODES, Case, Inputs, cases_for, draw_inputs
+from .harness import Suite, SuiteOptions, Timer
+from .peers import textbook_loss
+from .results import COMPILED
 from .tables import loss_case
-from .timers import Timer, failed, failure_reason, interleave, timer_for
 
 Provider = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
-_MISSING = ("loss_error", "gradient_error", "first_call_seconds")
-"""Figures that a provider without a result lacks."""
+_FIGURES = ("loss_error", "gradient_error", "first_call_seconds", *MODES)
+"""Figures of a provider; None where there is no result."""
 _CHUNK_ELEMENTS = 2**24
 _SHORT_SECONDS = {"cuda": 170.0, "cpu": 85.0}
 _CASE_SECONDS = {"cuda": 1.5, "cpu": 3.0}
@@ -46,13 +45,10 @@ _CASE_SECONDS = {"cuda": 1.5, "cpu": 3.0}
 class Options(SuiteOptions):
     """Options of `vi-simsiam bench loss`."""
 
-    only: Annotated[
-        str,
-        only_cases(
-            "256x2048, bfloat16 or cosine",
-            '"power_spherical 256x2048 2x2 float32", batch x D, then views x targets',
-        ),
-    ] = ""
+    only: str = ""
+    """Only cases whose name contains this, such as 256x2048, bfloat16 or cosine; a name is
+    "power_spherical 256x2048 2x2 float32", batch x D, then views x targets. What no name contains
+    lists all names."""
 
 
 def make_providers(form: LossForm, device: torch.device) -> dict[str, Provider | str]:
@@ -65,12 +61,12 @@ def make_providers(form: LossForm, device: torch.device) -> dict[str, Provider |
     providers: dict[str, Provider | str] = {
         "textbook": lambda predictions, targets: textbook_loss(predictions, targets, form).mean(),
         "eager": eager,
-        names.COMPILED[0]: torch.compile(eager, fullgraph=True, dynamic=False),
+        COMPILED[0]: torch.compile(eager, fullgraph=True, dynamic=False),
     }
     if device.type == "cuda":
         # Another function, as two compiled forms of one would share its cache; and without CUDA
         # graphs by Inductor, as the benchmark captures every provider in the same way.
-        providers[names.COMPILED[1]] = torch.compile(
+        providers[COMPILED[1]] = torch.compile(
             lambda predictions, targets: eager_loss(predictions, targets, form).mean(),
             fullgraph=True,
             dynamic=False,
@@ -83,12 +79,8 @@ def make_providers(form: LossForm, device: torch.device) -> dict[str, Provider |
     return providers
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A mean loss, and its gradient for every view (B, W)."""
-
-    loss: float
-    gradients: Sequence[Tensor]
+Outcome = tuple[float, Sequence[Tensor]]
+"""A mean loss, and its gradient for every view (B, W)."""
 
 
 def reference(
@@ -106,29 +98,18 @@ def reference(
         for gradient, part in zip(gradients, found, strict=True):
             gradient[piece] = part
         total += loss.item()
-    return Outcome(total / batch, gradients)
+    return total / batch, gradients
 
 
-def errors(found: Outcome, exact: Outcome) -> tuple[float, float]:
+def errors(found: Outcome, exact: Outcome) -> dict[str, float]:
     """Errors of loss and gradient, relative to the largest exact value; they keep a NaN."""
     difference = largest = torch.zeros((), dtype=torch.float64)
-    for ours, theirs in zip(found.gradients, exact.gradients, strict=True):
-        rows = max(1, _CHUNK_ELEMENTS // ours.shape[1])
-        for a, b in zip(ours.split(rows), theirs.split(rows), strict=True):
-            worst = (a.double() - b).abs().max().cpu()
-            difference = torch.maximum(difference, worst)  # keeps a NaN
-            largest = torch.maximum(largest, b.abs().max().cpu())
-    loss = abs(found.loss - exact.loss) / max(abs(exact.loss), 1e-30)
-    return loss, (difference / largest).item()
-
-
-def allowed_errors(eager: tuple[float, float], dtype: torch.dtype) -> tuple[float, float]:
-    """The repository's rule: twice the error of eager in the same dtype, plus a few roundings.
-
-    The loss is float32 for every input dtype; the gradient is rounded once to `dtype`.
-    """
-    few = 4 * torch.finfo(torch.float32).eps
-    return 2 * eager[0] + few, 2 * eager[1] + max(few, torch.finfo(dtype).eps)
+    for ours, theirs in zip(found[1], exact[1], strict=True):
+        worst = (ours.double() - theirs).abs().max().cpu()
+        difference = torch.maximum(difference, worst)  # keeps a NaN
+        largest = torch.maximum(largest, theirs.abs().max().cpu())
+    loss = abs(found[0] - exact[0]) / max(abs(exact[0]), 1e-30)
+    return {"loss error": loss, "gradient error": (difference / largest).item()}
 
 
 def check(
@@ -136,7 +117,7 @@ def check(
     predictions: Sequence[Tensor],
     targets: Sequence[Tensor],
     exact: Outcome,
-    allowed: tuple[float, float],
+    allowed: Mapping[str, float],
 ) -> dict[str, Any]:
     """Run a provider and compare its result with `exact`.
 
@@ -152,19 +133,15 @@ def check(
         while gradients:
             gradients.pop().fill_(math.nan)
         loss, gradients = _loss_and_gradients(provider, predictions, targets)
-        loss_error, gradient_error = errors(Outcome(loss, gradients), exact)
+        found = errors((loss, gradients), exact)
     except Exception as error:  # no compiler, no memory, a broken kernel: a result like any other
-        return failed(failure_reason(error), _MISSING)
-    found = {"loss_error": loss_error, "gradient_error": gradient_error}
-    wrong = [
-        f"{name.replace('_', ' ')} {value:.1e}, allowed {limit:.1e}"
-        for (name, value), limit in zip(found.items(), allowed, strict=True)
-        if not value <= limit  # NaN is wrong, too
-    ]
+        return harness.failed(harness.failure_reason(error))
     return {
-        "correct": not wrong,
-        "failure": f"inaccurate: {'; '.join(wrong)}" if wrong else None,
-        **{name: value if math.isfinite(value) else None for name, value in found.items()},
+        **harness.judged(found, allowed),
+        **{
+            name.replace(" ", "_"): value if math.isfinite(value) else None
+            for name, value in found.items()
+        },
         "first_call_seconds": seconds,
     }
 
@@ -176,28 +153,16 @@ def _loss_and_gradients(
     return loss.item(), list(torch.autograd.grad(loss, list(predictions)))
 
 
-def run(
-    options: Options,
-    console: Console | None = None,
-    *,
-    providers: Callable[[LossForm, torch.device], dict[str, Provider | str]] = make_providers,
-    timer: Timer | None = None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Any]:
-    """Measure the cases, print tables, and write the result file after each case.
-
-    `timer` is None for the device's default; `clock` gives seconds, for the limit on --short.
-    """
-    suite = Suite("multiview_loss", options, console)
+def run(options: Options) -> dict[str, Any]:
+    """Measure the cases, print tables, and write the result file after each case."""
+    suite = Suite("multiview_loss", options)
     device = suite.device
-    timer = timer or timer_for(device)
-    limit = _SHORT_SECONDS[device.type]
-    for case, used in suite.cases(cases_for(device.type, short=options.short), limit, clock):
-        made = providers(case.form, device)
-        if used > 0.35 and names.COMPILED[1] in made:
-            made[names.COMPILED[1]] = (
-                f"left out: it compiles longest, and --short had used {used * limit:.0f} s"
-            )
+    timer = harness.timer_for(device)
+    cases = cases_for(device.type, short=options.short)
+    for case, left_out in suite.cases(cases, _SHORT_SECONDS[device.type]):
+        made = make_providers(case.form, device)
+        if left_out is not None and COMPILED[1] in made:
+            made[COMPILED[1]] = left_out
         found = measure_case(case, device, made, timer, rounds=options.rounds)
         suite.add(found, loss_case(found))
     return suite.finish()
@@ -220,44 +185,42 @@ def measure_case(
         (the copy's time over this one) and `peak_bytes` above the inputs.
     """
     copies: dict[str, dict[str, float] | None] = dict.fromkeys(MODES)
-    found: dict[str, dict[str, Any]] = {}
     try:
         generator = torch.Generator(device).manual_seed(0)
-        count = timer.distinct_bytes // case.least_bytes("forward") + 1
+        count = timer.distinct_bytes // case.least_bytes(FORWARD) + 1
         sets = [draw_inputs(case, device, generator) for _ in range(count)]
-        found = _checked(case, providers, sets[0])
+        exact = reference(*sets[0], case.form, torch.float64)
+        eager = errors(reference(*sets[0], case.form, case.torch_dtype), exact)
+        # The rule of the tests: twice the error of eager in the same dtype, plus a few roundings.
+        # The loss is float32 for every dtype; the gradient is rounded once to it.
+        few = 4 * torch.finfo(torch.float32).eps
+        roundings = few, max(few, torch.finfo(case.torch_dtype).eps)
+        allowed = {
+            name: 2 * value + more
+            for (name, value), more in zip(eager.items(), roundings, strict=True)
+        }
+        found = {
+            name: harness.failed(p) if isinstance(p, str) else check(p, *sets[0], exact, allowed)
+            for name, p in providers.items()
+        }
         correct = {name: p for name, p in providers.items() if found[name]["correct"]}
         for mode in MODES:
             timer.release()
-            try:
-                copies[mode], times = _timed(case, mode, correct, sets, timer, rounds)
-            except Exception as error:  # no memory for the copy
-                times = {name: {"failure": failure_reason(error)} for name in correct}
+            times = _timed(case, mode, correct, sets, timer, rounds)
+            copies[mode] = times.pop("copy").get("time")
             for name, values in times.items():
                 found[name][mode] = values
-    except Exception as error:  # no memory for inputs or reference
-        found = {name: failed(failure_reason(error), _MISSING) for name in providers}
+    except Exception as error:  # no memory for inputs, copies or reference
+        found = {name: harness.failed(harness.failure_reason(error)) for name in providers}
     timer.release()
     fields = ("name", "distribution", "batch", "dim", "views", "targets", "dtype")
     return {
         **{field: getattr(case, field) for field in fields},
         "least_bytes": {mode: case.least_bytes(mode) for mode in MODES},
         "copy": copies,
-        "providers": {name: {**dict.fromkeys(MODES), **values} for name, values in found.items()},
-    }
-
-
-def _checked(
-    case: Case, providers: dict[str, Provider | str], inputs: Inputs
-) -> dict[str, dict[str, Any]]:
-    """Compare every provider with float64, or record the reason why it cannot run."""
-    given = inputs.predictions, inputs.targets
-    exact = reference(*given, case.form, torch.float64)
-    eager = errors(reference(*given, case.form, case.torch_dtype), exact)
-    allowed = allowed_errors(eager, case.torch_dtype)
-    return {
-        name: failed(p, _MISSING) if isinstance(p, str) else check(p, *given, exact, allowed)
-        for name, p in providers.items()
+        "providers": {
+            name: {**dict.fromkeys(_FIGURES), **values} for name, values in found.items()
+        },
     }
 
 
@@ -268,45 +231,47 @@ def _timed(
     sets: list[Inputs],
     timer: Timer,
     rounds: int,
-) -> tuple[dict[str, float] | None, dict[str, dict[str, Any]]]:
-    """Times of the copy and of every provider in one mode, all measured in turn."""
-    nbytes, device = case.least_bytes(mode), sets[0].seed.device
-    found: dict[str, dict[str, Any]] = {name: {} for name in providers}
+) -> dict[str, dict[str, Any]]:
+    """Figures of the copy and of every provider in one mode, all measured in turn."""
+    nbytes, device = case.least_bytes(mode), sets[0][1][0].device
+    seed = torch.ones((), device=device)
+    found: dict[str, dict[str, Any]] = {"copy": {}}
     copies = _copy_sets(nbytes, device, timer.distinct_bytes)
     measures = {("copy", "time"): timer.prepare(_copy, copies, nbytes)["time"]}
     for name, provider in providers.items():
-        call = partial(_forward if mode == "forward" else _forward_backward, provider)
+        call: Callable[[Inputs], object] = partial(_forward, provider)
+        if mode == BOTH:
+            call = partial(_forward_backward, provider, seed)
         try:
             prepared = timer.prepare(call, sets, nbytes)
-            found[name]["peak_bytes"] = timer.peak_bytes(partial(call, sets[0]))
+            found[name] = {"peak_bytes": timer.peak_bytes(partial(call, sets[0]))}
             measures |= {(name, metric): measure for metric, measure in prepared.items()}
         except Exception as error:
-            found[name]["failure"] = failure_reason(error)
-    times, failures = interleave(measures, rounds=rounds, seconds=_CASE_SECONDS[device.type])
-    copy = times.pop(("copy", "time"), None)
-    for (name, _), reason in failures.items():
-        if name in found:
-            found[name]["failure"] = reason
+            found[name] = {"failure": harness.failure_reason(error)}
+    times, failures = harness.interleave(
+        measures, rounds=rounds, seconds=_CASE_SECONDS[device.type]
+    )
     for (name, metric), measured in times.items():
-        if "failure" not in found[name]:
-            found[name][metric] = measured
+        found[name][metric] = measured
+    for (name, _), reason in failures.items():
+        found[name] = {"failure": reason}
+    copy = found["copy"].get("time")
     for values in found.values():
         if "time" in values:
             median = values["time"]["median_us"]
             values["bytes_per_second"] = nbytes / median * 1e6
-            values["copy_share"] = copy["median_us"] / median if copy is not None else None
-    return copy, found
+            values["copy_share"] = copy and copy["median_us"] / median
+    return found
 
 
 def _forward(provider: Provider, inputs: Inputs) -> Tensor:
     with torch.no_grad():
-        return provider(inputs.predictions, inputs.targets)
+        return provider(*inputs)
 
 
-def _forward_backward(provider: Provider, inputs: Inputs) -> tuple[Tensor, ...]:
+def _forward_backward(provider: Provider, seed: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
     # autograd.grad with a given seed times neither the accumulation nor torch's own fill.
-    loss = provider(inputs.predictions, inputs.targets)
-    return torch.autograd.grad(loss, inputs.predictions, inputs.seed)
+    return torch.autograd.grad(provider(*inputs), inputs[0], seed)
 
 
 def _copy(pair: tuple[Tensor, Tensor]) -> Tensor:

@@ -1,13 +1,15 @@
-"""The same views by others: torchvision v2, lightly and kornia, used as their users use them.
+"""References that the project is compared with, and the same views by others.
 
-All draw crops, flips, colour jitter, grayscale and blur from the same policy. Peers on the CPU
-decode the image files in DataLoader workers, one for each core; peers on the device start from
-decoded images in its memory.
+The others, torchvision v2, lightly and kornia, are used as their users use them. All draw crops,
+flips, colour jitter, grayscale and blur from the same policy. Peers on the CPU decode the image
+files in DataLoader workers, one for each core; peers on the device start from decoded images in its
+memory.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,21 +17,112 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
 
 from vi_simsiam.config import AugmentConfig
 from vi_simsiam.data.sources import ImageSource
-from vi_simsiam.ops.augment import BLUR_TAPS, IMAGENET_MEAN, IMAGENET_STD
+from vi_simsiam.ops.augment import (
+    BLUR_TAPS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ColourOperation,
+    Column,
+)
+from vi_simsiam.ops.multiview_loss import LossForm
 
-from .timers import synchronize
+from .harness import synchronize
 
 PEER_PACKAGES = ("torchvision", "lightly", "kornia")
 
 Views = list[Tensor]
+_ADJUST = {
+    ColourOperation.BRIGHTNESS: (TF.adjust_brightness, Column.BRIGHTNESS),
+    ColourOperation.CONTRAST: (TF.adjust_contrast, Column.CONTRAST),
+    ColourOperation.SATURATION: (TF.adjust_saturation, Column.SATURATION),
+    ColourOperation.HUE: (TF.adjust_hue, Column.HUE),
+}
+
+
+def textbook_loss(
+    predictions: Sequence[Tensor], targets: Sequence[Tensor], form: LossForm
+) -> Tensor:
+    """Algorithm 1 as printed, from lgamma and log(1 + cos): the loss of every sample, (B,).
+
+    It computes in the dtype of the predictions, but at least in float32. The merged form of the
+    library is meant to be more accurate. `form` must have a loss scale of 1.
+    """
+    dtype = torch.promote_types(predictions[0].dtype, torch.float32)
+    dim = targets[0].shape[-1]
+    b = (dim - 1) / 2
+    pairs = [(v, g) for v in range(len(predictions)) for g in range(len(targets)) if v != g]
+    target = [F.normalize(z.detach().to(dtype), dim=-1) for z in targets]
+    direction = [F.normalize(p[:, :dim].to(dtype), dim=-1) for p in predictions]
+    cosine = torch.stack([(direction[v] * target[g]).sum(-1) for v, g in pairs])
+    if form.distribution == "cosine":
+        return -2 / len(pairs) * cosine.sum(0)
+    kappa = torch.stack([_concentration(predictions[v][:, dim].to(dtype), form) for v, _ in pairs])
+    uniform = math.lgamma(dim / 2) - math.log(2) - dim / 2 * math.log(math.pi)
+    alpha = b + kappa
+    log_normaliser = (
+        (alpha + b) * math.log(2)
+        + torch.lgamma(alpha)
+        - torch.lgamma(alpha + b)
+        + b * math.log(math.pi)
+    )
+    log_density = kappa * torch.log1p(cosine) - log_normaliser
+    if form.cosine:
+        log_density = log_density + form.cosine * cosine
+    return -2 / len(pairs) * (log_density - uniform).sum(0)
+
+
+def _concentration(raw: Tensor, form: LossForm) -> Tensor:
+    x = form.gain * raw
+    if form.link == "softplus":
+        return form.scale * F.softplus(x) + form.minimum
+    r = x.clamp(min=0.02)
+    return form.scale * (r + r * r / 2) + form.minimum
+
+
+def torchvision_view(image: Image.Image, row: NDArray[np.int32], size: int) -> Tensor:
+    """The view of an image that a row of the parameter table describes, by torchvision.
+
+    Crop, resize with antialias, flip, colour operations in the row's order, grayscale, blur.
+
+    Returns:
+        (3, size, size) float32 in [0, 1], not normalised.
+    """
+    pixels = TF.to_dtype(TF.pil_to_tensor(image), torch.float32, scale=True)
+    floats = row.view(np.float32)
+    top, left, height, width = (
+        int(row[c]) for c in (Column.TOP, Column.LEFT, Column.HEIGHT, Column.WIDTH)
+    )
+    view: Tensor = TF.resized_crop(pixels, top, left, height, width, [size, size], antialias=True)
+    if row[Column.FLIP]:
+        view = TF.horizontal_flip(view)
+    for operation in colour_operations(row):
+        adjust, strength = _ADJUST[operation]
+        view = adjust(view, float(floats[strength]))
+    if row[Column.GRAY]:
+        view = TF.rgb_to_grayscale(view, num_output_channels=3)
+    if (sigma := float(floats[Column.SIGMA])) > 0:
+        view = TF.gaussian_blur(view, [BLUR_TAPS, BLUR_TAPS], [sigma, sigma])
+    return view
+
+
+def colour_operations(row: NDArray[np.int32]) -> Iterator[ColourOperation]:
+    """The colour operations of a row, first to last."""
+    packed = int(row[Column.ORDER])
+    while packed & 15:
+        yield ColourOperation(packed & 15)
+        packed >>= 4
 
 
 @dataclass(frozen=True)
@@ -41,7 +134,6 @@ class Provider:
     measure: Callable[[], float]
     """Microseconds a batch."""
     close: Callable[[], None] = lambda: None
-    """End worker processes."""
 
 
 def file_provider(
@@ -51,51 +143,32 @@ def file_provider(
     batch: int,
     device: torch.device,
     workers: int,
-    seconds: float,
+    turns: int,
 ) -> Provider:
     """Image files decoded and augmented by DataLoader workers.
 
     Every measurement is a whole epoch, so that the workers of one peer rest while another is
-    measured. Each worker makes the same number of batches between the first and the last. A
-    measurement takes about `seconds`.
+    measured. Each worker makes `turns` batches between the first and the last.
     """
-    turns = max(workers, 1)
-    steps: list[list[int]] = []
-
-    def add_batches(count: int) -> None:
-        for start in range(len(steps) * batch, (len(steps) + count) * batch, batch):
-            steps.append([i % len(source) for i in range(start, start + batch)])
-
-    add_batches(1 + turns)
-    loader: DataLoader[Any] | None = DataLoader(
+    count = batch * (1 + turns * max(workers, 1))
+    order = [i % len(source) for i in range(count)]
+    steps = [order[start : start + batch] for start in range(0, count, batch)]
+    loader: DataLoader[Any] = DataLoader(
         SourceViews(source, transform),
         batch_sampler=steps,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
     )
-    calibrated = False
 
     def sample() -> tuple[Views, None]:
-        batches = iter(loader or ())
+        batches = iter(loader)
         views: Views = list(next(batches))
         for _ in batches:  # an epoch that is left early would keep the workers busy
             pass
         return views, None
 
-    def measure() -> float:
-        nonlocal calibrated
-        if not calibrated:
-            once = seconds_a_batch(iter(loader or ()), device)
-            add_batches(turns * (max(1, round(seconds / (once * turns))) - 1))
-            calibrated = True
-        return seconds_a_batch(iter(loader or ()), device) * 1e6
-
-    def close() -> None:
-        nonlocal loader
-        loader = None
-
-    return Provider(sample, measure, close)
+    return Provider(sample, lambda: seconds_a_batch(iter(loader), device) * 1e6)
 
 
 def device_provider(
@@ -201,7 +274,7 @@ def resident_images(paths: Sequence[str], sides: tuple[int, int], device: torch.
     for path in paths:
         with Image.open(path) as image:
             resized = image.convert("RGB").resize(sides[::-1])
-        images.append(v2.functional.pil_to_tensor(resized).to(device))
+        images.append(TF.pil_to_tensor(resized).to(device))
     return images
 
 

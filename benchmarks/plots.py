@@ -7,15 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from vi_simsiam.text import counted
 
-from . import names
-from .cases import MODES
-from .ratios import speed_up, times_of
+from .cases import BOTH, MODES
+from .results import (
+    COMPILED,
+    FUSED,
+    NETWORK,
+    NETWORK_COMPILED,
+    NETWORK_KERNELS,
+    OURS,
+    speed_up,
+    times_of,
+)
 
 _OURS, _OTHERS, _DARK = "#2f6db3", "#8a8f98", "#24292f"
 _PHASES = {
@@ -84,18 +93,18 @@ def _speed_up(cases: _Cases) -> Figure:
     figure = Figure(figsize=(0.6 + 2.4 * max(len(kinds), 2), 3.0))
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     dims, batches = (sorted({case[key] for case in cases}) for key in ("dim", "batch"))
-    shades = matplotlib.colormaps["viridis"]
+    colours: Any = _BY_DIM[-len(dims) :]
+    if len(dims) > len(_BY_DIM):
+        colours = matplotlib.colormaps["viridis"](np.linspace(0, 1, len(dims)))
     for panel, kind in zip(panels, kinds, strict=True):
         views, targets, dtype = kind
-        for i, dim in enumerate(dims):
+        for dim, colour in zip(dims, colours, strict=False):
             points = {}
             for case in cases:
                 found = (case["views"], case["targets"], case["dtype"], case["dim"])
-                faster = speed_up(case, names.FUSED, names.COMPILED, MODES[1])
+                faster = speed_up(case, FUSED, COMPILED, BOTH)
                 if found == (*kind, dim) and faster is not None:
                     points[case["batch"]] = faster.value
-            few = len(dims) <= len(_BY_DIM)
-            colour = _BY_DIM[i - len(dims)] if few else shades(i / len(dims))
             if points:
                 x, y = zip(*sorted(points.items()), strict=True)
                 panel.plot(x, y, marker="o", ms=3, color=colour, label=f"D = {dim:,}")
@@ -118,18 +127,12 @@ def _bandwidth(cases: _Cases) -> Figure:
     panels: Sequence[Axes] = figure.subplots(1, 2, sharey=True)
     columns = list(dict.fromkeys(name for case in cases for name in case["providers"]))
     shown: dict[str, Any] = {}
-    for panel, mode, title in zip(panels, MODES, ("loss", "loss and gradient"), strict=True):
+    for panel, (mode, title) in zip(panels, MODES.items(), strict=True):
         for name in ("copy of the same bytes", *columns):
-            style: dict[str, Any] = {
-                "s": 10,
-                "zorder": 2,
-                "color": _COLOURS.get(name, "#000000"),
-                "lw": 0,
-            }
-            if name in names.FUSED:
-                style |= {"s": 16, "zorder": 3}
-            elif name not in columns:
-                style = {"s": 70, "marker": "_", "color": _DARK}
+            style: dict[str, Any] = {"s": 70, "marker": "_", "color": _DARK}
+            if name in columns:
+                size, order = (16, 3) if name in FUSED else (10, 2)
+                style = {"s": size, "zorder": order, "lw": 0, "color": _COLOURS.get(name, _DARK)}
             points = []
             for case in cases:
                 times = times_of(case, name, mode) if name in columns else case["copy"][mode]
@@ -154,7 +157,7 @@ def _rates(cases: _Cases) -> Figure:
     for panel, case in zip(panels, cases, strict=False):
         timed = [name for name in case["providers"] if times_of(case, name)][::-1]
         rates = [case["providers"][name]["views_per_second"] for name in timed]
-        colours = [_OURS if name.startswith(names.OURS) else _OTHERS for name in timed]
+        colours = [_OURS if name.startswith(OURS) else _OTHERS for name in timed]
         bars = panel.barh(timed, rates, color=colours, height=0.7)
         panel.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=3, fontsize=7)
         panel.set(title=case["label"])
@@ -168,7 +171,7 @@ def _phases(cases: _Cases) -> Figure:
     """A bar for each case: the parts of the step, and the network alone by layers as lines."""
     figure = Figure(figsize=(7.0, 1.4 + 0.35 * max(1, len(cases))))
     panel = figure.subplots()
-    lines = {names.NETWORK: "-", names.NETWORK_COMPILED: "--", names.NETWORK_KERNELS: ":"}
+    lines = {NETWORK: "-", NETWORK_COMPILED: "--", NETWORK_KERNELS: ":"}
     for row, case in enumerate(cases):
         left = 0.0
         for name, colour in _PHASES.items():

@@ -2,7 +2,7 @@
 
 A section of a Markdown file between `<!-- bench: KIND PATH... -->` and `<!-- /bench -->` is written
 by `vi-simsiam bench report FILE`, from result files whose paths are relative to that file. A folder
-GPU in a path stands for that of every GPU with results, one after the other.
+GPU in which such a file lies stands for that of every GPU with results, one after the other.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Annotated, Any
 import tyro
 
 from vi_simsiam.errors import InputError
-from vi_simsiam.text import counted
+from vi_simsiam.text import counted, markdown_grid
 
-from . import accuracy, launches, tables
+from . import accuracy, tables
 from .plots import plot_paths
 from .results import read_result
-from .targets import targets_for, targets_markdown
+from .step_parts import launches_markdown
+from .targets import HEAD, targets_for
 
 _SECTION = re.compile(r"(<!-- bench: (.*?) -->\n).*?(<!-- /bench -->)", re.DOTALL)
-_ANY_GPU = re.compile(r"(?<![^/])GPU(?=/)")
 _Section = Callable[[list[str], Path], str]
 
 
@@ -42,10 +42,7 @@ def run(options: Options) -> None:
     if not options.files:
         raise InputError("files: name at least one Markdown file")
     for path in options.files:
-        try:
-            text = path.read_text()
-        except OSError as error:
-            raise InputError(f"files: {path} cannot be read ({error.strerror})") from error
+        text = path.read_text()
         path.write_text(fill(text, path.parent))
         print(f"written: {counted(len(_SECTION.findall(text)), 'section')} of {path}")
 
@@ -80,16 +77,19 @@ def fill(text: str, folder: Path) -> str:
 
 def _for_every_gpu(kind: _Section, paths: list[str], folder: Path) -> str:
     """The section, once for each GPU that has a result; with headings where there are several."""
-    found = set()
-    for before, after in (_ANY_GPU.split(path) for path in paths if _ANY_GPU.search(path)):
-        results = (folder / before).glob(f"*{after}")
-        found |= {file.relative_to(folder / before).parts[0] for file in results} - {"cpu"}
-    contents = [
-        (gpu, kind([_ANY_GPU.sub(gpu, path) for path in paths], folder)) for gpu in sorted(found)
-    ]
+    general = [Path(path) for path in paths if Path(path).parent.name == "GPU"]
+    found = {
+        file.parent.name
+        for path in general
+        for file in (folder / path).parents[1].glob(f"*/{path.name}")
+    }
+    contents = {}
+    for gpu in sorted(found - {"cpu"}):
+        own = [str(path.parents[1] / gpu / path.name) for path in general]
+        contents[gpu] = kind(own, folder)
     if len(contents) > 1:
-        return "\n\n".join(f"`{gpu}`\n\n{content}" for gpu, content in contents)
-    return contents[0][1] if contents else kind(paths, folder)
+        return "\n\n".join(f"`{gpu}`\n\n{content}" for gpu, content in contents.items())
+    return next(iter(contents.values()), None) or kind(paths, folder)
 
 
 def _table(benchmark: str, render: Callable[[dict[str, Any]], str]) -> _Section:
@@ -102,29 +102,19 @@ def _table(benchmark: str, render: Callable[[dict[str, Any]], str]) -> _Section:
     return section
 
 
-def _targets(name: str, device_type: str, *benchmarks: str) -> _Section:
-    """A section with the targets of these benchmarks, from a result file of each."""
-
-    def section(paths: list[str], folder: Path) -> str:
-        if len(paths) != len(benchmarks):
-            raise InputError(
-                f"bench: section {name!r} needs the result files of {', '.join(benchmarks)}"
-            )
-        targets = []
-        for path, benchmark in zip(paths, benchmarks, strict=True):
-            file = folder / path
-            cases = read_result(file, benchmark)["cases"] if file.exists() else []
-            targets += targets_for(benchmark, device_type, cases)
-        return targets_markdown(targets)
-
-    return section
+def _targets(paths: list[str], folder: Path, device_type: str) -> str:
+    """The targets of the benchmarks with these result files."""
+    targets = []
+    for path in map(folder.joinpath, paths):
+        cases = read_result(path, path.stem)["cases"] if path.exists() else []
+        targets += targets_for(path.stem, device_type, cases)
+    return markdown_grid(HEAD, targets, numbers=False)
 
 
 def _plots(paths: list[str], folder: Path) -> str:
     """Links to the plots beside a result file, where they were drawn."""
     path = Path(paths[0])
-    benchmark = path.stem if path.stem in ("augment", "step", "train") else "multiview_loss"
-    return _pictures(plot_paths(benchmark, path.parent), "", folder)
+    return _pictures(plot_paths(path.stem, path.parent), "", folder)
 
 
 def _pictures(paths: list[Path], suffix: str, folder: Path) -> str:
@@ -164,20 +154,22 @@ def _experiment(paths: list[str], folder: Path) -> str:
     return "\n\n".join(found[part] for part in parts)
 
 
+_gpu_targets = partial(_targets, device_type="cuda")
+_cpu_targets = partial(_targets, device_type="cpu")
 _KINDS: dict[str, _Section] = {
     "table": _table("multiview_loss", tables.loss_markdown),
     "host": _table("multiview_loss", partial(tables.loss_markdown, metric="host")),
-    "gpu-targets": _targets("gpu-targets", "cuda", "multiview_loss"),
-    "cpu-targets": _targets("cpu-targets", "cpu", "multiview_loss"),
+    "gpu-targets": _gpu_targets,
+    "cpu-targets": _cpu_targets,
     "accuracy": _table(accuracy.NAME, accuracy.markdown_table),
     "augment": _table("augment", tables.augment_markdown),
     "step": _table("step", tables.step_markdown),
     "layers": _table("step", tables.layers_markdown),
-    "launches": _table("step", launches.launches_markdown),
+    "launches": _table("step", launches_markdown),
     "phases": _table("step", tables.phases_markdown),
     "train": _table("train", tables.train_markdown),
-    "pipeline-gpu-targets": _targets("pipeline-gpu-targets", "cuda", "augment", "step", "train"),
-    "pipeline-cpu-targets": _targets("pipeline-cpu-targets", "cpu", "train"),
+    "pipeline-gpu-targets": _gpu_targets,
+    "pipeline-cpu-targets": _cpu_targets,
     "plots": _plots,
     "experiment": _experiment,
 }

@@ -9,18 +9,16 @@ those of a plain loop with torch's SGD on the same views.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
-from rich.console import Console
 from torch import Tensor
 
 from vi_simsiam.config import Method
@@ -29,30 +27,40 @@ from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import FileSource
 from vi_simsiam.engine.graph import GRAPH_PRIORITY
 
-from .launches import Launches, launches_case, launches_of
-from .names import AT_HAND, NETWORK, NETWORK_COMPILED, NETWORK_KERNELS, STEP
+from . import harness
+from .cases import SMALL_IMAGES, image_files, view_cases
+from .harness import Prepared, Suite, SuiteOptions, Timer
+from .results import AT_HAND, NETWORK, NETWORK_COMPILED, NETWORK_KERNELS, STEP
 from .step_parts import (
+    STEPS,
+    Launches,
     Layers,
     Parts,
     StepCase,
     WholeStep,
-    augmentation,
-    batches,
-    default_layers,
-    image_count,
+    launches_case,
+    launches_of,
     peak_flops,
 )
-from .suite import Suite, SuiteOptions, only_cases
 from .tables import step_case
-from .timers import Timer, failed, failure_reason, timed_in_turn, timer_for
-from .view_cases import SMALL_IMAGES, image_files, view_cases
 
 NOT_CAPTURED = "step, not captured"
 EQUAL_PRIORITIES = "step, views as urgent as the network"
-_LAYERS: tuple[Layers, ...] = ("torch, view by view", "torch", "torch.compile", "kernels")
-YARDSTICK = NETWORK
-_METHODS: tuple[Method, ...] = ("vi-simsiam", "simsiam")
 PIECES = ("augmentation", "forward", "forward + loss", "forward + loss + backward", "optimiser")
+_AT_HAND: dict[str, dict[str, Layers]] = {
+    "cuda": {
+        f"{AT_HAND}, torch, view by view": "torch, view by view",
+        f"{AT_HAND}, torch": "torch",
+        f"{AT_HAND}, torch.compile": "torch.compile",
+        AT_HAND: "kernels",
+    },
+    "cpu": {AT_HAND: "torch"},
+}
+_ALONE: dict[str, dict[str, Layers]] = {
+    "cuda": {NETWORK: "torch", NETWORK_COMPILED: "torch.compile", NETWORK_KERNELS: "kernels"},
+    "cpu": {NETWORK: "torch", NETWORK_COMPILED: "torch.compile"},
+}
+_METHODS: tuple[Method, ...] = ("vi-simsiam", "simsiam")
 _CHECKED_STEPS = 6
 """Enough that the last ones are replays: a step is checked and warmed up before it is recorded."""
 _TOLERANCE: dict[str, dict[Method, float]] = {
@@ -64,7 +72,7 @@ _TOLERANCE: dict[str, dict[Method, float]] = {
 bfloat16 on a GPU changes them by up to 3e-4 and 1.6e-3 at 2x128, and another order of float32 sums
 on a CPU by 2e-5; missed updates change them by more than twice the tolerance.
 """
-_MISSING = ("losses", "time", "mfu")
+_FIGURES = ("losses", "mfu")
 _SHORT_SECONDS = {"cuda": 160.0, "cpu": 90.0}
 _CASE_SECONDS = {"cuda": 8.0, "cpu": 40.0}
 _SMALL_BATCH = 64
@@ -77,22 +85,15 @@ _GRAPH_BYTES = 10**9
 class Options(SuiteOptions):
     """Options of `vi-simsiam bench step`."""
 
-    only: Annotated[
-        str,
-        only_cases(
-            '2x128 or "batch 64"',
-            '"vi-simsiam 2x128+6x64 batch 64", views x size, local ones after the +',
-        ),
-    ] = ""
+    only: str = ""
+    """Only cases whose name contains this, such as 2x128 or "batch 64"; a name is
+    "vi-simsiam 2x128+6x64 batch 64", views x size, local ones after the +. What no name contains
+    lists all names."""
     rounds: int = 9
     """Measurements of everything; the median is reported."""
-    kernels: Annotated[
-        bool,
-        tyro.conf.arg(
-            help="Count what a step launches with each kind of layers, by what it is for: "
-            "a GPU's kernels, a CPU's operators."
-        ),
-    ] = False
+    kernels: bool = False
+    """Count what a step launches with each kind of layers, by what it is for: a GPU's kernels, a
+    CPU's operators."""
 
 
 def step_cases(device_type: str, *, short: bool) -> tuple[StepCase, ...]:
@@ -102,20 +103,16 @@ def step_cases(device_type: str, *, short: bool) -> tuple[StepCase, ...]:
     return tuple(StepCase(case, method) for method in _METHODS for case in views)
 
 
-def run(options: Options, console: Console | None = None) -> dict[str, Any]:
+def run(options: Options) -> dict[str, Any]:
     """Measure the cases, print tables, and write the result file after each case."""
-    suite = Suite("step", options, console)
+    suite = Suite("step", options)
     device = suite.device
     suite.result["peak_flops"] = peak_flops(device)
-    timer = timer_for(device)
-    limit = _SHORT_SECONDS[device.type]
+    timer = harness.timer_for(device)
     cases = step_cases(device.type, short=options.short)
-    for case, used in suite.cases(cases, limit):
-        without = None
-        if used > 0.35:
-            without = f"left out: it compiles long, and --short had used {used * limit:.0f} s"
-        images, rounds = _images(case, device.type), options.rounds
-        found = measure_case(case, images, device, timer, rounds=rounds, without_compile=without)
+    for case, left_out in suite.cases(cases, _SHORT_SECONDS[device.type]):
+        images = _images(case, device.type)
+        found = measure_case(case, images, device, timer, options.rounds, left_out)
         timer.release()
         suite.add(found, step_case(found))
     if options.kernels:  # after all times: a profiler may slow down what follows
@@ -133,7 +130,6 @@ def measure_case(
     images: PackedImages,
     device: torch.device,
     timer: Timer,
-    *,
     rounds: int,
     without_compile: str | None = None,
 ) -> dict[str, Any]:
@@ -151,11 +147,20 @@ def measure_case(
     try:
         parts = Parts(case, device)
         flops = parts.flops(parts.random_views(0))
-        checked = batches(images, case, device, _CHECKED_STEPS)
+        checked = parts.batches(images, _CHECKED_STEPS)
         expected = parts.plain_losses(checked)
-        found = _measured(parts, images, checked, expected, timer, rounds, without_compile)
+        with contextlib.ExitStack() as stack:
+            prepare = _providers(parts, images, checked, expected, timer, stack)
+            for name in prepare if without_compile else ():
+                if "torch.compile" in name:
+                    prepare[name] = lambda: (harness.failed(without_compile), float)
+            seconds = _CASE_SECONDS[device.type]
+            found = harness.timed_in_turn(prepare, _FIGURES, rounds=rounds, seconds=seconds)
     except Exception as error:  # no memory for the network or its views
-        found = {name: failed(failure_reason(error), _MISSING) for name in (STEP, NETWORK)}
+        none = dict.fromkeys((*_FIGURES, "time"))
+        found = {
+            name: none | harness.failed(harness.failure_reason(error)) for name in (STEP, NETWORK)
+        }
     peak = peak_flops(device)
     for name, values in found.items():
         if flops and peak and values["time"] is not None and name not in PIECES:
@@ -168,114 +173,71 @@ def measure_case(
         "method": case.method,
         "flops": flops,
         "losses": expected,
-        "yardstick": YARDSTICK,
+        "yardstick": NETWORK,
         "providers": found,
         "phases": phases(found),
     }
 
 
-_Prepared = tuple[list[float] | None, Callable[[], Callable[[], float]]]
-"""The losses of a step, None for a part of it; and a function that prepares the measure."""
-
-
-def _measured(
+def _providers(
     parts: Parts,
     images: PackedImages,
     checked: list[list[Tensor]],
     expected: list[float],
     timer: Timer,
-    rounds: int,
-    without_compile: str | None,
-) -> dict[str, dict[str, Any]]:
-    """Times of steps that train as the plain loop does, of their pieces and of the network."""
-    device = parts.device
-    cuda = device.type == "cuda"
-    tolerance = _TOLERANCE[device.type][parts.case.method] / parts.loss_scale
-    whole: list[WholeStep] = []
+    stack: contextlib.ExitStack,
+) -> dict[str, Callable[[], Prepared]]:
+    """Steps that are checked against the plain loop, their pieces, and the network alone."""
+    kind = parts.device.type
+    tolerance = _TOLERANCE[kind][parts.case.method] / parts.loss_scale
     views = [parts.random_views(seed) for seed in range(2)]
 
-    def timed(call: Callable[[Any], object], sets: Sequence[Any] = views) -> _Prepared:
-        return None, lambda: timer.prepare(call, sets, _GRAPH_BYTES)["time"]
+    def timed(call: Callable[[Any], object], sets: Sequence[Any] = views) -> Prepared:
+        return harness.failed(None), timer.prepare(call, sets, _GRAPH_BYTES)["time"]
 
-    def whole_step(name: str) -> _Prepared:
+    def whole_step(name: str) -> Prepared:
         priority = GRAPH_PRIORITY if name == EQUAL_PRIORITIES else 0
         captured = name != NOT_CAPTURED
         step = WholeStep(parts, images, captured=captured, view_priority=priority)
-        whole.append(step)
-        return step.losses(_CHECKED_STEPS), lambda: step.measure
+        stack.callback(step.loader.close)
+        return judge(step.losses(_CHECKED_STEPS), expected, tolerance), step.measure
 
-    def at_hand(layers: Layers) -> _Prepared:
+    def at_hand(layers: Layers) -> Prepared:
         step = parts.train_step(layers)
-        return parts.losses(step, checked), timed(step)[1]
+        return judge(parts.losses(step, checked), expected, tolerance), timed(step)[1]
 
-    def network_alone(layers: Layers) -> _Prepared:
+    def network_alone(layers: Layers) -> Prepared:
         return timed(parts.network_alone(layers))
 
-    steps = [STEP, NOT_CAPTURED] if cuda else [STEP]
-    if cuda and parts.case.views.batch <= _SMALL_BATCH:
+    steps = [STEP, NOT_CAPTURED] if kind == "cuda" else [STEP]
+    if kind == "cuda" and parts.case.views.batch <= _SMALL_BATCH:
         steps.append(EQUAL_PRIORITIES)
-    alone: dict[str, Layers] = {NETWORK: "torch", NETWORK_COMPILED: "torch.compile"}
-    if parts.default == "kernels":
-        alone[NETWORK_KERNELS] = "kernels"
-    prepare: dict[str, Callable[[], _Prepared]] = {
+    pieces = (
+        lambda: timed(*parts.augmentation(images)),
+        lambda: timed(parts.forward),
+        lambda: timed(parts.forward_loss),
+        lambda: timed(parts.forward_loss_backward),
+        lambda: timed(parts.optimiser()),
+    )
+    return {
         **{name: partial(whole_step, name) for name in steps},
-        **{_at_hand(layers, device): partial(at_hand, layers) for layers in _layers(device)},
-        **{name: partial(network_alone, layers) for name, layers in alone.items()},
-        PIECES[0]: lambda: timed(*augmentation(images, parts.case, device)),
-        PIECES[1]: lambda: timed(parts.forward),
-        PIECES[2]: lambda: timed(parts.forward_loss),
-        PIECES[3]: lambda: timed(parts.forward_loss_backward),
-        PIECES[4]: lambda: timed(parts.optimiser()),
+        **{name: partial(at_hand, layers) for name, layers in _AT_HAND[kind].items()},
+        **{name: partial(network_alone, layers) for name, layers in _ALONE[kind].items()},
+        **dict(zip(PIECES, pieces, strict=True)),
     }
-    found: dict[str, dict[str, Any]] = {}
-    measures: dict[str, Callable[[], float]] = {}
-    for name, make in prepare.items():
-        found[name] = failed(without_compile if "torch.compile" in name else None, _MISSING)
-        if found[name]["failure"]:
-            continue
-        try:
-            losses, ready = make()
-            if losses is not None:
-                found[name] = judge(losses, expected, tolerance)
-            if found[name]["correct"]:
-                measures[name] = ready()
-        except Exception as error:
-            found[name] = failed(failure_reason(error), _MISSING)
-    timed_in_turn(found, measures, rounds=rounds, seconds=_CASE_SECONDS[device.type])
-    for step in whole:
-        step.close()
-    return found
 
 
 def count_launches(
     case: StepCase, measured: Mapping[str, Any], device: torch.device
 ) -> dict[Layers, Launches]:
-    """Launches of a step on views at hand, for each kind of layers that was measured.
-
-    Where counting fails, a warning gives the reason.
-    """
+    """Launches of a step on views at hand, for each kind of layers that was measured."""
     found: dict[Layers, Launches] = {}
-    for layers in _layers(device):
-        if not measured["providers"].get(_at_hand(layers, device), {}).get("time"):
-            continue
-        try:
+    for name, layers in _AT_HAND[device.type].items():
+        if measured["providers"].get(name, {}).get("time"):
             parts = Parts(case, device)
             step = partial(parts.train_step(layers), parts.random_views(0))
             found[layers] = launches_of(step, device)
-        except Exception as error:
-            warnings.warn(
-                f"launches with the layers {layers!r} are not counted: {failure_reason(error)}",
-                stacklevel=2,
-            )
     return found
-
-
-def _layers(device: torch.device) -> Sequence[Layers]:
-    return _LAYERS if device.type == "cuda" else (default_layers(device),)
-
-
-def _at_hand(layers: Layers, device: torch.device) -> str:
-    return AT_HAND if layers == default_layers(device) else f"{AT_HAND}, {layers}"
 
 
 def judge(losses: list[float], expected: list[float], tolerance: float) -> dict[str, Any]:
@@ -284,7 +246,7 @@ def judge(losses: list[float], expected: list[float], tolerance: float) -> dict[
     reason = None
     if not all(difference <= tolerance for difference in apart):  # a NaN is wrong, too
         reason = f"wrong: losses {max(apart):.1e} from the plain loop's, allowed {tolerance:.1e}"
-    return {**failed(reason, _MISSING), "losses": losses}
+    return {**harness.failed(reason), "losses": losses}
 
 
 def phases(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
@@ -313,8 +275,8 @@ def phases(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
 
 
 def _images(case: StepCase, device_type: str) -> PackedImages:
-    """Generated images in memory, enough for an epoch of one measurement."""
+    """Generated images in memory: on a CPU, which pauses between epochs, for one measurement."""
     with tempfile.TemporaryDirectory() as folder:
-        count = image_count(case.views.batch, device_type)
+        count = case.views.batch * (1 + STEPS[device_type])
         paths = image_files("generated", Path(folder), count=count, sides=case.views.sides)
         return in_memory(FileSource(paths, name="benchmark"))

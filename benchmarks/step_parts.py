@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from rich.table import Table
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vi_simsiam.config import Method, TrainConfig
@@ -20,13 +25,15 @@ from vi_simsiam.data.device import byte_tensor
 from vi_simsiam.data.loader import MultiViewLoader
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.engine.graph import capture
-from vi_simsiam.engine.network import Network, training_network
-from vi_simsiam.engine.step import OverlappedStep, TrainStep
+from vi_simsiam.engine.step import Network, OverlappedStep, TrainStep, training_network
 from vi_simsiam.models import Output, SimSiam, VISimSiam, build_model
+from vi_simsiam.text import markdown_grid
 
 from .augment import augmented, placed_table
-from .timers import synchronize
-from .view_cases import ViewCase
+from .cases import ViewCase
+from .harness import synchronize
+from .results import Case
+from .tables import NOTHING, terminal_table, where
 
 _LR: dict[Method, float] = {"vi-simsiam": 4e-3, "simsiam": 1.6e-2}
 """Learning rates at which the losses of the checked steps show the updates, but not rounding that
@@ -36,7 +43,7 @@ _MOST_STEPS = 2**17
 """Length of the learning rate table: more steps than are ever measured."""
 Layers = Literal["torch, view by view", "torch", "torch.compile", "kernels"]
 """Layers of the network: torch's, view by view or all views of a size in one pass, or others."""
-_STEPS = {"cuda": 30, "cpu": 8}
+STEPS = {"cuda": 30, "cpu": 8}
 """Steps of one measurement of the whole step."""
 
 # Dense bfloat16 with float32 accumulation, from the data sheets.
@@ -77,33 +84,14 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for known, peak in _PEAK_FLOPS.items() if known in name), None)
 
 
-def default_layers(device: torch.device) -> Layers:
-    """The layers that training uses."""
-    return "kernels" if device.type == "cuda" else "torch"
-
-
-def _dtype(device: torch.device) -> torch.dtype:
-    """The dtype of views in training."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def _loader(images: PackedImages, case: StepCase, device: torch.device) -> MultiViewLoader:
-    views = case.views
-    return MultiViewLoader(images, views.policy, views.batch, device, dtype=_dtype(device))
-
-
-def unscaled_losses(step: TrainStep, count: int) -> list[float]:
-    """Losses of the first `count` steps, before they are scaled."""
-    return (step.losses[:count] / step.loss_scale).tolist()  # type: ignore[no-any-return]
-
-
 class Parts:
     """The parts of a step on views at hand, each a function of the views."""
 
     def __init__(self, case: StepCase, device: torch.device) -> None:
         self.case, self.device = case, device
         self.bf16 = device.type == "cuda"
-        self.default = default_layers(device)
+        self.dtype = torch.bfloat16 if self.bf16 else torch.float32
+        self.default: Layers = "kernels" if self.bf16 else "torch"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = build_model(case.config)
@@ -130,7 +118,7 @@ class Parts:
         """Losses of the first steps on these batches, before they are scaled."""
         for views in batches:
             step(views)
-        return unscaled_losses(step, len(batches))
+        return _unscaled_losses(step, len(batches))
 
     def plain_losses(self, batches: Sequence[list[Tensor]]) -> list[float]:
         """Losses of a plain loop with torch's own SGD, before they are scaled."""
@@ -197,8 +185,26 @@ class Parts:
         generator = torch.Generator(self.device).manual_seed(seed)
         shapes = self.case.views.shapes
         views = [torch.randn(shape, device=self.device, generator=generator) for shape in shapes]
-        dtype, layout = _dtype(self.device), torch.channels_last
-        return [view.to(dtype).contiguous(memory_format=layout) for view in views]
+        layout = torch.channels_last
+        return [view.to(self.dtype).contiguous(memory_format=layout) for view in views]
+
+    def loader(self, images: PackedImages) -> MultiViewLoader:
+        """The loader of training."""
+        views = self.case.views
+        return MultiViewLoader(images, views.policy, views.batch, self.device, dtype=self.dtype)
+
+    def batches(self, images: PackedImages, count: int) -> list[list[Tensor]]:
+        """The views of the first `count` batches."""
+        with contextlib.closing(self.loader(images)) as loader:
+            return [batch.views for batch in itertools.islice(loader.epoch(0), count)]
+
+    def augmentation(self, images: PackedImages) -> tuple[Callable[[Tensor], object], list[Tensor]]:
+        """The augmentation of a batch on the training device, and the tables to call it with."""
+        views = self.case.views
+        pixels = byte_tensor(images.pixels).to(self.device)
+        table = torch.from_numpy(placed_table(images, views.policy, np.arange(views.batch)))
+        call = partial(augmented, pixels, views.policy, dtype=self.dtype)
+        return call, [table.to(self.device)]
 
     def _with(self, model: SimSiam, layers: Layers) -> Network:
         if layers == "torch, view by view":
@@ -214,16 +220,13 @@ class Parts:
 
 
 class WholeStep:
-    """Our training step with its data: overlapped on a GPU, fed by worker processes on a CPU.
-
-    If `captured`, it is replayed as a graph on a GPU; for `view_priority` see `OverlappedStep`.
-    """
+    """Our training step with its data: overlapped on a GPU, fed by worker processes on a CPU."""
 
     def __init__(
         self, parts: Parts, images: PackedImages, *, captured: bool, view_priority: int = 0
     ) -> None:
         self.device = parts.device
-        self.loader = _loader(images, parts.case, self.device)
+        self.loader = parts.loader(images)
         self.step = parts.train_step()
         self._done = 0
         self._replay: Callable[[], Any] | None = None
@@ -236,58 +239,136 @@ class WholeStep:
         """Train `count` steps from the start; return the loss of each, before it is scaled."""
         for _ in itertools.islice(self._steps(), count):
             pass
-        return unscaled_losses(self.step, count)
+        return _unscaled_losses(self.step, count)
 
     def measure(self) -> float:
         """Microseconds a step; the clock starts after one."""
         start = 0.0
-        for number, _ in enumerate(itertools.islice(self._steps(), 1 + _STEPS[self.device.type])):
+        for number, _ in enumerate(itertools.islice(self._steps(), 1 + STEPS[self.device.type])):
             if number == 0:
                 synchronize(self.device)
                 start = perf_counter()
         synchronize(self.device)
         return (perf_counter() - start) / number * 1e6
 
-    def close(self) -> None:
-        """End the loader."""
-        self.loader.close()
-        self._replay = None
-
     def _steps(self) -> Iterator[None]:
-        feed = self.loader.feed
-        if feed is not None:
-            assert self._replay is not None
-            while True:
-                feed.load(self._done + 1)
-                self._replay()
-                self._done += 1
-                yield
+        while self.loader.feed is not None and self._replay is not None:
+            self.loader.feed.load(self._done + 1)
+            self._replay()
+            self._done += 1
+            yield
         for batch in self.loader:
             self.step(batch.views)
             yield
 
 
-def image_count(batch: int, device_type: str) -> int:
-    """Images of an epoch: on a CPU, which pauses between epochs, enough for one measurement."""
-    return batch * (1 + _STEPS[device_type])
+def _unscaled_losses(step: TrainStep, count: int) -> list[float]:
+    """Losses of the first `count` steps, before they are scaled."""
+    return (step.losses[:count] / step.loss_scale).tolist()  # type: ignore[no-any-return]
 
 
-def batches(
-    images: PackedImages, case: StepCase, device: torch.device, count: int
-) -> list[list[Tensor]]:
-    """The views of the first `count` batches."""
-    loader = _loader(images, case, device)
-    try:
-        return [batch.views for batch in itertools.islice(loader.epoch(0), count)]
-    finally:
-        loader.close()
+Launches = list[dict[str, Any]]
+"""For each name its `kind`, `count` and total microseconds `us`, longest first."""
+
+OTHER = "everything else"
+KINDS = {
+    "augmentation": r"(resize|colour|blur_\w+)_kernel",
+    "loss": r"multiview_loss|scale_gradient|power_spherical",
+    "SGD": r"sgd",
+    "fused by torch.compile": r"^triton_",
+    "convolutions": (
+        r"^(?!.*(batch_?norm|bn_[fb]w|max_pool))"
+        r".*(conv|[wd]grad|fprop|cudnn|nhwc|nchw|blocks_of_pixels)"
+    ),
+    "linear layers": r"gemm|gemv|nvjet|cublas|splitk|cutlass|::\w*mm$|linear",
+    "BatchNorm, addition, ReLU, max-pool": (
+        r"batch_?norm|bn_[fb]w|^(statistics|normalise|single|sums|gradient|pool)_kernel"
+        r"|CUDAFunctor_add|relu|threshold|clamp_(min|scalar)|max_pool|::add_?\b"
+    ),
+    "conversions and copies": r"copy|memcpy|memset",
+}
+"""Patterns of the names of each kind; the first that fits counts."""
 
 
-def augmentation(
-    images: PackedImages, case: StepCase, device: torch.device
-) -> tuple[Callable[[Tensor], object], list[Tensor]]:
-    """The augmentation of a batch on the training device, and the tables to call it with."""
-    policy, dtype = case.views.policy, _dtype(device)
-    pixels = byte_tensor(images.pixels).to(device)
-    table = torch.from_numpy(placed_table(images, policy, np.arange(case.views.batch))).to(device)
-    return partial(augmented, pixels, policy, dtype=dtype), [table]
+def launches_of(step: Callable[[], object], device: torch.device) -> Launches:
+    """Run a step twice, and count what the second launches: the first may compile."""
+    step()
+    if device.type == "cuda":
+        synchronize(device)
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            step()
+            synchronize(device)
+        kernels = (event for event in profiler.events() if event.device_type.name == "CUDA")
+        launched = [(event.name, event.time_range.elapsed_us()) for event in kernels]
+    else:
+        with _Operators() as operators:
+            step()
+        launched = operators.found
+    totals: dict[str, dict[str, Any]] = {}
+    for name, microseconds in launched:
+        entry = {"kind": kind_of(name), "name": name, "count": 0, "us": 0.0}
+        entry = totals.setdefault(name, entry)
+        entry["count"] += 1
+        entry["us"] += microseconds
+    return sorted(totals.values(), key=lambda entry: -entry["us"])
+
+
+def kind_of(name: str) -> str:
+    """The purpose of a kernel or operator of that name."""
+    fits = (kind for kind, words in KINDS.items() if re.search(words, name, re.IGNORECASE))
+    return next(fits, OTHER)
+
+
+def by_kind(found: Launches) -> dict[str, tuple[int, float]]:
+    """Launches and microseconds of each kind that occurs, and of all."""
+    totals = {"all": (0, 0.0)}
+    for each in found:
+        for kind in (each["kind"], "all"):
+            count, us = totals.get(kind, (0, 0.0))
+            totals[kind] = count + each["count"], us + each["us"]
+    return totals
+
+
+def _launches(case: Case) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """The head, with the kinds of layers, and a row for each kind of launch and for the sum."""
+    columns = {layers: by_kind(found) for layers, found in case["launches"].items()}
+
+    def cell(found: dict[str, tuple[int, float]], kind: str) -> str:
+        return f"{found[kind][1]:,.0f} ({found[kind][0]})" if kind in found else "-"
+
+    rows: list[Sequence[str]] = [
+        (kind, *(cell(found, kind) for found in columns.values()))
+        for kind in (*KINDS, OTHER, "all")
+        if any(kind in found for found in columns.values())
+    ]
+    return (f"{case['label']}: microseconds (launches)", *columns), rows
+
+
+def launches_case(case: Case) -> Table:
+    """Launches of a step for the terminal."""
+    (title, *layers), rows = _launches(case)
+    return terminal_table(title, ["", *layers], rows)
+
+
+def launches_markdown(result: dict[str, Any]) -> str:
+    """Launches of a step on views at hand, by purpose: a table for each case with counts."""
+    tables = [markdown_grid(*_launches(case)) for case in result["cases"] if case.get("launches")]
+    return "\n\n".join([*tables, where(result)]) if tables else NOTHING
+
+
+class _Operators(TorchDispatchMode):
+    """Times every operator that computes, which allocations and views do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, float]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        start = perf_counter()
+        result = func(*args, **(kwargs or {}))
+        name = str(func.name())
+        aliases = (each.alias_info for each in func._schema.returns)
+        views = any(alias is not None and not alias.is_write for alias in aliases)
+        if not views and "empty" not in name and not name.startswith("profiler::"):
+            self.found.append((name, (perf_counter() - start) * 1e6))
+        return result

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rich.markup import escape
@@ -10,29 +11,35 @@ from rich.table import Table
 
 from vi_simsiam.text import counted, markdown_grid
 
-from . import names
-from .cases import MODES, cases_for
-from .ratios import (
-    GIGABYTE,
+from .cases import BOTH, MODES, cases_for
+from .results import (
+    AT_HAND,
+    COMPILED,
+    FUSED,
     LEGEND,
+    LIGHTLY,
+    NETWORK,
+    NETWORK_COMPILED,
+    NETWORK_KERNELS,
     NOT_MEASURED,
+    OURS,
+    STEP,
     TOO_NOISY,
     Case,
     Ratio,
-    Times,
     case_label,
     exposed_share,
     fastest,
     floor_of,
-    noisy,
     speed_up,
-    spread,
     times_of,
 )
 
 NOTHING = f"{NOT_MEASURED.capitalize()}."
 _Result = dict[str, Any]
 _Row = Sequence[str]
+_Columns = Mapping[str, Callable[[Case, str], str]]
+"""By heading, the cell of a provider on a case."""
 
 
 def terminal_table(
@@ -40,13 +47,13 @@ def terminal_table(
     head: _Row,
     rows: Iterable[_Row],
     notes: _Row = (),
-    right: Collection[str] | None = None,
+    *,
+    numbers: bool = True,
 ) -> Table:
-    """A table for the terminal; `right` columns are flush right, by default all but the first."""
+    """A table for the terminal; with `numbers` all columns but the first are flush right."""
     table = Table(title=title and escape(title), title_justify="left")
     for i, column in enumerate(head):
-        flush_right = i > 0 if right is None else column in right
-        table.add_column(escape(column), justify="right" if flush_right else "left")
+        table.add_column(escape(column), justify="right" if numbers and i > 0 else "left")
     for row in rows:
         table.add_row(*map(escape, row))
     if notes:
@@ -54,11 +61,20 @@ def terminal_table(
     return table
 
 
-def _terminal(case: Case, head: _Row, rows: Iterable[_Row], notes: _Row) -> Table:
-    """A table of a case for the terminal, with failures and noise below it."""
-    times = ((name, found.get("time")) for name, found in case["providers"].items())
-    below = [*notes, *_failures(case), *_noise_notes(times)]
-    return terminal_table(case["label"], head, rows, below)
+def _rows(case: Case, columns: _Columns) -> list[_Row]:
+    """A row for each provider."""
+    return [(name, *(cell(case, name) for cell in columns.values())) for name in case["providers"]]
+
+
+def _terminal(case: Case, first: str, columns: _Columns, *notes: str) -> Table:
+    """A table of a case for the terminal: a row for each provider, with failures below it."""
+    head, below = (first, *columns), [*notes, *_failures(case)]
+    return terminal_table(case_label(case), head, _rows(case, columns), below)
+
+
+def _failures(case: Case) -> list[str]:
+    found = case["providers"].items()
+    return [f"{name} ({each['failure']})" for name, each in found if each["failure"]]
 
 
 def _markdown(result: _Result, head: _Row, rows: Iterable[_Row], note: str = "") -> str:
@@ -68,6 +84,14 @@ def _markdown(result: _Result, head: _Row, rows: Iterable[_Row], note: str = "")
     below = [*([note] if note else []), *(f"No figure for {line}." for line in failures)]
     below += [LEGEND] if TOO_NOISY in grid else []
     return "\n".join([grid, "", *below, f"Medians. {where(result)}"])
+
+
+def where(result: _Result) -> str:
+    """Device, versions and date of a measurement."""
+    device = result["processor"]
+    if result["device_type"] != "cpu":
+        device = f"{result['device']}, driver {result['driver']}"
+    return f"{device}; PyTorch {result['versions']['torch']}; {result['date'][:10]}."
 
 
 def _number(value: float) -> str:
@@ -84,60 +108,53 @@ def _ms(microseconds: float | None) -> str:
     return "-" if microseconds is None else f"{microseconds / 1e3:,.2f}"
 
 
-def _share(value: float | None) -> str:
-    return _optional(value, "{:.1%}")
+def _ratio(found: Ratio | None, form: str = "{:.2f} x") -> str:
+    return "-" if found is None else found.shown(form)
 
 
-def _ratio(found: Ratio | None) -> str:
-    return "-" if found is None else found.shown()
-
-
-def _reason(case: Case, name: str, mode: str | None = None) -> str:
-    """The reason for a missing time, in a word; the whole one is given below the table."""
+def _median(
+    case: Case,
+    name: str,
+    mode: str | None = None,
+    metric: str = "time",
+    form: Callable[[float], str] = _number,
+) -> str:
+    """A median, or in a word why there is none; the whole reason stands below the table."""
+    times = times_of(case, name, mode, metric)
+    if times is not None:
+        return form(times["median_us"])
     found = case["providers"].get(name)
     if found is None:
         return "-"
-    if mode is None:
-        return str(found["failure"] or "-").split(":")[0]
-    failure = found["failure"] or (found[mode] or {}).get("failure")
+    failure = found["failure"] or ((mode and found[mode]) or {}).get("failure")
     return str(failure or NOT_MEASURED).split(":")[0]
 
 
-def _figures(case: Case, name: str, *forms: Callable[[_Result], str]) -> list[str]:
-    """Cells of a provider that has a time; of another, the reason and dashes."""
-    if times_of(case, name) is None:
-        return [_reason(case, name), *["-"] * (len(forms) - 1)]
-    return [form(case["providers"][name]) for form in forms]
+_median_ms = partial(_median, form=_ms)
 
 
-def _views_a_second(found: _Result) -> str:
-    return f"{found['views_per_second']:,.0f}"
+def _views_a_second(case: Case, name: str) -> str:
+    timed = times_of(case, name) is not None
+    return _figure("views_per_second", "{:,.0f}")(case, name) if timed else _median(case, name)
 
 
-def _median_ms(found: _Result) -> str:
-    return _ms(found["time"]["median_us"])
+def _figure(
+    key: str, form: str, unit: float = 1.0, mode: str | None = None
+) -> Callable[[Case, str], str]:
+    """The cell of a figure of a provider that has a time."""
+
+    def cell(case: Case, name: str) -> str:
+        if times_of(case, name, mode) is None:
+            return "-"
+        found = case["providers"][name]
+        value = (found if mode is None else found[mode]).get(key)
+        return "-" if value is None else form.format(value / unit)
+
+    return cell
 
 
-def where(result: _Result) -> str:
-    """Device, versions and date of a measurement."""
-    device = result["processor"]
-    if result["device_type"] != "cpu":
-        device = f"{result['device']}, driver {result['driver']}"
-    return f"{device}; PyTorch {result['versions']['torch']}; {result['date'][:10]}."
-
-
-def _failures(case: Case) -> list[str]:
-    found = case["providers"].items()
-    return [f"{name} ({each['failure']})" for name, each in found if each["failure"]]
-
-
-def _noise_notes(times: Iterable[tuple[str, Times | None]]) -> list[str]:
-    """A note on the noisiest provider, if it is too noisy for a verdict."""
-    wide = [(spread(found), name) for name, found in times if found is not None and noisy(found)]
-    return [
-        f"noisy: the quartiles of {name} lie {apart:.0%} of the median apart; is the machine busy?"
-        for apart, name in sorted(wide)[-1:]
-    ]
+def _against_lightly(case: Case, name: str) -> str:
+    return _ratio(speed_up(case, [name], [LIGHTLY]))
 
 
 def _keys_of(cases: Iterable[Case], key: str = "providers") -> list[str]:
@@ -145,52 +162,30 @@ def _keys_of(cases: Iterable[Case], key: str = "providers") -> list[str]:
     return list(dict.fromkeys(name for case in cases for name in case[key]))
 
 
-def _loss_cell(case: Case, name: str, mode: str, metric: str) -> str:
-    """A median in microseconds, or why there is none."""
-    times = times_of(case, name, mode, metric)
-    return _reason(case, name, mode) if times is None else _number(times["median_us"])
-
-
 def loss_case(case: Case) -> Table:
     """One case of the loss: a row for each provider; no times where the result was wrong."""
-    modes = dict(zip(MODES, ("loss", "loss + gradient"), strict=True))
-    both = MODES[1]
-    providers = case["providers"]
-    with_host = any(
-        (found[mode] or {}).get("host") for found in providers.values() for mode in modes
-    )
-    metrics = ("time", "host") if with_host else ("time",)
-    timings = [(mode, metric) for mode in modes for metric in metrics]
+    entries = case["providers"].values()
+    with_host = any((found[mode] or {}).get("host") for found in entries for mode in MODES)
+    columns: dict[str, Callable[[Case, str], str]] = {}
+    for mode, title in MODES.items():
+        for metric in ("time", "host") if with_host else ("time",):
+            heading = title if metric == "time" else f"{title}, host"
+            columns[heading] = partial(_median, mode=mode, metric=metric)
+
+    columns |= {
+        "of copy": _figure("copy_share", "{:.0%}", mode=BOTH),
+        "vs compile": lambda _, name: _ratio(speed_up(case, [name], COMPILED, BOTH)),
+        "error": lambda _, name: _optional(case["providers"][name]["gradient_error"], "{:.1e}"),
+        "memory": _figure("peak_bytes", "{:,.1f} MiB", 2**20, BOTH),
+    }
     notes = [
         "times in us; "
         "share of a copy's speed, speed-up, error and memory are those of loss + gradient"
     ]
-    if case["copy"][both] is not None:
-        copied = _number(case["copy"][both]["median_us"])
+    if case["copy"][BOTH] is not None:
+        copied = _number(case["copy"][BOTH]["median_us"])
         notes.append(f"copy of the bytes that must move: {copied} us")
-    rows = []
-    for name, found in providers.items():
-        if not found["correct"]:
-            notes.append(f"{name}: {found['failure']}")
-            continue
-        figures = found[both] or {}
-        peak = figures.get("peak_bytes")
-        rows.append(
-            (
-                name,
-                *(_loss_cell(case, name, *timing) for timing in timings),
-                _optional(figures.get("copy_share"), "{:.0%}"),
-                _ratio(speed_up(case, [name], names.COMPILED, both)),
-                f"{found['gradient_error']:.1e}",
-                _optional(peak and peak / 2**20, "{:,.1f} MiB"),
-            )
-        )
-    notes += _noise_notes(
-        (name, times_of(case, name, mode)) for name in providers for mode in modes
-    )
-    head = ["provider", *(modes[mode] if metric == "time" else metric for mode, metric in timings)]
-    head += ["of copy", "vs compile", "error", "memory"]
-    return terminal_table(case_label(case), head, rows, notes)
+    return _terminal(case, "provider", columns, *notes)
 
 
 def loss_markdown(result: _Result, *, metric: str = "time") -> str:
@@ -198,19 +193,19 @@ def loss_markdown(result: _Result, *, metric: str = "time") -> str:
 
     `metric` is "time", or "host" on a GPU.
     """
-    mode, cases = MODES[1], result["cases"]
+    cases = result["cases"]
     if result["device_type"] == "cuda":
         telling = {case.name for case in cases_for("cuda", short=True)}
         cases = [case for case in cases if case["name"] in telling]
     columns = _keys_of(cases)
-    shown = [name for name in columns if any(times_of(case, name, mode, metric) for case in cases)]
+    shown = [n for n in columns if any(times_of(case, n, BOTH, metric) for case in cases)]
     rows = []
     for case in cases:
-        cells = [_loss_cell(case, name, mode, metric) for name in shown]
-        cells.append(_ratio(speed_up(case, names.FUSED, names.COMPILED, mode, metric)))
+        cells = [_median(case, name, BOTH, metric) for name in shown]
+        cells.append(_ratio(speed_up(case, FUSED, COMPILED, BOTH, metric)))
         if metric == "time":
-            ours = fastest(case, names.FUSED, mode)
-            share = case["providers"][ours[0]][mode]["copy_share"] if ours else None
+            ours = fastest(case, FUSED, BOTH)
+            share = case["providers"][ours[0]][BOTH]["copy_share"] if ours else None
             cells.append(_optional(share, "{:.0%}"))
         rows.append((case_label(case), *cells))
     last = ["faster than torch.compile", *(["of a copy's speed"] if metric == "time" else [])]
@@ -223,28 +218,29 @@ def loss_markdown(result: _Result, *, metric: str = "time") -> str:
     return "\n".join([*lines, f"Medians in us. {where(result)}"])
 
 
+def _views_error(case: Case, name: str) -> str:
+    errors = case["providers"][name].get("error")
+    return "-" if errors is None else ", ".join(f"{error:.0e}" for error in errors.values())
+
+
+def _mean_and_deviation(case: Case, name: str) -> str:
+    found = case["providers"][name]
+    return f"{found['mean']:.2f}, {found['std']:.2f}" if "mean" in found else "-"
+
+
+_AUGMENT: _Columns = {
+    "views/s": _views_a_second,
+    "ms a batch": partial(_median, form=lambda microseconds: _number(microseconds / 1e3)),
+    "vs lightly": _against_lightly,
+    "error": _views_error,
+    "mean, std": _mean_and_deviation,
+}
+
+
 def augment_case(case: Case) -> Table:
     """One case of the input pipeline: a row for each provider."""
-    rows = []
-    for name, found in case["providers"].items():
-        errors = found.get("error")
-        rows.append(
-            (
-                name,
-                *_figures(
-                    case,
-                    name,
-                    _views_a_second,
-                    lambda timed: _number(timed["time"]["median_us"] / 1e3),
-                ),
-                _ratio(speed_up(case, [name], [names.LIGHTLY])),
-                "-" if errors is None else ", ".join(f"{e:.0e}" for e in errors.values()),
-                f"{found['mean']:.2f}, {found['std']:.2f}" if "mean" in found else "-",
-            )
-        )
-    head = ("provider", "views/s", "ms a batch", "vs lightly", "error", "mean, std")
     note = "error: largest against torchvision's functions, without and with hue shifts"
-    return _terminal(case, head, rows, [note])
+    return _terminal(case, "provider", _AUGMENT, note)
 
 
 def augment_markdown(result: _Result) -> str:
@@ -253,8 +249,8 @@ def augment_markdown(result: _Result) -> str:
     rows = [
         (
             case["label"],
-            *(_figures(case, name, _views_a_second)[0] for name in columns),
-            _ratio(speed_up(case, [names.OURS], [names.LIGHTLY])),
+            *(_views_a_second(case, name) for name in columns),
+            _against_lightly(case, OURS),
         )
         for case in result["cases"]
     ]
@@ -268,51 +264,45 @@ def _losses(losses: Sequence[float] | None) -> str:
     return "-" if losses is None else " ".join(f"{loss:.4f}" for loss in losses)
 
 
+_STEP: _Columns = {
+    "ms": _median_ms,
+    "of peak": _figure("mfu", "{:.1%}"),
+    "of network alone": lambda case, name: _ratio(speed_up(case, [NETWORK], [name])),
+    "losses": lambda case, name: _losses(case["providers"][name]["losses"]),
+}
+
+
 def step_case(case: Case) -> Table:
     """One case of the step: a row for each thing measured, and the phases below."""
-    rows = [
-        (
-            name,
-            *_figures(case, name, _median_ms, lambda timed: _share(timed["mfu"])),
-            _ratio(speed_up(case, [names.NETWORK], [name])),
-            _losses(found["losses"]),
-        )
-        for name, found in case["providers"].items()
-    ]
     parts = ", ".join(f"{name} {_ms(value)}" for name, value in case["phases"].items())
-    notes = [f"ms: {parts}", f"losses of the plain loop: {_losses(case['losses'])}"]
-    return _terminal(case, ("measured", "ms", "of peak", "of network alone", "losses"), rows, notes)
+    plain = f"losses of the plain loop: {_losses(case['losses'])}"
+    return _terminal(case, "measured", _STEP, f"ms: {parts}", plain)
 
 
 def step_markdown(result: _Result) -> str:
     """Milliseconds of the step and of the network alone, a row for each case."""
     rows = []
     for case in result["cases"]:
-        floor, exposed = floor_of(case), exposed_share(case)
-        timed = (names.STEP, floor, names.NETWORK_COMPILED)
+        floor = floor_of(case)
         rows.append(
             (
                 case["label"],
-                *(_figures(case, name, _median_ms)[0] for name in timed),
-                _ratio(speed_up(case, [floor], [names.STEP])),
-                "-" if exposed is None else exposed.shown("{:.1%}"),
-                _share(case["providers"][names.STEP].get("mfu")),
+                *(_median_ms(case, name) for name in (STEP, floor, NETWORK_COMPILED)),
+                _ratio(speed_up(case, [floor], [STEP])),
+                _ratio(exposed_share(case), "{:.1%}"),
+                _optional(case["providers"][STEP].get("mfu"), "{:.1%}"),
             )
         )
-    head = ("ms", names.STEP, names.NETWORK, names.NETWORK_COMPILED)
+    head = ("ms", STEP, NETWORK, NETWORK_COMPILED)
     more = ("step / network", "exposed augmentation", "of peak FLOP/s")
     return _markdown(result, (*head, *more), rows)
 
 
 _BY_LAYERS = (
-    ("PyTorch's, view by view", f"{names.AT_HAND}, torch, view by view", "-"),
-    ("PyTorch's, all views in one pass", f"{names.AT_HAND}, torch", names.NETWORK),
-    (
-        "torch.compile, all views in one pass",
-        f"{names.AT_HAND}, torch.compile",
-        names.NETWORK_COMPILED,
-    ),
-    ("our kernels, all views in one pass", names.AT_HAND, names.NETWORK_KERNELS),
+    ("PyTorch's, view by view", f"{AT_HAND}, torch, view by view", "-"),
+    ("PyTorch's, all views in one pass", f"{AT_HAND}, torch", NETWORK),
+    ("torch.compile, all views in one pass", f"{AT_HAND}, torch.compile", NETWORK_COMPILED),
+    ("our kernels, all views in one pass", AT_HAND, NETWORK_KERNELS),
 )
 """Kinds of layers; the names of the step on views at hand and of the network alone with them."""
 
@@ -327,13 +317,13 @@ def layers_markdown(result: _Result) -> str:
     rows = [
         (
             f"{case['label']}: {layers}",
-            *(_figures(case, name, _median_ms)[0] for name in (step, alone)),
+            *(_median_ms(case, name) for name in (step, alone)),
             _ratio(speed_up(case, [step], [_BY_LAYERS[0][1]])),
         )
         for case in cases
         for layers, step, alone in _BY_LAYERS
     ]
-    head = ("layers, ms", names.AT_HAND, names.NETWORK, "step against the first row")
+    head = ("layers, ms", AT_HAND, NETWORK, "step against the first row")
     return _markdown({**result, "cases": cases}, head, rows)
 
 
@@ -347,31 +337,17 @@ def phases_markdown(result: _Result) -> str:
     return _markdown(result, ("ms", *columns), rows)
 
 
-def _seconds(part: str) -> Callable[[_Result], str]:
-    return lambda found: _optional(found[part], "{:,.1f}")
-
-
-_TRAINING: Mapping[str, Callable[[_Result], str]] = {
-    "training s": _seconds("training_seconds"),
-    "cold start s": _seconds("cold_start_seconds"),
-    "caching s": _seconds("caching_seconds"),
-    "evaluation s": _seconds("evaluation_seconds"),
-    "kNN top-1": lambda found: _share(found["knn_top1"]),
-    "s to target": _seconds("seconds_to_target"),
-    "peak GB": lambda found: _optional(
-        found["peak_bytes"] and found["peak_bytes"] / GIGABYTE, "{:.2f}"
-    ),
+_TRAIN: _Columns = {
+    "views/s": _views_a_second,
+    "vs lightly": _against_lightly,
+    "training s": _figure("training_seconds", "{:,.1f}"),
+    "cold start s": _figure("cold_start_seconds", "{:,.1f}"),
+    "caching s": _figure("caching_seconds", "{:,.1f}"),
+    "evaluation s": _figure("evaluation_seconds", "{:,.1f}"),
+    "kNN top-1": _figure("knn_top1", "{:.1%}"),
+    "s to target": _figure("seconds_to_target", "{:,.1f}"),
+    "peak GB": _figure("peak_bytes", "{:.2f}", 1e9),
 }
-"""Columns of a training after its speed, with the cell of a provider."""
-_TRAIN_HEAD = ("views/s", "vs lightly", *_TRAINING)
-
-
-def _train_rows(case: Case) -> list[_Row]:
-    rows: list[_Row] = []
-    for name in case["providers"]:
-        speed, *more = _figures(case, name, _views_a_second, *_TRAINING.values())
-        rows.append((name, speed, _ratio(speed_up(case, [name], [names.LIGHTLY])), *more))
-    return rows
 
 
 def _train_note(case: Case) -> str:
@@ -382,13 +358,13 @@ def _train_note(case: Case) -> str:
 
 def train_case(case: Case) -> Table:
     """A training for the terminal: a column for each provider."""
-    head, *rows = zip(("", *_TRAIN_HEAD), *_train_rows(case), strict=True)
-    return _terminal(case, head, rows, [_train_note(case)])
+    head, *rows = zip(("", *_TRAIN), *_rows(case, _TRAIN), strict=True)
+    return terminal_table(case["label"], head, rows, [_train_note(case), *_failures(case)])
 
 
 def train_markdown(result: _Result) -> str:
     """A table for each training, a row for each provider."""
     return "\n\n".join(
-        _markdown(result, (case["label"], *_TRAIN_HEAD), _train_rows(case), _train_note(case))
+        _markdown(result, (case["label"], *_TRAIN), _rows(case, _TRAIN), _train_note(case))
         for case in result["cases"]
     )

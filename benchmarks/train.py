@@ -15,15 +15,13 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-import tyro
-from rich.console import Console
 from torch import nn
 
 from vi_simsiam.config import TrainConfig
@@ -37,13 +35,12 @@ from vi_simsiam.inference.forward import extract
 from vi_simsiam.models import build_model
 from vi_simsiam.text import counted
 
-from .names import LIGHTLY, OURS, OURS_SIMSIAM
+from .cases import ViewCase, labelled_images
+from .harness import Suite, SuiteOptions, failed, failure_reason, quartiles
 from .peers import PEER_PACKAGES
-from .suite import Suite, SuiteOptions
+from .results import LIGHTLY, OURS, OURS_SIMSIAM
 from .tables import train_case
-from .timers import failed, failure_reason, quartiles
 from .train_peers import PROVIDERS, Recorder, Training, Trains
-from .view_cases import ViewCase, labelled_images
 
 YARDSTICK = LIGHTLY
 _ACCURACY_BELOW, _STANDARD_ERRORS = 0.1, 4
@@ -56,22 +53,14 @@ _SHORT = {"cuda": (2560, 6), "cpu": (640, 2)}
 class Options(SuiteOptions):
     """Options of `vi-simsiam bench train`; a run is one case."""
 
-    only: Annotated[
-        str,
-        tyro.conf.arg(
-            help="Only providers whose name contains this: vi-simsiam; vi-simsiam, method simsiam; "
-            "plain PyTorch; tuned PyTorch; lightly."
-        ),
-    ] = ""
+    only: str = ""
+    """Only providers whose name contains this: vi-simsiam; vi-simsiam, method simsiam; plain
+    PyTorch; tuned PyTorch; lightly."""
     rounds: int = 1
     """Trainings of every provider; the epochs of all of them are pooled."""
-    data: Annotated[
-        str,
-        tyro.conf.arg(
-            help="generated, or a data set with labels and validation images: fashion-mini, "
-            "folder:PATH, pack:FILE, cifar10, imagenette or imagewoof."
-        ),
-    ] = "generated"
+    data: str = "generated"
+    """generated, or a data set with labels and validation images: fashion-mini, folder:PATH,
+    pack:FILE, cifar10, imagenette or imagewoof."""
     data_root: Path = Path("data")
     """Where downloaded data sets are kept or looked for."""
     images: int | None = None
@@ -89,13 +78,9 @@ class Options(SuiteOptions):
     """Peak learning rate, with a cosine decay to 0."""
     workers: int | None = None
     """Worker processes of the others' loaders; None for one a core."""
-    target_accuracy: Annotated[
-        float | None,
-        tyro.conf.arg(
-            help="Report the time until kNN accuracy reaches this, between 0 and 1; it is then "
-            "measured ten times in a training."
-        ),
-    ] = None
+    target_accuracy: float | None = None
+    """Report the time until kNN accuracy reaches this, between 0 and 1; it is then measured ten
+    times in a training."""
 
     least_rounds: ClassVar[int] = 1
 
@@ -116,36 +101,32 @@ class Options(SuiteOptions):
         return ViewCase(self.batch_size, self.size, self.local_views, self.local_size, sides)
 
 
-def run(
-    options: Options,
-    console: Console | None = None,
-    *,
-    providers: Mapping[str, Trains] = PROVIDERS,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Any]:
+def run(options: Options) -> dict[str, Any]:
     """Train all providers, print the table, and write the result file if a folder is given."""
     if options.short:
         most, epochs = _SHORT[resolve_device(options.device).type]
         images = min(options.images or most, most)
         options = dataclasses.replace(options, images=images, epochs=epochs)
-    wanted = {name: train for name, train in providers.items() if options.only in name}
+    wanted = {name: train for name, train in PROVIDERS.items() if options.only in name}
     if not wanted:
-        there = ", ".join(map(repr, providers))
+        there = ", ".join(map(repr, PROVIDERS))
         raise InputError(f"only: no provider's name contains {options.only!r}; there are {there}")
-    suite = Suite("train", options, console, PEER_PACKAGES)
+    suite = Suite("train", options, PEER_PACKAGES)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        given, generated = options.data, folder / "images"
         splits = labelled_images(
-            given, options.data_root, generated, images=options.images, side=options.size
+            options.data,
+            options.data_root,
+            folder / "images",
+            images=options.images,
+            side=options.size,
         )
         if len(splits.train) < options.batch_size:
             raise InputError(
                 f"batch_size: {options.batch_size} must be at most {len(splits.train):,}, "
                 "the number of training images"
             )
-        for found in measure_case(options, splits, suite.device, folder, wanted, clock, suite.say):
-            suite.add(found)
+        found = measure_case(options, splits, folder, wanted, suite)
     suite.console.print(train_case(found))
     return suite.finish()
 
@@ -153,24 +134,23 @@ def run(
 def measure_case(
     options: Options,
     splits: Splits,
-    device: torch.device,
     folder: Path,
     providers: Mapping[str, Trains],
-    clock: Callable[[], float],
-    say: Callable[[str], None],
-) -> Iterator[dict[str, Any]]:
+    suite: Suite,
+) -> dict[str, Any]:
     """Train every provider `options.rounds` times, in turn; failures are recorded with the reason.
 
-    Yields:
-        After each training of the last round the case so far, and for every provider `correct`,
-        `failure`, `time` (quartiles of a step in epochs after the first), `views_per_second`,
-        `total_seconds` (start to end of training), `cold_start_seconds` (the first epoch and
-        all before it, above the time of an epoch), `training_seconds` (the rest),
-        `caching_seconds` (ours), `evaluation_seconds`, `knn_top1`, `accuracies` (epochs, seconds,
-        accuracy), `seconds_to_target`, `peak_bytes` beside resident images, and `captured` (ours on
-        a GPU).
+    The case is added to the results after each training of the last round.
+
+    Returns:
+        The case, and for every provider `correct`, `failure`, `time` (quartiles of a step in epochs
+        after the first), `views_per_second`, `total_seconds` (start to end of training),
+        `cold_start_seconds` (the first epoch and all before it, above the time of an epoch),
+        `training_seconds` (the rest), `caching_seconds` (ours), `evaluation_seconds`, `knn_top1`,
+        `accuracies` (epochs, seconds, accuracy), `seconds_to_target`, `peak_bytes` beside resident
+        images, and `captured` (ours on a GPU).
     """
-    train, val = splits.train, splits.val
+    train, val, device = splits.train, splits.val, suite.device
     assert val is not None  # labelled_images refuses data without
     config = TrainConfig(
         data=splits.name,
@@ -180,67 +160,57 @@ def measure_case(
         device=str(device),
         augment=options.views.policy,
     )
-    started = clock()
+    started = time.perf_counter()
     pack(train, folder / "train.pack")
-    caching = clock() - started
+    caching = time.perf_counter() - started
     workers = cores() if options.workers is None else options.workers
     training = Training(config, train, folder / "train.pack", device, workers, folder / "run")
     readers = 0 if workers == 0 else resolve_workers(None, device)
     accuracy = partial(knn_top1, splits=splits, size=options.size, device=device, workers=readers)
-    every = None if options.target_accuracy is None else max(1, options.epochs // 10)
+    every = options.epochs if options.target_accuracy is None else max(1, options.epochs // 10)
     runs: dict[str, list[Recorder]] = {name: [] for name in providers}
-    failures = dict.fromkeys(providers, "stopped before its last training")
-    case = _case(options, splits, workers)
-    _warm_up(config, device)
-    # The yardstick first: without its accuracy no speed counts.
-    turn = sorted(providers, key=lambda name: name != YARDSTICK)
-    for done in range(1, options.rounds + 1):
-        evaluate = accuracy if done == options.rounds else None
-        for name in turn:
-            if len(runs[name]) == done - 1:  # none of its trainings failed
-                torch.manual_seed(config.seed)
-                recorder = Recorder(
-                    device, evaluate=evaluate, every=every, epochs=options.epochs, clock=clock
-                )
-                try:
-                    providers[name](training, recorder)
-                    recorder.finish()
-                    runs[name].append(recorder)
-                    say(f"round {done}: {name} trained in {recorder.total_seconds:.1f} s")
-                except Exception as error:
-                    failures[name] = failure_reason(error)
-            if evaluate is None:
-                continue
-            found: dict[str, dict[str, Any]] = {}
-            for each, trained in runs.items():
-                if len(trained) < options.rounds:
-                    found[each] = failed(failures[each], ["time"])
-                    continue
-                found[each] = summary(trained, options, len(train) // options.batch_size)
-                if each in (OURS, OURS_SIMSIAM):
-                    found[each]["caching_seconds"] = caching
-            refuse_worse(found, len(val))
-            yield {**case, "providers": found}
-
-
-def _case(options: Options, splits: Splits, workers: int) -> dict[str, Any]:
-    """The entries of a case beside its providers."""
+    stopped = {**failed("stopped before its last training"), "time": None}
+    found = {name: dict(stopped) for name in providers}
     data = Path(splits.name.removeprefix("folder:")).name
-    images = len(splits.train)
-    extent = f"{counted(options.epochs, 'epoch')} of {counted(images, 'image')}"
-    return {
+    extent = f"{counted(options.epochs, 'epoch')} of {counted(len(train), 'image')}"
+    case = {
         "name": f"{data} {options.views.name}, {extent}",
         "label": f"{data}, {options.views.label}, batch {options.batch_size}, {extent}",
         "batch": options.batch_size,
         "views": options.views.views,
         "view_label": options.views.label,
         "data": data,
-        "images": images,
+        "images": len(train),
         "epochs": options.epochs,
         "workers": workers,
         "target_accuracy": options.target_accuracy,
         "yardstick": YARDSTICK,
+        "providers": found,
     }
+    _warm_up(config, device)
+    # The yardstick first: without its accuracy no speed counts.
+    turn = sorted(providers, key=lambda name: name != YARDSTICK)
+    for done in range(1, options.rounds + 1):
+        last = done == options.rounds
+        for name in turn:
+            if len(runs[name]) == done - 1:  # none of its trainings failed
+                torch.manual_seed(config.seed)
+                recorder = Recorder(device, options.epochs, accuracy if last else None, every)
+                try:
+                    providers[name](training, recorder)
+                    recorder.finish()
+                    runs[name].append(recorder)
+                    suite.say(f"round {done}: {name} trained in {recorder.total_seconds:.1f} s")
+                except Exception as error:
+                    found[name].update(failed(failure_reason(error)))
+            if len(runs[name]) == options.rounds:
+                found[name] = summary(runs[name], options, len(train) // options.batch_size)
+                if name in (OURS, OURS_SIMSIAM):
+                    found[name]["caching_seconds"] = caching
+                refuse_worse(found, len(val))
+            if last:
+                suite.add(case)
+    return case
 
 
 def _warm_up(config: TrainConfig, device: torch.device) -> None:

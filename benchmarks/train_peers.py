@@ -34,8 +34,8 @@ from vi_simsiam.models import build_model
 from vi_simsiam.text import counted
 
 from . import peers
-from .names import LIGHTLY, OURS, OURS_SIMSIAM
-from .timers import synchronize
+from .harness import synchronize
+from .results import LIGHTLY, OURS, OURS_SIMSIAM
 
 _Views = Sequence[Tensor]
 
@@ -43,22 +43,24 @@ _Views = Sequence[Tensor]
 class Recorder:
     """The clock of one training. It is stopped while features are evaluated.
 
-    `evaluate` gives the accuracy of a backbone after the last epoch, and after `every` so many.
+    `evaluate` gives the accuracy of a backbone after every `every` epochs; None for no evaluation.
     """
 
     def __init__(
         self,
         device: torch.device,
-        *,
-        evaluate: Callable[[nn.Module], float] | None = None,
-        every: int | None = None,
         epochs: int,
-        clock: Callable[[], float] = time.perf_counter,
+        evaluate: Callable[[nn.Module], float] | None,
+        every: int,
     ) -> None:
-        self.device, self._evaluate, self._clock = device, evaluate, clock
-        self._every, self._epochs = every, epochs
-        self._before = _empty_memory(device)
-        self._start = clock()
+        self.device, self._epochs, self._evaluate, self._every = device, epochs, evaluate, every
+        gc.collect()  # the memory of earlier trainings
+        self._before = 0
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+        self._start = time.perf_counter()
         self.epoch_ends: list[float] = []
         """Seconds from the start to the end of each epoch."""
         self.total_seconds = 0.0
@@ -79,17 +81,15 @@ class Recorder:
         synchronize(self.device)
         self._trained = backbone
         self._losses.append(loss.detach())
-        now = self._clock()
+        now = time.perf_counter()
         if self.device.type == "cuda" and self.evaluation_seconds is None:
             self.peak_bytes = torch.cuda.max_memory_allocated(self.device) - self._before
         self.epoch_ends.append(now - self._start)
         done = len(self.epoch_ends)
-        due = done == self._epochs or (self._every is not None and done % self._every == 0)
-        if self._evaluate is None or not due:
-            return
-        self.accuracies.append((done, now - self._start, self._evaluate(backbone)))
-        self.evaluation_seconds = self._clock() - now
-        self._start += self.evaluation_seconds
+        if self._evaluate is not None and (done == self._epochs or done % self._every == 0):
+            self.accuracies.append((done, now - self._start, self._evaluate(backbone)))
+            self.evaluation_seconds = time.perf_counter() - now
+            self._start += self.evaluation_seconds
 
     def finish(self) -> None:
         """Record the end of the training, its last checkpoint written.
@@ -97,7 +97,7 @@ class Recorder:
         Raises:
             TrainingError: epochs are missing, or the training diverged, so that its time is void.
         """
-        self.total_seconds = self._clock() - self._start
+        self.total_seconds = time.perf_counter() - self._start
         if len(self.epoch_ends) != self._epochs:
             raise TrainingError(
                 f"wrong: {len(self.epoch_ends)} of {counted(self._epochs, 'epoch')} were trained"
@@ -110,16 +110,13 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Training:
-    """The task of every provider."""
+    """The task of every provider: images, decoded in `pack` for ours, workers for the others."""
 
     config: TrainConfig
     source: ImageSource
-    """Training images."""
     pack: Path
-    """The same images decoded, for ours."""
     device: torch.device
     workers: int
-    """Worker processes of the peers' loaders."""
     folder: Path
     """Run folder of ours."""
 
@@ -149,35 +146,36 @@ def ours(training: Training, recorder: Recorder, *, method: Method) -> None:
         recorder.peak_bytes -= len(trainer.loader.source.pixels)
 
 
-def plain(training: Training, recorder: Recorder) -> None:
-    """A script as users write it: PIL transforms in a DataLoader, autocast and a GradScaler."""
-    device = training.device
-    model = build_model(dataclasses.replace(training.config, method="simsiam")).to(device)
+def script(training: Training, recorder: Recorder, *, tuned: bool) -> None:
+    """A script as users write it: PIL transforms in a DataLoader, autocast and a GradScaler.
+
+    If `tuned`, with common advice: channels_last, bfloat16, torch.compile, asynchronous copies.
+    """
+    layout = torch.channels_last if tuned else torch.preserve_format
+    model = build_model(dataclasses.replace(training.config, method="simsiam")).to(training.device)
+    model.to(memory_format=layout)  # type: ignore[call-overload]
 
     def loss_of(views: list[Tensor]) -> Tensor:
-        return _symmetric_loss(*model([view.to(device) for view in views]))
+        return _over_pairs(_half_loss, *model(views))
 
-    transform = peers.torchvision_transform(training.config.augment)
-    _train(training, recorder, transform, model, model.backbone, loss_of)
-
-
-def tuned(training: Training, recorder: Recorder) -> None:
-    """The same with common advice: channels_last, bfloat16, torch.compile, asynchronous copies."""
-    torch.compiler.reset()
-    model = build_model(dataclasses.replace(training.config, method="simsiam")).to(training.device)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    compiled = torch.compile(lambda views: _symmetric_loss(*model(views)), dynamic=False)
+    if tuned:
+        torch.compiler.reset()
+        loss_of = torch.compile(loss_of, dynamic=False)
 
     def to_device(view: Tensor) -> Tensor:
-        return view.to(training.device, non_blocking=True, memory_format=torch.channels_last)
-
-    def loss_of(views: list[Tensor]) -> Tensor:
-        loss: Tensor = compiled([to_device(view) for view in views])
-        return loss
+        return view.to(training.device, non_blocking=tuned, memory_format=layout)
 
     transform = peers.torchvision_transform(training.config.augment)
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
-        _train(training, recorder, transform, model, model.backbone, loss_of, tuned=True)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=tuned, allow_tf32=True):
+        _train(
+            training,
+            recorder,
+            transform,
+            model,
+            model.backbone,
+            lambda views: loss_of([to_device(view) for view in views]),
+            tuned=tuned,
+        )
 
 
 def lightly(training: Training, recorder: Recorder) -> None:
@@ -208,8 +206,8 @@ PLAIN, TUNED = "plain PyTorch", "tuned PyTorch"
 PROVIDERS: dict[str, Trains] = {
     OURS: partial(ours, method="vi-simsiam"),
     OURS_SIMSIAM: partial(ours, method="simsiam"),
-    PLAIN: plain,
-    TUNED: tuned,
+    PLAIN: partial(script, tuned=False),
+    TUNED: partial(script, tuned=True),
     LIGHTLY: lightly,
 }
 
@@ -260,18 +258,8 @@ def _train(
         recorder.epoch_done(backbone, loss)
 
 
-def _empty_memory(device: torch.device) -> int:
-    """Free memory of earlier trainings and reset the peak; return the bytes in use on a GPU."""
-    gc.collect()
-    if device.type != "cuda":
-        return 0
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
-
-
-def _symmetric_loss(predictions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    return _over_pairs(lambda p, z: -F.cosine_similarity(p, z, dim=-1).mean(), predictions, targets)
+def _half_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    return -F.cosine_similarity(prediction, target, dim=-1).mean()
 
 
 def _over_pairs(

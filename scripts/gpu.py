@@ -11,8 +11,6 @@ measured. A result file holds what was measured last, which is less here than wi
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import os
 import shlex
 import signal
@@ -26,9 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 _SECONDS = 25 * 60.0
 _SECONDS_TO_END = 10.0
+"""From SIGTERM to SIGKILL."""
 _LEAST_SECONDS = 1.0
-_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 
 
 @dataclass(frozen=True)
@@ -111,24 +108,28 @@ def main(
     code, end = 0, time.monotonic() + seconds - _SECONDS_TO_END
     if "report" in order:  # reserve its time: it shows what the others measured
         end -= stages["report"].seconds + _SECONDS_TO_END
-    try:
-        for name in order:
-            start = time.monotonic()
-            limit = stages[name].seconds
-            if name != "report":
-                limit = min(limit, end - start)
-            if limit < _LEAST_SECONDS:
-                verdicts.append(f"{name:12}NOT RUN: no time left")
-                code = 1
-                continue
-            command = shlex.join(stages[name].command)
-            print(f"\ngpu: {name}, at most {limit:.0f} s: {command}", flush=True)
+    for name in order:
+        start = time.monotonic()
+        limit = stages[name].seconds
+        if name != "report":
+            limit = min(limit, end - start)
+        if limit < _LEAST_SECONDS:
+            verdicts.append(f"{name:12}NOT RUN: no time left")
+            code = 1
+            continue
+        command = shlex.join(stages[name].command)
+        print(f"\ngpu: {name}, at most {limit:.0f} s: {command}", flush=True)
+        try:
+            failed = _run(stages[name], limit)
+        except KeyboardInterrupt:
             verdicts.append(f"{name:12}interrupted")
-            problem = _run(stages[name], limit)
-            verdicts[-1] = f"{name:12}{problem or 'passed':24}{time.monotonic() - start:6.0f} s"
-            code = 1 if problem else code
-    except KeyboardInterrupt:
-        code = 130
+            code = 130
+            break
+        taken = time.monotonic() - start
+        problem = "over its limit" if taken >= limit else f"exit code {failed}"
+        verdict = f"FAILED: {problem}" if failed else "passed"
+        verdicts.append(f"{name:12}{verdict:24}{taken:6.0f} s")
+        code = 1 if failed else code
     print("\n" + "\n".join(verdicts))
     return code
 
@@ -139,48 +140,20 @@ def _gpu_found() -> bool:
     return torch.cuda.is_available()
 
 
-def _run(stage: Stage, limit: float) -> str | None:
-    """Run a stage to its end or its limit; return the reason if it failed."""
-    process = subprocess.Popen(
-        stage.arguments(),
-        env={**os.environ, **stage.variables},
-        start_new_session=True,
-        preexec_fn=_end_with_parent,
-    )
-    try:
-        code = process.wait(limit)
-    except subprocess.TimeoutExpired:
-        return "FAILED: over its limit"
-    finally:
-        _end(process)
-    return f"FAILED: exit code {code}" if code else None
+def _run(stage: Stage, limit: float) -> int:
+    """Run a stage to its end or its limit; return its exit code.
 
-
-def _end_with_parent() -> None:
-    """Have this process killed when the script is killed, or it would keep the GPU.
-
-    The processes of pytest-xdist and of loaders end when the pipes to this one close.
+    `timeout` ends all processes of the stage at the limit, and when this one is interrupted or
+    killed: they would keep the GPU.
     """
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a stage and all processes that it left; interruptions wait until that is done."""
-    noted: list[int] = []
-    former = {
-        number: signal.signal(number, lambda number, _: noted.append(number)) for number in _STOP
-    }
+    ending = ["setpriv", "--pdeathsig", "TERM", "timeout", f"--kill-after={_SECONDS_TO_END}"]
+    command = [*ending, str(limit), *stage.arguments()]
+    process = subprocess.Popen(command, env={**os.environ, **stage.variables})
     try:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_SECONDS_TO_END)
+        return process.wait()
     finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-    if noted:
-        raise KeyboardInterrupt
+        process.terminate()
+        process.wait()
 
 
 if __name__ == "__main__":
@@ -191,6 +164,6 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=_SECONDS, help=seconds_help)
     given = parser.parse_args()
     os.chdir(ROOT)
-    for number in _STOP:  # the stage would live on
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the stage would live on
         signal.signal(number, signal.default_int_handler)
     sys.exit(main(given.stages, seconds=given.seconds))

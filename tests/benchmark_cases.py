@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from vi_simsiam.benchmarks import multiview_loss, timers
+from vi_simsiam.benchmarks import harness, multiview_loss
 from vi_simsiam.benchmarks.cases import Case, draw_inputs
 from vi_simsiam.benchmarks.multiview_loss import Provider
 from vi_simsiam.ops.multiview_loss import LossForm, eager_loss
@@ -25,7 +25,7 @@ MODES = ("forward", "forward_backward")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-class ScriptedTimer(timers.Timer):
+class ScriptedTimer(harness.Timer):
     """Gives every prepared call, in order, its time; the copy of a mode comes first.
 
     An exception is raised by the preparation, and a function takes the time.
@@ -37,7 +37,7 @@ class ScriptedTimer(timers.Timer):
 
     def prepare(
         self, call: Callable[[Any], object], sets: Sequence[Any], nbytes: int
-    ) -> timers.Measures:
+    ) -> harness.Measures:
         call(sets[0])
         value = self.script[self.prepared % len(self.script)]
         self.prepared += 1
@@ -54,18 +54,10 @@ class ScriptedTimer(timers.Timer):
         """Keep it: the collector takes longer than a case."""
 
 
-def quiet() -> Console:
-    return Console(file=io.StringIO(), width=300)
-
-
-def printed(console: Console) -> str:
-    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
-
-
 def shown(*tables: object) -> str:
-    console = quiet()
-    console.print(*tables)
-    return printed(console)
+    file = io.StringIO()
+    Console(file=file, width=300).print(*tables)
+    return file.getvalue()
 
 
 def given(form: LossForm, factor: float = 1.0) -> Provider:
@@ -74,8 +66,7 @@ def given(form: LossForm, factor: float = 1.0) -> Provider:
 
 
 def drawn(case: Case) -> tuple[list[Tensor], list[Tensor]]:
-    inputs = draw_inputs(case, CPU, torch.Generator().manual_seed(0))
-    return inputs.predictions, inputs.targets
+    return draw_inputs(case, CPU, torch.Generator().manual_seed(0))
 
 
 def scripted_result() -> dict[str, Any]:

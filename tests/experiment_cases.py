@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -11,24 +12,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 
 from vi_simsiam.config import AugmentConfig, ModelConfig, TrainConfig
 from vi_simsiam.evaluation.results import pack_bits
 from vi_simsiam.experiments.catalogue import plan
-from vi_simsiam.experiments.measure import without_places
-from vi_simsiam.experiments.plan import Arm, Place, Plan, PlanOptions, make_plan, settings
+from vi_simsiam.experiments.plan import (
+    TRIAL_SEED,
+    Arm,
+    Place,
+    Plan,
+    PlanOptions,
+    make_plan,
+    settings,
+)
 from vi_simsiam.experiments.runner import run_experiment
+from vi_simsiam.experiments.worker import without_places
 
+COMMITTED = Path(__file__).parents[1] / "benchmarks" / "results" / "cpu" / "experiments"
 IMAGES = 400
 # The learning rate selects the behaviour: 0.5 fails, 0.25 waits for SIGTERM, others finish at once.
 STAND_IN = """
     import json, os, pathlib, signal, sys, time
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-    assert sys.argv[2] == "--parent" and int(sys.argv[3]) == os.getppid()
     spec = json.loads(pathlib.Path(sys.argv[1]).read_text())
     folder, config = pathlib.Path(spec["folder"]), spec["config"]
     folder.mkdir(exist_ok=True)
@@ -50,6 +59,8 @@ STAND_IN = """
     (folder / "trained.json").write_text("{}")
     result = {key: spec[key] for key in ("experiment", "arm", "seed", "config")}
     result |= {"data": config["data"], "device": "none", "method": config["method"]}
+    result |= {name: {} for name in ("curve", "correct", "uncertainty", "versions")}
+    result |= dict.fromkeys(("images", "val_images", "seconds", "commit")) | {"date": "today"}
     result["accuracy"] = {"logistic": round(1 - config["lr"], 6)}
     pathlib.Path(spec["result"]).write_text(json.dumps(result))
     print("logistic 70.0 %")
@@ -98,8 +109,9 @@ def run(
 ) -> tuple[int, list[str]]:
     """Run a plan with stand-ins; the exit code and the lines printed."""
     place, printed = place or Place(devices=("cpu",), parallel=2), io.StringIO()
-    console = Console(file=printed, width=200)
-    code = run_experiment(plan, out, place, again="again", command=command, console=console)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr("vi_simsiam.experiments.runner._WORKER", command)
+        code = run_experiment(plan, out, place, "again")
     return code, printed.getvalue().splitlines()
 
 
@@ -127,32 +139,28 @@ def spec(config: TrainConfig, out: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
-def first_right(count: int, images: int = IMAGES) -> NDArray[np.bool_]:
+def first_right(count: int) -> NDArray[np.bool_]:
     """Bits of a run that got the first `count` images right."""
-    return np.arange(images) < count
+    return np.arange(IMAGES) < count
 
 
-def right(count: int, images: int = IMAGES, measure: str = "linear") -> dict[str, Any]:
-    """Changes to a result after which one measure got the first `count` images right."""
-    bits = pack_bits(torch.from_numpy(first_right(count, images)))
-    return {"accuracy": {measure: count / images}, "correct": {measure: bits}, "val_images": images}
+def right(count: int) -> dict[str, Any]:
+    """Changes to a result after which the linear probe got the first `count` images right."""
+    bits = pack_bits(torch.from_numpy(first_right(count)))
+    return {"accuracy": {"linear": count / IMAGES}, "correct": {"linear": bits}}
 
 
 def result(arm: Arm, experiment: str, seed: int, **changes: Any) -> dict[str, Any]:
-    """The result of a run that got the first 200 + 8 seed images right by every measure."""
-    points = np.linspace(0.1, arm.config.epochs, 20).tolist()
+    """The result of a run that got the first 200 + 8 seed images right."""
     curve = {
-        "epoch": points,
-        "loss": [-point for point in points],
+        "epoch": np.linspace(0.1, arm.config.epochs, 20).tolist(),
         "cosine": [0.8] * 20,
         "z_std": [0.9] * 20,
-        "effective_rank": [40.0] * 20,
         "grad_norm": np.linspace(1, 3, 20).tolist(),
     }
     if arm.config.method == "vi-simsiam":
         curve["kappa"] = [2.0] * 20
     config = without_places(arm.config) | {"seed": seed}
-    knn, linear = (right(200 + 8 * seed, measure=measure) for measure in ("knn20", "linear"))
     return {
         "experiment": experiment,
         "arm": arm.name,
@@ -164,8 +172,7 @@ def result(arm: Arm, experiment: str, seed: int, **changes: Any) -> dict[str, An
         "images": 1_000,
         "seconds": 60.0 + seed,
         "curve": curve,
-        "accuracy": {**knn["accuracy"], **linear["accuracy"], "linear_top5": 0.9},
-        "correct": {**knn["correct"], **linear["correct"]},
+        **right(200 + 8 * seed),
         "val_images": IMAGES,
         "uncertainty": {},
         "device": "cpu (1 thread)",
@@ -178,7 +185,7 @@ def result(arm: Arm, experiment: str, seed: int, **changes: Any) -> dict[str, An
 def diverged(arm: Arm, experiment: str, seed: int) -> dict[str, Any]:
     """The result of a run whose loss stopped being finite."""
     nothing = dict.fromkeys(("steps", "images", "seconds", "val_images"))
-    empty: dict[str, Any] = {"accuracy": {}, "correct": {}, "uncertainty": {}}
+    empty: dict[str, Any] = {"accuracy": {}, "correct": {}}
     reason = "step 3: the loss is not finite"
     return result(arm, experiment, seed, **nothing, **empty, diverged=reason)
 
@@ -200,18 +207,15 @@ def write_result(out: Path, content: dict[str, Any]) -> None:
 
 
 def write_all(out: Path, name: str, **options: Any) -> Plan:
-    """A finished experiment: a result of every arm and seed, and of every trial.
-
-    The first trial of every arm is chosen.
-    """
+    """A finished experiment: a result of every arm and seed; the first trials are chosen."""
     made = write_plan(out, name, **options)
     for arm in made.arms:
-        for seed in made.seeds:
+        for seed in range(made.options.seeds):
             write_result(out, result(arm, name, seed))
-    if (trials := made.trials) is not None:
-        for trial in trials.arms:
-            write_result(out / "trials", result(trial, name, trials.seed, **right(100)))
-        best, arms = trials.choose({trial.name: 0.25 for trial in trials.arms})
-        chosen = {arm.name: {"trial": best[arm.name], **settings(arm.config)} for arm in arms}
+    for trial in made.trials:
+        write_result(out / "trials", result(trial, name, TRIAL_SEED))
+    if made.trials:
+        arms = made.tuned({trial.name: 0.25 for trial in made.trials})
+        chosen = {arm.name: {"trial": trial, **settings(arm.config)} for trial, arm in arms.items()}
         (out / "chosen.json").write_text(json.dumps({"chosen": chosen}))
     return made

@@ -81,7 +81,6 @@ class Momentum(torch.optim.Optimizer):
 
 OPTIMIZERS: dict[str, Callable[[Any, Tensor], torch.optim.Optimizer]] = {
     "sgd": lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9, weight_decay=1e-3, fused=True),
-    "dampened": lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9, dampening=0.5, fused=True),
     "adamw": lambda p, lr: torch.optim.AdamW(p, lr=lr, fused=True, capturable=True),
     "own": Momentum,
 }
@@ -90,16 +89,13 @@ OPTIMIZERS: dict[str, Callable[[Any, Tensor], torch.optim.Optimizer]] = {
 class Training:
     """A small network with BatchNorm and dropout, its optimizer and its step."""
 
-    def __init__(
-        self, optimizer: str = "sgd", device: str = "cpu", clear_last: bool = False
-    ) -> None:
+    def __init__(self, optimizer: str = "sgd", device: str = "cpu") -> None:
         torch.manual_seed(0)
         layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.2), nn.Flatten()]
         self.model = nn.Sequential(*layers, nn.Linear(6 * 36, 4)).to(device)
         lr = torch.tensor(0.02, device=device)
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters(), lr)
         self.seen = torch.zeros((), dtype=torch.int64, device=device)
-        self.clear_last = clear_last
         self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.8)
 
     @property
@@ -107,15 +103,12 @@ class Training:
         return [self.model, self.optimizer, self.seen]
 
     def step(self, images: Tensor, labels: dict[str, Tensor]) -> dict[str, Any]:
-        if not self.clear_last:
-            self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         logits = self.model(images)
         loss = nn.functional.cross_entropy(logits, labels["class"])
         loss.backward()
         self.optimizer.step()
         self.seen += len(images)
-        if self.clear_last:
-            self.optimizer.zero_grad(set_to_none=True)
         return {"loss": loss, "more": [logits, (self.seen, "a word")]}
 
     def everything(self) -> list[Tensor]:

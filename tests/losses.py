@@ -7,21 +7,32 @@ test_gpu.py does.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
+from emulated_cuda import emulate
 from torch import Tensor
+from triton_interpreter import make_faster
 
-from vi_simsiam.benchmarks.baselines import textbook_loss
+from vi_simsiam.benchmarks.peers import textbook_loss
 from vi_simsiam.ops.backends import extension, interpreting, why_unavailable
 from vi_simsiam.ops.multiview_loss import LossForm, multiview_loss
 
 textbook = textbook_loss
 DEVICE = os.environ.get("VI_SIMSIAM_TEST_DEVICE", "cpu")
+EMULATION = os.environ.get("VI_SIMSIAM_EMULATION")
 POWER_SPHERICAL, COSINE = LossForm("power_spherical"), LossForm("cosine")
 QUADRATIC = LossForm("power_spherical", 31.0, 0.5, link="quadratic", gain=0.25, cosine=20.0)
 """The trainer's default: a quadratic link, a gain, and SimSiam's loss beside the density's."""
-if DEVICE == "cpu":
+if interpreting():
+    from triton.runtime import interpreter
+
+    make_faster(interpreter)
+if EMULATION:
+    emulate(EMULATION, pytest.MonkeyPatch())
+    FUSED: list[Any] = ["cuda"]
+elif DEVICE == "cpu":
     # Under TRITON_INTERPRET=1, as in test_triton_kernels.py, Triton accepts CPU tensors.
     FUSED = [
         pytest.param(
@@ -78,3 +89,18 @@ def loss_and_gradient(
     loss.backward(torch.ones_like(loss) if weights is None else weights.to(loss))
     assert p.grad is not None
     return loss.detach(), p.grad
+
+
+def check_error(p: Tensor, z: Tensor, form: LossForm, backend: str) -> None:
+    """Loss and gradient are off by at most twice what eager is off by in the same dtype, or a few
+    ulp (float64: rounding); both against float64 eager on the same rounded inputs."""
+    exact = loss_and_gradient(p.double(), z.double(), form, "eager")
+    eager = loss_and_gradient(p, z, form, "eager")
+    found = loss_and_gradient(p, z, form, backend)
+    for want, ours, theirs in zip(exact, found, eager, strict=True):
+        assert ours.dtype == theirs.dtype
+        scale = want.abs().max() + 1
+        floor = (64 if p.dtype == torch.float64 else 4) * torch.finfo(ours.dtype).eps * scale
+        assert (ours.double() - want).abs().max() <= 2 * (
+            theirs.double() - want
+        ).abs().max() + floor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,28 +19,25 @@ from benchmark_cases import (
     drawn,
     given,
     needs_gpu,
-    printed,
-    quiet,
     shown,
 )
 from torch import Tensor
 
-from vi_simsiam.benchmarks import multiview_loss, names, plots, tables, timers
-from vi_simsiam.benchmarks.baselines import textbook_loss
-from vi_simsiam.benchmarks.cases import Case, cases_for
+from vi_simsiam.benchmarks import harness, multiview_loss, plots, tables
+from vi_simsiam.benchmarks.cases import Case, cases_for, view_cases
+from vi_simsiam.benchmarks.harness import interleave
 from vi_simsiam.benchmarks.multiview_loss import Provider, errors, reference
+from vi_simsiam.benchmarks.peers import textbook_loss
+from vi_simsiam.benchmarks.results import COMPILED
 from vi_simsiam.benchmarks.step import step_cases
-from vi_simsiam.benchmarks.timers import failure_reason, interleave
 from vi_simsiam.benchmarks.train_peers import PROVIDERS
-from vi_simsiam.benchmarks.view_cases import view_cases
-from vi_simsiam.cli import main
-from vi_simsiam.cli.commands import BENCHMARKS
+from vi_simsiam.cli import BENCHMARKS, main
 from vi_simsiam.engine import graph
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.multiview_loss import LossForm, eager_loss
 
 
-def measured(timer: timers.Timer, **extra: Provider | str) -> dict[str, Any]:
+def measured(timer: harness.Timer, **extra: Provider | str) -> dict[str, Any]:
     made = {"eager": given(TINY.form), **extra}
     return multiview_loss.measure_case(TINY, CPU, made, timer, rounds=3)
 
@@ -65,14 +63,14 @@ def test_the_gate_refuses_wrong_results_and_prints_no_time_for_them() -> None:
     assert f"gradient error {wrong:.1e}, allowed" in case["providers"]["wrong"]["failure"]
     assert case["providers"]["nan"]["gradient_error"] is None
     json.loads(json.dumps(case, allow_nan=False))
-    lines = shown(tables.loss_case(case)).splitlines()
-    rows = [line.split()[1] for line in lines if line.startswith(("│ ", "wrong"))]
-    assert rows == ["eager", "inaccurate:"]
+    rows = [line.split() for line in shown(tables.loss_case(case)).splitlines()]
+    assert [row[3] for row in rows if row[1:2] == ["wrong"]] == ["inaccurate"]
 
 
 def test_a_gradient_left_unwritten_is_not_hidden_by_the_memory_of_the_last_result() -> None:
     """The first call's gradients are overwritten with NaN, which a second call must replace."""
     exact = reference(*drawn(TINY), TINY.form, torch.float64)
+    loss, gradients = exact
     buffers = [torch.zeros(3, 21), torch.zeros(3, 21)]
 
     class Lazy(torch.autograd.Function):
@@ -80,17 +78,18 @@ def test_a_gradient_left_unwritten_is_not_hidden_by_the_memory_of_the_last_resul
 
         @staticmethod
         def forward(ctx: Any, *predictions: Tensor) -> Tensor:
-            return torch.tensor(exact.loss, dtype=torch.float32)
+            return torch.tensor(loss, dtype=torch.float32)
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> Any:
-            for buffer, right in zip(buffers, exact.gradients, strict=True):
+            for buffer, right in zip(buffers, gradients, strict=True):
                 if Lazy.calls == 0:
                     buffer.copy_(right)
             Lazy.calls += 1
             return tuple(buffers)
 
-    found = multiview_loss.check(lambda p, z: Lazy.apply(*p), *drawn(TINY), exact, (1e-6, 1e-6))
+    allowed = {"loss error": 1e-6, "gradient error": 1e-6}
+    found = multiview_loss.check(lambda p, z: Lazy.apply(*p), *drawn(TINY), exact, allowed)
     assert Lazy.calls == 2
     assert not found["correct"]
     assert found["gradient_error"] is None
@@ -115,25 +114,18 @@ def test_what_cannot_run_or_lacks_memory_is_a_result(monkeypatch: pytest.MonkeyP
     assert found["eager"]["correct"]
     assert found["cpu"]["forward_backward"]["time"]["median_us"] == 3
     text = shown(tables.loss_case(case))
-    assert "oom: out of memory" in text
+    assert "oom (out of memory)" in text
     assert any("eager" in line and "out of memory" in line for line in text.splitlines())
     broken = measured(ScriptedTimer(1, mock.Mock(side_effect=ValueError("broke"))))
     both = broken["providers"]["eager"]["forward_backward"]
-    assert both == {"peak_bytes": 1024, "failure": "ValueError: broke"}
+    assert both == {"failure": "ValueError: broke"}
     without_copy = measured(ScriptedTimer(MemoryError()))
-    assert without_copy["providers"]["eager"]["forward"] == {"failure": "out of memory"}
+    assert without_copy["providers"]["eager"]["failure"] == "out of memory"
     monkeypatch.setattr(multiview_loss, "draw_inputs", out_of_memory)
     assert measured(ScriptedTimer(1))["providers"]["eager"]["failure"] == "out of memory", "inputs"
 
 
-def test_failure_reason_is_one_line() -> None:
-    assert failure_reason(ValueError("\n  no compiler \n at all")) == "ValueError: no compiler"
-    assert failure_reason(KeyError()) == "KeyError"
-    no_memory = RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")
-    assert failure_reason(no_memory) == "out of memory"
-
-
-def test_measures_are_taken_in_turn_until_the_time_is_up() -> None:
+def test_measures_are_taken_in_turn_until_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
 
     def measure(name: str) -> float:
@@ -142,12 +134,12 @@ def test_measures_are_taken_in_turn_until_the_time_is_up() -> None:
             raise ValueError("broke")
         return float(len(taken))
 
-    now = iter(range(100))
+    clock = mock.Mock(side_effect=range(100))
+    monkeypatch.setattr(harness.time, "perf_counter", clock)
     times, failures = interleave(
         {name: lambda name=name: measure(name) for name in ("a", "bad", "b")},  # type: ignore[misc]
         rounds=50,
         seconds=6.5,
-        clock=lambda: float(next(now)),
     )
     assert taken[:8] == ["a", "bad", "b", "a", "bad", "b", "a", "b"]
     assert failures == {"bad": "ValueError: broke"}
@@ -156,22 +148,13 @@ def test_measures_are_taken_in_turn_until_the_time_is_up() -> None:
     assert times["a"]["lower_us"] < times["a"]["median_us"] < times["a"]["upper_us"]
 
 
-def test_timer_repeats_short_calls() -> None:
-    calls: list[int] = []
-    measures = timers.Timer().prepare(calls.append, [1, 2], 8)
-    assert len(calls) == 2
-    assert measures["time"]() > 0
-    assert calls[2:5] == [1, 2, 1]
-    assert len(calls) <= 102
-
-
 def test_cuda_timer_captures_enough_distinct_calls() -> None:
     """On a fake torch: every set in the graph, warm-up before capture, replay before timing."""
-    with mock.patch.object(timers, "torch") as fake, mock.patch.object(graph, "torch", fake):
+    with mock.patch.object(harness, "torch") as fake, mock.patch.object(graph, "torch", fake):
         fake.cuda.graph_pool_handle.side_effect = ["first pool", "second pool", "third pool"]
         fake.cuda.get_device_properties.return_value.L2_cache_size = 100
         fake.cuda.Event.return_value.elapsed_time.return_value = 8.0
-        timer = timers.CudaTimer(torch.device("cuda:0"))
+        timer = harness.CudaTimer(torch.device("cuda:0"))
         assert timer.distinct_bytes == 300
         calls: list[int] = []
         many = timer.prepare(calls.append, list(range(40)), 10)
@@ -202,28 +185,11 @@ def test_cuda_timer_captures_enough_distinct_calls() -> None:
         assert fake.cuda.graph.call_args.kwargs["pool"] == "third pool"
 
 
-def test_results_of_one_turn_lie_in_different_memory() -> None:
-    alive: list[int] = []
-    most: list[int] = []
-
-    class Result:
-        def __init__(self) -> None:
-            alive.append(1)
-            most.append(len(alive))
-
-        def __del__(self) -> None:
-            alive.pop()
-
-    timers.CudaTimer._calls(lambda _: Result(), [0, 1, 2], 9)
-    assert most == [1, 2, 3, *[4] * 6], "those of the last three calls, and the new one"
-    assert not alive
-
-
 @pytest.mark.gpu
 @needs_gpu
 def test_gpu_case_has_all_figures() -> None:
     device = torch.device("cuda")
-    timer = timers.timer_for(device)
+    timer = harness.timer_for(device)
     made = multiview_loss.make_providers(TINY.form, device)
     made = {name: provider for name, provider in made.items() if "compile" not in name}
     case = multiview_loss.measure_case(Case(1024, 512), device, made, timer, rounds=5)
@@ -233,21 +199,6 @@ def test_gpu_case_has_all_figures() -> None:
         assert both["host"]["median_us"] > 0
         assert both["peak_bytes"] >= 2 * 1024 * 513 * 4
         assert 0 < both["copy_share"] < 1.2
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_gpu_timer_goes_on_after_a_failed_capture() -> None:
-    timer, stream = timers.timer_for(torch.device("cuda")), torch.cuda.current_stream()
-    sets = [torch.ones(1000, device="cuda")]
-    measures = [timer.prepare(lambda x: x * 2, sets, 10**9)]
-    with pytest.raises(RuntimeError):
-        timer.prepare(lambda x: x.sum().item(), sets, 10**9)
-    assert torch.cuda.current_stream() == stream
-    measures.append(timer.prepare(lambda x: x * 2, sets, 10**9))
-    for measure in measures:
-        assert measure["time"]() > 0
-        assert measure["host"]() > 0
 
 
 def test_cases_and_inputs_are_those_of_training() -> None:
@@ -273,13 +224,13 @@ def test_reference_in_pieces_and_textbook_are_eager(
     predictions, targets = drawn(Case(7, 20, 3, 2, distribution=form.distribution))
     doubles = [p.double() for p in predictions], [z.double() for z in targets]
     loss = eager_loss(*doubles, form).mean()
-    whole = multiview_loss.Outcome(loss.item(), torch.autograd.grad(loss, predictions))
+    whole = loss.item(), torch.autograd.grad(loss, predictions)
     monkeypatch.setattr(multiview_loss, "_CHUNK_ELEMENTS", 130)
     pieces = reference(predictions, targets, form, torch.float64)
-    assert pieces.loss == pytest.approx(whole.loss, rel=1e-14)
-    assert max(errors(pieces, whole)) < 1e-7
-    assert textbook_loss(*doubles, form).mean().item() == pytest.approx(whole.loss, rel=1e-11)
-    assert errors(multiview_loss.Outcome(float("nan"), whole.gradients), whole)[0] != 0
+    assert pieces[0] == pytest.approx(whole[0], rel=1e-14)
+    assert max(errors(pieces, whole).values()) < 1e-7
+    assert textbook_loss(*doubles, form).mean().item() == pytest.approx(whole[0], rel=1e-11)
+    assert math.isnan(errors((float("nan"), whole[1]), whole)["loss error"])
 
 
 def test_providers_that_are_not_here_give_the_reason() -> None:
@@ -288,27 +239,28 @@ def test_providers_that_are_not_here_give_the_reason() -> None:
     with mock.patch.object(multiview_loss, "why_unavailable", return_value="built without nvcc"):
         on_gpu = multiview_loss.make_providers(TINY.form, torch.device("cuda"))
     assert on_gpu["cuda"] == "not available: built without nvcc"
-    assert list(on_gpu)[2:4] == list(names.COMPILED)
+    assert list(on_gpu)[2:4] == list(COMPILED)
 
 
 @pytest.fixture
-def tiny_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+def made(monkeypatch: pytest.MonkeyPatch) -> list[LossForm]:
+    """Four tiny cases and two providers with given times; the forms of the cases measured."""
     cases = tuple(Case(batch, 20) for batch in (3, 4, 5, 6))
-    monkeypatch.setattr(multiview_loss, "cases_for", lambda _, short: cases)
-
-
-@pytest.mark.usefixtures("tiny_cases")
-def test_run_writes_file_and_plots_and_resumes(tmp_path: Path) -> None:
-    made: list[str] = []
+    measured: list[LossForm] = []
 
     def some(form: LossForm, device: torch.device) -> dict[str, Provider | str]:
-        made.append(str(form))
-        right = given(form)
-        return {"eager": right, "torch.compile": right, "cpu": "not available: not built"}
+        measured.append(form)
+        return {"eager": given(form), COMPILED[1]: given(form), "cpu": "not available: not built"}
 
+    monkeypatch.setattr(multiview_loss, "cases_for", lambda _, short: cases)
+    monkeypatch.setattr(multiview_loss, "make_providers", some)
+    monkeypatch.setattr(harness, "timer_for", lambda device: ScriptedTimer(5, 40, 20))
+    return measured
+
+
+def test_run_writes_file_and_plots_and_resumes(tmp_path: Path, made: list[LossForm]) -> None:
     options = multiview_loss.Options(device="cpu", only=" 3x20", rounds=3, out=tmp_path)
-    timer = ScriptedTimer(5, 40, 20)
-    multiview_loss.run(options, quiet(), providers=some, timer=timer)
+    multiview_loss.run(options)
     path = tmp_path / "cpu" / "multiview_loss.json"
     written = json.loads(path.read_text())
     assert [case["name"] for case in written["cases"]] == ["power_spherical 3x20 2x2 float32"]
@@ -317,40 +269,37 @@ def test_run_writes_file_and_plots_and_resumes(tmp_path: Path) -> None:
         assert plot.read_bytes().startswith(b"\x89PNG")
     both = dataclasses.replace(options, only="2x2", resume=True)
     with mock.patch.object(plots, "draw", return_value=[]):
-        resumed = multiview_loss.run(both, quiet(), providers=some, timer=timer)
+        resumed = multiview_loss.run(both)
     assert len(made) == len(resumed["cases"]) == 4, "the case that was there is not measured again"
     path.write_text(path.read_text().replace(written["versions"]["torch"], "0.1"))
     with pytest.raises(InputError, match="was measured with versions"):
-        multiview_loss.run(both, quiet(), providers=some, timer=timer)
+        multiview_loss.run(both)
     with pytest.raises(InputError, match="'65x'; there are .*, 'power_spherical 6x20 2x2 float32'"):
-        multiview_loss.run(dataclasses.replace(options, only="65x"), quiet())
+        multiview_loss.run(dataclasses.replace(options, only="65x"))
 
 
-@pytest.mark.usefixtures("tiny_cases")
-def test_short_keeps_its_time() -> None:
-    """First the provider that compiles longest is left out, then whole cases."""
-    now = iter([0.0, 0.0, 40.0, 80.0, 80.0])
-
-    def some(form: LossForm, device: torch.device) -> dict[str, Provider | str]:
-        return {"eager": given(form), names.COMPILED[1]: given(form)}
-
-    console = quiet()
-    options = multiview_loss.Options(device="cpu", short=True, rounds=3)
-    found = multiview_loss.run(
-        options, console, providers=some, timer=ScriptedTimer(1), clock=lambda: next(now)
-    )
-    first, second = (case["providers"][names.COMPILED[1]] for case in found["cases"])
-    assert (first["correct"], second["correct"]) == (True, False)
-    assert "--short had used 40 s" in second["failure"]
-    for batch in (5, 6):
-        left = f"left out: power_spherical {batch}x20 2x2 float32; --short has used 80 s"
-        assert left in printed(console)
-
-
-def test_the_help_shows_what_only_accepts(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("made")
+def test_short_keeps_its_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "500")
+    """First the provider that compiles longest is left out, then whole cases."""
+    options = multiview_loss.Options(device="cpu", short=True, rounds=3)
+    suite = harness.Suite("multiview_loss", options)
+    with monkeypatch.context() as patch:
+        clock = mock.Mock(side_effect=[0.0, 0.0, 40.0, 90.0])
+        patch.setattr(harness.time, "perf_counter", clock)
+        found = list(suite.cases([Case(batch, 20) for batch in (3, 4, 5)], 100.0))
+    reason = "left out: it compiles longest, and --short had used 40 s"
+    assert found == [(Case(3, 20), None), (Case(4, 20), reason)]
+    left = "left out: power_spherical 5x20 2x2 float32; --short has used 90 s"
+    assert left in capsys.readouterr().out
+    monkeypatch.setattr(harness.Suite, "cases", lambda *_: found)
+    first, second = (case["providers"] for case in multiview_loss.run(options)["cases"])
+    assert first[COMPILED[1]]["correct"]
+    assert second[COMPILED[1]]["failure"] == reason
+
+
+def test_the_help_shows_what_only_accepts(capsys: pytest.CaptureFixture[str]) -> None:
     for benchmark, accepted in {
         "loss": [cases_for("cpu", short=False)[0].name],
         "augment": [view_cases("cuda", short=False)[2].name],
@@ -358,8 +307,8 @@ def test_the_help_shows_what_only_accepts(
         "train": list(PROVIDERS),
     }.items():
         assert main(["bench", benchmark, "--help"]) == 0
-        (line,) = [line for line in capsys.readouterr().out.splitlines() if "--only" in line]
-        assert [name for name in accepted if name not in line] == []
+        text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert [name for name in accepted if name not in text] == []
     assert main(["bench", "--help"]) == 0
     text = capsys.readouterr().out
     assert all(f"\n  {name} " in text for name in BENCHMARKS)

@@ -26,7 +26,7 @@ from vi_simsiam.evaluation.knn import KnnConfig, classify, evaluate_knn
 from vi_simsiam.evaluation.linear import hold_out
 from vi_simsiam.evaluation.logistic import LogisticConfig, LogisticProbe, evaluate_logistic
 from vi_simsiam.evaluation.results import summary_line, unpack_bits
-from vi_simsiam.inference import neighbours
+from vi_simsiam.inference import forward
 
 
 def problem(count: int = 400, classes: int = 4, noise: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,8 +221,8 @@ def test_lengths_and_blocks_do_not_matter_and_a_small_temperature_means_the_near
     sure = decided(train, labels, queries, KnnConfig())
     expected = voted(KnnConfig())[sure]
     assert torch.equal(voted(KnnConfig(), train * lengths, 7 * queries)[sure], expected)
-    monkeypatch.setattr(neighbours, "_KEYS", 70)
-    monkeypatch.setattr(knn, "nearest", functools.partial(neighbours.nearest, block=60))
+    monkeypatch.setattr(forward, "_KEYS", 70)
+    monkeypatch.setattr(knn, "nearest", functools.partial(forward.nearest, block=60))
     assert torch.equal(voted(KnnConfig())[sure], expected)
     sure = decided(train, labels, queries, KnnConfig(20, 1e-4))
     assert torch.equal(voted(KnnConfig(20, 1e-4))[sure], voted(KnnConfig(1))[sure])

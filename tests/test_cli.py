@@ -42,16 +42,14 @@ def test_info_names_every_backend_and_why_not(
     assert found == info.facts()
     assert found["packages"]["torch"] == torch.__version__.split("+")[0]
     assert found["backends"]["eager"] == {"available": True, "why": None}
-    assert set(found["backends"]) == set(BACKENDS)
-    for name, state in found["backends"].items():
+    for name in BACKENDS:
+        state = found["backends"][name]
         shown = "available" if state["available"] else f"not available: {state['why']}"
         assert re.search(rf"^  {name} +{re.escape(shown)}$", text, re.MULTILINE)
     built = re.search(r"^extension    (gcc|clang)", text, re.MULTILINE) is not None
     assert found["backends"]["cpu"]["available"] == built
-    if not torch.cuda.is_available():
-        assert found["backends"]["triton"]["why"] == "no CUDA device found"
     monkeypatch.setattr(info, "extension", lambda: None)
-    assert "extension    none: " in info.report()
+    assert "extension    none: " in info.report(info.facts())
 
 
 def test_train_evaluate_and_resume(
@@ -158,10 +156,6 @@ def test_views_draws_a_row_for_each_image(
         pixels = np.asarray(picture.convert("RGB"))
     assert pixels.shape[0] == 4 * 28
     np.testing.assert_array_equal(pixels, pixels[::4, ::4].repeat(4, axis=0).repeat(4, axis=1))
-    pixels = pixels[::4, ::4]
-    gap = (pixels.shape[1] - 3 * 28) // 2
-    np.testing.assert_array_equal(pixels[:, -28:], pixels[:, 28 + gap : 56 + gap])
-    assert pixels[:, -28:].std() > 10
 
 
 def test_a_stopped_run_can_be_resumed(image_folder: Path, tmp_path: Path) -> None:
@@ -189,28 +183,15 @@ def test_a_stopped_run_can_be_resumed(image_folder: Path, tmp_path: Path) -> Non
     assert (run_folder / "checkpoint.pt").exists()
 
 
-def test_output_without_a_reader_is_no_error(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_output_without_a_reader_is_no_error(image_folder: Path, tmp_path: Path) -> None:
     """As after `| head -1`: no message, and the exit code of a program that SIGPIPE ends."""
     reader, writer = os.pipe()
     os.close(reader)
-    process = subprocess.run(
-        [*PROGRAM, "--help"], stdout=writer, stderr=subprocess.PIPE, check=False
-    )
-    assert (process.returncode, process.stderr) == (141, b"")
-    errors, kept = io.StringIO(), os.dup(1)
-    try:
-        os.dup2(writer, 1)
-        with open(1, "w", closefd=False) as output:
-            monkeypatch.setattr(sys, "stdout", output)
-            monkeypatch.setattr(sys, "stderr", errors)
-            code = main(f"train --data {image_folder} {TINY} --out {tmp_path / 'run'}".split())
-    finally:
-        os.dup2(kept, 1)
-        for number in (kept, writer):
-            os.close(number)
-    assert (code, errors.getvalue()) == (141, "")
+    pack = f"pack {image_folder} --out {tmp_path}/a.pack --workers 0"  # Rich prints here
+    for words in (["--help"], pack.split()):
+        process = subprocess.run([*PROGRAM, *words], stdout=writer, stderr=subprocess.PIPE)
+        assert (process.returncode, process.stderr) == (141, b"")
+    os.close(writer)
 
 
 def test_a_closed_standard_output_is_no_error() -> None:

@@ -7,15 +7,18 @@ import importlib
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
+from report_cases import uncertainty_result
 
 import vi_simsiam
-from vi_simsiam.cli import main
-from vi_simsiam.cli.commands import BENCHMARKS
-from vi_simsiam.cli.commands import COMMANDS as BY_NAME
+from vi_simsiam.cli import BENCHMARKS, main
+from vi_simsiam.cli import COMMANDS as BY_NAME
 from vi_simsiam.config import POLICIES, PRESETS, AugmentConfig, TrainConfig
 from vi_simsiam.data import contact_sheet
 from vi_simsiam.data.datasets import open_dataset
@@ -42,7 +45,6 @@ BARE = [command for command in COMMANDS if " ".join(command) not in NEEDS]
 REFUSED = """
 fly => command: 'fly' is none of train
 trian => did you mean 'train'?
-help trian => did you mean 'train'?
 bench speed => bench: 'speed' is none of loss
 bench loss --rounds 0 => rounds: 0 must be at least 3
 bench loss --device cuda:99 => device: 'cuda:99' is not here
@@ -60,7 +62,6 @@ train --data => --data: a value is missing
 train --data imagenet => did you mean 'imagenette'?
 train --data IMAGE => is an image; give the folder that it lies in
 train --data /nowhere/photos => nowhere
-train --data folder:/nowhere --out OUT => /nowhere
 train --data folder:EMPTY --out OUT => EMPTY
 train --data folder:CORRUPT --out OUT => broken.png
 train --data pack:/nowhere.pack => nowhere
@@ -94,7 +95,6 @@ train --resume --out OUT => OUT
 train --seeds 2 => seeds: say where with --out
 train --seeds 0 --out OUT => seeds: 0 is not accepted
 pack EMPTY --out OUT => EMPTY
-pack /nowhere --out OUT.pack => nowhere
 views --images 0 => images: 0
 views --data /nowhere => nowhere
 views --out OUT.txt => must end in .png
@@ -105,16 +105,12 @@ knn EMPTY --k 0 => k: 0
 linear /nowhere --preset papr => did you mean 'paper'?
 evaluate /nowhere => holds no run
 evaluate EMPTY --device cuda:99 => device: 'cuda:99' is not here
-logistic /nowhere => nowhere
 figures /nowhere => /nowhere
 report /nowhere => nowhere
-uncertainty /nowhere => nowhere
-embed /nowhere photos => nowhere
-rank /nowhere photos => nowhere
 export /nowhere --format timm => nowhere
-export runs/x --format tim => did you mean 'timm'?
 experiment control => did you mean 'controls'?
 experiment controls --data folder:/nowhere --out OUT => nowhere
+experiment table1 --data IMAGES/train/dark --out OUT => has no labels
 experiment controls --data IMAGES --devices cuda:99 --out OUT => 'cuda:99' is not here
 experiment tuned --data IMAGES --trials 99 --out OUT => trials: 99 is not accepted
 """
@@ -233,7 +229,7 @@ def test_the_package_loads_on_first_use() -> None:
     """Help and the bare package need no PyTorch; every public name exists all the same."""
     code = """
 import sys, vi_simsiam
-from vi_simsiam.cli import main
+from vi_simsiam.cli import BENCHMARKS, COMMANDS as BY_NAME, main
 assert main(["--help"]) == main(["--version"]) == main(["train", "--help"]) == 0
 assert "torch" not in sys.modules
 """
@@ -241,7 +237,7 @@ assert "torch" not in sys.modules
     assert set(vi_simsiam.__all__) <= set(dir(vi_simsiam))
     assert len(dir(vi_simsiam)) < 20
     # All modules may be loaded here, and their names be attributes already.
-    assert all(vi_simsiam.__getattr__(name) for name in dir(vi_simsiam) if name != "load")
+    assert all(vi_simsiam.__getattr__(name) for name in dir(vi_simsiam))
     assert not hasattr(vi_simsiam, "nothing")
 
 
@@ -312,11 +308,10 @@ def test_views_are_those_of_train(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     drawn: list[AugmentConfig] = []
-    sheet = contact_sheet.contact_sheet
 
-    def recorded(source: Any, views: AugmentConfig, **more: Any) -> Any:
+    def recorded(source: Any, views: AugmentConfig, **more: Any) -> Image.Image:
         drawn.append(views)
-        return sheet(source, views, **more)
+        return Image.new("RGB", (8, 8))
 
     monkeypatch.setattr(contact_sheet, "contact_sheet", recorded)
     monkeypatch.chdir(tmp_path)
@@ -327,3 +322,22 @@ def test_views_are_those_of_train(
     assert (large.size, large.blur_prob) == (96, 0.5)
     assert (policy.size, policy.blur_prob, policy.crop_scale) == (16, 0.5, (0.2, 1.0))
     assert still == dataclasses.replace(fitted, flip_prob=0.0)
+
+
+def test_names_with_brackets_are_no_styles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = uncertainty_result()
+    result["ood"] = {"[/x] [red]": result["ood"]["mine"]}
+    result["settings"]["notes"] = []
+
+    def evaluate(run: object, *, report: Callable[[str], object], **options: object) -> Any:
+        report("images of [/x]")
+        return result
+
+    monkeypatch.setattr("vi_simsiam.evaluation.uncertainty.evaluate_uncertainty", evaluate)
+    opened = SimpleNamespace(path=tmp_path)
+    monkeypatch.setattr("vi_simsiam.cli.evaluate.open_run", lambda options: opened)
+    code, out, _ = run(["uncertainty", str(tmp_path)], capsys)
+    assert code == 0
+    assert "[/x] [red] (" in out

@@ -106,13 +106,7 @@ def train_as_on_a_gpu(
         monkeypatch.setattr(module, "capture", partial(Captured, warmup=3, backend=backend))
         console = Console(file=io.StringIO(), width=300)
         trainer = Trainer(config(image_folder, **changes), tmp_path / name, console=console)
-        trainer.loader.feed = KernelFeed(
-            trainer.loader.source,
-            trainer.config.augment,
-            batch_size=8,
-            seed=trainer.config.seed,
-            device="cpu",
-        )
+        trainer.loader.feed = KernelFeed(trainer.loader._schedule, torch.device("cpu"))
         trainer.fit()
         return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 

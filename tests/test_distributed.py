@@ -2,34 +2,106 @@
 
 from __future__ import annotations
 
+import io
+import multiprocessing
+import os
+import queue
+import socket
+import time
+import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
-import distributed_cases as cases
 import numpy as np
 import pytest
 import torch
-from distributed_cases import Outcome, run_ranks
+from numpy.typing import NDArray
 from rich.console import Console
 from test_trainer import config, metrics
+from torch import nn
 
-from vi_simsiam.config import AugmentConfig
-from vi_simsiam.engine.distributed import World, joined
-from vi_simsiam.engine.network import sync_batch_norm, wrap
-from vi_simsiam.errors import InputError
+from vi_simsiam import models
+from vi_simsiam.config import AugmentConfig, TrainConfig
+from vi_simsiam.engine import distributed, train
+from vi_simsiam.engine.distributed import PeerError, World, joined
+from vi_simsiam.engine.step import wrap
+from vi_simsiam.errors import ImageWarning, InputError, TrainingError
+from vi_simsiam.models import SimSiam, build_model
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_gloo_available(), reason="needs torch built with gloo"
 )
 
-ADDRESS = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+class Outcome(NamedTuple):
+    value: Any
+    error: str | None
+    """The error's type, or None."""
+    message: str
+    """The error's message, or the reason that a PeerError keeps."""
+    seconds: float
 
 
-@pytest.fixture
-def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", *ADDRESS):
-        monkeypatch.delenv(name, raising=False)
+def run_ranks(
+    case: Callable[..., Any], size: int, *arguments: object, timeout: float = 30.0
+) -> list[Outcome]:
+    """Run `case(world, *arguments)` in `size` joined processes; returns the outcomes in rank order.
+
+    A rank that does not end within a minute fails the test.
+    """
+    context = multiprocessing.get_context("forkserver")  # torch is imported once, not by every rank
+    context.set_forkserver_preload(["torch._dynamo", "vi_simsiam.engine.train"])
+    outcomes, all_ended = context.Queue(), context.Event()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = []
+    for rank in range(size):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), **address}
+        given = (place, outcomes, all_ended, timeout, case, arguments)
+        ranks.append(context.Process(target=_rank, args=given, daemon=True))
+        ranks[-1].start()
+    found: dict[int, Outcome] = {}
+    try:
+        while len(found) < size:
+            rank, outcome = outcomes.get(timeout=60)
+            found[rank] = outcome
+    except queue.Empty:
+        raise AssertionError(f"only ranks {sorted(found)} ended: {found}") from None
+    finally:
+        all_ended.set()
+        for process in ranks:
+            process.join(5)
+            process.kill()
+    return [found[rank] for rank in range(size)]
+
+
+def _rank(
+    place: dict[str, str],
+    outcomes: Any,
+    all_ended: Any,
+    timeout: float,
+    case: Callable[..., Any],
+    arguments: tuple[object, ...],
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(place)
+    start = time.monotonic()
+    value, name, message = None, None, ""
+    try:
+        with mock.patch.object(distributed, "TIMEOUT", timeout), joined("cpu") as world:
+            value = case(world, *arguments)
+    except Exception as error:
+        name = type(error).__name__
+        message = error.reason if isinstance(error, PeerError) else str(error)
+    rank = int(place["RANK"])
+    outcomes.put((rank, Outcome(value, name, message, time.monotonic() - start)))
+    if rank == 0 and name is not None:
+        # Without a launcher rank 0 holds the store, where the others read of the failure.
+        all_ended.wait(5)
 
 
 def values(outcomes: list[Outcome]) -> list[Any]:
@@ -38,31 +110,44 @@ def values(outcomes: list[Outcome]) -> list[Any]:
     return [outcome.value for outcome in outcomes]
 
 
-@pytest.mark.usefixtures("no_launcher")
-def test_a_process_alone_is_a_world_of_one_without_a_group() -> None:
-    with joined("cpu") as world:
-        assert not torch.distributed.is_initialized()
-        assert (world.rank, world.size, world.alone, world.is_main) == (0, 1, True, True)
-        console, model = Console(), torch.nn.Linear(2, 2)
-        assert world.console(console) is console
-        assert wrap(model, world) is model
-        rows = torch.arange(6.0).view(3, 2)
-        assert world.gather_rows(rows).equal(rows)
-        assert world.all_mean(rows).equal(rows)
-        assert world.any_rank(True)
-        assert world.exchange("x") == ["x"]
-        assert world.broadcast_object(5) == 5
-        assert world.share(7) == range(7)
-        world.agree("configuration", {"lr": 1})
-        with pytest.raises(OSError, match="gone"), world.together(), world.main_first():
-            raise OSError("gone")
+def collectives(world: World, file: Path) -> dict[str, Any]:
+    """All collectives, with parts that differ between the ranks."""
+    n = (3, 0, 1)[world.rank]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.warn("an image", ImageWarning, stacklevel=1)
+    with world.main_first():
+        if world.is_main:
+            time.sleep(0.5)
+            file.write_text("the cache")
+        prepared = file.read_text()
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    network = wrap(model, world)
+    for _ in range(2):
+        network(torch.rand(4, 2) + 10 * world.rank).sum().backward()
+    rows = torch.arange(n * 4, dtype=torch.float32).view(n, 2, 2) + 100 * world.rank
+    infected = torch.tensor(float("nan") if world.rank == 1 else 1.0)
+    return {
+        "place": (world.rank, world.size, world.is_main, world.console().quiet, str(world.device)),
+        "rows": world.gather_rows(rows).tolist(),
+        "half": world.gather_rows(rows.to(torch.bfloat16)).dtype == torch.bfloat16,
+        "labels": world.gather_rows(torch.full((n,), world.rank)).tolist(),
+        "nothing": list(world.gather_rows(torch.empty(0, 5)).shape),
+        "mean": world.all_mean(torch.tensor([1.0, 10.0]) * world.rank).tolist(),
+        "infected": world.all_mean(infected).isnan().item(),
+        "any": [world.any_rank(world.rank == 2), world.any_rank(False)],
+        "exchanged": world.exchange({"rank": world.rank}),
+        "shares": list(world.share(10)),
+        "warned": len(warned),
+        "running statistics": model[1].running_mean.tolist(),
+        "prepared": prepared,
+    }
 
 
 def test_everything_that_ranks_exchange(tmp_path: Path) -> None:
     """Three ranks with 3, 0 and 1 rows."""
     rows = [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9], [10, 11]], [[200, 201], [202, 203]]]
     statistics = []
-    for rank, found in enumerate(values(run_ranks(cases.collectives, 3, tmp_path / "cache"))):
+    for rank, found in enumerate(values(run_ranks(collectives, 3, tmp_path / "cache"))):
         assert found.pop("place") == (rank, 3, rank == 0, rank > 0, "cpu")
         assert found.pop("warned") == (rank == 0)
         assert found.pop("shares") == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]][rank]
@@ -75,18 +160,52 @@ def test_everything_that_ranks_exchange(tmp_path: Path) -> None:
             "mean": [1.0, 10.0],
             "infected": True,
             "any": [True, False],
-            "broadcast": {"folder": "runs/0"},
+            "exchanged": [{"rank": 0}, {"rank": 1}, {"rank": 2}],
             "prepared": "the cache",
         }
     assert not np.allclose(statistics[0], statistics[1]), "each rank's own"
+
+
+def real_run(
+    world: World, config: TrainConfig, folder: Path
+) -> tuple[str, dict[str, NDArray[Any]]]:
+    """A whole run with a network without BatchNorm; returns the printed lines and the weights.
+
+    Rank 1 begins with other weights, which rank 0's replace.
+    """
+
+    def build(config: TrainConfig) -> SimSiam:
+        model = build_model(config)
+        for parent in list(model.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, nn.BatchNorm1d):
+                    norm = nn.LayerNorm(child.num_features, elementwise_affine=child.affine)
+                    setattr(parent, name, norm)
+        with torch.no_grad():
+            for weights in model.parameters():
+                weights += world.rank
+        return model
+
+    def backbone(*given: object, **options: object) -> tuple[nn.Module, int]:
+        convolution = nn.Conv2d(3, 8, 3, stride=2)
+        pool = nn.AdaptiveAvgPool2d(1)
+        return nn.Sequential(convolution, nn.GroupNorm(2, 8), nn.ReLU(), pool, nn.Flatten()), 8
+
+    console = Console(file=io.StringIO(), width=200)
+    plain = mock.patch.object(models, "build_backbone", backbone)
+    with plain, mock.patch.object(train, "build_model", build):
+        trainer = train.Trainer(config, folder, console=console, world=world)
+        trainer.fit()
+    weights = {name: value.numpy() for name, value in trainer.model.state_dict().items()}
+    return console.file.getvalue(), weights  # type: ignore[attr-defined]
 
 
 def test_the_trainer_on_two_ranks_is_the_trainer_on_one(image_folder: Path, tmp_path: Path) -> None:
     """Loss, norm of the gradient, learning rate and weights; rank 0 alone prints."""
     augment = AugmentConfig(size=12, local_views=2, local_size=8, blur_prob=0.0)
     settings = config(image_folder, epochs=2, log_every=1, lr=0.1, augment=augment)
-    printed, expected = cases.real_run(World(), settings, tmp_path / "one")
-    first, second = values(run_ranks(cases.real_run, 2, settings, tmp_path / "two"))
+    printed, expected = real_run(World(), settings, tmp_path / "one")
+    first, second = values(run_ranks(real_run, 2, settings, tmp_path / "two"))
     assert first[0].count("epoch 1/2 ") == printed.count("epoch 1/2 ") == 1
     assert second[0] == ""
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
@@ -99,32 +218,55 @@ def test_the_trainer_on_two_ranks_is_the_trainer_on_one(image_folder: Path, tmp_
         np.testing.assert_allclose(first[1][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+def agreeing(world: World, pairs: list[list[Any]]) -> list[str]:
+    """The error for each pair of values of the two ranks, or "agreed"; "workers" may differ."""
+    found = []
+    for pair in pairs:
+        try:
+            world.agree("configuration", pair[world.rank], ignore=("workers",))
+            found.append("agreed")
+        except InputError as error:
+            found.append(str(error))
+    return found
+
+
 def test_differences_between_ranks_are_named() -> None:
     pairs = {
         "lr is 0.1 on rank 0 and 0.2 on": [{"lr": 0.1, "workers": 1}, {"lr": 0.2, "workers": 2}],
         "augment.crop.size is 32 on rank 0 and 28 on rank 1; it must be the same": [
             {"augment": {"crop": {"size": size}}} for size in (32, 28)
         ],
-        "seed is 'nothing' on rank 0 and 3 on rank 1": [{"lr": 1}, {"lr": 1, "seed": 3}],
         "configuration is 100 on rank 0 and 99 on rank 1": [100, 99],
         "agreed": [{"lr": 1, "workers": 1}, {"lr": 1, "workers": 2}],
     }
-    for rank in values(run_ranks(cases.agreeing, 2, list(pairs.values()))):
+    for rank in values(run_ranks(agreeing, 2, list(pairs.values()))):
         for message, found in zip(pairs, rank, strict=True):
             assert message in found
 
 
-@pytest.mark.parametrize(
-    ("case", "message"),
-    [
-        (cases.uneven_rows, "(2, 3) on rank 0 and torch.float32 (2, 4) on rank 1"),
-        (cases.all_fail, "images is 10 on rank 0 and 11 on rank 1"),
-    ],
-)
-def test_of_ranks_that_fail_alike_one_reports(case: cases.Case, message: str) -> None:
-    outcomes = run_ranks(case, 2)
+def all_fail(world: World) -> None:
+    with world.together():
+        world.agree("images", 10 + world.rank)
+
+
+def test_of_ranks_that_fail_alike_one_reports() -> None:
+    outcomes = run_ranks(all_fail, 2)
     assert sorted(str(outcome.error) for outcome in outcomes) == ["InputError", "PeerError"]
+    message = "images is 10 on rank 0 and 11 on rank 1"
     assert any(message in outcome.message for outcome in outcomes)
+
+
+def fails_in_setup(world: World, failing: int, waits: str) -> None:
+    """One rank fails while the others wait at another place."""
+    with world.together():
+        if world.rank == failing:
+            time.sleep(0.2)
+            raise FileNotFoundError("no such folder: /data\nand more")
+        if waits == "agree":
+            world.agree("images", 10)
+        elif waits == "main_first":
+            with world.main_first():
+                pass
 
 
 @pytest.mark.parametrize(
@@ -132,7 +274,7 @@ def test_of_ranks_that_fail_alike_one_reports(case: cases.Case, message: str) ->
 )
 def test_one_failing_rank_ends_all_at_once(failing: int, waits: str) -> None:
     """The rank that failed has the error, wherever the others wait; they only end."""
-    outcomes = run_ranks(cases.fails_in_setup, 3, failing, waits)
+    outcomes = run_ranks(fails_in_setup, 3, failing, waits)
     own = ("FileNotFoundError", "no such folder: /data\nand more")
     others = ("PeerError", f"rank {failing}: no such folder: /data")
     for rank, outcome in enumerate(outcomes):
@@ -140,11 +282,30 @@ def test_one_failing_rank_ends_all_at_once(failing: int, waits: str) -> None:
         assert (outcome.error, outcome.message) == (own if rank == failing else others)
 
 
+def leaves_in_training(world: World) -> None:
+    """Rank 1 fails on its own between two steps; rank 0 is at a collective by then."""
+    world.all_mean(torch.zeros(()))
+    if world.rank == 1:
+        raise ValueError("the disk is full")
+    world.all_mean(torch.zeros(()))
+
+
 def test_a_rank_that_fails_in_training_releases_those_at_a_collective() -> None:
-    first, second = run_ranks(cases.leaves_in_training, 2)
+    first, second = run_ranks(leaves_in_training, 2)
     assert (second.error, second.message) == ("ValueError", "the disk is full")
     assert first.error == "PeerError"
     assert first.seconds < 15
+
+
+def stalls(world: World, where: str) -> None:
+    """Rank 1 does not come to a collective within the time."""
+    world.all_mean(torch.zeros(()))
+    if world.rank == 1:
+        time.sleep(4)
+    if where == "collective":
+        world.all_mean(torch.zeros(()))
+    else:
+        world.exchange(None)
 
 
 def test_a_rank_that_stalls_is_an_error_after_the_timeout() -> None:
@@ -153,34 +314,27 @@ def test_a_rank_that_stalls_is_an_error_after_the_timeout() -> None:
         "store": "ranks: no answer from [1] within 2 s",
     }
     with ThreadPoolExecutor() as pool:
-        runs = pool.map(lambda where: run_ranks(cases.stalls, 2, where, timeout=2.0), messages)
+        runs = pool.map(lambda where: run_ranks(stalls, 2, where, timeout=2.0), messages)
         for (first, _), message in zip(runs, messages.values(), strict=True):
             assert first.error == "TrainingError"
             assert message in first.message
             assert 2 <= first.seconds < 15
 
 
-def test_synchronised_batch_norm_is_refused_on_a_cpu() -> None:
-    with pytest.raises(InputError, match="sync_batch_norm: SyncBatchNorm runs on GPUs only"):
-        sync_batch_norm(torch.nn.BatchNorm1d(4), World())
-
-
-def test_a_batch_is_divided_evenly_or_refused() -> None:
+def test_what_ranks_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert World(size=2).local_batch(8) == 4
     for size in (7, 2, 0):
         message = f"batch_size: {size} cannot be divided among 2 ranks; .* multiple of 2"
         with pytest.raises(InputError, match=message):
             World(size=2).local_batch(size)
-
-
-@pytest.mark.usefixtures("no_launcher")
-def test_an_incomplete_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for environment, message in (
-        ({}, "LOCAL_RANK, MASTER_ADDR, MASTER_PORT not; start the ranks with torchrun"),
-        (ADDRESS | {"LOCAL_RANK": "x"}, "LOCAL_RANK=x.* must be integers"),
-        (ADDRESS | {"RANK": "2", "LOCAL_RANK": "0"}, "RANK 2 must be .* below"),
-    ):
-        for name, value in {"RANK": "0", "WORLD_SIZE": "2", **environment}.items():
-            monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, local_rank in (("0", ""), ("x", "0"), ("2", "0")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        message = f"ranks: RANK={rank}, .*LOCAL_RANK={local_rank}; .*; start with torchrun"
         with pytest.raises(InputError, match=message), joined("cpu"):
             pass
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(TrainingError, match="did not meet the others: .* MASTER_ADDR"), joined():
+        pass

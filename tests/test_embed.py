@@ -1,7 +1,8 @@
-"""`vi-simsiam embed`: the file's rows, neighbours against brute force, and refused input."""
+"""`vi-simsiam embed` and `rank`: rows, neighbours against brute force, order, refused input."""
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -9,13 +10,17 @@ import numpy as np
 import pytest
 import torch
 from inference_cases import DIM, ON_CPU, save_images, save_run
+from PIL import Image
 from pyarrow import parquet
 
 import vi_simsiam
 from vi_simsiam.cli import main
+from vi_simsiam.data.contact_sheet import thumbnails
 from vi_simsiam.data.files import find_images
-from vi_simsiam.inference import embed, neighbours
-from vi_simsiam.inference.neighbours import nearest
+from vi_simsiam.data.sources import ArraySource
+from vi_simsiam.inference import embed, forward
+from vi_simsiam.inference.embed import Table, draw_ranking, write_ranking
+from vi_simsiam.inference.forward import nearest
 
 CPU = torch.device("cpu")
 
@@ -50,7 +55,7 @@ def cosines(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("own", [True, False])
 def test_neighbours_are_those_of_brute_force(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over several blocks of queries and keys, with a row of zeros."""
-    monkeypatch.setattr(neighbours, "_KEYS", 5)
+    monkeypatch.setattr(forward, "_KEYS", 5)
     generator = np.random.default_rng(0)
     queries = generator.normal(size=(23, 6)).astype(np.float32)
     queries[4] = 0
@@ -104,17 +109,13 @@ def test_the_file_holds_encodings_and_neighbours(
     np.testing.assert_allclose(embedding, expected.embedding.numpy(), atol=1e-5)
     for name in ("concentration", "uncertainty"):
         np.testing.assert_allclose(columns[name], getattr(expected, name).numpy(), rtol=1e-4)
-    similar = cosines(embedding, embedding)
+    similar, values = cosines(embedding, embedding), np.array(columns["similarities"])
+    places = np.array([[paths.index(path) for path in near] for near in columns["neighbours"]])
+    # Rounding may exchange two that are as near; both are nearest all the same.
+    np.testing.assert_allclose(np.take_along_axis(similar, places, 1), values, atol=1e-5)
     np.fill_diagonal(similar, -np.inf)
-    for row, (near, values) in enumerate(
-        zip(columns["neighbours"], columns["similarities"], strict=True)
-    ):
-        best = -np.sort(-similar[row])[:3]
-        assert len({paths[row], *near}) == 4
-        # Rounding may exchange two that are as near; both are nearest all the same.
-        places = [paths.index(path) for path in near]
-        np.testing.assert_allclose(similar[row][places], best, atol=1e-5)
-        np.testing.assert_allclose(values, best, atol=1e-5)
+    np.testing.assert_allclose(values, -np.sort(-similar)[:, :3], atol=1e-5)
+    assert all(len({row, *near}) == 4 for row, near in enumerate(places.tolist()))
 
     about = json.loads(table.schema.metadata[b"vi_simsiam"])
     expected_facts = {"run": str(run), "method": "vi-simsiam", "dim": DIM, "features": 512}
@@ -158,18 +159,93 @@ def test_neighbours_in_a_reference_and_simsiam(
     assert (table.num_rows, nulls) == (1, [1, 1, 0])
 
 
+def test_rank_writes_all_images_and_a_picture(
+    run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out" / "v1.2"
+    out.parent.mkdir()
+    command = [*map(str, ("rank", run, folder, "-k", 2, "--out", out)), *ON_CPU]
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert said.out == f"written: {out}.csv (9 images, 2 skipped)\nwritten: {out}.png\n"
+    assert said.err.count("skipped: ") == 2
+    assert sorted(path.name for path in out.parent.iterdir()) == ["v1.2.csv", "v1.2.png"]
+    rows = list(csv.DictReader((out.parent / "v1.2.csv").open()))
+    found = find_images(folder).paths
+    paths = [path for path in found if "broken" not in path and "empty" not in path]
+    encoding = vi_simsiam.load(run, "cpu").encode(paths)
+    assert encoding.concentration is not None
+    order = [paths.index(row["path"]) for row in rows]
+    assert sorted(order) == list(range(9))
+    # By the concentrations in the file, which are those of the encoder but for rounding.
+    kappas = np.array([float(row["kappa"]) for row in rows])
+    assert (np.diff(kappas) >= 0).all()
+    np.testing.assert_allclose(kappas, encoding.concentration[order], rtol=1e-4)
+    uncertainties = [float(row["uncertainty"]) for row in rows]
+    np.testing.assert_allclose(uncertainties, (DIM - 1) / (kappas + DIM - 1), rtol=1e-5)
+    with Image.open(f"{out}.png") as picture:
+        assert picture.format == "PNG"
+    assert main(command) == 2
+    assert "v1.2.csv exists; say --overwrite" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 0
+
+
+def table(concentration: list[float]) -> Table:
+    """Images 0, 2, 4, ... of a source whose image i is gray of value 10 i."""
+    count, kappa = len(concentration), np.array(concentration, np.float32)
+    levels = (10 * np.arange(2 * count, dtype=np.uint8))[:, None, None]
+    images = ArraySource(np.broadcast_to(levels, (2 * count, 8, 8)).copy(), name="gray")
+    nothing = np.empty((count, 0), np.float32)
+    return Table(images, 2 * np.arange(count), nothing, kappa, 10 / (kappa + 10))
+
+
+def test_the_least_certain_comes_first(tmp_path: Path) -> None:
+    """Equal ones keep their order."""
+    write_ranking(table([5, 0, 7.25, 5]), tmp_path / "r.csv")
+    assert (tmp_path / "r.csv").read_text().splitlines() == [
+        "rank,path,kappa,uncertainty",
+        "1,gray/2,0,1",
+        f"2,gray/0,5,{np.float32(10 / 15):.9g}",
+        f"3,gray/6,5,{np.float32(10 / 15):.9g}",
+        f"4,gray/4,7.25,{np.float32(10 / 17.25):.9g}",
+    ]
+
+
+def test_the_picture_shows_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The extreme one first, the images' own pixels, and kappa/(D - 1) in the captions."""
+    drawn: list[tuple[str, list[tuple[Image.Image, str]]]] = []
+    monkeypatch.setattr(embed, "thumbnails", drawn.extend)
+    draw_ranking(table([50, 0, 123456, 4.849, 0.0312]), 11, 9)
+    assert [title.split(":")[0] for title, _ in drawn] == ["Least certain", "Most certain"]
+    shown = [[(image.getpixel((0, 0)), text) for image, text in images] for _, images in drawn]
+    low = [((20,) * 3, "0"), ((80,) * 3, "0.00312"), ((60,) * 3, "0.485")]
+    assert shown == [low, [((40,) * 3, "12,346"), ((0,) * 3, "5")]]
+
+
+def test_thumbnails_take_rows_of_eight() -> None:
+    image = Image.new("RGB", (300, 200), (255, 0, 0))
+    sheet = np.asarray(thumbnails([("nine", [(image, "1")] * 9), ("one", [(image, "κ")])]))
+    red = (sheet == (255, 0, 0)).all(-1)
+    assert red.sum() == 10 * 112 * 112
+    assert red.any(1).sum() == 3 * 112
+    assert red.any(0).sum() == 8 * 112
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("RUN IMAGES --out OUT.csv", "OUT.csv must end in .parquet"),
-        ("RUN IMAGES --out OUT/x.parquet", "OUT is no folder; make it first"),
-        ("RUN IMAGES --out OUT.parquet --neighbours -1", "neighbours: -1"),
-        ("RUN IMAGES --out OUT.parquet --views 0", "views: 0 must be an integer of at least 1"),
-        ("RUN IMAGES/nothing --out OUT.parquet", "images: IMAGES/nothing is not there; give an"),
-        ("RUN BAD --out OUT.parquet", "BAD has 2 images, but none that can be read: BAD/broken"),
-        ("RUN IMAGES --out OUT.parquet --reference EMPTY", "EMPTY holds no image"),
-        ("IMAGES IMAGES --out OUT.parquet", "run: IMAGES holds no run"),
-        ("RUN --out OUT.parquet", "(a folder (at any depth)"),
+        ("embed RUN IMAGES --out OUT.csv", "OUT.csv must end in .parquet"),
+        ("embed RUN IMAGES --out OUT/x.parquet", "OUT is no folder; make it first"),
+        ("embed RUN IMAGES --out OUT.parquet --neighbours -1", "neighbours: -1"),
+        ("embed RUN IMAGES --out OUT.parquet --views 0", "views: 0 must be an integer of at least"),
+        ("embed RUN IMAGES/nothing --out OUT.parquet", "images: IMAGES/nothing is not there; give"),
+        ("embed RUN BAD --out OUT.parquet", "BAD has 2 images, but none that can be read: BAD/bro"),
+        ("embed RUN IMAGES --out OUT.parquet --reference EMPTY", "EMPTY holds no image"),
+        ("embed IMAGES IMAGES --out OUT.parquet", "run: IMAGES holds no run"),
+        ("embed RUN --out OUT.parquet", "(a folder (at any depth)"),
+        ("rank RUN IMAGES --out OUT -k 0", "k: 0 must be at least 1"),
+        ("rank RUN IMAGES --out OUT/x", "OUT is no folder; make it first"),
+        ("rank SIMSIAM IMAGES --out OUT", "is SimSiam, which predicts no concentration"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
@@ -183,8 +259,11 @@ def test_bad_input_is_one_line_and_writes_nothing(
     for name in ("IMAGES", "EMPTY", "BAD", "OUT"):
         place = str(tmp_path / name)
         arguments, message = arguments.replace(name, place), message.replace(name, place)
+    if "SIMSIAM" in arguments:
+        save_run(tmp_path / "SIMSIAM", "simsiam")
+        arguments = arguments.replace("SIMSIAM", str(tmp_path / "SIMSIAM"))
     before = sorted(tmp_path.rglob("*"))
-    assert main(["embed", *arguments.replace("RUN", str(run)).split(), *ON_CPU]) == 2
+    assert main([*arguments.replace("RUN", str(run)).split(), *ON_CPU]) == 2
     lines = capsys.readouterr().err.splitlines()
     (line,) = [line for line in lines if not line.startswith("skipped: ")]
     assert message in line

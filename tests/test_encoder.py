@@ -17,7 +17,6 @@ from vi_simsiam.data.files import find_images
 from vi_simsiam.data.sources import FileSource, Unreadable
 from vi_simsiam.data.views import GLOBAL_VIEWS, draw_table, eval_view
 from vi_simsiam.errors import InputError
-from vi_simsiam.inference import encoder as encoder_module
 from vi_simsiam.inference.encoder import Encoder, Encoding
 from vi_simsiam.inference.product import product_of_experts
 from vi_simsiam.models import VISimSiam
@@ -235,4 +234,7 @@ def test_nothing_gives_nothing_but_a_run_must_be_there(encoder: Encoder, tmp_pat
     with pytest.raises(InputError, match="device: 'tpu'"):
         vi_simsiam.load(save_run(tmp_path / "run"), "tpu")
     with pytest.raises(InputError, match="workers: -1 must be at least 0"):
-        encoder_module.load(tmp_path / "run", "cpu", workers=-1)
+        vi_simsiam.load(tmp_path / "run", "cpu", workers=-1)
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"PK and then nothing")
+    with pytest.raises(InputError, match="it is damaged or no checkpoint"):
+        vi_simsiam.load(tmp_path / "run", "cpu")

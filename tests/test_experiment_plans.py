@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
-import torch
 
 from vi_simsiam.config import PRESETS, SOFTPLUS, LossConfig, differing_fields
 from vi_simsiam.errors import InputError
@@ -22,17 +22,12 @@ NUMBERS = (
 def test_every_plan_names_its_comparison_and_its_arms(name: str) -> None:
     planned = plan(name, PlanOptions(seeds=2))
     content = json.loads(json.dumps(planned.described()))
-    assert content["experiment"] == name
     names = {arm["name"] for arm in content["arms"]}
-    assert len(names) == len(content["arms"])
-    pair = {content["primary"]["arm"], content["primary"]["against"]}
-    assert len(pair) == 2
-    assert pair <= names
+    assert {content["primary"][part] for part in ("arm", "against")} <= names
+    assert set(content["published"]) <= names
     for arm in content["arms"]:
         assert all(arm[field] for field in ("note", "data", "method"))
-    assert set(content["published"]) <= names
     assert all(arm.config.distinct for arm in planned.arms), "no image is in both parts"
-    assert list(planned.seeds) == [0, 1]
 
 
 def test_table1_is_the_preset_and_marks_what_the_paper_does_not_state() -> None:
@@ -49,27 +44,17 @@ def test_table1_is_the_preset_and_marks_what_the_paper_does_not_state() -> None:
         assert set(arm.inferred) == unstated | concentration
     assert planned.published["vi-simsiam-imagewoof"] == {"linear": 0.78468, "linear_top5": 0.98066}
     assert planned.primary is not None
-    assert planned.primary.measure == "linear"
+    assert planned.primary["measure"] == "linear"
 
 
-def test_lightlys_settings_make_the_same_steps_as_its_halved_loss() -> None:
-    """SGD on half a loss with rate 0.06 and weight decay 5e-4, against the plan's settings."""
+def test_lightlys_loss_is_half_of_ours() -> None:
+    """Half a loss with rate 0.06 and weight decay 5e-4 makes the same steps."""
     config = plan("lightly-imagenette", PlanOptions()).arms[0].config
     assert (config.batch_size, config.epochs, config.augment.size) == (256, 200, 128)
-    weights = []
-    for half, lr, decay in ((0.5, 0.06, 5e-4), (1.0, config.lr, config.weight_decay)):
-        x = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.SGD([x], lr=lr, momentum=config.momentum, weight_decay=decay)
-        for _ in range(5):
-            optimizer.zero_grad()
-            (half * (x.sin() ** 2).sum()).backward()
-            optimizer.step()
-        weights.append(x.detach())
-    assert torch.allclose(*weights, rtol=1e-12, atol=0)
-    for epochs, accuracy in ((200, 0.752), (800, 0.872)):
-        published = plan("lightly-imagenette", PlanOptions(epochs=epochs)).published
-        assert published == {"simsiam": {"knn200": accuracy}}
-    assert plan("lightly-imagenette", PlanOptions(epochs=100)).published == {}
+    assert (config.lr, config.weight_decay) == (0.03, 1e-3)
+    for epochs, published in ((200, 0.752), (800, 0.872), (100, None)):
+        wanted = {} if published is None else {"simsiam": {"knn200": published}}
+        assert plan("lightly-imagenette", PlanOptions(epochs=epochs)).published == wanted
 
 
 @pytest.mark.parametrize("trials", [1, 36])
@@ -77,11 +62,9 @@ def test_both_methods_get_the_same_number_of_different_trials(trials: int) -> No
     options = PlanOptions(trials=trials, batch_size=128)
     planned = plan("tuned", options)
     assert plan("tuned", options).described() == planned.described()
-    assert planned.trials is not None
-    assert planned.trials.seed not in planned.seeds
     literal = 0
     for method in ("simsiam", "vi-simsiam"):
-        configs = [arm.config for arm in planned.trials.arms if arm.config.method == method]
+        configs = [arm.config for arm in planned.trials if arm.config.method == method]
         points = {(config.lr, config.weight_decay, config.loss) for config in configs}
         assert len(points) == len(configs) == trials
         assert {config.held_out for config in configs} == {0.2}
@@ -89,12 +72,10 @@ def test_both_methods_get_the_same_number_of_different_trials(trials: int) -> No
         assert all(2e-4 <= lr <= 6e-3 for lr in rates), "in proportion to the batch"
         literal += len(rates)
     assert literal == trials // 2, "both parametrisations get equally many trials"
-    with pytest.raises(InputError, match=r"trials: 37 is not accepted; .* simsiam has 36 points"):
-        plan("tuned", PlanOptions(trials=37))
 
 
 def test_deaths_runs_every_loss_at_every_dimension_and_learning_rate() -> None:
-    made = plan("deaths", PlanOptions(seeds=9, preset="demo"))
+    made = plan("deaths", PlanOptions(seeds=9, preset="paper"))
     assert len(made.arms) == 3 * 4 * 4
     assert (made.measures, made.primary) == ((), None)
     for name, seeds, method, loss in (
@@ -107,11 +88,6 @@ def test_deaths_runs_every_loss_at_every_dimension_and_learning_rate() -> None:
         assert all(arm.config.loss == loss for arm in arms)
         assert {arm.config.model.dim for arm in arms} == {128, 256, 512, 2048}
         assert {arm.config.lr for arm in arms} == {0.0125, 0.03, 0.06, 0.1}
-    paper = plan("deaths", PlanOptions(preset="paper", dim=64))
-    assert paper.arms[0].config.loss == LossConfig(), "not the preset's"
-    assert {arm.config.model.dim for arm in paper.arms} == {64}
-    with pytest.raises(InputError, match="epochs: 1 is not accepted"):
-        plan("deaths", PlanOptions(preset="demo", epochs=1))
 
 
 def test_options_scale_an_experiment() -> None:
@@ -141,17 +117,20 @@ def test_arms_are_chosen_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("name", "options", "message"),
     [
-        ({"arms": ("ps-posthoc",)}, "'ps-posthoc' starts from the runs of 'simsiam'"),
-        ({"arms": ("resnet",)}, "arms: 'resnet' is none of simsiam, "),
-        ({"arms": ()}, "arms: nothing is not accepted"),
-        ({"data": ()}, "data: nothing is not accepted"),
-        ({"data": ("cifar10", "cifar10")}, "data: cifar10 cifar10 is not accepted"),
-        ({"data": ("folder:a/x", "folder:b/x")}, "two of them have the same name"),
-        *(({name: 0}, f"^{name}: 0 is not accepted") for name in NUMBERS),
+        ("table2", {}, "experiment: 'table2' is none of table1, "),
+        ("controls", {"arms": ("ps-posthoc",)}, "'ps-posthoc' starts from the runs of 'simsiam'"),
+        ("deaths", {"arms": ("vi-simsim",)}, r"\.\.\. \(48 in all\); did you mean 'vi-simsiam-d"),
+        ("controls", {"arms": ()}, "arms: nothing is not accepted"),
+        ("controls", {"data": ("folder:a/x", "folder:b/x")}, "two of them have the same name"),
+        ("deaths", {"epochs": 1}, "epochs: 1 is not accepted; it must be at least 2"),
+        ("tuned", {"trials": 37}, "trials: 37 is not accepted; it must be at most 36"),
+        *(("controls", {option: 0}, f"^{option}: 0 is not accepted") for option in NUMBERS),
     ],
 )
-def test_options_that_cannot_be_used_are_named(options: dict[str, object], message: str) -> None:
+def test_options_that_cannot_be_used_are_named(
+    name: str, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
-        plan("controls", PlanOptions(**options))  # type: ignore[arg-type]
+        plan(name, PlanOptions(**options))

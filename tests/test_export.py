@@ -1,23 +1,27 @@
-"""Exports to torchvision, timm and safetensors: other libraries compute the run's features."""
+"""Exports to torchvision, timm, safetensors and ONNX: other libraries compute the run's outputs."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import timm
 import torch
-from export_cases import SIZE, largest, network_run, save
+from evaluation_cases import SIZE as TINY
+from evaluation_cases import make_run
+from inference_cases import DIM, SIZE, code_blocks, largest, network_run, run_code, save_run
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vi_simsiam.cli import main
 from vi_simsiam.cli.use import export
 from vi_simsiam.config import LossConfig
 from vi_simsiam.data.sources import FileSource
@@ -40,24 +44,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture(scope="module")
-def saved(tiny: Run) -> Path:
-    return save(tiny)
-
-
-@pytest.fixture(scope="module")
 def folders(tiny: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("exports")
     return {name: export_run(tiny, name, place / name) for name in ("timm", "safetensors")}
-
-
-@pytest.fixture
-def earlier(tmp_path: Path) -> Path:
-    """A folder with an earlier export."""
-    folder = tmp_path / "out"
-    folder.mkdir()
-    for name in ("README.md", "config.json", "model.pth"):
-        (folder / name).write_text("earlier")
-    return folder
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -68,14 +57,9 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_timm_loads_blocks_of_three_convolutions(tmp_path: Path, images: Tensor) -> None:
     """The tests of the model card load the other networks."""
     run = network_run(tmp_path, "resnet50")
-    folder = export_run(run, "timm")
-    assert folder == tmp_path / "export" / "timm"
-    weights = str(folder / "model.safetensors")
-    for network in (
-        timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0),
-        timm.create_model("resnet50", num_classes=0, checkpoint_path=weights),
-    ):
-        assert largest(network.eval()(images), run.model.backbone(images)) < 1e-5
+    weights = export_run(run, "timm") / "model.safetensors"
+    network = timm.create_model("resnet50", num_classes=0, checkpoint_path=str(weights))
+    assert largest(network.eval()(images), run.model.backbone(images)) < 1e-5
 
 
 def test_timm_preprocesses_as_the_evaluation_does(folders: dict[str, Path]) -> None:
@@ -91,25 +75,16 @@ def test_timm_preprocesses_as_the_evaluation_does(folders: dict[str, Path]) -> N
     torch.testing.assert_close(transformed, eval_view(SIZE)(image), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        LossConfig(concentration="constant", concentration_value=0.5),
-        LossConfig(
-            concentration="detached",
-            concentration_gain=3.0,
-            concentration_scale=3.0,
-            concentration_min=0.25,
-            concentration_max=9.0,
-        ),
-    ],
-    ids=["constant", "detached"],
-)
 @pytest.mark.usefixtures("small_network")
 @torch.no_grad()
-def test_safetensors_gives_the_same_distribution(
-    tmp_path: Path, images: Tensor, loss: LossConfig
-) -> None:
+def test_safetensors_gives_the_same_distribution(tmp_path: Path, images: Tensor) -> None:
+    loss = LossConfig(
+        concentration="detached",
+        concentration_gain=3.0,
+        concentration_scale=3.0,
+        concentration_min=0.25,
+        concentration_max=9.0,
+    )
     run = network_run(tmp_path, stem="small", loss=loss)
     folder = export_run(run, "safetensors")
     model = load_safetensors(folder)
@@ -184,8 +159,12 @@ def test_nothing_names_the_machine(folders: dict[str, Path], tiny: Run) -> None:
 
 
 def test_an_earlier_export_is_replaced_whole_with_overwrite(
-    earlier: Path, tiny: Run, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    earlier = tmp_path / "out"
+    earlier.mkdir()
+    for name in ("README.md", "config.json", "model.pth"):
+        (earlier / name).write_text("earlier")
     with pytest.raises(InputError, match=r"out: .* exists; say --overwrite to replace it"):
         export_run(tiny, "safetensors", earlier)
     with monkeypatch.context() as patch:
@@ -193,10 +172,10 @@ def test_an_earlier_export_is_replaced_whole_with_overwrite(
         with pytest.raises(ZeroDivisionError):
             export_run(tiny, "torchvision", earlier, overwrite=True)
     assert set(content(earlier).values()) == {b"earlier"}
-    assert list(earlier.parent.iterdir()) == [earlier]
+    assert list(tmp_path.iterdir()) == [earlier]
     export_run(tiny, "safetensors", earlier, overwrite=True)
     assert set(content(earlier)) == {"README.md", "config.json", "model.safetensors"}
-    assert list(earlier.parent.iterdir()) == [earlier]
+    assert list(tmp_path.iterdir()) == [earlier]
 
 
 def test_a_folder_of_other_files_is_never_replaced(tmp_path: Path, tiny: Run) -> None:
@@ -205,55 +184,38 @@ def test_a_folder_of_other_files_is_never_replaced(tmp_path: Path, tiny: Run) ->
         with pytest.raises(InputError, match="holds other files"):
             export_run(tiny, "torchvision", tmp_path, overwrite=True)
     assert set(content(tmp_path).values()) == {b"mine"}
+    with pytest.raises(InputError, match="is a file or a link"):
+        export_run(tiny, "torchvision", tmp_path / "notes.txt", overwrite=True)
 
 
-def test_bad_input_is_one_line(
-    tmp_path: Path, saved: Path, tiny: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["export", str(saved), "--format", "keras"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "'keras' is none of torchvision, timm, safetensors, onnx" in line
+def test_another_format_or_stem_is_refused(tmp_path: Path, tiny: Run) -> None:
     model = dataclasses.replace(tiny.config.model, stem="small")
     small = dataclasses.replace(tiny, config=dataclasses.replace(tiny.config, model=model))
     with pytest.raises(InputError, match="resnet18 has no stem 'small'"):
         export_run(small, "timm", tmp_path / "timm")
+    accepted = "format: 'keras' is none of torchvision, timm, safetensors, onnx"
+    with pytest.raises(InputError, match=accepted):
+        export_run(tiny, "keras", tmp_path / "keras")
     assert not list(tmp_path.iterdir())
-    with pytest.raises(InputError, match="holds no run"):
-        export([str(tmp_path), "--format", "timm"])
-    unfinished = tmp_path / "unfinished"
-    unfinished.mkdir()
-    (unfinished / "config.json").write_text((saved / "config.json").read_text())
-    with pytest.raises(InputError, match=r"has no checkpoint\.pt"):
-        export([str(unfinished), "--format", "timm"])
-    (unfinished / "checkpoint.pt").write_bytes((saved / "checkpoint.pt").read_bytes()[:1000])
-    with pytest.raises(InputError, match="it is damaged or no checkpoint"):
-        export([str(unfinished), "--format", "timm"])
-    with pytest.raises(InputError, match="is a file or a link"):
-        export([str(saved), "--format", "timm", "--out", str(saved / "config.json")])
 
 
 def test_the_check_is_reported_and_images_that_are_gone_have_a_stand_in(
-    tmp_path: Path, saved: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain = json.loads((saved / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**plain, "data": "folder:/no/such/place"}))
-    (tmp_path / "checkpoint.pt").symlink_to(saved / "checkpoint.pt")
-    assert export([str(tmp_path), "--format", "torchvision"]) == 0
+    run = save_run(tmp_path / "run")
+    assert export([str(run), "--format", "torchvision"]) == 0
     *notes, checked, written = capsys.readouterr().out.splitlines()
     assert "checked on fashion-mini, not on the run's own images" in notes[0]
     assert checked.startswith("model.pth checked on 8 images of fashion-mini/val: differs by ")
-    assert written == f"written: {tmp_path / 'export' / 'torchvision'}"
-    settings = json.loads((tmp_path / "export" / "torchvision" / "config.json").read_text())
+    assert written == f"written: {run / 'export' / 'torchvision'}"
+    settings = json.loads((run / "export" / "torchvision" / "config.json").read_text())
     assert settings["check"]["images"] == 8
     assert 0 <= settings["check"]["differences"]["embedding"] < 1e-5
     network = [settings[name] for name in ("architecture", "stem", "num_features")]
     assert network == ["resnet18", "imagenet", 512]
-    assert (settings["training"]["model"]["dim"], settings["training"]["data"]) == (
-        8,
-        "folder:place",
-    )
+    assert (settings["dim"], settings["training"]["data"]) == (DIM, "folder:gone")
     with pytest.raises(InputError, match="no such folder"):
-        export([str(saved), "--format", "torchvision", "--data", "folder:/no/such/place"])
+        export([str(run), "--format", "torchvision", "--data", "folder:/no/such/place"])
 
 
 def test_unreadable_images_are_passed_over_and_damaged_weights_refused(
@@ -280,3 +242,89 @@ def test_unreadable_images_are_passed_over_and_damaged_weights_refused(
     with pytest.raises(InputError, match=r"are not finite; its weights are damaged"):
         export_run(damaged, "torchvision", tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Four residual blocks, which are exported to ONNX sooner."""
+    found = network_run(tmp_path_factory.mktemp("run"), stem="small")
+    for name in ("layer1", "layer2", "layer3", "layer4"):
+        layer = getattr(found.model.backbone, name)
+        setattr(found.model.backbone, name, layer[:1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def onnx_folder(small: Run) -> Path:
+    return export_run(small, "onnx")
+
+
+def session_of(folder: Path) -> onnxruntime.InferenceSession:
+    path = str(folder / "model.onnx")
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def hide(package: str, patch: pytest.MonkeyPatch) -> None:
+    """Make a package look as if it were not installed."""
+    find = importlib.util.find_spec
+    patch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+
+
+@torch.no_grad()
+def test_any_batch_gives_embedding_and_distribution(small: Run, onnx_folder: Path) -> None:
+    assert isinstance(small.model, VISimSiam)
+    onnx.checker.check_model(onnx.load(onnx_folder / "model.onnx"))
+    session = session_of(onnx_folder)
+    assert [(end.name, end.shape[1:]) for end in session.get_inputs()] == [
+        ("images", [3, SIZE, SIZE])
+    ]
+    names = ["embedding", "loc", "concentration"]
+    assert [end.name for end in session.get_outputs()] == names
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(batch))
+        embedding, loc, kappa = session.run(names, {"images": images.numpy()})
+        expected = small.model.distribution(images)
+        assert largest(embedding, small.model.backbone(images)) < 1e-5
+        assert largest(loc, expected.loc) < 1e-5
+        assert kappa.shape == (batch,)
+        assert largest(kappa, expected.concentration) < 1e-5
+    settings = json.loads((onnx_folder / "config.json").read_text())
+    assert set(settings["check"]["differences"]) == set(names)
+
+
+def test_the_card_of_a_graph_runs(onnx_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(onnx_folder)
+    names = run_code(code_blocks(Path("README.md").read_text())[:1])
+    assert names["features"].shape == (2, 512)
+    assert names["loc"].shape == (2, 8)
+    assert names["kappa"].shape == (2,)
+
+
+@torch.no_grad()
+def test_the_graph_of_simsiam_gives_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without onnxruntime, too: then nothing is compared, and the card states that."""
+    hide("onnxruntime", monkeypatch)
+    run = make_run(tmp_path, method="simsiam")
+    lines: list[str] = []
+    folder = export_run(run, "onnx", report=lines.append)
+    reason = "onnxruntime is not installed (pip install 'vi-simsiam[onnx]')"
+    assert lines == [f"model.onnx was not checked: {reason}"]
+    assert "was not checked against the run" in (folder / "README.md").read_text()
+    session = session_of(folder)
+    assert [output.name for output in session.get_outputs()] == ["embedding"]
+    images = torch.randn(3, 3, TINY, TINY)
+    (embedding,) = session.run(None, {"images": images.numpy()})
+    assert largest(embedding, run.model.backbone(images)) < 1e-5
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_missing_packages_are_named_before_anything_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    hide(package, monkeypatch)
+    message = rf"format: onnx needs {package}; .*pip install 'vi-simsiam\[onnx\]'"
+    with pytest.raises(InputError, match=message):
+        export_run(make_run(tmp_path), "onnx")
+    assert not (tmp_path / "export").exists()

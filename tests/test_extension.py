@@ -16,15 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from losses import POWER_SPHERICAL, draw, loss_and_gradient
 from processes import environment
 from test_power_spherical import COLUMN, exact
 
-from vi_simsiam.benchmarks.baselines import textbook_loss
-from vi_simsiam.ops.multiview_loss import LossForm, multiview_loss
+from vi_simsiam.functional import power_spherical_loss
+from vi_simsiam.ops.multiview_loss_fused import LossCall, launch_loss
 
 ROOT = Path(__file__).resolve().parent.parent
-# Views, target views, batch, dim.
-SHAPES = [(2, 2, 1, 2), (2, 1, 3, 3), (3, 3, 3, 17), (8, 8, 1, 33), (4, 3, 3, 257), (2, 2, 3, 2049)]
 
 
 @pytest.fixture(scope="module")
@@ -33,55 +32,6 @@ def extension() -> ModuleType:
         return importlib.import_module("vi_simsiam._C")
     except ImportError as error:
         pytest.skip(f"the C++ extension was not built ({error})")
-
-
-def run(
-    extension: ModuleType,
-    p: torch.Tensor,
-    z: torch.Tensor,
-    gradient: torch.Tensor | None = None,
-    threads: int = 1,
-) -> torch.Tensor:
-    """Power Spherical loss (B,) by the CPU backend; `gradient` is written where given."""
-    dtype = torch.promote_types(p.dtype, torch.float32)
-    loss = torch.full((p.shape[1],), float("nan"), dtype=dtype)
-    weight = 2 / (len(z) * (len(p) - 1))
-    extension.multiview_loss_cpu(
-        predictions=[view.data_ptr() for view in p],
-        targets=[view.data_ptr() for view in z],
-        concentration=0,
-        loss=loss.data_ptr(),
-        mean=0,
-        gradient=0 if gradient is None else gradient.data_ptr(),
-        concentration_gradient=0,
-        batch=p.shape[1],
-        dim=z.shape[2],
-        width=p.shape[2],
-        prediction_stride=p.stride(1),
-        target_stride=z.stride(1),
-        gradient_strides=(0, 0) if gradient is None else gradient.stride()[:2],
-        form="raw_concentration",
-        link="softplus",
-        **{"scale": 1.0, "minimum": 0.0, "gain": 1.0, "cosine": 0.0},
-        **{"weight": weight, "gradient_weight": weight},
-        prediction_dtype=str(p.dtype).removeprefix("torch."),
-        target_dtype=str(z.dtype).removeprefix("torch."),
-        threads=threads,
-    )
-    return loss
-
-
-def inputs(
-    views: int, targets: int, batch: int, dim: int, dtype: torch.dtype = torch.float32
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predictions and targets that point in similar directions, with lengths far from 1."""
-    generator = torch.Generator().manual_seed(0)
-    double = {"generator": generator, "dtype": torch.float64}
-    common = torch.randn(batch, dim, **double)
-    p = torch.randn(views, batch, dim + 1, **double)
-    z = torch.randn(targets, batch, dim, **double) + common
-    p[..., :dim] = 3 * (p[..., :dim] + common)
-    return p.to(dtype), z.to(dtype)
 
 
 @pytest.fixture(scope="module")
@@ -173,77 +123,31 @@ def test_scalar_math_refuses_what_it_would_read_past(extension: ModuleType) -> N
         extension.power_spherical_terms(np.zeros(3, np.float32), np.zeros(3), 8)
 
 
-@pytest.mark.parametrize("form", ["scale 1", "scale D-1", "cosine"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_cpu_matches_the_definition(
-    extension: ModuleType, shape: tuple[int, int, int, int], dtype: torch.dtype, form: str
-) -> None:
-    """Loss and gradient against the textbook formula in float64, row by row."""
-    dim, epsilon = shape[3], torch.finfo(dtype).eps
-    scale, minimum = dim - 1.0 if form == "scale D-1" else 1.0, 0.25
-    spherical = LossForm("power_spherical", scale, minimum)
-    chosen = LossForm("cosine") if form == "cosine" else spherical
-    p, z = inputs(*shape, dtype)
-    p = p[..., :dim].contiguous() if form == "cosine" else p
-    ours, exact = p.clone().requires_grad_(), p.double().requires_grad_()
-    loss = multiview_loss(ours, z, chosen, reduction="none", backend="cpu")
-    expected = textbook_loss(exact.unbind(0), z.double().unbind(0), chosen)
-    (gradient,) = torch.autograd.grad(loss.sum(), ours)
-    (want,) = torch.autograd.grad(expected.sum(), exact)
-
-    # One rounding of the cosine costs kappa/(1+c) of it in the value; the lgammas and digammas of
-    # the textbook are rounded, too.
-    kappa = 1.0 if form == "cosine" else scale * 4 + minimum
-    tolerance = 4 * epsilon * max(1.0, kappa) + 1e-15 * math.lgamma(dim + kappa)
-    torch.testing.assert_close(loss.double(), expected, rtol=2 * epsilon, atol=tolerance)
-    error = (gradient.double() - want).abs()
-    size = want[..., :dim].abs().amax(dim=-1, keepdim=True)
-    assert (error[..., :dim] <= 16 * epsilon * size).all()
-    # The concentration has a unit of its own.
-    assert (error[..., dim:] <= 8 * epsilon * scale * max(1.0, math.log(dim + kappa))).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_cpu_follows_strides_and_writes_nothing_else(
-    extension: ModuleType, dtype: torch.dtype
-) -> None:
-    views, targets, batch, dim = 4, 2, 3, 37
-    p, z = inputs(views, targets, batch, dim, dtype)
-    dense = torch.empty_like(p)
-    loss = run(extension, p, z, gradient=dense)
-
-    padded = torch.full((batch, views, dim + 6), float("nan"), dtype=dtype).transpose(0, 1)
-    padded[..., 2 : dim + 3] = p
-    spaced = torch.full((targets, 2 * batch, dim), float("nan"), dtype=dtype)
-    spaced[:, ::2] = z
-    buffer = torch.full((views, batch + 1, dim + 9), float("nan"), dtype=dtype)
+def test_cpu_writes_nothing_around_the_gradient(extension: ModuleType) -> None:
+    views, batch, dim = 4, 3, 37
+    p, z = (x.float() for x in draw(POWER_SPHERICAL, views, 2, batch, dim))
+    numbers = (1.0, 0.0, 1.0, "softplus", 1.0, 0.0)
+    call = LossCall("cpu", "power_spherical", p.dtype, *numbers, mean=False, wants_gradient=True)
+    buffer = torch.full((views, batch + 1, dim + 9), math.nan)
     view = buffer[:, 1:, 4 : dim + 5]
-    found = run(extension, padded[..., 2 : dim + 3], spaced[:, ::2], gradient=view)
-    assert torch.equal(found, loss)
-    assert torch.equal(view, dense)
-    view.fill_(float("nan"))
+    launch_loss(list(p), list(z), None, torch.empty(batch), None, view, None, call)
+    assert torch.equal(view, loss_and_gradient(p, z, POWER_SPHERICAL, "cpu")[1])
+    view.fill_(math.nan)
     assert buffer.isnan().all()
-
-
-def test_cpu_writes_zeros_for_a_view_without_a_pair(extension: ModuleType) -> None:
-    p, z = inputs(2, 1, 3, 19)
-    p[0] = float("nan")  # view 0 has only itself as target: it takes no part
-    gradient = torch.full_like(p, float("nan"))
-    loss = run(extension, p, z, gradient=gradient)
-    assert loss.isfinite().all()
-    assert torch.equal(gradient[0], torch.zeros(3, 20))
-    assert gradient[1].isfinite().all()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="loader processes are forked on Linux only")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_cpu_runs_in_a_forked_process_after_threads_ran_here(extension: ModuleType) -> None:
-    p, z = inputs(2, 2, 173, 2049)
-    loss = run(extension, p, z, threads=3)
+def test_cpu_runs_in_a_forked_process_after_threads_ran_here(
+    extension: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    p, z = (x.float() for x in draw(POWER_SPHERICAL, 2, 2, 173, 2049))
+    loss = power_spherical_loss(p, z, backend="cpu", reduction="none")
 
     def same_loss() -> None:
-        sys.exit(0 if torch.equal(run(extension, p, z, threads=3), loss) else 3)
+        again = power_spherical_loss(p, z, backend="cpu", reduction="none")
+        sys.exit(0 if torch.equal(again, loss) else 3)
 
     child = multiprocessing.get_context("fork").Process(target=same_loss)
     child.start()
@@ -253,28 +157,16 @@ def test_cpu_runs_in_a_forked_process_after_threads_ran_here(extension: ModuleTy
     assert child.exitcode == 0
 
 
-def test_cpu_names_what_it_takes(extension: ModuleType) -> None:
-    with pytest.raises(ValueError, match="predictions: 1 to 16 views"):
-        run(extension, torch.zeros(17, 1, 9), torch.zeros(2, 1, 8))
-    p, z = torch.zeros(2, 1, 9), torch.zeros(2, 1, 8)
-    for pair in ((p.half(), z.half()), (p.double(), z), (p.bfloat16(), z.half())):
-        with pytest.raises(ValueError, match="float64 for both, or float32 or bfloat16"):
-            run(extension, *pair)
-
-
 def test_cpu_rounds_bfloat16_as_torch_does(extension: ModuleType) -> None:
-    """Gradients in bfloat16 are those of float32 rounded to the nearest, ties to even; NaN and
-    infinity stay."""
-    p, z = (x.bfloat16() for x in inputs(3, 3, 9, 83))
-    exact = torch.empty(p.shape)
-    loss = run(extension, p.float(), z.float(), gradient=exact)
+    """Those of float32 to the nearest, ties to even; NaN stays."""
+    p, z = (x.bfloat16() for x in draw(POWER_SPHERICAL, 3, 3, 9, 83))
+    loss, exact = loss_and_gradient(p.float(), z.float(), POWER_SPHERICAL, "cpu")
     for targets in (z, z.float()):
-        gradient = torch.full_like(p, float("nan"))
-        assert torch.equal(run(extension, p, targets, gradient=gradient), loss)
+        found, gradient = loss_and_gradient(p, targets, POWER_SPHERICAL, "cpu")
+        assert torch.equal(found, loss)
         assert torch.equal(gradient, exact.bfloat16())
-    p[0, 0, 3] = float("nan")
-    run(extension, p, z, gradient=gradient)
-    assert gradient[0, 0, :83].isnan().all()
+    p[0, 0, 3] = math.nan
+    assert loss_and_gradient(p, z, POWER_SPHERICAL, "cpu")[1][0, 0, :83].isnan().all()
 
 
 def test_build_info_agrees_with_what_is_there(extension: ModuleType) -> None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import re
 import threading
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from inference_cases import save_run
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.filesize import decimal
 
@@ -23,7 +20,6 @@ from vi_simsiam.config import AugmentConfig, ModelConfig, TrainConfig
 from vi_simsiam.engine.checkpoint import write_atomically
 from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import TrainingError
-from vi_simsiam.evaluation import style
 
 resource = pytest.importorskip("resource")
 
@@ -39,7 +35,8 @@ def room(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def new_trainer(image_folder: Path, run: Path) -> Trainer:
+@pytest.fixture
+def trainer(small_network: None, image_folder: Path, tmp_path: Path) -> Trainer:
     """Two epochs with a line in the log for every step, and one checkpoint before the first."""
     config = TrainConfig(
         data=f"folder:{image_folder}",
@@ -52,12 +49,7 @@ def new_trainer(image_folder: Path, run: Path) -> Trainer:
         augment=AugmentConfig(size=8, blur_prob=0.0),
         model=ModelConfig(dim=8, projector_hidden=8, predictor_hidden=8),
     )
-    return Trainer(config, run, console=Console(quiet=True))
-
-
-@pytest.fixture
-def trainer(small_network: None, image_folder: Path, tmp_path: Path) -> Trainer:
-    return new_trainer(image_folder, tmp_path / "run")
+    return Trainer(config, tmp_path / "run", console=Console(quiet=True))
 
 
 def test_a_checkpoint_names_the_room_that_it_needs(trainer: Trainer) -> None:
@@ -103,19 +95,6 @@ def test_a_log_that_cannot_be_written_ends_the_training(
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 11))
 
 
-@pytest.mark.usefixtures("small_network")
-def test_a_thread_of_the_training_does_not_keep_it(image_folder: Path, tmp_path: Path) -> None:
-    """A thread that ends late would free the tensors while the interpreter ends."""
-    trainer = new_trainer(image_folder, tmp_path / "run")
-    hooks: list[object] = []
-    trainer.fit(epoch_done=lambda: hooks.append(threading.excepthook))
-    model = weakref.ref(trainer.model)
-    del trainer
-    gc.collect()
-    assert len(hooks) == 2
-    assert model() is None
-
-
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     """Also where torch.save hides the reason."""
     path = tmp_path / "file"
@@ -146,10 +125,3 @@ def test_a_command_ends_in_one_line(
         line = capsys.readouterr().err.splitlines()[-1]
         assert re.fullmatch(f"vi-simsiam: {out}{named}: File too large", line)
         assert list(out.iterdir()) == []
-
-
-def test_figures_replace_older_ones_whole(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"old")
-    with room(100), pytest.raises(OSError, match="File too large"):
-        style.save(Figure(), tmp_path / "a.png")
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]

@@ -108,23 +108,11 @@ BROKEN: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "item": (lambda x: x.sum().item(), "reads a value on the host.*_local_scalar_dense"),
     "cpu": (lambda x: x.cpu(), "copies from cuda:0 to cpu"),
     "cuda": (lambda x: torch.ones(2).to(x.device), "copies from cpu to cuda"),
-    "tensor": (
-        lambda x: torch.tensor([1.0, 2.0], device=x.device),
-        "makes a tensor from data of the host",
-    ),
-    "backward": (lambda x: _backward(x), "reads a value on the host"),
-    "synchronize": (
-        lambda x: torch.cuda.synchronize(),
-        "cannot be captured as a CUDA graph: .*captur",
-    ),
+    "tensor": (lambda x: torch.tensor([1.0], device=x.device), "a tensor from data of the host"),
+    "backward": (lambda x: Reads.apply(x.requires_grad_()).sum().backward(), "reads a value"),
+    "synchronize": (lambda x: torch.cuda.synchronize(), "as a CUDA graph: .*captur"),
     "unjoined": (lambda x: _unjoined(x), "cannot be captured as a CUDA graph: .*"),
 }
-
-
-def _backward(x: Tensor) -> None:
-    Reads.apply(x.requires_grad_()).sum().backward()
-
-
 SIDE: list[torch.cuda.Stream] = []
 
 
@@ -165,24 +153,6 @@ def test_a_step_that_cannot_be_captured_leaves_the_process_usable(rule: str) -> 
     assert step.captured
 
 
-@pytest.mark.parametrize("rule", ["item", "synchronize"])
-def test_auto_runs_such_a_step_as_it_is(rule: str) -> None:
-    expected = run(eager := Training(device="cuda"), eager.step)
-    training = Training(device="cuda")
-
-    def broken(images: Tensor, labels: dict[str, Tensor]) -> Any:
-        outputs = training.step(images, labels)
-        BROKEN[rule][0](images)
-        return outputs
-
-    step = capture(broken, state=training.state)
-    with pytest.warns(UserWarning, match="the step runs without a CUDA graph"):
-        found = run(training, step)
-    compare(found, expected)
-    assert not step.captured
-    assert step.reason is not None
-
-
 def test_a_failed_capture_gives_its_memory_back() -> None:
     """256 MB that the capture took before it failed can be allocated by others."""
 
@@ -197,7 +167,7 @@ def test_a_failed_capture_gives_its_memory_back() -> None:
     x = torch.ones(1, device="cuda")
     captured(x)
     with pytest.warns(UserWarning, match="the step runs without a CUDA graph"):
-        captured(x)
+        assert captured(x).item() == 2
     gc.collect()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() - before < 2**27
@@ -238,9 +208,3 @@ def test_a_replay_is_one_launch() -> None:
     names = [event.name for event in profile.events()]
     assert "aten::_foreach_copy_" in names
     assert not any("conv" in name or "sgd" in name for name in names)
-
-
-def test_inputs_on_the_host_are_refused() -> None:
-    message = r"inputs\[0\]: a tensor on cpu is not accepted; it must be on cuda"
-    with pytest.raises(InputError, match=message):
-        capture(lambda x: x, state=[torch.ones(1, device="cuda")], mode="on")(torch.ones(1))

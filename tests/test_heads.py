@@ -11,14 +11,7 @@ from torch.nn import functional as F
 
 from vi_simsiam import SimSiam, VISimSiam
 from vi_simsiam.errors import InputError
-from vi_simsiam.heads import (
-    ConcentrationHead,
-    SplitHead,
-    UpperBound,
-    inverse_quadratic,
-    inverse_softplus,
-    shuffled,
-)
+from vi_simsiam.heads import SplitHead, UpperBound, inverse_link
 
 DIM = 20
 
@@ -135,8 +128,6 @@ def test_shuffled_concentrations_are_other_samples(batch: int) -> None:
     assert not torch.allclose(network.loss(output, "eager"), own)
     network.eval()
     torch.testing.assert_close(network.loss(output, "eager"), own)
-    plain = torch.arange(10.0).view(5, 2)
-    assert shuffled(plain, 1).tolist() == [[0, 7], [2, 9], [4, 1], [6, 3], [8, 5]]
 
 
 def test_a_detached_concentration_leaves_the_network_to_simsiam() -> None:
@@ -184,7 +175,7 @@ def test_the_upper_bound_holds_and_is_smooth(kind: str, link: str) -> None:
     assert (kappa[1:] < free[1:]).all()
     (slope,) = torch.autograd.grad(kappa.sum(), raw)
     gain = 4 / math.sqrt(8)
-    level = inverse_softplus(38 / 19) if link == "softplus" else inverse_quadratic(38 / 19) / gain
+    level = inverse_link(38 / 19, link) / (1 if link == "softplus" else gain)
     x = raw.detach()[:, DIM]
     bounded = level - F.softplus(level - x)
     by_link = gain * (1 + gain * bounded) * (bounded > 0)
@@ -223,17 +214,18 @@ def test_predictors_share_what_is_one_for_all() -> None:
     ("options", "message"),
     [
         (
-            {"kind": "constant", "value": 0.1, "minimum": 2.0},
-            r"value: 0.1 .* 15 times it must be above concentration_min, 2",
+            {"": "constant", "_value": 0.1, "_min": 2.0},
+            "value: 0.1 .* 19 times it must be above concentration_min, 2",
         ),
-        ({"kind": "constant"}, "value: None"),
-        ({"maximum": 1.0, "minimum": 2.0}, "max: 1.0 .* above concentration_min, 2"),
-        ({"maximum": 0.2}, "max: 0.2 .* kappa from 0.303 on"),
+        ({"": "constant"}, "value: None"),
+        ({"_max": 1.0, "_min": 2.0}, "max: 1.0 .* above 2.384, .* concentration_min 2"),
+        ({"_max": 1.0, "_min": 2.0, "_link": "softplus"}, "max: 1.0 .* above 2, the least kappa"),
+        ({"_max": 0.2}, "max: 0.2 .* above 0.3838, the least kappa .* link quadratic"),
     ],
 )
 def test_numbers_that_do_not_fit_are_named(options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=f"concentration_{message}"):
-        ConcentrationHead(**{"kind": "sample", "dim": 16, **options})  # type: ignore[arg-type]
+        model(**{f"concentration{name}": value for name, value in options.items()})
 
 
 def test_only_a_concentration_with_its_own_layer_can_be_frozen_around() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import io
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,17 +94,6 @@ def test_projections_that_collapse_before_batch_norm_are_named(
     assert last["z_std"] > 2 * verdict.COLLAPSE_THRESHOLD, "the BatchNorm hides it"
     assert lines[-1].startswith(f"collapsed since step {last['since']}: 0.")
     assert "of the projections before the last BatchNorm differs between images" in lines[-1]
-
-
-def test_a_training_that_does_not_learn_is_named(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(verdict, "STEPS", 20)
-    lines, logged = trained(image_folder, tmp_path, lr=1e-6, epochs=5)
-    last = logged[-1]
-    assert last["state"] == "not learning"
-    assert re.match(rf"not learning since step {last['since']}: cosine -?0\.0", lines[-1])
-    assert "try more --epochs than 5" in lines[-1]
 
 
 def test_the_default_loss_learns_and_kappa_follows(image_folder: Path, tmp_path: Path) -> None:

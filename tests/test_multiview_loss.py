@@ -13,6 +13,7 @@ from losses import (
     COSINE,
     POWER_SPHERICAL,
     QUADRATIC,
+    check_error,
     draw,
     every,
     fused,
@@ -68,20 +69,8 @@ def test_loss_is_minus_log_prob_relative_to_uniform() -> None:
 def test_fused_error_is_at_most_twice_eagers(
     backend: str, form: LossForm, dtype: torch.dtype, dim: int
 ) -> None:
-    """Both against float64 eager on the same rounded inputs, with a floor of a few ulp (float64:
-    agreement to rounding)."""
     p, z = (x.to(dtype) for x in draw(form, 4, 2, 5, dim, raw=4.0))
-    loss, gradient = loss_and_gradient(p.double(), z.double(), form, "eager")
-    eager = loss_and_gradient(p, z, form, "eager")
-    found = loss_and_gradient(p, z, form, backend)
-    assert found[0].dtype == eager[0].dtype
-    assert found[1].dtype == dtype
-    for want, ours, theirs in zip((loss, gradient), found, eager, strict=True):
-        scale = want.abs().max() + 1
-        floor = (64 if dtype == torch.float64 else 4) * torch.finfo(ours.dtype).eps * scale
-        assert (ours.double() - want).abs().max() <= 2 * (
-            theirs.double() - want
-        ).abs().max() + floor
+    check_error(p, z, form, backend)
 
 
 @every

@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 import torch.utils.checkpoint
-from losses import COSINE, POWER_SPHERICAL, QUADRATIC, draw, every, fused
+from losses import COSINE, POWER_SPHERICAL, QUADRATIC, draw, every, fused, loss_and_gradient
 from torch import Tensor
 
 from vi_simsiam.functional import cosine_loss, power_spherical_loss
@@ -300,6 +300,19 @@ def test_one_view_that_requires_a_gradient(backend: str) -> None:
     views = [p[0].detach(), p[1].detach().requires_grad_(), p[2].detach()]
     (found,) = torch.autograd.grad(power_spherical_loss(views, z, backend=backend), views[1])
     assert torch.equal(found, expected[1])
+
+
+@fused
+@FORMS
+@pytest.mark.parametrize("views", [2, 5])
+def test_the_only_target_view_has_no_gradient(backend: str, form: LossForm, views: int) -> None:
+    p, z = draw(form, views, 1, 3, 40)
+    if backend != "triton":  # which multiplies the view by 0
+        p[0] = math.nan  # it takes no part
+    loss, gradient = loss_and_gradient(p, z, form, backend)
+    assert loss.isfinite().all()
+    assert (gradient[0] == 0).all()
+    assert gradient[1:].isfinite().all()
 
 
 @fused

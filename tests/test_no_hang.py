@@ -6,10 +6,8 @@ import dataclasses
 import errno
 import multiprocessing
 import multiprocessing.synchronize
-import os
 import socket
 import sys
-import tempfile
 import time
 from concurrent.futures import Future
 from multiprocessing.reduction import ForkingPickler
@@ -52,30 +50,18 @@ def training_batches(workers: int) -> int:
         batches.close()
 
 
-@pytest.fixture
-def no_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_need_no_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Containers have little in /dev/shm, where semaphores and shared tensors lie."""
     refuse = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     for kind in (torch.Tensor, torch.UntypedStorage):
         monkeypatch.setitem(ForkingPickler._extra_reducers, kind, refuse)
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", refuse)
     monkeypatch.setattr(workers, "PATIENCE", 20.0)
-
-
-@pytest.mark.usefixtures("no_shared_memory")
-def test_batches_need_no_shared_memory() -> None:
     assert training_batches(workers=1) == 2
     assert len(list(eval_loader(ArraySource(PIXELS), 8, 4, 1))) == 2
-
-
-def test_a_temporary_folder_with_a_long_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Unix sockets take 107 bytes."""
-    folder = tmp_path / ("long" * 30)
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    # multiprocessing notes the folder that it used before.
-    monkeypatch.delitem(multiprocessing.current_process()._config, "tempdir", raising=False)  # type: ignore[attr-defined]
-    assert training_batches(2) == 2
+    Image.fromarray(PIXELS[0]).save(tmp_path / "a.png")
+    chunks = decode(FileSource([tmp_path / "a.png"] * 3), workers=2, mean_bytes=8 << 20)
+    assert len(list(chunks)) == 3
 
 
 def test_a_worker_that_lives_and_gives_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,28 +99,6 @@ def test_a_thread_that_gives_nothing_does_not_keep_the_program(tmp_path: Path) -
     assert process.exitcode == 1
     message = "array: no images have come from the threads for 600 s; a disk may not answer\n"
     assert errors.read_text().endswith(message)
-
-
-@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOENT])
-def test_no_place_for_semaphores(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int
-) -> None:
-    """Queues between processes need files in /dev/shm, which may be read-only or absent."""
-
-    refuse = mock.Mock(side_effect=OSError(number, os.strerror(number)))
-    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", refuse)
-    Image.fromarray(PIXELS[0]).save(tmp_path / "a.png")
-    source = FileSource([tmp_path / "a.png"] * 3)
-    reason = rf"{os.strerror(number)}; they need /dev/shm"
-    for start in (
-        lambda: training_batches(workers=1),
-        lambda: list(eval_loader(ArraySource(PIXELS), 8, 4, 1)),
-        lambda: list(decode(source, workers=2, mean_bytes=8 << 20)),
-    ):
-        with pytest.raises(TrainingError, match=rf"^workers: .*\({reason}\); --workers 0"):
-            start()
-    assert len(list(decode(source, workers=0, mean_bytes=8 << 20))) == 3
-    assert training_batches(workers=0) == 2
 
 
 def test_a_server_that_gives_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pwd
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,23 +15,19 @@ from pathlib import Path
 import pytest
 from evaluation_cases import skip_rendering
 from inference_cases import save_run
-from PIL import Image
 from pyarrow import parquet
 from rich.console import Console
 
 import vi_simsiam
 from vi_simsiam.cli import main
-from vi_simsiam.config import data_spec
 from vi_simsiam.data.cache import cache_folder, cached
 from vi_simsiam.data.datasets import open_dataset
 from vi_simsiam.data.packed import open_pack
 from vi_simsiam.engine.run import read_config
 from vi_simsiam.engine.train import Trainer
-from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import style
 from vi_simsiam.evaluation.foreign import _free_name
 from vi_simsiam.evaluation.style import shown
-from vi_simsiam.export.formats import load_safetensors
 from vi_simsiam.inference.images import open_images
 from vi_simsiam.paths import printable, user_path
 
@@ -74,17 +71,19 @@ def test_the_home_folder_takes_the_place_of_a_tilde(home: Path) -> None:
 
 
 def test_without_a_home_folder(
-    homeless: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    homeless: None, image_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert user_path("out", "~nosuch/run") == Path("~nosuch/run")
-    with pytest.raises(InputError, match="^out: ~/run: this user has no home folder; set HOME"):
-        user_path("out", "~/run")
     commands = {"out": "train --out ~/run", "data": "views --data ~/x", "run": "report ~/run"}
     for name, command in commands.items():
         assert main(command.split()) == 2
-        assert capsys.readouterr().err.startswith(f"vi-simsiam: {name}: ~/")
-    (tmp_path / "~" / "run").mkdir(parents=True)
+        message = f"vi-simsiam: {name}: ~/.*: this user has no home folder; set HOME"
+        assert re.match(message, capsys.readouterr().err)
+    Path("~/run").mkdir(parents=True)
     assert user_path("out", "~/run") == Path("~/run")
+    shutil.copytree(image_folder, "~photos")
+    succeed("views", "--data", "~photos", "--images", 2, "--out", "~views.png")
+    assert Path("~views.png").is_file()
 
 
 def test_the_cache_folder(
@@ -107,14 +106,6 @@ def test_the_cache_folder(
     assert cache_folder() == temporary / f"vi-simsiam-{os.getuid()}"
 
 
-def test_names_that_begin_with_a_tilde(homeless: None, image_folder: Path) -> None:
-    shutil.copytree(image_folder, "~photos")
-    shutil.copy(image_folder / "val" / "dark" / "00.png", "~lock.png")
-    assert len(open_images("~lock.png")) == len(open_images(["~lock.png"])) == 1
-    succeed("views", "--data", "~photos", "--images", 2, "--out", "~views.png")
-    assert Path("~views.png").is_file()
-
-
 @pytest.mark.usefixtures("small_network")
 def test_a_run_in_the_home_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In commands and in Python."""
@@ -122,7 +113,6 @@ def test_a_run_in_the_home_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -
     (home / "mine.yaml").write_text("cache_dir: ~/cache\n")
     for command in (
         f"train --data ~/photos --config=~/mine.yaml --out=~/run {SMALL}",
-        "train --out=~/run --resume",
         "figures ~/run",
         "knn ~/run --data ~/photos",
         "embed ~/run ~/photos/val/dark --out ~/f.parquet --reference ~/photos/val/dark",
@@ -138,13 +128,9 @@ def test_a_run_in_the_home_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -
     written = "run/kappa.png run/knn.json f.parquet rank.csv rank.png views.png x.val.pack"
     for name in (*written.split(), "weights/model.safetensors"):
         assert (home / name).is_file(), name
-    assert any((home / "cache").iterdir())
-
     assert vi_simsiam.load("~/run").run.path == home / "run"
     assert Trainer(config, "~/run", resume=True).folder == home / "run"
-    assert data_spec("~/photos") == data_spec("folder:~/photos") == f"folder:{home / 'photos'}"
-    with Image.open(home / "photos" / "val" / "dark" / "00.png") as image:
-        assert len(open_images(["~/photos/val/dark/00.png", image])) == 2
+    assert len(open_images(["~/photos/val/dark/00.png"])) == 1
 
 
 @pytest.fixture
@@ -176,16 +162,12 @@ def test_names_that_are_not_utf8(
     succeed("train", "--data", data, "--out", run, *SMALL.split())
     assert read_config(run).data == f"folder:{data}"
     assert list(run.glob("events.out.tfevents.*"))
-    assert (run / "metrics.jsonl").stat().st_size
     capsys.readouterr()
     succeed("pack", data, "--out", pack)
     assert f"written: {printable(str(pack))} (40 images" in capsys.readouterr().out
     packed = open_pack(pack)
     assert packed.classes == ("bright", CAFE)
     assert {os.fsencode(packed.describe(index)) for index in range(40)} <= images
-    config = ("--config", run / "config.json", "--out", folder / "copy", "--quiet")
-    succeed("train", "--data", f"pack:{pack}", *config)
-    assert read_config(folder / "copy").data == f"pack:{pack}"
 
     out = tmp_path / "results"
     out.mkdir()
@@ -202,21 +184,16 @@ def test_names_that_are_not_utf8(
     assert {os.fsencode(path.name) for path in out.iterdir()} == names
 
     succeed("report", run)
-    page = (run / "report.html").read_text(encoding="utf-8")
-    assert "VI-SimSiam on caf\\udce9" in page
-    assert (run / "kappa.png").is_file()
+    assert "VI-SimSiam on caf\\udce9" in (run / "report.html").read_text(encoding="utf-8")
     assert shown(f"folder:/a/{CAFE}") == _free_name(f"pack:/a/{CAFE}.pack", set()) == "caf\\udce9"
     succeed("views", "--data", data, "--out", folder / f"{CAFE}.png", "--images", 2)
-
     printed = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict")
-    source, console = open_dataset(str(data)).train, Console(file=printed)
-    cached(source, cache_dir=tmp_path, workers=0, console=console)
-    printed.seek(0)
-    assert "caf\\udce9/train: 40 images" in printed.read()
+    source = open_dataset(str(data)).train
+    cached(source, cache_dir=tmp_path, workers=0, console=Console(file=printed))
 
 
 def test_exports_and_refusals_with_such_names(
-    folder: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """timm reads its folder by a path, and a message stays one line."""
     run = save_run(folder / "run")
@@ -224,20 +201,12 @@ def test_exports_and_refusals_with_such_names(
     (run / "config.json").write_text(json.dumps(config))
     for name in ("safetensors", "timm"):
         succeed("export", run, "--format", name)
-    exported = run / "export"
-    loaded = load_safetensors(exported / "safetensors").state_dict()
-    own = vi_simsiam.load(run, "cpu").model.state_dict()
-    assert all((loaded[name] == own[name]).all() for name in loaded)
-    assert "caf\\udce9" in (exported / "safetensors" / "README.md").read_text(encoding="utf-8")
-    assert (exported / "timm" / "model.safetensors").is_file()
+        assert (run / "export" / name / "model.safetensors").is_file()
+    readme = (run / "export" / "safetensors" / "README.md").read_text(encoding="utf-8")
+    assert "caf\\udce9" in readme
 
-    images = shutil.copytree(image_folder / "val", tmp_path / "images")
-    (images / "two\nlines\x1b[31m.png").write_bytes(b"no image")
+    (folder / "two\nlines\x1b[31m.png").write_bytes(b"no image")
     capsys.readouterr()
-    for words in (
-        ["pack", images, "--out", tmp_path / "pack"],
-        ["embed", run, images, "--out", tmp_path / "a.parquet"],
-    ):
-        main([str(word) for word in words])
-        (line,) = [each for each in capsys.readouterr().err.splitlines() if "images" in each]
-        assert r"two\nlines\x1b[31m.png" in line
+    assert main(["pack", str(folder), "--out", str(tmp_path / "pack")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert r"two\nlines\x1b[31m.png" in line

@@ -15,13 +15,12 @@ import numpy as np
 import pytest
 import torch
 from benchmark_cases import CPU, needs_gpu, shown
-from PIL import Image
 from torch import Tensor
 
-from vi_simsiam.benchmarks import augment, peers, step, tables, view_cases
+from vi_simsiam.benchmarks import augment, cases, peers, step, tables
+from vi_simsiam.benchmarks.cases import ViewCase
+from vi_simsiam.benchmarks.harness import Timer, timer_for
 from vi_simsiam.benchmarks.peers import Provider
-from vi_simsiam.benchmarks.timers import Timer, timer_for
-from vi_simsiam.benchmarks.view_cases import SMALL_IMAGES, ViewCase
 from vi_simsiam.data.cache import in_memory
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import FileSource
@@ -32,7 +31,7 @@ TINY = ViewCase(4, 16, 2, 8, sides=(16, 20))
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return view_cases.generate(tmp_path_factory.mktemp("generated"), count=8, sides=TINY.sides)
+    return cases.generate(tmp_path_factory.mktemp("generated"), count=8, sides=TINY.sides)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +71,7 @@ def test_views_are_judged_before_they_are_timed() -> None:
     assert found["vi-simsiam"]["time"]["rounds"] == 3
     reasons = {name: each["failure"] for name, each in found.items() if not each["correct"]}
     assert reasons == {
-        "inaccurate": "inaccurate: with hue 5.0e-04, allowed 1e-04",
+        "inaccurate": "inaccurate: with hue 5.0e-04, allowed 1.0e-04",
         "nan": "wrong: views that are not finite",
         "small": "wrong: views of shapes [(4, 3, 16, 16)]",
         "dies": "RuntimeError: a worker died",
@@ -114,7 +113,7 @@ def test_file_peers_make_the_same_kinds_of_views(
         pytest.importorskip("lightly")
     source = mock.Mock(wraps=FileSource(paths), __len__=lambda _: 7)
     peer = peers.file_provider(
-        source, make(case.policy), batch=case.batch, device=CPU, workers=0, seconds=1e-9
+        source, make(case.policy), batch=case.batch, device=CPU, workers=0, turns=2
     )
     found = augment.judge(case, peer)
     assert found["correct"], found["failure"]
@@ -124,7 +123,7 @@ def test_file_peers_make_the_same_kinds_of_views(
     source.image.reset_mock()
     assert peer.measure() > 0
     read = [call.args[0] for call in source.image.call_args_list]
-    assert read == 2 * [0, 1, 2, 3, 4, 5, 6, 0], "twice, and one batch after the first"
+    assert read == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4], "two batches after the first"
     peer.close()
 
 
@@ -142,39 +141,25 @@ def test_device_peers_make_the_same_kinds_of_views(paths: list[str]) -> None:
     assert len({view.sum().item() for view in views[0]}) > 4, "its own parameters for every sample"
 
 
-def test_a_package_that_is_not_there_is_named() -> None:
-    with pytest.raises(ImportError, match="nowhere is not installed"):
-        peers.installed("nowhere.at.all")
-
-
 def test_batches_are_timed_between_the_first_and_the_last() -> None:
     with mock.patch.object(peers.time, "perf_counter", side_effect=[10.0, 16.0]):
         assert peers.seconds_a_batch(iter([[torch.ones(1)]] * 4), CPU) == 2.0
 
 
-def test_generated_images_have_structure_and_differ(paths: list[str]) -> None:
-    pixels = [np.asarray(Image.open(path)).astype(float) for path in paths]
-    assert [picture.shape for picture in pixels[:2]] == [(16, 20, 3), (20, 16, 3)]
-    assert all(picture.std() > 20 for picture in pixels)
-    neighbours = np.abs(np.diff(pixels[1], axis=1)).mean()
-    assert neighbours < np.abs(pixels[1] - pixels[1][:, ::-1]).mean(), "near pixels are alike"
-    assert not np.array_equal(pixels[0], pixels[2])
-
-
 def test_images_come_from_folders_too(image_folder: Path, tmp_path: Path) -> None:
     data = f"folder:{image_folder}"
-    found = view_cases.image_files(data, tmp_path, count=45, sides=(8, 8))
+    found = cases.image_files(data, tmp_path, count=45, sides=(8, 8))
     assert (len(found), len(set(found))) == (45, 40)
-    few = view_cases.image_files(data, tmp_path, count=4, sides=(8, 8))
+    few = cases.image_files(data, tmp_path, count=4, sides=(8, 8))
     assert {"bright", "dark"} == {Path(path).parent.name for path in few}
     for other in ("fashion-mini", "imagenette", "folder:"):  # before anything is opened
         with pytest.raises(InputError, match=f"data: '{other}' must be generated or folder:PATH"):
-            view_cases.image_files(other, tmp_path, count=4, sides=(8, 8))
+            cases.image_files(other, tmp_path, count=4, sides=(8, 8))
 
     def labelled(data: str, count: int | None) -> Any:
-        return view_cases.labelled_images(data, tmp_path, tmp_path, images=count, side=8)
+        return cases.labelled_images(data, tmp_path, tmp_path, images=count, side=8)
 
-    with pytest.raises(InputError, match="data: 'x' must be generated, .* one of fashion-mini"):
+    with pytest.raises(InputError, match="data: 'x' .* must be generated, .* fashion-mini"):
         labelled("x", None)
     with pytest.raises(InputError, match="must have labels and validation images"):
         labelled(f"folder:{image_folder / 'val' / 'dark'}", 2)
@@ -183,19 +168,16 @@ def test_images_come_from_folders_too(image_folder: Path, tmp_path: Path) -> Non
 
 
 def test_cases_are_those_of_the_targets() -> None:
-    names = [case.name for case in view_cases.view_cases("cuda", short=False)]
+    names = [case.name for case in cases.view_cases("cuda", short=False)]
     assert len(set(names)) == len(names) == 8
-    telling = [case.name for case in view_cases.view_cases("cuda", short=True)]
-    assert telling == ["2x128 batch 64", "2x224 batch 64"]
     assert "2x224+6x96 batch 256" in names
-    assert view_cases.view_cases("cpu", short=True) == (SMALL_IMAGES,)
+    assert names[:2] == ["2x128 batch 64", "2x224 batch 64"]
+    assert [case.name for case in cases.view_cases("cuda", short=True)] == names[:2]
     assert TINY.views == 16
     assert TINY.policy.local_views == 2
     assert ViewCase(64, 128).policy.crop_scale == (0.2, 1.0)
-    assert augment.image_count(SMALL_IMAGES, workers=2) == 64 * 97
-    for device in ("cuda", "cpu"):
-        methods = {case.method for case in step.step_cases(device, short=True)}
-        assert methods == {"simsiam", "vi-simsiam"}
+    methods = [case.method for case in step.step_cases("cpu", short=True)]
+    assert methods == ["vi-simsiam", "simsiam"]
 
 
 @pytest.mark.gpu

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -18,48 +17,22 @@ from vi_simsiam.data.datasets import open_dataset
 from vi_simsiam.data.packed import Contents
 from vi_simsiam.evaluation.figures import certainty
 from vi_simsiam.evaluation.logistic import LogisticProbe
-from vi_simsiam.experiments.catalogue import plan
-from vi_simsiam.experiments.plan import PlanOptions
-from vi_simsiam.experiments.results import Experiment
 from vi_simsiam.inference.encoder import Encoding
 from vi_simsiam.text import brief
 
 
-def encoding(count: int, *, concentration: bool = True) -> Encoding:
-    kappa = torch.full((count,), 6.0) if concentration else None
-    projection = torch.zeros(count, 3)
-    return Encoding(torch.zeros(count, 512), projection, projection, torch.zeros(count), kappa)
-
-
-def test_encodings_and_runs_are_one_short_line(tmp_path: Path) -> None:
-    shapes = "embedding (1, 512), projection and loc (1, 3)"
-    assert repr(encoding(1)) == f"Encoding(1 image: {shapes}, median uncertainty 0.25)"
-    assert "no concentration" in str(encoding(1, concentration=False))
-    assert repr(encoding(0)).startswith("Encoding(0 images: embedding (0, 512)")
-    assert len(repr(encoding(5000))) < 120
-    # It stays a dataclass otherwise.
-    assert len(dataclasses.replace(encoding(2), concentration=None)) == 2
+def test_what_has_a_name_gives_it_and_its_counts(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", val=gray_source(4))
     assert repr(run) == f"Run('{tmp_path}/run': vi-simsiam on fashion-mini, resnet18, D = 8, cpu)"
     encoder = vi_simsiam.load(save_run(tmp_path / "other"), device="cpu")
     assert repr(encoder).startswith(f"Encoder(Run('{tmp_path}/other': vi-simsiam on ")
-    assert len(repr(encoder).splitlines()) == 1
-
-
-def test_sources_loaders_and_experiments_name_their_contents() -> None:
     splits = repr(open_dataset("fashion-mini"))
     assert "train=ArraySource('fashion-mini/train', 8,000 images, 10 classes), val=" in splits
     packed = in_memory(gray_source(6, labelled=False))
-    assert repr(packed) == "PackedImages('gray', 6 images)"
     loader = MultiViewLoader(packed, AugmentConfig(size=8), 6, workers=0)
-    assert repr(loader) == f"MultiViewLoader({packed!r}, batch_size=6, 1 batch an epoch)"
+    name = "PackedImages('gray', 6 images)"
+    assert repr(loader) == f"MultiViewLoader({name}, batch_size=6, 1 batch an epoch)"
     assert "float32 (6, 3, 8, 8)], index=int64 (6,)" in repr(next(iter(loader)))
-    planned = plan("table1", PlanOptions(data=("fashion-mini",), seeds=1))
-    assert repr(planned) == "Plan(table1: simsiam, vi-simsiam; 1 seed each)"
-    found = Experiment(
-        {"experiment": "table1", "arms": []}, {"a": [{}], "b": []}, [], {}, ["b with seed 0"]
-    )
-    assert repr(found) == "Experiment(table1: 2 arms, 1 run, 1 missing)"
 
 
 def test_what_holds_arrays_prints_their_shapes(tmp_path: Path) -> None:
@@ -67,9 +40,11 @@ def test_what_holds_arrays_prints_their_shapes(tmp_path: Path) -> None:
     assert "train={'trained': float32 (6000, 8)," in repr(features)
     probe = LogisticProbe.fit(features.val["trained"], features.val_labels, 3)
     found = certainty(make_run(tmp_path / "run", val=gray_source(40)))
+    encoding = Encoding(torch.zeros(5000, 512), *[torch.zeros(5000, 3)] * 3, concentration=None)
+    assert repr(encoding).startswith("Encoding(embedding=float32 (5000, 512), projection=float32 ")
     sizes = np.full(5000, 8, np.int32)
     contents = Contents("mine", sizes, sizes, places=[f"a/{number}.png" for number in range(5000)])
-    for thing in (features, probe, found, contents):
+    for thing in (features, probe, found, encoding, contents):
         assert len(repr(thing)) < 600, repr(thing)
         assert "\n" not in repr(thing)
         assert "tensor(" not in repr(thing)

@@ -35,7 +35,7 @@ from vi_simsiam.evaluation.scores import (
     pair_cosines,
     views_of,
 )
-from vi_simsiam.inference import neighbours
+from vi_simsiam.inference import forward
 from vi_simsiam.inference.forward import random_views
 from vi_simsiam.models import VISimSiam
 
@@ -136,7 +136,7 @@ def reference(
 
 
 def test_nearest_neighbours_against_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "_KEYS", 25)  # several blocks
+    monkeypatch.setattr(forward, "_KEYS", 25)  # several blocks
     measured, train, _, queries = reference()
     search = NearestNeighbors(n_neighbors=20, metric="cosine").fit(train.numpy())
     distances = search.kneighbors(queries.numpy())[0].mean(1)
@@ -239,7 +239,7 @@ def test_detection_takes_the_foreign_images_as_positive() -> None:
 
 
 def test_retrieval_against_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "_KEYS", 7)  # several blocks
+    monkeypatch.setattr(forward, "_KEYS", 7)  # several blocks
     generator = np.random.default_rng(0)
     labels = np.arange(90) % 3
     points = np.eye(3)[labels] + generator.normal(size=(90, 3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import multiprocessing
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from vi_simsiam.errors import InputError
 from vi_simsiam.experiments import seeds
@@ -59,11 +59,12 @@ STAND_IN = """
 Runs = Callable[..., tuple[int, str]]
 
 
-@pytest.fixture
-def command(tmp_path: Path) -> list[str]:
+@pytest.fixture(autouse=True)
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds are trained by the stand-in."""
     script = tmp_path / "stand_in.py"
     script.write_text(textwrap.dedent(STAND_IN))
-    return [sys.executable, "-S", str(script)]
+    monkeypatch.setattr(seeds, "_TRAIN", (sys.executable, "-S", str(script)))
 
 
 @pytest.fixture
@@ -72,13 +73,13 @@ def out(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(command: list[str], out: Path) -> Runs:
+def run(out: Path) -> Runs:
     """Runs seeds in `out`; returns the exit code and the output."""
 
     def call(*arguments: str, seeds: int | None = None, first: int = 0) -> tuple[int, str]:
-        console = Console(file=io.StringIO(), width=200)
-        code = run_seeds(arguments, seeds, first, out, command=command, console=console)
-        return code, console.file.getvalue()  # type: ignore[attr-defined]
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            code = run_seeds(arguments, seeds, first, out)
+        return code, printed.getvalue()
 
     return call
 
@@ -117,9 +118,7 @@ def test_every_seed_is_a_run_of_its_own(
     content = json.loads((out / "seeds.json").read_text())
     assert [each["top1"]["kNN"] for each in content["runs"]] == pytest.approx([0.8, 0.9])
     assert [each["metrics"] for each in content["runs"]] == [{"step": 3, "state": "learning"}] * 2
-    seconds = [each["seconds"] for each in content["runs"]]
-    assert max(seconds) > 0.15
-    assert max(seconds) < content["seconds"] < sum(seconds), "the runs are at the same time"
+    assert all(0.15 < each["seconds"] < content["seconds"] for each in content["runs"])
     assert content["runs_per_hour"] == pytest.approx(2 * 3600 / content["seconds"], rel=0.01)
     assert re.search(r"^seed 1: done in \d s  kNN top-1 80.0 %$", text, re.MULTILINE)
     assert "kNN top-1: mean 85.0 %, standard deviation 7.1 % over 2 seeds" in text
@@ -191,56 +190,21 @@ def test_an_interruption_reaches_all_and_all_can_continue(
     assert (out / "seed-1.log").read_text().count("starting") == 2, "the log is appended to"
 
 
-@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="reads /proc")
-def test_after_a_killed_command_finished_and_running_seeds_are_known(
-    run: Runs, command: list[str], out: Path
-) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="a death signal")
+def test_the_seeds_of_a_killed_command_end_and_can_continue(run: Runs, out: Path) -> None:
     """seeds.json is written when a run starts or ends, not only when all have ended."""
     parent = multiprocessing.get_context("fork").Process(
-        target=run_seeds,
-        args=(["--wait=1"], 2, 0, out),
-        kwargs={"command": command, "console": Console(quiet=True)},
+        target=run_seeds, args=(["--wait=1"], 2, 0, out)
     )
     parent.start()
     wait_for(lambda: first_is_done(out))
     parent.kill()
     parent.join()
     assert states(out) == ["done", "running"]
-    left = json.loads((out / "seeds.json").read_text())["runs"][1]["process"]
-    try:
-        assert not seeds._is_running(left, out / "seed-0"), "another folder's process"
-        assert not seeds._is_running(os.getpid(), out / os.fsdecode(b"caf\xe9"))
-        with pytest.raises(InputError, match=f"seed 1 in .* is still running, as process {left}"):
-            run("--resume")
-    finally:
-        os.kill(left, signal.SIGKILL)
-
-    def ended() -> bool:
-        try:  # a process that waits for its new parent to collect it has no command line
-            return not Path(f"/proc/{left}/cmdline").read_bytes()
-        except OSError:
-            return True
-
-    wait_for(ended)
+    log = out / "seed-1.log"
+    wait_for(lambda: "interrupted, saved at step 0" in log.read_text())
     assert run("--resume")[0] == 0
     assert [len(calls(out, seed)) for seed in (0, 1)] == [1, 2]
-
-
-def test_no_run_outlives_an_error_of_the_command(
-    run: Runs, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write, written = seeds.write_json, []
-
-    def fail_when_the_first_run_ends(path: Path, content: dict[str, Any]) -> None:
-        write(path, content)
-        written.append(content)
-        if len(written) == 2:
-            raise OSError("no space left")
-
-    monkeypatch.setattr(seeds, "write_json", fail_when_the_first_run_ends)
-    with pytest.raises(OSError, match="no space left"):
-        run("--wait=1", seeds=2)
-    assert "interrupted, saved at step 0" in (out / "seed-1.log").read_text()
 
 
 def test_folders_and_numbers_that_cannot_be_used(
@@ -254,7 +218,6 @@ def test_folders_and_numbers_that_cannot_be_used(
         patch.setenv("RANK", "0")
         refused("seeds: not under torchrun")
     refused("seeds: 0 is not accepted", seeds=0)
-    refused("seeds: nothing given", seeds=None)
     refused("seed: -1 is not accepted", first=-1)
     refused(f"seed: {2**63 - 1} is not accepted", first=2**63 - 1)
     refused("only one of them", "--resume", "--overwrite")
@@ -269,9 +232,8 @@ def test_folders_and_numbers_that_cannot_be_used(
     (out / "thesis.txt").unlink()
     assert run(seeds=2)[0] == 0
     refused("already holds runs; say --resume")
-    refused("started with 2 seeds, not 3", "--resume", seeds=3)
+    refused("seeds: 3 is not accepted; it must be 2, as .* was started with", "--resume", seeds=3)
     assert run("--overwrite", seeds=2)[0] == 0
     assert "--overwrite" in calls(out, 0)[1][0]
-    for damaged in ('{"runs": [', '{"arguments": [], "runs": [{"seed": 0}]}'):
-        (out / "seeds.json").write_text(damaged)
-        refused("seeds.json is damaged", "--resume", seeds=None)
+    (out / "seeds.json").write_text('{"runs": [')
+    refused("seeds.json cannot be read", "--resume", seeds=None)

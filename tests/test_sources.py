@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from PIL.GifImagePlugin import GifImageFile
 from PIL.PngImagePlugin import PngImageFile
-from torch.utils.data import IterableDataset
 
 from vi_simsiam.config import DecodeConfig
 from vi_simsiam.data.cache import in_memory
@@ -23,11 +22,8 @@ from vi_simsiam.data.sources import (
     ArraySource,
     DatasetSource,
     FileSource,
-    Unreadable,
     UnreadableError,
     as_source,
-    check_readable,
-    left_out,
 )
 from vi_simsiam.errors import InputError
 from vi_simsiam.inference.images import open_images
@@ -53,32 +49,25 @@ def save_frames(path: Path, count: int, seed: int = 0) -> Path:
 
 
 def test_array_source_gives_the_stored_pixels() -> None:
-    gray = np.stack([GRAY, GRAY // 2])
-    source = ArraySource(gray, np.array([1, 0]), ("a", "b"), name="set/train")
-    assert (len(source), source.image(1).mode) == (2, "RGB")
+    source = ArraySource(np.stack([GRAY, GRAY // 2]), np.array([1, 0]), ("a", "b"), "set/train")
     np.testing.assert_array_equal(source.image(0), np.repeat(GRAY[:, :, None], 3, axis=2))
     assert source.describe(1) == "set/train/1"
-    assert source.labels is not None
-    assert source.labels.dtype == np.int64
     twin = pickle.loads(pickle.dumps(source))
     assert (twin.image(1), twin.classes) == (source.image(1), ("a", "b"))
-    coloured = ArraySource(COLOUR[None])
-    np.testing.assert_array_equal(coloured.image(0), COLOUR)
-    assert coloured.labels is coloured.classes is None
+    np.testing.assert_array_equal(ArraySource(COLOUR[None]).image(0), COLOUR)
 
 
 def test_sources_refuse_what_does_not_fit() -> None:
     images = np.zeros((3, 4, 4), np.uint8)
-    with pytest.raises(TypeError, match="float32 must be uint8"):
-        ArraySource(images.astype(np.float32))
-    with pytest.raises(InputError, match=r"shape \(3, 4, 4, 2\)"):
-        ArraySource(np.zeros((3, 4, 4, 2), np.uint8))
-    with pytest.raises(InputError, match=r"labels: shape \(2,\) must be \(3,\)"):
-        ArraySource(images, np.array([0, 1]), ("a", "b"))
-    with pytest.raises(InputError, match=r"values must lie in \[0, 2\)"):
-        ArraySource(images, np.array([0, 1, 2]), ("a", "b"))
-    with pytest.raises(InputError, match="both or neither"):
-        FileSource(["a.png"], np.array([0]))
+    for arguments, error, message in (
+        ((images.astype(np.float32),), TypeError, "float32 must be uint8"),
+        ((images.reshape(3, 4, 2, 2),), InputError, r"shape \(3, 4, 2, 2\)"),
+        ((images, np.array([0, 1]), "ab"), InputError, r"labels: shape \(2,\) must be \(3,\)"),
+        ((images, np.array([0, 1, 2]), "ab"), InputError, r"values must lie in \[0, 2\)"),
+        ((images, np.array([0, 1, 2])), InputError, "both or neither"),
+    ):
+        with pytest.raises(error, match=message):
+            ArraySource(*arguments)
 
 
 def test_unreadable_files_are_named_with_a_reason(
@@ -119,17 +108,15 @@ def test_fingerprints_change_with_the_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = save(tmp_path / "a.png"), save(tmp_path / "b.png")
-    labels = np.array([0, 1])
-    source = FileSource([first, second], labels, ("x", "y"), "set")
-    seen = {source.fingerprint()}
+    labels, files = np.array([0, 1]), [first, second]
+    source = FileSource(files, labels, "xy", "set")
     monkeypatch.chdir(tmp_path)
-    assert FileSource(["a.png", "b.png"], labels, ("x", "y"), "other").fingerprint() in seen
-    seen.add(FileSource([second, first], labels, ("x", "y")).fingerprint())
-    seen.add(FileSource([first, second], labels[::-1], ("x", "y")).fingerprint())
-    seen.add(FileSource([first, second], labels, ("x", "z")).fingerprint())
-    seen.add(FileSource([first, second]).fingerprint())
+    assert FileSource(["a.png", "b.png"], labels, "xy").fingerprint() == source.fingerprint()
+    sources = [source, FileSource(files[::-1], labels, "xy"), FileSource(files, labels[::-1], "xy")]
+    sources += [FileSource(files, labels, "xz"), FileSource(files)]
     for decode in (DecodeConfig(background="red"), DecodeConfig(value_range="file")):
-        seen.add(FileSource([first, second], labels, ("x", "y"), decode=decode).fingerprint())
+        sources.append(FileSource(files, labels, "xy", decode=decode))
+    seen = {each.fingerprint() for each in sources}
     first.unlink()
     seen.add(source.fingerprint())
     status = second.stat()
@@ -164,37 +151,34 @@ def test_a_dataset_of_something_else_is_refused() -> None:
         (np.float32(COLOUR), r"ndarray of float32, shape \(2, 2, 3\)"),
         (np.zeros((2, 2, 4), np.uint8), r"ndarray of uint8, shape \(2, 2, 4\)"),
         (np.zeros((0, 2), np.uint8), r"ndarray of uint8, shape \(0, 2\)"),
-        (torch.zeros(3, 2, 2), r"Tensor of torch.float32, shape \(3, 2, 2\)"),
         (torch.zeros(2, 2, dtype=torch.uint8), r"Tensor of torch.uint8, shape \(2, 2\)"),
     ):
         with pytest.raises(InputError, match=rf"^list/1: {given} must be a PIL image, a uint8 num"):
             as_source([COLOUR, item]).image(1)  # type: ignore[arg-type]
 
 
-class Endless(IterableDataset):
-    def __iter__(self) -> object:
-        return iter(())
-
-
 def test_data_sets_that_cannot_be_read() -> None:
     with pytest.raises(UnreadableError, match=r"set/2: cannot .* \(IndexError: list index out"):
         DatasetSource([COLOUR], "set").image(2)  # type: ignore[arg-type]
-    with pytest.raises(UnreadableError, match=r"list/0: cannot be read .* \(0 x 0 pixels\)"):
+    with pytest.raises(UnreadableError, match=r"list/0: cannot be read .* \(ValueError: 0 x 0 pix"):
         DatasetSource([Image.new("RGB", (0, 0))]).image(0)  # type: ignore[arg-type]
-    for wrong, name in ((Endless(), "Endless"), ("imagenette", "str"), (3, "int"), ({1, 2}, "set")):
+    for wrong, name in ((3, "int"), ("imagenette", "str"), ({1, 2}, "set")):
         with pytest.raises(InputError, match=f"source: {name} must be an ImageSource or a map-st"):
-            as_source(wrong)
+            as_source(wrong)  # type: ignore[arg-type]
 
 
-def test_one_percent_may_be_unreadable() -> None:
-    source = ArraySource(np.zeros((200, 2, 2), np.uint8), name="set")
-    failures = [Unreadable(f"{index}.png", "an empty file") for index in range(4)]
-    check_readable(source, failures[:2])
-    with pytest.raises(InputError, match=r"set: 3 of 200 images .*2\.png \(an empty file\)$"):
-        check_readable(source, failures[:3])
-    with pytest.raises(InputError, match=r"set: 4 of 200 images.* 2\.png \(.*\), \.\.\.$"):
-        check_readable(source, failures)
-    assert left_out(failures[:1]) == "1 unreadable image left out: 0.png (an empty file)"
+def test_one_percent_may_be_unreadable(tmp_path: Path) -> None:
+    good = save(tmp_path / "good.png")
+    for bad, more in ((2, None), (3, ""), (4, ", ...")):
+        source = FileSource([*(f"{number}.png" for number in range(bad)), *[good] * (200 - bad)])
+        if more is None:
+            assert len(in_memory(source, workers=0)) == 198
+            continue
+        message = (
+            rf"files: {bad} of 200 images cannot .* 2\.png \(No such file or directory\){more}$"
+        )
+        with pytest.raises(InputError, match=message):
+            in_memory(source, workers=0)
 
 
 @pytest.mark.parametrize("kind", ["gif", "tif", "png"])
@@ -249,10 +233,8 @@ def test_a_file_whose_frames_cannot_be_counted_is_named(
     with monkeypatch.context() as patch:
         patch.setattr(GifImageFile, "n_frames", property(lambda self: [].pop()))
         source = FileSource([path, save(tmp_path / "one.png")], decode=ALL)
-    message = r"moving\.gif: .*its frames cannot be counted: pop from empty list"
-    for part in (source, source.take(np.array([0]), "part"), pickle.loads(pickle.dumps(source))):
-        with pytest.raises(UnreadableError, match=message):
-            part.image(0)
+    with pytest.raises(UnreadableError, match=r"moving\.gif: .*\(its frames cannot be counted\)"):
+        source.image(0)
     with pytest.raises(InputError, match="1 of 2 images cannot be read"):
         in_memory(source, workers=0)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,11 +11,9 @@ from triton_tools import (
     CAPABILITIES,
     TYPES,
     Binary,
-    NoGPU,
     compile_kernel,
     compiles,
     marked,
-    without_gpu,
 )
 
 from vi_simsiam.kernels import stem_pool as kernel
@@ -65,48 +62,3 @@ def test_machine_code(capability: int, part: str, dtype: torch.dtype, size: int)
     assert binary.count("LDG", "128") >= (9 if part == "pool" else 8)
     assert binary.count("STG", "128") == (2 if part == "pool" else 4)
     assert binary.count("LDS") == binary.count("STS") == 0
-
-
-@pytest.fixture
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[NoGPU]:
-    kernels = (
-        kernel.statistics_kernel,
-        kernel.pool_kernel,
-        stem_pool_backward.sums_kernel,
-        stem_pool_backward.gradient_kernel,
-    )
-    yield from without_gpu(monkeypatch, kernels)
-
-
-def _launch(images: int, channels: int, height: int, width: int, dtype: torch.dtype) -> None:
-    """Both directions of two groups, without and with weights, in memory of any content."""
-    groups, layout = 2, torch.channels_last
-    x = torch.empty((images, channels, height, width), dtype=dtype).to(memory_format=layout)
-    shape = images, channels, kernel.pooled(height), kernel.pooled(width)
-    y, taken, gradient = (
-        torch.empty(shape, dtype=dtype).to(memory_format=layout) for _ in range(3)
-    )
-    codes, statistics = torch.empty_like(y, dtype=torch.uint8), torch.empty(3, groups, channels)
-    tickets = torch.zeros(16, dtype=torch.int32)
-    chosen = kernel.plan(*x.shape, groups, dtype.itemsize, 132)
-    for parameters in ([None] * 4, [torch.empty(channels) for _ in range(4)]):
-        partials = torch.empty(2, groups, chosen.statistics.parts, channels)
-        results = (y, taken, codes, statistics, partials, tickets)
-        kernel.forward(x, *parameters, *results, chosen, groups=groups, momentum=0.1, eps=1e-5)
-        partials = torch.empty(2, groups, chosen.sums.parts, channels)
-        given = (gradient, x, taken, codes, *parameters[:2], statistics)
-        results = (torch.empty_like(x), *parameters[:2], statistics[:2], partials, tickets)
-        stem_pool_backward.backward(*given, *results, chosen, groups=groups)
-
-
-@compiles
-def test_machine_code_serves_images_of_other_sizes(no_gpu: NoGPU) -> None:
-    _launch(8, 64, 64, 64, torch.bfloat16)
-    # Four kernels, with and without parameters.
-    assert len(no_gpu.launches) == len(no_gpu.loaded) == 8
-    _launch(12, 64, 64, 64, torch.bfloat16)
-    _launch(8, 64, 32, 64, torch.bfloat16)
-    assert len(no_gpu.launches) == 24
-    assert len(no_gpu.loaded) == 8
-    _launch(8, 64, 63, 1, torch.bfloat16)
-    assert len(no_gpu.loaded) > 8

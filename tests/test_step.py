@@ -1,26 +1,44 @@
-"""The training step: SGD, the latch, and the same numbers eager, overlapped and captured."""
+"""The training step and its network: SGD, the latch, and the same numbers with any layers, eager,
+overlapped and captured."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from graph_cases import with_stand_in
+from rich.console import Console
 from test_device_feed import IMAGES, MEMORIES, on_gpu
+from test_trainer import config
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _disable_current_modes
 
+from vi_simsiam.backbones import build_backbone
 from vi_simsiam.config import AugmentConfig, TrainConfig
-from vi_simsiam.data import Batch, DeviceFeed, MultiViewLoader
+from vi_simsiam.data import Batch, DeviceFeed, MultiViewLoader, device
+from vi_simsiam.data.views import Schedule
+from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.graph import capture
-from vi_simsiam.engine.network import OWN_BUFFERS
-from vi_simsiam.engine.step import OverlappedStep, TrainStep, learning_rates
+from vi_simsiam.engine.graph_rules import Rules
+from vi_simsiam.engine.step import (
+    OWN_BUFFERS,
+    Bfloat16Weights,
+    OverlappedStep,
+    TrainStep,
+    learning_rates,
+    training_network,
+    use_kernels,
+)
+from vi_simsiam.engine.train import Trainer
+from vi_simsiam.errors import InputError
 from vi_simsiam.models import SimSiam, VISimSiam
+from vi_simsiam.ops.stem_convolution import _OverBlocks
 
 POLICY = AugmentConfig(size=12, local_views=1, local_size=8, blur_prob=0.0)
 RATES = learning_rates(TrainConfig(epochs=3, lr=0.1, warmup_epochs=0.5), 6)
@@ -164,6 +182,10 @@ def test_a_model_in_ddp_is_refused_and_trains_on() -> None:
     assert_same(everything(step), everything(plain))
 
 
+def schedule() -> Schedule:
+    return Schedule(IMAGES, POLICY, batch_size=4, seed=3)
+
+
 class KernelFeed(DeviceFeed):
     """A feed whose views bypass the dispatcher, as those of a GPU's kernels do."""
 
@@ -173,13 +195,12 @@ class KernelFeed(DeviceFeed):
 
 
 @pytest.fixture
-def feed() -> Iterator[Callable[[str], DeviceFeed]]:
+def feed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], DeviceFeed]]:
+    monkeypatch.setattr(device, "_SEGMENT_BYTES", 4096)
     made: list[DeviceFeed] = []
 
     def make(memory: str) -> DeviceFeed:
-        made.append(
-            KernelFeed(IMAGES, POLICY, batch_size=4, seed=3, device="cpu", memory=memory, segment=4)
-        )  # type: ignore[arg-type]
+        made.append(KernelFeed(schedule(), torch.device("cpu"), memory=memory))  # type: ignore[arg-type]
         return made[-1]
 
     yield make
@@ -240,17 +261,16 @@ def test_a_captured_run_is_resumed(feed: Callable[[str], DeviceFeed]) -> None:
 
 @on_gpu("replays make the views of the next steps on a second stream, and train as single launches")
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_overlapped_replays_on_a_gpu(memory: str) -> None:
+def test_overlapped_replays_on_a_gpu(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The host runs far ahead, across epochs, segments of the table and reused slots."""
+    monkeypatch.setattr(device, "_SEGMENT_BYTES", 4096)
     steps = len(RATES) - 1
     made: list[list[list[Tensor]]] = []
     losses: list[Tensor] = []
     for mode in ("on", "off"):
         step = make_step(device="cuda")
         step.rates.div_(100)  # the whole rate amplifies rounding to a whole loss in eight steps
-        feed = DeviceFeed(
-            IMAGES, POLICY, batch_size=4, seed=3, device="cuda", memory=memory, segment=4
-        )  # type: ignore[arg-type]
+        feed = DeviceFeed(schedule(), torch.device("cuda", 0), memory=memory)  # type: ignore[arg-type]
         whole = OverlappedStep(step, feed)
         whole.prepare(0)
         call = capture(whole, state=whole.state, mode=mode)
@@ -263,7 +283,7 @@ def test_overlapped_replays_on_a_gpu(memory: str) -> None:
         assert call.captured == (mode == "on")
         losses.append(step.losses[:8].clone())  # later ones amplify rounding
         feed.close()
-    alone = DeviceFeed(IMAGES, POLICY, batch_size=4, seed=3, device="cuda", memory="gpu")
+    alone = DeviceFeed(schedule(), torch.device("cuda", 0), memory="gpu")
     for i in range(steps):
         alone.load(i + 1)
         expected = alone.make(torch.tensor(i + 1, device="cuda")).views
@@ -273,3 +293,94 @@ def test_overlapped_replays_on_a_gpu(memory: str) -> None:
             )
     alone.close()
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-2, atol=1e-3)
+
+
+def resnet_model() -> VISimSiam:
+    torch.manual_seed(0)
+    backbone, _ = build_backbone("resnet18")
+    backbone.layer3 = backbone.layer4 = torch.nn.Identity()
+    model = VISimSiam(
+        backbone,
+        features=128,
+        dim=64,
+        projector_hidden=32,
+        predictor_hidden=16,
+        local_predictor=True,
+    )
+    return model.to(memory_format=torch.channels_last)
+
+
+def gradients(
+    network: object, model: VISimSiam, views: Sequence[Tensor]
+) -> tuple[Tensor, dict[str, Tensor | None]]:
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(network(views), "eager")  # type: ignore[operator]
+    loss.backward()
+    return loss.detach(), {name: weight.grad for name, weight in model.named_parameters()}
+
+
+def test_bfloat16_weights_are_those_of_autocast() -> None:
+    """Loss and gradients, in float32 and in the weights' layout; unused weights have none."""
+    model = resnet_model()
+    views = [torch.randn(4, 3, 32, 32).bfloat16() for _ in range(2)]
+    plain, converted = copy.deepcopy(model), copy.deepcopy(model)
+    expected, wanted = gradients(plain, plain, views)
+    loss, found = gradients(Bfloat16Weights(converted), converted, views)
+    torch.testing.assert_close(loss, expected)
+    assert {name for name, gradient in found.items() if gradient is None} == {
+        name for name in found if name.startswith("local_predictor.")
+    }
+    for name, weight in converted.named_parameters():
+        gradient = found[name]
+        if gradient is not None:
+            assert gradient.dtype == torch.float32
+            assert gradient.stride() == weight.stride(), name
+            torch.testing.assert_close(gradient, wanted[name])
+
+
+def test_layers_of_a_training_network() -> None:
+    model = resnet_model()
+    assert training_network(model, kernels=False, bf16=True) is model
+    assert (model.shared_passes, model.fused) == (True, False)
+    assert isinstance(training_network(model, kernels=True, bf16=True), Bfloat16Weights)
+    assert (model.shared_passes, model.fused) == (True, True)
+    assert training_network(model, kernels=True) is model
+    synchronised = torch.nn.SyncBatchNorm.convert_sync_batchnorm(resnet_model())
+    layers = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Flatten()
+    own = VISimSiam(torch.nn.Sequential(*layers), features=8 * 36, dim=64)
+    for other in (synchronised, own):
+        assert training_network(other, kernels=True, bf16=True) is other
+        assert not other.shared_passes, "its BatchNorm would normalise the views as one batch"
+        assert not other.fused
+    compiled = training_network(model, kernels=True, compiled=True, bf16=True)
+    assert not isinstance(compiled, Bfloat16Weights)
+    assert not model.fused
+
+
+def test_the_stems_weight_is_rearranged_on_the_device() -> None:
+    """A table made on the host would be copied in every step, which a CUDA graph cannot."""
+    weight = torch.empty(8, 3, 7, 7, device="meta", requires_grad=True)
+    with Rules(torch.device("meta"), (weight,)):
+        (gradient,) = torch.autograd.grad(_OverBlocks.apply(weight).sum(), weight)
+    assert gradient.shape == weight.shape
+
+
+def test_kernels_that_cannot_be_used_are_refused(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the folder is touched; "auto" uses them where they can be used."""
+    refused, world = "kernels: 'on' cannot be used: .*", World()
+    with pytest.raises(InputError, match=f"{refused} not cpu; auto and off run here"):
+        Trainer(config(image_folder, kernels="on"), tmp_path / "run", console=Console(quiet=True))
+    assert not (tmp_path / "run").exists()
+    for kernels in ("auto", "off"):
+        assert not use_kernels(TrainConfig(kernels=kernels), world)  # type: ignore[arg-type]
+    monkeypatch.setattr("vi_simsiam.engine.step.why_unavailable", lambda name, device_type: None)
+    assert use_kernels(TrainConfig(kernels="on"), world)
+    assert not use_kernels(TrainConfig(kernels="auto", compile=True), world)
+    for changes, reason in (
+        ({"compile": True}, "compile replaces them"),
+        ({"sync_batch_norm": True}, "statistics over several GPUs, as with sync_batch_norm"),
+    ):
+        with pytest.raises(InputError, match=f"{refused}{reason}"):
+            use_kernels(TrainConfig(kernels="on", **changes), world)  # type: ignore[arg-type]

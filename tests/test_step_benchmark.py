@@ -1,10 +1,11 @@
-"""The benchmark of the step: its losses, its parts, and a case on a GPU."""
+"""The benchmark of the step: its losses, its parts, its launches, and a case on a GPU."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,15 +14,25 @@ from unittest import mock
 
 import pytest
 import torch
-from benchmark_cases import CPU, needs_gpu, quiet, scripted_pipeline, shown
+from benchmark_cases import CPU, needs_gpu, scripted_pipeline, shown
 from test_pipeline_benchmarks import TINY
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vi_simsiam.benchmarks import plots, step, step_parts, tables, view_cases
-from vi_simsiam.benchmarks.launches import by_kind, launches_case, launches_of
-from vi_simsiam.benchmarks.step_parts import Parts, StepCase, WholeStep
-from vi_simsiam.benchmarks.timers import Timer, timer_for
-from vi_simsiam.benchmarks.view_cases import ViewCase
+from vi_simsiam.benchmarks import cases, plots, step, step_parts, tables
+from vi_simsiam.benchmarks.cases import ViewCase
+from vi_simsiam.benchmarks.harness import Timer, timer_for
+from vi_simsiam.benchmarks.results import AT_HAND, NETWORK, NETWORK_COMPILED, STEP
+from vi_simsiam.benchmarks.step_parts import (
+    OTHER,
+    Parts,
+    StepCase,
+    WholeStep,
+    by_kind,
+    kind_of,
+    launches_markdown,
+    launches_of,
+)
 from vi_simsiam.config import Method, ModelConfig, TrainConfig
 from vi_simsiam.data.cache import in_memory
 from vi_simsiam.data.loader import MultiViewLoader
@@ -29,11 +40,16 @@ from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import FileSource
 from vi_simsiam.engine.train import Trainer
 
+NORM, CONV = "BatchNorm, addition, ReLU, max-pool", "convolutions"
+LINEAR, COPY = "linear layers", "conversions and copies"
+ATEN = "void at::native::"
+ELEMENTWISE = f"{ATEN}vectorized_elementwise_kernel<8, at::native::"
+
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> PackedImages:
     folder = tmp_path_factory.mktemp("generated")
-    return in_memory(FileSource(view_cases.generate(folder, count=8, sides=TINY.sides)))
+    return in_memory(FileSource(cases.generate(folder, count=8, sides=TINY.sides)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +85,7 @@ class OperationTimer(Timer):
 @pytest.fixture
 def short_steps(small_network: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """One convolution, one step a measurement, and no workers or compiler."""
-    monkeypatch.setitem(step_parts._STEPS, "cpu", 1)
+    monkeypatch.setitem(step_parts.STEPS, "cpu", 1)
     monkeypatch.setattr(step, "_CHECKED_STEPS", 2)
     monkeypatch.setattr(step_parts, "MultiViewLoader", partial(MultiViewLoader, workers=0))
     monkeypatch.setattr(torch.compiler, "reset", mock.Mock())
@@ -82,11 +98,11 @@ def test_a_step_is_measured_whole_and_in_parts(packed: PackedImages) -> None:
     found = step.measure_case(case, packed, CPU, OperationTimer(), rounds=3)
     assert found["name"] == "vi-simsiam 2x16 batch 2"
     providers = found["providers"]
-    assert providers[step.STEP]["losses"] == pytest.approx(found["losses"], abs=1e-4)
-    assert providers[step.NETWORK_COMPILED]["failure"] == "RuntimeError: no compiler"
+    assert providers[STEP]["losses"] == pytest.approx(found["losses"], abs=1e-4)
+    assert providers[NETWORK_COMPILED]["failure"] == "RuntimeError: no compiler"
     timed = {name for name, provider in providers.items() if provider["time"] is not None}
-    assert timed == {step.STEP, step.NETWORK, step.AT_HAND, *step.PIECES}
-    network, whole = (providers[name]["time"]["median_us"] for name in (step.NETWORK, step.AT_HAND))
+    assert timed == {STEP, NETWORK, AT_HAND, *step.PIECES}
+    network, whole = (providers[name]["time"]["median_us"] for name in (NETWORK, AT_HAND))
     assert 50 < network < whole, "the loss and the optimizer come on top"
     assert found["phases"]["backward"] > 0
     # Multiplications and additions of 4 views: forward, and the gradients of weights and, except
@@ -109,33 +125,28 @@ def test_launches_are_counted_after_all_times(
     timed: list[list[bool]] = []
 
     def count(call: Callable[[], object], device: torch.device) -> list[dict[str, Any]]:
-        cases = json.loads(path.read_text())["cases"]
-        timed.append([case["providers"][step.STEP]["time"] is not None for case in cases])
-        if len(timed) == 2:
-            raise RuntimeError("no profiler")
+        found = json.loads(path.read_text())["cases"]
+        timed.append([case["providers"][STEP]["time"] is not None for case in found])
         return launches_of(call, device)
 
-    cases = [TinyStep(ViewCase(2, 16), method) for method in ("vi-simsiam", "simsiam")]
+    both = [TinyStep(ViewCase(2, 16), method) for method in ("vi-simsiam", "simsiam")]
     monkeypatch.setattr(step, "_CHECKED_STEPS", 1)
     monkeypatch.setattr(step, "_images", lambda *_: packed)
-    monkeypatch.setattr(step, "timer_for", lambda device: OperationTimer())
-    monkeypatch.setattr(step, "step_cases", lambda *_, short: cases)
+    monkeypatch.setattr(step.harness, "timer_for", lambda device: OperationTimer())
+    monkeypatch.setattr(step, "step_cases", lambda *_, short: both)
     monkeypatch.setattr(step, "launches_of", count)
     monkeypatch.setattr(plots, "draw", lambda *_: [])
     options = step.Options(device="cpu", rounds=3, kernels=True, out=tmp_path)
-    with pytest.warns(UserWarning, match="layers 'torch' .* RuntimeError: no profiler"):
-        step.run(options, quiet())
+    step.run(options)
     assert timed == [[True, True]] * 2, "every time is in the file before"
-    first, second = json.loads(path.read_text())["cases"]
-    assert (first["method"], second["launches"]) == ("vi-simsiam", {})
+    first, _ = json.loads(path.read_text())["cases"]
+    assert first["method"] == "vi-simsiam"
     counted = by_kind(first["launches"]["torch"])
     assert counted["loss"][0] == counted["SGD"][0] == 1
-    assert f"({counted['convolutions'][0]})" in shown(launches_case(first))
-    step.run(dataclasses.replace(options, resume=True), quiet())
+    assert f"({counted['convolutions'][0]})" in shown(step_parts.launches_case(first))
+    path.write_text(path.read_text().replace('"launches": ', '"other": ', 1))
+    step.run(dataclasses.replace(options, resume=True))
     assert len(timed) == 3, "--resume counts only what is missing"
-    again = json.loads(path.read_text())["cases"]
-    assert (again[0], again[1]["providers"]) == (first, second["providers"])
-    assert again[1]["launches"].keys() == {"torch"}
 
 
 @pytest.mark.filterwarnings("error")
@@ -144,8 +155,7 @@ def test_a_step_without_memory_is_a_result(packed: PackedImages) -> None:
     with mock.patch.object(Parts, "flops", side_effect=MemoryError()):
         found = step.measure_case(TinyStep(TINY, "simsiam"), packed, CPU, Timer(), rounds=3)
     assert {provider["failure"] for provider in found["providers"].values()} == {"out of memory"}
-    with mock.patch.object(step, "Parts", side_effect=MemoryError()):
-        assert step.count_launches(TinyStep(TINY, "simsiam"), found, CPU) == {}
+    assert step.count_launches(TinyStep(TINY, "simsiam"), found, CPU) == {}
     assert set(found["phases"].values()) == {None}
     assert "out of memory" in shown(tables.step_case(found))
     row = "| simsiam, 2x16+2x8, batch 4 | out of memory | out of memory | - | - | - | - |"
@@ -169,11 +179,11 @@ def test_the_network_of_the_step_is_the_trainers(method: Method, tmp_path: Path)
 @pytest.mark.usefixtures("short_steps")
 def test_a_step_that_trains_otherwise_is_refused(packed: PackedImages) -> None:
     parts = Parts(TinyStep(TINY, "simsiam"), CPU)
-    expected = parts.plain_losses(step_parts.batches(packed, parts.case, CPU, 2))
+    expected = parts.plain_losses(parts.batches(packed, 2))
     whole = WholeStep(parts, packed, captured=True)
     whole.step.rates *= 50
     losses = whole.losses(2)
-    whole.close()
+    whole.loader.close()
     assert losses[0] == pytest.approx(expected[0], abs=1e-5), "the same weights and views"
     found = step.judge(losses, expected, 1e-4)
     assert found["failure"].startswith("wrong: losses ")
@@ -183,40 +193,8 @@ def test_a_step_that_trains_otherwise_is_refused(packed: PackedImages) -> None:
     assert not step.judge([0.5, 8.0005], [0.5, 8.0], 1e-4)["correct"]
 
 
-@pytest.mark.parametrize(
-    ("method", "rate", "scale", "exact", "rounded", "without_updates"),
-    [
-        (
-            "vi-simsiam", 4e-3, 2048 - 1,
-            [16.29, 27.39, 16.03, 13.81, 15.60, 1.02],
-            [16.40, 27.54, 16.30, 14.07, 15.09, 1.42],
-            [16.29, 29.34, 18.84, 15.63, 21.07, 13.28],
-        ),
-        (
-            "simsiam", 1.6e-2, 1,
-            [0.00282, 0.00254, 0.00090, 0.00538, -0.00003, -0.00128],
-            [0.00285, 0.00255, 0.00116, 0.00581, 0.00137, -0.00290],
-            [0.00282, 0.00199, -0.00047, 0.00706, 0.00745, 0.00293],
-        ),
-    ],
-)  # fmt: skip
-def test_the_tolerance_lies_between_rounding_and_missed_updates(
-    method: Method,
-    rate: float,
-    scale: float,
-    exact: list[float],
-    rounded: list[float],
-    without_updates: list[float],
-) -> None:
-    """First losses on 2x128 views of 64 images: float32, bfloat16, and without updates."""
-    assert step_parts._LR[method] == rate, "the losses are those of this rate"
-    tolerance = step._TOLERANCE["cuda"][method] * scale
-    assert step.judge(rounded, exact, tolerance)["correct"]
-    assert not step.judge(without_updates, exact, 2 * tolerance)["correct"]
-
-
 def test_phases_are_differences() -> None:
-    medians = {step.STEP: 110, step.AT_HAND: 100}
+    medians = {STEP: 110, AT_HAND: 100}
     medians |= dict(zip(step.PIECES, (30, 30, 32, 90, 6), strict=True))
     found = {name: {"time": {"median_us": value}} for name, value in medians.items()}
     assert step.phases(found) == {
@@ -233,11 +211,81 @@ def test_phases_are_differences() -> None:
     assert (without["forward"], without["loss"], without["backward"]) == (None, None, 58)
 
 
-@pytest.mark.parametrize(("name", "peak"), [("NVIDIA H200", 989e12), ("NVIDIA Unheard 1", None)])
-def test_peak_is_given_only_for_known_gpus(name: str, peak: float | None) -> None:
-    with mock.patch.object(torch.cuda, "get_device_name", return_value=name):
-        assert step_parts.peak_flops(torch.device("cuda")) == peak
-    assert step_parts.peak_flops(CPU) is None
+def test_launches_of_a_step_are_counted_by_what_they_are_for() -> None:
+    """On a CPU the operators that compute, in both directions; views and allocations do not.
+
+    What a step prepares when it is first run does not count.
+    """
+    normalised = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    network = nn.Sequential(normalised, nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(16, 2))
+    x = torch.randn(5, 3, 4, 4)
+    found = by_kind(launches_of(lambda: network(x).sum().backward(), CPU))
+    assert found["convolutions"][0] == 4
+    assert found["linear layers"][0] == 3
+    assert found[NORM][0] >= 2 * 2 + 1, "with the counter of batches"
+    assert all(us > 0 for _, us in found.values())
+    assert launches_of(lambda: x.view(5, -1).t().detach(), CPU) == []
+    prepared: list[Tensor] = []
+
+    def twice() -> None:
+        if not prepared:
+            prepared.append(torch.ones(3, 3) @ torch.ones(3, 3))
+        prepared[0].relu()
+
+    (launched,) = launches_of(twice, CPU)
+    assert (launched["name"], launched["count"]) == ("aten::relu", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x64", CONV),
+        ("cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_64x64_32x6_tn>", LINEAR),
+        (f"{ATEN}batch_norm_backward_reduce_channels_last_kernel<4, c10::BFloat16>", NORM),
+        (f"{ELEMENTWISE}CUDAFunctor_add<c10::BFloat16>>", NORM),
+        ("void cudnn::bn_fw_tr_1C11_kernel_NCHW<float, float, int, 512, true, 1, true>", NORM),
+        ("aten::add_.Tensor", NORM),
+        (f"{ATEN}multi_tensor_apply_kernel<at::native::FusedSgdMathFunctor<float, 3>>", "SGD"),
+        (f"{ATEN}multi_tensor_apply_kernel<at::native::CopyFunctor<float, c10::BFloat16>>", COPY),
+        ("Memcpy DtoD (Device -> Device)", COPY),
+        ("triton_poi_fused_relu_3", "fused by torch.compile"),
+        (f"{ATEN}reduce_kernel<512, 1, at::native::ReduceOp<float>>", OTHER),
+    ],
+)
+def test_kinds_of_names(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
+
+
+def test_all_kernels_of_the_project_have_a_kind() -> None:
+    names = [
+        name
+        for path in (Path(__file__).parents[1] / "kernels").glob("*.py")
+        for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
+    ]
+    assert len(names) > 10
+    assert {name: kind_of(name) for name in names if kind_of(name) == OTHER} == {}
+
+
+def test_launches_in_markdown() -> None:
+    result = scripted_pipeline("step")
+    case = result["cases"][0]
+    assert launches_markdown(result) == "Not measured."
+    case["launches"] = {"kernels": []}
+    assert "| all | 0 (0) |" in launches_markdown(result), "a profiler that sees nothing"
+    entries = [("aten::convolution", 40, 1500.0), ("aten::mm", 3, 20.0), ("aten::sum", 2, 0.4)]
+    counted = [
+        {"kind": kind_of(name), "name": name, "count": count, "us": us}
+        for name, count, us in entries
+    ]
+    case["launches"] = {"torch": counted, "kernels": counted[:1]}
+    assert launches_markdown(result).splitlines()[:6] == [
+        f"| {case['label']}: microseconds (launches) | torch | kernels |",
+        "|---|---:|---:|",
+        "| convolutions | 1,500 (40) | 1,500 (40) |",
+        "| linear layers | 20 (3) | - |",
+        "| everything else | 0 (2) | - |",
+        "| all | 1,520 (45) | 1,500 (40) |",
+    ]
 
 
 @pytest.mark.gpu
@@ -251,9 +299,7 @@ def test_gpu_step_is_captured_and_has_all_phases() -> None:
         case, made, device, timer_for(device), rounds=3, without_compile="left out"
     )
     failures = {n: each["failure"] for n, each in found["providers"].items() if each["failure"]}
-    assert failures == dict.fromkeys(
-        (step.NETWORK_COMPILED, f"{step.AT_HAND}, torch.compile"), "left out"
-    )
+    assert failures == dict.fromkeys((NETWORK_COMPILED, f"{AT_HAND}, torch.compile"), "left out")
     launches = step.count_launches(case, found, device)
     assert launches.keys() == {"torch, view by view", "torch", "kernels"}
     ours, theirs = (by_kind(launches[layers]) for layers in ("kernels", "torch, view by view"))
@@ -264,6 +310,6 @@ def test_gpu_step_is_captured_and_has_all_phases() -> None:
     whole = WholeStep(Parts(case, device), made, captured=True)
     whole.step.rates.zero_()
     losses = whole.losses(step._CHECKED_STEPS)
-    whole.close()
+    whole.loader.close()
     tolerance = step._TOLERANCE["cuda"][case.method] / whole.step.loss_scale
     assert not step.judge(losses, found["losses"], tolerance)["correct"], "updates are missed"

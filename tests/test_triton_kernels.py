@@ -32,7 +32,7 @@ from vi_simsiam.kernels import scale_gradient, stem_convolution
 
 REGISTERS = Registers("triton_registers.json")
 CASES = {
-    "loss": ("triton_cases.py", "triton_scale_cases.py", "triton_function_cases.py"),
+    "loss": ("triton_cases.py", "triton_function_cases.py"),
     "batch norm": ("triton_batch_norm_cases.py",),
     "images": ("triton_stem_pool_cases.py", "triton_stem_cases.py", "triton_augment_cases.py"),
 }
@@ -41,6 +41,12 @@ CASES = {
 @pytest.mark.parametrize("cases", CASES.values(), ids=CASES)
 def test_numbers_in_the_interpreter(cases: tuple[str, ...]) -> None:
     run_cases(True, *cases)
+
+
+@pytest.mark.parametrize("part", ["", "_autograd"])
+def test_public_edge_cases_in_the_interpreter(part: str) -> None:
+    select = "triton and (extremes or raises_kappa or given or padded or empty) and not gradcheck"
+    run_cases(True, f"test_multiview_loss{part}.py", select=select)
 
 
 @pytest.mark.soak

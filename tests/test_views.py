@@ -23,10 +23,10 @@ from vi_simsiam.cli import main
 from vi_simsiam.config import POLICIES, AugmentConfig
 from vi_simsiam.config import policy as named_policy
 from vi_simsiam.data.contact_sheet import contact_sheet
-from vi_simsiam.data.sources import ArraySource, FileSource, Unreadable
+from vi_simsiam.data.sources import ArraySource, FileSource
 from vi_simsiam.data.views import add_offsets, draw_table, eval_view, philox
-from vi_simsiam.errors import InputError
-from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, Column, check_table, eager_augment
+from vi_simsiam.errors import ImageWarning, InputError
+from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, Column, eager_augment
 
 CROP = [Column.TOP, Column.LEFT, Column.HEIGHT, Column.WIDTH]
 COUNT = 4000
@@ -131,15 +131,6 @@ def test_crops_are_distributed_as_torchvisions(
         assert stats.ks_2samp(a, b).pvalue > RARE
 
 
-def test_every_place_of_a_crop_is_equally_likely() -> None:
-    """Crops of at most 14 % of the area always fit, so none is a central one."""
-    rows = draw(AugmentConfig(crop_scale=(0.05, 0.14)))[0]
-    between = np.random.default_rng(0).random(COUNT)
-    for place, extent, length in ((Column.TOP, Column.HEIGHT, 60), (Column.LEFT, Column.WIDTH, 80)):
-        share = (rows[:, place] + between) / (length - rows[:, extent] + 1)
-        assert stats.kstest(share, "uniform").pvalue > RARE
-
-
 def test_colours_are_distributed_as_torchvisions() -> None:
     policy = AugmentConfig(jitter=(0.4, 1.5, 0.2, 0.1), jitter_prob=1.0)
     table = draw(policy)[1]
@@ -196,7 +187,6 @@ def test_every_policy_on_any_image(name: str) -> None:
     for height, width in ((1, 1), (300, 7), (7, 300), (32, 32)):
         table = draw(policy, 100, height, width)
         assert table.shape == (2 + policy.local_views, 100, 16)
-        check_table(table, 3 * height * width)
         top, left, tall, wide = table[..., CROP].transpose(2, 0, 1)
         assert ((top >= 0) & (top + tall <= height)).all()
         assert ((left >= 0) & (left + wide <= width)).all()
@@ -215,7 +205,6 @@ def test_images_that_no_crop_fits_are_cropped_in_the_middle() -> None:
     # The central crop of that ratio would be 0.3 pixels wide, or 0.25 high.
     for ratio, height, width in (((0.1, 0.3), 1, 9), ((4.0, 5.0), 9, 1)):
         table = draw(AugmentConfig(crop_ratio=ratio), 2, height, width)
-        check_table(table, 3 * height * width)
         assert (table[..., CROP] == [(height - 1) // 2, (width - 1) // 2, 1, 1]).all()
     assert (draw(POLICIES["none"], 5, 40, 30)[..., CROP] == [5, 0, 30, 30]).all()
 
@@ -227,42 +216,33 @@ def test_offsets_are_added_beyond_32_bits() -> None:
     add_offsets(table, offsets)
     assert np.array_equal(starts(table), before + offsets)
     assert np.array_equal(table[..., 2:], rest)
-    with pytest.raises(InputError, match=r"offsets: shape \(2,\) must be \(3,\)"):
-        add_offsets(table, offsets[:2])
     empty = draw(AugmentConfig(local_views=1), 0)
     assert empty.shape == (3, 0, 16)
     add_offsets(empty, offsets[:0])
 
 
-def test_numbers_out_of_range() -> None:
-    cases: list[tuple[Any, dict[str, int], str]] = [
-        (2, {"seed": -1}, "seed: -1"),
-        (2, {"epoch": 2**32}, "epoch: 4294967296"),
-        ([-1], {}, "samples: numbers"),
-        (2, {"height": 0}, "at least one pixel"),
-        ([[1, 2]], {}, r"shapes \(1, 2\), \(1,\), \(1,\)"),
-    ]
-    for samples, options, message in cases:
-        with pytest.raises(InputError, match=message):
-            draw(AugmentConfig(), samples, **options)
+@pytest.mark.parametrize(("name", "value"), [("seed", -1), ("epoch", 2**32)])
+def test_numbers_out_of_range(name: str, value: int) -> None:
+    with pytest.raises(InputError, match=f"{name}: {value} .* at least 0 and below"):
+        draw(AugmentConfig(), 2, **{name: value})
 
 
 def test_contact_sheet_shows_images_and_the_views_of_training() -> None:
     images = np.stack([np.asarray(picture(20, 20, seed)) for seed in range(4)])
     policy = AugmentConfig(size=16, local_views=1, local_size=8)
-    sheet = contact_sheet(ArraySource(images), policy, images=2, seed=5, epoch=1)
+    sheet = contact_sheet(ArraySource(images), policy, images=2, seed=5)
     assert sheet.size == (3 * 16 + 8 + 3 * 4, 2 * 16 + 4)
-    table = draw(policy, [2], 20, 20, seed=5, epoch=1)
+    table = draw(policy, [2], 20, 20, seed=5)
     content, rows = torch.from_numpy(images[2].reshape(-1)), torch.from_numpy(table[:1])
     view = eager_augment(content, rows, 16)[0, 0]
     levels = pixels(view).mul(255).clamp(0, 255).permute(1, 2, 0).numpy()
     # Rounded to whole levels; the sheet's views are made as a batch, this one alone.
     assert np.abs(np.asarray(sheet)[20:36, 20:36] - levels).max() <= 0.5 + 255 * BATCH_ROUNDING
     assert (np.asarray(sheet)[16:20] == 255).all()
-    assert contact_sheet(ArraySource(images), "none", images=9).size[1] == 4 * 224 + 3 * 4
+    assert contact_sheet(ArraySource(images), policy, images=9).size[1] == 4 * 16 + 3 * 4
     with pytest.raises(InputError, match="images: 0"):
         contact_sheet(ArraySource(images), policy, images=0)
-    with pytest.raises(InputError, match="has no images"):
+    with pytest.raises(InputError, match="has 0 images, but none that can be read$"):
         contact_sheet(ArraySource(images[:0]), policy)
 
 
@@ -272,17 +252,18 @@ def test_contact_sheet_shows_the_next_image_for_a_broken_one(tmp_path: Path) -> 
         Image.new("RGB", (16, 16), (30 * number, 0, 0)).save(path)
     policy = dataclasses.replace(named_policy("none"), size=16)
 
-    def shown(images: int) -> tuple[list[int], list[str]]:
-        skipped: list[Unreadable] = []
-        sheet = contact_sheet(FileSource(paths), policy, images=images, skipped=skipped.append)
-        levels = np.asarray(sheet)[8::20, 8, 0] // 30
-        return levels.tolist(), [Path(entry.path).name for entry in skipped]
+    def shown(images: int) -> list[int]:
+        sheet = contact_sheet(FileSource(paths), policy, images=images)
+        levels: list[int] = (np.asarray(sheet)[8::20, 8, 0] // 30).tolist()
+        return levels
 
-    assert shown(4) == ([0, 2, 4, 6], [])
+    assert shown(4) == [0, 2, 4, 6]
     for number in (2, 6, 7):
         paths[number].write_bytes(b"")
-    assert shown(4) == ([0, 1, 3, 4], ["2.png", "6.png", "7.png"])
-    assert shown(8) == ([0, 1, 3, 4, 5], ["2.png", "6.png", "7.png"])
+    for images, expected in ((4, [0, 1, 3, 4]), (8, [0, 1, 3, 4, 5])):
+        message = r"3 unreadable images left out: .*2\.png .*6\.png .*7\.png"
+        with pytest.warns(ImageWarning, match=message):
+            assert shown(images) == expected
     for path in paths:
         path.write_bytes(b"")
     with pytest.raises(InputError, match=r"8 images, but none .*0\.png \(an empty file\)"):

@@ -6,9 +6,7 @@ errors holds here, too.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import mpmath
 import numpy as np
@@ -16,6 +14,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from test_power_spherical import COLUMN, DIMS
 from torch import Tensor
 from triton_tools import DEVICE
 
@@ -29,7 +28,6 @@ from vi_simsiam.kernels.power_spherical import (
 from vi_simsiam.ops import power_spherical as eager
 
 Number = float | mpmath.mpf
-GOLDEN = Path(__file__).parent / "golden" / "power_spherical.json"
 
 # The interpreter evaluates 0/0 in lanes that the kernel discards.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -148,24 +146,16 @@ def test_elementary_functions_keep_nan_and_take_limits(function: str) -> None:
         assert out[3] == 0
 
 
-def _golden() -> dict[int, tuple[list[float], list[float]]]:
-    points: dict[int, tuple[list[float], list[float]]] = {}
-    for dim, kappa, cos, *_ in json.loads(GOLDEN.read_text())["rows"]:
-        kappas, cosines = points.setdefault(dim, ([], []))
-        kappas.append(kappa)
-        cosines.append(cos)
-    return points
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shifted", [True, False], ids=["small D", "large D"])
 def test_log_density_ratio_is_as_accurate_as_the_reference(
     dtype: torch.dtype, shifted: bool
 ) -> None:
     ours, reference = np.zeros(3), np.zeros(3)
-    for dim, (kappas, cosines) in _golden().items():
+    for dim in DIMS:
         if (eager.series_shift(dim, dtype) > 0) is not shifted:
             continue
+        kappas, cosines = (COLUMN[name][COLUMN["d"] == dim] for name in ("kappa", "cos"))
         kappa, cos = torch.tensor(kappas, dtype=dtype), torch.tensor(cosines, dtype=dtype)
         exact = np.array(
             [exact_ratio(k, c, dim) for k, c in zip(kappa.tolist(), cos.tolist(), strict=True)]

@@ -25,17 +25,12 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
-from triton_interpreter import make_faster
 
 from vi_simsiam.kernels import launch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 """Device of the kernels' cases: the CPU in the interpreter, else a GPU."""
-if INTERPRETED:
-    from triton.runtime import interpreter
-
-    make_faster(interpreter)
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.float64: "fp64", torch.float32: "fp32"}
 TYPES |= {torch.float16: "fp16", torch.bfloat16: "bf16"}

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import importlib
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vi_simsiam.distributions import HypersphericalUniform, PowerSpherical
-    from vi_simsiam.inference.encoder import Encoder
+    from vi_simsiam.inference.encoder import load
     from vi_simsiam.models import SimSiam, VISimSiam
 
     __version__: str
@@ -24,26 +23,12 @@ _MODULE_OF = {
     "PowerSpherical": "distributions",
     "SimSiam": "models",
     "VISimSiam": "models",
+    "load": "inference.encoder",
 }
 _MODULES = (
     *("config", "data", "distributions", "engine", "errors", "export"),
     *("functional", "heads", "inference", "models", "nn", "ops"),
 )
-
-
-def load(run_folder: str | Path, device: str = "auto") -> Encoder:
-    """Open a trained run to encode images: ``vi_simsiam.load(RUN).encode(images).uncertainty``.
-
-    Args:
-        run_folder: the folder that training wrote.
-        device: "auto" (the GPU where there is one), "cpu", "cuda" or "cuda:N".
-
-    Raises:
-        InputError: no run there, a damaged file, or no such device.
-    """
-    from vi_simsiam.inference.encoder import load as open_encoder
-
-    return open_encoder(run_folder, device)
 
 
 def __getattr__(name: str) -> Any:

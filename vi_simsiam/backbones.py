@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torchvision
 from torch import nn
 
 from vi_simsiam.config import Stem
-from vi_simsiam.downloads import patience
+from vi_simsiam.downloads import downloading
 from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.normalisation import PerViewBatchNorm2d, make_fusible
 
@@ -77,12 +76,5 @@ def fetch_weights(name: str, *, download: bool) -> None:
         raise InputError(
             f"pretrained: no copy of the weights found (looked for {file}), and downloading is off"
         )
-    try:
-        with patience():
-            weights.get_state_dict(check_hash=True)
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
-        reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
-        raise InputError(
-            f"pretrained: {weights.url} could not be downloaded ({reason}); "
-            f"a copy is recognised as {file}"
-        ) from error
+    with downloading("pretrained", weights.url, f"a copy is recognised as {file}"):
+        weights.get_state_dict(check_hash=True)

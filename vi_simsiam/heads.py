@@ -10,6 +10,7 @@ starts from SimSiam's weights.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from vi_simsiam.config import Concentration, Link
 from vi_simsiam.distributions import wide, widen
 from vi_simsiam.errors import InputError
-from vi_simsiam.ops.multiview_loss import LEAST_ROOT, softplus
+from vi_simsiam.ops.multiview_loss import LEAST_ROOT, LossForm, softplus
 from vi_simsiam.ops.multiview_loss_fused import padded_width
 
 # kappa/(D - 1) at the start, near its optimum for the cosines of an untrained network. From
@@ -27,106 +28,78 @@ from vi_simsiam.ops.multiview_loss_fused import padded_width
 _INITIAL_CONCENTRATION = 0.05
 
 
-class ConcentrationHead:
-    """Builds the last layers of a predictor, from hidden features (..., H) to predictions (..., W).
+def concentration_head(
+    kind: Concentration,
+    dim: int,
+    form: LossForm,
+    *,
+    start: bool = True,
+    maximum: float | None = None,
+    value: float | None = None,
+    frozen: bool = False,
+) -> Callable[[int], list[nn.Module]]:
+    """Returns what builds the last layers of a predictor from H, the width of its hidden layer.
+
+    They map hidden features (..., H) to predictions (..., W). Predictors share a constant or global
+    concentration.
 
     Args:
         kind: as `LossConfig.concentration`.
         dim: D.
-        scale: concentration_scale; None for D - 1.
-        minimum: concentration_min.
+        form: maps the raw concentration to kappa.
+        start: begin with kappa/(D - 1) of about 0.05, for a form of scale D - 1.
         maximum: concentration_max; None for no bound.
-        link: maps the raw concentration to kappa.
-        gain: with the link "quadratic" the column is multiplied by gain / sqrt(H). Of H features
-            after BatchNorm and ReLU two samples share H/6 of a squared length of H/2, so that a
-            step of SGD moves the column H/6 times as far as a parameter, and with momentum kappa
-            oscillates about its best value. With a gain of 4 the raw concentration moves 16/6 times
-            as far; with 2 it is as steady, but separates samples so slowly that kappa is less well
-            calibrated after a short training.
-        hidden: H.
         value: kappa/(D - 1) of kind "constant".
         frozen: fit the column to a network that stays as it is, by a layer of its own.
 
     Raises:
-        InputError: the constant or the bound is not above the minimum, or the bound not above the
-            link's least value.
+        InputError: the constant or the bound is not above the least kappa.
     """
+    initial = inverse_link(_INITIAL_CONCENTRATION, form.link) / form.gain if start else 0.0
 
-    def __init__(
-        self,
-        kind: Concentration,
-        dim: int,
-        *,
-        scale: float | None = None,
-        minimum: float = 0.0,
-        maximum: float | None = None,
-        link: Link = "quadratic",
-        gain: float = 4.0,
-        hidden: int = 512,
-        value: float | None = None,
-        frozen: bool = False,
-    ) -> None:
-        self.kind, self.dim = kind, dim
-        self.scale = float(dim - 1) if scale is None else scale
-        # A constant needs no gradient, but may be small.
-        self.link: Link = "softplus" if kind == "constant" else link
-        self.gain = gain / math.sqrt(hidden) if self.link == "quadratic" else 1.0
-        self.initial = self._inverse(_INITIAL_CONCENTRATION) / self.gain if scale is None else None
-        self._apart = frozen or kind == "detached"
-        self._shared: nn.Module | None = None
-        if kind == "constant":
-            if value is None:
-                raise InputError("concentration_value: None is not accepted; constant needs it")
-            kappa = (dim - 1) * value
-            if kappa <= minimum:
-                raise InputError(
-                    f"concentration_value: {value} is not accepted; {dim - 1} times it must be "
-                    f"above concentration_min, {minimum}"
-                )
-            self._shared = _Constant(self._raw(kappa - minimum))
-        elif kind == "global":
-            self._shared = _Global((self.initial or 0.0) * self.gain, self.gain)
-        self._bound: UpperBound | None = None
-        if maximum is not None:
-            if maximum <= minimum:
-                raise InputError(
-                    f"concentration_max: {maximum} is not accepted; it must be above "
-                    f"concentration_min, {minimum}"
-                )
-            least = minimum + self.scale * LEAST_ROOT * (1 + LEAST_ROOT / 2)
-            if self.link == "quadratic" and maximum <= least:
-                raise InputError(
-                    f"concentration_max: {maximum} is not accepted; the link quadratic has kappa "
-                    f"from {least:.4g} on"
-                )
-            self._bound = UpperBound(dim, self._raw(maximum - minimum))
+    def raw(kappa: float) -> float:
+        return inverse_link((kappa - form.minimum) / form.scale, form.link) / form.gain
 
-    def __call__(self, hidden: int) -> list[nn.Module]:
-        """The layers of one predictor; predictors share a constant or global concentration."""
+    shared: nn.Module | None = None
+    if kind == "constant":
+        if value is None or (dim - 1) * value <= form.minimum:
+            raise InputError(
+                f"concentration_value: {value} is not accepted; {dim - 1} times it must be above "
+                f"concentration_min, {form.minimum}"
+            )
+        shared = _Constant(raw((dim - 1) * value))
+    elif kind == "global":
+        shared = _Global(initial * form.gain, form.gain)
+    bound: list[nn.Module] = []
+    if maximum is not None:
+        quadratic = form.link == "quadratic"
+        least = form.minimum + quadratic * form.scale * LEAST_ROOT * (1 + LEAST_ROOT / 2)
+        if maximum <= least:
+            raise InputError(
+                f"concentration_max: {maximum} is not accepted; it must be above {least:.4g}, the "
+                f"least kappa with concentration_min {form.minimum} and the link {form.link}"
+            )
+        bound = [UpperBound(dim, raw(maximum))]
+
+    def build(hidden: int) -> list[nn.Module]:
         last: nn.Module
-        if self._shared is not None:
-            last = SplitHead(hidden, self.dim, self._shared)
-        elif self._apart:
-            mean = padded_linear(hidden, self.dim)
+        if shared is not None:
+            last = SplitHead(hidden, dim, shared)
+        elif frozen or kind == "detached":
             # Without a random number, so that the layers made after it are SimSiam's; it learns
             # from zero as well.
             concentration = nn.utils.skip_init(nn.Linear, hidden, 1)
             nn.init.zeros_(concentration.weight)
-            nn.init.constant_(concentration.bias, self.initial or 0.0)
-            last = SplitHead(hidden, self.dim, concentration, mean)
+            nn.init.constant_(concentration.bias, initial)
+            last = SplitHead(hidden, dim, concentration)
         else:
-            last = padded_linear(hidden, self.dim + 1)
-            if self.initial is not None:
+            last = padded_linear(hidden, dim + 1)
+            if start:
                 with torch.no_grad():
-                    last.bias[self.dim] = self.initial
-        return [last] if self._bound is None else [last, self._bound]
+                    last.bias[dim] = initial
+        return [last, *bound]
 
-    def _raw(self, kappa: float) -> float:
-        """The raw concentration whose link is kappa / scale."""
-        return self._inverse(kappa / self.scale) / self.gain
-
-    def _inverse(self, y: float) -> float:
-        return inverse_softplus(y) if self.link == "softplus" else inverse_quadratic(y)
+    return build
 
 
 class SplitHead(nn.Module):
@@ -136,15 +109,12 @@ class SplitHead(nn.Module):
         hidden: H.
         dim: D.
         concentration: maps (..., H), detached, to (..., 1).
-        mean: the linear layer (H, at least D columns); None for a new one.
     """
 
-    def __init__(
-        self, hidden: int, dim: int, concentration: nn.Module, mean: nn.Linear | None = None
-    ) -> None:
+    def __init__(self, hidden: int, dim: int, concentration: nn.Module) -> None:
         super().__init__()
         self.dim = dim
-        self.mean = padded_linear(hidden, dim) if mean is None else mean
+        self.mean = padded_linear(hidden, dim)
         self.concentration = concentration
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -198,28 +168,10 @@ class UpperBound(nn.Module):
         return torch.cat((mean, bounded, rest), dim=-1)
 
 
-def shuffled(prediction: Tensor, dim: int) -> Tensor:
-    """Predictions (B, W) in which each sample has the raw concentration of the one B // 2 before.
-
-    The fixed shift can be replayed by a CUDA graph and repeated by a resumed run. The order of the
-    samples in a batch is random.
-    """
-    raw = prediction[:, dim:].roll(len(prediction) // 2, 0)
-    return torch.cat((prediction[:, :dim], raw), dim=1)
-
-
-def direction_detached(prediction: Tensor, dim: int) -> Tensor:
-    """Predictions (B, W) whose mean direction takes no gradient."""
-    return torch.cat((prediction[:, :dim].detach(), prediction[:, dim:]), dim=1)
-
-
-def inverse_softplus(y: float) -> float:
-    """The x with log(1 + exp(x)) = y > 0, without overflow for large y and exact for small y."""
-    return y + math.log(-math.expm1(-y))
-
-
-def inverse_quadratic(y: float) -> float:
-    """The x that the link "quadratic" maps to y, at least that of its bound."""
+def inverse_link(y: float, link: Link) -> float:
+    """The x that the link maps to y > 0; for "quadratic" at least that of its bound."""
+    if link == "softplus":  # without overflow for large y and exact for small y
+        return y + math.log(-math.expm1(-y))
     return 2 * y / (math.sqrt(1 + 2 * y) + 1)
 
 

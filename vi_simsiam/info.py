@@ -25,8 +25,7 @@ _PACKAGES = ("torch", "torchvision", "triton", "numpy")
 
 
 def facts() -> dict[str, Any]:
-    """The content of `vi-simsiam info` as plain JSON types; `why` is null for a backend that is
-    available."""
+    """The content of `vi-simsiam info` as plain JSON types."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backends = {}
     for name in BACKENDS:
@@ -53,9 +52,8 @@ def home(backend: str) -> str:
     return "cuda"
 
 
-def report(found: dict[str, Any] | None = None) -> str:
-    """The text of `vi-simsiam info`: of `found`, or of `facts`."""
-    found = facts() if found is None else found
+def report(found: dict[str, Any]) -> str:
+    """The text of `vi-simsiam info` for its `facts`."""
     device = found["device"]
     lines = [
         f"vi-simsiam   {found['vi-simsiam']}",
@@ -72,8 +70,7 @@ def report(found: dict[str, Any] | None = None) -> str:
 
 
 def describe_device(device: torch.device) -> str:
-    """One line about a device: its name, memory, compute capability and driver, or the CPU's cores
-    and threads."""
+    """A GPU's name, memory and compute capability, or the CPU's threads and SIMD, in one line."""
     if device.type != "cuda":
         threads = counted(torch.get_num_threads(), "thread")
         simd = torch.backends.cpu.get_cpu_capability()

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -23,13 +24,7 @@ from vi_simsiam.config import Concentration, Link, Stem, TrainConfig
 from vi_simsiam.distributions import PowerSpherical, widen
 from vi_simsiam.errors import InputError
 from vi_simsiam.functional import cosine_loss
-from vi_simsiam.heads import (
-    ConcentrationHead,
-    SplitHead,
-    direction_detached,
-    padded_linear,
-    shuffled,
-)
+from vi_simsiam.heads import SplitHead, concentration_head, padded_linear
 from vi_simsiam.normalisation import Head, PerView, PerViewBatchNorm1d, count_batches
 from vi_simsiam.ops.multiview_loss import LossForm, multiview_loss
 
@@ -284,24 +279,29 @@ class VISimSiam(SimSiam):
         predictor_hidden: int = 512,
         **others: Any,
     ) -> None:
-        head = ConcentrationHead(
+        # A constant needs no gradient, but may be small.
+        link: Link = "softplus" if concentration == "constant" else concentration_link
+        # Of H features after BatchNorm and ReLU two samples share H/6 of a squared length of H/2,
+        # so that a step of SGD moves the column H/6 times as far as a parameter, and with momentum
+        # kappa oscillates about its best value. With a gain of 4 / sqrt(H) the raw concentration
+        # moves 16/6 times as far; with 2 it is as steady, but separates samples so slowly that
+        # kappa is less well calibrated after a short training.
+        gain = concentration_gain / math.sqrt(predictor_hidden) if link == "quadratic" else 1.0
+        scale = dim - 1.0 if concentration_scale is None else concentration_scale
+        form = LossForm("power_spherical", scale, concentration_min, link=link, gain=gain)
+        head = concentration_head(
             concentration,
             dim,
-            scale=concentration_scale,
-            minimum=concentration_min,
+            form,
+            start=concentration_scale is None,
             maximum=concentration_max,
-            link=concentration_link,
-            gain=concentration_gain,
-            hidden=predictor_hidden,
             value=concentration_value,
             frozen=frozen,
         )
         super().__init__(backbone, dim=dim, predictor_hidden=predictor_hidden, head=head, **others)
         self.parametrisation = concentration
         """Where the raw concentration comes from."""
-        self.form = LossForm(
-            "power_spherical", head.scale, concentration_min, link=head.link, gain=head.gain
-        )
+        self.form = form
         self.cosine_weight = cosine_weight
         if frozen:
             self.freeze()
@@ -333,13 +333,18 @@ class VISimSiam(SimSiam):
         likelihood's alone. "shuffled" concentrations are exchanged in training mode. Minimise this
         scalar: with the link "quadratic" do not negate it.
         """
-        predictions, direct = output.predictions, None
+        predictions, direct, dim = output.predictions, None, self.dim
         if self.parametrisation == "detached":
-            means = [x[:, : self.dim] for x in predictions]
-            direct = cosine_loss(means, output.targets, backend=backend)
-            predictions = tuple(direction_detached(x, self.dim) for x in predictions)
+            direct = cosine_loss([x[:, :dim] for x in predictions], output.targets, backend=backend)
+            predictions = tuple(
+                torch.cat((x[:, :dim].detach(), x[:, dim:]), 1) for x in predictions
+            )
         elif self.parametrisation == "shuffled" and self.training:
-            predictions = tuple(shuffled(x, self.dim) for x in predictions)
+            # A fixed shift can be replayed by a CUDA graph and repeated by a resumed run; the order
+            # of the samples in a batch is random.
+            predictions = tuple(
+                torch.cat((x[:, :dim], x[:, dim:].roll(len(x) // 2, 0)), 1) for x in predictions
+            )
         weight = 0.0 if direct is not None or self.frozen else self.cosine_weight
         form = dataclasses.replace(self.form, factor=loss_scale, cosine=weight)
         loss = multiview_loss(predictions, output.targets, form, backend=backend)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,20 +16,12 @@ from vi_simsiam.ops.multiview_loss import LossForm, Reduction, check_reduction
 class _Loss(nn.Module):
     """Keeps the options of a loss function as attributes of these names."""
 
-    _names: ClassVar[tuple[str, ...]]
-    reduction: Reduction
-    backend: str
-    loss_scale: float
-
-    def __init_subclass__(cls) -> None:
-        cls._names = tuple(inspect.signature(cls).parameters)
-
-    def __init__(self, *, reduction: Reduction, backend: str, **options: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        check_reduction(reduction)
-        check_backend_name(backend)
-        for name, value in {"reduction": reduction, "backend": backend, **options}.items():
-            setattr(self, name, value)
+        check_reduction(options["reduction"])
+        check_backend_name(options["backend"])
+        self._names = tuple(options)
+        self.__dict__.update(options)
 
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._names}
@@ -45,23 +36,13 @@ class PowerSphericalLoss(_Loss):
     """VI-SimSiam's loss, `vi_simsiam.functional.power_spherical_loss` with fixed options.
 
     Args:
-        reduction: "mean" over the batch, or "none".
-        backend: "auto" (the fastest for the device), "eager", "triton", "cuda" or "cpu".
-        concentration_scale, concentration_min, concentration_link, concentration_gain: kappa =
-            concentration_scale * link(concentration_gain * raw) + concentration_min. With the link
+        reduction, backend, concentration_scale, concentration_min, concentration_link,
+            concentration_gain, cosine_weight, loss_scale: as `power_spherical_loss`. With the link
             "quadratic" the result must not be negated.
-        cosine_weight: weight of SimSiam's loss, `cosine_loss`, which is added; at least 0.
-        loss_scale: factor on the Power Spherical loss, positive.
 
     Raises:
         InputError: an option that is not accepted.
     """
-
-    concentration_scale: float
-    concentration_min: float
-    concentration_link: Link
-    concentration_gain: float
-    cosine_weight: float
 
     def __init__(
         self,
@@ -121,9 +102,7 @@ class CosineLoss(_Loss):
     """SimSiam's loss, `vi_simsiam.functional.cosine_loss` with fixed options.
 
     Args:
-        reduction: "mean" over the batch, or "none".
-        backend: "auto" (the fastest for the device), "eager", "triton", "cuda" or "cpu".
-        loss_scale: factor on the loss, positive.
+        reduction, backend, loss_scale: as `cosine_loss`.
 
     Raises:
         InputError: an option that is not accepted.

@@ -73,7 +73,7 @@ def pack(arguments: list[str]) -> int:
             console=Console(soft_wrap=True),
         )
         for image in unreadable:
-            print(one_line(f"left out: {image.path} ({image.reason})"))
+            print(one_line(f"left out: {image}"))
         images = counted(len(source) - len(unreadable), "image")
         print(f"written: {path} ({images}, {path.stat().st_size / 1e6:,.1f} MB)")
     return 0
@@ -87,11 +87,8 @@ def views(arguments: list[str]) -> int:
 
     from vi_simsiam.data.contact_sheet import contact_sheet
     from vi_simsiam.data.defaults import sized, suited, suited_size
-    from vi_simsiam.data.sources import Unreadable, left_out
     from vi_simsiam.engine.checkpoint import write_atomically
 
-    if options.images < 1:
-        raise InputError(f"images: {options.images} must be at least 1")
     suffix = options.out.suffix.lower()
     if suffix not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"out: {options.out} must end in .png, .jpg, .jpeg or .webp")
@@ -100,12 +97,9 @@ def views(arguments: list[str]) -> int:
     size = options.augment.size if fixed else suited_size(source)
     start = sized(start, size) if name else suited(TrainConfig(), source, size=size).augment
     options = parse("views", _Views, arguments, default=_Views(augment=start))
-    failures: list[Unreadable] = []
-    sheet = contact_sheet(
-        source, options.augment, images=options.images, seed=options.seed, skipped=failures.append
-    )
-    for text in (*source.notes, *([left_out(failures)] if failures else [])):
-        warnings.warn(text, ImageWarning, stacklevel=2)
+    for note in source.notes:
+        warnings.warn(note, ImageWarning, stacklevel=2)
+    sheet = contact_sheet(source, options.augment, images=options.images, seed=options.seed)
     factor = max(1, _LEAST_SHOWN // options.augment.size)
     shown = sheet.resize((sheet.width * factor, sheet.height * factor), Image.Resampling.NEAREST)
     kind = Image.registered_extensions()[suffix]

@@ -28,12 +28,12 @@ def experiment(arguments: list[str]) -> int:
     from vi_simsiam.experiments.catalogue import plan
     from vi_simsiam.experiments.deaths import summarise_deaths
     from vi_simsiam.experiments.figures import draw
-    from vi_simsiam.experiments.runner import RESULTS, run_experiment
-    from vi_simsiam.experiments.tables import MARKDOWN, summarise
+    from vi_simsiam.experiments.runner import MARKDOWN, RESULTS, run_experiment
+    from vi_simsiam.experiments.tables import summarise
 
     out = options.out or Path("runs") / "experiments" / options.name
     again = shlex.join(["vi-simsiam", "experiment", *arguments])
-    code = run_experiment(plan(options.name, options), out, options, again=again)
+    code = run_experiment(plan(options.name, options), out, options, again)
     if any((out / RESULTS).glob("*.json")):
         if options.name == "deaths":
             print(summarise_deaths(out))

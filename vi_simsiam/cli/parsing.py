@@ -15,7 +15,7 @@ from unittest import mock
 
 import tyro
 
-from vi_simsiam.cli.commands import BENCHMARKS, COMMANDS
+from vi_simsiam.cli import BENCHMARKS, COMMANDS
 from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.paths import user_path
 
@@ -134,18 +134,15 @@ def _expand_home(value: Any, name: str = "") -> Any:
 
 
 def _about(command: str) -> str:
-    name, _, benchmark = command.partition(" ")
-    about = BENCHMARKS[benchmark][1] if benchmark else COMMANDS[name][1]
+    _, _, benchmark = command.partition(" ")
+    about = BENCHMARKS[benchmark][1] if benchmark else COMMANDS[command][1]
     first = about if about.startswith(("kNN", "k-")) else about[:1].upper() + about[1:]
     return f"{first.removesuffix('.')}."
 
 
 def _message(command: str, box: str) -> str:
-    """Return the message in tyro's box of title, message, a rule, and advice.
-
-    Options that the advice names are appended. If standard output cannot print lines the box has
-    none, except for rules of hyphens, one of them below the title.
-    """
+    """Return the message in tyro's box of title, message, a rule, and advice."""
+    # If standard output cannot print lines, the box has only rules of hyphens, one below the title.
     lines = [line[2:].rstrip(" │") for line in box.splitlines()[1:]]
     lines = lines[1:] if lines and set(lines[0]) == {"-"} else lines
     rule = next((i for i, line in enumerate(lines) if set(line) <= set("─╰╯- ")), len(lines))

@@ -10,9 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from vi_simsiam.cli.config_file import read_settings, updated
 from vi_simsiam.cli.parsing import given, parse
-from vi_simsiam.config import LEAST_SIZE, AugmentConfig, TrainConfig, policy, preset
+from vi_simsiam.config import (
+    LEAST_SIZE,
+    AugmentConfig,
+    TrainConfig,
+    policy,
+    preset,
+    read_settings,
+    updated,
+)
 from vi_simsiam.errors import InputError
 from vi_simsiam.paths import user_path
 from vi_simsiam.text import counted
@@ -76,28 +83,6 @@ class _Train:
     """Print warnings and results only."""
 
 
-@dataclass(frozen=True)
-class _Start:
-    """Starting point that the options change."""
-
-    config: TrainConfig
-    settings: dict[str, Any]
-    """Those of --config."""
-    views: AugmentConfig | None
-    """Those of --policy."""
-    fitted: bool
-    """True if settings that are not given are fitted to the images."""
-
-    @property
-    def default(self) -> _Train:
-        """Defaults before the images are known; if fitted, so loose that no option contradicts."""
-        config = self.config
-        if self.fitted:
-            augment = dataclasses.replace(config.augment, local_size=LEAST_SIZE)
-            config = dataclasses.replace(config, epochs=_MANY_EPOCHS, augment=augment)
-        return _Train(updated(config, self.settings))
-
-
 def train(arguments: list[str]) -> int:
     """Train one run, or several."""
     if {"-h", "--help"} & set(arguments):
@@ -106,8 +91,11 @@ def train(arguments: list[str]) -> int:
     if "--help-all" in arguments:
         parse("train", _Train, ["--help"], default=_Train(TrainConfig()))
         return 0
-    start = _starting_point(arguments)
-    options = parse("train", _Train, arguments, default=start.default)
+    config, settings, fitted = _starting_point(arguments)
+    if fitted:  # once the images are known; until then no option may contradict
+        augment = dataclasses.replace(config.augment, local_size=LEAST_SIZE)
+        config = dataclasses.replace(config, epochs=_MANY_EPOCHS, augment=augment)
+    options = parse("train", _Train, arguments, default=_Train(updated(config, settings)))
     out, resume = options.out, options.resume
     if resume and out is None:
         raise InputError("resume: say which run with --out")
@@ -131,8 +119,8 @@ def train(arguments: list[str]) -> int:
         with world.main_first():  # the main process downloads the images
             splits = open_splits(options.config, run=out if resume else None)
         config, chosen, unlabelled = options.config, "", ""
-        if start.fitted:
-            config, chosen = _fitted(arguments, start, config, splits, world.size)
+        if fitted:
+            config, chosen = _fitted(arguments, settings, config, splits, world.size)
         if options.evaluate:
             try:
                 labelled_splits(splits)
@@ -179,10 +167,11 @@ def train(arguments: list[str]) -> int:
     return 0
 
 
-def _starting_point(arguments: list[str]) -> _Start:
-    """Read the saved configuration on --resume, else preset, --config and --policy.
+def _starting_point(arguments: list[str]) -> tuple[TrainConfig, dict[str, Any], bool]:
+    """Read the saved configuration on --resume, else that of preset and --policy.
 
-    --policy goes before the settings of --config, except for the sizes.
+    Also return the settings of --config, before which --policy goes except for the sizes, and True
+    if settings that are not given are fitted to the images.
     """
     from vi_simsiam.engine.run import CONFIG, read_config
 
@@ -198,20 +187,22 @@ def _starting_point(arguments: list[str]) -> _Start:
                         f"{option}, resume: only one of them can be given; "
                         "a run goes on with its own settings"
                     )
-            return _Start(read_config(saved), {}, None, fitted=False)
+            return read_config(saved), {}, False
     config = preset(name or "default")
     settings = {} if file is None else read_settings(Path(file))
-    if views is None:
-        return _Start(config, settings, None, fitted=name is None)
-    augment = policy(views)
-    replaced = {field.name for field in dataclasses.fields(augment)} - {"size", "local_size"}
-    settings = {key: value for key, value in settings.items() if key not in replaced}
-    config = dataclasses.replace(config, augment=augment)
-    return _Start(config, settings, augment, fitted=name is None)
+    if views is not None:
+        config = dataclasses.replace(config, augment=policy(views))
+        replaced = set(vars(config.augment)) - {"size", "local_size"}
+        settings = {key: value for key, value in settings.items() if key not in replaced}
+    return config, settings, name is None
 
 
 def _fitted(
-    arguments: list[str], start: _Start, config: TrainConfig, splits: Splits, ranks: int
+    arguments: list[str],
+    settings: dict[str, Any],
+    config: TrainConfig,
+    splits: Splits,
+    ranks: int,
 ) -> tuple[TrainConfig, str]:
     """Fit the settings that are not given to the images; also return a line that names them."""
     from vi_simsiam.data.decoding import median_side
@@ -222,13 +213,13 @@ def _fitted(
     if len(splits.train) < 2:
         raise InputError(f"data: {splits.name} has {images}; training needs at least 2")
     fixed = {
-        name
-        for name in FITTED
-        if name in start.settings or given(arguments, _option(name)) is not None
+        name for name in FITTED if name in settings or given(arguments, _option(name)) is not None
     }
-    if start.views is not None:
+    named_policy = given(arguments, "--policy")
+    views = None if named_policy is None else policy(named_policy)
+    if views is not None:
         fixed |= {"crop_scale", "blur_prob"}
-        if start.views.size != AugmentConfig.size:
+        if views.size != AugmentConfig.size:
             fixed.add("size")
     frozen, size = config.frozen_run, config.augment.size if "size" in fixed else None
     network = read_config(frozen) if frozen and (frozen / CONFIG).is_file() else None
@@ -237,20 +228,20 @@ def _fitted(
     config = suited(
         config,
         splits.train,
-        views=start.views,
+        views=views,
         size=size,
         epochs=config.epochs if "epochs" in fixed else None,
         ranks=ranks,
     )
     if network is not None:  # its weights fit no other model
-        views = dataclasses.replace(
+        augment = dataclasses.replace(
             config.augment,
             local_views=network.augment.local_views,
             local_size=network.augment.local_size,
         )
-        config = dataclasses.replace(config, model=network.model, augment=views)
+        config = dataclasses.replace(config, model=network.model, augment=augment)
         fixed |= {"size", "stem", "dim"}
-    default = _Train(updated(config, start.settings))
+    default = _Train(updated(config, settings))
     config = parse("train", _Train, arguments, default=default).config
     if config.augment.local_views == 0:
         fixed.add("local_size")
@@ -260,7 +251,7 @@ def _fitted(
         return config, ""
     side = median_side(splits.train)
     pixels = f" of {side} pixels" if side else ""
-    named = given(arguments, "--data") or "data" in start.settings
+    named = given(arguments, "--data") or "data" in settings
     embedded = "" if named else ", the embedded images"
     line = f"settings that suit {splits.name}{embedded} ({images}{pixels}): {' '.join(chosen)}"
     return config, line

@@ -1,17 +1,23 @@
-"""`vi-simsiam embed|rank|export`: a trained run on your images, and its weights for other tools."""
+"""`vi-simsiam embed|rank|export`: a trained run on your images, and its weights for other tools.
+
+`vi-simsiam info|bench`: the installation, and benchmarks.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
 
+from vi_simsiam.cli import BENCHMARKS
 from vi_simsiam.cli.parsing import RunPath, SourceOptions, parse
 from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.paths import user_path
@@ -84,6 +90,14 @@ class _Export:
     """Where downloaded data sets are; None for the run's own."""
 
 
+@dataclass(frozen=True)
+class _Info:
+    json: bool = False
+    """Print it as JSON, for programs."""
+    check: bool = False
+    """Also check each kernel and a training step against a reference; exit code 1 on an error."""
+
+
 def embed(arguments: list[str]) -> int:
     """Write a run's representations of images as a Parquet file."""
     options = parse("embed", _Embed, arguments)
@@ -130,7 +144,8 @@ def rank(arguments: list[str]) -> int:
     listing, picture = out.with_name(f"{out.name}.csv"), out.with_name(f"{out.name}.png")
     _check_free([listing, picture], options.overwrite)
 
-    from vi_simsiam.inference.rank import draw_ranking, save_picture, write_ranking
+    from vi_simsiam.engine.checkpoint import write_atomically
+    from vi_simsiam.inference.embed import draw_ranking, write_ranking
     from vi_simsiam.models import VISimSiam
 
     encoder, source, collect = _open(options)
@@ -142,7 +157,7 @@ def rank(arguments: list[str]) -> int:
     table = collect(source, embeddings=False)
     drawn = draw_ranking(table, encoder.model.dim, options.k)
     write_ranking(table, listing)
-    save_picture(drawn, picture)
+    write_atomically(picture, lambda file: drawn.save(file, format="PNG", optimize=True))
     print(_written(listing, table))
     print(f"written: {picture}")
     return 0
@@ -152,10 +167,8 @@ def export(arguments: list[str]) -> int:
     """Write a run's weights, settings and model card."""
     options = parse("export", _Export, arguments)
 
-    from vi_simsiam.export import FORMATS, export_run
+    from vi_simsiam.export import export_run
 
-    if options.format not in FORMATS:
-        raise none_of("format", options.format, FORMATS)
     run = _run_to_export(options)
     folder = export_run(run, options.format, options.out, overwrite=options.overwrite, report=print)
     print(f"written: {folder}")
@@ -220,3 +233,44 @@ def _source(images: str, options: _Images, decode: DecodeConfig, *, train: bool)
 def _written(path: Path, table: Table) -> str:
     skipped = f", {len(table.skipped):,} skipped" if table.skipped else ""
     return f"written: {path} ({counted(len(table.indices), 'image')}{skipped})"
+
+
+def info(arguments: list[str]) -> int:
+    """Print versions, devices and backends."""
+    options = parse("info", _Info, arguments)
+
+    from vi_simsiam.info import facts, report
+
+    def show(text: str, end: str = "\n") -> None:
+        if not options.json:
+            print(text, end=end, flush=True)  # a check may take long to compile, or end the process
+
+    found = facts()
+    show(report(found))
+    checks = []
+    if options.check:
+        from vi_simsiam.self_check import check, planned, summary
+
+        for name, prepare in planned(found["backends"]):
+            show(f"{name:46} ", end="")
+            checks.append(check(name, prepare))
+            show(checks[-1].verdict())
+        show(summary(checks))
+        found["checks"] = [asdict(finding) for finding in checks]
+    if options.json:
+        print(json.dumps(found, indent=2))
+    return int(any(finding.passed is False for finding in checks))
+
+
+def bench(arguments: list[str]) -> int:
+    """Run a benchmark."""
+    name, *rest = arguments or [""]
+    if name in ("-h", "--help"):
+        print(f"usage: vi-simsiam bench {'|'.join(BENCHMARKS)} [OPTIONS]\n")
+        print("\n".join(f"  {name:10}{about}" for name, (_, about) in BENCHMARKS.items()))
+        return 0
+    if name not in BENCHMARKS:
+        raise none_of("bench", name or "nothing", BENCHMARKS)
+    benchmark: Any = importlib.import_module(f"vi_simsiam.benchmarks.{BENCHMARKS[name][0]}")
+    outcome = benchmark.run(parse(f"bench {name}", benchmark.Options, rest))
+    return outcome if isinstance(outcome, int) else 0

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vi_simsiam.data.batches import Batch
 from vi_simsiam.data.device import DeviceFeed
 from vi_simsiam.data.loader import MultiViewLoader
+from vi_simsiam.data.views import Batch
 
 __all__ = ["Batch", "DeviceFeed", "MultiViewLoader"]

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from filelock import FileLock
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -35,15 +34,21 @@ from vi_simsiam.data.packed import (
     FORMAT_VERSION,
     Contents,
     PackedImages,
-    PackError,
     PackWriter,
     open_pack,
 )
-from vi_simsiam.data.pixels import Losses
-from vi_simsiam.data.sources import ArraySource, ImageSource, Unreadable, check_readable
+from vi_simsiam.data.pixels import Loss, loss_lines
+from vi_simsiam.data.sources import ArraySource, ImageSource, Unreadable
 from vi_simsiam.errors import ImageWarning, InputError, is_full
 from vi_simsiam.paths import printable, user_path
 from vi_simsiam.text import counted, print_line
+
+try:
+    import fcntl
+except ImportError:  # Windows removes no file that another process has open
+    fcntl = None  # type: ignore[assignment]
+
+_TOLERATED_SHARE = 0.01
 
 
 def cached(
@@ -74,13 +79,16 @@ def cached(
         packed = in_memory(source, workers=workers, console=console)
         return packed, list(packed.unreadable)
     folder = cache_folder() if cache_dir is None else user_path("cache_dir", cache_dir)
-    path = folder / f"{_file_name(source.name)}-{fingerprint[:12]}.pack"
+    # The last two parts of a name or path, in characters of every file system.
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(Path(source.name).parts[-2:])).strip("-.")
+    path = folder / f"{readable[-80:] or 'images'}-{fingerprint[:12]}.pack"
     images: PackedImages | None = None
     try:
         images = open_pack(path, fingerprint=fingerprint)
-    except PackError as error:
+    except InputError as error:
         if os.path.lexists(path):
-            _print(console, f"cache: {path} {error.reason}; decoding the images again")
+            reason = str(error).removeprefix("pack: ")
+            _print(console, f"cache: {reason}; decoding the images again")
     if images is None:
         _write(source, path, fingerprint, "cache_dir", None, workers, console)
         images = open_pack(path, fingerprint=fingerprint, verify=False)
@@ -126,12 +134,7 @@ def pack(
 def in_memory(
     source: ImageSource, *, workers: int | None = None, console: Console | None = None
 ) -> PackedImages:
-    """Return the images of a source decoded in memory; RGB arrays are not copied.
-
-    Raises:
-        InputError: more than 1 % of the images cannot be read.
-        TrainingError: a process that decodes was killed.
-    """
+    """Return the images of a source decoded in memory, see `cached`; RGB arrays are not copied."""
     if isinstance(source, PackedImages):
         return source
     if isinstance(source, ArraySource):
@@ -144,8 +147,7 @@ def in_memory(
         )
     pixels = bytearray()
     mean = bytes_per_image(source)
-    _print(console, f"{_announcement(source, mean)}, into memory")
-    contents = _decode(source, pixels.extend, mean, None, workers, console)
+    contents = _decode(source, pixels.extend, "memory", mean, None, workers, console)
     return PackedImages(np.frombuffer(pixels, np.uint8), contents)
 
 
@@ -176,12 +178,6 @@ def _fingerprint(source: ImageSource, shorter_side: int | None) -> str | None:
     return hashlib.blake2b(key, digest_size=20).hexdigest()
 
 
-def _file_name(name: str) -> str:
-    """The last two parts of a source's name or path, in characters of every file system."""
-    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(Path(name).parts[-2:])).strip("-.")
-    return readable[-80:] or "images"
-
-
 def _write(
     source: ImageSource,
     path: Path,
@@ -193,32 +189,32 @@ def _write(
 ) -> Contents:
     """Decode into a pack file. `option` is the argument that gives the path, for messages."""
     mean = bytes_per_image(source, shorter_side)
-    needed = f"the decoded images of {source.name} need about {_size(source, mean)}"
+    size = round(mean * len(source))
+    needed = f"the decoded images of {source.name} need about {decimal(size)}"
     elsewhere = f"name another place with --{option.replace('_', '-')}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path.parent).free
-        if mean * len(source) > free:
+        if size > free:
             raise InputError(
                 f"{option}: {needed}, {path.parent} has {decimal(free)} free; {elsewhere}"
             )
-        _print(console, f"{_announcement(source, mean)}, into {path}")
         with _replacing(path) as file:
             writer = PackWriter(file)
-            contents = _decode(source, writer.append, mean, shorter_side, workers, console)
+            contents = _decode(source, writer.append, path, mean, shorter_side, workers, console)
             writer.finish(contents, fingerprint)
     except OSError as error:
+        problem = f"{path} cannot be written ({error.strerror or error})"
         if is_full(error):
-            raise InputError(f"{option}: {path.parent} is full, {needed}; {elsewhere}") from error
-        raise InputError(
-            f"{option}: {path} cannot be written ({error.strerror or error}); {elsewhere}"
-        ) from error
+            problem = f"{path.parent} is full, {needed}"
+        raise InputError(f"{option}: {problem}; {elsewhere}") from error
     return contents
 
 
 def _decode(
     source: ImageSource,
     write: Callable[[bytes], object],
+    place: Path | str,
     mean_bytes: float,
     shorter_side: int | None,
     workers: int | None,
@@ -228,19 +224,39 @@ def _decode(
     sizes: list[tuple[int, int]] = []
     kept: list[int] = []
     unreadable: list[Unreadable] = []
-    losses = Losses()
+    losses: list[Loss] = []
     written = 0
+    images, size = counted(len(source), "image"), decimal(round(mean_bytes * len(source)))
+    _print(console, f"decoding {source.name}: {images}, about {size}, into {place}")
     chunks = decode(source, workers=workers, shorter_side=shorter_side, mean_bytes=mean_bytes)
-    with contextlib.closing(chunks), _progress(source, console) as advance:
+    terminal = console if console is not None and console.is_terminal else Console(quiet=True)
+    # Drawn by this thread: workers may be forked while another one runs.
+    bar = Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+        console=terminal,
+        auto_refresh=False,
+        disable=terminal.quiet,
+    )
+    with contextlib.closing(chunks), bar:
+        task = bar.add_task("", total=len(source))
         for chunk in chunks:
             write(chunk.pixels)
             written += len(chunk.pixels)
             sizes += chunk.sizes
             kept += chunk.kept
             unreadable += chunk.unreadable
-            losses.merge(chunk.losses)
-            advance(len(chunk.kept) + len(chunk.unreadable), written)
-    check_readable(source, unreadable)
+            losses += chunk.losses
+            done = len(kept) + len(unreadable)
+            bar.update(task, completed=done, description=decimal(written), refresh=True)
+    if len(unreadable) > _TOLERATED_SHARE * len(source):
+        first = "; ".join(map(str, unreadable[:3])) + ", ..." * (len(unreadable) > 3)
+        raise InputError(
+            f"{source.name}: {len(unreadable):,} of {images} cannot be read, at most 1 % may be: "
+            f"{first}"
+        )
     heights, widths = np.array(sizes, np.int32).reshape(-1, 2).T
     return Contents(
         source.name,
@@ -251,7 +267,7 @@ def _decode(
         places=[source.describe(index) for index in kept],
         unreadable=unreadable,
         decode=source.decode,
-        notes=losses.lines(source.name),
+        notes=loss_lines(source.name, losses),
     )
 
 
@@ -259,61 +275,35 @@ def _decode(
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that replaces `path` once it is complete on the disk, or is removed on an error.
 
-    A lock that ends with this process marks the file as being written.
+    A lock that ends with this process marks the file as being written. Where locks are refused or
+    not implemented, as in some network file systems, what killed processes left stays.
     """
-    for other in path.parent.glob(f".{glob.escape(path.name)}.*.lock"):
-        with _without_locks(), FileLock(other, timeout=0):
-            other.with_suffix("").unlink(missing_ok=True)  # a killed process left it
-            other.unlink()
+    for other in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        with contextlib.suppress(OSError), open(other, "rb+") as file:
+            _lock(file)
+            if other.stat().st_size:  # else it is new, and may have no lock yet
+                other.unlink()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    lock = temporary.with_name(f"{temporary.name}.lock")
     try:
-        with contextlib.ExitStack() as stack:
-            with _without_locks():
-                stack.enter_context(FileLock(lock, timeout=0))
-            with open(temporary, "xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
+        with open(temporary, "xb") as file:
+            with contextlib.suppress(OSError):
+                _lock(file)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            if fcntl is not None:  # still locked, so that no other build removes it
+                os.replace(temporary, path)
+        if fcntl is None:
             os.replace(temporary, path)
     finally:
-        for each in (temporary, lock):
-            with contextlib.suppress(OSError):  # it would hide another error
-                each.unlink()
+        with contextlib.suppress(OSError):  # it would hide another error
+            temporary.unlink()
 
 
-@contextlib.contextmanager
-def _without_locks() -> Iterator[None]:
-    """Go on where a lock is held, refused or not implemented, as in some network file systems."""
-    # filelock warns, older releases raise NotImplementedError; its Timeout is an OSError.
-    with contextlib.suppress(OSError, NotImplementedError), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@contextlib.contextmanager
-def _progress(source: ImageSource, console: Console | None) -> Iterator[Callable[[int, int], None]]:
-    """Give a function of the images just decoded and all bytes so far; a bar on a terminal."""
-    if console is None or not console.is_terminal:
-        yield lambda images, written: None
-        return
-    size = TextColumn("{task.fields[size]}")
-    columns = (BarColumn(), MofNCompleteColumn(), size, TimeRemainingColumn())
-    # Drawn by this thread: workers may be forked while another one runs.
-    with Progress(*columns, console=console, auto_refresh=False) as progress:
-        task = progress.add_task("", total=len(source), size="")
-        yield lambda images, written: progress.update(
-            task, advance=images, size=decimal(written), refresh=True
-        )
-
-
-def _size(source: ImageSource, mean_bytes: float) -> str:
-    return decimal(round(mean_bytes * len(source)))
-
-
-def _announcement(source: ImageSource, mean_bytes: float) -> str:
-    images = counted(len(source), "image")
-    return f"decoding {source.name}: {images}, about {_size(source, mean_bytes)}"
+def _lock(file: IO[bytes]) -> None:
+    """Lock an open file until it is closed. Raises OSError if another process has."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _print(console: Console | None, line: str) -> None:

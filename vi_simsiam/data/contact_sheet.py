@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import Tensor
 
-from vi_simsiam import config
 from vi_simsiam.checks import require
 from vi_simsiam.config import AugmentConfig
-from vi_simsiam.data.pixels import Losses
-from vi_simsiam.data.sources import ImageSource, Unreadable, UnreadableError
+from vi_simsiam.data.pixels import loss_lines, losses
+from vi_simsiam.data.sources import ImageSource, Unreadable, UnreadableError, left_out
 from vi_simsiam.data.views import GLOBAL_VIEWS, draw_table
 from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, eager_augment
@@ -33,41 +30,33 @@ _COLUMNS = 8
 
 
 def contact_sheet(
-    source: ImageSource,
-    policy: AugmentConfig | str,
-    *,
-    images: int = 8,
-    seed: int = 0,
-    epoch: int = 0,
-    skipped: Callable[[Unreadable], object] | None = None,
+    source: ImageSource, policy: AugmentConfig, *, images: int = 8, seed: int = 0
 ) -> Image.Image:
     """Draw one row for each image: the original in a global view's square, then all its views.
 
-    Args:
-        source: the images; those shown are spread evenly over it. In place of an unreadable image
-            the next one is shown.
-        policy: the random views, or the name of a policy.
-        images: number of rows, at least 1; no more than there are readable images.
-        seed: of the views. With `epoch` and the image's number it gives the views of training,
-            which counts the readable images only.
-        epoch: of the views.
-        skipped: called with every unreadable image, for example a list's `append`.
+    Images are spread evenly over the source; in place of an unreadable one the next is shown.
+    ImageWarnings name unreadable images, and losses in decoding those shown.
 
-    An ImageWarning names the losses in decoding those shown.
+    Args:
+        source: the images.
+        policy: the random views.
+        images: number of rows, at least 1; no more than there are readable images.
+        seed: of the views. With the image's number it gives the views of the first epoch of
+            training, which counts the readable images only.
 
     Raises:
-        InputError: numbers out of range, an unknown policy, or no image that can be read.
+        InputError: `images` is below 1, or no image can be read.
     """
-    if isinstance(policy, str):
-        policy = config.policy(policy)
     require("images", images, images >= 1, "at least 1")
-    if not len(source):
-        raise InputError(f"source: {source.name} has no images")
-    chosen = _readable(source, min(images, len(source)), skipped or (lambda entry: None))
-    losses = Losses()
-    for _, image in chosen:
-        losses.add(image)
-    for text in losses.lines(source.name):
+    chosen, failed = _readable(source, min(images, len(source)))
+    if not chosen:
+        reason = f": {failed[0]}" if failed else ""
+        raise InputError(
+            f"source: {source.name} has {counted(len(source), 'image')}, but none that can be "
+            f"read{reason}"
+        )
+    lost = [loss for _, image in chosen for loss in losses(image)]
+    for text in (*([left_out(failed)] if failed else []), *loss_lines(source.name, lost)):
         warnings.warn(text, ImageWarning, stacklevel=2)
     sizes = [policy.size] * GLOBAL_VIEWS + [policy.local_size] * policy.local_views
     cell = policy.size
@@ -82,22 +71,25 @@ def contact_sheet(
         table = draw_table(
             policy,
             seed=seed,
-            epoch=epoch,
+            epoch=0,
             samples=np.array([index]),
             heights=np.array([image.height]),
             widths=np.array([image.width]),
         )
         for size, parameters in zip(sizes, table, strict=True):
             view = eager_augment(pixels, torch.from_numpy(parameters[None]), size)[0, 0]
-            sheet.paste(Image.fromarray(_bytes(view)), (left, top))
+            colours = view.permute(1, 2, 0) * torch.tensor(IMAGENET_STD)
+            colours = colours + torch.tensor(IMAGENET_MEAN)
+            levels = colours.mul(255).round().clamp(0, 255).to(torch.uint8)
+            sheet.paste(Image.fromarray(levels.numpy()), (left, top))
             left += size + _GAP
     return sheet
 
 
 def _readable(
-    source: ImageSource, count: int, skipped: Callable[[Unreadable], object]
-) -> list[tuple[int, Image.Image]]:
-    """Up to `count` readable images spread evenly over a source, with their numbers, in order."""
+    source: ImageSource, count: int
+) -> tuple[list[tuple[int, Image.Image]], list[Unreadable]]:
+    """Up to `count` numbered images spread evenly over a source, and the unreadable ones met."""
     found: dict[int, Image.Image] = {}
     failed: dict[int, Unreadable] = {}
     for first in np.arange(count) * len(source) // count:
@@ -109,24 +101,14 @@ def _readable(
                 break
             except UnreadableError as error:
                 failed[index] = error.entry
-                skipped(error.entry)
-    if not found:
-        path, reason = failed[0]
-        images = counted(len(source), "image")
-        raise InputError(
-            f"source: {source.name} has {images}, but none that can be read: {path} ({reason})"
-        )
-    return sorted(found.items())
+    return sorted(found.items()), list(failed.values())
 
 
 def thumbnails(groups: Sequence[tuple[str, Sequence[tuple[Image.Image, str]]]]) -> Image.Image:
-    """Draw groups of images: a title, then rows of eight squares with a caption under each.
+    """Draw groups of images, each a title and (image in mode RGB, caption) of every image.
 
     Every image is cut to a square of 112 pixels around its centre; smaller images are enlarged
-    without smoothing.
-
-    Args:
-        groups: title, and (image in mode RGB, caption) of every image, at least one in all.
+    without smoothing. There are eight in a row.
     """
     title_font, caption_font = _font("DejaVuSans-Bold", 15), _font("DejaVuSans", 12)
     title_height, caption_height = 28, 20
@@ -157,10 +139,3 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     """A font that comes with matplotlib: Pillow's own has no Greek letters."""
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")
     return ImageFont.truetype(str(path), size)
-
-
-def _bytes(view: Tensor) -> NDArray[np.uint8]:
-    """A normalised view (3, s, s) as (s, s, 3) uint8."""
-    colours = view.permute(1, 2, 0) * torch.tensor(IMAGENET_STD) + torch.tensor(IMAGENET_MEAN)
-    array: NDArray[np.uint8] = colours.mul(255).round().clamp(0, 255).to(torch.uint8).numpy()
-    return array

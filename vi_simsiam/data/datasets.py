@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import tarfile
 import tempfile
-import zlib
 from dataclasses import dataclass
-from http.client import HTTPException
 from importlib import resources
 from pathlib import Path
 
@@ -21,7 +18,7 @@ from vi_simsiam.config import NAMED_DATA, DecodeConfig, data_spec
 from vi_simsiam.data.files import find_images, is_image, list_folder
 from vi_simsiam.data.packed import open_pack
 from vi_simsiam.data.sources import ArraySource, FileSource, ImageSource
-from vi_simsiam.downloads import patience
+from vi_simsiam.downloads import downloading
 from vi_simsiam.errors import InputError, did_you_mean
 from vi_simsiam.paths import user_path
 
@@ -48,7 +45,7 @@ _WORDNET_NAMES = {
 }  # fmt: skip
 """Class folders of ImageNette and ImageWoof are named by WordNet number."""
 
-_DOWNLOAD_ERRORS = (OSError, RuntimeError, EOFError, HTTPException, tarfile.TarError, zlib.error)
+_RECOGNISED = "an unpacked copy is recognised as {}, and folder:PATH takes any other"
 
 
 @dataclass(frozen=True)
@@ -127,19 +124,22 @@ def open_dataset(
     if path.is_file() and is_image(os.fspath(path)):
         raise InputError(f"data: {spec} is an image; give the folder that it lies in")
     spec = data_spec(spec)
+    kind, _, place = spec.partition(":")
     if spec == "fashion-mini":
         return _fashion_mini()
-    if spec.startswith("folder:") and spec != "folder:":
-        return _folder(Path(spec.removeprefix("folder:")), spec, decode)
-    if spec.startswith("pack:") and spec != "pack:":
-        path = Path(spec.removeprefix("pack:"))
-        val = validation_pack(path)
-        packed = open_pack(path)
+    if kind == "folder" and place:
+        return _folder(Path(place), spec, decode)
+    if kind == "pack" and place:
+        path = Path(place)
+        val, packed = validation_pack(path), open_pack(path)
         if decode not in (DecodeConfig(), packed.decode):
+            held, asked = (
+                ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(each).items())
+                for each in (packed.decode, decode)
+            )
             raise InputError(
-                f"background, value_range, frames: {path} holds images decoded with "
-                f"{_words(packed.decode)}, and {_words(decode)} is asked for; "
-                "leave these options out, or pack the images again"
+                f"background, value_range, frames: {path} holds images decoded with {held}, and "
+                f"{asked} is asked for; leave these options out, or pack the images again"
             )
         return Splits(spec, packed, open_pack(val) if val.exists() else None)
     if spec == "cifar10":
@@ -149,10 +149,6 @@ def open_dataset(
     raise InputError(
         f"data: {spec!r} is not there; it must be {ACCEPTED}{did_you_mean(spec, NAMED_DATA)}"
     )
-
-
-def _words(decode: DecodeConfig) -> str:
-    return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(decode).items())
 
 
 def validation_pack(path: Path) -> Path:
@@ -181,7 +177,7 @@ def _folder(path: Path, spec: str, decode: DecodeConfig) -> Splits:
     train, val = _images(train_folder, decode), None
     read = [train_folder.name]
     if val_folder is not None and train.labels is not None:
-        val = _images(val_folder, decode, required=False)
+        val = _images(val_folder, decode)
         read.append(val_folder.name)
     inside = {e.name for e in list_folder(path) if os.path.isdir(e.path) or is_image(e.path)}
     if beside := inside - set(read):
@@ -190,11 +186,6 @@ def _folder(path: Path, spec: str, decode: DecodeConfig) -> Splits:
         if val_folder is not None and val is None:
             note += f"; validation needs class folders in {read[0]}/ and {val_folder.name}/"
         train.notes += (f"{train_folder}: {note}",)
-    if val is not None and val.labels is None:
-        raise InputError(
-            f"{val_folder}: holds no class folders, {train_folder} does; "
-            "give it the same ones or none"
-        )
     if val is not None and val.classes != train.classes:
         names, others = set(train.classes or ()), set(val.classes or ())
         raise InputError(
@@ -218,15 +209,10 @@ def _part(folder: Path, names: tuple[str, ...]) -> Path | None:
     return found[0] if found else None
 
 
-def _images(
-    folder: Path, decode: DecodeConfig, *, labelled: bool = True, required: bool = True
-) -> FileSource:
-    """All images in a folder, with its class folders as classes if it has any.
-
-    Raises InputError for images beside class folders, and if `required` for no image at all.
-    """
+def _images(folder: Path, decode: DecodeConfig, *, labelled: bool = True) -> FileSource:
+    """All images in a folder, with its class folders as classes if it has any."""
     found = find_images(folder)
-    if required and not found.paths:
+    if not found.paths:
         raise InputError(f"{folder}: holds no image that Pillow opens. {found.note()}".rstrip())
     inside = functools.partial(os.path.relpath, start=folder)
     homes = [inside(path).split(os.sep) for path in found.paths]
@@ -270,16 +256,16 @@ def _cifar10(root: Path, download: bool, decode: DecodeConfig) -> Splits:
     original = root / CIFAR10.base_folder
     if not original.is_dir() and (found := _unpacked("cifar10", root, decode)) is not None:
         return found
-    # torchvision checks the MD5 of every file of an unpacked copy and downloads only if one fails.
-    try:
-        with patience():
-            data = [CIFAR10(os.fspath(root), train, download=download) for train in (True, False)]
-    except _DOWNLOAD_ERRORS as error:
-        folders = f"{original} or {root / 'cifar10'}"
+    read = functools.partial(CIFAR10, os.fspath(root))
+    copies = f"{original} or {root / 'cifar10'}"
+    try:  # torchvision checks the MD5 of every file
+        data = [read(train) for train in (True, False)]
+    except RuntimeError as error:
         if not download:
-            message = f"cifar10: no complete copy in {folders}, and downloading is off"
+            message = f"cifar10: no complete copy in {copies}, and downloading is off"
             raise InputError(message) from error
-        raise _download_failed("cifar10", CIFAR10.url, error, folders) from error
+        with downloading("cifar10", CIFAR10.url, _RECOGNISED.format(copies)):
+            data = [read(train, download=True) for train in (True, False)]
     parts = []
     for part, name in zip(data, ("cifar10/train", "cifar10/val"), strict=True):
         labels = np.asarray(part.targets, dtype=np.int64)
@@ -295,10 +281,10 @@ def _imagenet_subset(name: str, root: Path, download: bool, decode: DecodeConfig
         places = ", ".join(os.fspath(root / folder) for folder in published.folders)
         raise InputError(f"{name}: no copy found (looked for {places}), and downloading is off")
     folder = published.folders[0]
-    try:
+    with downloading(name, published.url, _RECOGNISED.format(root / folder)):
         root.mkdir(parents=True, exist_ok=True)
         # Unpacked aside and moved at the end, so that an interruption leaves no incomplete copy.
-        with patience(), tempfile.TemporaryDirectory(prefix=f".{folder}-", dir=root) as aside:
+        with tempfile.TemporaryDirectory(prefix=f".{folder}-", dir=root) as aside:
             download_and_extract_archive(
                 published.url,
                 os.fspath(root),
@@ -307,13 +293,11 @@ def _imagenet_subset(name: str, root: Path, download: bool, decode: DecodeConfig
                 remove_finished=True,
             )
             os.rename(Path(aside) / folder, root / folder)
-    except _DOWNLOAD_ERRORS as error:
-        raise _download_failed(name, published.url, error, os.fspath(root / folder)) from error
     return _imagenet_subset(name, root, False, decode)
 
 
 def _unpacked(name: str, root: Path, decode: DecodeConfig) -> Splits | None:
-    """Return the first unpacked copy under `root`, if any. Raises InputError if incomplete."""
+    """The first unpacked copy under `root`, if any. Raises InputError if it is incomplete."""
     published = _PUBLISHED[name]
     folder = next((root / each for each in published.folders if (root / each).is_dir()), None)
     if folder is None:
@@ -327,11 +311,3 @@ def _unpacked(name: str, root: Path, decode: DecodeConfig) -> Splits | None:
             f"complete it, remove it, or use folder:{folder} to take it as it is"
         )
     return splits
-
-
-def _download_failed(name: str, url: str, error: Exception, folders: str) -> InputError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return InputError(
-        f"{name}: {url} could not be downloaded ({reason}); "
-        f"an unpacked copy is recognised as {folders}, and folder:PATH takes any other"
-    )

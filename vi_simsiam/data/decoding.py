@@ -6,16 +6,15 @@ import contextlib
 import functools
 import os
 import pickle
-import warnings
 from collections.abc import Generator
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from vi_simsiam.data.pixels import Losses
+from vi_simsiam.data.pixels import Loss, losses
 from vi_simsiam.data.sources import FileSource, ImageSource, Unreadable, UnreadableError
-from vi_simsiam.data.workers import MANY_WORKERS, results, worker_loader
+from vi_simsiam.data.workers import results
 from vi_simsiam.errors import InputError
 
 _SAMPLED = 64
@@ -33,11 +32,9 @@ class Chunk(NamedTuple):
     sizes: list[tuple[int, int]]
     """Height and width of each image."""
     kept: list[int]
-    """Numbers of these images in the source."""
+    """Numbers of these images in the source; the others are `unreadable`."""
     unreadable: list[Unreadable]
-    """Images that could not be decoded."""
-    losses: Losses
-    """Losses in decoding the others."""
+    losses: list[Loss]
 
 
 def bytes_per_image(source: ImageSource, shorter_side: int | None = None) -> float:
@@ -76,14 +73,12 @@ def decode(
     shorter_side: int | None = None,
     mean_bytes: float = 0.0,
 ) -> Generator[Chunk, None, None]:
-    """Decode all images in order.
-
-    About 16 MiB for each worker are held at once, whatever the number of images.
+    """Decode all images in order; about 16 MiB for each worker are held at once.
 
     Args:
         source: the images. A source that cannot be pickled is decoded in this process.
         workers: processes; None for one per available CPU core. 0 and 1 decode in this process.
-        shorter_side: see `fitted`; None for images as they are.
+        shorter_side: see `fitted`.
         mean_bytes: about the bytes of one image, from `bytes_per_image`.
 
     Raises:
@@ -97,10 +92,8 @@ def decode(
     workers = min(cores() if workers is None else workers, len(chunks))
     if workers == 1 or not (workers and _can_be_pickled(source)):
         workers = 0
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", MANY_WORKERS)
-        loader = worker_loader(functools.partial(_decode, source, shorter_side), chunks, workers)
-    return results(loader, source.name, "decodes", quiet=True)
+    read = functools.partial(_decode, source, shorter_side)
+    return results(read, chunks, workers, source.name, "decodes")
 
 
 def cores() -> int:
@@ -109,7 +102,7 @@ def cores() -> int:
 
 
 def _decode(source: ImageSource, shorter_side: int | None, chunk: range) -> Chunk:
-    parts, sizes, kept, unreadable, losses = [], [], [], [], Losses()
+    parts, sizes, kept, unreadable, lost = [], [], [], [], list[Loss]()
     for index in chunk:
         try:
             image = source.image(index)
@@ -119,13 +112,13 @@ def _decode(source: ImageSource, shorter_side: int | None, chunk: range) -> Chun
         except UnreadableError as error:
             unreadable.append(error.entry)
             continue
-        losses.add(image)
+        lost += losses(image)
         if (width, height) != image.size:
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         parts.append(image.tobytes())
         sizes.append((height, width))
         kept.append(index)
-    return Chunk(b"".join(parts), sizes, kept, unreadable, losses)
+    return Chunk(b"".join(parts), sizes, kept, unreadable, lost)
 
 
 def _can_be_pickled(source: ImageSource) -> bool:

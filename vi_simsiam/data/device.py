@@ -8,30 +8,28 @@ contain it.
 from __future__ import annotations
 
 import math
+import sys
 import time
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vi_simsiam.checks import choice, require
-from vi_simsiam.config import AugmentConfig, DataMemory
-from vi_simsiam.data.batches import Batch, Schedule
+from vi_simsiam.config import DataMemory
 from vi_simsiam.data.packed import PackedImages
-from vi_simsiam.data.transfers import Transfers, find_device
-from vi_simsiam.data.views import GLOBAL_VIEWS, add_offsets
+from vi_simsiam.data.views import GLOBAL_VIEWS, Batch, Schedule, add_offsets
 from vi_simsiam.data.workers import PATIENCE, no_answer
-from vi_simsiam.errors import InputError, TrainingError, UserError
+from vi_simsiam.errors import InputError
 from vi_simsiam.ops.augment import TABLE_COLUMNS, Column, augment
+from vi_simsiam.text import counted
 
 _SEGMENT_BYTES = 2**21
 """Table rows drawn at once: long arrays for numpy, but a short delay of the first step."""
-_UPLOAD_BYTES = 2**24
 _SLOTS = 4
 """Steps whose image bytes are on the device or on their way: the present step and three ahead."""
 _GATHER_THREADS = 4
@@ -50,41 +48,32 @@ class DeviceFeed:
     works the same way, without streams.
 
     Args:
-        images, policy, batch_size, seed, rank, world_size: see `Schedule`.
+        schedule: the batches.
         device: device of the batches.
         dtype: of the views: float32 or bfloat16.
         memory: "gpu", "host", or "auto": "gpu" if the images take at most half of the device's
             free memory.
         backend: of `ops.augment.augment`.
-        segment: steps whose table rows are drawn at once; None for as many as fit in about 2 MB.
 
     Raises:
-        InputError: numbers out of range, or images that do not fit in the device's memory.
+        InputError: images that do not fit in the device's memory.
     """
 
     def __init__(
         self,
-        images: PackedImages,
-        policy: AugmentConfig,
+        schedule: Schedule,
+        device: torch.device,
         *,
-        batch_size: int,
-        seed: int = 0,
-        device: torch.device | str = "cuda",
         dtype: torch.dtype = torch.float32,
         memory: DataMemory = "auto",
-        rank: int = 0,
-        world_size: int = 1,
         backend: str = "auto",
-        segment: int | None = None,
     ) -> None:
-        self.schedule = Schedule(
-            images, policy, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size
-        )
-        self.images, self.policy = images, policy
+        self.schedule = schedule
+        self.images, self.policy = schedule.images, schedule.policy
         self.dtype, self.backend = dtype, backend
-        self.steps_per_epoch = self.schedule.steps_per_epoch
-        self._transfers = Transfers(find_device(device))
-        self.device = self._transfers.device
+        self.steps_per_epoch = schedule.steps_per_epoch
+        self.device = device
+        self._transfers = Transfers(device)
         self.memory = self._choose_memory(memory)
         """Place of the images: "gpu" or "host"."""
         self.waited = 0.0
@@ -95,10 +84,12 @@ class DeviceFeed:
         self._next = -1
 
         self._slots: list[_Slot] = []
-        self._pixels = self._upload() if self.memory == "gpu" else self._make_slots()
+        if self.memory == "gpu":
+            self._pixels = byte_tensor(self.images.pixels).to(device)
+        else:
+            self._pixels = self._make_slots()
         shape = (self.schedule.views, self.schedule.rows, TABLE_COLUMNS)
-        steps = segment or _segment_steps(4 * math.prod(shape), self.steps_per_epoch)
-        self._segment_steps = steps
+        steps = self._segment_steps = max(1, _SEGMENT_BYTES // (4 * math.prod(shape)))
         # Rows that name one pixel, for a counter that is ahead of what was loaded.
         self._ring = torch.zeros((2 * steps, *shape), dtype=torch.int32, device=self.device)
         self._ring[..., Column.STRIDE] = 3
@@ -116,10 +107,8 @@ class DeviceFeed:
         """Queue the transfer of all data that step `step` needs, on the current stream.
 
         Raises:
-            InputError: a negative step, or an image that cannot be read.
-            TrainingError: the data could not be prepared for another reason.
+            TrainingError: a disk does not answer.
         """
-        require("step", step, step >= 0, "at least 0")
         try:
             if step != self._next:
                 self._restart(step)
@@ -163,7 +152,6 @@ class DeviceFeed:
         return list(views.unbind(0))
 
     def _choose_memory(self, memory: DataMemory) -> DataMemory:
-        check_memory(memory)
         needed, free = len(self.images.pixels), self._transfers.free_memory()
         if memory == "auto":
             return "gpu" if needed <= free // 2 else "host"
@@ -174,23 +162,6 @@ class DeviceFeed:
                 'memory="host" (--data-memory host) streams them'
             )
         return memory
-
-    def _upload(self) -> Tensor:
-        """Copy all images' bytes to the device: (bytes,) uint8."""
-        source = byte_tensor(self.images.pixels)
-        pixels = torch.empty(len(source), dtype=torch.uint8, device=self.device)
-        chunk = min(_UPLOAD_BYTES, max(1, len(source)))
-        buffers = self._transfers.pinned((2, chunk), torch.uint8)
-        copied: list[Any] = [None, None]
-        for number, start in enumerate(range(0, len(source), chunk)):
-            part = source[start : start + chunk]
-            self._transfers.settle(copied[number % 2])
-            staged = buffers[number % 2, : len(part)].copy_(part)
-            pixels[start : start + chunk].copy_(staged, non_blocking=True)
-            copied[number % 2] = self._transfers.mark()
-        for event in copied:  # nothing may read the buffers when they go
-            self._transfers.settle(event)
-        return pixels
 
     def _make_slots(self) -> Tensor:
         """Allocate slots for `_SLOTS` steps on the host and on the device: (bytes,) uint8."""
@@ -216,7 +187,7 @@ class DeviceFeed:
             self._transfers.settle(event)
         launched = self._transfers.mark()
         for slot in self._slots:
-            slot.step, slot.sent, slot.copied, slot.read = -1, False, None, launched
+            slot.step, slot.gathered, slot.copied, slot.read = -1, None, None, launched
         threads = 1 + _GATHER_THREADS if self._slots else 1
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="vi-simsiam-feed")
         self._segment = -1
@@ -244,14 +215,11 @@ class DeviceFeed:
         launched = self._transfers.mark() if waits else None
         try:
             result = job.result(PATIENCE)
-        except UserError:
-            raise
         except TimeoutError as error:
+            if self._pool is not None:
+                self._pool.shutdown(wait=False, cancel_futures=True)
+                self._pool = None  # `close` would wait
             raise no_answer("data", threads=True) from error
-        except Exception as error:
-            raise TrainingError(
-                f"data: batches cannot be prepared ({type(error).__name__}: {error})"
-            ) from error
         if waits and self._transfers.done(launched):
             self.waited += time.perf_counter() - since
         return result
@@ -291,17 +259,15 @@ class DeviceFeed:
             if ahead > step and not transfers.done(slot.copied):
                 break
             transfers.settle(slot.copied)
-            slot.step, slot.sent = ahead, False
-            slot.gathered = pool.submit(self._gather, ahead, slot.host)
+            slot.step, slot.gathered = ahead, pool.submit(self._gather, ahead, slot.host)
         for ahead in range(step, step + _SLOTS):
             slot = self._slots[ahead % _SLOTS]
-            if slot.step != ahead or slot.sent or slot.gathered is None:
+            if slot.step != ahead or slot.gathered is None:
                 continue
             if ahead > step and not slot.gathered.done():
                 continue
-            count = self._await(slot.gathered)
+            count, slot.gathered = self._await(slot.gathered), None
             slot.copied = transfers.copy(slot.device[:count], slot.host[:count], after=slot.read)
-            slot.sent = True
         transfers.wait(self._slots[step % _SLOTS].copied)
 
     def _gather(self, step: int, into: Tensor) -> int:
@@ -316,6 +282,52 @@ class DeviceFeed:
         return count
 
 
+class Transfers:
+    """Page-locked memory and ordered asynchronous copies; on a CPU copies are immediate."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if self.cuda else None
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Allocate host memory that the device can read by itself, not initialised."""
+        return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=self.cuda)
+
+    def free_memory(self) -> int:
+        """Return the bytes that can be allocated on a GPU; a CPU has no limit here."""
+        return torch.cuda.mem_get_info(self.device)[0] if self.cuda else sys.maxsize
+
+    def mark(self) -> Any:
+        """Record an event after the work queued on the current stream so far."""
+        return torch.cuda.current_stream(self.device).record_event() if self.cuda else None
+
+    def copy(self, to: Tensor, given: Tensor, after: Any) -> Any:
+        """Copy beside the current stream, after the event `after`; return the event of its end."""
+        if self.stream is None:
+            to.copy_(given)
+            return None
+        if after is not None:
+            self.stream.wait_event(after)
+        with torch.cuda.stream(self.stream):
+            to.copy_(given, non_blocking=True)
+        return self.stream.record_event()
+
+    def wait(self, event: Any) -> None:
+        """Make the current stream wait for the event."""
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+
+    def settle(self, event: Any) -> None:
+        """Block until the event has happened."""
+        if event is not None:
+            event.synchronize()
+
+    def done(self, event: Any) -> bool:
+        """Return True if the event has happened."""
+        return event is None or bool(event.query())
+
+
 @dataclass
 class _Slot:
     """Memory for the bytes of one step's images, on the host and on the device."""
@@ -325,17 +337,29 @@ class _Slot:
     step: int = -1
     """The step whose bytes it holds or is being filled with."""
     gathered: Future[int] | None = None
-    sent: bool = False
-    """True once the copy to the device has been queued."""
+    """Bytes that a thread has filled in; None once the copy to the device has been queued."""
     copied: Any = None
     """Event: the copy to the device is complete."""
     read: Any = None
     """Event: the previous step that used the slot has read it."""
 
 
-def check_memory(memory: str) -> None:
-    """Raise InputError unless `memory` is one of `config.DataMemory`."""
-    choice("memory", memory, get_args(DataMemory))
+def find_device(name: torch.device | str) -> torch.device:
+    """Return the CPU or a CUDA device with its number. Raises InputError if it does not exist."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device: {str(name)!r} is none of cpu, cuda, cuda:N")
+    if device.type == "cpu":
+        return device
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        found = counted(count, "CUDA device")
+        raise InputError(f"device: {str(name)!r} is not here ({found} found)")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.device("cuda", index)
 
 
 def byte_tensor(pixels: NDArray[np.uint8]) -> Tensor:
@@ -343,11 +367,6 @@ def byte_tensor(pixels: NDArray[np.uint8]) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
         return torch.from_numpy(pixels)
-
-
-def _segment_steps(step_bytes: int, steps_per_epoch: int) -> int:
-    steps = max(1, _SEGMENT_BYTES // step_bytes)
-    return steps if steps < steps_per_epoch else steps - steps % steps_per_epoch
 
 
 def _sizes(images: PackedImages, samples: NDArray[np.int64] | slice) -> NDArray[np.int64]:

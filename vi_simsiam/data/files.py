@@ -8,7 +8,6 @@ import importlib
 import os
 import stat
 from collections import Counter, deque
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from PIL import Image
@@ -65,16 +64,15 @@ def find_images(folder: str | os.PathLike[str]) -> Found:
     when it is read. Raises InputError if a folder cannot be listed.
     """
     root = os.fspath(folder)
+    real_root = os.path.realpath(root)
     paths: list[str] = []
     passed_over: Counter[str] = Counter()
     repeated: list[tuple[str, str]] = []
-    # A link to a folder that holds this one would give the images beside it, too.
-    above = set(_above(os.path.realpath(root)))
     seen: dict[tuple[int, int], str] = {}
     folders, links = deque([root]), deque[str]()
 
     def is_new(path: str, status: os.stat_result) -> bool:
-        first = seen.setdefault(_identity(status), path)
+        first = seen.setdefault((status.st_dev, status.st_ino), path)
         if first not in (path, root):
             repeated.append((path, first))
         return first == path
@@ -98,31 +96,32 @@ def find_images(folder: str | os.PathLike[str]) -> Found:
     while folders or links:
         if not folders:
             path = links.popleft()
-            if os.path.isdir(path):
-                folders.append(path)
-            else:
+            if not os.path.isdir(path):
                 take(path)
+            # A link to a folder that holds this one would give the images beside it, too.
+            elif not real_root.startswith(os.path.join(os.path.realpath(path), "")):
+                folders.append(path)
             continue
         place = folders.popleft()
-        with _listing(place):
-            status = os.stat(place)
-            if _identity(status) in above or not is_new(place, status):
-                continue
-            for entry in list_folder(place):
-                if entry.is_symlink():
-                    links.append(entry.path)
-                elif entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
-                else:
-                    take(entry.path)
+        entries = list_folder(place)
+        for entry in entries if is_new(place, os.stat(place)) else ():
+            if entry.is_symlink():
+                links.append(entry.path)
+            elif entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+            else:
+                take(entry.path)
     paths.sort(key=lambda path: path[len(root) :].split(os.sep))
     return Found(paths, passed_over, repeated)
 
 
 def list_folder(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
     """Return the visible entries of a folder by name. Raises InputError if it cannot be listed."""
-    with _listing(folder), os.scandir(os.fspath(folder)) as entries:
-        visible = [entry for entry in entries if not entry.name.startswith(".")]
+    try:
+        with os.scandir(os.fspath(folder)) as entries:
+            visible = [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be listed ({error.strerror})") from error
     return sorted(visible, key=lambda entry: entry.name)
 
 
@@ -165,23 +164,3 @@ def _suffix(path: str) -> str:
 def _kind(suffix: str) -> str:
     needed = _PLUGIN_OF.get(suffix)
     return f"{suffix} (pip install {needed} to read them)" if needed else suffix or "without suffix"
-
-
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
-
-
-def _above(folder: str) -> Iterator[tuple[int, int]]:
-    """Identities of the folders above a folder, as far as they can be reached."""
-    while (parent := os.path.dirname(folder)) != folder:
-        with contextlib.suppress(OSError):
-            yield _identity(os.stat(parent))
-        folder = parent
-
-
-@contextlib.contextmanager
-def _listing(folder: str | os.PathLike[str]) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be listed ({error.strerror})") from error

@@ -1,36 +1,40 @@
 """Batches of random views for training, and batches in order for evaluation.
 
 On a CPU worker processes prepare the views, on a GPU the device itself does (see `data.device`);
-either way a batch is the same function of (seed, epoch, step), see `data.batches`.
+either way a batch is the same function of (seed, epoch, step), see `data.views`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from vi_simsiam.checks import require
+from vi_simsiam.checks import choice, require
 from vi_simsiam.config import AugmentConfig, DataMemory
 from vi_simsiam.config import policy as named_policy
-from vi_simsiam.data.batches import Batch, Schedule
 from vi_simsiam.data.cache import cached
 from vi_simsiam.data.decoding import cores
-from vi_simsiam.data.device import DeviceFeed, byte_tensor, check_memory
+from vi_simsiam.data.device import DeviceFeed, byte_tensor, find_device
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource, as_source
-from vi_simsiam.data.transfers import find_device
-from vi_simsiam.data.views import GLOBAL_VIEWS, add_offsets, eval_square, normalised
-from vi_simsiam.data.workers import results, worker_loader
+from vi_simsiam.data.views import (
+    GLOBAL_VIEWS,
+    Batch,
+    Schedule,
+    add_offsets,
+    eval_square,
+    normalised,
+)
+from vi_simsiam.data.workers import Workers, results
 from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.ops.augment import eager_augment
 from vi_simsiam.text import counted
@@ -54,7 +58,8 @@ class MultiViewLoader:
         batch_size: images in the batch of all ranks together.
         device: device of the batches: "cpu", "cuda" or "cuda:N".
         seed: key of the order and of every view.
-        workers: processes that prepare views on a CPU; None for `default_workers`, 0 with a GPU.
+        workers: processes that prepare views on a CPU; None for cores // 4, at most
+            16, and 0 with a GPU.
         dtype: of the views: float32 or bfloat16.
         memory: place of the images with a GPU: "gpu", "host", or "auto": "gpu" if they fit well.
         rank: this process among `world_size`; its rows are [rank * B / N, (rank + 1) * B / N).
@@ -82,8 +87,12 @@ class MultiViewLoader:
         backend: str = "auto",
     ) -> None:
         device = find_device(device)
-        check_memory(memory)
-        _check_sizes(batch_size, 0 if workers is None else workers)
+        choice("memory", memory, get_args(DataMemory))
+        if workers is None:
+            # They share the cores with the network's threads, and a thread that waits at a barrier
+            # for one that a worker has displaced spins: workers pay only where cores are idle.
+            workers = 0 if device.type == "cuda" else min(cores() // 4, 16)
+        _check_sizes(batch_size, workers)
         if dtype not in (torch.float32, torch.bfloat16):
             raise InputError(f"dtype: {dtype} is neither torch.float32 nor torch.bfloat16")
         if device.type == "cpu" and backend not in ("auto", "eager"):
@@ -94,31 +103,28 @@ class MultiViewLoader:
         self.source = _packed(source)
         """The images that can be read; `Batch.index` counts these."""
         self.batch_size = batch_size
-        share = {"batch_size": batch_size, "seed": seed, "rank": rank, "world_size": world_size}
-        schedule = Schedule(self.source, policy, **share)
+        self._schedule = Schedule(
+            self.source,
+            policy,
+            batch_size=batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+        )
         self.feed: DeviceFeed | None = None
         """Makes the batches on a CUDA device; None on a CPU."""
         self._side: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self.feed = DeviceFeed(
-                self.source,
-                policy,
-                device=device,
-                dtype=dtype,
-                memory=memory,
-                backend=backend,
-                **share,
+                self._schedule, device, dtype=dtype, memory=memory, backend=backend
             )
             self._side = torch.cuda.Stream(device)
             self.feed.record_stream(self._side)  # an epoch may be left with a batch on its way
-        self.steps_per_epoch = schedule.steps_per_epoch
+        self.steps_per_epoch = self._schedule.steps_per_epoch
         """Batches in an epoch; the images left over come in other epochs."""
-        if workers is None:
-            workers = 0 if self.feed else default_workers()
         self.workers = workers
-        self._steps = _EpochSteps(schedule)
         self._dtype = dtype
-        self._loader: DataLoader[Any] | None = None
+        self._workers: Workers | None = None
         self._next_epoch = 0
         self._runs = 0
 
@@ -168,11 +174,11 @@ class MultiViewLoader:
             )
 
     def _from_workers(self, epoch: int, start: int) -> Iterator[Batch]:
-        self._steps.epoch, self._steps.start = epoch, start
-        if self._loader is None:
-            make = functools.partial(_make_views, self._steps.schedule, self._dtype)
-            self._loader = worker_loader(make, self._steps, self.workers, keep=True)
-        for views, index in results(self._loader):
+        if self._workers is None:
+            make = functools.partial(_make_views, self._schedule, self._dtype)
+            self._workers = Workers(make, self.workers)
+        steps = ((epoch, step) for step in range(start, self.steps_per_epoch))
+        for views, index in self._workers.results(steps):
             sizes = (torch.from_numpy(x).view(self._dtype).permute(0, 1, 4, 2, 3) for x in views)
             yield Batch([view for each in sizes for view in each], torch.from_numpy(index))
 
@@ -205,18 +211,11 @@ class MultiViewLoader:
 
     def close(self) -> None:
         """End the workers and threads. Another epoch would start new ones."""
-        self._loader = None
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
         if self.feed is not None:
             self.feed.close()
-
-
-def default_workers() -> int:
-    """Return the number of processes that prepare views on a CPU: cores // 4, at most 16.
-
-    They share the cores with the network's threads, and a thread that waits at a barrier for one
-    that a worker has displaced spins: workers pay only where the network leaves cores idle.
-    """
-    return min(cores() // 4, 16)
 
 
 def eval_loader(
@@ -245,7 +244,7 @@ def eval_pixels(
     count = len(source)
     ranges = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     read = functools.partial(_read_squares, source, eval_square(size))
-    return results(worker_loader(read, ranges, workers))
+    return results(read, ranges, workers)
 
 
 def _packed(source: ImageSource | Dataset[Any]) -> PackedImages:
@@ -262,31 +261,24 @@ def _check_sizes(batch_size: int, workers: int) -> None:
     require("workers", workers, workers >= 0, "at least 0")
 
 
-class _EpochSteps(Sampler[tuple[int, NDArray[np.int64]]]):
-    """The steps of the present epoch as (epoch, images of the batch), for persistent workers."""
-
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
-        self.epoch, self.start = 0, 0
-
-    def __iter__(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        for samples in self.schedule.samples(self.epoch, self.start, self.schedule.steps_per_epoch):
-            yield self.epoch, samples
-
-
 def _make_views(
-    schedule: Schedule, dtype: torch.dtype, key: tuple[int, NDArray[np.int64]]
+    schedule: Schedule, dtype: torch.dtype, epoch_and_step: tuple[int, int]
 ) -> tuple[list[NDArray[np.uint8]], NDArray[np.int64]]:
     """Bytes of the global views (2, B, h, w, 3), of the local ones if any, and the images (B,)."""
-    epoch, samples = key
+    epoch, step = epoch_and_step
+    samples = schedule.samples(epoch, step, step + 1)[0]
     images, policy = schedule.images, schedule.policy
     table = schedule.table(epoch, samples)
     add_offsets(table, images.offsets[samples])
     pixels, rows = byte_tensor(images.pixels), torch.from_numpy(table)
-    with _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # operations on single views are too short to share
+    try:
         views = [eager_augment(pixels, rows[:GLOBAL_VIEWS], policy.size, dtype)]
         if policy.local_views:
             views.append(eager_augment(pixels, rows[GLOBAL_VIEWS:], policy.local_size, dtype))
+    finally:
+        torch.set_num_threads(threads)
     # As bytes, since numpy has no bfloat16, and in the order that they have in memory.
     content = [each.permute(0, 1, 3, 4, 2).view(torch.uint8).numpy() for each in views]
     return content, samples.copy()
@@ -300,14 +292,3 @@ def _read_squares(
     if source.labels is None:
         return images, np.full(len(indices), -1)
     return images, source.labels[indices.start : indices.stop].copy()
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep torch to one thread, since operations on single views are too short to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

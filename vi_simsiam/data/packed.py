@@ -48,12 +48,8 @@ _READ_BYTES = 1 << 22
 _DTYPES = dict(pixels="u1", offsets="<i8", heights="<i4", widths="<i4", places="u1", labels="<i8")
 
 
-class Checksums:
-    """CRC-32 of every 64 MiB of the bytes appended, and of the rest.
-
-    Args:
-        whole: checksums of the first pieces of 64 MiB, where they are known already.
-    """
+class _Checksums:
+    """CRC-32 of every 64 MiB of the bytes appended, and of the rest; `whole` are known already."""
 
     def __init__(self, whole: Sequence[int] = ()) -> None:
         self._whole = list(whole)
@@ -61,11 +57,9 @@ class Checksums:
 
     @property
     def values(self) -> list[int]:
-        """One for each piece; the last may be shorter than 64 MiB."""
         return [*self._whole, self._last] if self._filled else list(self._whole)
 
     def append(self, view: memoryview) -> None:
-        """Add bytes."""
         while len(view):
             part = view[: _CHECKED_BYTES - self._filled]
             self._last = zlib.crc32(part, self._last)
@@ -74,21 +68,6 @@ class Checksums:
             if self._filled == _CHECKED_BYTES:
                 self._whole.append(self._last)
                 self._last = self._filled = 0
-
-
-class PackError(InputError):
-    """A file cannot be used as a pack; `reason` is worded to follow the file's path."""
-
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path, self.reason = path, reason
-
-    def __str__(self) -> str:
-        return f"pack: {self.path} {self.reason}"
-
-
-class _Flaw(Exception):
-    """The reason of a PackError, where the path is not known."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +91,7 @@ class Contents:
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     """Settings by which files became pixels."""
     notes: Sequence[str] = ()
-    """Losses in decoding, see `data.pixels.Losses`."""
+    """Losses in decoding, see `data.pixels.loss_lines`."""
 
     __repr__ = brief_repr
 
@@ -134,27 +113,24 @@ class PackedImages(ImageSource):
     def __init__(self, pixels: NDArray[np.uint8], contents: Contents) -> None:
         bounds = _bounds(contents.heights, contents.widths)
         if len(pixels) != bounds[-1]:
-            raise InputError(
-                f"pixels: {counted(len(pixels), 'byte')} do not fit heights and widths"
-            )
+            problem = f"{counted(len(pixels), 'byte')} do not fit heights and widths"
+            raise InputError(f"pixels: {problem}")
         self.pixels = _read_only(pixels)
         """(bytes,) uint8, read-only."""
         self.offsets = _read_only(bounds[:-1])
         """(N,) int64: first byte of each image."""
         self.heights = _read_only(np.ascontiguousarray(contents.heights, np.int32))
-        """(N,) int32, in pixels."""
         self.widths = _read_only(np.ascontiguousarray(contents.widths, np.int32))
-        """(N,) int32, in pixels."""
-        self.name = contents.name
-        self.unreadable = tuple(contents.unreadable)
-        """Images of the original source that were left out, and why."""
-        self.decode, self.notes = contents.decode, tuple(contents.notes)
+        self.name, self.decode = contents.name, contents.decode
+        self.unreadable, self.notes = tuple(contents.unreadable), tuple(contents.notes)
         self.path: Path | None = None
         """The file that holds the pixels; None in memory."""
         self.checksum = 0
         """Checksum of the file's header, which holds the others; 0 in memory."""
         self._whole_checksums: Sequence[int] = ()
         self._places: Sequence[str] | NDArray[np.uint8] = contents.places
+        self._whole_name = contents.name
+        self._indices: NDArray[np.int64] | None = None
         self._label(contents.labels, contents.classes, len(self))
 
     def __len__(self) -> int:
@@ -163,7 +139,19 @@ class PackedImages(ImageSource):
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
         if self.path is None:
             return super().__reduce_ex__(protocol)
-        return _reopen, (self.path, self.checksum)
+        return _reopen, (self.path, self.checksum, self._indices, self.name)
+
+    def take(self, indices: NDArray[np.int64], name: str) -> PackedImages:
+        """Return the images at `indices` (K,), in that order, with the same block of pixels."""
+        part = object.__new__(PackedImages)  # a copy would be made by pickling
+        part.__dict__.update(self.__dict__)
+        part.name = name
+        part.offsets = _read_only(self.offsets[indices])
+        part.heights = _read_only(self.heights[indices])
+        part.widths = _read_only(self.widths[indices])
+        part.labels = None if self.labels is None else self.labels[indices]
+        part._indices = indices if self._indices is None else self._indices[indices]
+        return part
 
     @property
     def warnings(self) -> list[str]:
@@ -186,8 +174,13 @@ class PackedImages(ImageSource):
 
         Most of a file's are read from its header, others are computed from the pixels.
         """
-        checksums = Checksums(self._whole_checksums)
-        checksums.append(self.pixels[len(self._whole_checksums) * _CHECKED_BYTES :].data)
+        checksums = _Checksums(self._whole_checksums if self._indices is None else ())
+        if self._indices is None:
+            checksums.append(self.pixels[len(self._whole_checksums) * _CHECKED_BYTES :].data)
+        else:
+            for index, start in enumerate(self.offsets.tolist()):
+                height, width = self.dimensions(index)
+                checksums.append(self.pixels[start : start + 3 * height * width].data)
         return checksums.values
 
     def describe(self, index: int) -> str:
@@ -196,41 +189,30 @@ class PackedImages(ImageSource):
         if isinstance(self._places, np.ndarray):
             content = self._places.tobytes()
             self._places = content.decode(*_PATH_ENCODING).split("\0") if content else ()
-        return self._places[index] if self._places else f"{self.name}/{index}"
+        index = index if self._indices is None else int(self._indices[index])
+        return self._places[index] if self._places else f"{self._whole_name}/{index}"
 
 
 def _bounds(heights: NDArray[np.int32], widths: NDArray[np.int32]) -> NDArray[np.int64]:
-    """First byte of each image, and the end of the last: (N + 1,) int64."""
-    if heights.shape != widths.shape or heights.ndim != 1:
-        raise InputError(
-            f"heights, widths: shapes {heights.shape} and {widths.shape} must be equal, (N,)"
-        )
-    if len(heights) and min(heights.min(), widths.min()) < 1:
-        raise InputError("heights, widths: every image must be at least 1 x 1 pixels")
-    sizes = 3 * heights.astype(np.int64) * widths
-    return np.concatenate([[0], np.cumsum(sizes)])
+    """First byte of each image, and the end of the last."""
+    return np.concatenate([[0], np.cumsum(3 * heights.astype(np.int64) * widths)])
 
 
 class PackWriter:
-    """Writes a pack file front to back: all pixels with `append`, then the rest with `finish`.
-
-    Args:
-        file: empty, binary and seekable.
-    """
+    """Writes an empty file front to back: all pixels with `append`, then the rest with `finish`."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._sections: dict[str, list[int]] = {}
-        self._checksums = Checksums()
+        self._checksums = _Checksums()
         self.size = file.write(bytes(_PROLOGUE.size))
         """Bytes written so far."""
 
-    def append(self, data: bytes | bytearray | memoryview) -> None:
+    def append(self, data: bytes) -> None:
         """Write bytes of the present section."""
-        view = memoryview(data).cast("B")
-        self._file.write(view)
-        self.size += len(view)
-        self._checksums.append(view)
+        self._file.write(data)
+        self.size += len(data)
+        self._checksums.append(memoryview(data))
 
     def finish(self, contents: Contents, fingerprint: str) -> None:
         """Write all but the pixels. `fingerprint` is "" if the source has none."""
@@ -284,24 +266,24 @@ def open_pack(path: Path, *, fingerprint: str | None = None, verify: bool = True
         verify: compare the checksums of all bytes; the header's are always compared.
 
     Raises:
-        PackError: the file is missing, no pack file, truncated, damaged, of another format version
+        InputError: the file is missing, no pack file, truncated, damaged, of another format version
             or of other images.
     """
     try:
         with open(path, "rb") as file:
             header, checksum = _read_header(file)
             if fingerprint is not None and header["fingerprint"] != fingerprint:
-                raise _Flaw("holds other images")
+                raise InputError("holds other images")
             if verify:
                 _verify(file, header)
             content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         images = _from_sections(content, header)
-    except _Flaw as error:
-        raise PackError(path, str(error)) from None
+    except InputError as error:
+        raise InputError(f"pack: {path} {error}") from None
     except OSError as error:
-        raise PackError(path, f"cannot be read ({error.strerror or error})") from error
+        raise InputError(f"pack: {path} cannot be read ({error.strerror or error})") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PackError(path, "contradicts itself") from error
+        raise InputError(f"pack: {path} contradicts itself") from error
     images.path, images.checksum = path, checksum
     return images
 
@@ -309,29 +291,26 @@ def open_pack(path: Path, *, fingerprint: str | None = None, verify: bool = True
 def _read_header(file: IO[bytes]) -> tuple[dict[str, Any], int]:
     size = os.fstat(file.fileno()).st_size
     prologue = file.read(_PROLOGUE.size)
-    if size == 0:
-        raise _Flaw("is an empty file")
     if not prologue.startswith(_MAGIC):
-        raise _Flaw("is no pack file (vi-simsiam pack writes them)")
-    if len(prologue) < _PROLOGUE.size:
-        raise _Flaw(f"is truncated: {counted(size, 'byte')} of at least {_PROLOGUE.size}")
+        raise InputError("is no pack file (vi-simsiam pack writes them)")
+    if size < _PROLOGUE.size:
+        raise InputError(f"is truncated: {counted(size, 'byte')} of at least {_PROLOGUE.size}")
     _, version, start, length, checksum, own_checksum = _PROLOGUE.unpack(prologue)
     # Before anything else, which another version may have elsewhere.
     if version != FORMAT_VERSION:
-        raise _Flaw(
+        raise InputError(
             f"has format version {version}, this release reads {FORMAT_VERSION}: "
             "pack the images again"
         )
     if zlib.crc32(prologue[:-4]) != own_checksum:
-        raise _Flaw("is damaged: the checksum of its first 64 bytes is wrong")
-    if size < start + length:
-        raise _Flaw(f"is truncated: {counted(size, 'byte')} of {start + length:,}")
-    if size > start + length:
-        raise _Flaw(f"is damaged: {counted(size, 'byte')}, expected {start + length:,}")
+        raise InputError("is damaged: the checksum of its first 64 bytes is wrong")
+    if size != start + length:
+        kind = "truncated" if size < start + length else "damaged"
+        raise InputError(f"is {kind}: {counted(size, 'byte')} of {start + length:,}")
     file.seek(start)
     encoded = file.read(length)
     if zlib.crc32(encoded) != checksum:
-        raise _Flaw("is damaged: the checksum of its header is wrong")
+        raise InputError("is damaged: the checksum of its header is wrong")
     return json.loads(encoded) | {"start": start}, checksum
 
 
@@ -350,7 +329,9 @@ def _verify(file: IO[bytes], header: dict[str, Any]) -> None:
         found = pool.map(checksum, starts)
         for start, actual, expected in zip(starts, found, header["checksums"], strict=True):
             if actual != expected:
-                raise _Flaw(f"is damaged: the checksum of the bytes from {start:,} on is wrong")
+                raise InputError(
+                    f"is damaged: the checksum of the bytes from {start:,} on is wrong"
+                )
 
 
 def _from_sections(content: NDArray[np.uint8], header: dict[str, Any]) -> PackedImages:
@@ -373,16 +354,18 @@ def _from_sections(content: NDArray[np.uint8], header: dict[str, Any]) -> Packed
     if header["checked_bytes"] == _CHECKED_BYTES:  # the first begins where the pixels do
         images._whole_checksums = header["checksums"][: len(images.pixels) // _CHECKED_BYTES]
     if len(images) != header["count"] or not np.array_equal(images.offsets, sections["offsets"]):
-        raise _Flaw("contradicts itself")
+        raise ValueError
     return images
 
 
-def _reopen(path: Path, checksum: int) -> PackedImages:
+def _reopen(
+    path: Path, checksum: int, indices: NDArray[np.int64] | None, name: str
+) -> PackedImages:
     """Map the file of a pickled PackedImages, whose bytes were verified when it was opened."""
     images = open_pack(path, verify=False)
     if images.checksum != checksum:
-        raise PackError(path, "was replaced by another file while in use")
-    return images
+        raise InputError(f"pack: {path} was replaced by another file while in use")
+    return images if indices is None else images.take(indices, name)
 
 
 def _read_only(values: NDArray[Any]) -> NDArray[Any]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -43,72 +44,54 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", "Corrupt EXIF data", module=r"PIL\.")
 
 
-class _Range(NamedTuple):
-    """Range of the deep gray values of several images."""
+class Loss(NamedTuple):
+    """The loss in decoding one image."""
 
-    images: int
-    narrow: int
-    """Number of images with little of the range that is mapped to 0 to 255."""
-    low: float
-    high: float
-
-
-_Values = tuple[tuple[float, float], _Range]
-"""The range that is mapped to 0 to 255, and that of the values."""
+    framed: bool
+    """True if frames were passed over."""
+    ends: tuple[float, float] | None = None
+    """The range of deep gray that became 0 to 255; None for other images."""
+    low: float = 0.0
+    """Smallest of the image's deep gray values."""
+    high: float = 0.0
 
 
-class Losses:
-    """Losses in decoding a set of images: frames that were passed over, and values out of range.
+def losses(image: Image.Image) -> list[Loss]:
+    """Return the loss in an image that `to_rgb` made, if there may be one."""
+    found: list[Loss] = image.info.get(_LOST, [])
+    return found
 
-    Gathered image by image, merged across processes, and reported once.
-    """
 
-    def __init__(self) -> None:
-        self._framed = 0
-        self._values: dict[tuple[float, float], _Range] = {}
-
-    def add(self, image: Image.Image) -> None:
-        """Add the losses of an image that `to_rgb` made."""
-        framed, values = image.info.get(_LOST, (False, None))
-        self._framed += framed
-        if values is not None:
-            self._note(*values)
-
-    def merge(self, other: Losses) -> None:
-        """Add those of other images of the set."""
-        self._framed += other._framed
-        for ends, entry in other._values.items():
-            self._note(ends, entry)
-
-    def lines(self, name: str) -> list[str]:
-        """Return a sentence for each kind of loss, with the option that avoids it."""
-        lines = []
-        if self._framed:
-            lines.append(
-                f"{name}: {counted(self._framed, 'image')} with several frames, of which the first "
-                "is used; train or pack with --frames all to take each as an image"
-            )
-        for (black, white), (count, narrow, low, high) in self._values.items():
-            ends, found = f"{black:.9g} to {white:.9g}", f"range from {low:.9g} to {high:.9g}"
-            remedy = f"--value-range {low:.9g} {high:.9g} to keep them apart"
-            if low < black or high > white:
-                found += f" and are clipped to {ends}"
-            elif narrow and high - low < _LEAST_USED * (white - black):
-                found += f" only, and {ends} become black to white"
-            elif narrow:
-                found = f"take up less than an eighth of {ends}, which become black to white"
-                remedy = "--value-range file to spread them"
-                count = narrow
-            else:
-                continue
-            images = counted(count, "image")
-            lines.append(f"{name}: values of {images} {found}; train or pack with {remedy}")
-        return lines
-
-    def _note(self, ends: tuple[float, float], values: _Range) -> None:
-        images, narrow, low, high = self._values.get(ends, (0, 0, values.low, values.high))
-        low, high = min(low, values.low), max(high, values.high)
-        self._values[ends] = _Range(images + values.images, narrow + values.narrow, low, high)
+def loss_lines(name: str, losses: Sequence[Loss]) -> list[str]:
+    """Return a sentence for each kind of loss in a source, with the option that avoids it."""
+    lines = []
+    if framed := sum(loss.framed for loss in losses):
+        lines.append(
+            f"{name}: {counted(framed, 'image')} with several frames, of which the first "
+            "is used; train or pack with --frames all to take each as an image"
+        )
+    for ends in dict.fromkeys(loss.ends for loss in losses if loss.ends):
+        black, white = ends
+        group = [loss for loss in losses if loss.ends == ends]
+        low, high = min(loss.low for loss in group), max(loss.high for loss in group)
+        least = _LEAST_USED * (white - black)
+        narrow = sum(0 < loss.high - loss.low < least for loss in group)
+        count, shown = len(group), f"{black:.9g} to {white:.9g}"
+        found = f"range from {low:.9g} to {high:.9g}"
+        remedy = f"--value-range {low:.9g} {high:.9g} to keep them apart"
+        if low < black or high > white:
+            found += f" and are clipped to {shown}"
+        elif narrow and high - low < least:
+            found += f" only, and {shown} become black to white"
+        elif narrow:
+            found = f"take up less than an eighth of {shown}, which become black to white"
+            count = narrow
+            remedy = "--value-range file to spread them"
+        else:
+            continue
+        images = counted(count, "image")
+        lines.append(f"{name}: values of {images} {found}; train or pack with {remedy}")
+    return lines
 
 
 def to_rgb(image: Image.Image, decode: DecodeConfig | None = None) -> Image.Image:
@@ -123,20 +106,20 @@ def to_rgb(image: Image.Image, decode: DecodeConfig | None = None) -> Image.Imag
     if image.format == "PNG":
         _scale_key(image)
     image.load()
-    values, stored = None, _stored(image)
+    lost, stored = Loss(framed), _stored(image)
     # Damaged EXIF data raise almost any exception; the pixels are well.
     with contextlib.suppress(Exception):
         if image.getexif().get(_ORIENTATION, 1) != 1:  # else it would be copied
             image = ImageOps.exif_transpose(image)
     if stored is not None:
-        image, values = _eight_bits(image, stored, decode)
+        image, lost = _eight_bits(image, stored, decode, framed)
     if image.mode == "La":
         image = image.convert("LA")
     if image.has_transparency_data:
         opaque = Image.new("RGBA", image.size, decode.colour())
         image = Image.alpha_composite(opaque, image.convert("RGBA"))
     rgb = image.convert("RGB")
-    rgb.info = {_LOST: (framed, values)} if framed or values else {}
+    rgb.info = {_LOST: [lost]} if framed or lost.ends else {}
     return rgb
 
 
@@ -194,9 +177,9 @@ def _stored(image: Image.Image) -> _Stored | None:
 
 
 def _eight_bits(
-    image: Image.Image, stored: _Stored, decode: DecodeConfig
-) -> tuple[Image.Image, _Values | None]:
-    """Deep gray as 8-bit gray (LA with transparency), and its values if the range is shared."""
+    image: Image.Image, stored: _Stored, decode: DecodeConfig, framed: bool
+) -> tuple[Image.Image, Loss]:
+    """Deep gray as 8-bit gray (LA with transparency), and what that loses."""
     pixels = np.asarray(image)
     if stored.high > 2**31:  # Pillow reads unsigned integers as signed ones
         pixels = pixels.view(np.uint32)
@@ -214,7 +197,5 @@ def _eight_bits(
     gray = Image.fromarray(255 - levels if stored.inverted else levels)
     if isinstance(transparent := image.info.get("transparency"), int):
         gray.putalpha(Image.fromarray(np.where(pixels == transparent, 0, 255).astype(np.uint8)))
-    if decode.value_range == "file":
-        return gray, None
-    narrow = 0 < high - low < _LEAST_USED * (white - black)
-    return gray, ((black, white), _Range(1, int(narrow), low, high))
+    ends = None if decode.value_range == "file" else (black, white)
+    return gray, Loss(framed, ends, low, high)

@@ -29,20 +29,23 @@ from vi_simsiam.data.pixels import is_animated, to_rgb, upright_size
 from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted
 
-_TOLERATED_SHARE = 0.01
-_kept = threading.local()
-"""The open file that a thread reads frame by frame: a frame is reached through all before it."""
+
+class _Kept(threading.local):
+    """The open file that a thread reads frame by frame: a frame is reached through all before."""
+
+    def __init__(self) -> None:
+        self.key: Any = None
+        self.image: Any = None
+        self.files = contextlib.ExitStack()
+
+
+_kept = _Kept()
 
 
 def close_kept() -> None:
     """Close the file that this thread has kept open, if any."""
-    _take_kept()[1].close()
-
-
-def _take_kept() -> tuple[Any, contextlib.ExitStack, Any]:
-    """Key, resources and image of the file that was kept open; it is kept no longer."""
-    kept = _kept.__dict__.pop("file", None)
-    return kept or (None, contextlib.ExitStack(), None)
+    _kept.key = None
+    _kept.files.close()
 
 
 class Unreadable(NamedTuple):
@@ -50,6 +53,9 @@ class Unreadable(NamedTuple):
 
     path: str
     reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.reason})"
 
 
 class UnreadableError(InputError):
@@ -188,14 +194,13 @@ class FileSource(ImageSource):
         self.paths = tuple(os.fspath(path) for path in paths)
         self._label(labels, classes, len(self.paths))
         self.frames: tuple[int, ...] = (0,) * len(self.paths)
-        """Number of each image's frame in its file."""
-        self._uncounted: dict[str, str] = {}  # files whose frames cannot be counted, and why
+        """Number of each image's frame in its file; -1 for a file whose frames are uncountable."""
         if self.decode.frames == "all":
             counts = [self._count_frames(index) for index in range(len(self.paths))]
-            files = np.repeat(np.arange(len(self.paths)), counts)
+            files = np.repeat(np.arange(len(counts)), [max(1, count) for count in counts])
             self.paths = tuple(self.paths[file] for file in files)
-            self.frames = tuple(frame for count in counts for frame in range(count))
-            self.labels = None if self.labels is None else np.repeat(self.labels, counts)
+            self.frames = tuple(frame for count in counts for frame in range(count) or (-1,))
+            self.labels = None if self.labels is None else self.labels[files]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -221,43 +226,42 @@ class FileSource(ImageSource):
 
     @contextlib.contextmanager
     def _opened(self, index: int, frame: int = 0) -> Iterator[Image.Image]:
-        path = self.paths[index]
+        path, keep = self.paths[index], False
         # For damaged files Pillow raises almost any exception, such as SyntaxError or struct.error.
         try:
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):  # reading a pipe would block forever
                 raise ValueError("no regular file")
-            if path in self._uncounted:
-                raise ValueError(self._uncounted[path])
+            if frame < 0:
+                raise ValueError("its frames cannot be counted")
             # A forked process shares its parent's position in an open file.
             key = (os.getpid(), path, status.st_ino, status.st_size, status.st_mtime_ns)
-            kept, files, image = _take_kept()
-            with files:
-                if kept != key or image.tell() > frame:  # Pillow cannot always seek backwards
-                    files.close()
-                    # Given the path, Pillow maps a TIFF, and misreads the rows of a turned one.
-                    file = files.enter_context(open(path, "rb"))  # noqa: SIM115
-                    image = files.enter_context(Image.open(file, formats=formats(path)))
-                image.seek(frame)
-                yield image
-                # A PNG's frame leaves traces in those after it: by its disposal once it is loaded,
-                # and by its transparent colour, which decoding changes.
-                traces = image.format == "PNG" and (
-                    image.info.get("disposal") or "transparency" in image.info
-                )
-                if not traces and self.paths[index + 1 : index + 2] == (path,):
-                    _kept.file = key, files.pop_all(), image
+            if _kept.key != key or _kept.image.tell() > frame:  # not all formats seek backwards
+                close_kept()
+                # Given the path, Pillow maps a TIFF, and misreads the rows of a turned one.
+                file = _kept.files.enter_context(open(path, "rb"))  # noqa: SIM115
+                _kept.image = _kept.files.enter_context(Image.open(file, formats=formats(path)))
+            _kept.key, image = key, _kept.image
+            image.seek(frame)
+            yield image
+            # A PNG's frame leaves traces in those after it: by its disposal once it is loaded,
+            # and by its transparent colour, which decoding changes.
+            traces = image.format == "PNG" and (
+                image.info.get("disposal") or "transparency" in image.info
+            )
+            keep = not traces and self.paths[index + 1 : index + 2] == (path,)
         except Exception as error:
             raise UnreadableError(self.describe(index), _reason(path, error)) from error
+        finally:
+            if not keep:
+                close_kept()
 
     def _count_frames(self, index: int) -> int:
         try:
             with self._opened(index) as image:
                 return image.n_frames if is_animated(image) else 1  # type: ignore[attr-defined]
-        except UnreadableError as error:
-            reason = f"its frames cannot be counted: {error.entry.reason}"
-            self._uncounted[self.paths[index]] = reason
-            return 1  # to be reported when it is read
+        except UnreadableError:
+            return 0  # to be reported when it is read
 
     def fingerprint(self) -> str:
         """Return a digest of all paths, file sizes, modification times, labels and settings."""
@@ -277,7 +281,7 @@ class FileSource(ImageSource):
     def describe(self, index: int) -> str:
         """Return the file's path, and # and the number of the frame after the first."""
         frame = self.frames[index]
-        return f"{self.paths[index]}#{frame}" if frame else self.paths[index]
+        return f"{self.paths[index]}#{frame}" if frame > 0 else self.paths[index]
 
 
 class DatasetSource(ImageSource):
@@ -317,14 +321,32 @@ class DatasetSource(ImageSource):
 
         Raises:
             InputError: the item is of another kind.
-            UnreadableError: the data set raises an exception.
+            UnreadableError: the data set or decoding raises an exception.
         """
         try:
             item = self.dataset[index]
+            image = item[0] if isinstance(item, (tuple, list)) and item else item
+            if isinstance(image, Image.Image):
+                return to_rgb(image, self.decode)
         except Exception as error:
             reason = f"{type(error).__name__}: {_one_line(error)}"
             raise UnreadableError(self.describe(index), reason) from error
-        return _item_to_rgb(item, self.describe(index), self.decode)
+        pixels: Any = None
+        if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3:
+            pixels = image.permute(1, 2, 0).cpu().numpy()
+        elif isinstance(image, np.ndarray) and image.dtype == np.uint8:
+            pixels = image[:, :, None] if image.ndim == 2 else image
+        if pixels is None or pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or 0 in pixels.shape:
+            given = type(image).__name__
+            if isinstance(image, (Tensor, np.ndarray)):
+                given += f" of {image.dtype}, shape {tuple(image.shape)}"
+            raise InputError(
+                f"{self.describe(index)}: {given} must be a PIL image, a uint8 numpy array (H, W) "
+                "or (H, W, 3), a uint8 torch tensor (3, H, W), or a tuple that begins with one of "
+                "these"
+            )
+        pixels = pixels[:, :, 0] if pixels.shape[2] == 1 else pixels
+        return Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
 
 
 def as_source(
@@ -334,45 +356,10 @@ def as_source(
     return images if isinstance(images, ImageSource) else DatasetSource(images, decode=decode)
 
 
-def _item_to_rgb(item: Any, place: str, decode: DecodeConfig) -> Image.Image:
-    image = item[0] if isinstance(item, (tuple, list)) and item else item
-    if isinstance(image, Image.Image):
-        try:
-            return to_rgb(image, decode)
-        except Exception as error:  # a file that is read only now, and damaged
-            raise UnreadableError(place, _one_line(error) or type(error).__name__) from error
-    pixels: Any = None
-    if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3:
-        pixels = image.permute(1, 2, 0).cpu().numpy()
-    elif isinstance(image, np.ndarray) and image.dtype == np.uint8:
-        pixels = image[:, :, None] if image.ndim == 2 else image
-    if pixels is None or pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or 0 in pixels.shape:
-        given = type(image).__name__
-        if isinstance(image, (Tensor, np.ndarray)):
-            given += f" of {image.dtype}, shape {tuple(image.shape)}"
-        raise InputError(
-            f"{place}: {given} must be a PIL image, a uint8 numpy array (H, W) or (H, W, 3), "
-            "a uint8 torch tensor (3, H, W), or a tuple that begins with one of these"
-        )
-    pixels = pixels[:, :, 0] if pixels.shape[2] == 1 else pixels
-    return Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
-
-
 def left_out(failures: Sequence[Unreadable]) -> str:
     """Return one line that names every image left out and why, at least one."""
-    names = ", ".join(f"{failure.path} ({failure.reason})" for failure in failures)
+    names = ", ".join(map(str, failures))
     return f"{counted(len(failures), 'unreadable image')} left out: {names}"
-
-
-def check_readable(source: ImageSource, failures: Sequence[Unreadable]) -> None:
-    """Raise InputError if more than 1 % of a source's images are unreadable, naming the first."""
-    if len(failures) > _TOLERATED_SHARE * len(source):
-        first = "; ".join(f"{failure.path} ({failure.reason})" for failure in failures[:3])
-        more = ", ..." if len(failures) > 3 else ""
-        raise InputError(
-            f"{source.name}: {len(failures):,} of {counted(len(source), 'image')} cannot be read, "
-            f"at most 1 % may be: {first}{more}"
-        )
 
 
 def _reason(path: str, error: Exception) -> str:

@@ -1,32 +1,36 @@
-"""A part of a data set to train on, and a part that is held out.
+"""The images of a run: a part of a data set to train on, and a part that is held out.
 
 A draw depends on the seed and the labels alone: every image has a random key, and of every class
 the images with the smallest keys are taken. So a smaller draw lies within a larger one, class by
 class, and the images held out are the same however many are trained on.
+
+Digests of the images are saved with a run's checkpoints and compared when it is resumed. Decoded
+pixels count, so a copy elsewhere is the same, whatever its dates, and so is a pack.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from vi_simsiam.data.datasets import Splits
-from vi_simsiam.data.packed import Checksums, Contents, PackedImages
+from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ArraySource, FileSource, ImageSource
 from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted
+
+_SHOWN = 3
 
 
 def select(
@@ -60,8 +64,6 @@ def select(
     keys = np.random.PCG64(seed).random_raw(len(train))  # numpy keeps this stream in all versions
     if train.decode.frames == "all":  # frames of one file are near copies, and go together
         files = [re.sub(r"#\d+$", "", train.describe(index)) for index in range(len(train))]
-        if isinstance(train, FileSource):
-            files = list(train.paths)
         first: dict[str, int] = {}
         keys = keys[[first.setdefault(path, index) for index, path in enumerate(files)]]
     rest = np.ones(len(train), dtype=bool)
@@ -87,22 +89,6 @@ def select(
     return replace(splits, train=train, val=val)
 
 
-def duplicates(splits: Splits) -> list[tuple[str, str]]:
-    """Return pairs of a training file and a validation file that are equal byte for byte.
-
-    Files are read only if their sizes agree. There are no pairs unless both parts are files.
-    """
-    train, val = splits.train, splits.val
-    if not (isinstance(train, FileSource) and isinstance(val, FileSource)):
-        return []
-    validation = set(val.paths)
-    pairs: list[tuple[str, str]] = []
-    for group in _copies([*train.paths, *val.paths]):
-        trained = [path for path in group if path not in validation]
-        pairs += itertools.product(trained, [path for path in group if path in validation])
-    return pairs + [(path, path) for path in train.paths if path in validation]
-
-
 def subset(source: ImageSource, indices: NDArray[np.int64], name: str | None = None) -> ImageSource:
     """Return the images at `indices`, (K,) int64, of a source, in that order.
 
@@ -110,9 +96,7 @@ def subset(source: ImageSource, indices: NDArray[np.int64], name: str | None = N
     the pixels of the whole. `name` is that of the new source, None for the old one's.
     """
     name = source.name if name is None else name
-    if isinstance(source, PackedImages):
-        return _PackedSubset(source, indices, name)
-    if isinstance(source, FileSource):
+    if isinstance(source, (FileSource, PackedImages)):
         return source.take(indices, name)
     if isinstance(source, ArraySource):
         places = [source.describe(index) for index in indices.tolist()]
@@ -140,50 +124,6 @@ class _Subset(ImageSource):
 
     def dimensions(self, index: int) -> tuple[int, int]:
         return self.source.dimensions(int(self.indices[index]))
-
-    def fingerprint(self) -> str | None:
-        whole = self.source.fingerprint()
-        if whole is None:
-            return None
-        return hashlib.blake2b(whole.encode() + self.indices.tobytes(), digest_size=20).hexdigest()
-
-
-class _PackedSubset(PackedImages):
-    """Some packed images: all pixels, and the offsets of the chosen ones.
-
-    Pickled as path and choice, if there is a file.
-    """
-
-    def __init__(self, source: PackedImages, indices: NDArray[np.int64], name: str) -> None:
-        contents = Contents(
-            name,
-            source.heights[indices],
-            source.widths[indices],
-            labels=_labels(source, indices),
-            classes=source.classes,
-            unreadable=source.unreadable,
-            decode=source.decode,
-            notes=source.notes,
-        )
-        # Checked as images that lie one after the other; their bytes are the whole's.
-        size = int((3 * contents.heights.astype(np.int64) * contents.widths).sum())
-        super().__init__(np.broadcast_to(np.uint8(0), size), contents)
-        self.pixels, self.offsets = source.pixels, source.offsets[indices]
-        self.path, self.checksum = source.path, source.checksum
-        self._source, self._indices = source, indices
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
-        return _PackedSubset, (self._source, self._indices, self.name)
-
-    def pixel_checksums(self) -> list[int]:
-        checksums = Checksums()
-        for index, start in enumerate(self.offsets.tolist()):
-            height, width = self.dimensions(index)
-            checksums.append(self.pixels[start : start + 3 * height * width].data)
-        return checksums.values
-
-    def describe(self, index: int) -> str:
-        return self._source.describe(int(self._indices[index]))
 
 
 def _labels(source: ImageSource, indices: NDArray[np.int64]) -> NDArray[np.int64] | None:
@@ -217,7 +157,11 @@ def _without_copies(
         return train, val
     left_out: set[str] = set()
     if isinstance(val, FileSource):
-        left_out = {path for pair in duplicates(Splits("", train, val)) for path in pair}
+        trained, validation = set(train.paths), set(val.paths)
+        left_out = trained & validation
+        for group in _copies([*train.paths, *val.paths]):
+            if not (trained.isdisjoint(group) or validation.isdisjoint(group)):
+                left_out |= set(group)
         val = _keep(val, left_out)
     if within:
         left_out |= {path for group in _copies(train.paths) for path in group[1:]}
@@ -246,3 +190,83 @@ def _groups(paths: Iterable[str], key: Callable[[str], Hashable]) -> list[list[s
         with contextlib.suppress(OSError):  # to be reported as unreadable
             groups[key(path)].append(path)
     return [group for group in groups.values() if len(group) > 1]
+
+
+def listed(splits: Splits) -> dict[str, Any]:
+    """Return the part of `content` that needs no decoding.
+
+    In a pack the validation images include the number of those that were unreadable, "left_out".
+    """
+    val, classes = splits.val, splits.train.classes
+    validation: dict[str, Any] | None = None
+    if val is not None:
+        validation = {"images": len(val), "labels": _digest(val.labels)}
+        if isinstance(val, PackedImages) and val.unreadable:
+            validation["left_out"] = len(val.unreadable)
+    return {
+        "images": len(splits.train),
+        "classes": None if classes is None else list(classes),
+        "validation": validation,
+    }
+
+
+def content(splits: Splits, train: PackedImages) -> dict[str, Any]:
+    """Return numbers, classes, and digests of the labels, sizes and pixels of a data set.
+
+    `train` are its decoded training images, without the unreadable ones.
+    """
+    return listed(splits) | {
+        "images": len(train),
+        "labels": _digest(train.labels),
+        "sizes": _digest(train.heights, train.widths),
+        "pixels": _digest(np.array(train.pixel_checksums(), np.uint32)),
+    }
+
+
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """Return the first difference of `now` from `before` as a phrase, None without any.
+
+    Args:
+        before: a run's `content`; the number of images alone if it kept none.
+        now: a `content`, or only `listed`: then more images are no difference, as some may be
+            unreadable.
+    """
+    images = now["images"]
+    if images < before["images"] or ("pixels" in now and images != before["images"]):
+        return f"{counted(images, 'readable training image')}, not {before['images']:,}"
+    if "classes" in before and before["classes"] != now["classes"]:
+        return _classes(before["classes"] or [], now["classes"] or [])
+    both = before.keys() & now.keys()
+    for part, words in (("labels", "labels"), ("sizes", "sizes of images"), ("pixels", "pixels")):
+        if part in both and before[part] != now[part]:
+            return f"other {words}"
+    if "validation" in both and not _same_validation(before["validation"], now["validation"]):
+        return "other validation images"
+    return None
+
+
+def _same_validation(before: dict[str, Any] | None, now: dict[str, Any] | None) -> bool:
+    if before is None or now is None:
+        return before is now
+    if all(before[part] == now[part] for part in ("images", "labels")):
+        return True
+    # Files are not decoded here, so they include those that a pack left out as unreadable.
+    left_out, others = before.get("left_out", 0), now.get("left_out", 0)
+    same: bool = left_out != others and before["images"] + left_out == now["images"] + others
+    return same
+
+
+def _classes(before: list[str], now: list[str]) -> str:
+    gone = [name for name in before if name not in now][:_SHOWN]
+    new = [name for name in now if name not in before][:_SHOWN]
+    changes = [f"without {', '.join(gone)}"] * bool(gone) + [f"with {', '.join(new)}"] * bool(new)
+    return f"other classes ({' and '.join(changes) or 'in another order'})"
+
+
+def _digest(*arrays: NDArray[Any] | None) -> str | None:
+    digest = hashlib.blake2b(digest_size=20)
+    for array in arrays:
+        if array is None:
+            return None
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

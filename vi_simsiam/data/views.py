@@ -1,4 +1,10 @@
-"""Random views of images as a table of parameters, and the fixed view for evaluation."""
+"""The batches of a run: which images, in which order, with which random views; and the fixed view
+for evaluation.
+
+A batch is a function of (seed, epoch, step) alone. Worker processes, the calling process and a GPU
+all take it from here, so it does not depend on where it is prepared, by how many processes, or
+where a run was resumed. Its views are a table of parameters.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +12,19 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from vi_simsiam.checks import require
 from vi_simsiam.config import AugmentConfig
+from vi_simsiam.data.packed import PackedImages
+from vi_simsiam.data.sources import ImageSource
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.augment import (
     IMAGENET_MEAN,
@@ -23,6 +33,7 @@ from vi_simsiam.ops.augment import (
     ColourOperation,
     Column,
 )
+from vi_simsiam.text import brief_repr
 
 GLOBAL_VIEWS = 2
 
@@ -39,6 +50,99 @@ _ORDERS = tuple(itertools.permutations(ColourOperation))
 _Words = Callable[[int, NDArray[np.int32]], NDArray[np.uint32]]
 _WORD = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Views of a batch of images, and the images' numbers in the source."""
+
+    views: list[Tensor]
+    """Per view (B, 3, h, w) in channels_last, normalised: two global views, then the local ones."""
+    index: Tensor
+    """(B,) int64."""
+
+    __repr__ = brief_repr
+
+
+@functools.lru_cache(maxsize=4)  # an epoch's steps share it, and reach into the next epoch
+def epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    """Return the order of the images in an epoch: a permutation (count,) keyed by (seed, epoch)."""
+    # Sorted raw output of the generator, which numpy keeps in every release, unlike `permutation`.
+    keys = np.random.Philox(np.random.SeedSequence((seed, epoch))).random_raw(count)
+    return np.argsort(keys, kind="stable").astype(np.int64)
+
+
+def check_batch(batch_size: int, images: ImageSource) -> None:
+    """Raise InputError if a batch would hold more images than there are."""
+    if batch_size > len(images):
+        raise InputError(
+            f"batch_size: {batch_size} must be at most {len(images)}, the images in {images.name}"
+        )
+
+
+class Schedule:
+    """The batches of a run, or one rank's share of them.
+
+    The batch of a step is the same for every `world_size`; rank r has its rows
+    [r * B / N, (r + 1) * B / N).
+
+    Args:
+        images: the training images.
+        policy: the views.
+        batch_size: images in the batch of all ranks together.
+        seed: key of the order and of every view.
+        rank: this process among `world_size`.
+        world_size: processes that share a batch.
+
+    Raises:
+        InputError: numbers out of range, or a batch that is larger than the source or that the
+            ranks cannot share equally.
+    """
+
+    def __init__(
+        self,
+        images: PackedImages,
+        policy: AugmentConfig,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        require("batch_size", batch_size, batch_size >= 1, "at least 1")
+        check_batch(batch_size, images)
+        require("seed", seed, seed >= 0, "at least 0")
+        require("world_size", world_size, world_size >= 1, "at least 1")
+        ranks = f"between 0 and {world_size - 1}, for world_size {world_size}"
+        require("rank", rank, 0 <= rank < world_size, ranks)
+        shared = f"a multiple of {world_size}, the processes that share it"
+        require("batch_size", batch_size, batch_size % world_size == 0, shared)
+        self.images, self.policy, self.seed = images, policy, seed
+        self.batch_size = batch_size
+        self.rows = batch_size // world_size
+        """Images of a batch that are this rank's."""
+        self.views = GLOBAL_VIEWS + policy.local_views
+        self.steps_per_epoch = len(images) // batch_size
+        """Batches in an epoch; the images left over come in other epochs."""
+        self._first_row = rank * self.rows
+
+    def samples(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
+        """Return the images of steps [start, stop) of an epoch: (stop - start, rows) int64."""
+        order = epoch_order(self.seed, epoch, len(self.images))
+        used = order[: self.steps_per_epoch * self.batch_size]
+        batches = used.reshape(-1, self.batch_size)
+        return batches[start:stop, self._first_row : self._first_row + self.rows]
+
+    def table(self, epoch: int, samples: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Return the table rows of images (n,) in an epoch: (views, n, 16), see `draw_table`."""
+        return draw_table(
+            self.policy,
+            seed=self.seed,
+            epoch=epoch,
+            samples=samples,
+            heights=self.images.heights[samples],
+            widths=self.images.widths[samples],
+        )
 
 
 def philox(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint32]:
@@ -79,29 +183,19 @@ def draw_table(
         policy: the random views.
         seed: at least 0, below 2**64.
         epoch: at least 0.
-        samples: (B,) numbers of the images in their source.
-        heights: (B,) of the images, in pixels.
-        widths: (B,) of the images, in pixels.
+        samples: (B,) numbers of the images in their source, below 2**31.
+        heights, widths: (B,) of the images, in pixels.
 
     Returns:
         (V, B, 16) int32, see `ops.augment.Column`: the two global views, then the local ones. START
         counts from the image's first byte until `add_offsets`.
 
     Raises:
-        InputError: numbers out of range, or shapes that differ.
+        InputError: a seed or epoch out of range.
     """
     tall, wide = heights.astype(np.int64), widths.astype(np.int64)
-    if samples.ndim != 1 or not samples.shape == heights.shape == widths.shape:
-        raise InputError(
-            f"samples, heights, widths: shapes {samples.shape}, {heights.shape}, {widths.shape} "
-            "must be (B,)"
-        )
     for name, number, limit in (("seed", seed, 2**64), ("epoch", epoch, 2**32)):
         require(name, number, 0 <= number < limit, f"at least 0 and below {limit}")
-    if len(samples) and (samples.min() < 0 or samples.max() >= 2**31):
-        raise InputError("samples: numbers of images must be at least 0 and below 2**31")
-    if len(samples) and min(heights.min(), widths.min()) < 1:
-        raise InputError("heights, widths: an image must have at least one pixel")
     # The epoch comes first: it is one word, while a seed above 32 bits has two.
     low, high = (int(x) for x in np.random.SeedSequence((epoch, seed)).generate_state(2, np.uint32))
     views = GLOBAL_VIEWS + policy.local_views
@@ -119,11 +213,6 @@ def draw_table(
 
 def add_offsets(table: NDArray[np.int32], offsets: NDArray[np.int64]) -> None:
     """Add each image's first byte (B,) to the START of its rows in a table (V, B, 16), in place."""
-    if offsets.shape != table.shape[1:2]:
-        raise InputError(
-            f"offsets: shape {offsets.shape} must be {table.shape[1:2]}, "
-            "one for each sample of the table"
-        )
     for rows in table:
         _starts(rows)[:] += offsets
 

@@ -20,8 +20,6 @@ from torch import nn
 from vi_simsiam.errors import InputError, TrainingError, UserError, is_full
 from vi_simsiam.paths import printable
 
-_FORMAT = 1
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -35,7 +33,7 @@ class Checkpoint:
     model: dict[str, Any]
     optimizer: dict[str, Any]
     content: dict[str, Any] = field(default_factory=dict)
-    """Description of the images, see `data.content`; empty in checkpoints of older versions."""
+    """Description of the images, see `data.subsets`; empty in checkpoints of older versions."""
 
     def save(self, path: Path) -> None:
         """Write to `path`; an interruption leaves the previous checkpoint or this one.
@@ -43,7 +41,7 @@ class Checkpoint:
         Raises:
             TrainingError: it could not be written (a full disk, say); the previous one is kept.
         """
-        content = {"format": _FORMAT, **vars(self)}
+        content = {"format": 1, **vars(self)}
         try:
             write_atomically(path, lambda file: torch.save(content, file))
         except (OSError, RuntimeError) as error:
@@ -68,11 +66,8 @@ class Checkpoint:
             raise InputError(f"run: {path.parent} has no {path.name}")
         try:
             content = torch.load(path, map_location=device, weights_only=True)
-            if content.pop("format") != _FORMAT:
-                raise InputError(f"run: {path} was written by another version of vi-simsiam")
+            del content["format"]
             return cls(**content)
-        except InputError:
-            raise
         except Exception as error:  # torch.load raises many unrelated types on damaged files
             text = f"run: {path} cannot be read: it is damaged or no checkpoint"
             raise InputError(text) from error

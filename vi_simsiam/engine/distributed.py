@@ -30,16 +30,10 @@ from vi_simsiam.engine.run import resolve_device
 from vi_simsiam.errors import ImageWarning, InputError, TrainingError, UserError
 
 TIMEOUT = 600.0
-"""Seconds that a rank waits for the others before it gives up."""
+"""Seconds that a rank waits for the others, in a collective too, before it gives up. With gloo that
+is an error in the program; NCCL's watchdog ends the process."""
 _LONGEST_PAUSE = 0.2
-_LEAVING_SECONDS = 10.0
 _LOST_CONTACT = ("gloo", "nccl", "timed out", "connection closed", "connection reset")
-_VARIABLES = {
-    "rank": "RANK",
-    "size": "WORLD_SIZE",
-    "local_rank": "LOCAL_RANK",
-    "local_size": "LOCAL_WORLD_SIZE",
-}
 
 
 class PeerError(UserError):
@@ -59,11 +53,9 @@ class World:
 
     Attributes:
         rank, size: this process's number, and the number of processes.
-        local_rank, local_size: the same among the processes of this machine.
         is_main: True for the rank that writes and prints.
         alone: True without a process group, when torchrun did not start this process.
         device: where this rank computes.
-        timeout: seconds that a rank waits for the others before it gives up.
     """
 
     def __init__(
@@ -72,16 +64,12 @@ class World:
         *,
         rank: int = 0,
         size: int = 1,
-        local_rank: int = 0,
-        local_size: int = 1,
-        timeout: float = TIMEOUT,
         store: Store | None = None,
     ) -> None:
         self.device = torch.device(device)
-        self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
+        self.rank, self.size = rank, size
         self.is_main, self.alone = rank == 0, store is None
-        self.timeout, self._store = timeout, store
-        self._rounds, self._reports = 0, False
+        self._store, self._rounds, self._reports = store, 0, False
 
     def console(self, console: Console | None = None) -> Console:
         """`console` (None: standard output) on rank 0, a silent one on the others."""
@@ -107,12 +95,12 @@ class World:
 
     # Host side, over the store.
 
-    def exchange(self, value: object, *, timeout: float | None = None) -> list[Any]:
+    def exchange(self, value: object, *, limit: float | None = None) -> list[Any]:
         """Every rank's `value`, in rank order.
 
         Args:
             value: this rank's; anything that pickles.
-            timeout: seconds; None for the world's.
+            limit: seconds; None for TIMEOUT.
 
         Raises:
             PeerError: another rank failed.
@@ -122,7 +110,7 @@ class World:
             return [value]
         self._rounds += 1
         keys = [f"round-{self._rounds}/{rank}" for rank in range(self.size)]
-        limit = self.timeout if timeout is None else timeout
+        limit = TIMEOUT if limit is None else limit
         deadline, pause = time.monotonic() + limit, 0.001
         try:
             self._store.set(keys[self.rank], pickle.dumps(value))  # type: ignore[arg-type]  # takes bytes
@@ -141,10 +129,6 @@ class World:
             return [pickle.loads(self._store.get(key)) for key in keys]
         except dist.DistError as error:  # without a launcher the store is a part of rank 0
             raise PeerError("rank 0 ended") from error
-
-    def broadcast_object(self, value: object) -> Any:
-        """Rank 0's `value`, on every rank. Raises the errors of `exchange`."""
-        return self.exchange(value if self.is_main else None)[0]
 
     def agree(self, name: str, value: object, *, ignore: Collection[str] = ()) -> None:
         """Check that all ranks have the same `value`.
@@ -178,27 +162,17 @@ class World:
         """
         with self._one_reports():
             yield
-            self.exchange(None, timeout=math.inf)
+            self.exchange(None, limit=math.inf)
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
         """Rank 0 runs this block before the others, which wait without limit (for a download)."""
         with self._one_reports():
             if not self.is_main:
-                self.exchange(None, timeout=math.inf)
+                self.exchange(None, limit=math.inf)
             yield
             if self.is_main:
-                self.exchange(None, timeout=math.inf)
-
-    def leave_last(self) -> None:
-        """Keep rank 0, which may hold the store, until the other ranks no longer need it."""
-        assert self._store is not None
-        deadline = time.monotonic() + _LEAVING_SECONDS
-        with contextlib.suppress(dist.DistError):
-            self._store.set(f"left/{self.rank}", "yes")
-            keys = [f"left/{rank}" for rank in range(self.size)]
-            while self.is_main and not self._store.check(keys) and time.monotonic() < deadline:
-                time.sleep(0.01)
+                self.exchange(None, limit=math.inf)
 
     @contextlib.contextmanager
     def _one_reports(self) -> Iterator[None]:
@@ -208,22 +182,16 @@ class World:
         except PeerError:
             raise
         except BaseException as error:
-            first = self._publish(error)
-            # Every rank ends on an interruption; publishing it releases those that wait.
-            if isinstance(error, Exception) and not first:
-                raise PeerError("another rank failed before") from error
+            if self._store is None or self._reports:
+                raise
+            with contextlib.suppress(dist.DistError):  # without a store nobody else reports
+                # Every rank ends on an interruption; publishing it releases those that wait.
+                if self._store.add("failures", 1) == 1:
+                    self._store.set("failed", f"rank {self.rank}: {_line(error)}")
+                elif isinstance(error, Exception):
+                    raise PeerError("another rank failed before") from error
+            self._reports = True
             raise
-
-    def _publish(self, error: BaseException) -> bool:
-        """Release the other ranks; returns True on the rank that reports."""
-        if self._store is None or self._reports:
-            return True
-        with contextlib.suppress(dist.DistError):  # without a store nobody else is left to report
-            if self._store.add("failures", 1) > 1:
-                return False
-            self._store.set("failed", f"rank {self.rank}: {_line(error)}")
-        self._reports = True
-        return True
 
     # Device side, over the process group.
 
@@ -235,20 +203,9 @@ class World:
 
         Returns:
             (sum of n, ...) on every rank, on the device of `rows`.
-
-        Raises:
-            InputError: other dimensions or dtypes differ.
         """
         if self.alone:
             return rows
-        shapes = self.exchange((tuple(rows.shape), str(rows.dtype)))
-        expected, dtype = shapes[0]
-        for rank, (shape, kind) in enumerate(shapes):
-            if (shape[1:], kind) != (expected[1:], dtype):
-                raise InputError(
-                    f"rows: {dtype} {expected} on rank 0 and {kind} {shape} on rank {rank}; "
-                    "only the first dimension may differ"
-                )
         parts: list[Any] = [None] * self.size
         dist.all_gather_object(parts, rows.detach().cpu().clone())
         return torch.cat(parts).to(rows.device)
@@ -277,7 +234,7 @@ class World:
 
 
 @contextlib.contextmanager
-def joined(device: str = "auto", *, timeout: float = TIMEOUT) -> Iterator[World]:
+def joined(device: str = "auto") -> Iterator[World]:
     """The world of this process: torchrun's, or one of size 1 without torchrun.
 
     Leaving the block waits for the other ranks without limit: rank 0 may have more to do at the
@@ -286,8 +243,6 @@ def joined(device: str = "auto", *, timeout: float = TIMEOUT) -> Iterator[World]
 
     Args:
         device: "auto", "cpu" or "cuda" (the GPU of the local rank); "cuda:N" only alone.
-        timeout: seconds that a rank waits in a collective before it gives up. With gloo that is an
-            error in the program; NCCL's watchdog ends the process.
 
     Raises:
         InputError: torchrun's environment is incomplete, or there is no such device.
@@ -295,18 +250,17 @@ def joined(device: str = "auto", *, timeout: float = TIMEOUT) -> Iterator[World]
         TrainingError: contact with another rank was lost.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        yield World(resolve_device(device), timeout=timeout)
+        yield World(resolve_device(device))
         return
-    numbers = _read_environment()
-    rank, size, limit = numbers["rank"], numbers["size"], timedelta(seconds=timeout)
+    (rank, size, local_rank), limit = _numbers(), timedelta(seconds=TIMEOUT)
     try:
         store, _, _ = next(rendezvous("env://", rank, size, timeout=limit))
     except (dist.DistError, RuntimeError, ValueError) as error:
         text = f"ranks: rank {rank} did not meet the others: {_line(error)}"
         raise TrainingError(text) from error
-    world = World("cpu", timeout=timeout, store=PrefixStore("vi-simsiam", store), **numbers)
+    world = World(rank=rank, size=size, store=PrefixStore("vi-simsiam", store))
     with world.together():
-        world.device = _local_device(device, world)
+        world.device = _local_device(device, size, local_rank)
     on_gpu = world.device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(world.device)
@@ -328,45 +282,33 @@ def joined(device: str = "auto", *, timeout: float = TIMEOUT) -> Iterator[World]
         if not on_gpu:
             dist.destroy_process_group()
         raise
+    dist.barrier()  # rank 0 may hold the store, which the others have read by now
     dist.destroy_process_group()
-    world.leave_last()
 
 
-def _read_environment() -> dict[str, int]:
-    """rank, size, local_rank and local_size from torchrun's variables."""
-    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    if missing := [name for name in needed if name not in os.environ]:
-        raise InputError(
-            f"ranks: RANK and WORLD_SIZE are set, {', '.join(missing)} not; "
-            "start the ranks with torchrun"
-        )
-    try:
-        numbers = {key: int(os.environ.get(name, "1")) for key, name in _VARIABLES.items()}
-    except ValueError:
-        values = ", ".join(f"{name}={os.environ.get(name)}" for name in _VARIABLES.values())
-        raise InputError(f"ranks: {values}; they must be integers") from None
-    rank, size = numbers["rank"], numbers["size"]
-    if not 0 <= rank < size:
-        raise InputError(f"ranks: RANK {rank} must be at least 0 and below WORLD_SIZE {size}")
-    return numbers
+def _numbers() -> tuple[int, int, int]:
+    """Rank, number of ranks and rank on this machine, from torchrun's variables."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    with contextlib.suppress(KeyError, ValueError):
+        rank, size, local_rank = (int(os.environ[name]) for name in names)
+        if 0 <= rank < size:
+            return rank, size, local_rank
+    given = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
+    raise InputError(
+        f"ranks: {given}; they must be numbers, RANK below WORLD_SIZE; start with torchrun"
+    )
 
 
-def _local_device(name: str, world: World) -> torch.device:
+def _local_device(name: str, size: int, local_rank: int) -> torch.device:
     """The device of a rank: every rank of a machine has its own GPU."""
     device = resolve_device(name)
-    if device.type == "cpu":
-        return device
-    if device.index is not None and world.size > 1:
+    if device.index is not None and device.type == "cuda" and size > 1:
         raise InputError(
-            f"device: {name!r} is one GPU for {world.size} ranks; with cuda each takes its own"
+            f"device: {name!r} is one GPU for {size} ranks; with cuda each takes its own"
         )
-    index = world.local_rank if device.index is None else device.index
-    if index >= torch.cuda.device_count():
-        raise InputError(
-            f"device: local rank {index} has no GPU ({torch.cuda.device_count()} CUDA devices "
-            "found); start as many ranks as there are GPUs, or use cpu"
-        )
-    return torch.device("cuda", index)
+    if device.type == "cuda" and device.index is None:
+        return resolve_device(f"cuda:{local_rank}")
+    return device
 
 
 @contextlib.contextmanager

@@ -23,8 +23,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from vi_simsiam.checks import choice, require
-from vi_simsiam.engine.graph_rules import Rules, check_optimizer_state, check_state, explain
-from vi_simsiam.engine.graph_state import Inputs, InputsChanged, Snapshot, has_state_dict
+from vi_simsiam.engine.graph_rules import (
+    Inputs,
+    InputsChanged,
+    Rules,
+    Snapshot,
+    check_state,
+    explain,
+    held,
+)
 from vi_simsiam.errors import InputError
 
 MODES = ("auto", "on", "off")
@@ -87,12 +94,11 @@ class CudaGraph:
         self._graph = torch.cuda.CUDAGraph()
         self._recorded: Callable[[], Any] | None = None
         self._stream: torch.cuda.Stream
-        self._pool: Any
         if beside is None:
             self._stream = torch.cuda.Stream(self._device, priority=GRAPH_PRIORITY)
-            self._pool = torch.cuda.graph_pool_handle()
         else:
-            self._stream, self._pool = beside._stream, beside._pool
+            self._stream = beside._stream
+        self._pool: Any = torch.cuda.graph_pool_handle() if beside is None else beside._pool
 
     def warm(self, call: Callable[[], Any]) -> Any:
         """Run `call` as it is, on the recording stream: libraries keep a workspace per stream."""
@@ -124,43 +130,30 @@ class CudaGraph:
             try:
                 with graph:
                     return call()
-            except BaseException:
-                self._clean_up(current, generator, random_state)
+            except BaseException:  # undo: current stream, pool in use, recording generator
+                torch.cuda.set_stream(current)
+                self._graph.reset()
+                # Some versions of torch give the pool back themselves, and raise here.
+                with contextlib.suppress(RuntimeError):
+                    torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+                    torch._C._cuda_releasePool(self._device.index, self._pool)
+                try:
+                    torch.rand(1, device=self._device)
+                except RuntimeError:
+                    generator.graphsafe_set_state(random_state)
                 raise
 
     def replay(self) -> None:
         """Run the recorded call on the current stream, without waiting."""
         self._graph.replay()
 
-    def _clean_up(
-        self, current: torch.cuda.Stream, generator: torch.Generator, random_state: torch.Generator
-    ) -> None:
-        """Undo a failed capture: current stream, pool in use, recording generator."""
-        torch.cuda.set_stream(current)
-        self._graph.reset()
-        # Some versions of torch give the pool back themselves, and raise here.
-        with contextlib.suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
-            torch._C._cuda_releasePool(self._device.index, self._pool)
-        try:
-            torch.rand(1, device=self._device)
-        except RuntimeError:
-            generator.graphsafe_set_state(random_state)
-
 
 class Captured:
-    """A step that is recorded and replayed; made by `capture`.
-
-    Args:
-        step: as in `capture`; `state`, `mode` and `warmup` too.
-        backend: records and replays; None without a GPU.
+    """A step that is recorded and replayed; made by `capture`, with the same arguments.
 
     Attributes:
         captured: True once the step is recorded and calls replay it.
         reason: why the step will not be captured; None while it is or still may be.
-
-    Raises:
-        InputError: as in `capture`.
     """
 
     def __init__(
@@ -172,10 +165,8 @@ class Captured:
         warmup: int,
         backend: type[CudaGraph] | None,
     ) -> None:
-        require("step", type(step).__name__, callable(step), "a function of the step's inputs")
         choice("mode", mode, MODES)
-        whole = isinstance(warmup, int) and not isinstance(warmup, bool) and warmup >= 1
-        require("warmup", repr(warmup), whole, "a whole number of calls, at least 1")
+        require("warmup", warmup, warmup >= 1, "a whole number of calls, at least 1")
         if mode == "on" and backend is None:
             raise InputError(
                 "capture: 'on' needs a CUDA device and none was found; 'auto' runs without one"
@@ -184,7 +175,7 @@ class Captured:
         require("state", type(state).__name__, listed, "a list or tuple")
         accepted = "a module, optimizer, tensor or object with state_dict and load_state_dict"
         for i, item in enumerate(state):
-            fits = isinstance(item, Tensor) or has_state_dict(item)
+            fits = isinstance(item, Tensor) or hasattr(item, "load_state_dict")
             require(f"state[{i}]", type(item).__name__, fits, accepted)
         self._step, self._state, self._mode = step, tuple(state), mode
         self._warmup, self._backend = warmup, backend
@@ -240,7 +231,10 @@ class Captured:
     def _check(self, inputs: tuple[Any, ...]) -> None:
         """Run the step once under the rules, and undo its changes."""
         assert self._backend is not None
-        device = self._device(inputs, self._backend.device_type)
+        leaves = (*held(self._state), *tree_leaves(inputs))
+        devices = [leaf.device for leaf in leaves if isinstance(leaf, Tensor)]
+        kind = self._backend.device_type
+        device = next((place for place in devices if place.type == kind), torch.device(kind))
         check_state(self._state, device)
         if torch.is_autocast_enabled(device.type) and torch.is_autocast_cache_enabled():
             raise InputError(
@@ -255,7 +249,7 @@ class Captured:
             # A compiler that meets the check could give up on a model's code for good.
             with torch.compiler.set_stance("force_eager"), rules:
                 _warm(graph, partial(self._step, *static.tree()))
-            check_optimizer_state(self._state, device)
+            check_state(self._state, device)
         finally:
             snapshot.restore()
         self._inputs, self._graph = static, graph
@@ -279,13 +273,6 @@ class Captured:
             text = f"step: it cannot be captured as a CUDA graph: {explain(error)}"
             raise InputError(text) from error
         self.captured = True
-
-    def _device(self, inputs: tuple[Any, ...], device_type: str) -> torch.device:
-        """The device of the state, else of the inputs."""
-        for leaf in (*Snapshot.held(self._state), *tree_leaves(inputs)):
-            if isinstance(leaf, Tensor) and leaf.device.type == device_type:
-                return leaf.device
-        return torch.device(device_type)
 
 
 def _warm(graph: CudaGraph, call: Callable[[], Any]) -> Any:

@@ -7,9 +7,8 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -107,13 +106,13 @@ class Monitor:
 
     Args:
         folder: the run folder.
+        config: of the run.
         step: the step at which training starts; later lines of an earlier session are dropped.
-        total: number of steps of the run.
-        steps_per_epoch: for the epoch shown on the bar.
+        steps_per_epoch: number of steps.
         console: destination of the printed lines and the bar.
-        health: the state of the run, before any line.
-        estimate: makes the line printed a few steps after the start, from the seconds that the rest
-            will take; None for no line.
+        images: number of training images, for an estimate of the time that is printed a few steps
+            after the start; None for no estimate.
+        resumed: see `duration_line`.
         quiet: print warnings only.
 
     Attributes:
@@ -124,31 +123,32 @@ class Monitor:
     def __init__(
         self,
         folder: Path,
+        config: TrainConfig,
         *,
         step: int,
-        total: int,
         steps_per_epoch: int,
         console: Console,
-        health: Health,
-        estimate: Callable[[float], str] | None = None,
+        images: int | None = None,
+        resumed: bool = False,
         quiet: bool = False,
     ) -> None:
         path = folder / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         lines = [line for line in lines if _step(line) <= step]
         write_text(path, "".join(f"{line}\n" for line in lines))
-        self.folder, self.health = folder, health
+        self.folder, self.health = folder, Health(config)
         self.last: dict[str, Any] | None = None
         for line in lines:
             self.last = json.loads(line)
-            health.update(json.loads(line))
+            self.health.update(json.loads(line))
         self._file = path.open("a")
         self._stack = contextlib.ExitStack()
         place = str(self._stack.enter_context(utf8_path(folder)))
         self._tensorboard = SummaryWriter(place, purge_step=step + 1)
-        self._steps_per_epoch, self._total = steps_per_epoch, total
-        self._epochs = -(-total // steps_per_epoch)
-        self._console, self._quiet, self._estimate = console, quiet, estimate
+        self._steps_per_epoch, self._epochs = steps_per_epoch, config.epochs
+        self._total = config.epochs * steps_per_epoch
+        self._console, self._config, self._quiet = console, config, quiet
+        self._images, self._resumed = images, resumed
         self._warned: set[str] = set()
         self._shown = -math.inf
         self._timed: tuple[int, float] | None = None
@@ -166,20 +166,23 @@ class Monitor:
             disable=not self._bar,
         )
         epoch = self._epoch(step)
-        self._task = self._progress.add_task("", total=total, completed=step, text="", epoch=epoch)
+        self._task = self._progress.add_task(
+            "", total=self._total, completed=step, text="", epoch=epoch
+        )
 
     def advance(self, step: int) -> None:
         """Show that `step` steps are done."""
         self._progress.update(self._task, completed=step, epoch=self._epoch(step))
-        if self._estimate is None or self._quiet:
+        if self._images is None or self._quiet:
             return
         now = time.monotonic()
         if self._timed is None:  # from the end of the first step, which takes longer than others
             self._timed = step, now
         steps, seconds = step - self._timed[0], now - self._timed[1]
         if steps >= _STEPS_TIMED and seconds >= _SECONDS_TIMED:
-            line, self._estimate = self._estimate(seconds / steps * (self._total - step)), None
-            self._print(line)
+            rest, images = seconds / steps * (self._total - step), self._images
+            self._print(duration_line(self._config, images, rest, resumed=self._resumed))
+            self._images = None
 
     @property
     def due(self) -> bool:
@@ -198,9 +201,8 @@ class Monitor:
         if "kappa" in metrics:
             parts.append(f"{kappa}/(D-1) {metrics['kappa']:.2g}")
         parts.append(f"{metrics['views_per_s']:.0f} views/s")
-        if self.health.short:
-            state, since, step = self.health.short.partition(" since ")
-            parts = [state, f"{since.strip()} {step}".strip(), parts[1]]
+        if self.health.since is not None:
+            parts = [self.health.state, f"since step {self.health.since}", parts[1]]
         counts = f"epoch {self._epochs}/{self._epochs} {self._total}/{self._total} "
         free = self._console.width - len(counts) - _OTHER_COLUMNS
         text = ""
@@ -286,23 +288,18 @@ class Monitor:
                 former(failure)
 
         # TensorBoard's thread would print the traceback of a full disk; `log` raises that error.
-        self._hook, threading.excepthook = former, show
+        threading.excepthook = show
+        self._stack.callback(setattr, threading, "excepthook", former)
         self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         self._progress.stop()
-        ignored = () if error is None else (OSError,)  # of a full disk, the first error is enough
+        ignored = () if kind is None else (OSError,)  # of a full disk, the first error is enough
         for file in (self._file, self._tensorboard):
             with contextlib.suppress(*ignored):
                 file.close()
         self._stack.close()
-        threading.excepthook = self._hook
 
 
 def _step(line: str) -> float:

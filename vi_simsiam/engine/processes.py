@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import os
 import signal
 import subprocess
@@ -10,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -18,9 +20,15 @@ from rich.table import Table
 
 INTERRUPTED = 130
 """Exit code of a process that was interrupted and can go on later."""
+_END_WITH_PARENT: Callable[[], int] | None = None
+"""Lets a new process receive SIGTERM when its parent has ended, in whatever way (on Linux)."""
+with contextlib.suppress(AttributeError, TypeError):  # looked up now: no lock may be held in a fork
+    _SET_DEATH_SIGNAL = 1
+    _END_WITH_PARENT = functools.partial(
+        ctypes.CDLL(None).prctl, _SET_DEATH_SIGNAL, int(signal.SIGTERM)
+    )
 _POLL_SECONDS = 0.2
 _SAVING_SECONDS = 60.0
-_Process = TypeVar("_Process", bound="Process")
 
 
 class Process:
@@ -47,7 +55,7 @@ class Process:
     @property
     def pid(self) -> int | None:
         """Its number while it runs."""
-        return self._process.pid if self._process and self.exit is None else None
+        return self._process.pid if self._process is not None and self.exit is None else None
 
     @property
     def state(self) -> str:
@@ -62,13 +70,7 @@ class Process:
         return time.monotonic() - self._started if self.running else self.seconds
 
     def start(self, command: Sequence[str], *, threads: int, append: bool) -> None:
-        """Start `command`.
-
-        Args:
-            command: program and arguments.
-            threads: number of threads for PyTorch's operations.
-            append: keep the log of an earlier session.
-        """
+        """Start `command` with a number of threads for PyTorch; `append` keeps an earlier log."""
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         with self.log.open("ab" if append else "wb") as log:
             self._process = subprocess.Popen(
@@ -80,6 +82,7 @@ class Process:
                 # A terminal's Ctrl-C would reach the process in addition to that of
                 # `supervise`, and a second signal ends it at once.
                 start_new_session=True,
+                preexec_fn=_END_WITH_PARENT,
             )
         self._started = time.monotonic()
 
@@ -110,11 +113,11 @@ class Process:
 
 
 def supervise(
-    processes: Sequence[_Process],
+    processes: Sequence[Process],
     console: Console,
     *,
     table: Callable[[], Table],
-    ended: Callable[[_Process], object],
+    ended: Callable[[Any], object],
     start_more: Callable[[], object],
 ) -> bool:
     """Run processes until all have ended, and leave none behind on an error.
@@ -168,10 +171,6 @@ def supervise(
 def stop_signals(*, patient: bool = False, notice: str = "") -> Iterator[list[int]]:
     """A list that receives the first SIGINT or SIGTERM; a second one has its usual effect.
 
-    From the first signal on the end of a child process is no error. The end of a job ends the data
-    loader's workers, too, and torch's handler of SIGCHLD would then raise anywhere in the program,
-    for example in the middle of a checkpoint.
-
     Args:
         patient: receive all signals: torchrun repeats to its ranks the one of the terminal.
         notice: printed to standard error at once, since a step can take long.
@@ -187,8 +186,6 @@ def stop_signals(*, patient: bool = False, notice: str = "") -> Iterator[list[in
         received.append(number)
         if not patient:
             restore()
-        if hasattr(signal, "SIGCHLD") and signal.SIGCHLD not in previous:
-            previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda number, frame: None)
 
     def restore() -> None:
         while previous:

@@ -16,12 +16,11 @@ import torch
 
 from vi_simsiam.config import TrainConfig, differing_fields
 from vi_simsiam.data.cache import cached
-from vi_simsiam.data.content import difference
 from vi_simsiam.data.datasets import Splits, open_dataset
 from vi_simsiam.data.decoding import cores
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource, Unreadable
-from vi_simsiam.data.subsets import select
+from vi_simsiam.data.subsets import difference, select
 from vi_simsiam.engine.checkpoint import Checkpoint, write_json
 from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.models import SimSiam, build_model
@@ -30,12 +29,12 @@ from vi_simsiam.paths import user_path
 CONFIG, CHECKPOINT, METRICS = "config.json", "checkpoint.pt", "metrics.jsonl"
 # The last layer of SimSiam's predictors, a part of that layer where the concentration is separate.
 _APART = re.compile(r"^((?:local_)?predictor\.3)\.(weight|bias)$")
-# Files that an interrupted write leaves, see `write_atomically`.
-_REMAINS = (f".{CONFIG}.*", f".{CHECKPOINT}.*")
+# Results of an earlier run, and files that an interrupted write leaves, see `write_atomically`.
 _RESULTS = (
-    *_REMAINS, CHECKPOINT, METRICS, "events.out.tfevents.*", "knn.json", "linear.json",
-    "logistic.json", "uncertainty.json", "curves.png", "kappa.png", "density.png",
-    "reliability.png", "risk_coverage.png", "corruptions.png", "scores.png", "report.html",
+    f".{CONFIG}.*", f".{CHECKPOINT}.*", CHECKPOINT, METRICS, "events.out.tfevents.*", "knn.json",
+    "linear.json", "logistic.json", "uncertainty.json", "curves.png", "kappa.png",
+    "density.png", "reliability.png", "risk_coverage.png", "corruptions.png", "scores.png",
+    "report.html",
 )  # fmt: skip
 
 
@@ -212,7 +211,7 @@ def check_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
         )
     # A run that was killed while its configuration was written can be started again.
     files = [] if holds_run or not path.exists() else path.iterdir()
-    if not all(any(file.match(pattern) for pattern in _REMAINS) for file in files):
+    if not all(file.match(f".{CONFIG}.*") for file in files):
         raise InputError(f"out: {path} holds other files; give an empty or new folder")
 
 
@@ -238,7 +237,7 @@ def check_images(
 ) -> None:
     """Raise InputError unless a run goes on with the images it was trained on.
 
-    They may have moved if the checkpoint describes them. `now` is `data.content.content` of the
+    They may have moved if the checkpoint describes them. `now` is `data.subsets.content` of the
     images of `config`, or `listed` without the pixels.
     """
     old, new = saved.data, config.data

@@ -13,27 +13,26 @@ import torch
 from rich.console import Console
 
 from vi_simsiam.config import PLACE_FIELDS, TrainConfig
-from vi_simsiam.data.batches import check_batch
 from vi_simsiam.data.cache import cached
-from vi_simsiam.data.content import content, listed
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.loader import MultiViewLoader
+from vi_simsiam.data.subsets import content, listed
+from vi_simsiam.data.views import check_batch
 from vi_simsiam.engine import run
 from vi_simsiam.engine.checkpoint import Checkpoint
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.graph import Captured, capture
-from vi_simsiam.engine.monitor import Monitor, duration_line, representation_statistics
-from vi_simsiam.engine.network import (
-    check_capture,
-    check_compiler,
-    sync_batch_norm,
+from vi_simsiam.engine.monitor import Monitor, representation_statistics
+from vi_simsiam.engine.processes import stop_signals
+from vi_simsiam.engine.step import (
+    OverlappedStep,
+    TrainStep,
+    check_step,
+    learning_rates,
     training_network,
     use_kernels,
     wrap,
 )
-from vi_simsiam.engine.processes import stop_signals
-from vi_simsiam.engine.step import OverlappedStep, TrainStep, learning_rates
-from vi_simsiam.engine.verdict import Health
 from vi_simsiam.errors import ImageWarning, InputError, TrainingError
 from vi_simsiam.models import Output, SimSiam, VISimSiam, build_model
 from vi_simsiam.ops.backends import choose_backend
@@ -99,9 +98,7 @@ class Trainer:
         self.world.local_batch(config.batch_size)
         self.console, self.device = self.world.console(console), self.world.device
         on_gpu = self.device.type == "cuda"
-        check_capture(config, self.world)
-        if config.compile:
-            check_compiler(self.device)
+        check_step(config, self.world)
         self.backend = choose_backend(config.backend, self.device.type)
         self.log_every = config.log_every or (100 if on_gpu else 10)
         bf16 = config.precision == "bf16" or (config.precision == "auto" and on_gpu)
@@ -164,9 +161,10 @@ class Trainer:
             world=self.world,
         )
         self.step, self.seconds = 0, 0.0
-        self.folder: Path = path or self.world.broadcast_object(
-            run.new_folder(Path("runs"), config) if self.world.is_main else None
-        )
+        if path is None:
+            made = run.new_folder(Path("runs"), config) if self.world.is_main else None
+            path = self.world.exchange(made)[0]
+        self.folder: Path = path
         if checkpoint is not None:
             checkpoint.restore(self.model, self.train_step.optimizer)
             self.train_step.resume(checkpoint.step)
@@ -184,8 +182,8 @@ class Trainer:
         if config.frozen_run is not None and load_frozen:
             run.load_frozen(model, config, self.device)
         model.to(memory_format=torch.channels_last)
-        if config.sync_batch_norm:
-            sync_batch_norm(model, self.world)
+        if config.sync_batch_norm and not self.world.alone:
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
         return model
 
     def fit(self, *, epoch_done: Callable[[], object] | None = None) -> None:
@@ -210,7 +208,19 @@ class Trainer:
             elif main:
                 run.record_place(self.folder, self.config)
             stack.enter_context(contextlib.closing(self.loader))
-            monitor = stack.enter_context(self._monitor()) if main else None
+            monitor = None
+            if main:
+                monitor = Monitor(
+                    self.folder,
+                    self.config,
+                    step=self.step,
+                    steps_per_epoch=self.loader.steps_per_epoch,
+                    console=self.console,
+                    images=len(self.loader.source) if self.device.type == "cpu" else None,
+                    resumed=self.resume,
+                    quiet=self.quiet,
+                )
+                stack.enter_context(monitor)
             stack.enter_context(_memory_errors(self.device))
             self.model.train()
             replay = self._replay()
@@ -227,22 +237,6 @@ class Trainer:
             if monitor is not None:
                 monitor.finish()
 
-    def _monitor(self) -> Monitor:
-        def estimate(seconds: float) -> str:
-            images = len(self.loader.source)
-            return duration_line(self.config, images, seconds, resumed=self.resume)
-
-        return Monitor(
-            self.folder,
-            step=self.step,
-            total=self.total_steps,
-            steps_per_epoch=self.loader.steps_per_epoch,
-            console=self.console,
-            health=Health(self.config),
-            estimate=estimate if self.device.type == "cpu" else None,
-            quiet=self.quiet,
-        )
-
     def _replay(self) -> Captured | None:
         """On a GPU the whole step; None where batches come from the loader."""
         if self.loader.feed is None:
@@ -250,25 +244,20 @@ class Trainer:
         whole = OverlappedStep(self.train_step, self.loader.feed)
         whole.prepare(self.step)
         mode = self.config.capture if self.world.alone else "off"
-        return capture(whole, state=whole.state, mode=mode)
+        replay = capture(whole, state=whole.state, mode=mode)
+        if not self.world.alone:
+            replay.reason = "a step with the collectives of torchrun's ranks is not captured"
+        return replay
 
     def _launched(self, replay: Captured | None) -> dict[str, bool | str]:
         """For the log: whether a GPU replays a graph, and if not, the reason."""
-        if replay is None or self.world.alone:
-            return {} if replay is None else replay.launched
-        reason = "a step with the collectives of torchrun's ranks is not captured"
-        return {"captured": False, "not_captured": reason}
+        return {} if replay is None else replay.launched
 
     def _train_epoch(
         self, replay: Captured | None, monitor: Monitor | None, stop: list[int]
     ) -> tuple[dict[str, float], bool]:
-        """Train to the end of the epoch, or until a signal arrived.
-
-        Several ranks must stop after the same step: they react to signals where metrics are due.
-
-        Returns:
-            The last metrics, and True if a signal arrived.
-        """
+        """Train to the end of the epoch; returns the last metrics, and True if a signal arrived."""
+        # Several ranks must stop after the same step: they react to signals where metrics are due.
         alone = self.world.size == 1
         end = (self.step // self.loader.steps_per_epoch + 1) * self.loader.steps_per_epoch
         metrics: dict[str, float] = {}
@@ -315,18 +304,17 @@ class Trainer:
             except (RuntimeError, OSError, EOFError) as error:
                 time.sleep(0.2)  # the end of a job can reach the workers before this process
                 alone = self.world.size == 1
-                if not stop and alone and isinstance(error, TrainingError):  # a worker died
-                    self._check_losses(self.saved_step)
-                    self._save()
-                    text = f"{error}; saved at step {self.step}, to go on from with --resume"
-                    raise TrainingError(text) from error
-                if not stop:
-                    raise
-                if alone:
+                if stop and alone:
                     return
-                # The other ranks need this one up to the step where all stop.
-                batches = self.loader.epoch(*divmod(self.step, self.loader.steps_per_epoch))
-                continue
+                if stop:  # the other ranks need this one up to the step where all stop
+                    batches = self.loader.epoch(*divmod(self.step, self.loader.steps_per_epoch))
+                    continue
+                if not alone or not isinstance(error, TrainingError):
+                    raise
+                self._check_losses(self.saved_step)  # a worker died
+                self._save()
+                text = f"{error}; saved at step {self.step}, to go on from with --resume"
+                raise TrainingError(text) from error
             waited = time.perf_counter() - start
             yield self.train_step(batch.views), waited
 

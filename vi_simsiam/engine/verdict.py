@@ -69,15 +69,12 @@ class Health:
 
     @classmethod
     def of_run(cls, folder: Path, config: TrainConfig) -> Health | None:
-        """The state at the end of a run's metrics.jsonl; None if nothing in it can be read."""
-        health = cls(config)
-        try:
-            for line in (folder / METRICS).read_text(errors="replace").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # the last one may be cut off
-                    health.update(json.loads(line))
-            return health if health._recent and health.line else None
-        except (OSError, ValueError, TypeError, AttributeError):
-            return None
+        """The state at the end of a run's metrics.jsonl; None if there is no line in it."""
+        health, file = cls(config), folder / METRICS
+        for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
+            with contextlib.suppress(json.JSONDecodeError):  # the last one may be cut off
+                health.update(json.loads(line))
+        return health if health._recent else None
 
     def update(self, metrics: dict[str, Any]) -> bool:
         """Add one line of metrics.
@@ -105,46 +102,42 @@ class Health:
     @property
     def line(self) -> str:
         """The verdict: the state, the number behind it, and a remedy."""
-        config, state = self.config, self.state
+        config, name, kappa = self.config, str(self.state), self._mean("kappa") or 0
         cosine = round(self._mean("cosine") or 0, 2) + 0.0  # no -0.00
-        z_std, kappa = self._mean("z_std") or 0, self._mean("kappa") or 0
-        since = "" if self.since is None else f" since step {self.since}"
-        best = self._best() or 0
-        fitting = f"kappa/(D-1) {kappa:.2g}, where {best:.2g} would fit the cosines"
-        longer = f"more --epochs than {config.epochs}"
-        if state == "collapsed":
-            spread = self._mean("projection_spread")
+        z_std, spread = self._mean("z_std") or 0, self._mean("projection_spread")
+        fitting = f"kappa/(D-1) {kappa:.2g}, where {self._best() or 0:.2g} would fit the cosines"
+        remedy = f"more --epochs than {config.epochs}"
+        if self.state == "collapsed":
             figure = f"z-std {z_std:.2f}"
             if spread is not None and spread < LEAST_SPREAD:
-                figure = (
-                    f"{spread:.1%} of the projections before the last BatchNorm differs "
-                    "between images"
-                )
-            return (
-                f"collapsed{since}: {figure}, all images are mapped to nearly one point; "
-                f"try a smaller --lr than {config.lr:g}, a smaller --weight-decay than "
+                differs = "of the projections before the last BatchNorm differs between images"
+                figure = f"{spread:.1%} {differs}"
+            figure += ", all images are mapped to nearly one point"
+            remedy = (
+                f"a smaller --lr than {config.lr:g}, a smaller --weight-decay than "
                 f"{config.weight_decay:g} or a longer --warmup-epochs"
             )
-        if state == "dead":
+        elif self.state == "dead":
             share = f"{self._weight():.1%} of the gradient of SimSiam's"
             weak = f"kappa/(D-1) {kappa:.2g}, the loss has {share}"
-            return f"dead{since}: {fitting if self._behind() else weak}; try {self._remedy()}"
-        if state == "not learning" or (config.frozen_run is None and cosine < LEAST_COSINE):
-            name = state if state == "not learning" else "barely learned"
-            strong = config.augment.crop_scale[0] < 0.5
-            milder = ", or --crop-scale 0.5 1 for milder views" if strong else ""
-            return (
-                f"{name}{since}: cosine {cosine:.2f}, two views of an image are predicted hardly "
-                f"better than by chance (0); try {longer}{milder}"
-            )
-        if self._behind():
-            return f"kappa not fitted yet: {fitting}; try {longer}"
-        if config.frozen_run is not None:
+            figure, remedy = fitting if self._behind() else weak, self._remedy()
+        elif name == "not learning" or (config.frozen_run is None and cosine < LEAST_COSINE):
+            name = name if name == "not learning" else "barely learned"
+            hardly = "two views of an image are predicted hardly better than by chance (0)"
+            figure = f"cosine {cosine:.2f}, {hardly}"
+            if config.augment.crop_scale[0] < 0.5:
+                remedy += ", or --crop-scale 0.5 1 for milder views"
+        elif self._behind():
+            name, figure = "kappa not fitted yet", fitting
+        elif config.frozen_run is not None:
             return f"kappa fitted: kappa/(D-1) {kappa:.3g} at a mean cosine of {cosine:.2f}"
-        return (
-            f"learned: cosine {cosine:.2f} between the views of an image, z-std {z_std:.2f} "
-            "(1: spread evenly, 0: collapsed)"
-        )
+        else:
+            return (
+                f"learned: cosine {cosine:.2f} between the views of an image, z-std {z_std:.2f} "
+                "(1: spread evenly, 0: collapsed)"
+            )
+        since = "" if self.since is None else f" since step {self.since}"
+        return f"{name}{since}: {figure}; try {remedy}"
 
     def _mean(self, name: str, most: float = math.inf) -> float | None:
         values = [min(line[name], most) for line in self._recent if line.get(name) is not None]

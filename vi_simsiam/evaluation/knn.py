@@ -16,7 +16,7 @@ from torch import Tensor
 from vi_simsiam.checks import POSITIVE, at_least, check_fields, limited
 from vi_simsiam.evaluation.features import FeatureSets
 from vi_simsiam.evaluation.results import pack_bits
-from vi_simsiam.inference.neighbours import nearest
+from vi_simsiam.inference.forward import nearest
 
 
 @dataclass(frozen=True)

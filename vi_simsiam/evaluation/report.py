@@ -38,7 +38,7 @@ from vi_simsiam.evaluation.scores import TRIVIAL
 from vi_simsiam.evaluation.style import number, shown
 from vi_simsiam.evaluation.uncertainty import comparisons
 from vi_simsiam.evaluation.uncertainty_figures import draw_uncertainty, score_label
-from vi_simsiam.inference.rank import extremes
+from vi_simsiam.inference.embed import extremes
 from vi_simsiam.text import METHODS, counted, fill_template
 
 REPORT = "report.html"

@@ -25,8 +25,7 @@ from vi_simsiam.evaluation.corruptions import jpeg_bytes
 from vi_simsiam.evaluation.logistic import LogisticProbe
 from vi_simsiam.evaluation.metrics import calibration
 from vi_simsiam.inference.encoder import Encoding
-from vi_simsiam.inference.forward import evaluating, random_views
-from vi_simsiam.inference.neighbours import nearest
+from vi_simsiam.inference.forward import evaluating, nearest, random_views
 from vi_simsiam.models import SimSiam
 from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from vi_simsiam.checks import choice, require
 from vi_simsiam.config import (
     LITERAL,
     SOFTPLUS,
@@ -19,23 +19,21 @@ from vi_simsiam.config import (
     policy,
     preset,
 )
-from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.experiments.plan import (
+    HELD_OUT,
     PRIMARY_MEASURE,
+    TRIAL_SEED,
     Arm,
     Plan,
     PlanOptions,
-    Trials,
     make_plan,
     scaled,
 )
-from vi_simsiam.text import METHODS, counted
+from vi_simsiam.text import METHODS
 
 _METHODS_PRIMARY = ("vi-simsiam", "simsiam", PRIMARY_MEASURE)
 _SHORT_EPOCHS = 100
 """In fewer epochs, a target network with momentum 0.996 stays close to the untrained network."""
-_TRIAL_SEED = 1000
-_HELD_OUT = 0.2
 _GRID_BATCH = 64
 _WEIGHT_DECAYS = (1e-4, 3e-4, 1e-3)
 _DEATH_DIMS, _DEATH_RATES = (128, 256, 512, 2048), (0.0125, 0.03, 0.06, 0.1)
@@ -57,8 +55,7 @@ def plan(name: str, options: PlanOptions) -> Plan:
         "lightly-imagenette": _lightly_imagenette,
         "deaths": _deaths,
     }
-    if name not in makers:
-        raise none_of("experiment", name, makers)
+    choice("experiment", name, tuple(makers))
     return makers[name](options)
 
 
@@ -99,53 +96,33 @@ def _both(base: TrainConfig, described: str) -> list[Arm]:
 def _tuned(options: PlanOptions) -> Plan:
     """Every method with the best settings found by the same number of trials.
 
-    Trials train on four fifths of the training images, with a seed of their own, and are measured
-    on the last fifth. The best trial's settings are then frozen and run with new seeds on the whole
-    training set.
+    Trials have a seed of their own and are measured on a held-out part of the training images. The
+    best settings are then run with new seeds on the whole training set.
     """
     base = scaled(preset(options.preset), options)
     arms = _both(base, "the settings that its trials chose")
-    unchosen = make_plan("tuned", options, arms, _METHODS_PRIMARY)
+    made = make_plan("tuned", options, arms, _METHODS_PRIMARY)
     drawn = {method: _drawn(method, base.batch_size, options.trials) for method in METHODS}
-    trials = {
-        arm.name: [
-            Arm(
-                f"trial-{arm.name}-{number:02d}",
-                replace(arm.config, held_out=_HELD_OUT, split_seed=_TRIAL_SEED, **settings),
-                f"trial of {arm.name}",
-            )
-            for number, settings in enumerate(drawn[arm.config.method], start=1)
-        ]
-        for arm in unchosen.arms
-    }
-
-    def choose(accuracies: dict[str, float]) -> tuple[dict[str, str], tuple[Arm, ...]]:
-        best = {
-            arm: max(own, key=lambda trial: accuracies[trial.name]) for arm, own in trials.items()
-        }
-        chosen = (
-            replace(arm, config=replace(best[arm.name].config, held_out=0.0, split_seed=0))
-            for arm in unchosen.arms
+    trials = tuple(
+        Arm(
+            f"trial-{arm.name}-{number:02d}",
+            replace(arm.config, held_out=HELD_OUT, split_seed=TRIAL_SEED, **settings),
+            f"trial of {arm.name}",
+            trial_of=arm.name,
         )
-        return {arm: trial.name for arm, trial in best.items()}, tuple(chosen)
-
-    every = tuple(itertools.chain.from_iterable(trials.values()))
-    return replace(unchosen, trials=Trials(every, _TRIAL_SEED, _HELD_OUT, PRIMARY_MEASURE, choose))
+        for arm in made.arms
+        for number, settings in enumerate(drawn[arm.config.method], start=1)
+    )
+    return replace(made, trials=trials)
 
 
 def _drawn(method: Method, batch_size: int, trials: int) -> list[dict[str, Any]]:
     """Draw settings of a method for "tuned" without repetition, in turn from its loss's forms.
 
-    Learning rates are in proportion to the batch. At a batch of 64:
-
-        simsiam             12 learning rates of 0.006 to 0.1 x 3 weight decays
-        vi-simsiam default   6 learning rates of 0.006 to 0.1 x 3 weight decays
-        vi-simsiam literal   6 learning rates of 1e-4 to 3e-3 x 3 weight decays
-
-    Both methods have 36 points. The gradients of the literal loss, the paper's, are D - 1 times as
-    large.
+    Learning rates are in proportion to the batch; these are for a batch of 64. Both methods have 36
+    points. The gradients of the literal loss, the paper's, are D - 1 times as large.
     """
-    generator = np.random.default_rng(_TRIAL_SEED)
+    generator = np.random.default_rng(TRIAL_SEED)
 
     def shuffled(low: float, high: float, count: int, loss: LossConfig) -> list[dict[str, Any]]:
         rates = np.geomspace(low, high, count) * batch_size / _GRID_BATCH
@@ -161,9 +138,7 @@ def _drawn(method: Method, batch_size: int, trials: int) -> list[dict[str, Any]]
     else:
         forms = shuffled(6e-3, 0.1, 6, LossConfig()), shuffled(1e-4, 3e-3, 6, LITERAL)
         points = [point for both in zip(*forms, strict=True) for point in both]
-    if trials > len(points):
-        size = counted(len(points), "point")
-        raise InputError(f"trials: {trials} is not accepted; the grid of {method} has {size}")
+    require("trials", trials, trials <= len(points), f"at most {len(points)}, the points of a grid")
     return points[:trials]
 
 
@@ -177,13 +152,12 @@ def _controls(options: PlanOptions) -> Plan:
     def changed(**fields: Any) -> TrainConfig:
         return replace(ours, loss=LossConfig(**fields))
 
+    twice = replace(simsiam, loss=LossConfig(loss_scale=2.0))
+    softplus = replace(ours, loss=SOFTPLUS)
     configs = {
-        "simsiam": (
-            simsiam,
-            "von Mises-Fisher with a constant concentration, which is SimSiam",
-        ),
+        "simsiam": (simsiam, "von Mises-Fisher with a constant concentration, which is SimSiam"),
         "vmf-constant": (
-            replace(simsiam, loss=LossConfig(loss_scale=2.0)),
+            twice,
             "the same with twice the concentration: twice SimSiam's gradient",
         ),
         "ps-constant": (
@@ -195,10 +169,7 @@ def _controls(options: PlanOptions) -> Plan:
             "Power Spherical with one learned concentration",
         ),
         "vi-simsiam": (ours, "Power Spherical with a concentration for each image"),
-        "vi-softplus": (
-            replace(ours, loss=SOFTPLUS),
-            "the likelihood alone, with kappa = (D-1) softplus(raw)",
-        ),
+        "vi-softplus": (softplus, "the likelihood alone, with kappa = (D-1) softplus(raw)"),
         "ps-shuffled": (
             changed(concentration="shuffled"),
             "every image with the concentration of another in the batch",
@@ -211,16 +182,11 @@ def _controls(options: PlanOptions) -> Plan:
         "byol": (replace(simsiam, ema=ema), f"SimSiam with a target network of momentum {ema}"),
         "vi-byol": (replace(ours, ema=ema), f"VI-SimSiam with a target network of momentum {ema}"),
     }
-    arms = [
-        Arm(
-            name,
-            *content,
-            after="simsiam" if name == "ps-posthoc" else None,
-            optional=name in ("vi-softplus", "vi-byol"),
-        )
-        for name, content in configs.items()
-    ]
-    return make_plan("controls", options, arms, _METHODS_PRIMARY)
+    arms = {name: Arm(name, *content) for name, content in configs.items()}
+    arms["ps-posthoc"] = replace(arms["ps-posthoc"], after="simsiam")
+    for name in ("vi-softplus", "vi-byol"):
+        arms[name] = replace(arms[name], optional=True)
+    return make_plan("controls", options, list(arms.values()), _METHODS_PRIMARY)
 
 
 def _stability(options: PlanOptions) -> Plan:
@@ -241,29 +207,26 @@ def _stability(options: PlanOptions) -> Plan:
             Arm(f"literal-d{dim}", at(literal, dim), f"kappa = softplus(raw), D = {dim}"),
             Arm(f"scaled-d{dim}", at(base, dim), note),
         ]
-    bounds = replace(
-        literal.loss, concentration_min=0.05 * (one - 1), concentration_max=20.0 * (one - 1)
-    )
+    bounds: dict[str, Any] = {
+        "concentration_min": 0.05 * (one - 1),
+        "concentration_max": 20.0 * (one - 1),
+    }
+    bounded = at(literal, one, loss=replace(literal.loss, **bounds))
+    clipped = at(literal, one, clip_norm=1.0)
     local_size = max(8, round(base.augment.size * 3 / 7 / 8) * 8)
     crops = replace(base.augment, crop_scale=(0.14, 1.0), local_views=6, local_size=local_size)
     shared = at(base, one, augment=crops)
     separate = replace(shared, model=replace(shared.model, local_predictor=True))
-    remedies = {
-        "literal-bounded": (
-            at(literal, one, loss=bounds),
-            "literal, kappa/(D-1) between 0.05 and 20",
-        ),
-        "literal-clipped": (
-            at(literal, one, clip_norm=1.0),
-            "literal, gradients of norm 1 at most",
-        ),
-        "multicrop-shared": (shared, "scaled, multi-crop, one predictor"),
-        "multicrop-separate": (
+    arms += [
+        Arm(f"literal-bounded-d{one}", bounded, "literal, kappa/(D-1) between 0.05 and 20"),
+        Arm(f"literal-clipped-d{one}", clipped, "literal, gradients of norm 1 at most"),
+        Arm(f"multicrop-shared-d{one}", shared, "scaled, multi-crop, one predictor"),
+        Arm(
+            f"multicrop-separate-d{one}",
             separate,
             "scaled, multi-crop, a second predictor for the local views",
         ),
-    }
-    arms += [Arm(f"{name}-d{one}", *content) for name, content in remedies.items()]
+    ]
     primary = (f"scaled-d{dims[-1]}", f"literal-d{dims[-1]}", PRIMARY_MEASURE)
     return make_plan("stability", options, arms, primary)
 
@@ -271,13 +234,9 @@ def _stability(options: PlanOptions) -> Plan:
 def _lightly_imagenette(options: PlanOptions) -> Plan:
     """SimSiam as in lightly's ImageNette benchmark.
 
-    Source: docs/source/getting_started/benchmarks/imagenette_benchmark.py. Batch 256, SGD with
-    learning rate 0.06, momentum 0.9 and weight decay 5e-4, a cosine schedule, ResNet-18, a
-    projector 512-2048-2048-2048 and a predictor 2048-512-2048, two views of 128 pixels, kNN with
-    k = 200 and T = 0.1. Its loss is half of ours, so its learning rate L and weight decay w are L/2
-    and 2w here. Differences: residual branches start at zero here, the schedule falls after every
-    step instead of every epoch, its images are the copies of 160 pixels, and its accuracy is the
-    best of all epochs where ours is that of the last one.
+    Source: docs/source/getting_started/benchmarks/imagenette_benchmark.py. Its loss is half of
+    ours, so its learning rate L and weight decay w are L/2 and 2w here. docs/experiments.md has the
+    differences that remain.
     """
     base = TrainConfig(
         method="simsiam",
@@ -290,20 +249,19 @@ def _lightly_imagenette(options: PlanOptions) -> Plan:
         augment=policy("lightly-imagenette"),
         model=ModelConfig(dim=2048, projector_hidden=2048, predictor_hidden=512),
     )
-    simsiam = scaled(base, options)
-    ours = replace(simsiam, method="vi-simsiam")
+    base = scaled(base, options)
     arms = [
-        Arm("simsiam", simsiam, "SimSiam with the settings of lightly's ImageNette benchmark"),
-        Arm("vi-simsiam", ours, "VI-SimSiam with the same settings"),
+        Arm("simsiam", base, "SimSiam with the settings of lightly's ImageNette benchmark"),
+        Arm("vi-simsiam", replace(base, method="vi-simsiam"), "VI-SimSiam with the same settings"),
     ]
-    accuracy = {200: 0.752, 800: 0.872}.get(simsiam.epochs)
+    accuracy = {200: 0.752, 800: 0.872}.get(base.epochs)
     return make_plan(
         "lightly-imagenette",
         options,
         arms,
         ("vi-simsiam", "simsiam", "knn200"),
         published=None if accuracy is None else {"imagenette": {"simsiam": {"knn200": accuracy}}},
-        progress_every=max(1, simsiam.epochs // 20),
+        progress_every=max(1, base.epochs // 20),
     )
 
 
@@ -314,10 +272,8 @@ def _deaths(options: PlanOptions) -> Plan:
     and at most four of SimSiam. Nothing is measured but the training itself.
     """
     base = replace(scaled(preset(options.preset), options), log_every=5, loss=LossConfig())
-    if base.epochs < 2:
-        raise InputError(
-            f"epochs: {base.epochs} is not accepted; kappa is followed from the second epoch on"
-        )
+    accepted = "at least 2: kappa is followed after the first"
+    require("epochs", base.epochs, base.epochs >= 2, accepted)
 
     def arms(dim: int, lr: float) -> Iterator[Arm]:
         at = f"d{dim}-lr{lr:g}"
@@ -332,6 +288,4 @@ def _deaths(options: PlanOptions) -> Plan:
 
     dims = _DEATH_DIMS if options.dim is None else (options.dim,)
     every = [arm for dim in dims for lr in _DEATH_RATES for arm in arms(dim, lr)]
-    primary = (every[0].name, every[1].name, "")
-    made = make_plan("deaths", options, every, primary, data=("fashion-mini",), measures=())
-    return replace(made, primary=None)  # the experiment counts; it does not compare arms
+    return make_plan("deaths", options, every, None, data=("fashion-mini",), measures=())

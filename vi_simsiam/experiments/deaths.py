@@ -7,9 +7,8 @@ OUT/summary.md      the counts
 from __future__ import annotations
 
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ from numpy.typing import NDArray
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.engine.checkpoint import write_json, write_text
 from vi_simsiam.engine.verdict import LEAST_COSINE, LEAST_RATIO
-from vi_simsiam.errors import InputError
-from vi_simsiam.experiments.results import load
+from vi_simsiam.experiments.runner import MARKDOWN, PLAN, RESULTS, load
 
 _LINES = 5
 """Lines of metrics that are averaged, since the concentration of one batch is noisy."""
@@ -35,18 +33,10 @@ Row = dict[str, Any]
 
 
 def summarise_deaths(out: Path) -> Path:
-    """Write OUT/runs.json and OUT/summary.md from the results in OUT/results/.
-
-    Returns:
-        Path of summary.md.
-
-    Raises:
-        InputError: a result is damaged.
-    """
-    paths = sorted((out / "results").glob("*.json"))
-    results = [load(path) for path in paths]
-    rows = _judged([_row(path, result) for path, result in zip(paths, results, strict=True)])
-    given = load(out / "plan.json", ("options",))["options"]
+    """Write OUT/runs.json and OUT/summary.md from the results; returns the path of summary.md."""
+    results = [load(path) for path in sorted((out / RESULTS).glob("*.json"))]
+    rows = _judged([_row(result) for result in results])
+    given = load(out / PLAN)["options"]
     options = (
         f"{name} {' '.join(value) if isinstance(value, list) else value}"
         for name, value in given.items()
@@ -62,36 +52,34 @@ def summarise_deaths(out: Path) -> Path:
             "measured": max(result["date"] for result in results).partition("T")[0],
         },
     }
+    path = out / MARKDOWN
     write_json(out / "runs.json", runs)
-    write_text(out / "summary.md", deaths_markdown(runs))
-    return out / "summary.md"
+    write_text(path, deaths_markdown(runs))
+    return path
 
 
-def _row(path: Path, result: dict[str, Any]) -> Row:
-    try:
-        config = TrainConfig.from_dict({**result["config"], "data_root": "data", "cache_dir": None})
-        curve = {name: np.array(values) for name, values in result["curve"].items()}
-        row = {
-            "arm": result["arm"].partition("-d")[0] if config.method == "vi-simsiam" else "simsiam",
-            "data": result["data"],
-            "dim": config.model.dim,
-            "lr": config.lr,
-            "seed": result["seed"],
-            "steps": result["steps"],
-        }
-        if "diverged" in result:
-            return {**row, "cosine": 0.0, "dead": "diverged"}
-        row["cosine"] = _end(curve["cosine"])
-        if config.method == "vi-simsiam":
-            row |= {"kappa": _end(curve["kappa"]), "kappa_best": _end(curve["kappa_best"])}
-            later = curve["epoch"] > 1
-            kappa, best = (_smooth(curve[name][later]) for name in ("kappa", "kappa_best"))
-            ratios = kappa / np.maximum(best, _LEAST_BEST)
-            row["least_ratio"] = float(f"{ratios.min():.3g}")
-            row["largest_ratio"] = float(f"{ratios.max():.3g}")
-        return row
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"out: {path} is damaged ({error})") from error
+def _row(result: dict[str, Any]) -> Row:
+    config = TrainConfig.from_dict({**result["config"], "data_root": "data", "cache_dir": None})
+    curve = {name: np.array(values) for name, values in result["curve"].items()}
+    row = {
+        "arm": result["arm"].partition("-d")[0] if config.method == "vi-simsiam" else "simsiam",
+        "data": result["data"],
+        "dim": config.model.dim,
+        "lr": config.lr,
+        "seed": result["seed"],
+        "steps": result["steps"],
+    }
+    if "diverged" in result:
+        return {**row, "cosine": 0.0, "dead": "diverged"}
+    row["cosine"] = _end(curve["cosine"])
+    if config.method == "vi-simsiam":
+        row |= {"kappa": _end(curve["kappa"]), "kappa_best": _end(curve["kappa_best"])}
+        later = curve["epoch"] > 1
+        kappa, best = (_smooth(curve[name][later]) for name in ("kappa", "kappa_best"))
+        ratios = kappa / np.maximum(best, _LEAST_BEST)
+        row["least_ratio"] = float(f"{ratios.min():.3g}")
+        row["largest_ratio"] = float(f"{ratios.max():.3g}")
+    return row
 
 
 def _end(values: NDArray[np.float64]) -> float:
@@ -109,18 +97,17 @@ def _judged(rows: Sequence[Row]) -> list[Row]:
 
     A concentration is dead below a tenth of the best one. A network is dead if predictions and
     targets end at right angles while SimSiam's, on the same images and with the same D and learning
-    rate, do not. The reference is SimSiam's run with the same seed, which has the same batches in
-    the same order, or the mean of its seeds where that run is missing.
+    rate, do not: SimSiam's run with the same seed, which has the same batches in the same order, or
+    the mean of its seeds where that run is missing.
     """
-    simsiam_rows = [row for row in rows if row["arm"] == "simsiam"]
-    reference = {
-        key: {row["seed"]: row["cosine"] for row in group}
-        for key, group in _groups(simsiam_rows, "data", "dim", "lr").items()
-    }
+    reference: dict[tuple[Any, ...], dict[int, float]] = defaultdict(dict)
+    for row in rows:
+        if row["arm"] == "simsiam":
+            reference[row["data"], row["dim"], row["lr"]][row["seed"]] = row["cosine"]
     judged = []
     for row in rows:
-        simsiam = reference.get((row["data"], row["dim"], row["lr"]), {-1: 0.0})
-        cosine = simsiam.get(row["seed"], statistics.mean(simsiam.values()))
+        simsiam = reference[row["data"], row["dim"], row["lr"]]
+        cosine = simsiam.get(row["seed"], statistics.mean(simsiam.values() or [0.0]))
         reasons = []
         if "kappa" in row and row["kappa"] < LEAST_RATIO * row["kappa_best"]:
             reasons.append("kappa")
@@ -166,10 +153,10 @@ def _dead(rows: Sequence[Row]) -> str:
 
 
 def _groups(rows: Sequence[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
-    def key(row: Row) -> tuple[Any, ...]:
-        return tuple(row[name] for name in names)
-
-    return {value: list(group) for value, group in groupby(sorted(rows, key=key), key)}
+    found: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        found[tuple(row[name] for name in names)].append(row)
+    return dict(sorted(found.items()))
 
 
 def _table(rows: Sequence[Row], title: str, name: str) -> str:

@@ -13,7 +13,7 @@ from vi_simsiam.config import with_former_loss
 from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.evaluation.style import BLUE, GRAY, ORANGE, STYLE, figure, save
 from vi_simsiam.experiments.results import Arms, Experiment, Run, all_runs, columns, measures
-from vi_simsiam.experiments.statistics import estimate
+from vi_simsiam.experiments.statistics import estimate, interval
 from vi_simsiam.experiments.tables import MEASURE_NAMES, arm_label
 
 STABILITY, ACCURACY = "stability.png", "accuracy.png"
@@ -35,9 +35,6 @@ def draw(out: Path) -> list[Path]:
 
     Returns:
         The paths of the figures drawn.
-
-    Raises:
-        InputError: there is no plan, or a file is damaged.
     """
     experiment = Experiment.read(out)
     with matplotlib.rc_context(STYLE):
@@ -55,7 +52,7 @@ def groups(experiment: Experiment) -> dict[str, Arms]:
     found: dict[tuple[str, int, str], Arms] = {}
     for arm, runs in experiment.arms.items():
         for run in runs:
-            if "epoch" in (curve := columns(run)) and len(curve["epoch"]):
+            if run["curve"]:
                 key = (run["data"], run["config"]["model"]["dim"], _parametrisation(run))
                 found.setdefault(key, {}).setdefault(arm, []).append(run)
     for key in [key for key in found if not key[2]]:
@@ -138,7 +135,7 @@ def _lines(axes: Axes, quantity: str, runs_of: Arms) -> None:
                 continue
             x, y = curve["epoch"], curve[quantity]
             axes.plot(x, y, color=colour, lw=1, alpha=0.8)
-            if run.get("diverged"):
+            if "diverged" in run:
                 axes.plot(x[-1], y[-1], color=colour, marker="x", ms=5, clip_on=False)
 
 
@@ -162,7 +159,7 @@ def _accuracy(experiment: Experiment, path: Path) -> Path | None:
         arms = {experiment.short(arm): runs for arm, runs in arms_on[data].items()}
         for axes, name in zip(panels, names, strict=True):
             _points(axes, name, arms)
-            axes.set_title(MEASURE_NAMES.get(name, name), fontsize=7.5)
+            axes.set_title(MEASURE_NAMES[name], fontsize=7.5)
             axes.set_yticks(range(len(arms)), [""] * len(arms))
             axes.set_ylim(len(arms) - 0.5, -0.5)
         panels[0].set_yticks(range(len(arms)), [arm_label(arm) for arm in arms])
@@ -174,17 +171,16 @@ def _accuracy(experiment: Experiment, path: Path) -> Path | None:
 def _points(axes: Axes, name: str, arms: Arms) -> None:
     every: list[float] = []
     for row, (arm, runs) in enumerate(arms.items()):
-        shares = [run["accuracy"].get(name) for run in runs]
-        values = [100 * share for share in shares if share is not None]
-        if not values:
+        values = [100 * run["accuracy"][name] for run in runs if name in run["accuracy"]]
+        found = estimate(values)
+        if found is None:
             continue
         every += values
         colour = _OWN_COLOURS.get(arm, GRAY)
-        found = estimate(values)
         axes.plot(values, [row] * len(values), ls="", marker="o", ms=3, color=colour, alpha=0.5)
-        axes.plot(found.mean, row, marker="D", ms=4.5, color=colour)
-        if (interval := found.interval()) is not None:
-            axes.plot(interval, [row, row], color=colour, lw=1.2)
+        axes.plot(found["mean"], row, marker="D", ms=4.5, color=colour)
+        if (ends := interval(found)) is not None:
+            axes.plot(ends, [row, row], color=colour, lw=1.2)
     if every:  # an interval of two seeds is often much wider than the points, and is cut off
         margin = 0.25 * (max(every) - min(every)) + 0.5
         axes.set_xlim(min(every) - margin, max(every) + margin)

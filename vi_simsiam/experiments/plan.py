@@ -6,22 +6,25 @@ runs again. The primary comparison is part of the plan and is written down befor
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from vi_simsiam.checks import require
+from vi_simsiam.checks import choice, require
 from vi_simsiam.config import TrainConfig
-from vi_simsiam.errors import InputError, none_of
-from vi_simsiam.text import counted, data_label
+from vi_simsiam.errors import InputError
+from vi_simsiam.text import data_label
 
 MEASURES = ("knn20", "knn200", "logistic", "linear", "linear_top5")
 """Accuracies measured for every run, in the order of every table."""
 PRIMARY_MEASURE = "logistic"
 """Measure of experiments that reproduce no published figure: this classifier is a function of the
 features alone, with no learning rate or number of steps that could favour one arm."""
+TRIAL_SEED = 1000
+"""Seed of every trial; none of the arms' seeds."""
+HELD_OUT = 0.2
+"""Share of the training images used to measure the trials, not to train them."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +60,8 @@ class PlanOptions:
         for name in ("seeds", "epochs", "images", "val_images", "trials"):
             value = getattr(self, name)
             require(name, value, value is None or value >= 1, "at least 1")
-        if self.data is not None and (not self.data or len(set(self.data)) < len(self.data)):
-            given = " ".join(self.data) or "nothing"
-            raise InputError(f"data: {given} is not accepted; name each data set once")
-        if self.arms is not None and not self.arms:
-            raise InputError("arms: nothing is not accepted; name at least one")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The options as plain JSON types, with data sets by label (see `data_label`)."""
-        plain = {item.name: getattr(self, item.name) for item in dataclasses.fields(PlanOptions)}
-        plain["data"] = None if self.data is None else [data_label(spec) for spec in self.data]
-        plain["arms"] = None if self.arms is None else list(self.arms)
-        return plain
+        for name in ("data", "arms"):
+            require(name, "nothing", getattr(self, name) != (), "at least one")
 
 
 @dataclass(frozen=True)
@@ -90,27 +83,6 @@ class Place:
     workers: int | None = None
     """Processes that prepare views on a CPU and read images to measure; None to suit the device."""
 
-    def slots(self) -> list[str]:
-        """The device of each run that can happen at the same time.
-
-        Raises:
-            InputError: a device is not available, or a number is not accepted.
-        """
-        import torch
-
-        from vi_simsiam.data.decoding import cores
-        from vi_simsiam.engine.run import resolve_device
-
-        for name, least in (("parallel", 1), ("threads", 1), ("workers", 0)):
-            value = getattr(self, name)
-            require(name, value, value is None or value >= least, f"at least {least}")
-        gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-        devices = list(self.devices) or gpus or ["cpu"]
-        for device in devices:
-            resolve_device(device)
-        on_cpu = all(device == "cpu" for device in devices)
-        return devices * (self.parallel or (cores() if on_cpu else 1))
-
 
 @dataclass(frozen=True)
 class Arm:
@@ -129,6 +101,8 @@ class Arm:
     """Left out unless requested by name."""
     seeds: int | None = None
     """Number of runs; None for `PlanOptions.seeds`."""
+    trial_of: str | None = None
+    """Name of the arm whose settings this trial may become."""
 
     def described(self) -> dict[str, Any]:
         """The arm's entry in plan.json."""
@@ -144,84 +118,54 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Primary:
-    """The comparison that an experiment is made for; all others are exploratory."""
-
-    arm: str
-    against: str
-    measure: str
-    data: str
-
-
-@dataclass(frozen=True)
-class Trials:
-    """Settings tried on held-out images before the arms' settings are known."""
-
-    arms: tuple[Arm, ...]
-    """All trials of all methods."""
-    seed: int
-    """Seed of every trial; none of the arms' seeds."""
-    held_out: float
-    """Share of the training images used to measure the trials, not to train them."""
-    measure: str
-    """Accuracy that decides."""
-    choose: Callable[[dict[str, float]], tuple[dict[str, str], tuple[Arm, ...]]]
-    """Maps accuracies by trial to the best trial of every arm, and the arms with its settings."""
-
-
-@dataclass(frozen=True)
 class Plan:
-    """All runs of an experiment.
-
-    Attributes:
-        experiment: name.
-        options: options that the plan follows from.
-        arms: all arms; with `trials`, their settings are those that the trials choose.
-        primary: primary comparison; None if one of its arms was not requested.
-        published: published accuracies by arm and measure, as shares.
-        progress_every: epochs between two kNN accuracies during training; None for none.
-        trials: trials that choose the settings; None if these are given.
-        measures: accuracies of every run; if empty, only the training counts and no weights are
-            kept.
-    """
+    """All runs of an experiment."""
 
     experiment: str
     options: PlanOptions
+    """Options that the plan follows from."""
     arms: tuple[Arm, ...]
-    primary: Primary | None
+    """All arms; with `trials`, their settings are those that the trials choose."""
+    primary: dict[str, str] | None
+    """The comparison that the experiment is made for: "arm", "against", "measure" and "data".
+
+    All others are exploratory. None if one of its arms was not requested.
+    """
     published: dict[str, Any] = field(default_factory=dict)
+    """Published accuracies by arm and measure, as shares."""
     progress_every: int | None = None
-    trials: Trials | None = None
+    """Epochs between two kNN accuracies during training; None for none."""
+    trials: tuple[Arm, ...] = ()
+    """Settings tried on held-out images before the arms' settings are known."""
     measures: tuple[str, ...] = MEASURES
+    """Accuracies of every run; if empty, only the training counts and no weights are kept."""
 
-    def __repr__(self) -> str:
-        trials = "" if self.trials is None else f", {counted(len(self.trials.arms), 'trial')}"
-        names = ", ".join(arm.name for arm in self.arms)
-        seeds = counted(self.options.seeds, "seed")
-        return f"Plan({self.experiment}: {names}; {seeds} each{trials})"
-
-    @property
-    def seeds(self) -> range:
-        """Seeds of every arm."""
-        return range(self.options.seeds)
+    def tuned(self, accuracy: dict[str, float]) -> dict[str, Arm]:
+        """The arms with the settings of their best trial, by its name; `accuracy` is by trial."""
+        found = {}
+        for arm in self.arms:
+            own = [trial for trial in self.trials if trial.trial_of == arm.name]
+            best = max(own, key=lambda trial: accuracy[trial.name])
+            found[best.name] = replace(arm, config=replace(best.config, held_out=0.0, split_seed=0))
+        return found
 
     def described(self) -> dict[str, Any]:
         """The content of plan.json, without its date."""
-        trials = self.trials
+        options = {item.name: getattr(self.options, item.name) for item in fields(PlanOptions)}
+        options["data"] = [data_label(spec) for spec in self.options.data or ()]
+        trials = {
+            "seed": TRIAL_SEED,
+            "held_out": HELD_OUT,
+            "measure": PRIMARY_MEASURE,
+            "arms": [trial.described() for trial in self.trials],
+        }
         return {
             "experiment": self.experiment,
-            "primary": None if self.primary is None else dataclasses.asdict(self.primary),
+            "primary": self.primary,
             "arms": [arm.described() for arm in self.arms],
             "published": self.published,
-            "options": self.options.to_dict(),
-            "trials": None
-            if trials is None
-            else {
-                "seed": trials.seed,
-                "held_out": trials.held_out,
-                "measure": trials.measure,
-                "arms": [arm.described() for arm in trials.arms],
-            },
+            "options": options,
+            "trials": trials if self.trials else None,
         }
 
 
@@ -236,13 +180,13 @@ def make_plan(
     experiment: str,
     options: PlanOptions,
     arms: Sequence[Arm],
-    primary: tuple[str, str, str],
+    primary: tuple[str, str, str] | None,
     *,
     data: tuple[str, ...] = ("imagenette",),
     published: dict[str, Any] | None = None,
     **more: Any,
 ) -> Plan:
-    """Make a plan of the requested arms on every data set.
+    """Make a plan of the requested arms on every data set of `options`, else of `data`.
 
     Args:
         experiment: name.
@@ -257,12 +201,11 @@ def make_plan(
         InputError: an unknown arm, an arm without the one that it starts from, or two data sets
             with the same name.
     """
-    options = options if options.data is not None else replace(options, data=data)
-    data = options.data or ()
-    names = [arm.name for arm in arms]
+    data = options.data or data
+    options = replace(options, data=data)
+    names = tuple(arm.name for arm in arms)
     for wanted in options.arms or ():
-        if wanted not in names:
-            raise none_of("arms", wanted, names)
+        choice("arms", wanted, names)
     requested = options.arms or [arm.name for arm in arms if not arm.optional]
     chosen = [arm for arm in arms if arm.name in requested]
     for arm in chosen:
@@ -274,29 +217,31 @@ def make_plan(
     def on(spec: str, name: str) -> str:
         return name if len(data) == 1 else f"{name}-{data_label(spec).replace(':', '-')}"
 
-    every = tuple(
-        replace(
+    every = {
+        on(spec, arm.name): replace(
             arm,
             name=on(spec, arm.name),
             config=replace(arm.config, data=spec),
-            after=None if arm.after is None else on(spec, arm.after),
+            after=arm.after and on(spec, arm.after),
         )
         for spec in data
         for arm in chosen
-    )
-    found = {arm.name for arm in every}
-    if len(found) < len(every):
+    }
+    if len(every) < len(data) * len(chosen):
         raise InputError(f"data: {' '.join(data)} is not accepted; two of them have the same name")
-    first, second = (on(data[0], name) for name in primary[:2])
+    compared = None
+    if primary is not None:
+        first, second, measure = primary
+        pair = {"arm": on(data[0], first), "against": on(data[0], second)}
+        if every.keys() >= set(pair.values()):
+            compared = {**pair, "measure": measure, "data": data_label(data[0])}
     figures = {
         on(spec, arm): measures
         for spec in data
         for arm, measures in (published or {}).get(spec, {}).items()
         if arm in requested
     }
-    both = Primary(first, second, primary[2], data_label(data[0]))
-    compared = both if {first, second} <= found else None
-    return Plan(experiment, options, every, compared, figures, **more)
+    return Plan(experiment, options, tuple(every.values()), compared, figures, **more)
 
 
 def scaled(config: TrainConfig, options: PlanOptions) -> TrainConfig:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,8 @@ from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.results import unpack_bits
 from vi_simsiam.experiments.plan import MEASURES
-from vi_simsiam.experiments.statistics import concentration_ratio, difference, estimate
-from vi_simsiam.text import counted
+from vi_simsiam.experiments.runner import CHOSEN, PLAN, RESULTS, TRIALS, load
+from vi_simsiam.experiments.statistics import difference, estimate
 
 Run = dict[str, Any]
 """The content of a result file."""
@@ -41,27 +39,16 @@ class Experiment:
     missing: list[str]
     """Planned runs without a result: not run yet, interrupted or failed."""
 
-    def __repr__(self) -> str:
-        arms = counted(len(self.arms), "arm")
-        runs = counted(sum(map(len, self.arms.values())), "run")
-        return f"Experiment({self.plan['experiment']}: {arms}, {runs}, {len(self.missing)} missing)"
-
     @classmethod
     def read(cls, out: Path) -> Experiment:
-        """Read plan.json and results/*.json of the folder, and its trials if it has any.
-
-        Raises:
-            InputError: there is no plan, or a file is damaged.
-        """
-        plan = load(out / "plan.json", ("experiment", "arms"))
-        results, trials = (_results(folder / "results") for folder in (out, out / "trials"))
-        file = out / "chosen.json"
-        chosen = load(file, ("chosen",))["chosen"] if file.exists() else {}
-        tried = plan.get("trials") or {"arms": []}
-        seeds = (plan.get("options") or {}).get("seeds") or 0
+        """Read plan.json and results/*.json of the folder, and its trials if it has any."""
+        plan = load(out / PLAN)
+        results, trials = (_results(folder / RESULTS) for folder in (out, out / TRIALS))
+        chosen = load(out / CHOSEN)["chosen"] if (out / CHOSEN).exists() else {}
         names = [arm["name"] for arm in plan["arms"]]
+        tried = plan["trials"] or {"arms": []}
         planned = [(trial["name"], tried["seed"]) for trial in tried["arms"]]
-        planned += [(name, seed) for name in names for seed in range(seeds)]
+        planned += [(name, seed) for name in names for seed in range(plan["options"]["seeds"])]
         found = {(result["arm"], result["seed"]) for result in (*results, *trials)}
         arms = {name: [result for result in results if result["arm"] == name] for name in names}
         missing = [f"{arm} with seed {seed}" for arm, seed in planned if (arm, seed) not in found]
@@ -79,13 +66,12 @@ class Experiment:
 
     def short(self, arm: str) -> str:
         """The arm's name without the data set that an experiment on several of them appends."""
-        data = next((each["data"] for each in self.plan["arms"] if each["name"] == arm), "")
+        (data,) = (each["data"] for each in self.plan["arms"] if each["name"] == arm)
         return arm.removesuffix(f"-{data.replace(':', '-')}")
 
     def reference(self, data: str) -> str | None:
         """The arm that others on this data set are compared with, as in the primary comparison."""
-        primary = self.plan.get("primary")
-        if primary is None:
+        if (primary := self.plan["primary"]) is None:
             return None
         short = self.short(primary["against"])
         return next((arm for arm in self.on(data) if self.short(arm) == short), None)
@@ -93,7 +79,7 @@ class Experiment:
 
 def collect(experiment: Experiment) -> dict[str, Any]:
     """The numbers of an experiment as plain JSON types; accuracies are shares."""
-    plan, primary = experiment.plan, experiment.plan.get("primary")
+    plan, primary = experiment.plan, experiment.plan["primary"]
     runs = all_runs(experiment.arms)
     found = None
     if primary is not None:
@@ -108,7 +94,7 @@ def collect(experiment: Experiment) -> dict[str, Any]:
         }
     return {
         "experiment": plan["experiment"],
-        "created": plan.get("created"),
+        "created": plan["created"],
         "primary": found,
         "data": {data: _data_set(experiment, data) for data in experiment.data},
         "trials": _trials(experiment),
@@ -116,10 +102,10 @@ def collect(experiment: Experiment) -> dict[str, Any]:
         "missing": experiment.missing,
         "devices": sorted({run["device"] for run in runs}),
         "versions": _occurring(
-            f"{name} {value}" for run in runs for name, value in run.get("versions", {}).items()
+            f"{name} {value}" for run in runs for name, value in run["versions"].items()
         ),
-        "commits": _occurring(run.get("commit") for run in runs),
-        "dates": _range(str(run["date"])[:10] for run in runs if run.get("date")),
+        "commits": _occurring(run["commit"] for run in runs),
+        "dates": _range(run["date"][:10] for run in runs),
     }
 
 
@@ -128,29 +114,29 @@ def _data_set(experiment: Experiment, data: str) -> dict[str, Any]:
     every = all_runs(arms)
     names = measures(every)
     described = {arm["name"]: arm for arm in experiment.plan["arms"]}
-    published = experiment.plan.get("published", {})
+    published = experiment.plan["published"]
     rows = {}
     for arm, runs in arms.items():
         against = {} if reference in (None, arm) else {name: arms[str(reference)] for name in names}
         rows[arm] = {
             "short": experiment.short(arm),
-            "note": described[arm].get("note", ""),
-            "inferred": described[arm].get("inferred", []),
+            "note": described[arm]["note"],
+            "inferred": described[arm]["inferred"],
             "seeds": [run["seed"] for run in runs],
             "diverged": _diverged(runs),
             "accuracy": {name: _accuracy(runs, name) for name in names},
             "difference": {name: _compare(runs, other, name) for name, other in against.items()},
             "published": published.get(arm, {}),
             "uncertainty": _uncertainty(runs),
-            "stability": stability_of(runs),
-            "seconds": _range(run["seconds"] for run in runs if run.get("seconds") is not None),
+            "stability": _stability(runs),
+            "seconds": _range(run["seconds"] for run in runs if run["seconds"] is not None),
         }
     differing, common = _settings(arms)
     return {
         "reference": reference,
         "measures": names,
-        "images": _occurring(run.get("images") for run in every),
-        "val_images": _occurring(run.get("val_images") for run in every),
+        "images": _occurring(run["images"] for run in every),
+        "val_images": _occurring(run["val_images"] for run in every),
         "arms": rows,
         "differing": differing,
         "common": common,
@@ -163,9 +149,9 @@ def _times(arms: Arms, published: dict[str, Any]) -> dict[str, Any] | None:
     progress = {
         # Training seconds and kNN accuracy (k = 200) of every measurement during training.
         arm: [
-            list(zip(curve["knn200_seconds"], curve["knn200"], strict=True))
-            for curve in (run.get("curve") or {} for run in runs)
-            if curve.get("knn200")
+            list(zip(run["curve"]["knn200_seconds"], run["curve"]["knn200"], strict=True))
+            for run in runs
+            if "knn200" in run["curve"]
         ]
         for arm, runs in arms.items()
     }
@@ -188,16 +174,17 @@ def _times(arms: Arms, published: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _trials(experiment: Experiment) -> dict[str, Any] | None:
-    planned = experiment.plan.get("trials")
+    planned = experiment.plan["trials"]
     if not planned:
         return None
+    nothing: Run = {"accuracy": {}}
     runs = {run["arm"]: run for run in experiment.trials}
     rows = [
         {
             "trial": trial["name"],
-            "settings": trial.get("settings", {}),
-            "accuracy": runs.get(trial["name"], {}).get("accuracy", {}).get(planned["measure"]),
-            "diverged": bool(runs.get(trial["name"], {}).get("diverged")),
+            "settings": trial["settings"],
+            "accuracy": runs.get(trial["name"], nothing)["accuracy"].get(planned["measure"]),
+            "diverged": "diverged" in runs.get(trial["name"], nothing),
             "chosen_by": [
                 arm for arm, own in experiment.chosen.items() if own["trial"] == trial["name"]
             ],
@@ -208,101 +195,82 @@ def _trials(experiment: Experiment) -> dict[str, Any] | None:
 
 
 def measures(runs: Iterable[Run]) -> list[str]:
-    """Accuracies that any run has: those of `MEASURES` first, then the others."""
-    accuracies = [run.get("accuracy", {}) for run in runs]
-    found = [name for each in accuracies for name in each if each[name] is not None]
-    return [name for name in dict.fromkeys((*MEASURES, *found)) if name in found]
+    """Accuracies that any run has."""
+    found = {name for run in runs for name in run["accuracy"]}
+    return [name for name in MEASURES if name in found]
 
 
 def _accuracy(runs: list[Run], measure: str) -> dict[str, Any] | None:
-    """Mean, standard deviation and n of an accuracy over seeds; None if no run has it."""
-    return _estimate(run.get("accuracy", {}).get(measure) for run in runs)
+    return estimate(run["accuracy"].get(measure) for run in runs)
 
 
 def _uncertainty(runs: list[Run]) -> dict[str, Any]:
     """Estimates of the numbers in the runs' uncertainty, and the values that occur of strings."""
-    flat = [run.get("uncertainty") or {} for run in runs]
+    flat = [run["uncertainty"] for run in runs]
     found: dict[str, Any] = {}
     for name in dict.fromkeys(name for each in flat for name in each):
-        values = [each.get(name) for each in flat]
+        values = [each[name] for each in flat if name in each]
         strings = {value for value in values if isinstance(value, str)}
-        found[name] = sorted(strings) if strings else _estimate(values)
+        found[name] = sorted(strings) if strings else estimate(values)
     return found
 
 
 def _compare(first: list[Run], second: list[Run], measure: str) -> dict[str, Any] | None:
-    """The accuracy of one arm minus that of another.
+    """The `difference` of two arms' accuracies; None if one of them was not measured.
 
-    Returns:
-        `Difference.to_dict()`; with None for the interval and what follows from it if a run has no
-        bits that show which images it got right; None if an arm was not measured.
-
-    Raises:
-        InputError: runs were measured on different numbers of images, or their bits are damaged.
+    Without an interval if a run has no bits that show which images it got right. Raises InputError
+    if runs were measured on different numbers of images, or their bits are damaged.
     """
-    arms = [
-        [run for run in arm if run.get("accuracy", {}).get(measure) is not None]
-        for arm in (first, second)
-    ]
+    arms = [[run for run in arm if measure in run["accuracy"]] for arm in (first, second)]
     if not all(arms):
         return None
-    if all(measure in run.get("correct", {}) for arm in arms for run in arm):
-        sizes = {run["val_images"] for arm in arms for run in arm}
+    if all(measure in run["correct"] for arm in arms for run in arm):
+        sizes = _occurring(run["val_images"] for arm in arms for run in arm)
         if len(sizes) > 1:
-            given = " and ".join(map(str, sorted(sizes)))
+            given = " and ".join(map(str, sizes))
             raise InputError(f"results: runs were measured on {given} images; not alike")
-        (size,) = sizes
-        bits = [
-            np.stack([unpack_bits(run["correct"][measure], size).numpy() for run in arm])
-            for arm in arms
-        ]
-        return difference(*bits).to_dict()
+        return difference(
+            *(
+                np.stack([unpack_bits(run["correct"][measure], sizes[0]).numpy() for run in arm])
+                for arm in arms
+            )
+        )
     means = [float(np.mean([run["accuracy"][measure] for run in arm])) for arm in arms]
     none = dict.fromkeys(("low", "high", "verdict", "images", "over_seeds"))
     return {"value": means[0] - means[1], **none, "seeds": [len(arm) for arm in arms]}
 
 
 def columns(run: Run) -> dict[str, NDArray[np.float64]]:
-    """The curve of a run as float64 columns, NaN where a value is missing.
+    """The curve of a run as float64 columns.
 
-    A run with kappa has the column "ratio", kappa / kappa*.
+    A run with kappa has the column "ratio", kappa / kappa*, where kappa* = (D - 1) c / (1 - c)
+    minimises the loss at the cosine c; it is NaN for c outside (0, 1).
     """
-    found = {
-        name: np.array(values, dtype=np.float64)
-        for name, values in (run.get("curve") or {}).items()
-        if isinstance(values, list)
-    }
-    if "kappa" in found and "cosine" in found:
-        found["ratio"] = concentration_ratio(found["kappa"], found["cosine"])
+    found = {name: np.array(values, dtype=np.float64) for name, values in run["curve"].items()}
+    if "kappa" in found:
+        cosine = found["cosine"]
+        inside = np.where((cosine > 0) & (cosine < 1), cosine, np.nan)
+        found["ratio"] = found["kappa"] * (1 - inside) / inside
     return found
 
 
-def stability_of(runs: list[Run]) -> dict[str, Any]:
-    """The state at the end of an arm's trainings, as means over seeds.
-
-    Returns:
-        {"ratio", "z_std", "effective_rank", "grad_median", "grad_max": estimate or None,
-        "collapsed" and "diverged": number of runs, "runs": number of runs with a curve}.
-    """
-    rows = [_ending(columns(run)) for run in runs]
-    spread = [row["z_std"] for row in rows if "z_std" in row]
+def _stability(runs: list[Run]) -> dict[str, Any]:
+    """The state at the end of an arm's trainings, as means over seeds, and numbers of runs."""
+    endings = [_ending(columns(run)) for run in runs if run["curve"]]
     return {
-        **{name: _estimate(row.get(name) for row in rows) for name in _ENDINGS},
-        "collapsed": sum(value < COLLAPSE_THRESHOLD for value in spread),
+        **{name: estimate(ending.get(name) for ending in endings) for name in _ENDINGS},
+        "collapsed": sum(ending["z_std"] < COLLAPSE_THRESHOLD for ending in endings),
         "diverged": len(_diverged(runs)),
-        "runs": len(spread),
+        "runs": len(endings),
     }
 
 
 def _ending(curve: dict[str, NDArray[np.float64]]) -> dict[str, float]:
     """Means of the last epoch, and median and maximum of the gradient norm over the training."""
-    epoch = curve.get("epoch", np.empty(0))
-    if not len(epoch):
-        return {}
-    last = epoch > epoch[-1] - 1
+    last = curve["epoch"] > curve["epoch"][-1] - 1
     shown = {name: curve[name][last] for name in _ENDINGS if name in curve}
     found = {name: np.nanmean(part) for name, part in shown.items() if np.isfinite(part).any()}
-    norm = curve.get("grad_norm", np.empty(0))
+    norm = curve["grad_norm"]
     if np.isfinite(norm).any():
         found |= {"grad_median": np.nanmedian(norm), "grad_max": np.nanmax(norm)}
     return {name: float(value) for name, value in found.items()}
@@ -321,8 +289,8 @@ def _settings(arms: Arms) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         if name == "seed" or name in PLACE_FIELDS:
             continue
         values = {arm: _one([run.get(name) for run in runs]) for arm, runs in found.items()}
-        first = next(iter(values.values()))
-        if all(value == first for value in values.values()):
+        first, *others = values.values()
+        if all(value == first for value in others):
             common[name] = first
         else:
             differing[name] = values
@@ -335,11 +303,6 @@ def _one(values: list[Any]) -> Any:
     return found[0] if len(found) == 1 else found
 
 
-def _estimate(values: Iterable[Any]) -> dict[str, Any] | None:
-    numbers = [float(value) for value in values if value is not None and math.isfinite(value)]
-    return vars(estimate(numbers)) if numbers else None
-
-
 def all_runs(arms: Arms) -> list[Run]:
     """Runs of all arms."""
     return [run for runs in arms.values() for run in runs]
@@ -347,7 +310,7 @@ def all_runs(arms: Arms) -> list[Run]:
 
 def _diverged(runs: list[Run]) -> list[int]:
     """Seeds of the runs whose loss stopped being finite."""
-    return [run["seed"] for run in runs if run.get("diverged")]
+    return [run["seed"] for run in runs if "diverged" in run]
 
 
 def _occurring(values: Iterable[Any]) -> list[Any]:
@@ -360,29 +323,4 @@ def _range(values: Iterable[Any]) -> list[Any] | None:
 
 
 def _results(folder: Path) -> list[Run]:
-    found = [load(path, ("arm", "seed", "data", "config")) for path in folder.glob("*.json")]
-    return sorted(found, key=lambda result: (result["arm"], result["seed"]))
-
-
-def load(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a JSON file of an experiment.
-
-    Raises:
-        InputError: the file is missing or damaged, or lacks one of the fields `needed`.
-    """
-    if not path.is_file():
-        raise InputError(
-            f"out: {path.parent} has no {path.name}; it must be the folder of an experiment"
-        )
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"out: {path} cannot be read ({error})") from error
-    fields = content if isinstance(content, dict) else {}
-    lacking = [name for name in needed if name not in fields]
-    if lacking or not isinstance(content, dict):
-        raise InputError(
-            f"out: {path} lacks {', '.join(lacking) or 'its fields'}; "
-            "it is no file of an experiment"
-        )
-    return content
+    return sorted(map(load, folder.glob("*.json")), key=lambda run: (run["arm"], run["seed"]))

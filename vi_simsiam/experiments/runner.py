@@ -12,35 +12,46 @@ import contextlib
 import dataclasses
 import datetime
 import json
-import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vi_simsiam.config import TrainConfig
+from vi_simsiam.checks import require
 from vi_simsiam.data.cache import cached
 from vi_simsiam.data.decoding import cores
 from vi_simsiam.engine.checkpoint import write_json
 from vi_simsiam.engine.processes import INTERRUPTED, Process, last_line, supervise
-from vi_simsiam.engine.run import open_splits
+from vi_simsiam.engine.run import open_splits, resolve_device
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.features import labelled_splits
-from vi_simsiam.experiments.plan import Arm, Place, Plan, Trials, settings
+from vi_simsiam.experiments.plan import PRIMARY_MEASURE, TRIAL_SEED, Arm, Place, Plan, settings
 from vi_simsiam.text import counted, print_line
 
 PLAN, CHOSEN, RUNS, RESULTS, TRIALS = "plan.json", "chosen.json", "runs", "results", "trials"
+MARKDOWN = "summary.md"
 TRAINED = "trained.json"
 """File in a run folder whose training is finished; only the measurements may be missing."""
 _WORKER = (sys.executable, "-m", "vi_simsiam.experiments.worker")
 _FAILED = 2
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a JSON file. Raises InputError if it is missing or damaged."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        return content
+    except (OSError, ValueError) as error:
+        raise InputError(f"out: {path} cannot be read ({error})") from error
 
 
 def outcome(name: str, run: Process, done: str | None) -> str:
@@ -53,36 +64,27 @@ def outcome(name: str, run: Process, done: str | None) -> str:
 
 
 def holds(out: Path, name: str) -> bool:
-    """Return True if the folder `out` holds the file `name`, and False if it is new or empty.
+    """Return True if `out` holds the file `name`, and False if it is a new or empty folder.
 
-    Raises:
-        InputError: `out` is a file, or holds other files.
+    Hidden files do not count: a killed command may leave its lock and a temporary file. Raises
+    InputError if `out` is a file or holds other files.
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"out: {out} is a file, not a folder")
-    if (out / name).is_file():
-        return True
-    # A killed command may leave its lock and a temporary file of `name`.
     names = [path.name for path in out.iterdir()] if out.is_dir() else []
-    if any(left != ".lock" and not left.startswith(f".{name}.") for left in names):
+    if name not in names and not all(other.startswith(".") for other in names):
         raise InputError(f"out: {out} holds other files; give an empty or new folder")
-    return False
+    return name in names
 
 
 @contextlib.contextmanager
 def locked(path: Path, busy: str, *, seconds: float = 0.0) -> Iterator[None]:
-    """Lock the file `path` against other processes.
-
-    Raises:
-        InputError: another process still holds the lock after `seconds`; the message is `busy`.
-    """
+    """Lock the file `path`. Raises InputError(busy) if another process still holds it."""
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=seconds, poll_interval=0.2)
+        lock.acquire(timeout=seconds)
     except Timeout:
         raise InputError(busy) from None
-    except (OSError, NotImplementedError) as error:
-        raise InputError(f"out: {path} cannot be locked ({error})") from error
     try:
         yield
     finally:
@@ -90,19 +92,15 @@ def locked(path: Path, busy: str, *, seconds: float = 0.0) -> Iterator[None]:
 
 
 class Run(Process):
-    """One run of an arm, and its process.
+    """One run of an arm, its files and its process."""
 
-    `base` is the folder of runs/ and results/, and `spec` the run's specification, without what
-    follows from the arm and the seed.
-    """
-
-    def __init__(self, arm: Arm, seed: int, base: Path, spec: dict[str, Any]) -> None:
-        self.arm, self.seed, self.spec = arm, seed, spec
+    def __init__(self, plan: Plan, arm: Arm, seed: int, out: Path) -> None:
+        base = out if arm.trial_of is None else out / TRIALS
+        self.plan, self.arm, self.seed = plan, arm, seed
         self.name = f"{arm.name}-seed-{seed}"
         self.folder, self.result = base / RUNS / self.name, base / RESULTS / f"{self.name}.json"
         self.after = None if arm.after is None else base / RUNS / f"{arm.after}-seed-{seed}"
-        self.slot: int | None = None
-        self.blocked = False
+        self.device = ""
         super().__init__(base / RUNS / f"{self.name}.log")
 
     @property
@@ -110,13 +108,9 @@ class Run(Process):
         """True if the run has a result."""
         return self.result.is_file()
 
-    @property
-    def waiting(self) -> bool:
-        """True if the run is yet to be started."""
-        return self.state == "waiting" and not self.finished and not self.blocked
-
-    def launch(self, command: Sequence[str], device: str, threads: int, place: Place) -> None:
+    def launch(self, device: str, threads: int, place: Place) -> None:
         """Write the specification and start the process."""
+        self.device = device
         # On a CPU a run has one core, and prepares its views between steps.
         workers = 0 if place.workers is None and device == "cpu" else place.workers
         config = dataclasses.replace(
@@ -129,8 +123,13 @@ class Run(Process):
             cache_dir=place.cache_dir,
             frozen_run=self.after,
         ).located()
+        plan, trial = self.plan, self.arm.trial_of is not None
         content = {
-            **self.spec,
+            "experiment": plan.experiment,
+            "measures": [PRIMARY_MEASURE] if trial else list(plan.measures),
+            "uncertainty": not trial and bool(plan.measures),
+            "val_images": plan.options.val_images,
+            "progress_every": plan.progress_every,
             "arm": self.arm.name,
             "seed": self.seed,
             "config": config.to_dict(),
@@ -141,31 +140,15 @@ class Run(Process):
             path.parent.mkdir(parents=True, exist_ok=True)
         spec = self.folder.with_name(f"{self.name}.json")
         write_json(spec, content)
-        arguments = [*command, str(spec), "--parent", str(os.getpid())]
-        self.start(arguments, threads=threads, append=True)
+        self.start([*_WORKER, str(spec)], threads=threads, append=True)
 
 
-def run_experiment(
-    plan: Plan,
-    out: Path,
-    place: Place,
-    *,
-    again: str = "",
-    command: Sequence[str] | None = None,
-    console: Console | None = None,
-) -> int:
+def run_experiment(plan: Plan, out: Path, place: Place, again: str) -> int:
     """Run the unfinished runs of a plan in `out`, trials first.
 
     A run that fails does not affect the others, and is tried again the next time. A run whose loss
-    stops being finite has a result without an accuracy.
-
-    Args:
-        plan: what to run.
-        out: folder of the whole experiment.
-        place: devices and folders.
-        again: command that continues, printed if something is left to do.
-        command: started for each run, with the path of its specification; None for `worker`.
-        console: where to print; None for standard output.
+    stops being finite has a result without an accuracy. `again` is the command that continues,
+    printed if something is left to do.
 
     Returns:
         The exit code: 0 all done, 2 a run failed, 130 interrupted.
@@ -174,155 +157,124 @@ def run_experiment(
         InputError: a folder with other content or of other options, or a device or data that is not
             available.
     """
-    console, out, trials = console or Console(), out.absolute(), plan.trials
-    slots = place.slots()
+    console, out, slots = Console(), out.absolute(), _slots(place)
     _check(plan, out)
-
-    def batch(runs: list[Run]) -> int:
-        return _Batch(runs, slots, place, console, command or _WORKER, again).run()
-
-    runs = _runs(plan, plan.arms, out)
-    tried = []
-    if trials is not None and not (out / CHOSEN).is_file():
-        tried = _runs(plan, trials.arms, out / TRIALS, trials=trials)
-    left = [run.arm for run in (*tried, *runs) if not run.finished]
-    _decode(left, place, console, measured=bool(plan.measures))
+    runs, trials = _runs(plan, plan.arms, out), []
+    if not (out / CHOSEN).is_file():
+        trials = [Run(plan, trial, TRIAL_SEED, out) for trial in plan.trials]
+    _decode([run.arm for run in (*trials, *runs) if not run.finished], plan, place, console)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / ".lock", f"out: another command is running the experiment in {out}"):
-        _check(plan, out)  # another command may have started here while images were decoded
         if not (out / PLAN).is_file():
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             write_json(out / PLAN, {**plan.described(), "created": now})
-        if trials is not None and tried:
-            if code := batch(tried):
+        if trials:
+            if code := _run_all(trials, slots, place, console, again):
                 return code
-            _choose(trials, tried, out / CHOSEN)
-        if trials is not None:
-            _, arms = trials.choose(json.loads((out / CHOSEN).read_text())["accuracy"])
-            runs = _runs(plan, arms, out)
-        return batch(runs)
+            _choose(plan, trials, out / CHOSEN)
+        if plan.trials:
+            runs = _runs(plan, plan.tuned(load(out / CHOSEN)["accuracy"]).values(), out)
+        return _run_all(runs, slots, place, console, again)
 
 
-def _runs(
-    plan: Plan, arms: Sequence[Arm], base: Path, *, trials: Trials | None = None
-) -> list[Run]:
+def _slots(place: Place) -> list[str]:
+    """The device of each run that can happen at the same time."""
+    for name, least in (("parallel", 1), ("threads", 1), ("workers", 0)):
+        value = getattr(place, name)
+        require(name, value, value is None or value >= least, f"at least {least}")
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    devices = list(place.devices) or gpus or ["cpu"]
+    for device in devices:
+        resolve_device(device)
+    on_cpu = all(device == "cpu" for device in devices)
+    return devices * (place.parallel or (cores() if on_cpu else 1))
+
+
+def _runs(plan: Plan, arms: Iterable[Arm], out: Path) -> list[Run]:
     """The runs of the arms, seed by seed, so that early results can be compared."""
-    spec = {
-        "experiment": plan.experiment,
-        "measures": list(plan.measures) if trials is None else [trials.measure],
-        "uncertainty": trials is None and bool(plan.measures),
-        "val_images": plan.options.val_images,
-        "progress_every": plan.progress_every,
-    }
     return [
-        Run(arm, seed, base, spec)
-        for seed in (plan.seeds if trials is None else (trials.seed,))
+        Run(plan, arm, seed, out)
+        for seed in range(plan.options.seeds)
         for arm in arms
         if arm.seeds is None or seed < arm.seeds
     ]
 
 
-def _choose(trials: Trials, runs: list[Run], path: Path) -> None:
+def _choose(plan: Plan, trials: Sequence[Run], path: Path) -> None:
     """Freeze the settings that the trials choose."""
-    results = {run.arm.name: json.loads(run.result.read_text()) for run in runs}
     # A trial whose loss stopped being finite counts as a trial with accuracy 0.
-    accuracy = {name: each["accuracy"].get(trials.measure, 0.0) for name, each in results.items()}
-    best, arms = trials.choose(accuracy)
-    chosen = {arm.name: {"trial": best[arm.name], **settings(arm.config)} for arm in arms}
-    write_json(path, {"measure": trials.measure, "accuracy": accuracy, "chosen": chosen})
+    accuracy = {
+        run.arm.name: load(run.result)["accuracy"].get(PRIMARY_MEASURE, 0.0) for run in trials
+    }
+    chosen = {
+        arm.name: {"trial": trial, **settings(arm.config)}
+        for trial, arm in plan.tuned(accuracy).items()
+    }
+    write_json(path, {"measure": PRIMARY_MEASURE, "accuracy": accuracy, "chosen": chosen})
 
 
-@dataclass
-class _Batch:
-    """Runs that wait, are running or have ended, and what is shown of them."""
+def _run_all(
+    runs: Sequence[Run], slots: Sequence[str], place: Place, console: Console, again: str
+) -> int:
+    """Run those that have no result yet, as many at once as `slots`; returns the exit code."""
+    total = counted(len(runs), "run")
+    waiting = [run for run in runs if not run.finished]
+    threads = place.threads or (1 if "cpu" in slots else max(1, cores() // len(slots)))
+    if kept := len(runs) - len(waiting):
+        print_line(console, f"{kept} of {total} finished and kept")
 
-    runs: list[Run]
-    slots: list[str]
-    place: Place
-    console: Console
-    command: Sequence[str]
-    again: str
-
-    def run(self) -> int:
-        """Run all; returns the exit code."""
-        total = counted(len(self.runs), "run")
-        if kept := self._finished():
-            print_line(self.console, f"{kept} of {total} finished and kept")
-        received = supervise(
-            self.runs,
-            self.console,
-            table=self.table,
-            ended=self.ended,
-            start_more=self.start_more,
-        )
-        done = self._finished()
-        print_line(self.console, f"{done} of {total} done")
-        if done == len(self.runs):
-            return 0
-        if self.again:
-            print_line(self.console, f"go on with: {self.again}")
-        return INTERRUPTED if received else _FAILED
-
-    def start_more(self) -> None:
-        """Start runs on free slots, once the runs that they start from are trained."""
-        for run in self.runs:
-            if not run.waiting:
-                continue
-            if run.after is not None and not (run.after / TRAINED).is_file():
-                before = next((other for other in self.runs if other.folder == run.after), None)
-                if before is None or not (before.running or before.waiting):
-                    run.blocked = True
-                    reason = f"not started: {run.after.name}, which it starts from, is not trained"
-                    print_line(self.console, f"{run.name}: {reason}")
-                continue
-            taken = {other.slot for other in self.runs if other.running}
-            free = next((slot for slot in range(len(self.slots)) if slot not in taken), None)
-            if free is None:
+    def start_more() -> None:
+        """Start runs on free devices, once the runs that they start from are trained."""
+        for run in list(waiting):
+            running = [other for other in runs if other.running]
+            free = Counter(slots) - Counter(other.device for other in running)
+            if not free:
                 return
-            run.slot = free
-            shared = 1 if "cpu" in self.slots else max(1, cores() // len(self.slots))
-            threads = self.place.threads or shared
-            run.launch(self.command, self.slots[free], threads, self.place)
+            if run.after is None or (run.after / TRAINED).is_file():
+                waiting.remove(run)
+                run.launch(max(free, key=lambda device: free[device]), threads, place)
+            elif all(other.folder != run.after for other in (*waiting, *running)):
+                waiting.remove(run)
+                reason = f"{run.after.name}, which it starts from, is not trained"
+                print_line(console, f"{run.name}: not started: {reason}")
 
-    def ended(self, run: Run) -> None:
-        """Print the outcome of a run."""
+    def ended(run: Run) -> None:
         done = last_line(run.log) if run.exit == 0 and run.finished else None
-        print_line(self.console, outcome(run.name, run, done))
+        print_line(console, outcome(run.name, run, done))
 
-    def table(self) -> Table:
-        """A line for every running run, and the number of all others."""
-        table = Table.grid(padding=(0, 2))
-        for run in self.runs:
-            if run.running:
-                clock = time.strftime("%H:%M:%S", time.gmtime(run.elapsed))
-                device = "" if run.slot is None else self.slots[run.slot]
-                line = last_line(run.log)[: max(20, self.console.width - len(run.name) - 24)]
-                table.add_row(*map(escape, (run.name, device, clock, line)))
-        states = [run.state for run in self.runs if not run.finished]
-        counts = f"{self._finished()} of {len(self.runs)} done, {states.count('waiting')} waiting"
-        failed = states.count("failed")
-        table.add_row(f"{counts}, {failed} failed" if failed else counts)
-        return table
-
-    def _finished(self) -> int:
-        return sum(run.finished for run in self.runs)
+    interrupted = supervise(
+        runs, console, table=lambda: _table(runs, console.width), ended=ended, start_more=start_more
+    )
+    done = sum(run.finished for run in runs)
+    print_line(console, f"{done} of {total} done")
+    if done == len(runs):
+        return 0
+    print_line(console, f"go on with: {again}")
+    return INTERRUPTED if interrupted else _FAILED
 
 
-def _decode(arms: Sequence[Arm], place: Place, console: Console, *, measured: bool) -> None:
-    """Open every data set and decode its images once, before several runs do at the same time.
+def _table(runs: Sequence[Run], width: int) -> Table:
+    """A line for every running run, and the number of all others."""
+    table = Table.grid(padding=(0, 2))
+    for run in runs:
+        if run.running:
+            clock = time.strftime("%H:%M:%S", time.gmtime(run.elapsed))
+            line = last_line(run.log)[: max(20, width - len(run.name) - 24)]
+            table.add_row(*map(escape, (run.name, run.device, clock, line)))
+    states = Counter("done" if run.finished else run.state for run in runs)
+    counts = f"{states['done']} of {len(runs)} done, {states['waiting']} waiting"
+    table.add_row(counts + (f", {states['failed']} failed" if states["failed"] else ""))
+    return table
 
-    Raises:
-        InputError: a data set that is not available, has too few images, or cannot be evaluated on.
-    """
-    fields = ("data", "images", "held_out", "split_seed", "distinct")
-    selections: dict[tuple[Any, ...], TrainConfig] = {}
-    for arm in arms:
-        selections.setdefault(tuple(getattr(arm.config, name) for name in fields), arm.config)
-    for config in selections.values():
+
+def _decode(arms: Sequence[Arm], plan: Plan, place: Place, console: Console) -> None:
+    """Open every data set and decode its images once, before several runs do at the same time."""
+    fields = attrgetter("data", "images", "held_out", "split_seed", "distinct")
+    for config in {fields(arm.config): arm.config for arm in arms}.values():
         with console.status(escape(f"reading {config.data}"), spinner="line"):
             here = dataclasses.replace(config, data_root=place.data_root, offline=place.offline)
             splits = open_splits(here.located())
-            if measured:
+            if plan.measures:
                 labelled_splits(splits)  # raises before the first run is trained
             for source in (splits.train, splits.val):
                 if source is not None:
@@ -330,19 +282,11 @@ def _decode(arms: Sequence[Arm], place: Place, console: Console, *, measured: bo
 
 
 def _check(plan: Plan, out: Path) -> None:
-    """Refuse a folder that holds another plan or something else.
-
-    Raises:
-        InputError: see `run_experiment`.
-    """
+    """Refuse a folder that holds another plan or something else."""
     if not holds(out, PLAN):
         return
-    file, described = out / PLAN, json.loads(json.dumps(plan.described()))
-    try:
-        saved = json.loads(file.read_text())
-        before = {"experiment": saved["experiment"], **saved["options"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"out: {file} is damaged") from error
+    saved, described = load(out / PLAN), json.loads(json.dumps(plan.described()))
+    before = {"experiment": saved.get("experiment"), **saved.get("options", {})}
     for name, value in {"experiment": plan.experiment, **described["options"]}.items():
         if before.get(name) != value:
             raise InputError(

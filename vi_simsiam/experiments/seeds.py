@@ -27,7 +27,7 @@ from vi_simsiam.engine.processes import INTERRUPTED, Process, last_line, supervi
 from vi_simsiam.engine.run import CHECKPOINT, METRICS
 from vi_simsiam.engine.verdict import problem
 from vi_simsiam.errors import InputError
-from vi_simsiam.experiments.runner import holds, outcome
+from vi_simsiam.experiments.runner import holds, load, outcome
 from vi_simsiam.text import print_line
 
 SEEDS = "seeds.json"
@@ -54,7 +54,7 @@ class _Seed(Process):
 
     def train(self, words: Sequence[str], threads: int, *, resume: bool) -> None:
         """Start the process; on resume its output is appended to the log."""
-        words = [*words, "--seed", str(self.seed), "--out", str(self.folder)]
+        words = [*_TRAIN, *words, "--seed", str(self.seed), "--out", str(self.folder)]
         if resume and (self.folder / CHECKPOINT).is_file():
             words = [*_without(words, _FIRST_OPTIONS), "--resume"]
         elif resume:  # the run may have left a folder without a checkpoint
@@ -63,7 +63,13 @@ class _Seed(Process):
 
     def result(self) -> dict[str, Any]:
         """The run's entry in seeds.json."""
-        top1 = {name: _top1(self.folder / file) for name, file in _EVALUATIONS.items()}
+        top1 = {}
+        for name, file in _EVALUATIONS.items():
+            with contextlib.suppress(OSError, ValueError):  # not evaluated
+                top1[name] = json.loads((self.folder / file).read_text())["top1"]["trained"]
+        metrics = None
+        with contextlib.suppress(ValueError):  # no line, or not a whole one
+            metrics = json.loads(last_line(self.folder / METRICS))
         return {
             "seed": self.seed,
             "folder": self.folder.name,
@@ -71,31 +77,23 @@ class _Seed(Process):
             "exit": self.exit,
             "process": self.pid,
             "seconds": round(self.seconds, 3),
-            "metrics": _last_metrics(self.folder / METRICS),
-            "top1": {name: share for name, share in top1.items() if share is not None},
+            "metrics": metrics,
+            "top1": top1,
         }
 
     def line(self) -> str:
         """The outcome of the run."""
         if self.exit != 0:
             return outcome(self.name, self, None)
-        result, last = self.result(), last_line(self.log)
+        result = self.result()
         top1 = [f"{name} top-1 {100 * share:.1f} %" for name, share in result["top1"].items()]
-        done, trouble = "  ".join(top1) or last, problem(result["metrics"] or {})
+        done, trouble = "  ".join(top1) or last_line(self.log), problem(result["metrics"] or {})
         if trouble not in done:  # the last line of a log may be the verdict
             done += f"  {trouble}"
         return outcome(self.name, self, done)
 
 
-def run_seeds(
-    arguments: Sequence[str],
-    seeds: int | None,
-    first_seed: int,
-    out: Path,
-    *,
-    command: Sequence[str] = _TRAIN,
-    console: Console | None = None,
-) -> int:
+def run_seeds(arguments: Sequence[str], seeds: int | None, first_seed: int, out: Path) -> int:
     """Train several seeds at the same time, each in OUT/seed-N with its output in OUT/seed-N.log.
 
     Prints the state of every run, its result at the end, and the number of runs an hour;
@@ -103,13 +101,10 @@ def run_seeds(
     are passed on to all runs, which save a checkpoint; `--resume` continues the unfinished ones.
 
     Args:
-        arguments: those of `vi-simsiam train`. On --resume they are added to those that the runs
-            were started with.
+        arguments: those of `vi-simsiam train`; on --resume they are added to the earlier ones.
         seeds: number of runs; None on --resume for the same number as before.
         first_seed: seed of the first run; ignored on --resume.
         out: folder of all runs.
-        command: started for each run.
-        console: where to print; None for standard output.
 
     Returns:
         The exit code: 0 all done, 1 a run failed, 130 interrupted.
@@ -117,11 +112,20 @@ def run_seeds(
     Raises:
         InputError: a number or folder that cannot be used.
     """
-    console, out = console or Console(), out.absolute()
+    console, out = Console(), out.absolute()
     resume, overwrite = "--resume" in arguments, "--overwrite" in arguments
-    before = _check(out, seeds, first_seed, resume=resume, overwrite=overwrite)
+    if resume and overwrite:
+        raise InputError("resume, overwrite: only one of them can be given")
+    if "RANK" in os.environ:
+        raise InputError(
+            "seeds: not under torchrun; each run is one process, started with vi-simsiam train"
+        )
+    if resume:
+        before = _resumed(out, seeds)
+    else:
+        before = _planned(out, seeds or 0, first_seed, overwrite=overwrite)
     given = [*before["arguments"], *_without(arguments, _OWN_OPTIONS)]
-    words = [*command, *given, *(["--overwrite"] if overwrite else [])]
+    words = [*given, "--overwrite"] if overwrite else given
     runs = [_Seed(out, result) for result in before["runs"]]
     pending = [run for run in runs if run.exit is None]
     out.mkdir(parents=True, exist_ok=True)
@@ -159,11 +163,14 @@ def run_seeds(
         return grid
 
     interrupted = supervise(pending, console, table=table, ended=ended, start_more=start_all)
-    return _report(out, write(), console, interrupted=interrupted)
+    _report(out, write(), console)
+    if all(run.exit == 0 for run in runs):
+        return 0
+    return INTERRUPTED if interrupted else 1
 
 
-def _report(out: Path, content: dict[str, Any], console: Console, *, interrupted: bool) -> int:
-    """Print the results of all runs together; returns the exit code."""
+def _report(out: Path, content: dict[str, Any], console: Console) -> None:
+    """Print the results of all runs together."""
     runs, rate = content["runs"], content["runs_per_hour"]
     done = sum(run["exit"] == 0 for run in runs)
     for name in _EVALUATIONS if done == len(runs) else ():
@@ -175,62 +182,31 @@ def _report(out: Path, content: dict[str, Any], console: Console, *, interrupted
     pace = f", {rate:.3g} runs/hour ({content['seconds']:.0f} s)" if rate else ""
     again = f"; go on with: vi-simsiam train --out {out} --resume" if done < len(runs) else ""
     print_line(console, f"{done} of {len(runs)} runs done{pace}{again}")
-    if done == len(runs):
-        return 0
-    return INTERRUPTED if interrupted else 1
 
 
-def _check(
-    out: Path, seeds: int | None, first_seed: int, *, resume: bool, overwrite: bool
-) -> dict[str, Any]:
-    """Refuse what cannot be used; returns the content of seeds.json, or that of a new one."""
-    if resume and overwrite:
-        raise InputError("resume, overwrite: only one of them can be given")
-    if "RANK" in os.environ:
-        raise InputError(
-            "seeds: not under torchrun; each run is one process, started with vi-simsiam train"
-        )
-    if not resume and seeds is None:
-        raise InputError("seeds: nothing given; it must be at least 1")
-    require("seeds", seeds, seeds is None or seeds >= 1, "at least 1")
-    possible = first_seed >= 0 and first_seed + (seeds or 1) <= 2**63
+def _planned(out: Path, seeds: int, first_seed: int, *, overwrite: bool) -> dict[str, Any]:
+    """The content of seeds.json before the first run is started."""
+    require("seeds", seeds, seeds >= 1, "at least 1")
+    possible = 0 <= first_seed <= 2**63 - seeds
     require("seed", first_seed, possible, "at least 0, and the last one below 2**63")
-    file = out / SEEDS
-    if seeds is not None and not resume:
-        if holds(out, SEEDS) and not overwrite:
-            raise InputError(
-                f"out: {out} already holds runs; say --resume to go on or --overwrite to replace "
-                "them"
-            )
-        runs = [{"seed": first_seed + i, "exit": None} for i in range(seeds)]
-        return {"arguments": [], "runs": runs}
-    if not file.is_file():
+    if holds(out, SEEDS) and not overwrite:
+        raise InputError(
+            f"out: {out} already holds runs; say --resume to go on or --overwrite to replace them"
+        )
+    return {
+        "arguments": [],
+        "runs": [{"seed": seed, "exit": None} for seed in range(first_seed, first_seed + seeds)],
+    }
+
+
+def _resumed(out: Path, seeds: int | None) -> dict[str, Any]:
+    """The content of seeds.json of an earlier session."""
+    if not (out / SEEDS).is_file():
         raise InputError(f"resume: {out} holds no {SEEDS} to go on from")
-    try:
-        before: dict[str, Any] = json.loads(file.read_text())
-        intact = bool(before["runs"]) and all(isinstance(word, str) for word in before["arguments"])
-        intact = intact and all({"exit", "seconds"} <= run.keys() for run in before["runs"])
-        intact = intact and all(isinstance(run["seed"], int) for run in before["runs"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        intact = False
-    if not intact:
-        raise InputError(f"resume: {file} is damaged")
-    for run in before["runs"]:
-        if _is_running(run.get("process"), out / f"seed-{run['seed']}"):
-            raise InputError(
-                f"resume: seed {run['seed']} in {out} is still running, as process {run['process']}"
-            )
-    if seeds not in (None, len(before["runs"])):
-        raise InputError(f"seeds: {out} was started with {len(before['runs'])} seeds, not {seeds}")
+    before = load(out / SEEDS)
+    count = len(before["runs"])
+    require("seeds", seeds, seeds in (None, count), f"{count}, as {out} was started with")
     return before
-
-
-def _is_running(process: object, folder: Path) -> bool:
-    """Return True if this process trains into `folder`; its number may be another program's."""
-    try:
-        return os.fsencode(folder) in Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
-    except OSError:  # it has ended, or this is no Linux
-        return False
 
 
 def _without(arguments: Sequence[str], options: dict[str, bool]) -> list[str]:
@@ -245,18 +221,3 @@ def _without(arguments: Sequence[str], options: dict[str, bool]) -> list[str]:
         else:
             kept.append(word)
     return kept
-
-
-def _last_metrics(path: Path) -> dict[str, Any] | None:
-    """The last line of metrics.jsonl if it is complete."""
-    with contextlib.suppress(ValueError):
-        metrics = json.loads(last_line(path))
-        return metrics if isinstance(metrics, dict) else None
-    return None
-
-
-def _top1(path: Path) -> float | None:
-    """The trained encoder's accuracy in a result file."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return float(json.loads(path.read_text())["top1"]["trained"])
-    return None

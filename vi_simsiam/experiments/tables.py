@@ -9,10 +9,10 @@ from typing import Any
 from vi_simsiam.engine.checkpoint import write_json, write_text
 from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.experiments.results import Experiment, collect
+from vi_simsiam.experiments.runner import MARKDOWN
 from vi_simsiam.experiments.statistics import DRAWS, estimate
 from vi_simsiam.text import METHODS, counted, markdown_grid
 
-SUMMARY, MARKDOWN = "summary.json", "summary.md"
 MEASURE_NAMES = {
     "knn20": "kNN, k = 20",
     "knn200": "kNN, k = 200",
@@ -53,34 +53,37 @@ _OVER_SEEDS = "mean ± sd over seeds"
 def summarise(out: Path) -> dict[str, Any]:
     """Write OUT/summary.json and OUT/summary.md from the plan and the results that exist.
 
-    Returns:
-        The content of summary.json.
-
-    Raises:
-        InputError: there is no plan, a file is damaged, or runs that are compared were measured on
-            different images.
+    Returns the content of summary.json. Raises InputError if a file is missing or damaged, or runs
+    that are compared were measured on different images.
     """
     summary = collect(Experiment.read(out))
-    write_json(out / SUMMARY, summary)
+    write_json(out / "summary.json", summary)
     write_text(out / MARKDOWN, _markdown(summary))
     return summary
 
 
 def _markdown(summary: dict[str, Any]) -> str:
     """summary.md: a section for each question; sections without content are left out."""
-    sections: dict[str, Callable[[dict[str, Any]], str]] = {
-        "Result": result_sentence,
-        "Accuracy": _accuracy,
-        "Uncertainty": _uncertainty,
-        "Stability": _stability,
-        "Time to accuracy": _times,
-        "Trials": _trials,
-        "Settings": _settings,
-        "Runs": _runs,
+    sections = {
+        "Result": result_sentence(summary),
+        "Accuracy": _each_data(summary, _accuracy),
+        "Uncertainty": _each_data(summary, _uncertainty, _UNCERTAINTY_NOTE),
+        "Stability": _each_data(summary, _stability, _STABILITY_NOTE),
+        "Time to accuracy": _each_data(summary, _times),
+        "Trials": _trials(summary),
+        "Settings": _each_data(summary, _settings),
+        "Runs": _runs(summary),
     }
-    texts = {title: render(summary) for title, render in sections.items()}
-    parts = [f"## {title}\n\n{text}" for title, text in texts.items() if text]
+    parts = [f"## {title}\n\n{text}" for title, text in sections.items() if text]
     return "\n\n".join([f"# Experiment {summary['experiment']}", *parts]) + "\n"
+
+
+def _each_data(
+    summary: dict[str, Any], render: Callable[[str, dict[str, Any]], list[str]], note: str = ""
+) -> str:
+    """The paragraphs of every data set, with `note` after them if there are any."""
+    parts = [part for data, found in summary["data"].items() for part in render(data, found)]
+    return "\n\n".join([*parts, note] if parts and note else parts)
 
 
 def result_sentence(summary: dict[str, Any]) -> str:
@@ -89,7 +92,7 @@ def result_sentence(summary: dict[str, Any]) -> str:
     if primary is None:
         return "The arms that were asked for leave no primary comparison."
     arm, against = map(arm_label, primary["short"])
-    measure = MEASURE_NAMES.get(primary["measure"], primary["measure"])
+    measure = MEASURE_NAMES[primary["measure"]]
     planned = (
         f"Primary comparison, named before any run: {arm} against {against}, {measure} on "
         f"{primary['data']}."
@@ -105,21 +108,17 @@ def result_sentence(summary: dict[str, Any]) -> str:
     figures = f"{planned} {arm} {ours} against {against} {theirs}: {_points(found['value'])} points"
     if found["low"] is None:
         return f"{figures}, {seeds}; no interval.{left_out}"
-    scope = ""
+    # With one seed only these runs are known to differ: another seed might reverse it.
+    alone = "which does not show that the methods do"
+    verdict = {
+        ("shown", True): f"a difference in favour of {arm} is shown",
+        ("the other way", True): f"a difference the other way, in favour of {against}, is shown",
+        ("shown", False): f"these runs differ in favour of {arm}, {alone}",
+        ("the other way", False): f"these runs differ in favour of {against}, {alone}",
+    }.get((found["verdict"], found["over_seeds"]), "no difference shown")
+    scope = " The interval is over images only: the spread between seeds is not in it."
     if found["over_seeds"]:
-        verdict = {
-            "shown": f"a difference in favour of {arm} is shown",
-            "the other way": f"a difference the other way, in favour of {against}, is shown",
-            "not shown": "no difference shown",
-        }[found["verdict"]]
-    else:  # only these runs are known to differ: another seed might reverse it
-        scope = " The interval is over images only: the spread between seeds is not in it."
-        better = {"shown": arm, "the other way": against}.get(found["verdict"])
-        verdict = "no difference shown"
-        if better is not None:
-            verdict = (
-                f"these runs differ in favour of {better}, which does not show that the methods do"
-            )
+        scope = ""
     interval = f"{_points(found['low'])} to {_points(found['high'])}"
     images = counted(found["images"], "image")
     return f"{figures}, 95 % interval {interval}, {seeds}, {images}: {verdict}.{scope}{left_out}"
@@ -130,35 +129,32 @@ def arm_label(arm: str) -> str:
     return next((title for method, title in METHODS.items() if method == arm), arm)
 
 
-def _accuracy(summary: dict[str, Any]) -> str:
-    parts = []
-    for data, found in summary["data"].items():
-        names = found["measures"]
-        if not names:
+def _accuracy(data: str, found: dict[str, Any]) -> list[str]:
+    names = found["measures"]
+    if not names:
+        return []
+    heads = [MEASURE_NAMES[name] for name in names]
+    rows, differences = [], []
+    for row in found["arms"].values():
+        if not row["seeds"]:
             continue
-        heads = [MEASURE_NAMES.get(name, name) for name in names]
-        rows, differences = [], []
-        for row in found["arms"].values():
-            label = arm_label(row["short"])
-            if not row["seeds"]:
-                continue
-            count = str(len(row["seeds"]) - len(row["diverged"]))
-            rows.append((label, count, *(_mean_sd(row["accuracy"][name], 100) for name in names)))
-            if row["published"]:
-                figures = (row["published"].get(name) for name in names)
-                cells = ("-" if figure is None else f"{100 * figure:.1f}" for figure in figures)
-                rows.append((f"{label}, published", "-", *cells))
-            if any(row["difference"].values()):
-                cells = (_difference(row["difference"][name]) for name in names)
-                differences.append((label, *cells))
-        head = (f"%, {_OVER_SEEDS}", "seeds", *heads)
-        parts.append(f"**{data}**, {_images(found)}\n\n{markdown_grid(head, rows)}")
-        if differences:
-            label = arm_label(found["arms"][found["reference"]]["short"])
-            head = (f"points more than {label}, 95 % interval", *heads)
-            parts.append(markdown_grid(head, differences))
-            parts.append(_scope(row["difference"] for row in found["arms"].values()))
-    return "\n\n".join(parts)
+        label, count = arm_label(row["short"]), str(len(row["seeds"]) - len(row["diverged"]))
+        rows.append((label, count, *(_mean_sd(row["accuracy"][name], 100) for name in names)))
+        if row["published"]:
+            figures = (row["published"].get(name) for name in names)
+            cells = ("-" if figure is None else f"{100 * figure:.1f}" for figure in figures)
+            rows.append((f"{label}, published", "-", *cells))
+        if any(row["difference"].values()):
+            cells = (_difference(row["difference"][name]) for name in names)
+            differences.append((label, *cells))
+    head = (f"%, {_OVER_SEEDS}", "seeds", *heads)
+    parts = [f"**{data}**, {_images(found)}", markdown_grid(head, rows)]
+    if differences:
+        label = arm_label(found["arms"][found["reference"]]["short"])
+        head = (f"points more than {label}, 95 % interval", *heads)
+        scope = _scope(row["difference"] for row in found["arms"].values())
+        parts += [markdown_grid(head, differences), scope]
+    return parts
 
 
 def _scope(differences: Iterable[dict[str, Any]]) -> str:
@@ -178,22 +174,18 @@ def _scope(differences: Iterable[dict[str, Any]]) -> str:
     )
 
 
-def _uncertainty(summary: dict[str, Any]) -> str:
-    parts = []
-    for data, found in summary["data"].items():
-        rows_of = {arm_label(row["short"]): row["uncertainty"] for row in found["arms"].values()}
-        names = [name for name in _UNCERTAINTY if any(name in row for row in rows_of.values())]
-        rows = []
-        for label, row in rows_of.items():
-            if row and names:
-                rows.append((label, "κ", *(_mean_sd(row.get(name), 1, 3) for name in names)))
-            best = [_with_name(row, name) for name in names]
-            if any(cell != "-" for cell in best):
-                rows.append((label, "best trivial", *best))
-        if rows:
-            head = (_OVER_SEEDS, "score", *(_UNCERTAINTY[name] for name in names))
-            parts.append(f"**{data}**\n\n{markdown_grid(head, rows)}")
-    return "\n\n".join([*parts, _UNCERTAINTY_NOTE] if parts else [])
+def _uncertainty(data: str, found: dict[str, Any]) -> list[str]:
+    rows_of = {arm_label(row["short"]): row["uncertainty"] for row in found["arms"].values()}
+    names = [name for name in _UNCERTAINTY if any(name in row for row in rows_of.values())]
+    rows = []
+    for label, row in rows_of.items():
+        if row and names:
+            rows.append((label, "κ", *(_mean_sd(row.get(name), 1, 3) for name in names)))
+        best = [_with_name(row, name) for name in names]
+        if any(cell != "-" for cell in best):
+            rows.append((label, "best trivial", *best))
+    head = (_OVER_SEEDS, "score", *(_UNCERTAINTY[name] for name in names))
+    return [f"**{data}**", markdown_grid(head, rows)] if rows else []
 
 
 def _with_name(row: dict[str, Any], name: str) -> str:
@@ -202,53 +194,44 @@ def _with_name(row: dict[str, Any], name: str) -> str:
     return f"{value} ({', '.join(names)})" if names and value != "-" else value
 
 
-def _stability(summary: dict[str, Any]) -> str:
+def _stability(data: str, found: dict[str, Any]) -> list[str]:
+    rows = []
+    for row in found["arms"].values():
+        ending = row["stability"]
+        if ending["runs"] or row["diverged"]:
+            figures = (_mean_sd(ending[key], 1, None) for key in _STABILITY)
+            collapsed = f"{ending['collapsed']} of {ending['runs']}"
+            diverged = f"{ending['diverged']} of {len(row['seeds'])}"
+            rows.append((arm_label(row["short"]), *figures, collapsed, diverged))
     head = (_OVER_SEEDS, *_STABILITY.values(), "collapsed", "diverged")
-    parts = []
-    for data, found in summary["data"].items():
-        rows = []
-        for row in found["arms"].values():
-            ending = row["stability"]
-            if ending["runs"] or row["diverged"]:
-                figures = (_mean_sd(ending[key], 1, None) for key in _STABILITY)
-                collapsed = f"{ending['collapsed']} of {ending['runs']}"
-                diverged = f"{ending['diverged']} of {len(row['seeds'])}"
-                rows.append((arm_label(row["short"]), *figures, collapsed, diverged))
-        if rows:
-            parts.append(f"**{data}**\n\n{markdown_grid(head, rows)}")
-    return "\n\n".join([*parts, _STABILITY_NOTE] if parts else [])
+    return [f"**{data}**", markdown_grid(head, rows)] if rows else []
 
 
-def _times(summary: dict[str, Any]) -> str:
-    parts = []
-    for data, found in summary["data"].items():
-        if (times := found["times"]) is None:
-            continue
-        heads = (f"to {_percent(level)}, {name}" for name, level in times["levels"].items())
-        rows = [
-            (arm_label(found["arms"][arm]["short"]), *map(_reached, cells))
-            for arm, cells in times["arms"].items()
-            if cells and cells[0]
-        ]
-        grid = markdown_grid((_OVER_SEEDS, *heads), rows)
-        parts.append(f"**{data}**, seconds of training, evaluation not counted\n\n{grid}")
-        parts.append(
-            f"All runs reached a kNN accuracy (k = 200) of {_percent(times['common'])} in the end, "
-            "measured on a part of the images, looked at every few epochs: a time is that of the "
-            "first look at which the accuracy was reached."
-        )
-    return "\n\n".join(parts)
+def _times(data: str, found: dict[str, Any]) -> list[str]:
+    if (times := found["times"]) is None:
+        return []
+    heads = (f"to {_percent(level)}, {name}" for name, level in times["levels"].items())
+    rows = [
+        (arm_label(found["arms"][arm]["short"]), *map(_reached, cells))
+        for arm, cells in times["arms"].items()
+        if cells and cells[0]
+    ]
+    return [
+        f"**{data}**, seconds of training, evaluation not counted",
+        markdown_grid((_OVER_SEEDS, *heads), rows),
+        f"All runs reached a kNN accuracy (k = 200) of {_percent(times['common'])} in the end, "
+        "measured on a part of the images, looked at every few epochs: a time is that of the first "
+        "look at which the accuracy was reached.",
+    ]
 
 
 def _reached(seconds: Sequence[float | None]) -> str:
     """Mean and standard deviation of the times to a level, and the number of runs behind it."""
-    times = [each for each in seconds if each is not None]
-    if not times:
+    found, runs = estimate(seconds), counted(len(seconds), "run")
+    if found is None:
         return "not reached"
-    found = _mean_sd(vars(estimate(times)), 1, None)
-    if len(times) == len(seconds):
-        return found
-    return f"{found} ({len(times)} of {counted(len(seconds), 'run')})"
+    partly = "" if found["n"] == len(seconds) else f" ({found['n']} of {runs})"
+    return _mean_sd(found, 1, None) + partly
 
 
 def _trials(summary: dict[str, Any]) -> str:
@@ -263,44 +246,42 @@ def _trials(summary: dict[str, Any]) -> str:
             accuracy = f"{100 * row['accuracy']:.1f}"
         settings = (_value(row["settings"].get(name)) for name in names)
         rows.append((row["trial"], *settings, accuracy, ", ".join(row["chosen_by"])))
-    measure = MEASURE_NAMES.get(found["measure"], found["measure"])
-    grid = markdown_grid(("trial", *names, f"{measure}, %", "chosen for"), rows)
-    none = "" if summary["chosen"] else "\n\nNothing is chosen yet."
+    head = ("trial", *names, f"{MEASURE_NAMES[found['measure']]}, %", "chosen for")
+    grid = markdown_grid(head, rows)
+    if not summary["chosen"]:
+        grid += "\n\nNothing is chosen yet."
     return (
         f"Every method had as many trials, each trained with seed {found['seed']} on "
         f"{1 - found['held_out']:.0%} of the training images and measured on the other "
-        f"{found['held_out']:.0%}; validation images were not used.\n\n{grid}{none}"
+        f"{found['held_out']:.0%}; validation images were not used.\n\n{grid}"
     )
 
 
-def _settings(summary: dict[str, Any]) -> str:
-    parts = []
-    for data, found in summary["data"].items():
-        shown = {arm: row for arm, row in found["arms"].items() if row["seeds"]}
-        if not shown:
-            continue
-        labels = {arm: arm_label(row["short"]) for arm, row in shown.items()}
-        inferred = {item for row in shown.values() for item in row["inferred"]}
-        marked = {
-            name: f"`{name}`" + ("\\*" if name in inferred else "")
-            for name in (*found["common"], *found["differing"])
-        }
-        notes = (f"- {labels[arm]}: {row['note']}" for arm, row in shown.items() if row["note"])
-        parts += [f"**{data}**, {_images(found)}", "\n".join(notes)]
-        if found["differing"]:
-            rows = [
-                (marked[name], *(_value(values.get(arm)) for arm in shown))
-                for name, values in found["differing"].items()
-            ]
-            parts.append(markdown_grid(("setting", *labels.values()), rows))
-        if found["common"]:
-            common = (f"{marked[name]} {_value(value)}" for name, value in found["common"].items())
-            parts.append(f"All arms: {', '.join(common)}.")
-        if inferred:
-            others = ", ".join(sorted(inferred - marked.keys()))
-            also = f" Inferred as well: {others}." if others else ""
-            parts.append(f"\\* inferred: the source does not state it.{also}")
-    return "\n\n".join(part for part in parts if part)
+def _settings(data: str, found: dict[str, Any]) -> list[str]:
+    shown = {arm: row for arm, row in found["arms"].items() if row["seeds"]}
+    if not shown:
+        return []
+    labels = {arm: arm_label(row["short"]) for arm, row in shown.items()}
+    inferred = {item for row in shown.values() for item in row["inferred"]}
+    marked = {
+        name: f"`{name}`" + ("\\*" if name in inferred else "")
+        for name in (*found["common"], *found["differing"])
+    }
+    notes = (f"- {labels[arm]}: {row['note']}" for arm, row in shown.items())
+    parts = [f"**{data}**, {_images(found)}", "\n".join(notes)]
+    if found["differing"]:
+        rows = [
+            (marked[name], *(_value(values.get(arm)) for arm in shown))
+            for name, values in found["differing"].items()
+        ]
+        parts.append(markdown_grid(("setting", *labels.values()), rows))
+    common = (f"{marked[name]} {_value(value)}" for name, value in found["common"].items())
+    parts.append(f"All arms: {', '.join(common)}.")
+    if inferred:
+        others = ", ".join(sorted(inferred - marked.keys()))
+        also = f" Inferred as well: {others}." if others else ""
+        parts.append(f"\\* inferred: the source does not state it.{also}")
+    return parts
 
 
 def _images(found: dict[str, Any]) -> str:
@@ -369,13 +350,12 @@ def _difference(found: dict[str, Any] | None) -> str:
     return f"{value} ({_points(found['low'])} to {_points(found['high'])})"
 
 
-def _mean_sd(found: Any, factor: float, digits: int | None = 1) -> str:
-    """Mean and standard deviation, "41.2 ± 0.4".
+def _mean_sd(found: dict[str, Any] | None, factor: float, digits: int | None = 1) -> str:
+    """Mean and standard deviation, "41.2 ± 0.4"; the mean alone for one seed, "-" for none.
 
-    Without a deviation for one seed, and "-" if nothing was measured; `digits` None stands for
-    three significant digits.
+    `digits` None stands for three significant digits.
     """
-    if not isinstance(found, dict):
+    if found is None:
         return "-"
 
     def shown(value: float) -> str:

@@ -1,53 +1,83 @@
-"""One run of an experiment, as a process: `python -m vi_simsiam.experiments.worker SPEC.json`.
+"""One run of an experiment: `python -m vi_simsiam.experiments.worker SPEC.json`.
 
-Trains, then measures, and skips what is done already: a killed run continues where it was.
+Trains, then measures: accuracies, the quality of the concentrations, and the training itself. What
+is done already is skipped: a killed run continues where it was.
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
+import datetime
 import json
-import os
+import math
 import shutil
-import signal
+import statistics
+import subprocess
 import sys
-import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
+import torch
 from rich.console import Console
 
-from vi_simsiam.config import TrainConfig, differing_fields
-from vi_simsiam.engine.checkpoint import write_json
-from vi_simsiam.engine.run import CHECKPOINT, read_config
+import vi_simsiam
+from vi_simsiam.config import TrainConfig
+from vi_simsiam.data.cache import cached
+from vi_simsiam.data.datasets import Splits
+from vi_simsiam.data.packed import PackedImages
+from vi_simsiam.data.sources import ImageSource
+from vi_simsiam.data.subsets import select
+from vi_simsiam.engine.checkpoint import write_json, write_text
+from vi_simsiam.engine.run import (
+    CHECKPOINT,
+    METRICS,
+    Run,
+    check_config,
+    load_run,
+    open_splits,
+    read_config,
+    resolve_device,
+    resolve_workers,
+)
 from vi_simsiam.engine.train import Trainer
-from vi_simsiam.errors import InputError, TrainingError, UserError
-from vi_simsiam.experiments.measure import Progress, measure_run
+from vi_simsiam.errors import TrainingError, UserError
+from vi_simsiam.evaluation.features import FeatureSets, labelled_splits, random_features
+from vi_simsiam.evaluation.knn import KnnConfig, classify, evaluate_knn
+from vi_simsiam.evaluation.linear import evaluate_linear, linear_preset
+from vi_simsiam.evaluation.logistic import evaluate_logistic
+from vi_simsiam.evaluation.scores import TRIVIAL
+from vi_simsiam.evaluation.uncertainty import evaluate_uncertainty
 from vi_simsiam.experiments.runner import TRAINED, locked
+from vi_simsiam.inference.forward import extract
+from vi_simsiam.info import versions
+from vi_simsiam.text import counted, data_label
 
 _SECONDS_TO_LOCK = 90.0
 """Time to wait for an earlier process of the same run, which may still be saving."""
-_PARENT_SECONDS = 1.0
+CURVE = (
+    "loss", "cosine", "kappa", "kappa_best", "z_std", "projection_spread", "effective_rank",
+    "grad_norm",
+)  # fmt: skip
+CURVE_POINTS = 100
+PROGRESS = "progress.jsonl"
+_PROGRESS_COLUMNS = ("knn200", "knn200_epoch", "knn200_seconds")
+_report = partial(print, flush=True)
+"""Prints the current action: the last line of the log is shown while the run is running."""
+_PACKAGES = ("torch", "torchvision", "triton", "scikit-learn", "timm", "numpy", "pillow")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Do one run.
+def main(path: Path) -> int:
+    """Do the run of the specification in `path`.
 
     Returns:
         The exit code: 0 done, 2 failed for a reason that is printed, 130 interrupted.
     """
-    parser = argparse.ArgumentParser(prog="worker", description=__doc__)
-    parser.add_argument("spec", type=Path)
-    parser.add_argument("--parent", type=int, help="process whose end ends this one")
-    given = parser.parse_args(arguments)
     try:
-        if given.parent is not None:
-            _end_with(given.parent)
-        spec = json.loads(given.spec.read_text())
+        spec = json.loads(path.read_text())
         folder = Path(spec["folder"])
-        folder.parent.mkdir(parents=True, exist_ok=True)
         lock, busy = folder.with_name(f".{folder.name}.lock"), f"run: another process uses {folder}"
         with locked(lock, busy, seconds=_SECONDS_TO_LOCK):
             print(work(spec), flush=True)
@@ -61,57 +91,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def work(spec: dict[str, Any]) -> str:
-    """Do the run of a specification and write its result file.
-
-    Returns:
-        A line on the result.
-
-    Raises:
-        UserError: the run cannot be done.
-        KeyboardInterrupt: a signal arrived; the run can be continued.
-    """
+    """Do the run of a specification and write its result file; returns a line on the result."""
     result, folder = Path(spec["result"]), Path(spec["folder"])
     config = TrainConfig.from_dict(spec["config"])
     if result.is_file():
         return "measured before"
+    trained, diverged = {}, {}
     try:
-        trained, diverged = train(config, folder, spec["progress_every"]), None
+        trained = train(config, folder, spec["progress_every"])
     except TrainingError as error:
         if "not finite" not in str(error):
             raise
         # Divergence is a result, too: the same seed would end in the same way. The rest of the
         # message names a path of this machine.
-        trained, diverged = None, str(error).partition(";")[0]
-    content = measure_run(spec, config, trained)
-    if diverged is not None:
-        content["diverged"] = diverged
+        diverged = {"diverged": str(error).partition(";")[0]}
+    content = measure_run(spec, config, trained) | diverged
     write_json(result, content)
     if not spec["measures"]:  # only the training counts, so the weights are not kept
         shutil.rmtree(folder)
-    if diverged is not None:
-        return f"diverged: {diverged}"
+    if diverged:
+        return f"diverged: {diverged['diverged']}"
     if not spec["measures"]:
         return f"cosine {content['curve']['cosine'][-1]:.2f}"
     return "  ".join(f"{name} {100 * share:.1f} %" for name, share in content["accuracy"].items())
 
 
 def train(config: TrainConfig, folder: Path, progress_every: int | None = None) -> dict[str, Any]:
-    """Train a run or continue it.
+    """Train a run or continue it; returns the content of RUN/trained.json.
 
-    Returns:
-        The content of RUN/trained.json: steps, images, seconds and device of the training.
-
-    Raises:
-        InputError: the folder holds a run with another configuration, or data is missing.
-        TrainingError: the training cannot continue.
-        KeyboardInterrupt: a signal arrived; the message names the step that was saved.
+    After a signal the message of the KeyboardInterrupt names the step that was saved.
     """
     done = folder / TRAINED
     if done.is_file():
-        if differing := differing_fields(read_config(folder), config):
-            raise InputError(
-                f"run: {folder} was trained with another configuration: {'; '.join(differing)}"
-            )
+        check_config(read_config(folder), config, folder)
         before: dict[str, Any] = json.loads(done.read_text())
         return before
     # Without a checkpoint, the folder of a killed run holds nothing to keep.
@@ -133,16 +145,225 @@ def train(config: TrainConfig, folder: Path, progress_every: int | None = None) 
     return trained
 
 
-def _end_with(parent: int) -> None:
-    """Save and end when the process that started this one has ended, in whatever way."""
+def measure_run(
+    spec: dict[str, Any], config: TrainConfig, trained: dict[str, Any]
+) -> dict[str, Any]:
+    """Measure a run; returns the content of results/ARM-seed-N.json.
 
-    def wait() -> None:
-        while os.getppid() == parent:
-            time.sleep(_PARENT_SECONDS)
-        os.kill(os.getpid(), signal.SIGTERM)
+    `trained` is the content of trained.json, empty for a run that did not reach its end, which is
+    not measured.
+    """
+    folder, device = Path(spec["folder"]), resolve_device(config.device)
+    on_cpu = f"cpu ({counted(torch.get_num_threads(), 'thread')})"
+    content = {
+        **{name: spec[name] for name in ("experiment", "arm", "seed")},
+        "data": data_label(config.data),
+        "method": config.method,
+        "config": without_places(config),
+        **{name: trained.get(name) for name in ("steps", "images", "seconds")},
+        "curve": curve(folder),
+        "accuracy": {},
+        "correct": {},
+        "val_images": None,
+        "uncertainty": {},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu,
+        "versions": versions(_PACKAGES),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    if not trained or not spec["measures"]:
+        return content
+    here = {name: getattr(config, name) for name in ("device", "workers", "data_root", "cache_dir")}
+    run = load_run(folder, **here)  # the images may have moved since the training
+    if (val := run.splits.val) is not None:
+        splits = dataclasses.replace(run.splits, val=at_most(val, spec["val_images"]))
+        run = dataclasses.replace(run, splits=splits)
+    content |= _accuracies(run, spec["measures"])
+    if spec["uncertainty"] and config.method == "vi-simsiam":
+        content["uncertainty"] = flat_uncertainty(evaluate_uncertainty(run, report=_report))
+    return content
 
-    threading.Thread(target=wait, daemon=True).start()
+
+def at_most(source: ImageSource, images: int | None) -> ImageSource:
+    """At most so many images, drawn class by class and the same every time; None for all."""
+    if images is None or len(source) <= images:
+        return source
+    return select(Splits(source.name, source, None), images=images, distinct=False).train
+
+
+def _accuracies(run: Run, measures: Iterable[str]) -> dict[str, Any]:
+    """Measure the features of the trained backbone.
+
+    The result files of the evaluations go to RUN/measured/: they lack the encoders that the run's
+    own result files compare with.
+    """
+    readable = {name: run.readable(part)[0] for name, part in labelled_splits(run.splits).items()}
+    size, device, workers = run.config.augment.size, run.device, run.workers
+    train, val = readable["train"], readable["val"]
+    found = {}
+    for name, source in readable.items():
+        _report(f"features of {counted(len(source), f'{name} image')}")
+        found[name] = extract(run.model.backbone, source, size=size, device=device, workers=workers)
+    path = run.path / "measured"
+    path.mkdir(exist_ok=True)
+    features = FeatureSets(
+        path=path,
+        data=run.splits.name,
+        classes=train.classes or (),
+        train={"trained": found["train"]},
+        train_labels=torch.from_numpy(train.labels),
+        val={"trained": found["val"]},
+        val_labels=torch.from_numpy(val.labels),
+        device=device,
+        augmented=lambda: random_features(
+            run.model.backbone, train, size=size, device=device, workers=workers, report=_report
+        ),
+    )
+    evaluations: dict[str, Callable[[], dict[str, Any]]] = {
+        "knn20": lambda: evaluate_knn(features, KnnConfig(k=20)),
+        "knn200": lambda: evaluate_knn(features, KnnConfig(k=200)),
+        "logistic": lambda: evaluate_logistic(features),
+        "linear": lambda: evaluate_linear(features, linear_preset("paper")),
+    }
+    accuracy, correct = {}, {}
+    for name in [name for name in evaluations if name in measures]:
+        _report(name)
+        result = evaluations[name]()
+        accuracy[name], correct[name] = result["top1"]["trained"], result["correct"]["trained"]
+        if name == "linear":
+            accuracy["linear_top5"] = result["top5"]["trained"]
+    return {"accuracy": accuracy, "correct": correct, "val_images": len(features.val_labels)}
+
+
+def flat_uncertainty(result: dict[str, Any]) -> dict[str, float | str]:
+    """The figures of an uncertainty.json by name.
+
+    A figure of the concentration stands under its own name, the one of the best trivial score under
+    NAME_baseline, and that score's name under NAME_baseline_name. Several data sets or corruptions
+    count by their mean, and the best score is the best in that mean.
+    """
+    figures: dict[str, float | str] = {}
+    if result["calibration"] is not None:
+        figures["calibration_error"] = result["calibration"]["error"]
+
+    def add(name: str, parts: list[dict[str, Any]], key: str, best: Callable[..., str]) -> None:
+        """Add a figure from the scores of each data set or corruption."""
+        means = {}
+        for score in ("kappa", *TRIVIAL):
+            values = [part["scores"].get(score, {}).get(key) for part in parts]
+            if parts and all(value is not None and math.isfinite(value) for value in values):
+                means[score] = statistics.mean(values)
+        if "kappa" in means:
+            figures[name] = means.pop("kappa")
+        if means:
+            score = best(means, key=means.__getitem__)
+            figures.update({f"{name}_baseline": means[score], f"{name}_baseline_name": score})
+
+    errors = [] if result["misclassification"] is None else [result["misclassification"]]
+    add("auroc_misclassification", errors, "auroc", max)
+    add("aurc", errors, "aurc", min)
+    add("augrc", errors, "augrc", min)
+    for name, seen in (("auroc_retrieval", True), ("auroc_retrieval_unseen", False)):
+        parts = [
+            {"scores": {score: {"auroc": value} for score, value in part["scores"].items()}}
+            for part in (result["retrieval"] or {}).values()
+            if part["seen_classes"] == seen
+        ]
+        add(name, parts, "auroc", max)
+    add("ood_auroc", list(result["ood"].values()), "auroc", max)
+    for name, part in result["ood"].items():
+        add(f"ood_auroc_{name}", [part], "auroc", max)
+    add("spearman_corruption", list(result["corruptions"].values()), "spearman", max)
+    return figures
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON Lines file; none if it is missing."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def curve(folder: Path) -> dict[str, list[float]]:
+    """Epochs and metrics of a run, at most `CURVE_POINTS` evenly spaced lines, and its progress."""
+    lines, progress = _lines(folder / METRICS), _lines(folder / PROGRESS)
+    if len(lines) > CURVE_POINTS:
+        lines = [lines[i] for i in np.linspace(0, len(lines) - 1, CURVE_POINTS).round().astype(int)]
+    names = [name for name in ("epoch", *CURVE) if lines and all(name in line for line in lines)]
+    return {
+        **{name: [float(f"{line[name]:.5g}") for line in lines] for name in names},
+        **{name: [line[name] for line in progress] for name in _PROGRESS_COLUMNS if progress},
+    }
+
+
+def without_places(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as plain JSON types, without the machine's paths."""
+    plain = config.to_dict()
+    del plain["data_root"], plain["cache_dir"]
+    frozen = config.frozen_run
+    return {**plain, "data": data_label(config.data), "frozen_run": frozen and frozen.name}
+
+
+def _commit() -> str | None:
+    """The commit of the package's source tree; None if it is no git checkout."""
+    root = Path(vi_simsiam.__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # an installed package may lie in another project's checkout
+        return None
+    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        return found.stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # git can be slow on a busy disk
+        return None
+
+
+class Progress:
+    """A callback after every epoch that records kNN accuracy (k = 200, T = 0.1) over training time.
+
+    It uses at most 4,000 training and 1,000 validation images, drawn class by class. Its own time
+    is not counted: the trainer's clock stands still between epochs. Lines go to RUN/progress.jsonl;
+    those beyond the step that a resumed run starts from are dropped.
+
+    Args:
+        trainer: trainer of the run, before it starts.
+        every: epochs between two measurements; the last epoch always has one.
+    """
+
+    def __init__(self, trainer: Trainer, every: int) -> None:
+        self.trainer, self.every = trainer, every
+        splits = open_splits(trainer.config)
+        assert splits.val is not None
+        self.workers = resolve_workers(trainer.config.workers, trainer.device)
+
+        def chosen(source: ImageSource, most: int) -> PackedImages:
+            cache_dir = trainer.config.cache_dir
+            whole, _ = cached(source, cache_dir=cache_dir, workers=self.workers, console=None)
+            return cast(PackedImages, at_most(whole, most))
+
+        self.train, self.val = chosen(splits.train, 4_000), chosen(splits.val, 1_000)
+        self.path = trainer.folder / PROGRESS
+        before = _lines(self.path) if trainer.resume else []
+        self.lines = [line for line in before if line["step"] <= trainer.step]
+        ended = trainer.step > 0 and trainer.step % trainer.loader.steps_per_epoch == 0
+        if ended and all(line["step"] != trainer.step for line in self.lines):
+            self()  # the run was stopped in the last step of an epoch, before its accuracy
+
+    def __call__(self) -> None:
+        """Record the accuracy if it is due."""
+        trainer = self.trainer
+        epoch = trainer.step // trainer.loader.steps_per_epoch
+        if epoch % self.every and epoch < trainer.config.epochs:
+            return
+        size, device, backbone = trainer.config.augment.size, trainer.device, trainer.model.backbone
+        train, val = (
+            extract(backbone, source, size=size, device=device, workers=self.workers).to(device)
+            for source in (self.train, self.val)
+        )
+        labels, classes = torch.from_numpy(self.train.labels).to(device), self.train.classes or ()
+        predicted = classify(train, labels, val, classes=len(classes), config=KnnConfig(k=200))
+        share = float((predicted.cpu() == torch.from_numpy(self.val.labels)).double().mean())
+        values = (share, epoch, round(trainer.seconds, 3), trainer.step)
+        self.lines.append(dict(zip((*_PROGRESS_COLUMNS, "step"), values, strict=True)))
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Path(sys.argv[1])))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vi_simsiam.export.folder import export_run
-from vi_simsiam.export.formats import FORMATS, load_safetensors
+from vi_simsiam.export.folder import FORMATS, export_run
+from vi_simsiam.export.formats import load_safetensors
 
 __all__ = ["FORMATS", "export_run", "load_safetensors"]

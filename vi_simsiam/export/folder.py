@@ -1,39 +1,43 @@
-"""The folder that an export writes: made beside its target, checked, then renamed to it."""
+"""The folder that an export writes: weights, settings and a model card, checked before it appears.
+
+The card is README.md with the front matter of the Hugging Face Hub.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import os
-import secrets
-import shutil
+import importlib.util
+import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vi_simsiam.config import flat
 from vi_simsiam.data.sources import ImageSource, UnreadableError
 from vi_simsiam.data.views import eval_view
 from vi_simsiam.engine.checkpoint import write_json, write_text
-from vi_simsiam.engine.run import Run
+from vi_simsiam.engine.run import METRICS, Run
 from vi_simsiam.errors import InputError, none_of
-from vi_simsiam.export.card import Check, model_card
+from vi_simsiam.evaluation.features import ENCODERS
+from vi_simsiam.evaluation.results import read_result, unusable
+from vi_simsiam.evaluation.uncertainty import comparisons
 from vi_simsiam.export.formats import (
-    FORMATS,
-    SAFETENSORS_WEIGHTS,
-    TORCHVISION_WEIGHTS,
     outputs,
     portable,
     preprocessing,
+    write_onnx,
     write_safetensors,
     write_timm,
     write_torchvision,
 )
-from vi_simsiam.export.onnx import ONNX_WEIGHTS, require_exporter, write_onnx
 from vi_simsiam.info import versions
 from vi_simsiam.paths import user_path, utf8_path
+from vi_simsiam.text import METHODS, counted, data_label, fill_template
 
 CARD, SETTINGS, TIMM_SETTINGS = "README.md", "config.json", "training.json"
 CHECK_IMAGES = 8
@@ -41,12 +45,52 @@ CHECK_IMAGES = 8
 # Largest difference over largest value. Libraries sum float32 in different orders;
 # kappa = scale * link(raw) carries the absolute error of raw, up to ten times its own rounding.
 TOLERANCES = {"embedding": 1e-5, "loc": 1e-5, "concentration": 1e-4}
+NOT_MEASURED = "not measured"
 
-_WRITERS = {
-    "torchvision": (write_torchvision, TORCHVISION_WEIGHTS, ("torchvision",)),
-    "timm": (write_timm, SAFETENSORS_WEIGHTS, ("torchvision", "timm", "safetensors")),
-    "safetensors": (write_safetensors, SAFETENSORS_WEIGHTS, ("torchvision", "safetensors")),
-    "onnx": (write_onnx, ONNX_WEIGHTS, ("torchvision", "onnx", "onnxscript", "onnxruntime")),
+# By format: the writer, its file, the packages whose versions the card names, and the Hub's name of
+# the library.
+_FORMATS = {
+    "torchvision": (write_torchvision, "model.pth", ("torchvision",), "pytorch"),
+    "timm": (write_timm, "model.safetensors", ("torchvision", "timm", "safetensors"), "timm"),
+    "safetensors": (
+        write_safetensors,
+        "model.safetensors",
+        ("torchvision", "safetensors"),
+        "vi-simsiam",
+    ),
+    "onnx": (
+        write_onnx,
+        "model.onnx",
+        ("torchvision", "onnx", "onnxscript", "onnxruntime"),
+        "onnx",
+    ),
+}
+FORMATS = tuple(_FORMATS)
+"""Formats of an export."""
+# Names of data sets on the Hugging Face Hub.
+_HUB_DATA = {
+    "fashion-mini": "zalando-datasets/fashion_mnist",
+    "cifar10": "uoft-cs/cifar10",
+    "imagenette": "frgfm/imagenette",
+    "imagewoof": "frgfm/imagewoof",
+}
+# Columns of accuracies: result file, its field, and the heading.
+_COLUMNS = (
+    ("knn", "top1", "kNN"),
+    ("linear", "top1", "linear"),
+    ("linear", "top5", "linear top-5"),
+    ("linear", "held_out_top1", "linear, held out"),
+    ("logistic", "top1", "logistic"),
+)
+# Concentrations that are the same for every image, or another image's.
+_CONTROLS = ("constant", "global", "shuffled")
+# Parts of uncertainty.json, and the measure that is missing without one.
+_PARTS = {
+    "calibration": "calibration error of E[mu.z] (0 is best)",
+    "misclassification": "misclassification, AUROC",
+    "retrieval": "retrieval, R-AUROC",
+    "ood": "other data sets, AUROC",
+    "corruptions": "corruptions, Spearman",
 }
 
 
@@ -77,10 +121,15 @@ def export_run(
         InputError: an unknown format, one that cannot hold this run or whose packages are missing,
             a folder that must not be written to, weights that are not finite, or no readable image.
     """
-    if format not in FORMATS:
-        raise none_of("format", format, FORMATS)
-    if format == "onnx":
-        require_exporter()
+    if format not in _FORMATS:
+        raise none_of("format", format, _FORMATS)
+    write, weights, packages, _ = _FORMATS[format]
+    required = ("onnx", "onnxscript") if format == "onnx" else ()
+    if missing := [each for each in required if importlib.util.find_spec(each) is None]:
+        raise InputError(
+            f"format: onnx needs {' and '.join(missing)}; "
+            "install with pip install 'vi-simsiam[onnx]'"
+        )
     target = (run.path / "export" / format if out is None else user_path("out", out)).absolute()
     _check_target(target, overwrite)
 
@@ -91,17 +140,16 @@ def export_run(
     if not all(bool(torch.isfinite(value).all()) for value in expected.values()):
         raise InputError(f"run: the features of {run.path} are not finite; its weights are damaged")
 
-    write, weights, packages = _WRITERS[format]
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = _beside(target)
-    aside.mkdir()
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as place:
+        aside = Path(place, "new")
+        aside.mkdir()
         with utf8_path(aside) as folder:
-            compute = write(model, run.config, folder)
+            compute = write(model, run.config, folder / weights)
             found = None if compute is None else _differences(compute(images), expected)
-        check = Check(len(images), source, found)
+        check = {"images": len(images), "source": source, "differences": found}
         if report is not None:
-            report(check.line(weights))
+            report(_line(weights, check))
         installed = versions(("torch", *packages))
         settings = {
             "format": format,
@@ -113,22 +161,22 @@ def export_run(
             "dim": run.config.model.dim,
             "preprocessing": preprocessing(run.config),
             "training": portable(run.config),
-            "check": vars(check),
+            "check": check,
             "versions": installed,
         }
         # In a timm folder config.json is timm's own.
         write_json(aside / (TIMM_SETTINGS if format == "timm" else SETTINGS), settings)
         write_text(aside / CARD, model_card(run, format, check=check, versions=installed))
-        _move(aside, target)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+        earlier = Path(place, "earlier")
+        if target.is_dir():
+            target.rename(earlier)
+        try:
+            aside.rename(target)
+        except BaseException:
+            if earlier.exists():
+                earlier.rename(target)
+            raise
     return target
-
-
-def _beside(target: Path) -> Path:
-    """A new hidden name in the folder of `target`."""
-    return target.with_name(f".{target.name}.{secrets.token_hex(8)}")
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -136,29 +184,12 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise InputError(f"out: {target} is a file or a link, not a folder")
     names = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
-    known = {CARD, SETTINGS, TIMM_SETTINGS, f"{ONNX_WEIGHTS}.data"}
-    known.update(weights for _, weights, _ in _WRITERS.values())
+    known = {CARD, SETTINGS, TIMM_SETTINGS, "model.onnx.data"}
+    known.update(weights for _, weights, _, _ in _FORMATS.values())
     if names and (CARD not in names or names - known):
         raise InputError(f"out: {target} holds other files; give an empty or new folder")
     if names and not overwrite:
         raise InputError(f"out: {target} exists; say --overwrite to replace it")
-
-
-def _move(aside: Path, target: Path) -> None:
-    """Rename a finished folder to `target`; an earlier one is removed once the new one is there."""
-    earlier = None
-    if target.is_dir():
-        earlier = _beside(target)
-        os.rename(target, earlier)
-    try:
-        os.rename(aside, target)
-    except OSError:
-        if earlier is not None:
-            with contextlib.suppress(OSError):
-                os.rename(earlier, target)
-        raise
-    if earlier is not None:
-        shutil.rmtree(earlier, ignore_errors=True)
 
 
 def _check_images(run: Run) -> tuple[Tensor, str]:
@@ -195,3 +226,120 @@ def _differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[
                 f"{TOLERANCES[name]:.0e} is rounding; nothing was exported"
             )
     return differences
+
+
+def _line(weights: str, check: dict[str, Any]) -> str:
+    if check["differences"] is None:
+        return (
+            f"{weights} was not checked: onnxruntime is not installed "
+            "(pip install 'vi-simsiam[onnx]')"
+        )
+    found = ", ".join(f"{value:.1e} in {name}" for name, value in check["differences"].items())
+    images = f"{counted(check['images'], 'image')} of {check['source']}"
+    return f"{weights} checked on {images}: differs by {found} of the largest value"
+
+
+def model_card(run: Run, format: str, *, check: dict[str, Any], versions: dict[str, str]) -> str:
+    """The text of README.md for one exported format.
+
+    Results are those in the run folder (knn.json, linear.json, logistic.json, uncertainty.json);
+    the others are given as not measured.
+
+    Raises:
+        InputError: a result file cannot be read, or lacks what the card shows.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    config, model = run.config, run.config.model
+    vi = config.method == "vi-simsiam"
+    kind, _, path = config.data.partition(":")
+    columns: dict[str, dict[str, float]] = {
+        heading: (read_result(run.path, name) or {}).get(key) or {}
+        for name, key, heading in _COLUMNS
+    }
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=_HUB_DATA.get(config.data, data_label(config.data)),
+            dataset_name=data_label(config.data),
+            dataset_split="validation",
+            metric_type="accuracy",
+            metric_name=heading,
+            metric_value=round(shares["trained"], 5),
+        )
+        for heading, shares in columns.items()
+        if shares.get("trained") is not None
+    ]
+    name = f"{model.backbone} by {METHODS[config.method]}"
+    front_matter = ModelCardData(
+        library_name=_FORMATS[format][-1],
+        pipeline_tag="image-feature-extraction",
+        tags=["self-supervised-learning", config.method, *(["uncertainty"] if vi else []), format],
+        datasets=[_HUB_DATA[config.data]] if config.data in _HUB_DATA else None,
+        model_name=name,
+        eval_results=results or None,
+    )
+    conv1 = run.model.state_dict().get("backbone.conv1.weight")
+    uncertainty = read_result(run.path, "uncertainty")
+    content = {
+        "front_matter": front_matter.to_yaml().strip(),
+        "name": name,
+        "format": format,
+        "vi": vi,
+        "architecture": model.backbone,
+        "stem_width": conv1.shape[0] if model.stem == "small" and conv1 is not None else None,
+        "data": kind if kind in _HUB_DATA else f"images of one's own ({Path(path).name})",
+        "features": run.model.features,
+        "dim": run.model.dim,
+        "seen": preprocessing(config),
+        "background": config.decode.background,
+        "check": check,
+        "check_images": counted(check["images"], "image"),
+        "measures": list(columns),
+        "rows": [
+            (encoder, [_percent(shares.get(encoder)) for shares in columns.values()])
+            for encoder in ENCODERS
+        ],
+        "uncertainty": _uncertainty(uncertainty, run.path),
+        "uncertainty_measured": uncertainty is not None,
+        "control": config.loss.concentration if config.loss.concentration in _CONTROLS else None,
+        "epochs": counted(config.epochs, "epoch"),
+        "progress": _progress(run),
+        "settings": {key: json.dumps(value) for key, value in flat(portable(config)).items()},
+        "versions": ", ".join(f"{package} {number}" for package, number in versions.items()),
+    }
+    return fill_template("model_card.md", content, escape=False)
+
+
+def _uncertainty(result: dict[str, Any] | None, run_folder: Path) -> list[tuple[str, ...]]:
+    """Rows: the measure, kappa's number, and the best trivial and other score by name."""
+    if result is None:
+        return [(text, NOT_MEASURED, "-", "-") for text in _PARTS.values()]
+    rows: list[tuple[str, ...]] = []
+    try:
+        if result["calibration"]:
+            error = f"{result['calibration']['error']:.4f}"
+            rows.append((_PARTS["calibration"], error, "-", "-"))
+        for row in comparisons(result):
+            kappa = "not defined" if row.kappa is None else f"{row.kappa:.3f}"
+            others = ((row.baseline, row.value), (row.other, row.other_value))
+            best = ("-" if value is None else f"{value:.3f} ({name})" for name, value in others)
+            rows.append((f"{row.part}, {row.measure}", kappa, *best))
+        missing = [text for part, text in _PARTS.items() if not result[part]]
+    except (KeyError, TypeError, AttributeError) as error:
+        path = run_folder / "uncertainty.json"
+        raise unusable(path, f"lacks what the card shows ({error!r})") from error
+    return [*rows, *((text, NOT_MEASURED, "-", "-") for text in missing)]
+
+
+def _percent(share: float | None) -> str:
+    return NOT_MEASURED if share is None else f"{100 * share:.1f} %"
+
+
+def _progress(run: Run) -> str:
+    """Progress of the training by the last line of the run's log."""
+    try:
+        line = json.loads((run.path / METRICS).read_text().splitlines()[-1])
+        return f"the log ends at epoch {line['epoch']:.2f} with a loss of {line['loss']:.4g}"
+    except (OSError, IndexError, KeyError, TypeError, ValueError):
+        return "the run has no log of its progress"

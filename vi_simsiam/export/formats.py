@@ -7,8 +7,13 @@ safetensors and, as a graph, to ONNX.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.util
+import io
 import json
+import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,16 +24,12 @@ from torch import Tensor, nn
 from vi_simsiam import __version__
 from vi_simsiam.backbones import plain_resnet
 from vi_simsiam.config import TrainConfig
-from vi_simsiam.engine.checkpoint import write_atomically, write_json
+from vi_simsiam.engine.checkpoint import naming, write_atomically, write_json
 from vi_simsiam.errors import InputError
 from vi_simsiam.models import SimSiam, VISimSiam, build_model
 from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD
 from vi_simsiam.paths import user_path, utf8_path
 from vi_simsiam.text import data_label
-
-FORMATS = ("torchvision", "timm", "safetensors", "onnx")
-"""Formats of an export."""
-TORCHVISION_WEIGHTS, SAFETENSORS_WEIGHTS = "model.pth", "model.safetensors"
 
 Outputs = Callable[[Tensor], dict[str, Tensor]]
 """Maps normalised images (B, 3, S, S) to a file's outputs, by the names of `forward`, or some."""
@@ -82,20 +83,20 @@ def portable(config: TrainConfig) -> dict[str, Any]:
     return plain
 
 
-def write_torchvision(model: SimSiam, config: TrainConfig, folder: Path) -> Outputs:
-    """Write the backbone's state dict to FOLDER/model.pth, under torchvision's names.
+def write_torchvision(model: SimSiam, config: TrainConfig, path: Path) -> Outputs:
+    """Write the backbone's state dict under torchvision's names; it has no classifier.
 
-    It has no classifier. Returns the features of the file, computed by plain torchvision.
+    Returns the features of the file, computed by plain torchvision.
     """
     weights = _weights(model.backbone)
-    write_atomically(folder / TORCHVISION_WEIGHTS, lambda file: torch.save(weights, file))
+    write_atomically(path, lambda file: torch.save(weights, file))
     network, _ = plain_resnet(config.model.backbone, config.model.stem)
-    network.load_state_dict(torch.load(folder / TORCHVISION_WEIGHTS, weights_only=True))
+    network.load_state_dict(torch.load(path, weights_only=True))
     return outputs(network.eval())
 
 
-def write_timm(model: SimSiam, config: TrainConfig, folder: Path) -> Outputs:
-    """Write model.safetensors and config.json, as timm and the Hugging Face Hub expect them.
+def write_timm(model: SimSiam, config: TrainConfig, path: Path) -> Outputs:
+    """Write the weights, and beside them config.json as timm and the Hugging Face Hub expect it.
 
     Returns the features of the folder, computed by timm.
 
@@ -112,7 +113,7 @@ def write_timm(model: SimSiam, config: TrainConfig, folder: Path) -> Outputs:
     if not timm.is_model(name):
         raise InputError(f"format: timm has no {name}; {others}")
     content = save(_weights(model.backbone), metadata={"format": "pt"})
-    write_atomically(folder / SAFETENSORS_WEIGHTS, lambda file: file.write(content))
+    write_atomically(path, lambda file: file.write(content))
     view = preprocessing(config)
     pretrained = {
         "tag": config.method.replace("-", "_"),
@@ -135,17 +136,15 @@ def write_timm(model: SimSiam, config: TrainConfig, folder: Path) -> Outputs:
         "global_pool": "avg",
         "pretrained_cfg": pretrained,
     }
-    write_json(folder / "config.json", described)
-    network = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
+    write_json(path.with_name("config.json"), described)
+    network = timm.create_model(f"local-dir:{path.parent}", pretrained=True, num_classes=0)
     return outputs(network.eval())
 
 
-def write_safetensors(model: SimSiam, config: TrainConfig, folder: Path) -> Outputs:
-    """Write the whole model to FOLDER/model.safetensors: backbone, projector and predictor.
+def write_safetensors(model: SimSiam, config: TrainConfig, path: Path) -> Outputs:
+    """Write the whole model: backbone, projector and predictor, with all that loading it needs.
 
-    The file's metadata hold the method, D, the scaling of the concentration, the preprocessing and
-    the configuration, so that `load_safetensors` needs nothing else. Returns the outputs of the
-    file, read again.
+    Returns the outputs of the file, read again.
     """
     from safetensors.torch import save
 
@@ -164,13 +163,65 @@ def write_safetensors(model: SimSiam, config: TrainConfig, folder: Path) -> Outp
             "concentration_gain": repr(model.form.gain),
             "concentration_link": model.form.link,
         }
-    path = folder / SAFETENSORS_WEIGHTS
     weights = _weights(model)
     # The moving average for the targets of training (`TrainConfig.ema`) is useless afterwards.
     kept = {name: value for name, value in weights.items() if not name.startswith("target.")}
     content = save(kept, metadata=metadata)
     write_atomically(path, lambda file: file.write(content))
     return outputs(load_safetensors(path))
+
+
+class _Graph(nn.Module):
+    """The outputs as a tuple, as the exporter needs them."""
+
+    def __init__(self, model: SimSiam) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(forward(self.model, images).values())
+
+
+def write_onnx(model: SimSiam, config: TrainConfig, path: Path) -> Outputs | None:
+    """Write the model as a graph of `forward` by PyTorch's exporter, for batches of any size.
+
+    Returns the file's outputs as onnxruntime computes them on the CPU; None if it is not installed.
+    """
+    size = config.augment.size
+    # Two images: the exporter takes a batch of one for a constant.
+    example = torch.zeros(2, 3, size, size)
+    names = list(outputs(model)(example))
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # the others are about operators that are not used here
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                _Graph(model).eval(),
+                (example,),
+                dynamo=True,
+                input_names=["images"],
+                output_names=names,
+                dynamic_shapes={"images": {0: "batch"}},
+                verbose=False,
+            )
+    finally:
+        logger.setLevel(level)
+    assert program is not None
+    with naming(path):
+        program.save(str(path))
+    if importlib.util.find_spec("onnxruntime") is None:
+        return None
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def compute(images: Tensor) -> dict[str, Tensor]:
+        arrays = session.run(names, {"images": images.numpy()})
+        return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
+
+    return compute
 
 
 def load_safetensors(path: str | Path) -> SimSiam | VISimSiam:
@@ -186,7 +237,7 @@ def load_safetensors(path: str | Path) -> SimSiam | VISimSiam:
 
     path = user_path("path", path)
     if path.is_dir():
-        path = path / SAFETENSORS_WEIGHTS
+        path = path / "model.safetensors"
     if not path.is_file():
         raise InputError(
             f"path: {path} is no file; a folder or file of `vi-simsiam export --format "

@@ -1,12 +1,12 @@
-"""Embeddings, concentrations and nearest neighbours of all images of a folder, as Parquet file."""
+"""Encodings of all images of a folder: a Parquet file with neighbours, or a ranking by kappa."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -15,15 +15,17 @@ from typing import IO, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vi_simsiam import __version__
+from vi_simsiam.data.contact_sheet import thumbnails
 from vi_simsiam.data.sources import ImageSource, Unreadable
 from vi_simsiam.engine.checkpoint import naming, write_atomically
 from vi_simsiam.errors import InputError
 from vi_simsiam.inference.encoder import Encoder
-from vi_simsiam.inference.neighbours import nearest
+from vi_simsiam.inference.forward import nearest
 from vi_simsiam.models import VISimSiam
 from vi_simsiam.paths import printable
 from vi_simsiam.text import brief_repr, counted, one_line, print_line
@@ -152,61 +154,47 @@ def write_parquet(
     from pyarrow import parquet
 
     text, number = pa.string(), pa.float32()
-    schema = pa.schema(
-        [
-            ("path", text),
-            ("path_bytes", pa.binary()),
-            ("embedding", pa.list_(number)),
-            ("concentration", number),
-            ("uncertainty", number),
-            ("neighbours", pa.list_(text)),
-            ("similarities", pa.list_(number)),
-        ],
-        metadata={"vi_simsiam": json.dumps(metadata)},
-    )
+    columns = {
+        "path": text,
+        "path_bytes": pa.binary(),
+        "embedding": pa.list_(number),
+        "concentration": number,
+        "uncertainty": number,
+        "neighbours": pa.list_(text),
+        "similarities": pa.list_(number),
+    }
+    schema = pa.schema(columns, metadata={"vi_simsiam": json.dumps(metadata)})
     among = table if reference is None else reference
     keys = None if reference is None else reference.embedding
-    found = None
-    if neighbours:
-        found = nearest(table.embedding, keys, neighbours, device=device, block=_ROWS)
+    found = nearest(table.embedding, keys, neighbours, device=device, block=_ROWS)
     total = len(table.indices)
 
     def lists(rows: NDArray[np.float32]) -> Any:
         offsets = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
         return pa.ListArray.from_arrays(offsets, np.ravel(rows))
 
-    def group(start: int) -> dict[str, Any]:
-        """Columns of the rows from `start` on; those left out are null."""
-        rows = slice(start, min(start + _ROWS, total))
-        paths = [table.path(row) for row in range(start, rows.stop)]
-        columns: dict[str, Any] = {
-            "path": list(map(printable, paths)),
-            "path_bytes": list(map(os.fsencode, paths)),
-            "embedding": lists(table.embedding[rows]),
-        }
+    def group(rows: range) -> dict[str, Any]:
+        values: dict[str, Any] = {name: pa.nulls(len(rows), kind) for name, kind in columns.items()}
+        paths = [table.path(row) for row in rows]
+        values["path"] = list(map(printable, paths))
+        values["path_bytes"] = list(map(os.fsencode, paths))
+        values["embedding"] = lists(table.embedding[rows.start : rows.stop])
         if table.concentration is not None and table.uncertainty is not None:
-            columns["concentration"] = table.concentration[rows]
-            columns["uncertainty"] = table.uncertainty[rows]
-        if found is not None:
+            values["concentration"] = table.concentration[rows.start : rows.stop]
+            values["uncertainty"] = table.uncertainty[rows.start : rows.stop]
+        if neighbours:
             which, cosines = (each.cpu().numpy() for each in next(found))
-            columns["neighbours"] = [[printable(among.path(row)) for row in near] for near in which]
-            columns["similarities"] = lists(cosines)
-        return columns
+            values["neighbours"] = [[printable(among.path(row)) for row in near] for near in which]
+            values["similarities"] = lists(cosines)
+        return values
 
     def write(file: IO[bytes]) -> None:
         with _progress(console) as progress, parquet.ParquetWriter(file, schema) as writer:
             task = progress.add_task("neighbours" if neighbours else "writing", total=total)
             for start in range(0, total, _ROWS):
-                columns = group(start)
-                count = len(columns["path"])
-                arrays = [
-                    pa.array(columns[column.name], column.type)
-                    if column.name in columns
-                    else pa.nulls(count, column.type)
-                    for column in schema
-                ]
-                writer.write_table(pa.table(arrays, schema=schema), row_group_size=_ROWS)
-                progress.advance(task, count)
+                rows = range(start, min(start + _ROWS, total))
+                writer.write_table(pa.table(group(rows), schema=schema), row_group_size=_ROWS)
+                progress.advance(task, len(rows))
 
     write_atomically(out, write)
 
@@ -236,16 +224,67 @@ def describe(encoder: Encoder, source: ImageSource, views: int | None, seed: int
     }
 
 
-@contextmanager
-def _progress(console: Console | None) -> Iterator[Progress]:
-    shown = console is not None and console.is_terminal
-    with Progress(
+def extremes(values: NDArray[Any], count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices of the `count` lowest values, ascending, and of the `count` highest, descending.
+
+    Equal values keep their order. No index is in both: of fewer than 2 `count` values the lower
+    half is in the first.
+    """
+    order = np.argsort(values, kind="stable")
+    low = min(count, -(-len(values) // 2))
+    high = min(count, len(values) - low)
+    return order[:low], order[::-1][:high]
+
+
+def write_ranking(table: Table, out: Path) -> None:
+    """Write the images of a VI-SimSiam run as CSV: rank (1 is the least certain), path, kappa,
+    uncertainty.
+
+    Paths are written as bytes of the file system, which Python reads with
+    errors="surrogateescape".
+    """
+    assert table.concentration is not None
+    assert table.uncertainty is not None
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["rank", "path", "kappa", "uncertainty"])
+    for rank, row in enumerate(np.argsort(table.concentration, kind="stable").tolist(), 1):
+        kappa, uncertainty = f"{table.concentration[row]:.9g}", f"{table.uncertainty[row]:.9g}"
+        writer.writerow([rank, table.path(row), kappa, uncertainty])
+    content = text.getvalue().encode("utf-8", "surrogateescape")
+    write_atomically(out, lambda file: file.write(content))
+
+
+def draw_ranking(table: Table, dim: int, k: int) -> Image.Image:
+    """Draw the k >= 1 least and most certain images of a VI-SimSiam run, see `extremes`.
+
+    kappa/(D - 1) is under each, with D = `dim`.
+
+    Raises:
+        InputError: an image can no longer be read.
+    """
+    assert table.concentration is not None
+    values = table.concentration.astype(np.float64) / (dim - 1)
+    titles = ("Least certain: lowest κ / (D − 1)", "Most certain: highest κ / (D − 1)")
+    groups = []
+    for title, rows in zip(titles, extremes(values, k), strict=True):
+        images = [table.source.image(int(index)) for index in table.indices[rows]]
+        if images:
+            groups.append((title, list(zip(images, map(_shown, values[rows]), strict=True))))
+    return thumbnails(groups)
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _progress(console: Console | None) -> Progress:
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not shown,
-    ) as progress:
-        yield progress
+        disable=console is None or not console.is_terminal,
+    )

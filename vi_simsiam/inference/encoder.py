@@ -24,7 +24,7 @@ from vi_simsiam.inference.forward import evaluating, random_views
 from vi_simsiam.inference.images import Images, open_images, read
 from vi_simsiam.inference.product import product_of_experts
 from vi_simsiam.paths import user_path
-from vi_simsiam.text import counted
+from vi_simsiam.text import brief_repr
 
 _MOST_WHOLE = 64
 """Whole images in memory at a time, to make random crops of."""
@@ -45,19 +45,10 @@ class Encoding:
     concentration: Tensor | None
     """(N,) kappa, at least 0; None for SimSiam, which predicts none."""
 
+    __repr__ = brief_repr
+
     def __len__(self) -> int:
         return len(self.embedding)
-
-    def __repr__(self) -> str:
-        certainty = "no concentration"
-        if self.concentration is not None:
-            certainty = "no uncertainty"
-            if len(self):
-                certainty = f"median uncertainty {float(self.uncertainty.median()):.3g}"
-        return (
-            f"Encoding({counted(len(self), 'image')}: embedding {tuple(self.embedding.shape)}, "
-            f"projection and loc {tuple(self.loc.shape)}, {certainty})"
-        )
 
     @property
     def dim(self) -> int:
@@ -137,7 +128,8 @@ class Encoder:
                 outputs that are not finite.
         """
         found = self.stream(images, views=views, seed=seed, batch_size=batch_size, skipped=_refuse)
-        return Encoding.joined([self._of_nothing(), *(part for _, part in found)])
+        parts = [part for _, part in found]
+        return Encoding.joined(parts or [self._forward(torch.empty(0, 3, self.size, self.size))])
 
     def stream(
         self,
@@ -255,18 +247,9 @@ class Encoder:
         found: list[Any] = [None if each is None else each.float().cpu() for each in columns]
         return Encoding(*found)
 
-    def _of_nothing(self) -> Encoding:
-        """The encoding of no image."""
-        features, dim = self.model.features, self.model.dim
-        embedding, projection, prediction = (
-            torch.empty((0, width), device="cpu") for width in (features, dim, dim + 1)
-        )
-        concentration = self.model.concentration(prediction)
-        return Encoding(embedding, projection, projection, prediction[:, 0], concentration)
-
 
 def load(run_folder: str | Path, device: str = "auto", *, workers: int | None = None) -> Encoder:
-    """Open a trained run to encode images with it.
+    """Open a trained run to encode images: ``vi_simsiam.load(RUN).encode(images).uncertainty``.
 
     The data set that it was trained on is not opened and may be gone: `run.splits` has no images.
 

@@ -1,4 +1,4 @@
-"""Frozen networks on views of images: the un-augmented view, and random ones."""
+"""Frozen networks on views of images, random views, and nearest neighbours by cosine."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vi_simsiam.config import AugmentConfig
 from vi_simsiam.data.loader import eval_loader
@@ -19,6 +20,11 @@ from vi_simsiam.data.views import GLOBAL_VIEWS, add_offsets, draw_table
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.augment import augment
+
+_KEYS = 16384
+"""Keys in a block of `nearest`."""
+
+Rows = Tensor | NDArray[np.float32]
 
 
 @contextlib.contextmanager
@@ -129,3 +135,49 @@ def random_views(
     add_offsets(table, np.cumsum(lengths) - lengths)
     pixels = torch.from_numpy(np.concatenate([image.reshape(-1) for image in images])).to(device)
     return augment(pixels, torch.from_numpy(table).to(device), policy.size)
+
+
+def nearest(
+    queries: Rows, keys: Rows | None, count: int, *, device: torch.device, block: int = 4096
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the keys of largest cosine to every query, in N x K x F operations.
+
+    Args:
+        queries: (N, F), in memory or mapped from a file; a row of zeros has cosine 0 to everything.
+        keys: (K, F); None for the queries themselves, of which none is its own neighbour.
+        count: of neighbours; there are fewer where there are fewer keys.
+        device: where to compute.
+        block: queries at a time.
+
+    Yields:
+        For each block of queries (the last may be smaller): numbers of the keys, (B, count) int64,
+        and their cosines, (B, count) float32, falling; equal ones in the order of the keys. Both on
+        `device`.
+    """
+    own = keys is None
+    keys = queries if keys is None else keys
+    count = min(count, len(keys) - own)
+    for start in range(0, len(queries), block):
+        rows = _unit(queries[start : start + block], device)
+        best = rows.new_empty((len(rows), 0))
+        which = torch.empty((len(rows), 0), dtype=torch.int64, device=device)
+        for first in range(0, len(keys), _KEYS):
+            cosine = rows @ _unit(keys[first : first + _KEYS], device).mT
+            if own:
+                # Entry (i, j) is an image's cosine to itself where start + i = first + j.
+                cosine.diagonal(start - first)[:] = -torch.inf
+            values, columns = cosine.topk(min(count, cosine.shape[1]), dim=1)
+            # Ordered by column first: the stable sort by cosine keeps that order among equal ones.
+            columns, by_column = columns.sort(dim=1)
+            which = torch.cat([which, columns + first], dim=1)
+            best, order = torch.cat([best, values.gather(1, by_column)], dim=1).sort(
+                dim=1, descending=True, stable=True
+            )
+            which, best = which.gather(1, order)[:, :count], best[:, :count]
+        yield which, best
+
+
+def _unit(rows: Rows, device: torch.device) -> Tensor:
+    # A mapped array is read into memory, which also makes it writable, as torch requires.
+    tensor = torch.from_numpy(np.array(rows)) if isinstance(rows, np.ndarray) else rows
+    return F.normalize(tensor.to(device), dim=1)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from vi_simsiam.config import DecodeConfig
 from vi_simsiam.data.files import find_images
 from vi_simsiam.data.packed import PackedImages
-from vi_simsiam.data.pixels import Losses, is_animated
+from vi_simsiam.data.pixels import Loss, is_animated, loss_lines, losses
 from vi_simsiam.data.sources import (
     ArraySource,
     DatasetSource,
@@ -43,7 +43,7 @@ _One = Image.Image | str | Path
 Images = ImageSource | Dataset[Any] | Tensor | NDArray[np.uint8] | _One | Sequence[_One]
 """Accepted by `Encoder.encode`, see `open_images`; float tensors are views and are not read."""
 
-_Read = tuple[NDArray[np.uint8], Losses] | Unreadable
+_Read = tuple[NDArray[np.uint8], list[Loss]] | Unreadable
 _CHUNKS_AHEAD = 2
 _THREAD_SAFE = (FileSource, ArraySource, PackedImages)
 
@@ -80,11 +80,7 @@ def open_images(images: Images, decode: DecodeConfig | None = None) -> ImageSour
         return _open_path(user_path("images", images), decode)
     if isinstance(images, Image.Image):
         return _Several([images], decode)
-    if isinstance(images, np.ndarray):
-        if images.dtype != np.uint8:
-            raise InputError(
-                f"images: an array of {images.dtype} given; accepted are uint8 arrays (N, H, W, 3)"
-            )
+    if isinstance(images, np.ndarray) and images.dtype == np.uint8:
         if images.ndim == 3 and images.shape[2] == 3:
             raise InputError(
                 f"images: an array of shape {images.shape} given, one RGB image or "
@@ -92,13 +88,7 @@ def open_images(images: Images, decode: DecodeConfig | None = None) -> ImageSour
                 "(N, H, W, 3): image[None] is that of one image"
             )
         return ArraySource(images, name="images")
-    if isinstance(images, Tensor):
-        fits = images.ndim == 4 and images.shape[1] == 3 and 0 not in images.shape[2:]
-        if images.dtype != torch.uint8 or not fits:
-            raise InputError(
-                f"images: a tensor of {images.dtype}, shape {tuple(images.shape)} given; accepted "
-                "are uint8 (N, 3, H, W), float (N, 3, H, W) and float (N, V, 3, H, W)"
-            )
+    if isinstance(images, (np.ndarray, Tensor)):  # items that are no images are refused as read
         return DatasetSource(images, name="images")  # type: ignore[arg-type]
     if isinstance(images, (list, tuple)):
         return _Several(images, decode)
@@ -190,14 +180,12 @@ def read(
             chunk instead.
         TrainingError: a thread does not answer.
     """
-    losses = Losses()
+    lost: list[Loss] = []
 
     def one(index: int) -> _Read:
         try:
             image = source.image(index)
-            lost = Losses()
-            lost.add(image)
-            return prepare(image), lost
+            return prepare(image), losses(image)
         except UnreadableError as error:
             return error.entry
         except InputError:
@@ -206,58 +194,48 @@ def read(
             reason = " ".join(str(error).split()) or type(error).__name__
             return Unreadable(source.describe(index), reason)
 
-    starts = iter(range(0, len(source), chunk))
+    indices = iter(range(len(source)))
     jobs: SimpleQueue[tuple[int, Future[_Read]] | None] = SimpleQueue()
-    pending: deque[tuple[range, list[Future[_Read]]]] = deque()
-    count = min(threads if isinstance(source, _THREAD_SAFE) else 1, len(source))
-    # The program would wait for an executor's threads when it ends, even for ever.
-    readers = [
-        Thread(target=_work, args=(one, jobs), name="images", daemon=True) for _ in range(count)
-    ]
-    for reader in readers:
-        reader.start()
+    pending: deque[Future[_Read]] = deque()
+    readers = min(threads if isinstance(source, _THREAD_SAFE) else 1, len(source))
+    for _ in range(readers):
+        # The program would wait for an executor's threads when it ends, even for ever.
+        Thread(target=_work, args=(one, jobs), name="images", daemon=True).start()
 
-    def submit() -> None:
-        if (start := next(starts, None)) is not None:
-            indices = range(start, min(start + chunk, len(source)))
-            pending.append((indices, [Future() for _ in indices]))
-            for job in zip(*pending[-1], strict=True):
-                jobs.put(job)
+    def submit(count: int) -> None:
+        for index in itertools.islice(indices, count):
+            pending.append(Future())
+            jobs.put((index, pending[-1]))
 
-    answering = True
     try:
-        for _ in range(_CHUNKS_AHEAD):
-            submit()
-        while pending:
-            indices, futures = pending.popleft()
-            results = [future.result(PATIENCE) for future in futures]
-            submit()
+        submit(_CHUNKS_AHEAD * chunk)
+        for start in range(0, len(source), chunk):
             found = Chunk([], [], [])
-            for index, result in zip(indices, results, strict=True):
+            for index in range(start, min(start + chunk, len(source))):
+                result = pending.popleft().result(PATIENCE)
+                submit(1)
                 if isinstance(result, Unreadable):
                     found.unreadable.append(result)
                 else:
                     found.indices.append(index)
                     found.pixels.append(result[0])
-                    losses.merge(result[1])
+                    lost += result[1]
             yield found
-        for line in losses.lines(source.name):
+        for line in loss_lines(source.name, lost):
             warnings.warn(line, ImageWarning, stacklevel=2)
     except TimeoutError as error:
-        answering = False
         raise no_answer(source.name, threads=True) from error
     finally:
-        with contextlib.suppress(Empty):
-            while True:
-                jobs.get_nowait()
-        for _ in readers:
+        for future in pending:
+            future.cancel()
+        for _ in range(readers):
             jobs.put(None)
-        for reader in readers if answering else ():
-            reader.join()
 
 
 def _work(one: Callable[[int], _Read], jobs: SimpleQueue[tuple[int, Future[_Read]] | None]) -> None:
     for index, future in iter(jobs.get, None):
+        if not future.set_running_or_notify_cancel():
+            continue
         try:
             future.set_result(one(index))
         except BaseException as error:  # raised by `Future.result`

@@ -90,14 +90,11 @@ def product_of_experts(loc: Tensor, concentration: Tensor) -> tuple[Tensor, Tens
 
 
 def _solve(gram: Tensor, kappa: Tensor, scale: int) -> Tensor:
-    """Coefficients a (N, V) of the maximum y = sum_i a_i mu_i, by Newton's method.
-
-    With s = G a, q = |y|^2 = a.s and w = kappa/(1 + s), the root of g(a) = scale a/(1 - q) - w. Its
-    Jacobian scale/(1 - q) I + (2 scale/(1 - q)^2 a a^T + diag(w/(1 + s))) G is invertible also
-    where G is singular, and the step is Newton's for the objective in y. Every step raises the
-    objective; two to ten are enough, except where huge concentrations contradict each other in few
-    dimensions (D <= 16, kappa > 100 (D - 1)), where `_MOST_STEPS` may be too few.
-    """
+    """Coefficients a (N, V) of the maximum y = sum_i a_i mu_i, by Newton's method."""
+    # With s = G a, q = |y|^2 = a.s and w = kappa/(1 + s), the root of scale a/(1 - q) - w, whose
+    # Jacobian scale/(1 - q) I + (2 scale/(1 - q)^2 a a^T + diag(w/(1 + s))) G is invertible also
+    # where G is singular. Two to ten steps are enough, except where huge concentrations contradict
+    # each other in few dimensions (D <= 16, kappa > 100 (D - 1)).
     total = kappa.sum(-1, keepdim=True)
     a: Tensor = _start(gram, kappa, scale)
     identity = torch.eye(kappa.shape[1], dtype=kappa.dtype, device=kappa.device)
@@ -118,12 +115,9 @@ def _solve(gram: Tensor, kappa: Tensor, scale: int) -> Tensor:
 
 
 def _start(gram: Tensor, kappa: Tensor, scale: int) -> Tensor:
-    """Coefficients near the maximum: those for agreeing or opposite experts, or a fixed point.
-
-    The fixed point, used where it is better, takes the weights w as given, which leaves
-    r = |sum_i w_i mu_i| = scale t/(1 - t^2). Newton's method alone would be slow for concentrations
-    so large that the maximum lies close to the sphere.
-    """
+    """Coefficients near the maximum: those for agreeing or opposite experts, or a fixed point."""
+    # The fixed point takes the weights w as given, which leaves r = |sum_i w_i mu_i| =
+    # scale t/(1 - t^2). Without it Newton's method is slow where the maximum is near the sphere.
     agreeing = kappa / (kappa.sum(-1, keepdim=True) + scale)
     a = agreeing
     for _ in range(_FIXED_POINT_STEPS):
@@ -137,11 +131,9 @@ def _start(gram: Tensor, kappa: Tensor, scale: int) -> Tensor:
 def _line_search(
     gram: Tensor, kappa: Tensor, scale: int, a: Tensor, step: Tensor, decrement: Tensor
 ) -> Tensor:
-    """The longest of the steps 1, 1/2, 1/4, ... that stays in the ball and raises the objective.
-
-    The objective is self-concordant: near the maximum the full step does both, and rounding would
-    hide it.
-    """
+    """The longest of the steps 1, 1/2, 1/4, ... that stays in the ball and raises the objective."""
+    # Near the maximum the full step does both (the objective is self-concordant), and rounding
+    # would hide it.
     before = _objective(gram, kappa, scale, a)
     length = torch.ones_like(before)
     for _ in range(_HALVINGS):

@@ -100,8 +100,7 @@ def augment(
 
     Args:
         pixels: (bytes,) uint8, the RGB pixels of the images.
-        table: (V, B, 16) int32 on the same device, see `Column`. Its values are trusted, see
-            `check_table`.
+        table: (V, B, 16) int32 on the same device, see `Column`. Its values are trusted.
         size: side of the views in pixels, at least 8.
         dtype: of the views, float32 or bfloat16; everything is computed in float32 and rounded
             once.
@@ -112,8 +111,7 @@ def augment(
         (V, B, 3, size, size), normalised; every view is contiguous in `torch.channels_last`.
 
     Raises:
-        InputError: a shape, device, size or backend that is not accepted.
-        TypeError: a dtype that is not accepted.
+        InputError: a shape, layout, dtype, device, size or backend that is not accepted.
         BackendUnavailableError: the backend was named explicitly and cannot run on this device.
     """
     _check(pixels, table, size, dtype)
@@ -152,68 +150,21 @@ def eager_augment(
     return out.view(views, batch, size, size, 3).permute(0, 1, 4, 2, 3)
 
 
-def check_table(table: Tensor | NDArray[np.int32], nbytes: int) -> None:
-    """Check the values of a table in the host's memory against `nbytes` bytes of pixels.
-
-    Raises:
-        InputError: a crop that does not lie in the pixels, or a parameter that has no meaning;
-            names the row.
-    """
-    array = table.numpy() if isinstance(table, Tensor) else table
-    rows = np.ascontiguousarray(array).reshape(-1, TABLE_COLUMNS)
-    start = _starts(rows)
-    stride, height, width = (
-        rows[:, c].astype(np.int64) for c in (Column.STRIDE, Column.HEIGHT, Column.WIDTH)
-    )
-    order = rows[:, Column.ORDER]
-    strengths = rows[:, Column.BRIGHTNESS : Column.SIGMA + 1].view(np.float32)
-    factors, hue, sigma = strengths[:, :3], strengths[:, 3], strengths[:, 4]
-    digits = np.stack([order >> shift & 15 for shift in (0, 4, 8, 12)])
-    twice = np.any([(digits == code).sum(0) > 1 for code in ColourOperation], axis=0)
-    problems = {
-        "the crop's height and width must be at least 1": (height < 1) | (width < 1),
-        "the stride must be at least 3 times the crop's width": stride < 3 * width,
-        f"the crop must lie in the {nbytes} bytes of pixels": (start < 0)
-        | (start + (height - 1) * stride + 3 * width > nbytes),
-        "flip and gray must be 0 or 1": (rows[:, [Column.FLIP, Column.GRAY]] & ~1).any(1),
-        "order must hold operations 1 to 4, each at most once": (order >> 16 != 0)
-        | (digits > 4).any(0)
-        | twice,
-        "factors must be finite and at least 0": ~(np.isfinite(factors) & (factors >= 0)).all(1),
-        "hue must lie between -0.5 and 0.5": ~(np.abs(hue) <= 0.5),
-        "sigma must be finite and at least 0": ~(np.isfinite(sigma) & (sigma >= 0)),
-    }
-    for accepted, wrong in problems.items():
-        if wrong.any():
-            row = int(np.argmax(wrong))
-            raise InputError(
-                f"table: row {row} of {len(rows)} (sample {rows[row, Column.SAMPLE]}): {accepted}"
-            )
-
-
 def _check(pixels: Tensor, table: Tensor, size: int, dtype: torch.dtype) -> None:
-    for name, x, expected in (("pixels", pixels, torch.uint8), ("table", table, torch.int32)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: must be a tensor, not {type(x).__name__}")
-        if x.dtype != expected:
-            raise TypeError(f"{name}: dtype {x.dtype} must be {expected}")
     if dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"dtype: {dtype} is neither torch.float32 nor torch.bfloat16")
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise TypeError(f"size: {size!r} must be an integer")
+        raise InputError(f"dtype: {dtype} is neither torch.float32 nor torch.bfloat16")
     if pixels.dim() != 1:
         raise InputError(f"pixels: shape {tuple(pixels.shape)} must be (bytes,)")
     if table.dim() != 3 or table.shape[2] != TABLE_COLUMNS:
         raise InputError(
             f"table: shape {tuple(table.shape)} must be (views, batch, {TABLE_COLUMNS})"
         )
-    for name, x in (("pixels", pixels), ("table", table)):
-        if not x.is_contiguous():
+    for name, x, expected in (("pixels", pixels, torch.uint8), ("table", table, torch.int32)):
+        if x.dtype != expected or not x.is_contiguous() or x.device != pixels.device:
             raise InputError(
-                f"{name}: strides {x.stride()} are not contiguous; call .contiguous() first"
+                f"{name}: {x.dtype} on {x.device} with strides {x.stride()} must be contiguous "
+                f"{expected} on {pixels.device}"
             )
-    if table.device != pixels.device:
-        raise InputError(f"table: on {table.device}, must be on pixels' device {pixels.device}")
     if size < MIN_SIZE:
         raise InputError(f"size: {size} must be at least {MIN_SIZE}")
 

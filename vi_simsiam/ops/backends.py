@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -60,7 +59,25 @@ def check_backend_name(name: str, accepted: tuple[str, ...] = BACKENDS) -> None:
 
 def why_unavailable(name: str, device_type: str) -> str | None:
     """The reason why backend `name` cannot run on tensors of `device_type`, or None if it can."""
-    return _CHECKS[name](device_type)
+    if name == "eager":
+        return None
+    if name == "triton":
+        if device_type != "cuda" and not interpreting():
+            accepted = "CUDA tensors (or CPU tensors under TRITON_INTERPRET=1)"
+            return f"it takes {accepted}, not {device_type}"
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        return _triton_problem() if torch.cuda.is_available() and not interpreting() else None
+    if device_type != name:
+        return f"it takes {name.upper()} tensors, not {device_type}"
+    module = extension()
+    if module is None:
+        return extension_problem()
+    if name == "cuda" and not hasattr(module, "multiview_loss_cuda"):
+        return "the extension was built without nvcc"
+    if name == "cuda" and torch.cuda.is_available():
+        return _cuda_problem(torch.cuda.current_device())
+    return None
 
 
 @functools.cache
@@ -112,42 +129,8 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _check_triton(device_type: str) -> str | None:
-    if device_type == "cuda" or interpreting():
-        if importlib.util.find_spec("triton") is None:
-            return "Triton is not installed"
-        return _triton_problem() if torch.cuda.is_available() and not interpreting() else None
-    return f"it takes CUDA tensors (or CPU tensors under TRITON_INTERPRET=1), not {device_type}"
-
-
-def _check_cpu(device_type: str) -> str | None:
-    if device_type != "cpu":
-        return f"it takes CPU tensors, not {device_type}"
-    return None if extension() is not None else extension_problem()
-
-
-def _check_cuda(device_type: str) -> str | None:
-    if device_type != "cuda":
-        return f"it takes CUDA tensors, not {device_type}"
-    module = extension()
-    if module is None:
-        return extension_problem()
-    if not hasattr(module, "multiview_loss_cuda"):
-        return "the extension was built without nvcc"
-    return _cuda_problem(torch.cuda.current_device()) if torch.cuda.is_available() else None
-
-
 @functools.cache
 def _cuda_problem(device: int) -> str | None:
-    """The reason why the kernels cannot run on a GPU: its architecture or its driver."""
-    with torch.cuda.device(device):
-        problem: str | None = extension().cuda_problem()  # type: ignore[union-attr]
+    """The reason why the kernels cannot run on the current GPU: its architecture or its driver."""
+    problem: str | None = extension().cuda_problem()  # type: ignore[union-attr]
     return problem
-
-
-_CHECKS: dict[str, Callable[[str], str | None]] = {
-    "eager": lambda device_type: None,
-    "triton": _check_triton,
-    "cuda": _check_cuda,
-    "cpu": _check_cpu,
-}

@@ -6,16 +6,14 @@ running statistics are updated by the views in turn, as if they had come one by 
 kernels compute and move is described in kernels/batch_norm.py: forward is two launches or one, and
 so is backward.
 
-In eager PyTorch an autograd Function calls the kernels directly. Under torch.compile the same
-launches are the operators `vi_simsiam::batch_norm_act` and `vi_simsiam::batch_norm_act_backward`,
-which change nothing in place: running statistics are updated beside them.
+Code under torch.compile is left to PyTorch, which fuses it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,20 +22,13 @@ from torch.nn import functional as F
 
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.backends import choose_backend
-from vi_simsiam.ops.tickets import new_tickets, reserve_tickets
+from vi_simsiam.ops.tickets import new_tickets
 
 if TYPE_CHECKING:
     from vi_simsiam.kernels.batch_norm import Plan
 
 BATCH_NORM_BACKENDS = ("eager", "triton")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class _Call(NamedTuple):
-    groups: int
-    relu: bool
-    momentum: float
-    eps: float
 
 
 def batch_norm_act(
@@ -98,20 +89,10 @@ def batch_norm_act(
     x = x.contiguous(memory_format=_layout(x))
     if residual is not None:
         residual = residual.to(x.dtype).contiguous(memory_format=_layout(x))
-    call = _Call(groups, relu, momentum, eps)
-    if not torch.compiler.is_compiling():
-        result: Tensor = _BatchNormAct.apply(
-            x, residual, weight, bias, running_mean, running_var, call
-        )
-        return result
-    reserve_tickets(x.device.type, x.device.index)
-    result, statistics = torch.ops.vi_simsiam.batch_norm_act(
-        x, residual, weight, bias, groups, relu, eps
+    numbers = groups, relu, momentum, eps
+    result: Tensor = _BatchNormAct.apply(
+        x, residual, weight, bias, running_mean, running_var, *numbers
     )
-    if running_mean is not None and running_var is not None:
-        for group in range(groups):
-            running_mean.mul_(1 - momentum).add_(statistics[0, group], alpha=momentum)
-            running_var.mul_(1 - momentum).add_(statistics[2, group], alpha=momentum)
     return result
 
 
@@ -157,7 +138,9 @@ def choose_fused(
         return "eager"
     given = [parameter for parameter in parameters.values() if parameter is not None]
     problem = None
-    if not training:
+    if torch.compiler.is_compiling():
+        problem = "no code under torch.compile"
+    elif not training:
         problem = "training mode alone"
     elif x.dtype not in _DTYPES or any(parameter.dtype == torch.float64 for parameter in given):
         problem = (
@@ -176,59 +159,6 @@ def choose_fused(
 
 def _layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.dim() == 4 else torch.contiguous_format
-
-
-def _forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    call: _Call,
-) -> tuple[Tensor, Tensor]:
-    """y, and the statistics (3, groups, C): mean, invstd, unbiased variance."""
-    from vi_simsiam.kernels import batch_norm as kernel
-
-    chosen = kernel.plan(*_size(x, call.groups), 1, multiprocessors(x.device))
-    y = torch.empty_like(x, memory_format=_layout(x))
-    shape = (3, call.groups, x.shape[1])
-    statistics = torch.empty(shape, dtype=torch.float32, device=x.device)
-    sums: tuple[Tensor | None, Tensor | None] = (None, None)
-    if not chosen.single:
-        sums = workspace(x, chosen, call.groups)
-    parameters = (weight, bias, running_mean, running_var)
-    kernel.forward(x, residual, *parameters, y, statistics, *sums, chosen, **call._asdict())
-    return y, statistics
-
-
-def _backward(
-    gradient: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    statistics: Tensor,
-    groups: int,
-    relu: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, of the residual if y is given, of weight and of bias."""
-    from vi_simsiam.kernels import batch_norm as kernel
-    from vi_simsiam.kernels import batch_norm_backward
-
-    chosen = kernel.plan(*_size(x, groups), 2 if y is None else 3, multiprocessors(x.device))
-    gradient = gradient.contiguous(memory_format=_layout(x))
-    by_x = torch.empty_like(x, memory_format=_layout(x))
-    by_residual = None if y is None else torch.empty_like(by_x)
-    by_weight = None if weight is None else torch.empty_like(weight)
-    by_bias = None if bias is None else torch.empty_like(bias)
-    sums: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-    if not chosen.single:
-        sums = (torch.empty_like(statistics[:2]), *workspace(x, chosen, groups))
-    given = (gradient, x, y, weight, bias, statistics)
-    results = (by_x, by_residual, by_weight, by_bias)
-    batch_norm_backward.backward(*given, *results, *sums, chosen, groups=groups, relu=relu)
-    return results
 
 
 def _size(x: Tensor, groups: int) -> tuple[int, int, int, int]:
@@ -264,119 +194,51 @@ class _BatchNormAct(torch.autograd.Function):
         bias: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
-        call: _Call,
+        groups: int,
+        relu: bool,
+        momentum: float,
+        eps: float,
     ) -> Tensor:
-        y, statistics = _forward(x, residual, weight, bias, running_mean, running_var, call)
-        ctx.call, ctx.has_residual = call, residual is not None
+        from vi_simsiam.kernels import batch_norm as kernel
+
+        chosen = kernel.plan(*_size(x, groups), 1, multiprocessors(x.device))
+        y = torch.empty_like(x, memory_format=_layout(x))
+        # Mean, invstd and unbiased variance.
+        statistics = torch.empty((3, groups, x.shape[1]), dtype=torch.float32, device=x.device)
+        sums: tuple[Tensor | None, Tensor | None] = (None, None)
+        if not chosen.single:
+            sums = workspace(x, chosen, groups)
+        given = (x, residual, weight, bias, running_mean, running_var, y, statistics, *sums)
+        kernel.forward(*given, chosen, groups=groups, relu=relu, momentum=momentum, eps=eps)
+        ctx.groups, ctx.relu, ctx.has_residual = groups, relu, residual is not None
         ctx.save_for_backward(
-            x, y if call.relu and residual is not None else None, weight, bias, statistics
+            x, y if relu and residual is not None else None, weight, bias, statistics
         )
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        call = ctx.call
+        from vi_simsiam.kernels import batch_norm as kernel
+        from vi_simsiam.kernels import batch_norm_backward
+
         x, y, weight, bias, statistics = ctx.saved_tensors
-        gradients = _backward(gradient, x, y, weight, bias, statistics, call.groups, call.relu)
-        by_x, by_residual, by_weight, by_bias = gradients
-        if ctx.has_residual and not call.relu:
-            by_residual = gradient
-        return by_x, by_residual, by_weight, by_bias, None, None, None
-
-
-torch.library.define(
-    "vi_simsiam::batch_norm_act",
-    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, int groups, bool relu, float eps) "
-    "-> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    "vi_simsiam::batch_norm_act_backward",
-    "(Tensor gradient, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor statistics, "
-    "int groups, bool relu) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-@torch.library.impl("vi_simsiam::batch_norm_act", "default")  # type: ignore[misc]
-def _operator(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    groups: int,
-    relu: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    return _forward(x, residual, weight, bias, None, None, _Call(groups, relu, 0.0, eps))
-
-
-@torch.library.register_fake("vi_simsiam::batch_norm_act")  # type: ignore[misc]
-def _shapes(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    groups: int,
-    *_: Any,
-) -> Any:
-    statistics = x.new_empty((3, groups, x.shape[1]), dtype=torch.float32)
-    return torch.empty_like(x, memory_format=_layout(x)), statistics
-
-
-@torch.library.impl("vi_simsiam::batch_norm_act_backward", "default")  # type: ignore[misc]
-def _operator_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    x = arguments[1]
-    return tuple(x.new_empty(0) if y is None else y for y in _backward(*arguments))
-
-
-@torch.library.register_fake("vi_simsiam::batch_norm_act_backward")  # type: ignore[misc]
-def _shapes_backward(
-    gradient: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, ...]:
-    like_x = [
-        torch.empty_like(x, memory_format=_layout(x)) if given else x.new_empty(0)
-        for given in (True, y is not None)
-    ]
-    return (
-        *like_x,
-        *(x.new_empty(0) if p is None else torch.empty_like(p) for p in (weight, bias)),
-    )
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, residual, weight, bias, ctx.groups, ctx.relu, _ = inputs
-    y, statistics = output
-    ctx.mark_non_differentiable(statistics)
-    ctx.has_residual = residual is not None
-    ctx.save_for_backward(x, y if ctx.relu and ctx.has_residual else None, weight, bias, statistics)
-
-
-def _gradients(ctx: Any, gradient: Tensor, _: Any) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    by_x, by_residual, by_weight, by_bias = torch.ops.vi_simsiam.batch_norm_act_backward(
-        gradient, *saved, ctx.groups, ctx.relu
-    )
-    _, y, weight, bias, _ = saved
-    if not ctx.has_residual:
-        by_residual = None
-    elif y is None:
-        by_residual = gradient
-    return (
-        by_x,
-        by_residual,
-        None if weight is None else by_weight,
-        None if bias is None else by_bias,
-        None,
-        None,
-        None,
-    )
-
-
-torch.library.register_autograd("vi_simsiam::batch_norm_act", _gradients, setup_context=_keep)
+        size, tensors = _size(x, ctx.groups), 2 if y is None else 3
+        chosen = kernel.plan(*size, tensors, multiprocessors(x.device))
+        # Without a ReLU the residual's gradient is that of the result.
+        by_residual = gradient if ctx.has_residual else None
+        gradient = gradient.contiguous(memory_format=_layout(x))
+        by_x = torch.empty_like(x, memory_format=_layout(x))
+        if y is not None:
+            by_residual = torch.empty_like(by_x)
+        by_weight = None if weight is None else torch.empty_like(weight)
+        by_bias = None if bias is None else torch.empty_like(bias)
+        sums: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+        if not chosen.single:
+            sums = (torch.empty_like(statistics[:2]), *workspace(x, chosen, ctx.groups))
+        given = (gradient, x, y, weight, bias, statistics)
+        results = (by_x, None if y is None else by_residual, by_weight, by_bias)
+        batch_norm_backward.backward(
+            *given, *results, *sums, chosen, groups=ctx.groups, relu=ctx.relu
+        )
+        return by_x, by_residual, by_weight, by_bias, *[None] * 6

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -30,7 +30,6 @@ TINY_SQUARE = 1e-24
 """A vector whose squared length is below this has no direction: cosine 0, gradient 0."""
 LEAST_ROOT = 0.02
 """Least r of the link "quadratic": kappa/scale is at least 0.0202."""
-
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -73,17 +72,6 @@ class LossForm:
         return self.scale * linked(self.gain * raw, self.link) + self.minimum
 
 
-class _Views(NamedTuple):
-    """Views of one shape, dtype and device, as they were given."""
-
-    given: Tensor | Sequence[Tensor]
-    views: int
-    shape: torch.Size
-    """Shape of one view."""
-    dtype: torch.dtype
-    device: torch.device
-
-
 def multiview_loss(
     predictions: Tensor | Sequence[Tensor],
     targets: Tensor | Sequence[Tensor],
@@ -95,43 +83,41 @@ def multiview_loss(
 ) -> Tensor:
     """The loss of `vi_simsiam.functional`, for either form; see there for shapes, dtypes and
     errors."""
-    p, z = _views(predictions, "predictions", 2), _views(targets, "targets", 2)
-    kappa = None if concentration is None else _views(concentration, "concentration", 1)
-    _check(p, z, kappa, form)
+    first = _check(predictions, targets, concentration, form)
     check_reduction(reduction)
-    if reduction == "mean" and p.shape[0] == 0:
+    mean = reduction == "mean"
+    if mean and first.shape[-2] == 0:
         raise InputError(
             "predictions: the mean over an empty batch is undefined; use reduction='none'"
         )
-    given = None
-    if kappa is not None:
-        given = kappa.given if isinstance(kappa.given, Tensor) else torch.stack(tuple(kappa.given))
-    name = choose_backend(backend, p.device.type)
+    if concentration is not None and not isinstance(concentration, Tensor):
+        concentration = torch.stack(tuple(concentration))
+    name = choose_backend(backend, first.device.type)
     try:
         if name == "eager":
-            per_sample = eager_loss(p.given, z.given, form, given)
-            return per_sample.mean() if reduction == "mean" else per_sample
-        differentiable = [p.given] if isinstance(p.given, Tensor) else [*p.given]
-        differentiable += [] if given is None else [given]
+            per_sample = eager_loss(predictions, targets, form, concentration)
+            return per_sample.mean() if mean else per_sample
+        differentiable = [predictions] if isinstance(predictions, Tensor) else [*predictions]
+        differentiable += [] if concentration is None else [concentration]
+        constant = (
+            targets.detach().unbind(0)
+            if isinstance(targets, Tensor)
+            else [x.detach() for x in targets]
+        )
         call = LossCall(
             backend=name,
             distribution=form.distribution,
-            dtype=_compute_dtype(p.dtype, z.dtype, torch.float32 if given is None else given.dtype),
+            dtype=_compute_dtype(constant[0].dtype, *(x.dtype for x in differentiable)),
             scale=form.scale,
             minimum=form.minimum,
             factor=form.factor,
             link=form.link,
             gain=form.gain,
             cosine=form.cosine / form.factor,
-            mean=reduction == "mean",
+            mean=mean,
             wants_gradient=torch.is_grad_enabled() and any(x.requires_grad for x in differentiable),
         )
-        constant = (
-            z.given.detach().unbind(0)
-            if isinstance(z.given, Tensor)
-            else [x.detach() for x in z.given]
-        )
-        return fused_loss(p.given, constant, given, call)
+        return fused_loss(predictions, constant, concentration, call)
     except RuntimeError as error:
         # torch names what an autograd Function lacks, not what its user can do.
         if "functorch" in str(error):
@@ -223,10 +209,13 @@ def _unit(x: Tensor) -> Tensor:
     return x * (safe.sqrt() / safe).masked_fill(tiny, 0)
 
 
-def _views(views: Tensor | Sequence[Tensor], name: str, dims: int) -> _Views:
-    """The views of one tensor, or of a sequence of tensors with `dims` dimensions each."""
+def _shape(
+    views: Tensor | Sequence[Tensor], name: str, axes: tuple[str, ...], device: torch.device | None
+) -> tuple[int, ...]:
+    """The shape of one tensor, or of the views of a sequence stacked."""
     if isinstance(views, Tensor):
-        one, dims = views, dims + 1
+        one = views
+        shape: tuple[int, ...] = ()
     else:
         if not isinstance(views, Sequence) or not all(isinstance(view, Tensor) for view in views):
             raise TypeError(
@@ -235,7 +224,7 @@ def _views(views: Tensor | Sequence[Tensor], name: str, dims: int) -> _Views:
             )
         if not views:
             raise InputError(f"{name}: the sequence of views is empty")
-        one = views[0]
+        one, shape = views[0], (len(views),)
         for i, view in enumerate(views[1:], 1):
             if view.shape != one.shape or view.dtype != one.dtype or view.device != one.device:
                 raise InputError(
@@ -246,13 +235,12 @@ def _views(views: Tensor | Sequence[Tensor], name: str, dims: int) -> _Views:
         raise TypeError(f"{name}: dtype {one.dtype} is none of float16, bfloat16, float32, float64")
     if one.layout is not torch.strided or one.is_nested:
         raise TypeError(f"{name}: must be dense, not {'nested' if one.is_nested else one.layout}")
-    if one.dim() != dims:
-        axes = ("views", "batch") if name == "concentration" else ("views", "batch", "features")
-        wanted = f"({', '.join(axes[-dims:])}{',' * (dims == 1)})"
-        raise InputError(f"{name}: shape {tuple(one.shape)} must be {wanted}")
-    whole = isinstance(views, Tensor)
-    shape = one.shape[1:] if whole else one.shape
-    return _Views(views, one.shape[0] if whole else len(views), shape, one.dtype, one.device)
+    shape = (*shape, *one.shape)
+    if len(shape) != len(axes):
+        raise InputError(f"{name}: shape {shape} must be ({', '.join(axes)})")
+    if device is not None and one.device != device:
+        raise InputError(f"{name}: on {one.device}, must be on predictions' device {device}")
+    return shape
 
 
 def _describe(x: Tensor) -> str:
@@ -260,20 +248,22 @@ def _describe(x: Tensor) -> str:
 
 
 def _check(
-    predictions: _Views, targets: _Views, concentration: _Views | None, form: LossForm
-) -> None:
-    views = predictions.views
+    predictions: Tensor | Sequence[Tensor],
+    targets: Tensor | Sequence[Tensor],
+    concentration: Tensor | Sequence[Tensor] | None,
+    form: LossForm,
+) -> Tensor:
+    """The predictions, or the first view of them, where everything fits."""
+    axes = ("views", "batch", "features")
+    views, batch, width = _shape(predictions, "predictions", axes, None)
+    first = predictions if isinstance(predictions, Tensor) else predictions[0]
+    target_views, rows, dim = _shape(targets, "targets", axes, first.device)
     if not 2 <= views <= MAX_VIEWS:
         raise InputError(f"predictions: {views} views given, 2 to {MAX_VIEWS} are accepted")
-    if not 1 <= targets.views <= views:
+    if not 1 <= target_views <= views:
         raise InputError(
-            f"targets: {targets.views} views given, 1 to predictions' {views} are accepted"
+            f"targets: {target_views} views given, 1 to predictions' {views} are accepted"
         )
-    (batch, width), (rows, dim) = predictions.shape, targets.shape
-    device = predictions.device
-    for name, x in (("targets", targets), ("concentration", concentration)):
-        if x is not None and x.device != device:
-            raise InputError(f"{name}: on {x.device}, must be on predictions' device {device}")
     if rows != batch:
         raise InputError(f"targets: batch of {rows} must be predictions' {batch}")
     if dim < 2:
@@ -282,27 +272,20 @@ def _check(
     columns = dim + int(raw)  # torch 2.11 adds no bool to a size that changes
     if width not in (columns, padded_width(columns)):
         what = " + 1 (mean direction and raw concentration)" if raw else ""
-        padded = (
-            ""
-            if padded_width(columns) == columns
-            else f", or that padded to {padded_width(columns)} columns"
-        )
         raise InputError(
-            f"predictions: last dimension {width} must be targets' {dim}{what}{padded}"
+            f"predictions: last dimension {width} must be targets' {dim}{what}, "
+            f"or that padded to {padded_width(columns)} columns"
         )
     if concentration is not None:
-        if form.distribution == "cosine" or (form.scale, form.minimum, form.gain, form.link) != (
-            1.0,
-            0.0,
-            1.0,
-            "softplus",
-        ):
+        options = (form.scale, form.minimum, form.gain, form.link)
+        if form.distribution == "cosine" or options != (1.0, 0.0, 1.0, "softplus"):
             raise InputError(
                 "concentration: given as it is, "
                 "it takes no concentration_scale, _min, _gain or _link"
             )
-        if (concentration.views, *concentration.shape) != (views, batch):
-            shape = (concentration.views, *concentration.shape)
+        shape = _shape(concentration, "concentration", axes[:2], first.device)
+        if shape != (views, batch):
             raise InputError(
                 f"concentration: shape {shape} must be (views, batch) = {(views, batch)}"
             )
+    return first

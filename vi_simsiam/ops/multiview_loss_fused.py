@@ -67,10 +67,8 @@ def fused_loss(
 ) -> Tensor:
     """The loss (B,) of checked inputs or its mean, differentiable once (else RuntimeError).
 
-    Predictions are (V, B, W) or V tensors (B, W), targets G tensors (B, D), the concentration
-    (V, B) or None where it is raw, in column D of the predictions.
+    `concentration` is None where it is raw, in column D of the predictions.
     """
-    whole = isinstance(predictions, Tensor)
     given = (predictions,) if isinstance(predictions, Tensor) else predictions
     compiling = torch.compiler.is_compiling()
     tensors = (*given, *targets, concentration)
@@ -78,12 +76,11 @@ def fused_loss(
         # Fake tensors, other subclasses and tracing modes have no memory of their own.
         if compiling:
             reserve_tickets(given[0].device.type, given[0].device.index)
-        views = list(given[0].unbind(0) if whole else given)
-        result: Tensor = torch.ops.vi_simsiam.multiview_loss(
-            views, list(targets), concentration, *call
-        )[0]
-        return result
-    loss: Tensor = _FusedLoss.apply(call, whole, len(given), concentration, *given, *targets)
+        views = list(given[0].unbind(0) if len(given) == 1 else given)
+        operator = torch.ops.vi_simsiam.multiview_loss
+        loss: Tensor = operator(views, list(targets), concentration, *call)[0]
+    else:
+        loss = _FusedLoss.apply(call, len(given), concentration, *given, *targets)
     return loss
 
 
@@ -135,7 +132,7 @@ def _compute(
 
 
 class _FusedLoss(torch.autograd.Function):
-    """Inputs: the call, True for whole predictions, their number, concentration and tensors.
+    """Inputs: the call, the number of predictions (1 for whole ones), concentration and tensors.
 
     forward takes the context: with a setup_context of its own apply() costs 40 us more.
     """
@@ -144,15 +141,14 @@ class _FusedLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         call: LossCall,
-        whole: bool,
         count: int,
         concentration: Tensor | None,
         *tensors: Tensor,
     ) -> Tensor:
         loss: Tensor
-        loss, *kept = _compute(*_split(whole, count, tensors), concentration, *call)
+        loss, *kept = _compute(*_split(count, tensors), concentration, *call)
         if call.wants_gradient:
-            ctx.call, ctx.whole, ctx.count, ctx.kept = call, whole, count, kept
+            ctx.call, ctx.count, ctx.kept = call, count, kept
             ctx.dtypes = tensors[0].dtype, getattr(concentration, "dtype", None)
             # Targets made under inference_mode, by a frozen teacher, cannot be saved; nothing
             # changes them.
@@ -165,48 +161,38 @@ class _FusedLoss(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, None
         if kept is None:
             concentration, *tensors = ctx.saved_tensors
-            views = _split(ctx.whole, ctx.count, [*tensors, *ctx.frozen])
+            views = _split(ctx.count, [*tensors, *ctx.frozen])
             _, *kept = _compute(*views, concentration, *ctx.call)
-        inputs: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3)
+        inputs: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 2)
         number = factor.detach()
         gradient, inputs[0] = launch_scale(kept[0], kept[1], number, ctx.call, *ctx.dtypes)
-        inputs[1 : 1 + ctx.count] = [gradient] if ctx.whole else gradient.unbind(0)
+        inputs[1 : 1 + ctx.count] = [gradient] if ctx.count == 1 else gradient.unbind(0)
         if torch.is_grad_enabled():  # create_graph: without this they would pass for constants
-            inputs = _refuse_second_derivative(inputs, (factor, *ctx.saved_tensors))
-        return None, None, None, *inputs
+            inputs = list(_Refusal.apply(len(inputs), *inputs, factor, *ctx.saved_tensors))
+        return None, None, *inputs
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:
         raise RuntimeError(TRANSFORMED)
 
 
-def _split(
-    whole: bool, count: int, tensors: Sequence[Tensor]
-) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """The views of predictions and of targets."""
-    return tensors[0].unbind(0) if whole else tensors[:count], tensors[count:]
+def _split(count: int, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The views of predictions, of which a single tensor holds all, and of targets."""
+    return tensors[0].unbind(0) if count == 1 else tensors[:count], tensors[count:]
 
 
 class _Refusal(torch.autograd.Function):
-    """Returns the first `count` tensors; their derivative by any of the others is an error."""
+    """Returns the first `count` gradients; their derivative by any of the others is an error."""
 
     @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.detach() for x in tensors[:count])
+    def forward(ctx: Any, count: int, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if x is None else x.detach() for x in given[:count])
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
         raise RuntimeError(
             "the fused multi-view loss cannot be differentiated twice; use backend='eager' for that"
         )
-
-
-def _refuse_second_derivative(
-    gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    there = [x for x in gradients if x is not None]
-    refusing = iter(_Refusal.apply(len(there), *there, *(x for x in inputs if x is not None)))
-    return [None if x is None else next(refusing) for x in gradients]
 
 
 torch.library.define(
@@ -247,8 +233,7 @@ def _scale(ctx: Any, factor: Tensor, *_: Any) -> tuple[Any, ...]:
     given = concentration_dtype is not None
     views.append((by_concentration * factor).to(concentration_dtype) if given else None)
     if torch.is_grad_enabled():
-        detached = [None if x is None else x.detach() for x in views]
-        views = _refuse_second_derivative(detached, (factor, *inputs))
+        views = list(_Refusal.apply(len(views), *views, factor, *inputs))
     return views[:-1], [None] * ctx.targets, views[-1], *[None] * len(ctx.call)
 
 
@@ -294,10 +279,7 @@ def launch_loss(
     if call.backend == "cuda" and z[0].dtype != p[0].dtype:
         # Compiled for equal dtypes, and for float32 targets.
         z = [x.to(call.dtype, memory_format=torch.contiguous_format) for x in z]
-    if call.distribution == "cosine":
-        form = "cosine"
-    else:
-        form = "raw_concentration" if concentration is None else "given_concentration"
+    spherical = "raw_concentration" if concentration is None else "given_concentration"
     problem: dict[str, Any] = {
         "predictions": [x.data_ptr() for x in p],
         "targets": [x.data_ptr() for x in z],
@@ -312,7 +294,7 @@ def launch_loss(
         "prediction_stride": p[0].stride(0),
         "target_stride": z[0].stride(0),
         "gradient_strides": (0, 0) if gradient is None else gradient.stride()[:2],
-        "form": form,
+        "form": "cosine" if call.distribution == "cosine" else spherical,
         "prediction_dtype": _name(p[0].dtype),
         "target_dtype": _name(z[0].dtype),
         **numbers,

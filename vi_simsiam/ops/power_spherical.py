@@ -53,18 +53,6 @@ def log_uniform(dim: int) -> float:
     return math.lgamma(dim / 2) - math.log(2.0) - dim / 2 * math.log(math.pi)
 
 
-def stirling_tail(x: Tensor) -> Tensor:
-    """S(x) = lgamma(x) - [(x - 1/2) log x - x + log(2 pi)/2], for x >= 8 in float32 and x >= 16 in
-    float64."""
-    return _odd_series(x, _STIRLING[: _TERMS[x.dtype]])
-
-
-def digamma_tail(x: Tensor) -> Tensor:
-    """psi(x) - log x, for x >= 8 in float32 and x >= 16 in float64."""
-    inverse = 1 / x
-    return inverse * (_odd_series(x, _DIGAMMA[: _TERMS[x.dtype]]) - 0.5)
-
-
 def series_shift(dim: int, dtype: torch.dtype) -> int:
     """Upward shift of the gamma arguments that makes every series exact in `dtype`."""
     return max(0, math.ceil(_SMALLEST_SERIES_ARGUMENT[dtype] - (dim - 1) / 2))
@@ -95,7 +83,7 @@ def concentration_derivative(concentration: Tensor, cosine: Tensor, dim: int) ->
     b = (dim - 1) / 2
     n = series_shift(dim, concentration.dtype)
     a, s = b + concentration, 2 * b + concentration
-    value = _log_slope(concentration, cosine, b, n) + digamma_tail(s + n) - digamma_tail(a + n)
+    value = _log_slope(concentration, cosine, b, n) + _digamma_tail(s + n) - _digamma_tail(a + n)
     for i in range(n):
         value = value + b / ((s + i) * (a + i))
     return value
@@ -161,7 +149,8 @@ def _value(k: Tensor, cosine: Tensor, dim: int) -> Tensor:
         + (q - 0.5) * torch.log1p(-k * b / (a * p))
         + b * torch.log1p(k / p)
     )
-    value = value + (stirling_tail(s) - stirling_tail(a) + at_zero)
+    terms = _STIRLING[: _TERMS[k.dtype]]
+    value = value + (_odd_series(s, terms) - _odd_series(a, terms) + at_zero)
     for i in range(n):
         value = value - torch.log1p(-k * b / ((b + k + i) * (2 * b + i)))
     return value
@@ -178,6 +167,12 @@ def _log_slope(k: Tensor, cosine: Tensor, b: float, n: int) -> Tensor:
     return torch.where(
         far, torch.log(one_plus_cosine * s / (2 * a)), torch.log1p(t.masked_fill(far, 0))
     )
+
+
+def _digamma_tail(x: Tensor) -> Tensor:
+    """psi(x) - log x."""
+    inverse = 1 / x
+    return inverse * (_odd_series(x, _DIGAMMA[: _TERMS[x.dtype]]) - 0.5)
 
 
 def _log1p_gap(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ kernels/stem_pool.py: forward is two launches, and so is backward.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.batch_norm import (
-    batch_norm_act,
     check_groups,
     check_parameters,
     choose_fused,
@@ -27,12 +26,6 @@ from vi_simsiam.ops.batch_norm import (
 )
 
 _LAYOUT = torch.channels_last
-
-
-class _Call(NamedTuple):
-    groups: int
-    momentum: float
-    eps: float
 
 
 def batch_norm_relu_max_pool(
@@ -62,7 +55,7 @@ def batch_norm_relu_max_pool(
         momentum: weight of a group's statistics in the running ones.
         eps: added to the variance.
         backend: "eager", "triton" (fused, once differentiable), or "auto": triton for CUDA tensors
-            where it runs, and under TRITON_INTERPRET=1. Compiled code takes the pool from PyTorch.
+            where it runs, and under TRITON_INTERPRET=1.
 
     Returns:
         (N, C, (height + 1) // 2, (width + 1) // 2) in x's dtype; of the fused backend in
@@ -84,12 +77,7 @@ def batch_norm_relu_max_pool(
         return F.max_pool2d(
             torch.cat([F.batch_norm(part, *numbers) for part in x.chunk(groups)]).relu(), 3, 2, 1
         )
-    if torch.compiler.is_compiling():  # what follows is no operator that could be traced
-        normalised = batch_norm_act(
-            x, *parameters, groups=groups, momentum=momentum, eps=eps, backend=backend
-        )
-        return F.max_pool2d(normalised, 3, 2, 1)
-    y: Tensor = _StemPool.apply(x, *parameters, _Call(groups, momentum, eps))
+    y: Tensor = _StemPool.apply(x, *parameters, groups, momentum, eps)
     return y
 
 
@@ -102,23 +90,26 @@ class _StemPool(torch.autograd.Function):
         bias: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
-        call: _Call,
+        groups: int,
+        momentum: float,
+        eps: float,
     ) -> Tensor:
         from vi_simsiam.kernels import stem_pool as kernel
 
         images, channels, height, width = x.shape
-        chosen = kernel.plan(*x.shape, call.groups, x.element_size(), multiprocessors(x.device))
+        chosen = kernel.plan(*x.shape, groups, x.element_size(), multiprocessors(x.device))
         shape = images, channels, kernel.pooled(height), kernel.pooled(width)
         y, taken = (
             torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_LAYOUT)
             for _ in range(2)
         )
         codes = torch.empty_like(y, dtype=torch.uint8, memory_format=_LAYOUT)
-        statistics = torch.empty((3, call.groups, channels), dtype=torch.float32, device=x.device)
-        sums = workspace(x, chosen.statistics, call.groups)
+        statistics = torch.empty((3, groups, channels), dtype=torch.float32, device=x.device)
+        sums = workspace(x, chosen.statistics, groups)
         given = (x, weight, bias, running_mean, running_var)
-        kernel.forward(*given, y, taken, codes, statistics, *sums, chosen, **call._asdict())
-        ctx.groups, ctx.chosen = call.groups, chosen
+        results = (y, taken, codes, statistics, *sums)
+        kernel.forward(*given, *results, chosen, groups=groups, momentum=momentum, eps=eps)
+        ctx.groups, ctx.chosen = groups, chosen
         ctx.save_for_backward(x, taken, codes, weight, bias, statistics)
         return y
 
@@ -136,4 +127,4 @@ class _StemPool(torch.autograd.Function):
         given = (gradient, x, taken, codes, weight, bias, statistics)
         results = (by_x, by_weight, by_bias)
         kernel.backward(*given, *results, *sums, ctx.chosen, groups=ctx.groups)
-        return by_x, by_weight, by_bias, None, None, None
+        return by_x, by_weight, by_bias, *[None] * 5

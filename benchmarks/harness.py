@@ -1,8 +1,8 @@
-"""Timers: by the wall clock on a CPU, with a CUDA graph on a GPU; and timing in turn.
+"""Common parts of the benchmarks: options, cases and --short, resume; timers, and timing in turn.
 
-Both timers turn a call into measures: functions that measure once and return microseconds a call.
-The "time" of a call is what the device needs for it; "host" is how long the CPU is busy launching
-it, which bounds small batches in eager mode.
+Timers turn a call into measures: functions that measure once and return microseconds a call. The
+"time" of a call is what the device needs for it; "host" is how long the CPU is busy launching it,
+which bounds small batches in eager mode.
 """
 
 from __future__ import annotations
@@ -12,29 +12,145 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from vi_simsiam.engine.graph import CudaGraph
+from vi_simsiam.engine.run import resolve_device
+from vi_simsiam.errors import InputError
+from vi_simsiam.text import print_line
+
+from . import plots
+from .results import provenance, read_result, result_path, write_result
+from .tables import terminal_table
+from .targets import HEAD, targets_for
 
 _WINDOW = 4e-3
 _MOST_CALLS = 100
 _Key = TypeVar("_Key", bound=Hashable)
 _Set = TypeVar("_Set")
+_Case = TypeVar("_Case", bound=Any)
 Measures = dict[str, Callable[[], float]]
 
 
+@dataclass(frozen=True)
+class SuiteOptions:
+    """Options of every benchmark that measures cases."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    short: bool = False
+    """Only the telling cases, within a few minutes."""
+    only: str = ""
+    """Only cases whose name contains this. What no name contains lists all names."""
+    rounds: int = 15
+    """Measurements of every provider; the median is reported."""
+    out: Path | None = None
+    """Folder for OUT/DEVICE/BENCHMARK.json and its plots; None to print only."""
+    resume: bool = False
+    """Keep the cases that the result file in --out already has from the same commit, device and
+    versions."""
+
+    least_rounds: ClassVar[int] = 3
+
+    def __post_init__(self) -> None:
+        if self.rounds < self.least_rounds:
+            raise InputError(f"rounds: {self.rounds} must be at least {self.least_rounds}")
+        if self.resume and self.out is None:
+            raise InputError("resume: say where the result file is with --out")
+
+
+class Suite:
+    """One run of the benchmark of that name; the result file names the versions of `packages`."""
+
+    def __init__(
+        self,
+        benchmark: str,
+        options: SuiteOptions,
+        packages: Iterable[str] = (),
+    ) -> None:
+        self.options = options
+        self.console = Console()
+        self.device = resolve_device(options.device)
+        self.path = options.out and result_path(options.out, benchmark, self.device)
+        self.result: dict[str, Any] = {
+            "benchmark": benchmark,
+            "device_type": self.device.type,
+            **provenance(self.device, packages),
+            "cases": [],
+        }
+        if options.resume and self.path and self.path.exists():
+            before = read_result(self.path, benchmark)
+            for name in ("commit", "device", "driver", "versions"):
+                old, new = before.get(name), self.result[name]
+                if old != new:
+                    raise InputError(
+                        f"resume: {self.path} was measured with {name} {old}, now it is {new}"
+                    )
+            self.result["cases"] = list(before["cases"])
+
+    def cases(self, cases: Sequence[_Case], seconds: float) -> Iterator[tuple[_Case, str | None]]:
+        """Yield the cases, each with None or a reason to leave out what compiles longest.
+
+        That is left out when a third of the limit of --short, `seconds`, is used up, and the other
+        cases when it nearly is.
+
+        Raises:
+            InputError: --only fits none of them.
+        """
+        wanted = [case for case in cases if self.options.only in case.name]
+        if not wanted:
+            there = "with --short there are" if self.options.short else "there are"
+            names = ", ".join(repr(case.name) for case in cases)
+            raise InputError(
+                f"only: no case's name contains {self.options.only!r}; {there} {names}"
+            )
+        limit = seconds if self.options.short else math.inf
+        start = time.perf_counter()
+        for case in wanted:
+            if any(case.name == known["name"] for known in self.result["cases"]):
+                continue
+            used = time.perf_counter() - start
+            if used > 0.85 * limit:
+                self.say(f"left out: {case.name}; --short has used {used:.0f} s")
+            elif used > 0.35 * limit:
+                yield case, f"left out: it compiles longest, and --short had used {used:.0f} s"
+            else:
+                yield case, None
+
+    def say(self, line: str) -> None:
+        """Print a line as it is."""
+        print_line(self.console, line)
+
+    def add(self, found: dict[str, Any], *tables: Table) -> None:
+        """Add the result of a case, or replace an earlier one of that name, and print tables."""
+        cases = {case["name"]: case for case in self.result["cases"]} | {found["name"]: found}
+        self.result["cases"] = list(cases.values())
+        for table in tables:
+            self.console.print(table)
+        if self.path is not None:
+            write_result(self.path, self.result)
+
+    def finish(self) -> dict[str, Any]:
+        """Print the targets, draw the plots beside the result file, and return its content."""
+        kind = self.result["benchmark"], self.result["device_type"]
+        if targets := targets_for(*kind, self.result["cases"]):
+            self.console.print(terminal_table("targets", HEAD, targets, numbers=False))
+        if self.path is not None:
+            for written in (self.path, *plots.draw(self.result, self.path.parent)):
+                self.say(f"written: {written}")
+        return self.result
+
+
 def interleave(
-    measures: Mapping[_Key, Callable[[], float]],
-    *,
-    rounds: int,
-    seconds: float,
-    least: int = 5,
-    clock: Callable[[], float] = time.perf_counter,
+    measures: Mapping[_Key, Callable[[], float]], *, rounds: int, seconds: float, least: int = 5
 ) -> tuple[dict[_Key, dict[str, float]], dict[_Key, str]]:
     """Take every measure once a round, in turn, so that all see the same machine.
 
@@ -46,34 +162,51 @@ def interleave(
     """
     samples: dict[_Key, list[float]] = {key: [] for key in measures}
     failures: dict[_Key, str] = {}
-    start = clock()
+    start = time.perf_counter()
     for done in range(rounds):
-        if done >= least and clock() - start > seconds:
+        if done >= least and time.perf_counter() - start > seconds:
             break
-        for key, measure in measures.items():
-            if key in failures:
-                continue
+        for key in [key for key in measures if key not in failures]:
             try:
-                samples[key].append(measure())
+                samples[key].append(measures[key]())
             except Exception as error:
                 failures[key] = failure_reason(error)
     times = {key: quartiles(values) for key, values in samples.items() if key not in failures}
     return times, failures
 
 
+Prepared = tuple[dict[str, Any], Callable[[], float]]
+"""The entry of a provider in the results, with `correct` and `failure`; and its measure."""
+
+
 def timed_in_turn(
-    found: dict[str, dict[str, Any]],
-    measures: Mapping[str, Callable[[], float]],
+    prepare: Mapping[str, Callable[[], Prepared]],
+    figures: Sequence[str],
     *,
     rounds: int,
     seconds: float,
-) -> None:
-    """Take the measures in turn and enter `time`, or the failure, into `found`, by provider."""
+) -> dict[str, dict[str, Any]]:
+    """Prepare all providers and time those that are right, in turn; failures are recorded.
+
+    Returns:
+        For each provider its entry, `time` (quartiles), and None for the other `figures`.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    measures: dict[str, Callable[[], float]] = {}
+    for name, make in prepare.items():
+        try:
+            entry, measure = make()
+        except Exception as error:  # not installed, no memory, a worker that died
+            entry = failed(failure_reason(error))
+        found[name] = {**dict.fromkeys((*figures, "time")), **entry}
+        if entry["correct"]:
+            measures[name] = measure
     times, failures = interleave(measures, rounds=rounds, seconds=seconds, least=3)
     for name, reason in failures.items():
-        found[name].update(correct=False, failure=reason)
+        found[name].update(failed(reason))
     for name, values in times.items():
         found[name]["time"] = values
+    return found
 
 
 def quartiles(values: list[float]) -> dict[str, float]:
@@ -82,9 +215,19 @@ def quartiles(values: list[float]) -> dict[str, float]:
     return {"median_us": median, "lower_us": low, "upper_us": high, "rounds": len(values)}
 
 
-def failed(reason: str | None, missing: Iterable[str]) -> dict[str, Any]:
+def failed(reason: str | None) -> dict[str, Any]:
     """Entry of a provider without figures; with None as the reason nothing is wrong with it."""
-    return {"correct": reason is None, "failure": reason, **dict.fromkeys(missing)}
+    return {"correct": reason is None, "failure": reason}
+
+
+def judged(errors: Mapping[str, float], allowed: Mapping[str, float]) -> dict[str, Any]:
+    """Entry of a provider with these errors."""
+    wrong = [
+        f"{name} {errors[name]:.1e}, allowed {limit:.1e}"
+        for name, limit in allowed.items()
+        if not errors[name] <= limit  # a NaN is wrong, too
+    ]
+    return failed(f"inaccurate: {'; '.join(wrong)}" if wrong else None)
 
 
 def failure_reason(error: BaseException) -> str:
