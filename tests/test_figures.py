@@ -318,6 +318,11 @@ def test_scores_show_every_auroc() -> None:
         ("[1]", "cannot be read"),
         ("\udcff", "cannot be read"),
         ('{"ood": {}, "calibration": {}}', "lacks misclassification, retrieval, corruptions"),
+        (
+            '{"ood": {}, "calibration": {"bins": 3}, "misclassification": {}, "retrieval": {}, '
+            '"corruptions": {}}',
+            "lacks a value",
+        ),
     ],
 )
 def test_damaged_results_are_refused(tmp_path: Path, text: str, problem: str) -> None:

@@ -273,4 +273,7 @@ def test_nothing_to_report_is_refused(tmp_path: Path) -> None:
         again = f"vi-simsiam knn {tmp_path} makes it again"
         with pytest.raises(InputError, match=rf"knn.json {message}.*; {again}"):
             report([str(tmp_path)])
+    (tmp_path / "knn.json").write_text('{"top1": 3}')
+    with pytest.raises(InputError, match="report: a result in .* lacks what the report shows"):
+        report([str(tmp_path)])
     assert not (tmp_path / "report.html").exists()

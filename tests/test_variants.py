@@ -276,7 +276,7 @@ def test_what_cannot_be_frozen_is_named(image_folder: Path, tmp_path: Path) -> N
 
 
 def test_a_run_trains_on_its_selection(image_folder: Path, tmp_path: Path) -> None:
-    """Of 40 images one is in both parts; a quarter is held out, and 24 others are trained on."""
+    """One of 40 images is in both parts; a quarter is held out, and 24 others are trained on."""
     data = tmp_path / "data"
     shutil.copytree(image_folder, data)
     shutil.copy(data / "train" / "dark" / "03.png", data / "val" / "dark" / "zz.png")

@@ -100,22 +100,29 @@ def write_report(folder: Path, open_run: Callable[[], Run] | None = None) -> Pat
     if run is not None:
         figures += draw_kappa(run, found)
     health = Health.of_run(folder, config)
-    content = {
-        "title": f"{METHODS[config.method]} on {shown(config.data)}",
-        "figures": {path.stem: figure_uri(path) for path in figures},
-        "gallery": None if found is None else gallery(found),
-        "problem": problem,
-        "unwell": health.line if health is not None and health.short else None,
-        "simsiam": config.method == "simsiam",
-        **_results(results),
-        "facts": _facts(config, results),
-        "makes": makes,
-        "settings": settings(config),
-        "evaluations": _evaluation_settings(results),
-        "versions": _versions(results),
-        "report_version": __version__,
-        "commands": _commands(folder, config),
-    }
+    try:
+        content = {
+            "title": f"{METHODS[config.method]} on {shown(config.data)}",
+            "figures": {path.stem: figure_uri(path) for path in figures},
+            "gallery": None if found is None else gallery(found),
+            "problem": problem,
+            "unwell": health.line if health is not None and health.short else None,
+            "simsiam": config.method == "simsiam",
+            **_results(results),
+            "facts": _facts(config, results),
+            "makes": makes,
+            "settings": settings(config),
+            "evaluations": _evaluation_settings(results),
+            "versions": _versions(results),
+            "report_version": __version__,
+            "commands": _commands(folder, config),
+        }
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"report: a result in {folder} lacks what the report shows ({error!r})"
+        ) from error
     write_text(folder / REPORT, fill_template("report.html", content, escape=True))
     return folder / REPORT
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,17 @@ def unusable(path: Path, problem: str) -> InputError:
     """The error for a result file that cannot be used, with the command that writes it again."""
     command = shlex.join(["vi-simsiam", path.stem, str(path.parent)])
     return InputError(f"run: {path} {problem}; {command} makes it again")
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Name the result file whose content lacks what the block uses, as one edited by hand may."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise unusable(path, f"lacks a value ({error!r})") from error
 
 
 def accuracies(results: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, float]]:

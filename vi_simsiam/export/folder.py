@@ -24,7 +24,7 @@ from vi_simsiam.engine.checkpoint import write_json, write_text
 from vi_simsiam.engine.run import METRICS, Run
 from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.evaluation.features import ENCODERS
-from vi_simsiam.evaluation.results import read_result, unusable
+from vi_simsiam.evaluation.results import read_result, reading
 from vi_simsiam.evaluation.uncertainty import comparisons
 from vi_simsiam.export.formats import (
     outputs,
@@ -316,7 +316,7 @@ def _uncertainty(result: dict[str, Any] | None, run_folder: Path) -> list[tuple[
     if result is None:
         return [(text, NOT_MEASURED, "-", "-") for text in _PARTS.values()]
     rows: list[tuple[str, ...]] = []
-    try:
+    with reading(run_folder / "uncertainty.json"):
         if result["calibration"]:
             error = f"{result['calibration']['error']:.4f}"
             rows.append((_PARTS["calibration"], error, "-", "-"))
@@ -326,9 +326,6 @@ def _uncertainty(result: dict[str, Any] | None, run_folder: Path) -> list[tuple[
             best = ("-" if value is None else f"{value:.3f} ({name})" for name, value in others)
             rows.append((f"{row.part}, {row.measure}", kappa, *best))
         missing = [text for part, text in _PARTS.items() if not result[part]]
-    except (KeyError, TypeError, AttributeError) as error:
-        path = run_folder / "uncertainty.json"
-        raise unusable(path, f"lacks what the card shows ({error!r})") from error
     return [*rows, *((text, NOT_MEASURED, "-", "-") for text in missing)]
 
 
