@@ -252,7 +252,9 @@ def labelled_images(
     if data == "generated":
         count, sources = images or 256, []
         for seed, split in enumerate(("train", "val")):
-            paths = generate(folder / split, count=count, sides=(side, side), seed=seed)
+            paths = generate(
+                folder / split, count=count, sides=(side, side), seed=seed, tinted=True
+            )
             labels = np.arange(count) % len(_TINTS)
             sources.append(FileSource(paths, labels, _CLASSES, f"generated/{split}"))
         return Splits(data, *sources)
@@ -272,10 +274,13 @@ def _evenly(source: ImageSource, count: int | None) -> ImageSource:
     return subset(source, np.linspace(0, len(source) - 1, count).astype(np.int64))
 
 
-def generate(folder: Path, *, count: int, sides: tuple[int, int], seed: int = 0) -> list[str]:
+def generate(
+    folder: Path, *, count: int, sides: tuple[int, int], seed: int = 0, tinted: bool = False
+) -> list[str]:
     """Write random JPEG images that have structure at every scale, and return their paths.
 
-    `sides` are the shorter and longer side in pixels; every other image is upright.
+    `sides` are the shorter and longer side in pixels; every other image is upright. `tinted`
+    images are of four classes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(seed)
@@ -283,7 +288,9 @@ def generate(folder: Path, *, count: int, sides: tuple[int, int], seed: int = 0)
     for i, path in enumerate(paths):
         width, height = sides if i % 2 else sides[::-1]
         total = generator.normal(0.0, 6.0, (height, width, 3)).astype(np.float32)
-        total += np.array(_TINTS[i % len(_TINTS)], np.float32) + 128
+        total += 128
+        if tinted:
+            total += np.array(_TINTS[i % len(_TINTS)], np.float32)
         for octave in _OCTAVES:
             fields = generator.normal(0.0, 130 / octave**0.5, (3, octave, octave))
             for channel, field in enumerate(fields.astype(np.float32)):

@@ -122,7 +122,7 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
         for (name, what), times in was.items():
             if times is None or name not in new["providers"]:
                 continue
-            judged = "-", "0.0%", _failure(new["providers"][name])
+            judged = "-", "0.0%", _failure(new["providers"][name], what)
             if (new_times := now[name, what]) is not None:
                 stick = new.get("yardstick", "copy")
                 sticks = [each.get((stick, what)) for each in (was, now) if stick != name]
@@ -145,8 +145,9 @@ def _times(case: Case) -> dict[tuple[str, str], Times | None]:
     return found
 
 
-def _failure(entry: dict[str, Any]) -> str:
-    reasons = [entry["failure"], *((entry.get(mode) or {}).get("failure") for mode in MODES)]
+def _failure(entry: dict[str, Any], what: str) -> str:
+    modes = [mode for mode, title in MODES.items() if what.removesuffix(", host") == title]
+    reasons = [entry["failure"], *((entry.get(mode) or {}).get("failure") for mode in modes)]
     return next(filter(None, reasons), "no time any more")
 
 

@@ -181,7 +181,7 @@ def measure_case(
     Returns:
         The case, the copy's times, and for every provider the entries of `check` and, in
         each mode, None where it was not timed, or `failure`, or: `time` and on a GPU `host`
-        (quartiles, see timers.py), `bytes_per_second` of the bytes that must move, `copy_share`
+        (quartiles, see harness.py), `bytes_per_second` of the bytes that must move, `copy_share`
         (the copy's time over this one) and `peak_bytes` above the inputs.
     """
     copies: dict[str, dict[str, float] | None] = dict.fromkeys(MODES)
@@ -206,7 +206,11 @@ def measure_case(
         correct = {name: p for name, p in providers.items() if found[name]["correct"]}
         for mode in MODES:
             timer.release()
-            times = _timed(case, mode, correct, sets, timer, rounds)
+            try:
+                times = _timed(case, mode, correct, sets, timer, rounds)
+            except Exception as error:  # no memory for the copy
+                reason = {"failure": harness.failure_reason(error)}
+                times = {"copy": {}, **{name: dict(reason) for name in correct}}
             copies[mode] = times.pop("copy").get("time")
             for name, values in times.items():
                 found[name][mode] = values

@@ -107,7 +107,10 @@ def _targets(paths: list[str], folder: Path, device_type: str) -> str:
     targets = []
     for path in map(folder.joinpath, paths):
         cases = read_result(path, path.stem)["cases"] if path.exists() else []
-        targets += targets_for(path.stem, device_type, cases)
+        found = targets_for(path.stem, device_type, cases)
+        if not found:
+            raise InputError(f"bench: {path} is of no benchmark with targets")
+        targets += found
     return markdown_grid(HEAD, targets, numbers=False)
 
 

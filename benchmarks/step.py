@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -204,7 +205,8 @@ def _providers(
 
     def at_hand(layers: Layers) -> Prepared:
         step = parts.train_step(layers)
-        return judge(parts.losses(step, checked), expected, tolerance), timed(step)[1]
+        entry = judge(parts.losses(step, checked), expected, tolerance)
+        return entry, timed(step)[1] if entry["correct"] else float
 
     def network_alone(layers: Layers) -> Prepared:
         return timed(parts.network_alone(layers))
@@ -230,13 +232,23 @@ def _providers(
 def count_launches(
     case: StepCase, measured: Mapping[str, Any], device: torch.device
 ) -> dict[Layers, Launches]:
-    """Launches of a step on views at hand, for each kind of layers that was measured."""
+    """Launches of a step on views at hand, for each kind of layers that was measured.
+
+    Where counting fails, a warning gives the reason.
+    """
     found: dict[Layers, Launches] = {}
     for name, layers in _AT_HAND[device.type].items():
-        if measured["providers"].get(name, {}).get("time"):
+        if not measured["providers"].get(name, {}).get("time"):
+            continue
+        try:
             parts = Parts(case, device)
             step = partial(parts.train_step(layers), parts.random_views(0))
             found[layers] = launches_of(step, device)
+        except Exception as error:
+            reason = harness.failure_reason(error)
+            warnings.warn(
+                f"launches with the layers {layers!r} are not counted: {reason}", stacklevel=2
+            )
     return found
 
 

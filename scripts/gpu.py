@@ -11,6 +11,7 @@ measured. A result file holds what was measured last, which is less here than wi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
@@ -154,6 +155,8 @@ def _run(stage: Stage, limit: float) -> int:
     finally:
         process.terminate()
         process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what a stage that has ended left
 
 
 if __name__ == "__main__":

@@ -131,13 +131,14 @@ def test_an_interrupted_build_leaves_what_was_there(files: FileSource, tmp_path:
 
 
 def test_only_what_killed_processes_left_is_removed(files: FileSource, tmp_path: Path) -> None:
-    left, used, other = (tmp_path / f".{name}" for name in ("a.pack.1", "a.pack.2", "b.pack.1"))
-    for path in (left, used, other):
+    names = (f"a.pack.{1:016x}", f"a.pack.{2:016x}", f"b.pack.{1:016x}", "a.pack.swp")
+    _, used, *others = paths = [tmp_path / f".{name}" for name in names]
+    for path in paths:
         path.write_bytes(b"half")
     with used.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         pack(files, tmp_path / "a.pack", workers=0)
-    assert set(tmp_path.iterdir()) == {tmp_path / "set", tmp_path / "a.pack", used, other}
+    assert set(tmp_path.iterdir()) == {tmp_path / "set", tmp_path / "a.pack", used, *others}
 
 
 def test_a_file_system_without_locks(
@@ -145,7 +146,7 @@ def test_a_file_system_without_locks(
 ) -> None:
     refuse = mock.Mock(side_effect=OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)))
     monkeypatch.setattr(fcntl, "flock", refuse)
-    left = tmp_path / ".a.pack.1"  # perhaps being written
+    left = tmp_path / f".a.pack.{1:016x}"  # perhaps being written
     left.write_bytes(b"half")
     pack(files, tmp_path / "a.pack", workers=0)
     assert left.exists()
@@ -265,11 +266,11 @@ def flip(place: int) -> Callable[[bytes], bytes]:
 
 
 DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "empty": (lambda whole: b"", "is no pack file"),
+    "empty": (lambda whole: b"", "is an empty file"),
     "foreign": (lambda whole: b"\x89PNG" + whole[4:], "is no pack file"),
     "start": (lambda whole: whole[:40], "is truncated: 40 bytes"),
-    "cut": (lambda whole: whole[:-1], "is truncated: .* bytes of"),
-    "longer": (lambda whole: whole + b"\0", "is damaged: .* bytes of"),
+    "cut": (lambda whole: whole[:-1], "is truncated: .* bytes, expected"),
+    "longer": (lambda whole: whole + b"\0", "is damaged: .* bytes, expected"),
     "version": (lambda whole: whole[:8] + b"\1" + whole[9:], "has format version 1, .* reads 2"),
     "prologue": (flip(20), "is damaged: the checksum of its first 64 bytes"),
     "pixels": (flip(100), "is damaged: the checksum of the bytes from 64 on"),

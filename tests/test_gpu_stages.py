@@ -96,6 +96,11 @@ def test_a_failure_and_a_limit_keep_no_stage_from_running(
     _until(lambda: all(map(_ended, _processes())))
 
 
+def test_a_stage_that_passes_leaves_no_process(gpu: ModuleType) -> None:
+    assert gpu.main([], {"only": gpu.Stage(60, ["stubborn", "0"])}) == 0
+    _until(lambda: all(map(_ended, _processes())))
+
+
 RUN = f"""
 import importlib.util, signal, sys
 spec = importlib.util.spec_from_file_location("gpu_stages", {str(SCRIPT)!r})

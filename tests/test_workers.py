@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +19,7 @@ from packing_cases import pixels, stored_files
 from test_loader import assert_same
 
 from vi_simsiam.config import AugmentConfig
-from vi_simsiam.data import MultiViewLoader, decoding
+from vi_simsiam.data import MultiViewLoader, decoding, workers
 from vi_simsiam.data.cache import pack
 from vi_simsiam.data.loader import eval_loader
 from vi_simsiam.data.packed import open_pack
@@ -59,6 +64,60 @@ def test_errors_in_workers_keep_their_type_and_message(
         assert (caught.value.args, str(caught.value)) == (error.args, str(error))
     assert "in fail" in caught.value.__notes__[0], "the place in the worker"
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="patches the worker")
+def test_workers_ignore_interrupts_also_before_they_are_ready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    serve = workers._serve
+
+    def interrupted(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        serve(*arguments)
+
+    monkeypatch.setattr(workers, "_serve", interrupted)
+    with contextlib.closing(Workers(len, 1)) as started:
+        assert list(started.results(["a", "bc"])) == [1, 2]
+        for process in multiprocessing.active_children():
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGINT)
+        assert list(started.results(["abc"])) == [3]
+
+
+def _ended(process: str) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] == "Z"
+    except OSError:
+        return True
+
+
+def test_workers_end_with_their_parent_whatever_they_are_at(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time; from vi_simsiam.data.workers import Workers\n"
+        "started = Workers(time.sleep, 2)\n"
+        "print(*(process.pid for process in started._processes.values()), flush=True)\n"
+        "next(started.results([60, 60]))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    numbers = parent.stdout.readline().split()
+    parent.kill()
+    parent.communicate()
+    deadline = time.monotonic() + 30
+    assert len(numbers) == 2
+    while not all(map(_ended, numbers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_results_of_closed_workers_are_an_error() -> None:
+    started = Workers(len, 1)
+    results = started.results(["a"] * 9)
+    assert next(results) == 1
+    started.close()
+    with pytest.raises(RuntimeError, match="closed while their results were read"):
+        list(results)
 
 
 def test_an_error_that_cannot_be_sent_is_described() -> None:

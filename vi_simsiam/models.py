@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vi_simsiam.backbones import build_backbone, fetch_weights
+from vi_simsiam.checks import require
 from vi_simsiam.config import Concentration, Link, Stem, TrainConfig
 from vi_simsiam.distributions import PowerSpherical, widen
 from vi_simsiam.errors import InputError
@@ -279,6 +280,7 @@ class VISimSiam(SimSiam):
         predictor_hidden: int = 512,
         **others: Any,
     ) -> None:
+        require("dim", dim, dim >= 2, "at least 2")
         # A constant needs no gradient, but may be small.
         link: Link = "softplus" if concentration == "constant" else concentration_link
         # Of H features after BatchNorm and ReLU two samples share H/6 of a squared length of H/2,

@@ -278,7 +278,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
     A lock that ends with this process marks the file as being written. Where locks are refused or
     not implemented, as in some network file systems, what killed processes left stays.
     """
-    for other in path.parent.glob(f".{glob.escape(path.name)}.*"):
+    for other in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}"):
         with contextlib.suppress(OSError), open(other, "rb+") as file:
             _lock(file)
             if other.stat().st_size:  # else it is new, and may have no lock yet
@@ -287,7 +287,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
     try:
         with open(temporary, "xb") as file:
             with contextlib.suppress(OSError):
-                _lock(file)
+                _lock(file, wait=True)  # another build may just look at it
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -300,10 +300,10 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
             temporary.unlink()
 
 
-def _lock(file: IO[bytes]) -> None:
-    """Lock an open file until it is closed. Raises OSError if another process has."""
+def _lock(file: IO[bytes], *, wait: bool = False) -> None:
+    """Lock an open file until it is closed; without `wait` OSError if another process has."""
     if fcntl is not None:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _print(console: Console | None, line: str) -> None:

@@ -177,7 +177,7 @@ def _folder(path: Path, spec: str, decode: DecodeConfig) -> Splits:
     train, val = _images(train_folder, decode), None
     read = [train_folder.name]
     if val_folder is not None and train.labels is not None:
-        val = _images(val_folder, decode)
+        val = _images(val_folder, decode, required=False)
         read.append(val_folder.name)
     inside = {e.name for e in list_folder(path) if os.path.isdir(e.path) or is_image(e.path)}
     if beside := inside - set(read):
@@ -186,6 +186,11 @@ def _folder(path: Path, spec: str, decode: DecodeConfig) -> Splits:
         if val_folder is not None and val is None:
             note += f"; validation needs class folders in {read[0]}/ and {val_folder.name}/"
         train.notes += (f"{train_folder}: {note}",)
+    if val is not None and val.labels is None:
+        raise InputError(
+            f"{val_folder}: holds no class folders, {train_folder} does; "
+            "give it the same ones or none"
+        )
     if val is not None and val.classes != train.classes:
         names, others = set(train.classes or ()), set(val.classes or ())
         raise InputError(
@@ -209,10 +214,12 @@ def _part(folder: Path, names: tuple[str, ...]) -> Path | None:
     return found[0] if found else None
 
 
-def _images(folder: Path, decode: DecodeConfig, *, labelled: bool = True) -> FileSource:
+def _images(
+    folder: Path, decode: DecodeConfig, *, labelled: bool = True, required: bool = True
+) -> FileSource:
     """All images in a folder, with its class folders as classes if it has any."""
     found = find_images(folder)
-    if not found.paths:
+    if required and not found.paths:
         raise InputError(f"{folder}: holds no image that Pillow opens. {found.note()}".rstrip())
     inside = functools.partial(os.path.relpath, start=folder)
     homes = [inside(path).split(os.sep) for path in found.paths]

@@ -291,6 +291,8 @@ def open_pack(path: Path, *, fingerprint: str | None = None, verify: bool = True
 def _read_header(file: IO[bytes]) -> tuple[dict[str, Any], int]:
     size = os.fstat(file.fileno()).st_size
     prologue = file.read(_PROLOGUE.size)
+    if size == 0:
+        raise InputError("is an empty file")
     if not prologue.startswith(_MAGIC):
         raise InputError("is no pack file (vi-simsiam pack writes them)")
     if size < _PROLOGUE.size:
@@ -306,7 +308,7 @@ def _read_header(file: IO[bytes]) -> tuple[dict[str, Any], int]:
         raise InputError("is damaged: the checksum of its first 64 bytes is wrong")
     if size != start + length:
         kind = "truncated" if size < start + length else "damaged"
-        raise InputError(f"is {kind}: {counted(size, 'byte')} of {start + length:,}")
+        raise InputError(f"is {kind}: {counted(size, 'byte')}, expected {start + length:,}")
     file.seek(start)
     encoded = file.read(length)
     if zlib.crc32(encoded) != checksum:

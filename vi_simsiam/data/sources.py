@@ -232,8 +232,6 @@ class FileSource(ImageSource):
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):  # reading a pipe would block forever
                 raise ValueError("no regular file")
-            if frame < 0:
-                raise ValueError("its frames cannot be counted")
             # A forked process shares its parent's position in an open file.
             key = (os.getpid(), path, status.st_ino, status.st_size, status.st_mtime_ns)
             if _kept.key != key or _kept.image.tell() > frame:  # not all formats seek backwards
@@ -242,7 +240,9 @@ class FileSource(ImageSource):
                 file = _kept.files.enter_context(open(path, "rb"))  # noqa: SIM115
                 _kept.image = _kept.files.enter_context(Image.open(file, formats=formats(path)))
             _kept.key, image = key, _kept.image
-            image.seek(frame)
+            if frame < 0:
+                getattr(image, "n_frames", 1)  # raises the reason why they cannot be counted
+            image.seek(max(frame, 0))
             yield image
             # A PNG's frame leaves traces in those after it: by its disposal once it is loaded,
             # and by its transparent colour, which decoding changes.

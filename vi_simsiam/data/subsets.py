@@ -64,6 +64,8 @@ def select(
     keys = np.random.PCG64(seed).random_raw(len(train))  # numpy keeps this stream in all versions
     if train.decode.frames == "all":  # frames of one file are near copies, and go together
         files = [re.sub(r"#\d+$", "", train.describe(index)) for index in range(len(train))]
+        if isinstance(train, FileSource):
+            files = list(train.paths)
         first: dict[str, int] = {}
         keys = keys[[first.setdefault(path, index) for index, path in enumerate(files)]]
     rest = np.ones(len(train), dtype=bool)

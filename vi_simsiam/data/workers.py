@@ -12,9 +12,11 @@ import multiprocessing
 import os
 import pickle
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
@@ -97,7 +99,8 @@ class Workers:
         ours, theirs = multiprocessing.Pipe()
         arguments = self._function, theirs, ours
         process = multiprocessing.Process(target=_serve, args=arguments, daemon=True)
-        process.start()
+        with _interrupts_blocked():
+            process.start()
         theirs.close()  # so that the end of the process ends the pipe
         self._processes[ours] = process
 
@@ -109,6 +112,8 @@ class Workers:
             self._given += 1
 
     def _answers(self) -> Iterator[tuple[int, tuple[Any, Exception | None]]]:
+        if not self._processes:
+            raise RuntimeError("the workers were closed while their results were read")
         ready = wait(list(self._processes), PATIENCE)
         if not ready:
             raise no_answer(self._name)
@@ -162,7 +167,10 @@ def _serve(function: Callable[[Any], Any], connection: Connection, other_end: Co
     other_end.close()
     # Ctrl-C reaches every process of a terminal; the main process decides what follows.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     with ThreadPoolExecutor(1) as sender:  # the next result is computed while one is sent
         while True:
@@ -176,6 +184,28 @@ def _serve(function: Callable[[Any], Any], connection: Connection, other_end: Co
             except Exception as error:
                 failure = error if isinstance(error, InputError) else _portable(error)
             sender.submit(_send, connection, (number, (result, failure)))
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Keep SIGINT from workers until they ignore it: they inherit this thread's signal mask."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    if multiprocessing.get_start_method() != "fork":
+        resource_tracker.ensure_running()  # it would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent() -> None:
+    # A worker that waits for a disk does not see that the other end of its pipe is closed.
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _send(connection: Connection, answer: object) -> None:

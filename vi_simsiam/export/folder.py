@@ -5,9 +5,11 @@ The card is README.md with the front matter of the Hugging Face Hub.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -167,15 +169,17 @@ def export_run(
         # In a timm folder config.json is timm's own.
         write_json(aside / (TIMM_SETTINGS if format == "timm" else SETTINGS), settings)
         write_text(aside / CARD, model_card(run, format, check=check, versions=installed))
-        earlier = Path(place, "earlier")
-        if target.is_dir():
-            target.rename(earlier)
+        earlier = Path(f"{place}.earlier")  # not inside: what is there is removed on any error
         try:
+            if target.is_dir():
+                target.rename(earlier)
             aside.rename(target)
         except BaseException:
             if earlier.exists():
-                earlier.rename(target)
+                with contextlib.suppress(OSError):
+                    earlier.rename(target)
             raise
+    shutil.rmtree(earlier, ignore_errors=True)
     return target
 
 

@@ -15,6 +15,7 @@ from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -80,7 +81,11 @@ def open_images(images: Images, decode: DecodeConfig | None = None) -> ImageSour
         return _open_path(user_path("images", images), decode)
     if isinstance(images, Image.Image):
         return _Several([images], decode)
-    if isinstance(images, np.ndarray) and images.dtype == np.uint8:
+    if isinstance(images, np.ndarray):
+        if images.dtype != np.uint8:
+            raise InputError(
+                f"images: an array of {images.dtype} given; accepted are uint8 arrays (N, H, W, 3)"
+            )
         if images.ndim == 3 and images.shape[2] == 3:
             raise InputError(
                 f"images: an array of shape {images.shape} given, one RGB image or "
@@ -88,7 +93,13 @@ def open_images(images: Images, decode: DecodeConfig | None = None) -> ImageSour
                 "(N, H, W, 3): image[None] is that of one image"
             )
         return ArraySource(images, name="images")
-    if isinstance(images, (np.ndarray, Tensor)):  # items that are no images are refused as read
+    if isinstance(images, Tensor):
+        fits = images.ndim == 4 and images.shape[1] == 3 and 0 not in images.shape[2:]
+        if images.dtype != torch.uint8 or not fits:
+            raise InputError(
+                f"images: a tensor of {images.dtype}, shape {tuple(images.shape)} given; accepted "
+                "are uint8 (N, 3, H, W), float (N, 3, H, W) and float (N, V, 3, H, W)"
+            )
         return DatasetSource(images, name="images")  # type: ignore[arg-type]
     if isinstance(images, (list, tuple)):
         return _Several(images, decode)
