@@ -117,7 +117,8 @@ def test_folder_with_classes(tmp_path: Path) -> None:
             "only in train/: b; only in val/: c$",
         ),
         (("train/a/1.png", "train/1.png"), "both images and class folders"),
-        (("train/a/1.png", "val/1.png"), "only in train/: a; only in val/: none$"),
+        (("train/a/1.png", "val/1.png"), "holds no class folders"),
+        (("train/a/1.png", "val/1.txt"), "holds no class folders"),
     ],
 )
 def test_folder_mistakes_are_named(tmp_path: Path, names: tuple[str, ...], message: str) -> None:

@@ -233,6 +233,8 @@ def test_a_file_whose_frames_cannot_be_counted_is_named(
     with monkeypatch.context() as patch:
         patch.setattr(GifImageFile, "n_frames", property(lambda self: [].pop()))
         source = FileSource([path, save(tmp_path / "one.png")], decode=ALL)
+        with pytest.raises(UnreadableError, match=r"moving\.gif: .*pop from empty list"):
+            source.image(0)
     with pytest.raises(UnreadableError, match=r"moving\.gif: .*\(its frames cannot be counted\)"):
         source.image(0)
     with pytest.raises(InputError, match="1 of 2 images cannot be read"):

@@ -241,8 +241,9 @@ class FileSource(ImageSource):
                 _kept.image = _kept.files.enter_context(Image.open(file, formats=formats(path)))
             _kept.key, image = key, _kept.image
             if frame < 0:
-                getattr(image, "n_frames", 1)  # raises the reason why they cannot be counted
-            image.seek(max(frame, 0))
+                getattr(image, "n_frames", 1)  # raises the reason, if it is still there
+                raise ValueError("its frames cannot be counted")
+            image.seek(frame)
             yield image
             # A PNG's frame leaves traces in those after it: by its disposal once it is loaded,
             # and by its transparent colour, which decoding changes.
