@@ -118,7 +118,6 @@ def test_folder_with_classes(tmp_path: Path) -> None:
         ),
         (("train/a/1.png", "train/1.png"), "both images and class folders"),
         (("train/a/1.png", "val/1.png"), "holds no class folders"),
-        (("train/a/1.png", "val/1.txt"), "holds no class folders"),
     ],
 )
 def test_folder_mistakes_are_named(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
