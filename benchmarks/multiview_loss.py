@@ -214,7 +214,7 @@ def measure_case(
             copies[mode] = times.pop("copy").get("time")
             for name, values in times.items():
                 found[name][mode] = values
-    except Exception as error:  # no memory for inputs, copies or reference
+    except Exception as error:  # no memory for inputs or reference
         found = {name: harness.failed(harness.failure_reason(error)) for name in providers}
     timer.release()
     fields = ("name", "distribution", "batch", "dim", "views", "targets", "dtype")

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from evaluation_cases import uncertainty_result
 from PIL import Image
-from report_cases import uncertainty_result
 
 import vi_simsiam
 from vi_simsiam.cli import BENCHMARKS, main

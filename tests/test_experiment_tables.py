@@ -172,7 +172,7 @@ def test_folders_that_cannot_be_summarised_are_named(tmp_path: Path) -> None:
     plan = write_all(tmp_path, "table1", seeds=1, data=("imagenette",))
     for changes, message in (
         ({"val_images": 100}, "runs were measured on 100 and 400 images"),
-        ({"correct": {"linear": "AAAA"}}, "correct: 3 bytes given for 400 values; 50 must"),
+        ({"correct": {"linear": "AAAA"}}, "correct: 'AAAA' is not 400 values in base64"),
     ):
         write_result(tmp_path, result(plan.arms[1], "table1", 0, **changes))
         with pytest.raises(InputError, match=message):
