@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import sys
 import textwrap
 import threading
@@ -205,6 +206,21 @@ def test_the_seeds_of_a_killed_command_end_and_can_continue(run: Runs, out: Path
     wait_for(lambda: "interrupted, saved at step 0" in log.read_text())
     assert run("--resume")[0] == 0
     assert [len(calls(out, seed)) for seed in (0, 1)] == [1, 2]
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="reads /proc")
+def test_a_seed_that_still_runs_is_not_started_again(out: Path) -> None:
+    out.mkdir()
+    command = [sys.executable, "-c", "import time; time.sleep(60)", str(out / "seed-1")]
+    with subprocess.Popen(command) as process:
+        left = [{"seed": n, "exit": None, "process": process.pid} for n in (0, 1)]
+        (out / "seeds.json").write_text(json.dumps({"arguments": [], "runs": left}))
+        try:
+            message = f"seed 1 in .* is still running, as process {process.pid}"
+            with pytest.raises(InputError, match=message):
+                run_seeds(["--resume"], None, 0, out)
+        finally:
+            process.kill()
 
 
 def test_folders_and_numbers_that_cannot_be_used(

@@ -204,9 +204,22 @@ def _resumed(out: Path, seeds: int | None) -> dict[str, Any]:
     if not (out / SEEDS).is_file():
         raise InputError(f"resume: {out} holds no {SEEDS} to go on from")
     before = load(out / SEEDS)
+    for run in before["runs"]:
+        if _is_running(run.get("process"), out / f"seed-{run['seed']}"):
+            raise InputError(
+                f"resume: seed {run['seed']} in {out} is still running, as process {run['process']}"
+            )
     count = len(before["runs"])
     require("seeds", seeds, seeds in (None, count), f"{count}, as {out} was started with")
     return before
+
+
+def _is_running(process: object, folder: Path) -> bool:
+    """True if this process trains into `folder`; its number may be another program's."""
+    try:
+        return os.fsencode(folder) in Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+    except OSError:  # it has ended, or this is no Linux
+        return False
 
 
 def _without(arguments: Sequence[str], options: dict[str, bool]) -> list[str]:
