@@ -202,8 +202,9 @@ def test_the_seeds_of_a_killed_command_end_and_can_continue(run: Runs, out: Path
     parent.kill()
     parent.join()
     assert states(out) == ["done", "running"]
-    log = out / "seed-1.log"
-    wait_for(lambda: "interrupted, saved at step 0" in log.read_text())
+    log, left = out / "seed-1.log", json.loads((out / "seeds.json").read_text())["runs"][1]
+    wait_for(lambda: not seeds._is_running(left["process"], out / "seed-1"))
+    assert "interrupted, saved at step 0" in log.read_text()
     assert run("--resume")[0] == 0
     assert [len(calls(out, seed)) for seed in (0, 1)] == [1, 2]
 
@@ -216,6 +217,7 @@ def test_a_seed_that_still_runs_is_not_started_again(out: Path) -> None:
         left = [{"seed": n, "exit": None, "process": process.pid} for n in (0, 1)]
         (out / "seeds.json").write_text(json.dumps({"arguments": [], "runs": left}))
         try:
+            wait_for(lambda: seeds._is_running(process.pid, out / "seed-1"))  # exec takes a moment
             message = f"seed 1 in .* is still running, as process {process.pid}"
             with pytest.raises(InputError, match=message):
                 run_seeds(["--resume"], None, 0, out)

@@ -66,8 +66,11 @@ class Checkpoint:
             raise InputError(f"run: {path.parent} has no {path.name}")
         try:
             content = torch.load(path, map_location=device, weights_only=True)
-            del content["format"]
+            if content.pop("format") != 1:
+                raise InputError(f"run: {path} was written by another version of vi-simsiam")
             return cls(**content)
+        except InputError:
+            raise
         except Exception as error:  # torch.load raises many unrelated types on damaged files
             text = f"run: {path} cannot be read: it is damaged or no checkpoint"
             raise InputError(text) from error

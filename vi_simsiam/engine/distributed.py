@@ -307,7 +307,12 @@ def _local_device(name: str, size: int, local_rank: int) -> torch.device:
             f"device: {name!r} is one GPU for {size} ranks; with cuda each takes its own"
         )
     if device.type == "cuda" and device.index is None:
-        return resolve_device(f"cuda:{local_rank}")
+        if local_rank >= (count := torch.cuda.device_count()):
+            raise InputError(
+                f"device: local rank {local_rank} has no GPU ({count} CUDA devices found); "
+                "start as many ranks as there are GPUs, or use cpu"
+            )
+        return torch.device("cuda", local_rank)
     return device
 
 

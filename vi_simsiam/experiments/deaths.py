@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.engine.checkpoint import write_json, write_text
 from vi_simsiam.engine.verdict import LEAST_COSINE, LEAST_RATIO
+from vi_simsiam.experiments.results import RUN_FIELDS
 from vi_simsiam.experiments.runner import MARKDOWN, PLAN, RESULTS, load
 
 _LINES = 5
@@ -34,7 +35,7 @@ Row = dict[str, Any]
 
 def summarise_deaths(out: Path) -> Path:
     """Write OUT/runs.json and OUT/summary.md from the results; returns the path of summary.md."""
-    results = [load(path) for path in sorted((out / RESULTS).glob("*.json"))]
+    results = [load(path, *RUN_FIELDS, "steps") for path in sorted((out / RESULTS).glob("*.json"))]
     rows = _judged([_row(result) for result in results])
     given = load(out / PLAN)["options"]
     options = (

@@ -15,9 +15,14 @@ from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.results import unpack_bits
 from vi_simsiam.experiments.plan import MEASURES
-from vi_simsiam.experiments.runner import CHOSEN, PLAN, RESULTS, TRIALS, load
+from vi_simsiam.experiments.runner import CHOSEN, PLAN, PLAN_FIELDS, RESULTS, TRIALS, load
 from vi_simsiam.experiments.statistics import difference, estimate
 
+RUN_FIELDS = (
+    "arm", "seed", "data", "config", "images", "seconds", "curve", "accuracy", "correct",
+    "val_images", "uncertainty", "device", "versions", "commit", "date",
+)  # fmt: skip
+"""Fields of every result file."""
 Run = dict[str, Any]
 """The content of a result file."""
 Arms = dict[str, list[Run]]
@@ -42,7 +47,7 @@ class Experiment:
     @classmethod
     def read(cls, out: Path) -> Experiment:
         """Read plan.json and results/*.json of the folder, and its trials if it has any."""
-        plan = load(out / PLAN)
+        plan = load(out / PLAN, *PLAN_FIELDS)
         results, trials = (_results(folder / RESULTS) for folder in (out, out / TRIALS))
         chosen = load(out / CHOSEN)["chosen"] if (out / CHOSEN).exists() else {}
         names = [arm["name"] for arm in plan["arms"]]
@@ -323,4 +328,5 @@ def _range(values: Iterable[Any]) -> list[Any] | None:
 
 
 def _results(folder: Path) -> list[Run]:
-    return sorted(map(load, folder.glob("*.json")), key=lambda run: (run["arm"], run["seed"]))
+    found = [load(path, *RUN_FIELDS) for path in folder.glob("*.json")]
+    return sorted(found, key=lambda run: (run["arm"], run["seed"]))

@@ -39,19 +39,24 @@ from vi_simsiam.text import counted, print_line
 
 PLAN, CHOSEN, RUNS, RESULTS, TRIALS = "plan.json", "chosen.json", "runs", "results", "trials"
 MARKDOWN = "summary.md"
+PLAN_FIELDS = ("experiment", "primary", "arms", "published", "options", "trials", "created")
+"""Fields of every plan.json."""
 TRAINED = "trained.json"
 """File in a run folder whose training is finished; only the measurements may be missing."""
 _WORKER = (sys.executable, "-m", "vi_simsiam.experiments.worker")
 _FAILED = 2
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read a JSON file. Raises InputError if it is missing or damaged."""
+def load(path: Path, *needed: str) -> dict[str, Any]:
+    """Read a JSON file. Raises InputError if it is missing or damaged, or lacks a field."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
-        return content
+        content: Any = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"out: {path} cannot be read ({error})") from error
+    fields = content if isinstance(content, dict) else {}
+    if lacking := [name for name in needed if name not in fields]:
+        raise InputError(f"out: {path} is damaged; it lacks {', '.join(lacking)}")
+    return fields
 
 
 def outcome(name: str, run: Process, done: str | None) -> str:
@@ -165,6 +170,7 @@ def run_experiment(plan: Plan, out: Path, place: Place, again: str) -> int:
     _decode([run.arm for run in (*trials, *runs) if not run.finished], plan, place, console)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / ".lock", f"out: another command is running the experiment in {out}"):
+        _check(plan, out)  # another command may have started here while images were decoded
         if not (out / PLAN).is_file():
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             write_json(out / PLAN, {**plan.described(), "created": now})
@@ -285,7 +291,7 @@ def _check(plan: Plan, out: Path) -> None:
     """Refuse a folder that holds another plan or something else."""
     if not holds(out, PLAN):
         return
-    saved, described = load(out / PLAN), json.loads(json.dumps(plan.described()))
+    saved, described = load(out / PLAN, *PLAN_FIELDS), json.loads(json.dumps(plan.described()))
     before = {"experiment": saved.get("experiment"), **saved.get("options", {})}
     for name, value in {"experiment": plan.experiment, **described["options"]}.items():
         if before.get(name) != value:

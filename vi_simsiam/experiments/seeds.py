@@ -50,7 +50,7 @@ class _Seed(Process):
         self.name, self.folder = f"seed {self.seed}", out / f"seed-{self.seed}"
         super().__init__(out / f"seed-{self.seed}.log")
         if before["exit"] == 0:  # an earlier session finished it
-            self.exit, self.seconds = 0, before["seconds"]
+            self.exit, self.seconds = 0, before.get("seconds", 0.0)
 
     def train(self, words: Sequence[str], threads: int, *, resume: bool) -> None:
         """Start the process; on resume its output is appended to the log."""
@@ -65,7 +65,7 @@ class _Seed(Process):
         """The run's entry in seeds.json."""
         top1 = {}
         for name, file in _EVALUATIONS.items():
-            with contextlib.suppress(OSError, ValueError):  # not evaluated
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not evaluated
                 top1[name] = json.loads((self.folder / file).read_text())["top1"]["trained"]
         metrics = None
         with contextlib.suppress(ValueError):  # no line, or not a whole one
@@ -203,7 +203,10 @@ def _resumed(out: Path, seeds: int | None) -> dict[str, Any]:
     """The content of seeds.json of an earlier session."""
     if not (out / SEEDS).is_file():
         raise InputError(f"resume: {out} holds no {SEEDS} to go on from")
-    before = load(out / SEEDS)
+    before = load(out / SEEDS, "arguments", "runs")
+    whole = (isinstance(run, dict) and {"seed", "exit"} <= run.keys() for run in before["runs"])
+    if not before["runs"] or not all(whole):
+        raise InputError(f"resume: {out / SEEDS} is damaged")
     for run in before["runs"]:
         if _is_running(run.get("process"), out / f"seed-{run['seed']}"):
             raise InputError(
