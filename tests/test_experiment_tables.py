@@ -177,6 +177,10 @@ def test_folders_that_cannot_be_summarised_are_named(tmp_path: Path) -> None:
         write_result(tmp_path, result(plan.arms[1], "table1", 0, **changes))
         with pytest.raises(InputError, match=message):
             summarise(tmp_path)
+    for content in ("[]", '{"arm": "simsiam"}'):
+        (tmp_path / "results" / "damaged.json").write_text(content)
+        with pytest.raises(InputError, match=r"damaged.json is damaged; it lacks .*seed"):
+            summarise(tmp_path)
 
 
 def test_stability_figure_has_a_column_for_each_dimension_and_parametrisation() -> None:

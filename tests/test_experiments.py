@@ -22,6 +22,7 @@ from rich.console import Console
 from vi_simsiam.cli.experiment import experiment
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.errors import InputError
+from vi_simsiam.experiments import runner
 from vi_simsiam.experiments.catalogue import plan
 from vi_simsiam.experiments.plan import Place, PlanOptions
 from vi_simsiam.experiments.runner import Run, _slots, _table
@@ -131,6 +132,19 @@ def test_a_folder_that_cannot_be_used_is_named(out: Path, command: list[str]) ->
     (out / "plan.json").unlink()
     refused("holds other files")
     refused("is a file, not a folder", out / "results" / "a-seed-0.json")
+
+
+def test_a_plan_that_came_first_while_images_were_decoded_is_kept(
+    out: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def another_command(*_: object) -> None:
+        monkeypatch.setattr(runner, "_decode", lambda *_: None)
+        assert run(ONE, out, command)[0] == 0
+
+    monkeypatch.setattr(runner, "_decode", another_command)
+    with pytest.raises(InputError, match="was started with"):
+        run(small_plan({"b": 0.2}, seeds=2), out, command)
+    assert [path.name for path in (out / "results").iterdir()] == ["a-seed-0.json"]
 
 
 def test_trials_choose_the_settings_once(out: Path, command: list[str]) -> None:

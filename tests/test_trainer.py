@@ -270,6 +270,11 @@ def test_damaged_runs_are_named(image_folder: Path, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"checkpoint.pt cannot be read"):
             load_run(run, device="cpu")
     (run / "checkpoint.pt").write_bytes(whole)
+    content = torch.load(run / "checkpoint.pt", weights_only=True)
+    torch.save({**content, "format": 2}, run / "checkpoint.pt")
+    with pytest.raises(InputError, match="written by another version"):
+        load_run(run, device="cpu")
+    (run / "checkpoint.pt").write_bytes(whole)
     other = config(image_folder, model=ModelConfig(dim=16)).to_dict()
     for content, message in (
         (json.dumps(other), "does not fit the model"),
