@@ -102,7 +102,7 @@ class _BuildExtension(build_ext):  # type: ignore[misc]
 if __name__ == "__main__":
     from pybind11.setup_helpers import Pybind11Extension
 
-    cpu_sources = ["csrc/bindings.cpp", "csrc/multiview_loss_cpu.cpp"]
+    cpu_sources = sorted(str(file) for file in Path("csrc").glob("*.cpp"))
     extension = Pybind11Extension("vi_simsiam._C", cpu_sources, cxx_std=17)
     extension.depends = sorted(str(file) for file in Path("csrc").iterdir())
     optimise = ["/O2"] if _WINDOWS else ["-O3", "-ffp-contract=fast", "-pthread"]

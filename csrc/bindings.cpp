@@ -1,11 +1,13 @@
-// vi_simsiam._C: the compiled backends of the multi-view loss on raw addresses.
+// vi_simsiam._C: the compiled backends of the multi-view loss and of BatchNorm on raw addresses.
 //
 // No torch header is included, so one binary serves every torch release. The Python side validates
 // shapes, dtypes and devices; here addresses are integers (tensor.data_ptr()) and strides count
 // elements.
 
+#include "batch_norm.h"
 #include "multiview_loss.h"
 #include "power_spherical.cuh"
+#include "simd.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -125,6 +127,54 @@ void multiview_loss_cpu(const MultiviewProblem& problem, const std::string& pred
   throw_if<std::invalid_argument>("multiview_loss_cpu", error);
 }
 
+template <typename Solve>
+auto batch_norm_cpu(Solve solve) {
+  return [solve](uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t bias,
+                 uintptr_t running_mean, uintptr_t running_var, uintptr_t y, uintptr_t statistics,
+                 uintptr_t gradient, uintptr_t by_x, uintptr_t by_residual, uintptr_t by_weight,
+                 uintptr_t by_bias, int64_t groups, int64_t rows, int64_t channels, bool relu,
+                 double momentum, double eps, const std::string& dtype, int threads) {
+    vi_simsiam::BatchNormProblem problem{};
+    problem.groups = groups;
+    problem.rows = rows;
+    problem.channels = channels;
+    problem.relu = relu;
+    problem.momentum = momentum;
+    problem.eps = eps;
+    problem.x = pointer<const void*>(x);
+    problem.residual = pointer<const void*>(residual);
+    problem.weight = pointer<const void*>(weight);
+    problem.bias = pointer<const void*>(bias);
+    problem.running_mean = pointer<void*>(running_mean);
+    problem.running_var = pointer<void*>(running_var);
+    problem.y = pointer<void*>(y);
+    problem.statistics = pointer<void*>(statistics);
+    problem.gradient = pointer<const void*>(gradient);
+    problem.by_x = pointer<void*>(by_x);
+    problem.by_residual = pointer<void*>(by_residual);
+    problem.by_weight = pointer<void*>(by_weight);
+    problem.by_bias = pointer<void*>(by_bias);
+    const DType element = parse_dtype(dtype);
+    const char* error = nullptr;
+    {
+      py::gil_scoped_release release;
+      error = solve(problem, element, threads);
+    }
+    throw_if<std::invalid_argument>("batch_norm", error);
+  };
+}
+
+template <typename Solve>
+void define_batch_norm(py::module_& m, const char* name, Solve solve, const char* doc) {
+  const auto absent = [](const char* argument) { return py::arg(argument) = 0; };
+  m.def(name, batch_norm_cpu(solve), py::kw_only(), py::arg("x"), absent("residual"),
+        absent("weight"), absent("bias"), absent("running_mean"), absent("running_var"),
+        absent("y"), py::arg("statistics"), absent("gradient"), absent("by_x"),
+        absent("by_residual"), absent("by_weight"), absent("by_bias"), py::arg("groups"),
+        py::arg("rows"), py::arg("channels"), py::arg("relu"), py::arg("momentum") = 0.0,
+        py::arg("eps") = 0.0, py::arg("dtype"), py::arg("threads"), doc);
+}
+
 #if defined(VI_SIMSIAM_CUDA)
 void multiview_loss_cuda(const MultiviewProblem& problem, const std::string& prediction_dtype,
                          const std::string& target_dtype, const std::string& gradient_dtype,
@@ -213,12 +263,17 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
-  m.doc() = "Compiled backends of the multi-view loss, on raw addresses and strides.";
+  m.doc() = "Compiled backends of the multi-view loss and of BatchNorm, on raw addresses.";
 
   define_with_problem(m, "multiview_loss_cpu",
                       with_problem<const std::string&, const std::string&, int>(multiview_loss_cpu),
                       "Writes the loss (batch,) and every output with an address, on the host.",
                       py::arg("prediction_dtype"), py::arg("target_dtype"), py::arg("threads"));
+
+  define_batch_norm(m, "batch_norm_forward_cpu", vi_simsiam::batch_norm_forward_cpu,
+                    "Writes y and the statistics (2, groups, channels), on the host.");
+  define_batch_norm(m, "batch_norm_backward_cpu", vi_simsiam::batch_norm_backward_cpu,
+                    "Writes every gradient with an address, on the host.");
 
 #if defined(VI_SIMSIAM_CUDA)
   define_with_problem(m, "multiview_loss_cuda",

@@ -1,8 +1,13 @@
-// Threads that help with one piece of work at a time and sleep in between.
+// Work that several threads share: those of the OpenMP that PyTorch has brought into the process,
+// or threads of our own.
 //
-// They outlive a call, since starting a thread takes longer than waking one. The caller never
-// waits for a helper that has not started; waking a sleeping core can take 50 us. They run on the
-// cores that the thread of the first call may use.
+// OpenMP's threads wait for the next work awake for some milliseconds, on the cores that threads of
+// our own would need: in a training step these would start late and hold up PyTorch's. A team of
+// another size than PyTorch's would make OpenMP end threads and start them again.
+//
+// Threads of our own sleep in between. They outlive a call, since starting a thread takes longer
+// than waking one. The caller never waits for one that has not started; waking a sleeping core can
+// take 50 us. They run on the cores that the thread of the first call may use.
 
 #pragma once
 
@@ -17,6 +22,7 @@
 #include <process.h>
 #define VI_PROCESS_ID _getpid
 #else
+#include <dlfcn.h>
 #include <unistd.h>
 #define VI_PROCESS_ID getpid
 #endif
@@ -83,5 +89,29 @@ class Helpers {
   const std::function<void()>* work_ = nullptr;
   int started_ = 0, wanted_ = 0, active_ = 0;
 };
+
+#if !defined(_WIN32)
+// The entry that compilers call for a parallel region, or nullptr: without OpenMP, or in a forked
+// child, which has none of its parent's threads, as in PyTorch.
+using OpenMP = void (*)(void (*)(void*), void*, unsigned, unsigned);
+inline const auto loading_process = VI_PROCESS_ID();
+inline OpenMP openmp() {
+  static const auto found = reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return loading_process == VI_PROCESS_ID() ? found : nullptr;
+}
+#endif
+
+// Calls work at the same time in `threads` threads, PyTorch's number, or in no more than are
+// useful; returns when all calls have ended. The work must share itself out, and throw nothing.
+inline void share_out(int threads, int useful, const std::function<void()>& work) {
+  if (threads < 2 || useful < 2) return work();
+#if !defined(_WIN32)
+  if (const OpenMP parallel = openmp()) {
+    const auto call = [](void* each) { (*static_cast<const std::function<void()>*>(each))(); };
+    return parallel(call, const_cast<std::function<void()>*>(&work), unsigned(threads), 0);
+  }
+#endif
+  Helpers::of_this_process().run(useful - 1, work);
+}
 
 }  // namespace vi_simsiam

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "dtype.h"
 #include "power_spherical.cuh"
 
 #include <cstdint>
@@ -9,8 +10,6 @@
 namespace vi_simsiam {
 
 constexpr int MAX_VIEWS = 16;
-
-enum class DType { float32, float64, bfloat16, float16 };
 
 enum class Form {
   cosine,               // minus the cosine
@@ -44,9 +43,6 @@ struct MultiviewProblem {
 // dtype. Returns nullptr, or what is wrong.
 const char* multiview_loss_cpu(const MultiviewProblem& problem, DType prediction, DType target,
                                int threads);
-
-// Name of the vector instructions the CPU backend uses on this machine.
-const char* cpu_variant();
 
 #if defined(VI_SIMSIAM_CUDA)
 // Enqueues one kernel on the stream of the current device. Targets have the predictions' dtype or

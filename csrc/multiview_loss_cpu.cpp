@@ -22,49 +22,14 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <functional>
 #include <limits>
 #include <numeric>
-#include <type_traits>
 
 namespace vi_simsiam {
 namespace {
 
 constexpr int MAX_TERMS = 2;  // rows of targets that one loop of dot products takes
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-template <typename Element>
-struct ComputeType {
-  using type = Element;
-};
-template <>
-struct ComputeType<BFloat16> {
-  using type = float;
-};
-template <typename Element>
-using Compute = typename ComputeType<Element>::type;
-
-inline float to_real(BFloat16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float out;
-  std::memcpy(&out, &bits, sizeof out);
-  return out;
-}
-inline float to_real(float x) { return x; }
-inline double to_real(double x) { return x; }
-
-// Rounded to the nearest, ties to even; NaN stays NaN.
-inline void from_real(BFloat16& out, float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  out.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-inline void from_real(float& out, float x) { out = x; }
-inline void from_real(double& out, double x) { out = x; }
 
 // The loops over the columns of predictions of type P and targets of type Z. Everything else is per
 // pair.
@@ -80,40 +45,6 @@ struct RowKernels {
 };
 
 #if defined(VI_VECTORS)
-
-// Vectors of the GCC/Clang extension instead of trust in the vectoriser: a sum of floats is not
-// reordered without fast-math, which would break NaN.
-template <typename Real, int Bytes>
-struct Lanes {
-  static constexpr int COUNT = Bytes / int(sizeof(Real));
-  typedef Real Vector __attribute__((vector_size(Bytes)));
-  // Types that depend on Real: GCC takes no dependent vector size for others.
-  using Word = std::conditional_t<sizeof(Real) == 4, uint32_t, uint64_t>;
-  using HalfWord = std::conditional_t<sizeof(Real) == 4, uint16_t, uint32_t>;
-  typedef Word Bits __attribute__((vector_size(Bytes)));
-  typedef HalfWord Half __attribute__((vector_size(Bytes / 2)));
-
-  static VI_ALWAYS_INLINE void load(Vector& out, const Real* address) {
-    std::memcpy(&out, address, Bytes);
-  }
-  static VI_ALWAYS_INLINE void store(Real* address, const Vector& x) {
-    std::memcpy(address, &x, Bytes);
-  }
-
-  static VI_ALWAYS_INLINE void load(Vector& out, const BFloat16* address) {
-    Half half;
-    std::memcpy(&half, address, Bytes / 2);
-    const Bits bits = __builtin_convertvector(half, Bits) << 16;
-    std::memcpy(&out, &bits, Bytes);
-  }
-  static VI_ALWAYS_INLINE void store(BFloat16* address, const Vector& x) {
-    Bits bits;
-    std::memcpy(&bits, &x, Bytes);
-    const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    const Half half = __builtin_convertvector(x != x ? rounded * 0 + 0x7fc0 : rounded, Half);
-    std::memcpy(address, &half, Bytes / 2);
-  }
-};
 
 // Independent partial sums hide the latency of the addition.
 template <int Bytes, int Terms, typename X, typename Y>
@@ -170,8 +101,6 @@ VI_ALWAYS_INLINE void combine_terms(P* out, const P* p, Compute<P> a, const Z* c
 }
 
 #else  // no vector extension: plain loops that a compiler may vectorise
-
-#define VI_ALWAYS_INLINE inline
 
 template <int Bytes, int Terms, typename X, typename Y>
 void dot_terms(Compute<X>* dots, const X* x, const Y* const* y, int64_t n) {
@@ -357,11 +286,7 @@ const char* compute_all(const MultiviewProblem& problem, int threads) {
       for (int64_t sample = begin; sample < end; ++sample) samples.compute(sample);
     }
   };
-  if (useful == 1) {
-    work();
-  } else {
-    Helpers::of_this_process().run(int(useful - 1), work);
-  }
+  share_out(threads, int(useful), work);
   if (problem.mean != nullptr) {
     using Real = Compute<P>;
     const Real* loss = static_cast<const Real*>(problem.loss);
@@ -385,16 +310,6 @@ const char* multiview_loss_cpu(const MultiviewProblem& problem, DType prediction
   if (prediction == DType::float32 && target == DType::bfloat16)
     return compute_all<float, BFloat16>(problem, threads);
   return "dtypes must be float64 for both, or float32 or bfloat16";
-}
-
-const char* cpu_variant() {
-  if (simd() == Simd::avx512) return "avx512";
-  if (simd() == Simd::avx2) return "avx2";
-#if defined(VI_VECTORS)
-  return "128 bit";
-#else
-  return "plain loops";
-#endif
 }
 
 }  // namespace vi_simsiam

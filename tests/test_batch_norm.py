@@ -8,6 +8,8 @@ import pickle
 
 import pytest
 import torch
+from batch_norm_cases import *  # noqa: F403
+from batch_norm_cases import close, draw, exact, parameters_of, results
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import resnet
@@ -16,8 +18,65 @@ from vi_simsiam import SimSiam, VISimSiam
 from vi_simsiam.backbones import build_backbone
 from vi_simsiam.errors import BackendUnavailableError, InputError
 from vi_simsiam.normalisation import PerView
-from vi_simsiam.ops.backends import interpreting
+from vi_simsiam.ops.backends import interpreting, why_unavailable
 from vi_simsiam.ops.batch_norm import batch_norm_act
+
+
+@pytest.fixture
+def fused() -> str:
+    """The backend of the imported cases."""
+    reason = why_unavailable("cpu", "cpu")
+    if reason is not None:
+        pytest.skip(reason)
+    return "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [
+        ((2, 1, 1, 1), 1),
+        ((6, 3, 5, 7), 3),  # no column of a vector
+        ((4, 83, 3, 3), 2),  # columns of whole vectors and single ones
+        ((64, 64, 16, 16), 2),  # several tiles
+        ((34, 2500), 2),  # few rows in a tile
+    ],
+    ids=str,
+)
+def test_tiles_blocks_and_dtypes(
+    fused: str, shape: tuple[int, ...], groups: int, dtype: torch.dtype
+) -> None:
+    x, gradient, residual = (draw(shape, dtype, seed) for seed in range(3))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    parameters = [None if t is None else t.to(wide) for t in parameters_of(shape[1], True)]
+    given, options = (x, residual, parameters, gradient), {"groups": groups, "relu": True}
+    want = exact(*given, **options)
+    got = results(*given, **options, momentum=0.3, eps=1e-3, backend=fused)
+    tolerance = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype]
+    close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def test_gradients_by_differences(fused: str) -> None:
+    x, residual = draw((6, 5, 2, 3), torch.float64), draw((6, 5, 2, 3), torch.float64, seed=1)
+    weight, bias, _, _ = (t.double() for t in parameters_of(5, True))
+    inputs = [t.clone().requires_grad_() for t in (x, weight, bias, residual)]
+
+    def result(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        given = x, weight, bias, None, None
+        return batch_norm_act(*given, residual=residual, groups=3, backend=fused)
+
+    assert torch.autograd.gradcheck(result, inputs)
+
+
+def test_the_number_of_threads_changes_no_bit(fused: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = (32, 64, 8, 8)
+    given = draw(shape), draw(shape, seed=1), parameters_of(64, True), draw(shape, seed=2)
+    found = []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        found.append(results(*given, groups=2, backend=fused))
+    for other in found[1:]:
+        assert all(torch.equal(other[name], value) for name, value in found[0].items())
 
 
 def test_the_reference_is_separate_passes() -> None:
@@ -51,7 +110,7 @@ def test_the_reference_is_separate_passes() -> None:
             {"residual": torch.zeros(4, 1)},
             r"residual: shape \(4, 1\) must be that of x, \(4, 3\)",
         ),
-        ((4, 3), {"backend": "cudnn"}, "backend: 'cudnn' is none of auto, eager, triton"),
+        ((4, 3), {"backend": "cudnn"}, "backend: 'cudnn' is none of auto, eager, triton, cpu"),
     ],
 )
 def test_wrong_input_is_named(
@@ -206,3 +265,10 @@ def test_names_are_torchvision_s() -> None:
     known = resnet.resnet50().state_dict()
     assert [name for name in known if not name.startswith("fc.")] == list(network.state_dict())
     assert isinstance(network, resnet.ResNet)
+
+
+def test_under_compile_eager_is_taken() -> None:
+    x, parameters = draw((4, 6, 4, 4)), parameters_of(6, True)
+    compiled = torch.compile(batch_norm_act, backend="eager", fullgraph=True)
+    wanted = batch_norm_act(x, *parameters[:2], None, None, groups=2, backend="eager")
+    torch.testing.assert_close(compiled(x, *parameters[:2], None, None, groups=2), wanted)

@@ -1,31 +1,25 @@
-"""Cases of the fused BatchNorm, in Triton's interpreter or on a GPU: values, gradients and running
-statistics.
-
-Everything is held to the eager reference in float64, which `test_batch_norm.py` holds to separate
-passes of `torch.nn.functional.batch_norm`.
-"""
+"""Cases of the fused BatchNorm in Triton's interpreter or on a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
+from batch_norm_cases import *  # noqa: F403
+from batch_norm_cases import draw, parameters_of, results
 from torch import Tensor
-from triton_tools import DEVICE, INTERPRETED, captured
+from triton_tools import INTERPRETED, captured
 
-from vi_simsiam.errors import InputError
 from vi_simsiam.kernels import batch_norm as kernel
 from vi_simsiam.ops import batch_norm as operation
-from vi_simsiam.ops.batch_norm import batch_norm_act
 
 SINGLE, MANY = "one launch", "two launches"
 
 
 @pytest.fixture(params=[SINGLE, MANY])
-def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The same in one launch, and in two with several programs, turns and tiles to each strip."""
     if request.param == MANY:
         constants = {"SINGLE_ELEMENTS": 0, "COLUMNS": 16, "REDUCE_WARPS": 1, "REDUCE_LOADS": 2}
@@ -33,135 +27,13 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
             monkeypatch.setattr(kernel, name, value)
         monkeypatch.setattr(operation, "multiprocessors", lambda device: 6)
     kernel.plan.cache_clear()
-    yield request.param
+    yield "triton"
     kernel.plan.cache_clear()
 
 
-def _draw(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    x = x.to(dtype).to(DEVICE)
-    return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
-
-
-def _parameters(channels: int, affine: bool) -> list[Tensor | None]:
-    """weight, bias, running mean and variance."""
-    numbers = torch.linspace(-1, 2, channels, device=DEVICE)
-    first: list[Tensor | None] = [numbers + 0.05, numbers.flip(0) * 0.5] if affine else [None, None]
-    return [*first, numbers.clone(), numbers.abs() + 1]
-
-
-def _results(
-    x: Tensor,
-    residual: Tensor | None,
-    parameters: list[Tensor | None],
-    gradient: Tensor,
-    *,
-    dtype: torch.dtype | None = None,
-    backend: str = "triton",
-    **options: Any,
-) -> dict[str, Tensor]:
-    """y, the running statistics and all gradients; in `dtype`, if one is given."""
-    given = [
-        None if t is None else t.detach().clone().to(dtype or t.dtype)
-        for t in (x, residual, *parameters)
-    ]
-    for t in given[:4]:
-        if t is not None:
-            t.requires_grad_()
-    x, residual, weight, bias, running_mean, running_var = given
-    y = batch_norm_act(
-        x, weight, bias, running_mean, running_var, residual=residual, backend=backend, **options
-    )
-    y.backward(gradient.to(y.dtype))
-    names = ("x", "residual", "weight", "bias")
-    gradients = {name: t.grad for name, t in zip(names, given, strict=False) if t is not None}
-    assert all(g is not None for g in gradients.values())
-    return {"y": y.detach(), "running_mean": running_mean, "running_var": running_var, **gradients}
-
-
-def _exact(*given: Any, groups: int, relu: bool) -> dict[str, Tensor]:
-    """The eager reference in float64."""
-    options = {"groups": groups, "relu": relu, "momentum": 0.3, "eps": 1e-3}
-    return _results(*given, dtype=torch.float64, backend="eager", **options)
-
-
-def _close(
-    got: dict[str, Tensor], want: dict[str, Tensor], rtol: float = 1e-4, atol: float = 1e-5
+def test_the_same_twice_and_tickets_left_at_zero(
+    fused: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All that is wanted, compared in float64."""
-    for name in want:
-        torch.testing.assert_close(
-            got[name].double(), want[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
-        )
-
-
-@pytest.mark.usefixtures("launches")
-@pytest.mark.parametrize(
-    ("shape", "groups", "add", "relu", "affine"),
-    [
-        ((6, 20, 3, 7), 3, True, True, True),
-        ((6, 20, 3, 3), 3, False, True, True),
-        ((6, 20, 3, 3), 3, True, False, True),
-        ((6, 20, 3, 3), 3, False, False, False),
-        ((4, 5, 3, 3), 2, True, True, True),
-        ((6, 33), 2, False, True, True),
-        ((4, 32, 4, 4), 2, True, True, True),  # no padding anywhere
-        ((16, 64), 1, False, True, True),
-    ],
-    ids=str,
-)
-def test_values_gradients_and_running_statistics(
-    shape: tuple[int, ...], groups: int, add: bool, relu: bool, affine: bool
-) -> None:
-    x, gradient = _draw(shape) * 2 + 1, _draw(shape, seed=1)
-    residual = _draw(shape, seed=2) if add else None
-    parameters = _parameters(shape[1], affine)
-    want = _exact(x, residual, parameters, gradient, groups=groups, relu=relu)
-    got = _results(
-        x, residual, parameters, gradient, groups=groups, relu=relu, momentum=0.3, eps=1e-3
-    )
-    assert got.keys() == want.keys()
-    _close(got, want)
-    assert all(value.dtype == torch.float32 for value in got.values())
-    assert got["y"].stride() == got["x"].stride() == x.stride()
-
-
-@pytest.mark.usefixtures("launches")
-@pytest.mark.parametrize("add", [True, False], ids=["residual", "alone"])
-def test_bfloat16_is_as_exact_as_torch(add: bool) -> None:
-    shape = (4, 24, 3, 7)
-    x, gradient = _draw(shape, torch.bfloat16), _draw(shape, torch.bfloat16, seed=1)
-    residual = _draw(shape, torch.bfloat16, seed=2) if add else None
-    parameters = _parameters(shape[1], True)
-    want = _exact(x, residual, parameters, gradient, groups=2, relu=True)
-    options = {"groups": 2, "momentum": 0.3, "eps": 1e-3}
-    got, torchs = (
-        _results(x, residual, parameters, gradient, backend=backend, **options)
-        for backend in ("triton", "eager")
-    )
-    for name, exact in want.items():
-        assert got[name].dtype == torchs[name].dtype
-        error, known = (
-            (each[name].double() - exact).square().mean().sqrt() for each in (got, torchs)
-        )
-        # The interpreter truncates to bfloat16 where a GPU rounds: the root mean square of its
-        # errors is twice as large.
-        assert error <= (2.2 if INTERPRETED else 1.1) * known + 1e-6, name
-
-
-@pytest.mark.usefixtures("launches")
-def test_a_mean_of_a_thousand_deviations() -> None:
-    shape = (4, 8, 5, 5)
-    x, gradient = _draw(shape) + 1000, _draw(shape, seed=1)
-    parameters = _parameters(shape[1], True)
-    want = _exact(x, None, parameters, gradient, groups=2, relu=False)
-    got = _results(x, None, parameters, gradient, groups=2, relu=False, momentum=0.3, eps=1e-3)
-    _close(got, want, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(got["running_var"].double(), want["running_var"], rtol=1e-5, atol=0)
-
-
-@pytest.mark.usefixtures("launches")
-def test_the_same_twice_and_tickets_left_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     tickets = []
 
     def one_ticket(device: torch.device, count: int) -> Tensor:
@@ -170,94 +42,22 @@ def test_the_same_twice_and_tickets_left_at_zero(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(operation, "new_tickets", one_ticket)
     shape = (4, 20, 3, 3)
-    x, gradient, parameters = _draw(shape), _draw(shape, seed=1), _parameters(20, True)
-    first, second = (_results(x, None, parameters, gradient, groups=2) for _ in range(2))
+    x, gradient, parameters = draw(shape), draw(shape, seed=1), parameters_of(20, True)
+    first, second = (
+        results(x, None, parameters, gradient, groups=2, backend=fused) for _ in range(2)
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all((t == 0).all() for t in tickets)
 
 
-@pytest.mark.usefixtures("launches")
-def test_nan_and_infinity_pass_as_in_torch() -> None:
-    x = _draw((4, 4, 3, 3))
-    x[0, 0, 0, 0], x[3, 1, 2, 2] = torch.nan, torch.inf
-    gradient, parameters = _draw((4, 4, 3, 3), seed=1), _parameters(4, True)
-    got, want = (
-        _results(x, None, parameters, gradient, groups=2, backend=b) for b in ("triton", "eager")
-    )
-    for name in ("y", "x", "running_mean", "running_var"):
-        assert torch.equal(got[name].isfinite(), want[name].isfinite()), name
-    assert torch.equal(got["y"].isnan(), want["y"].isnan())
-
-
-@pytest.mark.usefixtures("launches")
-def test_a_constant_channel() -> None:
-    x, gradient = torch.full((4, 3, 4, 4), 7.25, device=DEVICE), _draw((4, 3, 4, 4), seed=1)
-    x = x.to(memory_format=torch.channels_last)
-    got = _results(x, None, _parameters(3, True), gradient, groups=2, relu=False)
-    torch.testing.assert_close(got["y"], _parameters(3, True)[1][None, :, None, None].expand_as(x))
-    assert all(value.isfinite().all() for value in got.values())
-
-
-def test_without_running_statistics_and_other_gradients() -> None:
-    """Nothing to update; a gradient in another layout; a residual in another dtype and layout."""
-    x, parameters = _draw((4, 6, 4, 4)), _parameters(6, True)
-    residual = torch.randn(4, 6, 4, 4, dtype=torch.float64, device=DEVICE).to(torch.bfloat16)
-    gradient = torch.randn(4, 6, 1, 1, device=DEVICE).expand(4, 6, 4, 4)
-    want = _exact(x, residual, parameters, gradient, groups=2, relu=True)
-    got = _results(x, residual, [*parameters[:2], None, None], gradient, groups=2, eps=1e-3)
-    _close(got, {name: want[name] for name in ("y", "x", "weight", "bias")})
-    assert got["residual"].dtype == torch.bfloat16
-
-
-def test_frozen_parameters_and_no_grad() -> None:
-    x, (weight, bias, mean, var) = _draw((4, 6, 4, 4)).requires_grad_(), _parameters(6, True)
-    y = batch_norm_act(x, weight, bias, mean, var, groups=2, backend="triton")
-    y.sum().backward()
-    assert x.grad is not None
-    with torch.no_grad():
-        y = batch_norm_act(x, weight, bias, mean, var, groups=2, backend="triton")
-    assert not y.requires_grad
-
-
-RUNNING = {"running_mean": torch.zeros(6), "running_var": torch.ones(6)}
-REFUSED: dict[str, dict[str, Any]] = {
-    r"takes torch.channels_last, not strides": {"x": torch.ones(4, 6, 4, 4)},
-    r"not x in torch.float64": {"x": torch.ones(4, 6, dtype=torch.float64)},
-    r"takes contiguous parameters": {"weight": torch.ones(12)[::2]},
-    r"takes training mode alone": {"training": False, **RUNNING},
-    r"weight: shape \(5,\) must be \(6,\)": {"weight": torch.ones(5)},
-    r"running_mean, running_var: both must be given or none": {"running_mean": torch.zeros(6)},
-}
-
-
-@pytest.mark.parametrize("message", REFUSED)
-def test_what_the_fused_backend_does_not_take(message: str) -> None:
-    """Refused where it was named; otherwise eager computes what PyTorch can."""
-    given = dict.fromkeys(("x", "weight", "bias", "running_mean", "running_var"))
-    given |= {"x": torch.randn(4, 6)} | REFUSED[message]
-    for name, value in given.items():
-        if isinstance(value, Tensor):  # `to` would make what it moves contiguous
-            there = {"dtype": value.dtype, "device": DEVICE}
-            given[name] = torch.empty_strided(value.shape, value.stride(), **there).copy_(value)
-    with pytest.raises(InputError, match=message):
-        batch_norm_act(**given, backend="triton")
-    if "takes" in message or "not x" in message:
-        assert torch.equal(batch_norm_act(**given), batch_norm_act(**given, backend="eager"))
-
-
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
 def test_in_a_cuda_graph() -> None:
-    x, residual, gradient = (_draw((8, 64, 16, 16), torch.bfloat16, seed) for seed in range(3))
-    step = partial(_results, x, residual, _parameters(64, True), gradient, groups=2)
+    x, residual, gradient = (draw((8, 64, 16, 16), torch.bfloat16, seed) for seed in range(3))
+    step = partial(
+        results, x, residual, parameters_of(64, True), gradient, groups=2, backend="triton"
+    )
     want = step()
     graph, got = captured(step)
     for _ in range(3):
         graph.replay()
     assert all(torch.equal(got[name], want[name]) for name in want)
-
-
-def test_under_compile_eager_is_taken() -> None:
-    x, parameters = _draw((4, 6, 4, 4)), _parameters(6, True)
-    compiled = torch.compile(batch_norm_act, backend="eager", fullgraph=True)
-    wanted = batch_norm_act(x, *parameters[:2], None, None, groups=2, backend="eager")
-    torch.testing.assert_close(compiled(x, *parameters[:2], None, None, groups=2), wanted)

@@ -3,15 +3,14 @@ backend, and its gradients.
 
 A batch holds `groups` views one after the other. Each is normalised by its own statistics, and
 running statistics are updated by the views in turn, as if they had come one by one. What the fused
-kernels compute and move is described in kernels/batch_norm.py: forward is two launches or one, and
-so is backward.
+backends compute and move is described in kernels/batch_norm.py and csrc/batch_norm_cpu.cpp.
 
 Code under torch.compile is left to PyTorch, which fuses it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,14 +20,17 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from vi_simsiam.errors import InputError
-from vi_simsiam.ops.backends import choose_backend
+from vi_simsiam.ops.backends import choose_backend, extension
 from vi_simsiam.ops.tickets import new_tickets
 
 if TYPE_CHECKING:
     from vi_simsiam.kernels.batch_norm import Plan
 
-BATCH_NORM_BACKENDS = ("eager", "triton")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BATCH_NORM_BACKENDS = ("eager", "triton", "cpu")
+_DTYPES = {
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cpu": (torch.float32, torch.bfloat16, torch.float64),
+}
 
 
 def batch_norm_act(
@@ -50,7 +52,7 @@ def batch_norm_act(
     statistics.
 
     Args:
-        x: (N, C, height, width), for the fused backend in channels_last, or (N, C).
+        x: (N, C, height, width), for the fused backends in channels_last, or (N, C).
         weight, bias: (C,), or None for 1 and 0.
         running_mean, running_var: (C,), updated in training mode by each group in turn; both or
             none.
@@ -60,8 +62,9 @@ def batch_norm_act(
         momentum: weight of a group's statistics in the running ones.
         eps: added to the variance.
         training: whether the batch's statistics normalise, not the running ones.
-        backend: "eager", "triton" (fused, once differentiable, training mode only), or "auto":
-            triton for CUDA tensors where it runs and takes x, and under TRITON_INTERPRET=1.
+        backend: "eager", one of the fused "triton" and "cpu" (once differentiable, training mode
+            only), or "auto": triton for CUDA tensors and cpu for CPU tensors where they run and
+            take x, and triton under TRITON_INTERPRET=1.
 
     Returns:
         Shaped as x, in its dtype and layout.
@@ -79,7 +82,8 @@ def batch_norm_act(
     check_groups(x, groups, training=training)
     parameters = dict(weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     check_parameters(x, parameters)
-    if choose_fused(backend, x, parameters, training=training) == "eager":
+    chosen = choose_fused(backend, x, parameters, training=training)
+    if chosen == "eager":
         parts = x.chunk(groups) if training and groups > 1 else (x,)
         statistics = running_mean, running_var, weight, bias, training, momentum, eps
         normalised = [F.batch_norm(part, *statistics) for part in parts]
@@ -89,7 +93,7 @@ def batch_norm_act(
     x = x.contiguous(memory_format=_layout(x))
     if residual is not None:
         residual = residual.to(x.dtype).contiguous(memory_format=_layout(x))
-    numbers = groups, relu, momentum, eps
+    numbers = groups, relu, momentum, eps, chosen
     result: Tensor = _BatchNormAct.apply(
         x, residual, weight, bias, running_mean, running_var, *numbers
     )
@@ -125,36 +129,48 @@ def check_parameters(x: Tensor, parameters: Mapping[str, Tensor | None]) -> None
 
 def choose_fused(
     backend: str, x: Tensor, parameters: Mapping[str, Tensor | None], *, training: bool = True
-) -> Literal["eager", "triton"]:
-    """The backend for x: what the fused one does not take is left to eager, unless it was named
+) -> Literal["eager", "triton", "cpu"]:
+    """The backend for x: what a fused one does not take is left to eager, unless it was named
     explicitly.
 
     Raises:
-        InputError: no such backend, or "triton" for what it does not take.
-        BackendUnavailableError: "triton" cannot run on x's device.
+        InputError: no such backend, or a fused one for what it does not take.
+        BackendUnavailableError: the backend cannot run on x's device.
     """
-    preferred = ("triton", "eager")
-    if choose_backend(backend, x.device.type, BATCH_NORM_BACKENDS, preferred) == "eager":
+    preferred = ("triton", *(("cpu",) if x.device.type == "cpu" else ()), "eager")
+    chosen = choose_backend(backend, x.device.type, BATCH_NORM_BACKENDS, preferred)
+    if chosen == "eager":
         return "eager"
     given = [parameter for parameter in parameters.values() if parameter is not None]
+    narrow = (torch.float32, torch.bfloat16, torch.float16)
+    accepted = narrow if chosen == "triton" else (statistics_dtype(x),)
     problem = None
     if torch.compiler.is_compiling():
         problem = "no code under torch.compile"
     elif not training:
         problem = "training mode alone"
-    elif x.dtype not in _DTYPES or any(parameter.dtype == torch.float64 for parameter in given):
-        problem = (
-            f"float32, bfloat16 and float16, and parameters of at most float32, not x in {x.dtype}"
-        )
+    elif x.dtype not in _DTYPES[chosen]:
+        problem = f"{_names(_DTYPES[chosen])}, not {_names((x.dtype,))}"
+    elif not all(parameter.dtype in accepted for parameter in given):
+        problem = f"parameters in {_names(accepted)}"
     elif not all(parameter.is_contiguous() for parameter in given):
         problem = "contiguous parameters"
     elif x.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last):
         problem = f"torch.channels_last, not strides {tuple(x.stride())} of shape {tuple(x.shape)}"
     if problem is None:
-        return "triton"
-    if backend == "triton":
-        raise InputError(f"x: the fused backend takes {problem}")
+        return "cpu" if chosen == "cpu" else "triton"
+    if backend == chosen:
+        raise InputError(f"x: the backend {chosen!r} takes {problem}")
     return "eager"
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of x's statistics and parameters: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -198,19 +214,20 @@ class _BatchNormAct(torch.autograd.Function):
         relu: bool,
         momentum: float,
         eps: float,
+        backend: str,
     ) -> Tensor:
-        from vi_simsiam.kernels import batch_norm as kernel
-
-        chosen = kernel.plan(*_size(x, groups), 1, multiprocessors(x.device))
         y = torch.empty_like(x, memory_format=_layout(x))
-        # Mean, invstd and unbiased variance.
-        statistics = torch.empty((3, groups, x.shape[1]), dtype=torch.float32, device=x.device)
-        sums: tuple[Tensor | None, Tensor | None] = (None, None)
-        if not chosen.single:
-            sums = workspace(x, chosen, groups)
-        given = (x, residual, weight, bias, running_mean, running_var, y, statistics, *sums)
-        kernel.forward(*given, chosen, groups=groups, relu=relu, momentum=momentum, eps=eps)
-        ctx.groups, ctx.relu, ctx.has_residual = groups, relu, residual is not None
+        # Mean, invstd and, of Triton, the unbiased variance.
+        shape, dtype = (3, groups, x.shape[1]), statistics_dtype(x)
+        statistics = torch.empty(shape, dtype=dtype, device=x.device)
+        given = (x, residual, weight, bias, running_mean, running_var, y, statistics)
+        numbers = {"groups": groups, "relu": relu, "momentum": momentum, "eps": eps}
+        if backend == "cpu":
+            _run_on_cpu("batch_norm_forward_cpu", dict(zip(_FORWARD, given, strict=True)), numbers)
+        else:
+            _launch_forward(given, numbers)
+        ctx.backend, ctx.has_residual = backend, residual is not None
+        ctx.numbers = {"groups": groups, "relu": relu}
         ctx.save_for_backward(
             x, y if relu and residual is not None else None, weight, bias, statistics
         )
@@ -219,12 +236,7 @@ class _BatchNormAct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        from vi_simsiam.kernels import batch_norm as kernel
-        from vi_simsiam.kernels import batch_norm_backward
-
         x, y, weight, bias, statistics = ctx.saved_tensors
-        size, tensors = _size(x, ctx.groups), 2 if y is None else 3
-        chosen = kernel.plan(*size, tensors, multiprocessors(x.device))
         # Without a ReLU the residual's gradient is that of the result.
         by_residual = gradient if ctx.has_residual else None
         gradient = gradient.contiguous(memory_format=_layout(x))
@@ -233,12 +245,56 @@ class _BatchNormAct(torch.autograd.Function):
             by_residual = torch.empty_like(by_x)
         by_weight = None if weight is None else torch.empty_like(weight)
         by_bias = None if bias is None else torch.empty_like(bias)
-        sums: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-        if not chosen.single:
-            sums = (torch.empty_like(statistics[:2]), *workspace(x, chosen, ctx.groups))
-        given = (gradient, x, y, weight, bias, statistics)
-        results = (by_x, None if y is None else by_residual, by_weight, by_bias)
-        batch_norm_backward.backward(
-            *given, *results, *sums, chosen, groups=ctx.groups, relu=ctx.relu
-        )
-        return by_x, by_residual, by_weight, by_bias, *[None] * 6
+        results = by_x, None if y is None else by_residual, by_weight, by_bias
+        tensors = gradient, x, y, weight, bias, statistics, *results
+        if ctx.backend == "cpu":
+            named = dict(zip(_BACKWARD, tensors, strict=True))
+            _run_on_cpu("batch_norm_backward_cpu", named, ctx.numbers)
+        else:
+            _launch_backward(tensors, ctx.numbers)
+        return by_x, by_residual, by_weight, by_bias, *[None] * 7
+
+
+_FORWARD = ("x", "residual", "weight", "bias", "running_mean", "running_var", "y", "statistics")
+_BACKWARD = (
+    "gradient", "x", "y", "weight", "bias", "statistics",
+    "by_x", "by_residual", "by_weight", "by_bias",
+)  # fmt: skip
+
+
+def _run_on_cpu(
+    name: str, tensors: Mapping[str, Tensor | None], numbers: Mapping[str, Any]
+) -> None:
+    x = tensors["x"]
+    assert x is not None
+    rows, channels, _, _ = _size(x, numbers["groups"])
+    addresses = {key: each.data_ptr() for key, each in tensors.items() if each is not None}
+    numbers = {**numbers, "rows": rows, "channels": channels, "dtype": _names((x.dtype,))}
+    getattr(extension(), name)(**addresses, **numbers, threads=torch.get_num_threads())
+
+
+def _launch_forward(given: tuple[Tensor | None, ...], numbers: Mapping[str, Any]) -> None:
+    from vi_simsiam.kernels import batch_norm as kernel
+
+    x, groups = given[0], numbers["groups"]
+    assert x is not None
+    chosen = kernel.plan(*_size(x, groups), 1, multiprocessors(x.device))
+    sums: tuple[Tensor | None, Tensor | None] = (None, None)
+    if not chosen.single:
+        sums = workspace(x, chosen, groups)
+    kernel.forward(*given, *sums, chosen, **numbers)
+
+
+def _launch_backward(given: tuple[Tensor | None, ...], numbers: Mapping[str, Any]) -> None:
+    from vi_simsiam.kernels import batch_norm as kernel
+    from vi_simsiam.kernels import batch_norm_backward
+
+    _, x, y, _, _, statistics, *_ = given
+    assert x is not None
+    assert statistics is not None
+    groups, tensors = numbers["groups"], 2 if y is None else 3
+    chosen = kernel.plan(*_size(x, groups), tensors, multiprocessors(x.device))
+    sums: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    if not chosen.single:
+        sums = (torch.empty_like(statistics[:2]), *workspace(x, chosen, groups))
+    batch_norm_backward.backward(*given, *sums, chosen, **numbers)

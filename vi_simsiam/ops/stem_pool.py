@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.batch_norm import (
+    batch_norm_act,
     check_groups,
     check_parameters,
     choose_fused,
@@ -43,23 +44,22 @@ def batch_norm_relu_max_pool(
     """max_pool2d(relu(batch_norm(x)), 3, stride=2, padding=1) in training mode, each group
     normalised by its own statistics.
 
-    Where values of a window are equal, the first one gets the gradient. The fused backend compares
-    before it rounds; channels whose weight is 0 pass the gradient, which reaches the weight and the
+    Where values of a window are equal, the first one gets the gradient. Triton compares before it
+    rounds; channels whose weight is 0 pass the gradient, which reaches the weight and the
     bias alone, to the largest x.
 
     Args:
-        x: (N, C, height, width), for the fused backend in channels_last.
+        x: (N, C, height, width), for the fused backends in channels_last.
         weight, bias: (C,), or None for 1 and 0.
         running_mean, running_var: (C,), updated by each group in turn; both or none.
         groups: how many views of equally many images x holds, one after the other.
         momentum: weight of a group's statistics in the running ones.
         eps: added to the variance.
-        backend: "eager", "triton" (fused, once differentiable), or "auto": triton for CUDA tensors
-            where it runs, and under TRITON_INTERPRET=1.
+        backend: as in `batch_norm_act`; all but triton pool the result of that.
 
     Returns:
-        (N, C, (height + 1) // 2, (width + 1) // 2) in x's dtype; of the fused backend in
-        channels_last.
+        (N, C, (height + 1) // 2, (width + 1) // 2) in x's dtype; of the fused backends
+        in channels_last.
 
     Raises:
         InputError: a shape, layout, number of groups or backend that is not accepted.
@@ -72,13 +72,14 @@ def batch_norm_relu_max_pool(
     named = dict(weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     check_parameters(x, named)
     parameters = weight, bias, running_mean, running_var
-    if choose_fused(backend, x, named) == "eager":
-        numbers = running_mean, running_var, weight, bias, True, momentum, eps
-        return F.max_pool2d(
-            torch.cat([F.batch_norm(part, *numbers) for part in x.chunk(groups)]).relu(), 3, 2, 1
+    chosen = choose_fused(backend, x, named)
+    if chosen != "triton":
+        y = batch_norm_act(
+            x, *parameters, groups=groups, momentum=momentum, eps=eps, backend=chosen
         )
-    y: Tensor = _StemPool.apply(x, *parameters, groups, momentum, eps)
-    return y
+        return F.max_pool2d(y, 3, 2, 1)
+    pooled: Tensor = _StemPool.apply(x, *parameters, groups, momentum, eps)
+    return pooled
 
 
 class _StemPool(torch.autograd.Function):
