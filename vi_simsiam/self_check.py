@@ -316,14 +316,15 @@ _SPHERICAL = LossForm(
     "power_spherical", _DIM - 1, factor=1 / (_DIM - 1), link="quadratic", gain=0.25, cosine=1.0
 )
 _COSINE = LossForm("cosine")
+_NORMS = ("triton", "cpu")
 OPERATIONS = {
     "VI-SimSiam loss": Operation(
         BACKENDS, partial(_draw_loss, _SPHERICAL), partial(_loss, _SPHERICAL)
     ),
     "SimSiam loss": Operation(BACKENDS, partial(_draw_loss, _COSINE), partial(_loss, _COSINE)),
     "augmentation": Operation(("triton",), _draw_views, _views, _COLOURS),
-    "BatchNorm + add + ReLU": Operation(("triton",), partial(_draw_norm, (6, 20, 27, 27)), _norm),
-    "BatchNorm + ReLU": Operation(("triton",), partial(_draw_norm, (38, 72)), _norm),
+    "BatchNorm + add + ReLU": Operation(_NORMS, partial(_draw_norm, (6, 20, 27, 27)), _norm),
+    "BatchNorm + ReLU": Operation(_NORMS, partial(_draw_norm, (38, 72)), _norm),
     "BatchNorm + ReLU + max-pool": Operation(("triton",), _draw_pool, _pool),
     "first convolution": Operation(("triton",), _draw_convolution, _convolution, _CONVOLUTION),
 }
