@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import resnet
 
+from vi_simsiam.ops import small_map_convolution, stem_convolution
 from vi_simsiam.ops.batch_norm import batch_norm_act
-from vi_simsiam.ops.stem_convolution import stem_convolution, takes
 from vi_simsiam.ops.stem_pool import batch_norm_relu_max_pool
 
 
@@ -102,13 +102,25 @@ class Head(nn.Sequential):
         return x
 
 
+def _convolve(layer: nn.Module, x: Tensor) -> Tensor:
+    """The layer's result; a convolution on a small map, also in a sequence, may be our own."""
+    if isinstance(layer, nn.Sequential):
+        for each in layer:
+            x = _convolve(each, x)
+        return x
+    if type(layer) is not nn.Conv2d or not small_map_convolution.takes(x, layer):
+        return cast(Tensor, layer(x))
+    numbers: Any = layer.stride, layer.padding
+    return small_map_convolution.small_map_convolution(x, layer.weight, *numbers)
+
+
 def _fused_block(block: Any, x: Tensor) -> Tensor:
-    identity = x if block.downsample is None else block.downsample(x)
-    x = block.bn1.act(block.conv1(x))
+    identity = x if block.downsample is None else _convolve(block.downsample, x)
+    x = block.bn1.act(_convolve(block.conv1, x))
     if isinstance(block, resnet.BasicBlock):
-        return cast(Tensor, block.bn2.act(block.conv2(x), identity))
-    x = block.bn2.act(block.conv2(x))
-    return cast(Tensor, block.bn3.act(block.conv3(x), identity))
+        return cast(Tensor, block.bn2.act(_convolve(block.conv2, x), identity))
+    x = block.bn2.act(_convolve(block.conv2, x))
+    return cast(Tensor, block.bn3.act(_convolve(block.conv3, x), identity))
 
 
 class _BasicBlock(resnet.BasicBlock):  # type: ignore[misc]
@@ -125,7 +137,10 @@ class _ResNet(resnet.ResNet):  # type: ignore[misc]
     def _forward_impl(self, x: Tensor) -> Tensor:
         if not is_fused(self.bn1):
             return cast(Tensor, super()._forward_impl(x))
-        x = stem_convolution(x, self.conv1.weight) if takes(x, self.conv1) else self.conv1(x)
+        if stem_convolution.takes(x, self.conv1):
+            x = stem_convolution.stem_convolution(x, self.conv1.weight)
+        else:
+            x = self.conv1(x)
         x = self.bn1.act_pool(x) if _is_stem_pool(self.maxpool) else self.maxpool(self.bn1.act(x))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return cast(Tensor, self.fc(torch.flatten(self.avgpool(x), 1)))
@@ -142,7 +157,7 @@ def make_fusible(network: resnet.ResNet) -> None:
     """Let a torchvision ResNet made of `PerViewBatchNorm2d` layers fuse them.
 
     Its class and those of its blocks are exchanged, since torchvision's functions take no classes
-    of blocks. Hooks of modules that are fused with others do not run.
+    of blocks. Hooks of modules that are fused or replaced do not run.
     """
     exchanged: dict[type, type] = {resnet.ResNet: _ResNet}
     exchanged |= {resnet.BasicBlock: _BasicBlock, resnet.Bottleneck: _Bottleneck}

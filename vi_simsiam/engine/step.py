@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.data.device import DeviceFeed
 from vi_simsiam.engine.distributed import World
+from vi_simsiam.engine.sgd import CPUFusedSGD
 from vi_simsiam.errors import InputError
 from vi_simsiam.models import Output, SimSiam
 from vi_simsiam.normalisation import PerView
@@ -102,7 +103,8 @@ class TrainStep:
         self._rate, self._norm = torch.zeros_like(self.failed), torch.zeros_like(self.failed)
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # Fused SGD reads the learning rate on the device, and changes nothing where found_inf is 1.
-        self.optimizer = torch.optim.SGD(
+        kind = CPUFusedSGD if self.device.type == "cpu" else torch.optim.SGD
+        self.optimizer = kind(
             self._trained, lr=self._rate, momentum=momentum, weight_decay=weight_decay, fused=True
         )
         self.optimizer.found_inf = self.failed  # type: ignore[attr-defined]
