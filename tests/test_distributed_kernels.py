@@ -69,7 +69,9 @@ def test_ranks_with_kernels_have_the_gradients_of_one_process(bf16: bool) -> Non
 Case = list[tuple[str | None, tuple[float | Exception, float]]]
 
 
-def choosing(world: World, settings: TrainConfig, cases: list[Case]) -> list[str]:
+def choosing(
+    world: World, settings: TrainConfig, cases: list[Case], resumed: Path | None = None
+) -> list[str]:
     """The choices where each rank cannot use the kernels for a reason, or its steps take so many
     seconds with and without them."""
     chosen = []
@@ -85,9 +87,10 @@ def choosing(world: World, settings: TrainConfig, cases: list[Case]) -> list[str
         unavailable = mock.patch.object(kernels, "why_unavailable", return_value=problem)
         model = SimSiam(small_backbone()[0], features=32, dim=32)
         make_step = partial(configured_step, settings, loss_scale=1.0, backend="eager", bf16=False)
-        with unavailable, mock.patch.object(kernels, "_seconds", seconds):
+        device = mock.patch.object(kernels, "device_name", return_value="a device")
+        with unavailable, device, mock.patch.object(kernels, "_seconds", seconds):
             found = kernels.choose_kernels(
-                settings, world, model, make_step, dtype=torch.float32, steps=100
+                settings, world, model, make_step, dtype=torch.float32, steps=100, resumed=resumed
             )
         chosen.append(str(found))
     return chosen
@@ -110,3 +113,11 @@ def test_ranks_choose_the_same_layers(image_folder: Path) -> None:
     }
     for found in values(run_ranks(choosing, 2, config(image_folder), list(cases.values()))):
         assert found == list(cases)
+
+
+def test_ranks_keep_the_choice_that_rank_0_reads(image_folder: Path, tmp_path: Path) -> None:
+    saved = kernels.KernelChoice("a device", False, 300.0, 200.0)
+    saved.save(tmp_path)
+    case: Case = [(None, (0.1, 0.2)), (None, (0.1, 0.2))]
+    for found in values(run_ranks(choosing, 2, config(image_folder), [case], tmp_path)):
+        assert found == [str(saved)]

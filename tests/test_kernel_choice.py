@@ -150,6 +150,9 @@ def test_a_short_run_is_not_measured(
     monkeypatch.setitem(module._EFFORT, "cpu", effort._replace(fewest_steps=10))
     trained(config(image_folder), tmp_path / "long")
     assert steps == [True, False] * 3
+    (tmp_path / "long" / "kernels.json").unlink()
+    trained(config(image_folder), tmp_path / "long", resume=True)
+    assert steps == [True, False] * 3, "nothing is left to train"
 
 
 def test_a_resumed_run_keeps_its_choice(
@@ -222,6 +225,8 @@ def test_damaged_choices_are_named(image_folder: Path, tmp_path: Path) -> None:
             Trainer(config(image_folder, epochs=1), run, resume=True, console=QUIET)
     train(config(image_folder, epochs=1), run, overwrite=True)
     assert json.loads((run / "kernels.json").read_text())["device"] == device_name(CPU)
+    train(config(image_folder, epochs=1, kernels="off"), run, overwrite=True)
+    assert not (run / "kernels.json").exists()
 
 
 def test_kernels_that_cannot_be_used(
