@@ -7,14 +7,11 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import pytest
 import torch
 from graph_cases import with_stand_in
-from rich.console import Console
 from test_device_feed import IMAGES, MEMORIES, on_gpu
-from test_trainer import config
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _disable_current_modes
@@ -23,7 +20,6 @@ from vi_simsiam.backbones import build_backbone
 from vi_simsiam.config import AugmentConfig, TrainConfig
 from vi_simsiam.data import Batch, DeviceFeed, MultiViewLoader, device
 from vi_simsiam.data.views import Schedule
-from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.graph import capture
 from vi_simsiam.engine.graph_rules import Rules
 from vi_simsiam.engine.step import (
@@ -33,10 +29,7 @@ from vi_simsiam.engine.step import (
     TrainStep,
     learning_rates,
     training_network,
-    use_kernels,
 )
-from vi_simsiam.engine.train import Trainer
-from vi_simsiam.errors import InputError
 from vi_simsiam.models import SimSiam, VISimSiam
 from vi_simsiam.ops.stem_convolution import _OverBlocks
 
@@ -363,24 +356,3 @@ def test_the_stems_weight_is_rearranged_on_the_device() -> None:
     with Rules(torch.device("meta"), (weight,)):
         (gradient,) = torch.autograd.grad(_OverBlocks.apply(weight).sum(), weight)
     assert gradient.shape == weight.shape
-
-
-def test_kernels_that_cannot_be_used_are_refused(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before the folder is touched; "auto" uses them where they can be used."""
-    refused, world = "kernels: 'on' cannot be used: .*", World()
-    with pytest.raises(InputError, match=f"{refused} not cpu; auto and off run here"):
-        Trainer(config(image_folder, kernels="on"), tmp_path / "run", console=Console(quiet=True))
-    assert not (tmp_path / "run").exists()
-    for kernels in ("auto", "off"):
-        assert not use_kernels(TrainConfig(kernels=kernels), world)  # type: ignore[arg-type]
-    monkeypatch.setattr("vi_simsiam.engine.step.why_unavailable", lambda name, device_type: None)
-    assert use_kernels(TrainConfig(kernels="on"), world)
-    assert not use_kernels(TrainConfig(kernels="auto", compile=True), world)
-    for changes, reason in (
-        ({"compile": True}, "compile replaces them"),
-        ({"sync_batch_norm": True}, "statistics over several GPUs, as with sync_batch_norm"),
-    ):
-        with pytest.raises(InputError, match=f"{refused}{reason}"):
-            use_kernels(TrainConfig(kernels="on", **changes), world)  # type: ignore[arg-type]

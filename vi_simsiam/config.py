@@ -120,8 +120,8 @@ class TrainConfig:
     capture: Capture = "auto"
     """Replay a GPU's training step as one CUDA graph; auto falls back to single launches."""
     kernels: Kernels = "auto"
-    """Use the project's kernels around the network's convolutions; auto: on a GPU, without compile,
-    torchrun and sync_batch_norm."""
+    """Use the project's kernels around the network's convolutions; auto: where they can be used,
+    unless a long run measures at its start that torch's layers are faster."""
     compile: bool = False
     """Pass the network through torch.compile, instead of the kernels."""
     batch_norm: BatchNormStatistics = "per-view"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,6 @@ from vi_simsiam.engine.sgd import CPUFusedSGD
 from vi_simsiam.errors import InputError
 from vi_simsiam.models import Output, SimSiam
 from vi_simsiam.normalisation import PerView
-from vi_simsiam.ops.backends import why_unavailable
 
 Network = Callable[[Sequence[Tensor]], Output]
 State = tuple[nn.Module | torch.optim.Optimizer | Tensor, ...]
@@ -221,34 +220,57 @@ def training_network(
         compiled: pass the network through torch.compile.
         bf16: the network is called under autocast to bfloat16.
     """
-    model.shared_passes = all(
-        isinstance(norm, PerView) for norm in model.modules() if isinstance(norm, _BatchNorm)
-    )
+    model.shared_passes = own_norm(model) is None
     model.fused = kernels and model.shared_passes and not compiled
     if compiled:
         return torch.compile(model, dynamic=False)  # type: ignore[no-any-return]
     return Bfloat16Weights(model) if model.fused and bf16 else model
 
 
-def use_kernels(config: TrainConfig, world: World) -> bool:
-    """Decide on the project's kernels.
+def configured_step(
+    config: TrainConfig,
+    model: SimSiam,
+    rates: Tensor,
+    kernels: bool,
+    world: World | None = None,
+    *,
+    loss_scale: float,
+    backend: str,
+    bf16: bool,
+) -> TrainStep:
+    """The step of a run.
 
-    Raises:
-        InputError: kernels is "on", and they cannot be used.
+    Args:
+        config: of the run.
+        model, rates, world, loss_scale, backend, bf16: see `TrainStep`.
+        kernels: see `training_network`.
     """
-    problem = why_unavailable("triton", world.device.type)
-    if problem is not None:
-        problem = f"Triton cannot run them here: {problem}"
-    elif config.compile:
-        problem = "compile replaces them"
-    elif not world.alone:
-        problem = "they are for a run without torchrun"
-    elif config.sync_batch_norm:
-        problem = "they do not take statistics over several GPUs, as with sync_batch_norm"
-    if config.kernels == "on" and problem is not None:
-        raise InputError(f"kernels: 'on' cannot be used: {problem}; auto and off run here")
-    wanted = config.kernels == "on" or (config.kernels == "auto" and world.device.type == "cuda")
-    return wanted and problem is None
+    world = world or World(next(model.parameters()).device)
+    network = training_network(model, kernels=kernels, compiled=config.compile, bf16=bf16)
+    return TrainStep(
+        model,
+        rates,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        loss_scale=loss_scale,
+        backend=backend,
+        bf16=bf16,
+        clip_norm=config.clip_norm,
+        ema=config.ema,
+        network=wrap(network, world),
+        world=world,
+    )
+
+
+def own_norm(model: nn.Module) -> str | None:
+    """The name of the first BatchNorm that would see several views as one batch, None if no layer
+    does: those of this package take the views one by one."""
+    norms: Iterator[str] = (
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and not isinstance(module, PerView)
+    )
+    return next(norms, None)
 
 
 def check_step(config: TrainConfig, world: World) -> None:
@@ -301,19 +323,22 @@ def wrap(model: Callable[..., Any], world: World) -> Callable[..., Any]:
     )
 
 
-class Bfloat16Weights:
+class Bfloat16Weights(nn.Module):
     """A model that computes with bfloat16 copies of its convolutions' and linear layers' weights.
 
     The result is that of autocast. Autocast copies the weights layer by layer and converts every
     gradient on its own: two launches for each weight. Here one launch makes all copies, and one all
     gradients. Call it under autocast, which converts everything else.
 
+    DistributedDataParallel wraps it as it wraps the model. Save and restore the model, not this.
+
     Args:
         model: its weights stay float32, and receive float32 gradients.
     """
 
     def __init__(self, model: SimSiam) -> None:
-        self._model = model
+        super().__init__()
+        self.model = model
         self._names = [
             f"{path}.{name}"
             for path, module in model.named_modules()
@@ -322,11 +347,11 @@ class Bfloat16Weights:
             if weight.requires_grad
         ]
 
-    def __call__(self, views: Sequence[Tensor]) -> Output:
+    def forward(self, views: Sequence[Tensor]) -> Output:
         """The model's output for `views`."""
-        weights = [self._model.get_parameter(name) for name in self._names]
+        weights = [self.model.get_parameter(name) for name in self._names]
         copies = dict(zip(self._names, _Converted.apply(*weights), strict=True))
-        return torch.func.functional_call(self._model, copies, (views,))  # type: ignore[no-any-return]
+        return torch.func.functional_call(self.model, copies, (views,))  # type: ignore[no-any-return]
 
 
 class _Converted(torch.autograd.Function):

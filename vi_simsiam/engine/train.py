@@ -7,6 +7,7 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,21 +23,20 @@ from vi_simsiam.engine import run
 from vi_simsiam.engine.checkpoint import Checkpoint
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.graph import Captured, capture
+from vi_simsiam.engine.kernels import choose_kernels
 from vi_simsiam.engine.monitor import Monitor, representation_statistics
 from vi_simsiam.engine.processes import stop_signals
 from vi_simsiam.engine.step import (
     OverlappedStep,
-    TrainStep,
     check_step,
+    configured_step,
     learning_rates,
-    training_network,
-    use_kernels,
-    wrap,
 )
 from vi_simsiam.errors import ImageWarning, InputError, TrainingError
 from vi_simsiam.models import Output, SimSiam, VISimSiam, build_model
 from vi_simsiam.ops.backends import choose_backend
 from vi_simsiam.paths import user_path
+from vi_simsiam.text import print_line
 
 # All ranks log and communicate in the same steps, so these fields must agree between them.
 _COMMON_FIELDS = {"log_every", "capture", "kernels", "compile"}
@@ -46,7 +46,8 @@ class Trainer:
     """Trains one model into one run folder.
 
     All input is checked here, before the folder is touched. The same configuration gives the same
-    run on the same machine, also when it is interrupted and resumed at any step. An ImageWarning
+    run on the same machine, also when it is interrupted and resumed at any step; a long run times
+    its layers first, and other layers round otherwise (see `choose_kernels`). An ImageWarning
     names images that are left out and losses in decoding.
 
     On a GPU the images lie in its memory or are streamed to it, their views are made while the step
@@ -132,6 +133,7 @@ class Trainer:
         self.world.agree("data", self.content)
         if checkpoint is not None:
             run.check_images(saved, config, checkpoint, self.content)
+        views = torch.bfloat16 if bf16 and on_gpu else torch.float32
         self.loader = MultiViewLoader(
             images,
             config.augment,
@@ -139,27 +141,26 @@ class Trainer:
             self.device,
             seed=config.seed,
             workers=config.workers,
-            dtype=torch.bfloat16 if bf16 and on_gpu else torch.float32,
+            dtype=views,
             memory=config.data_memory,
             rank=self.world.rank,
             world_size=self.world.size,
         )
         self.total_steps = config.epochs * self.loader.steps_per_epoch
-        kernels = use_kernels(config, self.world)
-        network = training_network(self.model, kernels=kernels, compiled=config.compile, bf16=bf16)
-        self.train_step = TrainStep(
-            self.model,
-            learning_rates(config, self.loader.steps_per_epoch),
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            loss_scale=self.loss_scale,
-            backend=self.backend,
-            bf16=bf16,
-            clip_norm=config.clip_norm,
-            ema=config.ema,
-            network=wrap(network, self.world),
-            world=self.world,
+        make_step = partial(
+            configured_step, config, loss_scale=self.loss_scale, backend=self.backend, bf16=bf16
         )
+        self.kernels = choose_kernels(
+            config,
+            self.world,
+            self.model,
+            make_step,
+            dtype=views,
+            steps=self.total_steps - (0 if checkpoint is None else checkpoint.step),
+            resumed=resumed,
+        )
+        rates = learning_rates(config, self.loader.steps_per_epoch)
+        self.train_step = make_step(self.model, rates, self.kernels.kernels, self.world)
         self.step, self.seconds = 0, 0.0
         if path is None:
             made = run.new_folder(Path("runs"), config) if self.world.is_main else None
@@ -207,6 +208,10 @@ class Trainer:
                 self._save()
             elif main:
                 run.record_place(self.folder, self.config)
+            if main and self.config.kernels == "auto":
+                self.kernels.save(self.folder)
+                if self.kernels.explained and not self.quiet:
+                    print_line(self.console, f"kernels: {self.kernels}")
             stack.enter_context(contextlib.closing(self.loader))
             monitor = None
             if main:

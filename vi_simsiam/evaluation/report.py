@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from vi_simsiam import __version__
 from vi_simsiam.config import PLACE_FIELDS, TrainConfig, flat
 from vi_simsiam.engine.checkpoint import write_text
+from vi_simsiam.engine.kernels import kernels_of
 from vi_simsiam.engine.run import METRICS, Run, read_config
 from vi_simsiam.engine.verdict import Health
 from vi_simsiam.errors import InputError
@@ -109,7 +110,7 @@ def write_report(folder: Path, open_run: Callable[[], Run] | None = None) -> Pat
             "unwell": health.line if health is not None and health.short else None,
             "simsiam": config.method == "simsiam",
             **_results(results),
-            "facts": _facts(config, results),
+            "facts": _facts(folder, config, results),
             "makes": makes,
             "settings": settings(config),
             "evaluations": _evaluation_settings(results),
@@ -231,7 +232,7 @@ def _commands(folder: Path, config: TrainConfig) -> list[str]:
     return [shlex.join(["vi-simsiam", *command]) for command in [*commands, ["report", new]]]
 
 
-def _facts(config: TrainConfig, results: dict[str, dict[str, Any]]) -> dict[str, str]:
+def _facts(folder: Path, config: TrainConfig, results: dict[str, dict[str, Any]]) -> dict[str, str]:
     facts = {
         "Method": METHODS[config.method],
         "Data": shown(config.data),
@@ -239,6 +240,7 @@ def _facts(config: TrainConfig, results: dict[str, dict[str, Any]]) -> dict[str,
         "D": f"{config.model.dim:,}",
         "Epochs": f"{config.epochs:,}",
         "Seed": str(config.seed),
+        "Kernels": kernels_of(folder, config),
     }
     if first := next((results[name] for name in ACCURACIES if name in results), None):
         images = f"{first['train_images']:,} training, {first['val_images']:,} validation"
