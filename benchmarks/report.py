@@ -20,9 +20,9 @@ from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted, markdown_grid
 
 from . import accuracy, tables
+from .launches import launches_markdown
 from .plots import plot_paths
 from .results import read_result
-from .step_parts import launches_markdown
 from .targets import HEAD, targets_for
 
 _SECTION = re.compile(r"(<!-- bench: (.*?) -->\n).*?(<!-- /bench -->)", re.DOTALL)

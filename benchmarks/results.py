@@ -186,6 +186,11 @@ def floor_of(case: Case) -> str:
     return NETWORK_KERNELS if NETWORK_KERNELS in case["providers"] else NETWORK
 
 
+def step_with(layers: str, default: str) -> str:
+    """The step on views at hand with these layers; with those of training it has the short name."""
+    return AT_HAND if layers == default else f"{AT_HAND}, {layers}"
+
+
 def exposed_share(case: Case) -> Ratio | None:
     """Share of the step by which the augmentation makes it longer."""
     exposed, whole = case["phases"]["exposed augmentation"], times_of(case, STEP)

@@ -32,6 +32,7 @@ from .results import (
     fastest,
     floor_of,
     speed_up,
+    step_with,
     times_of,
 )
 
@@ -299,30 +300,31 @@ def step_markdown(result: _Result) -> str:
 
 
 _BY_LAYERS = (
-    ("PyTorch's, view by view", f"{AT_HAND}, torch, view by view", "-"),
-    ("PyTorch's, all views in one pass", f"{AT_HAND}, torch", NETWORK),
-    ("torch.compile, all views in one pass", f"{AT_HAND}, torch.compile", NETWORK_COMPILED),
-    ("our kernels, all views in one pass", AT_HAND, NETWORK_KERNELS),
+    ("PyTorch's, view by view", "torch, view by view", "-"),
+    ("PyTorch's, all views in one pass", "torch", NETWORK),
+    ("torch.compile, all views in one pass", "torch.compile", NETWORK_COMPILED),
+    ("our kernels, all views in one pass", "kernels", NETWORK_KERNELS),
 )
-"""Kinds of layers; the names of the step on views at hand and of the network alone with them."""
+"""Kinds of layers, and the names of the network alone with them."""
 
 
 def layers_markdown(result: _Result) -> str:
-    """Milliseconds of the captured step on views at hand and of the network alone, by layers."""
-    shown = {name for _, *columns in _BY_LAYERS for name in columns}
-    cases = []
+    """Milliseconds of the step on views at hand and of the network alone, by layers."""
+    cases, rows = [], []
     for case in result["cases"]:
+        default = next(layers for _, layers, alone in _BY_LAYERS if alone == floor_of(case))
+        names = [(step_with(layers, default), alone) for _, layers, alone in _BY_LAYERS]
+        shown = {name for both in names for name in both}
         providers = {n: each for n, each in case["providers"].items() if n in shown}
         cases.append({**case, "providers": providers})
-    rows = [
-        (
-            f"{case['label']}: {layers}",
-            *(_median_ms(case, name) for name in (step, alone)),
-            _ratio(speed_up(case, [step], [_BY_LAYERS[0][1]])),
-        )
-        for case in cases
-        for layers, step, alone in _BY_LAYERS
-    ]
+        rows += [
+            (
+                f"{case['label']}: {layers}",
+                *(_median_ms(case, name) for name in (step, alone)),
+                _ratio(speed_up(case, [step], [names[0][0]])),
+            )
+            for (layers, *_), (step, alone) in zip(_BY_LAYERS, names, strict=True)
+        ]
     head = ("layers, ms", AT_HAND, NETWORK, "step against the first row")
     return _markdown({**result, "cases": cases}, head, rows)
 
