@@ -181,7 +181,7 @@ def loss_case(case: Case) -> Table:
     }
     notes = [
         "times in us; "
-        "share of a copy's speed, speed-up, error and memory are those of loss + gradient"
+        f"share of a copy's speed, speed-up, error and memory are those of {MODES[BOTH]}"
     ]
     if case["copy"][BOTH] is not None:
         copied = _number(case["copy"][BOTH]["median_us"])

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,7 +27,8 @@ from torch import Tensor
 from vi_simsiam.benchmarks import harness, multiview_loss, plots, tables
 from vi_simsiam.benchmarks.cases import Case, cases_for, view_cases
 from vi_simsiam.benchmarks.harness import interleave
-from vi_simsiam.benchmarks.multiview_loss import Provider, errors, reference
+from vi_simsiam.benchmarks.modes import check, errors
+from vi_simsiam.benchmarks.multiview_loss import Provider, reference, results
 from vi_simsiam.benchmarks.peers import textbook_loss
 from vi_simsiam.benchmarks.results import COMPILED
 from vi_simsiam.benchmarks.step import step_cases
@@ -70,7 +72,7 @@ def test_the_gate_refuses_wrong_results_and_prints_no_time_for_them() -> None:
 def test_a_gradient_left_unwritten_is_not_hidden_by_the_memory_of_the_last_result() -> None:
     """The first call's gradients are overwritten with NaN, which a second call must replace."""
     exact = reference(*drawn(TINY), TINY.form, torch.float64)
-    loss, gradients = exact
+    loss, gradients = exact["loss"][0].item(), exact["gradient"]
     buffers = [torch.zeros(3, 21), torch.zeros(3, 21)]
 
     class Lazy(torch.autograd.Function):
@@ -89,7 +91,8 @@ def test_a_gradient_left_unwritten_is_not_hidden_by_the_memory_of_the_last_resul
             return tuple(buffers)
 
     allowed = {"loss error": 1e-6, "gradient error": 1e-6}
-    found = multiview_loss.check(lambda p, z: Lazy.apply(*p), *drawn(TINY), exact, allowed)
+    run = partial(results, lambda p, z: Lazy.apply(*p), drawn(TINY))
+    found = check(run, exact, allowed)
     assert Lazy.calls == 2
     assert not found["correct"]
     assert found["gradient_error"] is None
@@ -225,13 +228,14 @@ def test_reference_in_pieces_and_textbook_are_eager(
     predictions, targets = drawn(Case(7, 20, 3, 2, distribution=form.distribution))
     doubles = [p.double() for p in predictions], [z.double() for z in targets]
     loss = eager_loss(*doubles, form).mean()
-    whole = loss.item(), torch.autograd.grad(loss, predictions)
+    whole = {"loss": [loss.detach()], "gradient": torch.autograd.grad(loss, predictions)}
     monkeypatch.setattr(multiview_loss, "_CHUNK_ELEMENTS", 130)
     pieces = reference(predictions, targets, form, torch.float64)
-    assert pieces[0] == pytest.approx(whole[0], rel=1e-14)
+    assert pieces["loss"][0].item() == pytest.approx(loss.item(), rel=1e-14)
     assert max(errors(pieces, whole).values()) < 1e-7
-    assert textbook_loss(*doubles, form).mean().item() == pytest.approx(whole[0], rel=1e-11)
-    assert math.isnan(errors((float("nan"), whole[1]), whole)["loss error"])
+    assert textbook_loss(*doubles, form).mean().item() == pytest.approx(loss.item(), rel=1e-11)
+    wrong = {**whole, "loss": [torch.tensor(math.nan)]}
+    assert math.isnan(errors(wrong, whole)["loss error"])
 
 
 def test_providers_that_are_not_here_give_the_reason() -> None:
