@@ -24,7 +24,7 @@ from .harness import Suite, SuiteOptions, Timer
 from .modes import Operation, Outcome
 from .peers import textbook_loss
 from .results import COMPILED
-from .tables import loss_case
+from .tables import modes_case
 
 Provider = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
@@ -105,7 +105,7 @@ def run(options: Options) -> dict[str, Any]:
         if left_out is not None and COMPILED[1] in made:
             made[COMPILED[1]] = left_out
         found = measure_case(case, device, made, timer, rounds=options.rounds)
-        suite.add(found, loss_case(found))
+        suite.add(found, modes_case(found))
     return suite.finish()
 
 

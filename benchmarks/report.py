@@ -165,6 +165,7 @@ _KINDS: dict[str, _Section] = {
     "gpu-targets": _gpu_targets,
     "cpu-targets": _cpu_targets,
     "accuracy": _table(accuracy.NAME, accuracy.markdown_table),
+    "batch-norm": _table("batch_norm", tables.batch_norm_markdown),
     "augment": _table("augment", tables.augment_markdown),
     "step": _table("step", tables.step_markdown),
     "layers": _table("step", tables.layers_markdown),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from .cases import BOTH, MODES, cases_for
 from .results import (
     AT_HAND,
     COMPILED,
+    EAGER,
     FUSED,
     LEGEND,
     LIGHTLY,
@@ -158,13 +160,20 @@ def _against_lightly(case: Case, name: str) -> str:
     return _ratio(speed_up(case, [name], [LIGHTLY]))
 
 
+_OTHERS = {"vs torch": EAGER, "vs compile": COMPILED}
+
+
+def _against(case: Case, name: str, others: Sequence[str]) -> str:
+    return _ratio(speed_up(case, [name], others, BOTH))
+
+
 def _keys_of(cases: Iterable[Case], key: str = "providers") -> list[str]:
     """The keys of an entry of all cases, such as the names of all providers."""
     return list(dict.fromkeys(name for case in cases for name in case[key]))
 
 
-def loss_case(case: Case) -> Table:
-    """One case of the loss: a row for each provider; no times where the result was wrong."""
+def modes_case(case: Case) -> Table:
+    """One case of loss or BatchNorm: a row for each provider; no times where it was wrong."""
     entries = case["providers"].values()
     with_host = any((found[mode] or {}).get("host") for found in entries for mode in MODES)
     columns: dict[str, Callable[[Case, str], str]] = {}
@@ -172,17 +181,17 @@ def loss_case(case: Case) -> Table:
         for metric in ("time", "host") if with_host else ("time",):
             heading = title if metric == "time" else f"{title}, host"
             columns[heading] = partial(_median, mode=mode, metric=metric)
-
+    for title, names in _OTHERS.items():
+        if not set(names).isdisjoint(case["providers"]):
+            columns[title] = partial(_against, others=names)
     columns |= {
+        "GB/s": _figure("bytes_per_second", "{:,.1f}", 1e9, BOTH),
         "of copy": _figure("copy_share", "{:.0%}", mode=BOTH),
-        "vs compile": lambda _, name: _ratio(speed_up(case, [name], COMPILED, BOTH)),
         "error": lambda _, name: _optional(case["providers"][name]["gradient_error"], "{:.1e}"),
-        "memory": _figure("peak_bytes", "{:,.1f} MiB", 2**20, BOTH),
     }
-    notes = [
-        "times in us; "
-        f"share of a copy's speed, speed-up, error and memory are those of {MODES[BOTH]}"
-    ]
+    if with_host:
+        columns["memory"] = _figure("peak_bytes", "{:,.1f} MiB", 2**20, BOTH)
+    notes = [f"times in us; what follows them is that of {MODES[BOTH]}"]
     if case["copy"][BOTH] is not None:
         copied = _number(case["copy"][BOTH]["median_us"])
         notes.append(f"copy of the bytes that must move: {copied} us")
@@ -217,6 +226,22 @@ def loss_markdown(result: _Result, *, metric: str = "time") -> str:
             found = next(case["providers"][name] for case in cases if name in case["providers"])
             lines.append(f"No time for {name} ({found['failure'] or NOT_MEASURED}).")
     return "\n".join([*lines, f"Medians in us. {where(result)}"])
+
+
+def batch_norm_markdown(result: _Result) -> str:
+    """Medians of every provider: a row for each case and mode."""
+    columns, rows = _keys_of(result["cases"]), []
+    for case, mode in itertools.product(result["cases"], MODES):
+        ours, *_ = fastest(case, FUSED, mode) or [""]
+        rate = _figure("bytes_per_second", "{:,.1f}", 1e9, mode)
+        share = _figure("copy_share", "{:.0%}", mode=mode)
+        cells = [_median(case, name, mode) for name in columns]
+        cells += [figure(case, ours) for figure in (rate, share)]
+        cells += [_ratio(speed_up(case, FUSED, names, mode)) for names in _OTHERS.values()]
+        rows.append((f"{case['label']}, {MODES[mode]}", *cells))
+    more = ("GB/s", "of a copy's speed", "faster than torch", "faster than torch.compile")
+    note = "Ours against the fastest of torch's; GB/s are ours, of the bytes that must move."
+    return _markdown(result, ("us", *columns, *more), rows, note)
 
 
 def _views_error(case: Case, name: str) -> str:

@@ -25,6 +25,7 @@ from benchmark_cases import (
 from torch import Tensor
 
 from vi_simsiam.benchmarks import harness, multiview_loss, plots, tables
+from vi_simsiam.benchmarks.batch_norm import norm_cases
 from vi_simsiam.benchmarks.cases import Case, cases_for, view_cases
 from vi_simsiam.benchmarks.harness import interleave
 from vi_simsiam.benchmarks.modes import check, errors
@@ -65,7 +66,7 @@ def test_the_gate_refuses_wrong_results_and_prints_no_time_for_them() -> None:
     assert f"gradient error {wrong:.1e}, allowed" in case["providers"]["wrong"]["failure"]
     assert case["providers"]["nan"]["gradient_error"] is None
     json.loads(json.dumps(case, allow_nan=False))
-    rows = [line.split() for line in shown(tables.loss_case(case)).splitlines()]
+    rows = [line.split() for line in shown(tables.modes_case(case)).splitlines()]
     assert [row[3] for row in rows if row[1:2] == ["wrong"]] == ["inaccurate"]
 
 
@@ -116,7 +117,7 @@ def test_what_cannot_run_or_lacks_memory_is_a_result(monkeypatch: pytest.MonkeyP
     assert found["eager"]["forward_backward"] == {"failure": "out of memory"}
     assert found["eager"]["correct"]
     assert found["cpu"]["forward_backward"]["time"]["median_us"] == 3
-    text = shown(tables.loss_case(case))
+    text = shown(tables.modes_case(case))
     assert "oom (out of memory)" in text
     assert any("eager" in line and "out of memory" in line for line in text.splitlines())
     broken = measured(ScriptedTimer(1, mock.Mock(side_effect=ValueError("broke"))))
@@ -307,6 +308,7 @@ def test_short_keeps_its_time(
 def test_the_help_shows_what_only_accepts(capsys: pytest.CaptureFixture[str]) -> None:
     for benchmark, accepted in {
         "loss": [cases_for("cpu", short=False)[0].name],
+        "batch_norm": [norm_cases("cpu", short=True)[1].name],
         "augment": [view_cases("cuda", short=False)[2].name],
         "step": [step_cases("cuda", short=False)[2].name],
         "train": list(PROVIDERS),
