@@ -136,7 +136,7 @@ class Provider(NamedTuple):
 
     layers: Callable[..., Tensor]
     apart: bool = False
-    """Whether the views pass one by one."""
+    """The views pass one by one."""
 
 
 def draw_inputs(case: NormCase, device: torch.device, generator: torch.Generator) -> Inputs:

@@ -1,4 +1,4 @@
-"""What a step launches, counted by what it is for: a GPU's kernels, a CPU's operators."""
+"""Launches of a step, counted by their purpose: a GPU's kernels, a CPU's operators."""
 
 from __future__ import annotations
 
