@@ -46,9 +46,9 @@ class Options(SuiteOptions):
     """Options of `vi-simsiam bench batch_norm`."""
 
     only: str = ""
-    """Only cases whose name contains this, such as 2x32, 64x16x16 or residual; a name is
-    "2x32 batch 64 64x8x8 residual float32", views x size, then channels x height x width. What no
-    name contains lists all names."""
+    """Only cases whose name contains this, such as 2x32, 64@16 or residual; a name is
+    "2x32 batch 64 64@8 residual float32", views x size, then channels @ height. What no name
+    contains lists all names."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class NormCase:
     @property
     def name(self) -> str:
         """Name of the case in results; unique."""
-        extent = f"{self.channels}x{self.side}x{self.side}"
         added = " residual" if self.residual else ""
-        return f"{VIEWS}x{self.size} batch {self.batch} {extent}{added} {self.dtype}"
+        norm = f"{self.channels}@{self.side}{added}"
+        return f"{VIEWS}x{self.size} batch {self.batch} {norm} {self.dtype}"
 
     @property
     def label(self) -> str:

@@ -68,10 +68,10 @@ def test_the_norms_are_those_of_the_network(size: int, monkeypatch: pytest.Monke
 
 def test_cases_and_the_bytes_that_they_move() -> None:
     assert [case.name for case in norm_cases("cpu", short=True)] == [
-        "2x32 batch 64 64x16x16 float32",
-        "2x32 batch 64 64x8x8 residual float32",
-        "2x32 batch 64 64x8x8 float32",
-        "2x32 batch 64 128x4x4 residual float32",
+        "2x32 batch 64 64@16 float32",
+        "2x32 batch 64 64@8 residual float32",
+        "2x32 batch 64 64@8 float32",
+        "2x32 batch 64 128@4 residual float32",
     ]
     plain, added, *_ = norm_cases("cuda", short=False)
     assert plain.label == "2x128, batch 64: 64 x 64 x 64, bfloat16"
