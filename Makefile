@@ -67,6 +67,7 @@ gpu: install
 
 bench: install
 	$(BIN)/vi-simsiam bench loss --out benchmarks/results
+	$(BIN)/vi-simsiam bench batch_norm --out benchmarks/results
 	$(BIN)/vi-simsiam bench accuracy --out benchmarks/results
 	$(BIN)/vi-simsiam bench augment --out benchmarks/results
 	$(BIN)/vi-simsiam bench step --out benchmarks/results

@@ -29,8 +29,8 @@ from vi_simsiam.errors import InputError
 from vi_simsiam.ops.multiview_loss import LossForm
 
 FORWARD, BOTH = "forward", "forward_backward"
-MODES = {FORWARD: "loss", BOTH: "loss + gradient"}
-"""Titles of the two modes: the loss under no_grad, and the loss with its gradient."""
+MODES = {FORWARD: "forward", BOTH: "forward + backward"}
+"""Titles of the two modes: an operation under no_grad, and with its gradient."""
 
 _ALIGNMENT = 16
 

@@ -29,6 +29,8 @@ from .tables import terminal_table
 _LEAST_NOISE = 0.02
 """Differences below 2 % are never called a change: clocks and placement differ between runs."""
 
+_BENCHMARKS = ("multiview_loss", "batch_norm", "augment", "step", "train")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -72,7 +74,7 @@ def run(options: Options) -> int:
             without a time that is quiet enough to compare.
     """
     console = Console()
-    before = read_result(options.before, "multiview_loss", "augment", "step", "train")
+    before = read_result(options.before, *_BENCHMARKS)
     after = read_result(options.after, before["benchmark"])
     both = f"{options.before} and {options.after}"
     try:
@@ -110,9 +112,9 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
 
     The noise of a time is the range between its quartiles over its median, added up for both
     files, at least 2 %. More is allowed where a yardstick measured beside it, which is no code of
-    this project, became slower: then the machine did. For the loss that is a copy of the same
-    bytes, otherwise the provider that the case names. Where one of these times is noisy (see
-    `results`) there is no verdict.
+    this project, became slower: then the machine did. For loss and BatchNorm that is a copy of
+    the same bytes, otherwise the provider that the case names. Where one of these times is noisy
+    (see `results`) there is no verdict.
     """
     found = {case["name"]: case for case in after["cases"]}
     changes = []
@@ -132,7 +134,7 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
 
 
 def _times(case: Case) -> dict[tuple[str, str], Times | None]:
-    """Times by provider and by what was timed; for the loss also those of the copy."""
+    """Times by provider and by what was timed; with modes also those of the copy."""
     found: dict[tuple[str, str], Times | None] = {}
     for name in case["providers"]:
         if "copy" not in case:

@@ -197,6 +197,7 @@ _FIGURES: dict[str, dict[str, tuple[str, Callable[[_Cases], Figure]]]] = {
         "multiview_loss_speedup.png": ("Loss and gradient, ", _speed_up),
         "multiview_loss_bandwidth.png": ("Achieved bandwidth, ", _bandwidth),
     },
+    "batch_norm": {},
     "augment": {"augment.png": ("", _rates)},
     "step": {"step.png": ("", _phases)},
     "train": {"train.png": ("", _rates)},

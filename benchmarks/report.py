@@ -20,9 +20,9 @@ from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted, markdown_grid
 
 from . import accuracy, tables
+from .launches import launches_markdown
 from .plots import plot_paths
 from .results import read_result
-from .step_parts import launches_markdown
 from .targets import HEAD, targets_for
 
 _SECTION = re.compile(r"(<!-- bench: (.*?) -->\n).*?(<!-- /bench -->)", re.DOTALL)
@@ -165,6 +165,7 @@ _KINDS: dict[str, _Section] = {
     "gpu-targets": _gpu_targets,
     "cpu-targets": _cpu_targets,
     "accuracy": _table(accuracy.NAME, accuracy.markdown_table),
+    "batch-norm": _table("batch_norm", tables.batch_norm_markdown),
     "augment": _table("augment", tables.augment_markdown),
     "step": _table("step", tables.step_markdown),
     "layers": _table("step", tables.layers_markdown),

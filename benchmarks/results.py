@@ -1,8 +1,8 @@
 """Result files: provenance, reading, writing, and the times in them.
 
 A result file holds cases, a case holds providers, and a provider holds the quartiles of its times.
-In files of the loss they are found under a mode ("forward") and a metric ("time", "host"), in the
-others under "time" alone.
+In files of the loss and of BatchNorm they are found under a mode ("forward") and a metric ("time",
+"host"), in the others under "time" alone.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from vi_simsiam.text import counted
 
 # Names of the providers that comparisons are about.
 FUSED = ("triton", "cuda", "cpu")
+EAGER = ("torch, view by view", "torch", "torch without cuDNN")
 COMPILED = ("torch.compile", "torch.compile max-autotune")
 OURS, OURS_SIMSIAM = "vi-simsiam", "vi-simsiam, method simsiam"
 LIGHTLY = "lightly"
@@ -184,6 +185,11 @@ def speed_up(
 def floor_of(case: Case) -> str:
     """The network alone, with the layers that training uses."""
     return NETWORK_KERNELS if NETWORK_KERNELS in case["providers"] else NETWORK
+
+
+def step_with(layers: str, default: str) -> str:
+    """The step on views at hand with these layers; with those of training it has the short name."""
+    return AT_HAND if layers == default else f"{AT_HAND}, {layers}"
 
 
 def exposed_share(case: Case) -> Ratio | None:

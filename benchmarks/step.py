@@ -31,36 +31,22 @@ from vi_simsiam.engine.graph import GRAPH_PRIORITY
 from . import harness
 from .cases import SMALL_IMAGES, image_files, view_cases
 from .harness import Prepared, Suite, SuiteOptions, Timer
-from .results import AT_HAND, NETWORK, NETWORK_COMPILED, NETWORK_KERNELS, STEP
+from .launches import Launches, launches_case, launches_of
+from .results import AT_HAND, NETWORK, NETWORK_COMPILED, NETWORK_KERNELS, STEP, step_with
 from .step_parts import (
     STEPS,
-    Launches,
     Layers,
     Parts,
     StepCase,
     WholeStep,
-    launches_case,
-    launches_of,
     peak_flops,
+    training_layers,
 )
 from .tables import step_case
 
 NOT_CAPTURED = "step, not captured"
 EQUAL_PRIORITIES = "step, views as urgent as the network"
 PIECES = ("augmentation", "forward", "forward + loss", "forward + loss + backward", "optimiser")
-_AT_HAND: dict[str, dict[str, Layers]] = {
-    "cuda": {
-        f"{AT_HAND}, torch, view by view": "torch, view by view",
-        f"{AT_HAND}, torch": "torch",
-        f"{AT_HAND}, torch.compile": "torch.compile",
-        AT_HAND: "kernels",
-    },
-    "cpu": {AT_HAND: "torch"},
-}
-_ALONE: dict[str, dict[str, Layers]] = {
-    "cuda": {NETWORK: "torch", NETWORK_COMPILED: "torch.compile", NETWORK_KERNELS: "kernels"},
-    "cpu": {NETWORK: "torch", NETWORK_COMPILED: "torch.compile"},
-}
 _METHODS: tuple[Method, ...] = ("vi-simsiam", "simsiam")
 _CHECKED_STEPS = 6
 """Enough that the last ones are replays: a step is checked and warmed up before it is recorded."""
@@ -102,6 +88,25 @@ def step_cases(device_type: str, *, short: bool) -> tuple[StepCase, ...]:
     on_gpu = device_type == "cuda"
     views = view_cases("cuda", short=short) if on_gpu else (SMALL_IMAGES,)
     return tuple(StepCase(case, method) for method in _METHODS for case in views)
+
+
+def layers_at_hand(device: torch.device) -> dict[str, Layers]:
+    """The kinds of layers of the step on views at hand, by name; training's come last.
+
+    On a CPU torch.compile is measured on the network alone, as compiling takes long.
+    """
+    default = training_layers(device)
+    kinds: list[Layers] = ["torch, view by view", "torch"]
+    kinds += ["torch.compile"] if device.type == "cuda" else []
+    return {step_with(layers, default): layers for layers in (*kinds, default)}
+
+
+def layers_alone(device: torch.device) -> dict[str, Layers]:
+    """The kinds of layers of the network alone, by name."""
+    found: dict[str, Layers] = {NETWORK: "torch", NETWORK_COMPILED: "torch.compile"}
+    if training_layers(device) == "kernels":
+        found[NETWORK_KERNELS] = "kernels"
+    return found
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -223,8 +228,11 @@ def _providers(
     )
     return {
         **{name: partial(whole_step, name) for name in steps},
-        **{name: partial(at_hand, layers) for name, layers in _AT_HAND[kind].items()},
-        **{name: partial(network_alone, layers) for name, layers in _ALONE[kind].items()},
+        **{name: partial(at_hand, layers) for name, layers in layers_at_hand(parts.device).items()},
+        **{
+            name: partial(network_alone, layers)
+            for name, layers in layers_alone(parts.device).items()
+        },
         **dict(zip(PIECES, pieces, strict=True)),
     }
 
@@ -237,7 +245,7 @@ def count_launches(
     Where counting fails, a warning gives the reason.
     """
     found: dict[Layers, Launches] = {}
-    for name, layers in _AT_HAND[device.type].items():
+    for name, layers in layers_at_hand(device).items():
         if not measured["providers"].get(name, {}).get("time"):
             continue
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from rich.table import Table
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vi_simsiam.config import Method, TrainConfig
@@ -27,13 +23,11 @@ from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.engine.graph import capture
 from vi_simsiam.engine.step import Network, OverlappedStep, TrainStep, training_network
 from vi_simsiam.models import Output, SimSiam, VISimSiam, build_model
-from vi_simsiam.text import markdown_grid
+from vi_simsiam.ops.backends import why_unavailable
 
 from .augment import augmented, placed_table
 from .cases import ViewCase
 from .harness import synchronize
-from .results import Case
-from .tables import NOTHING, terminal_table, where
 
 _LR: dict[Method, float] = {"vi-simsiam": 4e-3, "simsiam": 1.6e-2}
 """Learning rates at which the losses of the checked steps show the updates, but not rounding that
@@ -84,6 +78,12 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for known, peak in _PEAK_FLOPS.items() if known in name), None)
 
 
+def training_layers(device: torch.device) -> Layers:
+    """The layers that training prefers: the kernels where they can run, or torch's."""
+    backend = "triton" if device.type == "cuda" else "cpu"
+    return "kernels" if why_unavailable(backend, device.type) is None else "torch"
+
+
 class Parts:
     """The parts of a step on views at hand, each a function of the views."""
 
@@ -91,7 +91,7 @@ class Parts:
         self.case, self.device = case, device
         self.bf16 = device.type == "cuda"
         self.dtype = torch.bfloat16 if self.bf16 else torch.float32
-        self.default: Layers = "kernels" if self.bf16 else "torch"
+        self.default = training_layers(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = build_model(case.config)
@@ -265,110 +265,3 @@ class WholeStep:
 def _unscaled_losses(step: TrainStep, count: int) -> list[float]:
     """Losses of the first `count` steps, before they are scaled."""
     return (step.losses[:count] / step.loss_scale).tolist()  # type: ignore[no-any-return]
-
-
-Launches = list[dict[str, Any]]
-"""For each name its `kind`, `count` and total microseconds `us`, longest first."""
-
-OTHER = "everything else"
-KINDS = {
-    "augmentation": r"(resize|colour|blur_\w+)_kernel",
-    "loss": r"multiview_loss|scale_gradient|power_spherical",
-    "SGD": r"sgd",
-    "fused by torch.compile": r"^triton_",
-    "convolutions": (
-        r"^(?!.*(batch_?norm|bn_[fb]w|max_pool))"
-        r".*(conv|[wd]grad|fprop|cudnn|nhwc|nchw|blocks_of_pixels)"
-    ),
-    "linear layers": r"gemm|gemv|nvjet|cublas|splitk|cutlass|::\w*mm$|linear",
-    "BatchNorm, addition, ReLU, max-pool": (
-        r"batch_?norm|bn_[fb]w|^(statistics|normalise|single|sums|gradient|pool)_kernel"
-        r"|CUDAFunctor_add|relu|threshold|clamp_(min|scalar)|max_pool|::add_?\b"
-    ),
-    "conversions and copies": r"copy|memcpy|memset",
-}
-"""Patterns of the names of each kind; the first that fits counts."""
-
-
-def launches_of(step: Callable[[], object], device: torch.device) -> Launches:
-    """Run a step twice, and count what the second launches: the first may compile."""
-    step()
-    if device.type == "cuda":
-        synchronize(device)
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            step()
-            synchronize(device)
-        kernels = (event for event in profiler.events() if event.device_type.name == "CUDA")
-        launched = [(event.name, event.time_range.elapsed_us()) for event in kernels]
-    else:
-        with _Operators() as operators:
-            step()
-        launched = operators.found
-    totals: dict[str, dict[str, Any]] = {}
-    for name, microseconds in launched:
-        entry = {"kind": kind_of(name), "name": name, "count": 0, "us": 0.0}
-        entry = totals.setdefault(name, entry)
-        entry["count"] += 1
-        entry["us"] += microseconds
-    return sorted(totals.values(), key=lambda entry: -entry["us"])
-
-
-def kind_of(name: str) -> str:
-    """The purpose of a kernel or operator of that name."""
-    fits = (kind for kind, words in KINDS.items() if re.search(words, name, re.IGNORECASE))
-    return next(fits, OTHER)
-
-
-def by_kind(found: Launches) -> dict[str, tuple[int, float]]:
-    """Launches and microseconds of each kind that occurs, and of all."""
-    totals = {"all": (0, 0.0)}
-    for each in found:
-        for kind in (each["kind"], "all"):
-            count, us = totals.get(kind, (0, 0.0))
-            totals[kind] = count + each["count"], us + each["us"]
-    return totals
-
-
-def _launches(case: Case) -> tuple[Sequence[str], list[Sequence[str]]]:
-    """The head, with the kinds of layers, and a row for each kind of launch and for the sum."""
-    columns = {layers: by_kind(found) for layers, found in case["launches"].items()}
-
-    def cell(found: dict[str, tuple[int, float]], kind: str) -> str:
-        return f"{found[kind][1]:,.0f} ({found[kind][0]})" if kind in found else "-"
-
-    rows: list[Sequence[str]] = [
-        (kind, *(cell(found, kind) for found in columns.values()))
-        for kind in (*KINDS, OTHER, "all")
-        if any(kind in found for found in columns.values())
-    ]
-    return (f"{case['label']}: microseconds (launches)", *columns), rows
-
-
-def launches_case(case: Case) -> Table:
-    """Launches of a step for the terminal."""
-    (title, *layers), rows = _launches(case)
-    return terminal_table(title, ["", *layers], rows)
-
-
-def launches_markdown(result: dict[str, Any]) -> str:
-    """Launches of a step on views at hand, by purpose: a table for each case with counts."""
-    tables = [markdown_grid(*_launches(case)) for case in result["cases"] if case.get("launches")]
-    return "\n\n".join([*tables, where(result)]) if tables else NOTHING
-
-
-class _Operators(TorchDispatchMode):
-    """Times every operator that computes, which allocations and views do not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[tuple[str, float]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        start = perf_counter()
-        result = func(*args, **(kwargs or {}))
-        name = str(func.name())
-        aliases = (each.alias_info for each in func._schema.returns)
-        views = any(alias is not None and not alias.is_write for alias in aliases)
-        if not views and "empty" not in name and not name.startswith("profiler::"):
-            self.found.append((name, (perf_counter() - start) * 1e6))
-        return result

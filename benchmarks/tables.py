@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from .cases import BOTH, MODES, cases_for
 from .results import (
     AT_HAND,
     COMPILED,
+    EAGER,
     FUSED,
     LEGEND,
     LIGHTLY,
@@ -32,6 +34,7 @@ from .results import (
     fastest,
     floor_of,
     speed_up,
+    step_with,
     times_of,
 )
 
@@ -157,13 +160,20 @@ def _against_lightly(case: Case, name: str) -> str:
     return _ratio(speed_up(case, [name], [LIGHTLY]))
 
 
+_OTHERS = {"vs torch": EAGER, "vs compile": COMPILED}
+
+
+def _against(case: Case, name: str, others: Sequence[str]) -> str:
+    return _ratio(speed_up(case, [name], others, BOTH))
+
+
 def _keys_of(cases: Iterable[Case], key: str = "providers") -> list[str]:
     """The keys of an entry of all cases, such as the names of all providers."""
     return list(dict.fromkeys(name for case in cases for name in case[key]))
 
 
-def loss_case(case: Case) -> Table:
-    """One case of the loss: a row for each provider; no times where the result was wrong."""
+def modes_case(case: Case) -> Table:
+    """One case of loss or BatchNorm: a row for each provider; no times where it was wrong."""
     entries = case["providers"].values()
     with_host = any((found[mode] or {}).get("host") for found in entries for mode in MODES)
     columns: dict[str, Callable[[Case, str], str]] = {}
@@ -171,17 +181,17 @@ def loss_case(case: Case) -> Table:
         for metric in ("time", "host") if with_host else ("time",):
             heading = title if metric == "time" else f"{title}, host"
             columns[heading] = partial(_median, mode=mode, metric=metric)
-
+    for title, names in _OTHERS.items():
+        if not set(names).isdisjoint(case["providers"]):
+            columns[title] = partial(_against, others=names)
     columns |= {
+        "GB/s": _figure("bytes_per_second", "{:,.1f}", 1e9, BOTH),
         "of copy": _figure("copy_share", "{:.0%}", mode=BOTH),
-        "vs compile": lambda _, name: _ratio(speed_up(case, [name], COMPILED, BOTH)),
         "error": lambda _, name: _optional(case["providers"][name]["gradient_error"], "{:.1e}"),
-        "memory": _figure("peak_bytes", "{:,.1f} MiB", 2**20, BOTH),
     }
-    notes = [
-        "times in us; "
-        "share of a copy's speed, speed-up, error and memory are those of loss + gradient"
-    ]
+    if with_host:
+        columns["memory"] = _figure("peak_bytes", "{:,.1f} MiB", 2**20, BOTH)
+    notes = [f"times in us; what follows them is that of {MODES[BOTH]}"]
     if case["copy"][BOTH] is not None:
         copied = _number(case["copy"][BOTH]["median_us"])
         notes.append(f"copy of the bytes that must move: {copied} us")
@@ -216,6 +226,22 @@ def loss_markdown(result: _Result, *, metric: str = "time") -> str:
             found = next(case["providers"][name] for case in cases if name in case["providers"])
             lines.append(f"No time for {name} ({found['failure'] or NOT_MEASURED}).")
     return "\n".join([*lines, f"Medians in us. {where(result)}"])
+
+
+def batch_norm_markdown(result: _Result) -> str:
+    """Medians of every provider: a row for each case and mode."""
+    columns, rows = _keys_of(result["cases"]), []
+    for case, mode in itertools.product(result["cases"], MODES):
+        ours, *_ = fastest(case, FUSED, mode) or [""]
+        rate = _figure("bytes_per_second", "{:,.1f}", 1e9, mode)
+        share = _figure("copy_share", "{:.0%}", mode=mode)
+        cells = [_median(case, name, mode) for name in columns]
+        cells += [figure(case, ours) for figure in (rate, share)]
+        cells += [_ratio(speed_up(case, FUSED, names, mode)) for names in _OTHERS.values()]
+        rows.append((f"{case['label']}, {MODES[mode]}", *cells))
+    more = ("GB/s", "of a copy's speed", "faster than torch", "faster than torch.compile")
+    note = "Ours against the fastest of torch's; GB/s are ours, of the bytes that must move."
+    return _markdown(result, ("us", *columns, *more), rows, note)
 
 
 def _views_error(case: Case, name: str) -> str:
@@ -299,30 +325,31 @@ def step_markdown(result: _Result) -> str:
 
 
 _BY_LAYERS = (
-    ("PyTorch's, view by view", f"{AT_HAND}, torch, view by view", "-"),
-    ("PyTorch's, all views in one pass", f"{AT_HAND}, torch", NETWORK),
-    ("torch.compile, all views in one pass", f"{AT_HAND}, torch.compile", NETWORK_COMPILED),
-    ("our kernels, all views in one pass", AT_HAND, NETWORK_KERNELS),
+    ("PyTorch's, view by view", "torch, view by view", "-"),
+    ("PyTorch's, all views in one pass", "torch", NETWORK),
+    ("torch.compile, all views in one pass", "torch.compile", NETWORK_COMPILED),
+    ("our kernels, all views in one pass", "kernels", NETWORK_KERNELS),
 )
-"""Kinds of layers; the names of the step on views at hand and of the network alone with them."""
+"""Kinds of layers, and the names of the network alone with them."""
 
 
 def layers_markdown(result: _Result) -> str:
-    """Milliseconds of the captured step on views at hand and of the network alone, by layers."""
-    shown = {name for _, *columns in _BY_LAYERS for name in columns}
-    cases = []
+    """Milliseconds of the step on views at hand and of the network alone, by layers."""
+    cases, rows = [], []
     for case in result["cases"]:
+        default = next(layers for _, layers, alone in _BY_LAYERS if alone == floor_of(case))
+        names = [(step_with(layers, default), alone) for _, layers, alone in _BY_LAYERS]
+        shown = {name for both in names for name in both}
         providers = {n: each for n, each in case["providers"].items() if n in shown}
         cases.append({**case, "providers": providers})
-    rows = [
-        (
-            f"{case['label']}: {layers}",
-            *(_median_ms(case, name) for name in (step, alone)),
-            _ratio(speed_up(case, [step], [_BY_LAYERS[0][1]])),
-        )
-        for case in cases
-        for layers, step, alone in _BY_LAYERS
-    ]
+        rows += [
+            (
+                f"{case['label']}: {layers}",
+                *(_median_ms(case, name) for name in (step, alone)),
+                _ratio(speed_up(case, [step], [names[0][0]])),
+            )
+            for (layers, *_), (step, alone) in zip(_BY_LAYERS, names, strict=True)
+        ]
     head = ("layers, ms", AT_HAND, NETWORK, "step against the first row")
     return _markdown({**result, "cases": cases}, head, rows)
 

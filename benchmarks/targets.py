@@ -12,6 +12,7 @@ from vi_simsiam.text import counted
 from .cases import BOTH, MODES, cases_for
 from .results import (
     COMPILED,
+    EAGER,
     FUSED,
     LIGHTLY,
     NETWORK_COMPILED,
@@ -131,16 +132,24 @@ def _loss_faster(
     )
 
 
-def _share_of_copy(dtype: str) -> Row:
-    def figure(case: Case) -> Ratio | None:
-        ours, copy = fastest(case, FUSED, BOTH), case["copy"][BOTH]
-        return None if ours is None or copy is None else ratio(ours[1], copy)
+def _times_copy(case: Case) -> Ratio | None:
+    """Time of the fastest fused backend over that of a copy of the same bytes."""
+    ours, copy = fastest(case, FUSED, BOTH), case["copy"][BOTH]
+    return None if ours is None or copy is None else ratio(ours[1], copy)
 
+
+def _copy_share(case: Case) -> Ratio | None:
+    """Share of a copy's bandwidth that the fastest fused backend reaches."""
+    found = _times_copy(case)
+    return None if found is None else Ratio(1 / found.value, found.noisy)
+
+
+def _large_loss(dtype: str) -> Row:
     return Row(
         f"loss and gradient at 32768 x 2048, {dtype}, against a copy of the same bytes",
         "at most 1.10 times the copy",
         1.10,
-        figure,
+        _times_copy,
         _named(f"power_spherical 32768x2048 2x2 {dtype}"),
     )
 
@@ -248,10 +257,11 @@ def _whole_trainings(cases: Sequence[Case]) -> Target:
 _COMPILE_SMALL, _IN_GRAPH = "best torch.compile at B <= 1024", "kernel time in a CUDA graph"
 _UP_TO_1024, _UP_TO_256 = partial(_small, batch=1024), partial(_small, batch=256)
 _ON_CPU = _named("power_spherical 256x2048 2x2 float32")
+_NORM = "BatchNorm, addition and ReLU, forward and backward,"
 _TARGETS: dict[tuple[str, str], Sequence[Callable[[Sequence[Case]], Target]]] = {
     ("multiview_loss", "cuda"): (
-        _share_of_copy("bfloat16"),
-        _share_of_copy("float32"),
+        _large_loss("bfloat16"),
+        _large_loss("float32"),
         _loss_faster("best torch.compile, from 200 MB of traffic on", 1.4, COMPILED, _large),
         _loss_faster(f"{_COMPILE_SMALL}, {_IN_GRAPH}", 5, COMPILED, _UP_TO_1024),
         _loss_faster(
@@ -271,6 +281,26 @@ _TARGETS: dict[tuple[str, str], Sequence[Callable[[Sequence[Case]], Target]]] = 
         _loss_faster("eager at 256 x 2048, two views, float32", 2, ["eager"], _ON_CPU),
         _loss_faster("torch.compile at 256 x 2048, two views, float32", 1, COMPILED, _ON_CPU),
         _nowhere_slower,
+    ),
+    ("batch_norm", "cuda"): (
+        Row(
+            f"{_NORM} against a copy of the same bytes",
+            "at least 85 % of its bandwidth",
+            0.85,
+            _copy_share,
+            at_least=True,
+            shown="{:.0%}",
+        ),
+    ),
+    ("batch_norm", "cpu"): (
+        Row(
+            f"{_NORM} against PyTorch's, at the four largest of 2x32, batch 64",
+            "at least 1.5 times faster",
+            1.5,
+            lambda case: speed_up(case, FUSED, EAGER, BOTH),
+            lambda case: case["name"].startswith("2x32 batch 64 "),
+            at_least=True,
+        ),
     ),
     ("augment", "cuda"): (_views_faster(128, 10), _views_faster(224, 5)),
     ("step", "cuda"): (

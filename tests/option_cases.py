@@ -102,6 +102,9 @@ RUNS = {
     "bench loss": f"""
         bench loss {_BENCH} --only 64x512 => written: {{here}}/cpu/multiview_loss.json
         bench loss {_BENCH} --only 64x512 --resume""",
+    "bench batch_norm": f"""
+        bench batch_norm {_BENCH} --only 128@4 => written: {{here}}/cpu/batch_norm.json
+        bench batch_norm {_BENCH} --only 128@4 --resume""",
     "bench augment": f"""
         bench augment {_BENCH} --only 2x16 --workers 1 --data folder:{{others}} => "workers": 1
         bench augment {_BENCH} --only 2x16 --workers 1 --resume""",

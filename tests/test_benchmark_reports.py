@@ -41,9 +41,9 @@ def test_tables_show_no_figure_that_is_wrong_or_noisy(result: dict[str, Any]) ->
     assert "| 64 x 512, float32 | 40.0 | 20.0 | 10.0 | too noisy to tell | 50% |" in text
     assert "lie 20 % of its median or more apart" in text
     assert "lie 20 % of" not in tables.loss_markdown(result)
-    terminal = shown(tables.loss_case(noisy["cases"][0]))
+    terminal = shown(tables.modes_case(noisy["cases"][0]))
     assert terminal.count("too noisy to tell") == 1
-    assert "noisy" not in shown(tables.loss_case(result["cases"][0]))
+    assert "noisy" not in shown(tables.modes_case(result["cases"][0]))
     failure = "inaccurate: loss error 1.0e-02, allowed 1e-06"
     result["cases"][0]["providers"]["cpu"].update(correct=False, failure=failure)
     text = tables.loss_markdown(result)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,9 +25,11 @@ from benchmark_cases import (
 from torch import Tensor
 
 from vi_simsiam.benchmarks import harness, multiview_loss, plots, tables
+from vi_simsiam.benchmarks.batch_norm import norm_cases
 from vi_simsiam.benchmarks.cases import Case, cases_for, view_cases
 from vi_simsiam.benchmarks.harness import interleave
-from vi_simsiam.benchmarks.multiview_loss import Provider, errors, reference
+from vi_simsiam.benchmarks.modes import check, errors
+from vi_simsiam.benchmarks.multiview_loss import Provider, reference, results
 from vi_simsiam.benchmarks.peers import textbook_loss
 from vi_simsiam.benchmarks.results import COMPILED
 from vi_simsiam.benchmarks.step import step_cases
@@ -63,14 +66,14 @@ def test_the_gate_refuses_wrong_results_and_prints_no_time_for_them() -> None:
     assert f"gradient error {wrong:.1e}, allowed" in case["providers"]["wrong"]["failure"]
     assert case["providers"]["nan"]["gradient_error"] is None
     json.loads(json.dumps(case, allow_nan=False))
-    rows = [line.split() for line in shown(tables.loss_case(case)).splitlines()]
+    rows = [line.split() for line in shown(tables.modes_case(case)).splitlines()]
     assert [row[3] for row in rows if row[1:2] == ["wrong"]] == ["inaccurate"]
 
 
 def test_a_gradient_left_unwritten_is_not_hidden_by_the_memory_of_the_last_result() -> None:
     """The first call's gradients are overwritten with NaN, which a second call must replace."""
     exact = reference(*drawn(TINY), TINY.form, torch.float64)
-    loss, gradients = exact
+    loss, gradients = exact["loss"][0].item(), exact["gradient"]
     buffers = [torch.zeros(3, 21), torch.zeros(3, 21)]
 
     class Lazy(torch.autograd.Function):
@@ -89,7 +92,8 @@ def test_a_gradient_left_unwritten_is_not_hidden_by_the_memory_of_the_last_resul
             return tuple(buffers)
 
     allowed = {"loss error": 1e-6, "gradient error": 1e-6}
-    found = multiview_loss.check(lambda p, z: Lazy.apply(*p), *drawn(TINY), exact, allowed)
+    run = partial(results, lambda p, z: Lazy.apply(*p), drawn(TINY))
+    found = check(run, exact, allowed)
     assert Lazy.calls == 2
     assert not found["correct"]
     assert found["gradient_error"] is None
@@ -113,7 +117,7 @@ def test_what_cannot_run_or_lacks_memory_is_a_result(monkeypatch: pytest.MonkeyP
     assert found["eager"]["forward_backward"] == {"failure": "out of memory"}
     assert found["eager"]["correct"]
     assert found["cpu"]["forward_backward"]["time"]["median_us"] == 3
-    text = shown(tables.loss_case(case))
+    text = shown(tables.modes_case(case))
     assert "oom (out of memory)" in text
     assert any("eager" in line and "out of memory" in line for line in text.splitlines())
     broken = measured(ScriptedTimer(1, mock.Mock(side_effect=ValueError("broke"))))
@@ -225,13 +229,14 @@ def test_reference_in_pieces_and_textbook_are_eager(
     predictions, targets = drawn(Case(7, 20, 3, 2, distribution=form.distribution))
     doubles = [p.double() for p in predictions], [z.double() for z in targets]
     loss = eager_loss(*doubles, form).mean()
-    whole = loss.item(), torch.autograd.grad(loss, predictions)
+    whole = {"loss": [loss.detach()], "gradient": torch.autograd.grad(loss, predictions)}
     monkeypatch.setattr(multiview_loss, "_CHUNK_ELEMENTS", 130)
     pieces = reference(predictions, targets, form, torch.float64)
-    assert pieces[0] == pytest.approx(whole[0], rel=1e-14)
+    assert pieces["loss"][0].item() == pytest.approx(loss.item(), rel=1e-14)
     assert max(errors(pieces, whole).values()) < 1e-7
-    assert textbook_loss(*doubles, form).mean().item() == pytest.approx(whole[0], rel=1e-11)
-    assert math.isnan(errors((float("nan"), whole[1]), whole)["loss error"])
+    assert textbook_loss(*doubles, form).mean().item() == pytest.approx(loss.item(), rel=1e-11)
+    wrong = {**whole, "loss": [torch.tensor(math.nan)]}
+    assert math.isnan(errors(wrong, whole)["loss error"])
 
 
 def test_providers_that_are_not_here_give_the_reason() -> None:
@@ -303,6 +308,7 @@ def test_short_keeps_its_time(
 def test_the_help_shows_what_only_accepts(capsys: pytest.CaptureFixture[str]) -> None:
     for benchmark, accepted in {
         "loss": [cases_for("cpu", short=False)[0].name],
+        "batch_norm": [norm_cases("cpu", short=True)[1].name],
         "augment": [view_cases("cuda", short=False)[2].name],
         "step": [step_cases("cuda", short=False)[2].name],
         "train": list(PROVIDERS),

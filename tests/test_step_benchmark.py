@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -19,20 +20,25 @@ from test_pipeline_benchmarks import TINY
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vi_simsiam.benchmarks import cases, plots, step, step_parts, tables
+from vi_simsiam.benchmarks import cases, launches, plots, step, step_parts, tables
 from vi_simsiam.benchmarks.cases import ViewCase
 from vi_simsiam.benchmarks.harness import Timer, timer_for
-from vi_simsiam.benchmarks.results import AT_HAND, NETWORK, NETWORK_COMPILED, STEP
-from vi_simsiam.benchmarks.step_parts import (
+from vi_simsiam.benchmarks.launches import (
     OTHER,
-    Parts,
-    StepCase,
-    WholeStep,
     by_kind,
     kind_of,
+    launches_case,
     launches_markdown,
     launches_of,
 )
+from vi_simsiam.benchmarks.results import (
+    AT_HAND,
+    NETWORK,
+    NETWORK_COMPILED,
+    NETWORK_KERNELS,
+    STEP,
+)
+from vi_simsiam.benchmarks.step_parts import Parts, StepCase, WholeStep
 from vi_simsiam.config import Method, ModelConfig, TrainConfig
 from vi_simsiam.data.cache import in_memory
 from vi_simsiam.data.loader import MultiViewLoader
@@ -40,6 +46,7 @@ from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import FileSource
 from vi_simsiam.engine.train import Trainer
 
+ONE_PASS, VIEW_BY_VIEW = f"{AT_HAND}, torch", f"{AT_HAND}, torch, view by view"
 NORM, CONV = "BatchNorm, addition, ReLU, max-pool", "convolutions"
 LINEAR, COPY = "linear layers", "conversions and copies"
 ATEN = "void at::native::"
@@ -84,7 +91,8 @@ class OperationTimer(Timer):
 
 @pytest.fixture
 def short_steps(small_network: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One convolution, one step a measurement, and no workers or compiler."""
+    """One convolution, one step a measurement, kernels, and no workers or compiler."""
+    monkeypatch.setattr(step_parts, "why_unavailable", lambda *_: None)
     monkeypatch.setitem(step_parts.STEPS, "cpu", 1)
     monkeypatch.setattr(step, "_CHECKED_STEPS", 2)
     monkeypatch.setattr(step_parts, "MultiViewLoader", partial(MultiViewLoader, workers=0))
@@ -101,9 +109,12 @@ def test_a_step_is_measured_whole_and_in_parts(packed: PackedImages) -> None:
     assert providers[STEP]["losses"] == pytest.approx(found["losses"], abs=1e-4)
     assert providers[NETWORK_COMPILED]["failure"] == "RuntimeError: no compiler"
     timed = {name for name, provider in providers.items() if provider["time"] is not None}
-    assert timed == {STEP, NETWORK, AT_HAND, *step.PIECES}
-    network, whole = (providers[name]["time"]["median_us"] for name in (NETWORK, AT_HAND))
-    assert 50 < network < whole, "the loss and the optimizer come on top"
+    steps = (VIEW_BY_VIEW, ONE_PASS, AT_HAND)
+    assert timed == {STEP, NETWORK, NETWORK_KERNELS, *steps, *step.PIECES}
+    times = {name: providers[name]["time"]["median_us"] for name in timed}
+    assert 50 < times[NETWORK] < times[ONE_PASS], "the loss and the optimizer come on top"
+    assert times[NETWORK_KERNELS] < times[AT_HAND] < times[ONE_PASS] < times[VIEW_BY_VIEW]
+    assert times["optimiser"] < times[AT_HAND]
     assert found["phases"]["backward"] > 0
     # Multiplications and additions of 4 views: forward, and the gradients of weights and, except
     # of the images, of inputs.
@@ -138,15 +149,50 @@ def test_launches_are_counted_after_all_times(
     monkeypatch.setattr(plots, "draw", lambda *_: [])
     options = step.Options(device="cpu", rounds=3, kernels=True, out=tmp_path)
     step.run(options)
-    assert timed == [[True, True]] * 2, "every time is in the file before"
+    assert timed == [[True, True]] * 6, "every time is in the file before"
     first, _ = json.loads(path.read_text())["cases"]
     assert first["method"] == "vi-simsiam"
+    assert list(first["launches"]) == ["torch, view by view", "torch", "kernels"]
     counted = by_kind(first["launches"]["torch"])
     assert counted["loss"][0] == counted["SGD"][0] == 1
-    assert f"({counted['convolutions'][0]})" in shown(step_parts.launches_case(first))
+    assert f"({counted['convolutions'][0]})" in shown(launches_case(first))
     path.write_text(path.read_text().replace('"launches": ', '"other": ', 1))
     step.run(dataclasses.replace(options, resume=True))
-    assert len(timed) == 3, "--resume counts only what is missing"
+    assert len(timed) == 9, "--resume counts only what is missing"
+
+
+def test_layers_that_cannot_run_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training's layers have the short name, whichever they are."""
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(step_parts, "why_unavailable", lambda *_: None)
+    steps = {VIEW_BY_VIEW: "torch, view by view", ONE_PASS: "torch"}
+    assert step.layers_at_hand(CPU) == {**steps, AT_HAND: "kernels"}
+    compiled = {f"{AT_HAND}, torch.compile": "torch.compile"}
+    assert step.layers_at_hand(cuda) == {**steps, **compiled, AT_HAND: "kernels"}
+    alone = {NETWORK: "torch", NETWORK_COMPILED: "torch.compile"}
+    assert step.layers_alone(CPU) == {**alone, NETWORK_KERNELS: "kernels"}
+    monkeypatch.setattr(step_parts, "why_unavailable", lambda name, kind: f"no {name} on {kind}")
+    assert step.layers_at_hand(CPU) == {VIEW_BY_VIEW: "torch, view by view", AT_HAND: "torch"}
+    assert step.layers_alone(CPU) == alone
+
+
+@pytest.mark.parametrize(
+    ("kernels", "one_pass", "ours"),
+    [(True, "- | 2.00 | -", "1.03 | 1.00 | 2.00 x"), (False, "1.03 | 2.00 | 2.00 x", "- | - | -")],
+)
+def test_levers_in_markdown(kernels: bool, one_pass: str, ours: str) -> None:
+    """A row for each kind of layers; where kernels cannot run, training's layers are torch's."""
+    result = scripted_pipeline("step")
+    case = result["cases"][0]
+    if not kernels:
+        del case["providers"][NETWORK_KERNELS]
+    rows = tables.layers_markdown({**result, "cases": [case]}).splitlines()[2:6]
+    assert rows == [
+        f"| {case['label']}: PyTorch's, view by view | 2.06 | - | 1.00 x |",
+        f"| {case['label']}: PyTorch's, all views in one pass | {one_pass} |",
+        f"| {case['label']}: torch.compile, all views in one pass | - | 1.25 | - |",
+        f"| {case['label']}: our kernels, all views in one pass | {ours} |",
+    ]
 
 
 @pytest.mark.filterwarnings("error")
@@ -234,6 +280,27 @@ def test_launches_of_a_step_are_counted_by_what_they_are_for() -> None:
 
     (launched,) = launches_of(twice, CPU)
     assert (launched["name"], launched["count"]) == ("aten::relu", 1)
+
+
+def test_functions_of_the_extension_are_counted_unless_an_operator_calls_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled = SimpleNamespace(sqrt=math.sqrt)
+
+    class Calling(Tensor):
+        @classmethod
+        def __torch_dispatch__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Tensor:
+            return torch.full((), compiled.sqrt(4.0))
+
+    calling = Tensor._make_subclass(Calling, torch.zeros(()))
+    monkeypatch.setattr(launches, "extension", lambda: compiled)
+    found = launches_of(lambda: (compiled.sqrt(9.0), torch.relu(calling)), CPU)
+    assert {each["name"]: each["count"] for each in found} == {"sqrt": 1, "aten::relu": 1}
+    assert compiled.sqrt is math.sqrt
+    monkeypatch.setattr(launches, "extension", lambda: None)
+    assert [each["name"] for each in launches_of(lambda: torch.ones(2).relu(), CPU)]
 
 
 @pytest.mark.parametrize(

@@ -37,12 +37,16 @@ COMMANDS = {
     "pack": ("data", "decode images once into one file to train on"),
     "views": ("data", "a picture of some images and their random views"),
     "info": ("use", "versions, devices, and which backends are available"),
-    "bench": ("use", "benchmarks: bench loss|augment|step|train|compare|accuracy|report"),
+    "bench": (
+        "use",
+        "benchmarks: bench loss|batch_norm|augment|step|train|compare|accuracy|report",
+    ),
 }
 """By name: the module in this package with the function of that name, and a description."""
 
 BENCHMARKS = {
     "loss": ("multiview_loss", "time the loss: eager, torch.compile and the fused backends"),
+    "batch_norm": ("batch_norm", "BatchNorm, addition and ReLU: torch, torch.compile and ours"),
     "augment": ("augment", "views a second: ours, torchvision, lightly and kornia"),
     "step": ("step", "the training step by phase, against the network alone"),
     "train": ("train", "whole trainings: ours, plain and tuned PyTorch, lightly"),

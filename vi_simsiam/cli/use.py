@@ -267,7 +267,7 @@ def bench(arguments: list[str]) -> int:
     name, *rest = arguments or [""]
     if name in ("-h", "--help"):
         print(f"usage: vi-simsiam bench {'|'.join(BENCHMARKS)} [OPTIONS]\n")
-        print("\n".join(f"  {name:10}{about}" for name, (_, about) in BENCHMARKS.items()))
+        print("\n".join(f"  {name:12}{about}" for name, (_, about) in BENCHMARKS.items()))
         return 0
     if name not in BENCHMARKS:
         raise none_of("bench", name or "nothing", BENCHMARKS)
