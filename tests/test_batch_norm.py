@@ -110,6 +110,11 @@ def test_the_reference_is_separate_passes() -> None:
             {"residual": torch.zeros(4, 1)},
             r"residual: shape \(4, 1\) must be that of x, \(4, 3\)",
         ),
+        (
+            (4, 3),
+            {"residual": torch.zeros(4, 3, device="meta")},
+            "residual: on meta, must be on x's device cpu",
+        ),
         ((4, 3), {"backend": "cudnn"}, "backend: 'cudnn' is none of auto, eager, triton, cpu"),
     ],
 )

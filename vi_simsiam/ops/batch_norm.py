@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from vi_simsiam.errors import InputError
-from vi_simsiam.ops.backends import choose_backend, extension
+from vi_simsiam.ops.backends import choose_backend, extension, interpreting
 from vi_simsiam.ops.tickets import new_tickets
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def batch_norm_act(
         running_mean, running_var: (C,), updated in training mode by each group in turn; both or
             none.
         groups: how many views of equally many samples x holds.
-        residual: shaped as x; None for nothing to add.
+        residual: shaped as x, of any dtype; None for nothing to add.
         relu: whether what is negative becomes 0.
         momentum: weight of a group's statistics in the running ones.
         eps: added to the variance.
@@ -79,6 +79,8 @@ def batch_norm_act(
         raise InputError(
             f"residual: shape {tuple(residual.shape)} must be that of x, {tuple(x.shape)}"
         )
+    if residual is not None and residual.device != x.device:
+        raise InputError(f"residual: on {residual.device}, must be on x's device {x.device}")
     check_groups(x, groups, training=training)
     parameters = dict(weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     check_parameters(x, parameters)
@@ -137,7 +139,8 @@ def choose_fused(
         InputError: no such backend, or a fused one for what it does not take.
         BackendUnavailableError: the backend cannot run on x's device.
     """
-    preferred = ("triton", *(("cpu",) if x.device.type == "cpu" else ()), "eager")
+    on_cpu = x.device.type == "cpu" and not interpreting()
+    preferred = ("cpu" if on_cpu else "triton", "eager")
     chosen = choose_backend(backend, x.device.type, BATCH_NORM_BACKENDS, preferred)
     if chosen == "eager":
         return "eager"
