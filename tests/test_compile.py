@@ -44,7 +44,7 @@ def test_a_compiled_run_is_the_same_and_goes_on_without(
 ) -> None:
     """The network is traced here, but not compiled, which takes most of a minute."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    plain = config(image_folder, log_every=1)
+    plain = config(image_folder, log_every=1, kernels="off")
     train(plain, tmp_path / "plain")
     trainer = Trainer(dataclasses.replace(plain, compile=True), tmp_path / "run", console=QUIET)
     with pytest.raises(KeyboardInterrupt):
