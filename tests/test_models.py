@@ -152,6 +152,21 @@ def test_running_statistics_weigh_the_views_as_documented() -> None:
         assert model.backbone.norm.running_mean.mean().item() == pytest.approx(share, abs=0.005)
 
 
+def test_views_that_adjoin_in_memory_pass_without_a_copy() -> None:
+    model = small(SimSiam)
+    model.shared_passes = True
+    seen: list[int] = []
+    model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].data_ptr()))
+    images = torch.randn(3, 6, 4, 4, 3).permute(0, 1, 4, 2, 3)
+    adjacent = list(images.unbind(0))
+    others = [adjacent[::-1], [adjacent[0], adjacent[2]], [x.clone() for x in adjacent]]
+    for given in (adjacent, *others):
+        copied = [x.clone() for x in given]
+        torch.testing.assert_close(model(given).predictions, model(copied).predictions)
+    assert seen[0] == images.data_ptr()
+    assert images.data_ptr() not in seen[1:]
+
+
 def test_build_model_follows_the_configuration() -> None:
     network = ModelConfig("resnet34", "small", dim=40, projector_hidden=16, predictor_hidden=12)
     loss = LossConfig(

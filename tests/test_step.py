@@ -30,7 +30,7 @@ from vi_simsiam.engine.step import (
     learning_rates,
     training_network,
 )
-from vi_simsiam.models import SimSiam, VISimSiam
+from vi_simsiam.models import Output, SimSiam, VISimSiam
 from vi_simsiam.ops.stem_convolution import _OverBlocks
 
 POLICY = AugmentConfig(size=12, local_views=1, local_size=8, blur_prob=0.0)
@@ -233,6 +233,25 @@ def test_overlapped_and_captured_steps_train_alike(
         assert step.counter.item() == i + 1
     assert_same(everything(step), everything(by_loader(kind, 10)))
     assert not captured or call.captured  # type: ignore[union-attr]
+
+
+def test_prepared_views_of_one_size_adjoin(feed: Callable[[str], DeviceFeed]) -> None:
+    """The network takes them as one batch without a copy."""
+    step, seen = make_step(), []
+
+    def network(views: Sequence[Tensor]) -> Output:
+        seen.extend(views)
+        return step.model(views)  # type: ignore[no-any-return]
+
+    step.network = network
+    whole = OverlappedStep(step, feed("gpu"))
+    whole.prepare(0)
+    whole.feed.load(1)
+    whole()
+    first, second, *rest = seen
+    assert first.is_contiguous(memory_format=torch.channels_last)
+    assert second.data_ptr() == first.data_ptr() + first.nbytes
+    assert all(x.data_ptr() == rest[0].data_ptr() + i * x.nbytes for i, x in enumerate(rest))
 
 
 def test_a_captured_run_is_resumed(feed: Callable[[str], DeviceFeed]) -> None:

@@ -188,7 +188,7 @@ class SimSiam(nn.Module):
         if self.joint_statistics or self.shared_passes or (self.fused and self.training):
             by_shape = itertools.groupby(views, key=lambda view: view.shape)
             groups = [list(group) for _, group in by_shape]
-        return [(group[0] if len(group) == 1 else torch.cat(group), len(group)) for group in groups]
+        return [(_batch_of(group), len(group)) for group in groups]
 
     @torch.no_grad()
     def _targets(self, target: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
@@ -240,6 +240,26 @@ class SimSiam(nn.Module):
         """The method's loss of an `Output` times `loss_scale`, a scalar."""
         views, targets = output.predictions, output.targets
         return cosine_loss(views, targets, backend=backend, loss_scale=loss_scale)
+
+
+def _batch_of(views: list[Tensor]) -> Tensor:
+    """The views as one batch: their memory itself where they lie in it one after the other, as
+    those of this package's loader do."""
+    first, *rest = views
+    if not rest:
+        return first
+    if torch.compiler.is_compiling() or any(view.requires_grad for view in views):
+        return torch.cat(views)
+    memory, size = first.untyped_storage().data_ptr(), len(first) * first.stride(0)
+    adjacent = (
+        view.untyped_storage().data_ptr() == memory
+        and view.stride() == first.stride()
+        and view.storage_offset() == first.storage_offset() + i * size
+        for i, view in enumerate(rest, 1)
+    )
+    if not all(adjacent):
+        return torch.cat(views)
+    return first.as_strided((len(views) * len(first), *first.shape[1:]), first.stride())
 
 
 class VISimSiam(SimSiam):

@@ -11,6 +11,7 @@ The step calls the network with the project's kernels, compiled, or in Distribut
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -180,7 +181,7 @@ class OverlappedStep:
         """Make the views of `step`, the next one."""
         self.feed.load(step)
         views = self.feed.make(self.step.counter).views
-        self._views = self._views or [torch.empty_like(view) for view in views]
+        self._views = self._views or _adjacent_like(views)
         torch._foreach_copy_(self._views, views)
 
     def __call__(self) -> Output:
@@ -203,6 +204,17 @@ class OverlappedStep:
     def state(self) -> State:
         """Everything that a call changes, for `vi_simsiam.engine.capture`."""
         return *self.step.state, *self._views
+
+
+def _adjacent_like(views: Sequence[Tensor]) -> list[Tensor]:
+    """Empty tensors like these; those of one shape lie one after the other in memory."""
+    made: list[Tensor] = []
+    for _, group in itertools.groupby(views, key=lambda view: view.shape):
+        first, *rest = group
+        layout = first.permute(0, 2, 3, 1)
+        empty = layout.new_empty((1 + len(rest), *layout.shape))
+        made += empty.permute(0, 1, 4, 2, 3).unbind(0)
+    return made
 
 
 def training_network(

@@ -24,6 +24,7 @@ from vi_simsiam.engine.checkpoint import Checkpoint
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.graph import Captured, capture
 from vi_simsiam.engine.kernels import choose_kernels
+from vi_simsiam.engine.memory import keep_freed_memory
 from vi_simsiam.engine.monitor import Monitor, representation_statistics
 from vi_simsiam.engine.processes import stop_signals
 from vi_simsiam.engine.step import (
@@ -150,6 +151,8 @@ class Trainer:
         make_step = partial(
             configured_step, config, loss_scale=self.loss_scale, backend=self.backend, bf16=bf16
         )
+        if not on_gpu:
+            keep_freed_memory()
         self.kernels = choose_kernels(
             config,
             self.world,
