@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from benchmark_cases import CPU, ScriptedTimer, scale, shown
+from benchmark_cases import CPU, ScriptedTimer, needs_gpu, scale, shown
 from torch import Tensor
 
 from vi_simsiam import SimSiam, normalisation
@@ -231,3 +231,20 @@ def test_targets() -> None:
     assert judged("cpu") == ("not measured", "-")
     cases.clear()
     assert judged("cpu") == judged("cuda") == ("not measured", "-")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_case_has_all_figures() -> None:
+    device = torch.device("cuda")
+    made = batch_norm.make_providers(device)
+    del made["torch.compile"]
+    case = NormCase(32, 64, 64, 16, residual=True, dtype="bfloat16")
+    timer = harness.timer_for(device)
+    found = batch_norm.measure_case(case, device, made, timer, rounds=5)["providers"]
+    assert {name: each["failure"] for name, each in found.items()} == dict.fromkeys(made)
+    for each in found.values():
+        both = each["forward_backward"]
+        assert both["time"]["median_us"] > 0
+        assert both["host"]["median_us"] > 0
+        assert 0 < both["copy_share"] < 1.2
