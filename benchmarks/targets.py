@@ -11,6 +11,7 @@ from vi_simsiam.text import counted
 
 from .cases import BOTH, MODES, cases_for
 from .results import (
+    AT_HAND,
     COMPILED,
     EAGER,
     FUSED,
@@ -31,6 +32,7 @@ from .results import (
     noisy,
     ratio,
     speed_up,
+    step_with,
     times_of,
 )
 
@@ -236,8 +238,8 @@ def _whole_trainings(cases: Sequence[Case]) -> Target:
     """Target of the longest of several trainings."""
     row = Row(
         "views/s of whole trainings at CIFAR-10, 2x32, against lightly's",
-        "at least 1.5 times",
-        1.5,
+        "at least 2 times",
+        2,
         lambda case: speed_up(case, [OURS_SIMSIAM], [LIGHTLY]),
         lambda case: (case["data"], case["view_label"]) == ("cifar10", "2x32"),
         at_least=True,
@@ -319,8 +321,17 @@ _TARGETS: dict[tuple[str, str], Sequence[Callable[[Sequence[Case]], Target]]] = 
         ),
         Row("exposed augmentation", "at most 2 % of the step", 0.02, exposed_share, shown="{:.1%}"),
     ),
+    ("step", "cpu"): (
+        Row(
+            "training step with our kernels against PyTorch's layers, all views in one pass",
+            "at least 1.2 times faster",
+            1.2,
+            lambda case: speed_up(case, [AT_HAND], [step_with("torch", "kernels")]),
+            at_least=True,
+        ),
+    ),
     ("train", "cuda"): (
-        _on_imagenette("training", "at most 120 s", 120, lambda found: found["training_seconds"]),
+        _on_imagenette("training", "at most 75 s", 75, lambda found: found["training_seconds"]),
         _on_imagenette(
             "cold start and kNN evaluation",
             "at most 45 s",
