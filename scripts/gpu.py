@@ -77,6 +77,7 @@ STAGES = {
     "losses": _tests(160, "tests/test_multiview_loss*.py", VI_SIMSIAM_TEST_DEVICE="cuda"),
     "kernels": _tests(120, "-m", "gpu", "tests/test_triton_kernels.py"),
     "loss": _bench(180, "loss", "--short"),
+    "batch_norm": _bench(100, "batch_norm", "--short"),
     "accuracy": _bench(60, "accuracy"),
     "augment": _bench(120, "augment", "--short"),
     "train": _bench(300, "train", "--short", "--size", "128"),
