@@ -19,8 +19,8 @@ BASELINE := ATEN_CPU_CAPABILITY=default DNNL_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIB
 	VI_SIMSIAM_SIMD=baseline
 # Tests in which another rounding shows first.
 NUMERICS := $(patsubst %,tests/test_%.py,augment batch_norm classifiers device_feed distributions \
-	embed encoder extension linear multiview_loss multiview_loss_autograd power_spherical scores \
-	step)
+	embed encoder extension linear models multiview_loss multiview_loss_autograd power_spherical \
+	scores sgd small_map_convolution step)
 
 .PHONY: train test install lint cpus soak gpu bench clean
 

@@ -11,7 +11,8 @@
 // tile blocks of a few rows are read from left to right, as adjacent addresses arrive fastest. Sums
 // over a block are of the compute type, and sums of blocks and tiles float64 in one fixed order: no
 // result depends on the number of threads. Sums of squares are those of x minus the group's first
-// row: where the mean is large nothing cancels.
+// row: where the mean is large nothing cancels, as long as that row is no outlier of tens of
+// deviations.
 
 #include "batch_norm.h"
 

@@ -91,8 +91,8 @@ class Helpers {
 };
 
 #if !defined(_WIN32)
-// The entry that compilers call for a parallel region, or nullptr: without OpenMP, or in a forked
-// child, which has none of its parent's threads, as in PyTorch.
+// The entry that compilers call for a parallel region, or nullptr: without OpenMP, or in a child that
+// was forked after this was loaded, which has none of its parent's threads.
 using OpenMP = void (*)(void (*)(void*), void*, unsigned, unsigned);
 inline const auto loading_process = VI_PROCESS_ID();
 inline OpenMP openmp() {

@@ -11,6 +11,8 @@ import torch
 from batch_norm_cases import *  # noqa: F403
 from batch_norm_cases import close, draw, exact, parameters_of, results
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torchvision.models import resnet
 
@@ -66,6 +68,32 @@ def test_gradients_by_differences(fused: str) -> None:
         return batch_norm_act(*given, residual=residual, groups=3, backend=fused)
 
     assert torch.autograd.gradcheck(result, inputs)
+
+
+def test_tensors_without_memory_of_their_own_are_left_to_eager(fused: str) -> None:
+    """Fake, traced, transformed and negated ones."""
+    x, other = draw((4, 3, 5, 5)), draw((4, 3, 5, 5), seed=1)
+
+    def result(x: Tensor, residual: Tensor) -> Tensor:
+        y = batch_norm_act(x, None, None, None, None, groups=2, residual=residual)
+        return (y * other).sum()
+
+    want = result(x, other)
+    traced = make_fx(result)(draw((4, 3, 5, 5), seed=2), other)
+    torch.testing.assert_close(traced(x, other), want)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(result(leaf, other), leaf)
+    torch.testing.assert_close(torch.func.grad(result)(x, other), gradient)
+    torch.testing.assert_close(result(x, torch._neg_view(-other)), want)
+    with FakeTensorMode():
+        fake = torch.empty(4, 3, 5, 5, memory_format=torch.channels_last)
+        assert batch_norm_act(fake, None, None, None, None, residual=fake).shape == fake.shape
+    y = batch_norm_act(leaf, None, None, None, None, backend=fused)
+    (negated,) = torch.autograd.grad(y, leaf, torch._neg_view(-other))
+    y = batch_norm_act(leaf, None, None, None, None, backend=fused)
+    torch.testing.assert_close(negated, torch.autograd.grad(y, leaf, other)[0])
+    with pytest.raises(InputError, match="takes tensors with memory of their own"):
+        batch_norm_act(torch._neg_view(x), None, None, None, None, backend=fused)
 
 
 def test_the_number_of_threads_changes_no_bit(fused: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,9 @@ def test_ranks_with_kernels_have_the_gradients_of_one_process(bf16: bool) -> Non
         assert converted == bf16
         for found, expected in pairs:
             scale = float(np.abs(expected).max())
-            np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * scale)
+            # In bfloat16 a weight's gradient is rounded once, under autocast alone in each use.
+            tolerance = 2**-8 if bf16 else 1e-6
+            np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * scale)
 
 
 Case = list[tuple[str | None, tuple[float | Exception, float]]]

@@ -10,7 +10,8 @@ import pytest
 from processes import environment
 
 FAULTS = """
-import resource
+import ctypes, resource
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: count small pages
 import torch
 from vi_simsiam.engine.memory import keep_freed_memory
 

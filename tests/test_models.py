@@ -160,11 +160,18 @@ def test_views_that_adjoin_in_memory_pass_without_a_copy() -> None:
     images = torch.randn(3, 6, 4, 4, 3).permute(0, 1, 4, 2, 3)
     adjacent = list(images.unbind(0))
     others = [adjacent[::-1], [adjacent[0], adjacent[2]], [x.clone() for x in adjacent]]
+    others += [[adjacent[0], adjacent[1].mT], [adjacent[0], torch._neg_view(adjacent[1])]]
     for given in (adjacent, *others):
         copied = [x.clone() for x in given]
         torch.testing.assert_close(model(given).predictions, model(copied).predictions)
     assert seen[0] == images.data_ptr()
     assert images.data_ptr() not in seen[1:]
+    trained = [[x.clone().requires_grad_() for x in adjacent], list(images.requires_grad_())]
+    found = []
+    for given in trained:
+        loss = torch.stack(model(given).predictions)[..., :20].square().sum()
+        found.append(torch.autograd.grad(loss, given))
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_build_model_follows_the_configuration() -> None:

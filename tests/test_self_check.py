@@ -16,6 +16,7 @@ from torch import Tensor
 from vi_simsiam import self_check
 from vi_simsiam.cli import main
 from vi_simsiam.engine.graph import Captured
+from vi_simsiam.engine.sgd import CPUFusedSGD
 from vi_simsiam.info import facts
 from vi_simsiam.ops import multiview_loss_fused
 from vi_simsiam.ops.backends import extension
@@ -148,7 +149,7 @@ class _Idle(StandIn):
     """Replays without the updates of the weights."""
 
     def replay(self) -> None:
-        with mock.patch.object(torch.optim.SGD, "step"):
+        with mock.patch.object(CPUFusedSGD, "step"):
             super().replay()
 
 

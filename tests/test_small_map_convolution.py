@@ -196,3 +196,13 @@ def test_a_fused_step_is_one_of_separate_passes(
     torch.testing.assert_close(fused.state_dict(), apart.state_dict())
     fused.eval()(views)
     assert len(calls) == taken
+
+
+def test_convolutions_with_hooks_stay_torchs() -> None:
+    fused, called = network("resnet18"), []
+    fused.fused = True
+    block = fused.backbone.layer4[0]
+    for layer in (block.conv1, block.downsample, block.downsample[0]):
+        layer.register_forward_hook(lambda layer, *_: called.append(layer))
+    fused([torch.randn(6, 3, 16, 16, dtype=torch.float64) for _ in range(2)])
+    assert called == [block.downsample[0], block.downsample, block.conv1]

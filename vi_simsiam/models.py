@@ -253,7 +253,8 @@ def _batch_of(views: list[Tensor]) -> Tensor:
     memory, size = first.untyped_storage().data_ptr(), len(first) * first.stride(0)
     adjacent = (
         view.untyped_storage().data_ptr() == memory
-        and view.stride() == first.stride()
+        and (view.stride(), view.dtype, view.is_neg())
+        == (first.stride(), first.dtype, first.is_neg())
         and view.storage_offset() == first.storage_offset() + i * size
         for i, view in enumerate(rest, 1)
     )

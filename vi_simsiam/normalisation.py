@@ -104,11 +104,12 @@ class Head(nn.Sequential):
 
 def _convolve(layer: nn.Module, x: Tensor) -> Tensor:
     """The layer's result; a convolution on a small map, also in a sequence, may be our own."""
-    if isinstance(layer, nn.Sequential):
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+    if type(layer) is nn.Sequential and not hooked:
         for each in layer:
             x = _convolve(each, x)
         return x
-    if type(layer) is not nn.Conv2d or not small_map_convolution.takes(x, layer):
+    if type(layer) is not nn.Conv2d or hooked or not small_map_convolution.takes(x, layer):
         return cast(Tensor, layer(x))
     numbers: Any = layer.stride, layer.padding
     return small_map_convolution.small_map_convolution(x, layer.weight, *numbers)
@@ -157,7 +158,7 @@ def make_fusible(network: resnet.ResNet) -> None:
     """Let a torchvision ResNet made of `PerViewBatchNorm2d` layers fuse them.
 
     Its class and those of its blocks are exchanged, since torchvision's functions take no classes
-    of blocks. Hooks of modules that are fused or replaced do not run.
+    of blocks. Hooks of modules that are fused do not run; a convolution with hooks stays torch's.
     """
     exchanged: dict[type, type] = {resnet.ResNet: _ResNet}
     exchanged |= {resnet.BasicBlock: _BasicBlock, resnet.Bottleneck: _Bottleneck}

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -112,8 +111,10 @@ class KernelChoice:
             ) from error
 
     def save(self, folder: Path) -> None:
-        """Write the choice to a run's folder."""
-        write_json(folder / KERNELS, asdict(self))
+        """Write the choice to a run's folder; one without figures replaces none that has them."""
+        before = self.load(folder)
+        if self.torch_ms is not None or before is None or before.torch_ms is None:
+            write_json(folder / KERNELS, asdict(self))
 
 
 def choose_kernels(
@@ -140,7 +141,7 @@ def choose_kernels(
         dtype: of the views.
         steps: how many are left to train.
         resumed: the folder of the run that goes on; None for a new run. Its choice is kept on a
-            device of the same name.
+            device of the same name, and where few steps are left.
 
     Raises:
         InputError: kernels is "on", and they cannot be used; a damaged choice in `resumed`.
@@ -163,7 +164,7 @@ def choose_kernels(
         return saved
     effort = _EFFORT[world.device.type]
     if config.kernels == "on" or steps < effort.fewest_steps:
-        return KernelChoice(device, True)
+        return saved if saved is not None and saved.torch_ms else KernelChoice(device, True)
     mine = _measure(config, world, model, make_step, dtype, effort)
     fused, plain = (_slowest(times) for times in zip(*world.exchange(mine), strict=True))
     failed = {name: x for name, x in ((_FUSED, fused), (_PLAIN, plain)) if isinstance(x, str)}
@@ -178,14 +179,13 @@ def choose_kernels(
 
 
 def kernels_of(folder: Path, config: TrainConfig) -> str:
-    """The choice of a run in words.
-
-    Raises:
-        InputError: the run's kernels.json is damaged.
-    """
+    """The choice of a run in words."""
     if config.kernels != "auto":
         return config.kernels
-    return str(KernelChoice.load(folder) or "not recorded")
+    try:
+        return str(KernelChoice.load(folder) or "not recorded")
+    except InputError:
+        return "not readable"
 
 
 def why_unusable(config: TrainConfig, device_type: str, model: SimSiam) -> str | None:
@@ -222,7 +222,7 @@ def _measure(
     """Milliseconds of a step with the kernels and with torch's layers, or why it failed."""
     device, augment = world.device, config.augment
     on_gpu = device.type == "cuda"
-    mode = "on" if on_gpu and world.alone and config.capture != "off" else "off"
+    mode = config.capture if on_gpu and world.alone else "off"
     sizes = [augment.size] * 2 + [augment.local_size] * augment.local_views
     batch = world.local_batch(config.batch_size)
     rates = torch.zeros(effort.warmup + effort.rounds)
@@ -241,7 +241,7 @@ def _measure(
                 seconds = _seconds(call, device)
                 if number >= effort.warmup:
                     taken.append(seconds)
-        return [1e3 * median(taken) for taken in times]
+        return [1e3 * min(taken) for taken in times]  # others are held up by other programs
 
     def alone(kernels: bool) -> float | str:
         try:

@@ -25,7 +25,7 @@ class CPUFusedSGD(torch.optim.SGD):
         assert closure is None
         for group in self.param_groups:
             updated = [
-                _in_order(parameter, parameter.grad, *self.state[parameter].values())
+                _in_order(parameter, parameter.grad, *self.state.get(parameter, {}).values())
                 for parameter in group["params"]
                 if parameter.grad is not None
             ]

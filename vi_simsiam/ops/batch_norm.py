@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.backends import choose_backend, extension, interpreting
+from vi_simsiam.ops.multiview_loss_fused import has_memory
 from vi_simsiam.ops.tickets import new_tickets
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def batch_norm_act(
     check_groups(x, groups, training=training)
     parameters = dict(weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     check_parameters(x, parameters)
-    chosen = choose_fused(backend, x, parameters, training=training)
+    chosen = choose_fused(backend, x, parameters, residual, training=training)
     if chosen == "eager":
         parts = x.chunk(groups) if training and groups > 1 else (x,)
         statistics = running_mean, running_var, weight, bias, training, momentum, eps
@@ -130,7 +131,12 @@ def check_parameters(x: Tensor, parameters: Mapping[str, Tensor | None]) -> None
 
 
 def choose_fused(
-    backend: str, x: Tensor, parameters: Mapping[str, Tensor | None], *, training: bool = True
+    backend: str,
+    x: Tensor,
+    parameters: Mapping[str, Tensor | None],
+    residual: Tensor | None = None,
+    *,
+    training: bool = True,
 ) -> Literal["eager", "triton", "cpu"]:
     """The backend for x: what a fused one does not take is left to eager, unless it was named
     explicitly.
@@ -150,6 +156,8 @@ def choose_fused(
     problem = None
     if torch.compiler.is_compiling():
         problem = "no code under torch.compile"
+    elif chosen == "cpu" and not has_memory(x, residual, *given):
+        problem = "tensors with memory of their own, not fake, traced or negated ones"
     elif not training:
         problem = "training mode alone"
     elif x.dtype not in _DTYPES[chosen]:
@@ -242,7 +250,7 @@ class _BatchNormAct(torch.autograd.Function):
         x, y, weight, bias, statistics = ctx.saved_tensors
         # Without a ReLU the residual's gradient is that of the result.
         by_residual = gradient if ctx.has_residual else None
-        gradient = gradient.contiguous(memory_format=_layout(x))
+        gradient = gradient.contiguous(memory_format=_layout(x)).resolve_neg()
         by_x = torch.empty_like(x, memory_format=_layout(x))
         if y is not None:
             by_residual = torch.empty_like(by_x)

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from vi_simsiam.ops.backends import extension
 from vi_simsiam.ops.tickets import new_tickets, reserve_tickets
@@ -32,6 +33,9 @@ TRANSFORMED = (
     "loss per sample, and torch.autograd.grad its gradient"
 )
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+_TRACING = [
+    getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL")
+]
 
 
 class LossCall(NamedTuple):
@@ -52,6 +56,20 @@ class LossCall(NamedTuple):
     mean: bool
     """The loss is the mean over the samples, and the gradient that of the mean."""
     wants_gradient: bool
+
+
+def has_memory(*tensors: Tensor | None) -> bool:
+    """True if a kernel may read and write at the tensors' addresses.
+
+    False for fake tensors, other subclasses and negated views, and where a mode traces or
+    transforms them.
+    """
+    return (
+        not any(map(torch._C._get_dispatch_mode, _TRACING))
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and all(type(x) in _PLAIN and (x is None or not x.is_neg()) for x in tensors)
+    )
 
 
 def padded_width(columns: int) -> int:

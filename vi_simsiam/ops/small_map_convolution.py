@@ -38,7 +38,7 @@ def takes(x: Tensor, convolution: nn.Conv2d) -> bool:
 def small_map_convolution(x: Tensor, weight: Tensor, stride: _Pair, padding: _Pair) -> Tensor:
     """`conv2d(x, weight, stride=stride, padding=padding)`, once differentiable.
 
-    Sums are taken in float32 or float64. Under autocast the result has autocast's dtype.
+    Sums are taken in float32 or float64. Autocast rounds x, weight and result to its dtype.
 
     Args:
         x: (N, I, height, width), in channels_last to be fast.
@@ -51,7 +51,8 @@ def small_map_convolution(x: Tensor, weight: Tensor, stride: _Pair, padding: _Pa
     dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
     if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
         dtype = torch.get_autocast_dtype("cpu")
-    y: Tensor = _SmallMapConvolution.apply(x.to(wide), weight.to(wide), stride, padding)
+    x, weight = (each.to(dtype).to(wide) for each in (x, weight))
+    y: Tensor = _SmallMapConvolution.apply(x, weight, stride, padding)
     return y.to(dtype)
 
 
