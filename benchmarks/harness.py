@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vi_simsiam.engine.graph import CudaGraph
+from vi_simsiam.engine.memory import keep_freed_memory
 from vi_simsiam.engine.run import resolve_device
 from vi_simsiam.errors import InputError
 from vi_simsiam.text import print_line
@@ -369,5 +370,8 @@ class CudaTimer(Timer):
 
 
 def timer_for(device: torch.device) -> Timer:
-    """The timer of a device."""
-    return CudaTimer(device) if device.type == "cuda" else Timer()
+    """The timer of a device; on a CPU freed memory is kept, as in training."""
+    if device.type == "cuda":
+        return CudaTimer(device)
+    keep_freed_memory()
+    return Timer()

@@ -21,7 +21,6 @@ from vi_simsiam.data.device import byte_tensor
 from vi_simsiam.data.loader import MultiViewLoader
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.engine.graph import capture
-from vi_simsiam.engine.memory import keep_freed_memory
 from vi_simsiam.engine.step import Network, OverlappedStep, TrainStep, training_network
 from vi_simsiam.models import Output, SimSiam, VISimSiam, build_model
 from vi_simsiam.ops.backends import why_unavailable
@@ -89,8 +88,6 @@ class Parts:
     """The parts of a step on views at hand, each a function of the views."""
 
     def __init__(self, case: StepCase, device: torch.device) -> None:
-        if device.type == "cpu":
-            keep_freed_memory()
         self.case, self.device = case, device
         self.bf16 = device.type == "cuda"
         self.dtype = torch.bfloat16 if self.bf16 else torch.float32
