@@ -4,7 +4,7 @@ The floor is the same network's forward and backward on random tensors on the de
 loss and update, on a GPU as a graph: with PyTorch's layers, with torch.compile, and with the
 project's kernels. The step is measured as training runs it, with its data; parts are differences
 between growing pieces. Before a step is timed, its losses on the first batches are compared with
-those of a plain loop with torch's SGD on the same views.
+those of a plain loop with torch's SGD on the same views, in float64 on a CPU.
 """
 
 from __future__ import annotations
@@ -52,12 +52,13 @@ _CHECKED_STEPS = 6
 """Enough that the last ones are replays: a step is checked and warmed up before it is recorded."""
 _TOLERANCE: dict[str, dict[Method, float]] = {
     "cuda": {"vi-simsiam": 1e-3, "simsiam": 2.5e-3},
-    "cpu": {"vi-simsiam": 1e-4, "simsiam": 1e-4},
+    "cpu": {"vi-simsiam": 4e-4, "simsiam": 4e-4},
 }
 """Tolerance of the scaled losses, which are of the order of a cosine for both methods.
 
-bfloat16 on a GPU changes them by up to 3e-4 and 1.6e-3 at 2x128, and another order of float32 sums
-on a CPU by 2e-5; missed updates change them by more than twice the tolerance.
+bfloat16 on a GPU changes them by up to 3e-4 and 1.6e-3 at 2x128, and float32 on a CPU, with
+PyTorch's layers as with ours, by up to 1.4e-4 in six steps, which amplify where a ReLU's input is
+rounded to the other side of 0; missed updates change them by more than twice the tolerance.
 """
 _FIGURES = ("losses", "mfu")
 _SHORT_SECONDS = {"cuda": 160.0, "cpu": 90.0}

@@ -121,8 +121,12 @@ class Parts:
         return _unscaled_losses(step, len(batches))
 
     def plain_losses(self, batches: Sequence[list[Tensor]]) -> list[float]:
-        """Losses of a plain loop with torch's own SGD, before they are scaled."""
+        """Losses of a plain loop with torch's own SGD, before they are scaled; in float64 on a CPU,
+        where float32 may be as far from them as the layers that are checked."""
         model = copy.deepcopy(self._plain)
+        if not self.bf16:
+            model.double()
+            batches = [[view.double() for view in views] for views in batches]
         rate = _LR[self.case.method]
         optimizer = torch.optim.SGD(
             model.parameters(), lr=rate, momentum=_MOMENTUM, weight_decay=_WEIGHT_DECAY
