@@ -243,8 +243,7 @@ class SimSiam(nn.Module):
 
 
 def _batch_of(views: list[Tensor]) -> Tensor:
-    """The views as one batch: their memory itself where they lie in it one after the other, as
-    those of this package's loader do."""
+    """The views as one batch: their memory itself if they adjoin, as those of our loader do."""
     first, *rest = views
     if not rest:
         return first
@@ -253,8 +252,8 @@ def _batch_of(views: list[Tensor]) -> Tensor:
     memory, size = first.untyped_storage().data_ptr(), len(first) * first.stride(0)
     adjacent = (
         view.untyped_storage().data_ptr() == memory
-        and (view.stride(), view.dtype, view.is_neg())
-        == (first.stride(), first.dtype, first.is_neg())
+        and (view.stride(), view.dtype) == (first.stride(), first.dtype)
+        and view.is_neg() == first.is_neg()
         and view.storage_offset() == first.storage_offset() + i * size
         for i, view in enumerate(rest, 1)
     )
