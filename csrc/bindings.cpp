@@ -23,6 +23,7 @@ namespace py = pybind11;
 
 namespace {
 
+using vi_simsiam::BatchNormProblem;
 using vi_simsiam::DType;
 using vi_simsiam::Form;
 using vi_simsiam::Link;
@@ -127,52 +128,63 @@ void multiview_loss_cpu(const MultiviewProblem& problem, const std::string& pred
   throw_if<std::invalid_argument>("multiview_loss_cpu", error);
 }
 
-template <typename Solve>
-auto batch_norm_cpu(Solve solve) {
-  return [solve](uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t bias,
-                 uintptr_t running_mean, uintptr_t running_var, uintptr_t y, uintptr_t statistics,
-                 uintptr_t gradient, uintptr_t by_x, uintptr_t by_residual, uintptr_t by_weight,
-                 uintptr_t by_bias, int64_t groups, int64_t rows, int64_t channels, bool relu,
-                 double momentum, double eps, const std::string& dtype, int threads) {
-    vi_simsiam::BatchNormProblem problem{};
-    problem.groups = groups;
-    problem.rows = rows;
-    problem.channels = channels;
-    problem.relu = relu;
-    problem.momentum = momentum;
-    problem.eps = eps;
-    problem.x = pointer<const void*>(x);
-    problem.residual = pointer<const void*>(residual);
-    problem.weight = pointer<const void*>(weight);
-    problem.bias = pointer<const void*>(bias);
-    problem.running_mean = pointer<void*>(running_mean);
-    problem.running_var = pointer<void*>(running_var);
-    problem.y = pointer<void*>(y);
-    problem.statistics = pointer<void*>(statistics);
-    problem.gradient = pointer<const void*>(gradient);
-    problem.by_x = pointer<void*>(by_x);
-    problem.by_residual = pointer<void*>(by_residual);
-    problem.by_weight = pointer<void*>(by_weight);
-    problem.by_bias = pointer<void*>(by_bias);
-    const DType element = parse_dtype(dtype);
-    const char* error = nullptr;
-    {
-      py::gil_scoped_release release;
-      error = solve(problem, element, threads);
-    }
-    throw_if<std::invalid_argument>("batch_norm", error);
-  };
+BatchNormProblem batch_norm(int64_t rows, int64_t channels, int64_t groups, bool relu) {
+  BatchNormProblem problem{};
+  problem.rows = rows;
+  problem.channels = channels;
+  problem.groups = groups;
+  problem.relu = relu;
+  return problem;
 }
 
 template <typename Solve>
-void define_batch_norm(py::module_& m, const char* name, Solve solve, const char* doc) {
-  const auto absent = [](const char* argument) { return py::arg(argument) = 0; };
-  m.def(name, batch_norm_cpu(solve), py::kw_only(), py::arg("x"), absent("residual"),
-        absent("weight"), absent("bias"), absent("running_mean"), absent("running_var"),
-        absent("y"), py::arg("statistics"), absent("gradient"), absent("by_x"),
-        absent("by_residual"), absent("by_weight"), absent("by_bias"), py::arg("groups"),
-        py::arg("rows"), py::arg("channels"), py::arg("relu"), py::arg("momentum") = 0.0,
-        py::arg("eps") = 0.0, py::arg("dtype"), py::arg("threads"), doc);
+void run_batch_norm(Solve solve, const BatchNormProblem& problem, const std::string& dtype,
+                    int threads) {
+  const DType element = parse_dtype(dtype);
+  const char* error = nullptr;
+  {
+    py::gil_scoped_release release;
+    error = solve(problem, element, threads);
+  }
+  throw_if<std::invalid_argument>("batch_norm", error);
+}
+
+void batch_norm_forward_cpu(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t bias,
+                            uintptr_t running_mean, uintptr_t running_var, uintptr_t y,
+                            uintptr_t statistics, int64_t rows, int64_t channels, int64_t groups,
+                            bool relu, double momentum, double eps, const std::string& dtype,
+                            int threads) {
+  BatchNormProblem problem = batch_norm(rows, channels, groups, relu);
+  problem.momentum = momentum;
+  problem.eps = eps;
+  problem.x = pointer<const void*>(x);
+  problem.residual = pointer<const void*>(residual);
+  problem.weight = pointer<const void*>(weight);
+  problem.bias = pointer<const void*>(bias);
+  problem.running_mean = pointer<void*>(running_mean);
+  problem.running_var = pointer<void*>(running_var);
+  problem.y = pointer<void*>(y);
+  problem.statistics = pointer<void*>(statistics);
+  run_batch_norm(vi_simsiam::batch_norm_forward_cpu, problem, dtype, threads);
+}
+
+void batch_norm_backward_cpu(uintptr_t gradient, uintptr_t x, uintptr_t y, uintptr_t weight,
+                             uintptr_t bias, uintptr_t statistics, uintptr_t by_x,
+                             uintptr_t by_residual, uintptr_t by_weight, uintptr_t by_bias,
+                             int64_t rows, int64_t channels, int64_t groups, bool relu,
+                             const std::string& dtype, int threads) {
+  BatchNormProblem problem = batch_norm(rows, channels, groups, relu);
+  problem.gradient = pointer<const void*>(gradient);
+  problem.x = pointer<const void*>(x);
+  problem.y = pointer<void*>(y);
+  problem.weight = pointer<const void*>(weight);
+  problem.bias = pointer<const void*>(bias);
+  problem.statistics = pointer<void*>(statistics);
+  problem.by_x = pointer<void*>(by_x);
+  problem.by_residual = pointer<void*>(by_residual);
+  problem.by_weight = pointer<void*>(by_weight);
+  problem.by_bias = pointer<void*>(by_bias);
+  run_batch_norm(vi_simsiam::batch_norm_backward_cpu, problem, dtype, threads);
 }
 
 #if defined(VI_SIMSIAM_CUDA)
@@ -270,10 +282,16 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                       "Writes the loss (batch,) and every output with an address, on the host.",
                       py::arg("prediction_dtype"), py::arg("target_dtype"), py::arg("threads"));
 
-  define_batch_norm(m, "batch_norm_forward_cpu", vi_simsiam::batch_norm_forward_cpu,
-                    "Writes y and the statistics (2, groups, channels), on the host.");
-  define_batch_norm(m, "batch_norm_backward_cpu", vi_simsiam::batch_norm_backward_cpu,
-                    "Writes every gradient with an address, on the host.");
+  m.def("batch_norm_forward_cpu", &batch_norm_forward_cpu, py::arg("x"), py::arg("residual"),
+        py::arg("weight"), py::arg("bias"), py::arg("running_mean"), py::arg("running_var"),
+        py::arg("y"), py::arg("statistics"), py::arg("rows"), py::arg("channels"),
+        py::arg("groups"), py::arg("relu"), py::arg("momentum"), py::arg("eps"), py::arg("dtype"),
+        py::arg("threads"), "Writes y and the statistics (2, groups, channels), on the host.");
+  m.def("batch_norm_backward_cpu", &batch_norm_backward_cpu, py::arg("gradient"), py::arg("x"),
+        py::arg("y"), py::arg("weight"), py::arg("bias"), py::arg("statistics"), py::arg("by_x"),
+        py::arg("by_residual"), py::arg("by_weight"), py::arg("by_bias"), py::arg("rows"),
+        py::arg("channels"), py::arg("groups"), py::arg("relu"), py::arg("dtype"),
+        py::arg("threads"), "Writes every gradient with an address, on the host.");
 
 #if defined(VI_SIMSIAM_CUDA)
   define_with_problem(m, "multiview_loss_cuda",

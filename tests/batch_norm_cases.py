@@ -8,6 +8,7 @@ passes of `torch.nn.functional.batch_norm`.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 
 from vi_simsiam.errors import InputError
+from vi_simsiam.ops import batch_norm_fused as operation
 from vi_simsiam.ops.batch_norm import batch_norm_act
+from vi_simsiam.ops.batch_norm_fused import NormCall
 
 DEVICE = torch.device("cuda" if os.environ.get("TRITON_INTERPRET") == "0" else "cpu")
 """In Triton's interpreter and of the CPU backend the CPU."""
@@ -42,6 +45,7 @@ def results(
     *,
     backend: str,
     dtype: torch.dtype | None = None,
+    layers: Callable[..., Tensor] = batch_norm_act,
     **options: Any,
 ) -> dict[str, Tensor]:
     """y, the running statistics and all gradients; in `dtype`, if one is given."""
@@ -53,7 +57,7 @@ def results(
         if t is not None:
             t.requires_grad_()
     x, residual, weight, bias, running_mean, running_var = given
-    y = batch_norm_act(
+    y = layers(
         x, weight, bias, running_mean, running_var, residual=residual, backend=backend, **options
     )
     y.backward(gradient.to(y.dtype))
@@ -225,3 +229,63 @@ def test_what_the_fused_backend_does_not_take(fused: str, message: str) -> None:
         batch_norm_act(**given, backend=fused)
     if "takes" in message and "parameters in" not in message:
         assert torch.equal(batch_norm_act(**given), batch_norm_act(**given, backend="eager"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "add", "relu", "affine", "running"),
+    [
+        (torch.float32, True, True, True, True),
+        (torch.float32, True, False, True, False),
+        (torch.bfloat16, False, True, False, True),
+        (torch.bfloat16, True, True, False, False),
+    ],
+)
+def test_opcheck(
+    fused: str, dtype: torch.dtype, add: bool, relu: bool, affine: bool, running: bool
+) -> None:
+    """All four utilities: schema, autograd registration, fake tensors, ahead-of-time dispatch."""
+    shape = (4, 6, 3, 3)
+    x = draw(shape, dtype).requires_grad_()
+    residual = draw(shape, dtype, seed=1).requires_grad_() if add else None
+    parameters = parameters_of(6, affine)
+    if affine:
+        parameters[:2] = [t.requires_grad_() for t in parameters[:2] if t is not None]
+    if not running:
+        parameters[2:] = [None, None]
+    call = NormCall(2, relu, 0.3, 1e-3, fused)
+    operators = torch.ops.vi_simsiam
+    found = torch.library.opcheck(operators.batch_norm_act, (x, residual, *parameters, *call))
+    with torch.no_grad():
+        y, statistics, *_ = operators.batch_norm_act(x, residual, *parameters, *call)
+        given = (y, x, y if add and relu else None, *parameters[:2], statistics, *call)
+    given = tuple(t.detach() if isinstance(t, Tensor) else t for t in given)
+    backward = torch.library.opcheck(operators.batch_norm_act_backward, given)
+    assert len(found) == len(backward) == 4
+    assert {*found.values(), *backward.values()} == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("add", [True, False], ids=["residual", "alone"])
+def test_fullgraph_compile(fused: str, add: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph with what is around the norm, and the same numbers and running statistics."""
+    shape = (4, 6, 3, 3)
+    x, gradient = draw(shape), draw(shape, seed=1)
+    residual = draw(shape, seed=2) if add else None
+    given = (x, residual, parameters_of(6, True), gradient)
+    options: dict[str, Any] = {"groups": 2, "relu": add, "momentum": 0.3, "eps": 1e-3}
+    want = results(*given, **options, backend=fused)
+    launched = []
+    torch.compiler.reset()
+
+    def layers(x: Tensor, *others: Any, **options: Any) -> Tensor:
+        return batch_norm_act(2 * x, *others, **options) / 2
+
+    def doubled(x: Tensor, *others: Any, **options: Any) -> Tensor:
+        return compiled(x / 2, *others, **options) * 2
+
+    # The same tracing, fake tensors and joint graph as inductor's, without its code generation.
+    compiled = torch.compile(layers, fullgraph=True, backend="aot_eager")
+    forward = operation._forward
+    monkeypatch.setattr(operation, "_forward", lambda *a: launched.append(a) or forward(*a))
+    got = results(*given, **options, backend=fused, layers=doubled)
+    assert len(launched) == 1
+    close(got, {name: value.double() for name, value in want.items()}, rtol=1e-6, atol=1e-6)

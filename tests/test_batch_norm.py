@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,6 +95,23 @@ def test_tensors_without_memory_of_their_own_are_left_to_eager(fused: str) -> No
     torch.testing.assert_close(negated, torch.autograd.grad(y, leaf, other)[0])
     with pytest.raises(InputError, match="takes tensors with memory of their own"):
         batch_norm_act(torch._neg_view(x), None, None, None, None, backend=fused)
+
+
+def test_a_saved_program_is_the_norm(fused: str, tmp_path: Path) -> None:
+    """Result and new running statistics of a program that torch.export saved."""
+
+    class Norm(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            numbers = self.weight, self.bias, self.running_mean, self.running_var
+            return batch_norm_act(x, *numbers, groups=2, residual=x)
+
+    x, norm = draw((4, 6, 3, 3)), Norm(6)
+    program = torch.export.export(copy.deepcopy(norm), (x,))
+    assert "vi_simsiam.batch_norm_act" in str(program.graph)
+    torch.export.save(program, tmp_path / "norm.pt2")
+    loaded = torch.export.load(tmp_path / "norm.pt2").module()
+    torch.testing.assert_close(loaded(x), norm(x))
+    torch.testing.assert_close(dict(loaded.named_buffers()), dict(norm.named_buffers()))
 
 
 def test_the_number_of_threads_changes_no_bit(fused: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,10 +316,3 @@ def test_names_are_torchvision_s() -> None:
     known = resnet.resnet50().state_dict()
     assert [name for name in known if not name.startswith("fc.")] == list(network.state_dict())
     assert isinstance(network, resnet.ResNet)
-
-
-def test_under_compile_eager_is_taken() -> None:
-    x, parameters = draw((4, 6, 4, 4)), parameters_of(6, True)
-    compiled = torch.compile(batch_norm_act, backend="eager", fullgraph=True)
-    wanted = batch_norm_act(x, *parameters[:2], None, None, groups=2, backend="eager")
-    torch.testing.assert_close(compiled(x, *parameters[:2], None, None, groups=2), wanted)

@@ -361,10 +361,14 @@ def test_imports_go_down() -> None:
 def test_files_are_short_and_docstrings_plain() -> None:
     """No file has more than 400 lines; no docstring begins like a question or with "Of"."""
     assert len(TEXTS["README"].splitlines()) <= 160
-    folders = ("vi_simsiam", "kernels", "benchmarks", "scripts", "tests")
-    for path in sorted(path for name in folders for path in (ROOT / name).rglob("*.py")):
+    folders = ("vi_simsiam", "kernels", "csrc", "benchmarks", "scripts", "tests")
+    suffixes = (".py", ".cpp", ".h", ".cu", ".cuh")
+    files = (path for name in folders for path in (ROOT / name).rglob("*"))
+    for path in sorted(path for path in files if path.suffix in suffixes):
         text = path.read_text()
         assert text.count("\n") <= 400, path
+        if path.suffix != ".py":
+            continue
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 first = (ast.get_docstring(node) or "").partition("\n")[0]

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton_tools import INTERPRETED, captured
 
 from vi_simsiam.kernels import batch_norm as kernel
-from vi_simsiam.ops import batch_norm as operation
+from vi_simsiam.ops import batch_norm_fused as operation
 
 SINGLE, MANY = "one launch", "two launches"
 

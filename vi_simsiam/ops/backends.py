@@ -8,6 +8,8 @@ import os
 from types import ModuleType
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from vi_simsiam.errors import BackendUnavailableError, InputError, none_of
 
@@ -18,6 +20,16 @@ _PREFERENCE: dict[str, tuple[str, ...]] = {
     "cuda": ("triton", "cuda", "eager"),
     "cpu": ("cpu", "eager"),
 }
+
+PLAIN = (Tensor, torch.nn.Parameter, type(None))
+"""Types of tensors with memory of their own."""
+dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+"""The number of active modes of __torch_dispatch__."""
+_TRACING = [
+    getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL")
+]
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides that once, too
 
 
 @torch.compiler.assume_constant_result
@@ -126,7 +138,7 @@ def _triton_problem() -> str | None:
 
 def interpreting() -> bool:
     """Return True if Triton kernels run in the interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return _INTERPRETING
 
 
 @functools.cache
@@ -134,3 +146,19 @@ def _cuda_problem(device: int) -> str | None:
     """The reason why the kernels cannot run on the current GPU: its architecture or its driver."""
     problem: str | None = extension().cuda_problem()  # type: ignore[union-attr]
     return problem
+
+
+def has_memory(*tensors: Tensor | None) -> bool:
+    """True if a kernel may read and write at the tensors' addresses.
+
+    False for fake tensors, other subclasses and negated views, and where a mode traces or
+    transforms them.
+    """
+    for x in tensors:
+        if x is not None and (type(x) not in PLAIN or x.is_neg()):
+            return False
+    return (
+        not (dispatch_modes() and any(map(torch._C._get_dispatch_mode, _TRACING)))
+        and _functorch_level() is None
+        and forward_ad._current_level < 0
+    )

@@ -19,23 +19,17 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from vi_simsiam.ops.backends import extension
+from vi_simsiam.ops.backends import PLAIN, dispatch_modes, extension
 from vi_simsiam.ops.tickets import new_tickets, reserve_tickets
 
 ROW_MULTIPLE = 16
 """Rows that start at multiples of this many elements can be moved 16 bytes at a time."""
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 TRANSFORMED = (
     "the multi-view loss does not run under torch.vmap, the other transforms of torch.func and "
     "forward-mode differentiation: one call takes all views and samples, reduction='none' gives a "
     "loss per sample, and torch.autograd.grad its gradient"
 )
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
-_TRACING = [
-    getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL")
-]
 
 
 class LossCall(NamedTuple):
@@ -58,20 +52,6 @@ class LossCall(NamedTuple):
     wants_gradient: bool
 
 
-def has_memory(*tensors: Tensor | None) -> bool:
-    """True if a kernel may read and write at the tensors' addresses.
-
-    False for fake tensors, other subclasses and negated views, and where a mode traces or
-    transforms them.
-    """
-    return (
-        not any(map(torch._C._get_dispatch_mode, _TRACING))
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-        and all(type(x) in _PLAIN and (x is None or not x.is_neg()) for x in tensors)
-    )
-
-
 def padded_width(columns: int) -> int:
     """The least multiple of `ROW_MULTIPLE` that holds `columns`."""
     return -(-columns // ROW_MULTIPLE) * ROW_MULTIPLE
@@ -90,7 +70,7 @@ def fused_loss(
     given = (predictions,) if isinstance(predictions, Tensor) else predictions
     compiling = torch.compiler.is_compiling()
     tensors = (*given, *targets, concentration)
-    if compiling or _dispatch_modes() or any(type(x) not in _PLAIN for x in tensors):
+    if compiling or dispatch_modes() or any(type(x) not in PLAIN for x in tensors):
         # Fake tensors, other subclasses and tracing modes have no memory of their own.
         if compiling:
             reserve_tickets(given[0].device.type, given[0].device.index)

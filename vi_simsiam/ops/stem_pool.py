@@ -22,9 +22,8 @@ from vi_simsiam.ops.batch_norm import (
     check_groups,
     check_parameters,
     choose_fused,
-    multiprocessors,
-    workspace,
 )
+from vi_simsiam.ops.batch_norm_fused import multiprocessors, workspace
 
 _LAYOUT = torch.channels_last
 
@@ -69,11 +68,10 @@ def batch_norm_relu_max_pool(
         shape = tuple(x.shape)
         raise InputError(f"x: shape {shape} must be (N, C, height, width), each at least 1")
     check_groups(x, groups)
-    named = dict(weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
-    check_parameters(x, named)
     parameters = weight, bias, running_mean, running_var
-    chosen = choose_fused(backend, x, named)
-    if chosen != "triton":
+    check_parameters(x, *parameters)
+    chosen = choose_fused(backend, x, parameters)
+    if chosen != "triton" or torch.compiler.is_compiling():
         y = batch_norm_act(
             x, *parameters, groups=groups, momentum=momentum, eps=eps, backend=chosen
         )
