@@ -20,12 +20,11 @@ from torch.nn import functional as F
 from vi_simsiam.ops.backends import why_unavailable
 from vi_simsiam.ops.batch_norm import batch_norm_act
 
-from . import harness, modes
+from . import modes
 from .cases import BOTH, FORWARD
 from .harness import Suite, SuiteOptions, Timer
 from .modes import Operation, Outcome
 from .results import COMPILED, EAGER
-from .tables import modes_case
 
 VIEWS = 2
 _LARGEST = 4
@@ -282,18 +281,17 @@ def _with_gradients(provider: Provider, inputs: Inputs) -> tuple[list[Tensor], t
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Measure the cases, print tables, and write the result file after each case."""
+    """Measure the cases, see `modes.run`."""
     suite = Suite("batch_norm", options)
-    device = suite.device
-    timer = harness.timer_for(device)
-    cases = norm_cases(device.type, short=options.short)
-    for case, left_out in suite.cases(cases, _SHORT_SECONDS[device.type]):
-        made = make_providers(device)
-        if left_out is not None:
-            made[COMPILED[0]] = left_out
-        found = measure_case(case, device, made, timer, rounds=options.rounds)
-        suite.add(found, modes_case(found))
-    return suite.finish()
+    cases = norm_cases(suite.device.type, short=options.short)
+    return modes.run(
+        suite,
+        cases,
+        _SHORT_SECONDS,
+        lambda case: make_providers(suite.device),
+        COMPILED[0],
+        measure_case,
+    )
 
 
 def measure_case(

@@ -12,14 +12,15 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import harness
 from .cases import FORWARD, MODES
-from .harness import Timer
+from .harness import Suite, Timer
+from .tables import modes_case
 
 _CASE_SECONDS = {"cuda": 1.5, "cpu": 3.0}
 """No new round of a case begins after this long in one mode; compiling comes on top."""
@@ -37,6 +38,9 @@ class Measured(Protocol):
 
     def least_bytes(self, mode: str) -> int:
         """Bytes that must move."""
+
+
+_Case = TypeVar("_Case", bound=Any)
 
 
 class Operation(NamedTuple):
@@ -210,3 +214,26 @@ def _copy_sets(
     return [
         (torch.rand(size, device=device), torch.empty(size, device=device)) for _ in range(count)
     ]
+
+
+def run(
+    suite: Suite,
+    cases: Sequence[_Case],
+    short_seconds: Mapping[str, float],
+    make_providers: Callable[[_Case], dict[str, Any]],
+    slowest: str,
+    measure_case: Callable[..., dict[str, Any]],
+) -> dict[str, Any]:
+    """Measure the cases, print tables, and write the result file after each case.
+
+    The provider `slowest` is the first that --short, of `short_seconds` by device, leaves out.
+    """
+    device = suite.device
+    timer = harness.timer_for(device)
+    for case, left_out in suite.cases(cases, short_seconds[device.type]):
+        made = make_providers(case)
+        if left_out is not None and slowest in made:
+            made[slowest] = left_out
+        found = measure_case(case, device, made, timer, rounds=suite.options.rounds)
+        suite.add(found, modes_case(found))
+    return suite.finish()

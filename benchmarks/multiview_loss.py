@@ -18,13 +18,12 @@ from torch import Tensor
 from vi_simsiam.ops.backends import why_unavailable
 from vi_simsiam.ops.multiview_loss import LossForm, eager_loss, multiview_loss
 
-from . import harness, modes
+from . import modes
 from .cases import BOTH, FORWARD, Case, Inputs, cases_for, draw_inputs
 from .harness import Suite, SuiteOptions, Timer
 from .modes import Operation, Outcome
 from .peers import textbook_loss
 from .results import COMPILED
-from .tables import modes_case
 
 Provider = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
@@ -95,18 +94,17 @@ def results(provider: Provider, inputs: Inputs) -> Outcome:
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Measure the cases, print tables, and write the result file after each case."""
+    """Measure the cases, see `modes.run`."""
     suite = Suite("multiview_loss", options)
-    device = suite.device
-    timer = harness.timer_for(device)
-    cases = cases_for(device.type, short=options.short)
-    for case, left_out in suite.cases(cases, _SHORT_SECONDS[device.type]):
-        made = make_providers(case.form, device)
-        if left_out is not None and COMPILED[1] in made:
-            made[COMPILED[1]] = left_out
-        found = measure_case(case, device, made, timer, rounds=options.rounds)
-        suite.add(found, modes_case(found))
-    return suite.finish()
+    cases = cases_for(suite.device.type, short=options.short)
+    return modes.run(
+        suite,
+        cases,
+        _SHORT_SECONDS,
+        lambda case: make_providers(case.form, suite.device),
+        COMPILED[1],
+        measure_case,
+    )
 
 
 def measure_case(

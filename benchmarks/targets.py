@@ -49,7 +49,7 @@ class Target(NamedTuple):
     wanted: str
     figure: str = NOT_MEASURED
     met: str = "-"
-    """yes, no, too noisy to tell, or - where it is not measured."""
+    """yes, no, too noisy to tell, or - where cases are not measured."""
 
 
 HEAD = ("what", "target", "measured", "met")
@@ -92,16 +92,23 @@ class Row:
         quiet = [each for each in found if not each[0].noisy]
         (value, _), label = (min if self.at_least else max)(quiet or found)
         text = self.shown.format(value)
+        notes = []
         if len(found) > 1:
             most = "least" if self.at_least else "most"
-            text += f" ({most} of {counted(len(quiet or found), 'case')}: {label})"
-            if quiet and len(quiet) < len(found):
-                text += f"; {len(found) - len(quiet)} more {TOO_NOISY}"
+            notes.append(f"{most} of {counted(len(quiet or found), 'case')}: {label}")
         elif len(cases) > 1:
-            text += f" ({label}; no figure for {counted(len(cases) - 1, 'case')} more)"
+            notes.append(label)
+        if missing := len(cases) - len(found):
+            notes.append(f"no figure for {counted(missing, 'case')} more")
+        text += f" ({'; '.join(notes)})" if notes else ""
+        if quiet and len(quiet) < len(found):
+            text += f"; {len(found) - len(quiet)} more {TOO_NOISY}"
         sign = 1 if self.at_least else -1
-        holds = [(sign * each.value >= sign * self.limit, each.noisy) for each, _ in found]
-        return Target(self.what, self.wanted, text, _verdict(holds))
+        held = [(sign * each.value >= sign * self.limit, each.noisy) for each, _ in found]
+        met = _verdict(held)
+        if missing and met == "yes":  # figures of some cases can miss a target of all, not meet it
+            met = "-"
+        return Target(self.what, self.wanted, text, met)
 
 
 def _small(case: Case, batch: int) -> bool:

@@ -219,6 +219,10 @@ def test_targets() -> None:
     assert judged("cpu") == ("3.00 times", "yes")
     assert judged("cuda")[0].startswith("90% (least of 2 cases: ")
     assert judged("cuda")[1] == "yes"
+    cases.append(measured(9, 40, 30, case=WIDER, cpu="not available: not built"))
+    assert "; no figure for 1 case more)" in judged("cuda")[0]
+    assert judged("cuda")[1] == "-", "met by some cases alone"
+    cases.pop()
     scale(cases[1]["providers"]["cpu"]["forward_backward"]["time"], 2.5)
     assert judged("cpu") == ("3.00 times", "yes")
     assert judged("cuda") == (f"36% (least of 2 cases: {WIDER.label})", "no")
