@@ -10,7 +10,7 @@
 namespace vi_simsiam {
 namespace {
 
-constexpr int64_t TILE_ELEMENTS = 16384, BLOCK_ELEMENTS = 2048, LEAST_ROWS = 8;
+constexpr int64_t TILE_ELEMENTS = 65536, BLOCK_ELEMENTS = 2048, LEAST_ROWS = 8;
 
 // Rows of a group, and the numbers of their columns.
 template <typename Element>

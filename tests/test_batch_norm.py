@@ -42,7 +42,7 @@ def fused() -> str:
         ((6, 3, 5, 7), 3),  # no column of a vector
         ((4, 83, 3, 3), 2),  # columns of whole vectors and single ones
         ((64, 64, 16, 16), 2),  # several tiles
-        ((34, 2500), 2),  # few rows in a tile
+        ((34, 9000), 2),  # few rows in a tile
     ],
     ids=str,
 )
