@@ -8,7 +8,7 @@ change none of its inputs, so the first returns the new running statistics.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -85,13 +85,13 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def _forward(
+    call: NormCall,
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    call: NormCall,
 ) -> tuple[Tensor, Tensor]:
     """Result and statistics (2, groups, C): mean and invstd. Triton adds the unbiased variance."""
     groups, relu, momentum, eps, backend = call
@@ -115,13 +115,13 @@ def _forward(
 
 
 def _backward(
+    call: NormCall,
     gradient: Tensor,
     x: Tensor,
     y: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     statistics: Tensor,
-    call: NormCall,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, of the residual if y is given, of weight and of bias.
 
@@ -187,20 +187,9 @@ class _BatchNormAct(torch.autograd.Function):
     """The context is taken by forward: with a setup_context of its own apply() costs 40 us more."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        call: NormCall,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-    ) -> Tensor:
-        y, statistics = _forward(x, residual, weight, bias, running_mean, running_var, call)
-        ctx.call, ctx.has_residual = call, residual is not None
-        kept = y if call.relu and residual is not None else None
-        ctx.save_for_backward(x, kept, weight, bias, statistics)
+    def forward(ctx: Any, call: NormCall, *given: Any) -> Tensor:
+        y, statistics = _forward(call, *given)
+        _keep_for_backward(ctx, call, given, y, statistics)
         return y
 
     @staticmethod
@@ -209,9 +198,17 @@ class _BatchNormAct(torch.autograd.Function):
         return (_differentiated if torch.is_grad_enabled() else _gradients)(ctx, gradient)
 
 
+def _keep_for_backward(
+    ctx: Any, call: NormCall, given: Sequence[Any], y: Tensor, statistics: Tensor
+) -> None:
+    x, residual, weight, bias, *_ = given
+    ctx.call, ctx.has_residual = call, residual is not None
+    kept = y if call.relu and ctx.has_residual else None
+    ctx.save_for_backward(x, kept, weight, bias, statistics)
+
+
 def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    x, y, weight, bias, statistics = ctx.saved_tensors
-    x, residual, weight, bias = _backward(gradient, x, y, weight, bias, statistics, ctx.call)
+    x, residual, weight, bias = _backward(ctx.call, gradient, *ctx.saved_tensors)
     if ctx.has_residual and not ctx.call.relu:
         residual = gradient
     return None, x, residual, weight, bias, None, None
@@ -235,25 +232,16 @@ torch.library.define(
 )
 
 
-def _operate(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *numbers: Any,
-) -> tuple[Tensor, ...]:
+def _operate(x: Tensor, *given: Any) -> tuple[Tensor, ...]:
     """Result, statistics and the new running statistics."""
-    mean, var = (t if t is None else t.clone() for t in (running_mean, running_var))
-    results = _forward(x, residual, weight, bias, mean, var, NormCall(*numbers))
+    residual, weight, bias, *running = given[:5]
+    mean, var = (t if t is None else t.clone() for t in running)
+    results = _forward(NormCall(*given[5:]), x, residual, weight, bias, mean, var)
     return (*results, *_without_none(x, (mean, var)))
 
 
 def _operate_backward(gradient: Tensor, x: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    y, weight, bias, statistics, *numbers = given
-    results = _backward(gradient, x, y, weight, bias, statistics, NormCall(*numbers))
-    return _without_none(x, results)
+    return _without_none(x, _backward(NormCall(*given[4:]), gradient, x, *given[:4]))
 
 
 def _without_none(x: Tensor, results: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
@@ -278,12 +266,8 @@ def _backward_shapes(gradient: Tensor, x: Tensor, *given: Any) -> tuple[Tensor, 
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, weight, bias, _, _, *numbers = inputs
-    y, statistics, *_ = output
     ctx.mark_non_differentiable(*output[1:])
-    ctx.call, ctx.has_residual = NormCall(*numbers), residual is not None
-    kept = y if ctx.call.relu and ctx.has_residual else None
-    ctx.save_for_backward(x, kept, weight, bias, statistics)
+    _keep_for_backward(ctx, NormCall(*inputs[6:]), inputs, *output[:2])
 
 
 def _by_operator(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
