@@ -202,6 +202,18 @@ def test_frozen_parameters_and_no_grad(fused: str) -> None:
     assert not y.requires_grad
 
 
+@pytest.mark.parametrize("relu", [True, False])
+def test_a_second_derivative_is_refused(fused: str, relu: bool) -> None:
+    """create_graph gives the first one; also where the incoming gradient is a constant."""
+    x = draw((4, 6, 4, 4)).requires_grad_()
+    y = batch_norm_act(x, *[None] * 4, groups=2, residual=x, relu=relu, backend=fused)
+    (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    y = batch_norm_act(x, *[None] * 4, groups=2, residual=x, relu=relu, backend="eager")
+    torch.testing.assert_close(gradient, torch.autograd.grad(y.sum(), x)[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="batch_norm_act cannot be differentiated twice"):
+        (x.square().sum() + gradient.square().sum()).backward()
+
+
 RUNNING = {"running_mean": torch.zeros(6), "running_var": torch.ones(6)}
 REFUSED: dict[str, dict[str, Any]] = {
     r"takes torch.channels_last, not strides": {"x": torch.ones(4, 6, 4, 4)},

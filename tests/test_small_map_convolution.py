@@ -58,7 +58,8 @@ def test_gradients_are_those_of_differences() -> None:
     for size, kernel, stride in [((2, 2), (3, 3), (1, 1)), ((1, 3), (1, 5), (1, 2))]:
         numbers = stride, (kernel[0] // 2, kernel[1] // 2)
         given = drawn(2, 2, *size), drawn(3, 2, *kernel)
-        assert torch.autograd.gradcheck(lambda x, w: small_map_convolution(x, w, *numbers), given)  # noqa: B023
+        for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+            assert check(lambda x, w: small_map_convolution(x, w, *numbers), given)  # noqa: B023
 
 
 def test_a_weight_is_neither_copied_nor_its_gradient() -> None:

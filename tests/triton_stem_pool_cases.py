@@ -213,6 +213,21 @@ def test_gradients_in_another_layout() -> None:
         assert torch.equal(value, want[name])
 
 
+def test_a_second_derivative_is_refused() -> None:
+    x = _problem(SMALL).x.requires_grad_()
+    y = batch_norm_relu_max_pool(x, *[None] * 4, groups=2, backend="triton")
+    (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="max_pool cannot be differentiated twice"):
+        (x.square().sum() + gradient.square().sum()).backward()
+
+
+def test_under_compile_the_norm_and_the_pool_are_apart() -> None:
+    x = _problem(SMALL).x
+    compiled = torch.compile(batch_norm_relu_max_pool, fullgraph=True, backend="aot_eager")
+    want = batch_norm_relu_max_pool(x, *[None] * 4, groups=2, backend="eager")
+    torch.testing.assert_close(compiled(x, *[None] * 4, groups=2, backend="triton"), want)
+
+
 def test_nan_stays_in_its_channel_and_group() -> None:
     problem = _problem(SMALL)
     problem.x[0, 3, 2, 2] = torch.nan

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vi_simsiam.ops.backends import extension
+from vi_simsiam.ops.once import refuse, refuse_derivative
 from vi_simsiam.ops.tickets import new_tickets, reserve_tickets
 
 if TYPE_CHECKING:
     from vi_simsiam.kernels.batch_norm import Plan
 
+_NAME = "batch_norm_act"
 _NAMES = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
@@ -194,8 +195,13 @@ class _BatchNormAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        # The decorator that refuses a second derivative takes a tenth of a small norm's time.
-        return (_differentiated if torch.is_grad_enabled() else _gradients)(ctx, gradient)
+        x, residual, weight, bias = _backward(ctx.call, gradient, *ctx.saved_tensors)
+        if ctx.has_residual and not ctx.call.relu:
+            residual = gradient
+        results: tuple[Tensor | None, ...] = x, residual, weight, bias
+        if torch.is_grad_enabled():
+            results = refuse_derivative(_NAME, results, gradient, *ctx.saved_tensors)
+        return None, *results, None, None
 
 
 def _keep_for_backward(
@@ -206,15 +212,6 @@ def _keep_for_backward(
     kept = y if call.relu and ctx.has_residual else None
     ctx.save_for_backward(x, kept, weight, bias, statistics)
 
-
-def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    x, residual, weight, bias = _backward(ctx.call, gradient, *ctx.saved_tensors)
-    if ctx.has_residual and not ctx.call.relu:
-        residual = gradient
-    return None, x, residual, weight, bias, None, None
-
-
-_differentiated = once_differentiable(_gradients)
 
 _NUMBERS = "int groups, bool relu, float momentum, float eps, str backend"
 _OPERATOR, _GRADIENT = "vi_simsiam::batch_norm_act", "vi_simsiam::batch_norm_act_backward"
@@ -279,11 +276,5 @@ def _by_operator(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ..
     return *[t if needed else None for needed, t in wanted], *[None] * (2 + len(ctx.call))
 
 
-def _refuse(*_: Any) -> None:
-    raise RuntimeError(
-        "the fused batch_norm_act cannot be differentiated twice; use backend='eager' for that"
-    )
-
-
 torch.library.register_autograd(_OPERATOR, _by_operator, setup_context=_keep)
-torch.library.register_autograd(_GRADIENT, _refuse)
+torch.library.register_autograd(_GRADIENT, lambda *_: refuse(_NAME))

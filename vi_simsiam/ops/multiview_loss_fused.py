@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from vi_simsiam.ops.backends import PLAIN, dispatch_modes, extension
+from vi_simsiam.ops.once import refuse_derivative
 from vi_simsiam.ops.tickets import new_tickets, reserve_tickets
 
 ROW_MULTIPLE = 16
 """Rows that start at multiples of this many elements can be moved 16 bytes at a time."""
+_NAME = "multi-view loss"
 TRANSFORMED = (
     "the multi-view loss does not run under torch.vmap, the other transforms of torch.func and "
     "forward-mode differentiation: one call takes all views and samples, reduction='none' gives a "
@@ -166,7 +168,7 @@ class _FusedLoss(torch.autograd.Function):
         gradient, inputs[0] = launch_scale(kept[0], kept[1], number, ctx.call, *ctx.dtypes)
         inputs[1 : 1 + ctx.count] = [gradient] if ctx.count == 1 else gradient.unbind(0)
         if torch.is_grad_enabled():  # create_graph: without this they would pass for constants
-            inputs = list(_Refusal.apply(len(inputs), *inputs, factor, *ctx.saved_tensors))
+            inputs = list(refuse_derivative(_NAME, inputs, factor, *ctx.saved_tensors))
         return None, None, *inputs
 
     @staticmethod
@@ -177,20 +179,6 @@ class _FusedLoss(torch.autograd.Function):
 def _split(count: int, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """The views of predictions, of which a single tensor holds all, and of targets."""
     return tensors[0].unbind(0) if count == 1 else tensors[:count], tensors[count:]
-
-
-class _Refusal(torch.autograd.Function):
-    """Returns the first `count` gradients; their derivative by any of the others is an error."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *given: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if x is None else x.detach() for x in given[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError(
-            "the fused multi-view loss cannot be differentiated twice; use backend='eager' for that"
-        )
 
 
 torch.library.define(
@@ -231,7 +219,7 @@ def _scale(ctx: Any, factor: Tensor, *_: Any) -> tuple[Any, ...]:
     given = concentration_dtype is not None
     views.append((by_concentration * factor).to(concentration_dtype) if given else None)
     if torch.is_grad_enabled():
-        views = list(_Refusal.apply(len(views), *views, factor, *inputs))
+        views = list(refuse_derivative(_NAME, views, factor, *inputs))
     return views[:-1], [None] * ctx.targets, views[-1], *[None] * len(ctx.call)
 
 

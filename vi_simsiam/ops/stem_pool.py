@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from vi_simsiam.errors import InputError
@@ -24,6 +23,7 @@ from vi_simsiam.ops.batch_norm import (
     choose_fused,
 )
 from vi_simsiam.ops.batch_norm_fused import multiprocessors, workspace
+from vi_simsiam.ops.once import refuse_derivative
 
 _LAYOUT = torch.channels_last
 
@@ -113,7 +113,6 @@ class _StemPool(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         from vi_simsiam.kernels import stem_pool_backward as kernel
 
@@ -124,6 +123,9 @@ class _StemPool(torch.autograd.Function):
         by_bias = None if bias is None else torch.empty_like(bias)
         sums = (torch.empty_like(statistics[:2]), *workspace(x, ctx.chosen.sums, ctx.groups))
         given = (gradient, x, taken, codes, weight, bias, statistics)
-        results = (by_x, by_weight, by_bias)
+        results: tuple[Tensor | None, ...] = (by_x, by_weight, by_bias)
         kernel.backward(*given, *results, *sums, ctx.chosen, groups=ctx.groups)
-        return by_x, by_weight, by_bias, *[None] * 5
+        if torch.is_grad_enabled():
+            saved = (gradient, *ctx.saved_tensors)
+            results = refuse_derivative("batch_norm_relu_max_pool", results, *saved)
+        return *results, *[None] * 5
