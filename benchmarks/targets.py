@@ -49,7 +49,8 @@ class Target(NamedTuple):
     wanted: str
     figure: str = NOT_MEASURED
     met: str = "-"
-    """yes, no, too noisy to tell, or - where cases are not measured."""
+    """yes, no, too noisy to tell, or - where it is not measured, or holds in those cases alone that
+    are."""
 
 
 HEAD = ("what", "target", "measured", "met")

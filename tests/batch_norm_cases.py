@@ -214,6 +214,54 @@ def test_a_second_derivative_is_refused(fused: str, relu: bool) -> None:
         (x.square().sum() + gradient.square().sum()).backward()
 
 
+def test_the_operator_refuses_a_second_derivative(fused: str) -> None:
+    x, call = draw((4, 6, 3, 3)).requires_grad_(), NormCall(2, True, 0.3, 1e-3, fused)
+    y = torch.ops.vi_simsiam.batch_norm_act(x, *[None] * 5, *call)[0]
+    (gradient,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="batch_norm_act cannot be differentiated twice"):
+        torch.autograd.grad(gradient.square().sum(), x)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"residual": torch.zeros(1, 6, 3, 3)}, "residual: shape"),
+        ({"weight": torch.ones(12, device=DEVICE)[::2]}, "takes contiguous parameters"),
+        ({"weight": torch.ones(5)}, r"weight: shape \(5,\) must be"),
+        (
+            {"running_mean": torch.zeros(6, dtype=torch.float64, device=DEVICE)},
+            "takes parameters in float32",
+        ),
+        ({"groups": 3}, "groups: 3 must divide the batch of 4"),
+    ],
+)
+def test_the_operator_checks_what_a_saved_program_is_given(
+    fused: str, change: dict[str, Any], message: str
+) -> None:
+    parameters = dict(zip(("weight", "bias", *RUNNING), parameters_of(6, True), strict=True))
+    given = {"x": draw((4, 6, 3, 3)), "residual": None} | parameters
+    given |= NormCall(2, True, 0.3, 1e-3, fused)._asdict() | change
+    with pytest.raises(InputError, match=message):
+        torch.ops.vi_simsiam.batch_norm_act(**given)
+
+
+@pytest.mark.parametrize("transform", [torch.func.jvp, torch.vmap])
+def test_compiled_transforms_are_those_of_eager(fused: str, transform: Any) -> None:
+    x, tangent = draw((4, 6, 3, 3)), draw((4, 6, 3, 3), seed=1)
+
+    def derived(x: Tensor, backend: str) -> Tensor:
+        def norm(x: Tensor) -> Tensor:
+            return batch_norm_act(x, *[None] * 4, groups=2, relu=False, backend=backend)
+
+        if transform is torch.vmap:
+            return torch.vmap(norm)(torch.stack([x, tangent]))
+        return torch.func.jvp(norm, (x,), (tangent,))[1]
+
+    torch.compiler.reset()
+    compiled = torch.compile(derived, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, "auto"), derived(x, "eager"))
+
+
 RUNNING = {"running_mean": torch.zeros(6), "running_var": torch.ones(6)}
 REFUSED: dict[str, dict[str, Any]] = {
     r"takes torch.channels_last, not strides": {"x": torch.ones(4, 6, 4, 4)},

@@ -1,5 +1,4 @@
-"""BatchNorm of several views, an addition and a ReLU in one: the reference, and the choice of a
-backend.
+"""BatchNorm of several views, an addition and a ReLU in one: the operation and its reference.
 
 A batch holds `groups` views one after the other. Each is normalised by its own statistics, and
 running statistics are updated by the views in turn, as if they had come one by one. What the fused
@@ -8,23 +7,17 @@ backends compute and move is described in kernels/batch_norm.py and csrc/batch_n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vi_simsiam.errors import InputError
-from vi_simsiam.ops.backends import choose_backend, has_memory, interpreting
-from vi_simsiam.ops.batch_norm_fused import NormCall, fused_batch_norm_act, statistics_dtype
-
-BATCH_NORM_BACKENDS = ("eager", "triton", "cpu")
-_DTYPES = {
-    "triton": (torch.float32, torch.bfloat16, torch.float16),
-    "cpu": (torch.float32, torch.bfloat16, torch.float64),
-}
-_PARAMETERS = ("weight", "bias", "running_mean", "running_var")
+from vi_simsiam.ops.batch_norm_checks import (
+    check_groups,
+    check_parameters,
+    check_shapes,
+    choose_fused,
+)
+from vi_simsiam.ops.batch_norm_fused import NormCall, fused_batch_norm_act
 
 
 def batch_norm_act(
@@ -67,14 +60,7 @@ def batch_norm_act(
         InputError: a shape, layout, number of groups or backend that is not accepted.
         BackendUnavailableError: the backend was named explicitly and cannot run on this device.
     """
-    if x.dim() not in (2, 4):
-        raise InputError(f"x: shape {tuple(x.shape)} must be (N, C, height, width) or (N, C)")
-    if residual is not None and residual.shape != x.shape:
-        raise InputError(
-            f"residual: shape {tuple(residual.shape)} must be that of x, {tuple(x.shape)}"
-        )
-    if residual is not None and residual.device != x.device:
-        raise InputError(f"residual: on {residual.device}, must be on x's device {x.device}")
+    check_shapes(x, residual)
     check_groups(x, groups, training=training)
     parameters = weight, bias, running_mean, running_var
     check_parameters(x, *parameters)
@@ -88,86 +74,3 @@ def batch_norm_act(
     y = normalised[0] if len(normalised) == 1 else torch.cat(normalised)
     y = y if residual is None else y + residual
     return (y.relu() if relu else y).to(x.dtype)
-
-
-def check_groups(x: Tensor, groups: int, *, training: bool = True) -> None:
-    """Raise InputError unless the groups divide x's batch and have a variance to train with."""
-    batch, channels = x.shape[:2]
-    if groups < 1 or batch % groups:
-        raise InputError(f"groups: {groups} must divide the batch of {batch}")
-    if training and x.numel() <= groups * channels:
-        raise InputError(
-            f"x: shape {tuple(x.shape)} in {groups} groups must hold more than one value "
-            "per channel and group"
-        )
-
-
-def check_parameters(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-) -> None:
-    """Raise InputError unless weight, bias, running_mean and running_var, as far as given, fit x's
-    channels and device."""
-    shape, device = x.shape[1:2], x.device
-    for i, parameter in enumerate((weight, bias, running_mean, running_var)):
-        if parameter is None:
-            continue
-        name = _PARAMETERS[i]
-        if parameter.shape != shape:
-            raise InputError(
-                f"{name}: shape {tuple(parameter.shape)} must be ({x.shape[1]},), x's channels"
-            )
-        if parameter.device != device:
-            raise InputError(f"{name}: on {parameter.device}, must be on x's device {device}")
-    if (running_mean is None) != (running_var is None):
-        raise InputError("running_mean, running_var: both must be given or none")
-
-
-def choose_fused(
-    backend: str,
-    x: Tensor,
-    parameters: Sequence[Tensor | None],
-    residual: Tensor | None = None,
-    *,
-    training: bool = True,
-) -> Literal["eager", "triton", "cpu"]:
-    """The backend for x: what a fused one does not take is left to eager, unless it was named
-    explicitly.
-
-    Raises:
-        InputError: no such backend, or a fused one for what it does not take.
-        BackendUnavailableError: the backend cannot run on x's device.
-    """
-    on_cpu = x.device.type == "cpu" and not interpreting()
-    preferred = ("cpu" if on_cpu else "triton", "eager")
-    chosen = choose_backend(backend, x.device.type, BATCH_NORM_BACKENDS, preferred)
-    if chosen == "eager":
-        return "eager"
-    accepted = _DTYPES["triton"] if chosen == "triton" else (statistics_dtype(x),)
-    problem = None
-    if not torch.compiler.is_compiling() and not has_memory(x, residual, *parameters):
-        problem = "tensors with memory of their own, not fake, traced or negated ones"
-    elif not training:
-        problem = "training mode alone"
-    elif x.dtype not in _DTYPES[chosen]:
-        problem = f"{_names(_DTYPES[chosen])}, not {_names((x.dtype,))}"
-    elif x.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last):
-        problem = f"torch.channels_last, not strides {tuple(x.stride())} of shape {tuple(x.shape)}"
-    else:
-        for parameter in parameters:
-            if parameter is not None and parameter.dtype not in accepted:
-                problem = f"parameters in {_names(accepted)}"
-            elif parameter is not None and not parameter.is_contiguous():
-                problem = "contiguous parameters"
-    if problem is None:
-        return "cpu" if chosen == "cpu" else "triton"
-    if backend == chosen:
-        raise InputError(f"x: the backend {chosen!r} takes {problem}")
-    return "eager"
-
-
-def _names(dtypes: Sequence[torch.dtype]) -> str:
-    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -1,7 +1,7 @@
 """BatchNorm, addition and ReLU by a fused backend: the launches and their gradients.
 
-In eager PyTorch an autograd Function launches a backend directly. Under torch.compile and
-torch.export the same launches are the operators `vi_simsiam::batch_norm_act` and
+In eager PyTorch an autograd Function launches a backend directly. In what torch.compile and
+torch.export trace the same launches are the operators `vi_simsiam::batch_norm_act` and
 `vi_simsiam::batch_norm_act_backward`, which cost more on the host. An operator with gradients may
 change none of its inputs, so the first returns the new running statistics.
 """
@@ -16,6 +16,13 @@ import torch
 from torch import Tensor
 
 from vi_simsiam.ops.backends import extension
+from vi_simsiam.ops.batch_norm_checks import (
+    check_groups,
+    check_parameters,
+    check_shapes,
+    choose_fused,
+    statistics_dtype,
+)
 from vi_simsiam.ops.once import refuse, refuse_derivative
 from vi_simsiam.ops.tickets import new_tickets, reserve_tickets
 
@@ -63,11 +70,6 @@ def fused_batch_norm_act(
     else:
         result = _BatchNormAct.apply(call, *given)
     return result
-
-
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of x's statistics and parameters: float64 for float64, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def workspace(x: Tensor, chosen: Plan, groups: int) -> tuple[Tensor, Tensor]:
@@ -230,10 +232,18 @@ torch.library.define(
 
 
 def _operate(x: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    """Result, statistics and the new running statistics."""
+    """Result, statistics and the new running statistics.
+
+    The tensors are checked again: a saved program may get others than it was made with.
+    """
     residual, weight, bias, *running = given[:5]
+    call = NormCall(*given[5:])
+    check_shapes(x, residual)
+    check_groups(x, call.groups)
+    check_parameters(x, *given[1:5])
+    choose_fused(call.backend, _in_rows(x), given[1:5], residual)
     mean, var = (t if t is None else t.clone() for t in running)
-    results = _forward(NormCall(*given[5:]), x, residual, weight, bias, mean, var)
+    results = _forward(call, x, residual, weight, bias, mean, var)
     return (*results, *_without_none(x, (mean, var)))
 
 

@@ -16,12 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vi_simsiam.errors import InputError
-from vi_simsiam.ops.batch_norm import (
-    batch_norm_act,
-    check_groups,
-    check_parameters,
-    choose_fused,
-)
+from vi_simsiam.ops.batch_norm import batch_norm_act
+from vi_simsiam.ops.batch_norm_checks import check_groups, check_parameters, choose_fused
 from vi_simsiam.ops.batch_norm_fused import multiprocessors, workspace
 from vi_simsiam.ops.once import refuse_derivative
 
