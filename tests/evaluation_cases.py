@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from vi_simsiam.config import AugmentConfig, Method, ModelConfig, TrainConfig
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.sources import ArraySource
-from vi_simsiam.engine.checkpoint import write_json
 from vi_simsiam.engine.run import Run
 from vi_simsiam.evaluation import figures, uncertainty_figures
 from vi_simsiam.evaluation.corruptions import MAGNITUDES
 from vi_simsiam.evaluation.features import FeatureSets
 from vi_simsiam.evaluation.scores import DESCRIPTIONS
+from vi_simsiam.files import write_json
 from vi_simsiam.models import SimSiam, VISimSiam
 
 CPU = torch.device("cpu")

@@ -15,8 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from vi_simsiam.config import AugmentConfig, LossConfig, Method, ModelConfig, Stem, TrainConfig
 from vi_simsiam.data.datasets import open_dataset
-from vi_simsiam.engine.checkpoint import Checkpoint, write_json
+from vi_simsiam.engine.checkpoint import Checkpoint
 from vi_simsiam.engine.run import Run
+from vi_simsiam.files import write_json
 from vi_simsiam.models import build_model
 
 SIZE = 16

@@ -17,9 +17,9 @@ from rich.filesize import decimal
 
 from vi_simsiam.cli import main
 from vi_simsiam.config import AugmentConfig, ModelConfig, TrainConfig
-from vi_simsiam.engine.checkpoint import write_atomically
 from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import TrainingError
+from vi_simsiam.files import write_atomically
 
 resource = pytest.importorskip("resource")
 

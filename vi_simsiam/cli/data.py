@@ -87,7 +87,7 @@ def views(arguments: list[str]) -> int:
 
     from vi_simsiam.data.contact_sheet import contact_sheet
     from vi_simsiam.data.defaults import sized, suited, suited_size
-    from vi_simsiam.engine.checkpoint import write_atomically
+    from vi_simsiam.files import write_atomically
 
     suffix = options.out.suffix.lower()
     if suffix not in (".png", ".jpg", ".jpeg", ".webp"):

@@ -144,7 +144,7 @@ def rank(arguments: list[str]) -> int:
     listing, picture = out.with_name(f"{out.name}.csv"), out.with_name(f"{out.name}.png")
     _check_free([listing, picture], options.overwrite)
 
-    from vi_simsiam.engine.checkpoint import write_atomically
+    from vi_simsiam.files import write_atomically
     from vi_simsiam.inference.embed import draw_ranking, write_ranking
     from vi_simsiam.models import VISimSiam
 

@@ -1,24 +1,19 @@
-"""Checkpoints and other files, written whole or not at all."""
+"""Checkpoints of a training."""
 
 from __future__ import annotations
 
-import contextlib
 import io
-import json
-import os
-import secrets
 import shutil
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from rich.filesize import decimal
 from torch import nn
 
-from vi_simsiam.errors import InputError, TrainingError, UserError, is_full
-from vi_simsiam.paths import printable
+from vi_simsiam.errors import InputError, TrainingError, is_full
+from vi_simsiam.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -90,42 +85,6 @@ class Checkpoint:
             raise InputError(text) from error
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Call `write` on a temporary file, and move that to `path` once it is on the disk.
-
-    Raises:
-        OSError: with `path`; also where `write` raises another error because of it.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    with naming(path, aside=temporary):
-        try:
-            with temporary.open("xb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-@contextlib.contextmanager
-def naming(path: Path, *, aside: Path | None = None) -> Iterator[None]:
-    """Give `path` to an OSError without a file (a full disk's, say), or with the file `aside`.
-
-    A RuntimeError of torch.save that hides such an error is replaced, too.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__
-        if isinstance(error, UserError) or not isinstance(cause, OSError) or not cause.strerror:
-            raise
-        if cause.filename is not None and cause.filename != str(aside):
-            raise
-        raise OSError(cause.errno, cause.strerror, str(path)) from error
-
-
 class _Size(io.BytesIO):
     """A file that only counts the bytes written to it."""
 
@@ -135,13 +94,3 @@ class _Size(io.BytesIO):
         size = memoryview(data).nbytes
         self.written += size
         return size
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` to `path` atomically, indented."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` atomically, as `printable` UTF-8."""
-    write_atomically(path, lambda file: file.write(printable(text).encode()))

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from vi_simsiam.checks import POSITIVE, check_fields, limited
 from vi_simsiam.config import TrainConfig
-from vi_simsiam.engine.checkpoint import write_json
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.graph import capture
 from vi_simsiam.engine.run import KERNELS
 from vi_simsiam.engine.step import TrainStep, own_norm
 from vi_simsiam.errors import InputError
+from vi_simsiam.files import write_json
 from vi_simsiam.models import SimSiam
 from vi_simsiam.ops.backends import why_unavailable
 from vi_simsiam.text import counted

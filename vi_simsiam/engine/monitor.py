@@ -21,9 +21,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.tensorboard import SummaryWriter
 
 from vi_simsiam.config import Stem, TrainConfig
-from vi_simsiam.engine.checkpoint import write_text
 from vi_simsiam.engine.verdict import Health
 from vi_simsiam.errors import TrainingError
+from vi_simsiam.files import write_text
 from vi_simsiam.models import Output, SimSiam, VISimSiam
 from vi_simsiam.ops.power_spherical import ONE_PLUS_COS_MIN
 from vi_simsiam.paths import utf8_path

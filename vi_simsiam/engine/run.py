@@ -21,8 +21,9 @@ from vi_simsiam.data.decoding import cores
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource, Unreadable
 from vi_simsiam.data.subsets import difference, select
-from vi_simsiam.engine.checkpoint import Checkpoint, write_json
+from vi_simsiam.engine.checkpoint import Checkpoint
 from vi_simsiam.errors import ImageWarning, InputError
+from vi_simsiam.files import write_json
 from vi_simsiam.models import SimSiam, build_model
 from vi_simsiam.paths import user_path
 

@@ -27,10 +27,10 @@ from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource
 from vi_simsiam.data.subsets import subset
 from vi_simsiam.data.views import GLOBAL_VIEWS
-from vi_simsiam.engine.checkpoint import write_json
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError
+from vi_simsiam.files import write_json
 from vi_simsiam.inference.forward import evaluating, extract, finite
 from vi_simsiam.info import versions
 from vi_simsiam.text import brief_repr, counted

@@ -20,7 +20,6 @@ from PIL import Image, ImageOps
 
 from vi_simsiam import __version__
 from vi_simsiam.config import PLACE_FIELDS, TrainConfig, flat
-from vi_simsiam.engine.checkpoint import write_text
 from vi_simsiam.engine.kernels import kernels_of
 from vi_simsiam.engine.run import METRICS, Run, read_config
 from vi_simsiam.engine.verdict import Health
@@ -39,6 +38,7 @@ from vi_simsiam.evaluation.scores import TRIVIAL
 from vi_simsiam.evaluation.style import number, shown
 from vi_simsiam.evaluation.uncertainty import comparisons
 from vi_simsiam.evaluation.uncertainty_figures import draw_uncertainty, score_label
+from vi_simsiam.files import write_text
 from vi_simsiam.inference.embed import extremes
 from vi_simsiam.text import METHODS, counted, fill_template
 

@@ -22,8 +22,8 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 from PIL import Image
 
-from vi_simsiam.engine.checkpoint import write_atomically
 from vi_simsiam.errors import ImageWarning
+from vi_simsiam.files import write_atomically
 from vi_simsiam.paths import printable
 
 BLUE, ORANGE, GRAY, INK = "#2f6db3", "#e07b39", "#8a8f98", "#24292f"

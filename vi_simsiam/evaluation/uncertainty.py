@@ -26,7 +26,6 @@ from vi_simsiam.checks import require
 from vi_simsiam.data.loader import eval_pixels
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.subsets import subset
-from vi_simsiam.engine.checkpoint import write_json
 from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import metrics
@@ -44,6 +43,7 @@ from vi_simsiam.evaluation.scores import (
     Reference,
     agreement,
 )
+from vi_simsiam.files import write_json
 from vi_simsiam.info import versions
 from vi_simsiam.models import VISimSiam
 from vi_simsiam.text import counted

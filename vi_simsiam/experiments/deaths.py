@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vi_simsiam.config import TrainConfig
-from vi_simsiam.engine.checkpoint import write_json, write_text
 from vi_simsiam.engine.verdict import LEAST_COSINE, LEAST_RATIO
 from vi_simsiam.experiments.results import RUN_FIELDS
 from vi_simsiam.experiments.runner import MARKDOWN, PLAN, RESULTS, load
+from vi_simsiam.files import write_json, write_text
 
 _LINES = 5
 """Lines of metrics that are averaged, since the concentration of one batch is noisy."""

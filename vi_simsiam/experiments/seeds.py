@@ -22,12 +22,12 @@ from rich.table import Table
 
 from vi_simsiam.checks import require
 from vi_simsiam.data.decoding import cores
-from vi_simsiam.engine.checkpoint import write_json
 from vi_simsiam.engine.processes import INTERRUPTED, Process, last_line, supervise
 from vi_simsiam.engine.run import CHECKPOINT, METRICS
 from vi_simsiam.engine.verdict import problem
 from vi_simsiam.errors import InputError
 from vi_simsiam.experiments.runner import holds, load, outcome
+from vi_simsiam.files import write_json
 from vi_simsiam.text import print_line
 
 SEEDS = "seeds.json"

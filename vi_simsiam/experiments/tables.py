@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vi_simsiam.engine.checkpoint import write_json, write_text
 from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.experiments.results import Experiment, collect
 from vi_simsiam.experiments.runner import MARKDOWN
 from vi_simsiam.experiments.statistics import DRAWS, estimate
+from vi_simsiam.files import write_json, write_text
 from vi_simsiam.text import METHODS, counted, markdown_grid
 
 MEASURE_NAMES = {

@@ -30,7 +30,6 @@ from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource
 from vi_simsiam.data.subsets import select
-from vi_simsiam.engine.checkpoint import write_json, write_text
 from vi_simsiam.engine.run import (
     CHECKPOINT,
     METRICS,
@@ -51,6 +50,7 @@ from vi_simsiam.evaluation.logistic import evaluate_logistic
 from vi_simsiam.evaluation.scores import TRIVIAL
 from vi_simsiam.evaluation.uncertainty import evaluate_uncertainty
 from vi_simsiam.experiments.runner import TRAINED, locked
+from vi_simsiam.files import write_json, write_text
 from vi_simsiam.inference.forward import extract
 from vi_simsiam.info import versions
 from vi_simsiam.text import counted, data_label

@@ -22,7 +22,6 @@ from torch import Tensor
 from vi_simsiam.config import flat
 from vi_simsiam.data.sources import ImageSource, UnreadableError
 from vi_simsiam.data.views import eval_view
-from vi_simsiam.engine.checkpoint import write_json, write_text
 from vi_simsiam.engine.run import METRICS, Run
 from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.evaluation.features import ENCODERS
@@ -37,6 +36,7 @@ from vi_simsiam.export.formats import (
     write_timm,
     write_torchvision,
 )
+from vi_simsiam.files import write_json, write_text
 from vi_simsiam.info import versions
 from vi_simsiam.paths import user_path, utf8_path
 from vi_simsiam.text import METHODS, counted, data_label, fill_template
