@@ -159,7 +159,14 @@ def train(arguments: list[str]) -> int:
             return 130
         if options.evaluate:
             try:
-                run = load_run(folder, device=str(trainer.device))
+                here = trainer.config
+                run = load_run(
+                    folder,
+                    device=str(trainer.device),
+                    data=here.data,
+                    data_root=here.data_root,
+                    cache_dir=here.cache_dir,
+                )
                 evaluate_run(run, world, quiet=options.quiet)
             except InputError as error:  # the training itself has succeeded
                 if not unlabelled:
@@ -173,11 +180,14 @@ def _starting_point(arguments: list[str]) -> tuple[TrainConfig, dict[str, Any], 
     Also return the settings of --config, before which --policy goes except for the sizes, and True
     if settings that are not given are fitted to the images.
     """
+    from vi_simsiam.engine.origin import placed
     from vi_simsiam.engine.run import CONFIG, read_config
 
-    name, out, views, file = (
-        given(arguments, option) for option in ("--preset", "--out", "--policy", "--config")
+    name, out, views, file, data, root = (
+        given(arguments, option)
+        for option in ("--preset", "--out", "--policy", "--config", "--data", "--data-root")
     )
+    named: dict[str, Any] = {"data": data, "data_root": None if root is None else Path(root)}
     if "--resume" in arguments and name is None and out is not None:
         saved = user_path("out", out)
         if (saved / CONFIG).is_file():
@@ -187,14 +197,43 @@ def _starting_point(arguments: list[str]) -> tuple[TrainConfig, dict[str, Any], 
                         f"{option}, resume: only one of them can be given; "
                         "a run goes on with its own settings"
                     )
-            return read_config(saved), {}, False
+            return placed(saved, read_config(saved), **named), {}, False
     config = preset(name or "default")
     settings = {} if file is None else read_settings(Path(file))
+    if file is not None and Path(file).name == CONFIG:
+        folder = user_path("config", file).parent
+        settings |= _places(folder, settings, given(arguments, "--frozen-run"), named)
     if views is not None:
         config = dataclasses.replace(config, augment=policy(views))
         replaced = set(vars(config.augment)) - {"size", "local_size"}
         settings = {key: value for key, value in settings.items() if key not in replaced}
     return config, settings, name is None
+
+
+def _places(
+    run: Path, settings: dict[str, Any], frozen: str | None, named: dict[str, Any]
+) -> dict[str, Any]:
+    """The places in a run's config.json that may be used, as settings.
+
+    Args:
+        run: the run.
+        settings: those of its configuration.
+        frozen: the frozen run that the user names, None for the configuration's.
+        named: the places of images that the user names, as for `placed`.
+
+    Raises:
+        InputError: the run is from elsewhere, and what it names is not named by the user.
+    """
+    from vi_simsiam.engine.origin import is_own, placed, places
+
+    known = places(TrainConfig())
+    config = updated(TrainConfig(), {name: settings.get(name, known[name]) for name in known})
+    if config.frozen_run is not None and frozen is None and not is_own(run, places(config)):
+        raise InputError(
+            f"config: {run} names the run {config.frozen_run}, but this user has not trained it "
+            "here, or its configuration was changed since; name that run with --frozen-run"
+        )
+    return places(placed(run, config, **named))
 
 
 def _fitted(

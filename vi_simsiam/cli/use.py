@@ -178,12 +178,15 @@ def export(arguments: list[str]) -> int:
 def _run_to_export(options: _Export) -> Run:
     """Open the run on the CPU, with embedded images if its own are not on this machine."""
     from vi_simsiam.data.datasets import open_dataset
+    from vi_simsiam.engine.origin import placed
     from vi_simsiam.inference.encoder import load
 
     run = load(options.run, "cpu").run
-    data, root = options.data or run.config.data, options.data_root or run.config.data_root
     try:  # nothing is downloaded: a few images are enough
-        splits = open_dataset(data, root=root, download=False, decode=run.config.decode)
+        config = placed(run.path, run.config, data=options.data, data_root=options.data_root)
+        splits = open_dataset(
+            config.data, root=config.data_root, download=False, decode=config.decode
+        )
     except InputError as reason:
         if options.data is not None:
             raise

@@ -22,6 +22,7 @@ from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource, Unreadable
 from vi_simsiam.data.subsets import difference, select
 from vi_simsiam.engine.checkpoint import Checkpoint
+from vi_simsiam.engine.origin import ORIGIN, mark, placed, places
 from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.files import write_json
 from vi_simsiam.models import SimSiam, build_model
@@ -34,6 +35,7 @@ _APART = re.compile(r"^((?:local_)?predictor\.3)\.(weight|bias)$")
 # Results of an earlier run, and files that an interrupted write leaves, see `write_atomically`.
 _RESULTS = (
     f".{CONFIG}.*", f".{CHECKPOINT}.*", f".{KERNELS}.*", CHECKPOINT, METRICS, KERNELS,
+    ORIGIN, f".{ORIGIN}.*",
     "events.out.tfevents.*", "knn.json", "linear.json", "logistic.json", "uncertainty.json",
     "curves.png", "kappa.png", "density.png", "reliability.png", "risk_coverage.png",
     "corruptions.png", "scores.png", "report.html",
@@ -80,7 +82,10 @@ def load_run(
     data_root: Path | None = None,
     cache_dir: Path | None = None,
 ) -> Run:
-    """Open a run folder.
+    """Open a run folder, and the images that it was trained on.
+
+    The places that its configuration names are used only where this user trained it here, see
+    `engine.origin`. Nothing is downloaded unless `data` or `data_root` is given.
 
     Args:
         path: the folder that training wrote.
@@ -91,17 +96,19 @@ def load_run(
         workers: processes that read images; None for a number that suits the device.
 
     Raises:
-        InputError: no run there, a damaged file, or a missing data set.
+        InputError: no run there, a damaged file, a missing data set, or a run from elsewhere whose
+            images are not named.
     """
     path = user_path("run", path)
     place = resolve_device(device)
     config, model = load_model(path, place)
-    if cache_dir is not None:
-        config = dataclasses.replace(config, cache_dir=cache_dir)
-    moved = dataclasses.replace(
-        config, data=data or config.data, data_root=data_root or config.data_root
+    opened = placed(path, config, data=data, data_root=data_root, cache_dir=cache_dir)
+    named = data is not None or data_root is not None
+    splits = open_splits(
+        dataclasses.replace(opened, offline=opened.offline or not named),
+        run=path if data is None else None,
     )
-    splits = open_splits(moved, run=path if data is None else None)
+    config = dataclasses.replace(opened, data=config.data)
     return Run(path, config, model, splits, place, resolve_workers(workers, place))
 
 
@@ -266,6 +273,7 @@ def start_folder(path: Path, config: TrainConfig) -> None:
         for file in path.glob(pattern):
             file.unlink()
     write_json(path / CONFIG, config.to_dict())
+    mark(path, places(config))
 
 
 def record_place(path: Path, config: TrainConfig) -> None:
@@ -275,6 +283,7 @@ def record_place(path: Path, config: TrainConfig) -> None:
     moved = dataclasses.replace(saved, **place)
     if moved != saved:
         write_json(path / CONFIG, moved.to_dict())
+    mark(path, places(moved))
 
 
 def new_folder(parent: Path, config: TrainConfig) -> Path:

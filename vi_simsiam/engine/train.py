@@ -105,7 +105,7 @@ class Trainer:
         self.log_every = config.log_every or (100 if on_gpu else 10)
         bf16 = config.precision == "bf16" or (config.precision == "auto" and on_gpu)
 
-        self.model = self._build(config, load_frozen=not resume)
+        self.model = self._build(config)
         default_scale = 1 / (config.model.dim - 1) if isinstance(self.model, VISimSiam) else 1.0
         self.loss_scale = config.loss.loss_scale or default_scale
 
@@ -175,15 +175,15 @@ class Trainer:
             self.step, self.seconds = checkpoint.step, checkpoint.seconds
             self.saved_step, self.saved_at = self.step, time.monotonic()
 
-    def _build(self, config: TrainConfig, *, load_frozen: bool) -> SimSiam:
+    def _build(self, config: TrainConfig) -> SimSiam:
         """The model on its device, with the weights of the seed or of the frozen run."""
-        # The weights of a run replace torchvision's.
-        pretrained = config.model.pretrained and config.frozen_run is None
-        parts = dataclasses.replace(config.model, pretrained=pretrained)
+        # The weights of a run, or of its checkpoint, replace torchvision's.
+        others = self.resume or config.frozen_run is not None
+        parts = dataclasses.replace(config.model, pretrained=config.model.pretrained and not others)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = build_model(dataclasses.replace(config, model=parts)).to(self.device)
-        if config.frozen_run is not None and load_frozen:
+        if config.frozen_run is not None and not self.resume:
             run.load_frozen(model, config, self.device)
         model.to(memory_format=torch.channels_last)
         if config.sync_batch_norm and not self.world.alone:

@@ -173,8 +173,9 @@ def measure_run(
     }
     if not trained or not spec["measures"]:
         return content
-    here = {name: getattr(config, name) for name in ("device", "workers", "data_root", "cache_dir")}
-    run = load_run(folder, **here)  # the images may have moved since the training
+    here = ("device", "workers", "data", "data_root", "cache_dir")
+    # The images may have moved since the training.
+    run = load_run(folder, **{name: getattr(config, name) for name in here})
     if (val := run.splits.val) is not None:
         splits = dataclasses.replace(run.splits, val=at_most(val, spec["val_images"]))
         run = dataclasses.replace(run, splits=splits)
