@@ -22,7 +22,7 @@ from vi_simsiam.config import (
 )
 from vi_simsiam.errors import InputError
 from vi_simsiam.paths import user_path
-from vi_simsiam.text import counted
+from vi_simsiam.text import counted, one_line, show
 
 if TYPE_CHECKING:
     from vi_simsiam.data.datasets import Splits
@@ -113,7 +113,7 @@ def train(arguments: list[str]) -> int:
         return run_seeds(arguments, options.seeds, options.config.seed, out)
 
     with joined(options.config.device) as world:
-        report = print if world.is_main and not options.quiet else lambda line: None
+        report = show if world.is_main and not options.quiet else lambda line: None
         if out is not None:  # before anything is downloaded
             check_folder(out, resume=resume, overwrite=options.overwrite)
         with world.main_first():  # the main process downloads the images
@@ -151,11 +151,11 @@ def train(arguments: list[str]) -> int:
             trainer.fit()
         except KeyboardInterrupt:
             if world.is_main:
-                print(
+                line = (
                     f"vi-simsiam: interrupted, saved at step {trainer.saved_step}; "
-                    f"go on with: vi-simsiam train --out {folder} --resume",
-                    file=sys.stderr,
+                    f"go on with: vi-simsiam train --out {folder} --resume"
                 )
+                print(one_line(line), file=sys.stderr)
             return 130
         if options.evaluate:
             try:

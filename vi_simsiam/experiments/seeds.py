@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from vi_simsiam.checks import require
@@ -28,7 +27,7 @@ from vi_simsiam.engine.verdict import problem
 from vi_simsiam.errors import InputError
 from vi_simsiam.experiments.runner import holds, load, outcome
 from vi_simsiam.files import write_json
-from vi_simsiam.text import print_line
+from vi_simsiam.text import cell, print_line
 
 SEEDS = "seeds.json"
 _TRAIN = (sys.executable, "-m", "vi_simsiam", "train")
@@ -159,7 +158,7 @@ def run_seeds(arguments: Sequence[str], seeds: int | None, first_seed: int, out:
         grid = Table.grid(padding=(0, 2))
         for run in runs:
             line = last_line(run.log)[: max(20, console.width - 24)]
-            grid.add_row(*map(escape, (run.name, run.state, line)))
+            grid.add_row(*map(cell, (run.name, run.state, line)))
         return grid
 
     interrupted = supervise(pending, console, table=table, ended=ended, start_more=start_all)
