@@ -45,8 +45,10 @@ def mark(folder: Path, named: object) -> None:
         folder: an existing folder.
         named: what it names, plain JSON types.
     """
-    (folder / ORIGIN).unlink(missing_ok=True)
-    if (secret := _secret(make=True)) is not None:
+    secret = _secret(make=True)
+    if secret is None:
+        (folder / ORIGIN).unlink(missing_ok=True)
+    elif not is_own(folder, named):  # else a kill now could not lose it
         write_text(folder / ORIGIN, _hash(secret, named) + "\n")
 
 

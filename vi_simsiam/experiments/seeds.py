@@ -21,6 +21,7 @@ from rich.table import Table
 
 from vi_simsiam.checks import require
 from vi_simsiam.data.decoding import cores
+from vi_simsiam.engine.origin import is_own, mark
 from vi_simsiam.engine.processes import INTERRUPTED, Process, last_line, supervise
 from vi_simsiam.engine.run import CHECKPOINT, METRICS
 from vi_simsiam.engine.verdict import problem
@@ -140,6 +141,7 @@ def run_seeds(arguments: Sequence[str], seeds: int | None, first_seed: int, out:
             "runs_per_hour": round(3600 * finished / seconds, 3) if whole else None,
             "runs": [run.result() for run in runs],
         }
+        mark(out, _named(given, content["runs"]))
         write_json(out / SEEDS, content)
         return content
 
@@ -211,9 +213,19 @@ def _resumed(out: Path, seeds: int | None) -> dict[str, Any]:
             raise InputError(
                 f"resume: seed {run['seed']} in {out} is still running, as process {run['process']}"
             )
+    if not is_own(out, _named(before["arguments"], before["runs"])):
+        raise InputError(
+            f"resume: this user has not started the runs in {out} here, or {SEEDS} was changed "
+            f"since; go on with one at a time: --out {out / 'seed-N'} --resume --data DATA"
+        )
     count = len(before["runs"])
     require("seeds", seeds, seeds in (None, count), f"{count}, as {out} was started with")
     return before
+
+
+def _named(arguments: list[str], runs: list[dict[str, Any]]) -> list[Any]:
+    """What in a seeds.json acts, see `engine.origin`."""
+    return [arguments, [run["seed"] for run in runs]]
 
 
 def _is_running(process: object, folder: Path) -> bool:
