@@ -121,7 +121,7 @@ def test_commands_without_its_images_take_a_foreign_run(
         given = [command, str(run), images, "--out", str(tmp_path / out), *ON_CPU]
         assert main(given) == 0
     capsys.readouterr()
-    assert main(["export", str(run), "safetensors"]) == 0
+    assert main(["export", str(run), "--format", "safetensors"]) == 0
     stand_in = f"checked on fashion-mini, not on the run's own images (run: {run} names the images"
     assert stand_in in capsys.readouterr().out
     assert main(["report", str(run), *ON_CPU]) == 0
