@@ -135,13 +135,14 @@ def run_seeds(arguments: Sequence[str], seeds: int | None, first_seed: int, out:
         """Write seeds.json, so that even a killed command can be resumed; returns its content."""
         seconds, finished = time.monotonic() - started, sum(run.exit == 0 for run in pending)
         whole = not resume and all(run.exit is not None for run in runs)
+        results = [run.result() for run in runs]
         content = {
             "arguments": given,
             "seconds": round(seconds, 3),
             "runs_per_hour": round(3600 * finished / seconds, 3) if whole else None,
-            "runs": [run.result() for run in runs],
+            "runs": results,
         }
-        mark(out, _named(given, content["runs"]))
+        mark(out, _named(given, results))
         write_json(out / SEEDS, content)
         return content
 

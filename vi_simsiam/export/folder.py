@@ -132,6 +132,8 @@ def export_run(
             f"format: onnx needs {' and '.join(missing)}; "
             "install with pip install 'vi-simsiam[onnx]'"
         )
+    if out is None and (run.path / "export").is_symlink():
+        raise InputError(f"out: {run.path / 'export'} is a link; say where to write with --out")
     target = (run.path / "export" / format if out is None else user_path("out", out)).absolute()
     _check_target(target, overwrite)
 
