@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def plain_resnet(
     """`build_backbone` without this package's layers; `options` go to torchvision."""
     network = torchvision.models.get_model(name, **options)
     if pretrained:  # torchvision itself would load any pickle
-        network.load_state_dict(_weights(name).get_state_dict(check_hash=True, weights_only=True))
+        network.load_state_dict(_load_weights(name))
     features: int = network.fc.in_features
     network.fc = nn.Identity()
     if stem == "small":
@@ -84,11 +85,22 @@ def fetch_weights(name: str, *, download: bool) -> None:
             f"pretrained: no copy of the weights found (looked for {file}), and downloading is off"
         )
     with downloading("pretrained", weights.url, f"a copy is recognised as {file}"):
-        weights.get_state_dict(check_hash=True, weights_only=True)
+        _load_weights(name)
 
 
 def _weights(name: str) -> Any:
     return torchvision.models.get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
+
+
+def _load_weights(name: str) -> dict[str, Any]:
+    """A backbone's default weights, downloaded if they are missing."""
+    weights = _weights(name)
+    try:
+        found: dict[str, Any] = weights.get_state_dict(check_hash=True, weights_only=True)
+    except UnpicklingError as error:
+        file = Path(weights.url).name
+        raise InputError(f"pretrained: {file} is damaged or holds no weights; remove it") from error
+    return found
 
 
 def _check_sum(file: Path) -> None:

@@ -248,11 +248,14 @@ def write_ranking(table: Table, out: Path) -> None:
     assert table.concentration is not None
     assert table.uncertainty is not None
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["rank", "path", "kappa", "uncertainty"])
+    quotings = (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
+    plain, quoted = (csv.writer(text, lineterminator="\n", quoting=each) for each in quotings)
+    plain.writerow(["rank", "path", "kappa", "uncertainty"])
     for rank, row in enumerate(np.argsort(table.concentration, kind="stable").tolist(), 1):
         kappa, uncertainty = f"{table.concentration[row]:.9g}", f"{table.uncertainty[row]:.9g}"
-        writer.writerow([rank, _no_formula(table.path(row)), kappa, uncertainty])
+        path = _no_formula(table.path(row))
+        # Python before 3.13 does not quote a carriage return, at which readers end the row.
+        (quoted if "\r" in path else plain).writerow([rank, path, kappa, uncertainty])
     content = text.getvalue().encode("utf-8", "surrogateescape")
     write_atomically(out, lambda file: file.write(content))
 
