@@ -27,8 +27,9 @@ from vi_simsiam import backbones, load
 from vi_simsiam.cli import main
 from vi_simsiam.data import datasets
 from vi_simsiam.data.datasets import open_dataset
+from vi_simsiam.engine.checkpoint import FORMER
 from vi_simsiam.engine.processes import Process
-from vi_simsiam.engine.run import CHECKPOINT, load_run
+from vi_simsiam.engine.run import load_run
 from vi_simsiam.errors import InputError
 from vi_simsiam.export import load_safetensors
 
@@ -67,6 +68,12 @@ def run(saved: Path, tmp_path: Path) -> Path:
 def replace(file: Path, content: bytes) -> None:
     file.unlink(missing_ok=True)
     file.write_bytes(content)
+
+
+def replace_checkpoint(run: Path, name: str, content: bytes) -> None:
+    for file in run.glob("checkpoint*"):
+        file.unlink()
+    (run / name).write_bytes(content)
 
 
 def pickled(trap: Path) -> bytes:
@@ -121,10 +128,15 @@ WAYS: dict[str, Callable[[Path, Path], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("payload", [pickled, archived, archived_before, numpy_file])
+NEW = "checkpoint-00000001.safetensors"
+PAYLOADS = [(NEW, archived), (FORMER, pickled), (FORMER, archived), (FORMER, archived_before)]
+
+
+@pytest.mark.parametrize(("name", "payload"), PAYLOADS)
 @pytest.mark.parametrize("way", WAYS)
 def test_no_checkpoint_executes(
     way: str,
+    name: str,
     payload: Callable[[Path], bytes],
     run: Path,
     trap: Path,
@@ -134,16 +146,16 @@ def test_no_checkpoint_executes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     images = save_images(tmp_path / "images", 4)[0].parent
-    replace(run / CHECKPOINT, payload(trap))
+    replace_checkpoint(run, name, payload(trap))
     assert main(WAYS[way](run, images)) == 2
-    one_line(capsys, "run: ", CHECKPOINT)
+    one_line(capsys, "run: ", name)
 
 
-@pytest.mark.parametrize("payload", [pickled, archived])
+@pytest.mark.parametrize(("name", "payload"), PAYLOADS)
 def test_no_checkpoint_executes_from_python(
-    payload: Callable[[Path], bytes], run: Path, trap: Path
+    name: str, payload: Callable[[Path], bytes], run: Path, trap: Path
 ) -> None:
-    replace(run / CHECKPOINT, payload(trap))
+    replace_checkpoint(run, name, payload(trap))
     for open_run in (load, load_run):
         with pytest.raises(InputError, match="cannot be read"):
             open_run(run, device="cpu")
@@ -153,10 +165,10 @@ def test_no_frozen_run_executes(
     saved: Path, trap: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = save_run(tmp_path / "simsiam", "simsiam")
-    replace(run / CHECKPOINT, archived(trap))
+    replace_checkpoint(run, FORMER, archived(trap))
     options = ["--frozen-run", str(run), "--out", str(tmp_path / "new"), "--quiet"]
     assert main(["train", *options, "--images", "64", "--batch-size", "32"]) == 2
-    one_line(capsys, CHECKPOINT)
+    one_line(capsys, FORMER)
     assert not (tmp_path / "new").exists()
 
 

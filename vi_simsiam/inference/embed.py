@@ -248,8 +248,8 @@ def write_ranking(table: Table, out: Path) -> None:
     assert table.concentration is not None
     assert table.uncertainty is not None
     text = io.StringIO()
-    quotings = (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
-    plain, quoted = (csv.writer(text, lineterminator="\n", quoting=each) for each in quotings)
+    plain = csv.writer(text, lineterminator="\n")
+    quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
     plain.writerow(["rank", "path", "kappa", "uncertainty"])
     for rank, row in enumerate(np.argsort(table.concentration, kind="stable").tolist(), 1):
         kappa, uncertainty = f"{table.concentration[row]:.9g}", f"{table.uncertainty[row]:.9g}"
