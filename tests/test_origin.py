@@ -186,6 +186,8 @@ def test_a_foreign_run_goes_on_with_images_that_are_named(
     resume = ["train", "--out", str(run), "--resume", "--quiet"]
     assert main(resume) == 2
     assert f"{NOT_OWN}; name the place of the images with --data" in refusal(capsys)
+    assert main(["train", "--out", str(run), "--resume", "auto", "--quiet"]) == 2
+    assert f"{NOT_OWN}; name the place of the images with --data" in refusal(capsys)
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
     assert main([*resume, "--data", str(trained / "photos")]) == 0
     assert list(cache.glob("*.pack"))
