@@ -95,10 +95,11 @@ def placed(
     if not is_own(folder, places(config)):
         published = config.data in NAMED_DATA  # a name, no place
         if data is None and config.data != "fashion-mini" and not (published and data_root):
+            option = "--data-root" if published else "--data"
             raise InputError(
                 f"run: {folder} names the images {config.data}, but this user has not trained it "
                 "here, or its configuration was changed since; name the place of the images with "
-                + ("--data-root" if published else "--data")
+                f"{option}"
             )
         config = dataclasses.replace(config, data_root=_DEFAULT.data_root, cache_dir=None)
     given = {"data": data, "data_root": data_root, "cache_dir": cache_dir}
