@@ -235,7 +235,7 @@ def _resumed(out: Path, seeds: int | None) -> dict[str, Any]:
 
 
 def _named(arguments: list[str], runs: list[dict[str, Any]]) -> list[Any]:
-    """What in a seeds.json acts, see `engine.origin`."""
+    """The parts of a seeds.json that act, see `engine.origin`."""
     return [arguments, [run["seed"] for run in runs]]
 
 
