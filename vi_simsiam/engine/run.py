@@ -29,6 +29,7 @@ from vi_simsiam.engine.checkpoint import (
     load_best,
     load_last,
 )
+from vi_simsiam.engine.origin import ORIGIN, mark, placed, places
 from vi_simsiam.engine.processes import locked
 from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.files import write_json
@@ -44,8 +45,8 @@ _REMAINS = tuple(
 )
 # Results of an earlier run.
 _RESULTS = (
-    _CHECKPOINTS, FORMER, METRICS, KERNELS, "events.out.tfevents.*", "knn.json", "linear.json",
-    "logistic.json", "uncertainty.json", "curves.png", "kappa.png", "density.png",
+    _CHECKPOINTS, FORMER, METRICS, KERNELS, ORIGIN, "events.out.tfevents.*", "knn.json",
+    "linear.json", "logistic.json", "uncertainty.json", "curves.png", "kappa.png", "density.png",
     "reliability.png", "risk_coverage.png", "corruptions.png", "scores.png", "report.html",
 )  # fmt: skip
 
@@ -95,7 +96,10 @@ def load_run(
     cache_dir: Path | None = None,
     checkpoint: Weights = "last",
 ) -> Run:
-    """Open a run folder.
+    """Open a run folder, and the images that it was trained on.
+
+    The places that its configuration names are used only where this user trained it here, see
+    `engine.origin`. Nothing is downloaded unless `data` or `data_root` is given.
 
     Args:
         path: the folder that training wrote.
@@ -107,17 +111,19 @@ def load_run(
         checkpoint: "last", or "best" for the one with the best kNN accuracy during training.
 
     Raises:
-        InputError: no run there, a damaged file, or a missing data set.
+        InputError: no run there, a damaged file, a missing data set, or a run from elsewhere whose
+            images are not named.
     """
     path = user_path("run", path)
     place = resolve_device(device)
     config, model = load_model(path, place, checkpoint)
-    if cache_dir is not None:
-        config = dataclasses.replace(config, cache_dir=cache_dir)
-    moved = dataclasses.replace(
-        config, data=data or config.data, data_root=data_root or config.data_root
+    opened = placed(path, config, data=data, data_root=data_root, cache_dir=cache_dir)
+    named = data is not None or data_root is not None
+    splits = open_splits(
+        dataclasses.replace(opened, offline=opened.offline or not named),
+        run=path if data is None else None,
     )
-    splits = open_splits(moved, run=path if data is None else None)
+    config = dataclasses.replace(opened, data=config.data)
     return Run(path, config, model, splits, place, resolve_workers(workers, place))
 
 
@@ -283,6 +289,7 @@ def start_folder(path: Path, config: TrainConfig) -> None:
         for file in path.glob(pattern):
             file.unlink()
     write_json(path / CONFIG, config.to_dict())
+    mark(path, places(config))
 
 
 def record_place(path: Path, config: TrainConfig) -> None:
@@ -292,6 +299,7 @@ def record_place(path: Path, config: TrainConfig) -> None:
     moved = dataclasses.replace(saved, **place)
     if moved != saved:
         write_json(path / CONFIG, moved.to_dict())
+    mark(path, places(moved))
 
 
 def _size(path: Path) -> int:

@@ -110,7 +110,7 @@ class Trainer:
         self.log_every = config.log_every or (100 if on_gpu else 10)
         bf16 = config.precision == "bf16" or (config.precision == "auto" and on_gpu)
 
-        self.model = initial_model(config, self.world, load_frozen=not going_on)
+        self.model = initial_model(config, self.world, fresh=not going_on)
         default_scale = 1 / (config.model.dim - 1) if isinstance(self.model, VISimSiam) else 1.0
         self.loss_scale = config.loss.loss_scale or default_scale
 

@@ -53,7 +53,7 @@ from vi_simsiam.experiments.runner import TRAINED
 from vi_simsiam.files import write_json, write_text
 from vi_simsiam.inference.forward import extract
 from vi_simsiam.info import versions
-from vi_simsiam.text import counted, data_label
+from vi_simsiam.text import counted, data_label, one_line
 
 _SECONDS_TO_LOCK = 90.0
 """Time to wait for an earlier process of the same run, which may still be saving."""
@@ -80,10 +80,10 @@ def main(path: Path) -> int:
         folder = Path(spec["folder"])
         lock, busy = folder.with_name(f".{folder.name}.lock"), f"run: another process uses {folder}"
         with locked(lock, busy, seconds=_SECONDS_TO_LOCK):
-            print(work(spec), flush=True)
+            _report(work(spec))
         return 0
     except UserError as error:
-        print(f"vi-simsiam: {error}", file=sys.stderr)
+        print(one_line(f"vi-simsiam: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
         print(": ".join(("interrupted", *interruption.args)), flush=True)
@@ -170,8 +170,9 @@ def measure_run(
     }
     if not trained or not spec["measures"]:
         return content
-    here = {name: getattr(config, name) for name in ("device", "workers", "data_root", "cache_dir")}
-    run = load_run(folder, **here)  # the images may have moved since the training
+    here = ("device", "workers", "data", "data_root", "cache_dir")
+    # The images may have moved since the training.
+    run = load_run(folder, **{name: getattr(config, name) for name in here})
     if (val := run.splits.val) is not None:
         splits = dataclasses.replace(run.splits, val=at_most(val, spec["val_images"]))
         run = dataclasses.replace(run, splits=splits)
