@@ -101,10 +101,10 @@ def train(arguments: list[str]) -> int:
         raise InputError("resume: say which run with --out")
 
     from vi_simsiam.cli.evaluate import evaluate_run
+    from vi_simsiam.data.subsets import labelled_splits
     from vi_simsiam.engine.distributed import joined
     from vi_simsiam.engine.run import check_folder, load_run, open_splits
     from vi_simsiam.engine.train import Trainer
-    from vi_simsiam.evaluation.features import labelled_splits
     from vi_simsiam.experiments.seeds import SEEDS, run_seeds
 
     if options.seeds is not None and out is None:

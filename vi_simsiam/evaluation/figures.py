@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from vi_simsiam.data.sources import ImageSource
+from vi_simsiam.engine.forward import extract
 from vi_simsiam.engine.run import METRICS, Run, read_config
 from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.errors import InputError
@@ -38,7 +39,6 @@ from vi_simsiam.evaluation.style import (
 )
 from vi_simsiam.functional import power_spherical_log_prob
 from vi_simsiam.inference.embed import extremes
-from vi_simsiam.inference.forward import extract
 from vi_simsiam.models import VISimSiam
 from vi_simsiam.text import METHODS, brief_repr, counted
 
