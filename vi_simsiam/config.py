@@ -49,6 +49,7 @@ DataMemory = Literal["auto", "gpu", "host"]
 Capture = Literal["auto", "on", "off"]
 Kernels = Literal["auto", "on", "off"]
 BatchNormStatistics = Literal["per-view", "joint"]
+StopOn = Literal["collapse"]
 
 
 def data_spec(text: str) -> str:
@@ -134,6 +135,11 @@ class TrainConfig:
     save_every: float = limited(60.0, NOT_NEGATIVE)
     """Least seconds between two checkpoints, which are written after an epoch, at the end and on
     Ctrl-C."""
+    knn_every: int | None = limited(None, at_least(1))
+    """Measure the kNN accuracy on some labelled images after every so many epochs; None for
+    never."""
+    stop_on: StopOn | None = None
+    """End a training early that has collapsed, with the exit code 3; None for never."""
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -206,7 +212,7 @@ _PATHS = {"data_root": Path("data"), "cache_dir": None, "frozen_run": None}
 
 PLACE_FIELDS = {
     "workers", "device", "data_root", "offline", "cache_dir", "data_memory", "capture", "kernels",
-    "compile", "log_every", "save_every",
+    "compile", "log_every", "save_every", "knn_every", "stop_on",
 }  # fmt: skip
 """Fields that may change when a run is resumed: they do not change the result."""
 

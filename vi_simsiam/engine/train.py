@@ -24,6 +24,7 @@ from vi_simsiam.engine.checkpoint import Checkpoint
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.graph import Captured, capture
 from vi_simsiam.engine.kernels import choose_kernels
+from vi_simsiam.engine.knn import OnlineKnn
 from vi_simsiam.engine.memory import keep_freed_memory
 from vi_simsiam.engine.monitor import Monitor, representation_statistics
 from vi_simsiam.engine.processes import stop_signals
@@ -40,7 +41,7 @@ from vi_simsiam.paths import user_path
 from vi_simsiam.text import print_line
 
 # All ranks log and communicate in the same steps, so these fields must agree between them.
-_COMMON_FIELDS = {"log_every", "capture", "kernels", "compile"}
+_COMMON_FIELDS = {"log_every", "capture", "kernels", "compile", "knn_every", "stop_on"}
 
 
 class Trainer:
@@ -127,6 +128,9 @@ class Trainer:
                 workers=config.workers,
                 console=None if quiet else self.console,
             )
+            self.online = None
+            if config.knn_every is not None:
+                self.online = OnlineKnn(config, splits, images, self.device)
         for text in images.warnings:
             warnings.warn(text, ImageWarning, stacklevel=2)
         self.config = config
@@ -165,6 +169,7 @@ class Trainer:
         rates = learning_rates(config, self.loader.steps_per_epoch)
         self.train_step = make_step(self.model, rates, self.kernels.kernels, self.world)
         self.step, self.seconds = 0, 0.0
+        self.knn: float | None = None
         if path is None:
             made = run.new_folder(Path("runs"), config) if self.world.is_main else None
             path = self.world.exchange(made)[0]
@@ -282,7 +287,7 @@ class Trainer:
                 self._check_losses(first)
                 seconds = time.perf_counter() - since
                 self.seconds += seconds
-                metrics = self._metrics(output, first, seconds, waited)
+                metrics = self._metrics(output, first, seconds, waited) | self._measure_knn()
                 if logging and monitor is not None:
                     monitor.log(metrics, self._launched(replay))
                 waited, since, first = 0.0, time.perf_counter(), self.step
@@ -343,6 +348,16 @@ class Trainer:
             "data_wait": waited / seconds,
             "seconds": self.seconds,
         }
+
+    def _measure_knn(self) -> dict[str, float]:
+        """After an epoch that is due: measure on rank 0, whose BatchNorm statistics are saved."""
+        epoch, after = divmod(self.step, self.loader.steps_per_epoch)
+        if self.online is None or after or epoch % (self.config.knn_every or 1):
+            return {}
+        with self.world.together():
+            found = self.online.measure(self.model.backbone) if self.world.is_main else None
+        (self.knn, *_) = self.world.exchange(found)
+        return {} if self.knn is None else {"knn": self.knn}
 
     def _check_losses(self, first: int) -> None:
         """Raise TrainingError unless the losses of the steps from `first` on are finite."""

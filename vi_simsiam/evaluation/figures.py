@@ -74,7 +74,13 @@ def draw_curves(run_folder: Path) -> list[Path]:
         loss, cosine, third, spread, rank, gradient = drawn.subplots(2, 3, sharex=True).flat
         title = "loss (0 = no better than chance)" if has_kappa else "loss"
         _curve(loss, title, epoch, metrics["loss"])
-        _curve(cosine, "cosine of prediction and target", epoch, metrics["cosine"])
+        title = "cosine of prediction and target"
+        _curve(cosine, title, epoch, metrics["cosine"], label="cosine")
+        if "knn" in metrics:
+            measured = np.isfinite(metrics["knn"])
+            points = epoch[measured], metrics["knn"][measured]
+            cosine.plot(*points, color=ORANGE, lw=1.1, marker="o", ms=2.5, label="kNN accuracy")
+            cosine.legend(loc="best", ncols=2)
         if has_kappa:
             _curve(third, "concentration κ / (D − 1)", epoch, metrics["kappa"], label="predicted")
             if "kappa_best" in metrics:
