@@ -97,20 +97,22 @@ def test_dark_and_bright_images_are_told_apart(
             return torch.stack([mean, torch.ones_like(mean)], 1)
 
     assert online.measure(Brightness()) == 1.0
-    assert online.measure(torch.nn.Sequential(Brightness(), torch.nn.Threshold(9, torch.nan))) is None
+    assert (
+        online.measure(torch.nn.Sequential(Brightness(), torch.nn.Threshold(9, torch.nan))) is None
+    )
 
 
 def test_it_is_shown_on_the_bar_and_in_the_epochs_line(tmp_path: Path) -> None:
     console = terminal(120)
     with opened(tmp_path, console) as monitor:
-        monitor.log(METRICS | {"knn": 0.6125})
+        monitor.log(METRICS | {"knn": 0.625})
         monitor.log(METRICS | {"step": 30})
         monitor._progress.refresh()
-        monitor.epoch_done(147, METRICS | {"knn": 0.6125})
+        monitor.epoch_done(147, METRICS | {"knn": 0.625})
     lines = printed(console)
-    assert any("kNN 61.2%" in line and "/29400" in line for line in lines)
+    assert any("kNN 62.5%" in line and "/29400" in line for line in lines)
     (line,) = (line for line in lines if line.startswith("epoch 1/200  loss"))
-    assert "kNN 61.2%" in line
+    assert "kNN 62.5%" in line
 
 
 def test_the_curves_show_it_where_it_was_measured(
@@ -120,10 +122,7 @@ def test_the_curves_show_it_where_it_was_measured(
     train(config(image_folder, knn_every=1), tmp_path / "run")
     draw_curves(tmp_path / "run")
     (line,) = (
-        line
-        for axes in saved[0].axes
-        for line in axes.lines
-        if line.get_label() == "kNN accuracy"
+        line for axes in saved[0].axes for line in axes.lines if line.get_label() == "kNN accuracy"
     )
     expected: list[Any] = [line["knn"] for line in metrics(tmp_path / "run") if "knn" in line]
     assert line.get_xdata().tolist() == [1, 2]

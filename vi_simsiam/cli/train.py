@@ -20,9 +20,9 @@ from vi_simsiam.config import (
     read_settings,
     updated,
 )
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import CollapsedError, InputError
 from vi_simsiam.paths import user_path
-from vi_simsiam.text import counted
+from vi_simsiam.text import counted, one_line
 
 if TYPE_CHECKING:
     from vi_simsiam.data.datasets import Splits
@@ -58,6 +58,8 @@ the images wherever you leave them open.
 vi-simsiam train --help-all lists all options, with their defaults."""
 
 _MANY_EPOCHS = 10**9
+COLLAPSED = 3
+"""Exit code of a training that --stop-on has ended."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,10 @@ def train(arguments: list[str]) -> int:
                     file=sys.stderr,
                 )
             return 130
+        except CollapsedError as error:
+            if world.is_main:
+                print(one_line(f"vi-simsiam: {error}"), file=sys.stderr)
+            return COLLAPSED
         if options.evaluate:
             try:
                 run = load_run(folder, device=str(trainer.device))

@@ -28,12 +28,14 @@ from vi_simsiam.models import SimSiam, build_model
 from vi_simsiam.paths import user_path
 
 CONFIG, CHECKPOINT, METRICS = "config.json", "checkpoint.pt", "metrics.jsonl"
-KERNELS = "kernels.json"
+KERNELS, FAILURE = "kernels.json", "failure.json"
+FAILED_VIEWS = "failure.png"
 # The last layer of SimSiam's predictors, a part of that layer where the concentration is separate.
 _APART = re.compile(r"^((?:local_)?predictor\.3)\.(weight|bias)$")
 # Results of an earlier run, and files that an interrupted write leaves, see `write_atomically`.
 _RESULTS = (
-    f".{CONFIG}.*", f".{CHECKPOINT}.*", f".{KERNELS}.*", CHECKPOINT, METRICS, KERNELS,
+    f".{CONFIG}.*", f".{CHECKPOINT}.*", f".{KERNELS}.*", f".{FAILURE}.*", CHECKPOINT, METRICS,
+    KERNELS, FAILURE, FAILED_VIEWS,
     "events.out.tfevents.*", "knn.json", "linear.json", "logistic.json", "uncertainty.json",
     "curves.png", "kappa.png", "density.png", "reliability.png", "risk_coverage.png",
     "corruptions.png", "scores.png", "report.html",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.loader import MultiViewLoader
 from vi_simsiam.data.subsets import content, listed
 from vi_simsiam.data.views import check_batch
-from vi_simsiam.engine import run
+from vi_simsiam.engine import failure, run
 from vi_simsiam.engine.checkpoint import Checkpoint
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.graph import Captured, capture
@@ -34,7 +35,7 @@ from vi_simsiam.engine.step import (
     configured_step,
     learning_rates,
 )
-from vi_simsiam.errors import ImageWarning, InputError, TrainingError
+from vi_simsiam.errors import CollapsedError, ImageWarning, InputError, TrainingError
 from vi_simsiam.models import Output, SimSiam, VISimSiam, build_model
 from vi_simsiam.ops.backends import choose_backend
 from vi_simsiam.paths import user_path
@@ -170,6 +171,7 @@ class Trainer:
         self.train_step = make_step(self.model, rates, self.kernels.kernels, self.world)
         self.step, self.seconds = 0, 0.0
         self.knn: float | None = None
+        self.collapsed = False
         if path is None:
             made = run.new_folder(Path("runs"), config) if self.world.is_main else None
             path = self.world.exchange(made)[0]
@@ -204,6 +206,7 @@ class Trainer:
         Raises:
             TrainingError: the loss or the weights are no longer finite, or the GPU's memory is too
                 small; the last good checkpoint is kept.
+            CollapsedError: it has collapsed, and `config.stop_on` ends it then.
             KeyboardInterrupt: SIGINT or SIGTERM arrived; the run can be resumed where it stopped.
         """
         main = self.world.is_main
@@ -243,6 +246,12 @@ class Trainer:
                     epoch_done()
                 if stopped or self.step == self.total_steps or self._is_due():
                     self._save()
+                if self.collapsed:
+                    raise CollapsedError(
+                        f"the training has collapsed, saved at step {self.step}; vi-simsiam doctor "
+                        f"{self.folder} has a remedy; to go on all the same: "
+                        f"vi-simsiam train --out {self.folder} --resume --stop-on None"
+                    )
                 if stopped:
                     raise KeyboardInterrupt
                 if monitor is not None:
@@ -290,6 +299,10 @@ class Trainer:
                 metrics = self._metrics(output, first, seconds, waited) | self._measure_knn()
                 if logging and monitor is not None:
                     monitor.log(metrics, self._launched(replay))
+                if self.config.stop_on is not None and self.step < self.total_steps:
+                    collapsed = monitor is not None and monitor.health.state == "collapsed"
+                    self.collapsed = self.world.any_rank(collapsed)
+                    stopped |= self.collapsed
                 waited, since, first = 0.0, time.perf_counter(), self.step
             elif monitor is not None and monitor.due:
                 monitor.show(self._metrics(output, first, time.perf_counter() - since, waited))
@@ -361,13 +374,17 @@ class Trainer:
 
     def _check_losses(self, first: int) -> None:
         """Raise TrainingError unless the losses of the steps from `first` on are finite."""
-        finite = torch.isfinite(self.train_step.losses[first : self.step]).tolist()
-        if not all(finite):
-            step = first + finite.index(False) + 1
-            epoch = (step - 1) // self.loader.steps_per_epoch + 1
+        losses = self.train_step.losses[first : self.step].tolist()
+        if not all(map(math.isfinite, losses)):
+            found = failure.failed(
+                self.config, self.loader.source, first, losses, checkpoint_step=self.saved_step
+            )
+            if self.world.is_main:
+                failure.record(self.folder, found)
             raise TrainingError(
-                f"the loss is not finite at step {step} (epoch {epoch}); {self._last_good()}; "
-                "a lower learning rate or clip_norm may help"
+                f"the loss is not finite at step {found['step']} (epoch {found['epoch']}); "
+                f"{self._last_good()}; a lower learning rate or clip_norm may help; "
+                f"vi-simsiam doctor {self.folder} --replay shows the images of that step"
             )
 
     def _is_due(self) -> bool:
@@ -386,6 +403,7 @@ class Trainer:
         with self.world.together():
             if self.world.is_main:
                 state.save(self.folder / run.CHECKPOINT)
+                failure.forget(self.folder, self.step)
         self.saved_step, self.saved_at = self.step, time.monotonic()
 
     def _last_good(self) -> str:
