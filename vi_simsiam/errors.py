@@ -29,8 +29,16 @@ class CollapsedError(TrainingError):
     """A training ended early since it has collapsed; the run was saved and can go on."""
 
 
-class ImageWarning(UserWarning):
-    """Images were left out, decoded with a loss or labelled otherwise; printed as one line."""
+class LineWarning(UserWarning):
+    """Base of the warnings below, each printed as one line."""
+
+
+class ImageWarning(LineWarning):
+    """Images were left out, decoded with a loss or labelled otherwise."""
+
+
+class RunWarning(LineWarning):
+    """A file of a run is damaged and another one is used, or a file system has no locks."""
 
 
 def is_full(error: OSError) -> bool:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-import torch
-
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.engine import verdict
-from vi_simsiam.engine.checkpoint import Checkpoint
+from vi_simsiam.engine.checkpoint import load_last
 from vi_simsiam.engine.failure import Failure
 from vi_simsiam.engine.failure import read as read_failure
 from vi_simsiam.engine.kernels import kernels_of
-from vi_simsiam.engine.run import CHECKPOINT, METRICS, read_config
+from vi_simsiam.engine.processes import locked
+from vi_simsiam.engine.run import LOCK, METRICS, read_config
 from vi_simsiam.engine.verdict import Health
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import InputError, RunWarning
 from vi_simsiam.files import parse_json, read_bytes
 
 Ending = Literal["finished", "going on", "not finite", "collapsed", "interrupted", "killed"]
@@ -31,7 +32,7 @@ LEAST_RANK = 2.0
 RUNAWAY = 1 / verdict.LEAST_RATIO
 """A kappa of more than so many times the best one, as far from it as a dead one."""
 LEAST_BEST = 0.05
-"""The best kappa/(D - 1) counts as this at least: kappa starts there, before cosines are above 0."""
+"""The best kappa/(D - 1) counts as this at least: kappa starts there, before cosines rise."""
 EXPLODED = 100.0
 """Two orders of magnitude: within a run the norm of the gradient keeps its order."""
 DECAYED = 0.5
@@ -102,8 +103,8 @@ def diagnose(folder: Path) -> Diagnosis:
     health = Health(config)
     for line in lines:
         health.update(line)
-    last: dict[str, Any] = lines[-1] if lines else {"step": 0, "epoch": 0.0}
-    step, epoch = last["step"], last["epoch"]
+    last: dict[str, Any] = lines[-1] if lines else {"step": 0}
+    step, epoch = last["step"], last.get("epoch")
     total = round(step / epoch * config.epochs) if epoch else None
     ending = _ending(folder, config, lines, failure, health)
     findings = [_stopped(folder, ending, failure, step, total)]
@@ -142,7 +143,7 @@ def read_lines(folder: Path) -> Lines:
     lines = []
     for text in read_bytes(path, "run").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
-            lines.append(parse_json(text, _Line, finite=False))
+            lines.append(parse_json(text, dict[str, Any], finite=False))
     return lines
 
 
@@ -150,20 +151,32 @@ def _ending(
     folder: Path, config: TrainConfig, lines: Lines, failure: Failure | None, health: Health
 ) -> Ending:
     """The way in which a run ended, by its files."""
-    last = lines[-1] if lines else None
-    if last is not None and last["epoch"] >= config.epochs:
+    if lines and lines[-1].get("epoch", 0) >= config.epochs:
         return "finished"
+    if _is_running(folder, lines):
+        return "going on"
     if failure is not None:
         return "not finite"
-    seconds = [line["seconds"] for line in lines[-_FEWEST:]]
-    pause = (seconds[-1] - seconds[0]) / max(1, len(seconds) - 1)
-    quiet = time.time() - (folder / METRICS).stat().st_mtime
-    if quiet < max(_QUIET_SECONDS, _QUIET_LINES * pause):
-        return "going on"
-    saved = Checkpoint.load(folder / CHECKPOINT, torch.device("cpu")).step
-    if last is None or saved < last["step"]:
+    if load_last(folder).step < lines[-1]["step"]:
         return "killed"
     return "collapsed" if config.stop_on and health.state == "collapsed" else "interrupted"
+
+
+def _is_running(folder: Path, lines: Lines) -> bool:
+    """True if a training holds the folder's lock, or wrote lately where that cannot be tested."""
+    lock, log = folder / LOCK, folder / METRICS
+    if lock.exists():
+        with warnings.catch_warnings(), contextlib.suppress(OSError, RunWarning):
+            warnings.simplefilter("error", RunWarning)
+            try:
+                with locked(lock, busy=""):
+                    return False
+            except InputError:
+                return True
+    seconds = _values(lines[-_FEWEST:], "seconds") or [0.0]
+    pause = (seconds[-1] - seconds[0]) / max(1, len(seconds) - 1)
+    quiet = time.time() - log.stat().st_mtime if log.exists() else math.inf
+    return quiet < max(_QUIET_SECONDS, _QUIET_LINES * pause)
 
 
 def _stopped(
@@ -179,7 +192,7 @@ def _stopped(
             f"{failure['loss']} at step {failure['step']} (epoch {failure['epoch']}); the last "
             f"good checkpoint is that of step {failure['checkpoint_step']}",
             "any such loss ends a training",
-            f"a smaller --lr, or --clip-norm 1; vi-simsiam doctor {folder} --replay shows the batch",
+            f"a smaller --lr or --clip-norm 1; vi-simsiam doctor {folder} --replay shows the batch",
         )
     figure = f"it ended at step {step}" + ("" if total is None else f" of {total}")
     if ending == "killed":
@@ -230,17 +243,18 @@ def _runaway(config: TrainConfig, lines: Lines) -> Finding | None:
 
 
 def _gradients(config: TrainConfig, lines: Lines) -> Finding | None:
-    norms = [line["grad_norm"] for line in lines if "grad_norm" in line]
+    norms = _values(lines, "grad_norm")
     if len(norms) < _FEWEST:
         return None
     usual, recent = median(norms), min(norms[-_RECENT:])
     if recent <= EXPLODED * usual:
         return None
+    clip = "" if config.clip_norm else " or --clip-norm 1"
     return Finding(
         "exploding gradients",
         f"gradient norm {recent:.3g} at least in the last {_RECENT} lines, {usual:.3g} usually",
         f"more than {EXPLODED:g} times the run's median",
-        f"a smaller --lr than {config.lr:g}" + (", or --clip-norm 1" if not config.clip_norm else ""),
+        f"a smaller --lr than {config.lr:g}{clip}",
     )
 
 
@@ -272,9 +286,8 @@ def _waiting(lines: Lines) -> Finding | None:
 
 def _features(lines: Lines) -> Finding | None:
     """The finding of a loss that falls while the kNN accuracy does not rise."""
-    accuracies = [line["knn"] for line in lines if "knn" in line]
-    losses = [line["loss"] for line in lines if "loss" in line]
-    if len(accuracies) < _FEWEST_KNN:
+    accuracies, losses = _values(lines, "knn"), _values(lines, "loss")
+    if len(accuracies) < _FEWEST_KNN or len(losses) < _FEWEST_KNN:
         return None
     (first, second), (before, after) = _halves(accuracies), _halves(losses)
     best, later = max(first), max(second)
@@ -298,16 +311,20 @@ def _figures(last: dict[str, Any], lines: Lines, kernels: str) -> str:
         "grad_norm": "gradient norm {:.2g}", "lr": "lr {:.2g}",
         "data_wait": "waiting for data {:.0%}",
     }  # fmt: skip
-    parts = [form.format(last[name]) for name, form in forms.items() if name in last]
-    accuracies = [line["knn"] for line in lines if "knn" in line]
-    if accuracies:
+    parts = [form.format(last[name]) for name, form in forms.items() if last.get(name) is not None]
+    if accuracies := _values(lines, "knn"):
         parts.append(f"kNN {accuracies[-1]:.1%}, {max(accuracies):.1%} at best")
     return ", ".join([*parts, f"kernels {kernels}"])
 
 
 def _mean(lines: Lines, name: str) -> float | None:
-    values = [line[name] for line in lines if name in line]
+    values = _values(lines, name)
     return sum(values) / len(values) if values else None
+
+
+def _values(lines: Lines, name: str) -> list[float]:
+    values = [line.get(name) for line in lines]
+    return [value for value in values if value is not None and math.isfinite(value)]
 
 
 def _halves(values: list[float]) -> tuple[list[float], list[float]]:

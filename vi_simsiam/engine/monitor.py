@@ -8,6 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,20 @@ def effective_rank(x: Tensor) -> Tensor:
     singular = torch.linalg.eigvalsh((x @ x.T).cpu()).clamp(min=0).sqrt()
     share = singular / singular.sum()
     return torch.exp(-torch.special.xlogy(share, share).sum())
+
+
+@dataclass
+class Timed:
+    """The time of the steps after step `first`, and of it the seconds of waiting for data."""
+
+    first: int
+    waited: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        """The time so far."""
+        return time.perf_counter() - self.started
 
 
 class Monitor:
