@@ -39,7 +39,7 @@ def doctor(arguments: list[str]) -> int:
     if options.replay:
         from vi_simsiam.engine.replay import replay
 
-        _print_replay(replay(open_run(options)))
+        _print_replay(replay(options.run, lambda: open_run(options)))
     return 1 if found.findings else 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,21 +46,23 @@ class Replay:
     """Their views, and those of other images of the batch."""
 
 
-def replay(run: Run) -> Replay:
+def replay(folder: Path, open_run: Callable[[], Run]) -> Replay:
     """Make the failed batch of a run again, and write its views as RUN/failure.png.
 
     The run's folder keeps its weights. The views are those of the training, from the same table;
     gradients and statistics are those of its next step.
 
     Args:
-        run: the run, with its last good checkpoint.
+        folder: the run folder.
+        open_run: opens the run, with its last good checkpoint.
 
     Raises:
         InputError: no loss was recorded, or the images are not those that the run was trained on.
     """
-    found = failure.read(run.path)
+    found = failure.read(folder)
     if found is None:
-        raise InputError(f"replay: {run.path} has no {FAILURE}; its losses were finite")
+        raise InputError(f"replay: {folder} has no {FAILURE}: no loss was recorded as not finite")
+    run = open_run()
     images, _ = run.readable(run.splits.train)
     lost = torch.tensor([torch.nan])
     again = failure.failed(run.config, images, found["step"] - 1, lost, found["checkpoint_step"])
