@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from test_trainer import QUIET, Watched, config, metrics, same, train, weights
 
 from vi_simsiam.data.datasets import open_dataset
 from vi_simsiam.engine import knn
+from vi_simsiam.engine.checkpoint import load_best
 from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.figures import draw_curves
@@ -63,6 +65,36 @@ def test_a_resumed_run_is_the_same_and_measures_what_is_asked_now(
     )
     assert found == {step: whole[step] for step in (10, 15, 20)}
     assert resumed.knn == found[20]
+
+
+def test_its_time_is_not_counted(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock jumps by a thousand seconds in every measurement."""
+    clock, jumps = time.perf_counter, [0.0]
+
+    def measure(self: knn.OnlineKnn, backbone: torch.nn.Module) -> float:
+        jumps[0] += 1000.0
+        return 0.5
+
+    monkeypatch.setattr(knn.OnlineKnn, "measure", measure)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + jumps[0])
+    train(config(image_folder, knn_every=1, log_every=1), tmp_path / "run")
+    assert jumps == [2000.0]
+    assert all(line["seconds"] < 1000 for line in metrics(tmp_path / "run"))
+    assert all(line["views_per_s"] > 16 / 1000 for line in metrics(tmp_path / "run"))
+
+
+def test_the_best_weights_are_those_that_were_measured(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end of an epoch, however seldom checkpoints are written."""
+    accuracies = iter([0.5, 0.7, 0.6])
+    monkeypatch.setattr(knn.OnlineKnn, "measure", lambda self, backbone: next(accuracies))
+    settings = config(image_folder, epochs=3, knn_every=1, save_every=1000.0)
+    trainer = train(settings, tmp_path / "run")
+    best = load_best(tmp_path / "run")
+    assert (best.step, best.knn, trainer.knn) == (10, 0.7, 0.6)
 
 
 def test_it_takes_labels(image_folder: Path, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def diagnose(folder: Path) -> Diagnosis:
             _waiting(lines),
             _features(lines),
         ]
-    if ending not in ("finished", "going on"):
+    if ending in ("interrupted", "killed"):
         findings.append(_rate(config, last))
     of_all = "" if total is None else f" of {total}"
     return Diagnosis(
@@ -210,7 +210,7 @@ def _stopped(
 def _verdict(health: Health, ending: Ending) -> Finding | None:
     """The verdict, unless it is good, or a run is too young for one."""
     name, figure, remedy = health.parts
-    if not remedy or (ending == "going on" and not health.short):
+    if not remedy or (ending != "finished" and not health.short):
         return None
     since = "" if health.since is None else f" since step {health.since}"
     return Finding(f"{name}{since}", figure, _LIMITS[name], remedy)

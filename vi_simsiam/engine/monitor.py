@@ -8,7 +8,6 @@ import math
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -102,18 +101,17 @@ def effective_rank(x: Tensor) -> Tensor:
     return torch.exp(-torch.special.xlogy(share, share).sum())
 
 
-@dataclass
 class Timed:
     """The time of the steps after step `first`, and of it the seconds of waiting for data."""
 
-    first: int
-    waited: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
+    def __init__(self, first: int) -> None:
+        self.first, self.waited = first, 0.0
+        self._started = time.perf_counter()
 
     @property
     def seconds(self) -> float:
         """The time so far."""
-        return time.perf_counter() - self.started
+        return time.perf_counter() - self._started
 
 
 class Monitor:

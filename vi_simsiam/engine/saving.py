@@ -59,15 +59,18 @@ class Saver:
         due = time.monotonic() - self._saved_at >= self._config.save_every
         return self._world.any_rank(due and self._world.is_main)
 
+    def is_best(self, knn: float | None) -> bool:
+        """True for a kNN accuracy above that of all checkpoints so far."""
+        return knn is not None and (self.best_knn is None or knn > self.best_knn)
+
     def save(self, checkpoint: Checkpoint) -> None:
         """Save the state, as the best one, too, if its kNN accuracy is the best so far.
 
         Raises:
             TrainingError: it could not be written; the ones before are kept.
         """
-        knn = checkpoint.knn
-        best = knn is not None and (self.best_knn is None or knn > self.best_knn)
-        self.best_knn = knn if best else self.best_knn
+        best = self.is_best(checkpoint.knn)
+        self.best_knn = checkpoint.knn if best else self.best_knn
         checkpoint = dataclasses.replace(checkpoint, best_knn=self.best_knn)
         with self._world.together():
             if self._world.is_main:

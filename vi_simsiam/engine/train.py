@@ -252,8 +252,8 @@ class Trainer:
                 metrics, stopped = self._train_epoch(replay, monitor, stop)
                 if epoch_done is not None and not stopped:
                     epoch_done()
-                # The best checkpoint has the weights that were measured.
-                if stopped or self.step == self.total_steps or "knn" in metrics or self.saver.due():
+                best = self.saver.is_best(self.knn)  # the weights that were measured are kept
+                if stopped or best or self.step == self.total_steps or self.saver.due():
                     self._save()
                 if self.collapsed:
                     raise failure.collapsed(self.folder, self.step)
