@@ -172,6 +172,11 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         err = capsys.readouterr().err
         assert message in err
         assert err.count("\n") == 1
+    odd = ['{"step": NaN}', "[]", '{"step": "7"}', '{"st', '{"epoch": 1}', "\xff"]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n".join([*odd, '{"step": 210, "epoch": 1e-320, "loss": "low", "lr": null}']))
+    saved(run, 300)
+    assert diagnose(run).title == "vi-simsiam, step 210, still going on"
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(InputError, match="nothing in its metrics"):
         diagnose(run)

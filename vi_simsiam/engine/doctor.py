@@ -105,7 +105,8 @@ def diagnose(folder: Path) -> Diagnosis:
         health.update(line)
     last: dict[str, Any] = lines[-1] if lines else {"step": 0}
     step, epoch = last["step"], last.get("epoch")
-    total = round(step / epoch * config.epochs) if epoch else None
+    known = epoch and math.isfinite(step / epoch)
+    total = round(step / epoch * config.epochs) if known else None
     ending = _ending(folder, config, lines, failure, health)
     findings = [_stopped(folder, ending, failure, step, total)]
     if lines:
@@ -138,13 +139,14 @@ _ENDINGS: dict[Ending, str] = {
 
 
 def read_lines(folder: Path) -> Lines:
-    """The whole lines of a run's metrics.jsonl; a crash can cut off the last one."""
+    """The figures in a run's metrics.jsonl, line by line; a crash can cut off the last one."""
     path = folder / METRICS
     lines = []
     for text in read_bytes(path, "run").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
-            lines.append(parse_json(text, dict[str, Any], finite=False))
-    return lines
+            line = parse_json(text, dict[str, Any], finite=False)
+            lines.append({name: x for name, x in line.items() if isinstance(x, int | float)})
+    return [line for line in lines if math.isfinite(line.get("step", math.nan))]
 
 
 def _ending(
