@@ -112,7 +112,8 @@ def knn(arguments: list[str]) -> int:
     """Classify by nearest neighbours."""
     options = parse("knn", _Knn, arguments)
 
-    from vi_simsiam.evaluation.knn import KnnConfig, evaluate_knn
+    from vi_simsiam.engine.knn import KnnConfig
+    from vi_simsiam.evaluation.knn import evaluate_knn
 
     config = KnnConfig(k=options.k, temperature=options.temperature)
     return _classify(options, "kNN", lambda features: evaluate_knn(features, config), table=False)

@@ -21,7 +21,7 @@ from vi_simsiam.config import (
     read_settings,
     updated,
 )
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import CollapsedError, InputError
 from vi_simsiam.paths import user_path
 from vi_simsiam.text import counted, one_line, show
 
@@ -59,6 +59,8 @@ the images wherever you leave them open.
 vi-simsiam train --help-all lists all options, with their defaults."""
 
 _MANY_EPOCHS = 10**9
+COLLAPSED = 3
+"""Exit code of a training that --stop-on has ended."""
 _RESUME: dict[str, Literal[True, False, "auto"]] = {"never": False, "always": True, "auto": "auto"}
 """By the option's value: the Trainer's."""
 
@@ -107,11 +109,11 @@ def train(arguments: list[str]) -> int:
         raise InputError("resume: say which run with --out")
 
     from vi_simsiam.cli.evaluate import evaluate_run
+    from vi_simsiam.data.subsets import labelled_splits
     from vi_simsiam.engine.distributed import joined
     from vi_simsiam.engine.processes import INTERRUPTED
     from vi_simsiam.engine.run import check_folder, load_run, open_splits
     from vi_simsiam.engine.train import Trainer
-    from vi_simsiam.evaluation.features import labelled_splits
     from vi_simsiam.experiments.seeds import SEEDS, run_seeds
 
     if options.seeds is not None and out is None:
@@ -165,6 +167,10 @@ def train(arguments: list[str]) -> int:
                 )
                 print(one_line(line), file=sys.stderr)
             return INTERRUPTED
+        except CollapsedError as error:
+            if world.is_main:
+                print(one_line(f"vi-simsiam: {error}"), file=sys.stderr)
+            return COLLAPSED
         if options.evaluate:
             try:
                 here = trainer.config

@@ -37,17 +37,20 @@ from vi_simsiam.models import SimSiam, build_model
 from vi_simsiam.paths import user_path
 
 CONFIG, METRICS, KERNELS = "config.json", "metrics.jsonl", "kernels.json"
-_LOCK = ".lock"
+FAILURE, FAILED_VIEWS = "failure.json", "failure.png"
+LOCK = ".lock"
 _CHECKPOINTS = "checkpoint-*.safetensors"
 # What an interrupted write leaves, see `write_atomically`.
 _REMAINS = tuple(
-    f".{name}.{'[0-9a-f]' * 16}" for name in (CONFIG, METRICS, KERNELS, FORMER, _CHECKPOINTS)
+    f".{name}.{'[0-9a-f]' * 16}"
+    for name in (CONFIG, METRICS, KERNELS, FAILURE, FORMER, _CHECKPOINTS)
 )
 # Results of an earlier run.
 _RESULTS = (
-    _CHECKPOINTS, FORMER, METRICS, KERNELS, ORIGIN, "events.out.tfevents.*", "knn.json",
-    "linear.json", "logistic.json", "uncertainty.json", "curves.png", "kappa.png", "density.png",
-    "reliability.png", "risk_coverage.png", "corruptions.png", "scores.png", "report.html",
+    _CHECKPOINTS, FORMER, METRICS, KERNELS, FAILURE, FAILED_VIEWS, ORIGIN, "events.out.tfevents.*",
+    "knn.json", "linear.json", "logistic.json", "uncertainty.json", "curves.png", "kappa.png",
+    "density.png", "reliability.png", "risk_coverage.png", "corruptions.png", "scores.png",
+    "report.html",
 )  # fmt: skip
 
 
@@ -217,7 +220,7 @@ def check_folder(path: Path, *, resume: Resume, overwrite: bool) -> bool:
             "say --resume to go on with it or --overwrite to replace it"
         )
     files = [] if holds_run or not path.exists() else path.iterdir()
-    own = (_LOCK, *_REMAINS)
+    own = (LOCK, *_REMAINS)
     if not all(any(file.match(pattern) for pattern in own) for file in files):
         raise InputError(f"out: {path} holds other files; give an empty or new folder")
     return False
@@ -234,7 +237,7 @@ def claimed(path: Path) -> Iterator[None]:
     """
     path.mkdir(parents=True, exist_ok=True)
     busy = f"out: another training writes to {path}; give another folder, or wait for its end"
-    with locked(path / _LOCK, busy):
+    with locked(path / LOCK, busy):
         for pattern in _REMAINS:
             for file in path.glob(pattern):
                 file.unlink()

@@ -26,10 +26,10 @@ from rich.table import Table
 from vi_simsiam.checks import require
 from vi_simsiam.data.cache import cached
 from vi_simsiam.data.decoding import cores
+from vi_simsiam.data.subsets import labelled_splits
 from vi_simsiam.engine.processes import INTERRUPTED, Process, last_line, locked, supervise
 from vi_simsiam.engine.run import open_splits, resolve_device
 from vi_simsiam.errors import InputError
-from vi_simsiam.evaluation.features import labelled_splits
 from vi_simsiam.experiments.plan import PRIMARY_MEASURE, TRIAL_SEED, Arm, Place, Plan, settings
 from vi_simsiam.files import write_json
 from vi_simsiam.text import cell, counted, print_line

@@ -22,10 +22,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vi_simsiam import __version__
 from vi_simsiam.data.contact_sheet import thumbnails
 from vi_simsiam.data.sources import ImageSource, Unreadable
+from vi_simsiam.engine.forward import nearest
 from vi_simsiam.errors import InputError
 from vi_simsiam.files import naming, write_atomically
 from vi_simsiam.inference.encoder import Encoder
-from vi_simsiam.inference.forward import nearest
 from vi_simsiam.models import VISimSiam
 from vi_simsiam.paths import printable
 from vi_simsiam.text import brief_repr, counted, print_line

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.sources import FileSource, ImageSource, Unreadable, UnreadableError
 from vi_simsiam.data.views import eval_square, normalised
+from vi_simsiam.engine.forward import evaluating, random_views
 from vi_simsiam.engine.origin import placed
 from vi_simsiam.engine.run import Run, load_model, resolve_device, resolve_workers
 from vi_simsiam.errors import ImageWarning, InputError
-from vi_simsiam.inference.forward import evaluating, random_views
 from vi_simsiam.inference.images import Images, open_images, read
 from vi_simsiam.inference.product import product_of_experts
 from vi_simsiam.paths import user_path
