@@ -7,29 +7,34 @@ import math
 from collections.abc import Callable
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from vi_simsiam.errors import InputError, none_of
 
-Rule = tuple[Callable[[Any], bool], str]
-"""A test of a value, and in words what passes it."""
 
-POSITIVE: Rule = (lambda x: 0 < x < math.inf, "a positive number")
-NOT_NEGATIVE: Rule = (lambda x: 0 <= x < math.inf, "at least 0")
-PROBABILITY: Rule = (lambda x: 0 <= x <= 1, "a probability between 0 and 1")
-INTERVAL: Rule = (lambda x: 0 < x[0] <= x[1] < math.inf, "two numbers with 0 < low <= high")
-SHARES: Rule = (lambda x: 0 < x[0] <= x[1] <= 1, "two numbers with 0 < low <= high <= 1")
-SEED: Rule = (lambda x: 0 <= x < 2**63, "at least 0 and below 2**63")
+class Rule(NamedTuple):
+    """A test of a value, and in words what passes it; also in Annotated, in the form of a file."""
+
+    holds: Callable[[Any], bool]
+    accepted: str
+
+
+POSITIVE = Rule(lambda x: 0 < x < math.inf, "a positive number")
+NOT_NEGATIVE = Rule(lambda x: 0 <= x < math.inf, "at least 0")
+PROBABILITY = Rule(lambda x: 0 <= x <= 1, "a probability between 0 and 1")
+INTERVAL = Rule(lambda x: 0 < x[0] <= x[1] < math.inf, "two numbers with 0 < low <= high")
+SHARES = Rule(lambda x: 0 < x[0] <= x[1] <= 1, "two numbers with 0 < low <= high <= 1")
+SEED = Rule(lambda x: 0 <= x < 2**63, "at least 0 and below 2**63")
 
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 
 
 def at_least(smallest: int, accepted: str = "") -> Rule:
     """The rule for numbers from `smallest` on; `accepted` replaces its wording."""
-    return (lambda x: x >= smallest), accepted or f"at least {smallest}"
+    return Rule(lambda x: x >= smallest, accepted or f"at least {smallest}")
 
 
-def limited(default: Any, rule: Rule) -> Any:
+def limited(default: Any, rule: tuple[Callable[[Any], bool], str]) -> Any:
     """A dataclass field whose values pass `rule`, or are None where the annotation allows it."""
     return dataclasses.field(default=default, metadata={"rule": rule})
 

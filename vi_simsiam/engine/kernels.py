@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from vi_simsiam.engine.graph import capture
 from vi_simsiam.engine.run import KERNELS
 from vi_simsiam.engine.step import TrainStep, own_norm
 from vi_simsiam.errors import InputError
-from vi_simsiam.files import write_json
+from vi_simsiam.files import parse_json, read_bytes, write_json
 from vi_simsiam.models import SimSiam
 from vi_simsiam.ops.backends import why_unavailable
 from vi_simsiam.text import counted
@@ -104,7 +103,7 @@ class KernelChoice:
         if not path.is_file():
             return None
         try:
-            return cls(**json.loads(path.read_text()))
+            return cls(**parse_json(read_bytes(path, "run"), dict[str, Any]))
         except (ValueError, TypeError) as error:
             raise InputError(
                 f"run: {path} is damaged ({error}); without this file the choice is made anew"
