@@ -32,6 +32,7 @@ _MOST_BYTES = 1 << 28
 _LARGEST = 2**63
 _LARGEST_FLOAT = 1e100  # sums, squares and scales of a figure stay finite below it
 _LONGEST = 300
+_DEEPEST = 32
 _ALL = CollectionCheckStrategy.ALL_ITEMS
 
 
@@ -85,7 +86,7 @@ def read_lines(path: Path, kind: type[_Content], option: str) -> tuple[list[_Con
     """
     lines: list[_Content] = []
     damaged = 0
-    for line in read_bytes(path, option).splitlines() if path.exists() else ():
+    for line in read_bytes(path, option).splitlines() if os.path.lexists(path) else ():
         try:
             lines.append(parse_json(line, kind, finite=False))
         except ValueError:
@@ -125,6 +126,7 @@ def parse_json(encoded: bytes | str, kind: type[_Content], *, finite: bool = Tru
             parse_constant=number,
             object_pairs_hook=_object,
         )
+        _check_depth(content)
         if "\\u" in text:  # an escape can be half of a pair, which no file name and no output holds
             json.dumps(content, ensure_ascii=False).encode(errors="surrogateescape")
         return check_type(content, kind, collection_check_strategy=_ALL)
@@ -134,6 +136,17 @@ def parse_json(encoded: bytes | str, kind: type[_Content], *, finite: bool = Tru
         reason = str(error)
         short = reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]}..."
         raise ValueError(short) from None
+
+
+def _check_depth(content: Any) -> None:
+    """Raise RecursionError for lists and dictionaries deeper than any file of this package."""
+    level = [[content]]
+    for _ in range(_DEEPEST):
+        within = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [each for part in within for each in part if isinstance(each, dict | list)]
+        if not level:
+            return
+    raise RecursionError
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,24 +9,24 @@ from vi_simsiam.checks import Rule
 from vi_simsiam.engine.run import METRICS
 from vi_simsiam.files import read_lines
 
-_Figure = NotRequired[float | None]
+_Figure = float | None
 
 
 class _Line(TypedDict):
     step: Annotated[float, Rule(lambda x: 0 <= x < 2**53, "at least 0")]
     epoch: NotRequired[Annotated[float, Rule(lambda x: 0 <= x < 2**53, "at least 0")]]
-    loss: _Figure
-    cosine: _Figure
-    kappa: _Figure
-    kappa_best: _Figure
-    projection_spread: _Figure
-    z_std: _Figure
-    effective_rank: _Figure
-    grad_norm: _Figure
-    lr: _Figure
-    views_per_s: _Figure
-    data_wait: _Figure
-    seconds: _Figure
+    loss: NotRequired[_Figure]
+    cosine: NotRequired[_Figure]
+    kappa: NotRequired[_Figure]
+    kappa_best: NotRequired[_Figure]
+    projection_spread: NotRequired[_Figure]
+    z_std: NotRequired[_Figure]
+    effective_rank: NotRequired[_Figure]
+    grad_norm: NotRequired[_Figure]
+    lr: NotRequired[_Figure]
+    views_per_s: NotRequired[_Figure]
+    data_wait: NotRequired[_Figure]
+    seconds: NotRequired[_Figure]
     state: NotRequired[str]
     since: NotRequired[int]
     captured: NotRequired[bool]
