@@ -140,7 +140,7 @@ def parse_json(encoded: bytes | str, kind: type[_Content], *, finite: bool = Tru
 
 def _check_depth(content: Any) -> None:
     """Raise RecursionError for lists and dictionaries deeper than any file of this package."""
-    level = [[content]]
+    level: list[Any] = [[content]]
     for _ in range(_DEEPEST):
         within = (each.values() if isinstance(each, dict) else each for each in level)
         level = [each for part in within for each in part if isinstance(each, dict | list)]

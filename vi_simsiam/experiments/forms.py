@@ -68,15 +68,6 @@ class _Plan(TypedDict):
     created: Label
 
 
-_COMPARED = Rule(
-    lambda x: (
-        x["primary"] is None
-        or {x["primary"]["arm"], x["primary"]["against"]} <= {arm["name"] for arm in x["arms"]}
-    ),
-    "a primary comparison of two of the arms",
-)
-
-
 class _Choice(TypedDict):
     trial: Label
 
@@ -92,7 +83,7 @@ def _agree(curve: dict[str, list[Any]]) -> bool:
     """True if the columns of the log have one length, and those of the kNN accuracies one."""
     progress = {len(curve[name]) for name in _PROGRESS if name in curve}
     logged = {len(values) for name, values in curve.items() if name not in _PROGRESS}
-    whole = set(_PROGRESS) <= curve.keys() if progress else True
+    whole = {"knn200", "knn200_seconds"} <= curve.keys() if progress else True
     needed = {"epoch", "cosine"} <= curve.keys() if logged else True
     return whole and needed and all(len(x) <= 1 and 0 not in x for x in (progress, logged))
 
@@ -182,7 +173,11 @@ def read_plan(path: Path) -> dict[str, Any]:
     Raises:
         InputError: there is none, or it is damaged.
     """
-    return cast(dict[str, Any], read_json(path, Annotated[_Plan, _COMPARED], "out"))
+    plan = read_json(path, _Plan, "out")
+    names, primary = {arm["name"] for arm in plan["arms"]}, plan["primary"]
+    if primary is not None and not {primary["arm"], primary["against"]} <= names:
+        raise InputError(f"out: {path} is damaged (an arm of the primary comparison is missing)")
+    return cast(dict[str, Any], plan)
 
 
 def read_run(path: Path) -> dict[str, Any]:
