@@ -31,8 +31,8 @@ from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource
 from vi_simsiam.data.subsets import select
 from vi_simsiam.engine.log import read_log
+from vi_simsiam.engine.processes import locked
 from vi_simsiam.engine.run import (
-    CHECKPOINT,
     Run,
     check_config,
     load_run,
@@ -50,7 +50,7 @@ from vi_simsiam.evaluation.logistic import evaluate_logistic
 from vi_simsiam.evaluation.scores import TRIVIAL
 from vi_simsiam.evaluation.uncertainty import evaluate_uncertainty
 from vi_simsiam.experiments.forms import ProgressLine, Spec, Trained
-from vi_simsiam.experiments.runner import TRAINED, locked
+from vi_simsiam.experiments.runner import TRAINED
 from vi_simsiam.files import read_json, read_lines, write_json, write_text
 from vi_simsiam.inference.forward import extract
 from vi_simsiam.info import versions
@@ -126,15 +126,12 @@ def train(config: TrainConfig, folder: Path, progress_every: int | None = None) 
     if done.is_file():
         check_config(read_config(folder), config, folder)
         return cast(dict[str, Any], read_json(done, Trained, "run"))
-    # Without a checkpoint, the folder of a killed run holds nothing to keep.
-    resume = (folder / CHECKPOINT).is_file()
-    console = Console(soft_wrap=True)
-    trainer = Trainer(config, folder, resume=resume, overwrite=not resume, console=console)
+    trainer = Trainer(config, folder, resume="auto", console=Console(soft_wrap=True))
     progress = None if progress_every is None else Progress(trainer, progress_every)
     try:
         trainer.fit(epoch_done=progress)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"saved at step {trainer.saved_step}") from None
+        raise KeyboardInterrupt(f"saved at step {trainer.saver.step}") from None
     trained = {
         "steps": trainer.total_steps,
         "images": len(trainer.loader.source),
