@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from vi_simsiam.errors import InputError, none_of
+from vi_simsiam.errors import InputError, cut, none_of
 
 
 class Rule(NamedTuple):
@@ -63,6 +64,8 @@ def check_fields(config: Any) -> None:
             require(name, repr(value), fits, f"{count} numbers")
         elif kind in _KINDS:
             require(name, repr(value), _is_a(value, kind), _KINDS[kind])
+            if kind is str:
+                require(name, repr(value), is_name(value), "text that a file name can hold")
         if "rule" in field.metadata:
             holds, accepted = field.metadata["rule"]
             require(name, value, holds(value), accepted)
@@ -77,12 +80,20 @@ def choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
 def require(name: str, value: object, holds: bool, accepted: str) -> None:
     """Raise InputError unless `holds`; the message gives `value`, and `accepted` in its place."""
     if not holds:
-        raise InputError(f"{name}: {value} is not accepted; it must be {accepted}")
+        raise InputError(f"{name}: {cut(str(value))} is not accepted; it must be {accepted}")
 
 
 @cache
 def _hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind)
+
+
+def is_name(text: str) -> bool:
+    """True for text that a path may contain: no zero byte, no half of a surrogate pair."""
+    try:
+        return "\0" not in os.fsdecode(os.fsencode(text))
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_a(value: object, kind: type) -> bool:

@@ -24,14 +24,13 @@ from typeguard import (
 )
 
 from vi_simsiam.checks import Rule
-from vi_simsiam.errors import InputError, UserError
+from vi_simsiam.errors import InputError, UserError, cut
 from vi_simsiam.paths import printable
 
 _Content = TypeVar("_Content")
 _MOST_BYTES = 1 << 28
 _LARGEST = 2**63
 _LARGEST_FLOAT = 1e100  # sums, squares and scales of a figure stay finite below it
-_LONGEST = 300
 _DEEPEST = 32
 _ALL = CollectionCheckStrategy.ALL_ITEMS
 
@@ -133,9 +132,7 @@ def parse_json(encoded: bytes | str, kind: type[_Content], *, finite: bool = Tru
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except (TypeCheckError, ValueError) as error:
-        reason = str(error)
-        short = reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]}..."
-        raise ValueError(short) from None
+        raise ValueError(cut(str(error))) from None
 
 
 def _check_depth(content: Any) -> None:
