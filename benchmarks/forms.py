@@ -48,6 +48,7 @@ class _Bytes(TypedDict):
 
 class _LossCase(TypedDict):
     name: _Label
+    label: NotRequired[_Label]
     distribution: _Label
     batch: _Count
     dim: _Count
@@ -97,6 +98,7 @@ _RATES = Rule(_has_rates, "entries with views_per_second where they have a time"
 class _AugmentCase(TypedDict):
     name: _Label
     label: _Label
+    yardstick: NotRequired[_Label]
     providers: Annotated[dict[_Label, _Provider], _FEW, _RATES]
 
 
@@ -110,6 +112,7 @@ class _Launch(TypedDict):
 class _StepCase(TypedDict):
     name: _Label
     label: _Label
+    yardstick: NotRequired[_Label]
     phases: Annotated[dict[_Label, float | None], _FEW]
     launches: NotRequired[dict[_Label, list[_Launch]] | None]
     providers: Annotated[dict[_Label, _Provider], _FEW]

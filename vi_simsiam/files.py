@@ -132,7 +132,7 @@ def parse_json(encoded: bytes | str, kind: type[_Content], *, finite: bool = Tru
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except (TypeCheckError, ValueError) as error:
-        raise ValueError(cut(str(error))) from None
+        raise ValueError(cut(" ".join(str(error).split()))) from None
 
 
 def _check_depth(content: Any) -> None:
