@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class Experiment:
         plan = read_plan(out / PLAN)
         results, trials = (_results(folder / RESULTS) for folder in (out, out / TRIALS))
         chosen: dict[str, Any] = {}
-        if (out / CHOSEN).exists():
+        if os.path.lexists(out / CHOSEN):
             chosen |= read_json(out / CHOSEN, Chosen, "out")["chosen"]
         names = [arm["name"] for arm in plan["arms"]]
         tried = plan["trials"] or {"arms": []}
