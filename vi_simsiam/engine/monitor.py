@@ -170,8 +170,8 @@ class Monitor:
             "", total=self._total, completed=step, text="", epoch=epoch
         )
         if damaged:
-            text = f"{counted(damaged, 'damaged line')} of {METRICS} left out"
-            self._print(f"warning: {text}", style="yellow")
+            lost = counted(damaged, "damaged line")
+            self._print(f"warning: {lost} of metrics.jsonl left out", style="yellow")
 
     def advance(self, step: int) -> None:
         """Show that `step` steps are done."""
