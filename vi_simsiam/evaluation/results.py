@@ -57,7 +57,7 @@ def summary_table(results: dict[str, dict[str, Any]]) -> Table:
     table = Table("encoder")
     for measure in measures:
         table.add_column(measure, justify="right")
-    for encoder in next(iter(measures.values())):
+    for encoder in dict.fromkeys(name for shares in measures.values() for name in shares):
         shares = (each.get(encoder) for each in measures.values())
         table.add_row(encoder, *("-" if x is None else f"{100 * x:.1f}" for x in shares))
     return table
