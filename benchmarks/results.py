@@ -197,7 +197,7 @@ def step_with(layers: str, default: str) -> str:
 
 def exposed_share(case: Case) -> Ratio | None:
     """Share of the step by which the augmentation makes it longer."""
-    exposed, whole = case["phases"]["exposed augmentation"], times_of(case, STEP)
+    exposed, whole = case["phases"].get("exposed augmentation"), times_of(case, STEP)
     if exposed is None or whole is None:
         return None
     return Ratio(exposed / whole["median_us"], noisy(whole, times_of(case, AT_HAND)))

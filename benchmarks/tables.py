@@ -93,8 +93,8 @@ def where(result: _Result) -> str:
     """Device, versions and date of a measurement."""
     device = result["processor"]
     if result["device_type"] != "cpu":
-        device = f"{result['device']}, driver {result['driver']}"
-    return f"{device}; PyTorch {result['versions']['torch']}; {result['date'][:10]}."
+        device = f"{result['device']}, driver {result.get('driver')}"
+    return f"{device}; PyTorch {result['versions'].get('torch')}; {result['date'][:10]}."
 
 
 def _number(value: float) -> str:
