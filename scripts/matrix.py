@@ -111,6 +111,7 @@ def _tested(
     kept = [line for line in pinned if re.split("==", line)[0].lower() not in _FREE]
     constraints.write_text("\n".join(kept) + "\n")
     environment = {**os.environ, "PIP_CONSTRAINT": str(constraints)}
+    environment.pop("PYTHONPATH", None)  # only the installed package is tested
 
     def call(*words: str | Path) -> int:
         print(*words, file=log, flush=True)
