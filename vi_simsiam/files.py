@@ -43,7 +43,7 @@ def read_bytes(path: Path, option: str, most: int = _MOST_BYTES) -> bytes:
             if status.st_size > most:
                 size = f"{status.st_size:,} bytes, more than the {most:,}"
                 raise InputError(f"{option}: {path} has {size} that such a file may have")
-            return file.read(most)
+            return file.read(status.st_size)
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"{option}: {path} cannot be read ({reason})") from error
