@@ -26,7 +26,7 @@ BENCH = ["bench", "loss", "--device", "cpu", "--only", "64x512", "--rounds", "3"
 
 
 def output(*command: str | Path, cwd: Path, **options: Any) -> str:
-    """What a command prints; it must succeed."""
+    """The output of a command, which must succeed."""
     done = subprocess.run(
         command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options
     )
