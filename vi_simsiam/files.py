@@ -10,7 +10,7 @@ import secrets
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, BinaryIO, TypeVar
 
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
@@ -20,6 +20,7 @@ from vi_simsiam.paths import printable
 _Content = TypeVar("_Content")
 _MOST_BYTES = 1 << 28
 _LARGEST = 2**63
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0)
 _ALL = CollectionCheckStrategy.ALL_ITEMS
 
 
@@ -35,18 +36,35 @@ def read_bytes(path: Path, option: str, most: int = _MOST_BYTES) -> bytes:
         InputError: there is none, it is larger, or no regular file: reading a pipe would block.
     """
     try:
-        # Without O_NONBLOCK opening a pipe waits for its writer.
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise InputError(f"{option}: {path} is no regular file")
-            if status.st_size > most:
-                size = f"{status.st_size:,} bytes, more than the {most:,}"
-                raise InputError(f"{option}: {path} has {size} that such a file may have")
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most:
+                raise InputError(
+                    f"has {size:,} bytes, more than the {most:,} that such a file may have"
+                )
             return file.read(most)
+    except InputError as error:
+        raise InputError(f"{option}: {path} {error}") from None
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"{option}: {path} cannot be read ({reason})") from error
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file to be read; a link is followed.
+
+    Raises:
+        InputError: it is no regular file: reading a pipe would block. The message continues the
+            file's name.
+        OSError: it cannot be opened.
+    """
+
+    # Without O_NONBLOCK opening a pipe waits for its writer.
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NO_WAIT))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise InputError("is no regular file")
+    return file
 
 
 def read_json(path: Path, kind: type[_Content], option: str) -> _Content:
