@@ -58,9 +58,8 @@ def open_regular(path: Path) -> BinaryIO:
             file's name.
         OSError: it cannot be opened.
     """
-
     # Without O_NONBLOCK opening a pipe waits for its writer.
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NO_WAIT))
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NO_WAIT))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise InputError("is no regular file")

@@ -135,7 +135,8 @@ def read_header(file: IO[bytes]) -> tuple[Header, int, int]:
     try:
         header = parse_json(encoded, Header)
     except ValueError as error:
-        raise InputError(f"is damaged: its header cannot be used ({error})") from None
+        reason = " ".join(str(error).split())
+        raise InputError(f"is damaged: its header cannot be used ({reason})") from None
     _check(header, start)
     return header, start, checksum
 
@@ -144,10 +145,10 @@ def _check(header: Header, stop: int) -> None:
     """Raise InputError unless sections and checksums lie before `stop`, none in another."""
     count, end = header["count"], PROLOGUE.size
     sizes = {name: count * np.dtype(kind).itemsize for name, kind in DTYPES.items()}
-    places: list[tuple[str, list[int]]] = sorted(  # type: ignore[assignment]
-        header["sections"].items(), key=lambda section: section[1]
-    )
-    for name, place in places:
+    sections: dict[str, list[int]] = {**header["sections"]}  # type: ignore[dict-item]
+    if unknown := sections.keys() - sizes.keys():
+        raise InputError(f"contradicts itself (section {min(unknown)!r} is unknown)")
+    for name, place in sorted(sections.items(), key=lambda section: section[1]):
         first, length = place if len(place) == 2 else (-1, -1)
         expected = length if DTYPES[name] == "u1" else sizes[name]
         fits = end <= first and first % ALIGNMENT == 0 and first + length <= stop

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import mmap
-import os
 import struct
 import zlib
 from collections.abc import Sequence
@@ -301,9 +300,10 @@ def open_pack(path: Path, *, fingerprint: str | None = None, verify: bool = True
 
 def _from_sections(mapped: mmap.mmap, header: Header) -> PackedImages:
     content = np.frombuffer(mapped, np.uint8)
+    places: dict[str, list[int]] = {**header["sections"]}  # type: ignore[dict-item]
     sections: dict[str, NDArray[Any]] = {
         name: content[start : start + length].view(DTYPES[name])
-        for name, (start, length) in header["sections"].items()
+        for name, (start, length) in places.items()
     }
     contents = Contents(
         name=header["name"],
@@ -316,12 +316,11 @@ def _from_sections(mapped: mmap.mmap, header: Header) -> PackedImages:
         notes=header["notes"],
     )
     images = PackedImages(sections["pixels"], contents)
-    images._mapped, places = mapped, sections["places"]
+    images._mapped, images._places = mapped, sections["places"]
     if not np.array_equal(images.offsets, sections["offsets"]):
         raise InputError("offsets: must be those that follow from heights and widths")
-    if len(places) and np.count_nonzero(places == 0) != len(images) - 1:
+    if len(images._places) and np.count_nonzero(images._places == 0) != len(images) - 1:
         raise InputError(f"places: must be {len(images):,}, one for each image")
-    images._places = places
     images._whole_checksums = header["checksums"][: len(images.pixels) // CHECKED_BYTES]
     return images
 
