@@ -22,8 +22,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from vi_simsiam.engine.device import keep_freed_memory
 from vi_simsiam.engine.graph import CudaGraph
-from vi_simsiam.engine.memory import keep_freed_memory
 from vi_simsiam.engine.run import resolve_device
 from vi_simsiam.errors import InputError
 from vi_simsiam.text import print_line

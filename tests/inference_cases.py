@@ -43,7 +43,7 @@ def save_run(folder: Path, method: Method = "vi-simsiam") -> Path:
             assert isinstance(last, torch.nn.Linear)
             last.weight[DIM] = 2000 * last.weight[DIM].abs()
     write_json(folder / "config.json", config.to_dict())
-    Checkpoint(1, 0.0, 1, model.state_dict(), {}).save(folder / "checkpoint.pt")
+    Checkpoint(1, 0.0, 1, model.state_dict(), {}).save(folder / "checkpoint-00000001.safetensors")
     return folder
 
 

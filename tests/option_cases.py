@@ -40,7 +40,8 @@ RUNS = {
     "train simsiam": f"""
         {_TRAIN} --method simsiam --seed 3 --lr 0.05 --momentum 0.5 --weight-decay 0.001 \
             --warmup-epochs 0.5 --clip-norm 1 --ema 0.9 --precision bf16 --batch-norm joint \
-            --backend eager --loss-scale 2 --log-every 1 --save-every 0 --quiet => "step": 1,""",
+            --backend eager --loss-scale 2 --log-every 1 --save-every 0 --keep 1 --deterministic \
+            --quiet => "step": 1,""",
     "train on a part": f"""
         {_TRAIN} --images 24 --held-out 0.25 --split-seed 1 --distinct --data-root {{here}} \
             --offline --cache-dir {{here}}/cache --evaluate => linear top-1""",

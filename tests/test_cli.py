@@ -22,6 +22,7 @@ from test_commands import refused, run
 
 from vi_simsiam import info
 from vi_simsiam.cli import main
+from vi_simsiam.engine.checkpoint import checkpoints
 from vi_simsiam.engine.run import read_config
 from vi_simsiam.ops.backends import BACKENDS
 
@@ -180,7 +181,7 @@ def test_a_stopped_run_can_be_resumed(image_folder: Path, tmp_path: Path) -> Non
     assert "go on with: vi-simsiam train --out" in err
     assert err.count("stopping after this step; the run can be resumed") == 1
     assert "Traceback" not in out + err
-    assert (run_folder / "checkpoint.pt").exists()
+    assert checkpoints(run_folder)
 
 
 def test_output_without_a_reader_is_no_error(image_folder: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from torch import nn
 from vi_simsiam import models
 from vi_simsiam.config import AugmentConfig, TrainConfig
 from vi_simsiam.engine import distributed, train
+from vi_simsiam.engine import model as model_module
 from vi_simsiam.engine.distributed import PeerError, World, joined
 from vi_simsiam.engine.step import wrap
 from vi_simsiam.errors import ImageWarning, InputError, TrainingError
@@ -193,7 +194,7 @@ def real_run(
 
     console = Console(file=io.StringIO(), width=200)
     plain = mock.patch.object(models, "build_backbone", backbone)
-    with plain, mock.patch.object(train, "build_model", build):
+    with plain, mock.patch.object(model_module, "build_model", build):
         trainer = train.Trainer(config, folder, console=console, world=world)
         trainer.fit()
     weights = {name: value.numpy() for name, value in trainer.model.state_dict().items()}

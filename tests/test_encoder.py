@@ -16,6 +16,7 @@ import vi_simsiam
 from vi_simsiam.data.files import find_images
 from vi_simsiam.data.sources import FileSource, Unreadable
 from vi_simsiam.data.views import GLOBAL_VIEWS, draw_table, eval_view
+from vi_simsiam.engine.checkpoint import checkpoints
 from vi_simsiam.errors import InputError
 from vi_simsiam.inference.encoder import Encoder, Encoding
 from vi_simsiam.inference.product import product_of_experts
@@ -235,6 +236,6 @@ def test_nothing_gives_nothing_but_a_run_must_be_there(encoder: Encoder, tmp_pat
         vi_simsiam.load(save_run(tmp_path / "run"), "tpu")
     with pytest.raises(InputError, match="workers: -1 must be at least 0"):
         vi_simsiam.load(tmp_path / "run", "cpu", workers=-1)
-    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"PK and then nothing")
+    checkpoints(tmp_path / "run")[0].write_bytes(b"PK and then nothing")
     with pytest.raises(InputError, match="it is damaged or no checkpoint"):
         vi_simsiam.load(tmp_path / "run", "cpu")

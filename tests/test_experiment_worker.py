@@ -18,6 +18,7 @@ from conftest import small_backbone
 from experiment_cases import spec, tiny_config
 
 from vi_simsiam import models
+from vi_simsiam.engine.checkpoint import checkpoints
 from vi_simsiam.engine.monitor import Monitor
 from vi_simsiam.engine.run import load_run
 from vi_simsiam.errors import InputError, TrainingError
@@ -58,7 +59,7 @@ def test_a_killed_run_continues_to_the_result_of_an_uninterrupted_one(
             if process.exitcode is None:
                 process.kill()
             assert process.exitcode == -signal.SIGKILL
-            assert (folder / "checkpoint.pt").is_file()
+            assert checkpoints(folder)
             assert not (folder / "trained.json").exists()
         assert worker.main(path) == 0
         printed = capsys.readouterr().out
@@ -101,7 +102,7 @@ def test_a_trained_run_is_only_measured(
     given = spec(config, tmp_path, measures=["knn20", "logistic"])
     folder, path = Path(given["folder"]), Path(given["result"])
     worker.train(config, folder)
-    written = (folder / "checkpoint.pt").stat().st_mtime_ns
+    written = checkpoints(folder)[0].stat().st_mtime_ns
     monkeypatch.setattr(worker, "Trainer", _fail)
     monkeypatch.setattr(worker, "evaluate_uncertainty", lambda run, report: UNCERTAINTY)
     moved = dataclasses.replace(config, cache_dir=tmp_path / "elsewhere").to_dict()
@@ -109,7 +110,7 @@ def test_a_trained_run_is_only_measured(
     assert worker.work(given) == "measured before"
     packs = list((tmp_path / "elsewhere").glob("*.pack"))
     assert len(packs) == 2, "images are found where they are"
-    assert (folder / "checkpoint.pt").stat().st_mtime_ns == written
+    assert checkpoints(folder)[0].stat().st_mtime_ns == written
     result = json.loads(path.read_text())
     shares = {name: f"{100 * share:.1f} %" for name, share in result["accuracy"].items()}
     assert line == f"knn20 {shares['knn20']}  logistic {shares['logistic']}"

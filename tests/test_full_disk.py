@@ -17,6 +17,7 @@ from rich.filesize import decimal
 
 from vi_simsiam.cli import main
 from vi_simsiam.config import AugmentConfig, ModelConfig, TrainConfig
+from vi_simsiam.engine.checkpoint import checkpoint_path
 from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import TrainingError
 from vi_simsiam.files import write_atomically
@@ -53,7 +54,7 @@ def trainer(small_network: None, image_folder: Path, tmp_path: Path) -> Trainer:
 
 
 def test_a_checkpoint_names_the_room_that_it_needs(trainer: Trainer) -> None:
-    path = trainer.folder / "checkpoint.pt"
+    path = checkpoint_path(trainer.folder, 0)
     with room(4000), pytest.raises(TrainingError, match=r"are free\); there is none yet"):
         trainer.fit()
     assert not path.exists()

@@ -18,7 +18,7 @@ from test_trainer import config, learned, metrics
 from torch import Tensor
 
 from vi_simsiam.config import ModelConfig
-from vi_simsiam.engine.checkpoint import Checkpoint
+from vi_simsiam.engine.checkpoint import load_last
 from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import TrainingError
 from vi_simsiam.functional import power_spherical_loss
@@ -304,10 +304,7 @@ def test_a_captured_run_equals_the_one_of_single_launches(
     for capture in ("on", "off"):
         each = dataclasses.replace(settings, capture=capture)
         Trainer(each, tmp_path / capture, console=Console(quiet=True)).fit()
-    first, second = (
-        Checkpoint.load(tmp_path / name / "checkpoint.pt", torch.device("cpu"))
-        for name in ("on", "off")
-    )
+    first, second = (load_last(tmp_path / name) for name in ("on", "off"))
     torch.testing.assert_close(first.model, second.model, rtol=0, atol=0)
     kept = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("on", "off")]
     assert kept[0] == kept[1]
@@ -330,5 +327,5 @@ def test_the_latch_stops_a_captured_run(
     monkeypatch.setattr(trainer.model, "loss", broken)
     with pytest.raises(TrainingError, match=r"the loss is not finite at step 13 \(epoch 3\)"):
         trainer.fit()
-    kept = Checkpoint.load(tmp_path / "run" / "checkpoint.pt", torch.device("cpu"))
+    kept = load_last(tmp_path / "run")
     assert all(torch.isfinite(value).all() for value in kept.model.values())

@@ -23,7 +23,7 @@ from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.packed import open_pack
 from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.data.subsets import content, difference, select, subset
-from vi_simsiam.engine.checkpoint import Checkpoint
+from vi_simsiam.engine.checkpoint import Checkpoint, checkpoints, load_last
 from vi_simsiam.engine.run import check_images, load_run
 from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import InputError
@@ -112,7 +112,7 @@ def test_a_run_goes_on_with_a_copy_of_its_images(
         assert f"images of {run} have moved, name their new place with --data" in line
     assert resume(run, "--data", place, "--cache-dir", str(tmp_path / "cache")) == 0
     assert (config(run).data, config(run).cache_dir) == (place, tmp_path / "cache")
-    stayed, moved = (Checkpoint.load(each / "checkpoint.pt", CPU) for each in (other, run))
+    stayed, moved = (load_last(each) for each in (other, run))
     assert stayed.step == moved.step == 10
     assert all(torch.equal(stayed.model[name], moved.model[name]) for name in stayed.model)
     assert len(load_run(run, device="cpu").splits.train) == 40
@@ -164,8 +164,8 @@ def test_other_images_are_refused(
 def test_a_run_of_an_older_version_stays_where_its_images_are(
     run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint = dataclasses.replace(Checkpoint.load(run / "checkpoint.pt", CPU), content={})
-    checkpoint.save(run / "checkpoint.pt")
+    checkpoint = dataclasses.replace(load_last(run), content={})
+    checkpoint.save(checkpoints(run)[0])
     place = copied(photos, tmp_path / "scratch")
     assert resume(run, "--data", place) == 2
     assert f"{place} cannot be compared with folder:{photos}" in capsys.readouterr().err
@@ -176,7 +176,7 @@ def test_a_run_of_an_older_version_stays_where_its_images_are(
 def test_named_data_sets_move_with_their_root(tmp_path: Path) -> None:
     saved = TrainConfig(data="imagenette", data_root=tmp_path / "before")
     moved = dataclasses.replace(saved, data_root=tmp_path / "now")
-    checkpoint = Checkpoint(1, 0.0, 3, {}, {}, {"images": 3, "classes": None, "pixels": "a"})
+    checkpoint = Checkpoint(1, 0.0, 3, {}, content={"images": 3, "classes": None, "pixels": "a"})
     check_images(saved, moved, checkpoint, {"images": 3, "classes": None, "pixels": "a"})
     places = [f"imagenette under {folder}" for folder in (moved.data_root, saved.data_root)]
     with pytest.raises(InputError, match=f"{' is no copy of '.join(places)}, .*: other pixels"):

@@ -238,7 +238,7 @@ def test_absent_parts_have_the_command_that_makes_them(
     evaluate_knn(feature_sets(tmp_path), KnnConfig(k=5))
     assert report([str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"images left out: run: {tmp_path} has no checkpoint.pt",
+        f"images left out: run: {tmp_path} has no checkpoint",
         str(tmp_path / "report.html"),
     ]
     found = Page(tmp_path / "report.html")
@@ -246,7 +246,7 @@ def test_absent_parts_have_the_command_that_makes_them(
     commands = f"linear (vi-simsiam linear {tmp_path}), logistic (vi-simsiam logistic {tmp_path})"
     assert f"Not measured yet: accuracy by {commands}." in found.text
     assert f"vi-simsiam uncertainty {tmp_path}" in found.text
-    assert f"The images are left out: run: {tmp_path} has no checkpoint.pt" in found.text
+    assert f"The images are left out: run: {tmp_path} has no checkpoint" in found.text
     assert "Nothing was logged" in found.text
     assert len(found.attributes("img")) == 1
 

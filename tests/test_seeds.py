@@ -35,7 +35,7 @@ STAND_IN = """
     with (out / "calls").open("a") as file:
         file.write(json.dumps([words, os.environ["OMP_NUM_THREADS"]]) + "\\n")
     checkpoint = out / "checkpoint.pt"
-    step = int(checkpoint.read_text()) if "--resume" in words else 0
+    step = int(checkpoint.read_text()) if checkpoint.exists() else 0
     checkpoint.write_text(str(step))
     print("starting", flush=True)
     if f"--fail={seed}" in words and "--resume" not in words:
@@ -43,7 +43,7 @@ STAND_IN = """
         sys.exit(2)
     while step < 3 and not stop:
         time.sleep(0.05)
-        if f"--wait={seed}" not in words or "--resume" in words:
+        if f"--wait={seed}" not in words or words[-1] == "--resume":
             step += 1
             checkpoint.write_text(str(step))
     if stop:
@@ -79,7 +79,8 @@ def run(out: Path) -> Runs:
 
     def call(*arguments: str, seeds: int | None = None, first: int = 0) -> tuple[int, str]:
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            code = run_seeds(arguments, seeds, first, out)
+            words = [word for word in arguments if word != "--resume"]
+            code = run_seeds(words, seeds, first, out, resume="--resume" in arguments)
         return code, printed.getvalue()
 
     return call
@@ -187,7 +188,7 @@ def test_an_interruption_reaches_all_and_all_can_continue(
     assert states(out) == ["done", "done", "interrupted"]
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert calls(out, 1)[-1][0][-1] == "--resume"
-    assert calls(out, 2)[0][0][-1] == "--overwrite", "there was no checkpoint"
+    assert calls(out, 2)[0][0][-1] == "auto", "there was no checkpoint"
     assert (out / "seed-1.log").read_text().count("starting") == 2, "the log is appended to"
 
 
@@ -220,7 +221,7 @@ def test_a_seed_that_still_runs_is_not_started_again(out: Path) -> None:
             wait_for(lambda: seeds._is_running(process.pid, out / "seed-1"))  # exec takes a moment
             message = f"seed 1 in .* is still running, as process {process.pid}"
             with pytest.raises(InputError, match=message):
-                run_seeds(["--resume"], None, 0, out)
+                run_seeds([], None, 0, out, resume=True)
         finally:
             process.kill()
 

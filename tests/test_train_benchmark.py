@@ -234,7 +234,7 @@ def test_an_epoch_is_over_before_its_checkpoint(image_folder: Path, tmp_path: Pa
     """The time of an epoch does not include the writing of hundreds of megabytes."""
     trainer = Trainer(config(image_folder), tmp_path / "run", console=Console(quiet=True))
     unsaved: list[int] = []
-    trainer.fit(epoch_done=lambda: unsaved.append(trainer.step - trainer.saved_step))
+    trainer.fit(epoch_done=lambda: unsaved.append(trainer.step - trainer.saver.step))
     assert unsaved == [5, 5]
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from vi_simsiam.config import AugmentConfig, DecodeConfig, LossConfig, ModelConfig, TrainConfig
 from vi_simsiam.data.cache import pack
 from vi_simsiam.data.datasets import open_dataset
-from vi_simsiam.engine.checkpoint import Checkpoint
+from vi_simsiam.engine.checkpoint import Checkpoint, checkpoint_path, checkpoints, load_last
 from vi_simsiam.engine.run import load_run, new_folder
 from vi_simsiam.engine.step import TrainStep
 from vi_simsiam.engine.train import Trainer
@@ -60,7 +60,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def checkpoint(folder: Path) -> Checkpoint:
-    return Checkpoint.load(folder / "checkpoint.pt", CPU)
+    return load_last(folder)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -144,11 +144,11 @@ def test_workers_that_end_with_the_job_do_not_break_the_checkpoint(
 def test_an_epoch_is_done_before_its_checkpoint(image_folder: Path, tmp_path: Path) -> None:
     """A run can be resumed from its start on; the time of an epoch does not contain the disk's."""
     run = tmp_path / "run"
-    trainer = Trainer(config(image_folder), run, console=QUIET)
+    trainer = Trainer(config(image_folder, save_every=3600.0), run, console=QUIET)
     seen: list[tuple[int, int]] = []
     trainer.fit(epoch_done=lambda: seen.append((trainer.step, checkpoint(run).step)))
-    assert seen == [(5, 0), (10, 5)]
-    assert checkpoint(run).step == trainer.saved_step == 10
+    assert seen == [(5, 0), (10, 0)]
+    assert checkpoint(run).step == trainer.saver.step == 10
 
 
 def test_resume_drops_metrics_written_after_the_checkpoint(
@@ -157,7 +157,10 @@ def test_resume_drops_metrics_written_after_the_checkpoint(
     """A killed run has later lines, and a crash can cut the last one off."""
     run = tmp_path / "run"
     train(config(image_folder), run)
-    dataclasses.replace(checkpoint(run), step=5).save(run / "checkpoint.pt")
+    for path in checkpoints(run)[1:]:
+        path.unlink()
+    dataclasses.replace(checkpoint(run), step=5).save(checkpoint_path(run, 5))
+    checkpoint_path(run, 10).unlink()
     before = metrics(run)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 11, "lo')
@@ -178,13 +181,14 @@ def test_not_a_number_stops_and_keeps_the_last_good_checkpoint(
         return loss(output, backend, loss_scale) * (float("nan") if trainer.step == 6 else 1.0)
 
     monkeypatch.setattr(trainer.model, "loss", broken)
-    message = r"not finite at step 7 \(epoch 2\); .*checkpoint.pt \(step 5\)"
+    message = r"not finite at step 7 \(epoch 2\); .*checkpoint-00000006.safetensors \(step 6\)"
     with pytest.raises(TrainingError, match=message):
         trainer.fit()
+    trainer.train_step.losses.zero_()
     next(trainer.model.parameters()).data[0] = float("inf")
     with pytest.raises(TrainingError, match=r"weights are not finite at step \d+"):
         trainer._save()
-    assert checkpoint(tmp_path / "run").step == 5
+    assert checkpoint(tmp_path / "run").step == 6
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run").values())
 
 
@@ -203,7 +207,7 @@ def test_folders_are_never_written_to_by_mistake(image_folder: Path, tmp_path: P
         ("run", overwrite, {"batch_size": 999}, "batch_size: 999"),
         ("notes", overwrite, {}, "holds other files"),
         ("notes/.thesis", {}, {}, "is a file, not a folder"),
-        ("nothing", resume, {}, "holds no checkpoint.pt"),
+        ("nothing", resume, {}, "holds no checkpoint"),
     ):
         with pytest.raises(InputError, match=message):
             Trainer(dataclasses.replace(settings, **changes), tmp_path / folder, **options)
@@ -264,17 +268,14 @@ def test_damaged_runs_are_named(image_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no run"):
         load_run(tmp_path)
     train(config(image_folder, epochs=1), run)
-    whole = (run / "checkpoint.pt").read_bytes()
+    (run / "checkpoint-00000004.safetensors").unlink()
+    path = run / "checkpoint-00000005.safetensors"
+    whole = path.read_bytes()
     for damaged in (whole[:1000], b"", b"no checkpoint"):
-        (run / "checkpoint.pt").write_bytes(damaged)
-        with pytest.raises(InputError, match=r"checkpoint.pt cannot be read"):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"checkpoint-00000005.safetensors cannot be read"):
             load_run(run, device="cpu")
-    (run / "checkpoint.pt").write_bytes(whole)
-    content = torch.load(run / "checkpoint.pt", weights_only=True)
-    torch.save({**content, "format": 2}, run / "checkpoint.pt")
-    with pytest.raises(InputError, match="written by another version"):
-        load_run(run, device="cpu")
-    (run / "checkpoint.pt").write_bytes(whole)
+    path.write_bytes(whole)
     other = config(image_folder, model=ModelConfig(dim=16)).to_dict()
     for content, message in (
         (json.dumps(other), "does not fit the model"),
@@ -347,7 +348,7 @@ def test_a_run_killed_while_its_configuration_was_written_is_started_again(
     remains.write_text("{")
     train(config(image_folder, epochs=1), folder, overwrite=True)
     assert not remains.exists()
-    assert (folder / "checkpoint.pt").is_file()
+    assert checkpoint(folder).step == 5
 
 
 def test_a_batch_that_is_too_large_is_refused_before_anything_is_decoded(

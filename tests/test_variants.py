@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vi_simsiam import models
 from vi_simsiam.config import SOFTPLUS, AugmentConfig, LossConfig, ModelConfig, TrainConfig
+from vi_simsiam.engine.checkpoint import checkpoints
 from vi_simsiam.engine.run import load_run
 from vi_simsiam.engine.step import OWN_BUFFERS, TrainStep
 from vi_simsiam.engine.train import Trainer
@@ -247,7 +248,7 @@ def test_a_frozen_run_is_resumed_without_the_run_it_came_from(
     settings = config(image_folder, frozen_run=tmp_path / "simsiam")
     train(settings, tmp_path / "whole")
     trainer = Trainer(settings, tmp_path / "parts", console=QUIET)
-    monkeypatch.setattr(trainer, "_is_due", lambda: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(trainer.saver, "due", lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
     shutil.rmtree(tmp_path / "simsiam")
@@ -261,13 +262,13 @@ def test_what_cannot_be_frozen_is_named(image_folder: Path, tmp_path: Path) -> N
         train(config(image_folder, method="simsiam", epochs=1), tmp_path / name)
     kept = checkpoint(tmp_path / "short")
     short = {name: value for name, value in kept.model.items() if name != "predictor.0.weight"}
-    dataclasses.replace(kept, model=short).save(tmp_path / "short" / "checkpoint.pt")
+    dataclasses.replace(kept, model=short).save(checkpoints(tmp_path / "short")[0])
     wider = ModelConfig(dim=48, projector_hidden=32, predictor_hidden=16)
     for name, changes, message in (
         ("nothing", {}, "nothing holds no run"),
         ("vi", {}, "vi is a run of vi-simsiam; it must be one of simsiam"),
         ("simsiam", {"model": wider}, "the model of .*simsiam is another one; dim: 32 -> 48$"),
-        ("short", {}, "checkpoint.pt does not fit the model"),
+        ("short", {}, "the checkpoint of .*short does not fit the model"),
     ):
         settings = config(image_folder, frozen_run=tmp_path / name, **changes)
         with pytest.raises(InputError, match=f"frozen_run: .*{message}"):

@@ -122,6 +122,9 @@ class TrainConfig:
     kernels: Kernels = "auto"
     """Use the project's kernels around the network's convolutions; auto: where they can be used,
     unless a long run measures at its start that torch's layers are faster."""
+    deterministic: bool = False
+    """On a GPU: use torch's deterministic algorithms, so that a resumed run gives the same bits; a
+    CPU always does."""
     compile: bool = False
     """Pass the network through torch.compile, instead of the kernels."""
     batch_norm: BatchNormStatistics = "per-view"
@@ -132,8 +135,9 @@ class TrainConfig:
     """Steps between two lines in metrics.jsonl; None for 10 on a CPU and 100 on a GPU, which waits
     for each line."""
     save_every: float = limited(60.0, NOT_NEGATIVE)
-    """Least seconds between two checkpoints, which are written after an epoch, at the end and on
-    Ctrl-C."""
+    """Least seconds between two checkpoints; one is written at the end and on a signal, too."""
+    keep: int = limited(2, at_least(1))
+    """Number of checkpoints that are kept, besides the one with the best kNN accuracy."""
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -206,7 +210,7 @@ _PATHS = {"data_root": Path("data"), "cache_dir": None, "frozen_run": None}
 
 PLACE_FIELDS = {
     "workers", "device", "data_root", "offline", "cache_dir", "data_memory", "capture", "kernels",
-    "compile", "log_every", "save_every",
+    "compile", "log_every", "save_every", "keep", "deterministic",
 }  # fmt: skip
 """Fields that may change when a run is resumed: they do not change the result."""
 

@@ -25,8 +25,16 @@ class TrainingError(UserError, RuntimeError):
     """Training cannot go on (a non-finite loss, say). Saved files stay usable."""
 
 
-class ImageWarning(UserWarning):
-    """Images were left out, decoded with a loss or labelled otherwise; printed as one line."""
+class LineWarning(UserWarning):
+    """Base of the warnings below, each printed as one line."""
+
+
+class ImageWarning(LineWarning):
+    """Images were left out, decoded with a loss or labelled otherwise."""
+
+
+class RunWarning(LineWarning):
+    """A file of a run is damaged and another one is used, or a file system has no locks."""
 
 
 def is_full(error: OSError) -> bool:

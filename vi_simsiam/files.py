@@ -42,7 +42,7 @@ def read_bytes(path: Path, option: str, most: int = _MOST_BYTES) -> bytes:
                 raise InputError(
                     f"has {size:,} bytes, more than the {most:,} that such a file may have"
                 )
-            return file.read(most)
+            return file.read(size)
     except InputError as error:
         raise InputError(f"{option}: {path} {error}") from None
     except OSError as error:

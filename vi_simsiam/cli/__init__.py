@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import io
 import os
 import select
+import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from vi_simsiam.errors import ImageWarning, UserError, none_of
+from vi_simsiam.errors import LineWarning, UserError, none_of
 from vi_simsiam.text import one_line
 
 COMMANDS = {
@@ -62,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0 done, 2 unusable input, 130 interrupted, 141 output without a reader.
+        The exit code: 0 done, 2 unusable input, 130 interrupted by SIGINT, SIGTERM, SIGHUP or
+            SIGUSR1 (a training is saved), 141 output without a reader.
     """
     for stream in (sys.stdout, sys.stderr):
         if not isinstance(stream, io.TextIOWrapper) or stream.closed:
@@ -71,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (stream.encoding.lower(), stream.errors) != ("utf-8", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("always", ImageWarning)
+        with _interruptions(), warnings.catch_warnings():
+            warnings.simplefilter("always", LineWarning)
             warnings.showwarning = functools.partial(_show_warning, warnings.showwarning, set())
             code = _run(list(sys.argv[1:] if arguments is None else arguments))
         if sys.stdout is not None and not sys.stdout.closed:
@@ -95,6 +98,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+@contextlib.contextmanager
+def _interruptions() -> Iterator[None]:
+    """End on other signals as on Ctrl-C: what is half written is removed, and the code is 130."""
+    previous = {}
+    with contextlib.suppress(ValueError):  # signals reach the main thread only
+        for name in ("SIGTERM", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                previous[number] = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in previous:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def _show_warning(
     others: Callable[..., None],
     shown: set[str],
@@ -103,8 +122,8 @@ def _show_warning(
     *place: Any,
     **more: Any,
 ) -> None:
-    """Print an ImageWarning as one line, once per text; `others` shows all other warnings."""
-    if not issubclass(category, ImageWarning):
+    """Print a LineWarning as one line, once per text; `others` shows all other warnings."""
+    if not issubclass(category, LineWarning):
         others(message, category, *place, **more)
         return
     # A run has absolute paths where the command was given relative ones.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -48,7 +49,7 @@ the images wherever you leave them open.
   --images N         train on so many of the images
   --seed N           another seed is another run (default: 0)
   --device DEVICE    auto (the GPU if there is one), cpu, cuda or cuda:N
-  --resume           go on with the run in --out
+  --resume           go on with the run in --out; --resume auto starts it if need be
   --overwrite        replace the run in --out
   --preset NAME      fixed settings: demo (embedded images), paper (ImageNette,
                      multi-crop) or default (SimSiam's, at 224 pixels)
@@ -58,6 +59,8 @@ the images wherever you leave them open.
 vi-simsiam train --help-all lists all options, with their defaults."""
 
 _MANY_EPOCHS = 10**9
+_RESUME: dict[str, Literal[True, False, "auto"]] = {"never": False, "always": True, "auto": "auto"}
+"""By the option's value: the Trainer's."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,10 @@ class _Train:
     """simsiam, multicrop, lightly-imagenette or none; overrides --config, except for sizes."""
     out: Path | None = None
     """Run folder; None for runs/DATA-METHOD-NNN, the first number that is free."""
-    resume: bool = False
-    """Go on with the run in --out and its settings; --data may name a copy of its images."""
+    resume: Literal["never", "always", "auto"] = "never"
+    """Go on with the run in --out and its settings; --data may name a copy of its images. auto
+    starts the run where there is none, so that a job can be repeated as it is; --preset and
+    --policy count at the start only. --resume alone is --resume always."""
     overwrite: bool = False
     """Replace the run in --out."""
     evaluate: bool = False
@@ -91,17 +96,19 @@ def train(arguments: list[str]) -> int:
     if "--help-all" in arguments:
         parse("train", _Train, ["--help"], default=_Train(TrainConfig()))
         return 0
+    arguments = _with_resume_value(arguments)
     config, settings, fitted = _starting_point(arguments)
     if fitted:  # once the images are known; until then no option may contradict
         augment = dataclasses.replace(config.augment, local_size=LEAST_SIZE)
         config = dataclasses.replace(config, epochs=_MANY_EPOCHS, augment=augment)
     options = parse("train", _Train, arguments, default=_Train(updated(config, settings)))
-    out, resume = options.out, options.resume
+    out, resume = options.out, _RESUME[options.resume]
     if resume and out is None:
         raise InputError("resume: say which run with --out")
 
     from vi_simsiam.cli.evaluate import evaluate_run
     from vi_simsiam.engine.distributed import joined
+    from vi_simsiam.engine.processes import INTERRUPTED
     from vi_simsiam.engine.run import check_folder, load_run, open_splits
     from vi_simsiam.engine.train import Trainer
     from vi_simsiam.evaluation.features import labelled_splits
@@ -110,14 +117,15 @@ def train(arguments: list[str]) -> int:
     if options.seeds is not None and out is None:
         raise InputError("seeds: say where with --out")
     if out is not None and (options.seeds is not None or (resume and (out / SEEDS).is_file())):
-        return run_seeds(arguments, options.seeds, options.config.seed, out)
+        return run_seeds(arguments, options.seeds, options.config.seed, out, resume=resume)
 
+    going_on = False
     with joined(options.config.device) as world:
         report = print if world.is_main and not options.quiet else lambda line: None
         if out is not None:  # before anything is downloaded
-            check_folder(out, resume=resume, overwrite=options.overwrite)
+            going_on = check_folder(out, resume=resume, overwrite=options.overwrite)
         with world.main_first():  # the main process downloads the images
-            splits = open_splits(options.config, run=out if resume else None)
+            splits = open_splits(options.config, run=out if going_on else None)
         config, chosen, unlabelled = options.config, "", ""
         if fitted:
             config, chosen = _fitted(arguments, settings, config, splits, world.size)
@@ -152,11 +160,11 @@ def train(arguments: list[str]) -> int:
         except KeyboardInterrupt:
             if world.is_main:
                 print(
-                    f"vi-simsiam: interrupted, saved at step {trainer.saved_step}; "
+                    f"vi-simsiam: interrupted, saved at step {trainer.saver.step}; "
                     f"go on with: vi-simsiam train --out {folder} --resume",
                     file=sys.stderr,
                 )
-            return 130
+            return INTERRUPTED
         if options.evaluate:
             try:
                 run = load_run(folder, device=str(trainer.device))
@@ -167,20 +175,32 @@ def train(arguments: list[str]) -> int:
     return 0
 
 
+def _with_resume_value(arguments: list[str]) -> list[str]:
+    """Put "always" behind a --resume without a value."""
+    words: list[str] = []
+    for word, following in itertools.zip_longest(arguments, arguments[1:]):
+        words += [word, "always"] if word == "--resume" and following not in _RESUME else [word]
+    return words
+
+
 def _starting_point(arguments: list[str]) -> tuple[TrainConfig, dict[str, Any], bool]:
     """Read the saved configuration on --resume, else that of preset and --policy.
 
     Also return the settings of --config, before which --policy goes except for the sizes, and True
     if settings that are not given are fitted to the images.
     """
+    from vi_simsiam.engine.checkpoint import checkpoints
     from vi_simsiam.engine.run import CONFIG, read_config
 
     name, out, views, file = (
         given(arguments, option) for option in ("--preset", "--out", "--policy", "--config")
     )
-    if "--resume" in arguments and name is None and out is not None:
+    resume = given(arguments, "--resume") or "never"
+    if resume != "never" and out is not None:
         saved = user_path("out", out)
-        if (saved / CONFIG).is_file():
+        if resume == "auto" and checkpoints(saved):
+            return read_config(saved), {} if file is None else read_settings(Path(file)), False
+        if resume == "always" and name is None and (saved / CONFIG).is_file():
             for option, value in (("config", file), ("policy", views)):
                 if value is not None:
                     raise InputError(

@@ -31,6 +31,9 @@ PATIENCE = 600.0
 _AHEAD = 2
 """Results that each process prepares before they are requested."""
 _SECONDS_TO_END = 5.0
+_SHARED_SIGNALS = {
+    getattr(signal, name) for name in ("SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+}
 
 
 class Workers:
@@ -167,10 +170,11 @@ def _end(processes: dict[Connection, BaseProcess]) -> None:
 def _serve(function: Callable[[Any], Any], connection: Connection, other_end: Connection) -> None:
     """Answer the keys that come through a pipe until its other end is closed."""
     other_end.close()
-    # Ctrl-C reaches every process of a terminal; the main process decides what follows.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # These reach every process of a terminal or job; the main process decides what follows.
+    for number in _SHARED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SHARED_SIGNALS)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
@@ -190,13 +194,13 @@ def _serve(function: Callable[[Any], Any], connection: Connection, other_end: Co
 
 @contextlib.contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Keep SIGINT from workers until they ignore it: they inherit this thread's signal mask."""
+    """Keep signals from workers until they ignore them: they inherit this thread's mask."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
     if multiprocessing.get_start_method() != "fork":
-        resource_tracker.ensure_running()  # it would unblock the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        resource_tracker.ensure_running()  # it would unblock SIGINT
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SHARED_SIGNALS)
     try:
         yield
     finally:

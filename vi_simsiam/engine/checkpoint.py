@@ -1,19 +1,56 @@
-"""Checkpoints of a training."""
+"""Checkpoints of a training: tensors (safetensors) and JSON, covered by a checksum.
+
+A run folder holds the last ones, checkpoint-STEP.safetensors, and the one with the best kNN
+accuracy, checkpoint-best.safetensors. Their metadata are
+
+    vi_simsiam   JSON: the numbers of `Checkpoint`, and the format
+    crc32        CRC-32 of the whole file, with zeros in place of these eight digits
+
+and their tensors are model.NAME, momentum.NAME for trained parameters, and losses. CRC-32 finds
+damage, not forgery; every name, dtype and shape is checked against the model before it is used.
+"""
 
 from __future__ import annotations
 
-import io
+import json
+import os
+import re
 import shutil
+import warnings
+import zipfile
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from rich.filesize import decimal
-from torch import nn
+from torch import Tensor, nn
 
-from vi_simsiam.errors import InputError, TrainingError, is_full
-from vi_simsiam.files import write_atomically
+from vi_simsiam.errors import InputError, RunWarning, TrainingError, is_full
+from vi_simsiam.files import parse_json, read_bytes, write_atomically
+
+BEST = "checkpoint-best.safetensors"
+FORMER = "checkpoint.pt"
+"""The one checkpoint of a run by version 0.1, format 1."""
+_FORMAT = 2
+_NAME = re.compile(r"checkpoint-(\d{8,18})\.safetensors")
+_METADATA, _CHECKSUM = "vi_simsiam", "crc32"
+_DIGITS = 8
+_MOST_BYTES = 1 << 40
+
+
+class _State(TypedDict):
+    """The JSON in a checkpoint."""
+
+    format: int
+    step: int
+    seconds: float
+    images: int
+    content: dict[str, Any]
+    knn: float | None
+    best_knn: float | None
 
 
 @dataclass(frozen=True)
@@ -25,72 +62,226 @@ class Checkpoint:
     """Training time so far."""
     images: int
     """Number of training images: with another number, a step means another position in the data."""
-    model: dict[str, Any]
-    optimizer: dict[str, Any]
+    model: dict[str, Tensor]
+    momentum: dict[str, Tensor] = field(default_factory=dict)
+    """By the parameter's name; in format 1 by its number among the trained parameters."""
+    losses: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """Losses of the last steps, which are in no line of the metrics yet, float32."""
     content: dict[str, Any] = field(default_factory=dict)
     """Description of the images, see `data.subsets`; empty in checkpoints of older versions."""
+    knn: float | None = None
+    """The last kNN accuracy measured during training."""
+    best_knn: float | None = None
+    """The best one."""
+
+    def __post_init__(self) -> None:
+        if self.step < 0 or self.images < 1 or self.seconds < 0:
+            raise InputError("checkpoint: step, images and seconds must not be negative")
 
     def save(self, path: Path) -> None:
-        """Write to `path`; an interruption leaves the previous checkpoint or this one.
+        """Write to `path`; an interruption leaves the file that is there or this one.
 
         Raises:
-            TrainingError: it could not be written (a full disk, say); the previous one is kept.
+            TrainingError: it could not be written (a full disk, say).
         """
-        content = {"format": 1, **vars(self)}
+        encoded = self._encoded()
         try:
-            write_atomically(path, lambda file: torch.save(content, file))
-        except (OSError, RuntimeError) as error:
-            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-            if isinstance(error, OSError) and is_full(error):
-                size = _Size()
-                torch.save(content, size)
+            write_atomically(path, lambda file: file.write(encoded))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            if is_full(error):
                 free = shutil.disk_usage(path.parent).free
-                reason += f": it needs {decimal(size.written)}, {decimal(free)} are free"
-            kept = "the one before is kept" if path.exists() else "there is none yet"
+                reason += f": it needs {decimal(len(encoded))}, {decimal(free)} are free"
+            others = checkpoints(path.parent)
+            kept = "the one before is kept" if others else "there is none yet"
             text = f"the checkpoint {path} could not be written ({reason}); {kept}"
             raise TrainingError(text) from error
 
+    def _encoded(self) -> bytearray:
+        from safetensors.torch import save
+
+        numbers = {name: x for name, x in vars(self).items() if name in _State.__annotations__}
+        parts = {"model": self.model, "momentum": self.momentum}
+        tensors = {f"{part}.{name}": x for part, all in parts.items() for name, x in all.items()}
+        tensors["losses"] = self.losses
+        metadata = {_METADATA: json.dumps({"format": _FORMAT, **numbers}), _CHECKSUM: "0" * _DIGITS}
+        encoded = bytearray(save({k: x.cpu().contiguous() for k, x in tensors.items()}, metadata))
+        place = _checksum_place(encoded)
+        encoded[place : place + _DIGITS] = b"%08x" % zlib.crc32(encoded)
+        return encoded
+
     @classmethod
-    def load(cls, path: Path, device: torch.device) -> Checkpoint:
-        """Read a checkpoint to `device`.
+    def load(cls, path: Path) -> Checkpoint:
+        """Read a checkpoint to the CPU.
 
         Raises:
-            InputError: there is none, or it cannot be read.
+            InputError: it cannot be read, is damaged, or was written by another version.
         """
-        if not path.is_file():
-            raise InputError(f"run: {path.parent} has no {path.name}")
+        content = read_bytes(path, "run", most=_MOST_BYTES)
         try:
-            content = torch.load(path, map_location=device, weights_only=True)
-            if content.pop("format") != 1:
-                raise InputError(f"run: {path} was written by another version of vi-simsiam")
-            return cls(**content)
+            return cls._former(path) if path.name == FORMER else cls._decoded(path, content)
         except InputError:
             raise
-        except Exception as error:  # torch.load raises many unrelated types on damaged files
+        except Exception as error:  # readers of tensors raise many unrelated types
             text = f"run: {path} cannot be read: it is damaged or no checkpoint"
             raise InputError(text) from error
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Load the weights into `model`, and the momentum into `optimizer` if there is one.
+    @classmethod
+    def _decoded(cls, path: Path, content: bytes) -> Checkpoint:
+        from safetensors.torch import load
+
+        place = _checksum_place(content)
+        found = zlib.crc32(b"0" * _DIGITS, zlib.crc32(content[:place]))
+        found = zlib.crc32(memoryview(content)[place + _DIGITS :], found)
+        if content[place : place + _DIGITS] != b"%08x" % found:
+            raise ValueError("checksum")
+        encoded = _header(content)["__metadata__"][_METADATA]
+        if parse_json(encoded, dict[str, Any])["format"] > _FORMAT:
+            raise InputError(f"run: {path} was written by a later version of vi-simsiam")
+        state = parse_json(encoded, _State)
+        tensors = load(content)
+        parts: dict[str, Any] = {"model": {}, "momentum": {}}
+        losses = tensors.pop("losses")
+        for name, tensor in tensors.items():
+            part, _, inside = name.partition(".")
+            parts[part][inside] = tensor
+        if state["format"] != _FORMAT or losses.shape != (losses.numel(),):
+            raise ValueError("format")
+        if losses.dtype != torch.float32 or len(losses) > state["step"]:
+            raise ValueError("losses")
+        return cls(losses=losses, **parts, **_numbers(state))
+
+    @classmethod
+    def _former(cls, path: Path) -> Checkpoint:
+        """Read format 1: an archive of torch with the state of torch's optimiser."""
+        with zipfile.ZipFile(path) as archive:  # torch.load ignores the checksums
+            if archive.testzip() is not None:
+                raise ValueError("checksum")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if content.pop("format") != 1:
+            raise InputError(f"run: {path} is of an unknown version of vi-simsiam")
+        states = content.pop("optimizer").get("state", {})
+        momentum = {str(number): each["momentum_buffer"] for number, each in states.items()}
+        state = {name: content[name] for name in ("step", "seconds", "images")}
+        described = {**state, "content": content.get("content", {})}
+        for tensor in (*content["model"].values(), *momentum.values()):
+            if type(tensor) is not Tensor or tensor.layout != torch.strided:
+                raise ValueError("tensors")
+        unset = {"format": 1, "knn": None, "best_knn": None}
+        checked = parse_json(json.dumps({**described, **unset}), _State)
+        return cls(model=content["model"], momentum=momentum, **_numbers(checked))
+
+    def restore(self, model: nn.Module, momentum: Mapping[str, Tensor] | None = None) -> None:
+        """Copy the weights into `model` and, if it is given, the momentum into `momentum`.
+
+        Args:
+            model: of the same configuration.
+            momentum: the optimiser's buffers by the parameters' names, in the parameters' order.
 
         Raises:
             InputError: the checkpoint is of another model.
         """
+        own = [(model.state_dict(), self.model)]
+        if momentum is not None:
+            numbers = {str(number): name for number, name in enumerate(momentum)}
+            own.append((dict(momentum), {numbers.get(k, k): x for k, x in self.momentum.items()}))
+        for here, saved in own:
+            if _shapes(here) != _shapes(saved):
+                raise InputError(
+                    "run: the checkpoint does not fit the model that config.json describes"
+                )
+        with torch.no_grad():
+            for here, saved in own:
+                for name, tensor in here.items():
+                    tensor.copy_(saved[name])
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """The file of a step's checkpoint in a run folder."""
+    return folder / f"checkpoint-{step:08d}.safetensors"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a run folder, the last one first; the best one is no part of them."""
+    steps = {int(m[1]): m[0] for m in map(_NAME.fullmatch, _names(folder)) if m is not None}
+    found = [folder / name for _, name in sorted(steps.items(), reverse=True)]
+    return found + [folder / FORMER] * (folder / FORMER).is_file()
+
+
+def load_last(folder: Path) -> Checkpoint:
+    """The last checkpoint in a run folder that can be read.
+
+    A RunWarning names those after it that cannot.
+
+    Raises:
+        InputError: there is none.
+    """
+    damaged: InputError | None = None
+    for path in checkpoints(folder):
         try:
-            model.load_state_dict(self.model)
-            if optimizer is not None:
-                optimizer.load_state_dict(self.optimizer)
-        except (RuntimeError, ValueError, KeyError) as error:
-            text = "run: the checkpoint does not fit the model that config.json describes"
-            raise InputError(text) from error
+            found = Checkpoint.load(path)
+        except InputError as error:
+            damaged = damaged or error
+            continue
+        if damaged is not None:
+            reason = str(damaged).removeprefix("run: ")
+            text = f"{reason}; the one before it is used, {path.name} (step {found.step})"
+            warnings.warn(text, RunWarning, stacklevel=2)
+        return found
+    raise damaged or InputError(f"run: {folder} has no checkpoint")
 
 
-class _Size(io.BytesIO):
-    """A file that only counts the bytes written to it."""
+def load_best(folder: Path) -> Checkpoint:
+    """The checkpoint with the best kNN accuracy during training.
 
-    written = 0
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    if not (folder / BEST).is_file():
+        raise InputError(f"checkpoint: {folder} has no {BEST}; runs with --knn-every have one")
+    return Checkpoint.load(folder / BEST)
 
-    def write(self, data: Any) -> int:
-        size = memoryview(data).nbytes
-        self.written += size
-        return size
+
+def add_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int, best: bool) -> None:
+    """Save one more checkpoint, and remove all but the last `keep`.
+
+    Args:
+        folder: the run folder.
+        checkpoint: the state; files of later steps are removed.
+        keep: number of checkpoints that stay, besides the best one.
+        best: save it as the best one, too.
+
+    Raises:
+        TrainingError: it could not be written; those that are there are kept.
+    """
+    checkpoint.save(checkpoint_path(folder, checkpoint.step))
+    if best:
+        checkpoint.save(folder / BEST)
+    found = checkpoints(folder)
+    last = found.index(checkpoint_path(folder, checkpoint.step))
+    for other in (*found[:last], *found[last + keep :]):  # those of later steps were damaged
+        other.unlink(missing_ok=True)
+
+
+def _names(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else []
+
+
+def _numbers(state: _State) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if name != "format"}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Any, ...]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def _header(content: bytes | bytearray) -> dict[str, Any]:
+    length = int.from_bytes(content[:8], "little")
+    return parse_json(bytes(content[8 : 8 + length]), dict[str, Any])
+
+
+def _checksum_place(content: bytes | bytearray) -> int:
+    """The place of the checksum's digits in the header of a file."""
+    before = b'"%s":"' % _CHECKSUM.encode()
+    end = 8 + int.from_bytes(content[:8], "little")
+    return content.index(before, 8, end) + len(before)

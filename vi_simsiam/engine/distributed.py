@@ -27,7 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from vi_simsiam.config import flat
 from vi_simsiam.engine.run import resolve_device
-from vi_simsiam.errors import ImageWarning, InputError, TrainingError, UserError
+from vi_simsiam.errors import InputError, LineWarning, TrainingError, UserError
 
 TIMEOUT = 600.0
 """Seconds that a rank waits for the others, in a collective too, before it gives up. With gloo that
@@ -226,7 +226,7 @@ class World:
 
     def any_rank(self, flag: bool) -> bool:
         """True if `flag` is set on any rank."""
-        if self.alone:
+        if self.size == 1:
             return flag
         raised = torch.tensor(float(flag), device=self.device)
         dist.all_reduce(raised, op=dist.ReduceOp.MAX)
@@ -274,8 +274,8 @@ def joined(device: str = "auto") -> Iterator[World]:
     )
     try:
         with warnings.catch_warnings(), world.together(), _contact():
-            if not world.is_main:  # all ranks open the same images
-                warnings.simplefilter("ignore", ImageWarning)
+            if not world.is_main:  # all ranks open the same files
+                warnings.simplefilter("ignore", LineWarning)
             yield world
     except BaseException:
         # NCCL's orderly shutdown waits for the other ranks, which will not come.

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
 import os
 import signal
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from vi_simsiam.errors import InputError, RunWarning
+
 INTERRUPTED = 130
 """Exit code of a process that was interrupted and can go on later."""
+_NOTICE = getattr(signal, "SIGUSR1", None)
+_HANG_UP = getattr(signal, "SIGHUP", None)
+STOP_SIGNALS = tuple(
+    number for number in (signal.SIGINT, signal.SIGTERM, _NOTICE, _HANG_UP) if number is not None
+)
+"""Ctrl-C, the end of a job, a batch system's notice before it (Slurm's --signal=USR1), and the end
+of the terminal: a training saves and ends."""
 _END_WITH_PARENT: Callable[[], int] | None = None
 """Lets a new process receive SIGTERM when its parent has ended, in whatever way (on Linux)."""
 with contextlib.suppress(AttributeError, TypeError):  # looked up now: no lock may be held in a fork
@@ -27,6 +39,7 @@ with contextlib.suppress(AttributeError, TypeError):  # looked up now: no lock m
     _END_WITH_PARENT = functools.partial(
         ctypes.CDLL(None).prctl, _SET_DEATH_SIGNAL, int(signal.SIGTERM)
     )
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _POLL_SECONDS = 0.2
 _SAVING_SECONDS = 60.0
 
@@ -92,7 +105,7 @@ class Process:
             self.seconds = time.monotonic() - self._started
             code = self._process.returncode
             # A signal ends a process whose trainer does not handle it yet.
-            self.exit = INTERRUPTED if code in (-signal.SIGINT, -signal.SIGTERM) else code
+            self.exit = INTERRUPTED if -code in STOP_SIGNALS else code
         return self.exit is not None
 
     def stop(self) -> None:
@@ -122,7 +135,7 @@ def supervise(
 ) -> bool:
     """Run processes until all have ended, and leave none behind on an error.
 
-    After the first SIGINT or SIGTERM every process saves and ends, and no more are started; the
+    After the first of STOP_SIGNALS every process saves and ends, and no more are started; the
     second one kills.
 
     Args:
@@ -169,7 +182,7 @@ def supervise(
 
 @contextlib.contextmanager
 def stop_signals(*, patient: bool = False, notice: str = "") -> Iterator[list[int]]:
-    """A list that receives the first SIGINT or SIGTERM; a second one has its usual effect.
+    """A list that receives the first of STOP_SIGNALS; a second one has its usual effect.
 
     Args:
         patient: receive all signals: torchrun repeats to its ranks the one of the terminal.
@@ -184,7 +197,7 @@ def stop_signals(*, patient: bool = False, notice: str = "") -> Iterator[list[in
             with contextlib.suppress(OSError):
                 os.write(2, f"\n{notice}\n".encode())
         received.append(number)
-        if not patient:
+        if not patient and number != _NOTICE:  # which a batch system may repeat
             restore()
 
     def restore() -> None:
@@ -192,12 +205,36 @@ def stop_signals(*, patient: bool = False, notice: str = "") -> Iterator[list[in
             signal.signal(*previous.popitem())
 
     with contextlib.suppress(ValueError):  # signals reach the main thread only
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, handle)
+        for number in STOP_SIGNALS:
+            if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+                previous[number] = signal.signal(number, handle)
     try:
         yield received
     finally:
         restore()
+
+
+@contextlib.contextmanager
+def locked(path: Path, busy: str, *, seconds: float = 0.0) -> Iterator[None]:
+    """Lock the file `path`, which stays; a RunWarning where the file system has no locks.
+
+    Raises:
+        InputError: `busy`; another process still holds it after `seconds`.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        raise InputError(busy) from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        text = f"{path.parent} is on a file system without locks; start one command at a time there"
+        warnings.warn(text, RunWarning, stacklevel=3)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def last_line(path: Path) -> str:

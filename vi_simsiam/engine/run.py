@@ -6,14 +6,15 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
+from vi_simsiam.checks import choice
 from vi_simsiam.config import TrainConfig, differing_fields
 from vi_simsiam.data.cache import cached
 from vi_simsiam.data.datasets import Splits, open_dataset
@@ -21,23 +22,36 @@ from vi_simsiam.data.decoding import cores
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource, Unreadable
 from vi_simsiam.data.subsets import difference, select
-from vi_simsiam.engine.checkpoint import Checkpoint
+from vi_simsiam.engine.checkpoint import (
+    FORMER,
+    Checkpoint,
+    checkpoints,
+    load_best,
+    load_last,
+)
+from vi_simsiam.engine.processes import locked
 from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.files import write_json
 from vi_simsiam.models import SimSiam, build_model
 from vi_simsiam.paths import user_path
 
-CONFIG, CHECKPOINT, METRICS = "config.json", "checkpoint.pt", "metrics.jsonl"
-KERNELS = "kernels.json"
-# The last layer of SimSiam's predictors, a part of that layer where the concentration is separate.
-_APART = re.compile(r"^((?:local_)?predictor\.3)\.(weight|bias)$")
-# Results of an earlier run, and files that an interrupted write leaves, see `write_atomically`.
+CONFIG, METRICS, KERNELS = "config.json", "metrics.jsonl", "kernels.json"
+_LOCK = ".lock"
+_CHECKPOINTS = "checkpoint-*.safetensors"
+# What an interrupted write leaves, see `write_atomically`.
+_REMAINS = tuple(
+    f".{name}.{'[0-9a-f]' * 16}" for name in (CONFIG, METRICS, KERNELS, FORMER, _CHECKPOINTS)
+)
+# Results of an earlier run.
 _RESULTS = (
-    f".{CONFIG}.*", f".{CHECKPOINT}.*", f".{KERNELS}.*", CHECKPOINT, METRICS, KERNELS,
-    "events.out.tfevents.*", "knn.json", "linear.json", "logistic.json", "uncertainty.json",
-    "curves.png", "kappa.png", "density.png", "reliability.png", "risk_coverage.png",
-    "corruptions.png", "scores.png", "report.html",
+    _CHECKPOINTS, FORMER, METRICS, KERNELS, "events.out.tfevents.*", "knn.json", "linear.json",
+    "logistic.json", "uncertainty.json", "curves.png", "kappa.png", "density.png",
+    "reliability.png", "risk_coverage.png", "corruptions.png", "scores.png", "report.html",
 )  # fmt: skip
+
+
+Resume = bool | Literal["auto"]
+Weights = Literal["last", "best"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +93,7 @@ def load_run(
     data: str | None = None,
     data_root: Path | None = None,
     cache_dir: Path | None = None,
+    checkpoint: Weights = "last",
 ) -> Run:
     """Open a run folder.
 
@@ -89,13 +104,14 @@ def load_run(
         cache_dir: folder of decoded images; None for the run's own.
         device: "auto", "cpu", "cuda" or "cuda:N".
         workers: processes that read images; None for a number that suits the device.
+        checkpoint: "last", or "best" for the one with the best kNN accuracy during training.
 
     Raises:
         InputError: no run there, a damaged file, or a missing data set.
     """
     path = user_path("run", path)
     place = resolve_device(device)
-    config, model = load_model(path, place)
+    config, model = load_model(path, place, checkpoint)
     if cache_dir is not None:
         config = dataclasses.replace(config, cache_dir=cache_dir)
     moved = dataclasses.replace(
@@ -105,14 +121,17 @@ def load_run(
     return Run(path, config, model, splits, place, resolve_workers(workers, place))
 
 
-def load_model(path: Path, device: torch.device) -> tuple[TrainConfig, SimSiam]:
-    """The configuration of a run, and its last checkpoint's weights in eval mode on `device`.
+def load_model(
+    path: Path, device: torch.device, weights: Weights = "last"
+) -> tuple[TrainConfig, SimSiam]:
+    """The configuration of a run, and a checkpoint's weights in eval mode on `device`.
 
     Raises:
         InputError: no run there, or a damaged file.
     """
+    choice("checkpoint", weights, get_args(Weights))
     config = read_config(path)
-    checkpoint = Checkpoint.load(path / CHECKPOINT, device)
+    checkpoint = load_best(path) if weights == "best" else load_last(path)
     # The checkpoint has the weights: torchvision's need not be downloaded again.
     parts = dataclasses.replace(config.model, pretrained=False)
     model = build_model(dataclasses.replace(config, model=parts)).to(device).eval()
@@ -145,39 +164,6 @@ def open_splits(config: TrainConfig, *, run: Path | None = None) -> Splits:
     return select(splits, images=config.images, held_out=config.held_out, seed=config.split_seed)
 
 
-def load_frozen(model: SimSiam, config: TrainConfig, device: torch.device) -> None:
-    """Load the weights of the SimSiam run `config.frozen_run` into `model`, built for `config`.
-
-    Raises:
-        InputError: no run there, a run of another method or model, or a damaged file.
-    """
-    path = config.frozen_run
-    assert path is not None
-    if not (path / CONFIG).is_file():
-        raise InputError(f"frozen_run: {path} holds no run; it must be the folder of a SimSiam run")
-    saved = read_config(path)
-    if saved.method != "simsiam":
-        raise InputError(
-            f"frozen_run: {path} is a run of {saved.method}; it must be one of simsiam"
-        )
-    theirs, given = dataclasses.asdict(saved.model), dataclasses.asdict(config.model)
-    others = [name for name in given if name != "pretrained" and theirs[name] != given[name]]
-    if others:
-        changes = "; ".join(f"{name}: {theirs[name]} -> {given[name]}" for name in others)
-        raise InputError(f"frozen_run: the model of {path} is another one; {changes}")
-    weights = {
-        _APART.sub(r"\1.mean.\2", name): value
-        for name, value in Checkpoint.load(path / CHECKPOINT, device).model.items()
-        if not name.startswith("target.")  # the moving average of a run with ema
-    }
-    own = {name: value for name, value in model.state_dict().items() if ".concentration." in name}
-    try:
-        model.load_state_dict(own | weights)
-    except RuntimeError as error:
-        text = f"{path / CHECKPOINT} does not fit the model that {CONFIG} describes"
-        raise InputError(f"frozen_run: {text}") from error
-
-
 def read_config(path: Path) -> TrainConfig:
     """The configuration of a run.
 
@@ -192,8 +178,18 @@ def read_config(path: Path) -> TrainConfig:
         raise InputError(f"run: {path / CONFIG} is damaged ({error})") from error
 
 
-def check_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
+def check_folder(path: Path, *, resume: Resume, overwrite: bool) -> bool:
     """Check that training may write to a folder.
+
+    A run that was ended before its first checkpoint has nothing to lose, and is started again.
+
+    Args:
+        path: the run folder.
+        resume: True to go on with its run, "auto" if it holds one.
+        overwrite: its run may be replaced.
+
+    Returns:
+        True if there is a checkpoint to go on from.
 
     Raises:
         InputError: it holds a run and neither `resume` nor `overwrite` is set, it holds something
@@ -203,18 +199,40 @@ def check_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
         raise InputError("resume, overwrite: only one of them can be given")
     if path.exists() and not path.is_dir():
         raise InputError(f"out: {path} is a file, not a folder")
-    holds_run = (path / CONFIG).is_file()
-    if resume and not (path / CHECKPOINT).is_file():
-        raise InputError(f"resume: {path} holds no {CHECKPOINT} to go on from")
-    if holds_run and not (resume or overwrite):
+    holds_run, found = (path / CONFIG).is_file(), bool(checkpoints(path))
+    begun = holds_run and (found or _size(path / METRICS) > 0)
+    if resume and begun and found:
+        return True
+    if resume and (begun or (resume is True and not holds_run)):
+        raise InputError(f"resume: {path} holds no checkpoint to go on from")
+    if begun and not overwrite:
         raise InputError(
             f"out: {path} already holds a run; "
             "say --resume to go on with it or --overwrite to replace it"
         )
-    # A run that was killed while its configuration was written can be started again.
     files = [] if holds_run or not path.exists() else path.iterdir()
-    if not all(file.match(f".{CONFIG}.*") for file in files):
+    own = (_LOCK, *_REMAINS)
+    if not all(any(file.match(pattern) for pattern in own) for file in files):
         raise InputError(f"out: {path} holds other files; give an empty or new folder")
+    return False
+
+
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Keep other trainings out of a run folder, which is made if needed.
+
+    What killed writers have left there is removed.
+
+    Raises:
+        InputError: another training writes to it.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    busy = f"out: another training writes to {path}; give another folder, or wait for its end"
+    with locked(path / _LOCK, busy):
+        for pattern in _REMAINS:
+            for file in path.glob(pattern):
+                file.unlink()
+        yield
 
 
 def check_config(
@@ -260,8 +278,7 @@ def check_images(
 
 
 def start_folder(path: Path, config: TrainConfig) -> None:
-    """Make the folder, remove an earlier run's files from it, and save the configuration."""
-    path.mkdir(parents=True, exist_ok=True)
+    """Remove an earlier run's files from the folder, and save the configuration."""
     for pattern in _RESULTS:
         for file in path.glob(pattern):
             file.unlink()
@@ -275,6 +292,10 @@ def record_place(path: Path, config: TrainConfig) -> None:
     moved = dataclasses.replace(saved, **place)
     if moved != saved:
         write_json(path / CONFIG, moved.to_dict())
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def new_folder(parent: Path, config: TrainConfig) -> Path:

@@ -151,11 +151,14 @@ class TrainStep:
         numbers = (self.counter, self.failed, self.losses, self._rate, self._norm)
         return self.model, self.optimizer, *numbers
 
-    def resume(self, step: int) -> None:
-        """Go on after `step` steps, with the weights and momentum of a checkpoint loaded."""
-        self.counter.fill_(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._rate  # loading put another tensor there
+    @property
+    def momentum(self) -> dict[str, Tensor]:
+        """SGD's momentum buffers by the parameters' names; empty without momentum."""
+        return {
+            name: self.optimizer.state[parameter]["momentum_buffer"]
+            for name, parameter in self.model.named_parameters()
+            if parameter in self.optimizer.state
+        }
 
 
 class OverlappedStep:

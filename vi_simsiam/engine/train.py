@@ -7,6 +7,7 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,13 +21,15 @@ from vi_simsiam.data.loader import MultiViewLoader
 from vi_simsiam.data.subsets import content, listed
 from vi_simsiam.data.views import check_batch
 from vi_simsiam.engine import run
-from vi_simsiam.engine.checkpoint import Checkpoint
+from vi_simsiam.engine.checkpoint import Checkpoint, checkpoint_path, load_last
+from vi_simsiam.engine.device import deterministic, keep_freed_memory, memory_errors
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.graph import Captured, capture
 from vi_simsiam.engine.kernels import choose_kernels
-from vi_simsiam.engine.memory import keep_freed_memory
+from vi_simsiam.engine.model import initial_model
 from vi_simsiam.engine.monitor import Monitor, representation_statistics
 from vi_simsiam.engine.processes import stop_signals
+from vi_simsiam.engine.saving import Saver
 from vi_simsiam.engine.step import (
     OverlappedStep,
     check_step,
@@ -34,7 +37,7 @@ from vi_simsiam.engine.step import (
     learning_rates,
 )
 from vi_simsiam.errors import ImageWarning, InputError, TrainingError
-from vi_simsiam.models import Output, SimSiam, VISimSiam, build_model
+from vi_simsiam.models import Output, VISimSiam
 from vi_simsiam.ops.backends import choose_backend
 from vi_simsiam.paths import user_path
 from vi_simsiam.text import print_line
@@ -47,9 +50,9 @@ class Trainer:
     """Trains one model into one run folder.
 
     All input is checked here, before the folder is touched. The same configuration gives the same
-    run on the same machine, also when it is interrupted and resumed at any step; a long run times
-    its layers first, and other layers round otherwise (see `choose_kernels`). An ImageWarning
-    names images that are left out and losses in decoding.
+    run on the same machine, also when it is interrupted and resumed at any step; a GPU does so
+    with `config.deterministic`. A long run times its layers first, and other layers round otherwise
+    (see `choose_kernels`). An ImageWarning names images that are left out and losses in decoding.
 
     On a GPU the images lie in its memory or are streamed to it, their views are made while the step
     before trains, and a whole step is replayed as one CUDA graph. On a CPU worker processes make
@@ -59,7 +62,8 @@ class Trainer:
         config: the configuration.
         folder: the run folder; must be new or empty unless `resume` or `overwrite` is set. None for
             a new one in runs/.
-        resume: go on from the folder's checkpoint. The images may have moved, but not changed.
+        resume: go on from the folder's last checkpoint; "auto" starts the run where there is none.
+            The images may have moved, but not changed.
         overwrite: replace the run in the folder.
         console: destination of printed lines; None for standard output.
         world: the ranks that train together, each with its own Trainer; rank 0 writes. None for
@@ -77,7 +81,7 @@ class Trainer:
         config: TrainConfig,
         folder: str | Path | None = None,
         *,
-        resume: bool = False,
+        resume: run.Resume = False,
         overwrite: bool = False,
         console: Console | None = None,
         world: World | None = None,
@@ -86,15 +90,16 @@ class Trainer:
     ) -> None:
         config = config.located()
         path = None if folder is None else user_path("folder", folder)
-        if path is not None:
-            run.check_folder(path, resume=resume, overwrite=overwrite)
-        elif resume:
+        if path is None and resume:
             raise InputError("resume: no folder given; it must be the run folder to go on with")
-        resumed = path if resume else None
+        going_on = False
+        if path is not None:
+            going_on = run.check_folder(path, resume=resume, overwrite=overwrite)
+        resumed = path if going_on else None
         saved = config if resumed is None else run.read_config(resumed)
         # The decoding may change until the images are open.
         run.check_config(dataclasses.replace(saved, decode=config.decode), config, path)
-        self.resume, self.quiet = resume, quiet
+        self.resume, self.quiet = going_on, quiet
         self.world = world or World(run.resolve_device(config.device))
         self.world.agree("configuration", config.to_dict(), ignore=PLACE_FIELDS - _COMMON_FIELDS)
         self.world.local_batch(config.batch_size)
@@ -105,13 +110,13 @@ class Trainer:
         self.log_every = config.log_every or (100 if on_gpu else 10)
         bf16 = config.precision == "bf16" or (config.precision == "auto" and on_gpu)
 
-        self.model = self._build(config, load_frozen=not resume)
+        self.model = initial_model(config, self.world, load_frozen=not going_on)
         default_scale = 1 / (config.model.dim - 1) if isinstance(self.model, VISimSiam) else 1.0
         self.loss_scale = config.loss.loss_scale or default_scale
 
         checkpoint = None
         if resumed is not None:
-            checkpoint = Checkpoint.load(resumed / run.CHECKPOINT, self.device)
+            checkpoint = load_last(resumed)
         with self.world.main_first():  # rank 0 decodes the images, the others read its cache
             splits = splits or run.open_splits(config, run=resumed)
             # Images that are already decoded set the rule for the other images of the run.
@@ -165,30 +170,28 @@ class Trainer:
         rates = learning_rates(config, self.loader.steps_per_epoch)
         self.train_step = make_step(self.model, rates, self.kernels.kernels, self.world)
         self.step, self.seconds = 0, 0.0
+        self._logged = 0  # the last step that is in the metrics
+        self.knn: float | None = None
         if path is None:
             made = run.new_folder(Path("runs"), config) if self.world.is_main else None
             path = self.world.exchange(made)[0]
         self.folder: Path = path
+        self.saver = Saver(
+            path, config, self.world, resume=resume, overwrite=overwrite, last=checkpoint
+        )
         if checkpoint is not None:
-            checkpoint.restore(self.model, self.train_step.optimizer)
-            self.train_step.resume(checkpoint.step)
-            self.step, self.seconds = checkpoint.step, checkpoint.seconds
-            self.saved_step, self.saved_at = self.step, time.monotonic()
+            self._restore(checkpoint)
 
-    def _build(self, config: TrainConfig, *, load_frozen: bool) -> SimSiam:
-        """The model on its device, with the weights of the seed or of the frozen run."""
-        # The weights of a run replace torchvision's.
-        pretrained = config.model.pretrained and config.frozen_run is None
-        parts = dataclasses.replace(config.model, pretrained=pretrained)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            model = build_model(dataclasses.replace(config, model=parts)).to(self.device)
-        if config.frozen_run is not None and load_frozen:
-            run.load_frozen(model, config, self.device)
-        model.to(memory_format=torch.channels_last)
-        if config.sync_batch_norm and not self.world.alone:
-            torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
-        return model
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint."""
+        step, losses = checkpoint.step, checkpoint.losses
+        if step > self.total_steps:
+            raise InputError(f"resume: the checkpoint is of step {step} of {self.total_steps}")
+        checkpoint.restore(self.model, self.train_step.momentum)
+        self._logged = step - len(losses)
+        self.train_step.losses[self._logged : step] = losses.to(self.device)
+        self.train_step.counter.fill_(step)
+        self.step, self.seconds, self.knn = step, checkpoint.seconds, checkpoint.knn
 
     def fit(self, *, epoch_done: Callable[[], object] | None = None) -> None:
         """Train to the end. Rank 0 writes checkpoints and metrics on the way.
@@ -199,12 +202,18 @@ class Trainer:
         Raises:
             TrainingError: the loss or the weights are no longer finite, or the GPU's memory is too
                 small; the last good checkpoint is kept.
-            KeyboardInterrupt: SIGINT or SIGTERM arrived; the run can be resumed where it stopped.
+            KeyboardInterrupt: a signal of `stop_signals` arrived; the run can be resumed where it
+                stopped.
         """
         main = self.world.is_main
         with contextlib.ExitStack() as stack:
             notice = "stopping after this step; the run can be resumed" if main else ""
             stop = stack.enter_context(stop_signals(patient=self.world.size > 1, notice=notice))
+            if self.config.deterministic:
+                stack.enter_context(deterministic())
+            if main:
+                stack.enter_context(run.claimed(self.folder))
+                self.saver.check_again()
             if not self.resume:
                 if main:
                     run.start_folder(self.folder, self.config)
@@ -229,14 +238,14 @@ class Trainer:
                     quiet=self.quiet,
                 )
                 stack.enter_context(monitor)
-            stack.enter_context(_memory_errors(self.device))
+            stack.enter_context(memory_errors(self.device))
             self.model.train()
             replay = self._replay()
             while self.step < self.total_steps:
                 metrics, stopped = self._train_epoch(replay, monitor, stop)
                 if epoch_done is not None and not stopped:
                     epoch_done()
-                if stopped or self.step == self.total_steps or self._is_due():
+                if stopped or self.step == self.total_steps or self.saver.due():
                     self._save()
                 if stopped:
                     raise KeyboardInterrupt
@@ -257,38 +266,39 @@ class Trainer:
             replay.reason = "a step with the collectives of torchrun's ranks is not captured"
         return replay
 
-    def _launched(self, replay: Captured | None) -> dict[str, bool | str]:
-        """For the log: whether a GPU replays a graph, and if not, the reason."""
-        return {} if replay is None else replay.launched
-
     def _train_epoch(
         self, replay: Captured | None, monitor: Monitor | None, stop: list[int]
     ) -> tuple[dict[str, float], bool]:
         """Train to the end of the epoch; returns the last metrics, and True if a signal arrived."""
-        # Several ranks must stop after the same step: they react to signals where metrics are due.
+        # Several ranks must stop and save after the same step: they do so where metrics are due.
         alone = self.world.size == 1
         end = (self.step // self.loader.steps_per_epoch + 1) * self.loader.steps_per_epoch
         metrics: dict[str, float] = {}
         stopped = False
-        waited, since, first = 0.0, time.perf_counter(), self.step
+        timed = _Timed(self.step)
         for output, wait in self._outputs(replay, end, stop):
-            waited += wait
+            timed.waited += wait
             self.step += 1
             if monitor is not None:
                 monitor.advance(self.step)
             logging = self.step % self.log_every == 0 or self.step == end
-            if logging or (stop and alone):
-                stopped = self.world.any_rank(bool(stop))
-                self._check_losses(first)
-                seconds = time.perf_counter() - since
-                self.seconds += seconds
-                metrics = self._metrics(output, first, seconds, waited)
-                if logging and monitor is not None:
-                    monitor.log(metrics, self._launched(replay))
-                waited, since, first = 0.0, time.perf_counter(), self.step
+            if logging:
+                self._check_losses()
+                self.seconds += timed.seconds
+                metrics = self._metrics(output, timed)
+                if monitor is not None:
+                    monitor.log(metrics, None if replay is None else replay.launched)
+                self._logged, timed = self.step, _Timed(self.step)
             elif monitor is not None and monitor.due:
-                monitor.show(self._metrics(output, first, time.perf_counter() - since, waited))
+                monitor.show(self._metrics(output, timed))
+            if logging or alone:
+                stopped = self.world.any_rank(bool(stop))
+                if not stopped and self.step < end and self.saver.due():
+                    self.seconds += timed.seconds
+                    self._save()
+                    timed = _Timed(self.step)
             if stopped:
+                self.seconds += timed.seconds
                 break
         return metrics, stopped or bool(stop and alone)
 
@@ -319,19 +329,17 @@ class Trainer:
                     continue
                 if not alone or not isinstance(error, TrainingError):
                     raise
-                self._check_losses(self.saved_step)  # a worker died
-                self._save()
+                self._save()  # a worker died
                 text = f"{error}; saved at step {self.step}, to go on from with --resume"
                 raise TrainingError(text) from error
             waited = time.perf_counter() - start
             yield self.train_step(batch.views), waited
 
-    def _metrics(
-        self, output: Output, first: int, seconds: float, waited: float
-    ) -> dict[str, float]:
-        """A line of metrics.jsonl: the steps from `first` on, and the output of the last one."""
-        losses = self.train_step.losses[first : self.step].tolist()
-        views = len(losses) * self.config.batch_size * len(output.predictions)
+    def _metrics(self, output: Output, timed: _Timed) -> dict[str, float]:
+        """A line of metrics.jsonl: the steps since the one before, and the output of the last."""
+        losses = self.train_step.losses[self._logged : self.step].tolist()
+        seconds = timed.seconds
+        views = (self.step - timed.first) * self.config.batch_size * len(output.predictions)
         return {
             "step": self.step,
             "epoch": self.step / self.loader.steps_per_epoch,
@@ -340,12 +348,13 @@ class Trainer:
             "grad_norm": self.train_step.gradient_norm().item(),
             "lr": self.train_step.rates[self.step - 1].item(),
             "views_per_s": views / seconds,
-            "data_wait": waited / seconds,
+            "data_wait": timed.waited / seconds,
             "seconds": self.seconds,
         }
 
-    def _check_losses(self, first: int) -> None:
-        """Raise TrainingError unless the losses of the steps from `first` on are finite."""
+    def _check_losses(self) -> None:
+        """Raise TrainingError unless the losses since the last line of metrics are finite."""
+        first = self._logged
         finite = torch.isfinite(self.train_step.losses[first : self.step]).tolist()
         if not all(finite):
             step = first + finite.index(False) + 1
@@ -355,38 +364,37 @@ class Trainer:
                 "a lower learning rate or clip_norm may help"
             )
 
-    def _is_due(self) -> bool:
-        """True if it is time for another checkpoint, by rank 0's clock."""
-        due = time.monotonic() - self.saved_at >= self.config.save_every
-        return self.world.any_rank(due and self.world.is_main)
-
     def _save(self) -> None:
+        self._check_losses()
         if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
             raise TrainingError(
                 f"the weights are not finite at step {self.step}; {self._last_good()}"
             )
-        model, optimizer = self.model.state_dict(), self.train_step.optimizer.state_dict()
-        images = len(self.loader.source)
-        state = Checkpoint(self.step, self.seconds, images, model, optimizer, self.content)
-        with self.world.together():
-            if self.world.is_main:
-                state.save(self.folder / run.CHECKPOINT)
-        self.saved_step, self.saved_at = self.step, time.monotonic()
+        checkpoint = Checkpoint(
+            self.step,
+            self.seconds,
+            len(self.loader.source),
+            self.model.state_dict(),
+            self.train_step.momentum,
+            self.train_step.losses[self._logged : self.step],
+            self.content,
+            self.knn,
+        )
+        self.saver.save(checkpoint)
 
     def _last_good(self) -> str:
-        path = self.folder / run.CHECKPOINT
-        return f"the last good checkpoint is {path} (step {self.saved_step})"
+        path = checkpoint_path(self.folder, self.saver.step)
+        return f"the last good checkpoint is {path} (step {self.saver.step})"
 
 
-@contextlib.contextmanager
-def _memory_errors(device: torch.device) -> Iterator[None]:
-    """Turn a GPU's out-of-memory error into one line with the options that need less memory."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        free, total = torch.cuda.mem_get_info(device)
-        text = " ".join(str(error).split(". ")[:2])
-        raise TrainingError(
-            f"memory of {device}: {text} ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free); "
-            "a smaller --batch-size, fewer --local-views or --data-memory host need less"
-        ) from error
+@dataclass
+class _Timed:
+    """The time of the steps after step `first`, and of it the seconds of waiting for data."""
+
+    first: int
+    waited: float = 0.0
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started

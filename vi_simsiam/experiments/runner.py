@@ -8,20 +8,18 @@ OUT/trials/               the same for trials, and OUT/chosen.json with the sett
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -29,7 +27,7 @@ from rich.table import Table
 from vi_simsiam.checks import require
 from vi_simsiam.data.cache import cached
 from vi_simsiam.data.decoding import cores
-from vi_simsiam.engine.processes import INTERRUPTED, Process, last_line, supervise
+from vi_simsiam.engine.processes import INTERRUPTED, Process, last_line, locked, supervise
 from vi_simsiam.engine.run import open_splits, resolve_device
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.features import labelled_splits
@@ -80,20 +78,6 @@ def holds(out: Path, name: str) -> bool:
     if name not in names and not all(other.startswith(".") for other in names):
         raise InputError(f"out: {out} holds other files; give an empty or new folder")
     return name in names
-
-
-@contextlib.contextmanager
-def locked(path: Path, busy: str, *, seconds: float = 0.0) -> Iterator[None]:
-    """Lock the file `path`. Raises InputError(busy) if another process still holds it."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=seconds)
-    except Timeout:
-        raise InputError(busy) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class Run(Process):

@@ -22,8 +22,9 @@ from rich.table import Table
 
 from vi_simsiam.checks import require
 from vi_simsiam.data.decoding import cores
+from vi_simsiam.engine.checkpoint import checkpoints
 from vi_simsiam.engine.processes import INTERRUPTED, Process, last_line, supervise
-from vi_simsiam.engine.run import CHECKPOINT, METRICS
+from vi_simsiam.engine.run import METRICS, Resume
 from vi_simsiam.engine.verdict import problem
 from vi_simsiam.errors import InputError
 from vi_simsiam.experiments.runner import holds, load, outcome
@@ -35,8 +36,8 @@ _TRAIN = (sys.executable, "-m", "vi_simsiam", "train")
 # Options that every run gets anew, and those that a resumed run has from its config.json; the value
 # is True if an argument follows the option.
 _OWN_OPTIONS = {
-    "--seeds": True, "--seed": True, "--out": True, "--resume": False, "--no-resume": False,
-    "--overwrite": False, "--no-overwrite": False,
+    "--seeds": True, "--seed": True, "--out": True, "--resume": True, "--overwrite": False,
+    "--no-overwrite": False,
 }  # fmt: skip
 _FIRST_OPTIONS = {"--config": True, "--preset": True, "--policy": True}
 _EVALUATIONS = {"kNN": "knn.json", "linear": "linear.json"}
@@ -55,10 +56,10 @@ class _Seed(Process):
     def train(self, words: Sequence[str], threads: int, *, resume: bool) -> None:
         """Start the process; on resume its output is appended to the log."""
         words = [*_TRAIN, *words, "--seed", str(self.seed), "--out", str(self.folder)]
-        if resume and (self.folder / CHECKPOINT).is_file():
+        if resume and checkpoints(self.folder):
             words = [*_without(words, _FIRST_OPTIONS), "--resume"]
-        elif resume:  # the run may have left a folder without a checkpoint
-            words = [*words, "--overwrite"]
+        elif resume:  # killed before its first checkpoint
+            words = [*words, "--resume", "auto"]
         self.start(words, threads=threads, append=resume)
 
     def result(self) -> dict[str, Any]:
@@ -93,7 +94,14 @@ class _Seed(Process):
         return outcome(self.name, self, done)
 
 
-def run_seeds(arguments: Sequence[str], seeds: int | None, first_seed: int, out: Path) -> int:
+def run_seeds(
+    arguments: Sequence[str],
+    seeds: int | None,
+    first_seed: int,
+    out: Path,
+    *,
+    resume: Resume = False,
+) -> int:
     """Train several seeds at the same time, each in OUT/seed-N with its output in OUT/seed-N.log.
 
     Prints the state of every run, its result at the end, and the number of runs an hour;
@@ -105,6 +113,7 @@ def run_seeds(arguments: Sequence[str], seeds: int | None, first_seed: int, out:
         seeds: number of runs; None on --resume for the same number as before.
         first_seed: seed of the first run; ignored on --resume.
         out: folder of all runs.
+        resume: go on with the runs there; "auto" if there are any.
 
     Returns:
         The exit code: 0 all done, 1 a run failed, 130 interrupted.
@@ -113,13 +122,14 @@ def run_seeds(arguments: Sequence[str], seeds: int | None, first_seed: int, out:
         InputError: a number or folder that cannot be used.
     """
     console, out = Console(), out.absolute()
-    resume, overwrite = "--resume" in arguments, "--overwrite" in arguments
+    overwrite = "--overwrite" in arguments
     if resume and overwrite:
         raise InputError("resume, overwrite: only one of them can be given")
     if "RANK" in os.environ:
         raise InputError(
             "seeds: not under torchrun; each run is one process, started with vi-simsiam train"
         )
+    resume = (out / SEEDS).is_file() if resume == "auto" else resume
     if resume:
         before = _resumed(out, seeds)
     else:

@@ -30,8 +30,8 @@ from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource
 from vi_simsiam.data.subsets import select
+from vi_simsiam.engine.processes import locked
 from vi_simsiam.engine.run import (
-    CHECKPOINT,
     METRICS,
     Run,
     check_config,
@@ -49,7 +49,7 @@ from vi_simsiam.evaluation.linear import evaluate_linear, linear_preset
 from vi_simsiam.evaluation.logistic import evaluate_logistic
 from vi_simsiam.evaluation.scores import TRIVIAL
 from vi_simsiam.evaluation.uncertainty import evaluate_uncertainty
-from vi_simsiam.experiments.runner import TRAINED, locked
+from vi_simsiam.experiments.runner import TRAINED
 from vi_simsiam.files import write_json, write_text
 from vi_simsiam.inference.forward import extract
 from vi_simsiam.info import versions
@@ -126,15 +126,12 @@ def train(config: TrainConfig, folder: Path, progress_every: int | None = None) 
         check_config(read_config(folder), config, folder)
         before: dict[str, Any] = json.loads(done.read_text())
         return before
-    # Without a checkpoint, the folder of a killed run holds nothing to keep.
-    resume = (folder / CHECKPOINT).is_file()
-    console = Console(soft_wrap=True)
-    trainer = Trainer(config, folder, resume=resume, overwrite=not resume, console=console)
+    trainer = Trainer(config, folder, resume="auto", console=Console(soft_wrap=True))
     progress = None if progress_every is None else Progress(trainer, progress_every)
     try:
         trainer.fit(epoch_done=progress)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"saved at step {trainer.saved_step}") from None
+        raise KeyboardInterrupt(f"saved at step {trainer.saver.step}") from None
     trained = {
         "steps": trainer.total_steps,
         "images": len(trainer.loader.source),

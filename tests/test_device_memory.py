@@ -13,7 +13,7 @@ FAULTS = """
 import ctypes, resource
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: count small pages
 import torch
-from vi_simsiam.engine.memory import keep_freed_memory
+from vi_simsiam.engine.device import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
