@@ -110,7 +110,7 @@ def test_a_disk_that_fills_up(files: FileSource, folder: Path, size: int) -> Non
 def test_a_folder_that_may_only_be_read(
     files: FileSource, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it has is used; the rest is one line."""
+    """Its packs are used; a new one is refused in one line."""
     first, _ = cached(files, cache_dir=folder, workers=0)
 
     def refuse(path: Path, mode: str, *_: object) -> None:
