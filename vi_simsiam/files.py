@@ -12,7 +12,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
-from typing import IO, Any, NotRequired, TypeVar, get_args, get_origin, get_type_hints, is_typeddict
+from typing import (
+    IO,
+    Any,
+    BinaryIO,
+    NotRequired,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 from typeguard import (
     CollectionCheckStrategy,
@@ -32,6 +42,7 @@ _MOST_BYTES = 1 << 28
 _LARGEST = 2**63
 _LARGEST_FLOAT = 1e100  # sums, squares and scales of a figure stay finite below it
 _DEEPEST = 32
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0)
 _ALL = CollectionCheckStrategy.ALL_ITEMS
 
 
@@ -47,18 +58,34 @@ def read_bytes(path: Path, option: str, most: int = _MOST_BYTES) -> bytes:
         InputError: there is none, it is larger, or no regular file: reading a pipe would block.
     """
     try:
-        # Without O_NONBLOCK opening a pipe waits for its writer.
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise InputError(f"{option}: {path} is no regular file")
-            if status.st_size > most:
-                size = f"{status.st_size:,} bytes, more than the {most:,}"
-                raise InputError(f"{option}: {path} has {size} that such a file may have")
-            return file.read(status.st_size)
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most:
+                raise InputError(
+                    f"has {size:,} bytes, more than the {most:,} that such a file may have"
+                )
+            return file.read(size)
+    except InputError as error:
+        raise InputError(f"{option}: {path} {error}") from None
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"{option}: {path} cannot be read ({reason})") from error
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file to be read; a link is followed.
+
+    Raises:
+        InputError: it is no regular file: reading a pipe would block. The message continues the
+            file's name.
+        OSError: it cannot be opened.
+    """
+    # Without O_NONBLOCK opening a pipe waits for its writer.
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NO_WAIT))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise InputError("is no regular file")
+    return file
 
 
 def read_json(path: Path, kind: type[_Content], option: str, *, finite: bool = True) -> _Content:
