@@ -18,10 +18,11 @@ from PIL import Image
 from vi_simsiam.cli.evaluate import report
 from vi_simsiam.config import TrainConfig, differing_fields, preset
 from vi_simsiam.data.sources import ArraySource
+from vi_simsiam.engine.knn import KnnConfig
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.corruptions import MAGNITUDES
 from vi_simsiam.evaluation.figures import certainty
-from vi_simsiam.evaluation.knn import KnnConfig, evaluate_knn
+from vi_simsiam.evaluation.knn import evaluate_knn
 from vi_simsiam.evaluation.report import (
     compared,
     gallery,

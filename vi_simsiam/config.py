@@ -49,6 +49,7 @@ DataMemory = Literal["auto", "gpu", "host"]
 Capture = Literal["auto", "on", "off"]
 Kernels = Literal["auto", "on", "off"]
 BatchNormStatistics = Literal["per-view", "joint"]
+StopOn = Literal["collapse"]
 
 
 def data_spec(text: str) -> str:
@@ -138,6 +139,11 @@ class TrainConfig:
     """Least seconds between two checkpoints; one is written at the end and on a signal, too."""
     keep: int = limited(2, at_least(1))
     """Number of checkpoints that are kept, besides the one with the best kNN accuracy."""
+    knn_every: int | None = limited(None, at_least(1))
+    """Measure the kNN accuracy on some labelled images after every so many epochs; None for
+    never."""
+    stop_on: StopOn | None = None
+    """End a training early that has collapsed, with the exit code 3; None for never."""
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -210,7 +216,7 @@ _PATHS = {"data_root": Path("data"), "cache_dir": None, "frozen_run": None}
 
 PLACE_FIELDS = {
     "workers", "device", "data_root", "offline", "cache_dir", "data_memory", "capture", "kernels",
-    "compile", "log_every", "save_every", "keep", "deterministic",
+    "compile", "log_every", "save_every", "keep", "deterministic", "knn_every", "stop_on",
 }  # fmt: skip
 """Fields that may change when a run is resumed: they do not change the result."""
 

@@ -25,6 +25,10 @@ class TrainingError(UserError, RuntimeError):
     """Training cannot go on (a non-finite loss, say). Saved files stay usable."""
 
 
+class CollapsedError(TrainingError):
+    """A training ended early since it has collapsed; the run was saved and can go on."""
+
+
 class LineWarning(UserWarning):
     """Base of the warnings below, each printed as one line."""
 

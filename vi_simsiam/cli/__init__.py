@@ -27,6 +27,7 @@ COMMANDS = {
     "figures": ("evaluate", "curves, kappa gallery, density and uncertainty of a run as pictures"),
     "uncertainty": ("evaluate", "quality of kappa: calibration, errors, foreign or damaged images"),
     "report": ("evaluate", "all results of a run in one HTML file"),
+    "doctor": ("doctor", "the state of a run in words: its problems, and what to do"),
     "embed": ("use", "embeddings, kappa and neighbours of your images as a Parquet file"),
     "rank": ("use", "your most and least certain images"),
     "export": (
@@ -68,8 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0 done, 2 unusable input, 130 interrupted by SIGINT, SIGTERM, SIGHUP or
-            SIGUSR1 (a training is saved), 141 output without a reader.
+        The exit code: 0 done, 1 a problem was found (doctor) or anything became slower (bench
+            compare), 2 unusable input, 3 a training has collapsed (--stop-on), 130 interrupted by
+            SIGINT, SIGTERM, SIGHUP or SIGUSR1 (a training is saved), 141 output without a reader.
     """
     for stream in (sys.stdout, sys.stderr):
         if not isinstance(stream, io.TextIOWrapper) or stream.closed:

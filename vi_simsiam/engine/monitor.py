@@ -101,6 +101,19 @@ def effective_rank(x: Tensor) -> Tensor:
     return torch.exp(-torch.special.xlogy(share, share).sum())
 
 
+class Timed:
+    """The time of the steps after step `first`, and of it the seconds of waiting for data."""
+
+    def __init__(self, first: int) -> None:
+        self.first, self.waited = first, 0.0
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """The time so far."""
+        return time.perf_counter() - self._started
+
+
 class Monitor:
     """Progress bar, metrics.jsonl and TensorBoard of one run; a context manager.
 
@@ -138,9 +151,11 @@ class Monitor:
         write_text(path, "".join(f"{line}\n" for line in lines))
         self.folder, self.health = folder, Health(config)
         self.last: dict[str, Any] | None = None
+        self._knn: float | None = None
         for line in lines:
             self.last = json.loads(line)
             self.health.update(json.loads(line))
+            self._knn = json.loads(line).get("knn", self._knn)
         self._file = path.open("a")
         self._stack = contextlib.ExitStack()
         place = str(self._stack.enter_context(utf8_path(folder)))
@@ -200,6 +215,8 @@ class Monitor:
         parts = [f"loss {metrics['loss']:.3g}", f"cos {metrics['cosine']:.2f}"]
         if "kappa" in metrics:
             parts.append(f"{kappa}/(D-1) {metrics['kappa']:.2g}")
+        if self._knn is not None:
+            parts.append(f"kNN {self._knn:.1%}")
         parts.append(f"{metrics['views_per_s']:.0f} views/s")
         if self.health.since is not None:
             parts = [self.health.state, f"since step {self.health.since}", parts[1]]
@@ -225,6 +242,7 @@ class Monitor:
             TrainingError: this line or an earlier one could not be written (a full disk, say).
         """
         begins = self.health.update(metrics)
+        self._knn = metrics.get("knn", self._knn)
         self.last = {**metrics, **(launched or {}), "state": self.health.state}
         if self.health.since is not None:
             self.last["since"] = self.health.since
@@ -255,6 +273,7 @@ class Monitor:
             f"kappa/(D-1) {metrics['kappa']:.3g}" if "kappa" in metrics else "",
             f"z-std {metrics['z_std']:.2f}",
             f"rank {metrics['effective_rank']:.0f}",
+            f"kNN {metrics['knn']:.1%}" if "knn" in metrics else "",
             f"{metrics['views_per_s']:.0f} views/s",
             f"waiting for data {metrics['data_wait']:.0%}",
             self.health.short,

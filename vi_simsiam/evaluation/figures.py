@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from vi_simsiam.data.sources import ImageSource
+from vi_simsiam.engine.forward import extract
 from vi_simsiam.engine.run import METRICS, Run, read_config
 from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.errors import InputError
@@ -38,7 +39,6 @@ from vi_simsiam.evaluation.style import (
 )
 from vi_simsiam.functional import power_spherical_log_prob
 from vi_simsiam.inference.embed import extremes
-from vi_simsiam.inference.forward import extract
 from vi_simsiam.models import VISimSiam
 from vi_simsiam.text import METHODS, brief_repr, counted
 
@@ -74,7 +74,13 @@ def draw_curves(run_folder: Path) -> list[Path]:
         loss, cosine, third, spread, rank, gradient = drawn.subplots(2, 3, sharex=True).flat
         title = "loss (0 = no better than chance)" if has_kappa else "loss"
         _curve(loss, title, epoch, metrics["loss"])
-        _curve(cosine, "cosine of prediction and target", epoch, metrics["cosine"])
+        title = "cosine of prediction and target"
+        _curve(cosine, title, epoch, metrics["cosine"], label="cosine")
+        if "knn" in metrics:
+            measured = np.isfinite(metrics["knn"])
+            points = epoch[measured], metrics["knn"][measured]
+            cosine.plot(*points, color=ORANGE, lw=1.1, marker="o", ms=2.5, label="kNN accuracy")
+            cosine.legend(loc="best", ncols=2)
         if has_kappa:
             _curve(third, "concentration κ / (D − 1)", epoch, metrics["kappa"], label="predicted")
             if "kappa_best" in metrics:

@@ -40,7 +40,7 @@ from vi_simsiam.evaluation.uncertainty import comparisons
 from vi_simsiam.evaluation.uncertainty_figures import draw_uncertainty, score_label
 from vi_simsiam.files import write_text
 from vi_simsiam.inference.embed import extremes
-from vi_simsiam.text import METHODS, counted, fill_template
+from vi_simsiam.text import METHODS, counted, fill_template, show
 
 REPORT = "report.html"
 _RESULTS = (*ACCURACIES, "uncertainty")
@@ -95,7 +95,7 @@ def write_report(folder: Path, open_run: Callable[[], Run] | None = None) -> Pat
             run = open_run()
         except InputError as error:
             problem = str(error)
-            print(f"images left out: {problem}")
+            show(f"images left out: {problem}")
     found = None if run is None else certainty(run)
     figures = [*draw_curves(folder), *draw_density(folder), *draw_uncertainty(folder)]
     if run is not None:

@@ -20,6 +20,7 @@ from vi_simsiam.engine.verdict import LEAST_COSINE, LEAST_RATIO
 from vi_simsiam.experiments.results import RUN_FIELDS
 from vi_simsiam.experiments.runner import MARKDOWN, PLAN, RESULTS, load
 from vi_simsiam.files import write_json, write_text
+from vi_simsiam.text import each_text, markdown
 
 _LINES = 5
 """Lines of metrics that are averaged, since the concentration of one batch is noisy."""
@@ -120,6 +121,7 @@ def _judged(rows: Sequence[Row]) -> list[Row]:
 
 def deaths_markdown(runs: dict[str, Any]) -> str:
     """summary.md: the counts over all runs, by D and by learning rate."""
+    runs = each_text(runs, markdown)
     rows = runs["runs"]
     by_arm = _groups(rows, "arm")
     counts = "; ".join(f"{arm} {_dead(group)}" for (arm,), group in by_arm.items())

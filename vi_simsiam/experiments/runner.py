@@ -21,19 +21,18 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from vi_simsiam.checks import require
 from vi_simsiam.data.cache import cached
 from vi_simsiam.data.decoding import cores
+from vi_simsiam.data.subsets import labelled_splits
 from vi_simsiam.engine.processes import INTERRUPTED, Process, last_line, locked, supervise
 from vi_simsiam.engine.run import open_splits, resolve_device
 from vi_simsiam.errors import InputError
-from vi_simsiam.evaluation.features import labelled_splits
 from vi_simsiam.experiments.plan import PRIMARY_MEASURE, TRIAL_SEED, Arm, Place, Plan, settings
 from vi_simsiam.files import write_json
-from vi_simsiam.text import counted, print_line
+from vi_simsiam.text import cell, counted, print_line
 
 PLAN, CHOSEN, RUNS, RESULTS, TRIALS = "plan.json", "chosen.json", "runs", "results", "trials"
 MARKDOWN = "summary.md"
@@ -250,7 +249,7 @@ def _table(runs: Sequence[Run], width: int) -> Table:
         if run.running:
             clock = time.strftime("%H:%M:%S", time.gmtime(run.elapsed))
             line = last_line(run.log)[: max(20, width - len(run.name) - 24)]
-            table.add_row(*map(escape, (run.name, run.device, clock, line)))
+            table.add_row(*map(cell, (run.name, run.device, clock, line)))
     states = Counter("done" if run.finished else run.state for run in runs)
     counts = f"{states['done']} of {len(runs)} done, {states['waiting']} waiting"
     table.add_row(counts + (f", {states['failed']} failed" if states["failed"] else ""))
@@ -261,7 +260,7 @@ def _decode(arms: Sequence[Arm], plan: Plan, place: Place, console: Console) -> 
     """Open every data set and decode its images once, before several runs do at the same time."""
     fields = attrgetter("data", "images", "held_out", "split_seed", "distinct")
     for config in {fields(arm.config): arm.config for arm in arms}.values():
-        with console.status(escape(f"reading {config.data}"), spinner="line"):
+        with console.status(cell(f"reading {config.data}"), spinner="line"):
             here = dataclasses.replace(config, data_root=place.data_root, offline=place.offline)
             splits = open_splits(here.located())
             if plan.measures:

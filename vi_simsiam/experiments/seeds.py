@@ -17,19 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from vi_simsiam.checks import require
 from vi_simsiam.data.decoding import cores
 from vi_simsiam.engine.checkpoint import checkpoints
+from vi_simsiam.engine.origin import is_own, mark
 from vi_simsiam.engine.processes import INTERRUPTED, Process, last_line, supervise
 from vi_simsiam.engine.run import METRICS, Resume
 from vi_simsiam.engine.verdict import problem
 from vi_simsiam.errors import InputError
 from vi_simsiam.experiments.runner import holds, load, outcome
 from vi_simsiam.files import write_json
-from vi_simsiam.text import print_line
+from vi_simsiam.text import cell, print_line
 
 SEEDS = "seeds.json"
 _TRAIN = (sys.executable, "-m", "vi_simsiam", "train")
@@ -145,12 +145,14 @@ def run_seeds(
         """Write seeds.json, so that even a killed command can be resumed; returns its content."""
         seconds, finished = time.monotonic() - started, sum(run.exit == 0 for run in pending)
         whole = not resume and all(run.exit is not None for run in runs)
+        results = [run.result() for run in runs]
         content = {
             "arguments": given,
             "seconds": round(seconds, 3),
             "runs_per_hour": round(3600 * finished / seconds, 3) if whole else None,
-            "runs": [run.result() for run in runs],
+            "runs": results,
         }
+        mark(out, _named(given, results))
         write_json(out / SEEDS, content)
         return content
 
@@ -169,7 +171,7 @@ def run_seeds(
         grid = Table.grid(padding=(0, 2))
         for run in runs:
             line = last_line(run.log)[: max(20, console.width - 24)]
-            grid.add_row(*map(escape, (run.name, run.state, line)))
+            grid.add_row(*map(cell, (run.name, run.state, line)))
         return grid
 
     interrupted = supervise(pending, console, table=table, ended=ended, start_more=start_all)
@@ -222,9 +224,19 @@ def _resumed(out: Path, seeds: int | None) -> dict[str, Any]:
             raise InputError(
                 f"resume: seed {run['seed']} in {out} is still running, as process {run['process']}"
             )
+    if not is_own(out, _named(before["arguments"], before["runs"])):
+        raise InputError(
+            f"resume: this user has not started the runs in {out} here, or {SEEDS} was changed "
+            f"since; go on with one at a time: --out {out / 'seed-N'} --resume --data DATA"
+        )
     count = len(before["runs"])
     require("seeds", seeds, seeds in (None, count), f"{count}, as {out} was started with")
     return before
+
+
+def _named(arguments: list[str], runs: list[dict[str, Any]]) -> list[Any]:
+    """The parts of a seeds.json that act, see `engine.origin`."""
+    return [arguments, [run["seed"] for run in runs]]
 
 
 def _is_running(process: object, folder: Path) -> bool:

@@ -26,10 +26,11 @@ from rich.console import Console
 import vi_simsiam
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.data.cache import cached
-from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource
-from vi_simsiam.data.subsets import select
+from vi_simsiam.data.subsets import at_most, labelled_splits
+from vi_simsiam.engine.forward import extract
+from vi_simsiam.engine.knn import KnnConfig, classify
 from vi_simsiam.engine.processes import locked
 from vi_simsiam.engine.run import (
     METRICS,
@@ -43,17 +44,16 @@ from vi_simsiam.engine.run import (
 )
 from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import TrainingError, UserError
-from vi_simsiam.evaluation.features import FeatureSets, labelled_splits, random_features
-from vi_simsiam.evaluation.knn import KnnConfig, classify, evaluate_knn
+from vi_simsiam.evaluation.features import FeatureSets, random_features
+from vi_simsiam.evaluation.knn import evaluate_knn
 from vi_simsiam.evaluation.linear import evaluate_linear, linear_preset
 from vi_simsiam.evaluation.logistic import evaluate_logistic
 from vi_simsiam.evaluation.scores import TRIVIAL
 from vi_simsiam.evaluation.uncertainty import evaluate_uncertainty
 from vi_simsiam.experiments.runner import TRAINED
 from vi_simsiam.files import write_json, write_text
-from vi_simsiam.inference.forward import extract
 from vi_simsiam.info import versions
-from vi_simsiam.text import counted, data_label
+from vi_simsiam.text import counted, data_label, one_line
 
 _SECONDS_TO_LOCK = 90.0
 """Time to wait for an earlier process of the same run, which may still be saving."""
@@ -80,10 +80,10 @@ def main(path: Path) -> int:
         folder = Path(spec["folder"])
         lock, busy = folder.with_name(f".{folder.name}.lock"), f"run: another process uses {folder}"
         with locked(lock, busy, seconds=_SECONDS_TO_LOCK):
-            print(work(spec), flush=True)
+            _report(work(spec))
         return 0
     except UserError as error:
-        print(f"vi-simsiam: {error}", file=sys.stderr)
+        print(one_line(f"vi-simsiam: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
         print(": ".join(("interrupted", *interruption.args)), flush=True)
@@ -170,8 +170,9 @@ def measure_run(
     }
     if not trained or not spec["measures"]:
         return content
-    here = {name: getattr(config, name) for name in ("device", "workers", "data_root", "cache_dir")}
-    run = load_run(folder, **here)  # the images may have moved since the training
+    here = ("device", "workers", "data", "data_root", "cache_dir")
+    # The images may have moved since the training.
+    run = load_run(folder, **{name: getattr(config, name) for name in here})
     if (val := run.splits.val) is not None:
         splits = dataclasses.replace(run.splits, val=at_most(val, spec["val_images"]))
         run = dataclasses.replace(run, splits=splits)
@@ -179,13 +180,6 @@ def measure_run(
     if spec["uncertainty"] and config.method == "vi-simsiam":
         content["uncertainty"] = flat_uncertainty(evaluate_uncertainty(run, report=_report))
     return content
-
-
-def at_most(source: ImageSource, images: int | None) -> ImageSource:
-    """At most so many images, drawn class by class and the same every time; None for all."""
-    if images is None or len(source) <= images:
-        return source
-    return select(Splits(source.name, source, None), images=images, distinct=False).train
 
 
 def _accuracies(run: Run, measures: Iterable[str]) -> dict[str, Any]:

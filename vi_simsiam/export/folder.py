@@ -39,7 +39,7 @@ from vi_simsiam.export.formats import (
 from vi_simsiam.files import write_json, write_text
 from vi_simsiam.info import versions
 from vi_simsiam.paths import user_path, utf8_path
-from vi_simsiam.text import METHODS, counted, data_label, fill_template
+from vi_simsiam.text import METHODS, counted, data_label, fill_template, markdown, one_line
 
 CARD, SETTINGS, TIMM_SETTINGS = "README.md", "config.json", "training.json"
 CHECK_IMAGES = 8
@@ -132,6 +132,8 @@ def export_run(
             f"format: onnx needs {' and '.join(missing)}; "
             "install with pip install 'vi-simsiam[onnx]'"
         )
+    if out is None and (run.path / "export").is_symlink():
+        raise InputError(f"out: {run.path / 'export'} is a link; say where to write with --out")
     target = (run.path / "export" / format if out is None else user_path("out", out)).absolute()
     _check_target(target, overwrite)
 
@@ -257,6 +259,7 @@ def model_card(run: Run, format: str, *, check: dict[str, Any], versions: dict[s
     config, model = run.config, run.config.model
     vi = config.method == "vi-simsiam"
     kind, _, path = config.data.partition(":")
+    label = one_line(data_label(config.data))
     columns: dict[str, dict[str, float]] = {
         heading: (read_result(run.path, name) or {}).get(key) or {}
         for name, key, heading in _COLUMNS
@@ -264,8 +267,8 @@ def model_card(run: Run, format: str, *, check: dict[str, Any], versions: dict[s
     results = [
         EvalResult(
             task_type="image-classification",
-            dataset_type=_HUB_DATA.get(config.data, data_label(config.data)),
-            dataset_name=data_label(config.data),
+            dataset_type=_HUB_DATA.get(config.data, label),
+            dataset_name=label,
             dataset_split="validation",
             metric_type="accuracy",
             metric_name=heading,
@@ -292,24 +295,26 @@ def model_card(run: Run, format: str, *, check: dict[str, Any], versions: dict[s
         "vi": vi,
         "architecture": model.backbone,
         "stem_width": conv1.shape[0] if model.stem == "small" and conv1 is not None else None,
-        "data": kind if kind in _HUB_DATA else f"images of one's own ({Path(path).name})",
+        "data": kind if kind in _HUB_DATA else f"images of one's own ({markdown(Path(path).name)})",
         "features": run.model.features,
         "dim": run.model.dim,
         "seen": preprocessing(config),
         "background": config.decode.background,
-        "check": check,
+        "check": check | {"source": markdown(check["source"])},
         "check_images": counted(check["images"], "image"),
         "measures": list(columns),
         "rows": [
             (encoder, [_percent(shares.get(encoder)) for shares in columns.values()])
             for encoder in ENCODERS
         ],
-        "uncertainty": _uncertainty(uncertainty, run.path),
+        "uncertainty": [map(markdown, row) for row in _uncertainty(uncertainty, run.path)],
         "uncertainty_measured": uncertainty is not None,
         "control": config.loss.concentration if config.loss.concentration in _CONTROLS else None,
         "epochs": counted(config.epochs, "epoch"),
         "progress": _progress(run),
-        "settings": {key: json.dumps(value) for key, value in flat(portable(config)).items()},
+        "settings": {
+            key: markdown(json.dumps(value)) for key, value in flat(portable(config)).items()
+        },
         "versions": ", ".join(f"{package} {number}" for package, number in versions.items()),
     }
     return fill_template("model_card.md", content, escape=False)

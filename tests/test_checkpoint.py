@@ -1,0 +1,146 @@
+"""Checkpoints: every byte is checked, and nothing of another training is used."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_resume import assert_same_run, damaged, finished_run, ten_steps  # noqa: F401
+from test_trainer import QUIET, checkpoint, same, train
+
+from vi_simsiam.config import TrainConfig
+from vi_simsiam.engine.checkpoint import (
+    BEST,
+    FORMER,
+    Checkpoint,
+    checkpoints,
+    load_best,
+    load_last,
+)
+from vi_simsiam.engine.run import load_run
+from vi_simsiam.engine.train import Trainer
+from vi_simsiam.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("small_network")
+
+
+def test_the_best_checkpoint_is_kept(settings: TrainConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    trainer = Trainer(dataclasses.replace(settings, keep=1, save_every=0.0), folder, console=QUIET)
+
+    def measure() -> None:
+        trainer.knn = {5: 0.75, 10: 0.5}[trainer.step]
+
+    trainer.fit(epoch_done=measure)
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == [
+        "checkpoint-00000010.safetensors",
+        BEST,
+    ]
+    best, last = load_best(folder), load_last(folder)
+    assert (best.step, best.knn, best.best_knn) == (5, 0.75, 0.75)
+    assert (last.step, last.knn, last.best_knn) == (10, 0.5, 0.75)
+    assert same(load_run(folder, device="cpu", checkpoint="best").model.state_dict(), best.model)
+    assert same(load_run(folder, device="cpu").model.state_dict(), last.model)
+    (folder / BEST).unlink()
+    with pytest.raises(InputError, match=r"run has no checkpoint-best.safetensors; runs with"):
+        load_run(folder, device="cpu", checkpoint="best")
+
+
+def test_no_damaged_bit_passes(run: Path) -> None:
+    """In any part of the file: its length, the JSON, the checksum, padding and tensors."""
+    path = checkpoints(run)[0]
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    generator = random.Random(0)
+    places = [*range(8), header - 1, header, len(content) - 1]
+    places += [generator.randrange(header) for _ in range(200)]
+    places += [generator.randrange(len(content)) for _ in range(200)]
+    for place in places:
+        path.write_bytes(damaged(content, place, generator.randrange(8)))
+        with pytest.raises(InputError, match=f"{path.name} cannot be read"):
+            Checkpoint.load(path)
+    for size in (0, 7, 100, header, len(content) - 1):
+        path.write_bytes(content[:size])
+        with pytest.raises(InputError, match=f"{path.name} cannot be read"):
+            Checkpoint.load(path)
+    path.write_bytes(content + b"\0")
+    with pytest.raises(InputError, match=f"{path.name} cannot be read"):
+        Checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"momentum": torch.zeros(3)},
+        {"momentum": None},
+        {"model": torch.zeros(3)},
+        {"model": torch.zeros(32, 32, dtype=torch.float64)},
+        {"step": 11},
+        {"step": 10**6},
+    ],
+)
+def test_a_checkpoint_of_another_training_is_refused(
+    change: dict[str, Any], settings: TrainConfig, run: Path
+) -> None:
+    """By name, shape, dtype and number of steps, before anything is copied."""
+    kept, name = checkpoint(run), "projector.0.weight"
+    for part, value in change.items():
+        if part == "step":
+            kept = dataclasses.replace(kept, step=value)
+        else:
+            tensors = {**getattr(kept, part), name: value}
+            left = {key: tensor for key, tensor in tensors.items() if tensor is not None}
+            kept = dataclasses.replace(kept, **{part: left})
+    assert name in kept.model
+    kept.save(checkpoints(run)[0])
+    message = r"does not fit the model|the checkpoint is of step \d+ of 10"
+    with pytest.raises(InputError, match=message):
+        Trainer(settings, run, resume=True, console=QUIET)
+
+
+def test_numbers_that_cannot_be(run: Path) -> None:
+    kept = checkpoint(run)
+    for change in ({"step": -1}, {"images": 0}, {"seconds": -1.0}):
+        with pytest.raises(InputError, match="must not be negative"):
+            dataclasses.replace(kept, **change)
+    path = checkpoints(run)[0]
+    for change in ({"losses": torch.zeros(11)}, {"losses": torch.zeros(2, dtype=torch.int32)}):
+        dataclasses.replace(kept, **change).save(path)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="cannot be read"):
+            Checkpoint.load(path)
+
+
+def test_a_later_format_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = checkpoint(run)
+    with monkeypatch.context() as patch:
+        patch.setattr("vi_simsiam.engine.checkpoint._FORMAT", 3)
+        kept.save(checkpoints(run)[0])
+    with pytest.raises(InputError, match="was written by a later version of vi-simsiam"):
+        Checkpoint.load(checkpoints(run)[0])
+
+
+def test_a_run_of_format_1_goes_on(settings: TrainConfig, run: Path, tmp_path: Path) -> None:
+    """With torch's archive and optimiser state, and then with files of today."""
+    shutil.copytree(run, tmp_path / "former")
+    kept = Checkpoint.load(checkpoints(run)[1])
+    order = Trainer(settings, run, resume=True, console=QUIET).train_step.momentum
+    states = {i: {"momentum_buffer": kept.momentum[name]} for i, name in enumerate(order)}
+    content = {"format": 1, "step": 9, "seconds": 1.0, "images": kept.images}
+    content |= {"model": kept.model, "optimizer": {"state": states, "param_groups": []}}
+    content |= {"content": kept.content}
+    for path in checkpoints(tmp_path / "former"):
+        path.unlink()
+    torch.save(content, tmp_path / "former" / FORMER)
+    train(settings, tmp_path / "former", resume=True)
+    assert_same_run(run, tmp_path / "former")
+    archive = tmp_path / "former" / FORMER
+    whole = archive.read_bytes()
+    for place in (len(whole) // 3, len(whole) // 2):
+        archive.write_bytes(damaged(whole, place, 5))
+        with pytest.raises(InputError, match="cannot be read"):
+            Checkpoint.load(archive)
