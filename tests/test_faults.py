@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import random
@@ -323,6 +324,24 @@ def test_a_damaged_file_of_a_run(
         shutil.rmtree(out)
     refusable = pattern in ("config.json", "kernels.json")
     assert refusable or not refusals
+
+
+def test_a_setting_that_is_another(
+    stopped: Path,
+    command: Callable[[Path], str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The file is valid, and the run would end elsewhere."""
+    out = tmp_path / "run"
+    shutil.copytree(stopped, out)
+    changed = json.loads((out / "config.json").read_text())
+    lr = changed["lr"]
+    changed["lr"] *= 2
+    (out / "config.json").write_text(json.dumps(changed))
+    for words in (command(out), f"knn {out} --device cpu"):
+        line = failing(words, capsys)
+        assert f"{out}/config.json is damaged or was changed: lr: {lr} -> {2 * lr}; " in line
 
 
 def steps(folder: Path) -> list[float]:
