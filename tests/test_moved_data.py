@@ -17,7 +17,7 @@ from PIL import Image
 
 from vi_simsiam.cli import main
 from vi_simsiam.config import TrainConfig
-from vi_simsiam.data import cache, packed
+from vi_simsiam.data import cache, pack_file, packed
 from vi_simsiam.data.cache import in_memory, pack
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.packed import open_pack
