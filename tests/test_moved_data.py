@@ -24,6 +24,7 @@ from vi_simsiam.data.packed import open_pack
 from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.data.subsets import content, difference, select, subset
 from vi_simsiam.engine.checkpoint import Checkpoint, checkpoints, load_last
+from vi_simsiam.engine.origin import mark, places
 from vi_simsiam.engine.run import check_images, load_run
 from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import InputError
@@ -52,6 +53,7 @@ def run(image_folder: Path, interrupted: Path, photos: Path, tmp_path: Path) -> 
     out = Path(shutil.copytree(interrupted, tmp_path / "run"))
     settings = dataclasses.replace(config(out), data=f"folder:{photos}")
     (out / "config.json").write_text(json.dumps(settings.to_dict()))
+    mark(out, places(settings))
     return out
 
 
