@@ -22,7 +22,7 @@ NUMERICS := $(patsubst %,tests/test_%.py,augment batch_norm classifiers device_f
 	embed encoder extension linear models multiview_loss multiview_loss_autograd power_spherical \
 	scores sgd small_map_convolution step)
 
-.PHONY: train test install lint cpus soak gpu bench clean
+.PHONY: train test install lint cpus soak matrix gpu bench clean
 
 train: install
 	$(BIN)/vi-simsiam train --method $(METHOD) --evaluate
@@ -61,6 +61,10 @@ soak: install
 	run 'all tests, AVX2, two threads' $(AVX2) OMP_NUM_THREADS=2 $(PYTEST); \
 	run 'all tests, baseline, one thread' $(BASELINE) $(PYTEST); \
 	printf "\n$$summary"; exit $$status
+
+matrix: install
+	$(BIN)/python scripts/matrix.py $(CELLS)
+	$(BIN)/vi-simsiam bench report CONTRIBUTING.md
 
 gpu: install
 	$(BIN)/python scripts/gpu.py $(if $(LIMIT),--seconds $(LIMIT)) $(STAGE)

@@ -19,7 +19,7 @@ import tyro
 from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted, markdown_grid
 
-from . import accuracy, tables
+from . import accuracy, matrix, tables
 from .launches import launches_markdown
 from .plots import plot_paths
 from .results import read_result
@@ -63,13 +63,7 @@ def fill(text: str, folder: Path) -> str:
             raise InputError(
                 f"bench: section {kind!r} names no file; write <!-- bench: {kind} PATH -->"
             )
-        try:
-            content = _for_every_gpu(_KINDS[kind], paths, folder)
-        except (KeyError, TypeError, IndexError) as error:
-            raise InputError(
-                f"bench: {' '.join(paths)} lacks what section {kind!r} shows ({error!r}); "
-                "measure it again"
-            ) from error
+        content = _for_every_gpu(_KINDS[kind], paths, folder)
         return f"{match.group(1)}{content}\n{match.group(3)}"
 
     return _SECTION.sub(section, text)
@@ -165,6 +159,7 @@ _KINDS: dict[str, _Section] = {
     "gpu-targets": _gpu_targets,
     "cpu-targets": _cpu_targets,
     "accuracy": _table(accuracy.NAME, accuracy.markdown_table),
+    "matrix": _table(matrix.NAME, matrix.markdown_table),
     "batch-norm": _table("batch_norm", tables.batch_norm_markdown),
     "augment": _table("augment", tables.augment_markdown),
     "step": _table("step", tables.step_markdown),

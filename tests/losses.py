@@ -13,7 +13,7 @@ import pytest
 import torch
 from emulated_cuda import emulate
 from torch import Tensor
-from triton_interpreter import make_faster
+from triton_interpreter import prepare
 
 from vi_simsiam.benchmarks.peers import textbook_loss
 from vi_simsiam.ops.backends import extension, interpreting, why_unavailable
@@ -28,7 +28,7 @@ QUADRATIC = LossForm("power_spherical", 31.0, 0.5, link="quadratic", gain=0.25, 
 if interpreting():
     from triton.runtime import interpreter
 
-    make_faster(interpreter)
+    prepare(interpreter)
 if EMULATION:
     emulate(EMULATION, pytest.MonkeyPatch())
     FUSED: list[Any] = ["cuda"]

@@ -129,9 +129,11 @@ class Workers:
                 process.join(_SECONDS_TO_END)
                 code = process.exitcode or 0
                 how = f"killed by signal: {signal.strsignal(-code)}" if code < 0 else f"exit {code}"
+                hint = "it may have run out of memory, and fewer workers need less"
+                if code == -getattr(signal, "SIGBUS", 0):
+                    hint = "a file that it read may have been truncated, or its disk have failed"
                 raise TrainingError(
-                    f"{self._name}: a process that {self._verb} images has ended ({how}); "
-                    "it may have run out of memory, and fewer workers need less"
+                    f"{self._name}: a process that {self._verb} images has ended ({how}); {hint}"
                 ) from error
 
 

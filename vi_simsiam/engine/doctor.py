@@ -18,11 +18,11 @@ from vi_simsiam.engine.checkpoint import load_last
 from vi_simsiam.engine.failure import Failure
 from vi_simsiam.engine.failure import read as read_failure
 from vi_simsiam.engine.kernels import kernels_of
+from vi_simsiam.engine.log import read_log
 from vi_simsiam.engine.processes import locked
 from vi_simsiam.engine.run import LOCK, METRICS, read_config
 from vi_simsiam.engine.verdict import Health
 from vi_simsiam.errors import InputError, RunWarning
-from vi_simsiam.files import parse_json, read_bytes
 
 Ending = Literal["finished", "going on", "not finite", "collapsed", "interrupted", "killed"]
 Lines = Sequence[dict[str, Any]]
@@ -97,7 +97,7 @@ def diagnose(folder: Path) -> Diagnosis:
         InputError: no run there, nothing was logged, or a damaged file.
     """
     config, failure = read_config(folder), read_failure(folder)
-    lines = read_lines(folder)
+    lines = _numbers(folder)
     if not lines and failure is None:
         raise InputError(f"run: {folder} has nothing in its {METRICS} yet")
     health = Health(config)
@@ -138,15 +138,12 @@ _ENDINGS: dict[Ending, str] = {
 }
 
 
-def read_lines(folder: Path) -> Lines:
-    """The figures in a run's metrics.jsonl, line by line; a crash can cut off the last one."""
-    path = folder / METRICS
-    lines = []
-    for text in read_bytes(path, "run").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            line = parse_json(text, dict[str, Any], finite=False)
-            lines.append({name: x for name, x in line.items() if isinstance(x, int | float)})
-    return [line for line in lines if math.isfinite(line.get("step", math.nan))]
+def _numbers(folder: Path) -> Lines:
+    """The numbers in a run's log, line by line."""
+    return [
+        {name: x for name, x in line.items() if isinstance(x, int | float)}
+        for line in read_log(folder)[0]
+    ]
 
 
 def _ending(

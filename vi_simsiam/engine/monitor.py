@@ -21,13 +21,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.tensorboard import SummaryWriter
 
 from vi_simsiam.config import Stem, TrainConfig
+from vi_simsiam.engine.log import read_log
+from vi_simsiam.engine.run import METRICS
 from vi_simsiam.engine.verdict import Health
 from vi_simsiam.errors import TrainingError
 from vi_simsiam.files import write_text
 from vi_simsiam.models import Output, SimSiam, VISimSiam
 from vi_simsiam.ops.power_spherical import ONE_PLUS_COS_MIN
 from vi_simsiam.paths import utf8_path
-from vi_simsiam.text import print_line
+from vi_simsiam.text import counted, print_line
 
 _SECONDS_SHOWN = 1.0
 _SECONDS_TIMED = 3.0
@@ -145,18 +147,16 @@ class Monitor:
         resumed: bool = False,
         quiet: bool = False,
     ) -> None:
-        path = folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        lines = [line for line in lines if _step(line) <= step]
-        write_text(path, "".join(f"{line}\n" for line in lines))
+        lines, damaged = read_log(folder)
+        lines = [line for line in lines if line["step"] <= step]
+        write_text(folder / METRICS, "".join(f"{json.dumps(line)}\n" for line in lines))
         self.folder, self.health = folder, Health(config)
-        self.last: dict[str, Any] | None = None
+        self.last: dict[str, Any] | None = lines[-1] if lines else None
         self._knn: float | None = None
         for line in lines:
-            self.last = json.loads(line)
-            self.health.update(json.loads(line))
-            self._knn = json.loads(line).get("knn", self._knn)
-        self._file = path.open("a")
+            self.health.update(line)
+            self._knn = line.get("knn", self._knn)
+        self._file = (folder / METRICS).open("a")
         self._stack = contextlib.ExitStack()
         place = str(self._stack.enter_context(utf8_path(folder)))
         self._tensorboard = SummaryWriter(place, purge_step=step + 1)
@@ -184,6 +184,9 @@ class Monitor:
         self._task = self._progress.add_task(
             "", total=self._total, completed=step, text="", epoch=epoch
         )
+        if damaged:
+            lost = counted(damaged, "damaged line")
+            self._print(f"warning: {lost} of metrics.jsonl left out", style="yellow")
 
     def advance(self, step: int) -> None:
         """Show that `step` steps are done."""
@@ -319,14 +322,6 @@ class Monitor:
             with contextlib.suppress(*ignored):
                 file.close()
         self._stack.close()
-
-
-def _step(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for a line cut off by a crash."""
-    try:
-        return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return math.inf
 
 
 def duration_line(

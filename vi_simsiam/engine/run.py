@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from vi_simsiam.engine.checkpoint import (
 from vi_simsiam.engine.origin import ORIGIN, mark, placed, places
 from vi_simsiam.engine.processes import locked
 from vi_simsiam.errors import ImageWarning, InputError
-from vi_simsiam.files import write_json
+from vi_simsiam.files import read_json, write_json
 from vi_simsiam.models import SimSiam, build_model
 from vi_simsiam.paths import user_path
 
@@ -181,9 +180,10 @@ def read_config(path: Path) -> TrainConfig:
     """
     if not (path / CONFIG).is_file():
         raise InputError(f"run: {path} holds no run (no {CONFIG} there)")
+    plain = read_json(path / CONFIG, dict[str, Any], "run")
     try:
-        return TrainConfig.from_dict(json.loads((path / CONFIG).read_text()))
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        return TrainConfig.from_dict(plain)
+    except InputError as error:
         raise InputError(f"run: {path / CONFIG} is damaged ({error})") from error
 
 

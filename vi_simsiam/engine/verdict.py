@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 from collections import deque
 from pathlib import Path
 from typing import Any, Literal
 
 from vi_simsiam.config import TrainConfig
-from vi_simsiam.engine.run import METRICS
+from vi_simsiam.engine.log import read_log
 
 State = Literal["learning", "collapsed", "dead", "not learning"]
 
@@ -71,10 +69,9 @@ class Health:
     @classmethod
     def of_run(cls, folder: Path, config: TrainConfig) -> Health | None:
         """The state at the end of a run's metrics.jsonl; None if there is no line in it."""
-        health, file = cls(config), folder / METRICS
-        for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
-            with contextlib.suppress(json.JSONDecodeError):  # the last one may be cut off
-                health.update(json.loads(line))
+        health, (lines, _) = cls(config), read_log(folder)
+        for line in lines:
+            health.update(line)
         return health if health._recent else None
 
     def update(self, metrics: dict[str, Any]) -> bool:

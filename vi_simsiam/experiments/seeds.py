@@ -7,14 +7,13 @@ other. Each run is the same as `vi-simsiam train --seed N` alone, in a folder of
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -22,13 +21,16 @@ from rich.table import Table
 from vi_simsiam.checks import require
 from vi_simsiam.data.decoding import cores
 from vi_simsiam.engine.checkpoint import checkpoints
+from vi_simsiam.engine.log import read_log
 from vi_simsiam.engine.origin import is_own, mark
 from vi_simsiam.engine.processes import INTERRUPTED, Process, last_line, supervise
-from vi_simsiam.engine.run import METRICS, Resume
+from vi_simsiam.engine.run import Resume
 from vi_simsiam.engine.verdict import problem
 from vi_simsiam.errors import InputError
-from vi_simsiam.experiments.runner import holds, load, outcome
-from vi_simsiam.files import write_json
+from vi_simsiam.evaluation.results import read_result
+from vi_simsiam.experiments.forms import Seeds
+from vi_simsiam.experiments.runner import holds, outcome
+from vi_simsiam.files import read_json, write_json
 from vi_simsiam.text import cell, print_line
 
 SEEDS = "seeds.json"
@@ -40,7 +42,7 @@ _OWN_OPTIONS = {
     "--no-overwrite": False,
 }  # fmt: skip
 _FIRST_OPTIONS = {"--config": True, "--preset": True, "--policy": True}
-_EVALUATIONS = {"kNN": "knn.json", "linear": "linear.json"}
+_EVALUATIONS = {"kNN": "knn", "linear": "linear"}
 
 
 class _Seed(Process):
@@ -65,12 +67,13 @@ class _Seed(Process):
     def result(self) -> dict[str, Any]:
         """The run's entry in seeds.json."""
         top1 = {}
-        for name, file in _EVALUATIONS.items():
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not evaluated
-                top1[name] = json.loads((self.folder / file).read_text())["top1"]["trained"]
-        metrics = None
-        with contextlib.suppress(ValueError):  # no line, or not a whole one
-            metrics = json.loads(last_line(self.folder / METRICS))
+        for name, evaluation in _EVALUATIONS.items():
+            with contextlib.suppress(InputError, KeyError):  # damaged, or not of these features
+                if (found := read_result(self.folder, evaluation)) is not None:
+                    top1[name] = found["top1"]["trained"]
+        lines: list[dict[str, Any]] = []
+        with contextlib.suppress(InputError):  # another file in its place
+            lines, _ = read_log(self.folder)
         return {
             "seed": self.seed,
             "folder": self.folder.name,
@@ -78,7 +81,7 @@ class _Seed(Process):
             "exit": self.exit,
             "process": self.pid,
             "seconds": round(self.seconds, 3),
-            "metrics": metrics,
+            "metrics": lines[-1] if lines else None,
             "top1": top1,
         }
 
@@ -215,10 +218,7 @@ def _resumed(out: Path, seeds: int | None) -> dict[str, Any]:
     """The content of seeds.json of an earlier session."""
     if not (out / SEEDS).is_file():
         raise InputError(f"resume: {out} holds no {SEEDS} to go on from")
-    before = load(out / SEEDS, "arguments", "runs")
-    whole = (isinstance(run, dict) and {"seed", "exit"} <= run.keys() for run in before["runs"])
-    if not before["runs"] or not all(whole):
-        raise InputError(f"resume: {out / SEEDS} is damaged")
+    before = cast(dict[str, Any], read_json(out / SEEDS, Seeds, "resume"))
     for run in before["runs"]:
         if _is_running(run.get("process"), out / f"seed-{run['seed']}"):
             raise InputError(

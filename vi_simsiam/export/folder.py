@@ -22,10 +22,11 @@ from torch import Tensor
 from vi_simsiam.config import flat
 from vi_simsiam.data.sources import ImageSource, UnreadableError
 from vi_simsiam.data.views import eval_view
-from vi_simsiam.engine.run import METRICS, Run
+from vi_simsiam.engine.log import read_log
+from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.evaluation.features import ENCODERS
-from vi_simsiam.evaluation.results import read_result, reading
+from vi_simsiam.evaluation.results import read_result
 from vi_simsiam.evaluation.uncertainty import comparisons
 from vi_simsiam.export.formats import (
     outputs,
@@ -307,7 +308,7 @@ def model_card(run: Run, format: str, *, check: dict[str, Any], versions: dict[s
             (encoder, [_percent(shares.get(encoder)) for shares in columns.values()])
             for encoder in ENCODERS
         ],
-        "uncertainty": [map(markdown, row) for row in _uncertainty(uncertainty, run.path)],
+        "uncertainty": [map(markdown, row) for row in _uncertainty(uncertainty)],
         "uncertainty_measured": uncertainty is not None,
         "control": config.loss.concentration if config.loss.concentration in _CONTROLS else None,
         "epochs": counted(config.epochs, "epoch"),
@@ -320,21 +321,20 @@ def model_card(run: Run, format: str, *, check: dict[str, Any], versions: dict[s
     return fill_template("model_card.md", content, escape=False)
 
 
-def _uncertainty(result: dict[str, Any] | None, run_folder: Path) -> list[tuple[str, ...]]:
+def _uncertainty(result: dict[str, Any] | None) -> list[tuple[str, ...]]:
     """Rows: the measure, kappa's number, and the best trivial and other score by name."""
     if result is None:
         return [(text, NOT_MEASURED, "-", "-") for text in _PARTS.values()]
     rows: list[tuple[str, ...]] = []
-    with reading(run_folder / "uncertainty.json"):
-        if result["calibration"]:
-            error = f"{result['calibration']['error']:.4f}"
-            rows.append((_PARTS["calibration"], error, "-", "-"))
-        for row in comparisons(result):
-            kappa = "not defined" if row.kappa is None else f"{row.kappa:.3f}"
-            others = ((row.baseline, row.value), (row.other, row.other_value))
-            best = ("-" if value is None else f"{value:.3f} ({name})" for name, value in others)
-            rows.append((f"{row.part}, {row.measure}", kappa, *best))
-        missing = [text for part, text in _PARTS.items() if not result[part]]
+    if result["calibration"]:
+        error = f"{result['calibration']['error']:.4f}"
+        rows.append((_PARTS["calibration"], error, "-", "-"))
+    for row in comparisons(result):
+        kappa = "not defined" if row.kappa is None else f"{row.kappa:.3f}"
+        others = ((row.baseline, row.value), (row.other, row.other_value))
+        best = ("-" if value is None else f"{value:.3f} ({name})" for name, value in others)
+        rows.append((f"{row.part}, {row.measure}", kappa, *best))
+    missing = [text for part, text in _PARTS.items() if not result[part]]
     return [*rows, *((text, NOT_MEASURED, "-", "-") for text in missing)]
 
 
@@ -344,8 +344,8 @@ def _percent(share: float | None) -> str:
 
 def _progress(run: Run) -> str:
     """Progress of the training by the last line of the run's log."""
-    try:
-        line = json.loads((run.path / METRICS).read_text().splitlines()[-1])
-        return f"the log ends at epoch {line['epoch']:.2f} with a loss of {line['loss']:.4g}"
-    except (OSError, IndexError, KeyError, TypeError, ValueError):
+    lines, _ = read_log(run.path)
+    last = lines[-1] if lines else {}
+    if "epoch" not in last or last.get("loss") is None:
         return "the run has no log of its progress"
+    return f"the log ends at epoch {last['epoch']:.2f} with a loss of {last['loss']:.4g}"

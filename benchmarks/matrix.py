@@ -1,0 +1,43 @@
+"""The table of `make matrix`: versions of PyTorch by versions of Python."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vi_simsiam.text import counted, markdown_grid
+
+NAME = "matrix"
+
+
+def markdown_table(result: dict[str, Any]) -> str:
+    """A row for each PyTorch, a column for each Python, and below it what did not pass."""
+    cells = {(each["torch"], each["python"]): each for each in result["cases"]}
+    pythons = sorted({python for _, python in cells}, key=_version)
+    rows = [
+        (torch, *(_outcome(cells.get((torch, python))) for python in pythons))
+        for torch in sorted({torch for torch, _ in cells}, key=_version, reverse=True)
+    ]
+    notes = [
+        f"PyTorch {each['torch']} on Python {each['python']}: {', '.join(found)}."
+        for each in result["cases"]
+        if (found := [*([each["problem"]] if each["problem"] else []), *each["failed"]])
+    ]
+    dates = sorted(each["date"][:10] for each in result["cases"])
+    span = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    grid = markdown_grid(("PyTorch", *(f"Python {python}" for python in pythons)), rows)
+    return "\n\n".join([grid, *notes, f"`make matrix`, {span}, {result['platform']}, no GPU."])
+
+
+def _version(text: str) -> tuple[bool, list[int]]:
+    """Order of versions; a name such as "lowest" comes before all numbers."""
+    numeric = text[0].isdigit()
+    return numeric, [int(part) for part in text.split(".")] if numeric else []
+
+
+def _outcome(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return "-"
+    if cell["problem"]:
+        return "not tested"
+    passed = counted(cell["passed"], "test")
+    return f"{len(cell['failed'])} failed, {passed} passed" if cell["failed"] else f"{passed} pass"
