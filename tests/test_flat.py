@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import multiprocessing
 import os
 import resource
@@ -166,7 +167,7 @@ def test_ten_thousand_steps(image_folder: Path, tmp_path: Path) -> None:
     def steps() -> None:
         trainer.fit(epoch_done=epoch_done)
         check_growth(found[1], found[-1], 18)
-        seconds = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+        seconds = [end - start for start, end in itertools.pairwise(ends)]
         first, last = statistics.median(seconds[:500]), statistics.median(seconds[-500:])
         assert last < 1.5 * first
 
