@@ -77,12 +77,7 @@ def run(options: Options) -> int:
     before = read_result(options.before, *_BENCHMARKS)
     after = read_result(options.after, before["benchmark"])
     both = f"{options.before} and {options.after}"
-    try:
-        changes = compare(before, after)
-    except (KeyError, TypeError) as error:
-        raise InputError(
-            f"results: a case lacks what is compared ({error}); measure it again"
-        ) from error
+    changes = compare(before, after)
     for name in ("device", "processor", "versions"):
         old, new = before.get(name), after.get(name)
         if old != new:

@@ -72,7 +72,7 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
     place = result["processor"]
     if result["device_type"] != "cpu":
         place = result["device"].split(" (")[0]
-    place += f", PyTorch {result['versions']['torch']}, {result['date'][:10]}"
+    place += f", PyTorch {result['versions'].get('torch')}, {result['date'][:10]}"
     with matplotlib.rc_context(_STYLE):
         for name, (title, make) in _FIGURES[result["benchmark"]].items():
             figure = make(result["cases"])

@@ -63,13 +63,7 @@ def fill(text: str, folder: Path) -> str:
             raise InputError(
                 f"bench: section {kind!r} names no file; write <!-- bench: {kind} PATH -->"
             )
-        try:
-            content = _for_every_gpu(_KINDS[kind], paths, folder)
-        except (KeyError, TypeError, IndexError) as error:
-            raise InputError(
-                f"bench: {' '.join(paths)} lacks what section {kind!r} shows ({error!r}); "
-                "measure it again"
-            ) from error
+        content = _for_every_gpu(_KINDS[kind], paths, folder)
         return f"{match.group(1)}{content}\n{match.group(3)}"
 
     return _SECTION.sub(section, text)

@@ -14,13 +14,16 @@ import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, cast
 
 import torch
 
 from vi_simsiam.errors import InputError
+from vi_simsiam.files import read_json
 from vi_simsiam.info import describe_device, installed_version
 from vi_simsiam.text import counted
+
+from .forms import FORMS
 
 # Names of the providers that comparisons are about.
 FUSED = ("triton", "cuda", "cpu")
@@ -33,6 +36,11 @@ NETWORK_COMPILED, NETWORK_KERNELS = f"{NETWORK}, torch.compile", f"{NETWORK}, ke
 
 Case = dict[str, Any]
 Times = dict[str, float]
+
+
+class _Named(TypedDict):
+    benchmark: str
+
 
 NOT_MEASURED = "not measured"
 TOO_NOISY = "too noisy to tell"
@@ -88,18 +96,13 @@ def read_result(path: Path, *benchmarks: str) -> dict[str, Any]:
     """Read a result file of one of these benchmarks.
 
     Raises:
-        InputError: not JSON, or another benchmark's.
-        OSError: no such file.
+        InputError: there is none, it is another benchmark's, or it is damaged.
     """
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"results: {path} is no JSON file ({error})") from error
-    found = content.get("benchmark") if isinstance(content, dict) else None
+    found = read_json(path, _Named, "results", finite=False)["benchmark"]
     if found not in benchmarks:
         expected = " or ".join(map(repr, benchmarks))
-        raise InputError(f"results: {path} holds benchmark {found!r}, not {expected}")
-    return content  # type: ignore[no-any-return]
+        raise InputError(f"results: {path} holds benchmark {found[:40]!r}, not {expected}")
+    return cast(dict[str, Any], read_json(path, FORMS[found], "results", finite=False))
 
 
 def _output(*command: str) -> str | None:
@@ -194,7 +197,7 @@ def step_with(layers: str, default: str) -> str:
 
 def exposed_share(case: Case) -> Ratio | None:
     """Share of the step by which the augmentation makes it longer."""
-    exposed, whole = case["phases"]["exposed augmentation"], times_of(case, STEP)
+    exposed, whole = case["phases"].get("exposed augmentation"), times_of(case, STEP)
     if exposed is None or whole is None:
         return None
     return Ratio(exposed / whole["median_us"], noisy(whole, times_of(case, AT_HAND)))

@@ -93,8 +93,8 @@ def where(result: _Result) -> str:
     """Device, versions and date of a measurement."""
     device = result["processor"]
     if result["device_type"] != "cpu":
-        device = f"{result['device']}, driver {result['driver']}"
-    return f"{device}; PyTorch {result['versions']['torch']}; {result['date'][:10]}."
+        device = f"{result['device']}, driver {result.get('driver')}"
+    return f"{device}; PyTorch {result['versions'].get('torch')}; {result['date'][:10]}."
 
 
 def _number(value: float) -> str:
@@ -187,7 +187,7 @@ def modes_case(case: Case) -> Table:
     columns |= {
         "GB/s": _figure("bytes_per_second", "{:,.1f}", 1e9, BOTH),
         "of copy": _figure("copy_share", "{:.0%}", mode=BOTH),
-        "error": lambda _, name: _optional(case["providers"][name]["gradient_error"], "{:.1e}"),
+        "error": lambda _, name: _optional(case["providers"][name].get("gradient_error"), "{:.1e}"),
     }
     if with_host:
         columns["memory"] = _figure("peak_bytes", "{:,.1f} MiB", 2**20, BOTH)
@@ -215,7 +215,7 @@ def loss_markdown(result: _Result, *, metric: str = "time") -> str:
         cells.append(_ratio(speed_up(case, FUSED, COMPILED, BOTH, metric)))
         if metric == "time":
             ours = fastest(case, FUSED, BOTH)
-            share = case["providers"][ours[0]][BOTH]["copy_share"] if ours else None
+            share = case["providers"][ours[0]][BOTH].get("copy_share") if ours else None
             cells.append(_optional(share, "{:.0%}"))
         rows.append((case_label(case), *cells))
     last = ["faster than torch.compile", *(["of a copy's speed"] if metric == "time" else [])]
@@ -251,7 +251,7 @@ def _views_error(case: Case, name: str) -> str:
 
 def _mean_and_deviation(case: Case, name: str) -> str:
     found = case["providers"][name]
-    return f"{found['mean']:.2f}, {found['std']:.2f}" if "mean" in found else "-"
+    return f"{found['mean']:.2f}, {found['std']:.2f}" if {"mean", "std"} <= found.keys() else "-"
 
 
 _AUGMENT: _Columns = {
@@ -294,7 +294,7 @@ _STEP: _Columns = {
     "ms": _median_ms,
     "of peak": _figure("mfu", "{:.1%}"),
     "of network alone": lambda case, name: _ratio(speed_up(case, [NETWORK], [name])),
-    "losses": lambda case, name: _losses(case["providers"][name]["losses"]),
+    "losses": lambda case, name: _losses(case["providers"][name].get("losses")),
 }
 
 
@@ -316,7 +316,7 @@ def step_markdown(result: _Result) -> str:
                 *(_median_ms(case, name) for name in (STEP, floor, NETWORK_COMPILED)),
                 _ratio(speed_up(case, [floor], [STEP])),
                 _ratio(exposed_share(case), "{:.1%}"),
-                _optional(case["providers"][STEP].get("mfu"), "{:.1%}"),
+                _optional(case["providers"].get(STEP, {}).get("mfu"), "{:.1%}"),
             )
         )
     head = ("ms", STEP, NETWORK, NETWORK_COMPILED)

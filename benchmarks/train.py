@@ -28,10 +28,10 @@ from vi_simsiam.config import TrainConfig
 from vi_simsiam.data.cache import pack
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.decoding import cores
+from vi_simsiam.engine.forward import extract
+from vi_simsiam.engine.knn import KnnConfig, classify
 from vi_simsiam.engine.run import resolve_device, resolve_workers
 from vi_simsiam.errors import InputError
-from vi_simsiam.evaluation.knn import KnnConfig, classify
-from vi_simsiam.inference.forward import extract
 from vi_simsiam.models import build_model
 from vi_simsiam.text import counted
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from torch.utils.data import DataLoader
 
 from vi_simsiam.config import Method, TrainConfig
 from vi_simsiam.data.sources import ImageSource
+from vi_simsiam.engine.log import read_log
 from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import TrainingError
 from vi_simsiam.models import build_model
@@ -139,8 +139,8 @@ def ours(training: Training, recorder: Recorder, *, method: Method) -> None:
             trainer.model.backbone, trainer.train_step.losses[trainer.step - 1]
         )
     )
-    *_, last = (training.folder / "metrics.jsonl").read_text().splitlines()
-    recorder.captured = json.loads(last).get("captured")
+    lines, _ = read_log(training.folder)
+    recorder.captured = lines[-1].get("captured")
     feed = trainer.loader.feed
     if recorder.peak_bytes is not None and feed is not None and feed.memory == "gpu":
         recorder.peak_bytes -= len(trainer.loader.source.pixels)

@@ -80,6 +80,13 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture
+def trap(tmp_path: Path) -> Iterator[Path]:
+    """A file that no test may make."""
+    yield tmp_path / "executed"
+    assert not (tmp_path / "executed").exists()
+
+
 def small_backbone(*given: object, **options: object) -> tuple[torch.nn.Module, int]:
     """One convolution in place of a ResNet, whose steps and checkpoints take seconds."""
     import torch

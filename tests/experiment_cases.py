@@ -172,7 +172,7 @@ def result(arm: Arm, experiment: str, seed: int, **changes: Any) -> dict[str, An
         "images": 1_000,
         "seconds": 60.0 + seed,
         "curve": curve,
-        **right(200 + 8 * seed),
+        **right(min(200 + 8 * seed, IMAGES)),
         "val_images": IMAGES,
         "uncertainty": {},
         "device": "cpu (1 thread)",
@@ -215,7 +215,8 @@ def write_all(out: Path, name: str, **options: Any) -> Plan:
     for trial in made.trials:
         write_result(out / "trials", result(trial, name, TRIAL_SEED))
     if made.trials:
-        arms = made.tuned({trial.name: 0.25 for trial in made.trials})
+        accuracy = {trial.name: 0.25 for trial in made.trials}
+        arms = made.tuned(accuracy)
         chosen = {arm.name: {"trial": trial, **settings(arm.config)} for trial, arm in arms.items()}
-        (out / "chosen.json").write_text(json.dumps({"chosen": chosen}))
+        (out / "chosen.json").write_text(json.dumps({"accuracy": accuracy, "chosen": chosen}))
     return made

@@ -44,7 +44,8 @@ RUNS = {
             --quiet => "step": 1,""",
     "train on a part": f"""
         {_TRAIN} --images 24 --held-out 0.25 --split-seed 1 --distinct --data-root {{here}} \
-            --offline --cache-dir {{here}}/cache --evaluate => linear top-1""",
+            --offline --cache-dir {{here}}/cache --knn-every 1 --stop-on collapse --evaluate \
+            => linear top-1""",
     "train views": f"""
         {_TRAIN} {_VIEWS} {_DECODE} --local-predictor --stem small --concentration-link softplus \
             --concentration-scale 5 --concentration-min 0.1 --concentration-max 100 \
@@ -79,6 +80,10 @@ RUNS = {
     "uncertainty": f"""
         uncertainty {_MOVED} --ood far={{others}} --images 8 --corruption-images 2 --seed 1 \
             => "corruption_images": 2""",
+    "doctor": f"""
+        {_TRAIN} --lr 1e30 => "checkpoint_step": 0
+        doctor {{out}} --replay --device cpu --workers 0 --data {{images}} --data-root {{here}} \
+            --cache-dir {{here}}/cache => its views: """,
     "report": f"""
         report {_MOVED} => report.html""",
     "embed": f"""

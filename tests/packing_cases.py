@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import struct
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from vi_simsiam.data.pack_file import FORMAT_VERSION, MAGIC, PROLOGUE
 from vi_simsiam.data.sources import FileSource, ImageSource
 
 
@@ -46,3 +51,24 @@ class Items:
         if index == self.lost:
             raise FileNotFoundError("it is gone")
         return Image.fromarray(noise(2 + index % 3, 3, index)), index
+
+
+def parts(whole: bytes) -> tuple[bytes, dict[str, Any]]:
+    """Body (sections between prologue and header) and header of a pack file's bytes."""
+    _, _, start, length, _, _ = PROLOGUE.unpack(whole[: PROLOGUE.size])
+    return whole[PROLOGUE.size : start], json.loads(whole[start : start + length])
+
+
+def sealed(body: bytes, header: dict[str, Any] | bytes) -> bytes:
+    """A pack file of any body and header, with checksums that are right."""
+    if isinstance(header, dict):
+        header = json.dumps(header).encode()
+    start = PROLOGUE.size + len(body)
+    values = (MAGIC, FORMAT_VERSION, start, len(header), zlib.crc32(header))
+    prologue = PROLOGUE.pack(*values, 0)[:-4]
+    return prologue + struct.pack("<I", zlib.crc32(prologue)) + body + header
+
+
+def with_body(header: dict[str, Any], body: bytes) -> dict[str, Any]:
+    """The header with the checksums of another body of less than 64 MiB."""
+    return header | {"checksums": [zlib.crc32(body)] if body else []}

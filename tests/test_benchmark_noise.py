@@ -98,17 +98,20 @@ def test_compare_calls_a_lost_result_a_regression(result: dict[str, Any], benchm
     assert not any(change.regression for change in compare(after, before)), "a new result is none"
 
 
-_HEAD = '{"benchmark": "multiview_loss", "device_type": "cpu", "cases": '
+_HEAD = (
+    '{"benchmark": "multiview_loss", "device_type": "cpu", "device": "cpu", "processor": "some", '
+    '"date": "today", "versions": {}, "cases": '
+)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no JSON file"),
-        ("[1]", "holds benchmark None, not 'multiview_loss'"),
+        ("{", "is damaged"),
+        ("[1]", "is not a dict"),
         ('{"benchmark": "step"}', "holds benchmark 'step', not 'multiview_loss'"),
-        (_HEAD + '[{"batch": 3}]}', "lacks what is compared ('name')"),
-        (_HEAD + "3}", "lacks what is compared"),
+        (_HEAD + '[{"batch": 3}]}', "lacks the key 'name'"),
+        (_HEAD + "3}", "'cases' of dict is not a list"),
         (_HEAD + "[]}", "no timed case in common"),
     ],
 )

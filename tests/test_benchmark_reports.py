@@ -88,7 +88,7 @@ def test_a_page_is_written_from_the_files_that_it_names(
         with pytest.raises(InputError, match=f"section '{kind}' {problem}"):
             report.fill(sections(kind), tmp_path)
     path.write_text(json.dumps({**result, "cases": [{}]}))
-    with pytest.raises(InputError, match="multiview_loss.json lacks what section 'table' shows"):
+    with pytest.raises(InputError, match="loss.json is damaged .*cases.* lacks the key 'name'"):
         report.fill(sections("table r/multiview_loss.json"), tmp_path)
 
 

@@ -24,7 +24,7 @@ from packing_cases import Items, noise, pixels, stored_files
 from PIL import Image
 from rich.console import Console
 
-from vi_simsiam.data import cache, decoding, packed
+from vi_simsiam.data import cache, decoding, pack_file, packed
 from vi_simsiam.data.cache import cached, in_memory, pack
 from vi_simsiam.data.decoding import bytes_per_image
 from vi_simsiam.data.packed import Contents, PackedImages, open_pack
@@ -71,7 +71,7 @@ def test_a_cached_folder_is_what_pillow_decodes(
     parts = (images.pixels, images.offsets, images.heights, images.widths)
     assert [part.dtype for part in parts] == [np.uint8, np.int64, np.int32, np.int32]
     assert not any(part.flags.writeable for part in parts)
-    assert [part.ctypes.data % 64 for part in parts if part is not images.offsets] == [0] * 3
+    assert images.pixels.ctypes.data % 64 == 0
     with pytest.raises(IndexError):
         images.image(7)
 
@@ -131,14 +131,15 @@ def test_an_interrupted_build_leaves_what_was_there(files: FileSource, tmp_path:
 
 
 def test_only_what_killed_processes_left_is_removed(files: FileSource, tmp_path: Path) -> None:
-    names = (f"a.pack.{1:016x}", f"a.pack.{2:016x}", f"b.pack.{1:016x}", "a.pack.swp")
-    _, used, *others = paths = [tmp_path / f".{name}" for name in names]
-    for path in paths:
-        path.write_bytes(b"half")
+    left = [f"a.pack.{1:016x}", f"b.pack.{1:016x}", f"c.d.pack.{1:016x}"]
+    kept = [f"a.pack.{2:016x}", "a.pack.swp", f"model.pt.{1:016x}"]
+    for name in left + kept:
+        (tmp_path / f".{name}").write_bytes(b"half")
+    used, *others = [tmp_path / f".{name}" for name in kept]
     with used.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        pack(files, tmp_path / "a.pack", workers=0)
-    assert set(tmp_path.iterdir()) == {tmp_path / "set", tmp_path / "a.pack", used, *others}
+        pack(files, tmp_path / "c", workers=0)
+    assert set(tmp_path.iterdir()) == {tmp_path / "set", tmp_path / "c", used, *others}
 
 
 def test_a_file_system_without_locks(
@@ -312,8 +313,9 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
 def test_checksums_cover_files_of_many_parts(
     files: FileSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed, "_CHECKED_BYTES", 100)
-    monkeypatch.setattr(packed, "_READ_BYTES", 7)
+    for module in (pack_file, packed):
+        monkeypatch.setattr(module, "CHECKED_BYTES", 100)
+    monkeypatch.setattr(pack_file, "_READ_BYTES", 7)
     path = tmp_path / "a.pack"
     pack(files, path, workers=0)
     assert pixels(open_pack(path)) == pixels(files)

@@ -19,14 +19,14 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn import functional as F
 
+from vi_simsiam.engine import forward, knn
+from vi_simsiam.engine.knn import KnnConfig, classify
 from vi_simsiam.errors import InputError
-from vi_simsiam.evaluation import knn
 from vi_simsiam.evaluation.features import ENCODERS
-from vi_simsiam.evaluation.knn import KnnConfig, classify, evaluate_knn
+from vi_simsiam.evaluation.knn import evaluate_knn
 from vi_simsiam.evaluation.linear import hold_out
 from vi_simsiam.evaluation.logistic import LogisticConfig, LogisticProbe, evaluate_logistic
 from vi_simsiam.evaluation.results import summary_line, unpack_bits
-from vi_simsiam.inference import forward
 
 
 def problem(count: int = 400, classes: int = 4, noise: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,6 +34,7 @@ NEEDS = {
     **dict.fromkeys(
         ["evaluate", "knn", "linear", "logistic", "figures", "uncertainty", "report"], "RUN"
     ),
+    "doctor": "RUN",
     **dict.fromkeys(["embed", "rank"], "RUN IMAGES"),
     "export": "RUN --format timm",
     "experiment": "NAME",
@@ -94,6 +95,10 @@ train --resume => resume: say which run with --out
 train --resume --out OUT => OUT
 train --seeds 2 => seeds: say where with --out
 train --seeds 0 --out OUT => seeds: 0 is not accepted
+train --knn-every 0 => knn_every: 0 is not accepted
+train --knn-every 1 --data IMAGES/train/dark --out OUT => knn_every: folder:
+train --stop-on death => --stop-on
+doctor EMPTY => holds no run
 pack EMPTY --out OUT => EMPTY
 views --images 0 => images: 0
 views --data /nowhere => nowhere

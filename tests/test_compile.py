@@ -135,6 +135,6 @@ def test_a_training_that_is_not_captured_says_why(train_as_on_a_gpu: Train, tmp_
     assert "operation not permitted when stream is capturing" in str(last["not_captured"])
     assert printed.splitlines()[-1] == f"steps ran without a CUDA graph: {last['not_captured']}"
     left_out = {"state", "captured", "not_captured"}
-    assert read_metrics(tmp_path / "failed" / "metrics.jsonl").keys() == last.keys() - left_out
+    assert read_metrics(tmp_path / "failed").keys() == last.keys() - left_out
     printed = train_as_on_a_gpu("off", StandIn, capture="off", epochs=1)
     assert printed.splitlines()[-1] == "steps ran without a CUDA graph: capture is off"

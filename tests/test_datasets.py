@@ -174,7 +174,8 @@ def test_download_is_checksummed_and_moved_when_complete(
     calls = []
 
     def fake(url: str, root: str, *, extract_root: str, md5: str, remove_finished: bool) -> None:
-        calls.append((url, root, md5))
+        assert root == extract_root
+        calls.append((url, Path(root).parent, md5))
         unpack(Path(extract_root) / folder.name)
         assert not folder.exists()
         if error:
@@ -190,7 +191,7 @@ def test_download_is_checksummed_and_moved_when_complete(
     for _ in range(2):
         assert len(open_dataset("imagewoof", root=tmp_path).train) == 2
     url = "https://s3.amazonaws.com/fast-ai-imageclas/imagewoof2-320.tgz"
-    assert calls == [(url, str(tmp_path), "0f46d997ec2264e97609196c95897a44")]
+    assert calls == [(url, tmp_path, "0f46d997ec2264e97609196c95897a44")]
     assert list(tmp_path.iterdir()) == [folder]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from experiment_cases import COMMITTED, diverged, result, write_result
+from experiment_cases import COMMITTED, diverged, result, write_plan, write_result
 
 from vi_simsiam.cli import main
 from vi_simsiam.experiments import runner, worker
@@ -21,9 +21,7 @@ from vi_simsiam.experiments.plan import PlanOptions
 
 def written(folder: Path, *results: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of runs.json for these results."""
-    folder.mkdir(exist_ok=True)
-    options = {"seeds": 9, "data": ["fashion-mini"], "trials": 8}
-    (folder / "plan.json").write_text(json.dumps({"options": options}))
+    write_plan(folder, "deaths", seeds=9)
     for each in results:
         write_result(folder, each)
     summarise_deaths(folder)

@@ -59,7 +59,7 @@ def test_datasets_are_decoded_in_order(kind: type[Items]) -> None:
 
 
 def test_an_image_too_large_for_the_format_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "_MOST_BYTES", 3 * 3 * 3)
+    monkeypatch.setattr(decoding, "MOST_BYTES", 3 * 3 * 3)
     (chunk,) = decode(DatasetSource(Items(3), "mine"), workers=0)
     assert chunk.kept == [0, 1]
     assert chunk.unreadable == [Unreadable("mine/2", "3 x 4 pixels")]

@@ -29,7 +29,7 @@ from vi_simsiam.engine import distributed, train
 from vi_simsiam.engine import model as model_module
 from vi_simsiam.engine.distributed import PeerError, World, joined
 from vi_simsiam.engine.step import wrap
-from vi_simsiam.errors import ImageWarning, InputError, TrainingError
+from vi_simsiam.errors import CollapsedError, ImageWarning, InputError, TrainingError
 from vi_simsiam.models import SimSiam, build_model
 
 pytestmark = pytest.mark.skipif(
@@ -217,6 +217,30 @@ def test_the_trainer_on_two_ranks_is_the_trainer_on_one(image_folder: Path, tmp_
     for name, value in expected.items():
         np.testing.assert_array_equal(first[1][name], second[1][name], err_msg=name)
         np.testing.assert_allclose(first[1][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def collapsed_run(world: World, config: TrainConfig, folder: Path) -> tuple[int, float | None]:
+    """The step at which a run ends that has collapsed from its start on, and its kNN accuracy."""
+
+    def backbone(*given: object, **options: object) -> tuple[nn.Module, int]:
+        return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()), 12
+
+    with mock.patch.object(models, "build_backbone", backbone):
+        trainer = train.Trainer(config, folder, console=Console(quiet=True), world=world)
+    with torch.no_grad():
+        for weights in trainer.model.projector.parameters():
+            weights.zero_()
+    with pytest.raises(CollapsedError):
+        trainer.fit()
+    return trainer.step, trainer.knn
+
+
+def test_ranks_end_at_the_same_step_and_share_the_accuracy(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    settings = config(image_folder, stop_on="collapse", log_every=5, knn_every=1)
+    first, second = values(run_ranks(collapsed_run, 2, settings, tmp_path / "run"))
+    assert first == second == (5, metrics(tmp_path / "run")[-1]["knn"])
 
 
 def agreeing(world: World, pairs: list[list[Any]]) -> list[str]:

@@ -18,9 +18,10 @@ from vi_simsiam.cli import main
 from vi_simsiam.data.contact_sheet import thumbnails
 from vi_simsiam.data.files import find_images
 from vi_simsiam.data.sources import ArraySource
-from vi_simsiam.inference import embed, forward
+from vi_simsiam.engine import forward
+from vi_simsiam.engine.forward import nearest
+from vi_simsiam.inference import embed
 from vi_simsiam.inference.embed import Table, draw_ranking, write_ranking
-from vi_simsiam.inference.forward import nearest
 
 CPU = torch.device("cpu")
 

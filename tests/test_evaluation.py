@@ -33,8 +33,10 @@ from vi_simsiam.data.cache import cached
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ArraySource
+from vi_simsiam.data.subsets import labelled_splits
 from vi_simsiam.data.views import draw_table, eval_view
 from vi_simsiam.engine.distributed import World
+from vi_simsiam.engine.forward import extract
 from vi_simsiam.engine.run import load_run
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import features as features_module
@@ -42,7 +44,6 @@ from vi_simsiam.evaluation.features import (
     ENCODERS,
     FeatureSets,
     collect,
-    labelled_splits,
     pixels,
     random_features,
     untrained_backbone,
@@ -51,7 +52,6 @@ from vi_simsiam.evaluation.knn import evaluate_knn
 from vi_simsiam.evaluation.linear import LinearConfig, evaluate_linear
 from vi_simsiam.evaluation.logistic import evaluate_logistic
 from vi_simsiam.evaluation.results import pack_bits, summary_line, unpack_bits
-from vi_simsiam.inference.forward import extract
 from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, Column
 
 

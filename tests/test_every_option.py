@@ -34,6 +34,8 @@ _TEXTS = (".csv", ".json", ".jsonl", ".md")
 _REFUSED = {"--sync-batch-norm", "--trials"}
 """Options that `test_commands.py` sees refused; `test_experiments.py` runs trials."""
 _WITH_RESNETS = ("train pretrained", "export")
+_FAILING = (2, 1)
+"""Exit codes of a training whose loss is not finite, and of the doctor who finds that."""
 _RESNET = torchvision.models.resnet._resnet
 
 
@@ -159,11 +161,12 @@ def test_a_run(
         monkeypatch.setattr("vi_simsiam.models.build_backbone", build_backbone)
     if name == "train pretrained":
         monkeypatch.setattr(torchvision.models.resnet, "_resnet", shallow)
-    for line, shown in lines(RUNS[name]):
+        monkeypatch.setattr("vi_simsiam.backbones._check_sum", lambda file: None)
+    for number, (line, shown) in enumerate(lines(RUNS[name])):
         parsed.clear()
         arguments = filled(line)
         code, out, err = run(arguments, capsys)
-        assert code == 0, err
+        assert code == (_FAILING[number] if name == "doctor" else 0), err
         if arguments[0] == "train" and "--seeds" not in line:
             assert read_config(parsed[-1].out) == parsed[-1].config.located()
         written = "".join(path.read_text() for path in tmp_path.rglob("*") if path.suffix in _TEXTS)

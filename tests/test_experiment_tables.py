@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from experiment_cases import (
     COMMITTED,
     diverged,
@@ -24,6 +25,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vi_simsiam.errors import InputError
+from vi_simsiam.evaluation.results import pack_bits
 from vi_simsiam.experiments import figures
 from vi_simsiam.experiments.plan import TRIAL_SEED, Arm, Plan
 from vi_simsiam.experiments.results import Experiment
@@ -170,16 +172,17 @@ def test_time_to_accuracy_is_that_of_the_first_measurement(tmp_path: Path) -> No
 
 def test_folders_that_cannot_be_summarised_are_named(tmp_path: Path) -> None:
     plan = write_all(tmp_path, "table1", seeds=1, data=("imagenette",))
+    bits = pack_bits(torch.zeros(100, dtype=torch.bool))
     for changes, message in (
-        ({"val_images": 100}, "runs were measured on 100 and 400 images"),
+        ({"val_images": 100, "correct": {"linear": bits}}, "measured on 100 and 400 images"),
         ({"correct": {"linear": "AAAA"}}, "correct: 'AAAA' is not 400 values in base64"),
     ):
         write_result(tmp_path, result(plan.arms[1], "table1", 0, **changes))
         with pytest.raises(InputError, match=message):
             summarise(tmp_path)
-    for content in ("[]", '{"arm": "simsiam"}'):
+    for content, message in (("[]", "is not a dict"), ('{"arm": "a"}', "lacks the key 'seed'")):
         (tmp_path / "results" / "damaged.json").write_text(content)
-        with pytest.raises(InputError, match=r"damaged.json is damaged; it lacks .*seed"):
+        with pytest.raises(InputError, match=rf"damaged.json is damaged .*{message}"):
             summarise(tmp_path)
 
 

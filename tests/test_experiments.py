@@ -128,7 +128,7 @@ def test_a_folder_that_cannot_be_used_is_named(out: Path, command: list[str]) ->
     with FileLock(out / ".lock"):
         refused("another command is running the experiment")
     (out / "plan.json").write_text("{")
-    refused(r"plan\.json cannot be read")
+    refused(r"plan\.json is damaged")
     (out / "plan.json").unlink()
     refused("holds other files")
     refused("is a file, not a folder", out / "results" / "a-seed-0.json")

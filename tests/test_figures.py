@@ -73,23 +73,12 @@ def test_figures_are_small_files_of_one_size(
 
 def test_metrics_are_read_as_columns(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 10, "loss": -1.5}\n{"step": 20, "loss": NaN, "kappa": 3}\n')
-    columns = read_metrics(path)
+    lines = ('{"step": 10, "loss": -1.5}', '{"step": 20, "loss": NaN, "kappa": 3, "state": "dead"}')
+    path.write_text("\n".join(lines))
+    columns = read_metrics(tmp_path)
     assert list(columns) == ["step", "loss", "kappa"]
     np.testing.assert_array_equal(columns["loss"], [-1.5, np.nan])
     np.testing.assert_array_equal(columns["kappa"], [np.nan, 3])
-
-
-@pytest.mark.parametrize(
-    ("text", "line"), [('{"step": 1}\n{"step": 2, "lo', 2), ('{"step": "one"}\n', 1), ("[1]\n", 1)]
-)
-def test_damaged_metrics_are_refused(tmp_path: Path, text: str, line: int) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(text)
-    with pytest.raises(InputError, match=f"line {line} cannot be read"):
-        read_metrics(path)
-    with pytest.raises(InputError, match="holds no run"):
-        draw_curves(tmp_path)
 
 
 def test_moving_average_keeps_short_series_and_straight_lines() -> None:
@@ -125,7 +114,7 @@ def test_curves_show_the_metrics(tmp_path: Path, drawn: list[Figure], lines: int
     run = make_run(tmp_path, lines=lines)
     draw_curves(run.path)
     panels = {title: axes for axes in drawn[0].axes if (title := axes.get_title(loc="left"))}
-    logged = read_metrics(tmp_path / "metrics.jsonl")
+    logged = read_metrics(tmp_path)
     loss = panels["loss (0 = no better than chance)"]
     np.testing.assert_allclose(loss.lines[0].get_ydata(), logged["loss"])
     concentration = panels["concentration κ / (D − 1)"]
@@ -314,20 +303,16 @@ def test_scores_show_every_auroc() -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('{"data": ', "cannot be read"),
-        ("[1]", "cannot be read"),
-        ("\udcff", "cannot be read"),
-        ('{"ood": {}, "calibration": {}}', "lacks misclassification, retrieval, corruptions"),
-        (
-            '{"ood": {}, "calibration": {"bins": 3}, "misclassification": {}, "retrieval": {}, '
-            '"corruptions": {}}',
-            "lacks a value",
-        ),
+        ('{"data": ', "line 1"),
+        ("[1]", "not a dict"),
+        ("\udcff", "utf-8"),
+        ('{"ood": {}, "calibration": {}}', "lacks the key 'data'"),
     ],
 )
 def test_damaged_results_are_refused(tmp_path: Path, text: str, problem: str) -> None:
     (tmp_path / "uncertainty.json").write_text(text, errors="surrogateescape")
-    with pytest.raises(InputError, match=rf"json {problem}.*; vi-simsiam uncertainty /"):
+    again = "; vi-simsiam uncertainty /.* makes it again"
+    with pytest.raises(InputError, match=f"json is damaged .*{problem}.*{again}"):
         draw_uncertainty(tmp_path)
 
 

@@ -223,7 +223,7 @@ def test_damaged_choices_are_named(image_folder: Path, tmp_path: Path) -> None:
     train(config(image_folder, epochs=1), run)
     for text, problem in (
         ("{", "Expecting property name"),
-        ("[1]", "mapping"),
+        ("[1]", "not a dict"),
         ('{"kernels": true}', "device"),
         ('{"device": "cpu", "kernels": 1}', "kernels: 1 is not accepted"),
         ('{"device": "cpu", "kernels": true, "fused_ms": -1}', "fused_ms: -1 is not accepted"),

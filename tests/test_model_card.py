@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from evaluation_cases import uncertainty_result
 from huggingface_hub import ModelCardData
 from inference_cases import SIZE, code_blocks, network_run, run_code
 from PIL import Image
@@ -108,18 +110,22 @@ def test_results_are_those_of_the_files(run: Run) -> None:
 
 
 def test_kappa_stands_beside_the_best_trivial_score_and_the_best_of_the_others(run: Run) -> None:
-    def part(key: str, **scores: float | None) -> dict[str, object]:
-        return {"kind": "far", "scores": {name: {key: value} for name, value in scores.items()}}
+    result = uncertainty_result()
+    result["calibration"]["error"] = 0.0123
 
-    result = {
-        "calibration": {"error": 0.0123},
-        "misclassification": part("auroc", kappa=0.6, softmax=0.8, contrast=0.55),
-        "retrieval": {"unseen": {"scores": {"kappa": 0.61, "jpeg_size": 0.5}}},
-        "ood": {"noise": part("auroc", kappa=0.9)},
-        "corruptions": {
-            "blur": part("spearman", kappa=0.2, contrast=0.9),
-            "noise": part("spearman", kappa=None, contrast=0.1),
-        },
+    def scores(key: str, **given: float | None) -> dict[str, Any]:
+        others = {"auroc": None, "aurc": 0.5, "spearman": None, "monotone": 0.5}
+        return {"scores": {name: others | {key: value} for name, value in given.items()}}
+
+    far, damaged = {"kind": "far", "images": 9}, result["corruptions"]["blur"]
+    result["misclassification"] |= scores("auroc", kappa=0.6, softmax=0.8, contrast=0.55)
+    shares = {"kappa": 0.61, "jpeg_size": 0.5}
+    result["retrieval"]["unseen"] = {"seen_classes": False, "recall_at_1": 0.5, "scores": shares}
+    del result["retrieval"]["validation"], result["retrieval"]["cifar10"]
+    result["ood"] = {"noise": far | scores("auroc", kappa=0.9)}
+    result["corruptions"] = {
+        "blur": damaged | scores("spearman", kappa=0.2, contrast=0.9),
+        "noise": damaged | scores("spearman", kappa=None, contrast=0.1),
     }
     (run.path / "uncertainty.json").write_text(json.dumps(result))
     assert table(card(run), "measures of kappa") == [
@@ -168,12 +174,12 @@ def test_simsiam_has_no_kappa_and_a_constant_one_is_called_a_control(run: Run) -
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("linear", "{", "cannot be read"),
-        ("uncertainty", '{"calibration": null}', "lacks misclassification,"),
+        ("linear", "{", "is damaged"),
+        ("uncertainty", '{"calibration": null}', "is damaged .*lacks the key 'data'"),
     ],
 )
 def test_an_unusable_result_is_named(run: Run, name: str, content: str, problem: str) -> None:
     (run.path / f"{name}.json").write_text(content)
     again = f"vi-simsiam {name} {run.path} makes it again"  # the command that writes the file
-    with pytest.raises(InputError, match=rf"run: .*{name}\.json {problem} .*; {again}"):
+    with pytest.raises(InputError, match=rf"run: .*{name}\.json {problem}.*; {again}"):
         card(run)

@@ -23,6 +23,8 @@ from vi_simsiam.config import AugmentConfig
 from vi_simsiam.data.loader import MultiViewLoader, eval_loader, eval_pixels
 from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.distributions import PowerSpherical
+from vi_simsiam.engine import forward
+from vi_simsiam.engine.forward import random_views
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import metrics, scores
 from vi_simsiam.evaluation.logistic import LogisticProbe
@@ -35,8 +37,6 @@ from vi_simsiam.evaluation.scores import (
     pair_cosines,
     views_of,
 )
-from vi_simsiam.inference import forward
-from vi_simsiam.inference.forward import random_views
 from vi_simsiam.models import VISimSiam
 
 

@@ -255,7 +255,7 @@ def test_folders_and_numbers_that_cannot_be_used(
     assert run("--overwrite", seeds=2)[0] == 0
     assert "--overwrite" in calls(out, 0)[1][0]
     (out / "seeds.json").write_text('{"runs": [')
-    refused("seeds.json cannot be read", "--resume", seeds=None)
+    refused("seeds.json is damaged", "--resume", seeds=None)
     for content in ("[]", "{}", '{"arguments": [], "runs": []}', '{"arguments": [], "runs": [{}]}'):
         (out / "seeds.json").write_text(content)
         refused("seeds.json is damaged", "--resume", seeds=None)

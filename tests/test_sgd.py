@@ -11,6 +11,7 @@ from torch.profiler import profile
 
 from vi_simsiam.engine.sgd import CPUFusedSGD
 from vi_simsiam.engine.step import TrainStep
+from vi_simsiam.errors import InputError
 from vi_simsiam.models import SimSiam
 
 
@@ -32,8 +33,6 @@ def test_updates_are_torchs(momentum: float) -> None:
     options = dict(momentum=momentum, weight_decay=0.1)
     fused = CPUFusedSGD(ours.parameters(), lr=rate, fused=True, **options)
     plain = torch.optim.SGD(torchs.parameters(), lr=0.0, foreach=False, **options)
-    for parameter in ours.parameters() if momentum else ():
-        fused.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     for step in range(3):
         rate.fill_(0.5**step)
         plain.param_groups[0]["lr"] = 0.5**step
@@ -50,6 +49,18 @@ def test_updates_are_torchs(momentum: float) -> None:
     torch.testing.assert_close((ours.state_dict(), fused.state_dict()), before, rtol=0, atol=0)
     fused.zero_grad()
     fused.step()  # without a gradient there is nothing to do
+
+
+@pytest.mark.parametrize("buffer", [torch.zeros(3), torch.zeros(6, 2), torch.zeros(2, 6).double()])
+def test_momentum_that_does_not_fit_is_refused(buffer: torch.Tensor) -> None:
+    """As from another network's checkpoint; torch would read and write behind its end."""
+    parameter = nn.Parameter(torch.ones(2, 6))
+    parameter.grad = torch.ones(2, 6)
+    fused = CPUFusedSGD([parameter], lr=torch.tensor(0.1), momentum=0.9, fused=True)
+    fused.state[parameter]["momentum_buffer"] = buffer
+    with pytest.raises(InputError, match=r"momentum_buffer: .* must be torch.float32 \(2, 6\)"):
+        fused.step()
+    assert parameter.eq(1).all()
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)

@@ -33,7 +33,7 @@ from vi_simsiam.kernels import scale_gradient, stem_convolution
 REGISTERS = Registers("triton_registers.json")
 CASES = {
     "loss": ("triton_cases.py", "triton_function_cases.py"),
-    "batch norm": ("triton_batch_norm_cases.py",),
+    "batch norm": ("triton_batch_norm_cases.py", "test_storage.py"),
     "images": ("triton_stem_pool_cases.py", "triton_stem_cases.py", "triton_augment_cases.py"),
 }
 

@@ -25,6 +25,7 @@ from vi_simsiam.cli.evaluate import print_result
 from vi_simsiam.data.datasets import Splits, open_dataset
 from vi_simsiam.data.loader import eval_pixels
 from vi_simsiam.data.sources import ArraySource
+from vi_simsiam.engine.forward import random_views
 from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import uncertainty
@@ -34,7 +35,6 @@ from vi_simsiam.evaluation.foreign import builtin_sets
 from vi_simsiam.evaluation.metrics import level_trend
 from vi_simsiam.evaluation.scores import image_scores
 from vi_simsiam.evaluation.uncertainty import comparisons, evaluate_uncertainty
-from vi_simsiam.inference.forward import random_views
 
 TINY_SCORES = {
     "kappa", "embedding_norm", "projection_norm", "prediction_norm", "view_agreement",

@@ -1,6 +1,11 @@
-"""`python -m vi_simsiam` is the command `vi-simsiam`."""
+"""The program: `vi-simsiam`, or `python -m vi_simsiam`."""
 
+import signal
 import sys
+
+# Until `main` handles Ctrl-C, and after it, the process ends without a traceback.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from vi_simsiam.cli import main
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ def build_backbone(
     network, features = plain_resnet(
         name,
         stem,
-        weights="DEFAULT" if pretrained else None,
+        pretrained=pretrained,
         zero_init_residual=zero_init_residual,
         norm_layer=PerViewBatchNorm2d,
     )
@@ -41,9 +43,13 @@ def build_backbone(
     return network, features
 
 
-def plain_resnet(name: str, stem: Stem, **options: Any) -> tuple[Any, int]:
+def plain_resnet(
+    name: str, stem: Stem, *, pretrained: bool = False, **options: Any
+) -> tuple[Any, int]:
     """`build_backbone` without this package's layers; `options` go to torchvision."""
     network = torchvision.models.get_model(name, **options)
+    if pretrained:  # torchvision itself would load any pickle
+        network.load_state_dict(_load_weights(name))
     features: int = network.fc.in_features
     network.fc = nn.Identity()
     if stem == "small":
@@ -65,16 +71,45 @@ def fetch_weights(name: str, *, download: bool) -> None:
     """Download a backbone's default ImageNet weights to torchvision's cache, if they are missing.
 
     Raises:
-        InputError: no such backbone, or missing weights that cannot or must not be downloaded.
+        InputError: no such backbone, missing weights that cannot or must not be downloaded, or a
+            copy with another checksum.
     """
     check_backbone(name)
-    weights = torchvision.models.get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
+    weights = _weights(name)
     file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     if file.is_file():
+        _check_sum(file)
         return
     if not download:
         raise InputError(
             f"pretrained: no copy of the weights found (looked for {file}), and downloading is off"
         )
     with downloading("pretrained", weights.url, f"a copy is recognised as {file}"):
-        weights.get_state_dict(check_hash=True)
+        _load_weights(name)
+
+
+def _weights(name: str) -> Any:
+    return torchvision.models.get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
+
+
+def _load_weights(name: str) -> dict[str, Any]:
+    """A backbone's default weights, downloaded if they are missing."""
+    weights = _weights(name)
+    try:
+        found: dict[str, Any] = weights.get_state_dict(check_hash=True, weights_only=True)
+    except UnpicklingError as error:
+        file = Path(weights.url).name
+        raise InputError(f"pretrained: {file} is damaged or holds no weights; remove it") from error
+    return found
+
+
+def _check_sum(file: Path) -> None:
+    """Raise InputError unless a file's SHA-256 begins as its name ends, which a download checks."""
+    with file.open("rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    expected = file.stem.rpartition("-")[2]
+    if not found.startswith(expected):
+        raise InputError(
+            f"pretrained: {file} is damaged, as its SHA-256 begins with {found[:8]} and not with "
+            f"{expected}; remove it"
+        )

@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from vi_simsiam.errors import InputError, none_of
+from vi_simsiam.errors import InputError, cut, none_of
 
-Rule = tuple[Callable[[Any], bool], str]
-"""A test of a value, and in words what passes it."""
 
-POSITIVE: Rule = (lambda x: 0 < x < math.inf, "a positive number")
-NOT_NEGATIVE: Rule = (lambda x: 0 <= x < math.inf, "at least 0")
-PROBABILITY: Rule = (lambda x: 0 <= x <= 1, "a probability between 0 and 1")
-INTERVAL: Rule = (lambda x: 0 < x[0] <= x[1] < math.inf, "two numbers with 0 < low <= high")
-SHARES: Rule = (lambda x: 0 < x[0] <= x[1] <= 1, "two numbers with 0 < low <= high <= 1")
-SEED: Rule = (lambda x: 0 <= x < 2**63, "at least 0 and below 2**63")
+class Rule(NamedTuple):
+    """A test of a value, and in words what passes it; also in Annotated, in the form of a file."""
+
+    holds: Callable[[Any], bool]
+    accepted: str
+
+
+POSITIVE = Rule(lambda x: 0 < x < math.inf, "a positive number")
+NOT_NEGATIVE = Rule(lambda x: 0 <= x < math.inf, "at least 0")
+PROBABILITY = Rule(lambda x: 0 <= x <= 1, "a probability between 0 and 1")
+INTERVAL = Rule(lambda x: 0 < x[0] <= x[1] < math.inf, "two numbers with 0 < low <= high")
+SHARES = Rule(lambda x: 0 < x[0] <= x[1] <= 1, "two numbers with 0 < low <= high <= 1")
+SEED = Rule(lambda x: 0 <= x < 2**63, "at least 0 and below 2**63")
 
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 
 
 def at_least(smallest: int, accepted: str = "") -> Rule:
     """The rule for numbers from `smallest` on; `accepted` replaces its wording."""
-    return (lambda x: x >= smallest), accepted or f"at least {smallest}"
+    return Rule(lambda x: x >= smallest, accepted or f"at least {smallest}")
 
 
-def limited(default: Any, rule: Rule) -> Any:
+def limited(default: Any, rule: tuple[Callable[[Any], bool], str]) -> Any:
     """A dataclass field whose values pass `rule`, or are None where the annotation allows it."""
     return dataclasses.field(default=default, metadata={"rule": rule})
 
@@ -58,6 +64,8 @@ def check_fields(config: Any) -> None:
             require(name, repr(value), fits, f"{count} numbers")
         elif kind in _KINDS:
             require(name, repr(value), _is_a(value, kind), _KINDS[kind])
+            if kind is str:
+                require(name, repr(value), is_name(value), "text that a file name can hold")
         if "rule" in field.metadata:
             holds, accepted = field.metadata["rule"]
             require(name, value, holds(value), accepted)
@@ -72,12 +80,20 @@ def choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
 def require(name: str, value: object, holds: bool, accepted: str) -> None:
     """Raise InputError unless `holds`; the message gives `value`, and `accepted` in its place."""
     if not holds:
-        raise InputError(f"{name}: {value} is not accepted; it must be {accepted}")
+        raise InputError(f"{name}: {cut(str(value))} is not accepted; it must be {accepted}")
 
 
 @cache
 def _hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind)
+
+
+def is_name(text: str) -> bool:
+    """True for text that a path may contain: no zero byte, no half of a surrogate pair."""
+    try:
+        return "\0" not in os.fsdecode(os.fsencode(text))
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_a(value: object, kind: type) -> bool:

@@ -14,6 +14,7 @@ from vi_simsiam.checks import (
     at_least,
     check_fields,
     choice,
+    is_name,
     limited,
     require,
 )
@@ -30,8 +31,10 @@ from vi_simsiam.config_parts import (
     policy,
     tuples,
 )
-from vi_simsiam.errors import InputError, did_you_mean
+from vi_simsiam.errors import InputError, cut, did_you_mean
+from vi_simsiam.files import read_bytes
 from vi_simsiam.paths import user_path
+from vi_simsiam.text import one_line
 
 __all__ = [
     "LEAST_SIZE", "LITERAL", "NAMED_DATA", "PLACE_FIELDS", "POLICIES", "PRESETS", "SOFTPLUS",
@@ -40,6 +43,8 @@ __all__ = [
     "preset", "read_settings", "updated", "with_former_loss",
 ]  # fmt: skip
 
+_MOST_SETTINGS = 1 << 20  # bytes
+_MOST_BITS = 1024  # more are not formatted
 NAMED_DATA = ("fashion-mini", "cifar10", "imagenette", "imagewoof")
 """Data sets with a name."""
 
@@ -49,6 +54,7 @@ DataMemory = Literal["auto", "gpu", "host"]
 Capture = Literal["auto", "on", "off"]
 Kernels = Literal["auto", "on", "off"]
 BatchNormStatistics = Literal["per-view", "joint"]
+StopOn = Literal["collapse"]
 
 
 def data_spec(text: str) -> str:
@@ -138,6 +144,11 @@ class TrainConfig:
     """Least seconds between two checkpoints; one is written at the end and on a signal, too."""
     keep: int = limited(2, at_least(1))
     """Number of checkpoints that are kept, besides the one with the best kNN accuracy."""
+    knn_every: int | None = limited(None, at_least(1))
+    """Measure the kNN accuracy on some labelled images after every so many epochs; None for
+    never."""
+    stop_on: StopOn | None = None
+    """End a training early that has collapsed, with the exit code 3; None for never."""
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -194,13 +205,14 @@ class TrainConfig:
                     values[name] = kind(**tuples(values[name]))
             for name, default in _PATHS.items():
                 path = values.setdefault(name, default)
-                require(name, repr(path), isinstance(path, str | Path) or path is default, "a path")
+                fits = path is default or (isinstance(path, str | Path) and is_name(str(path)))
+                require(name, repr(path), fits, "a path")
                 values[name] = None if path is None else Path(path)
             return cls(**values)
         except InputError:
             raise
         except (TypeError, ValueError, IndexError, AttributeError) as error:
-            raise InputError(f"configuration: {error}") from error
+            raise InputError(f"configuration: {cut(one_line(str(error)))}") from error
 
 
 _PARTS: dict[str, type[Any]] = {
@@ -210,7 +222,7 @@ _PATHS = {"data_root": Path("data"), "cache_dir": None, "frozen_run": None}
 
 PLACE_FIELDS = {
     "workers", "device", "data_root", "offline", "cache_dir", "data_memory", "capture", "kernels",
-    "compile", "log_every", "save_every", "keep", "deterministic",
+    "compile", "log_every", "save_every", "keep", "deterministic", "knn_every", "stop_on",
 }  # fmt: skip
 """Fields that may change when a run is resumed: they do not change the result."""
 
@@ -288,17 +300,20 @@ def read_settings(path: Path) -> dict[str, Any]:
     import yaml
 
     path = user_path("config", path)
+    encoded = read_bytes(path, "config", most=_MOST_SETTINGS)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = "it is not text"
-        if isinstance(error, OSError):
-            reason = error.strerror or str(error)
-        elif isinstance(error, yaml.MarkedYAMLError):
+        content = yaml.safe_load(encoded.decode())
+    except (ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
+        reason = "it is nested too deeply"
+        if isinstance(error, yaml.MarkedYAMLError):
             line = error.problem_mark.line + 1 if error.problem_mark else 1
-            reason = f"line {line}: {error.problem}"
+            reason = f"line {line}: {one_line(str(error.problem))}"
+        elif isinstance(error, UnicodeDecodeError | yaml.YAMLError):
+            reason = "it is not text"
+        elif isinstance(error, ValueError | OverflowError):
+            reason = one_line(str(error))
         raise InputError(
-            f"config: {path} cannot be read ({reason}); it must be a run's config.json or YAML"
+            f"config: {path} cannot be read ({cut(reason)}); it must be a run's config.json or YAML"
         ) from None
     if not isinstance(content, dict):
         raise InputError(
@@ -307,11 +322,14 @@ def read_settings(path: Path) -> dict[str, Any]:
         )
     settings: dict[str, Any] = {}
     for name, value in with_former_loss(content).items():
-        if name in _PARTS and not isinstance(value, dict):
+        inside = value if name in _PARTS and isinstance(value, dict) else {name: value}
+        # Nothing else is looked at: with aliases a few lines of YAML are a list of any length.
+        if not all(map(_is_setting, inside, inside.values())):
+            raise InputError(f"config: {path}: a setting is a name and a value, or a list of them")
+        if name in _PARTS and inside is not value:
             raise InputError(
-                f"config: {name}: {value!r} is not accepted; it must hold settings by name"
+                f"config: {name}: {cut(repr(value))} is not accepted; it must hold settings by name"
             )
-        inside = value if name in _PARTS else {name: value}
         settings |= {str(key).lstrip("-").replace("-", "_"): each for key, each in inside.items()}
     return settings
 
@@ -331,9 +349,18 @@ def updated(config: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
         numbers |= {field.name for field in fields if "float" in str(field.type)}
     for name, value in settings.items():
         if name not in owners:
-            raise InputError(f"config: no setting is called {name!r}{did_you_mean(name, owners)}")
+            similar = did_you_mean(name, owners)
+            raise InputError(f"config: no setting is called {cut(repr(name))}{similar}")
         owners[name][name] = _number(value) if name in numbers else value
     return TrainConfig.from_dict(plain)
+
+
+def _is_setting(name: object, value: object) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return all(
+        x.bit_length() < _MOST_BITS if isinstance(x, int) else isinstance(x, str | float | None)
+        for x in (name, *values)
+    )
 
 
 def _number(value: Any) -> Any:

@@ -152,7 +152,7 @@ class ModelConfig:
     28 to 64 pixels."""
     pretrained: bool = False
     """Start from torchvision's ImageNet weights."""
-    dim: int = limited(2048, at_least(2))
+    dim: int = limited(2048, (lambda n: 2 <= n <= 2**16, "between 2 and 65536"))
     """D: dimension of the space the representations live in."""
     projector_hidden: int = limited(512, at_least(1))
     predictor_hidden: int = limited(512, at_least(1))

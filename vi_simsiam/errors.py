@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 _SHOWN = 16
 """Accepted values that a message lists at most."""
+_LONGEST = 300
 
 
 class UserError(Exception):
@@ -23,6 +24,10 @@ class BackendUnavailableError(UserError, RuntimeError):
 
 class TrainingError(UserError, RuntimeError):
     """Training cannot go on (a non-finite loss, say). Saved files stay usable."""
+
+
+class CollapsedError(TrainingError):
+    """A training ended early since it has collapsed; the run was saved and can go on."""
 
 
 class LineWarning(UserWarning):
@@ -49,12 +54,17 @@ def none_of(name: str, value: object, accepted: Iterable[str]) -> InputError:
     if len(accepted) > _SHOWN:
         shown.append(f"... ({len(accepted)} in all)")
     similar = did_you_mean(str(value), accepted)
-    return InputError(f"{name}: {value!r} is none of {', '.join(shown)}{similar}")
+    return InputError(f"{name}: {cut(repr(value))} is none of {', '.join(shown)}{similar}")
+
+
+def cut(text: str) -> str:
+    """Return text, cut off where it is longer than a line of a message should hold."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def did_you_mean(given: str, accepted: Iterable[str]) -> str:
     """ "; did you mean 'train'?" if one of `accepted` is similar to `given`, else empty."""
     from difflib import get_close_matches
 
-    near = get_close_matches(given.lower(), list(accepted), n=1)
+    near = get_close_matches(given[:_LONGEST].lower(), list(accepted), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

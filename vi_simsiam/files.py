@@ -8,18 +8,41 @@ import math
 import os
 import secrets
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import (
+    IO,
+    Any,
+    BinaryIO,
+    NotRequired,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
-from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+from typeguard import (
+    CollectionCheckStrategy,
+    TypeCheckError,
+    TypeCheckMemo,
+    check_type,
+    check_type_internal,
+    checker_lookup_functions,
+)
 
-from vi_simsiam.errors import InputError, UserError
+from vi_simsiam.checks import Rule
+from vi_simsiam.errors import InputError, UserError, cut
 from vi_simsiam.paths import printable
 
 _Content = TypeVar("_Content")
 _MOST_BYTES = 1 << 28
 _LARGEST = 2**63
+_LARGEST_FLOAT = 1e100  # sums, squares and scales of a figure stay finite below it
+_DEEPEST = 32
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0)
 _ALL = CollectionCheckStrategy.ALL_ITEMS
 
 
@@ -35,21 +58,37 @@ def read_bytes(path: Path, option: str, most: int = _MOST_BYTES) -> bytes:
         InputError: there is none, it is larger, or no regular file: reading a pipe would block.
     """
     try:
-        # Without O_NONBLOCK opening a pipe waits for its writer.
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise InputError(f"{option}: {path} is no regular file")
-            if status.st_size > most:
-                size = f"{status.st_size:,} bytes, more than the {most:,}"
-                raise InputError(f"{option}: {path} has {size} that such a file may have")
-            return file.read(status.st_size)
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most:
+                raise InputError(
+                    f"has {size:,} bytes, more than the {most:,} that such a file may have"
+                )
+            return file.read(size)
+    except InputError as error:
+        raise InputError(f"{option}: {path} {error}") from None
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"{option}: {path} cannot be read ({reason})") from error
 
 
-def read_json(path: Path, kind: type[_Content], option: str) -> _Content:
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file to be read; a link is followed.
+
+    Raises:
+        InputError: it is no regular file: reading a pipe would block. The message continues the
+            file's name.
+        OSError: it cannot be opened.
+    """
+    # Without O_NONBLOCK opening a pipe waits for its writer.
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NO_WAIT))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise InputError("is no regular file")
+    return file
+
+
+def read_json(path: Path, kind: type[_Content], option: str, *, finite: bool = True) -> _Content:
     """The content of a JSON file of a known form; see `parse_json`.
 
     Raises:
@@ -57,9 +96,28 @@ def read_json(path: Path, kind: type[_Content], option: str) -> _Content:
     """
     content = read_bytes(path, option)
     try:
-        return parse_json(content, kind)
+        return parse_json(content, kind, finite=finite)
     except ValueError as error:
         raise InputError(f"{option}: {path} is damaged ({error})") from error
+
+
+def read_lines(path: Path, kind: type[_Content], option: str) -> tuple[list[_Content], int]:
+    """The lines of a JSON Lines file that are of a known form, and the number of the others.
+
+    A crash cuts the last line off, and a log is still of use without it. Values may be NaN or
+    infinite. Without a file there is no line.
+
+    Raises:
+        InputError: `path` is no regular file, or cannot be read.
+    """
+    lines: list[_Content] = []
+    damaged = 0
+    for line in read_bytes(path, option).splitlines() if os.path.lexists(path) else ():
+        try:
+            lines.append(parse_json(line, kind, finite=False))
+        except ValueError:
+            damaged += 1
+    return lines, damaged
 
 
 def parse_json(encoded: bytes | str, kind: type[_Content], *, finite: bool = True) -> _Content:
@@ -67,28 +125,60 @@ def parse_json(encoded: bytes | str, kind: type[_Content], *, finite: bool = Tru
 
     Args:
         encoded: UTF-8.
-        kind: the type, such as a TypedDict; an int is accepted for a float.
+        kind: the type, such as a TypedDict; an int is accepted for a float, a TypedDict may have
+            more keys, and a value of Annotated[..., Rule] must pass the rule.
         finite: refuse NaN and infinities.
 
     Raises:
-        ValueError: not UTF-8, no JSON, nested too deeply, an integer of more than 64 bits, or
-            content of another type; the message says what and where.
+        ValueError: not UTF-8, no JSON, nested too deeply, a key that occurs twice, half of a
+            surrogate pair, an integer of more than 64 bits or a float beyond 1e100, or content of
+            another type; the message says what and where.
     """
 
     def number(text: str) -> float:
         value = float(text)
         if finite and not math.isfinite(value):
             raise ValueError(f"{text[:20]} is not finite")
+        if _LARGEST_FLOAT < abs(value) < math.inf:
+            raise ValueError(f"{text[:20]} is too large")
         return value
 
     try:
         text = encoded if isinstance(encoded, str) else encoded.decode()
-        content = json.loads(text, parse_int=_integer, parse_float=number, parse_constant=number)
+        content = json.loads(
+            text,
+            parse_int=_integer,
+            parse_float=number,
+            parse_constant=number,
+            object_pairs_hook=_object,
+        )
+        _check_depth(content)
+        if "\\u" in text:  # an escape can be half of a pair, which no file name and no output holds
+            json.dumps(content, ensure_ascii=False).encode(errors="surrogateescape")
         return check_type(content, kind, collection_check_strategy=_ALL)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    except TypeCheckError as error:
-        raise ValueError(str(error)) from None
+    except (TypeCheckError, ValueError) as error:
+        raise ValueError(cut(" ".join(str(error).split()))) from None
+
+
+def _check_depth(content: Any) -> None:
+    """Raise RecursionError for lists and dictionaries deeper than any file of this package."""
+    level: list[Any] = [[content]]
+    for _ in range(_DEEPEST):
+        within = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [each for part in within for each in part if isinstance(each, dict | list)]
+        if not level:
+            return
+    raise RecursionError
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"it has the key {twice!r} twice")
+    return found
 
 
 def _integer(text: str) -> int:
@@ -97,6 +187,52 @@ def _integer(text: str) -> int:
     if not -_LARGEST <= value < _LARGEST:
         raise ValueError(f"{text[:20]}... has more than 64 bits")
     return value
+
+
+def _checker(kind: Any, args: tuple[Any, ...], extras: tuple[Any, ...]) -> Any:
+    """Add to typeguard's checks: rules, and TypedDicts of this package that may have more keys."""
+    rules = [each for each in extras if isinstance(each, Rule)]
+    if rules:
+        return partial(_check_rules, rules)
+    own = is_typeddict(kind) and kind.__module__.startswith(f"{__package__}.")
+    return _check_keys if own else None
+
+
+def _check_rules(
+    rules: list[Rule], value: Any, kind: Any, args: tuple[Any, ...], memo: TypeCheckMemo
+) -> None:
+    check_type_internal(value, kind[args] if args else kind, memo)
+    for rule in rules:
+        if not rule.holds(value):
+            raise TypeCheckError(f"is {repr(value)[:40]}; it must be {rule.accepted}")
+
+
+def _check_keys(value: Any, kind: Any, args: tuple[Any, ...], memo: TypeCheckMemo) -> None:
+    if not isinstance(value, dict):
+        raise TypeCheckError("is not a dict")
+    for name, (hint, needed) in _keys(kind).items():
+        if name in value:
+            try:
+                check_type_internal(value[name], hint, memo)
+            except TypeCheckError as error:
+                error.append_path_element(f"value of key {name!r}")
+                raise
+        elif needed:
+            raise TypeCheckError(f"lacks the key {name!r}")
+
+
+@cache
+def _keys(kind: Any) -> dict[str, tuple[Any, bool]]:
+    """By key of a TypedDict: its type, and True if it must be there."""
+    hints = get_type_hints(kind, include_extras=True)
+    optional = {name for name, hint in hints.items() if get_origin(hint) is NotRequired}
+    return {
+        name: (get_args(hint)[0], False) if name in optional else (hint, True)
+        for name, hint in hints.items()
+    }
+
+
+checker_lookup_functions.insert(0, _checker)
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:

@@ -12,6 +12,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 from vi_simsiam.errors import LineWarning, UserError, none_of
@@ -26,6 +27,7 @@ COMMANDS = {
     "figures": ("evaluate", "curves, kappa gallery, density and uncertainty of a run as pictures"),
     "uncertainty": ("evaluate", "quality of kappa: calibration, errors, foreign or damaged images"),
     "report": ("evaluate", "all results of a run in one HTML file"),
+    "doctor": ("doctor", "the state of a run in words: its problems, and what to do"),
     "embed": ("use", "embeddings, kappa and neighbours of your images as a Parquet file"),
     "rank": ("use", "your most and least certain images"),
     "export": (
@@ -58,14 +60,18 @@ BENCHMARKS = {
 }
 """By name: the module in `vi_simsiam.benchmarks`, and a description."""
 _BROKEN_PIPE = 141  # the exit code of a program that SIGPIPE ends
+_INTERRUPTED = "vi-simsiam: interrupted\n"
+_USUAL = (signal.SIG_DFL, signal.default_int_handler)
+_IMPORTS = "<frozen importlib._bootstrap>"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0 done, 2 unusable input, 130 interrupted by SIGINT, SIGTERM, SIGHUP or
-            SIGUSR1 (a training is saved), 141 output without a reader.
+        The exit code: 0 done, 1 a problem was found (doctor) or anything became slower (bench
+            compare), 2 unusable input, 3 a training has collapsed (--stop-on), 130 interrupted by
+            SIGINT, SIGTERM, SIGHUP or SIGUSR1 (a training is saved), 141 output without a reader.
     """
     for stream in (sys.stdout, sys.stderr):
         if not isinstance(stream, io.TextIOWrapper) or stream.closed:
@@ -94,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(one_line(f"vi-simsiam: {reason}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("vi-simsiam: interrupted", file=sys.stderr)
+        print(_INTERRUPTED, end="", file=sys.stderr)
         return 130
 
 
@@ -103,15 +109,30 @@ def _interruptions() -> Iterator[None]:
     """End on other signals as on Ctrl-C: what is half written is removed, and the code is 130."""
     previous = {}
     with contextlib.suppress(ValueError):  # signals reach the main thread only
-        for name in ("SIGTERM", "SIGHUP", "SIGUSR1"):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
             number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
-                previous[number] = signal.signal(number, signal.default_int_handler)
+            if number is not None and signal.getsignal(number) in _USUAL:
+                previous[number] = signal.signal(number, _interrupt)
     try:
         yield
     finally:
-        for number in previous:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt; within an import end the process, as code there swallows that.
+
+    NumPy and torch then go on without a part of themselves, and fail much later.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename == _IMPORTS:
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
+            os.write(2, _INTERRUPTED.encode())
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _show_warning(

@@ -14,7 +14,7 @@ from rich.console import Console
 from vi_simsiam.cli.parsing import SourceOptions, given, parse
 from vi_simsiam.config import AugmentConfig, DecodeConfig, TrainConfig, policy
 from vi_simsiam.errors import ImageWarning, InputError
-from vi_simsiam.text import counted, one_line
+from vi_simsiam.text import counted, show
 
 _LEAST_SHOWN = 112
 """Smallest side in pixels of a drawn view; smaller views are enlarged to about this."""
@@ -73,9 +73,9 @@ def pack(arguments: list[str]) -> int:
             console=Console(soft_wrap=True),
         )
         for image in unreadable:
-            print(one_line(f"left out: {image}"))
+            show(f"left out: {image}")
         images = counted(len(source) - len(unreadable), "image")
-        print(f"written: {path} ({images}, {path.stat().st_size / 1e6:,.1f} MB)")
+        show(f"written: {path} ({images}, {path.stat().st_size / 1e6:,.1f} MB)")
     return 0
 
 
@@ -104,5 +104,5 @@ def views(arguments: list[str]) -> int:
     shown = sheet.resize((sheet.width * factor, sheet.height * factor), Image.Resampling.NEAREST)
     kind = Image.registered_extensions()[suffix]
     write_atomically(options.out, lambda file: shown.save(file, format=kind))
-    print(options.out)
+    show(options.out)
     return 0

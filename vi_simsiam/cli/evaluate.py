@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from vi_simsiam.cli.parsing import RunOptions, open_run, parse
-from vi_simsiam.text import counted, print_line
+from vi_simsiam.text import cell, counted, print_line, show
 
 if TYPE_CHECKING:
     from vi_simsiam.engine.distributed import World
@@ -113,7 +112,8 @@ def knn(arguments: list[str]) -> int:
     """Classify by nearest neighbours."""
     options = parse("knn", _Knn, arguments)
 
-    from vi_simsiam.evaluation.knn import KnnConfig, evaluate_knn
+    from vi_simsiam.engine.knn import KnnConfig
+    from vi_simsiam.evaluation.knn import evaluate_knn
 
     config = KnnConfig(k=options.k, temperature=options.temperature)
     return _classify(options, "kNN", lambda features: evaluate_knn(features, config), table=False)
@@ -152,7 +152,7 @@ def _classify(
         result = score(features)
     if table:
         Console().print(summary_table({name: result}))
-    print(summary_line(name, result))
+    show(summary_line(name, result))
     return 0
 
 
@@ -168,7 +168,7 @@ def figures(arguments: list[str]) -> int:
         logs = [*draw_curves(folder), *draw_density(folder), *draw_uncertainty(folder)]
         drawn = [*logs, *draw_kappa(open_run(options))]
     for path in drawn:
-        print(path)
+        show(path)
     return 0
 
 
@@ -187,7 +187,7 @@ def uncertainty(arguments: list[str]) -> int:
             images=options.images,
             seed=options.seed,
             corruption_images=options.corruption_images,
-            report=lambda phrase: status.update(escape(phrase)),
+            report=lambda phrase: status.update(cell(phrase)),
         )
     print_result(result, console)
     print_line(console, f"written to {run.path / UNCERTAINTY}")
@@ -213,7 +213,7 @@ def print_result(result: dict[str, Any], console: Console) -> None:
     for row in rows:
         verdict = {None: "-", True: "ahead", False: "not ahead"}[row.ahead]
         rival = f"{row.baseline or 'none'} {_shown(row.value)}"
-        table.add_row(*map(escape, (row.part, row.measure, _shown(row.kappa), rival, verdict)))
+        table.add_row(*map(cell, (row.part, row.measure, _shown(row.kappa), rival, verdict)))
     console.print(table)
     compared = [row for row in rows if row.ahead is not None]
     ahead = sum(bool(row.ahead) for row in compared)
@@ -238,5 +238,5 @@ def report(arguments: list[str]) -> int:
 
     from vi_simsiam.evaluation.report import write_report
 
-    print(write_report(options.run, lambda: open_run(options)))
+    show(write_report(options.run, lambda: open_run(options)))
     return 0

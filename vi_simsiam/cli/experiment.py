@@ -11,6 +11,7 @@ import tyro
 
 from vi_simsiam.cli.parsing import parse
 from vi_simsiam.experiments.plan import Place, PlanOptions
+from vi_simsiam.text import show
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ def experiment(arguments: list[str]) -> int:
     code = run_experiment(plan(options.name, options), out, options, again)
     if any((out / RESULTS).glob("*.json")):
         if options.name == "deaths":
-            print(summarise_deaths(out))
+            show(summarise_deaths(out))
             return code
         summarise(out)
         for path in (out / MARKDOWN, *draw(out)):
-            print(path)
+            show(path)
     return code

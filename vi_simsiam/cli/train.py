@@ -21,9 +21,9 @@ from vi_simsiam.config import (
     read_settings,
     updated,
 )
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import CollapsedError, InputError
 from vi_simsiam.paths import user_path
-from vi_simsiam.text import counted
+from vi_simsiam.text import counted, one_line, show
 
 if TYPE_CHECKING:
     from vi_simsiam.data.datasets import Splits
@@ -59,6 +59,8 @@ the images wherever you leave them open.
 vi-simsiam train --help-all lists all options, with their defaults."""
 
 _MANY_EPOCHS = 10**9
+COLLAPSED = 3
+"""Exit code of a training that --stop-on has ended."""
 _RESUME: dict[str, Literal[True, False, "auto"]] = {"never": False, "always": True, "auto": "auto"}
 """By the option's value: the Trainer's."""
 
@@ -107,11 +109,11 @@ def train(arguments: list[str]) -> int:
         raise InputError("resume: say which run with --out")
 
     from vi_simsiam.cli.evaluate import evaluate_run
+    from vi_simsiam.data.subsets import labelled_splits
     from vi_simsiam.engine.distributed import joined
     from vi_simsiam.engine.processes import INTERRUPTED
     from vi_simsiam.engine.run import check_folder, load_run, open_splits
     from vi_simsiam.engine.train import Trainer
-    from vi_simsiam.evaluation.features import labelled_splits
     from vi_simsiam.experiments.seeds import SEEDS, run_seeds
 
     if options.seeds is not None and out is None:
@@ -121,7 +123,7 @@ def train(arguments: list[str]) -> int:
 
     going_on = False
     with joined(options.config.device) as world:
-        report = print if world.is_main and not options.quiet else lambda line: None
+        report = show if world.is_main and not options.quiet else lambda line: None
         if out is not None:  # before anything is downloaded
             going_on = check_folder(out, resume=resume, overwrite=options.overwrite)
         with world.main_first():  # the main process downloads the images
@@ -159,15 +161,26 @@ def train(arguments: list[str]) -> int:
             trainer.fit()
         except KeyboardInterrupt:
             if world.is_main:
-                print(
+                line = (
                     f"vi-simsiam: interrupted, saved at step {trainer.saver.step}; "
-                    f"go on with: vi-simsiam train --out {folder} --resume",
-                    file=sys.stderr,
+                    f"go on with: vi-simsiam train --out {folder} --resume"
                 )
+                print(one_line(line), file=sys.stderr)
             return INTERRUPTED
+        except CollapsedError as error:
+            if world.is_main:
+                print(one_line(f"vi-simsiam: {error}"), file=sys.stderr)
+            return COLLAPSED
         if options.evaluate:
             try:
-                run = load_run(folder, device=str(trainer.device))
+                here = trainer.config
+                run = load_run(
+                    folder,
+                    device=str(trainer.device),
+                    data=here.data,
+                    data_root=here.data_root,
+                    cache_dir=here.cache_dir,
+                )
                 evaluate_run(run, world, quiet=options.quiet)
             except InputError as error:  # the training itself has succeeded
                 if not unlabelled:
@@ -190,16 +203,19 @@ def _starting_point(arguments: list[str]) -> tuple[TrainConfig, dict[str, Any], 
     if settings that are not given are fitted to the images.
     """
     from vi_simsiam.engine.checkpoint import checkpoints
+    from vi_simsiam.engine.origin import placed
     from vi_simsiam.engine.run import CONFIG, read_config
 
-    name, out, views, file = (
-        given(arguments, option) for option in ("--preset", "--out", "--policy", "--config")
+    name, out, views, file, data, root = (
+        given(arguments, option)
+        for option in ("--preset", "--out", "--policy", "--config", "--data", "--data-root")
     )
+    named: dict[str, Any] = {"data": data, "data_root": None if root is None else Path(root)}
     resume = given(arguments, "--resume") or "never"
     if resume != "never" and out is not None:
         saved = user_path("out", out)
         if resume == "auto" and checkpoints(saved):
-            return read_config(saved), {} if file is None else read_settings(Path(file)), False
+            return placed(saved, read_config(saved), **named), _settings(arguments, named), False
         if resume == "always" and name is None and (saved / CONFIG).is_file():
             for option, value in (("config", file), ("policy", views)):
                 if value is not None:
@@ -207,14 +223,43 @@ def _starting_point(arguments: list[str]) -> tuple[TrainConfig, dict[str, Any], 
                         f"{option}, resume: only one of them can be given; "
                         "a run goes on with its own settings"
                     )
-            return read_config(saved), {}, False
+            return placed(saved, read_config(saved), **named), {}, False
     config = preset(name or "default")
-    settings = {} if file is None else read_settings(Path(file))
+    settings = _settings(arguments, named)
     if views is not None:
         config = dataclasses.replace(config, augment=policy(views))
         replaced = set(vars(config.augment)) - {"size", "local_size"}
         settings = {key: value for key, value in settings.items() if key not in replaced}
     return config, settings, name is None
+
+
+def _settings(arguments: list[str], named: dict[str, Any]) -> dict[str, Any]:
+    """The settings of --config; in a run's config.json, places that may be used.
+
+    Args:
+        arguments: of the command.
+        named: the places of images that they name, as for `placed`.
+
+    Raises:
+        InputError: the run is from elsewhere, and what it names is not named by the user.
+    """
+    from vi_simsiam.engine.origin import is_own, placed, places
+    from vi_simsiam.engine.run import CONFIG
+
+    if (file := given(arguments, "--config")) is None:
+        return {}
+    settings = read_settings(Path(file))
+    if Path(file).name != CONFIG:
+        return settings
+    run, known = user_path("config", file).parent, places(TrainConfig())
+    config = updated(TrainConfig(), {name: settings.get(name, known[name]) for name in known})
+    frozen, again = config.frozen_run, given(arguments, "--frozen-run")
+    if frozen is not None and again is None and not is_own(run, places(config)):
+        raise InputError(
+            f"config: {run} names the run {frozen}, but this user has not trained it here, or its "
+            "configuration was changed since; name that run with --frozen-run"
+        )
+    return settings | places(placed(run, config, **named))
 
 
 def _fitted(

@@ -21,7 +21,7 @@ from vi_simsiam.cli import BENCHMARKS
 from vi_simsiam.cli.parsing import RunPath, SourceOptions, parse
 from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.paths import user_path
-from vi_simsiam.text import counted
+from vi_simsiam.text import counted, show
 
 if TYPE_CHECKING:
     from vi_simsiam.config import DecodeConfig
@@ -129,7 +129,7 @@ def embed(arguments: list[str]) -> int:
     )
     if table.concentration is None:
         print("concentration and uncertainty are empty: a SimSiam run predicts none")
-    print(_written(options.out, table))
+    show(_written(options.out, table))
     return 0
 
 
@@ -158,8 +158,8 @@ def rank(arguments: list[str]) -> int:
     drawn = draw_ranking(table, encoder.model.dim, options.k)
     write_ranking(table, listing)
     write_atomically(picture, lambda file: drawn.save(file, format="PNG", optimize=True))
-    print(_written(listing, table))
-    print(f"written: {picture}")
+    show(_written(listing, table))
+    show(f"written: {picture}")
     return 0
 
 
@@ -170,24 +170,27 @@ def export(arguments: list[str]) -> int:
     from vi_simsiam.export import export_run
 
     run = _run_to_export(options)
-    folder = export_run(run, options.format, options.out, overwrite=options.overwrite, report=print)
-    print(f"written: {folder}")
+    folder = export_run(run, options.format, options.out, overwrite=options.overwrite, report=show)
+    show(f"written: {folder}")
     return 0
 
 
 def _run_to_export(options: _Export) -> Run:
     """Open the run on the CPU, with embedded images if its own are not on this machine."""
     from vi_simsiam.data.datasets import open_dataset
+    from vi_simsiam.engine.origin import placed
     from vi_simsiam.inference.encoder import load
 
     run = load(options.run, "cpu").run
-    data, root = options.data or run.config.data, options.data_root or run.config.data_root
     try:  # nothing is downloaded: a few images are enough
-        splits = open_dataset(data, root=root, download=False, decode=run.config.decode)
+        config = placed(run.path, run.config, data=options.data, data_root=options.data_root)
+        splits = open_dataset(
+            config.data, root=config.data_root, download=False, decode=config.decode
+        )
     except InputError as reason:
         if options.data is not None:
             raise
-        print(f"checked on {_STAND_IN}, not on the run's own images ({reason})")
+        show(f"checked on {_STAND_IN}, not on the run's own images ({reason})")
         splits = open_dataset(_STAND_IN)
     return dataclasses.replace(run, splits=splits)
 
@@ -241,21 +244,21 @@ def info(arguments: list[str]) -> int:
 
     from vi_simsiam.info import facts, report
 
-    def show(text: str, end: str = "\n") -> None:
+    def put(text: str, end: str = "\n") -> None:
         if not options.json:
             print(text, end=end, flush=True)  # a check may take long to compile, or end the process
 
     found = facts()
-    show(report(found))
+    put(report(found))
     checks = []
     if options.check:
         from vi_simsiam.self_check import check, planned, summary
 
         for name, prepare in planned(found["backends"]):
-            show(f"{name:46} ", end="")
+            put(f"{name:46} ", end="")
             checks.append(check(name, prepare))
-            show(checks[-1].verdict())
-        show(summary(checks))
+            put(checks[-1].verdict())
+        put(summary(checks))
         found["checks"] = [asdict(finding) for finding in checks]
     if options.json:
         print(json.dumps(found, indent=2))

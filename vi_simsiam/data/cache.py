@@ -12,7 +12,6 @@ that fill the same cache at once do the work twice, and both end well.
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import os
 import re
@@ -30,13 +29,8 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vi_simsiam.data.decoding import bytes_per_image, decode
-from vi_simsiam.data.packed import (
-    FORMAT_VERSION,
-    Contents,
-    PackedImages,
-    PackWriter,
-    open_pack,
-)
+from vi_simsiam.data.pack_file import FORMAT_VERSION
+from vi_simsiam.data.packed import Contents, PackedImages, PackWriter, open_pack
 from vi_simsiam.data.pixels import Loss, loss_lines
 from vi_simsiam.data.sources import ArraySource, ImageSource, Unreadable
 from vi_simsiam.errors import ImageWarning, InputError, is_full
@@ -275,19 +269,24 @@ def _decode(
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that replaces `path` once it is complete on the disk, or is removed on an error.
 
-    A lock that ends with this process marks the file as being written. Where locks are refused or
-    not implemented, as in some network file systems, what killed processes left stays.
+    A lock that ends with this process marks the file as being written. Half-written packs of any
+    name in the folder without one were left by killed processes, and are removed. Where locks are
+    refused or not implemented, as in some network file systems, they stay.
     """
-    for other in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}"):
+    for other in path.parent.glob(f".*.pack.{'[0-9a-f]' * 16}"):
         with contextlib.suppress(OSError), open(other, "rb+") as file:
             _lock(file)
             if other.stat().st_size:  # else it is new, and may have no lock yet
                 other.unlink()
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    name = f".{path.name.removesuffix('.pack')}.pack.{secrets.token_hex(8)}"
+    temporary = path.with_name(name)
     try:
         with open(temporary, "xb") as file:
             with contextlib.suppress(OSError):
                 _lock(file, wait=True)  # another build may just look at it
+            file.write(bytes(1))  # not empty: what is left of it is no new file
+            file.flush()
+            file.seek(0)
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from vi_simsiam.checks import require
@@ -58,26 +59,39 @@ def contact_sheet(
     lost = [loss for _, image in chosen for loss in losses(image)]
     for text in (*([left_out(failed)] if failed else []), *loss_lines(source.name, lost)):
         warnings.warn(text, ImageWarning, stacklevel=2)
+    table = draw_table(
+        policy,
+        seed=seed,
+        epoch=0,
+        samples=np.array([index for index, _ in chosen]),
+        heights=np.array([image.height for _, image in chosen]),
+        widths=np.array([image.width for _, image in chosen]),
+    )
+    return view_rows([image for _, image in chosen], table, policy)
+
+
+def view_rows(
+    images: Sequence[Image.Image], table: NDArray[np.int32], policy: AugmentConfig
+) -> Image.Image:
+    """Draw one row for each image in mode RGB: the original, then the views that a table describes.
+
+    Args:
+        images: B images.
+        table: (V, B, 16), see `draw_table`, without offsets.
+        policy: the views' sizes.
+    """
     sizes = [policy.size] * GLOBAL_VIEWS + [policy.local_size] * policy.local_views
     cell = policy.size
     width = cell + sum(size + _GAP for size in sizes)
     height = max(sizes)
-    sheet = Image.new("RGB", (width, len(chosen) * (height + _GAP) - _GAP), _BACKGROUND)
-    for row, (index, image) in enumerate(chosen):
+    sheet = Image.new("RGB", (width, len(images) * (height + _GAP) - _GAP), _BACKGROUND)
+    for row, image in enumerate(images):
         top, left = row * (height + _GAP), cell + _GAP
         fitted = ImageOps.contain(image, (cell, cell), Image.Resampling.LANCZOS)
         sheet.paste(fitted, ((cell - fitted.width) // 2, top + (cell - fitted.height) // 2))
         pixels = torch.from_numpy(np.array(image, dtype=np.uint8).reshape(-1))
-        table = draw_table(
-            policy,
-            seed=seed,
-            epoch=0,
-            samples=np.array([index]),
-            heights=np.array([image.height]),
-            widths=np.array([image.width]),
-        )
-        for size, parameters in zip(sizes, table, strict=True):
-            view = eager_augment(pixels, torch.from_numpy(parameters[None]), size)[0, 0]
+        for size, parameters in zip(sizes, table[:, row, None, None], strict=True):
+            view = eager_augment(pixels, torch.from_numpy(parameters), size)[0, 0]
             colours = view.permute(1, 2, 0) * torch.tensor(IMAGENET_STD)
             colours = colours + torch.tensor(IMAGENET_MEAN)
             levels = colours.mul(255).round().clamp(0, 255).to(torch.uint8)

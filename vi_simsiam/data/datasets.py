@@ -272,7 +272,11 @@ def _cifar10(root: Path, download: bool, decode: DecodeConfig) -> Splits:
             message = f"cifar10: no complete copy in {copies}, and downloading is off"
             raise InputError(message) from error
         with downloading("cifar10", CIFAR10.url, _RECOGNISED.format(copies)):
-            data = [read(train, download=True) for train in (True, False)]
+            try:
+                data = [read(train, download=True) for train in (True, False)]
+            except BaseException:  # torchvision leaves what has another checksum
+                (root / CIFAR10.filename).unlink(missing_ok=True)
+                raise
     parts = []
     for part, name in zip(data, ("cifar10/train", "cifar10/val"), strict=True):
         labels = np.asarray(part.targets, dtype=np.int64)
@@ -290,14 +294,11 @@ def _imagenet_subset(name: str, root: Path, download: bool, decode: DecodeConfig
     folder = published.folders[0]
     with downloading(name, published.url, _RECOGNISED.format(root / folder)):
         root.mkdir(parents=True, exist_ok=True)
-        # Unpacked aside and moved at the end, so that an interruption leaves no incomplete copy.
+        # Loaded and unpacked aside and moved at the end: an interruption, or an archive with
+        # another checksum, leaves nothing.
         with tempfile.TemporaryDirectory(prefix=f".{folder}-", dir=root) as aside:
             download_and_extract_archive(
-                published.url,
-                os.fspath(root),
-                extract_root=aside,
-                md5=published.md5,
-                remove_finished=True,
+                published.url, aside, extract_root=aside, md5=published.md5, remove_finished=True
             )
             os.rename(Path(aside) / folder, root / folder)
     return _imagenet_subset(name, root, False, decode)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from vi_simsiam.data.packed import MOST_BYTES
 from vi_simsiam.data.pixels import Loss, losses
 from vi_simsiam.data.sources import FileSource, ImageSource, Unreadable, UnreadableError
 from vi_simsiam.data.workers import results
@@ -20,8 +21,6 @@ from vi_simsiam.errors import InputError
 _SAMPLED = 64
 _CHUNK_BYTES = 8 << 20
 _CHUNK_IMAGES = 256
-_MOST_BYTES = 2**31 - 1
-"""Limit of one image, so that positions within it fit in 32 bits."""
 
 
 class Chunk(NamedTuple):
@@ -107,7 +106,7 @@ def _decode(source: ImageSource, shorter_side: int | None, chunk: range) -> Chun
         try:
             image = source.image(index)
             height, width = fitted(image.height, image.width, shorter_side)
-            if not 0 < 3 * height * width <= _MOST_BYTES:
+            if not 0 < 3 * height * width <= MOST_BYTES:
                 raise UnreadableError(source.describe(index), f"{width} x {height} pixels")
         except UnreadableError as error:
             unreadable.append(error.entry)

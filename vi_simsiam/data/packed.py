@@ -1,27 +1,13 @@
-"""Decoded images one after the other in one block of bytes, and the file that holds such a block.
-
-A pack file, little-endian, every section at a multiple of 64 bytes:
-
-    prologue   64 bytes: magic, format version, place and checksum of the header, own checksum
-    sections   pixels, offsets, heights, widths, places (where images came from), perhaps labels
-    header     JSON: number of images, name, classes, fingerprint, sections and their checksums,
-               files left out
-
-The header comes last because the checksums are known only then. Together the checksums cover every
-byte. They are CRC-32, which finds damage but not forgery: one x86-64 core was measured at 2.1 GB/s,
-with blake2b at 0.47 GB/s.
-"""
+"""Decoded images one after the other in one block of bytes, in memory or in a pack file."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import mmap
-import os
 import struct
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, SupportsIndex
@@ -31,43 +17,27 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vi_simsiam.config import DecodeConfig
+from vi_simsiam.data.pack_file import (
+    ALIGNMENT,
+    CHECKED_BYTES,
+    DTYPES,
+    FORMAT_VERSION,
+    MAGIC,
+    PROLOGUE,
+    Checksums,
+    Header,
+    read_header,
+    verify_bytes,
+)
 from vi_simsiam.data.sources import ImageSource, Unreadable, left_out
 from vi_simsiam.errors import InputError
+from vi_simsiam.files import open_regular
 from vi_simsiam.text import brief_repr, counted
 
-FORMAT_VERSION = 2
-"""Raised whenever the layout, or the pixels that images are decoded to, change."""
-
-_MAGIC = b"VISIMPCK"
-_ALIGNMENT = 64
-# Magic, version, offset, length and checksum of the header, zeros, checksum of all before.
-_PROLOGUE = struct.Struct("<8sIQQI28xI")
+MOST_BYTES = 2**31 - 1
+"""Limit of one image, so that positions within it fit in 32 bits."""
+_MOST_IMAGES = 2**31 - 1
 _PATH_ENCODING = ("utf-8", "surrogateescape")
-_CHECKED_BYTES = 1 << 26
-_READ_BYTES = 1 << 22
-_DTYPES = dict(pixels="u1", offsets="<i8", heights="<i4", widths="<i4", places="u1", labels="<i8")
-
-
-class _Checksums:
-    """CRC-32 of every 64 MiB of the bytes appended, and of the rest; `whole` are known already."""
-
-    def __init__(self, whole: Sequence[int] = ()) -> None:
-        self._whole = list(whole)
-        self._last = self._filled = 0
-
-    @property
-    def values(self) -> list[int]:
-        return [*self._whole, self._last] if self._filled else list(self._whole)
-
-    def append(self, view: memoryview) -> None:
-        while len(view):
-            part = view[: _CHECKED_BYTES - self._filled]
-            self._last = zlib.crc32(part, self._last)
-            self._filled += len(part)
-            view = view[len(part) :]
-            if self._filled == _CHECKED_BYTES:
-                self._whole.append(self._last)
-                self._last = self._filled = 0
 
 
 @dataclass(frozen=True)
@@ -115,12 +85,13 @@ class PackedImages(ImageSource):
         if len(pixels) != bounds[-1]:
             problem = f"{counted(len(pixels), 'byte')} do not fit heights and widths"
             raise InputError(f"pixels: {problem}")
-        self.pixels = _read_only(pixels)
-        """(bytes,) uint8, read-only."""
+        self._pixels = _read_only(pixels)
+        self._mapped: mmap.mmap | None = None
         self.offsets = _read_only(bounds[:-1])
         """(N,) int64: first byte of each image."""
-        self.heights = _read_only(np.ascontiguousarray(contents.heights, np.int32))
-        self.widths = _read_only(np.ascontiguousarray(contents.widths, np.int32))
+        # Copies, as a mapped file may be truncated later.
+        self.heights = _read_only(np.array(contents.heights, np.int32))
+        self.widths = _read_only(np.array(contents.widths, np.int32))
         self.name, self.decode = contents.name, contents.decode
         self.unreadable, self.notes = tuple(contents.unreadable), tuple(contents.notes)
         self.path: Path | None = None
@@ -140,6 +111,28 @@ class PackedImages(ImageSource):
         if self.path is None:
             return super().__reduce_ex__(protocol)
         return _reopen, (self.path, self.checksum, self._indices, self.name)
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """(bytes,) uint8, read-only.
+
+        Raises:
+            InputError: the mapped file was truncated, or is longer than when it was opened.
+        """
+        self._check_mapping()
+        return self._pixels
+
+    def _check_mapping(self) -> None:
+        """Called before every use of a mapped file: reading behind its end ends the process.
+
+        A file that is truncated between this check and that use, microseconds for a batch, still
+        does.
+        """
+        if self._mapped is None or (size := self._mapped.size()) == (whole := len(self._mapped)):
+            return
+        how = "truncated" if size < whole else "written to"
+        found = f"{counted(size, 'byte')}, expected {whole:,}"
+        raise InputError(f"pack: {self.path} was {how} while in use: {found}")
 
     def take(self, indices: NDArray[np.int64], name: str) -> PackedImages:
         """Return the images at `indices` (K,), in that order, with the same block of pixels."""
@@ -174,9 +167,9 @@ class PackedImages(ImageSource):
 
         Most of a file's are read from its header, others are computed from the pixels.
         """
-        checksums = _Checksums(self._whole_checksums if self._indices is None else ())
+        checksums = Checksums(self._whole_checksums if self._indices is None else ())
         if self._indices is None:
-            checksums.append(self.pixels[len(self._whole_checksums) * _CHECKED_BYTES :].data)
+            checksums.append(self.pixels[len(self._whole_checksums) * CHECKED_BYTES :].data)
         else:
             for index, start in enumerate(self.offsets.tolist()):
                 height, width = self.dimensions(index)
@@ -187,6 +180,7 @@ class PackedImages(ImageSource):
         """Return where image `index` came from: a path, or NAME/INDEX."""
         # Read on first use: a hundred megabytes for a million files.
         if isinstance(self._places, np.ndarray):
+            self._check_mapping()
             content = self._places.tobytes()
             self._places = content.decode(*_PATH_ENCODING).split("\0") if content else ()
         index = index if self._indices is None else int(self._indices[index])
@@ -194,8 +188,20 @@ class PackedImages(ImageSource):
 
 
 def _bounds(heights: NDArray[np.int32], widths: NDArray[np.int32]) -> NDArray[np.int64]:
-    """First byte of each image, and the end of the last."""
-    return np.concatenate([[0], np.cumsum(3 * heights.astype(np.int64) * widths)])
+    """First byte of each image, and the end of the last.
+
+    Raises:
+        InputError: images without a pixel, or with more than 2 GiB: all sums fit in 64 bits.
+    """
+    if len(heights) != len(widths) or len(heights) > _MOST_IMAGES:
+        images = f"{len(heights):,} and {len(widths):,} images"
+        raise InputError(f"heights and widths: of {images}, must be of equally many")
+    if len(heights) and min(heights.min(), widths.min()) < 1:
+        raise InputError("heights and widths: images must have at least 1 x 1 pixels")
+    areas = heights.astype(np.int64) * widths  # below 2^62
+    if len(areas) and areas.max() > MOST_BYTES // 3:
+        raise InputError(f"heights and widths: images must have at most {MOST_BYTES:,} bytes")
+    return np.concatenate([[0], np.cumsum(3 * areas)])
 
 
 class PackWriter:
@@ -204,8 +210,8 @@ class PackWriter:
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._sections: dict[str, list[int]] = {}
-        self._checksums = _Checksums()
-        self.size = file.write(bytes(_PROLOGUE.size))
+        self._checksums = Checksums()
+        self.size = file.write(bytes(PROLOGUE.size))
         """Bytes written so far."""
 
     def append(self, data: bytes) -> None:
@@ -216,7 +222,7 @@ class PackWriter:
 
     def finish(self, contents: Contents, fingerprint: str) -> None:
         """Write all but the pixels. `fingerprint` is "" if the source has none."""
-        self._sections["pixels"] = [_PROLOGUE.size, self.size - _PROLOGUE.size]
+        self._sections["pixels"] = [PROLOGUE.size, self.size - PROLOGUE.size]
         places = "\0".join(contents.places).encode(*_PATH_ENCODING)
         sections = {
             "offsets": _bounds(contents.heights, contents.widths)[:-1],
@@ -228,7 +234,7 @@ class PackWriter:
         for name, values in sections.items():
             if values is not None:
                 self._pad()
-                content = np.ascontiguousarray(values, dtype=_DTYPES[name])
+                content = np.ascontiguousarray(values, dtype=DTYPES[name])
                 self._sections[name] = [self.size, content.nbytes]
                 self.append(content.tobytes())
         self._pad()
@@ -241,20 +247,20 @@ class PackWriter:
             "decode": dataclasses.asdict(contents.decode),
             "notes": contents.notes,
             "sections": self._sections,
-            "checked_bytes": _CHECKED_BYTES,
+            "checked_bytes": CHECKED_BYTES,
             "checksums": self._checksums.values,
         }
         encoded = json.dumps(header).encode()
         self._file.write(encoded)
-        prologue = _PROLOGUE.pack(
-            _MAGIC, FORMAT_VERSION, self.size, len(encoded), zlib.crc32(encoded), 0
+        prologue = PROLOGUE.pack(
+            MAGIC, FORMAT_VERSION, self.size, len(encoded), zlib.crc32(encoded), 0
         )[:-4]
         self.size += len(encoded)
         self._file.seek(0)
         self._file.write(prologue + struct.pack("<I", zlib.crc32(prologue)))
 
     def _pad(self) -> None:
-        self.append(bytes(-self.size % _ALIGNMENT))
+        self.append(bytes(-self.size % ALIGNMENT))
 
 
 def open_pack(path: Path, *, fingerprint: str | None = None, verify: bool = True) -> PackedImages:
@@ -270,76 +276,34 @@ def open_pack(path: Path, *, fingerprint: str | None = None, verify: bool = True
             or of other images.
     """
     try:
-        with open(path, "rb") as file:
-            header, checksum = _read_header(file)
+        with open_regular(path) as file:
+            header, stop, checksum = read_header(file)
             if fingerprint is not None and header["fingerprint"] != fingerprint:
                 raise InputError("holds other images")
             if verify:
-                _verify(file, header)
-            content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-        images = _from_sections(content, header)
+                verify_bytes(file, header, stop)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if len(mapped) < stop:
+            raise InputError("was truncated while it was opened")
     except InputError as error:
         raise InputError(f"pack: {path} {error}") from None
-    except OSError as error:
-        raise InputError(f"pack: {path} cannot be read ({error.strerror or error})") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"pack: {path} contradicts itself") from error
+    except (OSError, ValueError) as error:  # a file that is empty by now cannot be mapped
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"pack: {path} cannot be read ({reason})") from error
+    try:
+        images = _from_sections(mapped, header)
+    except (InputError, TypeError) as error:
+        raise InputError(f"pack: {path} contradicts itself ({error})") from error
     images.path, images.checksum = path, checksum
     return images
 
 
-def _read_header(file: IO[bytes]) -> tuple[dict[str, Any], int]:
-    size = os.fstat(file.fileno()).st_size
-    prologue = file.read(_PROLOGUE.size)
-    if size == 0:
-        raise InputError("is an empty file")
-    if not prologue.startswith(_MAGIC):
-        raise InputError("is no pack file (vi-simsiam pack writes them)")
-    if size < _PROLOGUE.size:
-        raise InputError(f"is truncated: {counted(size, 'byte')} of at least {_PROLOGUE.size}")
-    _, version, start, length, checksum, own_checksum = _PROLOGUE.unpack(prologue)
-    # Before anything else, which another version may have elsewhere.
-    if version != FORMAT_VERSION:
-        raise InputError(
-            f"has format version {version}, this release reads {FORMAT_VERSION}: "
-            "pack the images again"
-        )
-    if zlib.crc32(prologue[:-4]) != own_checksum:
-        raise InputError("is damaged: the checksum of its first 64 bytes is wrong")
-    if size != start + length:
-        kind = "truncated" if size < start + length else "damaged"
-        raise InputError(f"is {kind}: {counted(size, 'byte')}, expected {start + length:,}")
-    file.seek(start)
-    encoded = file.read(length)
-    if zlib.crc32(encoded) != checksum:
-        raise InputError("is damaged: the checksum of its header is wrong")
-    return json.loads(encoded) | {"start": start}, checksum
-
-
-def _verify(file: IO[bytes], header: dict[str, Any]) -> None:
-    step, stop = int(header["checked_bytes"]), int(header["start"])
-    starts = range(_PROLOGUE.size, stop, step)
-
-    def checksum(start: int) -> int:
-        # Read, not mapped: where a disk fails, that is an error and not the end of the process.
-        total, end = 0, min(start + step, stop)
-        while part := os.pread(file.fileno(), min(_READ_BYTES, end - start), start):
-            total, start = zlib.crc32(part, total), start + len(part)
-        return total
-
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        found = pool.map(checksum, starts)
-        for start, actual, expected in zip(starts, found, header["checksums"], strict=True):
-            if actual != expected:
-                raise InputError(
-                    f"is damaged: the checksum of the bytes from {start:,} on is wrong"
-                )
-
-
-def _from_sections(content: NDArray[np.uint8], header: dict[str, Any]) -> PackedImages:
+def _from_sections(mapped: mmap.mmap, header: Header) -> PackedImages:
+    content = np.frombuffer(mapped, np.uint8)
+    places: dict[str, list[int]] = {**header["sections"]}  # type: ignore[dict-item]
     sections: dict[str, NDArray[Any]] = {
-        name: content[start : start + length].view(_DTYPES[name])
-        for name, (start, length) in header["sections"].items()
+        name: content[start : start + length].view(DTYPES[name])
+        for name, (start, length) in places.items()
     }
     contents = Contents(
         name=header["name"],
@@ -352,11 +316,12 @@ def _from_sections(content: NDArray[np.uint8], header: dict[str, Any]) -> Packed
         notes=header["notes"],
     )
     images = PackedImages(sections["pixels"], contents)
-    images._places = sections["places"]
-    if header["checked_bytes"] == _CHECKED_BYTES:  # the first begins where the pixels do
-        images._whole_checksums = header["checksums"][: len(images.pixels) // _CHECKED_BYTES]
-    if len(images) != header["count"] or not np.array_equal(images.offsets, sections["offsets"]):
-        raise ValueError
+    images._mapped, images._places = mapped, sections["places"]
+    if not np.array_equal(images.offsets, sections["offsets"]):
+        raise InputError("offsets: must be those that follow from heights and widths")
+    if len(images._places) and np.count_nonzero(images._places == 0) != len(images) - 1:
+        raise InputError(f"places: must be {len(images):,}, one for each image")
+    images._whole_checksums = header["checksums"][: len(images.pixels) // CHECKED_BYTES]
     return images
 
 

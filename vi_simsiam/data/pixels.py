@@ -11,11 +11,16 @@
     an animation, or several pages   its first frame, or every frame as an image of its own
 
 Values beyond the range are clipped to it.
+
+A file can declare far more than it holds. Pillow refuses images of more than 178,956,970 pixels and
+text that expands to more than 64 MiB, before it allocates them; JPEGs are checked here. At that
+size, colour takes up to 3 GB while it is decoded, and deep gray up to 6 GB.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -37,11 +42,15 @@ _LARGEST = {"1": 1, "L;2": 3, "L;4": 15}
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 _WHITE_IS_ZERO, _SIGNED = 0, 2
 _ORIENTATION = 0x0112
+_MOST_FRAMES = 1 << 15
+_MOST_SCANS = 100
+_PIXELS_PER_BYTE = 512
+"""Largest number in a JPEG: a block of 8 x 8 pixels takes at least a bit."""
 
 # A panorama of 100 megapixels is decoded like any other photo (twice Pillow's limit is still an
-# error), and damaged EXIF data are ignored.
+# error), and damaged EXIF data and tags are ignored: one file can cause thousands of warnings.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", "Corrupt EXIF data", module=r"PIL\.")
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class Loss(NamedTuple):
@@ -105,6 +114,8 @@ def to_rgb(image: Image.Image, decode: DecodeConfig | None = None) -> Image.Imag
     framed = decode.frames == "first" and is_animated(image)
     if image.format == "PNG":
         _scale_key(image)
+    if image.format == "JPEG":
+        _check_jpeg(image)
     image.load()
     lost, stored = Loss(framed), _stored(image)
     # Damaged EXIF data raise almost any exception; the pixels are well.
@@ -121,6 +132,42 @@ def to_rgb(image: Image.Image, decode: DecodeConfig | None = None) -> Image.Imag
     rgb = image.convert("RGB")
     rgb.info = {_LOST: [lost]} if framed or lost.ends else {}
     return rgb
+
+
+def _check_jpeg(image: Image.Image) -> None:
+    """Raise ValueError for a JPEG, not loaded yet, that is far smaller or slower than others.
+
+    Pillow fills in what is missing, and decodes all pixels once for each scan.
+    """
+    file = getattr(image, "fp", None)
+    if file is None:
+        return
+    place = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    scans = file.read().count(b"\xff\xda") if "progressive" in image.info else 1
+    file.seek(place)
+    if image.width * image.height > _PIXELS_PER_BYTE * size:
+        raise ValueError(f"{image.width} x {image.height} pixels in {counted(size, 'byte')}")
+    if scans > _MOST_SCANS:
+        raise ValueError(f"{scans:,} scans, more than {_MOST_SCANS}")
+
+
+def count_frames(image: Image.Image) -> int:
+    """Return the number of frames of an opened file; raise ValueError for more than 32,768."""
+    if not is_animated(image):
+        return 1
+    if image.format == "TIFF":  # Pillow compares every page with all before it
+        for frame in range(1, _MOST_FRAMES + 1):
+            try:
+                image.seek(frame)
+            except EOFError:
+                return frame
+        raise ValueError(f"more than {_MOST_FRAMES:,} frames")
+    count = int(image.n_frames)  # type: ignore[attr-defined]
+    if count > _MOST_FRAMES:
+        raise ValueError(f"more than {_MOST_FRAMES:,} frames")
+    return count
 
 
 def _scale_key(image: Image.Image) -> None:

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 
 from vi_simsiam.config import DecodeConfig
 from vi_simsiam.data.files import formats
-from vi_simsiam.data.pixels import is_animated, to_rgb, upright_size
+from vi_simsiam.data.pixels import count_frames, to_rgb, upright_size
 from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted
 
@@ -241,7 +241,7 @@ class FileSource(ImageSource):
                 _kept.image = _kept.files.enter_context(Image.open(file, formats=formats(path)))
             _kept.key, image = key, _kept.image
             if frame < 0:
-                getattr(image, "n_frames", 1)  # raises the reason, if it is still there
+                count_frames(image)  # raises the reason, if it is still there
                 raise ValueError("its frames cannot be counted")
             image.seek(frame)
             yield image
@@ -260,7 +260,7 @@ class FileSource(ImageSource):
     def _count_frames(self, index: int) -> int:
         try:
             with self._opened(index) as image:
-                return image.n_frames if is_animated(image) else 1  # type: ignore[attr-defined]
+                return count_frames(image)
         except UnreadableError:
             return 0  # to be reported when it is read
 

@@ -91,6 +91,50 @@ def select(
     return replace(splits, train=train, val=val)
 
 
+def at_most(source: ImageSource, images: int | None, seed: int = 0) -> ImageSource:
+    """At most so many images, drawn class by class and the same every time; None for all."""
+    if images is None or len(source) <= images:
+        return source
+    drawn = select(Splits(source.name, source, None), images=images, seed=seed, distinct=False)
+    return drawn.train
+
+
+def labelled_splits(splits: Splits) -> dict[str, ImageSource]:
+    """The sources "train" and "val" of a data set, on which runs can be evaluated.
+
+    Raises:
+        InputError: one of them is missing, empty or has no labels, there are fewer than two
+            classes, or the two parts have other classes.
+    """
+    name, train, val = splits.name, splits.train, splits.val
+    needs = "evaluation needs class folders under train/ and val/ (figures and training do not)"
+    if train.labels is None:
+        raise InputError(f"data: {name} has no labels; {needs}")
+    if len(train) == 0:
+        raise InputError(f"data: {name} has no training images; {needs}")
+    if val is None or len(val) == 0:
+        raise InputError(
+            f"data: {name} has no validation images; {needs}; training with --held-out 0.2 sets a "
+            "fifth apart"
+        )
+    if val.labels is None:
+        raise InputError(f"data: the validation images of {name} have no labels; {needs}")
+    if len(train.classes or ()) < 2:
+        raise InputError(f"data: {name} has one class; evaluation needs at least two")
+    check_classes(name, train, val)
+    return {"train": train, "val": val}
+
+
+def check_classes(name: str, train: ImageSource, val: ImageSource) -> None:
+    """Raise InputError unless the parts of the data set `name` have the same classes in order."""
+    if train.classes != val.classes:
+        others = sorted(set(train.classes or ()) ^ set(val.classes or ())) or ["their order"]
+        raise InputError(
+            f"data: training and validation images of {name} differ in their classes "
+            f"({', '.join(others)}); both must have the same ones in the same order"
+        )
+
+
 def subset(source: ImageSource, indices: NDArray[np.int64], name: str | None = None) -> ImageSource:
     """Return the images at `indices`, (K,) int64, of a source, in that order.
 

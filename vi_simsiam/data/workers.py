@@ -129,9 +129,11 @@ class Workers:
                 process.join(_SECONDS_TO_END)
                 code = process.exitcode or 0
                 how = f"killed by signal: {signal.strsignal(-code)}" if code < 0 else f"exit {code}"
+                hint = "it may have run out of memory, and fewer workers need less"
+                if code == -getattr(signal, "SIGBUS", 0):
+                    hint = "a file that it read may have been truncated, or its disk have failed"
                 raise TrainingError(
-                    f"{self._name}: a process that {self._verb} images has ended ({how}); "
-                    "it may have run out of memory, and fewer workers need less"
+                    f"{self._name}: a process that {self._verb} images has ended ({how}); {hint}"
                 ) from error
 
 
@@ -171,9 +173,9 @@ def _serve(function: Callable[[Any], Any], connection: Connection, other_end: Co
     # These reach every process of a terminal or job; the main process decides what follows.
     for number in _SHARED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SHARED_SIGNALS)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_SHARED_SIGNALS, signal.SIGTERM})
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     with ThreadPoolExecutor(1) as sender:  # the next result is computed while one is sent
@@ -192,13 +194,13 @@ def _serve(function: Callable[[Any], Any], connection: Connection, other_end: Co
 
 @contextlib.contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Keep signals from workers until they ignore them: they inherit this thread's mask."""
+    """Keep signals from workers until they handle them: they inherit this thread's mask."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
     if multiprocessing.get_start_method() != "fork":
         resource_tracker.ensure_running()  # it would unblock SIGINT
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SHARED_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*_SHARED_SIGNALS, signal.SIGTERM})
     try:
         yield
     finally:

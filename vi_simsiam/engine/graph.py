@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from vi_simsiam.checks import choice, require
+from vi_simsiam.data.device import DeviceFeed
 from vi_simsiam.engine.graph_rules import (
     Inputs,
     InputsChanged,
@@ -32,6 +33,7 @@ from vi_simsiam.engine.graph_rules import (
     explain,
     held,
 )
+from vi_simsiam.engine.step import OverlappedStep, TrainStep
 from vi_simsiam.errors import InputError
 
 MODES = ("auto", "on", "off")
@@ -146,6 +148,25 @@ class CudaGraph:
     def replay(self) -> None:
         """Run the recorded call on the current stream, without waiting."""
         self._graph.replay()
+
+
+def capture_training(
+    step: TrainStep, feed: DeviceFeed, at: int, mode: str, *, alone: bool
+) -> Captured:
+    """Capture a step of the trainer, with its views made meanwhile.
+
+    Args:
+        step, feed: see `OverlappedStep`.
+        at: the next step of the run.
+        mode: see `capture`.
+        alone: no other ranks take part; otherwise the step runs as it is.
+    """
+    whole = OverlappedStep(step, feed)
+    whole.prepare(at)
+    replay = capture(whole, state=whole.state, mode=mode if alone else "off")
+    if not alone:
+        replay.reason = "a step with the collectives of torchrun's ranks is not captured"
+    return replay
 
 
 class Captured:

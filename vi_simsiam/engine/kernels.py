@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,11 +26,11 @@ from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.graph import capture
 from vi_simsiam.engine.run import KERNELS
 from vi_simsiam.engine.step import TrainStep, own_norm
-from vi_simsiam.errors import InputError
-from vi_simsiam.files import write_json
+from vi_simsiam.errors import InputError, cut
+from vi_simsiam.files import parse_json, read_bytes, write_json
 from vi_simsiam.models import SimSiam
 from vi_simsiam.ops.backends import why_unavailable
-from vi_simsiam.text import counted
+from vi_simsiam.text import counted, one_line
 
 _TIE = 1.02
 """Torch's layers are taken where the fused ones take more than this many times as long, so that
@@ -101,13 +101,15 @@ class KernelChoice:
             InputError: the file is damaged.
         """
         path = folder / KERNELS
-        if not path.is_file():
+        if not os.path.lexists(path):
             return None
+        content = read_bytes(path, "run")
         try:
-            return cls(**json.loads(path.read_text()))
+            return cls(**parse_json(content, dict[str, Any]))
         except (ValueError, TypeError) as error:
+            reason = cut(one_line(str(error)))
             raise InputError(
-                f"run: {path} is damaged ({error}); without this file the choice is made anew"
+                f"run: {path} is damaged ({reason}); without this file the choice is made anew"
             ) from error
 
     def save(self, folder: Path) -> None:

@@ -18,24 +18,24 @@ from vi_simsiam.models import SimSiam, build_model
 _APART = re.compile(r"^((?:local_)?predictor\.3)\.(weight|bias)$")
 
 
-def initial_model(config: TrainConfig, world: World, *, load_frozen: bool) -> SimSiam:
+def initial_model(config: TrainConfig, world: World, *, fresh: bool) -> SimSiam:
     """The model of a run on its device, with the weights of the seed or of the frozen run.
 
     Args:
         config: of the run.
         world: the ranks that train together.
-        load_frozen: load the weights of `config.frozen_run`, if there is one.
+        fresh: load the weights that the run begins with; False if a checkpoint replaces them.
 
     Raises:
         InputError: the frozen run cannot be used.
     """
     # The weights of a run replace torchvision's.
-    pretrained = config.model.pretrained and config.frozen_run is None
+    pretrained = fresh and config.model.pretrained and config.frozen_run is None
     parts = dataclasses.replace(config.model, pretrained=pretrained)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = build_model(dataclasses.replace(config, model=parts)).to(world.device)
-    if config.frozen_run is not None and load_frozen:
+    if config.frozen_run is not None and fresh:
         _load_frozen(model, config)
     model.to(memory_format=torch.channels_last)
     if config.sync_batch_norm and not world.alone:

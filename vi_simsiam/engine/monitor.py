@@ -21,13 +21,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.tensorboard import SummaryWriter
 
 from vi_simsiam.config import Stem, TrainConfig
+from vi_simsiam.engine.log import read_log
+from vi_simsiam.engine.run import METRICS
 from vi_simsiam.engine.verdict import Health
 from vi_simsiam.errors import TrainingError
 from vi_simsiam.files import write_text
 from vi_simsiam.models import Output, SimSiam, VISimSiam
 from vi_simsiam.ops.power_spherical import ONE_PLUS_COS_MIN
 from vi_simsiam.paths import utf8_path
-from vi_simsiam.text import print_line
+from vi_simsiam.text import counted, print_line
 
 _SECONDS_SHOWN = 1.0
 _SECONDS_TIMED = 3.0
@@ -101,6 +103,19 @@ def effective_rank(x: Tensor) -> Tensor:
     return torch.exp(-torch.special.xlogy(share, share).sum())
 
 
+class Timed:
+    """The time of the steps after step `first`, and of it the seconds of waiting for data."""
+
+    def __init__(self, first: int) -> None:
+        self.first, self.waited = first, 0.0
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """The time so far."""
+        return time.perf_counter() - self._started
+
+
 class Monitor:
     """Progress bar, metrics.jsonl and TensorBoard of one run; a context manager.
 
@@ -132,16 +147,16 @@ class Monitor:
         resumed: bool = False,
         quiet: bool = False,
     ) -> None:
-        path = folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        lines = [line for line in lines if _step(line) <= step]
-        write_text(path, "".join(f"{line}\n" for line in lines))
+        lines, damaged = read_log(folder)
+        lines = [line for line in lines if line["step"] <= step]
+        write_text(folder / METRICS, "".join(f"{json.dumps(line)}\n" for line in lines))
         self.folder, self.health = folder, Health(config)
-        self.last: dict[str, Any] | None = None
+        self.last: dict[str, Any] | None = lines[-1] if lines else None
+        self._knn: float | None = None
         for line in lines:
-            self.last = json.loads(line)
-            self.health.update(json.loads(line))
-        self._file = path.open("a")
+            self.health.update(line)
+            self._knn = line.get("knn", self._knn)
+        self._file = (folder / METRICS).open("a")
         self._stack = contextlib.ExitStack()
         place = str(self._stack.enter_context(utf8_path(folder)))
         self._tensorboard = SummaryWriter(place, purge_step=step + 1)
@@ -169,6 +184,9 @@ class Monitor:
         self._task = self._progress.add_task(
             "", total=self._total, completed=step, text="", epoch=epoch
         )
+        if damaged:
+            lost = counted(damaged, "damaged line")
+            self._print(f"warning: {lost} of metrics.jsonl left out", style="yellow")
 
     def advance(self, step: int) -> None:
         """Show that `step` steps are done."""
@@ -200,6 +218,8 @@ class Monitor:
         parts = [f"loss {metrics['loss']:.3g}", f"cos {metrics['cosine']:.2f}"]
         if "kappa" in metrics:
             parts.append(f"{kappa}/(D-1) {metrics['kappa']:.2g}")
+        if self._knn is not None:
+            parts.append(f"kNN {self._knn:.1%}")
         parts.append(f"{metrics['views_per_s']:.0f} views/s")
         if self.health.since is not None:
             parts = [self.health.state, f"since step {self.health.since}", parts[1]]
@@ -225,6 +245,7 @@ class Monitor:
             TrainingError: this line or an earlier one could not be written (a full disk, say).
         """
         begins = self.health.update(metrics)
+        self._knn = metrics.get("knn", self._knn)
         self.last = {**metrics, **(launched or {}), "state": self.health.state}
         if self.health.since is not None:
             self.last["since"] = self.health.since
@@ -255,6 +276,7 @@ class Monitor:
             f"kappa/(D-1) {metrics['kappa']:.3g}" if "kappa" in metrics else "",
             f"z-std {metrics['z_std']:.2f}",
             f"rank {metrics['effective_rank']:.0f}",
+            f"kNN {metrics['knn']:.1%}" if "knn" in metrics else "",
             f"{metrics['views_per_s']:.0f} views/s",
             f"waiting for data {metrics['data_wait']:.0%}",
             self.health.short,
@@ -300,14 +322,6 @@ class Monitor:
             with contextlib.suppress(*ignored):
                 file.close()
         self._stack.close()
-
-
-def _step(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for a line cut off by a crash."""
-    try:
-        return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return math.inf
 
 
 def duration_line(

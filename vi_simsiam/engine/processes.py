@@ -44,6 +44,10 @@ _POLL_SECONDS = 0.2
 _SAVING_SECONDS = 60.0
 
 
+def _without_links(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 class Process:
     """A process in its own process group, with its output in a file.
 
@@ -85,7 +89,8 @@ class Process:
     def start(self, command: Sequence[str], *, threads: int, append: bool) -> None:
         """Start `command` with a number of threads for PyTorch; `append` keeps an earlier log."""
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-        with self.log.open("ab" if append else "wb") as log:
+        # A link in a folder of somebody else's may lead anywhere.
+        with open(self.log, "ab" if append else "wb", opener=_without_links) as log:
             self._process = subprocess.Popen(
                 list(command),
                 stdin=subprocess.DEVNULL,

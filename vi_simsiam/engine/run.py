@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,24 +28,28 @@ from vi_simsiam.engine.checkpoint import (
     load_best,
     load_last,
 )
+from vi_simsiam.engine.origin import ORIGIN, mark, placed, places
 from vi_simsiam.engine.processes import locked
 from vi_simsiam.errors import ImageWarning, InputError
-from vi_simsiam.files import write_json
+from vi_simsiam.files import read_json, write_json
 from vi_simsiam.models import SimSiam, build_model
 from vi_simsiam.paths import user_path
 
 CONFIG, METRICS, KERNELS = "config.json", "metrics.jsonl", "kernels.json"
-_LOCK = ".lock"
+FAILURE, FAILED_VIEWS = "failure.json", "failure.png"
+LOCK = ".lock"
 _CHECKPOINTS = "checkpoint-*.safetensors"
 # What an interrupted write leaves, see `write_atomically`.
 _REMAINS = tuple(
-    f".{name}.{'[0-9a-f]' * 16}" for name in (CONFIG, METRICS, KERNELS, FORMER, _CHECKPOINTS)
+    f".{name}.{'[0-9a-f]' * 16}"
+    for name in (CONFIG, METRICS, KERNELS, FAILURE, FORMER, _CHECKPOINTS)
 )
 # Results of an earlier run.
 _RESULTS = (
-    _CHECKPOINTS, FORMER, METRICS, KERNELS, "events.out.tfevents.*", "knn.json", "linear.json",
-    "logistic.json", "uncertainty.json", "curves.png", "kappa.png", "density.png",
-    "reliability.png", "risk_coverage.png", "corruptions.png", "scores.png", "report.html",
+    _CHECKPOINTS, FORMER, METRICS, KERNELS, FAILURE, FAILED_VIEWS, ORIGIN, "events.out.tfevents.*",
+    "knn.json", "linear.json", "logistic.json", "uncertainty.json", "curves.png", "kappa.png",
+    "density.png", "reliability.png", "risk_coverage.png", "corruptions.png", "scores.png",
+    "report.html",
 )  # fmt: skip
 
 
@@ -95,7 +98,10 @@ def load_run(
     cache_dir: Path | None = None,
     checkpoint: Weights = "last",
 ) -> Run:
-    """Open a run folder.
+    """Open a run folder, and the images that it was trained on.
+
+    The places that its configuration names are used only where this user trained it here, see
+    `engine.origin`. Nothing is downloaded unless `data` or `data_root` is given.
 
     Args:
         path: the folder that training wrote.
@@ -107,17 +113,19 @@ def load_run(
         checkpoint: "last", or "best" for the one with the best kNN accuracy during training.
 
     Raises:
-        InputError: no run there, a damaged file, or a missing data set.
+        InputError: no run there, a damaged file, a missing data set, or a run from elsewhere whose
+            images are not named.
     """
     path = user_path("run", path)
     place = resolve_device(device)
     config, model = load_model(path, place, checkpoint)
-    if cache_dir is not None:
-        config = dataclasses.replace(config, cache_dir=cache_dir)
-    moved = dataclasses.replace(
-        config, data=data or config.data, data_root=data_root or config.data_root
+    opened = placed(path, config, data=data, data_root=data_root, cache_dir=cache_dir)
+    named = data is not None or data_root is not None
+    splits = open_splits(
+        dataclasses.replace(opened, offline=opened.offline or not named),
+        run=path if data is None else None,
     )
-    splits = open_splits(moved, run=path if data is None else None)
+    config = dataclasses.replace(opened, data=config.data)
     return Run(path, config, model, splits, place, resolve_workers(workers, place))
 
 
@@ -172,9 +180,10 @@ def read_config(path: Path) -> TrainConfig:
     """
     if not (path / CONFIG).is_file():
         raise InputError(f"run: {path} holds no run (no {CONFIG} there)")
+    plain = read_json(path / CONFIG, dict[str, Any], "run")
     try:
-        return TrainConfig.from_dict(json.loads((path / CONFIG).read_text()))
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        return TrainConfig.from_dict(plain)
+    except InputError as error:
         raise InputError(f"run: {path / CONFIG} is damaged ({error})") from error
 
 
@@ -211,7 +220,7 @@ def check_folder(path: Path, *, resume: Resume, overwrite: bool) -> bool:
             "say --resume to go on with it or --overwrite to replace it"
         )
     files = [] if holds_run or not path.exists() else path.iterdir()
-    own = (_LOCK, *_REMAINS)
+    own = (LOCK, *_REMAINS)
     if not all(any(file.match(pattern) for pattern in own) for file in files):
         raise InputError(f"out: {path} holds other files; give an empty or new folder")
     return False
@@ -228,7 +237,7 @@ def claimed(path: Path) -> Iterator[None]:
     """
     path.mkdir(parents=True, exist_ok=True)
     busy = f"out: another training writes to {path}; give another folder, or wait for its end"
-    with locked(path / _LOCK, busy):
+    with locked(path / LOCK, busy):
         for pattern in _REMAINS:
             for file in path.glob(pattern):
                 file.unlink()
@@ -283,6 +292,7 @@ def start_folder(path: Path, config: TrainConfig) -> None:
         for file in path.glob(pattern):
             file.unlink()
     write_json(path / CONFIG, config.to_dict())
+    mark(path, places(config))
 
 
 def record_place(path: Path, config: TrainConfig) -> None:
@@ -292,6 +302,7 @@ def record_place(path: Path, config: TrainConfig) -> None:
     moved = dataclasses.replace(saved, **place)
     if moved != saved:
         write_json(path / CONFIG, moved.to_dict())
+    mark(path, places(moved))
 
 
 def _size(path: Path) -> int:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from vi_simsiam.config import TrainConfig
-from vi_simsiam.engine import run
+from vi_simsiam.engine import failure, run
 from vi_simsiam.engine.checkpoint import Checkpoint, add_checkpoint, checkpoints
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.errors import InputError
@@ -59,17 +59,21 @@ class Saver:
         due = time.monotonic() - self._saved_at >= self._config.save_every
         return self._world.any_rank(due and self._world.is_main)
 
+    def is_best(self, knn: float | None) -> bool:
+        """True for a kNN accuracy above that of all checkpoints so far."""
+        return knn is not None and (self.best_knn is None or knn > self.best_knn)
+
     def save(self, checkpoint: Checkpoint) -> None:
         """Save the state, as the best one, too, if its kNN accuracy is the best so far.
 
         Raises:
             TrainingError: it could not be written; the ones before are kept.
         """
-        knn = checkpoint.knn
-        best = knn is not None and (self.best_knn is None or knn > self.best_knn)
-        self.best_knn = knn if best else self.best_knn
+        best = self.is_best(checkpoint.knn)
+        self.best_knn = checkpoint.knn if best else self.best_knn
         checkpoint = dataclasses.replace(checkpoint, best_knn=self.best_knn)
         with self._world.together():
             if self._world.is_main:
                 add_checkpoint(self.folder, checkpoint, keep=self._config.keep, best=best)
+                failure.forget(self.folder, checkpoint.step)
         self.step, self._saved_at = checkpoint.step, time.monotonic()

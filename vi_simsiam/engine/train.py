@@ -7,7 +7,6 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,18 +19,18 @@ from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.loader import MultiViewLoader
 from vi_simsiam.data.subsets import content, listed
 from vi_simsiam.data.views import check_batch
-from vi_simsiam.engine import run
+from vi_simsiam.engine import failure, run
 from vi_simsiam.engine.checkpoint import Checkpoint, checkpoint_path, load_last
 from vi_simsiam.engine.device import deterministic, keep_freed_memory, memory_errors
 from vi_simsiam.engine.distributed import World
-from vi_simsiam.engine.graph import Captured, capture
+from vi_simsiam.engine.graph import Captured, capture_training
 from vi_simsiam.engine.kernels import choose_kernels
+from vi_simsiam.engine.knn import OnlineKnn
 from vi_simsiam.engine.model import initial_model
-from vi_simsiam.engine.monitor import Monitor, representation_statistics
+from vi_simsiam.engine.monitor import Monitor, Timed, representation_statistics
 from vi_simsiam.engine.processes import stop_signals
 from vi_simsiam.engine.saving import Saver
 from vi_simsiam.engine.step import (
-    OverlappedStep,
     check_step,
     configured_step,
     learning_rates,
@@ -43,7 +42,7 @@ from vi_simsiam.paths import user_path
 from vi_simsiam.text import print_line
 
 # All ranks log and communicate in the same steps, so these fields must agree between them.
-_COMMON_FIELDS = {"log_every", "capture", "kernels", "compile"}
+_COMMON_FIELDS = {"log_every", "capture", "kernels", "compile", "knn_every", "stop_on"}
 
 
 class Trainer:
@@ -110,7 +109,7 @@ class Trainer:
         self.log_every = config.log_every or (100 if on_gpu else 10)
         bf16 = config.precision == "bf16" or (config.precision == "auto" and on_gpu)
 
-        self.model = initial_model(config, self.world, load_frozen=not going_on)
+        self.model = initial_model(config, self.world, fresh=not going_on)
         default_scale = 1 / (config.model.dim - 1) if isinstance(self.model, VISimSiam) else 1.0
         self.loss_scale = config.loss.loss_scale or default_scale
 
@@ -132,6 +131,9 @@ class Trainer:
                 workers=config.workers,
                 console=None if quiet else self.console,
             )
+            self.online = None
+            if config.knn_every is not None:
+                self.online = OnlineKnn(config, splits, images, self.device)
         for text in images.warnings:
             warnings.warn(text, ImageWarning, stacklevel=2)
         self.config = config
@@ -172,6 +174,7 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         self._logged = 0  # the last step that is in the metrics
         self.knn: float | None = None
+        self.collapsed = False
         if path is None:
             made = run.new_folder(Path("runs"), config) if self.world.is_main else None
             path = self.world.exchange(made)[0]
@@ -202,6 +205,7 @@ class Trainer:
         Raises:
             TrainingError: the loss or the weights are no longer finite, or the GPU's memory is too
                 small; the last good checkpoint is kept.
+            CollapsedError: it has collapsed, and `config.stop_on` ends it then.
             KeyboardInterrupt: a signal of `stop_signals` arrived; the run can be resumed where it
                 stopped.
         """
@@ -240,31 +244,25 @@ class Trainer:
                 stack.enter_context(monitor)
             stack.enter_context(memory_errors(self.device))
             self.model.train()
-            replay = self._replay()
+            replay, feed = None, self.loader.feed
+            if feed is not None:
+                mode, alone = self.config.capture, self.world.alone
+                replay = capture_training(self.train_step, feed, self.step, mode, alone=alone)
             while self.step < self.total_steps:
                 metrics, stopped = self._train_epoch(replay, monitor, stop)
                 if epoch_done is not None and not stopped:
                     epoch_done()
-                if stopped or self.step == self.total_steps or self.saver.due():
+                best = self.saver.is_best(self.knn)  # the weights that were measured are kept
+                if stopped or best or self.step == self.total_steps or self.saver.due():
                     self._save()
+                if self.collapsed:
+                    raise failure.collapsed(self.folder, self.step)
                 if stopped:
                     raise KeyboardInterrupt
                 if monitor is not None:
                     monitor.epoch_done(self.step, metrics)
             if monitor is not None:
                 monitor.finish()
-
-    def _replay(self) -> Captured | None:
-        """On a GPU the whole step; None where batches come from the loader."""
-        if self.loader.feed is None:
-            return None
-        whole = OverlappedStep(self.train_step, self.loader.feed)
-        whole.prepare(self.step)
-        mode = self.config.capture if self.world.alone else "off"
-        replay = capture(whole, state=whole.state, mode=mode)
-        if not self.world.alone:
-            replay.reason = "a step with the collectives of torchrun's ranks is not captured"
-        return replay
 
     def _train_epoch(
         self, replay: Captured | None, monitor: Monitor | None, stop: list[int]
@@ -275,7 +273,7 @@ class Trainer:
         end = (self.step // self.loader.steps_per_epoch + 1) * self.loader.steps_per_epoch
         metrics: dict[str, float] = {}
         stopped = False
-        timed = _Timed(self.step)
+        timed = Timed(self.step)
         for output, wait in self._outputs(replay, end, stop):
             timed.waited += wait
             self.step += 1
@@ -285,18 +283,21 @@ class Trainer:
             if logging:
                 self._check_losses()
                 self.seconds += timed.seconds
-                metrics = self._metrics(output, timed)
+                metrics = self._metrics(output, timed) | self._measure_knn()
                 if monitor is not None:
                     monitor.log(metrics, None if replay is None else replay.launched)
-                self._logged, timed = self.step, _Timed(self.step)
+                if self.config.stop_on is not None and self.step < self.total_steps:
+                    found = monitor is not None and monitor.health.state == "collapsed"
+                    self.collapsed = self.world.any_rank(found)
+                self._logged, timed = self.step, Timed(self.step)
             elif monitor is not None and monitor.due:
                 monitor.show(self._metrics(output, timed))
             if logging or alone:
-                stopped = self.world.any_rank(bool(stop))
+                stopped = self.world.any_rank(bool(stop)) or self.collapsed
                 if not stopped and self.step < end and self.saver.due():
                     self.seconds += timed.seconds
                     self._save()
-                    timed = _Timed(self.step)
+                    timed = Timed(self.step)
             if stopped:
                 self.seconds += timed.seconds
                 break
@@ -335,7 +336,7 @@ class Trainer:
             waited = time.perf_counter() - start
             yield self.train_step(batch.views), waited
 
-    def _metrics(self, output: Output, timed: _Timed) -> dict[str, float]:
+    def _metrics(self, output: Output, timed: Timed) -> dict[str, float]:
         """A line of metrics.jsonl: the steps since the one before, and the output of the last."""
         losses = self.train_step.losses[self._logged : self.step].tolist()
         seconds = timed.seconds
@@ -352,17 +353,24 @@ class Trainer:
             "seconds": self.seconds,
         }
 
+    def _measure_knn(self) -> dict[str, float]:
+        """After an epoch that is due: measure on rank 0, whose BatchNorm statistics are saved."""
+        epoch, after = divmod(self.step, self.loader.steps_per_epoch)
+        if self.online is None or after or epoch % (self.config.knn_every or 1):
+            return {}
+        with self.world.together():
+            found = self.online.measure(self.model.backbone) if self.world.is_main else None
+        (self.knn, *_) = self.world.exchange(found)
+        return {} if self.knn is None else {"knn": self.knn}
+
     def _check_losses(self) -> None:
         """Raise TrainingError unless the losses since the last line of metrics are finite."""
-        first = self._logged
-        finite = torch.isfinite(self.train_step.losses[first : self.step]).tolist()
-        if not all(finite):
-            step = first + finite.index(False) + 1
-            epoch = (step - 1) // self.loader.steps_per_epoch + 1
-            raise TrainingError(
-                f"the loss is not finite at step {step} (epoch {epoch}); {self._last_good()}; "
-                "a lower learning rate or clip_norm may help"
-            )
+        losses, images = self.train_step.losses[self._logged : self.step], self.loader.source
+        if not torch.isfinite(losses).all():
+            found = failure.failed(self.config, images, self._logged, losses, self.saver.step)
+            if self.world.is_main:
+                failure.record(self.folder, found)
+            raise failure.error(self.folder, found, self._last_good())
 
     def _save(self) -> None:
         self._check_losses()
@@ -385,16 +393,3 @@ class Trainer:
     def _last_good(self) -> str:
         path = checkpoint_path(self.folder, self.saver.step)
         return f"the last good checkpoint is {path} (step {self.saver.step})"
-
-
-@dataclass
-class _Timed:
-    """The time of the steps after step `first`, and of it the seconds of waiting for data."""
-
-    first: int
-    waited: float = 0.0
-    started: float = dataclasses.field(default_factory=time.perf_counter)
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.started

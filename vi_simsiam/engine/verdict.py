@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 from collections import deque
 from pathlib import Path
 from typing import Any, Literal
 
 from vi_simsiam.config import TrainConfig
-from vi_simsiam.engine.run import METRICS
+from vi_simsiam.engine.log import read_log
 
 State = Literal["learning", "collapsed", "dead", "not learning"]
 
@@ -25,7 +23,8 @@ LEAST_COSINE = 0.1
 """Below it predictions and targets are nearly at right angles."""
 NO_COSINE = 0.05
 """Below it they are at right angles: nothing has been learned yet."""
-_LEAST_WEIGHT = 0.02  # gradient of a cosine, as a share of SimSiam's
+LEAST_WEIGHT = 0.02
+"""Gradient of a cosine, as a share of SimSiam's, below which the loss hardly has one."""
 _LEAST_BEST = 0.02  # a smaller best concentration is that of no cosine at all
 LARGEST_BEST = 10.0
 """Bound of the best kappa/(D - 1), which grows without limit as cosines approach 1."""
@@ -70,10 +69,9 @@ class Health:
     @classmethod
     def of_run(cls, folder: Path, config: TrainConfig) -> Health | None:
         """The state at the end of a run's metrics.jsonl; None if there is no line in it."""
-        health, file = cls(config), folder / METRICS
-        for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
-            with contextlib.suppress(json.JSONDecodeError):  # the last one may be cut off
-                health.update(json.loads(line))
+        health, (lines, _) = cls(config), read_log(folder)
+        for line in lines:
+            health.update(line)
         return health if health._recent else None
 
     def update(self, metrics: dict[str, Any]) -> bool:
@@ -101,7 +99,14 @@ class Health:
 
     @property
     def line(self) -> str:
-        """The verdict: the state, the number behind it, and a remedy."""
+        """The verdict: the state, the number behind it, and a remedy if it needs one."""
+        name, figure, remedy = self.parts
+        since = "" if self.since is None else f" since step {self.since}"
+        return f"{name}{since}: {figure}; try {remedy}" if remedy else f"{name}: {figure}"
+
+    @property
+    def parts(self) -> tuple[str, str, str]:
+        """The state in words, the number behind it, and a remedy; empty for a good state."""
         config, name, kappa = self.config, str(self.state), self._mean("kappa") or 0
         cosine = round(self._mean("cosine") or 0, 2) + 0.0  # no -0.00
         z_std, spread = self._mean("z_std") or 0, self._mean("projection_spread")
@@ -130,14 +135,15 @@ class Health:
         elif self._behind():
             name, figure = "kappa not fitted yet", fitting
         elif config.frozen_run is not None:
-            return f"kappa fitted: kappa/(D-1) {kappa:.3g} at a mean cosine of {cosine:.2f}"
+            figure = f"kappa/(D-1) {kappa:.3g} at a mean cosine of {cosine:.2f}"
+            return "kappa fitted", figure, ""
         else:
-            return (
-                f"learned: cosine {cosine:.2f} between the views of an image, z-std {z_std:.2f} "
+            figure = (
+                f"cosine {cosine:.2f} between the views of an image, z-std {z_std:.2f} "
                 "(1: spread evenly, 0: collapsed)"
             )
-        since = "" if self.since is None else f" since step {self.since}"
-        return f"{name}{since}: {figure}; try {remedy}"
+            return "learned", figure, ""
+        return name, figure, remedy
 
     def _mean(self, name: str, most: float = math.inf) -> float | None:
         values = [min(line[name], most) for line in self._recent if line.get(name) is not None]
@@ -160,7 +166,7 @@ class Health:
                 return "collapsed", True
             if spread is not None and spread < LEAST_SPREAD:
                 return "collapsed", True
-            if self._weight() < _LEAST_WEIGHT:
+            if self._weight() < LEAST_WEIGHT:
                 return "dead", True
         if self._behind():
             return "dead", False

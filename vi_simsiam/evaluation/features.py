@@ -21,17 +21,15 @@ from torch.optim.swa_utils import update_bn
 
 from vi_simsiam.backbones import build_backbone
 from vi_simsiam.config import AugmentConfig, TrainConfig
-from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.loader import MultiViewLoader, eval_loader
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource
-from vi_simsiam.data.subsets import subset
+from vi_simsiam.data.subsets import labelled_splits, subset
 from vi_simsiam.data.views import GLOBAL_VIEWS
 from vi_simsiam.engine.distributed import World
+from vi_simsiam.engine.forward import evaluating, extract, finite
 from vi_simsiam.engine.run import Run
-from vi_simsiam.errors import InputError
 from vi_simsiam.files import write_json
-from vi_simsiam.inference.forward import evaluating, extract, finite
 from vi_simsiam.info import versions
 from vi_simsiam.text import brief_repr, counted
 
@@ -141,42 +139,6 @@ def collect(
             trained, train, size=size, device=device, workers=workers, report=report
         ),
     )
-
-
-def labelled_splits(splits: Splits) -> dict[str, ImageSource]:
-    """The sources "train" and "val" of a data set, on which runs can be evaluated.
-
-    Raises:
-        InputError: one of them is missing, empty or has no labels, there are fewer than two
-            classes, or the two parts have other classes.
-    """
-    name, train, val = splits.name, splits.train, splits.val
-    needs = "evaluation needs class folders under train/ and val/ (figures and training do not)"
-    if train.labels is None:
-        raise InputError(f"data: {name} has no labels; {needs}")
-    if len(train) == 0:
-        raise InputError(f"data: {name} has no training images; {needs}")
-    if val is None or len(val) == 0:
-        raise InputError(
-            f"data: {name} has no validation images; {needs}; training with --held-out 0.2 sets a "
-            "fifth apart"
-        )
-    if val.labels is None:
-        raise InputError(f"data: the validation images of {name} have no labels; {needs}")
-    if len(train.classes or ()) < 2:
-        raise InputError(f"data: {name} has one class; evaluation needs at least two")
-    check_classes(name, train, val)
-    return {"train": train, "val": val}
-
-
-def check_classes(name: str, train: ImageSource, val: ImageSource) -> None:
-    """Raise InputError unless the parts of the data set `name` have the same classes in order."""
-    if train.classes != val.classes:
-        others = sorted(set(train.classes or ()) ^ set(val.classes or ())) or ["their order"]
-        raise InputError(
-            f"data: training and validation images of {name} differ in their classes "
-            f"({', '.join(others)}); both must have the same ones in the same order"
-        )
 
 
 def untrained_backbone(

@@ -6,7 +6,7 @@ All are 1600 x 680 pixels, meant to be shown at half that size.
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from vi_simsiam.data.sources import ImageSource
-from vi_simsiam.engine.run import METRICS, Run, read_config
+from vi_simsiam.engine.forward import extract
+from vi_simsiam.engine.log import read_log
+from vi_simsiam.engine.run import Run, read_config
 from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
-from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.style import (
     BLUE,
     GRAY,
@@ -38,14 +39,14 @@ from vi_simsiam.evaluation.style import (
 )
 from vi_simsiam.functional import power_spherical_log_prob
 from vi_simsiam.inference.embed import extremes
-from vi_simsiam.inference.forward import extract
 from vi_simsiam.models import VISimSiam
 from vi_simsiam.text import METHODS, brief_repr, counted
 
 _Values = NDArray[np.float64]
 _THUMBNAIL = 112
-_WORDS = {"state", "captured", "not_captured"}
-"""Fields of metrics.jsonl that are no figures."""
+_CURVES = ("epoch", "loss", "cosine", "lr", "z_std", "effective_rank", "grad_norm")
+"""Figures of a log that curves.png shows, of an older version's where it has them."""
+_LEAST_EPOCH = 1e-6
 
 CONCENTRATIONS = (0.0, 0.25, 1.0, 4.0, 16.0)
 """kappa/(D - 1) of the curves over the cosine: mean cosines of 0, 0.2, 0.5, 0.8 and 0.94."""
@@ -61,23 +62,31 @@ def draw_curves(run_folder: Path) -> list[Path]:
         The paths of the figures, as every function that draws.
 
     Raises:
-        InputError: there is no run, or a line of metrics that cannot be read.
+        InputError: there is no run, or its log cannot be read.
     """
     config = read_config(run_folder)
-    if not logged(run_folder):
+    columns = read_metrics(run_folder)
+    if not columns:
         return []
-    metrics = read_metrics(run_folder / METRICS)
+    missing = np.full(len(columns["step"]), np.nan)
+    metrics = {**dict.fromkeys(_CURVES, missing), **columns}
     epoch = metrics["epoch"]
-    has_kappa = "kappa" in metrics
+    has_kappa = "kappa" in columns
     with matplotlib.rc_context(STYLE):
         drawn = figure(f"{METHODS[config.method]} on {shown(config.data)}, {config.model.backbone}")
         loss, cosine, third, spread, rank, gradient = drawn.subplots(2, 3, sharex=True).flat
         title = "loss (0 = no better than chance)" if has_kappa else "loss"
         _curve(loss, title, epoch, metrics["loss"])
-        _curve(cosine, "cosine of prediction and target", epoch, metrics["cosine"])
+        title = "cosine of prediction and target"
+        _curve(cosine, title, epoch, metrics["cosine"], label="cosine")
+        if "knn" in metrics:
+            measured = np.isfinite(metrics["knn"])
+            points = epoch[measured], metrics["knn"][measured]
+            cosine.plot(*points, color=ORANGE, lw=1.1, marker="o", ms=2.5, label="kNN accuracy")
+            cosine.legend(loc="best", ncols=2)
         if has_kappa:
             _curve(third, "concentration κ / (D − 1)", epoch, metrics["kappa"], label="predicted")
-            if "kappa_best" in metrics:
+            if "kappa_best" in columns:
                 best = moving_average(metrics["kappa_best"])
                 label = "best for the cosines"
                 third.plot(epoch, best, color=ORANGE, lw=1.1, ls=(0, (3, 2)), label=label)
@@ -97,38 +106,32 @@ def draw_curves(run_folder: Path) -> list[Path]:
         style: dict[str, Any] = {"ha": "right", "va": "center", "color": "#b3592a", "fontsize": 7}
         place = (0.98, COLLAPSE_THRESHOLD / 2)
         spread.text(*place, "collapse", transform=spread.get_yaxis_transform(), **style)
-        spread.set_ylim(0, max(1.1, 1.05 * float(np.nanmax(metrics["z_std"]))))
+        spread.set_ylim(0, 1.05 * float(np.nanmax([*metrics["z_std"], 1.05])))
         _curve(rank, "effective rank of a batch", epoch, metrics["effective_rank"])
         _curve(gradient, "gradient norm", epoch, metrics["grad_norm"])
         for panel in (rank, gradient):
             panel.set_ylim(bottom=0)
         for panel in (spread, rank, gradient):
             panel.set_xlabel("epoch")
-            panel.set_xlim(0, epoch[-1])
+            panel.set_xlim(0, float(np.nanmax([*epoch, _LEAST_EPOCH])))
         return [save(drawn, run_folder / "curves.png")]
 
 
-def logged(run_folder: Path) -> bool:
-    """Return True if a run has metrics to draw: a copy of its weights alone has none."""
-    path = run_folder / METRICS
-    return path.is_file() and path.stat().st_size > 0
+def read_metrics(run_folder: Path) -> dict[str, _Values]:
+    """The figures of a run's log as columns, float64 over its lines; none where nothing was logged.
 
-
-def read_metrics(path: Path) -> dict[str, _Values]:
-    """Numeric columns of a metrics.jsonl, float64 over its lines; NaN where a line lacks a value.
+    NaN stands where a line lacks a value, or has one that is not finite.
 
     Raises:
-        InputError: a line cannot be read.
+        InputError: the log cannot be read.
     """
-    lines = []
-    for row, text in enumerate(path.read_text(errors="replace").splitlines(), start=1):
-        try:
-            items = json.loads(text).items()
-            lines.append({name: float(value) for name, value in items if name not in _WORDS})
-        except (ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"run: {path} line {row} cannot be read ({error})") from error
-    names = dict.fromkeys(name for line in lines for name in line)
-    return {name: np.array([line.get(name, np.nan) for line in lines]) for name in names}
+    lines, _ = read_log(run_folder)
+    figures = [
+        {name: x for name, x in line.items() if type(x) in (int, float) and math.isfinite(x)}
+        for line in lines
+    ]
+    names = dict.fromkeys(name for line in figures for name in line)
+    return {name: np.array([line.get(name, np.nan) for line in figures]) for name in names}
 
 
 def moving_average(values: _Values) -> _Values:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vi_simsiam.inference.forward import nearest
+from vi_simsiam.engine.forward import nearest
 
 Scores = NDArray[np.float64]
 Flags = NDArray[np.bool_]

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from vi_simsiam import __version__
 from vi_simsiam.config import PLACE_FIELDS, TrainConfig, flat
 from vi_simsiam.engine.kernels import kernels_of
+from vi_simsiam.engine.log import read_log
 from vi_simsiam.engine.run import METRICS, Run, read_config
 from vi_simsiam.engine.verdict import Health
 from vi_simsiam.errors import InputError
@@ -31,7 +32,6 @@ from vi_simsiam.evaluation.figures import (
     draw_curves,
     draw_density,
     draw_kappa,
-    logged,
 )
 from vi_simsiam.evaluation.results import ACCURACIES, accuracies, read_result
 from vi_simsiam.evaluation.scores import TRIVIAL
@@ -40,7 +40,7 @@ from vi_simsiam.evaluation.uncertainty import comparisons
 from vi_simsiam.evaluation.uncertainty_figures import draw_uncertainty, score_label
 from vi_simsiam.files import write_text
 from vi_simsiam.inference.embed import extremes
-from vi_simsiam.text import METHODS, counted, fill_template
+from vi_simsiam.text import METHODS, counted, fill_template, show
 
 REPORT = "report.html"
 _RESULTS = (*ACCURACIES, "uncertainty")
@@ -84,7 +84,8 @@ def write_report(folder: Path, open_run: Callable[[], Run] | None = None) -> Pat
         command: shlex.join(["vi-simsiam", command, str(folder)])
         for command in ("evaluate", *_RESULTS)
     }
-    if not results and not logged(folder):
+    lines, damaged = read_log(folder)
+    if not results and not lines:
         raise InputError(
             f"report: {folder} has no {METRICS} and no result yet; train it, or run "
             f"{makes['evaluate']}"
@@ -95,35 +96,28 @@ def write_report(folder: Path, open_run: Callable[[], Run] | None = None) -> Pat
             run = open_run()
         except InputError as error:
             problem = str(error)
-            print(f"images left out: {problem}")
+            show(f"images left out: {problem}")
     found = None if run is None else certainty(run)
     figures = [*draw_curves(folder), *draw_density(folder), *draw_uncertainty(folder)]
     if run is not None:
         figures += draw_kappa(run, found)
     health = Health.of_run(folder, config)
-    try:
-        content = {
-            "title": f"{METHODS[config.method]} on {shown(config.data)}",
-            "figures": {path.stem: figure_uri(path) for path in figures},
-            "gallery": None if found is None else gallery(found),
-            "problem": problem,
-            "unwell": health.line if health is not None and health.short else None,
-            "simsiam": config.method == "simsiam",
-            **_results(results),
-            "facts": _facts(folder, config, results),
-            "makes": makes,
-            "settings": settings(config),
-            "evaluations": _evaluation_settings(results),
-            "versions": _versions(results),
-            "report_version": __version__,
-            "commands": _commands(folder, config),
-        }
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"report: a result in {folder} lacks what the report shows ({error!r})"
-        ) from error
+    content = {
+        "title": f"{METHODS[config.method]} on {shown(config.data)}",
+        "figures": {path.stem: figure_uri(path) for path in figures},
+        "gallery": None if found is None else gallery(found),
+        "problem": problem,
+        "unwell": health.line if health is not None and health.short else None,
+        "simsiam": config.method == "simsiam",
+        **_results(results),
+        "facts": _facts(folder, config, results, damaged),
+        "makes": makes,
+        "settings": settings(config),
+        "evaluations": _evaluation_settings(results),
+        "versions": _versions(results),
+        "report_version": __version__,
+        "commands": _commands(folder, config),
+    }
     write_text(folder / REPORT, fill_template("report.html", content, escape=True))
     return folder / REPORT
 
@@ -232,7 +226,9 @@ def _commands(folder: Path, config: TrainConfig) -> list[str]:
     return [shlex.join(["vi-simsiam", *command]) for command in [*commands, ["report", new]]]
 
 
-def _facts(folder: Path, config: TrainConfig, results: dict[str, dict[str, Any]]) -> dict[str, str]:
+def _facts(
+    folder: Path, config: TrainConfig, results: dict[str, dict[str, Any]], damaged: int
+) -> dict[str, str]:
     facts = {
         "Method": METHODS[config.method],
         "Data": shown(config.data),
@@ -242,9 +238,12 @@ def _facts(folder: Path, config: TrainConfig, results: dict[str, dict[str, Any]]
         "Seed": str(config.seed),
         "Kernels": kernels_of(folder, config),
     }
-    if first := next((results[name] for name in ACCURACIES if name in results), None):
+    first = next((results[name] for name in ACCURACIES if name in results), {})
+    if {"train_images", "val_images"} <= first.keys():
         images = f"{first['train_images']:,} training, {first['val_images']:,} validation"
         facts["Images"] = images
+    if damaged:
+        facts["Log"] = f"{counted(damaged, 'damaged line')} of {METRICS} left out"
     return facts
 
 
@@ -254,12 +253,11 @@ def _results(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     cards = []
     for title, result in measured.items():
         others = dict(result["top1"])
-        cards.append(_card(f"{title} top-1", others.pop("trained"), others, form=".1%"))
+        cards.append(_card(f"{title} top-1", others.pop("trained", None), others, form=".1%"))
     measures = accuracies(measured)
     table = _table("Accuracy on the validation images", "features", measures, form=".1%")
     uncertainty = results.get("uncertainty")
-    if uncertainty is not None:
-        part = uncertainty["calibration"]
+    if uncertainty is not None and (part := uncertainty["calibration"]):
         others = {"expected cosine": part["expected"], "observed": part["observed"]}
         cards.append(_card("calibration error", part["error"], others))
     return {
@@ -278,10 +276,10 @@ def _tables(uncertainty: dict[str, Any]) -> dict[str, Any]:
         "remarks": uncertainty["settings"].get("notes", []),
         "notes": uncertainty["scores"],
     }
-    part = uncertainty["calibration"]
     keys = {"expected": "expected", "observed": "observed", "pairs": "count"}
+    bins = (uncertainty["calibration"] or {"bins": []})["bins"]
     columns: dict[str, dict[str, Any]] = {
-        heading: {str(i): row[key] for i, row in enumerate(part["bins"], start=1)}
+        heading: {str(i): row[key] for i, row in enumerate(bins, start=1)}
         for heading, key in keys.items()
     }
     tables["calibration"] = _table("Expected and observed cosine", "bin", columns)

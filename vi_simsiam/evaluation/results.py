@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import base64
-import contextlib
-import json
+import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,51 +15,30 @@ from rich.table import Table
 from torch import Tensor
 
 from vi_simsiam.errors import InputError
+from vi_simsiam.evaluation.forms import Accuracies, Uncertainty
+from vi_simsiam.files import read_json
 from vi_simsiam.text import counted
 
 ACCURACIES = {"knn": "kNN", "linear": "linear", "logistic": "logistic"}
 """Result files with accuracies, each named like the command that writes it, and their titles."""
-_PARTS = ("calibration", "misclassification", "retrieval", "ood", "corruptions")
-"""Parts of uncertainty.json."""
 _MEASURES = {"top1": "top-1", "top5": "top-5", "held_out_top1": "held-out top-1"}
 
 
 def read_result(run_folder: Path, name: str) -> dict[str, Any] | None:
-    """The content of RUN/`name`.json, None without that file.
+    """The content of RUN/`name`.json, of the form in `forms`; None without that file.
 
     Raises:
-        InputError: it holds no JSON object, or lacks a part.
+        InputError: it cannot be read, or its content is not of that form.
     """
     path = run_folder / f"{name}.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
+    form = Uncertainty if name == "uncertainty" else Accuracies
     try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError("it holds no JSON object")
-    except ValueError as error:  # JSON and Unicode errors alike
-        raise unusable(path, f"cannot be read ({error})") from error
-    parts = _PARTS if name == "uncertainty" else ("top1",)
-    if missing := [part for part in parts if part not in content]:
-        raise unusable(path, f"lacks {', '.join(missing)}")
-    return content
-
-
-def unusable(path: Path, problem: str) -> InputError:
-    """The error for a result file that cannot be used, with the command that writes it again."""
-    command = shlex.join(["vi-simsiam", path.stem, str(path.parent)])
-    return InputError(f"run: {path} {problem}; {command} makes it again")
-
-
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Name the result file whose content lacks what the block uses, as one edited by hand may."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise unusable(path, f"lacks a value ({error!r})") from error
+        return cast(dict[str, Any], read_json(path, form, "run"))
+    except InputError as error:
+        command = shlex.join(["vi-simsiam", name, str(run_folder)])
+        raise InputError(f"{error}; {command} makes it again") from error
 
 
 def accuracies(results: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -79,8 +57,9 @@ def summary_table(results: dict[str, dict[str, Any]]) -> Table:
     table = Table("encoder")
     for measure in measures:
         table.add_column(measure, justify="right")
-    for encoder in next(iter(measures.values())):
-        table.add_row(encoder, *(f"{100 * shares[encoder]:.1f}" for shares in measures.values()))
+    for encoder in dict.fromkeys(name for shares in measures.values() for name in shares):
+        shares = (each.get(encoder) for each in measures.values())
+        table.add_row(encoder, *("-" if x is None else f"{100 * x:.1f}" for x in shares))
     return table
 
 

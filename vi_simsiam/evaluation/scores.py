@@ -20,12 +20,12 @@ from torchvision.transforms.v2 import functional as V
 
 from vi_simsiam.config import AugmentConfig
 from vi_simsiam.data.packed import PackedImages
+from vi_simsiam.engine.forward import evaluating, nearest, random_views
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.corruptions import jpeg_bytes
 from vi_simsiam.evaluation.logistic import LogisticProbe
 from vi_simsiam.evaluation.metrics import calibration
 from vi_simsiam.inference.encoder import Encoding
-from vi_simsiam.inference.forward import evaluating, nearest, random_views
 from vi_simsiam.models import SimSiam
 from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD
 

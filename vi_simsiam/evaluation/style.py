@@ -25,6 +25,7 @@ from PIL import Image
 from vi_simsiam.errors import ImageWarning
 from vi_simsiam.files import write_atomically
 from vi_simsiam.paths import printable
+from vi_simsiam.text import one_line
 
 BLUE, ORANGE, GRAY, INK = "#2f6db3", "#e07b39", "#8a8f98", "#24292f"
 _DPI = 200
@@ -80,12 +81,13 @@ def save(figure: Figure, path: Path, colours: int | None = None) -> Path:
 
 
 def _spell(figure: Figure) -> None:
-    """Change text with characters that the font lacks: they would be drawn as boxes.
+    """Change text with control characters, or characters that the font lacks, drawn as boxes.
 
-    It gets another font, or another spelling where no font has them.
+    The latter gets another font, or another spelling where no font has them.
     """
     own = _characters(findfont(STYLE["font.family"]))
     for text in figure.findobj(Text):
+        text.set_text("\n".join(map(one_line, text.get_text().split("\n"))))
         content = text.get_text()
         missing = {character for character in content if ord(character) not in own} - {"\n"}
         if not missing:

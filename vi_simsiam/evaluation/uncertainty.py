@@ -25,12 +25,11 @@ from torch import Tensor
 from vi_simsiam.checks import require
 from vi_simsiam.data.loader import eval_pixels
 from vi_simsiam.data.packed import PackedImages
-from vi_simsiam.data.subsets import subset
+from vi_simsiam.data.subsets import check_classes, subset
 from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import metrics
 from vi_simsiam.evaluation.corruptions import LEVELS, MAGNITUDES, corrupt
-from vi_simsiam.evaluation.features import check_classes
 from vi_simsiam.evaluation.foreign import Foreign, builtin_sets, open_sets, refuse_own_images
 from vi_simsiam.evaluation.logistic import LogisticConfig, LogisticProbe
 from vi_simsiam.evaluation.scores import (

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
 
-from vi_simsiam.evaluation.results import read_result, reading
+from vi_simsiam.evaluation.results import read_result
 from vi_simsiam.evaluation.style import BLUE, GRAY, INK, ORANGE, STYLE, figure, save, shown
 from vi_simsiam.text import counted
 
@@ -48,7 +48,7 @@ def draw_uncertainty(run_folder: Path) -> list[Path]:
         "corruptions": (result["corruptions"], corruptions),
         "scores": (result["misclassification"] or result["ood"], scores),
     }
-    with matplotlib.rc_context(STYLE), reading(run_folder / "uncertainty.json"):
+    with matplotlib.rc_context(STYLE):
         return [
             save(draw(result), run_folder / f"{name}.png")
             for name, (part, draw) in figures.items()

@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.engine.verdict import LEAST_COSINE, LEAST_RATIO
-from vi_simsiam.experiments.results import RUN_FIELDS
-from vi_simsiam.experiments.runner import MARKDOWN, PLAN, RESULTS, load
+from vi_simsiam.errors import InputError
+from vi_simsiam.experiments.forms import read_plan, read_run
+from vi_simsiam.experiments.runner import MARKDOWN, PLAN, RESULTS
 from vi_simsiam.files import write_json, write_text
+from vi_simsiam.text import each_text, markdown
 
 _LINES = 5
 """Lines of metrics that are averaged, since the concentration of one batch is noisy."""
@@ -35,11 +37,11 @@ Row = dict[str, Any]
 
 def summarise_deaths(out: Path) -> Path:
     """Write OUT/runs.json and OUT/summary.md from the results; returns the path of summary.md."""
-    results = [load(path, *RUN_FIELDS, "steps") for path in sorted((out / RESULTS).glob("*.json"))]
+    results = [read_run(path) for path in sorted((out / RESULTS).glob("*.json"))]
     rows = _judged([_row(result) for result in results])
-    given = load(out / PLAN)["options"]
+    given = read_plan(out / PLAN)["options"]
     options = (
-        f"{name} {' '.join(value) if isinstance(value, list) else value}"
+        f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
         for name, value in given.items()
         if value is not None and name != "trials"
     )
@@ -68,18 +70,23 @@ def _row(result: dict[str, Any]) -> Row:
         "dim": config.model.dim,
         "lr": config.lr,
         "seed": result["seed"],
-        "steps": result["steps"],
+        "steps": result.get("steps"),
     }
     if "diverged" in result:
         return {**row, "cosine": 0.0, "dead": "diverged"}
+    needed = ("cosine", *(("kappa", "kappa_best") if config.method == "vi-simsiam" else ()))
+    if missing := [name for name in needed if name not in curve]:
+        name = f"{result['arm']} with seed {result['seed']}"
+        raise InputError(f"out: the curve of {name} lacks {', '.join(missing)}")
     row["cosine"] = _end(curve["cosine"])
     if config.method == "vi-simsiam":
         row |= {"kappa": _end(curve["kappa"]), "kappa_best": _end(curve["kappa_best"])}
         later = curve["epoch"] > 1
         kappa, best = (_smooth(curve[name][later]) for name in ("kappa", "kappa_best"))
         ratios = kappa / np.maximum(best, _LEAST_BEST)
-        row["least_ratio"] = float(f"{ratios.min():.3g}")
-        row["largest_ratio"] = float(f"{ratios.max():.3g}")
+        if len(ratios):
+            row["least_ratio"] = float(f"{ratios.min():.3g}")
+            row["largest_ratio"] = float(f"{ratios.max():.3g}")
     return row
 
 
@@ -120,6 +127,7 @@ def _judged(rows: Sequence[Row]) -> list[Row]:
 
 def deaths_markdown(runs: dict[str, Any]) -> str:
     """summary.md: the counts over all runs, by D and by learning rate."""
+    runs = each_text(runs, markdown)
     rows = runs["runs"]
     by_arm = _groups(rows, "arm")
     counts = "; ".join(f"{arm} {_dead(group)}" for (arm,), group in by_arm.items())
@@ -131,7 +139,8 @@ def deaths_markdown(runs: dict[str, Any]) -> str:
         fitted = [row for row in ours if "kappa" in row]
         ratios = [row["kappa"] / max(row["kappa_best"], _LEAST_BEST) for row in fitted]
         kept = sum(_LOW <= ratio <= _HIGH for ratio in ratios)
-        follow = sum(_LOW <= row["least_ratio"] <= row["largest_ratio"] <= _HIGH for row in fitted)
+        spans = [row for row in fitted if "least_ratio" in row]
+        follow = sum(_LOW <= row["least_ratio"] <= row["largest_ratio"] <= _HIGH for row in spans)
         result += (
             f" At the end kappa is between {_LOW} and {_HIGH:g} times the best one in {kept} of "
             f"{len(ours)} runs of vi-simsiam, throughout from the second epoch on in {follow}."

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from vi_simsiam.config import with_former_loss
+from vi_simsiam.config import TrainConfig
 from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.evaluation.style import BLUE, GRAY, ORANGE, STYLE, figure, save
 from vi_simsiam.experiments.results import Arms, Experiment, Run, all_runs, columns, measures
@@ -52,8 +52,8 @@ def groups(experiment: Experiment) -> dict[str, Arms]:
     found: dict[tuple[str, int, str], Arms] = {}
     for arm, runs in experiment.arms.items():
         for run in runs:
-            if run["curve"]:
-                key = (run["data"], run["config"]["model"]["dim"], _parametrisation(run))
+            if "epoch" in run["curve"]:
+                key = (run["data"], _dim(run), _parametrisation(run))
                 found.setdefault(key, {}).setdefault(arm, []).append(run)
     for key in [key for key in found if not key[2]]:
         others = [other for other in found if other[:2] == key[:2] and other[2]]
@@ -67,14 +67,18 @@ def groups(experiment: Experiment) -> dict[str, Arms]:
     return titles
 
 
+def _dim(run: Run) -> int:
+    return TrainConfig.from_dict(run["config"]).model.dim
+
+
 def _parametrisation(run: Run) -> str:
     """The link from the predictor's output to the concentration; empty for SimSiam."""
     if run["method"] != "vi-simsiam":
         return ""
-    loss = with_former_loss(run["config"])["loss"]
-    scale = loss["concentration_scale"]
-    if loss["concentration_link"] != "softplus":
-        return "default loss" if loss["cosine_weight"] else "κ quadratic"
+    loss = TrainConfig.from_dict(run["config"]).loss
+    scale = loss.concentration_scale
+    if loss.concentration_link != "softplus":
+        return "default loss" if loss.cosine_weight else "κ quadratic"
     if scale is None:
         return "κ = (D−1) softplus"
     return f"κ = {'' if scale == 1 else f'{scale:g} '}softplus"
@@ -111,7 +115,7 @@ def _named(experiment: Experiment, arms: Arms) -> Arms:
     """Arms by name without data set and D, so that an arm has the same colour at every D."""
     named = {}
     for arm, runs in arms.items():
-        dim = runs[0]["config"]["model"]["dim"]
+        dim = _dim(runs[0])
         named[experiment.short(arm).removesuffix(f"-d{dim}")] = runs
     return named
 

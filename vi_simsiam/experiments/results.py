@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +15,12 @@ from vi_simsiam.config import PLACE_FIELDS, flat
 from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.results import unpack_bits
+from vi_simsiam.experiments.forms import Chosen, read_plan, read_run
 from vi_simsiam.experiments.plan import MEASURES
-from vi_simsiam.experiments.runner import CHOSEN, PLAN, PLAN_FIELDS, RESULTS, TRIALS, load
+from vi_simsiam.experiments.runner import CHOSEN, PLAN, RESULTS, TRIALS
 from vi_simsiam.experiments.statistics import difference, estimate
+from vi_simsiam.files import read_json
 
-RUN_FIELDS = (
-    "arm", "seed", "data", "config", "images", "seconds", "curve", "accuracy", "correct",
-    "val_images", "uncertainty", "device", "versions", "commit", "date",
-)  # fmt: skip
-"""Fields of every result file."""
 Run = dict[str, Any]
 """The content of a result file."""
 Arms = dict[str, list[Run]]
@@ -47,9 +45,11 @@ class Experiment:
     @classmethod
     def read(cls, out: Path) -> Experiment:
         """Read plan.json and results/*.json of the folder, and its trials if it has any."""
-        plan = load(out / PLAN, *PLAN_FIELDS)
+        plan = read_plan(out / PLAN)
         results, trials = (_results(folder / RESULTS) for folder in (out, out / TRIALS))
-        chosen = load(out / CHOSEN)["chosen"] if (out / CHOSEN).exists() else {}
+        chosen: dict[str, Any] = {}
+        if os.path.lexists(out / CHOSEN):
+            chosen |= read_json(out / CHOSEN, Chosen, "out")["chosen"]
         names = [arm["name"] for arm in plan["arms"]]
         tried = plan["trials"] or {"arms": []}
         planned = [(trial["name"], tried["seed"]) for trial in tried["arms"]]
@@ -261,10 +261,10 @@ def columns(run: Run) -> dict[str, NDArray[np.float64]]:
 
 def _stability(runs: list[Run]) -> dict[str, Any]:
     """The state at the end of an arm's trainings, as means over seeds, and numbers of runs."""
-    endings = [_ending(columns(run)) for run in runs if run["curve"]]
+    endings = [_ending(columns(run)) for run in runs if "epoch" in run["curve"]]
     return {
         **{name: estimate(ending.get(name) for ending in endings) for name in _ENDINGS},
-        "collapsed": sum(ending["z_std"] < COLLAPSE_THRESHOLD for ending in endings),
+        "collapsed": sum(ending.get("z_std", 1.0) < COLLAPSE_THRESHOLD for ending in endings),
         "diverged": len(_diverged(runs)),
         "runs": len(endings),
     }
@@ -275,7 +275,7 @@ def _ending(curve: dict[str, NDArray[np.float64]]) -> dict[str, float]:
     last = curve["epoch"] > curve["epoch"][-1] - 1
     shown = {name: curve[name][last] for name in _ENDINGS if name in curve}
     found = {name: np.nanmean(part) for name, part in shown.items() if np.isfinite(part).any()}
-    norm = curve["grad_norm"]
+    norm = curve.get("grad_norm", last[:0])
     if np.isfinite(norm).any():
         found |= {"grad_median": np.nanmedian(norm), "grad_max": np.nanmax(norm)}
     return {name: float(value) for name, value in found.items()}
@@ -328,5 +328,5 @@ def _range(values: Iterable[Any]) -> list[Any] | None:
 
 
 def _results(folder: Path) -> list[Run]:
-    found = [load(path, *RUN_FIELDS) for path in folder.glob("*.json")]
+    found = [read_run(path) for path in folder.glob("*.json")]
     return sorted(found, key=lambda run: (run["arm"], run["seed"]))

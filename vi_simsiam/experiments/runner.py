@@ -17,44 +17,29 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from vi_simsiam.checks import require
 from vi_simsiam.data.cache import cached
 from vi_simsiam.data.decoding import cores
+from vi_simsiam.data.subsets import labelled_splits
 from vi_simsiam.engine.processes import INTERRUPTED, Process, last_line, locked, supervise
 from vi_simsiam.engine.run import open_splits, resolve_device
 from vi_simsiam.errors import InputError
-from vi_simsiam.evaluation.features import labelled_splits
+from vi_simsiam.experiments.forms import Chosen, read_plan, read_run
 from vi_simsiam.experiments.plan import PRIMARY_MEASURE, TRIAL_SEED, Arm, Place, Plan, settings
-from vi_simsiam.files import write_json
-from vi_simsiam.text import counted, print_line
+from vi_simsiam.files import read_json, write_json
+from vi_simsiam.text import cell, counted, print_line
 
 PLAN, CHOSEN, RUNS, RESULTS, TRIALS = "plan.json", "chosen.json", "runs", "results", "trials"
 MARKDOWN = "summary.md"
-PLAN_FIELDS = ("experiment", "primary", "arms", "published", "options", "trials", "created")
-"""Fields of every plan.json."""
 TRAINED = "trained.json"
 """File in a run folder whose training is finished; only the measurements may be missing."""
 _WORKER = (sys.executable, "-m", "vi_simsiam.experiments.worker")
 _FAILED = 2
-
-
-def load(path: Path, *needed: str) -> dict[str, Any]:
-    """Read a JSON file. Raises InputError if it is missing or damaged, or lacks a field."""
-    try:
-        content: Any = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"out: {path} cannot be read ({error})") from error
-    fields = content if isinstance(content, dict) else {}
-    if lacking := [name for name in needed if name not in fields]:
-        raise InputError(f"out: {path} is damaged; it lacks {', '.join(lacking)}")
-    return fields
 
 
 def outcome(name: str, run: Process, done: str | None) -> str:
@@ -163,7 +148,7 @@ def run_experiment(plan: Plan, out: Path, place: Place, again: str) -> int:
                 return code
             _choose(plan, trials, out / CHOSEN)
         if plan.trials:
-            runs = _runs(plan, plan.tuned(load(out / CHOSEN)["accuracy"]).values(), out)
+            runs = _runs(plan, plan.tuned(_accuracies(plan, out / CHOSEN)).values(), out)
         return _run_all(runs, slots, place, console, again)
 
 
@@ -194,13 +179,21 @@ def _choose(plan: Plan, trials: Sequence[Run], path: Path) -> None:
     """Freeze the settings that the trials choose."""
     # A trial whose loss stopped being finite counts as a trial with accuracy 0.
     accuracy = {
-        run.arm.name: load(run.result)["accuracy"].get(PRIMARY_MEASURE, 0.0) for run in trials
+        run.arm.name: read_run(run.result)["accuracy"].get(PRIMARY_MEASURE, 0.0) for run in trials
     }
     chosen = {
         arm.name: {"trial": trial, **settings(arm.config)}
         for trial, arm in plan.tuned(accuracy).items()
     }
     write_json(path, {"measure": PRIMARY_MEASURE, "accuracy": accuracy, "chosen": chosen})
+
+
+def _accuracies(plan: Plan, path: Path) -> dict[str, float]:
+    """The accuracies of the trials by which settings were chosen."""
+    found = read_json(path, Chosen, "out")["accuracy"]
+    if missing := [trial.name for trial in plan.trials if trial.name not in found]:
+        raise InputError(f"out: {path} is damaged; it lacks the accuracy of {missing[0]}")
+    return found
 
 
 def _run_all(
@@ -250,7 +243,7 @@ def _table(runs: Sequence[Run], width: int) -> Table:
         if run.running:
             clock = time.strftime("%H:%M:%S", time.gmtime(run.elapsed))
             line = last_line(run.log)[: max(20, width - len(run.name) - 24)]
-            table.add_row(*map(escape, (run.name, run.device, clock, line)))
+            table.add_row(*map(cell, (run.name, run.device, clock, line)))
     states = Counter("done" if run.finished else run.state for run in runs)
     counts = f"{states['done']} of {len(runs)} done, {states['waiting']} waiting"
     table.add_row(counts + (f", {states['failed']} failed" if states["failed"] else ""))
@@ -261,7 +254,7 @@ def _decode(arms: Sequence[Arm], plan: Plan, place: Place, console: Console) -> 
     """Open every data set and decode its images once, before several runs do at the same time."""
     fields = attrgetter("data", "images", "held_out", "split_seed", "distinct")
     for config in {fields(arm.config): arm.config for arm in arms}.values():
-        with console.status(escape(f"reading {config.data}"), spinner="line"):
+        with console.status(cell(f"reading {config.data}"), spinner="line"):
             here = dataclasses.replace(config, data_root=place.data_root, offline=place.offline)
             splits = open_splits(here.located())
             if plan.measures:
@@ -275,8 +268,8 @@ def _check(plan: Plan, out: Path) -> None:
     """Refuse a folder that holds another plan or something else."""
     if not holds(out, PLAN):
         return
-    saved, described = load(out / PLAN, *PLAN_FIELDS), json.loads(json.dumps(plan.described()))
-    before = {"experiment": saved.get("experiment"), **saved.get("options", {})}
+    saved, described = read_plan(out / PLAN), json.loads(json.dumps(plan.described()))
+    before = {"experiment": saved["experiment"], **saved["options"]}
     for name, value in {"experiment": plan.experiment, **described["options"]}.items():
         if before.get(name) != value:
             raise InputError(

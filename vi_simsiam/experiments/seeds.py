@@ -7,29 +7,31 @@ other. Each run is the same as `vi-simsiam train --seed N` alone, in a folder of
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from vi_simsiam.checks import require
 from vi_simsiam.data.decoding import cores
 from vi_simsiam.engine.checkpoint import checkpoints
+from vi_simsiam.engine.log import read_log
+from vi_simsiam.engine.origin import is_own, mark
 from vi_simsiam.engine.processes import INTERRUPTED, Process, last_line, supervise
-from vi_simsiam.engine.run import METRICS, Resume
+from vi_simsiam.engine.run import Resume
 from vi_simsiam.engine.verdict import problem
 from vi_simsiam.errors import InputError
-from vi_simsiam.experiments.runner import holds, load, outcome
-from vi_simsiam.files import write_json
-from vi_simsiam.text import print_line
+from vi_simsiam.evaluation.results import read_result
+from vi_simsiam.experiments.forms import Seeds
+from vi_simsiam.experiments.runner import holds, outcome
+from vi_simsiam.files import read_json, write_json
+from vi_simsiam.text import cell, print_line
 
 SEEDS = "seeds.json"
 _TRAIN = (sys.executable, "-m", "vi_simsiam", "train")
@@ -40,7 +42,7 @@ _OWN_OPTIONS = {
     "--no-overwrite": False,
 }  # fmt: skip
 _FIRST_OPTIONS = {"--config": True, "--preset": True, "--policy": True}
-_EVALUATIONS = {"kNN": "knn.json", "linear": "linear.json"}
+_EVALUATIONS = {"kNN": "knn", "linear": "linear"}
 
 
 class _Seed(Process):
@@ -65,12 +67,13 @@ class _Seed(Process):
     def result(self) -> dict[str, Any]:
         """The run's entry in seeds.json."""
         top1 = {}
-        for name, file in _EVALUATIONS.items():
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not evaluated
-                top1[name] = json.loads((self.folder / file).read_text())["top1"]["trained"]
-        metrics = None
-        with contextlib.suppress(ValueError):  # no line, or not a whole one
-            metrics = json.loads(last_line(self.folder / METRICS))
+        for name, evaluation in _EVALUATIONS.items():
+            with contextlib.suppress(InputError, KeyError):  # damaged, or not of these features
+                if (found := read_result(self.folder, evaluation)) is not None:
+                    top1[name] = found["top1"]["trained"]
+        lines: list[dict[str, Any]] = []
+        with contextlib.suppress(InputError):  # another file in its place
+            lines, _ = read_log(self.folder)
         return {
             "seed": self.seed,
             "folder": self.folder.name,
@@ -78,7 +81,7 @@ class _Seed(Process):
             "exit": self.exit,
             "process": self.pid,
             "seconds": round(self.seconds, 3),
-            "metrics": metrics,
+            "metrics": lines[-1] if lines else None,
             "top1": top1,
         }
 
@@ -145,12 +148,14 @@ def run_seeds(
         """Write seeds.json, so that even a killed command can be resumed; returns its content."""
         seconds, finished = time.monotonic() - started, sum(run.exit == 0 for run in pending)
         whole = not resume and all(run.exit is not None for run in runs)
+        results = [run.result() for run in runs]
         content = {
             "arguments": given,
             "seconds": round(seconds, 3),
             "runs_per_hour": round(3600 * finished / seconds, 3) if whole else None,
-            "runs": [run.result() for run in runs],
+            "runs": results,
         }
+        mark(out, _named(given, results))
         write_json(out / SEEDS, content)
         return content
 
@@ -169,7 +174,7 @@ def run_seeds(
         grid = Table.grid(padding=(0, 2))
         for run in runs:
             line = last_line(run.log)[: max(20, console.width - 24)]
-            grid.add_row(*map(escape, (run.name, run.state, line)))
+            grid.add_row(*map(cell, (run.name, run.state, line)))
         return grid
 
     interrupted = supervise(pending, console, table=table, ended=ended, start_more=start_all)
@@ -213,18 +218,25 @@ def _resumed(out: Path, seeds: int | None) -> dict[str, Any]:
     """The content of seeds.json of an earlier session."""
     if not (out / SEEDS).is_file():
         raise InputError(f"resume: {out} holds no {SEEDS} to go on from")
-    before = load(out / SEEDS, "arguments", "runs")
-    whole = (isinstance(run, dict) and {"seed", "exit"} <= run.keys() for run in before["runs"])
-    if not before["runs"] or not all(whole):
-        raise InputError(f"resume: {out / SEEDS} is damaged")
+    before = cast(dict[str, Any], read_json(out / SEEDS, Seeds, "resume"))
     for run in before["runs"]:
         if _is_running(run.get("process"), out / f"seed-{run['seed']}"):
             raise InputError(
                 f"resume: seed {run['seed']} in {out} is still running, as process {run['process']}"
             )
+    if not is_own(out, _named(before["arguments"], before["runs"])):
+        raise InputError(
+            f"resume: this user has not started the runs in {out} here, or {SEEDS} was changed "
+            f"since; go on with one at a time: --out {out / 'seed-N'} --resume --data DATA"
+        )
     count = len(before["runs"])
     require("seeds", seeds, seeds in (None, count), f"{count}, as {out} was started with")
     return before
+
+
+def _named(arguments: list[str], runs: list[dict[str, Any]]) -> list[Any]:
+    """The parts of a seeds.json that act, see `engine.origin`."""
+    return [arguments, [run["seed"] for run in runs]]
 
 
 def _is_running(process: object, folder: Path) -> bool:

@@ -11,7 +11,7 @@ from vi_simsiam.experiments.results import Experiment, collect
 from vi_simsiam.experiments.runner import MARKDOWN
 from vi_simsiam.experiments.statistics import DRAWS, estimate
 from vi_simsiam.files import write_json, write_text
-from vi_simsiam.text import METHODS, counted, markdown_grid
+from vi_simsiam.text import METHODS, counted, each_text, markdown, markdown_grid
 
 MEASURE_NAMES = {
     "knn20": "kNN, k = 20",
@@ -64,6 +64,7 @@ def summarise(out: Path) -> dict[str, Any]:
 
 def _markdown(summary: dict[str, Any]) -> str:
     """summary.md: a section for each question; sections without content are left out."""
+    summary = each_text(summary, markdown)
     sections = {
         "Result": result_sentence(summary),
         "Accuracy": _each_data(summary, _accuracy),
@@ -369,4 +370,4 @@ def _mean_sd(found: dict[str, Any] | None, factor: float, digits: int | None = 1
 def _value(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(_value, value))
-    return "-" if value is None else str(value).replace("|", "\\|")
+    return "-" if value is None else str(value)

@@ -26,13 +26,14 @@ from rich.console import Console
 import vi_simsiam
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.data.cache import cached
-from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource
-from vi_simsiam.data.subsets import select
+from vi_simsiam.data.subsets import at_most, labelled_splits
+from vi_simsiam.engine.forward import extract
+from vi_simsiam.engine.knn import KnnConfig, classify
+from vi_simsiam.engine.log import read_log
 from vi_simsiam.engine.processes import locked
 from vi_simsiam.engine.run import (
-    METRICS,
     Run,
     check_config,
     load_run,
@@ -43,17 +44,17 @@ from vi_simsiam.engine.run import (
 )
 from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import TrainingError, UserError
-from vi_simsiam.evaluation.features import FeatureSets, labelled_splits, random_features
-from vi_simsiam.evaluation.knn import KnnConfig, classify, evaluate_knn
+from vi_simsiam.evaluation.features import FeatureSets, random_features
+from vi_simsiam.evaluation.knn import evaluate_knn
 from vi_simsiam.evaluation.linear import evaluate_linear, linear_preset
 from vi_simsiam.evaluation.logistic import evaluate_logistic
 from vi_simsiam.evaluation.scores import TRIVIAL
 from vi_simsiam.evaluation.uncertainty import evaluate_uncertainty
+from vi_simsiam.experiments.forms import ProgressLine, Spec, Trained
 from vi_simsiam.experiments.runner import TRAINED
-from vi_simsiam.files import write_json, write_text
-from vi_simsiam.inference.forward import extract
+from vi_simsiam.files import read_json, read_lines, write_json, write_text
 from vi_simsiam.info import versions
-from vi_simsiam.text import counted, data_label
+from vi_simsiam.text import counted, data_label, one_line
 
 _SECONDS_TO_LOCK = 90.0
 """Time to wait for an earlier process of the same run, which may still be saving."""
@@ -76,14 +77,14 @@ def main(path: Path) -> int:
         The exit code: 0 done, 2 failed for a reason that is printed, 130 interrupted.
     """
     try:
-        spec = json.loads(path.read_text())
+        spec = cast(dict[str, Any], read_json(path, Spec, "spec"))
         folder = Path(spec["folder"])
         lock, busy = folder.with_name(f".{folder.name}.lock"), f"run: another process uses {folder}"
         with locked(lock, busy, seconds=_SECONDS_TO_LOCK):
-            print(work(spec), flush=True)
+            _report(work(spec))
         return 0
     except UserError as error:
-        print(f"vi-simsiam: {error}", file=sys.stderr)
+        print(one_line(f"vi-simsiam: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
         print(": ".join(("interrupted", *interruption.args)), flush=True)
@@ -124,8 +125,7 @@ def train(config: TrainConfig, folder: Path, progress_every: int | None = None) 
     done = folder / TRAINED
     if done.is_file():
         check_config(read_config(folder), config, folder)
-        before: dict[str, Any] = json.loads(done.read_text())
-        return before
+        return cast(dict[str, Any], read_json(done, Trained, "run"))
     trainer = Trainer(config, folder, resume="auto", console=Console(soft_wrap=True))
     progress = None if progress_every is None else Progress(trainer, progress_every)
     try:
@@ -170,8 +170,9 @@ def measure_run(
     }
     if not trained or not spec["measures"]:
         return content
-    here = {name: getattr(config, name) for name in ("device", "workers", "data_root", "cache_dir")}
-    run = load_run(folder, **here)  # the images may have moved since the training
+    here = ("device", "workers", "data", "data_root", "cache_dir")
+    # The images may have moved since the training.
+    run = load_run(folder, **{name: getattr(config, name) for name in here})
     if (val := run.splits.val) is not None:
         splits = dataclasses.replace(run.splits, val=at_most(val, spec["val_images"]))
         run = dataclasses.replace(run, splits=splits)
@@ -179,13 +180,6 @@ def measure_run(
     if spec["uncertainty"] and config.method == "vi-simsiam":
         content["uncertainty"] = flat_uncertainty(evaluate_uncertainty(run, report=_report))
     return content
-
-
-def at_most(source: ImageSource, images: int | None) -> ImageSource:
-    """At most so many images, drawn class by class and the same every time; None for all."""
-    if images is None or len(source) <= images:
-        return source
-    return select(Splits(source.name, source, None), images=images, distinct=False).train
 
 
 def _accuracies(run: Run, measures: Iterable[str]) -> dict[str, Any]:
@@ -274,21 +268,26 @@ def flat_uncertainty(result: dict[str, Any]) -> dict[str, float | str]:
     return figures
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSON Lines file; none if it is missing."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
 def curve(folder: Path) -> dict[str, list[float]]:
     """Epochs and metrics of a run, at most `CURVE_POINTS` evenly spaced lines, and its progress."""
-    lines, progress = _lines(folder / METRICS), _lines(folder / PROGRESS)
+    lines, progress = read_log(folder)[0], _progress(folder)
     if len(lines) > CURVE_POINTS:
         lines = [lines[i] for i in np.linspace(0, len(lines) - 1, CURVE_POINTS).round().astype(int)]
-    names = [name for name in ("epoch", *CURVE) if lines and all(name in line for line in lines)]
+    names = [
+        name
+        for name in ("epoch", *CURVE)
+        if lines and all(line.get(name) is not None for line in lines)
+    ]
     return {
         **{name: [float(f"{line[name]:.5g}") for line in lines] for name in names},
         **{name: [line[name] for line in progress] for name in _PROGRESS_COLUMNS if progress},
     }
+
+
+def _progress(folder: Path) -> list[dict[str, Any]]:
+    """The kNN accuracies that were measured during a training."""
+    lines, _ = read_lines(folder / PROGRESS, ProgressLine, "run")
+    return cast(list[dict[str, Any]], lines)
 
 
 def without_places(config: TrainConfig) -> dict[str, Any]:
@@ -337,7 +336,7 @@ class Progress:
 
         self.train, self.val = chosen(splits.train, 4_000), chosen(splits.val, 1_000)
         self.path = trainer.folder / PROGRESS
-        before = _lines(self.path) if trainer.resume else []
+        before = _progress(trainer.folder) if trainer.resume else []
         self.lines = [line for line in before if line["step"] <= trainer.step]
         ended = trainer.step > 0 and trainer.step % trainer.loader.steps_per_epoch == 0
         if ended and all(line["step"] != trainer.step for line in self.lines):

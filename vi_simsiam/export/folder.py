@@ -22,10 +22,11 @@ from torch import Tensor
 from vi_simsiam.config import flat
 from vi_simsiam.data.sources import ImageSource, UnreadableError
 from vi_simsiam.data.views import eval_view
-from vi_simsiam.engine.run import METRICS, Run
+from vi_simsiam.engine.log import read_log
+from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.evaluation.features import ENCODERS
-from vi_simsiam.evaluation.results import read_result, reading
+from vi_simsiam.evaluation.results import read_result
 from vi_simsiam.evaluation.uncertainty import comparisons
 from vi_simsiam.export.formats import (
     outputs,
@@ -39,7 +40,7 @@ from vi_simsiam.export.formats import (
 from vi_simsiam.files import write_json, write_text
 from vi_simsiam.info import versions
 from vi_simsiam.paths import user_path, utf8_path
-from vi_simsiam.text import METHODS, counted, data_label, fill_template
+from vi_simsiam.text import METHODS, counted, data_label, fill_template, markdown, one_line
 
 CARD, SETTINGS, TIMM_SETTINGS = "README.md", "config.json", "training.json"
 CHECK_IMAGES = 8
@@ -132,6 +133,8 @@ def export_run(
             f"format: onnx needs {' and '.join(missing)}; "
             "install with pip install 'vi-simsiam[onnx]'"
         )
+    if out is None and (run.path / "export").is_symlink():
+        raise InputError(f"out: {run.path / 'export'} is a link; say where to write with --out")
     target = (run.path / "export" / format if out is None else user_path("out", out)).absolute()
     _check_target(target, overwrite)
 
@@ -257,6 +260,7 @@ def model_card(run: Run, format: str, *, check: dict[str, Any], versions: dict[s
     config, model = run.config, run.config.model
     vi = config.method == "vi-simsiam"
     kind, _, path = config.data.partition(":")
+    label = one_line(data_label(config.data))
     columns: dict[str, dict[str, float]] = {
         heading: (read_result(run.path, name) or {}).get(key) or {}
         for name, key, heading in _COLUMNS
@@ -264,8 +268,8 @@ def model_card(run: Run, format: str, *, check: dict[str, Any], versions: dict[s
     results = [
         EvalResult(
             task_type="image-classification",
-            dataset_type=_HUB_DATA.get(config.data, data_label(config.data)),
-            dataset_name=data_label(config.data),
+            dataset_type=_HUB_DATA.get(config.data, label),
+            dataset_name=label,
             dataset_split="validation",
             metric_type="accuracy",
             metric_name=heading,
@@ -292,44 +296,45 @@ def model_card(run: Run, format: str, *, check: dict[str, Any], versions: dict[s
         "vi": vi,
         "architecture": model.backbone,
         "stem_width": conv1.shape[0] if model.stem == "small" and conv1 is not None else None,
-        "data": kind if kind in _HUB_DATA else f"images of one's own ({Path(path).name})",
+        "data": kind if kind in _HUB_DATA else f"images of one's own ({markdown(Path(path).name)})",
         "features": run.model.features,
         "dim": run.model.dim,
         "seen": preprocessing(config),
         "background": config.decode.background,
-        "check": check,
+        "check": check | {"source": markdown(check["source"])},
         "check_images": counted(check["images"], "image"),
         "measures": list(columns),
         "rows": [
             (encoder, [_percent(shares.get(encoder)) for shares in columns.values()])
             for encoder in ENCODERS
         ],
-        "uncertainty": _uncertainty(uncertainty, run.path),
+        "uncertainty": [map(markdown, row) for row in _uncertainty(uncertainty)],
         "uncertainty_measured": uncertainty is not None,
         "control": config.loss.concentration if config.loss.concentration in _CONTROLS else None,
         "epochs": counted(config.epochs, "epoch"),
         "progress": _progress(run),
-        "settings": {key: json.dumps(value) for key, value in flat(portable(config)).items()},
+        "settings": {
+            key: markdown(json.dumps(value)) for key, value in flat(portable(config)).items()
+        },
         "versions": ", ".join(f"{package} {number}" for package, number in versions.items()),
     }
     return fill_template("model_card.md", content, escape=False)
 
 
-def _uncertainty(result: dict[str, Any] | None, run_folder: Path) -> list[tuple[str, ...]]:
+def _uncertainty(result: dict[str, Any] | None) -> list[tuple[str, ...]]:
     """Rows: the measure, kappa's number, and the best trivial and other score by name."""
     if result is None:
         return [(text, NOT_MEASURED, "-", "-") for text in _PARTS.values()]
     rows: list[tuple[str, ...]] = []
-    with reading(run_folder / "uncertainty.json"):
-        if result["calibration"]:
-            error = f"{result['calibration']['error']:.4f}"
-            rows.append((_PARTS["calibration"], error, "-", "-"))
-        for row in comparisons(result):
-            kappa = "not defined" if row.kappa is None else f"{row.kappa:.3f}"
-            others = ((row.baseline, row.value), (row.other, row.other_value))
-            best = ("-" if value is None else f"{value:.3f} ({name})" for name, value in others)
-            rows.append((f"{row.part}, {row.measure}", kappa, *best))
-        missing = [text for part, text in _PARTS.items() if not result[part]]
+    if result["calibration"]:
+        error = f"{result['calibration']['error']:.4f}"
+        rows.append((_PARTS["calibration"], error, "-", "-"))
+    for row in comparisons(result):
+        kappa = "not defined" if row.kappa is None else f"{row.kappa:.3f}"
+        others = ((row.baseline, row.value), (row.other, row.other_value))
+        best = ("-" if value is None else f"{value:.3f} ({name})" for name, value in others)
+        rows.append((f"{row.part}, {row.measure}", kappa, *best))
+    missing = [text for part, text in _PARTS.items() if not result[part]]
     return [*rows, *((text, NOT_MEASURED, "-", "-") for text in missing)]
 
 
@@ -339,8 +344,8 @@ def _percent(share: float | None) -> str:
 
 def _progress(run: Run) -> str:
     """Progress of the training by the last line of the run's log."""
-    try:
-        line = json.loads((run.path / METRICS).read_text().splitlines()[-1])
-        return f"the log ends at epoch {line['epoch']:.2f} with a loss of {line['loss']:.4g}"
-    except (OSError, IndexError, KeyError, TypeError, ValueError):
+    lines, _ = read_log(run.path)
+    last = lines[-1] if lines else {}
+    if "epoch" not in last or last.get("loss") is None:
         return "the run has no log of its progress"
+    return f"the log ends at epoch {last['epoch']:.2f} with a loss of {last['loss']:.4g}"

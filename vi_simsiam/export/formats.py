@@ -8,6 +8,7 @@ safetensors and, as a graph, to ONNX.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import io
@@ -25,7 +26,7 @@ from vi_simsiam import __version__
 from vi_simsiam.backbones import plain_resnet
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.errors import InputError
-from vi_simsiam.files import naming, write_atomically, write_json
+from vi_simsiam.files import naming, parse_json, write_atomically, write_json
 from vi_simsiam.models import SimSiam, VISimSiam, build_model
 from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD
 from vi_simsiam.paths import user_path, utf8_path
@@ -257,10 +258,11 @@ def load_safetensors(path: str | Path) -> SimSiam | VISimSiam:
             f"path: {path} cannot be read ({error}); it must be a safetensors file"
         ) from error
     try:
-        plain = json.loads(metadata["config"])
+        plain = parse_json(metadata["config"], dict[str, Any])
+        config = TrainConfig.from_dict(plain | {"ema": None})
         # The file has the weights: torchvision's are not needed, and there is no moving average.
-        plain["model"]["pretrained"], plain["ema"] = False, None
-        model = build_model(TrainConfig.from_dict(plain))
+        parts = dataclasses.replace(config.model, pretrained=False)
+        model = build_model(dataclasses.replace(config, model=parts))
         model.load_state_dict(weights)
     except InputError:
         raise

@@ -22,16 +22,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vi_simsiam import __version__
 from vi_simsiam.data.contact_sheet import thumbnails
 from vi_simsiam.data.sources import ImageSource, Unreadable
+from vi_simsiam.engine.forward import nearest
 from vi_simsiam.errors import InputError
 from vi_simsiam.files import naming, write_atomically
 from vi_simsiam.inference.encoder import Encoder
-from vi_simsiam.inference.forward import nearest
 from vi_simsiam.models import VISimSiam
 from vi_simsiam.paths import printable
-from vi_simsiam.text import brief_repr, counted, one_line, print_line
+from vi_simsiam.text import brief_repr, counted, print_line
 
 _ROWS = 4096
 """Rows in a row group of the file."""
+# Beginnings of a formula in a cell, full-width ones included (OWASP, "CSV Injection").
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,7 @@ def collect(
             skipped.append(entry)
             progress.advance(task)
             if console is not None:
-                line = one_line(printable(f"skipped: {entry.path} ({entry.reason})"))
-                print_line(console, line)
+                print_line(console, printable(f"skipped: {entry.path} ({entry.reason})"))
 
         for batch, encoding in encoder.stream(
             source, views=views, seed=seed, batch_size=batch_size, skipped=skip
@@ -241,18 +242,26 @@ def write_ranking(table: Table, out: Path) -> None:
     uncertainty.
 
     Paths are written as bytes of the file system, which Python reads with
-    errors="surrogateescape".
+    errors="surrogateescape". Programs for tables take a cell that begins with = + - @, a tab or an
+    end of line for a formula: such a path begins with ./ instead, which names the same file.
     """
     assert table.concentration is not None
     assert table.uncertainty is not None
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["rank", "path", "kappa", "uncertainty"])
+    plain = csv.writer(text, lineterminator="\n")
+    quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    plain.writerow(["rank", "path", "kappa", "uncertainty"])
     for rank, row in enumerate(np.argsort(table.concentration, kind="stable").tolist(), 1):
         kappa, uncertainty = f"{table.concentration[row]:.9g}", f"{table.uncertainty[row]:.9g}"
-        writer.writerow([rank, table.path(row), kappa, uncertainty])
+        path = _no_formula(table.path(row))
+        # Python before 3.13 does not quote a carriage return, at which readers end the row.
+        (quoted if "\r" in path else plain).writerow([rank, path, kappa, uncertainty])
     content = text.getvalue().encode("utf-8", "surrogateescape")
     write_atomically(out, lambda file: file.write(content))
+
+
+def _no_formula(path: str) -> str:
+    return f"./{path}" if path.startswith(_FORMULAS) else path
 
 
 def draw_ranking(table: Table, dim: int, k: int) -> Image.Image:

@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.sources import FileSource, ImageSource, Unreadable, UnreadableError
 from vi_simsiam.data.views import eval_square, normalised
+from vi_simsiam.engine.forward import evaluating, random_views
+from vi_simsiam.engine.origin import placed
 from vi_simsiam.engine.run import Run, load_model, resolve_device, resolve_workers
 from vi_simsiam.errors import ImageWarning, InputError
-from vi_simsiam.inference.forward import evaluating, random_views
 from vi_simsiam.inference.images import Images, open_images, read
 from vi_simsiam.inference.product import product_of_experts
 from vi_simsiam.paths import user_path
@@ -264,6 +265,7 @@ def load(run_folder: str | Path, device: str = "auto", *, workers: int | None = 
     path = user_path("run_folder", run_folder)
     chosen = resolve_device(device)
     config, model = load_model(path, chosen)
+    config = placed(path, config, data=config.data)  # a name only: no image is opened
     splits = Splits(config.data, FileSource((), name=config.data), None)
     return Encoder(Run(path, config, model, splits, chosen, resolve_workers(workers, chosen)))
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vi_simsiam.errors import InputError
-from vi_simsiam.ops.backends import choose_backend
+from vi_simsiam.ops.backends import check_storage, choose_backend
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -165,6 +165,7 @@ def _check(pixels: Tensor, table: Tensor, size: int, dtype: torch.dtype) -> None
                 f"{name}: {x.dtype} on {x.device} with strides {x.stride()} must be contiguous "
                 f"{expected} on {pixels.device}"
             )
+        check_storage(name, x)
     if size < MIN_SIZE:
         raise InputError(f"size: {size} must be at least {MIN_SIZE}")
 

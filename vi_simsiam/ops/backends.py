@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import operator
 import os
 from types import ModuleType
 
@@ -162,3 +163,29 @@ def has_memory(*tensors: Tensor | None) -> bool:
         and _functorch_level() is None
         and forward_ad._current_level < 0
     )
+
+
+def check_storage(name: str, *tensors: Tensor | None) -> None:
+    """Raise InputError for a tensor that reaches beyond its storage, as one that was freed does.
+
+    Called before every launch: kernels, and torch's own, read and write there unchecked.
+
+    Args:
+        name: of the argument, for the message.
+        tensors: dense ones with memory of their own.
+
+    Raises:
+        InputError: a storage is smaller than its tensor, from `untyped_storage().resize_()` say.
+    """
+    for x in tensors:
+        if x is None or not (extent := x.numel()):
+            continue
+        if not x.is_contiguous():
+            strides = x.stride()
+            extent = 1 + sum(map(operator.mul, x.shape, strides)) - sum(strides)
+        needed = (x.storage_offset() + extent) * x.element_size()
+        if (held := x.untyped_storage().nbytes()) < needed:
+            raise InputError(
+                f"{name}: shape {tuple(x.shape)} needs {needed:,} bytes of a storage that has "
+                f"{held:,}; it was resized or freed"
+            )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vi_simsiam.errors import InputError
-from vi_simsiam.ops.backends import choose_backend, has_memory, interpreting
+from vi_simsiam.ops.backends import check_storage, choose_backend, has_memory, interpreting
 
 BATCH_NORM_BACKENDS = ("eager", "triton", "cpu")
 _DTYPES = {
@@ -70,6 +70,14 @@ def check_parameters(
             raise InputError(f"{name}: on {parameter.device}, must be on x's device {device}")
     if (running_mean is None) != (running_var is None):
         raise InputError("running_mean, running_var: both must be given or none")
+
+
+def check_storages(x: Tensor, *parameters: Tensor | None, residual: Tensor | None = None) -> None:
+    """Raise InputError for a tensor of forward that reaches beyond its storage."""
+    check_storage("x", x)
+    check_storage("residual", residual)
+    for name, parameter in zip(_PARAMETERS, parameters, strict=True):
+        check_storage(name, parameter)
 
 
 def choose_fused(

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vi_simsiam.ops.backends import extension
+from vi_simsiam.ops.backends import check_storage, extension
 from vi_simsiam.ops.batch_norm_checks import (
     check_groups,
     check_parameters,
     check_shapes,
+    check_storages,
     choose_fused,
     statistics_dtype,
 )
@@ -132,6 +133,8 @@ def _backward(
     a ReLU is that of the result.
     """
     groups, relu, *_, backend = call
+    check_storage("gradient", gradient)
+    check_storage("saved for backward", x, y, weight, bias)
     gradient, x, y = _in_rows(gradient).resolve_neg(), _in_rows(x), y if y is None else _in_rows(y)
     results = _gradient_outputs(x, y, weight, bias)
     tensors = gradient, x, y, weight, bias, statistics, *results
@@ -191,6 +194,8 @@ class _BatchNormAct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: NormCall, *given: Any) -> Tensor:
+        x, residual, *parameters = given
+        check_storages(x, *parameters, residual=residual)
         y, statistics = _forward(call, *given)
         _keep_for_backward(ctx, call, given, y, statistics)
         return y
@@ -237,6 +242,7 @@ def _operate(x: Tensor, *given: Any) -> tuple[Tensor, ...]:
     The tensors are checked again: a saved program may get others than it was made with.
     """
     residual, weight, bias, *running = given[:5]
+    check_storages(x, *given[1:5], residual=residual)
     call = NormCall(*given[5:])
     check_shapes(x, residual)
     check_groups(x, call.groups)

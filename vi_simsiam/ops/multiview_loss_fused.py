@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vi_simsiam.ops.backends import PLAIN, dispatch_modes, extension
+from vi_simsiam.ops.backends import PLAIN, check_storage, dispatch_modes, extension
 from vi_simsiam.ops.once import refuse_derivative
 from vi_simsiam.ops.tickets import new_tickets, reserve_tickets
 
@@ -131,6 +131,14 @@ def _compute(
     return result, gradient, by_concentration
 
 
+def _check_storages(
+    predictions: Sequence[Tensor], targets: Sequence[Tensor], concentration: Tensor | None
+) -> None:
+    check_storage("predictions", *predictions)
+    check_storage("targets", *targets)
+    check_storage("concentration", concentration)
+
+
 class _FusedLoss(torch.autograd.Function):
     """Inputs: the call, the number of predictions (1 for whole ones), concentration and tensors.
 
@@ -146,6 +154,7 @@ class _FusedLoss(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         loss: Tensor
+        _check_storages(tensors[:count], tensors[count:], concentration)
         loss, *kept = _compute(*_split(count, tensors), concentration, *call)
         if call.wants_gradient:
             ctx.call, ctx.count, ctx.kept = call, count, kept
@@ -161,6 +170,7 @@ class _FusedLoss(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, None
         if kept is None:
             concentration, *tensors = ctx.saved_tensors
+            check_storage("saved for backward", concentration, *tensors)
             views = _split(ctx.count, [*tensors, *ctx.frozen])
             _, *kept = _compute(*views, concentration, *ctx.call)
         inputs: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 2)
@@ -188,7 +198,19 @@ torch.library.define(
     "float gain, float cosine, bool mean, bool wants_gradient) -> (Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-torch.library.impl("vi_simsiam::multiview_loss", "default", _compute)
+
+
+def _operate(
+    predictions: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    concentration: Tensor | None,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_storages(predictions, targets, concentration)
+    return _compute(predictions, targets, concentration, *arguments)
+
+
+torch.library.impl("vi_simsiam::multiview_loss", "default", _operate)
 
 
 @torch.library.register_fake("vi_simsiam::multiview_loss")  # type: ignore[misc]
@@ -307,6 +329,7 @@ def launch_scale(
     concentration_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients times the factor, () or (B,), in these dtypes. Overwrites the inputs."""
+    check_storage("gradient of the loss", factor)
     if concentration_dtype is None:
         concentration_gradient = None
     if call.backend == "cpu":

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vi_simsiam.ops.backends import check_storage
+
 _MOST_POSITIONS = 4
 _LAYOUT = torch.channels_last
 _Pair = tuple[int, int]
@@ -89,6 +91,8 @@ def _products(
 class _SmallMapConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: _Pair, padding: _Pair) -> Tensor:
+        check_storage("x", x)
+        check_storage("weight", weight)
         ctx.save_for_backward(x, weight)
         ctx.numbers = stride, padding
         rows, columns = _windows(x.shape[2:], tuple(weight.shape[2:]), stride, padding)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vi_simsiam.ops.backends import why_unavailable
+from vi_simsiam.ops.backends import check_storage, why_unavailable
 
 
 def takes(images: Tensor, convolution: nn.Conv2d) -> bool:
@@ -41,6 +41,8 @@ def stem_convolution(images: Tensor, weight: Tensor) -> Tensor:
     """
     from vi_simsiam.kernels.stem_convolution import BLOCK_CHANNELS, BORDER, blocks_of_pixels
 
+    if not torch.compiler.is_compiling():
+        check_storage("images", images)
     number, _, height, width = images.shape
     blocks = images.new_empty(
         (number, -(-height // 2) + BORDER, -(-width // 2) + BORDER, BLOCK_CHANNELS)

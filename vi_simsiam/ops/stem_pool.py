@@ -16,8 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vi_simsiam.errors import InputError
+from vi_simsiam.ops.backends import check_storage
 from vi_simsiam.ops.batch_norm import batch_norm_act
-from vi_simsiam.ops.batch_norm_checks import check_groups, check_parameters, choose_fused
+from vi_simsiam.ops.batch_norm_checks import (
+    check_groups,
+    check_parameters,
+    check_storages,
+    choose_fused,
+)
 from vi_simsiam.ops.batch_norm_fused import multiprocessors, workspace
 from vi_simsiam.ops.once import refuse_derivative
 
@@ -91,6 +97,7 @@ class _StemPool(torch.autograd.Function):
     ) -> Tensor:
         from vi_simsiam.kernels import stem_pool as kernel
 
+        check_storages(x, weight, bias, running_mean, running_var)
         images, channels, height, width = x.shape
         chosen = kernel.plan(*x.shape, groups, x.element_size(), multiprocessors(x.device))
         shape = images, channels, kernel.pooled(height), kernel.pooled(width)
@@ -113,6 +120,8 @@ class _StemPool(torch.autograd.Function):
         from vi_simsiam.kernels import stem_pool_backward as kernel
 
         x, taken, codes, weight, bias, statistics = ctx.saved_tensors
+        check_storage("gradient", gradient)
+        check_storage("saved for backward", x, weight, bias)
         gradient = gradient.contiguous(memory_format=_LAYOUT)
         by_x = torch.empty_like(x, memory_format=_LAYOUT)
         by_weight = None if weight is None else torch.empty_like(weight)
