@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import shutil
 import signal
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,6 @@ from test_trainer import QUIET, Watched, checkpoint, config, metrics, same, trai
 
 from vi_simsiam.cli.train import _with_resume_value
 from vi_simsiam.config import TrainConfig
-from vi_simsiam.engine import processes
 from vi_simsiam.engine import train as train_module
 from vi_simsiam.engine.checkpoint import (
     Checkpoint,
@@ -210,13 +211,19 @@ def test_one_training_at_a_time_uses_a_folder(
     assert_same_run(tmp_path / "new", train(settings, tmp_path / "alone").folder)
 
 
-def test_a_file_system_without_locks_is_named_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.skipif(sys.platform == "win32", reason="other locks")
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_named(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(*given: Any, **named: Any) -> None:
-        raise NotImplementedError("no locks")
+    """What a process that was killed on another computer has left there keeps nobody out."""
+    import fcntl
 
-    monkeypatch.setattr(processes.FileLock, "acquire", refused)
+    def refused(*given: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    (tmp_path / ".lock").write_text("4711\nanother computer\n")
     with (
         pytest.warns(RunWarning, match="on a file system without locks"),
         locked(tmp_path / ".lock", "busy"),

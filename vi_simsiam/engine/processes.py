@@ -228,13 +228,14 @@ def locked(path: Path, busy: str, *, seconds: float = 0.0) -> Iterator[None]:
     Raises:
         InputError: `busy`; another process still holds it after `seconds`.
     """
-    lock = FileLock(path)
+    # A file that stands for a lock would stay after a kill, and on another computer keep all out.
+    lock = FileLock(path, fallback_to_soft=False)
     try:
         lock.acquire(timeout=seconds)
     except Timeout:
         raise InputError(busy) from None
-    except (NotImplementedError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
             raise
         text = f"{path.parent} is on a file system without locks; start one command at a time there"
         warnings.warn(text, RunWarning, stacklevel=3)
