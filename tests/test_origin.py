@@ -245,11 +245,11 @@ def test_seeds_go_on_only_with_options_that_were_given_here(
     given = {"arguments": ["--data", "a"], "runs": [{"seed": 0, "exit": None}]}
     mark(tmp_path, seeds._named(given["arguments"], given["runs"]))
     (tmp_path / "seeds.json").write_text(json.dumps(given))
-    assert seeds._resumed(tmp_path, None)["arguments"] == ["--data", "a"]
-    for name, value in (("arguments", ["--data", "b"]), ("runs", [{"seed": "/..", "exit": None}])):
+    assert seeds._resumed(tmp_path, None, [])["arguments"] == ["--data", "a"]
+    for name, value in (("arguments", ["--data", "b"]), ("runs", [{"seed": 7, "exit": None}])):
         (tmp_path / "seeds.json").write_text(json.dumps(given | {name: value}))
         with pytest.raises(InputError, match="this user has not started the runs in .* here"):
-            seeds._resumed(tmp_path, None)
+            seeds._resumed(tmp_path, None, [])
 
 
 def test_the_secret_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
