@@ -316,7 +316,7 @@ def step_markdown(result: _Result) -> str:
                 *(_median_ms(case, name) for name in (STEP, floor, NETWORK_COMPILED)),
                 _ratio(speed_up(case, [floor], [STEP])),
                 _ratio(exposed_share(case), "{:.1%}"),
-                _optional(case["providers"][STEP].get("mfu"), "{:.1%}"),
+                _optional(case["providers"].get(STEP, {}).get("mfu"), "{:.1%}"),
             )
         )
     head = ("ms", STEP, NETWORK, NETWORK_COMPILED)

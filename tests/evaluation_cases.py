@@ -22,7 +22,7 @@ from vi_simsiam.evaluation import figures, uncertainty_figures
 from vi_simsiam.evaluation.corruptions import MAGNITUDES
 from vi_simsiam.evaluation.features import FeatureSets
 from vi_simsiam.evaluation.scores import DESCRIPTIONS
-from vi_simsiam.files import write_json
+from vi_simsiam.files import write_atomically, write_json
 from vi_simsiam.models import SimSiam, VISimSiam
 
 CPU = torch.device("cpu")
@@ -83,7 +83,8 @@ def skip_rendering(patch: pytest.MonkeyPatch) -> None:
     """Write blank images for figures: rendering takes the most time, and has its own tests."""
 
     def save(figure: Figure, path: Path, colours: int | None = None) -> Path:
-        Image.new("RGB", (16, 7)).save(path)
+        image = Image.new("RGB", (16, 7))
+        write_atomically(path, lambda file: image.save(file, format="PNG"))
         return path
 
     for module in (figures, uncertainty_figures):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from vi_simsiam.cli import main
 from vi_simsiam.config import TrainConfig
-from vi_simsiam.data import cache, packed
+from vi_simsiam.data import cache, pack_file, packed
 from vi_simsiam.data.cache import in_memory, pack
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.packed import open_pack
@@ -190,7 +190,8 @@ def test_content_is_that_of_the_pixels_however_they_are_kept(
     piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In memory, in a file, or a choice from either; whole pieces of a file are not read again."""
-    monkeypatch.setattr(packed, "_CHECKED_BYTES", piece)
+    for module in (pack_file, packed):
+        monkeypatch.setattr(module, "CHECKED_BYTES", piece)
     arrays = np.stack([noise(9, 7, seed) for seed in range(11)])
     source = ArraySource(arrays, np.arange(11, dtype=np.int64) % 3, "abc")
     splits = Splits("x", source, None)
@@ -199,7 +200,7 @@ def test_content_is_that_of_the_pixels_however_they_are_kept(
     assert len(file.pixels) == 2079
     assert content(splits, file) == whole
     known = 2079 // piece * piece
-    file.pixels = np.concatenate([np.zeros(known, np.uint8), file.pixels[known:]])
+    file._pixels = np.concatenate([np.zeros(known, np.uint8), file.pixels[known:]])
     assert content(splits, file) == whole
 
     both = (Splits("x", each, None) for each in (source, in_memory(source)))

@@ -6,6 +6,8 @@ import dataclasses
 import errno
 import multiprocessing
 import multiprocessing.synchronize
+import os
+import shutil
 import socket
 import sys
 import time
@@ -21,6 +23,7 @@ import torch
 from PIL import Image
 
 from vi_simsiam import downloads
+from vi_simsiam.cli import main
 from vi_simsiam.config import AugmentConfig, DecodeConfig
 from vi_simsiam.data import MultiViewLoader, datasets, workers
 from vi_simsiam.data.decoding import decode
@@ -124,3 +127,39 @@ def test_threads_close_the_animation_that_they_kept_open(tmp_path: Path) -> None
         jobs.put(job)
     images._work(source.image, jobs)  # type: ignore[arg-type]
     assert not [each for each in Path("/proc/self/fd").iterdir() if each.resolve().name == "a.gif"]
+
+
+@pytest.fixture(scope="module")
+def run_folder(
+    small_runs: None, image_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A finished run with a log, kernels and two checkpoints; a pipe lies among its images."""
+    root = tmp_path_factory.mktemp("pipes")
+    data = shutil.copytree(image_folder, root / "data")
+    os.mkfifo(data / "train" / "dark" / "pipe.png")
+    words = f"train --data {data} --out {root / 'run'} --epochs 2 --knn-every 1 --size 16 --dim 16"
+    assert main([*words.split(), "--device", "cpu", "--workers", "0", "--quiet"]) == 0
+    return root / "run"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+@pytest.mark.parametrize("command", ["train --resume --out", "knn --workers 0", "doctor"])
+def test_pipes_in_place_of_the_files_of_a_run(
+    command: str, run_folder: Path, tmp_path: Path
+) -> None:
+    """Each file in turn: a pipe has no writer, and opening it as usual waits for one."""
+    names = sorted(path.name for path in run_folder.iterdir())
+    assert {"config.json", "kernels.json", "metrics.jsonl"} <= set(names)
+    for name in names:
+        folder = shutil.copytree(run_folder, tmp_path / name)
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        words = [*command.split(), str(folder)]
+        process = multiprocessing.get_context("fork").Process(
+            target=lambda words=words: sys.exit(main(words))
+        )
+        process.start()
+        process.join(60)
+        process.kill()
+        # The doctor's code for a problem is that of a traceback elsewhere.
+        assert process.exitcode in ({0, 1, 2} if command == "doctor" else {0, 2}), name

@@ -53,7 +53,7 @@ def image(*shape: int) -> Tensor:
 
 
 def loss(p: Tensor, targets: Tensor, concentration: Tensor) -> Tensor:
-    """Of predictions in one tensor, and of targets in two."""
+    """Predictions are one tensor, targets two."""
     z = [targets, targets]
     return power_spherical_loss(p, z, concentration=concentration, backend=BACKEND)
 

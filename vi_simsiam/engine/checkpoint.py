@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from rich.filesize import decimal
@@ -51,6 +51,7 @@ class _State(TypedDict):
     content: dict[str, Any]
     knn: float | None
     best_knn: float | None
+    config: NotRequired[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class Checkpoint:
     """The last kNN accuracy measured during training."""
     best_knn: float | None = None
     """The best one."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The run's configuration, see `TrainConfig.to_dict`; empty in files of older versions."""
 
     def __post_init__(self) -> None:
         if self.step < 0 or self.images < 1 or self.seconds < 0:

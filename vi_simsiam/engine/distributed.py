@@ -258,6 +258,8 @@ def joined(device: str = "auto") -> Iterator[World]:
     except (dist.DistError, RuntimeError, ValueError) as error:
         text = f"ranks: rank {rank} did not meet the others: {_line(error)}"
         raise TrainingError(text) from error
+    # The store may outlive ranks that torchrun starts again, with the addresses of the former ones.
+    store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     world = World(rank=rank, size=size, store=PrefixStore("vi-simsiam", store))
     with world.together():
         world.device = _local_device(device, size, local_rank)

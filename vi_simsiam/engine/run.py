@@ -140,6 +140,7 @@ def load_model(
     choice("checkpoint", weights, get_args(Weights))
     config = read_config(path)
     checkpoint = load_best(path) if weights == "best" else load_last(path)
+    check_saved(path, config, checkpoint)
     # The checkpoint has the weights: torchvision's need not be downloaded again.
     parts = dataclasses.replace(config.model, pretrained=False)
     model = build_model(dataclasses.replace(config, model=parts)).to(device).eval()
@@ -258,6 +259,18 @@ def check_config(
     if differing := differing_fields(dataclasses.replace(saved, data=config.data), config):
         raise InputError(
             f"resume: the configuration differs from {path}'s: {'; '.join(differing)}; {advice}"
+        )
+
+
+def check_saved(path: Path, config: TrainConfig, checkpoint: Checkpoint) -> None:
+    """Raise InputError unless the run in `path` was trained with the configuration found there."""
+    if not checkpoint.config:
+        return
+    trained = dataclasses.replace(TrainConfig.from_dict(checkpoint.config), data=config.data)
+    if differing := differing_fields(trained, config):
+        raise InputError(
+            f"run: {path / CONFIG} is damaged or was changed: {'; '.join(differing)}; "
+            "its checkpoint has the first values: put them back"
         )
 
 

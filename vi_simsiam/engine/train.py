@@ -116,6 +116,7 @@ class Trainer:
         checkpoint = None
         if resumed is not None:
             checkpoint = load_last(resumed)
+            run.check_saved(resumed, saved, checkpoint)
         with self.world.main_first():  # rank 0 decodes the images, the others read its cache
             splits = splits or run.open_splits(config, run=resumed)
             # Images that are already decoded set the rule for the other images of the run.
@@ -387,6 +388,7 @@ class Trainer:
             self.train_step.losses[self._logged : self.step],
             self.content,
             self.knn,
+            config=self.config.to_dict(),
         )
         self.saver.save(checkpoint)
 
