@@ -251,6 +251,21 @@ def test_signals_save_and_end(
     assert [signal.getsignal(each) for each in STOP_SIGNALS] == before
 
 
+def test_a_signal_while_the_last_checkpoint_is_written_ends_the_command(
+    settings: TrainConfig, tmp_path: Path
+) -> None:
+    """An evaluation would follow."""
+    trainer = Trainer(settings, tmp_path / "run", console=QUIET)
+
+    def send() -> None:
+        if trainer.step == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(epoch_done=send)
+    assert load_last(tmp_path / "run").step == 10
+
+
 def interrupted_twice(world: World, settings: TrainConfig, folder: Path) -> int:
     """Train up to two Ctrl-C in the third step; returns the step that is saved."""
     with mock.patch("vi_simsiam.models.build_backbone", small_backbone):

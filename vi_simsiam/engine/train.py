@@ -264,6 +264,8 @@ class Trainer:
                     monitor.epoch_done(self.step, metrics)
             if monitor is not None:
                 monitor.finish()
+            if self.world.any_rank(bool(stop)):  # while the last checkpoint was written
+                raise KeyboardInterrupt
 
     def _train_epoch(
         self, replay: Captured | None, monitor: Monitor | None, stop: list[int]
