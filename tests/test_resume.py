@@ -211,6 +211,25 @@ def test_one_training_at_a_time_uses_a_folder(
     assert_same_run(tmp_path / "new", train(settings, tmp_path / "alone").folder)
 
 
+def test_another_training_that_goes_on_while_this_one_prepares(
+    settings: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its steps would be done again, and its checkpoints be removed."""
+    folder, choose = tmp_path / "run", train_module.choose_kernels
+    stop_at(Trainer(settings, folder, console=QUIET), 4, monkeypatch)
+
+    def prepare(*given: Any, **named: Any) -> Any:
+        monkeypatch.setattr(train_module, "choose_kernels", choose)
+        train(settings, folder, resume=True)
+        return choose(*given, **named)
+
+    monkeypatch.setattr(train_module, "choose_kernels", prepare)
+    late = Trainer(settings, folder, resume=True, console=QUIET)
+    assert late.step == 4
+    with pytest.raises(InputError, match=f"another training has used {folder} meanwhile"):
+        late.fit()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="other locks")
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
 def test_a_file_system_without_locks_is_named(
