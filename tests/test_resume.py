@@ -142,6 +142,24 @@ def test_checkpoints_are_written_within_epochs_and_the_last_are_kept(
     assert_same_run(tmp_path / "1", tmp_path / "rarely")
 
 
+def test_the_metrics_are_on_the_disk_before_a_checkpoint(
+    settings: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power failure a run goes on from the checkpoint, and its earlier lines are there."""
+    folder, flush, written = tmp_path / "run", os.fsync, [0]
+
+    def fsync(descriptor: int) -> None:
+        flush(descriptor)
+        if os.path.samestat(os.fstat(descriptor), os.stat(folder / "metrics.jsonl")):
+            written[0] = os.fstat(descriptor).st_size
+        elif checkpoints(folder) and len(lines(folder)) > 1:
+            assert written[0] == (folder / "metrics.jsonl").stat().st_size
+
+    trainer = Trainer(settings, folder, console=QUIET)
+    trainer.fit(epoch_done=lambda: monkeypatch.setattr(os, "fsync", fsync))
+    assert written[0] > 0
+
+
 def damaged(content: bytes, place: int, bit: int) -> bytes:
     changed = bytearray(content)
     changed[place] ^= 1 << bit

@@ -11,6 +11,7 @@ from vi_simsiam.engine import failure, run
 from vi_simsiam.engine.checkpoint import Checkpoint, add_checkpoint, checkpoints
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.errors import InputError
+from vi_simsiam.files import flush
 
 
 class Saver:
@@ -76,6 +77,7 @@ class Saver:
         checkpoint = dataclasses.replace(checkpoint, best_knn=self.best_knn)
         with self._world.together():
             if self._world.is_main:
+                flush(self.folder / run.METRICS)  # a run that goes on needs the lines before
                 add_checkpoint(self.folder, checkpoint, keep=self._config.keep, best=best)
                 failure.forget(self.folder, checkpoint.step)
         self.step, self._saved_at = checkpoint.step, time.monotonic()
