@@ -362,7 +362,7 @@ def test_results_without_a_checkpoint_are_not_replaced(settings: TrainConfig, ru
     """Somebody may remove checkpoints to save space."""
     for path in checkpoints(run):
         path.unlink()
-    for resume, message in ((False, "already holds a run"), ("auto", "holds no checkpoint")):
+    for resume, message in ((False, "already holds a run"), ("auto", "overwrite replaces")):
         with pytest.raises(InputError, match=message):
             Trainer(settings, run, resume=resume, console=QUIET)  # type: ignore[arg-type]
 
@@ -374,5 +374,6 @@ def test_resume_takes_a_value_or_none() -> None:
         ("--out x --resume auto", "--out x --resume auto"),
         ("--resume never --resume", "--resume never --resume always"),
         ("--resume=auto", "--resume=auto"),
+        ("--resume auot", "--resume auot"),  # refused with the accepted values
     ):
         assert _with_resume_value(given.split()) == meant.split()
