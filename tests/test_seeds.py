@@ -202,8 +202,8 @@ def test_a_repeated_command_adds_nothing_to_its_arguments(
         assert json.loads((out / "seeds.json").read_text())["arguments"] == [
             "--fail=1", "--data", "mine",
         ]  # fmt: skip
+    monkeypatch.setenv("VI_SIMSIAM_CACHE", str(tmp_path / "other"))
     with pytest.raises(InputError, match="has not started the runs"):
-        monkeypatch.setenv("VI_SIMSIAM_CACHE", str(tmp_path / "other"))
         run("--resume")
 
 
