@@ -216,7 +216,7 @@ def test_one_training_at_a_time_uses_a_folder(
 def test_a_file_system_without_locks_is_named(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a process that was killed on another computer has left there keeps nobody out."""
+    """The remains of a process that was killed on another computer keep nobody out."""
     import fcntl
 
     def refused(*given: object) -> None:
