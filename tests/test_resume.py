@@ -253,7 +253,7 @@ def test_another_training_that_goes_on_while_this_one_prepares(
 def test_a_file_system_without_locks_is_named(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file of a process that was killed on another computer keeps nobody out."""
+    """The remains of a process that was killed on another computer keep nobody out."""
     import fcntl
 
     def refused(*given: object) -> None:
