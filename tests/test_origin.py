@@ -16,6 +16,7 @@ from vi_simsiam.cli import main
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.data import datasets
 from vi_simsiam.engine import origin
+from vi_simsiam.engine.checkpoint import checkpoints, load_last
 from vi_simsiam.engine.origin import is_own, mark, placed, places
 from vi_simsiam.engine.run import load_run, read_config
 from vi_simsiam.errors import InputError
@@ -215,6 +216,7 @@ def test_resuming_needs_no_weights_of_torchvision(own: Path, monkeypatch: Any) -
     plain = json.loads((own / "config.json").read_text())
     plain["model"] |= {"pretrained": True, "stem": "imagenet"}
     (own / "config.json").write_text(json.dumps(plain))
+    dataclasses.replace(load_last(own), config=plain).save(checkpoints(own)[0])
     monkeypatch.setattr("vi_simsiam.models.fetch_weights", lambda *a, **b: pytest.fail("fetched"))
     assert main(["train", "--out", str(own), "--resume", "--quiet"]) == 0
 
