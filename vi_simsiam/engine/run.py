@@ -214,7 +214,8 @@ def check_folder(path: Path, *, resume: Resume, overwrite: bool) -> bool:
     if resume and begun and found:
         return True
     if resume and (begun or (resume is True and not holds_run)):
-        raise InputError(f"resume: {path} holds no checkpoint to go on from")
+        advice = "; --overwrite replaces its run" if begun else ""
+        raise InputError(f"resume: {path} holds no checkpoint to go on from{advice}")
     if begun and not overwrite:
         raise InputError(
             f"out: {path} already holds a run; "
