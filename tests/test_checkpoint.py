@@ -18,6 +18,7 @@ from vi_simsiam.engine.checkpoint import (
     BEST,
     FORMER,
     Checkpoint,
+    add_checkpoint,
     checkpoints,
     load_best,
     load_last,
@@ -25,6 +26,7 @@ from vi_simsiam.engine.checkpoint import (
 from vi_simsiam.engine.run import load_run
 from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import InputError
+from vi_simsiam.files import write_atomically
 
 pytestmark = pytest.mark.usefixtures("small_network")
 
@@ -49,6 +51,25 @@ def test_the_best_checkpoint_is_kept(settings: TrainConfig, tmp_path: Path) -> N
     (folder / BEST).unlink()
     with pytest.raises(InputError, match=r"run has no checkpoint-best.safetensors; runs with"):
         load_run(folder, device="cpu", checkpoint="best")
+
+
+def test_the_best_checkpoint_outlives_a_kill_while_it_is_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on with its accuracy would not measure these weights again."""
+    best = dataclasses.replace(load_last(run), knn=0.75, best_knn=0.75)
+    for kills, folder in enumerate((tmp_path / "at once", tmp_path / "between")):
+        folder.mkdir()
+        first = dataclasses.replace(best, step=5, knn=None, best_knn=None, losses=torch.zeros(0))
+        add_checkpoint(folder, first, keep=2, best=False)
+        left = [write_atomically] * kills
+        with monkeypatch.context() as patch, pytest.raises(IndexError):
+            patch.setattr(
+                "vi_simsiam.engine.checkpoint.write_atomically",
+                lambda *given, left=left: left.pop()(*given),  # IndexError where none is left
+            )
+            add_checkpoint(folder, best, keep=2, best=True)
+        assert load_last(folder).best_knn is None or (folder / BEST).is_file()
 
 
 def test_no_damaged_bit_passes(run: Path) -> None:

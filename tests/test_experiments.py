@@ -89,14 +89,23 @@ def test_a_failed_run_does_not_affect_others_and_is_tried_again(
     assert log.read_text().count("epoch 1") == 2, "the log is appended to"
 
 
-def test_an_interruption_ends_all_runs_and_starts_no_more(out: Path, command: list[str]) -> None:
+@pytest.mark.parametrize(
+    "numbers",
+    [(signal.SIGINT,), (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM)],
+    ids=["terminal", "batch system"],
+)
+def test_an_interruption_ends_all_runs_and_starts_no_more(
+    numbers: tuple[signal.Signals, ...], out: Path, command: list[str]
+) -> None:
+    """A batch system repeats its signal; the runs save all the same."""
     planned = small_plan({"quick": 0.1, "slow": 0.25, "late": 0.25, "never": 0.2})
 
     def interrupt() -> None:
         while not (out / "runs" / "late-seed-0" / "checkpoint").exists():
             time.sleep(0.02)
         time.sleep(0.1)
-        os.kill(os.getpid(), signal.SIGINT)
+        for number in numbers:
+            os.kill(os.getpid(), number)
 
     handler = signal.getsignal(signal.SIGINT)
     threading.Thread(target=interrupt, daemon=True).start()

@@ -196,6 +196,20 @@ def test_a_foreign_run_goes_on_with_images_that_are_named(
     assert main(["knn", str(run), *ON_CPU]) == 0, "now the run is this user's"
 
 
+def test_a_job_that_names_its_images_in_a_file_goes_on_with_another_cache_folder(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container whose home folder is new at every start; the policy counts at the start."""
+    settings = f"data: {trained / 'photos'}\nblur_prob: 0.25\n"
+    (tmp_path / "job.yaml").write_text(settings)
+    given = ["--config", str(tmp_path / "job.yaml"), "--policy", "simsiam"]
+    command = ["train", *given, "--out", str(tmp_path / "run"), "--resume", "auto", *OPTIONS]
+    for number in range(2):
+        monkeypatch.setenv("VI_SIMSIAM_CACHE", str(tmp_path / f"cache-{number}"))
+        assert main(command) == 0
+        assert read_config(tmp_path / "run").augment.blur_prob == 0.5
+
+
 def test_resuming_needs_no_weights_of_torchvision(own: Path, monkeypatch: Any) -> None:
     """The checkpoint has all weights, and fetching others may be a download."""
     plain = json.loads((own / "config.json").read_text())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import shutil
 import signal
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import small_backbone
 from test_distributed import real_run, run_ranks, values
 from test_trainer import QUIET, Watched, checkpoint, config, metrics, same, train
 
 from vi_simsiam.cli.train import _with_resume_value
 from vi_simsiam.config import TrainConfig
-from vi_simsiam.engine import processes
 from vi_simsiam.engine import train as train_module
 from vi_simsiam.engine.checkpoint import (
     Checkpoint,
@@ -209,13 +211,19 @@ def test_one_training_at_a_time_uses_a_folder(
     assert_same_run(tmp_path / "new", train(settings, tmp_path / "alone").folder)
 
 
-def test_a_file_system_without_locks_is_named_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.skipif(sys.platform == "win32", reason="other locks")
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_named(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(*given: Any, **named: Any) -> None:
-        raise NotImplementedError("no locks")
+    """What a process that was killed on another computer has left there keeps nobody out."""
+    import fcntl
 
-    monkeypatch.setattr(processes.FileLock, "acquire", refused)
+    def refused(*given: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    (tmp_path / ".lock").write_text("4711\nanother computer\n")
     with (
         pytest.warns(RunWarning, match="on a file system without locks"),
         locked(tmp_path / ".lock", "busy"),
@@ -227,13 +235,13 @@ def test_a_file_system_without_locks_is_named_once(
 def test_signals_save_and_end(
     number: int, settings: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A batch system may repeat its notice before the step ends."""
+    """A batch system may repeat its signal before the step ends."""
     trainer = Trainer(settings, tmp_path / "run", console=QUIET)
     before = [signal.getsignal(each) for each in STOP_SIGNALS]
 
     def send() -> None:
         if trainer.step == 6:
-            for _ in range(2 if number == signal.SIGUSR1 else 1):
+            for _ in range(1 if number == signal.SIGINT else 3):
                 os.kill(os.getpid(), number)
 
     monkeypatch.setattr(trainer, "train_step", Watched(trainer.train_step, send))
@@ -241,6 +249,29 @@ def test_signals_save_and_end(
         trainer.fit()
     assert checkpoint(tmp_path / "run").step == trainer.saver.step == 7
     assert [signal.getsignal(each) for each in STOP_SIGNALS] == before
+
+
+def interrupted_twice(world: World, settings: TrainConfig, folder: Path) -> int:
+    """Train up to two Ctrl-C in the third step; returns the step that is saved."""
+    with mock.patch("vi_simsiam.models.build_backbone", small_backbone):
+        trainer = Trainer(settings, folder, console=QUIET, world=world)
+
+    def interrupt() -> None:
+        for _ in range(2 if trainer.step == 2 else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with (
+        mock.patch.object(trainer, "train_step", Watched(trainer.train_step, interrupt)),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        trainer.fit()
+    return load_last(folder).step
+
+
+def test_torchrun_repeats_the_signal_of_the_terminal_to_a_single_rank(
+    settings: TrainConfig, tmp_path: Path
+) -> None:
+    assert values(run_ranks(interrupted_twice, 1, settings, tmp_path / "run")) == [3]
 
 
 def test_a_hang_up_that_is_ignored_stays_ignored(

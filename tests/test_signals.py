@@ -92,7 +92,7 @@ def test_a_second_signal_while_a_checkpoint_is_written(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The one before or the new one is there, and nothing half written."""
+    """Nothing is left half written; only Ctrl-C ends the writing, as batch systems repeat others."""
     out = tmp_path / "run"
     monkeypatch.setattr(Saver, "due", lambda saver: os.kill(os.getpid(), number))
     flush, interrupted = os.fsync, []
@@ -108,7 +108,7 @@ def test_a_second_signal_while_a_checkpoint_is_written(
     words = f"train --data {image_folder} --out {out} --epochs 2 {TINY}"
     assert run(words, capsys)[0] == 130
     assert not [path for path in out.iterdir() if path.name.startswith(".checkpoint")]
-    assert load_last(out).step in (0, 2)
+    assert load_last(out).step == (0 if number == signal.SIGINT else 1)
     monkeypatch.undo()
 
 

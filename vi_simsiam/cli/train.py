@@ -212,24 +212,25 @@ def _starting_point(arguments: list[str]) -> tuple[TrainConfig, dict[str, Any], 
     )
     named: dict[str, Any] = {"data": data, "data_root": None if root is None else Path(root)}
     resume = given(arguments, "--resume") or "never"
-    if resume != "never" and out is not None:
-        saved = user_path("out", out)
-        if resume == "auto" and checkpoints(saved):
-            return placed(saved, read_config(saved), **named), _settings(arguments, named), False
-        if resume == "always" and name is None and (saved / CONFIG).is_file():
-            for option, value in (("config", file), ("policy", views)):
-                if value is not None:
-                    raise InputError(
-                        f"{option}, resume: only one of them can be given; "
-                        "a run goes on with its own settings"
-                    )
-            return placed(saved, read_config(saved), **named), {}, False
-    config = preset(name or "default")
-    settings = _settings(arguments, named)
+    saved = None if out is None else user_path("out", out)
+    if resume == "always" and name is None and saved and (saved / CONFIG).is_file():
+        for option, value in (("config", file), ("policy", views)):
+            if value is not None:
+                raise InputError(
+                    f"{option}, resume: only one of them can be given; "
+                    "a run goes on with its own settings"
+                )
+        return placed(saved, read_config(saved), **named), {}, False
+    config, settings = preset(name or "default"), _settings(arguments, named)
     if views is not None:
         config = dataclasses.replace(config, augment=policy(views))
         replaced = set(vars(config.augment)) - {"size", "local_size"}
         settings = {key: value for key, value in settings.items() if key not in replaced}
+    if resume == "auto" and saved and checkpoints(saved):
+        # Places in the user's file are named as those in the command are.
+        places = {key: settings[key] for key in named if named[key] is None and key in settings}
+        named |= {key: getattr(updated(config, places), key) for key in places}
+        return placed(saved, read_config(saved), **named), settings, False
     return config, settings, name is None
 
 

@@ -257,9 +257,9 @@ def add_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int, best: boo
     Raises:
         TrainingError: it could not be written; those that are there are kept.
     """
-    checkpoint.save(checkpoint_path(folder, checkpoint.step))
-    if best:
+    if best:  # first: a run that goes on from this step does not measure it again
         checkpoint.save(folder / BEST)
+    checkpoint.save(checkpoint_path(folder, checkpoint.step))
     found = checkpoints(folder)
     last = found.index(checkpoint_path(folder, checkpoint.step))
     for other in (*found[:last], *found[last + keep :]):  # those of later steps were damaged

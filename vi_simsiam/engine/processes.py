@@ -25,10 +25,10 @@ from vi_simsiam.errors import InputError, RunWarning
 
 INTERRUPTED = 130
 """Exit code of a process that was interrupted and can go on later."""
-_NOTICE = getattr(signal, "SIGUSR1", None)
-_HANG_UP = getattr(signal, "SIGHUP", None)
 STOP_SIGNALS = tuple(
-    number for number in (signal.SIGINT, signal.SIGTERM, _NOTICE, _HANG_UP) if number is not None
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+    if hasattr(signal, name)
 )
 """Ctrl-C, the end of a job, a batch system's notice before it (Slurm's --signal=USR1), and the end
 of the terminal: a training saves and ends."""
@@ -140,8 +140,8 @@ def supervise(
 ) -> bool:
     """Run processes until all have ended, and leave none behind on an error.
 
-    After the first of STOP_SIGNALS every process saves and ends, and no more are started; the
-    second one kills.
+    After the first of STOP_SIGNALS every process saves and ends, and no more are started; a second
+    Ctrl-C kills.
 
     Args:
         processes: those that are or will be started.
@@ -153,8 +153,8 @@ def supervise(
     Returns:
         True if a signal arrived.
     """
-    passed = 0
-    notice = "stopping all runs after their step; once more ends them at once"
+    stopping = False
+    notice = "stopping all runs after their step; a second Ctrl-C ends them at once"
     with stop_signals(patient=True, notice=notice) as received:
         try:
             with Live(table(), console=console, transient=True, auto_refresh=False) as live:
@@ -162,13 +162,13 @@ def supervise(
                     # All are polled first, so that `ended` sees the state of all of them.
                     for process in [run for run in processes if run.exit is None and run.poll()]:
                         ended(process)
-                    if len(received) > passed:
-                        passed = len(received)
+                    if received and not stopping:
+                        stopping = True
                         for process in processes:
-                            if passed == 1:
-                                process.stop()
-                            else:
-                                process.kill()
+                            process.stop()
+                    if received.count(signal.SIGINT) > 1:
+                        for process in processes:
+                            process.kill()
                     if not received:
                         start_more()
                     if not any(process.running for process in processes):
@@ -187,7 +187,9 @@ def supervise(
 
 @contextlib.contextmanager
 def stop_signals(*, patient: bool = False, notice: str = "") -> Iterator[list[int]]:
-    """A list that receives the first of STOP_SIGNALS; a second one has its usual effect.
+    """A list that receives STOP_SIGNALS; after the first Ctrl-C they have their usual effect.
+
+    Batch systems repeat the others, and would interrupt the saving that the first one began.
 
     Args:
         patient: receive all signals: torchrun repeats to its ranks the one of the terminal.
@@ -202,7 +204,7 @@ def stop_signals(*, patient: bool = False, notice: str = "") -> Iterator[list[in
             with contextlib.suppress(OSError):
                 os.write(2, f"\n{notice}\n".encode())
         received.append(number)
-        if not patient and number != _NOTICE:  # which a batch system may repeat
+        if not patient and number == signal.SIGINT:
             restore()
 
     def restore() -> None:
@@ -226,13 +228,14 @@ def locked(path: Path, busy: str, *, seconds: float = 0.0) -> Iterator[None]:
     Raises:
         InputError: `busy`; another process still holds it after `seconds`.
     """
-    lock = FileLock(path)
+    # A file that stands for a lock would stay after a kill, and on another computer keep all out.
+    lock = FileLock(path, fallback_to_soft=False)
     try:
         lock.acquire(timeout=seconds)
     except Timeout:
         raise InputError(busy) from None
-    except (NotImplementedError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
             raise
         text = f"{path.parent} is on a file system without locks; start one command at a time there"
         warnings.warn(text, RunWarning, stacklevel=3)

@@ -213,7 +213,7 @@ class Trainer:
         main = self.world.is_main
         with contextlib.ExitStack() as stack:
             notice = "stopping after this step; the run can be resumed" if main else ""
-            stop = stack.enter_context(stop_signals(patient=self.world.size > 1, notice=notice))
+            stop = stack.enter_context(stop_signals(patient=not self.world.alone, notice=notice))
             if self.config.deterministic:
                 stack.enter_context(deterministic())
             if main:
