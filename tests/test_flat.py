@@ -184,4 +184,4 @@ def test_many_resumes(image_folder: Path, tmp_path: Path) -> None:
 def test_many_whole_evaluations(image_folder: Path, tmp_path: Path) -> None:
     train(config(image_folder), tmp_path / "run").fit()
     command = ["evaluate", str(tmp_path / "run"), "--device", "cpu", "--workers", "1"]
-    in_little_memory(lambda: check_flat(lambda: main(command), 20, warm=5))
+    in_little_memory(lambda: check_flat(lambda: main(command), 8, warm=5))
