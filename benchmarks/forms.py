@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, NotRequired, TypedDict
 
 from vi_simsiam.checks import NOT_NEGATIVE, POSITIVE, Rule, at_least
@@ -10,6 +11,7 @@ _Label = Annotated[str, Rule(lambda x: len(x) <= 255, "at most 255 characters lo
 _Failure = Annotated[str, Rule(lambda x: len(x) <= 4096, "at most 4096 characters long")]
 _Count = Annotated[int, at_least(1)]
 _Figure = Annotated[float, NOT_NEGATIVE] | None
+_Version = Annotated[str, Rule(lambda x: re.fullmatch(r"\d{1,4}(\.\d{1,4})+", x), "such as 2.14")]
 _FEW = Rule(lambda x: len(x) <= 100, "at most 100 of them")
 
 
@@ -170,6 +172,24 @@ class _Accuracy(_Head):
     providers: dict[_Label, _Failure | list[_Errors]]
 
 
+class _Cell(TypedDict):
+    python: _Version
+    torch: _Version
+    date: _Label
+    commit: _Label
+    versions: Annotated[dict[_Label, _Label], _FEW]
+    passed: Annotated[int, NOT_NEGATIVE]
+    skipped: Annotated[int, NOT_NEGATIVE]
+    failed: list[_Failure]
+    problem: _Failure | None
+
+
+class _Matrix(TypedDict):
+    benchmark: str
+    platform: _Label
+    cases: Annotated[list[_Cell], _FEW]
+
+
 FORMS: dict[str, Any] = {
     "multiview_loss": _Loss,
     "batch_norm": _Norm,
@@ -177,5 +197,6 @@ FORMS: dict[str, Any] = {
     "step": _Step,
     "train": _Train,
     "accuracy": _Accuracy,
+    "matrix": _Matrix,
 }
 """By benchmark."""
