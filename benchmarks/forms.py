@@ -177,12 +177,12 @@ class _Accuracy(_Head):
 class _Cell(TypedDict):
     python: _Version
     torch: _Version
-    date: Annotated[str, Rule(lambda x: len(x) >= 10, "a date")]
+    date: _Label
     commit: _Label | None
-    versions: dict[_Label, _Label]
+    versions: Annotated[dict[_Label, _Label], _FEW]
     passed: Annotated[int, NOT_NEGATIVE]
     skipped: Annotated[int, NOT_NEGATIVE]
-    failed: Annotated[list[_Label], _FEW]
+    failed: list[_Failure]
     problem: _Failure | None
 
 
