@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, NotRequired, TypedDict
 
 from vi_simsiam.checks import NOT_NEGATIVE, POSITIVE, Rule, at_least
@@ -9,6 +10,9 @@ from vi_simsiam.checks import NOT_NEGATIVE, POSITIVE, Rule, at_least
 _Label = Annotated[str, Rule(lambda x: len(x) <= 255, "at most 255 characters long")]
 _Failure = Annotated[str, Rule(lambda x: len(x) <= 4096, "at most 4096 characters long")]
 _Count = Annotated[int, at_least(1)]
+_Version = Annotated[
+    str, Rule(lambda x: re.fullmatch(r"[a-z]+|\d{1,4}(\.\d{1,4})*", x), "a version")
+]
 _Figure = Annotated[float, NOT_NEGATIVE] | None
 _FEW = Rule(lambda x: len(x) <= 100, "at most 100 of them")
 
@@ -170,6 +174,24 @@ class _Accuracy(_Head):
     providers: dict[_Label, _Failure | list[_Errors]]
 
 
+class _Cell(TypedDict):
+    python: _Version
+    torch: _Version
+    date: _Label
+    commit: _Label | None
+    versions: Annotated[dict[_Label, _Label], _FEW]
+    passed: Annotated[int, NOT_NEGATIVE]
+    skipped: Annotated[int, NOT_NEGATIVE]
+    failed: list[_Failure]
+    problem: _Failure | None
+
+
+class _Matrix(TypedDict):
+    benchmark: str
+    platform: _Label
+    cases: Annotated[list[_Cell], Rule(lambda x: 1 <= len(x) <= 100, "1 to 100 of them")]
+
+
 FORMS: dict[str, Any] = {
     "multiview_loss": _Loss,
     "batch_norm": _Norm,
@@ -177,5 +199,6 @@ FORMS: dict[str, Any] = {
     "step": _Step,
     "train": _Train,
     "accuracy": _Accuracy,
+    "matrix": _Matrix,
 }
 """By benchmark."""

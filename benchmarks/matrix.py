@@ -28,10 +28,8 @@ def markdown_table(result: dict[str, Any]) -> str:
     return "\n\n".join([grid, *notes, f"`make matrix`, {span}, {result['platform']}, no GPU."])
 
 
-def _version(text: str) -> tuple[bool, list[int]]:
-    """Order of versions; a name such as "lowest" comes before all numbers."""
-    numeric = text[0].isdigit()
-    return numeric, [int(part) for part in text.split(".")] if numeric else []
+def _version(text: str) -> list[int]:
+    return [int(part) for part in text.split(".")]
 
 
 def _outcome(cell: dict[str, Any] | None) -> str:

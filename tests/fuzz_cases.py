@@ -249,7 +249,7 @@ def _deaths(path: Path) -> None:
 
 
 def _seeds(path: Path) -> None:
-    seeds._resumed(path.parent, None)
+    seeds._resumed(path.parent, None, ["--lr", "0.1"])
 
 
 def _benchmark(path: Path) -> None:

@@ -87,15 +87,17 @@ RUNS = {
     "report": f"""
         report {_MOVED} => report.html""",
     "embed": f"""
-        embed {_APPLIED} --neighbours 2 --reference {{others}} --out {{out}}.parquet => 56 images
+        embed {_APPLIED} --neighbours 2 --reference {{others}} --checkpoint best \
+            --out {{out}}.parquet => 56 images
         embed {{run}} {{others}} --overwrite --out {{out}}.parquet => 8 images""",
     "rank": f"""
-        rank {_APPLIED} -k 2 --out {{out}} => 56 images
+        rank {_APPLIED} -k 2 --checkpoint best --out {{out}} => 56 images
         rank {{run}} {{others}} --k 3 --overwrite --out {{out}} => 8 images""",
     "export": """
         export {resnet} --format timm --data {images} --data-root {here} --out {out} \
             => checked on 8 images of images
-        export {resnet} --format timm --overwrite --out {out} => checked on fashion-mini""",
+        export {resnet} --format timm --overwrite --checkpoint best --out {out} \
+            => checked on fashion-mini""",
     "pack": f"""
         pack {{images}} --out {{out}}.pack --shorter-side 12 --workers 1 --data-root {{here}} \
             --offline => about 17.3 kB

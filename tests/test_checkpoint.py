@@ -27,6 +27,7 @@ from vi_simsiam.engine.run import load_run
 from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import InputError
 from vi_simsiam.files import write_atomically
+from vi_simsiam.inference.encoder import load
 
 pytestmark = pytest.mark.usefixtures("small_network")
 
@@ -46,11 +47,11 @@ def test_the_best_checkpoint_is_kept(settings: TrainConfig, tmp_path: Path) -> N
     best, last = load_best(folder), load_last(folder)
     assert (best.step, best.knn, best.best_knn) == (5, 0.75, 0.75)
     assert (last.step, last.knn, last.best_knn) == (10, 0.5, 0.75)
-    assert same(load_run(folder, device="cpu", checkpoint="best").model.state_dict(), best.model)
+    assert same(load(folder, "cpu", checkpoint="best").model.state_dict(), best.model)
     assert same(load_run(folder, device="cpu").model.state_dict(), last.model)
     (folder / BEST).unlink()
     with pytest.raises(InputError, match=r"run has no checkpoint-best.safetensors; runs with"):
-        load_run(folder, device="cpu", checkpoint="best")
+        load(folder, "cpu", checkpoint="best")
 
 
 def test_the_best_checkpoint_outlives_a_kill_while_it_is_written(
@@ -63,12 +64,13 @@ def test_the_best_checkpoint_outlives_a_kill_while_it_is_written(
         first = dataclasses.replace(best, step=5, knn=None, best_knn=None, losses=torch.zeros(0))
         add_checkpoint(folder, first, keep=2, best=False)
         left = [write_atomically] * kills
-        with monkeypatch.context() as patch, pytest.raises(IndexError):
+        with monkeypatch.context() as patch:
             patch.setattr(
                 "vi_simsiam.engine.checkpoint.write_atomically",
                 lambda *given, left=left: left.pop()(*given),  # IndexError where none is left
             )
-            add_checkpoint(folder, best, keep=2, best=True)
+            with pytest.raises(IndexError):
+                add_checkpoint(folder, best, keep=2, best=True)
         assert load_last(folder).best_knn is None or (folder / BEST).is_file()
 
 

@@ -19,7 +19,7 @@ from test_commands import refused, run
 from test_step import KernelFeed
 from test_trainer import QUIET, config, metrics, same, train, weights
 
-from vi_simsiam.engine import train as module
+from vi_simsiam.engine import graph as module
 from vi_simsiam.engine.graph import Captured
 from vi_simsiam.engine.train import Trainer
 from vi_simsiam.evaluation.figures import read_metrics

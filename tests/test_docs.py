@@ -375,6 +375,19 @@ def test_files_are_short_and_docstrings_plain() -> None:
                 assert not re.match(r"(Of|What|Whether|How|Why)\b", first), f"{path}: {first}"
 
 
+def test_guarantees_name_existing_tests() -> None:
+    """Each row of the tables has a test, and a long one is marked."""
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    rows = [line for line in text.splitlines() if "::" in line]
+    assert len(rows) > 30
+    for file, name, long in re.findall(r"`(test_\w+\.py)::(test_\w+)`( \(soak\))?", text):
+        source = (ROOT / "tests" / file).read_text()
+        found = re.search(rf"((?:^@.*\n(?:[ )\]].*\n)*)*)^def {name}\(", source, re.MULTILINE)
+        assert found is not None, f"{file}::{name}"
+        assert ("@pytest.mark.soak" in found[1]) == bool(long), f"{file}::{name}"
+    assert all(re.search(r"`test_\w+\.py::test_\w+`", row) for row in rows)
+
+
 def test_make_cpus_names_existing_tests() -> None:
     (names,) = re.findall(r"test_%\.py,(.*?)\)", (ROOT / "Makefile").read_text(), re.DOTALL)
     for name in names.replace("\\", " ").split():

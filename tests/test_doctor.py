@@ -174,7 +174,7 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert err.count("\n") == 1
     odd = ['{"step": NaN}', "[]", '{"step": "7"}', '{"st', '{"epoch": 1}', "\xff"]
     with (run / "metrics.jsonl").open("a") as file:
-        file.write("\n".join([*odd, '{"step": 210, "epoch": 1e-320, "loss": "low", "lr": null}']))
+        file.write("\n".join([*odd, '{"step": 210, "epoch": 1e-320, "loss": null, "lr": null}']))
     saved(run, 300)
     assert diagnose(run).title == "vi-simsiam, step 210, still going on"
     (run / "metrics.jsonl").write_text("")

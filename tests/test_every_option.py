@@ -27,6 +27,7 @@ from vi_simsiam.backbones import build_backbone
 from vi_simsiam.benchmarks import cases, step, step_parts
 from vi_simsiam.cli import main
 from vi_simsiam.engine import processes
+from vi_simsiam.engine.checkpoint import BEST, checkpoints
 from vi_simsiam.engine.run import CONFIG, read_config
 from vi_simsiam.experiments import worker
 
@@ -98,6 +99,7 @@ def filled(
     here |= {name: tmp_path / name for name in ("out", "run", "moved", "resnet")}
     for name, source in (("run", "run"), ("moved", "run"), ("resnet", "resnet")):
         shutil.copytree(places[source], here[name])
+        shutil.copy(checkpoints(here[name])[0], here[name] / BEST)
     config = here["moved"] / CONFIG
     config.write_text(config.read_text().replace(str(places["images"]), "/gone/images"))
     monkeypatch.setenv("TORCH_HOME", str(places["torch"]))

@@ -152,7 +152,7 @@ def test_a_training_on_a_full_disk(
 def test_other_output_on_a_full_disk(
     name: str, disk: Path, whole: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is in the folder stays as it was, and with room the command does its work."""
+    """The folder stays as it was, and with room the command does its work."""
     shutil.copytree(whole, disk / "run")
     words = f"{name} {disk / 'run'}" + {
         "export": " --format safetensors",

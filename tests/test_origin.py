@@ -16,6 +16,7 @@ from vi_simsiam.cli import main
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.data import datasets
 from vi_simsiam.engine import origin
+from vi_simsiam.engine.checkpoint import checkpoints, load_last
 from vi_simsiam.engine.origin import is_own, mark, placed, places
 from vi_simsiam.engine.run import load_run, read_config
 from vi_simsiam.errors import InputError
@@ -215,6 +216,7 @@ def test_resuming_needs_no_weights_of_torchvision(own: Path, monkeypatch: Any) -
     plain = json.loads((own / "config.json").read_text())
     plain["model"] |= {"pretrained": True, "stem": "imagenet"}
     (own / "config.json").write_text(json.dumps(plain))
+    dataclasses.replace(load_last(own), config=plain).save(checkpoints(own)[0])
     monkeypatch.setattr("vi_simsiam.models.fetch_weights", lambda *a, **b: pytest.fail("fetched"))
     assert main(["train", "--out", str(own), "--resume", "--quiet"]) == 0
 
@@ -245,11 +247,11 @@ def test_seeds_go_on_only_with_options_that_were_given_here(
     given = {"arguments": ["--data", "a"], "runs": [{"seed": 0, "exit": None}]}
     mark(tmp_path, seeds._named(given["arguments"], given["runs"]))
     (tmp_path / "seeds.json").write_text(json.dumps(given))
-    assert seeds._resumed(tmp_path, None)["arguments"] == ["--data", "a"]
-    for name, value in (("arguments", ["--data", "b"]), ("runs", [{"seed": "/..", "exit": None}])):
+    assert seeds._resumed(tmp_path, None, [])["arguments"] == ["--data", "a"]
+    for name, value in (("arguments", ["--data", "b"]), ("runs", [{"seed": 7, "exit": None}])):
         (tmp_path / "seeds.json").write_text(json.dumps(given | {name: value}))
         with pytest.raises(InputError, match="this user has not started the runs in .* here"):
-            seeds._resumed(tmp_path, None)
+            seeds._resumed(tmp_path, None, [])
 
 
 def test_the_secret_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

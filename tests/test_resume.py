@@ -142,6 +142,24 @@ def test_checkpoints_are_written_within_epochs_and_the_last_are_kept(
     assert_same_run(tmp_path / "1", tmp_path / "rarely")
 
 
+def test_the_metrics_are_on_the_disk_before_a_checkpoint(
+    settings: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power failure a run goes on from the checkpoint, and its earlier lines are there."""
+    folder, flush, written = tmp_path / "run", os.fsync, [0]
+
+    def fsync(descriptor: int) -> None:
+        flush(descriptor)
+        if os.path.samestat(os.fstat(descriptor), os.stat(folder / "metrics.jsonl")):
+            written[0] = os.fstat(descriptor).st_size
+        elif checkpoints(folder) and len(lines(folder)) > 1:
+            assert written[0] == (folder / "metrics.jsonl").stat().st_size
+
+    trainer = Trainer(settings, folder, console=QUIET)
+    trainer.fit(epoch_done=lambda: monkeypatch.setattr(os, "fsync", fsync))
+    assert written[0] > 0
+
+
 def damaged(content: bytes, place: int, bit: int) -> bytes:
     changed = bytearray(content)
     changed[place] ^= 1 << bit
@@ -211,12 +229,31 @@ def test_one_training_at_a_time_uses_a_folder(
     assert_same_run(tmp_path / "new", train(settings, tmp_path / "alone").folder)
 
 
+def test_another_training_that_goes_on_while_this_one_prepares(
+    settings: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its steps would be done again, and its checkpoints be removed."""
+    folder, choose = tmp_path / "run", train_module.choose_kernels
+    stop_at(Trainer(settings, folder, console=QUIET), 4, monkeypatch)
+
+    def prepare(*given: Any, **named: Any) -> Any:
+        monkeypatch.setattr(train_module, "choose_kernels", choose)
+        train(settings, folder, resume=True)
+        return choose(*given, **named)
+
+    monkeypatch.setattr(train_module, "choose_kernels", prepare)
+    late = Trainer(settings, folder, resume=True, console=QUIET)
+    assert late.step == 4
+    with pytest.raises(InputError, match=f"another training has used {folder} meanwhile"):
+        late.fit()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="other locks")
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
 def test_a_file_system_without_locks_is_named(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a process that was killed on another computer has left there keeps nobody out."""
+    """The remains of a process that was killed on another computer keep nobody out."""
     import fcntl
 
     def refused(*given: object) -> None:
@@ -249,6 +286,21 @@ def test_signals_save_and_end(
         trainer.fit()
     assert checkpoint(tmp_path / "run").step == trainer.saver.step == 7
     assert [signal.getsignal(each) for each in STOP_SIGNALS] == before
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_ends_the_command(
+    settings: TrainConfig, tmp_path: Path
+) -> None:
+    """An evaluation would follow."""
+    trainer = Trainer(settings, tmp_path / "run", console=QUIET)
+
+    def send() -> None:
+        if trainer.step == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(epoch_done=send)
+    assert load_last(tmp_path / "run").step == 10
 
 
 def interrupted_twice(world: World, settings: TrainConfig, folder: Path) -> int:
@@ -310,7 +362,7 @@ def test_results_without_a_checkpoint_are_not_replaced(settings: TrainConfig, ru
     """Somebody may remove checkpoints to save space."""
     for path in checkpoints(run):
         path.unlink()
-    for resume, message in ((False, "already holds a run"), ("auto", "holds no checkpoint")):
+    for resume, message in ((False, "already holds a run"), ("auto", "overwrite replaces")):
         with pytest.raises(InputError, match=message):
             Trainer(settings, run, resume=resume, console=QUIET)  # type: ignore[arg-type]
 
@@ -322,5 +374,6 @@ def test_resume_takes_a_value_or_none() -> None:
         ("--out x --resume auto", "--out x --resume auto"),
         ("--resume never --resume", "--resume never --resume always"),
         ("--resume=auto", "--resume=auto"),
+        ("--resume auot", "--resume auot"),  # refused with the accepted values
     ):
         assert _with_resume_value(given.split()) == meant.split()

@@ -192,6 +192,21 @@ def test_an_interruption_reaches_all_and_all_can_continue(
     assert (out / "seed-1.log").read_text().count("starting") == 2, "the log is appended to"
 
 
+def test_a_repeated_command_adds_nothing_to_its_arguments(
+    run: Runs, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on with another cache folder, too, as in a container that is new at every start."""
+    for number, words in enumerate(([], ["--resume"], ["--resume"])):
+        monkeypatch.setenv("VI_SIMSIAM_CACHE", str(tmp_path / f"cache-{number}"))
+        assert run("--fail=1", "--data", "mine", *words, seeds=2)[0] == (0 if words else 1)
+        assert json.loads((out / "seeds.json").read_text())["arguments"] == [
+            "--fail=1", "--data", "mine",
+        ]  # fmt: skip
+    monkeypatch.setenv("VI_SIMSIAM_CACHE", str(tmp_path / "other"))
+    with pytest.raises(InputError, match="has not started the runs"):
+        run("--resume")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="a death signal")
 def test_the_seeds_of_a_killed_command_end_and_can_continue(run: Runs, out: Path) -> None:
     """seeds.json is written when a run starts or ends, not only when all have ended."""

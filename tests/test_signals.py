@@ -92,7 +92,7 @@ def test_a_second_signal_while_a_checkpoint_is_written(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Nothing is left half written; only Ctrl-C ends the writing, as batch systems repeat others."""
+    """Nothing is left half written. Only Ctrl-C ends the writing: batch systems repeat others."""
     out = tmp_path / "run"
     monkeypatch.setattr(Saver, "due", lambda saver: os.kill(os.getpid(), number))
     flush, interrupted = os.fsync, []

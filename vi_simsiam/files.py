@@ -249,7 +249,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            _flush_folder(path.parent)
+            flush(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -282,10 +282,10 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(printable(text).encode()))
 
 
-def _flush_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the file system does that for folders."""
+def flush(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk, where the file system does that."""
     with contextlib.suppress(OSError):
-        place = os.open(folder, os.O_RDONLY)
+        place = os.open(path, os.O_RDONLY)
         try:
             os.fsync(place)
         finally:

@@ -192,7 +192,8 @@ def _with_resume_value(arguments: list[str]) -> list[str]:
     """Put "always" behind a --resume without a value."""
     words: list[str] = []
     for word, following in itertools.zip_longest(arguments, arguments[1:]):
-        words += [word, "always"] if word == "--resume" and following not in _RESUME else [word]
+        alone = word == "--resume" and (following or "-").startswith("-")
+        words += [word, "always"] if alone else [word]
     return words
 
 

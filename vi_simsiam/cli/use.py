@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -44,6 +44,8 @@ class _Images(SourceOptions):
     """auto, cpu, cuda or cuda:N."""
     workers: int | None = None
     """Threads that read images; None for a number that suits the device."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Weights of the run: the last, or those with the best kNN accuracy during training."""
     views: int | None = None
     """Join this many random views of each image; None for the one un-augmented view."""
     seed: int = 0
@@ -84,6 +86,8 @@ class _Export:
     """Folder to write; None for RUN/export/FORMAT."""
     overwrite: bool = False
     """Replace an earlier export in that folder."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Weights of the run: the last, or those with the best kNN accuracy during training."""
     data: str | None = None
     """The data set, where it has moved since training; a few images check the export."""
     data_root: Path | None = None
@@ -181,7 +185,7 @@ def _run_to_export(options: _Export) -> Run:
     from vi_simsiam.engine.origin import placed
     from vi_simsiam.inference.encoder import load
 
-    run = load(options.run, "cpu").run
+    run = load(options.run, "cpu", checkpoint=options.checkpoint).run
     try:  # nothing is downloaded: a few images are enough
         config = placed(run.path, run.config, data=options.data, data_root=options.data_root)
         splits = open_dataset(
@@ -210,7 +214,9 @@ def _open(options: _Images) -> tuple[Encoder, ImageSource, Callable[..., Table]]
     from vi_simsiam.inference.embed import collect
     from vi_simsiam.inference.encoder import load
 
-    encoder = load(options.run, options.device, workers=options.workers)
+    encoder = load(
+        options.run, options.device, workers=options.workers, checkpoint=options.checkpoint
+    )
     source = _source(options.images, options, encoder.config.decode, train=False)
     settings = {name: getattr(options, name) for name in ("views", "seed", "batch_size")}
     folder, console = options.out.parent, Console(stderr=True)

@@ -64,11 +64,13 @@ class Run:
     path: Path
     config: TrainConfig
     model: SimSiam
-    """The last checkpoint's weights, in eval mode, on `device`."""
+    """The weights of a checkpoint, in eval mode, on `device`."""
     splits: Splits
     """The images of training and evaluation, as the configuration selects them."""
     device: torch.device
     workers: int
+    weights: Weights = "last"
+    """The checkpoint of the weights."""
 
     def __repr__(self) -> str:
         method, data, model = self.config.method, self.config.data, self.config.model
@@ -96,7 +98,6 @@ def load_run(
     data: str | None = None,
     data_root: Path | None = None,
     cache_dir: Path | None = None,
-    checkpoint: Weights = "last",
 ) -> Run:
     """Open a run folder, and the images that it was trained on.
 
@@ -110,7 +111,6 @@ def load_run(
         cache_dir: folder of decoded images; None for the run's own.
         device: "auto", "cpu", "cuda" or "cuda:N".
         workers: processes that read images; None for a number that suits the device.
-        checkpoint: "last", or "best" for the one with the best kNN accuracy during training.
 
     Raises:
         InputError: no run there, a damaged file, a missing data set, or a run from elsewhere whose
@@ -118,7 +118,7 @@ def load_run(
     """
     path = user_path("run", path)
     place = resolve_device(device)
-    config, model = load_model(path, place, checkpoint)
+    config, model = load_model(path, place)
     opened = placed(path, config, data=data, data_root=data_root, cache_dir=cache_dir)
     named = data is not None or data_root is not None
     splits = open_splits(
@@ -214,7 +214,8 @@ def check_folder(path: Path, *, resume: Resume, overwrite: bool) -> bool:
     if resume and begun and found:
         return True
     if resume and (begun or (resume is True and not holds_run)):
-        raise InputError(f"resume: {path} holds no checkpoint to go on from")
+        advice = "; --overwrite replaces its run" if begun else ""
+        raise InputError(f"resume: {path} holds no checkpoint to go on from{advice}")
     if begun and not overwrite:
         raise InputError(
             f"out: {path} already holds a run; "

@@ -11,6 +11,7 @@ from vi_simsiam.engine import failure, run
 from vi_simsiam.engine.checkpoint import Checkpoint, add_checkpoint, checkpoints
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.errors import InputError
+from vi_simsiam.files import flush
 
 
 class Saver:
@@ -20,6 +21,7 @@ class Saver:
         folder: the run folder; `run.check_folder` accepts it.
         config: of the run.
         world: the ranks that train together.
+        found: the checkpoints in the folder before `last` was read.
         resume, overwrite: see `run.check_folder`.
         last: the checkpoint that the training goes on from; None at its start.
 
@@ -33,6 +35,7 @@ class Saver:
         folder: Path,
         config: TrainConfig,
         world: World,
+        found: list[Path],
         *,
         resume: run.Resume,
         overwrite: bool,
@@ -40,13 +43,13 @@ class Saver:
     ) -> None:
         self.folder, self._config, self._world = folder, config, world
         self._resume, self._overwrite = resume, overwrite
-        self._found = checkpoints(folder)
+        self._found = found
         self.step = 0 if last is None else last.step
         self.best_knn = None if last is None else last.best_knn
         self._saved_at = time.monotonic()
 
     def check_again(self) -> None:
-        """Raise InputError if another training has used the folder since this object was made."""
+        """Raise InputError if another training has used the folder since `found` was listed."""
         run.check_folder(self.folder, resume=self._resume, overwrite=self._overwrite)
         if self._resume and checkpoints(self.folder) != self._found:
             raise InputError(
@@ -74,6 +77,7 @@ class Saver:
         checkpoint = dataclasses.replace(checkpoint, best_knn=self.best_knn)
         with self._world.together():
             if self._world.is_main:
+                flush(self.folder / run.METRICS)  # a run that goes on needs the lines before
                 add_checkpoint(self.folder, checkpoint, keep=self._config.keep, best=best)
                 failure.forget(self.folder, checkpoint.step)
         self.step, self._saved_at = checkpoint.step, time.monotonic()

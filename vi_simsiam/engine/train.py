@@ -20,7 +20,7 @@ from vi_simsiam.data.loader import MultiViewLoader
 from vi_simsiam.data.subsets import content, listed
 from vi_simsiam.data.views import check_batch
 from vi_simsiam.engine import failure, run
-from vi_simsiam.engine.checkpoint import Checkpoint, checkpoint_path, load_last
+from vi_simsiam.engine.checkpoint import Checkpoint, checkpoint_path, checkpoints, load_last
 from vi_simsiam.engine.device import deterministic, keep_freed_memory, memory_errors
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.graph import Captured, capture_training
@@ -113,9 +113,9 @@ class Trainer:
         default_scale = 1 / (config.model.dim - 1) if isinstance(self.model, VISimSiam) else 1.0
         self.loss_scale = config.loss.loss_scale or default_scale
 
-        checkpoint = None
+        checkpoint, found = None, list[Path]()
         if resumed is not None:
-            checkpoint = load_last(resumed)
+            found, checkpoint = checkpoints(resumed), load_last(resumed)
             run.check_saved(resumed, saved, checkpoint)
         with self.world.main_first():  # rank 0 decodes the images, the others read its cache
             splits = splits or run.open_splits(config, run=resumed)
@@ -181,7 +181,7 @@ class Trainer:
             path = self.world.exchange(made)[0]
         self.folder: Path = path
         self.saver = Saver(
-            path, config, self.world, resume=resume, overwrite=overwrite, last=checkpoint
+            path, config, self.world, found, resume=resume, overwrite=overwrite, last=checkpoint
         )
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -264,6 +264,8 @@ class Trainer:
                     monitor.epoch_done(self.step, metrics)
             if monitor is not None:
                 monitor.finish()
+            if self.world.any_rank(bool(stop)):  # while the last checkpoint was written
+                raise KeyboardInterrupt
 
     def _train_epoch(
         self, replay: Captured | None, monitor: Monitor | None, stop: list[int]

@@ -112,7 +112,7 @@ def run_seeds(
     are passed on to all runs, which save a checkpoint; `--resume` continues the unfinished ones.
 
     Args:
-        arguments: those of `vi-simsiam train`; on --resume they are added to the earlier ones.
+        arguments: those of `vi-simsiam train`; on --resume others are added to the earlier ones.
         seeds: number of runs; None on --resume for the same number as before.
         first_seed: seed of the first run; ignored on --resume.
         out: folder of all runs.
@@ -133,11 +133,13 @@ def run_seeds(
             "seeds: not under torchrun; each run is one process, started with vi-simsiam train"
         )
     resume = (out / SEEDS).is_file() if resume == "auto" else resume
+    given = _without(arguments, _OWN_OPTIONS)
     if resume:
-        before = _resumed(out, seeds)
+        before = _resumed(out, seeds, given)
     else:
         before = _planned(out, seeds or 0, first_seed, overwrite=overwrite)
-    given = [*before["arguments"], *_without(arguments, _OWN_OPTIONS)]
+    earlier = before["arguments"]
+    given = earlier if given == earlier[-len(given) :] else [*earlier, *given]
     words = [*given, "--overwrite"] if overwrite else given
     runs = [_Seed(out, result) for result in before["runs"]]
     pending = [run for run in runs if run.exit is None]
@@ -214,8 +216,8 @@ def _planned(out: Path, seeds: int, first_seed: int, *, overwrite: bool) -> dict
     }
 
 
-def _resumed(out: Path, seeds: int | None) -> dict[str, Any]:
-    """The content of seeds.json of an earlier session."""
+def _resumed(out: Path, seeds: int | None, given: list[str]) -> dict[str, Any]:
+    """The content of seeds.json of an earlier session; `given` are the arguments of this one."""
     if not (out / SEEDS).is_file():
         raise InputError(f"resume: {out} holds no {SEEDS} to go on from")
     before = cast(dict[str, Any], read_json(out / SEEDS, Seeds, "resume"))
@@ -224,7 +226,8 @@ def _resumed(out: Path, seeds: int | None) -> dict[str, Any]:
             raise InputError(
                 f"resume: seed {run['seed']} in {out} is still running, as process {run['process']}"
             )
-    if not is_own(out, _named(before["arguments"], before["runs"])):
+    earlier = before["arguments"]  # where they are given again, the file adds nothing to them
+    if given != earlier and not is_own(out, _named(earlier, before["runs"])):
         raise InputError(
             f"resume: this user has not started the runs in {out} here, or {SEEDS} was changed "
             f"since; go on with one at a time: --out {out / 'seed-N'} --resume --data DATA"

@@ -250,7 +250,7 @@ def model_card(run: Run, format: str, *, check: dict[str, Any], versions: dict[s
     """The text of README.md for one exported format.
 
     Results are those in the run folder (knn.json, linear.json, logistic.json, uncertainty.json);
-    the others are given as not measured.
+    the others, and those of other weights than the last, are given as not measured.
 
     Raises:
         InputError: a result file cannot be read, or lacks what the card shows.
@@ -262,8 +262,7 @@ def model_card(run: Run, format: str, *, check: dict[str, Any], versions: dict[s
     kind, _, path = config.data.partition(":")
     label = one_line(data_label(config.data))
     columns: dict[str, dict[str, float]] = {
-        heading: (read_result(run.path, name) or {}).get(key) or {}
-        for name, key, heading in _COLUMNS
+        heading: (_result(run, name) or {}).get(key) or {} for name, key, heading in _COLUMNS
     }
     results = [
         EvalResult(
@@ -288,7 +287,7 @@ def model_card(run: Run, format: str, *, check: dict[str, Any], versions: dict[s
         eval_results=results or None,
     )
     conv1 = run.model.state_dict().get("backbone.conv1.weight")
-    uncertainty = read_result(run.path, "uncertainty")
+    uncertainty = _result(run, "uncertainty")
     content = {
         "front_matter": front_matter.to_yaml().strip(),
         "name": name,
@@ -338,12 +337,19 @@ def _uncertainty(result: dict[str, Any] | None) -> list[tuple[str, ...]]:
     return [*rows, *((text, NOT_MEASURED, "-", "-") for text in missing)]
 
 
+def _result(run: Run, name: str) -> Any:
+    """A result of the run's weights; those in its folder are of the last checkpoint."""
+    return read_result(run.path, name) if run.weights == "last" else None
+
+
 def _percent(share: float | None) -> str:
     return NOT_MEASURED if share is None else f"{100 * share:.1f} %"
 
 
 def _progress(run: Run) -> str:
     """Progress of the training by the last line of the run's log."""
+    if run.weights == "best":
+        return "the weights with the best kNN accuracy during the training"
     lines, _ = read_log(run.path)
     last = lines[-1] if lines else {}
     if "epoch" not in last or last.get("loss") is None:

@@ -20,7 +20,7 @@ from vi_simsiam.data.sources import FileSource, ImageSource, Unreadable, Unreada
 from vi_simsiam.data.views import eval_square, normalised
 from vi_simsiam.engine.forward import evaluating, random_views
 from vi_simsiam.engine.origin import placed
-from vi_simsiam.engine.run import Run, load_model, resolve_device, resolve_workers
+from vi_simsiam.engine.run import Run, Weights, load_model, resolve_device, resolve_workers
 from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.inference.images import Images, open_images, read
 from vi_simsiam.inference.product import product_of_experts
@@ -249,7 +249,13 @@ class Encoder:
         return Encoding(*found)
 
 
-def load(run_folder: str | Path, device: str = "auto", *, workers: int | None = None) -> Encoder:
+def load(
+    run_folder: str | Path,
+    device: str = "auto",
+    *,
+    workers: int | None = None,
+    checkpoint: Weights = "last",
+) -> Encoder:
     """Open a trained run to encode images: ``vi_simsiam.load(RUN).encode(images).uncertainty``.
 
     The data set that it was trained on is not opened and may be gone: `run.splits` has no images.
@@ -258,16 +264,18 @@ def load(run_folder: str | Path, device: str = "auto", *, workers: int | None = 
         run_folder: the folder that training wrote.
         device: "auto" (the GPU where there is one), "cpu", "cuda" or "cuda:N".
         workers: threads that read images; None for a number that suits the device.
+        checkpoint: "last", or "best" for the weights with the best kNN accuracy during training.
 
     Raises:
         InputError: no run there, a damaged file, or no such device.
     """
     path = user_path("run_folder", run_folder)
     chosen = resolve_device(device)
-    config, model = load_model(path, chosen)
+    config, model = load_model(path, chosen, checkpoint)
     config = placed(path, config, data=config.data)  # a name only: no image is opened
     splits = Splits(config.data, FileSource((), name=config.data), None)
-    return Encoder(Run(path, config, model, splits, chosen, resolve_workers(workers, chosen)))
+    threads = resolve_workers(workers, chosen)
+    return Encoder(Run(path, config, model, splits, chosen, threads, checkpoint))
 
 
 def _numbered(
