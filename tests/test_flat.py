@@ -148,7 +148,8 @@ def in_little_memory(run: Callable[[], None]) -> None:
 
     process = multiprocessing.get_context("fork").Process(target=limited)
     process.start()
-    process.join()
+    process.join(1200)
+    process.kill()
     assert process.exitcode == 0
 
 
@@ -184,4 +185,5 @@ def test_many_resumes(image_folder: Path, tmp_path: Path) -> None:
 def test_many_whole_evaluations(image_folder: Path, tmp_path: Path) -> None:
     train(config(image_folder), tmp_path / "run").fit()
     command = ["evaluate", str(tmp_path / "run"), "--device", "cpu", "--workers", "1"]
-    in_little_memory(lambda: check_flat(lambda: main(command), 8, warm=5))
+    main(command)  # OpenBLAS waits forever where it cannot allocate its buffers
+    in_little_memory(lambda: check_flat(lambda: main(command), 30, warm=10))
