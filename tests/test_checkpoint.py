@@ -145,6 +145,12 @@ def test_a_later_format_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> 
         kept.save(checkpoints(run)[0])
     with pytest.raises(InputError, match="was written by a later version of vi-simsiam"):
         Checkpoint.load(checkpoints(run)[0])
+    assert len(checkpoints(run)) == 2
+    with pytest.raises(InputError, match="was written by a later version of vi-simsiam"):
+        load_last(run)  # rather than the one before
+    assert len(checkpoints(run)) == 2
+    (run / "checkpoint-000000010.safetensors").touch()
+    assert len(checkpoints(run)) == 2, "not a name of ours"
 
 
 def test_a_run_of_format_1_goes_on(settings: TrainConfig, run: Path, tmp_path: Path) -> None:

@@ -35,10 +35,14 @@ BEST = "checkpoint-best.safetensors"
 FORMER = "checkpoint.pt"
 """The one checkpoint of a run by version 0.1, format 1."""
 _FORMAT = 2
-_NAME = re.compile(r"checkpoint-(\d{8,18})\.safetensors")
+_NAME = re.compile(r"checkpoint-(\d{8}|[1-9]\d{8,17})\.safetensors")
 _METADATA, _CHECKSUM = "vi_simsiam", "crc32"
 _DIGITS = 8
 _MOST_BYTES = 1 << 40
+
+
+class _DamagedError(InputError):
+    """Bits of a checkpoint have changed, or it was cut off."""
 
 
 class _State(TypedDict):
@@ -123,11 +127,11 @@ class Checkpoint:
         content = read_bytes(path, "run", most=_MOST_BYTES)
         try:
             return cls._former(path) if path.name == FORMER else cls._decoded(path, content)
-        except InputError:
+        except (InputError, MemoryError):
             raise
         except Exception as error:  # readers of tensors raise many unrelated types
             text = f"run: {path} cannot be read: it is damaged or no checkpoint"
-            raise InputError(text) from error
+            raise _DamagedError(text) from error
 
     @classmethod
     def _decoded(cls, path: Path, content: bytes) -> Checkpoint:
@@ -212,18 +216,18 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_last(folder: Path) -> Checkpoint:
-    """The last checkpoint in a run folder that can be read.
+    """The last checkpoint in a run folder that is not damaged.
 
-    A RunWarning names those after it that cannot.
+    A RunWarning names the one after it that is.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it cannot be read for another reason.
     """
-    damaged: InputError | None = None
+    damaged: _DamagedError | None = None
     for path in checkpoints(folder):
         try:
             found = Checkpoint.load(path)
-        except InputError as error:
+        except _DamagedError as error:
             damaged = damaged or error
             continue
         if damaged is not None:

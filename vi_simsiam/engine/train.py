@@ -201,7 +201,8 @@ class Trainer:
         """Train to the end. Rank 0 writes checkpoints and metrics on the way.
 
         Args:
-            epoch_done: called after every whole epoch, before its checkpoint.
+            epoch_done: called after every whole epoch, before its checkpoint, unless a signal ended
+                the epoch's last step.
 
         Raises:
             TrainingError: the loss or the weights are no longer finite, or the GPU's memory is too
