@@ -358,8 +358,10 @@ def test_trainings_that_start_in_one_folder_at_once(
         given = (f"{words} --resume {resume}".split(), log := tmp_path / resume)
         started[log] = multiprocessing.get_context("fork").Process(target=logged, args=given)
         started[log].start()
+    deadline = time.monotonic() + 60
     try:
         while not (ended := {log: each for log, each in started.items() if not each.is_alive()}):
+            assert time.monotonic() < deadline
             time.sleep(0.02)
         ((log, refused),) = ended.items()
         assert (refused.exitcode, log.read_text().count("\n")) == (2, 1)
