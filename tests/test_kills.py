@@ -26,6 +26,9 @@ from conftest import small_backbone
 from processes import environment
 from test_resume import assert_same_run
 
+from vi_simsiam.cli import main
+from vi_simsiam.engine.checkpoint import checkpoint_path, checkpoints
+
 linux = pytest.mark.skipif(sys.platform != "linux", reason="forks")
 OPTIONS = (
     "--epochs 2 --batch-size 8 --size 16 --dim 32 --projector-hidden 32 --predictor-hidden 16 "
@@ -53,7 +56,6 @@ def start(words: list[str], folder: Path, event: int | None = None) -> Any:
 
 def _serve(words: list[str], folder: Path, event: int | None) -> None:
     from vi_simsiam import models
-    from vi_simsiam.cli import main
     from vi_simsiam.evaluation import features
 
     os.setpgid(0, 0)
@@ -195,6 +197,44 @@ def test_a_run_that_is_killed_200_times(
         kills, number = kills + killed, number + 1
         assert_nothing_is_lost(expected, folder)
     record_property("kills", kills)
+
+
+@linux
+@pytest.mark.usefixtures("small_network")
+def test_a_stopped_worker_keeps_no_training_out(image_folder: Path, tmp_path: Path) -> None:
+    """A worker that waits for a disk outlives a killed training, which goes on beside it."""
+    words = command(image_folder, tmp_path, "--epochs", "100000", "--workers", "1")
+    processes: list[Any] = []
+    workers: list[int] = []
+
+    def train_beyond(checkpoint: Path) -> Any:
+        # In this process's group: stopped processes of a group that loses its leader go on.
+        process = multiprocessing.get_context("fork").Process(target=main, args=(words,))
+        process.start()
+        processes.append(process)
+        while checkpoints(checkpoint.parent)[:1] <= [checkpoint]:
+            assert process.is_alive()
+            time.sleep(0.02)
+        return process
+
+    try:
+        first = train_beyond(checkpoint_path(tmp_path / "run", 0))
+        listed = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text()
+        workers += map(int, listed.split())
+        for worker in workers:
+            os.kill(worker, signal.SIGSTOP)
+        first.kill()
+        first.join()
+        train_beyond(checkpoints(tmp_path / "run")[0])
+        states = [Path(f"/proc/{worker}/stat").read_text().split()[2] for worker in workers]
+        assert "T" in states
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+        for worker in workers:
+            with contextlib.suppress(OSError):
+                os.kill(worker, signal.SIGKILL)
 
 
 TORCHRUN = """
