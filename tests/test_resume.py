@@ -350,7 +350,8 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts(
     folder.mkdir()
     shutil.copy(run / "config.json", folder)
     (folder / "metrics.jsonl").touch()
-    remains = [f".{name}.0123456789abcdef" for name in ("config.json", checkpoints(run)[0].name)]
+    names = ("config.json", ".origin", "report.html", checkpoints(run)[0].name)
+    remains = [f".{name}.0123456789abcdef" for name in names]
     for name in remains:
         (folder / name).write_text("{")
     train(settings, folder, resume=resume)

@@ -39,11 +39,8 @@ CONFIG, METRICS, KERNELS = "config.json", "metrics.jsonl", "kernels.json"
 FAILURE, FAILED_VIEWS = "failure.json", "failure.png"
 LOCK = ".lock"
 _CHECKPOINTS = "checkpoint-*.safetensors"
-# What an interrupted write leaves, see `write_atomically`.
-_REMAINS = tuple(
-    f".{name}.{'[0-9a-f]' * 16}"
-    for name in (CONFIG, METRICS, KERNELS, FAILURE, FORMER, _CHECKPOINTS)
-)
+# What an interrupted write of any file leaves, see `write_atomically`.
+_REMAINS = f".*.{'[0-9a-f]' * 16}"
 # Results of an earlier run.
 _RESULTS = (
     _CHECKPOINTS, FORMER, METRICS, KERNELS, FAILURE, FAILED_VIEWS, ORIGIN, "events.out.tfevents.*",
@@ -222,8 +219,7 @@ def check_folder(path: Path, *, resume: Resume, overwrite: bool) -> bool:
             "say --resume to go on with it or --overwrite to replace it"
         )
     files = [] if holds_run or not path.exists() else path.iterdir()
-    own = (LOCK, *_REMAINS)
-    if not all(any(file.match(pattern) for pattern in own) for file in files):
+    if not all(file.name == LOCK or file.match(_REMAINS) for file in files):
         raise InputError(f"out: {path} holds other files; give an empty or new folder")
     return False
 
@@ -240,9 +236,8 @@ def claimed(path: Path) -> Iterator[None]:
     path.mkdir(parents=True, exist_ok=True)
     busy = f"out: another training writes to {path}; give another folder, or wait for its end"
     with locked(path / LOCK, busy):
-        for pattern in _REMAINS:
-            for file in path.glob(pattern):
-                file.unlink()
+        for file in path.glob(_REMAINS):
+            file.unlink()
         yield
 
 
