@@ -136,6 +136,9 @@ def test_checkpoints_are_written_within_epochs_and_the_last_are_kept(
         folder = tmp_path / str(keep)
         train(dataclasses.replace(settings, save_every=0.0, keep=keep), folder)
         assert checkpoints(folder) == [checkpoint_path(folder, 10 - i) for i in range(keep)]
+        shutil.copy(checkpoints(folder)[0], checkpoint_path(folder, 2))  # a kill left it
+        train(dataclasses.replace(settings, save_every=0.0, keep=keep), folder, resume=True)
+        assert checkpoints(folder) == [checkpoint_path(folder, 10 - i) for i in range(keep)]
     train(settings, tmp_path / "rarely")
     names = [path.name for path in checkpoints(tmp_path / "rarely")]
     assert names == ["checkpoint-00000010.safetensors", "checkpoint-00000000.safetensors"]

@@ -265,8 +265,15 @@ def add_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int, best: boo
         checkpoint.save(folder / BEST)
     checkpoint.save(checkpoint_path(folder, checkpoint.step))
     found = checkpoints(folder)
-    last = found.index(checkpoint_path(folder, checkpoint.step))
-    for other in (*found[:last], *found[last + keep :]):  # those of later steps were damaged
+    for other in found[: found.index(checkpoint_path(folder, checkpoint.step))]:
+        other.unlink(missing_ok=True)  # it was damaged
+    remove_surplus(folder, checkpoint.step, keep=keep)
+
+
+def remove_surplus(folder: Path, step: int, *, keep: int) -> None:
+    """Keep the checkpoint of this step, which is good, and the `keep - 1` before it."""
+    found, good = checkpoints(folder), checkpoint_path(folder, step)
+    for other in found[found.index(good) + keep :] if good in found else ():
         other.unlink(missing_ok=True)
 
 

@@ -8,7 +8,12 @@ from pathlib import Path
 
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.engine import failure, run
-from vi_simsiam.engine.checkpoint import Checkpoint, add_checkpoint, checkpoints
+from vi_simsiam.engine.checkpoint import (
+    Checkpoint,
+    add_checkpoint,
+    checkpoints,
+    remove_surplus,
+)
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.errors import InputError
 from vi_simsiam.files import flush
@@ -49,13 +54,22 @@ class Saver:
         self._saved_at = time.monotonic()
 
     def check_again(self) -> None:
-        """Raise InputError if another training has used the folder since `found` was listed."""
+        """Check that no other training has used the folder since `found` was listed.
+
+        What a training that was killed has not removed is removed: at its last step a run saves
+        nothing any more.
+
+        Raises:
+            InputError: another one has used it.
+        """
         run.check_folder(self.folder, resume=self._resume, overwrite=self._overwrite)
         if self._resume and checkpoints(self.folder) != self._found:
             raise InputError(
                 f"resume: another training has used {self.folder} meanwhile; "
                 "start this command again"
             )
+        if self._resume:
+            remove_surplus(self.folder, self.step, keep=self._config.keep)
 
     def due(self) -> bool:
         """True if it is time for another checkpoint, by rank 0's clock."""
