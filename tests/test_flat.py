@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import itertools
 import multiprocessing
@@ -17,9 +16,10 @@ from typing import Any, NamedTuple
 
 import pytest
 from rich.console import Console
+from test_trainer import config as small_config
 
 from vi_simsiam.cli import main
-from vi_simsiam.config import AugmentConfig, ModelConfig, TrainConfig
+from vi_simsiam.config import AugmentConfig, TrainConfig
 from vi_simsiam.data import MultiViewLoader
 from vi_simsiam.data.datasets import open_dataset
 from vi_simsiam.engine.train import Trainer
@@ -63,19 +63,8 @@ def check_growth(before: Used, after: Used, cycles: int) -> None:
     assert grown.kilobytes < MOST_KILOBYTES * cycles, grown
 
 
-def config(image_folder: Path, **changes: object) -> TrainConfig:
-    base = TrainConfig(
-        data=f"folder:{image_folder}",
-        epochs=1,
-        batch_size=8,
-        workers=0,
-        device="cpu",
-        log_every=2,
-        save_every=0.0,
-        augment=AugmentConfig(size=16, blur_prob=0.0),
-        model=ModelConfig(dim=32, projector_hidden=32, predictor_hidden=16),
-    )
-    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+def config(image_folder: Path, **changes: Any) -> TrainConfig:
+    return small_config(image_folder, **{"epochs": 1, **changes})
 
 
 def train(settings: TrainConfig, folder: Path, **options: Any) -> Trainer:
