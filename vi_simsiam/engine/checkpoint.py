@@ -12,6 +12,7 @@ damage, not forgery; every name, dtype and shape is checked against the model be
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -93,18 +94,19 @@ class Checkpoint:
         """
         encoded = self._encoded()
         try:
-            write_atomically(path, lambda file: file.write(encoded))
+            write_atomically(path, lambda file: file.writelines(encoded))
         except OSError as error:
             reason = error.strerror or str(error)
             if is_full(error):
                 free = shutil.disk_usage(path.parent).free
-                reason += f": it needs {decimal(len(encoded))}, {decimal(free)} are free"
+                reason += f": it needs {decimal(sum(map(len, encoded)))}, {decimal(free)} are free"
             others = checkpoints(path.parent)
             kept = "the one before is kept" if others else "there is none yet"
             text = f"the checkpoint {path} could not be written ({reason}); {kept}"
             raise TrainingError(text) from error
 
-    def _encoded(self) -> bytearray:
+    def _encoded(self) -> list[memoryview]:
+        """The parts of the file: what is before the checksum, the checksum, and the rest."""
         from safetensors.torch import save
 
         numbers = {name: x for name, x in vars(self).items() if name in _State.__annotations__}
@@ -112,10 +114,10 @@ class Checkpoint:
         tensors = {f"{part}.{name}": x for part, all in parts.items() for name, x in all.items()}
         tensors["losses"] = self.losses
         metadata = {_METADATA: json.dumps({"format": _FORMAT, **numbers}), _CHECKSUM: "0" * _DIGITS}
-        encoded = bytearray(save({k: x.cpu().contiguous() for k, x in tensors.items()}, metadata))
-        place = _checksum_place(encoded)
-        encoded[place : place + _DIGITS] = b"%08x" % zlib.crc32(encoded)
-        return encoded
+        encoded = save({k: x.cpu().contiguous() for k, x in tensors.items()}, metadata)
+        place, whole = _checksum_place(encoded), memoryview(encoded)
+        checksum = memoryview(b"%08x" % zlib.crc32(encoded))
+        return [whole[:place], checksum, whole[place + _DIGITS :]]
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
@@ -126,7 +128,8 @@ class Checkpoint:
         """
         content = read_bytes(path, "run", most=_MOST_BYTES)
         try:
-            return cls._former(path) if path.name == FORMER else cls._decoded(path, content)
+            decode = cls._former if path.name == FORMER else cls._decoded
+            return decode(path, content)
         except (InputError, MemoryError):
             raise
         except Exception as error:  # readers of tensors raise many unrelated types
@@ -159,24 +162,24 @@ class Checkpoint:
         return cls(losses=losses, **parts, **_numbers(state))
 
     @classmethod
-    def _former(cls, path: Path) -> Checkpoint:
+    def _former(cls, path: Path, content: bytes) -> Checkpoint:
         """Read format 1: an archive of torch with the state of torch's optimiser."""
-        with zipfile.ZipFile(path) as archive:  # torch.load ignores the checksums
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:  # torch.load ignores the checksums
             if archive.testzip() is not None:
                 raise ValueError("checksum")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if content.pop("format") != 1:
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if saved.pop("format") != 1:
             raise InputError(f"run: {path} is of an unknown version of vi-simsiam")
-        states = content.pop("optimizer").get("state", {})
+        states = saved.pop("optimizer").get("state", {})
         momentum = {str(number): each["momentum_buffer"] for number, each in states.items()}
-        state = {name: content[name] for name in ("step", "seconds", "images")}
-        described = {**state, "content": content.get("content", {})}
-        for tensor in (*content["model"].values(), *momentum.values()):
+        state = {name: saved[name] for name in ("step", "seconds", "images")}
+        described = {**state, "content": saved.get("content", {})}
+        for tensor in (*saved["model"].values(), *momentum.values()):
             if type(tensor) is not Tensor or tensor.layout != torch.strided:
                 raise ValueError("tensors")
         unset = {"format": 1, "knn": None, "best_knn": None}
         checked = parse_json(json.dumps({**described, **unset}), _State)
-        return cls(model=content["model"], momentum=momentum, **_numbers(checked))
+        return cls(model=saved["model"], momentum=momentum, **_numbers(checked))
 
     def restore(self, model: nn.Module, momentum: Mapping[str, Tensor] | None = None) -> None:
         """Copy the weights into `model` and, if it is given, the momentum into `momentum`.
@@ -289,12 +292,12 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Any, ...]]:
     return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
-def _header(content: bytes | bytearray) -> dict[str, Any]:
+def _header(content: bytes) -> dict[str, Any]:
     length = int.from_bytes(content[:8], "little")
-    return parse_json(bytes(content[8 : 8 + length]), dict[str, Any])
+    return parse_json(content[8 : 8 + length], dict[str, Any])
 
 
-def _checksum_place(content: bytes | bytearray) -> int:
+def _checksum_place(content: bytes) -> int:
     """The place of the checksum's digits in the header of a file."""
     before = b'"%s":"' % _CHECKSUM.encode()
     end = 8 + int.from_bytes(content[:8], "little")
