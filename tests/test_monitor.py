@@ -60,6 +60,10 @@ def test_statistics_of_spread_and_collapsed_representations() -> None:
     assert found["z_std"] < 1e-5
     assert found["effective_rank"] == pytest.approx(1.0, abs=1e-3)
     assert effective_rank(torch.eye(5)) == pytest.approx(5.0)
+    spread[3, 5] = math.nan  # the bar may show a batch before its loss is checked
+    found = representation_statistics(model, Output((spread, spread), (spread, spread)))
+    assert math.isnan(found["effective_rank"])
+    spread[3, 5] = 0.0
 
     options = {"concentration_scale": 2.0, "concentration_link": "softplus"}
     vi = VISimSiam(torch.nn.Flatten(), features=64, dim=64, **options)  # type: ignore[arg-type]

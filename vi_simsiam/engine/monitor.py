@@ -93,12 +93,15 @@ def representation_statistics(model: SimSiam, output: Output) -> dict[str, float
 def effective_rank(x: Tensor) -> Tensor:
     """exp of the entropy of the singular values of x (B, D), normalised to sum 1.
 
-    Between 1 and min(B, D).
+    Between 1 and min(B, D); NaN if x is not finite.
     """
     # The products of the shorter side in float64, on the host: much faster than a decomposition
     # on a GPU.
     x = x.double() if len(x) <= x.shape[1] else x.double().T
-    singular = torch.linalg.eigvalsh((x @ x.T).cpu()).clamp(min=0).sqrt()
+    products = (x @ x.T).cpu()
+    if not torch.isfinite(products).all():  # eigvalsh would raise an error
+        return torch.tensor(math.nan)
+    singular = torch.linalg.eigvalsh(products).clamp(min=0).sqrt()
     share = singular / singular.sum()
     return torch.exp(-torch.special.xlogy(share, share).sum())
 
