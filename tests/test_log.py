@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 from evaluation_cases import make_run, skip_rendering
 from rich.console import Console
+from test_resume import damaged
 
 from vi_simsiam.engine.log import read_log
 from vi_simsiam.engine.monitor import Monitor
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.report import write_report
+from vi_simsiam.files import json_lines
 
 DAMAGED = (
     b"[1]", b'{"step": "one"}', b'{"loss": 1}', b'{"step": -1}', b'{"step": 1, "kappa": "x"}',
@@ -29,6 +31,22 @@ def test_damaged_lines_are_left_out_and_counted(tmp_path: Path) -> None:
     assert math.isnan(first["loss"])
     assert first["later"] == "new"
     assert second == {"step": 2.0, "kappa": None}
+
+
+def test_no_damaged_bit_becomes_another_figure(tmp_path: Path) -> None:
+    line = {"step": 10, "loss": -0.25, "state": "dead"}
+    encoded = json_lines([line]).encode()
+    (tmp_path / "metrics.jsonl").write_bytes(encoded)
+    assert read_log(tmp_path) == ([line], 0)
+    refused = 0
+    for bit in range(8 * (len(encoded) - 1)):
+        (tmp_path / "metrics.jsonl").write_bytes(damaged(encoded, *divmod(bit, 8)))
+        found, count = read_log(tmp_path)
+        if not count:  # the key of the checksum is another
+            (only,) = found
+            assert line.items() <= only.items(), bit
+        refused += count > 0
+    assert refused > 0.7 * bit
 
 
 def test_without_a_log_there_are_no_lines(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import re
 from pathlib import Path
@@ -17,6 +16,7 @@ from test_trainer import config
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.distributions import PowerSpherical
 from vi_simsiam.engine import monitor as module
+from vi_simsiam.engine.log import read_log
 from vi_simsiam.engine.monitor import Monitor, effective_rank, representation_statistics
 from vi_simsiam.engine.train import Trainer
 from vi_simsiam.models import Output, SimSiam, VISimSiam
@@ -45,7 +45,7 @@ def printed(console: Console) -> list[str]:
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_log(folder)[0]
 
 
 def test_statistics_of_spread_and_collapsed_representations() -> None:

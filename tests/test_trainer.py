@@ -21,6 +21,7 @@ from vi_simsiam.config import AugmentConfig, DecodeConfig, LossConfig, ModelConf
 from vi_simsiam.data.cache import pack
 from vi_simsiam.data.datasets import open_dataset
 from vi_simsiam.engine.checkpoint import Checkpoint, checkpoint_path, checkpoints, load_last
+from vi_simsiam.engine.log import read_log
 from vi_simsiam.engine.run import load_run, new_folder
 from vi_simsiam.engine.step import TrainStep
 from vi_simsiam.engine.train import Trainer
@@ -56,7 +57,7 @@ def train(config: TrainConfig, folder: Path, **options: bool) -> Trainer:
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_log(folder)[0]
 
 
 def checkpoint(folder: Path) -> Checkpoint:

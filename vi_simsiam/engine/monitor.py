@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import threading
 import time
@@ -25,7 +24,7 @@ from vi_simsiam.engine.log import read_log
 from vi_simsiam.engine.run import METRICS
 from vi_simsiam.engine.verdict import Health
 from vi_simsiam.errors import TrainingError
-from vi_simsiam.files import write_text
+from vi_simsiam.files import json_lines, write_text
 from vi_simsiam.models import Output, SimSiam, VISimSiam
 from vi_simsiam.ops.power_spherical import ONE_PLUS_COS_MIN
 from vi_simsiam.paths import utf8_path
@@ -152,7 +151,7 @@ class Monitor:
     ) -> None:
         lines, damaged = read_log(folder)
         lines = [line for line in lines if line["step"] <= step]
-        write_text(folder / METRICS, "".join(f"{json.dumps(line)}\n" for line in lines))
+        write_text(folder / METRICS, json_lines(lines))
         self.folder, self.health = folder, Health(config)
         self.last: dict[str, Any] | None = lines[-1] if lines else None
         self._knn: float | None = None
@@ -253,7 +252,7 @@ class Monitor:
         if self.health.since is not None:
             self.last["since"] = self.health.since
         try:
-            self._file.write(json.dumps(self.last) + "\n")
+            self._file.write(json_lines([self.last]))
             self._file.flush()
             for name, value in metrics.items():
                 if name != "step":

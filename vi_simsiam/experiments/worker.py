@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import math
 import shutil
 import statistics
@@ -52,7 +51,7 @@ from vi_simsiam.evaluation.scores import TRIVIAL
 from vi_simsiam.evaluation.uncertainty import evaluate_uncertainty
 from vi_simsiam.experiments.forms import ProgressLine, Spec, Trained
 from vi_simsiam.experiments.runner import TRAINED
-from vi_simsiam.files import read_json, read_lines, write_json, write_text
+from vi_simsiam.files import json_lines, read_json, read_lines, write_json, write_text
 from vi_simsiam.info import versions
 from vi_simsiam.text import counted, data_label, one_line
 
@@ -358,7 +357,7 @@ class Progress:
         share = float((predicted.cpu() == torch.from_numpy(self.val.labels)).double().mean())
         values = (share, epoch, round(trainer.seconds, 3), trainer.step)
         self.lines.append(dict(zip((*_PROGRESS_COLUMNS, "step"), values, strict=True)))
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        write_text(self.path, json_lines(self.lines))
 
 
 if __name__ == "__main__":
