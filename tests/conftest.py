@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 # two.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A shell starts background processes with Ctrl-C ignored, which processes started by tests inherit.
+# A shell starts background processes with Ctrl-C ignored, and nohup ignores the terminal's end;
+# processes started by tests would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
 
