@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import start
 from test_commands import run
 from test_resume import assert_same_run, damaged, lines
 from test_trainer import same
@@ -355,8 +355,7 @@ def test_trainings_that_start_in_one_folder_at_once(
     words = f"{command(out)} --epochs 100000 --save-every 0.1"
     for resume in ("never", "auto"):
         given = (f"{words} --resume {resume}".split(), log := tmp_path / resume)
-        started[log] = multiprocessing.get_context("fork").Process(target=logged, args=given)
-        started[log].start()
+        started[log] = start(logged, *given)
     deadline = time.monotonic() + 60
     try:
         while not (ended := {log: each for log, each in started.items() if not each.is_alive()}):
@@ -383,9 +382,7 @@ def test_trainings_that_start_in_one_folder_at_once(
     assert load_last(out).step > 0
 
 
-def logged(words: list[str], log: Path) -> None:
-    """Run a command in a process of its own."""
-    with log.open("w") as sys.stdout:
-        sys.stderr = sys.stdout
-        code = main(words)
-    sys.exit(code)
+def logged(words: list[str], log: Path) -> int:
+    """A command with its output in a file."""
+    with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        return main(words)

@@ -8,7 +8,6 @@ was never killed.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import random
 import signal
@@ -21,9 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from conftest import small_backbone
-from processes import environment
+from processes import environment, start
 from test_resume import assert_same_run
 
 from vi_simsiam.cli import main
@@ -45,21 +42,9 @@ def command(images: Path, folder: Path, *options: str) -> list[str]:
     return ["train", *places, str(folder / "cache"), "--resume", "auto", *OPTIONS.split(), *options]
 
 
-def start(words: list[str], folder: Path, event: int | None = None) -> Any:
-    """Start a command in a process that kills itself at a certain event on files in `folder`."""
-    context = multiprocessing.get_context("forkserver")  # torch is imported once
-    context.set_forkserver_preload(["torch._dynamo", "vi_simsiam.engine.train"])
-    process = context.Process(target=_serve, args=(words, folder, event))
-    process.start()
-    return process
-
-
-def _serve(words: list[str], folder: Path, event: int | None) -> None:
-    from vi_simsiam import models
-    from vi_simsiam.evaluation import features
-
+def watched(words: list[str], folder: Path, event: int | None = None) -> int:
+    """A command in a process group of its own, which is killed at an event on files in `folder`."""
     os.setpgid(0, 0)
-    torch.set_num_threads(1)
     seen, pid = 0, os.getpid()
 
     def watch(name: str, given: tuple[Any, ...]) -> None:
@@ -72,12 +57,10 @@ def _serve(words: list[str], folder: Path, event: int | None) -> None:
             if seen == event:
                 os.kill(pid, signal.SIGKILL)
 
-    for module in (models, features):
-        module.build_backbone = small_backbone  # type: ignore[attr-defined]
     sys.addaudithook(watch)
     code = main(words)
     (folder.parent / f"{folder.name}.events").write_text(str(seen))
-    sys.exit(code)
+    return code
 
 
 def ended(process: Any) -> int:
@@ -110,7 +93,7 @@ def assert_nothing_is_lost(whole: Path, killed: Path) -> None:
 def whole(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """A run that was never killed, and the number of events on its files."""
     folder = tmp_path_factory.mktemp("whole")
-    assert ended(start(command(image_folder, folder), folder)) == 0
+    assert ended(start(watched, command(image_folder, folder), folder)) == 0
     return folder, int((folder.parent / f"{folder.name}.events").read_text())
 
 
@@ -123,12 +106,12 @@ def test_a_run_that_is_killed_again_and_again(
     assert count > 40
     words, generator, codes = command(image_folder, tmp_path), random.Random(0), []
     for _ in range(KILLS // 2):
-        codes.append(ended(start(words, tmp_path, generator.randrange(1, count // 2))))
-        process = start(words, tmp_path)
+        codes.append(ended(start(watched, words, tmp_path, generator.randrange(1, count // 2))))
+        process = start(watched, words, tmp_path)
         time.sleep(generator.uniform(0.1, 1.0))
         kill(process)
         codes.append(ended(process))
-    assert ended(start(words, tmp_path)) == 0
+    assert ended(start(watched, words, tmp_path)) == 0
     assert set(codes) <= {-signal.SIGKILL, 0}
     assert codes.count(-signal.SIGKILL) >= 4, "the run may have ended before"
     assert_nothing_is_lost(expected, tmp_path)
@@ -145,8 +128,8 @@ def test_a_run_that_is_killed_at_every_file_operation(
         folder = tmp_path / str(event)
         folder.mkdir()
         words = command(image_folder, folder)
-        assert ended(start(words, folder, event)) == -signal.SIGKILL
-        assert ended(start(words, folder)) == 0
+        assert ended(start(watched, words, folder, event)) == -signal.SIGKILL
+        assert ended(start(watched, words, folder)) == 0
         assert_nothing_is_lost(expected, folder)
 
 
@@ -167,14 +150,14 @@ def kill_at_random(
     """
     generator, killed = random.Random(seed), 0
     while killed < kills:
-        process = start(words, folder)
+        process = start(watched, words, folder)
         time.sleep(generator.uniform(0, longest))
         kill(process)
         code = ended(process)
         killed += code == -signal.SIGKILL
         if code != -signal.SIGKILL:
             return code, killed
-    return ended(start(words, folder)), killed
+    return ended(start(watched, words, folder)), killed
 
 
 @linux
@@ -186,7 +169,7 @@ def test_a_run_that_is_killed_200_times(
     expected = tmp_path / "whole"
     expected.mkdir()
     options = ("--evaluate", "--workers", "1")
-    assert ended(start(command(image_folder, expected, *options), expected)) == 0
+    assert ended(start(watched, command(image_folder, expected, *options), expected)) == 0
     kills, number = 0, 0
     while kills < 200:
         folder = tmp_path / str(number)
@@ -200,7 +183,6 @@ def test_a_run_that_is_killed_200_times(
 
 
 @linux
-@pytest.mark.usefixtures("small_network")
 def test_a_stopped_worker_keeps_no_training_out(image_folder: Path, tmp_path: Path) -> None:
     """A worker that waits for a disk outlives a killed training, which goes on beside it."""
     words = command(image_folder, tmp_path, "--epochs", "100000", "--workers", "1")
@@ -209,14 +191,15 @@ def test_a_stopped_worker_keeps_no_training_out(image_folder: Path, tmp_path: Pa
 
     def train_beyond(checkpoint: Path) -> Any:
         # In this process's group: stopped processes of a group that loses its leader go on.
-        process = multiprocessing.get_context("fork").Process(target=main, args=(words,))
-        process.start()
+        process = start(main, words)
         processes.append(process)
         while checkpoints(checkpoint.parent)[:1] <= [checkpoint]:
             assert process.is_alive()
+            assert time.monotonic() < deadline
             time.sleep(0.02)
         return process
 
+    deadline = time.monotonic() + 120
     try:
         first = train_beyond(checkpoint_path(tmp_path / "run", 0))
         listed = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text()

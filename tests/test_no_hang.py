@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import start
 
 from vi_simsiam import downloads
 from vi_simsiam.cli import main
@@ -155,10 +156,7 @@ def test_pipes_in_place_of_the_files_of_a_run(
         (folder / name).unlink()
         os.mkfifo(folder / name)
         words = [*command.split(), str(folder)]
-        process = multiprocessing.get_context("fork").Process(
-            target=lambda words=words: sys.exit(main(words))
-        )
-        process.start()
+        process = start(main, words)
         process.join(60)
         process.kill()
         # The doctor's code for a problem is that of a traceback elsewhere.
