@@ -64,7 +64,7 @@ soak: install
 
 matrix: install
 	$(BIN)/python scripts/matrix.py $(CELLS)
-	$(BIN)/vi-simsiam bench report CONTRIBUTING.md
+	$(BIN)/vi-simsiam bench report README.md
 
 gpu: install
 	$(BIN)/python scripts/gpu.py $(if $(LIMIT),--seconds $(LIMIT)) $(STAGE)

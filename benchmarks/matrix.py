@@ -1,4 +1,4 @@
-"""The table of `make matrix`: versions of PyTorch by versions of Python."""
+"""The table of `make matrix`: versions of Python by versions of PyTorch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ NAME = "matrix"
 
 
 def markdown_table(result: dict[str, Any]) -> str:
-    """A row for each PyTorch, a column for each Python, and below it what did not pass."""
+    """A row for each Python, a column for each PyTorch, and below it what did not pass."""
     cells = {(each["torch"], each["python"]): each for each in result["cases"]}
-    pythons = sorted({python for _, python in cells}, key=_version)
+    pythons, torches = (
+        sorted({each[name] for each in result["cases"]}, key=_version)
+        for name in ("python", "torch")
+    )
     rows = [
-        (torch, *(_outcome(cells.get((torch, python))) for python in pythons))
-        for torch in sorted({torch for torch, _ in cells}, key=_version, reverse=True)
+        (python, *(_outcome(cells.get((torch, python))) for torch in torches)) for python in pythons
     ]
     notes = [
         f"PyTorch {each['torch']} on Python {each['python']}: {', '.join(found)}."
@@ -24,7 +26,7 @@ def markdown_table(result: dict[str, Any]) -> str:
     ]
     dates = sorted(each["date"][:10] for each in result["cases"])
     span = " to ".join(dict.fromkeys((dates[0], dates[-1])))
-    grid = markdown_grid(("PyTorch", *(f"Python {python}" for python in pythons)), rows)
+    grid = markdown_grid(("Python", *(f"PyTorch {torch}" for torch in torches)), rows)
     return "\n\n".join([grid, *notes, f"`make matrix`, {span}, {result['platform']}, no GPU."])
 
 

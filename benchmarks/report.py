@@ -164,6 +164,7 @@ _KINDS: dict[str, _Section] = {
     "augment": _table("augment", tables.augment_markdown),
     "step": _table("step", tables.step_markdown),
     "layers": _table("step", tables.layers_markdown),
+    "vi-simsiam-layers": _table("step", partial(tables.layers_markdown, label="vi-simsiam")),
     "launches": _table("step", launches_markdown),
     "phases": _table("step", tables.phases_markdown),
     "train": _table("train", tables.train_markdown),

@@ -333,10 +333,10 @@ _BY_LAYERS = (
 """Kinds of layers, and the names of the network alone with them."""
 
 
-def layers_markdown(result: _Result) -> str:
-    """Milliseconds of the step on views at hand and of the network alone, by layers."""
+def layers_markdown(result: _Result, label: str = "") -> str:
+    """Milliseconds of the step at hand and of the network alone, of cases with such a label."""
     cases, rows = [], []
-    for case in result["cases"]:
+    for case in (each for each in result["cases"] if each["label"].startswith(label)):
         default = next(layers for _, layers, alone in _BY_LAYERS if alone == floor_of(case))
         names = [(step_with(layers, default), alone) for _, layers, alone in _BY_LAYERS]
         shown = {name for both in names for name in both}

@@ -128,13 +128,14 @@ def test_a_checkpoint_of_another_training_is_refused(
 
 def test_numbers_that_cannot_be(run: Path) -> None:
     kept = checkpoint(run)
-    for change in ({"step": -1}, {"images": 0}, {"seconds": -1.0}):
-        with pytest.raises(InputError, match="must not be negative"):
-            dataclasses.replace(kept, **change)
     path = checkpoints(run)[0]
-    for change in ({"losses": torch.zeros(11)}, {"losses": torch.zeros(2, dtype=torch.int32)}):
-        dataclasses.replace(kept, **change).save(path)  # type: ignore[arg-type]
-        with pytest.raises(InputError, match="cannot be read"):
+    changes: list[dict[str, Any]] = [
+        {"step": -1, "losses": torch.zeros(0)}, {"images": 0}, {"seconds": -1.0},
+        {"losses": torch.zeros(11)}, {"losses": torch.zeros(2, dtype=torch.int32)},
+    ]  # fmt: skip
+    for change in changes:
+        dataclasses.replace(kept, **change).save(path)
+        with pytest.raises(InputError, match=f"{path.name} cannot be read"):
             Checkpoint.load(path)
 
 

@@ -189,7 +189,7 @@ def test_tables_are_those_of_the_result_files() -> None:
         text = TEXTS[page.stem]
         assert fill(text, page.parent) == text, page.name
         assert not ("<!-- bench: " in text and page.stem in GUIDES), page.name
-    assert "<!-- bench: layers benchmarks/results/" in TEXTS["README"]
+    assert "<!-- bench: vi-simsiam-layers benchmarks/results/" in TEXTS["README"]
     for path in ROOT.glob("benchmarks/results/*/multiview_loss.json"):
         for case in json.loads(path.read_text())["cases"]:
             failures = {name: found["failure"] for name, found in case["providers"].items()}
@@ -263,7 +263,7 @@ def test_the_lightly_example_changes_few_lines() -> None:
     lines = difflib.unified_diff(before, after, n=1, lineterm="")
     changed = [line for line in lines if not re.match(r"---|\+\+\+|@@", line)]
     assert sum(line.startswith("+") for line in changed) == 7
-    assert "in seven changed lines" in TEXTS["README"]
+    assert "in seven changed lines" in TEXTS["index"]
     assert sum(line.startswith("-") for line in changed) <= 15
     (shown,) = re.findall(r"```diff\n(.*?)```", TEXTS["input-pipeline"], re.DOTALL)
     assert shown.splitlines() == changed

@@ -139,7 +139,7 @@ def test_a_run_that_stopped_has_the_way_in_which_it_did(tmp_path: Path) -> None:
     assert found.findings == ()
 
 
-def test_a_run_in_progress_is_told_from_one_that_was_killed(
+def test_a_lock_separates_a_run_in_progress_from_a_killed_one(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By its lock, whatever the age of its log."""

@@ -79,7 +79,7 @@ def test_a_failed_run_does_not_affect_others_and_is_tried_again(
 ) -> None:
     planned = small_plan({"a": 0.5, "b": 0.2, "c": 0.1}, after={"b": "a"})
     code, lines = run(planned, out, command)
-    assert code == 2
+    assert code == 1
     log = out / "runs" / "a-seed-0.log"
     assert f"a-seed-0: failed with exit code 1: no memory left (see {log})" in lines
     assert "b-seed-0: not started: a-seed-0, which it starts from, is not trained" in lines

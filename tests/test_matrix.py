@@ -84,9 +84,9 @@ def test_the_table_shows_every_cell_and_what_did_not_pass() -> None:
         row("3.13", "2.11", problem="cannot be installed (no wheel)"),
     ]
     assert markdown_table({"platform": "Linux x86_64", "cases": cases}) == (
-        "| PyTorch | Python 3.12 | Python 3.13 |\n|---|---:|---:|\n"
-        "| 2.11 | 1 failed, 10 tests passed | not tested |\n"
-        "| 2.9 | 10 tests pass | - |\n\n"
+        "| Python | PyTorch 2.9 | PyTorch 2.11 |\n|---|---:|---:|\n"
+        "| 3.12 | 10 tests pass | 1 failed, 10 tests passed |\n"
+        "| 3.13 | - | not tested |\n\n"
         "PyTorch 2.11 on Python 3.12: tests.a.fails.\n\n"
         "PyTorch 2.11 on Python 3.13: cannot be installed (no wheel).\n\n"
         "`make matrix`, 2026-01-02 to 2026-01-05, Linux x86_64, no GPU."

@@ -8,9 +8,11 @@ import multiprocessing
 import multiprocessing.synchronize
 import os
 import shutil
+import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -22,14 +24,16 @@ import pytest
 import torch
 from PIL import Image
 from processes import start
+from test_trainer import config
 
 from vi_simsiam import downloads
 from vi_simsiam.cli import main
 from vi_simsiam.config import AugmentConfig, DecodeConfig
-from vi_simsiam.data import MultiViewLoader, datasets, workers
+from vi_simsiam.data import Batch, MultiViewLoader, datasets, workers
 from vi_simsiam.data.decoding import decode
 from vi_simsiam.data.loader import eval_loader
 from vi_simsiam.data.sources import ArraySource, FileSource
+from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import InputError, TrainingError
 from vi_simsiam.inference import images
 
@@ -128,6 +132,25 @@ def test_threads_close_the_animation_that_they_kept_open(tmp_path: Path) -> None
         jobs.put(job)
     images._work(source.image, jobs)  # type: ignore[arg-type]
     assert not [each for each in Path("/proc/self/fd").iterdir() if each.resolve().name == "a.gif"]
+
+
+def test_a_rank_that_is_to_stop_does_not_read_a_lost_batch_for_ever(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other ranks wait for it up to their common step."""
+    trainer, tried = Trainer(config(image_folder, workers=0), tmp_path / "run"), []
+
+    def batches(epoch: int, step: int) -> Iterator[Batch]:
+        tried.append(step)
+        raise OSError("the disk is gone")
+        yield
+
+    monkeypatch.setattr(trainer.loader, "epoch", batches)
+    monkeypatch.setattr(trainer.world, "size", 2)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(trainer._outputs(None, 5, [signal.SIGTERM]))
+    assert 2 < len(tried) < 30
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ def test_a_run_is_the_same_with_and_without_it(image_folder: Path, tmp_path: Pat
         assert all(first[name] == second[name] for name in first.keys() - times)
 
 
-def test_a_resumed_run_is_the_same_and_measures_what_is_asked_now(
+def test_a_resumed_run_is_the_same_and_measures_by_its_present_options(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = config(image_folder, epochs=4)
@@ -106,7 +106,7 @@ def test_it_takes_labels(image_folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_dark_and_bright_images_are_told_apart(
+def test_dark_and_bright_images_are_classified(
     image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pixels as features; of each class the same share is drawn, the same every time."""

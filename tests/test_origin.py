@@ -319,7 +319,9 @@ def test_training_needs_no_place_for_the_secret(
     places = ["--data", str(image_folder), "--cache-dir", str(tmp_path / "cache")]
     out = str(tmp_path / "run")
     assert main(["train", *places, "--out", out, "--evaluate", *OPTIONS]) == 0
-    assert (tmp_path / "run" / "knn.json").is_file(), "the command that trains knows the places"
+    assert (tmp_path / "run" / "knn.json").is_file(), (
+        "the command that trains has the places itself"
+    )
     capsys.readouterr()
     assert main(["knn", out, *ON_CPU]) == 2
     assert "with --data" in refusal(capsys)

@@ -217,7 +217,7 @@ def test_the_network_of_the_step_is_the_trainers(method: Method, tmp_path: Path)
     trainer.loader.close()
     for name in ("shared_passes", "joint_statistics"):
         assert getattr(parts.model, name) == getattr(trainer.model, name)
-    assert parts.loss_scale == trainer.loss_scale
+    assert parts.loss_scale == trainer.config.loss_scale
     weights = zip(parts.model.parameters(), trainer.model.parameters(), strict=True)
     assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in weights)
 

@@ -108,7 +108,7 @@ def test_training_lowers_the_loss_and_writes_the_run(
     assert learned(lines)
     assert ("kappa" in lines[-1]) == (method == "vi-simsiam")
     assert lines[-1]["lr"] == pytest.approx(float(trainer.train_step.rates[59]))
-    assert trainer.loss_scale == (1 / 31 if method == "vi-simsiam" else 1.0)
+    assert trainer.config.loss_scale == (1 / 31 if method == "vi-simsiam" else 1.0)
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
     run = load_run(tmp_path / "run", device="cpu")
     assert run.config == settings.located()

@@ -35,7 +35,7 @@ def at_least(smallest: int, accepted: str = "") -> Rule:
     return Rule(lambda x: x >= smallest, accepted or f"at least {smallest}")
 
 
-def limited(default: Any, rule: tuple[Callable[[Any], bool], str]) -> Any:
+def limited(default: Any, rule: Rule) -> Any:
     """A dataclass field whose values pass `rule`, or are None where the annotation allows it."""
     return dataclasses.field(default=default, metadata={"rule": rule})
 

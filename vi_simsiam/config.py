@@ -11,6 +11,7 @@ from vi_simsiam.checks import (
     NOT_NEGATIVE,
     POSITIVE,
     SEED,
+    Rule,
     at_least,
     check_fields,
     choice,
@@ -88,7 +89,7 @@ class TrainConfig:
     auto (gpu if they fit)."""
     images: int | None = limited(None, at_least(2))
     """Train on this many images, drawn in proportion to the classes; None for all of them."""
-    held_out: float = limited(0.0, (lambda x: 0 <= x < 1, "a share of at least 0 and below 1"))
+    held_out: float = limited(0.0, Rule(lambda x: 0 <= x < 1, "a share of at least 0 and below 1"))
     """Share of the training images that is kept from training and replaces the validation
     images."""
     split_seed: int = limited(0, SEED)
@@ -101,13 +102,13 @@ class TrainConfig:
     lr: float = limited(0.0125, POSITIVE)
     """Peak learning rate, reached after the warm-up and followed by a cosine decay to 0; not scaled
     by the batch size."""
-    momentum: float = limited(0.9, (lambda x: 0 <= x < 1, "at least 0 and below 1"))
+    momentum: float = limited(0.9, Rule(lambda x: 0 <= x < 1, "at least 0 and below 1"))
     weight_decay: float = limited(1e-4, NOT_NEGATIVE)
     warmup_epochs: float = 0.0
     """Length of the linear warm-up, in epochs."""
     clip_norm: float | None = limited(None, POSITIVE)
     """Largest norm of the gradient; None for no clipping."""
-    ema: float | None = limited(None, (lambda x: 0 < x < 1, "above 0 and below 1"))
+    ema: float | None = limited(None, Rule(lambda x: 0 < x < 1, "above 0 and below 1"))
     """Momentum of an exponential moving average of the weights that makes the targets (BYOL, Grill
     et al., arXiv 2006.07733), constant over the run; None for targets from the network itself."""
     frozen_run: Path | None = None
@@ -173,6 +174,16 @@ class TrainConfig:
         local = self.model.local_predictor
         accepted = "False without local views smaller than the others"
         require("local_predictor", local, has_local or not local, accepted)
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor on the loss: `loss.loss_scale`, or the method's default."""
+        default = 1 / (self.model.dim - 1) if self.method == "vi-simsiam" else 1.0
+        return self.loss.loss_scale or default
+
+    def uses_bf16(self, device: str) -> bool:
+        """True if the network computes in bfloat16 on a device of this type."""
+        return self.precision == "bf16" or (self.precision == "auto" and device == "cuda")
 
     def located(self) -> TrainConfig:
         """The same with absolute paths, so that a run can be opened from anywhere."""

@@ -12,6 +12,7 @@ from vi_simsiam.checks import (
     POSITIVE,
     PROBABILITY,
     SHARES,
+    Rule,
     at_least,
     check_fields,
     choice,
@@ -91,7 +92,7 @@ class AugmentConfig:
     """Share of the image's area that a global view covers."""
     crop_ratio: tuple[float, float] = limited((3 / 4, 4 / 3), INTERVAL)
     """Aspect ratio of a crop, width over height."""
-    local_views: int = limited(0, (lambda n: 0 <= n <= 14, "between 0 and 14"))
+    local_views: int = limited(0, Rule(lambda n: 0 <= n <= 14, "between 0 and 14"))
     """Number of additional small views (multi-crop); they predict the global views, and are not
     predicted themselves."""
     local_size: int = limited(96, _PIXELS)
@@ -100,7 +101,7 @@ class AugmentConfig:
     """Share of the image's area that a local view covers."""
     jitter: tuple[float, float, float, float] = limited(
         (0.4, 0.4, 0.4, 0.1),
-        (
+        Rule(
             lambda x: all(0 <= strength < math.inf for strength in x) and x[3] <= 0.5,
             "four numbers of at least 0, hue at most 0.5",
         ),
@@ -152,7 +153,7 @@ class ModelConfig:
     28 to 64 pixels."""
     pretrained: bool = False
     """Start from torchvision's ImageNet weights."""
-    dim: int = limited(2048, (lambda n: 2 <= n <= 2**16, "between 2 and 65536"))
+    dim: int = limited(2048, Rule(lambda n: 2 <= n <= 2**16, "between 2 and 65536"))
     """D: dimension of the space the representations live in."""
     projector_hidden: int = limited(512, at_least(1))
     predictor_hidden: int = limited(512, at_least(1))

@@ -129,7 +129,7 @@ def read_lines(path: Path, kind: type[_Content], option: str) -> tuple[list[_Con
 def json_lines(lines: Iterable[dict[str, Any]]) -> str:
     """JSON Lines; the last value of each is the CRC-32 of what is before it.
 
-    A digit that is another would be another figure otherwise.
+    Without it a flipped bit could turn one figure into another unnoticed.
     """
     encoded = (json.dumps(line).encode()[:-1] for line in lines)
     parts = (b'%s%s%08x"}\n' % (line, _CHECKSUM, zlib.crc32(line)) for line in encoded)

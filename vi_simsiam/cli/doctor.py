@@ -60,8 +60,8 @@ def _print_replay(found: Replay) -> None:
     _print("", f"the batch with the weights of the last good checkpoint: {', '.join(parts)}")
     for suspect in found.suspects[:_SHOWN]:
         _print("  ", suspect)
-    if more := len(found.suspects) - _SHOWN:
-        _print("  ", f"and {counted(more, 'image')} more") if more > 0 else None
+    if len(found.suspects) > _SHOWN:
+        _print("  ", f"and {counted(len(found.suspects) - _SHOWN, 'image')} more")
     if not found.suspects:
         _print("  ", "no image is extreme by itself, and all are finite")
     _print("", f"its views: {found.picture}")

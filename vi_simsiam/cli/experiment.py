@@ -23,7 +23,7 @@ class _Experiment(Place, PlanOptions):
 
 
 def experiment(arguments: list[str]) -> int:
-    """Run or continue the experiment; returns 0 all done, 2 a run failed, 130 interrupted."""
+    """Run or continue the experiment; returns 0 all done, 1 a run failed, 130 interrupted."""
     options = parse("experiment", _Experiment, arguments)
 
     from vi_simsiam.experiments.catalogue import plan

@@ -269,8 +269,8 @@ def _decode(
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that replaces `path` once it is complete on the disk, or is removed on an error.
 
-    A lock that ends with this process marks the file as being written. Half-written packs of any
-    name in the folder without one were left by killed processes, and are removed. Where locks are
+    A lock that ends with this process marks the file as being written. Half-written packs in
+    the folder that no process has locked were left by killed ones, and are removed. Where locks are
     refused or not implemented, as in some network file systems, they stay.
     """
     for other in path.parent.glob(f".*.pack.{'[0-9a-f]' * 16}"):
@@ -284,7 +284,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
         with open(temporary, "xb") as file:
             with contextlib.suppress(OSError):
                 _lock(file, wait=True)  # another build may just look at it
-            file.write(bytes(1))  # not empty: what is left of it is no new file
+            file.write(bytes(1))  # what a kill leaves is then no new, empty file
             file.flush()
             file.seek(0)
             yield file

@@ -23,12 +23,13 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import torch
 from rich.filesize import decimal
 from torch import Tensor, nn
 
+from vi_simsiam.checks import NOT_NEGATIVE, at_least
 from vi_simsiam.errors import InputError, RunWarning, TrainingError, is_full
 from vi_simsiam.files import parse_json, read_bytes, write_atomically
 
@@ -50,9 +51,9 @@ class _State(TypedDict):
     """The JSON in a checkpoint."""
 
     format: int
-    step: int
-    seconds: float
-    images: int
+    step: Annotated[int, NOT_NEGATIVE]
+    seconds: Annotated[float, NOT_NEGATIVE]
+    images: Annotated[int, at_least(1)]
     content: dict[str, Any]
     knn: float | None
     best_knn: float | None
@@ -81,10 +82,6 @@ class Checkpoint:
     """The best one."""
     config: dict[str, Any] = field(default_factory=dict)
     """The run's configuration, see `TrainConfig.to_dict`; empty in files of older versions."""
-
-    def __post_init__(self) -> None:
-        if self.step < 0 or self.images < 1 or self.seconds < 0:
-            raise InputError("checkpoint: step, images and seconds must not be negative")
 
     def save(self, path: Path) -> None:
         """Write to `path`; an interruption leaves the file that is there or this one.

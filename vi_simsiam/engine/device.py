@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 from collections.abc import Iterator
-from unittest import mock
 
 import torch
 
@@ -38,10 +36,7 @@ def deterministic() -> Iterator[None]:
     The project's kernels do so anyway: their partial sums are added in a fixed order.
     """
     before = torch.are_deterministic_algorithms_enabled()
-    # cuBLAS reads it when it is first used (NVIDIA, cuBLAS: results reproducibility).
-    workspace = {"CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8")}
-    flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
-    with mock.patch.dict(os.environ, workspace), flags:
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         torch.use_deterministic_algorithms(True)
         try:
             yield

@@ -38,7 +38,7 @@ EXPLODED = 100.0
 DECAYED = 0.5
 """Share of the peak learning rate that half of the cosine decay leaves."""
 MOST_WAITING = 0.5
-"""Share of the time: a step then takes twice as long as it need."""
+"""Share of the time: a step then takes twice as long as it needs to."""
 LEAST_RISE = 0.01
 """Rise of the kNN accuracy from one half of a run to the other, with errors of about 2 %."""
 GOOD_KNN = 0.9
@@ -46,8 +46,6 @@ GOOD_KNN = 0.9
 LEAST_FALL = 0.05
 """Fall of the loss between the halves, as a share of the first one, that counts as one."""
 _FEWEST_KNN = 4
-_RECENT = 3
-"""Lines of metrics that are averaged, as in the verdict."""
 _FEWEST = 10
 """Lines of metrics below which nothing is compared with the run's own past."""
 _QUIET_SECONDS = 120.0
@@ -97,7 +95,7 @@ def diagnose(folder: Path) -> Diagnosis:
         InputError: no run there, nothing was logged, or a damaged file.
     """
     config, failure = read_config(folder), read_failure(folder)
-    lines = _numbers(folder)
+    lines, _ = read_log(folder)
     if not lines and failure is None:
         raise InputError(f"run: {folder} has nothing in its {METRICS} yet")
     health = Health(config)
@@ -136,14 +134,6 @@ _ENDINGS: dict[Ending, str] = {
     "interrupted": "interrupted",
     "killed": "killed",
 }
-
-
-def _numbers(folder: Path) -> Lines:
-    """The numbers in a run's log, line by line."""
-    return [
-        {name: x for name, x in line.items() if isinstance(x, int | float)}
-        for line in read_log(folder)[0]
-    ]
 
 
 def _ending(
@@ -216,7 +206,7 @@ def _verdict(health: Health, ending: Ending) -> Finding | None:
 
 
 def _rank(config: TrainConfig, lines: Lines) -> Finding | None:
-    found = _mean(lines[-_RECENT:], "effective_rank")
+    found = _mean(lines[-verdict.LINES :], "effective_rank")
     if config.frozen_run is not None or found is None or found >= LEAST_RANK:
         return None
     return Finding(
@@ -228,7 +218,7 @@ def _rank(config: TrainConfig, lines: Lines) -> Finding | None:
 
 
 def _runaway(config: TrainConfig, lines: Lines) -> Finding | None:
-    kappa, best = (_mean(lines[-_RECENT:], name) for name in ("kappa", "kappa_best"))
+    kappa, best = (_mean(lines[-verdict.LINES :], name) for name in ("kappa", "kappa_best"))
     if kappa is None or best is None or config.loss.concentration == "constant":
         return None
     if kappa <= RUNAWAY * max(best, LEAST_BEST):
@@ -245,13 +235,14 @@ def _gradients(config: TrainConfig, lines: Lines) -> Finding | None:
     norms = _values(lines, "grad_norm")
     if len(norms) < _FEWEST:
         return None
-    usual, recent = median(norms), min(norms[-_RECENT:])
+    usual, recent = median(norms), min(norms[-verdict.LINES :])
     if recent <= EXPLODED * usual:
         return None
     clip = "" if config.clip_norm else " or --clip-norm 1"
     return Finding(
         "exploding gradients",
-        f"gradient norm {recent:.3g} at least in the last {_RECENT} lines, {usual:.3g} usually",
+        f"gradient norm {recent:.3g} at least in the last {verdict.LINES} lines, "
+        f"{usual:.3g} usually",
         f"more than {EXPLODED:g} times the run's median",
         f"a smaller --lr than {config.lr:g}{clip}",
     )

@@ -79,7 +79,7 @@ def failed(
 
 
 def record(folder: Path, found: Failure) -> None:
-    """Write RUN/failure.json, unless the disk is full, say: the training's own error counts."""
+    """Write RUN/failure.json. Where that fails (a full disk, say) the training's error counts."""
     with contextlib.suppress(OSError):
         write_json(folder / FAILURE, {**found})
 

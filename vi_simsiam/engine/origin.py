@@ -1,4 +1,4 @@
-"""A mark on what this user made here, so that the places in a folder from elsewhere do not act.
+"""A mark on folders that this user made: places that are named in others are not followed.
 
 A configuration names folders: of images, of downloads, of decoded images, of another run. Whoever
 opens a folder that somebody else made would read and write there. So a folder gets a hash of its
@@ -48,7 +48,7 @@ def mark(folder: Path, named: object) -> None:
     secret = _secret(make=True)
     if secret is None:
         (folder / ORIGIN).unlink(missing_ok=True)
-    elif not is_own(folder, named):  # else a kill now could not lose it
+    elif not is_own(folder, named):  # the same mark need not be written
         write_text(folder / ORIGIN, _hash(secret, named) + "\n")
 
 

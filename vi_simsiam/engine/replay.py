@@ -22,7 +22,6 @@ from vi_simsiam.engine.monitor import representation_statistics
 from vi_simsiam.engine.run import FAILED_VIEWS, FAILURE, Run
 from vi_simsiam.errors import InputError
 from vi_simsiam.files import write_atomically
-from vi_simsiam.models import VISimSiam
 from vi_simsiam.ops.augment import eager_augment
 
 EXTREME = 10.0
@@ -129,12 +128,10 @@ def _suspects(run: Run, views: list[Tensor], names: list[str]) -> dict[int, str]
 def _figures(run: Run, views: list[Tensor]) -> tuple[float, float, dict[str, float]]:
     """Loss, norm of the gradient and statistics of a step, which is not made."""
     config, model, device = run.config, run.model, run.device
-    scale = config.loss.loss_scale or (1 / (model.dim - 1) if isinstance(model, VISimSiam) else 1.0)
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     model.train()
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.uses_bf16(device.type)):
         output = model(views)
-        loss = model.loss(output, loss_scale=scale)
+        loss = model.loss(output, loss_scale=config.loss_scale)
     loss.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     tensors = (*output.predictions, *output.targets)
@@ -143,4 +140,5 @@ def _figures(run: Run, views: list[Tensor]) -> tuple[float, float, dict[str, flo
         statistics = representation_statistics(model, output)
     model.zero_grad()
     model.eval()
-    return loss.item() / scale, torch.nn.utils.get_total_norm(gradients).item(), statistics
+    grad_norm = torch.nn.utils.get_total_norm(gradients).item()
+    return loss.item() / config.loss_scale, grad_norm, statistics

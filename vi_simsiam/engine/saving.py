@@ -56,8 +56,8 @@ class Saver:
     def check_again(self) -> None:
         """Check that no other training has used the folder since `found` was listed.
 
-        What a training that was killed has not removed is removed: at its last step a run saves
-        nothing any more.
+        Also removes surplus checkpoints that a killed training left: a run resumed at its last step
+        saves nothing more.
 
         Raises:
             InputError: another one has used it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,19 +31,16 @@ from vi_simsiam.engine.model import initial_model
 from vi_simsiam.engine.monitor import Monitor, Timed, representation_statistics
 from vi_simsiam.engine.processes import stop_signals
 from vi_simsiam.engine.saving import Saver
-from vi_simsiam.engine.step import (
-    check_step,
-    configured_step,
-    learning_rates,
-)
+from vi_simsiam.engine.step import check_step, configured_step, learning_rates
 from vi_simsiam.errors import ImageWarning, InputError, TrainingError
-from vi_simsiam.models import Output, VISimSiam
+from vi_simsiam.models import Output
 from vi_simsiam.ops.backends import choose_backend
 from vi_simsiam.paths import user_path
 from vi_simsiam.text import print_line
 
 # All ranks log and communicate in the same steps, so these fields must agree between them.
 _COMMON_FIELDS = {"log_every", "capture", "kernels", "compile", "knn_every", "stop_on"}
+_FAILURES = 10  # of reading one batch, after a signal to several ranks
 
 
 class Trainer:
@@ -104,15 +102,13 @@ class Trainer:
         self.world.local_batch(config.batch_size)
         self.console, self.device = self.world.console(console), self.world.device
         on_gpu = self.device.type == "cuda"
+        if config.deterministic:  # cuBLAS reads it at its first use (NVIDIA, "Reproducibility")
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         check_step(config, self.world)
         self.backend = choose_backend(config.backend, self.device.type)
         self.log_every = config.log_every or (100 if on_gpu else 10)
-        bf16 = config.precision == "bf16" or (config.precision == "auto" and on_gpu)
 
         self.model = initial_model(config, self.world, fresh=not going_on)
-        default_scale = 1 / (config.model.dim - 1) if isinstance(self.model, VISimSiam) else 1.0
-        self.loss_scale = config.loss.loss_scale or default_scale
-
         checkpoint, found = None, list[Path]()
         if resumed is not None:
             found, checkpoint = checkpoints(resumed), load_last(resumed)
@@ -142,6 +138,7 @@ class Trainer:
         self.world.agree("data", self.content)
         if checkpoint is not None:
             run.check_images(saved, config, checkpoint, self.content)
+        bf16 = config.uses_bf16(self.device.type)
         views = torch.bfloat16 if bf16 and on_gpu else torch.float32
         self.loader = MultiViewLoader(
             images,
@@ -157,7 +154,7 @@ class Trainer:
         )
         self.total_steps = config.epochs * self.loader.steps_per_epoch
         make_step = partial(
-            configured_step, config, loss_scale=self.loss_scale, backend=self.backend, bf16=bf16
+            configured_step, config, loss_scale=config.loss_scale, backend=self.backend, bf16=bf16
         )
         if not on_gpu:
             keep_freed_memory()
@@ -319,7 +316,7 @@ class Trainer:
                 feed.load(step + 1)
                 yield replay(), feed.waited - before
             return
-        batches = self.loader.epoch(*divmod(self.step, self.loader.steps_per_epoch))
+        batches, failures = self.loader.epoch(*divmod(self.step, self.loader.steps_per_epoch)), 0
         while self.step < end:
             start = time.perf_counter()
             try:
@@ -329,7 +326,8 @@ class Trainer:
                 alone = self.world.size == 1
                 if stop and alone:
                     return
-                if stop:  # the other ranks need this one up to the step where all stop
+                failures += 1
+                if stop and failures < _FAILURES:  # the other ranks need this one until all stop
                     batches = self.loader.epoch(*divmod(self.step, self.loader.steps_per_epoch))
                     continue
                 if not alone or not isinstance(error, TrainingError):
@@ -337,7 +335,7 @@ class Trainer:
                 self._save()  # a worker died
                 text = f"{error}; saved at step {self.step}, to go on from with --resume"
                 raise TrainingError(text) from error
-            waited = time.perf_counter() - start
+            waited, failures = time.perf_counter() - start, 0
             yield self.train_step(batch.views), waited
 
     def _metrics(self, output: Output, timed: Timed) -> dict[str, float]:
@@ -348,7 +346,7 @@ class Trainer:
         return {
             "step": self.step,
             "epoch": self.step / self.loader.steps_per_epoch,
-            "loss": sum(losses) / len(losses) / self.loss_scale,
+            "loss": sum(losses) / len(losses) / self.config.loss_scale,
             **representation_statistics(self.model, output),
             "grad_norm": self.train_step.gradient_norm().item(),
             "lr": self.train_step.rates[self.step - 1].item(),

@@ -30,7 +30,7 @@ LARGEST_BEST = 10.0
 """Bound of the best kappa/(D - 1), which grows without limit as cosines approach 1."""
 STEPS = 100
 """In the first steps cosine and concentration can still have their initial values."""
-_LINES = 3
+LINES = 3
 """Number of lines of metrics that are averaged: each describes one batch."""
 
 
@@ -62,7 +62,7 @@ class Health:
         self.config = config
         self.state: State = "learning"
         self.since: int | None = None
-        self._recent: deque[dict[str, Any]] = deque(maxlen=_LINES)
+        self._recent: deque[dict[str, Any]] = deque(maxlen=LINES)
         self._seen: State = "learning"  # the state by the metrics alone, however early
         self._began = 0
 
@@ -151,11 +151,10 @@ class Health:
 
     def _weight(self) -> float:
         """Gradient of the loss with respect to a small cosine, as a share of SimSiam's."""
-        loss, dim, kappa = self.config.loss, self.config.model.dim, self._mean("kappa")
+        loss, kappa = self.config.loss, self._mean("kappa")
         if kappa is None or loss.concentration == "detached":
             return 1.0
-        scale = 1 / (dim - 1) if loss.loss_scale is None else loss.loss_scale
-        return loss.cosine_weight + kappa * (dim - 1) * scale
+        return loss.cosine_weight + kappa * (self.config.model.dim - 1) * self.config.loss_scale
 
     def _score(self) -> tuple[State, bool]:
         """The state by the recent lines, and True if it is a problem at any time of a training."""

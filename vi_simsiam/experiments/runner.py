@@ -39,7 +39,6 @@ MARKDOWN = "summary.md"
 TRAINED = "trained.json"
 """File in a run folder whose training is finished; only the measurements may be missing."""
 _WORKER = (sys.executable, "-m", "vi_simsiam.experiments.worker")
-_FAILED = 2
 
 
 def outcome(name: str, run: Process, done: str | None) -> str:
@@ -125,7 +124,7 @@ def run_experiment(plan: Plan, out: Path, place: Place, again: str) -> int:
     printed if something is left to do.
 
     Returns:
-        The exit code: 0 all done, 2 a run failed, 130 interrupted.
+        The exit code: 0 all done, 1 a run failed, 130 interrupted.
 
     Raises:
         InputError: a folder with other content or of other options, or a device or data that is not
@@ -233,7 +232,7 @@ def _run_all(
     if done == len(runs):
         return 0
     print_line(console, f"go on with: {again}")
-    return INTERRUPTED if interrupted else _FAILED
+    return INTERRUPTED if interrupted else 1
 
 
 def _table(runs: Sequence[Run], width: int) -> Table:
