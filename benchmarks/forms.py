@@ -6,9 +6,8 @@ import re
 from typing import Annotated, Any, NotRequired, TypedDict
 
 from vi_simsiam.checks import NOT_NEGATIVE, POSITIVE, Rule, at_least
+from vi_simsiam.evaluation.forms import Label, Text
 
-_Label = Annotated[str, Rule(lambda x: len(x) <= 255, "at most 255 characters long")]
-_Failure = Annotated[str, Rule(lambda x: len(x) <= 4096, "at most 4096 characters long")]
 _Count = Annotated[int, at_least(1)]
 _Version = Annotated[
     str, Rule(lambda x: re.fullmatch(r"[a-z]+|\d{1,4}(\.\d{1,4})*", x), "a version")
@@ -26,7 +25,7 @@ class _Times(TypedDict):
 class _Mode(TypedDict):
     time: NotRequired[_Times | None]
     host: NotRequired[_Times | None]
-    failure: NotRequired[_Failure | None]
+    failure: NotRequired[Text | None]
     bytes_per_second: NotRequired[_Figure]
     copy_share: NotRequired[Annotated[float, POSITIVE] | None]
     peak_bytes: NotRequired[_Figure]
@@ -34,7 +33,7 @@ class _Mode(TypedDict):
 
 class _WithModes(TypedDict):
     correct: bool
-    failure: _Failure | None
+    failure: Text | None
     gradient_error: NotRequired[_Figure]
     forward: _Mode | None
     forward_backward: _Mode | None
@@ -51,33 +50,33 @@ class _Bytes(TypedDict):
 
 
 class _LossCase(TypedDict):
-    name: _Label
-    label: NotRequired[_Label]
-    distribution: _Label
+    name: Label
+    label: NotRequired[Label]
+    distribution: Label
     batch: _Count
     dim: _Count
     views: _Count
     targets: _Count
-    dtype: _Label
+    dtype: Label
     copy: _Copy
     least_bytes: _Bytes
-    providers: Annotated[dict[_Label, _WithModes], _FEW]
+    providers: Annotated[dict[Label, _WithModes], _FEW]
 
 
 class _NormCase(TypedDict):
-    name: _Label
-    label: _Label
+    name: Label
+    label: Label
     copy: _Copy
     least_bytes: NotRequired[_Bytes]
-    providers: Annotated[dict[_Label, _WithModes], _FEW]
+    providers: Annotated[dict[Label, _WithModes], _FEW]
 
 
 class _Provider(TypedDict):
     correct: bool
-    failure: _Failure | None
+    failure: Text | None
     time: NotRequired[_Times | None]
     views_per_second: NotRequired[_Figure]
-    error: NotRequired[dict[_Label, _Figure] | None]
+    error: NotRequired[dict[Label, _Figure] | None]
     mean: NotRequired[float]
     std: NotRequired[float]
     mfu: NotRequired[_Figure]
@@ -100,31 +99,31 @@ _RATES = Rule(_has_rates, "entries with views_per_second where they have a time"
 
 
 class _AugmentCase(TypedDict):
-    name: _Label
-    label: _Label
-    yardstick: NotRequired[_Label]
-    providers: Annotated[dict[_Label, _Provider], _FEW, _RATES]
+    name: Label
+    label: Label
+    yardstick: NotRequired[Label]
+    providers: Annotated[dict[Label, _Provider], _FEW, _RATES]
 
 
 class _Launch(TypedDict):
-    kind: _Label
+    kind: Label
     name: str
     count: Annotated[int, NOT_NEGATIVE]
     us: Annotated[float, NOT_NEGATIVE]
 
 
 class _StepCase(TypedDict):
-    name: _Label
-    label: _Label
-    yardstick: NotRequired[_Label]
-    phases: Annotated[dict[_Label, float | None], _FEW]
-    launches: NotRequired[dict[_Label, list[_Launch]] | None]
-    providers: Annotated[dict[_Label, _Provider], _FEW]
+    name: Label
+    label: Label
+    yardstick: NotRequired[Label]
+    phases: Annotated[dict[Label, float | None], _FEW]
+    launches: NotRequired[dict[Label, list[_Launch]] | None]
+    providers: Annotated[dict[Label, _Provider], _FEW]
 
 
 class _TrainCase(_AugmentCase):
-    view_label: _Label
-    data: _Label
+    view_label: Label
+    data: Label
     batch: _Count
     images: _Count
     epochs: _Count
@@ -133,12 +132,12 @@ class _TrainCase(_AugmentCase):
 
 
 class _Head(TypedDict):
-    device_type: _Label
-    device: _Label
-    processor: _Label
-    driver: NotRequired[_Label | None]
-    date: _Label
-    versions: dict[_Label, _Label | None]
+    device_type: Label
+    device: Label
+    processor: Label
+    driver: NotRequired[Label | None]
+    date: Label
+    versions: dict[Label, Label | None]
 
 
 class _Loss(_Head):
@@ -150,7 +149,7 @@ class _Norm(_Head):
 
 
 class _Augment(_Head):
-    data: _Label
+    data: Label
     workers: Annotated[int, NOT_NEGATIVE]
     cases: Annotated[list[_AugmentCase], _FEW]
 
@@ -171,24 +170,24 @@ class _Errors(TypedDict):
 class _Accuracy(_Head):
     dim: _Count
     kappas: list[float]
-    providers: dict[_Label, _Failure | list[_Errors]]
+    providers: dict[Label, Text | list[_Errors]]
 
 
 class _Cell(TypedDict):
     python: _Version
     torch: _Version
-    date: _Label
-    commit: _Label | None
-    versions: Annotated[dict[_Label, _Label], _FEW]
+    date: Label
+    commit: Label | None
+    versions: Annotated[dict[Label, Label], _FEW]
     passed: Annotated[int, NOT_NEGATIVE]
     skipped: Annotated[int, NOT_NEGATIVE]
-    failed: list[_Failure]
-    problem: _Failure | None
+    failed: list[Text]
+    problem: Text | None
 
 
 class _Matrix(TypedDict):
     benchmark: str
-    platform: _Label
+    platform: Label
     cases: Annotated[list[_Cell], Rule(lambda x: 1 <= len(x) <= 100, "1 to 100 of them")]
 
 

@@ -270,7 +270,7 @@ class Trainer:
     ) -> tuple[dict[str, float], bool]:
         """Train to the end of the epoch; returns the last metrics, and True if a signal arrived."""
         # Several ranks must stop and save after the same step: they do so where metrics are due.
-        alone = self.world.size == 1
+        one_rank = self.world.size == 1
         end = (self.step // self.loader.steps_per_epoch + 1) * self.loader.steps_per_epoch
         metrics: dict[str, float] = {}
         stopped = False
@@ -293,7 +293,7 @@ class Trainer:
                 self._logged, timed = self.step, Timed(self.step)
             elif monitor is not None and monitor.due:
                 monitor.show(self._metrics(output, timed))
-            if logging or alone:
+            if logging or one_rank:
                 stopped = self.world.any_rank(bool(stop)) or self.collapsed
                 if not stopped and self.step < end and self.saver.due():
                     self.seconds += timed.seconds
@@ -302,7 +302,7 @@ class Trainer:
             if stopped:
                 self.seconds += timed.seconds
                 break
-        return metrics, stopped or bool(stop and alone)
+        return metrics, stopped or bool(stop and one_rank)
 
     def _outputs(
         self, replay: Captured | None, end: int, stop: list[int]
@@ -323,14 +323,14 @@ class Trainer:
                 batch = next(batches)
             except (RuntimeError, OSError, EOFError) as error:
                 time.sleep(0.2)  # the end of a job can reach the workers before this process
-                alone = self.world.size == 1
-                if stop and alone:
+                one_rank = self.world.size == 1
+                if stop and one_rank:
                     return
                 failures += 1
                 if stop and failures < _FAILURES:  # the other ranks need this one until all stop
                     batches = self.loader.epoch(*divmod(self.step, self.loader.steps_per_epoch))
                     continue
-                if not alone or not isinstance(error, TrainingError):
+                if not one_rank or not isinstance(error, TrainingError):
                     raise
                 self._save()  # a worker died
                 text = f"{error}; saved at step {self.step}, to go on from with --resume"

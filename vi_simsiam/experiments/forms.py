@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict, cast
 
-from vi_simsiam.checks import NOT_NEGATIVE, SEED, Rule, at_least
+from vi_simsiam.checks import NOT_NEGATIVE, SEED, Rule, at_least, is_name
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.forms import Count, Label, Share, Text
@@ -17,7 +17,7 @@ _PROGRESS = ("knn200", "knn200_epoch", "knn200_seconds")
 
 _Measure = Annotated[str, Rule(lambda x: x in MEASURES, f"one of {', '.join(MEASURES)}")]
 _Seed = Annotated[int, SEED]
-_Place = Annotated[str, Rule(lambda x: bool(x) and "\0" not in x, "a path")]
+_Place = Annotated[str, Rule(lambda x: bool(x) and is_name(x), "a path")]
 _Seconds = Annotated[float, NOT_NEGATIVE]
 _Setting = float | bool | str | None
 
