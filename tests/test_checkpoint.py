@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 import random
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from vi_simsiam.engine.checkpoint import (
 )
 from vi_simsiam.engine.run import load_run
 from vi_simsiam.engine.train import Trainer
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import InputError, TrainingError
 from vi_simsiam.files import write_atomically
 from vi_simsiam.inference.encoder import load
 
@@ -72,6 +75,28 @@ def test_the_best_checkpoint_outlives_a_kill_while_it_is_written(
             with pytest.raises(IndexError):
                 add_checkpoint(folder, best, keep=2, best=True)
         assert load_last(folder).best_knn is None or (folder / BEST).is_file()
+
+
+def test_a_file_has_its_name_once_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power failure could leave the name with nothing behind it."""
+    calls: list[str] = []
+    flush, rename = os.fsync, os.replace
+
+    def fsync(descriptor: int) -> None:
+        folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        calls.append("folder" if folder else f"file of {os.fstat(descriptor).st_size} bytes")
+        flush(descriptor)
+
+    def replace(*names: Any) -> None:
+        calls.append("name")
+        rename(*names)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    write_atomically(tmp_path / "file", lambda file: file.write(bytes(10_000)))
+    assert calls == ["file of 10000 bytes", "name", "folder"]
 
 
 def test_no_damaged_bit_passes(run: Path) -> None:
@@ -132,11 +157,32 @@ def test_numbers_that_cannot_be(run: Path) -> None:
     changes: list[dict[str, Any]] = [
         {"step": -1, "losses": torch.zeros(0)}, {"images": 0}, {"seconds": -1.0},
         {"losses": torch.zeros(11)}, {"losses": torch.zeros(2, dtype=torch.int32)},
+        {"content": {"images": "x"}}, {"content": {"classes": 7}}, {"content": {"validation": {}}},
     ]  # fmt: skip
     for change in changes:
         dataclasses.replace(kept, **change).save(path)
         with pytest.raises(InputError, match=f"{path.name} cannot be read"):
             Checkpoint.load(path)
+
+
+def test_a_description_of_images_without_its_parts(settings: TrainConfig, run: Path) -> None:
+    """The others are compared, as with files of older versions."""
+    path, kept = checkpoints(run)[0], checkpoint(run)
+    dataclasses.replace(kept, content={"invention": 1}).save(path)
+    assert Trainer(settings, run, resume=True, console=QUIET).step == kept.step
+    dataclasses.replace(kept, config={**kept.config, "invention": 1}).save(path)
+    with pytest.raises(InputError, match=rf"the last checkpoint in {run} is damaged .*invention"):
+        Trainer(settings, run, resume=True, console=QUIET)
+
+
+def test_statistics_that_are_not_finite_are_not_saved(settings: TrainConfig, run: Path) -> None:
+    """Training never reads those of BatchNorm, and evaluation does."""
+    before = load_last(run).step
+    trainer = Trainer(settings, run, resume=True, console=QUIET)
+    trainer.model.get_buffer("projector.1.running_var").fill_(math.inf)
+    with pytest.raises(TrainingError, match="the weights are not finite at step"):
+        trainer._save()
+    assert load_last(run).step == before
 
 
 def test_a_later_format_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

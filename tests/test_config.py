@@ -86,7 +86,8 @@ BAD: dict[type, dict[str, tuple[object, ...]]] = {
         "jitter": ((0.1, 0.1, 0.1, 0.6),), "blur_sigma": ((0.0, 1.0),),
     },
     ModelConfig: {
-        "dim": (16.5, 1), "stem": ("tiny",), "projector_hidden": (0,), "predictor_hidden": (0,),
+        "dim": (16.5, 1), "stem": ("tiny",), "projector_hidden": (0, 2**34),
+        "predictor_hidden": (0, 2**17),
     },
     LossConfig: {
         "concentration_scale": (0.0,), "loss_scale": (math.nan,), "concentration_min": (-1.0,),

@@ -219,6 +219,20 @@ def test_the_trainer_on_two_ranks_is_the_trainer_on_one(image_folder: Path, tmp_
         np.testing.assert_allclose(first[1][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+def own_folder(world: World, config: TrainConfig, folder: Path) -> None:
+    train.Trainer(config, folder / f"{world.rank}", resume="auto", world=world)
+
+
+def test_ranks_go_on_from_one_checkpoint(image_folder: Path, tmp_path: Path) -> None:
+    """As where each has a disk of its own: only rank 0's folder has the run."""
+    settings = config(image_folder, epochs=1)
+    trained = train.Trainer(settings, tmp_path / "0", console=Console(quiet=True))
+    trained.fit()
+    for outcome in run_ranks(own_folder, 2, settings, tmp_path):
+        assert outcome.error in ("InputError", "PeerError")
+        assert "checkpoint is 5 on rank 0 and None on rank 1" in outcome.message
+
+
 def collapsed_run(world: World, config: TrainConfig, folder: Path) -> tuple[int, float | None]:
     """The step at which a run ends that has collapsed from its start on, and its kNN accuracy."""
 

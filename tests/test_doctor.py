@@ -6,6 +6,9 @@ import dataclasses
 import json
 import os
 import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,9 @@ from vi_simsiam.cli import main
 from vi_simsiam.config import LossConfig, TrainConfig
 from vi_simsiam.engine.checkpoint import Checkpoint, load_last
 from vi_simsiam.engine.doctor import diagnose
+from vi_simsiam.engine.processes import locked
 from vi_simsiam.engine.replay import replay
-from vi_simsiam.engine.run import load_run
+from vi_simsiam.engine.run import LOCK, load_run, read_config
 from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import CollapsedError, InputError, TrainingError
 from vi_simsiam.files import write_json
@@ -139,6 +143,15 @@ def test_a_run_that_stopped_has_the_way_in_which_it_did(tmp_path: Path) -> None:
     assert found.findings == ()
 
 
+def test_only_the_checkpoint_shows_that_a_run_is_finished(tmp_path: Path) -> None:
+    """The last line of the log is written before the last checkpoint."""
+    folder = log(tmp_path / "run")
+    assert diagnose(folder).title.endswith("finished"), "without weights, as in a copy"
+    for step, ending in ((150, "killed"), (200, "finished")):
+        saved(folder, step)
+        assert diagnose(folder).title == f"vi-simsiam, step 200 of 200, {ending}"
+
+
 def test_a_lock_separates_a_run_in_progress_from_a_killed_one(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +172,32 @@ def test_a_lock_separates_a_run_in_progress_from_a_killed_one(
         "vi-simsiam, step 6 of 10, still going on",
         "vi-simsiam, step 7 of 10, interrupted",
     ]
+
+
+def test_a_training_starts_while_the_doctor_looks(image_folder: Path, tmp_path: Path) -> None:
+    """Its look at the lock takes a moment; a training holds it for longer."""
+    trainer = Trainer(config(image_folder, epochs=1), tmp_path / "run", console=QUIET)
+    trainer.folder.mkdir()
+    taken = threading.Event()
+
+    def look() -> None:
+        with locked(trainer.folder / LOCK, busy=""):
+            taken.set()
+            time.sleep(0.3)
+
+    with ThreadPoolExecutor() as pool:
+        looking = pool.submit(look)
+        assert taken.wait(10)
+        trainer.fit()
+        looking.result()
+    assert load_last(trainer.folder).step == 5
+
+
+def test_commands_in_messages_are_quoted(tmp_path: Path) -> None:
+    folder = log(tmp_path / "my run", epochs=100)
+    saved(folder, 150)
+    (stopped, *_) = diagnose(folder).findings
+    assert stopped.remedy == f"vi-simsiam train --out '{folder}' --resume"
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,3 +333,4 @@ def test_a_collapse_ends_a_run_that_can_go_on(
     assert capsys.readouterr().err.startswith("vi-simsiam: the training has collapsed")
     assert main(["train", "--out", str(run), "--resume", "--quiet", "--stop-on", "None"]) == 0
     assert metrics(run)[-1]["step"] == 10
+    assert read_config(run).stop_on is None, "so that --resume alone goes on as well"

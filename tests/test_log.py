@@ -11,6 +11,7 @@ from evaluation_cases import make_run, skip_rendering
 from rich.console import Console
 from test_resume import damaged
 
+from vi_simsiam import files
 from vi_simsiam.engine.log import read_log
 from vi_simsiam.engine.monitor import Monitor
 from vi_simsiam.errors import InputError
@@ -47,6 +48,20 @@ def test_no_damaged_bit_becomes_another_figure(tmp_path: Path) -> None:
             assert line.items() <= only.items(), bit
         refused += count > 0
     assert refused > 0.7 * bit
+
+
+def test_a_log_may_be_larger_than_other_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has a line for each of millions of steps; the ends of lines may be Windows'."""
+    monkeypatch.setattr(files, "_MOST_BYTES", 100)
+    lines = [{"step": step, "loss": -0.25} for step in range(100)]
+    encoded = json_lines(lines).encode()
+    for content in (encoded, encoded.replace(b"\n", b"\r\n")):
+        (tmp_path / "metrics.jsonl").write_bytes(content)
+        assert read_log(tmp_path) == (lines, 0)
+    monkeypatch.setattr(files, "_LONGEST_LINE", 20)
+    assert read_log(tmp_path)[1] >= 100
 
 
 def test_without_a_log_there_are_no_lines(tmp_path: Path) -> None:

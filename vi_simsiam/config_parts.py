@@ -31,6 +31,7 @@ Frames = Literal["first", "all"]
 ValueRange = Literal["dtype", "file"] | tuple[float, float]
 
 _PIXELS = at_least(LEAST_SIZE, f"a number of pixels of at least {LEAST_SIZE}")
+_WIDTH = Rule(lambda n: 1 <= n <= 2**16, "between 1 and 65536")
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,8 @@ class ModelConfig:
     """Start from torchvision's ImageNet weights."""
     dim: int = limited(2048, Rule(lambda n: 2 <= n <= 2**16, "between 2 and 65536"))
     """D: dimension of the space the representations live in."""
-    projector_hidden: int = limited(512, at_least(1))
-    predictor_hidden: int = limited(512, at_least(1))
+    projector_hidden: int = limited(512, _WIDTH)
+    predictor_hidden: int = limited(512, _WIDTH)
     local_predictor: bool = False
     """A second predictor, for views that are smaller than the first one (multi-crop)."""
 

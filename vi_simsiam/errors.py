@@ -47,6 +47,12 @@ def is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """True for an allocation that failed, by Python, NumPy or torch."""
+    failed = ("DefaultCPUAllocator", "out of memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in failed)
+
+
 def none_of(name: str, value: object, accepted: Iterable[str]) -> InputError:
     """The error for a value that is not accepted, with the most similar accepted one."""
     accepted = list(accepted)

@@ -40,6 +40,8 @@ from vi_simsiam.paths import printable
 
 _Content = TypeVar("_Content")
 _MOST_BYTES = 1 << 28
+_MOST_BYTES_OF_LINES = 1 << 32  # a log may have a line for each of millions of steps
+_LONGEST_LINE = 1 << 20
 _LARGEST = 2**63
 _LARGEST_FLOAT = 1e100  # sums, squares and scales of a figure stay finite below it
 _DEEPEST = 32
@@ -59,6 +61,13 @@ def read_bytes(path: Path, option: str, most: int = _MOST_BYTES) -> bytes:
     Raises:
         InputError: there is none, it is larger, or no regular file: reading a pipe would block.
     """
+    with _opened(path, option, most) as (file, size):
+        return file.read(size)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, option: str, most: int) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a regular file of at most so many bytes, with their number; errors name it."""
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -66,7 +75,7 @@ def read_bytes(path: Path, option: str, most: int = _MOST_BYTES) -> bytes:
                 raise InputError(
                     f"has {size:,} bytes, more than the {most:,} that such a file may have"
                 )
-            return file.read(size)
+            yield file, size
     except InputError as error:
         raise InputError(f"{option}: {path} {error}") from None
     except OSError as error:
@@ -115,14 +124,17 @@ def read_lines(path: Path, kind: type[_Content], option: str) -> tuple[list[_Con
     """
     lines: list[_Content] = []
     damaged = 0
-    for line in read_bytes(path, option).splitlines() if os.path.lexists(path) else ():
-        content, key, checksum = line.partition(_CHECKSUM)
-        try:
-            if key and checksum != b'%08x"}' % zlib.crc32(content):
-                raise ValueError("checksum")
-            lines.append(parse_json(content + b"}" if key else line, kind, finite=False))
-        except ValueError:
-            damaged += 1
+    if not os.path.lexists(path):
+        return lines, damaged
+    with _opened(path, option, _MOST_BYTES_OF_LINES) as (file, _):
+        while line := file.readline(_LONGEST_LINE):
+            content, key, checksum = line.rstrip().partition(_CHECKSUM)
+            try:
+                if key and checksum != b'%08x"}' % zlib.crc32(content):
+                    raise ValueError("checksum")
+                lines.append(parse_json(content + b"}" if key else line, kind, finite=False))
+            except ValueError:
+                damaged += 1
     return lines, damaged
 
 

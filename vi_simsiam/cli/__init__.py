@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
-from vi_simsiam.errors import LineWarning, UserError, none_of
+from vi_simsiam.errors import LineWarning, UserError, cut, is_out_of_memory, none_of
 from vi_simsiam.text import one_line
 
 COMMANDS = {
@@ -97,6 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reason = str(error) or type(error).__name__
         if error.filename and error.strerror:
             reason = f"{error.filename}: {error.strerror}"
+        print(one_line(f"vi-simsiam: {reason}"), file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = f"not enough memory ({cut(str(error) or 'no more was given')})"
         print(one_line(f"vi-simsiam: {reason}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +164,7 @@ def train(arguments: list[str]) -> int:
             if world.is_main:
                 line = (
                     f"vi-simsiam: interrupted, saved at step {trainer.saver.step}; "
-                    f"go on with: vi-simsiam train --out {folder} --resume"
+                    f"go on with: vi-simsiam train --out {shlex.quote(str(folder))} --resume"
                 )
                 print(one_line(line), file=sys.stderr)
             return INTERRUPTED

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -236,6 +236,23 @@ def _groups(paths: Iterable[str], key: Callable[[str], Hashable]) -> list[list[s
         with contextlib.suppress(OSError):  # to be reported as unreadable
             groups[key(path)].append(path)
     return [group for group in groups.values() if len(group) > 1]
+
+
+class _Validation(TypedDict):
+    images: int
+    labels: str | None
+    left_out: NotRequired[int]
+
+
+class Content(TypedDict):
+    """The result of `content` or `listed`, as checkpoints have it; older ones lack parts."""
+
+    images: NotRequired[int]
+    classes: NotRequired[list[str] | None]
+    validation: NotRequired[_Validation | None]
+    labels: NotRequired[str | None]
+    sizes: NotRequired[str | None]
+    pixels: NotRequired[str | None]
 
 
 def listed(splits: Splits) -> dict[str, Any]:

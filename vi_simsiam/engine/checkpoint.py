@@ -30,6 +30,7 @@ from rich.filesize import decimal
 from torch import Tensor, nn
 
 from vi_simsiam.checks import NOT_NEGATIVE, at_least
+from vi_simsiam.data.subsets import Content
 from vi_simsiam.errors import InputError, RunWarning, TrainingError, is_full
 from vi_simsiam.files import parse_json, read_bytes, write_atomically
 
@@ -54,7 +55,7 @@ class _State(TypedDict):
     step: Annotated[int, NOT_NEGATIVE]
     seconds: Annotated[float, NOT_NEGATIVE]
     images: Annotated[int, at_least(1)]
-    content: dict[str, Any]
+    content: Content
     knn: float | None
     best_knn: float | None
     config: NotRequired[dict[str, Any]]

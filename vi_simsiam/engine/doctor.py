@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shlex
 import time
 import warnings
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.engine import verdict
-from vi_simsiam.engine.checkpoint import load_last
+from vi_simsiam.engine.checkpoint import checkpoints, load_last
 from vi_simsiam.engine.failure import Failure
 from vi_simsiam.engine.failure import read as read_failure
 from vi_simsiam.engine.kernels import kernels_of
@@ -140,14 +141,16 @@ def _ending(
     folder: Path, config: TrainConfig, lines: Lines, failure: Failure | None, health: Health
 ) -> Ending:
     """The way in which a run ended, by its files."""
-    if lines and lines[-1].get("epoch", 0) >= config.epochs:
-        return "finished"
     if _is_running(folder, lines):
         return "going on"
-    if failure is not None:
+    logged = lines[-1]["step"] if lines else 0
+    saved = load_last(folder).step if checkpoints(folder) else logged  # copied without weights
+    if failure is not None and saved == failure["checkpoint_step"]:
         return "not finite"
-    if load_last(folder).step < lines[-1]["step"]:
+    if saved < logged:  # a line is written before its checkpoint
         return "killed"
+    if lines and lines[-1].get("epoch", 0) >= config.epochs:
+        return "finished"
     return "collapsed" if config.stop_on and health.state == "collapsed" else "interrupted"
 
 
@@ -174,14 +177,15 @@ def _stopped(
     """The finding of a run that ended before its last step."""
     if ending in ("finished", "going on"):
         return None
-    resume = f"vi-simsiam train --out {folder} --resume"
+    named = shlex.quote(str(folder))
+    resume = f"vi-simsiam train --out {named} --resume"
     if failure is not None and ending == "not finite":
         return Finding(
             "the loss is not finite",
             f"{failure['loss']} at step {failure['step']} (epoch {failure['epoch']}); the last "
             f"good checkpoint is that of step {failure['checkpoint_step']}",
             "any such loss ends a training",
-            f"a smaller --lr or --clip-norm 1; vi-simsiam doctor {folder} --replay shows the batch",
+            f"a smaller --lr or --clip-norm 1; vi-simsiam doctor {named} --replay shows the batch",
         )
     figure = f"it ended at step {step}" + ("" if total is None else f" of {total}")
     if ending == "killed":

@@ -6,6 +6,7 @@ The batch is described by failure.json in the run folder, without any pixels.
 from __future__ import annotations
 
 import contextlib
+import shlex
 from pathlib import Path
 from typing import TypedDict
 
@@ -89,15 +90,16 @@ def error(folder: Path, found: Failure, last_good: str) -> TrainingError:
     return TrainingError(
         f"the loss is not finite at step {found['step']} (epoch {found['epoch']}); {last_good}; "
         "a lower learning rate or clip_norm may help; "
-        f"vi-simsiam doctor {folder} --replay shows the images of that step"
+        f"vi-simsiam doctor {shlex.quote(str(folder))} --replay shows the images of that step"
     )
 
 
 def collapsed(folder: Path, step: int) -> CollapsedError:
     """The error of a training that `stop_on` ends, saved at `step`."""
+    named = shlex.quote(str(folder))
     return CollapsedError(
-        f"the training has collapsed, saved at step {step}; vi-simsiam doctor {folder} has a "
-        f"remedy; to go on all the same: vi-simsiam train --out {folder} --resume --stop-on None"
+        f"the training has collapsed, saved at step {step}; vi-simsiam doctor {named} has a "
+        f"remedy; to go on all the same: vi-simsiam train --out {named} --resume --stop-on None"
     )
 
 

@@ -235,7 +235,7 @@ def claimed(path: Path) -> Iterator[None]:
     """
     path.mkdir(parents=True, exist_ok=True)
     busy = f"out: another training writes to {path}; give another folder, or wait for its end"
-    with locked(path / LOCK, busy):
+    with locked(path / LOCK, busy, seconds=1.0):  # the doctor takes it for a moment
         for file in path.glob(_REMAINS):
             file.unlink()
         yield
@@ -262,7 +262,10 @@ def check_saved(path: Path, config: TrainConfig, checkpoint: Checkpoint) -> None
     """Raise InputError unless the run in `path` was trained with the configuration found there."""
     if not checkpoint.config:
         return
-    trained = dataclasses.replace(TrainConfig.from_dict(checkpoint.config), data=config.data)
+    try:
+        trained = dataclasses.replace(TrainConfig.from_dict(checkpoint.config), data=config.data)
+    except InputError as error:
+        raise InputError(f"run: the last checkpoint in {path} is damaged ({error})") from error
     if differing := differing_fields(trained, config):
         raise InputError(
             f"run: {path / CONFIG} is damaged or was changed: {'; '.join(differing)}; "
@@ -281,7 +284,7 @@ def check_images(
     old, new = saved.data, config.data
     if old == new and saved.data_root != config.data_root:
         old, new = f"{old} under {saved.data_root}", f"{new} under {config.data_root}"
-    differing = difference(checkpoint.content or {"images": checkpoint.images}, now)
+    differing = difference({"images": checkpoint.images, **checkpoint.content}, now)
     if differing and old == new:
         raise InputError(f"resume: {new} has changed since the run was trained on it: {differing}")
     if differing:
@@ -305,9 +308,9 @@ def start_folder(path: Path, config: TrainConfig) -> None:
 
 
 def record_place(path: Path, config: TrainConfig) -> None:
-    """Save the new place of a run's images if they have moved, for its evaluation."""
+    """Save the new place of a run's images if they have moved, and a change of `stop_on`."""
     saved = read_config(path)
-    place = {name: getattr(config, name) for name in ("data", "data_root", "cache_dir")}
+    place = {name: getattr(config, name) for name in ("data", "data_root", "cache_dir", "stop_on")}
     moved = dataclasses.replace(saved, **place)
     if moved != saved:
         write_json(path / CONFIG, moved.to_dict())

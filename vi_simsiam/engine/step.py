@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from vi_simsiam.checks import require
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.data.device import DeviceFeed
 from vi_simsiam.engine.distributed import World
@@ -32,6 +33,7 @@ from vi_simsiam.normalisation import PerView
 Network = Callable[[Sequence[Tensor]], Output]
 State = tuple[nn.Module | torch.optim.Optimizer | Tensor, ...]
 
+_MOST_STEPS = 10**8
 # torch 2.14 renames the option and warns of the old name.
 _PARAMETERS = inspect.signature(DistributedDataParallel.__init__).parameters
 _NEW_OPTION = "forward_sync_buffers" in _PARAMETERS
@@ -47,8 +49,12 @@ def learning_rates(config: TrainConfig, steps_per_epoch: int) -> Tensor:
 
     Linear warm-up to the peak, then a cosine to 0 (Loshchilov and Hutter, arXiv 1608.03983, without
     restarts).
+
+    Raises:
+        InputError: more steps than fit into memory with their learning rates and losses.
     """
-    total = config.epochs * steps_per_epoch
+    total, accepted = config.epochs * steps_per_epoch, f"at most {_MOST_STEPS // steps_per_epoch}"
+    require("epochs", config.epochs, total <= _MOST_STEPS, f"{accepted} with these images")
     warmup = round(config.warmup_epochs * steps_per_epoch)
     step = torch.arange(total, dtype=torch.float64)
     rising = (step + 1) / max(warmup, 1)

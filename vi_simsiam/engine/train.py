@@ -108,11 +108,13 @@ class Trainer:
         self.backend = choose_backend(config.backend, self.device.type)
         self.log_every = config.log_every or (100 if on_gpu else 10)
 
-        self.model = initial_model(config, self.world, fresh=not going_on)
         checkpoint, found = None, list[Path]()
         if resumed is not None:
             found, checkpoint = checkpoints(resumed), load_last(resumed)
             run.check_saved(resumed, saved, checkpoint)
+        # A folder that not all ranks see, or a file that one of them read otherwise.
+        self.world.agree("checkpoint", None if checkpoint is None else checkpoint.step)
+        self.model = initial_model(config, self.world, fresh=not going_on)
         with self.world.main_first():  # rank 0 decodes the images, the others read its cache
             splits = splits or run.open_splits(config, run=resumed)
             # Images that are already decoded set the rule for the other images of the run.
@@ -153,6 +155,7 @@ class Trainer:
             world_size=self.world.size,
         )
         self.total_steps = config.epochs * self.loader.steps_per_epoch
+        rates = learning_rates(config, self.loader.steps_per_epoch)
         make_step = partial(
             configured_step, config, loss_scale=config.loss_scale, backend=self.backend, bf16=bf16
         )
@@ -167,7 +170,6 @@ class Trainer:
             steps=self.total_steps - (0 if checkpoint is None else checkpoint.step),
             resumed=resumed,
         )
-        rates = learning_rates(config, self.loader.steps_per_epoch)
         self.train_step = make_step(self.model, rates, self.kernels.kernels, self.world)
         self.step, self.seconds = 0, 0.0
         self._logged = 0  # the last step that is in the metrics
@@ -376,7 +378,7 @@ class Trainer:
 
     def _save(self) -> None:
         self._check_losses()
-        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
+        if not all(torch.isfinite(tensor).all() for tensor in self.model.state_dict().values()):
             raise TrainingError(
                 f"the weights are not finite at step {self.step}; {self._last_good()}"
             )

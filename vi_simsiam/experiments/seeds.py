@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -163,6 +164,7 @@ def run_seeds(
 
     def start_all() -> None:
         if waiting := [run for run in pending if run.state == "waiting"]:
+            write()  # a command that is killed now can be given again
             for run in waiting:
                 run.train(words, max(1, cores() // len(waiting)), resume=resume)
             write()
@@ -197,7 +199,8 @@ def _report(out: Path, content: dict[str, Any], console: Console) -> None:
             text = f"{name} top-1: mean {mean:.1f} %, standard deviation {sd:.1f} %"
             print_line(console, f"{text} over {len(shares)} seeds")
     pace = f", {rate:.3g} runs/hour ({content['seconds']:.0f} s)" if rate else ""
-    again = f"; go on with: vi-simsiam train --out {out} --resume" if done < len(runs) else ""
+    command = shlex.join(["vi-simsiam", "train", "--out", str(out), "--resume"])
+    again = f"; go on with: {command}" if done < len(runs) else ""
     print_line(console, f"{done} of {len(runs)} runs done{pace}{again}")
 
 
