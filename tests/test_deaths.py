@@ -99,7 +99,7 @@ def test_a_run_leaves_its_curve_and_no_weights(
     arm = "vi-simsiam-d16-lr0.06"
     given = f"experiment deaths --data {flat} --out {out} --arms {arm} {sizes}".split()
     monkeypatch.setattr(runner, "_WORKER", (sys.executable, "-S", "-c", "raise SystemExit(1)"))
-    assert main(given) == 2
+    assert main(given) == 1
     assert worker.main(out / "runs" / f"{arm}-seed-0.json") == 0
     assert not (out / "runs" / f"{arm}-seed-0").exists()
     assert main(given) == 0
