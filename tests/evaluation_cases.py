@@ -76,7 +76,8 @@ def make_run(
     torch.manual_seed(3)
     kind = VISimSiam if method == "vi-simsiam" else SimSiam
     model = kind(TinyBackbone(), features=4, dim=8, projector_hidden=6, predictor_hidden=6).eval()
-    return Run(folder, config, model, Splits("gray", train or gray_source(24), val), CPU, 0)
+    splits, step = Splits("gray", train or gray_source(24), val), 10 * lines
+    return Run(folder, config, model, splits, CPU, 0, step, step)
 
 
 def skip_rendering(patch: pytest.MonkeyPatch) -> None:
@@ -132,6 +133,7 @@ def feature_sets(
         val=sets["val"],
         val_labels=torch.from_numpy(labels["val"]),
         device=CPU,
+        step=40,
     )
 
 

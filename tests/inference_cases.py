@@ -93,7 +93,7 @@ def network_run(
                 values.data.uniform_(0.2, 1.0, generator=generator)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config.to_dict())
-    return Run(folder, config, model.eval(), _embedded_images(), torch.device("cpu"), 0)
+    return Run(folder, config, model.eval(), _embedded_images(), torch.device("cpu"), 0, 1, 1)
 
 
 def largest(found: object, expected: Tensor) -> float:

@@ -343,7 +343,7 @@ def test_names_with_brackets_are_no_styles(
         return result
 
     monkeypatch.setattr("vi_simsiam.evaluation.uncertainty.evaluate_uncertainty", evaluate)
-    opened = SimpleNamespace(path=tmp_path)
+    opened = SimpleNamespace(path=tmp_path, unfinished="")
     monkeypatch.setattr("vi_simsiam.cli.evaluate.open_run", lambda options: opened)
     code, out, _ = run(["uncertainty", str(tmp_path)], capsys)
     assert code == 0

@@ -27,6 +27,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tv
 
+from vi_simsiam.cli import main
 from vi_simsiam.cli.evaluate import evaluate_run
 from vi_simsiam.config import AugmentConfig
 from vi_simsiam.data.cache import cached
@@ -35,10 +36,11 @@ from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.data.subsets import labelled_splits
 from vi_simsiam.data.views import draw_table, eval_view
+from vi_simsiam.engine.checkpoint import Checkpoint
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.forward import extract
 from vi_simsiam.engine.run import load_run
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import InputError, RunWarning
 from vi_simsiam.evaluation import features as features_module
 from vi_simsiam.evaluation.features import (
     ENCODERS,
@@ -51,7 +53,7 @@ from vi_simsiam.evaluation.features import (
 from vi_simsiam.evaluation.knn import evaluate_knn
 from vi_simsiam.evaluation.linear import LinearConfig, evaluate_linear
 from vi_simsiam.evaluation.logistic import evaluate_logistic
-from vi_simsiam.evaluation.results import pack_bits, summary_line, unpack_bits
+from vi_simsiam.evaluation.results import pack_bits, read_result, summary_line, unpack_bits
 from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, Column
 
 
@@ -256,6 +258,46 @@ def test_result_files_have_the_accuracies_and_correct_images(
         assert set(result["top5"].values()) == {1.0}
 
 
+def test_a_result_is_that_of_the_last_checkpoint(tmp_path: Path) -> None:
+    """Files of older versions have no step, and the former checkpoint has none in its name."""
+    evaluate_knn(feature_sets(tmp_path))
+    file = tmp_path / "knn.json"
+    result = json.loads(file.read_text())
+    assert result["step"] == 40
+    for name in ("checkpoint.pt", "checkpoint-best.safetensors"):
+        (tmp_path / name).touch()
+        assert read_result(tmp_path, "knn") == result
+    (tmp_path / "checkpoint-00000000.safetensors").touch()
+    with pytest.warns(RunWarning, match="is left out: it is of step 40, the run is at step 0; "):
+        assert read_result(tmp_path, "knn") is None
+    (tmp_path / "checkpoint-00000040.safetensors").touch()
+    assert read_result(tmp_path, "knn") == result
+    (tmp_path / "checkpoint-00000050.safetensors").touch()
+    with pytest.warns(RunWarning, match="it is of step 40, the run is at step 50; "):
+        assert read_result(tmp_path, "knn") is None
+    del result["step"]
+    file.write_text(json.dumps(result))
+    assert read_result(tmp_path, "knn") == result
+
+
+@pytest.mark.usefixtures("small_network")
+def test_the_step_of_an_unfinished_run_is_printed_and_written(
+    tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = save_run(tmp_path / "run")
+    words = [str(run), "--data", str(image_folder), "--device", "cpu", "--workers", "0"]
+    first = Checkpoint.load(run / "checkpoint-00000001.safetensors")
+    options = {"uncertainty": ["--images", "6", "--corruption-images", "0"]}
+    for images, end in ((64, ", measured at step 1 of 100"), (1, "")):
+        replace(first, images=images).save(run / "checkpoint-00000001.safetensors")
+        for name in ("knn", "logistic", "uncertainty"):
+            assert main([name, *words, *options.get(name, ())]) == 0
+            line = capsys.readouterr().out.splitlines()[-1]
+            assert line.endswith(end)
+            assert ("measured at" in line) == bool(end)
+            assert json.loads((run / f"{name}.json").read_text())["step"] == 1
+
+
 def test_bits_are_packed_in_base64_and_come_back() -> None:
     bits = torch.rand(9, generator=torch.Generator().manual_seed(0)) < 0.5
     text = pack_bits(bits)
@@ -305,11 +347,14 @@ def test_data_that_cannot_be_evaluated_on_is_named(
 def test_a_run_without_a_log_and_with_few_images_is_evaluated(tmp_path: Path) -> None:
     """No curves are drawn, and all training images are neighbours."""
     run, out = make_run(tmp_path, train=gray_source(6), val=gray_source(4)), io.StringIO()
+    run = replace(run, step=7)
     (tmp_path / "metrics.jsonl").unlink()
     evaluate_run(run, World(CPU), Console(file=out))
     assert out.getvalue().startswith(f"figure {tmp_path / 'density.png'}")
     assert (tmp_path / "linear.json").is_file()
-    assert "with k = 6, all training images" in out.getvalue()
+    end = ", measured at step 7 of 40"
+    assert f"with k = 6, all training images{end}\n" in out.getvalue()
+    assert out.getvalue().endswith(f"{end}\n")
     # Figures are drawn before the labels are needed.
     run = make_run(tmp_path / "other", train=gray_source(24, labelled=False))
     with pytest.raises(InputError, match="class folders"):

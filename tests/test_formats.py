@@ -52,7 +52,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 
 
 def test_a_checkpoint_gives_its_weights(run: Path) -> None:
-    config, model = load_model(run, CPU)
+    config, model, step, steps = load_model(run, CPU)
+    assert (step, steps) == (3, 4)
     assert (config.images, config.model.dim, config.augment.size) == (32, 8, 12)
     expected = [-0.0521, -0.2578, 0.1097, -0.2557, -0.2765, 0.0047, 0.2753, -0.0875, -0.0091]
     bias = model.state_dict()["predictor.3.bias"]

@@ -20,7 +20,7 @@ from vi_simsiam.config import LossConfig, flat
 from vi_simsiam.data.pixels import to_rgb
 from vi_simsiam.data.views import eval_view
 from vi_simsiam.engine.run import Run
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import InputError, RunWarning
 from vi_simsiam.export import export_run
 from vi_simsiam.export.folder import model_card
 
@@ -107,6 +107,17 @@ def test_results_are_those_of_the_files(run: Run) -> None:
     assert results is not None
     found = {result.metric_name: result.metric_value for result in results}
     assert found == {"kNN": 0.81234, "linear": 0.81234, "linear, held out": 0.7}
+
+
+def test_results_of_earlier_weights_are_not_measured(run: Run) -> None:
+    (run.path / "knn.json").write_text(json.dumps({"top1": {"trained": 0.8}, "step": 0}))
+    (run.path / "linear.json").write_text(json.dumps({"top1": {"trained": 0.9}, "step": 1}))
+    (run.path / "checkpoint-00000001.safetensors").touch()
+    with pytest.warns(RunWarning, match="knn.json is left out: it is of step 0, .* at step 1;"):
+        text = card(run)
+    assert table(text, "encoder")[0][1:3] == ["not measured", "90.0 %"]
+    results = front_matter(text).eval_results
+    assert [result.metric_name for result in results or ()] == ["linear"]
 
 
 def test_kappa_stands_beside_the_best_trivial_score_and_the_best_of_the_others(run: Run) -> None:

@@ -15,6 +15,7 @@ import tyro
 from evaluation_cases import feature_sets, gray_source, make_run, skip_rendering, uncertainty_result
 from PIL import Image
 
+from vi_simsiam.cli import main
 from vi_simsiam.cli.evaluate import report
 from vi_simsiam.config import TrainConfig, differing_fields, preset
 from vi_simsiam.data.sources import ArraySource
@@ -260,6 +261,29 @@ def test_simsiam_has_a_report_without_certainty(tmp_path: Path) -> None:
     # `uncertainty` refuses such a run, so the page must not send anybody there.
     assert "vi-simsiam uncertainty" not in found.text
     assert "SimSiam predicts no concentration" in found.text
+
+
+def test_results_of_earlier_weights_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are named on the page and in one line each, with the command that makes them again."""
+    make_run(tmp_path, val=gray_source(4))
+    evaluate_knn(feature_sets(tmp_path), KnnConfig(k=5))
+    (tmp_path / "uncertainty.json").write_text(json.dumps(uncertainty_result() | {"step": 20}))
+    for last, earlier in ((40, {"uncertainty": 20}), (50, {"knn": 40, "uncertainty": 20})):
+        (tmp_path / f"checkpoint-{last:08d}.safetensors").touch()
+        assert main(["report", str(tmp_path)]) == 0
+        err, found = capsys.readouterr().err.splitlines(), Page(tmp_path / "report.html")
+        lines = [
+            f"{tmp_path / name}.json is left out: it is of step {step}, the run is at step {last}; "
+            f"vi-simsiam {name} {tmp_path} makes it again"
+            for name, step in earlier.items()
+        ]
+        assert [line for line in err if "left out" in line] == [f"warning: {x}" for x in lines]
+        assert "; ".join(lines) in found.text
+        assert ("accuracies" in found.tables) == ("knn" not in earlier)
+        assert "misclassification" not in found.tables
+    assert not (tmp_path / "reliability.png").exists()
 
 
 def test_nothing_to_report_is_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import InputError, RunWarning
 from vi_simsiam.experiments import seeds
 from vi_simsiam.experiments.seeds import run_seeds
 
@@ -137,6 +137,18 @@ def test_a_run_that_stopped_learning_is_named_once(run: Runs) -> None:
         code, text = run("--dead=0", *last, "--overwrite", seeds=1)
         assert code == 0
         assert re.search(rf"^seed 0: done in \d s  {line}$", text, re.MULTILINE)
+
+
+def test_an_accuracy_of_earlier_weights_is_left_out(run: Runs, out: Path) -> None:
+    assert run(seeds=2)[0] == 0
+    for seed, step in ((0, 3), (1, 2)):
+        (out / f"seed-{seed}" / "checkpoint-00000003.safetensors").touch()
+        found = {"top1": {"trained": 0.7}, "step": step}
+        (out / f"seed-{seed}" / "knn.json").write_text(json.dumps(found))
+    with pytest.warns(RunWarning, match="seed-1/knn.json is left out: it is of step 2"):
+        assert run("--resume")[0] == 0
+    content = json.loads((out / "seeds.json").read_text())
+    assert [each["top1"] for each in content["runs"]] == [{"kNN": 0.7}, {}]
 
 
 def test_a_failed_seed_does_not_affect_the_others(run: Runs, out: Path) -> None:

@@ -39,7 +39,7 @@ class ImageWarning(LineWarning):
 
 
 class RunWarning(LineWarning):
-    """A file of a run is damaged and another one is used, or a file system has no locks."""
+    """A file of a run is damaged or of an earlier step, or a file system has no locks."""
 
 
 def is_full(error: OSError) -> bool:

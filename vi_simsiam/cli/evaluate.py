@@ -105,7 +105,7 @@ def evaluate_run(
     if health is not None and health.short:
         print_line(output, f"warning: training {health.line}", style="yellow")
     for title, result in measured.items():
-        print_line(output, summary_line(title, result))
+        print_line(output, summary_line(title, result) + run.unfinished)
 
 
 def knn(arguments: list[str]) -> int:
@@ -147,12 +147,13 @@ def _classify(
     from vi_simsiam.evaluation.results import summary_line, summary_table
 
     with Console().status("features", spinner="line") as status:
-        features = collect(open_run(options), report=status.update)
+        run = open_run(options)
+        features = collect(run, report=status.update)
         status.update(f"{name} probes")
         result = score(features)
     if table:
         Console().print(summary_table({name: result}))
-    show(summary_line(name, result))
+    show(summary_line(name, result) + run.unfinished)
     return 0
 
 
@@ -190,7 +191,7 @@ def uncertainty(arguments: list[str]) -> int:
             report=lambda phrase: status.update(cell(phrase)),
         )
     print_result(result, console)
-    print_line(console, f"written to {run.path / UNCERTAINTY}")
+    print_line(console, f"written to {run.path / UNCERTAINTY}{run.unfinished}")
     return 0
 
 

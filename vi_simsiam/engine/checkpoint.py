@@ -216,6 +216,12 @@ def checkpoints(folder: Path) -> list[Path]:
     return found + [folder / FORMER] * (folder / FORMER).is_file()
 
 
+def last_step(folder: Path) -> int | None:
+    """The step of the last checkpoint in a run folder, by its name; None where no name has one."""
+    named = (_NAME.fullmatch(path.name) for path in checkpoints(folder)[:1])
+    return next((int(match[1]) for match in named if match is not None), None)
+
+
 def load_last(folder: Path) -> Checkpoint:
     """The last checkpoint in a run folder that is not damaged.
 

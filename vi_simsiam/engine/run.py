@@ -66,6 +66,10 @@ class Run:
     """The images of training and evaluation, as the configuration selects them."""
     device: torch.device
     workers: int
+    step: int
+    """The optimiser step of the weights."""
+    steps: int
+    """Those of the whole training."""
     weights: Weights = "last"
     """The checkpoint of the weights."""
 
@@ -73,6 +77,12 @@ class Run:
         method, data, model = self.config.method, self.config.data, self.config.model
         network = f"{model.backbone}, D = {model.dim}, {self.device}"
         return f"Run({str(self.path)!r}: {method} on {data}, {network})"
+
+    @property
+    def unfinished(self) -> str:
+        """The end of a line on a result of earlier weights than the last step's, else empty."""
+        early = self.step < self.steps
+        return f", measured at step {self.step} of {self.steps}" if early else ""
 
     def readable(self, source: ImageSource) -> tuple[PackedImages, list[Unreadable]]:
         """The decoded images of a split, and those that cannot be read.
@@ -115,7 +125,7 @@ def load_run(
     """
     path = user_path("run", path)
     place = resolve_device(device)
-    config, model = load_model(path, place)
+    config, model, step, steps = load_model(path, place)
     opened = placed(path, config, data=data, data_root=data_root, cache_dir=cache_dir)
     named = data is not None or data_root is not None
     splits = open_splits(
@@ -123,13 +133,15 @@ def load_run(
         run=path if data is None else None,
     )
     config = dataclasses.replace(opened, data=config.data)
-    return Run(path, config, model, splits, place, resolve_workers(workers, place))
+    return Run(path, config, model, splits, place, resolve_workers(workers, place), step, steps)
 
 
 def load_model(
     path: Path, device: torch.device, weights: Weights = "last"
-) -> tuple[TrainConfig, SimSiam]:
+) -> tuple[TrainConfig, SimSiam, int, int]:
     """The configuration of a run, and a checkpoint's weights in eval mode on `device`.
+
+    Then come the step of these weights and the steps of the whole training.
 
     Raises:
         InputError: no run there, or a damaged file.
@@ -142,7 +154,8 @@ def load_model(
     parts = dataclasses.replace(config.model, pretrained=False)
     model = build_model(dataclasses.replace(config, model=parts)).to(device).eval()
     checkpoint.restore(model)
-    return config, model
+    steps = config.epochs * (checkpoint.images // config.batch_size)
+    return config, model, checkpoint.step, steps
 
 
 def open_splits(config: TrainConfig, *, run: Path | None = None) -> Splits:

@@ -61,6 +61,8 @@ class FeatureSets:
     """(M,) int64."""
     device: torch.device
     """Device of the evaluations."""
+    step: int
+    """The optimiser step of the trained encoder."""
     unreadable: int = 0
     """Images left out because they cannot be read."""
     augmented: Callable[[], Iterator[tuple[Tensor, Tensor]]] | None = None
@@ -75,6 +77,7 @@ class FeatureSets:
         """
         result = {
             "evaluation": name,
+            "step": self.step,
             "data": self.data,
             "classes": len(self.classes),
             "train_images": len(self.train_labels),
@@ -134,6 +137,7 @@ def collect(
         val=features["val"],
         val_labels=torch.from_numpy(sources["val"].labels),
         device=device,
+        step=run.step,
         unreadable=unreadable,
         augmented=lambda: random_features(
             trained, train, size=size, device=device, workers=workers, report=report

@@ -33,6 +33,7 @@ class Settings(TypedDict):
 class Accuracies(TypedDict):
     """knn.json, linear.json and logistic.json: shares by encoder."""
 
+    step: NotRequired[Count]
     top1: Annotated[dict[Label, Share], _FEW]
     top5: NotRequired[Annotated[dict[Label, Share], _FEW] | None]
     held_out_top1: NotRequired[Annotated[dict[Label, Share], _FEW] | None]
@@ -134,6 +135,7 @@ _SAME_SCORES = Rule(
 class Uncertainty(TypedDict):
     """uncertainty.json."""
 
+    step: NotRequired[Count]
     data: Text
     images: Count
     settings: Settings

@@ -78,7 +78,9 @@ def write_report(folder: Path, open_run: Callable[[], Run] | None = None) -> Pat
         InputError: no run there, nothing was logged or evaluated yet, or a file cannot be read.
     """
     config = read_config(folder)
-    files = {name: read_result(folder, name) for name in _RESULTS}
+    notes: list[str] = []
+    files = {name: read_result(folder, name, notes) for name in _RESULTS}
+    left_out = {"Results": "; ".join(notes)} if notes else {}
     results = {name: result for name, result in files.items() if result is not None}
     makes = {
         command: shlex.join(["vi-simsiam", command, str(folder)])
@@ -110,7 +112,7 @@ def write_report(folder: Path, open_run: Callable[[], Run] | None = None) -> Pat
         "unwell": health.line if health is not None and health.short else None,
         "simsiam": config.method == "simsiam",
         **_results(results),
-        "facts": _facts(folder, config, results, damaged),
+        "facts": _facts(folder, config, results, damaged) | left_out,
         "makes": makes,
         "settings": settings(config),
         "evaluations": _evaluation_settings(results),

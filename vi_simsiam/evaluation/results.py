@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import shlex
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from vi_simsiam.errors import InputError
+from vi_simsiam.engine.checkpoint import last_step
+from vi_simsiam.errors import InputError, RunWarning
 from vi_simsiam.evaluation.forms import Accuracies, Uncertainty
 from vi_simsiam.files import read_json
 from vi_simsiam.text import counted
@@ -24,8 +26,18 @@ ACCURACIES = {"knn": "kNN", "linear": "linear", "logistic": "logistic"}
 _MEASURES = {"top1": "top-1", "top5": "top-5", "held_out_top1": "held-out top-1"}
 
 
-def read_result(run_folder: Path, name: str) -> dict[str, Any] | None:
+def read_result(
+    run_folder: Path, name: str, notes: list[str] | None = None
+) -> dict[str, Any] | None:
     """The content of RUN/`name`.json, of the form in `forms`; None without that file.
+
+    A result of another step than the last checkpoint's is left out, too, with a RunWarning. Files
+    of older versions have no step.
+
+    Args:
+        run_folder: a run folder.
+        name: the command that writes the file.
+        notes: a list that the text of the warning is added to.
 
     Raises:
         InputError: it cannot be read, or its content is not of that form.
@@ -34,11 +46,22 @@ def read_result(run_folder: Path, name: str) -> dict[str, Any] | None:
     if not os.path.lexists(path):
         return None
     form = Uncertainty if name == "uncertainty" else Accuracies
+    command = shlex.join(["vi-simsiam", name, str(run_folder)])
     try:
-        return cast(dict[str, Any], read_json(path, form, "run"))
+        result = cast(dict[str, Any], read_json(path, form, "run"))
     except InputError as error:
-        command = shlex.join(["vi-simsiam", name, str(run_folder)])
         raise InputError(f"{error}; {command} makes it again") from error
+    step, last = result.get("step"), last_step(run_folder)
+    if step is None or last is None or step == last:
+        return result
+    text = (
+        f"{path} is left out: it is of step {step}, the run is at step {last}; "
+        f"{command} makes it again"
+    )
+    warnings.warn(text, RunWarning, stacklevel=2)
+    if notes is not None:
+        notes.append(text)
+    return None
 
 
 def accuracies(results: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, float]]:

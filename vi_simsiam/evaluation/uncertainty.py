@@ -152,6 +152,7 @@ def evaluate_uncertainty(
     count = min(corruption_images, len(data.chosen))
     result = {
         "evaluation": "uncertainty",
+        "step": run.step,
         "data": run.splits.name,
         "dim": run.model.dim,
         "images": len(data.chosen),

@@ -68,7 +68,8 @@ class _Seed(Process):
     def result(self) -> dict[str, Any]:
         """The run's entry in seeds.json."""
         top1 = {}
-        for name, evaluation in _EVALUATIONS.items():
+        # A running one leaves its results behind with every checkpoint.
+        for name, evaluation in _EVALUATIONS.items() if self.exit is not None else ():
             with contextlib.suppress(InputError, KeyError):  # damaged, or not of these features
                 if (found := read_result(self.folder, evaluation)) is not None:
                     top1[name] = found["top1"]["trained"]

@@ -205,6 +205,7 @@ def _accuracies(run: Run, measures: Iterable[str]) -> dict[str, Any]:
         val={"trained": found["val"]},
         val_labels=torch.from_numpy(val.labels),
         device=device,
+        step=run.step,
         augmented=lambda: random_features(
             run.model.backbone, train, size=size, device=device, workers=workers, report=_report
         ),

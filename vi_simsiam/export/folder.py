@@ -250,7 +250,7 @@ def model_card(run: Run, format: str, *, check: dict[str, Any], versions: dict[s
     """The text of README.md for one exported format.
 
     Results are those in the run folder (knn.json, linear.json, logistic.json, uncertainty.json);
-    the others, and those of other weights than the last, are given as not measured.
+    the others, and those of other weights than the last checkpoint's, are given as not measured.
 
     Raises:
         InputError: a result file cannot be read, or lacks what the card shows.

@@ -271,11 +271,11 @@ def load(
     """
     path = user_path("run_folder", run_folder)
     chosen = resolve_device(device)
-    config, model = load_model(path, chosen, checkpoint)
+    config, model, step, steps = load_model(path, chosen, checkpoint)
     config = placed(path, config, data=config.data)  # a name only: no image is opened
     splits = Splits(config.data, FileSource((), name=config.data), None)
     threads = resolve_workers(workers, chosen)
-    return Encoder(Run(path, config, model, splits, chosen, threads, checkpoint))
+    return Encoder(Run(path, config, model, splits, chosen, threads, step, steps, checkpoint))
 
 
 def _numbered(
