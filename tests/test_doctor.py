@@ -150,6 +150,9 @@ def test_only_the_checkpoint_shows_that_a_run_is_finished(tmp_path: Path) -> Non
     for step, ending in ((150, "killed"), (200, "finished")):
         saved(folder, step)
         assert diagnose(folder).title == f"vi-simsiam, step 200 of 200, {ending}"
+    os.utime(folder / "metrics.jsonl")
+    (folder / "checkpoint-00000200.safetensors").write_text("damaged")
+    assert diagnose(folder).title.endswith("finished"), "at once, and whatever became of the file"
 
 
 def test_a_lock_separates_a_run_in_progress_from_a_killed_one(

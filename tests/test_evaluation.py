@@ -36,7 +36,7 @@ from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.data.subsets import labelled_splits
 from vi_simsiam.data.views import draw_table, eval_view
-from vi_simsiam.engine.checkpoint import Checkpoint
+from vi_simsiam.engine.checkpoint import Checkpoint, checkpoint_path
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.forward import extract
 from vi_simsiam.engine.run import load_run
@@ -267,14 +267,16 @@ def test_a_result_is_that_of_the_last_checkpoint(tmp_path: Path) -> None:
     for name in ("checkpoint.pt", "checkpoint-best.safetensors"):
         (tmp_path / name).touch()
         assert read_result(tmp_path, "knn") == result
-    (tmp_path / "checkpoint-00000000.safetensors").touch()
+    Checkpoint(0, 0.0, 8, {}).save(checkpoint_path(tmp_path, 0))
     with pytest.warns(RunWarning, match="is left out: it is of step 40, the run is at step 0; "):
         assert read_result(tmp_path, "knn") is None
-    (tmp_path / "checkpoint-00000040.safetensors").touch()
+    Checkpoint(40, 0.0, 8, {}).save(checkpoint_path(tmp_path, 40))
     assert read_result(tmp_path, "knn") == result
-    (tmp_path / "checkpoint-00000050.safetensors").touch()
+    Checkpoint(50, 0.0, 8, {}).save(checkpoint_path(tmp_path, 50))
     with pytest.warns(RunWarning, match="it is of step 40, the run is at step 50; "):
         assert read_result(tmp_path, "knn") is None
+    checkpoint_path(tmp_path, 50).write_text("damaged")
+    assert read_result(tmp_path, "knn") == result, "an evaluation falls back as well"
     del result["step"]
     file.write_text(json.dumps(result))
     assert read_result(tmp_path, "knn") == result

@@ -35,19 +35,15 @@ def test_damaged_lines_are_left_out_and_counted(tmp_path: Path) -> None:
 
 
 def test_no_damaged_bit_becomes_another_figure(tmp_path: Path) -> None:
-    line = {"step": 10, "loss": -0.25, "state": "dead"}
-    encoded = json_lines([line]).encode()
+    first, second = ({"step": step, "loss": -0.25, "state": "dead"} for step in (10, 20))
+    encoded = json_lines([first, second]).encode()
     (tmp_path / "metrics.jsonl").write_bytes(encoded)
-    assert read_log(tmp_path) == ([line], 0)
-    refused = 0
-    for bit in range(8 * (len(encoded) - 1)):
+    assert read_log(tmp_path) == ([first, second], 0)
+    for bit in range(8 * encoded.index(b"\n")):
         (tmp_path / "metrics.jsonl").write_bytes(damaged(encoded, *divmod(bit, 8)))
         found, count = read_log(tmp_path)
-        if not count:  # the key of the checksum is another
-            (only,) = found
-            assert line.items() <= only.items(), bit
-        refused += count > 0
-    assert refused > 0.7 * bit
+        assert found == [second], bit
+        assert count > 0, bit
 
 
 def test_a_log_may_be_larger_than_other_files(

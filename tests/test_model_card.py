@@ -19,6 +19,7 @@ from PIL import Image
 from vi_simsiam.config import LossConfig, flat
 from vi_simsiam.data.pixels import to_rgb
 from vi_simsiam.data.views import eval_view
+from vi_simsiam.engine.checkpoint import Checkpoint
 from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError, RunWarning
 from vi_simsiam.export import export_run
@@ -112,7 +113,7 @@ def test_results_are_those_of_the_files(run: Run) -> None:
 def test_results_of_earlier_weights_are_not_measured(run: Run) -> None:
     (run.path / "knn.json").write_text(json.dumps({"top1": {"trained": 0.8}, "step": 0}))
     (run.path / "linear.json").write_text(json.dumps({"top1": {"trained": 0.9}, "step": 1}))
-    (run.path / "checkpoint-00000001.safetensors").touch()
+    Checkpoint(1, 0.0, 8, {}).save(run.path / "checkpoint-00000001.safetensors")
     with pytest.warns(RunWarning, match="knn.json is left out: it is of step 0, .* at step 1;"):
         text = card(run)
     assert table(text, "encoder")[0][1:3] == ["not measured", "90.0 %"]

@@ -19,6 +19,7 @@ from vi_simsiam.cli import main
 from vi_simsiam.cli.evaluate import report
 from vi_simsiam.config import TrainConfig, differing_fields, preset
 from vi_simsiam.data.sources import ArraySource
+from vi_simsiam.engine.checkpoint import Checkpoint
 from vi_simsiam.engine.knn import KnnConfig
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.corruptions import MAGNITUDES
@@ -271,7 +272,7 @@ def test_results_of_earlier_weights_are_left_out(
     evaluate_knn(feature_sets(tmp_path), KnnConfig(k=5))
     (tmp_path / "uncertainty.json").write_text(json.dumps(uncertainty_result() | {"step": 20}))
     for last, earlier in ((40, {"uncertainty": 20}), (50, {"knn": 40, "uncertainty": 20})):
-        (tmp_path / f"checkpoint-{last:08d}.safetensors").touch()
+        Checkpoint(last, 0.0, 8, {}).save(tmp_path / f"checkpoint-{last:08d}.safetensors")
         assert main(["report", str(tmp_path)]) == 0
         err, found = capsys.readouterr().err.splitlines(), Page(tmp_path / "report.html")
         lines = [

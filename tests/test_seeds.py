@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from vi_simsiam.engine.checkpoint import Checkpoint
 from vi_simsiam.errors import InputError, RunWarning
 from vi_simsiam.experiments import seeds
 from vi_simsiam.experiments.seeds import run_seeds
@@ -142,7 +143,7 @@ def test_a_run_that_stopped_learning_is_named_once(run: Runs) -> None:
 def test_an_accuracy_of_earlier_weights_is_left_out(run: Runs, out: Path) -> None:
     assert run(seeds=2)[0] == 0
     for seed, step in ((0, 3), (1, 2)):
-        (out / f"seed-{seed}" / "checkpoint-00000003.safetensors").touch()
+        Checkpoint(3, 0.0, 8, {}).save(out / f"seed-{seed}" / "checkpoint-00000003.safetensors")
         found = {"top1": {"trained": 0.7}, "step": step}
         (out / f"seed-{seed}" / "knn.json").write_text(json.dumps(found))
     with pytest.warns(RunWarning, match="seed-1/knn.json is left out: it is of step 2"):

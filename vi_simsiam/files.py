@@ -116,26 +116,29 @@ def read_lines(path: Path, kind: type[_Content], option: str) -> tuple[list[_Con
     """The lines of a JSON Lines file that are of a known form, and the number of the others.
 
     A crash cuts the last line off, and a log is still of use without it. Values may be NaN or
-    infinite. A checksum, see `json_lines`, must be right and is left out; older files have none.
+    infinite. The checksums of `json_lines` must be right and are left out; older files have none.
     Without a file there is no line.
 
     Raises:
         InputError: `path` is no regular file, or cannot be read.
     """
-    lines: list[_Content] = []
+    lines: list[tuple[bool, _Content]] = []
     damaged = 0
     if not os.path.lexists(path):
-        return lines, damaged
+        return [], 0
     with _opened(path, option, _MOST_BYTES_OF_LINES) as (file, _):
         while line := file.readline(_LONGEST_LINE):
             content, key, checksum = line.rstrip().partition(_CHECKSUM)
             try:
                 if key and checksum != b'%08x"}' % zlib.crc32(content):
                     raise ValueError("checksum")
-                lines.append(parse_json(content + b"}" if key else line, kind, finite=False))
+                encoded = content + b"}" if key else line
+                lines.append((bool(key), parse_json(encoded, kind, finite=False)))
             except ValueError:
                 damaged += 1
-    return lines, damaged
+    checked = any(key for key, _ in lines)  # the key of a checksum can be damaged, too
+    kept = [content for key, content in lines if key or not checked]
+    return kept, damaged + len(lines) - len(kept)
 
 
 def json_lines(lines: Iterable[dict[str, Any]]) -> str:

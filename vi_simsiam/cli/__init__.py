@@ -69,9 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0 done, 1 a problem was found (doctor) or anything became slower (bench
-            compare), 2 unusable input, 3 a training has collapsed (--stop-on), 130 interrupted by
-            SIGINT, SIGTERM, SIGHUP or SIGUSR1 (a training is saved), 141 output without a reader.
+        The exit code: 0 done, 1 a problem was found (doctor, info --check), anything became slower
+            (bench compare) or one of several runs failed, 2 unusable input, 3 a training has
+            collapsed (--stop-on), 130 interrupted by SIGINT, SIGTERM, SIGHUP or SIGUSR1 (a training
+            is saved), 141 output without a reader.
     """
     for stream in (sys.stdout, sys.stderr):
         if not isinstance(stream, io.TextIOWrapper) or stream.closed:

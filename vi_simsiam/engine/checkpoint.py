@@ -217,9 +217,15 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def last_step(folder: Path) -> int | None:
-    """The step of the last checkpoint in a run folder, by its name; None where no name has one."""
-    named = (_NAME.fullmatch(path.name) for path in checkpoints(folder)[:1])
-    return next((int(match[1]) for match in named if match is not None), None)
+    """The step of the last checkpoint in a run folder, damaged or not; None without any.
+
+    Raises:
+        InputError: it is of version 0.1, which has the step inside, and cannot be read.
+    """
+    for path in checkpoints(folder):
+        match = _NAME.fullmatch(path.name)
+        return Checkpoint.load(path).step if match is None else int(match[1])
+    return None
 
 
 def load_last(folder: Path) -> Checkpoint:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.engine import verdict
-from vi_simsiam.engine.checkpoint import checkpoints, load_last
+from vi_simsiam.engine.checkpoint import last_step
 from vi_simsiam.engine.failure import Failure
 from vi_simsiam.engine.failure import read as read_failure
 from vi_simsiam.engine.kernels import kernels_of
@@ -141,16 +141,18 @@ def _ending(
     folder: Path, config: TrainConfig, lines: Lines, failure: Failure | None, health: Health
 ) -> Ending:
     """The way in which a run ended, by its files."""
+    logged, saved = lines[-1]["step"] if lines else 0, last_step(folder)
+    if saved is None:  # copied without weights
+        saved = logged
+    whole = saved >= logged  # a line is written before its checkpoint
+    if whole and lines and lines[-1].get("epoch", 0) >= config.epochs:
+        return "finished"
     if _is_running(folder, lines):
         return "going on"
-    logged = lines[-1]["step"] if lines else 0
-    saved = load_last(folder).step if checkpoints(folder) else logged  # copied without weights
     if failure is not None and saved == failure["checkpoint_step"]:
         return "not finite"
-    if saved < logged:  # a line is written before its checkpoint
+    if not whole:
         return "killed"
-    if lines and lines[-1].get("epoch", 0) >= config.epochs:
-        return "finished"
     return "collapsed" if config.stop_on and health.state == "collapsed" else "interrupted"
 
 

@@ -278,7 +278,7 @@ def check_saved(path: Path, config: TrainConfig, checkpoint: Checkpoint) -> None
     try:
         trained = dataclasses.replace(TrainConfig.from_dict(checkpoint.config), data=config.data)
     except InputError as error:
-        raise InputError(f"run: the last checkpoint in {path} is damaged ({error})") from error
+        raise InputError(f"run: a checkpoint in {path} is damaged ({error})") from error
     if differing := differing_fields(trained, config):
         raise InputError(
             f"run: {path / CONFIG} is damaged or was changed: {'; '.join(differing)}; "

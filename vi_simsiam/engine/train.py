@@ -89,9 +89,7 @@ class Trainer:
         path = None if folder is None else user_path("folder", folder)
         if path is None and resume:
             raise InputError("resume: no folder given; it must be the run folder to go on with")
-        going_on = False
-        if path is not None:
-            going_on = run.check_folder(path, resume=resume, overwrite=overwrite)
+        going_on = path is not None and run.check_folder(path, resume=resume, overwrite=overwrite)
         resumed = path if going_on else None
         saved = config if resumed is None else run.read_config(resumed)
         # The decoding may change until the images are open.
@@ -112,7 +110,7 @@ class Trainer:
         if resumed is not None:
             found, checkpoint = checkpoints(resumed), load_last(resumed)
             run.check_saved(resumed, saved, checkpoint)
-        # A folder that not all ranks see, or a file that one of them read otherwise.
+        # Ranks can have folders of their own, or read a file otherwise.
         self.world.agree("checkpoint", None if checkpoint is None else checkpoint.step)
         self.model = initial_model(config, self.world, fresh=not going_on)
         with self.world.main_first():  # rank 0 decodes the images, the others read its cache
@@ -378,10 +376,11 @@ class Trainer:
 
     def _save(self) -> None:
         self._check_losses()
-        if not all(torch.isfinite(tensor).all() for tensor in self.model.state_dict().values()):
-            raise TrainingError(
-                f"the weights are not finite at step {self.step}; {self._last_good()}"
-            )
+        # Of BatchNorm's statistics rank 0's are saved.
+        saved = self.model.state_dict().values() if self.world.is_main else self.model.parameters()
+        if not all(torch.isfinite(tensor).all() for tensor in saved):
+            text = f"the weights are not finite at step {self.step}; {self._last_good()}"
+            raise TrainingError(text)
         checkpoint = Checkpoint(
             self.step,
             self.seconds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import shlex
 import warnings
@@ -15,7 +16,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from vi_simsiam.engine.checkpoint import last_step
+from vi_simsiam.engine.checkpoint import last_step, load_last
 from vi_simsiam.errors import InputError, RunWarning
 from vi_simsiam.evaluation.forms import Accuracies, Uncertainty
 from vi_simsiam.files import read_json
@@ -31,8 +32,8 @@ def read_result(
 ) -> dict[str, Any] | None:
     """The content of RUN/`name`.json, of the form in `forms`; None without that file.
 
-    A result of another step than the last checkpoint's is left out, too, with a RunWarning. Files
-    of older versions have no step.
+    A result of other weights than the last good checkpoint's is left out, too, with a RunWarning.
+    Files of older versions have no step.
 
     Args:
         run_folder: a run folder.
@@ -51,8 +52,11 @@ def read_result(
         result = cast(dict[str, Any], read_json(path, form, "run"))
     except InputError as error:
         raise InputError(f"{error}; {command} makes it again") from error
-    step, last = result.get("step"), last_step(run_folder)
-    if step is None or last is None or step == last:
+    step, last = result.get("step"), None
+    with contextlib.suppress(InputError):  # no checkpoint that can be read
+        if step is not None and step != last_step(run_folder):
+            last = load_last(run_folder).step
+    if last in (None, step):
         return result
     text = (
         f"{path} is left out: it is of step {step}, the run is at step {last}; "

@@ -165,7 +165,7 @@ def run_seeds(
 
     def start_all() -> None:
         if waiting := [run for run in pending if run.state == "waiting"]:
-            write()  # a command that is killed now can be given again
+            write()  # killed now, they go on with --resume auto
             for run in waiting:
                 run.train(words, max(1, cores() // len(waiting)), resume=resume)
             write()
