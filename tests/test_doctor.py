@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -241,6 +242,19 @@ def failed(settings: TrainConfig, folder: Path, monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(TrainingError, match=r"step 7 \(epoch 2\).*doctor .* --replay shows"):
             trainer.fit()
     return trainer
+
+
+def test_a_failure_counts_until_the_run_has_gone_on(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    failed(config(image_folder), run, monkeypatch)
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoint*", ".*"))
+    os.utime(copy / "metrics.jsonl", (0, 0))
+    for folder in (run, copy):
+        assert diagnose(folder).title.endswith("stopped at a loss that is not finite")
+    saved(run, load_last(run).step + 1)
+    assert diagnose(run).title.endswith("interrupted")
 
 
 def test_the_batch_of_a_loss_that_is_not_finite_is_made_again(

@@ -103,8 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = f"not enough memory ({cut(str(error) or 'no more was given')})"
-        print(one_line(f"vi-simsiam: {reason}"), file=sys.stderr)
+        reason = str(error).rpartition("DefaultCPUAllocator: ")[2] or "none is left"
+        print(one_line(f"vi-simsiam: not enough memory ({cut(reason)})"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(_INTERRUPTED, end="", file=sys.stderr)

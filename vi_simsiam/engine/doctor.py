@@ -142,14 +142,13 @@ def _ending(
 ) -> Ending:
     """The way in which a run ended, by its files."""
     logged, saved = lines[-1]["step"] if lines else 0, last_step(folder)
-    if saved is None:  # copied without weights
-        saved = logged
-    whole = saved >= logged  # a line is written before its checkpoint
+    # A line is written before its checkpoint; a copy without weights has none.
+    whole = saved is None or saved >= logged
     if whole and lines and lines[-1].get("epoch", 0) >= config.epochs:
         return "finished"
     if _is_running(folder, lines):
         return "going on"
-    if failure is not None and saved == failure["checkpoint_step"]:
+    if failure is not None and saved in (None, failure["checkpoint_step"]):
         return "not finite"
     if not whole:
         return "killed"
