@@ -21,7 +21,7 @@ from PIL import Image
 
 from vi_simsiam.benchmarks import compare, plots, report
 from vi_simsiam.benchmarks.results import read_result as read_benchmark
-from vi_simsiam.config import TrainConfig, read_settings, updated
+from vi_simsiam.config import TrainConfig
 from vi_simsiam.engine.kernels import KernelChoice
 from vi_simsiam.engine.log import read_log
 from vi_simsiam.engine.run import read_config
@@ -38,6 +38,7 @@ from vi_simsiam.experiments.forms import Spec, Trained
 from vi_simsiam.experiments.results import Experiment, collect
 from vi_simsiam.export.folder import model_card
 from vi_simsiam.files import read_json
+from vi_simsiam.settings import read_settings, updated
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks" / "results" / "cpu"
 _CONFIG = tiny_config("fashion-mini")

@@ -23,14 +23,13 @@ from vi_simsiam.config import (
     ModelConfig,
     TrainConfig,
     preset,
-    read_settings,
-    updated,
 )
 from vi_simsiam.data.datasets import open_dataset
 from vi_simsiam.data.decoding import median_side
 from vi_simsiam.data.defaults import suited, suited_size
 from vi_simsiam.data.sources import ArraySource, FileSource
 from vi_simsiam.errors import InputError
+from vi_simsiam.settings import read_settings, updated
 
 VARIANT = TrainConfig(
     frozen_run=Path("runs/a"),

@@ -19,11 +19,10 @@ from vi_simsiam.config import (
     TrainConfig,
     policy,
     preset,
-    read_settings,
-    updated,
 )
 from vi_simsiam.errors import CollapsedError, InputError
 from vi_simsiam.paths import user_path
+from vi_simsiam.settings import read_settings, updated
 from vi_simsiam.text import counted, one_line, show
 
 if TYPE_CHECKING:
