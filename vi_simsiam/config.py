@@ -116,6 +116,9 @@ class TrainConfig:
     --held-out always do."""
     epochs: int = limited(100, at_least(1))
     batch_size: int = limited(64, at_least(2, "at least 2 (BatchNorm needs two samples)"))
+    accumulate: int = limited(1, at_least(1))
+    """Compute a batch in this many parts, one after the other, for less memory. The step is that
+    of the whole batch, except that BatchNorm normalises each part by its own statistics."""
     lr: float = limited(0.0125, POSITIVE)
     """Peak learning rate, reached after the warm-up and followed by a cosine decay to 0; not scaled
     by the batch size."""

@@ -54,5 +54,5 @@ def memory_errors(device: torch.device) -> Iterator[None]:
         text = " ".join(str(error).split(". ")[:2])
         raise TrainingError(
             f"memory of {device}: {text} ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free); "
-            "a smaller --batch-size, fewer --local-views or --data-memory host need less"
+            "a larger --accumulate, fewer --local-views or --data-memory host need less"
         ) from error
