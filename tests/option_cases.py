@@ -55,7 +55,7 @@ RUNS = {
         {_TRAIN} --overwrite --concentration detached --concentration-gain 2 --capture off \
             --kernels off --data-memory host""",
     "train compiled": f"""
-        {_TRAIN} --compile --accumulate 2 => cos""",
+        {_TRAIN} --compile --accumulate 2 --log trackio => cos""",
     "train pretrained": f"""
         {_TRAIN} --backbone resnet34 --pretrained""",
     "train frozen": f"""

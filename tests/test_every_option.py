@@ -18,6 +18,7 @@ import torch
 import torchvision
 import tyro
 from inference_cases import save_images, save_run
+from logger_cases import stand_in
 from matplotlib.figure import Figure
 from option_cases import RUNS, SMALL
 from PIL import Image
@@ -103,6 +104,7 @@ def filled(
     config = here["moved"] / CONFIG
     config.write_text(config.read_text().replace(str(places["images"]), "/gone/images"))
     monkeypatch.setenv("TORCH_HOME", str(places["torch"]))
+    stand_in("trackio", monkeypatch)
     in_process = SimpleNamespace(**vars(subprocess) | {"Popen": called})
     monkeypatch.setattr(processes, "subprocess", in_process)
     monkeypatch.setattr(processes, "_POLL_SECONDS", 0.0)
