@@ -98,6 +98,9 @@ RUNS = {
             => checked on 8 images of images
         export {resnet} --format timm --overwrite --checkpoint best --out {out} \
             => checked on fashion-mini""",
+    "push-to-hub": """
+        push-to-hub {resnet} somebody/photos --format timm --private --checkpoint best \
+            --data {images} --data-root {here} => published: https://huggingface.co/somebody/photos""",
     "pack": f"""
         pack {{images}} --out {{out}}.pack --shorter-side 12 --workers 1 --data-root {{here}} \
             --offline => about 17.3 kB
