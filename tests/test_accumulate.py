@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,14 +15,17 @@ import pytest
 import torch
 from graph_cases import with_stand_in
 from test_distributed import real_run, run_ranks, values
-from test_step import RATES, assert_same, everything, resnet_model, views
+from test_step import RATES, assert_same, everything, group_of_one, resnet_model, views
 from test_trainer import QUIET, config, metrics
 from torch import Tensor, nn
+from torch.distributed import GradBucket
+from torch.nn.parallel import DistributedDataParallel
 
 from vi_simsiam.config import AugmentConfig
 from vi_simsiam.data.defaults import suited
+from vi_simsiam.engine import replay
 from vi_simsiam.engine.distributed import World
-from vi_simsiam.engine.network import Bfloat16Weights, backward, training_network
+from vi_simsiam.engine.network import OWN_BUFFERS, Bfloat16Weights, backward, training_network
 from vi_simsiam.engine.step import TrainStep
 from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import InputError
@@ -163,6 +168,45 @@ def test_parts_on_two_ranks_train_as_one_process(image_folder: Path, tmp_path: P
         assert [line[name] for line in parts] == pytest.approx(numbers, rel=1e-5), name
     for name, value in expected.items():
         np.testing.assert_allclose(first[1][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_ranks_exchange_gradients_once_a_step() -> None:
+    """One bucket holds all of them; a hook of DistributedDataParallel counts."""
+    step, plain, sent = make_step("vi-simsiam", 4), make_step("vi-simsiam", 4), list[int]()
+
+    def hook(state: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        sent.append(bucket.index())
+        found: torch.futures.Future[Tensor] = torch.futures.Future()
+        found.set_result(bucket.buffer())
+        return found
+
+    hook.__annotations__.clear()  # torch refuses those that are text
+    with group_of_one():
+        network = DistributedDataParallel(step.model, **OWN_BUFFERS)
+        network.register_comm_hook(None, hook)
+        step.network = network
+        for number in range(3):
+            step(batch(number))
+            plain(batch(number))
+    assert sent == [0, 0, 0]
+    assert_same(everything(step), everything(plain))
+
+
+@pytest.mark.usefixtures("small_network")
+def test_a_failed_batch_is_made_again_in_parts(image_folder: Path, tmp_path: Path) -> None:
+    """Loss and norm of the gradient are those of the step."""
+    settings = config(image_folder, accumulate=2, kernels="off")
+    trainer = Trainer(settings, tmp_path / "run", console=QUIET)
+    given = next(iter(trainer.loader.epoch(0))).views
+    again = SimpleNamespace(
+        config=settings, model=copy.deepcopy(trainer.model), device=torch.device("cpu")
+    )
+    loss, norm, _ = replay._figures(again, given)  # type: ignore[arg-type]
+    trainer.model.train()
+    trainer.train_step(given)
+    expected = trainer.train_step.losses[0].item() / settings.loss_scale
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert norm == pytest.approx(trainer.train_step.gradient_norm().item(), rel=1e-5)
 
 
 @pytest.mark.usefixtures("small_network")

@@ -88,7 +88,7 @@ def response(status: int) -> Any:
         (errors.RevisionNotFoundError("404", response=response(404)), "has no such revision"),
         (errors.HfHubHTTPError("401", response=response(401)), "there is no token, or it has no"),
         (errors.LocalTokenNotFoundError("none"), "log in with hf auth login, or set HF_TOKEN"),
-        (errors.OfflineModeIsEnabled("off"), "cannot be reached, and no copy is on this machine"),
+        (errors.OfflineModeIsEnabled("off"), "HF_HUB_OFFLINE is set"),
         (errors.HfHubHTTPError("500 wrong\nRequest 1", response=response(500)), "(500 wrong)"),
         (TimeoutError("timed out"), "(timed out)"),
     ],

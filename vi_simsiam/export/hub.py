@@ -123,7 +123,9 @@ def _reason(error: Exception) -> str:
         return f"there is no such repository, or it is private: {_LOGIN}"
     if isinstance(error, errors.RevisionNotFoundError):
         return "it has no such revision"
-    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, errors.LocalEntryNotFoundError):
         return "the Hugging Face Hub cannot be reached, and no copy is on this machine"
     if isinstance(error, errors.EntryNotFoundError):
         return f"it has no {WEIGHTS}; vi-simsiam push-to-hub writes one"
