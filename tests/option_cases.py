@@ -92,7 +92,7 @@ RUNS = {
         embed {{run}} {{others}} --overwrite --out {{out}}.parquet => 8 images""",
     "rank": f"""
         rank {_APPLIED} -k 2 --checkpoint best --out {{out}} => 56 images
-        rank {{run}} {{others}} --k 3 --overwrite --out {{out}} => 8 images""",
+        rank {{run}} {{others}} --k 3 --by mahalanobis --overwrite --out {{out}} => 8 images""",
     "export": """
         export {resnet} --format timm --data {images} --data-root {here} --out {out} \
             => checked on 8 images of images

@@ -35,7 +35,6 @@ from vi_simsiam.evaluation.logistic import LogisticConfig, LogisticProbe
 from vi_simsiam.evaluation.scores import (
     DESCRIPTIONS,
     JPEG_QUALITY,
-    NEIGHBOURS,
     TRIVIAL,
     VIEWS,
     Network,
@@ -43,6 +42,7 @@ from vi_simsiam.evaluation.scores import (
     agreement,
 )
 from vi_simsiam.files import write_json
+from vi_simsiam.inference.label_free import NEIGHBOURS
 from vi_simsiam.info import versions
 from vi_simsiam.models import VISimSiam
 from vi_simsiam.text import counted
