@@ -22,6 +22,7 @@ from torch import Tensor
 from vi_simsiam.config import flat
 from vi_simsiam.data.sources import ImageSource, UnreadableError
 from vi_simsiam.data.views import eval_view
+from vi_simsiam.data_names import data_label
 from vi_simsiam.engine.log import read_log
 from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError, none_of
@@ -40,7 +41,7 @@ from vi_simsiam.export.formats import (
 from vi_simsiam.files import write_json, write_text
 from vi_simsiam.info import versions
 from vi_simsiam.paths import user_path, utf8_path
-from vi_simsiam.text import METHODS, counted, data_label, fill_template, markdown, one_line
+from vi_simsiam.text import METHODS, counted, fill_template, markdown, one_line
 
 CARD, SETTINGS, TIMM_SETTINGS = "README.md", "config.json", "training.json"
 CHECK_IMAGES = 8
