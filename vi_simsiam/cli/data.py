@@ -23,7 +23,7 @@ _LEAST_SHOWN = 112
 @dataclass(frozen=True, kw_only=True)
 class _Pack(SourceOptions):
     images: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
-    """A folder of images, or a data set by name."""
+    """Images in any form that --data of `train` takes."""
     out: Path
     """File to write, such as mine.pack; validation images go to mine.val.pack."""
     shorter_side: int | None = None

@@ -339,7 +339,7 @@ def _size(path: Path) -> int:
 def new_folder(parent: Path, config: TrainConfig) -> Path:
     """Make the first free folder parent/DATA-METHOD-NNN; two processes never get the same one."""
     data = Path(data_label(config.data).partition(":")[2] or config.data).name
-    data = re.sub(r"[*?{}\[\]]", "", data.removesuffix(".pack"))[:64]  # a pattern, many folders
+    data = re.sub(r"[*?{}\[\],]", "", data.removesuffix(".pack"))[:64]  # a pattern, many folders
     stem = f"{data or 'data'}-{config.method}"
     parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
