@@ -23,6 +23,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+from vi_simsiam.cli import main
 from vi_simsiam.cli.parsing import with_folders
 from vi_simsiam.config import DecodeConfig, TrainConfig
 from vi_simsiam.data.cache import cached, in_memory
@@ -371,3 +372,23 @@ def test_names_of_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert with_folders(words) == ["--epochs", "2", "--data", config.data, "--out", "c"]
     assert with_folders(["--data"]) == ["--data"]
     assert with_folders(["--data", "a"]) == ["--data", "a"]
+
+
+def test_commands_take_several_folders_and_lists(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = write_list(tmp_path)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "x.png").write_bytes(png(0))
+    sheet = str(tmp_path / "views.png")
+    folders = [str(tmp_path / name) for name in ("deep", "more")]
+    heights = []
+    for named in (folders, folders[:1]):
+        assert main(["views", "--data", *named, "--out", sheet]) == 0
+        with Image.open(sheet) as drawn:
+            heights.append(drawn.height)
+    assert heights[0] > heights[1]  # seven rows and six
+    assert main(["pack", spec, "--out", str(tmp_path / "a.pack"), "--workers", "0"]) == 0
+    assert "(6 images" in capsys.readouterr().out
+    assert main(["train", "--data", folders[0], spec]) == 2
+    assert "photos.txt is no folder" in capsys.readouterr().err

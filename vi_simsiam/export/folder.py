@@ -261,8 +261,8 @@ def model_card(run: Run, format: str, *, check: dict[str, Any], versions: dict[s
 
     config, model = run.config, run.config.model
     vi = config.method == "vi-simsiam"
-    kind, _, path = config.data.partition(":")
     label = one_line(data_label(config.data))
+    kind, _, name_of_data = label.partition(":")
     columns: dict[str, dict[str, float]] = {
         heading: (_result(run, name) or {}).get(key) or {} for name, key, heading in _COLUMNS
     }
@@ -297,7 +297,7 @@ def model_card(run: Run, format: str, *, check: dict[str, Any], versions: dict[s
         "vi": vi,
         "architecture": model.backbone,
         "stem_width": conv1.shape[0] if model.stem == "small" and conv1 is not None else None,
-        "data": kind if kind in _HUB_DATA else f"images of one's own ({markdown(Path(path).name)})",
+        "data": kind if kind in _HUB_DATA else f"images of one's own ({markdown(name_of_data)})",
         "features": run.model.features,
         "dim": run.model.dim,
         "seen": preprocessing(config),
