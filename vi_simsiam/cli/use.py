@@ -18,6 +18,7 @@ from rich.console import Console
 
 from vi_simsiam.cli import BENCHMARKS
 from vi_simsiam.cli.parsing import RunPath, SourceOptions, parse
+from vi_simsiam.data_names import LISTING_KINDS, data_spec
 from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.paths import user_path
 from vi_simsiam.text import counted, show
@@ -179,7 +180,8 @@ def _source(images: str, options: _Images, decode: DecodeConfig, *, train: bool)
     from vi_simsiam.data.datasets import ACCEPTED
     from vi_simsiam.inference.images import open_images
 
-    if user_path("images", images).exists():
+    kind = data_spec(images).partition(":")[0]
+    if user_path("images", images).exists() and kind not in LISTING_KINDS:
         return open_images(images, decode)
     try:
         splits = options.open(images, decode)

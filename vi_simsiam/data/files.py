@@ -135,6 +135,11 @@ def is_image(path: str) -> bool:
     return False
 
 
+def has_image_suffix(name: str) -> bool:
+    """Return True if Pillow opens files of this suffix; no file of this name is looked at."""
+    return _suffix(name) in _suffixes()
+
+
 def formats(path: str) -> list[str]:
     """Return the formats that a file may have: those recognised by content, and its suffix's."""
     by_suffix = _suffixes().get(_suffix(path), "JPEG")

@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 
 from vi_simsiam.config import DecodeConfig
 from vi_simsiam.data.files import formats
+from vi_simsiam.data.inside import Inside, byte_count, file_of, open_image
 from vi_simsiam.data.pixels import count_frames, to_rgb, upright_size
 from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted
@@ -166,7 +167,7 @@ class FileSource(ImageSource):
     """Images in files, decoded on every access.
 
     Args:
-        paths: of the files.
+        paths: of the files; an image in a larger file is an `Inside`.
         labels: class of every image, see `ImageSource`.
         classes: class names.
         name: short name.
@@ -229,7 +230,7 @@ class FileSource(ImageSource):
         path, keep = self.paths[index], False
         # For damaged files Pillow raises almost any exception, such as SyntaxError or struct.error.
         try:
-            status = os.stat(path)
+            status = os.stat(file_of(path))
             if not stat.S_ISREG(status.st_mode):  # reading a pipe would block forever
                 raise ValueError("no regular file")
             # A forked process shares its parent's position in an open file.
@@ -237,7 +238,7 @@ class FileSource(ImageSource):
             if _kept.key != key or _kept.image.tell() > frame:  # not all formats seek backwards
                 close_kept()
                 # Given the path, Pillow maps a TIFF, and misreads the rows of a turned one.
-                file = _kept.files.enter_context(open(path, "rb"))  # noqa: SIM115
+                file = _kept.files.enter_context(open_image(path))
                 _kept.image = _kept.files.enter_context(Image.open(file, formats=formats(path)))
             _kept.key, image = key, _kept.image
             if frame < 0:
@@ -267,22 +268,24 @@ class FileSource(ImageSource):
     def fingerprint(self) -> str:
         """Return a digest of all paths, file sizes, modification times, labels and settings."""
         digest = hashlib.blake2b(digest_size=20)
+        last, facts = "", (-1, -1)
         for path in self.paths:
-            try:
-                status = os.stat(path)
-                facts = (status.st_size, status.st_mtime_ns)
-            except OSError:
-                facts = (-1, -1)  # to be reported as unreadable
-            digest.update(repr((os.path.abspath(path), *facts)).encode())
+            if (file := file_of(path)) != last:
+                last, facts = file, _facts(file)
+            inside = (str(path), path.place) if isinstance(path, Inside) else ()
+            digest.update(repr((os.path.abspath(file), *facts, *inside)).encode())
         frames = self.frames if any(self.frames) else ()
         digest.update(repr((self.classes, self.decode, frames)).encode())
         digest.update(b"" if self.labels is None else self.labels.tobytes())
         return digest.hexdigest()
 
     def describe(self, index: int) -> str:
-        """Return the file's path, and # and the number of the frame after the first."""
+        """Return the file's path, and # and the number of the frame after the first.
+
+        An image inside a file is FILE/NAME or FILE:ROW.
+        """
         frame = self.frames[index]
-        return f"{self.paths[index]}#{frame}" if frame > 0 else self.paths[index]
+        return f"{self.paths[index]}#{frame}" if frame > 0 else str(self.paths[index])
 
 
 class DatasetSource(ImageSource):
@@ -363,9 +366,17 @@ def left_out(failures: Sequence[Unreadable]) -> str:
     return f"{counted(len(failures), 'unreadable image')} left out: {names}"
 
 
+def _facts(file: str) -> tuple[int, int]:
+    try:
+        status = os.stat(file)
+    except OSError:
+        return -1, -1  # to be reported as unreadable
+    return status.st_size, status.st_mtime_ns
+
+
 def _reason(path: str, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        empty = os.path.getsize(path) == 0
+        empty = byte_count(path) == 0
         return "an empty file" if empty else f"not a {', '.join(formats(path))} file"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

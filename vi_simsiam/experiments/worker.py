@@ -28,6 +28,7 @@ from vi_simsiam.data.cache import cached
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource
 from vi_simsiam.data.subsets import at_most, labelled_splits
+from vi_simsiam.data_names import data_label
 from vi_simsiam.engine.forward import extract
 from vi_simsiam.engine.knn import KnnConfig, classify
 from vi_simsiam.engine.log import read_log
@@ -53,7 +54,7 @@ from vi_simsiam.experiments.forms import ProgressLine, Spec, Trained
 from vi_simsiam.experiments.runner import TRAINED
 from vi_simsiam.files import json_lines, read_json, read_lines, write_json, write_text
 from vi_simsiam.info import versions
-from vi_simsiam.text import counted, data_label, one_line
+from vi_simsiam.text import counted, one_line
 
 _SECONDS_TO_LOCK = 90.0
 """Time to wait for an earlier process of the same run, which may still be saving."""

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from vi_simsiam import __version__
 from vi_simsiam.backbones import plain_resnet
 from vi_simsiam.config import TrainConfig
+from vi_simsiam.data_names import data_label
 from vi_simsiam.errors import InputError
 from vi_simsiam.files import naming, parse_json, write_atomically, write_json
 from vi_simsiam.models import SimSiam, VISimSiam, build_model
 from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD
 from vi_simsiam.paths import user_path, utf8_path
-from vi_simsiam.text import data_label
 
 WEIGHTS = "model.safetensors"
 """The file of the whole model."""
