@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vi_simsiam.data.channels import Pixels
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ArraySource, FileSource, ImageSource
@@ -164,6 +165,9 @@ class _Subset(ImageSource):
 
     def image(self, index: int) -> Image.Image:
         return self.source.image(int(self.indices[index]))
+
+    def array(self, index: int) -> Pixels:
+        return self.source.array(int(self.indices[index]))
 
     def describe(self, index: int) -> str:
         return self.source.describe(int(self.indices[index]))

@@ -28,7 +28,6 @@ from vi_simsiam.config import TrainConfig
 from vi_simsiam.errors import InputError
 from vi_simsiam.files import naming, parse_json, write_atomically, write_json
 from vi_simsiam.models import SimSiam, VISimSiam, build_model
-from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD
 from vi_simsiam.paths import user_path, utf8_path
 from vi_simsiam.text import data_label
 
@@ -60,13 +59,16 @@ def preprocessing(config: TrainConfig) -> dict[str, Any]:
     The shorter side is resized to "size" pixels (bicubic, with antialiasing), the centre square
     cropped, and channels in [0, 1] are normalised by "mean" and "std".
     """
+    mean, std = config.augment.constants
     return {
+        "channels": config.decode.channels,
+        "bits": config.decode.bits,
         "size": config.augment.size,
         "resize": config.augment.size,
         "interpolation": "bicubic",
         "crop": "center",
-        "mean": list(IMAGENET_MEAN),
-        "std": list(IMAGENET_STD),
+        "mean": list(mean),
+        "std": list(std),
     }
 
 
@@ -91,7 +93,9 @@ def write_torchvision(model: SimSiam, config: TrainConfig, path: Path) -> Output
     """
     weights = _weights(model.backbone)
     write_atomically(path, lambda file: torch.save(weights, file))
-    network, _ = plain_resnet(config.model.backbone, config.model.stem)
+    network, _ = plain_resnet(
+        config.model.backbone, config.model.stem, channels=config.decode.channels
+    )
     network.load_state_dict(torch.load(path, weights_only=True))
     return outputs(network.eval())
 
@@ -118,7 +122,7 @@ def write_timm(model: SimSiam, config: TrainConfig, path: Path) -> Outputs:
     view = preprocessing(config)
     pretrained = {
         "tag": config.method.replace("-", "_"),
-        "input_size": [3, view["size"], view["size"]],
+        "input_size": [view["channels"], view["size"], view["size"]],
         "fixed_input_size": False,
         "interpolation": view["interpolation"],
         "crop_pct": 1.0,
@@ -136,6 +140,7 @@ def write_timm(model: SimSiam, config: TrainConfig, path: Path) -> Outputs:
         "num_features": model.features,
         "global_pool": "avg",
         "pretrained_cfg": pretrained,
+        "model_args": {"in_chans": view["channels"]},
     }
     write_json(path.with_name("config.json"), described)
     network = timm.create_model(f"local-dir:{path.parent}", pretrained=True, num_classes=0)
@@ -190,7 +195,7 @@ def write_onnx(model: SimSiam, config: TrainConfig, path: Path) -> Outputs | Non
     """
     size = config.augment.size
     # Two images: the exporter takes a batch of one for a constant.
-    example = torch.zeros(2, 3, size, size)
+    example = torch.zeros(2, config.decode.channels, size, size)
     names = list(outputs(model)(example))
     logger = logging.getLogger("torch.onnx")
     level = logger.level
