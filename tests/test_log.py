@@ -57,7 +57,16 @@ def test_a_log_may_be_larger_than_other_files(
         (tmp_path / "metrics.jsonl").write_bytes(content)
         assert read_log(tmp_path) == (lines, 0)
     monkeypatch.setattr(files, "_LONGEST_LINE", 20)
-    assert read_log(tmp_path)[1] >= 100
+    assert read_log(tmp_path) == ([], 100)
+
+
+def test_a_line_that_is_too_long_counts_once_and_its_end_is_no_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_LONGEST_LINE", 50)
+    long, whole = " " * 100 + '{"step": 7}\n', '{"step": 8}\n'
+    (tmp_path / "metrics.jsonl").write_text(long + whole)
+    assert read_log(tmp_path) == ([{"step": 8}], 1)
 
 
 def test_without_a_log_there_are_no_lines(tmp_path: Path) -> None:

@@ -128,6 +128,11 @@ def read_lines(path: Path, kind: type[_Content], option: str) -> tuple[list[_Con
         return [], 0
     with _opened(path, option, _MOST_BYTES_OF_LINES) as (file, _):
         while line := file.readline(_LONGEST_LINE):
+            if len(line) == _LONGEST_LINE and not line.endswith(b"\n"):  # its rest is no line
+                while (rest := file.readline(_LONGEST_LINE)) and not rest.endswith(b"\n"):
+                    pass
+                damaged += 1
+                continue
             content, key, checksum = line.rstrip().partition(_CHECKSUM)
             try:
                 if key and checksum != b'%08x"}' % zlib.crc32(content):
