@@ -107,7 +107,7 @@ RUNS = {
     "pack": f"""
         pack {{images}} --out {{out}}.pack --shorter-side 12 --workers 1 --data-root {{here}} \
             --offline => about 17.3 kB
-        pack {{images}} --channels 3 --bits 16 --out {{out}}.pack => about 61.4 kB
+        pack {{images}} --channels 3 --bits 16 --out {{out}}16.pack => about 61.4 kB
         pack {{images}} --out {{out}}.pack --overwrite {_DECODE} => about 30.7 kB""",
     "views": f"""
         views --data {{images}} {_VIEWS} {_DECODE} --policy multicrop --images 2 --seed 1 \

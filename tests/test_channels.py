@@ -29,6 +29,9 @@ from vi_simsiam.engine.run import load_run
 from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.features import collect
+from vi_simsiam.export.folder import export_run
+from vi_simsiam.export.formats import write_safetensors, write_timm, write_torchvision
+from vi_simsiam.models import build_model
 from vi_simsiam.ops.augment import Layout, eager_augment
 
 FIVE = DecodeConfig(channels=5, bits=16)
@@ -256,7 +259,9 @@ def test_pretrained_weights_keep_the_size_of_gray_images(monkeypatch: pytest.Mon
         assert network(gray).shape == (2, 512)
 
 
-def test_a_run_of_five_channels_is_trained_resumed_and_used(tmp_path: Path) -> None:
+def test_a_run_of_five_channels_is_trained_resumed_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = folder(tmp_path / "five", 5)
     settings = config(data, FIVE, save_every=0.0, cache_dir=tmp_path / "cache")
     said = io.StringIO()
@@ -286,8 +291,31 @@ def test_a_run_of_five_channels_is_trained_resumed_and_used(tmp_path: Path) -> N
     assert encoder.encode(images, views=3).loc.shape == (4, 16)
     with pytest.raises(InputError, match="1 channel, not 5"):
         encoder.encode(deep(2, 1))
+    card = (export_run(run, "torchvision", tmp_path / "exported") / "README.md").read_text()
+    code = [part.split("```")[0] for part in card.split("```python\n")[1:]]
+    np.save(tmp_path / "exported" / "image.npy", images[1])
+    monkeypatch.chdir(tmp_path / "exported")
+    names: dict[str, Any] = {}
+    exec("\n".join([code[0], code[1], "found = model(images)"]), names)
+    torch.testing.assert_close(names["found"].detach()[0], by_array[1], rtol=1e-2, atol=1e-3)
     sheet = contact_sheet(run.splits.train, run.config.augment, images=2)
     assert sheet.mode == "RGB"
+
+
+@pytest.mark.parametrize("form", ["torchvision", "timm", "safetensors"])
+def test_exported_weights_take_the_channels(tmp_path: Path, form: str) -> None:
+    settings = config(tmp_path, FIVE, method="simsiam")
+    parts = dataclasses.replace(settings.model, stem="imagenet")
+    augment = settings.augment.normalised_by(((0.1,) * 5, (0.2,) * 5))
+    settings = dataclasses.replace(settings, model=parts, augment=augment)
+    model, images = build_model(settings).eval(), torch.randn(2, 5, SIZE, SIZE)
+    write = {"torchvision": write_torchvision, "timm": write_timm, "safetensors": write_safetensors}
+    with torch.no_grad():
+        expected = model.backbone(images)
+    found = write[form](
+        model, settings, tmp_path / ("model.pth" if form == "torchvision" else "model.safetensors")
+    )(images)["embedding"]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def _interrupt() -> None:

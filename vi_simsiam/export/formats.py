@@ -142,8 +142,9 @@ def write_timm(model: SimSiam, config: TrainConfig, path: Path) -> Outputs:
         "num_features": model.features,
         "global_pool": "avg",
         "pretrained_cfg": pretrained,
-        "model_args": {"in_chans": view["channels"]},
     }
+    if view["channels"] != 3:
+        described["model_args"] = {"in_chans": view["channels"]}
     write_json(path.with_name("config.json"), described)
     network = timm.create_model(f"local-dir:{path.parent}", pretrained=True, num_classes=0)
     return outputs(network.eval())
