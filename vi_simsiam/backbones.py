@@ -18,7 +18,12 @@ from vi_simsiam.normalisation import PerViewBatchNorm2d, make_fusible
 
 
 def build_backbone(
-    name: str, *, stem: Stem = "imagenet", pretrained: bool = False, zero_init_residual: bool = True
+    name: str,
+    *,
+    stem: Stem = "imagenet",
+    pretrained: bool = False,
+    zero_init_residual: bool = True,
+    channels: int = 3,
 ) -> tuple[nn.Module, int]:
     """A torchvision ResNet without its classifier, and the width of its pooled features.
 
@@ -26,6 +31,9 @@ def build_backbone(
         name: a torchvision ResNet, ResNeXt or Wide ResNet.
         stem: "imagenet" as in torchvision; "small" is a 3x3 convolution of stride 1, no max-pool.
         pretrained: load torchvision's default ImageNet weights.
+        channels: of the images. Where they are not three, the pretrained first convolution's
+            weights are repeated over the channels in the order red, green, blue, and scaled by
+            3/channels, which keeps the size of its output (Wightman, timm, `adapt_input_conv`).
         zero_init_residual: start every residual branch at zero (Goyal et al., arXiv 1706.02677).
 
     Raises:
@@ -36,6 +44,7 @@ def build_backbone(
         name,
         stem,
         pretrained=pretrained,
+        channels=channels,
         zero_init_residual=zero_init_residual,
         norm_layer=PerViewBatchNorm2d,
     )
@@ -44,7 +53,7 @@ def build_backbone(
 
 
 def plain_resnet(
-    name: str, stem: Stem, *, pretrained: bool = False, **options: Any
+    name: str, stem: Stem, *, pretrained: bool = False, channels: int = 3, **options: Any
 ) -> tuple[Any, int]:
     """`build_backbone` without this package's layers; `options` go to torchvision."""
     network = torchvision.models.get_model(name, **options)
@@ -53,10 +62,22 @@ def plain_resnet(
     features: int = network.fc.in_features
     network.fc = nn.Identity()
     if stem == "small":
-        network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, stride=1, padding=1, bias=False)
-        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        _replace_first(network, channels, 3, stride=1)
         network.maxpool = nn.Identity()
+    elif channels != 3:
+        weight = network.conv1.weight.detach()
+        _replace_first(network, channels, 7, stride=2)
+        if pretrained:
+            order = torch.arange(channels) % 3
+            network.conv1.weight.data.copy_(weight[:, order] * (3 / channels))
     return network, features
+
+
+def _replace_first(network: Any, channels: int, side: int, *, stride: int) -> None:
+    """Give a ResNet a new first convolution, drawn as torchvision draws its own."""
+    maps = network.conv1.out_channels
+    network.conv1 = nn.Conv2d(channels, maps, side, stride, padding=side // 2, bias=False)
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
 
 
 def check_backbone(name: str) -> None:

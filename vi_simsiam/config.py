@@ -20,10 +20,14 @@ from vi_simsiam.checks import (
     require,
 )
 from vi_simsiam.config_parts import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     LEAST_SIZE,
+    MOST_CHANNELS,
     POLICIES,
     AugmentConfig,
     Concentration,
+    Constants,
     DecodeConfig,
     Link,
     LossConfig,
@@ -38,8 +42,11 @@ from vi_simsiam.paths import user_path
 from vi_simsiam.text import one_line
 
 __all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
     "LEAST_SIZE",
     "LITERAL",
+    "MOST_CHANNELS",
     "NAMED_DATA",
     "PARTS",
     "PLACE_FIELDS",
@@ -48,6 +55,7 @@ __all__ = [
     "SOFTPLUS",
     "AugmentConfig",
     "Concentration",
+    "Constants",
     "DataMemory",
     "DecodeConfig",
     "Link",

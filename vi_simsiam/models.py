@@ -1,8 +1,7 @@
 """SimSiam and VI-SimSiam: a backbone, a projector and a predictor.
 
-The networks follow Chen and He (arXiv 2011.10566) and Nakamura et al. (arXiv 2203.11437): a
-torchvision ResNet, a projector of three linear layers with BatchNorm (the last one without affine
-parameters), a predictor of two.
+The networks follow Chen and He (arXiv 2011.10566) and Nakamura et al. (arXiv 2203.11437): a ResNet,
+a projector of three linear layers with BatchNorm (the last without affine parameters), a predictor.
 """
 
 from __future__ import annotations
@@ -48,9 +47,8 @@ class SimSiam(nn.Module):
             (B, features).
         features: width of a custom backbone's features; a torchvision one needs none.
         dim: D, the width of projections and predictions.
-        projector_hidden: width of the projector's hidden layers.
-        predictor_hidden: width of the predictor's hidden layer.
-        stem: first layers of a torchvision backbone, see `build_backbone`.
+        projector_hidden, predictor_hidden: width of their hidden layers.
+        stem, channels: of a torchvision backbone, see `build_backbone`.
         pretrained: start a torchvision backbone from its ImageNet weights.
         local_predictor: give views smaller than the first one a predictor of their own, of the same
             shape (a shared one is reported to destabilise SimSiam, arXiv 2602.05845).
@@ -71,6 +69,7 @@ class SimSiam(nn.Module):
         predictor_hidden: int = 512,
         stem: Stem = "imagenet",
         pretrained: bool = False,
+        channels: int = 3,
         local_predictor: bool = False,
         head: Callable[[int], Sequence[nn.Module]] | None = None,
     ) -> None:
@@ -78,7 +77,8 @@ class SimSiam(nn.Module):
         if dim < 2:
             raise InputError(f"dim: {dim} must be at least 2")
         if isinstance(backbone, str):
-            backbone, features = build_backbone(backbone, stem=stem, pretrained=pretrained)
+            options: Any = {"stem": stem, "pretrained": pretrained, "channels": channels}
+            backbone, features = build_backbone(backbone, **options)
         elif features is None:
             raise InputError("features: the width of an own backbone's output must be given")
         self.dim = dim
@@ -389,11 +389,11 @@ def build_model(config: TrainConfig) -> SimSiam:
         fetch_weights(config.model.backbone, download=not config.offline)
     network: SimSiam
     if config.method == "simsiam":
-        network = SimSiam(**vars(config.model))
+        network = SimSiam(**vars(config.model), channels=config.decode.channels)
     else:
         loss = {name: value for name, value in vars(config.loss).items() if name != "loss_scale"}
-        frozen = config.frozen_run is not None
-        network = VISimSiam(**vars(config.model), **loss, frozen=frozen)
+        loss |= {"channels": config.decode.channels, "frozen": config.frozen_run is not None}
+        network = VISimSiam(**vars(config.model), **loss)
     network.joint_statistics = config.batch_norm == "joint"
     if config.ema is not None:
         network.add_target()

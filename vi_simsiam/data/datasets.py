@@ -137,6 +137,8 @@ def open_dataset(
         raise InputError(f"data: {spec} is an image; give the folder that it lies in")
     spec = data_spec(spec)
     kind, _, place = spec.partition(":")
+    if spec in NAMED_DATA and not decode.is_rgb:
+        raise InputError(f"channels, bits: {spec} is RGB with 8 bits; leave these options out")
     if spec == "fashion-mini":
         return _fashion_mini()
     if kind == "folder" and place:
@@ -155,7 +157,8 @@ def open_dataset(
                 for each in (packed.decode, decode)
             )
             raise InputError(
-                f"background, value_range, frames: {path} holds images decoded with {held}, and "
+                f"background, value_range, frames, channels, bits: {path} holds images decoded "
+                f"with {held}, and "
                 f"{asked} is asked for; leave these options out, or pack the images again"
             )
         return Splits(spec, packed, open_pack(val) if val.exists() else None)
@@ -270,7 +273,7 @@ def _images(
     folder: Path, decode: DecodeConfig, *, labelled: bool = True, required: bool = True
 ) -> FileSource:
     """All images in a folder, with its class folders as classes if it has any."""
-    found = find_images(folder)
+    found = find_images(folder, arrays=not decode.is_rgb)
     if required and not found.paths:
         raise InputError(f"{folder}: holds no image that Pillow opens. {found.note()}".rstrip())
     inside = functools.partial(os.path.relpath, start=folder)

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vi_simsiam.data.channels import Pixels
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.inside import byte_count, open_image
 from vi_simsiam.data.packed import PackedImages
@@ -163,6 +164,9 @@ class _Subset(ImageSource):
 
     def image(self, index: int) -> Image.Image:
         return self.source.image(int(self.indices[index]))
+
+    def array(self, index: int) -> Pixels:
+        return self.source.array(int(self.indices[index]))
 
     def describe(self, index: int) -> str:
         return self.source.describe(int(self.indices[index]))

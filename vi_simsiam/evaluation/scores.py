@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
 
-from vi_simsiam.config import AugmentConfig
+from vi_simsiam.config import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.engine.forward import evaluating, nearest, random_views
 from vi_simsiam.errors import InputError
@@ -28,7 +28,6 @@ from vi_simsiam.evaluation.metrics import calibration
 from vi_simsiam.inference.encoder import Encoding
 from vi_simsiam.inference.label_free import NEIGHBOURS, Gaussian
 from vi_simsiam.models import SimSiam
-from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD
 
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
 """Stages of a torchvision ResNet."""

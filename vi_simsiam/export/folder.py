@@ -204,7 +204,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
 def _check_images(run: Run) -> tuple[Tensor, str]:
     """A few un-augmented validation or training images (N, 3, S, S), and their origin."""
     source: ImageSource = run.splits.val or run.splits.train
-    view = eval_view(run.config.augment.size)
+    view = eval_view(run.config.augment.size, run.config.augment.constants)
     # A coarse grid comes first; other images stand in for unreadable ones.
     grid = np.linspace(0, len(source) - 1, min(len(source), CHECK_IMAGES), dtype=np.int64).tolist()
     images: list[Tensor] = []
@@ -213,7 +213,7 @@ def _check_images(run: Run) -> tuple[Tensor, str]:
         if len(images) == CHECK_IMAGES:
             break
         try:
-            images.append(view(source.image(index)))
+            images.append(view(source.content(index)))
         except UnreadableError as error:
             reason = error
     if not images:

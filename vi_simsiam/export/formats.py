@@ -29,7 +29,6 @@ from vi_simsiam.data_names import data_label
 from vi_simsiam.errors import InputError
 from vi_simsiam.files import naming, parse_json, write_atomically, write_json
 from vi_simsiam.models import SimSiam, VISimSiam, build_model
-from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD
 from vi_simsiam.paths import user_path, utf8_path
 
 WEIGHTS = "model.safetensors"
@@ -62,13 +61,16 @@ def preprocessing(config: TrainConfig) -> dict[str, Any]:
     The shorter side is resized to "size" pixels (bicubic, with antialiasing), the centre square
     cropped, and channels in [0, 1] are normalised by "mean" and "std".
     """
+    mean, std = config.augment.constants
     return {
+        "channels": config.decode.channels,
+        "bits": config.decode.bits,
         "size": config.augment.size,
         "resize": config.augment.size,
         "interpolation": "bicubic",
         "crop": "center",
-        "mean": list(IMAGENET_MEAN),
-        "std": list(IMAGENET_STD),
+        "mean": list(mean),
+        "std": list(std),
     }
 
 
@@ -93,7 +95,9 @@ def write_torchvision(model: SimSiam, config: TrainConfig, path: Path) -> Output
     """
     weights = _weights(model.backbone)
     write_atomically(path, lambda file: torch.save(weights, file))
-    network, _ = plain_resnet(config.model.backbone, config.model.stem)
+    network, _ = plain_resnet(
+        config.model.backbone, config.model.stem, channels=config.decode.channels
+    )
     network.load_state_dict(torch.load(path, weights_only=True))
     return outputs(network.eval())
 
@@ -120,7 +124,7 @@ def write_timm(model: SimSiam, config: TrainConfig, path: Path) -> Outputs:
     view = preprocessing(config)
     pretrained = {
         "tag": config.method.replace("-", "_"),
-        "input_size": [3, view["size"], view["size"]],
+        "input_size": [view["channels"], view["size"], view["size"]],
         "fixed_input_size": False,
         "interpolation": view["interpolation"],
         "crop_pct": 1.0,
@@ -139,6 +143,8 @@ def write_timm(model: SimSiam, config: TrainConfig, path: Path) -> Outputs:
         "global_pool": "avg",
         "pretrained_cfg": pretrained,
     }
+    if view["channels"] != 3:
+        described["model_args"] = {"in_chans": view["channels"]}
     write_json(path.with_name("config.json"), described)
     network = timm.create_model(f"local-dir:{path.parent}", pretrained=True, num_classes=0)
     return outputs(network.eval())
@@ -192,7 +198,7 @@ def write_onnx(model: SimSiam, config: TrainConfig, path: Path) -> Outputs | Non
     """
     size = config.augment.size
     # Two images: the exporter takes a batch of one for a constant.
-    example = torch.zeros(2, 3, size, size)
+    example = torch.zeros(2, config.decode.channels, size, size)
     names = list(outputs(model)(example))
     logger = logging.getLogger("torch.onnx")
     level = logger.level
