@@ -18,7 +18,6 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -29,9 +28,9 @@ from PIL import Image, ImageOps
 
 from vi_simsiam.config import DecodeConfig
 from vi_simsiam.data.files import formats
+from vi_simsiam.data.inside import open_image
 from vi_simsiam.data.pixels import check_jpeg, upright_size
 from vi_simsiam.errors import InputError
-from vi_simsiam.files import open_regular
 from vi_simsiam.text import counted
 
 Pixels = NDArray[np.uint8] | NDArray[np.uint16]
@@ -60,7 +59,7 @@ def read_file(path: str, decode: DecodeConfig) -> Pixels:
         ValueError: the file holds another number of channels, or values of another type.
         Exception: almost any, for a damaged file.
     """
-    with open_regular(Path(path)) as file:
+    with open_image(path) as file:
         if path.lower().endswith(".npy"):
             return as_stored(_read_npy(file), decode)
         if _is_tiff(file):
@@ -72,7 +71,7 @@ def read_file(path: str, decode: DecodeConfig) -> Pixels:
 
 def file_size(path: str) -> tuple[int, int]:
     """Return height and width of an image file from its header; raises as `read_file`."""
-    with open_regular(Path(path)) as file:
+    with open_image(path) as file:
         if path.lower().endswith(".npy"):
             height, width = _npy_header(file)[0][:2]
             return height, width
@@ -191,10 +190,17 @@ def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
             f"{dtype} of shape {shape}; accepted are uint8 and uint16 (height, width, channels)"
         )
     size = math.prod(shape) * dtype.itemsize
-    left = os.fstat(file.fileno()).st_size - file.tell()
+    left = _byte_count(file) - file.tell()
     if not 0 < size <= min(left, MOST_BYTES):
         raise ValueError(f"shape {shape} in {counted(left, 'byte')}")
     return shape, fortran, dtype
+
+
+def _byte_count(file: IO[bytes]) -> int:
+    position = file.tell()
+    count = file.seek(0, os.SEEK_END)
+    file.seek(position)
+    return count
 
 
 def _read_npy(file: IO[bytes]) -> NDArray[Any]:
@@ -216,7 +222,7 @@ def _series(file: IO[bytes]) -> Iterator[Any]:
         if len(axes) not in (2, 3) or not {"Y", "X"} <= set(axes) or axes.index("Y") > 1:
             raise ValueError(f"axes {axes} of sizes {shape}; accepted is one image in channels")
         size = math.prod(shape) * series.dtype.itemsize
-        held = os.fstat(file.fileno()).st_size
+        held = _byte_count(file)
         if not 0 < size <= min(MOST_BYTES, _MOST_COMPRESSED * held):
             raise ValueError(f"sizes {shape} in {counted(held, 'byte')}")
         if series.keyframe.photometric == _PALETTE:

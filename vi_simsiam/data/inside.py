@@ -92,7 +92,7 @@ def file_of(path: str) -> str:
 
 def open_image(path: str) -> BinaryIO:
     """Open an image's bytes. Raises ValueError or OSError if they are not there."""
-    return io.BytesIO(path.read()) if isinstance(path, Inside) else open(path, "rb")
+    return io.BytesIO(path.read()) if isinstance(path, Inside) else open_regular(Path(path))
 
 
 def byte_count(path: str) -> int:
