@@ -28,6 +28,7 @@ from vi_simsiam.config_parts import (
     Link,
     LossConfig,
     ModelConfig,
+    Projector,
     Stem,
     policy,
     tuples,
