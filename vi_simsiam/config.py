@@ -38,30 +38,10 @@ from vi_simsiam.paths import user_path
 from vi_simsiam.text import one_line
 
 __all__ = [
-    "LEAST_SIZE",
-    "LITERAL",
-    "NAMED_DATA",
-    "PARTS",
-    "PLACE_FIELDS",
-    "POLICIES",
-    "PRESETS",
-    "SOFTPLUS",
-    "AugmentConfig",
-    "Concentration",
-    "DataMemory",
-    "DecodeConfig",
-    "Link",
-    "LossConfig",
-    "Method",
-    "ModelConfig",
-    "Stem",
-    "TrainConfig",
-    "data_spec",
-    "differing_fields",
-    "flat",
-    "policy",
-    "preset",
-    "with_former_loss",
+    "LEAST_SIZE", "LITERAL", "NAMED_DATA", "PARTS", "PLACE_FIELDS", "POLICIES", "PRESETS",
+    "SOFTPLUS", "AugmentConfig", "Concentration", "DataMemory", "DecodeConfig", "Link",
+    "LossConfig", "Method", "ModelConfig", "Projector", "Stem", "TrainConfig", "data_spec",
+    "differing_fields", "flat", "policy", "preset", "with_former_loss",
 ]  # fmt: skip
 
 NAMED_DATA = ("fashion-mini", "cifar10", "imagenette", "imagewoof")

@@ -38,7 +38,7 @@ from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.forward import evaluating
 from vi_simsiam.engine.model import initial_model
 from vi_simsiam.engine.monitor import representation_statistics
-from vi_simsiam.engine.run import CONFIG, METRICS, Run
+from vi_simsiam.engine.run import FITTED, METRICS, Run
 from vi_simsiam.errors import InputError, TrainingError
 from vi_simsiam.evaluation import metrics
 from vi_simsiam.evaluation.features import random_features
@@ -57,8 +57,6 @@ EPOCHS = 30
 BATCH_SIZE, LR, WEIGHT_DECAY = 256, 1e-3, 1e-4
 HELD_OUT, MOST_HELD_OUT = 0.1, 2_000
 """Share and largest number of images whose views are kept to measure the calibration."""
-FITTED = "fitted.json"
-"""The file with the calibration, in the run folder."""
 _FEWEST = 4
 _PACKAGES = ("torch", "torchvision", "numpy", "pillow")
 _Report = Callable[[str], object]
@@ -326,7 +324,9 @@ def _calibration(
     for rows in np.array_split(images, math.ceil(len(images) / 64)):
         projection = torch.stack([_projections(model, view[rows], device) for view in features])
         with evaluating(model, device):
-            prediction = model.predictor(projection.flatten(0, 1)).unflatten(0, projection.shape[:2])
+            prediction = model.predictor(projection.flatten(0, 1)).unflatten(
+                0, projection.shape[:2]
+            )
             loc = F.normalize(prediction[..., : model.dim], dim=-1)
             found = pair_cosines(loc, model.concentration(prediction), projection)
         pairs.append((found[0].cpu().flatten(), found[1].cpu().flatten()))
@@ -363,10 +363,5 @@ def _write(
         write_json(place / FITTED, result)
         seconds = lines[-1]["seconds"]
         state = fitted.model.state_dict()
-        checkpoint = Checkpoint(
-            fitted.step, seconds, images, state, config=fitted.config.to_dict()
-        )
+        checkpoint = Checkpoint(fitted.step, seconds, images, state, config=fitted.config.to_dict())
         checkpoint.save(checkpoint_path(place, fitted.step))
-
-
-__all__ = ["CONFIG", "EPOCHS", "VIEWS", "Fitted", "fit_concentration"]
