@@ -109,6 +109,12 @@ RUNS = {
             --offline => about 17.3 kB
         pack {{images}} --channels 3 --bits 16 --out {{out}}16.pack => about 61.4 kB
         pack {{images}} --out {{out}}.pack --overwrite {_DECODE} => about 30.7 kB""",
+    "fit-kappa": """
+        fit-kappa {run} --data {images} --images 24 --out {out} --size 16 --views 2 --epochs 1 \
+            --seed 1 --device cpu --workers 0 --data-root {here} --offline \
+            --cache-dir {here}/cache => calibration on views of images held out
+        fit-kappa resnet34 --data {images} --pretrained --out {out} --overwrite --size 16 \
+            --views 2 --epochs 1 --device cpu --workers 0 => "views": 2""",
     "views": f"""
         views --data {{images}} {_VIEWS} {_DECODE} --policy multicrop --images 2 --seed 1 \
             --data-root {{here}} --offline --out {{out}}.png

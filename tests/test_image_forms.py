@@ -17,11 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tifffile
 import webdataset
 from PIL import Image
 
@@ -394,22 +392,3 @@ def test_commands_take_several_folders_and_lists(
     assert "(6 images" in capsys.readouterr().out
     assert main(["train", "--data", folders[0], spec]) == 2
     assert "photos.txt is no folder" in capsys.readouterr().err
-
-
-def test_images_of_other_channels_in_files(tmp_path: Path) -> None:
-    """Gray of 16 bits as PNG in Parquet, five channels of 16 bits as TIFF in tar."""
-    deep = np.arange(256, dtype=np.uint16).reshape(16, 16) * 256
-    encoded = io.BytesIO()
-    Image.fromarray(deep).save(encoded, "PNG")
-    table = pa.table({"image": [{"bytes": encoded.getvalue(), "path": None}]})
-    pq.write_table(table, tmp_path / "gray.parquet")
-    bands = np.stack([deep + channel for channel in range(5)], 2)
-    encoded = io.BytesIO()
-    tifffile.imwrite(encoded, bands, planarconfig="contig")
-    with webdataset.TarWriter(str(tmp_path / "bands.tar")) as shard:
-        shard.write({"__key__": "field", "tif": encoded.getvalue()})
-    for name, expected in (("gray.parquet", deep[:, :, None]), ("bands.tar", bands)):
-        decode = DecodeConfig(channels=expected.shape[2], bits=16)
-        source = open_dataset(str(tmp_path / name), decode=decode).train
-        assert source.dimensions(0) == (16, 16)
-        np.testing.assert_array_equal(source.array(0), expected)

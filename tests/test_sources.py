@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import re
@@ -10,14 +11,19 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import tifffile
 import torch
+import webdataset
 from PIL import Image
 from PIL.GifImagePlugin import GifImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from vi_simsiam.config import DecodeConfig
 from vi_simsiam.data.cache import in_memory
+from vi_simsiam.data.datasets import open_dataset
 from vi_simsiam.data.items import DatasetSource, as_source
 from vi_simsiam.data.sources import (
     ArraySource,
@@ -254,3 +260,22 @@ def test_all_frames_of_files_in_a_list(tmp_path: Path, monkeypatch: pytest.Monke
     (note,) = source.notes
     assert note.startswith("images: 1 PIL image with several frames, of which the current one")
     assert open_images([moving]).notes == open_images([Image.open(other)], ALL).notes == ()
+
+
+def test_images_of_other_channels_in_files(tmp_path: Path) -> None:
+    """Gray of 16 bits as PNG in Parquet, five channels of 16 bits as TIFF in tar."""
+    deep = np.arange(256, dtype=np.uint16).reshape(16, 16) * 256
+    encoded = io.BytesIO()
+    Image.fromarray(deep).save(encoded, "PNG")
+    table = pa.table({"image": [{"bytes": encoded.getvalue(), "path": None}]})
+    pq.write_table(table, tmp_path / "gray.parquet")
+    bands = np.stack([deep + channel for channel in range(5)], 2)
+    encoded = io.BytesIO()
+    tifffile.imwrite(encoded, bands, planarconfig="contig")
+    with webdataset.TarWriter(str(tmp_path / "bands.tar")) as shard:
+        shard.write({"__key__": "field", "tif": encoded.getvalue()})
+    for name, expected in (("gray.parquet", deep[:, :, None]), ("bands.tar", bands)):
+        decode = DecodeConfig(channels=expected.shape[2], bits=16)
+        source = open_dataset(str(tmp_path / name), decode=decode).train
+        assert source.dimensions(0) == (16, 16)
+        np.testing.assert_array_equal(source.array(0), expected)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vi_simsiam.distributions import HypersphericalUniform, PowerSpherical
     from vi_simsiam.export.hub import from_pretrained
+    from vi_simsiam.fitting import fit_concentration
     from vi_simsiam.inference.encoder import load
     from vi_simsiam.models import SimSiam, VISimSiam
 
@@ -23,6 +24,7 @@ __all__ = [
     "SimSiam",
     "VISimSiam",
     "__version__",
+    "fit_concentration",
     "from_pretrained",
     "load",
 ]
@@ -32,12 +34,13 @@ _MODULE_OF = {
     "PowerSpherical": "distributions",
     "SimSiam": "models",
     "VISimSiam": "models",
+    "fit_concentration": "fitting",
     "from_pretrained": "export.hub",
     "load": "inference.encoder",
 }
 _MODULES = (
     *("config", "data", "distributions", "engine", "errors", "export"),
-    *("functional", "heads", "inference", "models", "nn", "ops"),
+    *("fitting", "functional", "heads", "inference", "models", "nn", "ops"),
 )
 
 

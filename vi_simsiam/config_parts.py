@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from vi_simsiam.checks import (
     INTERVAL,
@@ -29,6 +31,7 @@ LEAST_SIZE = 8
 """Smallest side of a view, in pixels."""
 
 Stem = Literal["imagenet", "small"]
+Projector = Literal["mlp", "standardised"]
 Link = Literal["softplus", "quadratic"]
 Concentration = Literal["sample", "constant", "global", "shuffled", "detached"]
 Frames = Literal["first", "all"]
@@ -214,6 +217,9 @@ class ModelConfig:
     """Start from torchvision's ImageNet weights."""
     dim: int = limited(2048, Rule(lambda n: 2 <= n <= 2**16, "between 2 and 65536"))
     """D: dimension of the space the representations live in."""
+    projector: Annotated[Projector, tyro.conf.Suppress] = "mlp"
+    """From features to representations: "mlp" (SimSiam's three layers), or "standardised", the
+    features themselves, each column with mean 0 and variance 1 (`fit_concentration`)."""
     projector_hidden: int = limited(512, _WIDTH)
     predictor_hidden: int = limited(512, _WIDTH)
     local_predictor: bool = False

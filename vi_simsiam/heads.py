@@ -1,4 +1,5 @@
-"""The last layers of a predictor, which give column D of a prediction, the raw concentration.
+"""The projector, and the last layers of a predictor, which give column D of a prediction, the raw
+concentration.
 
 VI-SimSiam predicts it for every sample. The other kinds are controls, which differ in this column
 only: kappa = concentration_scale link(gain raw) + concentration_min, the loss and the figures are
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vi_simsiam.config import Concentration, Link
+from vi_simsiam.checks import require
+from vi_simsiam.config import Concentration, Link, Projector
 from vi_simsiam.distributions import wide, widen
 from vi_simsiam.errors import InputError
+from vi_simsiam.normalisation import Head, PerViewBatchNorm1d
 from vi_simsiam.ops.multiview_loss import LEAST_ROOT, LossForm, softplus
 from vi_simsiam.ops.multiview_loss_fused import padded_width
 
@@ -26,6 +29,33 @@ from vi_simsiam.ops.multiview_loss_fused import padded_width
 # softplus(0) = 0.69 the first steps would move the raw concentration so far down that its gradient
 # vanishes for an epoch.
 _INITIAL_CONCENTRATION = 0.05
+
+
+def new_projector(kind: Projector, features: int, hidden: int, dim: int) -> Head:
+    """A projector from features (B, F) to projections (B, D).
+
+    Args:
+        kind: as `ModelConfig.projector`.
+        features: F.
+        hidden: width of the hidden layers of SimSiam's projector.
+        dim: D.
+
+    Raises:
+        InputError: standardised features of another width than D.
+    """
+    if kind == "standardised":
+        require("dim", dim, dim == features, f"{features}, the width of the features")
+        return Head(PerViewBatchNorm1d(dim, affine=False))
+    return Head(
+        nn.Linear(features, hidden, bias=False),
+        PerViewBatchNorm1d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, hidden, bias=False),
+        PerViewBatchNorm1d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, dim, bias=False),
+        PerViewBatchNorm1d(dim, affine=False),
+    )
 
 
 def concentration_head(

@@ -20,11 +20,11 @@ from torch.nn import functional as F
 
 from vi_simsiam.backbones import build_backbone, fetch_weights
 from vi_simsiam.checks import require
-from vi_simsiam.config import Concentration, Link, Stem, TrainConfig
+from vi_simsiam.config import Concentration, Link, Projector, Stem, TrainConfig
 from vi_simsiam.distributions import PowerSpherical, widen
 from vi_simsiam.errors import InputError
 from vi_simsiam.functional import cosine_loss
-from vi_simsiam.heads import SplitHead, concentration_head, padded_linear
+from vi_simsiam.heads import SplitHead, concentration_head, new_projector, padded_linear
 from vi_simsiam.normalisation import Head, PerView, PerViewBatchNorm1d, count_batches
 from vi_simsiam.ops.multiview_loss import LossForm, multiview_loss
 
@@ -47,6 +47,7 @@ class SimSiam(nn.Module):
             (B, features).
         features: width of a custom backbone's features; a torchvision one needs none.
         dim: D, the width of projections and predictions.
+        projector: see `ModelConfig`; "standardised" needs the width of the features as `dim`.
         projector_hidden, predictor_hidden: width of their hidden layers.
         stem, channels: of a torchvision backbone, see `build_backbone`.
         pretrained: start a torchvision backbone from its ImageNet weights.
@@ -56,7 +57,8 @@ class SimSiam(nn.Module):
             layer of D columns.
 
     Raises:
-        InputError: an unknown backbone, or a custom one without `features`.
+        InputError: an unknown backbone, a custom one without `features`, or a `dim` that does not
+            fit.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class SimSiam(nn.Module):
         *,
         features: int | None = None,
         dim: int = 2048,
+        projector: Projector = "mlp",
         projector_hidden: int = 512,
         predictor_hidden: int = 512,
         stem: Stem = "imagenet",
@@ -94,16 +97,7 @@ class SimSiam(nn.Module):
         addition of a residual and the ReLU after it: the same function, on a GPU faster. For
         torchvision backbones, on a GPU in channels_last."""
         self.backbone = backbone
-        self.projector = Head(
-            nn.Linear(features, projector_hidden, bias=False),
-            PerViewBatchNorm1d(projector_hidden),
-            nn.ReLU(inplace=True),
-            nn.Linear(projector_hidden, projector_hidden, bias=False),
-            PerViewBatchNorm1d(projector_hidden),
-            nn.ReLU(inplace=True),
-            nn.Linear(projector_hidden, dim, bias=False),
-            PerViewBatchNorm1d(dim, affine=False),
-        )
+        self.projector = new_projector(projector, features, projector_hidden, dim)
         last = head or (lambda hidden: [padded_linear(hidden, dim)])
 
         def new_predictor() -> Head:

@@ -20,6 +20,7 @@ from vi_simsiam.text import one_line
 
 COMMANDS = {
     "train": ("train", "train SimSiam or VI-SimSiam into a run folder"),
+    "fit-kappa": ("fit", "kappa for any finished encoder: a run, or a network with weights"),
     "evaluate": ("evaluate", "kNN, linear probe and figures of a run, with a summary"),
     "knn": ("evaluate", "k-nearest-neighbour accuracy of a run's frozen features"),
     "linear": ("evaluate", "linear-probe accuracy of a run's frozen features"),

@@ -38,7 +38,7 @@ from vi_simsiam.models import SimSiam, build_model
 from vi_simsiam.paths import user_path
 
 CONFIG, METRICS, KERNELS = "config.json", "metrics.jsonl", "kernels.json"
-LOGGERS = "loggers.json"
+LOGGERS, FITTED = "loggers.json", "fitted.json"
 FAILURE, FAILED_VIEWS = "failure.json", "failure.png"
 LOCK = ".lock"
 _CHECKPOINTS = "checkpoint-*.safetensors"
@@ -46,8 +46,8 @@ _CHECKPOINTS = "checkpoint-*.safetensors"
 _REMAINS = f".*.{'[0-9a-f]' * 16}"
 # Results of an earlier run.
 _RESULTS = (
-    _CHECKPOINTS, FORMER, METRICS, KERNELS, LOGGERS, FAILURE, FAILED_VIEWS, ORIGIN,
-    "events.out.tfevents.*", "knn.json", "linear.json", "logistic.json", "uncertainty.json",
+    _CHECKPOINTS, FORMER, METRICS, KERNELS, LOGGERS, FITTED, FAILURE, FAILED_VIEWS,
+    ORIGIN, "events.out.tfevents.*", "knn.json", "linear.json", "logistic.json", "uncertainty.json",
     "curves.png", "kappa.png", "density.png", "reliability.png", "risk_coverage.png",
     "corruptions.png", "scores.png", "report.html",
 )  # fmt: skip

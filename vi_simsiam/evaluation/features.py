@@ -7,6 +7,7 @@ training, and the pixels themselves. An accuracy means little without those two 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -202,14 +203,14 @@ def random_features(
     size: int,
     device: torch.device,
     workers: int,
+    policy: AugmentConfig | None = None,
+    seed: int = 0,
     report: Callable[[str], None] = lambda phrase: None,
     constants: Constants = IMAGENET,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield features of random views of all images, pass after pass and without end.
 
-    The views are those of SimSiam's linear evaluation (Chen and He, arXiv 2011.10566): crops of 8
-    to 100 % of the area, flipped half of the time. Pass p holds view p mod 2 of the two that the
-    loader makes of an image in its epoch p // 2.
+    Pass p holds view p mod 2 of the two that the loader makes of an image in its epoch p // 2.
 
     Args:
         backbone: on `device`; maps images (B, 3, size, size) to features (B, F), as in `extract`.
@@ -217,6 +218,10 @@ def random_features(
         size: side of the views in pixels.
         device: where to compute.
         workers: processes that prepare views on a CPU, until the iterator is closed.
+        policy: the views, of which the local ones are not made; None for those of SimSiam's linear
+            evaluation (Chen and He, arXiv 2011.10566), crops of 8 to 100 % of the area, flipped
+            half of the time.
+        seed: of the views.
         report: called with a short phrase before every pair of passes.
         constants: mean and standard deviation of the channels, the run's.
 
@@ -228,13 +233,14 @@ def random_features(
     Raises:
         InputError: features are not finite.
     """
-    policy = AugmentConfig(
-        size=size, crop_scale=(0.08, 1.0), jitter_prob=0.0, grayscale_prob=0.0, blur_prob=0.0
+    policy = policy or AugmentConfig(
+        crop_scale=(0.08, 1.0), jitter_prob=0.0, grayscale_prob=0.0, blur_prob=0.0
     )
+    policy = dataclasses.replace(policy, size=size, local_views=0)
     if constants != IMAGENET:
         policy = policy.normalised_by(constants)
     batch_size = len(images) // math.ceil(len(images) / _BATCH)
-    loader = MultiViewLoader(images, policy, batch_size, device, workers=workers)
+    loader = MultiViewLoader(images, policy, batch_size, device, seed=seed, workers=workers)
     with contextlib.closing(loader):
         for epoch in itertools.count():
             number = GLOBAL_VIEWS * epoch + 1
