@@ -60,7 +60,9 @@ RUNS = {
     "train compiled": f"""
         {_TRAIN} --compile --accumulate 2 --log trackio => cos""",
     "train pretrained": f"""
-        {_TRAIN} --backbone resnet34 --pretrained""",
+        {_TRAIN} --backbone resnet34 --pretrained
+        fit-kappa resnet34 --data {{images}} --pretrained --out {{out}} --overwrite --size 16 \
+            --views 2 --epochs 1 --device cpu --workers 0 => "views": 2""",
     "train frozen": f"""
         {_TRAIN} --frozen-run {{simsiam}} => kappa fitted""",
     "train settings": f"""
@@ -112,9 +114,7 @@ RUNS = {
     "fit-kappa": """
         fit-kappa {run} --data {images} --images 24 --out {out} --size 16 --views 2 --epochs 1 \
             --seed 1 --device cpu --workers 0 --data-root {here} --offline \
-            --cache-dir {here}/cache => calibration on views of images held out
-        fit-kappa resnet34 --data {images} --pretrained --out {out} --overwrite --size 16 \
-            --views 2 --epochs 1 --device cpu --workers 0 => "views": 2""",
+            --cache-dir {here}/cache => calibration on views of images held out""",
     "views": f"""
         views --data {{images}} {_VIEWS} {_DECODE} --policy multicrop --images 2 --seed 1 \
             --data-root {{here}} --offline --out {{out}}.png

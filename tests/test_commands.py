@@ -38,6 +38,7 @@ NEEDS = {
     **dict.fromkeys(["embed", "rank"], "RUN IMAGES"),
     "export": "RUN --format timm",
     "push-to-hub": "RUN REPO_ID",
+    "fit-kappa": "ENCODER --data FILE --out FILE",
     "experiment": "NAME",
     "pack": "IMAGES --out FILE",
     "bench compare": "BEFORE AFTER",
@@ -116,6 +117,8 @@ evaluate EMPTY --device cuda:99 => device: 'cuda:99' is not here
 figures /nowhere => /nowhere
 report /nowhere => nowhere
 export /nowhere --format timm => nowhere
+fit-kappa resnet1 --data IMAGES --out OUT => backbone: 'resnet1' is none of
+fit-kappa EMPTY --data IMAGES --out OUT => holds no run
 push-to-hub /nowhere somebody/photos => nowhere
 push-to-hub /nowhere => missing: REPO_ID (the repository on the Hugging Face Hub
 experiment control => did you mean 'controls'?
@@ -245,7 +248,7 @@ assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
     assert set(vi_simsiam.__all__) <= set(dir(vi_simsiam))
-    assert len(dir(vi_simsiam)) < 20
+    assert len(dir(vi_simsiam)) < 24
     # All modules may be loaded here, and their names be attributes already.
     assert all(vi_simsiam.__getattr__(name) for name in dir(vi_simsiam))
     assert not hasattr(vi_simsiam, "nothing")
