@@ -1,12 +1,14 @@
 """Frozen features of a run's images, computed once for every evaluation.
 
-Three encoders are compared on the same images: the trained backbone, the same backbone before
-training, and the pixels themselves. An accuracy means little without those two beside it.
+Three encoders are compared on the same images: the trained backbone, the same backbone with random
+weights, and the pixels themselves. An accuracy means little without those two beside it. A run that
+started from given weights has a fourth, these: the training has to improve on them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from vi_simsiam.backbones import build_backbone
+from vi_simsiam.backbones import configured_backbone
 from vi_simsiam.config import AugmentConfig, TrainConfig
 from vi_simsiam.data.loader import MultiViewLoader, eval_loader
 from vi_simsiam.data.packed import PackedImages
@@ -28,13 +30,14 @@ from vi_simsiam.data.subsets import labelled_splits, subset
 from vi_simsiam.data.views import GLOBAL_VIEWS
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.forward import evaluating, extract, finite
+from vi_simsiam.engine.model import starting_backbone
 from vi_simsiam.engine.run import Run
 from vi_simsiam.files import write_json
 from vi_simsiam.info import versions
 from vi_simsiam.text import brief_repr, counted
 
-ENCODERS = ("trained", "untrained", "pixels")
-"""In the order of every result."""
+ENCODERS = ("trained", "starting", "untrained", "pixels")
+"""In the order of every result; "starting" where the run began with given weights."""
 CALIBRATION_IMAGES = 10_000
 """Most training images for the BatchNorm statistics of an untrained backbone."""
 PIXELS_SIZE = 32
@@ -95,7 +98,7 @@ class FeatureSets:
 def collect(
     run: Run, *, report: Callable[[str], None] | None = None, world: World | None = None
 ) -> FeatureSets:
-    """Compute the features of a run's training and validation images under the three encoders.
+    """Compute the features of a run's training and validation images under the encoders.
 
     Args:
         run: a run with labelled training and validation images.
@@ -118,10 +121,13 @@ def collect(
     report("calibrating the untrained encoder")
     train, trained = sources["train"], run.model.backbone
     untrained = untrained_backbone(run.config, train, device=device, workers=workers)
+    start = starting_backbone(run.path, trained)
+    starting = {} if start is None else {"starting": start}
+    backbones = {"trained": trained, **starting, "untrained": untrained}
     features: dict[str, dict[str, Tensor]] = {split: {} for split in sources}
     for split, source in sources.items():
         images = counted(len(source), f"{split} image")
-        for name, backbone in (("trained", trained), ("untrained", untrained)):
+        for name, backbone in backbones.items():
             report(f"{name} features of {images}")
             features[split][name] = extract(
                 backbone, source, size=size, device=device, workers=workers, world=world
@@ -158,9 +164,9 @@ def untrained_backbone(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        backbone, _ = build_backbone(
-            config.model.backbone, stem=config.model.stem, zero_init_residual=False
-        )
+        parts = dataclasses.replace(config.model, pretrained=False)
+        plain = dataclasses.replace(config, model=parts)
+        backbone, _ = configured_backbone(plain, zero_init_residual=False)
     shuffled = np.random.default_rng(config.seed).permutation(len(source))[:CALIBRATION_IMAGES]
     batches = math.ceil(len(shuffled) / _BATCH)
     batch_size = len(shuffled) // batches

@@ -306,6 +306,7 @@ def model_card(run: Run, format: str, *, check: dict[str, Any], versions: dict[s
         "rows": [
             (encoder, [_percent(shares.get(encoder)) for shares in columns.values()])
             for encoder in ENCODERS
+            if encoder != "starting" or any(encoder in shares for shares in columns.values())
         ],
         "uncertainty": [map(markdown, row) for row in _uncertainty(uncertainty)],
         "uncertainty_measured": uncertainty is not None,

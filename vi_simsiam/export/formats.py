@@ -1,8 +1,8 @@
 """Weights in the formats of other libraries. Each writer returns the outputs of its file, to check.
 
-A backbone is a torchvision ResNet, and its parameters keep torchvision's names. timm's ResNets have
-the same names and the same arithmetic. The whole model, with projector and predictor, goes to
-safetensors and, as a graph, to ONNX.
+A backbone is of torchvision or timm, whose names its parameters keep, or a module of one's own.
+timm has torchvision's ResNets with the same names and the same arithmetic. The whole model, with
+projector and predictor, goes to safetensors and, as a graph, to ONNX.
 """
 
 from __future__ import annotations
@@ -23,12 +23,18 @@ import torch
 from torch import Tensor, nn
 
 from vi_simsiam import __version__
-from vi_simsiam.backbones import plain_resnet
+from vi_simsiam.backbones import plain_resnet, view_sizes
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.errors import InputError
 from vi_simsiam.files import naming, parse_json, write_atomically, write_json
 from vi_simsiam.models import SimSiam, VISimSiam, build_model
 from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD
+from vi_simsiam.other_backbones import (
+    refuse_code,
+    renormalise,
+    size_options,
+    timm_settings,
+)
 from vi_simsiam.paths import user_path, utf8_path
 from vi_simsiam.text import data_label
 
@@ -79,8 +85,9 @@ def portable(config: TrainConfig) -> dict[str, Any]:
     plain = config.to_dict()
     del plain["data_root"], plain["cache_dir"]
     plain["data"] = data_label(config.data)
-    if plain.get("frozen_run") is not None:
-        plain["frozen_run"] = Path(plain["frozen_run"]).name
+    for name in ("init", "frozen_run"):
+        if plain.get(name) is not None:
+            plain[name] = Path(plain[name]).name
     return plain
 
 
@@ -88,7 +95,13 @@ def write_torchvision(model: SimSiam, config: TrainConfig, path: Path) -> Output
     """Write the backbone's state dict under torchvision's names; it has no classifier.
 
     Returns the features of the file, computed by plain torchvision.
+
+    Raises:
+        InputError: torchvision has no such network.
     """
+    if ":" in config.model.backbone:
+        _, others = _other_formats(config)
+        raise InputError(f"format: torchvision has no {config.model.backbone}; {others}")
     weights = _weights(model.backbone)
     write_atomically(path, lambda file: torch.save(weights, file))
     network, _ = plain_resnet(config.model.backbone, config.model.stem)
@@ -107,19 +120,24 @@ def write_timm(model: SimSiam, config: TrainConfig, path: Path) -> Outputs:
     import timm
     from safetensors.torch import save
 
-    name = config.model.backbone
-    others = "torchvision, safetensors and onnx take this run"
+    name, others = _other_formats(config)
     if config.model.stem != "imagenet":
         raise InputError(f"format: timm's {name} has no stem {config.model.stem!r}; {others}")
-    if not timm.is_model(name):
-        raise InputError(f"format: timm has no {name}; {others}")
+    architecture = name.partition(".")[0]
+    if not timm.is_model(architecture):
+        raise InputError(f"format: timm has no {config.model.backbone}; {others}")
     content = save(_weights(model.backbone), metadata={"format": "pt"})
     write_atomically(path, lambda file: file.write(content))
     view = preprocessing(config)
+    own = config.model.backbone.startswith("timm:")  # torchvision's take ImageNet's normalisation
+    settings = timm_settings(name) if own else None
+    size = {} if settings is None else size_options(name, view_sizes(config))
+    if settings is not None:
+        view |= {"mean": list(settings.mean), "std": list(settings.std)}
     pretrained = {
         "tag": config.method.replace("-", "_"),
         "input_size": [3, view["size"], view["size"]],
-        "fixed_input_size": False,
+        "fixed_input_size": settings is not None and settings.fixed_input_size,
         "interpolation": view["interpolation"],
         "crop_pct": 1.0,
         "crop_mode": view["crop"],
@@ -127,19 +145,27 @@ def write_timm(model: SimSiam, config: TrainConfig, path: Path) -> Outputs:
         "std": view["std"],
         "num_classes": 0,
         "pool_size": None,
-        "first_conv": "conv1",
-        "classifier": "fc",
+        "first_conv": "conv1" if settings is None else settings.first_conv,
+        "classifier": "fc" if settings is None else settings.classifier,
     }
     described = {
-        "architecture": name,
+        "architecture": architecture,
         "num_classes": 0,
         "num_features": model.features,
-        "global_pool": "avg",
         "pretrained_cfg": pretrained,
+        "model_args": size,
     }
     write_json(path.with_name("config.json"), described)
     network = timm.create_model(f"local-dir:{path.parent}", pretrained=True, num_classes=0)
+    renormalise(network, view["mean"], view["std"])
     return outputs(network.eval())
+
+
+def _other_formats(config: TrainConfig) -> tuple[str, str]:
+    """The name of a run's backbone in its library, and the formats that always fit, in words."""
+    kind, _, name = config.model.backbone.rpartition(":")
+    library = {"": "torchvision, ", "timm": "timm, "}.get(kind, "")
+    return name, f"{library}safetensors and onnx take this run"
 
 
 def write_safetensors(model: SimSiam, config: TrainConfig, path: Path) -> Outputs:
@@ -259,7 +285,9 @@ def load_safetensors(path: str | Path) -> SimSiam | VISimSiam:
         ) from error
     try:
         plain = parse_json(metadata["config"], dict[str, Any])
-        config = TrainConfig.from_dict(plain | {"ema": None})
+        # The weights of the start are in the file, too; their place is another's.
+        config = TrainConfig.from_dict(plain | {"ema": None, "init": None})
+        refuse_code(str(path), config.model.backbone)
         # The file has the weights: torchvision's are not needed, and there is no moving average.
         parts = dataclasses.replace(config.model, pretrained=False)
         model = build_model(dataclasses.replace(config, model=parts))
