@@ -58,6 +58,8 @@ RUNS = {
         {_TRAIN} --compile => cos""",
     "train pretrained": f"""
         {_TRAIN} --backbone resnet34 --pretrained""",
+    "train from weights": f"""
+        {_TRAIN} --init {{simsiam}} => tensors are those of {{simsiam}}""",
     "train frozen": f"""
         {_TRAIN} --frozen-run {{simsiam}} => kappa fitted""",
     "train settings": f"""

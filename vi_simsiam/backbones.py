@@ -71,20 +71,6 @@ def build_backbone(
     return network, features
 
 
-def configured_backbone(
-    config: TrainConfig, *, zero_init_residual: bool = True
-) -> tuple[nn.Module, int]:
-    """The backbone of a run and the width of its features, see `build_backbone`."""
-    model = config.model
-    return build_backbone(
-        model.backbone,
-        stem=model.stem,
-        pretrained=model.pretrained,
-        zero_init_residual=zero_init_residual,
-        sizes=view_sizes(config),
-    )
-
-
 def view_sizes(config: TrainConfig) -> list[int]:
     """The sides of a run's views in pixels, that of the global ones first."""
     views = config.augment

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vi_simsiam.backbones import build_backbone, configured_backbone, fetch_weights
+from vi_simsiam.backbones import build_backbone, fetch_weights, view_sizes
 from vi_simsiam.checks import require
 from vi_simsiam.config import Concentration, Link, Stem, TrainConfig
 from vi_simsiam.distributions import PowerSpherical, widen
@@ -49,8 +49,7 @@ class SimSiam(nn.Module):
         dim: D, the width of projections and predictions.
         projector_hidden: width of the projector's hidden layers.
         predictor_hidden: width of the predictor's hidden layer.
-        stem: first layers of a torchvision backbone, see `build_backbone`.
-        pretrained: start a backbone of torchvision or timm from its ImageNet weights.
+        stem, pretrained, sizes: of a backbone by name, see `build_backbone`.
         local_predictor: give views smaller than the first one a predictor of their own, of the same
             shape (a shared one is reported to destabilise SimSiam, arXiv 2602.05845).
         head: builds a predictor's last layers from the width of its hidden one; None for a linear
@@ -70,6 +69,7 @@ class SimSiam(nn.Module):
         predictor_hidden: int = 512,
         stem: Stem = "imagenet",
         pretrained: bool = False,
+        sizes: Sequence[int] = (),
         local_predictor: bool = False,
         head: Callable[[int], Sequence[nn.Module]] | None = None,
     ) -> None:
@@ -77,7 +77,8 @@ class SimSiam(nn.Module):
         if dim < 2:
             raise InputError(f"dim: {dim} must be at least 2")
         if isinstance(backbone, str):
-            backbone, features = build_backbone(backbone, stem=stem, pretrained=pretrained)
+            options: Any = {"stem": stem, "pretrained": pretrained, "sizes": sizes}
+            backbone, features = build_backbone(backbone, **options)
         elif features is None:
             raise InputError("features: the width of an own backbone's output must be given")
         self.dim = dim
@@ -386,8 +387,7 @@ def build_model(config: TrainConfig) -> SimSiam:
     """The model that a configuration describes, with weights drawn from torch's generator."""
     if config.model.pretrained:
         fetch_weights(config.model.backbone, download=not config.offline)
-    parts: dict[str, Any] = {**vars(config.model)}
-    parts["backbone"], parts["features"] = configured_backbone(config)
+    parts: dict[str, Any] = {**vars(config.model), "sizes": view_sizes(config)}
     network: SimSiam
     if config.method == "simsiam":
         network = SimSiam(**parts)

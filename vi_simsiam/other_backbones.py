@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import packages_distributions
 from typing import Any
 
 import torch
@@ -130,7 +131,7 @@ def fetch_timm(name: str, *, download: bool) -> str:
     url = f"https://huggingface.co/{repository}"
     remedy = "give a copy of the weights with --init instead"
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # it prints a line on each of its attempts
+    logging.set_verbosity(50)  # critical; else it prints a line on each of its attempts
     try:
         with downloading("pretrained", url, remedy):
             return str(hf_hub_download(repository, filename))
@@ -174,8 +175,8 @@ def build_module(name: str) -> nn.Module:
 def refuse_code(origin: str, backbone: str) -> None:
     """Refuse a module as the backbone of a file from elsewhere, unless the user trusts its code.
 
-    The user's program has imported it, or `TRUSTED` names it. Modules of Python itself build no
-    network.
+    `TRUSTED` names the module, or the user's program has imported it and it is of no installed
+    package: this package imports many of those, and their functions do anything.
 
     Args:
         origin: the file or folder, for the message.
@@ -188,9 +189,14 @@ def refuse_code(origin: str, backbone: str) -> None:
     path = name.rpartition(".")[0]
     if kind != "module":
         return
-    named = [each.strip() for each in os.environ.get(TRUSTED, "").split(",")]
-    of_python = path.partition(".")[0] in sys.stdlib_module_names
-    if of_python or (path not in sys.modules and path not in named):
+    if path in os.environ.get(TRUSTED, "").split(","):
+        return
+    top = path.partition(".")[0]
+    if (
+        path not in sys.modules
+        or top in {__name__.partition(".")[0], *sys.stdlib_module_names}
+        or top in packages_distributions()
+    ):
         raise InputError(
             f"run: {origin} is from elsewhere or was changed, and would run code of {cut(backbone)}"
             f"; where you trust that code, set {TRUSTED}={cut(path)}"

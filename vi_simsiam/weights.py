@@ -124,7 +124,7 @@ def _flat(saved: Any, depth: int = _DEEPEST) -> dict[str, Tensor]:
 
 
 def _prefix(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> str:
-    """What the names of the backbone's tensors begin with in a file."""
+    """The beginning of the names that the backbone's tensors have in a file."""
     fitting: Counter[str] = Counter()
     for name, tensor in tensors.items():
         parts = name.split(".")

@@ -8,7 +8,6 @@ started from given weights has a fourth, these: the training has to improve on t
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from vi_simsiam.backbones import configured_backbone
+from vi_simsiam.backbones import build_backbone, view_sizes
 from vi_simsiam.config import AugmentConfig, TrainConfig
 from vi_simsiam.data.loader import MultiViewLoader, eval_loader
 from vi_simsiam.data.packed import PackedImages
@@ -36,8 +35,10 @@ from vi_simsiam.files import write_json
 from vi_simsiam.info import versions
 from vi_simsiam.text import brief_repr, counted
 
-ENCODERS = ("trained", "starting", "untrained", "pixels")
-"""In the order of every result; "starting" where the run began with given weights."""
+ENCODERS = ("trained", "untrained", "pixels")
+"""In the order of every result, after "trained" `STARTING` where the run has it."""
+STARTING = "starting"
+"""The backbone with the weights that the run began with, if they were given."""
 CALIBRATION_IMAGES = 10_000
 """Most training images for the BatchNorm statistics of an untrained backbone."""
 PIXELS_SIZE = 32
@@ -122,7 +123,7 @@ def collect(
     train, trained = sources["train"], run.model.backbone
     untrained = untrained_backbone(run.config, train, device=device, workers=workers)
     start = starting_backbone(run.path, trained)
-    starting = {} if start is None else {"starting": start}
+    starting = {} if start is None else {STARTING: start}
     backbones = {"trained": trained, **starting, "untrained": untrained}
     features: dict[str, dict[str, Tensor]] = {split: {} for split in sources}
     for split, source in sources.items():
@@ -164,9 +165,12 @@ def untrained_backbone(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        parts = dataclasses.replace(config.model, pretrained=False)
-        plain = dataclasses.replace(config, model=parts)
-        backbone, _ = configured_backbone(plain, zero_init_residual=False)
+        backbone, _ = build_backbone(
+            config.model.backbone,
+            stem=config.model.stem,
+            zero_init_residual=False,
+            sizes=view_sizes(config),
+        )
     shuffled = np.random.default_rng(config.seed).permutation(len(source))[:CALIBRATION_IMAGES]
     batches = math.ceil(len(shuffled) / _BATCH)
     batch_size = len(shuffled) // batches
