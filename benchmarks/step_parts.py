@@ -21,7 +21,8 @@ from vi_simsiam.data.device import byte_tensor
 from vi_simsiam.data.loader import MultiViewLoader
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.engine.graph import capture
-from vi_simsiam.engine.step import Network, OverlappedStep, TrainStep, training_network
+from vi_simsiam.engine.network import Network, training_network
+from vi_simsiam.engine.step import OverlappedStep, TrainStep
 from vi_simsiam.models import Output, SimSiam, VISimSiam, build_model
 from vi_simsiam.ops.backends import why_unavailable
 

@@ -55,7 +55,7 @@ RUNS = {
         {_TRAIN} --overwrite --concentration detached --concentration-gain 2 --capture off \
             --kernels off --data-memory host""",
     "train compiled": f"""
-        {_TRAIN} --compile => cos""",
+        {_TRAIN} --compile --accumulate 2 --log trackio => cos""",
     "train pretrained": f"""
         {_TRAIN} --backbone resnet34 --pretrained""",
     "train from weights": f"""
@@ -100,6 +100,9 @@ RUNS = {
             => checked on 8 images of images
         export {resnet} --format timm --overwrite --checkpoint best --out {out} \
             => checked on fashion-mini""",
+    "push-to-hub": """
+        push-to-hub {resnet} somebody/photos --format timm --private --checkpoint best \
+            --data {images} --data-root {here} => published: https://huggingface.co/somebody/photos""",
     "pack": f"""
         pack {{images}} --out {{out}}.pack --shorter-side 12 --workers 1 --data-root {{here}} \
             --offline => about 17.3 kB

@@ -23,9 +23,9 @@ from vi_simsiam.cli import main
 from vi_simsiam.config import ModelConfig, TrainConfig
 from vi_simsiam.data.views import eval_view
 from vi_simsiam.engine.kernels import why_unusable
+from vi_simsiam.engine.network import own_norm, training_network
 from vi_simsiam.engine.origin import ORIGIN, is_own, places
 from vi_simsiam.engine.run import START, load_run, read_config
-from vi_simsiam.engine.step import own_norm, training_network
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.features import collect, untrained_backbone
 from vi_simsiam.export import export_run, load_safetensors

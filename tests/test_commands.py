@@ -37,6 +37,7 @@ NEEDS = {
     "doctor": "RUN",
     **dict.fromkeys(["embed", "rank"], "RUN IMAGES"),
     "export": "RUN --format timm",
+    "push-to-hub": "RUN REPO_ID",
     "experiment": "NAME",
     "pack": "IMAGES --out FILE",
     "bench compare": "BEFORE AFTER",
@@ -115,6 +116,8 @@ evaluate EMPTY --device cuda:99 => device: 'cuda:99' is not here
 figures /nowhere => /nowhere
 report /nowhere => nowhere
 export /nowhere --format timm => nowhere
+push-to-hub /nowhere somebody/photos => nowhere
+push-to-hub /nowhere => missing: REPO_ID (the repository on the Hugging Face Hub
 experiment control => did you mean 'controls'?
 experiment controls --data folder:/nowhere --out OUT => nowhere
 experiment table1 --data IMAGES/train/dark --out OUT => has no labels

@@ -28,7 +28,7 @@ from vi_simsiam.config import AugmentConfig, TrainConfig
 from vi_simsiam.engine import distributed, train
 from vi_simsiam.engine import model as model_module
 from vi_simsiam.engine.distributed import PeerError, World, joined
-from vi_simsiam.engine.step import wrap
+from vi_simsiam.engine.network import wrap
 from vi_simsiam.errors import CollapsedError, ImageWarning, InputError, TrainingError
 from vi_simsiam.models import SimSiam, build_model
 

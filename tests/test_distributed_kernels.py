@@ -20,7 +20,8 @@ from torch import Tensor
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.engine import kernels
 from vi_simsiam.engine.distributed import World
-from vi_simsiam.engine.step import Bfloat16Weights, configured_step, training_network, wrap
+from vi_simsiam.engine.network import Bfloat16Weights, training_network, wrap
+from vi_simsiam.engine.step import configured_step
 from vi_simsiam.models import SimSiam
 
 pytestmark = pytest.mark.skipif(

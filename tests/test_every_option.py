@@ -17,7 +17,9 @@ import pytest
 import torch
 import torchvision
 import tyro
+from hub_cases import LocalHub
 from inference_cases import save_images, save_run
+from logger_cases import stand_in
 from matplotlib.figure import Figure
 from option_cases import RUNS, SMALL
 from PIL import Image
@@ -34,7 +36,7 @@ from vi_simsiam.experiments import worker
 _TEXTS = (".csv", ".json", ".jsonl", ".md")
 _REFUSED = {"--sync-batch-norm", "--trials"}
 """Options that `test_commands.py` sees refused; `test_experiments.py` runs trials."""
-_WITH_RESNETS = ("train pretrained", "export")
+_WITH_RESNETS = ("train pretrained", "export", "push-to-hub")
 _FAILING = (2, 1)
 """Exit codes of a training whose loss is not finite, and of the doctor who finds that."""
 _RESNET = torchvision.models.resnet._resnet
@@ -103,6 +105,8 @@ def filled(
     config = here["moved"] / CONFIG
     config.write_text(config.read_text().replace(str(places["images"]), "/gone/images"))
     monkeypatch.setenv("TORCH_HOME", str(places["torch"]))
+    stand_in("trackio", monkeypatch)
+    monkeypatch.setattr("huggingface_hub.HfApi", LocalHub(tmp_path / "hub").api)
     in_process = SimpleNamespace(**vars(subprocess) | {"Popen": called})
     monkeypatch.setattr(processes, "subprocess", in_process)
     monkeypatch.setattr(processes, "_POLL_SECONDS", 0.0)

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vi_simsiam.cli.use import export
+from vi_simsiam.cli.export import export
 from vi_simsiam.config import LossConfig
 from vi_simsiam.data.sources import FileSource
 from vi_simsiam.data.views import eval_view

@@ -73,6 +73,9 @@ def test_the_code_loads_the_weights_and_the_image(
     code = code_blocks(Path("README.md").read_text())
     assert any("vi_simsiam" in block for block in code) == (format == "safetensors")
     names = run_code(code)
+    if format == "safetensors":
+        encoding = names["encoding"].embedding
+        torch.testing.assert_close(encoding, names["encoder"].encode(names["images"]).embedding)
     with torch.no_grad():
         expected = run.model.backbone(torch.zeros(2, 3, SIZE, SIZE))
     torch.testing.assert_close(names["features"].clone(), expected, rtol=1e-5, atol=1e-5)

@@ -22,14 +22,8 @@ from vi_simsiam.data import Batch, DeviceFeed, MultiViewLoader, device
 from vi_simsiam.data.views import Schedule
 from vi_simsiam.engine.graph import capture
 from vi_simsiam.engine.graph_rules import Rules
-from vi_simsiam.engine.step import (
-    OWN_BUFFERS,
-    Bfloat16Weights,
-    OverlappedStep,
-    TrainStep,
-    learning_rates,
-    training_network,
-)
+from vi_simsiam.engine.network import OWN_BUFFERS, Bfloat16Weights, training_network
+from vi_simsiam.engine.step import OverlappedStep, TrainStep, learning_rates
 from vi_simsiam.models import Output, SimSiam, VISimSiam
 from vi_simsiam.ops.stem_convolution import _OverBlocks
 

@@ -334,7 +334,7 @@ def test_a_gpu_that_is_too_small_is_one_readable_error(
 
     monkeypatch.setattr(trainer, "train_step", Watched(trainer.train_step, exhausted))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 8 * 10**9))
-    message = r"Tried to allocate 20.00 GiB \(1.0 of 8.0 GB are free\); a smaller --batch-size"
+    message = r"Tried to allocate 20.00 GiB \(1.0 of 8.0 GB are free\); a larger --accumulate"
     with pytest.raises(TrainingError, match=message):
         trainer.fit()
 

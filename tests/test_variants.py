@@ -20,8 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from vi_simsiam import models
 from vi_simsiam.config import SOFTPLUS, AugmentConfig, LossConfig, ModelConfig, TrainConfig
 from vi_simsiam.engine.checkpoint import checkpoints
+from vi_simsiam.engine.network import OWN_BUFFERS
 from vi_simsiam.engine.run import load_run
-from vi_simsiam.engine.step import OWN_BUFFERS, TrainStep
+from vi_simsiam.engine.step import TrainStep
 from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import InputError
 from vi_simsiam.models import SimSiam, VISimSiam, build_model

@@ -11,18 +11,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vi_simsiam.distributions import HypersphericalUniform, PowerSpherical
+    from vi_simsiam.export.hub import from_pretrained
     from vi_simsiam.inference.encoder import load
     from vi_simsiam.models import SimSiam, VISimSiam
 
     __version__: str
 
-__all__ = ["HypersphericalUniform", "PowerSpherical", "SimSiam", "VISimSiam", "__version__", "load"]
+__all__ = [
+    "HypersphericalUniform",
+    "PowerSpherical",
+    "SimSiam",
+    "VISimSiam",
+    "__version__",
+    "from_pretrained",
+    "load",
+]
 
 _MODULE_OF = {
     "HypersphericalUniform": "distributions",
     "PowerSpherical": "distributions",
     "SimSiam": "models",
     "VISimSiam": "models",
+    "from_pretrained": "export.hub",
     "load": "inference.encoder",
 }
 _MODULES = (

@@ -116,6 +116,9 @@ class TrainConfig:
     --held-out always do."""
     epochs: int = limited(100, at_least(1))
     batch_size: int = limited(64, at_least(2, "at least 2 (BatchNorm needs two samples)"))
+    accumulate: int = limited(1, at_least(1))
+    """Compute a batch in this many parts, one after the other, for less memory. The step is that
+    of the whole batch, except that BatchNorm normalises each part by its own statistics."""
     lr: float = limited(0.0125, POSITIVE)
     """Peak learning rate, reached after the warm-up and followed by a cosine decay to 0; not scaled
     by the batch size."""
@@ -161,6 +164,8 @@ class TrainConfig:
     log_every: int | None = limited(None, at_least(1))
     """Steps between two lines in metrics.jsonl; None for 10 on a CPU and 100 on a GPU, which waits
     for each line."""
+    log: str = "tensorboard"
+    """Loggers besides metrics.jsonl, joined by commas: tensorboard, wandb, mlflow, trackio."""
     save_every: float = limited(60.0, NOT_NEGATIVE)
     """Least seconds between two checkpoints; one is written at the end and on a signal, too."""
     keep: int = limited(2, at_least(1))
@@ -257,7 +262,7 @@ _PATHS = {"data_root": Path("data"), "cache_dir": None, "init": None, "frozen_ru
 
 PLACE_FIELDS = {
     "workers", "device", "data_root", "offline", "cache_dir", "data_memory", "capture", "kernels",
-    "compile", "log_every", "save_every", "keep", "deterministic", "knn_every", "stop_on",
+    "compile", "log_every", "log", "save_every", "keep", "deterministic", "knn_every", "stop_on",
 }  # fmt: skip
 """Fields that may change when a run is resumed: they do not change the result."""
 

@@ -27,7 +27,8 @@ from vi_simsiam.backbones import build_backbone
 from vi_simsiam.config import AugmentConfig
 from vi_simsiam.data.views import add_offsets, draw_table
 from vi_simsiam.engine.graph import capture
-from vi_simsiam.engine.step import TrainStep, training_network
+from vi_simsiam.engine.network import training_network
+from vi_simsiam.engine.step import TrainStep
 from vi_simsiam.info import home
 from vi_simsiam.models import SimSiam, VISimSiam
 from vi_simsiam.ops.augment import augment

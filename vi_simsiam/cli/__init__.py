@@ -31,9 +31,10 @@ COMMANDS = {
     "embed": ("use", "embeddings, kappa and neighbours of your images as a Parquet file"),
     "rank": ("use", "your most and least certain images"),
     "export": (
-        "use",
+        "export",
         "a run's weights for torchvision, timm, safetensors or ONNX, with a model card",
     ),
+    "push-to-hub": ("export", "a run's weights and model card as a repository on Hugging Face"),
     "experiment": (
         "experiment",
         "many runs with their statistics: table1, tuned, controls, stability, ...",
@@ -187,7 +188,8 @@ def _run(arguments: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise none_of("command", name, COMMANDS)
-    command = getattr(importlib.import_module(f"vi_simsiam.cli.{COMMANDS[name][0]}"), name)
+    module = importlib.import_module(f"vi_simsiam.cli.{COMMANDS[name][0]}")
+    command = getattr(module, name.replace("-", "_"))
     try:
         return int(command(rest))
     except SystemExit as stop:  # after a command's help; Rich ends with 1 if nobody reads

@@ -1,11 +1,10 @@
-"""`vi-simsiam embed|rank|export`: a trained run on your images, and its weights for other tools.
+"""`vi-simsiam embed|rank`: a trained run on your images.
 
 `vi-simsiam info|bench`: the installation, and benchmarks.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 from collections.abc import Callable
@@ -26,12 +25,8 @@ from vi_simsiam.text import counted, show
 if TYPE_CHECKING:
     from vi_simsiam.config import DecodeConfig
     from vi_simsiam.data.sources import ImageSource
-    from vi_simsiam.engine.run import Run
     from vi_simsiam.inference.embed import Table
     from vi_simsiam.inference.encoder import Encoder
-
-# Embedded, hence always available: an export is checked on it if the run's own images are gone.
-_STAND_IN = "fashion-mini"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,24 +69,6 @@ class _Rank(_Images):
     """Files to write, without suffix: OUT.csv, all images, and OUT.png, the two ends."""
     k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 16
     """Images at each end of the picture."""
-
-
-@dataclass(frozen=True)
-class _Export:
-    run: RunPath
-    """A run folder."""
-    format: str
-    """torchvision, timm (the backbone), safetensors (the whole model) or onnx (a graph)."""
-    out: Path | None = None
-    """Folder to write; None for RUN/export/FORMAT."""
-    overwrite: bool = False
-    """Replace an earlier export in that folder."""
-    checkpoint: Literal["last", "best"] = "last"
-    """Weights of the run: the last, or those with the best kNN accuracy during training."""
-    data: str | None = None
-    """The data set, where it has moved since training; a few images check the export."""
-    data_root: Path | None = None
-    """Where downloaded data sets are; None for the run's own."""
 
 
 @dataclass(frozen=True)
@@ -165,38 +142,6 @@ def rank(arguments: list[str]) -> int:
     show(_written(listing, table))
     show(f"written: {picture}")
     return 0
-
-
-def export(arguments: list[str]) -> int:
-    """Write a run's weights, settings and model card."""
-    options = parse("export", _Export, arguments)
-
-    from vi_simsiam.export import export_run
-
-    run = _run_to_export(options)
-    folder = export_run(run, options.format, options.out, overwrite=options.overwrite, report=show)
-    show(f"written: {folder}")
-    return 0
-
-
-def _run_to_export(options: _Export) -> Run:
-    """Open the run on the CPU, with embedded images if its own are not on this machine."""
-    from vi_simsiam.data.datasets import open_dataset
-    from vi_simsiam.engine.origin import placed
-    from vi_simsiam.inference.encoder import load
-
-    run = load(options.run, "cpu", checkpoint=options.checkpoint).run
-    try:  # nothing is downloaded: a few images are enough
-        config = placed(run.path, run.config, data=options.data, data_root=options.data_root)
-        splits = open_dataset(
-            config.data, root=config.data_root, download=False, decode=config.decode
-        )
-    except InputError as reason:
-        if options.data is not None:
-            raise
-        show(f"checked on {_STAND_IN}, not on the run's own images ({reason})")
-        splits = open_dataset(_STAND_IN)
-    return dataclasses.replace(run, splits=splits)
 
 
 def _check_free(paths: list[Path], overwrite: bool) -> None:

@@ -75,12 +75,13 @@ def suited(
         local_views=config.augment.local_views,
     )
     epochs = epochs or _epochs(len(source), tiny)
+    shares = ranks * config.accumulate
     given = config.model.pretrained or ":" in config.model.backbone
     small_stem = _TINY < size <= _ONE_PIXEL and not given
     return dataclasses.replace(
         config,
         epochs=epochs,
-        batch_size=max(2, min(start.batch_size, len(source)) // ranks * ranks),
+        batch_size=max(2, min(start.batch_size, len(source)) // shares * shares),
         lr=start.lr,
         warmup_epochs=epochs / (8 if tiny else 20),
         augment=sized(augment, size),

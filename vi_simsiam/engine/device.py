@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +13,19 @@ from vi_simsiam.errors import TrainingError
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Numbers of options in glibc's malloc.h."""
+
+
+def prepare(device: torch.device, *, deterministic: bool) -> None:
+    """Set what the process needs before it trains on a device.
+
+    Args:
+        device: where it trains.
+        deterministic: it will use `deterministic`.
+    """
+    if deterministic:  # cuBLAS reads it at its first use (NVIDIA, "Reproducibility")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if device.type == "cpu":
+        keep_freed_memory()
 
 
 def keep_freed_memory() -> None:
@@ -54,5 +68,5 @@ def memory_errors(device: torch.device) -> Iterator[None]:
         text = " ".join(str(error).split(". ")[:2])
         raise TrainingError(
             f"memory of {device}: {text} ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free); "
-            "a smaller --batch-size, fewer --local-views or --data-memory host need less"
+            "a larger --accumulate, fewer --local-views or --data-memory host need less"
         ) from error

@@ -24,8 +24,9 @@ from vi_simsiam.checks import POSITIVE, check_fields, limited
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.graph import capture
+from vi_simsiam.engine.network import own_norm
 from vi_simsiam.engine.run import KERNELS
-from vi_simsiam.engine.step import TrainStep, own_norm
+from vi_simsiam.engine.step import TrainStep
 from vi_simsiam.errors import InputError, cut
 from vi_simsiam.files import parse_json, read_bytes, write_json
 from vi_simsiam.models import SimSiam

@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,16 @@ from rich.table import Column
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.tensorboard import SummaryWriter
 
 from vi_simsiam.config import Stem, TrainConfig
 from vi_simsiam.engine.log import read_log
+from vi_simsiam.engine.loggers import Loggers
 from vi_simsiam.engine.run import METRICS
 from vi_simsiam.engine.verdict import Health
 from vi_simsiam.errors import TrainingError
 from vi_simsiam.files import json_lines, write_text
 from vi_simsiam.models import Output, SimSiam, VISimSiam
 from vi_simsiam.ops.power_spherical import ONE_PLUS_COS_MIN
-from vi_simsiam.paths import utf8_path
 from vi_simsiam.text import counted, print_line
 
 _SECONDS_SHOWN = 1.0
@@ -119,7 +119,7 @@ class Timed:
 
 
 class Monitor:
-    """Progress bar, metrics.jsonl and TensorBoard of one run; a context manager.
+    """Progress bar, metrics.jsonl and other loggers of one run; a context manager.
 
     Args:
         folder: the run folder.
@@ -150,6 +150,7 @@ class Monitor:
         quiet: bool = False,
     ) -> None:
         lines, damaged = read_log(folder)
+        logged = max((int(line["step"]) for line in lines), default=0)
         lines = [line for line in lines if line["step"] <= step]
         write_text(folder / METRICS, json_lines(lines))
         self.folder, self.health = folder, Health(config)
@@ -160,12 +161,12 @@ class Monitor:
             self._knn = line.get("knn", self._knn)
         self._file = (folder / METRICS).open("a")
         self._stack = contextlib.ExitStack()
-        place = str(self._stack.enter_context(utf8_path(folder)))
-        self._tensorboard = SummaryWriter(place, purge_step=step + 1)
         self._steps_per_epoch, self._epochs = steps_per_epoch, config.epochs
         self._total = config.epochs * steps_per_epoch
         self._console, self._config, self._quiet = console, config, quiet
         self._images, self._resumed = images, resumed
+        warn = partial(self._print, style="yellow")
+        self._loggers = Loggers(folder, config, step=step, logged=logged, warn=warn)
         self._warned: set[str] = set()
         self._shown = -math.inf
         self._timed: tuple[int, float] | None = None
@@ -254,9 +255,7 @@ class Monitor:
         try:
             self._file.write(json_lines([self.last]))
             self._file.flush()
-            for name, value in metrics.items():
-                if name != "step":
-                    self._tensorboard.add_scalar(name, value, int(metrics["step"]))
+            self._loggers.log(metrics)
         except OSError as error:
             raise TrainingError(
                 f"the logs in {self.folder} could not be written ({error.strerror or error}); "
@@ -320,9 +319,9 @@ class Monitor:
     def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         self._progress.stop()
         ignored = () if kind is None else (OSError,)  # of a full disk, the first error is enough
-        for file in (self._file, self._tensorboard):
+        for close in (self._file.close, partial(self._loggers.close, failed=kind is not None)):
             with contextlib.suppress(*ignored):
-                file.close()
+                close()
         self._stack.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from vi_simsiam.data.views import GLOBAL_VIEWS, add_offsets
 from vi_simsiam.engine import failure
 from vi_simsiam.engine.forward import evaluating
 from vi_simsiam.engine.monitor import representation_statistics
+from vi_simsiam.engine.network import backward
 from vi_simsiam.engine.run import FAILED_VIEWS, FAILURE, Run
 from vi_simsiam.errors import InputError
 from vi_simsiam.files import write_atomically
@@ -129,10 +131,13 @@ def _figures(run: Run, views: list[Tensor]) -> tuple[float, float, dict[str, flo
     """Loss, norm of the gradient and statistics of a step, which is not made."""
     config, model, device = run.config, run.model, run.device
     model.train()
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.uses_bf16(device.type)):
-        output = model(views)
-        loss = model.loss(output, loss_scale=config.loss_scale)
-    loss.backward()
+    output, loss = backward(
+        model,
+        partial(model.loss, loss_scale=config.loss_scale),
+        views,
+        parts=config.accumulate,
+        bf16=config.uses_bf16(device.type),
+    )
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     tensors = (*output.predictions, *output.targets)
     statistics = {}

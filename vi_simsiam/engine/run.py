@@ -36,6 +36,7 @@ from vi_simsiam.models import SimSiam, build_model
 from vi_simsiam.paths import user_path
 
 CONFIG, METRICS, KERNELS = "config.json", "metrics.jsonl", "kernels.json"
+LOGGERS = "loggers.json"
 FAILURE, FAILED_VIEWS = "failure.json", "failure.png"
 START = "start.safetensors"
 """The backbone's weights at the start, in a run that began with given ones."""
@@ -45,7 +46,7 @@ _CHECKPOINTS = "checkpoint-*.safetensors"
 _REMAINS = f".*.{'[0-9a-f]' * 16}"
 # Results of an earlier run.
 _RESULTS = (
-    _CHECKPOINTS, FORMER, START, METRICS, KERNELS, FAILURE, FAILED_VIEWS, ORIGIN,
+    _CHECKPOINTS, FORMER, START, METRICS, KERNELS, LOGGERS, FAILURE, FAILED_VIEWS, ORIGIN,
     "events.out.tfevents.*", "knn.json", "linear.json", "logistic.json", "uncertainty.json",
     "curves.png", "kappa.png", "density.png", "reliability.png", "risk_coverage.png",
     "corruptions.png", "scores.png", "report.html",

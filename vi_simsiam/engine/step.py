@@ -10,38 +10,25 @@ The step calls the network with the project's kernels, compiled, or in Distribut
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from vi_simsiam.checks import require
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.data.device import DeviceFeed
 from vi_simsiam.engine.distributed import World
+from vi_simsiam.engine.network import Network, backward, training_network, wrap
 from vi_simsiam.engine.sgd import CPUFusedSGD
 from vi_simsiam.errors import InputError
 from vi_simsiam.models import Output, SimSiam
-from vi_simsiam.normalisation import PerView
 
-Network = Callable[[Sequence[Tensor]], Output]
 State = tuple[nn.Module | torch.optim.Optimizer | Tensor, ...]
 
 _MOST_STEPS = 10**8
-# torch 2.14 renames the option and warns of the old name.
-_PARAMETERS = inspect.signature(DistributedDataParallel.__init__).parameters
-_NEW_OPTION = "forward_sync_buffers" in _PARAMETERS
-OWN_BUFFERS: dict[str, Any] = {
-    "forward_sync_buffers" if _NEW_OPTION else "broadcast_buffers": False
-}
-"""Every rank keeps its own BatchNorm statistics, and rank 0's are saved. Training never reads them
-(it normalises by the batch), so DistributedDataParallel need not broadcast them at every step."""
 
 
 def learning_rates(config: TrainConfig, steps_per_epoch: int) -> Tensor:
@@ -73,6 +60,7 @@ class TrainStep:
         bf16: compute the network in bfloat16 (autocast).
         clip_norm: largest norm of the gradient; None for no clipping.
         ema: momentum of the model's target network, if it has one.
+        accumulate: number of parts that a batch is computed in, see `network.backward`.
         network: maps views to an `Output` in place of `model`, which it wraps; None for `model`.
         world: the ranks that train together; None for a single process.
 
@@ -94,13 +82,15 @@ class TrainStep:
         bf16: bool = False,
         clip_norm: float | None = None,
         ema: float | None = None,
+        accumulate: int = 1,
         network: Network | None = None,
         world: World | None = None,
     ) -> None:
         self.model = model
         self.network = model if network is None else network  # a compiled one has no truth value
         self.loss_scale, self.backend, self.bf16 = loss_scale, backend, bf16
-        self.clip_norm, self._ema, self._world = clip_norm, ema, world or World()
+        self.clip_norm, self._ema, self._accumulate = clip_norm, ema, accumulate
+        self._world = world or World()
         self.device = next(model.parameters()).device
         self.rates = rates.to(self.device)
         self.losses = torch.zeros_like(self.rates)
@@ -127,11 +117,14 @@ class TrainStep:
         """
         self._rate.copy_(self.rates.index_select(0, self.counter.view(1)).squeeze(0))
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            output = self.network(views)
-            loss = self.model.loss(output, self.backend, self.loss_scale)
-        loss.backward()
-        loss = self._world.all_mean(loss.detach().float())  # not finite on one rank: on all
+        output, loss = backward(
+            self.network,
+            lambda output: self.model.loss(output, self.backend, self.loss_scale),
+            views,
+            parts=self._accumulate,
+            bf16=self.bf16,
+        )
+        loss = self._world.all_mean(loss)  # not finite on one rank: on all
         torch.maximum(self.failed, (~torch.isfinite(loss)).float(), out=self.failed)
         if self.clip_norm is not None:
             self._norm.copy_(self._total_norm())
@@ -141,7 +134,7 @@ class TrainStep:
             self.model.update_target((1 - self._ema) * (1 - self.failed))
         self.losses.index_copy_(0, self.counter.view(1), loss.view(1))
         self.counter += 1
-        return Output(tuple(x.detach() for x in output.predictions), output.targets)
+        return output
 
     def gradient_norm(self) -> Tensor:
         """Norm of the last step's gradient before clipping, a scalar."""
@@ -226,28 +219,6 @@ def _adjacent_like(views: Sequence[Tensor]) -> list[Tensor]:
     return made
 
 
-def training_network(
-    model: SimSiam, *, kernels: bool, compiled: bool = False, bf16: bool = False
-) -> Network:
-    """Choose the layers that map views to the model's `Output`; all compute the same function.
-
-    Args:
-        model: on the device to train on. From now on views of one size pass through it together,
-            unless it has a BatchNorm that would see them as one batch: that of an own backbone, or
-            SyncBatchNorm.
-        kernels: use the project's operations for BatchNorm and its successors, the first
-            convolution and the conversion of weights. Ignored with `compiled`, and where views do
-            not pass together.
-        compiled: pass the network through torch.compile.
-        bf16: the network is called under autocast to bfloat16.
-    """
-    model.shared_passes = own_norm(model) is None
-    model.fused = kernels and model.shared_passes and not compiled
-    if compiled:
-        return torch.compile(model, dynamic=False)  # type: ignore[no-any-return]
-    return Bfloat16Weights(model) if model.fused and bf16 else model
-
-
 def configured_step(
     config: TrainConfig,
     model: SimSiam,
@@ -278,29 +249,24 @@ def configured_step(
         bf16=bf16,
         clip_norm=config.clip_norm,
         ema=config.ema,
+        accumulate=config.accumulate,
         network=wrap(network, world),
         world=world,
     )
-
-
-def own_norm(model: nn.Module) -> str | None:
-    """The name of the first BatchNorm that would see several views as one batch, None if no layer
-    does: those of this package take the views one by one."""
-    norms: Iterator[str] = (
-        name
-        for name, module in model.named_modules()
-        if (isinstance(module, _BatchNorm) or getattr(module, "running_var", None) is not None)
-        and not isinstance(module, PerView)
-    )
-    return next(norms, None)
 
 
 def check_step(config: TrainConfig, world: World) -> None:
     """Check, before a run begins, what a step needs.
 
     Raises:
-        InputError: capture "on", torch.compile or SyncBatchNorm cannot be used here.
+        InputError: capture "on", torch.compile or SyncBatchNorm cannot be used here, or the batch
+            cannot be divided into `config.accumulate` parts.
     """
+    images, parts = world.local_batch(config.batch_size), config.accumulate
+    divides = images % parts == 0 and images // parts >= 2
+    ranks = "" if world.size == 1 else f" of each of {world.size} ranks"
+    accepted = f"a divisor of the {images} images in a batch{ranks} that leaves 2 or more to a part"
+    require("accumulate", parts, divides, accepted)
     on_gpu = world.device.type == "cuda"
     if config.capture == "on" and not on_gpu:
         raise InputError(
@@ -323,74 +289,3 @@ def check_step(config: TrainConfig, world: World) -> None:
             f"compile: torch.compile does not work here ({reason}); leave --compile out, "
             "or install a C++ compiler such as g++"
         ) from error
-
-
-def wrap(model: Callable[..., Any], world: World) -> Callable[..., Any]:
-    """`model` with gradients averaged over the ranks; `model` itself alone.
-
-    All ranks start from rank 0's weights and buffers. Call the wrapper with all views of a step at
-    once: it prepares one reduction for one backward. Compute the loss from its output outside, as
-    the mean over the rank's part of the batch: with parts of equal size the averaged gradient is
-    that of the mean over the whole batch. Every parameter must take part in the loss. Save and
-    restore `model`, not the wrapper.
-    """
-    if world.alone:
-        return model
-    assert isinstance(model, nn.Module)
-    return DistributedDataParallel(
-        model,
-        device_ids=[world.device] if world.device.type == "cuda" else None,
-        **OWN_BUFFERS,
-        gradient_as_bucket_view=True,  # saves one copy of all gradients
-    )
-
-
-class Bfloat16Weights(nn.Module):
-    """A model that computes with bfloat16 copies of its convolutions' and linear layers' weights.
-
-    The result is that of autocast. Autocast copies the weights layer by layer and converts every
-    gradient on its own: two launches for each weight. Here one launch makes all copies, and one all
-    gradients. Call it under autocast, which converts everything else.
-
-    DistributedDataParallel wraps it as it wraps the model. Save and restore the model, not this.
-
-    Args:
-        model: its weights stay float32, and receive float32 gradients.
-    """
-
-    def __init__(self, model: SimSiam) -> None:
-        super().__init__()
-        self.model = model
-        self._names = [
-            f"{path}.{name}"
-            for path, module in model.named_modules()
-            # Layers with a forward of their own may use the weights for more than a product.
-            if type(module).forward in (nn.Conv2d.forward, nn.Linear.forward)
-            for name, weight in module.named_parameters(recurse=False)
-            if weight.requires_grad
-        ]
-
-    def forward(self, views: Sequence[Tensor]) -> Output:
-        """The model's output for `views`."""
-        weights = [self.model.get_parameter(name) for name in self._names]
-        copies = dict(zip(self._names, _Converted.apply(*weights), strict=True))
-        return torch.func.functional_call(self.model, copies, (views,))  # type: ignore[no-any-return]
-
-
-class _Converted(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        return _all_to(weights, torch.bfloat16)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        used = iter(_all_to([g for g in gradients if g is not None], torch.float32))
-        return tuple(None if gradient is None else next(used) for gradient in gradients)
-
-
-def _all_to(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    converted = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
-    if converted:
-        torch._foreach_copy_(converted, list(tensors))
-    return tuple(converted)

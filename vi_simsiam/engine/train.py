@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,11 +21,12 @@ from vi_simsiam.data.subsets import content, listed
 from vi_simsiam.data.views import check_batch
 from vi_simsiam.engine import failure, run
 from vi_simsiam.engine.checkpoint import Checkpoint, checkpoint_path, checkpoints, load_last
-from vi_simsiam.engine.device import deterministic, keep_freed_memory, memory_errors
+from vi_simsiam.engine.device import deterministic, memory_errors, prepare
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.graph import Captured, capture_training
 from vi_simsiam.engine.kernels import choose_kernels
 from vi_simsiam.engine.knn import OnlineKnn
+from vi_simsiam.engine.loggers import check_loggers
 from vi_simsiam.engine.model import initial_model, save_start
 from vi_simsiam.engine.monitor import Monitor, Timed, representation_statistics
 from vi_simsiam.engine.processes import stop_signals
@@ -100,9 +100,10 @@ class Trainer:
         self.world.local_batch(config.batch_size)
         self.console, self.device = self.world.console(console), self.world.device
         on_gpu = self.device.type == "cuda"
-        if config.deterministic:  # cuBLAS reads it at its first use (NVIDIA, "Reproducibility")
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        prepare(self.device, deterministic=config.deterministic)
         check_step(config, self.world)
+        if self.world.is_main:  # the others do not log
+            check_loggers(config, resumed)
         self.backend = choose_backend(config.backend, self.device.type)
         self.log_every = config.log_every or (100 if on_gpu else 10)
 
@@ -155,8 +156,6 @@ class Trainer:
         make_step = partial(
             configured_step, config, loss_scale=config.loss_scale, backend=self.backend, bf16=bf16
         )
-        if not on_gpu:
-            keep_freed_memory()
         self.kernels = choose_kernels(
             config,
             self.world,

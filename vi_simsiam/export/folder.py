@@ -29,6 +29,7 @@ from vi_simsiam.evaluation.features import ENCODERS, STARTING
 from vi_simsiam.evaluation.results import read_result
 from vi_simsiam.evaluation.uncertainty import comparisons
 from vi_simsiam.export.formats import (
+    WEIGHTS,
     outputs,
     portable,
     preprocessing,
@@ -54,10 +55,10 @@ NOT_MEASURED = "not measured"
 # the library.
 _FORMATS = {
     "torchvision": (write_torchvision, "model.pth", ("torchvision",), "pytorch"),
-    "timm": (write_timm, "model.safetensors", ("torchvision", "timm", "safetensors"), "timm"),
+    "timm": (write_timm, WEIGHTS, ("torchvision", "timm", "safetensors"), "timm"),
     "safetensors": (
         write_safetensors,
-        "model.safetensors",
+        WEIGHTS,
         ("torchvision", "safetensors"),
         "vi-simsiam",
     ),

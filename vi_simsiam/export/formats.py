@@ -38,6 +38,8 @@ from vi_simsiam.other_backbones import (
 from vi_simsiam.paths import user_path, utf8_path
 from vi_simsiam.text import data_label
 
+WEIGHTS = "model.safetensors"
+"""The file of the whole model."""
 Outputs = Callable[[Tensor], dict[str, Tensor]]
 """Maps normalised images (B, 3, S, S) to a file's outputs, by the names of `forward`, or some."""
 
@@ -260,11 +262,16 @@ def load_safetensors(path: str | Path) -> SimSiam | VISimSiam:
     Raises:
         InputError: there is no such file, it is damaged, or it is of another format.
     """
+    return read_safetensors(path)[1]
+
+
+def read_safetensors(path: str | Path) -> tuple[TrainConfig, SimSiam | VISimSiam]:
+    """The configuration and the model of a file, see `load_safetensors`."""
     from safetensors import SafetensorError, safe_open
 
     path = user_path("path", path)
     if path.is_dir():
-        path = path / "model.safetensors"
+        path = path / WEIGHTS
     if not path.is_file():
         raise InputError(
             f"path: {path} is no file; a folder or file of `vi-simsiam export --format "
@@ -290,7 +297,12 @@ def load_safetensors(path: str | Path) -> SimSiam | VISimSiam:
         refuse_code(str(path), config.model.backbone)
         # The file has the weights: torchvision's are not needed, and there is no moving average.
         parts = dataclasses.replace(config.model, pretrained=False)
-        model = build_model(dataclasses.replace(config, model=parts))
+        config = dataclasses.replace(config, model=parts)
+        with torch.device("meta"):  # a model larger than the file takes no memory
+            expected = build_model(config).state_dict()
+        if _shapes(expected) != _shapes(weights):
+            raise ValueError("names or shapes differ")
+        model = build_model(config)
         model.load_state_dict(weights)
     except InputError:
         raise
@@ -298,7 +310,11 @@ def load_safetensors(path: str | Path) -> SimSiam | VISimSiam:
         raise InputError(
             f"path: the weights in {path} do not fit the model that its metadata describe"
         ) from error
-    return model.eval()
+    return config, model.eval()
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _weights(module: nn.Module) -> dict[str, Tensor]:
