@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from test_trainer import config, train
 from torch import Tensor, nn
@@ -20,14 +22,14 @@ from trust_cases import archived, pickled
 from vi_simsiam import load
 from vi_simsiam.backbones import build_backbone, own_size
 from vi_simsiam.cli import main
-from vi_simsiam.config import ModelConfig, TrainConfig
+from vi_simsiam.config import AugmentConfig, ModelConfig, TrainConfig
 from vi_simsiam.data.views import eval_view
 from vi_simsiam.engine.kernels import why_unusable
 from vi_simsiam.engine.network import own_norm, training_network
 from vi_simsiam.engine.origin import ORIGIN, is_own, places
 from vi_simsiam.engine.run import START, load_run, read_config
 from vi_simsiam.errors import InputError
-from vi_simsiam.evaluation.features import collect, untrained_backbone
+from vi_simsiam.evaluation.features import collect
 from vi_simsiam.export import export_run, load_safetensors
 from vi_simsiam.models import SimSiam, VISimSiam, build_model
 from vi_simsiam.normalisation import PerViewBatchNorm2d
@@ -181,7 +183,7 @@ def test_statistics_of_other_kinds_of_norms_count() -> None:
     assert own_norm(nn.Sequential(PerViewBatchNorm2d(4), nn.InstanceNorm2d(4))) is None
 
 
-def test_residual_branches_of_the_untrained_network_are_open(image_folder: Path) -> None:
+def test_residual_branches_of_the_untrained_network_are_open() -> None:
     network, _ = build_backbone(RESNET, zero_init_residual=False)
     assert all(m.weight.any() for m in network.modules() if isinstance(m, nn.BatchNorm2d))
     usual, _ = build_backbone(RESNET)
@@ -364,10 +366,35 @@ def test_a_configuration_from_elsewhere_names_no_weights_and_no_code(
     assert own_module not in sys.modules
 
 
-def test_an_untrained_transformer(image_folder: Path) -> None:
-    from vi_simsiam.engine.run import open_splits
+def test_weights_of_timm_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(repository: str, filename: str, **options: Any) -> str:
+        assert (repository, filename) == ("timm/test_vit.r160_in1k", "model.safetensors")
+        raise LocalEntryNotFoundError("caches")
 
-    chosen = settings(image_folder, VIT)
-    device = torch.device("cpu")
-    network = untrained_backbone(chosen, open_splits(chosen).train, device=device, workers=0)
-    assert not network.training
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", missing)
+    chosen = TrainConfig(model=ModelConfig(VIT, pretrained=True, **HEADS))
+    with pytest.raises(
+        InputError, match="pretrained: .* .the Hugging Face Hub cannot be reached.;"
+    ):
+        build_model(chosen)
+    with pytest.raises(InputError, match="no copy of timm/test_vit.* downloading is off"):
+        build_model(dataclasses.replace(chosen, offline=True))
+    with pytest.raises(InputError, match="pretrained: .* no weights of timm:test_vit4"):
+        build_model(
+            dataclasses.replace(chosen, model=ModelConfig("timm:test_vit4", pretrained=True))
+        )
+
+
+def test_weights_of_timm_from_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    published = timm.create_model("test_vit").state_dict()
+    save_file(published, tmp_path / "model.safetensors")
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *a, **b: str(tmp_path / "model.safetensors")
+    )
+    parts = ModelConfig(VIT, pretrained=True, **HEADS)
+    model = build_model(TrainConfig(model=parts, augment=AugmentConfig(size=160)))
+    for name, tensor in model.backbone.state_dict().items():
+        assert torch.equal(tensor, published[name]), name
+    smaller = build_model(TrainConfig(model=parts, augment=AugmentConfig(size=32)))
+    assert smaller.backbone.pos_embed.shape < published["pos_embed"].shape

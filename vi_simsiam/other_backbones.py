@@ -129,12 +129,14 @@ def fetch_timm(name: str, *, download: bool) -> str:
                 "downloading is off"
             ) from None
     url = f"https://huggingface.co/{repository}"
-    remedy = "give a copy of the weights with --init instead"
     verbosity = logging.get_verbosity()
     logging.set_verbosity(50)  # critical; else it prints a line on each of its attempts
     try:
-        with downloading("pretrained", url, remedy):
-            return str(hf_hub_download(repository, filename))
+        with downloading("pretrained", url, "give a copy of the weights with --init"):
+            try:
+                return str(hf_hub_download(repository, filename))
+            except LocalEntryNotFoundError:  # its text is about caches
+                raise OSError("the Hugging Face Hub cannot be reached") from None
     finally:
         logging.set_verbosity(verbosity)
 
@@ -210,12 +212,13 @@ def pooled_width(network: nn.Module, name: str, sizes: Sequence[int]) -> int:
         InputError: the network takes no views of a size, or gives anything else than (B, F) floats.
     """
     widths: dict[int, int] = {}
-    training = network.training
+    training, weight = network.training, next(network.parameters(), None)
+    device = None if weight is None else weight.device
     network.eval()
     for size in sizes:
         try:
             with torch.no_grad():
-                features = network(torch.zeros(2, 3, size, size))
+                features = network(torch.zeros(2, 3, size, size, device=device))
         except Exception as error:  # of any layer
             text = f"cannot take views of {_pixels([size])} ({_line(error)})"
             raise InputError(f"backbone: {name} {text}; give views of another size") from error
@@ -236,12 +239,12 @@ def pooled_width(network: nn.Module, name: str, sizes: Sequence[int]) -> int:
 
 def renormalise(network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
     """Let a network convert input normalised as ImageNet's to another mean and deviation."""
+    if (tuple(mean), tuple(std)) == (IMAGENET_MEAN, IMAGENET_STD):
+        return
     given, wanted = (
         torch.tensor(each, dtype=torch.float32).view(2, 1, 3, 1, 1)
         for each in ((IMAGENET_MEAN, IMAGENET_STD), (mean, std))
     )
-    if torch.equal(given, wanted):
-        return
     network.register_buffer("input_factor", given[1] / wanted[1], persistent=False)
     network.register_buffer("input_shift", (given[0] - wanted[0]) / wanted[1], persistent=False)
     network.register_forward_pre_hook(_converted)
