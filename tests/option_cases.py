@@ -59,7 +59,7 @@ RUNS = {
     "train pretrained": f"""
         {_TRAIN} --backbone resnet34 --pretrained""",
     "train from weights": f"""
-        {_TRAIN} --init {{simsiam}} => tensors are those of {{simsiam}}""",
+        {_TRAIN} --init {{simsiam}} => init: 6 of the backbone's 6 tensors""",
     "train frozen": f"""
         {_TRAIN} --frozen-run {{simsiam}} => kappa fitted""",
     "train settings": f"""
