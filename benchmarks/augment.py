@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vi_simsiam.config import AugmentConfig
+from vi_simsiam.config import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
 from vi_simsiam.data.cache import in_memory
 from vi_simsiam.data.decoding import cores
 from vi_simsiam.data.device import byte_tensor
@@ -32,7 +32,7 @@ from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import FileSource
 from vi_simsiam.data.views import add_offsets, draw_table
 from vi_simsiam.errors import InputError
-from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, ColourOperation, augment
+from vi_simsiam.ops.augment import ColourOperation, augment
 
 from . import harness, peers
 from .cases import ViewCase, image_files, view_cases
@@ -251,7 +251,7 @@ def placed_table(
     images: PackedImages, policy: AugmentConfig, samples: NDArray[np.int64]
 ) -> NDArray[np.int32]:
     """Table rows (V, B, 16) of images in epoch 0, with their offsets in `images`."""
-    sides = {"heights": images.heights[samples], "widths": images.widths[samples]}
+    sides: Any = {"heights": images.heights[samples], "widths": images.widths[samples]}
     table = draw_table(policy, seed=_SEED, epoch=0, samples=samples, **sides)
     add_offsets(table, images.offsets[samples])
     return table

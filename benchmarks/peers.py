@@ -27,15 +27,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from vi_simsiam.config import AugmentConfig
+from vi_simsiam.config import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
 from vi_simsiam.data.sources import ImageSource
-from vi_simsiam.ops.augment import (
-    BLUR_TAPS,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    ColourOperation,
-    Column,
-)
+from vi_simsiam.ops.augment import BLUR_TAPS, ColourOperation, Column
 from vi_simsiam.ops.multiview_loss import LossForm
 
 from .harness import synchronize

@@ -90,13 +90,15 @@ def trap(tmp_path: Path) -> Iterator[Path]:
     assert not (tmp_path / "executed").exists()
 
 
-def small_backbone(*given: object, **options: object) -> tuple[torch.nn.Module, int]:
+def small_backbone(
+    *given: object, channels: int = 3, **options: object
+) -> tuple[torch.nn.Module, int]:
     """One convolution in place of a ResNet, whose steps and checkpoints take seconds."""
     import torch
 
     from vi_simsiam.normalisation import PerViewBatchNorm2d
 
-    layers = [torch.nn.Conv2d(3, 8, 3, stride=2), PerViewBatchNorm2d(8), torch.nn.ReLU()]
+    layers = [torch.nn.Conv2d(channels, 8, 3, stride=2), PerViewBatchNorm2d(8), torch.nn.ReLU()]
     layers += [torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten()]
     return torch.nn.Sequential(*layers), 32
 

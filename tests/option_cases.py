@@ -34,6 +34,7 @@ _VIEWS = (
     "--local-views 1 --local-size 8 --local-scale 0.1 0.3"
 )
 _DECODE = "--background white --value-range 0 4095 --frames all"
+_CHANNELS = "--channels 3 --bits 16 --mean 0.5 0.4 0.3 --std 0.2 0.2 0.1"
 _BENCH = "--device cpu --short --rounds 3 --out {here}"
 
 RUNS = {
@@ -50,6 +51,8 @@ RUNS = {
         {_TRAIN} {_VIEWS} {_DECODE} --local-predictor --stem small --concentration-link softplus \
             --concentration-scale 5 --concentration-min 0.1 --concentration-max 100 \
             --cosine-weight 0.5""",
+    "train channels": f"""
+        {_TRAIN} {_CHANNELS} => views: 3 channels of 16 bits""",
     "train controls": f"""
         {_TRAIN} --concentration constant --concentration-value 5 => kappa/(D-1) 5
         {_TRAIN} --overwrite --concentration detached --concentration-gain 2 --capture off \
@@ -94,7 +97,7 @@ RUNS = {
         embed {{run}} {{others}} --overwrite --out {{out}}.parquet => 8 images""",
     "rank": f"""
         rank {_APPLIED} -k 2 --checkpoint best --out {{out}} => 56 images
-        rank {{run}} {{others}} --k 3 --overwrite --out {{out}} => 8 images""",
+        rank {{run}} {{others}} --k 3 --by mahalanobis --overwrite --out {{out}} => 8 images""",
     "export": """
         export {resnet} --format timm --data {images} --data-root {here} --out {out} \
             => checked on 8 images of images
@@ -106,10 +109,12 @@ RUNS = {
     "pack": f"""
         pack {{images}} --out {{out}}.pack --shorter-side 12 --workers 1 --data-root {{here}} \
             --offline => about 17.3 kB
+        pack {{images}} --channels 3 --bits 16 --out {{out}}16.pack => about 61.4 kB
         pack {{images}} --out {{out}}.pack --overwrite {_DECODE} => about 30.7 kB""",
     "views": f"""
         views --data {{images}} {_VIEWS} {_DECODE} --policy multicrop --images 2 --seed 1 \
-            --data-root {{here}} --offline --out {{out}}.png""",
+            --data-root {{here}} --offline --out {{out}}.png
+        views --data {{images}} --size 16 {_CHANNELS} --images 2 --out {{out}}-16.png""",
     "info": """
         info --check --json => "name": "training step, float32",""",
     "bench loss": f"""

@@ -97,6 +97,13 @@ def test_a_timm_backbone_takes_views_normalised_as_imagenet(name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", [RESNET, VIT])
+def test_a_timm_backbone_of_other_channels(name: str) -> None:
+    network, features = build_backbone(name, sizes=(32,), channels=5, constants=None)
+    assert network.eval()(torch.zeros(1, 5, 32, 32)).shape == (1, features)
+    assert not {each for each, _ in network.named_buffers() if "input" in each}
+
+
 @pytest.mark.parametrize(
     ("name", "sizes", "message"),
     [
@@ -143,13 +150,10 @@ def test_weights_to_start_from_come_from_one_place() -> None:
 
 
 def test_the_size_of_the_views() -> None:
-    def size(backbone: str, **changes: Any) -> int | None:
-        return own_size(TrainConfig(model=ModelConfig(backbone), **changes))
-
-    assert size("resnet18") is None
-    assert size(RESNET) is None
-    assert size(RESNET, init=Path("weights.pth")) == 160
-    assert size(VIT) == 160
+    given = {"init": Path("weights.pth")}
+    for name, changes, size in (("resnet18", given, None), (RESNET, {}, None), (VIT, {}, 160)):
+        assert own_size(TrainConfig(model=ModelConfig(name), **changes)) == size
+    assert own_size(TrainConfig(model=ModelConfig(RESNET), **given)) == 160
 
 
 @pytest.mark.parametrize("name", [RESNET, VIT, "timm:test_efficientnet"])
@@ -178,8 +182,7 @@ def test_the_reason_why_kernels_are_not_used() -> None:
 
 
 def test_statistics_of_other_kinds_of_norms_count() -> None:
-    norm = timm.layers.EvoNorm2dB0(4)
-    assert own_norm(nn.Sequential(norm)) == "0"
+    assert own_norm(nn.Sequential(timm.layers.EvoNorm2dB0(4))) == "0"
     assert own_norm(nn.Sequential(PerViewBatchNorm2d(4), nn.InstanceNorm2d(4))) is None
 
 

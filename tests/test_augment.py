@@ -14,14 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from vi_simsiam.config import AugmentConfig
+from vi_simsiam.config import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
 from vi_simsiam.data.views import add_offsets, draw_table
 from vi_simsiam.errors import BackendUnavailableError, InputError
 from vi_simsiam.ops.augment import (
     _CHUNK_FLOATS,
     BLUR_TAPS,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     TABLE_COLUMNS,
     ColourOperation,
     Column,

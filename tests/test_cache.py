@@ -27,8 +27,9 @@ from rich.console import Console
 from vi_simsiam.data import cache, decoding, pack_file, packed
 from vi_simsiam.data.cache import cached, in_memory, pack
 from vi_simsiam.data.decoding import bytes_per_image
+from vi_simsiam.data.items import DatasetSource
 from vi_simsiam.data.packed import Contents, PackedImages, open_pack
-from vi_simsiam.data.sources import ArraySource, DatasetSource, FileSource, Unreadable
+from vi_simsiam.data.sources import ArraySource, FileSource, Unreadable
 from vi_simsiam.errors import InputError
 
 

@@ -72,7 +72,7 @@ def test_fashion_mini_is_the_official_subset() -> None:
 
 
 def test_unknown_names_list_the_accepted() -> None:
-    accepted = "folder of images, a pack file, or one of fashion-mini, cifar10, imagenette"
+    accepted = "folder of images, a list .*, a pack file, or one of fashion-mini, cifar10"
     for spec in ("mnist", "", "folder:", "pack:", "Imagenette", "folder"):
         with pytest.raises(
             InputError, match=f"data: '{spec}' is not there; it must be a {accepted}"

@@ -29,8 +29,9 @@ from vi_simsiam.data.cache import cached, in_memory
 from vi_simsiam.data.contact_sheet import contact_sheet
 from vi_simsiam.data.datasets import open_dataset
 from vi_simsiam.data.decoding import decode
-from vi_simsiam.data.sources import DatasetSource, FileSource, Unreadable
-from vi_simsiam.data.views import eval_square, eval_view, normalised
+from vi_simsiam.data.items import DatasetSource
+from vi_simsiam.data.sources import FileSource, Unreadable
+from vi_simsiam.data.views import eval_view, normalised
 from vi_simsiam.errors import ImageWarning, InputError, TrainingError
 
 
@@ -188,7 +189,8 @@ def test_a_run_and_all_that_follows_it_share_the_rule(
 
 
 def test_a_strip_is_cut_before_it_is_enlarged(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = v2.Compose([*eval_square(32).transforms[1:], v2.PILToTensor(), normalised()])
+    resize = v2.Resize(32, v2.InterpolationMode.BICUBIC)
+    plain = v2.Compose([resize, v2.CenterCrop(32), v2.PILToTensor(), normalised()])
     noise = np.random.default_rng(0).integers(0, 256, (1, 12_001, 3), dtype=np.uint8)
 
     def strips(width: int) -> list[Image.Image]:

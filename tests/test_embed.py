@@ -12,6 +12,7 @@ import torch
 from inference_cases import DIM, ON_CPU, save_images, save_run
 from PIL import Image
 from pyarrow import parquet
+from sklearn.covariance import LedoitWolf
 
 import vi_simsiam
 from vi_simsiam.cli import main
@@ -20,7 +21,7 @@ from vi_simsiam.data.files import find_images
 from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.engine import forward
 from vi_simsiam.engine.forward import nearest
-from vi_simsiam.inference import embed
+from vi_simsiam.inference import embed, label_free
 from vi_simsiam.inference.embed import Table, draw_ranking, write_ranking
 
 CPU = torch.device("cpu")
@@ -202,7 +203,8 @@ def table(concentration: list[float]) -> Table:
 
 def test_the_least_certain_comes_first(tmp_path: Path) -> None:
     """Equal ones keep their order."""
-    write_ranking(table([5, 0, 7.25, 5]), tmp_path / "r.csv")
+    kappa = np.array([5, 0, 7.25, 5])
+    write_ranking(table([5, 0, 7.25, 5]), "kappa", kappa, tmp_path / "r.csv")
     assert (tmp_path / "r.csv").read_text().splitlines() == [
         "rank,path,kappa,uncertainty",
         "1,gray/2,0,1",
@@ -212,11 +214,83 @@ def test_the_least_certain_comes_first(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("by", ["embedding_norm", "knn_distance", "mahalanobis"])
+def test_simsiam_is_ranked_by_label_free_scores(
+    by: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short embeddings and large distances come first, in the file and in the picture."""
+    drawn: list[tuple[str, list[tuple[Image.Image, str]]]] = []
+    monkeypatch.setattr(
+        embed, "thumbnails", lambda groups: drawn.extend(groups) or Image.new("L", (1, 1))
+    )
+    simsiam, out = save_run(tmp_path / "simsiam", "simsiam"), tmp_path / "ranking"
+    command = ["rank", str(simsiam), str(folder), "--by", by, "-k", "1", "--out", str(out)]
+    assert main([*command, *ON_CPU]) == 0
+    rows = list(csv.DictReader(out.with_suffix(".csv").open()))
+    assert len(rows) == 9
+    assert list(rows[0]) == ["rank", "path", by]
+    rises = by != "embedding_norm"
+    values = [float(row[by]) for row in rows]
+    assert values == sorted(values, reverse=rises)
+    assert values[0] != values[-1]
+    assert ("highest" if rises else "lowest") in drawn[0][0]
+    shown = [float(caption.replace(",", "")) for _, ((_, caption),) in drawn]
+    assert shown == pytest.approx([values[0], values[-1]], rel=0.006)
+
+    embedded(simsiam, folder, out=tmp_path / "features.parquet")
+    columns = parquet.read_table(tmp_path / "features.parquet").to_pydict()
+    saved = dict(zip(columns["path"], columns[by], strict=True))
+    assert values == pytest.approx([saved[row["path"]] for row in rows], rel=1e-4)
+
+
+def test_label_free_columns_by_their_definitions(
+    run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among the images themselves, and among a reference, whose neighbours they may be."""
+    monkeypatch.setattr(label_free, "_BLOCK", 4)  # several blocks
+    out, others = tmp_path / "features.parquet", tmp_path / "others"
+    save_images(others, 30, seed=5)
+    encoder = vi_simsiam.load(run, "cpu")
+    keys = encoder.encode(others).embedding.numpy().astype(np.float64)
+    for options, own in (([], True), (["--reference", others, "--overwrite"], False)):
+        assert embedded(run, folder, *options, out=out) == 0
+        columns = parquet.read_table(out).to_pydict()
+        rows = np.array(columns["embedding"])
+        among = rows if own else keys
+        found = [columns[name] for name in ("embedding_norm", "knn_distance", "mahalanobis")]
+        similar = cosines(rows, among)
+        if own:
+            np.fill_diagonal(similar, -np.inf)
+        nearest_ones = -np.sort(-similar, axis=1)[:, : 8 if own else 20]
+        covariance = LedoitWolf().fit(among)
+        expected = [
+            np.linalg.norm(rows, axis=1), 1 - nearest_ones.mean(1), covariance.mahalanobis(rows)
+        ]  # fmt: skip
+        np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+        np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
+        np.testing.assert_allclose(found[2], expected[2], rtol=1e-3)
+    assert embedded(run, folder, "--neighbours", 0, "--overwrite", out=out) == 0
+    table = parquet.read_table(out)
+    counts = [table[name].null_count for name in ("embedding_norm", "knn_distance", "mahalanobis")]
+    assert counts == [0, 9, 0]
+
+
+def test_a_set_of_equal_images_has_no_distances(run: Path, tmp_path: Path) -> None:
+    """A single image has no neighbour either."""
+    out, (image,) = tmp_path / "features.parquet", save_images(tmp_path / "one", 1)
+    assert embedded(run, image, out=out) == 0
+    (row,) = parquet.read_table(out).to_pylist()
+    assert (row["knn_distance"], row["mahalanobis"], row["neighbours"]) == (None, 0, [])
+    same = label_free.Gaussian(np.full((5, 3), 0.1, np.float32))
+    assert np.isfinite(same.distances(np.eye(3, dtype=np.float32))).all()
+
+
 def test_the_picture_shows_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """The extreme one first, the images' own pixels, and kappa/(D - 1) in the captions."""
     drawn: list[tuple[str, list[tuple[Image.Image, str]]]] = []
     monkeypatch.setattr(embed, "thumbnails", drawn.extend)
-    draw_ranking(table([50, 0, 123456, 4.849, 0.0312]), 11, 9)
+    kappa = [50, 0, 123456, 4.849, 0.0312]
+    draw_ranking(table(kappa), "kappa", np.array(kappa), 11, 9)
     assert [title.split(":")[0] for title, _ in drawn] == ["Least certain", "Most certain"]
     shown = [[(image.getpixel((0, 0)), text) for image, text in images] for _, images in drawn]
     low = [((20,) * 3, "0"), ((80,) * 3, "0.00312"), ((60,) * 3, "0.485")]
@@ -246,6 +320,7 @@ def test_thumbnails_take_rows_of_eight() -> None:
         ("embed RUN --out OUT.parquet", "(a folder (at any depth)"),
         ("rank RUN IMAGES --out OUT -k 0", "k: 0 must be at least 1"),
         ("rank RUN IMAGES --out OUT/x", "OUT is no folder; make it first"),
+        ("rank RUN IMAGES/000.png --out OUT --by knn_distance", "needs at least 2 images"),
         ("rank SIMSIAM IMAGES --out OUT", "is SimSiam, which predicts no concentration"),
     ],
 )

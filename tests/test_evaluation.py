@@ -29,7 +29,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from vi_simsiam.cli import main
 from vi_simsiam.cli.evaluate import evaluate_run
-from vi_simsiam.config import AugmentConfig
+from vi_simsiam.config import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
 from vi_simsiam.data.cache import cached
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.packed import PackedImages
@@ -54,7 +54,7 @@ from vi_simsiam.evaluation.knn import evaluate_knn
 from vi_simsiam.evaluation.linear import LinearConfig, evaluate_linear
 from vi_simsiam.evaluation.logistic import evaluate_logistic
 from vi_simsiam.evaluation.results import pack_bits, read_result, summary_line, unpack_bits
-from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, Column
+from vi_simsiam.ops.augment import Column
 
 
 @pytest.fixture

@@ -158,7 +158,11 @@ def test_mahalanobis_by_its_definition(labelled: bool) -> None:
     away = queries.double().numpy()[:, None] - np.stack(means)
     squares = (away * np.linalg.solve(covariance, away.swapaxes(1, 2)).swapaxes(1, 2)).sum(2)
     expected = squares.min(1)
-    np.testing.assert_allclose(measured.scores(queries)["mahalanobis"], expected, rtol=1e-6)
+    found = measured.scores(queries)
+    np.testing.assert_allclose(found["mahalanobis"], expected, rtol=1e-6)
+    if labelled:  # beside it, the score that needs none
+        alone = Reference(train, None, None, CPU).scores(queries)["mahalanobis"]
+        np.testing.assert_allclose(found["mahalanobis_label_free"], alone, rtol=1e-6)
 
 
 def test_scores_of_the_probe() -> None:

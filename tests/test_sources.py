@@ -18,12 +18,11 @@ from PIL.PngImagePlugin import PngImageFile
 
 from vi_simsiam.config import DecodeConfig
 from vi_simsiam.data.cache import in_memory
+from vi_simsiam.data.items import DatasetSource, as_source
 from vi_simsiam.data.sources import (
     ArraySource,
-    DatasetSource,
     FileSource,
     UnreadableError,
-    as_source,
 )
 from vi_simsiam.errors import InputError
 from vi_simsiam.inference.images import open_images
@@ -61,7 +60,7 @@ def test_sources_refuse_what_does_not_fit() -> None:
     images = np.zeros((3, 4, 4), np.uint8)
     for arguments, error, message in (
         ((images.astype(np.float32),), TypeError, "float32 must be uint8"),
-        ((images.reshape(3, 4, 2, 2),), InputError, r"shape \(3, 4, 2, 2\)"),
+        ((images.reshape(3, 4, 1, 2, 2),), InputError, r"shape \(3, 4, 1, 2, 2\)"),
         ((images, np.array([0, 1]), "ab"), InputError, r"labels: shape \(2,\) must be \(3,\)"),
         ((images, np.array([0, 1, 2]), "ab"), InputError, r"values must lie in \[0, 2\)"),
         ((images, np.array([0, 1, 2])), InputError, "both or neither"),

@@ -17,8 +17,9 @@ from vi_simsiam.config import DecodeConfig
 from vi_simsiam.data import MultiViewLoader
 from vi_simsiam.data.cache import cached, in_memory, pack
 from vi_simsiam.data.datasets import Splits, open_dataset
+from vi_simsiam.data.items import DatasetSource
 from vi_simsiam.data.packed import open_pack
-from vi_simsiam.data.sources import ArraySource, DatasetSource, FileSource, ImageSource
+from vi_simsiam.data.sources import ArraySource, FileSource, ImageSource
 from vi_simsiam.data.subsets import select, subset
 from vi_simsiam.errors import InputError
 

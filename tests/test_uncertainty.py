@@ -38,7 +38,8 @@ from vi_simsiam.evaluation.uncertainty import comparisons, evaluate_uncertainty
 
 TINY_SCORES = {
     "kappa", "embedding_norm", "projection_norm", "prediction_norm", "view_agreement",
-    "knn_distance", "mahalanobis", "softmax", "energy", "edge_energy", "contrast", "jpeg_size",
+    "knn_distance", "mahalanobis", "mahalanobis_label_free", "softmax", "energy", "edge_energy",
+    "contrast", "jpeg_size",
 }  # fmt: skip
 
 

@@ -20,13 +20,13 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from vi_simsiam.cli import main
-from vi_simsiam.config import POLICIES, AugmentConfig
+from vi_simsiam.config import IMAGENET_MEAN, IMAGENET_STD, POLICIES, AugmentConfig
 from vi_simsiam.config import policy as named_policy
 from vi_simsiam.data.contact_sheet import contact_sheet
 from vi_simsiam.data.sources import ArraySource, FileSource
 from vi_simsiam.data.views import add_offsets, draw_table, eval_view, philox
 from vi_simsiam.errors import ImageWarning, InputError
-from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, Column, eager_augment
+from vi_simsiam.ops.augment import Column, eager_augment
 
 CROP = [Column.TOP, Column.LEFT, Column.HEIGHT, Column.WIDTH]
 COUNT = 4000

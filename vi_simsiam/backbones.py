@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torch import nn
 
-from vi_simsiam.config import Stem, TrainConfig
+from vi_simsiam.config import IMAGENET_MEAN, IMAGENET_STD, Constants, Stem, TrainConfig
 from vi_simsiam.downloads import downloading
 from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.normalisation import PerViewBatchNorm2d, make_fusible
@@ -21,6 +21,8 @@ from vi_simsiam.other_backbones import (
     build_timm,
     fetch_timm,
     pooled_width,
+    renormalise,
+    timm_constants,
     timm_settings,
 )
 
@@ -31,7 +33,9 @@ def build_backbone(
     stem: Stem = "imagenet",
     pretrained: bool = False,
     zero_init_residual: bool = True,
+    channels: int = 3,
     sizes: Sequence[int] = (),
+    constants: Constants | None = (IMAGENET_MEAN, IMAGENET_STD),
 ) -> tuple[nn.Module, int]:
     """A network without its classifier, and the width of its pooled features.
 
@@ -41,29 +45,37 @@ def build_backbone(
         stem: "imagenet" as in torchvision; "small" is a 3x3 convolution of stride 1, no max-pool,
             for torchvision's networks.
         pretrained: load the library's default ImageNet weights.
+        channels: of the images. Where they are not three, a pretrained first convolution's weights
+            are repeated over the channels in the order red, green, blue, and scaled by 3/channels,
+            which keeps the size of its output (Wightman, timm, `adapt_input_conv`).
         zero_init_residual: start every residual branch at zero (Goyal et al., arXiv 1706.02677);
             a module of one's own begins as it does.
         sizes: sides of the views that it has to take, in pixels, those of a transformer of fixed
             size first; empty for the network's own size. torchvision's networks take all.
+        constants: mean and deviation by which images of 8-bit RGB are normalised, which a timm
+            model converts to its own; None for other images.
 
     Raises:
         InputError: no such network, or one that takes no such views or has no pooled features.
     """
     kind, _, rest = name.partition(":")
     if kind == "timm":
-        network = build_timm(rest, sizes, pretrained=pretrained)
+        network = build_timm(rest, sizes, pretrained=pretrained, channels=channels)
+        if constants is not None:
+            renormalise(network, constants, timm_constants(rest))
         if not zero_init_residual:
             _open_residuals(network)
         sizes = sizes or (timm_settings(rest).input_size[-1],)
-        return network, pooled_width(network, name, sizes)
+        return network, pooled_width(network, name, sizes, channels)
     if kind == "module":
         network = build_module(rest)
-        return network, pooled_width(network, name, sizes or (224,))
+        return network, pooled_width(network, name, sizes or (224,), channels)
     check_backbone(name)
     network, features = plain_resnet(
         name,
         stem,
         pretrained=pretrained,
+        channels=channels,
         zero_init_residual=zero_init_residual,
         norm_layer=PerViewBatchNorm2d,
     )
@@ -75,6 +87,15 @@ def view_sizes(config: TrainConfig) -> list[int]:
     """The sides of a run's views in pixels, that of the global ones first."""
     views = config.augment
     return [views.size, views.local_size] if views.local_views else [views.size]
+
+
+def input_options(config: TrainConfig) -> dict[str, Any]:
+    """The arguments of `build_backbone` that describe the images of a run."""
+    return {
+        "channels": config.decode.channels,
+        "sizes": view_sizes(config),
+        "constants": config.augment.constants if config.decode.is_rgb else None,
+    }
 
 
 def own_size(config: TrainConfig) -> int | None:
@@ -98,7 +119,7 @@ def _open_residuals(network: nn.Module) -> None:
 
 
 def plain_resnet(
-    name: str, stem: Stem, *, pretrained: bool = False, **options: Any
+    name: str, stem: Stem, *, pretrained: bool = False, channels: int = 3, **options: Any
 ) -> tuple[Any, int]:
     """`build_backbone` without this package's layers; `options` go to torchvision."""
     network = torchvision.models.get_model(name, **options)
@@ -107,10 +128,22 @@ def plain_resnet(
     features: int = network.fc.in_features
     network.fc = nn.Identity()
     if stem == "small":
-        network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, stride=1, padding=1, bias=False)
-        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        _replace_first(network, channels, 3, stride=1)
         network.maxpool = nn.Identity()
+    elif channels != 3:
+        weight = network.conv1.weight.detach()
+        _replace_first(network, channels, 7, stride=2)
+        if pretrained:
+            order = torch.arange(channels) % 3
+            network.conv1.weight.data.copy_(weight[:, order] * (3 / channels))
     return network, features
+
+
+def _replace_first(network: Any, channels: int, side: int, *, stride: int) -> None:
+    """Give a ResNet a new first convolution, drawn as torchvision draws its own."""
+    maps = network.conv1.out_channels
+    network.conv1 = nn.Conv2d(channels, maps, side, stride, padding=side // 2, bias=False)
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
 
 
 def check_backbone(name: str) -> None:

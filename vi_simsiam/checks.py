@@ -58,10 +58,12 @@ def check_fields(config: Any) -> None:
         if get_origin(kind) is Literal:
             choice(name, value, get_args(kind))
         elif get_origin(kind) is tuple:
+            fits = isinstance(value, tuple) and all(_is_a(number, float) for number in value)
+            if Ellipsis in get_args(kind):
+                require(name, repr(value), fits, "numbers")
+                continue
             count = len(get_args(kind))
-            fits = isinstance(value, tuple) and len(value) == count
-            fits = fits and all(_is_a(number, float) for number in value)
-            require(name, repr(value), fits, f"{count} numbers")
+            require(name, repr(value), fits and len(value) == count, f"{count} numbers")
         elif kind in _KINDS:
             require(name, repr(value), _is_a(value, kind), _KINDS[kind])
             if kind is str:

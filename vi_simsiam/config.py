@@ -20,10 +20,14 @@ from vi_simsiam.checks import (
     require,
 )
 from vi_simsiam.config_parts import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     LEAST_SIZE,
+    MOST_CHANNELS,
     POLICIES,
     AugmentConfig,
     Concentration,
+    Constants,
     DecodeConfig,
     Link,
     LossConfig,
@@ -32,13 +36,17 @@ from vi_simsiam.config_parts import (
     policy,
     tuples,
 )
+from vi_simsiam.data_names import NAMED_DATA, data_spec, joined_spec, located_spec
 from vi_simsiam.errors import InputError, cut
 from vi_simsiam.paths import user_path
 from vi_simsiam.text import one_line
 
 __all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
     "LEAST_SIZE",
     "LITERAL",
+    "MOST_CHANNELS",
     "NAMED_DATA",
     "PARTS",
     "PLACE_FIELDS",
@@ -47,6 +55,7 @@ __all__ = [
     "SOFTPLUS",
     "AugmentConfig",
     "Concentration",
+    "Constants",
     "DataMemory",
     "DecodeConfig",
     "Link",
@@ -63,9 +72,6 @@ __all__ = [
     "with_former_loss",
 ]  # fmt: skip
 
-NAMED_DATA = ("fashion-mini", "cifar10", "imagenette", "imagewoof")
-"""Data sets with a name."""
-
 Method = Literal["vi-simsiam", "simsiam"]
 Precision = Literal["auto", "bf16", "fp32"]
 DataMemory = Literal["auto", "gpu", "host"]
@@ -75,25 +81,14 @@ BatchNormStatistics = Literal["per-view", "joint"]
 StopOn = Literal["collapse"]
 
 
-def data_spec(text: str) -> str:
-    """Name a data set as it is saved: an existing folder as folder:PATH, a file as pack:FILE."""
-    if text in NAMED_DATA or not text:
-        return text
-    kind, colon, path = text.partition(":")
-    if colon and kind in ("folder", "pack"):
-        return f"{kind}:{user_path('data', path)}" if path else text
-    place = user_path("data", text)
-    return f"folder:{place}" if place.is_dir() else f"pack:{place}" if place.is_file() else text
-
-
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that determines a training run. Saved as config.json in its folder."""
 
     method: Method = "vi-simsiam"
     data: str = "fashion-mini"
-    """A folder of images, a pack file, or fashion-mini (embedded), cifar10, imagenette,
-    imagewoof."""
+    """A folder of images or several, a list (.txt, .csv), Parquet or tar files, a pack file, or
+    fashion-mini (embedded), cifar10, imagenette, imagewoof."""
     data_root: Path = Path("data")
     """Folder of downloaded data sets."""
     offline: bool = False
@@ -181,6 +176,8 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self) -> None:
+        if isinstance(self.data, list | tuple):
+            object.__setattr__(self, "data", joined_spec(self.data))
         check_fields(self)
         within = 0 <= self.warmup_epochs < self.epochs
         require("warmup_epochs", self.warmup_epochs, within, "at least 0, below epochs")
@@ -215,15 +212,12 @@ class TrainConfig:
 
     def located(self) -> TrainConfig:
         """The same with absolute paths, so that a run can be opened from anywhere."""
-        kind, colon, path = data_spec(self.data).partition(":")
-        if colon and path and kind in ("folder", "pack"):
-            path = str(Path(path).absolute())
         paths: dict[str, Any] = {
             name: user_path(name, getattr(self, name)).absolute()
             for name in _PATHS
             if getattr(self, name) is not None
         }
-        return dataclasses.replace(self, data=f"{kind}{colon}{path}", **paths)
+        return dataclasses.replace(self, data=located_spec(self.data), **paths)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON types."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +22,9 @@ from vi_simsiam.checks import (
 )
 from vi_simsiam.errors import InputError, none_of
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MOST_CHANNELS = 16
 LEAST_SIZE = 8
 """Smallest side of a view, in pixels."""
 
@@ -28,6 +32,8 @@ Stem = Literal["imagenet", "small"]
 Link = Literal["softplus", "quadratic"]
 Concentration = Literal["sample", "constant", "global", "shuffled", "detached"]
 Frames = Literal["first", "all"]
+Constants = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of every channel, for values in [0, 1]."""
 ValueRange = Literal["dtype", "file"] | tuple[float, float]
 
 _PIXELS = at_least(LEAST_SIZE, f"a number of pixels of at least {LEAST_SIZE}")
@@ -36,7 +42,8 @@ _WIDTH = Rule(lambda n: 1 <= n <= 2**16, "between 1 and 65536")
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Conversion of image files to 8-bit RGB, see `data.pixels`."""
+    """Conversion of image files to pixels: 8-bit RGB by default, see `data.pixels`; other channels
+    and 16 bits as they are stored, see `data.channels`."""
 
     background: str = "gray"
     """Colour behind transparent pixels: a name (gray, white, black), #rrggbb or
@@ -47,9 +54,22 @@ class DecodeConfig:
     each image)."""
     frames: Frames = "first"
     """Frames of animations and multi-page TIFFs: the first one, or all, each as an image."""
+    channels: int = limited(
+        3, Rule(lambda n: 1 <= n <= MOST_CHANNELS, f"between 1 and {MOST_CHANNELS}")
+    )
+    """Channels of every image, from 1 to 16. Beside RGB with 8 bits, images are read as they are
+    stored, and mean and deviation are measured on the training images."""
+    bits: int = limited(8, Rule(lambda n: n in (8, 16), "8 or 16"))
+    """Bits of a channel: 8 or 16."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not self.is_rgb:
+            default = dataclasses.asdict(DecodeConfig())
+            for name in ("background", "value_range", "frames"):
+                accepted = f"{default[name]} unless images are read as RGB with 8 bits"
+                value = getattr(self, name)
+                require(name, repr(value), value == default[name], accepted)
         if self.background != "gray":
             self.colour()
         if isinstance(self.value_range, tuple):
@@ -65,6 +85,16 @@ class DecodeConfig:
     def from_dict(cls, plain: dict[str, Any]) -> DecodeConfig:
         """The inverse of `dataclasses.asdict`, also after conversion to JSON and back."""
         return cls(**tuples(plain))
+
+    @property
+    def is_rgb(self) -> bool:
+        """True if images become 8-bit RGB."""
+        return (self.channels, self.bits) == (3, 8)
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of a decoded pixel."""
+        return self.channels * self.bits // 8
 
     def colour(self) -> tuple[int, int, int]:
         """Red, green and blue of the background, from 0 to 255.
@@ -114,9 +144,37 @@ class AugmentConfig:
     blur_sigma: tuple[float, float] = limited((0.1, 2.0), INTERVAL)
     """Range of the Gaussian blur's standard deviation, in pixels."""
     flip_prob: float = limited(0.5, PROBABILITY)
+    mean: tuple[float, ...] | None = None
+    """Mean of every channel, for values from 0 to 1, by which views are normalised; None for
+    ImageNet's, and for the training images' own where these are not RGB with 8 bits."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of every channel, as --mean."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        both = (self.mean is None) == (self.std is None)
+        require("mean", repr(self.mean), both, "given together with std")
+        if self.mean is not None and self.std is not None:
+            fits = 1 <= len(self.mean) <= MOST_CHANNELS and all(map(math.isfinite, self.mean))
+            require("mean", self.mean, fits, f"1 to {MOST_CHANNELS} finite numbers")
+            fits = len(self.std) == len(self.mean) and all(0 < x < math.inf for x in self.std)
+            require("std", self.std, fits, f"{len(self.mean)} finite numbers above 0")
+
+    @property
+    def constants(self) -> Constants:
+        """Mean and standard deviation of every channel, by which views are normalised."""
+        return self.mean or IMAGENET_MEAN, self.std or IMAGENET_STD
+
+    def normalised_by(self, constants: Constants) -> AugmentConfig:
+        """The same with other constants, and without colour where channels are not three."""
+        mean, std = constants
+        changed = dataclasses.replace(self, mean=mean, std=std)
+        if len(mean) == 3:
+            return changed
+        brightness, contrast, *_ = self.jitter
+        return dataclasses.replace(
+            changed, jitter=(brightness, contrast, 0.0, 0.0), grayscale_prob=0.0
+        )
 
 
 POLICIES: dict[str, AugmentConfig] = {

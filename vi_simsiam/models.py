@@ -1,8 +1,7 @@
 """SimSiam and VI-SimSiam: a backbone, a projector and a predictor.
 
-The networks follow Chen and He (arXiv 2011.10566) and Nakamura et al. (arXiv 2203.11437): a
-torchvision ResNet, a projector of three linear layers with BatchNorm (the last one without affine
-parameters), a predictor of two.
+The networks follow Chen and He (arXiv 2011.10566) and Nakamura et al. (arXiv 2203.11437): a ResNet,
+a projector of three linear layers with BatchNorm (the last without affine parameters), a predictor.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vi_simsiam.backbones import build_backbone, fetch_weights, view_sizes
+from vi_simsiam.backbones import build_backbone, fetch_weights, input_options
 from vi_simsiam.checks import require
 from vi_simsiam.config import Concentration, Link, Stem, TrainConfig
 from vi_simsiam.distributions import PowerSpherical, widen
@@ -47,9 +46,9 @@ class SimSiam(nn.Module):
         backbone: a name for `build_backbone`, or a module from images to features (B, features).
         features: width of a custom backbone's features; one by name needs none.
         dim: D, the width of projections and predictions.
-        projector_hidden: width of the projector's hidden layers.
-        predictor_hidden: width of the predictor's hidden layer.
-        stem, pretrained, sizes: of a backbone by name, see `build_backbone`.
+        projector_hidden, predictor_hidden: width of their hidden layers.
+        stem, channels: of a torchvision backbone, see `build_backbone`.
+        pretrained: start a backbone of torchvision or timm from its ImageNet weights.
         local_predictor: give views smaller than the first one a predictor of their own, of the same
             shape (a shared one is reported to destabilise SimSiam, arXiv 2602.05845).
         head: builds a predictor's last layers from the width of its hidden one; None for a linear
@@ -69,7 +68,7 @@ class SimSiam(nn.Module):
         predictor_hidden: int = 512,
         stem: Stem = "imagenet",
         pretrained: bool = False,
-        sizes: Sequence[int] = (),
+        channels: int = 3,
         local_predictor: bool = False,
         head: Callable[[int], Sequence[nn.Module]] | None = None,
     ) -> None:
@@ -77,7 +76,7 @@ class SimSiam(nn.Module):
         if dim < 2:
             raise InputError(f"dim: {dim} must be at least 2")
         if isinstance(backbone, str):
-            options: Any = {"stem": stem, "pretrained": pretrained, "sizes": sizes}
+            options: Any = {"stem": stem, "pretrained": pretrained, "channels": channels}
             backbone, features = build_backbone(backbone, **options)
         elif features is None:
             raise InputError("features: the width of an own backbone's output must be given")
@@ -387,13 +386,14 @@ def build_model(config: TrainConfig) -> SimSiam:
     """The model that a configuration describes, with weights drawn from torch's generator."""
     if config.model.pretrained:
         fetch_weights(config.model.backbone, download=not config.offline)
-    parts: dict[str, Any] = {**vars(config.model), "sizes": view_sizes(config)}
-    network: SimSiam
-    if config.method == "simsiam":
-        network = SimSiam(**parts)
-    else:
-        loss = {name: value for name, value in vars(config.loss).items() if name != "loss_scale"}
-        network = VISimSiam(**parts, **loss, frozen=config.frozen_run is not None)
+    parts: dict[str, Any] = {**vars(config.model)}
+    named = {name: parts.pop(name) for name in ("stem", "pretrained")} | input_options(config)
+    parts["backbone"], parts["features"] = build_backbone(config.model.backbone, **named)
+    kind = SimSiam if config.method == "simsiam" else VISimSiam
+    if kind is VISimSiam:
+        parts |= {name: value for name, value in vars(config.loss).items() if name != "loss_scale"}
+        parts["frozen"] = config.frozen_run is not None
+    network = kind(**parts)
     network.joint_statistics = config.batch_norm == "joint"
     if config.ema is not None:
         network.add_target()

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vi_simsiam.config import Constants
 from vi_simsiam.downloads import downloading
 from vi_simsiam.errors import InputError, cut, did_you_mean
 from vi_simsiam.normalisation import PerViewBatchNorm2d
-from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD
 from vi_simsiam.text import one_line
 
 TRUSTED = "VI_SIMSIAM_TRUST_MODULES"
@@ -52,8 +52,10 @@ def timm_settings(name: str) -> Any:
         ) from None
 
 
-def build_timm(name: str, sizes: Sequence[int], *, pretrained: bool = False) -> nn.Module:
-    """A timm model without its classifier; its input is normalised as ImageNet's.
+def build_timm(
+    name: str, sizes: Sequence[int], *, pretrained: bool = False, channels: int = 3
+) -> nn.Module:
+    """A timm model without its classifier.
 
     Plain BatchNorm layers become this package's, so that views of one size can pass together.
 
@@ -62,6 +64,7 @@ def build_timm(name: str, sizes: Sequence[int], *, pretrained: bool = False) -> 
         sizes: sides of the views in pixels, the first one those of a transformer of fixed size;
             empty for the model's own.
         pretrained: load timm's weights, which `fetch_timm` has brought here.
+        channels: of the images.
 
     Raises:
         InputError: no such model, or one that cannot take views of these sizes.
@@ -77,7 +80,7 @@ def build_timm(name: str, sizes: Sequence[int], *, pretrained: bool = False) -> 
         options |= {"pretrained_cfg_overlay": {"file": file, "custom_load": False}}
     try:
         network: nn.Module = timm.create_model(
-            name, pretrained=pretrained, num_classes=0, **options
+            name, pretrained=pretrained, num_classes=0, in_chans=channels, **options
         )
     except Exception as error:  # each model has checks of its own
         if "img_size" not in options:
@@ -89,7 +92,6 @@ def build_timm(name: str, sizes: Sequence[int], *, pretrained: bool = False) -> 
     for module in network.modules():
         if type(module) is nn.BatchNorm2d and module.momentum is not None:
             module.__class__ = PerViewBatchNorm2d
-    renormalise(network, settings.mean, settings.std)
     return network
 
 
@@ -205,7 +207,7 @@ def refuse_code(origin: str, backbone: str) -> None:
         )
 
 
-def pooled_width(network: nn.Module, name: str, sizes: Sequence[int]) -> int:
+def pooled_width(network: nn.Module, name: str, sizes: Sequence[int], channels: int = 3) -> int:
     """The width F of a backbone's features, measured on views of each size in eval mode.
 
     Raises:
@@ -218,7 +220,7 @@ def pooled_width(network: nn.Module, name: str, sizes: Sequence[int]) -> int:
     for size in sizes:
         try:
             with torch.no_grad():
-                features = network(torch.zeros(2, 3, size, size, device=device))
+                features = network(torch.zeros(2, channels, size, size, device=device))
         except Exception as error:  # of any layer
             text = f"cannot take views of {_pixels([size])} ({_line(error)})"
             raise InputError(f"backbone: {name} {text}; give views of another size") from error
@@ -237,16 +239,21 @@ def pooled_width(network: nn.Module, name: str, sizes: Sequence[int]) -> int:
     return next(iter(widths.values()))
 
 
-def renormalise(network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Let a network convert input normalised as ImageNet's to another mean and deviation."""
-    if (tuple(mean), tuple(std)) == (IMAGENET_MEAN, IMAGENET_STD):
+def timm_constants(name: str) -> Constants:
+    """Mean and deviation by which a timm model's images are normalised."""
+    settings = timm_settings(name)
+    return tuple(settings.mean), tuple(settings.std)
+
+
+def renormalise(network: nn.Module, given: Constants, wanted: Constants) -> None:
+    """Let a network convert images that are normalised by one mean and deviation to another."""
+    if [*map(tuple, given)] == [*map(tuple, wanted)]:
         return
-    given, wanted = (
-        torch.tensor(each, dtype=torch.float32).view(2, 1, 3, 1, 1)
-        for each in ((IMAGENET_MEAN, IMAGENET_STD), (mean, std))
+    (mean, std), (own_mean, own_std) = (
+        torch.tensor(each, dtype=torch.float32).view(2, 1, -1, 1, 1) for each in (given, wanted)
     )
-    network.register_buffer("input_factor", given[1] / wanted[1], persistent=False)
-    network.register_buffer("input_shift", (given[0] - wanted[0]) / wanted[1], persistent=False)
+    network.register_buffer("input_factor", std / own_std, persistent=False)
+    network.register_buffer("input_shift", (mean - own_mean) / own_std, persistent=False)
     network.register_forward_pre_hook(_converted)
 
 

@@ -255,7 +255,7 @@ def _draw_pixels(images: int) -> Tensor:
 def _table(images: int, step: int = 0) -> Tensor:
     """The views of a step, (2, images, 16)."""
     samples = np.arange(images)
-    sizes = {"heights": np.full(images, _HEIGHT), "widths": np.full(images, _WIDTH)}
+    sizes: Any = {"heights": np.full(images, _HEIGHT), "widths": np.full(images, _WIDTH)}
     policy = AugmentConfig(size=_SIDE, grayscale_prob=0.5)
     table = draw_table(policy, seed=3, epoch=step, samples=samples, **sizes)
     add_offsets(table, samples * (_HEIGHT * _WIDTH * 3))

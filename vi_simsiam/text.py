@@ -13,7 +13,6 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -33,12 +32,6 @@ _MARKS = re.compile(r"[\\`*|~$]|(?<!\w)_|_(?!\w)|(?<=\])[(\[:]")
 def counted(count: int, noun: str, plural: str | None = None) -> str:
     """Return a number with its noun: "1 image", "8,000 images"; `plural` if it is not noun + s."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
-
-
-def data_label(data: str) -> str:
-    """A data set without the folders above it: folder:NAME for folder:/some/where/NAME."""
-    kind, colon, path = data.partition(":")
-    return f"{kind}:{Path(path).name}" if colon else data
 
 
 def fill_template(asset: str, content: dict[str, Any], *, escape: bool) -> str:

@@ -11,7 +11,7 @@ import tyro
 from PIL import Image
 from rich.console import Console
 
-from vi_simsiam.cli.parsing import SourceOptions, given, parse
+from vi_simsiam.cli.parsing import SourceOptions, given, parse, with_folders
 from vi_simsiam.config import AugmentConfig, DecodeConfig, TrainConfig, policy
 from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.text import counted, show
@@ -23,7 +23,7 @@ _LEAST_SHOWN = 112
 @dataclass(frozen=True, kw_only=True)
 class _Pack(SourceOptions):
     images: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
-    """A folder of images, or a data set by name."""
+    """Images in any form that --data of `train` takes."""
     out: Path
     """File to write, such as mine.pack; validation images go to mine.val.pack."""
     shorter_side: int | None = None
@@ -39,7 +39,8 @@ class _Pack(SourceOptions):
 class _Views(SourceOptions):
     augment: Annotated[AugmentConfig, tyro.conf.arg(name="")]
     data: str = "fashion-mini"
-    """A folder, a pack file, or fashion-mini (embedded), cifar10, imagenette, imagewoof."""
+    """A folder or several, a list (.txt, .csv), Parquet or tar files, a pack file, or
+    fashion-mini (embedded), cifar10, imagenette, imagewoof."""
     policy: str | None = None
     """simsiam, multicrop, lightly-imagenette or none to start from; None for those of `train`."""
     decode: Annotated[DecodeConfig, tyro.conf.arg(name="")] = field(default_factory=DecodeConfig)
@@ -81,6 +82,7 @@ def pack(arguments: list[str]) -> int:
 
 def views(arguments: list[str]) -> int:
     """Draw images and their random views."""
+    arguments = with_folders(arguments)
     name = given(arguments, "--policy")
     start = policy(name or "simsiam")
     options = parse("views", _Views, arguments, default=_Views(augment=start))

@@ -16,6 +16,7 @@ from unittest import mock
 import tyro
 
 from vi_simsiam.cli import BENCHMARKS, COMMANDS
+from vi_simsiam.data_names import joined_spec
 from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.paths import user_path
 
@@ -89,6 +90,16 @@ def given(arguments: list[str], option: str) -> str | None:
         if name.replace("_", "-") == option:
             value = attached or following
     return value
+
+
+def with_folders(arguments: list[str]) -> list[str]:
+    """Join the words after --data, several folders, to one name of a data set."""
+    if "--data" not in arguments:
+        return arguments
+    start = arguments.index("--data") + 1
+    folders = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments[start:]))
+    joined = [joined_spec(folders)] if folders else []
+    return arguments[:start] + joined + arguments[start + len(folders) :]
 
 
 def parse(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from vi_simsiam.cli.parsing import given, parse
+from vi_simsiam.cli.parsing import given, parse, with_folders
 from vi_simsiam.config import (
     LEAST_SIZE,
     AugmentConfig,
@@ -98,7 +98,7 @@ def train(arguments: list[str]) -> int:
     if "--help-all" in arguments:
         parse("train", _Train, ["--help"], default=_Train(TrainConfig()))
         return 0
-    arguments = _with_resume_value(arguments)
+    arguments = with_folders(_with_resume_value(arguments))
     config, settings, fitted = _starting_point(arguments)
     if fitted:  # once the images are known; until then no option may contradict
         augment = dataclasses.replace(config.augment, local_size=LEAST_SIZE)

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from vi_simsiam.cli import BENCHMARKS
 from vi_simsiam.cli.parsing import RunPath, SourceOptions, parse
+from vi_simsiam.data_names import LISTING_KINDS, data_spec
 from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.paths import user_path
 from vi_simsiam.text import counted, show
@@ -56,11 +57,12 @@ class _Images(SourceOptions):
 @dataclass(frozen=True, kw_only=True)
 class _Embed(_Images):
     out: Path = Path("features.parquet")
-    """File to write: path, embedding, concentration, uncertainty, neighbours of every image."""
+    """File to write: path, embedding, kappa, label-free scores, neighbours of every image."""
     neighbours: int = 5
     """Nearest neighbours of each image by the cosine of embeddings; 0 for none."""
     reference: str | None = None
-    """Look for neighbours among these images: a folder, or a data set's training images."""
+    """Measure distances to these images: a folder, or a data set's training images; None for those
+    that are embedded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,9 @@ class _Rank(_Images):
     """Files to write, without suffix: OUT.csv, all images, and OUT.png, the two ends."""
     k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 16
     """Images at each end of the picture."""
+    by: Literal["kappa", "embedding_norm", "knn_distance", "mahalanobis"] = "kappa"
+    """Score to rank by: kappa, or one that SimSiam has, too: embedding_norm, knn_distance,
+    mahalanobis."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ def embed(arguments: list[str]) -> int:
 
     encoder, source, collect = _open(options)
     reference = None
-    if options.reference is not None and options.neighbours > 0:
+    if options.reference is not None:
         reference = _source(options.reference, options, encoder.config.decode, train=True)
     table = collect(source)
     about = describe(encoder, source, options.views, options.seed)
@@ -126,18 +131,20 @@ def rank(arguments: list[str]) -> int:
     _check_free([listing, picture], options.overwrite)
 
     from vi_simsiam.files import write_atomically
-    from vi_simsiam.inference.embed import draw_ranking, write_ranking
+    from vi_simsiam.inference.embed import draw_ranking, score_values, write_ranking
     from vi_simsiam.models import VISimSiam
 
     encoder, source, collect = _open(options)
-    if not isinstance(encoder.model, VISimSiam):
+    by = options.by
+    if by == "kappa" and not isinstance(encoder.model, VISimSiam):
         raise InputError(
             f"run: {options.run} is SimSiam, which predicts no concentration to rank by; "
-            "vi-simsiam does"
+            "vi-simsiam does, and --by knn_distance needs none"
         )
-    table = collect(source, embeddings=False)
-    drawn = draw_ranking(table, encoder.model.dim, options.k)
-    write_ranking(table, listing)
+    table = collect(source, embeddings=by != "kappa")
+    values = score_values(table, by, encoder.device)
+    drawn = draw_ranking(table, by, values, encoder.model.dim, options.k)
+    write_ranking(table, by, values, listing)
     write_atomically(picture, lambda file: drawn.save(file, format="PNG", optimize=True))
     show(_written(listing, table))
     show(f"written: {picture}")
@@ -173,7 +180,8 @@ def _source(images: str, options: _Images, decode: DecodeConfig, *, train: bool)
     from vi_simsiam.data.datasets import ACCEPTED
     from vi_simsiam.inference.images import open_images
 
-    if user_path("images", images).exists():
+    kind = data_spec(images).partition(":")[0]
+    if user_path("images", images).exists() and kind not in LISTING_KINDS:
         return open_images(images, decode)
     try:
         splits = options.open(images, decode)

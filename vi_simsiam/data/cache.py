@@ -12,6 +12,7 @@ that fill the same cache at once do the work twice, and both end well.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import re
@@ -21,13 +22,14 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vi_simsiam.data.channels import refuse_mixed
 from vi_simsiam.data.decoding import bytes_per_image, decode
 from vi_simsiam.data.pack_file import FORMAT_VERSION
 from vi_simsiam.data.packed import Contents, PackedImages, PackWriter, open_pack
@@ -132,13 +134,14 @@ def in_memory(
     if isinstance(source, PackedImages):
         return source
     if isinstance(source, ArraySource):
-        rgb = source.images
-        if rgb.ndim == 3:
-            rgb = np.repeat(rgb[..., None], 3, axis=3)
-        heights, widths = (np.full(len(rgb), size, np.int32) for size in rgb.shape[1:3])
-        return PackedImages(
-            rgb.reshape(-1), Contents(source.name, heights, widths, source.labels, source.classes)
-        )
+        values: Any = source.images
+        if values.ndim == 3:
+            values = np.repeat(values[..., None], 3, axis=3)
+        heights, widths = (np.full(len(values), size, np.int32) for size in values.shape[1:3])
+        named = Contents(source.name, heights, widths, source.labels, source.classes)
+        stored = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
+        contents = dataclasses.replace(named, decode=source.decode)
+        return PackedImages(stored.reshape(-1).view(np.uint8), contents)
     pixels = bytearray()
     mean = bytes_per_image(source)
     contents = _decode(source, pixels.extend, "memory", mean, None, workers, console)
@@ -245,6 +248,7 @@ def _decode(
             losses += chunk.losses
             done = len(kept) + len(unreadable)
             bar.update(task, completed=done, description=decimal(written), refresh=True)
+    refuse_mixed(source.name, unreadable, source.decode)
     if len(unreadable) > _TOLERATED_SHARE * len(source):
         first = "; ".join(map(str, unreadable[:3])) + ", ..." * (len(unreadable) > 3)
         raise InputError(

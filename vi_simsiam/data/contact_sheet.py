@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from vi_simsiam.checks import require
-from vi_simsiam.config import AugmentConfig
+from vi_simsiam.config import AugmentConfig, DecodeConfig
+from vi_simsiam.data.channels import Pixels, picture
 from vi_simsiam.data.pixels import loss_lines, losses
 from vi_simsiam.data.sources import ImageSource, Unreadable, UnreadableError, left_out
-from vi_simsiam.data.views import GLOBAL_VIEWS, draw_table
+from vi_simsiam.data.views import GLOBAL_VIEWS, draw_table, layout_of
 from vi_simsiam.errors import ImageWarning, InputError
-from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD, eager_augment
+from vi_simsiam.ops.augment import eager_augment
 from vi_simsiam.text import counted
 
 _GAP = 4
@@ -56,27 +57,32 @@ def contact_sheet(
             f"source: {source.name} has {counted(len(source), 'image')}, but none that can be "
             f"read{reason}"
         )
-    lost = [loss for _, image in chosen for loss in losses(image)]
+    pictures = [image for _, image in chosen if isinstance(image, Image.Image)]
+    lost = [loss for image in pictures for loss in losses(image)]
     for text in (*([left_out(failed)] if failed else []), *loss_lines(source.name, lost)):
         warnings.warn(text, ImageWarning, stacklevel=2)
+    if not source.decode.is_rgb and policy.mean is None:  # any do: they are undone to be shown
+        channels = source.decode.channels
+        policy = policy.normalised_by(((0.0,) * channels, (1.0,) * channels))
     table = draw_table(
         policy,
         seed=seed,
         epoch=0,
         samples=np.array([index for index, _ in chosen]),
-        heights=np.array([image.height for _, image in chosen]),
-        widths=np.array([image.width for _, image in chosen]),
+        heights=np.array([np.asarray(image).shape[0] for _, image in chosen]),
+        widths=np.array([np.asarray(image).shape[1] for _, image in chosen]),
+        pixel_bytes=source.decode.pixel_bytes,
     )
     return view_rows([image for _, image in chosen], table, policy)
 
 
 def view_rows(
-    images: Sequence[Image.Image], table: NDArray[np.int32], policy: AugmentConfig
+    images: Sequence[Image.Image | Pixels], table: NDArray[np.int32], policy: AugmentConfig
 ) -> Image.Image:
-    """Draw one row for each image in mode RGB: the original, then the views that a table describes.
+    """Draw one row for each image: the original, then the views that a table describes.
 
     Args:
-        images: B images.
+        images: B images in mode RGB, or pixels, which are shown as `data.channels.picture` does.
         table: (V, B, 16), see `draw_table`, without offsets.
         policy: the views' sizes.
     """
@@ -87,31 +93,36 @@ def view_rows(
     sheet = Image.new("RGB", (width, len(images) * (height + _GAP) - _GAP), _BACKGROUND)
     for row, image in enumerate(images):
         top, left = row * (height + _GAP), cell + _GAP
-        fitted = ImageOps.contain(image, (cell, cell), Image.Resampling.LANCZOS)
+        pixels = np.array(image)
+        shown = image if isinstance(image, Image.Image) else picture(image)
+        fitted = ImageOps.contain(shown, (cell, cell), Image.Resampling.LANCZOS)
         sheet.paste(fitted, ((cell - fitted.width) // 2, top + (cell - fitted.height) // 2))
-        pixels = torch.from_numpy(np.array(image, dtype=np.uint8).reshape(-1))
+        decode = DecodeConfig(channels=pixels.shape[2], bits=8 * pixels.dtype.itemsize)
+        layout = layout_of(policy, decode)
+        mean, std = map(torch.tensor, policy.constants)
+        values = torch.from_numpy(pixels.reshape(-1).view(np.uint8))
         for size, parameters in zip(sizes, table[:, row, None, None], strict=True):
-            view = eager_augment(pixels, torch.from_numpy(parameters), size)[0, 0]
-            colours = view.permute(1, 2, 0) * torch.tensor(IMAGENET_STD)
-            colours = colours + torch.tensor(IMAGENET_MEAN)
-            levels = colours.mul(255).round().clamp(0, 255).to(torch.uint8)
-            sheet.paste(Image.fromarray(levels.numpy()), (left, top))
+            rows = torch.from_numpy(parameters)
+            view = eager_augment(values, rows, size, layout=layout)[0, 0]
+            most = 2.0**decode.bits - 1
+            levels = (view.permute(1, 2, 0) * std + mean).mul(most).round().clamp(0, most)
+            sheet.paste(picture(levels.numpy().astype(pixels.dtype)), (left, top))
             left += size + _GAP
     return sheet
 
 
 def _readable(
     source: ImageSource, count: int
-) -> tuple[list[tuple[int, Image.Image]], list[Unreadable]]:
+) -> tuple[list[tuple[int, Image.Image | Pixels]], list[Unreadable]]:
     """Up to `count` numbered images spread evenly over a source, and the unreadable ones met."""
-    found: dict[int, Image.Image] = {}
+    found: dict[int, Image.Image | Pixels] = {}
     failed: dict[int, Unreadable] = {}
     for first in np.arange(count) * len(source) // count:
         for index in ((int(first) + step) % len(source) for step in range(len(source))):
             if index in found or index in failed:
                 continue
             try:
-                found[index] = source.image(index)
+                found[index] = source.content(index)
                 break
             except UnreadableError as error:
                 failed[index] = error.entry

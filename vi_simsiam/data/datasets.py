@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -16,13 +17,20 @@ from torchvision.datasets.utils import download_and_extract_archive
 
 from vi_simsiam.config import NAMED_DATA, DecodeConfig, data_spec
 from vi_simsiam.data.files import find_images, is_image, list_folder
+from vi_simsiam.data.listing import Entry, Listed, read_csv, read_list, sources
 from vi_simsiam.data.packed import open_pack
+from vi_simsiam.data.parquet import read_parquet
 from vi_simsiam.data.sources import ArraySource, FileSource, ImageSource
+from vi_simsiam.data.tar import read_tar
+from vi_simsiam.data_names import LISTING_KINDS, data_label, data_places
 from vi_simsiam.downloads import downloading
 from vi_simsiam.errors import InputError, did_you_mean
 from vi_simsiam.paths import user_path
 
-ACCEPTED = f"a folder of images, a pack file, or one of {', '.join(NAMED_DATA)}"
+ACCEPTED = (
+    "a folder of images, a list of paths (.txt, .csv), Parquet or tar files, a pack file, or one "
+    f"of {', '.join(NAMED_DATA)}"
+)
 """The names that `open_dataset` accepts, for messages."""
 
 _TRAIN_NAMES = ("train", "training")
@@ -102,6 +110,10 @@ def open_dataset(
     - a folder's path, or ``folder:PATH``: with PATH/train/CLASS/ folders a labelled set, and
       PATH/val/CLASS/ (or valid/, validation/) its validation part; otherwise every image under
       PATH/train, or under PATH if there is no such folder, without labels.
+    - ``folders:[PATH, ...]``: several such folders, a JSON list (`data_names.joined_spec`),
+      with the classes of all of them; a file that two of them hold counts once.
+    - ``list:FILE``, ``csv:FILE``, ``parquet:PATH``, ``tar:PATH``: see `data.listing`. A file's path
+      is enough where its suffix is .txt, .csv, .tsv, .parquet or .tar.
     - a file's path, or ``pack:FILE``: a file of `vi-simsiam pack`, with its validation part.
     - ``cifar10``, ``imagenette``, ``imagewoof``: an unpacked copy under `root`, or else a
       checksummed download to it. ImageNette and ImageWoof are version 2 at 320 pixels. A copy of
@@ -125,10 +137,17 @@ def open_dataset(
         raise InputError(f"data: {spec} is an image; give the folder that it lies in")
     spec = data_spec(spec)
     kind, _, place = spec.partition(":")
+    if spec in NAMED_DATA and not decode.is_rgb:
+        raise InputError(f"channels, bits: {spec} is RGB with 8 bits; leave these options out")
     if spec == "fashion-mini":
         return _fashion_mini()
     if kind == "folder" and place:
         return _folder(Path(place), spec, decode)
+    if kind == "folders":
+        return Splits(spec, *sources(data_label(spec), _joined(data_places(spec)), decode))
+    if kind in LISTING_KINDS and place:
+        read = {"list": read_list, "csv": read_csv, "parquet": read_parquet, "tar": read_tar}[kind]
+        return Splits(spec, *sources(place, read(place), decode))
     if kind == "pack" and place:
         path = Path(place)
         val, packed = validation_pack(path), open_pack(path)
@@ -138,7 +157,8 @@ def open_dataset(
                 for each in (packed.decode, decode)
             )
             raise InputError(
-                f"background, value_range, frames: {path} holds images decoded with {held}, and "
+                f"background, value_range, frames, channels, bits: {path} holds images decoded "
+                f"with {held}, and "
                 f"{asked} is asked for; leave these options out, or pack the images again"
             )
         return Splits(spec, packed, open_pack(val) if val.exists() else None)
@@ -204,6 +224,41 @@ def _folder(path: Path, spec: str, decode: DecodeConfig) -> Splits:
     return Splits(spec, train, val)
 
 
+def _joined(folders: list[str]) -> Listed:
+    """The images of several folders, each with class folders or none of them with any."""
+    entries: list[Entry] = []
+    notes: list[str] = []
+    seen: set[tuple[str, object]] = set()
+    has_labels: dict[str, bool] = {}
+    for folder in folders:
+        # Entries are files, whose frames are counted once, in the end.
+        splits = _folder(Path(folder), f"folder:{folder}", DecodeConfig())
+        has_labels[folder] = splits.train.labels is not None
+        for part, source in (("train", splits.train), ("val", splits.val)):
+            if not isinstance(source, FileSource):
+                continue
+            notes += source.notes
+            labels, classes = source.labels, source.classes or ()
+            for index, path in enumerate(source.paths):
+                file: object = path
+                with contextlib.suppress(OSError):  # to be reported when it is read
+                    status = os.stat(path)
+                    file = status.st_dev, status.st_ino
+                if (part, file) not in seen:
+                    seen.add((part, file))
+                    entries.append(
+                        Entry(path, None if labels is None else classes[labels[index]], part)
+                    )
+    if len(set(has_labels.values())) > 1:
+        bare = next(folder for folder, has in has_labels.items() if not has)
+        full = next(folder for folder, has in has_labels.items() if has)
+        raise InputError(
+            f"data: {full} has class folders in train/, {bare} has none; "
+            "all of several folders need them, or none"
+        )
+    return Listed(entries, (), notes)
+
+
 def _part(folder: Path, names: tuple[str, ...]) -> Path | None:
     """The folder of a part, by any of its names."""
     entries = [entry for entry in list_folder(folder) if entry.name.lower() in names]
@@ -218,7 +273,7 @@ def _images(
     folder: Path, decode: DecodeConfig, *, labelled: bool = True, required: bool = True
 ) -> FileSource:
     """All images in a folder, with its class folders as classes if it has any."""
-    found = find_images(folder)
+    found = find_images(folder, arrays=not decode.is_rgb)
     if required and not found.paths:
         raise InputError(f"{folder}: holds no image that Pillow opens. {found.note()}".rstrip())
     inside = functools.partial(os.path.relpath, start=folder)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from vi_simsiam.data.packed import MOST_BYTES
+from vi_simsiam.data.channels import MOST_BYTES, resized
 from vi_simsiam.data.pixels import Loss, losses
 from vi_simsiam.data.sources import FileSource, ImageSource, Unreadable, UnreadableError
 from vi_simsiam.data.workers import results
@@ -27,7 +27,7 @@ class Chunk(NamedTuple):
     """Consecutive images of a source, decoded."""
 
     pixels: bytes
-    """Image after image, (height, width, 3) uint8."""
+    """Bytes of image after image, (height, width, channels)."""
     sizes: list[tuple[int, int]]
     """Height and width of each image."""
     kept: list[int]
@@ -38,8 +38,11 @@ class Chunk(NamedTuple):
 
 def bytes_per_image(source: ImageSource, shorter_side: int | None = None) -> float:
     """Return the mean decoded size of up to 64 images across the source, from their headers."""
+    size = source.decode.pixel_bytes
     sizes = [fitted(height, width, shorter_side) for height, width in _sampled(source)]
-    return float(np.mean([3.0 * height * width for height, width in sizes])) if sizes else 0.0
+    return (
+        float(np.mean([float(size * height * width) for height, width in sizes])) if sizes else 0.0
+    )
 
 
 def median_side(source: ImageSource) -> int | None:
@@ -104,17 +107,22 @@ def _decode(source: ImageSource, shorter_side: int | None, chunk: range) -> Chun
     parts, sizes, kept, unreadable, lost = [], [], [], [], list[Loss]()
     for index in chunk:
         try:
-            image = source.image(index)
-            height, width = fitted(image.height, image.width, shorter_side)
-            if not 0 < 3 * height * width <= MOST_BYTES:
+            image = source.content(index)
+            whole = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
+            height, width = fitted(whole[0], whole[1], shorter_side)
+            if not 0 < source.decode.pixel_bytes * height * width <= MOST_BYTES:
                 raise UnreadableError(source.describe(index), f"{width} x {height} pixels")
         except UnreadableError as error:
             unreadable.append(error.entry)
             continue
-        lost += losses(image)
-        if (width, height) != image.size:
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-        parts.append(image.tobytes())
+        if isinstance(image, np.ndarray):
+            array = image if (height, width) == whole else resized(image, height, width)
+            parts.append(array.astype(array.dtype.newbyteorder("<")).tobytes())
+        else:
+            lost += losses(image)
+            if (height, width) != whole:
+                image = image.resize((width, height), Image.Resampling.BICUBIC)
+            parts.append(image.tobytes())
         sizes.append((height, width))
         kept.append(index)
     return Chunk(b"".join(parts), sizes, kept, unreadable, lost)

@@ -92,7 +92,7 @@ class DeviceFeed:
         steps = self._segment_steps = max(1, _SEGMENT_BYTES // (4 * math.prod(shape)))
         # Rows that name one pixel, for a counter that is ahead of what was loaded.
         self._ring = torch.zeros((2 * steps, *shape), dtype=torch.int32, device=self.device)
-        self._ring[..., Column.STRIDE] = 3
+        self._ring[..., Column.STRIDE] = self.images.decode.pixel_bytes
         self._ring[..., Column.HEIGHT : Column.WIDTH + 1] = 1
         self._drawn_rows = self._transfers.pinned((2, steps, *shape), torch.int32)
         self._segment = -1
@@ -148,7 +148,8 @@ class DeviceFeed:
             self._pool = None
 
     def _augment(self, table: Tensor, size: int) -> list[Tensor]:
-        views = augment(self._pixels, table, size, dtype=self.dtype, backend=self.backend)
+        layout, backend = self.schedule.layout, self.backend
+        views = augment(self._pixels, table, size, dtype=self.dtype, backend=backend, layout=layout)
         return list(views.unbind(0))
 
     def _choose_memory(self, memory: DataMemory) -> DataMemory:
@@ -371,8 +372,8 @@ def byte_tensor(pixels: NDArray[np.uint8]) -> Tensor:
 
 def _sizes(images: PackedImages, samples: NDArray[np.int64] | slice) -> NDArray[np.int64]:
     """Bytes of images: int64, of the shape of `samples`."""
-    sizes: NDArray[np.int64] = images.heights[samples].astype(np.int64) * images.widths[samples] * 3
-    return sizes
+    areas: NDArray[np.int64] = images.heights[samples].astype(np.int64) * images.widths[samples]
+    return areas * images.decode.pixel_bytes
 
 
 def _gigabytes(count: int) -> str:

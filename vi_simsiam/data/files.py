@@ -27,6 +27,7 @@ _PLUGIN_OF = {
     ".jxl": "pillow-jxl-plugin",
 }
 _SHOWN = 8
+ARRAY = ".npy"
 
 
 class Found(NamedTuple):
@@ -55,13 +56,14 @@ class Found(NamedTuple):
         return "; ".join(parts)
 
 
-def find_images(folder: str | os.PathLike[str]) -> Found:
+def find_images(folder: str | os.PathLike[str], *, arrays: bool = False) -> Found:
     """Find all images in a folder and the folders in it.
 
     Hidden files and folders are skipped. Links are followed, but every folder is visited and every
     file counted once: under its own name rather than a link's, and of several names under the
     first, level by level and by name. An image that cannot be reached is counted, to be reported
-    when it is read. Raises InputError if a folder cannot be listed.
+    when it is read. With `arrays`, .npy files are images, too. Raises InputError if a folder cannot
+    be listed.
     """
     root = os.fspath(folder)
     real_root = os.path.realpath(root)
@@ -81,14 +83,14 @@ def find_images(folder: str | os.PathLike[str]) -> Found:
         try:
             status = os.stat(path)
         except OSError:  # a broken link, or a file in a folder that may not be entered
-            if _suffix(path) in _suffixes():
+            if _suffix(path) in _suffixes() or (arrays and _suffix(path) == ARRAY):
                 paths.append(path)
             else:
                 passed_over["broken links" if os.path.islink(path) else _suffix(path)] += 1
             return
         if not stat.S_ISREG(status.st_mode):
             return
-        if not is_image(path):
+        if not is_image(path) and not (arrays and _suffix(path) == ARRAY):
             passed_over[_suffix(path)] += 1
         elif is_new(path, status):
             paths.append(path)
@@ -133,6 +135,11 @@ def is_image(path: str) -> bool:
         with contextlib.suppress(Exception), Image.open(path, formats=formats(path)):
             return True
     return False
+
+
+def has_image_suffix(name: str) -> bool:
+    """Return True if Pillow opens files of this suffix; no file of this name is looked at."""
+    return _suffix(name) in _suffixes()
 
 
 def formats(path: str) -> list[str]:

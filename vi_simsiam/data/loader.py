@@ -8,26 +8,30 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import v2
 
 from vi_simsiam.checks import choice, require
-from vi_simsiam.config import AugmentConfig, DataMemory
+from vi_simsiam.config import AugmentConfig, Constants, DataMemory
 from vi_simsiam.config import policy as named_policy
 from vi_simsiam.data.cache import cached
+from vi_simsiam.data.channels import Pixels
 from vi_simsiam.data.decoding import cores
 from vi_simsiam.data.device import DeviceFeed, byte_tensor, find_device
+from vi_simsiam.data.items import as_source
 from vi_simsiam.data.packed import PackedImages
-from vi_simsiam.data.sources import ImageSource, as_source
+from vi_simsiam.data.sources import ImageSource
+from vi_simsiam.data.statistics import with_statistics
 from vi_simsiam.data.views import (
     GLOBAL_VIEWS,
+    IMAGENET,
     Batch,
     Schedule,
     add_offsets,
@@ -36,7 +40,7 @@ from vi_simsiam.data.views import (
 )
 from vi_simsiam.data.workers import Workers, results
 from vi_simsiam.errors import ImageWarning, InputError
-from vi_simsiam.ops.augment import eager_augment
+from vi_simsiam.ops.augment import RGB, eager_augment
 from vi_simsiam.text import counted
 
 
@@ -103,9 +107,11 @@ class MultiViewLoader:
         self.source = _packed(source)
         """The images that can be read; `Batch.index` counts these."""
         self.batch_size = batch_size
+        self.policy = with_statistics(policy, self.source)
+        """The views, with the numbers by which they are normalised."""
         self._schedule = Schedule(
             self.source,
-            policy,
+            self.policy,
             batch_size=batch_size,
             seed=seed,
             rank=rank,
@@ -115,6 +121,12 @@ class MultiViewLoader:
         """Makes the batches on a CUDA device; None on a CPU."""
         self._side: torch.cuda.Stream | None = None
         if device.type == "cuda":
+            if self._schedule.layout != RGB:
+                raise InputError(
+                    f"device: {device} makes views of 8-bit RGB with ImageNet's mean and deviation "
+                    f"only, and {self.source.name} is read or normalised otherwise; train with "
+                    "--device cpu"
+                )
             self.feed = DeviceFeed(
                 self._schedule, device, dtype=dtype, memory=memory, backend=backend
             )
@@ -219,16 +231,23 @@ class MultiViewLoader:
 
 
 def eval_loader(
-    source: ImageSource, size: int, batch_size: int, workers: int
+    source: ImageSource,
+    size: int,
+    batch_size: int,
+    workers: int,
+    constants: Constants = IMAGENET,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return batches of all images in order: images (B, 3, size, size) float32, labels (B,) int64.
+    """Return batches of all images in order: images (B, C, size, size) float32, labels (B,) int64.
 
-    The last batch may be smaller; labels are -1 if the source has none.
+    The last batch may be smaller; labels are -1 if the source has none. `constants` are mean and
+    standard deviation of the C channels.
 
     Raises:
         InputError: numbers out of range; while iterating, an image that cannot be read.
     """
-    finish = normalised()
+    channels, fits = source.decode.channels, len(constants[0])
+    require("channels", channels, channels == fits, f"{fits} in {source.name}, as the run's")
+    finish = normalised(constants)
     return (
         (finish(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()), torch.from_numpy(y))
         for x, y in eval_pixels(source, size, batch_size, workers)
@@ -237,8 +256,8 @@ def eval_loader(
 
 def eval_pixels(
     source: ImageSource, size: int, batch_size: int, workers: int
-) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
-    """Batches of `eval_loader` before normalisation, (B, size, size, 3) uint8, and their labels."""
+) -> Iterator[tuple[Pixels, NDArray[np.int64]]]:
+    """Batches of `eval_loader` before normalisation, (B, size, size, C), and their labels."""
     _check_sizes(batch_size, workers)
     require("size", size, size >= 1, "at least 1")
     count = len(source)
@@ -264,7 +283,7 @@ def _check_sizes(batch_size: int, workers: int) -> None:
 def _make_views(
     schedule: Schedule, dtype: torch.dtype, epoch_and_step: tuple[int, int]
 ) -> tuple[list[NDArray[np.uint8]], NDArray[np.int64]]:
-    """Bytes of the global views (2, B, h, w, 3), of the local ones if any, and the images (B,)."""
+    """Bytes of the global views (2, B, h, w, C), of the local ones if any, and the images (B,)."""
     epoch, step = epoch_and_step
     samples = schedule.samples(epoch, step, step + 1)[0]
     images, policy = schedule.images, schedule.policy
@@ -274,9 +293,10 @@ def _make_views(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # operations on single views are too short to share
     try:
-        views = [eager_augment(pixels, rows[:GLOBAL_VIEWS], policy.size, dtype)]
+        make = functools.partial(eager_augment, dtype=dtype, layout=schedule.layout)
+        views = [make(pixels, rows[:GLOBAL_VIEWS], policy.size)]
         if policy.local_views:
-            views.append(eager_augment(pixels, rows[GLOBAL_VIEWS:], policy.local_size, dtype))
+            views.append(make(pixels, rows[GLOBAL_VIEWS:], policy.local_size))
     finally:
         torch.set_num_threads(threads)
     # As bytes, since numpy has no bfloat16, and in the order that they have in memory.
@@ -285,10 +305,10 @@ def _make_views(
 
 
 def _read_squares(
-    source: ImageSource, square: v2.Compose, indices: range
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Squares (B, size, size, 3) and labels (B,) of a range of images."""
-    images = np.stack([np.asarray(square(source.image(index))) for index in indices])
+    source: ImageSource, square: Callable[[Image.Image | Pixels], Any], indices: range
+) -> tuple[Pixels, NDArray[np.int64]]:
+    """Squares (B, size, size, C) and labels (B,) of a range of images."""
+    images = np.stack([np.asarray(square(source.content(index))) for index in indices])
     if source.labels is None:
         return images, np.full(len(indices), -1)
     return images, source.labels[indices.start : indices.stop].copy()

@@ -61,7 +61,7 @@ class Header(TypedDict):
     classes: list[str] | None
     fingerprint: str
     unreadable: list[list[str]]
-    decode: dict[str, str | list[float]]
+    decode: dict[str, str | int | list[float]]
     notes: list[str]
     sections: Sections
     checked_bytes: int

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vi_simsiam.config import DecodeConfig
+from vi_simsiam.data.channels import MOST_BYTES, Pixels, picture
 from vi_simsiam.data.pack_file import (
     ALIGNMENT,
     CHECKED_BYTES,
@@ -34,8 +35,6 @@ from vi_simsiam.errors import InputError
 from vi_simsiam.files import open_regular
 from vi_simsiam.text import brief_repr, counted
 
-MOST_BYTES = 2**31 - 1
-"""Limit of one image, so that positions within it fit in 32 bits."""
 _MOST_IMAGES = 2**31 - 1
 _PATH_ENCODING = ("utf-8", "surrogateescape")
 
@@ -67,13 +66,14 @@ class Contents:
 
 
 class PackedImages(ImageSource):
-    """N decoded images: 8-bit RGB, of any sizes, one after the other.
+    """N decoded images of any sizes, one after the other.
 
     Images in a memory-mapped file are pickled as its path, which makes sending them to worker
     processes cheap.
 
     Args:
-        pixels: (bytes,) uint8, image after image, each (height, width, 3).
+        pixels: (bytes,) uint8, image after image, each (height, width, channels); 16 bits are
+            little-endian.
         contents: the rest.
 
     Raises:
@@ -81,7 +81,7 @@ class PackedImages(ImageSource):
     """
 
     def __init__(self, pixels: NDArray[np.uint8], contents: Contents) -> None:
-        bounds = _bounds(contents.heights, contents.widths)
+        bounds = _bounds(contents)
         if len(pixels) != bounds[-1]:
             problem = f"{counted(len(pixels), 'byte')} do not fit heights and widths"
             raise InputError(f"pixels: {problem}")
@@ -153,10 +153,18 @@ class PackedImages(ImageSource):
 
     def image(self, index: int) -> Image.Image:
         """Return image `index` in mode RGB."""
+        pixels = self.array(index)
+        return Image.fromarray(pixels) if self.decode.is_rgb else picture(pixels)
+
+    def array(self, index: int) -> Pixels:
+        """Return the pixels of image `index`, (height, width, channels)."""
         index = range(len(self))[index]
+        shape = (*self.dimensions(index), self.decode.channels)
+        return self._bytes(index).view("u1" if self.decode.bits == 8 else "<u2").reshape(shape)
+
+    def _bytes(self, index: int) -> NDArray[np.uint8]:
         start, (height, width) = int(self.offsets[index]), self.dimensions(index)
-        pixels = self.pixels[start : start + 3 * height * width].reshape(height, width, 3)
-        return Image.fromarray(pixels)
+        return self.pixels[start : start + self.decode.pixel_bytes * height * width]
 
     def dimensions(self, index: int) -> tuple[int, int]:
         """Return height and width of image `index` in pixels."""
@@ -171,9 +179,8 @@ class PackedImages(ImageSource):
         if self._indices is None:
             checksums.append(self.pixels[len(self._whole_checksums) * CHECKED_BYTES :].data)
         else:
-            for index, start in enumerate(self.offsets.tolist()):
-                height, width = self.dimensions(index)
-                checksums.append(self.pixels[start : start + 3 * height * width].data)
+            for index in range(len(self)):
+                checksums.append(self._bytes(index).data)
         return checksums.values
 
     def describe(self, index: int) -> str:
@@ -187,21 +194,22 @@ class PackedImages(ImageSource):
         return self._places[index] if self._places else f"{self._whole_name}/{index}"
 
 
-def _bounds(heights: NDArray[np.int32], widths: NDArray[np.int32]) -> NDArray[np.int64]:
+def _bounds(contents: Contents) -> NDArray[np.int64]:
     """First byte of each image, and the end of the last.
 
     Raises:
         InputError: images without a pixel, or with more than 2 GiB: all sums fit in 64 bits.
     """
+    heights, widths, size = contents.heights, contents.widths, contents.decode.pixel_bytes
     if len(heights) != len(widths) or len(heights) > _MOST_IMAGES:
         images = f"{len(heights):,} and {len(widths):,} images"
         raise InputError(f"heights and widths: of {images}, must be of equally many")
     if len(heights) and min(heights.min(), widths.min()) < 1:
         raise InputError("heights and widths: images must have at least 1 x 1 pixels")
     areas = heights.astype(np.int64) * widths  # below 2^62
-    if len(areas) and areas.max() > MOST_BYTES // 3:
+    if len(areas) and areas.max() > MOST_BYTES // size:
         raise InputError(f"heights and widths: images must have at most {MOST_BYTES:,} bytes")
-    return np.concatenate([[0], np.cumsum(3 * areas)])
+    return np.concatenate([[0], np.cumsum(size * areas)])
 
 
 class PackWriter:
@@ -225,7 +233,7 @@ class PackWriter:
         self._sections["pixels"] = [PROLOGUE.size, self.size - PROLOGUE.size]
         places = "\0".join(contents.places).encode(*_PATH_ENCODING)
         sections = {
-            "offsets": _bounds(contents.heights, contents.widths)[:-1],
+            "offsets": _bounds(contents)[:-1],
             "heights": contents.heights,
             "widths": contents.widths,
             "places": np.frombuffer(places, np.uint8),

@@ -115,7 +115,7 @@ def to_rgb(image: Image.Image, decode: DecodeConfig | None = None) -> Image.Imag
     if image.format == "PNG":
         _scale_key(image)
     if image.format == "JPEG":
-        _check_jpeg(image)
+        check_jpeg(image)
     image.load()
     lost, stored = Loss(framed), _stored(image)
     # Damaged EXIF data raise almost any exception; the pixels are well.
@@ -134,7 +134,7 @@ def to_rgb(image: Image.Image, decode: DecodeConfig | None = None) -> Image.Imag
     return rgb
 
 
-def _check_jpeg(image: Image.Image) -> None:
+def check_jpeg(image: Image.Image) -> None:
     """Raise ValueError for a JPEG, not loaded yet, that is far smaller or slower than others.
 
     Pillow fills in what is missing, and decodes all pixels once for each scan.

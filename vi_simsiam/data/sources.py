@@ -1,6 +1,7 @@
-"""Sources of images: arrays in memory, data sets, or files that are decoded on demand.
+"""Sources of images: arrays in memory, or files that are decoded on demand.
 
-A source gives every image as 8-bit RGB, so nothing after it depends on file formats.
+A source gives every image as 8-bit RGB, or as channels of 8 or 16 bits where its `decode` asks for
+others, so nothing after it depends on file formats.
 """
 
 from __future__ import annotations
@@ -17,14 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from vi_simsiam.config import DecodeConfig
+from vi_simsiam.config import MOST_CHANNELS, DecodeConfig
+from vi_simsiam.data.channels import Pixels, file_size, picture, read_file
 from vi_simsiam.data.files import formats
+from vi_simsiam.data.inside import Inside, byte_count, file_of, open_image
 from vi_simsiam.data.pixels import count_frames, to_rgb, upright_size
 from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted
@@ -70,7 +70,7 @@ class UnreadableError(InputError):
 
 
 class ImageSource(ABC):
-    """A fixed sequence of RGB images, with labels or without."""
+    """A fixed sequence of images, with labels or without."""
 
     name: str
     """Short name, such as "fashion-mini/train"."""
@@ -95,7 +95,21 @@ class ImageSource(ABC):
 
     @abstractmethod
     def image(self, index: int) -> Image.Image:
-        """Return image `index` in mode RGB. Raises UnreadableError if it cannot be read."""
+        """Return image `index` in mode RGB: itself, or a picture of its channels for people.
+
+        Raises UnreadableError if it cannot be read.
+        """
+
+    def array(self, index: int) -> Pixels:
+        """Return the pixels of image `index`, (height, width, channels), as `decode` describes.
+
+        Raises UnreadableError if it cannot be read.
+        """
+        return np.asarray(self.image(index))
+
+    def content(self, index: int) -> Image.Image | Pixels:
+        """Return image `index` as it enters views: `image` if it is RGB, otherwise `array`."""
+        return self.image(index) if self.decode.is_rgb else self.array(index)
 
     def describe(self, index: int) -> str:
         """Return the place of image `index`: a path, or NAME/INDEX, as "fashion-mini/train/17"."""
@@ -103,7 +117,7 @@ class ImageSource(ABC):
 
     def dimensions(self, index: int) -> tuple[int, int]:
         """Return height and width of image `index`. Raises UnreadableError if it is unreadable."""
-        width, height = self.image(index).size
+        height, width = self.array(index).shape[:2]
         return height, width
 
     def fingerprint(self) -> str | None:
@@ -128,25 +142,30 @@ class ImageSource(ABC):
 
 
 class ArraySource(ImageSource):
-    """Images in memory: uint8, (N, H, W) gray or (N, H, W, 3) RGB.
+    """Images in memory: uint8 or uint16, (N, H, W) gray or (N, H, W, C) of 1 to 16 channels.
 
-    `places` are the origins of the images, empty for NAME/INDEX.
+    Gray uint8 (N, H, W) becomes RGB. `places` are the origins of the images, empty for NAME/INDEX.
     Raises TypeError for another dtype and InputError for another shape or labels that do not fit.
     """
 
     def __init__(
         self,
-        images: NDArray[np.uint8],
+        images: Pixels,
         labels: NDArray[np.int64] | None = None,
         classes: Sequence[str] | None = None,
         name: str = "array",
         places: Sequence[str] = (),
     ) -> None:
-        if images.dtype != np.uint8:
-            raise TypeError(f"images: dtype {images.dtype} must be uint8")
+        if images.dtype not in (np.uint8, np.uint16):
+            raise TypeError(f"images: dtype {images.dtype} must be uint8 or uint16")
         shape = images.shape
-        if not (len(shape) == 3 or shape[3:] == (3,)) or 0 in shape[1:]:
-            raise InputError(f"images: shape {shape} must be (N, H, W) or (N, H, W, 3)")
+        if len(shape) not in (3, 4) or 0 in shape[1:] or max(shape[3:], default=1) > MOST_CHANNELS:
+            accepted = f"(N, H, W) or (N, H, W, C) with C of 1 to {MOST_CHANNELS}"
+            raise InputError(f"images: shape {shape} must be {accepted}")
+        if images.dtype == np.uint16 and len(shape) == 3:
+            images = images[..., None]
+        if images.ndim == 4:
+            self.decode = DecodeConfig(channels=images.shape[3], bits=8 * images.dtype.itemsize)
         self.name, self.images, self._places = name, images, places
         self._label(labels, classes, len(images))
 
@@ -155,7 +174,13 @@ class ArraySource(ImageSource):
 
     def image(self, index: int) -> Image.Image:
         """Return image `index` in mode RGB."""
+        if not self.decode.is_rgb:
+            return picture(self.images[index])
         return Image.fromarray(self.images[index]).convert("RGB")
+
+    def array(self, index: int) -> Pixels:
+        """Return the pixels of image `index`."""
+        return super().array(index) if self.decode.is_rgb else self.images[index]
 
     def describe(self, index: int) -> str:
         """Return the place of image `index`."""
@@ -166,7 +191,7 @@ class FileSource(ImageSource):
     """Images in files, decoded on every access.
 
     Args:
-        paths: of the files.
+        paths: of the files; an image in a larger file is an `Inside`.
         labels: class of every image, see `ImageSource`.
         classes: class names.
         name: short name.
@@ -207,11 +232,16 @@ class FileSource(ImageSource):
 
     def image(self, index: int) -> Image.Image:
         """Decode image `index`. Raises UnreadableError if that fails."""
+        if not self.decode.is_rgb:
+            return picture(self.array(index))
         with self._opened(index, self.frames[index]) as image:
             return to_rgb(image, self.decode)
 
     def dimensions(self, index: int) -> tuple[int, int]:
         """Return height and width of image `index`, from its header."""
+        if not self.decode.is_rgb:
+            with self._named(index) as path:
+                return file_size(path)
         with self._opened(index) as image:
             return upright_size(image)
 
@@ -224,12 +254,27 @@ class FileSource(ImageSource):
         part.labels = None if self.labels is None else self.labels[indices]
         return part
 
+    def array(self, index: int) -> Pixels:
+        """Return the pixels of image `index`. Raises UnreadableError if that fails."""
+        if self.decode.is_rgb:
+            return super().array(index)
+        with self._named(index) as path:
+            return read_file(path, self.decode)
+
+    @contextlib.contextmanager
+    def _named(self, index: int) -> Iterator[str]:
+        try:
+            yield self.paths[index]
+        except Exception as error:  # of damaged files, almost any
+            reason = _reason(self.paths[index], error)
+            raise UnreadableError(self.describe(index), reason) from error
+
     @contextlib.contextmanager
     def _opened(self, index: int, frame: int = 0) -> Iterator[Image.Image]:
         path, keep = self.paths[index], False
         # For damaged files Pillow raises almost any exception, such as SyntaxError or struct.error.
         try:
-            status = os.stat(path)
+            status = os.stat(file_of(path))
             if not stat.S_ISREG(status.st_mode):  # reading a pipe would block forever
                 raise ValueError("no regular file")
             # A forked process shares its parent's position in an open file.
@@ -237,7 +282,7 @@ class FileSource(ImageSource):
             if _kept.key != key or _kept.image.tell() > frame:  # not all formats seek backwards
                 close_kept()
                 # Given the path, Pillow maps a TIFF, and misreads the rows of a turned one.
-                file = _kept.files.enter_context(open(path, "rb"))  # noqa: SIM115
+                file = _kept.files.enter_context(open_image(path))
                 _kept.image = _kept.files.enter_context(Image.open(file, formats=formats(path)))
             _kept.key, image = key, _kept.image
             if frame < 0:
@@ -267,94 +312,26 @@ class FileSource(ImageSource):
     def fingerprint(self) -> str:
         """Return a digest of all paths, file sizes, modification times, labels and settings."""
         digest = hashlib.blake2b(digest_size=20)
+        last, facts = "", (-1, -1)
         for path in self.paths:
-            try:
-                status = os.stat(path)
-                facts = (status.st_size, status.st_mtime_ns)
-            except OSError:
-                facts = (-1, -1)  # to be reported as unreadable
-            digest.update(repr((os.path.abspath(path), *facts)).encode())
+            if (file := file_of(path)) != last:
+                last, facts = file, _facts(file)
+            inside = (str(path), path.place) if isinstance(path, Inside) else ()
+            digest.update(repr((os.path.abspath(file), *facts, *inside)).encode())
         frames = self.frames if any(self.frames) else ()
-        digest.update(repr((self.classes, self.decode, frames)).encode())
+        # RGB keeps the keys, and so the caches, from before there were other channels.
+        settings = repr((self.classes, self.decode, frames)).replace(", channels=3, bits=8", "")
+        digest.update(settings.encode())
         digest.update(b"" if self.labels is None else self.labels.tobytes())
         return digest.hexdigest()
 
     def describe(self, index: int) -> str:
-        """Return the file's path, and # and the number of the frame after the first."""
-        frame = self.frames[index]
-        return f"{self.paths[index]}#{frame}" if frame > 0 else self.paths[index]
+        """Return the file's path, and # and the number of the frame after the first.
 
-
-class DatasetSource(ImageSource):
-    """The images of any map-style torch Dataset, without labels.
-
-    An item is an image or a tuple or list that begins with one. An image is a PIL image, a uint8
-    numpy array (H, W), (H, W, 1) or (H, W, 3), or a uint8 torch tensor (1, H, W) or (3, H, W).
-    Random transforms belong after this.
-
-    Raises:
-        InputError: the data set has no length or no items by number.
-    """
-
-    def __init__(
-        self, dataset: Dataset[Any], name: str | None = None, decode: DecodeConfig | None = None
-    ) -> None:
-        self.decode = decode or DecodeConfig()
-        self.name = type(dataset).__name__ if name is None else name
-        self.labels = self.classes = None
-        self.dataset = dataset
-        try:
-            if isinstance(dataset, (str, bytes)) or not hasattr(dataset, "__getitem__"):
-                raise TypeError
-            self._count = len(dataset)  # type: ignore[arg-type]
-        except TypeError as error:
-            raise InputError(
-                f"source: {type(dataset).__name__} must be an ImageSource or a map-style Dataset, "
-                "with a length and items by number "
-                "(vi_simsiam.data.datasets.open_dataset opens data sets by name)"
-            ) from error
-
-    def __len__(self) -> int:
-        return self._count
-
-    def image(self, index: int) -> Image.Image:
-        """Return item `index` in mode RGB.
-
-        Raises:
-            InputError: the item is of another kind.
-            UnreadableError: the data set or decoding raises an exception.
+        An image inside a file is FILE/NAME or FILE:ROW.
         """
-        try:
-            item = self.dataset[index]
-            image = item[0] if isinstance(item, (tuple, list)) and item else item
-            if isinstance(image, Image.Image):
-                return to_rgb(image, self.decode)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {_one_line(error)}"
-            raise UnreadableError(self.describe(index), reason) from error
-        pixels: Any = None
-        if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3:
-            pixels = image.permute(1, 2, 0).cpu().numpy()
-        elif isinstance(image, np.ndarray) and image.dtype == np.uint8:
-            pixels = image[:, :, None] if image.ndim == 2 else image
-        if pixels is None or pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or 0 in pixels.shape:
-            given = type(image).__name__
-            if isinstance(image, (Tensor, np.ndarray)):
-                given += f" of {image.dtype}, shape {tuple(image.shape)}"
-            raise InputError(
-                f"{self.describe(index)}: {given} must be a PIL image, a uint8 numpy array (H, W) "
-                "or (H, W, 3), a uint8 torch tensor (3, H, W), or a tuple that begins with one of "
-                "these"
-            )
-        pixels = pixels[:, :, 0] if pixels.shape[2] == 1 else pixels
-        return Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
-
-
-def as_source(
-    images: ImageSource | Dataset[Any], decode: DecodeConfig | None = None
-) -> ImageSource:
-    """Return a source as it is, a map-style Dataset as a DatasetSource; else raise InputError."""
-    return images if isinstance(images, ImageSource) else DatasetSource(images, decode=decode)
+        frame = self.frames[index]
+        return f"{self.paths[index]}#{frame}" if frame > 0 else str(self.paths[index])
 
 
 def left_out(failures: Sequence[Unreadable]) -> str:
@@ -363,14 +340,23 @@ def left_out(failures: Sequence[Unreadable]) -> str:
     return f"{counted(len(failures), 'unreadable image')} left out: {names}"
 
 
+def _facts(file: str) -> tuple[int, int]:
+    try:
+        status = os.stat(file)
+    except OSError:
+        return -1, -1  # to be reported as unreadable
+    return status.st_size, status.st_mtime_ns
+
+
 def _reason(path: str, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        empty = os.path.getsize(path) == 0
+        empty = byte_count(path) == 0
         return "an empty file" if empty else f"not a {', '.join(formats(path))} file"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return _one_line(error) or type(error).__name__
+    return one_line_of(error) or type(error).__name__
 
 
-def _one_line(error: Exception) -> str:
+def one_line_of(error: Exception) -> str:
+    """Return an exception's message in one line."""
     return " ".join(str(error).split())

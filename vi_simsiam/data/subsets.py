@@ -12,19 +12,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vi_simsiam.data.channels import Pixels
 from vi_simsiam.data.datasets import Splits
+from vi_simsiam.data.inside import byte_count, open_image
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ArraySource, FileSource, ImageSource
 from vi_simsiam.errors import InputError
@@ -165,6 +165,9 @@ class _Subset(ImageSource):
     def image(self, index: int) -> Image.Image:
         return self.source.image(int(self.indices[index]))
 
+    def array(self, index: int) -> Pixels:
+        return self.source.array(int(self.indices[index]))
+
     def describe(self, index: int) -> str:
         return self.source.describe(int(self.indices[index]))
 
@@ -223,9 +226,10 @@ def _copies(paths: Iterable[str]) -> list[list[str]]:
     """Groups of two or more paths whose files hold the same bytes, without unreadable files."""
 
     def content(path: str) -> bytes:
-        return hashlib.blake2b(Path(path).read_bytes(), digest_size=20).digest()
+        with open_image(path) as file:
+            return hashlib.blake2b(file.read(), digest_size=20).digest()
 
-    sizes = _groups(dict.fromkeys(paths), os.path.getsize)
+    sizes = _groups(dict.fromkeys(paths), byte_count)
     return [copies for paths in sizes for copies in _groups(paths, content)]
 
 
@@ -233,7 +237,7 @@ def _groups(paths: Iterable[str], key: Callable[[str], Hashable]) -> list[list[s
     """Groups of two or more paths with an equal key."""
     groups: dict[Hashable, list[str]] = defaultdict(list)
     for path in paths:
-        with contextlib.suppress(OSError):  # to be reported as unreadable
+        with contextlib.suppress(OSError, ValueError):  # to be reported as unreadable
             groups[key(path)].append(path)
     return [group for group in groups.values() if len(group) > 1]
 

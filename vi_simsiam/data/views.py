@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,20 +23,16 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from vi_simsiam.checks import require
-from vi_simsiam.config import AugmentConfig
+from vi_simsiam.config import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, Constants, DecodeConfig
+from vi_simsiam.data.channels import Pixels
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource
 from vi_simsiam.errors import InputError
-from vi_simsiam.ops.augment import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    TABLE_COLUMNS,
-    ColourOperation,
-    Column,
-)
+from vi_simsiam.ops.augment import TABLE_COLUMNS, ColourOperation, Column, Layout
 from vi_simsiam.text import brief_repr
 
 GLOBAL_VIEWS = 2
+IMAGENET: Constants = (IMAGENET_MEAN, IMAGENET_STD)
 
 _LONGEST = 4
 """Aspect ratio to which a strip is cut before it is resized."""
@@ -57,7 +54,7 @@ class Batch:
     """Views of a batch of images, and the images' numbers in the source."""
 
     views: list[Tensor]
-    """Per view (B, 3, h, w) in channels_last, normalised: two global views, then the local ones."""
+    """Per view (B, C, h, w) in channels_last, normalised: two global views, then the local ones."""
     index: Tensor
     """(B,) int64."""
 
@@ -118,6 +115,8 @@ class Schedule:
         shared = f"a multiple of {world_size}, the processes that share it"
         require("batch_size", batch_size, batch_size % world_size == 0, shared)
         self.images, self.policy, self.seed = images, policy, seed
+        self.layout = layout_of(policy, images.decode)
+        """Of the images' pixels."""
         self.batch_size = batch_size
         self.rows = batch_size // world_size
         """Images of a batch that are this rank's."""
@@ -142,7 +141,20 @@ class Schedule:
             samples=samples,
             heights=self.images.heights[samples],
             widths=self.images.widths[samples],
+            pixel_bytes=self.images.decode.pixel_bytes,
         )
+
+
+def layout_of(policy: AugmentConfig, decode: DecodeConfig) -> Layout:
+    """Return the layout of images decoded so, normalised by a policy's constants.
+
+    Raises:
+        InputError: the constants are of another number of channels.
+    """
+    mean, std = policy.constants
+    accepted = f"{len(mean)}, as the constants by which views are normalised"
+    require("channels", decode.channels, decode.channels == len(mean), accepted)
+    return Layout(decode.bits, mean, std)
 
 
 def philox(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint32]:
@@ -173,6 +185,7 @@ def draw_table(
     samples: NDArray[np.int64],
     heights: NDArray[np.integer],
     widths: NDArray[np.integer],
+    pixel_bytes: int = 3,
 ) -> NDArray[np.int32]:
     """Draw the parameters of all views of a batch.
 
@@ -185,6 +198,7 @@ def draw_table(
         epoch: at least 0.
         samples: (B,) numbers of the images in their source, below 2**31.
         heights, widths: (B,) of the images, in pixels.
+        pixel_bytes: bytes of a pixel.
 
     Returns:
         (V, B, 16) int32, see `ops.augment.Column`: the two global views, then the local ones. START
@@ -206,8 +220,8 @@ def draw_table(
         words = functools.partial(_words, (low, high), number)
         _draw_colours(rows, words, policy)
         _draw_crops(rows, words, scale, policy.crop_ratio, tall, wide)
-        rows[:, Column.STRIDE] = 3 * wide
-        _starts(rows)[:] = (rows[:, Column.TOP] * wide + rows[:, Column.LEFT]) * 3
+        rows[:, Column.STRIDE] = pixel_bytes * wide
+        _starts(rows)[:] = (rows[:, Column.TOP] * wide + rows[:, Column.LEFT]) * pixel_bytes
     return table
 
 
@@ -217,34 +231,51 @@ def add_offsets(table: NDArray[np.int32], offsets: NDArray[np.int64]) -> None:
         _starts(rows)[:] += offsets
 
 
-def eval_view(size: int) -> v2.Compose:
+def eval_view(size: int, constants: Constants = IMAGENET) -> v2.Compose:
     """Return the view for evaluation: shorter side resized (bicubic), centre crop, normalised."""
-    return v2.Compose([eval_square(size), v2.PILToTensor(), normalised()])
+    return v2.Compose([eval_square(size), _as_tensor, normalised(constants)])
 
 
-def eval_square(size: int) -> v2.Compose:
-    """Return the part of `eval_view` done by Pillow: from an RGB image to size x size pixels."""
-    resize = v2.Resize(size, InterpolationMode.BICUBIC)
-    return v2.Compose([v2.Lambda(_without_ends), resize, v2.CenterCrop(size)])
+def eval_square(size: int) -> Callable[[Image.Image | Pixels], Any]:
+    """Return the part of `eval_view` before normalisation: to size x size pixels.
+
+    A PIL image in mode RGB stays one; pixels (height, width, channels) become (size, size,
+    channels) of the same type.
+    """
+    view = v2.Compose([v2.Resize(size, InterpolationMode.BICUBIC), v2.CenterCrop(size)])
+    return functools.partial(_square, view)
 
 
-def normalised() -> v2.Compose:
-    """Return the rest of it: from uint8 (..., 3, h, w) to float32."""
-    return v2.Compose(
-        [v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
-    )
+def normalised(constants: Constants = IMAGENET) -> v2.Compose:
+    """Return the rest of it: from uint8 or uint16 (..., C, h, w) to float32."""
+    return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(*constants)])
 
 
-def _without_ends(image: Image.Image) -> Image.Image:
-    """Cut a strip to its middle: enlarged with it, ends outside the centre may take gigabytes."""
-    shorter, longer = sorted(image.size)
+def _as_tensor(image: Image.Image | Pixels) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _square(view: v2.Compose, image: Image.Image | Pixels) -> Any:
+    if isinstance(image, Image.Image):
+        left, top, right, bottom = _without_ends(image.width, image.height)
+        whole = (right - left, bottom - top) == image.size
+        return view(image if whole else image.crop((left, top, right, bottom)))
+    left, top, right, bottom = _without_ends(image.shape[1], image.shape[0])
+    values = torch.from_numpy(image[top:bottom, left:right].astype(np.float32)).permute(2, 0, 1)
+    levels = view(values).round_().clamp_(0, int(np.iinfo(image.dtype).max))
+    return levels.permute(1, 2, 0).numpy().astype(image.dtype)
+
+
+def _without_ends(width: int, height: int) -> tuple[int, int, int, int]:
+    """The middle of a strip: enlarged with it, ends outside the centre may take gigabytes."""
+    shorter, longer = sorted((width, height))
     kept = _LONGEST * shorter + (longer - _LONGEST * shorter) % 2  # so that the centre is the same
     if longer <= kept:
-        return image
+        return 0, 0, width, height
     start = (longer - kept) // 2
-    if image.width == longer:
-        return image.crop((start, 0, start + kept, shorter))
-    return image.crop((0, start, shorter, start + kept))
+    if width == longer:
+        return start, 0, start + kept, shorter
+    return 0, start, shorter, start + kept
 
 
 def _words(

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vi_simsiam.config import AugmentConfig
+from vi_simsiam.config import AugmentConfig, Constants, DecodeConfig
+from vi_simsiam.data.channels import Pixels
 from vi_simsiam.data.loader import eval_loader
 from vi_simsiam.data.sources import ImageSource
 from vi_simsiam.data.subsets import subset
-from vi_simsiam.data.views import GLOBAL_VIEWS, add_offsets, draw_table
+from vi_simsiam.data.views import GLOBAL_VIEWS, IMAGENET, add_offsets, draw_table, layout_of
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.augment import augment
@@ -52,11 +53,12 @@ def extract(
     batch_size: int = 256,
     world: World | None = None,
     output: Callable[[Tensor], Tensor] | None = None,
+    constants: Constants = IMAGENET,
 ) -> Tensor:
     """Outputs of a network for the un-augmented views of all images, in their order.
 
     Args:
-        network: on `device`; maps images (B, 3, size, size) to features (B, F).
+        network: on `device`; maps images (B, C, size, size) to features (B, F).
         source: N images.
         size: side of the view in pixels (shorter side resized to it, centre crop).
         device: where to compute.
@@ -64,6 +66,7 @@ def extract(
         batch_size: images at a time; it does not change the result beyond rounding.
         world: ranks that compute a part each and all get the whole; None for this process alone.
         output: called in place of `network`; may give any (B, ...).
+        constants: mean and standard deviation of the C channels, the run's.
 
     Returns:
         (N, F) or (N, ...) float32 on the CPU.
@@ -79,7 +82,7 @@ def extract(
     with evaluating(network, device):
         parts = [
             compute(images.to(device)).float().cpu()
-            for images, _ in eval_loader(mine, size, batch_size, workers)
+            for images, _ in eval_loader(mine, size, batch_size, workers, constants)
         ]
     features = torch.cat(parts)
     return finite(features if shared is None else shared.gather_rows(features), source)
@@ -95,7 +98,7 @@ def finite(features: Tensor, source: ImageSource) -> Tensor:
 
 
 def random_views(
-    images: Sequence[NDArray[np.uint8]],
+    images: Sequence[Pixels],
     samples: NDArray[np.int64],
     policy: AugmentConfig,
     *,
@@ -104,12 +107,12 @@ def random_views(
     device: torch.device,
     later_epochs: bool,
 ) -> Tensor:
-    """Random global views of B images, (views, B, 3, size, size) float32 on `device`.
+    """Random global views of B images, (views, B, C, size, size) float32 on `device`.
 
     A view is a function of the seed, the view's number, and the image's number and size.
 
     Args:
-        images: pixels of each, uint8 (height, width, 3).
+        images: pixels of each, uint8 or uint16 (height, width, C).
         samples: (B,) numbers of the images in their source.
         policy: the random views; its local ones are not drawn.
         views: how many of each image, at least 1.
@@ -126,15 +129,27 @@ def random_views(
         policy, local_views=further, local_size=policy.size, local_scale=policy.crop_scale
     )
     heights, widths = np.array([image.shape[:2] for image in images]).T
+    _, _, channels = images[0].shape
+    decode = DecodeConfig(channels=channels, bits=8 * images[0].dtype.itemsize)
+    layout = layout_of(policy, decode)
     tables = [
-        draw_table(policy, seed=seed, epoch=epoch, samples=samples, heights=heights, widths=widths)
+        draw_table(
+            policy,
+            seed=seed,
+            epoch=epoch,
+            samples=samples,
+            heights=heights,
+            widths=widths,
+            pixel_bytes=decode.pixel_bytes,
+        )
         for epoch in epochs
     ]
     table = np.concatenate(tables)[:views]
-    lengths = 3 * heights * widths
+    lengths = decode.pixel_bytes * heights * widths
     add_offsets(table, np.cumsum(lengths) - lengths)
-    pixels = torch.from_numpy(np.concatenate([image.reshape(-1) for image in images])).to(device)
-    return augment(pixels, torch.from_numpy(table).to(device), policy.size)
+    values = np.concatenate([image.reshape(-1) for image in images])
+    pixels = torch.from_numpy(values.view(np.uint8)).to(device)
+    return augment(pixels, torch.from_numpy(table).to(device), policy.size, layout=layout)
 
 
 def nearest(

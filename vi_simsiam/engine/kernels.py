@@ -223,7 +223,7 @@ def _measure(
     effort: _Effort,
 ) -> list[float | str]:
     """Milliseconds of a step with the kernels and with torch's layers, or why it failed."""
-    device, augment = world.device, config.augment
+    device, augment, channels = world.device, config.augment, config.decode.channels
     on_gpu = device.type == "cuda"
     mode = config.capture if on_gpu and world.alone else "off"
     sizes = [augment.size] * 2 + [augment.local_size] * augment.local_views
@@ -253,7 +253,7 @@ def _measure(
             return (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
 
     with torch.random.fork_rng([device] if on_gpu else []):
-        views = [torch.randn(batch, 3, size, size, device=device) for size in sizes]
+        views = [torch.randn(batch, channels, size, size, device=device) for size in sizes]
         views = [view.to(dtype).contiguous(memory_format=torch.channels_last) for view in views]
         # One of them fails, or the memory is too small for both at once.
         with contextlib.suppress(Exception):

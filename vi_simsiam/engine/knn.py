@@ -97,6 +97,7 @@ class OnlineKnn:
         except InputError as error:
             raise InputError(f"knn_every: {str(error).removeprefix('data: ')}") from error
         self._size, self._device = config.augment.size, device
+        self._constants = config.augment.constants
         count = min(max(_PIXELS[device.type] // self._size**2, _FEWEST), _MOST)
         self._parts: list[ArraySource] = []
         for source in sources.values():
@@ -121,6 +122,7 @@ class OnlineKnn:
                     device=self._device,
                     workers=0,
                     batch_size=_BATCH,
+                    constants=self._constants,
                 ).to(self._device)
                 for part in self._parts
             )

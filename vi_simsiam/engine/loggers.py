@@ -16,11 +16,12 @@ from typing import Annotated, Any, Protocol, TypedDict
 
 from vi_simsiam.checks import Rule
 from vi_simsiam.config import PLACE_FIELDS, TrainConfig, flat
+from vi_simsiam.data_names import data_label
 from vi_simsiam.engine.run import LOGGERS
 from vi_simsiam.errors import InputError, cut, none_of
 from vi_simsiam.files import read_json, write_json
 from vi_simsiam.paths import utf8_path
-from vi_simsiam.text import data_label, one_line
+from vi_simsiam.text import one_line
 
 _PROJECT = "vi-simsiam"
 _OWN = "tensorboard"

@@ -16,7 +16,7 @@ from torch import Tensor
 from vi_simsiam.data.contact_sheet import view_rows
 from vi_simsiam.data.device import byte_tensor
 from vi_simsiam.data.packed import PackedImages
-from vi_simsiam.data.views import GLOBAL_VIEWS, add_offsets
+from vi_simsiam.data.views import GLOBAL_VIEWS, add_offsets, layout_of
 from vi_simsiam.engine import failure
 from vi_simsiam.engine.forward import evaluating
 from vi_simsiam.engine.monitor import representation_statistics
@@ -77,7 +77,7 @@ def replay(folder: Path, open_run: Callable[[], Run]) -> Replay:
     suspects = _suspects(run, views, again["names"])
     rows = list(dict.fromkeys([*suspects, *range(len(samples))]))[:_MOST_ROWS]
     sheet = view_rows(
-        [images.image(samples[row]) for row in rows], table[:, rows], run.config.augment
+        [images.content(samples[row]) for row in rows], table[:, rows], run.config.augment
     )
     encoded = io.BytesIO()
     sheet.save(encoded, "PNG")
@@ -94,9 +94,10 @@ def _views(
     placed = table.copy()
     add_offsets(placed, images.offsets[samples])
     pixels, rows, policy = byte_tensor(images.pixels), torch.from_numpy(placed), run.config.augment
-    made = [*eager_augment(pixels, rows[:GLOBAL_VIEWS], policy.size)]
+    make = partial(eager_augment, layout=layout_of(policy, images.decode))
+    made = [*make(pixels, rows[:GLOBAL_VIEWS], policy.size)]
     if policy.local_views:
-        made += eager_augment(pixels, rows[GLOBAL_VIEWS:], policy.local_size)
+        made += make(pixels, rows[GLOBAL_VIEWS:], policy.local_size)
     return [view.to(run.device) for view in made]
 
 

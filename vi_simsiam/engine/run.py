@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from vi_simsiam.data.decoding import cores
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource, Unreadable
 from vi_simsiam.data.subsets import difference, select
+from vi_simsiam.data_names import data_label
 from vi_simsiam.engine.checkpoint import (
     FORMER,
     Checkpoint,
@@ -342,8 +344,9 @@ def _size(path: Path) -> int:
 
 def new_folder(parent: Path, config: TrainConfig) -> Path:
     """Make the first free folder parent/DATA-METHOD-NNN; two processes never get the same one."""
-    data = Path(config.data.removeprefix("folder:").removeprefix("pack:"))
-    stem = f"{data.name.removesuffix('.pack') or 'data'}-{config.method}"
+    data = Path(data_label(config.data).partition(":")[2] or config.data).name
+    data = re.sub(r"[*?{}\[\],]", "", data.removesuffix(".pack"))[:64]  # a pattern, many folders
+    stem = f"{data or 'data'}-{config.method}"
     parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         path = parent / f"{stem}-{number:03d}"

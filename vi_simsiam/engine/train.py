@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from vi_simsiam.config import PLACE_FIELDS, TrainConfig
 from vi_simsiam.data.cache import cached
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.loader import MultiViewLoader
+from vi_simsiam.data.statistics import print_views, with_statistics, with_statistics_of
 from vi_simsiam.data.subsets import content, listed
 from vi_simsiam.data.views import check_batch
 from vi_simsiam.engine import failure, run
@@ -51,9 +52,8 @@ class Trainer:
     with `config.deterministic`. A long run times its layers first, and other layers round otherwise
     (see `choose_kernels`). An ImageWarning names images that are left out and losses in decoding.
 
-    On a GPU the images lie in its memory or are streamed to it, their views are made while the step
-    before trains, and a whole step is replayed as one CUDA graph. On a CPU worker processes make
-    the views.
+    On a GPU the images' views are made while the step before trains, and a whole step is replayed
+    as one CUDA graph. On a CPU worker processes make the views.
 
     Args:
         config: the configuration.
@@ -92,8 +92,8 @@ class Trainer:
         going_on = path is not None and run.check_folder(path, resume=resume, overwrite=overwrite)
         resumed = path if going_on else None
         saved = config if resumed is None else run.read_config(resumed)
-        # The decoding may change until the images are open.
-        run.check_config(dataclasses.replace(saved, decode=config.decode), config, path)
+        config = with_statistics_of(saved, config)
+        run.check_config(replace(saved, decode=config.decode), config, path)  # that may yet change
         self.resume, self.quiet = going_on, quiet
         self.world = world or World(run.resolve_device(config.device))
         self.world.agree("configuration", config.to_dict(), ignore=PLACE_FIELDS - _COMMON_FIELDS)
@@ -114,19 +114,20 @@ class Trainer:
         # Ranks can have folders of their own, or read a file otherwise.
         self.world.agree("checkpoint", None if checkpoint is None else checkpoint.step)
         shown = None if quiet else self.console
-        self.model = initial_model(config, self.world, shown, fresh=not going_on)
         with self.world.main_first():  # rank 0 decodes the images, the others read its cache
             splits = splits or run.open_splits(config, run=resumed)
             # Images that are already decoded set the rule for the other images of the run.
-            given, config = config, dataclasses.replace(config, decode=splits.train.decode)
+            given, config = config, replace(config, decode=splits.train.decode)
             if checkpoint is not None:
                 decoded = None if config.decode == given.decode else splits.name
                 run.check_config(saved, config, path, decoded=decoded)
                 run.check_images(saved, config, checkpoint, listed(splits))
             check_batch(config.batch_size, splits.train)  # before the images are decoded
+            self.model = initial_model(config, self.world, shown, fresh=not going_on)
             images, _ = cached(
                 splits.train, cache_dir=config.cache_dir, workers=config.workers, console=shown
             )
+            config = replace(config, augment=with_statistics(config.augment, images))
             self.online = None
             if config.knn_every is not None:
                 self.online = OnlineKnn(config, splits, images, self.device)
@@ -181,7 +182,6 @@ class Trainer:
             self._restore(checkpoint)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint."""
         step, losses = checkpoint.step, checkpoint.losses
         if step > self.total_steps:
             raise InputError(f"resume: the checkpoint is of step {step} of {self.total_steps}")
@@ -225,6 +225,7 @@ class Trainer:
                 self.kernels.save(self.folder)
                 if self.kernels.explained and not self.quiet:
                     print_line(self.console, f"kernels: {self.kernels}")
+            print_views(self.config, None if self.quiet else self.console)
             stack.enter_context(contextlib.closing(self.loader))
             monitor = None
             if main:

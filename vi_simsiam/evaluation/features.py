@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from vi_simsiam.backbones import build_backbone, view_sizes
-from vi_simsiam.config import AugmentConfig, TrainConfig
+from vi_simsiam.backbones import build_backbone, input_options
+from vi_simsiam.config import AugmentConfig, Constants, TrainConfig
 from vi_simsiam.data.loader import MultiViewLoader, eval_loader
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource
 from vi_simsiam.data.subsets import labelled_splits, subset
-from vi_simsiam.data.views import GLOBAL_VIEWS
+from vi_simsiam.data.views import GLOBAL_VIEWS, IMAGENET
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.forward import evaluating, extract, finite
 from vi_simsiam.engine.model import starting_backbone
@@ -118,6 +118,7 @@ def collect(
         sources[split], failures = run.readable(source)
         unreadable += len(failures)
     size, device, workers = run.config.augment.size, run.device, run.workers
+    constants = run.config.augment.constants
 
     report("calibrating the untrained encoder")
     train, trained = sources["train"], run.model.backbone
@@ -131,10 +132,16 @@ def collect(
         for name, backbone in backbones.items():
             report(f"{name} features of {images}")
             features[split][name] = extract(
-                backbone, source, size=size, device=device, workers=workers, world=world
+                backbone,
+                source,
+                size=size,
+                device=device,
+                workers=workers,
+                world=world,
+                constants=constants,
             )
         report(f"pixels of {images}")
-        features[split]["pixels"] = pixels(source, size, workers=workers)
+        features[split]["pixels"] = pixels(source, size, workers=workers, constants=constants)
     return FeatureSets(
         path=run.path,
         data=run.splits.name,
@@ -147,7 +154,13 @@ def collect(
         step=run.step,
         unreadable=unreadable,
         augmented=lambda: random_features(
-            trained, train, size=size, device=device, workers=workers, report=report
+            trained,
+            train,
+            size=size,
+            device=device,
+            workers=workers,
+            report=report,
+            constants=constants,
         ),
     )
 
@@ -169,21 +182,24 @@ def untrained_backbone(
             config.model.backbone,
             stem=config.model.stem,
             zero_init_residual=False,
-            sizes=view_sizes(config),
+            **input_options(config),
         )
     shuffled = np.random.default_rng(config.seed).permutation(len(source))[:CALIBRATION_IMAGES]
     batches = math.ceil(len(shuffled) / _BATCH)
     batch_size = len(shuffled) // batches
     used = subset(source, shuffled[: batches * batch_size])
     backbone.to(device)
-    update_bn(eval_loader(used, config.augment.size, batch_size, workers), backbone, device)
+    size, constants = config.augment.size, config.augment.constants
+    update_bn(eval_loader(used, size, batch_size, workers, constants), backbone, device)
     return backbone.eval()
 
 
-def pixels(source: ImageSource, size: int, *, workers: int) -> Tensor:
-    """Un-augmented views of at most 32 x 32 pixels, flattened: (N, 3 * side * side) float32."""
-    side = min(size, PIXELS_SIZE)
-    return extract(nn.Flatten(), source, size=side, device=torch.device("cpu"), workers=workers)
+def pixels(source: ImageSource, size: int, *, workers: int, constants: Constants) -> Tensor:
+    """Un-augmented views of at most 32 x 32 pixels, flattened: (N, C * side * side) float32."""
+    side, cpu = min(size, PIXELS_SIZE), torch.device("cpu")
+    return extract(
+        nn.Flatten(), source, size=side, device=cpu, workers=workers, constants=constants
+    )
 
 
 def random_features(
@@ -194,6 +210,7 @@ def random_features(
     device: torch.device,
     workers: int,
     report: Callable[[str], None] = lambda phrase: None,
+    constants: Constants = IMAGENET,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield features of random views of all images, pass after pass and without end.
 
@@ -208,6 +225,7 @@ def random_features(
         device: where to compute.
         workers: processes that prepare views on a CPU, until the iterator is closed.
         report: called with a short phrase before every pair of passes.
+        constants: mean and standard deviation of the channels, the run's.
 
     Yields:
         Features (n, F) float32 and their images (n,) int64, ascending; on the CPU. Batches are of
@@ -220,6 +238,8 @@ def random_features(
     policy = AugmentConfig(
         size=size, crop_scale=(0.08, 1.0), jitter_prob=0.0, grayscale_prob=0.0, blur_prob=0.0
     )
+    if constants != IMAGENET:
+        policy = policy.normalised_by(constants)
     batch_size = len(images) // math.ceil(len(images) / _BATCH)
     loader = MultiViewLoader(images, policy, batch_size, device, workers=workers)
     with contextlib.closing(loader):

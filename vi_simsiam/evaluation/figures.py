@@ -174,7 +174,15 @@ def certainty(run: Run) -> Certainty | None:
         return concentration
 
     size, device, workers = run.config.augment.size, run.device, run.workers
-    found = extract(model, source, size=size, device=device, workers=workers, output=kappa)
+    found = extract(
+        model,
+        source,
+        size=size,
+        device=device,
+        workers=workers,
+        output=kappa,
+        constants=run.config.augment.constants,
+    )
     return Certainty(kind, source, found.double().numpy() / (model.dim - 1))
 
 

@@ -13,15 +13,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.data.datasets import Splits, open_dataset
+from vi_simsiam.data.inside import file_of
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ArraySource, FileSource, ImageSource
+from vi_simsiam.data_names import data_label
 from vi_simsiam.errors import InputError
 from vi_simsiam.paths import printable
 from vi_simsiam.text import counted
@@ -131,14 +132,11 @@ def _digests(images: PackedImages) -> list[tuple[int, int, bytes]]:
 
 def _files(splits: Splits) -> set[str]:
     sources = [source for source in (splits.train, splits.val) if isinstance(source, FileSource)]
-    return {os.path.realpath(path) for source in sources for path in source.paths}
+    return {os.path.realpath(file_of(path)) for source in sources for path in source.paths}
 
 
 def _free_name(spec: str, taken: set[str]) -> str:
     """A data set's name without the folder of its files; numbered where it is taken."""
-    kind, colon, path = spec.partition(":")
-    stem = printable(
-        Path(path).name.removesuffix(".pack") if colon and kind in ("folder", "pack") else spec
-    )
+    stem = printable((data_label(spec).partition(":")[2] or spec).removesuffix(".pack"))
     names = (stem, *(f"{stem}-{number}" for number in range(2, len(taken) + 3)))
     return next(name for name in names if name not in taken)

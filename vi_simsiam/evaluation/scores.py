@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
 
-from vi_simsiam.config import AugmentConfig
+from vi_simsiam.config import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.engine.forward import evaluating, nearest, random_views
 from vi_simsiam.errors import InputError
@@ -26,12 +26,11 @@ from vi_simsiam.evaluation.corruptions import jpeg_bytes
 from vi_simsiam.evaluation.logistic import LogisticProbe
 from vi_simsiam.evaluation.metrics import calibration
 from vi_simsiam.inference.encoder import Encoding
+from vi_simsiam.inference.label_free import NEIGHBOURS, Gaussian
 from vi_simsiam.models import SimSiam
-from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD
 
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
 """Stages of a torchvision ResNet."""
-NEIGHBOURS = 20
 JPEG_QUALITY = 75
 VIEWS = 4
 """Augmented views of every image: 12 ordered pairs to calibrate on."""
@@ -46,6 +45,8 @@ DESCRIPTIONS = {
     "knn_distance": f"1 minus the mean cosine to the {NEIGHBOURS} nearest training embeddings",
     "mahalanobis": "squared Mahalanobis distance to the nearest class mean, "
     "shared shrunk covariance",
+    "mahalanobis_label_free": "squared Mahalanobis distance to the mean of all training images, "
+    "shrunk covariance",
     "softmax": "1 minus the largest class probability of the logistic probe",
     "energy": "minus the log-sum-exp of the logistic probe's logits",
     "edge_energy": "minus the mean gradient of the brightness of the pixels",
@@ -250,6 +251,7 @@ class Reference:
         from sklearn.covariance import LedoitWolf
 
         self.probe, self.device, self.embedding = probe, device, embedding.to(device)
+        self._cluster = None if labels is None else Gaussian(embedding.numpy())
         members = embedding.double().numpy()
         groups = np.zeros(len(members), np.int64)
         if labels is not None:
@@ -264,13 +266,15 @@ class Reference:
     def scores(self, embedding: Tensor) -> dict[str, NDArray[np.float64]]:
         """Scores of embeddings (M, F): "knn_distance", "mahalanobis" and those of the probe.
 
-        (M,) float64 each.
+        (M,) float64 each. With labels there is "mahalanobis_label_free", too.
         """
         near = nearest(embedding, self.embedding, NEIGHBOURS, device=self.device)
         cosines = torch.cat([values.double().mean(1).cpu() for _, values in near]).numpy()
         points, means = embedding.double().numpy() @ self._root, self._means @ self._root
         squares = np.stack([np.square(points - mean).sum(1) for mean in means])
         found = {"knn_distance": 1 - cosines, "mahalanobis": squares.min(0)}
+        if self._cluster is not None:
+            found["mahalanobis_label_free"] = self._cluster.distances(embedding.numpy())
         if self.probe is not None:
             logits = self.probe.logits(embedding).double()
             found["softmax"] = 1 - logits.softmax(1).amax(1).numpy()

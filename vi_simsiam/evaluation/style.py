@@ -22,6 +22,7 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 from PIL import Image
 
+from vi_simsiam.data_names import data_label
 from vi_simsiam.errors import ImageWarning
 from vi_simsiam.files import write_atomically
 from vi_simsiam.paths import printable
@@ -134,8 +135,7 @@ def _spelt(character: str) -> str:
 
 def shown(data: str) -> str:
     """The name of a data set in figures: the last part of a folder's or a packed file's path."""
-    kind, _, path = data.partition(":")
-    return printable(Path(path).name if kind in ("folder", "pack") and path else data)
+    return printable(data_label(data).partition(":")[2] or data)
 
 
 def number(value: float, spread: float) -> str:

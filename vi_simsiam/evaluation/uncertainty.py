@@ -35,7 +35,6 @@ from vi_simsiam.evaluation.logistic import LogisticConfig, LogisticProbe
 from vi_simsiam.evaluation.scores import (
     DESCRIPTIONS,
     JPEG_QUALITY,
-    NEIGHBOURS,
     TRIVIAL,
     VIEWS,
     Network,
@@ -43,6 +42,7 @@ from vi_simsiam.evaluation.scores import (
     agreement,
 )
 from vi_simsiam.files import write_json
+from vi_simsiam.inference.label_free import NEIGHBOURS
 from vi_simsiam.info import versions
 from vi_simsiam.models import VISimSiam
 from vi_simsiam.text import counted
@@ -135,6 +135,11 @@ def evaluate_uncertainty(
         raise InputError("run: SimSiam predicts no concentration to measure; vi-simsiam does")
     require("seed", seed, 0 <= seed < 2**63, "at least 0 and below 2**63")
     require("images", images, images is None or images >= 2, "at least 2")
+    if not run.config.decode.is_rgb or run.config.augment.mean is not None:
+        raise InputError(
+            "uncertainty: is measured for 8-bit RGB normalised by ImageNet's constants, as the "
+            f"corruptions and foreign sets are; {run.path} was trained on other images"
+        )
     require("corruption_images", corruption_images, corruption_images >= 0, "at least 0")
 
     report("opening the data sets")
@@ -242,7 +247,7 @@ class _Measured:
         scores = {**scores, **self.reference.scores(embedding), **more}
         return embedding, {name: scores[name] for name in DESCRIPTIONS if name in scores}
 
-    def pixels(self, images: PackedImages, chosen: _Numbers) -> Iterator[NDArray[np.uint8]]:
+    def pixels(self, images: PackedImages, chosen: _Numbers) -> Iterator[Any]:
         """Un-augmented views of images as pixels, (B, side, side, 3) uint8."""
         size, workers = self.run.config.augment.size, self.run.workers
         return (pixels for pixels, _ in eval_pixels(subset(images, chosen), size, _BATCH, workers))

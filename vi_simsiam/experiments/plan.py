@@ -13,8 +13,8 @@ from typing import Any
 
 from vi_simsiam.checks import choice, require
 from vi_simsiam.config import TrainConfig
+from vi_simsiam.data_names import data_label
 from vi_simsiam.errors import InputError
-from vi_simsiam.text import data_label
 
 MEASURES = ("knn20", "knn200", "logistic", "linear", "linear_top5")
 """Accuracies measured for every run, in the order of every table."""

@@ -28,6 +28,7 @@ from vi_simsiam.data.cache import cached
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ImageSource
 from vi_simsiam.data.subsets import at_most, labelled_splits
+from vi_simsiam.data_names import data_label
 from vi_simsiam.engine.forward import extract
 from vi_simsiam.engine.knn import KnnConfig, classify
 from vi_simsiam.engine.log import read_log
@@ -53,7 +54,7 @@ from vi_simsiam.experiments.forms import ProgressLine, Spec, Trained
 from vi_simsiam.experiments.runner import TRAINED
 from vi_simsiam.files import json_lines, read_json, read_lines, write_json, write_text
 from vi_simsiam.info import versions
-from vi_simsiam.text import counted, data_label, one_line
+from vi_simsiam.text import counted, one_line
 
 _SECONDS_TO_LOCK = 90.0
 """Time to wait for an earlier process of the same run, which may still be saving."""
@@ -189,11 +190,18 @@ def _accuracies(run: Run, measures: Iterable[str]) -> dict[str, Any]:
     """
     readable = {name: run.readable(part)[0] for name, part in labelled_splits(run.splits).items()}
     size, device, workers = run.config.augment.size, run.device, run.workers
-    train, val = readable["train"], readable["val"]
+    train, val, constants = readable["train"], readable["val"], run.config.augment.constants
     found = {}
     for name, source in readable.items():
         _report(f"features of {counted(len(source), f'{name} image')}")
-        found[name] = extract(run.model.backbone, source, size=size, device=device, workers=workers)
+        found[name] = extract(
+            run.model.backbone,
+            source,
+            size=size,
+            device=device,
+            workers=workers,
+            constants=constants,
+        )
     path = run.path / "measured"
     path.mkdir(exist_ok=True)
     features = FeatureSets(
@@ -207,7 +215,13 @@ def _accuracies(run: Run, measures: Iterable[str]) -> dict[str, Any]:
         device=device,
         step=run.step,
         augmented=lambda: random_features(
-            run.model.backbone, train, size=size, device=device, workers=workers, report=_report
+            run.model.backbone,
+            train,
+            size=size,
+            device=device,
+            workers=workers,
+            report=_report,
+            constants=constants,
         ),
     )
     evaluations: dict[str, Callable[[], dict[str, Any]]] = {
@@ -350,7 +364,14 @@ class Progress:
             return
         size, device, backbone = trainer.config.augment.size, trainer.device, trainer.model.backbone
         train, val = (
-            extract(backbone, source, size=size, device=device, workers=self.workers).to(device)
+            extract(
+                backbone,
+                source,
+                size=size,
+                device=device,
+                workers=self.workers,
+                constants=trainer.config.augment.constants,
+            ).to(device)
             for source in (self.train, self.val)
         )
         labels, classes = torch.from_numpy(self.train.labels).to(device), self.train.classes or ()

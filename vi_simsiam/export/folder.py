@@ -22,6 +22,7 @@ from torch import Tensor
 from vi_simsiam.config import flat
 from vi_simsiam.data.sources import ImageSource, UnreadableError
 from vi_simsiam.data.views import eval_view
+from vi_simsiam.data_names import data_label
 from vi_simsiam.engine.log import read_log
 from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError, none_of
@@ -41,7 +42,7 @@ from vi_simsiam.export.formats import (
 from vi_simsiam.files import write_json, write_text
 from vi_simsiam.info import versions
 from vi_simsiam.paths import user_path, utf8_path
-from vi_simsiam.text import METHODS, counted, data_label, fill_template, markdown, one_line
+from vi_simsiam.text import METHODS, counted, fill_template, markdown, one_line
 
 CARD, SETTINGS, TIMM_SETTINGS = "README.md", "config.json", "training.json"
 CHECK_IMAGES = 8
@@ -203,7 +204,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
 def _check_images(run: Run) -> tuple[Tensor, str]:
     """A few un-augmented validation or training images (N, 3, S, S), and their origin."""
     source: ImageSource = run.splits.val or run.splits.train
-    view = eval_view(run.config.augment.size)
+    view = eval_view(run.config.augment.size, run.config.augment.constants)
     # A coarse grid comes first; other images stand in for unreadable ones.
     grid = np.linspace(0, len(source) - 1, min(len(source), CHECK_IMAGES), dtype=np.int64).tolist()
     images: list[Tensor] = []
@@ -212,7 +213,7 @@ def _check_images(run: Run) -> tuple[Tensor, str]:
         if len(images) == CHECK_IMAGES:
             break
         try:
-            images.append(view(source.image(index)))
+            images.append(view(source.content(index)))
         except UnreadableError as error:
             reason = error
     if not images:
@@ -260,8 +261,8 @@ def model_card(run: Run, format: str, *, check: dict[str, Any], versions: dict[s
 
     config, model = run.config, run.config.model
     vi = config.method == "vi-simsiam"
-    kind, _, path = config.data.partition(":")
     label = one_line(data_label(config.data))
+    kind, _, name_of_data = label.partition(":")
     columns: dict[str, dict[str, float]] = {
         heading: (_result(run, name) or {}).get(key) or {} for name, key, heading in _COLUMNS
     }
@@ -296,7 +297,7 @@ def model_card(run: Run, format: str, *, check: dict[str, Any], versions: dict[s
         "vi": vi,
         "architecture": model.backbone,
         "stem_width": conv1.shape[0] if model.stem == "small" and conv1 is not None else None,
-        "data": kind if kind in _HUB_DATA else f"images of one's own ({markdown(Path(path).name)})",
+        "data": kind if kind in _HUB_DATA else f"images of one's own ({markdown(name_of_data)})",
         "features": run.model.features,
         "dim": run.model.dim,
         "seen": preprocessing(config),

@@ -25,18 +25,18 @@ from torch import Tensor, nn
 from vi_simsiam import __version__
 from vi_simsiam.backbones import plain_resnet, view_sizes
 from vi_simsiam.config import TrainConfig
+from vi_simsiam.data_names import data_label
 from vi_simsiam.errors import InputError
 from vi_simsiam.files import naming, parse_json, write_atomically, write_json
 from vi_simsiam.models import SimSiam, VISimSiam, build_model
-from vi_simsiam.ops.augment import IMAGENET_MEAN, IMAGENET_STD
 from vi_simsiam.other_backbones import (
     refuse_code,
     renormalise,
     size_options,
+    timm_constants,
     timm_settings,
 )
 from vi_simsiam.paths import user_path, utf8_path
-from vi_simsiam.text import data_label
 
 WEIGHTS = "model.safetensors"
 """The file of the whole model."""
@@ -68,13 +68,16 @@ def preprocessing(config: TrainConfig) -> dict[str, Any]:
     The shorter side is resized to "size" pixels (bicubic, with antialiasing), the centre square
     cropped, and channels in [0, 1] are normalised by "mean" and "std".
     """
+    mean, std = config.augment.constants
     return {
+        "channels": config.decode.channels,
+        "bits": config.decode.bits,
         "size": config.augment.size,
         "resize": config.augment.size,
         "interpolation": "bicubic",
         "crop": "center",
-        "mean": list(IMAGENET_MEAN),
-        "std": list(IMAGENET_STD),
+        "mean": list(mean),
+        "std": list(std),
     }
 
 
@@ -106,7 +109,9 @@ def write_torchvision(model: SimSiam, config: TrainConfig, path: Path) -> Output
         raise InputError(f"format: torchvision has no {config.model.backbone}; {others}")
     weights = _weights(model.backbone)
     write_atomically(path, lambda file: torch.save(weights, file))
-    network, _ = plain_resnet(config.model.backbone, config.model.stem)
+    network, _ = plain_resnet(
+        config.model.backbone, config.model.stem, channels=config.decode.channels
+    )
     network.load_state_dict(torch.load(path, weights_only=True))
     return outputs(network.eval())
 
@@ -131,14 +136,15 @@ def write_timm(model: SimSiam, config: TrainConfig, path: Path) -> Outputs:
     content = save(_weights(model.backbone), metadata={"format": "pt"})
     write_atomically(path, lambda file: file.write(content))
     view = preprocessing(config)
-    own = config.model.backbone.startswith("timm:")  # torchvision's take ImageNet's normalisation
-    settings = timm_settings(name) if own else None
-    size = {} if settings is None else size_options(name, view_sizes(config))
-    if settings is not None:
-        view |= {"mean": list(settings.mean), "std": list(settings.std)}
+    settings = timm_settings(name) if config.model.backbone.startswith("timm:") else None
+    arguments: dict[str, Any] = {} if settings is None else size_options(name, view_sizes(config))
+    if view["channels"] != 3:
+        arguments["in_chans"] = view["channels"]
+    elif settings is not None and config.decode.is_rgb:  # which the weights are trained for
+        view["mean"], view["std"] = map(list, timm_constants(name))
     pretrained = {
         "tag": config.method.replace("-", "_"),
-        "input_size": [3, view["size"], view["size"]],
+        "input_size": [view["channels"], view["size"], view["size"]],
         "fixed_input_size": settings is not None and settings.fixed_input_size,
         "interpolation": view["interpolation"],
         "crop_pct": 1.0,
@@ -155,11 +161,11 @@ def write_timm(model: SimSiam, config: TrainConfig, path: Path) -> Outputs:
         "num_classes": 0,
         "num_features": model.features,
         "pretrained_cfg": pretrained,
-        "model_args": size,
+        "model_args": arguments,
     }
     write_json(path.with_name("config.json"), described)
     network = timm.create_model(f"local-dir:{path.parent}", pretrained=True, num_classes=0)
-    renormalise(network, view["mean"], view["std"])
+    renormalise(network, config.augment.constants, (view["mean"], view["std"]))
     return outputs(network.eval())
 
 
@@ -218,7 +224,7 @@ def write_onnx(model: SimSiam, config: TrainConfig, path: Path) -> Outputs | Non
     """
     size = config.augment.size
     # Two images: the exporter takes a batch of one for a constant.
-    example = torch.zeros(2, 3, size, size)
+    example = torch.zeros(2, config.decode.channels, size, size)
     names = list(outputs(model)(example))
     logger = logging.getLogger("torch.onnx")
     level = logger.level

@@ -1,4 +1,4 @@
-"""Encodings of all images of a folder: a Parquet file with neighbours, or a ranking by kappa."""
+"""Encodings of all images of a folder: a Parquet file with neighbours, or a ranking by a score."""
 
 from __future__ import annotations
 
@@ -26,6 +26,15 @@ from vi_simsiam.engine.forward import nearest
 from vi_simsiam.errors import InputError
 from vi_simsiam.files import naming, write_atomically
 from vi_simsiam.inference.encoder import Encoder
+from vi_simsiam.inference.label_free import (
+    NEIGHBOURS,
+    SCORES,
+    Gaussian,
+    Score,
+    knn_distances,
+    lengths,
+    measured,
+)
 from vi_simsiam.models import VISimSiam
 from vi_simsiam.paths import printable
 from vi_simsiam.text import brief_repr, counted, print_line
@@ -138,15 +147,20 @@ def write_parquet(
     """Write a table with the neighbours of its images, atomically, 4,096 rows in a group.
 
     Columns: path (string), path_bytes (binary, the path's bytes in the file system), embedding
-    (list of float32), concentration and uncertainty (float32, null for SimSiam), neighbours (list
-    of strings, their paths) and similarities (list of float32, their cosines; both null for 0
-    neighbours). Strings must be UTF-8: other bytes of a path are escaped.
+    (list of float32), concentration and uncertainty (float32, null for SimSiam), embedding_norm
+    (float32, its length), knn_distance (float32, 1 minus the mean cosine to the 20 nearest images),
+    mahalanobis (float32, the squared distance to the mean of all images, see `Gaussian`),
+    neighbours (list of strings, their paths) and similarities (list of float32, their cosines). The
+    last two and knn_distance are null for 0 neighbours; a single image has no knn_distance. Strings
+    must be UTF-8: other bytes of a path are escaped.
 
     Args:
         table: the images.
         out: the file.
-        neighbours: of every image; 0 for none, which saves N^2 F operations.
-        reference: images to search; None for the table's own.
+        neighbours: of every image; 0 for none, which saves N^2 F operations. The covariance takes
+            N F^2 in any case.
+        reference: images that neighbours and the mean are of; None for the table's own, of which
+            none is its own neighbour.
         device: where neighbours are computed.
         metadata: kept as JSON in the schema's metadata, under the key "vi_simsiam".
         console: shows progress; None for no output.
@@ -161,13 +175,18 @@ def write_parquet(
         "embedding": pa.list_(number),
         "concentration": number,
         "uncertainty": number,
+        "embedding_norm": number,
+        "knn_distance": number,
+        "mahalanobis": number,
         "neighbours": pa.list_(text),
         "similarities": pa.list_(number),
     }
     schema = pa.schema(columns, metadata={"vi_simsiam": json.dumps(metadata)})
     among = table if reference is None else reference
     keys = None if reference is None else reference.embedding
-    found = nearest(table.embedding, keys, neighbours, device=device, block=_ROWS)
+    most = max(neighbours, NEIGHBOURS)
+    found = nearest(table.embedding, keys, most, device=device, block=_ROWS)
+    gaussian = Gaussian(among.embedding)
     total = len(table.indices)
 
     def lists(rows: NDArray[np.float32]) -> Any:
@@ -179,12 +198,18 @@ def write_parquet(
         paths = [table.path(row) for row in rows]
         values["path"] = list(map(printable, paths))
         values["path_bytes"] = list(map(os.fsencode, paths))
-        values["embedding"] = lists(table.embedding[rows.start : rows.stop])
+        embedding = table.embedding[rows.start : rows.stop]
+        values["embedding"] = lists(embedding)
+        values["embedding_norm"] = lengths(embedding).astype(np.float32)
+        values["mahalanobis"] = gaussian.distances(embedding).astype(np.float32)
         if table.concentration is not None and table.uncertainty is not None:
             values["concentration"] = table.concentration[rows.start : rows.stop]
             values["uncertainty"] = table.uncertainty[rows.start : rows.stop]
         if neighbours:
             which, cosines = (each.cpu().numpy() for each in next(found))
+            if cosines.shape[1]:  # a single image has no neighbour
+                values["knn_distance"] = knn_distances(cosines).astype(np.float32)
+            which, cosines = which[:, :neighbours], cosines[:, :neighbours]
             values["neighbours"] = [[printable(among.path(row)) for row in near] for near in which]
             values["similarities"] = lists(cosines)
         return values
@@ -237,25 +262,48 @@ def extremes(values: NDArray[Any], count: int) -> tuple[NDArray[np.int64], NDArr
     return order[:low], order[::-1][:high]
 
 
-def write_ranking(table: Table, out: Path) -> None:
-    """Write the images of a VI-SimSiam run as CSV: rank (1 is the least certain), path, kappa,
-    uncertainty.
+def score_values(table: Table, by: Score, device: torch.device) -> NDArray[np.float64]:
+    """The values of a score of all images of a table, (N,) float64; see `label_free.measured`.
+
+    Raises:
+        InputError: a single image has no neighbours.
+    """
+    if by == "kappa":
+        assert table.concentration is not None
+        return table.concentration.astype(np.float64)
+    if by == "knn_distance" and len(table.indices) < 2:
+        raise InputError("by: knn_distance needs at least 2 images; 1 can be read")
+    return measured(by, table.embedding, device)
+
+
+def write_ranking(table: Table, by: Score, values: NDArray[np.float64], out: Path) -> None:
+    """Write the images as CSV: rank (1 is the least certain), path and the score; with kappa also
+    the uncertainty.
 
     Paths are written as bytes of the file system, which Python reads with
     errors="surrogateescape". Programs for tables take a cell that begins with = + - @, a tab or an
     end of line for a formula: such a path begins with ./ instead, which names the same file.
+
+    Args:
+        table: N images.
+        by: the score.
+        values: (N,) of the score.
+        out: the file.
     """
-    assert table.concentration is not None
-    assert table.uncertainty is not None
+    columns: dict[str, NDArray[Any]] = {by: values}
+    if by == "kappa":
+        assert table.uncertainty is not None
+        columns["uncertainty"] = table.uncertainty
     text = io.StringIO()
     plain = csv.writer(text, lineterminator="\n")
     quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
-    plain.writerow(["rank", "path", "kappa", "uncertainty"])
-    for rank, row in enumerate(np.argsort(table.concentration, kind="stable").tolist(), 1):
-        kappa, uncertainty = f"{table.concentration[row]:.9g}", f"{table.uncertainty[row]:.9g}"
+    plain.writerow(["rank", "path", *columns])
+    certainty = -values if SCORES[by].rises else values
+    for rank, row in enumerate(np.argsort(certainty, kind="stable").tolist(), 1):
         path = _no_formula(table.path(row))
+        numbers = [f"{column[row]:.9g}" for column in columns.values()]
         # Python before 3.13 does not quote a carriage return, at which readers end the row.
-        (quoted if "\r" in path else plain).writerow([rank, path, kappa, uncertainty])
+        (quoted if "\r" in path else plain).writerow([rank, path, *numbers])
     content = text.getvalue().encode("utf-8", "surrogateescape")
     write_atomically(out, lambda file: file.write(content))
 
@@ -264,19 +312,22 @@ def _no_formula(path: str) -> str:
     return f"./{path}" if path.startswith(_FORMULAS) else path
 
 
-def draw_ranking(table: Table, dim: int, k: int) -> Image.Image:
-    """Draw the k >= 1 least and most certain images of a VI-SimSiam run, see `extremes`.
+def draw_ranking(
+    table: Table, by: Score, values: NDArray[np.float64], dim: int, k: int
+) -> Image.Image:
+    """Draw the k >= 1 least and most certain images, see `extremes`, and the score under each.
 
-    kappa/(D - 1) is under each, with D = `dim`.
+    For kappa that is kappa/(D - 1), with D = `dim`. Other arguments are as for `write_ranking`.
 
     Raises:
         InputError: an image can no longer be read.
     """
-    assert table.concentration is not None
-    values = table.concentration.astype(np.float64) / (dim - 1)
-    titles = ("Least certain: lowest κ / (D − 1)", "Most certain: highest κ / (D − 1)")
+    title, rises = SCORES[by]
+    values = values / (dim - 1) if by == "kappa" else values
+    words = ("highest", "lowest") if rises else ("lowest", "highest")
+    titles = (f"Least certain: {words[0]} {title}", f"Most certain: {words[1]} {title}")
     groups = []
-    for title, rows in zip(titles, extremes(values, k), strict=True):
+    for title, rows in zip(titles, extremes(-values if rises else values, k), strict=True):
         images = [table.source.image(int(index)) for index in table.indices[rows]]
         if images:
             groups.append((title, list(zip(images, map(_shown, values[rows]), strict=True))))

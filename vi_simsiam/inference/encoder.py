@@ -10,11 +10,12 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from vi_simsiam.checks import require
+from vi_simsiam.data.channels import Pixels
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.sources import FileSource, ImageSource, Unreadable, UnreadableError
 from vi_simsiam.data.views import eval_square, normalised
@@ -111,9 +112,9 @@ class Encoder:
         Args:
             images: everything that `inference.images.open_images` takes: an ImageSource, a Dataset,
                 a folder, a file, PIL images and paths, uint8 (N, 3, H, W). A float tensor
-                (N, 3, H, W) holds views that are normalised already (ImageNet mean and standard
-                deviation), of any size, and (N, V, 3, h, w) V views of each image, which are joined
-                as with `views`.
+                (N, 3, H, W) holds views that are normalised already (by the mean and
+                deviation of the run), of any size, and (N, V, 3, h, w) V views of
+                each image, which are joined as with `views`. A run of other channels takes those.
             views: None for the un-augmented view; M to join M random global views of each image by
                 the run's own policy. The distribution is their `product_of_experts` (for SimSiam,
                 whose concentration is one constant, the normalised sum); embedding, projection and
@@ -130,7 +131,10 @@ class Encoder:
         """
         found = self.stream(images, views=views, seed=seed, batch_size=batch_size, skipped=_refuse)
         parts = [part for _, part in found]
-        return Encoding.joined(parts or [self._forward(torch.empty(0, 3, self.size, self.size))])
+        return Encoding.joined(
+            parts
+            or [self._forward(torch.empty(0, self.config.decode.channels, self.size, self.size))]
+        )
 
     def stream(
         self,
@@ -167,16 +171,19 @@ class Encoder:
                 )
             return self._of_views(images, batch_size)
         source = open_images(images, self.config.decode)  # type: ignore[arg-type]
+        channels, fits = source.decode.channels, self.config.decode.channels
+        require("channels", channels, channels == fits, f"{fits} in {source.name}, as the run's")
         for note in source.notes:
             warnings.warn(note, ImageWarning, stacklevel=2)
         report = _warn if skipped is None else skipped
         return self._of_images(source, views, seed, batch_size, report)
 
     def _of_views(self, images: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Encoding]]:
-        if images.ndim not in (4, 5) or images.shape[-3] != 3 or 0 in images.shape[1:]:
+        count = self.config.decode.channels
+        if images.ndim not in (4, 5) or images.shape[-3] != count or 0 in images.shape[1:]:
             raise InputError(
-                f"images: shape {tuple(images.shape)} given; accepted are (N, 3, H, W) and "
-                "(N, V, 3, h, w) of normalised views, or uint8 (N, 3, H, W)"
+                f"images: shape {tuple(images.shape)} given; accepted are (N, {count}, H, W) and "
+                f"(N, V, {count}, h, w) of normalised views, or uint8 (N, {count}, H, W)"
             )
         several = images if images.ndim == 5 else images.unsqueeze(1)
         step = max(1, batch_size // several.shape[1])
@@ -195,10 +202,10 @@ class Encoder:
     ) -> Iterator[tuple[Tensor, Encoding]]:
         # Threads run Pillow's part of the view; the device normalises a whole batch. Whole images
         # are kept until they are cropped, hence fewer at a time.
-        square, finish = eval_square(self.size), normalised()
+        square, finish = eval_square(self.size), normalised(self.config.augment.constants)
         step = batch_size if views is None else min(max(1, batch_size // views), _MOST_WHOLE)
 
-        def prepare(image: Image.Image) -> NDArray[np.uint8]:
+        def prepare(image: Image.Image | Pixels) -> Pixels:
             return np.asarray(square(image) if views is None else image)
 
         for chunk in read(source, prepare, chunk=step, threads=max(1, self.run.workers)):

@@ -22,17 +22,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vi_simsiam.config import DecodeConfig
+from vi_simsiam.data.channels import Pixels
 from vi_simsiam.data.files import find_images
+from vi_simsiam.data.items import DatasetSource, as_source
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.pixels import Loss, is_animated, loss_lines, losses
 from vi_simsiam.data.sources import (
     ArraySource,
-    DatasetSource,
     FileSource,
     ImageSource,
     Unreadable,
     UnreadableError,
-    as_source,
     close_kept,
 )
 from vi_simsiam.data.workers import PATIENCE, no_answer
@@ -44,7 +44,7 @@ _One = Image.Image | str | Path
 Images = ImageSource | Dataset[Any] | Tensor | NDArray[np.uint8] | _One | Sequence[_One]
 """Accepted by `Encoder.encode`, see `open_images`; float tensors are views and are not read."""
 
-_Read = tuple[NDArray[np.uint8], list[Loss]] | Unreadable
+_Read = tuple[Pixels, list[Loss]] | Unreadable
 _CHUNKS_AHEAD = 2
 _THREAD_SAFE = (FileSource, ArraySource, PackedImages)
 
@@ -54,7 +54,7 @@ class Chunk(NamedTuple):
 
     indices: list[int]
     """Numbers of the images in the source."""
-    pixels: list[NDArray[np.uint8]]
+    pixels: list[Pixels]
     """Result of `prepare` for each of them."""
     unreadable: list[Unreadable]
     """Images of the chunk that could not be read."""
@@ -82,18 +82,23 @@ def open_images(images: Images, decode: DecodeConfig | None = None) -> ImageSour
     if isinstance(images, Image.Image):
         return _Several([images], decode)
     if isinstance(images, np.ndarray):
-        if images.dtype != np.uint8:
+        rgb = decode is None or decode.is_rgb
+        if images.dtype != np.uint8 and (rgb or images.dtype != np.uint16):
             raise InputError(
                 f"images: an array of {images.dtype} given; accepted are uint8 arrays (N, H, W, 3)"
             )
-        if images.ndim == 3 and images.shape[2] == 3:
+        if rgb and images.ndim == 3 and images.shape[2] == 3:
             raise InputError(
                 f"images: an array of shape {images.shape} given, one RGB image or "
                 f"{counted(len(images), 'gray one')} 3 pixels wide; accepted are uint8 arrays "
                 "(N, H, W, 3): image[None] is that of one image"
             )
+        if not rgb:
+            return DatasetSource(images, "images", decode)  # type: ignore[arg-type]
         return ArraySource(images, name="images")
     if isinstance(images, Tensor):
+        if decode is not None and not decode.is_rgb and not images.is_floating_point():
+            return DatasetSource(images, "images", decode)  # type: ignore[arg-type]
         fits = images.ndim == 4 and images.shape[1] == 3 and 0 not in images.shape[2:]
         if images.dtype != torch.uint8 or not fits:
             raise InputError(
@@ -118,7 +123,7 @@ def _open_path(path: Path, decode: DecodeConfig | None) -> ImageSource:
         return FileSource([path], name=name, decode=decode)
     if not path.is_dir():
         raise InputError(f"images: {path} is not there; give a folder of images or an image")
-    found = find_images(path)
+    found = find_images(path, arrays=decode is not None and not decode.is_rgb)
     note = found.note()
     if not found.paths:
         message = f"images: {path} holds no image that Pillow opens."
@@ -162,6 +167,10 @@ class _Several(ImageSource):
         source, place = self._places[index]
         return source.image(place)
 
+    def array(self, index: int) -> Pixels:
+        source, place = self._places[index]
+        return source.array(place)
+
     def describe(self, index: int) -> str:
         source, place = self._places[index]
         return source.describe(place)
@@ -169,7 +178,7 @@ class _Several(ImageSource):
 
 def read(
     source: ImageSource,
-    prepare: Callable[[Image.Image], NDArray[np.uint8]],
+    prepare: Callable[[Image.Image | Pixels], Pixels],
     *,
     chunk: int,
     threads: int,
@@ -182,7 +191,7 @@ def read(
 
     Args:
         source: the images.
-        prepare: called with each image in mode RGB; returns the array that is kept of it.
+        prepare: called with `source.content` of each image; returns the array that is kept of it.
         chunk: images given at a time, at least 1.
         threads: number of reading threads, at least 1.
 
@@ -195,8 +204,9 @@ def read(
 
     def one(index: int) -> _Read:
         try:
-            image = source.image(index)
-            return prepare(image), losses(image)
+            image = source.content(index)
+            lost = losses(image) if isinstance(image, Image.Image) else []
+            return prepare(image), lost
         except UnreadableError as error:
             return error.entry
         except InputError:

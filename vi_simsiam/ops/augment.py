@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import IntEnum
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +20,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vi_simsiam.config import IMAGENET_MEAN, IMAGENET_STD
 from vi_simsiam.errors import InputError
 from vi_simsiam.ops.backends import check_storage, choose_backend
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 TABLE_COLUMNS = 16
 BLUR_TAPS = 13
@@ -88,6 +87,20 @@ class ColourOperation(IntEnum):
     HUE = 4
 
 
+class Layout(NamedTuple):
+    """Storage of the images' pixels, and the numbers by which views are normalised."""
+
+    bits: int = 8
+    """Bits of a channel: 8 or 16, little-endian."""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    """Of each of the C interleaved channels, for values in [0, 1]."""
+    std: tuple[float, ...] = IMAGENET_STD
+
+
+RGB = Layout()
+"""8-bit RGB with ImageNet's mean and standard deviation, which the fused kernel makes."""
+
+
 def augment(
     pixels: Tensor,
     table: Tensor,
@@ -95,20 +108,23 @@ def augment(
     *,
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
+    layout: Layout = RGB,
 ) -> Tensor:
     """Make the views that a table describes.
 
     Args:
-        pixels: (bytes,) uint8, the RGB pixels of the images.
+        pixels: (bytes,) uint8, the pixels of the images.
         table: (V, B, 16) int32 on the same device, see `Column`. Its values are trusted.
         size: side of the views in pixels, at least 8.
         dtype: of the views, float32 or bfloat16; everything is computed in float32 and rounded
             once.
         backend: "eager", "triton" (one fused kernel), or "auto": triton for CUDA tensors where it
-            runs.
+            runs and the layout is `RGB`.
+        layout: of the pixels. Saturation, hue and grayscale need three channels; contrast is
+            changed about the image's mean luma, or the mean of all channels if there are not three.
 
     Returns:
-        (V, B, 3, size, size), normalised; every view is contiguous in `torch.channels_last`.
+        (V, B, C, size, size), normalised; every view is contiguous in `torch.channels_last`.
 
     Raises:
         InputError: a shape, layout, dtype, device, size or backend that is not accepted.
@@ -116,9 +132,12 @@ def augment(
     """
     _check(pixels, table, size, dtype)
     device_type = pixels.device.type
-    preferred = ("triton", "eager") if device_type == "cuda" else ("eager",)
+    fused = device_type == "cuda" and layout == RGB
+    preferred = ("triton", "eager") if fused else ("eager",)
     if choose_backend(backend, device_type, AUGMENT_BACKENDS, preferred) == "eager":
-        return eager_augment(pixels, table, size, dtype)
+        return eager_augment(pixels, table, size, dtype, layout)
+    if layout != RGB:
+        raise InputError("backend: triton makes views of 8-bit RGB alone; eager makes these")
     from vi_simsiam.kernels import augment as kernel
 
     views, batch = table.shape[:2]
@@ -133,7 +152,11 @@ def augment(
 
 
 def eager_augment(
-    pixels: Tensor, table: Tensor, size: int, dtype: torch.dtype = torch.float32
+    pixels: Tensor,
+    table: Tensor,
+    size: int,
+    dtype: torch.dtype = torch.float32,
+    layout: Layout = RGB,
 ) -> Tensor:
     """The reference in plain PyTorch, on any device; see `augment` for arguments and result.
 
@@ -141,13 +164,14 @@ def eager_augment(
     """
     views, batch = table.shape[:2]
     rows = table.detach().cpu().numpy().reshape(views * batch, TABLE_COLUMNS)
-    out = torch.empty((len(rows), size, size, 3), dtype=dtype, device=pixels.device)
-    chunk = max(1, _CHUNK_FLOATS // (3 * size * size))
+    channels = len(layout.mean)
+    out = torch.empty((len(rows), size, size, channels), dtype=dtype, device=pixels.device)
+    chunk = max(1, _CHUNK_FLOATS // (channels * size * size))
     # The caller's network may run under autocast; views are float32 until they are rounded.
     with torch.autocast(pixels.device.type, enabled=False):
         for first in range(0, len(rows), chunk):
-            _augment_rows(pixels, rows[first : first + chunk], out[first : first + chunk])
-    return out.view(views, batch, size, size, 3).permute(0, 1, 4, 2, 3)
+            _augment_rows(pixels, rows[first : first + chunk], out[first : first + chunk], layout)
+    return out.view(views, batch, size, size, channels).permute(0, 1, 4, 2, 3)
 
 
 def _check(pixels: Tensor, table: Tensor, size: int, dtype: torch.dtype) -> None:
@@ -174,11 +198,11 @@ def _starts(rows: NDArray[np.int32]) -> NDArray[np.int64]:
     return np.ascontiguousarray(rows[:, : Column.STRIDE]).view("<i8")[:, 0]
 
 
-def _augment_rows(pixels: Tensor, rows: NDArray[np.int32], out: Tensor) -> None:
-    """Write the views of (n, 16) table rows to `out`, (n, size, size, 3)."""
+def _augment_rows(pixels: Tensor, rows: NDArray[np.int32], out: Tensor, layout: Layout) -> None:
+    """Write the views of (n, 16) table rows to `out`, (n, size, size, C)."""
     device = out.device
-    x = _resized(pixels, rows, out.shape[1])
-    x.mul_(1 / 255)
+    x = _resized(pixels, rows, out.shape[1], layout)
+    x.mul_(1 / (2**layout.bits - 1))
     strengths = torch.from_numpy(
         rows[:, Column.BRIGHTNESS : Column.SIGMA + 1].view(np.float32).copy()
     ).to(device)
@@ -189,28 +213,29 @@ def _augment_rows(pixels: Tensor, rows: NDArray[np.int32], out: Tensor) -> None:
             _apply(x, operation == code, function, strengths[:, code - 1, None, None, None])
     _apply(x, rows[:, Column.GRAY] != 0, lambda part, _: _gray(part).expand_as(part), strengths)
     _apply(x, rows[:, Column.SIGMA].view(np.float32) > 0, _blur, strengths[:, 4])
-    mean, std = (
-        torch.tensor(c, device=device).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD)
-    )
+    mean, std = (torch.tensor(c, device=device).view(-1, 1, 1) for c in (layout.mean, layout.std))
     out.copy_(x.sub_(mean).div_(std).permute(0, 2, 3, 1))
 
 
-def _resized(pixels: Tensor, rows: NDArray[np.int32], size: int) -> Tensor:
-    """The crops of (n, 16) table rows as (n, 3, size, size) float32, up to 255."""
-    x = torch.zeros((len(rows), 3, size, size), device=pixels.device)
+def _resized(pixels: Tensor, rows: NDArray[np.int32], size: int, layout: Layout) -> Tensor:
+    """The crops of (n, 16) table rows as (n, C, size, size) float32, up to 255 or 65535."""
+    channels, depth = len(layout.mean), layout.bits // 8
+    x = torch.zeros((len(rows), channels, size, size), device=pixels.device)
+    pixels = pixels if depth == 1 else pixels.view(torch.uint16)
     sides = rows[:, Column.HEIGHT : Column.WIDTH + 1]
     small = sides.max(axis=1) <= (size if size <= _SMALL_SIZE else 0)
     first = pixels.storage_offset()
     for view, start, stride, (height, width), fits in zip(
         x,
-        _starts(rows).tolist(),
-        rows[:, Column.STRIDE].tolist(),
+        (_starts(rows) // depth).tolist(),
+        (rows[:, Column.STRIDE] // depth).tolist(),
         sides.tolist(),
         small.tolist(),
         strict=True,
     ):
-        # Bytes of an image lie as in channels_last, the layout in which torch resizes fastest.
-        crop = pixels.as_strided((1, 3, height, width), (3 * width, 1, stride, 3), first + start)
+        # Values of an image lie as in channels_last, the layout in which torch resizes fastest.
+        shape, strides = (1, channels, height, width), (channels * width, 1, stride, channels)
+        crop = pixels.as_strided(shape, strides, first + start)
         if fits:
             view[:, :height, :width] = crop[0]
         elif (height, width) == (size, size):
@@ -241,7 +266,7 @@ def _enlarging_matrices(size: int, device: torch.device) -> Tensor:
 
 
 def _multiply(down: Tensor, x: Tensor, across: Tensor) -> Tensor:
-    """Matrices (n, s, s) times the columns and the rows of (n, 3, s, s)."""
+    """Matrices (n, s, s) times the columns and the rows of (n, C, s, s)."""
     rows = torch.bmm(x.flatten(1, 2), across.mT).view_as(x)
     return down[:, None] @ rows
 
@@ -262,7 +287,9 @@ def _apply(
 
 
 def _gray(x: Tensor) -> Tensor:
-    """Luma of (n, 3, h, w), as (n, 1, h, w)."""
+    """Luma of (n, 3, h, w), or the mean of other channels, as (n, 1, h, w)."""
+    if x.shape[1] != 3:
+        return x.mean(1, keepdim=True)
     red, green, blue = x.split(1, dim=1)
     luma: Tensor = (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
     return luma
@@ -311,7 +338,7 @@ def _adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of (n, 3, s, s) with sigma (n,): multiplied by a matrix from each side, which
+    """Gaussian blur of (n, C, s, s) with sigma (n,): multiplied by a matrix from each side, which
     beats a convolution."""
     size, reach = x.shape[-1], BLUR_TAPS // 2
     offsets = torch.arange(-reach, reach + 1, device=x.device)
