@@ -170,14 +170,9 @@ def test_views_pass_together_as_one_by_one(name: str) -> None:
 
 
 def test_the_reason_why_kernels_are_not_used() -> None:
-    def reason(name: str) -> str | None:
-        chosen = TrainConfig(model=ModelConfig(name, **HEADS), device="cpu")
-        return why_unusable(chosen, "cpu", build_model(chosen))
-
-    assert (
-        reason("timm:test_efficientnet")
-        == "the backbone has BatchNorm layers of its own (backbone.bn1)"
-    )
+    chosen = TrainConfig(model=ModelConfig("timm:test_efficientnet", **HEADS), device="cpu")
+    found = why_unusable(chosen, "cpu", build_model(chosen))
+    assert found == "the backbone has BatchNorm layers of its own (backbone.bn1)"
     assert own_norm(build_backbone("timm:test_vit")[0]) is None
 
 
