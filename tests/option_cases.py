@@ -63,6 +63,8 @@ RUNS = {
         {_TRAIN} --backbone resnet34 --pretrained
         fit-kappa resnet34 --data {{images}} --pretrained --out {{out}} --overwrite --size 16 \
             --views 2 --epochs 1 --device cpu --workers 0 => "views": 2""",
+    "train from weights": f"""
+        {_TRAIN} --init {{simsiam}} => init: 6 of the backbone's 6 tensors""",
     "train frozen": f"""
         {_TRAIN} --frozen-run {{simsiam}} => kappa fitted""",
     "train settings": f"""
@@ -114,7 +116,9 @@ RUNS = {
     "fit-kappa": """
         fit-kappa {run} --data {images} --images 24 --out {out} --size 16 --views 2 --epochs 1 \
             --seed 1 --device cpu --workers 0 --data-root {here} --offline \
-            --cache-dir {here}/cache => calibration on views of images held out""",
+            --cache-dir {here}/cache => calibration on views of images held out
+        fit-kappa resnet18 --init {simsiam} --data {images} --out {out} --overwrite --size 16 \
+            --views 2 --epochs 1 --device cpu --workers 0 => init: 6 of the backbone's 6""",
     "views": f"""
         views --data {{images}} {_VIEWS} {_DECODE} --policy multicrop --images 2 --seed 1 \
             --data-root {{here}} --offline --out {{out}}.png

@@ -1,8 +1,9 @@
-"""torchvision's ResNets as backbones, and their ImageNet weights on this machine."""
+"""Backbones by name: torchvision's ResNets, timm's models, modules of one's own; their weights."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -11,10 +12,19 @@ import torch
 import torchvision
 from torch import nn
 
-from vi_simsiam.config import Stem
+from vi_simsiam.config import IMAGENET_MEAN, IMAGENET_STD, Constants, Stem, TrainConfig
 from vi_simsiam.downloads import downloading
 from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.normalisation import PerViewBatchNorm2d, make_fusible
+from vi_simsiam.other_backbones import (
+    build_module,
+    build_timm,
+    fetch_timm,
+    pooled_width,
+    renormalise,
+    timm_constants,
+    timm_settings,
+)
 
 
 def build_backbone(
@@ -24,21 +34,42 @@ def build_backbone(
     pretrained: bool = False,
     zero_init_residual: bool = True,
     channels: int = 3,
+    sizes: Sequence[int] = (),
+    constants: Constants | None = (IMAGENET_MEAN, IMAGENET_STD),
 ) -> tuple[nn.Module, int]:
-    """A torchvision ResNet without its classifier, and the width of its pooled features.
+    """A network without its classifier, and the width of its pooled features.
 
     Args:
-        name: a torchvision ResNet, ResNeXt or Wide ResNet.
-        stem: "imagenet" as in torchvision; "small" is a 3x3 convolution of stride 1, no max-pool.
-        pretrained: load torchvision's default ImageNet weights.
-        channels: of the images. Where they are not three, the pretrained first convolution's
-            weights are repeated over the channels in the order red, green, blue, and scaled by
-            3/channels, which keeps the size of its output (Wightman, timm, `adapt_input_conv`).
-        zero_init_residual: start every residual branch at zero (Goyal et al., arXiv 1706.02677).
+        name: a torchvision ResNet, ResNeXt or Wide ResNet; timm:NAME, any model of timm; or
+            module:PACKAGE.ATTRIBUTE, a callable without arguments that returns a module.
+        stem: "imagenet" as in torchvision; "small" is a 3x3 convolution of stride 1, no max-pool,
+            for torchvision's networks.
+        pretrained: load the library's default ImageNet weights.
+        channels: of the images. Where they are not three, a pretrained first convolution's weights
+            are repeated over the channels in the order red, green, blue, and scaled by 3/channels,
+            which keeps the size of its output (Wightman, timm, `adapt_input_conv`).
+        zero_init_residual: start every residual branch at zero (Goyal et al., arXiv 1706.02677);
+            a module of one's own begins as it does.
+        sizes: sides of the views that it has to take, in pixels, those of a transformer of fixed
+            size first; empty for the network's own size. torchvision's networks take all.
+        constants: mean and deviation by which images of 8-bit RGB are normalised, which a timm
+            model converts to its own; None for other images.
 
     Raises:
-        InputError: no torchvision ResNet of that name.
+        InputError: no such network, or one that takes no such views or has no pooled features.
     """
+    kind, _, rest = name.partition(":")
+    if kind == "timm":
+        network = build_timm(rest, sizes, pretrained=pretrained, channels=channels)
+        if constants is not None:
+            renormalise(network, constants, timm_constants(rest))
+        if not zero_init_residual:
+            _open_residuals(network)
+        sizes = sizes or (timm_settings(rest).input_size[-1],)
+        return network, pooled_width(network, name, sizes, channels)
+    if kind == "module":
+        network = build_module(rest)
+        return network, pooled_width(network, name, sizes or (224,), channels)
     check_backbone(name)
     network, features = plain_resnet(
         name,
@@ -50,6 +81,41 @@ def build_backbone(
     )
     make_fusible(network)
     return network, features
+
+
+def view_sizes(config: TrainConfig) -> list[int]:
+    """The sides of a run's views in pixels, that of the global ones first."""
+    views = config.augment
+    return [views.size, views.local_size] if views.local_views else [views.size]
+
+
+def input_options(config: TrainConfig) -> dict[str, Any]:
+    """The arguments of `build_backbone` that describe the images of a run."""
+    return {
+        "channels": config.decode.channels,
+        "sizes": view_sizes(config),
+        "constants": config.augment.constants if config.decode.is_rgb else None,
+    }
+
+
+def own_size(config: TrainConfig) -> int | None:
+    """The side of the views that a run's timm model or its weights are made for, in pixels.
+
+    None where other sizes do as well.
+    """
+    kind, _, name = config.model.backbone.partition(":")
+    if kind != "timm":
+        return None
+    settings = timm_settings(name)
+    started = config.model.pretrained or config.init is not None
+    return int(settings.input_size[-1]) if settings.fixed_input_size or started else None
+
+
+def _open_residuals(network: nn.Module) -> None:
+    """Undo the start of residual branches at zero, which is that of their last BatchNorm."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.affine and not module.weight.any():
+            nn.init.ones_(module.weight)
 
 
 def plain_resnet(
@@ -85,16 +151,20 @@ def check_backbone(name: str) -> None:
     models = torchvision.models.list_models(module=torchvision.models)
     known = [model for model in models if "resne" in model]
     if name not in known:
-        raise none_of("backbone", name, known)
+        raise none_of("backbone", name, [*known, "timm:NAME", "module:PACKAGE.ATTRIBUTE"])
 
 
 def fetch_weights(name: str, *, download: bool) -> None:
-    """Download a backbone's default ImageNet weights to torchvision's cache, if they are missing.
+    """Download a backbone's default ImageNet weights to its library's cache, if they are missing.
 
     Raises:
         InputError: no such backbone, missing weights that cannot or must not be downloaded, or a
             copy with another checksum.
     """
+    kind, _, rest = name.partition(":")
+    if kind == "timm":
+        fetch_timm(rest, download=download)
+        return
     check_backbone(name)
     weights = _weights(name)
     file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)

@@ -104,6 +104,9 @@ class TrainConfig:
     ema: float | None = limited(None, Rule(lambda x: 0 < x < 1, "above 0 and below 1"))
     """Momentum of an exponential moving average of the weights that makes the targets (BYOL, Grill
     et al., arXiv 2006.07733), constant over the run; None for targets from the network itself."""
+    init: Path | None = None
+    """Weights that the backbone begins with: a run, or a state dict as .safetensors, .pth, .pt or
+    .tar; with or without a prefix of its names."""
     frozen_run: Path | None = None
     """A finished SimSiam run: its network stays fixed, and only the concentration is fitted to
     it."""
@@ -167,6 +170,9 @@ class TrainConfig:
             require("concentration", kind, fits, "sample or global with frozen_run")
             accepted = "None with frozen_run, whose network does not move"
             require("ema", self.ema, self.ema is None, accepted)
+        if self.init is not None:
+            apart = self.frozen_run is None and not self.model.pretrained
+            require("init", self.init, apart, "None with pretrained or frozen_run")
         has_local = self.augment.local_views > 0 and self.augment.local_size < self.augment.size
         local = self.model.local_predictor
         accepted = "False without local views smaller than the others"
@@ -224,7 +230,7 @@ PARTS: dict[str, type[Any]] = {
     "decode": DecodeConfig, "augment": AugmentConfig, "model": ModelConfig, "loss": LossConfig,
 }  # fmt: skip
 """The parts of a configuration."""
-_PATHS = {"data_root": Path("data"), "cache_dir": None, "frozen_run": None}
+_PATHS = {"data_root": Path("data"), "cache_dir": None, "init": None, "frozen_run": None}
 
 PLACE_FIELDS = {
     "workers", "device", "data_root", "offline", "cache_dir", "data_memory", "capture", "kernels",

@@ -209,12 +209,13 @@ class ModelConfig:
     """Backbone, projector and predictor."""
 
     backbone: str = "resnet18"
-    """Any torchvision ResNet by name."""
+    """A torchvision ResNet by name, timm:NAME, or module:PACKAGE.ATTRIBUTE: a callable that returns
+    a module."""
     stem: Stem = "imagenet"
     """First layers: "imagenet" (7x7 stride 2, max-pool), or "small" (3x3 stride 1) for images of
-    28 to 64 pixels."""
+    28 to 64 pixels; other backbones than torchvision's keep their own."""
     pretrained: bool = False
-    """Start from torchvision's ImageNet weights."""
+    """Start from the ImageNet weights of torchvision or timm."""
     dim: int = limited(2048, Rule(lambda n: 2 <= n <= 2**16, "between 2 and 65536"))
     """D: dimension of the space the representations live in."""
     projector: Annotated[Projector, tyro.conf.Suppress] = "mlp"
@@ -229,6 +230,15 @@ class ModelConfig:
         check_fields(self)
         if self.pretrained and self.stem != "imagenet":
             raise InputError("pretrained: ImageNet weights need stem 'imagenet'")
+        kind, colon, name = self.backbone.partition(":")
+        if colon:
+            fits = kind in ("timm", "module") and name != ""
+            accepted = "a torchvision ResNet, timm:NAME or module:PACKAGE.ATTRIBUTE"
+            require("backbone", repr(self.backbone), fits, accepted)
+            accepted = f"'imagenet' with {kind}:, whose networks have first layers of their own"
+            require("stem", repr(self.stem), self.stem == "imagenet", accepted)
+        if kind == "module" and self.pretrained:
+            raise InputError("pretrained: module: has no published weights; give --init a file")
 
 
 @dataclass(frozen=True)

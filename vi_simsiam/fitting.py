@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,7 +50,7 @@ from vi_simsiam.inference.images import Images, open_images
 from vi_simsiam.info import versions
 from vi_simsiam.models import Output, VISimSiam
 from vi_simsiam.paths import user_path
-from vi_simsiam.text import counted
+from vi_simsiam.text import counted, print_line
 
 VIEWS = 8
 """Views of every image."""
@@ -81,7 +82,7 @@ def fit_concentration(
     views: int = VIEWS,
     epochs: int = EPOCHS,
     overwrite: bool = False,
-    report: _Report = lambda phrase: None,
+    console: Console | None = None,
 ) -> Fitted:
     """Fit a Power Spherical distribution (mean direction and concentration) to a frozen encoder.
 
@@ -96,13 +97,13 @@ def fit_concentration(
         images: a data set by name or place, or everything that `open_images` takes.
         out: the run folder to write; None for none. A module has no name that a run could keep.
         config: data_root, offline, cache_dir, images, seed, device, workers, pretrained weights,
-            decoding and views; None for the defaults. The views are those of the run that
+            init, decoding and views; None for the defaults. The views are those of the run that
             `encoder` is, and otherwise fitted to the images.
         size: side of the views in pixels; None for one that suits.
         views: V, random views of every image, at least 2.
         epochs: passes over the features.
         overwrite: replace the run in `out`.
-        report: called with a line at the start of every stage.
+        console: destination of a line at the start of every stage; None for no output.
 
     Raises:
         InputError: no such encoder or images, too few of them, or numbers out of range.
@@ -111,6 +112,11 @@ def fit_concentration(
     require("views", views, 2 <= views <= 256, "between 2 and 256")
     require("epochs", epochs, epochs >= 1, "at least 1")
     config = (config or TrainConfig()).located()
+
+    def report(line: str) -> None:
+        if console is not None:
+            print_line(console, line)
+
     place = None if out is None else user_path("out", out)
     if place is not None:
         run.check_folder(place, resume=False, overwrite=overwrite)
@@ -127,7 +133,7 @@ def fit_concentration(
     splits, config = _images(images, config)
     device = run.resolve_device(config.device)
     workers = run.resolve_workers(config.workers, device)
-    model, config = _model(encoder, config, splits, size, device)
+    model, config = _model(encoder, config, splits, size, device, console)
     packed, _ = cached(splits.train, cache_dir=config.cache_dir, workers=workers)
     require("images", len(packed), len(packed) >= _FEWEST, f"at least {_FEWEST}")
     with tempfile.TemporaryFile(dir=None if place is None else _made(place)) as file:
@@ -165,6 +171,7 @@ def _model(
     splits: Splits,
     size: int | None,
     device: torch.device,
+    console: Console | None,
 ) -> tuple[VISimSiam, TrainConfig]:
     """The model to fit, with the encoder as its backbone, in eval mode on the device."""
     model: Any
@@ -181,7 +188,7 @@ def _model(
         config = dataclasses.replace(config, model=parts)
         config = suited(config, splits.train, size=size)
         config = dataclasses.replace(config, warmup_epochs=0.0)
-        whole = initial_model(config, World(device), fresh=True)
+        whole = initial_model(config, World(device), console, fresh=True)
         backbone = whole.backbone
     else:
         config = dataclasses.replace(suited(config, splits.train, size=size), warmup_epochs=0.0)

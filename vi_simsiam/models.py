@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vi_simsiam.backbones import build_backbone, fetch_weights
+from vi_simsiam.backbones import build_backbone, fetch_weights, input_options
 from vi_simsiam.checks import require
 from vi_simsiam.config import Concentration, Link, Projector, Stem, TrainConfig
 from vi_simsiam.distributions import PowerSpherical, widen
@@ -43,14 +43,13 @@ class SimSiam(nn.Module):
     """SimSiam (Chen and He, arXiv 2011.10566): each view predicts the representation of the others.
 
     Args:
-        backbone: a torchvision ResNet by name, or a module that maps images to features
-            (B, features).
-        features: width of a custom backbone's features; a torchvision one needs none.
+        backbone: a name for `build_backbone`, or a module from images to features (B, features).
+        features: width of a custom backbone's features; one by name needs none.
         dim: D, the width of projections and predictions.
         projector: see `ModelConfig`; "standardised" needs the width of the features as `dim`.
         projector_hidden, predictor_hidden: width of their hidden layers.
         stem, channels: of a torchvision backbone, see `build_backbone`.
-        pretrained: start a torchvision backbone from its ImageNet weights.
+        pretrained: start a backbone of torchvision or timm from its ImageNet weights.
         local_predictor: give views smaller than the first one a predictor of their own, of the same
             shape (a shared one is reported to destabilise SimSiam, arXiv 2602.05845).
         head: builds a predictor's last layers from the width of its hidden one; None for a linear
@@ -381,13 +380,14 @@ def build_model(config: TrainConfig) -> SimSiam:
     """The model that a configuration describes, with weights drawn from torch's generator."""
     if config.model.pretrained:
         fetch_weights(config.model.backbone, download=not config.offline)
-    network: SimSiam
-    if config.method == "simsiam":
-        network = SimSiam(**vars(config.model), channels=config.decode.channels)
-    else:
-        loss = {name: value for name, value in vars(config.loss).items() if name != "loss_scale"}
-        loss |= {"channels": config.decode.channels, "frozen": config.frozen_run is not None}
-        network = VISimSiam(**vars(config.model), **loss)
+    parts: dict[str, Any] = {**vars(config.model)}
+    named = {name: parts.pop(name) for name in ("stem", "pretrained")} | input_options(config)
+    parts["backbone"], parts["features"] = build_backbone(config.model.backbone, **named)
+    kind = SimSiam if config.method == "simsiam" else VISimSiam
+    if kind is VISimSiam:
+        parts |= {name: value for name, value in vars(config.loss).items() if name != "loss_scale"}
+        parts["frozen"] = config.frozen_run is not None
+    network = kind(**parts)
     network.joint_statistics = config.batch_norm == "joint"
     if config.ema is not None:
         network.add_target()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich.console import Console
 
 from vi_simsiam.cli.parsing import parse
 from vi_simsiam.config import ModelConfig, TrainConfig
@@ -24,6 +25,8 @@ class _FitKappa:
     """The run folder to write."""
     pretrained: bool = False
     """The weights that the library of a named backbone publishes for it."""
+    init: Path | None = None
+    """Weights of a named backbone, as for `train --init`."""
     size: int | None = None
     """Side of the views in pixels; None for the run's, or one that suits."""
     images: int | None = None
@@ -67,7 +70,7 @@ def fit_kappa(arguments: list[str]) -> int:
         views=options.views,
         epochs=options.epochs,
         overwrite=options.overwrite,
-        report=show,
+        console=Console(soft_wrap=True),
     )
     found = fitted.calibration
     show(

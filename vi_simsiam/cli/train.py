@@ -245,7 +245,7 @@ def _settings(arguments: list[str], named: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: the run is from elsewhere, and what it names is not named by the user.
     """
-    from vi_simsiam.engine.origin import is_own, placed, places
+    from vi_simsiam.engine.origin import check_code, is_own, placed, places
     from vi_simsiam.engine.run import CONFIG
 
     if (file := given(arguments, "--config")) is None:
@@ -253,14 +253,25 @@ def _settings(arguments: list[str], named: dict[str, Any]) -> dict[str, Any]:
     settings = read_settings(Path(file))
     if Path(file).name != CONFIG:
         return settings
-    run, known = user_path("config", file).parent, places(TrainConfig())
-    config = updated(TrainConfig(), {name: settings.get(name, known[name]) for name in known})
-    frozen, again = config.frozen_run, given(arguments, "--frozen-run")
-    if frozen is not None and again is None and not is_own(run, places(config)):
-        raise InputError(
-            f"config: {run} names the run {frozen}, but this user has not trained it here, or its "
-            "configuration was changed since; name that run with --frozen-run"
-        )
+    run = user_path("config", file).parent
+    named_there = (*places(TrainConfig()), "init", "backbone")
+    config = updated(
+        TrainConfig(), {name: settings[name] for name in named_there if name in settings}
+    )
+    if not is_own(run, places(config)):
+        for name, what, that in (
+            ("frozen_run", "the run", "that run"),
+            ("init", "the weights", "them"),
+        ):
+            value = getattr(config, name)
+            if value is not None and given(arguments, _option(name)) is None:
+                raise InputError(
+                    f"config: {run} names {what} {value}, but this user has not trained it here, "
+                    f"or its configuration was changed since; name {that} with "
+                    f"{_option(name)}"
+                )
+        if given(arguments, "--backbone") is None:
+            check_code(run, config)
     return settings | places(placed(run, config, **named))
 
 

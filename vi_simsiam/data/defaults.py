@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from vi_simsiam.backbones import own_size
 from vi_simsiam.config import LEAST_SIZE, PRESETS, AugmentConfig, TrainConfig
 from vi_simsiam.data.decoding import median_side
 from vi_simsiam.data.sources import ImageSource
@@ -49,7 +50,8 @@ def suited(
 ) -> TrainConfig:
     """Return `config` with the settings of `FITTED` chosen for the training images.
 
-    - Views have the images' size, and local ones SwAV's share of it. Up to 28 pixels the rest is
+    - Views have the images' size, or that of a timm model whose size is fixed or whose weights are
+      given; local ones have SwAV's share of it. Up to 28 pixels the rest is
       the demo's.
     - Up to 32 pixels the stem is the small one, unless weights are pretrained; up to 64 there is no
       blur, and D is 512.
@@ -64,7 +66,7 @@ def suited(
         epochs: a given length of the run.
         ranks: processes that share every batch evenly.
     """
-    size = size or suited_size(source)
+    size = size or own_size(config) or suited_size(source)
     tiny = size <= _TINY
     start = PRESETS["demo" if tiny else "default"]
     augment = views or dataclasses.replace(
@@ -74,7 +76,8 @@ def suited(
     )
     epochs = epochs or _epochs(len(source), tiny)
     shares = ranks * config.accumulate
-    small_stem = _TINY < size <= _ONE_PIXEL and not config.model.pretrained
+    given = config.model.pretrained or ":" in config.model.backbone
+    small_stem = _TINY < size <= _ONE_PIXEL and not given
     return dataclasses.replace(
         config,
         epochs=epochs,

@@ -109,7 +109,8 @@ def own_norm(model: nn.Module) -> str | None:
     norms: Iterator[str] = (
         name
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and not isinstance(module, PerView)
+        if (isinstance(module, _BatchNorm) or getattr(module, "running_var", None) is not None)
+        and not isinstance(module, PerView)
     )
     return next(norms, None)
 
@@ -153,7 +154,8 @@ class Bfloat16Weights(nn.Module):
         self._names = [
             f"{path}.{name}"
             for path, module in model.named_modules()
-            if isinstance(module, nn.Conv2d | nn.Linear)
+            # Layers with a forward of their own may use the weights for more than a product.
+            if type(module).forward in (nn.Conv2d.forward, nn.Linear.forward)
             for name, weight in module.named_parameters(recurse=False)
             if weight.requires_grad
         ]

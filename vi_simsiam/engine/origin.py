@@ -1,9 +1,9 @@
 """A mark on folders that this user made: places that are named in others are not followed.
 
 A configuration names folders: of images, of downloads, of decoded images, of another run. Whoever
-opens a folder that somebody else made would read and write there. So a folder gets a hash of its
-places, keyed by a secret that this user alone can read; another's folder, and one whose places were
-edited, have no hash that fits.
+opens a folder that somebody else made would read and write there. It can name a Python module, too,
+whose code would run. So a folder gets a hash of its places, keyed by a secret that this user alone
+can read; another's folder, and one whose places were edited, have no hash that fits.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from vi_simsiam.config import NAMED_DATA, TrainConfig
 from vi_simsiam.data.cache import cache_folder
 from vi_simsiam.errors import InputError
 from vi_simsiam.files import read_bytes, write_text
+from vi_simsiam.other_backbones import refuse_code
 
 ORIGIN = ".origin"
 """The file with the mark, in the folder that it is about."""
@@ -31,9 +32,24 @@ _DEFAULT = TrainConfig()
 
 
 def places(config: TrainConfig) -> dict[str, Any]:
-    """The places that a configuration names, as plain JSON types."""
+    """The places that a configuration names, as plain JSON types; also a module of one's own."""
     plain = config.to_dict()
-    return {name: plain[name] for name in ("data", "data_root", "cache_dir", "frozen_run")}
+    found = {name: plain[name] for name in ("data", "data_root", "cache_dir", "frozen_run")}
+    if config.init is not None:
+        found["init"] = plain["init"]
+    if config.model.backbone.startswith("module:"):
+        found["backbone"] = config.model.backbone
+    return found
+
+
+def check_code(folder: Path, config: TrainConfig) -> None:
+    """Refuse a run from elsewhere whose backbone is a module that this user does not trust.
+
+    Raises:
+        InputError: it is.
+    """
+    if not is_own(folder, places(config)):
+        refuse_code(str(folder), config.model.backbone)
 
 
 def mark(folder: Path, named: object) -> None:

@@ -30,7 +30,7 @@ from vi_simsiam.engine.checkpoint import (
     load_best,
     load_last,
 )
-from vi_simsiam.engine.origin import ORIGIN, mark, placed, places
+from vi_simsiam.engine.origin import ORIGIN, check_code, mark, placed, places
 from vi_simsiam.engine.processes import locked
 from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.files import read_json, write_json
@@ -40,16 +40,18 @@ from vi_simsiam.paths import user_path
 CONFIG, METRICS, KERNELS = "config.json", "metrics.jsonl", "kernels.json"
 LOGGERS, FITTED = "loggers.json", "fitted.json"
 FAILURE, FAILED_VIEWS = "failure.json", "failure.png"
+START = "start.safetensors"
+"""The backbone's weights at the start, in a run that began with given ones."""
 LOCK = ".lock"
 _CHECKPOINTS = "checkpoint-*.safetensors"
 # What an interrupted write of any file leaves, see `write_atomically`.
 _REMAINS = f".*.{'[0-9a-f]' * 16}"
 # Results of an earlier run.
 _RESULTS = (
-    _CHECKPOINTS, FORMER, METRICS, KERNELS, LOGGERS, FITTED, FAILURE, FAILED_VIEWS,
-    ORIGIN, "events.out.tfevents.*", "knn.json", "linear.json", "logistic.json", "uncertainty.json",
-    "curves.png", "kappa.png", "density.png", "reliability.png", "risk_coverage.png",
-    "corruptions.png", "scores.png", "report.html",
+    _CHECKPOINTS, FORMER, START, METRICS, KERNELS, LOGGERS, FITTED, FAILURE, FAILED_VIEWS,
+    ORIGIN, "events.out.tfevents.*", "knn.json", "linear.json", "logistic.json",
+    "uncertainty.json", "curves.png", "kappa.png", "density.png", "reliability.png",
+    "risk_coverage.png", "corruptions.png", "scores.png", "report.html",
 )  # fmt: skip
 
 
@@ -190,15 +192,18 @@ def read_config(path: Path) -> TrainConfig:
     """The configuration of a run.
 
     Raises:
-        InputError: `path` holds no run, or its configuration cannot be read.
+        InputError: `path` holds no run, its configuration cannot be read, or it is from elsewhere
+            and its backbone is code that this user does not trust.
     """
     if not (path / CONFIG).is_file():
         raise InputError(f"run: {path} holds no run (no {CONFIG} there)")
     plain = read_json(path / CONFIG, dict[str, Any], "run")
     try:
-        return TrainConfig.from_dict(plain)
+        config = TrainConfig.from_dict(plain)
     except InputError as error:
         raise InputError(f"run: {path / CONFIG} is damaged ({error})") from error
+    check_code(path, config)
+    return config
 
 
 def check_folder(path: Path, *, resume: Resume, overwrite: bool) -> bool:

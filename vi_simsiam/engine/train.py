@@ -28,7 +28,7 @@ from vi_simsiam.engine.graph import Captured, capture_training
 from vi_simsiam.engine.kernels import choose_kernels
 from vi_simsiam.engine.knn import OnlineKnn
 from vi_simsiam.engine.loggers import check_loggers
-from vi_simsiam.engine.model import initial_model
+from vi_simsiam.engine.model import initial_model, save_start
 from vi_simsiam.engine.monitor import Monitor, Timed, representation_statistics
 from vi_simsiam.engine.processes import stop_signals
 from vi_simsiam.engine.saving import Saver
@@ -113,6 +113,7 @@ class Trainer:
             run.check_saved(resumed, saved, checkpoint)
         # Ranks can have folders of their own, or read a file otherwise.
         self.world.agree("checkpoint", None if checkpoint is None else checkpoint.step)
+        shown = None if quiet else self.console
         with self.world.main_first():  # rank 0 decodes the images, the others read its cache
             splits = splits or run.open_splits(config, run=resumed)
             # Images that are already decoded set the rule for the other images of the run.
@@ -122,12 +123,9 @@ class Trainer:
                 run.check_config(saved, config, path, decoded=decoded)
                 run.check_images(saved, config, checkpoint, listed(splits))
             check_batch(config.batch_size, splits.train)  # before the images are decoded
-            self.model = initial_model(config, self.world, fresh=not going_on)
+            self.model = initial_model(config, self.world, shown, fresh=not going_on)
             images, _ = cached(
-                splits.train,
-                cache_dir=config.cache_dir,
-                workers=config.workers,
-                console=None if quiet else self.console,
+                splits.train, cache_dir=config.cache_dir, workers=config.workers, console=shown
             )
             config = replace(config, augment=with_statistics(config.augment, images))
             self.online = None
@@ -219,6 +217,7 @@ class Trainer:
             if not self.resume:
                 if main:
                     run.start_folder(self.folder, self.config)
+                    save_start(self.folder, self.config, self.model)
                 self._save()
             elif main:
                 run.record_place(self.folder, self.config)

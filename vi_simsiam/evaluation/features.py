@@ -1,7 +1,8 @@
 """Frozen features of a run's images, computed once for every evaluation.
 
-Three encoders are compared on the same images: the trained backbone, the same backbone before
-training, and the pixels themselves. An accuracy means little without those two beside it.
+Three encoders are compared on the same images: the trained backbone, the same backbone with random
+weights, and the pixels themselves. An accuracy means little without those two beside it. A run that
+started from given weights has a fourth, these: the training has to improve on them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from vi_simsiam.backbones import build_backbone
+from vi_simsiam.backbones import build_backbone, input_options
 from vi_simsiam.config import AugmentConfig, Constants, TrainConfig
 from vi_simsiam.data.loader import MultiViewLoader, eval_loader
 from vi_simsiam.data.packed import PackedImages
@@ -29,13 +30,16 @@ from vi_simsiam.data.subsets import labelled_splits, subset
 from vi_simsiam.data.views import GLOBAL_VIEWS, IMAGENET
 from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.forward import evaluating, extract, finite
+from vi_simsiam.engine.model import starting_backbone
 from vi_simsiam.engine.run import Run
 from vi_simsiam.files import write_json
 from vi_simsiam.info import versions
 from vi_simsiam.text import brief_repr, counted
 
 ENCODERS = ("trained", "untrained", "pixels")
-"""In the order of every result."""
+"""In the order of every result, after "trained" `STARTING` where the run has it."""
+STARTING = "starting"
+"""The backbone with the weights that the run began with, if they were given."""
 CALIBRATION_IMAGES = 10_000
 """Most training images for the BatchNorm statistics of an untrained backbone."""
 PIXELS_SIZE = 32
@@ -96,7 +100,7 @@ class FeatureSets:
 def collect(
     run: Run, *, report: Callable[[str], None] | None = None, world: World | None = None
 ) -> FeatureSets:
-    """Compute the features of a run's training and validation images under the three encoders.
+    """Compute the features of a run's training and validation images under the encoders.
 
     Args:
         run: a run with labelled training and validation images.
@@ -120,10 +124,13 @@ def collect(
     report("calibrating the untrained encoder")
     train, trained = sources["train"], run.model.backbone
     untrained = untrained_backbone(run.config, train, device=device, workers=workers)
+    start = starting_backbone(run.path, trained)
+    starting = {} if start is None else {STARTING: start}
+    backbones = {"trained": trained, **starting, "untrained": untrained}
     features: dict[str, dict[str, Tensor]] = {split: {} for split in sources}
     for split, source in sources.items():
         images = counted(len(source), f"{split} image")
-        for name, backbone in (("trained", trained), ("untrained", untrained)):
+        for name, backbone in backbones.items():
             report(f"{name} features of {images}")
             features[split][name] = extract(
                 backbone,
@@ -176,7 +183,7 @@ def untrained_backbone(
             config.model.backbone,
             stem=config.model.stem,
             zero_init_residual=False,
-            channels=config.decode.channels,
+            **input_options(config),
         )
     shuffled = np.random.default_rng(config.seed).permutation(len(source))[:CALIBRATION_IMAGES]
     batches = math.ceil(len(shuffled) / _BATCH)

@@ -96,8 +96,9 @@ def summary_line(title: str, result: dict[str, Any]) -> str:
     It ends with k if all training images vote.
     """
     top1 = {encoder: f"{100 * share:.1f} %" for encoder, share in result["top1"].items()}
-    others = ", ".join(f"{encoder} {top1[encoder]}" for encoder in ("untrained", "pixels"))
-    line = f"{title} top-1: {top1['trained']} ({others})"
+    trained = top1.pop("trained")
+    others = ", ".join(f"{encoder} {share}" for encoder, share in top1.items())
+    line = f"{title} top-1: {trained} ({others})"
     k = result.get("settings", {}).get("k")
     everyone = k is not None and k >= result["train_images"]
     return f"{line} with k = {k}, all training images" if everyone else line

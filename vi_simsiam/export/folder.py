@@ -26,7 +26,7 @@ from vi_simsiam.data_names import data_label
 from vi_simsiam.engine.log import read_log
 from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError, none_of
-from vi_simsiam.evaluation.features import ENCODERS
+from vi_simsiam.evaluation.features import ENCODERS, STARTING
 from vi_simsiam.evaluation.results import read_result
 from vi_simsiam.evaluation.uncertainty import comparisons
 from vi_simsiam.export.formats import (
@@ -307,7 +307,8 @@ def model_card(run: Run, format: str, *, check: dict[str, Any], versions: dict[s
         "measures": list(columns),
         "rows": [
             (encoder, [_percent(shares.get(encoder)) for shares in columns.values()])
-            for encoder in ENCODERS
+            for encoder in (ENCODERS[0], STARTING, *ENCODERS[1:])
+            if encoder in ENCODERS or any(encoder in shares for shares in columns.values())
         ],
         "uncertainty": [map(markdown, row) for row in _uncertainty(uncertainty)],
         "uncertainty_measured": uncertainty is not None,

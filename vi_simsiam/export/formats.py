@@ -1,8 +1,8 @@
 """Weights in the formats of other libraries. Each writer returns the outputs of its file, to check.
 
-A backbone is a torchvision ResNet, and its parameters keep torchvision's names. timm's ResNets have
-the same names and the same arithmetic. The whole model, with projector and predictor, goes to
-safetensors and, as a graph, to ONNX.
+A backbone is of torchvision or timm, whose names its parameters keep, or a module of one's own.
+timm has torchvision's ResNets with the same names and the same arithmetic. The whole model, with
+projector and predictor, goes to safetensors and, as a graph, to ONNX.
 """
 
 from __future__ import annotations
@@ -23,12 +23,19 @@ import torch
 from torch import Tensor, nn
 
 from vi_simsiam import __version__
-from vi_simsiam.backbones import plain_resnet
+from vi_simsiam.backbones import plain_resnet, view_sizes
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.data_names import data_label
 from vi_simsiam.errors import InputError
 from vi_simsiam.files import naming, parse_json, write_atomically, write_json
 from vi_simsiam.models import SimSiam, VISimSiam, build_model
+from vi_simsiam.other_backbones import (
+    refuse_code,
+    renormalise,
+    size_options,
+    timm_constants,
+    timm_settings,
+)
 from vi_simsiam.paths import user_path, utf8_path
 
 WEIGHTS = "model.safetensors"
@@ -83,8 +90,9 @@ def portable(config: TrainConfig) -> dict[str, Any]:
     plain = config.to_dict()
     del plain["data_root"], plain["cache_dir"]
     plain["data"] = data_label(config.data)
-    if plain.get("frozen_run") is not None:
-        plain["frozen_run"] = Path(plain["frozen_run"]).name
+    for name in ("init", "frozen_run"):
+        if plain.get(name) is not None:
+            plain[name] = Path(plain[name]).name
     return plain
 
 
@@ -92,7 +100,13 @@ def write_torchvision(model: SimSiam, config: TrainConfig, path: Path) -> Output
     """Write the backbone's state dict under torchvision's names; it has no classifier.
 
     Returns the features of the file, computed by plain torchvision.
+
+    Raises:
+        InputError: torchvision has no such network.
     """
+    if ":" in config.model.backbone:
+        _, others = _other_formats(config)
+        raise InputError(f"format: torchvision has no {config.model.backbone}; {others}")
     weights = _weights(model.backbone)
     write_atomically(path, lambda file: torch.save(weights, file))
     network, _ = plain_resnet(
@@ -113,19 +127,25 @@ def write_timm(model: SimSiam, config: TrainConfig, path: Path) -> Outputs:
     import timm
     from safetensors.torch import save
 
-    name = config.model.backbone
-    others = "torchvision, safetensors and onnx take this run"
+    name, others = _other_formats(config)
     if config.model.stem != "imagenet":
         raise InputError(f"format: timm's {name} has no stem {config.model.stem!r}; {others}")
-    if not timm.is_model(name):
-        raise InputError(f"format: timm has no {name}; {others}")
+    architecture = name.partition(".")[0]
+    if not timm.is_model(architecture):
+        raise InputError(f"format: timm has no {config.model.backbone}; {others}")
     content = save(_weights(model.backbone), metadata={"format": "pt"})
     write_atomically(path, lambda file: file.write(content))
     view = preprocessing(config)
+    settings = timm_settings(name) if config.model.backbone.startswith("timm:") else None
+    arguments: dict[str, Any] = {} if settings is None else size_options(name, view_sizes(config))
+    if view["channels"] != 3:
+        arguments["in_chans"] = view["channels"]
+    elif settings is not None and config.decode.is_rgb:  # which the weights are trained for
+        view["mean"], view["std"] = map(list, timm_constants(name))
     pretrained = {
         "tag": config.method.replace("-", "_"),
         "input_size": [view["channels"], view["size"], view["size"]],
-        "fixed_input_size": False,
+        "fixed_input_size": settings is not None and settings.fixed_input_size,
         "interpolation": view["interpolation"],
         "crop_pct": 1.0,
         "crop_mode": view["crop"],
@@ -133,21 +153,27 @@ def write_timm(model: SimSiam, config: TrainConfig, path: Path) -> Outputs:
         "std": view["std"],
         "num_classes": 0,
         "pool_size": None,
-        "first_conv": "conv1",
-        "classifier": "fc",
+        "first_conv": "conv1" if settings is None else settings.first_conv,
+        "classifier": "fc" if settings is None else settings.classifier,
     }
     described = {
-        "architecture": name,
+        "architecture": architecture,
         "num_classes": 0,
         "num_features": model.features,
-        "global_pool": "avg",
         "pretrained_cfg": pretrained,
+        "model_args": arguments,
     }
-    if view["channels"] != 3:
-        described["model_args"] = {"in_chans": view["channels"]}
     write_json(path.with_name("config.json"), described)
     network = timm.create_model(f"local-dir:{path.parent}", pretrained=True, num_classes=0)
+    renormalise(network, config.augment.constants, (view["mean"], view["std"]))
     return outputs(network.eval())
+
+
+def _other_formats(config: TrainConfig) -> tuple[str, str]:
+    """The name of a run's backbone in its library, and the formats that always fit, in words."""
+    kind, _, name = config.model.backbone.rpartition(":")
+    library = {"": "torchvision, ", "timm": "timm, "}.get(kind, "")
+    return name, f"{library}safetensors and onnx take this run"
 
 
 def write_safetensors(model: SimSiam, config: TrainConfig, path: Path) -> Outputs:
@@ -272,7 +298,9 @@ def read_safetensors(path: str | Path) -> tuple[TrainConfig, SimSiam | VISimSiam
         ) from error
     try:
         plain = parse_json(metadata["config"], dict[str, Any])
-        config = TrainConfig.from_dict(plain | {"ema": None})
+        # The weights of the start are in the file, too; their place is another's.
+        config = TrainConfig.from_dict(plain | {"ema": None, "init": None})
+        refuse_code(str(path), config.model.backbone)
         # The file has the weights: torchvision's are not needed, and there is no moving average.
         parts = dataclasses.replace(config.model, pretrained=False)
         config = dataclasses.replace(config, model=parts)
