@@ -110,7 +110,7 @@ def test_a_timm_backbone_of_other_channels(name: str) -> None:
         ("timm:test_resnt", (32,), "timm has no model 'test_resnt' .* did you mean 'test_resnet'?"),
         ("timm:hf-hub:a/b", (32,), "timm has no model 'hf-hub:a/b'"),
         ("timm:test_vit.r224", (32,), "timm has no weights 'r224' of test_vit; it has r160_in1k"),
-        (VIT, (33,), "cannot take views of 33 pixels .*size"),
+        (VIT, (33,), "cannot take views of 33 pixels .* own size is --size 160"),
         ("timm:convnext_atto", (8,), "cannot take views of 8 pixels"),
         ("module:own_nets.maps", (32,), "gives shape .*; it must give pooled features"),
         ("module:own_nets.Sized", SIZES, "another width per size .3072 for 32 pixels, 768 for 16"),
@@ -342,7 +342,7 @@ def test_code_of_installed_packages_needs_trust(image_folder: Path, tmp_path: Pa
     train(settings(image_folder, RESNET), tmp_path / "run")
     file = tmp_path / "run" / "config.json"
     content = json.loads(file.read_text())
-    for name in ("os.getpid", "torch.nn.Identity", "vi_simsiam.cli.main"):
+    for name in ("os.getpid", "torch.nn.Identity", "vi_simsiam.cli.main", "__main__.main"):
         content["model"]["backbone"] = f"module:{name}"
         file.write_text(json.dumps(content))
         with pytest.raises(InputError, match=f"run code of module:{name}"):

@@ -24,6 +24,7 @@ from vi_simsiam.experiments import seeds
 
 ON_CPU = ["--device", "cpu", "--workers", "0"]
 OPTIONS = ["--epochs", "1", "--batch-size", "8", "--size", "8", *ON_CPU, "--quiet"]
+WORDS = {"init": "them", "frozen_run": "that run"}
 NOT_OWN = "but this user has not trained it here, or its configuration was changed since"
 pytestmark = pytest.mark.usefixtures("small_runs")
 
@@ -239,6 +240,21 @@ def test_settings_of_a_foreign_run_name_no_places(
     (run / "config.json").write_text(json.dumps(config.to_dict()))
     assert main([*named, "--overwrite"]) == 2
     assert refusal(capsys).endswith(f"{NOT_OWN}; name that run with --frozen-run")
+
+
+@pytest.mark.parametrize("field", ["init", "frozen_run"])
+def test_a_foreign_run_that_begins_anew_names_no_weights(
+    field: str, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was ended before its first checkpoint, so that resuming it would load the weights."""
+    images = read_config(own).data
+    config = dataclasses.replace(read_config(own), **{field: tmp_path / "theirs"})
+    (own / "config.json").write_text(json.dumps(config.to_dict()))
+    for file in [*checkpoints(own), *own.glob("metrics.jsonl")]:
+        file.unlink()
+    assert main(["train", "--out", str(own), "--resume", "--data", images]) == 2
+    option = field.replace("_", "-")
+    assert refusal(capsys).endswith(f"{NOT_OWN}; name {WORDS[field]} with --{option}")
 
 
 def test_seeds_go_on_only_with_options_that_were_given_here(

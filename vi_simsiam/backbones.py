@@ -65,8 +65,9 @@ def build_backbone(
             renormalise(network, constants, timm_constants(rest))
         if not zero_init_residual:
             _open_residuals(network)
-        sizes = sizes or (timm_settings(rest).input_size[-1],)
-        return network, pooled_width(network, name, sizes, channels)
+        own = timm_settings(rest).input_size[-1]
+        advice = f"its own size is --size {own}"
+        return network, pooled_width(network, name, sizes or (own,), channels, advice)
     if kind == "module":
         network = build_module(rest)
         return network, pooled_width(network, name, sizes or (224,), channels)

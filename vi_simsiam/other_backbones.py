@@ -180,7 +180,8 @@ def refuse_code(origin: str, backbone: str) -> None:
     """Refuse a module as the backbone of a file from elsewhere, unless the user trusts its code.
 
     `TRUSTED` names the module, or the user's program has imported it and it is of no installed
-    package: this package imports many of those, and their functions do anything.
+    package: this package imports many of those, and their functions do anything. So does the main
+    module, which is that of the command line, or runs on import.
 
     Args:
         origin: the file or folder, for the message.
@@ -198,7 +199,7 @@ def refuse_code(origin: str, backbone: str) -> None:
     top = path.partition(".")[0]
     if (
         path not in sys.modules
-        or top in {__name__.partition(".")[0], *sys.stdlib_module_names}
+        or top in {"__main__", __name__.partition(".")[0], *sys.stdlib_module_names}
         or top in packages_distributions()
     ):
         raise InputError(
@@ -207,8 +208,21 @@ def refuse_code(origin: str, backbone: str) -> None:
         )
 
 
-def pooled_width(network: nn.Module, name: str, sizes: Sequence[int], channels: int = 3) -> int:
+def pooled_width(
+    network: nn.Module,
+    name: str,
+    sizes: Sequence[int],
+    channels: int = 3,
+    advice: str = "give views of another size",
+) -> int:
     """The width F of a backbone's features, measured on views of each size in eval mode.
+
+    Args:
+        network: takes images (B, channels, size, size).
+        name: of the backbone, for messages.
+        sizes: sides of the views in pixels.
+        channels: of the images.
+        advice: the end of the message where it takes no such views.
 
     Raises:
         InputError: the network takes no views of a size, or gives anything else than (B, F) floats.
@@ -222,8 +236,10 @@ def pooled_width(network: nn.Module, name: str, sizes: Sequence[int], channels: 
             with torch.no_grad():
                 features = network(torch.zeros(2, channels, size, size, device=device))
         except Exception as error:  # of any layer
-            text = f"cannot take views of {_pixels([size])} ({_line(error)})"
-            raise InputError(f"backbone: {name} {text}; give views of another size") from error
+            raise InputError(
+                f"backbone: {name} cannot take views of {_pixels([size])} ({_line(error)}); "
+                f"{advice}"
+            ) from error
         is_tensor = isinstance(features, Tensor)
         if not is_tensor or features.shape[:-1] != (2,) or not features.is_floating_point():
             found = f"shape {tuple(features.shape)}" if is_tensor else type(features).__name__

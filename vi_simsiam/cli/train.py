@@ -204,7 +204,7 @@ def _starting_point(arguments: list[str]) -> tuple[TrainConfig, dict[str, Any], 
     if settings that are not given are fitted to the images.
     """
     from vi_simsiam.engine.checkpoint import checkpoints
-    from vi_simsiam.engine.origin import placed
+    from vi_simsiam.engine.origin import check_weights, placed
     from vi_simsiam.engine.run import CONFIG, read_config
 
     name, out, views, file, data, root = (
@@ -221,7 +221,10 @@ def _starting_point(arguments: list[str]) -> tuple[TrainConfig, dict[str, Any], 
                     f"{option}, resume: only one of them can be given; "
                     "a run goes on with its own settings"
                 )
-        return placed(saved, read_config(saved), **named), {}, False
+        config = read_config(saved)
+        if not checkpoints(saved):  # it begins anew
+            check_weights(saved, config)
+        return placed(saved, config, **named), {}, False
     config, settings = preset(name or "default"), _settings(arguments, named)
     if views is not None:
         config = dataclasses.replace(config, augment=policy(views))
@@ -245,7 +248,7 @@ def _settings(arguments: list[str], named: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: the run is from elsewhere, and what it names is not named by the user.
     """
-    from vi_simsiam.engine.origin import check_code, is_own, placed, places
+    from vi_simsiam.engine.origin import check_code, check_weights, placed, places
     from vi_simsiam.engine.run import CONFIG
 
     if (file := given(arguments, "--config")) is None:
@@ -258,20 +261,10 @@ def _settings(arguments: list[str], named: dict[str, Any]) -> dict[str, Any]:
     config = updated(
         TrainConfig(), {name: settings[name] for name in named_there if name in settings}
     )
-    if not is_own(run, places(config)):
-        for name, what, that in (
-            ("frozen_run", "the run", "that run"),
-            ("init", "the weights", "them"),
-        ):
-            value = getattr(config, name)
-            if value is not None and given(arguments, _option(name)) is None:
-                raise InputError(
-                    f"config: {run} names {what} {value}, but this user has not trained it here, "
-                    f"or its configuration was changed since; name {that} with "
-                    f"{_option(name)}"
-                )
-        if given(arguments, "--backbone") is None:
-            check_code(run, config)
+    again = {name for name in named_there if given(arguments, _option(name)) is not None}
+    check_weights(run, config, again)
+    if "backbone" not in again:
+        check_code(run, config)
     return settings | places(placed(run, config, **named))
 
 

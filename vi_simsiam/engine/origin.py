@@ -16,6 +16,7 @@ import json
 import os
 import secrets
 import stat
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,28 @@ def places(config: TrainConfig) -> dict[str, Any]:
     if config.model.backbone.startswith("module:"):
         found["backbone"] = config.model.backbone
     return found
+
+
+def check_weights(folder: Path, config: TrainConfig, given: Collection[str] = ()) -> None:
+    """Refuse weights that a run from elsewhere names, and that a training would begin with.
+
+    Args:
+        folder: the run.
+        config: its configuration as it was read.
+        given: the fields that the user names anew.
+
+    Raises:
+        InputError: it names some.
+    """
+    if is_own(folder, places(config)):
+        return
+    for field, what, them in (("frozen_run", "run", "that run"), ("init", "weights", "them")):
+        if field not in given and (place := getattr(config, field)) is not None:
+            raise InputError(
+                f"config: {folder} names the {what} {place}, but this user has not trained it "
+                f"here, or its configuration was changed since; name {them} with "
+                f"--{field.replace('_', '-')}"
+            )
 
 
 def check_code(folder: Path, config: TrainConfig) -> None:
