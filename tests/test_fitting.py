@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import small_backbone
-from inference_cases import save_images, save_run
+from inference_cases import network_run, save_images, save_run
 from torch import nn
 
 import vi_simsiam
 from vi_simsiam.cli import main
 from vi_simsiam.config import TrainConfig
-from vi_simsiam.engine.checkpoint import load_last
+from vi_simsiam.engine.checkpoint import Checkpoint, checkpoint_path, load_last
+from vi_simsiam.engine.run import read_config
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.metrics import auroc
 from vi_simsiam.fitting import fit_concentration
+from vi_simsiam.models import build_model
 
 ON_CPU = TrainConfig(device="cpu", workers=0)
 
@@ -156,3 +158,14 @@ def test_bad_input_is_refused_in_one_line(
         given["out"] = tmp_path / str(given["out"])
     with pytest.raises(InputError, match=message):
         fit_concentration(**given)  # type: ignore[arg-type]
+
+
+def test_a_network_of_fixed_size_keeps_the_size_of_its_run(tmp_path: Path) -> None:
+    """A run with another one could not be opened: the table of positions has another shape."""
+    network_run(tmp_path / "run", "timm:test_vit")
+    run = tmp_path / "run"
+    config = read_config(run)
+    checkpoint = Checkpoint(1, 0.0, 100, build_model(config).state_dict())
+    checkpoint.save(checkpoint_path(run, 1))
+    with pytest.raises(InputError, match="size: 48 is not accepted; it must be 16, as the run's"):
+        fit_concentration(run, two_kinds(8), config=ON_CPU, views=2, size=48, epochs=1)

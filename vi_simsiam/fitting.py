@@ -27,6 +27,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vi_simsiam.backbones import own_size
 from vi_simsiam.checks import require
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.data.cache import cached
@@ -180,6 +181,9 @@ def _model(
         parts = dataclasses.replace(saved.model, pretrained=False, local_predictor=False)
         augment = dataclasses.replace(saved.augment, local_views=0)
         if size is not None:
+            plain = dataclasses.replace(saved, model=parts, init=None)
+            fits = size == augment.size or own_size(plain) is None
+            require("size", size, fits, f"{augment.size}, as the run's network has a fixed size")
             augment = dataclasses.replace(augment, size=size)
         config = dataclasses.replace(config, model=parts, augment=augment)
         backbone: nn.Module = whole.backbone
