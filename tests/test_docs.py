@@ -221,6 +221,12 @@ def test_the_loss_in_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_module_gets_its_kappa() -> None:
+    names = run_blocks("your-photos")
+    assert names["fitted"].calibration["error"] < 0.2
+    assert names["fitted"].encoder.encode(names["pictures"]).uncertainty.shape == (200,)
+
+
 def test_a_saved_program_needs_the_operator(tmp_path: Path) -> None:
     """The import of the package alone does not register it, that of the module does."""
 

@@ -116,6 +116,8 @@ def test_a_fitted_run_is_a_run(
         ["export", str(out), "--format", "safetensors"],
     ):
         assert main(words) == 0, words
+    assert main(["train", "--out", str(out), "--resume"]) == 2
+    assert "a run of fit-kappa has no projector to train" in capsys.readouterr().err
     assert main(command) == 2
     assert "already holds a run" in capsys.readouterr().err
     assert main([*command, "--overwrite"]) == 0

@@ -259,9 +259,11 @@ def check_step(config: TrainConfig, world: World) -> None:
     """Check, before a run begins, what a step needs.
 
     Raises:
-        InputError: capture "on", torch.compile or SyncBatchNorm cannot be used here, or the batch
-            cannot be divided into `config.accumulate` parts.
+        InputError: a run of `fit_concentration`; capture "on", torch.compile or SyncBatchNorm
+            cannot be used here; or the batch cannot be divided into `config.accumulate` parts.
     """
+    accepted = "mlp: a run of fit-kappa has no projector to train"
+    require("projector", config.model.projector, config.model.projector == "mlp", accepted)
     images, parts = world.local_batch(config.batch_size), config.accumulate
     divides = images % parts == 0 and images // parts >= 2
     ranks = "" if world.size == 1 else f" of each of {world.size} ranks"
