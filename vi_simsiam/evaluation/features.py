@@ -195,7 +195,9 @@ def untrained_backbone(
     return backbone.eval()
 
 
-def pixels(source: ImageSource, size: int, *, workers: int, constants: Constants) -> Tensor:
+def pixels(
+    source: ImageSource, size: int, *, workers: int, constants: Constants = IMAGENET
+) -> Tensor:
     """Un-augmented views of at most 32 x 32 pixels, flattened: (N, C * side * side) float32."""
     side, cpu = min(size, PIXELS_SIZE), torch.device("cpu")
     return extract(
