@@ -31,6 +31,7 @@ COMMANDS = {
     "doctor": ("doctor", "the state of a run in words: its problems, and what to do"),
     "embed": ("use", "embeddings, kappa and neighbours of your images as a Parquet file"),
     "rank": ("use", "your most and least certain images"),
+    "clean": ("clean", "copies, blank or unrelated images and doubtful labels of a folder"),
     "export": (
         "export",
         "a run's weights for torchvision, timm, safetensors or ONNX, with a model card",

@@ -300,7 +300,7 @@ def write_ranking(table: Table, by: Score, values: NDArray[np.float64], out: Pat
     plain.writerow(["rank", "path", *columns])
     certainty = -values if SCORES[by].rises else values
     for rank, row in enumerate(np.argsort(certainty, kind="stable").tolist(), 1):
-        path = _no_formula(table.path(row))
+        path = no_formula(table.path(row))
         numbers = [f"{column[row]:.9g}" for column in columns.values()]
         # Python before 3.13 does not quote a carriage return, at which readers end the row.
         (quoted if "\r" in path else plain).writerow([rank, path, *numbers])
@@ -308,7 +308,8 @@ def write_ranking(table: Table, by: Score, values: NDArray[np.float64], out: Pat
     write_atomically(out, lambda file: file.write(content))
 
 
-def _no_formula(path: str) -> str:
+def no_formula(path: str) -> str:
+    """Return a path that programs for tables take for text: ./ before what begins a formula."""
     return f"./{path}" if path.startswith(_FORMULAS) else path
 
 
