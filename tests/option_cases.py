@@ -100,6 +100,10 @@ RUNS = {
     "rank": f"""
         rank {_APPLIED} -k 2 --checkpoint best --out {{out}} => 56 images
         rank {{run}} {{others}} --k 3 --by mahalanobis --overwrite --out {{out}} => 8 images""",
+    "clean": """
+        clean {images} --encoder {run} --out {out} --checkpoint best --similarity 0.8 \
+            --batch-size 4 --device cpu --workers 1 --data-root {here} --offline => 56 images read
+        clean {others} --encoder {run} --out {out} --overwrite => 8 images read""",
     "export": """
         export {resnet} --format timm --data {images} --data-root {here} --out {out} \
             => checked on 8 images of images

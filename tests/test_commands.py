@@ -36,6 +36,7 @@ NEEDS = {
     ),
     "doctor": "RUN",
     **dict.fromkeys(["embed", "rank"], "RUN IMAGES"),
+    "clean": "IMAGES --encoder FILE",
     "export": "RUN --format timm",
     "push-to-hub": "RUN REPO_ID",
     "fit-kappa": "ENCODER --data FILE --out FILE",

@@ -29,8 +29,8 @@ class Copies(NamedTuple):
     similarity: NDArray[np.float64]
     """(N,) largest correlation with a candidate, 1 for exact copies; 0 without a candidate."""
     other: NDArray[np.int64]
-    """(N,) an earlier copy of the image, -1 without one: the first of its group, or where the two
-    were not compared the one it resembles most."""
+    """(N,) the first image that was found to be a copy of this one, for all images of a group but
+    its first; -1 for the others."""
     pair: NDArray[np.float64]
     """(N,) correlation with `other`."""
 
@@ -74,19 +74,18 @@ def find_copies(
     edges = np.concatenate([close, np.stack([np.arange(count), lead], 1)])
     graph = coo_array((np.ones(len(edges)), edges.T), shape=(count, count))
     component = connected_components(graph, directed=False)[1]
-    _, heads, which = np.unique(component, return_index=True, return_inverse=True)
-    head = heads[which]
+    heads = np.unique(component, return_index=True)[1]
     other, pair = np.full(count, -1), np.zeros(count)
     partners: dict[int, dict[int, float]] = {}
     for (a, b), value in zip(close.tolist(), strength.tolist(), strict=True):
         partners.setdefault(a, {})[b] = partners.setdefault(b, {})[a] = value
-    for row in np.flatnonzero(head != np.arange(count)).tolist():
+    for row in np.delete(np.arange(count), heads).tolist():
         if lead[row] != row:
             other[row], pair[row] = lead[row], 1.0
             continue
         known = partners[row]
-        best = head[row] if head[row] in known else max(known, key=lambda each: known[each])
-        other[row], pair[row] = best, known[int(best)]
+        other[row] = min(known)
+        pair[row] = known[min(known)]
     return Copies(similarity, other, pair)
 
 
