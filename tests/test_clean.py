@@ -154,6 +154,16 @@ def test_tiny_sets(run: Path, tmp_path: Path, count: int) -> None:
     assert len(rows(tmp_path / "out" / "scores.csv")) == count
 
 
+def test_few_images_have_blank_ones_among_them(run: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    save_scenes(images, range(2))
+    Image.new("RGB", (48, 48), "green").save(images / "flat.png")
+    noise = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(images / "noise.png")
+    issues = cleaned(run, images, tmp_path / "out")
+    assert found(issues) == {("blank", "flat.png"), ("blank", "noise.png")}
+
+
 def test_one_class_has_no_label_errors(run: Path, tmp_path: Path) -> None:
     save_scenes(tmp_path / "images" / "train" / "a", range(6))
     assert cleaned(run, tmp_path / "images", tmp_path / "out") == []
@@ -312,14 +322,16 @@ def test_likely_label_errors_are_issues(run: Path, tmp_path: Path) -> None:
 def test_an_image_far_from_all_others_is_off_topic(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_scenes(tmp_path / "images", range(30))
+    paths = save_scenes(tmp_path / "images", range(30))
+    Image.new("RGB", (48, 48)).save(paths[5])
 
     def distances(name: str, embedding: np.ndarray, device: torch.device) -> np.ndarray:
         assert embedding.shape[0] == 30
-        return np.where(np.arange(30) == 11, 9.0, np.linspace(0.9, 1.1, 30))
+        return np.where(np.isin(np.arange(30), [5, 11]), 9.0, np.linspace(0.9, 1.1, 30))
 
     monkeypatch.setattr(find, "measured", distances)
-    assert found(cleaned(run, tmp_path / "images", tmp_path / "out")) == {("off_topic", "011.png")}
+    issues = cleaned(run, tmp_path / "images", tmp_path / "out")
+    assert found(issues) == {("off_topic", "011.png"), ("blank", "005.png")}
 
 
 def test_robust_scores() -> None:
