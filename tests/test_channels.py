@@ -16,6 +16,7 @@ from rich.console import Console
 
 import vi_simsiam
 from vi_simsiam.backbones import build_backbone, plain_resnet
+from vi_simsiam.cli import main
 from vi_simsiam.config import AugmentConfig, DecodeConfig, ModelConfig, TrainConfig
 from vi_simsiam.data.cache import in_memory, pack
 from vi_simsiam.data.channels import picture, read_file
@@ -296,6 +297,8 @@ def test_a_run_of_five_channels_is_trained_resumed_and_used(
         encoder.encode(deep(2, 1))
     sheet = contact_sheet(run.splits.train, run.config.augment, images=2)
     assert sheet.mode == "RGB"
+    data.rename(tmp_path / "moved")  # the embedded images cannot stand in for them
+    assert main(["export", str(tmp_path / "whole"), "--format", "safetensors"]) == 2
 
 
 def test_the_card_of_an_export_reads_the_channels(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +17,12 @@ from inference_cases import network_run, save_images, save_run
 from torch import nn
 
 import vi_simsiam
+from vi_simsiam import fitting as fitting_module
 from vi_simsiam.cli import main
-from vi_simsiam.config import TrainConfig
+from vi_simsiam.config import DecodeConfig, TrainConfig
 from vi_simsiam.engine.checkpoint import Checkpoint, checkpoint_path, load_last
 from vi_simsiam.engine.run import read_config
-from vi_simsiam.errors import InputError
+from vi_simsiam.errors import InputError, TrainingError
 from vi_simsiam.evaluation.metrics import auroc
 from vi_simsiam.fitting import fit_concentration
 from vi_simsiam.models import build_model
@@ -66,12 +71,39 @@ def test_projections_are_standardised_features() -> None:
     assert not any(x.requires_grad for x in encoder.model.backbone.parameters())
 
 
+class Scaled(nn.Module):
+    """Features of another scale, with a column that is constant."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        means = images.mean((2, 3)) * self.factor
+        return torch.cat((means, torch.full_like(means[:, :1], 7.0)), 1)
+
+
+def test_the_scale_of_features_changes_nothing() -> None:
+    images = two_kinds(20)
+    one, small = (
+        fit_concentration(Scaled(factor), images, config=ON_CPU, views=4, size=16, epochs=2)
+        for factor in (1.0, 1e-3)
+    )
+    projections = [each.encoder.encode(images).projection for each in (one, small)]
+    torch.testing.assert_close(*projections, rtol=1e-3, atol=1e-3)
+    assert 0.3 < projections[0][:, :3].std() < 3
+    assert projections[0][:, 3].abs().max() < 1e-3
+    assert one.calibration["error"] == pytest.approx(small.calibration["error"], abs=0.02)
+
+
 def test_the_network_and_its_statistics_stay_as_they_are(tmp_path: Path) -> None:
-    encoder, _ = small_backbone()
+    encoder = small_backbone()[0].train()
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     fit_concentration(encoder, two_kinds(10), config=ON_CPU, views=2, size=16, epochs=2)
     for name, value in encoder.state_dict().items():
         assert torch.equal(value, before[name]), name
+    assert all(parameter.requires_grad for parameter in encoder.parameters())
+    assert all(module.training for module in encoder.modules())
 
 
 def test_the_same_seed_gives_the_same_run(image_folder: Path, small_network: None) -> None:
@@ -137,6 +169,74 @@ def test_the_backbone_of_a_run_is_taken(tmp_path: Path) -> None:
         assert torch.equal(saved[name], given[name]), name
     assert fitted.encoder.config.augment.size == 16
     assert fitted.encoder.model.dim == 512
+    with pytest.raises(InputError, match="out: .* is the encoder itself"):
+        fit_concentration(path, tmp_path / "images", out=path, config=ON_CPU, overwrite=True)
+    config = TrainConfig(device="cpu", init=tmp_path / "weights.pth")
+    with pytest.raises(InputError, match="init: .* must be left out: the encoder has weights"):
+        fit_concentration(path, tmp_path / "images", config=config)
+
+
+@pytest.fixture
+def fitting(tmp_path: Path, image_folder: Path, small_network: None) -> Callable[..., Path]:
+    """Fit to two views of the images, into the same folder every time."""
+
+    def fit(**options: Any) -> Path:
+        given = {"config": ON_CPU, "views": 2, "epochs": 1, **options}
+        fit_concentration("resnet18", str(image_folder), out=tmp_path / "out", **given)
+        return tmp_path / "out"
+
+    return fit
+
+
+def test_a_run_stays_until_the_new_one_is_there(
+    fitting: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = fitting()
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(checkpoint: Checkpoint, path: Path) -> None:
+        raise TrainingError("no room")
+
+    monkeypatch.setattr(Checkpoint, "save", full)
+    with pytest.raises(TrainingError, match="no room"):
+        fitting(overwrite=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_run_that_came_meanwhile_stays(
+    fitting: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = fitting_module.cached
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        save_run(tmp_path / "out")
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(fitting_module, "cached", slow)
+    with pytest.raises(InputError, match="already holds a run"):
+        fitting()
+    assert load_last(tmp_path / "out").step == 1
+
+
+def test_a_full_disk_is_one_line(
+    fitting: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(TrainingError, match="the features take .* for which there is no room"):
+        fitting()
+
+
+def test_channels_are_normalised_by_their_own_constants() -> None:
+    images = np.random.default_rng(0).integers(20000, 22000, (12, 16, 16, 2), dtype=np.uint16)
+    config = TrainConfig(device="cpu", workers=0, decode=DecodeConfig(channels=2, bits=16))
+    encoder = fit_concentration(Scaled(1.0), images, config=config, views=2, size=16).encoder
+    (means, stds) = encoder.config.augment.constants
+    np.testing.assert_allclose(means, images.mean((0, 1, 2)) / 65535, rtol=1e-3)
+    np.testing.assert_allclose(stds, images.std((0, 1, 2)) / 65535, rtol=1e-2)
+    assert encoder.encode(images).embedding[:, :2].abs().max() < 0.5
 
 
 @pytest.mark.parametrize(

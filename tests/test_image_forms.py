@@ -370,6 +370,7 @@ def test_names_of_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     refused("folders:[1]", r"must be folders:\[PATH, PATH, ...\]")
     words = ["--epochs", "2", "--data", "a", "b", "--out", "c"]
     assert with_folders(words) == ["--epochs", "2", "--data", config.data, "--out", "c"]
+    assert with_folders(["--data", "a", "-x", "--data=b"]) == ["--data", config.data, "-x"]
     assert with_folders(["--data"]) == ["--data"]
     assert with_folders(["--data", "a"]) == ["--data", "a"]
 

@@ -15,6 +15,7 @@ from vi_simsiam.config import LossConfig, ModelConfig, Stem, TrainConfig
 from vi_simsiam.errors import InputError
 from vi_simsiam.functional import cosine_loss, power_spherical_loss
 from vi_simsiam.models import build_model
+from vi_simsiam.weights import load_backbone
 
 
 def small(kind: type[SimSiam], dim: int = 20) -> SimSiam:
@@ -205,3 +206,13 @@ def test_wrong_models_are_named(
 ) -> None:
     with pytest.raises(InputError, match=message):
         SimSiam(backbone, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_weights_of_another_kind_are_refused(dtype: torch.dtype) -> None:
+    backbone, _ = build_backbone("resnet18")
+    tensors = {name: value.to(dtype) for name, value in backbone.state_dict().items()}
+    with pytest.raises(InputError, match="init: x.pth: .* is of torch.* must be of torch.float32"):
+        load_backbone(backbone, tensors, "x.pth")
+    half = {name: value.half() for name, value in backbone.state_dict().items()}
+    assert load_backbone(backbone, half, "x.pth").startswith("init: 100 of the backbone's 100")

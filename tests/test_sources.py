@@ -21,6 +21,7 @@ from PIL import Image
 from PIL.GifImagePlugin import GifImageFile
 from PIL.PngImagePlugin import PngImageFile
 
+from vi_simsiam.cli import main
 from vi_simsiam.config import DecodeConfig
 from vi_simsiam.data.cache import in_memory
 from vi_simsiam.data.datasets import open_dataset
@@ -30,6 +31,7 @@ from vi_simsiam.data.sources import (
     FileSource,
     UnreadableError,
 )
+from vi_simsiam.data_names import joined_spec
 from vi_simsiam.errors import InputError
 from vi_simsiam.inference.images import open_images
 
@@ -279,3 +281,45 @@ def test_images_of_other_channels_in_files(tmp_path: Path) -> None:
         source = open_dataset(str(tmp_path / name), decode=decode).train
         assert source.dimensions(0) == (16, 16)
         np.testing.assert_array_equal(source.array(0), expected)
+
+
+def test_contradictions_of_a_table_are_named(tmp_path: Path) -> None:
+    for name in "abc":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    rows = ["path,label,split", "a.png,0,train", "b.png,1,train", "a.png,1,train", "b.png,1,val"]
+    (tmp_path / "photos.csv").write_text("\n".join([*rows, "c.png,0,val"]))
+    train = open_dataset(str(tmp_path / "photos.csv")).train
+    assert train.labels is not None
+    assert train.labels.tolist() == [0, 1]
+    assert any("1 image with two labels, of which the first is used" in x for x in train.notes)
+    assert any("1 image in the training and the validation part" in x for x in train.notes)
+
+
+def test_folders_share_a_file_with_other_labels_and_parts(tmp_path: Path) -> None:
+    one = tmp_path / "one" / "train" / "cat" / "a.png"
+    one.parent.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(one)
+    for place in ("train/dog", "val/dog", "val/cat", "train/cat"):
+        (tmp_path / "two" / place).mkdir(parents=True)
+        name = tmp_path / "two" / place / "b.png"
+        if place.startswith("val/d") or place == "train/dog":
+            os.link(one, name)
+        else:
+            Image.new("RGB", (9, 8)).save(name)
+    splits = open_dataset(joined_spec([tmp_path / "one", tmp_path / "two"]))
+    train, val = splits.train, splits.val
+    assert val is not None
+    assert (len(train), len(val)) == (2, 2)
+    assert any("1 image with two labels" in x for x in train.notes)
+    assert any("1 image in the training and the validation part" in x for x in train.notes)
+
+
+def test_many_folders_with_long_names(tmp_path: Path) -> None:
+    folders = [tmp_path / f"{number:02d}{'x' * 200}" for number in range(30)]
+    for folder in folders:
+        folder.mkdir()
+        Image.new("RGB", (8, 8)).save(folder / "a.png")
+    spec = joined_spec(folders)
+    assert len(open_dataset(spec).train) == 30
+    out = str(tmp_path / "views.png")
+    assert main(["views", "--data", *map(str, folders), "--out", out, "--images", "2"]) == 0

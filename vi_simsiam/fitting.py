@@ -11,12 +11,13 @@ The result is a VI-SimSiam run like any other, with the encoder as its backbone.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
-import itertools
 import math
+import os
+import secrets
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ from vi_simsiam.config import TrainConfig
 from vi_simsiam.data.cache import cached
 from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.defaults import suited
-from vi_simsiam.data.packed import PackedImages
+from vi_simsiam.data.statistics import with_statistics
 from vi_simsiam.engine import run
 from vi_simsiam.engine.checkpoint import Checkpoint, checkpoint_path
 from vi_simsiam.engine.distributed import World
@@ -43,7 +44,7 @@ from vi_simsiam.engine.monitor import representation_statistics
 from vi_simsiam.engine.run import FITTED, METRICS, Run
 from vi_simsiam.errors import InputError, TrainingError
 from vi_simsiam.evaluation import metrics
-from vi_simsiam.evaluation.features import random_features
+from vi_simsiam.evaluation.features import mapped_features
 from vi_simsiam.evaluation.scores import pair_cosines
 from vi_simsiam.files import json_lines, write_json, write_text
 from vi_simsiam.inference.encoder import Encoder
@@ -60,8 +61,9 @@ BATCH_SIZE, LR, WEIGHT_DECAY = 256, 1e-3, 1e-4
 HELD_OUT, MOST_HELD_OUT = 0.1, 2_000
 """Share and largest number of images whose views are kept to measure the calibration."""
 _FEWEST = 4
+_CONSTANT = 1e-10
+"""Variance over squared mean below which a column of features is constant."""
 _PACKAGES = ("torch", "torchvision", "numpy", "pillow")
-_Report = Callable[[str], object]
 
 
 class Fitted(NamedTuple):
@@ -119,8 +121,11 @@ def fit_concentration(
             print_line(console, line)
 
     place = None if out is None else user_path("out", out)
+    run_folder = _run_folder(encoder)
     if place is not None:
         run.check_folder(place, resume=False, overwrite=overwrite)
+        if run_folder is not None and place.resolve() == run_folder.resolve():
+            raise InputError(f"out: {out} is the encoder itself; give another folder")
         if isinstance(encoder, nn.Module):
             raise InputError(
                 "out: a run needs an encoder by name, torchvision's, timm:NAME or "
@@ -128,18 +133,34 @@ def fit_concentration(
             )
         if not isinstance(images, str | Path):
             raise InputError("out: a run needs images by name or place")
-    run_folder = _run_folder(encoder)
     if run_folder is not None:
         config = dataclasses.replace(config, decode=run.read_config(run_folder).decode)
+    if not isinstance(encoder, str | Path) or run_folder is not None:
+        for name, given in (("init", config.init), ("pretrained", config.model.pretrained or None)):
+            require(name, given, given is None, "left out: the encoder has weights")
     splits, config = _images(images, config)
+    config = dataclasses.replace(config, decode=splits.train.decode)
     device = run.resolve_device(config.device)
     workers = run.resolve_workers(config.workers, device)
     model, config = _model(encoder, config, splits, size, device, console)
     packed, _ = cached(splits.train, cache_dir=config.cache_dir, workers=workers)
     require("images", len(packed), len(packed) >= _FEWEST, f"at least {_FEWEST}")
-    with tempfile.TemporaryFile(dir=None if place is None else _made(place)) as file:
-        features, kept = _features(
-            file, model.backbone, packed, config, views, device, workers, report
+    config = dataclasses.replace(config, augment=with_statistics(config.augment, packed))
+    with contextlib.ExitStack() as stack:
+        if place is not None:
+            stack.enter_context(run.claimed(place))
+            run.check_folder(place, resume=False, overwrite=overwrite)  # it may have been filled
+        file = stack.enter_context(tempfile.TemporaryFile(dir=place))
+        report(f"features of {counted(views, 'view')} of {counted(len(packed), 'image')}")
+        features, kept = mapped_features(
+            file,
+            model.backbone,
+            packed,
+            config.augment,
+            views=views,
+            seed=config.seed,
+            device=device,
+            workers=workers,
         )
         shuffled = kept[np.random.default_rng(config.seed).permutation(len(kept))]
         count = min(MOST_HELD_OUT, max(1, round(HELD_OUT * len(kept))))
@@ -151,10 +172,10 @@ def fit_concentration(
         report(f"fitting the distributions of {counted(len(fitted), 'image')}")
         lines = _fit(model, features, fitted, config, device)
         calibration = _calibration(model, features, held_out, device)
-    steps = epochs * (len(fitted) // batch)
-    opened = Run(place or Path(), config, model, splits, device, workers, steps, steps)
-    if place is not None:
-        _write(place, opened, lines, views, len(fitted), calibration)
+        steps = epochs * (len(fitted) // batch)
+        opened = Run(place or Path(), config, model, splits, device, workers, steps, steps)
+        if place is not None:
+            _write(place, opened, lines, views, len(fitted), calibration)
     return Fitted(Encoder(opened), calibration)
 
 
@@ -196,7 +217,7 @@ def _model(
         backbone = whole.backbone
     else:
         config = dataclasses.replace(suited(config, splits.train, size=size), warmup_epochs=0.0)
-        backbone = encoder.to(device)
+        backbone = copy.deepcopy(encoder).to(device)  # the user's own stays as it is
     width = _width(backbone, config.decode.channels, config.augment.size, device)
     parts = dataclasses.replace(config.model, projector="standardised", dim=width)
     config = dataclasses.replace(config, method="vi-simsiam", model=parts)
@@ -224,43 +245,6 @@ def _width(backbone: nn.Module, channels: int, size: int, device: torch.device) 
             f"encoder: its output for 2 images is {shape}; it must be features (2, F), pooled"
         )
     return int(features.shape[1])
-
-
-def _features(
-    file: Any,
-    backbone: nn.Module,
-    images: PackedImages,
-    config: TrainConfig,
-    views: int,
-    device: torch.device,
-    workers: int,
-    report: _Report,
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Features of random views (V, N, F), in a file mapped into memory, and the complete images."""
-    kept = np.ones(len(images), bool)
-    features: Any = None
-    passes = random_features(
-        backbone,
-        images,
-        size=config.augment.size,
-        device=device,
-        workers=workers,
-        policy=config.augment,
-        seed=config.seed,
-        constants=config.augment.constants,
-    )
-    with contextlib.closing(passes):  # type: ignore[type-var]
-        for view, (found, index) in enumerate(itertools.islice(passes, views)):
-            if features is None:
-                report(f"features of {counted(views, 'view')} of {counted(len(images), 'image')}")
-                shape = (views, len(images), found.shape[1])
-                file.truncate(4 * math.prod(shape))
-                features = np.memmap(file, np.float32, "r+", shape=shape)
-            features[view, index.numpy()] = found.numpy()
-            seen = np.zeros(len(images), bool)
-            seen[index.numpy()] = True
-            kept &= seen
-    return features, np.flatnonzero(kept)
 
 
 def _fit(
@@ -320,7 +304,8 @@ def _standardise(
             total += (part.sum(0), np.square(part).sum(0))
             count += len(part)
     mean = total[0] / count
-    variance = np.maximum(total[1] / count - np.square(mean), 0)
+    variance = total[1] / count - np.square(mean)
+    variance[variance <= _CONSTANT * np.square(mean)] = 1  # rounding alone differs
     norm.running_mean.copy_(torch.from_numpy(mean))  # type: ignore[union-attr,operator]
     norm.running_var.copy_(torch.from_numpy(variance))  # type: ignore[union-attr,operator]
 
@@ -352,11 +337,6 @@ def _calibration(
     return metrics.calibration(expected, observed)
 
 
-def _made(place: Path) -> Path:
-    place.mkdir(parents=True, exist_ok=True)
-    return place
-
-
 def _write(
     place: Path,
     fitted: Run,
@@ -365,21 +345,21 @@ def _write(
     images: int,
     calibration: dict[str, Any],
 ) -> None:
-    """Write the run folder."""
-    with run.claimed(place):
-        run.start_folder(place, fitted.config)
-        write_text(place / METRICS, json_lines(lines))
-        result = {
-            "evaluation": "fit-kappa",
-            "step": fitted.step,
-            "data": fitted.splits.name,
-            "images": images,
-            "views": views,
-            "calibration": calibration,
-            "versions": versions(_PACKAGES),
-        }
-        write_json(place / FITTED, result)
-        seconds = lines[-1]["seconds"]
-        state = fitted.model.state_dict()
-        checkpoint = Checkpoint(fitted.step, seconds, images, state, config=fitted.config.to_dict())
-        checkpoint.save(checkpoint_path(place, fitted.step))
+    """Write the run folder, which is claimed; an earlier run stays until the weights are there."""
+    state, seconds = fitted.model.state_dict(), lines[-1]["seconds"]
+    checkpoint = Checkpoint(fitted.step, seconds, images, state, config=fitted.config.to_dict())
+    temporary = place / f".fitted.{secrets.token_hex(8)}"
+    checkpoint.save(temporary)
+    run.start_folder(place, fitted.config)
+    os.replace(temporary, checkpoint_path(place, fitted.step))
+    write_text(place / METRICS, json_lines(lines))
+    result = {
+        "evaluation": "fit-kappa",
+        "step": fitted.step,
+        "data": fitted.splits.name,
+        "images": images,
+        "views": views,
+        "calibration": calibration,
+        "versions": versions(_PACKAGES),
+    }
+    write_json(place / FITTED, result)

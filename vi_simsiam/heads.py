@@ -29,6 +29,8 @@ from vi_simsiam.ops.multiview_loss_fused import padded_width
 # softplus(0) = 0.69 the first steps would move the raw concentration so far down that its gradient
 # vanishes for an epoch.
 _INITIAL_CONCENTRATION = 0.05
+# Features of any scale get variance 1.
+_LEAST_VARIANCE = 1e-16
 
 
 def new_projector(kind: Projector, features: int, hidden: int, dim: int) -> Head:
@@ -45,7 +47,7 @@ def new_projector(kind: Projector, features: int, hidden: int, dim: int) -> Head
     """
     if kind == "standardised":
         require("dim", dim, dim == features, f"{features}, the width of the features")
-        return Head(PerViewBatchNorm1d(dim, affine=False))
+        return Head(PerViewBatchNorm1d(dim, affine=False, eps=_LEAST_VARIANCE))
     return Head(
         nn.Linear(features, hidden, bias=False),
         PerViewBatchNorm1d(hidden),

@@ -74,7 +74,7 @@ def load_backbone(backbone: nn.Module, tensors: dict[str, Tensor], origin: str) 
         A line with the number of tensors that matched.
 
     Raises:
-        InputError: they are of another network, or not finite.
+        InputError: they are of another network or kind, or not finite.
     """
     own = {
         name: tensor
@@ -98,7 +98,13 @@ def load_backbone(backbone: nn.Module, tensors: dict[str, Tensor], origin: str) 
             f"init: {origin} is of another network: it has {len(found)} of the {len(own)} tensors "
             f"of the backbone; {shown} {'is' if len(missing) == 1 else 'are'} missing"
         )
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in found.values()):
+    for name, tensor in found.items():
+        floats = tensor.is_floating_point() and own[name].is_floating_point()
+        if tensor.is_meta or tensor.is_quantized or not (floats or tensor.dtype == own[name].dtype):
+            raise InputError(
+                f"init: {origin}: {cut(name)} is of {tensor.dtype}; it must be of {own[name].dtype}"
+            )
+    if not all(bool(torch.isfinite(tensor.float()).all()) for tensor in found.values()):
         raise InputError(f"init: {origin} has weights that are not finite")
     with torch.no_grad():
         for name, tensor in found.items():

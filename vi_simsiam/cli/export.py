@@ -94,7 +94,7 @@ def _open(options: _Exported) -> Run:
             config.data, root=config.data_root, download=False, decode=config.decode
         )
     except InputError as reason:
-        if options.data is not None:
+        if options.data is not None or not run.config.decode.is_rgb:  # unlike the stand-in
             raise
         show(f"checked on {_STAND_IN}, not on the run's own images ({reason})")
         splits = open_dataset(_STAND_IN)

@@ -93,13 +93,24 @@ def given(arguments: list[str], option: str) -> str | None:
 
 
 def with_folders(arguments: list[str]) -> list[str]:
-    """Join the words after --data, several folders, to one name of a data set."""
-    if "--data" not in arguments:
+    """Join the words after --data, which may come several times, to one name of a data set."""
+    kept: list[str] = []
+    folders: list[str] = []
+    first, taken = None, False
+    for word in arguments:
+        option, equals, attached = word.partition("=")
+        if word.startswith("-"):
+            taken = option == "--data"
+        if not taken:
+            kept.append(word)
+        elif not word.startswith("-"):
+            folders.append(word)
+        else:
+            first = len(kept) if first is None else first
+            folders += [attached] if equals else []
+    if first is None or not folders:
         return arguments
-    start = arguments.index("--data") + 1
-    folders = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments[start:]))
-    joined = [joined_spec(folders)] if folders else []
-    return arguments[:start] + joined + arguments[start + len(folders) :]
+    return [*kept[:first], "--data", joined_spec(folders), *kept[first:]]
 
 
 def parse(

@@ -282,7 +282,8 @@ def _fitted(
 
     images = counted(len(splits.train), "image")
     if len(splits.train) < 2:
-        raise InputError(f"data: {splits.name} has {images}; training needs at least 2")
+        found = f"{splits.name} has {images}; training needs at least 2"
+        raise InputError("; ".join((f"data: {found}", *splits.train.notes)))
     fixed = {
         name for name in FITTED if name in settings or given(arguments, _option(name)) is not None
     }

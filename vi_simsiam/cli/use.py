@@ -181,7 +181,7 @@ def _source(images: str, options: _Images, decode: DecodeConfig, *, train: bool)
     from vi_simsiam.inference.images import open_images
 
     kind = data_spec(images).partition(":")[0]
-    if user_path("images", images).exists() and kind not in LISTING_KINDS:
+    if kind not in ("folders", *LISTING_KINDS) and user_path("images", images).exists():
         return open_images(images, decode)
     try:
         splits = options.open(images, decode)

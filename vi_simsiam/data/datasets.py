@@ -132,11 +132,10 @@ def open_dataset(
             allowed or fails, or a pack file of images that were decoded otherwise.
     """
     root, decode = user_path("data_root", root), decode or DecodeConfig()
-    path = user_path("data", spec)
-    if path.is_file() and is_image(os.fspath(path)):
-        raise InputError(f"data: {spec} is an image; give the folder that it lies in")
-    spec = data_spec(spec)
+    named, spec = spec, data_spec(spec)
     kind, _, place = spec.partition(":")
+    if kind == "pack" and named != spec and is_image(place):
+        raise InputError(f"data: {place} is an image; give the folder that it lies in")
     if spec in NAMED_DATA and not decode.is_rgb:
         raise InputError(f"channels, bits: {spec} is RGB with 8 bits; leave these options out")
     if spec == "fashion-mini":
@@ -228,7 +227,7 @@ def _joined(folders: list[str]) -> Listed:
     """The images of several folders, each with class folders or none of them with any."""
     entries: list[Entry] = []
     notes: list[str] = []
-    seen: set[tuple[str, object]] = set()
+    first: dict[object, str] = {}  # of several names of a file
     has_labels: dict[str, bool] = {}
     for folder in folders:
         # Entries are files, whose frames are counted once, in the end.
@@ -244,11 +243,8 @@ def _joined(folders: list[str]) -> Listed:
                 with contextlib.suppress(OSError):  # to be reported when it is read
                     status = os.stat(path)
                     file = status.st_dev, status.st_ino
-                if (part, file) not in seen:
-                    seen.add((part, file))
-                    entries.append(
-                        Entry(path, None if labels is None else classes[labels[index]], part)
-                    )
+                label = None if labels is None else classes[labels[index]]
+                entries.append(Entry(first.setdefault(file, path), label, part))
     if len(set(has_labels.values())) > 1:
         bare = next(folder for folder, has in has_labels.items() if not has)
         full = next(folder for folder, has in has_labels.items() if has)

@@ -78,9 +78,16 @@ def sources(
         InputError: there is no image, or some images of a part have a label and others have none.
     """
     parts: dict[str, dict[str, str | None]] = {"train": {}, "val": {}, "test": {}}
+    contradicted: list[str] = []
     for path, label, part in listed.entries:
-        parts[part or "train"].setdefault(path, label)
+        if parts[part or "train"].setdefault(path, label) != label:
+            contradicted.append(path)
     notes = list(listed.notes)
+    if contradicted:
+        notes.append(
+            f"{name}: {counted(len(contradicted), 'image')} with two labels, of which the first is "
+            f"used, such as {contradicted[0]}"
+        )
     if repeated := len(listed.entries) - sum(map(len, parts.values())):
         notes.append(f"{name}: {counted(repeated, 'further mention')} of the same image left out")
     if not parts["train"]:  # a part on its own, named by the user
@@ -90,6 +97,11 @@ def sources(
     if parts["test"] and parts["val"]:
         notes.append(f"{name}: {counted(len(parts['test']), 'image')} of the test part left out")
     used = {"train": parts["train"], "val": parts["val"] or parts["test"]}
+    if both := [path for path in used["val"] if path in used["train"]]:
+        notes.append(
+            f"{name}: {counted(len(both), 'image')} in the training and the validation part, such "
+            f"as {both[0]}; --distinct leaves them out of both"
+        )
     for part, images in used.items():
         without = [path for path, label in images.items() if label is None]
         if 0 < len(without) < len(images):

@@ -253,6 +253,6 @@ def _known_runs(folder: Path) -> dict[str, _Known]:
 def _settings(config: TrainConfig) -> dict[str, Any]:
     """The settings that determine a run, without folders of this machine."""
     plain = flat(config.to_dict()) | {"data": data_label(config.data)}
-    if config.frozen_run is not None:
-        plain["frozen_run"] = config.frozen_run.name
+    for name, path in (("frozen_run", config.frozen_run), ("init", config.init)):
+        plain[name] = path and path.name
     return {name: value for name, value in plain.items() if name not in PLACE_FIELDS}

@@ -11,13 +11,16 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from rich.filesize import decimal
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
@@ -32,6 +35,7 @@ from vi_simsiam.engine.distributed import World
 from vi_simsiam.engine.forward import evaluating, extract, finite
 from vi_simsiam.engine.model import starting_backbone
 from vi_simsiam.engine.run import Run
+from vi_simsiam.errors import TrainingError
 from vi_simsiam.files import write_json
 from vi_simsiam.info import versions
 from vi_simsiam.text import brief_repr, counted
@@ -262,3 +266,69 @@ def random_features(
             index, order = torch.cat(indices).sort()
             for views in zip(*parts, strict=True):
                 yield finite(torch.cat(views)[order], images), index
+
+
+def mapped_features(
+    file: IO[bytes],
+    backbone: nn.Module,
+    images: PackedImages,
+    policy: AugmentConfig,
+    *,
+    views: int,
+    seed: int,
+    device: torch.device,
+    workers: int,
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Features of random views of all images, in a file that is mapped into memory.
+
+    Args:
+        file: empty, opened to be read and written.
+        backbone, images, policy, seed, device, workers: see `random_features`.
+        views: V of every image.
+
+    Returns:
+        Features (V, N, F), and the numbers of the images of which all V are there, ascending.
+
+    Raises:
+        InputError: features are not finite.
+        TrainingError: there is no room for the file.
+    """
+    complete = np.ones(len(images), bool)
+    features: Any = None
+    passes = random_features(
+        backbone,
+        images,
+        size=policy.size,
+        device=device,
+        workers=workers,
+        policy=policy,
+        seed=seed,
+        constants=policy.constants,
+    )
+    with contextlib.closing(passes):  # type: ignore[type-var]
+        for view, (found, index) in enumerate(itertools.islice(passes, views)):
+            if features is None:
+                shape = (views, len(images), found.shape[1])
+                _reserve(file, 4 * math.prod(shape))
+                features = np.memmap(file, np.float32, "r+", shape=shape)
+            features[view, index.numpy()] = found.numpy()
+            complete &= np.isin(np.arange(len(images)), index.numpy())
+    return features, np.flatnonzero(complete)
+
+
+def _reserve(file: IO[bytes], size: int) -> None:
+    """Make a file of `size` bytes that are there: a full disk would end a write to mapped memory.
+
+    Raises:
+        TrainingError: there is no room for it.
+    """
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
+    except OSError as error:
+        raise TrainingError(
+            f"the features take {decimal(size)} for which there is no room ({error.strerror}); "
+            "fewer --views or --images take less"
+        ) from error

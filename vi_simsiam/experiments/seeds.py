@@ -141,7 +141,11 @@ def run_seeds(
     else:
         before = _planned(out, seeds or 0, first_seed, overwrite=overwrite)
     earlier = before["arguments"]
-    given = earlier if given == earlier[-len(given) :] else [*earlier, *given]
+    if given == earlier[-len(given) :]:
+        given = earlier
+    else:
+        moved = {"--data": True} if "--data" in given else {}
+        given = [*_without(earlier, moved), *given]
     words = [*given, "--overwrite"] if overwrite else given
     runs = [_Seed(out, result) for result in before["runs"]]
     pending = [run for run in runs if run.exit is None]

@@ -295,6 +295,7 @@ def model_card(run: Run, format: str, *, check: dict[str, Any], versions: dict[s
         "name": name,
         "format": format,
         "vi": vi,
+        "fitted": model.projector == "standardised",
         "architecture": model.backbone,
         "stem_width": conv1.shape[0] if model.stem == "small" and conv1 is not None else None,
         "data": kind if kind in _HUB_DATA else f"images of one's own ({markdown(name_of_data)})",
