@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,10 @@ def test_a_fitted_run_is_a_run(
     out = tmp_path / "fitted"
     options = ["--data", str(image_folder), "--device", "cpu", "--workers", "0", "--epochs", "3"]
     command = ["fit-kappa", "resnet18", *options, "--out", str(out), "--views", "2"]
+    assert main(command) == 2
+    assert "encoder: resnet18 is a network of random weights" in capsys.readouterr().err
+    torch.save(small_backbone()[0].state_dict(), tmp_path / "start.pth")
+    command += ["--init", str(tmp_path / "start.pth")]
     assert main(command) == 0
     assert "calibration on views of images held out: expected cosine" in capsys.readouterr().out
     result = json.loads((out / "fitted.json").read_text())
@@ -181,7 +186,9 @@ def fitting(tmp_path: Path, image_folder: Path, small_network: None) -> Callable
     """Fit to two views of the images, into the same folder every time."""
 
     def fit(**options: Any) -> Path:
-        given = {"config": ON_CPU, "views": 2, "epochs": 1, **options}
+        torch.save(small_backbone()[0].state_dict(), tmp_path / "start.pth")
+        config = replace(ON_CPU, init=tmp_path / "start.pth")
+        given = {"config": config, "views": 2, "epochs": 1, **options}
         fit_concentration("resnet18", str(image_folder), out=tmp_path / "out", **given)
         return tmp_path / "out"
 

@@ -40,7 +40,7 @@ _MODULE_OF = {
 }
 _MODULES = (
     *("config", "data", "distributions", "engine", "errors", "export"),
-    *("fitting", "functional", "heads", "inference", "models", "nn", "ops"),
+    *("functional", "inference", "models", "nn", "ops"),
 )
 
 

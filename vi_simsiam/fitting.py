@@ -214,6 +214,12 @@ def _model(
         config = suited(config, splits.train, size=size)
         config = dataclasses.replace(config, warmup_epochs=0.0)
         whole = initial_model(config, World(device), console, fresh=True)
+        own = str(encoder).startswith("module:")  # it may bring its weights
+        if not own and config.init is None and not config.model.pretrained:
+            raise InputError(
+                f"encoder: {encoder} is a network of random weights; name its weights with --init, "
+                "or take its library's with --pretrained"
+            )
         backbone = whole.backbone
     else:
         config = dataclasses.replace(suited(config, splits.train, size=size), warmup_epochs=0.0)

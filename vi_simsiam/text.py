@@ -12,7 +12,6 @@ import html
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from importlib import resources
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -36,12 +35,13 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
 
 def fill_template(asset: str, content: dict[str, Any], *, escape: bool) -> str:
     """The Jinja template `asset` of the package with `content`; `escape` makes it safe for HTML."""
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
     def line(value: Any) -> Any:
         return one_line(value) if type(value) is str else value  # the page's own parts are Markup
 
     environment = Environment(
+        loader=PackageLoader("vi_simsiam", "assets"),
         autoescape=escape,
         finalize=line if escape else None,
         undefined=StrictUndefined,
@@ -49,8 +49,7 @@ def fill_template(asset: str, content: dict[str, Any], *, escape: bool) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    text = resources.files("vi_simsiam").joinpath("assets", asset).read_text(encoding="utf-8")
-    return environment.from_string(text).render(content)
+    return environment.get_template(asset).render(content)
 
 
 def print_line(console: Console, line: str, style: str | None = None) -> None:

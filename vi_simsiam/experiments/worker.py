@@ -189,19 +189,17 @@ def _accuracies(run: Run, measures: Iterable[str]) -> dict[str, Any]:
     own result files compare with.
     """
     readable = {name: run.readable(part)[0] for name, part in labelled_splits(run.splits).items()}
-    size, device, workers = run.config.augment.size, run.device, run.workers
-    train, val, constants = readable["train"], readable["val"], run.config.augment.constants
+    train, val, augment = readable["train"], readable["val"], run.config.augment
+    options: dict[str, Any] = {
+        "size": augment.size,
+        "device": run.device,
+        "workers": run.workers,
+        "constants": augment.constants,
+    }
     found = {}
     for name, source in readable.items():
         _report(f"features of {counted(len(source), f'{name} image')}")
-        found[name] = extract(
-            run.model.backbone,
-            source,
-            size=size,
-            device=device,
-            workers=workers,
-            constants=constants,
-        )
+        found[name] = extract(run.model.backbone, source, **options)
     path = run.path / "measured"
     path.mkdir(exist_ok=True)
     features = FeatureSets(
@@ -212,17 +210,9 @@ def _accuracies(run: Run, measures: Iterable[str]) -> dict[str, Any]:
         train_labels=torch.from_numpy(train.labels),
         val={"trained": found["val"]},
         val_labels=torch.from_numpy(val.labels),
-        device=device,
+        device=run.device,
         step=run.step,
-        augmented=lambda: random_features(
-            run.model.backbone,
-            train,
-            size=size,
-            device=device,
-            workers=workers,
-            report=_report,
-            constants=constants,
-        ),
+        augmented=lambda: random_features(run.model.backbone, train, report=_report, **options),
     )
     evaluations: dict[str, Callable[[], dict[str, Any]]] = {
         "knn20": lambda: evaluate_knn(features, KnnConfig(k=20)),
