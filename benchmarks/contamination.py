@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +54,7 @@ def contaminate(
     kinds, origins = [""] * images, [-1] * images
     paths: list[Path] = []
 
-    def keep(image: Image.Image, **options: int) -> None:
+    def keep(image: Image.Image, **options: Any) -> None:
         # JPEG where a quality is given.
         paths.append(folder / f"{len(paths):06d}.{'jpg' if options else 'png'}")
         image.save(paths[-1], **options)
