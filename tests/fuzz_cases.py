@@ -98,6 +98,7 @@ def readers(folder: Path) -> list[Reader]:
         **{name: scripted_pipeline(name) for name in ("augment", "step", "train")},
         "batch_norm": json.loads((BENCHMARKS / "batch_norm.json").read_text()),
         "accuracy": json.loads((BENCHMARKS / "accuracy.json").read_text()),
+        "clean": json.loads((BENCHMARKS / "clean.json").read_text()),
     }
     whole["batch_norm"]["cases"] = whole["batch_norm"]["cases"][:1]
     step = json.loads((BENCHMARKS / "step.json").read_text())
