@@ -188,7 +188,7 @@ class _CleanCase(TypedDict):
     images: _Count
     encoder: Label
     foreign: Label
-    kinds: Annotated[dict[Label, _Kind], _FEW]
+    kinds: Annotated[dict[Label, _Kind], _SOME]
 
 
 class _Clean(_Head):
