@@ -37,9 +37,9 @@ from vi_simsiam.evaluation.scores import image_scores
 from vi_simsiam.evaluation.uncertainty import comparisons, evaluate_uncertainty
 
 TINY_SCORES = {
-    "kappa", "embedding_norm", "projection_norm", "prediction_norm", "view_agreement",
-    "knn_distance", "mahalanobis", "mahalanobis_label_free", "softmax", "energy", "edge_energy",
-    "contrast", "jpeg_size",
+    "kappa", "embedding_norm", "stage1_norm", "stage2_norm", "projection_norm", "prediction_norm",
+    "view_agreement", "knn_distance", "mahalanobis", "mahalanobis_label_free", "softmax", "energy",
+    "edge_energy", "contrast", "jpeg_size",
 }  # fmt: skip
 
 

@@ -39,7 +39,7 @@ from vi_simsiam.evaluation.style import number, shown
 from vi_simsiam.evaluation.uncertainty import comparisons
 from vi_simsiam.evaluation.uncertainty_figures import draw_uncertainty, score_label
 from vi_simsiam.files import write_text
-from vi_simsiam.inference.embed import extremes
+from vi_simsiam.inference.ranking import extremes
 from vi_simsiam.text import METHODS, counted, fill_template, show
 
 REPORT = "report.html"

@@ -7,7 +7,6 @@ Every score rises with uncertainty. One pass of the network over a set of images
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,9 +27,9 @@ from vi_simsiam.evaluation.metrics import calibration
 from vi_simsiam.inference.encoder import Encoding
 from vi_simsiam.inference.label_free import NEIGHBOURS, Gaussian
 from vi_simsiam.models import SimSiam
+from vi_simsiam.stages import NAMES as STAGES
+from vi_simsiam.stages import recorded, stages
 
-LAYERS = ("layer1", "layer2", "layer3", "layer4")
-"""Stages of a torchvision ResNet."""
 JPEG_QUALITY = 75
 VIEWS = 4
 """Augmented views of every image: 12 ordered pairs to calibrate on."""
@@ -38,7 +37,7 @@ VIEWS = 4
 DESCRIPTIONS = {
     "kappa": "minus the predicted concentration",
     "embedding_norm": "minus the length of the backbone's features",
-    **{f"{layer}_norm": f"minus the length of the pooled output of {layer}" for layer in LAYERS},
+    **{f"{name}_norm": f"minus the length of the pooled output of {name}" for name in STAGES},
     "projection_norm": "minus the length of the projection",
     "prediction_norm": "minus the length of the predicted mean direction before it is normalised",
     "view_agreement": "1 minus the mean cosine between the embeddings of augmented views",
@@ -53,11 +52,11 @@ DESCRIPTIONS = {
     "contrast": "minus the standard deviation of the brightness of the pixels",
     "jpeg_size": f"minus the size of the image as a JPEG file of quality {JPEG_QUALITY}",
 }
-"""In the order of every result. In a torchvision ResNet layer4_norm is embedding_norm."""
+"""In the order of every result. In a ResNet layer4_norm is embedding_norm."""
 
 TRIVIAL = (
     "embedding_norm",
-    *(f"{layer}_norm" for layer in LAYERS),
+    *(f"{name}_norm" for name in STAGES),
     "projection_norm",
     "prediction_norm",
     "edge_energy",
@@ -71,10 +70,10 @@ _BATCH = 64
 
 
 class Network:
-    """A trained model in eval mode and float32, with the lengths of its inner features.
+    """A trained model in eval mode and float32, and scores of images by it.
 
     Args:
-        model: is copied: its hooks and memory format stay as they are.
+        model: is copied: its memory format stays as it is.
         device: where it computes.
     """
 
@@ -82,20 +81,19 @@ class Network:
         # channels_last is a third faster on a CPU.
         self.model = copy.deepcopy(model).eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.device = device
-        self._layers: dict[str, Tensor] = {}
-        for name in LAYERS:
-            layer = getattr(self.model.backbone, name, None)
-            if isinstance(layer, torch.nn.Module):
-                layer.register_forward_hook(functools.partial(self._keep, name))
-
-    def _keep(self, name: str, module: torch.nn.Module, inputs: Any, output: Tensor) -> None:
-        self._layers[name] = output.mean((2, 3)) if output.ndim == 4 else output
+        places = stages(self.model.backbone)
+        self.descriptions = DESCRIPTIONS | {
+            f"{name}_norm": f"minus the length of the pooled output of {place}"
+            for name, place in places.items()
+        }
+        """`DESCRIPTIONS` with the places of this network's stages."""
 
     def __call__(self, views: Tensor) -> Encoding:
         """Pass normalised views (B, 3, height, width) float32 through the network."""
         views = views.to(self.device).contiguous(memory_format=torch.channels_last)
-        with evaluating(self.model, self.device):
-            return Encoding(*self.model.encode(views))
+        with evaluating(self.model, self.device), recorded(self.model.backbone) as norms:
+            columns: list[Any] = [*self.model.encode(views), norms]
+        return Encoding(*columns)
 
     def observe(
         self, batches: Iterable[NDArray[np.uint8]]
@@ -113,9 +111,12 @@ class Network:
         for pixels in batches:
             found = self(views_of(pixels))
             embeddings.append(found.embedding.cpu())
-            vectors = {"embedding": found.embedding, **self._layers, "projection": found.projection}
-            values = {f"{name}_norm": vector.norm(dim=1) for name, vector in vectors.items()}
-            values["prediction_norm"] = found.loc_norm
+            norms = {
+                **{name: getattr(found, name).norm(dim=1) for name in ("embedding", "projection")},
+                **found.layer_norms,
+                "prediction": found.loc_norm,
+            }
+            values = {f"{name}_norm": norm for name, norm in norms.items()}
             if found.concentration is not None:
                 values["kappa"] = found.concentration
             scores = {name: -value.double().cpu().numpy() for name, value in values.items()}

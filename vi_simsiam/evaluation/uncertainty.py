@@ -174,7 +174,7 @@ def evaluate_uncertainty(
             "overlapping_classes": overlapping,
             "notes": data.notes,
         },
-        "scores": {name: text for name, text in DESCRIPTIONS.items() if name in measured.scores},
+        "scores": {name: measured.network.descriptions[name] for name in measured.scores},
         "calibration": measured.calibration,
         "misclassification": _misclassification(measured, data),
         "retrieval": retrieval or None,

@@ -193,6 +193,21 @@ def run_seeds(
     return INTERRUPTED if interrupted else 1
 
 
+def finished(path: Path) -> list[Path]:
+    """The finished runs in a folder of several seeds, in the order of the seeds; else the run.
+
+    Raises:
+        InputError: no run has finished, or seeds.json is damaged.
+    """
+    if not (path / SEEDS).is_file():
+        return [path]
+    runs = read_json(path / SEEDS, Seeds, "run")["runs"]
+    done = [path / f"seed-{run['seed']}" for run in runs if run["exit"] == 0]
+    if not done:
+        raise InputError(f"run: no run in {path} has finished")
+    return done
+
+
 def _report(out: Path, content: dict[str, Any], console: Console) -> None:
     """Print the results of all runs together."""
     runs, rate = content["runs"], content["runs_per_hour"]

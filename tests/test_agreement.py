@@ -1,0 +1,123 @@
+"""Neighbours that runs of several seeds have in common, against brute force."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from inference_cases import ON_CPU, save_images, save_run, save_seeds
+from numpy.typing import NDArray
+from pyarrow import parquet
+from test_embed import cosines
+
+import vi_simsiam
+from vi_simsiam.cli import main
+from vi_simsiam.inference import embed, label_free
+from vi_simsiam.inference.label_free import common_neighbours, neighbour_agreement
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_seeds(tmp_path_factory.mktemp("seeds") / "runs")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    save_images(folder, 24)
+    return folder
+
+
+def shares(spaces: list[NDArray[np.float64]], count: int) -> NDArray[np.float64]:
+    """Mean shares over pairs, from the cosines (N, K) in each space."""
+    near = [[set(row[:count]) for row in np.argsort(-each, axis=1).tolist()] for each in spaces]
+    pairs = list(itertools.combinations(near, 2))
+    rows = [[len(a & b) / count for a, b in zip(*pair, strict=True)] for pair in pairs]
+    return np.mean(rows, axis=0)
+
+
+def run_command(command: str, *options: object) -> int:
+    return main([command, *map(str, options), *ON_CPU])
+
+
+def test_shares_of_neighbours_by_hand() -> None:
+    first, second = torch.tensor([[0, 1, 2], [3, 4, 5]]), torch.tensor([[2, 7, 0], [5, 3, 4]])
+    third = torch.tensor([[8, 9, 7], [1, 2, 0]])
+    torch.testing.assert_close(common_neighbours(first, second), torch.tensor([2 / 3, 1]).double())
+    # Of the pairs 1-2, 1-3 and 2-3.
+    expected = torch.tensor([(2 + 0 + 1) / 9, 1 / 3]).double()
+    torch.testing.assert_close(neighbour_agreement([first, second, third]), expected)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_folder_of_seeds_adds_a_column(
+    own: bool, seeds: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest of the file is that of its first run; the run that failed is left out."""
+    for module in (embed, label_free):
+        monkeypatch.setattr(module, "NEIGHBOURS", 4)
+    save_images(others := tmp_path / "others", 15, seed=9)
+    options = [] if own else ["--reference", others]
+    out = tmp_path / "seeds.parquet"
+    assert run_command("embed", seeds, images, *options, "--out", out) == 0
+    spaces = []
+    for seed in (5, 6, 7):
+        encoder = vi_simsiam.load(seeds / f"seed-{seed}", "cpu")
+        rows = encoder.encode(images).embedding.numpy()
+        spaces.append(cosines(rows, rows if own else encoder.encode(others).embedding.numpy()))
+        if own:
+            np.fill_diagonal(spaces[-1], -np.inf)
+    for each in spaces:  # rounding exchanges no neighbours
+        assert np.diff(np.sort(-each)[:, 3:5]).min() > 1e-5
+    table = parquet.read_table(out)
+    found = table["neighbour_agreement"].to_numpy()
+    assert found.min() < found.max()
+    np.testing.assert_allclose(found, shares(spaces, 4), atol=1e-6)
+    assert json.loads(table.schema.metadata[b"vi_simsiam"])["seeds"] == [5, 6, 7]
+
+    single = tmp_path / "single.parquet"
+    assert run_command("embed", seeds / "seed-5", images, *options, "--out", single) == 0
+    assert parquet.read_table(single).equals(table.drop(["neighbour_agreement"]))
+
+
+def test_images_are_ranked_by_the_agreement(seeds: Path, images: Path, tmp_path: Path) -> None:
+    """Of SimSiam, too; one image has no neighbours."""
+    simsiam, out = save_seeds(tmp_path / "simsiam", "simsiam", count=2), tmp_path / "features"
+    for folder in (seeds, simsiam):
+        options = ("--by", "neighbour_agreement", "--out", out, "--overwrite")
+        assert run_command("rank", folder, images, *options) == 0
+        rows = list(csv.DictReader(out.with_suffix(".csv").open()))
+        values = [float(row["neighbour_agreement"]) for row in rows]
+        assert values == sorted(values)
+        table = out.with_suffix(".parquet")
+        assert run_command("embed", folder, images, "--out", table, "--overwrite") == 0
+        columns = parquet.read_table(table).to_pydict()
+        saved = dict(zip(columns["path"], columns["neighbour_agreement"], strict=True))
+        assert values == pytest.approx([saved[row["path"]] for row in rows])
+    one = images / "000.png"
+    assert run_command("embed", seeds, one, "--out", table, "--overwrite") == 0
+    assert "neighbour_agreement" not in parquet.read_table(table).column_names
+
+
+def test_folders_that_cannot_be_used(
+    seeds: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(folder: Path, by: str = "neighbour_agreement", what: Path = images) -> str:
+        assert run_command("rank", folder, what, "--by", by, "--out", tmp_path / "out") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert not (tmp_path / "out.csv").exists()
+        return line
+
+    assert "needs at least 2 images; 1 can be read" in refused(seeds, what=images / "000.png")
+    assert "is one run, and not a folder" in refused(save_seeds(tmp_path / "one", count=1))
+    failed = tmp_path / "failed"
+    save_run(failed / "seed-0")
+    (failed / "seeds.json").write_text('{"arguments": [], "runs": [{"seed": 0, "exit": 1}]}')
+    assert f"no run in {failed} has finished" in refused(failed)
+    (failed / "seeds.json").write_text('{"arguments": [], "runs": [{"seed": "../x", "exit": 0}]}')
+    assert "seeds.json is damaged" in refused(failed)
