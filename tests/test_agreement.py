@@ -10,15 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluation_cases import CPU, skip_rendering
 from inference_cases import ON_CPU, save_images, save_run, save_seeds
 from numpy.typing import NDArray
 from pyarrow import parquet
 from test_embed import cosines
+from torch import nn
 
 import vi_simsiam
 from vi_simsiam.cli import main
+from vi_simsiam.evaluation import scores
+from vi_simsiam.evaluation.scores import Network, Seeds, views_of
 from vi_simsiam.inference import embed, label_free
 from vi_simsiam.inference.label_free import common_neighbours, neighbour_agreement
+from vi_simsiam.models import SimSiam
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +126,62 @@ def test_folders_that_cannot_be_used(
     assert f"no run in {failed} has finished" in refused(failed)
     (failed / "seeds.json").write_text('{"arguments": [], "runs": [{"seed": "../x", "exit": 0}]}')
     assert "seeds.json is damaged" in refused(failed)
+
+
+def other_seed(seed: int) -> SimSiam:
+    torch.manual_seed(seed)
+    backbone = nn.Sequential(nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    return SimSiam(backbone, features=24, dim=8, projector_hidden=6, predictor_hidden=6).eval()
+
+
+def test_the_score_by_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several batches, of training images and of others; without other seeds there is none."""
+    monkeypatch.setattr(scores, "NEIGHBOURS", 3)
+    draw = np.random.default_rng(0)
+    known, pixels = (draw.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8) for n in (13, 9))
+    first, *others = models = [other_seed(seed) for seed in range(3)]
+    network, seeds = Network(first, CPU), Seeds(others, CPU)
+    training, _ = network.observe(seeds.watch(np.array_split(known, 2)))
+    seeds.refer(training)
+    embedding, _ = network.observe(seeds.watch(np.array_split(pixels, 4)))
+    found = seeds.scores(embedding)["neighbour_agreement"]
+    with torch.no_grad():
+        spaces = [
+            cosines(*(model.backbone(views_of(each)).numpy() for each in (pixels, known)))
+            for model in models
+        ]
+    assert min(np.diff(np.sort(-each)[:, 2:4]).min() for each in spaces) > 1e-5
+    np.testing.assert_allclose(found, 1 - shares(spaces, 3), atol=1e-12)
+    assert found.min() < found.max()
+    assert Seeds([], CPU).scores(embedding) == {}
+
+
+@pytest.mark.usefixtures("small_network")
+def test_uncertainty_of_a_folder_of_seeds(
+    image_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The result is the first run's, with a score more in every part."""
+    skip_rendering(monkeypatch)
+    folder = save_seeds(tmp_path / "runs", count=2)
+    command = ["uncertainty", folder, "--data", f"folder:{image_folder}", "--images", 8]
+    assert run_command(*command, "--corruption-images", 2) == 0
+    place = folder / "seed-5" / "uncertainty.json"
+    assert f"written to {place}" in " ".join(capsys.readouterr().out.split())
+    result = json.loads(place.read_text())
+    assert "runs of several seeds" in result["scores"]["neighbour_agreement"]
+    for part in (*result["ood"].values(), *result["corruptions"].values()):
+        assert "neighbour_agreement" in part["scores"]
+    assert run_command("report", folder / "seed-5", "--data", f"folder:{image_folder}") == 0
+    assert "neighbour agreement" in (folder / "seed-5" / "report.html").read_text()
+    assert not (folder / "seed-6" / "uncertainty.json").exists()
+
+    config = json.loads((folder / "seed-6" / "config.json").read_text())
+    config["augment"]["size"] = 20
+    (folder / "seed-6" / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert run_command(*command) == 2
+    assert "seed-6 differs from" in (error := capsys.readouterr().err)
+    assert "in more than its seed: augment.size: 16 -> 20" in error

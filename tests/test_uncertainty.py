@@ -29,12 +29,13 @@ from vi_simsiam.engine.forward import random_views
 from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import uncertainty
+from vi_simsiam.evaluation.comparisons import comparisons
 from vi_simsiam.evaluation.corruptions import LEVELS, MAGNITUDES, corrupt
 from vi_simsiam.evaluation.figures import certainty
 from vi_simsiam.evaluation.foreign import builtin_sets
 from vi_simsiam.evaluation.metrics import level_trend
 from vi_simsiam.evaluation.scores import image_scores
-from vi_simsiam.evaluation.uncertainty import comparisons, evaluate_uncertainty
+from vi_simsiam.evaluation.uncertainty import evaluate_uncertainty
 
 TINY_SCORES = {
     "kappa", "embedding_norm", "stage1_norm", "stage2_norm", "projection_norm", "prediction_norm",

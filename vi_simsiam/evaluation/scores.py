@@ -7,7 +7,7 @@ Every score rises with uncertainty. One pass of the network over a set of images
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from vi_simsiam.evaluation.corruptions import jpeg_bytes
 from vi_simsiam.evaluation.logistic import LogisticProbe
 from vi_simsiam.evaluation.metrics import calibration
 from vi_simsiam.inference.encoder import Encoding
-from vi_simsiam.inference.label_free import NEIGHBOURS, Gaussian
+from vi_simsiam.inference.label_free import AGREEMENT, NEIGHBOURS, Gaussian, neighbour_agreement
 from vi_simsiam.models import SimSiam
 from vi_simsiam.stages import NAMES as STAGES
 from vi_simsiam.stages import recorded, stages
@@ -42,6 +42,8 @@ DESCRIPTIONS = {
     "prediction_norm": "minus the length of the predicted mean direction before it is normalised",
     "view_agreement": "1 minus the mean cosine between the embeddings of augmented views",
     "knn_distance": f"1 minus the mean cosine to the {NEIGHBOURS} nearest training embeddings",
+    AGREEMENT: f"1 minus the mean share of the {NEIGHBOURS} nearest training images that the runs "
+    "of several seeds have in common",
     "mahalanobis": "squared Mahalanobis distance to the nearest class mean, "
     "shared shrunk covariance",
     "mahalanobis_label_free": "squared Mahalanobis distance to the mean of all training images, "
@@ -126,6 +128,56 @@ class Network:
         if not all(np.isfinite(values).all() for values in scores.values()):
             raise InputError("run: the network's output is not finite; its weights are damaged")
         return torch.cat(embeddings), scores
+
+
+class Seeds:
+    """Networks that differ from another one in their seed, and their embeddings of the same images.
+
+    Args:
+        models: of other seeds; without any there is no score.
+        device: where they compute.
+    """
+
+    def __init__(self, models: Sequence[SimSiam], device: torch.device) -> None:
+        self._networks, self._device = [Network(model, device) for model in models], device
+        self._seen: list[list[Tensor]] = []
+        self._reference: list[Tensor] = []
+
+    def watch(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
+        """Pass batches of pixels on, as for `Network.observe`, and embed them on the way."""
+        self._seen = [[] for _ in self._networks]
+        for pixels in batches:
+            for network, parts in zip(self._networks, self._seen, strict=True):
+                parts.append(network(views_of(pixels)).embedding.cpu())
+            yield pixels
+
+    def refer(self, embedding: Tensor) -> None:
+        """Take the images watched last as those that neighbours are among.
+
+        Args:
+            embedding: (N, F) of them by the network that is compared.
+        """
+        self._reference = self._spaces(embedding)
+
+    def scores(self, embedding: Tensor) -> dict[str, NDArray[np.float64]]:
+        """The score "neighbour_agreement", (M,) float64, of the images watched last.
+
+        Args:
+            embedding: (M, F) of them by the network that is compared.
+        """
+        if not self._networks:
+            return {}
+        found = [
+            nearest(queries, keys, NEIGHBOURS, device=self._device)
+            for queries, keys in zip(self._spaces(embedding), self._reference, strict=True)
+        ]
+        shares = [
+            neighbour_agreement([which for which, _ in each]) for each in zip(*found, strict=True)
+        ]
+        return {AGREEMENT: 1 - torch.cat(shares).cpu().numpy()}
+
+    def _spaces(self, embedding: Tensor) -> list[Tensor]:
+        return [embedding, *map(torch.cat, self._seen)]
 
 
 def views_of(pixels: NDArray[np.uint8]) -> Tensor:
