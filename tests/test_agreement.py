@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,12 +17,17 @@ from inference_cases import ON_CPU, save_images, save_run, save_seeds
 from numpy.typing import NDArray
 from pyarrow import parquet
 from test_embed import cosines
+from test_every_option import called
 from torch import nn
 
 import vi_simsiam
 from vi_simsiam.cli import main
+from vi_simsiam.data.subsets import at_most
+from vi_simsiam.engine import processes
+from vi_simsiam.engine.run import load_run
 from vi_simsiam.evaluation import scores
 from vi_simsiam.evaluation.scores import Network, Seeds, views_of
+from vi_simsiam.experiments import agreement
 from vi_simsiam.inference import embed, label_free
 from vi_simsiam.inference.label_free import common_neighbours, neighbour_agreement
 from vi_simsiam.models import SimSiam
@@ -91,7 +98,7 @@ def test_a_folder_of_seeds_adds_a_column(
 
 
 def test_images_are_ranked_by_the_agreement(seeds: Path, images: Path, tmp_path: Path) -> None:
-    """Of SimSiam, too; one image has no neighbours."""
+    """SimSiam has the score, too; a single image has no neighbours."""
     simsiam, out = save_seeds(tmp_path / "simsiam", "simsiam", count=2), tmp_path / "features"
     for folder in (seeds, simsiam):
         options = ("--by", "neighbour_agreement", "--out", out, "--overwrite")
@@ -185,3 +192,46 @@ def test_uncertainty_of_a_folder_of_seeds(
     assert run_command(*command) == 2
     assert "seed-6 differs from" in (error := capsys.readouterr().err)
     assert "in more than its seed: augment.size: 16 -> 20" in error
+
+
+@pytest.mark.usefixtures("small_runs")
+def test_trainings_of_several_seeds_end_with_the_share(
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By brute force; without validation images on training images, and only with --evaluate."""
+    monkeypatch.setattr(agreement, "NEIGHBOURS", 3)
+    monkeypatch.setattr(agreement, "IMAGES", 10)
+    in_process = SimpleNamespace(**vars(subprocess) | {"Popen": called})
+    monkeypatch.setattr(processes, "subprocess", in_process)
+    options = "--size 16 --epochs 1 --batch-size 8 --dim 16 --seeds 3 --device cpu --workers 0"
+    command = ["train", "--data", str(images), "--out", str(out := tmp_path / "runs")]
+    command += ["--overwrite", *options.split()]
+    assert main(command) == 0
+    assert "neighbours in common" not in capsys.readouterr().out
+    assert "agreement" not in json.loads((out / "seeds.json").read_text())
+
+    assert main([*command, "--evaluate"]) == 0
+    found = json.loads((out / "seeds.json").read_text())["agreement"]
+    spaces = []
+    for seed in range(3):
+        run = load_run(out / f"seed-{seed}")
+        source = at_most(run.splits.train, 10)
+        rows = vi_simsiam.load(run.path, "cpu").encode(source).embedding.numpy()
+        spaces.append(cosines(rows, rows))
+        np.fill_diagonal(spaces[-1], -np.inf)
+        gap = np.diff(np.sort(-spaces[-1])[:, 2:4]).min()
+        assert gap > 1e-5, gap  # rounding exchanges no neighbours
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    expected = {f"seed-{a} seed-{b}": shares([spaces[a], spaces[b]], 3).mean() for a, b in pairs}
+    assert found["pairs"] == pytest.approx(expected)
+    assert [found[name] for name in ("neighbours", "images", "split")] == [3, 10, "training"]
+    share, ends = np.mean([*expected.values()]), (min(expected.values()), max(expected.values()))
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"neighbours in common: {100 * share:.1f} % ({100 * ends[0]:.1f} to" in text
+    assert "of the 3 nearest, over 3 pairs of seeds and 10 training images" in text
+    (out / "seed-1" / "config.json").write_text("{")
+    assert main(["train", "--out", str(out), "--resume"]) == 0
+    assert "neighbours not compared: run: " in capsys.readouterr().out
