@@ -147,7 +147,7 @@ def test_the_score_by_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = np.random.default_rng(0)
     known, pixels = (draw.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8) for n in (13, 9))
     first, *others = models = [other_seed(seed) for seed in range(3)]
-    network, seeds = Network(first, CPU), Seeds(others, CPU)
+    network, seeds = Network(first, CPU), Seeds([Network(each, CPU) for each in others])
     training, _ = network.observe(seeds.watch(np.array_split(known, 2)))
     seeds.refer(training)
     embedding, _ = network.observe(seeds.watch(np.array_split(pixels, 4)))
@@ -160,7 +160,7 @@ def test_the_score_by_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
     assert min(np.diff(np.sort(-each)[:, 2:4]).min() for each in spaces) > 1e-5
     np.testing.assert_allclose(found, 1 - shares(spaces, 3), atol=1e-12)
     assert found.min() < found.max()
-    assert Seeds([], CPU).scores(embedding) == {}
+    assert Seeds([]).scores(embedding) == {}
 
 
 @pytest.mark.usefixtures("small_network")

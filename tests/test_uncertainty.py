@@ -123,7 +123,7 @@ def test_figures_are_those_of_the_concentrations(run: Run, result: dict[str, Any
 
     assert isinstance(run.splits.val, ArraySource)
     kappa = concentrations(run, run.splits.val)
-    noise_source, digits = (each.source for each in builtin_sets(8, 40, 0))
+    noise_source, digits = (each.source for each in builtin_sets(run.config, 40, 0))
     digit = np.rint(load_digits().images[0] * 255 / 16)
     np.testing.assert_array_equal(np.asarray(digits.image(0))[..., 0], digit)
     noise = concentrations(run, noise_source)

@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
 
-from vi_simsiam.config import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
+from vi_simsiam.config import AugmentConfig, Constants
+from vi_simsiam.data.channels import Pixels
 from vi_simsiam.data.packed import PackedImages
+from vi_simsiam.data.views import IMAGENET
 from vi_simsiam.engine.forward import evaluating, nearest, random_views
 from vi_simsiam.errors import InputError
-from vi_simsiam.evaluation.corruptions import jpeg_bytes
+from vi_simsiam.evaluation.corruptions import brightness, jpeg_bytes
 from vi_simsiam.evaluation.logistic import LogisticProbe
 from vi_simsiam.evaluation.metrics import calibration
 from vi_simsiam.inference.encoder import Encoding
@@ -67,7 +69,6 @@ TRIVIAL = (
 )
 """Scores that need no labels, training images or second pass: lengths of vectors, and pixels."""
 
-_LUMA = np.array((0.299, 0.587, 0.114), dtype=np.float32)
 _BATCH = 64
 
 
@@ -77,12 +78,15 @@ class Network:
     Args:
         model: is copied: its memory format stays as it is.
         device: where it computes.
+        constants: mean and deviation of the channels of its images.
     """
 
-    def __init__(self, model: SimSiam, device: torch.device) -> None:
+    def __init__(
+        self, model: SimSiam, device: torch.device, constants: Constants = IMAGENET
+    ) -> None:
         # channels_last is a third faster on a CPU.
         self.model = copy.deepcopy(model).eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.device = device
+        self.device, self.constants = device, constants
         places = stages(self.model.backbone)
         self.descriptions = DESCRIPTIONS | {
             f"{name}_norm": f"minus the length of the pooled output of {place}"
@@ -91,19 +95,17 @@ class Network:
         """`DESCRIPTIONS` with the places of this network's stages."""
 
     def __call__(self, views: Tensor) -> Encoding:
-        """Pass normalised views (B, 3, height, width) float32 through the network."""
+        """Pass normalised views (B, C, height, width) float32 through the network."""
         views = views.to(self.device).contiguous(memory_format=torch.channels_last)
         with evaluating(self.model, self.device), recorded(self.model.backbone) as norms:
             columns: list[Any] = [*self.model.encode(views), norms]
         return Encoding(*columns)
 
-    def observe(
-        self, batches: Iterable[NDArray[np.uint8]]
-    ) -> tuple[Tensor, dict[str, NDArray[np.float64]]]:
+    def observe(self, batches: Iterable[Pixels]) -> tuple[Tensor, dict[str, NDArray[np.float64]]]:
         """Embeddings (N, F) float32 of images, and (N,) scores by name that need them alone.
 
         Args:
-            batches: un-augmented views as pixels, (B, side, side, 3) uint8 each, one at least.
+            batches: un-augmented views as pixels, (B, side, side, C) each, one at least.
 
         Raises:
             InputError: the network's output is not finite.
@@ -111,7 +113,7 @@ class Network:
         embeddings: list[Tensor] = []
         parts: list[dict[str, NDArray[np.float64]]] = []
         for pixels in batches:
-            found = self(views_of(pixels))
+            found = self(views_of(pixels, self.constants))
             embeddings.append(found.embedding.cpu())
             norms = {
                 **{name: getattr(found, name).norm(dim=1) for name in ("embedding", "projection")},
@@ -134,21 +136,20 @@ class Seeds:
     """Networks that differ from another one in their seed, and their embeddings of the same images.
 
     Args:
-        models: of other seeds; without any there is no score.
-        device: where they compute.
+        networks: of other seeds; without any there is no score.
     """
 
-    def __init__(self, models: Sequence[SimSiam], device: torch.device) -> None:
-        self._networks, self._device = [Network(model, device) for model in models], device
+    def __init__(self, networks: Sequence[Network]) -> None:
+        self._networks = networks
         self._seen: list[list[Tensor]] = []
         self._reference: list[Tensor] = []
 
-    def watch(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
+    def watch(self, batches: Iterable[Pixels]) -> Iterator[Pixels]:
         """Pass batches of pixels on, as for `Network.observe`, and embed them on the way."""
         self._seen = [[] for _ in self._networks]
         for pixels in batches:
             for network, parts in zip(self._networks, self._seen, strict=True):
-                parts.append(network(views_of(pixels)).embedding.cpu())
+                parts.append(network(views_of(pixels, network.constants)).embedding.cpu())
             yield pixels
 
     def refer(self, embedding: Tensor) -> None:
@@ -168,7 +169,7 @@ class Seeds:
         if not self._networks:
             return {}
         found = [
-            nearest(queries, keys, NEIGHBOURS, device=self._device)
+            nearest(queries, keys, NEIGHBOURS, device=self._networks[0].device)
             for queries, keys in zip(self._spaces(embedding), self._reference, strict=True)
         ]
         shares = [
@@ -180,31 +181,41 @@ class Seeds:
         return [embedding, *map(torch.cat, self._seen)]
 
 
-def views_of(pixels: NDArray[np.uint8]) -> Tensor:
-    """Pixels (B, side, side, 3) uint8 as normalised views (B, 3, side, side) float32."""
+def views_of(pixels: Pixels, constants: Constants = IMAGENET) -> Tensor:
+    """Pixels (B, side, side, C) as normalised views (B, C, side, side) float32.
+
+    Args:
+        pixels: uint8 or uint16.
+        constants: mean and deviation of the channels.
+    """
     # `data.views.normalised` multiplies by 1/255, which rounds otherwise: it would change results.
-    floats = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 255
-    views: Tensor = V.normalize(floats, list(IMAGENET_MEAN), list(IMAGENET_STD))
+    most = int(np.iinfo(pixels.dtype).max)
+    floats = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / most
+    views: Tensor = V.normalize(floats, *map(list, constants))
     return views
 
 
-def image_scores(pixels: NDArray[np.uint8]) -> dict[str, NDArray[np.float64]]:
+def image_scores(pixels: Pixels) -> dict[str, NDArray[np.float64]]:
     """Scores of the pixels without any network: "edge_energy", "contrast" and "jpeg_size".
 
     (B,) float64 each. Brightness is 0.299 R + 0.587 G + 0.114 B in 0..255, the gradient the length
-    of its differences to the right and below.
+    of its differences to the right and below. Where channels are not three, it is their mean; other
+    images than 8-bit RGB have no "jpeg_size".
 
     Args:
-        pixels: (B, side, side, 3) uint8.
+        pixels: (B, side, side, C) uint8 or uint16.
     """
-    gray = pixels.astype(np.float32) @ _LUMA
+    channels = pixels.shape[3]
+    gray = pixels.astype(np.float32) @ brightness(channels).astype(np.float32)
     right, below = np.diff(gray, axis=2)[:, :-1], np.diff(gray, axis=1)[:, :, :-1]
-    sizes = [len(jpeg_bytes(image, JPEG_QUALITY)) for image in pixels]
-    return {
+    found = {
         "edge_energy": -np.hypot(right, below).mean((1, 2)).astype(np.float64),
         "contrast": -gray.std((1, 2), dtype=np.float64),
-        "jpeg_size": -np.array(sizes, dtype=np.float64),
     }
+    if channels == 3 and pixels.dtype == np.uint8:
+        sizes = [len(jpeg_bytes(image, JPEG_QUALITY)) for image in pixels]
+        found["jpeg_size"] = -np.array(sizes, dtype=np.float64)
+    return found
 
 
 def agreement(
@@ -225,7 +236,7 @@ def agreement(
     for start in range(0, len(chosen), _BATCH):
         samples = chosen[start : start + _BATCH]
         views = random_views(
-            [np.asarray(images.image(number)) for number in samples.tolist()],
+            [images.array(number) for number in samples.tolist()],
             samples,
             policy,
             views=VIEWS,

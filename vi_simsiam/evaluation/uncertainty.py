@@ -26,13 +26,14 @@ from torch import Tensor
 
 from vi_simsiam.checks import require
 from vi_simsiam.config import differing_fields
+from vi_simsiam.data.channels import Pixels
 from vi_simsiam.data.loader import eval_pixels
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.subsets import check_classes, subset
 from vi_simsiam.engine.run import Run, load_model
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import metrics
-from vi_simsiam.evaluation.corruptions import LEVELS, MAGNITUDES, corrupt
+from vi_simsiam.evaluation.corruptions import LEVELS, Tones, corrupt, kinds
 from vi_simsiam.evaluation.foreign import Foreign, builtin_sets, open_sets, refuse_own_images
 from vi_simsiam.evaluation.logistic import LogisticConfig, LogisticProbe
 from vi_simsiam.evaluation.scores import (
@@ -112,11 +113,6 @@ def evaluate_uncertainty(
         raise InputError("run: SimSiam predicts no concentration to measure; vi-simsiam does")
     require("seed", seed, 0 <= seed < 2**63, "at least 0 and below 2**63")
     require("images", images, images is None or images >= 2, "at least 2")
-    if not run.config.decode.is_rgb or run.config.augment.mean is not None:
-        raise InputError(
-            "uncertainty: is measured for 8-bit RGB normalised by ImageNet's constants, as the "
-            f"corruptions and foreign sets are; {run.path} was trained on other images"
-        )
     require("corruption_images", corruption_images, corruption_images >= 0, "at least 0")
 
     report("opening the data sets")
@@ -127,9 +123,15 @@ def evaluate_uncertainty(
         if own := refuse_own_images(each, packed, [data.train, data.evaluated]):
             total = counted(len(packed), "image")
             data.notes.append(f"{own:,} of {total} of {each.name} are the run's own")
-    others = Seeds([_other_seed(run, path) for path in seeds], run.device)
+    others = Seeds([_network(run, _other_seed(run, path)) for path in seeds])
+    decode = run.config.decode
+    if not decode.is_rgb:
+        data.notes.append(
+            f"{counted(decode.channels, 'channel')} of {decode.bits} bits: jpeg_size and the "
+            "corruption jpeg need 8-bit RGB, and damage fades to each channel's mean"
+        )
     measured = _Measured(run, others, data, seed, report)
-    builtin = builtin_sets(run.config.augment.size, len(data.chosen), seed)
+    builtin = builtin_sets(run.config, len(data.chosen), seed)
     foreign += [(each, run.readable(each.source)[0]) for each in builtin]
     detection, retrieval, overlapping = _foreign(measured, data, foreign)
     count = min(corruption_images, len(data.chosen))
@@ -171,7 +173,7 @@ class _Measured:
         self, run: Run, others: Seeds, data: _Images, seed: int, report: Callable[[str], None]
     ) -> None:
         self.run, self.others, self.seed, self.report = run, others, seed, report
-        self.network = Network(run.model, run.device)
+        self.network = _network(run, run.model)
         report(counted(len(data.reference), "training image"))
         pixels = self.pixels(data.train, data.reference)
         training, _ = self.network.observe(others.watch(pixels))
@@ -190,17 +192,21 @@ class _Measured:
         self.embedding, self.scores = self.score(pixels, view_agreement=agreeing)
 
     def score(
-        self, batches: Iterable[NDArray[np.uint8]], **more: NDArray[np.float64]
+        self, batches: Iterable[Pixels], **more: NDArray[np.float64]
     ) -> tuple[Tensor, _Scores]:
-        """Embeddings and scores of batches of pixels, (B, side, side, 3) uint8, with `more`."""
+        """Embeddings and scores of batches of pixels, (B, side, side, C), with `more`."""
         embedding, scores = self.network.observe(self.others.watch(batches))
         scores |= self.reference.scores(embedding) | self.others.scores(embedding) | more
         return embedding, {name: scores[name] for name in DESCRIPTIONS if name in scores}
 
     def pixels(self, images: PackedImages, chosen: _Numbers) -> Iterator[Any]:
-        """Un-augmented views of images as pixels, (B, side, side, 3) uint8."""
+        """Un-augmented views of images as pixels, (B, side, side, C)."""
         size, workers = self.run.config.augment.size, self.run.workers
         return (pixels for pixels, _ in eval_pixels(subset(images, chosen), size, _BATCH, workers))
+
+
+def _network(run: Run, model: SimSiam) -> Network:
+    return Network(model, run.device, run.config.augment.constants)
 
 
 def _other_seed(run: Run, path: Path) -> SimSiam:
@@ -284,12 +290,13 @@ def _corruptions(measured: _Measured, data: _Images, count: int) -> dict[str, An
     batches = [slice(start, start + _BATCH) for start in range(0, count, _BATCH)]
     _, intact = measured.score(pixels[batch] for batch in batches)
     result = {}
-    for kind in MAGNITUDES:
+    config, tones = measured.run.config, Tones.of(measured.run.config)
+    for kind in kinds(config.decode):
         measured.report(f"corruption: {kind}")
         levels = [intact]
         for level in LEVELS[1:]:
             damaged = (
-                corrupt(pixels[each], kind, level, seed=seed, numbers=numbers[each])
+                corrupt(pixels[each], kind, level, seed=seed, numbers=numbers[each], tones=tones)
                 for each in batches
             )
             levels.append(measured.score(damaged)[1])
