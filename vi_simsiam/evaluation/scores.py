@@ -27,7 +27,13 @@ from vi_simsiam.evaluation.corruptions import brightness, jpeg_bytes
 from vi_simsiam.evaluation.logistic import LogisticProbe
 from vi_simsiam.evaluation.metrics import calibration
 from vi_simsiam.inference.encoder import Encoding
-from vi_simsiam.inference.label_free import AGREEMENT, NEIGHBOURS, Gaussian, neighbour_agreement
+from vi_simsiam.inference.label_free import (
+    AGREEMENT,
+    NEIGHBOURS,
+    Gaussian,
+    knn_distances,
+    neighbour_agreement,
+)
 from vi_simsiam.models import SimSiam
 from vi_simsiam.stages import NAMES as STAGES
 from vi_simsiam.stages import recorded, stages
@@ -333,10 +339,10 @@ class Reference:
         (M,) float64 each. With labels there is "mahalanobis_label_free", too.
         """
         near = nearest(embedding, self.embedding, NEIGHBOURS, device=self.device)
-        cosines = torch.cat([values.double().mean(1).cpu() for _, values in near]).numpy()
+        distances = np.concatenate([knn_distances(cosines.cpu().numpy()) for _, cosines in near])
         points, means = embedding.double().numpy() @ self._root, self._means @ self._root
         squares = np.stack([np.square(points - mean).sum(1) for mean in means])
-        found = {"knn_distance": 1 - cosines, "mahalanobis": squares.min(0)}
+        found = {"knn_distance": distances, "mahalanobis": squares.min(0)}
         if self._cluster is not None:
             found["mahalanobis_label_free"] = self._cluster.distances(embedding.numpy())
         if self.probe is not None:
