@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,7 +47,7 @@ class Encoding:
     """(N,) length of the predictions before they were normalised."""
     concentration: Tensor | None
     """(N,) kappa, at least 0; None for SimSiam, which predicts none."""
-    layer_norms: dict[str, Tensor]
+    layer_norms: dict[str, Tensor] = field(default_factory=dict)
     """(N,) lengths of the pooled outputs of the backbone's stages by name, see `stages.stages`."""
 
     __repr__ = brief_repr
