@@ -22,13 +22,16 @@ from torch import nn
 
 import vi_simsiam
 from vi_simsiam.cli import main
+from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.data.subsets import at_most
 from vi_simsiam.engine import processes
 from vi_simsiam.engine.run import load_run
+from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import scores
 from vi_simsiam.evaluation.scores import Network, Seeds, views_of
 from vi_simsiam.experiments import agreement
 from vi_simsiam.inference import embed, label_free
+from vi_simsiam.inference.embed import Table, with_agreement
 from vi_simsiam.inference.label_free import common_neighbours, neighbour_agreement
 from vi_simsiam.models import SimSiam
 
@@ -133,6 +136,15 @@ def test_folders_that_cannot_be_used(
     assert f"no run in {failed} has finished" in refused(failed)
     (failed / "seeds.json").write_text('{"arguments": [], "runs": [{"seed": "../x", "exit": 0}]}')
     assert "seeds.json is damaged" in refused(failed)
+
+
+def test_images_that_change_between_two_runs_are_refused() -> None:
+    source = ArraySource(np.zeros((4, 8, 8), np.uint8), name="photos")
+    rows = np.eye(4, dtype=np.float32)
+    first, other = (Table(source, np.array(x), rows[: len(x)], None, None) for x in ([0, 1], [0]))
+    for tables, references in (([first, other], None), ([first, first], [other, first])):
+        with pytest.raises(InputError, match="images: photos changed while the runs read it"):
+            with_agreement(tables, references, CPU)
 
 
 def other_seed(seed: int) -> SimSiam:

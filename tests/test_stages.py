@@ -79,7 +79,8 @@ def test_places_of_a_module_of_ones_own() -> None:
     assert stages(nn.Flatten()) == {}
     with pytest.warns(FutureWarning):
         scripted = torch.jit.script(torchvision.models.resnet18())
-    assert stages(scripted) == stages(Around(scripted)) == {}  # they take no hooks
+    listed = Around(nn.ModuleList([scripted]))
+    assert stages(scripted) == stages(Around(scripted)) == stages(listed) == {}  # no hooks there
 
 
 def test_maps_of_a_convolutional_network_are_averaged() -> None:

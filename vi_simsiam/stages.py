@@ -41,7 +41,7 @@ def recorded(backbone: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Record the lengths of the outputs of all stages: by name, (B,), those of the last pass.
 
     An output is averaged over its positions or tokens first, as the last one is to give an
-    embedding. A stage that the pass does not call, or that gives no tensor, has none.
+    embedding. A stage that the pass does not call, or that gives no tensor of floats, has none.
     """
     found: dict[str, Tensor] = {}
     thread = threading.get_ident()  # others may pass their images through the network meanwhile
@@ -49,7 +49,9 @@ def recorded(backbone: nn.Module) -> Iterator[dict[str, Tensor]]:
     channels_last = any(getattr(part, "output_fmt", None) == "NHWC" for part in backbone.modules())
 
     def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim > 1 and threading.get_ident() == thread:
+        if threading.get_ident() != thread or not isinstance(output, Tensor):
+            return
+        if output.ndim > 1 and output.is_floating_point():
             tokens = channels_last or output.ndim == 3
             positions = range(1, output.ndim - 1) if tokens else range(2, output.ndim)
             found[name] = (output.mean(tuple(positions)) if positions else output).norm(dim=1)
@@ -62,12 +64,14 @@ def recorded(backbone: nn.Module) -> Iterator[dict[str, Tensor]]:
         yield found
 
 
+def _children(network: nn.Module) -> dict[str, nn.Module]:
+    """The parts of a module by name, but for TorchScript's, which take no hooks."""
+    named = network.named_children()
+    return {name: part for name, part in named if not isinstance(part, torch.jit.ScriptModule)}
+
+
 def _places(network: nn.Module) -> list[str]:
-    children = {
-        name: child
-        for name, child in network.named_children()
-        if not isinstance(child, torch.jit.ScriptModule)  # they take no hooks
-    }
+    children = _children(network)
     if all(name in children for name in RESNET):
         return list(RESNET)
     if isinstance(known := getattr(network, "feature_info", None), list):
@@ -77,8 +81,10 @@ def _places(network: nn.Module) -> list[str]:
             return list(dict.fromkeys(places))
     parts: dict[str, nn.Module] = {}
     for name, child in children.items():
-        entries = child.named_children() if isinstance(child, nn.ModuleList) else ()
-        parts |= {f"{name}.{entry}": part for entry, part in entries} or {name: child}
+        if isinstance(child, nn.ModuleList):  # it is no step of the pass, its entries are
+            parts |= {f"{name}.{entry}": part for entry, part in _children(child).items()}
+        else:
+            parts[name] = child
     found = [name for name, part in parts.items() if next(part.parameters(), None) is not None]
     if len(found) == 1:
         (name,) = found
