@@ -156,6 +156,21 @@ def test_only_the_checkpoint_shows_that_a_run_is_finished(tmp_path: Path) -> Non
     assert diagnose(folder).title.endswith("finished"), "at once, and whatever became of the file"
 
 
+def test_a_damaged_checkpoint_of_version_0_1_is_a_finding(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It holds its step itself; the rest of the diagnosis is made without it."""
+    folder = log(tmp_path / "run", *curve("z_std", *[0.1] * 5))
+    (folder / "checkpoint.pt").write_bytes(b"PK, and then nothing")
+    damage, collapse = diagnose(folder).findings
+    assert damage.name == "the weights are damaged"
+    assert f"{folder / 'checkpoint.pt'} cannot be read" in damage.figure
+    assert damage.remedy.endswith(f"vi-simsiam train --out {folder} --overwrite")
+    assert collapse.name.startswith("collapsed")
+    assert main(["doctor", str(folder)]) == 1
+    assert "the weights are damaged" in capsys.readouterr().out
+
+
 def test_a_lock_separates_a_run_in_progress_from_a_killed_one(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
