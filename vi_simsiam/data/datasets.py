@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -145,9 +146,13 @@ def open_dataset(
     if kind == "folders":
         return Splits(spec, *sources(data_label(spec), _joined(data_places(spec), decode), decode))
     if kind in LISTING_KINDS and place:
-        archive = functools.partial(read_tar, arrays=not decode.is_rgb)
-        read = {"list": read_list, "csv": read_csv, "parquet": read_parquet, "tar": archive}[kind]
-        return Splits(spec, *sources(place, read(place), decode))
+        readers: dict[str, Callable[[str], Listed]] = {
+            "list": read_list,
+            "csv": read_csv,
+            "parquet": read_parquet,
+            "tar": functools.partial(read_tar, arrays=not decode.is_rgb),
+        }
+        return Splits(spec, *sources(place, readers[kind](place), decode))
     if kind == "pack" and place:
         path = Path(place)
         val, packed = validation_pack(path), open_pack(path)
